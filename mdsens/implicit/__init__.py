@@ -1,0 +1,52 @@
+"""Implicit differentiation of any solver's root, and the linear solves behind it. Knows no particle."""
+
+from mdsens.implicit.linear import (
+    CG,
+    GMRES,
+    MINRES,
+    Auto,
+    BiCGSTAB,
+    Direct,
+    Method,
+    Operator,
+    choose,
+    linear_solve,
+    solve,
+)
+from mdsens.implicit.root import fixed_point, root
+from mdsens.implicit.status import (
+    ConvergenceError,
+    InputError,
+    MdsensError,
+    PrecisionError,
+    SolveStats,
+    Status,
+    TooLargeError,
+    UnsupportedVersionError,
+    raise_for_status,
+)
+
+__all__ = [
+    "CG",
+    "GMRES",
+    "MINRES",
+    "Auto",
+    "BiCGSTAB",
+    "ConvergenceError",
+    "Direct",
+    "InputError",
+    "MdsensError",
+    "Method",
+    "Operator",
+    "PrecisionError",
+    "SolveStats",
+    "Status",
+    "TooLargeError",
+    "UnsupportedVersionError",
+    "choose",
+    "fixed_point",
+    "linear_solve",
+    "raise_for_status",
+    "root",
+    "solve",
+]

@@ -1,0 +1,202 @@
+"""The Krylov iterations, on flat vectors: each starts at zero and reports how it ended, never whether that is good.
+
+Every function solves ``A x = b`` with ``b`` of norm one, to an absolute residual ``tol`` of its own recursion, within
+``limit`` operator applications, and returns ``(x, applications, status)``. The recursion's residual drifts from the
+true one, so :mod:`mdsens.implicit.linear` recomputes it. A ``while_loop`` under ``vmap`` freezes the members whose
+condition is false, so a finished member stays what it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from mdsens.implicit.status import Status
+
+__all__ = ["Result", "bicgstab", "cg", "dot", "gmres_cycle", "minres", "norm", "safe_divide"]
+
+Apply: TypeAlias = Callable[[Array], Array]
+Result: TypeAlias = tuple[Array, Array, Array]
+
+# Curvature below this many units of round-off of |A| counts as zero. An operator product is wrong by a few units; a
+# packing's softest stiffness stands at 1e-6 of its stiffest, nine decades above.
+_CURVATURE_UNITS = 100.0
+
+
+def dot(a: Array, b: Array) -> Array:
+    """Matrix or inner product in full precision: float32 on a GPU would otherwise round to TensorFloat32."""
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
+def norm(v: Array) -> Array:
+    """Euclidean norm that neither overflows nor underflows: |v| = m |v / m| with m the largest entry."""
+    largest = jnp.max(jnp.abs(v))
+    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    scaled = v / unit
+    return unit * jnp.sqrt(dot(scaled, scaled))
+
+
+def safe_divide(a: Array, b: Array) -> Array:
+    """a / b, and zero where b is zero."""
+    return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
+
+
+def _int(value: int | Status) -> Array:
+    return jnp.asarray(int(value), jnp.int32)
+
+
+def cg(apply: Apply, b: Array, tol: Array, limit: Array) -> Result:
+    """Conjugate gradients (Hestenes and Stiefel, 1952), for a positive semi-definite operator.
+
+    The curvatures p.Ap are the pivots of the Lanczos matrix, so one of them is negative as soon as the Krylov space
+    holds a direction of negative curvature: status INDEFINITE. One that is zero to round-off is a null direction that
+    the right-hand side excites: STAGNATED.
+    """
+    eps = jnp.finfo(b.dtype).eps
+
+    def going(state: tuple[Array, ...]) -> Array:
+        _, _, _, rr, _, k, status = state
+        return (rr > tol**2) & (k < limit) & (status == Status.CONVERGED)
+
+    def body(state: tuple[Array, ...]) -> tuple[Array, ...]:
+        x, r, p, rr, size, k, _ = state
+        ap = apply(p)
+        pp, pap = dot(p, p), dot(p, ap)
+        size = jnp.maximum(size, jnp.sqrt(safe_divide(dot(ap, ap), pp)))
+        zero = _CURVATURE_UNITS * eps * size * pp
+        status = jnp.where(pap < -zero, _int(Status.INDEFINITE), jnp.where(pap > zero, _int(0), _int(Status.STAGNATED)))
+        step = jnp.where(pap > zero, safe_divide(rr, pap), 0)
+        x, r = x + step * p, r - step * ap
+        rr_new = dot(r, r)
+        return x, r, r + safe_divide(rr_new, rr) * p, rr_new, size, k + 1, status
+
+    start = (jnp.zeros_like(b), b, b, dot(b, b), jnp.zeros((), b.dtype), _int(0), _int(0))
+    x, _, _, _, _, k, status = lax.while_loop(going, body, start)
+    return x, k, status
+
+
+def minres(apply: Apply, b: Array, tol: Array, limit: Array) -> Result:
+    """MINRES (Paige and Saunders, 1975), for a symmetric operator, definite or not.
+
+    STAGNATED where |A r| / (|A| |r|) reaches round-off: what is left of the residual lies in the null space.
+    """
+    eps = jnp.finfo(b.dtype).eps
+    zero, none = jnp.zeros((), b.dtype), jnp.zeros_like(b)
+
+    def going(state: tuple[Array, ...]) -> Array:
+        phi_bar, beta, k, status = state[7], state[3], state[-2], state[-1]
+        return (phi_bar > tol) & (beta > 0) & (k < limit) & (status == Status.CONVERGED)
+
+    def body(state: tuple[Array, ...]) -> tuple[Array, ...]:
+        x, r1, r2, beta, beta_old, d_bar, epsilon, phi_bar, cs, sn, w1, w2, size, k, _ = state
+        v = r2 / beta
+        y = apply(v) - safe_divide(beta, beta_old) * r1
+        alpha = dot(v, y)
+        y = y - (alpha / beta) * r2
+        r1, r2, beta_old, beta = r2, y, beta, norm(y)
+        size = jnp.sqrt(size**2 + alpha**2 + beta_old**2 * (k > 0) + beta**2)  # Frobenius norm of the Lanczos matrix
+        # A Lanczos vector at round-off has no direction left: the Krylov space is invariant and the loop ends.
+        beta = jnp.where(beta > eps * size, beta, 0)
+        epsilon_old, delta, gamma_bar = epsilon, cs * d_bar + sn * alpha, sn * d_bar - cs * alpha
+        epsilon, d_bar = sn * beta, -cs * beta
+        stalled = jnp.hypot(gamma_bar, d_bar) <= _CURVATURE_UNITS * eps * size
+        gamma = jnp.maximum(jnp.hypot(gamma_bar, beta), eps * size)
+        cs, sn = gamma_bar / gamma, beta / gamma
+        phi, phi_bar = cs * phi_bar, sn * phi_bar
+        w1, w2 = w2, (v - epsilon_old * w1 - delta * w2) / gamma
+        # After a stall the step would be a division by round-off along a null direction: leave x as it is.
+        x = jnp.where(stalled, x, x + phi * w2)
+        status = jnp.where(stalled, _int(Status.STAGNATED), _int(0))
+        return x, r1, r2, beta, beta_old, d_bar, epsilon, phi_bar, cs, sn, w1, w2, size, k + 1, status
+
+    length = norm(b)
+    start = (none, none, b, length, zero, zero, zero, length, -jnp.ones_like(zero), zero, none, none, zero)
+    final = lax.while_loop(going, body, (*start, _int(0), _int(0)))
+    return final[0], final[-2], final[-1]
+
+
+def bicgstab(apply: Apply, b: Array, tol: Array, limit: Array) -> Result:
+    """BiCGSTAB (van der Vorst, 1992), for any operator; two applications a step, no memory beyond seven vectors.
+
+    BREAKDOWN where an inner product that it divides by vanishes to round-off (for a skew-symmetric operator at once).
+    """
+    eps = jnp.finfo(b.dtype).eps
+    shadow = b
+
+    def going(state: tuple[Array, ...]) -> Array:
+        _, r, _, _, k, status = state
+        return (dot(r, r) > tol**2) & (k < limit) & (status == Status.CONVERGED)
+
+    def body(state: tuple[Array, ...]) -> tuple[Array, ...]:
+        x, r, p, rho, k, _ = state
+        ap = apply(p)
+        along = dot(shadow, ap)
+        broken = jnp.abs(along) <= eps * norm(shadow) * norm(ap)
+        alpha = jnp.where(broken, 0, safe_divide(rho, along))
+        s = r - alpha * ap
+        t = apply(s)
+        st, tt = dot(t, s), dot(t, t)
+        # s = 0 is convergence half a step early, and no breakdown.
+        done = dot(s, s) <= tol**2
+        broken = broken | (~done & (jnp.abs(st) <= eps * norm(t) * norm(s)))
+        omega = safe_divide(st, tt)
+        x, r = x + alpha * p + omega * s, s - omega * t
+        rho_new = dot(shadow, r)
+        broken = broken | (~done & (jnp.abs(rho_new) <= eps * norm(shadow) * norm(r)))
+        p = r + safe_divide(rho_new, rho) * safe_divide(alpha, omega) * (p - omega * ap)
+        return x, r, p, rho_new, k + 2, jnp.where(broken, _int(Status.BREAKDOWN), _int(0))
+
+    x, _, _, _, k, status = lax.while_loop(going, body, (jnp.zeros_like(b), b, b, dot(b, b), _int(0), _int(0)))
+    return x, k, status
+
+
+def gmres_cycle(apply: Apply, b: Array, tol: Array, limit: Array, restart: int) -> Result:
+    """One cycle of GMRES (Saad and Schultz, 1986): the least residual over a Krylov space of at most ``restart``.
+
+    Arnoldi by classical Gram-Schmidt done twice, which is as orthogonal as Householder and two matrix products a step;
+    the Hessenberg matrix is reduced by Givens rotations kept as one matrix ``q``, so that a step is a product and not
+    a loop over the rotations. Leaves early at ``tol`` or where the Krylov space is invariant. Memory
+    (restart + 1) x n.
+    """
+    eps = jnp.finfo(b.dtype).eps
+    m = min(restart, b.size)
+
+    def going(state: tuple[Array, ...]) -> Array:
+        _, _, _, g, j, _, done = state
+        return (j < m) & (j < limit) & (jnp.abs(g[j]) > tol) & ~done
+
+    def body(state: tuple[Array, ...]) -> tuple[Array, ...]:
+        basis, r, q, g, j, _, _ = state
+        w = apply(basis[j])
+        length = norm(w)
+        h = dot(basis, w)
+        w = w - dot(h, basis)
+        again = dot(basis, w)
+        w = w - dot(again, basis)
+        beyond = norm(w)
+        invariant = ~(beyond > 8 * eps * length)
+        beyond = jnp.where(invariant, 0, beyond)
+        column = dot(q, (h + again).at[j + 1].set(beyond))
+        rho = jnp.hypot(column[j], column[j + 1])
+        # rho = 0 happens on a singular operator alone: the last direction gains nothing, so it is not used.
+        useless = rho <= 8 * eps * length
+        c = jnp.where(useless, 1, safe_divide(column[j], rho))
+        s = jnp.where(useless, 0, safe_divide(column[j + 1], rho))
+        q = q.at[j].set(c * q[j] + s * q[j + 1]).at[j + 1].set(-s * q[j] + c * q[j + 1])
+        upper = jnp.where(jnp.arange(m) < j, column[:m], 0).at[j].set(rho)
+        r = jnp.where(useless, r, r.at[:, j].set(upper))
+        g = g.at[j].set(c * g[j]).at[j + 1].set(-s * g[j])
+        basis = basis.at[j + 1].set(safe_divide(w, beyond))
+        return basis, r, q, g, j + 1, jnp.where(useless, j, j + 1), invariant | useless
+
+    size = norm(b)
+    basis = jnp.zeros((m + 1, b.size), b.dtype).at[0].set(safe_divide(b, size))
+    g = jnp.zeros(m + 1, b.dtype).at[0].set(size)
+    start = (basis, jnp.eye(m, dtype=b.dtype), jnp.eye(m + 1, dtype=b.dtype), g, _int(0), _int(0), jnp.asarray(False))
+    basis, r, _, g, j, used, _ = lax.while_loop(going, body, start)
+    y = jax.scipy.linalg.solve_triangular(r, jnp.where(jnp.arange(m) < used, g[:m], 0))
+    return dot(y, basis[:m]), j, _int(0)

@@ -1,0 +1,499 @@
+"""Linear systems ``A x = b`` with a known null space, and the evidence that the answer is one.
+
+    x = P_R (P_L A P_R)^+ P_L b
+
+``A`` is a function on pytrees, never a matrix. ``P_R`` and ``P_L`` project off its right and left null space. The
+right-hand side is projected and scaled to norm one, the system solved on flat vectors, the answer projected, and the
+residual recomputed from the operator: no solver's own word is taken for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import jax.scipy.linalg as jsl
+from jax import Array, lax
+from jax.flatten_util import ravel_pytree
+
+from mdsens.implicit import _krylov
+from mdsens.implicit._krylov import Result, dot, norm
+from mdsens.implicit.status import InputError, SolveStats, Status
+
+__all__ = [
+    "CG",
+    "GMRES",
+    "MINRES",
+    "Auto",
+    "BiCGSTAB",
+    "Direct",
+    "Method",
+    "Operator",
+    "choose",
+    "linear_solve",
+    "solve",
+]
+
+PyTree: TypeAlias = Any
+LinearMap: TypeAlias = Callable[[PyTree], PyTree]
+_Flat: TypeAlias = Callable[[Array], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """A square linear map on pytrees, what is known of it, and its null space.
+
+    Attributes:
+      matvec: v -> A v, both with the tree and shapes of the unknowns; linear in v, traceable.
+      symmetric: A equals its transpose. Declared, not checked.
+      positive_semidefinite: no direction has negative curvature; implies ``symmetric``.
+      project: orthogonal projector off the right null space of A, a symmetric linear map; None where there is none.
+      left_project: the same for the left null space; ``project`` where None, which is right for a symmetric A.
+    """
+
+    matvec: LinearMap
+    symmetric: bool = False
+    positive_semidefinite: bool = False
+    project: LinearMap | None = None
+    left_project: LinearMap | None = None
+
+    def __post_init__(self) -> None:
+        if self.positive_semidefinite and not self.symmetric:
+            object.__setattr__(self, "symmetric", True)
+        if self.left_project is not None and self.left_project is not self.project:
+            if self.symmetric:
+                raise InputError(
+                    f"left_project={self.left_project!r} differs from project on a symmetric operator, whose two null "
+                    "spaces are one; leave left_project out, or declare symmetric=False"
+                )
+        else:
+            object.__setattr__(self, "left_project", self.project)
+
+    def transpose(self, example: PyTree) -> Operator:
+        """The transposed operator; ``example`` is an array tree (or its shapes) like the unknowns."""
+        if self.symmetric:
+            return self
+        transposed = jax.linear_transpose(self.matvec, example)
+        return Operator(lambda w: transposed(w)[0], project=self.left_project, left_project=self.project)
+
+
+def _check_rtol(name: str, rtol: float) -> None:
+    if not (isinstance(rtol, int | float) and 0.0 < rtol < 1.0):
+        raise InputError(f"{name}: rtol={rtol!r} is no relative residual; give a number between 0 and 1, such as 1e-10")
+
+
+def _check_count(name: str, field: str, value: int | None) -> None:
+    if value is not None and not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        raise InputError(f"{name}: {field}={value!r} is no count; give a whole number of at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Iterative:
+    rtol: float = 1e-10
+    max_iterations: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_rtol(type(self).__name__, self.rtol)
+        _check_count(type(self).__name__, "max_iterations", self.max_iterations)
+
+
+@dataclasses.dataclass(frozen=True)
+class CG(_Iterative):
+    """Conjugate gradients: the fastest where the operator is positive semi-definite; refuses any other.
+
+    Args:
+      rtol: relative residual asked for. Residual is not error, the condition number stands between: lower it to 1e-13
+        near unjamming.
+      max_iterations: operator applications; 10 times the number of unknowns, at least 1,000, where None.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class MINRES(_Iterative):
+    """Minimal residuals on the Lanczos recurrence: for a symmetric operator that may be indefinite.
+
+    Args:
+      rtol: relative residual asked for, as in :class:`CG`.
+      max_iterations: operator applications; 10 times the number of unknowns, at least 1,000, where None.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class BiCGSTAB(_Iterative):
+    """Stabilised bi-conjugate gradients: any operator, little memory, but it may break down; GMRES where it does.
+
+    Args:
+      rtol: relative residual asked for, as in :class:`CG`.
+      max_iterations: operator applications (two a step); 10 times the number of unknowns, at least 1,000, where None.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class GMRES(_Iterative):
+    """Generalised minimal residuals, restarted: any operator, on any device.
+
+    Args:
+      rtol: relative residual asked for, as in :class:`CG`.
+      max_iterations: operator applications; 10 times the number of unknowns, at least 1,000, where None.
+      restart: length of a cycle. Memory is (restart + 1) vectors; raise it where the status is STAGNATED, lower it
+        where memory runs out.
+    """
+
+    restart: int = 200
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_count("GMRES", "restart", self.restart)
+
+
+@dataclasses.dataclass(frozen=True)
+class Direct:
+    """A dense factorisation: the operator is written out as a matrix, so up to some thousand unknowns.
+
+    Cholesky where positive semi-definite, LU where not, of ``P A P + s (I - P)``; singular values where left and right
+    null space differ.
+
+    Args:
+      rtol: relative residual that makes the status good; refinement aims at it.
+    """
+
+    rtol: float = 1e-10
+
+    def __post_init__(self) -> None:
+        _check_rtol("Direct", self.rtol)
+
+
+@dataclasses.dataclass(frozen=True)
+class Auto:
+    """Let :func:`choose` pick by size, symmetry, definiteness and number of right-hand sides.
+
+    Args:
+      rtol: relative residual asked for, as in :class:`CG`.
+    """
+
+    rtol: float = 1e-10
+
+    def __post_init__(self) -> None:
+        _check_rtol("Auto", self.rtol)
+
+
+Method: TypeAlias = GMRES | CG | MINRES | BiCGSTAB | Direct | Auto
+
+_DIRECT_SIZE = 512
+
+
+def choose(method: Method, size: int, operator: Operator, rhs: int = 1) -> Method:
+    """The concrete method that ``method`` stands for.
+
+    Args:
+      method: any option record; all but :class:`Auto` come back as they are.
+      size: number of unknowns.
+      operator: its declared symmetry and definiteness count, nothing is evaluated.
+      rhs: right-hand sides that will share one factorisation.
+
+    Returns:
+      Direct up to 512 unknowns, then CG, MINRES or GMRES by what the operator declares.
+    """
+    if not isinstance(method, Auto):
+        return method
+    if size <= _DIRECT_SIZE:
+        return Direct(rtol=method.rtol)
+    if operator.positive_semidefinite:
+        return CG(rtol=method.rtol)
+    return MINRES(rtol=method.rtol) if operator.symmetric else GMRES(rtol=method.rtol)
+
+
+def solve(
+    operator: Operator, b: PyTree, method: Method = Auto(), *, not_finite: float = 0.0
+) -> tuple[PyTree, SolveStats]:
+    """Solve A x = b on the range of A: the answer of least norm, and what became of it.
+
+    Traceable by jit and vmap; for derivatives take :func:`linear_solve`.
+
+    Args:
+      operator: the map and its null space.
+      b: right-hand side, a tree of real floating-point arrays; A v must have the same tree and shapes.
+      method: an option record. Auto() serves unless a benchmark of your own says otherwise.
+      not_finite: what fills x where the status is NOT_FINITE. Zero; a caller without a status to show gives NaN.
+
+    Returns:
+      ``(x, stats)``. The status is good (CONVERGED, ROUND_OFF_LIMITED, NULL_COMPONENT_DROPPED) or names what failed;
+      then x is the best iterate. ``stats.residual`` is |P_L b - A x| / |P_L b|, from the operator.
+
+    Raises:
+      InputError: b and A b differ in tree, shape; b is not real floating point; CG on an operator that is not declared
+        positive semi-definite, MINRES on one not declared symmetric.
+    """
+    flat, unravel = _ravel(b)
+    matvec, right, left = _flatten(operator, flat, unravel, b)
+    method = _admit(choose(method, flat.size, operator), operator)
+    x, stats = _solve(operator, matvec, right, left, flat, method, not_finite)
+    return unravel(x), stats
+
+
+def linear_solve(
+    operator: Operator, b: PyTree, method: Method = Auto(), *, not_finite: float = 0.0
+) -> tuple[PyTree, SolveStats]:
+    """:func:`solve` with derivatives: dx = A^+ (db - dA x), forward, reverse and of any order.
+
+    By transposing the solve (``lax.custom_linear_solve``), so ``operator.matvec`` must be differentiable in what it
+    closes over and, unless symmetric, transposable. The null space is taken not to move with the parameters: where it
+    does (rotations of a cluster), derivatives of x lack their part in the null space, which nothing invariant sees.
+
+    Args, returns and raises as :func:`solve`. ``stats`` have no derivative.
+    """
+    flat, unravel = _ravel(b)
+    matvec, right, left = _flatten(operator, flat, unravel, b)
+    method = _admit(choose(method, flat.size, operator), operator)
+
+    def forward(apply: _Flat, rhs: Array) -> tuple[Array, SolveStats]:
+        return _solve(operator, apply, right, left, rhs, method, not_finite)
+
+    def backward(apply: _Flat, rhs: Array) -> tuple[Array, SolveStats]:
+        return _solve(operator, apply, left, right, rhs, method, not_finite)
+
+    x, stats = lax.custom_linear_solve(matvec, flat, forward, backward, symmetric=operator.symmetric, has_aux=True)
+    return unravel(x), stats
+
+
+def _ravel(b: PyTree) -> tuple[Array, Callable[[Array], PyTree]]:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(b):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise InputError(
+                f"the right-hand side b{jax.tree_util.keystr(path)} has dtype {jnp.result_type(leaf)}; give real "
+                "floating-point arrays"
+            )
+    return ravel_pytree(b)
+
+
+def _flatten(
+    operator: Operator, flat: Array, unravel: Callable[[Array], PyTree], b: PyTree
+) -> tuple[_Flat, _Flat | None, _Flat | None]:
+    shapes = jax.eval_shape(lambda: b)
+    out = jax.eval_shape(operator.matvec, shapes)
+    check_same(out, shapes, "A v", "the right-hand side b", "the operator must map the unknowns' space into itself")
+
+    def flattened(f: LinearMap) -> _Flat:
+        return lambda v: ravel_pytree(f(unravel(v)))[0].astype(flat.dtype)
+
+    def projector(f: LinearMap | None) -> _Flat | None:
+        return None if f is None else flattened(f)
+
+    right = projector(operator.project)
+    left = right if operator.left_project is operator.project else projector(operator.left_project)
+    return flattened(operator.matvec), right, left
+
+
+def check_same(tree: PyTree, like: PyTree, name: str, like_name: str, remedy: str) -> None:
+    """Raise InputError naming both where two trees differ in structure or in the shape of a leaf."""
+    if jax.tree.structure(tree) != jax.tree.structure(like):
+        raise InputError(
+            f"{name} has the tree {jax.tree.structure(tree)}, but {like_name} has {jax.tree.structure(like)}; {remedy}"
+        )
+    for (path, leaf), other in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(like), strict=True):
+        if jnp.shape(leaf) != jnp.shape(other):
+            raise InputError(
+                f"{name}{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, but {like_name} has "
+                f"{jnp.shape(other)}; {remedy}"
+            )
+
+
+def _admit(method: Method, operator: Operator) -> Method:
+    if isinstance(method, CG) and not operator.positive_semidefinite:
+        raise InputError(
+            "method=CG on an operator with positive_semidefinite=False may give a wrong answer; declare it, or take "
+            "MINRES (symmetric) or GMRES (any)"
+        )
+    if isinstance(method, MINRES) and not operator.symmetric:
+        raise InputError(
+            "method=MINRES on an operator with symmetric=False gives a wrong answer; declare it symmetric, or take "
+            "GMRES"
+        )
+    return method
+
+
+def _name(method: Method) -> str:
+    fields = sorted(field.name for field in dataclasses.fields(method))
+    settings = ", ".join(f"{f}={getattr(method, f)}" for f in fields if getattr(method, f) is not None)
+    return f"{type(method).__name__}({settings})"
+
+
+def _solve(
+    operator: Operator, matvec: _Flat, right: _Flat | None, left: _Flat | None, b: Array, method: Method, fill: float
+) -> tuple[Array, SolveStats]:
+    """The pipeline on flat vectors; ``operator`` is read for its flags alone."""
+    size, eps = b.size, jnp.finfo(b.dtype).eps
+    zero = jnp.zeros((), b.dtype)
+    if size == 0:
+        ended = jnp.asarray(int(Status.CONVERGED), jnp.int32)
+        return b, SolveStats(ended, zero, jnp.zeros((), jnp.int32), zero, _name(method))
+    off_right = right or (lambda v: v)
+    off_left = left or (lambda v: v)
+
+    def apply(v: Array) -> Array:
+        return off_left(matvec(off_right(v)))
+
+    whole = norm(b)
+    unit = b / jnp.where(whole > 0, whole, 1)
+    # Twice, because the first pass leaves round-off of all of b, which is much where b lies mostly in the null space.
+    kept = unit if left is None else off_left(off_left(unit))
+    length = norm(kept)
+    dropped = zero if left is None else norm(unit - kept)
+    # What is left of a right-hand side in the null space is round-off, and its solution would be noise.
+    length = jnp.where(length <= 8 * eps, 0, length)
+    kept = jnp.where(length == 0, 0, kept / jnp.where(length == 0, 1, length))
+
+    x, residual, applications, ended = _refine(method, operator, apply, matvec, off_right, right, left, kept)
+
+    finite = jnp.isfinite(residual) & jnp.all(jnp.isfinite(x)) & (ended != Status.NOT_FINITE)
+    needed = finite & (residual > method.rtol)
+    round_off, extra = _at_round_off(matvec, off_right, x, residual, needed)
+    good = jnp.where(dropped > jnp.sqrt(eps), int(Status.NULL_COMPONENT_DROPPED), int(Status.CONVERGED))
+    status = jnp.where(round_off, int(Status.ROUND_OFF_LIMITED), ended)
+    status = jnp.where(residual <= method.rtol, good, status)
+    status = jnp.where(ended == Status.INDEFINITE, int(Status.INDEFINITE), status)
+    status = jnp.where(finite, status, int(Status.NOT_FINITE)).astype(jnp.int32)
+    x = jnp.where(finite, x * length * whole, fill)
+    return x, SolveStats(status, residual, applications + extra, dropped, _name(method))
+
+
+def _at_round_off(matvec: _Flat, off_right: _Flat, x: Array, residual: Array, needed: Array) -> tuple[Array, Array]:
+    """Whether the normwise backward error |r| / (|A| |x| + |b|) is round-off (|b| = 1), and the applications it took.
+
+    |A| from below, by six power steps, so the test errs on the strict side. The residual must be under sqrt(eps)
+    too: along a null direction that nobody declared |x| grows without bound, and the backward error of that noise
+    looks perfect.
+    """
+    eps = jnp.finfo(x.dtype).eps
+    steps = jnp.where(needed & (residual < jnp.sqrt(eps)), 6, 0).astype(jnp.int32)
+
+    def body(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        v, size, k = state
+        w = matvec(off_right(v))
+        length = norm(w)
+        return _krylov.safe_divide(w, length), jnp.maximum(size, length), k + 1
+
+    start = jax.random.normal(jax.random.key(0), x.shape, x.dtype)
+    start = off_right(start)
+    start = _krylov.safe_divide(start, norm(start))
+    _, size, _ = lax.while_loop(lambda state: state[2] < steps, body, (start, jnp.zeros_like(residual), jnp.int32(0)))
+    return (steps > 0) & (residual <= 16 * eps * (size * norm(x) + 1)), steps
+
+
+def _refine(
+    method: Method,
+    operator: Operator,
+    apply: _Flat,
+    matvec: _Flat,
+    off_right: _Flat,
+    right: _Flat | None,
+    left: _Flat | None,
+    b: Array,
+) -> tuple[Array, Array, Array, Array]:
+    """Solve, recompute the residual from the operator, solve for it again while that helps.
+
+    A round of GMRES is one cycle, so its restarts are these rounds, without a bound; the others get three more.
+    """
+    eps = jnp.finfo(b.dtype).eps
+    limit = jnp.int32(2**31 - 1)
+    if not isinstance(method, Direct | Auto):
+        limit = jnp.int32(method.max_iterations or max(1000, 10 * b.size))
+    inner, setup = _inner(method, operator, apply, right, left, b)
+    # A cycle that gains less than a thousandth would need thousands more; a repeated solve should gain digits.
+    rounds, gain = (2**31 - 1, 0.999) if isinstance(method, GMRES) else (4, 0.5)
+
+    def going(state: tuple[Array, ...]) -> Array:
+        _, _, size, k, turn, more, _ = state
+        return more & (size > method.rtol) & (turn < rounds) & (k < limit)
+
+    def body(state: tuple[Array, ...]) -> tuple[Array, ...]:
+        x, r, size, k, turn, _, _ = state
+        unit = jnp.where(size > 0, size, 1)
+        # A little under the target, so that drift of the recursion does not cost another round.
+        tol = jnp.clip(0.9 * method.rtol / unit, eps, 0.9)
+        step, used, ended = inner((r if left is None else left(r)) / unit, tol, limit - k)
+        x_new = off_right(x + size * step)
+        # With the plain operator: an answer that the projectors do not fit shows here.
+        r_new = b - matvec(x_new)
+        size_new = norm(r_new)
+        better = size_new < size
+        more = better & (size_new < gain * size) & (ended != Status.INDEFINITE)
+        ended = jnp.where(jnp.isfinite(size_new), ended, int(Status.NOT_FINITE))
+        x, r, size = jnp.where(better, x_new, x), jnp.where(better, r_new, r), jnp.where(better, size_new, size)
+        return x, r, size, k + used + 1, turn + 1, more, ended
+
+    start = (jnp.zeros_like(b), b, norm(b), jnp.int32(0), jnp.int32(0), jnp.asarray(True), jnp.int32(0))
+    x, _, size, k, _, _, ended = lax.while_loop(going, body, start)
+    late = jnp.where(k >= limit, int(Status.MAX_STEPS_REACHED), int(Status.STAGNATED))
+    return x, size, k + setup, jnp.where(ended == Status.CONVERGED, late, ended)
+
+
+def _inner(
+    method: Method, operator: Operator, apply: _Flat, right: _Flat | None, left: _Flat | None, b: Array
+) -> tuple[Callable[[Array, Array, Array], Result], int]:
+    """The solver of one round, ``(r, tol, limit) -> (x, applications, status)``, and the applications to set it up."""
+    match method:
+        case CG():
+            return lambda r, tol, limit: _krylov.cg(apply, r, tol, limit), 0
+        case MINRES():
+            return lambda r, tol, limit: _krylov.minres(apply, r, tol, limit), 0
+        case BiCGSTAB():
+            return lambda r, tol, limit: _krylov.bicgstab(apply, r, tol, limit), 0
+        case GMRES(restart=restart):
+            return lambda r, tol, limit: _krylov.gmres_cycle(apply, r, tol, limit, restart), 0
+        case _:
+            factored = _factor(operator, apply, right, left, b)
+            return lambda r, tol, limit: factored(r), b.size
+
+
+def _factor(
+    operator: Operator, apply: _Flat, right: _Flat | None, left: _Flat | None, b: Array
+) -> Callable[[Array], Result]:
+    """A dense factorisation of the operator on its range: r -> (x, 0 applications, status)."""
+    n, eps = b.size, jnp.finfo(b.dtype).eps
+    # Columns in chunks: all at once, the intermediate arrays of a Hessian product would come n times over.
+    matrix = lax.map(apply, jnp.eye(n, dtype=b.dtype), batch_size=min(n, 32)).T
+    if right is not left:
+        return _pseudo_inverse(matrix, eps)
+    largest = jnp.max(jnp.abs(matrix))
+    if right is not None:
+        projector = lax.map(right, jnp.eye(n, dtype=b.dtype), batch_size=min(n, 32)).T
+        matrix = matrix + jnp.where(largest > 0, largest, 1) * (jnp.eye(n, dtype=b.dtype) - projector)
+    none, fine = jnp.int32(0), jnp.int32(Status.CONVERGED)
+
+    if not operator.positive_semidefinite:
+        lu = jsl.lu_factor(matrix)
+        regular = jnp.all(jnp.isfinite(lu[0])) & jnp.all(jnp.diagonal(lu[0]) != 0)
+        # A zero pivot is a null direction nobody declared; not-finite numbers that went in come out as they are.
+        singular = jnp.where(jnp.all(jnp.isfinite(matrix)), int(Status.STAGNATED), int(Status.NOT_FINITE))
+
+        def by_lu(r: Array) -> Result:
+            return jnp.where(regular, jsl.lu_solve(lu, r), 0), none, jnp.where(regular, fine, singular)
+
+        return by_lu
+
+    lower = jnp.linalg.cholesky(matrix)
+    # Cholesky fails on a negative direction and, by round-off, on a null one that nobody declared. Raised by the
+    # round-off of the factorisation it fails on the first alone.
+    raised = n * eps * largest
+    failed = ~jnp.all(jnp.isfinite(lower))
+    lower = lax.cond(failed, lambda: jnp.linalg.cholesky(matrix + raised * jnp.eye(n, dtype=b.dtype)), lambda: lower)
+    definite = jnp.all(jnp.isfinite(lower))
+    negative = jnp.where(jnp.all(jnp.isfinite(matrix)), int(Status.INDEFINITE), int(Status.NOT_FINITE))
+
+    def by_cholesky(r: Array) -> Result:
+        x = jsl.cho_solve((lower, True), r)
+        return jnp.where(definite, x, 0), none, jnp.where(definite, fine, negative)
+
+    return by_cholesky
+
+
+def _pseudo_inverse(matrix: Array, eps: Any) -> Callable[[Array], Result]:
+    """Least squares by singular values, for an operator whose left and right null space differ."""
+    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
+    inverse = jnp.where(s > matrix.shape[0] * eps * s[0], 1 / jnp.where(s == 0, 1, s), 0)
+    ended = jnp.where(jnp.all(jnp.isfinite(s)), int(Status.CONVERGED), int(Status.NOT_FINITE)).astype(jnp.int32)
+    return lambda r: (dot(inverse * dot(r, u), vt), jnp.int32(0), ended)
