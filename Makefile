@@ -1,0 +1,103 @@
+# Everything runs in .venv, which the first command makes and installs into; later ones find it there and install nothing.
+
+PYTHON ?= python3
+ARGS ?=
+# The two Pythons that constraints.txt is made with: the oldest supported, then one that gets the newest jax.
+PYTHONS ?= python3.11 python3.12
+
+version := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null)
+bin := .venv/bin
+# Named by the Python that made .venv: another PYTHON finds no such file and makes .venv anew.
+made := .venv/made-by-python-$(version)
+installed := .venv/installed-test
+installed_dev := .venv/installed-dev
+install := $(bin)/python -m pip install -qq --no-input --disable-pip-version-check -c constraints.txt
+scratch := build/notebooks
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test lint notebooks check constraints clean
+
+help:
+	@echo 'make demo         the sensitivity of a packing to the size of half its particles: demo/demo.png'
+	@echo 'make test         the tests; some of them: make test ARGS="-k name"'
+	@echo 'make lint         ruff check, ruff format --check, pyright'
+	@echo 'make notebooks    run every notebook, on copies in $(scratch)'
+	@echo 'make check        test, lint and notebooks: what CI runs'
+	@echo 'make constraints  constraints.txt anew, from what pip resolves today for: $(PYTHONS)'
+	@echo 'make clean        remove .venv and all that was built or run'
+	@echo
+	@echo 'Another Python: make test PYTHON=python3.12 (now $(PYTHON), $(or $(version),which is not to be found); 3.11 or later is needed).'
+
+demo: $(installed)
+	@mkdir -p demo
+	$(bin)/mdsens sensitivity seed_packing_2d --wrt "sigma[1]" --plot demo/demo.png --out demo/demo.npz $(ARGS)
+
+test: $(installed)
+	$(bin)/python -m pytest $(ARGS)
+
+lint: $(installed_dev)
+	$(bin)/ruff check
+	$(bin)/ruff format --check
+	$(bin)/pyright --warnings
+
+# On copies, in a folder of their own: a notebook must neither need this checkout around it nor leave anything in it.
+notebooks: $(installed)
+	@rm -rf $(scratch) && mkdir -p $(scratch)
+	@failed=; \
+	for notebook in notebooks/*.ipynb; do \
+	  [ -e "$$notebook" ] || { echo 'notebooks: there is none to run'; break; }; \
+	  began=$$(date +%s); cp "$$notebook" $(scratch)/; \
+	  echo "$$notebook ..."; \
+	  $(bin)/jupyter execute --inplace --kernel_name=python3 --timeout=300 --log-level=WARN "$(scratch)/$${notebook##*/}" \
+	    && echo "$$notebook: ran in $$(( $$(date +%s) - began )) s" || failed="$$failed $$notebook"; \
+	done; \
+	[ -z "$$failed" ] || { echo "notebooks: failed:$$failed" >&2; exit 1; }
+
+check: test lint notebooks
+
+$(made):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo 'mdsens needs Python 3.11 or later, and PYTHON=$(PYTHON) is $(or $(version),not to be found).' >&2; \
+	  echo 'Name one that is, for example: make $(MAKECMDGOALS) PYTHON=python3.11' >&2; \
+	  exit 1; }
+	@rm -rf .venv
+	@$(PYTHON) -m venv .venv
+	@touch $@
+
+$(installed): $(made) pyproject.toml constraints.txt
+	@echo 'Installing mdsens and what its tests need into .venv (Python $(version)), about a minute ...'
+	@$(install) -e '.[test]'
+	@touch $@
+
+$(installed_dev): $(installed)
+	@echo 'Installing ruff and pyright into .venv ...'
+	@$(install) -e '.[dev]'
+	@touch $@
+
+# One fresh environment for each of PYTHONS. A package that both get at the same version has one line; where they differ,
+# the first one's version is for Python 3.11, the second one's for 3.12 and later.
+constraints:
+	@set -e; work=$$(mktemp -d); trap 'rm -rf "$$work"' EXIT; \
+	for python in $(PYTHONS); do \
+	  echo "Resolving for $$python, about a minute ..."; \
+	  rm -rf "$$work/venv"; $$python -m venv "$$work/venv"; \
+	  "$$work/venv/bin/python" -m pip install -qq --no-input '.[dev]'; \
+	  "$$work/venv/bin/python" -m pip freeze --exclude mdsens \
+	    > "$$work/$${python##*/}.txt"; \
+	done; \
+	sed -n '/^#/!q;p' constraints.txt > "$$work/constraints.txt"; \
+	awk -F== ' \
+	  NR == FNR { first[$$1] = $$2; next } \
+	  { second[$$1] = $$2 } \
+	  END { \
+	    for (name in first) \
+	      if (!(name in second) || first[name] == second[name]) print name "==" first[name]; \
+	      else print name "==" first[name] "; python_version < \"3.12\"\n" name "==" second[name] "; python_version >= \"3.12\""; \
+	    for (name in second) if (!(name in first)) print name "==" second[name] \
+	  }' $(foreach python,$(PYTHONS),"$$work/$(notdir $(python)).txt") | LC_ALL=C sort -f >> "$$work/constraints.txt"; \
+	cp "$$work/constraints.txt" constraints.txt
+
+clean:
+	rm -rf .venv build dist demo .pytest_cache .hypothesis .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
