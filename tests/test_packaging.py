@@ -1,0 +1,156 @@
+"""What a user installs: the wheel holds the systems, the package finds them there, and importing it is cheap."""
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+SYSTEMS = ROOT / "systems"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS_INSTALLED_BY_MAKE = ("test", "dev")
+
+# jax_md takes seconds to import and starts the backend; the other two are slow and belong to the edges.
+HEAVY = ("jax_md", "ase", "matplotlib")
+REPORT = f"""
+import json, sys
+import mdsens
+bridge = sys.modules.get("jax._src.xla_bridge")
+print(json.dumps({{
+    "file": mdsens.__file__,
+    "version": mdsens.__version__,
+    "heavy": [name for name in {HEAVY} if name in sys.modules],
+    "backend": bridge is not None and bridge.backends_are_initialized(),
+}}))
+"""
+
+
+def run(*command: str | Path, **environment: str) -> str:
+    """The standard output of a command, away from the checkout; what it says on failure is in the assertion."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=environment.get("PYTHONPATH", ROOT),
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "pip", "wheel", "-qq", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, ROOT)
+    (built,) = folder.glob("mdsens-*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel's content alone; as PYTHONPATH it comes before the checkout of an editable install."""
+    folder = tmp_path_factory.mktemp("installed")
+    run(sys.executable, "-m", "pip", "install", "-qq", "--no-deps", "--target", folder, wheel)
+    return folder
+
+
+def last_json(output: str) -> Any:
+    return json.loads(output.splitlines()[-1])
+
+
+def test_wheel_holds_every_file_of_the_systems_and_nothing_of_the_checkout(wheel: Path):
+    names = zipfile.ZipFile(wheel).namelist()
+    tracked = run("git", "ls-files", "systems").split() if (ROOT / ".git").exists() else []
+    wanted = {name.replace("systems/", "mdsens/_systems/", 1) for name in tracked}
+    assert any(name.startswith("mdsens/_systems/") and name.endswith(".toml") for name in names)
+    assert wanted <= set(names)
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"mdsens", f"mdsens-{PROJECT['version']}.dist-info"}
+
+
+def test_installed_package_finds_the_bundled_systems(installed: Path):
+    listing = "import json, mdsens.io; print(json.dumps([mdsens.io.__file__, sorted(mdsens.io.bundled_systems())]))"
+    file, names = last_json(run(sys.executable, "-c", listing, PYTHONPATH=str(installed)))
+    assert Path(file).is_relative_to(installed)
+    assert names == sorted(path.stem for path in SYSTEMS.rglob("*.toml"))
+    assert "seed_packing_2d" in names
+
+
+def test_import_is_cheap_and_starts_no_backend(installed: Path):
+    report = last_json(run(sys.executable, "-c", REPORT, PYTHONPATH=str(installed)))
+    assert Path(report["file"]).is_relative_to(installed)
+    assert report["version"] == PROJECT["version"]
+    assert report["heavy"] == []
+    assert not report["backend"]
+
+
+def test_help_is_cheap_and_starts_no_backend(installed: Path):
+    after_help = f"""
+import sys
+from mdsens.cli import main
+sys.argv = ["mdsens", "--help"]
+try:
+    code = main()
+except SystemExit as stop:
+    code = stop.code
+assert not code, code
+{REPORT}"""
+    report = last_json(run(sys.executable, "-c", after_help, PYTHONPATH=str(installed)))
+    assert report["heavy"] == []
+    assert not report["backend"]
+
+
+def test_command_is_installed(installed: Path):
+    assert "usage: mdsens" in run(installed / "bin" / "mdsens", "--help", PYTHONPATH=str(installed))
+
+
+def pinned_versions(python: str) -> dict[str, str]:
+    """Package -> version in constraints.txt for a Python."""
+    lines = (line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines())
+    pins = [Requirement(line) for line in lines if line]
+    chosen = [pin for pin in pins if pin.marker is None or pin.marker.evaluate({"python_version": python})]
+    versions = {str(canonicalize_name(pin.name)): str(pin.specifier).removeprefix("==") for pin in chosen}
+    assert len(versions) == len(chosen), "a package is pinned twice"
+    return versions
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_every_requirement_is_met_by_a_tested_version(python: str):
+    versions = pinned_versions(python)
+    extras = [line for extra in EXTRAS_INSTALLED_BY_MAKE for line in PROJECT["optional-dependencies"][extra]]
+    requirements = [Requirement(line) for line in PROJECT["dependencies"] + extras]
+    unmet = [
+        str(requirement)
+        for requirement in requirements
+        if requirement.name != PROJECT["name"]
+        and not requirement.specifier.contains(versions.get(canonicalize_name(requirement.name), "0"))
+    ]
+    assert unmet == []
+
+
+@pytest.mark.parametrize("package", ["jax", "jaxlib"])
+@pytest.mark.parametrize("version", ["0.10.2", "0.11.0", "0.11.1"])
+def test_miscompiling_versions_are_excluded(package: str, version: str):
+    (requirement,) = (r for r in map(Requirement, PROJECT["dependencies"]) if r.name == package)
+    assert not requirement.specifier.contains(version)
+
+
+def test_make_refuses_an_old_python_with_the_remedy(tmp_path: Path):
+    # On a copy: what is under test removes .venv where it does not refuse.
+    (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
+    old = tmp_path / "old-python"
+    old.write_text("#!/bin/sh\necho 3.10.13\nexit 1\n")
+    old.chmod(0o755)
+    done = subprocess.run(["make", "test", f"PYTHON={old}"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "needs Python 3.11 or later" in done.stderr and "3.10.13" in done.stderr
+    assert "make test PYTHON=python3.11" in done.stderr
+    assert not (tmp_path / ".venv").exists()
