@@ -1,0 +1,193 @@
+"""Who carries force: contacts, rattlers, clusters, coordination, and the next breakpoint of each pair.
+
+A contact is a pair whose force is above 10 times the largest net force on a particle: below that it cannot be told from
+round-off. A rattler has fewer than d + 1 contacts; its contacts are deleted, and so on until none is left. For laws that
+attract, contacts do not count: there a rattler is a particle that no pair holds with any stiffness.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mdsens.potentials import PairTerm
+from mdsens.system import System, box_at, pair_distances, pair_terms, potential_energy
+
+__all__ = ["Crossing", "Network", "backbone", "coordination", "first_crossing", "network", "pair_forces"]
+
+FORCE_MARGIN = 10.0  # contacts carry this many times the largest net force
+STIFFNESS_FLOOR = 1e-12  # of the stiffest pair; below it a pair holds nothing
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """The mechanical network of a relaxed configuration.
+
+    Attributes:
+      rattlers: (n,) True where the particle is not part of the network.
+      contacts: (n,) number of contacts of each particle within the network.
+      labels: (n,) the cluster a particle belongs to, named by its lowest index; a rattler is its own.
+      mean_force: mean force of the contacts, 0 where there is none.
+      pairs: number of contacts in all.
+    """
+
+    rattlers: jax.Array
+    contacts: jax.Array
+    labels: jax.Array
+    mean_force: jax.Array
+    pairs: jax.Array
+
+
+def pair_forces(term: PairTerm, distances: jax.Array) -> jax.Array:
+    """-phi'(r) of each pair (m,), positive in repulsion."""
+    return -jax.grad(lambda r: jnp.sum(term.energy(r)))(distances)
+
+
+def _stiffness(term: PairTerm, r: jax.Array) -> jax.Array:
+    """|phi''| + |phi'| / r of each pair: what it can hold a particle with."""
+    slope = jax.grad(lambda s: jnp.sum(term.energy(s)))
+    first, second = jax.jvp(slope, (r,), (jnp.ones_like(r),))
+    return jnp.abs(second) + jnp.abs(first) / r
+
+
+def _touches(i: jax.Array, j: jax.Array, active: jax.Array, n: int) -> jax.Array:
+    count = jnp.zeros(n, jnp.int32)
+    return count.at[i].add(active.astype(jnp.int32)).at[j].add(active.astype(jnp.int32))
+
+
+def _clusters(i: jax.Array, j: jax.Array, active: jax.Array, n: int) -> jax.Array:
+    """Lowest index in each particle's connected cluster, by passing labels over active pairs and jumping pointers."""
+
+    def spread(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        labels, _ = carry
+        low = jnp.where(active, jnp.minimum(labels[i], labels[j]), n)
+        new = labels.at[i].min(low).at[j].min(low)
+        new = jnp.minimum(new, new[new])
+        return new, jnp.any(new != labels)
+
+    start = (jnp.arange(n), jnp.ones((), bool))
+    return jax.lax.while_loop(lambda carry: carry[1], spread, start)[0]
+
+
+def network(system: System, max_force: jax.Array | float) -> Network:
+    """Contacts, rattlers and clusters of a relaxed configuration.
+
+    Args:
+      system: relaxed, with a complete neighbour list.
+      max_force: the largest net force left on a particle.
+
+    Returns:
+      a :class:`Network`. Traceable; nothing of it is differentiated.
+    """
+    system = jax.lax.stop_gradient(system)
+    n, law = system.n, system.potential
+    if not law.pairwise:  # nothing is known about who holds whom
+        zeros = jnp.zeros(n, jnp.int32)
+        zero = jnp.zeros((), system.positions.dtype)
+        return Network(jnp.zeros(n, bool), zeros, zeros, zero, jnp.zeros((), jnp.int32))
+    terms = pair_terms(system)
+    box = system.box
+    distances = [pair_distances(t, system.positions, box) for t in terms]
+    forces = [pair_forces(t, r) for t, r in zip(terms, distances, strict=True)]
+    if law.repulsive:  # every term runs over the same list
+        i, j, total = terms[0].i, terms[0].j, sum(forces[1:], forces[0])
+        touching = jnp.abs(total) > FORCE_MARGIN * max_force
+        least = system.dimension + 1
+    else:
+        i, j = jnp.concatenate([t.i for t in terms]), jnp.concatenate([t.j for t in terms])
+        stiffness = jnp.concatenate([_stiffness(t, r) for t, r in zip(terms, distances, strict=True)])
+        total = jnp.concatenate(forces)
+        touching = stiffness > STIFFNESS_FLOOR * jnp.max(stiffness, initial=0.0)
+        least = 1
+
+    def prune(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        active, _ = carry
+        loose = _touches(i, j, active, n) < least
+        left = active & ~loose[i] & ~loose[j]
+        return left, jnp.any(left != active)
+
+    active, _ = jax.lax.while_loop(lambda carry: carry[1], prune, (touching, jnp.ones((), bool)))
+    contacts = _touches(i, j, active, n)
+    pairs = jnp.sum(active)
+    mean = jnp.sum(jnp.where(active, jnp.abs(total), 0.0)) / jnp.maximum(pairs, 1)
+    return Network(contacts == 0, contacts, _clusters(i, j, active, n), mean, pairs)
+
+
+def backbone(system: System, net: Network) -> System:
+    """The system without its rattlers' contacts: their pairs are taken off the list.
+
+    Slicing their rows out of the Hessian instead would leave springs that pin the neighbours.
+    """
+    if not system.potential.repulsive:
+        return system  # a rattler of an attractive law has no stiffness to delete
+    pairs = system.neighbours.pairs
+    i, j = jnp.minimum(pairs[0], system.n - 1), jnp.minimum(pairs[1], system.n - 1)
+    loose = net.rattlers[i] | net.rattlers[j]
+    kept = jnp.where(loose, system.n, pairs)
+    return system.replace(neighbours=dataclasses.replace(system.neighbours, pairs=kept))
+
+
+def coordination(system: System, net: Network | None = None) -> jax.Array:
+    """Mean number of contacts of a particle that is no rattler, z = 2 N_c / (n - n_rattlers); 0 where there is none.
+
+    Contacts are counted against the largest net force in the system as it is, so it means something at a minimum alone.
+    """
+    if net is None:
+        slope = jax.grad(lambda R: potential_energy(system, R))(system.positions)
+        net = network(system, jnp.sqrt(jnp.max(jnp.sum(slope**2, axis=-1))))
+    return 2.0 * net.pairs / jnp.maximum(jnp.sum(~net.rattlers), 1)
+
+
+class Crossing(NamedTuple):
+    """Where a pair first meets a breakpoint of its law along a path.
+
+    Attributes:
+      forward: the smallest t > 0, to first order; inf where no pair crosses.
+      backward: the smallest -t > 0.
+      forward_pair, backward_pair: (2,) the particles of that pair.
+    """
+
+    forward: jax.Array
+    backward: jax.Array
+    forward_pair: jax.Array
+    backward_pair: jax.Array
+
+
+def first_crossing(
+    system: System, velocity: jax.Array, dparams: Mapping[str, Any], rattlers: jax.Array | None = None
+) -> Crossing:
+    """The first breakpoint (contact, onset, cutoff) that a pair crosses along params + t dparams, to first order.
+
+    t = -(r - b) / d(r - b)/dt, over all pairs and breakpoints b.
+
+    Args:
+      system: relaxed; its list must reach beyond the breakpoints, as minimised systems' lists do.
+      velocity: (n, d) derivative of the positions along the path.
+      dparams: the direction, a full dict of parameters.
+      rattlers: (n,) particles whose pairs are left out.
+    """
+
+    def gaps(positions: jax.Array, params: Any) -> list[jax.Array]:
+        box = box_at(system, params)
+        return [t.lengths() - pair_distances(t, positions, box) for t in pair_terms(system, params)]
+
+    now, rates = jax.jvp(gaps, (system.positions, dict(system.params)), (velocity, dict(dparams)))
+    times, firsts, seconds = [], [], []
+    for term, gap, rate in zip(pair_terms(system), now, rates, strict=True):
+        real = term.mask if rattlers is None else term.mask & ~rattlers[term.i] & ~rattlers[term.j]
+        t = jnp.where(real & (rate != 0), -gap / jnp.where(rate == 0, 1.0, rate), jnp.inf)
+        times.append(t.ravel())
+        firsts.append(jnp.broadcast_to(term.i, gap.shape).ravel())
+        seconds.append(jnp.broadcast_to(term.j, gap.shape).ravel())
+    t = jnp.concatenate([*times, jnp.full(1, jnp.inf)])
+    pairs = jnp.stack(
+        [jnp.concatenate([*firsts, jnp.full(1, -1)]), jnp.concatenate([*seconds, jnp.full(1, -1)])], axis=1
+    )
+    ahead, behind = jnp.where(t >= 0, t, jnp.inf), jnp.where(t <= 0, -t, jnp.inf)
+    a, b = jnp.argmin(ahead), jnp.argmin(behind)
+    return Crossing(ahead[a], jnp.abs(behind[b]), pairs[a], pairs[b])

@@ -1,0 +1,135 @@
+"""What became of a computation: an integer that jit can carry, a sentence that a person can act on, and the errors."""
+
+from __future__ import annotations
+
+import dataclasses
+from enum import IntEnum
+from typing import Any
+
+import jax
+
+__all__ = [
+    "ConvergenceError",
+    "InputError",
+    "MdsensError",
+    "PrecisionError",
+    "SolveStats",
+    "Status",
+    "TooLargeError",
+    "UnsupportedVersionError",
+    "raise_for_status",
+]
+
+
+class Status(IntEnum):
+    """The outcome of a relaxation or a solve: each member is a sentence that names the cause and what to do.
+
+    Members up to ``NULL_COMPONENT_DROPPED`` are good: the number beside them can be used. Inside ``jit`` a status is
+    an int32 array; ``Status(int(value))`` turns it back into a member.
+    """
+
+    sentence: str
+
+    def __new__(cls, value: int, sentence: str) -> Status:
+        member = int.__new__(cls, value)
+        member._value_ = value
+        member.sentence = sentence
+        return member
+
+    CONVERGED = 0, "converged to the tolerance"
+    ROUND_OFF_LIMITED = (
+        1,
+        "the residual stands at round-off, above the tolerance asked for; the answer is as good as this precision allows",
+    )
+    NULL_COMPONENT_DROPPED = (
+        2,
+        "converged; the part of the right-hand side in the null space (translations, rattlers, rotations of a free "
+        "cluster) has no answer and was dropped",
+    )
+    MAX_STEPS_REACHED = 10, "the step limit came before the tolerance; raise max_steps or loosen the tolerance"
+    STAGNATED = (
+        11,
+        "the residual stopped falling above the tolerance; try a longer restart, another solver (Direct where it fits), "
+        "or check that the null space is complete",
+    )
+    BREAKDOWN = 12, "the recurrence broke down (division by zero); use GMRES or Direct"
+    INDEFINITE = (
+        13,
+        "the operator has a direction of negative curvature, so this is a saddle and no minimum; perturb the "
+        "configuration and minimise again",
+    )
+    NOT_FINITE = 14, "a value was not finite; look for overlapping particles, a step that is too long, or bad parameters"
+    NEIGHBOURS_OVERFLOWED = (
+        15,
+        "the neighbour list was too short for this configuration, so pairs were lost; allocate it again outside of jit "
+        "(system.reallocate()) or start from ms.minimize",
+    )
+    UNJAMMED = (
+        16,
+        "no contact carries force, so there is nothing to differentiate; raise the packing fraction or pressure",
+    )
+    NOT_CONVERGED = (
+        17,
+        "the configuration is no minimum: its largest force is above the tolerance; minimise further first",
+    )
+
+    @property
+    def good(self) -> bool:
+        """True where the number beside this status can be used."""
+        return self.value <= Status.NULL_COMPONENT_DROPPED.value
+
+
+class MdsensError(Exception):
+    """Base of every error that mdsens raises on purpose."""
+
+
+class InputError(MdsensError, ValueError):
+    """Bad input: the message names the field, the value and the remedy."""
+
+
+class PrecisionError(InputError):
+    """The tolerance asked for is out of reach at this floating-point precision."""
+
+
+class TooLargeError(MdsensError, MemoryError):
+    """The result would not fit in memory; the message gives the size."""
+
+
+class UnsupportedVersionError(MdsensError, ImportError):
+    """A dependency is installed in a version known to give wrong numbers."""
+
+
+class ConvergenceError(MdsensError, RuntimeError):
+    """A computation ended without a usable number; ``status`` says how, ``result`` holds what there is."""
+
+    def __init__(self, message: str, status: Status, result: Any = None):
+        super().__init__(message)
+        self.status = status
+        self.result = result
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SolveStats:
+    """The evidence beside a solution.
+
+    Attributes:
+      status: a :class:`Status` as an int32 array (so that jit and vmap carry it).
+      residual: norm of ``b - A x``, recomputed from the operator, relative to the norm of ``b`` (both projected off
+        the null space); for a relaxation, the largest force on a particle.
+      iterations: operator applications in the solve, or steps of a relaxation.
+      dropped: norm of the part of ``b`` in the left null space relative to the norm of ``b``.
+      solver: the name of the method that ran, with its settings.
+    """
+
+    status: jax.Array
+    residual: jax.Array
+    iterations: jax.Array
+    dropped: jax.Array
+    solver: str = dataclasses.field(default="", metadata={"static": True})
+
+
+def raise_for_status(status: Status, what: str, result: Any = None) -> None:
+    """Raise :class:`ConvergenceError` where ``status`` is not good. Called on the host alone."""
+    if not status.good:
+        raise ConvergenceError(f"{what}: {status.sentence}.", status, result)

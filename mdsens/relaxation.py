@@ -1,0 +1,445 @@
+"""Relaxing a system to a minimum: jax-md's minimisers inside a loop that owns the neighbour list, the tolerance and the status."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mdsens import neighbours
+from mdsens.implicit.status import (
+    ConvergenceError,
+    InputError,
+    PrecisionError,
+    SolveStats,
+    Status,
+    raise_for_status,
+)
+from mdsens.neighbours import Neighbours
+from mdsens.stationarity import Unknowns, gradient, largest_force, max_force
+from mdsens.system import System, box_at, pair_distances, pair_terms, stack, unstack
+
+__all__ = ["Equilibrium", "Fire", "GradientDescent", "minimize", "relax"]
+
+Params = Mapping[str, Any]
+STEPS_PER_CALL = 500  # between two looks of the host: progress, reallocation, interrupts
+
+
+@dataclasses.dataclass(frozen=True)
+class Fire:
+    """jax-md's FIRE (Bitzek et al., Phys. Rev. Lett. 97, 170201, 2006), each particle's step limited to ``max_step``.
+
+    Attributes:
+      dt_start, dt_max: time step at the start and at most, in units of sqrt(mass length^2 / energy) with mass 1. Lower
+        dt_max where the force constants are far above 1.
+      max_step: the longest move of a particle in one step, as a fraction of the interaction range; it tames the first
+        steps from overlapping starts.
+      n_min, f_inc, f_dec, alpha_start, f_alpha: as in the paper.
+    """
+
+    dt_start: float = 0.1
+    dt_max: float = 0.4
+    max_step: float = 0.1
+    n_min: int = 5
+    f_inc: float = 1.1
+    f_dec: float = 0.5
+    alpha_start: float = 0.1
+    f_alpha: float = 0.99
+
+    def __post_init__(self) -> None:
+        for name in ("dt_start", "dt_max", "max_step"):
+            if not 0 < getattr(self, name) < np.inf:
+                raise InputError(f"Fire({name}={getattr(self, name)}): give a positive number.")
+
+    def minimizer(self, forces: Any, shift: Any) -> tuple[Any, Any]:
+        """jax-md's pair of functions (init, apply)."""
+        from jax_md import minimize as jax_md_minimize
+
+        return jax_md_minimize.fire_descent(
+            forces,
+            shift,
+            dt_start=self.dt_start,
+            dt_max=self.dt_max,
+            n_min=self.n_min,
+            f_inc=self.f_inc,
+            f_dec=self.f_dec,
+            alpha_start=self.alpha_start,
+            f_alpha=self.f_alpha,
+        )
+
+    def start(self, init: Any, positions: jax.Array, pairs: Neighbours) -> Any:
+        """The minimiser's first state; jax-md keeps the step size in float16 where it fits, which a loop cannot carry."""
+        state = init(positions, pairs=pairs)
+        return dataclasses.replace(
+            state, dt=jnp.asarray(self.dt_start, positions.dtype), alpha=jnp.asarray(self.alpha_start, positions.dtype)
+        )
+
+    @staticmethod
+    def positions(state: Any) -> jax.Array:
+        return state.position
+
+    @staticmethod
+    def with_forces(state: Any, forces: jax.Array) -> Any:
+        return dataclasses.replace(state, force=forces)
+
+    @staticmethod
+    def forces(state: Any) -> jax.Array:
+        return state.force
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientDescent:
+    """jax-md's gradient descent: slow; here to show that the derivative does not care which solver found the minimum.
+
+    Attributes:
+      step_size: length of a step a unit of force; below 2 / (largest stiffness) or it diverges.
+      max_step: as in :class:`Fire`.
+    """
+
+    step_size: float = 0.1
+    max_step: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("step_size", "max_step"):
+            if not 0 < getattr(self, name) < np.inf:
+                raise InputError(f"GradientDescent({name}={getattr(self, name)}): give a positive number.")
+
+    def minimizer(self, forces: Any, shift: Any) -> tuple[Any, Any]:
+        """A pair of functions (init, apply) on the state (positions, forces)."""
+        from jax_md import minimize as jax_md_minimize
+
+        init, apply = jax_md_minimize.gradient_descent(lambda R, held, **_: held, shift, self.step_size)
+
+        def step(state: Any, pairs: Neighbours) -> Any:
+            moved = apply(state[0], held=state[1])
+            return moved, forces(moved, pairs=pairs)
+
+        return (lambda R, pairs: (init(R), forces(R, pairs=pairs))), step
+
+    @staticmethod
+    def start(init: Any, positions: jax.Array, pairs: Neighbours) -> Any:
+        return init(positions, pairs)
+
+    @staticmethod
+    def positions(state: Any) -> jax.Array:
+        return state[0]
+
+    @staticmethod
+    def with_forces(state: Any, forces: jax.Array) -> Any:
+        return state[0], forces
+
+    @staticmethod
+    def forces(state: Any) -> jax.Array:
+        return state[1]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Equilibrium:
+    """A relaxed system with the evidence. Frozen, and a pytree; of a batch, every array has a leading axis.
+
+    Attributes:
+      system: relaxed.
+      status: a :class:`~mdsens.Status`, as an integer array.
+      max_force: the largest norm of a particle's force left (ASE's fmax), in energy a length.
+      steps: of the minimiser.
+      wall_time: seconds, compilation included; 0 inside traced code.
+      tolerance: what max_force was to reach.
+    """
+
+    system: System
+    status: jax.Array
+    max_force: jax.Array
+    steps: jax.Array
+    wall_time: Any
+    tolerance: Any
+
+    @property
+    def positions(self) -> jax.Array:
+        """(n, d), the system's."""
+        return self.system.positions
+
+    @property
+    def params(self) -> dict[str, jax.Array]:
+        """The system's."""
+        return self.system.params
+
+    def _rows(self) -> list[tuple[str, str]]:
+        s = self.system
+        if s.batch is not None:
+            good = int(sum(Status(int(k)).good for k in np.asarray(self.status)))
+            return [
+                ("members", f"{s.batch} of n = {s.n}, {s.dimension}-D, {s.potential.name}"),
+                ("converged", f"{good} of {s.batch}"),
+                ("largest max_force", f"{float(jnp.max(self.max_force)):.2e}"),
+            ]
+        return [
+            ("system", f"n = {s.n}, {s.dimension}-D, {s.potential.name}"),
+            ("status", f"{Status(int(self.status)).name}: {Status(int(self.status)).sentence}"),
+            ("max_force", f"{float(self.max_force):.2e} (tolerance {float(self.tolerance):.0e})"),
+            ("steps", f"{int(self.steps):,} in {float(self.wall_time):.2f} s"),
+        ]
+
+    def _repr_html_(self) -> str:
+        from mdsens import _tables
+
+        return _tables.html("Equilibrium", self._rows())
+
+    def __str__(self) -> str:
+        from mdsens import _tables
+
+        return _tables.text("Equilibrium", self._rows())
+
+
+def _step_length(system: System, method: Any) -> jax.Array:
+    """The longest move of a step: a fraction of the interaction range, or of the particles' spacing without one."""
+    span = system.range
+    terms = [t for t in pair_terms(system) if t.i.shape[0]]
+    box = system.box
+    if terms:
+        lengths = [jnp.min(jnp.where(t.mask, pair_distances(t, system.positions, box), jnp.inf)) for t in terms]
+        spacing = jnp.min(jnp.stack(lengths))
+    else:
+        spacing = jnp.ones(())
+    span = jnp.where(jnp.isfinite(span) & (span > 0), span, spacing)
+    return method.max_step * span
+
+
+@functools.partial(jax.jit, static_argnames=("method",))
+def _begin(system: System, method: Any) -> tuple[Any, Neighbours]:
+    pairs, _ = neighbours.update(system.neighbours, system.positions, system.box, system.range)
+    init, _, _ = _machine(system, method)
+    return method.start(init, system.positions, pairs), pairs
+
+
+def _machine(system: System, method: Any) -> tuple[Any, Any, Any]:
+    """jax-md's minimiser on this system: (init, apply, forces)."""
+    longest = _step_length(system, method)
+
+    def forces(R: jax.Array, pairs: Neighbours, **_: Any) -> jax.Array:
+        return -gradient(system.replace(neighbours=pairs), Unknowns(R), system.params).positions
+
+    def shift(R: jax.Array, dR: jax.Array, **_: Any) -> jax.Array:
+        size = jnp.sqrt(jnp.sum(dR**2, axis=-1, keepdims=True))
+        return R + dR * jnp.minimum(1.0, longest / jnp.where(size > 0, size, 1.0))
+
+    init, apply = method.minimizer(forces, shift)
+    return init, apply, forces
+
+
+def _advance(
+    system: System, state: Any, pairs: Neighbours, tolerance: Any, budget: Any, method: Any
+) -> tuple[Any, Neighbours, jax.Array]:
+    """Up to ``budget`` steps; stops at the tolerance, at a list that overflowed, at a force that is not finite."""
+    _, apply, forces = _machine(system, method)
+    box, needed = box_at(system, system.params), system.range
+
+    def unfinished(carry: tuple[Any, Neighbours, jax.Array]) -> jax.Array:
+        state, pairs, step = carry
+        largest = largest_force(method.forces(state))
+        return (step < budget) & (largest > tolerance) & jnp.isfinite(largest) & ~pairs.overflowed
+
+    def advance(carry: tuple[Any, Neighbours, jax.Array]) -> tuple[Any, Neighbours, jax.Array]:
+        state, pairs, step = carry
+        state = apply(state, pairs=pairs)
+        here = method.positions(state)
+        pairs, rebuilt = neighbours.update(pairs, here, box, needed)
+        # the step used the list of its start; where that fell short, the force is taken again, so that the force
+        # that is tested against the tolerance always comes from a complete list
+        fresh = jax.lax.cond(
+            rebuilt, lambda: forces(here, pairs), lambda: method.forces(state)
+        )
+        return method.with_forces(state, fresh), pairs, step + 1
+
+    return jax.lax.while_loop(unfinished, advance, (state, pairs, jnp.zeros((), jnp.int32)))
+
+
+_advance_jit = functools.partial(jax.jit, static_argnames=("method",))(_advance)
+
+
+def _status(largest: Any, tolerance: Any, overflowed: Any) -> jax.Array:
+    """CONVERGED, NEIGHBOURS_OVERFLOWED, NOT_FINITE or MAX_STEPS_REACHED."""
+    code = jnp.where(largest <= tolerance, Status.CONVERGED.value, Status.MAX_STEPS_REACHED.value)
+    code = jnp.where(jnp.isfinite(largest), code, Status.NOT_FINITE.value)
+    return jnp.where(overflowed, Status.NEIGHBOURS_OVERFLOWED.value, code).astype(jnp.int32)
+
+
+def relax(system: System, tolerance: Any, max_steps: Any, method: Any) -> Equilibrium:
+    """Relax inside traced code: no reallocation, no errors; the status says what happened."""
+    state, pairs = _begin(system, method)
+    state, pairs, steps = _advance(system, state, pairs, tolerance, max_steps, method)
+    largest = largest_force(method.forces(state))
+    relaxed = system.replace(positions=method.positions(state), neighbours=pairs)
+    code = _status(largest, tolerance, pairs.overflowed)
+    zero = jnp.zeros((), system.positions.dtype)
+    return Equilibrium(relaxed, code, largest, steps, zero, jnp.asarray(tolerance, zero.dtype))
+
+
+def minimize(
+    system: System,
+    params: Params | None = None,
+    *,
+    tolerance: float = 1e-12,
+    method: Fire | GradientDescent | None = None,
+    max_steps: int = 200_000,
+    throw: bool = True,
+    progress: bool | None = None,
+) -> Equilibrium:
+    """Relax a system to a minimum of its energy, dU/dR = 0.
+
+    Args:
+      system: where to start; a batch made by ``stack`` relaxes member by member.
+      params: parameters to change first; the others stay.
+      tolerance: the largest force on a particle to reach, in the potential's units. The error of every derivative is this
+        over the smallest stiffness, so it is small by default; raise it where round-off stands above it.
+      method: ``Fire()`` (the default) or ``GradientDescent()``.
+      max_steps: of the minimiser.
+      throw: raise where the tolerance is not reached; with False the status says so instead.
+      progress: show a progress bar; where None, in a terminal or notebook alone.
+
+    Returns:
+      an :class:`Equilibrium`.
+
+    Raises:
+      InputError: bad parameters or tolerance. PrecisionError: a tolerance below round-off at this precision.
+      ConvergenceError: with the status, and what was reached as ``result``.
+    """
+    method = Fire() if method is None else method
+    if not (np.isscalar(tolerance) and np.isfinite(tolerance) and tolerance > 0):
+        raise InputError(f"tolerance is {tolerance!r}: give a positive number.")
+    if max_steps < 1:
+        raise InputError(f"max_steps is {max_steps}: give 1 or more.")
+    if system.batch is not None:
+        return _minimize_batch(system, params, tolerance, method, max_steps, throw, progress)
+    if params is not None:
+        system = system.with_params(params)
+    _check_precision(system, tolerance)
+    began = time.perf_counter()
+    system = system.reallocate(keep=True)
+    state, pairs = _begin(system, method)
+    steps, room, bar = 0, 1.25, _Progress(tolerance, progress)
+    try:
+        while True:
+            budget = min(STEPS_PER_CALL, max_steps - steps)
+            state, pairs, done = _advance_jit(system, state, pairs, tolerance, budget, method)
+            steps += int(done)
+            largest = float(largest_force(method.forces(state)))
+            bar.show(steps, largest)
+            if bool(pairs.overflowed) and np.isfinite(np.asarray(method.positions(state))).all():
+                room = min(1.25 * room, 4.0) if int(done) <= 1 else 1.25
+                here = system.replace(positions=method.positions(state), neighbours=pairs).reallocate(room)
+                system, pairs = here, here.neighbours
+                state = method.with_forces(state, -gradient(here, Unknowns(here.positions), here.params).positions)
+                if steps < max_steps:
+                    continue
+            if not (largest > tolerance and steps < max_steps and np.isfinite(largest)):
+                break
+    finally:
+        bar.close()
+    relaxed = system.replace(positions=method.positions(state), neighbours=pairs)
+    status = Status(int(_status(largest, tolerance, pairs.overflowed)))
+    eq = Equilibrium(
+        relaxed,
+        jnp.asarray(status.value, jnp.int32),
+        jnp.asarray(largest),
+        jnp.asarray(steps),
+        time.perf_counter() - began,
+        tolerance,
+    )
+    if throw:
+        raise_for_status(status, f"minimize stopped after {steps:,} steps at max_force {largest:.3e}", eq)
+    return eq
+
+
+def _minimize_batch(
+    batch: System, params: Params | None, tolerance: float, method: Any, max_steps: int, throw: bool, progress: Any
+) -> Equilibrium:
+    members = []
+    for member in unstack(batch):
+        members.append(
+            minimize(
+                member, params, tolerance=tolerance, method=method, max_steps=max_steps, throw=False, progress=progress
+            )
+        )
+    whole = stack([m.system for m in members])
+    eq = Equilibrium(
+        whole,
+        *(jnp.stack([jnp.asarray(getattr(m, f)) for m in members]) for f in ("status", "max_force", "steps")),
+        jnp.stack([jnp.asarray(m.wall_time) for m in members]),
+        jnp.full(len(members), tolerance),
+    )
+    if throw:
+        bad = [k for k, m in enumerate(members) if not Status(int(m.status)).good]
+        if bad:
+            status = Status(int(members[bad[0]].status))
+            raise ConvergenceError(
+                f"{len(bad)} of {len(members)} members did not relax, the first is member {bad[0]}: {status.sentence}.",
+                status,
+                eq,
+            )
+    return eq
+
+
+def members(eq: Equilibrium) -> list[Equilibrium]:
+    """The members of a batch."""
+    return [jax.tree.map(lambda leaf, k=k: leaf[k], eq) for k in range(eq.system.batch or 0)]
+
+
+def stats(eq: Equilibrium, method: Any) -> SolveStats:
+    """The relaxation's evidence in the form that a solve has."""
+    return SolveStats(eq.status, eq.max_force, eq.steps, jnp.zeros_like(eq.max_force), type(method).__name__)
+
+
+def _check_precision(system: System, tolerance: float) -> None:
+    """Refuse a tolerance that round-off of the positions alone keeps out of reach: eps |R| k, k the pairs' stiffness."""
+    dtype = system.positions.dtype
+    if dtype == jnp.float64:
+        return
+    extent = float(jnp.max(jnp.abs(system.positions)))
+    slopes = [
+        jnp.where(t.mask, jnp.abs(jax.grad(lambda r, t=t: jnp.sum(t.energy(r)))(0.95 * t.lengths()[0])), 0.0) / (
+            0.05 * t.lengths()[0]
+        )
+        for t in pair_terms(system)
+        if t.i.shape[0] and t.lengths().shape[0]
+    ]
+    stiffness = max([float(jnp.max(s)) for s in slopes], default=1.0)
+    floor = float(jnp.finfo(dtype).eps) * max(extent, 1.0) * stiffness
+    if tolerance < floor:
+        raise PrecisionError(
+            f"tolerance {tolerance:.0e} is below round-off in {dtype} (about {floor:.0e} here): call ms.enable_x64() "
+            "before making the system, or raise the tolerance."
+        )
+
+
+class _Progress:
+    """A tqdm bar over the decades of force still to go; off where nobody watches."""
+
+    def __init__(self, tolerance: float, wanted: bool | None):
+        from tqdm.auto import tqdm
+
+        watched = sys.stderr.isatty() or "ipykernel" in sys.modules
+        self.tolerance, self.first = tolerance, None
+        self.bar = tqdm(
+            total=100, disable=not (watched if wanted is None else wanted), leave=False, desc="relaxing",
+            bar_format="{desc} {bar} {elapsed}{postfix}", delay=0.5,
+        )
+
+    def show(self, steps: int, largest: float) -> None:
+        if not (np.isfinite(largest) and largest > 0):
+            return
+        self.first = max(largest, self.first or largest)
+        decades = np.log(self.first / self.tolerance)
+        done = 100.0 * np.log(self.first / max(largest, self.tolerance)) / decades if decades > 0 else 100.0
+        self.bar.n = int(done)
+        self.bar.set_postfix_str(f"step {steps:,}, max_force {largest:.1e}")
+
+    def close(self) -> None:
+        self.bar.close()

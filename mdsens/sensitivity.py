@@ -1,0 +1,566 @@
+"""How a minimum moves: linearize, jvp, vjp, jacobian, gradient and response at an Equilibrium; equilibrate under jax.grad.
+
+All of them are one rule, H dR = - d2U/dR dp . dp, at a point where dU/dR = 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mdsens import relaxation
+from mdsens.contacts import Network
+from mdsens.implicit.linear import Auto, Method, solve as solve_linear
+from mdsens.implicit.root import root
+from mdsens.implicit.status import (
+    InputError,
+    SolveStats,
+    Status,
+    TooLargeError,
+    raise_for_status,
+)
+from mdsens.relaxation import Equilibrium, Fire
+from mdsens.stationarity import (
+    NullSpace,
+    Unknowns,
+    gradient as energy_gradient,
+    hessian_operator,
+    linearisation,
+    mixed_product,
+    mixed_transpose,
+)
+from mdsens.system import System, box_at
+
+__all__ = [
+    "Linearization",
+    "Response",
+    "equilibrate",
+    "gradient",
+    "jacobian",
+    "jvp",
+    "linearize",
+    "response",
+    "vjp",
+]
+
+Params = Mapping[str, Any]
+CHUNK_BYTES = 2**27  # of right-hand sides solved together
+MEMORY_SHARE = 0.5  # of what is free, at most, for one result
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Response:
+    """A derivative at a minimum, with its evidence.
+
+    Attributes:
+      value: of ``jvp`` and ``response`` the derivative of the stored positions, (n, d), mean displacement zero and rows of
+        rattlers zero; of ``jacobian`` (n, d, *shape of the parameter); of ``vjp`` and ``gradient`` a dict shaped like the
+        parameters.
+      stats: of the linear solve: status, relative residual, iterations, part dropped, solver.
+      nonaffine: ``value`` less the affine part (d box / dp) box^-1 R, which is free of the choice of images; equal to
+        ``value`` where the box does not move; None where ``value`` is a dict.
+      max_force: of the minimum.
+      rattlers: (n,) particles that are held by nothing, whose rows are zero.
+    """
+
+    value: Any
+    stats: SolveStats
+    nonaffine: Any
+    max_force: jax.Array
+    rattlers: jax.Array
+
+    @property
+    def status(self) -> Status:
+        """The status of a single response."""
+        return Status(int(self.stats.status))
+
+    def _rows(self) -> list[tuple[str, str]]:
+        codes = np.atleast_1d(np.asarray(self.stats.status)).ravel()
+        worst = Status(int(codes.max(initial=0)))
+        leaves = jax.tree_util.tree_leaves_with_path(self.value)
+        rows = []
+        for path, leaf in leaves:
+            label = "value" + jax.tree_util.keystr(path)
+            size = float(jnp.linalg.norm(jnp.ravel(leaf)))
+            rows.append((label, f"shape {tuple(leaf.shape)}, norm {size:.6g}"))
+        return [
+            *rows,
+            ("status", f"{worst.name}: {worst.sentence}" + (f" (worst of {codes.size})" if codes.size > 1 else "")),
+            ("solver", f"{self.stats.solver}, {int(np.max(np.asarray(self.stats.iterations))):,} products"),
+            ("residual", f"{float(np.max(np.asarray(self.stats.residual))):.1e}"),
+            ("dropped", f"{float(np.max(np.asarray(self.stats.dropped))):.1e}"),
+            ("max_force", f"{float(np.max(np.asarray(self.max_force))):.1e}"),
+            ("rattlers", f"{int(np.sum(np.asarray(self.rattlers)))}"),
+        ]
+
+    def _repr_html_(self) -> str:
+        from mdsens import _tables
+
+        return _tables.html("Response", self._rows())
+
+    def __str__(self) -> str:
+        from mdsens import _tables
+
+        return _tables.text("Response", self._rows())
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Linearization:
+    """A minimum ready to be differentiated: every door takes one in place of the Equilibrium.
+
+    Attributes:
+      equilibrium: the minimum.
+      system: its backbone, the rattlers' contacts deleted: the Hessian is this system's.
+      network: contacts, rattlers, clusters.
+      null: the null space.
+      solve: the option record of the linear solver.
+    """
+
+    equilibrium: Equilibrium
+    system: System
+    network: Network
+    null: NullSpace
+    solve: Method = dataclasses.field(default=Auto(), metadata={"static": True})
+
+    @property
+    def status(self) -> jax.Array:
+        """CONVERGED, or why no derivative can be taken here: the minimisation's own status, or UNJAMMED."""
+        eq = self.equilibrium
+        unjammed = jnp.all(self.network.rattlers)
+        code = jnp.where(unjammed, Status.UNJAMMED.value, Status.CONVERGED.value)
+        return jnp.where(eq.status != Status.CONVERGED.value, eq.status, code)
+
+
+_linearise = jax.jit(linearisation)
+
+
+def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Linearization:
+    """Find the network, the rattlers and the null space of a minimum, once for many derivatives.
+
+    Args:
+      eq: from ``minimize``; not a batch.
+      solve: GMRES(), CG(), MINRES(), BiCGSTAB(), Direct() or Auto(), which chooses.
+      throw: raise where the minimum cannot be differentiated; with False every door's status says so.
+
+    Raises:
+      ConvergenceError: an unconverged minimum, or one without contacts (UNJAMMED).
+    """
+    if eq.system.batch is not None:
+        raise InputError(f"linearize takes one minimum and got a batch of {eq.system.batch}: linearize its members.")
+    lin = Linearization(eq, *_linearise(eq.system, eq.max_force), solve)
+    if throw:
+        raise_for_status(Status(int(lin.status)), "this minimum cannot be differentiated", lin)
+    return lin
+
+
+def _linearised(at: Equilibrium | Linearization, solve: Method | None, throw: bool) -> Linearization:
+    if isinstance(at, Linearization):
+        return at if solve is None else dataclasses.replace(at, solve=solve)
+    if not isinstance(at, Equilibrium):
+        raise InputError(f"got a {type(at).__name__}: give the Equilibrium that ms.minimize returns, or a Linearization.")
+    return linearize(at, Auto() if solve is None else solve, throw)
+
+
+def _tangent(system: System, dparams: Params) -> dict[str, jax.Array]:
+    """A full dict of parameter changes from a partial one, checked."""
+    if not isinstance(dparams, Mapping):
+        raise InputError(f"dparams is a {type(dparams).__name__}: give a dict of parameter names and their changes.")
+    for name, change in dparams.items():
+        if name not in system.params:
+            near = difflib.get_close_matches(name, system.params, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(map(repr, system.params))}."
+            raise InputError(f"dparams has {name!r}, which is no parameter of {system.potential.name}: {hint}")
+        want, got = system.params[name].shape, jnp.shape(change)
+        if want != got:
+            raise InputError(f"dparams[{name!r}] has shape {got}: the parameter has {want}, give that.")
+        if not isinstance(change, jax.core.Tracer) and not np.isfinite(np.asarray(change, float)).all():
+            raise InputError(f"dparams[{name!r}] is not finite: give finite changes.")
+    return {
+        name: jnp.asarray(dparams[name], value.dtype) if name in dparams else jnp.zeros_like(value)
+        for name, value in system.params.items()
+    }
+
+
+def _with_outcome(lin: Linearization, stats: SolveStats) -> SolveStats:
+    """The solve's stats, under the minimum's own status where that is bad."""
+    code = lin.status
+    return dataclasses.replace(stats, status=jnp.where(code > 0, code, stats.status))
+
+
+def _affine(system: System, tangent: Params, positions: jax.Array) -> jax.Array:
+    """(d box / dp . dp) box^-1 R, (n, d)."""
+    if system.box is None:
+        return jnp.zeros_like(positions)
+    box, change = jax.jvp(lambda p: box_at(system, p), (dict(system.params),), (dict(tangent),))
+    return positions @ jnp.linalg.solve(box.T, change.T)
+
+
+@jax.jit
+def _jvp(lin: Linearization, tangent: Params) -> Response:
+    operator = hessian_operator(lin.system, lin.null)
+    pull = mixed_product(lin.system, tangent)
+    x, stats = solve_linear(operator, jax.tree.map(jnp.negative, pull), lin.solve)
+    rest = x.positions - _affine(lin.system, tangent, lin.system.positions)
+    nonaffine = lin.null.project(Unknowns(rest)).positions
+    eq = lin.equilibrium
+    return Response(x.positions, _with_outcome(lin, stats), nonaffine, eq.max_force, lin.network.rattlers)
+
+
+@jax.jit
+def _jvp_many(lin: Linearization, tangents: Params) -> Response:
+    return jax.vmap(_jvp, in_axes=(None, 0))(lin, tangents)
+
+
+@jax.jit
+def _vjp(lin: Linearization, cotangent: jax.Array) -> Response:
+    operator = hessian_operator(lin.system, lin.null)
+    x, stats = solve_linear(operator, Unknowns(cotangent), lin.solve)
+    value = jax.tree.map(jnp.negative, mixed_transpose(lin.system, x))
+    return Response(value, _with_outcome(lin, stats), None, lin.equilibrium.max_force, lin.network.rattlers)
+
+
+@jax.jit
+def _vjp_many(lin: Linearization, cotangents: jax.Array) -> Response:
+    return jax.vmap(_vjp, in_axes=(None, 0))(lin, cotangents)
+
+
+@jax.jit
+def _response(lin: Linearization, force: jax.Array) -> Response:
+    x, stats = solve_linear(hessian_operator(lin.system, lin.null), Unknowns(force), lin.solve)
+    return Response(
+        x.positions, _with_outcome(lin, stats), x.positions, lin.equilibrium.max_force, lin.network.rattlers
+    )
+
+
+def _judged(result: Response, throw: bool, what: str) -> Response:
+    if throw:
+        codes = np.atleast_1d(np.asarray(result.stats.status)).ravel()
+        worst = Status(int(codes.max(initial=0)))
+        residual = float(np.max(np.asarray(result.stats.residual), initial=0.0))
+        where = "" if codes.size == 1 else f" ({int((codes == worst.value).sum())} of {codes.size} solves)"
+        raise_for_status(worst, f"{what} by {result.stats.solver} ended at residual {residual:.1e}{where}", result)
+    return result
+
+
+def _over_members(door: Callable[..., Response], eq: Any, given: Any, shapes: Any) -> Response:
+    """A door on each member of a batch; ``given`` is shared, or has the batch's leading axis."""
+    parts = relaxation.members(eq)
+    count = len(parts)
+
+    def member(k: int) -> Any:
+        def pick(value: Any, shape: tuple[int, ...]) -> Any:
+            return value[k] if jnp.shape(value) == (count, *shape) else value
+
+        if isinstance(given, Mapping):
+            return {name: pick(value, shapes.get(name, ())) for name, value in given.items()}
+        return pick(given, shapes)
+
+    results = [door(part, member(k)) for k, part in enumerate(parts)]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+
+
+def _batched(at: Any) -> bool:
+    return isinstance(at, Equilibrium) and at.system.batch is not None
+
+
+def _member_shapes(eq: Equilibrium) -> dict[str, tuple[int, ...]]:
+    return {name: value.shape[1:] for name, value in eq.system.params.items()}
+
+
+def jvp(at: Equilibrium | Linearization, dparams: Params, *, solve: Method | None = None, throw: bool = True) -> Response:
+    """How the minimum moves along one direction in parameter space, dR = - H^+ (d2U/dR dp) dp.
+
+    Args:
+      at: from ``minimize`` (a batch is done member by member) or ``linearize``.
+      dparams: changes by parameter name, each shaped like the parameter; the others do not change.
+      solve: the linear solver; Auto() where None.
+      throw: raise unless the status is good.
+
+    Returns:
+      a :class:`Response` with ``value`` (n, d). Where the box follows the parameters, ``value`` contains the images'
+      motion with the box; ``nonaffine`` does not.
+
+    Raises:
+      InputError: bad names or shapes. ConvergenceError: an unconverged or unjammed minimum, a saddle, a solve that did
+      not converge.
+    """
+    if _batched(at):
+        assert isinstance(at, Equilibrium)
+        whole = _over_members(lambda e, d: jvp(e, d, solve=solve, throw=False), at, dparams, _member_shapes(at))
+        return _judged(whole, throw, "jvp")
+    lin = _linearised(at, solve, throw)
+    return _judged(_jvp(lin, _tangent(lin.system, dparams)), throw, "jvp")
+
+
+def _cotangent(system: System, value: Any, name: str) -> jax.Array:
+    array = jnp.asarray(value, system.positions.dtype)
+    if array.shape != system.positions.shape:
+        raise InputError(f"{name} has shape {array.shape}: give {system.positions.shape}, one vector a particle.")
+    if not isinstance(array, jax.core.Tracer) and not np.isfinite(np.asarray(array)).all():
+        raise InputError(f"{name} is not finite: give finite numbers.")
+    return array
+
+
+def vjp(at: Equilibrium | Linearization, cotangent: Any, *, solve: Method | None = None, throw: bool = True) -> Response:
+    """The adjoint: what a linear functional of the positions owes to every parameter, -(d2U/dR dp)^T H^+ w.
+
+    One solve for all parameters. The part of ``cotangent`` in the null space has no answer; it is dropped, and
+    ``stats.dropped`` and the status say so.
+
+    Args:
+      at: as in ``jvp``.
+      cotangent: w, (n, d).
+      solve, throw: as in ``jvp``.
+
+    Returns:
+      a :class:`Response` with ``value`` a dict shaped like the parameters.
+    """
+    if _batched(at):
+        assert isinstance(at, Equilibrium)
+        shape = at.system.positions.shape[1:]
+        whole = _over_members(lambda e, w: vjp(e, w, solve=solve, throw=False), at, cotangent, shape)
+        return _judged(whole, throw, "vjp")
+    lin = _linearised(at, solve, throw)
+    return _judged(_vjp(lin, _cotangent(lin.system, cotangent, "cotangent")), throw, "vjp")
+
+
+def response(at: Equilibrium | Linearization, force: Any, *, solve: Method | None = None, throw: bool = True) -> Response:
+    """The displacement under an external force on the particles, H^+ f, to first order.
+
+    Args:
+      at: as in ``jvp``.
+      force: f, (n, d), energy a length. Its net part on each cluster and its part on rattlers have no answer and are
+        dropped, as in ``vjp``.
+
+    Returns:
+      a :class:`Response` with ``value`` (n, d).
+    """
+    if _batched(at):
+        assert isinstance(at, Equilibrium)
+        shape = at.system.positions.shape[1:]
+        whole = _over_members(lambda e, f: response(e, f, solve=solve, throw=False), at, force, shape)
+        return _judged(whole, throw, "response")
+    lin = _linearised(at, solve, throw)
+    return _judged(_response(lin, _cotangent(lin.system, force, "force")), throw, "response")
+
+
+def _available_memory() -> float:
+    """Bytes free for a new result."""
+    try:
+        with open("/proc/meminfo") as file:
+            for line in file:
+                if line.startswith("MemAvailable"):
+                    return 1024.0 * float(line.split()[1])
+    except OSError:
+        pass
+    try:
+        return 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return float("inf")
+
+
+def _require_memory(entries: float, itemsize: int, what: str, remedy: str) -> None:
+    needed, free = float(entries) * itemsize, _available_memory()
+    if needed > MEMORY_SHARE * free:
+        raise TooLargeError(f"{what} takes {needed / 2**30:.3g} GiB and {free / 2**30:.3g} GiB are free: {remedy}")
+
+
+def _in_chunks(run: Callable[[Any], Response], rows: Callable[[int, int], Any], count: int, width: int) -> Response:
+    """``run`` on ``count`` right-hand sides, ``width`` at a time; the last chunk is filled up so that it compiles once."""
+    parts = []
+    for start in range(0, count, width):
+        part = run(rows(start, start + width))
+        keep = min(width, count - start)
+        parts.append(jax.tree.map(lambda leaf, keep=keep: leaf[:keep], part))
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+
+def jacobian(
+    at: Equilibrium | Linearization,
+    wrt: str = "sigma",
+    *,
+    solve: Method | None = None,
+    chunk: int | None = None,
+    throw: bool = True,
+) -> Response:
+    """The derivative of every coordinate by every component of one parameter.
+
+    Args:
+      at: as in ``jvp``.
+      wrt: the parameter's name. Of a matrix of species pairs, entry (a, b) changes alone, which is half of the symmetric
+        change.
+      chunk: right-hand sides solved together; None for what fits in cache-sized memory.
+      solve, throw: as in ``jvp``.
+
+    Returns:
+      a :class:`Response` with ``value`` and ``nonaffine`` (n, d, *shape of the parameter), and stats of that shape.
+
+    Raises:
+      TooLargeError: with the size, where the result would take more than half of the free memory. Take ``vjp`` then:
+        its cost does not grow with the number of parameters.
+    """
+    if _batched(at):
+        assert isinstance(at, Equilibrium)
+        door = functools.partial(jacobian, solve=solve, chunk=chunk, throw=False)
+        whole = _over_members(lambda e, name: door(e, name), at, wrt, ())
+        return _judged(whole, throw, "jacobian")
+    lin = _linearised(at, solve, throw)
+    system = lin.system
+    _tangent(system, {wrt: system.params.get(wrt, 0.0)})  # the name's check
+    shape, dtype = system.params[wrt].shape, system.positions.dtype
+    size, unknowns = int(np.prod(shape)), system.positions.size
+    _require_memory(
+        2.0 * size * unknowns,
+        dtype.itemsize,
+        f"jacobian by {size:,} components of {wrt}, with its non-affine part,",
+        "take ms.vjp or ms.gradient, whose cost does not grow with the number of parameters, or ms.jvp by direction.",
+    )
+    width = chunk or int(np.clip(CHUNK_BYTES // (dtype.itemsize * unknowns * 8), 1, 256))
+    width = min(width, max(size, 1))
+
+    def directions(start: int, stop: int) -> dict[str, jax.Array]:
+        unit = np.zeros((stop - start, size))
+        inside = np.arange(start, min(stop, size))
+        unit[inside - start, inside] = 1.0
+        tangent = {k: jnp.zeros((stop - start, *v.shape), v.dtype) for k, v in system.params.items()}
+        return {**tangent, wrt: jnp.asarray(unit.reshape(stop - start, *shape), dtype)}
+
+    flat = _in_chunks(lambda t: _jvp_many(lin, t), directions, size, width)
+
+    def shaped(leaf: jax.Array) -> jax.Array:
+        return jnp.moveaxis(leaf, 0, -1).reshape(*leaf.shape[1:], *shape)
+
+    result = Response(
+        shaped(flat.value),
+        jax.tree.map(shaped, flat.stats),
+        shaped(flat.nonaffine),
+        lin.equilibrium.max_force,
+        lin.network.rattlers,
+    )
+    return _judged(result, throw, f"jacobian by {wrt}")
+
+
+def gradient(
+    observable: Callable[[System], Any],
+    at: Equilibrium | Linearization,
+    *,
+    solve: Method | None = None,
+    throw: bool = True,
+) -> Response:
+    """The total derivative of an observable by all parameters, dO/dp = @O/@p + (@O/@R) dR/dp, by one adjoint solve.
+
+    Args:
+      observable: a function of a System, traceable, returning a scalar or an array; see :mod:`mdsens.observables`.
+      at: as in ``jvp``.
+      solve, throw: as in ``jvp``.
+
+    Returns:
+      a :class:`Response` with ``value`` a dict: shape of the observable followed by the shape of each parameter.
+    """
+    if _batched(at):
+        assert isinstance(at, Equilibrium)
+        whole = _over_members(
+            lambda e, f: gradient(f, e, solve=solve, throw=False), at, observable, None
+        )
+        return _judged(whole, throw, "gradient")
+    lin = _linearised(at, solve, throw)
+    system = lin.equilibrium.system
+
+    def observe(positions: jax.Array, params: Params) -> jax.Array:
+        return jnp.asarray(observable(system.replace(positions=positions, params=dict(params))))
+
+    value, pull = jax.vjp(observe, system.positions, dict(system.params))
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise InputError(f"the observable returns {value.dtype}: return floating-point numbers.")
+    count = int(np.prod(value.shape))
+    _require_memory(
+        float(count) * (system.positions.size + sum(v.size for v in system.params.values())),
+        value.dtype.itemsize,
+        f"gradient of {count:,} observables",
+        "ask for fewer observables at once.",
+    )
+    units = jnp.eye(count, dtype=value.dtype).reshape(count, *value.shape)
+    cotangents, direct = jax.vmap(pull)(units)
+    width = min(count, int(np.clip(CHUNK_BYTES // (value.dtype.itemsize * system.positions.size * 8), 1, 256)))
+
+    def rows(start: int, stop: int) -> jax.Array:
+        part = cotangents[start:stop]
+        return jnp.concatenate([part, jnp.zeros((stop - start - part.shape[0], *part.shape[1:]), part.dtype)])
+
+    flat = _in_chunks(lambda w: _vjp_many(lin, w), rows, count, width)
+    total = {k: (flat.value[k] + direct[k]).reshape(*value.shape, *direct[k].shape[1:]) for k in direct}
+    stats = jax.tree.map(lambda leaf: leaf.reshape(value.shape), flat.stats)
+    result = Response(total, stats, None, lin.equilibrium.max_force, lin.network.rattlers)
+    return _judged(result, throw, "gradient")
+
+
+_relax = functools.partial(jax.jit, static_argnames=("method",))(relaxation.relax)
+
+
+def equilibrate(
+    system: System,
+    params: Params | None = None,
+    *,
+    tolerance: float = 1e-12,
+    method: Fire | relaxation.GradientDescent = Fire(),
+    max_steps: int = 200_000,
+    solve: Method = Auto(),
+    has_aux: bool = False,
+) -> Any:
+    """The relaxed System as a function of the parameters, differentiable in forward and reverse mode, to any order.
+
+    For use under jax.grad, jacfwd, jacrev, hessian, vmap and jit:
+    ``jax.grad(lambda p: ms.observables.pressure(ms.equilibrate(system, p)))(params)``. The derivative is that of
+    ``jvp`` and ``vjp``, with the same treatment of the null space and of rattlers.
+
+    It cannot raise, since traced code cannot: with ``has_aux`` it returns the relaxation's stats, whose status tells.
+    The status of the linear solve inside a derivative cannot be carried out: where it matters take ``jvp`` or
+    ``gradient``. The neighbour list keeps the capacity that ``system`` brings, so start from a relaxed system
+    (``ms.minimize(...).system``): the list's overflow is in the status.
+
+    Args:
+      system: where to start; not differentiated.
+      params: the parameters to relax at, all or some; the system's where None.
+      tolerance, method, max_steps: as in ``minimize``.
+      solve: the linear solver of the derivative.
+      has_aux: return ``(System, SolveStats)``.
+    """
+    if system.batch is not None:
+        raise InputError("equilibrate takes one system: use jax.vmap(lambda s, p: ms.equilibrate(s, p))(batch, params).")
+    given = _tangent(system, {}) if params is None else params
+    for name in given:
+        _tangent(system, {name: jnp.zeros_like(jnp.asarray(given[name]))})  # the name's and shape's check
+    dtype = system.positions.dtype
+    full = dict(system.params) if params is None else {
+        **system.params, **{k: jnp.asarray(v, dtype) for k, v in params.items()}
+    }
+    start = jax.lax.stop_gradient(system.replace(params=full))
+    eq = jax.lax.stop_gradient(_relax(start, tolerance, max_steps, method))
+    held, _, null = linearisation(eq.system, eq.max_force)
+
+    def condition(x: Unknowns, p: Params) -> Unknowns:
+        return energy_gradient(held, x, p)
+
+    @root(
+        condition,
+        solve=solve,
+        symmetric=True,
+        positive_semidefinite=True,
+        null_space=lambda x, p: null.project,
+    )
+    def found(init: Unknowns, p: Params) -> Unknowns:
+        return init
+
+    x = found(Unknowns(eq.system.positions), full)
+    relaxed = eq.system.replace(positions=x.positions, params=full)
+    return (relaxed, relaxation.stats(eq, method)) if has_aux else relaxed

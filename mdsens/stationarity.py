@@ -1,0 +1,212 @@
+"""The stationarity condition F = dU/dx = 0 and its derivatives: Hessian products, mixed products, the null space."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mdsens import contacts
+from mdsens.contacts import Network
+from mdsens.implicit.linear import Operator
+from mdsens.system import System, potential_energy
+
+__all__ = [
+    "NullSpace",
+    "Unknowns",
+    "dense_hessian",
+    "force",
+    "gradient",
+    "hessian_operator",
+    "largest_force",
+    "max_force",
+    "mixed_product",
+    "mixed_transpose",
+    "null_space",
+]
+
+Params = Mapping[str, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Unknowns:
+    """What the stationarity condition is solved for.
+
+    Attributes:
+      positions: (n, d).
+      strain: Mandel vector of d (d + 1) / 2 where the cell is relaxed too, else None.
+      multipliers: of constraints, else None.
+    """
+
+    positions: jax.Array
+    strain: jax.Array | None = None
+    multipliers: jax.Array | None = None
+
+
+def gradient(system: System, x: Unknowns, params: Params) -> Unknowns:
+    """F(x, params) = dU/dx."""
+
+    def energy(unknowns: Unknowns) -> jax.Array:
+        return potential_energy(system, unknowns.positions, params)
+
+    return jax.grad(energy)(x)
+
+
+def force(system: System) -> jax.Array:
+    """-dU/dR, (n, d)."""
+    return -gradient(system, Unknowns(system.positions), system.params).positions
+
+
+def largest_force(forces: jax.Array) -> jax.Array:
+    """The largest norm of one particle's force, ASE's fmax."""
+    return jnp.sqrt(jnp.max(jnp.sum(forces**2, axis=-1), initial=0.0))
+
+
+def max_force(system: System) -> jax.Array:
+    """The largest norm of one particle's force in a system."""
+    return largest_force(force(system))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NullSpace:
+    """The directions that cost no energy to second order, known beforehand.
+
+    Translations of each cluster, rotations of each cluster in open boundaries, and rattlers.
+
+    Attributes:
+      rattlers: (n,).
+      labels: (n,) cluster of each particle.
+      counts: (n,) particles in the cluster of that label, at least 1.
+      translations: (d,) 1 where moving everything along that axis costs nothing (an external field may cost).
+      arms: (n, d) positions from their cluster's centroid, None where rotations cost energy.
+      inverse_inertia: (n, k, k) pseudo-inverse of each label's inertia, k = 1 in 2-D and 3 in 3-D; None likewise.
+    """
+
+    rattlers: jax.Array
+    labels: jax.Array
+    counts: jax.Array
+    translations: jax.Array
+    arms: jax.Array | None = None
+    inverse_inertia: jax.Array | None = None
+
+    def project(self, x: Unknowns) -> Unknowns:
+        """The part of ``x`` off the null space: an orthogonal projection."""
+        v = jnp.where(self.rattlers[:, None], 0.0, x.positions)
+        mean = self._total(v) / self.counts[:, None]
+        v = v - self.translations * mean[self.labels]
+        if self.arms is not None and self.inverse_inertia is not None:
+            angular = self._total(_cross(self.arms, v))
+            turn = jnp.einsum("nij,nj->ni", self.inverse_inertia, angular)[self.labels]
+            v = v - _turned(turn, self.arms)
+        v = jnp.where(self.rattlers[:, None], 0.0, v)
+        return dataclasses.replace(x, positions=v)
+
+    def _total(self, v: jax.Array) -> jax.Array:
+        return jnp.zeros((self.labels.shape[0], v.shape[1]), v.dtype).at[self.labels].add(v)
+
+
+def _cross(arms: jax.Array, v: jax.Array) -> jax.Array:
+    """Moment of v about the centroid, (n, 1) in 2-D and (n, 3) in 3-D."""
+    if arms.shape[1] == 2:
+        return (arms[:, 0] * v[:, 1] - arms[:, 1] * v[:, 0])[:, None]
+    return jnp.cross(arms, v)
+
+
+def _turned(turn: jax.Array, arms: jax.Array) -> jax.Array:
+    """Displacement of a rotation about the centroid."""
+    if arms.shape[1] == 2:
+        return turn * jnp.stack([-arms[:, 1], arms[:, 0]], axis=1)
+    return jnp.cross(turn, arms)
+
+
+def null_space(system: System, net: Network) -> NullSpace:
+    """The null space of the Hessian that symmetry and the contact network give.
+
+    Args:
+      system: at a minimum.
+      net: its mechanical network.
+    """
+    n, d = system.positions.shape
+    positions = jax.lax.stop_gradient(system.positions)
+    held = jnp.where(net.rattlers, 0.0, 1.0).astype(positions.dtype)
+    counts = jnp.maximum(jnp.zeros(n, positions.dtype).at[net.labels].add(held), 1.0)
+    plain = NullSpace(net.rattlers, net.labels, counts, jnp.ones(d, positions.dtype))
+    if system.box is None:
+        weighted = held[:, None] * positions
+        centre = plain._total(weighted) / counts[:, None]
+        arms = held[:, None] * (positions - centre[net.labels])
+        squared = jnp.sum(arms**2, axis=1)
+        if d == 2:
+            inertia = plain._total(squared[:, None])[:, :, None]
+        else:
+            each = squared[:, None, None] * jnp.eye(3) - arms[:, :, None] * arms[:, None, :]
+            inertia = plain._total(each.reshape(n, 9)).reshape(n, 3, 3)
+        inverse = jnp.linalg.pinv(inertia, rtol=1e-9, hermitian=True)
+        plain = dataclasses.replace(plain, arms=arms, inverse_inertia=inverse)
+    if system.potential.pairwise:
+        return plain
+    return _without_fields(system, plain)
+
+
+def _without_fields(system: System, null: NullSpace) -> NullSpace:
+    """Drop the motions that do cost energy, where a user's energy knows absolute positions (an external field)."""
+    n, d = system.positions.shape
+    product = _hessian_product(jax.lax.stop_gradient(system))
+    probe = jnp.cos(jnp.arange(n * d, dtype=system.positions.dtype) ** 2).reshape(n, d)
+    scale = jnp.linalg.norm(product(Unknowns(probe)).positions) / jnp.linalg.norm(probe)
+
+    def free(motion: jax.Array) -> jax.Array:
+        size = jnp.linalg.norm(motion)
+        cost = jnp.linalg.norm(product(Unknowns(motion)).positions)
+        return cost <= 1e-8 * scale * size
+
+    translations = jnp.stack([free(jnp.zeros((n, d)).at[:, k].set(1.0)) for k in range(d)])
+    null = dataclasses.replace(null, translations=translations.astype(system.positions.dtype))
+    if null.arms is not None and null.inverse_inertia is not None:
+        k = null.inverse_inertia.shape[-1]
+        turns = [_turned(jnp.broadcast_to(jnp.eye(k)[axis], (n, k)), null.arms) for axis in range(k)]
+        free_turns = jnp.all(jnp.stack([free(turn) for turn in turns]))
+        null = dataclasses.replace(null, inverse_inertia=null.inverse_inertia * free_turns)
+    return null
+
+
+def _hessian_product(system: System) -> Any:
+    x = Unknowns(system.positions)
+    return jax.linearize(lambda y: gradient(system, y, system.params), x)[1]
+
+
+def hessian_operator(system: System, null: NullSpace) -> Operator:
+    """H = d2U/dx2 as products, linearised once at the system's positions, with its null space."""
+    return Operator(_hessian_product(system), symmetric=True, positive_semidefinite=True, project=null.project)
+
+
+def dense_hessian(system: System) -> jax.Array:
+    """H as a matrix (n d, n d): for checks and for small systems."""
+    n, d = system.positions.shape
+    product = _hessian_product(system)
+    rows = jax.vmap(lambda e: product(Unknowns(e.reshape(n, d))).positions.ravel())(jnp.eye(n * d))
+    return rows
+
+
+def mixed_product(system: System, dparams: Params) -> Unknowns:
+    """d2U/dx dp . dp, the change of the gradient along a full dict of parameter changes."""
+    x = Unknowns(system.positions)
+    return jax.jvp(lambda p: gradient(system, x, p), (dict(system.params),), (dict(dparams),))[1]
+
+
+def mixed_transpose(system: System, cotangent: Unknowns) -> dict[str, jax.Array]:
+    """(d2U/dx dp)^T w, a dict shaped like the parameters."""
+    x = Unknowns(system.positions)
+    return jax.vjp(lambda p: gradient(system, x, p), dict(system.params))[1](cotangent)[0]
+
+
+def linearisation(system: System, max_force_left: jax.Array | float) -> tuple[System, Network, NullSpace]:
+    """What every derivative at a minimum needs: the backbone, the network and the null space."""
+    net = contacts.network(system, max_force_left)
+    held = contacts.backbone(system, net)
+    return held, net, null_space(held, net)
