@@ -49,7 +49,7 @@ notebooks: $(installed)
 	  [ -e "$$notebook" ] || { echo 'notebooks: there is none to run'; break; }; \
 	  began=$$(date +%s); cp "$$notebook" $(scratch)/; \
 	  echo "$$notebook ..."; \
-	  $(bin)/jupyter execute --inplace --kernel_name=python3 --timeout=300 --log-level=WARN "$(scratch)/$${notebook##*/}" \
+	  $(bin)/jupyter execute --inplace --kernel_name=python3 --timeout=300 "$(scratch)/$${notebook##*/}" \
 	    && echo "$$notebook: ran in $$(( $$(date +%s) - began )) s" || failed="$$failed $$notebook"; \
 	done; \
 	[ -z "$$failed" ] || { echo "notebooks: failed:$$failed" >&2; exit 1; }
