@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import CellType, MethodType, ModuleType
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 from jax.dtypes import float0
 from jax.extend import core
@@ -77,8 +79,7 @@ def root(
                     f"the keyword arguments {sorted(keywords)} have no place in F(x, *args); pass them by position, or "
                     "bind them with functools.partial before decorating"
                 )
-            # Outside of the rule, and on values without tangents, so that nothing differentiates the solver.
-            found = solver(*_without_derivative((init, *args)))
+            found = _call_without_derivative(solver, init, args)
             x, aux = found if has_aux else (found, None)
             x = _without_derivative(jax.tree.map(_as_unknown, x))
             x = _attach(F, x, args, solve, symmetric, positive_semidefinite, null_space)
@@ -163,13 +164,58 @@ def _hoist(f: Callable[..., PyTree], *examples: PyTree) -> tuple[Callable[..., P
     so that a second call may get the first one's tracers; here every value is taken, anew at each call.
     """
     closed, shape = jax.make_jaxpr(lambda *a: f(*a), return_shape=True)(*examples)
-    structure = jax.tree.structure(shape)
+    jaxpr, structure = closed.jaxpr, jax.tree.structure(shape)  # not `closed`: a rule that held its values would leak
 
     def g(values: list[Array], *inputs: PyTree) -> PyTree:
-        out = core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, values))(*jax.tree.leaves(inputs))
+        out = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, values))(*jax.tree.leaves(inputs))
         return jax.tree.unflatten(structure, out)
 
     return g, list(closed.consts)
+
+
+def _call_without_derivative(solver: Solver, init: PyTree, args: tuple[PyTree, ...]) -> Any:
+    """solver(init, *args) on values without tangents, those that it closes over included.
+
+    Stopping what comes out would do for the result. But jax would still differentiate the solver by what it closes
+    over, which costs, fails behind ``pure_callback`` and, twice over a ``while_loop``, raises a TypeError (jax 0.10.1).
+    """
+    stopped = _without_derivative((init, *args))
+    if not _closes_over_tracer(solver):
+        return solver(*stopped)  # not traced: outside of jit it may be plain Python
+    hoisted, values = _hoist(lambda: solver(*stopped))
+    return hoisted(_without_derivative(values))
+
+
+def _closes_over_tracer(f: Any) -> bool:
+    """Whether a function reaches a tracer through closures, defaults, partials, ``self`` or containers.
+
+    Only a shortcut is at stake: a tracer hidden better is stopped where the result comes out.
+    """
+    pending, seen = [f], set()
+    while pending:
+        value = pending.pop()
+        if isinstance(value, Tracer):
+            return True
+        if id(value) in seen or isinstance(value, type | ModuleType):
+            continue
+        seen.add(id(value))
+        if isinstance(value, functools.partial):
+            pending += [value.func, value.args, value.keywords]
+        elif isinstance(value, MethodType):
+            pending += [value.__func__, value.__self__, *getattr(value.__self__, "__dict__", {}).values()]
+        elif callable(value):
+            pending += [getattr(value, name, None) for name in ("__wrapped__", "__defaults__", "__kwdefaults__")]
+            pending += [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if _filled(cell)]
+        else:
+            pending += [leaf for leaf in jax.tree.leaves(value) if leaf is not value]
+    return False
+
+
+def _filled(cell: CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # a name that is not bound yet
+        return False
 
 
 _Projectors: TypeAlias = tuple[LinearMap | None, LinearMap | None]
@@ -192,16 +238,17 @@ def _hoist_null_space(
         return apply
 
     hoisted = [_hoist(side(i), x, x) for i in range(sides)]
+    functions, frame = [g for g, _ in hoisted], [values for _, values in hoisted]
     for g, values in hoisted:
         check_same(
             jax.eval_shape(g, values, x, x), x, "null_space's projector", "x", "it must map x's space into itself"
         )
 
     def project(frame: list[list[Array]], x: PyTree) -> _Projectors:
-        maps = [lambda v, g=g, values=values: g(values, x, v) for (g, _), values in zip(hoisted, frame, strict=True)]
+        maps = [functools.partial(g, values, x) for g, values in zip(functions, frame, strict=True)]
         return (maps[0], maps[1]) if sides == 2 else (maps[0], None)
 
-    return project, [values for _, values in hoisted]
+    return project, frame
 
 
 def _without_derivative(tree: PyTree) -> PyTree:
