@@ -1,0 +1,468 @@
+"""Systems described in TOML: read, checked key by key, built. systems/README.md documents every key, value and unit."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mdsens import boxes, potentials, starts
+from mdsens.implicit.status import InputError
+from mdsens.relaxation import Fire
+from mdsens.system import System
+
+__all__ = ["bundled_systems", "load_system", "relaxation_options"]
+
+KEYS = (
+    "description",
+    "units",
+    "seed",
+    "dimension",
+    "count",
+    "species",
+    "positions",
+    "box",
+    "potential",
+    "parameters",
+    "relaxation",
+)
+# a keyword merges into these key by key, unless it names the kind: then it is a table of its own
+MERGED = {"positions": "kind", "potential": "law", "parameters": None, "relaxation": None}
+_MISSING: Any = object()
+
+
+def nearest(name: str, valid: Sequence[str]) -> str:
+    """The remedy for a name that is not among the valid ones."""
+    near = difflib.get_close_matches(name, valid, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(valid)}."
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table of a specification that knows its own name, so that a complaint names the key.
+
+    Attributes:
+      name: what stands before the key in a message; empty at the top.
+      values: keys and what they hold.
+    """
+
+    name: str
+    values: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, name: str, value: Any, keys: Sequence[str]) -> Table:
+        """``value`` as a table that has no other keys than these."""
+        if not isinstance(value, Mapping):
+            raise InputError(f"{name or 'the file'} is {value!r}: give a table with keys among {', '.join(keys)}.")
+        table = cls(name, value)
+        for key in value:
+            if key not in keys:
+                raise InputError(f"{table.label(str(key))} is no key of the format: {nearest(str(key), keys)}")
+        return table
+
+    def label(self, key: str) -> str:
+        return f"{self.name}.{key}" if self.name else key
+
+    def has(self, key: str) -> bool:
+        return key in self.values
+
+    def raw(self, key: str, default: Any = _MISSING) -> Any:
+        if key in self.values:
+            return self.values[key]
+        if default is _MISSING:
+            raise InputError(f"{self.label(key)} is missing: give it, systems/README.md says how.")
+        return default
+
+    def _checked(self, key: str, default: Any, good: Callable[[Any], bool], need: str) -> Any:
+        value = self.raw(key, default)
+        if key in self.values and not good(value):
+            raise InputError(f"{self.label(key)} is {value!r}: give {need}.")
+        return value
+
+    def text(self, key: str, default: Any = _MISSING, choices: Sequence[str] = ()) -> str:
+        value = self._checked(key, default, lambda v: isinstance(v, str), "a text")
+        if choices and value not in choices:
+            raise InputError(f"{self.label(key)} is {value!r}: {nearest(value, choices)}")
+        return value
+
+    def integer(self, key: str, default: Any = _MISSING, least: int = 0) -> int:
+        return self._checked(key, default, lambda v: is_integer(v) and v >= least, f"an integer from {least}")
+
+    def number(self, key: str, default: Any = _MISSING, positive: bool = True) -> float:
+        need = "a positive number" if positive else "a number from 0"
+        return self._checked(
+            key, default, lambda v: is_number(v) and np.isfinite(v) and (v > 0 if positive else v >= 0), need
+        )
+
+    def flag(self, key: str, default: bool) -> bool:
+        return self._checked(key, default, lambda v: isinstance(v, bool), "true or false")
+
+    def array(self, key: str, shape: tuple[int | None, ...], integers: bool = False) -> np.ndarray:
+        """Numbers of a shape, None where any length does."""
+        return array_of(self.label(key), self.raw(key), shape, integers)
+
+
+def is_integer(value: Any) -> bool:
+    """An integer that is no truth value."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """A real number that is no truth value."""
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
+def array_of(name: str, value: Any, shape: tuple[int | None, ...] | None, integers: bool = False) -> np.ndarray:
+    """Numbers as an array, of a shape where one is asked for."""
+    kind = "integers" if integers else "numbers"
+    need = kind if shape is None else f"{kind} of shape ({', '.join('any' if s is None else str(s) for s in shape)})"
+    try:
+        array = np.asarray(value)
+    except ValueError as error:  # rows of different lengths
+        raise InputError(f"{name} has rows of different lengths: give {need}.") from error
+    if not np.issubdtype(array.dtype, np.integer if integers else np.number) or np.iscomplexobj(array):
+        raise InputError(f"{name} is {short(value)}: give {need}.")
+    if shape is not None and (
+        array.ndim != len(shape) or any(w not in (None, s) for w, s in zip(shape, array.shape, strict=True))
+    ):
+        raise InputError(f"{name} has shape {array.shape}: give {need}.")
+    if not np.isfinite(array).all():
+        raise InputError(f"{name} is {short(value)}: every number must be finite.")
+    return array if integers else array.astype(float)
+
+
+def short(value: Any) -> str:
+    """A value as it may stand in a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def systems_folder() -> Path:
+    """Where the bundled systems are: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / "_systems"
+    return inside if inside.is_dir() else package.parent / "systems"
+
+
+def bundled_systems() -> dict[str, str]:
+    """The systems that come with mdsens: name -> one line that says what it is."""
+    return {
+        path.stem: str(read(path).get("description", "")).strip() for path in sorted(systems_folder().glob("*.toml"))
+    }
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The content of a TOML file, unchecked."""
+    try:
+        return tomllib.loads(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): check the path.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is no whole TOML file ({error}): mend it, or fetch it again.") from error
+
+
+def locate(name: str | Path) -> Path:
+    """The TOML file of a bundled name or a path."""
+    if not isinstance(name, (str, Path)) or not str(name):
+        raise InputError(f"the system is {name!r}: give a bundled name or the path of a .toml file.")
+    bundled = systems_folder() / f"{name}.toml"
+    if str(name) == bundled.stem and bundled.is_file():
+        return bundled
+    path = Path(name)
+    if path.is_file():
+        return path
+    names = [p.stem for p in sorted(systems_folder().glob("*.toml"))]
+    near = difflib.get_close_matches(path.stem, names, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else "give one of these or the path of a .toml file."
+    raise InputError(f"there is no file and no bundled system {str(name)!r} (bundled: {', '.join(names)}): {hint}")
+
+
+def merged(content: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The file's fields with the keywords laid over them."""
+    result = dict(content)
+    for key, value in fields.items():
+        below = result.get(key)
+        kind = MERGED.get(key)
+        both = isinstance(below, Mapping) and isinstance(value, Mapping)
+        result[key] = {**below, **value} if key in MERGED and both and kind not in value else value  # type: ignore[dict-item]
+    return result
+
+
+def _opened(name: str | Path, fields: Mapping[str, Any]) -> tuple[Table, Path]:
+    path = locate(name)
+    given = dict(fields)
+    place = given.get("positions")
+    if isinstance(place, Mapping) and isinstance(place.get("file"), (str, Path)):
+        file = Path(place["file"])  # as a keyword, relative to where the user is, unless it lies beside the TOML file
+        if not (path.parent / file).is_file() and file.is_file():
+            file = file.resolve()
+        given["positions"] = {**place, "file": str(file)}
+    return Table.of("", merged(read(path), given), KEYS), path
+
+
+def load_system(name: str | Path, **fields: Any) -> System:
+    """Build a system from its description in TOML.
+
+    Args:
+      name: a bundled system (``bundled_systems()`` lists them) or the path of a .toml file.
+      fields: top-level keys of the format, in place of the file's: ``seed=3``, ``count=1024``,
+        ``box={"packing_fraction": 0.9}``. The tables ``parameters``, ``positions``, ``potential`` and ``relaxation``
+        are merged key by key, ``parameters={"sigma": [1.0, 0.7]}``; ``positions`` with a ``kind`` and ``potential``
+        with a ``law`` replace the whole table.
+
+    Returns:
+      the system at its start, not relaxed. Numbers are in the file's ``units``.
+
+    Raises:
+      InputError: naming the key, its value and the remedy.
+    """
+    top, path = _opened(name, fields)
+    try:
+        return build(top, path.parent)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+
+
+def relaxation_options(name: str | Path, **fields: Any) -> dict[str, Any]:
+    """What a system's ``[relaxation]`` table asks of ``minimize``, as its keywords; empty where the defaults do.
+
+    >>> ms.minimize(ms.load_system("fcc_argon"), **ms.io.relaxation_options("fcc_argon"))  # doctest: +SKIP
+    """
+    top, _ = _opened(name, fields)
+    keys = ("tolerance", "max_steps", "dt_start", "dt_max", "max_step")
+    try:
+        table = Table.of("relaxation", top.raw("relaxation", {}), keys)
+        options: dict[str, Any] = {}
+        if table.has("tolerance"):
+            options["tolerance"] = table.number("tolerance")
+        if table.has("max_steps"):
+            options["max_steps"] = table.integer("max_steps", least=1)
+        fire = {key: table.number(key) for key in keys[2:] if table.has(key)}
+        if fire:
+            options["method"] = Fire(**fire)
+        return options
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+
+
+def build(top: Table, folder: Path) -> System:
+    """The system that a checked top-level table describes; files are sought in ``folder``."""
+    top.text("description")
+    top.text("units", "")
+    relax = top.raw("relaxation", {})
+    Table.of("relaxation", relax, ("tolerance", "max_steps", "dt_start", "dt_max", "max_step"))
+    seed = top.integer("seed", 0)
+    dimension = top.integer("dimension")
+    if dimension not in (2, 3):
+        raise InputError(f"dimension is {dimension}: give 2 or 3.")
+    count = top.integer("count", least=1) if top.has("count") else None
+    start = _start(top, dimension, count, seed, folder)
+    n = start.positions.shape[0]
+    if count is not None and count != n:
+        raise InputError(f"count is {count}, but positions give {n} particles: remove count, or change it to {n}.")
+    species = _species(top, n, start)
+    given = top.raw("parameters")
+    if not isinstance(given, Mapping):
+        raise InputError(f"parameters is {short(given)}: give a table of names and values.")
+
+    def parameter(name: str, size: int, stream: int) -> np.ndarray:
+        return _parameter(name, given[name], size, np.random.default_rng([seed, stream]), start)
+
+    sigma = parameter("sigma", n, _stream(given, "sigma")) if "sigma" in given else None
+    box, cell = _box(top, dimension, n, species, sigma, start)
+    positions = start.positions @ cell.T if start.fractional and cell is not None else start.positions
+    if start.fractional and cell is None:
+        raise InputError("box is 'open', but random positions need a cell to be spread in: give lengths.")
+    law, sizes = _potential(top, positions, cell, start)
+    params = {name: parameter(name, sizes.get(name, n), _stream(given, name)) for name in given}
+    dtype = jnp.result_type(float)
+    return System.create(np.asarray(positions, dtype), box, law, params, species)
+
+
+def _stream(given: Mapping[str, Any], name: str) -> int:
+    """A stream of random numbers for each parameter, the same whatever the order of the keys."""
+    return 1 + sorted(given).index(name)
+
+
+def _start(top: Table, dimension: int, count: int | None, seed: int, folder: Path) -> starts.Start:
+    table = Table("positions", _table_of(top, "positions"))
+    kind = table.text("kind", choices=("random", "list", "lattice", "file"))
+    if kind == "random":
+        Table.of("positions", table.values, ("kind",))
+        return starts.random(dimension, top.integer("count", least=1), seed)
+    if kind == "list":
+        Table.of("positions", table.values, ("kind", "values"))
+        return starts.Start(table.array("values", (None, dimension)))
+    if kind == "lattice":
+        Table.of("positions", table.values, ("kind", "lattice", "constant", "cells", "vacancies", "noise"))
+        lattice = table.text("lattice", choices=starts.lattices(dimension))
+        cells = table.raw("cells")
+        cells = [cells] * dimension if is_integer(cells) else cells
+        repeats = array_of("positions.cells", cells, (dimension,), integers=True)
+        if repeats.min() < 1:
+            raise InputError(f"positions.cells is {short(cells)}: give integers from 1.")
+        vacancies = table.array("vacancies", (None,), integers=True) if table.raw("vacancies", []) else np.zeros(0, int)
+        return starts.crystal(
+            lattice, dimension, table.number("constant"), repeats, vacancies, table.number("noise", 0.0, False), seed
+        )
+    Table.of("positions", table.values, ("kind", "file", "index"))
+    return starts.from_file(folder / table.text("file"), dimension, table.integer("index", 0))
+
+
+def _table_of(top: Table, key: str) -> Mapping[str, Any]:
+    value = top.raw(key)
+    if not isinstance(value, Mapping):
+        raise InputError(f"{key} is {short(value)}: give a table.")
+    return value
+
+
+def _species(top: Table, n: int, start: starts.Start) -> np.ndarray | None:
+    """One integer a particle, species 0 first: from counts, from fractions, or from the file of the positions."""
+    value = top.raw("species", None)
+    if value is None:
+        return None
+    if value == "positions":
+        return start.array("species", "species").astype(int)
+    if not isinstance(value, (list, tuple, np.ndarray)) or len(value) == 0:
+        raise InputError(f'species is {value!r}: give counts, fractions, or "positions".')
+    amounts = array_of("species", value, (None,))
+    if amounts.min() < 0:
+        raise InputError(f"species is {short(value)}: every count or fraction must be 0 or more.")
+    if all(is_integer(v) for v in value):
+        if amounts.sum() != n:
+            raise InputError(f"species is {short(value)}, {int(amounts.sum())} in all: make them the {n} particles.")
+        counts = amounts.astype(int)
+    else:
+        if abs(amounts.sum() - 1.0) > 1e-9:
+            raise InputError(f"species is {short(value)}, {amounts.sum():g} in all: give fractions that sum to 1.")
+        counts = np.diff(np.rint(np.cumsum([0.0, *amounts]) * n).astype(int))
+    return np.repeat(np.arange(len(counts)), counts)
+
+
+def _parameter(name: str, value: Any, size: int, rng: np.random.Generator, start: starts.Start) -> np.ndarray:
+    """A number, numbers, ``{array = "name in the file"}``, or ``{uniform = [low, high]}``, one a particle or bond."""
+    label = f"parameters.{name}"
+    if not isinstance(value, Mapping):
+        return array_of(label, value, None)
+    table = Table.of(label, value, ("array", "uniform"))
+    if len(value) != 1:
+        raise InputError(f"{label} is {short(value)}: give one of array and uniform.")
+    if table.has("array"):
+        return start.array(table.text("array"), label).astype(float)
+    low, high = table.array("uniform", (2,))
+    if low > high:
+        raise InputError(f"{label}.uniform is {short(value['uniform'])}: give [low, high] with low below high.")
+    return rng.uniform(low, high, size)
+
+
+def _diameters(sigma: np.ndarray | None, n: int, species: np.ndarray | None) -> np.ndarray:
+    """sigma at each particle."""
+    if sigma is None:
+        raise InputError("box.packing_fraction needs parameters.sigma, which is missing: give the diameters.")
+    own = np.diagonal(sigma) if sigma.ndim == 2 else sigma
+    if own.ndim == 0:
+        return np.full(n, float(own))
+    if species is not None and own.shape[0] != n and own.shape[0] > species.max(initial=0):
+        return own[species]
+    if own.shape != (n,):
+        raise InputError(f"parameters.sigma has shape {sigma.shape}: give one number, one a species, or {n}.")
+    return own
+
+
+def _box(
+    top: Table, dimension: int, n: int, species: np.ndarray | None, sigma: np.ndarray | None, start: starts.Start
+) -> tuple[Any, np.ndarray | None]:
+    """What ``System.create`` takes as the box, and the cell (columns) at the given parameters; None for open."""
+    keys = ("packing_fraction", "held", "lengths", "vectors", "number_density")
+    value = top.raw("box")
+    if isinstance(value, str):
+        choice = top.text("box", choices=("open", "positions"))
+        if choice == "open":
+            return None, None
+        if start.cell is None:
+            raise InputError("box is 'positions', but the positions come without a cell: give lengths or vectors.")
+        return start.cell, start.cell
+    table = Table.of("box", value, keys)
+    sizes = [key for key in keys if key != "held" and table.has(key)]
+    if len(sizes) != 1:
+        raise InputError(
+            f"box has {len(sizes)} of packing_fraction, lengths, vectors and number_density: give one of them."
+        )
+    held = table.flag("held", False)
+    if table.has("packing_fraction"):
+        rule = boxes.PackingFraction(float(table.number("packing_fraction")))
+        diameters = _diameters(sigma, n, species)
+        if not (diameters > 0).all():
+            raise InputError(f"parameters.sigma is {short(sigma)}: every diameter must be positive.")
+        unit = {2: np.pi / 4, 3: np.pi / 6}[dimension]
+        cell = np.eye(dimension) * (np.sum(unit * diameters**dimension) / rule.fraction) ** (1.0 / dimension)
+        return (cell if held else rule), cell
+    if table.has("held"):
+        raise InputError("box.held belongs to packing_fraction alone, any other box is held: remove it.")
+    if table.has("number_density"):
+        cell = np.eye(dimension) * (n / table.number("number_density")) ** (1.0 / dimension)
+    elif table.has("lengths"):
+        cell = np.diag(table.array("lengths", (dimension,)))
+    else:
+        cell = table.array("vectors", (dimension, dimension)).T  # a vector a row in the file, a column in the box
+    return cell, cell
+
+
+def _potential(
+    top: Table, positions: np.ndarray, cell: np.ndarray | None, start: starts.Start
+) -> tuple[Any, dict[str, int]]:
+    """The law, and how many values those of its parameters have that are not one a particle."""
+    value = top.raw("potential")
+    tables = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not tables:
+        raise InputError("potential is empty: give a table with a law, or several as an array of tables.")
+    laws, sizes = [], {}
+    for k, entry in enumerate(tables):
+        label = "potential" if len(tables) == 1 else f"potential[{k}]"
+        if not isinstance(entry, Mapping):
+            raise InputError(f"{label} is {short(entry)}: give a table with a law.")
+        names = ("soft_sphere", "lennard_jones", "morse", "harmonic_bonds")
+        kind = Table(label, entry).text("law", choices=names)
+        extra = {"soft_sphere": (), "harmonic_bonds": ("bonds",)}.get(kind, ("onset", "cutoff"))
+        table = Table.of(label, entry, ("law", "rename", *extra))
+        law: Any
+        if kind == "soft_sphere":
+            law = potentials.soft_sphere()
+        elif kind == "harmonic_bonds":
+            law = potentials.harmonic_bonds(_bonds(table, positions, cell, start))
+        else:
+            law = getattr(potentials, kind)(table.number("onset", 2.0), table.number("cutoff", 2.5))
+        rename = table.raw("rename", {})
+        if not isinstance(rename, Mapping) or not all(isinstance(v, str) for v in rename.values()):
+            raise InputError(f"{label}.rename is {short(rename)}: give a table of old and new names.")
+        for old in rename:
+            if old not in law.parameters:
+                raise InputError(f"{label}.rename.{old} is no parameter: {nearest(old, law.parameters)}")
+        law = law.renamed(rename) if rename else law
+        if kind == "harmonic_bonds":
+            sizes.update(dict.fromkeys(law.parameters, len(law.bonds)))
+        laws.append(law)
+    return (laws[0] if len(laws) == 1 else potentials.SumLaw(tuple(laws))), sizes
+
+
+def _bonds(table: Table, positions: np.ndarray, cell: np.ndarray | None, start: starts.Start) -> np.ndarray:
+    """Bonds as a list, as an array of the file, or ``{within = length}``: all pairs of the start nearer than it."""
+    value = table.raw("bonds")
+    label = table.label("bonds")
+    if not isinstance(value, Mapping):
+        return table.array("bonds", (None, 2), integers=True)
+    rule = Table.of(label, value, ("within", "array"))
+    if len(value) != 1:
+        raise InputError(f"{label} is {short(value)}: give one of within and array.")
+    if rule.has("array"):
+        return array_of(label, start.array(rule.text("array"), label), (None, 2), integers=True)
+    found = starts.pairs_within(positions, cell, rule.number("within"))
+    if not len(found):
+        raise InputError(f"{label}.within is {value['within']}: no two particles are that near, give a larger length.")
+    return found
