@@ -65,12 +65,12 @@ def _clusters(i: jax.Array, j: jax.Array, active: jax.Array, n: int) -> jax.Arra
 
     def spread(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         labels, _ = carry
-        low = jnp.where(active, jnp.minimum(labels[i], labels[j]), n)
+        low = jnp.where(active, jnp.minimum(labels[i], labels[j]), n - 1)
         new = labels.at[i].min(low).at[j].min(low)
         new = jnp.minimum(new, new[new])
         return new, jnp.any(new != labels)
 
-    start = (jnp.arange(n), jnp.ones((), bool))
+    start = (jnp.arange(n, dtype=jnp.int32), jnp.ones((), bool))
     return jax.lax.while_loop(lambda carry: carry[1], spread, start)[0]
 
 

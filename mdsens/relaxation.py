@@ -24,7 +24,7 @@ from mdsens.implicit.status import (
 )
 from mdsens.neighbours import Neighbours
 from mdsens.stationarity import Unknowns, gradient, largest_force, max_force
-from mdsens.system import System, box_at, pair_distances, pair_terms, stack, unstack
+from mdsens.system import System, box_at, pair_terms, stack, unstack
 
 __all__ = ["Equilibrium", "Fire", "GradientDescent", "minimize", "relax"]
 
@@ -34,13 +34,15 @@ STEPS_PER_CALL = 500  # between two looks of the host: progress, reallocation, i
 
 @dataclasses.dataclass(frozen=True)
 class Fire:
-    """jax-md's FIRE (Bitzek et al., Phys. Rev. Lett. 97, 170201, 2006), each particle's step limited to ``max_step``.
+    """jax-md's FIRE (Bitzek et al., Phys. Rev. Lett. 97, 170201, 2006), in the system's own units of length and time.
 
     Attributes:
-      dt_start, dt_max: time step at the start and at most, in units of sqrt(mass length^2 / energy) with mass 1. Lower
-        dt_max where the force constants are far above 1.
-      max_step: the longest move of a particle in one step, as a fraction of the interaction range; it tames the first
-        steps from overlapping starts.
+      dt_start, dt_max: time step at the start and at most, in units of sqrt(10 m / k), k the law's largest stiffness, so
+        that the fastest vibration advances by dt sqrt(10): 0.4 are 1.3 rad, where velocity Verlet breaks down at 2. In a
+        packing of unit harmonic discs, k is about 10 and this is jax-md's own unit. Lower dt_max where a law is much
+        stiffer in places than at its minimum.
+      max_step: the longest move of a particle in one step, as a fraction of the law's length (contact, or the minimum of
+        the pair energy); it tames the first steps from overlapping starts.
       n_min, f_inc, f_dec, alpha_start, f_alpha: as in the paper.
     """
 
@@ -54,15 +56,13 @@ class Fire:
     f_alpha: float = 0.99
 
     def __post_init__(self) -> None:
-        for name in ("dt_start", "dt_max", "max_step"):
-            if not 0 < getattr(self, name) < np.inf:
-                raise InputError(f"Fire({name}={getattr(self, name)}): give a positive number.")
+        _check_positive(self, ("dt_start", "dt_max", "max_step"))
 
-    def minimizer(self, forces: Any, shift: Any) -> tuple[Any, Any]:
-        """jax-md's pair of functions (init, apply)."""
+    def minimizer(self, forces: Any, shift: Any, stiffness: jax.Array) -> tuple[Any, Any]:
+        """jax-md's pair of functions (init, apply), with a mass that brings the stiffest vibration to a fixed frequency."""
         from jax_md import minimize as jax_md_minimize
 
-        return jax_md_minimize.fire_descent(
+        init, apply = jax_md_minimize.fire_descent(
             forces,
             shift,
             dt_start=self.dt_start,
@@ -74,12 +74,20 @@ class Fire:
             f_alpha=self.f_alpha,
         )
 
-    def start(self, init: Any, positions: jax.Array, pairs: Neighbours) -> Any:
-        """The minimiser's first state; jax-md keeps the step size in float16 where it fits, which a loop cannot carry."""
-        state = init(positions, pairs=pairs)
-        return dataclasses.replace(
-            state, dt=jnp.asarray(self.dt_start, positions.dtype), alpha=jnp.asarray(self.alpha_start, positions.dtype)
-        )
+        def start(positions: jax.Array, pairs: Neighbours) -> Any:
+            # jax-md keeps step sizes in float16 where they fit, which a loop cannot carry
+            dtype = positions.dtype
+            return dataclasses.replace(
+                init(positions, mass=jnp.asarray(stiffness / 10.0, dtype), pairs=pairs),
+                dt=jnp.asarray(self.dt_start, dtype),
+                alpha=jnp.asarray(self.alpha_start, dtype),
+            )
+
+        return start, apply
+
+    def force_limit(self, longest: jax.Array, stiffness: jax.Array) -> jax.Array:
+        """The force that moves a particle by ``longest`` in one time step."""
+        return longest * stiffness / (10.0 * self.dt_max**2)
 
     @staticmethod
     def positions(state: Any) -> jax.Array:
@@ -99,23 +107,21 @@ class GradientDescent:
     """jax-md's gradient descent: slow; here to show that the derivative does not care which solver found the minimum.
 
     Attributes:
-      step_size: length of a step a unit of force; below 2 / (largest stiffness) or it diverges.
+      step_size: of a step, in units of 1 / k, k the law's largest stiffness; it diverges above 2.
       max_step: as in :class:`Fire`.
     """
 
-    step_size: float = 0.1
+    step_size: float = 1.0
     max_step: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("step_size", "max_step"):
-            if not 0 < getattr(self, name) < np.inf:
-                raise InputError(f"GradientDescent({name}={getattr(self, name)}): give a positive number.")
+        _check_positive(self, ("step_size", "max_step"))
 
-    def minimizer(self, forces: Any, shift: Any) -> tuple[Any, Any]:
+    def minimizer(self, forces: Any, shift: Any, stiffness: jax.Array) -> tuple[Any, Any]:
         """A pair of functions (init, apply) on the state (positions, forces)."""
         from jax_md import minimize as jax_md_minimize
 
-        init, apply = jax_md_minimize.gradient_descent(lambda R, held, **_: held, shift, self.step_size)
+        init, apply = jax_md_minimize.gradient_descent(lambda R, held, **_: held, shift, self.step_size / stiffness)
 
         def step(state: Any, pairs: Neighbours) -> Any:
             moved = apply(state[0], held=state[1])
@@ -123,9 +129,9 @@ class GradientDescent:
 
         return (lambda R, pairs: (init(R), forces(R, pairs=pairs))), step
 
-    @staticmethod
-    def start(init: Any, positions: jax.Array, pairs: Neighbours) -> Any:
-        return init(positions, pairs)
+    def force_limit(self, longest: jax.Array, stiffness: jax.Array) -> jax.Array:
+        """The force that moves a particle by ``longest``."""
+        return longest * stiffness / self.step_size
 
     @staticmethod
     def positions(state: Any) -> jax.Array:
@@ -138,6 +144,13 @@ class GradientDescent:
     @staticmethod
     def forces(state: Any) -> jax.Array:
         return state[1]
+
+
+def _check_positive(record: Any, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = getattr(record, name)
+        if not 0 < value < np.inf:
+            raise InputError(f"{type(record).__name__}({name}={value}): give a positive number.")
 
 
 @jax.tree_util.register_dataclass
@@ -198,40 +211,78 @@ class Equilibrium:
         return _tables.text("Equilibrium", self._rows())
 
 
-def _step_length(system: System, method: Any) -> jax.Array:
-    """The longest move of a step: a fraction of the interaction range, or of the particles' spacing without one."""
-    span = system.range
-    terms = [t for t in pair_terms(system) if t.i.shape[0]]
-    box = system.box
-    if terms:
-        lengths = [jnp.min(jnp.where(t.mask, pair_distances(t, system.positions, box), jnp.inf)) for t in terms]
-        spacing = jnp.min(jnp.stack(lengths))
-    else:
-        spacing = jnp.ones(())
-    span = jnp.where(jnp.isfinite(span) & (span > 0), span, spacing)
-    return method.max_step * span
+def _scales(system: System) -> tuple[jax.Array, jax.Array]:
+    """The law's own length and largest stiffness, (l, k): they make the minimiser's steps independent of the units.
+
+    l is where the pair energy is least (contact, for a law that only repels) and k the curvature there (at 0.9 l, for one
+    that only repels) times the 2^(d+1) that a dense packing of such pairs reaches: 10 for harmonic discs and 900 for a
+    Lennard-Jones crystal, against largest eigenvalues of 10 and 850. Both are medians over some pairs. A law without pairs
+    counts as 1.
+    """
+    lengths, curvatures = [], []
+    n, d = system.positions.shape
+    extent = jnp.max(jnp.max(system.positions, axis=0) - jnp.min(system.positions, axis=0)) / max(n ** (1.0 / d) - 1, 1)
+    spacing = extent if system.box is None else (system.volume / n) ** (1.0 / d)
+    for term in pair_terms(system):
+        count = term.i.shape[0]
+        if count == 0:
+            continue
+        some = np.unique(np.linspace(0, count - 1, 16).astype(int))
+        values = tuple(v if v.ndim == 0 else v[some] for v in term.values)
+        far = jnp.where(jnp.isfinite(system.range) & (system.range > 0), system.range, 4.0 * spacing)
+        r = far * jnp.linspace(0.05, 1.0, 400)[:, None] * jnp.ones(some.shape[0])
+
+        def phi(r: jax.Array, term: Any = term, values: Any = values) -> jax.Array:
+            return term.phi(r, *values)
+
+        energies = phi(r)
+        least = jnp.argmin(jnp.where(jnp.isfinite(energies), energies, jnp.inf), axis=0)
+        at = jnp.take_along_axis(r, least[None], axis=0)
+        at_least = jnp.take_along_axis(energies, least[None], axis=0)
+        slope = jax.grad(lambda r, phi=phi: jnp.sum(phi(r)))
+        where = jnp.where(at_least < 0, at, 0.9 * at)
+        curvature = jax.jvp(slope, (where,), (jnp.ones_like(where),))[1]
+        lengths.append(jnp.median(at))
+        curvatures.append(jnp.median(jnp.abs(curvature)))
+    if not lengths:
+        return spacing, jnp.ones(())
+    stiffness = 2.0 ** (d + 1) * jnp.max(jnp.stack(curvatures))
+    return jnp.min(jnp.stack(lengths)), jnp.where(stiffness > 0, stiffness, 1.0)
 
 
 @functools.partial(jax.jit, static_argnames=("method",))
 def _begin(system: System, method: Any) -> tuple[Any, Neighbours]:
     pairs, _ = neighbours.update(system.neighbours, system.positions, system.box, system.range)
     init, _, _ = _machine(system, method)
-    return method.start(init, system.positions, pairs), pairs
+    return init(system.positions, pairs), pairs
 
 
 def _machine(system: System, method: Any) -> tuple[Any, Any, Any]:
-    """jax-md's minimiser on this system: (init, apply, forces)."""
-    longest = _step_length(system, method)
+    """jax-md's minimiser on this system: (init, apply, forces).
+
+    Overlaps of a random start make forces of 1e20 in a Lennard-Jones law, and FIRE never forgets such a momentum. So a
+    particle's force counts up to the size that moves it by the longest step, and its step is cut there too. Neither
+    touches the neighbourhood of a minimum.
+    """
+    length, stiffness = jax.lax.stop_gradient(_scales(system))
+    longest = method.max_step * length
+    strongest = method.force_limit(longest, stiffness)
 
     def forces(R: jax.Array, pairs: Neighbours, **_: Any) -> jax.Array:
-        return -gradient(system.replace(neighbours=pairs), Unknowns(R), system.params).positions
+        pull = -gradient(system.replace(neighbours=pairs), Unknowns(R), system.params).positions
+        return _shortened(pull, strongest)
 
     def shift(R: jax.Array, dR: jax.Array, **_: Any) -> jax.Array:
-        size = jnp.sqrt(jnp.sum(dR**2, axis=-1, keepdims=True))
-        return R + dR * jnp.minimum(1.0, longest / jnp.where(size > 0, size, 1.0))
+        return R + _shortened(dR, longest)
 
-    init, apply = method.minimizer(forces, shift)
+    init, apply = method.minimizer(forces, shift, stiffness)
     return init, apply, forces
+
+
+def _shortened(vectors: jax.Array, longest: jax.Array) -> jax.Array:
+    """Each row cut to a length."""
+    size = jnp.sqrt(jnp.sum(vectors**2, axis=-1, keepdims=True))
+    return vectors * jnp.minimum(1.0, longest / jnp.where(size > 0, size, 1.0))
 
 
 def _advance(
@@ -261,7 +312,18 @@ def _advance(
     return jax.lax.while_loop(unfinished, advance, (state, pairs, jnp.zeros((), jnp.int32)))
 
 
+@functools.partial(jax.jit, static_argnames=("method",))
+def _forces(system: System, method: Any) -> jax.Array:
+    """The forces that the minimiser works with, at the system's positions."""
+    return _machine(system, method)[2](system.positions, system.neighbours)
+
+
 _advance_jit = functools.partial(jax.jit, static_argnames=("method",))(_advance)
+
+
+def _final_force(relaxed: System, tested: jax.Array, tolerance: Any) -> jax.Array:
+    """The largest force: the one that met the tolerance, or, where none did, the whole force without the limit on it."""
+    return jnp.where(tested <= tolerance, tested, max_force(relaxed))
 
 
 def _status(largest: Any, tolerance: Any, overflowed: Any) -> jax.Array:
@@ -275,8 +337,8 @@ def relax(system: System, tolerance: Any, max_steps: Any, method: Any) -> Equili
     """Relax inside traced code: no reallocation, no errors; the status says what happened."""
     state, pairs = _begin(system, method)
     state, pairs, steps = _advance(system, state, pairs, tolerance, max_steps, method)
-    largest = largest_force(method.forces(state))
     relaxed = system.replace(positions=method.positions(state), neighbours=pairs)
+    largest = _final_force(relaxed, largest_force(method.forces(state)), tolerance)
     code = _status(largest, tolerance, pairs.overflowed)
     zero = jnp.zeros((), system.positions.dtype)
     return Equilibrium(relaxed, code, largest, steps, zero, jnp.asarray(tolerance, zero.dtype))
@@ -336,7 +398,7 @@ def minimize(
                 room = min(1.25 * room, 4.0) if int(done) <= 1 else 1.25
                 here = system.replace(positions=method.positions(state), neighbours=pairs).reallocate(room)
                 system, pairs = here, here.neighbours
-                state = method.with_forces(state, -gradient(here, Unknowns(here.positions), here.params).positions)
+                state = method.with_forces(state, _forces(here, method))
                 if steps < max_steps:
                     continue
             if not (largest > tolerance and steps < max_steps and np.isfinite(largest)):
@@ -344,6 +406,7 @@ def minimize(
     finally:
         bar.close()
     relaxed = system.replace(positions=method.positions(state), neighbours=pairs)
+    largest = float(_final_force(relaxed, jnp.asarray(largest), tolerance))
     status = Status(int(_status(largest, tolerance, pairs.overflowed)))
     eq = Equilibrium(
         relaxed,
