@@ -14,6 +14,7 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_batching import custom_vmap
 
 from mdsens.implicit.status import Status
 
@@ -169,11 +170,11 @@ def gmres_cycle(apply: Apply, b: Array, tol: Array, limit: Array, restart: int) 
     m = min(restart, b.size)
 
     def going(state: tuple[Array, ...]) -> Array:
-        _, _, _, g, j, _, done = state
-        return (j < m) & (j < limit) & (jnp.abs(g[j]) > tol) & ~done
+        j, done = state[4], state[6]
+        return (j < m) & _any(~done)
 
     def body(state: tuple[Array, ...]) -> tuple[Array, ...]:
-        basis, r, q, g, j, _, _ = state
+        basis, r, q, g, j, used, done = state
         w = apply(basis[j])
         length = norm(w)
         h = dot(basis, w)
@@ -185,21 +186,41 @@ def gmres_cycle(apply: Apply, b: Array, tol: Array, limit: Array, restart: int) 
         beyond = jnp.where(invariant, 0, beyond)
         column = dot(q, (h + again).at[j + 1].set(beyond))
         rho = jnp.hypot(column[j], column[j + 1])
-        # rho = 0 happens on a singular operator alone: the last direction gains nothing, so it is not used.
+        # rho = 0 happens on a singular operator alone: that direction gains nothing. Neither it nor a member that is
+        # done gets a rotation or a column; writing whole rows and columns, never a choice of arrays, avoids copies.
         useless = rho <= 8 * eps * length
-        c = jnp.where(useless, 1, safe_divide(column[j], rho))
-        s = jnp.where(useless, 0, safe_divide(column[j + 1], rho))
+        idle = done | useless
+        c = jnp.where(idle, 1, safe_divide(column[j], rho))
+        s = jnp.where(idle, 0, safe_divide(column[j + 1], rho))
         q = q.at[j].set(c * q[j] + s * q[j + 1]).at[j + 1].set(-s * q[j] + c * q[j + 1])
-        upper = jnp.where(jnp.arange(m) < j, column[:m], 0).at[j].set(rho)
-        r = jnp.where(useless, r, r.at[:, j].set(upper))
         g = g.at[j].set(c * g[j]).at[j + 1].set(-s * g[j])
-        basis = basis.at[j + 1].set(safe_divide(w, beyond))
-        return basis, r, q, g, j + 1, jnp.where(useless, j, j + 1), invariant | useless
+        upper = jnp.where(jnp.arange(m) < j, column[:m], 0).at[j].set(rho)
+        r = r.at[:, j].set(jnp.where(idle, r[:, j], upper))
+        basis = basis.at[j + 1].set(jnp.where(idle, 0, safe_divide(w, beyond)))
+        used = jnp.where(idle, used, j + 1)
+        done = idle | invariant | ~(jnp.abs(g[j + 1]) > tol) | (j + 1 >= limit)
+        return basis, r, q, g, j + 1, used, done
 
     size = norm(b)
     basis = jnp.zeros((m + 1, b.size), b.dtype).at[0].set(safe_divide(b, size))
     g = jnp.zeros(m + 1, b.dtype).at[0].set(size)
-    start = (basis, jnp.eye(m, dtype=b.dtype), jnp.eye(m + 1, dtype=b.dtype), g, _int(0), _int(0), jnp.asarray(False))
-    basis, r, _, g, j, used, _ = lax.while_loop(going, body, start)
+    idle = ~(size > tol) | (limit < 1)
+    start = (basis, jnp.eye(m, dtype=b.dtype), jnp.eye(m + 1, dtype=b.dtype), g, _int(0), _int(0), idle)
+    basis, r, _, g, _, used, _ = lax.while_loop(going, body, start)
     y = jax.scipy.linalg.solve_triangular(r, jnp.where(jnp.arange(m) < used, g[:m], 0))
-    return dot(y, basis[:m]), j, _int(0)
+    return dot(y, basis[:m]), used, _int(0)
+
+
+@custom_vmap
+def _any(flag: Array) -> Array:
+    """The flag; under vmap, whether any member's is set, the same for all.
+
+    A loop whose condition differs between members makes jax copy its whole state at each step, here the basis: five
+    times slower with 32 right-hand sides of 512 unknowns. A loop on this leaves freezing the finished to its body.
+    """
+    return flag
+
+
+@_any.def_vmap
+def _any_of_batch(size: int, batched: list[bool], flags: Array) -> tuple[Array, bool]:
+    return _any(jnp.any(flags, axis=0)), False
