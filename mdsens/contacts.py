@@ -74,6 +74,7 @@ def _clusters(i: jax.Array, j: jax.Array, active: jax.Array, n: int) -> jax.Arra
     return jax.lax.while_loop(lambda carry: carry[1], spread, start)[0]
 
 
+@jax.jit
 def network(system: System, max_force: jax.Array | float) -> Network:
     """Contacts, rattlers and clusters of a relaxed configuration.
 
@@ -158,6 +159,7 @@ class Crossing(NamedTuple):
     backward_pair: jax.Array
 
 
+@jax.jit
 def first_crossing(
     system: System, velocity: jax.Array, dparams: Mapping[str, Any], rattlers: jax.Array | None = None
 ) -> Crossing:

@@ -12,11 +12,13 @@ from mdsens.system import System, potential_energy
 __all__ = ["coordination", "energy", "pressure", "stress"]
 
 
+@jax.jit
 def energy(system: System) -> jax.Array:
     """U, the potential energy, in the potential's unit of energy."""
     return potential_energy(system)
 
 
+@jax.jit
 def stress(system: System) -> jax.Array:
     """The Cauchy stress of the configuration as it is, sigma = V^-1 dU/dstrain at strain 0; positive in tension.
 
@@ -36,11 +38,13 @@ def stress(system: System) -> jax.Array:
     return jax.grad(strained)(zero) / system.volume
 
 
+@jax.jit
 def pressure(system: System) -> jax.Array:
     """P = -tr(stress) / d, positive in compression."""
     return -jnp.trace(stress(system)) / system.dimension
 
 
+@jax.jit
 def coordination(system: System) -> jax.Array:
     """Mean number of contacts of a particle that is no rattler, z = 2 N_c / (n - n_rattlers). Not differentiable."""
     return contacts.coordination(system).astype(system.positions.dtype)

@@ -141,9 +141,6 @@ class Linearization:
         return jnp.where(eq.status != Status.CONVERGED.value, eq.status, code)
 
 
-_linearise = jax.jit(linearisation)
-
-
 def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Linearization:
     """Find the network, the rattlers and the null space of a minimum, once for many derivatives.
 
@@ -157,7 +154,7 @@ def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Li
     """
     if eq.system.batch is not None:
         raise InputError(f"linearize takes one minimum and got a batch of {eq.system.batch}: linearize its members.")
-    lin = Linearization(eq, *_linearise(eq.system, eq.max_force), solve)
+    lin = Linearization(eq, *linearisation(eq.system, eq.max_force), solve)
     if throw:
         raise_for_status(Status(int(lin.status)), "this minimum cannot be differentiated", lin)
     return lin

@@ -56,6 +56,7 @@ def gradient(system: System, x: Unknowns, params: Params) -> Unknowns:
     return jax.grad(energy)(x)
 
 
+@jax.jit
 def force(system: System) -> jax.Array:
     """-dU/dR, (n, d)."""
     return -gradient(system, Unknowns(system.positions), system.params).positions
@@ -66,6 +67,7 @@ def largest_force(forces: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.max(jnp.sum(forces**2, axis=-1), initial=0.0))
 
 
+@jax.jit
 def max_force(system: System) -> jax.Array:
     """The largest norm of one particle's force in a system."""
     return largest_force(force(system))
@@ -185,6 +187,7 @@ def hessian_operator(system: System, null: NullSpace) -> Operator:
     return Operator(_hessian_product(system), symmetric=True, positive_semidefinite=True, project=null.project)
 
 
+@jax.jit
 def dense_hessian(system: System) -> jax.Array:
     """H as a matrix (n d, n d): for checks and for small systems."""
     n, d = system.positions.shape
@@ -205,6 +208,7 @@ def mixed_transpose(system: System, cotangent: Unknowns) -> dict[str, jax.Array]
     return jax.vjp(lambda p: gradient(system, x, p), dict(system.params))[1](cotangent)[0]
 
 
+@jax.jit
 def linearisation(system: System, max_force_left: jax.Array | float) -> tuple[System, Network, NullSpace]:
     """What every derivative at a minimum needs: the backbone, the network and the null space."""
     net = contacts.network(system, max_force_left)
