@@ -1,7 +1,19 @@
-"""Files and ASE: systems in, results out."""
+"""Files and ASE: systems in, results out. The names that users call; ASE is imported when it is needed."""
 
 from __future__ import annotations
 
 from mdsens.specification import bundled_systems, load_system, relaxation_options
+from mdsens.storage import load, read_header, save
+from mdsens.structures import from_ase, to_ase, write_extxyz
 
-__all__ = ["bundled_systems", "load_system", "relaxation_options"]
+__all__ = [
+    "bundled_systems",
+    "from_ase",
+    "load",
+    "load_system",
+    "read_header",
+    "relaxation_options",
+    "save",
+    "to_ase",
+    "write_extxyz",
+]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mdsens.files import read_npz
 from mdsens.implicit.status import InputError
+from mdsens.structures import cell_of, coordinates_of
 
 __all__ = ["Start", "crystal", "from_file", "lattices", "pairs_within", "random"]
 
@@ -116,17 +117,6 @@ def from_file(path: Path, dimension: int, index: int) -> Start:
     raise InputError(f"positions.file {path} is of no kind that is read: give .npz, .extxyz or .xyz.")
 
 
-def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """Every array of a .npz file; objects are refused, because reading one would execute code."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (OSError, EOFError, KeyError, AttributeError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is no whole .npz file ({error}): write or fetch it again.") from error
-    except ValueError as error:
-        raise InputError(f"{path} holds other things than arrays of numbers ({error}): store plain arrays.") from error
-
-
 def _npz(path: Path, dimension: int, index: int) -> Start:
     arrays = read_npz(path)
     if "positions" not in arrays:
@@ -160,8 +150,6 @@ def _check_index(path: Path, index: int, frames: int) -> None:
 
 def _extxyz(path: Path, dimension: int, index: int) -> Start:
     import ase.io
-
-    from mdsens.structures import cell_of, coordinates_of
 
     try:
         frames: Any = ase.io.read(path, index=":", format="extxyz")

@@ -1,0 +1,314 @@
+"""Results on disk, bit for bit: a .npz of plain arrays with a header in JSON. Reading one executes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import platform
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mdsens import boxes, potentials
+from mdsens.files import read_npz, replacing
+from mdsens.implicit.status import InputError, PrecisionError, SolveStats, Status
+from mdsens.neighbours import Neighbours
+from mdsens.potentials import BondLaw, Law, PairLaw, SumLaw
+from mdsens.relaxation import Equilibrium
+from mdsens.sensitivity import Response
+from mdsens.stationarity import Unknowns
+from mdsens.system import System
+
+__all__ = ["load", "read_header", "save"]
+
+FORMAT = "mdsens"
+VERSION = 1
+KINDS = (Equilibrium, Response, System)
+_RECORDS: dict[str, type] = {
+    kind.__name__: kind
+    for kind in (
+        *KINDS,
+        Neighbours,
+        SolveStats,
+        Unknowns,
+        boxes.FixedBox,
+        boxes.OpenBox,
+        boxes.PackingFraction,
+    )
+}
+
+
+def save(path: str | Path, result: Any, *, provenance: Mapping[str, Any] | None = None) -> None:
+    """Store a System, an Equilibrium or a Response in full precision, with what made it.
+
+    Args:
+      path: a file that is made or replaced, whole or not at all; ``.npz`` is its usual end.
+      result: a batch is stored like a single one. A law or a box that is a function of your own is not stored, because
+        only Python code could: ``load`` asks for it again.
+      provenance: what else is worth keeping, such as ``{"seed": 3}``: anything that JSON can say.
+    """
+    if not isinstance(result, KINDS):
+        raise InputError(f"result is a {type(result).__name__}: give a System, an Equilibrium or a Response.")
+    arrays: dict[str, np.ndarray] = {}
+    tree = _encode(result, "", arrays)
+    header = {
+        "format": FORMAT,
+        "format_version": VERSION,
+        "kind": type(result).__name__,
+        "status": _status_names(result),
+        "parameters": _parameters(result),
+        "provenance": dict(provenance or {}),
+        "versions": _versions(),
+        **_machine(result),
+        "saved": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "tree": tree,
+    }
+    try:
+        text = json.dumps(header, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"provenance is {provenance!r}: give what JSON can say, numbers, texts, lists.") from error
+    with replacing(path) as file:
+        np.savez_compressed(file, allow_pickle=False, header=np.array(text), **arrays)
+
+
+def load(
+    path: str | Path, *, potential: Any = None, box: Callable[[Mapping[str, Any]], jax.Array] | None = None
+) -> Any:
+    """What ``save`` stored, bit for bit.
+
+    Args:
+      path: the file.
+      potential: the law, where it was a function of your own (it is used for any other, too, if its parameters fit).
+      box: the function of the parameters that gives the cell, where the box was one.
+
+    Raises:
+      InputError: the file is missing, cut short, or not of this format; the law or the box is needed and not given.
+      PrecisionError: it holds float64 and jax computes in float32.
+    """
+    header, arrays = _contents(path)
+    try:
+        return _decode(header["tree"], _Source(str(path), arrays, potential, box))
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path} has a damaged header ({error!r}): write it again with mdsens.io.save.") from error
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """What a stored file says of itself: kind, status, parameters, provenance, versions, device, precision."""
+    header, _ = _contents(path)
+    return {key: value for key, value in header.items() if key != "tree"}
+
+
+def _contents(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    arrays = read_npz(path)
+    try:
+        header = json.loads(str(arrays.pop("header")[()]))
+        ours = header["format"] == FORMAT and "tree" in header
+        version = header["format_version"]
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise InputError(f"{path} was not written by mdsens.io.save: give a file that was.") from error
+    if not ours:
+        raise InputError(f"{path} was not written by mdsens.io.save: give a file that was.")
+    if not isinstance(version, int) or version > VERSION:
+        raise InputError(f"{path} has format version {version}, newer than {VERSION}: install a newer mdsens.")
+    return header, arrays
+
+
+# -- what the header says -------------------------------------------------------------------------------------------
+
+
+def _status_names(result: Any) -> Any:
+    code = {Equilibrium: lambda: result.status, Response: lambda: result.stats.status}.get(type(result), lambda: None)()
+    if code is None:
+        return None
+    codes = np.asarray(code)
+    names = [Status(int(k)).name for k in codes.ravel()]
+    return names[0] if codes.ndim == 0 else names
+
+
+def _parameters(result: Any) -> Any:
+    """Values of the parameters where they are few, else their shapes: the arrays hold them all."""
+    system = getattr(result, "system", result)
+    if not isinstance(system, System):
+        return None
+    shown = {k: np.asarray(v) for k, v in system.params.items()}
+    return {k: v.tolist() if v.size <= 16 else f"array of shape {v.shape}" for k, v in shown.items()}
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("mdsens", "jax", "jaxlib", "jax-md", "numpy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+def _machine(result: Any) -> dict[str, str]:
+    leaves = [x for x in jax.tree.leaves(result) if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating)]
+    if not leaves:
+        return {"device": "unknown", "precision": "unknown"}
+    largest = max(leaves, key=lambda x: x.size)
+    device = next(iter(largest.devices()))
+    return {"device": f"{device.platform}: {device.device_kind}", "precision": str(largest.dtype)}
+
+
+# -- values as JSON with the arrays beside it -----------------------------------------------------------------------
+
+
+def _encode(value: Any, where: str, arrays: dict[str, np.ndarray]) -> Any:
+    """JSON for a value; arrays go into ``arrays`` under the name of the place they stand at."""
+    if value is None or (isinstance(value, (bool, int, float, str)) and not isinstance(value, np.generic)):
+        return value
+    if isinstance(value, (jax.Array, np.ndarray, np.generic)):
+        arrays[where] = np.asarray(value)
+        return {"array": where, "on": "device" if isinstance(value, jax.Array) else "host"}
+
+    def inside(name: str) -> str:
+        return f"{where}.{name}" if where else name
+
+    if isinstance(value, Mapping):
+        return {"dict": {k: _encode(v, inside(k), arrays) for k, v in value.items()}}
+    if isinstance(value, boxes.BoxFunction):
+        return {"user": "box"}
+    if type(value) in _RECORDS.values():
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return {
+            "record": type(value).__name__,
+            "fields": {
+                k: _encode_law(v, inside(k), arrays) if k == "potential" else _encode(v, inside(k), arrays)
+                for k, v in fields.items()
+            },
+        }
+    raise InputError(
+        f"{where or 'result'} is a {type(value).__name__}, which cannot be stored: use mdsens' own records."
+    )
+
+
+def _encode_law(law: Any, where: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """A law's name and options where it is one of ours, else its parameters alone."""
+    options = _describe(law, where, arrays)
+    if options is None:
+        return {"user": "potential", "name": str(law.name), "parameters": list(law.parameters)}
+    return {"law": options}
+
+
+def _describe(law: Any, where: str, arrays: dict[str, np.ndarray]) -> dict[str, Any] | None:
+    if isinstance(law, SumLaw):
+        parts = [_describe(part, f"{where}.{k}", arrays) for k, part in enumerate(law.laws)]
+        return None if None in parts else {"name": "sum", "laws": parts}
+    if isinstance(law, BondLaw):
+        bare = potentials.harmonic_bonds([[0, 1]]).renamed(_renaming(("stiffness", "length"), law.names))
+        if dataclasses.replace(law, bonds=None) != dataclasses.replace(bare, bonds=None):
+            return None
+        return {
+            "name": "harmonic_bonds",
+            "names": list(law.names),
+            "bonds": _encode(law.bonds, f"{where}.bonds", arrays),
+        }
+    if not isinstance(law, PairLaw):
+        return None
+    options: list[dict[str, Any]] = [{"name": "soft_sphere"}]
+    if isinstance(law.phi, potentials.switched):
+        span = {"onset": law.phi.onset, "cutoff": law.phi.cutoff}
+        options = [{"name": "lennard_jones", **span}, {"name": "morse", **span}]
+    for candidate in options:
+        named = {**candidate, "names": list(law.names)}
+        if len(law.names) == len(_plain(candidate).parameters) and _law(named, None) == law:
+            return named
+    return None
+
+
+def _renaming(own: tuple[str, ...], names: Any) -> dict[str, str]:
+    if len(own) != len(names):
+        return {}
+    return dict(zip(own, names, strict=True))
+
+
+def _plain(options: Mapping[str, Any]) -> PairLaw:
+    """A pair law from its name and lengths."""
+    if options["name"] == "soft_sphere":
+        return potentials.soft_sphere()
+    makers = {"lennard_jones": potentials.lennard_jones, "morse": potentials.morse}
+    return makers[options["name"]](options["onset"], options["cutoff"])
+
+
+def _law(options: Mapping[str, Any], source: _Source | None) -> Any:
+    """The law of a description."""
+    if options["name"] == "sum":
+        return SumLaw(tuple(_law(part, source) for part in options["laws"]))
+    if options["name"] == "harmonic_bonds":
+        bare = potentials.harmonic_bonds([[0, 1]])
+        return dataclasses.replace(bare, bonds=_decode(options["bonds"], source)).renamed(
+            _renaming(bare.names, options["names"])
+        )
+    plain = _plain(options)
+    return plain.renamed(_renaming(plain.names, options["names"]))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """What a file is decoded with."""
+
+    path: str
+    arrays: Mapping[str, np.ndarray]
+    potential: Any
+    box: Any
+
+    def law(self, node: Mapping[str, Any]) -> Any:
+        own = node.get("law")
+        names = tuple(node["parameters"]) if own is None else tuple(_law(own, self).parameters)
+        if self.potential is None:
+            if own is not None:
+                return _law(own, self)
+            raise InputError(
+                f"{self.path} was made with the law {node['name']!r}, a function of your own (parameters "
+                f"{', '.join(names)}): give it, load(path, potential=...)."
+            )
+        given: Law = self.potential
+        if set(getattr(given, "parameters", ())) != set(names):
+            raise InputError(
+                f"potential {getattr(given, 'name', given)!r} has other parameters than the {', '.join(names)} of "
+                f"{self.path}: give the law it was made with."
+            )
+        return given
+
+    def array(self, node: Mapping[str, Any]) -> Any:
+        name = node["array"]
+        if name not in self.arrays:
+            raise InputError(f"{self.path} lacks the array {name!r} that its header names: write it again.")
+        stored = self.arrays[name]
+        if node["on"] != "device":
+            return stored
+        if jax.dtypes.canonicalize_dtype(stored.dtype) != stored.dtype:
+            raise PrecisionError(
+                f"{self.path} holds {stored.dtype}, which jax would cut short: call ms.enable_x64() before load."
+            )
+        return jnp.asarray(stored)
+
+
+def _decode(node: Any, source: _Source | None) -> Any:
+    if not isinstance(node, Mapping) or source is None:
+        return node
+    if "array" in node:
+        return source.array(node)
+    if "dict" in node:
+        return {k: _decode(v, source) for k, v in node["dict"].items()}
+    if node.get("user") == "box":
+        if source.box is None:
+            raise InputError(
+                f"{source.path} was made with a box that is a function of your own: give it, load(path, box=...)."
+            )
+        return boxes.BoxFunction(source.box)
+    if "law" in node or node.get("user") == "potential":
+        return source.law(node)
+    kind = _RECORDS[node["record"]]
+    return kind(**{k: _decode(v, source) for k, v in node["fields"].items()})

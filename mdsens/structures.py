@@ -1,0 +1,201 @@
+"""Structures in ASE and extended XYZ. ASE's cell vectors are rows, ours are columns: transposed here alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mdsens.files import replacing
+from mdsens.implicit.status import InputError
+from mdsens.system import System, unstack
+
+__all__ = ["cell_of", "coordinates_of", "from_ase", "to_ase", "write_extxyz"]
+
+SPECIES = "species_index"  # our integers; "species" is what extended XYZ calls the chemical symbols
+FLAT = 1e-6  # of the spread of x and y: z may differ by this much in a planar structure
+
+
+def from_ase(
+    atoms: Any, potential: Any, params: Mapping[str, Any], species: Any = None, *, dimension: int = 3
+) -> System:
+    """A system with the positions, cell and species of an ASE ``Atoms``.
+
+    Args:
+      atoms: all three axes periodic, or none (open boundaries). Lengths are taken as they are: where they are Å, give
+        the law's lengths in Å and its energies in eV.
+      potential: a law of :mod:`mdsens.potentials`.
+      params: its parameters, as in ``System.create``.
+      species: (n,) integers from 0. Where None, the atoms' array ``species_index`` if they have one, else their
+        elements counted from 0 in the order of the atomic number, if there are two or more.
+      dimension: 2 takes x and y of a planar structure: z must be the same for all, a third cell vector be along z, and
+        its periodicity is not looked at.
+
+    Raises:
+      InputError: with the field, the value and the remedy.
+    """
+    positions, cell = coordinates_of(atoms, dimension), cell_of(atoms, dimension)
+    if species is None:
+        species = _species_of(atoms)
+    dtype = jnp.result_type(float)
+    return System.create(
+        positions.astype(dtype), None if cell is None else cell.astype(dtype), potential, params, species
+    )
+
+
+def _species_of(atoms: Any) -> np.ndarray | None:
+    if SPECIES in atoms.arrays:
+        return np.asarray(atoms.arrays[SPECIES])
+    elements, index = np.unique(atoms.numbers, return_inverse=True)
+    return index if len(elements) > 1 else None
+
+
+def coordinates_of(atoms: Any, dimension: int) -> np.ndarray:
+    """Positions (n, d) of an ASE ``Atoms``; of a planar one, x and y."""
+    if not hasattr(atoms, "get_positions") or not hasattr(atoms, "pbc"):
+        raise InputError(f"atoms is a {type(atoms).__name__}: give an ase.Atoms.")
+    if dimension not in (2, 3):
+        raise InputError(f"dimension is {dimension!r}: give 2 or 3.")
+    positions = np.array(atoms.get_positions(), float)
+    if dimension == 3 or not len(positions):
+        return positions
+    spread = np.ptp(positions, axis=0)
+    if spread[2] > FLAT * max(spread[0], spread[1]):
+        raise InputError(f"atoms are {spread[2]:.3g} apart along z, so not planar: give dimension=3, or equal z.")
+    return positions[:, :2]
+
+
+def cell_of(atoms: Any, dimension: int) -> np.ndarray | None:
+    """The cell (d, d) of an ASE ``Atoms``, columns the cell vectors; None where it is not periodic."""
+    periodic = [bool(p) for p in atoms.pbc[:dimension]]
+    if not any(periodic):
+        return None
+    if not all(periodic):
+        hint = "make all axes periodic or none" + (
+            ", or give dimension=2 for a planar structure" if periodic == [True, True, False] else ""
+        )
+        raise InputError(f"atoms.pbc is {[bool(p) for p in atoms.pbc]}, periodic along some axes only: {hint}.")
+    rows = np.array(atoms.cell[:], float)
+    if dimension == 2:
+        if np.any(rows[:2, 2]) or np.any(rows[2, :2]):
+            raise InputError(
+                f"atoms.cell is {rows.tolist()}, not planar: keep two vectors in x, y and the third along z."
+            )
+        rows = rows[:2, :2]
+    if not abs(np.linalg.det(rows)) > 0:
+        raise InputError(f"atoms.cell is {rows.tolist()} without a volume, but periodic: set the cell, or pbc=False.")
+    return rows.T
+
+
+def to_ase(system: System, *, symbols: Sequence[str] | None = None) -> Any:
+    """The system as an ASE ``Atoms``, in full precision.
+
+    Args:
+      system: not a batch; an Equilibrium's is ``eq.system``.
+      symbols: a chemical symbol for each species, one in all without species. Where None, species 0, 1, … stand as
+        H, He, …, and particles without species as X: stand-ins, for colours.
+
+    Returns:
+      Atoms with arrays ``species_index`` where there are species, ``diameter`` where the law has one, and each
+      parameter that has one value a particle under its own name. In 2-D z is 0 and not periodic, and the third cell
+      vector, along z, is as long as the largest diameter (1 without diameters).
+    """
+    from ase import Atoms
+    from ase.data import atomic_numbers
+
+    if not isinstance(system, System):
+        raise InputError(f"system is a {type(system).__name__}: give a System, such as eq.system.")
+    if system.batch is not None:
+        raise InputError(f"system is a batch of {system.batch}: convert its members, mdsens.unstack(system).")
+    n, dimension = system.n, system.dimension
+    species = None if system.species is None else np.asarray(system.species)
+    kinds = 1 if species is None else max(system.species_count, int(species.max(initial=0)) + 1)
+    if symbols is None:
+        numbers = np.zeros(n, int) if species is None else species + 1
+    else:
+        unknown = [s for s in symbols if s not in atomic_numbers]
+        if unknown or len(symbols) != kinds:
+            raise InputError(f"symbols is {list(symbols)!r}: give {kinds} chemical symbol(s), one a species.")
+        numbers = np.array([atomic_numbers[s] for s in symbols])[np.zeros(n, int) if species is None else species]
+    positions = np.zeros((n, 3))
+    positions[:, :dimension] = np.asarray(system.positions)
+    diameters = None if system.diameters is None else np.asarray(system.diameters, float)
+    rows, periodic = np.zeros((3, 3)), [False] * 3
+    if system.box is not None:
+        rows[:dimension, :dimension] = np.asarray(system.box).T
+        periodic[:dimension] = [True] * dimension
+        if dimension == 2:
+            rows[2, 2] = 1.0 if diameters is None else diameters.max(initial=0.0)
+    atoms = Atoms(numbers=numbers, positions=positions, cell=rows, pbc=periodic)
+    if species is not None:
+        atoms.set_array(SPECIES, species.astype(int))
+    if diameters is not None:
+        atoms.set_array("diameter", diameters)
+    for name, value in system.params.items():
+        one_a_particle = value.shape == (n,) and not (species is not None and system.species_count == n)
+        if one_a_particle and name not in atoms.arrays:
+            atoms.set_array(name, np.asarray(value, float))
+    return atoms
+
+
+def write_extxyz(path: str | Path, at: Any, response: Any = None) -> None:
+    """Write extended XYZ, which OVITO draws and ASE reads, with every digit of the numbers.
+
+    ASE's own writer keeps 8 decimals; the numbers here are the shortest that read back as the same float64. What the
+    format has no place for (the law, the box's rule) is kept by ``save`` alone.
+
+    Args:
+      path: a file that is made or replaced, whole or not at all.
+      at: a System or an Equilibrium; a batch makes one frame a member.
+      response: a Response of ``jvp`` or ``response``, or an array (n, d), for the vector column ``response``; a
+        Response also gives the column ``rattler``. Not with a batch.
+    """
+    system = getattr(at, "system", at)
+    if not isinstance(system, System):
+        raise InputError(f"at is a {type(at).__name__}: give a System or an Equilibrium.")
+    if system.batch is not None and response is not None:
+        raise InputError("response with a batch: write each member with its own response, mdsens.unstack(system).")
+    members = [system] if system.batch is None else unstack(system)
+    text = "".join(_frame(member, response) for member in members)
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def _frame(system: System, response: Any) -> str:
+    """One frame of extended XYZ."""
+    atoms = to_ase(system)
+    n, d = system.n, system.dimension
+    columns: dict[str, np.ndarray] = {"species": np.array(atoms.get_chemical_symbols()), "pos": atoms.get_positions()}
+    if "diameter" in atoms.arrays:
+        columns["radius"] = 0.5 * atoms.arrays["diameter"]
+    columns |= {k: v for k, v in atoms.arrays.items() if k not in ("numbers", "positions")}
+    if response is not None:
+        value = getattr(response, "value", response)
+        if not hasattr(value, "shape") or value.shape != (n, d):
+            shape = getattr(value, "shape", type(value).__name__)
+            raise InputError(f"response has shape {shape}: give one vector a particle, ({n}, {d}), as jvp does.")
+        columns["response"] = np.zeros((n, 3))
+        columns["response"][:, :d] = np.asarray(value)
+        if hasattr(response, "rattlers"):
+            columns["rattler"] = np.asarray(response.rattlers, bool)
+    letters = {"U": "S", "f": "R", "i": "I", "b": "L"}
+    properties = ":".join(
+        f"{name}:{letters[v.dtype.kind]}:{1 if v.ndim == 1 else v.shape[1]}" for name, v in columns.items()
+    )
+    cell = " ".join(repr(float(x)) for x in atoms.cell[:].ravel())
+    lattice = f'Lattice="{cell}" ' if any(atoms.pbc) else ""
+    periodic = " ".join("T" if p else "F" for p in atoms.pbc)
+    rows = zip(*[[_row(v) for v in column] for column in columns.values()], strict=True)
+    head = f'{n}\n{lattice}Properties={properties} dimension={d} pbc="{periodic}"\n'
+    return head + "".join(" ".join(row) + "\n" for row in rows)
+
+
+def _row(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return " ".join(repr(float(x)) for x in value)
+    if isinstance(value, (bool, np.bool_)):
+        return "T" if value else "F"
+    return repr(float(value)) if isinstance(value, np.floating) else str(value)
