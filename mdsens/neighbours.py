@@ -22,7 +22,7 @@ from mdsens.implicit.status import InputError
 
 __all__ = ["Neighbours", "allocate", "update"]
 
-ALL_PAIRS_BELOW = 128  # particles; see benchmarks of a FIRE step with either kind of list
+ALL_PAIRS_BELOW = 64  # particles; a FIRE step on a list costs less from about 50 on, in 2-D packings
 SKIN = 0.25  # of the range: more rebuilds below, more padding above
 
 
@@ -131,6 +131,7 @@ def _lattice(neighbours: Neighbours, box: jax.Array | None) -> jax.Array:
     return neighbours.reference_box if box is None else box  # type: ignore[return-value]
 
 
+@jax.jit
 def update(
     neighbours: Neighbours, positions: jax.Array, box: jax.Array | None, reach_needed: jax.Array
 ) -> tuple[Neighbours, jax.Array]:
