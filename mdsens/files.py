@@ -46,7 +46,9 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist: correct the path.") from error
     except ValueError as error:
-        if "pickle" in str(error) and zipfile.is_zipfile(path):
+        with open(path, "rb") as file:
+            archive = file.read(2) == b"PK"
+        if archive and "pickle" in str(error):  # numpy takes what is no archive at all for a pickle
             raise InputError(f"{path} holds Python objects, which are not read: store plain arrays.") from error
         raise InputError(f"{path} is no whole .npz file ({error}): write or fetch it again.") from error
     except (OSError, EOFError, KeyError, AttributeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:

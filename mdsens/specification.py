@@ -225,7 +225,7 @@ def _species(top: Table, n: int, start: starts.Start) -> np.ndarray | None:
     if value is None:
         return None
     if value == "positions":
-        return start.array("species", "species").astype(int)
+        return array_of("species", start.array("species", "species"), (n,), integers=True)
     if not isinstance(value, (list, tuple, np.ndarray)) or len(value) == 0:
         raise InputError(f'species is {value!r}: give counts, fractions, or "positions".')
     amounts = array_of("species", value, (None,))
@@ -251,7 +251,7 @@ def _parameter(name: str, value: Any, size: int, rng: np.random.Generator, start
     if len(value) != 1:
         raise InputError(f"{label} is {short(value)}: give one of array and uniform.")
     if table.has("array"):
-        return start.array(table.text("array"), label).astype(float)
+        return array_of(label, start.array(table.text("array"), label), None)
     low, high = table.array("uniform", (2,))
     if low > high:
         raise InputError(f"{label}.uniform is {short(value['uniform'])}: give [low, high] with low below high.")

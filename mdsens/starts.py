@@ -151,6 +151,7 @@ def _check_index(path: Path, index: int, frames: int) -> None:
 def _extxyz(path: Path, dimension: int, index: int) -> Start:
     import ase.io
 
+    _check_whole(path)
     try:
         frames: Any = ase.io.read(path, index=":", format="extxyz")
     except Exception as error:  # ASE's reader lets what the text provokes through
@@ -158,3 +159,20 @@ def _extxyz(path: Path, dimension: int, index: int) -> Start:
     _check_index(path, index, len(frames))
     atoms = frames[index]
     return Start(coordinates_of(atoms, dimension), cell_of(atoms, dimension), False, dict(atoms.arrays), str(path))
+
+
+def _check_whole(path: Path) -> None:
+    """Refuse a file that is cut short: ASE's reader takes half a number, or half a frame at times, without a word."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is no whole extended XYZ file ({error}): write or fetch it again.") from error
+    if not text.endswith("\n"):
+        raise InputError(f"{path} is no whole extended XYZ file (its last line has no end): write or fetch it again.")
+    lines, at = text.rstrip().split("\n"), 0
+    while at < len(lines):
+        first = lines[at].strip()
+        if not first.isdecimal() or at + 2 + int(first) > len(lines):
+            why = f"line {at + 1} promises {first} particles" if first.isdecimal() else f"line {at + 1} is no number"
+            raise InputError(f"{path} is no whole extended XYZ file ({why}): write or fetch it again.")
+        at += 2 + int(first)
