@@ -214,12 +214,15 @@ def allocate(
         pairs, lost = _search_jit(positions, lattice, empty.reach, empty)
         if not bool(lost):
             return dataclasses.replace(empty, pairs=pairs)
+        if capacity >= n * (n - 1) // 2:  # there is room for every pair, so it is a cell that overflows
+            cell_capacity = _rounded(1.5 * cell_capacity, 4)
         capacity = _rounded(1.5 * capacity)
 
 
 def _fullest_cell(positions: jax.Array, lattice: jax.Array, cells: int) -> int:
     """Particles in the fullest cell of the grid."""
-    where = np.minimum((np.asarray(_fractional(positions, lattice)) * cells).astype(int), cells - 1)
+    # as jax-md bins them: a coordinate of -1e-17 wraps to 1.0, which is the first cell, not the last
+    where = (np.asarray(_fractional(positions, lattice)) / (1.0 / cells)).astype(int) % cells
     index = np.ravel_multi_index(where.T, (cells,) * where.shape[1])
     return int(np.bincount(index).max())
 
