@@ -1,0 +1,403 @@
+"""Each law against its closed form and jax-md's; kinds of parameters, sums, mixing; every bad input refused by name."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import relative
+
+import mdsens as ms
+from mdsens import potentials
+from mdsens.neighbours import Neighbours
+from mdsens.system import pair_terms, potential_energy
+
+
+def derivatives(phi, r, *values):
+    """phi, phi' and phi'' at each r."""
+    return _derivatives(phi, jnp.asarray(r, float), *(jnp.asarray(v, float) for v in values))
+
+
+@partial(jax.jit, static_argnums=0)
+def _derivatives(phi, r, *values):
+    first = jax.grad(phi)
+    return jax.vmap(lambda s: jnp.stack([phi(s, *values), first(s, *values), jax.grad(first)(s, *values)]))(r)
+
+
+# ── closed forms ──
+
+
+def soft_sphere_form(r, s, e, a):
+    x = np.maximum(1 - r / s, 0)
+    return e / a * x**a, -e / s * x ** (a - 1), np.where(x > 0, e / s**2 * (a - 1) * x ** (a - 2), 0)
+
+
+def lennard_jones_form(r, s, e):
+    q = (s / r) ** 6
+    return 4 * e * (q**2 - q), 4 * e / r * (6 * q - 12 * q**2), 4 * e / r**2 * (156 * q**2 - 42 * q)
+
+
+def morse_form(r, s, e, a):
+    b = np.exp(-a * (r - s))
+    return e * (b**2 - 2 * b), 2 * e * a * (b - b**2), 2 * e * a**2 * (2 * b**2 - b)
+
+
+CLOSED = {
+    "soft_sphere harmonic": (potentials.soft_sphere(), soft_sphere_form, (1.3, 0.7, 2.0), [0.2, 0.9, 1.29, 1.31, 5.0]),
+    "soft_sphere Hertzian": (potentials.soft_sphere(), soft_sphere_form, (0.8, 2.0, 2.5), [0.2, 0.5, 0.79, 0.81]),
+    "lennard_jones": (potentials.lennard_jones(), lennard_jones_form, (1.1, 0.7), [0.9, 1.1 * 2 ** (1 / 6), 1.5, 1.99]),
+    "morse": (potentials.morse(), morse_form, (1.2, 0.7, 3.0), [0.5, 1.2, 1.7, 1.99]),
+}
+
+
+@pytest.mark.parametrize("case", CLOSED)
+def test_energy_force_and_stiffness_are_the_closed_form(case):
+    law, form, values, r = CLOSED[case]
+    expected = np.stack(form(np.asarray(r), *values), axis=1)
+    np.testing.assert_allclose(derivatives(law.phi, r, *values), expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("case", CLOSED)
+def test_laws_are_those_of_jax_md(case):
+    from jax_md import energy
+
+    law, _, values, r = CLOSED[case]
+    theirs = derivatives(getattr(energy, law.name), r, *values)
+    np.testing.assert_allclose(derivatives(law.phi, r, *values), theirs, rtol=1e-12, atol=1e-13)
+
+
+def test_harmonic_bond_is_the_closed_form():
+    law = potentials.harmonic_bonds(np.array([[0, 1]]))
+    got = derivatives(law.phi, [0.7, 1.3], 3.0, 1.2)
+    np.testing.assert_allclose(got, [[1.5 * 0.25, -1.5, 3.0], [1.5 * 0.01, 0.3, 3.0]], rtol=1e-13)
+
+
+def test_alpha_of_the_soft_sphere_has_both_derivatives_at_and_beyond_contact():
+    # jax-md's has NaN tangents there: 0**alpha
+    phi = potentials.soft_sphere().phi
+    s, e, a = 1.25, 0.7, 2.5
+    first = jax.jit(jax.grad(lambda v: phi(*v)))
+    second = jax.jit(jax.hessian(lambda v: phi(*v)))
+    for r in (s, np.nextafter(s, 2.0), 1.5):
+        assert np.array_equal(first(jnp.array([r, s, e, a])), np.zeros(4))
+        assert np.array_equal(second(jnp.array([r, s, e, a])), np.zeros((4, 4)))
+    r = 0.8
+    gradient, hessian = first(jnp.array([r, s, e, a])), second(jnp.array([r, s, e, a]))
+    x = 1 - r / s
+    by_alpha = e / a * x**a * (np.log(x) - 1 / a)
+    twice = e / a * x**a * ((np.log(x) - 1 / a) ** 2 + 1 / a**2)
+    assert float(gradient[3]) == pytest.approx(by_alpha, rel=1e-13)
+    assert float(hessian[3, 3]) == pytest.approx(twice, rel=1e-13)
+    assert float(hessian[0, 3]) == pytest.approx(-e / s * x ** (a - 1) * np.log(x), rel=1e-13)
+
+
+@pytest.mark.parametrize("law, bare, values", [
+    (potentials.lennard_jones(1.3, 1.7), lennard_jones_form, (1.1, 0.7)),
+    (potentials.morse(1.3, 1.7), morse_form, (1.2, 0.7, 3.0)),
+])  # fmt: skip
+def test_switch_is_twice_continuously_differentiable(law, bare, values):
+    onset, cutoff = 1.3, 1.7
+    around = [np.nextafter(onset, 0), onset, np.nextafter(onset, 2)]
+    unswitched = np.stack(bare(np.asarray(around), *values), axis=1)
+    assert np.abs(unswitched[:, 2]).min() > 0.1  # a jump would show
+    np.testing.assert_allclose(derivatives(law.phi, around, *values), unswitched, rtol=1e-12)
+    around = [np.nextafter(cutoff, 0), cutoff, np.nextafter(cutoff, 2), 3.0]
+    np.testing.assert_allclose(derivatives(law.phi, around, *values), np.zeros((4, 3)), atol=1e-11)
+    # between: half the energy in the middle, where S = 1/2
+    middle = 0.5 * (onset + cutoff)
+    assert float(law.phi(middle, *values)) == pytest.approx(0.5 * bare(middle, *values)[0], rel=1e-13)
+
+
+def test_cutoff_does_not_move_with_sigma():
+    law = potentials.lennard_jones()
+    assert float(law.range({"sigma": jnp.asarray([0.9, 1.4]), "epsilon": jnp.asarray(1.0)})) == 2.5
+    assert float(jax.grad(law.phi, argnums=1)(2.5, 1.4, 1.0)) == 0.0
+
+
+# ── kinds of parameters ──
+
+N, BOX = 80, 8.0
+SPECIES = np.arange(N) % 3
+
+
+@cache
+def gas():
+    """80 discs, more than the all-pairs limit, with three species; Hertzian, so that energies are smooth."""
+    positions = BOX * np.random.default_rng(3).random((N, 2))
+    law, params = potentials.soft_sphere(), {"sigma": 1.0, "epsilon": 1.0, "alpha": 2.5}
+    listed = ms.System.create(positions, BOX, law, params, SPECIES)
+    assert not listed.neighbours.complete
+    pairs = jnp.asarray(np.stack(np.triu_indices(N, 1)), jnp.int32)
+    every = Neighbours(pairs, None, None, jnp.asarray(jnp.inf), jnp.zeros((), bool))
+    return listed, listed.replace(neighbours=every)
+
+
+value_and_slope = jax.jit(jax.value_and_grad(lambda params, system: potential_energy(system, params=params)))
+KINDS = {"scalar": (), "species": (3,), "particle": (N,), "matrix": (3, 3)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_equal_values_give_the_same_energy(kind):
+    reference = value_and_slope(dict(gas()[0].params), gas()[0])
+    params = {k: jnp.full(KINDS[kind], v) for k, v in gas()[0].params.items()}
+    for system in gas():
+        energy, slope = value_and_slope(params, system)
+        assert float(energy) == pytest.approx(float(reference[0]), rel=1e-13)
+        for name in params:  # moving every entry together is moving the scalar
+            assert slope[name].shape == KINDS[kind]
+            assert float(jnp.sum(slope[name])) == pytest.approx(float(reference[1][name]), rel=1e-11)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_by_a_parameter_is_the_finite_difference_with_and_without_a_list(kind):
+    # jax-md's differ by a factor of 2 between its two forms
+    rng = np.random.default_rng(4)
+    params, step = {}, {}
+    for name, value in gas()[0].params.items():
+        noise, direction = rng.uniform(-0.1, 0.1, KINDS[kind]), rng.uniform(-1, 1, KINDS[kind])
+        if kind == "matrix":
+            noise = 0.5 * (noise + noise.T)
+        params[name], step[name] = value * (1 + noise), value * direction
+    values = [value_and_slope(params, system) for system in gas()]
+    assert float(values[0][0]) == pytest.approx(float(values[1][0]), rel=1e-13)
+    for name in params:
+        assert relative(values[0][1][name], values[1][1][name]) < 1e-12
+    h = 1e-5
+    for system, (_, slope) in zip(gas(), values, strict=True):
+        for name in params:  # one at a time: no name may hide behind another
+            ahead, behind = (
+                value_and_slope({**params, name: params[name] + s * h * step[name]}, system)[0] for s in (1, -1)
+            )
+            exact = float(jnp.sum(slope[name] * step[name]))
+            assert abs(float(ahead - behind) / (2 * h) - exact) < 1e-7 * float(jnp.sum(jnp.abs(slope[name])))
+
+
+def test_a_matrix_counts_symmetrically():
+    matrix = jnp.asarray([[1.0, 0.9, 1.1], [0.9, 1.2, 0.8], [1.1, 0.8, 0.95]])
+    slope = value_and_slope({**gas()[0].params, "sigma": matrix}, gas()[0])[1]["sigma"]
+    np.testing.assert_allclose(slope, slope.T, rtol=1e-12)
+
+
+def test_species_win_where_there_are_as_many_as_particles():
+    positions = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.5]])
+    species, sigma = np.array([2, 0, 1]), np.array([1.0, 2.0, 3.0])
+    params = {"sigma": sigma, "epsilon": 1.0, "alpha": 2.0}
+    system = ms.System.create(positions, None, potentials.soft_sphere(), params, species)
+    np.testing.assert_array_equal(np.asarray(system.diameters), sigma[species])
+    r = np.array([1.0, 1.5, np.hypot(1.0, 1.5)])
+    sums = 0.5 * (sigma[species][[0, 0, 1]] + sigma[species][[1, 2, 2]])
+    expected = np.sum(0.5 * np.maximum(1 - r / sums, 0) ** 2)
+    assert float(potential_energy(system)) == pytest.approx(expected, rel=1e-14)
+    assert float(potential_energy(system.replace(species=None))) != pytest.approx(expected, rel=1e-3)
+
+
+# ── mixing, sums, own laws ──
+
+
+def power(r, sigma, epsilon):
+    """A user's own law: epsilon (1 - (r / sigma)^2)^3 inside sigma."""
+    return epsilon * jnp.maximum(1.0 - (r / sigma) ** 2, 0.0) ** 3
+
+
+def contact(sigma, epsilon):
+    return (sigma,)
+
+
+def reach(sigma, epsilon):
+    return sigma
+
+
+def own_law(mixing=None):
+    return potentials.from_pair(power, ("sigma", "epsilon"), cutoff=reach, breakpoints=contact, mixing=mixing)
+
+
+def test_own_pair_law_with_geometric_mixing():
+    positions = np.array([[0.0, 0.0, 0.0], [0.6, 0.0, 0.0], [0.0, 0.7, 0.0]])
+    sigma, epsilon = np.array([1.0, 0.8, 1.4]), np.array([1.0, 4.0, 9.0])
+    law = own_law({"epsilon": potentials.geometric})
+    system = ms.System.create(positions, 6.0, law, {"sigma": sigma, "epsilon": epsilon})
+    i, j = np.array([0, 0, 1]), np.array([1, 2, 2])
+    mean, depth = 0.5 * (sigma[i] + sigma[j]), np.array([2.0, 3.0, 6.0])
+    r = np.linalg.norm(positions[i] - positions[j], axis=1)
+    expected = np.sum(depth * np.maximum(1 - (r / mean) ** 2, 0) ** 3)
+    assert float(potential_energy(system)) == pytest.approx(expected, rel=1e-14)
+    (term,) = pair_terms(system)
+    np.testing.assert_allclose(term.lengths(), mean[None])
+    assert float(system.range) == 1.4  # of the largest value, which no pair of different particles exceeds
+
+
+def test_breakpoints_as_lengths():
+    law = potentials.from_pair(power, ("sigma", "epsilon"), cutoff=2.0, breakpoints=(0.5, 2.0))
+    system = ms.System.create([[0.0, 0.0], [1.0, 0.0]], None, law, {"sigma": 2.0, "epsilon": 1.0})
+    np.testing.assert_array_equal(pair_terms(system)[0].lengths(), [[0.5], [2.0]])
+
+
+def test_infinite_range_takes_all_pairs():
+    law = potentials.from_pair(inverse, ("charge",))
+    positions = np.random.default_rng(0).random((70, 3))
+    system = ms.System.create(positions, None, law, {"charge": 2.0})
+    i, j = np.triu_indices(70, 1)
+    expected = np.sum(2.0 / np.linalg.norm(positions[i] - positions[j], axis=1))
+    assert float(potential_energy(system)) == pytest.approx(expected, rel=1e-13)
+
+
+def inverse(r, charge):
+    return charge / r
+
+
+def test_sum_of_laws_is_the_sum_of_energies():
+    positions = np.random.default_rng(1).random((6, 2)) * 2.0
+    bonds = np.array([[0, 1], [2, 5], [3, 4]])
+    springs = {"stiffness": np.array([1.0, 2.0, 3.0]), "length": 0.7}
+    discs = {"sigma": 1.0, "epsilon": 1.0, "alpha": 2.0}
+    both = potentials.soft_sphere() + potentials.harmonic_bonds(bonds)
+    assert both.parameters == ("sigma", "epsilon", "alpha", "stiffness", "length")
+    assert not both.repulsive and both.pairwise
+    parts = [
+        ms.System.create(positions, 6.0, potentials.soft_sphere(), discs),
+        ms.System.create(positions, 6.0, potentials.harmonic_bonds(bonds), springs),
+    ]
+    whole = ms.System.create(positions, 6.0, both, {**discs, **springs})
+    assert float(potential_energy(whole)) == pytest.approx(sum(float(potential_energy(p)) for p in parts), rel=1e-14)
+    r = np.linalg.norm(positions[bonds[:, 0]] - positions[bonds[:, 1]], axis=1)
+    expected = np.sum(0.5 * springs["stiffness"] * (r - 0.7) ** 2)
+    assert float(potential_energy(parts[1])) == pytest.approx(expected, rel=1e-13)
+
+
+def test_name_conflict_is_refused_and_renaming_resolves_it():
+    with pytest.raises(ms.InputError, match=r"soft_sphere and lennard_jones both have a parameter 'sigma'.*renamed"):
+        potentials.soft_sphere() + potentials.lennard_jones()
+    attraction = potentials.lennard_jones().renamed({"sigma": "sigma_lj", "epsilon": "epsilon_lj"})
+    law = potentials.soft_sphere() + attraction
+    params = {"sigma": 1.2, "epsilon": 1.0, "alpha": 2.0, "sigma_lj": 1.0, "epsilon_lj": 0.3}
+    system = ms.System.create([[0.0, 0.0], [1.1, 0.0]], None, law, params)
+    expected = soft_sphere_form(1.1, 1.2, 1.0, 2.0)[0] + lennard_jones_form(1.1, 1.0, 0.3)[0]
+    assert float(potential_energy(system)) == pytest.approx(expected, rel=1e-13)
+
+
+def silicon(positions, params, displacement):
+    from jax_md import energy
+
+    return energy.stillinger_weber(displacement, sigma=2.0951, epsilon=params["well"])(positions)
+
+
+def test_many_body_law_of_jax_md():
+    from jax_md import energy, space
+
+    positions = np.random.default_rng(2).random((5, 3)) * 4.0
+    law = potentials.from_energy(silicon, ("well",))
+    assert not law.pairwise
+    system = ms.System.create(positions, None, law, {"well": 2.0})
+    theirs = energy.stillinger_weber(space.free()[0], epsilon=2.0)(positions)
+    energy_, slope = jax.value_and_grad(lambda p: potential_energy(system, params=p))(dict(system.params))
+    assert float(energy_) == pytest.approx(float(theirs), rel=1e-13)
+    assert float(slope["well"]) == pytest.approx(float(theirs) / 2.0, rel=1e-12)  # the energy is linear in it
+
+
+# ── laws are values ──
+
+MAKERS = {
+    "soft_sphere": lambda: potentials.soft_sphere(),
+    "lennard_jones": lambda: potentials.lennard_jones(2.0, 2.4),
+    "morse": lambda: potentials.morse(),
+    "from_pair": lambda: own_law({"epsilon": potentials.geometric}),
+    "from_energy": lambda: potentials.from_energy(silicon, ("well",)),
+    "sum": lambda: potentials.soft_sphere() + potentials.lennard_jones().renamed({"sigma": "s", "epsilon": "e"}),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_laws_made_alike_are_equal(name):
+    one, other = MAKERS[name](), MAKERS[name]()
+    assert one is not other and one == other and hash(one) == hash(other)
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+
+
+def test_laws_with_other_options_differ():
+    assert potentials.lennard_jones(2.0, 2.4) != potentials.lennard_jones(2.0, 2.5)
+    bonds = np.array([[0, 1]])
+    assert jax.tree.structure(potentials.harmonic_bonds(bonds)) == jax.tree.structure(potentials.harmonic_bonds(bonds))
+
+
+def test_a_system_built_twice_compiles_once():
+    traced = []
+
+    @jax.jit
+    def energy(system):
+        traced.append(1)
+        return potential_energy(system)
+
+    bonds = np.array([[0, 1], [1, 2]])
+    for stretch in (1.0, 1.1):
+        law = potentials.lennard_jones() + potentials.harmonic_bonds(bonds)
+        params = {"sigma": stretch, "epsilon": 1.0, "stiffness": 1.0, "length": 1.0}
+        energy(ms.System.create(stretch * np.array([[0.0, 0], [1, 0], [0, 1]]), 9.0, law, params))
+    assert len(traced) == 1
+
+
+# ── bad input ──
+
+DISCS = {"sigma": 1.0, "epsilon": 1.0, "alpha": 2.0}
+PLACES = [[0.0, 0.0], [0.9, 0.0], [0.0, 0.9], [2.0, 2.0]]
+
+
+@pytest.mark.parametrize("changes, species, message", [
+    ({"sgima": 1.0}, None, r"no parameter 'sgima' .*did you mean 'sigma'\?"),
+    ({"pressure": 1.0}, None, r"no parameter 'pressure' .*'sigma', 'epsilon', 'alpha'.*remove it"),
+    ({"alpha": None}, None, r"needs the parameter 'alpha': give params\['alpha'\]"),
+    ({"sigma": [1.0, 2.0]}, None, r"sigma has shape \(2,\): give a scalar, \(4,\).*species"),
+    ({"sigma": [1.0]}, [0, 1, 0, 1], r"sigma has shape \(1,\): give .*\(2,\) for one a species or \(2, 2\)"),
+    ({"sigma": np.ones((4, 4))}, None, r"sigma has shape \(4, 4\): give a scalar"),
+    ({"sigma": np.ones((2, 2, 2))}, [0, 1, 0, 1], r"sigma has shape \(2, 2, 2\): give .*\(2, 2\) for species pairs"),
+    ({"sigma": [[1.0, 2.0], [1.5, 1.0]]}, [0, 1, 0, 1], r"sigma is not symmetric: give a symmetric \(2, 2\)"),
+    ({"sigma": [1.0, np.nan, 1.0, 1.0]}, None, r"sigma\[1\] is nan: give a positive number"),
+    ({"epsilon": np.inf}, None, r"epsilon is inf: give a positive number"),
+    ({"sigma": [1.0, 1.0, -0.5, 1.0]}, None, r"sigma\[2\] is -0.5: give a positive number"),
+    ({"sigma": 0.0}, None, r"sigma is 0.0: give a positive number"),
+    ({"sigma": "large"}, None, r"sigma is 'large': give numbers"),
+])  # fmt: skip
+def test_bad_parameters_are_refused_by_name_value_and_remedy(changes, species, message):
+    params = {k: v for k, v in {**DISCS, **changes}.items() if v is not None}
+    with pytest.raises(ms.InputError, match=message):
+        ms.System.create(PLACES, None, potentials.soft_sphere(), params, species)
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: potentials.lennard_jones(2.5, 2.5), r"onset 2.5 and cutoff 2.5: give 0 < onset < cutoff"),
+    (lambda: potentials.morse(0.0, 2.5), r"onset 0.0 and cutoff 2.5: give 0 < onset < cutoff"),
+    (lambda: potentials.lennard_jones(2.0, np.inf), r"onset 2.0 and cutoff inf: give 0 < onset < cutoff"),
+    (lambda: potentials.switched(power, 3.0, 2.0), r"onset 3.0 and cutoff 2.0: give 0 < onset < cutoff"),
+    (lambda: potentials.from_pair(power, ("sigma", "epsilon"), cutoff=-1.0), r"cutoff is -1.0: give a positive length"),
+    (lambda: own_law({"epsillon": potentials.geometric}), r"'epsillon', which is no parameter: use one of sigma"),
+    (lambda: potentials.harmonic_bonds([[0, 1, 2]]), r"bonds have shape \(1, 3\).*give integers of shape \(m, 2\)"),
+    (lambda: potentials.harmonic_bonds([[0.0, 1.0]]), r"bonds have shape \(1, 2\) and type float64: give integers"),
+    (lambda: potentials.harmonic_bonds([[0, 1], [2, 2]]), r"bond 1 joins a particle to itself: remove it"),
+])  # fmt: skip
+def test_bad_laws_are_refused_when_made(make, message):
+    with pytest.raises(ms.InputError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("bonds, params, message", [
+    ([[0, 4]], {}, r"bonds name particle 4 but there are 4: use indices 0 to 3"),
+    ([[-1, 2]], {}, r"bonds name particle -1 but there are 4: use indices 0 to 3"),
+    ([[0, 1]], {"stiffness": [1.0, 2.0]}, r"stiffness has shape \(2,\): give a scalar or \(1,\), one a bond"),
+    ([[0, 1]], {"length": -1.0}, r"length is -1.0: give a positive number"),
+])  # fmt: skip
+def test_bad_bonds_are_refused_with_the_system(bonds, params, message):
+    with pytest.raises(ms.InputError, match=message):
+        ms.System.create(PLACES, None, potentials.harmonic_bonds(bonds), {"stiffness": 1.0, "length": 1.0, **params})
+
+
+def test_mixing_outside_its_two_values_is_refused():
+    params = {"sigma": [1.0, 2.0, 1.0, 1.0], "epsilon": 1.0}
+    with pytest.raises(ms.InputError, match=r"mixing of sigma gives 3.0 from 1.0 and 2.0: it must lie between.*matrix"):
+        ms.System.create(PLACES, None, own_law({"sigma": jnp.add}), params)
+
+
+def test_parameters_of_a_many_body_law_must_be_finite():
+    with pytest.raises(ms.InputError, match=r"well is nan: give a finite number"):
+        ms.System.create(np.eye(3), None, potentials.from_energy(silicon, ("well",)), {"well": np.nan})
