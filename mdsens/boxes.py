@@ -92,7 +92,12 @@ def box_rule(box: Any, dimension: int, dtype: Any) -> Any:
 
 
 def _cell(box: Any, dimension: int) -> np.ndarray:
-    cell = np.asarray(box, float)
+    try:
+        cell = np.asarray(box, float)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"box is {box!r}: give a length, {dimension} lengths, or a ({dimension}, {dimension}) matrix."
+        ) from error
     if cell.ndim == 0:
         cell = cell * np.eye(dimension)
     elif cell.shape == (dimension,):

@@ -84,7 +84,13 @@ class System:
         empty = Neighbours(jnp.zeros((2, 0), jnp.int32), None, None, jnp.asarray(jnp.inf), jnp.zeros((), bool))
         system = cls(floats, values, rule, potential, species, empty, count)
         if isinstance(rule, boxes.BoxFunction):  # the user's function: check what it returns
-            boxes.box_rule(np.asarray(system.box), dimension, floats.dtype)
+            cell = np.asarray(system.box)
+            if cell.shape != (dimension, dimension):  # a length alone would do for a fixed box, not here
+                raise InputError(
+                    f"the box function returns shape {cell.shape} in {dimension} dimensions: return a ({dimension}, "
+                    f"{dimension}) matrix whose columns are the cell vectors."
+                )
+            boxes.box_rule(cell, dimension, floats.dtype)
         system = system.reallocate()
         _check_coincident(system)
         return system
