@@ -168,6 +168,7 @@ def gmres_cycle(apply: Apply, b: Array, tol: Array, limit: Array, restart: int) 
     """
     eps = jnp.finfo(b.dtype).eps
     m = min(restart, b.size)
+    at = jnp.arange(m + 1)
 
     def going(state: tuple[Array, ...]) -> Array:
         j, done = state[4], state[6]
@@ -184,19 +185,20 @@ def gmres_cycle(apply: Apply, b: Array, tol: Array, limit: Array, restart: int) 
         beyond = norm(w)
         invariant = ~(beyond > 8 * eps * length)
         beyond = jnp.where(invariant, 0, beyond)
-        column = dot(q, (h + again).at[j + 1].set(beyond))
+        column = dot(q, h + again + jnp.where(at == j + 1, beyond, 0))
         rho = jnp.hypot(column[j], column[j + 1])
         # rho = 0 happens on a singular operator alone: that direction gains nothing. Neither it nor a member that is
-        # done gets a rotation or a column; writing whole rows and columns, never a choice of arrays, avoids copies.
+        # done gets a rotation or a column (a row of r, kept transposed). Only slices are written: a choice between
+        # whole arrays would copy them.
         useless = rho <= 8 * eps * length
         idle = done | useless
         c = jnp.where(idle, 1, safe_divide(column[j], rho))
         s = jnp.where(idle, 0, safe_divide(column[j + 1], rho))
-        q = q.at[j].set(c * q[j] + s * q[j + 1]).at[j + 1].set(-s * q[j] + c * q[j + 1])
-        g = g.at[j].set(c * g[j]).at[j + 1].set(-s * g[j])
-        upper = jnp.where(jnp.arange(m) < j, column[:m], 0).at[j].set(rho)
-        r = r.at[:, j].set(jnp.where(idle, r[:, j], upper))
-        basis = basis.at[j + 1].set(jnp.where(idle, 0, safe_divide(w, beyond)))
+        q = _write(q, jnp.stack([c * q[j] + s * q[j + 1], -s * q[j] + c * q[j + 1]]), j)
+        g = _write(g, jnp.stack([c * g[j], -s * g[j]]), j)
+        upper = jnp.where(at < j, column, 0) + jnp.where(at == j, rho, 0)
+        r = _write(r, jnp.where(idle, r[j], upper[:m])[None], j)
+        basis = _write(basis, jnp.where(idle, 0, safe_divide(w, beyond))[None], j + 1)
         used = jnp.where(idle, used, j + 1)
         done = idle | invariant | ~(jnp.abs(g[j + 1]) > tol) | (j + 1 >= limit)
         return basis, r, q, g, j + 1, used, done
@@ -207,8 +209,13 @@ def gmres_cycle(apply: Apply, b: Array, tol: Array, limit: Array, restart: int) 
     idle = ~(size > tol) | (limit < 1)
     start = (basis, jnp.eye(m, dtype=b.dtype), jnp.eye(m + 1, dtype=b.dtype), g, _int(0), _int(0), idle)
     basis, r, _, g, _, used, _ = lax.while_loop(going, body, start)
-    y = jax.scipy.linalg.solve_triangular(r, jnp.where(jnp.arange(m) < used, g[:m], 0))
+    y = jax.scipy.linalg.solve_triangular(r.T, jnp.where(jnp.arange(m) < used, g[:m], 0))
     return dot(y, basis[:m]), used, _int(0)
+
+
+def _write(array: Array, rows: Array, j: Array) -> Array:
+    """The array with ``rows`` in place of those from ``j`` on: as a slice, in place, where ``.at`` would scatter."""
+    return lax.dynamic_update_slice_in_dim(array, rows, j, 0)
 
 
 @custom_vmap

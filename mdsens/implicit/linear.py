@@ -231,8 +231,8 @@ def solve(
       then x is the best iterate. ``stats.residual`` is |P_L b - A x| / |P_L b|, from the operator.
 
     Raises:
-      InputError: b and A b differ in tree, shape; b is not real floating point; CG on an operator that is not declared
-        positive semi-definite, MINRES on one not declared symmetric.
+      InputError: b and A b differ in tree or shape; b is not real floating point of one precision; CG on an operator
+        not declared positive semi-definite, MINRES on one not declared symmetric.
     """
     flat, unravel = _ravel(b)
     matvec, right, left = _flatten(operator, flat, unravel, b)
@@ -273,6 +273,9 @@ def _ravel(b: PyTree) -> tuple[Array, Callable[[Array], PyTree]]:
                 f"the right-hand side b{jax.tree_util.keystr(path)} has dtype {jnp.result_type(leaf)}; give real "
                 "floating-point arrays"
             )
+    precisions = sorted({str(jnp.result_type(leaf)) for leaf in jax.tree.leaves(b)})
+    if len(precisions) > 1:  # the coarsest would bound the residual, while the finest sets what counts as round-off
+        raise InputError(f"the right-hand side b mixes {' and '.join(precisions)}; give all of it in one precision")
     return ravel_pytree(b)
 
 
@@ -384,8 +387,7 @@ def _at_round_off(matvec: _Flat, off_right: _Flat, x: Array, residual: Array, ne
         length = norm(w)
         return _krylov.safe_divide(w, length), jnp.maximum(size, length), k + 1
 
-    start = jax.random.normal(jax.random.key(0), x.shape, x.dtype)
-    start = off_right(start)
+    start = off_right(jnp.cos(jnp.arange(x.size, dtype=x.dtype) ** 2))  # a chirp holds every wavelength alike
     start = _krylov.safe_divide(start, norm(start))
     _, size, _ = lax.while_loop(lambda state: state[2] < steps, body, (start, jnp.zeros_like(residual), jnp.int32(0)))
     return (steps > 0) & (residual <= 16 * eps * (size * norm(x) + 1)), steps

@@ -1,0 +1,376 @@
+"""The derivative of a root, in every mode and order, against the derivative of the closed form."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import Array
+from jax.flatten_util import ravel_pytree
+from problems import RootProblem, newton, root_problems
+
+from mdsens.implicit import CG, GMRES, MINRES, BiCGSTAB, Direct, InputError, fixed_point, root
+
+PROBLEMS = root_problems()
+BY_NAME = {problem.name: problem for problem in PROBLEMS}
+over_problems = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
+
+
+def decorated(problem: RootProblem, **options: Any) -> Any:
+    """theta -> the root, as one flat vector."""
+    attach = fixed_point if problem.fixed_point else root
+    known = {
+        "symmetric": problem.symmetric,
+        "positive_semidefinite": problem.positive_semidefinite,
+        "null_space": problem.null_space,
+    }
+    solver = attach(problem.F, **(known | options))(problem.solver)
+    return lambda theta: ravel_pytree(solver(problem.init, theta))[0]
+
+
+def closed_form(problem: RootProblem) -> Any:
+    return lambda theta: ravel_pytree(problem.answer(theta))[0]
+
+
+def close(a: Any, b: Any, rtol: float = 1e-9) -> None:
+    np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * (1e-3 + np.abs(np.asarray(b)).max()))
+
+
+@over_problems
+def test_first_derivatives(problem: RootProblem) -> None:
+    f, exact = decorated(problem), closed_form(problem)
+    forward, reverse = jax.jit(lambda t: (jax.jacfwd(f)(t), jax.jacrev(f)(t)))(problem.theta)
+    close(f(problem.theta), exact(problem.theta))
+    close(forward, jax.jacfwd(exact)(problem.theta))
+    close(reverse, jax.jacfwd(exact)(problem.theta))
+
+
+ORDERS = {
+    "forward over reverse": lambda f: jax.jacfwd(jax.jacrev(f)),
+    "reverse over forward": lambda f: jax.jacrev(jax.jacfwd(f)),
+    "reverse over reverse": lambda f: jax.jacrev(jax.jacrev(f)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [
+        *(("rotation and shear", order) for order in ORDERS),
+        ("quadratic with a null space", "forward over reverse"),
+        ("quadratic with a null space", "reverse over reverse"),
+        ("tree of unknowns", "forward over reverse"),
+        ("scipy behind a callback", "reverse over reverse"),
+    ],
+)
+def test_second_derivatives(name: str, order: str) -> None:
+    """Of a nonlinear function of the root, so that its first and second derivative both enter."""
+    problem = BY_NAME[name]
+    weights = jnp.linspace(0.5, 1.5, closed_form(problem)(problem.theta).size)
+
+    def scalar(f: Any) -> Any:
+        return lambda theta: jnp.sum(weights * f(theta) ** 2)
+
+    hessian = jax.jit(ORDERS[order](scalar(decorated(problem))))(problem.theta)
+    close(hessian, jax.hessian(scalar(closed_form(problem)))(problem.theta), rtol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["rotation and shear", "quadratic with a null space", "scipy behind a callback"])
+def test_finite_differences(name: str) -> None:
+    problem = BY_NAME[name]
+    f, theta, h = decorated(problem), problem.theta, 1e-5
+    solved = jax.jit(f)
+    columns = [(solved(theta + h * e) - solved(theta - h * e)) / (2 * h) for e in jnp.eye(theta.size)]
+    close(jax.jit(jax.jacfwd(f))(theta), jnp.stack(columns, axis=1), rtol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("quadratic with a null space", CG(rtol=1e-13)),
+        ("spring chain", MINRES(rtol=1e-13)),
+        ("quadratic with a null space", GMRES(rtol=1e-13)),
+        ("rotation and shear", BiCGSTAB(rtol=1e-13)),
+    ],
+)
+def test_adjoint_identity_with_each_solver(name: str, method: Any) -> None:
+    problem = BY_NAME[name]
+    f = decorated(problem, solve=method)
+    rng = np.random.default_rng(0)
+    v = jnp.asarray(rng.normal(size=problem.theta.shape))
+    w = jnp.asarray(rng.normal(size=closed_form(problem)(problem.theta).shape))
+
+    @jax.jit
+    def both(theta: Array) -> tuple[Array, Array]:
+        _, jv = jax.jvp(f, (theta,), (v,))
+        _, pull = jax.vjp(f, theta)
+        return jv, pull(w)[0]
+
+    jv, jtw = both(problem.theta)
+    assert float(w @ jv) == pytest.approx(float(jtw @ v), rel=1e-10)
+    close(jv, jax.jvp(closed_form(problem), (problem.theta,), (v,))[1])
+
+
+@pytest.mark.parametrize("name", ["spring chain", "scipy behind a callback"])
+def test_vmap_equals_loop(name: str) -> None:
+    problem = BY_NAME[name]
+    f = decorated(problem)
+    thetas = problem.theta * jnp.array([[1.0], [1.1], [0.7]])
+    gradient = jax.grad(lambda theta: jnp.sum(jnp.sin(f(theta))))
+    batched = jax.jit(jax.vmap(gradient))(thetas)
+    through = jax.jit(jax.grad(lambda thetas: jnp.sum(jnp.sin(jax.vmap(f)(thetas)))))(thetas)
+    single = jax.jit(gradient)
+    for theta, row, other in zip(thetas, batched, through, strict=True):
+        close(row, single(theta))
+        close(other, single(theta))
+
+
+def cubic(x: Array, theta: Array) -> Array:
+    return x**3 + x - theta
+
+
+INIT, THETA = jnp.ones(3), BY_NAME["scipy behind a callback"].theta
+
+
+def cardano(theta: Array) -> Array:
+    return closed_form(BY_NAME["scipy behind a callback"])(theta)
+
+
+def closed_over(theta: Array) -> Array:
+    """Both F and the solver take theta from around them, none as an argument."""
+
+    @root(lambda x: cubic(x, theta), solve=Direct())
+    def solver(init: Array) -> Array:
+        return newton(cubic, init, theta)
+
+    return solver(INIT)
+
+
+def closed_over_jitted(theta: Array) -> Array:
+    jitted = jax.jit(lambda x: cubic(x, theta))
+    return root(lambda x: jitted(x), solve=Direct())(jax.jit(lambda init: newton(cubic, init, theta)))(INIT)
+
+
+def closed_over_callback(theta: Array) -> Array:
+    """jax refuses to differentiate a callback; the solver must not be asked for its derivative."""
+    host = BY_NAME["scipy behind a callback"].solver
+    return root(lambda x: cubic(x, theta))(functools.partial(lambda t, init: host(init, t), theta))(INIT)
+
+
+class Holder:
+    """theta as an attribute of the object that solver and F are methods of."""
+
+    def __init__(self, theta: Array | None = None):
+        self.theta = theta
+
+    def F(self, x: Array) -> Array:
+        assert self.theta is not None
+        return cubic(x, self.theta)
+
+    def solve(self, init: Array) -> Array:
+        return BY_NAME["scipy behind a callback"].solver(init, self.theta)  # pyright: ignore[reportArgumentType]
+
+
+HOLDER = Holder()
+
+
+def closed_over_attribute(theta: Array) -> Array:
+    HOLDER.theta = theta  # the same methods at each call: nothing may be remembered from the last one
+    return root(HOLDER.F)(HOLDER.solve)(INIT)
+
+
+@pytest.mark.parametrize("f", [closed_over, closed_over_jitted, closed_over_callback, closed_over_attribute])
+def test_traced_values_in_closures_have_their_derivative(f: Any) -> None:
+    slope = jnp.diag(jax.jacfwd(cardano)(THETA))
+
+    def summed(theta: Array) -> Array:
+        return jnp.sum(f(theta))
+
+    close(jax.grad(summed)(THETA), slope)
+    rows = jnp.stack([THETA, 3 * THETA])
+    close(jax.jit(jax.vmap(jax.grad(summed)))(rows)[0], slope)
+
+
+def test_closures_under_the_other_transforms() -> None:
+    slope = jnp.diag(jax.jacfwd(cardano)(THETA))
+
+    def summed(theta: Array) -> Array:
+        return jnp.sum(closed_over(theta))
+
+    close(jax.grad(jax.jit(summed))(THETA), slope)
+    close(jnp.diag(jax.jit(jax.jacfwd(closed_over))(THETA)), slope)
+    close(jax.jit(jax.grad(lambda s: jnp.sum(jax.vmap(lambda k: closed_over(k * s))(jnp.ones(2)))))(THETA), 2 * slope)
+
+
+def test_second_derivative_of_a_closure() -> None:
+    exact = jax.hessian(lambda theta: jnp.sum(cardano(theta)))(THETA)
+    close(jax.jit(jax.hessian(lambda theta: jnp.sum(closed_over(theta))))(THETA), exact)
+
+
+def test_plain_python_solver() -> None:
+    """Outside of jit and vmap the solver sees values, so it may be numpy and a Python loop."""
+
+    def bisect(init: Any, theta: Any) -> np.ndarray:
+        low, high = np.full(3, -10.0), np.full(3, 10.0)
+        while np.any(high - low > 4e-15 * (1 + np.abs(low))):
+            middle = (low + high) / 2
+            above = cubic(middle, np.asarray(theta)) > 0  # pyright: ignore[reportArgumentType]
+            low, high = np.where(above, low, middle), np.where(above, middle, high)
+        return (low + high) / 2
+
+    solver = root(cubic)(bisect)
+    close(jax.grad(lambda theta: jnp.sum(solver(None, theta)))(THETA), jnp.diag(jax.jacfwd(cardano)(THETA)))
+
+
+def test_arguments_of_every_kind() -> None:
+    """Integers, booleans, None and keys are carried; only floating point has a derivative."""
+
+    def target(a: dict[str, Any]) -> Array:
+        assert a["nothing"] is None
+        return a["theta"] * a["count"] + jnp.where(a["mask"], a["shift"], 0)
+
+    solver = root(lambda x, a: cubic(x, target(a)))(lambda init, a: newton(cubic, init, target(a)))
+    a = {
+        "theta": THETA,
+        "count": jnp.array([1, 2, 3]),
+        "mask": jnp.array([True, False, True]),
+        "nothing": None,
+        "shift": 0.25,
+        "key": jax.random.key(0),
+    }
+    exact = jax.grad(lambda theta, shift: jnp.sum(cardano(target(a | {"theta": theta, "shift": shift}))), (0, 1))
+
+    def ours(theta: Array, shift: Any) -> Array:
+        return jnp.sum(solver(INIT, a | {"theta": theta, "shift": shift}))
+
+    for mine, other in zip(jax.jit(jax.grad(ours, (0, 1)))(THETA, 0.25), exact(THETA, 0.25), strict=True):
+        close(mine, other)
+    numbers = {name: a[name] for name in ("theta", "count", "mask", "shift")}
+    out = jax.grad(lambda n: jnp.sum(solver(INIT, a | n)), allow_int=True)(numbers)
+    close(out["theta"], exact(THETA, 0.25)[0])
+    assert out["count"].dtype == jax.dtypes.float0
+
+
+def test_starting_point_has_no_derivative() -> None:
+    solver = root(cubic)(lambda init, theta: newton(cubic, init, theta))
+    by_init, by_theta = jax.grad(lambda i, t: jnp.sum(solver(i, t)), (0, 1))(INIT, THETA)
+    assert np.all(by_init == 0)
+    assert np.all(by_theta != 0)
+
+
+def test_auxiliary_output_passes_without_derivative() -> None:
+    def solver(init: Array, theta: Array) -> Any:
+        return newton(cubic, init, theta), {"energy": jnp.sum(theta**2), "name": "newton"}
+
+    f = root(cubic, has_aux=True)(solver)
+    x, aux = f(INIT, THETA)
+    close(x, cardano(THETA))
+    assert aux["name"] == "newton"
+    assert float(aux["energy"]) == pytest.approx(float(jnp.sum(THETA**2)))
+    by_x = jax.grad(lambda t: jnp.sum(f(INIT, t)[0]) + f(INIT, t)[1]["energy"])(THETA)
+    close(by_x, jnp.diag(jax.jacfwd(cardano)(THETA)))
+
+
+def test_a_root_within_a_root() -> None:
+    """y solves y = inner(theta) cos(y), and inner is itself a root."""
+    inner = root(cubic)(lambda init, theta: newton(cubic, init, theta))
+
+    def T(y: Array, theta: Array) -> Array:
+        return inner(INIT, theta) * jnp.cos(y) / 2
+
+    outer = fixed_point(T)(lambda init, theta: jax.lax.fori_loop(0, 80, lambda _, y: T(y, theta), init))
+    x, y = cardano(THETA), jax.jit(outer)(INIT, THETA)
+    slope = jnp.cos(y) / 2 / (1 + x * jnp.sin(y) / 2) * jnp.diag(jax.jacfwd(cardano)(THETA))
+    close(jax.jit(jax.grad(lambda theta: jnp.sum(outer(INIT, theta))))(THETA), slope)
+
+
+def test_inside_scan_and_checkpoint() -> None:
+    solver = root(cubic)(lambda init, theta: newton(cubic, init, theta))
+
+    def f(theta: Array) -> Array:
+        step = jax.checkpoint(lambda c, _: (c + jnp.sum(solver(INIT, theta)), None))
+        return jax.lax.scan(step, jnp.asarray(0.0), None, length=3)[0]
+
+    close(jax.jit(jax.grad(f))(THETA), 3 * jnp.diag(jax.jacfwd(cardano)(THETA)))
+
+
+def test_two_null_spaces() -> None:
+    """F = L(theta) (x0 + x1 - theta) (1, -2): singular, and unsymmetric, so that left and right null space differ."""
+    right, left = jnp.array([1.0, 1.0]) / jnp.sqrt(2.0), jnp.array([1.0, -2.0]) / jnp.sqrt(5.0)
+
+    def F(x: Array, theta: Array) -> Array:
+        return theta**2 * (x[0] + x[1] - theta) * left
+
+    def onto(u: Array) -> Any:
+        return lambda v: u * (u @ v)
+
+    f = root(F, null_space=lambda x, theta: (onto(right), onto(left)))(lambda _, theta: jnp.full(2, theta / 2))
+    forward, reverse = jax.jit(lambda t: (jax.jacfwd(f, 1)(None, t), jax.jacrev(f, 1)(None, t)))(1.7)
+    close(forward, [0.5, 0.5])
+    close(reverse, [0.5, 0.5])
+    close(jax.jit(jax.grad(jax.grad(lambda t: jnp.sum(f(None, t) ** 3))))(1.7), 6 * 2 * 1.7 / 8)
+
+
+def test_null_space_may_depend_on_the_arguments() -> None:
+    """A particle on a ring of radius theta: F is radial, and only the radius is determined."""
+
+    def F(x: Array, theta: Array) -> Array:
+        r = jnp.sqrt(x @ x)
+        return (r - theta) * x / r
+
+    def radial(x: Array, theta: Array) -> Any:
+        return lambda v: (x / theta) * ((x / theta) @ v)
+
+    direction = jnp.array([0.6, 0.8])
+    f = root(F, symmetric=True, null_space=radial)(lambda _, theta: theta * direction)
+    jacobian, push = jax.jit(lambda t: (jax.jacrev(f, 1)(None, t), jax.jacfwd(f, 1)(None, t)))(2.0)
+    close(jacobian, direction)
+    close(push, direction)
+
+
+def test_not_finite_derivative_is_not_zero() -> None:
+    f = root(lambda x, t: cubic(x, t) * jnp.where(jnp.arange(3) == 1, jnp.nan, 1.0))(lambda i, t: newton(cubic, i, t))
+    assert np.all(np.isnan(jax.grad(lambda t: jnp.sum(f(INIT, t)))(THETA)))
+
+
+def test_no_tracer_is_left_behind() -> None:
+    solver = root(cubic, null_space=lambda x, theta: lambda v: v + 0 * theta)(lambda i, t: newton(cubic, i, t))
+    with jax.checking_leaks():
+        slope = jax.jit(jax.grad(lambda theta: jnp.sum(solver(INIT, theta))))(THETA)
+    close(slope, jnp.diag(jax.jacfwd(cardano)(THETA)))
+
+
+def test_single_precision() -> None:
+    solver = root(cubic, solve=GMRES())(lambda i, t: jax.lax.fori_loop(0, 200, lambda _, x: x - cubic(x, t) / 9, i))
+    theta = THETA.astype(jnp.float32)
+    slope = jax.jit(jax.grad(lambda theta: jnp.sum(solver(INIT.astype(jnp.float32), theta))))(theta)
+    assert slope.dtype == jnp.float32
+    close(slope, jnp.diag(jax.jacfwd(cardano)(THETA)), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: root(cubic)(newton)(INIT, theta=THETA), ["theta", "by position"]),  # pyright: ignore
+        (lambda: root(lambda x, t: jnp.sum(x))(lambda i, t: i)(INIT, THETA), ["F(x, *args)", "()", "(3,)"]),
+        (lambda: root(lambda x, t: (x,))(lambda i, t: i)(INIT, THETA), ["F(x, *args)", "tree", "x"]),
+        (lambda: fixed_point(lambda x, t: x[:2])(lambda i, t: i)(INIT, THETA), ["T(x, *args)", "(2,)", "(3,)"]),
+        (lambda: root(cubic)(lambda i, t: jnp.arange(3))(INIT, THETA), ["unknown", "int"]),
+        (
+            lambda: root(cubic, null_space=lambda x, t: lambda v: v[:1])(lambda i, t: i)(INIT, THETA),
+            ["null_space", "(1,)", "(3,)"],
+        ),
+        (
+            lambda: jax.grad(lambda t: jnp.sum(root(cubic, solve=CG())(lambda i, t: i)(INIT, t)))(THETA),
+            ["CG", "positive_semidefinite"],
+        ),
+    ],
+)
+def test_bad_input_is_named(call: Any, words: list[str]) -> None:
+    with pytest.raises(InputError) as error:
+        call()
+    for word in words:
+        assert word in str(error.value)
