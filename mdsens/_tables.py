@@ -3,21 +3,46 @@
 from __future__ import annotations
 
 import html as _html
-from collections.abc import Sequence
+import math
+import textwrap
+from collections.abc import Iterable, Sequence
 
-__all__ = ["html", "text"]
+__all__ = ["columns", "html", "numbers", "text"]
 
 Rows = Sequence[tuple[str, str]]
+WIDTH = 100  # columns of a terminal that lines are folded to
 
 
-def text(title: str, rows: Rows) -> str:
-    """Two aligned columns under a title."""
-    width = max((len(k) for k, _ in rows), default=0)
-    return "\n".join([title, *(f"  {k:<{width}}  {v}" for k, v in rows)])
+def text(title: str, rows: Rows, width: int = WIDTH) -> str:
+    """Two aligned columns under a title; what is too long goes on below itself."""
+    names = max((len(k) for k, _ in rows), default=0)
+    lines = [title]
+    for key, value in rows:
+        folded = textwrap.wrap(value, max(width - names - 4, 20), break_long_words=False, break_on_hyphens=False)
+        for k, part in enumerate(folded or [""]):
+            lines.append(f"  {key if k == 0 else '':<{names}}  {part}".rstrip())
+    return "\n".join(lines)
+
+
+def columns(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table under a title: a row of names, then the rows, every column flush right as numbers are read."""
+    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
+    lines = ["  " + "  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) for row in (header, *rows)]
+    return "\n".join([title, *lines] if title else lines)
+
+
+def numbers(values: Iterable[float], digits: int = 5) -> list[str]:
+    """Numbers of one column with the same decimals: ``digits`` significant ones in the largest."""
+    given = [float(v) for v in values]
+    largest = max((abs(v) for v in given if math.isfinite(v)), default=0.0)
+    if largest == 0.0 or 1e-3 <= largest < 1e6:
+        decimals = max(0, digits - 1 - (math.floor(math.log10(largest)) if largest else 0))
+        return [f"{v:,.{decimals}f}" for v in given]
+    return [f"{v:.{digits - 1}e}" for v in given]
 
 
 def html(title: str, rows: Rows) -> str:
-    """The same as a small HTML table."""
+    """Two columns as a small HTML table."""
     body = "".join(
         f"<tr><th style='text-align:left'>{_html.escape(k)}</th><td style='text-align:left'>{_html.escape(v)}</td></tr>"
         for k, v in rows

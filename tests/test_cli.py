@@ -1,0 +1,279 @@
+"""The command line: what it says, its exit codes, and that no error ends in a traceback."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mdsens as ms
+from mdsens import _doctor, _report, _tables, cli
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKING = """
+description = "sixteen discs"
+units = "reduced"
+seed = 1
+dimension = 2
+count = 16
+species = [0.5, 0.5]
+box = {{ packing_fraction = {fraction} }}
+[positions]
+kind = "random"
+[potential]
+law = "soft_sphere"
+[parameters]
+sigma = {sigma}
+epsilon = 1.0
+alpha = 2.0
+"""
+
+
+def packing(folder: Path, fraction: float = 0.98, sigma: str = "[1.0, 0.7]") -> str:
+    path = folder / "packing.toml"
+    path.write_text(PACKING.format(fraction=fraction, sigma=sigma))
+    return str(path)
+
+
+class Outcome:
+    """Exit code and what was said, of a command in this process."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], *argv: object):
+        try:
+            self.code = cli.main([str(part) for part in argv])
+        except SystemExit as stop:
+            self.code = stop.code
+        self.out, self.err = capsys.readouterr()
+        assert "Traceback" not in self.out + self.err
+        assert max(map(len, self.out.splitlines()[:-1]), default=0) <= 100  # the verdict is one line
+        if self.code == cli.BAD_INPUT and "usage:" not in self.err:
+            assert len(self.err.splitlines()) == 1, self.err
+
+
+def process(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100", "PYTHONIOENCODING": "ascii"}
+    return subprocess.run(
+        [sys.executable, "-m", "mdsens", *argv], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_sensitivity_of_the_dimer_as_a_process(tmp_path: Path):
+    done = process("sensitivity", "dimer", "--wrt", "sigma", "--out", "r.npz", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"good: agrees with finite differences to \de-\d\d", done.stdout.splitlines()[-1])
+    assert "lennard_jones" in done.stdout and done.stderr == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["r.npz"]
+    with np.load(tmp_path / "r.npz") as file:  # 2^(1/6) sigma apart: each end moves half of that, along the line
+        apart = file["value"][0, 1] - file["value"][0, 0]
+        np.testing.assert_allclose(np.linalg.norm(apart), 2 ** (1 / 6), rtol=1e-10)
+        assert file["wrt"].tolist() == ["sigma"] and file["status"].tolist() == ["CONVERGED"]
+        assert file["finite_difference_error"][0] < 1e-8
+
+
+def test_a_bad_name_as_a_process(tmp_path: Path):
+    done = process("relax", "dimmer", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("mdsens: ") and done.stderr.endswith("did you mean 'dimer'?\n")
+
+
+def test_unjammed_packing_is_not_trusted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "r.npz"
+    done = Outcome(capsys, "sensitivity", packing(tmp_path, fraction=0.2), "--wrt", "sigma[0]", "--out", out)
+    assert done.code == 3
+    assert "contacts           0" in done.out
+    assert done.err.startswith("mdsens: ") and "raise the packing fraction" in done.err
+    assert len(done.err.splitlines()) == 1
+    assert not out.exists()
+
+
+def test_every_component_in_turn(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out, figure = tmp_path / "r.npz", tmp_path / "largest.png"
+    done = Outcome(capsys, "sensitivity", packing(tmp_path), "--wrt", "sigma", "--plot", figure, "--out", out)
+    assert done.code == 0, done.out + done.err
+    assert "Sensitivity dR/d sigma[0]" in done.out and "Sensitivity dR/d sigma[1]" in done.out
+    assert "packing fraction  0.98, held" in done.out
+    assert "of the non-affine part, against finite differences" in done.out
+    with np.load(out) as file:
+        sizes = np.linalg.norm(file["nonaffine"], axis=(1, 2))
+    assert f"largest.png: sigma[{sizes.argmax()}]" in done.out
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["largest.png", "packing.toml", "r.npz"]
+
+
+def test_components_of_one_value_a_particle_are_ranked(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    system = packing(tmp_path, sigma="{ uniform = [0.8, 1.2] }")
+    done = Outcome(capsys, "sensitivity", system, "--wrt", "sigma", "--seed", "2")
+    assert done.code == 0, done.out + done.err
+    rows = re.findall(r"^ +(sigma\[\d+\]) +[\d.]+ +([\d.]+) ", done.out, re.MULTILINE)
+    norms = [float(norm) for _, norm in rows]
+    assert len(rows) == 10 and norms == sorted(norms, reverse=True)
+    assert f"Sensitivity dR/d {rows[0][0]}" in done.out
+
+    ms.enable_x64()
+    eq = ms.minimize(ms.load_system(system, seed=2), tolerance=1e-12)
+    moved = np.asarray(ms.jacobian(eq, "sigma").nonaffine)  # (n, d, n): of particle i by the diameter of k
+    others = np.array([np.linalg.norm(np.delete(moved[:, :, k], k, axis=0)) for k in range(16)])
+    assert f"sigma[{others.argmax()}]" == rows[0][0]
+    assert norms[0] == pytest.approx(others.max(), rel=1e-4)
+
+
+def test_verify_shows_both_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    done = Outcome(capsys, "verify", packing(tmp_path), "--wrt", "sigma[1]")
+    assert done.code == 0, done.out + done.err
+    (row,) = [line.split() for line in done.out.splitlines() if line.split()[:1] == ["sigma[1]"]]
+    _, error, _, _, forward, adjoint, gap = row
+    assert float(error) < 1e-6 and float(gap) < 1e-9
+    assert float(forward) == pytest.approx(float(adjoint), rel=1e-6)
+
+
+def test_relax_stores_what_load_gives_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out, frame = tmp_path / "eq.npz", tmp_path / "eq.extxyz"
+    done = Outcome(capsys, "relax", "dimer", "--out", out, "--extxyz", frame, "--tolerance", "1e-10")
+    assert done.code == 0 and "tolerance 1e-10" in done.out
+    eq = ms.io.load(out)
+    assert np.linalg.norm(eq.positions[0] - eq.positions[1]) == pytest.approx(2 ** (1 / 6), abs=1e-9)
+    assert frame.read_text().startswith("2\n")
+
+
+def test_a_response_that_disagrees_is_not_trusted(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    right = _report.jvp
+
+    def wrong(*args, **options):
+        response = right(*args, **options)
+        return dataclasses.replace(response, value=1.01 * response.value)
+
+    monkeypatch.setattr(_report, "jvp", wrong)
+    done = Outcome(capsys, "sensitivity", "dimer", "--wrt", "sigma")
+    assert done.code == 3
+    assert done.out.splitlines()[-1].startswith("not to be trusted: sigma: finite differences disagree by 1e-02")
+    done = Outcome(capsys, "verify", "dimer", "--wrt", "sigma")
+    assert done.code == 3 and "forward and adjoint differ" in done.out
+    done = Outcome(capsys, "sensitivity", "dimer", "--wrt", "sigma", "--no-check")
+    assert done.code == 0 and "not checked" in done.out
+
+
+def test_contacts_that_change_within_the_step_are_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    right = _report.finite_difference
+    monkeypatch.setattr(
+        _report, "finite_difference", lambda *a, **k: dataclasses.replace(right(*a, **k), network_changed=True)
+    )
+    done = Outcome(capsys, "sensitivity", "dimer", "--wrt", "sigma")
+    assert done.code == 3 and "contacts changed within" in done.out.splitlines()[-1]
+
+
+def test_a_system_that_does_not_relax_is_not_trusted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    system = Path(packing(tmp_path))
+    system.write_text(system.read_text() + "[relaxation]\nmax_steps = 5\n")
+    done = Outcome(capsys, "relax", system, "--out", tmp_path / "eq.npz")
+    assert done.code == 3 and "step limit" in done.err
+    assert not (tmp_path / "eq.npz").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["sensitivity", "seed_paking_2d", "--wrt", "sigma"], "did you mean 'seed_packing_2d'?"),
+        (["sensitivity", "dimer", "--wrt", "sgima"], "did you mean 'sigma'?"),
+        (["sensitivity", "seed_packing_2d", "--wrt", "sigma[2]"], "indices go from 0 to 1"),
+        (["sensitivity", "seed_packing_2d", "--wrt", "sigma[-1]"], "indices go from 0 to 1"),
+        (["sensitivity", "seed_packing_2d", "--wrt", "sigma[0,1]"], "sigma is 2 numbers: write sigma[i]"),
+        (["verify", "dimer", "--wrt", "sigma[0]"], "sigma is one number: write sigma."),
+        (["sensitivity", "dimer", "--wrt", "sigma[a]"], "'sigma[a]' is no component"),
+        (["sensitivity", "dimer", "--wrt", "sigma", "--plot", "a.txt"], "ends in .png"),
+        (["sensitivity", "dimer", "--wrt", "sigma", "--out", "a.txt"], "ends in .npz"),
+        (["sensitivity", "dimer", "--wrt", "sigma", "--out", "nowhere/a.npz"], "there is no folder nowhere"),
+        (["relax", "dimer", "--extxyz", "nowhere/a.xyz"], "there is no folder nowhere"),
+        (["relax", "dimer", "--tolerance", "0"], "no positive number"),
+        (["relax", "dimer", "--seed", "-1"], "seed is -1"),
+        (["relax", "dimer", "--seed", "x"], "invalid int value"),
+        (["sensitivity", "dimer"], "required: --wrt"),
+        (["relax", "cut.toml"], "no whole TOML file"),
+        (["relax", "nowhere/system.toml"], "there is no file"),
+        ([], "required: COMMAND"),
+        (["sensitivty"], "invalid choice"),
+    ],
+)
+def test_bad_input_is_named(
+    argv: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("cut.toml").write_text(PACKING[:120])
+    done = Outcome(capsys, *argv)
+    assert done.code == 2 and said in done.err and done.out == ""
+
+
+def test_internal_errors_and_interrupts_end_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def fail(error: BaseException):
+        def systems():
+            raise error
+
+        monkeypatch.setattr(ms.io, "bundled_systems", systems)
+
+    fail(RuntimeError("two\nlines"))
+    done = Outcome(capsys, "systems")
+    assert done.code == 1
+    assert done.err == "mdsens: internal error: RuntimeError: two lines (set MDSENS_DEBUG=1 for the traceback)\n"
+    fail(KeyboardInterrupt())
+    assert Outcome(capsys, "systems").code == 130
+    fail(RuntimeError("seen"))
+    monkeypatch.setenv("MDSENS_DEBUG", "1")
+    with pytest.raises(RuntimeError, match="seen"):
+        cli.main(["systems"])
+
+
+def test_systems_lists_every_one_with_a_line(capsys: pytest.CaptureFixture[str]):
+    done = Outcome(capsys, "systems")
+    assert done.code == 0
+    for name, description in ms.io.bundled_systems().items():
+        assert re.search(rf"^  {name} +{re.escape(description[:20])}", done.out, re.MULTILINE)
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert "examples:" in Outcome(capsys, "--help").out
+    for name in ("sensitivity", "relax", "verify", "systems", "doctor"):
+        done = Outcome(capsys, name, "--help")
+        assert done.code == 0 and done.out.startswith(f"usage: mdsens {name}")
+    assert Outcome(capsys, "--version").out == f"mdsens {ms.__version__}\n"
+
+
+def test_doctor_passes_here_and_reports_lost_pairs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    done = Outcome(capsys, "doctor")
+    assert done.code == 0 and done.out.splitlines()[-1].startswith("good")
+    assert "float64" in done.out and "jaxlib" in done.out
+    # what jax 0.10.2 gave for the first of the ways
+    monkeypatch.setattr(_doctor, "energies", lambda: [("all pairs", 18.26, 0.0), ("a list", 4.93, 0.73)])
+    done = Outcome(capsys, "doctor")
+    assert done.code == 3 and "pairs are lost by a list" in done.out
+
+
+def test_species_pairs_change_together():
+    sigma = np.array([[1.0, 0.8], [0.8, 0.88]])
+    system = ms.System.create(
+        np.random.default_rng(0).random((6, 3)) * 6,
+        6.0,
+        ms.potentials.lennard_jones(),
+        {"sigma": sigma, "epsilon": 1.0},
+        species=[0, 0, 0, 1, 1, 1],
+    )
+    (both,) = _report.components(system, "sigma", (1, 0))
+    np.testing.assert_array_equal(both.direction["sigma"], [[0, 1], [1, 0]])
+    labels = [part.label for part in _report.components(system, "sigma", None)]
+    assert labels == ["sigma[0,0]", "sigma[0,1]", "sigma[1,1]"]
+
+
+def test_numbers_of_a_column_have_the_same_decimals():
+    assert _tables.numbers([12.3456789, -0.001]) == ["12.346", "-0.001"]
+    assert _tables.numbers([1e-9, 0.0]) == ["1.0000e-09", "0.0000e+00"]
+    assert _tables.numbers([0.0]) == ["0.0000"]
+    assert _tables.numbers([]) == []
