@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import math
 import os
 import re
@@ -86,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="mdsens",
         description="How relaxed particle configurations move with the parameters of their interactions.",
         epilog=EXAMPLES,
-        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=30),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -140,8 +139,8 @@ def _parser() -> argparse.ArgumentParser:
         "verify",
         _verify,
         "hold a sensitivity against finite differences and its own adjoint",
-        f"Of a parameter with more than {MANY} components, one random direction through all is taken. Limits, relative: "
-        f"{_report.AGREEMENT:g} to finite differences, {_report.ADJOINT:g} between forward and adjoint.",
+        f"Of a parameter with more than {MANY} components, one random direction through all is taken. Limits: "
+        f"relative differences of {_report.AGREEMENT:g} to finite differences, {_report.ADJOINT:g} between forward and adjoint.",
     )
     common(made)
     differentiated(made)
