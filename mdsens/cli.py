@@ -140,7 +140,8 @@ def _parser() -> argparse.ArgumentParser:
         _verify,
         "hold a sensitivity against finite differences and its own adjoint",
         f"Of a parameter with more than {MANY} components, one random direction through all is taken. Limits: "
-        f"relative differences of {_report.AGREEMENT:g} to finite differences, {_report.ADJOINT:g} between forward and adjoint.",
+        f"relative differences of {_report.AGREEMENT:g} to finite differences, "
+        f"{_report.ADJOINT:g} between forward and adjoint.",
     )
     common(made)
     differentiated(made)
