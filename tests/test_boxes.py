@@ -183,7 +183,7 @@ def test_box_as_a_function_of_the_parameters():
     (ms.PackingFraction(np.nan), r"packing fraction is nan: give a positive number"),
     (ms.PackingFraction(0.1, np.ones((2, 2))), r"has no volume"),
     (lambda params: jnp.eye(3), r"box function returns shape \(3, 3\) in 2 dimensions: return a \(2, 2\)"),
-    (lambda params: 5.0 * params["sigma"], r"box function returns shape \(\) in 2 dimensions: return a \(2, 2\) matrix"),
+    (lambda params: 5.0 * params["sigma"], r"box function returns shape \(\) in 2 dimensions: return a \(2, 2\)"),
     (lambda params: jnp.ones((2, 2)), r"has no volume"),
 ])  # fmt: skip
 def test_bad_boxes_are_refused(box, message):
