@@ -58,7 +58,12 @@ class System:
         Raises:
           InputError: with the field, the value and the remedy.
         """
-        given = np.asarray(positions)
+        try:
+            given = np.asarray(positions)
+        except ValueError as error:  # rows of different lengths
+            raise InputError(f"positions are no array ({error}): give (n, 2) or (n, 3) numbers.") from error
+        if not (np.issubdtype(given.dtype, np.floating) or np.issubdtype(given.dtype, np.integer)):
+            raise InputError(f"positions have type {given.dtype}: give (n, 2) or (n, 3) real numbers.")
         if given.ndim != 2 or given.shape[1] not in (2, 3) or given.shape[0] < 1:
             raise InputError(f"positions have shape {given.shape}: give (n, 2) or (n, 3).")
         bad = ~np.isfinite(given).all(axis=1)
@@ -66,7 +71,8 @@ class System:
             k = int(np.argmax(bad))
             raise InputError(f"positions[{k}] is {given[k].tolist()}: every coordinate must be finite.")
         n, dimension = given.shape
-        floats = jnp.asarray(given, given.dtype if np.issubdtype(given.dtype, np.floating) else float)
+        dtype = given.dtype if np.issubdtype(given.dtype, np.floating) else np.dtype(float)
+        floats = jnp.asarray(given, jax.dtypes.canonicalize_dtype(dtype))  # float32 where x64 is off
         count = 0
         if species is not None:
             kinds = np.asarray(species)
