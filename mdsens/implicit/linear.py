@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
-import jax.scipy.linalg as jsl
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from mdsens.implicit import _krylov
-from mdsens.implicit._krylov import Result, dot, norm
+from mdsens.implicit._dense import factor
+from mdsens.implicit._krylov import Result, norm
+from mdsens.implicit._tree import PyTree, check_same
 from mdsens.implicit.status import InputError, SolveStats, Status
 
 __all__ = [
@@ -37,7 +38,6 @@ __all__ = [
     "solve",
 ]
 
-PyTree: TypeAlias = Any
 LinearMap: TypeAlias = Callable[[PyTree], PyTree]
 _Flat: TypeAlias = Callable[[Array], Array]
 
@@ -297,20 +297,6 @@ def _flatten(
     return flattened(operator.matvec), right, left
 
 
-def check_same(tree: PyTree, like: PyTree, name: str, like_name: str, remedy: str) -> None:
-    """Raise InputError naming both where two trees differ in structure or in the shape of a leaf."""
-    if jax.tree.structure(tree) != jax.tree.structure(like):
-        raise InputError(
-            f"{name} has the tree {jax.tree.structure(tree)}, but {like_name} has {jax.tree.structure(like)}; {remedy}"
-        )
-    for (path, leaf), other in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(like), strict=True):
-        if jnp.shape(leaf) != jnp.shape(other):
-            raise InputError(
-                f"{name}{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, but {like_name} has "
-                f"{jnp.shape(other)}; {remedy}"
-            )
-
-
 def _admit(method: Method, operator: Operator) -> Method:
     if isinstance(method, CG) and not operator.positive_semidefinite:
         raise InputError(
@@ -456,61 +442,5 @@ def _inner(
         case GMRES(restart=restart):
             return lambda r, tol, limit: _krylov.gmres_cycle(apply, r, tol, limit, restart), 0
         case _:
-            factored = _factor(operator, apply, right, left, b)
+            factored = factor(apply, right, left, operator.positive_semidefinite, b)
             return lambda r, tol, limit: factored(r), b.size
-
-
-def _factor(
-    operator: Operator, apply: _Flat, right: _Flat | None, left: _Flat | None, b: Array
-) -> Callable[[Array], Result]:
-    """A dense factorisation of the operator on its range: r -> (x, 0 applications, status)."""
-    n, eps = b.size, jnp.finfo(b.dtype).eps
-    # Columns in chunks: all at once, the intermediate arrays of a Hessian product would come n times over.
-    matrix = lax.map(apply, jnp.eye(n, dtype=b.dtype), batch_size=min(n, 32)).T
-    if right is not left:
-        return _pseudo_inverse(matrix, eps)
-    largest = jnp.max(jnp.abs(matrix))
-    if right is not None:
-        projector = lax.map(right, jnp.eye(n, dtype=b.dtype), batch_size=min(n, 32)).T
-        matrix = matrix + jnp.where(largest > 0, largest, 1) * (jnp.eye(n, dtype=b.dtype) - projector)
-    none, fine = jnp.int32(0), jnp.int32(Status.CONVERGED)
-
-    if not operator.positive_semidefinite:
-        lu = jsl.lu_factor(matrix)
-        regular = jnp.all(jnp.isfinite(lu[0])) & jnp.all(jnp.diagonal(lu[0]) != 0)
-        # A zero pivot is a null direction nobody declared; not-finite numbers that went in come out as they are.
-        singular = jnp.where(jnp.all(jnp.isfinite(matrix)), int(Status.STAGNATED), int(Status.NOT_FINITE))
-
-        def by_lu(r: Array) -> Result:
-            return jnp.where(regular, jsl.lu_solve(lu, r), 0), none, jnp.where(regular, fine, singular)
-
-        return by_lu
-
-    def lower_factor(raised: float) -> Array:
-        return jnp.linalg.cholesky(matrix + raised * jnp.where(largest > 0, largest, 1) * jnp.eye(n, dtype=b.dtype))
-
-    def semidefinite() -> Array:
-        # Cholesky fails on a negative direction and, by round-off, on a null one that nobody declared. Raised by the
-        # round-off of the factorisation it fails on the first alone; raised by sqrt(eps) it leaves little of the
-        # second in the answer, and refinement takes the raise back out of the rest.
-        probe = lower_factor(n * float(eps))
-        return jnp.where(jnp.all(jnp.isfinite(probe)), lower_factor(float(eps) ** 0.5), probe)
-
-    lower = lower_factor(0.0)
-    lower = lax.cond(jnp.all(jnp.isfinite(lower)), lambda: lower, semidefinite)
-    definite = jnp.all(jnp.isfinite(lower))
-    negative = jnp.where(jnp.all(jnp.isfinite(matrix)), int(Status.INDEFINITE), int(Status.NOT_FINITE))
-
-    def by_cholesky(r: Array) -> Result:
-        x = jsl.cho_solve((lower, True), r)
-        return jnp.where(definite, x, 0), none, jnp.where(definite, fine, negative)
-
-    return by_cholesky
-
-
-def _pseudo_inverse(matrix: Array, eps: Any) -> Callable[[Array], Result]:
-    """Least squares by singular values, for an operator whose left and right null space differ."""
-    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
-    inverse = jnp.where(s > matrix.shape[0] * eps * s[0], 1 / jnp.where(s == 0, 1, s), 0)
-    ended = jnp.where(jnp.all(jnp.isfinite(s)), int(Status.CONVERGED), int(Status.NOT_FINITE)).astype(jnp.int32)
-    return lambda r: (dot(inverse * dot(r, u), vt), jnp.int32(0), ended)

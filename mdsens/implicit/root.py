@@ -22,12 +22,12 @@ from jax.custom_derivatives import SymbolicZero
 from jax.dtypes import float0
 from jax.extend import core
 
-from mdsens.implicit.linear import Auto, LinearMap, Method, Operator, check_same, linear_solve
+from mdsens.implicit._tree import PyTree, check_same
+from mdsens.implicit.linear import Auto, LinearMap, Method, Operator, linear_solve
 from mdsens.implicit.status import InputError
 
 __all__ = ["fixed_point", "root"]
 
-PyTree: TypeAlias = Any
 Condition: TypeAlias = Callable[..., PyTree]
 Solver: TypeAlias = Callable[..., Any]
 NullSpace: TypeAlias = Callable[..., LinearMap | tuple[LinearMap, LinearMap]]
