@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cache
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +21,18 @@ CELL_2D = np.array([[7.2, -1.5], [2.0, 7.6]])  # not triangular
 CELL_3D = np.array([[5.6, 0.6, -0.5], [0.8, 5.9, 0.7], [-0.4, 0.5, 5.7]])
 
 
+@pytest.fixture(autouse=True, scope="module")
+def short_lists_as_well():
+    """Lists from 33 particles on, wherever all pairs may be faster."""
+    with mock.patch.object(neighbours, "ALL_PAIRS_BELOW", 32):
+        yield
+
+
 @cache
 def system(name: str) -> ms.System:
     rng = np.random.default_rng(7)
     if name == "relaxed 3-D":
-        return packing("3d_bidisperse_N128_p1e-4", 7)
+        return packing("3d_bidisperse_N128_p1e-4", 7).reallocate()
     dimension = 3 if "3-D" in name else 2
     cell = CELL_3D if dimension == 3 else CELL_2D
     places = rng.random((N, dimension))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache, partial
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 from conftest import relative
 
 import mdsens as ms
-from mdsens import potentials
+from mdsens import neighbours, potentials
 from mdsens.neighbours import Neighbours
 from mdsens.system import pair_terms, potential_energy
 
@@ -125,10 +126,11 @@ SPECIES = np.arange(N) % 3
 
 @cache
 def gas():
-    """80 discs, more than the all-pairs limit, with three species; Hertzian, so that energies are smooth."""
+    """80 discs with three species, by a list and by all pairs; Hertzian, so that energies are smooth."""
     positions = BOX * np.random.default_rng(3).random((N, 2))
     law, params = potentials.soft_sphere(), {"sigma": 1.0, "epsilon": 1.0, "alpha": 2.5}
-    listed = ms.System.create(positions, BOX, law, params, SPECIES)
+    with mock.patch.object(neighbours, "ALL_PAIRS_BELOW", 32):
+        listed = ms.System.create(positions, BOX, law, params, SPECIES)
     assert not listed.neighbours.complete
     pairs = jnp.asarray(np.stack(np.triu_indices(N, 1)), jnp.int32)
     every = Neighbours(pairs, None, None, jnp.asarray(jnp.inf), jnp.zeros((), bool))

@@ -182,6 +182,22 @@ def test_energy_maps_over_a_batch():
     assert ms.unstack(members[0]) == []
 
 
+@pytest.mark.parametrize("other, message", [
+    (lambda: discs(sigma=np.ones(4)), "system 1 has other params than system 0"),
+    (lambda: ms.System.create(PLACES[:3], 3.0, LAW, DISCS), "system 1 has other positions than system 0"),
+    (lambda: ms.System.create(PLACES, 3.0, ms.potentials.morse(0.5, 1.0), DISCS), "system 1 has other potential"),
+    (lambda: ms.System.create(PLACES, 3.0, LAW, DISCS, [0, 1, 0, 1]), "system 1 has other species"),
+])  # fmt: skip
+def test_batches_of_other_kinds_are_refused(other, message):
+    with pytest.raises(ms.InputError, match=message):
+        ms.stack([discs(), other()])
+
+
+def test_an_empty_batch_is_refused():
+    with pytest.raises(ms.InputError, match="stack got no systems: give at least one"):
+        ms.stack([])
+
+
 def test_a_batch_may_mix_values_not_kinds_of_boxes():
     other = ms.System.create(PLACES, ms.PackingFraction(0.4), LAW, DISCS)
     with pytest.raises(ms.InputError, match="system 1 has other boundary than system 0"):
