@@ -7,6 +7,7 @@ import functools
 import sys
 import time
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import jax
@@ -374,7 +375,7 @@ def minimize(
       ConvergenceError: with the status, and what was reached as ``result``.
     """
     method = Fire() if method is None else method
-    if not (np.isscalar(tolerance) and np.isfinite(tolerance) and tolerance > 0):
+    if not (isinstance(tolerance, Real) and np.isfinite(tolerance) and tolerance > 0):
         raise InputError(f"tolerance is {tolerance!r}: give a positive number.")
     if max_steps < 1:
         raise InputError(f"max_steps is {max_steps}: give 1 or more.")
@@ -399,6 +400,7 @@ def minimize(
                 here = system.replace(positions=method.positions(state), neighbours=pairs).reallocate(room)
                 system, pairs = here, here.neighbours
                 state = method.with_forces(state, _forces(here, method))
+                largest = float(largest_force(method.forces(state)))  # what stood there came from a list that lost pairs
                 if steps < max_steps:
                     continue
             if not (largest > tolerance and steps < max_steps and np.isfinite(largest)):
