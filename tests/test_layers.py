@@ -1,0 +1,181 @@
+"""A module imports from above itself and never from below: read from the sources, function bodies included."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import mdsens as ms
+
+PACKAGE = Path(ms.__file__).parent
+
+# From the top; what stands in one row may not import each other.
+ORDER = [
+    # how results are shown: a leaf that knows only text
+    ["_tables"],
+    # the mathematics: knows no particle
+    ["implicit.status"],
+    ["implicit._tree", "implicit._krylov"],
+    ["implicit._dense"],
+    ["implicit.linear"],
+    ["implicit.eigen"],
+    ["implicit.root"],
+    ["implicit.optimality"],
+    ["implicit"],
+    # the physics: what a system is
+    ["potentials", "boxes"],
+    ["neighbours"],
+    ["system"],
+    ["contacts"],
+    ["stationarity"],
+    ["observables"],
+    # the root and its derivative
+    ["relaxation"],
+    ["sensitivity"],
+    ["certificate"],
+    ["verify"],
+    # built on it
+    ["elasticity"],
+    ["design"],
+    # the edges: files, structures, figures, the terminal
+    ["files", "fields"],
+    ["structures"],
+    ["starts"],
+    ["specification"],
+    ["storage"],
+    ["io"],
+    ["plots"],
+    ["_doctor", "_report"],
+    ["cli"],
+    ["__main__"],
+]
+ROW = {name: row for row, names in enumerate(ORDER) for name in names}
+EDGES = {name for name, row in ROW.items() if row >= ROW["files"]}
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+
+
+class Import(NamedTuple):
+    """One imported name: the module, and where it is imported."""
+
+    module: str  # absolute, as far as it names a module of ours
+    line: int
+    inside: bool  # of a function
+    typing: bool  # under TYPE_CHECKING
+
+
+def resolve(name: str) -> str:
+    """``mdsens.contacts.network`` is a name in ``mdsens.contacts``."""
+    while name.startswith("mdsens.") and name.removeprefix("mdsens.") not in MODULES:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def imports_of(source: str) -> Iterator[Import]:
+    def walk(node: ast.AST, inside: bool, typing: bool) -> Iterator[Import]:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(resolve(alias.name), node.lineno, inside, typing)
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: import by the full name"
+            for alias in node.names:
+                yield Import(resolve(f"{node.module}.{alias.name}"), node.lineno, inside, typing)
+        inside |= isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        typing |= isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child, inside, typing)
+
+    return walk(ast.parse(source), False, False)
+
+
+IMPORTS = {name: list(imports_of(path.read_text())) for name, path in MODULES.items()}
+
+
+def own(name: str) -> list[Import]:
+    """The imports of a module from this package, without the prefix."""
+    return [
+        i._replace(module=i.module.removeprefix("mdsens.")) for i in IMPORTS[name] if i.module.split(".")[0] == "mdsens"
+    ]
+
+
+def below(importer: str, imported: str) -> bool:
+    """Whether the import goes down, or sideways, in the order."""
+    return ROW[imported] >= ROW[importer]
+
+
+def test_every_module_has_its_place():
+    unplaced = set(MODULES) - set(ROW) - {"__init__"}
+    assert not unplaced, f"say in ORDER, and in the design, where {sorted(unplaced)} belong"
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - {"__init__"}))
+def test_imports_come_from_above(name):
+    for found in own(name):
+        if found.module == "mdsens":  # the public names: what an edge that faces the user may use
+            assert name in ("cli", "__main__"), f"line {found.line} imports the whole package"
+        else:
+            assert not below(name, found.module), f"line {found.line} imports {found.module}, which stands below {name}"
+
+
+def test_the_mathematics_knows_no_particle():
+    for name in MODULES:
+        if name.split(".")[0] == "implicit":
+            for found in own(name):
+                assert found.module.split(".")[0] == "implicit", f"{name}, line {found.line}: {found.module}"
+            assert not any(i.module.split(".")[0] == "jax_md" for i in IMPORTS[name])
+
+
+@pytest.mark.parametrize("package", ["ase", "matplotlib"])
+def test_only_edges_touch(package):
+    users = {name for name, found in IMPORTS.items() if any(i.module.split(".")[0] == package for i in found)}
+    assert users and users <= EDGES, users - EDGES
+
+
+@pytest.mark.parametrize("package", ["jax_md", "ase", "matplotlib", "tqdm"])
+def test_slow_imports_are_inside_functions(package):
+    for name, found in IMPORTS.items():
+        for i in found:
+            if i.module.split(".")[0] == package:
+                assert i.inside or i.typing, f"{name}, line {i.line}: {i.module} is imported with the package"
+
+
+def test_jax_md_has_few_doors():
+    doors = {name for name, found in IMPORTS.items() if any(i.module.split(".")[0] == "jax_md" for i in found)}
+    assert doors == {"neighbours", "relaxation", "_doctor"}  # lists, minimisers, the check of an installation
+
+
+def test_these_checks_can_fail():
+    source = "import jax_md\nfrom mdsens import verify\ndef f():\n    from mdsens.contacts import network\n"
+    found = list(imports_of(source))
+    assert [i.module for i in found] == ["jax_md", "mdsens.verify", "mdsens.contacts"]
+    assert [i.inside for i in found] == [False, False, True]
+    assert below("contacts", "verify") and below("boxes", "potentials") and not below("verify", "contacts")
+
+
+# ── what a law's documentation says ──
+
+
+@pytest.mark.parametrize("make", [
+    ms.potentials.soft_sphere,
+    ms.potentials.lennard_jones,
+    ms.potentials.morse,
+    lambda: ms.potentials.harmonic_bonds([[0, 1]]),
+])  # fmt: skip
+def test_a_law_documents_its_equation_and_every_parameter(make):
+    law = make()
+    text = inspect.getdoc(getattr(ms.potentials, law.name)) or ""
+    assert "phi(r) =" in text
+    for name in law.parameters:
+        assert f"``{name}``" in text, f"{law.name} does not say what {name} is"
+
+
+def test_every_public_name_of_the_potentials_is_documented():
+    for name in ms.potentials.__all__:
+        assert inspect.getdoc(getattr(ms.potentials, name)), name
