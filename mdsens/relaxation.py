@@ -265,7 +265,8 @@ def _machine(system: System, method: Any) -> tuple[Any, Any, Any]:
     particle's force counts up to the size that moves it by the longest step, and its step is cut there too. Neither
     touches the neighbourhood of a minimum.
     """
-    length, stiffness = jax.lax.stop_gradient(_scales(system))
+    # a fixed cutoff is a double where x64 is on: positions in single precision keep theirs through the loop
+    length, stiffness = (jax.lax.stop_gradient(x).astype(system.positions.dtype) for x in _scales(system))
     longest = method.max_step * length
     strongest = method.force_limit(longest, stiffness)
 
