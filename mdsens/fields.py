@@ -79,9 +79,6 @@ class Table:
             key, default, lambda v: is_number(v) and np.isfinite(v) and (v > 0 if positive else v >= 0), need
         )
 
-    def flag(self, key: str, default: bool) -> bool:
-        return self._checked(key, default, lambda v: isinstance(v, bool), "true or false")
-
     def array(self, key: str, shape: tuple[int | None, ...], integers: bool = False) -> np.ndarray:
         """Numbers of a shape, None where any length does."""
         return array_of(self.label(key), self.raw(key), shape, integers)

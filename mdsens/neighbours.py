@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import warnings
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from mdsens.implicit.status import InputError
 
 __all__ = ["Neighbours", "allocate", "update"]
 
-ALL_PAIRS_BELOW = 64  # particles; a FIRE step on a list costs less from about 50 on, in 2-D packings
+ALL_PAIRS_BELOW = 128  # particles; a step on a list is faster from about 50 on, but compiling it takes seconds more
 SKIN = 0.25  # of the range: more rebuilds below, more padding above
 
 
@@ -108,7 +109,9 @@ def _search(positions: jax.Array, box: jax.Array, reach: jax.Array, neighbours: 
         cell_list_fn=cell_list,
         update_fn=functions.update,
     )
-    found = functions.update(_fractional(positions, box), template, box=_upper(box) / reach)
+    with warnings.catch_warnings():  # jax-md scatters int64 into int32, which jax announces to refuse one day
+        warnings.filterwarnings("ignore", "scatter inputs have incompatible types", FutureWarning)
+        found = functions.update(_fractional(positions, box), template, box=_upper(box) / reach)
     lost = (found.error.code & (1 | 2)) != 0  # lists too short; jax-md's other two bits do not hold for this use
     if neighbours.cells:
         lost = lost | (neighbours.cells * reach > (1.0 + 1e-6) * jnp.min(heights(box)))

@@ -191,7 +191,7 @@ class PairLaw(_Addable):
             return jnp.asarray(float(self.cutoff))
         corners = itertools.product(
             *[
-                (params[n],) if jnp.ndim(params[n]) == 0 else (jnp.min(params[n]), jnp.max(params[n]))
+                (params[n],) if np.ndim(params[n]) == 0 else (jnp.min(params[n]), jnp.max(params[n]))
                 for n in self.names
             ]
         )

@@ -177,7 +177,7 @@ def _tangent(system: System, dparams: Params) -> dict[str, jax.Array]:
             near = difflib.get_close_matches(name, system.params, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(map(repr, system.params))}."
             raise InputError(f"dparams has {name!r}, which is no parameter of {system.potential.name}: {hint}")
-        want, got = system.params[name].shape, jnp.shape(change)
+        want, got = system.params[name].shape, np.shape(change)
         if want != got:
             raise InputError(f"dparams[{name!r}] has shape {got}: the parameter has {want}, give that.")
         if not isinstance(change, jax.core.Tracer) and not np.isfinite(np.asarray(change, float)).all():
@@ -256,7 +256,7 @@ def _over_members(door: Callable[..., Response], eq: Any, given: Any, shapes: An
 
     def member(k: int) -> Any:
         def pick(value: Any, shape: tuple[int, ...]) -> Any:
-            return value[k] if jnp.shape(value) == (count, *shape) else value
+            return value[k] if np.shape(value) == (count, *shape) else value
 
         if isinstance(given, Mapping):
             return {name: pick(value, shapes.get(name, ())) for name, value in given.items()}
@@ -501,9 +501,6 @@ def gradient(
     return _judged(result, throw, "gradient")
 
 
-_relax = functools.partial(jax.jit, static_argnames=("method",))(relaxation.relax)
-
-
 def equilibrate(
     system: System,
     params: Params | None = None,
@@ -541,8 +538,17 @@ def equilibrate(
     full = dict(system.params) if params is None else {
         **system.params, **{k: jnp.asarray(v, dtype) for k, v in params.items()}
     }
-    start = jax.lax.stop_gradient(system.replace(params=full))
-    eq = jax.lax.stop_gradient(_relax(start, tolerance, max_steps, method))
+    relaxed, stats = _equilibrate(system, full, tolerance, max_steps, method, solve)
+    return (relaxed, stats) if has_aux else relaxed
+
+
+@functools.partial(jax.jit, static_argnames=("method", "solve"))
+def _equilibrate(
+    system: System, params: dict[str, jax.Array], tolerance: Any, max_steps: Any, method: Any, solve: Method
+) -> tuple[System, SolveStats]:
+    """``equilibrate``, compiled once for each system shape and transformation."""
+    start = jax.lax.stop_gradient(system.replace(params=params))
+    eq = jax.lax.stop_gradient(relaxation.relax(start, tolerance, max_steps, method))
     held, _, null = linearisation(eq.system, eq.max_force)
 
     def condition(x: Unknowns, p: Params) -> Unknowns:
@@ -558,6 +564,5 @@ def equilibrate(
     def found(init: Unknowns, p: Params) -> Unknowns:
         return init
 
-    x = found(Unknowns(eq.system.positions), full)
-    relaxed = eq.system.replace(positions=x.positions, params=full)
-    return (relaxed, relaxation.stats(eq, method)) if has_aux else relaxed
+    x = found(Unknowns(eq.system.positions), params)
+    return eq.system.replace(positions=x.positions, params=params), relaxation.stats(eq, method)

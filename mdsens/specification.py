@@ -276,7 +276,7 @@ def _box(
     top: Table, dimension: int, n: int, species: np.ndarray | None, sigma: np.ndarray | None, start: starts.Start
 ) -> tuple[Any, np.ndarray | None]:
     """What ``System.create`` takes as the box, and the cell (columns) at the given parameters; None for open."""
-    keys = ("packing_fraction", "held", "lengths", "vectors", "number_density")
+    keys = ("packing_fraction", "follows", "lengths", "vectors", "number_density")
     value = top.raw("box")
     if isinstance(value, str):
         choice = top.text("box", choices=("open", "positions"))
@@ -286,22 +286,22 @@ def _box(
             raise InputError("box is 'positions', but the positions come without a cell: give lengths or vectors.")
         return start.cell, start.cell
     table = Table.of("box", value, keys)
-    sizes = [key for key in keys if key != "held" and table.has(key)]
+    sizes = [key for key in keys if key != "follows" and table.has(key)]
     if len(sizes) != 1:
         raise InputError(
             f"box has {len(sizes)} of packing_fraction, lengths, vectors and number_density: give one of them."
         )
-    held = table.flag("held", False)
     if table.has("packing_fraction"):
+        follows = table.text("follows", "parameters", choices=("parameters", "nothing"))
         rule = boxes.PackingFraction(float(table.number("packing_fraction")))
         diameters = _diameters(sigma, n, species)
         if not (diameters > 0).all():
             raise InputError(f"parameters.sigma is {short(sigma)}: every diameter must be positive.")
         unit = {2: np.pi / 4, 3: np.pi / 6}[dimension]
         cell = np.eye(dimension) * (np.sum(unit * diameters**dimension) / rule.fraction) ** (1.0 / dimension)
-        return (cell if held else rule), cell
-    if table.has("held"):
-        raise InputError("box.held belongs to packing_fraction alone, any other box is held: remove it.")
+        return (rule if follows == "parameters" else cell), cell
+    if table.has("follows"):
+        raise InputError("box.follows belongs to packing_fraction alone, any other box stays as it is: remove it.")
     if table.has("number_density"):
         cell = np.eye(dimension) * (n / table.number("number_density")) ** (1.0 / dimension)
     elif table.has("lengths"):

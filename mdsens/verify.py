@@ -12,7 +12,7 @@ import numpy as np
 
 from mdsens import contacts, sensitivity
 from mdsens.implicit.status import InputError, Status
-from mdsens.relaxation import Equilibrium, Fire, minimize
+from mdsens.relaxation import Equilibrium, Fire, minimize, round_off
 from mdsens.stationarity import Unknowns
 from mdsens.system import pair_distances, pair_terms
 
@@ -96,8 +96,8 @@ def finite_difference(
       dparams: the direction, as in ``jvp``.
       step: t; where None, 1e-6 of the parameters' size a size of the direction, and inside 0.3 of the distance to the
         first change of a contact.
-      tolerance: of the minimisations; where None, 0.01 of the minimum's own, at least 1e-14. Minimisations that stop at
-        round-off above it are taken as they are, and ``error`` shows it.
+      tolerance: of the minimisations; where None, 0.01 of the minimum's own, but not below round-off. Minimisations that
+        stop above it, yet within the minimum's own tolerance, are taken as they are, and ``error`` shows it.
 
     Returns:
       a :class:`FiniteDifference`. Compare with ``v.disagreement(r.value)``.
@@ -116,8 +116,7 @@ def finite_difference(
     if not (np.isfinite(step) and step > 0):
         raise InputError(f"step is {step!r}: give a positive number; the first contact change is at {radius:.1e}.")
     if tolerance is None:
-        eps = float(jnp.finfo(eq.system.positions.dtype).eps)
-        tolerance = max(0.01 * float(eq.tolerance), 45.0 * eps)
+        tolerance = max(0.01 * float(eq.tolerance), float(round_off(eq.system)))
     own = _interacting(eq)
     worst, changed = Status.CONVERGED, False
 

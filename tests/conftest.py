@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 jax.config.update("jax_enable_x64", True)
+# Compiling is nearly all the time that tests take; the demo and the notebooks run with everything on.
+jax.config.update("jax_disable_most_optimizations", True)
 
 import mdsens as ms  # noqa: E402
 

@@ -79,7 +79,7 @@ def test_keywords_override_fields_and_merge_parameters():
 
 def test_the_box_follows_the_parameters_unless_held(discs):
     follows = ms.load_system(discs)
-    held = ms.load_system(discs, box={"packing_fraction": 0.3, "held": True})
+    held = ms.load_system(discs, box={"packing_fraction": 0.3, "follows": "nothing"})
     np.testing.assert_array_equal(follows.positions, held.positions)
     grown = {"sigma": jnp.array([1.2, 0.7])}
     assert float(follows.with_params(grown).volume) > float(follows.volume)
@@ -154,8 +154,8 @@ def test_relaxation_options_are_keywords_of_minimize(toml):
         ({"box": {}}, "box has 0 of packing_fraction.*give one"),
         ({"box": {"lengths": [9.0]}}, r"box.lengths has shape \(1,\).*\(2\)"),
         ({"box": {"vectors": [[9.0, 0.0], [9.0]]}}, "box.vectors has rows of different lengths"),
-        ({"box": {"number_density": 1.0, "held": True}}, "box.held belongs to packing_fraction"),
-        ({"box": {"packing_fraction": 0.9, "held": 1}}, "box.held is 1.*true or false"),
+        ({"box": {"number_density": 1.0, "follows": "nothing"}}, "box.follows belongs to packing_fraction"),
+        ({"box": {"packing_fraction": 0.9, "follows": "sigma"}}, "box.follows is .sigma."),
         ({"box": "opened"}, "box is 'opened'.*did you mean 'open'"),
         ({"box": "open"}, "random positions need a cell"),
         ({"box": "positions"}, "positions come without a cell"),
