@@ -249,29 +249,19 @@ def _judged(result: Response, throw: bool, what: str) -> Response:
     return result
 
 
-def _over_members(door: Callable[..., Response], eq: Any, given: Any, shapes: Any) -> Response:
-    """A door on each member of a batch; ``given`` is shared, or has the batch's leading axis."""
-    parts = relaxation.members(eq)
-    count = len(parts)
-
-    def member(k: int) -> Any:
-        def pick(value: Any, shape: tuple[int, ...]) -> Any:
-            return value[k] if np.shape(value) == (count, *shape) else value
-
-        if isinstance(given, Mapping):
-            return {name: pick(value, shapes.get(name, ())) for name, value in given.items()}
-        return pick(given, shapes)
-
-    results = [door(part, member(k)) for k, part in enumerate(parts)]
+def _over_members(door: Callable[[Equilibrium, int], Response], eq: Any) -> Response:
+    """A door on each member of a batch."""
+    results = [door(part, k) for k, part in enumerate(relaxation.members(eq))]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+
+
+def _of_member(given: Any, k: int, shape: tuple[int, ...]) -> Any:
+    """Member k's part of what is given for a batch: it has the member's own shape and is shared, or a leading axis."""
+    return given[k] if np.ndim(given) == len(shape) + 1 else given
 
 
 def _batched(at: Any) -> bool:
     return isinstance(at, Equilibrium) and at.system.batch is not None
-
-
-def _member_shapes(eq: Equilibrium) -> dict[str, tuple[int, ...]]:
-    return {name: value.shape[1:] for name, value in eq.system.params.items()}
 
 
 def jvp(at: Equilibrium | Linearization, dparams: Params, *, solve: Method | None = None, throw: bool = True) -> Response:
@@ -293,8 +283,13 @@ def jvp(at: Equilibrium | Linearization, dparams: Params, *, solve: Method | Non
     """
     if _batched(at):
         assert isinstance(at, Equilibrium)
-        whole = _over_members(lambda e, d: jvp(e, d, solve=solve, throw=False), at, dparams, _member_shapes(at))
-        return _judged(whole, throw, "jvp")
+        shapes = {name: value.shape[1:] for name, value in at.params.items()}
+
+        def member(eq: Equilibrium, k: int) -> Response:
+            own = {name: _of_member(change, k, shapes.get(name, ())) for name, change in dparams.items()}
+            return jvp(eq, own, solve=solve, throw=False)
+
+        return _judged(_over_members(member, at), throw, "jvp")
     lin = _linearised(at, solve, throw)
     return _judged(_jvp(lin, _tangent(lin.system, dparams)), throw, "jvp")
 
@@ -324,8 +319,8 @@ def vjp(at: Equilibrium | Linearization, cotangent: Any, *, solve: Method | None
     """
     if _batched(at):
         assert isinstance(at, Equilibrium)
-        shape = at.system.positions.shape[1:]
-        whole = _over_members(lambda e, w: vjp(e, w, solve=solve, throw=False), at, cotangent, shape)
+        shape = at.positions.shape[1:]
+        whole = _over_members(lambda e, k: vjp(e, _of_member(cotangent, k, shape), solve=solve, throw=False), at)
         return _judged(whole, throw, "vjp")
     lin = _linearised(at, solve, throw)
     return _judged(_vjp(lin, _cotangent(lin.system, cotangent, "cotangent")), throw, "vjp")
@@ -344,8 +339,8 @@ def response(at: Equilibrium | Linearization, force: Any, *, solve: Method | Non
     """
     if _batched(at):
         assert isinstance(at, Equilibrium)
-        shape = at.system.positions.shape[1:]
-        whole = _over_members(lambda e, f: response(e, f, solve=solve, throw=False), at, force, shape)
+        shape = at.positions.shape[1:]
+        whole = _over_members(lambda e, k: response(e, _of_member(force, k, shape), solve=solve, throw=False), at)
         return _judged(whole, throw, "response")
     lin = _linearised(at, solve, throw)
     return _judged(_response(lin, _cotangent(lin.system, force, "force")), throw, "response")
@@ -408,8 +403,7 @@ def jacobian(
     """
     if _batched(at):
         assert isinstance(at, Equilibrium)
-        door = functools.partial(jacobian, solve=solve, chunk=chunk, throw=False)
-        whole = _over_members(lambda e, name: door(e, name), at, wrt, ())
+        whole = _over_members(lambda e, k: jacobian(e, wrt, solve=solve, chunk=chunk, throw=False), at)
         return _judged(whole, throw, "jacobian")
     lin = _linearised(at, solve, throw)
     system = lin.system
@@ -466,9 +460,7 @@ def gradient(
     """
     if _batched(at):
         assert isinstance(at, Equilibrium)
-        whole = _over_members(
-            lambda e, f: gradient(f, e, solve=solve, throw=False), at, observable, None
-        )
+        whole = _over_members(lambda e, k: gradient(observable, e, solve=solve, throw=False), at)
         return _judged(whole, throw, "gradient")
     lin = _linearised(at, solve, throw)
     system = lin.equilibrium.system
