@@ -196,7 +196,7 @@ def allocate(
     lattice = _enclosing(positions, reach) if box is None else box
     smallest = float(jnp.min(heights(lattice)))
     cells = int(smallest / reach) if smallest >= 3.0 * reach else 0
-    cell_capacity = _rounded(room * _fullest_cell(positions, lattice, cells), 4) if cells else 0
+    cell_capacity = _rounded(room * fullest_cell(positions, lattice, cells), 4) if cells else 0
     ball = {2: math.pi, 3: 4.0 / 3.0 * math.pi}[dimension] * reach**dimension
     expected = 0.5 * n**2 * min(1.0, ball / abs(float(jnp.linalg.det(lattice))))
     capacity = _rounded(room * expected)
@@ -222,7 +222,7 @@ def allocate(
         capacity = _rounded(1.5 * capacity)
 
 
-def _fullest_cell(positions: jax.Array, lattice: jax.Array, cells: int) -> int:
+def fullest_cell(positions: jax.Array, lattice: jax.Array, cells: int) -> int:
     """Particles in the fullest cell of the grid."""
     # as jax-md bins them: a coordinate of -1e-17 wraps to 1.0, which is the first cell, not the last
     where = (np.asarray(_fractional(positions, lattice)) / (1.0 / cells)).astype(int) % cells

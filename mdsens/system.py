@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens import boxes, neighbours
-from mdsens.implicit.status import InputError
+from mdsens.implicit.status import InputError, require_sound_jax
 from mdsens.neighbours import Neighbours
 from mdsens.potentials import PairTerm, check_params
 
@@ -58,6 +59,7 @@ class System:
         Raises:
           InputError: with the field, the value and the remedy.
         """
+        require_sound_jax()
         try:
             given = np.asarray(positions)
         except ValueError as error:  # rows of different lengths
@@ -285,24 +287,35 @@ def stack(systems: list[System] | tuple[System, ...]) -> System:
             )
             if ours != theirs:
                 raise InputError(f"system {k} has other {field} than system 0 ({theirs} for {ours}): stack equal kinds.")
-    lists = [s.neighbours for s in systems]
-    if any(x.complete != first.neighbours.complete for x in lists):
+    systems = [s if s.neighbours.complete else s.reallocate(keep=True) for s in systems]
+    complete = [s.neighbours.complete for s in systems]
+    if any(complete) and not all(complete):
         raise InputError("some systems list all pairs and some do not: stack systems of one size and density.")
-    if not first.neighbours.complete:
-        capacity = max(x.pairs.shape[1] for x in lists)
-        cells = min(x.cells for x in lists)
-        cell_capacity = max(neighbours.allocate(s.positions, s.box, float(s.range)).cell_capacity for s in systems)
-        if any(x.cells != cells for x in lists):  # larger cells hold more
-            grown = max((x.cells / max(cells, 1)) ** first.dimension for x in lists)
-            cell_capacity = int(np.ceil(cell_capacity * grown))
-        shape = dataclasses.replace(
-            first.neighbours,
-            pairs=jnp.full((2, capacity), first.n, jnp.int32),
-            cells=cells,
-            cell_capacity=cell_capacity if cells else 0,
-        )
-        systems = [s.replace(neighbours=_refit(s, shape)) for s in systems]
+    if not any(complete):
+        systems = _same_lists(systems)
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *systems)
+
+
+def _same_lists(systems: list[System]) -> list[System]:
+    """The systems with lists of one shape that hold every pair of each."""
+    lists = [s.neighbours for s in systems]
+    capacity, cells = max(x.pairs.shape[1] for x in lists), min(x.cells for x in lists)
+    cell_capacity = 0
+    if cells:  # those of the coarsest grid hold more than those of a finer one
+        lattices: list[Any] = [s.neighbours.reference_box if s.box is None else s.box for s in systems]
+        fullest = [neighbours.fullest_cell(s.positions, b, cells) for s, b in zip(systems, lattices, strict=True)]
+        cell_capacity = max([math.ceil(1.25 * max(fullest)), *(x.cell_capacity for x in lists if x.cells == cells)])
+    while True:
+        shape = dataclasses.replace(
+            lists[0],
+            pairs=jnp.full((2, capacity), systems[0].n, jnp.int32),
+            cells=cells,
+            cell_capacity=cell_capacity,
+        )
+        fitted = [_refit(s, shape) for s in systems]
+        if not any(bool(x.overflowed) for x in fitted):
+            return [s.replace(neighbours=x) for s, x in zip(systems, fitted, strict=True)]
+        capacity, cell_capacity = math.ceil(1.25 * capacity), math.ceil(1.25 * cell_capacity)
 
 
 def _refit(system: System, shape: Neighbours) -> Neighbours:
