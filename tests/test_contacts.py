@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from mdsens.system import potential_energy
 LAW = ms.potentials.soft_sphere()
 
 
-def discs(positions, sigma=1.0, box=None) -> ms.System:
+def discs(positions, sigma: Any = 1.0, box=None) -> ms.System:
     return ms.System.create(positions, box, LAW, {"sigma": sigma, "epsilon": 1.0, "alpha": 2.0})
 
 
@@ -193,12 +194,14 @@ def test_first_crossing_of_a_packing_is_where_its_contacts_change():
     velocity = 0.5 * jnp.asarray(np.random.default_rng(1).standard_normal(eq.positions.shape))
     crossing = contacts.first_crossing(eq.system, velocity, change)
 
+    sides = jnp.diag(jnp.asarray(eq.system.box))
+
     @jax.jit
     def touching(t):
         sigma = eq.params["sigma"] + t * change["sigma"]
         i, j = jnp.triu_indices(eq.system.n, 1)
         apart = eq.positions[i] - eq.positions[j]
-        apart = apart - jnp.round(apart / jnp.diag(eq.system.box)) * jnp.diag(eq.system.box)
+        apart = apart - jnp.round(apart / sides) * sides
         r = jnp.linalg.norm(apart + t * (velocity[i] - velocity[j]), axis=1)
         return r < 0.5 * (sigma[i] + sigma[j])
 

@@ -278,6 +278,22 @@ def test_a_batch_keeps_every_pair_of_its_members():
         assert lost(alone, alone.neighbours.pairs, alone.positions, alone.box, float(alone.range)) == 0
 
 
+def test_a_batch_makes_room_where_the_coarsest_grid_has_fuller_cells():
+    rng = np.random.default_rng(0)
+    loose = 6.2 * rng.random((N, 2))  # four cells a side
+    corner = np.where(np.arange(N)[:, None] < 60, 0.6 + 0.07 * (rng.random((N, 2)) - 0.5), rng.random((N, 2)))
+    params = {"sigma": 1.0, "epsilon": 1.0, "alpha": 2.0}  # five cells, and a clump where four of them meet
+    members = [
+        ms.System.create(places, length, ms.potentials.soft_sphere(), params)
+        for places, length in ((loose, 6.2), (7.45 * corner, 7.45))
+    ]
+    assert [m.neighbours.cells for m in members] == [4, 5]
+    whole = ms.stack(members)
+    assert not np.any(whole.neighbours.overflowed)
+    for s in ms.unstack(whole):
+        assert lost(s, s.neighbours.pairs, s.positions, s.box, float(s.range)) == 0
+
+
 def test_a_batch_updates_under_vmap_and_marks_the_member_that_overflows():
     _, whole = batch()
     moved = whole.positions.at[1].multiply(0.1)  # the second collapses

@@ -17,13 +17,9 @@ LAW = ms.potentials.soft_sphere()
 def deformed(system: ms.System, strain: np.ndarray) -> float:
     """The energy of the system after positions and cell are deformed by 1 + strain."""
     deformation = jnp.eye(system.dimension) + jnp.asarray(strain)
-    return float(
-        potential_energy(
-            system.replace(
-                positions=system.positions @ deformation.T, boundary=boxes.FixedBox(deformation @ system.box)
-            )
-        )
-    )
+    box = deformation @ jnp.asarray(system.box)
+    moved = system.replace(positions=system.positions @ deformation.T, boundary=boxes.FixedBox(box))
+    return float(potential_energy(moved))
 
 
 def discs() -> ms.System:

@@ -271,7 +271,7 @@ def test_sum_of_laws_is_the_sum_of_energies():
 
 def test_name_conflict_is_refused_and_renaming_resolves_it():
     with pytest.raises(ms.InputError, match=r"soft_sphere and lennard_jones both have a parameter 'sigma'.*renamed"):
-        potentials.soft_sphere() + potentials.lennard_jones()
+        _ = potentials.soft_sphere() + potentials.lennard_jones()
     attraction = potentials.lennard_jones().renamed({"sigma": "sigma_lj", "epsilon": "epsilon_lj"})
     law = potentials.soft_sphere() + attraction
     params = {"sigma": 1.2, "epsilon": 1.0, "alpha": 2.0, "sigma_lj": 1.0, "epsilon_lj": 0.3}
@@ -289,7 +289,7 @@ def silicon(positions, params, displacement):
 def test_many_body_law_of_jax_md():
     from jax_md import energy, space
 
-    positions = np.random.default_rng(2).random((5, 3)) * 4.0
+    positions = jnp.asarray(np.random.default_rng(2).random((5, 3)) * 4.0)
     law = potentials.from_energy(silicon, ("well",))
     assert not law.pairwise
     system = ms.System.create(positions, None, law, {"well": 2.0})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from functools import cache
+from typing import Any
 from unittest import mock
 
 import jax
@@ -27,7 +28,7 @@ def distance(eq: ms.Equilibrium, i: int, j: int) -> float:
 # ── closed forms ──
 
 
-def dimer(sigma: float = 1.0, dtype=float) -> ms.System:
+def dimer(sigma: float = 1.0, dtype: Any = float) -> ms.System:
     places = np.array([[0.0, 0.0], [1.3, 0.1]], dtype)
     return ms.System.create(places, None, ms.potentials.lennard_jones(), {"sigma": sigma, "epsilon": 1.0})
 

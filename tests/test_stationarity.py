@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +85,7 @@ def projector(null: stationarity.NullSpace, n: int, d: int) -> np.ndarray:
     return np.asarray(columns).T
 
 
-def null_directions(system: ms.System, max_force=1e-12) -> tuple[np.ndarray, np.ndarray]:
+def null_directions(system: ms.System, max_force: Any = 1e-12) -> tuple[np.ndarray, np.ndarray]:
     """The projector, and the Hessian of the backbone."""
     held, _, null = stationarity.linearisation(system, max_force)
     return projector(null, system.n, system.dimension), np.asarray(dense_hessian(held))
