@@ -122,11 +122,8 @@ DIMER = np.array([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0]]) @ TURN.T
 # nullity: translations, then rotations: one in 2-D, three in 3-D, two of a line
 CLUSTERS = {
     "triangle": (TRIANGLE, 3),
-    "tetrahedron": (TETRAHEDRON @ TURN.T, 6),
-    "dimer in 2-D": (np.array([[0.3, 0.2], [0.9, 1.0]]), 3),
     "dimer in 3-D": (DIMER, 5),
-    "two triangles": (np.concatenate([TRIANGLE, TRIANGLE + np.array([9.0, 3.0])]), 6),
-    "tetrahedron and dimer": (np.concatenate([TETRAHEDRON, DIMER + 9.0]), 11),
+    "tetrahedron and dimer": (np.concatenate([TETRAHEDRON @ TURN.T, DIMER + 9.0]), 11),
     "triangle and a loner": (np.concatenate([TRIANGLE, [[9.0, 9.0]]]), 5),
 }
 
@@ -145,7 +142,7 @@ def test_null_space_of_open_clusters(name):
 
 @pytest.mark.xfail(reason="rotations of a cluster that is free in a periodic cell are not looked for")
 def test_a_cluster_that_is_free_in_a_periodic_cell_rotates_as_well():
-    points, nullity = CLUSTERS["two triangles"]
+    points, nullity = CLUSTERS["triangle"]
     law, params = cluster(points).potential, cluster(points).params
     P, H = null_directions(ms.System.create(points, 20.0, law, params), 1e-13)
     check_projection(P, H, nullity)
