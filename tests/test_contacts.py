@@ -35,7 +35,6 @@ def net_of(points, max_force=0.0) -> contacts.Network:
     return net
 
 
-
 # Three overlapping discs in a triangle hold each other (2 contacts each: fewer than d + 1, so rattlers all); four in a
 # complete graph, overlapping across the diagonals as well, have 3 each.
 FOUR = 0.6 * np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])  # diagonals 0.85 < 1: every pair touches

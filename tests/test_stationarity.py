@@ -109,9 +109,7 @@ def test_null_space_of_a_packing_is_all_of_its_zero_modes(name, index):
 
 def cluster(points) -> ms.System:
     """Morse particles, bonded at their rest length where they are a bond apart: a minimum by construction."""
-    return ms.System.create(
-        points, None, ms.potentials.morse(1.3, 1.6), {"sigma": 1.0, "epsilon": 1.0, "alpha": 6.0}
-    )
+    return ms.System.create(points, None, ms.potentials.morse(1.3, 1.6), {"sigma": 1.0, "epsilon": 1.0, "alpha": 6.0})
 
 
 TRIANGLE = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, np.sqrt(0.75)]])
