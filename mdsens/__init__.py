@@ -16,6 +16,8 @@ from importlib import metadata as _metadata
 
 import jax as _jax
 
+from mdsens import contacts, implicit, io, observables, plots, potentials, relaxation, verify
+from mdsens.boxes import PackingFraction
 from mdsens.implicit.status import (
     ConvergenceError,
     InputError,
@@ -26,18 +28,9 @@ from mdsens.implicit.status import (
     TooLargeError,
     UnsupportedVersionError,
 )
-
-if _jax.__version__ == "0.10.2":
-    raise UnsupportedVersionError(
-        "jax 0.10.2 miscompiles neighbour lists on CPU and drops pairs in silence (jax issue 39103): "
-        "install another version, pip install 'jax!=0.10.2'."
-    )
-
-from mdsens import contacts, implicit, io, observables, plots, potentials, relaxation, verify  # noqa: E402
-from mdsens.boxes import PackingFraction  # noqa: E402
-from mdsens.io import load_system  # noqa: E402
-from mdsens.relaxation import Equilibrium, minimize  # noqa: E402
-from mdsens.sensitivity import (  # noqa: E402
+from mdsens.io import load_system
+from mdsens.relaxation import Equilibrium, minimize
+from mdsens.sensitivity import (
     Linearization,
     Response,
     equilibrate,
@@ -48,7 +41,7 @@ from mdsens.sensitivity import (  # noqa: E402
     response,
     vjp,
 )
-from mdsens.system import System, stack, unstack  # noqa: E402
+from mdsens.system import System, stack, unstack
 
 try:
     __version__ = _metadata.version("mdsens")

@@ -99,7 +99,7 @@ def system(name: str, given: System, about: dict[str, Any]) -> str:
     if given.box is not None and given.diameters is not None and given.potential.repulsive:
         unit = {2: np.pi / 4, 3: np.pi / 6}[d]
         fraction = unit * float(np.sum(np.asarray(given.diameters) ** d)) / float(given.volume)
-        held = ", held: the box follows the diameters" if isinstance(given.boundary, PackingFraction) else ""
+        held = "; the box follows the diameters" if isinstance(given.boundary, PackingFraction) else ""
         rows.append(("packing fraction", f"{fraction:.6g}{held}"))
     elif given.box is not None:
         rows.append(("number density", f"{given.n / float(given.volume):.6g}"))

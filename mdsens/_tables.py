@@ -1,4 +1,4 @@
-"""Small tables for terminals and notebooks."""
+"""Small tables for terminals and notebooks, and the results that show themselves as one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import math
 import textwrap
 from collections.abc import Iterable, Sequence
 
-__all__ = ["columns", "html", "numbers", "text"]
+import jax
+
+__all__ = ["Shown", "columns", "html", "numbers", "text"]
 
 Rows = Sequence[tuple[str, str]]
 WIDTH = 100  # columns of a terminal that lines are folded to
@@ -48,3 +50,24 @@ def html(title: str, rows: Rows) -> str:
         for k, v in rows
     )
     return f"<table><caption style='text-align:left'><b>{_html.escape(title)}</b></caption>{body}</table>"
+
+
+class Shown:
+    """A result that prints as a table and shows as one in Jupyter. Subclasses give ``_title`` and ``_rows``."""
+
+    _title = ""
+
+    def _rows(self) -> list[tuple[str, str]]:
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return text(self._title, self._rows())
+
+    def __repr__(self) -> str:
+        try:
+            return str(self)
+        except jax.errors.ConcretizationTypeError:  # a tracer has no numbers to show
+            return f"<{type(self).__name__}, traced>"
+
+    def _repr_html_(self) -> str:
+        return html(self._title, self._rows())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -40,9 +40,10 @@ class FixedBox:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackingFraction:
-    """The cell that gives a packing fraction: V(params) = sum_i v(sigma_i) / fraction, v = pi/4 sigma^2 or pi/6 sigma^3.
+    """The cell of a packing fraction: V(params) = sum_i v(sigma_i) / fraction, v = pi/4 sigma^2 or pi/6 sigma^3.
 
-    Overlaps are counted twice, as the field does. The cell follows the diameters, and that dependence is differentiated.
+    Overlaps are counted twice, as the field does. The cell follows the diameters, and that dependence is
+    differentiated.
 
     Attributes:
       fraction: the packing fraction phi, above 0.
@@ -87,7 +88,7 @@ def box_rule(box: Any, dimension: int, dtype: Any) -> Any:
     if isinstance(box, OpenBox | FixedBox | BoxFunction):
         return box
     if callable(box):
-        return BoxFunction(box)
+        return BoxFunction(cast(Callable[[Params], jax.Array], box))
     return FixedBox(jnp.asarray(_cell(box, dimension), dtype))
 
 

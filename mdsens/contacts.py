@@ -1,7 +1,8 @@
 """Who carries force: contacts, rattlers, clusters, coordination, and the next breakpoint of each pair.
 
 A contact is a pair whose force is above 10 times the largest net force on a particle: below that it cannot be told from
-round-off. A rattler has fewer than d + 1 contacts; its contacts are deleted, and so on until none is left. For laws that
+round-off. A rattler has fewer than d + 1 contacts; its contacts are deleted, and so on until none is left. For laws
+that
 attract, contacts do not count: there a rattler is a particle that no pair holds with any stiffness.
 """
 
@@ -138,10 +139,11 @@ def coordination(system: System, net: Network | None = None) -> jax.Array:
 
     Contacts are counted against the largest net force in the system as it is, so it means something at a minimum alone.
     """
-    if net is None:
+    found = net
+    if found is None:
         slope = jax.grad(lambda R: potential_energy(system, R))(system.positions)
-        net = network(system, jnp.sqrt(jnp.max(jnp.sum(slope**2, axis=-1))))
-    return 2.0 * net.pairs / jnp.maximum(jnp.sum(~net.rattlers), 1)
+        found = network(system, jnp.sqrt(jnp.max(jnp.sum(slope**2, axis=-1))))
+    return 2.0 * found.pairs / jnp.maximum(jnp.sum(~found.rattlers), 1)
 
 
 class Crossing(NamedTuple):

@@ -1,7 +1,9 @@
 """Lists of the pairs that can interact: jax-md's cell list behind a test that cannot lose a pair in silence.
 
-A list holds every pair nearer than ``reach`` at the ``reference`` positions. Particles that have moved by d_i since, in a
-cell deformed by M, keep every pair nearer than ``reach * lambda_min(M) - 2 max |d_i|`` on the list: while that is at least
+A list holds every pair nearer than ``reach`` at the ``reference`` positions. Particles that have moved by d_i since,
+in a
+cell deformed by M, keep every pair nearer than ``reach * lambda_min(M) - 2 max |d_i|`` on the list: while that is at
+least
 the law's range, the list is complete, and where it is not the list is rebuilt. A rebuild that does not fit the static
 capacity, or a range grown beyond the reach, sets ``overflowed``; host code allocates again, traced code reports it.
 """
@@ -62,13 +64,19 @@ def _scaled_displacement(a: jax.Array, b: jax.Array, box: Any = None, **_: Any) 
     return difference if box is None else box @ difference
 
 
+def _untyped(*functions: Any) -> tuple[Any, ...]:
+    """jax-md's annotations do not hold: its dataclasses hide their fields, and a number is no Box to them."""
+    return functions
+
+
 @functools.cache
 def _jax_md_list() -> Any:
-    """One jax-md neighbour list for all systems: lengths are in units of the reach, so nothing in it depends on a system."""
+    """One jax-md neighbour list for all systems: with lengths in units of the reach, nothing in it is of one system."""
     from jax_md import partition
 
     with jax.ensure_compile_time_eval():  # its constants would otherwise be tracers of whoever calls first
-        return partition.neighbor_list(
+        (make,) = _untyped(partition.neighbor_list)
+        return make(
             _scaled_displacement,
             1.0,
             r_cutoff=1.0,
@@ -89,19 +97,22 @@ def _upper(box: jax.Array) -> jax.Array:
     return upper * jnp.where(jnp.diag(upper) < 0, -1.0, 1.0)[:, None]
 
 
-def _search(positions: jax.Array, box: jax.Array, reach: jax.Array, neighbours: Neighbours) -> tuple[jax.Array, jax.Array]:
+def _search(
+    positions: jax.Array, box: jax.Array, reach: jax.Array, neighbours: Neighbours
+) -> tuple[jax.Array, jax.Array]:
     """All pairs nearer than ``reach``, in the capacity of ``neighbours``: (pairs, overflowed)."""
     from jax_md import partition
 
     functions = _jax_md_list()
+    cells_of, make_list, make_error = _untyped(partition.cell_list, partition.NeighborList, partition.PartitionError)
     cell_list = None
     if neighbours.cells:
         # a hair under 1/cells: jax-md takes floor(1 / size)
-        cell_list = partition.cell_list(1.0, (1.0 - 1e-9) / neighbours.cells, 1.0)
-    template = partition.NeighborList(  # type: ignore[call-arg]
+        cell_list = cells_of(1.0, (1.0 - 1e-9) / neighbours.cells, 1.0)
+    template = make_list(
         idx=jnp.zeros((2, neighbours.pairs.shape[1]), jnp.int32),
         reference_position=positions,
-        error=partition.PartitionError(jnp.zeros((), jnp.uint8)),  # type: ignore[call-arg]
+        error=make_error(jnp.zeros((), jnp.uint8)),
         cell_list_capacity=neighbours.cell_capacity or None,
         max_occupancy=neighbours.pairs.shape[1],
         format=partition.OrderedSparse,
@@ -138,7 +149,7 @@ def _lattice(neighbours: Neighbours, box: jax.Array | None) -> jax.Array:
 def update(
     neighbours: Neighbours, positions: jax.Array, box: jax.Array | None, reach_needed: jax.Array
 ) -> tuple[Neighbours, jax.Array]:
-    """A list that is complete up to ``reach_needed`` at ``positions``, or marked as overflowed; and whether it was rebuilt.
+    """A list complete up to ``reach_needed`` at ``positions``, or marked as overflowed; and whether it was rebuilt.
 
     Traceable. Nothing of it is differentiated.
     """
@@ -179,8 +190,8 @@ def allocate(
         smallest = float(jnp.min(heights(box)))
         if 2.0 * reach_needed > smallest:
             raise InputError(
-                f"box: its smallest height is {smallest:.6g}, under twice the interaction range {reach_needed:.6g}, so a "
-                "particle would meet two images of another: repeat the cell, or shorten the cutoff."
+                f"box: its smallest height is {smallest:.6g}, under twice the interaction range {reach_needed:.6g}, so "
+                "a particle would meet two images of another: repeat the cell, or shorten the cutoff."
             )
     elif box is not None and reach_needed > 0:
         raise InputError("a law without a cutoff needs open boundaries: give it a cutoff, or no box.")
@@ -196,7 +207,7 @@ def allocate(
     lattice = _enclosing(positions, reach) if box is None else box
     smallest = float(jnp.min(heights(lattice)))
     cells = int(smallest / reach) if smallest >= 3.0 * reach else 0
-    cell_capacity = _rounded(room * fullest_cell(positions, lattice, cells), 4) if cells else 0
+    cell_capacity = _eights(room * fullest_cell(positions, lattice, cells)) if cells else 0
     ball = {2: math.pi, 3: 4.0 / 3.0 * math.pi}[dimension] * reach**dimension
     expected = 0.5 * n**2 * min(1.0, ball / abs(float(jnp.linalg.det(lattice))))
     capacity = _rounded(room * expected)
@@ -218,7 +229,7 @@ def allocate(
         if not bool(lost):
             return dataclasses.replace(empty, pairs=pairs)
         if capacity >= n * (n - 1) // 2:  # there is room for every pair, so it is a cell that overflows
-            cell_capacity = _rounded(1.5 * cell_capacity, 4)
+            cell_capacity = _eights(1.5 * cell_capacity)
         capacity = _rounded(1.5 * capacity)
 
 
@@ -235,8 +246,13 @@ def _enclosing(positions: jax.Array, reach: float) -> jax.Array:
     return jnp.diag(jnp.asarray(np.maximum(1.5 * span, 3.0 * reach), positions.dtype))
 
 
-def _rounded(count: float, least: int = 64) -> int:
+def _eights(count: float) -> int:
+    """Up to the next multiple of 8: the fullest cell differs from one random start to the next."""
+    return 8 * math.ceil(count / 8)
+
+
+def _rounded(count: float) -> int:
     """Up to the next of eight sizes an octave, so that small changes of density keep the compiled shapes."""
-    count = max(math.ceil(count), least)
+    count = max(math.ceil(count), 64)
     grain = max(1, 2 ** (math.floor(math.log2(count)) - 3))
     return math.ceil(count / grain) * grain

@@ -184,16 +184,13 @@ class PairLaw(_Addable):
         return dataclasses.replace(self, names=tuple(names.get(n, n) for n in self.names))
 
     def range(self, params: Params) -> jax.Array:
-        """The largest length at which a pair can interact, over the extremes of each parameter; inf without a cutoff."""
+        """The largest length at which a pair can interact, over each parameter's extremes; inf without a cutoff."""
         if self.cutoff is None:
             return jnp.asarray(jnp.inf)
         if not callable(self.cutoff):
             return jnp.asarray(float(self.cutoff))
         corners = itertools.product(
-            *[
-                (params[n],) if np.ndim(params[n]) == 0 else (jnp.min(params[n]), jnp.max(params[n]))
-                for n in self.names
-            ]
+            *[(params[n],) if np.ndim(params[n]) == 0 else (jnp.min(params[n]), jnp.max(params[n])) for n in self.names]
         )
         return jnp.max(jnp.stack([jnp.asarray(self.cutoff(*c)) for c in corners]))
 
@@ -440,7 +437,8 @@ def _spring(r: jax.Array, stiffness: jax.Array, length: jax.Array) -> jax.Array:
 def soft_sphere() -> PairLaw:
     """Repulsive soft spheres, phi(r) = epsilon / alpha (1 - r / sigma)^alpha for r < sigma, 0 beyond.
 
-    Parameters: ``sigma`` the sum of the two radii (a particle's value is its diameter), ``epsilon`` an energy, ``alpha``
+    Parameters: ``sigma`` the sum of the two radii (a particle's value is its diameter), ``epsilon`` an energy,
+      ``alpha``
     the exponent: 2 harmonic, 2.5 Hertzian. The cutoff is sigma, by the law's definition, and so follows the parameters.
     Breakpoint: contact, r = sigma, where the second derivative jumps for alpha = 2 and the third diverges for 2.5.
     Source: O'Hern et al., Phys. Rev. E 68, 011306 (2003); the same as ``jax_md.energy.soft_sphere``.

@@ -1,9 +1,10 @@
-"""Relaxing a system to a minimum: jax-md's minimisers inside a loop that owns the neighbour list, the tolerance and the status."""
+"""Relaxing a system to a minimum: jax-md's minimisers in a loop that owns the list, the tolerance and the status."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import sys
 import time
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens import neighbours
+from mdsens._tables import Shown
 from mdsens.implicit.status import (
     ConvergenceError,
     InputError,
@@ -38,12 +40,13 @@ class Fire:
     """jax-md's FIRE (Bitzek et al., Phys. Rev. Lett. 97, 170201, 2006), in the system's own units of length and time.
 
     Attributes:
-      dt_start, dt_max: time step at the start and at most, in units of sqrt(10 m / k), k the law's largest stiffness, so
-        that the fastest vibration advances by dt sqrt(10): 0.4 are 1.3 rad, where velocity Verlet breaks down at 2. In a
+      dt_start, dt_max: time step at the start and at most, in units of sqrt(10 m / k), k the law's largest stiffness,
+        so that the fastest vibration advances by dt sqrt(10): 0.4 are 1.3 rad, where velocity Verlet breaks down at 2.
+        In a
         packing of unit harmonic discs, k is about 10 and this is jax-md's own unit. Lower dt_max where a law is much
         stiffer in places than at its minimum.
-      max_step: the longest move of a particle in one step, as a fraction of the law's length (contact, or the minimum of
-        the pair energy); it tames the first steps from overlapping starts.
+      max_step: the longest move of a particle in one step, as a fraction of the law's length (contact, or the minimum
+        of the pair energy); it tames the first steps from overlapping starts.
       n_min, f_inc, f_dec, alpha_start, f_alpha: as in the paper.
     """
 
@@ -60,7 +63,7 @@ class Fire:
         _check_positive(self, ("dt_start", "dt_max", "max_step"))
 
     def minimizer(self, forces: Any, shift: Any, stiffness: jax.Array) -> tuple[Any, Any]:
-        """jax-md's pair of functions (init, apply), with a mass that brings the stiffest vibration to a fixed frequency."""
+        """jax-md's functions (init, apply), with a mass that brings the stiffest vibration to a fixed frequency."""
         from jax_md import minimize as jax_md_minimize
 
         init, apply = jax_md_minimize.fire_descent(
@@ -122,7 +125,12 @@ class GradientDescent:
         """A pair of functions (init, apply) on the state (positions, forces)."""
         from jax_md import minimize as jax_md_minimize
 
-        init, apply = jax_md_minimize.gradient_descent(lambda R, held, **_: held, shift, self.step_size / stiffness)
+        def given(R: jax.Array, held: jax.Array, **_: Any) -> jax.Array:
+            return held
+
+        step_size: Any = self.step_size / stiffness
+        functions: Any = jax_md_minimize.gradient_descent(given, shift, step_size)
+        init, apply = functions
 
         def step(state: Any, pairs: Neighbours) -> Any:
             moved = apply(state[0], held=state[1])
@@ -155,8 +163,8 @@ def _check_positive(record: Any, names: tuple[str, ...]) -> None:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Equilibrium:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Equilibrium(Shown):
     """A relaxed system with the evidence. Frozen, and a pytree; of a batch, every array has a leading axis.
 
     Attributes:
@@ -185,6 +193,8 @@ class Equilibrium:
         """The system's."""
         return self.system.params
 
+    _title = "Equilibrium"
+
     def _rows(self) -> list[tuple[str, str]]:
         s = self.system
         if s.batch is not None:
@@ -201,24 +211,15 @@ class Equilibrium:
             ("steps", f"{int(self.steps):,} in {float(self.wall_time):.2f} s"),
         ]
 
-    def _repr_html_(self) -> str:
-        from mdsens import _tables
-
-        return _tables.html("Equilibrium", self._rows())
-
-    def __str__(self) -> str:
-        from mdsens import _tables
-
-        return _tables.text("Equilibrium", self._rows())
-
 
 def _scales(system: System) -> tuple[jax.Array, jax.Array]:
     """The law's own length and largest stiffness, (l, k): they make the minimiser's steps independent of the units.
 
-    l is where the pair energy is least (contact, for a law that only repels) and k the curvature there (at 0.9 l, for one
+    l is where the pair energy is least (contact, for a law that only repels) and k the curvature there (at 0.9 l, for
+    one
     that only repels) times the 2^(d+1) that a dense packing of such pairs reaches: 10 for harmonic discs and 900 for a
-    Lennard-Jones crystal, against largest eigenvalues of 10 and 850. Both are medians over some pairs. A law without pairs
-    counts as 1.
+    Lennard-Jones crystal, against largest eigenvalues of 10 and 850. Both are medians over some pairs. A law without
+    pairs counts as 1.
     """
     lengths, curvatures = [], []
     n, d = system.positions.shape
@@ -306,9 +307,7 @@ def _advance(
         pairs, rebuilt = neighbours.update(pairs, here, box, needed)
         # the step used the list of its start; where that fell short, the force is taken again, so that the force
         # that is tested against the tolerance always comes from a complete list
-        fresh = jax.lax.cond(
-            rebuilt, lambda: forces(here, pairs), lambda: method.forces(state)
-        )
+        fresh = jax.lax.cond(rebuilt, lambda: forces(here, pairs), lambda: method.forces(state))
         return method.with_forces(state, fresh), pairs, step + 1
 
     return jax.lax.while_loop(unfinished, advance, (state, pairs, jnp.zeros((), jnp.int32)))
@@ -324,7 +323,7 @@ _advance_jit = functools.partial(jax.jit, static_argnames=("method",))(_advance)
 
 
 def _final_force(relaxed: System, tested: jax.Array, tolerance: Any) -> jax.Array:
-    """The largest force: the one that met the tolerance, or, where none did, the whole force without the limit on it."""
+    """The largest force: the one that met the tolerance, or, where none did, the whole force without its limit."""
     return jnp.where(tested <= tolerance, tested, max_force(relaxed))
 
 
@@ -361,8 +360,8 @@ def minimize(
     Args:
       system: where to start; a batch made by ``stack`` relaxes member by member.
       params: parameters to change first; the others stay.
-      tolerance: the largest force on a particle to reach, in the potential's units. The error of every derivative is this
-        over the smallest stiffness, so it is small by default; raise it where round-off stands above it.
+      tolerance: the largest force on a particle to reach, in the potential's units. The error of every derivative is
+        this over the smallest stiffness, so it is small by default; raise it where round-off stands above it.
       method: ``Fire()`` (the default) or ``GradientDescent()``.
       max_steps: of the minimiser.
       throw: raise where the tolerance is not reached; with False the status says so instead.
@@ -401,7 +400,9 @@ def minimize(
                 here = system.replace(positions=method.positions(state), neighbours=pairs).reallocate(room)
                 system, pairs = here, here.neighbours
                 state = method.with_forces(state, _forces(here, method))
-                largest = float(largest_force(method.forces(state)))  # what stood there came from a list that lost pairs
+                largest = float(
+                    largest_force(method.forces(state))
+                )  # what stood there came from a list that lost pairs
                 if steps < max_steps:
                     continue
             if not (largest > tolerance and steps < max_steps and np.isfinite(largest)):
@@ -437,8 +438,10 @@ def _minimize_batch(
     whole = stack([m.system for m in members])
     eq = Equilibrium(
         whole,
-        *(jnp.stack([jnp.asarray(getattr(m, f)) for m in members]) for f in ("status", "max_force", "steps")),
-        jnp.stack([jnp.asarray(m.wall_time) for m in members]),
+        jnp.stack([m.status for m in members]),
+        jnp.stack([m.max_force for m in members]),
+        jnp.stack([m.steps for m in members]),
+        jnp.asarray([m.wall_time for m in members]),
         jnp.full(len(members), tolerance),
     )
     if throw:
@@ -476,7 +479,9 @@ def round_off(system: System) -> jax.Array:
 def _check_precision(system: System, tolerance: float) -> None:
     floor = float(round_off(system))
     if tolerance < 0.05 * floor:
-        remedy = "raise it" if system.positions.dtype == jnp.float64 else "call ms.enable_x64() before making the system"
+        remedy = (
+            "raise it" if system.positions.dtype == jnp.float64 else "call ms.enable_x64() before making the system"
+        )
         raise PrecisionError(
             f"tolerance {tolerance:.0e} is out of reach in {system.positions.dtype}, where round-off of the positions "
             f"leaves forces of about {floor:.0e}: {remedy}."
@@ -487,17 +492,24 @@ class _Progress:
     """A tqdm bar over the decades of force still to go; off where nobody watches."""
 
     def __init__(self, tolerance: float, wanted: bool | None):
-        from tqdm.auto import tqdm
-
+        self.tolerance, self.first, self.bar = tolerance, None, None
         watched = sys.stderr.isatty() or "ipykernel" in sys.modules
-        self.tolerance, self.first = tolerance, None
+        if not (watched if wanted is None else wanted):
+            return
+        if importlib.util.find_spec("ipywidgets"):
+            from tqdm.auto import tqdm
+        else:  # without them tqdm.auto warns in a notebook
+            from tqdm import tqdm
         self.bar = tqdm(
-            total=100, disable=not (watched if wanted is None else wanted), leave=False, desc="relaxing",
-            bar_format="{desc} {bar} {elapsed}{postfix}", delay=0.5,
+            total=100,
+            leave=False,
+            desc="relaxing",
+            bar_format="{desc} {bar} {elapsed}{postfix}",
+            delay=0.5,
         )
 
     def show(self, steps: int, largest: float) -> None:
-        if not (np.isfinite(largest) and largest > 0):
+        if self.bar is None or not (np.isfinite(largest) and largest > 0):
             return
         self.first = max(largest, self.first or largest)
         decades = np.log(self.first / self.tolerance)
@@ -506,4 +518,5 @@ class _Progress:
         self.bar.set_postfix_str(f"step {steps:,}, max_force {largest:.1e}")
 
     def close(self) -> None:
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()

@@ -1,4 +1,4 @@
-"""How a minimum moves: linearize, jvp, vjp, jacobian, gradient and response at an Equilibrium; equilibrate under jax.grad.
+"""How a minimum moves: jvp, vjp, jacobian, gradient and response at an Equilibrium; equilibrate under jax.grad.
 
 All of them are one rule, H dR = - d2U/dR dp . dp, at a point where dU/dR = 0.
 """
@@ -15,10 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from mdsens import relaxation
+from mdsens._tables import Shown
 from mdsens.contacts import Network
-from mdsens.implicit.linear import Auto, Method, solve as solve_linear
+from mdsens.implicit.linear import Auto, Method
+from mdsens.implicit.linear import solve as solve_linear
 from mdsens.implicit.root import root
 from mdsens.implicit.status import (
     InputError,
@@ -26,16 +29,19 @@ from mdsens.implicit.status import (
     Status,
     TooLargeError,
     raise_for_status,
+    require_sound_jax,
 )
 from mdsens.relaxation import Equilibrium, Fire
 from mdsens.stationarity import (
     NullSpace,
     Unknowns,
-    gradient as energy_gradient,
     hessian_operator,
     linearisation,
     mixed_product,
     mixed_transpose,
+)
+from mdsens.stationarity import (
+    gradient as energy_gradient,
 )
 from mdsens.system import System, box_at
 
@@ -57,14 +63,15 @@ MEMORY_SHARE = 0.5  # of what is free, at most, for one result
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Response:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Response(Shown):
     """A derivative at a minimum, with its evidence.
 
     Attributes:
-      value: of ``jvp`` and ``response`` the derivative of the stored positions, (n, d), mean displacement zero and rows of
-        rattlers zero; of ``jacobian`` (n, d, *shape of the parameter); of ``vjp`` and ``gradient`` a dict shaped like the
-        parameters.
+      value: of ``jvp`` and ``response`` the derivative of the stored positions, (n, d), mean displacement zero and
+        rows of
+        rattlers zero; of ``jacobian`` (n, d, *shape of the parameter); of ``vjp`` and ``gradient`` a dict shaped like
+        the parameters.
       stats: of the linear solve: status, relative residual, iterations, part dropped, solver.
       nonaffine: ``value`` less the affine part (d box / dp) box^-1 R, which is free of the choice of images; equal to
         ``value`` where the box does not move; None where ``value`` is a dict.
@@ -82,6 +89,8 @@ class Response:
     def status(self) -> Status:
         """The status of a single response."""
         return Status(int(self.stats.status))
+
+    _title = "Response"
 
     def _rows(self) -> list[tuple[str, str]]:
         codes = np.atleast_1d(np.asarray(self.stats.status)).ravel()
@@ -101,16 +110,6 @@ class Response:
             ("max_force", f"{float(np.max(np.asarray(self.max_force))):.1e}"),
             ("rattlers", f"{int(np.sum(np.asarray(self.rattlers)))}"),
         ]
-
-    def _repr_html_(self) -> str:
-        from mdsens import _tables
-
-        return _tables.html("Response", self._rows())
-
-    def __str__(self) -> str:
-        from mdsens import _tables
-
-        return _tables.text("Response", self._rows())
 
 
 @jax.tree_util.register_dataclass
@@ -152,9 +151,11 @@ def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Li
     Raises:
       ConvergenceError: an unconverged minimum, or one without contacts (UNJAMMED).
     """
+    require_sound_jax()
     if eq.system.batch is not None:
         raise InputError(f"linearize takes one minimum and got a batch of {eq.system.batch}: linearize its members.")
-    lin = Linearization(eq, *linearisation(eq.system, eq.max_force), solve)
+    backbone, net, null = linearisation(eq.system, eq.max_force)
+    lin = Linearization(eq, backbone, net, null, solve)
     if throw:
         raise_for_status(Status(int(lin.status)), "this minimum cannot be differentiated", lin)
     return lin
@@ -164,7 +165,9 @@ def _linearised(at: Equilibrium | Linearization, solve: Method | None, throw: bo
     if isinstance(at, Linearization):
         return at if solve is None else dataclasses.replace(at, solve=solve)
     if not isinstance(at, Equilibrium):
-        raise InputError(f"got a {type(at).__name__}: give the Equilibrium that ms.minimize returns, or a Linearization.")
+        raise InputError(
+            f"got a {type(at).__name__}: give the Equilibrium that ms.minimize returns, or a Linearization."
+        )
     return linearize(at, Auto() if solve is None else solve, throw)
 
 
@@ -180,7 +183,7 @@ def _tangent(system: System, dparams: Params) -> dict[str, jax.Array]:
         want, got = system.params[name].shape, np.shape(change)
         if want != got:
             raise InputError(f"dparams[{name!r}] has shape {got}: the parameter has {want}, give that.")
-        if not isinstance(change, jax.core.Tracer) and not np.isfinite(np.asarray(change, float)).all():
+        if not isinstance(change, Tracer) and not np.isfinite(np.asarray(change, float)).all():
             raise InputError(f"dparams[{name!r}] is not finite: give finite changes.")
     return {
         name: jnp.asarray(dparams[name], value.dtype) if name in dparams else jnp.zeros_like(value)
@@ -264,7 +267,9 @@ def _batched(at: Any) -> bool:
     return isinstance(at, Equilibrium) and at.system.batch is not None
 
 
-def jvp(at: Equilibrium | Linearization, dparams: Params, *, solve: Method | None = None, throw: bool = True) -> Response:
+def jvp(
+    at: Equilibrium | Linearization, dparams: Params, *, solve: Method | None = None, throw: bool = True
+) -> Response:
     """How the minimum moves along one direction in parameter space, dR = - H^+ (d2U/dR dp) dp.
 
     Args:
@@ -298,12 +303,14 @@ def _cotangent(system: System, value: Any, name: str) -> jax.Array:
     array = jnp.asarray(value, system.positions.dtype)
     if array.shape != system.positions.shape:
         raise InputError(f"{name} has shape {array.shape}: give {system.positions.shape}, one vector a particle.")
-    if not isinstance(array, jax.core.Tracer) and not np.isfinite(np.asarray(array)).all():
+    if not isinstance(array, Tracer) and not np.isfinite(np.asarray(array)).all():
         raise InputError(f"{name} is not finite: give finite numbers.")
     return array
 
 
-def vjp(at: Equilibrium | Linearization, cotangent: Any, *, solve: Method | None = None, throw: bool = True) -> Response:
+def vjp(
+    at: Equilibrium | Linearization, cotangent: Any, *, solve: Method | None = None, throw: bool = True
+) -> Response:
     """The adjoint: what a linear functional of the positions owes to every parameter, -(d2U/dR dp)^T H^+ w.
 
     One solve for all parameters. The part of ``cotangent`` in the null space has no answer; it is dropped, and
@@ -326,7 +333,9 @@ def vjp(at: Equilibrium | Linearization, cotangent: Any, *, solve: Method | None
     return _judged(_vjp(lin, _cotangent(lin.system, cotangent, "cotangent")), throw, "vjp")
 
 
-def response(at: Equilibrium | Linearization, force: Any, *, solve: Method | None = None, throw: bool = True) -> Response:
+def response(
+    at: Equilibrium | Linearization, force: Any, *, solve: Method | None = None, throw: bool = True
+) -> Response:
     """The displacement under an external force on the particles, H^+ f, to first order.
 
     Args:
@@ -368,7 +377,7 @@ def _require_memory(entries: float, itemsize: int, what: str, remedy: str) -> No
 
 
 def _in_chunks(run: Callable[[Any], Response], rows: Callable[[int, int], Any], count: int, width: int) -> Response:
-    """``run`` on ``count`` right-hand sides, ``width`` at a time; the last chunk is filled up so that it compiles once."""
+    """``run`` on ``count`` right-hand sides, ``width`` at a time; the last chunk is filled up, to compile once."""
     parts = []
     for start in range(0, count, width):
         part = run(rows(start, start + width))
@@ -389,8 +398,8 @@ def jacobian(
 
     Args:
       at: as in ``jvp``.
-      wrt: the parameter's name. Of a matrix of species pairs, entry (a, b) changes alone, which is half of the symmetric
-        change.
+      wrt: the parameter's name. Of a matrix of species pairs, entry (a, b) changes alone, which is half of the
+        symmetric change.
       chunk: right-hand sides solved together; None for what fits in cache-sized memory.
       solve, throw: as in ``jvp``.
 
@@ -522,14 +531,18 @@ def equilibrate(
       has_aux: return ``(System, SolveStats)``.
     """
     if system.batch is not None:
-        raise InputError("equilibrate takes one system: use jax.vmap(lambda s, p: ms.equilibrate(s, p))(batch, params).")
+        raise InputError(
+            "equilibrate takes one system: use jax.vmap(lambda s, p: ms.equilibrate(s, p))(batch, params)."
+        )
     given = _tangent(system, {}) if params is None else params
     for name in given:
         _tangent(system, {name: jnp.zeros_like(jnp.asarray(given[name]))})  # the name's and shape's check
     dtype = system.positions.dtype
-    full = dict(system.params) if params is None else {
-        **system.params, **{k: jnp.asarray(v, dtype) for k, v in params.items()}
-    }
+    full = (
+        dict(system.params)
+        if params is None
+        else {**system.params, **{k: jnp.asarray(v, dtype) for k, v in params.items()}}
+    )
     relaxed, stats = _equilibrate(system, full, tolerance, max_steps, method, solve)
     return (relaxed, stats) if has_aux else relaxed
 

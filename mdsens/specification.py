@@ -120,7 +120,8 @@ def load_system(name: str | Path, **fields: Any) -> System:
     try:
         return build(_merged_with(path, fields), path.parent)
     except InputError as error:
-        raise InputError(f"{name}: {error}") from error
+        named = path.name in str(error)
+        raise InputError(str(error) if named else f"{name}: {error}") from error
 
 
 def relaxation_options(name: str | Path, **fields: Any) -> dict[str, Any]:

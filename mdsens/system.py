@@ -1,4 +1,4 @@
-"""A system: particles, box, law and parameters; and its energy U(positions, params, strain), from which all else derives."""
+"""A system: particles, box, law and parameters; and its energy U(positions, params, strain), the source of all else."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Params = Mapping[str, Any]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class System:
-    """A configuration of particles with everything that its energy needs. Frozen, and a pytree. Make it with ``create``.
+    """A configuration of particles and all that its energy needs. Frozen, and a pytree. Make it with ``create``.
 
     Attributes:
       positions: (n, d) Cartesian, d = 2 or 3; a batch has a leading axis here and on every other array.
@@ -286,7 +286,9 @@ def stack(systems: list[System] | tuple[System, ...]) -> System:
                 for s in (first, system)
             )
             if ours != theirs:
-                raise InputError(f"system {k} has other {field} than system 0 ({theirs} for {ours}): stack equal kinds.")
+                raise InputError(
+                    f"system {k} has other {field} than system 0 ({theirs} for {ours}): stack equal kinds."
+                )
     systems = [s if s.neighbours.complete else s.reallocate(keep=True) for s in systems]
     complete = [s.neighbours.complete for s in systems]
     if any(complete) and not all(complete):
@@ -321,6 +323,7 @@ def _same_lists(systems: list[System]) -> list[System]:
 def _refit(system: System, shape: Neighbours) -> Neighbours:
     """The system's list rebuilt in another list's capacities."""
     own = system.neighbours
+    assert own.reference is not None  # complete lists have no capacity to fit
     stale = dataclasses.replace(
         shape, reference=own.reference + 2.0 * own.reach, reference_box=own.reference_box, reach=own.reach
     )

@@ -1,4 +1,4 @@
-"""Independent truth: the same derivatives by minimising again. Users check their own potentials with what checks ours."""
+"""Independent truth: the same derivatives by minimising again. What checks ours checks a user's own potential."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens import contacts, sensitivity
+from mdsens._tables import Shown
 from mdsens.implicit.status import InputError, Status
 from mdsens.relaxation import Equilibrium, Fire, minimize, round_off
 from mdsens.stationarity import Unknowns
@@ -23,8 +24,8 @@ STEP = 1e-6  # of the parameters' size: truncation and the minimum's own round-o
 INSIDE = 0.3  # of the distance to the first contact change, at most
 
 
-@dataclasses.dataclass(frozen=True)
-class FiniteDifference:
+@dataclasses.dataclass(frozen=True, repr=False)
+class FiniteDifference(Shown):
     """A derivative by minimising again on both sides.
 
     Attributes:
@@ -50,6 +51,8 @@ class FiniteDifference:
         gap = float(jnp.linalg.norm(jnp.asarray(value) - self.value))
         return gap / size if size > 1e-6 else gap
 
+    _title = "Finite differences"
+
     def _rows(self) -> list[tuple[str, str]]:
         return [
             ("norm", f"{float(jnp.linalg.norm(self.value)):.6g}"),
@@ -57,16 +60,6 @@ class FiniteDifference:
             ("own error", f"{self.error:.1e}"),
             ("status", f"{self.status.name}" + (", contacts changed within the step" if self.network_changed else "")),
         ]
-
-    def __str__(self) -> str:
-        from mdsens import _tables
-
-        return _tables.text("Finite differences", self._rows())
-
-    def _repr_html_(self) -> str:
-        from mdsens import _tables
-
-        return _tables.html("Finite differences", self._rows())
 
 
 def _interacting(eq: Equilibrium) -> np.ndarray:
@@ -96,8 +89,8 @@ def finite_difference(
       dparams: the direction, as in ``jvp``.
       step: t; where None, 1e-6 of the parameters' size a size of the direction, and inside 0.3 of the distance to the
         first change of a contact.
-      tolerance: of the minimisations; where None, 0.01 of the minimum's own, but not below round-off. Minimisations that
-        stop above it, yet within the minimum's own tolerance, are taken as they are, and ``error`` shows it.
+      tolerance: of the minimisations; where None, 0.01 of the minimum's own, but not below round-off. Minimisations
+        that stop above it, yet within the minimum's own tolerance, are taken as they are, and ``error`` shows it.
 
     Returns:
       a :class:`FiniteDifference`. Compare with ``v.disagreement(r.value)``.

@@ -277,3 +277,12 @@ def test_numbers_of_a_column_have_the_same_decimals():
     assert _tables.numbers([1e-9, 0.0]) == ["1.0000e-09", "0.0000e+00"]
     assert _tables.numbers([0.0]) == ["0.0000"]
     assert _tables.numbers([]) == []
+
+
+def test_a_release_of_jax_that_computes_wrongly_is_refused_in_one_line(monkeypatch, capsys):
+    import jax
+
+    monkeypatch.setattr(jax, "__version__", "0.10.2")
+    assert cli.main(["relax", "dimer"]) == 2
+    error = capsys.readouterr().err
+    assert "jax 0.10.2" in error and "install another release" in error and error.count("\n") == 1

@@ -260,6 +260,7 @@ def test_no_progress_bar_where_nobody_watches(capfd):
 
 def test_progress_bar_where_it_is_asked_for(capfd):
     bar = relaxation._Progress(1e-12, True)
+    assert bar.bar is not None
     bar.bar.delay = 0
     bar.show(20, 1e-2)
     bar.show(40, 1e-7)

@@ -24,7 +24,7 @@ from jax.extend import core
 
 from mdsens.implicit._tree import PyTree, check_same
 from mdsens.implicit.linear import Auto, LinearMap, Method, Operator, linear_solve
-from mdsens.implicit.status import InputError
+from mdsens.implicit.status import InputError, require_sound_jax
 
 __all__ = ["fixed_point", "root"]
 
@@ -74,6 +74,7 @@ def root(
     def decorate(solver: Solver) -> Solver:
         @functools.wraps(solver)
         def solve_root(init: PyTree, *args: PyTree, **keywords: Any) -> Any:
+            require_sound_jax()
             if keywords:
                 raise InputError(
                     f"the keyword arguments {sorted(keywords)} have no place in F(x, *args); pass them by position, or "

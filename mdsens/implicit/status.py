@@ -18,6 +18,7 @@ __all__ = [
     "TooLargeError",
     "UnsupportedVersionError",
     "raise_for_status",
+    "require_sound_jax",
 ]
 
 
@@ -39,7 +40,8 @@ class Status(IntEnum):
     CONVERGED = 0, "converged to the tolerance"
     ROUND_OFF_LIMITED = (
         1,
-        "the residual stands at round-off, above the tolerance asked for; the answer is as good as this precision allows",
+        "the residual stands at round-off, above the tolerance asked for; the answer is as good as this precision "
+        "allows",
     )
     NULL_COMPONENT_DROPPED = (
         2,
@@ -49,8 +51,8 @@ class Status(IntEnum):
     MAX_STEPS_REACHED = 10, "the step limit came before the tolerance; raise max_steps or loosen the tolerance"
     STAGNATED = (
         11,
-        "the residual stopped falling above the tolerance; try a longer restart, another solver (Direct where it fits), "
-        "or check that the null space is complete",
+        "the residual stopped falling above the tolerance; try a longer restart, another solver (Direct where it "
+        "fits), or check that the null space is complete",
     )
     BREAKDOWN = 12, "the recurrence broke down (division by zero); use GMRES or Direct"
     INDEFINITE = (
@@ -58,7 +60,10 @@ class Status(IntEnum):
         "the operator has a direction of negative curvature, so this is a saddle and no minimum; perturb the "
         "configuration and minimise again",
     )
-    NOT_FINITE = 14, "a value was not finite; look for overlapping particles, a step that is too long, or bad parameters"
+    NOT_FINITE = (
+        14,
+        "a value was not finite; look for overlapping particles, a step that is too long, or bad parameters",
+    )
     NEIGHBOURS_OVERFLOWED = (
         15,
         "the neighbour list was too short for this configuration, so pairs were lost; allocate it again outside of jit "
@@ -127,6 +132,26 @@ class SolveStats:
     iterations: jax.Array
     dropped: jax.Array
     solver: str = dataclasses.field(default="", metadata={"static": True})
+
+
+_BAD_JAX = {
+    "0.10.2": "miscompiles neighbour lists on CPU and drops pairs in silence (jax issue 39103)",
+    "0.11.0": "gives wrong values on some GPUs (jax issue 40633)",
+    "0.11.1": "gives wrong values on some GPUs (jax issue 40633)",
+}
+
+
+def require_sound_jax() -> None:
+    """Refuse the releases of jax that are known to compute wrongly.
+
+    Raises:
+      UnsupportedVersionError: with the reason and the remedy.
+    """
+    if jax.__version__ in _BAD_JAX:
+        raise UnsupportedVersionError(
+            f"jax {jax.__version__} {_BAD_JAX[jax.__version__]}: install another release, "
+            "pip install 'jax>=0.10.0,!=0.10.2,!=0.11.0,!=0.11.1,<0.13'."
+        )
 
 
 def raise_for_status(status: Status, what: str, result: Any = None) -> None:

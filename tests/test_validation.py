@@ -1,0 +1,93 @@
+"""The published case and another code: 40 seeds of the packing of arXiv:2105.15183, 20 packings of that code."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import packing, packing_file, relative, relaxed_packing
+
+import mdsens as ms
+from mdsens import relaxation, sensitivity
+from mdsens.implicit import CG, GMRES, MINRES, BiCGSTAB, Direct
+from mdsens.stationarity import dense_hessian
+
+THETA = {"sigma": [0.0, 1.0]}
+MEMBERS = range(10)
+ITERATIVE = (CG(1e-13), MINRES(1e-13), BiCGSTAB(1e-13), GMRES(1e-13))
+
+
+@pytest.mark.parametrize(("follows", "low", "high"), [("nothing", 200, 320), ("parameters", 255, 325)])
+def test_forty_seeds(follows, low, high):
+    sizes = []
+    for seed in range(40):
+        system = ms.load_system("seed_packing_2d", seed=seed, box={"packing_fraction": 0.98, "follows": follows})
+        eq = ms.minimize(system)
+        r = ms.jvp(eq, THETA)
+        assert float(eq.max_force) <= 1e-12 and float(r.stats.residual) <= 1e-10
+        sizes.append(float(jnp.sum(jnp.abs(r.value))))
+        if seed % 10 == 0:
+            v = ms.verify.finite_difference(eq, THETA)
+            assert v.step < v.radius and not v.network_changed
+            assert v.disagreement(r.value) < 1e-5
+    assert low < np.median(sizes) < high
+
+
+@pytest.mark.parametrize("index", MEMBERS)
+def test_energy_and_stress_of_another_code(packing_name, index):
+    file, system = packing_file(packing_name), packing(packing_name, index)
+    largest = np.abs(file["stress"][index]).max()
+    assert abs(float(ms.observables.energy(system)) - file["energy"][index]) < 1e-12
+    assert np.abs(np.asarray(ms.observables.stress(system)) - file["stress"][index]).max() < 1e-11 * largest
+    relaxed = relaxed_packing(packing_name, index).system
+    assert abs(float(ms.observables.energy(relaxed)) - file["energy"][index]) < 1e-10
+    assert np.abs(np.asarray(ms.observables.stress(relaxed)) - file["stress"][index]).max() < 1e-7 * largest
+
+
+@pytest.mark.parametrize("index", MEMBERS)
+def test_sensitivities_of_every_packing(packing_name, index):
+    """The adjoint identity, the dense pseudo-inverse on the backbone, zero on the rattlers, and every solver."""
+    lin = ms.linearize(relaxed_packing(packing_name, index))
+    rng = np.random.default_rng(index)
+    w, dsigma = rng.normal(size=lin.system.positions.shape), rng.normal(size=lin.system.n)
+    r = ms.jvp(lin, {"sigma": dsigma}, solve=Direct(1e-13))
+    left, right = np.vdot(w, r.value), np.vdot(ms.vjp(lin, w).value["sigma"], dsigma)
+    assert abs(left - right) < 1e-9 * abs(left)
+
+    values, vectors = np.linalg.eigh(np.asarray(dense_hessian(lin.system)))
+    kept = values > 1e-12 * values[-1]
+    rattlers = np.asarray(lin.network.rattlers)
+    d = lin.system.dimension
+    assert (~kept).sum() == d * (rattlers.sum() + 1)
+    pushed = ms.response(lin, w)
+    assert relative(pushed.value.ravel(), (vectors[:, kept] / values[kept]) @ (vectors[:, kept].T @ w.ravel())) < 1e-8
+    assert not np.asarray(pushed.value)[rattlers].any()
+
+    for solver in ITERATIVE:
+        assert relative(ms.jvp(lin, {"sigma": dsigma}, solve=solver).value, r.value) < 1e-8
+
+
+def test_list_of_a_large_packing_is_that_of_a_search_from_nothing():
+    system = ms.load_system("seed_packing_2d", count=2000, box={"packing_fraction": 0.95, "follows": "parameters"})
+    eq = ms.minimize(system, tolerance=1e-6)
+    energy = float(ms.observables.energy(eq.system))
+    fresh = float(ms.observables.energy(eq.system.reallocate()))
+    i, j = np.triu_indices(2000, 1)
+    box, R = np.asarray(eq.system.box), np.asarray(eq.positions)
+    difference = R[i] - R[j]
+    difference -= np.round(difference / box[0, 0]) * box[0, 0]
+    size = np.asarray(eq.system.diameters)
+    overlap = np.maximum(0.0, 1.0 - np.linalg.norm(difference, axis=1) / (0.5 * (size[i] + size[j])))
+    assert energy == pytest.approx(fresh, rel=1e-12)
+    assert energy == pytest.approx(0.5 * np.sum(overlap**2), rel=1e-12)
+
+
+def test_one_shape_compiles_once():
+    def compiled() -> list[int]:
+        return [f._cache_size() for f in (relaxation._advance_jit, sensitivity._jvp)]  # type: ignore[attr-defined]
+
+    ms.jvp(ms.minimize(ms.load_system("seed_packing_2d", seed=0)), THETA)
+    before = compiled()
+    other = ms.minimize(ms.load_system("seed_packing_2d", seed=1, parameters={"sigma": [1.0, 0.65]}))
+    ms.jvp(other, {"sigma": [1.0, 0.0]})
+    assert compiled() == before
