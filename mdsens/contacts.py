@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mdsens.boxes import nearest_image
 from mdsens.potentials import PairTerm
 from mdsens.system import System, box_at, pair_distances, pair_terms, potential_energy
 
@@ -33,6 +34,8 @@ class Network:
       rattlers: (n,) True where the particle is not part of the network.
       contacts: (n,) number of contacts of each particle within the network.
       labels: (n,) the cluster a particle belongs to, named by its lowest index; a rattler is its own.
+      whole: (n, d) positions with each cluster in one piece: images chosen along its bonds.
+      wraps: (n,) by label, True where the cluster meets its own image, so that it cannot turn.
       mean_force: mean force of the contacts, 0 where there is none.
       pairs: number of contacts in all.
     """
@@ -40,6 +43,8 @@ class Network:
     rattlers: jax.Array
     contacts: jax.Array
     labels: jax.Array
+    whole: jax.Array
+    wraps: jax.Array
     mean_force: jax.Array
     pairs: jax.Array
 
@@ -75,6 +80,30 @@ def _clusters(i: jax.Array, j: jax.Array, active: jax.Array, n: int) -> jax.Arra
     return jax.lax.while_loop(lambda carry: carry[1], spread, start)[0]
 
 
+def _in_one_piece(
+    i: jax.Array, j: jax.Array, active: jax.Array, labels: jax.Array, positions: jax.Array, box: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Positions with each cluster unwrapped outwards from its first particle; and which meet their own image."""
+    n = positions.shape[0]
+    bonds = nearest_image(positions[i] - positions[j], box)
+    own, index = jnp.arange(n), jnp.arange(i.shape[0])
+
+    def grow(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        whole, placed, _ = carry
+        to_i, to_j = active & placed[j] & ~placed[i], active & placed[i] & ~placed[j]
+        bond = jnp.full(n, -1).at[i].max(jnp.where(to_i, index, -1)).at[j].max(jnp.where(to_j, index, -1))
+        found = bond >= 0
+        is_i = i[bond] == own
+        other = jnp.where(is_i, j[bond], i[bond])
+        step = jnp.where(is_i[:, None], bonds[bond], -bonds[bond])
+        return jnp.where(found[:, None], whole[other] + step, whole), placed | found, jnp.any(found)
+
+    start = (positions, labels == own, jnp.ones((), bool))
+    whole = jax.lax.while_loop(lambda carry: carry[2], grow, start)[0]
+    torn = active & (jnp.sum((whole[i] - whole[j] - bonds) ** 2, axis=1) > 1e-6 * jnp.sum(bonds**2, axis=1))
+    return whole, jnp.zeros(n, bool).at[labels[i]].max(torn)
+
+
 @jax.jit
 def network(system: System, max_force: jax.Array | float) -> Network:
     """Contacts, rattlers and clusters of a relaxed configuration.
@@ -91,7 +120,8 @@ def network(system: System, max_force: jax.Array | float) -> Network:
     if not law.pairwise:  # nothing is known about who holds whom
         zeros = jnp.zeros(n, jnp.int32)
         zero = jnp.zeros((), system.positions.dtype)
-        return Network(jnp.zeros(n, bool), zeros, zeros, zero, jnp.zeros((), jnp.int32))
+        wraps = jnp.full(n, system.box is not None)
+        return Network(jnp.zeros(n, bool), zeros, zeros, system.positions, wraps, zero, jnp.zeros((), jnp.int32))
     terms = pair_terms(system)
     box = system.box
     distances = [pair_distances(t, system.positions, box) for t in terms]
@@ -117,7 +147,11 @@ def network(system: System, max_force: jax.Array | float) -> Network:
     contacts = _touches(i, j, active, n)
     pairs = jnp.sum(active)
     mean = jnp.sum(jnp.where(active, jnp.abs(total), 0.0)) / jnp.maximum(pairs, 1)
-    return Network(contacts == 0, contacts, _clusters(i, j, active, n), mean, pairs)
+    labels = _clusters(i, j, active, n)
+    whole, wraps = system.positions, jnp.zeros(n, bool)
+    if box is not None:
+        whole, wraps = _in_one_piece(i, j, active, labels, system.positions, box)
+    return Network(contacts == 0, contacts, labels, whole, wraps, mean, pairs)
 
 
 def backbone(system: System, net: Network) -> System:

@@ -139,6 +139,8 @@ def _check_pair_shape(name: str, value: np.ndarray, n: int, species_count: int) 
 
 class _Addable:
     def __add__(self, other: Any) -> SumLaw:
+        if not isinstance(other, _Addable):
+            return NotImplemented
         return SumLaw(_flatten(self) + _flatten(other))
 
 
@@ -224,7 +226,7 @@ class PairLaw(_Addable):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # arrays have no one truth value to compare by
 class BondLaw(_Addable):
     """U = sum over listed bonds of phi(r_ij, p_b); each parameter a scalar or one value a bond."""
 
@@ -283,6 +285,7 @@ class EnergyLaw(_Addable):
     name: str = dataclasses.field(metadata={"static": True})
     fn: Callable[..., jax.Array] = dataclasses.field(metadata={"static": True})
     names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    keys: tuple[str, ...] = dataclasses.field(metadata={"static": True})  # what fn calls them
 
     repulsive = False
 
@@ -294,6 +297,10 @@ class EnergyLaw(_Addable):
     def pairwise(self) -> bool:
         return False
 
+    def renamed(self, names: Mapping[str, str]) -> EnergyLaw:
+        """The same law with some parameters renamed, so that two laws of a sum keep theirs apart."""
+        return dataclasses.replace(self, names=tuple(names.get(n, n) for n in self.names))
+
     def range(self, params: Params) -> jax.Array:
         return jnp.zeros(())
 
@@ -303,7 +310,8 @@ class EnergyLaw(_Addable):
         return ()
 
     def many_body(self, positions: jax.Array, params: Params, displacement: Displacement) -> jax.Array:
-        return self.fn(positions, {name: params[name] for name in self.names}, displacement)
+        given = {key: params[name] for key, name in zip(self.keys, self.names, strict=True)}
+        return self.fn(positions, given, displacement)
 
     def check(self, params: Params, n: int, species_count: int) -> None:
         for name in self.names:
@@ -536,4 +544,4 @@ def from_energy(fn: Callable[..., jax.Array], parameters: Sequence[str], *, name
         ``lambda R, p, d: jax_md.energy.stillinger_weber(d, epsilon=p["epsilon"])(R)``.
       parameters: their names; any shapes.
     """
-    return EnergyLaw(name or getattr(fn, "__name__", "energy"), fn, tuple(parameters))
+    return EnergyLaw(name or getattr(fn, "__name__", "energy"), fn, tuple(parameters), tuple(parameters))

@@ -120,7 +120,7 @@ def load_system(name: str | Path, **fields: Any) -> System:
     try:
         return build(_merged_with(path, fields), path.parent)
     except InputError as error:
-        named = path.name in str(error)
+        named = str(error).startswith((path.name, str(path)))
         raise InputError(str(error) if named else f"{name}: {error}") from error
 
 

@@ -78,14 +78,14 @@ def max_force(system: System) -> jax.Array:
 class NullSpace:
     """The directions that cost no energy to second order, known beforehand.
 
-    Translations of each cluster, rotations of each cluster in open boundaries, and rattlers.
+    Translations of each cluster, rotations of each one that does not meet its own image, and rattlers.
 
     Attributes:
       rattlers: (n,).
       labels: (n,) cluster of each particle.
       counts: (n,) particles in the cluster of that label, at least 1.
       translations: (d,) 1 where moving everything along that axis costs nothing (an external field may cost).
-      arms: (n, d) positions from their cluster's centroid, None where rotations cost energy.
+      arms: (n, d) positions from their cluster's centroid, zero where it cannot turn; None where none can.
       inverse_inertia: (n, k, k) pseudo-inverse of each label's inertia, k = 1 in 2-D and 3 in 3-D; None likewise.
     """
 
@@ -138,18 +138,17 @@ def null_space(system: System, net: Network) -> NullSpace:
     held = jnp.where(net.rattlers, 0.0, 1.0).astype(positions.dtype)
     counts = jnp.maximum(jnp.zeros(n, positions.dtype).at[net.labels].add(held), 1.0)
     plain = NullSpace(net.rattlers, net.labels, counts, jnp.ones(d, positions.dtype))
-    if system.box is None:
-        weighted = held[:, None] * positions
-        centre = plain._total(weighted) / counts[:, None]
-        arms = held[:, None] * (positions - centre[net.labels])
-        squared = jnp.sum(arms**2, axis=1)
-        if d == 2:
-            inertia = plain._total(squared[:, None])[:, :, None]
-        else:
-            each = squared[:, None, None] * jnp.eye(3) - arms[:, :, None] * arms[:, None, :]
-            inertia = plain._total(each.reshape(n, 9)).reshape(n, 3, 3)
-        inverse = jnp.linalg.pinv(inertia, rtol=1e-9, hermitian=True)
-        plain = dataclasses.replace(plain, arms=arms, inverse_inertia=inverse)
+    turns = jnp.where(net.wraps[net.labels], 0.0, held)[:, None]
+    centre = plain._total(turns * net.whole) / counts[:, None]
+    arms = turns * (jax.lax.stop_gradient(net.whole) - centre[net.labels])
+    squared = jnp.sum(arms**2, axis=1)
+    if d == 2:
+        inertia = plain._total(squared[:, None])[:, :, None]
+    else:
+        each = squared[:, None, None] * jnp.eye(3) - arms[:, :, None] * arms[:, None, :]
+        inertia = plain._total(each.reshape(n, 9)).reshape(n, 3, 3)
+    inverse = jnp.linalg.pinv(inertia, rtol=1e-9, hermitian=True)
+    plain = dataclasses.replace(plain, arms=arms, inverse_inertia=inverse)
     if system.potential.pairwise:
         return plain
     return _without_fields(system, plain)

@@ -138,7 +138,6 @@ def test_null_space_of_open_clusters(name):
     assert eigenvalues[0] > -1e-10 * eigenvalues[-1]
 
 
-@pytest.mark.xfail(reason="rotations of a cluster that is free in a periodic cell are not looked for")
 def test_a_cluster_that_is_free_in_a_periodic_cell_rotates_as_well():
     points, nullity = CLUSTERS["triangle"]
     law, params = cluster(points).potential, cluster(points).params
