@@ -97,7 +97,7 @@ def test_every_component_in_turn(tmp_path: Path, capsys: pytest.CaptureFixture[s
     done = Outcome(capsys, "sensitivity", packing(tmp_path), "--wrt", "sigma", "--plot", figure, "--out", out)
     assert done.code == 0, done.out + done.err
     assert "Sensitivity dR/d sigma[0]" in done.out and "Sensitivity dR/d sigma[1]" in done.out
-    assert "packing fraction  0.98, held" in done.out
+    assert "packing fraction  0.98; the box" in done.out
     assert "of the non-affine part, against finite differences" in done.out
     with np.load(out) as file:
         sizes = np.linalg.norm(file["nonaffine"], axis=(1, 2))

@@ -286,7 +286,8 @@ def test_batch_equals_loop(method: Method) -> None:
         # Two answers within rtol of one system of condition number 1e3.
         np.testing.assert_allclose(x[i], alone, rtol=0, atol=2e-7 * max(1.0, float(np.linalg.norm(alone))))
         if not isinstance(method, Direct):  # whose factorisation is shared
-            assert abs(int(stats.iterations[i]) - int(single.iterations)) <= 2
+            # Compiled for a batch it rounds otherwise, and BiCGSTAB's number of steps hangs on that.
+            assert abs(int(stats.iterations[i]) - int(single.iterations)) <= 2 + int(single.iterations) // 10
 
 
 DERIVATIVES = [
