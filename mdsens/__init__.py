@@ -18,6 +18,7 @@ import jax as _jax
 
 from mdsens import contacts, implicit, io, observables, plots, potentials, relaxation, verify
 from mdsens.boxes import PackingFraction
+from mdsens.equilibration import equilibrate
 from mdsens.implicit.status import (
     ConvergenceError,
     InputError,
@@ -33,7 +34,6 @@ from mdsens.relaxation import Equilibrium, minimize
 from mdsens.sensitivity import (
     Linearization,
     Response,
-    equilibrate,
     gradient,
     jacobian,
     jvp,

@@ -12,7 +12,7 @@ from mdsens import _tables
 from mdsens.boxes import PackingFraction
 from mdsens.contacts import Network
 from mdsens.implicit.status import InputError, Status
-from mdsens.potentials import BondLaw
+from mdsens.laws import BondLaw
 from mdsens.relaxation import Equilibrium
 from mdsens.sensitivity import Linearization, Response, jvp
 from mdsens.specification import nearest

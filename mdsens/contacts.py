@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from mdsens.boxes import nearest_image
-from mdsens.potentials import PairTerm
+from mdsens.laws import PairTerm
 from mdsens.system import System, box_at, pair_distances, pair_terms, potential_energy
 
 __all__ = ["Crossing", "Network", "backbone", "coordination", "first_crossing", "network", "pair_forces"]

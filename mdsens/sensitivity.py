@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,7 +21,6 @@ from mdsens._tables import Shown
 from mdsens.contacts import Network
 from mdsens.implicit.linear import Auto, Method
 from mdsens.implicit.linear import solve as solve_linear
-from mdsens.implicit.root import root
 from mdsens.implicit.status import (
     InputError,
     SolveStats,
@@ -31,7 +29,7 @@ from mdsens.implicit.status import (
     raise_for_status,
     require_sound_jax,
 )
-from mdsens.relaxation import Equilibrium, Fire
+from mdsens.relaxation import Equilibrium
 from mdsens.stationarity import (
     NullSpace,
     Unknowns,
@@ -40,15 +38,11 @@ from mdsens.stationarity import (
     mixed_product,
     mixed_transpose,
 )
-from mdsens.stationarity import (
-    gradient as energy_gradient,
-)
 from mdsens.system import System, box_at
 
 __all__ = [
     "Linearization",
     "Response",
-    "equilibrate",
     "gradient",
     "jacobian",
     "jvp",
@@ -173,7 +167,7 @@ def _linearised(at: Equilibrium | Linearization, solve: Method | None, throw: bo
     return linearize(at, Auto() if solve is None else solve, throw)
 
 
-def _tangent(system: System, dparams: Params) -> dict[str, jax.Array]:
+def full_tangent(system: System, dparams: Params) -> dict[str, jax.Array]:
     """A full dict of parameter changes from a partial one, checked."""
     if not isinstance(dparams, Mapping):
         raise InputError(f"dparams is a {type(dparams).__name__}: give a dict of parameter names and their changes.")
@@ -298,7 +292,7 @@ def jvp(
 
         return _judged(_over_members(member, at), throw, "jvp")
     lin = _linearised(at, solve, throw)
-    return _judged(_jvp(lin, _tangent(lin.system, dparams)), throw, "jvp")
+    return _judged(_jvp(lin, full_tangent(lin.system, dparams)), throw, "jvp")
 
 
 def _cotangent(system: System, value: Any, name: str) -> jax.Array:
@@ -418,7 +412,7 @@ def jacobian(
         return _judged(whole, throw, "jacobian")
     lin = _linearised(at, solve, throw)
     system = lin.system
-    _tangent(system, {wrt: system.params.get(wrt, 0.0)})  # the name's check
+    full_tangent(system, {wrt: system.params.get(wrt, 0.0)})  # the name's check
     shape, dtype = system.params[wrt].shape, system.positions.dtype
     size, unknowns = int(np.prod(shape)), system.positions.size
     _require_memory(
@@ -502,74 +496,3 @@ def gradient(
     stats = jax.tree.map(lambda leaf: leaf.reshape(value.shape), flat.stats)
     result = Response(total, stats, None, lin.equilibrium.max_force, lin.network.rattlers)
     return _judged(result, throw, "gradient")
-
-
-def equilibrate(
-    system: System,
-    params: Params | None = None,
-    *,
-    tolerance: float = 1e-12,
-    method: Fire | relaxation.GradientDescent = Fire(),
-    max_steps: int = 200_000,
-    solve: Method = Auto(),
-    has_aux: bool = False,
-) -> Any:
-    """The relaxed System as a function of the parameters, differentiable in forward and reverse mode, to any order.
-
-    For use under jax.grad, jacfwd, jacrev, hessian, vmap and jit:
-    ``jax.grad(lambda p: ms.observables.pressure(ms.equilibrate(system, p)))(params)``. The derivative is that of
-    ``jvp`` and ``vjp``, with the same treatment of the null space and of rattlers.
-
-    It cannot raise, since traced code cannot: with ``has_aux`` it returns the relaxation's stats, whose status tells.
-    The status of the linear solve inside a derivative cannot be carried out: where it matters take ``jvp`` or
-    ``gradient``. The neighbour list keeps the capacity that ``system`` brings, so start from a relaxed system
-    (``ms.minimize(...).system``): the list's overflow is in the status.
-
-    Args:
-      system: where to start; not differentiated.
-      params: the parameters to relax at, all or some; the system's where None.
-      tolerance, method, max_steps: as in ``minimize``.
-      solve: the linear solver of the derivative.
-      has_aux: return ``(System, SolveStats)``.
-    """
-    if system.batch is not None:
-        raise InputError(
-            "equilibrate takes one system: use jax.vmap(lambda s, p: ms.equilibrate(s, p))(batch, params)."
-        )
-    given = _tangent(system, {}) if params is None else params
-    for name in given:
-        _tangent(system, {name: jnp.zeros_like(jnp.asarray(given[name]))})  # the name's and shape's check
-    dtype = system.positions.dtype
-    full = (
-        dict(system.params)
-        if params is None
-        else {**system.params, **{k: jnp.asarray(v, dtype) for k, v in params.items()}}
-    )
-    relaxed, stats = _equilibrate(system, full, tolerance, max_steps, method, solve)
-    return (relaxed, stats) if has_aux else relaxed
-
-
-@functools.partial(jax.jit, static_argnames=("method", "solve"))
-def _equilibrate(
-    system: System, params: dict[str, jax.Array], tolerance: Any, max_steps: Any, method: Any, solve: Method
-) -> tuple[System, SolveStats]:
-    """``equilibrate``, compiled once for each system shape and transformation."""
-    start = jax.lax.stop_gradient(system.replace(params=params))
-    eq = jax.lax.stop_gradient(relaxation.relax(start, tolerance, max_steps, method))
-    held, _, null = linearisation(eq.system, eq.max_force)
-
-    def condition(x: Unknowns, p: Params) -> Unknowns:
-        return energy_gradient(held, x, p)
-
-    @root(
-        condition,
-        solve=solve,
-        symmetric=True,
-        positive_semidefinite=True,
-        null_space=lambda x, p: null.project,
-    )
-    def found(init: Unknowns, p: Params) -> Unknowns:
-        return init
-
-    x = found(Unknowns(eq.system.positions), params)
-    return eq.system.replace(positions=x.positions, params=params), relaxation.stats(eq, method)

@@ -18,8 +18,8 @@ import numpy as np
 from mdsens import boxes, potentials
 from mdsens.files import read_npz, replacing
 from mdsens.implicit.status import InputError, PrecisionError, SolveStats, Status
+from mdsens.laws import BondLaw, Law, PairLaw, SumLaw
 from mdsens.neighbours import Neighbours
-from mdsens.potentials import BondLaw, Law, PairLaw, SumLaw
 from mdsens.relaxation import Equilibrium
 from mdsens.sensitivity import Response
 from mdsens.stationarity import Unknowns

@@ -13,8 +13,8 @@ import numpy as np
 
 from mdsens import boxes, neighbours
 from mdsens.implicit.status import InputError, require_sound_jax
+from mdsens.laws import PairTerm, check_params
 from mdsens.neighbours import Neighbours
-from mdsens.potentials import PairTerm, check_params
 
 __all__ = ["System", "pair_distances", "pair_terms", "potential_energy", "stack", "unstack"]
 

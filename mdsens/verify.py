@@ -96,7 +96,7 @@ def finite_difference(
       a :class:`FiniteDifference`. Compare with ``v.disagreement(r.value)``.
     """
     lin = sensitivity.linearize(eq)
-    tangent = sensitivity._tangent(eq.system, dparams)
+    tangent = sensitivity.full_tangent(eq.system, dparams)
     velocity = sensitivity.jvp(lin, dparams, throw=False).value
     crossing = contacts.first_crossing(eq.system, velocity, tangent, lin.network.rattlers)
     radius = float(jnp.minimum(crossing.forward, crossing.backward))

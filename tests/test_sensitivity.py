@@ -85,7 +85,7 @@ def test_solvers_agree_near_unjamming(solver):
     reference = (
         _pseudo_inverse(lin)
         @ -np.asarray(
-            sensitivity.mixed_product(lin.system, sensitivity._tangent(lin.system, {"sigma": dsigma})).positions
+            sensitivity.mixed_product(lin.system, sensitivity.full_tangent(lin.system, {"sigma": dsigma})).positions
         ).ravel()
     )
     r = ms.jvp(lin, {"sigma": dsigma}, solve=solver)

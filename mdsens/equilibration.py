@@ -1,0 +1,95 @@
+"""The relaxed system as a differentiable function of its parameters: the door for jax.grad, hessian, vmap and jit."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mdsens import relaxation
+from mdsens.implicit.linear import Auto, Method
+from mdsens.implicit.root import root
+from mdsens.implicit.status import InputError, SolveStats
+from mdsens.minimisers import Fire, GradientDescent
+from mdsens.sensitivity import full_tangent
+from mdsens.stationarity import Unknowns, linearisation
+from mdsens.stationarity import gradient as energy_gradient
+from mdsens.system import System
+
+__all__ = ["equilibrate"]
+
+Params = Mapping[str, Any]
+
+
+def equilibrate(
+    system: System,
+    params: Params | None = None,
+    *,
+    tolerance: float = 1e-12,
+    method: Fire | GradientDescent = Fire(),
+    max_steps: int = 200_000,
+    solve: Method = Auto(),
+    has_aux: bool = False,
+) -> Any:
+    """The relaxed System as a function of the parameters, differentiable in forward and reverse mode, to any order.
+
+    For use under jax.grad, jacfwd, jacrev, hessian, vmap and jit:
+    ``jax.grad(lambda p: ms.observables.pressure(ms.equilibrate(system, p)))(params)``. The derivative is that of
+    ``jvp`` and ``vjp``, with the same treatment of the null space and of rattlers.
+
+    It cannot raise, since traced code cannot: with ``has_aux`` it returns the relaxation's stats, whose status tells.
+    The status of the linear solve inside a derivative cannot be carried out: where it matters take ``jvp`` or
+    ``gradient``. The neighbour list keeps the capacity that ``system`` brings, so start from a relaxed system
+    (``ms.minimize(...).system``): the list's overflow is in the status.
+
+    Args:
+      system: where to start; not differentiated.
+      params: the parameters to relax at, all or some; the system's where None.
+      tolerance, method, max_steps: as in ``minimize``.
+      solve: the linear solver of the derivative.
+      has_aux: return ``(System, SolveStats)``.
+    """
+    if system.batch is not None:
+        raise InputError(
+            "equilibrate takes one system: use jax.vmap(lambda s, p: ms.equilibrate(s, p))(batch, params)."
+        )
+    given = full_tangent(system, {}) if params is None else params
+    for name in given:
+        full_tangent(system, {name: jnp.zeros_like(jnp.asarray(given[name]))})  # the name's and shape's check
+    dtype = system.positions.dtype
+    full = (
+        dict(system.params)
+        if params is None
+        else {**system.params, **{k: jnp.asarray(v, dtype) for k, v in params.items()}}
+    )
+    relaxed, stats = _equilibrate(system, full, tolerance, max_steps, method, solve)
+    return (relaxed, stats) if has_aux else relaxed
+
+
+@functools.partial(jax.jit, static_argnames=("method", "solve"))
+def _equilibrate(
+    system: System, params: dict[str, jax.Array], tolerance: Any, max_steps: Any, method: Any, solve: Method
+) -> tuple[System, SolveStats]:
+    """``equilibrate``, compiled once for each system shape and transformation."""
+    start = jax.lax.stop_gradient(system.replace(params=params))
+    eq = jax.lax.stop_gradient(relaxation.relax(start, tolerance, max_steps, method))
+    held, _, null = linearisation(eq.system, eq.max_force)
+
+    def condition(x: Unknowns, p: Params) -> Unknowns:
+        return energy_gradient(held, x, p)
+
+    @root(
+        condition,
+        solve=solve,
+        symmetric=True,
+        positive_semidefinite=True,
+        null_space=lambda x, p: null.project,
+    )
+    def found(init: Unknowns, p: Params) -> Unknowns:
+        return init
+
+    x = found(Unknowns(eq.system.positions), params)
+    return eq.system.replace(positions=x.positions, params=params), relaxation.stats(eq, method)

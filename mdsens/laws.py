@@ -1,0 +1,364 @@
+"""What an interaction law is: pair, bonded and many-body records with named, checked parameters, and sums of them.
+
+A law is a frozen record, equal by value, so that a system built twice compiles once. The catalogue of ready ones is in
+:mod:`mdsens.potentials`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mdsens.implicit.status import InputError
+
+__all__ = [
+    "BondLaw",
+    "EnergyLaw",
+    "FixedLengths",
+    "Law",
+    "PairLaw",
+    "PairTerm",
+    "SumLaw",
+    "arithmetic",
+    "check_params",
+    "no_breakpoints",
+]
+
+Params = Mapping[str, Any]
+Phi = Callable[..., jax.Array]
+Mixing = Callable[[jax.Array, jax.Array], jax.Array]
+Displacement = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class PairTerm(NamedTuple):
+    """The pairs of one law: particle indices (m,), which entries are real (m,), and phi(r, *values)."""
+
+    i: jax.Array
+    j: jax.Array
+    mask: jax.Array
+    phi: Phi
+    values: tuple[jax.Array, ...]
+    breakpoints: Callable[..., tuple[jax.Array, ...]]
+
+    def energy(self, r: jax.Array) -> jax.Array:
+        """phi of each pair (m,), zero on padding."""
+        return jnp.where(self.mask, self.phi(r, *self.values), 0.0)
+
+    def lengths(self) -> jax.Array:
+        """Lengths at which a derivative of the law jumps or diverges, (k, m)."""
+        points = [jnp.broadcast_to(b, self.i.shape) for b in self.breakpoints(*self.values)]
+        return jnp.stack(points) if points else jnp.zeros((0, *self.i.shape))
+
+
+class Law(Protocol):
+    """What a :class:`~mdsens.System` asks of its potential."""
+
+    @property
+    def parameters(self) -> tuple[str, ...]: ...
+    @property
+    def pairwise(self) -> bool: ...
+    @property
+    def repulsive(self) -> bool: ...
+    def range(self, params: Params) -> jax.Array: ...
+    def terms(
+        self, params: Params, pairs: jax.Array, n: int, species: jax.Array | None, species_count: int
+    ) -> tuple[PairTerm, ...]: ...
+    def many_body(self, positions: jax.Array, params: Params, displacement: Displacement) -> jax.Array: ...
+    def check(self, params: Params, n: int, species_count: int) -> None: ...
+
+
+def arithmetic(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The mean of two particles' values: how a pair's is made where nothing else is said."""
+    return 0.5 * (a + b)
+
+
+def _of_pairs(value: jax.Array, i: jax.Array, j: jax.Array, species: Any, species_count: int, mix: Mixing) -> jax.Array:
+    """One parameter at each pair: a scalar, one a species, one a particle, or a matrix of species pairs."""
+    if value.ndim == 0:
+        return value
+    if value.ndim == 2:
+        value = 0.5 * (value + value.T)
+        return value[species[i], species[j]]
+    if species is not None and value.shape[0] == species_count:
+        return mix(value[species[i]], value[species[j]])
+    return mix(value[i], value[j])
+
+
+def _check_names(given: Params, valid: Sequence[str], law: str) -> None:
+    for name in given:
+        if name not in valid:
+            near = difflib.get_close_matches(name, valid, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "remove it."
+            raise InputError(f"{law} has no parameter {name!r} (it has {', '.join(map(repr, valid))}): {hint}")
+    for name in valid:
+        if name not in given:
+            raise InputError(f"{law} needs the parameter {name!r}: give params[{name!r}].")
+
+
+def _check_finite(name: str, value: np.ndarray, positive: bool) -> None:
+    bad = ~np.isfinite(value)
+    if positive:
+        bad |= ~(value > 0)
+    if bad.any():
+        where = tuple(int(k) for k in np.argwhere(bad)[0])
+        label = f"{name}{list(where)}" if where else name
+        need = "a positive number" if positive else "a finite number"
+        raise InputError(f"parameter {label} is {value[where]}: give {need}.")
+
+
+def _check_pair_shape(name: str, value: np.ndarray, n: int, species_count: int) -> None:
+    s = species_count
+    if value.ndim == 0 or (value.ndim == 1 and (value.shape[0] == n or (s and value.shape[0] == s))):
+        return
+    if value.ndim == 2 and s and value.shape == (s, s):
+        if not np.array_equal(value, value.T):
+            raise InputError(f"parameter {name} is not symmetric: give a symmetric ({s}, {s}) matrix of species pairs.")
+        return
+    allowed = f"a scalar, ({n},) for one a particle" + (
+        f", ({s},) for one a species or ({s}, {s}) for species pairs" if s else " (give species= for one a species)"
+    )
+    raise InputError(f"parameter {name} has shape {value.shape}: give {allowed}.")
+
+
+class _Addable:
+    def __add__(self, other: Any) -> SumLaw:
+        if not isinstance(other, _Addable):
+            return NotImplemented
+        return SumLaw(_flatten(self) + _flatten(other))
+
+
+def _flatten(law: Any) -> tuple[Any, ...]:
+    return law.laws if isinstance(law, SumLaw) else (law,)
+
+
+class _NamedLaw(_Addable):
+    """What laws with parameters of their own share; a law overrides what it does otherwise."""
+
+    name: str
+    names: tuple[str, ...]
+
+    repulsive = False
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return self.names
+
+    @property
+    def pairwise(self) -> bool:
+        return True
+
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        """The same law with some parameters renamed, so that two laws of a sum keep theirs apart."""
+        own: Any = self
+        return dataclasses.replace(own, names=tuple(names.get(n, n) for n in self.names))
+
+    def range(self, params: Params) -> jax.Array:
+        return jnp.zeros(())
+
+    def terms(
+        self, params: Params, pairs: jax.Array, n: int, species: jax.Array | None, species_count: int
+    ) -> tuple[PairTerm, ...]:
+        return ()
+
+    def many_body(self, positions: jax.Array, params: Params, displacement: Displacement) -> jax.Array:
+        return jnp.zeros((), positions.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PairLaw(_NamedLaw):
+    """U = sum over pairs of phi(r_ij, p_ij), phi zero at and beyond a finite cutoff (or of infinite range).
+
+    Attributes:
+      name: shown in messages and tables.
+      phi: ``phi(r, *pair_parameters)``, elementwise.
+      names: the parameters' names, in phi's order.
+      cutoff: a length, or a function of the pair parameters, monotone in each; None for infinite range.
+      breakpoints: function of the pair parameters to the lengths where a derivative jumps or diverges.
+      mixing: one function a parameter, of the two particles' values; its result lies between them.
+      positive: which parameters must be positive.
+      repulsive: True where phi only repels and vanishes beyond contact: rattlers are then found from contacts.
+    """
+
+    name: str = dataclasses.field(metadata={"static": True})
+    phi: Phi = dataclasses.field(metadata={"static": True})
+    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    cutoff: float | Callable[..., Any] | None = dataclasses.field(metadata={"static": True})
+    breakpoints: Callable[..., tuple[Any, ...]] = dataclasses.field(metadata={"static": True})
+    mixing: tuple[Mixing, ...] = dataclasses.field(metadata={"static": True})
+    positive: tuple[bool, ...] = dataclasses.field(metadata={"static": True})
+    repulsive: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def range(self, params: Params) -> jax.Array:
+        """The largest length at which a pair can interact, over each parameter's extremes; inf without a cutoff."""
+        if self.cutoff is None:
+            return jnp.asarray(jnp.inf)
+        if not callable(self.cutoff):
+            return jnp.asarray(float(self.cutoff))
+        corners = itertools.product(
+            *[(params[n],) if np.ndim(params[n]) == 0 else (jnp.min(params[n]), jnp.max(params[n])) for n in self.names]
+        )
+        return jnp.max(jnp.stack([jnp.asarray(self.cutoff(*c)) for c in corners]))
+
+    def terms(
+        self, params: Params, pairs: jax.Array, n: int, species: jax.Array | None, species_count: int
+    ) -> tuple[PairTerm, ...]:
+        mask = pairs[0] < n
+        i, j = jnp.where(mask, pairs[0], 0), jnp.where(mask, pairs[1], 0)
+        values = tuple(
+            _of_pairs(jnp.asarray(params[name]), i, j, species, species_count, mix)
+            for name, mix in zip(self.names, self.mixing, strict=True)
+        )
+        return (PairTerm(i, j, mask, self.phi, values, self.breakpoints),)
+
+    def check(self, params: Params, n: int, species_count: int) -> None:
+        for name, mix, positive in zip(self.names, self.mixing, self.positive, strict=True):
+            value = np.asarray(params[name], float)
+            _check_pair_shape(name, value, n, species_count)
+            _check_finite(name, value, positive)
+            if value.ndim == 1 and mix is not arithmetic:
+                low, high = value.min(), value.max()
+                mixed = float(mix(jnp.asarray(low), jnp.asarray(high)))
+                if not low * (1 - 1e-6) <= mixed <= high * (1 + 1e-6):
+                    raise InputError(
+                        f"mixing of {name} gives {mixed} from {low} and {high}: it must lie between them, or pairs "
+                        f"could be lost; give {name} as a matrix of species pairs instead."
+                    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)  # arrays have no one truth value to compare by
+class BondLaw(_NamedLaw):
+    """U = sum over listed bonds of phi(r_ij, p_b); each parameter a scalar or one value a bond."""
+
+    bonds: Any  # (m, 2) particle indices
+    name: str = dataclasses.field(metadata={"static": True})
+    phi: Phi = dataclasses.field(metadata={"static": True})
+    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    positive: tuple[bool, ...] = dataclasses.field(metadata={"static": True})
+
+    def terms(
+        self, params: Params, pairs: jax.Array, n: int, species: jax.Array | None, species_count: int
+    ) -> tuple[PairTerm, ...]:
+        bonds = jnp.asarray(self.bonds)
+        values = tuple(jnp.asarray(params[name]) for name in self.names)
+        mask = jnp.ones(bonds.shape[0], bool)
+        return (PairTerm(bonds[:, 0], bonds[:, 1], mask, self.phi, values, no_breakpoints),)
+
+    def check(self, params: Params, n: int, species_count: int) -> None:
+        bonds = np.asarray(self.bonds)
+        m = bonds.shape[0]
+        if m and (bonds.min() < 0 or bonds.max() >= n):
+            worst = bonds.max() if bonds.max() >= n else bonds.min()
+            raise InputError(f"bonds name particle {worst} but there are {n}: use indices 0 to {n - 1}.")
+        for name, positive in zip(self.names, self.positive, strict=True):
+            value = np.asarray(params[name], float)
+            if value.shape not in ((), (m,)):
+                raise InputError(f"parameter {name} has shape {value.shape}: give a scalar or ({m},), one a bond.")
+            _check_finite(name, value, positive)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EnergyLaw(_NamedLaw):
+    """U = fn(positions, params, displacement): anything, over all pairs, with the scaling its author gives it."""
+
+    name: str = dataclasses.field(metadata={"static": True})
+    fn: Callable[..., jax.Array] = dataclasses.field(metadata={"static": True})
+    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    keys: tuple[str, ...] = dataclasses.field(metadata={"static": True})  # what fn calls them
+
+    @property
+    def pairwise(self) -> bool:
+        return False
+
+    def many_body(self, positions: jax.Array, params: Params, displacement: Displacement) -> jax.Array:
+        given = {key: params[name] for key, name in zip(self.keys, self.names, strict=True)}
+        return self.fn(positions, given, displacement)
+
+    def check(self, params: Params, n: int, species_count: int) -> None:
+        for name in self.names:
+            _check_finite(name, np.asarray(params[name], float), False)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SumLaw(_Addable):
+    """The sum of several laws; each parameter belongs to one of them."""
+
+    laws: tuple[Any, ...]
+
+    def __post_init__(self) -> None:
+        if not all(hasattr(law, "parameters") for law in self.laws):
+            return  # a pytree rebuilt with placeholders
+        seen: dict[str, Any] = {}
+        for law in self.laws:
+            for name in law.parameters:
+                if name in seen:
+                    raise InputError(
+                        f"{seen[name].name} and {law.name} both have a parameter {name!r}: rename one, "
+                        f'law.renamed({{"{name}": "{name}_2"}}).'
+                    )
+                seen[name] = law
+
+    @property
+    def name(self) -> str:
+        return " + ".join(law.name for law in self.laws)
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return tuple(name for law in self.laws for name in law.parameters)
+
+    @property
+    def pairwise(self) -> bool:
+        return all(law.pairwise for law in self.laws)
+
+    @property
+    def repulsive(self) -> bool:
+        return all(law.repulsive for law in self.laws)
+
+    def range(self, params: Params) -> jax.Array:
+        return jnp.max(jnp.stack([law.range(params) for law in self.laws]))
+
+    def terms(
+        self, params: Params, pairs: jax.Array, n: int, species: jax.Array | None, species_count: int
+    ) -> tuple[PairTerm, ...]:
+        return tuple(t for law in self.laws for t in law.terms(params, pairs, n, species, species_count))
+
+    def many_body(self, positions: jax.Array, params: Params, displacement: Displacement) -> jax.Array:
+        total = jnp.zeros((), positions.dtype)
+        for law in self.laws:
+            total = total + law.many_body(positions, params, displacement)
+        return total
+
+    def check(self, params: Params, n: int, species_count: int) -> None:
+        for law in self.laws:
+            law.check(params, n, species_count)
+
+
+def check_params(law: Any, params: Params, n: int, species_count: int) -> None:
+    """Names, shapes and values of ``params`` against ``law``; raises :class:`InputError`. On the host alone."""
+    _check_names(params, law.parameters, law.name)
+    law.check(params, n, species_count)
+
+
+def no_breakpoints(*values: Any) -> tuple[Any, ...]:
+    """The breakpoints of a law that is smooth everywhere."""
+    return ()
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedLengths:
+    """Fixed breakpoints."""
+
+    lengths: tuple[float, ...]
+
+    def __call__(self, *values: Any) -> tuple[Any, ...]:
+        return tuple(jnp.asarray(b) for b in self.lengths)

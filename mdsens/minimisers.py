@@ -1,0 +1,142 @@
+"""jax-md's minimisers as option records, in the system's own units of length and time."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mdsens.implicit.status import InputError
+from mdsens.neighbours import Neighbours
+
+__all__ = ["Fire", "GradientDescent"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fire:
+    """jax-md's FIRE (Bitzek et al., Phys. Rev. Lett. 97, 170201, 2006), in the system's own units of length and time.
+
+    Attributes:
+      dt_start, dt_max: time step at the start and at most, in units of sqrt(10 m / k), k the law's largest stiffness,
+        so that the fastest vibration advances by dt sqrt(10): 0.4 are 1.3 rad, where velocity Verlet breaks down at 2.
+        In a
+        packing of unit harmonic discs, k is about 10 and this is jax-md's own unit. Lower dt_max where a law is much
+        stiffer in places than at its minimum.
+      max_step: the longest move of a particle in one step, as a fraction of the law's length (contact, or the minimum
+        of the pair energy); it tames the first steps from overlapping starts.
+      n_min, f_inc, f_dec, alpha_start, f_alpha: as in the paper.
+    """
+
+    dt_start: float = 0.1
+    dt_max: float = 0.4
+    max_step: float = 0.1
+    n_min: int = 5
+    f_inc: float = 1.1
+    f_dec: float = 0.5
+    alpha_start: float = 0.1
+    f_alpha: float = 0.99
+
+    def __post_init__(self) -> None:
+        _check_positive(self, ("dt_start", "dt_max", "max_step"))
+
+    def minimizer(self, forces: Any, shift: Any, stiffness: jax.Array) -> tuple[Any, Any]:
+        """jax-md's functions (init, apply), with a mass that brings the stiffest vibration to a fixed frequency."""
+        from jax_md import minimize as jax_md_minimize
+
+        init, apply = jax_md_minimize.fire_descent(
+            forces,
+            shift,
+            dt_start=self.dt_start,
+            dt_max=self.dt_max,
+            n_min=self.n_min,
+            f_inc=self.f_inc,
+            f_dec=self.f_dec,
+            alpha_start=self.alpha_start,
+            f_alpha=self.f_alpha,
+        )
+
+        def start(positions: jax.Array, pairs: Neighbours) -> Any:
+            # jax-md keeps step sizes in float16 where they fit, which a loop cannot carry
+            dtype = positions.dtype
+            return dataclasses.replace(
+                init(positions, mass=jnp.asarray(stiffness / 10.0, dtype), pairs=pairs),
+                dt=jnp.asarray(self.dt_start, dtype),
+                alpha=jnp.asarray(self.alpha_start, dtype),
+            )
+
+        return start, apply
+
+    def force_limit(self, longest: jax.Array, stiffness: jax.Array) -> jax.Array:
+        """The force that moves a particle by ``longest`` in one time step."""
+        return longest * stiffness / (10.0 * self.dt_max**2)
+
+    @staticmethod
+    def positions(state: Any) -> jax.Array:
+        return state.position
+
+    @staticmethod
+    def with_forces(state: Any, forces: jax.Array) -> Any:
+        return dataclasses.replace(state, force=forces)
+
+    @staticmethod
+    def forces(state: Any) -> jax.Array:
+        return state.force
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientDescent:
+    """jax-md's gradient descent: slow; here to show that the derivative does not care which solver found the minimum.
+
+    Attributes:
+      step_size: of a step, in units of 1 / k, k the law's largest stiffness; it diverges above 2.
+      max_step: as in :class:`Fire`.
+    """
+
+    step_size: float = 1.0
+    max_step: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_positive(self, ("step_size", "max_step"))
+
+    def minimizer(self, forces: Any, shift: Any, stiffness: jax.Array) -> tuple[Any, Any]:
+        """A pair of functions (init, apply) on the state (positions, forces)."""
+        from jax_md import minimize as jax_md_minimize
+
+        def given(R: jax.Array, held: jax.Array, **_: Any) -> jax.Array:
+            return held
+
+        step_size: Any = self.step_size / stiffness
+        functions: Any = jax_md_minimize.gradient_descent(given, shift, step_size)
+        init, apply = functions
+
+        def step(state: Any, pairs: Neighbours) -> Any:
+            moved = apply(state[0], held=state[1])
+            return moved, forces(moved, pairs=pairs)
+
+        return (lambda R, pairs: (init(R), forces(R, pairs=pairs))), step
+
+    def force_limit(self, longest: jax.Array, stiffness: jax.Array) -> jax.Array:
+        """The force that moves a particle by ``longest``."""
+        return longest * stiffness / self.step_size
+
+    @staticmethod
+    def positions(state: Any) -> jax.Array:
+        return state[0]
+
+    @staticmethod
+    def with_forces(state: Any, forces: jax.Array) -> Any:
+        return state[0], forces
+
+    @staticmethod
+    def forces(state: Any) -> jax.Array:
+        return state[1]
+
+
+def _check_positive(record: Any, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = getattr(record, name)
+        if not 0 < value < np.inf:
+            raise InputError(f"{type(record).__name__}({name}={value}): give a positive number.")
