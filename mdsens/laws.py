@@ -234,7 +234,7 @@ class PairLaw(_NamedLaw):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)  # arrays have no one truth value to compare by
+@dataclasses.dataclass(frozen=True, eq=False)  # arrays are compared by hand
 class BondLaw(_NamedLaw):
     """U = sum over listed bonds of phi(r_ij, p_b); each parameter a scalar or one value a bond."""
 
@@ -243,6 +243,16 @@ class BondLaw(_NamedLaw):
     phi: Phi = dataclasses.field(metadata={"static": True})
     names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     positive: tuple[bool, ...] = dataclasses.field(metadata={"static": True})
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, BondLaw)
+            and (self.name, self.phi, self.names) == (other.name, other.phi, other.names)
+            and np.array_equal(np.asarray(self.bonds), np.asarray(other.bonds))
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.phi, self.names))
 
     def terms(
         self, params: Params, pairs: jax.Array, n: int, species: jax.Array | None, species_count: int
