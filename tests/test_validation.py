@@ -52,7 +52,7 @@ def test_energy_and_stress_of_another_code(packing_name, index):
 
 @pytest.mark.parametrize("index", MEMBERS)
 def test_sensitivities_of_every_packing(packing_name, index):
-    """The adjoint identity, the dense pseudo-inverse on the backbone, zero on the rattlers, and every solver."""
+    """The adjoint identity, the dense pseudo-inverse on the backbone, zero on the rattlers; every solver on some."""
     lin = ms.linearize(relaxed_packing(packing_name, index))
     rng = np.random.default_rng(index)
     w, dsigma = rng.normal(size=lin.system.positions.shape), rng.normal(size=lin.system.n)
@@ -69,16 +69,16 @@ def test_sensitivities_of_every_packing(packing_name, index):
     assert relative(pushed.value.ravel(), (vectors[:, kept] / values[kept]) @ (vectors[:, kept].T @ w.ravel())) < 1e-8
     assert not np.asarray(pushed.value)[rattlers].any()
 
-    for solver in ITERATIVE:
+    for solver in ITERATIVE if index % 3 == 1 else ():  # 1, 4 and 7: the most rattlers
         assert relative(ms.jvp(lin, {"sigma": dsigma}, solve=solver).value, r.value) < 1e-8
 
 
 def test_list_of_a_large_packing_is_that_of_a_search_from_nothing():
-    system = ms.load_system("seed_packing_2d", count=2000, box={"packing_fraction": 0.95, "follows": "parameters"})
+    system = ms.load_system("seed_packing_2d", count=1000, box={"packing_fraction": 0.95, "follows": "parameters"})
     eq = ms.minimize(system, tolerance=1e-6)
     energy = float(ms.observables.energy(eq.system))
     fresh = float(ms.observables.energy(eq.system.reallocate()))
-    i, j = np.triu_indices(2000, 1)
+    i, j = np.triu_indices(1000, 1)
     box, R = np.asarray(eq.system.box), np.asarray(eq.positions)
     difference = R[i] - R[j]
     difference -= np.round(difference / box[0, 0]) * box[0, 0]
