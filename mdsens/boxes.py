@@ -99,6 +99,8 @@ def _cell(box: Any, dimension: int) -> np.ndarray:
         raise InputError(
             f"box is {box!r}: give a length, {dimension} lengths, or a ({dimension}, {dimension}) matrix."
         ) from error
+    if cell.ndim < 2 and not (cell > 0).all():
+        raise InputError(f"box is {np.asarray(box).tolist()}: give positive lengths.")
     if cell.ndim == 0:
         cell = cell * np.eye(dimension)
     elif cell.shape == (dimension,):

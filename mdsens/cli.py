@@ -301,7 +301,7 @@ def _plot(path: Path, lin: Linearization, found: Finding) -> None:
     figure = ms.plots.sensitivity_map(lin, found.response, title=f"d/d {found.part.label}").get_figure(root=True)
     assert figure is not None
     with replacing(path) as file:
-        figure.savefig(file, format=path.suffix[1:].lower(), dpi=300, bbox_inches="tight")
+        figure.savefig(file, format=path.suffix[1:].lower(), dpi=300)
     print(f"wrote {path}: {found.part.label}")
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from mdsens import relaxation
 from mdsens.implicit.linear import Auto, Method
 from mdsens.implicit.root import root
-from mdsens.implicit.status import InputError, SolveStats
+from mdsens.implicit.status import InputError, PrecisionError, SolveStats
 from mdsens.minimisers import Fire, GradientDescent
 from mdsens.sensitivity import full_tangent
 from mdsens.stationarity import Unknowns, linearisation
@@ -52,6 +53,12 @@ def equilibrate(
       solve: the linear solver of the derivative.
       has_aux: return ``(System, SolveStats)``.
     """
+    eps = float(jnp.finfo(system.positions.dtype).eps)
+    if not isinstance(tolerance, Tracer) and tolerance < eps:
+        raise PrecisionError(
+            f"tolerance {tolerance:.0e} is out of reach in {system.positions.dtype}: call ms.enable_x64() before "
+            "making the system, or raise it."
+        )
     if system.batch is not None:
         raise InputError(
             "equilibrate takes one system: use jax.vmap(lambda s, p: ms.equilibrate(s, p))(batch, params)."

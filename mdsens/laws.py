@@ -223,6 +223,11 @@ class PairLaw(_NamedLaw):
             value = np.asarray(params[name], float)
             _check_pair_shape(name, value, n, species_count)
             _check_finite(name, value, positive)
+            if name == "sigma" and isinstance(self.cutoff, float) and self.cutoff < value.max(initial=0.0):
+                raise InputError(
+                    f"cutoff {self.cutoff:g} of {self.name} is below sigma = {value.max():g}: cutoff and onset are "
+                    "lengths in the units of the positions, not multiples of sigma; give larger ones."
+                )
             if value.ndim == 1 and mix is not arithmetic:
                 low, high = value.min(), value.max()
                 mixed = float(mix(jnp.asarray(low), jnp.asarray(high)))

@@ -63,9 +63,8 @@ class Response(Shown):
 
     Attributes:
       value: of ``jvp`` and ``response`` the derivative of the stored positions, (n, d), mean displacement zero and
-        rows of
-        rattlers zero; of ``jacobian`` (n, d, *shape of the parameter); of ``vjp`` and ``gradient`` a dict shaped like
-        the parameters.
+        rows of rattlers zero; of ``jacobian`` (n, d, *shape of the parameter); of ``vjp`` and ``gradient`` a dict
+        shaped like the parameters.
       stats: of the linear solve: status, relative residual, iterations, part dropped, solver.
       nonaffine: ``value`` less the affine part (d box / dp) box^-1 R, which is free of the choice of images; equal to
         ``value`` where the box does not move; None where ``value`` is a dict.
@@ -175,7 +174,7 @@ def full_tangent(system: System, dparams: Params) -> dict[str, jax.Array]:
         if name not in system.params:
             near = difflib.get_close_matches(name, system.params, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(map(repr, system.params))}."
-            raise InputError(f"dparams has {name!r}, which is no parameter of {system.potential.name}: {hint}")
+            raise InputError(f"{name!r} is no parameter of {system.potential.name}: {hint}")
         want, got = system.params[name].shape, np.shape(change)
         if want != got:
             raise InputError(f"dparams[{name!r}] has shape {got}: the parameter has {want}, give that.")

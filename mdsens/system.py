@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens import boxes, neighbours
+from mdsens._tables import Shown
 from mdsens.implicit.status import InputError, require_sound_jax
 from mdsens.laws import PairTerm, check_params
 from mdsens.neighbours import Neighbours
@@ -22,8 +23,8 @@ Params = Mapping[str, Any]
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class System:
+@dataclasses.dataclass(frozen=True, repr=False)
+class System(Shown):
     """A configuration of particles and all that its energy needs. Frozen, and a pytree. Make it with ``create``.
 
     Attributes:
@@ -43,6 +44,17 @@ class System:
     species: jax.Array | None
     neighbours: Neighbours
     species_count: int = dataclasses.field(default=0, metadata={"static": True})
+
+    _title = "System"
+
+    def _rows(self) -> list[tuple[str, str]]:
+        many = f"batch of {self.batch}, each " if self.batch else ""
+        kinds = f", {self.species_count} species" if self.species is not None else ""
+        rows = [("particles", f"{many}n = {self.n} in {self.dimension}-D{kinds}"), ("law", self.potential.name)]
+        for name, value in self.params.items():
+            shown = np.array2string(np.asarray(value), precision=6, threshold=8, edgeitems=2, separator=", ")
+            rows.append((f"  {name}", " ".join(shown.split())))
+        return [*rows, ("box", type(self.boundary).__name__)]
 
     @classmethod
     def create(cls, positions: Any, box: Any, potential: Any, params: Params, species: Any = None) -> System:
@@ -82,8 +94,12 @@ class System:
                 raise InputError(
                     f"species has shape {kinds.shape} and type {kinds.dtype}: give ({n},) integers from 0."
                 )
+            if kinds.min() > 0:
+                raise InputError(f"species start at {kinds.min()}: number them from 0.")
             count = _species_count(kinds, params)
             species = jnp.asarray(kinds, jnp.int32)
+        if not hasattr(potential, "terms"):
+            raise InputError(f"potential is {potential!r}: give a law, such as ms.potentials.soft_sphere().")
         if not isinstance(params, Mapping):
             raise InputError(f"params is a {type(params).__name__}: give a dict of parameter names and values.")
         values = _as_params(params, floats.dtype)
@@ -280,6 +296,8 @@ def stack(systems: list[System] | tuple[System, ...]) -> System:
         raise InputError("stack got no systems: give at least one.")
     first = systems[0]
     for k, system in enumerate(systems):
+        if not isinstance(system, System):
+            raise InputError(f"stack got a {type(system).__name__}: give systems, such as eq.system.")
         for field in ("positions", "params", "boundary", "potential", "species", "species_count"):
             ours, theirs = (
                 jax.tree.map(jnp.shape, getattr(s, field)) if field != "species_count" else getattr(s, field)

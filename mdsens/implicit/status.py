@@ -7,6 +7,7 @@ from enum import IntEnum
 from typing import Any
 
 import jax
+import numpy as np
 
 __all__ = [
     "ConvergenceError",
@@ -114,7 +115,7 @@ class ConvergenceError(MdsensError, RuntimeError):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class SolveStats:
     """The evidence beside a solution.
 
@@ -132,6 +133,17 @@ class SolveStats:
     iterations: jax.Array
     dropped: jax.Array
     solver: str = dataclasses.field(default="", metadata={"static": True})
+
+    def __repr__(self) -> str:
+        try:
+            codes = sorted({int(code) for code in np.ravel(np.asarray(self.status))})
+        except jax.errors.TracerArrayConversionError:
+            return f"SolveStats(traced, solver={self.solver!r})"
+        names = ", ".join(Status(code).name for code in codes)
+        return (
+            f"SolveStats(status={names}, residual={np.max(self.residual):.2e}, "
+            f"iterations={np.max(self.iterations)}, dropped={np.max(self.dropped):.1e}, solver={self.solver!r})"
+        )
 
 
 _BAD_JAX = {
