@@ -99,7 +99,7 @@ def _cell(box: Any, dimension: int) -> np.ndarray:
         raise InputError(
             f"box is {box!r}: give a length, {dimension} lengths, or a ({dimension}, {dimension}) matrix."
         ) from error
-    if cell.ndim < 2 and not (cell > 0).all():
+    if cell.ndim < 2 and (cell < 0).any():
         raise InputError(f"box is {np.asarray(box).tolist()}: give positive lengths.")
     if cell.ndim == 0:
         cell = cell * np.eye(dimension)
