@@ -119,7 +119,8 @@ def test_laws_add_up_with_renamed_parameters(toml):
 def test_lattices_have_their_neighbours(tmp_path, lattice, sites):
     nearest = {"sc": (6, 1.0), "bcc": (8, 3**0.5 / 2), "fcc": (12, 0.5**0.5)}[lattice]
     place = {"kind": "lattice", "lattice": lattice, "constant": 1.7, "cells": 4}
-    system = ms.load_system("fcc_argon", positions=place, potential={"law": "lennard_jones", "onset": 2.9, "cutoff": 3})
+    law = {"law": "lennard_jones", "onset": 2.9, "cutoff": 3}
+    system = ms.load_system("fcc_argon", positions=place, potential=law, parameters={"sigma": 1.0})
     assert system.n == sites * 64
     pairs = pairs_within(np.asarray(system.positions), np.asarray(system.box), 1.7 * nearest[1] * 1.001)
     assert np.bincount(pairs.ravel(), minlength=system.n).tolist() == [nearest[0]] * system.n
