@@ -332,10 +332,6 @@ def test_not_finite_derivative_is_not_zero() -> None:
     assert np.all(np.isnan(jax.grad(lambda t: jnp.sum(f(INIT, t)))(THETA)))
 
 
-@pytest.mark.skipif(
-    jax.__version_info__ >= (0, 11),
-    reason="jax 0.12's leak checker reports the trace of jax.grad itself; cause not found",
-)
 def test_no_tracer_is_left_behind() -> None:
     solver = root(cubic, null_space=lambda x, theta: lambda v: v + 0 * theta)(lambda i, t: newton(cubic, i, t))
     with jax.checking_leaks():

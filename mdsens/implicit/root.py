@@ -165,7 +165,8 @@ def _hoist(f: Callable[..., PyTree], *examples: PyTree) -> tuple[Callable[..., P
     so that a second call may get the first one's tracers; here every value is taken, anew at each call.
     """
     closed, shape = jax.make_jaxpr(lambda *a: f(*a), return_shape=True)(*examples)
-    jaxpr, structure = closed.jaxpr, jax.tree.structure(shape)  # not `closed`: a rule that held its values would leak
+    # Without its values, which a rule that holds it would leak; from jax 0.12 on a bare jaxpr has them too.
+    jaxpr, structure = core.ClosedJaxpr(closed.jaxpr, [None] * len(closed.consts)).jaxpr, jax.tree.structure(shape)
 
     def g(values: list[Array], *inputs: PyTree) -> PyTree:
         out = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, values))(*jax.tree.leaves(inputs))
