@@ -52,7 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # an ASCII terminal has no Å
     warnings.filterwarnings("ignore", "scatter inputs have incompatible types", FutureWarning)  # in jax-md's cell list
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if not hasattr(args, "run"):
+        parser.print_help(sys.stderr)
+        return BAD_INPUT
     try:
         code = args.run(args)
         sys.stdout.flush()
@@ -88,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     def command(name: str, run: Any, what: str, more: str = "") -> argparse.ArgumentParser:
         description = f"{what[0].upper()}{what[1:]}.{' ' if more else ''}{more}"

@@ -50,6 +50,7 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
             archive = file.read(2) == b"PK"
         if archive and "pickle" in str(error):  # numpy takes what is no archive at all for a pickle
             raise InputError(f"{path} holds Python objects, which are not read: store plain arrays.") from error
-        raise InputError(f"{path} is no whole .npz file ({error}): write or fetch it again.") from error
+        reason = str(error) if archive else "it does not begin as one"
+        raise InputError(f"{path} is no whole .npz file ({reason}): write or fetch it again.") from error
     except (OSError, EOFError, KeyError, AttributeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path} is no whole .npz file ({error}): write or fetch it again.") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -102,14 +103,12 @@ def _check_names(given: Params, valid: Sequence[str], law: str) -> None:
             raise InputError(f"{law} needs the parameter {name!r}: give params[{name!r}].")
 
 
-def _check_finite(name: str, value: np.ndarray, positive: bool) -> None:
-    bad = ~np.isfinite(value)
-    if positive:
-        bad |= ~(value > 0)
+def _check_finite(name: str, value: np.ndarray, above: float) -> None:
+    bad = ~np.isfinite(value) | ~(value > above)
     if bad.any():
         where = tuple(int(k) for k in np.argwhere(bad)[0])
         label = f"{name}{list(where)}" if where else name
-        need = "a positive number" if positive else "a finite number"
+        need = {0.0: "a positive number", -math.inf: "a finite number"}.get(above, f"a number above {above:g}")
         raise InputError(f"parameter {label} is {value[where]}: give {need}.")
 
 
@@ -183,7 +182,7 @@ class PairLaw(_NamedLaw):
       cutoff: a length, or a function of the pair parameters, monotone in each; None for infinite range.
       breakpoints: function of the pair parameters to the lengths where a derivative jumps or diverges.
       mixing: one function a parameter, of the two particles' values; its result lies between them.
-      positive: which parameters must be positive.
+      above: what each parameter must exceed; -inf for any.
       repulsive: True where phi only repels and vanishes beyond contact: rattlers are then found from contacts.
     """
 
@@ -193,7 +192,7 @@ class PairLaw(_NamedLaw):
     cutoff: float | Callable[..., Any] | None = dataclasses.field(metadata={"static": True})
     breakpoints: Callable[..., tuple[Any, ...]] = dataclasses.field(metadata={"static": True})
     mixing: tuple[Mixing, ...] = dataclasses.field(metadata={"static": True})
-    positive: tuple[bool, ...] = dataclasses.field(metadata={"static": True})
+    above: tuple[float, ...] = dataclasses.field(metadata={"static": True})
     repulsive: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def range(self, params: Params) -> jax.Array:
@@ -219,10 +218,10 @@ class PairLaw(_NamedLaw):
         return (PairTerm(i, j, mask, self.phi, values, self.breakpoints),)
 
     def check(self, params: Params, n: int, species_count: int) -> None:
-        for name, mix, positive in zip(self.names, self.mixing, self.positive, strict=True):
+        for name, mix, above in zip(self.names, self.mixing, self.above, strict=True):
             value = np.asarray(params[name], float)
             _check_pair_shape(name, value, n, species_count)
-            _check_finite(name, value, positive)
+            _check_finite(name, value, above)
             if name == "sigma" and isinstance(self.cutoff, float) and self.cutoff < value.max(initial=0.0):
                 raise InputError(
                     f"cutoff {self.cutoff:g} of {self.name} is below sigma = {value.max():g}: cutoff and onset are "
@@ -236,6 +235,20 @@ class PairLaw(_NamedLaw):
                         f"mixing of {name} gives {mixed} from {low} and {high}: it must lie between them, or pairs "
                         f"could be lost; give {name} as a matrix of species pairs instead."
                     )
+        self._check_end(params)
+
+    def _check_end(self, params: Params) -> None:
+        """phi must vanish at its cutoff: a jump of the energy there would be a force that nobody sees."""
+        if self.cutoff is None:
+            return
+        values = [jnp.asarray(np.median(np.asarray(params[name], float))) for name in self.names]
+        end = jnp.asarray(self.cutoff(*values) if callable(self.cutoff) else self.cutoff, float)
+        left, *inside = (abs(float(self.phi(r * end, *values))) for r in (1.0, 0.9, 0.7, 0.5))
+        if left > 1e-6 * max(inside):
+            raise InputError(
+                f"{self.name} is {left:.3g} at its cutoff {float(end):g}, where it must be zero: shift it, or wrap it, "
+                "ms.potentials.switched(phi, onset, cutoff)."
+            )
 
 
 @jax.tree_util.register_dataclass
@@ -247,7 +260,7 @@ class BondLaw(_NamedLaw):
     name: str = dataclasses.field(metadata={"static": True})
     phi: Phi = dataclasses.field(metadata={"static": True})
     names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
-    positive: tuple[bool, ...] = dataclasses.field(metadata={"static": True})
+    above: tuple[float, ...] = dataclasses.field(metadata={"static": True})
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -273,11 +286,11 @@ class BondLaw(_NamedLaw):
         if m and (bonds.min() < 0 or bonds.max() >= n):
             worst = bonds.max() if bonds.max() >= n else bonds.min()
             raise InputError(f"bonds name particle {worst} but there are {n}: use indices 0 to {n - 1}.")
-        for name, positive in zip(self.names, self.positive, strict=True):
+        for name, above in zip(self.names, self.above, strict=True):
             value = np.asarray(params[name], float)
             if value.shape not in ((), (m,)):
                 raise InputError(f"parameter {name} has shape {value.shape}: give a scalar or ({m},), one a bond.")
-            _check_finite(name, value, positive)
+            _check_finite(name, value, above)
 
 
 @jax.tree_util.register_dataclass
@@ -300,7 +313,7 @@ class EnergyLaw(_NamedLaw):
 
     def check(self, params: Params, n: int, species_count: int) -> None:
         for name in self.names:
-            _check_finite(name, np.asarray(params[name], float), False)
+            _check_finite(name, np.asarray(params[name], float), -math.inf)
 
 
 @jax.tree_util.register_dataclass

@@ -9,6 +9,7 @@ cutoff. Many-body laws of ``jax_md.energy`` come in through :func:`from_energy`.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -93,13 +94,13 @@ def soft_sphere() -> PairLaw:
     """Repulsive soft spheres, phi(r) = epsilon / alpha (1 - r / sigma)^alpha for r < sigma, 0 beyond.
 
     Parameters: ``sigma`` the sum of the two radii (a particle's value is its diameter), ``epsilon`` an energy,
-    ``alpha`` the exponent: 2 harmonic, 2.5 Hertzian. The cutoff is sigma, by the law's definition, and so follows the
-    parameters. Breakpoint: contact, r = sigma, where the second derivative jumps for alpha = 2 and the third diverges
-    for 2.5. Source: O'Hern et al., Phys. Rev. E 68, 011306 (2003); the same as ``jax_md.energy.soft_sphere``.
+    ``alpha`` the exponent, above 1: 2 harmonic, 2.5 Hertzian. The cutoff is sigma, by the law's definition, and so
+    follows the parameters. Breakpoint: contact, r = sigma, where the second derivative jumps for alpha = 2 and the
+    third diverges for 2.5. Source: O'Hern et al., Phys. Rev. E 68, 011306 (2003); the same as ``jax_md.energy.soft_sphere``.
     """
     names = ("sigma", "epsilon", "alpha")
     return PairLaw(
-        "soft_sphere", _soft_sphere, names, _first, _at_contact, (arithmetic,) * 3, (True, True, True), repulsive=True
+        "soft_sphere", _soft_sphere, names, _first, _at_contact, (arithmetic,) * 3, (0.0, 0.0, 1.0), repulsive=True
     )
 
 
@@ -136,7 +137,7 @@ def harmonic_bonds(bonds: Any) -> BondLaw:
         raise InputError(f"bonds have shape {array.shape} and type {array.dtype}: give integers of shape (m, 2).")
     if (array[:, 0] == array[:, 1]).any():
         raise InputError(f"bond {int(np.argmax(array[:, 0] == array[:, 1]))} joins a particle to itself: remove it.")
-    return BondLaw(array, "harmonic_bonds", _spring, ("stiffness", "length"), (False, True))
+    return BondLaw(array, "harmonic_bonds", _spring, ("stiffness", "length"), (-np.inf, 0.0))
 
 
 def from_pair(
@@ -167,6 +168,7 @@ def from_pair(
         contacts.
     """
     names = tuple(parameters)
+    _check_takes(phi, names)
     mixing = dict(mixing or {})
     for key in mixing:
         if key not in names:
@@ -178,7 +180,20 @@ def from_pair(
     points = breakpoints if callable(breakpoints) else FixedLengths(tuple(float(b) for b in breakpoints))
     label = name or getattr(phi, "__name__", "pair law")
     rules = tuple(mixing.get(n, arithmetic) for n in names)
-    return PairLaw(label, phi, names, cutoff, points, rules, (positive,) * len(names), repulsive)
+    return PairLaw(label, phi, names, cutoff, points, rules, (0.0 if positive else -np.inf,) * len(names), repulsive)
+
+
+def _check_takes(phi: Phi, names: tuple[str, ...]) -> None:
+    """phi must take r and as many parameters as are named."""
+    try:
+        inspect.signature(phi).bind(*range(1 + len(names)))
+    except TypeError as error:
+        raise InputError(
+            f"phi does not take r and the {len(names)} parameters {', '.join(names)} ({error}): name its parameters in "
+            "its order."
+        ) from error
+    except ValueError:
+        pass  # a builtin without a signature
 
 
 def from_energy(fn: Callable[..., jax.Array], parameters: Sequence[str], *, name: str | None = None) -> EnergyLaw:

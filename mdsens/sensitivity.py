@@ -170,6 +170,8 @@ def full_tangent(system: System, dparams: Params) -> dict[str, jax.Array]:
     """A full dict of parameter changes from a partial one, checked."""
     if not isinstance(dparams, Mapping):
         raise InputError(f"dparams is a {type(dparams).__name__}: give a dict of parameter names and their changes.")
+    if not dparams:
+        raise InputError("dparams is empty: give at least one parameter's name and its change.")
     for name, change in dparams.items():
         if name not in system.params:
             near = difflib.get_close_matches(name, system.params, n=1)
@@ -470,7 +472,10 @@ def gradient(
     system = lin.equilibrium.system
 
     def observe(positions: jax.Array, params: Params) -> jax.Array:
-        return jnp.asarray(observable(system.replace(positions=positions, params=dict(params))))
+        value = observable(system.replace(positions=positions, params=dict(params)))
+        if value is None:
+            raise InputError("the observable returns None: return a number or an array.")
+        return jnp.asarray(value)
 
     value, pull = jax.vjp(observe, system.positions, dict(system.params))
     if not jnp.issubdtype(value.dtype, jnp.floating):

@@ -259,10 +259,10 @@ def _parameter(name: str, value: Any, size: int, rng: np.random.Generator, start
     return rng.uniform(low, high, size)
 
 
-def _diameters(sigma: np.ndarray | None, n: int, species: np.ndarray | None) -> np.ndarray:
+def _diameters(sigma: np.ndarray | None, n: int, species: np.ndarray | None, remedy: str) -> np.ndarray:
     """sigma at each particle."""
     if sigma is None:
-        raise InputError("box.packing_fraction needs parameters.sigma, which is missing: give the diameters.")
+        raise InputError(f"box.packing_fraction needs parameters.sigma, which is missing: {remedy}")
     own = np.diagonal(sigma) if sigma.ndim == 2 else sigma
     if own.ndim == 0:
         return np.full(n, float(own))
@@ -295,9 +295,13 @@ def _box(
     if table.has("packing_fraction"):
         follows = table.text("follows", "parameters", choices=("parameters", "nothing"))
         rule = boxes.PackingFraction(float(table.number("packing_fraction")))
-        diameters = _diameters(sigma, n, species)
+        near = difflib.get_close_matches("sigma", top.raw("parameters"), n=1)
+        remedy = f"did you write {near[0]!r} for it?" if near else "give the diameters."
+        diameters = _diameters(sigma, n, species, remedy)
         if not (diameters > 0).all():
-            raise InputError(f"parameters.sigma is {short(sigma)}: every diameter must be positive.")
+            raise InputError(
+                f"parameters.sigma is {short(np.asarray(sigma).tolist())}: every diameter must be positive."
+            )
         unit = {2: np.pi / 4, 3: np.pi / 6}[dimension]
         cell = np.eye(dimension) * (np.sum(unit * diameters**dimension) / rule.fraction) ** (1.0 / dimension)
         return (rule if follows == "parameters" else cell), cell

@@ -197,7 +197,7 @@ def test_a_system_that_does_not_relax_is_not_trusted(tmp_path: Path, capsys: pyt
         (["sensitivity", "dimer"], "required: --wrt"),
         (["relax", "cut.toml"], "no whole TOML file"),
         (["relax", "nowhere/system.toml"], "there is no file"),
-        ([], "required: COMMAND"),
+        ([], "examples:"),
         (["sensitivty"], "invalid choice"),
     ],
 )

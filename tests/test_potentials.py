@@ -403,3 +403,14 @@ def test_mixing_outside_its_two_values_is_refused():
 def test_parameters_of_a_many_body_law_must_be_finite():
     with pytest.raises(ms.InputError, match=r"well is nan: give a finite number"):
         ms.System.create(np.eye(3), None, potentials.from_energy(silicon, ("well",)), {"well": np.nan})
+
+
+def test_what_no_minimum_can_stand_on_is_refused() -> None:
+    points, box = np.array([[0.0, 0.0], [1.4, 0.0]]), 5.0
+    with pytest.raises(ms.InputError, match=r"alpha is 1\.0: give a number above 1"):
+        ms.System.create(points, box, potentials.soft_sphere(), {"sigma": 1.5, "epsilon": 1.0, "alpha": 1.0})
+    jumping = potentials.from_pair(lambda r, a: a / r, ("a",), cutoff=2.0, name="bare")
+    with pytest.raises(ms.InputError, match=r"bare is 0\.5 at its cutoff 2, where it must be zero"):
+        ms.System.create(points, box, jumping, {"a": 1.0})
+    with pytest.raises(ms.InputError, match="phi does not take r and the 1 parameters a"):
+        potentials.from_pair(lambda r, a, b: a / r + b, ("a",), cutoff=2.0)

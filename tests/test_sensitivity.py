@@ -332,6 +332,10 @@ def test_other_bad_input_is_refused():
         ms.vjp(eq, np.ones(3))
     with pytest.raises(ms.InputError, match="force is not finite"):
         ms.response(eq, np.full((128, 2), np.inf))
+    with pytest.raises(ms.InputError, match="dparams is empty"):
+        ms.jvp(eq, {})
+    with pytest.raises(ms.InputError, match="the observable returns None"):
+        ms.gradient(lambda s: None, eq)
     with pytest.raises(ms.InputError, match="got a System"):
         ms.jvp(eq.system, THETA)  # type: ignore[arg-type]
     with pytest.raises(ms.InputError, match="'sgima'"):
