@@ -96,7 +96,8 @@ def soft_sphere() -> PairLaw:
     Parameters: ``sigma`` the sum of the two radii (a particle's value is its diameter), ``epsilon`` an energy,
     ``alpha`` the exponent, above 1: 2 harmonic, 2.5 Hertzian. The cutoff is sigma, by the law's definition, and so
     follows the parameters. Breakpoint: contact, r = sigma, where the second derivative jumps for alpha = 2 and the
-    third diverges for 2.5. Source: O'Hern et al., Phys. Rev. E 68, 011306 (2003); the same as ``jax_md.energy.soft_sphere``.
+    third diverges for 2.5. Source: O'Hern et al., Phys. Rev. E 68, 011306 (2003); the same as
+    ``jax_md.energy.soft_sphere``.
     """
     names = ("sigma", "epsilon", "alpha")
     return PairLaw(

@@ -170,8 +170,6 @@ def full_tangent(system: System, dparams: Params) -> dict[str, jax.Array]:
     """A full dict of parameter changes from a partial one, checked."""
     if not isinstance(dparams, Mapping):
         raise InputError(f"dparams is a {type(dparams).__name__}: give a dict of parameter names and their changes.")
-    if not dparams:
-        raise InputError("dparams is empty: give at least one parameter's name and its change.")
     for name, change in dparams.items():
         if name not in system.params:
             near = difflib.get_close_matches(name, system.params, n=1)
@@ -283,6 +281,8 @@ def jvp(
       InputError: bad names or shapes. ConvergenceError: an unconverged or unjammed minimum, a saddle, a solve that did
       not converge.
     """
+    if isinstance(dparams, Mapping) and not dparams:
+        raise InputError("dparams is empty: give at least one parameter's name and its change.")
     if _batched(at):
         assert isinstance(at, Equilibrium)
         shapes = {name: value.shape[1:] for name, value in at.params.items()}
