@@ -12,7 +12,14 @@ import numpy as np
 from mdsens.implicit.status import InputError
 from mdsens.neighbours import Neighbours
 
-__all__ = ["Fire", "GradientDescent"]
+__all__ = ["Fire", "GradientDescent", "Newton"]
+
+
+def _check_positive(record: Any, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = getattr(record, name)
+        if not 0 < value < np.inf:
+            raise InputError(f"{type(record).__name__}({name}={value}): give a positive number.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,8 +142,26 @@ class GradientDescent:
         return state[1]
 
 
-def _check_positive(record: Any, names: tuple[str, ...]) -> None:
-    for name in names:
-        value = getattr(record, name)
-        if not 0 < value < np.inf:
-            raise InputError(f"{type(record).__name__}({name}={value}): give a positive number.")
+@dataclasses.dataclass(frozen=True)
+class Newton:
+    """FIRE until the minimum is near; where it then crawls, Newton steps on the range of the Hessian, dR = -H^+ dU/dR.
+
+    Near jamming the softest modes make FIRE slow and in the end stall, while a Newton step squares the distance to the
+    minimum. A step is taken only where H has no negative pivot, the step is short and the largest force falls to less
+    than half; else FIRE goes on. So the minimum is FIRE's own, and reached to round-off.
+
+    Attributes:
+      first: the FIRE that finds the basin.
+      begin: largest force, relative to the mean force of a contact, at which Newton steps are tried. Far above 1e-3 they
+        wander; lower it where another minimum is reached than by FIRE alone.
+      patience: steps of FIRE before they are tried: a quick relaxation is over by then, without compiling them.
+    """
+
+    first: Fire = Fire()
+    begin: float = 1e-3
+    patience: int = 2000
+
+    def __post_init__(self) -> None:
+        _check_positive(self, ("begin",))
+        if self.patience < 0:
+            raise InputError(f"Newton(patience={self.patience}): give a number of steps from 0.")

@@ -25,12 +25,13 @@ from mdsens.implicit.status import (
     Status,
     raise_for_status,
 )
-from mdsens.minimisers import Fire, GradientDescent
+from mdsens.minimisers import Fire, GradientDescent, Newton
 from mdsens.neighbours import Neighbours
-from mdsens.stationarity import Unknowns, gradient, largest_force, max_force
+from mdsens.stationarity import Unknowns, force, gradient, largest_force, linearisation, max_force
+from mdsens.stiffness import Stiffness
 from mdsens.system import System, box_at, pair_terms, stack, unstack
 
-__all__ = ["Equilibrium", "Fire", "GradientDescent", "minimize", "relax"]
+__all__ = ["Equilibrium", "Fire", "GradientDescent", "Newton", "minimize", "relax"]
 
 Params = Mapping[str, Any]
 STEPS_PER_CALL = 500  # between two looks of the host: progress, reallocation, interrupts
@@ -224,7 +225,7 @@ def minimize(
     params: Params | None = None,
     *,
     tolerance: float = 1e-12,
-    method: Fire | GradientDescent | None = None,
+    method: Newton | Fire | GradientDescent | None = None,
     max_steps: int = 200_000,
     throw: bool = True,
     progress: bool | None = None,
@@ -236,7 +237,7 @@ def minimize(
       params: parameters to change first; the others stay.
       tolerance: the largest force on a particle to reach, in the potential's units. The error of every derivative is
         this over the smallest stiffness, so it is small by default; raise it where round-off stands above it.
-      method: ``Fire()`` (the default) or ``GradientDescent()``.
+      method: ``Newton()`` (the default: FIRE, and Newton steps where it crawls), ``Fire()`` or ``GradientDescent()``.
       max_steps: of the minimiser.
       throw: raise where the tolerance is not reached; with False the status says so instead.
       progress: show a progress bar; where None, in a terminal or notebook alone.
@@ -248,7 +249,7 @@ def minimize(
       InputError: bad parameters or tolerance. PrecisionError: a tolerance below round-off at this precision.
       ConvergenceError: with the status, and what was reached as ``result``.
     """
-    method = Fire() if method is None else method
+    method = Newton() if method is None else method
     if not (isinstance(tolerance, Real) and np.isfinite(tolerance) and tolerance > 0):
         raise InputError(f"tolerance is {tolerance!r}: give a positive number.")
     if max_steps < 1:
@@ -259,13 +260,15 @@ def minimize(
         system = system.with_params(params)
     _check_precision(system, tolerance)
     began = time.perf_counter()
+    newton, method = (method, method.first) if isinstance(method, Newton) else (None, method)
     system = system.reallocate(keep=True)
     state, pairs = _begin(system, method)
     steps, room, bar = 0, 1.25, _Progress(tolerance, progress)
+    target, patience = tolerance, newton.patience if newton else max_steps
     try:
         while True:
             budget = min(STEPS_PER_CALL, max_steps - steps)
-            state, pairs, done = _advance_jit(system, state, pairs, tolerance, budget, method)
+            state, pairs, done = _advance_jit(system, state, pairs, target, budget, method)
             steps += int(done)
             largest = float(largest_force(method.forces(state)))
             bar.show(steps, largest)
@@ -281,6 +284,21 @@ def minimize(
                     continue
             if not (largest > tolerance and steps < max_steps and np.isfinite(largest)):
                 break
+            if newton and steps >= patience:
+                here = system.replace(positions=method.positions(state), neighbours=pairs)
+                _, net, _ = linearisation(here, largest)
+                near = newton.begin * float(net.mean_force)
+                if largest > near:  # how far FIRE has still to go
+                    target = max(near, tolerance)
+                    continue
+                here, largest, taken = _newton_steps(here, largest, tolerance)
+                steps, target, patience = steps + taken, tolerance, steps + newton.patience
+                if taken:
+                    system = here
+                    state, pairs = _begin(system, method)
+                    bar.show(steps, largest)
+                if largest <= tolerance:
+                    break
     finally:
         bar.close()
     relaxed = system.replace(positions=method.positions(state), neighbours=pairs)
@@ -297,6 +315,26 @@ def minimize(
     if throw:
         raise_for_status(status, f"minimize stopped after {steps:,} steps at max_force {largest:.3e}", eq)
     return eq
+
+
+def _newton_steps(system: System, largest: float, tolerance: float) -> tuple[System, float, int]:
+    """Newton steps while each of them halves the largest force at least: (system, its largest force, steps)."""
+    taken, longest = 0, 0.1 * float(_scales(system)[0])
+    while largest > tolerance:
+        backbone, _, null = linearisation(system, largest)
+        stiffness = Stiffness(backbone, null)
+        if stiffness.factor is not None and stiffness.factor.negative:
+            break
+        step, _, status = stiffness.solve(np.asarray(force(backbone)))
+        if not (status.good and np.isfinite(step).all() and np.abs(step).max(initial=0.0) < longest):
+            break
+        there = system.replace(positions=system.positions + jnp.asarray(step, system.positions.dtype))
+        there = there.reallocate(keep=True)
+        left = float(max_force(there))
+        if not left < 0.5 * largest:
+            break
+        system, largest, taken = there, left, taken + 1
+    return system, largest, taken
 
 
 def _minimize_batch(

@@ -8,11 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import scipy.sparse as sp
 
 from mdsens import contacts
+from mdsens.boxes import nearest_image
 from mdsens.contacts import Network
 from mdsens.implicit.linear import Operator
-from mdsens.system import System, potential_energy
+from mdsens.system import System, pair_terms, potential_energy
 
 __all__ = [
     "NullSpace",
@@ -26,6 +29,7 @@ __all__ = [
     "mixed_product",
     "mixed_transpose",
     "null_space",
+    "sparse_hessian",
 ]
 
 Params = Mapping[str, Any]
@@ -107,6 +111,17 @@ class NullSpace:
             v = v - _turned(turn, self.arms)
         v = jnp.where(self.rattlers[:, None], 0.0, v)
         return dataclasses.replace(x, positions=v)
+
+    @property
+    def dimension(self) -> int:
+        """How many directions it has. Host code."""
+        loose, labels = np.asarray(self.rattlers), np.asarray(self.labels)
+        d = self.translations.shape[0]
+        clusters = np.unique(labels[~loose])
+        count = d * int(loose.sum()) + int(np.asarray(self.translations).sum()) * clusters.size
+        if self.inverse_inertia is not None:
+            count += int(np.linalg.matrix_rank(np.asarray(self.inverse_inertia)[clusters], hermitian=True).sum())
+        return count
 
     def _total(self, v: jax.Array) -> jax.Array:
         return jnp.zeros((self.labels.shape[0], v.shape[1]), v.dtype).at[self.labels].add(v)
@@ -193,6 +208,45 @@ def dense_hessian(system: System) -> jax.Array:
     product = _hessian_product(system)
     rows = jax.vmap(lambda e: product(Unknowns(e.reshape(n, d))).positions.ravel())(jnp.eye(n * d))
     return rows
+
+
+@jax.jit
+def _pair_blocks(system: System) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
+    """i, j and the block d2phi/dv2 (m, d, d) of each pair of each term, v the vector between the two."""
+    box, blocks = system.box, []
+    for term in pair_terms(system):
+        vectors = nearest_image(system.positions[term.i] - system.positions[term.j], box)
+        vectors = jnp.where(term.mask[:, None], vectors, 1.0)
+
+        def slope(v: jax.Array, term: Any = term) -> jax.Array:
+            return jax.grad(lambda u: jnp.sum(term.energy(jnp.sqrt(jnp.sum(u**2, axis=-1)))))(v)
+
+        # pairs do not know of each other, so one product gives a column of every pair's block
+        columns = [
+            jax.jvp(slope, (vectors,), (jnp.zeros_like(vectors).at[:, a].set(1.0),))[1]
+            for a in range(system.dimension)
+        ]
+        blocks.append((term.i, term.j, jnp.stack(columns, axis=-1)))
+    return blocks
+
+
+def sparse_hessian(system: System) -> sp.csc_array | None:
+    """H as a scipy sparse matrix (n d, n d), from the pairs that interact; None for laws that are more than pairs."""
+    if not system.potential.pairwise:
+        return None
+    n, d = system.n, system.dimension
+    rows, columns, entries = [], [], []
+    axes = np.arange(d)
+    for i, j, block in _pair_blocks(system):
+        block = np.asarray(block, float)
+        some = np.any(block != 0, axis=(1, 2))
+        i, j, block = np.asarray(i)[some], np.asarray(j)[some], block[some]
+        for a, b, sign in ((i, i, 1.0), (j, j, 1.0), (i, j, -1.0), (j, i, -1.0)):
+            rows.append(np.broadcast_to((a[:, None] * d + axes)[:, :, None], block.shape).ravel())
+            columns.append(np.broadcast_to((b[:, None] * d + axes)[:, None, :], block.shape).ravel())
+            entries.append((sign * block).ravel())
+    where = (np.concatenate(rows), np.concatenate(columns)) if rows else (np.zeros(0, int), np.zeros(0, int))
+    return sp.coo_array((np.concatenate(entries) if rows else np.zeros(0), where), shape=(n * d, n * d)).tocsc()
 
 
 def mixed_product(system: System, dparams: Params) -> Unknowns:

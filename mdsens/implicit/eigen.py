@@ -1,0 +1,172 @@
+"""The lowest eigenpairs of a symmetric operator off its known null space, each with its residual.
+
+Three ways, by what there is: all eigenvalues of a dense matrix where it is small; shift-invert Lanczos on a sparse
+factor, whose inertia also counts what lies below (Ericsson and Ruhe, Math. Comp. 35, 1251 (1980)); LOBPCG (Knyazev, SIAM
+J. Sci. Comput. 23, 517 (2001)) where there are products alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh, lobpcg
+
+from mdsens.implicit._sparse import SparseFactor, bound
+
+__all__ = ["NULL", "Spectrum", "lowest"]
+
+Apply = Callable[[np.ndarray], np.ndarray]
+
+NULL = 1e-12  # of the largest eigenvalue: below it an eigenvalue is zero
+DENSE_SIZE = 1200  # unknowns up to which every eigenvalue is computed: half a second there
+COUNT_SHIFT = 1e-10  # of the largest: where inertia is taken, clear of round-off of the factor and of soft modes
+
+
+@dataclasses.dataclass(frozen=True)
+class Spectrum:
+    """The lowest eigenpairs off the known null space.
+
+    Attributes:
+      values: (k,) ascending.
+      vectors: (m, k), columns of norm one.
+      residuals: (k,) |A v - lambda v|: there is an eigenvalue within that distance of each value.
+      largest: the largest eigenvalue; under LOBPCG and shift-invert to a part in a thousand.
+      negative: how many eigenvalues lie below -1e-12 of the largest; of the ones computed, where ``counted`` is False.
+      zero: how many lie within 1e-12 of the largest of zero, beyond the known null space; likewise.
+      counted: whether ``negative`` and ``zero`` are of the whole spectrum.
+      method: how they were found.
+    """
+
+    values: np.ndarray
+    vectors: np.ndarray
+    residuals: np.ndarray
+    largest: float
+    negative: int
+    zero: int
+    counted: bool
+    method: str
+
+    @property
+    def stable(self) -> np.ndarray:
+        """(k,) which of them are positive."""
+        return self.values > NULL * self.largest
+
+
+def lowest(
+    apply: Apply, size: int, k: int = 1, *, project: Apply, null: int, matrix: Any = None, dtype: Any = float
+) -> Spectrum:
+    """The ``k`` algebraically lowest eigenpairs of P A P on the range of P.
+
+    Args:
+      apply: A times the columns of an (m, c) array.
+      size: m.
+      k: how many; fewer come back where the range has fewer.
+      project: the orthogonal projector P off the known null space, on the columns of an (m, c) array.
+      null: dimension of that null space.
+      matrix: A as a scipy sparse matrix, for the factor; None for LOBPCG.
+      dtype: precision of the products: what counts as zero cannot be under its round-off.
+    """
+    k = min(k, size - null)
+    zero = max(NULL, 8.0 * size * float(np.finfo(dtype).eps) if np.finfo(dtype).eps > 1e-10 else 0.0)
+    if k < 1:
+        return Spectrum(np.zeros(0), np.zeros((size, 0)), np.zeros(0), 0.0, 0, 0, True, "empty range")
+    if size <= DENSE_SIZE:
+        return _dense(apply, size, k, project, null, zero)
+    if matrix is not None:
+        found = _shift_invert(matrix, size, k, project, null, zero)
+        if found is not None:
+            return found
+    return _lobpcg(apply, size, k, project, zero)
+
+
+def _pairs(apply: Apply, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rayleigh quotients, as good as the square of their vectors, the vectors and the residuals; the k lowest."""
+    vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=0), 1e-300)
+    image = apply(vectors)
+    values = np.einsum("mk,mk->k", vectors, image)
+    order = np.argsort(values)[:k]
+    residuals = np.linalg.norm(image - vectors * values, axis=0)
+    return values[order], vectors[:, order], residuals[order]
+
+
+def _dense(apply: Apply, size: int, k: int, project: Apply, null: int, zero: float) -> Spectrum:
+    identity = np.eye(size)
+    kept = project(identity)
+    matrix = project(apply(kept))
+    scale = float(np.abs(matrix).sum(axis=0).max())
+    matrix = 0.5 * (matrix + matrix.T) + 2.0 * (scale or 1.0) * (identity - kept)  # the null space goes to the top
+    values, vectors = scipy.linalg.eigh(matrix)
+    inside = values[: size - null]
+    largest = float(np.abs(inside).max())
+    counts = int(np.sum(inside < -zero * largest)), int(np.sum(np.abs(inside) <= zero * largest)), True
+    return Spectrum(*_pairs(apply, project(vectors[:, :k]), k), largest, *counts, "dense")
+
+
+def _shift_invert(matrix: Any, size: int, k: int, project: Apply, null: int, zero: float) -> Spectrum | None:
+    """None where no factor tells how many eigenvalues lie below its shift."""
+    rng = np.random.default_rng(0)
+    start = project(rng.standard_normal((size, 1)))[:, 0]
+    top = eigsh(matrix, 1, which="LA", tol=1e-3, v0=start, return_eigenvectors=False)
+    largest = max(float(top[0]), 1e-300)
+    scale = bound(matrix)
+    below = SparseFactor(matrix, COUNT_SHIFT * scale)
+    above = SparseFactor(matrix, -COUNT_SHIFT * scale)
+    if below.negative is None or above.negative is None:
+        return None
+    # the known null space counts as zero: above the upper shift's side, not below the lower one's
+    negative, small = below.negative, above.negative - below.negative - null
+    shift, factor = COUNT_SHIFT * scale, below
+    while factor.negative != 0:  # a saddle: go down until nothing is left below
+        shift *= 10.0
+        if shift > 10.0 * scale:
+            return None
+        factor = SparseFactor(matrix, shift)
+        if factor.negative is None:
+            return None
+    inverse = LinearOperator((size, size), matvec=lambda v: project(factor.apply(project(v[:, None])))[:, 0])
+    ask = min(k + max(small, 0), size - null - 1)
+    try:
+        values, vectors = eigsh(
+            matrix, ask, sigma=-shift, OPinv=inverse, v0=start, ncv=min(max(2 * ask + 10, 20), size - 1)
+        )
+    except ArpackNoConvergence as error:
+        if error.eigenvalues.size == 0:
+            return None
+        values, vectors = error.eigenvalues, error.eigenvectors
+    values, vectors, residuals = _pairs(lambda v: matrix @ v, project(vectors), k)
+    # inertia counts what is small, the values say which of it is zero
+    nulls = int(np.sum(np.abs(values) <= zero * largest))
+    zeros = max(small, nulls) if nulls else 0
+    return Spectrum(values, vectors, residuals, largest, negative, zeros, True, "shift-invert")
+
+
+def _lobpcg(apply: Apply, size: int, k: int, project: Apply, zero: float) -> Spectrum:
+    rng = np.random.default_rng(0)
+
+    def restricted(v: np.ndarray) -> np.ndarray:
+        columns = v.reshape(size, -1)
+        return project(apply(project(columns))).reshape(v.shape)
+
+    operator = LinearOperator((size, size), matvec=restricted, matmat=restricted)
+    start = project(rng.standard_normal((size, 1)))[:, 0]
+    largest = float(eigsh(operator, 1, which="LM", tol=1e-3, v0=start, return_eigenvectors=False)[0])
+    largest = abs(largest)
+    guess = project(rng.standard_normal((size, k + min(4, size // 10))))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns where the tolerance is not met; the residuals say so
+        values, vectors = lobpcg(operator, guess, tol=1e-9 * largest, maxiter=3000, largest=False)[:2]
+    found = _pairs(restricted, project(np.asarray(vectors)), k)
+    if found[2].max() > 1e-5 * largest:  # it breaks down now and then, and returns what it has
+        values, vectors = eigsh(operator, k, which="SA", v0=start, ncv=min(size - 1, 40 + 2 * k), maxiter=200)
+        again = _pairs(restricted, project(vectors), k)
+        found = again if again[2].max() < found[2].max() else found
+    values, vectors, residuals = found
+    sure = residuals <= 1e-5 * largest
+    negative = int(np.sum(values < -zero * largest - residuals))
+    zeros = int(np.sum(sure & (np.abs(values) <= zero * largest)))
+    return Spectrum(values, vectors, residuals, largest, negative, zeros, False, "LOBPCG")
