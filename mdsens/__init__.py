@@ -18,6 +18,7 @@ import jax as _jax
 
 from mdsens import contacts, implicit, io, observables, plots, potentials, relaxation, verify
 from mdsens.boxes import PackingFraction
+from mdsens.certificate import Certificate, certify
 from mdsens.equilibration import equilibrate
 from mdsens.implicit.status import (
     ConvergenceError,
@@ -55,6 +56,7 @@ def enable_x64() -> None:
 
 
 __all__ = [
+    "Certificate",
     "ConvergenceError",
     "Equilibrium",
     "InputError",
@@ -68,6 +70,7 @@ __all__ = [
     "System",
     "TooLargeError",
     "UnsupportedVersionError",
+    "certify",
     "contacts",
     "enable_x64",
     "equilibrate",

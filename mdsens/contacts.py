@@ -19,7 +19,7 @@ from mdsens.boxes import nearest_image
 from mdsens.laws import PairTerm
 from mdsens.system import System, box_at, pair_distances, pair_terms, potential_energy
 
-__all__ = ["Crossing", "Network", "backbone", "coordination", "first_crossing", "network", "pair_forces"]
+__all__ = ["Crossing", "Network", "backbone", "coordination", "crossings", "network", "pair_forces"]
 
 FORCE_MARGIN = 10.0  # contacts carry this many times the largest net force
 STIFFNESS_FLOOR = 1e-12  # of the stiffest pair; below it a pair holds nothing
@@ -181,25 +181,39 @@ def coordination(system: System, net: Network | None = None) -> jax.Array:
 
 
 class Crossing(NamedTuple):
-    """Where a pair first meets a breakpoint of its law along a path.
+    """When each pair meets each breakpoint of its law along a path, to first order.
 
     Attributes:
-      forward: the smallest t > 0, to first order; inf where no pair crosses.
-      backward: the smallest -t > 0.
-      forward_pair, backward_pair: (2,) the particles of that pair.
+      times: (k,) t of the path; negative behind, inf where a pair's distance to the breakpoint does not change.
+      pairs: (k, 2) particles.
+      inside: (k,) True where the pair is now nearer than the breakpoint, so that it opens there; else it closes.
     """
 
-    forward: jax.Array
-    backward: jax.Array
-    forward_pair: jax.Array
-    backward_pair: jax.Array
+    times: jax.Array
+    pairs: jax.Array
+    inside: jax.Array
+
+    @property
+    def forward(self) -> jax.Array:
+        """The smallest t > 0; inf where no pair crosses."""
+        return jnp.min(jnp.where(self.times >= 0, self.times, jnp.inf), initial=jnp.inf)
+
+    @property
+    def backward(self) -> jax.Array:
+        """The smallest -t > 0."""
+        return jnp.min(jnp.where(self.times <= 0, jnp.abs(self.times), jnp.inf), initial=jnp.inf)
+
+    @property
+    def radius(self) -> jax.Array:
+        """The smaller of the two."""
+        return jnp.minimum(self.forward, self.backward)
 
 
 @jax.jit
-def first_crossing(
+def crossings(
     system: System, velocity: jax.Array, dparams: Mapping[str, Any], rattlers: jax.Array | None = None
 ) -> Crossing:
-    """The first breakpoint (contact, onset, cutoff) that a pair crosses along params + t dparams, to first order.
+    """Where pairs cross a breakpoint (contact, onset, cutoff) along params + t dparams, to first order.
 
     t = -(r - b) / d(r - b)/dt, over all pairs and breakpoints b.
 
@@ -215,17 +229,12 @@ def first_crossing(
         return [t.lengths() - pair_distances(t, positions, box) for t in pair_terms(system, params)]
 
     now, rates = jax.jvp(gaps, (system.positions, dict(system.params)), (velocity, dict(dparams)))
-    times, firsts, seconds = [], [], []
+    times, firsts, seconds, inside = [jnp.zeros(0)], [jnp.zeros(0, jnp.int32)], [jnp.zeros(0, jnp.int32)], []
     for term, gap, rate in zip(pair_terms(system), now, rates, strict=True):
         real = term.mask if rattlers is None else term.mask & ~rattlers[term.i] & ~rattlers[term.j]
-        t = jnp.where(real & (rate != 0), -gap / jnp.where(rate == 0, 1.0, rate), jnp.inf)
-        times.append(t.ravel())
+        times.append(jnp.where(real & (rate != 0), -gap / jnp.where(rate == 0, 1.0, rate), jnp.inf).ravel())
         firsts.append(jnp.broadcast_to(term.i, gap.shape).ravel())
         seconds.append(jnp.broadcast_to(term.j, gap.shape).ravel())
-    t = jnp.concatenate([*times, jnp.full(1, jnp.inf)])
-    pairs = jnp.stack(
-        [jnp.concatenate([*firsts, jnp.full(1, -1)]), jnp.concatenate([*seconds, jnp.full(1, -1)])], axis=1
-    )
-    ahead, behind = jnp.where(t >= 0, t, jnp.inf), jnp.where(t <= 0, -t, jnp.inf)
-    a, b = jnp.argmin(ahead), jnp.argmin(behind)
-    return Crossing(ahead[a], jnp.abs(behind[b]), pairs[a], pairs[b])
+        inside.append((gap > 0).ravel())
+    pairs = jnp.stack([jnp.concatenate(firsts), jnp.concatenate(seconds)], axis=1)
+    return Crossing(jnp.concatenate(times), pairs, jnp.concatenate([jnp.zeros(0, bool), *inside]))

@@ -223,8 +223,7 @@ def _pair_blocks(system: System) -> list[tuple[jax.Array, jax.Array, jax.Array]]
 
         # pairs do not know of each other, so one product gives a column of every pair's block
         columns = [
-            jax.jvp(slope, (vectors,), (jnp.zeros_like(vectors).at[:, a].set(1.0),))[1]
-            for a in range(system.dimension)
+            jax.jvp(slope, (vectors,), (jnp.zeros_like(vectors).at[:, a].set(1.0),))[1] for a in range(system.dimension)
         ]
         blocks.append((term.i, term.j, jnp.stack(columns, axis=-1)))
     return blocks

@@ -115,5 +115,5 @@ def participation(vectors: np.ndarray, dimension: int) -> np.ndarray:
       vectors: (n d, k).
       dimension: d.
     """
-    squares = np.sum(vectors.reshape(-1, dimension, vectors.shape[1]) ** 2, axis=1)
+    squares = np.sum(vectors.reshape(vectors.shape[0] // dimension, dimension, vectors.shape[1]) ** 2, axis=1)
     return np.sum(squares, axis=0) ** 2 / (squares.shape[0] * np.sum(squares**2, axis=0))

@@ -98,8 +98,7 @@ def finite_difference(
     lin = sensitivity.linearize(eq)
     tangent = sensitivity.full_tangent(eq.system, dparams)
     velocity = sensitivity.jvp(lin, dparams, throw=False).value
-    crossing = contacts.first_crossing(eq.system, velocity, tangent, lin.network.rattlers)
-    radius = float(jnp.minimum(crossing.forward, crossing.backward))
+    radius = float(contacts.crossings(eq.system, velocity, tangent, lin.network.rattlers).radius)
     if step is None:
         largest = max((float(jnp.max(jnp.abs(v))) for v in tangent.values() if v.size), default=0.0)
         if largest == 0.0:

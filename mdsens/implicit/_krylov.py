@@ -9,7 +9,7 @@ condition is false, so a finished member stays what it was.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,27 @@ def safe_divide(a: Array, b: Array) -> Array:
     return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
 
 
+class _Pivot(NamedTuple):
+    """The last pivot of the L D L^T of a Lanczos matrix T, and |z|^2 of the z = L^-T e_k with z.Tz = pivot."""
+
+    value: Array
+    weight: Array
+
+
+def _pivot(alpha: Array, beta: Array, last: _Pivot, size: Array) -> tuple[_Pivot, Array]:
+    """The next pivot, and whether it proves negative curvature: what conjugate gradients see in their p.Ap / p.p.
+
+    The curvature along z is pivot / |z|^2. One that is zero to round-off leaves nothing that later pivots could be
+    computed from: not a number from there on, and no proof.
+    """
+    zero = _CURVATURE_UNITS * jnp.finfo(alpha.dtype).eps * size
+    ratio = safe_divide(beta, last.value)
+    value = alpha - ratio * beta
+    weight = 1 + ratio**2 * last.weight
+    value = jnp.where(jnp.abs(value) <= zero * weight, jnp.nan, value)
+    return _Pivot(value, weight), value < -zero * weight
+
+
 def _int(value: int | Status) -> Array:
     return jnp.asarray(int(value), jnp.int32)
 
@@ -80,8 +101,10 @@ def cg(apply: Apply, b: Array, tol: Array, limit: Array) -> Result:
     return x, k, status
 
 
-def minres(apply: Apply, b: Array, tol: Array, limit: Array) -> Result:
+def minres(apply: Apply, b: Array, tol: Array, limit: Array, definite: bool = False) -> Result:
     """MINRES (Paige and Saunders, 1975), for a symmetric operator, definite or not.
+
+    Where the operator should be positive semi-definite (``definite``), INDEFINITE at the first proof that it is not.
 
     STAGNATED where |A r| / (|A| |r|) falls under the square root of round-off, which is as low as it was seen to come
     on singular systems (1e-11 to 6e-9): what is left of the residual lies in the null space. On a soft direction it
@@ -96,13 +119,14 @@ def minres(apply: Apply, b: Array, tol: Array, limit: Array) -> Result:
         return (phi_bar > tol) & (beta > 0) & (k < limit) & (status == Status.CONVERGED)
 
     def body(state: tuple[Array, ...]) -> tuple[Array, ...]:
-        x, r1, r2, beta, beta_old, d_bar, epsilon, phi_bar, cs, sn, w1, w2, size, k, _ = state
+        x, r1, r2, beta, beta_old, d_bar, epsilon, phi_bar, cs, sn, w1, w2, size, pivot, k, _ = state
         v = r2 / beta
         y = apply(v) - safe_divide(beta, beta_old) * r1
         alpha = dot(v, y)
         y = y - (alpha / beta) * r2
         r1, r2, beta_old, beta = r2, y, beta, norm(y)
         size = jnp.sqrt(size**2 + alpha**2 + beta_old**2 * (k > 0) + beta**2)  # Frobenius norm of the Lanczos matrix
+        pivot, negative = _pivot(alpha, jnp.where(k > 0, beta_old, 0), pivot, size)
         # A Lanczos vector at round-off has no direction left: the Krylov space is invariant and the loop ends.
         beta = jnp.where(beta > eps * size, beta, 0)
         epsilon_old, delta, gamma_bar = epsilon, cs * d_bar + sn * alpha, sn * d_bar - cs * alpha
@@ -115,16 +139,20 @@ def minres(apply: Apply, b: Array, tol: Array, limit: Array) -> Result:
         # After a stall the step would be a division by round-off along a null direction: leave x as it is.
         x = jnp.where(stalled, x, x + phi * w2)
         status = jnp.where(stalled, _int(Status.STAGNATED), _int(0))
-        return x, r1, r2, beta, beta_old, d_bar, epsilon, phi_bar, cs, sn, w1, w2, size, k + 1, status
+        status = jnp.where(negative & definite, _int(Status.INDEFINITE), status)
+        return x, r1, r2, beta, beta_old, d_bar, epsilon, phi_bar, cs, sn, w1, w2, size, pivot, k + 1, status
 
     length = norm(b)
-    start = (none, none, b, length, zero, zero, zero, length, -jnp.ones_like(zero), zero, none, none, zero)
+    start = (none, none, b, length, zero, zero, zero, length, -jnp.ones_like(zero), zero, none, none, zero, _Pivot(zero, zero))
     final = lax.while_loop(going, body, (*start, _int(0), _int(0)))
     return final[0], final[-2], final[-1]
 
 
-def bicgstab(apply: Apply, b: Array, tol: Array, limit: Array) -> Result:
+def bicgstab(apply: Apply, b: Array, tol: Array, limit: Array, definite: bool = False) -> Result:
     """BiCGSTAB (van der Vorst, 1992), for any operator; two applications a step, no memory beyond seven vectors.
+
+    Where the operator should be positive semi-definite (``definite``), INDEFINITE at a search direction of negative
+    curvature; it may end without meeting one.
 
     BREAKDOWN where an inner product that it divides by vanishes to round-off (for a skew-symmetric operator at once).
     """
@@ -132,11 +160,11 @@ def bicgstab(apply: Apply, b: Array, tol: Array, limit: Array) -> Result:
     shadow = b
 
     def going(state: tuple[Array, ...]) -> Array:
-        _, r, _, _, k, status = state
+        _, r, _, _, _, k, status = state
         return (dot(r, r) > tol**2) & (k < limit) & (status == Status.CONVERGED)
 
     def body(state: tuple[Array, ...]) -> tuple[Array, ...]:
-        x, r, p, rho, k, _ = state
+        x, r, p, rho, scale, k, _ = state
         ap = apply(p)
         along = dot(shadow, ap)
         broken = jnp.abs(along) <= eps * norm(shadow) * norm(ap)
@@ -151,15 +179,25 @@ def bicgstab(apply: Apply, b: Array, tol: Array, limit: Array) -> Result:
         x, r = x + alpha * p + omega * s, s - omega * t
         rho_new = dot(shadow, r)
         broken = broken | (~done & (jnp.abs(rho_new) <= eps * norm(shadow) * norm(r)))
+        pp, ss = dot(p, p), dot(s, s)
+        scale = jnp.maximum(scale, jnp.sqrt(jnp.maximum(safe_divide(dot(ap, ap), pp), safe_divide(tt, ss))))
+        least = -_CURVATURE_UNITS * eps * scale
+        negative = (dot(p, ap) < least * pp) | (~done & (st < least * ss))
         p = r + safe_divide(rho_new, rho) * safe_divide(alpha, omega) * (p - omega * ap)
-        return x, r, p, rho_new, k + 2, jnp.where(broken, _int(Status.BREAKDOWN), _int(0))
+        status = jnp.where(broken, _int(Status.BREAKDOWN), _int(0))
+        status = jnp.where(negative & definite, _int(Status.INDEFINITE), status)
+        return x, r, p, rho_new, scale, k + 2, status
 
-    x, _, _, _, k, status = lax.while_loop(going, body, (jnp.zeros_like(b), b, b, dot(b, b), _int(0), _int(0)))
+    start = (jnp.zeros_like(b), b, b, dot(b, b), jnp.zeros((), b.dtype), _int(0), _int(0))
+    x, _, _, _, _, k, status = lax.while_loop(going, body, start)
     return x, k, status
 
 
-def gmres_cycle(apply: Apply, b: Array, tol: Array, limit: Array, restart: int) -> Result:
+def gmres_cycle(apply: Apply, b: Array, tol: Array, limit: Array, restart: int, definite: bool = False) -> Result:
     """One cycle of GMRES (Saad and Schultz, 1986): the least residual over a Krylov space of at most ``restart``.
+
+    Where the operator should be symmetric positive semi-definite (``definite``), the Hessenberg matrix is its Lanczos
+    matrix: INDEFINITE at the first proof that it is not.
 
     Arnoldi by classical Gram-Schmidt done twice, which is as orthogonal as Householder and two matrix products a step;
     the Hessenberg matrix is reduced by Givens rotations kept as one matrix ``q``, so that a step is a product and not
@@ -175,7 +213,7 @@ def gmres_cycle(apply: Apply, b: Array, tol: Array, limit: Array, restart: int) 
         return (j < m) & _any(~done)
 
     def body(state: tuple[Array, ...]) -> tuple[Array, ...]:
-        basis, r, q, g, j, used, done = state
+        basis, r, q, g, j, used, done, pivot, beta, size, status = state
         w = apply(basis[j])
         length = norm(w)
         h = dot(basis, w)
@@ -185,6 +223,11 @@ def gmres_cycle(apply: Apply, b: Array, tol: Array, limit: Array, restart: int) 
         beyond = norm(w)
         invariant = ~(beyond > 8 * eps * length)
         beyond = jnp.where(invariant, 0, beyond)
+        alpha = h[j] + again[j]
+        size = jnp.where(done, size, jnp.sqrt(size**2 + alpha**2 + beta**2 + beyond**2))
+        pivot, negative = _pivot(alpha, beta, pivot, size)
+        status = jnp.where(negative & definite & ~done, _int(Status.INDEFINITE), status)
+        beta = beyond
         column = dot(q, h + again + jnp.where(at == j + 1, beyond, 0))
         rho = jnp.hypot(column[j], column[j + 1])
         # rho = 0 happens on a singular operator alone: that direction gains nothing. Neither it nor a member that is
@@ -200,17 +243,19 @@ def gmres_cycle(apply: Apply, b: Array, tol: Array, limit: Array, restart: int) 
         r = _write(r, jnp.where(idle, r[j], upper[:m])[None], j)
         basis = _write(basis, jnp.where(idle, 0, safe_divide(w, beyond))[None], j + 1)
         used = jnp.where(idle, used, j + 1)
-        done = idle | invariant | ~(jnp.abs(g[j + 1]) > tol) | (j + 1 >= limit)
-        return basis, r, q, g, j + 1, used, done
+        done = idle | invariant | ~(jnp.abs(g[j + 1]) > tol) | (j + 1 >= limit) | (status != Status.CONVERGED)
+        return basis, r, q, g, j + 1, used, done, pivot, beta, size, status
 
     size = norm(b)
     basis = jnp.zeros((m + 1, b.size), b.dtype).at[0].set(safe_divide(b, size))
     g = jnp.zeros(m + 1, b.dtype).at[0].set(size)
     idle = ~(size > tol) | (limit < 1)
-    start = (basis, jnp.eye(m, dtype=b.dtype), jnp.eye(m + 1, dtype=b.dtype), g, _int(0), _int(0), idle)
-    basis, r, _, g, _, used, _ = lax.while_loop(going, body, start)
+    zero = jnp.zeros((), b.dtype)
+    square, whole = jnp.eye(m, dtype=b.dtype), jnp.eye(m + 1, dtype=b.dtype)
+    start = (basis, square, whole, g, _int(0), _int(0), idle, _Pivot(zero, zero), zero, zero, _int(0))
+    basis, r, _, g, _, used, _, _, _, _, status = lax.while_loop(going, body, start)
     y = jax.scipy.linalg.solve_triangular(r.T, jnp.where(jnp.arange(m) < used, g[:m], 0))
-    return dot(y, basis[:m]), used, _int(0)
+    return dot(y, basis[:m]), used, status
 
 
 def _write(array: Array, rows: Array, j: Array) -> Array:

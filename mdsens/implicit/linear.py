@@ -432,15 +432,16 @@ def _inner(
     method: Method, operator: Operator, apply: _Flat, right: _Flat | None, left: _Flat | None, b: Array
 ) -> tuple[Callable[[Array, Array, Array], Result], int]:
     """The solver of one round, ``(r, tol, limit) -> (x, applications, status)``, and the applications to set it up."""
+    definite = operator.positive_semidefinite
     match method:
         case CG():
             return lambda r, tol, limit: _krylov.cg(apply, r, tol, limit), 0
         case MINRES():
-            return lambda r, tol, limit: _krylov.minres(apply, r, tol, limit), 0
+            return lambda r, tol, limit: _krylov.minres(apply, r, tol, limit, definite), 0
         case BiCGSTAB():
-            return lambda r, tol, limit: _krylov.bicgstab(apply, r, tol, limit), 0
+            return lambda r, tol, limit: _krylov.bicgstab(apply, r, tol, limit, definite), 0
         case GMRES(restart=restart):
-            return lambda r, tol, limit: _krylov.gmres_cycle(apply, r, tol, limit, restart), 0
+            return lambda r, tol, limit: _krylov.gmres_cycle(apply, r, tol, limit, restart, definite), 0
         case _:
             factored = factor(apply, right, left, operator.positive_semidefinite, b)
             return lambda r, tol, limit: factored(r), b.size

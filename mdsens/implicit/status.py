@@ -26,8 +26,8 @@ __all__ = [
 class Status(IntEnum):
     """The outcome of a relaxation or a solve: each member is a sentence that names the cause and what to do.
 
-    Members up to ``NULL_COMPONENT_DROPPED`` are good: the number beside them can be used. Inside ``jit`` a status is
-    an int32 array; ``Status(int(value))`` turns it back into a member.
+    Members below ``MAX_STEPS_REACHED`` are good: the number beside them can be used; from ``NULL_COMPONENT_DROPPED`` on
+    they are warnings. Inside ``jit`` a status is an int32 array; ``Status(int(value))`` turns it back into a member.
     """
 
     sentence: str
@@ -48,6 +48,16 @@ class Status(IntEnum):
         2,
         "converged; the part of the right-hand side in the null space (translations, rattlers, rotations of a free "
         "cluster) has no answer and was dropped",
+    )
+    SINGLE_PRECISION = (
+        3,
+        "single precision leaves few digits of a derivative, eps lambda_max / lambda_min at best; call ms.enable_x64() "
+        "for more",
+    )
+    RADIUS_BELOW_ROUND_OFF = (
+        4,
+        "a pair stands so near to its next breakpoint that the positions cannot tell on which side: the derivative is "
+        "that of one side; move the parameters a little",
     )
     MAX_STEPS_REACHED = 10, "the step limit came before the tolerance; raise max_steps or loosen the tolerance"
     STAGNATED = (
@@ -79,10 +89,26 @@ class Status(IntEnum):
         "the configuration is no minimum: its largest force is above the tolerance; minimise further first",
     )
 
+    FLOPPY = (
+        18,
+        "there are modes without stiffness beyond translations, rotations and rattlers: the configuration is not rigid, "
+        "and its response not unique; compress it, or add what holds it",
+    )
+    CONTACTS_UNSETTLED = (
+        19,
+        "on the way from here to the minimum a pair crosses a breakpoint of its law (a contact opens or closes), so the "
+        "derivative may be that of another contact network; minimise to a smaller force",
+    )
+
     @property
     def good(self) -> bool:
         """True where the number beside this status can be used."""
-        return self.value <= Status.NULL_COMPONENT_DROPPED.value
+        return self.value < Status.MAX_STEPS_REACHED.value
+
+    @property
+    def warning(self) -> bool:
+        """True where the number can be used, and its user should know what the sentence says."""
+        return Status.NULL_COMPONENT_DROPPED.value <= self.value < Status.MAX_STEPS_REACHED.value
 
 
 class MdsensError(Exception):
