@@ -1,8 +1,8 @@
 """Whether a sensitivity can be trusted: is the minimum one, is it stable, how wrong can its derivative be, how far does
 it reach.
 
-Every figure is computed at the minimum as it is. The bounds of the error are estimates: the constants in them hold along
-the way to the true minimum, and are taken where it starts.
+Every figure is computed at the minimum as it is. The bounds of the error are estimates: the constants in them hold
+along the way to the true minimum, and are taken where it starts.
 """
 
 from __future__ import annotations
@@ -84,16 +84,6 @@ class Derivative:
         """
         return int(np.sum(np.abs(np.asarray(self.crossing.times)) <= change))
 
-    def next(self, forward: bool = True) -> tuple[tuple[int, int], bool] | None:
-        """The pair that crosses first on one side, and whether it opens; None where none does."""
-        times = np.asarray(self.crossing.times) * (1.0 if forward else -1.0)
-        ahead = np.where(times >= 0, times, np.inf)
-        if not ahead.size or not np.isfinite(ahead.min()):
-            return None
-        k = int(np.argmin(ahead))
-        i, j = (int(p) for p in np.asarray(self.crossing.pairs[k]))
-        return (i, j), bool(self.crossing.inside[k])
-
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Certificate(Shown):
@@ -103,7 +93,7 @@ class Certificate(Shown):
       status: the gravest of ``findings``.
       findings: every status that is not CONVERGED, with a sentence and its figures, gravest first.
       max_force: the largest net force on a particle, energy a length.
-      relative_force: the same over the mean force of a contact; nan where there is none.
+      relative_force: the same over the mean force of a contact; nan where the law attracts too, or nothing touches.
       mean_force: that mean.
       distance: |x - x*| <= |F|_2 / lambda_min, off the null space; a length.
       newton: length of the Newton step H^+ F: the estimate of that distance.
@@ -117,8 +107,8 @@ class Certificate(Shown):
       rattlers: (n,) particles that nothing holds.
       crossed_to_minimum: how many pairs cross a breakpoint along the Newton step, or are in doubt.
       derivative: of the direction that was asked for; None without one.
-      observable: shares of the observable's gradient by positions on ``rattlers`` and on rigid motions (``rigid``), which
-        have no derivative; None without an observable.
+      observable: shares of the observable's gradient by positions on ``rattlers`` and on rigid motions (``rigid``),
+        which have no derivative; None without an observable.
       precision: of the positions.
     """
 
@@ -144,7 +134,6 @@ class Certificate(Shown):
     observable: dict[str, float] | None
     precision: str
 
-    # what a user of a single direction asks for first
     @property
     def error(self) -> float:
         """Relative error of the derivative, the sharp estimate; nan without a direction."""
@@ -184,7 +173,7 @@ class Certificate(Shown):
             names = ("norm", "residual", "linear_error", "error", "theorem", "radius", "forward", "backward", "bend")
             found["derivative"] = {name: float(getattr(d, name)) for name in names}
             found["derivative"]["status"] = d.status.name
-            for side, ahead in (("pair_forward", d.next(True)), ("pair_backward", d.next(False))):
+            for side, ahead in (("pair_forward", d.crossing.first(True)), ("pair_backward", d.crossing.first(False))):
                 found["derivative"][side] = None if ahead is None else list(ahead[0])
         if self.observable is not None:
             found["observable"] = dict(self.observable)
@@ -210,7 +199,13 @@ class Certificate(Shown):
         return [row for _, rows in self._sections() for row in rows]
 
     def __str__(self) -> str:
+        return self.page()
+
+    def page(self, derivative_only: bool = False) -> str:
+        """What ``print`` shows; or of it what belongs to the direction alone, where several share a minimum."""
         sections = self._sections()
+        if derivative_only:
+            sections = [s for s in sections if s[1] and s[0] not in ("Is it a minimum?", "Is it stable?")]
         width = max((len(name) for _, rows in sections for name, _ in rows), default=0)
         return "\n\n".join(
             _tables.text(title, [(f"{name:<{width}}", value) for name, value in rows]) for title, rows in sections
@@ -268,7 +263,7 @@ class Certificate(Shown):
     def _of_reach(self, d: Derivative) -> Rows:
         rows = []
         for name, value, forward in (("forward, t < ", d.forward, True), ("backward, t > -", d.backward, False)):
-            ahead = d.next(forward)
+            ahead = d.crossing.first(forward)
             if ahead is None:
                 rows.append((name.split(",")[0], "no pair crosses a breakpoint of its law"))
             else:
@@ -278,7 +273,9 @@ class Certificate(Shown):
             counts = ", ".join(f"{d.crossed(f * d.radius)} within {f * d.radius:.0e}" for f in (3, 10, 100))
             rows.append(("pairs that cross", f"{counts} (moduli survive single crossings, positions do not)"))
         if np.isfinite(d.bend):
-            rows.append(("scale of the curvature", f"{d.bend:.1e}: there the path has turned"))
+            rows.append(
+                ("scale of the curvature", f"{d.bend:.1e}: there curvature moves particles as far as the slope")
+            )
         return rows
 
 
@@ -332,7 +329,9 @@ def _derivative(
     pull = np.asarray(mixed_product(system, tangent).positions)
     J, residual, status = stiffness.solve(-pull)
     norm = float(np.linalg.norm(J))
-    d_pull, beta, gamma, bend = _newton_terms(system, lin.null, tangent, jnp.asarray(J), jnp.asarray(step))
+    dtype = system.positions.dtype
+    there = jnp.asarray(J, dtype), jnp.asarray(step, dtype)
+    d_pull, beta, gamma, bend = _newton_terms(system, lin.null, tangent, *there)
     dJ, _, _ = stiffness.solve(-np.asarray(d_pull))
     J2, _, _ = stiffness.solve(-np.asarray(bend))
     R = float(np.linalg.norm(stiffness.project(pull.ravel())))
@@ -340,7 +339,7 @@ def _derivative(
     alpha = max(least, 0.0) or np.nan
     theorem = (float(beta) / alpha + float(gamma) * R / alpha**2) * way
     # the full system's pairs: what a rattler's neighbours do is left out by name
-    crossing = contacts.crossings(lin.equilibrium.system, jnp.asarray(J), tangent, lin.network.rattlers)
+    crossing = contacts.crossings(lin.equilibrium.system, there[0], tangent, lin.network.rattlers)
     on = sum(float(np.sum(np.asarray(v)[loose] ** 2)) for v in tangent.values() if v.shape == (system.n,))
     whole = sum(float(np.sum(np.asarray(v) ** 2)) for v in tangent.values())
     curved = float(np.linalg.norm(J2))
@@ -357,7 +356,7 @@ def _derivative(
         crossing,
         float(crossing.forward),
         float(crossing.backward),
-        2.0 * norm / curved if curved > 0 else np.inf,
+        2.0 * norm / curved if curved > 1e-8 * norm else np.inf,  # below it is round-off
         float(np.sqrt(on / whole)) if whole else 0.0,
     )
 
@@ -366,7 +365,7 @@ def _in_doubt(lin: Linearization, step: np.ndarray) -> int:
     """How many pairs cross a breakpoint along the Newton step, or hold a particle that counts as a rattler."""
     eq, net = lin.equilibrium, lin.network
     none = {name: jnp.zeros_like(value) for name, value in eq.system.params.items()}
-    crossing = contacts.crossings(eq.system, jnp.asarray(step), none, net.rattlers)
+    crossing = contacts.crossings(eq.system, jnp.asarray(step, eq.system.positions.dtype), none, net.rattlers)
     times = np.asarray(crossing.times)
     crossed = int(np.sum((times >= 0) & (times <= 1.0)))
     if eq.system.potential.repulsive:
@@ -450,7 +449,7 @@ def certify(
         Status.CONVERGED,
         (),
         largest,
-        largest / mean if mean > 0 else np.nan,
+        largest / mean if mean > 0 and system.potential.repulsive else np.nan,
         mean,
         total / soft if np.isfinite(soft) else np.inf,
         float(np.linalg.norm(step)),

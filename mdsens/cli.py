@@ -36,6 +36,7 @@ examples:
   mdsens sensitivity seed_packing_2d --wrt "sigma[1]"      how a packing moves as species 1 grows
   mdsens sensitivity seed_packing_2d --wrt alpha --plot alpha.png --out alpha.npz
   mdsens relax my_system.toml --seed 3 --extxyz relaxed.extxyz
+  mdsens certify seed_packing_2d --wrt "sigma[1]" --modes 5  is the minimum one, and how far does its derivative reach
   mdsens verify dimer --wrt sigma                          finite differences, and the adjoint
   mdsens doctor                                            versions, device, a check of the compiler
 
@@ -113,6 +114,9 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--wrt", required=True, metavar="NAME", type=_wrt, help=WRT)
         made.add_argument("--solver", choices=SOLVERS, default="auto", help="linear solver (default: auto)")
 
+    def strict(made: argparse.ArgumentParser) -> None:
+        made.add_argument("--strict", action="store_true", help=f"exit with {UNTRUSTED} on any warning too")
+
     made = command(
         "sensitivity",
         _sensitivity,
@@ -133,6 +137,24 @@ def _parser() -> argparse.ArgumentParser:
         help=f"draw the response ({', '.join(FIGURES[:3])}, ...); of several components, the one of the largest",
     )
     made.add_argument("--no-check", action="store_true", help="do not check against finite differences")
+    strict(made)
+
+    made = command(
+        "certify",
+        _certify,
+        "examine a minimum: is it one, is it stable, how wrong can its derivative be, how far does it reach",
+        f"What did not relax, what is unjammed, floppy or a saddle is examined too: the exit code is then {UNTRUSTED}.",
+    )
+    common(made)
+    made.add_argument("--wrt", metavar="NAME", type=_wrt, help=f"{WRT}; without it the minimum alone is examined")
+    made.add_argument("--particle", type=int, metavar="I", help="examine what has no answer in the place of particle I")
+    made.add_argument("--modes", type=int, default=1, metavar="K", help="how many of the lowest modes (default: 1)")
+    made.add_argument(
+        "--max-steps", type=int, metavar="N", help="stop relaxing there (default: the system's, or 200,000)"
+    )
+    made.add_argument("--single", action="store_true", help="compute in single precision, to see what is left of it")
+    made.add_argument("--json", type=Path, metavar="FILE.json", help="store every figure")
+    strict(made)
 
     made = command("relax", _relax, "relax a system to a minimum of its energy")
     common(made)
@@ -196,15 +218,18 @@ def _relaxed(args: argparse.Namespace) -> tuple[Equilibrium, Linearization, list
     import mdsens as ms
     from mdsens import specification
 
-    ms.enable_x64()
+    if not getattr(args, "single", False):
+        ms.enable_x64()
     fields = {} if args.seed is None else {"seed": args.seed}
     system = ms.load_system(args.system, **fields)
     options = ms.io.relaxation_options(args.system, **fields)
     if args.tolerance is not None:
         options["tolerance"] = args.tolerance
-    differentiate = hasattr(args, "wrt")
+    if getattr(args, "max_steps", None) is not None:
+        options["max_steps"] = args.max_steps
+    differentiate, examine = getattr(args, "wrt", None) is not None, args.run is _certify
     parts = _report.components(system, *args.wrt) if differentiate else []
-    solver = getattr(ms.implicit, SOLVERS[args.solver])() if differentiate else ms.implicit.Auto()
+    solver = getattr(ms.implicit, SOLVERS[getattr(args, "solver", "auto")])()
     about = specification.read(specification.locate(args.system))
     print(_report.system(Path(args.system).stem, system, about), end="\n\n", flush=True)
     eq = ms.minimize(system, throw=False, **options)
@@ -216,6 +241,8 @@ def _relaxed(args: argparse.Namespace) -> tuple[Equilibrium, Linearization, list
         if system.box is not None:
             more.append(("pressure", f"{float(ms.observables.pressure(eq.system)) + 0.0:.6g}"))
     print(_report.relaxation(eq, lin.network, more), end="\n\n", flush=True)
+    if examine:  # the certificate says it all
+        return eq, lin, parts
     ms.implicit.raise_for_status(Status(int(eq.status)), "not to be trusted: the system did not relax", eq)
     if differentiate:
         ms.implicit.raise_for_status(Status(int(lin.status)), "this minimum cannot be differentiated", lin)
@@ -249,22 +276,57 @@ def _sensitivity(args: argparse.Namespace) -> int:
         table, best = _report.ranking(lin, parts, ms.jacobian(lin, args.wrt[0]), MANY)
         print(table, end="\n\n", flush=True)
         parts = [parts[best]]
-    findings = []
-    for part in parts:
+    findings, warned = [], []
+    for k, part in enumerate(parts):
         found = _report.examined(eq, lin, part, check=not args.no_check)
+        certificate = ms.certify(lin, part.direction)
+        warned += [f"{part.label}: {sentence}" for _, sentence in certificate.warnings]
+        if not found.reason and not certificate.status.good:
+            found = found._replace(reason=certificate.findings[0][1])
         findings.append(found)
-        print(_report.sensitivity(found), end="\n\n", flush=True)
+        print(_report.sensitivity(found), certificate.page(derivative_only=k > 0), sep="\n\n", end="\n\n", flush=True)
     if args.out:
         _store(args.out, lin, findings)
     if args.plot:
         _plot(args.plot, lin, max(findings, key=lambda found: found.size))
     if args.no_check:
-        return _verdict(findings, "solved, but not checked against finite differences")
-    return _verdict(findings, f"agrees with finite differences to {max(f.error for f in findings):.0e}")
+        return _verdict(findings, "solved, but not checked against finite differences", warned, args.strict)
+    worst = max(f.error for f in findings)
+    return _verdict(findings, f"agrees with finite differences to {worst:.0e}", warned, args.strict)
 
 
-def _verdict(findings: Sequence[Finding], good: str) -> int:
+def _certify(args: argparse.Namespace) -> int:
+    import json
+
+    import mdsens as ms
+    from mdsens.files import replacing
+
+    _writable("--json", args.json, (".json",))
+    if args.modes < 1:
+        raise InputError(f"--modes {args.modes}: give 1 or more.")
+    if args.max_steps is not None and args.max_steps < 1:
+        raise InputError(f"--max-steps {args.max_steps}: give 1 or more.")
+    _, lin, parts = _relaxed(args)
+    if len(parts) > 1:
+        raise InputError(f"--wrt {args.wrt[0]} has {len(parts)} components: name one, such as {parts[0].label}.")
+    n, particle = lin.system.n, args.particle
+    if particle is not None and not 0 <= particle < n:
+        raise InputError(f"--particle {particle}: give 0 to {n - 1}.")
+    place = None if particle is None else lambda s: s.positions[particle]
+    certificate = ms.certify(lin, parts[0].direction if parts else None, modes=args.modes, observable=place)
+    print(certificate, end="\n\n", flush=True)
+    if args.json:
+        with replacing(args.json) as file:
+            file.write(json.dumps(certificate.as_dict(), indent=1).encode())
+        print(f"wrote {args.json}")
+    grave = [sentence for code, sentence in certificate.findings if not code.good or (args.strict and code.warning)]
+    print(f"not to be trusted: {'; '.join(grave)}" if grave else "good: nothing found against it")
+    return UNTRUSTED if grave else GOOD
+
+
+def _verdict(findings: Sequence[Finding], good: str, warned: Sequence[str] = (), strict: bool = False) -> int:
     bad = [f"{found.part.label}: {found.reason}" for found in findings if found.reason]
+    bad += warned if strict else []
     print(f"not to be trusted: {'; '.join(bad)}" if bad else f"good: {good}")
     return UNTRUSTED if bad else GOOD
 

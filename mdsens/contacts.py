@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mdsens.boxes import nearest_image
 from mdsens.laws import PairTerm
@@ -207,6 +208,16 @@ class Crossing(NamedTuple):
     def radius(self) -> jax.Array:
         """The smaller of the two."""
         return jnp.minimum(self.forward, self.backward)
+
+    def first(self, forward: bool = True) -> tuple[tuple[int, int], bool] | None:
+        """The pair that crosses first on one side, and whether it opens; None where none does. Host code."""
+        times = np.asarray(self.times) * (1.0 if forward else -1.0)
+        ahead = np.where(times >= 0, times, np.inf)
+        if not ahead.size or not np.isfinite(ahead.min()):
+            return None
+        k = int(np.argmin(ahead))
+        i, j = (int(p) for p in np.asarray(self.pairs[k]))
+        return (i, j), bool(self.inside[k])
 
 
 @jax.jit

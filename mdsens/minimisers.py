@@ -152,8 +152,8 @@ class Newton:
 
     Attributes:
       first: the FIRE that finds the basin.
-      begin: largest force, relative to the mean force of a contact, at which Newton steps are tried. Far above 1e-3 they
-        wander; lower it where another minimum is reached than by FIRE alone.
+      begin: largest force, relative to the mean force of a contact, at which Newton steps are tried. Far above 1e-3
+        they wander; lower it where another minimum is reached than by FIRE alone.
       patience: steps of FIRE before they are tried: a quick relaxation is over by then, without compiling them.
     """
 

@@ -18,7 +18,7 @@ from mdsens.system import System
 
 __all__ = ["Stiffness", "participation"]
 
-# Factorising fills in: in 3-D the time goes with the square of n, 13 s at 8,192 particles, where CG takes 1.2 s a solve.
+# Factorising fills in: in 3-D its time goes with the square of n, 13 s at 8,192 particles, where a solve by CG takes 1.
 FACTOR_PARTICLES_3D = 4000
 
 

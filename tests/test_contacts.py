@@ -166,32 +166,32 @@ def test_first_crossing_of_a_hand_made_pair():
     system = discs([[0.0, 0.0], [0.9, 0.0], [0.0, 1.5]], sigma=np.ones(3))
     still = jnp.zeros((3, 2))
     change = {"sigma": jnp.array([1.0, 0.0, 0.0]), "epsilon": jnp.zeros(()), "alpha": jnp.zeros(())}
-    crossing = contacts.first_crossing(system, still, change)
+    crossing = contacts.crossings(system, still, change)
     assert float(crossing.backward) == pytest.approx(0.2, rel=1e-13)
-    assert np.array_equal(crossing.backward_pair, [0, 1])
+    assert crossing.first(False) == ((0, 1), True)
     assert float(crossing.forward) == pytest.approx(1.0, rel=1e-13)  # 0 and 2, 1.5 apart
-    assert np.array_equal(crossing.forward_pair, [0, 2])
+    assert crossing.first() == ((0, 2), False)
     away = still.at[1, 0].set(2.0)  # dr/dt = 2 against d sigma / dt = 1/2: the pair opens after 0.1 / 1.5
-    crossing = contacts.first_crossing(system, away, change)
+    crossing = contacts.crossings(system, away, change)
     assert float(crossing.forward) == pytest.approx(0.1 / 1.5, rel=1e-13)
-    left_out = contacts.first_crossing(system, away, change, jnp.array([False, True, False]))
+    left_out = contacts.crossings(system, away, change, jnp.array([False, True, False]))
     assert float(left_out.forward) == pytest.approx(1.0, rel=1e-13)
 
 
 def test_nothing_to_cross_is_infinitely_far():
-    crossing = contacts.first_crossing(
+    crossing = contacts.crossings(
         discs([[0.0, 0.0], [0.9, 0.0]]),
         jnp.zeros((2, 2)),
         {"sigma": jnp.zeros(()), "epsilon": jnp.ones(()), "alpha": jnp.zeros(())},
     )
-    assert float(crossing.forward) == np.inf and float(crossing.backward) == np.inf
+    assert float(crossing.forward) == np.inf and float(crossing.backward) == np.inf and crossing.first() is None
 
 
 def test_onset_and_cutoff_are_breakpoints():
     law = ms.potentials.lennard_jones(2.0, 2.5)
     system = ms.System.create([[0.0, 0.0], [2.2, 0.0]], None, law, {"sigma": 1.0, "epsilon": 1.0})
     velocity = jnp.zeros((2, 2)).at[1, 0].set(1.0)
-    crossing = contacts.first_crossing(system, velocity, {"sigma": jnp.zeros(()), "epsilon": jnp.zeros(())})
+    crossing = contacts.crossings(system, velocity, {"sigma": jnp.zeros(()), "epsilon": jnp.zeros(())})
     assert float(crossing.forward) == pytest.approx(0.3, rel=1e-12)  # to the cutoff
     assert float(crossing.backward) == pytest.approx(0.2, rel=1e-12)  # to the onset
 
@@ -202,7 +202,7 @@ def test_first_crossing_of_a_packing_is_where_its_contacts_change():
     direction = np.random.default_rng(0).uniform(-1, 1, eq.system.n) * np.asarray(eq.params["sigma"])
     change = {k: jnp.zeros_like(v) for k, v in eq.params.items()} | {"sigma": jnp.asarray(direction)}
     velocity = 0.5 * jnp.asarray(np.random.default_rng(1).standard_normal(eq.positions.shape))
-    crossing = contacts.first_crossing(eq.system, velocity, change)
+    crossing = contacts.crossings(eq.system, velocity, change)
 
     sides = jnp.diag(jnp.asarray(eq.system.box))
 
@@ -216,14 +216,13 @@ def test_first_crossing_of_a_packing_is_where_its_contacts_change():
         return r < 0.5 * (sigma[i] + sigma[j])
 
     i, j = np.triu_indices(eq.system.n, 1)
-    for sign, distance, pair in (
-        (1, crossing.forward, crossing.forward_pair),
-        (-1, crossing.backward, crossing.backward_pair),
-    ):
+    for sign, distance in ((1, crossing.forward), (-1, crossing.backward)):
+        pair, opens = crossing.first(sign > 0)
         before, inside, beyond = (np.asarray(touching(sign * f * float(distance))) for f in (0.0, 0.99, 1.01))
         assert np.array_equal(before, inside)
         (changed,) = np.nonzero(before != beyond)
-        assert [i[changed[0]], j[changed[0]]] == sorted(np.asarray(pair).tolist()) and len(changed) == 1
+        assert [i[changed[0]], j[changed[0]]] == sorted(pair) and len(changed) == 1
+        assert opens == before[changed[0]]
 
 
 def test_files_positions_are_the_minimum_that_the_networks_are_made_on():

@@ -143,7 +143,22 @@ def minres(apply: Apply, b: Array, tol: Array, limit: Array, definite: bool = Fa
         return x, r1, r2, beta, beta_old, d_bar, epsilon, phi_bar, cs, sn, w1, w2, size, pivot, k + 1, status
 
     length = norm(b)
-    start = (none, none, b, length, zero, zero, zero, length, -jnp.ones_like(zero), zero, none, none, zero, _Pivot(zero, zero))
+    start = (
+        none,
+        none,
+        b,
+        length,
+        zero,
+        zero,
+        zero,
+        length,
+        -jnp.ones_like(zero),
+        zero,
+        none,
+        none,
+        zero,
+        _Pivot(zero, zero),
+    )
     final = lax.while_loop(going, body, (*start, _int(0), _int(0)))
     return final[0], final[-2], final[-1]
 

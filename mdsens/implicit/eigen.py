@@ -1,8 +1,8 @@
 """The lowest eigenpairs of a symmetric operator off its known null space, each with its residual.
 
 Three ways, by what there is: all eigenvalues of a dense matrix where it is small; shift-invert Lanczos on a sparse
-factor, whose inertia also counts what lies below (Ericsson and Ruhe, Math. Comp. 35, 1251 (1980)); LOBPCG (Knyazev, SIAM
-J. Sci. Comput. 23, 517 (2001)) where there are products alone.
+factor, whose inertia also counts what lies below (Ericsson and Ruhe, Math. Comp. 35, 1251 (1980)); LOBPCG (Knyazev,
+SIAM J. Sci. Comput. 23, 517 (2001)) where there are products alone.
 """
 
 from __future__ import annotations
@@ -25,6 +25,14 @@ Apply = Callable[[np.ndarray], np.ndarray]
 NULL = 1e-12  # of the largest eigenvalue: below it an eigenvalue is zero
 DENSE_SIZE = 1200  # unknowns up to which every eigenvalue is computed: half a second there
 COUNT_SHIFT = 1e-10  # of the largest: where inertia is taken, clear of round-off of the factor and of soft modes
+
+
+_eigsh: Any = eigsh  # whose stubs take whole numbers alone
+
+
+def _operator(size: int, apply: Apply) -> Any:
+    make: Any = LinearOperator
+    return make((size, size), matvec=apply, matmat=apply, dtype=float)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +119,7 @@ def _shift_invert(matrix: Any, size: int, k: int, project: Apply, null: int, zer
     """None where no factor tells how many eigenvalues lie below its shift."""
     rng = np.random.default_rng(0)
     start = project(rng.standard_normal((size, 1)))[:, 0]
-    top = eigsh(matrix, 1, which="LA", tol=1e-3, v0=start, return_eigenvectors=False)
+    top = _eigsh(matrix, 1, which="LA", tol=1e-3, v0=start, return_eigenvectors=False)
     largest = max(float(top[0]), 1e-300)
     scale = bound(matrix)
     below = SparseFactor(matrix, COUNT_SHIFT * scale)
@@ -128,10 +136,10 @@ def _shift_invert(matrix: Any, size: int, k: int, project: Apply, null: int, zer
         factor = SparseFactor(matrix, shift)
         if factor.negative is None:
             return None
-    inverse = LinearOperator((size, size), matvec=lambda v: project(factor.apply(project(v[:, None])))[:, 0])
+    inverse = _operator(size, lambda v: project(factor.apply(project(v.reshape(size, -1)))).reshape(v.shape))
     ask = min(k + max(small, 0), size - null - 1)
     try:
-        values, vectors = eigsh(
+        values, vectors = _eigsh(
             matrix, ask, sigma=-shift, OPinv=inverse, v0=start, ncv=min(max(2 * ask + 10, 20), size - 1)
         )
     except ArpackNoConvergence as error:
@@ -152,9 +160,9 @@ def _lobpcg(apply: Apply, size: int, k: int, project: Apply, zero: float) -> Spe
         columns = v.reshape(size, -1)
         return project(apply(project(columns))).reshape(v.shape)
 
-    operator = LinearOperator((size, size), matvec=restricted, matmat=restricted)
+    operator = _operator(size, restricted)
     start = project(rng.standard_normal((size, 1)))[:, 0]
-    largest = float(eigsh(operator, 1, which="LM", tol=1e-3, v0=start, return_eigenvectors=False)[0])
+    largest = float(_eigsh(operator, 1, which="LM", tol=1e-3, v0=start, return_eigenvectors=False)[0])
     largest = abs(largest)
     guess = project(rng.standard_normal((size, k + min(4, size // 10))))
     with warnings.catch_warnings():
@@ -162,7 +170,8 @@ def _lobpcg(apply: Apply, size: int, k: int, project: Apply, zero: float) -> Spe
         values, vectors = lobpcg(operator, guess, tol=1e-9 * largest, maxiter=3000, largest=False)[:2]
     found = _pairs(restricted, project(np.asarray(vectors)), k)
     if found[2].max() > 1e-5 * largest:  # it breaks down now and then, and returns what it has
-        values, vectors = eigsh(operator, k, which="SA", v0=start, ncv=min(size - 1, 40 + 2 * k), maxiter=200)
+        more = min(k + 4, size - 1)  # Lanczos may skip one of the last it is asked for
+        values, vectors = _eigsh(operator, more, which="SA", v0=start, ncv=min(size - 1, 40 + 2 * more), maxiter=500)
         again = _pairs(restricted, project(vectors), k)
         found = again if again[2].max() < found[2].max() else found
     values, vectors, residuals = found

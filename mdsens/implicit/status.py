@@ -91,13 +91,13 @@ class Status(IntEnum):
 
     FLOPPY = (
         18,
-        "there are modes without stiffness beyond translations, rotations and rattlers: the configuration is not rigid, "
-        "and its response not unique; compress it, or add what holds it",
+        "there are modes without stiffness beyond translations, rotations and rattlers: the configuration is not "
+        "rigid, and its response not unique; compress it, or add what holds it",
     )
     CONTACTS_UNSETTLED = (
         19,
-        "on the way from here to the minimum a pair crosses a breakpoint of its law (a contact opens or closes), so the "
-        "derivative may be that of another contact network; minimise to a smaller force",
+        "on the way from here to the minimum a pair crosses a breakpoint of its law (a contact opens or closes), so "
+        "the derivative may be that of another contact network; minimise to a smaller force",
     )
 
     @property

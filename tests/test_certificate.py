@@ -1,0 +1,187 @@
+"""The certificate: its figures against dense truth and minimising again, and each state that it must tell by name."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mdsens as ms
+from mdsens.stationarity import dense_hessian
+
+THETA = {"sigma": [0.0, 1.0]}
+
+
+@cache
+def relaxed(seed=0, name="seed_packing_2d"):
+    return ms.minimize(ms.load_system(name, seed=seed))
+
+
+@cache
+def stopped(relative, seed=0, name="seed_packing_2d"):
+    """A minimum that FIRE left early, and the one it was on the way to."""
+    mean = float(ms.contacts.network(relaxed(seed, name).system, 1e-12).mean_force)
+    early = ms.minimize(
+        ms.load_system(name, seed=seed), tolerance=relative * mean, method=ms.relaxation.Fire(), progress=False
+    )
+    return early, ms.minimize(early.system, tolerance=1e-13, throw=False)
+
+
+def certificate(eq, **options):
+    return ms.certify(eq, THETA, **options)
+
+
+def test_figures_are_the_dense_ones():
+    eq = relaxed()
+    c = certificate(eq, modes=4)
+    values, vectors = np.linalg.eigh(np.asarray(dense_hessian(ms.linearize(eq).system)))
+    np.testing.assert_allclose(c.spectrum.values, values[2:6], rtol=1e-9)
+    assert c.stiffness_max == pytest.approx(values[-1], rel=1e-3)
+    assert (c.zero_modes, c.translations, c.rotations, c.floppy_modes, c.negative_modes) == (2, 2, 0, 0, 0)
+    squares = (vectors[:, 2].reshape(-1, 2) ** 2).sum(axis=1)
+    assert c.participation[0] == pytest.approx(squares.sum() ** 2 / (128 * (squares**2).sum()), rel=1e-6)
+    assert c.status is ms.Status.CONVERGED and c.findings == ()
+    assert c.max_force == float(eq.max_force) and c.newton <= c.distance
+
+
+def test_the_response_is_jvps_and_the_radius_is_where_a_contact_changes():
+    eq = relaxed()
+    c = certificate(eq)
+    r = ms.jvp(eq, THETA)
+    assert c.derivative is not None
+    assert np.linalg.norm(c.derivative.response - r.value) < 1e-11 * c.derivative.norm
+    v = ms.verify.finite_difference(eq, THETA)
+    assert c.radius == pytest.approx(v.radius, rel=1e-9)
+    assert c.derivative.crossed(0.99 * c.radius) == 0 and c.derivative.crossed(1.01 * c.radius) == 1
+
+    def network(t):
+        there = ms.minimize(eq.system, {"sigma": jnp.asarray([1.0, 0.6 + t])}, progress=False)
+        return int(ms.contacts.network(there.system, there.max_force).pairs)
+
+    here = network(0.0)
+    side = 1.0 if c.derivative.forward < c.derivative.backward else -1.0
+    first = c.derivative.crossing.first(side > 0)
+    assert first is not None and network(0.5 * side * c.radius) == here
+    assert network(1.5 * side * c.radius) == here + (-1 if first[1] else 1)
+
+
+@pytest.mark.parametrize("relative", [1e-3, 1e-5])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_sharp_estimate_is_the_error_and_the_correction_takes_it_off(relative, seed):
+    early, late = stopped(relative, seed)
+    c = certificate(early)
+    assert c.derivative is not None and c.crossed_to_minimum == 0
+    true = np.asarray(ms.jvp(late, THETA, throw=False).value)
+    error = np.linalg.norm(c.derivative.response - true) / np.linalg.norm(true)
+    assert error / 3 < c.error < 3 * error
+    assert np.linalg.norm(c.derivative.corrected - true) / np.linalg.norm(true) < 0.1 * error
+    assert c.bound > error
+    assert c.newton == pytest.approx(float(jnp.linalg.norm(late.positions - early.positions)), rel=0.05)
+    assert c.newton <= c.distance
+
+
+def test_a_contact_that_changes_on_the_way_is_told():
+    early, _ = stopped(1e-3, 3)
+    c = certificate(early)
+    assert c.status is ms.Status.CONTACTS_UNSETTLED and c.crossed_to_minimum > 0
+    assert "no estimate holds" in str(c)
+    with pytest.raises(ms.ConvergenceError, match="crosses a breakpoint") as caught:
+        certificate(early, throw=True)
+    assert isinstance(caught.value.result, ms.Certificate)
+
+
+def test_it_prints_as_a_page_a_table_and_a_dict():
+    c = certificate(relaxed(), observable=ms.observables.pressure)
+    page = str(c)
+    for part in ("Is it a minimum?", "Is it stable?", "How wrong", "How far", "then pair", "translations"):
+        assert part in page
+    assert max(map(len, page.splitlines())) <= 110
+    assert "<table>" in c._repr_html_()
+    stored = json.loads(json.dumps(c.as_dict()))
+    assert stored["status"] == "CONVERGED" and stored["derivative"]["radius"] == c.radius
+    assert c.observable is not None and max(c.observable.values()) < 1e-10
+    assert "How wrong" not in str(ms.certify(relaxed())) and np.isnan(ms.certify(relaxed()).error)
+    assert "Is it stable?" not in c.page(derivative_only=True)
+
+
+# --- states that must be told ---------------------------------------------------------------------------------------
+
+
+def code(c):
+    return [status for status, _ in c.findings]
+
+
+def test_unjammed():
+    eq = ms.minimize(ms.load_system("seed_packing_2d", box={"packing_fraction": 0.3}))
+    c = certificate(eq)
+    assert c.status is ms.Status.UNJAMMED and "128 of 128" in c.findings[0][1]
+    assert c.derivative is None and np.isnan(c.error)
+
+
+def test_a_saddle():
+    row = np.array([[-1.1, 0.0], [0.0, 0.0], [1.1, 0.0]])  # three in a row stay in a row
+    law = ms.potentials.lennard_jones()
+    eq = ms.minimize(ms.System.create(row, None, law, {"sigma": 1.0, "epsilon": 1.0}))
+    c = ms.certify(eq, {"sigma": 1.0})
+    assert c.status is ms.Status.INDEFINITE and c.negative_modes == 1 and "1 mode of negative" in c.findings[0][1]
+    for solver in (ms.implicit.CG(), ms.implicit.Direct(), ms.implicit.MINRES(), ms.implicit.GMRES()):
+        assert ms.jvp(eq, {"sigma": 1.0}, solve=ms.implicit.Direct(), throw=False).stats.solver
+        bent = ms.response(eq, np.array([[0.0, 1.0], [0.0, -2.0], [0.0, 1.0]]), solve=solver, throw=False)
+        assert bent.status is ms.Status.INDEFINITE
+
+
+def test_a_floppy_network():
+    square = np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])  # four rods without a diagonal
+    law = ms.potentials.harmonic_bonds([[0, 1], [1, 2], [2, 3], [3, 0]])
+    eq = ms.minimize(ms.System.create(square, None, law, {"stiffness": 1.0, "length": 1.0}))
+    c = ms.certify(eq, {"length": 1.0})
+    assert c.status is ms.Status.FLOPPY and c.floppy_modes == 1 and c.zero_modes == 4
+    assert (c.translations, c.rotations) == (2, 1)
+
+
+def test_an_unconverged_minimum():
+    eq = ms.minimize(ms.load_system("seed_packing_2d"), max_steps=300, throw=False)
+    c = certificate(eq)
+    assert c.status is ms.Status.MAX_STEPS_REACHED and "max_force" in c.findings[0][1]
+
+
+def test_an_observable_on_a_rattler():
+    s = ms.load_system("packing_from_file")
+    lin = ms.linearize(ms.minimize(s, **ms.io.relaxation_options("packing_from_file")))
+    loose = np.flatnonzero(lin.network.rattlers)
+    if not loose.size:  # make one: a particle too small to touch
+        sigma = np.asarray(lin.system.params["sigma"]).copy()
+        sigma[0] *= 0.05
+        lin = ms.linearize(ms.minimize(s, {"sigma": sigma}))
+        loose = np.flatnonzero(lin.network.rattlers)
+    c = ms.certify(lin, observable=lambda s: s.positions[loose[0], 0])
+    assert c.status is ms.Status.NULL_COMPONENT_DROPPED and c.status.warning
+    assert c.observable is not None and c.observable["rattlers"] == pytest.approx(1.0)
+    change = np.zeros(s.n)
+    change[loose[0]] = 1.0
+    d = ms.certify(lin, {"sigma": change})
+    assert ms.Status.NULL_COMPONENT_DROPPED in code(d) and d.derivative is not None
+    assert d.derivative.norm == 0.0 and d.derivative.on_rattlers == 1.0
+
+
+def test_single_precision():
+    eq = relaxed()
+    s = eq.system
+    single = ms.System.create(
+        np.asarray(s.positions, np.float32), np.asarray(s.box, np.float32), s.potential, s.params, s.species
+    )
+    c = certificate(ms.minimize(single, tolerance=1e-5))
+    assert c.precision == "float32" and ms.Status.SINGLE_PRECISION in code(c)
+    assert c.floppy_modes == 0 and c.stiffness_min == pytest.approx(certificate(eq).stiffness_min, rel=0.05)
+
+
+def test_bad_input():
+    with pytest.raises(ms.InputError, match="modes is 0"):
+        ms.certify(relaxed(), modes=0)
+    with pytest.raises(ms.InputError, match="'sgima'"):
+        ms.certify(relaxed(), {"sgima": 1.0})
+    with pytest.raises(ms.InputError, match="got a batch"):
+        ms.certify(ms.minimize(ms.stack([relaxed().system, relaxed().system])))
