@@ -20,7 +20,7 @@ ORDER = [
     ["_tables"],
     # the mathematics: knows no particle
     ["implicit.status"],
-    ["implicit._tree", "implicit._krylov"],
+    ["implicit._tree", "implicit._krylov", "implicit._sparse"],
     ["implicit._dense"],
     ["implicit.linear"],
     ["implicit.eigen"],
@@ -34,6 +34,7 @@ ORDER = [
     ["system"],
     ["contacts"],
     ["stationarity"],
+    ["stiffness"],
     ["observables"],
     # the root and its derivative
     ["minimisers"],

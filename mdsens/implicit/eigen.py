@@ -170,8 +170,13 @@ def _lobpcg(apply: Apply, size: int, k: int, project: Apply, zero: float) -> Spe
         values, vectors = lobpcg(operator, guess, tol=1e-9 * largest, maxiter=3000, largest=False)[:2]
     found = _pairs(restricted, project(np.asarray(vectors)), k)
     if found[2].max() > 1e-5 * largest:  # it breaks down now and then, and returns what it has
+
+        def lifted(v: np.ndarray) -> np.ndarray:
+            return restricted(v) + 2.0 * largest * (v - project(v.reshape(size, -1)).reshape(v.shape))
+
         more = min(k + 4, size - 1)  # Lanczos may skip one of the last it is asked for
-        values, vectors = _eigsh(operator, more, which="SA", v0=start, ncv=min(size - 1, 40 + 2 * more), maxiter=500)
+        above = _operator(size, lifted)  # the known null space at the top: round-off lets it in
+        vectors = _eigsh(above, more, which="SA", v0=start, ncv=min(size - 1, 40 + 2 * more), maxiter=500)[1]
         again = _pairs(restricted, project(vectors), k)
         found = again if again[2].max() < found[2].max() else found
     values, vectors, residuals = found
