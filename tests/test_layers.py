@@ -41,6 +41,9 @@ ORDER = [
     ["sensitivity"],
     ["equilibration"],
     ["certificate"],
+    ["verify._differences", "verify._breaks", "verify._findings"],
+    ["verify._adjoint", "verify._pairs", "verify._configurations"],
+    ["verify._laws"],
     ["verify"],
     # built on it
     ["elasticity"],
