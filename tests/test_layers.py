@@ -55,6 +55,8 @@ ORDER = [
     ["specification"],
     ["storage"],
     ["io"],
+    ["plots._style"],
+    ["plots._map", "plots._curves"],
     ["plots"],
     ["_doctor", "_report"],
     ["cli"],

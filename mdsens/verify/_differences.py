@@ -110,16 +110,18 @@ class DerivativeTest(Shown):
         return float(np.min(self.errors[self.sound], initial=np.inf))
 
     @property
-    def slope(self) -> float | None:
-        """Exponent of the truncation branch, error ~ t^slope: 2 for a smooth energy. None where too little shows.
+    def branch(self) -> np.ndarray:
+        """(k,) True on the truncation branch: sound steps above the best, from 3 times its error to a tenth."""
+        sound, (low, high) = self.sound, BRANCH
+        if not sound.any():
+            return sound
+        foot = self.steps[sound][np.argmin(self.errors[sound])]
+        return sound & (self.steps > foot) & (self.errors > low * self.best) & (self.errors < high)
 
-        Fitted to the sound steps above the best one, from 3 times its error up to a tenth of the derivative.
-        """
-        if not self.sound.any():
-            return None
-        low, high = BRANCH
-        foot = self.steps[self.sound][np.argmin(self.errors[self.sound])]
-        branch = self.sound & (self.steps > foot) & (self.errors > low * self.best) & (self.errors < high)
+    @property
+    def slope(self) -> float | None:
+        """Exponent of the truncation branch, error ~ t^slope: 2 for a smooth energy. None where under 3 steps show."""
+        branch = self.branch
         if branch.sum() < 3:
             return None
         return float(np.polyfit(np.log(self.steps[branch]), np.log(self.errors[branch]), 1)[0])
