@@ -160,25 +160,28 @@ class PairFunction:
         return Finding("repulsion", True, "phi' never pulls, as declared.")
 
     def _finite(self) -> Finding:
-        """phi, phi', phi'', and d/dp of phi and phi', at the grid and at and beside every breakpoint."""
-        by = tuple(range(1, len(self.names) + 1))
+        """phi, phi', phi'', and d/dp of phi and phi', on the grid and at and beside every breakpoint.
+
+        In reverse mode, as forces are: forward mode is spared the NaN of a where() without a guard.
+        """
+        by = tuple(range(1 + len(self.names)))
 
         @jax.jit
-        def by_parameters(r: jax.Array, values: tuple[jax.Array, ...]) -> Any:
-            slope = jax.grad(self.phi)
-            both = (jax.grad(f, argnums=by) if by else lambda *_: () for f in (self.phi, slope))
+        def slopes_of(r: jax.Array, values: tuple[jax.Array, ...]) -> Any:
+            both = (jax.grad(f, argnums=by) for f in (self.phi, jax.grad(self.phi)))
             return tuple(jax.vmap(lambda s, f=f: f(s, *values))(r) for f in both)
 
         for kind in self.kinds:
             special = [x for p in kind.points for x in (np.nextafter(p, 0.0), p, np.nextafter(p, np.inf))]
             special += [kind.cutoff] if math.isfinite(kind.cutoff) else []
             r = np.concatenate([special, kind.r])
-            f = np.concatenate([self.evaluate(np.array(special), *kind.values), kind.f], axis=1) if special else kind.f
-            known = [(NAMES[order], f[order]) for order in range(3)]
-            slopes = by_parameters(jnp.asarray(r), tuple(map(jnp.asarray, kind.values)))
-            for what, columns in zip(NAMES, slopes, strict=False):
-                known += [(f"d {what} / d {p}", np.asarray(c)) for p, c in zip(self.names, columns, strict=True)]
+            known = [("phi", self.evaluate(r, *kind.values)[0])]
+            slopes = slopes_of(jnp.asarray(r), tuple(map(jnp.asarray, kind.values)))
+            for order, (by_r, *by_parameters) in enumerate(slopes):
+                known.append((NAMES[order + 1], by_r))
+                known += [(f"d {NAMES[order]} / d {p}", c) for p, c in zip(self.names, by_parameters, strict=True)]
             for what, column in known:
+                column = np.asarray(column)
                 if not np.isfinite(column).all():
                     place = f"{what} is not finite at r = {r[np.argmin(np.isfinite(column))]:.10g}{kind.label}"
                     remedy = "where() takes derivatives of both its sides: guard the argument inside as well"
