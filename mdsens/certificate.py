@@ -171,10 +171,11 @@ class Certificate(Shown):
         if self.derivative is not None:
             d = self.derivative
             names = ("norm", "residual", "linear_error", "error", "theorem", "radius", "forward", "backward", "bend")
-            found["derivative"] = {name: float(getattr(d, name)) for name in names}
-            found["derivative"]["status"] = d.status.name
+            derivative: dict[str, Any] = {name: float(getattr(d, name)) for name in names}
+            derivative["status"] = d.status.name
             for side, ahead in (("pair_forward", d.crossing.first(True)), ("pair_backward", d.crossing.first(False))):
-                found["derivative"][side] = None if ahead is None else list(ahead[0])
+                derivative[side] = None if ahead is None else list(ahead[0])
+            found["derivative"] = derivative
         if self.observable is not None:
             found["observable"] = dict(self.observable)
         return found

@@ -42,6 +42,9 @@ ORDER = [
     ["sensitivity"],
     ["equilibration"],
     ["certificate"],
+    ["verify._differences", "verify._breaks", "verify._findings"],
+    ["verify._adjoint", "verify._pairs", "verify._configurations"],
+    ["verify._laws"],
     ["verify"],
     # built on it
     ["elasticity"],
@@ -53,6 +56,8 @@ ORDER = [
     ["specification"],
     ["storage"],
     ["io"],
+    ["plots._style"],
+    ["plots._map", "plots._curves"],
     ["plots"],
     ["_doctor", "_report"],
     ["cli"],

@@ -1,4 +1,4 @@
-"""The sensitivity map: what is drawn where. How it looks is for the eye; these hold the geometry and the refusals."""
+"""Figures: what is drawn where. How they look is for the eye; these hold the geometry and the refusals."""
 
 import dataclasses
 import io
@@ -18,8 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.quiver import Quiver, QuiverKey
 
 import mdsens as ms
-from mdsens.plots import sensitivity_map
+from mdsens.plots import derivative_test, sensitivity_map, stiffness_spectrum
 from mdsens.sensitivity import Response
+from mdsens.verify import DerivativeTest
 
 matplotlib.use("Agg")
 
@@ -311,6 +312,145 @@ def test_twenty_thousand_particles_are_drawn_by_few_artists():
     spots = np.random.default_rng(0).random((20_000, 2)) * 150.0
     ax = sensitivity_map(discs(spots, 150.0, 1.0), answer(spots - 75.0), axes())
     assert len(ax.collections) == 2
+
+
+# ── a derivative's test ──
+
+
+def vee(radius: float = 2e-4, failed: int = 0) -> DerivativeTest:
+    """Round-off 1e-15 / t and truncation 1e5 t^2; contacts change beyond the radius; the first steps did not relax."""
+    t = np.geomspace(1e-9, 1e-2, 15)
+    errors = np.where(t > radius, 0.5, 1e-13 / t + 1e5 * t**2)
+    statuses = [ms.Status.MAX_STEPS_REACHED] * failed + [ms.Status.CONVERGED] * (15 - failed)
+    return DerivativeTest(t, errors, t > radius, radius, tuple(statuses))
+
+
+def drawn(ax: Axes) -> dict[str, np.ndarray]:
+    """Marked points by the name in the legend, (k, 2)."""
+    named = {str(line.get_label()): line for line in ax.lines if not str(line.get_label()).startswith("_")}
+    return {name: np.stack(line.get_data(), axis=1) for name, line in named.items()}
+
+
+def test_errors_stand_over_their_steps_and_changed_contacts_apart():
+    test, ax = vee(), axes()
+    assert derivative_test(test, ax) is ax
+    assert ax.get_xscale() == ax.get_yscale() == "log"
+    points = drawn(ax)
+    assert list(points) == ["same contacts", "contacts changed"] == texts(ax)
+    kept = test.sound
+    np.testing.assert_allclose(points["same contacts"], np.stack([test.steps, test.errors], axis=1)[kept])
+    np.testing.assert_allclose(points["contacts changed"], np.stack([test.steps, test.errors], axis=1)[~kept])
+    (x0, x1), (y0, y1) = ax.get_xlim(), ax.get_ylim()
+    assert x0 < test.steps.min() and test.steps.max() < x1 and y0 < test.errors.min() and test.errors.max() < y1
+
+
+def test_the_radius_is_a_marked_line_where_it_is_in_sight():
+    def lines(test: DerivativeTest) -> list[float]:
+        ax = derivative_test(test, axes())
+        named = [text.get_text() for text in ax.texts]
+        found = [float(np.asarray(line.get_xdata())[0]) for line in ax.lines if len(np.unique(line.get_xdata())) == 1]
+        assert ("first contact change" in named) == bool(found)
+        return found
+
+    assert lines(vee(2e-4)) == [2e-4]
+    assert lines(vee(np.inf)) == []
+
+
+def test_the_slope_is_written_where_it_shows():
+    assert any("t^{2.0}" in text.get_text() for text in derivative_test(vee(), axes()).texts)
+    assert not any("t^" in text.get_text() for text in derivative_test(vee(2e-7), axes()).texts)
+
+
+def test_steps_that_did_not_relax_are_crossed_and_named():
+    ax = derivative_test(vee(failed=2), axes(), title="a packing")
+    assert len(drawn(ax)["not relaxed"]) == 2
+    assert ax.get_title() == "a packing, MAX_STEPS_REACHED"
+    assert derivative_test(vee(), axes()).get_title() == ""
+
+
+def test_an_error_of_zero_is_drawn_too():
+    test = dataclasses.replace(vee(), errors=np.zeros(15))
+    assert (drawn(derivative_test(test, axes()))["same contacts"][:, 1] > 0).all()
+
+
+def test_a_test_makes_its_own_figure(pyplot: Any):
+    with pytest.raises(ms.InputError, match=r"got a float: give what ms.verify.derivative_test returns"):
+        derivative_test(1.0)  # type: ignore[arg-type]
+    assert pyplot.get_fignums() == []
+    ax = derivative_test(vee())
+    assert [pyplot.figure(number) for number in pyplot.get_fignums()] == [ax.get_figure(root=True)]
+
+
+# ── the softest modes ──
+
+VALUES = np.array([0.3, -2e-16, 0.004, 1e-16, -0.02, 5.0])
+
+
+def test_stiffness_rises_with_the_mode_and_kinds_are_told_apart():
+    ax = axes()
+    assert stiffness_spectrum(VALUES, ax) is ax
+    points = drawn(ax)
+    assert list(points) == ["2 of no stiffness", r"1 negative, at $|\lambda|$", "3 stable"] == texts(ax)
+    np.testing.assert_allclose(points["3 stable"], [[4, 0.004], [5, 0.3], [6, 5.0]])
+    np.testing.assert_allclose(points[r"1 negative, at $|\lambda|$"], [[1, 0.02]])
+    zero = points["2 of no stiffness"]
+    assert zero[:, 0].tolist() == [2, 3] and (zero[:, 1] < 0.004).all() and (zero[:, 1] > ax.get_ylim()[0]).all()
+    named = dict(zip(ax.get_yticks(), [label.get_text() for label in ax.get_yticklabels()], strict=True))
+    assert named[zero[0, 1]] == "0"
+    assert all(tick > zero[0, 1] for tick in [*list(named)[1:], *ax.get_yticks(minor=True)])
+
+
+def test_null_says_what_counts_as_zero():
+    assert "1 of no stiffness" in drawn(stiffness_spectrum([1e-7, 1.0], axes(), null=1e-6))
+    assert drawn(stiffness_spectrum([1e-7, 1.0], axes())).keys() == {"2 stable"}
+    assert drawn(stiffness_spectrum([0.0, 1e-20, 1.0], axes(), null=0.0)).keys() == {"1 of no stiffness", "2 stable"}
+    assert drawn(stiffness_spectrum(np.zeros(3), axes())).keys() == {"3 of no stiffness"}
+
+
+def test_participation_colours_the_modes_in_their_order():
+    ratios = np.array([0.3, 0.9, 0.1, 0.9, 0.5, 0.6])
+    figure = Figure()
+    ax = stiffness_spectrum(VALUES, figure.subplots(), participation=ratios)
+    (dots,) = ax.collections
+    np.testing.assert_allclose(np.asarray(dots.get_offsets()), [[4, 0.004], [5, 0.3], [6, 5.0]])
+    np.testing.assert_allclose(np.asarray(dots.get_array()), [0.1, 0.3, 0.6])
+    assert dots.get_clim() == (0.0, 1.0)
+    assert figure.axes[1].get_ylabel() == "participation ratio"
+
+
+@pytest.mark.parametrize("values", [[0.12, 0.2], [0.5], np.geomspace(1e-9, 1e9, 50), np.linspace(0.0, 9.0, 300)])
+def test_every_spectrum_has_a_decade_and_named_ticks(values: Any):
+    ax = stiffness_spectrum(values, axes(), null=0.0)
+    bottom, top = ax.get_ylim()
+    assert top / bottom > 9.0
+    named = [t for t in ax.get_yticks() if bottom <= t <= top]
+    assert 2 <= len(named) <= 10
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "says"),
+    [
+        ([], {}, r"values have shape \(0,\)"),
+        (np.eye(2), {}, r"values have shape \(2, 2\)"),
+        ([1.0, np.nan], {}, "finite"),
+        ([1.0, 2.0], {"participation": [0.5]}, r"participation has shape \(1,\)"),
+        ([1.0], {"participation": [1.5]}, "outside 0 to 1"),
+        ([1.0], {"null": -1.0}, "null is -1.0"),
+    ],
+)
+def test_bad_spectra_are_refused_and_leave_no_figure(values: Any, options: Any, says: str, pyplot: Any):
+    with pytest.raises(ms.InputError, match=says):
+        stiffness_spectrum(values, **options)
+    assert pyplot.get_fignums() == []
+
+
+def test_the_curves_are_saved_small():
+    for ax in (derivative_test(vee()), stiffness_spectrum(VALUES, participation=np.full(6, 0.5))):
+        file = io.BytesIO()
+        figure = ax.get_figure(root=True)
+        assert figure is not None
+        figure.savefig(file, dpi=150)
+        assert 8_000 < len(file.getvalue()) < 100_000
 
 
 def test_importing_the_module_leaves_matplotlib_alone():

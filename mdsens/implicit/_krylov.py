@@ -9,7 +9,7 @@ condition is false, so a finished member stays what it was.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -80,11 +80,11 @@ def cg(apply: Apply, b: Array, tol: Array, limit: Array) -> Result:
     """
     eps = jnp.finfo(b.dtype).eps
 
-    def going(state: tuple[Array, ...]) -> Array:
+    def going(state: tuple[Any, ...]) -> Array:
         _, _, _, rr, _, k, status = state
         return (rr > tol**2) & (k < limit) & (status == Status.CONVERGED)
 
-    def body(state: tuple[Array, ...]) -> tuple[Array, ...]:
+    def body(state: tuple[Any, ...]) -> tuple[Any, ...]:
         x, r, p, rr, size, k, _ = state
         ap = apply(p)
         pp, pap = dot(p, p), dot(p, ap)
@@ -114,11 +114,11 @@ def minres(apply: Apply, b: Array, tol: Array, limit: Array, definite: bool = Fa
     null = jnp.minimum(jnp.sqrt(eps), 1e-5)
     zero, none = jnp.zeros((), b.dtype), jnp.zeros_like(b)
 
-    def going(state: tuple[Array, ...]) -> Array:
+    def going(state: tuple[Any, ...]) -> Array:
         phi_bar, beta, k, status = state[7], state[3], state[-2], state[-1]
         return (phi_bar > tol) & (beta > 0) & (k < limit) & (status == Status.CONVERGED)
 
-    def body(state: tuple[Array, ...]) -> tuple[Array, ...]:
+    def body(state: tuple[Any, ...]) -> tuple[Any, ...]:
         x, r1, r2, beta, beta_old, d_bar, epsilon, phi_bar, cs, sn, w1, w2, size, pivot, k, _ = state
         v = r2 / beta
         y = apply(v) - safe_divide(beta, beta_old) * r1
@@ -174,11 +174,11 @@ def bicgstab(apply: Apply, b: Array, tol: Array, limit: Array, definite: bool = 
     eps = jnp.finfo(b.dtype).eps
     shadow = b
 
-    def going(state: tuple[Array, ...]) -> Array:
+    def going(state: tuple[Any, ...]) -> Array:
         _, r, _, _, _, k, status = state
         return (dot(r, r) > tol**2) & (k < limit) & (status == Status.CONVERGED)
 
-    def body(state: tuple[Array, ...]) -> tuple[Array, ...]:
+    def body(state: tuple[Any, ...]) -> tuple[Any, ...]:
         x, r, p, rho, scale, k, _ = state
         ap = apply(p)
         along = dot(shadow, ap)
@@ -223,11 +223,11 @@ def gmres_cycle(apply: Apply, b: Array, tol: Array, limit: Array, restart: int, 
     m = min(restart, b.size)
     at = jnp.arange(m + 1)
 
-    def going(state: tuple[Array, ...]) -> Array:
+    def going(state: tuple[Any, ...]) -> Array:
         j, done = state[4], state[6]
         return (j < m) & _any(~done)
 
-    def body(state: tuple[Array, ...]) -> tuple[Array, ...]:
+    def body(state: tuple[Any, ...]) -> tuple[Any, ...]:
         basis, r, q, g, j, used, done, pivot, beta, size, status = state
         w = apply(basis[j])
         length = norm(w)

@@ -1,4 +1,4 @@
-"""Figures: the sensitivity of every particle drawn on the configuration. They compute nothing that costs anything."""
+"""The sensitivity of every particle, drawn on the configuration."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from mdsens import contacts
 from mdsens.implicit.status import InputError, Status
+from mdsens.plots._style import ARROW, COLUMN, FONT, OUTLINE, PAPER
 from mdsens.relaxation import Equilibrium
 from mdsens.sensitivity import Linearization, Response
 from mdsens.system import System
@@ -23,17 +24,13 @@ __all__ = ["sensitivity_map"]
 # Pale, so that the arrows stand out, and apart in lightness and hue under every common colour blindness.
 SPECIES = ("#a9c8e8", "#f4d6a0", "#b5dcc3", "#e6b8c2", "#c9c2e4", "#dcdcd2")
 DIAMETERS = ("#eef3f7", "#7fa6cc")  # the ends of the colour map of many different diameters
-OUTLINE, ARROW = "#7b8794", "#17202a"
 REACH = 1.5  # diameters: length of the arrow at the percentile below
 PERCENTILE = 95.0  # some arrows stay longer; scaling by the longest would shrink all others to dots
 SMALLEST, LARGEST = 0.02, 0.35  # of the picture's width: bounds of the arrow at the percentile and of the longest
 LAYERS = 16  # of a 3-D picture, drawn from back to front
 CROWD = 2000  # circles; beyond, thin outlines
-PAPER = "white"
-FONT = 7  # points
 SHAFT = np.array([0.0016, 0.007])  # of the picture's width: bounds of an arrow's thickness
 KEY = 0.08  # of the picture's width: the scale arrow is about that long or longer
-COLUMN = 3.4  # inches
 ROW = 11.0  # points from one row of the legend to the next
 HAZE = 0.75  # how far the rear of a 3-D picture fades into the paper
 

@@ -1,0 +1,20 @@
+"""Independent truth: derivatives by minimising again, the adjoint identity, and a law's own promises.
+
+What checks ours checks a user's own potential.
+"""
+
+from mdsens.verify._adjoint import AdjointTest, adjoint
+from mdsens.verify._differences import DerivativeTest, FiniteDifference, derivative_test, finite_difference
+from mdsens.verify._laws import Finding, PotentialTest, potential
+
+__all__ = [
+    "AdjointTest",
+    "DerivativeTest",
+    "Finding",
+    "FiniteDifference",
+    "PotentialTest",
+    "adjoint",
+    "derivative_test",
+    "finite_difference",
+    "potential",
+]

@@ -1,0 +1,94 @@
+"""Forward against reverse: one identity that holds for any direction and any cotangent."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mdsens import sensitivity
+from mdsens._tables import Shown
+from mdsens.implicit.linear import Method
+from mdsens.implicit.status import InputError, Status
+from mdsens.relaxation import Equilibrium
+from mdsens.sensitivity import Linearization
+from mdsens.stationarity import Unknowns
+from mdsens.verify._differences import relative
+
+__all__ = ["AdjointTest", "adjoint"]
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class AdjointTest(Shown):
+    """The adjoint identity <w, J v> = <J^T w, v> at a minimum.
+
+    The two sides share no solve, so a solver that stopped too early, a Hessian that is not symmetric or a derivative
+    rule that contradicts itself pulls them apart. It says nothing of an energy that is wrong on both sides: that is for
+    ``derivative_test``.
+
+    Attributes:
+      forward: <w, J v>, by ``jvp``.
+      reverse: <J^T w, v>, by ``vjp``.
+      gap: their difference relative to the larger one (absolute where that is below 1e-6).
+      status: the worse of the two solves'.
+    """
+
+    forward: float
+    reverse: float
+    gap: float
+    status: Status
+
+    _title = "Adjoint identity"
+
+    def _rows(self) -> list[tuple[str, str]]:
+        return [
+            ("<w, J v>", f"{self.forward:.12g}"),
+            ("<J^T w, v>", f"{self.reverse:.12g}"),
+            ("gap", f"{self.gap:.1e}"),
+            ("status", f"{self.status.name}: {self.status.sentence}"),
+        ]
+
+
+def adjoint(
+    eq: Equilibrium | Linearization,
+    dparams: Mapping[str, Any] | None = None,
+    cotangent: Any = None,
+    seed: int = 0,
+    *,
+    solve: Method | None = None,
+) -> AdjointTest:
+    """Hold ``jvp`` against ``vjp``: <w, J v> and <J^T w, v>, J the derivative of the minimum by the parameters.
+
+    Args:
+      eq: from ``minimize`` or ``linearize``; not a batch.
+      dparams: v, as in ``jvp``; where None, a random change of every parameter, of its own size.
+      cotangent: w, (n, d); where None, random on the particles that are held, without translation.
+      seed: of the random ones.
+      solve: the linear solver, as in ``jvp``.
+
+    Returns:
+      an :class:`AdjointTest`. A solve that does not converge shows in its status and does not raise.
+
+    Raises:
+      InputError: bad names or shapes. ConvergenceError: an unconverged or unjammed minimum.
+    """
+    if not isinstance(eq, Equilibrium | Linearization):
+        raise InputError(f"got a {type(eq).__name__}: give what ms.minimize or ms.linearize returns.")
+    lin = eq if isinstance(eq, Linearization) else sensitivity.linearize(eq)
+    if solve is not None:
+        lin = dataclasses.replace(lin, solve=solve)
+    rng = np.random.default_rng(seed)
+    if dparams is None:
+        params = {name: np.asarray(value) for name, value in lin.system.params.items()}
+        dparams = {k: (np.abs(v).max(initial=0.0) or 1.0) * rng.standard_normal(v.shape) for k, v in params.items()}
+    if cotangent is None:
+        random = rng.standard_normal(lin.system.positions.shape)
+        cotangent = lin.null.project(Unknowns(jnp.asarray(random, lin.system.positions.dtype))).positions
+    ahead, back = sensitivity.jvp(lin, dparams, throw=False), sensitivity.vjp(lin, cotangent, throw=False)
+    forward = float(np.sum(np.asarray(cotangent) * np.asarray(ahead.value)))
+    reverse = float(sum(np.sum(np.asarray(back.value[name]) * np.asarray(v)) for name, v in dparams.items()))
+    gap = relative(abs(forward - reverse), max(abs(forward), abs(reverse)))
+    return AdjointTest(forward, reverse, gap, max(ahead.status, back.status))

@@ -1,0 +1,316 @@
+"""The same derivatives by minimising again: at one safe step, and over a range of steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mdsens import contacts, sensitivity
+from mdsens._tables import Shown
+from mdsens.implicit.status import InputError, Status, raise_for_status
+from mdsens.relaxation import Equilibrium, minimize, round_off
+from mdsens.sensitivity import Linearization, Response
+from mdsens.stationarity import Unknowns
+from mdsens.system import pair_distances, pair_terms
+
+__all__ = ["DerivativeTest", "FiniteDifference", "derivative_test", "finite_difference"]
+
+Params = Mapping[str, Any]
+STEP = 1e-6  # of the parameters' size: truncation and the minimum's own round-off are both small there
+INSIDE = 0.3  # of the distance to the first contact change, at most
+RANGE = (1e-9, 1e-2)  # of the parameters' size: from where round-off rules to where contacts have changed
+COUNT = 15  # two steps a decade
+NOTHING = 1e-6  # a response smaller than this is round-off of the differences
+BRANCH = (3.0, 0.1)  # of the least error, and of the derivative: between them the error is truncation alone
+
+
+def relative(gap: float, size: float) -> float:
+    """``gap`` against ``size``; as it is where the size is round-off of the differences."""
+    return gap / size if size > NOTHING else gap
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class FiniteDifference(Shown):
+    """A derivative by minimising again on both sides.
+
+    Attributes:
+      value: (n, d), central differences of the relaxed positions, null space projected out.
+      error: estimate of its own error relative to its norm: the difference from half the step.
+      step: t of the steps params +- t dparams.
+      radius: the first change of a contact along the direction, to first order (the smaller of the two sides).
+      network_changed: True where the contacts on one side differ from the minimum's, so that the differences straddle a
+        kink and say nothing.
+      status: CONVERGED, or the worst of the minimisations.
+    """
+
+    value: jax.Array
+    error: float
+    step: float
+    radius: float
+    network_changed: bool
+    status: Status
+
+    def disagreement(self, value: Any) -> float:
+        """|value - self.value| relative to |self.value|; absolute where that is round-off of the differences."""
+        gap = float(jnp.linalg.norm(jnp.asarray(value) - self.value))
+        return relative(gap, float(jnp.linalg.norm(self.value)))
+
+    _title = "Finite differences"
+
+    def _rows(self) -> list[tuple[str, str]]:
+        return [
+            ("norm", f"{float(jnp.linalg.norm(self.value)):.6g}"),
+            ("step", f"{self.step:.1e} (first contact change at {self.radius:.1e})"),
+            ("own error", f"{self.error:.1e}"),
+            ("status", f"{self.status.name}" + (", contacts changed within the step" if self.network_changed else "")),
+        ]
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class DerivativeTest(Shown):
+    """The error of central differences over a range of steps: a derivative is right where it falls to the V's foot.
+
+    Round-off of the minima makes an error that falls as 1/t, truncation one that grows as t^2, and at the first change
+    of a contact the difference quotient breaks: beyond it there is no derivative to agree with. A wrong derivative
+    shows as a floor that no step goes below.
+
+    Attributes:
+      steps: (k,) t of the steps params +- t dparams, rising.
+      errors: (k,) norm of the central difference less the derivative, relative to the derivative's (absolute where
+        that is below 1e-6, which is round-off of the differences).
+      network_changed: (k,) True where a contact opened or closed within the step, on one side or both.
+      radius: the first change of a contact along the direction, to first order (the smaller of the two sides).
+      statuses: (k,) CONVERGED, or the worst of a step's two minimisations.
+    """
+
+    steps: np.ndarray
+    errors: np.ndarray
+    network_changed: np.ndarray
+    radius: float
+    statuses: tuple[Status, ...]
+
+    @property
+    def status(self) -> Status:
+        """The worst of all steps'."""
+        return max(self.statuses)
+
+    @property
+    def sound(self) -> np.ndarray:
+        """(k,) True where a step says something: it relaxed on both sides, within one contact network."""
+        return ~self.network_changed & np.array([status.good for status in self.statuses])
+
+    @property
+    def best(self) -> float:
+        """The smallest error of a sound step; inf where there is none."""
+        return float(np.min(self.errors[self.sound], initial=np.inf))
+
+    @property
+    def branch(self) -> np.ndarray:
+        """(k,) True on the truncation branch: sound steps above the best, from 3 times its error to a tenth."""
+        sound, (low, high) = self.sound, BRANCH
+        if not sound.any():
+            return sound
+        foot = self.steps[sound][np.argmin(self.errors[sound])]
+        return sound & (self.steps > foot) & (self.errors > low * self.best) & (self.errors < high)
+
+    @property
+    def slope(self) -> float | None:
+        """Exponent of the truncation branch, error ~ t^slope: 2 for a smooth energy. None where under 3 steps show."""
+        branch = self.branch
+        if branch.sum() < 3:
+            return None
+        return float(np.polyfit(np.log(self.steps[branch]), np.log(self.errors[branch]), 1)[0])
+
+    _title = "Derivative test"
+
+    def _rows(self) -> list[tuple[str, str]]:
+        rows = [("step", "error")]
+        for t, error, changed, status in zip(self.steps, self.errors, self.network_changed, self.statuses, strict=True):
+            notes = (["contacts changed"] if changed else []) + ([] if status.good else [status.name])
+            rows.append((f"{t:.1e}", ", ".join([f"{error:.1e}", *notes])))
+        slope = "too few steps on the branch to tell" if self.slope is None else f"error ~ t^{self.slope:.2f}"
+        return [
+            *rows,
+            ("best", f"{self.best:.1e}"),
+            ("truncation", slope),
+            ("radius", f"first contact change at {self.radius:.1e}"),
+            ("status", f"{self.status.name}: {self.status.sentence}"),
+        ]
+
+
+def _interacting(eq: Equilibrium) -> np.ndarray:
+    """Which pairs touch, as rows of particle indices, padding and rattlers left out."""
+    rows = []
+    net = contacts.network(eq.system, eq.max_force)
+    loose = np.asarray(net.rattlers)
+    for term in pair_terms(eq.system):
+        r = pair_distances(term, eq.system.positions, eq.system.box)
+        points = np.asarray(term.lengths())
+        inside = np.asarray(r)[None, :] < points
+        kept = np.asarray(term.mask) & ~loose[np.asarray(term.i)] & ~loose[np.asarray(term.j)]
+        i, j = np.asarray(term.i), np.asarray(term.j)
+        low, high = np.minimum(i, j), np.maximum(i, j)
+        for row in inside:
+            rows.append(np.unique(np.stack([low, high], axis=1)[row & kept], axis=0))
+    return np.concatenate(rows) if rows else np.zeros((0, 2), int)
+
+
+class _Difference(NamedTuple):
+    """A central difference, the worst status of its two minimisations, and whether a contact changed within it."""
+
+    value: jax.Array
+    status: Status
+    network_changed: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Line:
+    """A line params + t dparams through a minimum, on which to minimise again.
+
+    Attributes:
+      lin: the minimum.
+      tangent: dparams, a full dict.
+      response: the analytic derivative along it.
+      unit: the parameters' size over the direction's.
+      radius: the first change of a contact, to first order.
+      pairs: which pairs touch at the minimum.
+      tolerance: of the minimisations.
+    """
+
+    lin: Linearization
+    tangent: dict[str, jax.Array]
+    response: Response
+    unit: float
+    radius: float
+    pairs: np.ndarray
+    tolerance: float
+
+    def difference(self, t: float) -> _Difference:
+        """(R(t) - R(-t)) / 2t, the null space projected out."""
+        eq = self.lin.equilibrium
+        ends, statuses, changed = [], [], False
+        for side in (t, -t):
+            params = {k: v + side * self.tangent[k] for k, v in eq.params.items()}
+            there = minimize(eq.system, params, tolerance=self.tolerance, throw=False, progress=False)
+            status = Status(int(there.status))
+            if status is Status.MAX_STEPS_REACHED and float(there.max_force) <= float(eq.tolerance):
+                status = Status.ROUND_OFF_LIMITED
+            ends.append(there.positions)
+            statuses.append(status)
+            changed = changed or not np.array_equal(self.pairs, _interacting(there))
+        slope = Unknowns((ends[0] - ends[1]) / (2.0 * t))
+        return _Difference(self.lin.null.project(slope).positions, max(statuses), changed)
+
+
+def _line(eq: Equilibrium, dparams: Params, tolerance: float | None) -> _Line:
+    lin = sensitivity.linearize(eq)
+    tangent = sensitivity.full_tangent(eq.system, dparams)
+    largest = max((float(jnp.max(jnp.abs(v))) for v in tangent.values() if v.size), default=0.0)
+    if largest == 0.0:
+        raise InputError("dparams is zero everywhere: give a direction.")
+    size = max(float(jnp.max(jnp.abs(eq.params[k]))) for k, v in tangent.items() if v.size and jnp.any(v != 0))
+    response = sensitivity.jvp(lin, dparams, throw=False)
+    crossing = contacts.crossings(eq.system, response.value, tangent, lin.network.rattlers)
+    if tolerance is None:
+        tolerance = max(0.01 * float(eq.tolerance), float(round_off(eq.system)))
+    return _Line(
+        lin,
+        tangent,
+        response,
+        size / largest if size > 0 else 1.0,
+        float(crossing.radius),
+        _interacting(eq),
+        tolerance,
+    )
+
+
+def finite_difference(
+    eq: Equilibrium, dparams: Params, step: float | None = None, *, tolerance: float | None = None
+) -> FiniteDifference:
+    """dR/dt at params + t dparams by central differences, (R(t) - R(-t)) / 2t, minimising again from this minimum.
+
+    Args:
+      eq: a minimum; not a batch.
+      dparams: the direction, as in ``jvp``.
+      step: t; where None, 1e-6 of the parameters' size a size of the direction, and inside 0.3 of the distance to the
+        first change of a contact.
+      tolerance: of the minimisations; where None, 0.01 of the minimum's own, but not below round-off. Minimisations
+        that stop above it, yet within the minimum's own tolerance, are taken as they are, and ``error`` shows it.
+
+    Returns:
+      a :class:`FiniteDifference`. Compare with ``v.disagreement(r.value)``.
+    """
+    line = _line(eq, dparams, tolerance)
+    if step is None:
+        step = min(STEP * line.unit, INSIDE * line.radius)
+    if not (np.isfinite(step) and step > 0):
+        raise InputError(f"step is {step!r}: give a positive number; the first contact change is at {line.radius:.1e}.")
+    whole, half = line.difference(step), line.difference(0.5 * step)
+    gap = float(jnp.linalg.norm(whole.value - half.value))
+    return FiniteDifference(
+        whole.value,
+        relative(gap, float(jnp.linalg.norm(whole.value))),
+        float(step),
+        line.radius,
+        whole.network_changed or half.network_changed,
+        max(whole.status, half.status),
+    )
+
+
+def derivative_test(
+    eq: Equilibrium,
+    dparams: Params,
+    steps: Sequence[float] | np.ndarray | None = None,
+    *,
+    value: Any = None,
+    tolerance: float | None = None,
+) -> DerivativeTest:
+    """The error of central differences against the derivative, over steps: |(R(t) - R(-t)) / 2t - dR/dt| / |dR/dt|.
+
+    Each step minimises twice again from this minimum, at params + t dparams and params - t dparams.
+
+    Args:
+      eq: a minimum; not a batch.
+      dparams: the direction, as in ``jvp``.
+      steps: t, positive; where None, 15 from 1e-9 to 1e-2 of the parameters' size over the direction's.
+      value: the derivative to test, (n, d), from anywhere; where None, that of ``jvp``. Its part in the null space
+        (translations, rattlers, rotations of a free cluster) is left out, as differences have none.
+      tolerance: of the minimisations, as in ``finite_difference``.
+
+    Returns:
+      a :class:`DerivativeTest`; :func:`mdsens.plots.derivative_test` draws it.
+
+    Raises:
+      InputError: bad names, shapes or steps. ConvergenceError: no minimum, or no derivative by ``jvp`` to test.
+    """
+    line = _line(eq, dparams, tolerance)
+    if value is None:
+        raise_for_status(line.response.status, "jvp gives no derivative to test: give one as value", line.response)
+        value = line.response.value
+    exact = jnp.asarray(value, eq.positions.dtype)
+    if exact.shape != eq.positions.shape or not np.isfinite(np.asarray(exact)).all():
+        raise InputError(
+            f"value has shape {exact.shape}: give the derivative of the positions, finite and {eq.positions.shape}."
+        )
+    exact = line.lin.null.project(Unknowns(exact)).positions
+    chosen = (
+        line.unit * np.geomspace(*RANGE, COUNT) if steps is None else np.sort(np.atleast_1d(np.asarray(steps, float)))
+    )
+    if chosen.ndim != 1 or chosen.size == 0 or not (np.isfinite(chosen).all() and (chosen > 0).all()):
+        raise InputError(
+            f"steps are {steps!r}: give positive numbers; the first contact change is at {line.radius:.1e}."
+        )
+    found = [line.difference(float(t)) for t in chosen]
+    size = float(jnp.linalg.norm(exact))
+    return DerivativeTest(
+        chosen,
+        np.array([relative(float(jnp.linalg.norm(d.value - exact)), size) for d in found]),
+        np.array([d.network_changed for d in found]),
+        line.radius,
+        tuple(d.status for d in found),
+    )

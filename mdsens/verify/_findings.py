@@ -1,0 +1,54 @@
+"""What the checks of a law found: a sentence each."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from mdsens._tables import Shown
+
+__all__ = ["Finding", "PotentialTest"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What one check found.
+
+    Attributes:
+      check: its name.
+      good: whether the law passed.
+      sentence: what was found, and what to do where it is not good.
+    """
+
+    check: str
+    good: bool
+    sentence: str
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class PotentialTest(Shown):
+    """What the checks of a law found.
+
+    Attributes:
+      law: its name.
+      findings: one a check, or one a breakpoint.
+    """
+
+    law: str
+    findings: tuple[Finding, ...]
+
+    @property
+    def good(self) -> bool:
+        """Whether every check passed."""
+        return all(finding.good for finding in self.findings)
+
+    @property
+    def bad(self) -> tuple[Finding, ...]:
+        """The findings that are not good."""
+        return tuple(finding for finding in self.findings if not finding.good)
+
+    @property
+    def _title(self) -> str:  # type: ignore[override]
+        return f"Potential test of {self.law}: {'good' if self.good else f'{len(self.bad)} not good'}"
+
+    def _rows(self) -> list[tuple[str, str]]:
+        return [(f.check, ("" if f.good else "NOT GOOD: ") + f.sentence) for f in self.findings]

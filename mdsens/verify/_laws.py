@@ -1,0 +1,94 @@
+"""Whether a law keeps its promises: the pair function along r, the energy in a small configuration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mdsens.implicit.status import InputError, PrecisionError
+from mdsens.laws import SumLaw
+from mdsens.verify import _configurations
+from mdsens.verify._findings import Finding, PotentialTest
+from mdsens.verify._pairs import PairFunction
+
+__all__ = ["potential"]
+
+Params = Mapping[str, Any]
+
+
+def potential(
+    law: Any,
+    params: Params,
+    *,
+    positions: Any = None,
+    box: Any = None,
+    species: Any = None,
+    between: tuple[float, float] | None = None,
+    seed: int = 0,
+) -> PotentialTest:
+    """Check what a law promises, on its pair function and on a small configuration.
+
+    Of a pair law, for up to six of its different pairs, phi(r) from ``between`` the first to the second length:
+
+    - at each declared breakpoint: what jumps. phi'' may; phi and phi' may not, for no minimum can stand there;
+    - elsewhere: nothing of phi, phi', phi'' and phi''' jumps. What is found is located to round-off;
+    - phi and phi' vanish beyond the cutoff; where the law is declared repulsive, phi' never pulls;
+    - phi, phi', phi'' and the derivatives of phi and phi' by every parameter are finite, breakpoints included.
+
+    Of any law, in a configuration of a few particles:
+
+    - the energy is that of the pairs within the law's range, whatever the list holds beside them;
+    - forces, Hessian products and derivatives of the forces by every parameter are central differences;
+    - the Hessian is symmetric.
+
+    Args:
+      law: from ``ms.potentials``: any of the catalogue, ``from_pair``, ``from_energy``, sums of them.
+      params: as for ``System.create``.
+      positions: (n, d); where None, 16 or more particles near the sites of a square lattice at about the distance of
+        least energy, in open boundaries. Needed for many-body laws, which do not tell their lengths.
+      box, species: of those positions, as for ``System.create``. Without positions, a parameter with several values
+        has one a species.
+      between: the lengths to look between; where None, from 0.2 of the distance of least energy to 1.2 of the cutoff,
+        or 3 times that distance where there is none.
+      seed: of the random configuration and directions.
+
+    Returns:
+      a :class:`PotentialTest`; ``good`` says whether all checks passed, and printing it shows each.
+
+    Raises:
+      InputError: parameters or positions that no system takes. PrecisionError: single precision.
+    """
+    if not hasattr(law, "terms"):
+        raise InputError(f"law is {law!r}: give a law, such as ms.potentials.soft_sphere().")
+    if not isinstance(params, Mapping):
+        raise InputError(f"params is a {type(params).__name__}: give a dict of parameter names and values.")
+    if jnp.zeros(()).dtype != jnp.float64:
+        raise PrecisionError("verify.potential needs double precision: call ms.enable_x64() first.")
+    if between is not None and not 0 < between[0] < between[1] < math.inf:
+        raise InputError(f"between is {between}: give two lengths, 0 < low < high.")
+    if positions is None and not law.pairwise:
+        raise InputError(
+            f"positions is None and {law.name} acts on more than pairs, so nothing tells its lengths: give a small "
+            "configuration."
+        )
+    rng = np.random.default_rng(seed)
+    if positions is None:
+        system = _configurations.lattice(law, params)
+    else:
+        system = _configurations.system_of(law, params, positions, box, species)
+    found, distances = [], []
+    for part in _configurations.parts(law):
+        label = f"{part.name}: " if isinstance(law, SumLaw) else ""
+        pairs = _configurations.all_pairs(system.n)
+        for term in part.terms(system.params, pairs, system.n, system.species, system.species_count):
+            function = PairFunction(part, term, between)
+            distances += [kind.least for kind in function.kinds]
+            found += [Finding(label + f.check, f.good, f.sentence) for f in function.findings()]
+    if positions is None:
+        system = _configurations.spread(system, float(np.median(distances or [1.0])), rng)
+    found += _configurations.findings(system, rng)
+    return PotentialTest(law.name, tuple(found))
