@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from numbers import Real
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens._checks import short
 from mdsens.implicit.status import InputError
 from mdsens.neighbours import Neighbours
 
@@ -40,7 +42,9 @@ class Fire:
     f_alpha: float = 0.99
 
     def __post_init__(self) -> None:
-        _check_positive(self, ("dt_start", "dt_max", "max_step"))
+        _check_positive(self, ("dt_start", "dt_max", "max_step", "f_inc", "f_dec", "alpha_start", "f_alpha"))
+        if not (isinstance(self.n_min, int) and self.n_min >= 0):
+            raise InputError(f"Fire(n_min={short(self.n_min)}): give a whole number from 0.")
 
     def minimizer(self, forces: Any, shift: Any, stiffness: jax.Array) -> tuple[Any, Any]:
         """jax-md's functions (init, apply), with a mass that brings the stiffest vibration to a fixed frequency."""
@@ -138,5 +142,5 @@ class GradientDescent:
 def _check_positive(record: Any, names: tuple[str, ...]) -> None:
     for name in names:
         value = getattr(record, name)
-        if not 0 < value < np.inf:
-            raise InputError(f"{type(record).__name__}({name}={value}): give a positive number.")
+        if not (isinstance(value, Real) and 0 < value < np.inf):
+            raise InputError(f"{type(record).__name__}({name}={short(value)}): give a positive number.")
