@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens._checks import real_array, real_number
 from mdsens.implicit.status import InputError
 
 __all__ = ["BoxFunction", "FixedBox", "OpenBox", "PackingFraction", "box_rule", "heights", "nearest_image"]
@@ -80,7 +81,7 @@ def box_rule(box: Any, dimension: int, dtype: Any) -> Any:
     if box is None:
         return OpenBox()
     if isinstance(box, PackingFraction):
-        value = float(box.fraction)
+        value = real_number("packing fraction", box.fraction, "give a positive number.")
         if not 0 < value < np.inf:
             raise InputError(f"packing fraction is {value}: give a positive number.")
         shape = None if box.shape is None else jnp.asarray(_cell(box.shape, dimension), dtype)
@@ -93,12 +94,8 @@ def box_rule(box: Any, dimension: int, dtype: Any) -> Any:
 
 
 def _cell(box: Any, dimension: int) -> np.ndarray:
-    try:
-        cell = np.asarray(box, float)
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"box is {box!r}: give a length, {dimension} lengths, or a ({dimension}, {dimension}) matrix."
-        ) from error
+    need = f"give a length, {dimension} lengths, or a ({dimension}, {dimension}) matrix."
+    cell = np.asarray(real_array("box", box, need), float)
     if cell.ndim < 2 and (cell < 0).any():
         raise InputError(f"box is {np.asarray(box).tolist()}: give positive lengths.")
     if cell.ndim == 0:
@@ -110,7 +107,8 @@ def _cell(box: Any, dimension: int) -> np.ndarray:
             f"box has shape {cell.shape} in {dimension} dimensions: give a length, {dimension} lengths, or a "
             f"({dimension}, {dimension}) matrix whose columns are the cell vectors."
         )
-    if not np.isfinite(cell).all() or not abs(np.linalg.det(cell)) > 1e-12 * np.linalg.norm(cell) ** dimension:
+    size = np.max(np.abs(cell), initial=0.0)  # taken out, so that no power of a length over- or underflows
+    if not 0 < size < np.inf or not abs(np.linalg.det(cell / size)) > 1e-12 * np.linalg.norm(cell / size) ** dimension:
         raise InputError(f"box {cell.tolist()} has no volume: give independent, finite cell vectors as columns.")
     return cell
 

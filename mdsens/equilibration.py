@@ -53,6 +53,8 @@ def equilibrate(
       solve: the linear solver of the derivative.
       has_aux: return ``(System, SolveStats)``.
     """
+    if not isinstance(system, System):
+        raise InputError(f"equilibrate got a {type(system).__name__}: give a System.")
     eps = float(jnp.finfo(system.positions.dtype).eps)
     if not isinstance(tolerance, Tracer) and tolerance < eps:
         raise PrecisionError(
@@ -63,6 +65,8 @@ def equilibrate(
         raise InputError(
             "equilibrate takes one system: use jax.vmap(lambda s, p: ms.equilibrate(s, p))(batch, params)."
         )
+    if params is not None and not isinstance(params, Mapping):
+        raise InputError(f"params is a {type(params).__name__}: give a dict of parameter names and values.")
     given = full_tangent(system, {}) if params is None else params
     for name in given:
         full_tangent(system, {name: jnp.zeros_like(jnp.asarray(given[name]))})  # the name's and shape's check

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mdsens._checks import short
 from mdsens.implicit.status import InputError
 
 __all__ = ["Table", "array_of", "is_integer", "nearest", "short"]
@@ -111,9 +112,3 @@ def array_of(name: str, value: Any, shape: tuple[int | None, ...] | None, intege
     if not np.isfinite(array).all():
         raise InputError(f"{name} is {short(value)}: every number must be finite.")
     return array if integers else array.astype(float)
-
-
-def short(value: Any) -> str:
-    """A value as it may stand in a message."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

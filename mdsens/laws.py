@@ -95,7 +95,7 @@ def _of_pairs(value: jax.Array, i: jax.Array, j: jax.Array, species: Any, specie
 def _check_names(given: Params, valid: Sequence[str], law: str) -> None:
     for name in given:
         if name not in valid:
-            near = difflib.get_close_matches(name, valid, n=1)
+            near = difflib.get_close_matches(str(name), valid, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "remove it."
             raise InputError(f"{law} has no parameter {name!r} (it has {', '.join(map(repr, valid))}): {hint}")
     for name in valid:

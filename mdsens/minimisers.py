@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from numbers import Real
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens._checks import short
 from mdsens.implicit.status import InputError
 from mdsens.neighbours import Neighbours
 
@@ -18,8 +20,14 @@ __all__ = ["Fire", "GradientDescent", "Newton"]
 def _check_positive(record: Any, names: tuple[str, ...]) -> None:
     for name in names:
         value = getattr(record, name)
-        if not 0 < value < np.inf:
-            raise InputError(f"{type(record).__name__}({name}={value}): give a positive number.")
+        if not (isinstance(value, Real) and 0 < value < np.inf):
+            raise InputError(f"{type(record).__name__}({name}={short(value)}): give a positive number.")
+
+
+def _check_steps(record: Any, name: str) -> None:
+    value = getattr(record, name)
+    if not (isinstance(value, int) and value >= 0):
+        raise InputError(f"{type(record).__name__}({name}={short(value)}): give a whole number from 0.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +55,8 @@ class Fire:
     f_alpha: float = 0.99
 
     def __post_init__(self) -> None:
-        _check_positive(self, ("dt_start", "dt_max", "max_step"))
+        _check_positive(self, ("dt_start", "dt_max", "max_step", "f_inc", "f_dec", "alpha_start", "f_alpha"))
+        _check_steps(self, "n_min")
 
     def minimizer(self, forces: Any, shift: Any, stiffness: jax.Array) -> tuple[Any, Any]:
         """jax-md's functions (init, apply), with a mass that brings the stiffest vibration to a fixed frequency."""
@@ -163,5 +172,6 @@ class Newton:
 
     def __post_init__(self) -> None:
         _check_positive(self, ("begin",))
-        if self.patience < 0:
-            raise InputError(f"Newton(patience={self.patience}): give a number of steps from 0.")
+        _check_steps(self, "patience")
+        if not isinstance(self.first, Fire):
+            raise InputError(f"Newton(first={short(self.first)}): give Fire().")

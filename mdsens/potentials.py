@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens._checks import real_array, real_number, short
 from mdsens.implicit.status import InputError
 from mdsens.laws import BondLaw, EnergyLaw, FixedLengths, Mixing, PairLaw, Phi, SumLaw, arithmetic
 
@@ -53,6 +54,8 @@ class switched:  # noqa: N801 - used as a function
     cutoff: float
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "onset", real_number("onset", self.onset, "give a length."))
+        object.__setattr__(self, "cutoff", real_number("cutoff", self.cutoff, "give a length."))
         if not 0 < self.onset < self.cutoff < np.inf:
             raise InputError(f"onset {self.onset} and cutoff {self.cutoff}: give 0 < onset < cutoff.")
 
@@ -111,7 +114,7 @@ def lennard_jones(onset: float = 2.0, cutoff: float = 2.5) -> PairLaw:
     Parameters: ``sigma``, ``epsilon``. ``onset`` and ``cutoff`` are lengths in the units of r, not multiples of sigma:
     they stay where they are when sigma changes. Give them for sigma = 1 units or scale them yourself.
     """
-    phi = switched(_lennard_jones, float(onset), float(cutoff))
+    phi = switched(_lennard_jones, onset, cutoff)
     return from_pair(phi, ("sigma", "epsilon"), cutoff, (onset, cutoff), name="lennard_jones", positive=True)
 
 
@@ -120,7 +123,7 @@ def morse(onset: float = 2.0, cutoff: float = 2.5) -> PairLaw:
 
     Parameters: ``sigma`` the distance of the minimum, ``epsilon`` its depth, ``alpha`` an inverse width.
     """
-    phi = switched(_morse, float(onset), float(cutoff))
+    phi = switched(_morse, onset, cutoff)
     return from_pair(phi, ("sigma", "epsilon", "alpha"), cutoff, (onset, cutoff), name="morse", positive=True)
 
 
@@ -133,7 +136,7 @@ def harmonic_bonds(bonds: Any) -> BondLaw:
     Parameters: ``stiffness`` and ``length`` (rest length), each a scalar or one value a bond. A bond joins the nearest
     images of its two particles, so it must stay shorter than half the smallest height of a periodic cell.
     """
-    array = np.asarray(bonds)
+    array = np.asarray(real_array("bonds", bonds, "give integers of shape (m, 2)."))
     if array.ndim != 2 or array.shape[1] != 2 or not np.issubdtype(array.dtype, np.integer):
         raise InputError(f"bonds have shape {array.shape} and type {array.dtype}: give integers of shape (m, 2).")
     if (array[:, 0] == array[:, 1]).any():
@@ -168,24 +171,47 @@ def from_pair(
       repulsive: declare that phi only repels and vanishes beyond its cutoff, so that rattlers are found by counting
         contacts.
     """
-    names = tuple(parameters)
+    names = _names(parameters)
     _check_takes(phi, names)
+    if mixing is not None and not isinstance(mixing, Mapping):
+        raise InputError(f"mixing is a {type(mixing).__name__}: give a dict of parameter names and functions.")
     mixing = dict(mixing or {})
     for key in mixing:
         if key not in names:
             raise InputError(f"mixing names {key!r}, which is no parameter: use one of {', '.join(names)}.")
     if cutoff is not None and not callable(cutoff):
-        if not 0 < float(cutoff) < np.inf:
-            raise InputError(f"cutoff is {cutoff}: give a positive length, or None for infinite range.")
-        cutoff = float(cutoff)
-    points = breakpoints if callable(breakpoints) else FixedLengths(tuple(float(b) for b in breakpoints))
+        need = "give a positive length, or None for infinite range."
+        cutoff = real_number("cutoff", cutoff, need)
+        if not 0 < cutoff < np.inf:
+            raise InputError(f"cutoff is {cutoff}: {need}")
+    points = breakpoints if callable(breakpoints) else FixedLengths(_lengths(breakpoints))
     label = name or getattr(phi, "__name__", "pair law")
     rules = tuple(mixing.get(n, arithmetic) for n in names)
     return PairLaw(label, phi, names, cutoff, points, rules, (0.0 if positive else -np.inf,) * len(names), repulsive)
 
 
+def _names(parameters: Any) -> tuple[str, ...]:
+    """The names of a law's parameters."""
+    if isinstance(parameters, str | bytes) or not np.iterable(parameters):
+        raise InputError(f"parameters is {short(parameters)}: give a tuple of names.")
+    names = tuple(parameters)
+    for name in names:
+        if not isinstance(name, str):
+            raise InputError(f"parameters has {short(name)} among them: give a tuple of names.")
+    return names
+
+
+def _lengths(breakpoints: Any) -> tuple[float, ...]:
+    array = np.asarray(real_array("breakpoints", breakpoints, "give lengths."), float)
+    if array.ndim != 1 or not np.isfinite(array).all():
+        raise InputError(f"breakpoints is {short(breakpoints)}: give lengths, in a tuple.")
+    return tuple(array.tolist())
+
+
 def _check_takes(phi: Phi, names: tuple[str, ...]) -> None:
     """phi must take r and as many parameters as are named."""
+    if not callable(phi):
+        raise InputError(f"phi is {short(phi)}: give a function of r and the parameters.")
     try:
         inspect.signature(phi).bind(*range(1 + len(names)))
     except TypeError as error:
@@ -206,4 +232,7 @@ def from_energy(fn: Callable[..., jax.Array], parameters: Sequence[str], *, name
         ``lambda R, p, d: jax_md.energy.stillinger_weber(d, epsilon=p["epsilon"])(R)``.
       parameters: their names; any shapes.
     """
-    return EnergyLaw(name or getattr(fn, "__name__", "energy"), fn, tuple(parameters), tuple(parameters))
+    if not callable(fn):
+        raise InputError(f"fn is {short(fn)}: give a function of positions, params and displacement.")
+    names = _names(parameters)
+    return EnergyLaw(name or getattr(fn, "__name__", "energy"), fn, names, names)

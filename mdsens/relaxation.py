@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens import neighbours
+from mdsens._checks import short
 from mdsens._tables import Shown
 from mdsens.implicit.status import (
     ConvergenceError,
@@ -159,7 +160,10 @@ def _machine(system: System, method: Any) -> tuple[Any, Any, Any]:
 
 def _shortened(vectors: jax.Array, longest: jax.Array) -> jax.Array:
     """Each row cut to a length."""
-    size = jnp.sqrt(jnp.sum(vectors**2, axis=-1, keepdims=True))
+    # by their largest component, whose square may overflow: a force of 1e200 would come out as none at all
+    largest = jnp.max(jnp.abs(vectors), axis=-1, keepdims=True)
+    unit = vectors / jnp.where(largest > 0, largest, 1.0)
+    size = largest * jnp.sqrt(jnp.sum(unit**2, axis=-1, keepdims=True))
     return vectors * jnp.minimum(1.0, longest / jnp.where(size > 0, size, 1.0))
 
 
@@ -250,10 +254,11 @@ def minimize(
       ConvergenceError: with the status, and what was reached as ``result``.
     """
     method = Newton() if method is None else method
-    if not (isinstance(tolerance, Real) and np.isfinite(tolerance) and tolerance > 0):
-        raise InputError(f"tolerance is {tolerance!r}: give a positive number.")
-    if max_steps < 1:
-        raise InputError(f"max_steps is {max_steps}: give 1 or more.")
+    _check_kinds(system, method)
+    if not (isinstance(tolerance, Real) and 0 < tolerance <= sys.float_info.max):
+        raise InputError(f"tolerance is {short(tolerance)}: give a positive number.")
+    if not (isinstance(max_steps, Real) and max_steps >= 1):
+        raise InputError(f"max_steps is {short(max_steps)}: give 1 or more.")
     if system.batch is not None:
         return _minimize_batch(system, params, tolerance, method, max_steps, throw, progress)
     if params is not None:
@@ -386,6 +391,13 @@ def round_off(system: System) -> jax.Array:
     """
     resolution = jnp.finfo(system.positions.dtype).eps * jnp.max(jnp.abs(system.positions), initial=0.0)
     return resolution * _scales(system)[1]
+
+
+def _check_kinds(system: Any, method: Any) -> None:
+    if not isinstance(system, System):
+        raise InputError(f"minimize got a {type(system).__name__}: give a System, such as ms.load_system gives.")
+    if not isinstance(method, Newton | Fire | GradientDescent):
+        raise InputError(f"method is {short(method)}: give Newton(), Fire() or GradientDescent() of ms.relaxation.")
 
 
 def _check_precision(system: System, tolerance: float) -> None:

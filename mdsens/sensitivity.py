@@ -17,6 +17,7 @@ import numpy as np
 from jax.core import Tracer
 
 from mdsens import relaxation
+from mdsens._checks import real_array, short
 from mdsens._tables import Shown
 from mdsens.contacts import Network
 from mdsens.implicit.linear import Auto, Method
@@ -145,6 +146,9 @@ def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Li
       ConvergenceError: an unconverged minimum, or one without contacts (UNJAMMED).
     """
     require_sound_jax()
+    if not isinstance(eq, Equilibrium):
+        raise InputError(f"got a {type(eq).__name__}: give the Equilibrium that ms.minimize returns.")
+    _check_method(solve)
     if eq.system.batch is not None:
         raise InputError(f"linearize takes one minimum and got a batch of {eq.system.batch}: linearize its members.")
     backbone, net, null = linearisation(eq.system, eq.max_force)
@@ -156,7 +160,16 @@ def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Li
     return lin
 
 
+def _check_method(solve: Any) -> None:
+    if not isinstance(solve, Method):
+        raise InputError(
+            f"solve is {short(solve)}: give Auto(), Direct(), CG(), MINRES(), GMRES() or BiCGSTAB() of mdsens.implicit."
+        )
+
+
 def _linearised(at: Equilibrium | Linearization, solve: Method | None, throw: bool) -> Linearization:
+    if solve is not None:
+        _check_method(solve)
     if isinstance(at, Linearization):
         return at if solve is None else dataclasses.replace(at, solve=solve)
     if not isinstance(at, Equilibrium):
@@ -172,13 +185,14 @@ def full_tangent(system: System, dparams: Params) -> dict[str, jax.Array]:
         raise InputError(f"dparams is a {type(dparams).__name__}: give a dict of parameter names and their changes.")
     for name, change in dparams.items():
         if name not in system.params:
-            near = difflib.get_close_matches(name, system.params, n=1)
+            near = difflib.get_close_matches(str(name), system.params, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(map(repr, system.params))}."
             raise InputError(f"{name!r} is no parameter of {system.potential.name}: {hint}")
-        want, got = system.params[name].shape, np.shape(change)
+        given = real_array(f"dparams[{name!r}]", change)
+        want, got = system.params[name].shape, given.shape
         if want != got:
             raise InputError(f"dparams[{name!r}] has shape {got}: the parameter has {want}, give that.")
-        if not isinstance(change, Tracer) and not np.isfinite(np.asarray(change, float)).all():
+        if not isinstance(given, Tracer) and not np.isfinite(np.asarray(given, float)).all():
             raise InputError(f"dparams[{name!r}] is not finite: give finite changes.")
     return {
         name: jnp.asarray(dparams[name], value.dtype) if name in dparams else jnp.zeros_like(value)
@@ -186,10 +200,17 @@ def full_tangent(system: System, dparams: Params) -> dict[str, jax.Array]:
     }
 
 
-def _with_outcome(lin: Linearization, stats: SolveStats) -> SolveStats:
-    """The solve's stats, under the minimum's own status where that is bad."""
+def _with_outcome(lin: Linearization, stats: SolveStats, value: Any) -> SolveStats:
+    """The solve's stats, NOT_FINITE where the value is, under the minimum's own status where that is bad."""
     code = lin.status
+    stats = _finite_or_said(stats, jnp.all(jnp.stack([jnp.all(jnp.isfinite(v)) for v in jax.tree.leaves(value)])))
     return dataclasses.replace(stats, status=jnp.where(code > 0, code, stats.status))
+
+
+def _finite_or_said(stats: SolveStats, finite: jax.Array) -> SolveStats:
+    """A good solve can still meet a derivative of the law or the observable that is not finite."""
+    good = stats.status <= Status.NULL_COMPONENT_DROPPED.value
+    return dataclasses.replace(stats, status=jnp.where(good & ~finite, Status.NOT_FINITE.value, stats.status))
 
 
 def _affine(system: System, tangent: Params, positions: jax.Array) -> jax.Array:
@@ -208,7 +229,8 @@ def _jvp(lin: Linearization, tangent: Params) -> Response:
     rest = x.positions - _affine(lin.system, tangent, lin.system.positions)
     nonaffine = lin.null.project(Unknowns(rest)).positions
     eq = lin.equilibrium
-    return Response(x.positions, _with_outcome(lin, stats), nonaffine, eq.max_force, lin.network.rattlers)
+    stats = _with_outcome(lin, stats, (x.positions, nonaffine))
+    return Response(x.positions, stats, nonaffine, eq.max_force, lin.network.rattlers)
 
 
 @jax.jit
@@ -221,7 +243,8 @@ def _vjp(lin: Linearization, cotangent: jax.Array) -> Response:
     operator = hessian_operator(lin.system, lin.null)
     x, stats = solve_linear(operator, Unknowns(cotangent), lin.solve)
     value = jax.tree.map(jnp.negative, mixed_transpose(lin.system, x))
-    return Response(value, _with_outcome(lin, stats), None, lin.equilibrium.max_force, lin.network.rattlers)
+    stats = _with_outcome(lin, stats, value)
+    return Response(value, stats, None, lin.equilibrium.max_force, lin.network.rattlers)
 
 
 @jax.jit
@@ -232,9 +255,8 @@ def _vjp_many(lin: Linearization, cotangents: jax.Array) -> Response:
 @jax.jit
 def _response(lin: Linearization, force: jax.Array) -> Response:
     x, stats = solve_linear(hessian_operator(lin.system, lin.null), Unknowns(force), lin.solve)
-    return Response(
-        x.positions, _with_outcome(lin, stats), x.positions, lin.equilibrium.max_force, lin.network.rattlers
-    )
+    stats = _with_outcome(lin, stats, x.positions)
+    return Response(x.positions, stats, x.positions, lin.equilibrium.max_force, lin.network.rattlers)
 
 
 def _judged(result: Response, throw: bool, what: str) -> Response:
@@ -297,7 +319,7 @@ def jvp(
 
 
 def _cotangent(system: System, value: Any, name: str) -> jax.Array:
-    array = jnp.asarray(value, system.positions.dtype)
+    array = jnp.asarray(real_array(name, value), system.positions.dtype)
     if array.shape != system.positions.shape:
         raise InputError(f"{name} has shape {array.shape}: give {system.positions.shape}, one vector a particle.")
     if not isinstance(array, Tracer) and not np.isfinite(np.asarray(array)).all():
@@ -413,6 +435,10 @@ def jacobian(
         return _judged(whole, throw, "jacobian")
     lin = _linearised(at, solve, throw)
     system = lin.system
+    if not isinstance(wrt, str):
+        raise InputError(f"wrt is {short(wrt)}: give a parameter's name, one of {', '.join(system.params)}.")
+    if chunk is not None and not (isinstance(chunk, int) and chunk >= 1):
+        raise InputError(f"chunk is {short(chunk)}: give a whole number of at least 1, or None.")
     full_tangent(system, {wrt: system.params.get(wrt, 0.0)})  # the name's check
     shape, dtype = system.params[wrt].shape, system.positions.dtype
     size, unknowns = int(np.prod(shape)), system.positions.size
@@ -468,14 +494,22 @@ def gradient(
         assert isinstance(at, Equilibrium)
         whole = _over_members(lambda e, k: gradient(observable, e, solve=solve, throw=False), at)
         return _judged(whole, throw, "gradient")
+    if not callable(observable):
+        raise InputError(
+            f"the observable is {short(observable)}: give a function of a System, such as ms.observables.pressure."
+        )
     lin = _linearised(at, solve, throw)
     system = lin.equilibrium.system
 
     def observe(positions: jax.Array, params: Params) -> jax.Array:
         value = observable(system.replace(positions=positions, params=dict(params)))
-        if value is None:
-            raise InputError("the observable returns None: return a number or an array.")
-        return jnp.asarray(value)
+        try:
+            array = jnp.asarray(value)
+        except Exception as error:  # a dict, a text, rows of different lengths
+            raise InputError(f"the observable returns {short(value)}: return a number or an array.") from error
+        if value is None or not array.size:
+            raise InputError(f"the observable returns {short(value)}: return a number or an array.")
+        return array
 
     value, pull = jax.vjp(observe, system.positions, dict(system.params))
     if not jnp.issubdtype(value.dtype, jnp.floating):
@@ -497,6 +531,8 @@ def gradient(
 
     flat = _in_chunks(lambda w: _vjp_many(lin, w), rows, count, width)
     total = {k: (flat.value[k] + direct[k]).reshape(*value.shape, *direct[k].shape[1:]) for k in direct}
+    finite = [jnp.all(jnp.isfinite(t), axis=tuple(range(value.ndim, t.ndim))) for t in total.values()]
     stats = jax.tree.map(lambda leaf: leaf.reshape(value.shape), flat.stats)
+    stats = _finite_or_said(stats, jnp.all(jnp.stack(finite), axis=0))
     result = Response(total, stats, None, lin.equilibrium.max_force, lin.network.rattlers)
     return _judged(result, throw, "gradient")

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens import boxes, neighbours
+from mdsens._checks import real_array, short
 from mdsens._tables import Shown
 from mdsens.implicit.status import InputError, require_sound_jax
 from mdsens.laws import PairTerm, check_params
@@ -74,10 +75,14 @@ class System(Shown):
         require_sound_jax()
         try:
             given = np.asarray(positions)
-        except ValueError as error:  # rows of different lengths
-            raise InputError(f"positions are no array ({error}): give (n, 2) or (n, 3) numbers.") from error
+        except Exception as error:  # rows of different lengths, or an object that refuses
+            raise InputError(f"positions are no array, {short(positions)}: give (n, 2) or (n, 3) numbers.") from error
         if not (np.issubdtype(given.dtype, np.floating) or np.issubdtype(given.dtype, np.integer)):
             raise InputError(f"positions have type {given.dtype}: give (n, 2) or (n, 3) real numbers.")
+        if np.issubdtype(given.dtype, np.floating) and given.dtype not in (np.float32, np.float64):
+            raise InputError(f"positions have type {given.dtype}: give single or double precision.")
+        if np.ma.is_masked(positions):
+            raise InputError("positions are masked in places: give every particle's, or leave those particles out.")
         if given.ndim != 2 or given.shape[1] not in (2, 3) or given.shape[0] < 1:
             raise InputError(f"positions have shape {given.shape}: give (n, 2) or (n, 3).")
         bad = ~np.isfinite(given).all(axis=1)
@@ -87,28 +92,26 @@ class System(Shown):
         n, dimension = given.shape
         dtype = given.dtype if np.issubdtype(given.dtype, np.floating) else np.dtype(float)
         floats = jnp.asarray(given, jax.dtypes.canonicalize_dtype(dtype))  # float32 where x64 is off
-        count = 0
+        values, count = _as_params(params, floats.dtype), 0
         if species is not None:
-            kinds = np.asarray(species)
-            if kinds.shape != (n,) or not np.issubdtype(kinds.dtype, np.integer) or (n and kinds.min() < 0):
+            kinds = np.asarray(real_array("species", species, f"give ({n},) integers from 0."))
+            whole = np.issubdtype(kinds.dtype, np.integer)
+            if kinds.shape != (n,) or not whole or kinds.min() < 0 or kinds.max() > np.iinfo(np.int32).max:
                 raise InputError(
                     f"species has shape {kinds.shape} and type {kinds.dtype}: give ({n},) integers from 0."
                 )
             if kinds.min() > 0:
                 raise InputError(f"species start at {kinds.min()}: number them from 0.")
-            count = _species_count(kinds, params)
+            count = _species_count(kinds, values)
             species = jnp.asarray(kinds, jnp.int32)
         if not hasattr(potential, "terms"):
-            raise InputError(f"potential is {potential!r}: give a law, such as ms.potentials.soft_sphere().")
-        if not isinstance(params, Mapping):
-            raise InputError(f"params is a {type(params).__name__}: give a dict of parameter names and values.")
-        values = _as_params(params, floats.dtype)
+            raise InputError(f"potential is {short(potential)}: give a law, such as ms.potentials.soft_sphere().")
         check_params(potential, values, n, count)
         rule = boxes.box_rule(box, dimension, floats.dtype)
         empty = Neighbours(jnp.zeros((2, 0), jnp.int32), None, None, jnp.asarray(jnp.inf), jnp.zeros((), bool))
         system = cls(floats, values, rule, potential, species, empty, count)
         if isinstance(rule, boxes.BoxFunction):  # the user's function: check what it returns
-            cell = np.asarray(system.box)
+            cell = np.asarray(real_array("what the box function returns", system.box, "return a matrix of numbers."))
             if cell.shape != (dimension, dimension):  # a length alone would do for a fixed box, not here
                 raise InputError(
                     f"the box function returns shape {cell.shape} in {dimension} dimensions: return a ({dimension}, "
@@ -185,13 +188,9 @@ class System(Shown):
 
 
 def _as_params(params: Params, dtype: Any) -> dict[str, jax.Array]:
-    values = {}
-    for name, value in params.items():
-        try:
-            values[name] = jnp.asarray(np.asarray(value, float) if not isinstance(value, jax.Array) else value, dtype)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"parameter {name} is {value!r}: give numbers.") from error
-    return values
+    if not isinstance(params, Mapping):
+        raise InputError(f"params is a {type(params).__name__}: give a dict of parameter names and values.")
+    return {name: jnp.asarray(real_array(f"parameter {name}", value), dtype) for name, value in params.items()}
 
 
 def _species_count(kinds: np.ndarray, params: Params) -> int:
@@ -292,6 +291,8 @@ def stack(systems: list[System] | tuple[System, ...]) -> System:
     Raises:
       InputError: naming the first member that differs.
     """
+    if not isinstance(systems, list | tuple):
+        raise InputError(f"stack got a {type(systems).__name__}: give a list of systems.")
     if not systems:
         raise InputError("stack got no systems: give at least one.")
     first = systems[0]

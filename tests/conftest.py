@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -50,3 +52,16 @@ def packing_name(request: pytest.FixtureRequest) -> str:
 def relative(a, b) -> float:
     """|a - b| / |b|, in the 2-norm."""
     return float(np.linalg.norm(np.asarray(a) - np.asarray(b)) / np.linalg.norm(np.asarray(b)))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The figures of the generated cases, where a number of them was asked for: see test_fuzz.py."""
+    if "MDSENS_FUZZ_CASES" not in os.environ:
+        return
+    from generated import figures
+
+    reports = [r for kind in ("passed", "failed") for r in terminalreporter.stats.get(kind, [])]
+    found = [record for r in reports for name, value in r.user_properties if name == "fuzz" for record in value]
+    terminalreporter.section("generated cases")
+    for line in figures(found):
+        terminalreporter.write_line(line)

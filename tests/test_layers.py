@@ -27,6 +27,8 @@ ORDER = [
     ["implicit.root"],
     ["implicit.optimality"],
     ["implicit"],
+    # what a user gives, as numbers
+    ["_checks"],
     # the physics: what a system is
     ["laws", "boxes"],
     ["potentials"],

@@ -1,0 +1,53 @@
+"""What a user gives, taken as numbers, or refused in one line that names it, says what it is and what to give."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mdsens.implicit.status import InputError
+
+__all__ = ["is_real", "real_array", "real_number", "short"]
+
+
+def short(value: Any) -> str:
+    """A value as it may stand in a message: on one line, 60 characters at most."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # what cannot be shown must not hide what is wrong with it
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def is_real(dtype: Any) -> bool:
+    """Whether it is a type of integers or real numbers; truth values are none."""
+    return bool(jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating))
+
+
+def real_array(name: str, value: Any, need: str = "give numbers.") -> Any:
+    """``value`` as an array of integers or real numbers, of jax where it is one already (tracers pass).
+
+    numpy alone would read texts as numbers, drop imaginary parts and forget what is masked.
+    """
+    if isinstance(value, jax.Array):
+        array: Any = value
+    else:
+        try:
+            array = np.asarray(value)
+        except Exception as error:  # rows of different lengths, or an object that refuses
+            raise InputError(f"{name} is no array, {short(value)}: {need}") from error
+    if not is_real(array.dtype) or np.ma.is_masked(value):
+        what = f"an array of {array.dtype}" if array.ndim else short(value)
+        raise InputError(f"{name} is {what}: {need}")
+    return array
+
+
+def real_number(name: str, value: Any, need: str = "give a number.") -> float:
+    """``value`` as a float."""
+    array = real_array(name, value, need)
+    if array.ndim:
+        raise InputError(f"{name} has shape {array.shape}: {need}")
+    return float(array)
