@@ -341,8 +341,7 @@ def _derivative(
     theorem = (float(beta) / alpha + float(gamma) * R / alpha**2) * way
     # the full system's pairs: what a rattler's neighbours do is left out by name
     crossing = contacts.crossings(lin.equilibrium.system, there[0], tangent, lin.network.rattlers)
-    on = sum(float(np.sum(np.asarray(v)[loose] ** 2)) for v in tangent.values() if v.shape == (system.n,))
-    whole = sum(float(np.sum(np.asarray(v) ** 2)) for v in tangent.values())
+    on, whole = _on_rattlers(lin.equilibrium.system, tangent, loose), _on_rattlers(system, tangent, None)
     curved = float(np.linalg.norm(J2))
     return Derivative(
         tangent,
@@ -360,6 +359,23 @@ def _derivative(
         2.0 * norm / curved if curved > 1e-8 * norm else np.inf,  # below it is round-off
         float(np.sqrt(on / whole)) if whole else 0.0,
     )
+
+
+def _on_rattlers(system: System, tangent: Params, loose: np.ndarray | None) -> float:
+    """Sum of squares of a direction's components that belong to rattlers alone; of all, where ``loose`` is None."""
+    total = 0.0
+    for v in map(np.asarray, tangent.values()):
+        kind = np.ones(v.shape[0] if v.ndim else 0, bool)  # which particles or species are rattlers
+        if loose is not None and v.shape == (system.n,):
+            kind = loose
+        elif loose is not None and v.ndim and v.shape[0] == system.species_count:
+            held = np.bincount(np.asarray(system.species)[~loose], minlength=system.species_count)
+            kind = held == 0
+        elif loose is not None:
+            continue
+        mask = kind[:, None] | kind if v.ndim == 2 else kind
+        total += float(np.sum(v[mask] ** 2)) if v.ndim else float(v**2)
+    return total
 
 
 def _in_doubt(lin: Linearization, step: np.ndarray) -> int:

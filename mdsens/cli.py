@@ -36,7 +36,7 @@ examples:
   mdsens sensitivity seed_packing_2d --wrt "sigma[1]"      how a packing moves as species 1 grows
   mdsens sensitivity seed_packing_2d --wrt alpha --plot alpha.png --out alpha.npz
   mdsens relax my_system.toml --seed 3 --extxyz relaxed.extxyz
-  mdsens certify seed_packing_2d --wrt "sigma[1]" --modes 5  is the minimum one, and how far does its derivative reach
+  mdsens certify seed_packing_2d --wrt "sigma[1]"          can that be trusted, and how far
   mdsens verify dimer --wrt sigma                          finite differences, and the adjoint
   mdsens doctor                                            versions, device, a check of the compiler
 

@@ -223,7 +223,7 @@ def cases(shape: Shape, long: bool) -> st.SearchStrategy[Case]:
         bond_strain=usual([0.0, 0.05, 0.3, -0.3]),
         trap=usual(["round", "plane", "oblique", "full"]),
         tolerance=usual([1e-12, 1e-12, 1e-9]),
-        rtol=usual([1e-10, 1e-13]),
+        rtol=st.just(1e-13 if LONG_SHAPES.index(shape) % 3 == 1 else 1e-10),  # each compiles anew
         cotangent=usual(["random", "random", "one particle", "translation", "zero"]),
         crowded=usual([False] * 9 + [True]),
     )

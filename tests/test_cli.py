@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -130,6 +131,102 @@ def test_verify_shows_both_checks(tmp_path: Path, capsys: pytest.CaptureFixture[
     _, error, _, _, forward, adjoint, gap = row
     assert float(error) < 1e-6 and float(gap) < 1e-9
     assert float(forward) == pytest.approx(float(adjoint), rel=1e-6)
+
+
+ROW = """
+description = "three in a row"
+units = "reduced"
+dimension = 2
+box = "open"
+[positions]
+kind = "list"
+values = [[-1.1, 0.0], [0.0, 0.0], [1.1, 0.0]]
+[potential]
+law = "lennard_jones"
+[parameters]
+sigma = 1.0
+epsilon = 1.0
+"""
+RODS = """
+description = "four rods"
+units = "reduced"
+dimension = 2
+box = "open"
+[positions]
+kind = "list"
+values = [[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]]
+[potential]
+law = "harmonic_bonds"
+bonds = [[0, 1], [1, 2], [2, 3], [3, 0]]
+[parameters]
+stiffness = 1.0
+length = 1.0
+"""
+SIZES = """
+description = "discs and a small one"
+units = "reduced"
+dimension = 2
+count = 41
+species = [20, 20, 1]
+box = { packing_fraction = 0.98 }
+[positions]
+kind = "random"
+[potential]
+law = "soft_sphere"
+[parameters]
+sigma = [1.0, 0.7, 0.05]
+epsilon = 1.0
+alpha = 2.0
+"""
+
+
+@pytest.mark.parametrize(
+    ("system", "options", "name", "says", "code"),
+    [
+        ("dimer", ["--wrt", "sigma"], "CONVERGED", "good: nothing found against it", 0),
+        ("seed_packing_2d", ["--max-steps", "50"], "MAX_STEPS_REACHED", "raise max_steps", 3),
+        (ROW, ["--wrt", "sigma"], "INDEFINITE", "this is a saddle", 3),
+        (RODS, ["--wrt", "length"], "FLOPPY", "not rigid", 3),
+        (PACKING.format(fraction=0.2, sigma="[1.0, 0.7]"), [], "UNJAMMED", "raise the packing fraction", 3),
+        (SIZES, ["--particle", "40"], "NULL_COMPONENT_DROPPED", "good: nothing found against it", 0),
+        (SIZES, ["--particle", "40", "--strict"], "NULL_COMPONENT_DROPPED", "on rattlers", 3),
+    ],
+    ids=["good", "unconverged", "saddle", "floppy", "unjammed", "rattler", "strict"],
+)
+def test_certify_tells_each_state(tmp_path: Path, capsys: pytest.CaptureFixture[str], system, options, name, says, code):
+    if "\n" in system:
+        (tmp_path / "mine.toml").write_text(system)
+        system = tmp_path / "mine.toml"
+    stored = tmp_path / "found.json"
+    done = Outcome(capsys, "certify", system, *options, "--json", stored)
+    assert done.code == code, done.out + done.err
+    assert says in done.out.splitlines()[-1] and done.err == ""
+    page = json.loads(stored.read_text())
+    assert page["status"] == name and name in done.out
+    assert [f["status"] for f in page["findings"]] == ([] if name == "CONVERGED" else [name])
+
+
+def test_single_precision_is_a_warning(tmp_path: Path):
+    options = ("--wrt", "sigma", "--single", "--tolerance", "1e-5")
+    done = process("certify", "dimer", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "SINGLE_PRECISION" in done.stdout and "ms.enable_x64()" in done.stdout
+    assert process("certify", "dimer", *options, "--strict", cwd=tmp_path).returncode == 3
+
+
+def test_sensitivity_shows_the_certificate_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    done = Outcome(capsys, "sensitivity", packing(tmp_path), "--wrt", "sigma")
+    assert done.code == 0
+    assert done.out.count("Is it a minimum?") == done.out.count("Is it stable?") == 1
+    assert done.out.count("How wrong can the derivative be?") == done.out.count("How far does it reach?") == 2
+
+
+def test_a_warning_fails_a_strict_sensitivity(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "mine.toml").write_text(SIZES)
+    for strict, code in (([], 0), (["--strict"], 3)):
+        done = Outcome(capsys, "sensitivity", tmp_path / "mine.toml", "--wrt", "sigma[2]", *strict)
+        assert done.code == code, done.out + done.err
+        assert "NULL_COMPONENT_DROPPED  " in done.out and "1.0e+00 of it, without effect" in done.out
 
 
 def test_relax_stores_what_load_gives_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import forget_compiled_code
 from generated import LONG_SHAPES, SHAPES, Record, Shape, bad_values, cases, judge, summary
 from hypothesis import HealthCheck, given, settings
 
@@ -50,6 +51,7 @@ def test_no_wrong_number_has_a_good_status(shape: Shape, record_property: Callab
             good = [f"{a.door} by {a.solver}: {a.status.name}" for a in record.answers if a.status.good]
             assert not good, "\n".join([f"at a {record.outcome}:", *good, str(case)])
 
+    forget_compiled_code()
     try:
         holds()
     finally:
