@@ -518,7 +518,7 @@ class Oracle:
         largest = float(np.max(np.abs(np.asarray(self.system.params[name])), initial=0.0))
         return self.largest * self.extent / (largest or 1.0)
 
-    def verdict(self, off: np.ndarray, size: float, noise: float, amplified: float) -> tuple[float, float]:
+    def verdict(self, off: np.ndarray, size: Any, noise: Any, amplified: Any) -> tuple[float, float]:
         """Error and what is allowed for it, relative to ``size``.
 
         Allowed is 1e-7, or the round-off that the condition number amplifies, or what the residual that the door itself
@@ -532,7 +532,7 @@ class Oracle:
     def right_hand_side(self, door: str, dparams: dict[str, np.ndarray], w: np.ndarray) -> np.ndarray:
         """What the solve behind a door is for, flat."""
         if door == "jvp":
-            return -sum(self.mixed[k] @ dp.ravel() for k, dp in dparams.items())
+            return -np.sum([self.mixed[k] @ dp.ravel() for k, dp in dparams.items()], axis=0)
         return np.ravel(w if door == "vjp" else _slopes(_observable(door), self.system)[0])
 
     def attainable(self, door: str, dparams: dict[str, np.ndarray], w: np.ndarray) -> float:
@@ -638,7 +638,37 @@ def judge(case: Case, max_steps: int = 3000) -> Record:
         if oracle.state == "stable" and oracle.null_space_off > 1e-6:
             record.complaints.append(f"linearize: its null space is off by {oracle.null_space_off:.1e}")
     _doors(record, eq, oracle)
+    _certified(record, eq, oracle)
     return record
+
+
+def _certified(record: Record, eq: ms.Equilibrium, oracle: Oracle | None) -> None:
+    """The certificate names the oracle's state, and its figures are the oracle's."""
+    c = attempt(record, "certify", lambda: ms.certify(eq))
+    if c is None:
+        return
+    named = {status for status, _ in c.findings}
+    if record.outcome == "unconverged" and c.status.good:
+        record.complaints.append(f"certify: {c.status.name} on an unconverged minimum")
+    if oracle is None or ms.Status.CONTACTS_UNSETTLED in named:  # it says itself that the contacts are in doubt
+        return
+    expected = {"saddle": ms.Status.INDEFINITE, "floppy": ms.Status.FLOPPY, "unjammed": ms.Status.UNJAMMED}
+    for state, status in expected.items():
+        if (oracle.state == state) != (status in named) and oracle.state != "marginal" and not _on_edge(oracle):
+            said = ", ".join(s.name for s in named) or "nothing against it"
+            record.complaints.append(f"certify: {said} at a {oracle.state} configuration")
+    if oracle.state == "stable" and not _on_edge(oracle):
+        off = abs(c.stiffness_min - oracle.values[0])
+        if off > 1e-6 * abs(oracle.values[0]) + 100 * EPS * oracle.largest:
+            record.complaints.append(f"certify: lambda_min {c.stiffness_min:.8g}, not {oracle.values[0]:.8g}")
+
+
+def _on_edge(oracle: Oracle) -> bool:
+    """An eigenvalue stands so near to what counts as zero that round-off decides."""
+    if not oracle.values.size or not oracle.largest:
+        return False
+    scaled = np.abs(oracle.values / oracle.largest)
+    return bool(np.any((scaled > 1e-14) & (scaled < 1e-10)))
 
 
 def _direction(case: Case, eq: ms.Equilibrium, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -676,8 +706,9 @@ def _doors(record: Record, eq: ms.Equilibrium, oracle: Oracle | None) -> None:
         "vjp": lambda **kw: ms.vjp(eq, w, solve=solve, **kw),
     }
     # one of the two, because each compiles anew
-    observable = ms.observables.energy if eq.system.box is None else ms.observables.pressure
-    calls[f"gradient of {observable.__name__}"] = lambda **kw: ms.gradient(observable, eq, solve=solve, **kw)
+    name = "energy" if eq.system.box is None else "pressure"
+    observable = getattr(ms.observables, name)
+    calls[f"gradient of {name}"] = lambda **kw: ms.gradient(observable, eq, solve=solve, **kw)
     for door, call in calls.items():
         outcome = record.outcome
         result = attempt(record, door, lambda call=call: call(throw=False))

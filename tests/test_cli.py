@@ -193,7 +193,9 @@ alpha = 2.0
     ],
     ids=["good", "unconverged", "saddle", "floppy", "unjammed", "rattler", "strict"],
 )
-def test_certify_tells_each_state(tmp_path: Path, capsys: pytest.CaptureFixture[str], system, options, name, says, code):
+def test_certify_tells_each_state(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], system, options, name, says, code
+):
     if "\n" in system:
         (tmp_path / "mine.toml").write_text(system)
         system = tmp_path / "mine.toml"

@@ -40,7 +40,7 @@ def test_no_wrong_number_has_a_good_status(shape: Shape, record_property: Callab
         derandomize=True,
         database=None,
         deadline=None,  # the first case of a shape compiles
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=list(HealthCheck),  # type: ignore[arg-type]
     )
     @given(case=cases(shape, LONG))
     def holds(case):

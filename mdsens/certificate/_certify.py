@@ -1,0 +1,187 @@
+"""Is the minimum one, is it stable, and what is in doubt: the examination behind a certificate."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mdsens import contacts
+from mdsens.certificate._derivative import derivative
+from mdsens.certificate._record import Certificate
+from mdsens.contacts import Network
+from mdsens.implicit.eigen import Spectrum
+from mdsens.implicit.status import ConvergenceError, InputError, Status
+from mdsens.relaxation import Equilibrium, round_off
+from mdsens.sensitivity import Linearization, full_tangent, linearize
+from mdsens.stationarity import force
+from mdsens.stiffness import Stiffness, participation
+from mdsens.system import System
+
+__all__ = ["certify"]
+
+Params = Mapping[str, Any]
+RESOLVED = 10.0  # of the distance to the minimum and of round-off: motion below it is not resolved
+
+
+def _in_doubt(lin: Linearization, step: np.ndarray) -> int:
+    """How many pairs cross a breakpoint along the Newton step, or hold a particle that counts as a rattler."""
+    eq, net = lin.equilibrium, lin.network
+    none = {name: jnp.zeros_like(value) for name, value in eq.system.params.items()}
+    crossing = contacts.crossings(eq.system, jnp.asarray(step, eq.system.positions.dtype), none, net.rattlers)
+    times = np.asarray(crossing.times)
+    crossed = int(np.sum((times >= 0) & (times <= 1.0)))
+    if eq.system.potential.repulsive:
+        finest = contacts.network(eq.system, jnp.minimum(eq.max_force, round_off(eq.system)))
+        crossed += int(np.sum(np.asarray(finest.rattlers) != np.asarray(net.rattlers)))
+    return crossed
+
+
+def _touched(observable: Callable[[System], Any], lin: Linearization, project: Any) -> dict[str, float]:
+    """Shares of the observable's gradient by positions on rattlers and on rigid motions."""
+    system = lin.equilibrium.system
+    value, pull = jax.vjp(lambda R: jnp.asarray(observable(system.replace(positions=R))), system.positions)
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise InputError(f"the observable returns {value.dtype}: return floating-point numbers.")
+    # of an array the sum of its components would let them cancel
+    weights = jnp.cos(jnp.arange(value.size, dtype=value.dtype) ** 2).reshape(value.shape)
+    slope = np.asarray(pull(weights)[0])
+    loose = np.asarray(lin.network.rattlers)
+    whole = float(np.linalg.norm(slope)) or 1.0
+    held = np.where(loose[:, None], 0.0, slope)
+    rigid = float(np.linalg.norm(held.ravel() - project(held.ravel()))) / whole
+    return {"rattlers": float(np.linalg.norm(slope[loose])) / whole, "rigid motions": rigid}
+
+
+def certify(
+    at: Equilibrium | Linearization,
+    dparams: Params | None = None,
+    *,
+    modes: int = 1,
+    observable: Callable[[System], Any] | None = None,
+    throw: bool = False,
+) -> Certificate:
+    """Examine a minimum, and along ``dparams`` the derivative that ``jvp`` gives there.
+
+    It costs an eigenvalue and a few linear solves on one factor of the Hessian: about a tenth of the relaxation.
+
+    Args:
+      at: from ``minimize`` or ``linearize``; not a batch. An unconverged minimum is examined too.
+      dparams: the direction, as in ``jvp``; without it there is nothing about a derivative.
+      modes: how many of the lowest modes to find.
+      observable: a function of a System, as in ``gradient``: the parts of it that have no derivative are reported.
+      throw: raise :class:`ConvergenceError` where the status is not good; the certificate is its ``result``.
+
+    Returns:
+      a :class:`Certificate`.
+
+    Raises:
+      InputError: bad names or shapes.
+    """
+    lin = at if isinstance(at, Linearization) else linearize(at, throw=False)
+    if modes < 1:
+        raise InputError(f"modes is {modes}: give 1 or more.")
+    eq, net, null = lin.equilibrium, lin.network, lin.null
+    system = eq.system
+    loose = np.asarray(net.rattlers)
+    stiffness = Stiffness(lin.system, null)
+    finite = bool(np.isfinite(np.asarray(system.positions)).all())
+    known = null.dimension if finite else 0
+    if finite and not loose.all():
+        spectrum = stiffness.lowest(modes)
+    else:
+        spectrum = Spectrum(np.zeros(0), np.zeros((system.positions.size, 0)), np.zeros(0), 0.0, 0, 0, True, "none")
+    positive = spectrum.values[spectrum.stable]
+    lowest = float(spectrum.values[0]) if spectrum.values.size else np.nan
+    forces = stiffness.project(np.asarray(force(lin.system)).ravel())
+    total = float(np.linalg.norm(forces))
+    soft = float(positive.min()) if positive.size else np.nan
+    step, along, doubt = np.zeros_like(np.asarray(system.positions)), None, 0
+    if spectrum.values.size:
+        step, _, _ = stiffness.solve(forces.reshape(step.shape))
+    if finite:
+        doubt = _in_doubt(lin, step)
+    if dparams is not None:
+        full_tangent(system, dparams)
+        if spectrum.values.size:
+            along = derivative(lin, stiffness, dparams, step, soft if np.isfinite(soft) else 0.0)
+    mean, largest = float(net.mean_force), float(eq.max_force)
+    clusters = np.unique(np.asarray(net.labels)[~loose]).size
+    translations = int(np.asarray(null.translations).sum()) * clusters
+    made = Certificate(
+        Status.CONVERGED,
+        (),
+        largest,
+        largest / mean if mean > 0 and system.potential.repulsive else np.nan,
+        mean,
+        total / soft if np.isfinite(soft) else np.inf,
+        float(np.linalg.norm(step)),
+        lowest,
+        spectrum.largest,
+        spectrum,
+        participation(spectrum.vectors, system.dimension),
+        spectrum.negative,
+        spectrum.zero,
+        known + spectrum.zero,
+        translations,
+        known - translations - system.dimension * int(loose.sum()) if finite else 0,
+        loose,
+        doubt,
+        along,
+        None if observable is None else _touched(observable, lin, stiffness.project),
+        str(system.positions.dtype),
+    )
+    findings = _findings(made, lin, net, step)
+    status = findings[0][0] if findings else Status.CONVERGED
+    certificate = dataclasses.replace(made, status=status, findings=tuple(findings))
+    if throw and not status.good:
+        raise ConvergenceError(f"certify: {findings[0][1]}.", status, certificate)
+    return certificate
+
+
+def _findings(c: Certificate, lin: Linearization, net: Network, step: np.ndarray) -> list[tuple[Status, str]]:
+    """Everything that is not as it should be, gravest first, with its figures."""
+    found: list[tuple[Status, str]] = []
+
+    def add(status: Status, figures: str = "") -> None:
+        found.append((status, f"{status.sentence}{f' ({figures})' if figures else ''}"))
+
+    system, d = lin.equilibrium.system, c.derivative
+    before = Status(int(lin.equilibrium.status))
+    if not before.good:
+        add(before, f"max_force {c.max_force:.1e}")
+    if bool(np.all(c.rattlers)) and not c.crossed_to_minimum:
+        add(Status.UNJAMMED, f"{c.rattlers.size} of {c.rattlers.size} particles are held by nothing")
+    if c.negative_modes:
+        add(
+            Status.INDEFINITE,
+            f"{_count(c.negative_modes, 'mode')} of negative stiffness, the lowest {c.stiffness_min:.3g}",
+        )
+    if c.floppy_modes:
+        add(Status.FLOPPY, _count(c.floppy_modes, "floppy mode"))
+    if c.crossed_to_minimum and before.good:
+        add(Status.CONTACTS_UNSETTLED, f"{_count(c.crossed_to_minimum, 'pair')} in doubt, max_force {c.max_force:.1e}")
+    if d is not None and not d.status.good:
+        add(d.status, f"residual {d.residual:.1e}")
+    eps = float(np.finfo(system.positions.dtype).eps)
+    if d is not None and d.norm > 0:
+        resolution = eps * float(np.abs(np.asarray(system.positions)).max()) + float(np.abs(step).max())
+        if np.isfinite(d.radius) and d.radius * float(np.abs(d.response).max()) < RESOLVED * resolution:
+            add(Status.RADIUS_BELOW_ROUND_OFF, f"radius {d.radius:.1e}")
+    if eps > 1e-10:
+        left = eps * c.stiffness_max / c.stiffness_min if c.stiffness_min > 0 else np.inf
+        add(Status.SINGLE_PRECISION, f"{left:.0e} here")
+    parts = [] if c.observable is None else [f"{v:.1e} of it on {k}" for k, v in c.observable.items() if v > eps**0.5]
+    if parts:
+        add(Status.NULL_COMPONENT_DROPPED, f"the observable's gradient: {', '.join(parts)}")
+    if d is not None and d.on_rattlers > 0:
+        add(Status.NULL_COMPONENT_DROPPED, f"{d.on_rattlers:.1e} of the direction is on rattlers")
+    return found
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,270 @@
+"""What is known of a minimum and of its derivative: the figures, and the page that a physicist reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from mdsens import _tables
+from mdsens._tables import Rows, Shown
+from mdsens.contacts import Crossing
+from mdsens.implicit.eigen import Spectrum
+from mdsens.implicit.status import Status
+
+__all__ = ["Certificate", "Derivative"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Derivative:
+    """What is known of the derivative of the minimum along one direction in parameter space.
+
+    Errors are relative to the norm of the response; nan where there is none to be relative to.
+
+    Attributes:
+      dparams: the direction.
+      response: J = dR/dt (n, d), as ``jvp`` gives it.
+      norm: |J|.
+      status: of the linear solve.
+      residual: of the linear solve, relative.
+      linear_error: |H^-1 r| <= |r| / lambda_min: the residual's share of the error, relative to |J|.
+      error: the sharp estimate |dJ| / |J|, dJ the derivative of J along the Newton step to the minimum.
+      corrected: J + dJ, more accurate than J where the estimates hold.
+      theorem: the estimate after Theorem 1 of arXiv:2105.15183, (beta / alpha + gamma R / alpha^2) |x - x*|, relative:
+        alpha the smallest stiffness, R = |B dp|, beta and gamma how fast B dp and H change along the Newton step.
+      crossing: when pairs cross breakpoints along the path.
+      radius: the largest |t| along params + t dparams within which no pair crosses a breakpoint, to first order.
+      forward, backward: the same for t > 0 and t < 0.
+      bend: |t| at which the path's curvature moves the particles as far as its slope does, 2 |J| / |d2R/dt2|: the scale
+        on which a smooth law's response changes.
+      on_rattlers: the part of dparams' norm in components of particles that are rattlers: they have no effect.
+    """
+
+    dparams: dict[str, jax.Array]
+    response: np.ndarray
+    norm: float
+    status: Status
+    residual: float
+    linear_error: float
+    error: float
+    corrected: np.ndarray
+    theorem: float
+    crossing: Crossing
+    forward: float
+    backward: float
+    bend: float
+    on_rattlers: float
+
+    @property
+    def radius(self) -> float:
+        return min(self.forward, self.backward)
+
+    def crossed(self, change: float) -> int:
+        """How many pairs cross a breakpoint within |t| <= change, to first order.
+
+        Bulk properties of many particles survive single crossings; positions do not.
+        """
+        return int(np.sum(np.abs(np.asarray(self.crossing.times)) <= change))
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Certificate(Shown):
+    """What is known of a minimum and, where a direction was given, of its derivative. Print it.
+
+    Attributes:
+      status: the gravest of ``findings``.
+      findings: every status that is not CONVERGED, with a sentence and its figures, gravest first.
+      max_force: the largest net force on a particle, energy a length.
+      relative_force: the same over the mean force of a contact; nan where the law attracts too, or nothing touches.
+      mean_force: that mean.
+      distance: |x - x*| <= |F|_2 / lambda_min, off the null space; a length.
+      newton: length of the Newton step H^+ F: the estimate of that distance.
+      stiffness_min, stiffness_max: extreme eigenvalues of the Hessian off its null space, energy a length squared.
+      spectrum: the lowest modes, each with its residual.
+      participation: (k,) of those modes: 1 where all particles move alike, 1/n where one does.
+      negative_modes: how many modes have a stiffness below -1e-12 of the largest.
+      floppy_modes: how many have none (below 1e-12 of the largest) beyond the known null space.
+      zero_modes: dimension of the null space, floppy modes included.
+      translations, rotations: how many of these each are.
+      rattlers: (n,) particles that nothing holds.
+      crossed_to_minimum: how many pairs cross a breakpoint along the Newton step, or are in doubt.
+      derivative: of the direction that was asked for; None without one.
+      observable: shares of the observable's gradient by positions on ``rattlers`` and on ``rigid motions``,
+        which have no derivative; None without an observable.
+      precision: of the positions.
+    """
+
+    status: Status
+    findings: tuple[tuple[Status, str], ...]
+    max_force: float
+    relative_force: float
+    mean_force: float
+    distance: float
+    newton: float
+    stiffness_min: float
+    stiffness_max: float
+    spectrum: Spectrum
+    participation: np.ndarray
+    negative_modes: int
+    floppy_modes: int
+    zero_modes: int
+    translations: int
+    rotations: int
+    rattlers: np.ndarray
+    crossed_to_minimum: int
+    derivative: Derivative | None
+    observable: dict[str, float] | None
+    precision: str
+
+    @property
+    def error(self) -> float:
+        """Relative error of the derivative, the sharp estimate; nan without a direction."""
+        return self.derivative.error if self.derivative else float("nan")
+
+    @property
+    def bound(self) -> float:
+        """The estimate after Theorem 1, relative; nan without a direction."""
+        return self.derivative.theorem if self.derivative else float("nan")
+
+    @property
+    def radius(self) -> float:
+        """The validity radius along the direction; nan without one."""
+        return self.derivative.radius if self.derivative else float("nan")
+
+    @property
+    def warnings(self) -> tuple[tuple[Status, str], ...]:
+        """The findings that leave the numbers usable."""
+        return tuple(f for f in self.findings if f[0].warning)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every figure as plain numbers and texts, for JSON."""
+        keys = ("max_force", "relative_force", "mean_force", "distance", "newton", "stiffness_min", "stiffness_max")
+        counts = ("negative_modes", "floppy_modes", "zero_modes", "translations", "rotations", "crossed_to_minimum")
+        found: dict[str, Any] = {"status": self.status.name, "precision": self.precision}
+        found["findings"] = [{"status": code.name, "sentence": said} for code, said in self.findings]
+        found |= {key: float(getattr(self, key)) for key in keys} | {key: int(getattr(self, key)) for key in counts}
+        found["rattlers"] = np.flatnonzero(self.rattlers).tolist()
+        found["modes"] = {
+            "stiffness": self.spectrum.values.tolist(),
+            "residual": self.spectrum.residuals.tolist(),
+            "participation": self.participation.tolist(),
+            "method": self.spectrum.method,
+        }
+        if self.derivative is not None:
+            d = self.derivative
+            names = ("norm", "residual", "linear_error", "error", "theorem", "radius", "forward", "backward", "bend")
+            derivative: dict[str, Any] = {name: float(getattr(d, name)) for name in names}
+            derivative["status"] = d.status.name
+            for side, ahead in (("pair_forward", d.crossing.first(True)), ("pair_backward", d.crossing.first(False))):
+                derivative[side] = None if ahead is None else list(ahead[0])
+            found["derivative"] = derivative
+        if self.observable is not None:
+            found["observable"] = dict(self.observable)
+        return found
+
+    _title = "Certificate"
+
+    def _sections(self) -> list[tuple[str, Rows]]:
+        said = [(code.name, sentence) for code, sentence in self.findings]
+        verdict = [("status", f"{self.status.name}: {self.status.sentence}")] if not said else said
+        sections: list[tuple[str, Rows]] = [("Certificate", verdict), ("Is it a minimum?", self._of_minimum())]
+        sections.append(("Is it stable?", self._of_stability()))
+        if self.derivative is not None:
+            sections.append(("How wrong can the derivative be?", self._of_error(self.derivative)))
+            sections.append(("How far does it reach?", self._of_reach(self.derivative)))
+        if self.observable is not None:
+            parts = [
+                ("on rattlers", self.observable["rattlers"]),
+                ("on rigid motions", self.observable["rigid motions"]),
+            ]
+            rows = [(name, f"{share:.1e} of the observable's gradient by positions") for name, share in parts]
+            sections.append(("What of the observable has no answer?", rows))
+        return sections
+
+    def _rows(self) -> list[tuple[str, str]]:
+        return [row for _, rows in self._sections() for row in rows]
+
+    def __str__(self) -> str:
+        return self.page()
+
+    def page(self, derivative_only: bool = False) -> str:
+        """What ``print`` shows; or of it what belongs to the direction alone, where several share a minimum."""
+        sections = self._sections()
+        if derivative_only:
+            sections = [s for s in sections if s[1] and s[0] not in ("Is it a minimum?", "Is it stable?")]
+        width = max((len(name) for _, rows in sections for name, _ in rows), default=0)
+        return "\n\n".join(
+            _tables.text(title, [(f"{name:<{width}}", value) for name, value in rows]) for title, rows in sections
+        )
+
+    def _of_minimum(self) -> Rows:
+        relative = "" if np.isnan(self.relative_force) else f", {self.relative_force:.1e} of the mean contact force"
+        return [
+            ("largest net force", f"{self.max_force:.2e} energy/length, on a particle{relative}"),
+            ("distance to the minimum", f"length {self.newton:.1e} (Newton step), at most {self.distance:.1e}"),
+            ("contacts on that way", f"{self.crossed_to_minimum or 'none'} in doubt"),
+        ]
+
+    def _of_stability(self) -> Rows:
+        s = self.spectrum
+        if not s.values.size:
+            return [("smallest stiffness", "none: nothing is held")]
+        ratio = self.stiffness_min / self.stiffness_max if self.stiffness_max else np.nan
+        unsure = "" if s.counted else ", of the modes computed"
+        kinds = ((self.translations, "translations"), (self.rotations, "rotations"), (self.floppy_modes, "floppy"))
+        loose = int(self.rattlers.sum())
+        parts = [f"{count} {name}" for count, name in kinds if count]
+        if loose:
+            parts.append(f"{self.zero_modes - sum(c for c, _ in kinds)} of {loose} rattler{'s'[: loose > 1]}")
+        rows = [
+            (
+                "smallest stiffness",
+                f"{self.stiffness_min:.6g} energy/length^2, {ratio:.1e} of the largest, {self.stiffness_max:.4g}",
+            ),
+            ("", f"eigenvalue residual {s.residuals[0]:.0e}, {s.method}; participation {self.participation[0]:.2f}"),
+            ("negative, floppy modes", f"{self.negative_modes or 'none'}, {self.floppy_modes or 'none'}{unsure}"),
+            ("zero modes", f"{self.zero_modes}: {', '.join(parts) or 'none'}"),
+        ]
+        if s.values.size > 1:
+            modes = [f"{v:.4g} ({p:.2f})" for v, p in zip(s.values, self.participation, strict=True)]
+            rows.append(("lowest modes", "stiffness (participation): " + ", ".join(modes)))
+        return rows
+
+    def _of_error(self, d: Derivative) -> Rows:
+        if not d.norm > 0:
+            return [("response", "none: nothing moves")]
+        unsettled = self.crossed_to_minimum > 0
+        void = "no estimate holds: a contact changes on the way to the minimum"
+        theorem = f"{d.theorem:.1e}" if d.theorem < 1.0 else f"{d.theorem:.1e}: not informative"
+        rows = [
+            ("norm of the response", f"{d.norm:.6g}; linear solve: {d.status.name}"),
+            ("error, sharp estimate", void if unsettled else f"{d.error:.1e}, relative"),
+            (
+                "error, Theorem 1",
+                void if unsettled else f"{theorem} (an estimate: its constants are taken at this point)",
+            ),
+            ("share of the linear solve", f"at most {d.linear_error:.1e} (residual {d.residual:.1e})"),
+        ]
+        if d.on_rattlers > 0:
+            rows.append(("direction on rattlers", f"{d.on_rattlers:.1e} of it, without effect"))
+        return rows
+
+    def _of_reach(self, d: Derivative) -> Rows:
+        rows = []
+        for name, value, forward in (("forward, t < ", d.forward, True), ("backward, t > -", d.backward, False)):
+            ahead = d.crossing.first(forward)
+            if ahead is None:
+                rows.append((name.split(",")[0], "no pair crosses a breakpoint of its law"))
+            else:
+                (i, j), opens = ahead
+                rows.append((f"{name}{value:.2e}", f"then pair {i}-{j} {'opens' if opens else 'closes'}"))
+        if np.isfinite(d.radius) and d.radius > 0:
+            counts = ", ".join(f"{d.crossed(f * d.radius)} within {f * d.radius:.1e}" for f in (3, 10, 100))
+            rows.append(("pairs that cross", f"{counts} (moduli survive single crossings, positions do not)"))
+        if np.isfinite(d.bend):
+            rows.append(
+                ("scale of the curvature", f"{d.bend:.1e}: there curvature moves particles as far as the slope")
+            )
+        return rows
