@@ -20,7 +20,7 @@ __all__ = ["Fire", "GradientDescent", "Newton"]
 def _check_positive(record: Any, names: tuple[str, ...]) -> None:
     for name in names:
         value = getattr(record, name)
-        if not (isinstance(value, Real) and 0 < float(value) < np.inf):
+        if not (isinstance(value, Real) and 0 < value < np.inf):  # type: ignore[operator]
             raise InputError(f"{type(record).__name__}({name}={short(value)}): give a positive number.")
 
 

@@ -28,17 +28,20 @@ Params = Mapping[str, Any]
 RESOLVED = 10.0  # of the distance to the minimum and of round-off: motion below it is not resolved
 
 
-def _in_doubt(lin: Linearization, step: np.ndarray) -> int:
-    """How many pairs cross a breakpoint along the Newton step, or hold a particle that counts as a rattler."""
+def _in_doubt(lin: Linearization, step: np.ndarray) -> tuple[int, float]:
+    """How many pairs cross a breakpoint along the Newton step, or hold a particle that counts as a rattler; and how
+    many such steps it takes until the first one crosses.
+    """
     eq, net = lin.equilibrium, lin.network
     none = {name: jnp.zeros_like(value) for name, value in eq.system.params.items()}
     crossing = contacts.crossings(eq.system, jnp.asarray(step, eq.system.positions.dtype), none, net.rattlers)
     times = np.asarray(crossing.times)
-    crossed = int(np.sum((times >= 0) & (times <= 1.0)))
+    ahead = times[times >= 0]
+    crossed = int(np.sum(ahead <= 1.0))
     if eq.system.potential.repulsive:
         finest = contacts.network(eq.system, jnp.minimum(eq.max_force, round_off(eq.system)))
         crossed += int(np.sum(np.asarray(finest.rattlers) != np.asarray(net.rattlers)))
-    return crossed
+    return crossed, float(np.min(ahead, initial=np.inf))
 
 
 def _touched(observable: Callable[[System], Any], lin: Linearization, project: Any) -> dict[str, float]:
@@ -100,7 +103,7 @@ def certify(
     forces = stiffness.project(np.asarray(force(lin.system)).ravel())
     total = float(np.linalg.norm(forces))
     soft = float(positive.min()) if positive.size else np.nan
-    step, along, doubt = np.zeros_like(np.asarray(system.positions)), None, 0
+    step, along, doubt = np.zeros_like(np.asarray(system.positions)), None, (0, np.inf)
     if spectrum.values.size:
         step, _, _ = stiffness.solve(forces.reshape(step.shape))
     if finite:
@@ -130,7 +133,7 @@ def certify(
         translations,
         known - translations - system.dimension * int(loose.sum()) if finite else 0,
         loose,
-        doubt,
+        *doubt,
         along,
         None if observable is None else _touched(observable, lin, stiffness.project),
         str(system.positions.dtype),

@@ -11,10 +11,11 @@ import numpy as np
 
 from mdsens import contacts
 from mdsens.certificate._record import Derivative
+from mdsens.laws import PairTerm
 from mdsens.sensitivity import Linearization, full_tangent
 from mdsens.stationarity import NullSpace, Unknowns, gradient, mixed_product
 from mdsens.stiffness import Stiffness
-from mdsens.system import System
+from mdsens.system import System, pair_terms
 
 __all__ = ["derivative"]
 
@@ -64,6 +65,27 @@ def _newton_terms(
     return pull, jnp.linalg.norm(project(mixed)), spread, bend
 
 
+@jax.jit
+def _third_diverges(system: System) -> jax.Array:
+    """Whether the law's third derivative grows without bound as a pair nears a breakpoint from within (Hertzian).
+
+    Told by its size at a thousandth, a millionth and a billionth of the length away.
+    """
+    found = jnp.zeros((), bool)
+    for term in pair_terms(system):
+        for b in term.lengths():
+
+            def third(away: float, term: PairTerm = term, b: jax.Array = b) -> jax.Array:
+                slope = term.energy
+                for _ in range(3):
+                    slope = jax.grad(lambda r, f=slope: jnp.sum(f(r)))
+                return jnp.abs(slope(jnp.where(term.mask, b * (1.0 - away), 1.0)))
+
+            far, near, beside = third(1e-3), third(1e-6), third(1e-9)
+            found |= jnp.any(term.mask & (near > 1.5 * far) & (beside > 1.5 * near))
+    return found
+
+
 def derivative(lin: Linearization, stiffness: Stiffness, dparams: Params, step: np.ndarray, least: float) -> Derivative:
     """What the certificate says of a direction, ``step`` being the Newton step and ``least`` the smallest stiffness."""
     system, loose = lin.system, np.asarray(lin.network.rattlers)
@@ -81,6 +103,8 @@ def derivative(lin: Linearization, stiffness: Stiffness, dparams: Params, step: 
     alpha = max(least, 0.0) or np.nan
     theorem = (float(beta) / alpha + float(gamma) * R / alpha**2) * way
     # the full system's pairs: what a rattler's neighbours do is left out by name
+    if _third_diverges(system):
+        theorem = np.nan
     crossing = contacts.crossings(lin.equilibrium.system, there[0], tangent, lin.network.rattlers)
     on, whole = _on_rattlers(lin.equilibrium.system, tangent, loose), _on_rattlers(system, tangent, None)
     curved = float(np.linalg.norm(J2))

@@ -33,7 +33,9 @@ class Derivative:
       error: the sharp estimate |dJ| / |J|, dJ the derivative of J along the Newton step to the minimum.
       corrected: J + dJ, more accurate than J where the estimates hold.
       theorem: the estimate after Theorem 1 of arXiv:2105.15183, (beta / alpha + gamma R / alpha^2) |x - x*|, relative:
-        alpha the smallest stiffness, R = |B dp|, beta and gamma how fast B dp and H change along the Newton step.
+        alpha the smallest stiffness, R = |B dp|, beta and gamma how fast B dp and H change along the Newton step. nan
+        where the law's third derivative diverges at a breakpoint (Hertzian contacts), so that gamma has no bound there:
+        ``steps_to_crossing`` of the certificate takes its place.
       crossing: when pairs cross breakpoints along the path.
       radius: the largest |t| along params + t dparams within which no pair crosses a breakpoint, to first order.
       forward, backward: the same for t > 0 and t < 0.
@@ -90,6 +92,7 @@ class Certificate(Shown):
       translations, rotations: how many of these each are.
       rattlers: (n,) particles that nothing holds.
       crossed_to_minimum: how many pairs cross a breakpoint along the Newton step, or are in doubt.
+      steps_to_crossing: how many times the Newton step until the first pair crosses one, to first order.
       derivative: of the direction that was asked for; None without one.
       observable: shares of the observable's gradient by positions on ``rattlers`` and on ``rigid motions``,
         which have no derivative; None without an observable.
@@ -114,19 +117,30 @@ class Certificate(Shown):
     rotations: int
     rattlers: np.ndarray
     crossed_to_minimum: int
+    steps_to_crossing: float
     derivative: Derivative | None
     observable: dict[str, float] | None
     precision: str
 
     @property
+    def estimates_hold(self) -> bool:
+        """Whether the way to the minimum lies within one contact network, and leads to a minimum."""
+        return self.crossed_to_minimum == 0 and self.negative_modes == 0 and self.floppy_modes == 0
+
+    @property
     def error(self) -> float:
-        """Relative error of the derivative, the sharp estimate; nan without a direction."""
-        return self.derivative.error if self.derivative else float("nan")
+        """Relative error of the derivative, the sharp estimate; inf where it does not hold, nan without a direction."""
+        return self._of_direction("error")
 
     @property
     def bound(self) -> float:
-        """The estimate after Theorem 1, relative; nan without a direction."""
-        return self.derivative.theorem if self.derivative else float("nan")
+        """The estimate after Theorem 1, relative; inf where it does not hold, nan without a direction."""
+        return self._of_direction("theorem")
+
+    def _of_direction(self, name: str) -> float:
+        if self.derivative is None:
+            return float("nan")
+        return getattr(self.derivative, name) if self.estimates_hold else float("inf")
 
     @property
     def radius(self) -> float:
@@ -141,6 +155,7 @@ class Certificate(Shown):
     def as_dict(self) -> dict[str, Any]:
         """Every figure as plain numbers and texts, for JSON."""
         keys = ("max_force", "relative_force", "mean_force", "distance", "newton", "stiffness_min", "stiffness_max")
+        keys += ("steps_to_crossing",)
         counts = ("negative_modes", "floppy_modes", "zero_modes", "translations", "rotations", "crossed_to_minimum")
         found: dict[str, Any] = {"status": self.status.name, "precision": self.precision}
         found["findings"] = [{"status": code.name, "sentence": said} for code, said in self.findings]
@@ -200,11 +215,13 @@ class Certificate(Shown):
         )
 
     def _of_minimum(self) -> Rows:
+        steps = self.steps_to_crossing
+        ahead = f"; the first changes after {steps:.0e} such steps" if 1.0 < steps < np.inf else ""
         relative = "" if np.isnan(self.relative_force) else f", {self.relative_force:.1e} of the mean contact force"
         return [
             ("largest net force", f"{self.max_force:.2e} energy/length, on a particle{relative}"),
             ("distance to the minimum", f"length {self.newton:.1e} (Newton step), at most {self.distance:.1e}"),
-            ("contacts on that way", f"{self.crossed_to_minimum or 'none'} in doubt"),
+            ("contacts on that way", f"{self.crossed_to_minimum or 'none'} in doubt{ahead}"),
         ]
 
     def _of_stability(self) -> Rows:
@@ -236,15 +253,17 @@ class Certificate(Shown):
         if not d.norm > 0:
             return [("response", "none: nothing moves")]
         unsettled = self.crossed_to_minimum > 0
-        void = "no estimate holds: a contact changes on the way to the minimum"
-        theorem = f"{d.theorem:.1e}" if d.theorem < 1.0 else f"{d.theorem:.1e}: not informative"
+        why = "a contact changes on the way to the minimum" if unsettled else "this is no minimum of a rigid state"
+        void = f"no estimate holds: {why}"
+        theorem = f"{d.theorem:.1e} (an estimate: its constants are taken at this point)"
+        if not d.theorem < 1.0:
+            theorem = f"not informative: {d.theorem:.1e}"
+        if np.isnan(d.theorem):
+            theorem = "none: the law's third derivative diverges at a contact; see when the first changes"
         rows = [
             ("norm of the response", f"{d.norm:.6g}; linear solve: {d.status.name}"),
-            ("error, sharp estimate", void if unsettled else f"{d.error:.1e}, relative"),
-            (
-                "error, Theorem 1",
-                void if unsettled else f"{theorem} (an estimate: its constants are taken at this point)",
-            ),
+            ("error, sharp estimate", f"{d.error:.1e}, relative" if self.estimates_hold else void),
+            ("error, Theorem 1", theorem if self.estimates_hold else void),
             ("share of the linear solve", f"at most {d.linear_error:.1e} (residual {d.residual:.1e})"),
         ]
         if d.on_rattlers > 0:
