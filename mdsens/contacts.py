@@ -195,19 +195,21 @@ class Crossing(NamedTuple):
     inside: jax.Array
 
     @property
-    def forward(self) -> jax.Array:
+    def forward(self) -> float:
         """The smallest t > 0; inf where no pair crosses."""
-        return jnp.min(jnp.where(self.times >= 0, self.times, jnp.inf), initial=jnp.inf)
+        times = np.asarray(self.times)
+        return float(np.min(times[times >= 0], initial=np.inf))
 
     @property
-    def backward(self) -> jax.Array:
+    def backward(self) -> float:
         """The smallest -t > 0."""
-        return jnp.min(jnp.where(self.times <= 0, jnp.abs(self.times), jnp.inf), initial=jnp.inf)
+        times = np.asarray(self.times)
+        return float(np.min(-times[times <= 0], initial=np.inf))
 
     @property
-    def radius(self) -> jax.Array:
+    def radius(self) -> float:
         """The smaller of the two."""
-        return jnp.minimum(self.forward, self.backward)
+        return min(self.forward, self.backward)
 
     def first(self, forward: bool = True) -> tuple[tuple[int, int], bool] | None:
         """The pair that crosses first on one side, and whether it opens; None where none does. Host code."""

@@ -248,6 +248,7 @@ def sparse_hessian(system: System) -> sp.csc_array | None:
     return sp.coo_array((np.concatenate(entries) if rows else np.zeros(0), where), shape=(n * d, n * d)).tocsc()
 
 
+@jax.jit
 def mixed_product(system: System, dparams: Params) -> Unknowns:
     """d2U/dx dp . dp, the change of the gradient along a full dict of parameter changes."""
     x = Unknowns(system.positions)
@@ -260,9 +261,13 @@ def mixed_transpose(system: System, cotangent: Unknowns) -> dict[str, jax.Array]
     return jax.vjp(lambda p: gradient(system, x, p), dict(system.params))[1](cotangent)[0]
 
 
-@jax.jit
 def linearisation(system: System, max_force_left: jax.Array | float) -> tuple[System, Network, NullSpace]:
     """What every derivative at a minimum needs: the backbone, the network and the null space."""
+    return _linearisation(system, jnp.asarray(max_force_left, system.positions.dtype))  # one type, compiled once
+
+
+@jax.jit
+def _linearisation(system: System, max_force_left: jax.Array) -> tuple[System, Network, NullSpace]:
     net = contacts.network(system, max_force_left)
     held = contacts.backbone(system, net)
     return held, net, null_space(held, net)

@@ -18,7 +18,7 @@ from mdsens.implicit.eigen import Spectrum
 from mdsens.implicit.status import ConvergenceError, InputError, Status
 from mdsens.relaxation import Equilibrium, round_off
 from mdsens.sensitivity import Linearization, full_tangent, linearize
-from mdsens.stationarity import force
+from mdsens.stationarity import force, linearisation
 from mdsens.stiffness import Stiffness, participation
 from mdsens.system import System
 
@@ -39,7 +39,7 @@ def _in_doubt(lin: Linearization, step: np.ndarray) -> tuple[int, float]:
     ahead = times[times >= 0]
     crossed = int(np.sum(ahead <= 1.0))
     if eq.system.potential.repulsive:
-        finest = contacts.network(eq.system, jnp.minimum(eq.max_force, round_off(eq.system)))
+        _, finest, _ = linearisation(eq.system, jnp.minimum(eq.max_force, round_off(eq.system)))
         crossed += int(np.sum(np.asarray(finest.rattlers) != np.asarray(net.rattlers)))
     return crossed, float(np.min(ahead, initial=np.inf))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,56 +13,38 @@ from mdsens import contacts
 from mdsens.certificate._record import Derivative
 from mdsens.laws import PairTerm
 from mdsens.sensitivity import Linearization, full_tangent
-from mdsens.stationarity import NullSpace, Unknowns, gradient, mixed_product
+from mdsens.stationarity import Unknowns, gradient, mixed_product
 from mdsens.stiffness import Stiffness
 from mdsens.system import System, pair_terms
 
 __all__ = ["derivative"]
 
 Params = Mapping[str, Any]
+Motion: TypeAlias = tuple[jax.Array, Params]  # of positions and parameters
 POWER_STEPS = 30  # for the norm of dH: a few per cent, and it stands in an estimate
 
 
 @jax.jit
-def _newton_terms(
-    system: System, null: NullSpace, tangent: Params, J: jax.Array, step: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """d(HJ + B dp) along the step; |d(B dp)| and |dH| a unit of it; and d2/dt2 of the force's negative on the path."""
-    p = dict(system.params)
+def _second(system: System, first: Motion, second: Motion) -> jax.Array:
+    """The second derivative of dU/dR by (R, params) along two directions, (n, d)."""
+    here = system.positions, dict(system.params)
 
-    def along(R: jax.Array, velocity: jax.Array, change: Params) -> jax.Array:
-        """d/dt dU/dR at (R + t velocity, p + t change): H velocity + B change."""
-        return jax.jvp(lambda r, q: gradient(system, Unknowns(r), q).positions, (R, p), (velocity, dict(change)))[1]
+    def along(*place: Any) -> jax.Array:
+        return jax.jvp(lambda R, p: gradient(system, Unknowns(R), p).positions, place, first)[1]
 
-    def project(v: jax.Array) -> jax.Array:
-        return null.project(Unknowns(v)).positions
+    return jax.jvp(along, here, second)[1]
 
-    R, none = system.positions, jax.tree.map(jnp.zeros_like, p)
-    length = jnp.linalg.norm(step)
-    unit = step / jnp.where(length > 0, length, 1.0)
-    pull = jax.jvp(lambda r: along(r, J, tangent), (R,), (step,))[1]
-    mixed = jax.jvp(lambda r: along(r, jnp.zeros_like(R), tangent), (R,), (unit,))[1]
 
-    def dH(v: jax.Array) -> jax.Array:
-        return project(jax.jvp(lambda r: along(r, project(v), none), (R,), (unit,))[1])
-
-    def power(_: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        v, _ = carry
-        w = dH(v)
-        size = jnp.linalg.norm(w)
-        return w / jnp.where(size > 0, size, 1.0), size
-
-    start = project(jnp.cos(jnp.arange(R.size, dtype=R.dtype) ** 2).reshape(R.shape))
-    start = start / jnp.maximum(jnp.linalg.norm(start), 1e-300)
-    _, spread = jax.lax.fori_loop(0, POWER_STEPS, power, (start, jnp.zeros((), R.dtype)))
-
-    def slope(t: jax.Array) -> jax.Array:
-        q = jax.tree.map(lambda value, change: value + t * change, p, dict(tangent))
-        return jax.jvp(lambda r, q: gradient(system, Unknowns(r), q).positions, (R + t * J, q), (J, dict(tangent)))[1]
-
-    zero = jnp.zeros((), R.dtype)
-    bend = jax.jvp(slope, (zero,), (jnp.ones_like(zero),))[1]
-    return pull, jnp.linalg.norm(project(mixed)), spread, bend
+def _spread(lin: Linearization, stiffness: Stiffness, unit: Motion) -> float:
+    """|dH|, how fast the Hessian changes along a unit direction, off the null space: by power iteration."""
+    still, size = unit[1], 0.0
+    v = stiffness.project(np.cos(np.arange(unit[0].size) ** 2.0)).reshape(unit[0].shape)
+    for _ in range(POWER_STEPS):
+        v = v / (np.linalg.norm(v) or 1.0)
+        v = np.asarray(_second(lin.system, unit, (jnp.asarray(v, unit[0].dtype), still)))
+        v = stiffness.project(v.ravel()).reshape(v.shape)
+        size = float(np.linalg.norm(v))
+    return size
 
 
 @jax.jit
@@ -94,18 +76,22 @@ def derivative(lin: Linearization, stiffness: Stiffness, dparams: Params, step: 
     J, residual, status = stiffness.solve(-pull)
     norm = float(np.linalg.norm(J))
     dtype = system.positions.dtype
-    there = jnp.asarray(J, dtype), jnp.asarray(step, dtype)
-    d_pull, beta, gamma, bend = _newton_terms(system, lin.null, tangent, *there)
-    dJ, _, _ = stiffness.solve(-np.asarray(d_pull))
-    J2, _, _ = stiffness.solve(-np.asarray(bend))
+    still = {name: jnp.zeros_like(value) for name, value in tangent.items()}
+    way = float(np.linalg.norm(step))
+    path, newton = (jnp.asarray(J, dtype), tangent), (jnp.asarray(step, dtype), still)
+    onward = jnp.asarray(step / (way or 1.0), dtype), still
+    dJ, _, _ = stiffness.solve(-np.asarray(_second(system, newton, path)))
+    J2, _, _ = stiffness.solve(-np.asarray(_second(system, path, path)))
+    mixed = np.asarray(_second(system, onward, (jnp.zeros_like(path[0]), tangent)))
+    beta, gamma = float(np.linalg.norm(stiffness.project(mixed.ravel()))), _spread(lin, stiffness, onward)
     R = float(np.linalg.norm(stiffness.project(pull.ravel())))
-    unit, way = norm or np.nan, float(np.linalg.norm(step))
+    unit = norm or np.nan
     alpha = max(least, 0.0) or np.nan
-    theorem = (float(beta) / alpha + float(gamma) * R / alpha**2) * way
+    theorem = (beta / alpha + gamma * R / alpha**2) * way
     # the full system's pairs: what a rattler's neighbours do is left out by name
     if _third_diverges(system):
         theorem = np.nan
-    crossing = contacts.crossings(lin.equilibrium.system, there[0], tangent, lin.network.rattlers)
+    crossing = contacts.crossings(lin.equilibrium.system, path[0], tangent, lin.network.rattlers)
     on, whole = _on_rattlers(lin.equilibrium.system, tangent, loose), _on_rattlers(system, tangent, None)
     curved = float(np.linalg.norm(J2))
     return Derivative(
@@ -119,8 +105,8 @@ def derivative(lin: Linearization, stiffness: Stiffness, dparams: Params, step: 
         J + dJ,
         theorem / unit,
         crossing,
-        float(crossing.forward),
-        float(crossing.backward),
+        crossing.forward,
+        crossing.backward,
         2.0 * norm / curved if curved > 1e-8 * norm else np.inf,  # below it is round-off
         float(np.sqrt(on / whole)) if whole else 0.0,
     )

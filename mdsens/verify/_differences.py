@@ -223,7 +223,7 @@ def _line(eq: Equilibrium, dparams: Params, tolerance: float | None) -> _Line:
         tangent,
         response,
         size / largest if size > 0 else 1.0,
-        float(crossing.radius),
+        crossing.radius,
         _interacting(eq),
         tolerance,
     )
