@@ -91,8 +91,7 @@ class Equilibrium(Shown):
 def _scales(system: System) -> tuple[jax.Array, jax.Array]:
     """The law's own length and largest stiffness, (l, k): they make the minimiser's steps independent of the units.
 
-    l is where the pair energy is least (contact, for a law that only repels) and k the curvature there (at 0.9 l, for
-    one
+    l is where the pair energy is least (contact, for a law that only repels) and k the curvature there (at 0.9 l, for one
     that only repels) times the 2^(d+1) that a dense packing of such pairs reaches: 10 for harmonic discs and 900 for a
     Lennard-Jones crystal, against largest eigenvalues of 10 and 850. Both are medians over some pairs. A law without
     pairs counts as 1.
@@ -123,9 +122,26 @@ def _scales(system: System) -> tuple[jax.Array, jax.Array]:
         lengths.append(jnp.median(at))
         curvatures.append(jnp.median(jnp.abs(curvature)))
     if not lengths:
-        return spacing, jnp.ones(())
+        return spacing, _curvature(system)
     stiffness = 2.0 ** (d + 1) * jnp.max(jnp.stack(curvatures))
     return jnp.min(jnp.stack(lengths)), jnp.where(stiffness > 0, stiffness, 1.0)
+
+
+def _curvature(system: System) -> jax.Array:
+    """The size of the Hessian at the system's positions, from a few steps of power iteration; 1 where it vanishes."""
+    R = system.positions
+
+    def slope(positions: jax.Array) -> jax.Array:
+        return gradient(system, Unknowns(positions), system.params).positions
+
+    def product(_: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        v, size = carry
+        w = jax.jvp(slope, (R,), (v / jnp.where(size > 0, size, 1.0),))[1]
+        return w, jnp.sqrt(jnp.sum(w**2))
+
+    start = jnp.cos(jnp.arange(R.size, dtype=R.dtype) ** 2).reshape(R.shape)
+    _, size = jax.lax.fori_loop(0, 10, product, (start, jnp.sqrt(jnp.sum(start**2))))
+    return jnp.where((size > 0) & jnp.isfinite(size), size, 1.0)
 
 
 @functools.partial(jax.jit, static_argnames=("method",))
@@ -143,9 +159,7 @@ def _machine(system: System, method: Any) -> tuple[Any, Any, Any]:
     touches the neighbourhood of a minimum.
     """
     # a fixed cutoff is a double where x64 is on: positions in single precision keep theirs through the loop
-    length, stiffness = (jax.lax.stop_gradient(x).astype(system.positions.dtype) for x in _scales(system))
-    longest = method.max_step * length
-    strongest = method.force_limit(longest, stiffness)
+    longest, strongest, stiffness = _limits(system, method)
 
     def forces(R: jax.Array, pairs: Neighbours, **_: Any) -> jax.Array:
         pull = -gradient(system.replace(neighbours=pairs), Unknowns(R), system.params).positions
@@ -156,6 +170,19 @@ def _machine(system: System, method: Any) -> tuple[Any, Any, Any]:
 
     init, apply = method.minimizer(forces, shift, stiffness)
     return init, apply, forces
+
+
+def _limits(system: System, method: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The longest step of a particle, the strongest force on it, and the law's stiffness."""
+    length, stiffness = (jax.lax.stop_gradient(x).astype(system.positions.dtype) for x in _scales(system))
+    longest = method.max_step * length
+    return longest, method.force_limit(longest, stiffness), stiffness
+
+
+@functools.partial(jax.jit, static_argnames=("method",))
+def _uncut(system: System, method: Any, tolerance: Any) -> jax.Array:
+    """The tolerance, but below the size that forces are cut to: what was cut is not small."""
+    return jnp.minimum(tolerance, 0.5 * _limits(system, method)[1])
 
 
 def _shortened(vectors: jax.Array, longest: jax.Array) -> jax.Array:
@@ -216,9 +243,10 @@ def _status(largest: Any, tolerance: Any, overflowed: Any) -> jax.Array:
 def relax(system: System, tolerance: Any, max_steps: Any, method: Any) -> Equilibrium:
     """Relax inside traced code: no reallocation, no errors; the status says what happened."""
     state, pairs = _begin(system, method)
-    state, pairs, steps = _advance(system, state, pairs, tolerance, max_steps, method)
+    tested = _uncut(system, method, tolerance)
+    state, pairs, steps = _advance(system, state, pairs, tested, max_steps, method)
     relaxed = system.replace(positions=method.positions(state), neighbours=pairs)
-    largest = _final_force(relaxed, largest_force(method.forces(state)), tolerance)
+    largest = _final_force(relaxed, largest_force(method.forces(state)), tested)
     code = _status(largest, tolerance, pairs.overflowed)
     zero = jnp.zeros((), system.positions.dtype)
     return Equilibrium(relaxed, code, largest, steps, zero, jnp.asarray(tolerance, zero.dtype))
@@ -269,7 +297,8 @@ def minimize(
     system = system.reallocate(keep=True)
     state, pairs = _begin(system, method)
     steps, room, bar = 0, 1.25, _Progress(tolerance, progress)
-    target, patience = tolerance, newton.patience if newton else max_steps
+    tested = float(_uncut(system, method, tolerance))
+    target, patience = tested, newton.patience if newton else max_steps
     try:
         while True:
             budget = min(STEPS_PER_CALL, max_steps - steps)
@@ -287,27 +316,27 @@ def minimize(
                 )  # what stood there came from a list that lost pairs
                 if steps < max_steps:
                     continue
-            if not (largest > tolerance and steps < max_steps and np.isfinite(largest)):
+            if not (largest > tested and steps < max_steps and np.isfinite(largest)):
                 break
             if newton and steps >= patience:
                 here = system.replace(positions=method.positions(state), neighbours=pairs)
                 _, net, _ = linearisation(here, largest)
                 near = newton.begin * float(net.mean_force)
                 if largest > near:  # how far FIRE has still to go
-                    target = max(near, tolerance)
+                    target = max(near, tested)
                     continue
-                here, largest, taken = _newton_steps(here, largest, tolerance)
-                steps, target, patience = steps + taken, tolerance, steps + newton.patience
+                here, largest, taken = _newton_steps(here, largest, tested)
+                steps, target, patience = steps + taken, tested, steps + newton.patience
                 if taken:
                     system = here
                     state, pairs = _begin(system, method)
                     bar.show(steps, largest)
-                if largest <= tolerance:
+                if largest <= tested:
                     break
     finally:
         bar.close()
     relaxed = system.replace(positions=method.positions(state), neighbours=pairs)
-    largest = float(_final_force(relaxed, jnp.asarray(largest), tolerance))
+    largest = float(_final_force(relaxed, jnp.asarray(largest), tested))
     status = Status(int(_status(largest, tolerance, pairs.overflowed)))
     eq = Equilibrium(
         relaxed,

@@ -275,3 +275,20 @@ def test_largest_force_is_that_of_one_particle():
     forces = jnp.asarray([[3.0, 4.0], [1.0, 0.0], [0.0, -4.9]])
     assert float(largest_force(forces)) == 5.0
     assert float(largest_force(jnp.zeros((0, 2)))) == 0.0
+
+
+@pytest.mark.parametrize("unit", [1e-3, 1.0, 1e3])
+def test_a_force_that_was_cut_is_not_small(unit):
+    """A many-body law in units where its forces are far above the tolerance at any step that the minimiser takes."""
+
+    def embedded(positions, params, displacement):
+        vectors = jax.vmap(lambda a: jax.vmap(lambda b: displacement(a, b))(positions))(positions)
+        density = jnp.sum(jnp.exp(-jnp.sum(vectors**2, axis=-1) / params["reach"] ** 2), axis=1)
+        return jnp.sum((density - 3.0) ** 2)
+
+    law = ms.potentials.from_energy(embedded, ("reach",))
+    places = unit * np.random.default_rng(0).random((6, 2))
+    system = ms.System.create(places, None, law, {"reach": unit})
+    eq = ms.minimize(system, tolerance=1e-6 / unit, max_steps=3000)
+    assert eq.steps > 0
+    assert float(max_force(eq.system)) <= 1e-6 / unit
