@@ -91,10 +91,10 @@ class Equilibrium(Shown):
 def _scales(system: System) -> tuple[jax.Array, jax.Array]:
     """The law's own length and largest stiffness, (l, k): they make the minimiser's steps independent of the units.
 
-    l is where the pair energy is least (contact, for a law that only repels) and k the curvature there (at 0.9 l, for one
-    that only repels) times the 2^(d+1) that a dense packing of such pairs reaches: 10 for harmonic discs and 900 for a
-    Lennard-Jones crystal, against largest eigenvalues of 10 and 850. Both are medians over some pairs. A law without
-    pairs counts as 1.
+    l is where the pair energy is least (contact, for a law that only repels) and k the curvature there (at 0.9 l, for
+    one that only repels) times the 2^(d+1) that a dense packing of such pairs reaches: 10 for harmonic discs and 900
+    for a Lennard-Jones crystal, against largest eigenvalues of 10 and 850. Both are medians over some pairs. Of a law
+    without pairs, l is the spacing of the particles and k the largest curvature of the energy where they are.
     """
     lengths, curvatures = [], []
     n, d = system.positions.shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -44,9 +45,9 @@ def _projections(null: NullSpace, columns: jax.Array) -> jax.Array:
     return jax.lax.map(one, columns.T, batch_size=min(32, columns.shape[1])).T
 
 
-@jax.jit
-def _solve(system: System, null: NullSpace, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    x, stats = solve(hessian_operator(system, null), Unknowns(b), Auto(rtol=1e-12))
+@functools.partial(jax.jit, static_argnames=("rtol",))
+def _solve(system: System, null: NullSpace, b: jax.Array, rtol: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, stats = solve(hessian_operator(system, null), Unknowns(b), Auto(rtol=rtol))
     return x.positions, stats.residual, stats.status
 
 
@@ -60,13 +61,13 @@ class Stiffness:
 
     def __init__(self, system: System, null: NullSpace):
         self.system, self.null = system, null
-        few = system.dimension == 2 or system.n <= FACTOR_PARTICLES_3D
-        self.matrix = sparse_hessian(system) if few else None
+        self.matrix = sparse_hessian(system)
+        self._factorise = system.dimension == 2 or system.n <= FACTOR_PARTICLES_3D
 
     @functools.cached_property
     def factor(self) -> SparseFactor | None:
-        """Of H plus a small shift; None where H is not assembled."""
-        if self.matrix is None:
+        """Of H plus a small shift; None where it is not assembled, or would fill in too much."""
+        if self.matrix is None or not self._factorise:
             return None
         try:
             return SparseFactor(self.matrix, SHIFT * (bound(self.matrix) or 1.0))
@@ -84,16 +85,32 @@ class Stiffness:
             return self.matrix @ columns
         return np.asarray(_products(self.system, self.null, jnp.asarray(columns)))
 
-    def solve(self, b: np.ndarray) -> tuple[np.ndarray, float, Status]:
-        """H x = b on the range, for b (n, d): ``(x, relative residual, status)``."""
+    def solve(self, b: np.ndarray, rtol: float = 1e-12) -> tuple[np.ndarray, float, Status]:
+        """H x = b on the range, for b (n, d): ``(x, relative residual, status)``; to ``rtol`` where there is no factor,
+        which gives round-off.
+        """
         shape = self.system.positions.shape
         if self.factor is not None:
             flat = np.asarray(b, float).ravel()
             x, residual = solve_on_range(self.matrix, self.factor, self.project, flat)
             good = residual <= 1e-10
             return x.reshape(shape), residual, Status.CONVERGED if good else Status.STAGNATED
-        x, residual, code = _solve(self.system, self.null, jnp.asarray(b))
+        x, residual, code = _solve(self.system, self.null, jnp.asarray(b), rtol)
         return np.asarray(x), float(residual), Status(int(code))
+
+    def _precondition(self) -> Callable[[np.ndarray], np.ndarray] | None:
+        """The inverse of each particle's own block of H, made positive; None where H is not assembled."""
+        if self.matrix is None:
+            return None
+        n, d = self.system.positions.shape
+        entries = self.matrix.tocoo()
+        own = entries.row // d == entries.col // d
+        blocks = np.zeros((n, d, d))
+        blocks[entries.row[own] // d, entries.row[own] % d, entries.col[own] % d] = entries.data[own]
+        values, axes = np.linalg.eigh(blocks)
+        values = np.maximum(np.abs(values), 1e-3 * np.abs(values).max())
+        inverse = np.einsum("nij,nj,nkj->nik", axes, 1.0 / values, axes)
+        return lambda v: np.einsum("nij,njk->nik", inverse, v.reshape(n, d, -1)).reshape(v.shape)
 
     def lowest(self, k: int = 1) -> Spectrum:
         """The k lowest modes off the null space."""
@@ -103,7 +120,8 @@ class Stiffness:
             k,
             project=self.project,
             null=self.null.dimension,
-            matrix=self.matrix,
+            matrix=self.matrix if self._factorise else None,
+            precondition=self._precondition(),
             dtype=self.system.positions.dtype,
         )
 

@@ -41,10 +41,11 @@ def test_lowest_modes_are_the_dense_ones(way, monkeypatch):
     matrix = chain(300)
     values, vectors = np.linalg.eigh(matrix.toarray())
     spectrum = found(matrix, 4, way, monkeypatch)
-    np.testing.assert_allclose(spectrum.values, values[1:5], rtol=1e-9)
-    assert np.abs(spectrum.vectors[:, 0] @ vectors[:, 1]) == pytest.approx(1, abs=1e-8)
+    # LOBPCG stops at a residual of 1e-4 of the value, whose square over the gap is the value's error
+    np.testing.assert_allclose(spectrum.values, values[1:5], rtol=1e-7 if way == "LOBPCG" else 1e-9)
+    assert np.abs(spectrum.vectors[:, 0] @ vectors[:, 1]) == pytest.approx(1, abs=1e-6 if way == "LOBPCG" else 1e-8)
     assert spectrum.largest == pytest.approx(values[-1], rel=2e-3)
-    assert (spectrum.residuals < 1e-5).all()
+    assert (spectrum.residuals < 1e-4 * spectrum.values[0]).all()
     assert spectrum.negative == spectrum.zero == 0
 
 

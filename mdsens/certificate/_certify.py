@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens import contacts
-from mdsens.certificate._derivative import derivative
+from mdsens.certificate._derivative import ESTIMATE, derivative
 from mdsens.certificate._record import Certificate
 from mdsens.contacts import Network
 from mdsens.implicit.eigen import Spectrum
@@ -105,7 +105,7 @@ def certify(
     soft = float(positive.min()) if positive.size else np.nan
     step, along, doubt = np.zeros_like(np.asarray(system.positions)), None, (0, np.inf)
     if spectrum.values.size:
-        step, _, _ = stiffness.solve(forces.reshape(step.shape))
+        step, _, _ = stiffness.solve(forces.reshape(step.shape), ESTIMATE)
     if finite:
         doubt = _in_doubt(lin, step)
     if dparams is not None:

@@ -17,10 +17,11 @@ from mdsens.stationarity import Unknowns, gradient, mixed_product
 from mdsens.stiffness import Stiffness
 from mdsens.system import System, pair_terms
 
-__all__ = ["derivative"]
+__all__ = ["ESTIMATE", "derivative"]
 
 Params = Mapping[str, Any]
 Motion: TypeAlias = tuple[jax.Array, Params]  # of positions and parameters
+ESTIMATE = 1e-4  # residual of what stands in an estimate
 POWER_STEPS = 30  # for the norm of dH: a few per cent, and it stands in an estimate
 
 
@@ -80,8 +81,8 @@ def derivative(lin: Linearization, stiffness: Stiffness, dparams: Params, step: 
     way = float(np.linalg.norm(step))
     path, newton = (jnp.asarray(J, dtype), tangent), (jnp.asarray(step, dtype), still)
     onward = jnp.asarray(step / (way or 1.0), dtype), still
-    dJ, _, _ = stiffness.solve(-np.asarray(_second(system, newton, path)))
-    J2, _, _ = stiffness.solve(-np.asarray(_second(system, path, path)))
+    dJ, _, _ = stiffness.solve(-np.asarray(_second(system, newton, path)), ESTIMATE)
+    J2, _, _ = stiffness.solve(-np.asarray(_second(system, path, path)), ESTIMATE)
     mixed = np.asarray(_second(system, onward, (jnp.zeros_like(path[0]), tangent)))
     beta, gamma = float(np.linalg.norm(stiffness.project(mixed.ravel()))), _spread(lin, stiffness, onward)
     R = float(np.linalg.norm(stiffness.project(pull.ravel())))

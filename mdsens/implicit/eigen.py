@@ -66,7 +66,15 @@ class Spectrum:
 
 
 def lowest(
-    apply: Apply, size: int, k: int = 1, *, project: Apply, null: int, matrix: Any = None, dtype: Any = float
+    apply: Apply,
+    size: int,
+    k: int = 1,
+    *,
+    project: Apply,
+    null: int,
+    matrix: Any = None,
+    precondition: Apply | None = None,
+    dtype: Any = float,
 ) -> Spectrum:
     """The ``k`` algebraically lowest eigenpairs of P A P on the range of P.
 
@@ -77,6 +85,7 @@ def lowest(
       project: the orthogonal projector P off the known null space, on the columns of an (m, c) array.
       null: dimension of that null space.
       matrix: A as a scipy sparse matrix, for the factor; None for LOBPCG.
+      precondition: for LOBPCG, about A^-1 times the columns of an (m, c) array, symmetric and positive.
       dtype: precision of the products: what counts as zero cannot be under its round-off.
     """
     k = min(k, size - null)
@@ -89,7 +98,7 @@ def lowest(
         found = _shift_invert(matrix, size, k, project, null, zero)
         if found is not None:
             return found
-    return _lobpcg(apply, size, k, project, zero)
+    return _lobpcg(apply, size, k, project, zero, precondition)
 
 
 def _pairs(apply: Apply, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -153,26 +162,36 @@ def _shift_invert(matrix: Any, size: int, k: int, project: Apply, null: int, zer
     return Spectrum(values, vectors, residuals, largest, negative, zeros, True, "shift-invert")
 
 
-def _lobpcg(apply: Apply, size: int, k: int, project: Apply, zero: float) -> Spectrum:
+def _lobpcg(apply: Apply, size: int, k: int, project: Apply, zero: float, precondition: Apply | None) -> Spectrum:
     rng = np.random.default_rng(0)
 
     def restricted(v: np.ndarray) -> np.ndarray:
-        columns = v.reshape(size, -1)
-        return project(apply(project(columns))).reshape(v.shape)
+        return project(apply(v.reshape(size, -1))).reshape(v.shape)  # of vectors that are on the range already
 
-    operator = _operator(size, restricted)
+    operator, inverse = _operator(size, restricted), None
+    if precondition is not None:
+        given = precondition
+        inverse = _operator(size, lambda v: project(given(v.reshape(size, -1))).reshape(v.shape))
     start = project(rng.standard_normal((size, 1)))[:, 0]
     largest = float(_eigsh(operator, 1, which="LM", tol=1e-3, v0=start, return_eigenvectors=False)[0])
     largest = abs(largest)
-    guess = project(rng.standard_normal((size, k + min(4, size // 10))))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns where the tolerance is not met; the residuals say so
-        values, vectors = lobpcg(operator, guess, tol=1e-9 * largest, maxiter=3000, largest=False)[:2]
-    found = _pairs(restricted, project(np.asarray(vectors)), k)
+    vectors = project(rng.standard_normal((size, k if k == 1 else k + min(4, size // 10))))
+    tolerance = 1e-5 * largest
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns where the tolerance is not met; the residuals say so
+            vectors = lobpcg(operator, vectors, M=inverse, tol=tolerance, maxiter=3000, largest=False)[1]
+        vectors = project(np.asarray(vectors))
+        found = _pairs(restricted, vectors, k)
+        # a value is as good as the square of its residual over the gap: 1e-4 of the lowest is plenty
+        tolerance = max(1e-4 * float(np.abs(found[0]).min()), 1e-9 * largest)
+        if found[2].max() <= tolerance:
+            break
     if found[2].max() > 1e-5 * largest:  # it breaks down now and then, and returns what it has
 
         def lifted(v: np.ndarray) -> np.ndarray:
-            return restricted(v) + 2.0 * largest * (v - project(v.reshape(size, -1)).reshape(v.shape))
+            on = project(v.reshape(size, -1)).reshape(v.shape)
+            return restricted(on) + 2.0 * largest * (v - on)
 
         more = min(k + 4, size - 1)  # Lanczos may skip one of the last it is asked for
         above = _operator(size, lifted)  # the known null space at the top: round-off lets it in
