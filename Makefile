@@ -21,7 +21,7 @@ scratch := build/notebooks
 help:
 	@echo 'make demo         the sensitivity of a packing to the size of half its particles: demo/demo.png'
 	@echo 'make test         the tests; some of them: make test ARGS="-k name"'
-	@echo 'make fuzz         3,000 generated systems against dense linear algebra, half an hour (MDSENS_FUZZ_CASES=n: another number)'
+	@echo 'make fuzz         3,000 generated systems and all jammed packings against dense linear algebra, an hour'
 	@echo 'make lint         ruff check, ruff format --check, pyright'
 	@echo 'make notebooks    run every notebook, on copies in $(scratch)'
 	@echo 'make check        test, lint and notebooks: what CI runs'
@@ -38,7 +38,7 @@ test: $(installed)
 	$(bin)/python -m pytest $(ARGS)
 
 fuzz: $(installed)
-	MDSENS_FUZZ_CASES=$${MDSENS_FUZZ_CASES:-3000} $(bin)/python -m pytest tests/test_fuzz.py $(ARGS)
+	MDSENS_FUZZ_CASES=$${MDSENS_FUZZ_CASES:-3000} $(bin)/python -m pytest tests/test_fuzz.py tests/test_jammed.py $(ARGS)
 
 lint: $(installed_dev)
 	$(bin)/ruff check

@@ -1,6 +1,6 @@
 """Generated systems: a clear error, a number that dense linear algebra confirms, or a status that says why not.
 
-    make fuzz                          3,000 cases
+    make fuzz                          3,000 cases, and every packing of test_jammed.py
     MDSENS_FUZZ_CASES=500 make fuzz    as many as wanted
 
 The cases are the same in every run. One that fails prints as ``Case(...)``, and ``judge(Case(...))`` repeats it.
