@@ -152,9 +152,7 @@ def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Li
     if eq.system.batch is not None:
         raise InputError(f"linearize takes one minimum and got a batch of {eq.system.batch}: linearize its members.")
     backbone, net, null = linearisation(eq.system, eq.max_force)
-    if not bool(jnp.any(null.inverse_inertia != 0)):  # nothing turns: spare every product the projection
-        null = dataclasses.replace(null, arms=None, inverse_inertia=None)
-    lin = Linearization(eq, backbone, net, null, solve)
+    lin = Linearization(eq, backbone, net, null.without_idle_turns(), solve)
     if throw:
         raise_for_status(Status(int(lin.status)), "this minimum cannot be differentiated", lin)
     return lin

@@ -82,29 +82,34 @@ def max_force(system: System) -> jax.Array:
 class NullSpace:
     """The directions that cost no energy to second order, known beforehand.
 
-    Translations of each cluster, rotations of each one that does not meet its own image, and rattlers.
+    Rattlers, translations of each cluster, rotations of each one that does not meet its own image. Where the energy is
+    more than pairs, of the translations and rotations of everything those combinations that the Hessian finds free: an
+    external field may hold the others.
 
     Attributes:
       rattlers: (n,).
       labels: (n,) cluster of each particle.
       counts: (n,) particles in the cluster of that label, at least 1.
-      translations: (d,) 1 where moving everything along that axis costs nothing (an external field may cost).
       arms: (n, d) positions from their cluster's centroid, zero where it cannot turn; None where none can.
       inverse_inertia: (n, k, k) pseudo-inverse of each label's inertia, k = 1 in 2-D and 3 in 3-D; None likewise.
+      motions: (k, n, d) orthonormal motions, or zeros, in place of those of clusters; None where the law is of pairs.
     """
 
     rattlers: jax.Array
     labels: jax.Array
     counts: jax.Array
-    translations: jax.Array
     arms: jax.Array | None = None
     inverse_inertia: jax.Array | None = None
+    motions: jax.Array | None = None
 
     def project(self, x: Unknowns) -> Unknowns:
         """The part of ``x`` off the null space: an orthogonal projection."""
         v = jnp.where(self.rattlers[:, None], 0.0, x.positions)
+        if self.motions is not None:
+            shares = jnp.sum(self.motions * v, axis=(1, 2))
+            return dataclasses.replace(x, positions=v - jnp.tensordot(shares, self.motions, axes=1))
         mean = self._total(v) / self.counts[:, None]
-        v = v - self.translations * mean[self.labels]
+        v = v - mean[self.labels]
         if self.arms is not None and self.inverse_inertia is not None:
             angular = self._total(_cross(self.arms, v))
             turn = jnp.einsum("nij,nj->ni", self.inverse_inertia, angular)[self.labels]
@@ -112,16 +117,26 @@ class NullSpace:
         v = jnp.where(self.rattlers[:, None], 0.0, v)
         return dataclasses.replace(x, positions=v)
 
-    @property
-    def dimension(self) -> int:
-        """How many directions it has. Host code."""
+    def dimensions(self, d: int) -> tuple[int, int, int]:
+        """How many directions in d dimensions are of rattlers, are translations, are rotations. Host code."""
         loose, labels = np.asarray(self.rattlers), np.asarray(self.labels)
-        d = self.translations.shape[0]
-        clusters = np.unique(labels[~loose])
-        count = d * int(loose.sum()) + int(np.asarray(self.translations).sum()) * clusters.size
+        free = d * int(loose.sum())
+        if self.motions is not None:
+            rows = np.asarray(self.motions)
+            total = round(float(np.sum(rows**2)))
+            along = np.linalg.svd(rows.sum(axis=1) / np.sqrt(rows.shape[1]), compute_uv=False)
+            translations = int(np.sum(along > 1 - 1e-6))
+            return free, translations, total - translations
+        clusters, rotations = np.unique(labels[~loose]), 0
         if self.inverse_inertia is not None:
-            count += int(np.linalg.matrix_rank(np.asarray(self.inverse_inertia)[clusters], hermitian=True).sum())
-        return count
+            rotations = int(np.linalg.matrix_rank(np.asarray(self.inverse_inertia)[clusters], hermitian=True).sum())
+        return free, d * clusters.size, rotations
+
+    def without_idle_turns(self) -> NullSpace:
+        """The same where something can turn; else without arms, to spare every projection the work. Host code."""
+        if self.inverse_inertia is None or bool(jnp.any(self.inverse_inertia != 0)):
+            return self
+        return dataclasses.replace(self, arms=None, inverse_inertia=None)
 
     def _total(self, v: jax.Array) -> jax.Array:
         return jnp.zeros((self.labels.shape[0], v.shape[1]), v.dtype).at[self.labels].add(v)
@@ -152,7 +167,9 @@ def null_space(system: System, net: Network) -> NullSpace:
     positions = jax.lax.stop_gradient(system.positions)
     held = jnp.where(net.rattlers, 0.0, 1.0).astype(positions.dtype)
     counts = jnp.maximum(jnp.zeros(n, positions.dtype).at[net.labels].add(held), 1.0)
-    plain = NullSpace(net.rattlers, net.labels, counts, jnp.ones(d, positions.dtype))
+    plain = NullSpace(net.rattlers, net.labels, counts)
+    if not system.potential.pairwise:
+        return dataclasses.replace(plain, motions=_free_motions(jax.lax.stop_gradient(system)))
     turns = jnp.where(net.wraps[net.labels], 0.0, held)[:, None]
     centre = plain._total(turns * net.whole) / counts[:, None]
     arms = turns * (jax.lax.stop_gradient(net.whole) - centre[net.labels])
@@ -163,32 +180,37 @@ def null_space(system: System, net: Network) -> NullSpace:
         each = squared[:, None, None] * jnp.eye(3) - arms[:, :, None] * arms[:, None, :]
         inertia = plain._total(each.reshape(n, 9)).reshape(n, 3, 3)
     inverse = jnp.linalg.pinv(inertia, rtol=1e-9, hermitian=True)
-    plain = dataclasses.replace(plain, arms=arms, inverse_inertia=inverse)
-    if system.potential.pairwise:
-        return plain
-    return _without_fields(system, plain)
+    return dataclasses.replace(plain, arms=arms, inverse_inertia=inverse)
 
 
-def _without_fields(system: System, null: NullSpace) -> NullSpace:
-    """Drop the motions that do cost energy, where a user's energy knows absolute positions (an external field)."""
+def _free_motions(system: System) -> jax.Array:
+    """What costs nothing of the translations and, without a cell, the rotations of everything; (k, n, d)."""
     n, d = system.positions.shape
-    product = _hessian_product(jax.lax.stop_gradient(system))
-    probe = jnp.cos(jnp.arange(n * d, dtype=system.positions.dtype) ** 2).reshape(n, d)
-    scale = jnp.linalg.norm(product(Unknowns(probe)).positions) / jnp.linalg.norm(probe)
+    dtype = system.positions.dtype
+    basis = jnp.broadcast_to(jnp.eye(d, dtype=dtype)[:, None, :], (d, n, d))
+    if system.box is None:
+        arms = system.positions - jnp.mean(system.positions, axis=0)
+        size = jnp.sqrt(jnp.mean(arms**2))
+        axes = jnp.eye(1 if d == 2 else 3, dtype=dtype)
+        turns = jax.vmap(lambda axis: _turned(jnp.broadcast_to(axis, (n, axis.size)), arms))(axes)
+        basis = jnp.concatenate([basis, turns / jnp.where(size > 0, size, 1.0)])
+    rigid = _orthonormal(basis.reshape(-1, n * d), 1e-9)
+    product = _hessian_product(system)
 
-    def free(motion: jax.Array) -> jax.Array:
-        size = jnp.linalg.norm(motion)
-        cost = jnp.linalg.norm(product(Unknowns(motion)).positions)
-        return cost <= 1e-8 * scale * size
+    def image(v: jax.Array) -> jax.Array:
+        return product(Unknowns(v.reshape(n, d))).positions.ravel()
 
-    translations = jnp.stack([free(jnp.zeros((n, d)).at[:, k].set(1.0)) for k in range(d)])
-    null = dataclasses.replace(null, translations=translations.astype(system.positions.dtype))
-    if null.arms is not None and null.inverse_inertia is not None:
-        k = null.inverse_inertia.shape[-1]
-        turns = [_turned(jnp.broadcast_to(jnp.eye(k)[axis], (n, k)), null.arms) for axis in range(k)]
-        free_turns = jnp.all(jnp.stack([free(turn) for turn in turns]))
-        null = dataclasses.replace(null, inverse_inertia=null.inverse_inertia * free_turns)
-    return null
+    probe = jnp.cos(jnp.arange(n * d, dtype=dtype) ** 2)
+    scale = jnp.linalg.norm(image(probe)) / jnp.linalg.norm(probe)
+    combinations, costs, _ = jnp.linalg.svd(jax.lax.map(image, rigid), full_matrices=False)
+    free = costs <= jnp.finfo(dtype).eps ** 0.5 * scale
+    return _orthonormal(jnp.where(free[:, None], combinations.T @ rigid, 0.0), 0.5).reshape(-1, n, d)
+
+
+def _orthonormal(rows: jax.Array, floor: float) -> jax.Array:
+    """Orthonormal rows with the same span; zeros for what is below ``floor`` of the largest singular value."""
+    _, sizes, kept = jnp.linalg.svd(rows, full_matrices=False)
+    return jnp.where((sizes > floor * sizes[0])[:, None], kept, 0.0)
 
 
 def _hessian_product(system: System) -> Any:

@@ -37,10 +37,10 @@ def _products(system: System, null: NullSpace, columns: jax.Array) -> jax.Array:
 
 @jax.jit
 def _projections(null: NullSpace, columns: jax.Array) -> jax.Array:
-    n, d = null.rattlers.shape[0], null.translations.shape[0]
+    n = null.rattlers.shape[0]
 
     def one(v: jax.Array) -> jax.Array:
-        return null.project(Unknowns(v.reshape(n, d))).positions.ravel()
+        return null.project(Unknowns(v.reshape(n, -1))).positions.ravel()
 
     return jax.lax.map(one, columns.T, batch_size=min(32, columns.shape[1])).T
 
@@ -119,7 +119,7 @@ class Stiffness:
             self.system.positions.size,
             k,
             project=self.project,
-            null=self.null.dimension,
+            null=sum(self.null.dimensions(self.system.dimension)),
             matrix=self.matrix if self._factorise else None,
             precondition=self._precondition(),
             dtype=self.system.positions.dtype,

@@ -89,7 +89,7 @@ ARGUMENTS: dict[str, tuple[tuple[int, ...], Callable[[Any], Any], set[str]]] = {
     "species": ((6,), lambda v: create(species=v), set()),
     "potential": ((2,), lambda v: create(potential=v), set()),
     "params": ((2,), lambda v: create(params=v), set()),
-    "sigma": ((2,), params("sigma"), set()),
+    "sigma": ((2,), params("sigma"), {"one too many"}),  # a species may be empty
     "epsilon": ((), params("epsilon"), set()),
     "packing fraction": ((), lambda v: create(box=ms.PackingFraction(v)), set()),
     "shape of the cell": ((2, 2), lambda v: create(box=ms.PackingFraction(0.9, v)), set()),
@@ -119,7 +119,7 @@ ARGUMENTS: dict[str, tuple[tuple[int, ...], Callable[[Any], Any], set[str]]] = {
     "names of parameters": (
         (2,),
         lambda v: ms.potentials.from_energy(sum, v),
-        {"dict", "generator", "empty", "no rows"},
+        {"dict", "generator", "empty", "no rows", "texts"},
     ),
     "energy": ((), lambda v: ms.potentials.from_energy(v, ("sigma",)), {"type"}),
     "systems to stack": ((2,), ms.stack, set()),

@@ -176,6 +176,23 @@ def test_a_field_along_one_axis_leaves_the_other_translation():
     np.testing.assert_allclose(P @ np.array([0.0, 1, 0, 1]), [0.0, 1, 0, 1], atol=1e-14)
 
 
+def ring(positions, params, displacement):
+    """A round gutter about the origin and a spring: they turn about the origin, not about their centroid."""
+    apart = displacement(positions[0], positions[1])
+    gutter = jnp.sum((jnp.sum(positions**2, axis=1) - 1.0) ** 2)
+    return gutter + params["push"] * (jnp.sum(apart**2) - 2.0) ** 2
+
+
+def test_a_field_can_leave_a_combination_of_motions_free():
+    law = ms.potentials.from_energy(ring, ("push",))
+    system = ms.System.create([[1.0, 0.0], [0.0, 1.0]], None, law, {"push": 1.0})
+    P, H = null_directions(system)
+    check_projection(P, H, 1)
+    np.testing.assert_allclose(P @ np.array([0.0, 1, -1, 0]), 0.0, atol=1e-13)
+    null = stationarity.linearisation(system, 1e-12)[2]
+    assert null.dimensions(2) == (0, 0, 1)
+
+
 def stretch(positions, params, displacement):
     """A spring written as a many-body law: it knows no absolute position."""
     apart = displacement(positions[0], positions[1])

@@ -38,7 +38,7 @@ def places(k, value):
     (np.zeros((0, 2)), 3.0, None, r"positions have shape \(0, 2\): give"),
     (PLACES[None], 3.0, None, r"positions have shape \(1, 4, 2\): give"),
     ([["a", "b"]], 3.0, None, r"positions have type <U1: give .* real numbers"),
-    ([[0.0, 1.0], [2.0]], 3.0, None, r"positions are no array .*give"),
+    ([[0.0, 1.0], [2.0]], 3.0, None, r"positions are no array, .*give"),
     (PLACES + 1j, 3.0, None, r"positions have type complex128: give .* real numbers"),
     (places(2, [np.nan, 1.0]), 3.0, None, r"positions\[2\] is \[nan, 1.0\]: every coordinate must be finite"),
     (places(3, [0.0, -np.inf]), 3.0, None, r"positions\[3\] is \[0.0, -inf\]: every coordinate must be finite"),

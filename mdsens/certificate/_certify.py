@@ -93,7 +93,7 @@ def certify(
     loose = np.asarray(net.rattlers)
     stiffness = Stiffness(lin.system, null)
     finite = bool(np.isfinite(np.asarray(system.positions)).all())
-    known = null.dimension if finite else 0
+    free, translations, rotations = null.dimensions(system.dimension) if finite else (0, 0, 0)
     if finite and not loose.all():
         spectrum = stiffness.lowest(modes)
     else:
@@ -113,8 +113,6 @@ def certify(
         if spectrum.values.size:
             along = derivative(lin, stiffness, dparams, step, soft if np.isfinite(soft) else 0.0)
     mean, largest = float(net.mean_force), float(eq.max_force)
-    clusters = np.unique(np.asarray(net.labels)[~loose]).size
-    translations = int(np.asarray(null.translations).sum()) * clusters
     made = Certificate(
         Status.CONVERGED,
         (),
@@ -129,9 +127,9 @@ def certify(
         participation(spectrum.vectors, system.dimension),
         spectrum.negative,
         spectrum.zero,
-        known + spectrum.zero,
+        free + translations + rotations + spectrum.zero,
         translations,
-        known - translations - system.dimension * int(loose.sum()) if finite else 0,
+        rotations,
         loose,
         *doubt,
         along,
