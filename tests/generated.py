@@ -74,13 +74,13 @@ SHAPES = (
     Shape(4, 2, "lennard_jones", "open", "species", "matrix", solver="MINRES"),
     Shape(9, 2, "soft_sphere", "cube", "particle", solver="BiCGSTAB"),
     Shape(16, 2, "soft_sphere", "fraction", "species", "matrix", solver="CG"),
-    Shape(27, 3, "soft_sphere", "tilted fraction", "particle", solver="Direct"),
-    Shape(12, 2, "morse", "triclinic", "species", "matrix", solver="GMRES"),
-    Shape(12, 3, "soft_sphere + springs", "cube", "particle", solver="CG"),
-    Shape(5, 3, "soft_sphere + trap", "open", "particle", solver="Auto"),
+    Shape(12, 3, "soft_sphere + springs", "cube", "particle", solver="Direct"),
+    Shape(5, 3, "soft_sphere + trap", "open", "particle", solver="GMRES"),
 )
 LONG_SHAPES = (
     *SHAPES,
+    Shape(27, 3, "soft_sphere", "tilted fraction", "particle"),
+    Shape(12, 2, "morse", "triclinic", "species", "matrix"),
     Shape(6, 2, "soft_sphere", "cube", "particle"),
     Shape(13, 3, "morse", "open", "species"),
     Shape(8, 2, "springs", "open"),

@@ -20,10 +20,13 @@ MEMBERS = range(10)
 ITERATIVE = (CG(1e-13), MINRES(1e-13), BiCGSTAB(1e-13), GMRES(1e-13))
 
 
-def test_forty_seeds():
-    """L1 norms of dR/dtheta in the published range, and minimising again on some; the box follows theta or is held."""
+def test_a_dozen_seeds():
+    """L1 norms of dR/dtheta in the published range, and minimising again on some; the box follows theta or is held.
+
+    The first notebook takes forty.
+    """
     sizes: dict[str, list[float]] = {"follows": [], "held": []}
-    for seed in range(40):
+    for seed in range(12):
         eq = ms.minimize(ms.load_system("seed_packing_2d", seed=seed))
         assert float(eq.max_force) <= 1e-12
         fixed = eq.system.replace(boundary=FixedBox(eq.system.box))
@@ -31,12 +34,13 @@ def test_forty_seeds():
             r = ms.jvp(minimum, THETA)
             assert float(r.stats.residual) <= 1e-10
             sizes[box].append(float(jnp.sum(jnp.abs(r.value))))
-            if seed % 20 == 0:
+            if seed % 6 == 0:
                 v = ms.verify.finite_difference(minimum, THETA)
                 assert v.step < v.radius and not v.network_changed
                 assert v.disagreement(r.value) < 1e-5
-    assert 255 < np.median(sizes["follows"]) < 325
-    assert 200 < np.median(sizes["held"]) < 320
+    # of forty: 290 and 242; nineteen in twenty dozens drawn from them are within
+    assert 270 < np.median(sizes["follows"]) < 335
+    assert 200 < np.median(sizes["held"]) < 310
 
 
 @pytest.mark.parametrize("index", MEMBERS)
