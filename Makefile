@@ -46,15 +46,17 @@ lint: $(installed_dev)
 	$(bin)/pyright --warnings
 
 # On copies, in a folder of their own: a notebook must neither need this checkout around it nor leave anything in it.
-# Two at a time.
 notebooks: $(installed)
 	@rm -rf $(scratch) && mkdir -p $(scratch)
-	@cp notebooks/*.ipynb $(scratch)/
-	@printf '%s\n' $(scratch)/*.ipynb | xargs -P 2 -I {} sh -c ' \
-	  began=$$(date +%s); \
-	  $(bin)/jupyter execute --inplace --kernel_name=python3 --timeout=300 {} > {}.log 2>&1 || failed=yes; \
-	  [ -z "$$failed" ] || { cat {}.log; echo "{}: failed" >&2; exit 1; }; \
-	  echo "{}: ran in $$(( $$(date +%s) - began )) s"'
+	@failed=; \
+	for notebook in notebooks/*.ipynb; do \
+	  [ -e "$$notebook" ] || { echo 'notebooks: there is none to run'; break; }; \
+	  began=$$(date +%s); cp "$$notebook" $(scratch)/; \
+	  echo "$$notebook ..."; \
+	  $(bin)/jupyter execute --inplace --kernel_name=python3 --timeout=300 "$(scratch)/$${notebook##*/}" \
+	    && echo "$$notebook: ran in $$(( $$(date +%s) - began )) s" || failed="$$failed $$notebook"; \
+	done; \
+	[ -z "$$failed" ] || { echo "notebooks: failed:$$failed" >&2; exit 1; }
 
 check: test lint notebooks
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 jax.config.update("jax_enable_x64", True)
-# Compiling is nearly all the time that tests take; the demo and the notebooks run with everything on. Without its fusion
-# emitters, and with one module a program, XLA compiles these 2.5 times as fast.
+# Compiling is nearly all the time that tests take; the demo and the notebooks run with everything on. Without its
+# fusion emitters, and with one module a program, XLA compiles these 2.5 times as fast.
 jax.config.update("jax_disable_most_optimizations", True)
 QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
