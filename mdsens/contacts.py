@@ -1,8 +1,7 @@
 """Who carries force: contacts, rattlers, clusters, coordination, and the next breakpoint of each pair.
 
 A contact is a pair whose force is above 10 times the largest net force on a particle: below that it cannot be told from
-round-off. A rattler has fewer than d + 1 contacts; its contacts are deleted, and so on until none is left. For laws
-that
+round-off. A rattler has fewer than d + 1 contacts; its contacts are deleted, and so on until none is left. For laws that
 attract, contacts do not count: there a rattler is a particle that no pair holds with any stiffness.
 """
 

@@ -37,9 +37,8 @@ class Fire:
     Attributes:
       dt_start, dt_max: time step at the start and at most, in units of sqrt(10 m / k), k the law's largest stiffness,
         so that the fastest vibration advances by dt sqrt(10): 0.4 are 1.3 rad, where velocity Verlet breaks down at 2.
-        In a
-        packing of unit harmonic discs, k is about 10 and this is jax-md's own unit. Lower dt_max where a law is much
-        stiffer in places than at its minimum.
+        In a packing of unit harmonic discs, k is about 10 and this is jax-md's own unit. Lower dt_max where a law is
+        much stiffer in places than at its minimum.
       max_step: the longest move of a particle in one step, as a fraction of the law's length (contact, or the minimum
         of the pair energy); it tames the first steps from overlapping starts.
       n_min, f_inc, f_dec, alpha_start, f_alpha: as in the paper.

@@ -1,11 +1,10 @@
 """Lists of the pairs that can interact: jax-md's cell list behind a test that cannot lose a pair in silence.
 
-A list holds every pair nearer than ``reach`` at the ``reference`` positions. Particles that have moved by d_i since,
-in a
-cell deformed by M, keep every pair nearer than ``reach * lambda_min(M) - 2 max |d_i|`` on the list: while that is at
-least
-the law's range, the list is complete, and where it is not the list is rebuilt. A rebuild that does not fit the static
-capacity, or a range grown beyond the reach, sets ``overflowed``; host code allocates again, traced code reports it.
+A list holds every pair nearer than ``reach`` at the ``reference`` positions. Particles that have moved by d_i since, in
+a cell deformed by M, keep every pair nearer than ``reach * lambda_min(M) - 2 max |d_i|`` on the list: while that is at
+least the law's range, the list is complete, and where it is not the list is rebuilt. A rebuild that does not fit the
+static capacity, or a range grown beyond the reach, sets ``overflowed``; host code allocates again, traced code reports
+it.
 """
 
 from __future__ import annotations
