@@ -44,9 +44,12 @@ def numbers(values: Iterable[float], digits: int = 5) -> list[str]:
 
 
 def html(title: str, rows: Rows) -> str:
-    """Two columns as a small HTML table."""
+    """Two columns as a small HTML table; a row without a value is a heading."""
+    left = "style='text-align:left'"
     body = "".join(
-        f"<tr><th style='text-align:left'>{_html.escape(k)}</th><td style='text-align:left'>{_html.escape(v)}</td></tr>"
+        f"<tr><th {left}>{_html.escape(k)}</th><td {left}>{_html.escape(v)}</td></tr>"
+        if v
+        else f"<tr><td {left} colspan='2'><i>{_html.escape(k)}</i></td></tr>"
         for k, v in rows
     )
     return f"<table><caption style='text-align:left'><b>{_html.escape(title)}</b></caption>{body}</table>"

@@ -320,15 +320,21 @@ def _certify(args: argparse.Namespace) -> int:
             file.write(json.dumps(certificate.as_dict(), indent=1).encode())
         print(f"wrote {args.json}")
     grave = [sentence for code, sentence in certificate.findings if not code.good or (args.strict and code.warning)]
-    print(f"not to be trusted: {'; '.join(grave)}" if grave else "good: nothing found against it")
+    fine = "good, but see the warning" if certificate.warnings else "good: nothing found against it"
+    print(f"not to be trusted: {'; '.join(grave)}" if grave else fine)
     return UNTRUSTED if grave else GOOD
 
 
 def _verdict(findings: Sequence[Finding], good: str, warned: Sequence[str] = (), strict: bool = False) -> int:
     bad = [f"{found.part.label}: {found.reason}" for found in findings if found.reason]
     bad += warned if strict else []
-    print(f"not to be trusted: {'; '.join(bad)}" if bad else f"good: {good}")
+    doubt = f" ({_count_of(warned)})" if warned else ""
+    print(f"not to be trusted: {'; '.join(bad)}" if bad else f"good: {good}{doubt}")
     return UNTRUSTED if bad else GOOD
+
+
+def _count_of(warned: Sequence[str]) -> str:
+    return "see the warning" if len(warned) == 1 else f"see the {len(warned)} warnings"
 
 
 def _store(path: Path, lin: Linearization, findings: Sequence[Finding]) -> None:

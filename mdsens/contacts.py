@@ -1,8 +1,8 @@
 """Who carries force: contacts, rattlers, clusters, coordination, and the next breakpoint of each pair.
 
-A contact is a pair whose force is above 10 times the largest net force on a particle: below that it cannot be told from
-round-off. A rattler has fewer than d + 1 contacts; its contacts are deleted, and so on until none is left. For laws that
-attract, contacts do not count: there a rattler is a particle that no pair holds with any stiffness.
+A contact is a pair whose force is above 10 times the largest net force on a particle: below that it cannot be told
+from round-off. A rattler has fewer than d + 1 contacts; its contacts are deleted, and so on until none is left. For
+laws that attract, contacts do not count: there a rattler is a particle that no pair holds with any stiffness.
 """
 
 from __future__ import annotations
@@ -187,11 +187,13 @@ class Crossing(NamedTuple):
       times: (k,) t of the path; negative behind, inf where a pair's distance to the breakpoint does not change.
       pairs: (k, 2) particles.
       inside: (k,) True where the pair is now nearer than the breakpoint, so that it opens there; else it closes.
+      lengths: (k,) of the breakpoint.
     """
 
     times: jax.Array
     pairs: jax.Array
     inside: jax.Array
+    lengths: jax.Array
 
     @property
     def forward(self) -> float:
@@ -210,15 +212,23 @@ class Crossing(NamedTuple):
         """The smaller of the two."""
         return min(self.forward, self.backward)
 
-    def first(self, forward: bool = True) -> tuple[tuple[int, int], bool] | None:
-        """The pair that crosses first on one side, and whether it opens; None where none does. Host code."""
+    def within(self, change: float) -> int:
+        """How many pairs cross a breakpoint in |t| <= change. Host code."""
+        crossed = np.abs(np.asarray(self.times)) <= change
+        return np.unique(np.sort(np.asarray(self.pairs)[crossed], axis=1), axis=0).shape[0]
+
+    def first(self, forward: bool = True) -> tuple[tuple[int, int], bool, float] | None:
+        """The pair that crosses first on one side, whether it opens, and the breakpoint's length; None where none does.
+
+        Host code.
+        """
         times = np.asarray(self.times) * (1.0 if forward else -1.0)
         ahead = np.where(times >= 0, times, np.inf)
         if not ahead.size or not np.isfinite(ahead.min()):
             return None
         k = int(np.argmin(ahead))
         i, j = (int(p) for p in np.asarray(self.pairs[k]))
-        return (i, j), bool(self.inside[k])
+        return (i, j), bool(self.inside[k]), float(self.lengths[k])
 
 
 @jax.jit
@@ -242,11 +252,14 @@ def crossings(
 
     now, rates = jax.jvp(gaps, (system.positions, dict(system.params)), (velocity, dict(dparams)))
     times, firsts, seconds, inside = [jnp.zeros(0)], [jnp.zeros(0, jnp.int32)], [jnp.zeros(0, jnp.int32)], []
+    lengths = [jnp.zeros(0)]
     for term, gap, rate in zip(pair_terms(system), now, rates, strict=True):
         real = term.mask if rattlers is None else term.mask & ~rattlers[term.i] & ~rattlers[term.j]
         times.append(jnp.where(real & (rate != 0), -gap / jnp.where(rate == 0, 1.0, rate), jnp.inf).ravel())
         firsts.append(jnp.broadcast_to(term.i, gap.shape).ravel())
         seconds.append(jnp.broadcast_to(term.j, gap.shape).ravel())
         inside.append((gap > 0).ravel())
+        lengths.append(jnp.broadcast_to(term.lengths(), gap.shape).ravel())
     pairs = jnp.stack([jnp.concatenate(firsts), jnp.concatenate(seconds)], axis=1)
-    return Crossing(jnp.concatenate(times), pairs, jnp.concatenate([jnp.zeros(0, bool), *inside]))
+    sides = jnp.concatenate([jnp.zeros(0, bool), *inside])
+    return Crossing(jnp.concatenate(times), pairs, sides, jnp.concatenate(lengths))

@@ -32,7 +32,7 @@ from mdsens.stationarity import Unknowns, force, gradient, largest_force, linear
 from mdsens.stiffness import Stiffness
 from mdsens.system import System, box_at, pair_terms, stack, unstack
 
-__all__ = ["Equilibrium", "Fire", "GradientDescent", "Newton", "minimize", "relax"]
+__all__ = ["Equilibrium", "Fire", "GradientDescent", "Newton", "minimize", "relax", "scales"]
 
 Params = Mapping[str, Any]
 STEPS_PER_CALL = 500  # between two looks of the host: progress, reallocation, interrupts
@@ -88,7 +88,7 @@ class Equilibrium(Shown):
         ]
 
 
-def _scales(system: System) -> tuple[jax.Array, jax.Array]:
+def scales(system: System) -> tuple[jax.Array, jax.Array]:
     """The law's own length and largest stiffness, (l, k): they make the minimiser's steps independent of the units.
 
     l is where the pair energy is least (contact, for a law that only repels) and k the curvature there (at 0.9 l, for
@@ -174,7 +174,7 @@ def _machine(system: System, method: Any) -> tuple[Any, Any, Any]:
 
 def _limits(system: System, method: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The longest step of a particle, the strongest force on it, and the law's stiffness."""
-    length, stiffness = (jax.lax.stop_gradient(x).astype(system.positions.dtype) for x in _scales(system))
+    length, stiffness = (jax.lax.stop_gradient(x).astype(system.positions.dtype) for x in scales(system))
     longest = method.max_step * length
     return longest, method.force_limit(longest, stiffness), stiffness
 
@@ -353,7 +353,7 @@ def minimize(
 
 def _newton_steps(system: System, largest: float, tolerance: float) -> tuple[System, float, int]:
     """Newton steps while each of them halves the largest force at least: (system, its largest force, steps)."""
-    taken, longest = 0, 0.1 * float(_scales(system)[0])
+    taken, longest = 0, 0.1 * float(scales(system)[0])
     while largest > tolerance:
         backbone, _, null = linearisation(system, largest)
         stiffness = Stiffness(backbone, null)
@@ -402,11 +402,6 @@ def _minimize_batch(
     return eq
 
 
-def members(eq: Equilibrium) -> list[Equilibrium]:
-    """The members of a batch."""
-    return [jax.tree.map(lambda leaf, k=k: leaf[k], eq) for k in range(eq.system.batch or 0)]
-
-
 def stats(eq: Equilibrium, method: Any) -> SolveStats:
     """The relaxation's evidence in the form that a solve has."""
     return SolveStats(eq.status, eq.max_force, eq.steps, jnp.zeros_like(eq.max_force), type(method).__name__)
@@ -419,7 +414,7 @@ def round_off(system: System) -> jax.Array:
     k is the law's largest stiffness. Minimisations reach between a tenth of it and all of it.
     """
     resolution = jnp.finfo(system.positions.dtype).eps * jnp.max(jnp.abs(system.positions), initial=0.0)
-    return resolution * _scales(system)[1]
+    return resolution * scales(system)[1]
 
 
 def _check_kinds(system: Any, method: Any) -> None:
@@ -432,9 +427,9 @@ def _check_kinds(system: Any, method: Any) -> None:
 def _check_precision(system: System, tolerance: float) -> None:
     floor = float(round_off(system))
     if tolerance < 0.05 * floor:
-        remedy = (
-            "raise it" if system.positions.dtype == jnp.float64 else "call ms.enable_x64() before making the system"
-        )
+        remedy = f"raise it to {floor:.0e} or more"
+        if system.positions.dtype != jnp.float64:
+            remedy += ", or work in double precision (in Python, ms.enable_x64() before making the system)"
         raise PrecisionError(
             f"tolerance {tolerance:.0e} is out of reach in {system.positions.dtype}, where round-off of the positions "
             f"leaves forces of about {floor:.0e}: {remedy}."

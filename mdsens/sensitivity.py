@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from mdsens import relaxation
 from mdsens._checks import real_array, short
 from mdsens._tables import Shown
 from mdsens.contacts import Network
@@ -39,7 +38,7 @@ from mdsens.stationarity import (
     mixed_product,
     mixed_transpose,
 )
-from mdsens.system import System, box_at
+from mdsens.system import System, box_at, unstack
 
 __all__ = [
     "Linearization",
@@ -150,7 +149,9 @@ def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Li
         raise InputError(f"got a {type(eq).__name__}: give the Equilibrium that ms.minimize returns.")
     _check_method(solve)
     if eq.system.batch is not None:
-        raise InputError(f"linearize takes one minimum and got a batch of {eq.system.batch}: linearize its members.")
+        raise InputError(
+            f"linearize takes one minimum and got a batch of {eq.system.batch}: give a member, ms.unstack(eq)[0]."
+        )
     backbone, net, null = linearisation(eq.system, eq.max_force)
     lin = Linearization(eq, backbone, net, null.without_idle_turns(), solve)
     if throw:
@@ -269,7 +270,7 @@ def _judged(result: Response, throw: bool, what: str) -> Response:
 
 def _over_members(door: Callable[[Equilibrium, int], Response], eq: Any) -> Response:
     """A door on each member of a batch."""
-    results = [door(part, k) for k, part in enumerate(relaxation.members(eq))]
+    results = [door(part, k) for k, part in enumerate(unstack(eq))]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
 
 

@@ -93,8 +93,9 @@ class Stiffness:
         if self.factor is not None:
             flat = np.asarray(b, float).ravel()
             x, residual = solve_on_range(self.matrix, self.factor, self.project, flat)
-            good = residual <= 1e-10
-            return x.reshape(shape), residual, Status.CONVERGED if good else Status.STAGNATED
+            eps = float(jnp.finfo(self.system.positions.dtype).eps)  # that of the projections
+            limited = Status.ROUND_OFF_LIMITED if residual <= 100.0 * eps else Status.STAGNATED
+            return x.reshape(shape), residual, Status.CONVERGED if residual <= 1e-10 else limited
         x, residual, code = _solve(self.system, self.null, jnp.asarray(b), rtol)
         return np.asarray(x), float(residual), Status(int(code))
 
@@ -112,8 +113,8 @@ class Stiffness:
         inverse = np.einsum("nij,nj,nkj->nik", axes, 1.0 / values, axes)
         return lambda v: np.einsum("nij,njk->nik", inverse, v.reshape(n, d, -1)).reshape(v.shape)
 
-    def lowest(self, k: int = 1) -> Spectrum:
-        """The k lowest modes off the null space."""
+    def lowest(self, k: int = 1, floor: float = 0.0) -> Spectrum:
+        """The k lowest modes off the null space; of a stiffness below ``floor`` the sign tells nothing."""
         return eigen.lowest(
             self.products,
             self.system.positions.size,
@@ -123,6 +124,7 @@ class Stiffness:
             matrix=self.matrix if self._factorise else None,
             precondition=self._precondition(),
             dtype=self.system.positions.dtype,
+            floor=floor,
         )
 
 

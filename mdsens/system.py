@@ -349,6 +349,11 @@ def _refit(system: System, shape: Neighbours) -> Neighbours:
     return neighbours.update(stale, system.positions, system.box, system.range)[0]
 
 
-def unstack(batch: System) -> list[System]:
-    """The members of a batch."""
-    return [jax.tree.map(lambda leaf, k=k: leaf[k], batch) for k in range(batch.batch or 0)]
+def unstack(batch: Any) -> list[Any]:
+    """The members of a batch: of a System that ``stack`` made, or of the Equilibrium that ``minimize`` made of it."""
+    count = getattr(getattr(batch, "system", batch), "batch", None)
+    if count is None:
+        raise InputError(
+            f"unstack got a {type(batch).__name__} that is no batch: give what ms.stack returned, or ms.minimize of it."
+        )
+    return [jax.tree.map(lambda leaf, k=k: leaf[k], batch) for k in range(count)]

@@ -650,7 +650,7 @@ def _certified(record: Record, eq: ms.Equilibrium, oracle: Oracle | None) -> Non
     named = {status for status, _ in c.findings}
     if record.outcome == "unconverged" and c.status.good:
         record.complaints.append(f"certify: {c.status.name} on an unconverged minimum")
-    if oracle is None or ms.Status.CONTACTS_UNSETTLED in named:  # it says itself that the contacts are in doubt
+    if oracle is None or {ms.Status.CONTACTS_UNSETTLED, ms.Status.STIFFNESS_UNSETTLED} & named:  # it says itself so
         return
     expected = {"saddle": ms.Status.INDEFINITE, "floppy": ms.Status.FLOPPY, "unjammed": ms.Status.UNJAMMED}
     also = {ms.Status.FLOPPY} if oracle.state == "saddle" else set()  # one can have modes of no stiffness beside

@@ -184,3 +184,79 @@ def test_bad_input():
         ms.certify(relaxed(), {"sgima": 1.0})
     with pytest.raises(ms.InputError, match="got a batch"):
         ms.certify(ms.minimize(ms.stack([relaxed().system, relaxed().system])))
+
+
+DANGLING = [[0, 1], [1, 2], [0, 2], [1, 3]]
+
+
+@pytest.mark.parametrize("stiffness, tolerance", [(1.0, 1e-12), (0.1, 1e-12), (0.01, 1e-12), (1.0, 1e-8)])
+def test_a_dangling_bond_is_never_good_whatever_force_is_left(stiffness, tolerance):
+    """The tension left in the bond gives its turning a stiffness of either sign."""
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        places = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, 0.9], [2.0, 0.1]]) + 0.05 * rng.normal(size=(4, 2))
+        law = ms.potentials.harmonic_bonds(DANGLING)
+        system = ms.System.create(places, None, law, {"stiffness": stiffness, "length": rng.uniform(0.8, 1.2, 4)})
+        c = ms.certify(ms.minimize(system, tolerance=tolerance), {"length": [1.0, 0.0, 0.0, 0.0]})
+        assert c.status in (ms.Status.FLOPPY, ms.Status.STIFFNESS_UNSETTLED)
+        assert c.floppy_modes + c.unsettled_modes == 1 and c.negative_modes == 0
+        assert c.error == np.inf and c.distance == np.inf
+
+
+def test_a_derivative_without_a_digit_is_not_good():
+    atoms = ms.System.create(
+        [[0.0, 0.0], [1.18, 0.0]], None, ms.potentials.lennard_jones(), {"sigma": 1.0, "epsilon": 1.0}
+    )
+    c = ms.certify(ms.minimize(atoms, tolerance=3.0), {"sigma": 1.0})
+    assert c.status is ms.Status.INACCURATE and c.error > 0.1
+
+
+def test_where_nothing_moves_no_error_is_relative_to_nothing():
+    c = ms.certify(relaxed(), {"epsilon": 1.0})  # one scale of energy moves nothing
+    assert c.status is ms.Status.CONVERGED
+    assert c.derivative is not None and c.derivative.vanishes and c.derivative.norm < 1e-9
+    assert "nothing moves" in str(c) and "sharp estimate" not in str(c)
+
+
+def test_modes_and_saddles_give_the_same_verdict():
+    row = ms.System.create(
+        [[-1.1, 0.0], [0.0, 0.0], [1.1, 0.0]], None, ms.potentials.lennard_jones(), {"sigma": 1.0, "epsilon": 1.0}
+    )
+    eq = ms.minimize(row)
+    for modes in (1, 3):
+        c = ms.certify(eq, {"sigma": 1.0}, modes=modes)
+        assert c.status is ms.Status.INDEFINITE and c.distance == np.inf
+        assert c.derivative is not None and np.isnan(c.derivative.linear_error)
+        assert c.derivative.crossed(100.0) == 3  # pairs, each of which crosses the switch's onset and its end
+
+
+def test_the_energy_touches_no_rigid_motion():
+    c = ms.certify(relaxed(), observable=ms.observables.energy)
+    assert c.observable is not None
+    assert c.status is ms.Status.CONVERGED and c.observable["rigid motions"] < 1e-12
+
+
+def test_the_dict_is_json_whatever_the_state():
+    lost = ms.minimize(ms.load_system("seed_packing_2d"), max_steps=50, throw=False)
+    for eq in (relaxed(), lost):
+        kept = json.loads(json.dumps(certificate(eq).as_dict(), allow_nan=False))
+    assert kept["distance"] is None and kept["status"] == "MAX_STEPS_REACHED"
+    found = certificate(relaxed()).as_dict()["derivative"]
+    assert found["pair_forward"]["opens"] in (True, False) and found["pair_forward"]["distance"] in (0.6, 0.8, 1.0)
+    assert found["estimates_hold"] and found["dparams"]["sigma"] == [0.0, 1.0]
+
+
+def test_a_batch_is_taken_by_its_members():
+    batch = ms.minimize(ms.stack([ms.load_system("seed_packing_2d", seed=k) for k in (0, 1)]))
+    with pytest.raises(ms.InputError, match=r"batch of 2: give a member, ms.unstack\(eq\)\[0\]"):
+        ms.certify(batch)
+    first, _ = ms.unstack(batch)
+    assert ms.certify(first).stiffness_min == pytest.approx(ms.certify(relaxed()).stiffness_min, rel=1e-6)
+    with pytest.raises(ms.InputError, match="no batch"):
+        ms.unstack(first)
+
+
+@pytest.mark.parametrize("options", [{"modes": 2.5}, {"modes": 0}, {"modes": True}, {"observable": 3}])
+def test_bad_options_are_refused(options):
+    with pytest.raises(ms.InputError, match=r"(modes|observable) is"):
+        ms.certify(relaxed(), **options)

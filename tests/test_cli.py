@@ -188,7 +188,7 @@ alpha = 2.0
         (ROW, ["--wrt", "sigma"], "INDEFINITE", "this is a saddle", 3),
         (RODS, ["--wrt", "length"], "FLOPPY", "not rigid", 3),
         (PACKING.format(fraction=0.2, sigma="[1.0, 0.7]"), [], "UNJAMMED", "raise the packing fraction", 3),
-        (SIZES, ["--particle", "40"], "NULL_COMPONENT_DROPPED", "good: nothing found against it", 0),
+        (SIZES, ["--particle", "40"], "NULL_COMPONENT_DROPPED", "good, but see the warning", 0),
         (SIZES, ["--particle", "40", "--strict"], "NULL_COMPONENT_DROPPED", "on rattlers", 3),
     ],
     ids=["good", "unconverged", "saddle", "floppy", "unjammed", "rattler", "strict"],

@@ -168,9 +168,9 @@ def test_first_crossing_of_a_hand_made_pair():
     change = {"sigma": jnp.array([1.0, 0.0, 0.0]), "epsilon": jnp.zeros(()), "alpha": jnp.zeros(())}
     crossing = contacts.crossings(system, still, change)
     assert float(crossing.backward) == pytest.approx(0.2, rel=1e-13)
-    assert crossing.first(False) == ((0, 1), True)
+    assert crossing.first(False)[:2] == ((0, 1), True)
     assert float(crossing.forward) == pytest.approx(1.0, rel=1e-13)  # 0 and 2, 1.5 apart
-    assert crossing.first() == ((0, 2), False)
+    assert crossing.first()[:2] == ((0, 2), False)
     away = still.at[1, 0].set(2.0)  # dr/dt = 2 against d sigma / dt = 1/2: the pair opens after 0.1 / 1.5
     crossing = contacts.crossings(system, away, change)
     assert float(crossing.forward) == pytest.approx(0.1 / 1.5, rel=1e-13)
@@ -217,7 +217,7 @@ def test_first_crossing_of_a_packing_is_where_its_contacts_change():
 
     i, j = np.triu_indices(eq.system.n, 1)
     for sign, distance in ((1, crossing.forward), (-1, crossing.backward)):
-        pair, opens = crossing.first(sign > 0)
+        pair, opens, _ = crossing.first(sign > 0)
         before, inside, beyond = (np.asarray(touching(sign * f * float(distance))) for f in (0.0, 0.99, 1.01))
         assert np.array_equal(before, inside)
         (changed,) = np.nonzero(before != beyond)

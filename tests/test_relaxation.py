@@ -16,7 +16,7 @@ from conftest import relative
 
 import mdsens as ms
 from mdsens import neighbours, relaxation
-from mdsens.relaxation import Fire, GradientDescent, members, relax
+from mdsens.relaxation import Fire, GradientDescent, relax
 from mdsens.stationarity import largest_force, max_force
 from mdsens.system import potential_energy
 
@@ -108,7 +108,7 @@ def test_batch_of_three_relaxes_member_by_member():
     eq = ms.minimize(ms.stack(systems))
     assert eq.positions.shape == (3, 16, 2) and np.all(eq.status == ms.Status.CONVERGED)
     assert np.all(eq.max_force <= 1e-12) and eq.steps.shape == (3,)
-    for member, alone in zip(members(eq), systems, strict=True):
+    for member, alone in zip(ms.unstack(eq), systems, strict=True):
         assert np.array_equal(member.positions, ms.minimize(alone).positions)
     with pytest.raises(ms.ConvergenceError, match="3 of 3 members did not relax, the first is member 0") as caught:
         ms.minimize(ms.stack(systems), max_steps=1)

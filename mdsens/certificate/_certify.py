@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens import contacts
+from mdsens._checks import short
 from mdsens.certificate._derivative import ESTIMATE, derivative
-from mdsens.certificate._record import Certificate
-from mdsens.contacts import Network
+from mdsens.certificate._record import Certificate, count
 from mdsens.implicit.eigen import Spectrum
 from mdsens.implicit.status import ConvergenceError, InputError, Status
-from mdsens.relaxation import Equilibrium, round_off
+from mdsens.relaxation import Equilibrium, round_off, scales
 from mdsens.sensitivity import Linearization, full_tangent, linearize
 from mdsens.stationarity import force, linearisation
 from mdsens.stiffness import Stiffness, participation
@@ -25,7 +25,9 @@ from mdsens.system import System
 __all__ = ["certify"]
 
 Params = Mapping[str, Any]
-RESOLVED = 10.0  # of the distance to the minimum and of round-off: motion below it is not resolved
+RESOLVED = 10.0  # of round-off: motion below it is not resolved
+MARGIN = 10.0  # of the force left over the law's length: the stiffness that it can make or take
+INACCURATE = 0.1  # of the derivative: where its error is larger, no digit is known
 
 
 def _in_doubt(lin: Linearization, step: np.ndarray) -> tuple[int, float]:
@@ -47,6 +49,8 @@ def _in_doubt(lin: Linearization, step: np.ndarray) -> tuple[int, float]:
 def _touched(observable: Callable[[System], Any], lin: Linearization, project: Any) -> dict[str, float]:
     """Shares of the observable's gradient by positions on rattlers and on rigid motions."""
     system = lin.equilibrium.system
+    if not callable(observable):
+        raise InputError(f"the observable is {short(observable)}: give a function of a System.")
     value, pull = jax.vjp(lambda R: jnp.asarray(observable(system.replace(positions=R))), system.positions)
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise InputError(f"the observable returns {value.dtype}: return floating-point numbers.")
@@ -54,7 +58,10 @@ def _touched(observable: Callable[[System], Any], lin: Linearization, project: A
     weights = jnp.cos(jnp.arange(value.size, dtype=value.dtype) ** 2).reshape(value.shape)
     slope = np.asarray(pull(weights)[0])
     loose = np.asarray(lin.network.rattlers)
-    whole = float(np.linalg.norm(slope)) or 1.0
+    # at a minimum the energy's is round-off of what it is a little beside
+    aside = 1e-3 * scales(system)[0] * jnp.cos(jnp.arange(slope.size, dtype=slope.dtype) ** 2).reshape(slope.shape)
+    _, pull = jax.vjp(lambda R: jnp.asarray(observable(system.replace(positions=R))), system.positions + aside)
+    whole = max(float(np.linalg.norm(slope)), float(np.linalg.norm(np.asarray(pull(weights)[0])))) or 1.0
     held = np.where(loose[:, None], 0.0, slope)
     rigid = float(np.linalg.norm(held.ravel() - project(held.ravel()))) / whole
     return {"rattlers": float(np.linalg.norm(slope[loose])) / whole, "rigid motions": rigid}
@@ -85,9 +92,13 @@ def certify(
     Raises:
       InputError: bad names or shapes.
     """
+    if isinstance(at, Equilibrium) and at.system.batch is not None:
+        raise InputError(
+            f"certify takes one minimum and got a batch of {at.system.batch}: give a member, ms.unstack(eq)[0]."
+        )
+    if not isinstance(modes, int) or isinstance(modes, bool) or modes < 1:
+        raise InputError(f"modes is {short(modes)}: give a whole number from 1.")
     lin = at if isinstance(at, Linearization) else linearize(at, throw=False)
-    if modes < 1:
-        raise InputError(f"modes is {modes}: give 1 or more.")
     eq, net, null = lin.equilibrium, lin.network, lin.null
     system = eq.system
     loose = np.asarray(net.rattlers)
@@ -95,14 +106,14 @@ def certify(
     finite = bool(np.isfinite(np.asarray(system.positions)).all())
     free, translations, rotations = null.dimensions(system.dimension) if finite else (0, 0, 0)
     if finite and not loose.all():
-        spectrum = stiffness.lowest(modes)
+        spectrum = stiffness.lowest(modes, MARGIN * float(eq.max_force) / float(scales(system)[0]))
     else:
-        spectrum = Spectrum(np.zeros(0), np.zeros((system.positions.size, 0)), np.zeros(0), 0.0, 0, 0, True, "none")
-    positive = spectrum.values[spectrum.stable]
+        nothing = np.zeros(0), np.zeros((system.positions.size, 0)), np.zeros(0)
+        spectrum = Spectrum(*nothing, 0.0, 0, 0, 0, 0.0, True, "none")
     lowest = float(spectrum.values[0]) if spectrum.values.size else np.nan
     forces = stiffness.project(np.asarray(force(lin.system)).ravel())
     total = float(np.linalg.norm(forces))
-    soft = float(positive.min()) if positive.size else np.nan
+    soft = lowest if spectrum.stable.size and spectrum.stable.all() else np.nan
     step, along, doubt = np.zeros_like(np.asarray(system.positions)), None, (0, np.inf)
     if spectrum.values.size:
         step, _, _ = stiffness.solve(forces.reshape(step.shape), ESTIMATE)
@@ -120,13 +131,14 @@ def certify(
         largest / mean if mean > 0 and system.potential.repulsive else np.nan,
         mean,
         total / soft if np.isfinite(soft) else np.inf,
-        float(np.linalg.norm(step)),
+        float(np.linalg.norm(step)) if spectrum.values.size else np.nan,
         lowest,
         spectrum.largest,
         spectrum,
         participation(spectrum.vectors, system.dimension),
         spectrum.negative,
         spectrum.zero,
+        spectrum.hidden,
         free + translations + rotations + spectrum.zero,
         translations,
         rotations,
@@ -136,7 +148,7 @@ def certify(
         None if observable is None else _touched(observable, lin, stiffness.project),
         str(system.positions.dtype),
     )
-    findings = _findings(made, lin, net, step)
+    findings = _findings(made, lin)
     status = findings[0][0] if findings else Status.CONVERGED
     certificate = dataclasses.replace(made, status=status, findings=tuple(findings))
     if throw and not status.good:
@@ -144,7 +156,7 @@ def certify(
     return certificate
 
 
-def _findings(c: Certificate, lin: Linearization, net: Network, step: np.ndarray) -> list[tuple[Status, str]]:
+def _findings(c: Certificate, lin: Linearization) -> list[tuple[Status, str]]:
     """Everything that is not as it should be, gravest first, with its figures."""
     found: list[tuple[Status, str]] = []
 
@@ -160,17 +172,24 @@ def _findings(c: Certificate, lin: Linearization, net: Network, step: np.ndarray
     if c.negative_modes:
         add(
             Status.INDEFINITE,
-            f"{_count(c.negative_modes, 'mode')} of negative stiffness, the lowest {c.stiffness_min:.3g}",
+            f"{count(c.negative_modes, 'mode')} of negative stiffness, the lowest {c.stiffness_min:.3g}",
         )
     if c.floppy_modes:
-        add(Status.FLOPPY, _count(c.floppy_modes, "floppy mode"))
+        add(Status.FLOPPY, count(c.floppy_modes, "floppy mode"))
+    if c.unsettled_modes:
+        add(
+            Status.STIFFNESS_UNSETTLED,
+            f"{count(c.unsettled_modes, 'mode')} below {c.spectrum.floor:.0e}, max_force {c.max_force:.1e}",
+        )
     if c.crossed_to_minimum and before.good:
-        add(Status.CONTACTS_UNSETTLED, f"{_count(c.crossed_to_minimum, 'pair')} in doubt, max_force {c.max_force:.1e}")
+        add(Status.CONTACTS_UNSETTLED, f"{count(c.crossed_to_minimum, 'pair')} in doubt, max_force {c.max_force:.1e}")
     if d is not None and not d.status.good:
         add(d.status, f"residual {d.residual:.1e}")
+    if d is not None and not d.vanishes and c.estimates_hold and not d.error <= INACCURATE:
+        add(Status.INACCURATE, f"{d.error:.1e} of it")
     eps = float(np.finfo(system.positions.dtype).eps)
-    if d is not None and d.norm > 0:
-        resolution = eps * float(np.abs(np.asarray(system.positions)).max()) + float(np.abs(step).max())
+    if d is not None and not d.vanishes:
+        resolution = eps * float(np.abs(np.asarray(system.positions)).max())
         if np.isfinite(d.radius) and d.radius * float(np.abs(d.response).max()) < RESOLVED * resolution:
             add(Status.RADIUS_BELOW_ROUND_OFF, f"radius {d.radius:.1e}")
     if eps > 1e-10:
@@ -182,7 +201,3 @@ def _findings(c: Certificate, lin: Linearization, net: Network, step: np.ndarray
     if d is not None and d.on_rattlers > 0:
         add(Status.NULL_COMPONENT_DROPPED, f"{d.on_rattlers:.1e} of the direction is on rattlers")
     return found
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

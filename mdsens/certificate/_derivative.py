@@ -12,6 +12,7 @@ import numpy as np
 from mdsens import contacts
 from mdsens.certificate._record import Derivative
 from mdsens.laws import PairTerm
+from mdsens.relaxation import scales
 from mdsens.sensitivity import Linearization, full_tangent
 from mdsens.stationarity import Unknowns, gradient, mixed_product
 from mdsens.stiffness import Stiffness
@@ -22,6 +23,7 @@ __all__ = ["ESTIMATE", "derivative"]
 Params = Mapping[str, Any]
 Motion: TypeAlias = tuple[jax.Array, Params]  # of positions and parameters
 ESTIMATE = 1e-4  # residual of what stands in an estimate
+NOTHING = 1e-6  # of the law's length: less, while the parameters change by their own size, is no response
 POWER_STEPS = 30  # for the norm of dH: a few per cent, and it stands in an estimate
 
 
@@ -95,6 +97,9 @@ def derivative(lin: Linearization, stiffness: Stiffness, dparams: Params, step: 
     crossing = contacts.crossings(lin.equilibrium.system, path[0], tangent, lin.network.rattlers)
     on, whole = _on_rattlers(lin.equilibrium.system, tangent, loose), _on_rattlers(system, tangent, None)
     curved = float(np.linalg.norm(J2))
+    full = max(float(np.max(np.abs(v), initial=0.0)) for v in tangent.values())
+    size = max((float(jnp.max(jnp.abs(system.params[k]))) for k, v in tangent.items() if np.any(v != 0)), default=0.0)
+    motion = float(np.abs(J).max(initial=0.0)) * (size / full if full > 0 and size > 0 else 1.0)
     return Derivative(
         tangent,
         J,
@@ -110,6 +115,7 @@ def derivative(lin: Linearization, stiffness: Stiffness, dparams: Params, step: 
         crossing.backward,
         2.0 * norm / curved if curved > 1e-8 * norm else np.inf,  # below it is round-off
         float(np.sqrt(on / whole)) if whole else 0.0,
+        motion <= NOTHING * float(scales(system)[0]),
     )
 
 

@@ -14,11 +14,11 @@ from mdsens.contacts import Crossing
 from mdsens.implicit.eigen import Spectrum
 from mdsens.implicit.status import Status
 
-__all__ = ["Certificate", "Derivative"]
+__all__ = ["Certificate", "Derivative", "count"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Derivative:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Derivative(Shown):
     """What is known of the derivative of the minimum along one direction in parameter space.
 
     Errors are relative to the norm of the response; nan where there is none to be relative to.
@@ -42,6 +42,8 @@ class Derivative:
       bend: |t| at which the path's curvature moves the particles as far as its slope does, 2 |J| / |d2R/dt2|: the scale
         on which a smooth law's response changes.
       on_rattlers: the part of dparams' norm in components of particles that are rattlers: they have no effect.
+      vanishes: True where nothing moves: less than 1e-6 of the law's length while the parameters change by their size.
+        Errors relative to it, and the reach, are of no meaning then.
     """
 
     dparams: dict[str, jax.Array]
@@ -58,6 +60,7 @@ class Derivative:
     backward: float
     bend: float
     on_rattlers: float
+    vanishes: bool
 
     @property
     def radius(self) -> float:
@@ -68,7 +71,16 @@ class Derivative:
 
         Bulk properties of many particles survive single crossings; positions do not.
         """
-        return int(np.sum(np.abs(np.asarray(self.crossing.times)) <= change))
+        return self.crossing.within(change)
+
+    _title = "Derivative"
+
+    def _rows(self) -> list[tuple[str, str]]:
+        return [
+            ("norm of the response", f"{self.norm:.6g}; linear solve: {self.status.name}"),
+            ("error, sharp estimate", f"{self.error:.1e}, relative; where it holds, the certificate says"),
+            ("radius", f"-{self.backward:.2e} < t < {self.forward:.2e}"),
+        ]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -81,13 +93,16 @@ class Certificate(Shown):
       max_force: the largest net force on a particle, energy a length.
       relative_force: the same over the mean force of a contact; nan where the law attracts too, or nothing touches.
       mean_force: that mean.
-      distance: |x - x*| <= |F|_2 / lambda_min, off the null space; a length.
-      newton: length of the Newton step H^+ F: the estimate of that distance.
+      distance: |F|_2 / lambda_min, off the null space: |x - x*| is no longer, to first order (the stiffness is taken
+        here, not along the way); a length. inf where not all modes are stable.
+      newton: length of the Newton step H^+ F: the estimate of that distance; nan where nothing is held.
       stiffness_min, stiffness_max: extreme eigenvalues of the Hessian off its null space, energy a length squared.
       spectrum: the lowest modes, each with its residual.
       participation: (k,) of those modes: 1 where all particles move alike, 1/n where one does.
       negative_modes: how many modes have a stiffness below -1e-12 of the largest.
       floppy_modes: how many have none (below 1e-12 of the largest) beyond the known null space.
+      unsettled_modes: how many of the ones computed have less than the force left can make or take, 10 max_force over
+        the law's length, so that it is not known which they are.
       zero_modes: dimension of the null space, floppy modes included.
       translations, rotations: how many of these each are.
       rattlers: (n,) particles that nothing holds.
@@ -112,6 +127,7 @@ class Certificate(Shown):
     participation: np.ndarray
     negative_modes: int
     floppy_modes: int
+    unsettled_modes: int
     zero_modes: int
     translations: int
     rotations: int
@@ -125,7 +141,7 @@ class Certificate(Shown):
     @property
     def estimates_hold(self) -> bool:
         """Whether the way to the minimum lies within one contact network, and leads to a minimum."""
-        return self.crossed_to_minimum == 0 and self.negative_modes == 0 and self.floppy_modes == 0
+        return not (self.crossed_to_minimum or self.negative_modes or self.floppy_modes or self.unsettled_modes)
 
     @property
     def error(self) -> float:
@@ -153,10 +169,15 @@ class Certificate(Shown):
         return tuple(f for f in self.findings if f[0].warning)
 
     def as_dict(self) -> dict[str, Any]:
-        """Every figure as plain numbers and texts, for JSON."""
+        """Every figure as plain numbers and texts, for JSON: None stands for what is infinite or not a number.
+
+        Units are the potential's: forces in energy/length, distances in length, stiffness in energy/length^2; errors
+        are relative, and radii changes of t in params + t dparams.
+        """
         keys = ("max_force", "relative_force", "mean_force", "distance", "newton", "stiffness_min", "stiffness_max")
         keys += ("steps_to_crossing",)
-        counts = ("negative_modes", "floppy_modes", "zero_modes", "translations", "rotations", "crossed_to_minimum")
+        counts = ("negative_modes", "floppy_modes", "unsettled_modes", "zero_modes", "translations", "rotations")
+        counts += ("crossed_to_minimum",)
         found: dict[str, Any] = {"status": self.status.name, "precision": self.precision}
         found["findings"] = [{"status": code.name, "sentence": said} for code, said in self.findings]
         found |= {key: float(getattr(self, key)) for key in keys} | {key: int(getattr(self, key)) for key in counts}
@@ -169,20 +190,29 @@ class Certificate(Shown):
         }
         if self.derivative is not None:
             d = self.derivative
-            names = ("norm", "residual", "linear_error", "error", "theorem", "radius", "forward", "backward", "bend")
+            names = ("norm", "residual", "linear_error", "radius", "forward", "backward", "bend", "on_rattlers")
             derivative: dict[str, Any] = {name: float(getattr(d, name)) for name in names}
-            derivative["status"] = d.status.name
+            derivative |= {"error": self.error, "theorem": self.bound, "estimates_hold": self.estimates_hold}
+            derivative |= {"status": d.status.name, "vanishes": d.vanishes}
+            derivative["dparams"] = {name: np.asarray(change).tolist() for name, change in d.dparams.items()}
             for side, ahead in (("pair_forward", d.crossing.first(True)), ("pair_backward", d.crossing.first(False))):
-                derivative[side] = None if ahead is None else list(ahead[0])
+                pair = ahead and dict(
+                    zip(("particles", "opens", "distance"), (list(ahead[0]), *ahead[1:]), strict=True)
+                )
+                derivative[side] = pair
+            finite = d.radius if 0 < d.radius < np.inf else 0.0
+            derivative["pairs_crossed"] = [{"within": f * finite, "pairs": d.crossed(f * finite)} for f in (3, 10, 100)]
             found["derivative"] = derivative
         if self.observable is not None:
             found["observable"] = dict(self.observable)
-        return found
+        return _plain(found)
 
     _title = "Certificate"
 
     def _sections(self) -> list[tuple[str, Rows]]:
         said = [(code.name, sentence) for code, sentence in self.findings]
+        if said and self.derivative is None and not self.spectrum.values.size:
+            said.append(("derivative", self._loose))
         verdict = [("status", f"{self.status.name}: {self.status.sentence}")] if not said else said
         sections: list[tuple[str, Rows]] = [("Certificate", verdict), ("Is it a minimum?", self._of_minimum())]
         sections.append(("Is it stable?", self._of_stability()))
@@ -199,7 +229,8 @@ class Certificate(Shown):
         return sections
 
     def _rows(self) -> list[tuple[str, str]]:
-        return [row for _, rows in self._sections() for row in rows]
+        (_, first), *others = self._sections()
+        return [*first, *(row for title, rows in others for row in [(title, ""), *rows])]
 
     def __str__(self) -> str:
         return self.page()
@@ -214,34 +245,50 @@ class Certificate(Shown):
             _tables.text(title, [(f"{name:<{width}}", value) for name, value in rows]) for title, rows in sections
         )
 
+    @property
+    def _loose(self) -> str:
+        """Why there is no figure where every particle is a rattler."""
+        doubt = "not known: no contact carries 10 times the force left"
+        return doubt if self.crossed_to_minimum else "none: nothing is held"
+
     def _of_minimum(self) -> Rows:
         steps = self.steps_to_crossing
         ahead = f"; the first changes after {steps:.0e} such steps" if 1.0 < steps < np.inf else ""
         relative = "" if np.isnan(self.relative_force) else f", {self.relative_force:.1e} of the mean contact force"
+        distance = f"length {self.newton:.1e} (Newton step), at most {self.distance:.1e} to first order"
+        if not np.isfinite(self.distance):
+            distance = self._loose if np.isnan(self.newton) else "not known: not all modes are stable"
         return [
             ("largest net force", f"{self.max_force:.2e} energy/length, on a particle{relative}"),
-            ("distance to the minimum", f"length {self.newton:.1e} (Newton step), at most {self.distance:.1e}"),
+            ("distance to the minimum", distance),
             ("contacts on that way", f"{self.crossed_to_minimum or 'none'} in doubt{ahead}"),
         ]
 
     def _of_stability(self) -> Rows:
         s = self.spectrum
         if not s.values.size:
-            return [("smallest stiffness", "none: nothing is held")]
+            return [("smallest stiffness", self._loose)]
         ratio = self.stiffness_min / self.stiffness_max if self.stiffness_max else np.nan
         unsure = "" if s.counted else ", of the modes computed"
-        kinds = ((self.translations, "translations"), (self.rotations, "rotations"), (self.floppy_modes, "floppy"))
+        kinds = ((self.translations, "translation"), (self.rotations, "rotation"), (self.floppy_modes, "floppy mode"))
         loose = int(self.rattlers.sum())
-        parts = [f"{count} {name}" for count, name in kinds if count]
+        parts = [count(number, name) for number, name in kinds if number]
         if loose:
-            parts.append(f"{self.zero_modes - sum(c for c, _ in kinds)} of {loose} rattler{'s'[: loose > 1]}")
+            parts.append(f"{count(self.zero_modes - sum(c for c, _ in kinds), 'motion')} of {count(loose, 'rattler')}")
+        unsettled = f"; {self.unsettled_modes} in doubt, below {s.floor:.0e}" if self.unsettled_modes else ""
         rows = [
             (
                 "smallest stiffness",
-                f"{self.stiffness_min:.6g} energy/length^2, {ratio:.1e} of the largest, {self.stiffness_max:.4g}",
+                f"{self.stiffness_min:.6g} energy/length^2, {ratio:.1e} of the largest ({self.stiffness_max:.4g})",
             ),
-            ("", f"eigenvalue residual {s.residuals[0]:.0e}, {s.method}; participation {self.participation[0]:.2f}"),
-            ("negative, floppy modes", f"{self.negative_modes or 'none'}, {self.floppy_modes or 'none'}{unsure}"),
+            (
+                "how it was found",
+                f"eigenvalue residual {s.residuals[0]:.0e}, {s.method}; participation {self.participation[0]:.2f}",
+            ),
+            (
+                "negative, floppy modes",
+                f"{self.negative_modes or 'none'}, {self.floppy_modes or 'none'}{unsure}{unsettled}",
+            ),
             ("zero modes", f"{self.zero_modes}: {', '.join(parts) or 'none'}"),
         ]
         if s.values.size > 1:
@@ -250,8 +297,8 @@ class Certificate(Shown):
         return rows
 
     def _of_error(self, d: Derivative) -> Rows:
-        if not d.norm > 0:
-            return [("response", "none: nothing moves")]
+        if d.vanishes:
+            return [("response", f"none: nothing moves (norm {d.norm:.1e}; linear solve: {d.status.name})")]
         unsettled = self.crossed_to_minimum > 0
         why = "a contact changes on the way to the minimum" if unsettled else "this is no minimum of a rigid state"
         void = f"no estimate holds: {why}"
@@ -260,25 +307,29 @@ class Certificate(Shown):
             theorem = f"not informative: {d.theorem:.1e}"
         if np.isnan(d.theorem):
             theorem = "none: the law's third derivative diverges at a contact; see when the first changes"
+        share = f"at most {d.linear_error:.1e}" if np.isfinite(d.linear_error) else "not known"
         rows = [
             ("norm of the response", f"{d.norm:.6g}; linear solve: {d.status.name}"),
             ("error, sharp estimate", f"{d.error:.1e}, relative" if self.estimates_hold else void),
             ("error, Theorem 1", theorem if self.estimates_hold else void),
-            ("share of the linear solve", f"at most {d.linear_error:.1e} (residual {d.residual:.1e})"),
+            ("share of the linear solve", f"{share} (residual {d.residual:.1e})"),
         ]
         if d.on_rattlers > 0:
             rows.append(("direction on rattlers", f"{d.on_rattlers:.1e} of it, without effect"))
         return rows
 
     def _of_reach(self, d: Derivative) -> Rows:
+        if d.vanishes:
+            return [("change", "none has an effect")]
         rows = []
         for name, value, forward in (("forward, t < ", d.forward, True), ("backward, t > -", d.backward, False)):
             ahead = d.crossing.first(forward)
             if ahead is None:
                 rows.append((name.split(",")[0], "no pair crosses a breakpoint of its law"))
             else:
-                (i, j), opens = ahead
-                rows.append((f"{name}{value:.2e}", f"then pair {i}-{j} {'opens' if opens else 'closes'}"))
+                (i, j), opens, length = ahead
+                way = f"{'opens' if opens else 'closes'}, at distance {length:.4g}"
+                rows.append((f"{name}{value:.2e}", f"then pair {i}-{j} {way}"))
         if np.isfinite(d.radius) and d.radius > 0:
             counts = ", ".join(f"{d.crossed(f * d.radius)} within {f * d.radius:.1e}" for f in (3, 10, 100))
             rows.append(("pairs that cross", f"{counts} (moduli survive single crossings, positions do not)"))
@@ -287,3 +338,17 @@ class Certificate(Shown):
                 ("scale of the curvature", f"{d.bend:.1e}: there curvature moves particles as far as the slope")
             )
         return rows
+
+
+def count(number: int, noun: str) -> str:
+    """A number of things, in words."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _plain(value: Any) -> Any:
+    """The same with None for numbers that JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -44,8 +44,11 @@ class Spectrum:
       vectors: (m, k), columns of norm one.
       residuals: (k,) |A v - lambda v|: there is an eigenvalue within that distance of each value.
       largest: the largest eigenvalue; under LOBPCG and shift-invert to a part in a thousand.
-      negative: how many eigenvalues lie below -1e-12 of the largest; of the ones computed, where ``counted`` is False.
+      negative: how many eigenvalues lie below -1e-12 of the largest and below -floor; of the ones computed, where
+        ``counted`` is False.
       zero: how many lie within 1e-12 of the largest of zero, beyond the known null space; likewise.
+      hidden: how many of the ones computed are not zero and yet within ``floor`` of it, so that their sign is open.
+      floor: the size down to which eigenvalues mean something.
       counted: whether ``negative`` and ``zero`` are of the whole spectrum.
       method: how they were found.
     """
@@ -56,13 +59,15 @@ class Spectrum:
     largest: float
     negative: int
     zero: int
+    hidden: int
+    floor: float
     counted: bool
     method: str
 
     @property
     def stable(self) -> np.ndarray:
         """(k,) which of them are positive."""
-        return self.values > NULL * self.largest
+        return self.values > max(NULL * self.largest, self.floor)
 
 
 def lowest(
@@ -75,6 +80,7 @@ def lowest(
     matrix: Any = None,
     precondition: Apply | None = None,
     dtype: Any = float,
+    floor: float = 0.0,
 ) -> Spectrum:
     """The ``k`` algebraically lowest eigenpairs of P A P on the range of P.
 
@@ -87,18 +93,26 @@ def lowest(
       matrix: A as a scipy sparse matrix, for the factor; None for LOBPCG.
       precondition: for LOBPCG, about A^-1 times the columns of an (m, c) array, symmetric and positive.
       dtype: precision of the products: what counts as zero cannot be under its round-off.
+      floor: eigenvalues that are smaller may be of either sign.
     """
     k = min(k, size - null)
     zero = max(NULL, 8.0 * size * float(np.finfo(dtype).eps) if np.finfo(dtype).eps > 1e-10 else 0.0)
     if k < 1:
-        return Spectrum(np.zeros(0), np.zeros((size, 0)), np.zeros(0), 0.0, 0, 0, True, "empty range")
+        return Spectrum(np.zeros(0), np.zeros((size, 0)), np.zeros(0), 0.0, 0, 0, 0, floor, True, "empty range")
     if size <= DENSE_SIZE:
-        return _dense(apply, size, k, project, null, zero)
+        return _dense(apply, size, k, project, null, zero, floor)
     if matrix is not None:
-        found = _shift_invert(matrix, size, k, project, null, zero)
+        found = _shift_invert(matrix, size, k, project, null, zero, floor)
         if found is not None:
             return found
-    return _lobpcg(apply, size, k, project, zero, precondition)
+    return _lobpcg(apply, size, k, project, zero, floor, precondition)
+
+
+def _counts(values: np.ndarray, largest: float, zero: float, floor: float) -> tuple[int, int, int]:
+    """How many are negative, zero and hidden."""
+    nothing = np.abs(values) <= zero * largest
+    hidden = ~nothing & (np.abs(values) <= floor)
+    return int(np.sum((values < 0) & ~nothing & ~hidden)), int(np.sum(nothing)), int(np.sum(hidden))
 
 
 def _pairs(apply: Apply, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -111,7 +125,7 @@ def _pairs(apply: Apply, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.nd
     return values[order], vectors[:, order], residuals[order]
 
 
-def _dense(apply: Apply, size: int, k: int, project: Apply, null: int, zero: float) -> Spectrum:
+def _dense(apply: Apply, size: int, k: int, project: Apply, null: int, zero: float, floor: float) -> Spectrum:
     identity = np.eye(size)
     kept = project(identity)
     matrix = project(apply(kept))
@@ -120,24 +134,26 @@ def _dense(apply: Apply, size: int, k: int, project: Apply, null: int, zero: flo
     values, vectors = scipy.linalg.eigh(matrix)
     inside = values[: size - null]
     largest = float(np.abs(inside).max())
-    counts = int(np.sum(inside < -zero * largest)), int(np.sum(np.abs(inside) <= zero * largest)), True
-    return Spectrum(*_pairs(apply, project(vectors[:, :k]), k), largest, *counts, "dense")
+    counts = _counts(inside, largest, zero, floor)
+    return Spectrum(*_pairs(apply, project(vectors[:, :k]), k), largest, *counts, floor, True, "dense")
 
 
-def _shift_invert(matrix: Any, size: int, k: int, project: Apply, null: int, zero: float) -> Spectrum | None:
+def _shift_invert(
+    matrix: Any, size: int, k: int, project: Apply, null: int, zero: float, floor: float
+) -> Spectrum | None:
     """None where no factor tells how many eigenvalues lie below its shift."""
     rng = np.random.default_rng(0)
     start = project(rng.standard_normal((size, 1)))[:, 0]
     top = _eigsh(matrix, 1, which="LA", tol=1e-3, v0=start, return_eigenvectors=False)
     largest = max(float(top[0]), 1e-300)
     scale = bound(matrix)
-    below = SparseFactor(matrix, COUNT_SHIFT * scale)
-    above = SparseFactor(matrix, -COUNT_SHIFT * scale)
+    edge = max(COUNT_SHIFT * scale, floor)
+    below, above = SparseFactor(matrix, edge), SparseFactor(matrix, -edge)
     if below.negative is None or above.negative is None:
         return None
     # the known null space counts as zero: above the upper shift's side, not below the lower one's
     negative, small = below.negative, above.negative - below.negative - null
-    shift, factor = COUNT_SHIFT * scale, below
+    shift, factor = edge, below
     while factor.negative != 0:  # a saddle: go down until nothing is left below
         shift *= 10.0
         if shift > 10.0 * scale:
@@ -155,14 +171,17 @@ def _shift_invert(matrix: Any, size: int, k: int, project: Apply, null: int, zer
         if error.eigenvalues.size == 0:
             return None
         values, vectors = error.eigenvalues, error.eigenvectors
-    values, vectors, residuals = _pairs(lambda v: matrix @ v, project(vectors), k)
+    values, vectors, residuals = _pairs(lambda v: matrix @ v, project(vectors), ask)
     # inertia counts what is small, the values say which of it is zero
-    nulls = int(np.sum(np.abs(values) <= zero * largest))
-    zeros = max(small, nulls) if nulls else 0
-    return Spectrum(values, vectors, residuals, largest, negative, zeros, True, "shift-invert")
+    _, nulls, hidden = _counts(values, largest, zero, floor)
+    zeros = max(small - hidden, nulls) if nulls else 0
+    found = values[:k], vectors[:, :k], residuals[:k]
+    return Spectrum(*found, largest, negative, zeros, hidden, floor, True, "shift-invert")
 
 
-def _lobpcg(apply: Apply, size: int, k: int, project: Apply, zero: float, precondition: Apply | None) -> Spectrum:
+def _lobpcg(
+    apply: Apply, size: int, k: int, project: Apply, zero: float, floor: float, precondition: Apply | None
+) -> Spectrum:
     rng = np.random.default_rng(0)
 
     def restricted(v: np.ndarray) -> np.ndarray:
@@ -200,6 +219,6 @@ def _lobpcg(apply: Apply, size: int, k: int, project: Apply, zero: float, precon
         found = again if again[2].max() < found[2].max() else found
     values, vectors, residuals = found
     sure = residuals <= 1e-5 * largest
-    negative = int(np.sum(values < -zero * largest - residuals))
-    zeros = int(np.sum(sure & (np.abs(values) <= zero * largest)))
-    return Spectrum(values, vectors, residuals, largest, negative, zeros, False, "LOBPCG")
+    _, zeros, hidden = _counts(values[sure], largest, zero, floor)
+    negative = int(np.sum(values < -max(zero * largest, floor) - residuals))
+    return Spectrum(values, vectors, residuals, largest, negative, zeros, hidden, floor, False, "LOBPCG")

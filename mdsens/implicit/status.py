@@ -99,6 +99,15 @@ class Status(IntEnum):
         "on the way from here to the minimum a pair crosses a breakpoint of its law (a contact opens or closes), so "
         "the derivative may be that of another contact network; minimise to a smaller force",
     )
+    STIFFNESS_UNSETTLED = (
+        20,
+        "a mode is so soft that the force left could make its stiffness, of either sign: it may be floppy, unstable or "
+        "neither; minimise to a smaller force, or take it as floppy",
+    )
+    INACCURATE = (
+        21,
+        "the estimated error of the derivative is above a tenth of it; minimise to a smaller force",
+    )
 
     @property
     def good(self) -> bool:

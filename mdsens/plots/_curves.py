@@ -95,7 +95,7 @@ def _mark(ax: Axes, radius: float) -> None:
 
 
 def stiffness_spectrum(
-    values: Any,
+    given: Any,
     ax: Axes | None = None,
     *,
     participation: Any = None,
@@ -109,11 +109,12 @@ def stiffness_spectrum(
     values and participation are what an eigensolver gave.
 
     Args:
-      values: (k,) eigenvalues, all or the lowest, in any order; energy a length squared.
+      given: a Certificate; or (k,) eigenvalues, all or the lowest, in any order, energy a length squared.
       ax: where to draw; None makes a figure of one column with pyplot.
       participation: (k,) participation ratios p = (sum_i e_i^2)^2 / (n sum_i e_i^4), e_i the size of particle i's part:
-        1 for a mode that moves all alike, 1/n for one that moves a single particle. They colour the modes.
-      null: size up to which a value counts as zero; where None, 1e-9 of the largest one given.
+        1 for a mode that moves all alike, 1/n for one that moves a single particle. They colour the modes; a
+        certificate brings its own.
+      null: size up to which a value counts as zero; where None, the certificate's, or 1e-9 of the largest one given.
       title: above the picture.
 
     Returns:
@@ -124,7 +125,12 @@ def stiffness_spectrum(
     """
     from matplotlib.ticker import MaxNLocator
 
-    rising, ratios = _spectrum(values, participation)
+    values = getattr(given, "spectrum", given)
+    if participation is None and hasattr(given, "participation"):
+        participation = given.participation
+    if null is None and hasattr(values, "floor"):
+        null = max(values.floor, 1e-12 * values.largest)
+    rising, ratios = _spectrum(getattr(values, "values", values), participation)
     if null is not None and not 0 <= null < np.inf:
         raise InputError(f"null is {null}: give a size, 0 or above, or None.")
     ax = _column() if ax is None else ax
@@ -152,9 +158,9 @@ def stiffness_spectrum(
         ax.plot(mode[stiff], size[stiff], "o", color=GOOD, label=f"{stiff.sum()} stable", **look)
     elif ratios is not None and stiff.any():
         _coloured(ax, mode[stiff], size[stiff], ratios[stiff], dot)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.set_xlabel("mode", fontsize=FONT)
-    ax.set_ylabel(r"stiffness $\lambda$", fontsize=FONT)
+    ax.set_ylabel(r"stiffness $\lambda$ (energy/length$^2$)", fontsize=FONT)
     _finish(ax, title or "", legend=bool(zero.any() or negative.any()))
     return ax
 
@@ -183,7 +189,10 @@ def _decades(ax: Axes, low: float, top: float, zero: float | None) -> None:
 
 def _spectrum(values: Any, participation: Any) -> tuple[np.ndarray, np.ndarray | None]:
     """Values in rising order and their participation ratios, checked."""
-    given = np.asarray(values, float)
+    try:
+        given = np.asarray(values, float)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"got a {type(values).__name__}: give a Certificate, or a vector of eigenvalues.") from error
     if given.ndim != 1 or given.size == 0 or not np.isfinite(given).all():
         raise InputError(f"values have shape {given.shape}: give a vector of eigenvalues, finite, at least one.")
     order = np.argsort(given, kind="stable")

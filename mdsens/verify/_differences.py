@@ -12,7 +12,7 @@ import numpy as np
 
 from mdsens import contacts, sensitivity
 from mdsens._tables import Shown
-from mdsens.implicit.status import InputError, Status, raise_for_status
+from mdsens.implicit.status import InputError, PrecisionError, Status, raise_for_status
 from mdsens.relaxation import Equilibrium, minimize, round_off
 from mdsens.sensitivity import Linearization, Response
 from mdsens.stationarity import Unknowns
@@ -24,7 +24,7 @@ Params = Mapping[str, Any]
 STEP = 1e-6  # of the parameters' size: truncation and the minimum's own round-off are both small there
 INSIDE = 0.3  # of the distance to the first contact change, at most
 RANGE = (1e-9, 1e-2)  # of the parameters' size: from where round-off rules to where contacts have changed
-COUNT = 15  # two steps a decade
+COUNT = 22  # three steps a decade
 NOTHING = 1e-6  # a response smaller than this is round-off of the differences
 BRANCH = (3.0, 0.1)  # of the least error, and of the derivative: between them the error is truncation alone
 
@@ -209,6 +209,11 @@ class _Line:
 
 def _line(eq: Equilibrium, dparams: Params, tolerance: float | None) -> _Line:
     lin = sensitivity.linearize(eq)
+    if eq.positions.dtype != jnp.float64:
+        raise PrecisionError(
+            f"differences of minima in {eq.positions.dtype} are round-off: work in double precision "
+            "(in Python, ms.enable_x64() before making the system)."
+        )
     tangent = sensitivity.full_tangent(eq.system, dparams)
     largest = max((float(jnp.max(jnp.abs(v))) for v in tangent.values() if v.size), default=0.0)
     if largest == 0.0:
@@ -277,7 +282,7 @@ def derivative_test(
     Args:
       eq: a minimum; not a batch.
       dparams: the direction, as in ``jvp``.
-      steps: t, positive; where None, 15 from 1e-9 to 1e-2 of the parameters' size over the direction's.
+      steps: t, positive; where None, 22 from 1e-9 to 1e-2 of the parameters' size over the direction's.
       value: the derivative to test, (n, d), from anywhere; where None, that of ``jvp``. Its part in the null space
         (translations, rattlers, rotations of a free cluster) is left out, as differences have none.
       tolerance: of the minimisations, as in ``finite_difference``.
@@ -286,7 +291,8 @@ def derivative_test(
       a :class:`DerivativeTest`; :func:`mdsens.plots.derivative_test` draws it.
 
     Raises:
-      InputError: bad names, shapes or steps. ConvergenceError: no minimum, or no derivative by ``jvp`` to test.
+      InputError: bad names, shapes or steps. PrecisionError: single precision. ConvergenceError: no minimum, or no
+      derivative by ``jvp`` to test.
     """
     line = _line(eq, dparams, tolerance)
     if value is None:
