@@ -458,3 +458,11 @@ def test_importing_the_module_leaves_matplotlib_alone():
         [sys.executable, "-c", "import sys, mdsens.plots; sys.exit('matplotlib' in sys.modules)"], capture_output=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_modes_of_a_certificate_are_drawn_as_they_are():
+    eq = ms.minimize(ms.load_system("dimer"))
+    ax = stiffness_spectrum(ms.certify(eq), axes())
+    np.testing.assert_array_equal(ax.collections[0].get_offsets(), [[1.0, ms.certify(eq).stiffness_min]])
+    with pytest.raises(ms.InputError, match="type Equilibrium: give a Certificate"):
+        stiffness_spectrum(eq, axes())

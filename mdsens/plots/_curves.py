@@ -192,7 +192,9 @@ def _spectrum(values: Any, participation: Any) -> tuple[np.ndarray, np.ndarray |
     try:
         given = np.asarray(values, float)
     except (TypeError, ValueError) as error:
-        raise InputError(f"got a {type(values).__name__}: give a Certificate, or a vector of eigenvalues.") from error
+        raise InputError(
+            f"values are of type {type(values).__name__}: give a Certificate, or a vector of eigenvalues."
+        ) from error
     if given.ndim != 1 or given.size == 0 or not np.isfinite(given).all():
         raise InputError(f"values have shape {given.shape}: give a vector of eigenvalues, finite, at least one.")
     order = np.argsort(given, kind="stable")
