@@ -41,7 +41,8 @@ def equilibrate(
     ``jax.grad(lambda p: ms.observables.pressure(ms.equilibrate(system, p)))(params)``. The derivative is that of
     ``jvp`` and ``vjp``, with the same treatment of the null space and of rattlers.
 
-    It cannot raise, since traced code cannot: with ``has_aux`` it returns the relaxation's stats, whose status tells.
+    It cannot raise, since traced code cannot: with ``has_aux`` it returns the relaxation's stats, whose status tells
+    whether it converged. That what it converged to is stable and rigid, ``certify`` tells alone.
     The status of the linear solve inside a derivative cannot be carried out: where it matters take ``jvp`` or
     ``gradient``. The neighbour list keeps the capacity that ``system`` brings, so start from a relaxed system
     (``ms.minimize(...).system``): the list's overflow is in the status.
