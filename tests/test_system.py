@@ -179,7 +179,8 @@ def test_energy_maps_over_a_batch():
     for back, member in zip(ms.unstack(whole), members, strict=True):
         assert jax.tree.structure(back) == jax.tree.structure(member)
         assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(member), strict=True))
-    assert ms.unstack(members[0]) == []
+    with pytest.raises(ms.InputError, match="a System that is no batch"):
+        ms.unstack(members[0])
 
 
 @pytest.mark.parametrize("other, message", [
