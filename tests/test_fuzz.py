@@ -26,8 +26,6 @@ CASES = int(os.environ.get("MDSENS_FUZZ_CASES", "240"))
 RUN = LONG_SHAPES if LONG else SHAPES
 TOTAL_SHARE = sum(shape.share for shape in RUN)
 
-# Whether a saddle, or a minimum with zero modes beyond rigid motions and rattlers, must have a bad status.
-STRICT_STATES = False
 ANSWERED = 0.95  # of the solves at stable minima, where what is asked for can be reached
 
 
@@ -48,9 +46,6 @@ def test_no_wrong_number_has_a_good_status(shape: Shape, record_property: Callab
         record = judge(case)
         records.append(record)
         assert not record.complaints, "\n".join([*record.complaints, str(case)])
-        if STRICT_STATES and record.outcome in ("saddle", "floppy"):
-            good = [f"{a.door} by {a.solver}: {a.status.name}" for a in record.answers if a.status.good]
-            assert not good, "\n".join([f"at a {record.outcome}:", *good, str(case)])
 
     try:
         holds()
