@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +13,28 @@ import numpy as np
 from mdsens._checks import real_array, real_number
 from mdsens.implicit.status import InputError
 
-__all__ = ["BoxFunction", "FixedBox", "OpenBox", "PackingFraction", "box_rule", "heights", "nearest_image"]
+__all__ = [
+    "BoxFunction",
+    "FixedBox",
+    "OpenBox",
+    "PackingFraction",
+    "box_rule",
+    "components",
+    "heights",
+    "nearest_image",
+    "nearest_images",
+]
 
 Params = Mapping[str, Any]
+Components: TypeAlias = tuple[Any, ...]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class OpenBox:
     """No cell: open boundaries."""
+
+    orthogonal = False
 
     def matrix(self, params: Params, diameters: Any, dimension: int) -> None:
         return None
@@ -30,9 +43,15 @@ class OpenBox:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FixedBox:
-    """A cell matrix (d, d) whose columns are the cell vectors; it does not depend on the parameters."""
+    """A cell matrix (d, d) whose columns are the cell vectors; it does not depend on the parameters.
+
+    Attributes:
+      cell: the matrix.
+      orthogonal: whether it is known to be diagonal.
+    """
 
     cell: Any
+    orthogonal: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def matrix(self, params: Params, diameters: Any, dimension: int) -> jax.Array:
         return jnp.asarray(self.cell)
@@ -54,6 +73,11 @@ class PackingFraction:
     fraction: Any
     shape: Any = None
 
+    @property
+    def orthogonal(self) -> bool:
+        """Whether the matrix is known to be diagonal."""
+        return self.shape is None
+
     def matrix(self, params: Params, diameters: Any, dimension: int) -> jax.Array:
         if diameters is None:
             raise InputError(
@@ -70,6 +94,7 @@ class PackingFraction:
 class BoxFunction:
     """A cell given by a function of the parameters, ``function(params) -> (d, d)``."""
 
+    orthogonal = False
     function: Callable[[Params], jax.Array] = dataclasses.field(metadata={"static": True})
 
     def matrix(self, params: Params, diameters: Any, dimension: int) -> jax.Array:
@@ -90,7 +115,8 @@ def box_rule(box: Any, dimension: int, dtype: Any) -> Any:
         return box
     if callable(box):
         return BoxFunction(cast(Callable[[Params], jax.Array], box))
-    return FixedBox(jnp.asarray(_cell(box, dimension), dtype))
+    cell = _cell(box, dimension)
+    return FixedBox(jnp.asarray(cell, dtype), not np.any(cell[~np.eye(dimension, dtype=bool)]))
 
 
 def _cell(box: Any, dimension: int) -> np.ndarray:
@@ -113,17 +139,38 @@ def _cell(box: Any, dimension: int) -> np.ndarray:
     return cell
 
 
-def nearest_image(difference: jax.Array, box: jax.Array | None) -> jax.Array:
-    """The image of ``difference`` (…, d) nearest to zero in the lattice of ``box``, by rounding fractional components.
+def components(vectors: jax.Array) -> Components:
+    """(…, d) as d arrays, the form in which arithmetic on them is fastest."""
+    return tuple(vectors[..., a] for a in range(vectors.shape[-1]))
 
-    Exact for results shorter than half the smallest height of the cell. The integer shift carries no derivative, so the
-    derivative by the box is -d(box) @ shift: jax-md's ``periodic_general`` in Cartesian coordinates gets this one wrong
-    (its custom transform drops the box from the tangent of the inverse).
+
+def nearest_images(box: jax.Array | None, orthogonal: bool = False) -> Callable[[Components], Components]:
+    """The function that brings vectors, as components, to their image nearest to zero in the lattice of ``box``.
+
+    By rounding fractional components, exact for results shorter than half the smallest height of the cell. The integer
+    shift carries no derivative, so the derivative by the box is -d(box) @ shift: jax-md's ``periodic_general`` in
+    Cartesian coordinates gets this one wrong (its custom transform drops the box from the tangent of the inverse).
     """
     if box is None:
-        return difference
-    shift = jax.lax.stop_gradient(jnp.round(difference @ jnp.linalg.inv(box).T))
-    return difference - shift @ box.T
+        return lambda vectors: vectors
+    if orthogonal:  # nothing beside the diagonal of the box: half the arithmetic
+        sides = [box[a, a] for a in range(box.shape[0])]
+        return lambda vectors: tuple(
+            v - side * jax.lax.stop_gradient(jnp.round(v / side)) for v, side in zip(vectors, sides, strict=True)
+        )
+    d, inverse = box.shape[0], jax.lax.stop_gradient(jnp.linalg.inv(box))  # once, not at each call
+
+    def images(vectors: Components) -> Components:
+        fixed = jax.lax.stop_gradient(vectors)
+        shifts = [jnp.round(sum(inverse[a, b] * fixed[b] for b in range(d))) for a in range(d)]
+        return tuple(vectors[a] - sum(box[a, b] * shifts[b] for b in range(d)) for a in range(d))
+
+    return images
+
+
+def nearest_image(difference: jax.Array, box: jax.Array | None) -> jax.Array:
+    """:func:`nearest_images` of vectors (…, d)."""
+    return difference if box is None else jnp.stack(nearest_images(box)(components(difference)), axis=-1)
 
 
 def heights(box: jax.Array) -> jax.Array:

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdsens.boxes import nearest_image
+from mdsens.boxes import components, nearest_images
 from mdsens.laws import PairTerm
-from mdsens.system import System, box_at, pair_distances, pair_terms, potential_energy
+from mdsens.system import System, box_at, pair_distances, pair_terms, potential_energy, row_terms
 
 __all__ = ["Crossing", "Network", "backbone", "coordination", "crossings", "network", "pair_forces"]
 
@@ -61,47 +61,84 @@ def _stiffness(term: PairTerm, r: jax.Array) -> jax.Array:
     return jnp.abs(second) + jnp.abs(first) / r
 
 
-def _touches(i: jax.Array, j: jax.Array, active: jax.Array, n: int) -> jax.Array:
+class _Edges(NamedTuple):
+    """Pairs that may hold: of a list as rows, i (1, n) and the rest (k, n), each pair twice; or listed once, (m,).
+
+    ``bonds`` are the components of R_i - R_j, nearest images.
+    """
+
+    i: jax.Array
+    j: jax.Array
+    active: jax.Array
+    bonds: tuple[jax.Array, ...]
+
+    @property
+    def rows(self) -> bool:
+        return self.j.ndim == 2
+
+    @property
+    def share(self) -> float:
+        """Of a pair, that one entry is."""
+        return 0.5 if self.rows else 1.0
+
+
+def _touches(edges: list[_Edges], n: int) -> jax.Array:
+    """How many active pairs each particle has, (n,)."""
     count = jnp.zeros(n, jnp.int32)
-    return count.at[i].add(active.astype(jnp.int32)).at[j].add(active.astype(jnp.int32))
+    for e in edges:
+        one = e.active.astype(jnp.int32)
+        count = count + jnp.sum(one, axis=0) if e.rows else count.at[e.i].add(one).at[e.j].add(one)
+    return count
 
 
-def _clusters(i: jax.Array, j: jax.Array, active: jax.Array, n: int) -> jax.Array:
-    """Lowest index in each particle's connected cluster, by passing labels over active pairs and jumping pointers."""
+def _nearest_root(edges: list[_Edges], labels: jax.Array, whole: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The lowest label among each particle and its neighbours, and where the particle is from that label's root."""
+    n = labels.shape[0]
+    lowest, place = labels, whole
+    for e in edges:
+        if e.rows:
+            theirs = jnp.where(e.active, labels[e.j], n)
+            k = jnp.argmin(theirs, axis=0)[None]
+            low, other = (jnp.take_along_axis(x, k, axis=0)[0] for x in (theirs, e.j))
+            step = jnp.stack([jnp.take_along_axis(b, k, axis=0)[0] for b in e.bonds], axis=-1)
+        else:
+            index, bonds = jnp.arange(e.i.shape[0]), jnp.stack(e.bonds, axis=-1)
+            mine, theirs = (jnp.where(e.active, labels[x], n) for x in (e.i, e.j))
+            low = jnp.full(n, n, labels.dtype).at[e.i].min(theirs).at[e.j].min(mine)
+            of_i, of_j = (jnp.where(e.active & (a == low[x]), index, -1) for a, x in ((theirs, e.i), (mine, e.j)))
+            chosen = jnp.full(n, -1).at[e.i].max(of_i).at[e.j].max(of_j)
+            is_i = (e.i[chosen] == jnp.arange(n))[:, None]
+            other = jnp.where(is_i[:, 0], e.j[chosen], e.i[chosen])
+            step = jnp.where(is_i, bonds[chosen], -bonds[chosen])
+        better = low < lowest
+        lowest = jnp.where(better, low, lowest)
+        place = jnp.where(better[:, None], whole[other] + step, place)
+    return lowest, place
 
-    def spread(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        labels, _ = carry
-        low = jnp.where(active, jnp.minimum(labels[i], labels[j]), n - 1)
-        new = labels.at[i].min(low).at[j].min(low)
-        new = jnp.minimum(new, new[new])
-        return new, jnp.any(new != labels)
 
-    start = (jnp.arange(n, dtype=jnp.int32), jnp.ones((), bool))
-    return jax.lax.while_loop(lambda carry: carry[1], spread, start)[0]
+def _clusters(edges: list[_Edges], n: int, d: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """The lowest index in each particle's cluster, and where the particle is from it along the cluster's bonds.
 
+    Labels pass over bonds, from each particle to the root it has so far, and on by jumping pointers, each with the
+    vector it came along: as many rounds as the logarithm of a cluster's size, not as its diameter.
+    """
+    own = jnp.arange(n, dtype=jnp.int32)
 
-def _in_one_piece(
-    i: jax.Array, j: jax.Array, active: jax.Array, labels: jax.Array, positions: jax.Array, box: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Positions with each cluster unwrapped outwards from its first particle; and which meet their own image."""
-    n = positions.shape[0]
-    bonds = nearest_image(positions[i] - positions[j], box)
-    own, index = jnp.arange(n), jnp.arange(i.shape[0])
+    def spread(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        labels, whole, _ = carry
+        low, place = _nearest_root(edges, labels, whole)
+        # to the root so far: the lowest label that one of its particles has met, and the way there by that particle
+        best = jnp.full(n, n, jnp.int32).at[labels].min(low)
+        bearer = jnp.full(n, -1, jnp.int32).at[labels].max(jnp.where(low == best[labels], own, -1))
+        hooked = (best < own) & (labels == own)
+        new = jnp.where(hooked, best, low)
+        place = jnp.where(hooked[:, None], place[bearer] - whole[bearer], place)
+        for _ in range(2):
+            new, place = new[new], place + place[new]
+        return new, place, jnp.any(new != labels)
 
-    def grow(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        whole, placed, _ = carry
-        to_i, to_j = active & placed[j] & ~placed[i], active & placed[i] & ~placed[j]
-        bond = jnp.full(n, -1).at[i].max(jnp.where(to_i, index, -1)).at[j].max(jnp.where(to_j, index, -1))
-        found = bond >= 0
-        is_i = i[bond] == own
-        other = jnp.where(is_i, j[bond], i[bond])
-        step = jnp.where(is_i[:, None], bonds[bond], -bonds[bond])
-        return jnp.where(found[:, None], whole[other] + step, whole), placed | found, jnp.any(found)
-
-    start = (positions, labels == own, jnp.ones((), bool))
-    whole = jax.lax.while_loop(lambda carry: carry[2], grow, start)[0]
-    torn = active & (jnp.sum((whole[i] - whole[j] - bonds) ** 2, axis=1) > 1e-6 * jnp.sum(bonds**2, axis=1))
-    return whole, jnp.zeros(n, bool).at[labels[i]].max(torn)
+    start = (own, jnp.zeros((n, d), dtype), jnp.ones((), bool))
+    return jax.lax.while_loop(lambda carry: carry[2], spread, start)[:2]
 
 
 @jax.jit
@@ -122,36 +159,48 @@ def network(system: System, max_force: jax.Array | float) -> Network:
         zero = jnp.zeros((), system.positions.dtype)
         wraps = jnp.full(n, system.box is not None)
         return Network(jnp.zeros(n, bool), zeros, zeros, system.positions, wraps, zero, jnp.zeros((), jnp.int32))
-    terms = pair_terms(system)
-    box = system.box
-    distances = [pair_distances(t, system.positions, box) for t in terms]
+    images, x = nearest_images(system.box), components(system.positions)
+    terms, bonds, distances = row_terms(system), [], []
+    for term in terms:
+        apart = images(tuple(c[term.i] - c[term.j] for c in x))
+        bonds.append(apart)
+        distances.append(jnp.sqrt(jnp.where(term.mask, sum(v * v for v in apart), 1.0)))
     forces = [pair_forces(t, r) for t, r in zip(terms, distances, strict=True)]
     if law.repulsive:  # every term runs over the same list
-        i, j, total = terms[0].i, terms[0].j, sum(forces[1:], forces[0])
-        touching = jnp.abs(total) > FORCE_MARGIN * max_force
-        least = system.dimension + 1
+        total = sum(forces[1:], forces[0])
+        edges = [_Edges(terms[0].i, terms[0].j, jnp.abs(total) > FORCE_MARGIN * max_force, bonds[0])]
+        forces, least = [total], system.dimension + 1
     else:
-        i, j = jnp.concatenate([t.i for t in terms]), jnp.concatenate([t.j for t in terms])
-        stiffness = jnp.concatenate([_stiffness(t, r) for t, r in zip(terms, distances, strict=True)])
-        total = jnp.concatenate(forces)
-        touching = stiffness > STIFFNESS_FLOOR * jnp.max(stiffness, initial=0.0)
+        stiffness = [_stiffness(t, r) for t, r in zip(terms, distances, strict=True)]
+        floor = STIFFNESS_FLOOR * jnp.max(jnp.stack([jnp.max(s, initial=0.0) for s in stiffness]))
+        edges = [_Edges(t.i, t.j, s > floor, b) for t, s, b in zip(terms, stiffness, bonds, strict=True)]
         least = 1
 
-    def prune(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        active, _ = carry
-        loose = _touches(i, j, active, n) < least
-        left = active & ~loose[i] & ~loose[j]
-        return left, jnp.any(left != active)
+    def prune(carry: tuple[list[jax.Array], jax.Array]) -> tuple[list[jax.Array], jax.Array]:
+        now = [e._replace(active=a) for e, a in zip(edges, carry[0], strict=True)]
+        loose = _touches(now, n) < least
+        left = [e.active & ~loose[e.i] & ~loose[e.j] for e in now]
+        return left, jnp.any(jnp.stack([jnp.any(a != e.active) for a, e in zip(left, now, strict=True)]))
 
-    active, _ = jax.lax.while_loop(lambda carry: carry[1], prune, (touching, jnp.ones((), bool)))
-    contacts = _touches(i, j, active, n)
-    pairs = jnp.sum(active)
-    mean = jnp.sum(jnp.where(active, jnp.abs(total), 0.0)) / jnp.maximum(pairs, 1)
-    labels = _clusters(i, j, active, n)
+    start = ([e.active for e in edges], jnp.ones((), bool))
+    active = jax.lax.while_loop(lambda carry: carry[1], prune, start)[0]
+    edges = [e._replace(active=a) for e, a in zip(edges, active, strict=True)]
+    contacts = _touches(edges, n)
+    pairs = sum(e.share * jnp.sum(e.active) for e in edges)
+    pull = sum(e.share * jnp.sum(jnp.where(e.active, jnp.abs(f), 0.0)) for e, f in zip(edges, forces, strict=True))
+    labels, offsets = _clusters(edges, n, system.dimension, system.positions.dtype)
     whole, wraps = system.positions, jnp.zeros(n, bool)
-    if box is not None:
-        whole, wraps = _in_one_piece(i, j, active, labels, system.positions, box)
-    return Network(contacts == 0, contacts, labels, whole, wraps, mean, pairs)
+    if system.box is not None:
+        whole = system.positions[labels] + offsets
+        for e in edges:
+            y = components(offsets)
+            gaps = [a[e.i] - a[e.j] - b for a, b in zip(y, e.bonds, strict=True)]
+            length = sum(b * b for b in e.bonds)
+            torn = e.active & (sum(g * g for g in gaps) > 1e-6 * length)
+            met = jnp.any(torn, axis=0) if e.rows else jnp.zeros(n, bool).at[e.i].max(torn)
+            wraps = wraps.at[labels].max(met)
+    count = jnp.round(pairs).astype(jnp.int32)
+    return Network(contacts == 0, contacts, labels, whole, wraps, pull / jnp.maximum(pairs, 1), count)
 
 
 def backbone(system: System, net: Network) -> System:
@@ -161,11 +210,10 @@ def backbone(system: System, net: Network) -> System:
     """
     if not system.potential.repulsive:
         return system  # a rattler of an attractive law has no stiffness to delete
-    pairs = system.neighbours.pairs
-    i, j = jnp.minimum(pairs[0], system.n - 1), jnp.minimum(pairs[1], system.n - 1)
-    loose = net.rattlers[i] | net.rattlers[j]
-    kept = jnp.where(loose, system.n, pairs)
-    return system.replace(neighbours=dataclasses.replace(system.neighbours, pairs=kept))
+    rows = system.neighbours.rows
+    loose = net.rattlers | net.rattlers[jnp.minimum(rows, system.n - 1)]
+    kept = jnp.where(loose, system.n, rows)
+    return system.replace(neighbours=dataclasses.replace(system.neighbours, rows=kept))
 
 
 def coordination(system: System, net: Network | None = None) -> jax.Array:

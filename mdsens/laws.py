@@ -33,13 +33,17 @@ __all__ = [
 ]
 
 Params = Mapping[str, Any]
+Pairs = Any  # two arrays of particle indices that broadcast together, padded with n
 Phi = Callable[..., jax.Array]
 Mixing = Callable[[jax.Array, jax.Array], jax.Array]
 Displacement = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class PairTerm(NamedTuple):
-    """The pairs of one law: particle indices (m,), which entries are real (m,), and phi(r, *values)."""
+    """The pairs of one law: particle indices, which entries are real, and phi(r, *values).
+
+    A list of pairs has shape (m,); rows of neighbours have i (1, n) and the rest (capacity, n), each pair twice.
+    """
 
     i: jax.Array
     j: jax.Array
@@ -48,14 +52,19 @@ class PairTerm(NamedTuple):
     values: tuple[jax.Array, ...]
     breakpoints: Callable[..., tuple[jax.Array, ...]]
 
+    def rows(self, some: slice) -> PairTerm:
+        """Some of the rows of neighbours."""
+        values = tuple(v[some] if jnp.ndim(v) == 2 else v for v in self.values)
+        return self._replace(j=self.j[some], mask=self.mask[some], values=values)
+
     def energy(self, r: jax.Array) -> jax.Array:
-        """phi of each pair (m,), zero on padding."""
+        """phi of each pair, zero on padding."""
         return jnp.where(self.mask, self.phi(r, *self.values), 0.0)
 
     def lengths(self) -> jax.Array:
         """Lengths at which a derivative of the law jumps or diverges, (k, m)."""
-        points = [jnp.broadcast_to(b, self.i.shape) for b in self.breakpoints(*self.values)]
-        return jnp.stack(points) if points else jnp.zeros((0, *self.i.shape))
+        points = [jnp.broadcast_to(b, self.mask.shape) for b in self.breakpoints(*self.values)]
+        return jnp.stack(points) if points else jnp.zeros((0, *self.mask.shape))
 
 
 class Law(Protocol):
@@ -68,10 +77,14 @@ class Law(Protocol):
     @property
     def repulsive(self) -> bool: ...
     def range(self, params: Params) -> jax.Array: ...
+    def lengths(
+        self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
+    ) -> jax.Array | float: ...
     def terms(
-        self, params: Params, pairs: jax.Array, n: int, species: jax.Array | None, species_count: int
+        self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
     ) -> tuple[PairTerm, ...]: ...
     def many_body(self, positions: jax.Array, params: Params, displacement: Displacement) -> jax.Array: ...
+    def at(self, params: Params) -> Self: ...
     def check(self, params: Params, n: int, species_count: int) -> None: ...
 
 
@@ -161,13 +174,22 @@ class _NamedLaw(_Addable):
     def range(self, params: Params) -> jax.Array:
         return jnp.zeros(())
 
+    def lengths(
+        self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
+    ) -> jax.Array | float:
+        return 0.0
+
     def terms(
-        self, params: Params, pairs: jax.Array, n: int, species: jax.Array | None, species_count: int
+        self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
     ) -> tuple[PairTerm, ...]:
         return ()
 
     def many_body(self, positions: jax.Array, params: Params, displacement: Displacement) -> jax.Array:
         return jnp.zeros((), positions.dtype)
+
+    def at(self, params: Params) -> Self:
+        """The law in its cheapest form at these parameters: the same function of r, with other derivatives by them."""
+        return self
 
 
 @jax.tree_util.register_dataclass
@@ -184,6 +206,8 @@ class PairLaw(_NamedLaw):
       mixing: one function a parameter, of the two particles' values; its result lies between them.
       above: what each parameter must exceed; -inf for any.
       repulsive: True where phi only repels and vanishes beyond contact: rattlers are then found from contacts.
+      cases: cheaper forms of phi, each with a function of the parameters that tells where it is the same function of r
+        (a power that is a square). Its derivatives by the parameters are not those of phi.
     """
 
     name: str = dataclasses.field(metadata={"static": True})
@@ -194,6 +218,7 @@ class PairLaw(_NamedLaw):
     mixing: tuple[Mixing, ...] = dataclasses.field(metadata={"static": True})
     above: tuple[float, ...] = dataclasses.field(metadata={"static": True})
     repulsive: bool = dataclasses.field(default=False, metadata={"static": True})
+    cases: tuple[tuple[Phi, Callable[..., Any]], ...] = dataclasses.field(default=(), metadata={"static": True})
 
     def range(self, params: Params) -> jax.Array:
         """The largest length at which a pair can interact, over each parameter's extremes; inf without a cutoff."""
@@ -206,16 +231,35 @@ class PairLaw(_NamedLaw):
         )
         return jnp.max(jnp.stack([jnp.asarray(self.cutoff(*c)) for c in corners]))
 
+    def lengths(
+        self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
+    ) -> jax.Array | float:
+        """The length beyond which phi of each pair is zero; inf without a cutoff."""
+        if self.cutoff is None:
+            return math.inf
+        if not callable(self.cutoff):
+            return float(self.cutoff)
+        (term,) = self.terms(params, pairs, n, species, species_count)
+        return jnp.asarray(self.cutoff(*term.values))
+
     def terms(
-        self, params: Params, pairs: jax.Array, n: int, species: jax.Array | None, species_count: int
+        self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
     ) -> tuple[PairTerm, ...]:
-        mask = pairs[0] < n
-        i, j = jnp.where(mask, pairs[0], 0), jnp.where(mask, pairs[1], 0)
+        i, j = (jnp.where(side < n, side, 0) for side in pairs)
+        mask = (pairs[0] < n) & (pairs[1] < n)
         values = tuple(
             _of_pairs(jnp.asarray(params[name]), i, j, species, species_count, mix)
             for name, mix in zip(self.names, self.mixing, strict=True)
         )
         return (PairTerm(i, j, mask, self.phi, values, self.breakpoints),)
+
+    def at(self, params: Params) -> PairLaw:
+        values = [params[name] for name in self.names]
+        for phi, holds in self.cases:
+            found = holds(*values)
+            if not isinstance(found, jax.core.Tracer) and np.all(found):
+                return dataclasses.replace(self, phi=phi)
+        return self
 
     def check(self, params: Params, n: int, species_count: int) -> None:
         for name, mix, above in zip(self.names, self.mixing, self.above, strict=True):
@@ -273,7 +317,7 @@ class BondLaw(_NamedLaw):
         return hash((self.name, self.phi, self.names))
 
     def terms(
-        self, params: Params, pairs: jax.Array, n: int, species: jax.Array | None, species_count: int
+        self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
     ) -> tuple[PairTerm, ...]:
         bonds = jnp.asarray(self.bonds)
         values = tuple(jnp.asarray(params[name]) for name in self.names)
@@ -355,8 +399,16 @@ class SumLaw(_Addable):
     def range(self, params: Params) -> jax.Array:
         return jnp.max(jnp.stack([law.range(params) for law in self.laws]))
 
+    def lengths(
+        self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
+    ) -> jax.Array | float:
+        found = jnp.zeros(())
+        for law in self.laws:
+            found = jnp.maximum(found, law.lengths(params, pairs, n, species, species_count))
+        return found
+
     def terms(
-        self, params: Params, pairs: jax.Array, n: int, species: jax.Array | None, species_count: int
+        self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
     ) -> tuple[PairTerm, ...]:
         return tuple(t for law in self.laws for t in law.terms(params, pairs, n, species, species_count))
 
@@ -365,6 +417,9 @@ class SumLaw(_Addable):
         for law in self.laws:
             total = total + law.many_body(positions, params, displacement)
         return total
+
+    def at(self, params: Params) -> SumLaw:
+        return SumLaw(tuple(law.at(params) for law in self.laws))
 
     def check(self, params: Params, n: int, species_count: int) -> None:
         for law in self.laws:

@@ -12,7 +12,6 @@ import numpy as np
 
 from mdsens._checks import short
 from mdsens.implicit.status import InputError
-from mdsens.neighbours import Neighbours
 
 __all__ = ["Fire", "GradientDescent", "Newton"]
 
@@ -73,11 +72,11 @@ class Fire:
             f_alpha=self.f_alpha,
         )
 
-        def start(positions: jax.Array, pairs: Neighbours) -> Any:
+        def start(positions: jax.Array) -> Any:
             # jax-md keeps step sizes in float16 where they fit, which a loop cannot carry
             dtype = positions.dtype
             return dataclasses.replace(
-                init(positions, mass=jnp.asarray(stiffness / 10.0, dtype), pairs=pairs),
+                init(positions, mass=jnp.asarray(stiffness / 10.0, dtype)),
                 dt=jnp.asarray(self.dt_start, dtype),
                 alpha=jnp.asarray(self.alpha_start, dtype),
             )
@@ -127,11 +126,11 @@ class GradientDescent:
         functions: Any = jax_md_minimize.gradient_descent(given, shift, step_size)
         init, apply = functions
 
-        def step(state: Any, pairs: Neighbours) -> Any:
+        def step(state: Any) -> Any:
             moved = apply(state[0], held=state[1])
-            return moved, forces(moved, pairs=pairs)
+            return moved, forces(moved)
 
-        return (lambda R, pairs: (init(R), forces(R, pairs=pairs))), step
+        return (lambda R: (init(R), forces(R))), step
 
     def force_limit(self, longest: jax.Array, stiffness: jax.Array) -> jax.Array:
         """The force that moves a particle by ``longest``."""
@@ -152,22 +151,23 @@ class GradientDescent:
 
 @dataclasses.dataclass(frozen=True)
 class Newton:
-    """FIRE until the minimum is near; where it then crawls, Newton steps on the range of the Hessian, dR = -H^+ dU/dR.
+    """FIRE until the minimum is near; where it then crawls, Newton steps under a trust region.
 
     Near jamming the softest modes make FIRE slow and in the end stall, while a Newton step squares the distance to the
-    minimum. A step is taken only where H has no negative pivot, the step is short and the largest force falls to less
-    than half; else FIRE goes on. So the minimum is FIRE's own, and reached to round-off.
+    minimum. Steps that do not lower the energy as their quadratic model promised are shortened, and where shortening
+    does not help, FIRE goes on to a tenth of ``begin`` first. See :mod:`mdsens.newton`.
 
     Attributes:
       first: the FIRE that finds the basin.
       begin: largest force, relative to the mean force of a contact, at which Newton steps are tried. Far above 1e-3
-        they wander; lower it where another minimum is reached than by FIRE alone.
+        contacts change with each step and they make little headway; lower it where another minimum is reached than by
+        FIRE alone.
       patience: steps of FIRE before they are tried: a quick relaxation is over by then, without compiling them.
     """
 
     first: Fire = Fire()
-    begin: float = 1e-3
-    patience: int = 2000
+    begin: float = 3e-4
+    patience: int = 1000
 
     def __post_init__(self) -> None:
         _check_positive(self, ("begin",))

@@ -1,142 +1,177 @@
-"""Lists of the pairs that can interact: jax-md's cell list behind a test that cannot lose a pair in silence.
+"""Rows of the particles that can interact with each: a cell search behind a test that cannot lose a pair in silence.
 
-A list holds every pair nearer than ``reach`` at the ``reference`` positions. Particles that have moved by d_i since, in
-a cell deformed by M, keep every pair nearer than ``reach * lambda_min(M) - 2 max |d_i|`` on the list: while that is at
-least the law's range, the list is complete, and where it is not the list is rebuilt. A rebuild that does not fit the
-static capacity, or a range grown beyond the reach, sets ``overflowed``; host code allocates again, traced code reports
-it.
+rows[:, i] names the particles j that stood nearer to i than l_ij + skin at the ``reference`` positions, l_ij the length
+beyond which the law is zero for the two. A pair stands in the rows of both, so that a force is a sum over rows,
+gathered and never scattered: half the time of a list of pairs on one core, and the same sum on every run. Once
+particles have moved by d_i, in a cell deformed by M, all that interact are still listed while
+
+    skin lambda_min(M) - (1 - lambda_min(M)) max l_ij - 2 max |d_i| >= 0
+
+and the parameters that give l_ij are the same; where not, the list is rebuilt. A rebuild that does not fit the static
+capacities sets ``overflowed``; host code allocates again, traced code reports it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
-import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdsens.boxes import heights
+from mdsens.boxes import components, heights, nearest_images
 from mdsens.implicit.status import InputError
 
-__all__ = ["Neighbours", "allocate", "update"]
+__all__ = ["Lengths", "Neighbours", "all_pairs", "allocate", "fitted", "serves", "slack", "update", "within"]
 
-ALL_PAIRS_BELOW = 128  # particles; a step on a list is faster from about 50 on, but compiling it takes seconds more
-SKIN = 0.25  # of the range: more rebuilds below, more padding above
+ALL_PAIRS_BELOW = 64  # particles; a search compiles in a second, and a step on all pairs costs as much from there on
+SKIN = 0.3  # of the range: more rebuilds below, more padding above
+
+Lengths: TypeAlias = Callable[[jax.Array, jax.Array], Any]  # of particles i and j; a pytree whose leaves are parameters
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Neighbours:
-    """Pairs of particles that may interact.
+    """The particles that each particle may interact with.
 
     Attributes:
-      pairs: (2, capacity) particle indices, each pair once, padded with n.
+      rows: (capacity, n) particle indices, rows[:, i] those near i, padded with n.
       reference: (n, d) Cartesian positions when the list was built; None for all pairs.
       reference_box: (d, d) cell at that time (an enclosing one for open boundaries); None for all pairs.
-      reach: every pair nearer than this at the reference is listed; inf for all pairs.
+      given: the arrays that gave l_ij at that time; None for all pairs.
+      skin: pairs nearer than l_ij + skin at the reference are listed; inf for all pairs.
       overflowed: True where pairs were lost.
-      cells: cells a side of jax-md's cell list, 0 for none (all pairs are candidates).
-      cell_capacity: particles a cell.
+      cells: cells along each cell vector; empty for all pairs.
+      run_capacity: particles in a run of three cells along the last cell vector.
     """
 
-    pairs: jax.Array
+    rows: jax.Array
     reference: jax.Array | None
     reference_box: jax.Array | None
-    reach: jax.Array
+    given: tuple[jax.Array, ...] | None
+    skin: jax.Array
     overflowed: jax.Array
-    cells: int = dataclasses.field(default=0, metadata={"static": True})
-    cell_capacity: int = dataclasses.field(default=0, metadata={"static": True})
+    cells: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    run_capacity: int = dataclasses.field(default=0, metadata={"static": True})
 
     @property
     def complete(self) -> bool:
         """True for a list of all pairs, which never needs an update."""
         return self.reference is None
 
+    @property
+    def pairs(self) -> jax.Array:
+        """(2, capacity n) particle indices, each pair once, padded with n."""
+        n = self.rows.shape[1]
+        once = (self.rows > jnp.arange(n, dtype=self.rows.dtype)) & (self.rows < n)
+        own = jnp.broadcast_to(jnp.arange(n, dtype=self.rows.dtype), self.rows.shape)
+        return jnp.stack([jnp.where(once, own, n).ravel(), jnp.where(once, self.rows, n).ravel()])
 
-def _scaled_displacement(a: jax.Array, b: jax.Array, box: Any = None, **_: Any) -> jax.Array:
-    difference = a - b
-    difference = difference - jnp.round(difference)
-    return difference if box is None else box @ difference
+    @property
+    def used(self) -> jax.Array:
+        """Rows up to the last one that is not empty."""
+        filled = jnp.any(self.rows < self.rows.shape[1], axis=1)
+        return jnp.max(filled * jnp.arange(1, self.rows.shape[0] + 1, dtype=jnp.int32), initial=0)
 
-
-def _untyped(*functions: Any) -> tuple[Any, ...]:
-    """jax-md's annotations do not hold: its dataclasses hide their fields, and a number is no Box to them."""
-    return functions
-
-
-@functools.cache
-def _jax_md_list() -> Any:
-    """One jax-md neighbour list for all systems: with lengths in units of the reach, nothing in it is of one system."""
-    from jax_md import partition
-
-    with jax.ensure_compile_time_eval():  # its constants would otherwise be tracers of whoever calls first
-        (make,) = _untyped(partition.neighbor_list)
-        return make(
-            _scaled_displacement,
-            1.0,
-            r_cutoff=1.0,
-            dr_threshold=0.0,
-            capacity_multiplier=1.0,
-            fractional_coordinates=True,
-            format=partition.OrderedSparse,
-        )
+    def resized(self, capacity: int) -> Neighbours:
+        """The same list in another number of rows, at least as many as are used."""
+        more = max(capacity - self.rows.shape[0], 0)
+        rows = jnp.pad(self.rows, ((0, more), (0, 0)), constant_values=self.rows.shape[1])
+        return dataclasses.replace(self, rows=rows[:capacity])
 
 
-def _fractional(positions: jax.Array, box: jax.Array) -> jax.Array:
-    return jnp.mod(positions @ jnp.linalg.inv(box).T, 1.0)
+def all_pairs(n: int, dtype: Any = float) -> Neighbours:
+    """The list in which everybody is near, always."""
+    rows = jnp.asarray((np.arange(n)[None] + np.arange(1, n)[:, None]) % max(n, 1), jnp.int32)
+    return Neighbours(rows, None, None, None, jnp.asarray(jnp.inf, dtype), jnp.zeros((), bool))
 
 
-def _upper(box: jax.Array) -> jax.Array:
-    """The cell rotated so that it is upper triangular, as jax-md wants it: distances are the same."""
-    upper = jnp.linalg.qr(box)[1]
-    return upper * jnp.where(jnp.diag(upper) < 0, -1.0, 1.0)[:, None]
+def _cell_of(positions: jax.Array, box: jax.Array, cells: tuple[int, ...]) -> jax.Array:
+    """The cell of each particle along each cell vector, (d, n)."""
+    fractional = positions @ jnp.linalg.inv(box).T
+    fractional = fractional - jnp.floor(fractional)
+    # a coordinate of -1e-17 wraps to 1.0, which is the first cell, not the last
+    return jnp.stack([(fractional[:, a] * m).astype(jnp.int32) % m for a, m in enumerate(cells)])
 
 
+class _Grid(NamedTuple):
+    """Particles in the order of their cells: a run of cells along the last cell vector is a range of ``order``."""
+
+    order: jax.Array  # (n,)
+    where: jax.Array  # (d, n)
+    first: jax.Array  # (cells,) where the run around each cell begins
+    length: jax.Array  # (cells,) of the run
+    line: jax.Array  # (lines,) where the line of cells that it wraps around in begins
+    line_end: jax.Array  # (lines,)
+
+
+@functools.partial(jax.jit, static_argnames=("cells",))
+def _grid(positions: jax.Array, box: jax.Array, cells: tuple[int, ...]) -> _Grid:
+    where, last = _cell_of(positions, box, cells), cells[-1]
+    index = where[0]
+    for at, m in zip(where[1:], cells[1:], strict=True):
+        index = index * m + at
+    order = jnp.argsort(index).astype(jnp.int32)
+    ends = jnp.searchsorted(index[order], jnp.arange(math.prod(cells), dtype=jnp.int32), side="right")
+    ends = ends.astype(jnp.int32).reshape(-1, last)
+    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends.ravel()[:-1]]).reshape(-1, last)
+    line, line_end = starts[:, 0], ends[:, -1]
+    if last > 2:
+        first, length = jnp.roll(starts, 1, axis=1), sum(jnp.roll(ends - starts, s, axis=1) for s in (-1, 0, 1))
+    else:
+        first, length = (jnp.broadcast_to(x[:, None], starts.shape) for x in (line, line_end - line))
+    return _Grid(order, where, first.ravel(), length.ravel(), line, line_end)
+
+
+def _filled(rows: jax.Array, count: jax.Array, j: jax.Array, near: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Candidate j of each particle put in its next free row, where it is near."""
+    free = (jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None] == count) & near
+    return jnp.where(free, j, rows), count + near
+
+
+@functools.partial(jax.jit, static_argnames=("cells", "run_capacity", "capacity"))
 def _search(
-    positions: jax.Array, box: jax.Array, reach: jax.Array, neighbours: Neighbours
-) -> tuple[jax.Array, jax.Array]:
-    """All pairs nearer than ``reach``, in the capacity of ``neighbours``: (pairs, overflowed)."""
-    from jax_md import partition
-
-    functions = _jax_md_list()
-    cells_of, make_list, make_error = _untyped(partition.cell_list, partition.NeighborList, partition.PartitionError)
-    cell_list = None
-    if neighbours.cells:
-        # a hair under 1/cells: jax-md takes floor(1 / size)
-        cell_list = cells_of(1.0, (1.0 - 1e-9) / neighbours.cells, 1.0)
-    template = make_list(
-        idx=jnp.zeros((2, neighbours.pairs.shape[1]), jnp.int32),
-        reference_position=positions,
-        error=make_error(jnp.zeros((), jnp.uint8)),
-        cell_list_capacity=neighbours.cell_capacity or None,
-        max_occupancy=neighbours.pairs.shape[1],
-        format=partition.OrderedSparse,
-        cell_size=1.0 / neighbours.cells if neighbours.cells else None,
-        cell_list_fn=cell_list,
-        update_fn=functions.update,
-    )
-    with warnings.catch_warnings():  # jax-md scatters int64 into int32, which jax announces to refuse one day
-        warnings.filterwarnings("ignore", "scatter inputs have incompatible types", FutureWarning)
-        found = functions.update(_fractional(positions, box), template, box=_upper(box) / reach)
-    lost = (found.error.code & (1 | 2)) != 0  # lists too short; jax-md's other two bits do not hold for this use
-    if neighbours.cells:
-        lost = lost | (neighbours.cells * reach > (1.0 + 1e-6) * jnp.min(heights(box)))
-    return found.idx, lost
+    positions: jax.Array,
+    box: jax.Array,
+    lengths: Lengths,
+    skin: jax.Array,
+    cells: tuple[int, ...],
+    run_capacity: int,
+    capacity: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """All pairs nearer than l_ij + skin: (rows, most neighbours of one particle, particles in the fullest run)."""
+    n = positions.shape[0]
+    grid, x, images = _grid(positions, box, cells), components(positions), nearest_images(box)
+    sorted_x, own = components(positions[grid.order]), jnp.arange(n, dtype=jnp.int32)
+    k = jnp.arange(run_capacity, dtype=jnp.int32)[:, None]
+    rows, found = jnp.full((capacity, n), n, jnp.int32), jnp.zeros(n, jnp.int32)
+    sides = [(0,) if m == 1 else (0, 1) if m == 2 else (-1, 0, 1) for m in cells[:-1]]
+    for offset in itertools.product(*sides):
+        line = jnp.zeros(n, jnp.int32)
+        for at, by, m in zip(grid.where, offset, cells, strict=False):
+            line = line * m + jnp.mod(at + by, m)
+        cell = line * cells[-1] + grid.where[-1]
+        first, length, end = grid.first[cell], grid.length[cell], grid.line_end[line]
+        place = first + k
+        place = jnp.minimum(jnp.where(place >= end, place - (end - grid.line[line]), place), n - 1)
+        apart, j = images(tuple(c - s[place] for c, s in zip(x, sorted_x, strict=True))), grid.order[place]
+        near = (sum(v * v for v in apart) < (lengths(own[None], j) + skin) ** 2) & (k < length) & (j != own)
+        (rows, found), _ = jax.lax.scan(lambda carry, x: (_filled(*carry, *x), None), (rows, found), (j, near))
+    return rows, jnp.max(found, initial=0), jnp.max(grid.length)
 
 
-_search_jit = jax.jit(_search)
-
-
-def _margin(neighbours: Neighbours, positions: jax.Array, box: jax.Array) -> jax.Array:
-    """The distance up to which the list is still complete."""
-    deformation = box @ jnp.linalg.inv(neighbours.reference_box)
-    moved = positions - neighbours.reference @ deformation.T
-    stretch = 1.0 - jnp.linalg.norm(deformation - jnp.eye(box.shape[0], dtype=box.dtype))
-    return neighbours.reach * stretch - 2.0 * jnp.sqrt(jnp.max(jnp.sum(moved**2, axis=1)))
+def _skin(range_: Any, lattice: jax.Array, cells: tuple[int, ...], periodic: bool, share: Any = SKIN) -> jax.Array:
+    """The skin that the grid and the cell leave room for; below zero where they are too small for the range."""
+    # of two cells or one, all are looked through
+    sides = heights(lattice) / jnp.asarray([m if m > 2 else 1 for m in cells])
+    skin = jnp.minimum(share * range_, jnp.min(sides) * (1.0 + 1e-6) - range_)
+    return jnp.minimum(skin, 0.4999 * jnp.min(heights(lattice)) - range_) if periodic else skin
 
 
 def _lattice(neighbours: Neighbours, box: jax.Array | None) -> jax.Array:
@@ -144,100 +179,161 @@ def _lattice(neighbours: Neighbours, box: jax.Array | None) -> jax.Array:
     return neighbours.reference_box if box is None else box  # type: ignore[return-value]
 
 
+def slack(neighbours: Neighbours, box: jax.Array | None, range_: jax.Array) -> tuple[jax.Array | None, jax.Array]:
+    """Where each particle was, carried along with the cell, and how far it may have moved: (anchors, distance).
+
+    While no particle is farther than that from its anchor, the list is complete; below zero, it is not.
+    """
+    if neighbours.complete:
+        return None, jnp.asarray(jnp.inf, neighbours.skin.dtype)
+    lattice = _lattice(neighbours, box)
+    deformation = lattice @ jnp.linalg.inv(neighbours.reference_box)
+    stretch = 1.0 - jnp.linalg.norm(deformation - jnp.eye(lattice.shape[0], dtype=lattice.dtype))
+    return neighbours.reference @ deformation.T, 0.5 * (neighbours.skin * stretch - (1.0 - stretch) * range_)
+
+
+def within(positions: jax.Array, anchors: jax.Array | None, distance: jax.Array) -> jax.Array:
+    """Whether no particle is farther than ``distance`` from its anchor."""
+    if anchors is None:
+        return jnp.ones((), bool)
+    return (jnp.max(jnp.sum((positions - anchors) ** 2, axis=1)) <= distance**2) & (distance >= 0)
+
+
+def _still_complete(
+    neighbours: Neighbours, positions: jax.Array, box: jax.Array | None, lengths: Lengths, range_: jax.Array
+) -> jax.Array:
+    found = within(positions, *slack(neighbours, box, range_))
+    for then, now in zip(neighbours.given or (), jax.tree.leaves(lengths), strict=True):
+        found = found & jnp.all(then == now)
+    return found
+
+
+@jax.jit
+def serves(
+    neighbours: Neighbours, positions: jax.Array, box: jax.Array | None, lengths: Lengths, range_: jax.Array
+) -> jax.Array:
+    """Whether the list holds every pair that interacts at ``positions``, as it is."""
+    if neighbours.complete:
+        return (range_ > 0) & (box is None or 2.0 * range_ <= jnp.min(heights(box)))
+    return ~neighbours.overflowed & _still_complete(neighbours, positions, box, lengths, range_)
+
+
 @jax.jit
 def update(
-    neighbours: Neighbours, positions: jax.Array, box: jax.Array | None, reach_needed: jax.Array
+    neighbours: Neighbours,
+    positions: jax.Array,
+    box: jax.Array | None,
+    lengths: Lengths,
+    range_: jax.Array,
+    skin: Any = SKIN,
+    anew: Any = False,
 ) -> tuple[Neighbours, jax.Array]:
-    """A list complete up to ``reach_needed`` at ``positions``, or marked as overflowed; and whether it was rebuilt.
+    """A list complete at ``positions``, or marked as overflowed; and whether it was rebuilt.
+
+    Args:
+      neighbours: the list so far.
+      positions: (n, d).
+      box: the cell, None for open boundaries.
+      lengths: l_ij at the present parameters.
+      range_: their largest.
+      skin: of a list that is rebuilt, as a share of the range.
+      anew: rebuild whatever is listed.
 
     Traceable. Nothing of it is differentiated.
     """
-    positions, box, reach_needed = jax.lax.stop_gradient((positions, box, reach_needed))
-    too_small = jnp.zeros((), bool) if box is None else 2.0 * reach_needed > jnp.min(heights(box))
+    positions, box, lengths, range_ = jax.lax.stop_gradient((positions, box, lengths, range_))
+    too_small = jnp.zeros((), bool) if box is None else 2.0 * range_ > jnp.min(heights(box))
     if neighbours.complete:
         return dataclasses.replace(neighbours, overflowed=neighbours.overflowed | too_small), jnp.zeros((), bool)
     lattice = _lattice(neighbours, box)
 
     def rebuild(old: Neighbours) -> Neighbours:
-        pairs, lost = _search(positions, lattice, old.reach, old)
-        lost = lost | (old.reach < reach_needed)
-        if box is not None:
-            lost = lost | (2.0 * old.reach > jnp.min(heights(lattice)))
+        capacity, skin_now = old.rows.shape[0], _skin(range_, lattice, old.cells, box is not None, skin)
+        rows, most, fullest = _search(positions, lattice, lengths, skin_now, old.cells, old.run_capacity, capacity)
+        lost = (most > capacity) | (fullest > old.run_capacity) | (skin_now < 0) | too_small
         return dataclasses.replace(
-            old, pairs=pairs, reference=positions, reference_box=lattice, overflowed=old.overflowed | lost | too_small
+            old,
+            rows=rows,
+            reference=positions,
+            reference_box=lattice,
+            given=tuple(jax.tree.leaves(lengths)),
+            skin=skin_now.astype(old.skin.dtype),
+            overflowed=old.overflowed | lost,
         )
 
-    stale = ~(_margin(neighbours, positions, lattice) >= reach_needed)
+    stale = jnp.asarray(anew) | ~_still_complete(neighbours, positions, box, lengths, range_)
     return jax.lax.cond(stale, rebuild, lambda old: old, neighbours), stale
 
 
 def allocate(
-    positions: jax.Array, box: jax.Array | None, reach_needed: float, room: float = 1.25, like: Neighbours | None = None
+    positions: jax.Array,
+    box: jax.Array | None,
+    lengths: Lengths,
+    range_: float,
+    room: float = 1.25,
+    like: Neighbours | None = None,
 ) -> Neighbours:
     """A new list at ``positions``, on the host.
 
     Args:
       positions: (n, d).
       box: the cell, None for open boundaries.
-      reach_needed: the law's range; inf for all pairs, 0 where the law has no neighbour pairs.
+      lengths: l_ij.
+      range_: their largest; inf for all pairs, 0 where the law has no neighbour pairs.
       room: capacity over what is found now.
       like: take at least this list's capacities, so that compiled code can be used again.
     """
-    n, dimension = positions.shape
-    dtype = positions.dtype
-    if box is not None and math.isfinite(reach_needed):
+    n, dtype = positions.shape[0], positions.dtype
+    if box is not None and math.isfinite(range_):
         smallest = float(jnp.min(heights(box)))
-        if 2.0 * reach_needed > smallest:
+        if 2.0 * range_ > smallest:
             raise InputError(
-                f"box: its smallest height is {smallest:.6g}, under twice the interaction range {reach_needed:.6g}, so "
+                f"box: its smallest height is {smallest:.6g}, under twice the interaction range {range_:.6g}, so "
                 "a particle would meet two images of another: repeat the cell, or shorten the cutoff."
             )
-    elif box is not None and reach_needed > 0:
+    elif box is not None and range_ > 0:
         raise InputError("a law without a cutoff needs open boundaries: give it a cutoff, or no box.")
-    never = jnp.zeros((), bool)
-    if reach_needed == 0.0:
-        return Neighbours(jnp.zeros((2, 0), jnp.int32), None, None, jnp.asarray(jnp.inf, dtype), never)
-    reach = (1.0 + SKIN) * reach_needed
-    if box is not None:
-        reach = min(reach, 0.4999 * float(jnp.min(heights(box))))
-    if n <= ALL_PAIRS_BELOW or not math.isfinite(reach) or reach < 1.02 * reach_needed:
-        pairs = np.stack(np.triu_indices(n, 1)).astype(np.int32)
-        return Neighbours(jnp.asarray(pairs), None, None, jnp.asarray(jnp.inf, dtype), never)
+    if range_ == 0.0:
+        return all_pairs(n, dtype).resized(0)
+    reach = (1.0 + SKIN) * range_
+    if n <= ALL_PAIRS_BELOW or not math.isfinite(reach):
+        return all_pairs(n, dtype)
     lattice = _enclosing(positions, reach) if box is None else box
-    smallest = float(jnp.min(heights(lattice)))
-    cells = int(smallest / reach) if smallest >= 3.0 * reach else 0
-    cell_capacity = _eights(room * fullest_cell(positions, lattice, cells)) if cells else 0
-    ball = {2: math.pi, 3: 4.0 / 3.0 * math.pi}[dimension] * reach**dimension
-    expected = 0.5 * n**2 * min(1.0, ball / abs(float(jnp.linalg.det(lattice))))
-    capacity = _rounded(room * expected)
-    if like is not None and not like.complete:
-        capacity = max(capacity, like.pairs.shape[1])
-        if like.cells == cells:
-            cell_capacity = max(cell_capacity, like.cell_capacity)
+    cells = tuple(max(1, int(height / reach)) for height in np.asarray(heights(lattice)))
+    if not float(_skin(range_, lattice, cells, box is not None)) > 0.02 * range_:
+        return all_pairs(n, dtype)  # the cell is hardly larger than twice the range
+    return fitted(positions, box, lattice, lengths, range_, cells, room, like)
+
+
+def fitted(
+    positions: jax.Array,
+    box: jax.Array | None,
+    lattice: jax.Array,
+    lengths: Lengths,
+    range_: float,
+    cells: tuple[int, ...],
+    room: float = 1.25,
+    like: Neighbours | None = None,
+) -> Neighbours:
+    """A list of one grid, with the capacities that the positions need, or those of ``like`` if larger."""
+    n, d = positions.shape
+    skin = jnp.asarray(_skin(range_, lattice, cells, box is not None), positions.dtype)
+    run_capacity = min(_eights(room * int(jnp.max(_grid(positions, lattice, cells).length))), n)
+    if like is not None and like.cells == cells:
+        run_capacity = max(run_capacity, like.run_capacity)
+    ball = {2: math.pi, 3: 4.0 / 3.0 * math.pi}[d] * (range_ + float(skin)) ** d
+    mean = n * min(1.0, ball / abs(float(jnp.linalg.det(lattice))))
+    guess = _eights(mean + 3.0 * math.sqrt(mean))
     while True:
-        empty = Neighbours(
-            jnp.full((2, min(capacity, n * (n - 1) // 2)), n, jnp.int32),
-            positions,
-            lattice,
-            jnp.asarray(reach, dtype),
-            never,
-            cells,
-            cell_capacity,
-        )
-        pairs, lost = _search_jit(positions, lattice, empty.reach, empty)
-        if not bool(lost):
-            return dataclasses.replace(empty, pairs=pairs)
-        if capacity >= n * (n - 1) // 2:  # there is room for every pair, so it is a cell that overflows
-            cell_capacity = _eights(1.5 * cell_capacity)
-        capacity = _rounded(1.5 * capacity)
-
-
-def fullest_cell(positions: jax.Array, lattice: jax.Array, cells: int) -> int:
-    """Particles in the fullest cell of the grid."""
-    # as jax-md bins them: a coordinate of -1e-17 wraps to 1.0, which is the first cell, not the last
-    where = (np.asarray(_fractional(positions, lattice)) / (1.0 / cells)).astype(int) % cells
-    index = np.ravel_multi_index(where.T, (cells,) * where.shape[1])
-    return int(np.bincount(index).max())
+        rows, most, _ = _search(positions, lattice, lengths, skin, cells, run_capacity, guess)
+        if int(most) <= guess:
+            break
+        guess = _eights(room * int(most))
+    capacity = min(_eights(room * int(most)), n - 1)
+    if like is not None and not like.complete:
+        capacity = max(capacity, like.rows.shape[0])
+    given, never = tuple(jax.tree.leaves(lengths)), jnp.zeros((), bool)
+    return Neighbours(rows, positions, lattice, given, skin, never, cells, run_capacity).resized(capacity)
 
 
 def _enclosing(positions: jax.Array, reach: float) -> jax.Array:
@@ -246,12 +342,5 @@ def _enclosing(positions: jax.Array, reach: float) -> jax.Array:
 
 
 def _eights(count: float) -> int:
-    """Up to the next multiple of 8: the fullest cell differs from one random start to the next."""
+    """Up to the next multiple of 8, so that one random start and the next have the same compiled shapes."""
     return 8 * math.ceil(count / 8)
-
-
-def _rounded(count: float) -> int:
-    """Up to the next of eight sizes an octave, so that small changes of density keep the compiled shapes."""
-    count = max(math.ceil(count), 64)
-    grain = max(1, 2 ** (math.floor(math.log2(count)) - 3))
-    return math.ceil(count / grain) * grain

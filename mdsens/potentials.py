@@ -71,6 +71,25 @@ def _soft_sphere(r: jax.Array, sigma: jax.Array, epsilon: jax.Array, alpha: jax.
     return jnp.where(inside, epsilon / alpha * jnp.where(inside, overlap, 1.0) ** alpha, 0.0)
 
 
+def _harmonic_sphere(r: jax.Array, sigma: jax.Array, epsilon: jax.Array, alpha: jax.Array) -> jax.Array:
+    overlap = jnp.maximum(1.0 - r / sigma, 0.0)
+    return 0.5 * epsilon * overlap * overlap
+
+
+def _hertzian_sphere(r: jax.Array, sigma: jax.Array, epsilon: jax.Array, alpha: jax.Array) -> jax.Array:
+    overlap = 1.0 - r / sigma
+    root = jnp.sqrt(jnp.where(overlap > 0, overlap, 1.0))  # outside, the slope of a root at zero would be NaN
+    return jnp.where(overlap > 0, 0.4 * epsilon * overlap * overlap * root, 0.0)
+
+
+def _is_harmonic(sigma: Any, epsilon: Any, alpha: Any) -> Any:
+    return alpha == 2.0
+
+
+def _is_hertzian(sigma: Any, epsilon: Any, alpha: Any) -> Any:
+    return alpha == 2.5
+
+
 def _first(sigma: Any, *rest: Any) -> Any:
     return sigma
 
@@ -104,7 +123,15 @@ def soft_sphere() -> PairLaw:
     """
     names = ("sigma", "epsilon", "alpha")
     return PairLaw(
-        "soft_sphere", _soft_sphere, names, _first, _at_contact, (arithmetic,) * 3, (0.0, 0.0, 1.0), repulsive=True
+        "soft_sphere",
+        _soft_sphere,
+        names,
+        _first,
+        _at_contact,
+        (arithmetic,) * 3,
+        (0.0, 0.0, 1.0),
+        repulsive=True,
+        cases=((_harmonic_sphere, _is_harmonic), (_hertzian_sphere, _is_hertzian)),
     )
 
 

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdsens import neighbours
 from mdsens._checks import short
 from mdsens._tables import Shown
+from mdsens.contacts import pair_forces
 from mdsens.implicit.status import (
     ConvergenceError,
     InputError,
@@ -27,15 +27,16 @@ from mdsens.implicit.status import (
     raise_for_status,
 )
 from mdsens.minimisers import Fire, GradientDescent, Newton
-from mdsens.neighbours import Neighbours
-from mdsens.stationarity import Unknowns, force, gradient, largest_force, linearisation, max_force
-from mdsens.stiffness import Stiffness
-from mdsens.system import System, box_at, pair_terms, stack, unstack
+from mdsens.neighbours import SKIN, Neighbours, slack, within
+from mdsens.newton import descend
+from mdsens.stationarity import Unknowns, gradient, largest_force, max_force
+from mdsens.system import System, box_at, energy_slope, listed, pair_distances, pair_terms, stack, unstack
 
 __all__ = ["Equilibrium", "Fire", "GradientDescent", "Newton", "minimize", "relax", "scales"]
 
 Params = Mapping[str, Any]
 STEPS_PER_CALL = 500  # between two looks of the host: progress, reallocation, interrupts
+NARROW, SERVES = 0.1, 150  # skin of a slow system's list; steps on one wide list that tell that it is slow
 
 
 @jax.tree_util.register_dataclass
@@ -100,11 +101,13 @@ def scales(system: System) -> tuple[jax.Array, jax.Array]:
     n, d = system.positions.shape
     extent = jnp.max(jnp.max(system.positions, axis=0) - jnp.min(system.positions, axis=0)) / max(n ** (1.0 / d) - 1, 1)
     spacing = extent if system.box is None else (system.volume / n) ** (1.0 / d)
-    for term in pair_terms(system):
+    few = np.unique(np.linspace(0, n - 1, 8).astype(int))  # whoever they are near: a list would have some kinds more
+    pairs = few[np.stack(np.triu_indices(few.size, 1))]
+    for term in system.potential.terms(system.params, pairs, n, system.species, system.species_count):
         count = term.i.shape[0]
         if count == 0:
             continue
-        some = np.unique(np.linspace(0, count - 1, 16).astype(int))
+        some = np.unique(np.linspace(0, count - 1, 28).astype(int))
         values = tuple(v if v.ndim == 0 else v[some] for v in term.values)
         far = jnp.where(jnp.isfinite(system.range) & (system.range > 0), system.range, 4.0 * spacing)
         r = far * jnp.linspace(0.05, 1.0, 400)[:, None] * jnp.ones(some.shape[0])
@@ -145,35 +148,34 @@ def _curvature(system: System) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("method",))
-def _begin(system: System, method: Any) -> tuple[Any, Neighbours]:
-    pairs, _ = neighbours.update(system.neighbours, system.positions, system.box, system.range)
-    init, _, _ = _machine(system, method)
-    return init(system.positions, pairs), pairs
+def _begin(positions: jax.Array, stiffness: jax.Array, method: Any) -> Any:
+    """The minimiser at rest; its forces are to come."""
+    init, _ = method.minimizer(lambda R, **_: jnp.zeros_like(R), lambda R, dR, **_: R + dR, stiffness)
+    return init(positions)
 
 
-def _machine(system: System, method: Any) -> tuple[Any, Any, Any]:
-    """jax-md's minimiser on this system: (init, apply, forces).
+def _machine(system: System, method: Any, limits: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Any, Any]:
+    """jax-md's minimiser on this system's list: (apply, forces).
 
     Overlaps of a random start make forces of 1e20 in a Lennard-Jones law, and FIRE never forgets such a momentum. So a
     particle's force counts up to the size that moves it by the longest step, and its step is cut there too. Neither
     touches the neighbourhood of a minimum.
     """
-    # a fixed cutoff is a double where x64 is on: positions in single precision keep theirs through the loop
-    longest, strongest, stiffness = _limits(system, method)
+    longest, strongest, stiffness = limits
+    slope = energy_slope(system)
 
-    def forces(R: jax.Array, pairs: Neighbours, **_: Any) -> jax.Array:
-        pull = -gradient(system.replace(neighbours=pairs), Unknowns(R), system.params).positions
-        return _shortened(pull, strongest)
+    def forces(R: jax.Array, **_: Any) -> jax.Array:
+        return _shortened(-slope(R), strongest)
 
     def shift(R: jax.Array, dR: jax.Array, **_: Any) -> jax.Array:
         return R + _shortened(dR, longest)
 
-    init, apply = method.minimizer(forces, shift, stiffness)
-    return init, apply, forces
+    return method.minimizer(forces, shift, stiffness)[1], forces
 
 
 def _limits(system: System, method: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The longest step of a particle, the strongest force on it, and the law's stiffness."""
+    # a fixed cutoff is a double where x64 is on: positions in single precision keep theirs through the loop
     length, stiffness = (jax.lax.stop_gradient(x).astype(system.positions.dtype) for x in scales(system))
     longest = method.max_step * length
     return longest, method.force_limit(longest, stiffness), stiffness
@@ -197,40 +199,53 @@ def _shortened(vectors: jax.Array, longest: jax.Array) -> jax.Array:
 def _advance(
     system: System, state: Any, pairs: Neighbours, tolerance: Any, budget: Any, method: Any
 ) -> tuple[Any, Neighbours, jax.Array]:
-    """Up to ``budget`` steps; stops at the tolerance, at a list that overflowed, at a force that is not finite."""
-    _, apply, forces = _machine(system, method)
-    box, needed = box_at(system, system.params), system.range
+    """Up to ``budget`` steps; stops at the tolerance, at a list that overflowed, at a force that is not finite.
 
-    def unfinished(carry: tuple[Any, Neighbours, jax.Array]) -> jax.Array:
-        state, pairs, step = carry
-        largest = largest_force(method.forces(state))
-        return (step < budget) & (largest > tolerance) & jnp.isfinite(largest) & ~pairs.overflowed
+    Steps on one list are a loop of their own, in which nothing of the list is touched: it ends where a particle has
+    moved so far that the list may be incomplete, or where a list with a wide skin has served so long that one with less
+    to sum over pays. The force that is tested against the tolerance comes from a complete list always.
+    """
+    limits, box, needed = _limits(system, method), box_at(system, system.params), system.range
 
-    def advance(carry: tuple[Any, Neighbours, jax.Array]) -> tuple[Any, Neighbours, jax.Array]:
-        state, pairs, step = carry
-        state = apply(state, pairs=pairs)
-        here = method.positions(state)
-        pairs, rebuilt = neighbours.update(pairs, here, box, needed)
-        # the step used the list of its start; where that fell short, the force is taken again, so that the force
-        # that is tested against the tolerance always comes from a complete list
-        fresh = jax.lax.cond(rebuilt, lambda: forces(here, pairs), lambda: method.forces(state))
-        return method.with_forces(state, fresh), pairs, step + 1
+    def largest(state: Any) -> jax.Array:
+        return largest_force(method.forces(state))
 
-    return jax.lax.while_loop(unfinished, advance, (state, pairs, jnp.zeros((), jnp.int32)))
+    def steps_on_a_list(carry: tuple[Any, Neighbours, jax.Array, jax.Array, jax.Array]) -> Any:
+        state, pairs, step, slow, _ = carry
+        skin = jnp.where(slow, NARROW, SKIN)
+        pairs, _ = listed(system.replace(neighbours=pairs), method.positions(state), skin=skin, anew=slow)
+        apply, forces = _machine(system.replace(neighbours=pairs), method, limits)
+        anchors, distance = slack(pairs, box, needed)
+        wide = (pairs.skin > 1.1 * NARROW * needed) & jnp.isfinite(pairs.skin)
+        last = jnp.where(wide, jnp.minimum(budget, step + SERVES), budget)
+
+        def unfinished(carry: tuple[Any, jax.Array, jax.Array, jax.Array]) -> jax.Array:
+            _, step, force, complete = carry
+            return (step < last) & (force > tolerance) & jnp.isfinite(force) & complete
+
+        def advance(carry: tuple[Any, jax.Array, jax.Array, jax.Array]) -> Any:
+            state, step, _, _ = carry
+            state = apply(state)
+            return state, step + 1, largest(state), within(method.positions(state), anchors, distance)
+
+        state = method.with_forces(state, forces(method.positions(state)))
+        start = (state, step, largest(state), ~pairs.overflowed)
+        state, step, force, complete = jax.lax.while_loop(unfinished, advance, start)
+        finished = pairs.overflowed | ~jnp.isfinite(force) | (complete & ((force <= tolerance) | (step >= budget)))
+        return state, pairs, step, complete & (step >= last), finished
+
+    never = jnp.zeros((), bool)
+    start = (state, pairs, jnp.zeros((), jnp.int32), never, never)
+    return jax.lax.while_loop(lambda carry: ~carry[4], steps_on_a_list, start)[:3]
 
 
 @functools.partial(jax.jit, static_argnames=("method",))
 def _forces(system: System, method: Any) -> jax.Array:
     """The forces that the minimiser works with, at the system's positions."""
-    return _machine(system, method)[2](system.positions, system.neighbours)
+    return _machine(system, method, _limits(system, method))[1](system.positions)
 
 
 _advance_jit = functools.partial(jax.jit, static_argnames=("method",))(_advance)
-
-
-def _final_force(relaxed: System, tested: jax.Array, tolerance: Any) -> jax.Array:
-    """The largest force: the one that met the tolerance, or, where none did, the whole force without its limit."""
-    return jnp.where(tested <= tolerance, tested, max_force(relaxed))
 
 
 def _status(largest: Any, tolerance: Any, overflowed: Any) -> jax.Array:
@@ -242,11 +257,13 @@ def _status(largest: Any, tolerance: Any, overflowed: Any) -> jax.Array:
 
 def relax(system: System, tolerance: Any, max_steps: Any, method: Any) -> Equilibrium:
     """Relax inside traced code: no reallocation, no errors; the status says what happened."""
-    state, pairs = _begin(system, method)
+    state = _begin(system.positions, scales(system)[1], method)
     tested = _uncut(system, method, tolerance)
-    state, pairs, steps = _advance(system, state, pairs, tested, max_steps, method)
+    state, pairs, steps = _advance(system, state, system.neighbours, tested, max_steps, method)
     relaxed = system.replace(positions=method.positions(state), neighbours=pairs)
-    largest = _final_force(relaxed, largest_force(method.forces(state)), tested)
+    # the force that met the tolerance, or, where none did, the whole force without its limit
+    largest = largest_force(method.forces(state))
+    largest = jnp.where(largest <= tested, largest, max_force(relaxed))
     code = _status(largest, tolerance, pairs.overflowed)
     zero = jnp.zeros((), system.positions.dtype)
     return Equilibrium(relaxed, code, largest, steps, zero, jnp.asarray(tolerance, zero.dtype))
@@ -293,51 +310,21 @@ def minimize(
         system = system.with_params(params)
     _check_precision(system, tolerance)
     began = time.perf_counter()
-    newton, method = (method, method.first) if isinstance(method, Newton) else (None, method)
-    system = system.reallocate(keep=True)
-    state, pairs = _begin(system, method)
-    steps, room, bar = 0, 1.25, _Progress(tolerance, progress)
-    tested = float(_uncut(system, method, tolerance))
-    target, patience = tested, newton.patience if newton else max_steps
+    newton, first = (method, method.first) if isinstance(method, Newton) else (None, method)
+    run = _Run(system, first, tolerance, int(max_steps), _Progress(tolerance, progress))
     try:
-        while True:
-            budget = min(STEPS_PER_CALL, max_steps - steps)
-            state, pairs, done = _advance_jit(system, state, pairs, target, budget, method)
-            steps += int(done)
-            largest = float(largest_force(method.forces(state)))
-            bar.show(steps, largest)
-            if bool(pairs.overflowed) and np.isfinite(np.asarray(method.positions(state))).all():
-                room = min(1.25 * room, 4.0) if int(done) <= 1 else 1.25
-                here = system.replace(positions=method.positions(state), neighbours=pairs).reallocate(room)
-                system, pairs = here, here.neighbours
-                state = method.with_forces(state, _forces(here, method))
-                largest = float(
-                    largest_force(method.forces(state))
-                )  # what stood there came from a list that lost pairs
-                if steps < max_steps:
-                    continue
-            if not (largest > tested and steps < max_steps and np.isfinite(largest)):
-                break
-            if newton and steps >= patience:
-                here = system.replace(positions=method.positions(state), neighbours=pairs)
-                _, net, _ = linearisation(here, largest)
-                near = newton.begin * float(net.mean_force)
-                if largest > near:  # how far FIRE has still to go
-                    target = max(near, tested)
-                    continue
-                here, largest, taken = _newton_steps(here, largest, tested)
-                steps, target, patience = steps + taken, tested, steps + newton.patience
-                if taken:
-                    system = here
-                    state, pairs = _begin(system, method)
-                    bar.show(steps, largest)
-                if largest <= tested:
-                    break
+        run.advance(run.tested, newton.patience if newton else run.max_steps)
+        begin = newton.begin if newton else 0.0
+        while newton and run.unfinished:
+            run.advance(max(begin * float(_contact_force(run.system, run.length, run.stiffness)), run.tested))
+            if run.unfinished:
+                run.descend()
+            begin *= 0.1  # where Newton steps made no headway, from nearer by
     finally:
-        bar.close()
-    relaxed = system.replace(positions=method.positions(state), neighbours=pairs)
-    largest = float(_final_force(relaxed, jnp.asarray(largest), tested))
-    status = Status(int(_status(largest, tolerance, pairs.overflowed)))
+        run.bar.close()
+    relaxed, steps = run.system.replace(potential=system.potential), run.steps
+    largest = run.largest if run.largest <= run.tested else float(max_force(relaxed))
+    status = Status(int(_status(largest, tolerance, relaxed.neighbours.overflowed)))
     eq = Equilibrium(
         relaxed,
         jnp.asarray(status.value, jnp.int32),
@@ -351,24 +338,64 @@ def minimize(
     return eq
 
 
-def _newton_steps(system: System, largest: float, tolerance: float) -> tuple[System, float, int]:
-    """Newton steps while each of them halves the largest force at least: (system, its largest force, steps)."""
-    taken, longest = 0, 0.1 * float(scales(system)[0])
-    while largest > tolerance:
-        backbone, _, null = linearisation(system, largest)
-        stiffness = Stiffness(backbone, null)
-        if stiffness.factor is not None and stiffness.factor.negative:
-            break
-        step, _, status = stiffness.solve(np.asarray(force(backbone)))
-        if not (status.good and np.isfinite(step).all() and np.abs(step).max(initial=0.0) < longest):
-            break
-        there = system.replace(positions=system.positions + jnp.asarray(step, system.positions.dtype))
-        there = there.reallocate(keep=True)
-        left = float(max_force(there))
-        if not left < 0.5 * largest:
-            break
-        system, largest, taken = there, left, taken + 1
-    return system, largest, taken
+class _Run:
+    """A relaxation on the host: the system so far, the minimiser's state, the largest force left.
+
+    Attributes:
+      system: with its law in the cheapest form.
+      tested: what the largest force is to reach.
+    """
+
+    def __init__(self, system: System, method: Any, tolerance: float, max_steps: int, bar: _Progress):
+        self.system = system.replace(potential=system.potential.at(system.params)).reallocate(keep=True)
+        self.method, self.max_steps, self.bar = method, max_steps, bar
+        self.length, self.stiffness = scales(self.system)
+        self.tested = float(_uncut(self.system, method, tolerance))
+        self.state, self.steps, self.largest, self.room = None, 0, np.inf, 1.25
+
+    @property
+    def unfinished(self) -> bool:
+        return self.largest > self.tested and self.steps < self.max_steps and bool(np.isfinite(self.largest))
+
+    def advance(self, target: float, until: int | None = None) -> None:
+        """The minimiser's steps to a largest force, or up to a number of steps."""
+        until = self.max_steps if until is None else min(until, self.max_steps)
+        system, method = self.system, self.method
+        state = _begin(system.positions, self.stiffness, method) if self.state is None else self.state
+        while self.steps < until and not self.largest <= target:
+            budget = min(STEPS_PER_CALL, until - self.steps)
+            state, pairs, done = _advance_jit(system, state, system.neighbours, target, budget, method)
+            self.steps += int(done)
+            self.largest = float(largest_force(method.forces(state)))
+            system = system.replace(positions=method.positions(state), neighbours=pairs)
+            self.bar.show(self.steps, self.largest)
+            if bool(pairs.overflowed) and np.isfinite(np.asarray(system.positions)).all():
+                self.room = min(1.25 * self.room, 4.0) if int(done) <= 1 else 1.25
+                system = system.reallocate(self.room)
+                # what stood there came from a list that lost pairs
+                state = method.with_forces(state, _forces(system, method))
+                self.largest = float(largest_force(method.forces(state)))
+            elif not np.isfinite(self.largest):
+                break
+        self.system, self.state = system, state
+
+    def descend(self) -> None:
+        """Newton steps, as long as they make headway."""
+        before, self.state = self.steps, None
+        self.system, self.largest, taken = descend(
+            self.system, self.tested, float(self.length), lambda k, force: self.bar.show(before + k, force)
+        )
+        self.steps += taken
+
+
+@jax.jit
+def _contact_force(system: System, length: jax.Array, stiffness: jax.Array) -> jax.Array:
+    """Mean force of the pairs that interact; of a law without pairs, what a hundredth of its length costs."""
+    total, count = jnp.zeros(()), jnp.zeros(())
+    for term in pair_terms(system):
+        size = jnp.abs(pair_forces(term, pair_distances(term, system.positions, system.box)))
+        total, count = total + jnp.sum(size), count + jnp.sum(size > 0)
+    return jnp.where(count > 0, total / jnp.maximum(count, 1), 0.01 * stiffness * length)
 
 
 def _minimize_batch(

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from jax.core import Tracer
 from mdsens._checks import real_array, short
 from mdsens._tables import Shown
 from mdsens.contacts import Network
-from mdsens.implicit.linear import Auto, Method
+from mdsens.implicit.linear import Auto, Direct, Method
 from mdsens.implicit.linear import solve as solve_linear
 from mdsens.implicit.status import (
     InputError,
@@ -31,6 +32,7 @@ from mdsens.implicit.status import (
 )
 from mdsens.relaxation import Equilibrium
 from mdsens.stationarity import (
+    BlockRows,
     NullSpace,
     Unknowns,
     hessian_operator,
@@ -38,6 +40,7 @@ from mdsens.stationarity import (
     mixed_product,
     mixed_transpose,
 )
+from mdsens.stiffness import Stiffness, factorises
 from mdsens.system import System, box_at, unstack
 
 __all__ = [
@@ -116,6 +119,8 @@ class Linearization:
       network: contacts, rattlers, clusters.
       null: the null space.
       solve: the option record of the linear solver.
+      blocks: the Hessian assembled, for products; None for a law that is more than pairs.
+      stiffness: the Hessian on the host with its factor, which the first solve makes; None inside traced code.
     """
 
     equilibrium: Equilibrium
@@ -123,6 +128,21 @@ class Linearization:
     network: Network
     null: NullSpace
     solve: Method = dataclasses.field(default=Auto(), metadata={"static": True})
+    blocks: BlockRows | None = None
+    stiffness: Stiffness | None = dataclasses.field(default=None, metadata={"static": True}, compare=False)
+
+    @property
+    def factorised(self) -> bool:
+        """Whether solves take the sparse factor: what Auto() and Direct() do wherever there is one."""
+        wanted = isinstance(self.solve, Direct) or (isinstance(self.solve, Auto) and jax.default_backend() == "cpu")
+        return wanted and self.stiffness is not None and factorises(self.system) and self.stiffness.factor is not None
+
+    def traced(self) -> Linearization:
+        """What compiled code takes: without the host's part, with the blocks."""
+        held = self.stiffness
+        if held is None:
+            return self
+        return dataclasses.replace(self, stiffness=None, blocks=None if self.factorised else held.blocks)
 
     @property
     def status(self) -> jax.Array:
@@ -153,7 +173,9 @@ def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Li
             f"linearize takes one minimum and got a batch of {eq.system.batch}: give a member, ms.unstack(eq)[0]."
         )
     backbone, net, null = linearisation(eq.system, eq.max_force)
-    lin = Linearization(eq, backbone, net, null.without_idle_turns(), solve)
+    null = null.simplified()
+    held = Stiffness(backbone, null) if backbone.potential.pairwise else None
+    lin = Linearization(eq, backbone, net, null, solve, stiffness=held)
     if throw:
         raise_for_status(Status(int(lin.status)), "this minimum cannot be differentiated", lin)
     return lin
@@ -220,42 +242,77 @@ def _affine(system: System, tangent: Params, positions: jax.Array) -> jax.Array:
     return positions @ jnp.linalg.solve(box.T, change.T)
 
 
-@jax.jit
-def _jvp(lin: Linearization, tangent: Params) -> Response:
-    operator = hessian_operator(lin.system, lin.null)
-    pull = mixed_product(lin.system, tangent)
-    x, stats = solve_linear(operator, jax.tree.map(jnp.negative, pull), lin.solve)
-    rest = x.positions - _affine(lin.system, tangent, lin.system.positions)
+def _jvp_side(lin: Linearization, tangent: Params) -> jax.Array:
+    return -mixed_product(lin.system, tangent).positions
+
+
+def _jvp_response(lin: Linearization, tangent: Params, x: jax.Array, stats: SolveStats) -> Response:
+    rest = x - _affine(lin.system, tangent, lin.system.positions)
     nonaffine = lin.null.project(Unknowns(rest)).positions
-    eq = lin.equilibrium
-    stats = _with_outcome(lin, stats, (x.positions, nonaffine))
-    return Response(x.positions, stats, nonaffine, eq.max_force, lin.network.rattlers)
+    stats = _with_outcome(lin, stats, (x, nonaffine))
+    return Response(x, stats, nonaffine, lin.equilibrium.max_force, lin.network.rattlers)
 
 
-@jax.jit
-def _jvp_many(lin: Linearization, tangents: Params) -> Response:
-    return jax.vmap(_jvp, in_axes=(None, 0))(lin, tangents)
+def _given(lin: Linearization, side: jax.Array) -> jax.Array:
+    return side
 
 
-@jax.jit
-def _vjp(lin: Linearization, cotangent: jax.Array) -> Response:
-    operator = hessian_operator(lin.system, lin.null)
-    x, stats = solve_linear(operator, Unknowns(cotangent), lin.solve)
-    value = jax.tree.map(jnp.negative, mixed_transpose(lin.system, x))
+def _vjp_response(lin: Linearization, cotangent: jax.Array, x: jax.Array, stats: SolveStats) -> Response:
+    value = jax.tree.map(jnp.negative, mixed_transpose(lin.system, Unknowns(x)))
     stats = _with_outcome(lin, stats, value)
     return Response(value, stats, None, lin.equilibrium.max_force, lin.network.rattlers)
 
 
-@jax.jit
-def _vjp_many(lin: Linearization, cotangents: jax.Array) -> Response:
-    return jax.vmap(_vjp, in_axes=(None, 0))(lin, cotangents)
+def _force_response(lin: Linearization, force: jax.Array, x: jax.Array, stats: SolveStats) -> Response:
+    stats = _with_outcome(lin, stats, x)
+    return Response(x, stats, x, lin.equilibrium.max_force, lin.network.rattlers)
 
 
-@jax.jit
-def _response(lin: Linearization, force: jax.Array) -> Response:
-    x, stats = solve_linear(hessian_operator(lin.system, lin.null), Unknowns(force), lin.solve)
-    stats = _with_outcome(lin, stats, x.positions)
-    return Response(x.positions, stats, x.positions, lin.equilibrium.max_force, lin.network.rattlers)
+class _Door(NamedTuple):
+    """A derivative as the right-hand side of its solve, and as what is made of the answer."""
+
+    side: Callable[[Linearization, Any], jax.Array]
+    response: Callable[[Linearization, Any, jax.Array, SolveStats], Response]
+
+
+_JVP, _VJP, _FORCE = _Door(_jvp_side, _jvp_response), _Door(_given, _vjp_response), _Door(_given, _force_response)
+
+
+def _through(door: _Door, lin: Linearization, given: Any, many: bool = False) -> Response:
+    """A door's response to what is given, or to each of many; by the factor on the host, or all of it compiled."""
+    core = lin.traced()
+    if not lin.factorised:
+        return _compiled(core, given, door, many)
+    assert lin.stiffness is not None and isinstance(lin.solve, Auto | Direct)
+    sides = np.asarray(_sides(core, given, door, many))
+    columns = sides.reshape(sides.shape[0] if many else 1, -1).T
+    x, stats = lin.stiffness.solve_many(columns, lin.solve.rtol)
+    if not many:
+        stats = jax.tree.map(lambda leaf: leaf[0], stats)
+    return _responses(core, given, jnp.asarray(x.T.reshape(sides.shape)), stats, door, many)
+
+
+@functools.partial(jax.jit, static_argnames=("door", "many"))
+def _compiled(lin: Linearization, given: Any, door: _Door, many: bool) -> Response:
+    operator = hessian_operator(lin.system, lin.null, lin.blocks)
+
+    def one(given: Any) -> Response:
+        x, stats = solve_linear(operator, Unknowns(door.side(lin, given)), lin.solve)
+        return door.response(lin, given, x.positions, stats)
+
+    return jax.vmap(one)(given) if many else one(given)
+
+
+@functools.partial(jax.jit, static_argnames=("door", "many"))
+def _sides(lin: Linearization, given: Any, door: _Door, many: bool) -> jax.Array:
+    side = functools.partial(door.side, lin)
+    return jax.vmap(side)(given) if many else side(given)
+
+
+@functools.partial(jax.jit, static_argnames=("door", "many"))
+def _responses(lin: Linearization, given: Any, x: jax.Array, stats: SolveStats, door: _Door, many: bool) -> Response:
+    response = functools.partial(door.response, lin)
+    return jax.vmap(response)(given, x, stats) if many else response(given, x, stats)
 
 
 def _judged(result: Response, throw: bool, what: str) -> Response:
@@ -314,7 +371,7 @@ def jvp(
 
         return _judged(_over_members(member, at), throw, "jvp")
     lin = _linearised(at, solve, throw)
-    return _judged(_jvp(lin, full_tangent(lin.system, dparams)), throw, "jvp")
+    return _judged(_through(_JVP, lin, full_tangent(lin.system, dparams)), throw, "jvp")
 
 
 def _cotangent(system: System, value: Any, name: str) -> jax.Array:
@@ -348,7 +405,7 @@ def vjp(
         whole = _over_members(lambda e, k: vjp(e, _of_member(cotangent, k, shape), solve=solve, throw=False), at)
         return _judged(whole, throw, "vjp")
     lin = _linearised(at, solve, throw)
-    return _judged(_vjp(lin, _cotangent(lin.system, cotangent, "cotangent")), throw, "vjp")
+    return _judged(_through(_VJP, lin, _cotangent(lin.system, cotangent, "cotangent")), throw, "vjp")
 
 
 def response(
@@ -370,7 +427,7 @@ def response(
         whole = _over_members(lambda e, k: response(e, _of_member(force, k, shape), solve=solve, throw=False), at)
         return _judged(whole, throw, "response")
     lin = _linearised(at, solve, throw)
-    return _judged(_response(lin, _cotangent(lin.system, force, "force")), throw, "response")
+    return _judged(_through(_FORCE, lin, _cotangent(lin.system, force, "force")), throw, "response")
 
 
 def _available_memory() -> float:
@@ -457,7 +514,7 @@ def jacobian(
         tangent = {k: jnp.zeros((stop - start, *v.shape), v.dtype) for k, v in system.params.items()}
         return {**tangent, wrt: jnp.asarray(unit.reshape(stop - start, *shape), dtype)}
 
-    flat = _in_chunks(lambda t: _jvp_many(lin, t), directions, size, width)
+    flat = _in_chunks(lambda t: _through(_JVP, lin, t, many=True), directions, size, width)
 
     def shaped(leaf: jax.Array) -> jax.Array:
         return jnp.moveaxis(leaf, 0, -1).reshape(*leaf.shape[1:], *shape)
@@ -528,7 +585,7 @@ def gradient(
         part = cotangents[start:stop]
         return jnp.concatenate([part, jnp.zeros((stop - start - part.shape[0], *part.shape[1:]), part.dtype)])
 
-    flat = _in_chunks(lambda w: _vjp_many(lin, w), rows, count, width)
+    flat = _in_chunks(lambda w: _through(_VJP, lin, w, many=True), rows, count, width)
     total = {k: (flat.value[k] + direct[k]).reshape(*value.shape, *direct[k].shape[1:]) for k in direct}
     finite = [jnp.all(jnp.isfinite(t), axis=tuple(range(value.ndim, t.ndim))) for t in total.values()]
     stats = jax.tree.map(lambda leaf: leaf.reshape(value.shape), flat.stats)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,12 +13,13 @@ import numpy as np
 import scipy.sparse as sp
 
 from mdsens import contacts
-from mdsens.boxes import nearest_image
+from mdsens.boxes import components, nearest_images
 from mdsens.contacts import Network
 from mdsens.implicit.linear import Operator
-from mdsens.system import System, pair_terms, potential_energy
+from mdsens.system import CHUNK, System, energy_slope, row_terms
 
 __all__ = [
+    "BlockRows",
     "NullSpace",
     "Unknowns",
     "dense_hessian",
@@ -53,11 +55,7 @@ class Unknowns:
 
 def gradient(system: System, x: Unknowns, params: Params) -> Unknowns:
     """F(x, params) = dU/dx."""
-
-    def energy(unknowns: Unknowns) -> jax.Array:
-        return potential_energy(system, unknowns.positions, params)
-
-    return jax.grad(energy)(x)
+    return Unknowns(energy_slope(system, params)(x.positions))
 
 
 @jax.jit
@@ -88,15 +86,15 @@ class NullSpace:
 
     Attributes:
       rattlers: (n,).
-      labels: (n,) cluster of each particle.
-      counts: (n,) particles in the cluster of that label, at least 1.
+      labels: (n,) cluster of each particle; None where all that are no rattlers are one cluster, which cannot turn.
+      counts: (n,) particles in the cluster of that label, at least 1; of the one cluster, a number.
       arms: (n, d) positions from their cluster's centroid, zero where it cannot turn; None where none can.
       inverse_inertia: (n, k, k) pseudo-inverse of each label's inertia, k = 1 in 2-D and 3 in 3-D; None likewise.
       motions: (k, n, d) orthonormal motions, or zeros, in place of those of clusters; None where the law is of pairs.
     """
 
     rattlers: jax.Array
-    labels: jax.Array
+    labels: jax.Array | None
     counts: jax.Array
     arms: jax.Array | None = None
     inverse_inertia: jax.Array | None = None
@@ -108,6 +106,9 @@ class NullSpace:
         if self.motions is not None:
             shares = jnp.sum(self.motions * v, axis=(1, 2))
             return dataclasses.replace(x, positions=v - jnp.tensordot(shares, self.motions, axes=1))
+        if self.labels is None:
+            mean = jnp.sum(v, axis=0) / self.counts
+            return dataclasses.replace(x, positions=jnp.where(self.rattlers[:, None], 0.0, v - mean))
         mean = self._total(v) / self.counts[:, None]
         v = v - mean[self.labels]
         if self.arms is not None and self.inverse_inertia is not None:
@@ -119,27 +120,38 @@ class NullSpace:
 
     def dimensions(self, d: int) -> tuple[int, int, int]:
         """How many directions in d dimensions are of rattlers, are translations, are rotations. Host code."""
-        loose, labels = np.asarray(self.rattlers), np.asarray(self.labels)
+        loose = np.asarray(self.rattlers)
         free = d * int(loose.sum())
+        if self.labels is None:
+            return free, d, 0
         if self.motions is not None:
             rows = np.asarray(self.motions)
             total = round(float(np.sum(rows**2)))
             along = np.linalg.svd(rows.sum(axis=1) / np.sqrt(rows.shape[1]), compute_uv=False)
             translations = int(np.sum(along > 1 - 1e-6))
             return free, translations, total - translations
-        clusters, rotations = np.unique(labels[~loose]), 0
+        clusters, rotations = np.unique(np.asarray(self.labels)[~loose]), 0
         if self.inverse_inertia is not None:
             rotations = int(np.linalg.matrix_rank(np.asarray(self.inverse_inertia)[clusters], hermitian=True).sum())
         return free, d * clusters.size, rotations
 
-    def without_idle_turns(self) -> NullSpace:
-        """The same where something can turn; else without arms, to spare every projection the work. Host code."""
-        if self.inverse_inertia is None or bool(jnp.any(self.inverse_inertia != 0)):
+    def simplified(self) -> NullSpace:
+        """The same without arms where nothing can turn, without labels where there is one cluster. Host code.
+
+        It spares every projection their work.
+        """
+        if self.inverse_inertia is not None and bool(jnp.any(self.inverse_inertia != 0)):
             return self
-        return dataclasses.replace(self, arms=None, inverse_inertia=None)
+        if self.motions is not None or self.labels is None:
+            return self
+        plain = dataclasses.replace(self, arms=None, inverse_inertia=None)
+        found = np.unique(np.asarray(self.labels)[~np.asarray(self.rattlers)])
+        if found.size != 1:
+            return plain
+        return dataclasses.replace(plain, labels=None, counts=self.counts[found[0]])
 
     def _total(self, v: jax.Array) -> jax.Array:
-        return jnp.zeros((self.labels.shape[0], v.shape[1]), v.dtype).at[self.labels].add(v)
+        return jnp.zeros_like(v).at[self.labels].add(v)
 
 
 def _cross(arms: jax.Array, v: jax.Array) -> jax.Array:
@@ -218,9 +230,52 @@ def _hessian_product(system: System) -> Any:
     return jax.linearize(lambda y: gradient(system, y, system.params), x)[1]
 
 
-def hessian_operator(system: System, null: NullSpace) -> Operator:
-    """H = d2U/dx2 as products, linearised once at the system's positions, with its null space."""
-    return Operator(_hessian_product(system), symmetric=True, positive_semidefinite=True, project=null.project)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BlockRows:
+    """H as the blocks of the pairs that interact, for products: H x at i is sum_k blocks[:, :, k, i] x_rows[k, i].
+
+    Attributes:
+      rows: (k, n) particles, padded with n; the first is i itself.
+      blocks: (d, d, k, n), zero on padding.
+    """
+
+    rows: jax.Array
+    blocks: jax.Array
+
+    @classmethod
+    def of(cls, matrix: Any, d: int) -> BlockRows:
+        """The blocks of a sparse matrix; as many rows as its fullest particle, up to a multiple of 4."""
+        blocked = matrix.tobsr((d, d))
+        n, counts = matrix.shape[0] // d, np.diff(blocked.indptr)
+        at = np.arange(blocked.indices.size) - np.repeat(blocked.indptr[:-1], counts)
+        of = np.repeat(np.arange(n), counts)
+        capacity = 4 * math.ceil(counts.max(initial=1) / 4)
+        rows, blocks = np.full((capacity, n), n, np.int32), np.zeros((d, d, capacity, n))
+        rows[at, of], blocks[:, :, at, of] = blocked.indices, np.moveaxis(blocked.data, 0, -1)
+        return cls(jnp.asarray(rows), jnp.asarray(blocks))
+
+    def product(self, v: Unknowns) -> Unknowns:
+        """H v; gathers alone, a few rows at a time (see mdsens.system.CHUNK)."""
+        x, d = components(v.positions), self.blocks.shape[0]
+        total = [jnp.zeros_like(c) for c in x]
+        for start in range(0, self.rows.shape[0], CHUNK):
+            some = slice(start, start + CHUNK)
+            others = [c[self.rows[some]] for c in x]  # past the end of x, the last: its block is zero
+            for a in range(d):
+                parts = sum(self.blocks[a, b, some] * others[b] for b in range(d))
+                total[a] = total[a] + jnp.sum(parts, axis=0)
+        return Unknowns(jnp.stack(total, axis=-1))
+
+
+def hessian_operator(system: System, null: NullSpace, blocks: BlockRows | None = None) -> Operator:
+    """H = d2U/dx2 as products, linearised once at the system's positions, with its null space.
+
+    Args:
+      blocks: H as its blocks, where it is assembled.
+    """
+    product = _hessian_product(system) if blocks is None else blocks.product
+    return Operator(product, symmetric=True, positive_semidefinite=True, project=null.project)
 
 
 @jax.jit
@@ -234,40 +289,54 @@ def dense_hessian(system: System) -> jax.Array:
 
 @jax.jit
 def _pair_blocks(system: System) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
-    """i, j and the block d2phi/dv2 (m, d, d) of each pair of each term, v the vector between the two."""
-    box, blocks = system.box, []
-    for term in pair_terms(system):
-        vectors = nearest_image(system.positions[term.i] - system.positions[term.j], box)
-        vectors = jnp.where(term.mask[:, None], vectors, 1.0)
+    """i, j and the block d2phi/dv2 (d, d, …) of each pair of each term, v the vector between the two.
 
-        def slope(v: jax.Array, term: Any = term) -> jax.Array:
-            return jax.grad(lambda u: jnp.sum(term.energy(jnp.sqrt(jnp.sum(u**2, axis=-1)))))(v)
+    Of the list, each pair comes twice, as a row of each of its particles.
+    """
+    images, x, d = nearest_images(system.box), components(system.positions), system.dimension
+    blocks = []
+    for term in row_terms(system):
+        apart = images(tuple(c[term.i] - c[term.j] for c in x))
+        apart = tuple(jnp.where(term.mask, v, 1.0) for v in apart)
+
+        def slope(v: Any, term: Any = term) -> Any:
+            return jax.grad(lambda u: jnp.sum(term.energy(jnp.sqrt(sum(c * c for c in u)))))(v)
 
         # pairs do not know of each other, so one product gives a column of every pair's block
-        columns = [
-            jax.jvp(slope, (vectors,), (jnp.zeros_like(vectors).at[:, a].set(1.0),))[1] for a in range(system.dimension)
+        units = [
+            tuple(jnp.ones_like(v) if a == b else jnp.zeros_like(v) for b, v in enumerate(apart)) for a in range(d)
         ]
-        blocks.append((term.i, term.j, jnp.stack(columns, axis=-1)))
+        columns = [jnp.stack(jax.jvp(slope, (apart,), (unit,))[1]) for unit in units]
+        blocks.append((term.i, term.j, jnp.stack(columns, axis=1)))
     return blocks
 
 
-def sparse_hessian(system: System) -> sp.csc_array | None:
+def sparse_hessian(system: System) -> sp.csr_array | None:
     """H as a scipy sparse matrix (n d, n d), from the pairs that interact; None for laws that are more than pairs."""
     if not system.potential.pairwise:
         return None
     n, d = system.n, system.dimension
-    rows, columns, entries = [], [], []
-    axes = np.arange(d)
-    for i, j, block in _pair_blocks(system):
-        block = np.asarray(block, float)
-        some = np.any(block != 0, axis=(1, 2))
-        i, j, block = np.asarray(i)[some], np.asarray(j)[some], block[some]
-        for a, b, sign in ((i, i, 1.0), (j, j, 1.0), (i, j, -1.0), (j, i, -1.0)):
-            rows.append(np.broadcast_to((a[:, None] * d + axes)[:, :, None], block.shape).ravel())
-            columns.append(np.broadcast_to((b[:, None] * d + axes)[:, None, :], block.shape).ravel())
-            entries.append((sign * block).ravel())
-    where = (np.concatenate(rows), np.concatenate(columns)) if rows else (np.zeros(0, int), np.zeros(0, int))
-    return sp.coo_array((np.concatenate(entries) if rows else np.zeros(0), where), shape=(n * d, n * d)).tocsc()
+    rows = system.neighbours
+    rows = rows.resized(min(4 * math.ceil(int(rows.used) / 4), rows.rows.shape[0]))
+    fixed = system.replace(potential=system.potential.at(system.params), neighbours=rows)
+    firsts, seconds, blocks = [np.zeros(0, int)], [np.zeros(0, int)], [np.zeros((0, d, d))]
+    for i, j, block in _pair_blocks(fixed):
+        block, j = np.asarray(block, float), np.asarray(j)
+        some = np.any(block != 0, axis=(0, 1))
+        found = np.ascontiguousarray(np.moveaxis(block[:, :, some], -1, 0))
+        one, other = np.broadcast_to(np.asarray(i), j.shape)[some], j[some]
+        twice = j.ndim == 1  # a list of bonds has each pair once
+        firsts += [one, other] if twice else [one]
+        seconds += [other, one] if twice else [other]
+        blocks += [found, found] if twice else [found]
+    first, second, block = np.concatenate(firsts), np.concatenate(seconds), np.concatenate(blocks)
+    own = np.stack([np.bincount(first, block[:, a, b], n) for a in range(d) for b in range(d)], axis=-1)
+    order = np.argsort(first, kind="stable")
+    counts = np.bincount(first, minlength=n)
+    pointers = np.concatenate([[0], np.cumsum(counts)])
+    off = sp.bsr_array((-block[order], second[order], pointers), shape=(n * d, n * d))
+    diagonal = sp.bsr_array((own.reshape(n, d, d), np.arange(n), np.arange(n + 1)), shape=(n * d, n * d))
+    return (off + diagonal).tocsr()
 
 
 @jax.jit

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mdsens.implicit import eigen
-from mdsens.implicit._sparse import SHIFT, SparseFactor, bound, solve_on_range
+from mdsens.implicit._sparse import SHIFT, SparseFactor, bound, dissection, solve_on_range
 from mdsens.implicit.eigen import Spectrum
 from mdsens.implicit.linear import Auto, solve
-from mdsens.implicit.status import Status
-from mdsens.stationarity import NullSpace, Unknowns, hessian_operator, sparse_hessian
+from mdsens.implicit.status import SolveStats, Status
+from mdsens.stationarity import BlockRows, NullSpace, Unknowns, hessian_operator, sparse_hessian
 from mdsens.system import System
 
-__all__ = ["Stiffness", "participation"]
+__all__ = ["Stiffness", "factorises", "participation"]
 
 # Factorising fills in: in 3-D its time goes with the square of n, 13 s at 8,192 particles, where a solve by CG takes 1.
 FACTOR_PARTICLES_3D = 4000
+# Up to here minimum degree, which SuperLU has, takes no longer than METIS.
+MINIMUM_DEGREE_PARTICLES = 3000
+
+
+def factorises(system: System) -> bool:
+    """Whether the Hessian is assembled and factorised: of pairs, in double precision, and where it does not fill in."""
+    small = system.dimension == 2 or system.n <= FACTOR_PARTICLES_3D
+    return small and system.potential.pairwise and system.positions.dtype == jnp.float64
 
 
 @jax.jit
@@ -61,18 +70,46 @@ class Stiffness:
 
     def __init__(self, system: System, null: NullSpace):
         self.system, self.null = system, null
-        self.matrix = sparse_hessian(system)
-        self._factorise = system.dimension == 2 or system.n <= FACTOR_PARTICLES_3D
+        self._factorise = factorises(system)
+
+    @functools.cached_property
+    def matrix(self) -> Any:
+        """H as a scipy sparse matrix; None where the law is more than pairs."""
+        return sparse_hessian(self.system)
+
+    @functools.cached_property
+    def blocks(self) -> BlockRows | None:
+        """For products on the device; None where H is not assembled."""
+        single = self.system.positions.dtype != jnp.float64
+        return None if single or self.matrix is None else BlockRows.of(self.matrix, self.system.dimension)
+
+    @functools.cached_property
+    def order(self) -> np.ndarray | None:
+        """Of the rows of H, in which its factor stays sparse; None for SuperLU's own, as good for few particles."""
+        return dissection(self.matrix, self.system.dimension) if self.system.n > MINIMUM_DEGREE_PARTICLES else None
 
     @functools.cached_property
     def factor(self) -> SparseFactor | None:
-        """Of H plus a small shift; None where it is not assembled, or would fill in too much."""
+        """Of H with its null space held; None where it is not assembled, or would fill in too much."""
         if self.matrix is None or not self._factorise:
             return None
         try:
-            return SparseFactor(self.matrix, SHIFT * (bound(self.matrix) or 1.0))
-        except RuntimeError:  # exactly singular, shift and all
+            return SparseFactor(self.matrix, self._hold(), self.order)
+        except RuntimeError:  # exactly singular, held and all
             return None
+
+    def _hold(self) -> float | np.ndarray:
+        """What is added to the diagonal: where nothing turns, springs on the rattlers and on one particle of each
+        cluster, which do not change what a right-hand side without a part in the null space does; else a small shift.
+        """
+        scale, null = bound(self.matrix) or 1.0, self.null
+        null = null.simplified()
+        if null.motions is not None or null.arms is not None:
+            return SHIFT * scale
+        rattlers = np.asarray(null.rattlers)
+        labels = np.full(rattlers.size, np.argmin(rattlers)) if null.labels is None else np.asarray(null.labels)
+        held = rattlers | (labels == np.arange(labels.size))
+        return np.repeat(np.where(held, scale, 0.0), self.system.dimension)
 
     def project(self, columns: np.ndarray) -> np.ndarray:
         """The columns of (m, c), or one (m,), off the null space."""
@@ -89,15 +126,35 @@ class Stiffness:
         """H x = b on the range, for b (n, d): ``(x, relative residual, status)``; to ``rtol`` where there is no factor,
         which gives round-off.
         """
-        shape = self.system.positions.shape
         if self.factor is not None:
-            flat = np.asarray(b, float).ravel()
-            x, residual = solve_on_range(self.matrix, self.factor, self.project, flat)
-            eps = float(jnp.finfo(self.system.positions.dtype).eps)  # that of the projections
-            limited = Status.ROUND_OFF_LIMITED if residual <= 100.0 * eps else Status.STAGNATED
-            return x.reshape(shape), residual, Status.CONVERGED if residual <= 1e-10 else limited
+            x, stats = self.solve_many(np.asarray(b, float).reshape(-1, 1), 1e-15)
+            residual = float(stats.residual[0])
+            good = residual <= 1e-10 and stats.status[0] == Status.STAGNATED
+            return x.reshape(b.shape), residual, Status.CONVERGED if good else Status(int(stats.status[0]))
         x, residual, code = _solve(self.system, self.null, jnp.asarray(b), rtol)
         return np.asarray(x), float(residual), Status(int(code))
+
+    def solve_many(self, columns: np.ndarray, rtol: float) -> tuple[np.ndarray, SolveStats]:
+        """H x = b by the factor, for the columns b of (m, c): x, and stats with an entry a column.
+
+        The status is INDEFINITE where H has a negative eigenvalue, whatever the right-hand side.
+        """
+        assert self.matrix is not None and self.factor is not None
+        eps = float(jnp.finfo(self.system.positions.dtype).eps)  # that of the projections
+        whole = np.linalg.norm(columns, axis=0)
+        kept = self.project(columns)
+        share = np.linalg.norm(kept, axis=0) / np.where(whole > 0, whole, 1.0)
+        dropped = np.linalg.norm(columns - kept, axis=0) / np.where(whole > 0, whole, 1.0)
+        kept = np.where(share > 8 * eps, kept, 0.0)  # the rest is round-off, and its solution would be noise
+        x, residual = solve_on_range(self.matrix, self.factor, self.project, kept, min(rtol, 1e-12))
+        status = np.where(dropped > eps**0.5, Status.NULL_COMPONENT_DROPPED.value, Status.CONVERGED.value)
+        limited = np.where(residual <= 100.0 * eps, Status.ROUND_OFF_LIMITED.value, Status.STAGNATED.value)
+        status = np.where(residual <= rtol, status, limited)
+        if self.factor.negative != 0:
+            status = np.where(share > 8 * eps, Status.INDEFINITE.value, status)
+        status = np.where(np.isfinite(whole) & np.isfinite(x).all(axis=0), status, Status.NOT_FINITE.value)
+        rounds = np.full(status.shape, 1, np.int32)
+        return x, SolveStats(status.astype(np.int32), residual, rounds, dropped, "sparse factor")  # type: ignore[arg-type]
 
     def _precondition(self) -> Callable[[np.ndarray], np.ndarray] | None:
         """The inverse of each particle's own block of H, made positive; None where H is not assembled."""
@@ -122,6 +179,7 @@ class Stiffness:
             project=self.project,
             null=sum(self.null.dimensions(self.system.dimension)),
             matrix=self.matrix if self._factorise else None,
+            order=self.order if self._factorise and self.matrix is not None else None,
             precondition=self._precondition(),
             dtype=self.system.positions.dtype,
             floor=floor,

@@ -177,6 +177,8 @@ def _encode(value: Any, where: str, arrays: dict[str, np.ndarray]) -> Any:
 
     if isinstance(value, Mapping):
         return {"dict": {k: _encode(v, inside(k), arrays) for k, v in value.items()}}
+    if isinstance(value, tuple):
+        return {"tuple": [_encode(v, inside(str(k)), arrays) for k, v in enumerate(value)]}
     if isinstance(value, boxes.BoxFunction):
         return {"user": "box"}
     if type(value) in _RECORDS.values():
@@ -302,6 +304,8 @@ def _decode(node: Any, source: _Source | None) -> Any:
         return source.array(node)
     if "dict" in node:
         return {k: _decode(v, source) for k, v in node["dict"].items()}
+    if "tuple" in node:
+        return tuple(_decode(v, source) for v in node["tuple"])
     if node.get("user") == "box":
         if source.box is None:
             raise InputError(

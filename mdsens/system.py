@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +18,18 @@ from mdsens.implicit.status import InputError, require_sound_jax
 from mdsens.laws import PairTerm, check_params
 from mdsens.neighbours import Neighbours
 
-__all__ = ["System", "pair_distances", "pair_terms", "potential_energy", "stack", "unstack"]
+__all__ = [
+    "System",
+    "energy_slope",
+    "listed",
+    "pair_distances",
+    "pair_lengths",
+    "pair_terms",
+    "potential_energy",
+    "row_terms",
+    "stack",
+    "unstack",
+]
 
 Params = Mapping[str, Any]
 
@@ -108,8 +119,7 @@ class System(Shown):
             raise InputError(f"potential is {short(potential)}: give a law, such as ms.potentials.soft_sphere().")
         check_params(potential, values, n, count)
         rule = boxes.box_rule(box, dimension, floats.dtype)
-        empty = Neighbours(jnp.zeros((2, 0), jnp.int32), None, None, jnp.asarray(jnp.inf), jnp.zeros((), bool))
-        system = cls(floats, values, rule, potential, species, empty, count)
+        system = cls(floats, values, rule, potential, species, neighbours.all_pairs(n).resized(0), count)
         if isinstance(rule, boxes.BoxFunction):  # the user's function: check what it returns
             cell = np.asarray(real_array("what the box function returns", system.box, "return a matrix of numbers."))
             if cell.shape != (dimension, dimension):  # a length alone would do for a fixed box, not here
@@ -175,16 +185,45 @@ class System(Shown):
           room: capacity over what is needed now.
           keep: keep the present list where it is still complete, and its capacity where it is not.
         """
-        old, box, needed = self.neighbours, self.box, self.range
-        if keep and (old.complete or float(needed) > 0):
-            if not old.complete or float(needed) < np.inf:
-                fresh, _ = neighbours.update(
-                    dataclasses.replace(old, overflowed=jnp.zeros((), bool)), self.positions, box, needed
-                )
-                if not bool(fresh.overflowed):
-                    return self.replace(neighbours=fresh)
-        found = neighbours.allocate(self.positions, box, float(needed), room, like=old if keep else None)
+        old, at = self.neighbours, (self.positions, self.box, pair_lengths(self), self.range)
+        if keep and bool(neighbours.serves(old, *at)):
+            return self
+        like = old if keep else None
+        found = neighbours.allocate(*at[:3], float(at[3]), room, like)
         return self.replace(neighbours=found)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PairLengths:
+    """(i, j) -> l_ij, the length beyond which the two do not interact; a pytree whose leaves are the parameters."""
+
+    potential: Any
+    params: dict[str, jax.Array]
+    species: jax.Array | None
+    n: int = dataclasses.field(metadata={"static": True})
+    species_count: int = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, i: jax.Array, j: jax.Array) -> Any:
+        return self.potential.lengths(self.params, (i, j), self.n, self.species, self.species_count)
+
+
+def pair_lengths(system: System) -> PairLengths:
+    """l_ij at the system's parameters."""
+    count, species, params = system.species_count, system.species, dict(system.params)
+    for name, value in params.items():  # one value a particle in place of one a species is one look-up in place of two
+        if species is not None and value.ndim == 1 and value.shape[0] == count:
+            params[name] = value[species]
+    return PairLengths(system.potential, params, species, system.n, 0)
+
+
+def listed(system: System, positions: jax.Array | None = None, **how: Any) -> tuple[Neighbours, jax.Array]:
+    """The system's list brought up to date at ``positions``, its own where None; and whether it was rebuilt.
+
+    Traceable. ``how`` goes to :func:`mdsens.neighbours.update`.
+    """
+    at = system.positions if positions is None else positions
+    return neighbours.update(system.neighbours, at, system.box, pair_lengths(system), system.range, **how)
 
 
 def _as_params(params: Params, dtype: Any) -> dict[str, jax.Array]:
@@ -234,6 +273,17 @@ def _deform(vectors: jax.Array, strain: jax.Array | None) -> jax.Array:
     return vectors if strain is None else vectors + vectors @ strain.T
 
 
+def row_terms(system: System, params: Params | None = None) -> tuple[PairTerm, ...]:
+    """The same, with the pairs of the list as rows of each particle's neighbours; bonds stay a list."""
+    return system.potential.terms(
+        system.params if params is None else params,
+        (jnp.arange(system.n, dtype=jnp.int32)[None], system.neighbours.rows),
+        system.n,
+        system.species,
+        system.species_count,
+    )
+
+
 def pair_distances(
     term: PairTerm, positions: jax.Array, box: jax.Array | None, strain: jax.Array | None = None
 ) -> jax.Array:
@@ -259,15 +309,81 @@ def potential_energy(
     """
     positions = system.positions if positions is None else positions
     params = system.params if params is None else params
-    box = box_at(system, params)
+    return _energy(system, pair_terms(system, params), positions, params, box_at(system, params), strain)
+
+
+def _energy(
+    system: System,
+    terms: Iterable[PairTerm],
+    positions: jax.Array,
+    params: Params,
+    box: jax.Array | None,
+    strain: jax.Array | None = None,
+) -> jax.Array:
+    """The energy of some pair-like parts, and of what is more than pairs."""
     total = jnp.zeros((), positions.dtype)
-    for term in pair_terms(system, params):
+    for term in terms:
         total = total + jnp.sum(term.energy(pair_distances(term, positions, box, strain)))
 
     def displacement(a: jax.Array, b: jax.Array, **_: Any) -> jax.Array:
         return _deform(boxes.nearest_image(a - b, box), strain)
 
     return total + system.potential.many_body(positions, params, displacement)
+
+
+# Rows that are summed at a time, and numbers of rows that have a sum of their own: XLA on a CPU takes ten times as long
+# over a sum of all rows of a start's fullest particle at once, most of which are empty once the system has relaxed.
+CHUNK, TIERS = 4, (8, 12, 16)
+
+
+def energy_slope(system: System, params: Params | None = None) -> Callable[[jax.Array], jax.Array]:
+    """R -> dU/dR, (n, d) both. Made once, so that a loop over R computes all that does not depend on R beforehand.
+
+    What the pairs of the list contribute is summed over each particle's row, dU/dR_i = sum_k d phi(|v_ik|) / d v_ik,
+    where automatic differentiation of U would scatter every pair's force to two particles.
+
+    Args:
+      system: its list is taken as complete.
+      params: the system's where None.
+    """
+    params = system.params if params is None else params
+    box, terms = box_at(system, params), row_terms(system, params)
+    images = boxes.nearest_images(box, system.boundary.orthogonal)
+    bonds = [term for term in terms if term.j.ndim == 1]
+    listed = [term for term in terms if term.j.ndim == 2]
+    capacity = system.neighbours.rows.shape[0]
+    tiers = [*(k for k in TIERS if k < capacity), capacity]
+    tier = jnp.sum(system.neighbours.used > jnp.asarray(tiers[:-1], jnp.int32))
+
+    @jax.jit
+    def of_chunk(parts: list[Any], x: boxes.Components) -> boxes.Components:
+        total = tuple(jnp.zeros_like(c) for c in x)
+        for term, (j, mask, values) in zip(listed, parts, strict=True):
+            part = term._replace(j=j, mask=mask, values=values)
+            slopes = jax.grad(functools.partial(_row_energy, part))(images(tuple(c - c[j] for c in x)))
+            total = tuple(t + jnp.sum(s, axis=0) for t, s in zip(total, slopes, strict=True))
+        return total
+
+    def of_rows(count: int, x: boxes.Components) -> boxes.Components:
+        total = tuple(jnp.zeros_like(c) for c in x)
+        for start in range(0, count, CHUNK):
+            some = [term.rows(slice(start, min(start + CHUNK, count))) for term in listed]
+            part = of_chunk([(term.j, term.mask, term.values) for term in some], x)
+            total = tuple(t + s for t, s in zip(total, part, strict=True))
+        return total
+
+    def slope(positions: jax.Array) -> jax.Array:
+        total = jax.grad(lambda R: _energy(system, bonds, R, params, box))(positions)
+        if listed:
+            forms = [functools.partial(of_rows, count) for count in tiers]
+            total = total + jnp.stack(jax.lax.switch(tier, forms, boxes.components(positions)), axis=-1)
+        return total
+
+    return slope
+
+
+def _row_energy(term: PairTerm, apart: boxes.Components) -> jax.Array:
+    return jnp.sum(term.energy(jnp.sqrt(jnp.where(term.mask, sum(v * v for v in apart), 1.0))))
 
 
 def _check_coincident(system: System) -> None:
@@ -319,34 +435,16 @@ def stack(systems: list[System] | tuple[System, ...]) -> System:
 
 def _same_lists(systems: list[System]) -> list[System]:
     """The systems with lists of one shape that hold every pair of each."""
-    lists = [s.neighbours for s in systems]
-    capacity, cells = max(x.pairs.shape[1] for x in lists), min(x.cells for x in lists)
-    cell_capacity = 0
-    if cells:  # those of the coarsest grid hold more than those of a finer one
-        lattices: list[Any] = [s.neighbours.reference_box if s.box is None else s.box for s in systems]
-        fullest = [neighbours.fullest_cell(s.positions, b, cells) for s, b in zip(systems, lattices, strict=True)]
-        cell_capacity = max([math.ceil(1.25 * max(fullest)), *(x.cell_capacity for x in lists if x.cells == cells)])
-    while True:
-        shape = dataclasses.replace(
-            lists[0],
-            pairs=jnp.full((2, capacity), systems[0].n, jnp.int32),
-            cells=cells,
-            cell_capacity=cell_capacity,
-        )
-        fitted = [_refit(s, shape) for s in systems]
-        if not any(bool(x.overflowed) for x in fitted):
-            return [s.replace(neighbours=x) for s, x in zip(systems, fitted, strict=True)]
-        capacity, cell_capacity = math.ceil(1.25 * capacity), math.ceil(1.25 * cell_capacity)
-
-
-def _refit(system: System, shape: Neighbours) -> Neighbours:
-    """The system's list rebuilt in another list's capacities."""
-    own = system.neighbours
-    assert own.reference is not None  # complete lists have no capacity to fit
-    stale = dataclasses.replace(
-        shape, reference=own.reference + 2.0 * own.reach, reference_box=own.reference_box, reach=own.reach
-    )
-    return neighbours.update(stale, system.positions, system.box, system.range)[0]
+    cells = tuple(min(along) for along in zip(*(s.neighbours.cells for s in systems), strict=True))
+    lists = []
+    for s in systems:
+        lattice: Any = s.neighbours.reference_box if s.box is None else s.box
+        lists.append(neighbours.fitted(s.positions, s.box, lattice, pair_lengths(s), float(s.range), cells))
+    capacity, run_capacity = (max(k) for k in zip(*((x.rows.shape[0], x.run_capacity) for x in lists), strict=True))
+    return [
+        s.replace(neighbours=dataclasses.replace(x.resized(capacity), run_capacity=run_capacity))
+        for s, x in zip(systems, lists, strict=True)
+    ]
 
 
 def unstack(batch: Any) -> list[Any]:

@@ -37,6 +37,7 @@ ORDER = [
     ["contacts"],
     ["stationarity"],
     ["stiffness"],
+    ["newton"],
     ["observables"],
     # the root and its derivative
     ["minimisers"],
@@ -162,7 +163,7 @@ def test_slow_imports_are_inside_functions(package):
 
 def test_jax_md_has_few_doors():
     doors = {name for name, found in IMPORTS.items() if any(i.module.split(".")[0] == "jax_md" for i in found)}
-    assert doors == {"neighbours", "minimisers", "_doctor"}  # lists, minimisers, the check of an installation
+    assert doors == {"minimisers", "_doctor"}  # minimisers, the check of an installation
 
 
 def test_these_checks_can_fail():

@@ -14,7 +14,7 @@ from conftest import packing
 
 import mdsens as ms
 from mdsens import neighbours
-from mdsens.system import potential_energy
+from mdsens.system import listed, pair_lengths, potential_energy
 
 N = 100
 CELL_2D = np.array([[7.2, -1.5], [2.0, 7.6]])  # not triangular
@@ -67,12 +67,27 @@ def brute_force(s: ms.System):
     return 0.25 * np.sum(overlap**2), -np.sum((overlap / mean / r)[:, :, None] * apart, axis=1)
 
 
-def lost(s: ms.System, pairs, positions, box, reach) -> int:
-    """How many pairs nearer than ``reach`` are not on a list."""
+def lost(s: ms.System, found: neighbours.Neighbours, positions, box, skin=0.0) -> int:
+    """How many pairs nearer than the length they interact at, and a skin, are not in the rows of both."""
     r = np.linalg.norm(vectors(positions, box), axis=2)
-    i, j = np.nonzero(np.triu(r < reach, 1))
-    listed = {tuple(sorted(p)) for p in np.asarray(pairs).T.tolist()}
-    return len({(a, b) for a, b in zip(i.tolist(), j.tolist(), strict=True)} - listed)
+    i, j = np.nonzero(~np.eye(s.n, dtype=bool) & (r < lengths(s) + skin))
+    columns, rows = np.broadcast_to(np.arange(s.n), found.rows.shape), np.asarray(found.rows)
+    listed = set(zip(columns.ravel().tolist(), rows.ravel().tolist(), strict=True))
+    return len(set(zip(i.tolist(), j.tolist(), strict=True)) - listed)
+
+
+def lengths(s: ms.System) -> np.ndarray:
+    """(n, n) mean diameters."""
+    assert s.diameters is not None
+    sigma = np.asarray(s.diameters)
+    return 0.5 * (sigma[:, None] + sigma[None])
+
+
+def update(s: ms.System, found=None, positions=None, box=None, **how):
+    """The list ``found`` brought up to date, in the system's cell and at its positions where not given."""
+    at = s.positions if positions is None else positions
+    cell = s.box if box is None else box
+    return neighbours.update(s.neighbours if found is None else found, at, cell, pair_lengths(s), s.range, **how)
 
 
 def agrees(s: ms.System) -> None:
@@ -92,7 +107,8 @@ def test_energy_and_gradient_by_a_list_are_those_of_all_pairs(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_pair_is_listed_once(name):
-    pairs = np.asarray(system(name).neighbours.pairs)
+    pairs, rows = np.asarray(system(name).neighbours.pairs), np.asarray(system(name).neighbours.rows)
+    assert pairs.shape[1] == rows.size and 2 * np.sum(pairs[0] < system(name).n) == np.sum(rows < system(name).n)
     real = np.sort(pairs[:, pairs[0] < system(name).n], axis=0)
     assert np.all(real[0] != real[1])
     assert len({tuple(p) for p in real.T.tolist()}) == real.shape[1]
@@ -118,9 +134,10 @@ def test_positions_on_the_faces_of_the_cell_are_found():
 def test_allocation_ends_where_the_first_cell_is_the_fullest():
     places = np.random.default_rng(0).random((120, 2)) * [1.0, 8.0]
     places[:, 0] = np.where(np.arange(120) % 2, -1e-18, 0.01)  # half of them wrap to the other side
-    roomy = dataclasses.replace(system("random 2-D").neighbours, pairs=jnp.zeros((2, 2000), jnp.int32))
-    found = neighbours.allocate(jnp.asarray(places), 8.0 * jnp.eye(2), 0.5, like=roomy)
-    assert found.cells and lost(system("random 2-D"), found.pairs, places, 8.0 * np.eye(2), 0.5) == 0
+    s = ms.System.create(places, 8.0, ms.potentials.soft_sphere(), {"sigma": 0.5, "epsilon": 1.0, "alpha": 2.0})
+    roomy = system("random 2-D").neighbours.resized(90)
+    found = neighbours.allocate(s.positions, s.box, pair_lengths(s), 0.5, like=roomy)
+    assert found.cells and found.rows.shape[0] == 90 and lost(s, found, places, s.box, 0.99 * float(found.skin)) == 0
 
 
 # ── updates ──
@@ -131,7 +148,7 @@ def test_no_pair_is_missing_unless_the_list_says_so(name):
     """Random moves of every size, in cells that deform, clumped and spread: complete, or marked."""
     s = system(name)
     rng = np.random.default_rng(11)
-    before, reach = s.neighbours, float(s.range)
+    before = s.neighbours
     seen = {"kept": 0, "rebuilt": 0, "overflowed": 0}
     for trial in range(60):
         size = 10.0 ** rng.uniform(-3, 0.5)
@@ -142,16 +159,16 @@ def test_no_pair_is_missing_unless_the_list_says_so(name):
             positions = positions * rng.uniform(0.2, 1.0)
         positions = jnp.asarray(positions + size * rng.uniform(-1, 1, positions.shape))
         box = None if s.box is None else jnp.asarray(deformation @ np.asarray(s.box))
-        after, rebuilt = neighbours.update(before, positions, box, s.range)
-        assert before.pairs.shape == after.pairs.shape
-        missing = lost(s, after.pairs, positions, box, reach)
+        after, rebuilt = neighbours.update(before, positions, box, pair_lengths(s), s.range)
+        assert before.rows.shape == after.rows.shape
+        missing = lost(s, after, positions, box)
         if bool(after.overflowed):
             seen["overflowed"] += 1
         else:
             assert missing == 0
             seen["rebuilt" if bool(rebuilt) else "kept"] += 1
             if not bool(rebuilt):
-                assert np.array_equal(after.pairs, before.pairs)
+                assert np.array_equal(after.rows, before.rows)
     assert min(seen.values()) > 2, seen
 
 
@@ -159,7 +176,7 @@ def test_a_list_lost_in_moves_would_be_noticed():
     """The check above can fail: without the update, large moves do lose pairs."""
     s = system("random 2-D")
     moved = np.asarray(s.positions) + np.random.default_rng(1).uniform(-1, 1, (N, 2))
-    assert lost(s, s.neighbours.pairs, moved, s.box, float(s.range)) > 5
+    assert lost(s, s.neighbours, moved, s.box) > 5
 
 
 def test_update_inside_of_jit_and_its_energy():
@@ -167,7 +184,7 @@ def test_update_inside_of_jit_and_its_energy():
 
     @jax.jit
     def energy(positions):
-        found, rebuilt = neighbours.update(s.neighbours, positions, s.box, s.range)
+        found, rebuilt = listed(s, positions)
         return potential_energy(s.replace(neighbours=found), positions), found.overflowed, rebuilt
 
     noise = np.random.default_rng(2).uniform(-1, 1, (N, 2))
@@ -181,10 +198,19 @@ def test_update_inside_of_jit_and_its_energy():
 def test_uniform_deformation_keeps_the_list_as_far_as_its_skin_allows():
     s = system("random 2-D")
     assert s.box is not None
-    kept = neighbours.update(s.neighbours, 0.9 * s.positions, 0.9 * s.box, s.range)
-    assert not bool(kept[1]) and lost(s, kept[0].pairs, 0.9 * s.positions, 0.9 * s.box, float(s.range)) == 0
-    rebuilt = neighbours.update(s.neighbours, 0.75 * s.positions, 0.75 * s.box, s.range)
+    kept = update(s, None, 0.95 * s.positions, 0.95 * s.box)
+    assert not bool(kept[1]) and lost(s, kept[0], 0.95 * s.positions, 0.95 * s.box) == 0
+    rebuilt = update(s, None, 0.8 * s.positions, 0.8 * s.box)
     assert bool(rebuilt[1])
+
+
+def test_a_skin_is_what_is_asked_for_where_a_list_is_made_anew():
+    s = system("random 2-D")
+    found, rebuilt = update(s, skin=0.05, anew=True)
+    assert bool(rebuilt) and float(found.skin) == pytest.approx(0.05 * float(s.range))
+    assert lost(s, found, s.positions, s.box, 0.99 * float(found.skin)) == 0
+    assert int(found.used) < int(s.neighbours.used)
+    assert not bool(update(s, skin=0.05)[1])  # what is complete is kept
 
 
 # ── overflow ──
@@ -193,63 +219,63 @@ def test_uniform_deformation_keeps_the_list_as_far_as_its_skin_allows():
 def stale(found: neighbours.Neighbours, **changes) -> neighbours.Neighbours:
     """The list as if every particle had moved far, so that the next update rebuilds it."""
     assert found.reference is not None
-    return dataclasses.replace(found, reference=found.reference + 3.0 * found.reach, **changes)
+    return dataclasses.replace(found, reference=found.reference + 20.0 * found.skin, **changes)
 
 
-def test_a_list_too_short_by_one_pair_is_marked():
+def test_a_list_too_short_by_one_row_is_marked():
     s = system("random 2-D")
-    count = int(jnp.sum(s.neighbours.pairs[0] < N))
-    for capacity, overflowed in ((count, False), (count - 1, True)):
-        short = stale(s.neighbours, pairs=jnp.full((2, capacity), N, jnp.int32))
-        after, rebuilt = neighbours.update(short, s.positions, s.box, s.range)
+    most = int(s.neighbours.used)
+    for capacity, overflowed in ((most, False), (most - 1, True)):
+        after, rebuilt = update(s, stale(s.neighbours).resized(capacity))
         assert bool(rebuilt) and bool(after.overflowed) == overflowed
-        assert (lost(s, after.pairs, s.positions, s.box, float(s.neighbours.reach)) > 0) == overflowed
+        assert (lost(s, after, s.positions, s.box, 0.99 * float(s.neighbours.skin)) > 0) == overflowed
 
 
-def test_an_overflowing_cell_is_marked():
+def test_an_overflowing_run_of_cells_is_marked():
     s = system("random 2-D")
-    assert s.neighbours.cells >= 3
-    after, _ = neighbours.update(stale(s.neighbours, cell_capacity=1), s.positions, s.box, s.range)
+    assert min(s.neighbours.cells) >= 3
+    after, _ = update(s, stale(s.neighbours, run_capacity=1))
     assert bool(after.overflowed)
 
 
 def test_overflow_stays_until_the_host_allocates_again():
     s = system("random 2-D")
     marked = dataclasses.replace(s.neighbours, overflowed=jnp.ones((), bool))
-    assert bool(neighbours.update(marked, s.positions, s.box, s.range)[0].overflowed)
+    assert bool(update(s, marked)[0].overflowed)
     assert not bool(s.replace(neighbours=marked).reallocate().neighbours.overflowed)
     assert not bool(s.replace(neighbours=marked).reallocate(keep=True).neighbours.overflowed)
 
 
-def test_a_range_beyond_the_reach_is_marked_in_traced_code_and_rebuilt_on_the_host():
+def test_other_lengths_are_a_new_list_in_traced_code_and_on_the_host():
     s = system("random 2-D")
-    reach = float(s.neighbours.reach)
-    for needed, overflowed in ((0.99 * reach, False), (1.01 * reach, True)):
-        after, _ = neighbours.update(s.neighbours, s.positions, s.box, jnp.asarray(needed))
-        assert bool(after.overflowed) == overflowed
-    grown = s.with_params({"sigma": 1.5 * s.params["sigma"]})
-    assert float(grown.neighbours.reach) > reach
-    agrees(grown)
-    within = s.with_params({"sigma": 1.1 * s.params["sigma"]})
-    assert np.array_equal(within.neighbours.pairs, s.neighbours.pairs)  # still complete: kept
-    agrees(within)
+    for factor, overflowed in ((1.0, False), (1.1, False), (1.6, True)):  # larger than the cells of the grid
+        grown = s.replace(params={**s.params, "sigma": factor * s.params["sigma"]})
+        after, rebuilt = listed(grown)
+        assert bool(rebuilt) == (factor > 1) and bool(after.overflowed) == overflowed
+        assert overflowed or lost(grown, after, s.positions, s.box) == 0
+    for factor in (0.5, 1.1, 1.6):
+        agrees(s.with_params({"sigma": factor * s.params["sigma"]}))
 
 
 def test_a_cell_too_small_for_the_range_is_marked_and_refused():
     s = system("random 2-D")
     assert s.box is not None
     tiny = s.box * 0.3
-    for found in (s.neighbours, dataclasses.replace(s.neighbours, reference=None)):
-        assert bool(neighbours.update(found, 0.3 * s.positions, tiny, s.range)[0].overflowed)
+    for found in (s.neighbours, neighbours.all_pairs(N)):
+        assert bool(update(s, found, 0.3 * s.positions, tiny)[0].overflowed)
     with pytest.raises(ms.InputError, match="repeat the cell, or shorten the cutoff"):
-        neighbours.allocate(0.3 * s.positions, tiny, float(s.range))
+        neighbours.allocate(0.3 * s.positions, tiny, pair_lengths(s), float(s.range))
 
 
 def test_small_systems_and_tight_cells_list_all_pairs():
-    few = neighbours.allocate(system("random 2-D").positions[:30], jnp.asarray(CELL_2D), 1.2)
-    assert few.complete and few.pairs.shape == (2, 30 * 29 // 2)
-    tight = neighbours.allocate(system("random 2-D").positions, 3.0 * jnp.eye(2), 1.49)
-    assert tight.complete and tight.pairs.shape == (2, N * (N - 1) // 2)
+    s = system("random 2-D")
+    few = neighbours.allocate(s.positions[:30], s.box, pair_lengths(s), 1.2)
+    assert few.complete and few.rows.shape == (29, 30)
+    assert {tuple(sorted(p)) for p in np.asarray(few.pairs).T.tolist() if p[0] < 30} == set(
+        zip(*(k.tolist() for k in np.triu_indices(30, 1)), strict=True)
+    )
+    tight = neighbours.allocate(s.positions, 3.0 * jnp.eye(2), pair_lengths(s), 1.49)
+    assert tight.complete and tight.rows.shape == (N - 1, N)
 
 
 # ── batches ──
@@ -268,14 +294,14 @@ def batch() -> tuple[list[ms.System], ms.System]:
 
 def test_a_batch_keeps_every_pair_of_its_members():
     members, whole = batch()
-    assert len({(m.neighbours.cells, m.neighbours.pairs.shape) for m in members}) == 3
+    assert len({(m.neighbours.cells, m.neighbours.rows.shape) for m in members}) == 3
     assert whole.batch == 3 and not np.any(whole.neighbours.overflowed)
     energies = jax.jit(jax.vmap(potential_energy))(whole)
     for member, alone, energy in zip(members, ms.unstack(whole), energies, strict=True):
         assert alone.batch is None
         np.testing.assert_array_equal(alone.positions, member.positions)
         assert float(energy) == pytest.approx(brute_force(member)[0], rel=1e-12)
-        assert lost(alone, alone.neighbours.pairs, alone.positions, alone.box, float(alone.range)) == 0
+        assert lost(alone, alone.neighbours, alone.positions, alone.box) == 0
 
 
 def test_a_batch_makes_room_where_the_coarsest_grid_has_fuller_cells():
@@ -287,15 +313,15 @@ def test_a_batch_makes_room_where_the_coarsest_grid_has_fuller_cells():
         ms.System.create(places, length, ms.potentials.soft_sphere(), params)
         for places, length in ((loose, 6.2), (7.45 * corner, 7.45))
     ]
-    assert [m.neighbours.cells for m in members] == [4, 5]
+    assert [m.neighbours.cells for m in members] == [(4, 4), (5, 5)]
     whole = ms.stack(members)
     assert not np.any(whole.neighbours.overflowed)
     for s in ms.unstack(whole):
-        assert lost(s, s.neighbours.pairs, s.positions, s.box, float(s.range)) == 0
+        assert lost(s, s.neighbours, s.positions, s.box) == 0
 
 
 def test_a_batch_updates_under_vmap_and_marks_the_member_that_overflows():
     _, whole = batch()
     moved = whole.positions.at[1].multiply(0.1)  # the second collapses
-    after, rebuilt = jax.vmap(lambda s, R: neighbours.update(s.neighbours, R, s.box, s.range))(whole, moved)
+    after, rebuilt = jax.vmap(listed)(whole, moved)
     assert np.array_equal(after.overflowed, [False, True, False]) and np.array_equal(rebuilt, [False, True, False])

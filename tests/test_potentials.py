@@ -13,7 +13,6 @@ from conftest import relative
 
 import mdsens as ms
 from mdsens import neighbours, potentials
-from mdsens.neighbours import Neighbours
 from mdsens.system import pair_terms, potential_energy
 
 
@@ -132,9 +131,7 @@ def gas():
     with mock.patch.object(neighbours, "ALL_PAIRS_BELOW", 32):
         listed = ms.System.create(positions, BOX, law, params, SPECIES)
     assert not listed.neighbours.complete
-    pairs = jnp.asarray(np.stack(np.triu_indices(N, 1)), jnp.int32)
-    every = Neighbours(pairs, None, None, jnp.asarray(jnp.inf), jnp.zeros((), bool))
-    return listed, listed.replace(neighbours=every)
+    return listed, listed.replace(neighbours=neighbours.all_pairs(N))
 
 
 value_and_slope = jax.jit(jax.value_and_grad(lambda params, system: potential_energy(system, params=params)))
@@ -227,14 +224,17 @@ def test_own_pair_law_with_geometric_mixing():
     expected = np.sum(depth * np.maximum(1 - (r / mean) ** 2, 0) ** 3)
     assert float(potential_energy(system)) == pytest.approx(expected, rel=1e-14)
     (term,) = pair_terms(system)
-    np.testing.assert_allclose(term.lengths(), mean[None])
+    of_pair = {(int(a), int(b)): length for a, b, length in zip(i, j, mean, strict=True)}
+    listed = zip(term.i[term.mask], term.j[term.mask], term.lengths()[0, term.mask], strict=True)
+    assert {(int(a), int(b)): pytest.approx(float(length)) for a, b, length in listed} == of_pair
     assert float(system.range) == 1.4  # of the largest value, which no pair of different particles exceeds
 
 
 def test_breakpoints_as_lengths():
     law = potentials.from_pair(power, ("sigma", "epsilon"), cutoff=2.0, breakpoints=(0.5, 2.0))
     system = ms.System.create([[0.0, 0.0], [1.0, 0.0]], None, law, {"sigma": 2.0, "epsilon": 1.0})
-    np.testing.assert_array_equal(pair_terms(system)[0].lengths(), [[0.5], [2.0]])
+    (term,) = pair_terms(system)
+    np.testing.assert_array_equal(term.lengths()[:, term.mask], [[0.5], [2.0]])
 
 
 def test_infinite_range_takes_all_pairs():

@@ -18,7 +18,18 @@ from jax.custom_batching import custom_vmap
 
 from mdsens.implicit.status import Status
 
-__all__ = ["Result", "bicgstab", "cg", "dot", "gmres_cycle", "minres", "norm", "safe_divide"]
+__all__ = [
+    "POWER_STEPS",
+    "Result",
+    "bicgstab",
+    "cg",
+    "chebyshev",
+    "dot",
+    "gmres_cycle",
+    "minres",
+    "norm",
+    "safe_divide",
+]
 
 Apply: TypeAlias = Callable[[Array], Array]
 Result: TypeAlias = tuple[Array, Array, Array]
@@ -99,6 +110,51 @@ def cg(apply: Apply, b: Array, tol: Array, limit: Array) -> Result:
     start = (jnp.zeros_like(b), b, b, dot(b, b), jnp.zeros((), b.dtype), _int(0), _int(0))
     x, _, _, _, _, k, status = lax.while_loop(going, body, start)
     return x, k, status
+
+
+POWER_STEPS = 15
+
+
+def chebyshev(apply: Apply, degree: int, like: Array) -> Apply:
+    """r -> p(A) r, which solves A z = r roughly: ``degree - 1`` steps of the Chebyshev iteration, on products alone.
+
+    1 - t p(t) is the Chebyshev polynomial of that degree on [a, b], b the largest eigenvalue and a = 4 b / degree^2, and
+    one at zero (Saad, Iterative Methods for Sparse Linear Systems, 2003, section 12.3). So p(A) A has the eigenvalues
+    above a near one, and those below at about degree^2 times their share of b: its condition number is that of A over
+    degree^2, and an iteration on it takes as many products as on A, but inner products for one in ``degree``. It has
+    the null space of A, and where A has a negative eigenvalue, a negative one too.
+
+    Args:
+      apply: products with A, symmetric.
+      degree: of t p(t).
+      like: an array of the right-hand sides' shape, to find b with.
+    """
+
+    def power(_: Any, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        v, size = state
+        w = apply(v)
+        length = norm(w)
+        return safe_divide(w, length), jnp.maximum(size, length)
+
+    start = jnp.cos(jnp.arange(like.size, dtype=like.dtype) ** 2)  # a chirp holds every wavelength alike
+    _, found = lax.fori_loop(0, POWER_STEPS, power, (start / norm(start), jnp.zeros((), like.dtype)))
+    high = 1.2 * jnp.where(found > 0, found, 1)
+    low = 4.0 * high / degree**2
+    centre, half = 0.5 * (high + low), 0.5 * (high - low)
+    sigma = centre / half
+
+    def smooth(r: Array) -> Array:
+        def step(_: Any, state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+            z, r, d, rho = state
+            r = r - apply(d)
+            new = 1.0 / (2.0 * sigma - rho)
+            d = new * rho * d + (2.0 * new / half) * r
+            return z + d, r, d, new
+
+        d = r / centre
+        return lax.fori_loop(0, degree - 1, step, (d, r, d, 1.0 / sigma))[0]
+
+    return smooth
 
 
 def minres(apply: Apply, b: Array, tol: Array, limit: Array, definite: bool = False) -> Result:

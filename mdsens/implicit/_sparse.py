@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -9,7 +10,7 @@ import numpy as np
 import scipy.sparse as sp
 from scipy.sparse.linalg import splu
 
-__all__ = ["SparseFactor", "bound"]
+__all__ = ["SparseFactor", "bound", "dissection", "solve_on_range"]
 
 Project: TypeAlias = Callable[[np.ndarray], np.ndarray]
 
@@ -24,56 +25,98 @@ def bound(matrix: Any) -> float:
     return float(abs(matrix).sum(axis=1).max()) if matrix.nnz else 0.0
 
 
+def dissection(matrix: Any, block: int = 1) -> np.ndarray:
+    """An ordering of a symmetric matrix's rows that keeps its factor sparse: nested dissection, by METIS.
+
+    Karypis and Kumar, SIAM J. Sci. Comput. 20, 359 (1998). For a planar network of m nodes the factor has m log m
+    entries and takes m^1.5 operations: of 130,000 discs a quarter of the time that minimum degree takes.
+
+    Args:
+      matrix: symmetric, (m, m), of any scipy format.
+      block: unknowns that belong together, neighbouring rows; they stay neighbours.
+    """
+    import pymetis
+
+    size = matrix.shape[0] // block
+    graph = matrix.tobsr((block, block)) if block > 1 else matrix.tocsr()
+    rows = np.repeat(np.arange(size), np.diff(graph.indptr))
+    others = rows != graph.indices
+    starts = np.concatenate([[0], np.cumsum(np.bincount(rows[others], minlength=size))])
+    if not starts[-1]:
+        return np.arange(matrix.shape[0])
+    order, _ = pymetis.nested_dissection(pymetis.CSRAdjacency(starts, graph.indices[others]))
+    return (np.asarray(order)[:, None] * block + np.arange(block)).ravel()
+
+
 class SparseFactor:
     """L D L^T of a symmetric matrix plus a shift, by SuperLU without row exchanges.
 
     Args:
       matrix: symmetric, (m, m).
-      shift: s in A + s I.
-
-    Attributes:
-      negative: number of negative pivots: by Sylvester's law, of eigenvalues of A below -s. None where rows had to be
-        exchanged, so that the pivots tell nothing.
+      shift: s in A + s I; or (m,) of a diagonal.
+      order: of the rows, from :func:`dissection` of this matrix or of one much like it; minimum degree where None.
     """
 
-    def __init__(self, matrix: Any, shift: float):
+    def __init__(self, matrix: Any, shift: float | np.ndarray, order: np.ndarray | None = None):
         size = matrix.shape[0]
-        self._lu = splu(
-            (matrix + shift * sp.identity(size, format="csc")).tocsc(),
-            permc_spec="MMD_AT_PLUS_A",
+        diagonal = sp.dia_array((np.broadcast_to(shift, (1, size)), [0]), shape=(size, size))
+        shifted = (matrix + diagonal.tocsr()).tocsr()
+        self._order = np.arange(size) if order is None else order
+        if order is not None:
+            shifted = shifted[order][:, order]
+        shifted.sort_indices()
+        self._lu = splu(  # of a symmetric matrix, the rows are the columns
+            sp.csc_array((shifted.data, shifted.indices, shifted.indptr), shape=shifted.shape),
+            permc_spec="MMD_AT_PLUS_A" if order is None else "NATURAL",
             diag_pivot_thresh=0.0,
             options={"SymmetricMode": True},
         )
+
+    @functools.cached_property
+    def negative(self) -> int | None:
+        """Number of negative pivots: by Sylvester's law, of eigenvalues of A below -s. None where rows had to be
+        exchanged, so that the pivots tell nothing. Takes as long as half the factorisation.
+        """
         exchanged = not np.array_equal(self._lu.perm_r, self._lu.perm_c)
-        self.negative = None if exchanged else int(np.sum(self._lu.U.diagonal() < 0))
+        return None if exchanged else int(np.sum(self._lu.U.diagonal() < 0))
 
     def apply(self, b: np.ndarray) -> np.ndarray:
         """(A + s I)^-1 b, (m,) or (m, k)."""
-        return self._lu.solve(b)
+        if b.ndim == 2:  # SuperLU takes ten times as long for many at once as for one after the other
+            return np.stack([self.apply(column) for column in b.T], axis=1)
+        x = np.empty_like(b)
+        x[self._order] = self._lu.solve(np.ascontiguousarray(b[self._order]))
+        return x
 
 
 def solve_on_range(
     matrix: Any, factor: SparseFactor, project: Project, b: np.ndarray, rtol: float = 1e-15
-) -> tuple[np.ndarray, float]:
+) -> tuple[np.ndarray, np.ndarray]:
     """A x = P b by refinement with a factor of A + s I: ``(x, |P b - A x| / |P b|)``, x on the range of P.
 
     Each round leaves s / (lambda + s) of the error along a mode of stiffness lambda; what the factor makes of round-off
-    along a null direction is projected out. Stops where a round gains less than half.
+    along a null direction is projected out. A column stops where a round gains less than half.
+
+    Args:
+      b: (m,) or (m, k), k right-hand sides, of which each has its own residual.
     """
     right = project(b)
-    size = float(np.linalg.norm(right))
-    x = np.zeros_like(right)
-    if size == 0.0 or not np.isfinite(size):
-        return x, 0.0 if size == 0.0 else np.inf
-    left, residual = right, size
+    size = np.asarray(np.linalg.norm(right, axis=0))
+    x, left, best = np.zeros_like(right), right, np.where(np.isfinite(size), 1.0, np.inf)
+    best = np.where(size == 0.0, 0.0, best)
+    going = np.isfinite(size) & (size > 0.0)
     for _ in range(ROUNDS):
-        trial = x + project(factor.apply(left))
-        rest = right - project(matrix @ trial)
-        now = float(np.linalg.norm(rest))
-        if not now < residual:
+        if not going.any():
             break
-        gained = now < 0.5 * residual
-        x, left, residual = trial, rest, now
-        if residual <= rtol * size or not gained:
-            break
-    return x, residual / size
+        if b.ndim == 1:
+            trial = x + project(factor.apply(left))
+            rest = right - project(matrix @ trial)
+        else:
+            trial, rest = x.copy(), left.copy()
+            trial[:, going] += project(factor.apply(left[:, going]))
+            rest[:, going] = right[:, going] - project(matrix @ trial[:, going])
+        now = np.linalg.norm(rest, axis=0) / np.where(size > 0.0, size, 1.0)
+        better = going & (now < best)
+        going = better & (now < 0.5 * best) & (now > rtol)
+        x, left, best = np.where(better, trial, x), np.where(better, rest, left), np.where(better, now, best)
+    return x, best

@@ -78,6 +78,7 @@ def lowest(
     project: Apply,
     null: int,
     matrix: Any = None,
+    order: np.ndarray | None = None,
     precondition: Apply | None = None,
     dtype: Any = float,
     floor: float = 0.0,
@@ -91,6 +92,7 @@ def lowest(
       project: the orthogonal projector P off the known null space, on the columns of an (m, c) array.
       null: dimension of that null space.
       matrix: A as a scipy sparse matrix, for the factor; None for LOBPCG.
+      order: of its rows, for the factor; minimum degree where None.
       precondition: for LOBPCG, about A^-1 times the columns of an (m, c) array, symmetric and positive.
       dtype: precision of the products: what counts as zero cannot be under its round-off.
       floor: eigenvalues that are smaller may be of either sign.
@@ -102,7 +104,7 @@ def lowest(
     if size <= DENSE_SIZE:
         return _dense(apply, size, k, project, null, zero, floor)
     if matrix is not None:
-        found = _shift_invert(matrix, size, k, project, null, zero, floor)
+        found = _shift_invert(matrix, order, size, k, project, null, zero, floor)
         if found is not None:
             return found
     return _lobpcg(apply, size, k, project, zero, floor, precondition)
@@ -139,7 +141,7 @@ def _dense(apply: Apply, size: int, k: int, project: Apply, null: int, zero: flo
 
 
 def _shift_invert(
-    matrix: Any, size: int, k: int, project: Apply, null: int, zero: float, floor: float
+    matrix: Any, order: np.ndarray | None, size: int, k: int, project: Apply, null: int, zero: float, floor: float
 ) -> Spectrum | None:
     """None where no factor tells how many eigenvalues lie below its shift."""
     rng = np.random.default_rng(0)
@@ -148,7 +150,7 @@ def _shift_invert(
     largest = max(float(top[0]), 1e-300)
     scale = bound(matrix)
     edge = max(COUNT_SHIFT * scale, floor)
-    below, above = SparseFactor(matrix, edge), SparseFactor(matrix, -edge)
+    below, above = SparseFactor(matrix, edge, order), SparseFactor(matrix, -edge, order)
     if below.negative is None or above.negative is None:
         return None
     # the known null space counts as zero: above the upper shift's side, not below the lower one's
@@ -158,7 +160,7 @@ def _shift_invert(
         shift *= 10.0
         if shift > 10.0 * scale:
             return None
-        factor = SparseFactor(matrix, shift)
+        factor = SparseFactor(matrix, shift, order)
         if factor.negative is None:
             return None
     inverse = _operator(size, lambda v: project(factor.apply(project(v.reshape(size, -1)))).reshape(v.shape))

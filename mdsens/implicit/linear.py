@@ -110,7 +110,15 @@ class CG(_Iterative):
       rtol: relative residual asked for. Residual is not error, the condition number stands between: lower it to 1e-13
         near unjamming.
       max_iterations: operator applications; 10 times the number of unknowns, at least 1,000, where None.
+      degree: of the polynomial of the operator that preconditions, see :func:`mdsens.implicit._krylov.chebyshev`. One
+        is none: it saves inner products, not applications.
     """
+
+    degree: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_count("CG", "degree", self.degree)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,13 +150,19 @@ class GMRES(_Iterative):
       max_iterations: operator applications; 10 times the number of unknowns, at least 1,000, where None.
       restart: length of a cycle. Memory is (restart + 1) vectors; raise it where the status is STAGNATED, lower it
         where memory runs out.
+      degree: of the polynomial of the operator that preconditions, see :func:`mdsens.implicit._krylov.chebyshev`, for
+        an operator declared positive semi-definite; one is none, and what any other gets. A cycle then reaches over
+        ``restart * degree`` applications, of which it orthogonalises one in ``degree``: near jamming, where restarts
+        stagnate, that is the difference between an answer and none.
     """
 
     restart: int = 200
+    degree: int = 20
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_count("GMRES", "restart", self.restart)
+        _check_count("GMRES", "degree", self.degree)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,8 +343,11 @@ def _solve(
     off_right = right or (lambda v: v)
     off_left = left or (lambda v: v)
 
+    # what an iteration on a symmetric operator applies it to is a sum of projected vectors: one projection is enough
+    inside = off_right if isinstance(method, Direct | Auto) or not operator.symmetric else lambda v: v
+
     def apply(v: Array) -> Array:
-        return off_left(matvec(off_right(v)))
+        return off_left(matvec(inside(v)))
 
     whole = norm(b)
     unit = b / jnp.where(whole > 0, whole, 1)
@@ -433,6 +450,8 @@ def _inner(
 ) -> tuple[Callable[[Array, Array, Array], Result], int]:
     """The solver of one round, ``(r, tol, limit) -> (x, applications, status)``, and the applications to set it up."""
     definite = operator.positive_semidefinite
+    if isinstance(method, CG | GMRES) and definite and method.degree > 1:
+        return _preconditioned(method, apply, b), _krylov.POWER_STEPS
     match method:
         case CG():
             return lambda r, tol, limit: _krylov.cg(apply, r, tol, limit), 0
@@ -445,3 +464,27 @@ def _inner(
         case _:
             factored = factor(apply, right, left, operator.positive_semidefinite, b)
             return lambda r, tol, limit: factored(r), b.size
+
+
+def _preconditioned(method: CG | GMRES, apply: _Flat, b: Array) -> Callable[[Array, Array, Array], Result]:
+    """The iteration on p(A) A x = p(A) r, p the Chebyshev polynomial of the method's degree."""
+    degree = method.degree
+    smooth = _krylov.chebyshev(apply, degree, b)
+
+    def inner(r: Array, tol: Array, limit: Array) -> Result:
+        side = smooth(r)
+        size = norm(side)
+        unit = _krylov.safe_divide(side, size)
+        # p is large on soft modes and small on stiff ones, so that the residual of A x is larger than that of p(A) A x
+        share, steps = 0.1 * tol, limit // degree
+
+        def product(v: Array) -> Array:
+            return smooth(apply(v))
+
+        if isinstance(method, GMRES):
+            x, k, ended = _krylov.gmres_cycle(product, unit, share, steps, method.restart, True)
+        else:
+            x, k, ended = _krylov.cg(product, unit, share, steps)
+        return x * size, degree * (k + 1), ended
+
+    return inner

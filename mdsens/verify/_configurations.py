@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens import neighbours
 from mdsens.boxes import nearest_image
 from mdsens.implicit.status import InputError
 from mdsens.laws import BondLaw, PairLaw, SumLaw
-from mdsens.neighbours import Neighbours
 from mdsens.stationarity import Unknowns, gradient
 from mdsens.system import System, pair_distances, pair_terms, potential_energy
 from mdsens.verify._findings import Finding
@@ -153,23 +153,21 @@ def findings(system: System, rng: np.random.Generator) -> Iterator[Finding]:
 
 
 def _range(system: System) -> Finding:
-    pairs, reach = np.asarray(all_pairs(system.n)), float(system.range)
-    vectors = nearest_image(system.positions[pairs[0]] - system.positions[pairs[1]], system.box)
-    near = np.asarray(jnp.sum(vectors**2, axis=1)) < reach**2
+    every_pair, reach = neighbours.all_pairs(system.n), float(system.range)
+    rows = every_pair.rows
+    vectors = nearest_image(system.positions[None] - system.positions[rows], system.box)
+    near = jnp.sum(vectors**2, axis=-1) < reach**2
 
-    def on(chosen: np.ndarray) -> System:
-        never = jnp.zeros((), bool)
-        return system.replace(
-            neighbours=Neighbours(jnp.asarray(chosen, jnp.int32), None, None, jnp.asarray(jnp.inf), never)
-        )
+    def on(chosen: jax.Array) -> System:
+        return system.replace(neighbours=dataclasses.replace(every_pair, rows=chosen))
 
-    within, every = float(_energy(on(np.where(near, pairs, system.n)))), float(_energy(on(pairs)))
-    terms = pair_terms(on(pairs))
+    within, every = float(_energy(on(jnp.where(near, rows, system.n)))), float(_energy(on(rows)))
+    terms = pair_terms(on(rows))
     size = sum(float(jnp.sum(jnp.abs(t.energy(pair_distances(t, system.positions, system.box))))) for t in terms)
     listed = float(_energy(system))
     share = max(abs(within - every), abs(listed - every)) / (size or 1.0)
     if share <= ROUND_OFF:
-        counts = f"{int(near.sum()):,} of {near.size:,} pairs"
+        counts = f"{int(near.sum()) // 2:,} of {near.size // 2:,} pairs"
         return Finding("range", True, f"{counts} are nearer than the range {reach:.6g} and have the whole energy.")
     remedy = "phi must end at the cutoff for every pair, and a cutoff that follows parameters be monotone in each"
     return Finding("range", False, f"pairs beyond the range {reach:.6g} hold {share:.0e} of the energy; {remedy}.")

@@ -1,0 +1,189 @@
+"""Newton steps down the energy under a trust region: by a sparse factor on the host, or by conjugate gradients.
+
+Both see negative curvature. The factor is of H + mu I, with mu raised where a step does not keep its promise or a pivot
+of the last one is negative (Nocedal and Wright, Numerical Optimization, 2006, section 4.3). The conjugate gradients
+leave along the first direction of negative curvature (Steihaug, SIAM J. Numer. Anal. 20, 626 (1983)). A step is taken
+where the energy falls by a tenth at least of what the quadratic model promised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mdsens.implicit._krylov import dot
+from mdsens.implicit._sparse import SHIFT, SparseFactor, bound, dissection
+from mdsens.stationarity import largest_force, sparse_hessian
+from mdsens.stiffness import factorises
+from mdsens.system import System, energy_slope, potential_energy
+
+__all__ = ["descend"]
+
+LONGEST = 0.1  # step of a particle, of the law's length
+STEPS = 60  # before the minimiser that brought it here has another go
+TRIALS = 8  # of a shift or radius for one step
+CG_STEPS = 4000  # of one Newton step, at most
+
+
+@jax.jit
+def _energy_and_slope(system: System) -> tuple[jax.Array, jax.Array]:
+    return potential_energy(system), energy_slope(system)(system.positions)
+
+
+def descend(
+    system: System, tolerance: float, length: float, show: Callable[[int, float], None]
+) -> tuple[System, float, int]:
+    """Newton steps to a minimum: (system, its largest force, steps); short of the tolerance where they make no headway.
+
+    Args:
+      system: near a minimum, its list complete.
+      tolerance: of the largest force.
+      length: the law's own.
+      show: called with the steps taken and the largest force.
+    """
+    step_of: Any = _Factorised(length) if factorises(system) else _Krylov(length)
+    energy, slope = _energy_and_slope(system)
+    largest, taken = float(largest_force(slope)), 0
+    best, since = largest, 0
+    while largest > tolerance and taken < STEPS and since < 12:
+        for _ in range(TRIALS):
+            step, promised = step_of(system, slope, largest)
+            if step is None:
+                return system, largest, taken
+            there = system.replace(positions=system.positions + step).reallocate(keep=True)
+            its_energy, its_slope = _energy_and_slope(there)
+            left, gained = float(largest_force(its_slope)), float(energy - its_energy)
+            # the energy cannot tell steps apart whose gain is round-off: there the force has to fall
+            blind = promised <= 1e-12 * abs(float(energy))
+            good = left < largest if blind else gained >= 0.1 * promised
+            good = good and np.isfinite(left) and (left > tolerance or step_of.at_minimum())
+            step_of.judge((1.0 if blind else gained / promised) if good else 0.0)
+            if good:
+                break
+        else:
+            return system, largest, taken
+        system, energy, slope, largest, taken = there, its_energy, its_slope, left, taken + 1
+        best, since = (largest, 0) if largest < 0.5 * best else (best, since + 1)
+        show(taken, largest)
+    return system, largest, taken
+
+
+class _Factorised:
+    """p = -(H + mu I)^-1 dU/dR, mu a multiple of the largest force over the law's length.
+
+    Twice that is the negative curvature that a loose particle's one contact can have. It falls with the force, so that
+    convergence is as good as quadratic.
+    """
+
+    def __init__(self, length: float):
+        self.length, self.multiple, self.order, self.at = length, 0.1, None, None
+
+    def __call__(self, system: System, slope: jax.Array, largest: float) -> tuple[jax.Array | None, float]:
+        if self.at is not system:
+            self.matrix, self.at = sparse_hessian(system), system
+            self.scale = bound(self.matrix) or 1.0
+        if self.order is None:
+            self.order = dissection(self.matrix, system.dimension)
+        flat = np.asarray(slope).ravel()
+        for _ in range(TRIALS):
+            shift = max(self.multiple * largest / self.length, SHIFT * self.scale)
+            try:
+                self.factor = SparseFactor(self.matrix, shift, self.order)
+            except RuntimeError:  # singular, shift and all
+                self.multiple *= 8.0
+                continue
+            step = -self.factor.apply(flat)
+            rows = step.reshape(system.positions.shape)
+            size = float(np.sqrt(np.max(np.sum(rows**2, axis=1))))
+            if not (np.isfinite(size) and flat @ step < 0):  # uphill: not positive definite
+                self.multiple *= 8.0
+                continue
+            step = step * min(1.0, LONGEST * self.length / size)
+            promised = -float(flat @ step + 0.5 * step @ (self.matrix @ step))
+            return jnp.asarray(step.reshape(rows.shape)), promised
+        return None, 0.0
+
+    def at_minimum(self) -> bool:
+        """Whether the matrix of the last step is positive definite; counting costs half of factorising."""
+        return self.factor.negative == 0
+
+    def judge(self, ratio: float) -> None:
+        if ratio < 0.25:
+            self.multiple *= 8.0
+        elif ratio > 0.75:
+            self.multiple = max(0.1 * self.multiple, 1e-3)
+
+
+class _Krylov:
+    """Conjugate gradients inside a ball, to a residual that falls with the force."""
+
+    def __init__(self, length: float):
+        self.length, self.radius, self.first, self.curved = length, None, None, False
+
+    def __call__(self, system: System, slope: jax.Array, largest: float) -> tuple[jax.Array | None, float]:
+        self.first = self.first or largest
+        if self.radius is None:
+            self.radius = LONGEST * self.length * system.n**0.5
+        forcing = min(0.1, (largest / self.first) ** 0.5)
+        step, promised, curved = _steihaug(system, slope, self.radius, forcing)
+        self.curved = bool(curved)
+        size = float(jnp.sqrt(jnp.max(jnp.sum(step**2, axis=1))))
+        if not np.isfinite(size):
+            return None, 0.0
+        self.size = float(jnp.linalg.norm(step))
+        if size > LONGEST * self.length:
+            share = LONGEST * self.length / size
+            along = float(jnp.sum(slope * step))
+            promised = -share * along + share**2 * (float(promised) + along)
+            step = share * step
+        return step, float(promised)
+
+    def at_minimum(self) -> bool:
+        """Whether the last step met no direction of negative curvature."""
+        return not self.curved
+
+    def judge(self, ratio: float) -> None:
+        if ratio < 0.25:
+            self.radius = 0.25 * self.size
+        elif ratio > 0.75 and self.radius is not None and self.size > 0.9 * self.radius:
+            self.radius = 2.0 * self.radius
+
+
+@jax.jit
+def _steihaug(system: System, slope: jax.Array, radius: Any, forcing: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The step that conjugate gradients find for the quadratic model in a ball, what it promises, and whether it met
+    negative curvature.
+    """
+    shape = slope.shape
+    product = jax.linearize(energy_slope(system), system.positions)[1]
+    g = slope.ravel()
+
+    def apply(v: jax.Array) -> jax.Array:
+        return product(v.reshape(shape)).ravel()
+
+    target = forcing * jnp.sqrt(dot(g, g))
+
+    def going(carry: Any) -> jax.Array:
+        _, _, r, _, k, ended, _ = carry
+        return ~ended & (k < CG_STEPS) & (dot(r, r) > target**2)
+
+    def body(carry: Any) -> Any:
+        p, hp, r, d, k, _, _ = carry
+        hd = apply(d)
+        curvature, rr = dot(d, hd), dot(r, r)
+        alpha = rr / jnp.where(curvature > 0, curvature, 1.0)
+        pd, dd, pp = dot(p, d), dot(d, d), dot(p, p)
+        leaves = (curvature <= 0) | (pp + 2.0 * alpha * pd + alpha**2 * dd >= radius**2)
+        edge = (-pd + jnp.sqrt(pd**2 + dd * (radius**2 - pp))) / dd
+        alpha = jnp.where(leaves, edge, alpha)
+        p, hp, new = p + alpha * d, hp + alpha * hd, r - alpha * hd
+        return p, hp, new, new + dot(new, new) / rr * d, k + 1, leaves, curvature <= 0
+
+    never = jnp.zeros((), bool)
+    start = (jnp.zeros_like(g), jnp.zeros_like(g), -g, -g, jnp.zeros((), jnp.int32), never, never)
+    p, hp, *_, curved = jax.lax.while_loop(going, body, start)
+    return p.reshape(shape), -(dot(g, p) + 0.5 * dot(p, hp)), curved
