@@ -11,17 +11,19 @@ bin := .venv/bin
 made := .venv/made-by-python-$(version)
 installed := .venv/installed-test
 installed_dev := .venv/installed-dev
+installed_bench := .venv/installed-bench
 install := $(bin)/python -m pip install -qq --no-input --disable-pip-version-check -c constraints.txt
 scratch := build/notebooks
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test fuzz lint notebooks check constraints clean
+.PHONY: help demo test fuzz bench lint notebooks check constraints clean
 
 help:
 	@echo 'make demo         the sensitivity of a packing to the size of half its particles: demo/demo.png'
 	@echo 'make test         the tests; some of them: make test ARGS="-k name"'
 	@echo 'make fuzz         3,000 generated systems and all jammed packings against dense linear algebra, an hour'
+	@echo 'make bench        the benchmarks, small, beside their peers: benchmarks/results/*.json'
 	@echo 'make lint         ruff check, ruff format --check, pyright'
 	@echo 'make notebooks    run every notebook, on copies in $(scratch)'
 	@echo 'make check        test, lint and notebooks: what CI runs'
@@ -39,6 +41,13 @@ test: $(installed)
 
 fuzz: $(installed)
 	MDSENS_FUZZ_CASES=$${MDSENS_FUZZ_CASES:-3000} $(bin)/python -m pytest tests/test_fuzz.py tests/test_jammed.py $(ARGS)
+
+bench: $(installed_bench)
+	$(bin)/python -m benchmarks.relaxation --sizes 1024 --json benchmarks/results/relaxation.json
+	$(bin)/python -m benchmarks.sensitivity --sizes 1024 --spheres 0 --json benchmarks/results/sensitivity.json
+	$(bin)/python -m benchmarks.jacobian --json benchmarks/results/jacobian.json
+	$(bin)/python -m benchmarks.jamming --json benchmarks/results/jamming.json
+	$(bin)/python -m benchmarks.scaling --json benchmarks/results/scaling.json
 
 lint: $(installed_dev)
 	$(bin)/ruff check
@@ -72,6 +81,11 @@ $(made):
 $(installed): $(made) pyproject.toml constraints.txt
 	@echo 'Installing mdsens and what its tests need into .venv (Python $(version)), about a minute ...'
 	@$(install) -e '.[test]'
+	@touch $@
+
+$(installed_bench): $(installed)
+	@echo 'Installing the peers that the benchmarks measure into .venv ...'
+	@$(install) -e '.[bench]'
 	@touch $@
 
 $(installed_dev): $(installed)

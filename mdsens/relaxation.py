@@ -29,13 +29,15 @@ from mdsens.implicit.status import (
 from mdsens.minimisers import Fire, GradientDescent, Newton
 from mdsens.neighbours import SKIN, Neighbours, slack, within
 from mdsens.newton import descend
-from mdsens.stationarity import Unknowns, gradient, largest_force, max_force
+from mdsens.stationarity import Unknowns, gradient, largest_force, linearisation, max_force
+from mdsens.stiffness import Stiffness, factorises
 from mdsens.system import System, box_at, energy_slope, listed, pair_distances, pair_terms, stack, unstack
 
 __all__ = ["Equilibrium", "Fire", "GradientDescent", "Newton", "minimize", "relax", "scales"]
 
 Params = Mapping[str, Any]
 STEPS_PER_CALL = 500  # between two looks of the host: progress, reallocation, interrupts
+SADDLES, OFF_SADDLE = 3, 1e-3  # times that a saddle is left; the step off it, of the law's length
 NARROW, SERVES = 0.1, 150  # skin of a slow system's list; steps on one wide list that tell that it is slow
 
 
@@ -286,7 +288,8 @@ def minimize(
       params: parameters to change first; the others stay.
       tolerance: the largest force on a particle to reach, in the potential's units. The error of every derivative is
         this over the smallest stiffness, so it is small by default; raise it where round-off stands above it.
-      method: ``Newton()`` (the default: FIRE, and Newton steps where it crawls), ``Fire()`` or ``GradientDescent()``.
+      method: ``Newton()`` (the default: FIRE, and Newton steps where it crawls; where the Hessian can be factorised, a
+        saddle that FIRE came to rest on is left), ``Fire()`` or ``GradientDescent()``.
       max_steps: of the minimiser.
       throw: raise where the tolerance is not reached; with False the status says so instead.
       progress: show a progress bar; where None, in a terminal or notebook alone.
@@ -320,6 +323,10 @@ def minimize(
             if run.unfinished:
                 run.descend()
             begin *= 0.1  # where Newton steps made no headway, from nearer by
+        for _ in range(SADDLES):
+            if not (newton and run.largest <= run.tested and run.leave_saddle()):
+                break
+            run.advance(run.tested)
     finally:
         run.bar.close()
     relaxed, steps = run.system.replace(potential=system.potential), run.steps
@@ -386,6 +393,20 @@ class _Run:
             self.system, self.tested, float(self.length), lambda k, force: self.bar.show(before + k, force)
         )
         self.steps += taken
+
+    def leave_saddle(self) -> bool:
+        """A step along the lowest mode where the Hessian has a negative one; whether there was one."""
+        if not factorises(self.system):
+            return False
+        backbone, _, null = linearisation(self.system, self.largest)
+        stiffness = Stiffness(backbone, null.simplified())
+        if stiffness.factor is None or not stiffness.factor.negative:
+            return False
+        mode = stiffness.lowest(1).vectors[:, 0].reshape(self.system.positions.shape)
+        step = OFF_SADDLE * float(self.length) / np.abs(mode).max() * mode
+        self.system = self.system.replace(positions=self.system.positions + step).reallocate(keep=True)
+        self.largest, self.state = np.inf, None
+        return True
 
 
 @jax.jit

@@ -416,6 +416,8 @@ def stack(systems: list[System] | tuple[System, ...]) -> System:
         if not isinstance(system, System):
             raise InputError(f"stack got a {type(system).__name__}: give systems, such as eq.system.")
         for field in ("positions", "params", "boundary", "potential", "species", "species_count"):
+            if field == "boundary" and all(isinstance(s.boundary, boxes.FixedBox) for s in (first, system)):
+                continue
             ours, theirs = (
                 jax.tree.map(jnp.shape, getattr(s, field)) if field != "species_count" else getattr(s, field)
                 for s in (first, system)
@@ -425,6 +427,8 @@ def stack(systems: list[System] | tuple[System, ...]) -> System:
                     f"system {k} has other {field} than system 0 ({theirs} for {ours}): stack equal kinds."
                 )
     systems = [s if s.neighbours.complete else s.reallocate(keep=True) for s in systems]
+    if len({s.boundary.orthogonal for s in systems}) > 1:
+        systems = [s.replace(boundary=boxes.FixedBox(s.boundary.cell)) for s in systems]  # the form that holds for all
     complete = [s.neighbours.complete for s in systems]
     if any(complete) and not all(complete):
         raise InputError("some systems list all pairs and some do not: stack systems of one size and density.")

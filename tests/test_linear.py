@@ -369,8 +369,8 @@ def test_transpose_swaps_the_null_spaces() -> None:
 
 def test_stats_name_the_method_and_count_applications() -> None:
     problem = BY_NAME["positive definite"]
-    _, _, stats = run(problem, GMRES(restart=200, rtol=1e-10))
-    assert stats.solver == "GMRES(restart=200, rtol=1e-10)"
+    _, _, stats = run(problem, GMRES(degree=20, restart=200, rtol=1e-10))
+    assert stats.solver == "GMRES(degree=20, restart=200, rtol=1e-10)"
     assert stats.iterations == SIZE + 1  # the whole space, and the residual
     assert run(problem, CG(rtol=1e-6, max_iterations=99))[2].solver == "CG(max_iterations=99, rtol=1e-06)"
     _, _, stats = run(problem, Auto())

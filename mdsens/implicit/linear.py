@@ -451,7 +451,7 @@ def _inner(
     """The solver of one round, ``(r, tol, limit) -> (x, applications, status)``, and the applications to set it up."""
     definite = operator.positive_semidefinite
     if isinstance(method, CG | GMRES) and definite and method.degree > 1:
-        return _preconditioned(method, apply, b), _krylov.POWER_STEPS
+        return _preconditioned(method, apply, b), 0
     match method:
         case CG():
             return lambda r, tol, limit: _krylov.cg(apply, r, tol, limit), 0

@@ -88,7 +88,10 @@ def spread(sites: System, least: float, rng: np.random.Generator) -> System:
 
 def _clearance(system: System) -> float:
     """The distance of the nearest pair to a breakpoint of its law."""
-    gaps = [jnp.abs(t.lengths() - pair_distances(t, system.positions, system.box)) for t in pair_terms(system)]
+    gaps = [
+        jnp.where(t.mask, jnp.abs(t.lengths() - pair_distances(t, system.positions, system.box)), jnp.inf)
+        for t in pair_terms(system)
+    ]
     return min((float(jnp.min(gap)) for gap in gaps if gap.size), default=math.inf)
 
 

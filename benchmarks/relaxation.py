@@ -1,0 +1,120 @@
+"""How long does relaxing take, from a random start to a largest force of 1e-12, beside jax-md's FIRE and LAMMPS?
+
+``python -m benchmarks.relaxation --sizes 1024 16384 --fractions 0.95 0.86 --seeds 3``
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import mdsens as ms
+from benchmarks import _lammps
+from benchmarks._common import arguments, discs, report
+
+TOLERANCE = 1e-12
+
+
+def by_jax_md(system: ms.System, max_steps: int = 60_000) -> dict[str, float]:
+    """jax-md's FIRE as its notebooks have it: its list, updated in each step; the second run is timed."""
+    from jax_md import energy, minimize, partition, space
+
+    length = float(system.box[0, 0])  # type: ignore[index]
+    displacement, shift = space.periodic(length)
+    sigma = np.asarray(system.params["sigma"])
+    matrix = jnp.asarray(0.5 * (sigma[:, None] + sigma[None]))
+    list_of, energy_fn = energy.soft_sphere_neighbor_list(
+        displacement, length, species=system.species, sigma=matrix, epsilon=1.0, alpha=2.0, dr_threshold=0.3,
+        format=partition.OrderedSparse,
+    )  # fmt: skip
+    init, apply = minimize.fire_descent(energy_fn, shift)
+    start = jnp.mod(system.positions, length)
+
+    @jax.jit
+    def advance(state: Any, pairs: Any, budget: Any) -> Any:
+        def going(carry: Any) -> jax.Array:
+            state, pairs, k = carry
+            largest = jnp.max(jnp.sum(state.force**2, axis=1))
+            return (k < budget) & (largest > TOLERANCE**2) & ~pairs.did_buffer_overflow.astype(bool)
+
+        def step(carry: Any) -> Any:
+            state, pairs, k = carry
+            state = apply(state, neighbor=pairs)
+            return state, pairs.update(state.position), k + 1
+
+        return jax.lax.while_loop(going, step, (state, pairs, 0))
+
+    seconds = steps = 0
+    largest = np.inf
+    for _ in range(2):
+        pairs = list_of.allocate(start, extra_capacity=4 * system.n)
+        state = init(start, neighbor=pairs)
+        state = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64) if jnp.result_type(x) == jnp.float16 else x, state)
+        began, steps = time.perf_counter(), 0
+        while steps < max_steps:
+            state, pairs, k = advance(state, pairs, 1000)
+            steps += int(k)
+            if bool(pairs.did_buffer_overflow):
+                pairs = list_of.allocate(state.position, extra_capacity=4 * system.n)
+                continue
+            if int(k) < 1000:
+                break
+        seconds = time.perf_counter() - began
+        largest = float(jnp.sqrt(jnp.max(jnp.sum(state.force**2, axis=1))))
+    return {"seconds": seconds, "max_force": largest, "steps": steps}
+
+
+def by_mdsens(system: ms.System, method: Any) -> dict[str, Any]:
+    """Ours; the second run is timed."""
+    first, eq = 0.0, None
+    for _ in range(2):
+        began = time.perf_counter()
+        eq = ms.minimize(system, tolerance=TOLERANCE, method=method, throw=False, progress=False)
+        first, seconds = first or time.perf_counter() - began, time.perf_counter() - began
+    assert eq is not None
+    status = ms.Status(int(eq.status)).name
+    return {
+        "seconds": seconds,
+        "first": first,
+        "max_force": float(eq.max_force),
+        "steps": int(eq.steps),
+        "status": status,
+    }
+
+
+def main() -> None:
+    """Each size, fraction and seed by every minimiser; medians over the seeds."""
+    asked = arguments(__doc__ or "", [1024, 16384], fractions=[0.95, 0.86], seeds=3, peers=1)
+    ways: dict[str, Any] = {
+        "mdsens Newton()": lambda s: by_mdsens(s, ms.relaxation.Newton()),
+        "mdsens Fire()": lambda s: by_mdsens(s, ms.relaxation.Fire()),
+    }
+    if asked.peers:
+        ways["jax-md FIRE"] = by_jax_md
+        if _lammps.available():
+            ways["LAMMPS cg"] = lambda s: _lammps.relax(s, "cg", TOLERANCE)
+            ways["LAMMPS fire"] = lambda s: _lammps.relax(s, "fire", TOLERANCE)
+    rows = []
+    for n in asked.sizes:
+        for fraction in asked.fractions:
+            for name, way in ways.items():
+                if name == "LAMMPS fire" and n > 4096:
+                    continue  # minutes, where its cg takes seconds
+                found = [way(discs(n, fraction, seed)) for seed in range(asked.seeds)]
+                seconds = [f["seconds"] for f in found]
+                good = sum(f["max_force"] <= TOLERANCE for f in found)
+                row = {"n": n, "fraction": fraction, "by": name, "seconds": float(np.median(seconds))}
+                row |= {"least": min(seconds), "most": max(seconds), "reached": f"{good} of {len(found)}"}
+                row |= {"max_force": max(f["max_force"] for f in found)}
+                row |= {"steps": int(np.median([f["steps"] for f in found]))} if "steps" in found[0] else {}
+                rows.append(row)
+                print(row, flush=True)
+    report("relaxation", rows, asked.json)
+
+
+if __name__ == "__main__":
+    main()

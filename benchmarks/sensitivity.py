@@ -1,0 +1,131 @@
+"""How long does one jvp take, to a true error of 1e-8, beside what else solves the same linear system?
+
+``python -m benchmarks.sensitivity --sizes 1024 16384 --fractions 0.95 0.86 --spheres 8192``
+
+Ours is timed whole: contacts, rattlers, null space, assembly, factor. A peer gets the energy over the list of pairs as
+its user would write it, and is timed for the derivative of the force by the parameter and the solve.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import mdsens as ms
+from benchmarks._common import arguments, discs, report, spheres, timed
+from mdsens.implicit import CG, GMRES, Auto
+
+RTOL = 1e-10
+
+
+def peers(eq: ms.Equilibrium, tangent: Any) -> dict[str, Callable[[], Any]]:
+    """Name -> a function of nothing that solves for the derivative."""
+    system = eq.system.replace(potential=eq.system.potential.at(eq.params))
+    box, kinds = system.box, system.species
+    i, j = (np.asarray(side) for side in system.neighbours.pairs)
+    i, j = (jnp.asarray(side[i < system.n]) for side in (i, j))
+    length = box[0, 0]  # type: ignore[index]
+
+    def energy(R: jax.Array, sigma: jax.Array) -> jax.Array:
+        apart = R[i] - R[j]
+        apart = apart - length * jnp.round(apart / length)
+        mean = 0.5 * (sigma[kinds[i]] + sigma[kinds[j]])  # type: ignore[index]
+        overlap = jnp.maximum(1.0 - jnp.sqrt(jnp.sum(apart**2, axis=1)) / mean, 0.0)
+        return 0.5 * jnp.sum(overlap**2)
+
+    force, sigma = jax.grad(energy), eq.params["sigma"]
+
+    def with_solver(solve: Callable[[Any, Any], Any]) -> Callable[[], Any]:
+        @jax.jit
+        def run(R: jax.Array, sigma: jax.Array) -> jax.Array:
+            pull = jax.jvp(lambda s: force(R, s), (sigma,), (tangent,))[1]
+            product = jax.linearize(lambda R: force(R, sigma), R)[1]
+            return solve(product, -pull)
+
+        return lambda: run(system.positions, sigma)
+
+    scipy = jax.scipy.sparse.linalg
+    found = {
+        "jax.scipy cg": with_solver(lambda A, b: scipy.cg(A, b, tol=RTOL, maxiter=50_000)[0]),
+        "jax.scipy bicgstab": with_solver(lambda A, b: scipy.bicgstab(A, b, tol=RTOL, maxiter=50_000)[0]),
+        "jax.scipy gmres(30)": with_solver(
+            lambda A, b: scipy.gmres(A, b, tol=RTOL, restart=30, maxiter=2000, solve_method="incremental")[0]
+        ),
+    }
+    if importlib.util.find_spec("lineax"):
+        import lineax as lx
+
+        def by_lineax(solver: Any) -> Callable[[], Any]:
+            def solve(A: Any, b: jax.Array) -> jax.Array:
+                shape = jax.eval_shape(lambda: b)
+                operator = lx.FunctionLinearOperator(A, shape, lx.positive_semidefinite_tag)
+                return lx.linear_solve(operator, b, solver, throw=False).value
+
+            return with_solver(solve)
+
+        found["lineax CG"] = by_lineax(lx.CG(rtol=RTOL, atol=0.0, max_steps=50_000))
+        found["lineax GMRES(30)"] = by_lineax(lx.GMRES(rtol=RTOL, atol=0.0, restart=30, max_steps=50_000))
+    if importlib.util.find_spec("jaxopt"):
+        from jaxopt import implicit_diff, linear_solve
+
+        def by_jaxopt(solver: Any, **settings: Any) -> Callable[[], Any]:
+            @jax.jit
+            def run(R: jax.Array, sigma: jax.Array) -> jax.Array:
+                solve = functools.partial(solver, **settings)
+                return implicit_diff.root_jvp(force, R, (sigma,), (tangent,), solve=solve)
+
+            return lambda: run(system.positions, sigma)
+
+        found["jaxopt BiCGSTAB (the paper's)"] = by_jaxopt(linear_solve.solve_bicgstab, tol=RTOL, maxiter=50_000)
+        found["jaxopt normal CG (its default)"] = by_jaxopt(linear_solve.solve_normal_cg, tol=RTOL, maxiter=20_000)
+    return found
+
+
+def cases(asked: Any) -> list[tuple[str, ms.System]]:
+    """The systems asked for, at random places."""
+    flat = [(f"2-D phi={f}", discs(n, f)) for n in asked.sizes for f in asked.fractions]
+    return flat + [("3-D phi=0.7", spheres(n, 0.7)) for n in asked.spheres if n]
+
+
+def main() -> None:
+    """Each system by each way: time, first time, error, status."""
+    asked = arguments(__doc__ or "", [1024, 16384], fractions=[0.95, 0.86], spheres=[8192], peers=1)
+    rows = []
+    for label, start in cases(asked):
+        eq = ms.minimize(start, progress=False)
+        tangent = jnp.asarray([0.0, 1.0])
+        dparams = {"sigma": tangent}
+        truth = ms.jvp(eq, dparams, solve=CG(rtol=1e-14), throw=False).value
+        rattlers = np.asarray(ms.linearize(eq).network.rattlers)
+        ways: dict[str, Callable[[], Any]] = {
+            f"mdsens {name}": lambda m=method: ms.jvp(eq, dparams, solve=m, throw=False)
+            for name, method in {
+                "Auto": Auto(), "CG": CG(rtol=RTOL), "CG(degree=20)": CG(rtol=RTOL, degree=20), "GMRES": GMRES(rtol=RTOL)
+            }.items()
+        }  # fmt: skip
+        ways |= peers(eq, tangent) if asked.peers else {}
+        if start.n <= 1024:
+            ways["finite difference"] = lambda: ms.verify.finite_difference(eq, dparams).value
+        for name, way in ways.items():
+            found = timed(way, asked.runs)
+            answer = found.pop("answer")
+            value = np.where(rattlers[:, None], 0.0, answer.value if isinstance(answer, ms.Response) else answer)
+            value = value - value[~rattlers].mean(axis=0) * ~rattlers[:, None]
+            error = float(np.linalg.norm(value - truth) / np.linalg.norm(truth))
+            row = {"system": label, "n": start.n, "by": name, "seconds": found["seconds"], "first": found["first"]}
+            row |= {"error": error, "rattlers": int(rattlers.sum())}
+            if isinstance(answer, ms.Response):
+                row |= {"status": answer.status.name, "products": int(answer.stats.iterations)}
+            rows.append(row)
+            print(row, flush=True)
+    report("sensitivity", rows, asked.json)
+
+
+if __name__ == "__main__":
+    main()
