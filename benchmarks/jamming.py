@@ -48,7 +48,7 @@ def main() -> None:
             tangent = {"sigma": jnp.asarray([0.0, 1.0])}
             truth = ms.jvp(eq, tangent, solve=Auto(rtol=1e-13), throw=False).value
             for name, solve in solvers.items():
-                found = timed(lambda eq=eq, m=solve: ms.jvp(eq, tangent, solve=m, throw=False), asked.runs)
+                found = timed(lambda eq=eq, t=tangent, m=solve: ms.jvp(eq, t, solve=m, throw=False), asked.runs)
                 answer = found.pop("answer")
                 error = float(jnp.linalg.norm(answer.value - truth) / jnp.linalg.norm(truth))
                 row = {"n": n, "pressure": float(ms.observables.pressure(eq.system)), "by": name}

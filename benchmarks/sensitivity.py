@@ -87,6 +87,22 @@ def peers(eq: ms.Equilibrium, tangent: Any) -> dict[str, Callable[[], Any]]:
     return found
 
 
+def ours(eq: ms.Equilibrium, dparams: Any) -> dict[str, Callable[[], Any]]:
+    """The same for ours; and for finite differences, where they do not take minutes."""
+    methods = {
+        "Auto": Auto(),
+        "CG": CG(rtol=RTOL),
+        "CG(degree=20)": CG(rtol=RTOL, degree=20),
+        "GMRES": GMRES(rtol=RTOL),
+    }
+    ways: dict[str, Callable[[], Any]] = {
+        f"mdsens {name}": lambda m=method: ms.jvp(eq, dparams, solve=m, throw=False) for name, method in methods.items()
+    }
+    if eq.system.n <= 1024:
+        ways["finite difference"] = lambda: ms.verify.finite_difference(eq, dparams).value
+    return ways
+
+
 def cases(asked: Any) -> list[tuple[str, ms.System]]:
     """The systems asked for, at random places."""
     flat = [(f"2-D phi={f}", discs(n, f)) for n in asked.sizes for f in asked.fractions]
@@ -103,15 +119,7 @@ def main() -> None:
         dparams = {"sigma": tangent}
         truth = ms.jvp(eq, dparams, solve=CG(rtol=1e-14), throw=False).value
         rattlers = np.asarray(ms.linearize(eq).network.rattlers)
-        ways: dict[str, Callable[[], Any]] = {
-            f"mdsens {name}": lambda m=method: ms.jvp(eq, dparams, solve=m, throw=False)
-            for name, method in {
-                "Auto": Auto(), "CG": CG(rtol=RTOL), "CG(degree=20)": CG(rtol=RTOL, degree=20), "GMRES": GMRES(rtol=RTOL)
-            }.items()
-        }  # fmt: skip
-        ways |= peers(eq, tangent) if asked.peers else {}
-        if start.n <= 1024:
-            ways["finite difference"] = lambda: ms.verify.finite_difference(eq, dparams).value
+        ways = ours(eq, dparams) | (peers(eq, tangent) if asked.peers else {})
         for name, way in ways.items():
             found = timed(way, asked.runs)
             answer = found.pop("answer")

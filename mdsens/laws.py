@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from mdsens.implicit.status import InputError
 
@@ -257,7 +258,7 @@ class PairLaw(_NamedLaw):
         values = [params[name] for name in self.names]
         for phi, holds in self.cases:
             found = holds(*values)
-            if not isinstance(found, jax.core.Tracer) and np.all(found):
+            if not isinstance(found, Tracer) and np.all(found):
                 return dataclasses.replace(self, phi=phi)
         return self
 

@@ -123,7 +123,8 @@ def _grid(positions: jax.Array, box: jax.Array, cells: tuple[int, ...]) -> _Grid
     starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends.ravel()[:-1]]).reshape(-1, last)
     line, line_end = starts[:, 0], ends[:, -1]
     if last > 2:
-        first, length = jnp.roll(starts, 1, axis=1), sum(jnp.roll(ends - starts, s, axis=1) for s in (-1, 0, 1))
+        counts = ends - starts
+        first, length = jnp.roll(starts, 1, axis=1), jnp.roll(counts, 1, axis=1) + counts + jnp.roll(counts, -1, axis=1)
     else:
         first, length = (jnp.broadcast_to(x[:, None], starts.shape) for x in (line, line_end - line))
     return _Grid(order, where, first.ravel(), length.ravel(), line, line_end)

@@ -80,7 +80,9 @@ class _Factorised:
     """
 
     def __init__(self, length: float):
-        self.length, self.multiple, self.order, self.at = length, 0.1, None, None
+        self.length, self.multiple = length, 0.1
+        self.matrix: Any = None
+        self.order, self.at = None, None
 
     def __call__(self, system: System, slope: jax.Array, largest: float) -> tuple[jax.Array | None, float]:
         if self.at is not system:

@@ -147,10 +147,13 @@ class Linearization:
     @property
     def status(self) -> jax.Array:
         """CONVERGED, or why no derivative can be taken here: the minimisation's own status, or UNJAMMED."""
-        eq = self.equilibrium
-        unjammed = jnp.all(self.network.rattlers)
-        code = jnp.where(unjammed, Status.UNJAMMED.value, Status.CONVERGED.value)
-        return jnp.where(eq.status != Status.CONVERGED.value, eq.status, code)
+        return _outcome(self.equilibrium.status, self.network.rattlers)
+
+
+@jax.jit
+def _outcome(status: jax.Array, rattlers: jax.Array) -> jax.Array:
+    code = jnp.where(jnp.all(rattlers), Status.UNJAMMED.value, Status.CONVERGED.value)
+    return jnp.where(status != Status.CONVERGED.value, status, code)
 
 
 def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Linearization:
@@ -216,7 +219,7 @@ def full_tangent(system: System, dparams: Params) -> dict[str, jax.Array]:
         if not isinstance(given, Tracer) and not np.isfinite(np.asarray(given, float)).all():
             raise InputError(f"dparams[{name!r}] is not finite: give finite changes.")
     return {
-        name: jnp.asarray(dparams[name], value.dtype) if name in dparams else jnp.zeros_like(value)
+        name: jnp.asarray(dparams[name], value.dtype) if name in dparams else np.zeros(value.shape, value.dtype)  # type: ignore[misc]
         for name, value in system.params.items()
     }
 

@@ -140,7 +140,7 @@ class NullSpace:
 
         It spares every projection their work.
         """
-        if self.inverse_inertia is not None and bool(jnp.any(self.inverse_inertia != 0)):
+        if self.inverse_inertia is not None and np.any(np.asarray(self.inverse_inertia)):
             return self
         if self.motions is not None or self.labels is None:
             return self

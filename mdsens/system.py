@@ -333,7 +333,7 @@ def _energy(
 
 # Rows that are summed at a time, and numbers of rows that have a sum of their own: XLA on a CPU takes ten times as long
 # over a sum of all rows of a start's fullest particle at once, most of which are empty once the system has relaxed.
-CHUNK, TIERS = 4, (8, 12, 16)
+CHUNK, TIERS, SMALL, FEW_TIERS = 4, (8, 12, 16), 512, (12,)
 
 
 def energy_slope(system: System, params: Params | None = None) -> Callable[[jax.Array], jax.Array]:
@@ -352,7 +352,8 @@ def energy_slope(system: System, params: Params | None = None) -> Callable[[jax.
     bonds = [term for term in terms if term.j.ndim == 1]
     listed = [term for term in terms if term.j.ndim == 2]
     capacity = system.neighbours.rows.shape[0]
-    tiers = [*(k for k in TIERS if k < capacity), capacity]
+    # up to SMALL particles a step takes less than what each tier takes to compile is worth
+    tiers = [*(k for k in (TIERS if system.n > SMALL else FEW_TIERS) if k < capacity), capacity]
     tier = jnp.sum(system.neighbours.used > jnp.asarray(tiers[:-1], jnp.int32))
 
     @jax.jit

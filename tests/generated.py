@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from scipy.sparse.csgraph import connected_components
 
 import mdsens as ms
+from mdsens import neighbours
 from mdsens.implicit import CG, GMRES, MINRES, Auto, BiCGSTAB, Direct, Method
-from mdsens.neighbours import Neighbours
 from mdsens.stationarity import Unknowns, dense_hessian, max_force
 from mdsens.system import box_at, potential_energy
 
@@ -386,9 +386,7 @@ def _slopes(observable: Any, system: ms.System) -> Any:
 def true_force(system: ms.System) -> float:
     """The largest force with every pair counted, whatever the system's list says."""
     if not system.neighbours.complete:
-        pairs = jnp.asarray(np.stack(np.triu_indices(system.n, 1)), jnp.int32)
-        everything = Neighbours(pairs, None, None, jnp.asarray(jnp.inf), jnp.zeros((), bool))
-        system = system.replace(neighbours=everything)
+        system = system.replace(neighbours=neighbours.all_pairs(system.n))
     return float(max_force(system))
 
 

@@ -20,6 +20,7 @@ Project: TypeAlias = Callable[[np.ndarray], np.ndarray]
 # so that refinement gains three digits a round; far above round-off, so that a null direction does no harm.
 SHIFT = 1e-9
 ROUNDS = 30
+MANY = 16  # right-hand sides from which on threads pay
 
 
 def bound(matrix: Any) -> float:
@@ -94,9 +95,12 @@ class SparseFactor:
             for k in some:  # SuperLU takes ten times as long for many at once as for one after the other
                 columns[:, k] = self._lu.solve(columns[:, k])
 
-        with ThreadPoolExecutor() as pool:  # it lets go of Python while it solves
-            count, width = b.shape[1], max(1, -(-b.shape[1] // (os.cpu_count() or 1)))
-            list(pool.map(solve, [range(k, min(k + width, count)) for k in range(0, count, width)]))
+        count, cores = b.shape[1], os.cpu_count() or 1
+        if count < MANY:
+            solve(range(count))
+        else:
+            with ThreadPoolExecutor(cores) as pool:  # it lets go of Python while it solves
+                list(pool.map(solve, [range(k, count, cores) for k in range(cores)]))
         x[self._order] = columns
         return x
 
