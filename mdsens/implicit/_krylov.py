@@ -119,10 +119,10 @@ def chebyshev(apply: Apply, degree: int, like: Array) -> Apply:
     """r -> p(A) r, which solves A z = r roughly: ``degree - 1`` steps of the Chebyshev iteration, on products alone.
 
     1 - t p(t) is the Chebyshev polynomial of that degree on [a, b], b the largest eigenvalue and a = 4 b / degree^2,
-    and one at zero (Saad, Iterative Methods for Sparse Linear Systems, 2003, section 12.3). So p(A) A has the eigenvalues
-    above a near one, and those below at about degree^2 times their share of b: its condition number is that of A over
-    degree^2, and an iteration on it takes as many products as on A, but inner products for one in ``degree``. It has
-    the null space of A, and where A has a negative eigenvalue, a negative one too.
+    and one at zero (Saad, Iterative Methods for Sparse Linear Systems, 2003, section 12.3). So p(A) A has the
+    eigenvalues above a near one, and those below at about degree^2 times their share of b: its condition number is that
+    of A over degree^2, and an iteration on it takes as many products as on A, but inner products for one in ``degree``.
+    It has the null space of A, and where A has a negative eigenvalue, a negative one too.
 
     Args:
       apply: products with A, symmetric.
