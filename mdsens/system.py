@@ -333,7 +333,7 @@ def _energy(
 
 # Rows that are summed at a time, and numbers of rows that have a sum of their own: XLA on a CPU takes ten times as long
 # over a sum of all rows of a start's fullest particle at once, most of which are empty once the system has relaxed.
-CHUNK, TIERS, SMALL, FEW_TIERS = 4, (8, 12, 16), 512, (12,)
+CHUNK, TIERS, SMALL = 4, (8, 12, 16), 512
 
 
 def energy_slope(system: System, params: Params | None = None) -> Callable[[jax.Array], jax.Array]:
@@ -352,8 +352,10 @@ def energy_slope(system: System, params: Params | None = None) -> Callable[[jax.
     bonds = [term for term in terms if term.j.ndim == 1]
     listed = [term for term in terms if term.j.ndim == 2]
     capacity = system.neighbours.rows.shape[0]
-    # up to SMALL particles a step takes less than what each tier takes to compile is worth
-    tiers = [*(k for k in (TIERS if system.n > SMALL else FEW_TIERS) if k < capacity), capacity]
+    # up to SMALL particles a step is short whatever it sums over, and each part of the sum takes time to compile
+    small = system.n <= SMALL
+    tiers = [*(k for k in TIERS if k < capacity and not small), capacity]
+    width = max(capacity, 1) if small else CHUNK
     tier = jnp.sum(system.neighbours.used > jnp.asarray(tiers[:-1], jnp.int32))
 
     @jax.jit
@@ -367,8 +369,8 @@ def energy_slope(system: System, params: Params | None = None) -> Callable[[jax.
 
     def of_rows(count: int, x: boxes.Components) -> boxes.Components:
         total = tuple(jnp.zeros_like(c) for c in x)
-        for start in range(0, count, CHUNK):
-            some = [term.rows(slice(start, min(start + CHUNK, count))) for term in listed]
+        for start in range(0, count, width):
+            some = [term.rows(slice(start, min(start + width, count))) for term in listed]
             part = of_chunk([(term.j, term.mask, term.values) for term in some], x)
             total = tuple(t + s for t, s in zip(total, part, strict=True))
         return total

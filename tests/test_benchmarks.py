@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,21 +14,20 @@ SMALL = {
     "relaxation": ["--sizes", "96", "--fractions", "0.95", "--seeds", "1", "--peers", "0"],
     "sensitivity": ["--sizes", "96", "--fractions", "0.95", "--spheres", "0", "--runs", "1", "--peers", "0"],
     "jacobian": ["--sizes", "96", "--runs", "1", "--peers", "0"],
-    "scaling": ["--sizes", "96", "160", "--runs", "1"],
+    "scaling": ["--sizes", "96", "--runs", "1"],
 }
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_benchmark_runs_and_tells_errors_beside_times(name: str, tmp_path: Path):
+def test_benchmark_runs_and_tells_errors_beside_times(name: str, tmp_path: Path, monkeypatch):
     file = tmp_path / "record.json"
-    command = [sys.executable, "-m", f"benchmarks.{name}", *SMALL[name], "--json", str(file)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.setattr(sys, "argv", [name, *SMALL[name], "--json", str(file)])
+    importlib.import_module(f"benchmarks.{name}").main()
     record = json.loads(file.read_text())
     assert record["versions"]["jax"] and record["machine"]["cores"]
-    rows = [row for row in record["rows"] if row["n"] != "exponent"]
-    assert rows
-    for row in rows:
+    assert record["rows"]
+    for row in record["rows"]:
         wrong = [row[key] for key in ("error", "max_force", "adjoint", "residual") if key in row]
         assert wrong and max(wrong) < 1e-6, row
         assert row.get("status", "CONVERGED") == "CONVERGED"

@@ -124,7 +124,7 @@ def test_unjammed():
 def test_a_saddle():
     row = np.array([[-1.1, 0.0], [0.0, 0.0], [1.1, 0.0]])  # three in a row stay in a row
     law = ms.potentials.lennard_jones()
-    eq = ms.minimize(ms.System.create(row, None, law, {"sigma": 1.0, "epsilon": 1.0}))
+    eq = ms.minimize(ms.System.create(row, None, law, {"sigma": 1.0, "epsilon": 1.0}), method=ms.relaxation.Fire())
     c = ms.certify(eq, {"sigma": 1.0})
     assert c.status is ms.Status.INDEFINITE and c.negative_modes == 1 and "1 mode of negative" in c.findings[0][1]
     for solver in (ms.implicit.CG(), ms.implicit.Direct(), ms.implicit.MINRES(), ms.implicit.GMRES()):
@@ -222,7 +222,7 @@ def test_modes_and_saddles_give_the_same_verdict():
     row = ms.System.create(
         [[-1.1, 0.0], [0.0, 0.0], [1.1, 0.0]], None, ms.potentials.lennard_jones(), {"sigma": 1.0, "epsilon": 1.0}
     )
-    eq = ms.minimize(row)
+    eq = ms.minimize(row, method=ms.relaxation.Fire())
     for modes in (1, 3):
         c = ms.certify(eq, {"sigma": 1.0}, modes=modes)
         assert c.status is ms.Status.INDEFINITE and c.distance == np.inf

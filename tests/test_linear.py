@@ -273,6 +273,8 @@ def test_a_good_status_is_true(method: Method) -> None:
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
 def test_batch_equals_loop(method: Method) -> None:
     """Members that need 0, 1, few and many steps side by side: none disturbs another."""
+    if isinstance(method, GMRES):
+        method = GMRES(rtol=method.rtol, degree=1)  # alone it is told that the operator is positive definite
     problem = BY_NAME["positive definite"]
     _, q = spectral(np.geomspace(1e-3, 1, SIZE), 0)
     bs = np.stack([np.zeros(SIZE), q[:, 4], q[:, 2] - q[:, 9], problem.b, np.full(SIZE, np.nan)])
@@ -369,8 +371,8 @@ def test_transpose_swaps_the_null_spaces() -> None:
 
 def test_stats_name_the_method_and_count_applications() -> None:
     problem = BY_NAME["positive definite"]
-    _, _, stats = run(problem, GMRES(degree=20, restart=200, rtol=1e-10))
-    assert stats.solver == "GMRES(degree=20, restart=200, rtol=1e-10)"
+    _, _, stats = run(problem, GMRES(degree=1, restart=200, rtol=1e-10))
+    assert stats.solver == "GMRES(degree=1, restart=200, rtol=1e-10)"
     assert stats.iterations == SIZE + 1  # the whole space, and the residual
     assert run(problem, CG(rtol=1e-6, max_iterations=99))[2].solver == "CG(max_iterations=99, rtol=1e-06)"
     _, _, stats = run(problem, Auto())

@@ -307,9 +307,13 @@ def test_a_saddle_is_refused():
     # a square of Lennard-Jones particles in the plane balances, but not stably
     law = ms.potentials.lennard_jones(4.0, 5.0)
     square = np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
-    eq = ms.minimize(ms.System.create(1.1 * square, None, law, {"sigma": 1.0, "epsilon": 1.0}))
+    start = ms.System.create(1.1 * square, None, law, {"sigma": 1.0, "epsilon": 1.0})
+    eq = ms.minimize(start, method=ms.relaxation.Fire())
     with pytest.raises(ms.ConvergenceError, match="negative curvature"):
         ms.jvp(eq, {"sigma": 1.0}, solve=Direct())
+    left = ms.minimize(start)  # the default leaves it, for the rhombus
+    assert float(ms.observables.energy(left.system)) < float(ms.observables.energy(eq.system)) - 0.1
+    assert ms.certify(left).negative_modes == 0
 
 
 @pytest.mark.parametrize(
