@@ -374,7 +374,7 @@ def test_stats_name_the_method_and_count_applications() -> None:
     _, _, stats = run(problem, GMRES(degree=1, restart=200, rtol=1e-10))
     assert stats.solver == "GMRES(degree=1, restart=200, rtol=1e-10)"
     assert stats.iterations == SIZE + 1  # the whole space, and the residual
-    assert run(problem, CG(rtol=1e-6, max_iterations=99))[2].solver == "CG(max_iterations=99, rtol=1e-06)"
+    assert run(problem, CG(rtol=1e-6, max_iterations=99))[2].solver == "CG(degree=1, max_iterations=99, rtol=1e-06)"
     _, _, stats = run(problem, Auto())
     assert stats.solver == "Direct(rtol=1e-10)"
 
