@@ -13,6 +13,7 @@ Only names here: neither jax_md, ASE nor matplotlib is imported until something 
 from __future__ import annotations
 
 from importlib import metadata as _metadata
+from pathlib import Path as _Path
 
 import jax as _jax
 
@@ -55,6 +56,21 @@ def enable_x64() -> None:
     _jax.config.update("jax_enable_x64", True)
 
 
+def enable_compilation_cache(folder: str | _Path | None = None) -> None:
+    """Keep what is compiled in a folder, where the next process finds it: sets ``jax_compilation_cache_dir``.
+
+    A first relaxation with its sensitivity then takes a second in place of several. The folder grows with each new
+    shape of a system; it can be deleted at any time. For the command line, set the environment's variable
+    ``JAX_COMPILATION_CACHE_DIR``.
+
+    Args:
+      folder: where to keep it; ``~/.cache/mdsens`` where None.
+    """
+    _jax.config.update("jax_compilation_cache_dir", str(folder or _Path.home() / ".cache" / "mdsens"))
+    _jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+    _jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
 __all__ = [
     "Certificate",
     "ConvergenceError",
@@ -72,6 +88,7 @@ __all__ = [
     "UnsupportedVersionError",
     "certify",
     "contacts",
+    "enable_compilation_cache",
     "enable_x64",
     "equilibrate",
     "gradient",

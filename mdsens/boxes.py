@@ -158,11 +158,11 @@ def nearest_images(box: jax.Array | None, orthogonal: bool = False) -> Callable[
         return lambda vectors: tuple(
             v - side * jax.lax.stop_gradient(jnp.round(v / side)) for v, side in zip(vectors, sides, strict=True)
         )
-    d, inverse = box.shape[0], jax.lax.stop_gradient(jnp.linalg.inv(box))  # once, not at each call
+    d, rows = box.shape[0], jax.lax.stop_gradient(inverse(box))  # once, not at each call
 
     def images(vectors: Components) -> Components:
         fixed = jax.lax.stop_gradient(vectors)
-        shifts = [jnp.round(sum(inverse[a, b] * fixed[b] for b in range(d))) for a in range(d)]
+        shifts = [jnp.round(sum(rows[a, b] * fixed[b] for b in range(d))) for a in range(d)]
         return tuple(vectors[a] - sum(box[a, b] * shifts[b] for b in range(d)) for a in range(d))
 
     return images
@@ -173,6 +173,17 @@ def nearest_image(difference: jax.Array, box: jax.Array | None) -> jax.Array:
     return difference if box is None else jnp.stack(nearest_images(box)(components(difference)), axis=-1)
 
 
-def heights(box: jax.Array) -> jax.Array:
-    """The distances between opposite faces of the cell, (d,)."""
-    return 1.0 / jnp.linalg.norm(jnp.linalg.inv(box), axis=1)
+def inverse(box: Any) -> Any:
+    """The inverse of a cell, d = 2 or 3, written out: it compiles in no time, which that of any matrix does not."""
+    xp: Any = box.__array_namespace__()
+    if box.shape[0] == 2:
+        (a, b), (c, d) = box
+        return xp.stack([xp.stack([d, -b]), xp.stack([-c, a])]) / (a * d - b * c)
+    faces = xp.stack([xp.linalg.cross(box[:, (k + 1) % 3], box[:, (k + 2) % 3]) for k in range(3)])
+    return faces / xp.sum(faces[0] * box[:, 0])
+
+
+def heights(box: Any) -> Any:
+    """The distances between opposite faces of the cell, (d,); of a numpy array, without compiling anything."""
+    rows = inverse(box)
+    return 1.0 / box.__array_namespace__().sqrt((rows**2).sum(axis=1))

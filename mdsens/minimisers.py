@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
+import importlib.util
+import sys
 from numbers import Real
 from typing import Any
 
@@ -14,6 +18,24 @@ from mdsens._checks import short
 from mdsens.implicit.status import InputError
 
 __all__ = ["Fire", "GradientDescent", "Newton"]
+
+
+@functools.cache  # the classes of its states must not change
+def _jax_md_minimize() -> Any:
+    """The module jax_md.minimize. Where nobody has imported jax_md it comes alone, in a tenth of a second: the package
+    as a whole brings neural networks along, for four seconds, and a later ``import jax_md`` still gets all of it.
+    """
+    if "jax_md" not in sys.modules:
+        spec = importlib.util.find_spec("jax_md")
+        if spec is None:
+            raise ModuleNotFoundError("mdsens needs jax-md: pip install jax-md.", name="jax_md")
+        sys.modules["jax_md"] = importlib.util.module_from_spec(spec)  # a package that has run nothing
+        try:
+            return importlib.import_module("jax_md.minimize")
+        finally:
+            for name in [name for name in sys.modules if name.partition(".")[0] == "jax_md"]:
+                del sys.modules[name]
+    return importlib.import_module("jax_md.minimize")
 
 
 def _check_positive(record: Any, names: tuple[str, ...]) -> None:
@@ -58,9 +80,7 @@ class Fire:
 
     def minimizer(self, forces: Any, shift: Any, stiffness: jax.Array) -> tuple[Any, Any]:
         """jax-md's functions (init, apply), with a mass that brings the stiffest vibration to a fixed frequency."""
-        from jax_md import minimize as jax_md_minimize
-
-        init, apply = jax_md_minimize.fire_descent(
+        init, apply = _jax_md_minimize().fire_descent(
             forces,
             shift,
             dt_start=self.dt_start,
@@ -117,13 +137,11 @@ class GradientDescent:
 
     def minimizer(self, forces: Any, shift: Any, stiffness: jax.Array) -> tuple[Any, Any]:
         """A pair of functions (init, apply) on the state (positions, forces)."""
-        from jax_md import minimize as jax_md_minimize
-
         def given(R: jax.Array, held: jax.Array, **_: Any) -> jax.Array:
             return held
 
         step_size: Any = self.step_size / stiffness
-        functions: Any = jax_md_minimize.gradient_descent(given, shift, step_size)
+        functions: Any = _jax_md_minimize().gradient_descent(given, shift, step_size)
         init, apply = functions
 
         def step(state: Any) -> Any:

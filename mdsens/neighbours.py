@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdsens.boxes import components, heights, nearest_images
+from mdsens.boxes import components, heights, inverse, nearest_images
 from mdsens.implicit.status import InputError
 
 __all__ = ["Lengths", "Neighbours", "all_pairs", "allocate", "fitted", "serves", "slack", "update", "within"]
@@ -74,6 +74,7 @@ class Neighbours:
         return jnp.stack([jnp.where(once, own, n).ravel(), jnp.where(once, self.rows, n).ravel()])
 
     @property
+    @jax.jit
     def used(self) -> jax.Array:
         """Rows up to the last one that is not empty."""
         filled = jnp.any(self.rows < self.rows.shape[1], axis=1)
@@ -92,12 +93,24 @@ def all_pairs(n: int, dtype: Any = float) -> Neighbours:
     return Neighbours(rows, None, None, None, jnp.asarray(jnp.inf, dtype), jnp.zeros((), bool))
 
 
-def _cell_of(positions: jax.Array, box: jax.Array, cells: tuple[int, ...]) -> jax.Array:
+def _cell_of(positions: Any, box: Any, cells: tuple[int, ...]) -> Any:
     """The cell of each particle along each cell vector, (d, n)."""
-    fractional = positions @ jnp.linalg.inv(box).T
-    fractional = fractional - jnp.floor(fractional)
+    xp: Any = positions.__array_namespace__()
+    fractional = positions @ inverse(box).T
+    fractional = fractional - xp.floor(fractional)
     # a coordinate of -1e-17 wraps to 1.0, which is the first cell, not the last
-    return jnp.stack([(fractional[:, a] * m).astype(jnp.int32) % m for a, m in enumerate(cells)])
+    return xp.stack([(fractional[:, a] * m).astype(xp.int32) % m for a, m in enumerate(cells)])
+
+
+def _fullest_run(positions: np.ndarray, box: np.ndarray, cells: tuple[int, ...]) -> int:
+    """Particles in the fullest run of three cells along the last cell vector."""
+    counts = np.zeros(cells, int)
+    np.add.at(counts, tuple(_cell_of(positions, box, cells)), 1)
+    if cells[-1] > 2:
+        counts = np.roll(counts, 1, axis=-1) + counts + np.roll(counts, -1, axis=-1)
+    else:
+        counts = np.sum(counts, axis=-1)
+    return int(np.max(counts, initial=0))
 
 
 class _Grid(NamedTuple):
@@ -111,7 +124,6 @@ class _Grid(NamedTuple):
     line_end: jax.Array  # (lines,)
 
 
-@functools.partial(jax.jit, static_argnames=("cells",))
 def _grid(positions: jax.Array, box: jax.Array, cells: tuple[int, ...]) -> _Grid:
     where, last = _cell_of(positions, box, cells), cells[-1]
     index = where[0]
@@ -152,8 +164,8 @@ def _search(
     sorted_x, own = components(positions[grid.order]), jnp.arange(n, dtype=jnp.int32)
     k = jnp.arange(run_capacity, dtype=jnp.int32)[:, None]
     rows, found = jnp.full((capacity, n), n, jnp.int32), jnp.zeros(n, jnp.int32)
-    sides = [(0,) if m == 1 else (0, 1) if m == 2 else (-1, 0, 1) for m in cells[:-1]]
-    for offset in itertools.product(*sides):
+
+    def search_line(carry: tuple[jax.Array, jax.Array], offset: jax.Array) -> tuple[Any, None]:
         line = jnp.zeros(n, jnp.int32)
         for at, by, m in zip(grid.where, offset, cells, strict=False):
             line = line * m + jnp.mod(at + by, m)
@@ -163,16 +175,21 @@ def _search(
         place = jnp.minimum(jnp.where(place >= end, place - (end - grid.line[line]), place), n - 1)
         apart, j = images(tuple(c - s[place] for c, s in zip(x, sorted_x, strict=True))), grid.order[place]
         near = (sum(v * v for v in apart) < (lengths(own[None], j) + skin) ** 2) & (k < length) & (j != own)
-        (rows, found), _ = jax.lax.scan(lambda carry, x: (_filled(*carry, *x), None), (rows, found), (j, near))
+        return jax.lax.scan(lambda carry, x: (_filled(*carry, *x), None), carry, (j, near))[0], None
+
+    sides = [(0,) if m == 1 else (0, 1) if m == 2 else (-1, 0, 1) for m in cells[:-1]]
+    offsets = jnp.asarray(list(itertools.product(*sides)), jnp.int32)
+    (rows, found), _ = jax.lax.scan(search_line, (rows, found), offsets)
     return rows, jnp.max(found, initial=0), jnp.max(grid.length)
 
 
-def _skin(range_: Any, lattice: jax.Array, cells: tuple[int, ...], periodic: bool, share: Any = SKIN) -> jax.Array:
+def _skin(range_: Any, lattice: Any, cells: tuple[int, ...], periodic: bool, share: Any = SKIN) -> jax.Array:
     """The skin that the grid and the cell leave room for; below zero where they are too small for the range."""
+    xp: Any = lattice.__array_namespace__()
     # of two cells or one, all are looked through
-    sides = heights(lattice) / jnp.asarray([m if m > 2 else 1 for m in cells])
-    skin = jnp.minimum(share * range_, jnp.min(sides) * (1.0 + 1e-6) - range_)
-    return jnp.minimum(skin, 0.4999 * jnp.min(heights(lattice)) - range_) if periodic else skin
+    sides = heights(lattice) / np.asarray([m if m > 2 else 1 for m in cells], lattice.dtype)
+    skin = xp.minimum(share * range_, xp.min(sides) * (1.0 + 1e-6) - range_)
+    return xp.minimum(skin, 0.4999 * xp.min(heights(lattice)) - range_) if periodic else skin
 
 
 def _lattice(neighbours: Neighbours, box: jax.Array | None) -> jax.Array:
@@ -188,7 +205,7 @@ def slack(neighbours: Neighbours, box: jax.Array | None, range_: jax.Array) -> t
     if neighbours.complete:
         return None, jnp.asarray(jnp.inf, neighbours.skin.dtype)
     lattice = _lattice(neighbours, box)
-    deformation = lattice @ jnp.linalg.inv(neighbours.reference_box)
+    deformation = lattice @ inverse(neighbours.reference_box)
     stretch = 1.0 - jnp.linalg.norm(deformation - jnp.eye(lattice.shape[0], dtype=lattice.dtype))
     return neighbours.reference @ deformation.T, 0.5 * (neighbours.skin * stretch - (1.0 - stretch) * range_)
 
@@ -286,7 +303,7 @@ def allocate(
     """
     n, dtype = positions.shape[0], positions.dtype
     if box is not None and math.isfinite(range_):
-        smallest = float(jnp.min(heights(box)))
+        smallest = float(np.min(heights(np.asarray(box))))
         if 2.0 * range_ > smallest:
             raise InputError(
                 f"box: its smallest height is {smallest:.6g}, under twice the interaction range {range_:.6g}, so "
@@ -300,8 +317,9 @@ def allocate(
     if n <= ALL_PAIRS_BELOW or not math.isfinite(reach):
         return all_pairs(n, dtype)
     lattice = _enclosing(positions, reach) if box is None else box
-    cells = tuple(max(1, int(height / reach)) for height in np.asarray(heights(lattice)))
-    if not float(_skin(range_, lattice, cells, box is not None)) > 0.02 * range_:
+    sides = np.asarray(lattice)
+    cells = tuple(max(1, int(height / reach)) for height in heights(sides))
+    if not float(_skin(range_, sides, cells, box is not None)) > 0.02 * range_:
         return all_pairs(n, dtype)  # the cell is hardly larger than twice the range
     return fitted(positions, box, lattice, lengths, range_, cells, room, like)
 
@@ -317,13 +335,13 @@ def fitted(
     like: Neighbours | None = None,
 ) -> Neighbours:
     """A list of one grid, with the capacities that the positions need, or those of ``like`` if larger."""
-    n, d = positions.shape
-    skin = jnp.asarray(_skin(range_, lattice, cells, box is not None), positions.dtype)
-    run_capacity = min(_eights(room * int(jnp.max(_grid(positions, lattice, cells).length))), n)
+    (n, d), sides = positions.shape, np.asarray(lattice)
+    skin = jnp.asarray(_skin(range_, sides, cells, box is not None), positions.dtype)
+    run_capacity = min(_eights(room * _fullest_run(np.asarray(positions), sides, cells)), n)
     if like is not None and like.cells == cells:
         run_capacity = max(run_capacity, like.run_capacity)
     ball = {2: math.pi, 3: 4.0 / 3.0 * math.pi}[d] * (range_ + float(skin)) ** d
-    mean = n * min(1.0, ball / abs(float(jnp.linalg.det(lattice))))
+    mean = n * min(1.0, ball / abs(float(np.linalg.det(sides))))
     guess = _eights(mean + 3.0 * math.sqrt(mean))
     while True:
         rows, most, _ = _search(positions, lattice, lengths, skin, cells, run_capacity, guess)

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Mapping
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +91,7 @@ class Equilibrium(Shown):
         ]
 
 
+@jax.jit
 def scales(system: System) -> tuple[jax.Array, jax.Array]:
     """The law's own length and largest stiffness, (l, k): they make the minimiser's steps independent of the units.
 
@@ -156,37 +157,37 @@ def _begin(positions: jax.Array, stiffness: jax.Array, method: Any) -> Any:
     return init(positions)
 
 
-def _machine(system: System, method: Any, limits: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Any, Any]:
+def _machine(system: System, method: Any, limits: _Limits) -> tuple[Any, Any]:
     """jax-md's minimiser on this system's list: (apply, forces).
 
     Overlaps of a random start make forces of 1e20 in a Lennard-Jones law, and FIRE never forgets such a momentum. So a
     particle's force counts up to the size that moves it by the longest step, and its step is cut there too. Neither
     touches the neighbourhood of a minimum.
     """
-    longest, strongest, stiffness = limits
     slope = energy_slope(system)
 
     def forces(R: jax.Array, **_: Any) -> jax.Array:
-        return _shortened(-slope(R), strongest)
+        return _shortened(-slope(R), limits.strongest)
 
     def shift(R: jax.Array, dR: jax.Array, **_: Any) -> jax.Array:
-        return R + _shortened(dR, longest)
+        return R + _shortened(dR, limits.longest)
 
-    return method.minimizer(forces, shift, stiffness)[1], forces
-
-
-def _limits(system: System, method: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The longest step of a particle, the strongest force on it, and the law's stiffness."""
-    # a fixed cutoff is a double where x64 is on: positions in single precision keep theirs through the loop
-    length, stiffness = (jax.lax.stop_gradient(x).astype(system.positions.dtype) for x in scales(system))
-    longest = method.max_step * length
-    return longest, method.force_limit(longest, stiffness), stiffness
+    return method.minimizer(forces, shift, limits.stiffness)[1], forces
 
 
-@functools.partial(jax.jit, static_argnames=("method",))
-def _uncut(system: System, method: Any, tolerance: Any) -> jax.Array:
-    """The tolerance, but below the size that forces are cut to: what was cut is not small."""
-    return jnp.minimum(tolerance, 0.5 * _limits(system, method)[1])
+class _Limits(NamedTuple):
+    """What keeps a minimiser's steps in the system's own units."""
+
+    longest: Any  # step of a particle
+    strongest: Any  # force on it
+    stiffness: Any  # of the law
+
+    @classmethod
+    def of(cls, scale: tuple[Any, Any], method: Any) -> _Limits:
+        """From the law's length and stiffness."""
+        length, stiffness = scale
+        longest = method.max_step * length
+        return cls(longest, method.force_limit(longest, stiffness), stiffness)
 
 
 def _shortened(vectors: jax.Array, longest: jax.Array) -> jax.Array:
@@ -199,7 +200,7 @@ def _shortened(vectors: jax.Array, longest: jax.Array) -> jax.Array:
 
 
 def _advance(
-    system: System, state: Any, pairs: Neighbours, tolerance: Any, budget: Any, method: Any
+    system: System, state: Any, pairs: Neighbours, tolerance: Any, budget: Any, method: Any, limits: _Limits
 ) -> tuple[Any, Neighbours, jax.Array]:
     """Up to ``budget`` steps; stops at the tolerance, at a list that overflowed, at a force that is not finite.
 
@@ -207,7 +208,7 @@ def _advance(
     moved so far that the list may be incomplete, or where a list with a wide skin has served so long that one with less
     to sum over pays. The force that is tested against the tolerance comes from a complete list always.
     """
-    limits, box, needed = _limits(system, method), box_at(system, system.params), system.range
+    box, needed = system.box, system.range
 
     def largest(state: Any) -> jax.Array:
         return largest_force(method.forces(state))
@@ -242,14 +243,15 @@ def _advance(
 
 
 @functools.partial(jax.jit, static_argnames=("method",))
-def _forces(system: System, method: Any) -> jax.Array:
+def _forces(system: System, method: Any, limits: _Limits) -> jax.Array:
     """The forces that the minimiser works with, at the system's positions."""
-    return _machine(system, method, _limits(system, method))[1](system.positions)
+    return _machine(system, method, limits)[1](system.positions)
 
 
 _advance_jit = functools.partial(jax.jit, static_argnames=("method",))(_advance)
 
 
+@jax.jit
 def _status(largest: Any, tolerance: Any, overflowed: Any) -> jax.Array:
     """CONVERGED, NEIGHBOURS_OVERFLOWED, NOT_FINITE or MAX_STEPS_REACHED."""
     code = jnp.where(largest <= tolerance, Status.CONVERGED.value, Status.MAX_STEPS_REACHED.value)
@@ -259,15 +261,18 @@ def _status(largest: Any, tolerance: Any, overflowed: Any) -> jax.Array:
 
 def relax(system: System, tolerance: Any, max_steps: Any, method: Any) -> Equilibrium:
     """Relax inside traced code: no reallocation, no errors; the status says what happened."""
-    state = _begin(system.positions, scales(system)[1], method)
-    tested = _uncut(system, method, tolerance)
-    state, pairs, steps = _advance(system, state, system.neighbours, tested, max_steps, method)
+    dtype = system.positions.dtype
+    # a fixed cutoff is a double where x64 is on: positions in single precision keep theirs through the loop
+    limits = _Limits.of(jax.tree.map(lambda x: jax.lax.stop_gradient(x).astype(dtype), scales(system)), method)
+    state = _begin(system.positions, limits.stiffness, method)
+    tested = jnp.minimum(tolerance, 0.5 * limits.strongest)  # what was cut is not small
+    state, pairs, steps = _advance(system, state, system.neighbours, tested, max_steps, method, limits)
     relaxed = system.replace(positions=method.positions(state), neighbours=pairs)
     # the force that met the tolerance, or, where none did, the whole force without its limit
     largest = largest_force(method.forces(state))
     largest = jnp.where(largest <= tested, largest, max_force(relaxed))
     code = _status(largest, tolerance, pairs.overflowed)
-    zero = jnp.zeros((), system.positions.dtype)
+    zero = jnp.zeros((), dtype)
     return Equilibrium(relaxed, code, largest, steps, zero, jnp.asarray(tolerance, zero.dtype))
 
 
@@ -311,15 +316,15 @@ def minimize(
         return _minimize_batch(system, params, tolerance, method, max_steps, throw, progress)
     if params is not None:
         system = system.with_params(params)
-    _check_precision(system, tolerance)
     began = time.perf_counter()
+    _check_precision(system, tolerance)
     newton, first = (method, method.first) if isinstance(method, Newton) else (None, method)
     run = _Run(system, first, tolerance, int(max_steps), _Progress(tolerance, progress))
     try:
         run.advance(run.tested, newton.patience if newton else run.max_steps)
         begin = newton.begin if newton else 0.0
         while newton and run.unfinished:
-            run.advance(max(begin * float(_contact_force(run.system, run.length, run.stiffness)), run.tested))
+            run.advance(max(begin * float(_contact_force(run.system, run.length, run.limits.stiffness)), run.tested))
             if run.unfinished:
                 run.descend()
             begin *= 0.1  # where Newton steps made no headway, from nearer by
@@ -329,7 +334,7 @@ def minimize(
             run.advance(run.tested)
     finally:
         run.bar.close()
-    relaxed, steps = run.system.replace(potential=system.potential), run.steps
+    relaxed, steps = run.system.replace(potential=run.law), run.steps
     largest = run.largest if run.largest <= run.tested else float(max_force(relaxed))
     status = Status(int(_status(largest, tolerance, relaxed.neighbours.overflowed)))
     eq = Equilibrium(
@@ -350,14 +355,18 @@ class _Run:
 
     Attributes:
       system: with its law in the cheapest form.
+      law: as it was given.
       tested: what the largest force is to reach.
     """
 
     def __init__(self, system: System, method: Any, tolerance: float, max_steps: int, bar: _Progress):
-        self.system = system.replace(potential=system.potential.at(system.params)).reallocate(keep=True)
+        self.law = system.potential
+        self.system = system.replace(potential=self.law.at(system.params)).reallocate(keep=True)
         self.method, self.max_steps, self.bar = method, max_steps, bar
-        self.length, self.stiffness = scales(self.system)
-        self.tested = float(_uncut(self.system, method, tolerance))
+        dtype = system.positions.dtype.type
+        self.length, stiffness = (dtype(x) for x in scales(system))
+        self.limits = _Limits.of((self.length, stiffness), method)
+        self.tested = min(tolerance, 0.5 * float(self.limits.strongest))  # what was cut is not small
         self.state, self.steps, self.largest, self.room = None, 0, np.inf, 1.25
 
     @property
@@ -368,10 +377,10 @@ class _Run:
         """The minimiser's steps to a largest force, or up to a number of steps."""
         until = self.max_steps if until is None else min(until, self.max_steps)
         system, method = self.system, self.method
-        state = _begin(system.positions, self.stiffness, method) if self.state is None else self.state
+        state = _begin(system.positions, self.limits.stiffness, method) if self.state is None else self.state
         while self.steps < until and not self.largest <= target:
             budget = min(STEPS_PER_CALL, until - self.steps)
-            state, pairs, done = _advance_jit(system, state, system.neighbours, target, budget, method)
+            state, pairs, done = _advance_jit(system, state, system.neighbours, target, budget, method, self.limits)
             self.steps += int(done)
             self.largest = float(largest_force(method.forces(state)))
             system = system.replace(positions=method.positions(state), neighbours=pairs)
@@ -380,7 +389,7 @@ class _Run:
                 self.room = min(1.25 * self.room, 4.0) if int(done) <= 1 else 1.25
                 system = system.reallocate(self.room)
                 # what stood there came from a list that lost pairs
-                state = method.with_forces(state, _forces(system, method))
+                state = method.with_forces(state, _forces(system, method, self.limits))
                 self.largest = float(largest_force(method.forces(state)))
             elif not np.isfinite(self.largest):
                 break
@@ -398,7 +407,7 @@ class _Run:
         """A step along the lowest mode where the Hessian has a negative one; whether there was one."""
         if not factorises(self.system):
             return False
-        backbone, _, null = linearisation(self.system, self.largest)
+        backbone, _, null = linearisation(self.system.replace(potential=self.law), self.largest)
         stiffness = Stiffness(backbone, null.simplified())
         if stiffness.factor is None or not stiffness.factor.negative:
             return False
@@ -455,14 +464,13 @@ def stats(eq: Equilibrium, method: Any) -> SolveStats:
     return SolveStats(eq.status, eq.max_force, eq.steps, jnp.zeros_like(eq.max_force), type(method).__name__)
 
 
-@jax.jit
-def round_off(system: System) -> jax.Array:
+def round_off(system: System) -> float:
     """The largest force that the resolution of the positions alone can leave on a particle: eps |R| k.
 
-    k is the law's largest stiffness. Minimisations reach between a tenth of it and all of it.
+    k is the law's largest stiffness. Minimisations reach between a tenth of it and all of it. Host code.
     """
-    resolution = jnp.finfo(system.positions.dtype).eps * jnp.max(jnp.abs(system.positions), initial=0.0)
-    return resolution * scales(system)[1]
+    resolution = np.finfo(system.positions.dtype).eps * np.max(np.abs(np.asarray(system.positions)), initial=0.0)
+    return float(resolution * scales(system)[1])
 
 
 def _check_kinds(system: Any, method: Any) -> None:
@@ -473,7 +481,7 @@ def _check_kinds(system: Any, method: Any) -> None:
 
 
 def _check_precision(system: System, tolerance: float) -> None:
-    floor = float(round_off(system))
+    floor = round_off(system)
     if tolerance < 0.05 * floor:
         remedy = f"raise it to {floor:.0e} or more"
         if system.positions.dtype != jnp.float64:

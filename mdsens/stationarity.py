@@ -64,6 +64,7 @@ def force(system: System) -> jax.Array:
     return -gradient(system, Unknowns(system.positions), system.params).positions
 
 
+@jax.jit
 def largest_force(forces: jax.Array) -> jax.Array:
     """The largest norm of one particle's force, ASE's fmax."""
     return jnp.sqrt(jnp.max(jnp.sum(forces**2, axis=-1), initial=0.0))

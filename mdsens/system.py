@@ -121,7 +121,8 @@ class System(Shown):
         rule = boxes.box_rule(box, dimension, floats.dtype)
         system = cls(floats, values, rule, potential, species, neighbours.all_pairs(n).resized(0), count)
         if isinstance(rule, boxes.BoxFunction):  # the user's function: check what it returns
-            cell = np.asarray(real_array("what the box function returns", system.box, "return a matrix of numbers."))
+            found = rule.function(values)
+            cell = np.asarray(real_array("what the box function returns", found, "return a matrix of numbers."))
             if cell.shape != (dimension, dimension):  # a length alone would do for a fixed box, not here
                 raise InputError(
                     f"the box function returns shape {cell.shape} in {dimension} dimensions: return a ({dimension}, "
@@ -208,6 +209,7 @@ class PairLengths:
         return self.potential.lengths(self.params, (i, j), self.n, self.species, self.species_count)
 
 
+@jax.jit
 def pair_lengths(system: System) -> PairLengths:
     """l_ij at the system's parameters."""
     count, species, params = system.species_count, system.species, dict(system.params)
@@ -253,6 +255,7 @@ def _diameters(system: System, params: Params) -> jax.Array | None:
     return sigma if sigma.shape[0] == system.n else None
 
 
+@jax.jit
 def box_at(system: System, params: Params) -> jax.Array | None:
     """The cell at some parameters."""
     return system.boundary.matrix(params, _diameters(system, params), system.dimension)
@@ -390,15 +393,21 @@ def _row_energy(term: PairTerm, apart: boxes.Components) -> jax.Array:
 
 
 def _check_coincident(system: System) -> None:
-    box = system.box
-    for term in pair_terms(system):
-        if term.i.shape[0] == 0:
-            continue
-        r = np.where(np.asarray(term.mask), np.asarray(pair_distances(term, system.positions, box)), np.inf)
-        k = int(np.argmin(r))
-        if r[k] == 0.0:
-            i, j = int(term.i[k]), int(term.j[k])
+    for r, i, j in _nearest_pairs(system):
+        if r == 0.0:
             raise InputError(f"positions[{i}] and positions[{j}] are the same point: move one of them.")
+
+
+@jax.jit
+def _nearest_pairs(system: System) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
+    """The nearest pair of each term: (r, i, j)."""
+    found = []
+    for term in pair_terms(system):
+        if term.i.shape[0]:
+            r = jnp.where(term.mask, pair_distances(term, system.positions, system.box), jnp.inf)
+            k = jnp.argmin(r)
+            found.append((r[k], term.i[k], term.j[k]))
+    return found
 
 
 def stack(systems: list[System] | tuple[System, ...]) -> System:
