@@ -60,8 +60,9 @@ def enable_compilation_cache(folder: str | _Path | None = None) -> None:
     """Keep what is compiled in a folder, where the next process finds it: sets ``jax_compilation_cache_dir``.
 
     A first relaxation with its sensitivity then takes a second in place of several. The folder grows with each new
-    shape of a system; it can be deleted at any time. For the command line, set the environment's variable
-    ``JAX_COMPILATION_CACHE_DIR``.
+    shape of a system; it can be deleted at any time. For the command line, set ``JAX_COMPILATION_CACHE_DIR`` in the
+    environment. On a CPU jax 0.10 warns of each part that it loads, taking its own tuning flags for features that the
+    processor lacks; ``TF_CPP_MIN_LOG_LEVEL=3``, set before Python starts, silences it.
 
     Args:
       folder: where to keep it; ``~/.cache/mdsens`` where None.

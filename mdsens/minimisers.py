@@ -137,6 +137,7 @@ class GradientDescent:
 
     def minimizer(self, forces: Any, shift: Any, stiffness: jax.Array) -> tuple[Any, Any]:
         """A pair of functions (init, apply) on the state (positions, forces)."""
+
         def given(R: jax.Array, held: jax.Array, **_: Any) -> jax.Array:
             return held
 

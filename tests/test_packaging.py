@@ -154,3 +154,36 @@ def test_make_refuses_an_old_python_with_the_remedy(tmp_path: Path):
     assert "needs Python 3.11 or later" in done.stderr and "3.10.13" in done.stderr
     assert "make test PYTHON=python3.11" in done.stderr
     assert not (tmp_path / ".venv").exists()
+
+
+MINIMISERS = """
+import sys
+from mdsens.relaxation import Fire
+from mdsens.minimisers import _jax_md_minimize as module
+Fire().minimizer(lambda R: R, lambda R, dR: R + dR, 1.0)
+assert not [name for name in sys.modules if name.split(".")[0] in ("jax_md", "flax", "haiku")]
+import jax_md
+assert jax_md.energy.soft_sphere and jax_md.minimize.fire_descent and jax_md.__file__
+assert module() is module()
+"""
+
+
+def test_minimisers_come_without_the_rest_of_jax_md_and_leave_it_importable():
+    run(sys.executable, "-c", MINIMISERS)
+
+
+CACHED = """
+import sys
+import mdsens as ms
+ms.enable_x64()
+ms.enable_compilation_cache(sys.argv[1])
+ms.minimize(ms.load_system("seed_packing_2d", count=16), progress=False)
+"""
+
+
+def test_compilation_cache_serves_the_next_process(tmp_path: Path):
+    folder = tmp_path / "cache"
+    run(sys.executable, "-c", CACHED, folder, TF_CPP_MIN_LOG_LEVEL="3")
+    kept = sorted(folder.glob("jit__advance-*-cache"))  # what compiles in an instant is kept now and again
+    run(sys.executable, "-c", CACHED, folder, TF_CPP_MIN_LOG_LEVEL="3")
+    assert kept and sorted(folder.glob("jit__advance-*-cache")) == kept
