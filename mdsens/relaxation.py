@@ -31,7 +31,7 @@ from mdsens.neighbours import SKIN, Neighbours, slack, within
 from mdsens.newton import descend
 from mdsens.stationarity import Unknowns, gradient, largest_force, linearisation, max_force
 from mdsens.stiffness import Stiffness, factorises
-from mdsens.system import System, box_at, energy_slope, listed, pair_distances, pair_terms, stack, unstack
+from mdsens.system import System, energy_slope, listed, pair_distances, pair_terms, stack, unstack
 
 __all__ = ["Equilibrium", "Fire", "GradientDescent", "Newton", "minimize", "relax", "scales"]
 

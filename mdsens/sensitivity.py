@@ -203,7 +203,7 @@ def _linearised(at: Equilibrium | Linearization, solve: Method | None, throw: bo
     return linearize(at, Auto() if solve is None else solve, throw)
 
 
-def full_tangent(system: System, dparams: Params) -> dict[str, jax.Array]:
+def full_tangent(system: System, dparams: Params) -> dict[str, Any]:
     """A full dict of parameter changes from a partial one, checked."""
     if not isinstance(dparams, Mapping):
         raise InputError(f"dparams is a {type(dparams).__name__}: give a dict of parameter names and their changes.")
@@ -219,7 +219,7 @@ def full_tangent(system: System, dparams: Params) -> dict[str, jax.Array]:
         if not isinstance(given, Tracer) and not np.isfinite(np.asarray(given, float)).all():
             raise InputError(f"dparams[{name!r}] is not finite: give finite changes.")
     return {
-        name: jnp.asarray(dparams[name], value.dtype) if name in dparams else np.zeros(value.shape, value.dtype)  # type: ignore[misc]
+        name: jnp.asarray(dparams[name], value.dtype) if name in dparams else np.zeros(value.shape, value.dtype)
         for name, value in system.params.items()
     }
 

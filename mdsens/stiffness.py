@@ -123,21 +123,20 @@ class Stiffness:
         return np.asarray(_products(self.system, self.null, jnp.asarray(columns)))
 
     def solve(self, b: np.ndarray, rtol: float = 1e-12) -> tuple[np.ndarray, float, Status]:
-        """H x = b on the range, for b (n, d): ``(x, relative residual, status)``; to ``rtol`` where there is no factor,
-        which gives round-off.
+        """H x = b on the range, for b (n, d): ``(x, relative residual, status)``; to ``rtol``, by a factor to round-off
+        and good from 1e-10.
         """
         if self.factor is not None:
-            x, stats = self.solve_many(np.asarray(b, float).reshape(-1, 1), 1e-15)
-            residual = float(stats.residual[0])
-            good = residual <= 1e-10 and stats.status[0] == Status.STAGNATED
-            return x.reshape(b.shape), residual, Status.CONVERGED if good else Status(int(stats.status[0]))
+            x, stats = self.solve_many(np.asarray(b, float).reshape(-1, 1), max(rtol, 1e-10), to=1e-15)
+            return x.reshape(b.shape), float(stats.residual[0]), Status(int(stats.status[0]))
         x, residual, code = _solve(self.system, self.null, jnp.asarray(b), rtol)
         return np.asarray(x), float(residual), Status(int(code))
 
-    def solve_many(self, columns: np.ndarray, rtol: float) -> tuple[np.ndarray, SolveStats]:
+    def solve_many(self, columns: np.ndarray, rtol: float, to: float = 1e-12) -> tuple[np.ndarray, SolveStats]:
         """H x = b by the factor, for the columns b of (m, c): x, and stats with an entry a column.
 
-        The status is INDEFINITE where H has a negative eigenvalue, whatever the right-hand side.
+        Refined to a residual of ``to``, and converged from ``rtol``; ``iterations`` counts the refinements, a product
+        each. The status is INDEFINITE where H has a negative eigenvalue, whatever the right-hand side.
         """
         assert self.matrix is not None and self.factor is not None
         eps = float(jnp.finfo(self.system.positions.dtype).eps)  # that of the projections
@@ -146,15 +145,15 @@ class Stiffness:
         share = np.linalg.norm(kept, axis=0) / np.where(whole > 0, whole, 1.0)
         dropped = np.linalg.norm(columns - kept, axis=0) / np.where(whole > 0, whole, 1.0)
         kept = np.where(share > 8 * eps, kept, 0.0)  # the rest is round-off, and its solution would be noise
-        x, residual = solve_on_range(self.matrix, self.factor, self.project, kept, min(rtol, 1e-12))
+        x, residual, rounds = solve_on_range(self.matrix, self.factor, self.project, kept, min(rtol, to))
         status = np.where(dropped > eps**0.5, Status.NULL_COMPONENT_DROPPED.value, Status.CONVERGED.value)
         limited = np.where(residual <= 100.0 * eps, Status.ROUND_OFF_LIMITED.value, Status.STAGNATED.value)
         status = np.where(residual <= rtol, status, limited)
         if self.factor.negative != 0:
             status = np.where(share > 8 * eps, Status.INDEFINITE.value, status)
         status = np.where(np.isfinite(whole) & np.isfinite(x).all(axis=0), status, Status.NOT_FINITE.value)
-        rounds = np.full(status.shape, 1, np.int32)
-        return x, SolveStats(status.astype(np.int32), residual, rounds, dropped, "sparse factor")  # type: ignore[arg-type]
+        found: tuple[Any, Any, Any, Any] = (status.astype(np.int32), residual, rounds, dropped)
+        return x, SolveStats(*found, "sparse factor")
 
     def _precondition(self) -> Callable[[np.ndarray], np.ndarray] | None:
         """The inverse of each particle's own block of H, made positive; None where H is not assembled."""

@@ -107,23 +107,23 @@ class SparseFactor:
 
 def solve_on_range(
     matrix: Any, factor: SparseFactor, project: Project, b: np.ndarray, rtol: float = 1e-15
-) -> tuple[np.ndarray, np.ndarray]:
-    """A x = P b by refinement with a factor of A + s I: ``(x, |P b - A x| / |P b|)``, x on the range of P.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A x = P b by refinement with a factor of A + s I: ``(x, |P b - A x| / |P b|, rounds)``, x on the range of P.
 
     Each round leaves s / (lambda + s) of the error along a mode of stiffness lambda; what the factor makes of round-off
     along a null direction is projected out. A column stops where a round gains less than half.
 
     Args:
-      b: (m,) or (m, k), k right-hand sides, of which each has its own residual.
+      b: (m,) or (m, k), k right-hand sides, of which each has its own residual and number of rounds.
     """
     right = project(b)
     size = np.asarray(np.linalg.norm(right, axis=0))
     x, left, best = np.zeros_like(right), right, np.where(np.isfinite(size), 1.0, np.inf)
     best = np.where(size == 0.0, 0.0, best)
     going = np.isfinite(size) & (size > 0.0)
-    for _ in range(ROUNDS):
-        if not going.any():
-            break
+    rounds = np.zeros(size.shape, np.int32)
+    while going.any() and rounds.max() < ROUNDS:
+        rounds += going
         if b.ndim == 1:
             trial = x + project(factor.apply(left))
             rest = right - project(matrix @ trial)
@@ -135,4 +135,4 @@ def solve_on_range(
         better = going & (now < best)
         going = better & (now < 0.5 * best) & (now > rtol)
         x, left, best = np.where(better, trial, x), np.where(better, rest, left), np.where(better, now, best)
-    return x, best
+    return x, best, rounds
