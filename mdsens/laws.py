@@ -53,10 +53,10 @@ class PairTerm(NamedTuple):
     values: tuple[jax.Array, ...]
     breakpoints: Callable[..., tuple[jax.Array, ...]]
 
-    def rows(self, some: slice) -> PairTerm:
-        """Some of the rows of neighbours."""
-        values = tuple(v[some] if jnp.ndim(v) == 2 else v for v in self.values)
-        return self._replace(j=self.j[some], mask=self.mask[some], values=values)
+    def rows(self, k: Any) -> PairTerm:
+        """The k-th of some chunks of rows, (chunks, rows, n)."""
+        values = tuple(v[k] if v.ndim == 3 else v for v in self.values)
+        return self._replace(j=self.j[k], mask=self.mask[k], values=values)
 
     def energy(self, r: jax.Array) -> jax.Array:
         """phi of each pair, zero on padding."""

@@ -31,7 +31,7 @@ CG_STEPS = 4000  # of one Newton step, at most
 
 @jax.jit
 def _energy_and_slope(system: System) -> tuple[jax.Array, jax.Array]:
-    return potential_energy(system), energy_slope(system)(system.positions)
+    return potential_energy(system), energy_slope(system, used=system.neighbours.used)(system.positions)
 
 
 def descend(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import sys
 import time
 from collections.abc import Mapping
@@ -16,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens._checks import short
+from mdsens._members import each
+from mdsens._progress import Decades, Members
 from mdsens._tables import Shown
 from mdsens.contacts import pair_forces
 from mdsens.implicit.status import (
@@ -164,7 +165,7 @@ def _machine(system: System, method: Any, limits: _Limits) -> tuple[Any, Any]:
     particle's force counts up to the size that moves it by the longest step, and its step is cut there too. Neither
     touches the neighbourhood of a minimum.
     """
-    slope = energy_slope(system)
+    slope = energy_slope(system, used=system.neighbours.used)
 
     def forces(R: jax.Array, **_: Any) -> jax.Array:
         return _shortened(-slope(R), limits.strongest)
@@ -319,7 +320,7 @@ def minimize(
     began = time.perf_counter()
     _check_precision(system, tolerance)
     newton, first = (method, method.first) if isinstance(method, Newton) else (None, method)
-    run = _Run(system, first, tolerance, int(max_steps), _Progress(tolerance, progress))
+    run = _Run(system, first, tolerance, int(max_steps), Decades(tolerance, progress))
     try:
         run.advance(run.tested, newton.patience if newton else run.max_steps)
         begin = newton.begin if newton else 0.0
@@ -359,7 +360,7 @@ class _Run:
       tested: what the largest force is to reach.
     """
 
-    def __init__(self, system: System, method: Any, tolerance: float, max_steps: int, bar: _Progress):
+    def __init__(self, system: System, method: Any, tolerance: float, max_steps: int, bar: Decades):
         self.law = system.potential
         self.system = system.replace(potential=self.law.at(system.params)).reallocate(keep=True)
         self.method, self.max_steps, self.bar = method, max_steps, bar
@@ -431,13 +432,17 @@ def _contact_force(system: System, length: jax.Array, stiffness: jax.Array) -> j
 def _minimize_batch(
     batch: System, params: Params | None, tolerance: float, method: Any, max_steps: int, throw: bool, progress: Any
 ) -> Equilibrium:
-    members = []
-    for member in unstack(batch):
-        members.append(
-            minimize(
-                member, params, tolerance=tolerance, method=method, max_steps=max_steps, throw=False, progress=progress
-            )
+    starts, bar = unstack(batch), Members(batch.batch or 0, progress)
+
+    def member(k: int) -> Equilibrium:
+        return minimize(
+            starts[k], params, tolerance=tolerance, method=method, max_steps=max_steps, throw=False, progress=False
         )
+
+    try:
+        members = each(member, len(starts), bar.advance)
+    finally:
+        bar.close()
     whole = stack([m.system for m in members])
     eq = Equilibrium(
         whole,
@@ -490,37 +495,3 @@ def _check_precision(system: System, tolerance: float) -> None:
             f"tolerance {tolerance:.0e} is out of reach in {system.positions.dtype}, where round-off of the positions "
             f"leaves forces of about {floor:.0e}: {remedy}."
         )
-
-
-class _Progress:
-    """A tqdm bar over the decades of force still to go; off where nobody watches."""
-
-    def __init__(self, tolerance: float, wanted: bool | None):
-        self.tolerance, self.first, self.bar = tolerance, None, None
-        watched = sys.stderr.isatty() or "ipykernel" in sys.modules
-        if not (watched if wanted is None else wanted):
-            return
-        if importlib.util.find_spec("ipywidgets"):
-            from tqdm.auto import tqdm
-        else:  # without them tqdm.auto warns in a notebook
-            from tqdm import tqdm
-        self.bar = tqdm(
-            total=100,
-            leave=False,
-            desc="relaxing",
-            bar_format="{desc} {bar} {elapsed}{postfix}",
-            delay=0.5,
-        )
-
-    def show(self, steps: int, largest: float) -> None:
-        if self.bar is None or not (np.isfinite(largest) and largest > 0):
-            return
-        self.first = max(largest, self.first or largest)
-        decades = np.log(self.first / self.tolerance)
-        done = 100.0 * np.log(self.first / max(largest, self.tolerance)) / decades if decades > 0 else 100.0
-        self.bar.n = int(done)
-        self.bar.set_postfix_str(f"step {steps:,}, max_force {largest:.1e}")
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()

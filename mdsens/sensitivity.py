@@ -18,6 +18,7 @@ import numpy as np
 from jax.core import Tracer
 
 from mdsens._checks import real_array, short
+from mdsens._members import each, together
 from mdsens._tables import Shown
 from mdsens.contacts import Network
 from mdsens.implicit.linear import Auto, Direct, Method
@@ -329,9 +330,9 @@ def _judged(result: Response, throw: bool, what: str) -> Response:
 
 
 def _over_members(door: Callable[[Equilibrium, int], Response], eq: Any) -> Response:
-    """A door on each member of a batch."""
-    results = [door(part, k) for k, part in enumerate(unstack(eq))]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+    """A door on each member of a batch, over the cores."""
+    members = unstack(eq)
+    return together(each(lambda k: door(members[k], k), len(members)))
 
 
 def _of_member(given: Any, k: int, shape: tuple[int, ...]) -> Any:

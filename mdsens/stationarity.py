@@ -16,7 +16,7 @@ from mdsens import contacts
 from mdsens.boxes import components, nearest_images
 from mdsens.contacts import Network
 from mdsens.implicit.linear import Operator
-from mdsens.system import CHUNK, System, energy_slope, row_terms
+from mdsens.system import ROWS, System, energy_slope, row_terms
 
 __all__ = [
     "BlockRows",
@@ -257,11 +257,11 @@ class BlockRows:
         return cls(jnp.asarray(rows), jnp.asarray(blocks))
 
     def product(self, v: Unknowns) -> Unknowns:
-        """H v; gathers alone, a few rows at a time (see mdsens.system.CHUNK)."""
+        """H v; gathers alone, a few rows at a time (see mdsens.system.ROWS)."""
         x, d = components(v.positions), self.blocks.shape[0]
         total = [jnp.zeros_like(c) for c in x]
-        for start in range(0, self.rows.shape[0], CHUNK):
-            some = slice(start, start + CHUNK)
+        for start in range(0, self.rows.shape[0], ROWS):
+            some = slice(start, start + ROWS)
             others = [c[self.rows[some]] for c in x]  # past the end of x, the last: its block is zero
             for a in range(d):
                 parts = sum(self.blocks[a, b, some] * others[b] for b in range(d))

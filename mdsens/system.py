@@ -13,6 +13,7 @@ import numpy as np
 
 from mdsens import boxes, neighbours
 from mdsens._checks import real_array, short
+from mdsens._members import apart, together
 from mdsens._tables import Shown
 from mdsens.implicit.status import InputError, require_sound_jax
 from mdsens.laws import PairTerm, check_params
@@ -334,12 +335,12 @@ def _energy(
     return total + system.potential.many_body(positions, params, displacement)
 
 
-# Rows that are summed at a time, and numbers of rows that have a sum of their own: XLA on a CPU takes ten times as long
-# over a sum of all rows of a start's fullest particle at once, most of which are empty once the system has relaxed.
-CHUNK, TIERS, SMALL = 4, (8, 12, 16), 512
+ROWS = 2  # of the neighbours' rows that are summed at a time
 
 
-def energy_slope(system: System, params: Params | None = None) -> Callable[[jax.Array], jax.Array]:
+def energy_slope(
+    system: System, params: Params | None = None, used: jax.Array | None = None
+) -> Callable[[jax.Array], jax.Array]:
     """R -> dU/dR, (n, d) both. Made once, so that a loop over R computes all that does not depend on R beforehand.
 
     What the pairs of the list contribute is summed over each particle's row, dU/dR_i = sum_k d phi(|v_ik|) / d v_ik,
@@ -348,44 +349,47 @@ def energy_slope(system: System, params: Params | None = None) -> Callable[[jax.
     Args:
       system: its list is taken as complete.
       params: the system's where None.
+      used: how many of the list's rows are not empty: the others, most of them once a random start has relaxed, are
+        left out. Reverse differentiation needs to know the number beforehand, so it takes all rows, as None does.
     """
     params = system.params if params is None else params
     box, terms = box_at(system, params), row_terms(system, params)
     images = boxes.nearest_images(box, system.boundary.orthogonal)
     bonds = [term for term in terms if term.j.ndim == 1]
-    listed = [term for term in terms if term.j.ndim == 2]
-    capacity = system.neighbours.rows.shape[0]
-    # up to SMALL particles a step is short whatever it sums over, and each part of the sum takes time to compile
-    small = system.n <= SMALL
-    tiers = [*(k for k in TIERS if k < capacity and not small), capacity]
-    width = max(capacity, 1) if small else CHUNK
-    tier = jnp.sum(system.neighbours.used > jnp.asarray(tiers[:-1], jnp.int32))
-
-    @jax.jit
-    def of_chunk(parts: list[Any], x: boxes.Components) -> boxes.Components:
-        total = tuple(jnp.zeros_like(c) for c in x)
-        for term, (j, mask, values) in zip(listed, parts, strict=True):
-            part = term._replace(j=j, mask=mask, values=values)
-            slopes = jax.grad(functools.partial(_row_energy, part))(images(tuple(c - c[j] for c in x)))
-            total = tuple(t + jnp.sum(s, axis=0) for t, s in zip(total, slopes, strict=True))
-        return total
-
-    def of_rows(count: int, x: boxes.Components) -> boxes.Components:
-        total = tuple(jnp.zeros_like(c) for c in x)
-        for start in range(0, count, width):
-            some = [term.rows(slice(start, min(start + width, count))) for term in listed]
-            part = of_chunk([(term.j, term.mask, term.values) for term in some], x)
-            total = tuple(t + s for t, s in zip(total, part, strict=True))
-        return total
+    listed = [_in_chunks(term) for term in terms if term.j.ndim == 2]
+    count = -(-(system.neighbours.rows.shape[0] if used is None else used) // ROWS)
 
     def slope(positions: jax.Array) -> jax.Array:
         total = jax.grad(lambda R: _energy(system, bonds, R, params, box))(positions)
+        x = boxes.components(positions)
+
+        def add(k: Any, total: boxes.Components) -> boxes.Components:
+            for chunks in listed:
+                part = chunks.rows(k)
+                slopes = jax.grad(functools.partial(_row_energy, part))(images(tuple(c - c[part.j] for c in x)))
+                total = tuple(t + jnp.sum(s, axis=0) for t, s in zip(total, slopes, strict=True))
+            return total
+
         if listed:
-            forms = [functools.partial(of_rows, count) for count in tiers]
-            total = total + jnp.stack(jax.lax.switch(tier, forms, boxes.components(positions)), axis=-1)
+            rows = jax.lax.fori_loop(0, count, add, tuple(jnp.zeros_like(c) for c in x))
+            total = total + jnp.stack(rows, axis=-1)
         return total
 
     return slope
+
+
+def _in_chunks(term: PairTerm) -> PairTerm:
+    """The rows of a term (K, n) as (K / ROWS, ROWS, n), padded where they do not come out, for a loop over the first axis."""
+    more = -term.j.shape[0] % ROWS
+
+    def chunks(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, more), (0, 0)), mode="edge").reshape(-1, ROWS, x.shape[1])
+
+    mask = chunks(term.mask)
+    if more:
+        mask = mask.at[-1, ROWS - more :].set(False)
+    values = tuple(chunks(v) if v.ndim == 2 else v for v in term.values)
+    return term._replace(j=chunks(term.j), mask=mask, values=values)
 
 
 def _row_energy(term: PairTerm, apart: boxes.Components) -> jax.Array:
@@ -446,7 +450,7 @@ def stack(systems: list[System] | tuple[System, ...]) -> System:
         raise InputError("some systems list all pairs and some do not: stack systems of one size and density.")
     if not any(complete):
         systems = _same_lists(systems)
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *systems)
+    return together(systems)
 
 
 def _same_lists(systems: list[System]) -> list[System]:
@@ -470,4 +474,4 @@ def unstack(batch: Any) -> list[Any]:
         raise InputError(
             f"unstack got a {type(batch).__name__} that is no batch: give what ms.stack returned, or ms.minimize of it."
         )
-    return [jax.tree.map(lambda leaf, k=k: leaf[k], batch) for k in range(count)]
+    return apart(batch, count)

@@ -14,7 +14,8 @@ import pytest
 from conftest import relative
 
 import mdsens as ms
-from mdsens import neighbours, relaxation
+from mdsens import neighbours
+from mdsens._progress import Decades
 from mdsens.relaxation import Fire, GradientDescent, relax
 from mdsens.stationarity import largest_force, max_force
 from mdsens.system import potential_energy
@@ -253,7 +254,7 @@ def test_no_progress_bar_where_nobody_watches(capfd):
 
 
 def test_progress_bar_where_it_is_asked_for(capfd):
-    bar = relaxation._Progress(1e-12, True)
+    bar = Decades(1e-12, True)
     assert bar.bar is not None
     bar.bar.delay = 0
     bar.show(20, 1e-2)

@@ -1,0 +1,60 @@
+"""Progress of long work, where somebody watches: a terminal or a notebook."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Decades", "Members"]
+
+
+def _bar(wanted: bool | None, form: str, **how: Any) -> Any:
+    """A tqdm bar, or None where nobody watches and none is asked for."""
+    watched = sys.stderr.isatty() or "ipykernel" in sys.modules
+    if not (watched if wanted is None else wanted):
+        return None
+    if importlib.util.find_spec("ipywidgets"):
+        from tqdm.auto import tqdm
+    else:  # without them tqdm.auto warns in a notebook
+        from tqdm import tqdm
+    return tqdm(leave=False, delay=0.5, bar_format=form, **how)
+
+
+class Decades:
+    """The decades of force still to go in one relaxation."""
+
+    def __init__(self, tolerance: float, wanted: bool | None):
+        self.tolerance, self.first = tolerance, 0.0
+        self.bar = _bar(wanted, "{desc} {bar} {elapsed}{postfix}", total=100, desc="relaxing")
+
+    def show(self, steps: int, largest: float) -> None:
+        if self.bar is None or not (np.isfinite(largest) and largest > 0):
+            return
+        self.first = max(largest, self.first)
+        decades = np.log(self.first / self.tolerance)
+        done = 100.0 * np.log(self.first / max(largest, self.tolerance)) / decades if decades > 0 else 100.0
+        self.bar.n = int(done)
+        self.bar.set_postfix_str(f"step {steps:,}, max_force {largest:.1e}")
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class Members:
+    """The members of a batch that are done."""
+
+    def __init__(self, count: int, wanted: bool | None):
+        form = "{desc} {bar} {n_fmt} of {total_fmt}, {elapsed}, {remaining} to go"
+        self.bar = _bar(wanted, form, total=count, desc="relaxing")
+
+    def advance(self) -> None:
+        if self.bar is not None:
+            self.bar.update()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
