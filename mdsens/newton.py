@@ -51,7 +51,7 @@ def descend(
     step_of: Any = _Factorised(length) if factorises(system) else _Krylov(length)
     energy, slope = _energy_and_slope(system)
     largest, taken = float(largest_force(slope)), 0
-    if largest <= tolerance:
+    if not (np.isfinite(largest) and largest > tolerance):
         return system, largest, taken
     best, since = largest, 0
     while taken < STEPS and since < STALLED:
