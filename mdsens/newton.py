@@ -71,7 +71,7 @@ def descend(
 def _trials(step_of: Any, system: System, energy: jax.Array, slope: jax.Array) -> tuple[System, Any, Any] | None:
     """The first step that keeps its promise: (system, energy, slope) after it; None where none does."""
     largest = float(largest_force(slope))
-    # the energy cannot tell steps apart whose gain is round-off, 1e-12 of it in double precision
+    # 1e-12 of the energy in double precision: what is gained is too near round-off to see there
     unseen = 4500.0 * float(jnp.finfo(energy.dtype).eps) * abs(float(energy))
     for _ in range(TRIALS):
         step, promised = step_of(system, slope, largest)
@@ -80,9 +80,11 @@ def _trials(step_of: Any, system: System, energy: jax.Array, slope: jax.Array) -
         there = system.replace(positions=system.positions + step).reallocate(keep=True)
         its_energy, its_slope = _energy_and_slope(there)
         left, gained = float(largest_force(its_slope)), float(energy - its_energy)
-        blind = promised <= unseen  # there the force has to fall
-        good = (left < largest if blind else gained >= 0.1 * promised) and np.isfinite(left)
-        step_of.judge((1.0 if blind else gained / promised) if good else 0.0)
+        risen = np.inf
+        if promised <= unseen:  # the forces see it, to the third order of the step, until they are round-off too
+            gained, risen = -0.5 * float(jnp.sum((slope + its_slope) * step)), 2.0 * largest
+        good = gained >= 0.1 * promised > 0.0 and left < risen
+        step_of.judge(gained / promised if good else 0.0)
         if good:
             return there, its_energy, its_slope
     return None

@@ -157,13 +157,14 @@ def test_a_law_of_many_bodies_takes_conjugate_gradients():
 
 
 def test_single_precision_takes_conjugate_gradients_down_to_round_off():
-    double = near("2-D packing")
-    names = {name: np.asarray(value, np.float32) for name, value in double.params.items()}
+    """Of an energy near 1, of which single precision sees no gain below 1e-7: those of forces from 1e-4 on."""
+    double = ms.minimize(spheres(2, 40, 1.4), tolerance=1e-3, method=Fire()).system
+    params = {name: np.asarray(value, np.float32) for name, value in double.params.items()}
     R, side = np.asarray(double.positions, np.float32), float(np.asarray(double.box)[0, 0])
-    start = ms.System.create(R, side, double.potential, names)
+    start = ms.System.create(R, side, double.potential, params)
     assert start.positions.dtype == jnp.float32 and not factorises(start)
-    found = descend(start, tolerance=1e-6)
-    assert found.largest <= 1e-6 < 0.1 * float(max_force(start))
+    found = descend(start, tolerance=2e-6)
+    assert found.largest <= 2e-6 < 0.01 * float(max_force(start))
 
 
 # ── negative curvature ──
