@@ -19,7 +19,7 @@ from mdsens.implicit._sparse import SparseFactor, dissection
 from mdsens.relaxation import Fire, Newton
 from mdsens.stationarity import dense_hessian, largest_force, max_force
 from mdsens.stiffness import factorises
-from mdsens.system import potential_energy
+from mdsens.system import listed, potential_energy
 
 WAYS = ("factor", "conjugate gradients")
 
@@ -247,6 +247,20 @@ def test_no_particle_moves_farther_in_a_step_than_a_share_of_the_length(way):
     assert longest == pytest.approx(newton.LONGEST, rel=1e-9)  # no farther, and some go as far
 
 
+@pytest.mark.parametrize("way", [newton._Factorised, newton._Krylov])
+def test_a_step_promises_what_the_quadratic_model_gives_cut_or_not(way):
+    start = row(0.1, 1.1)
+    slope, hessian = newton._energy_and_slope(start)[1], np.asarray(dense_hessian(start))
+    length, sizes = float(relaxation.scales(start)[0]), []
+    for scale in (length, 100.0 * length):  # with a hundred times the length there is no cut
+        step, promised = way(scale)(start, slope, float(largest_force(slope)))
+        p = np.asarray(step).ravel()
+        sizes.append(np.linalg.norm(step, axis=1).max() / scale)
+        assert promised == pytest.approx(-float(np.ravel(slope) @ p + 0.5 * p @ hessian @ p), rel=1e-9)
+        assert promised > 0
+    assert sizes[0] == pytest.approx(newton.LONGEST, rel=1e-9)
+
+
 @pytest.mark.parametrize("ordered", [False, True])
 def test_a_negative_pivot_gives_a_direction_of_negative_curvature(ordered):
     rng = np.random.default_rng(0)
@@ -313,6 +327,16 @@ def true_force(system: ms.System) -> float:
     every = system.replace(neighbours=neighbours.all_pairs(system.n))
     slope = jax.grad(lambda R: potential_energy(every, R))(every.positions)
     return float(np.linalg.norm(np.asarray(slope), axis=1).max())
+
+
+def test_a_list_that_steps_outrun_is_made_anew():
+    rest = ms.minimize(spheres(2, 100, 0.9), tolerance=1e-6).system
+    moved = rest.replace(positions=rest.positions + 0.05 * np.random.default_rng(5).standard_normal((100, 2)))
+    start = moved.replace(neighbours=listed(moved, skin=1e-3, anew=True)[0])
+    assert true_force(start) == pytest.approx(float(max_force(start)), rel=1e-9)
+    found = descend(start, "factor")
+    assert found.taken > 1 and np.abs(found.places[-1] - found.places[0]).max() > 1e-2
+    assert true_force(found.system) == pytest.approx(found.largest, abs=1e-13)
 
 
 @pytest.mark.parametrize("way", WAYS)
