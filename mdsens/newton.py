@@ -3,7 +3,8 @@
 Both see negative curvature. The factor is of H + mu I, with mu raised where a step does not keep its promise or a pivot
 of the last one is negative (Nocedal and Wright, Numerical Optimization, 2006, section 4.3). The conjugate gradients
 leave along the first direction of negative curvature (Steihaug, SIAM J. Numer. Anal. 20, 626 (1983)). A step is taken
-where the energy falls by a tenth at least of what the quadratic model promised.
+where the energy falls by a tenth at least of what the quadratic model promised. Where the factor's steps end at a
+saddle after all, the next one goes along a direction of negative curvature that its pivots give.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ __all__ = ["descend"]
 LONGEST = 0.1  # step of a particle, of the law's length
 STEPS = 60  # before the minimiser that brought it here has another go
 TRIALS = 8  # of a shift or radius for one step
+STALLED = 12  # steps that do not halve the force, in a row
+FIRST, SOFTEST = 0.1, 1e-6  # multiple that shifts start with; the softest mode of a packing, of the stiffest
 CG_STEPS = 4000  # of one Newton step, at most
 
 
@@ -48,28 +51,43 @@ def descend(
     step_of: Any = _Factorised(length) if factorises(system) else _Krylov(length)
     energy, slope = _energy_and_slope(system)
     largest, taken = float(largest_force(slope)), 0
+    if not (np.isfinite(largest) and largest > tolerance):
+        return system, largest, taken
     best, since = largest, 0
-    while largest > tolerance and taken < STEPS and since < 12:
-        for _ in range(TRIALS):
-            step, promised = step_of(system, slope, largest)
-            if step is None:
-                return system, largest, taken
-            there = system.replace(positions=system.positions + step).reallocate(keep=True)
-            its_energy, its_slope = _energy_and_slope(there)
-            left, gained = float(largest_force(its_slope)), float(energy - its_energy)
-            # the energy cannot tell steps apart whose gain is round-off: there the force has to fall
-            blind = promised <= 1e-12 * abs(float(energy))
-            good = left < largest if blind else gained >= 0.1 * promised
-            good = good and np.isfinite(left) and (left > tolerance or step_of.at_minimum())
-            step_of.judge((1.0 if blind else gained / promised) if good else 0.0)
-            if good:
-                break
-        else:
-            return system, largest, taken
-        system, energy, slope, largest, taken = there, its_energy, its_slope, left, taken + 1
-        best, since = (largest, 0) if largest < 0.5 * best else (best, since + 1)
+    while taken < STEPS and since < STALLED:
+        found = _trials(step_of, system, energy, slope) if largest > tolerance else None
+        if found is None and step_of.at_saddle(system):
+            found = _trials(step_of, system, energy, slope)
+        if found is None:
+            break
+        system, energy, slope = found
+        before, largest, taken = largest, float(largest_force(slope)), taken + 1
+        headway = largest < 0.5 * best or (largest > before and step_of.curved)  # off a saddle the force rises
+        best, since = (largest, 0) if headway else (best, since + 1)
         show(taken, largest)
     return system, largest, taken
+
+
+def _trials(step_of: Any, system: System, energy: jax.Array, slope: jax.Array) -> tuple[System, Any, Any] | None:
+    """The first step that keeps its promise: (system, energy, slope) after it; None where none does."""
+    largest = float(largest_force(slope))
+    # 1e-12 of the energy in double precision: what is gained is too near round-off to see there
+    unseen = 4500.0 * float(jnp.finfo(energy.dtype).eps) * abs(float(energy))
+    for _ in range(TRIALS):
+        step, promised = step_of(system, slope, largest)
+        if step is None:
+            return None
+        there = system.replace(positions=system.positions + step).reallocate(keep=True)
+        its_energy, its_slope = _energy_and_slope(there)
+        left, gained = float(largest_force(its_slope)), float(energy - its_energy)
+        risen = np.inf
+        if promised <= unseen:  # the forces see it, to the third order of the step, until they are round-off too
+            gained, risen = -0.5 * float(jnp.sum((slope + its_slope) * step)), 2.0 * largest
+        good = gained >= 0.1 * promised > 0.0 and left < risen
+        step_of.judge(gained / promised if good else 0.0)
+        if good:
+            return there, its_energy, its_slope
+    return None
 
 
 class _Factorised:
@@ -80,41 +98,66 @@ class _Factorised:
     """
 
     def __init__(self, length: float):
-        self.length, self.multiple = length, 0.1
+        self.length, self.multiple, self.shift, self.curved = length, FIRST, 0.0, False
         self.matrix: Any = None
-        self.order, self.at = None, None
+        self.order, self.at, self.way_off = None, None, None
 
     def __call__(self, system: System, slope: jax.Array, largest: float) -> tuple[jax.Array | None, float]:
+        self._assemble(system)
+        flat = np.asarray(slope).ravel()
+        if self.way_off is None:
+            step = self._shifted(flat, largest)
+        else:
+            step = self.way_off if flat @ self.way_off <= 0 else -self.way_off
+        if step is None:
+            return None, 0.0
+        along, curvature = float(flat @ step), float(step @ (self.matrix @ step))
+        self.curved = curvature < 0
+        return jnp.asarray(step.reshape(slope.shape)), -(along + 0.5 * curvature)
+
+    def _assemble(self, system: System) -> None:
         if self.at is not system:
             self.matrix, self.at = sparse_hessian(system), system
-            self.scale = bound(self.matrix) or 1.0
+            self.scale, self.dimension = bound(self.matrix) or 1.0, system.dimension
         if self.order is None:
             self.order = dissection(self.matrix, system.dimension)
-        flat = np.asarray(slope).ravel()
-        for _ in range(TRIALS):
-            shift = max(self.multiple * largest / self.length, SHIFT * self.scale)
-            try:
-                self.factor = SparseFactor(self.matrix, shift, self.order)
-            except RuntimeError:  # singular, shift and all
-                self.multiple *= 8.0
-                continue
-            step = -self.factor.apply(flat)
-            rows = step.reshape(system.positions.shape)
-            size = float(np.sqrt(np.max(np.sum(rows**2, axis=1))))
-            if not (np.isfinite(size) and flat @ step < 0):  # uphill: not positive definite
-                self.multiple *= 8.0
-                continue
-            step = step * min(1.0, LONGEST * self.length / size)
-            promised = -float(flat @ step + 0.5 * step @ (self.matrix @ step))
-            return jnp.asarray(step.reshape(rows.shape)), promised
-        return None, 0.0
 
-    def at_minimum(self) -> bool:
-        """Whether the matrix of the last step is positive definite; counting costs half of factorising."""
-        return self.factor.negative == 0
+    def _factorise(self, shift: float) -> bool:
+        try:
+            self.factor, self.shift = SparseFactor(self.matrix, shift, self.order), shift
+        except RuntimeError:  # singular, shift and all
+            return False
+        return True
+
+    def _shifted(self, flat: np.ndarray, largest: float) -> np.ndarray | None:
+        for _ in range(TRIALS):
+            if self._factorise(max(self.multiple * largest / self.length, SHIFT * self.scale)):
+                step = -self.factor.apply(flat)
+                size = self._size(step)
+                if np.isfinite(size) and flat @ step < 0:
+                    return step * min(1.0, LONGEST * self.length / size)
+            self.multiple *= 8.0  # uphill: not positive definite
+        return None
+
+    def _size(self, step: np.ndarray) -> float:
+        return float(np.sqrt(np.max(np.sum(step.reshape(-1, self.dimension) ** 2, axis=1))))
+
+    def at_saddle(self, system: System) -> bool:
+        """Whether the Hessian has a negative eigenvalue; the next step then goes along negative curvature."""
+        # the last step's factor tells as well; counting its pivots costs half of factorising
+        if self.at is not system and self.shift <= SOFTEST * self.scale and self.factor.negative == 0:
+            return False
+        self._assemble(system)
+        way = self.factor.negative_direction() if self._factorise(SHIFT * self.scale) else None
+        if way is None:
+            return False
+        self.way_off, self.multiple = LONGEST * self.length / self._size(way) * way, FIRST
+        return True
 
     def judge(self, ratio: float) -> None:
-        if ratio < 0.25:
+        if self.way_off is not None:
+            self.way_off = None if ratio > 0 else 0.25 * self.way_off
+        elif ratio < 0.25:
             self.multiple *= 8.0
         elif ratio > 0.75:
             self.multiple = max(0.1 * self.multiple, 1e-3)
@@ -124,7 +167,7 @@ class _Krylov:
     """Conjugate gradients inside a ball, to a residual that falls with the force."""
 
     def __init__(self, length: float):
-        self.length, self.radius, self.first, self.curved = length, None, None, False
+        self.length, self.radius, self.first, self.curved = length, None, None, False  # curved: met negative curvature
 
     def __call__(self, system: System, slope: jax.Array, largest: float) -> tuple[jax.Array | None, float]:
         self.first = self.first or largest
@@ -136,17 +179,17 @@ class _Krylov:
         size = float(jnp.sqrt(jnp.max(jnp.sum(step**2, axis=1))))
         if not np.isfinite(size):
             return None, 0.0
-        self.size = float(jnp.linalg.norm(step))
         if size > LONGEST * self.length:
             share = LONGEST * self.length / size
             along = float(jnp.sum(slope * step))
             promised = -share * along + share**2 * (float(promised) + along)
             step = share * step
+        self.size = float(jnp.linalg.norm(step))  # of what is left of it: a smaller radius is to shorten that
         return step, float(promised)
 
-    def at_minimum(self) -> bool:
-        """Whether the last step met no direction of negative curvature."""
-        return not self.curved
+    def at_saddle(self, _: System) -> bool:
+        """Conjugate gradients cannot tell: along a direction without a force they never look."""
+        return False
 
     def judge(self, ratio: float) -> None:
         if ratio < 0.25:

@@ -83,6 +83,19 @@ class SparseFactor:
         exchanged = not np.array_equal(self._lu.perm_r, self._lu.perm_c)
         return None if exchanged else int(np.sum(self._lu.U.diagonal() < 0))
 
+    def negative_direction(self) -> np.ndarray | None:
+        """v with v^T (A + s I) v the most negative pivot; None where none is negative, or pivots tell nothing."""
+        if not self.negative:
+            return None
+        pivots = self._lu.U.diagonal()
+        k = int(np.argmin(pivots))
+        right = np.zeros(pivots.size)  # L D L^T v = d_k L e_k, so that v = L^-T e_k and v^T L D L^T v = d_k
+        column = self._lu.L[:, [k]].tocoo()
+        right[column.row] = pivots[k] * column.data
+        v = np.empty(pivots.size)
+        v[self._order] = self._lu.solve(right[self._lu.perm_r])
+        return v
+
     def apply(self, b: np.ndarray) -> np.ndarray:
         """(A + s I)^-1 b, (m,) or (m, k)."""
         x = np.empty(b.shape)
