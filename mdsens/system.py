@@ -379,7 +379,7 @@ def energy_slope(
 
 
 def _in_chunks(term: PairTerm) -> PairTerm:
-    """The rows of a term (K, n) as (K / ROWS, ROWS, n), padded where they do not come out, for a loop over the first axis."""
+    """The rows of a term (K, n) as (K / ROWS, ROWS, n), padded if need be, for a loop over the first axis."""
     more = -term.j.shape[0] % ROWS
 
     def chunks(x: jax.Array) -> jax.Array:
