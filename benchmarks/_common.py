@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import mdsens as ms
@@ -59,6 +60,11 @@ def spheres(n: int, fraction: float, seed: int = 0) -> ms.System:
     length = (np.pi / 6 * np.sum(sigma**3) / fraction) ** (1 / 3)
     params = {"sigma": [1.0, 1.4], "epsilon": 1.0, "alpha": 2.0}
     return ms.System.create(rng.random((n, 3)) * length, length, ms.potentials.soft_sphere(), params, kinds)
+
+
+def length_of(system: ms.System) -> jax.Array:
+    """The side of its square or cubic cell."""
+    return jnp.asarray(system.box)[0, 0]
 
 
 def timed(run: Callable[[], Any], runs: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import mdsens as ms
-from benchmarks._common import arguments, discs, report, timed
+from benchmarks._common import arguments, discs, length_of, report, timed
 
 
 def by_jaxopt(eq: ms.Equilibrium, rtol: float) -> Any:
@@ -23,7 +23,7 @@ def by_jaxopt(eq: ms.Equilibrium, rtol: float) -> Any:
 
     i, j = (np.asarray(side) for side in eq.system.neighbours.pairs)
     i, j = (jnp.asarray(side[i < eq.system.n]) for side in (i, j))
-    length = eq.system.box[0, 0]  # type: ignore[index]
+    length = length_of(eq.system)
 
     def energy(R: jax.Array, sigma: jax.Array) -> jax.Array:
         apart = R[i] - R[j]

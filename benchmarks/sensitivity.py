@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import mdsens as ms
-from benchmarks._common import arguments, discs, report, spheres, timed
+from benchmarks._common import arguments, discs, length_of, report, spheres, timed
 from mdsens.implicit import CG, GMRES, Auto
 
 RTOL = 1e-10
@@ -27,15 +27,15 @@ RTOL = 1e-10
 def peers(eq: ms.Equilibrium, tangent: Any) -> dict[str, Callable[[], Any]]:
     """Name -> a function of nothing that solves for the derivative."""
     system = eq.system.replace(potential=eq.system.potential.at(eq.params))
-    box, kinds = system.box, system.species
+    kinds = jnp.asarray(system.species)
     i, j = (np.asarray(side) for side in system.neighbours.pairs)
     i, j = (jnp.asarray(side[i < system.n]) for side in (i, j))
-    length = box[0, 0]  # type: ignore[index]
+    length = length_of(system)
 
     def energy(R: jax.Array, sigma: jax.Array) -> jax.Array:
         apart = R[i] - R[j]
         apart = apart - length * jnp.round(apart / length)
-        mean = 0.5 * (sigma[kinds[i]] + sigma[kinds[j]])  # type: ignore[index]
+        mean = 0.5 * (sigma[kinds[i]] + sigma[kinds[j]])
         overlap = jnp.maximum(1.0 - jnp.sqrt(jnp.sum(apart**2, axis=1)) / mean, 0.0)
         return 0.5 * jnp.sum(overlap**2)
 
