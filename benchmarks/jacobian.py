@@ -14,23 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 import mdsens as ms
-from benchmarks._common import arguments, discs, length_of, report, timed
+from benchmarks import _peers
+from benchmarks._common import arguments, discs, report, timed
 
 
 def by_jaxopt(eq: ms.Equilibrium, rtol: float) -> Any:
     """All columns at once: jaxopt's root_jvp under vmap."""
     from jaxopt import implicit_diff, linear_solve
 
-    i, j = (np.asarray(side) for side in eq.system.neighbours.pairs)
-    i, j = (jnp.asarray(side[i < eq.system.n]) for side in (i, j))
-    length = length_of(eq.system)
-
-    def energy(R: jax.Array, sigma: jax.Array) -> jax.Array:
-        apart = R[i] - R[j]
-        apart = apart - length * jnp.round(apart / length)
-        overlap = jnp.maximum(1.0 - jnp.sqrt(jnp.sum(apart**2, axis=1)) / (0.5 * (sigma[i] + sigma[j])), 0.0)
-        return 0.5 * jnp.sum(overlap**2)
-
+    energy = _peers.energy_of(eq.system)
     solve = functools.partial(linear_solve.solve_bicgstab, tol=rtol, maxiter=20_000)
 
     @jax.jit
