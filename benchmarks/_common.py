@@ -115,7 +115,7 @@ def report(question: str, rows: list[dict[str, Any]], file: Path | None) -> None
     }
     print(json.dumps(record))
     names = list(dict.fromkeys(name for row in rows for name in row))
-    table = [names, *([_shown(row.get(name)) for name in names] for row in rows)]
+    table = [names, *([shown(row.get(name)) for name in names] for row in rows)]
     widths = [max(len(line[k]) for line in table) for k in range(len(names))]
     for line in table:
         print("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip(), file=sys.stderr)
@@ -126,7 +126,7 @@ def report(question: str, rows: list[dict[str, Any]], file: Path | None) -> None
         partial.replace(file)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.3g}" if isinstance(value, float) else str(value)

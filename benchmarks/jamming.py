@@ -12,8 +12,6 @@ import mdsens as ms
 from benchmarks._common import arguments, discs, report, timed
 from mdsens.implicit import CG, GMRES, MINRES, Auto, BiCGSTAB
 
-PRESSURES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
-
 
 def at_pressure(start: ms.System, pressure: float) -> ms.Equilibrium:
     """The packing with its diameters scaled until the pressure is within a tenth: steps along its compliance."""
@@ -34,7 +32,7 @@ def at_pressure(start: ms.System, pressure: float) -> ms.Equilibrium:
 
 def main() -> None:
     """Each pressure by each solver."""
-    asked = arguments(__doc__ or "", [1024])
+    asked = arguments(__doc__ or "", [1024], pressures=[1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
     solvers = {
         "Auto": Auto(), "CG": CG(), "CG(degree=20)": CG(degree=20), "MINRES": MINRES(), "BiCGSTAB": BiCGSTAB(),
         "GMRES": GMRES(), "GMRES(degree=1)": GMRES(degree=1),
@@ -42,7 +40,7 @@ def main() -> None:
     rows = []
     for n in asked.sizes:
         system = discs(n, 0.95)
-        for pressure in PRESSURES:
+        for pressure in asked.pressures:
             eq = at_pressure(system, pressure)
             system = eq.system
             tangent = {"sigma": jnp.asarray([0.0, 1.0])}
