@@ -124,7 +124,7 @@ def scaling(rows: list[Row]) -> Figure:
     powers = next((r for r in rows if r["n"] == "exponent"), {})
     figure, (ax, other) = panels(2, 4.4, 3.6)
     n = np.array([r["n"] for r in sizes], float)
-    named = {"relax": "relaxing, with compiling", "jvp": "jvp", "gradient": "gradient of the pressure"}
+    named = {"relax": "relaxing", "jvp": "jvp", "gradient": "gradient of the pressure"}
     for k, (key, label) in enumerate(named.items()):
         times = np.array([r[key] for r in sizes])
         if key in powers:
@@ -201,10 +201,12 @@ def gpu(rows: list[Row]) -> Figure:
         bad = [(r["n"], r["seconds"]) for r in some if failed({"status": r["status"]})]
         mark_failed(other, bad)
     for panel in (ax, other):
-        panel.margins(x=0.2)
-        panel.legend(fontsize=7)
+        panel.margins(x=0.2, y=0.15)
+    other.legend(fontsize=8)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower left", ncols=3, fontsize=7, frameon=False)
     logarithmic(ax, "particles", "bytes that must move / time, GB/s")
-    logarithmic(other, "particles", "time of one derivative, s (its error beside it)")
+    logarithmic(other, "particles", "time of one derivative, s")
+    other.set_title("beside each point its relative error", fontsize=9)
     return figure
 
 
