@@ -23,7 +23,7 @@ help:
 	@echo 'make demo         the sensitivity of a packing to the size of half its particles: demo/demo.png'
 	@echo 'make test         the tests; some of them: make test ARGS="-k name"'
 	@echo 'make fuzz         3,000 generated systems and all jammed packings against dense linear algebra, an hour'
-	@echo 'make bench        the benchmarks, small, beside their peers: benchmarks/results/*.json'
+	@echo 'make bench        the benchmarks, small, beside their peers: benchmarks/results/README.md'
 	@echo 'make lint         ruff check, ruff format --check, pyright'
 	@echo 'make notebooks    run every notebook, on copies in $(scratch)'
 	@echo 'make check        test, lint and notebooks: what CI runs'
@@ -48,6 +48,9 @@ bench: $(installed_bench)
 	$(bin)/python -m benchmarks.jacobian --json benchmarks/results/jacobian.json
 	$(bin)/python -m benchmarks.jamming --json benchmarks/results/jamming.json
 	$(bin)/python -m benchmarks.scaling --json benchmarks/results/scaling.json
+	$(bin)/python -m benchmarks.honesty --json benchmarks/results/honesty.json
+	$(bin)/python -m benchmarks.gpu --json benchmarks/results/gpu.json
+	$(bin)/python -m benchmarks.plots
 
 lint: $(installed_dev)
 	$(bin)/ruff check

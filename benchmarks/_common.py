@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import mdsens as ms
@@ -59,6 +60,11 @@ def spheres(n: int, fraction: float, seed: int = 0) -> ms.System:
     length = (np.pi / 6 * np.sum(sigma**3) / fraction) ** (1 / 3)
     params = {"sigma": [1.0, 1.4], "epsilon": 1.0, "alpha": 2.0}
     return ms.System.create(rng.random((n, 3)) * length, length, ms.potentials.soft_sphere(), params, kinds)
+
+
+def length_of(system: ms.System) -> jax.Array:
+    """The side of its square or cubic cell."""
+    return jnp.asarray(system.box)[0, 0]
 
 
 def timed(run: Callable[[], Any], runs: int) -> dict[str, Any]:
@@ -109,7 +115,7 @@ def report(question: str, rows: list[dict[str, Any]], file: Path | None) -> None
     }
     print(json.dumps(record))
     names = list(dict.fromkeys(name for row in rows for name in row))
-    table = [names, *([_shown(row.get(name)) for name in names] for row in rows)]
+    table = [names, *([shown(row.get(name)) for name in names] for row in rows)]
     widths = [max(len(line[k]) for line in table) for k in range(len(names))]
     for line in table:
         print("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip(), file=sys.stderr)
@@ -120,7 +126,7 @@ def report(question: str, rows: list[dict[str, Any]], file: Path | None) -> None
         partial.replace(file)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.3g}" if isinstance(value, float) else str(value)

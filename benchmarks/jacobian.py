@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import mdsens as ms
+from benchmarks import _peers
 from benchmarks._common import arguments, discs, report, timed
 
 
@@ -21,16 +22,7 @@ def by_jaxopt(eq: ms.Equilibrium, rtol: float) -> Any:
     """All columns at once: jaxopt's root_jvp under vmap."""
     from jaxopt import implicit_diff, linear_solve
 
-    i, j = (np.asarray(side) for side in eq.system.neighbours.pairs)
-    i, j = (jnp.asarray(side[i < eq.system.n]) for side in (i, j))
-    length = eq.system.box[0, 0]  # type: ignore[index]
-
-    def energy(R: jax.Array, sigma: jax.Array) -> jax.Array:
-        apart = R[i] - R[j]
-        apart = apart - length * jnp.round(apart / length)
-        overlap = jnp.maximum(1.0 - jnp.sqrt(jnp.sum(apart**2, axis=1)) / (0.5 * (sigma[i] + sigma[j])), 0.0)
-        return 0.5 * jnp.sum(overlap**2)
-
+    energy = _peers.energy_of(eq.system)
     solve = functools.partial(linear_solve.solve_bicgstab, tol=rtol, maxiter=20_000)
 
     @jax.jit

@@ -8,8 +8,6 @@ its user would write it, and is timed for the derivative of the force by the par
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import mdsens as ms
+from benchmarks import _peers
 from benchmarks._common import arguments, discs, report, spheres, timed
 from mdsens.implicit import CG, GMRES, Auto
 
@@ -25,66 +24,25 @@ RTOL = 1e-10
 
 
 def peers(eq: ms.Equilibrium, tangent: Any) -> dict[str, Callable[[], Any]]:
-    """Name -> a function of nothing that solves for the derivative."""
-    system = eq.system.replace(potential=eq.system.potential.at(eq.params))
-    box, kinds = system.box, system.species
-    i, j = (np.asarray(side) for side in system.neighbours.pairs)
-    i, j = (jnp.asarray(side[i < system.n]) for side in (i, j))
-    length = box[0, 0]  # type: ignore[index]
+    """Name -> a function of nothing that solves for the derivative; jaxopt by its own rule, the others by ours."""
+    force, sigma = jax.grad(_peers.energy_of(eq.system)), eq.params["sigma"]
 
-    def energy(R: jax.Array, sigma: jax.Array) -> jax.Array:
-        apart = R[i] - R[j]
-        apart = apart - length * jnp.round(apart / length)
-        mean = 0.5 * (sigma[kinds[i]] + sigma[kinds[j]])  # type: ignore[index]
-        overlap = jnp.maximum(1.0 - jnp.sqrt(jnp.sum(apart**2, axis=1)) / mean, 0.0)
-        return 0.5 * jnp.sum(overlap**2)
+    def derivative(name: str, solver: _peers.Solver) -> Callable[[], Any]:
+        def solve(A: Any, b: jax.Array) -> jax.Array:
+            return solver(A, b)[0]
 
-    force, sigma = jax.grad(energy), eq.params["sigma"]
-
-    def with_solver(solve: Callable[[Any, Any], Any]) -> Callable[[], Any]:
         @jax.jit
         def run(R: jax.Array, sigma: jax.Array) -> jax.Array:
-            pull = jax.jvp(lambda s: force(R, s), (sigma,), (tangent,))[1]
-            product = jax.linearize(lambda R: force(R, sigma), R)[1]
-            return solve(product, -pull)
+            if name.startswith("jaxopt"):
+                from jaxopt import implicit_diff
 
-        return lambda: run(system.positions, sigma)
-
-    scipy = jax.scipy.sparse.linalg
-    found = {
-        "jax.scipy cg": with_solver(lambda A, b: scipy.cg(A, b, tol=RTOL, maxiter=50_000)[0]),
-        "jax.scipy bicgstab": with_solver(lambda A, b: scipy.bicgstab(A, b, tol=RTOL, maxiter=50_000)[0]),
-        "jax.scipy gmres(30)": with_solver(
-            lambda A, b: scipy.gmres(A, b, tol=RTOL, restart=30, maxiter=2000, solve_method="incremental")[0]
-        ),
-    }
-    if importlib.util.find_spec("lineax"):
-        import lineax as lx
-
-        def by_lineax(solver: Any) -> Callable[[], Any]:
-            def solve(A: Any, b: jax.Array) -> jax.Array:
-                shape = jax.eval_shape(lambda: b)
-                operator = lx.FunctionLinearOperator(A, shape, lx.positive_semidefinite_tag)
-                return lx.linear_solve(operator, b, solver, throw=False).value
-
-            return with_solver(solve)
-
-        found["lineax CG"] = by_lineax(lx.CG(rtol=RTOL, atol=0.0, max_steps=50_000))
-        found["lineax GMRES(30)"] = by_lineax(lx.GMRES(rtol=RTOL, atol=0.0, restart=30, max_steps=50_000))
-    if importlib.util.find_spec("jaxopt"):
-        from jaxopt import implicit_diff, linear_solve
-
-        def by_jaxopt(solver: Any, **settings: Any) -> Callable[[], Any]:
-            @jax.jit
-            def run(R: jax.Array, sigma: jax.Array) -> jax.Array:
-                solve = functools.partial(solver, **settings)
                 return implicit_diff.root_jvp(force, R, (sigma,), (tangent,), solve=solve)
+            pull = jax.jvp(lambda s: force(R, s), (sigma,), (tangent,))[1]
+            return solve(jax.linearize(lambda R: force(R, sigma), R)[1], -pull)
 
-            return lambda: run(system.positions, sigma)
+        return lambda: run(eq.positions, sigma)
 
-        found["jaxopt BiCGSTAB (the paper's)"] = by_jaxopt(linear_solve.solve_bicgstab, tol=RTOL, maxiter=50_000)
-        found["jaxopt normal CG (its default)"] = by_jaxopt(linear_solve.solve_normal_cg, tol=RTOL, maxiter=20_000)
-    return found
+    return {name: derivative(name, solver) for name, solver in _peers.solvers(RTOL, 40_000).items()}
 
 
 def ours(eq: ms.Equilibrium, dparams: Any) -> dict[str, Callable[[], Any]]:

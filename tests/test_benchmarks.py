@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,19 +18,61 @@ SMALL = {
     "sensitivity": ["--sizes", "96", "--fractions", "0.95", "--spheres", "0", "--runs", "1", "--peers", "0"],
     "jacobian": ["--sizes", "96", "--runs", "1", "--peers", "0"],
     "scaling": ["--sizes", "96", "--runs", "1"],
+    "jamming": ["--sizes", "96", "--runs", "1", "--pressures", "0.1"],
+    "honesty": ["--sizes", "96", "--draws", "1", "--pressures", "0.1", "--limits", "5000", "--peers", "0"],
 }
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_benchmark_runs_and_tells_errors_beside_times(name: str, tmp_path: Path, monkeypatch):
-    file = tmp_path / "record.json"
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch) -> Callable[..., list[dict[str, Any]]]:
+    """Run a benchmark with its record in ``tmp_path``; its rows."""
     monkeypatch.syspath_prepend(str(ROOT))
-    monkeypatch.setattr(sys, "argv", [name, *SMALL[name], "--json", str(file)])
-    importlib.import_module(f"benchmarks.{name}").main()
-    record = json.loads(file.read_text())
-    assert record["versions"]["jax"] and record["machine"]["cores"]
-    assert record["rows"]
-    for row in record["rows"]:
+
+    def rows(name: str, *options: str) -> list[dict[str, Any]]:
+        file = tmp_path / f"{name}.json"
+        monkeypatch.setattr(sys, "argv", [name, *options, "--json", str(file)])
+        importlib.import_module(f"benchmarks.{name}").main()
+        record = json.loads(file.read_text())
+        assert record["versions"]["jax"] and record["machine"]["cores"]
+        return record["rows"]
+
+    return rows
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_benchmark_runs_and_tells_errors_beside_times(name: str, run):
+    rows = run(name, *SMALL[name])
+    assert rows
+    for row in rows:
         wrong = [row[key] for key in ("error", "max_force", "adjoint", "residual") if key in row]
         assert wrong and max(wrong) < 1e-6, row
         assert row.get("status", "CONVERGED") == "CONVERGED"
+
+
+def test_no_solve_that_failed_says_nothing(run):
+    options = ["--sizes", "96", "--draws", "1", "--pressures", "0.001", "--limits", "30", "--peers", "0"]
+    rows = run("honesty", *options)
+    assert not any(row["wrong_unsaid"] for row in rows)
+    assert all(row["wrong_said"] == row["answers"] for row in rows if row["by"] != "mdsens Auto")
+
+
+def test_gpu_benchmark_runs_on_a_cpu_and_tells_errors_of_each_precision(run):
+    rows = run("gpu", "--sizes", "96", "--runs", "1", "--members", "2", "--small", "32", "--megabytes", "1")
+    for row in rows:
+        assert row["seconds"] > 0
+        if "error" in row:
+            assert row["error"] < (1e-6 if row["dtype"] == "float64" else 0.1), row
+
+
+def test_records_become_figures_and_a_table(tmp_path: Path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    plots = importlib.import_module("benchmarks.plots")
+    for record in plots.RESULTS.glob("*.json"):
+        shutil.copy(record, tmp_path)
+    monkeypatch.setattr(sys, "argv", ["plots", "--folder", str(tmp_path)])
+    plots.main()
+    table = (tmp_path / "README.md").read_text()
+    for record in tmp_path.glob("*.json"):
+        assert f"## {record.stem}" in table
+        if record.stem in plots.FIGURES:
+            assert 1e4 < (tmp_path / f"{record.stem}.png").stat().st_size < 3e5
