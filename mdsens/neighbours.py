@@ -27,7 +27,18 @@ import numpy as np
 from mdsens.boxes import components, heights, inverse, nearest_images
 from mdsens.implicit.status import InputError
 
-__all__ = ["Lengths", "Neighbours", "all_pairs", "allocate", "fitted", "serves", "slack", "update", "within"]
+__all__ = [
+    "Lengths",
+    "Neighbours",
+    "all_pairs",
+    "allocate",
+    "fitted",
+    "no_pairs",
+    "serves",
+    "slack",
+    "update",
+    "within",
+]
 
 ALL_PAIRS_BELOW = 64  # particles; a search compiles in a second, and a step on all pairs costs as much from there on
 SKIN = 0.3  # of the range: more rebuilds below, more padding above
@@ -85,6 +96,12 @@ class Neighbours:
         more = max(capacity - self.rows.shape[0], 0)
         rows = jnp.pad(self.rows, ((0, more), (0, 0)), constant_values=self.rows.shape[1])
         return dataclasses.replace(self, rows=rows[:capacity])
+
+
+def no_pairs(n: int, dtype: Any = float) -> Neighbours:
+    """The empty list, for laws without pairs; complete as long as the range is zero."""
+    rows = jnp.zeros((0, n), jnp.int32)
+    return Neighbours(rows, None, None, None, jnp.asarray(jnp.inf, dtype), jnp.zeros((), bool))
 
 
 def all_pairs(n: int, dtype: Any = float) -> Neighbours:
@@ -312,7 +329,7 @@ def allocate(
     elif box is not None and range_ > 0:
         raise InputError("a law without a cutoff needs open boundaries: give it a cutoff, or no box.")
     if range_ == 0.0:
-        return all_pairs(n, dtype).resized(0)
+        return no_pairs(n, dtype)
     reach = (1.0 + SKIN) * range_
     if n <= ALL_PAIRS_BELOW or not math.isfinite(reach):
         return all_pairs(n, dtype)

@@ -120,7 +120,7 @@ class System(Shown):
             raise InputError(f"potential is {short(potential)}: give a law, such as ms.potentials.soft_sphere().")
         check_params(potential, values, n, count)
         rule = boxes.box_rule(box, dimension, floats.dtype)
-        system = cls(floats, values, rule, potential, species, neighbours.all_pairs(n).resized(0), count)
+        system = cls(floats, values, rule, potential, species, neighbours.no_pairs(n), count)
         if isinstance(rule, boxes.BoxFunction):  # the user's function: check what it returns
             found = rule.function(values)
             cell = np.asarray(real_array("what the box function returns", found, "return a matrix of numbers."))
