@@ -181,7 +181,8 @@ class Newton:
       begin: largest force, relative to the mean force of a contact, at which Newton steps are tried. Far above 1e-3
         contacts change with each step and they make little headway; lower it where another minimum is reached than by
         FIRE alone.
-      patience: steps of FIRE before they are tried: a quick relaxation is over by then, without compiling them.
+      patience: steps of FIRE before they are tried: a quick relaxation is over by then, without compiling them. Nor are
+        they tried where the force falls so fast that FIRE will be there in the time that they take.
     """
 
     first: Fire = Fire()

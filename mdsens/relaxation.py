@@ -38,6 +38,7 @@ __all__ = ["Equilibrium", "Fire", "GradientDescent", "Newton", "minimize", "rela
 
 Params = Mapping[str, Any]
 STEPS_PER_CALL = 500  # between two looks of the host: progress, reallocation, interrupts
+WORTH = 4000  # steps of FIRE that take as long as Newton's to the minimum, from 256 particles to 16,384
 SADDLES, OFF_SADDLE = 3, 1e-3  # times that a saddle is left; the step off it, of the law's length
 NARROW, SERVES = 0.1, 150  # skin of a slow system's list; steps on one wide list that tell that it is slow
 
@@ -326,6 +327,9 @@ def minimize(
         begin = newton.begin if newton else 0.0
         while newton and run.unfinished:
             run.advance(max(begin * float(_contact_force(run.system, run.length, run.limits.stiffness)), run.tested))
+            pace = 0.0
+            while run.unfinished and (pace == 0.0 or np.log(run.largest / run.tested) < WORTH * pace):
+                pace = run.fall(STEPS_PER_CALL)
             if run.unfinished:
                 run.descend()
             begin *= 0.1  # where Newton steps made no headway, from nearer by
@@ -373,6 +377,13 @@ class _Run:
     @property
     def unfinished(self) -> bool:
         return self.largest > self.tested and self.steps < self.max_steps and bool(np.isfinite(self.largest))
+
+    def fall(self, steps: int) -> float:
+        """Some more steps; the powers of e that the largest force loses in one, -inf where it grows."""
+        before, since = self.largest, self.steps
+        self.advance(self.tested, since + steps)
+        lost = np.log(before / self.largest) if self.largest > 0 else np.inf
+        return lost / (self.steps - since) if lost > 0 else -np.inf
 
     def advance(self, target: float, until: int | None = None) -> None:
         """The minimiser's steps to a largest force, or up to a number of steps."""
