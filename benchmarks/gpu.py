@@ -20,7 +20,8 @@ import numpy as np
 import mdsens as ms
 from benchmarks._common import arguments, discs, report, timed
 from mdsens.implicit import CG, Auto
-from mdsens.relaxation import Fire, relax, round_off
+from mdsens.relaxation import Fire, relax
+from mdsens.scales import round_off
 from mdsens.stationarity import Unknowns, hessian_operator
 
 REPEATS = 20  # in one call, so that starting it does not count

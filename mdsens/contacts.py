@@ -17,7 +17,8 @@ import numpy as np
 
 from mdsens.boxes import components, nearest_images
 from mdsens.laws import PairTerm
-from mdsens.system import System, box_at, pair_distances, pair_terms, potential_energy, row_terms
+from mdsens.slopes import row_terms
+from mdsens.system import System, box_at, pair_distances, pair_terms, potential_energy
 
 __all__ = ["Crossing", "Network", "backbone", "coordination", "crossings", "network", "pair_forces"]
 

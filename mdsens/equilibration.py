@@ -14,8 +14,8 @@ from mdsens import relaxation
 from mdsens.implicit.linear import Auto, Method
 from mdsens.implicit.root import root
 from mdsens.implicit.status import InputError, PrecisionError, SolveStats
+from mdsens.linearization import full_tangent
 from mdsens.minimisers import Fire, GradientDescent
-from mdsens.sensitivity import full_tangent
 from mdsens.stationarity import Unknowns, linearisation
 from mdsens.stationarity import gradient as energy_gradient
 from mdsens.system import System

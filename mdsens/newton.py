@@ -18,9 +18,10 @@ import numpy as np
 
 from mdsens.implicit._krylov import dot
 from mdsens.implicit._sparse import SHIFT, SparseFactor, bound, dissection
+from mdsens.slopes import energy_slope
 from mdsens.stationarity import largest_force, sparse_hessian
 from mdsens.stiffness import factorises
-from mdsens.system import System, energy_slope, potential_energy
+from mdsens.system import System, potential_energy
 
 __all__ = ["descend"]
 

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Mapping
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +30,13 @@ from mdsens.implicit.status import (
 from mdsens.minimisers import Fire, GradientDescent, Newton
 from mdsens.neighbours import SKIN, Neighbours, slack, within
 from mdsens.newton import descend
-from mdsens.stationarity import Unknowns, gradient, largest_force, linearisation, max_force
+from mdsens.scales import Limits, round_off, scales
+from mdsens.slopes import energy_slope
+from mdsens.stationarity import largest_force, linearisation, max_force
 from mdsens.stiffness import Stiffness, factorises
-from mdsens.system import System, energy_slope, listed, pair_distances, pair_terms, stack, unstack
+from mdsens.system import System, listed, pair_distances, pair_terms, stack, unstack
 
-__all__ = ["Equilibrium", "Fire", "GradientDescent", "Newton", "minimize", "relax", "scales"]
+__all__ = ["Equilibrium", "Fire", "GradientDescent", "Newton", "minimize", "relax"]
 
 Params = Mapping[str, Any]
 STEPS_PER_CALL = 500  # between two looks of the host: progress, reallocation, interrupts
@@ -93,65 +95,6 @@ class Equilibrium(Shown):
         ]
 
 
-@jax.jit
-def scales(system: System) -> tuple[jax.Array, jax.Array]:
-    """The law's own length and largest stiffness, (l, k): they make the minimiser's steps independent of the units.
-
-    l is where the pair energy is least (contact, for a law that only repels) and k the curvature there (at 0.9 l, for
-    one that only repels) times the 2^(d+1) that a dense packing of such pairs reaches: 10 for harmonic discs and 900
-    for a Lennard-Jones crystal, against largest eigenvalues of 10 and 850. Both are medians over some pairs. Of a law
-    without pairs, l is the spacing of the particles and k the largest curvature of the energy where they are.
-    """
-    lengths, curvatures = [], []
-    n, d = system.positions.shape
-    extent = jnp.max(jnp.max(system.positions, axis=0) - jnp.min(system.positions, axis=0)) / max(n ** (1.0 / d) - 1, 1)
-    spacing = extent if system.box is None else (system.volume / n) ** (1.0 / d)
-    few = np.unique(np.linspace(0, n - 1, 8).astype(int))  # whoever they are near: a list would have some kinds more
-    pairs = few[np.stack(np.triu_indices(few.size, 1))]
-    for term in system.potential.terms(system.params, pairs, n, system.species, system.species_count):
-        count = term.i.shape[0]
-        if count == 0:
-            continue
-        some = np.unique(np.linspace(0, count - 1, 28).astype(int))
-        values = tuple(v if v.ndim == 0 else v[some] for v in term.values)
-        far = jnp.where(jnp.isfinite(system.range) & (system.range > 0), system.range, 4.0 * spacing)
-        r = far * jnp.linspace(0.05, 1.0, 400)[:, None] * jnp.ones(some.shape[0])
-
-        def phi(r: jax.Array, term: Any = term, values: Any = values) -> jax.Array:
-            return term.phi(r, *values)
-
-        energies = phi(r)
-        least = jnp.argmin(jnp.where(jnp.isfinite(energies), energies, jnp.inf), axis=0)
-        at = jnp.take_along_axis(r, least[None], axis=0)
-        at_least = jnp.take_along_axis(energies, least[None], axis=0)
-        slope = jax.grad(lambda r, phi=phi: jnp.sum(phi(r)))
-        where = jnp.where(at_least < 0, at, 0.9 * at)
-        curvature = jax.jvp(slope, (where,), (jnp.ones_like(where),))[1]
-        lengths.append(jnp.median(at))
-        curvatures.append(jnp.median(jnp.abs(curvature)))
-    if not lengths:
-        return spacing, _curvature(system)
-    stiffness = 2.0 ** (d + 1) * jnp.max(jnp.stack(curvatures))
-    return jnp.min(jnp.stack(lengths)), jnp.where(stiffness > 0, stiffness, 1.0)
-
-
-def _curvature(system: System) -> jax.Array:
-    """The size of the Hessian at the system's positions, from a few steps of power iteration; 1 where it vanishes."""
-    R = system.positions
-
-    def slope(positions: jax.Array) -> jax.Array:
-        return gradient(system, Unknowns(positions), system.params).positions
-
-    def product(_: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        v, size = carry
-        w = jax.jvp(slope, (R,), (v / jnp.where(size > 0, size, 1.0),))[1]
-        return w, jnp.sqrt(jnp.sum(w**2))
-
-    start = jnp.cos(jnp.arange(R.size, dtype=R.dtype) ** 2).reshape(R.shape)
-    _, size = jax.lax.fori_loop(0, 10, product, (start, jnp.sqrt(jnp.sum(start**2))))
-    return jnp.where((size > 0) & jnp.isfinite(size), size, 1.0)
-
-
 @functools.partial(jax.jit, static_argnames=("method",))
 def _begin(positions: jax.Array, stiffness: jax.Array, method: Any) -> Any:
     """The minimiser at rest; its forces are to come."""
@@ -159,7 +102,7 @@ def _begin(positions: jax.Array, stiffness: jax.Array, method: Any) -> Any:
     return init(positions)
 
 
-def _machine(system: System, method: Any, limits: _Limits) -> tuple[Any, Any]:
+def _machine(system: System, method: Any, limits: Limits) -> tuple[Any, Any]:
     """jax-md's minimiser on this system's list: (apply, forces).
 
     Overlaps of a random start make forces of 1e20 in a Lennard-Jones law, and FIRE never forgets such a momentum. So a
@@ -177,21 +120,6 @@ def _machine(system: System, method: Any, limits: _Limits) -> tuple[Any, Any]:
     return method.minimizer(forces, shift, limits.stiffness)[1], forces
 
 
-class _Limits(NamedTuple):
-    """What keeps a minimiser's steps in the system's own units."""
-
-    longest: Any  # step of a particle
-    strongest: Any  # force on it
-    stiffness: Any  # of the law
-
-    @classmethod
-    def of(cls, scale: tuple[Any, Any], method: Any) -> _Limits:
-        """From the law's length and stiffness."""
-        length, stiffness = scale
-        longest = method.max_step * length
-        return cls(longest, method.force_limit(longest, stiffness), stiffness)
-
-
 def _shortened(vectors: jax.Array, longest: jax.Array) -> jax.Array:
     """Each row cut to a length."""
     # by their largest component, whose square may overflow: a force of 1e200 would come out as none at all
@@ -202,7 +130,7 @@ def _shortened(vectors: jax.Array, longest: jax.Array) -> jax.Array:
 
 
 def _advance(
-    system: System, state: Any, pairs: Neighbours, tolerance: Any, budget: Any, method: Any, limits: _Limits
+    system: System, state: Any, pairs: Neighbours, tolerance: Any, budget: Any, method: Any, limits: Limits
 ) -> tuple[Any, Neighbours, jax.Array]:
     """Up to ``budget`` steps; stops at the tolerance, at a list that overflowed, at a force that is not finite.
 
@@ -245,7 +173,7 @@ def _advance(
 
 
 @functools.partial(jax.jit, static_argnames=("method",))
-def _forces(system: System, method: Any, limits: _Limits) -> jax.Array:
+def _forces(system: System, method: Any, limits: Limits) -> jax.Array:
     """The forces that the minimiser works with, at the system's positions."""
     return _machine(system, method, limits)[1](system.positions)
 
@@ -265,7 +193,7 @@ def relax(system: System, tolerance: Any, max_steps: Any, method: Any) -> Equili
     """Relax inside traced code: no reallocation, no errors; the status says what happened."""
     dtype = system.positions.dtype
     # a fixed cutoff is a double where x64 is on: positions in single precision keep theirs through the loop
-    limits = _Limits.of(jax.tree.map(lambda x: jax.lax.stop_gradient(x).astype(dtype), scales(system)), method)
+    limits = Limits.of(jax.tree.map(lambda x: jax.lax.stop_gradient(x).astype(dtype), scales(system)), method)
     state = _begin(system.positions, limits.stiffness, method)
     tested = jnp.minimum(tolerance, 0.5 * limits.strongest)  # what was cut is not small
     state, pairs, steps = _advance(system, state, system.neighbours, tested, max_steps, method, limits)
@@ -370,7 +298,7 @@ class _Run:
         self.method, self.max_steps, self.bar = method, max_steps, bar
         dtype = system.positions.dtype.type
         self.length, stiffness = (dtype(x) for x in scales(system))
-        self.limits = _Limits.of((self.length, stiffness), method)
+        self.limits = Limits.of((self.length, stiffness), method)
         self.tested = min(tolerance, 0.5 * float(self.limits.strongest))  # what was cut is not small
         self.state, self.steps, self.largest, self.room = None, 0, np.inf, 1.25
 
@@ -478,15 +406,6 @@ def _minimize_batch(
 def stats(eq: Equilibrium, method: Any) -> SolveStats:
     """The relaxation's evidence in the form that a solve has."""
     return SolveStats(eq.status, eq.max_force, eq.steps, jnp.zeros_like(eq.max_force), type(method).__name__)
-
-
-def round_off(system: System) -> float:
-    """The largest force that the resolution of the positions alone can leave on a particle: eps |R| k.
-
-    k is the law's largest stiffness. Minimisations reach between a tenth of it and all of it. Host code.
-    """
-    resolution = np.finfo(system.positions.dtype).eps * np.max(np.abs(np.asarray(system.positions)), initial=0.0)
-    return float(resolution * scales(system)[1])
 
 
 def _check_kinds(system: Any, method: Any) -> None:

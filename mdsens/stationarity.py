@@ -16,7 +16,8 @@ from mdsens import contacts
 from mdsens.boxes import components, nearest_images
 from mdsens.contacts import Network
 from mdsens.implicit.linear import Operator
-from mdsens.system import ROWS, System, energy_slope, row_terms
+from mdsens.slopes import ROWS, energy_slope, row_terms
+from mdsens.system import System
 
 __all__ = [
     "BlockRows",
@@ -257,7 +258,7 @@ class BlockRows:
         return cls(jnp.asarray(rows), jnp.asarray(blocks))
 
     def product(self, v: Unknowns) -> Unknowns:
-        """H v; gathers alone, a few rows at a time (see mdsens.system.ROWS)."""
+        """H v; gathers alone, a few rows at a time (see mdsens.slopes.ROWS)."""
         x, d = components(v.positions), self.blocks.shape[0]
         total = [jnp.zeros_like(c) for c in x]
         for start in range(0, self.rows.shape[0], ROWS):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -21,13 +20,12 @@ from mdsens.neighbours import Neighbours
 
 __all__ = [
     "System",
-    "energy_slope",
+    "energy_of",
     "listed",
     "pair_distances",
     "pair_lengths",
     "pair_terms",
     "potential_energy",
-    "row_terms",
     "stack",
     "unstack",
 ]
@@ -277,17 +275,6 @@ def _deform(vectors: jax.Array, strain: jax.Array | None) -> jax.Array:
     return vectors if strain is None else vectors + vectors @ strain.T
 
 
-def row_terms(system: System, params: Params | None = None) -> tuple[PairTerm, ...]:
-    """The same, with the pairs of the list as rows of each particle's neighbours; bonds stay a list."""
-    return system.potential.terms(
-        system.params if params is None else params,
-        (jnp.arange(system.n, dtype=jnp.int32)[None], system.neighbours.rows),
-        system.n,
-        system.species,
-        system.species_count,
-    )
-
-
 def pair_distances(
     term: PairTerm, positions: jax.Array, box: jax.Array | None, strain: jax.Array | None = None
 ) -> jax.Array:
@@ -313,10 +300,10 @@ def potential_energy(
     """
     positions = system.positions if positions is None else positions
     params = system.params if params is None else params
-    return _energy(system, pair_terms(system, params), positions, params, box_at(system, params), strain)
+    return energy_of(system, pair_terms(system, params), positions, params, box_at(system, params), strain)
 
 
-def _energy(
+def energy_of(
     system: System,
     terms: Iterable[PairTerm],
     positions: jax.Array,
@@ -333,67 +320,6 @@ def _energy(
         return _deform(boxes.nearest_image(a - b, box), strain)
 
     return total + system.potential.many_body(positions, params, displacement)
-
-
-ROWS = 2  # of the neighbours' rows that are summed at a time
-
-
-def energy_slope(
-    system: System, params: Params | None = None, used: jax.Array | None = None
-) -> Callable[[jax.Array], jax.Array]:
-    """R -> dU/dR, (n, d) both. Made once, so that a loop over R computes all that does not depend on R beforehand.
-
-    What the pairs of the list contribute is summed over each particle's row, dU/dR_i = sum_k d phi(|v_ik|) / d v_ik,
-    where automatic differentiation of U would scatter every pair's force to two particles.
-
-    Args:
-      system: its list is taken as complete.
-      params: the system's where None.
-      used: how many of the list's rows are not empty: the others, most of them once a random start has relaxed, are
-        left out. Reverse differentiation needs to know the number beforehand, so it takes all rows, as None does.
-    """
-    params = system.params if params is None else params
-    box, terms = box_at(system, params), row_terms(system, params)
-    images = boxes.nearest_images(box, system.boundary.orthogonal)
-    bonds = [term for term in terms if term.j.ndim == 1]
-    listed = [_in_chunks(term) for term in terms if term.j.ndim == 2]
-    count = -(-(system.neighbours.rows.shape[0] if used is None else used) // ROWS)
-
-    def slope(positions: jax.Array) -> jax.Array:
-        total = jax.grad(lambda R: _energy(system, bonds, R, params, box))(positions)
-        x = boxes.components(positions)
-
-        def add(k: Any, total: boxes.Components) -> boxes.Components:
-            for chunks in listed:
-                part = chunks.rows(k)
-                slopes = jax.grad(functools.partial(_row_energy, part))(images(tuple(c - c[part.j] for c in x)))
-                total = tuple(t + jnp.sum(s, axis=0) for t, s in zip(total, slopes, strict=True))
-            return total
-
-        if listed:
-            rows = jax.lax.fori_loop(0, count, add, tuple(jnp.zeros_like(c) for c in x))
-            total = total + jnp.stack(rows, axis=-1)
-        return total
-
-    return slope
-
-
-def _in_chunks(term: PairTerm) -> PairTerm:
-    """The rows of a term (K, n) as (K / ROWS, ROWS, n), padded if need be, for a loop over the first axis."""
-    more = -term.j.shape[0] % ROWS
-
-    def chunks(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, ((0, more), (0, 0)), mode="edge").reshape(-1, ROWS, x.shape[1])
-
-    mask = chunks(term.mask)
-    if more:
-        mask = mask.at[-1, ROWS - more :].set(False)
-    values = tuple(chunks(v) if v.ndim == 2 else v for v in term.values)
-    return term._replace(j=chunks(term.j), mask=mask, values=values)
-
-
-def _row_energy(term: PairTerm, apart: boxes.Components) -> jax.Array:
-    return jnp.sum(term.energy(jnp.sqrt(jnp.where(term.mask, sum(v * v for v in apart), 1.0))))
 
 
 def _check_coincident(system: System) -> None:

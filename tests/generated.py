@@ -21,6 +21,7 @@ from scipy.sparse.csgraph import connected_components
 import mdsens as ms
 from mdsens import neighbours
 from mdsens.implicit import CG, GMRES, MINRES, Auto, BiCGSTAB, Direct, Method
+from mdsens.scales import round_off
 from mdsens.stationarity import Unknowns, dense_hessian, max_force
 from mdsens.system import box_at, potential_energy
 
@@ -624,7 +625,7 @@ def judge(case: Case, max_steps: int = 3000) -> Record:
     status = ms.Status(int(eq.status))
     if status.good:
         largest = true_force(eq.system)
-        if not (_finite(eq.positions) and largest <= 1.01 * tolerance + float(ms.relaxation.round_off(eq.system))):
+        if not (_finite(eq.positions) and largest <= 1.01 * tolerance + float(round_off(eq.system))):
             record.complaints.append(
                 f"minimize: {status.name} at max_force {float(eq.max_force):.2e}, but the force is {largest:.2e}"
             )

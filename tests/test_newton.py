@@ -14,7 +14,7 @@ import pytest
 import scipy.sparse as sp
 
 import mdsens as ms
-from mdsens import neighbours, newton, relaxation
+from mdsens import neighbours, newton, relaxation, scales
 from mdsens.implicit._sparse import SparseFactor, dissection
 from mdsens.relaxation import Fire, Newton
 from mdsens.stationarity import dense_hessian, largest_force, max_force
@@ -54,7 +54,7 @@ def descend(system: ms.System, way: str | None = None, tolerance: float = 1e-12)
         energies.append(float(energy))
         places.append(np.asarray(there.positions))
 
-    length = float(relaxation.scales(system)[0])
+    length = float(scales.scales(system)[0])
     with mock.patch.multiple(newton, _energy_and_slope=watched, factorises=choose):
         out, largest, taken = newton.descend(system, tolerance, length, show)
     assert taken == len(forces) and np.array_equal(out.positions, places[-1])
@@ -251,7 +251,7 @@ def test_no_particle_moves_farther_in_a_step_than_a_share_of_the_length(way):
 def test_a_step_promises_what_the_quadratic_model_gives_cut_or_not(way):
     start = row(0.1, 1.1)
     slope, hessian = newton._energy_and_slope(start)[1], np.asarray(dense_hessian(start))
-    length, sizes = float(relaxation.scales(start)[0]), []
+    length, sizes = float(scales.scales(start)[0]), []
     for scale in (length, 100.0 * length):  # with a hundred times the length there is no cut
         step, promised = way(scale)(start, slope, float(largest_force(slope)))
         p = np.asarray(step).ravel()

@@ -16,8 +16,9 @@ from mdsens.certificate._derivative import ESTIMATE, derivative
 from mdsens.certificate._record import Certificate, count
 from mdsens.implicit.eigen import Spectrum
 from mdsens.implicit.status import ConvergenceError, InputError, Status
-from mdsens.relaxation import Equilibrium, round_off, scales
-from mdsens.sensitivity import Linearization, full_tangent, linearize
+from mdsens.linearization import Linearization, full_tangent, linearize
+from mdsens.relaxation import Equilibrium
+from mdsens.scales import round_off, scales
 from mdsens.stationarity import force, linearisation
 from mdsens.stiffness import Stiffness, participation
 from mdsens.system import System

@@ -12,8 +12,8 @@ import numpy as np
 from mdsens import contacts
 from mdsens.certificate._record import Derivative
 from mdsens.laws import PairTerm
-from mdsens.relaxation import scales
-from mdsens.sensitivity import Linearization, full_tangent
+from mdsens.linearization import Linearization, full_tangent
+from mdsens.scales import scales
 from mdsens.stationarity import Unknowns, gradient, mixed_product
 from mdsens.stiffness import Stiffness
 from mdsens.system import System, pair_terms

@@ -13,7 +13,9 @@ import numpy as np
 from mdsens import contacts, sensitivity
 from mdsens._tables import Shown
 from mdsens.implicit.status import InputError, PrecisionError, Status, raise_for_status
-from mdsens.relaxation import Equilibrium, minimize, round_off
+from mdsens.linearization import full_tangent
+from mdsens.relaxation import Equilibrium, minimize
+from mdsens.scales import round_off
 from mdsens.sensitivity import Linearization, Response
 from mdsens.stationarity import Unknowns
 from mdsens.system import pair_distances, pair_terms
@@ -216,7 +218,7 @@ def _line(eq: Equilibrium, dparams: Params, tolerance: float | None) -> _Line:
             f"differences of minima in {eq.positions.dtype} are round-off: work in double precision "
             "(in Python, ms.enable_x64() before making the system)."
         )
-    tangent = sensitivity.full_tangent(eq.system, dparams)
+    tangent = full_tangent(eq.system, dparams)
     largest = max((float(jnp.max(jnp.abs(v))) for v in tangent.values() if v.size), default=0.0)
     if largest == 0.0:
         raise InputError("dparams is zero everywhere: give a direction.")

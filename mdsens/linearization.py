@@ -1,0 +1,302 @@
+"""A minimum made ready to be differentiated, and the one linear solve that stands behind every derivative.
+
+All of them are one rule, H dR = - d2U/dR dp . dp, at a point where dU/dR = 0; a :class:`Door` says what stands on the
+right of it and what is made of the answer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from mdsens._checks import real_array, short
+from mdsens._tables import Shown
+from mdsens.contacts import Network
+from mdsens.implicit.linear import Auto, Direct, Method
+from mdsens.implicit.linear import solve as solve_linear
+from mdsens.implicit.status import InputError, SolveStats, Status, raise_for_status, require_sound_jax
+from mdsens.relaxation import Equilibrium
+from mdsens.stationarity import (
+    BlockRows,
+    NullSpace,
+    Unknowns,
+    hessian_operator,
+    linearisation,
+    mixed_product,
+    mixed_transpose,
+)
+from mdsens.stiffness import Stiffness, factorises
+from mdsens.system import System, box_at
+
+__all__ = ["FORCE", "JVP", "VJP", "Door", "Linearization", "Response", "finite_or_said", "full_tangent", "linearised"]
+__all__ += ["linearize", "through"]
+
+Params = Mapping[str, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class Response(Shown):
+    """A derivative at a minimum, with its evidence.
+
+    Attributes:
+      value: of ``jvp`` and ``response`` the derivative of the stored positions, (n, d), mean displacement zero and
+        rows of rattlers zero; of ``jacobian`` (n, d, *shape of the parameter); of ``vjp`` and ``gradient`` a dict
+        shaped like the parameters.
+      stats: of the linear solve: status, relative residual, iterations, part dropped, solver.
+      nonaffine: ``value`` less the affine part (d box / dp) box^-1 R, which is free of the choice of images; equal to
+        ``value`` where the box does not move; None where ``value`` is a dict.
+      max_force: of the minimum.
+      rattlers: (n,) particles that are held by nothing, whose rows are zero.
+    """
+
+    value: Any
+    stats: SolveStats
+    nonaffine: Any
+    max_force: jax.Array
+    rattlers: jax.Array
+
+    @property
+    def status(self) -> Status:
+        """The status of a single response."""
+        return Status(int(self.stats.status))
+
+    _title = "Response"
+
+    def _rows(self) -> list[tuple[str, str]]:
+        codes = np.atleast_1d(np.asarray(self.stats.status)).ravel()
+        worst = Status(int(codes.max(initial=0)))
+        leaves = jax.tree_util.tree_leaves_with_path(self.value)
+        rows = []
+        for path, leaf in leaves:
+            label = "value" + jax.tree_util.keystr(path)
+            size = float(jnp.linalg.norm(jnp.ravel(leaf)))
+            rows.append((label, f"shape {tuple(leaf.shape)}, norm {size:.6g}"))
+        return [
+            *rows,
+            ("status", f"{worst.name}: {worst.sentence}" + (f" (worst of {codes.size})" if codes.size > 1 else "")),
+            ("solver", f"{self.stats.solver}, {int(np.max(np.asarray(self.stats.iterations))):,} products"),
+            ("residual", f"{float(np.max(np.asarray(self.stats.residual))):.1e}"),
+            ("dropped", f"{float(np.max(np.asarray(self.stats.dropped))):.1e}"),
+            ("max_force", f"{float(np.max(np.asarray(self.max_force))):.1e}"),
+            ("rattlers", f"{int(np.sum(np.asarray(self.rattlers)))}"),
+        ]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Linearization:
+    """A minimum ready to be differentiated: every door takes one in place of the Equilibrium.
+
+    Attributes:
+      equilibrium: the minimum.
+      system: its backbone, the rattlers' contacts deleted: the Hessian is this system's.
+      network: contacts, rattlers, clusters.
+      null: the null space.
+      solve: the option record of the linear solver.
+      blocks: the Hessian assembled, for products; None for a law that is more than pairs.
+      stiffness: the Hessian on the host with its factor, which the first solve makes; None inside traced code.
+    """
+
+    equilibrium: Equilibrium
+    system: System
+    network: Network
+    null: NullSpace
+    solve: Method = dataclasses.field(default=Auto(), metadata={"static": True})
+    blocks: BlockRows | None = None
+    stiffness: Stiffness | None = dataclasses.field(default=None, metadata={"static": True}, compare=False)
+
+    @property
+    def factorised(self) -> bool:
+        """Whether solves take the sparse factor: what Auto() and Direct() do wherever there is one."""
+        wanted = isinstance(self.solve, Direct) or (isinstance(self.solve, Auto) and jax.default_backend() == "cpu")
+        return wanted and self.stiffness is not None and factorises(self.system) and self.stiffness.factor is not None
+
+    def traced(self) -> Linearization:
+        """What compiled code takes: without the host's part, with the blocks."""
+        held = self.stiffness
+        if held is None:
+            return self
+        return dataclasses.replace(self, stiffness=None, blocks=None if self.factorised else held.blocks)
+
+    @property
+    def status(self) -> jax.Array:
+        """CONVERGED, or why no derivative can be taken here: the minimisation's own status, or UNJAMMED."""
+        return _outcome(self.equilibrium.status, self.network.rattlers)
+
+
+@jax.jit
+def _outcome(status: jax.Array, rattlers: jax.Array) -> jax.Array:
+    code = jnp.where(jnp.all(rattlers), Status.UNJAMMED.value, Status.CONVERGED.value)
+    return jnp.where(status != Status.CONVERGED.value, status, code)
+
+
+def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Linearization:
+    """Find the network, the rattlers and the null space of a minimum, once for many derivatives.
+
+    Args:
+      eq: from ``minimize``; not a batch.
+      solve: GMRES(), CG(), MINRES(), BiCGSTAB(), Direct() or Auto(), which chooses.
+      throw: raise where the minimum cannot be differentiated; with False every door's status says so.
+
+    Raises:
+      ConvergenceError: an unconverged minimum, or one without contacts (UNJAMMED).
+    """
+    require_sound_jax()
+    if not isinstance(eq, Equilibrium):
+        raise InputError(f"got a {type(eq).__name__}: give the Equilibrium that ms.minimize returns.")
+    _check_method(solve)
+    if eq.system.batch is not None:
+        raise InputError(
+            f"linearize takes one minimum and got a batch of {eq.system.batch}: give a member, ms.unstack(eq)[0]."
+        )
+    backbone, net, null = linearisation(eq.system, eq.max_force)
+    null = null.simplified()
+    held = Stiffness(backbone, null) if backbone.potential.pairwise else None
+    lin = Linearization(eq, backbone, net, null, solve, stiffness=held)
+    if throw:
+        raise_for_status(Status(int(lin.status)), "this minimum cannot be differentiated", lin)
+    return lin
+
+
+def _check_method(solve: Any) -> None:
+    if not isinstance(solve, Method):
+        raise InputError(
+            f"solve is {short(solve)}: give Auto(), Direct(), CG(), MINRES(), GMRES() or BiCGSTAB() of mdsens.implicit."
+        )
+
+
+def linearised(at: Equilibrium | Linearization, solve: Method | None, throw: bool) -> Linearization:
+    """What a door is given, as a Linearization with the solver that is asked for."""
+    if solve is not None:
+        _check_method(solve)
+    if isinstance(at, Linearization):
+        return at if solve is None else dataclasses.replace(at, solve=solve)
+    if not isinstance(at, Equilibrium):
+        raise InputError(
+            f"got a {type(at).__name__}: give the Equilibrium that ms.minimize returns, or a Linearization."
+        )
+    return linearize(at, Auto() if solve is None else solve, throw)
+
+
+def full_tangent(system: System, dparams: Params) -> dict[str, Any]:
+    """A full dict of parameter changes from a partial one, checked."""
+    if not isinstance(dparams, Mapping):
+        raise InputError(f"dparams is a {type(dparams).__name__}: give a dict of parameter names and their changes.")
+    for name, change in dparams.items():
+        if name not in system.params:
+            near = difflib.get_close_matches(str(name), system.params, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(map(repr, system.params))}."
+            raise InputError(f"{name!r} is no parameter of {system.potential.name}: {hint}")
+        given = real_array(f"dparams[{name!r}]", change)
+        want, got = system.params[name].shape, given.shape
+        if want != got:
+            raise InputError(f"dparams[{name!r}] has shape {got}: the parameter has {want}, give that.")
+        if not isinstance(given, Tracer) and not np.isfinite(np.asarray(given, float)).all():
+            raise InputError(f"dparams[{name!r}] is not finite: give finite changes.")
+    return {
+        name: jnp.asarray(dparams[name], value.dtype) if name in dparams else np.zeros(value.shape, value.dtype)
+        for name, value in system.params.items()
+    }
+
+
+def _with_outcome(lin: Linearization, stats: SolveStats, value: Any) -> SolveStats:
+    """The solve's stats, NOT_FINITE where the value is, under the minimum's own status where that is bad."""
+    code = lin.status
+    stats = finite_or_said(stats, jnp.all(jnp.stack([jnp.all(jnp.isfinite(v)) for v in jax.tree.leaves(value)])))
+    return dataclasses.replace(stats, status=jnp.where(code > 0, code, stats.status))
+
+
+def finite_or_said(stats: SolveStats, finite: jax.Array) -> SolveStats:
+    """A good solve can still meet a derivative of the law or the observable that is not finite."""
+    good = stats.status <= Status.NULL_COMPONENT_DROPPED.value
+    return dataclasses.replace(stats, status=jnp.where(good & ~finite, Status.NOT_FINITE.value, stats.status))
+
+
+def _affine(system: System, tangent: Params, positions: jax.Array) -> jax.Array:
+    """(d box / dp . dp) box^-1 R, (n, d)."""
+    if system.box is None:
+        return jnp.zeros_like(positions)
+    box, change = jax.jvp(lambda p: box_at(system, p), (dict(system.params),), (dict(tangent),))
+    return positions @ jnp.linalg.solve(box.T, change.T)
+
+
+def _jvp_side(lin: Linearization, tangent: Params) -> jax.Array:
+    return -mixed_product(lin.system, tangent).positions
+
+
+def _jvp_response(lin: Linearization, tangent: Params, x: jax.Array, stats: SolveStats) -> Response:
+    rest = x - _affine(lin.system, tangent, lin.system.positions)
+    nonaffine = lin.null.project(Unknowns(rest)).positions
+    stats = _with_outcome(lin, stats, (x, nonaffine))
+    return Response(x, stats, nonaffine, lin.equilibrium.max_force, lin.network.rattlers)
+
+
+def _given(lin: Linearization, side: jax.Array) -> jax.Array:
+    return side
+
+
+def _vjp_response(lin: Linearization, cotangent: jax.Array, x: jax.Array, stats: SolveStats) -> Response:
+    value = jax.tree.map(jnp.negative, mixed_transpose(lin.system, Unknowns(x)))
+    stats = _with_outcome(lin, stats, value)
+    return Response(value, stats, None, lin.equilibrium.max_force, lin.network.rattlers)
+
+
+def _force_response(lin: Linearization, force: jax.Array, x: jax.Array, stats: SolveStats) -> Response:
+    stats = _with_outcome(lin, stats, x)
+    return Response(x, stats, x, lin.equilibrium.max_force, lin.network.rattlers)
+
+
+class Door(NamedTuple):
+    """A derivative as the right-hand side of its solve, and as what is made of the answer."""
+
+    side: Callable[[Linearization, Any], jax.Array]
+    response: Callable[[Linearization, Any, jax.Array, SolveStats], Response]
+
+
+JVP, VJP, FORCE = Door(_jvp_side, _jvp_response), Door(_given, _vjp_response), Door(_given, _force_response)
+
+
+def through(door: Door, lin: Linearization, given: Any, many: bool = False) -> Response:
+    """A door's response to what is given, or to each of many; by the factor on the host, or all of it compiled."""
+    core = lin.traced()
+    if not lin.factorised:
+        return _compiled(core, given, door, many)
+    assert lin.stiffness is not None and isinstance(lin.solve, Auto | Direct)
+    sides = np.asarray(_sides(core, given, door, many))
+    columns = sides.reshape(sides.shape[0] if many else 1, -1).T
+    x, stats = lin.stiffness.solve_many(columns, lin.solve.rtol)
+    if not many:
+        stats = jax.tree.map(lambda leaf: leaf[0], stats)
+    return _responses(core, given, jnp.asarray(x.T.reshape(sides.shape)), stats, door, many)
+
+
+@functools.partial(jax.jit, static_argnames=("door", "many"))
+def _compiled(lin: Linearization, given: Any, door: Door, many: bool) -> Response:
+    operator = hessian_operator(lin.system, lin.null, lin.blocks)
+
+    def one(given: Any) -> Response:
+        x, stats = solve_linear(operator, Unknowns(door.side(lin, given)), lin.solve)
+        return door.response(lin, given, x.positions, stats)
+
+    return jax.vmap(one)(given) if many else one(given)
+
+
+@functools.partial(jax.jit, static_argnames=("door", "many"))
+def _sides(lin: Linearization, given: Any, door: Door, many: bool) -> jax.Array:
+    side = functools.partial(door.side, lin)
+    return jax.vmap(side)(given) if many else side(given)
+
+
+@functools.partial(jax.jit, static_argnames=("door", "many"))
+def _responses(lin: Linearization, given: Any, x: jax.Array, stats: SolveStats, door: Door, many: bool) -> Response:
+    response = functools.partial(door.response, lin)
+    return jax.vmap(response)(given, x, stats) if many else response(given, x, stats)
