@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import importlib.util
 import sys
 from numbers import Real
@@ -25,17 +24,18 @@ def _jax_md_minimize() -> Any:
     """The module jax_md.minimize. Where nobody has imported jax_md it comes alone, in a tenth of a second: the package
     as a whole brings neural networks along, for four seconds, and a later ``import jax_md`` still gets all of it.
     """
-    if "jax_md" not in sys.modules:
+    alone = "jax_md" not in sys.modules
+    if alone:
         spec = importlib.util.find_spec("jax_md")
         if spec is None:
             raise ModuleNotFoundError("mdsens needs jax-md: pip install jax-md.", name="jax_md")
         sys.modules["jax_md"] = importlib.util.module_from_spec(spec)  # a package that has run nothing
-        try:
-            return importlib.import_module("jax_md.minimize")
-        finally:
-            for name in [name for name in sys.modules if name.partition(".")[0] == "jax_md"]:
-                del sys.modules[name]
-    return importlib.import_module("jax_md.minimize")
+    try:
+        from jax_md import minimize
+    finally:
+        for name in [name for name in sys.modules if alone and name.partition(".")[0] == "jax_md"]:
+            del sys.modules[name]
+    return minimize
 
 
 def _check_positive(record: Any, names: tuple[str, ...]) -> None:

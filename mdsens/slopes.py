@@ -48,7 +48,7 @@ def energy_slope(
     box, terms = box_at(system, params), row_terms(system, params)
     images = boxes.nearest_images(box, system.boundary.orthogonal)
     bonds = [term for term in terms if term.j.ndim == 1]
-    listed = [_in_chunks(term) for term in terms if term.j.ndim == 2]
+    listed = [_in_chunks(term) for term in terms if term.j.ndim == 2 and term.j.shape[0]]
     count = -(-(system.neighbours.rows.shape[0] if used is None else used) // ROWS)
 
     def slope(positions: jax.Array) -> jax.Array:
