@@ -47,6 +47,8 @@ bench: $(installed_bench)
 	$(bin)/python -m benchmarks.sensitivity --sizes 1024 --spheres 0 --json benchmarks/results/sensitivity.json
 	$(bin)/python -m benchmarks.jacobian --json benchmarks/results/jacobian.json
 	$(bin)/python -m benchmarks.jamming --json benchmarks/results/jamming.json
+	$(bin)/python -m benchmarks.product --json benchmarks/results/product.json
+	$(bin)/python -m benchmarks.batch --json benchmarks/results/batch.json
 	$(bin)/python -m benchmarks.scaling --json benchmarks/results/scaling.json
 	$(bin)/python -m benchmarks.honesty --json benchmarks/results/honesty.json
 	$(bin)/python -m benchmarks.gpu --json benchmarks/results/gpu.json

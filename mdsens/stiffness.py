@@ -147,7 +147,10 @@ class Stiffness:
         kept = np.where(share > 8 * eps, kept, 0.0)  # the rest is round-off, and its solution would be noise
         x, residual, rounds = solve_on_range(self.matrix, self.factor, self.project, kept, min(rtol, to))
         status = np.where(dropped > eps**0.5, Status.NULL_COMPONENT_DROPPED.value, Status.CONVERGED.value)
-        limited = np.where(residual <= 100.0 * eps, Status.ROUND_OFF_LIMITED.value, Status.STAGNATED.value)
+        # what the rounding of x alone leaves of the residual
+        size, scale = np.linalg.norm(kept, axis=0), bound(self.matrix)
+        floor = eps * np.maximum(100.0, 4.0 * scale * np.linalg.norm(x, axis=0) / np.where(size > 0, size, 1.0))
+        limited = np.where(residual <= np.minimum(floor, 1e-9), Status.ROUND_OFF_LIMITED.value, Status.STAGNATED.value)
         status = np.where(residual <= rtol, status, limited)
         if self.factor.negative != 0:
             status = np.where(share > 8 * eps, Status.INDEFINITE.value, status)

@@ -17,6 +17,8 @@ SMALL = {
     "relaxation": ["--sizes", "96", "--fractions", "0.95", "--seeds", "1", "--peers", "0"],
     "sensitivity": ["--sizes", "96", "--fractions", "0.95", "--spheres", "0", "--runs", "1", "--peers", "0"],
     "jacobian": ["--sizes", "96", "--runs", "1", "--peers", "0"],
+    "product": ["--sizes", "96", "--runs", "1"],
+    "batch": ["--sizes", "24", "--members", "3", "--runs", "1"],
     "scaling": ["--sizes", "96", "--runs", "1"],
     "jamming": ["--sizes", "96", "--runs", "1", "--pressures", "0.1"],
     "honesty": ["--sizes", "96", "--draws", "1", "--pressures", "0.1", "--limits", "5000", "--peers", "0"],

@@ -12,7 +12,7 @@ import pytest
 from conftest import packing, relative, relaxed_packing
 
 import mdsens as ms
-from mdsens import sensitivity
+from mdsens import _memory
 from mdsens.implicit import CG, GMRES, MINRES, BiCGSTAB, Direct
 from mdsens.stationarity import dense_hessian
 
@@ -110,7 +110,7 @@ def test_jacobian_is_made_of_jvps_whatever_the_chunk():
 
 
 def test_jacobian_refuses_what_cannot_fit(monkeypatch):
-    monkeypatch.setattr(sensitivity, "_available_memory", lambda: 1e5)
+    monkeypatch.setattr(_memory, "_available_memory", lambda: 1e5)
     with pytest.raises(ms.TooLargeError, match=r"jacobian by 64 components .* GiB .* take ms.vjp"):
         ms.jacobian(relaxed_packing("2d_polydisperse_N64_p1e-1", 0), "sigma")
 
