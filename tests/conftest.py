@@ -14,12 +14,10 @@ import pytest
 jax.config.update("jax_enable_x64", True)
 # Compiling is nearly all the time that tests take; the demo and the notebooks run with everything on. Without its
 # fusion emitters, and with one module a program, XLA compiles these 2.5 times as fast; later releases than 0.10 have no
-# such switch, and XLA ends the process at a flag that it does not know. Its pool of threads can lock up in vmapped code
-# on busy cores; what a test computes is too small for it.
+# such switch, and XLA ends the process at a flag that it does not know.
 jax.config.update("jax_disable_most_optimizations", True)
 if jax.__version_info__ < (0, 11):
     QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-    QUICK += " --xla_cpu_multi_thread_eigen=false"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
 
 import mdsens as ms  # noqa: E402

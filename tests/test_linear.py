@@ -423,3 +423,17 @@ def test_bad_input_is_named(make: Any, words: list[str]) -> None:
 
 def test_positive_semidefinite_implies_symmetric() -> None:
     assert Operator(lambda v: v, positive_semidefinite=True).symmetric
+
+
+def test_factorisations_of_a_batch_are_one_by_one_on_a_cpu():
+    """Two batched ones at the same time wait for each other for ever on two cores, in jaxlib 0.10.1."""
+    matrices = jnp.stack([jnp.diag(jnp.arange(1.0, 6.0) + k) for k in range(7)])
+
+    def solved(matrix: Array) -> Array:
+        operator = Operator(lambda v: matrix @ v, symmetric=True, positive_semidefinite=True)
+        return solve(operator, jnp.ones(5), Direct())[0]
+
+    batch = jax.jit(jax.vmap(solved))
+    lines = [line for line in batch.lower(matrices).as_text().splitlines() if "potrf" in line or "cholesky" in line]
+    assert lines and not any("tensor<7x5x5" in line for line in lines)
+    np.testing.assert_allclose(batch(matrices), 1 / (jnp.arange(1.0, 6.0) + jnp.arange(7.0)[:, None]), rtol=1e-14)

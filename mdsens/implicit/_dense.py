@@ -2,17 +2,74 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 from jax import Array, lax
+from jax.custom_batching import sequential_vmap
 
 from mdsens.implicit._krylov import Apply, Result, dot
 from mdsens.implicit.status import Status
 
 __all__ = ["factor"]
+
+
+def _one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Under vmap on a CPU, the function on one member after the other.
+
+    There jaxlib shares a batch of matrices out over a pool of threads and waits for them on a thread of that pool: two
+    factorisations that run at the same time on two cores wait for ever (seen with 0.10.1).
+    """
+    in_sequence = sequential_vmap(function)
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Any:
+        return (in_sequence if jax.default_backend() == "cpu" else function)(*arguments)
+
+    return run
+
+
+@_one_by_one
+def _lu(matrix: Array) -> tuple[Array, Array]:
+    return jsl.lu_factor(matrix)
+
+
+@_one_by_one
+def _lu_solve(lu: Array, pivots: Array, r: Array) -> Array:
+    return jsl.lu_solve((lu, pivots), r)
+
+
+@_one_by_one
+def _svd(matrix: Array) -> tuple[Array, Array, Array]:
+    return tuple(jnp.linalg.svd(matrix, full_matrices=False))
+
+
+@_one_by_one
+def _cholesky_solve(lower: Array, r: Array) -> Array:
+    return jsl.cho_solve((lower, True), r)
+
+
+@_one_by_one
+def _cholesky(matrix: Array, largest: Array) -> Array:
+    """The lower factor of a positive semi-definite matrix; not finite where it has a negative direction."""
+    n, eps = matrix.shape[0], float(jnp.finfo(matrix.dtype).eps)
+
+    def raised(by: float) -> Array:
+        return jnp.linalg.cholesky(matrix + by * jnp.where(largest > 0, largest, 1) * jnp.eye(n, dtype=matrix.dtype))
+
+    def semidefinite() -> Array:
+        # Cholesky fails on a negative direction and, by round-off, on a null one that nobody declared. Raised by the
+        # round-off of the factorisation it fails on the first alone; raised by sqrt(eps) it leaves little of the
+        # second in the answer, and refinement takes the raise back out of the rest.
+        probe = raised(n * eps)
+        return jnp.where(jnp.all(jnp.isfinite(probe)), raised(eps**0.5), probe)
+
+    lower = raised(0.0)
+    return lax.cond(jnp.all(jnp.isfinite(lower)), lambda: lower, semidefinite)
 
 
 def factor(
@@ -31,33 +88,22 @@ def factor(
     none, fine = jnp.int32(0), jnp.int32(Status.CONVERGED)
 
     if not positive_semidefinite:
-        lu = jsl.lu_factor(matrix)
+        lu = _lu(matrix)
         regular = jnp.all(jnp.isfinite(lu[0])) & jnp.all(jnp.diagonal(lu[0]) != 0)
         # A zero pivot is a null direction nobody declared; not-finite numbers that went in come out as they are.
         singular = jnp.where(jnp.all(jnp.isfinite(matrix)), int(Status.STAGNATED), int(Status.NOT_FINITE))
 
         def by_lu(r: Array) -> Result:
-            return jnp.where(regular, jsl.lu_solve(lu, r), 0), none, jnp.where(regular, fine, singular)
+            return jnp.where(regular, _lu_solve(*lu, r), 0), none, jnp.where(regular, fine, singular)
 
         return by_lu
 
-    def lower_factor(raised: float) -> Array:
-        return jnp.linalg.cholesky(matrix + raised * jnp.where(largest > 0, largest, 1) * jnp.eye(n, dtype=b.dtype))
-
-    def semidefinite() -> Array:
-        # Cholesky fails on a negative direction and, by round-off, on a null one that nobody declared. Raised by the
-        # round-off of the factorisation it fails on the first alone; raised by sqrt(eps) it leaves little of the
-        # second in the answer, and refinement takes the raise back out of the rest.
-        probe = lower_factor(n * float(eps))
-        return jnp.where(jnp.all(jnp.isfinite(probe)), lower_factor(float(eps) ** 0.5), probe)
-
-    lower = lower_factor(0.0)
-    lower = lax.cond(jnp.all(jnp.isfinite(lower)), lambda: lower, semidefinite)
+    lower = _cholesky(matrix, largest)
     definite = jnp.all(jnp.isfinite(lower))
     negative = jnp.where(jnp.all(jnp.isfinite(matrix)), int(Status.INDEFINITE), int(Status.NOT_FINITE))
 
     def by_cholesky(r: Array) -> Result:
-        x = jsl.cho_solve((lower, True), r)
+        x = _cholesky_solve(lower, r)
         return jnp.where(definite, x, 0), none, jnp.where(definite, fine, negative)
 
     return by_cholesky
@@ -65,7 +111,7 @@ def factor(
 
 def _pseudo_inverse(matrix: Array, eps: Any) -> Callable[[Array], Result]:
     """Least squares by singular values, for an operator whose left and right null space differ."""
-    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
+    u, s, vt = _svd(matrix)
     inverse = jnp.where(s > matrix.shape[0] * eps * s[0], 1 / jnp.where(s == 0, 1, s), 0)
     ended = jnp.where(jnp.all(jnp.isfinite(s)), int(Status.CONVERGED), int(Status.NOT_FINITE)).astype(jnp.int32)
     return lambda r: (dot(inverse * dot(r, u), vt), jnp.int32(0), ended)
