@@ -102,16 +102,14 @@ def _begin(positions: jax.Array, stiffness: jax.Array, method: Any) -> Any:
     return init(positions)
 
 
-def _machine(system: System, method: Any, limits: Limits, whole: bool = False) -> tuple[Any, Any]:
+def _machine(system: System, method: Any, limits: Limits) -> tuple[Any, Any]:
     """jax-md's minimiser on this system's list: (apply, forces).
 
     Overlaps of a random start make forces of 1e20 in a Lennard-Jones law, and FIRE never forgets such a momentum. So a
     particle's force counts up to the size that moves it by the longest step, and its step is cut there too. Neither
     touches the neighbourhood of a minimum.
-
-    With ``whole`` it goes through all rows of the list: under vmap the members' numbers of rows in use would differ.
     """
-    slope = energy_slope(system, used=None if whole else system.neighbours.used)
+    slope = energy_slope(system, used=system.neighbours.used)
 
     def forces(R: jax.Array, **_: Any) -> jax.Array:
         return _shortened(-slope(R), limits.strongest)
@@ -139,7 +137,6 @@ def _advance(
     budget: Any,
     method: Any,
     limits: Limits,
-    whole: bool = False,
 ) -> tuple[Any, Neighbours, jax.Array]:
     """Up to ``budget`` steps; stops at the tolerance, at a list that overflowed, at a force that is not finite.
 
@@ -156,7 +153,7 @@ def _advance(
         state, pairs, step, slow, _ = carry
         skin = jnp.where(slow, NARROW, SKIN)
         pairs, _ = listed(system.replace(neighbours=pairs), method.positions(state), skin=skin, anew=slow)
-        apply, forces = _machine(system.replace(neighbours=pairs), method, limits, whole)
+        apply, forces = _machine(system.replace(neighbours=pairs), method, limits)
         anchors, distance = slack(pairs, box, needed)
         wide = (pairs.skin > 1.1 * NARROW * needed) & jnp.isfinite(pairs.skin)
         last = jnp.where(wide, jnp.minimum(budget, step + SERVES), budget)
@@ -205,7 +202,7 @@ def relax(system: System, tolerance: Any, max_steps: Any, method: Any) -> Equili
     limits = Limits.of(jax.tree.map(lambda x: jax.lax.stop_gradient(x).astype(dtype), scales(system)), method)
     state = _begin(system.positions, limits.stiffness, method)
     tested = jnp.minimum(tolerance, 0.5 * limits.strongest)  # what was cut is not small
-    state, pairs, steps = _advance(system, state, system.neighbours, tested, max_steps, method, limits, whole=True)
+    state, pairs, steps = _advance(system, state, system.neighbours, tested, max_steps, method, limits)
     relaxed = system.replace(positions=method.positions(state), neighbours=pairs)
     # the force that met the tolerance, or, where none did, the whole force without its limit
     largest = largest_force(method.forces(state))
