@@ -42,6 +42,7 @@ __all__ = [
 
 ALL_PAIRS_BELOW = 64  # particles; a search compiles in a second, and a step on all pairs costs as much from there on
 SKIN = 0.3  # of the range: more rebuilds below, more padding above
+WORD = 32  # candidates that are marked as near in the bits of one integer
 
 Lengths: TypeAlias = Callable[[jax.Array, jax.Array], Any]  # of particles i and j; a pytree whose leaves are parameters
 
@@ -141,14 +142,22 @@ class _Grid(NamedTuple):
     line_end: jax.Array  # (lines,)
 
 
+def _order(index: jax.Array, count: int) -> jax.Array:
+    """The particles by their cell, those of one cell in their own order."""
+    n, wide = index.shape[0], jax.dtypes.canonicalize_dtype(jnp.int64)
+    if count * n > jnp.iinfo(wide).max:
+        return jnp.argsort(index).astype(jnp.int32)
+    # one number for both, since sorting by one while carrying another takes XLA six times as long
+    return (jax.lax.sort(index.astype(wide) * n + jnp.arange(n, dtype=wide)) % n).astype(jnp.int32)
+
+
 def _grid(positions: jax.Array, box: jax.Array, cells: tuple[int, ...]) -> _Grid:
     where, last = _cell_of(positions, box, cells), cells[-1]
     index = where[0]
     for at, m in zip(where[1:], cells[1:], strict=True):
         index = index * m + at
-    order = jnp.argsort(index).astype(jnp.int32)
-    ends = jnp.searchsorted(index[order], jnp.arange(math.prod(cells), dtype=jnp.int32), side="right")
-    ends = ends.astype(jnp.int32).reshape(-1, last)
+    order = _order(index, math.prod(cells))
+    ends = jnp.cumsum(jnp.zeros(math.prod(cells), jnp.int32).at[index].add(1)).astype(jnp.int32).reshape(-1, last)
     starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends.ravel()[:-1]]).reshape(-1, last)
     line, line_end = starts[:, 0], ends[:, -1]
     if last > 2:
@@ -157,12 +166,6 @@ def _grid(positions: jax.Array, box: jax.Array, cells: tuple[int, ...]) -> _Grid
     else:
         first, length = (jnp.broadcast_to(x[:, None], starts.shape) for x in (line, line_end - line))
     return _Grid(order, where, first.ravel(), length.ravel(), line, line_end)
-
-
-def _filled(rows: jax.Array, count: jax.Array, j: jax.Array, near: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Candidate j of each particle put in its next free row, where it is near."""
-    free = (jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None] == count) & near
-    return jnp.where(free, j, rows), count + near
 
 
 @functools.partial(jax.jit, static_argnames=("cells", "run_capacity", "capacity"))
@@ -176,28 +179,52 @@ def _search(
     capacity: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """All pairs nearer than l_ij + skin: (rows, most neighbours of one particle, particles in the fullest run)."""
-    n = positions.shape[0]
+    n, words = positions.shape[0], -(-run_capacity // WORD)
     grid, x, images = _grid(positions, box, cells), components(positions), nearest_images(box)
     sorted_x, own = components(positions[grid.order]), jnp.arange(n, dtype=jnp.int32)
-    k = jnp.arange(run_capacity, dtype=jnp.int32)[:, None]
-    rows, found = jnp.full((capacity, n), n, jnp.int32), jnp.zeros(n, jnp.int32)
+    longest = jnp.max(grid.length)
 
-    def search_line(carry: tuple[jax.Array, jax.Array], offset: jax.Array) -> tuple[Any, None]:
+    def place(line: jax.Array, k: jax.Array) -> jax.Array:
+        """Where in the grid's order the k-th candidate of each particle on its line of cells is, (n,)."""
+        first, end = grid.first[line * cells[-1] + grid.where[-1]], grid.line_end[line]
+        at = first + k
+        return jnp.minimum(jnp.where(at >= end, at - (end - grid.line[line]), at), n - 1)
+
+    def search_line(offset: jax.Array) -> tuple[jax.Array, jax.Array]:
         line = jnp.zeros(n, jnp.int32)
         for at, by, m in zip(grid.where, offset, cells, strict=False):
             line = line * m + jnp.mod(at + by, m)
-        cell = line * cells[-1] + grid.where[-1]
-        first, length, end = grid.first[cell], grid.length[cell], grid.line_end[line]
-        place = first + k
-        place = jnp.minimum(jnp.where(place >= end, place - (end - grid.line[line]), place), n - 1)
-        apart, j = images(tuple(c - s[place] for c, s in zip(x, sorted_x, strict=True))), grid.order[place]
-        near = (sum(v * v for v in apart) < (lengths(own[None], j) + skin) ** 2) & (k < length) & (j != own)
-        return jax.lax.scan(lambda carry, x: (_filled(*carry, *x), None), carry, (j, near))[0], None
+        length = grid.length[line * cells[-1] + grid.where[-1]]
+
+        def test(k: jax.Array, marks: jax.Array) -> jax.Array:
+            at = place(line, k)
+            apart, j = images(tuple(c - s[at] for c, s in zip(x, sorted_x, strict=True))), grid.order[at]
+            near = (sum(v * v for v in apart) < (lengths(own, j) + skin) ** 2) & (k < length) & (j != own)
+            bit = jnp.where(near, jnp.uint32(1) << (k % WORD).astype(jnp.uint32), jnp.uint32(0))
+            return jnp.where(jnp.arange(words)[:, None] == k // WORD, marks | bit, marks)
+
+        none = jnp.zeros((words, n), jnp.uint32)
+        return line, jax.lax.fori_loop(0, jnp.minimum(longest, run_capacity), test, none)
 
     sides = [(0,) if m == 1 else (0, 1) if m == 2 else (-1, 0, 1) for m in cells[:-1]]
     offsets = jnp.asarray(list(itertools.product(*sides)), jnp.int32)
-    (rows, found), _ = jax.lax.scan(search_line, (rows, found), offsets)
-    return rows, jnp.max(found, initial=0), jnp.max(grid.length)
+    lines, marks = jax.lax.map(search_line, offsets)
+    marks = marks.reshape(-1, n)
+    most = jnp.max(jnp.sum(jax.lax.population_count(marks), axis=0), initial=0).astype(jnp.int32)
+    each = jnp.arange(marks.shape[0], dtype=jnp.int32)[:, None]
+
+    def take(r: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        rows, marks = carry
+        which = jnp.argmax(marks != 0, axis=0).astype(jnp.int32)
+        word = jnp.max(jnp.where(each == which, marks, 0), axis=0)
+        k = jax.lax.population_count((word & -word) - 1).astype(jnp.int32) + which % words * WORD
+        j = grid.order[place(jnp.max(jnp.where(each[: len(lines)] == which // words, lines, 0), axis=0), k)]
+        rows = rows.at[r].set(jnp.where(word != 0, j, n))
+        return rows, jnp.where(each == which, word & (word - 1), marks)
+
+    rows = jnp.full((capacity, n), n, jnp.int32)
+    rows, _ = jax.lax.fori_loop(0, jnp.minimum(most, capacity), take, (rows, marks))
+    return rows, most, longest
 
 
 def _skin(range_: Any, lattice: Any, cells: tuple[int, ...], periodic: bool, share: Any = SKIN) -> jax.Array:

@@ -72,7 +72,8 @@ def _soft_sphere(r: jax.Array, sigma: jax.Array, epsilon: jax.Array, alpha: jax.
 
 
 def _harmonic_sphere(r: jax.Array, sigma: jax.Array, epsilon: jax.Array, alpha: jax.Array) -> jax.Array:
-    overlap = jnp.maximum(1.0 - r / sigma, 0.0)
+    overlap = 1.0 - r * (1.0 / sigma)  # one division, where the derivative by r / sigma has two
+    overlap = jnp.where(overlap > 0, overlap, 0.0)
     return 0.5 * epsilon * overlap * overlap
 
 
