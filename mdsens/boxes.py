@@ -156,7 +156,8 @@ def nearest_images(box: jax.Array | None, orthogonal: bool = False) -> Callable[
     if orthogonal:  # nothing beside the diagonal of the box: half the arithmetic
         sides = [(box[a, a], jax.lax.stop_gradient(1.0 / box[a, a])) for a in range(box.shape[0])]
         return lambda vectors: tuple(
-            v - side * jnp.round(jax.lax.stop_gradient(v) * rate) for v, (side, rate) in zip(vectors, sides, strict=True)
+            v - side * jnp.round(rate * jax.lax.stop_gradient(v))
+            for v, (side, rate) in zip(vectors, sides, strict=True)
         )
     d, rows = box.shape[0], jax.lax.stop_gradient(inverse(box))  # once, not at each call
 
