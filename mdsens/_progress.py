@@ -51,9 +51,9 @@ class Members:
         form = "{desc} {bar} {n_fmt} of {total_fmt}, {elapsed}, {remaining} to go"
         self.bar = _bar(wanted, form, total=count, desc="relaxing")
 
-    def advance(self) -> None:
+    def advance(self, count: int) -> None:
         if self.bar is not None:
-            self.bar.update()
+            self.bar.update(count)
 
     def close(self) -> None:
         if self.bar is not None:

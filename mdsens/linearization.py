@@ -37,7 +37,7 @@ from mdsens.stiffness import Stiffness, factorises
 from mdsens.system import System, box_at
 
 __all__ = ["FORCE", "JVP", "VJP", "Door", "Linearization", "Response", "finite_or_said", "full_tangent", "linearised"]
-__all__ += ["linearize", "through"]
+__all__ += ["by_factor", "check_method", "linearize", "through", "through_batch"]
 
 Params = Mapping[str, Any]
 
@@ -117,8 +117,8 @@ class Linearization:
     @property
     def factorised(self) -> bool:
         """Whether solves take the sparse factor: what Auto() and Direct() do wherever there is one."""
-        wanted = isinstance(self.solve, Direct) or (isinstance(self.solve, Auto) and jax.default_backend() == "cpu")
-        return wanted and self.stiffness is not None and factorises(self.system) and self.stiffness.factor is not None
+        wanted = by_factor(self.system, self.solve)
+        return wanted and self.stiffness is not None and self.stiffness.factor is not None
 
     def traced(self) -> Linearization:
         """What compiled code takes: without the host's part, with the blocks."""
@@ -131,6 +131,12 @@ class Linearization:
     def status(self) -> jax.Array:
         """CONVERGED, or why no derivative can be taken here: the minimisation's own status, or UNJAMMED."""
         return _outcome(self.equilibrium.status, self.network.rattlers)
+
+
+def by_factor(system: System, solve: Method) -> bool:
+    """Whether the solver that is asked for takes the sparse factor of H wherever H has one."""
+    wanted = isinstance(solve, Direct) or (isinstance(solve, Auto) and jax.default_backend() == "cpu")
+    return wanted and factorises(system)
 
 
 @jax.jit
@@ -153,7 +159,7 @@ def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Li
     require_sound_jax()
     if not isinstance(eq, Equilibrium):
         raise InputError(f"got a {type(eq).__name__}: give the Equilibrium that ms.minimize returns.")
-    _check_method(solve)
+    check_method(solve)
     if eq.system.batch is not None:
         raise InputError(
             f"linearize takes one minimum and got a batch of {eq.system.batch}: give a member, ms.unstack(eq)[0]."
@@ -167,7 +173,8 @@ def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Li
     return lin
 
 
-def _check_method(solve: Any) -> None:
+def check_method(solve: Any) -> None:
+    """Refuse what is no option record of a linear solver."""
     if not isinstance(solve, Method):
         raise InputError(
             f"solve is {short(solve)}: give Auto(), Direct(), CG(), MINRES(), GMRES() or BiCGSTAB() of mdsens.implicit."
@@ -177,7 +184,7 @@ def _check_method(solve: Any) -> None:
 def linearised(at: Equilibrium | Linearization, solve: Method | None, throw: bool) -> Linearization:
     """What a door is given, as a Linearization with the solver that is asked for."""
     if solve is not None:
-        _check_method(solve)
+        check_method(solve)
     if isinstance(at, Linearization):
         return at if solve is None else dataclasses.replace(at, solve=solve)
     if not isinstance(at, Equilibrium):
@@ -274,9 +281,30 @@ def through(door: Door, lin: Linearization, given: Any, many: bool = False) -> R
     sides = np.asarray(_sides(core, given, door, many))
     columns = sides.reshape(sides.shape[0] if many else 1, -1).T
     x, stats = lin.stiffness.solve_many(columns, lin.solve.rtol)
-    if not many:
-        stats = jax.tree.map(lambda leaf: leaf[0], stats)
+    stats = jax.tree.map(lambda leaf: leaf[0] if many else leaf[0, 0], stats)
     return _responses(core, given, jnp.asarray(x.T.reshape(sides.shape)), stats, door, many)
+
+
+def through_batch(door: Door, eq: Equilibrium, given: Any, solve: Method) -> Response | None:
+    """A door's response of each member of a batch to what is given for it, by one factor of all their Hessians.
+
+    None where there is no such factor: then each goes through by itself.
+
+    Args:
+      solve: one of which ``by_factor`` holds.
+    """
+    assert isinstance(solve, Auto | Direct)
+    if not np.isfinite(np.asarray(eq.positions)).all():
+        return None
+    backbone, net, null = linearisation(eq.system, eq.max_force)
+    stiffness = Stiffness(backbone, null.simplified())
+    core = Linearization(eq, backbone, net, stiffness.null, solve)
+    if stiffness.factor is None:
+        return None
+    sides = _sides(core, given, door, False)
+    x, stats = stiffness.solve_many(np.asarray(sides).reshape(-1, 1), solve.rtol)
+    stats = jax.tree.map(lambda leaf: leaf[:, 0], stats)
+    return _responses(core, given, jnp.asarray(x.reshape(sides.shape)), stats, door, False)
 
 
 @functools.partial(jax.jit, static_argnames=("door", "many"))
@@ -292,11 +320,15 @@ def _compiled(lin: Linearization, given: Any, door: Door, many: bool) -> Respons
 
 @functools.partial(jax.jit, static_argnames=("door", "many"))
 def _sides(lin: Linearization, given: Any, door: Door, many: bool) -> jax.Array:
+    if lin.system.batch is not None:
+        return jax.vmap(door.side)(lin, given)
     side = functools.partial(door.side, lin)
     return jax.vmap(side)(given) if many else side(given)
 
 
 @functools.partial(jax.jit, static_argnames=("door", "many"))
 def _responses(lin: Linearization, given: Any, x: jax.Array, stats: SolveStats, door: Door, many: bool) -> Response:
+    if lin.system.batch is not None:
+        return jax.vmap(door.response)(lin, given, x, stats)
     response = functools.partial(door.response, lin)
     return jax.vmap(response)(given, x, stats) if many else response(given, x, stats)

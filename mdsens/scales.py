@@ -56,6 +56,9 @@ def scales(system: System) -> tuple[jax.Array, jax.Array]:
     return jnp.min(jnp.stack(lengths)), jnp.where(stiffness > 0, stiffness, 1.0)
 
 
+_scales_each = jax.jit(jax.vmap(scales))
+
+
 def _curvature(system: System) -> jax.Array:
     """The size of the Hessian at the system's positions, from a few steps of power iteration; 1 where it vanishes."""
     R = system.positions
@@ -76,10 +79,11 @@ def _curvature(system: System) -> jax.Array:
 def round_off(system: System) -> float:
     """The largest force that the resolution of the positions alone can leave on a particle: eps |R| k.
 
-    k is the law's largest stiffness. Minimisations reach between a tenth of it and all of it. Host code.
+    k is the law's largest stiffness. Minimisations reach between a tenth of it and all of it. Of a batch, the largest
+    member's. Host code.
     """
     resolution = np.finfo(system.positions.dtype).eps * np.max(np.abs(np.asarray(system.positions)), initial=0.0)
-    return float(resolution * scales(system)[1])
+    return float(resolution * jnp.max((scales if system.batch is None else _scales_each)(system)[1]))
 
 
 class Limits(NamedTuple):

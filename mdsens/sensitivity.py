@@ -11,24 +11,28 @@ import numpy as np
 from jax.core import Tracer
 
 from mdsens._checks import real_array, short
-from mdsens._members import each, together
+from mdsens._members import apart, in_chunks, joined, together
 from mdsens._memory import require_memory
-from mdsens.implicit.linear import Method
+from mdsens.implicit.linear import Auto, Method
 from mdsens.implicit.status import InputError, Status, raise_for_status
 from mdsens.linearization import (
     FORCE,
     JVP,
     VJP,
+    Door,
     Linearization,
     Response,
+    by_factor,
+    check_method,
     finite_or_said,
     full_tangent,
     linearised,
     linearize,
     through,
+    through_batch,
 )
 from mdsens.relaxation import Equilibrium
-from mdsens.system import System, unstack
+from mdsens.system import System
 
 __all__ = ["Linearization", "Response", "gradient", "jacobian", "jvp", "linearize", "response", "vjp"]
 
@@ -46,15 +50,35 @@ def _judged(result: Response, throw: bool, what: str) -> Response:
     return result
 
 
-def _over_members(door: Callable[[Equilibrium, int], Response], eq: Any) -> Response:
-    """A door on each member of a batch, over the cores."""
-    members = unstack(eq)
-    return together(each(lambda k: door(members[k], k), len(members)))
+def _over_members(door: Callable[[Equilibrium, Any], Response], eq: Equilibrium, given: Any = ()) -> Response:
+    """A door on each member of a batch and on what is given for it, over the cores."""
+
+    def some(part: tuple[Equilibrium, Any], count: int) -> list[Response]:
+        return [door(*member) for member in apart(part, count)]
+
+    parts = in_chunks(some, (eq, given), eq.system.batch or 0, eq.system.n)
+    return together([response for part in parts for response in part])
 
 
-def _of_member(given: Any, k: int, shape: tuple[int, ...]) -> Any:
-    """Member k's part of what is given for a batch: it has the member's own shape and is shared, or a leading axis."""
-    return given[k] if np.ndim(given) == len(shape) + 1 else given
+def _batch_through(door: Door, eq: Equilibrium, given: Any, solve: Method | None) -> Response:
+    """A door on each member of a batch, with what is given for each, (members, …)."""
+    method = Auto() if solve is None else solve
+    check_method(method)
+
+    def some(part: tuple[Equilibrium, Any], count: int) -> tuple[Response | None, int]:
+        return through_batch(door, *part, method), count
+
+    if by_factor(eq.system, method):
+        parts, counts = zip(*in_chunks(some, (eq, given), eq.system.batch or 0, eq.system.n), strict=True)
+        if None not in parts:
+            return joined(parts, counts)
+    return _over_members(lambda member, own: through(door, linearised(member, method, False), own), eq, given)
+
+
+def _for_members(name: str, given: Any, shape: tuple[int, ...], count: int) -> Any:
+    """What is given for a batch, (members, …): it has a member's own shape and is shared, or a leading axis."""
+    array = real_array(name, given)
+    return jnp.broadcast_to(array, (count, *shape)) if array.shape == shape else array
 
 
 def _batched(at: Any) -> bool:
@@ -84,13 +108,13 @@ def jvp(
         raise InputError("dparams is empty: give at least one parameter's name and its change.")
     if _batched(at):
         assert isinstance(at, Equilibrium)
-        shapes = {name: value.shape[1:] for name, value in at.params.items()}
-
-        def member(eq: Equilibrium, k: int) -> Response:
-            own = {name: _of_member(change, k, shapes.get(name, ())) for name, change in dparams.items()}
-            return jvp(eq, own, solve=solve, throw=False)
-
-        return _judged(_over_members(member, at), throw, "jvp")
+        if isinstance(dparams, Mapping):
+            shapes = {name: value.shape[1:] for name, value in at.params.items()}
+            dparams = {
+                name: _for_members(f"dparams[{name!r}]", change, shapes.get(name, ()), at.system.batch or 0)
+                for name, change in dparams.items()
+            }
+        return _judged(_batch_through(JVP, at, full_tangent(at.system, dparams), solve), throw, "jvp")
     lin = linearised(at, solve, throw)
     return _judged(through(JVP, lin, full_tangent(lin.system, dparams)), throw, "jvp")
 
@@ -122,9 +146,8 @@ def vjp(
     """
     if _batched(at):
         assert isinstance(at, Equilibrium)
-        shape = at.positions.shape[1:]
-        whole = _over_members(lambda e, k: vjp(e, _of_member(cotangent, k, shape), solve=solve, throw=False), at)
-        return _judged(whole, throw, "vjp")
+        given = _for_members("cotangent", cotangent, at.positions.shape[1:], at.system.batch or 0)
+        return _judged(_batch_through(VJP, at, _cotangent(at.system, given, "cotangent"), solve), throw, "vjp")
     lin = linearised(at, solve, throw)
     return _judged(through(VJP, lin, _cotangent(lin.system, cotangent, "cotangent")), throw, "vjp")
 
@@ -144,9 +167,8 @@ def response(
     """
     if _batched(at):
         assert isinstance(at, Equilibrium)
-        shape = at.positions.shape[1:]
-        whole = _over_members(lambda e, k: response(e, _of_member(force, k, shape), solve=solve, throw=False), at)
-        return _judged(whole, throw, "response")
+        given = _for_members("force", force, at.positions.shape[1:], at.system.batch or 0)
+        return _judged(_batch_through(FORCE, at, _cotangent(at.system, given, "force"), solve), throw, "response")
     lin = linearised(at, solve, throw)
     return _judged(through(FORCE, lin, _cotangent(lin.system, force, "force")), throw, "response")
 
@@ -187,7 +209,7 @@ def jacobian(
     """
     if _batched(at):
         assert isinstance(at, Equilibrium)
-        whole = _over_members(lambda e, k: jacobian(e, wrt, solve=solve, chunk=chunk, throw=False), at)
+        whole = _over_members(lambda e, _: jacobian(e, wrt, solve=solve, chunk=chunk, throw=False), at)
         return _judged(whole, throw, "jacobian")
     lin = linearised(at, solve, throw)
     system = lin.system
@@ -248,7 +270,7 @@ def gradient(
     """
     if _batched(at):
         assert isinstance(at, Equilibrium)
-        whole = _over_members(lambda e, k: gradient(observable, e, solve=solve, throw=False), at)
+        whole = _over_members(lambda e, _: gradient(observable, e, solve=solve, throw=False), at)
         return _judged(whole, throw, "gradient")
     if not callable(observable):
         raise InputError(

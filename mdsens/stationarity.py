@@ -16,6 +16,7 @@ from mdsens import contacts
 from mdsens.boxes import components, nearest_images
 from mdsens.contacts import Network
 from mdsens.implicit.linear import Operator
+from mdsens.neighbours import Neighbours
 from mdsens.slopes import ROWS, energy_slope, row_terms
 from mdsens.system import System
 
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 Params = Mapping[str, Any]
+ROD = 1e-9  # moment of inertia about an axis, of those across it, that counts as none
 
 
 @jax.tree_util.register_dataclass
@@ -140,17 +142,20 @@ class NullSpace:
     def simplified(self) -> NullSpace:
         """The same without arms where nothing can turn, without labels where there is one cluster. Host code.
 
-        It spares every projection their work.
+        It spares every projection their work. A batch is simplified as far as each of its members can be.
         """
         if self.inverse_inertia is not None and np.any(np.asarray(self.inverse_inertia)):
             return self
         if self.motions is not None or self.labels is None:
             return self
         plain = dataclasses.replace(self, arms=None, inverse_inertia=None)
-        found = np.unique(np.asarray(self.labels)[~np.asarray(self.rattlers)])
-        if found.size != 1:
+        loose, labels = np.asarray(self.rattlers), np.asarray(self.labels)
+        held = np.argmin(loose, axis=-1)[..., None]  # one that is no rattler, or rattlers are all there are
+        label = np.take_along_axis(labels, held, axis=-1)
+        if np.any(np.where(loose, loose.all(axis=-1, keepdims=True), labels != label)):
             return plain
-        return dataclasses.replace(plain, labels=None, counts=self.counts[found[0]])
+        counts = jnp.asarray(np.take_along_axis(np.asarray(self.counts), label, axis=-1)[..., 0])
+        return dataclasses.replace(plain, labels=None, counts=counts)
 
     def _total(self, v: jax.Array) -> jax.Array:
         return jnp.zeros_like(v).at[self.labels].add(v)
@@ -193,8 +198,23 @@ def null_space(system: System, net: Network) -> NullSpace:
     else:
         each = squared[:, None, None] * jnp.eye(3) - arms[:, :, None] * arms[:, None, :]
         inertia = plain._total(each.reshape(n, 9)).reshape(n, 3, 3)
-    inverse = jnp.linalg.pinv(inertia, rtol=1e-9, hermitian=True)
-    return dataclasses.replace(plain, arms=arms, inverse_inertia=inverse)
+    return dataclasses.replace(plain, arms=arms, inverse_inertia=_pseudo_inverse(inertia))
+
+
+def _pseudo_inverse(inertia: jax.Array) -> jax.Array:
+    """Of moments of inertia, (n, 1, 1) or (n, 3, 3): of everything, a rod (which has two equal moments) and nothing.
+
+    Written out: XLA on a CPU may wait for ever where two threads have LAPACK factorise batches of matrices.
+    """
+    if inertia.shape[1] == 1:
+        return jnp.where(inertia > 0, 1.0 / jnp.where(inertia > 0, inertia, 1.0), 0.0)
+    mean = 0.5 * jnp.trace(inertia, axis1=1, axis2=2)  # either moment of a rod
+    scaled = inertia / jnp.where(mean > 0, mean, 1.0)[:, None, None]
+    faces = jnp.stack([jnp.cross(scaled[:, (k + 1) % 3], scaled[:, (k + 2) % 3]) for k in range(3)], axis=1)
+    volume = jnp.sum(faces[:, 0] * scaled[:, 0], axis=1)[:, None, None]
+    solid = volume > ROD
+    inverse = jnp.where(solid, faces / jnp.where(solid, volume, 1.0), scaled)
+    return inverse / jnp.where(mean > 0, mean, 1.0)[:, None, None]
 
 
 def _free_motions(system: System) -> jax.Array:
@@ -313,32 +333,48 @@ def _pair_blocks(system: System) -> list[tuple[jax.Array, jax.Array, jax.Array]]
     return blocks
 
 
+_pair_blocks_each = jax.jit(jax.vmap(_pair_blocks))
+
+
 def sparse_hessian(system: System) -> sp.csr_array | None:
-    """H as a scipy sparse matrix (n d, n d), from the pairs that interact; None for laws that are more than pairs."""
+    """H as a scipy sparse matrix (n d, n d), from the pairs that interact; None for laws that are more than pairs.
+
+    Of a batch, (members n d, members n d) with a block for each member.
+    """
     if not system.potential.pairwise:
         return None
-    n, d = system.n, system.dimension
-    rows = system.neighbours
-    rows = rows.resized(min(4 * math.ceil(int(rows.used) / 4), rows.rows.shape[0]))
-    fixed = system.replace(potential=system.potential.at(system.params), neighbours=rows)
+    n, d, members = system.n, system.dimension, system.batch
+    total = n * (members or 1)
+    fixed = system.replace(potential=system.potential.at(system.params), neighbours=_filled_rows(system.neighbours))
     firsts, seconds, blocks = [np.zeros(0, int)], [np.zeros(0, int)], [np.zeros((0, d, d))]
-    for i, j, block in _pair_blocks(fixed):
-        block, j = np.asarray(block, float), np.asarray(j)
+    for i, j, block in (_pair_blocks if members is None else _pair_blocks_each)(fixed):
+        block, i, j = np.asarray(block, float), np.asarray(i), np.asarray(j)
+        twice = j.ndim == (1 if members is None else 2)  # a list of bonds has each pair once
+        if members is not None:
+            shift = (n * np.arange(members)).reshape(-1, *[1] * (j.ndim - 1))
+            block, i, j = np.moveaxis(block, 0, 2), i + shift, j + shift
         some = np.any(block != 0, axis=(0, 1))
         found = np.ascontiguousarray(np.moveaxis(block[:, :, some], -1, 0))
-        one, other = np.broadcast_to(np.asarray(i), j.shape)[some], j[some]
-        twice = j.ndim == 1  # a list of bonds has each pair once
+        one, other = np.broadcast_to(i, j.shape)[some], j[some]
         firsts += [one, other] if twice else [one]
         seconds += [other, one] if twice else [other]
         blocks += [found, found] if twice else [found]
     first, second, block = np.concatenate(firsts), np.concatenate(seconds), np.concatenate(blocks)
-    own = np.stack([np.bincount(first, block[:, a, b], n) for a in range(d) for b in range(d)], axis=-1)
+    own = np.stack([np.bincount(first, block[:, a, b], total) for a in range(d) for b in range(d)], axis=-1)
     order = np.argsort(first, kind="stable")
-    counts = np.bincount(first, minlength=n)
+    counts = np.bincount(first, minlength=total)
     pointers = np.concatenate([[0], np.cumsum(counts)])
-    off = sp.bsr_array((-block[order], second[order], pointers), shape=(n * d, n * d))
-    diagonal = sp.bsr_array((own.reshape(n, d, d), np.arange(n), np.arange(n + 1)), shape=(n * d, n * d))
+    off = sp.bsr_array((-block[order], second[order], pointers), shape=(total * d, total * d))
+    diagonal = sp.bsr_array((own.reshape(total, d, d), np.arange(total), np.arange(total + 1)), shape=off.shape)
     return (off + diagonal).tocsr()
+
+
+def _filled_rows(listed: Neighbours) -> Neighbours:
+    """The list without the rows that are empty, but for some that make their number a multiple of 4. Host code."""
+    rows = np.asarray(listed.rows)
+    filled = np.any(rows < rows.shape[-1], axis=(*range(rows.ndim - 2), -1))
+    used = int(np.max(np.flatnonzero(filled), initial=-1)) + 1
+    return dataclasses.replace(listed, rows=listed.rows[..., : 4 * math.ceil(used / 4), :])
 
 
 @jax.jit
@@ -355,12 +391,15 @@ def mixed_transpose(system: System, cotangent: Unknowns) -> dict[str, jax.Array]
 
 
 def linearisation(system: System, max_force_left: jax.Array | float) -> tuple[System, Network, NullSpace]:
-    """What every derivative at a minimum needs: the backbone, the network and the null space."""
-    return _linearisation(system, jnp.asarray(max_force_left, system.positions.dtype))  # one type, compiled once
+    """What every derivative at a minimum needs: the backbone, the network and the null space; of each in a batch."""
+    # one type, compiled once
+    return _linearisation(system, jnp.asarray(max_force_left, system.positions.dtype))
 
 
 @jax.jit
 def _linearisation(system: System, max_force_left: jax.Array) -> tuple[System, Network, NullSpace]:
+    if system.batch is not None:
+        return jax.vmap(_linearisation)(system, max_force_left)
     net = contacts.network(system, max_force_left)
     held = contacts.backbone(system, net)
     return held, net, null_space(held, net)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens.implicit import eigen
-from mdsens.implicit._sparse import SHIFT, SparseFactor, bound, dissection, solve_on_range
+from mdsens.implicit._sparse import SHIFT, SparseFactor, bounds, dissection, solve_on_range
 from mdsens.implicit.eigen import Spectrum
 from mdsens.implicit.linear import Auto, solve
 from mdsens.implicit.status import SolveStats, Status
@@ -46,12 +46,18 @@ def _products(system: System, null: NullSpace, columns: jax.Array) -> jax.Array:
 
 @jax.jit
 def _projections(null: NullSpace, columns: jax.Array) -> jax.Array:
-    n = null.rattlers.shape[0]
+    """The columns (m, c) off the null space; of a batch, whose members' columns stand below each other."""
 
-    def one(v: jax.Array) -> jax.Array:
-        return null.project(Unknowns(v.reshape(n, -1))).positions.ravel()
+    def of_member(null: NullSpace, columns: jax.Array) -> jax.Array:
+        def one(v: jax.Array) -> jax.Array:
+            return null.project(Unknowns(v.reshape(null.rattlers.shape[0], -1))).positions.ravel()
 
-    return jax.lax.map(one, columns.T, batch_size=min(32, columns.shape[1])).T
+        return jax.lax.map(one, columns.T, batch_size=min(32, columns.shape[1])).T
+
+    if null.rattlers.ndim == 1:
+        return of_member(null, columns)
+    members = null.rattlers.shape[0]
+    return jax.vmap(of_member)(null, columns.reshape(members, -1, columns.shape[1])).reshape(columns.shape)
 
 
 @functools.partial(jax.jit, static_argnames=("rtol",))
@@ -64,12 +70,13 @@ class Stiffness:
     """H of a backbone, off its null space. Assembled and factorised where the law is made of pairs and it pays.
 
     Args:
-      system: the backbone (rattlers' contacts deleted).
+      system: the backbone (rattlers' contacts deleted); or a batch, whose H has a block for each member. Its columns
+        stand below each other, and it answers ``project``, ``solve_many`` and ``negative`` alone.
       null: its null space.
     """
 
     def __init__(self, system: System, null: NullSpace):
-        self.system, self.null = system, null
+        self.system, self.null, self.members = system, null, system.batch or 1
         self._factorise = factorises(system)
 
     @functools.cached_property
@@ -86,7 +93,8 @@ class Stiffness:
     @functools.cached_property
     def order(self) -> np.ndarray | None:
         """Of the rows of H, in which its factor stays sparse; None for SuperLU's own, as good for few particles."""
-        return dissection(self.matrix, self.system.dimension) if self.system.n > MINIMUM_DEGREE_PARTICLES else None
+        large = self.system.n > MINIMUM_DEGREE_PARTICLES
+        return dissection(self.matrix, self.system.dimension) if large else None
 
     @functools.cached_property
     def factor(self) -> SparseFactor | None:
@@ -98,18 +106,24 @@ class Stiffness:
         except RuntimeError:  # exactly singular, held and all
             return None
 
-    def _hold(self) -> float | np.ndarray:
+    @functools.cached_property
+    def _bounds(self) -> np.ndarray:
+        """(members,) the largest row sum of each one's |H|."""
+        return bounds(self.matrix, self.members)
+
+    def _hold(self) -> np.ndarray:
         """What is added to the diagonal: where nothing turns, springs on the rattlers and on one particle of each
         cluster, which do not change what a right-hand side without a part in the null space does; else a small shift.
         """
-        scale, null = bound(self.matrix) or 1.0, self.null
+        scale, null = np.where(self._bounds > 0, self._bounds, 1.0)[:, None], self.null
         null = null.simplified()
         if null.motions is not None or null.arms is not None:
-            return SHIFT * scale
+            return np.repeat(SHIFT * scale, self.matrix.shape[0] // self.members)
         rattlers = np.asarray(null.rattlers)
-        labels = np.full(rattlers.size, np.argmin(rattlers)) if null.labels is None else np.asarray(null.labels)
-        held = rattlers | (labels == np.arange(labels.size))
-        return np.repeat(np.where(held, scale, 0.0), self.system.dimension)
+        first = np.argmin(rattlers, axis=-1)[..., None]
+        labels = np.broadcast_to(first, rattlers.shape) if null.labels is None else np.asarray(null.labels)
+        held = rattlers | (labels == np.arange(labels.shape[-1]))
+        return np.repeat(np.where(held, scale, 0.0).ravel(), self.system.dimension)
 
     def project(self, columns: np.ndarray) -> np.ndarray:
         """The columns of (m, c), or one (m,), off the null space."""
@@ -122,39 +136,49 @@ class Stiffness:
             return self.matrix @ columns
         return np.asarray(_products(self.system, self.null, jnp.asarray(columns)))
 
+    @property
+    def negative(self) -> np.ndarray:
+        """(members,) negative eigenvalues of each one's H, by the factor's pivots; -1 where they tell nothing."""
+        assert self.factor is not None
+        return self.factor.negatives(self.members)
+
     def solve(self, b: np.ndarray, rtol: float = 1e-12) -> tuple[np.ndarray, float, Status]:
         """H x = b on the range, for b (n, d): ``(x, relative residual, status)``; to ``rtol``, by a factor to round-off
         and good from 1e-10.
         """
         if self.factor is not None:
             x, stats = self.solve_many(np.asarray(b, float).reshape(-1, 1), max(rtol, 1e-10), to=1e-15)
-            return x.reshape(b.shape), float(stats.residual[0]), Status(int(stats.status[0]))
+            return x.reshape(b.shape), float(stats.residual[0, 0]), Status(int(stats.status[0, 0]))
         x, residual, code = _solve(self.system, self.null, jnp.asarray(b), rtol)
         return np.asarray(x), float(residual), Status(int(code))
 
     def solve_many(self, columns: np.ndarray, rtol: float, to: float = 1e-12) -> tuple[np.ndarray, SolveStats]:
-        """H x = b by the factor, for the columns b of (m, c): x, and stats with an entry a column.
+        """H x = b by the factor, for the columns b of (m, c): x, and stats (members, c).
 
         Refined to a residual of ``to``, and converged from ``rtol``; ``iterations`` counts the refinements, a product
         each. The status is INDEFINITE where H has a negative eigenvalue, whatever the right-hand side.
         """
         assert self.matrix is not None and self.factor is not None
         eps = float(jnp.finfo(self.system.positions.dtype).eps)  # that of the projections
-        whole = np.linalg.norm(columns, axis=0)
+
+        def sizes(some: np.ndarray) -> np.ndarray:
+            return np.asarray(np.linalg.norm(some.reshape(self.members, -1, some.shape[1]), axis=1))
+
+        whole = sizes(columns)
         kept = self.project(columns)
-        share = np.linalg.norm(kept, axis=0) / np.where(whole > 0, whole, 1.0)
-        dropped = np.linalg.norm(columns - kept, axis=0) / np.where(whole > 0, whole, 1.0)
-        kept = np.where(share > 8 * eps, kept, 0.0)  # the rest is round-off, and its solution would be noise
-        x, residual, rounds = solve_on_range(self.matrix, self.factor, self.project, kept, min(rtol, to))
+        share = sizes(kept) / np.where(whole > 0, whole, 1.0)
+        dropped = sizes(columns - kept) / np.where(whole > 0, whole, 1.0)
+        # the rest is round-off, and its solution would be noise
+        kept = np.where(np.repeat(share > 8 * eps, len(kept) // self.members, axis=0), kept, 0.0)
+        x, residual, rounds = solve_on_range(self.matrix, self.factor, self.project, kept, min(rtol, to), self.members)
         status = np.where(dropped > eps**0.5, Status.NULL_COMPONENT_DROPPED.value, Status.CONVERGED.value)
         # what the rounding of x alone leaves of the residual
-        size, scale = np.linalg.norm(kept, axis=0), bound(self.matrix)
-        floor = eps * np.maximum(100.0, 4.0 * scale * np.linalg.norm(x, axis=0) / np.where(size > 0, size, 1.0))
+        size, scale = sizes(kept), self._bounds[:, None]
+        floor = eps * np.maximum(100.0, 4.0 * scale * sizes(x) / np.where(size > 0, size, 1.0))
         limited = np.where(residual <= np.minimum(floor, 1e-9), Status.ROUND_OFF_LIMITED.value, Status.STAGNATED.value)
         status = np.where(residual <= rtol, status, limited)
-        if self.factor.negative != 0:
-            status = np.where(share > 8 * eps, Status.INDEFINITE.value, status)
-        status = np.where(np.isfinite(whole) & np.isfinite(x).all(axis=0), status, Status.NOT_FINITE.value)
+        status = np.where((self.negative != 0)[:, None] & (share > 8 * eps), Status.INDEFINITE.value, status)
+        status = np.where(np.isfinite(whole) & np.isfinite(sizes(x)), status, Status.NOT_FINITE.value)
         found: tuple[Any, Any, Any, Any] = (status.astype(np.int32), residual, rounds, dropped)
         return x, SolveStats(*found, "sparse factor")
 

@@ -374,7 +374,8 @@ def stack(systems: list[System] | tuple[System, ...]) -> System:
     complete = [s.neighbours.complete for s in systems]
     if any(complete) and not all(complete):
         raise InputError("some systems list all pairs and some do not: stack systems of one size and density.")
-    if not any(complete):
+    kinds = {(s.neighbours.rows.shape, s.neighbours.cells, s.neighbours.run_capacity) for s in systems}
+    if not any(complete) and len(kinds) > 1:
         systems = _same_lists(systems)
     return together(systems)
 

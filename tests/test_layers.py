@@ -42,6 +42,8 @@ ORDER = [
     ["observables"],
     # the root and its derivative
     ["minimisers", "scales"],
+    ["_loop"],
+    ["_runs"],
     ["relaxation"],
     ["linearization"],
     ["sensitivity"],

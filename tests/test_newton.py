@@ -14,7 +14,7 @@ import pytest
 import scipy.sparse as sp
 
 import mdsens as ms
-from mdsens import neighbours, newton, relaxation, scales
+from mdsens import _runs, neighbours, newton, scales
 from mdsens.implicit._sparse import SparseFactor, dissection
 from mdsens.relaxation import Fire, Newton
 from mdsens.stationarity import dense_hessian, largest_force, max_force
@@ -351,9 +351,9 @@ def test_minimize_ends_converged_with_few_steps_of_fire(way):
 
     with (
         mock.patch.object(newton, "factorises", lambda _: way == "factor"),
-        mock.patch.object(relaxation, "descend", counted),
-        mock.patch.object(relaxation, "WORTH", 0),  # FIRE would be there soon
-        mock.patch.object(relaxation, "STEPS_PER_CALL", 20),
+        mock.patch.object(_runs, "descend", counted),
+        mock.patch.object(_runs, "WORTH", 0),  # FIRE would be there soon
+        mock.patch.object(_runs, "STEPS_PER_CALL", 20),
     ):
         eq = ms.minimize(start, method=Newton(begin=1e-2, patience=50))
     assert ms.Status(int(eq.status)) is ms.Status.CONVERGED and float(eq.max_force) <= 1e-12
