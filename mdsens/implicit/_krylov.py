@@ -112,6 +112,7 @@ def cg(apply: Apply, b: Array, tol: Array, limit: Array) -> Result:
     return x, k, status
 
 
+BLOCK = 16  # vectors of the basis that GMRES orthogonalises against at a time
 POWER_STEPS = 15
 
 
@@ -270,8 +271,8 @@ def gmres_cycle(apply: Apply, b: Array, tol: Array, limit: Array, restart: int, 
     Where the operator should be symmetric positive semi-definite (``definite``), the Hessenberg matrix is its Lanczos
     matrix: INDEFINITE at the first proof that it is not.
 
-    Arnoldi by classical Gram-Schmidt done twice, which is as orthogonal as Householder and two matrix products a step;
-    the Hessenberg matrix is reduced by Givens rotations kept as one matrix ``q``, so that a step is a product and not
+    Arnoldi by Gram-Schmidt done twice, which is as orthogonal as Householder, classical within blocks of vectors and
+    modified between them, so that a step reads of the basis what is filled, once each time; the Hessenberg matrix is reduced by Givens rotations kept as one matrix ``q``, so that a step is a product and not
     a loop over the rotations. Leaves early at ``tol`` or where the Krylov space is invariant. Memory
     (restart + 1) x n.
     """
@@ -287,10 +288,9 @@ def gmres_cycle(apply: Apply, b: Array, tol: Array, limit: Array, restart: int, 
         basis, r, q, g, j, used, done, pivot, beta, size, status = state
         w = apply(basis[j])
         length = norm(w)
-        h = dot(basis, w)
-        w = w - dot(h, basis)
-        again = dot(basis, w)
-        w = w - dot(again, basis)
+        w, h = _orthogonal(w, basis, j)
+        w, again = _orthogonal(w, basis, j)
+        h, again = h[: m + 1], again[: m + 1]
         beyond = norm(w)
         invariant = ~(beyond > 8 * eps * length)
         beyond = jnp.where(invariant, 0, beyond)
@@ -318,7 +318,8 @@ def gmres_cycle(apply: Apply, b: Array, tol: Array, limit: Array, restart: int, 
         return basis, r, q, g, j + 1, used, done, pivot, beta, size, status
 
     size = norm(b)
-    basis = jnp.zeros((m + 1, b.size), b.dtype).at[0].set(safe_divide(b, size))
+    rows = BLOCK * (m // BLOCK + 1)
+    basis = jnp.zeros((rows, b.size), b.dtype).at[0].set(safe_divide(b, size))
     g = jnp.zeros(m + 1, b.dtype).at[0].set(size)
     idle = ~(size > tol) | (limit < 1)
     zero = jnp.zeros((), b.dtype)
@@ -327,6 +328,18 @@ def gmres_cycle(apply: Apply, b: Array, tol: Array, limit: Array, restart: int, 
     basis, r, _, g, _, used, _, _, _, _, status = lax.while_loop(going, body, start)
     y = jax.scipy.linalg.solve_triangular(r.T, jnp.where(jnp.arange(m) < used, g[:m], 0))
     return dot(y, basis[:m]), used, status
+
+
+def _orthogonal(w: Array, basis: Array, j: Array) -> tuple[Array, Array]:
+    """What of w is orthogonal to the rows of the basis up to the j-th, and its components along all rows."""
+
+    def against(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        w, h = carry
+        block = lax.dynamic_slice_in_dim(basis, i * BLOCK, BLOCK)
+        along = dot(block, w)
+        return w - dot(along, block), lax.dynamic_update_slice_in_dim(h, along, i * BLOCK, 0)
+
+    return lax.fori_loop(0, j // BLOCK + 1, against, (w, jnp.zeros(basis.shape[0], basis.dtype)))
 
 
 def _write(array: Array, rows: Array, j: Array) -> Array:
