@@ -272,9 +272,9 @@ def gmres_cycle(apply: Apply, b: Array, tol: Array, limit: Array, restart: int, 
     matrix: INDEFINITE at the first proof that it is not.
 
     Arnoldi by Gram-Schmidt done twice, which is as orthogonal as Householder, classical within blocks of vectors and
-    modified between them, so that a step reads of the basis what is filled, once each time; the Hessenberg matrix is reduced by Givens rotations kept as one matrix ``q``, so that a step is a product and not
-    a loop over the rotations. Leaves early at ``tol`` or where the Krylov space is invariant. Memory
-    (restart + 1) x n.
+    modified between them, so that a step reads no more of the basis than is filled; the Hessenberg matrix is reduced by
+    Givens rotations kept as one matrix ``q``, so that a step is a product and not a loop over the rotations. Leaves
+    early at ``tol`` or where the Krylov space is invariant. Memory (restart + 1) x n.
     """
     eps = jnp.finfo(b.dtype).eps
     m = min(restart, b.size)
