@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -24,7 +25,11 @@ from mdsens.system import System, pair_distances, pair_terms
 __all__ = ["Run", "Runs"]
 
 STEPS_PER_CALL = 500  # between two looks of the host: progress, reallocation, interrupts
-WORTH = 4000  # steps of FIRE that take as long as Newton's to the minimum, from 256 particles to 16,384
+# Steps of FIRE that take as long as Newton's to the minimum, and those that its pace is taken from: so many from 256
+# particles to 16,384; beyond, where a factor takes more than in proportion to the particles and some part of a packing
+# slips now and then, with the root of their number.
+WORTH, WATCHED, LARGE = 4000, 500, 16384
+RETURNS = 3  # times that FIRE is given back what slipped away while it was watched
 SADDLES, OFF_SADDLE = 3, 1e-3  # times that a saddle is left; the step off it, of the law's length
 
 
@@ -44,10 +49,14 @@ def _pace(before: Any, after: Any, steps: Any) -> Any:
     return np.where(lost > 0, lost / np.maximum(steps, 1), -np.inf)
 
 
-def _falls_fast(pace: Any, largest: Any, tested: Any) -> Any:
+def _at_size(steps: int, n: int) -> int:
+    return math.ceil(steps * max(1.0, n / LARGE) ** 0.5)
+
+
+def _falls_fast(pace: Any, largest: Any, tested: Any, n: int) -> Any:
     """Whether the minimiser, at its pace, is at the minimum before Newton steps would be; so where it is not known."""
     with np.errstate(divide="ignore"):
-        return (pace == 0.0) | (np.log(largest / tested) < WORTH * pace)
+        return (pace == 0.0) | (np.log(largest / tested) < _at_size(WORTH, n) * pace)
 
 
 _advance = functools.partial(jax.jit, static_argnames=("method",))(advance)
@@ -99,14 +108,19 @@ class Run:
     def to_minimum(self, newton: Newton | None) -> None:
         """Down to the tolerance, or as far as it goes."""
         self.advance(self.tested, newton.patience if newton else self.max_steps)
-        begin = newton.begin if newton else 0.0
+        begin, returns = newton.begin if newton else 0.0, 0
         while newton and self.unfinished:
             contact = float(_contact_force(self.system, self.length, self.limits.stiffness))
-            self.advance(max(begin * contact, self.tested))
-            while self.unfinished and _falls_fast(self.pace, self.largest, self.tested):
+            near = max(begin * contact, self.tested)
+            if self.largest > near and self.pace != 0.0:
+                returns, self.pace = returns + 1, 0.0
+            self.advance(near)
+            while self.unfinished and _falls_fast(self.pace, self.largest, self.tested, self.system.n):
                 before, since = self.largest, self.steps
-                self.advance(self.tested, since + STEPS_PER_CALL)
+                self.advance(self.tested, since + _at_size(WATCHED, self.system.n))
                 self.pace = float(_pace(before, self.largest, self.steps - since))
+            if self.unfinished and self.largest > near and returns < RETURNS:
+                continue
             if self.unfinished:
                 self._descend()
             begin, self.pace = 0.1 * begin, 0.0  # where Newton steps made no headway, from nearer by
@@ -244,9 +258,9 @@ class Runs:
             return
         near = newton.begin * np.asarray(_contact_forces(self.systems, self.length, self.limits.stiffness))
         self.advance(np.maximum(near, self.tested), self.max_steps)
-        while (fast := self.unfinished & _falls_fast(self.pace, self.largest, self.tested)).any():
+        while (fast := self.unfinished & _falls_fast(self.pace, self.largest, self.tested, self.systems.n)).any():
             before, since = self.largest, self.steps
-            self.advance(np.where(fast, self.tested, np.inf), since + STEPS_PER_CALL)
+            self.advance(np.where(fast, self.tested, np.inf), since + _at_size(WATCHED, self.systems.n))
             self.pace = np.where(fast, _pace(before, self.largest, self.steps - since), self.pace)
 
     def saddles(self) -> np.ndarray:

@@ -353,7 +353,7 @@ def test_minimize_ends_converged_with_few_steps_of_fire(way):
         mock.patch.object(newton, "factorises", lambda _: way == "factor"),
         mock.patch.object(_runs, "descend", counted),
         mock.patch.object(_runs, "WORTH", 0),  # FIRE would be there soon
-        mock.patch.object(_runs, "STEPS_PER_CALL", 20),
+        mock.patch.object(_runs, "WATCHED", 20),
     ):
         eq = ms.minimize(start, method=Newton(begin=1e-2, patience=50))
     assert ms.Status(int(eq.status)) is ms.Status.CONVERGED and float(eq.max_force) <= 1e-12
