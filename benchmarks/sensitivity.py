@@ -42,7 +42,10 @@ def peers(eq: ms.Equilibrium, tangent: Any) -> dict[str, Callable[[], Any]]:
 
         return lambda: run(eq.positions, sigma)
 
-    return {name: derivative(name, solver) for name, solver in _peers.solvers(RTOL, 40_000).items()}
+    solvers = _peers.solvers(RTOL, 40_000)
+    if eq.system.n > 4096:  # half a minute each, where CG takes a second; the normal equations' answer is wrong as well
+        solvers = {name: f for name, f in solvers.items() if "gmres" not in name.lower() and "normal" not in name}
+    return {name: derivative(name, solver) for name, solver in solvers.items()}
 
 
 def ours(eq: ms.Equilibrium, dparams: Any) -> dict[str, Callable[[], Any]]:

@@ -28,7 +28,7 @@ __all__ = ["descend"]
 LONGEST = 0.1  # step of a particle, of the law's length
 STEPS = 60  # before the minimiser that brought it here has another go
 TRIALS = 8  # of a shift or radius for one step
-STALLED, ASTRAY = 12, 30  # steps in a row that do not halve the force; in regions of negative curvature, where it rises
+STALLED = 12  # steps that do not halve the force, in a row
 FIRST, SOFTEST = 0.1, 1e-6  # multiple that shifts start with; the softest mode of a packing, of the stiffest
 CG_STEPS = 4000  # of one Newton step, at most
 
@@ -54,8 +54,8 @@ def descend(
     largest, taken = float(largest_force(slope)), 0
     if not (np.isfinite(largest) and largest > tolerance):
         return system, largest, taken
-    best, since, best_at = largest, 0, 0
-    while taken < STEPS and since < STALLED and taken - best_at < ASTRAY:
+    best, since = largest, 0
+    while taken < STEPS and since < STALLED:
         found = _trials(step_of, system, energy, slope) if largest > tolerance else None
         if found is None and step_of.at_saddle(system):
             found = _trials(step_of, system, energy, slope)
@@ -63,10 +63,8 @@ def descend(
             break
         system, energy, slope = found
         before, largest, taken = largest, float(largest_force(slope)), taken + 1
-        if largest < 0.5 * best:
-            best, best_at = largest, taken
-        headway = best_at == taken or (largest > before and step_of.curved)  # off a saddle the force rises
-        since = 0 if headway else since + 1
+        headway = largest < 0.5 * best or (largest > before and step_of.curved)  # off a saddle the force rises
+        best, since = (largest, 0) if headway else (best, since + 1)
         show(taken, largest)
     return system, largest, taken
 
