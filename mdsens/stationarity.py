@@ -255,11 +255,13 @@ def _hessian_product(system: System) -> Any:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockRows:
-    """H as the blocks of the pairs that interact, for products: H x at i is sum_k blocks[:, :, k, i] x_rows[k, i].
+    """H as the blocks of the pairs that interact, for products: H x at i is sum_k B[:, :, k, i] x_rows[k, i].
+
+    The block of a pair, d2phi/dv2, is symmetric, and its upper triangle is kept: a product takes the time of reading it.
 
     Attributes:
       rows: (k, n) particles, padded with n; the first is i itself.
-      blocks: (d, d, k, n), zero on padding.
+      blocks: (d (d + 1) / 2, k, n) the entries a <= b of B in the order of ``np.triu_indices``, zero on padding.
     """
 
     rows: jax.Array
@@ -273,19 +275,23 @@ class BlockRows:
         at = np.arange(blocked.indices.size) - np.repeat(blocked.indptr[:-1], counts)
         of = np.repeat(np.arange(n), counts)
         capacity = 4 * math.ceil(counts.max(initial=1) / 4)
-        rows, blocks = np.full((capacity, n), n, np.int32), np.zeros((d, d, capacity, n))
-        rows[at, of], blocks[:, :, at, of] = blocked.indices, np.moveaxis(blocked.data, 0, -1)
+        rows, blocks = np.full((capacity, n), n, np.int32), np.zeros((d * (d + 1) // 2, capacity, n))
+        rows[at, of] = blocked.indices
+        for k, (a, b) in enumerate(zip(*np.triu_indices(d), strict=True)):
+            blocks[k, at, of] = blocked.data[:, a, b]
         return cls(jnp.asarray(rows), jnp.asarray(blocks))
 
     def product(self, v: Unknowns) -> Unknowns:
         """H v; gathers alone, a few rows at a time (see mdsens.slopes.ROWS)."""
-        x, d = components(v.positions), self.blocks.shape[0]
+        x = components(v.positions)
+        d = len(x)
+        place = {ab: k for k, ab in enumerate(zip(*np.triu_indices(d), strict=True))}
         total = [jnp.zeros_like(c) for c in x]
         for start in range(0, self.rows.shape[0], ROWS):
             some = slice(start, start + ROWS)
             others = [c[self.rows[some]] for c in x]  # past the end of x, the last: its block is zero
             for a in range(d):
-                parts = sum(self.blocks[a, b, some] * others[b] for b in range(d))
+                parts = sum(self.blocks[place[min(a, b), max(a, b)], some] * others[b] for b in range(d))
                 total[a] = total[a] + jnp.sum(parts, axis=0)
         return Unknowns(jnp.stack(total, axis=-1))
 
