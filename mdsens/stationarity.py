@@ -257,7 +257,7 @@ def _hessian_product(system: System) -> Any:
 class BlockRows:
     """H as the blocks of the pairs that interact, for products: H x at i is sum_k B[:, :, k, i] x_rows[k, i].
 
-    The block of a pair, d2phi/dv2, is symmetric, and its upper triangle is kept: a product takes the time of reading it.
+    The block of a pair, d2phi/dv2, is symmetric, and its upper triangle is kept: products take the time of reading it.
 
     Attributes:
       rows: (k, n) particles, padded with n; the first is i itself.
@@ -285,7 +285,7 @@ class BlockRows:
         """H v; gathers alone, a few rows at a time (see mdsens.slopes.ROWS)."""
         x = components(v.positions)
         d = len(x)
-        place = {ab: k for k, ab in enumerate(zip(*np.triu_indices(d), strict=True))}
+        place = {(int(a), int(b)): k for k, (a, b) in enumerate(zip(*np.triu_indices(d), strict=True))}
         total = [jnp.zeros_like(c) for c in x]
         for start in range(0, self.rows.shape[0], ROWS):
             some = slice(start, start + ROWS)
