@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import mdsens as ms
-from mdsens import _members, stationarity
+from mdsens import _members, _runs, stationarity
 from mdsens._runs import Runs
 from mdsens.implicit import CG
 from mdsens.relaxation import Fire, Newton
@@ -163,3 +163,17 @@ def test_saddles_of_members_are_left():
     np.testing.assert_allclose(jax.vmap(ms.observables.energy)(eq.system), -3.0, atol=1e-9)
     status = ms.jvp(straight, {"sigma": 1.0}, throw=False).stats.status
     assert [ms.Status(int(code)).good for code in status] == [False, True, False]
+
+
+def test_members_at_once_are_members_one_after_the_other(monkeypatch):
+    """Off a CPU the members of a chunk step side by side; those that are done stay where they are."""
+    batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members()[:3])
+    want = ms.minimize(batch, method=Fire())
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: "gpu")
+        patch.delattr(jax.lax, "map")  # what a CPU takes
+        _runs._advance_each.clear_cache()
+        eq = ms.minimize(batch, method=Fire())
+    _runs._advance_each.clear_cache()
+    assert np.all(eq.status == 0) and np.all(np.asarray(eq.max_force) <= 1e-12)
+    np.testing.assert_allclose(eq.positions, want.positions, rtol=0, atol=1e-8)
