@@ -172,8 +172,8 @@ def test_members_at_once_are_members_one_after_the_other(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(jax, "default_backend", lambda: "gpu")
         patch.delattr(jax.lax, "map")  # what a CPU takes
-        _runs._advance_each.clear_cache()
+        _runs._advance_each.clear_cache()  # type: ignore[attr-defined]
         eq = ms.minimize(batch, method=Fire())
-    _runs._advance_each.clear_cache()
+    _runs._advance_each.clear_cache()  # type: ignore[attr-defined]
     assert np.all(eq.status == 0) and np.all(np.asarray(eq.max_force) <= 1e-12)
     np.testing.assert_allclose(eq.positions, want.positions, rtol=0, atol=1e-8)
