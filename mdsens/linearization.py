@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +28,7 @@ from mdsens.stationarity import (
     BlockRows,
     NullSpace,
     Unknowns,
+    along,
     hessian_operator,
     linearisation,
     mixed_product,
@@ -37,7 +38,7 @@ from mdsens.stiffness import Stiffness, factorises
 from mdsens.system import System, box_at
 
 __all__ = ["FORCE", "JVP", "VJP", "Door", "Linearization", "Response", "finite_or_said", "full_tangent", "linearised"]
-__all__ += ["by_factor", "check_method", "linearize", "through", "through_batch"]
+__all__ += ["by_factor", "changes", "check_method", "linearize", "through", "through_batch"]
 
 Params = Mapping[str, Any]
 
@@ -114,21 +115,17 @@ class Linearization:
     blocks: BlockRows | None = None
     stiffness: Stiffness | None = dataclasses.field(default=None, metadata={"static": True}, compare=False)
 
-    @property
-    def factorised(self) -> bool:
-        """Whether solves take the sparse factor: what Auto() and Direct() do wherever there is one."""
-        wanted = by_factor(self.system, self.solve)
-        return wanted and self.stiffness is not None and self.stiffness.factor is not None
+    def traced(self, moving: Sequence[str]) -> Linearization:
+        """What compiled code takes: without the host's part, and with the cheapest form of the law.
 
-    def traced(self) -> Linearization:
-        """What compiled code takes: without the host's part, with the blocks."""
-        held = self.stiffness
-        if held is None:
-            return self
-        return dataclasses.replace(self, stiffness=None, blocks=None if self.factorised else held.blocks)
+        Args:
+          moving: parameters whose derivatives are to be taken.
+        """
+        system = self.system.replace(potential=self.system.potential.at(self.system.params, moving))
+        return dataclasses.replace(self, system=system, stiffness=None)
 
     @property
-    def status(self) -> jax.Array:
+    def status(self) -> Any:
         """CONVERGED, or why no derivative can be taken here: the minimisation's own status, or UNJAMMED."""
         return _outcome(self.equilibrium.status, self.network.rattlers)
 
@@ -139,10 +136,10 @@ def by_factor(system: System, solve: Method) -> bool:
     return wanted and factorises(system)
 
 
-@jax.jit
-def _outcome(status: jax.Array, rattlers: jax.Array) -> jax.Array:
-    code = jnp.where(jnp.all(rattlers), Status.UNJAMMED.value, Status.CONVERGED.value)
-    return jnp.where(status != Status.CONVERGED.value, status, code)
+def _outcome(status: Any, rattlers: Any) -> Any:
+    xp = jnp if isinstance(rattlers, Tracer) else np
+    code = xp.where(xp.all(rattlers), Status.UNJAMMED.value, Status.CONVERGED.value)
+    return xp.where(xp.asarray(status) != Status.CONVERGED.value, status, code)
 
 
 def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Linearization:
@@ -196,6 +193,12 @@ def linearised(at: Equilibrium | Linearization, solve: Method | None, throw: boo
 
 def full_tangent(system: System, dparams: Params) -> dict[str, Any]:
     """A full dict of parameter changes from a partial one, checked."""
+    given = changes(system, dparams)
+    return {k: given[k] if k in given else np.zeros(v.shape, v.dtype) for k, v in system.params.items()}
+
+
+def changes(system: System, dparams: Params) -> dict[str, Any]:
+    """Changes of some parameters, checked."""
     if not isinstance(dparams, Mapping):
         raise InputError(f"dparams is a {type(dparams).__name__}: give a dict of parameter names and their changes.")
     for name, change in dparams.items():
@@ -210,8 +213,8 @@ def full_tangent(system: System, dparams: Params) -> dict[str, Any]:
         if not isinstance(given, Tracer) and not np.isfinite(np.asarray(given, float)).all():
             raise InputError(f"dparams[{name!r}] is not finite: give finite changes.")
     return {
-        name: jnp.asarray(dparams[name], value.dtype) if name in dparams else np.zeros(value.shape, value.dtype)
-        for name, value in system.params.items()
+        name: real_array(f"dparams[{name!r}]", change).astype(system.params[name].dtype)
+        for name, change in dparams.items()
     }
 
 
@@ -232,8 +235,8 @@ def _affine(system: System, tangent: Params, positions: jax.Array) -> jax.Array:
     """(d box / dp . dp) box^-1 R, (n, d)."""
     if system.box is None:
         return jnp.zeros_like(positions)
-    box, change = jax.jvp(lambda p: box_at(system, p), (dict(system.params),), (dict(tangent),))
-    return positions @ jnp.linalg.solve(box.T, change.T)
+    change = along(lambda p: box_at(system, p), system.params, tangent)
+    return positions @ jnp.linalg.solve(box_at(system, system.params).T, change.T)
 
 
 def _jvp_side(lin: Linearization, tangent: Params) -> jax.Array:
@@ -263,26 +266,35 @@ def _force_response(lin: Linearization, force: jax.Array, x: jax.Array, stats: S
 
 
 class Door(NamedTuple):
-    """A derivative as the right-hand side of its solve, and as what is made of the answer."""
+    """A derivative as the right-hand side of its solve, and as what is made of the answer.
+
+    ``moving`` are the parameters by which it is taken, of all of them and of what is given.
+    """
 
     side: Callable[[Linearization, Any], jax.Array]
     response: Callable[[Linearization, Any, jax.Array, SolveStats], Response]
+    moving: Callable[[Params, Any], Sequence[str]]
 
 
-JVP, VJP, FORCE = Door(_jvp_side, _jvp_response), Door(_given, _vjp_response), Door(_given, _force_response)
+JVP = Door(_jvp_side, _jvp_response, lambda params, tangent: tuple(tangent))
+VJP = Door(_given, _vjp_response, lambda params, cotangent: tuple(params))
+FORCE = Door(_given, _force_response, lambda params, force: ())
 
 
 def through(door: Door, lin: Linearization, given: Any, many: bool = False) -> Response:
     """A door's response to what is given, or to each of many; by the factor on the host, or all of it compiled."""
-    core = lin.traced()
-    if not lin.factorised:
-        return _compiled(core, given, door, many)
-    assert lin.stiffness is not None and isinstance(lin.solve, Auto | Direct)
-    sides = np.asarray(_sides(core, given, door, many))
-    columns = sides.reshape(sides.shape[0] if many else 1, -1).T
-    x, stats = lin.stiffness.solve_many(columns, lin.solve.rtol)
-    stats = jax.tree.map(lambda leaf: leaf[0] if many else leaf[0, 0], stats)
-    return _responses(core, given, jnp.asarray(x.T.reshape(sides.shape)), stats, door, many)
+    core, held = lin.traced(door.moving(lin.system.params, given)), lin.stiffness
+    if held is not None and by_factor(lin.system, lin.solve):
+        assert isinstance(lin.solve, Auto | Direct)
+        sides = _sides(core, given, door, many)  # while the host factorises
+        if held.factor is not None:
+            columns = np.asarray(sides).reshape(sides.shape[0] if many else 1, -1).T
+            x, stats = held.solve_many(columns, lin.solve.rtol)
+            stats = jax.tree.map(lambda leaf: leaf[0] if many else leaf[0, 0], stats)
+            return _responses(core, given, x.T.reshape(sides.shape), stats, door, many)
+    if held is not None:
+        core = dataclasses.replace(core, blocks=held.blocks)
+    return _compiled(core, given, door, many)
 
 
 def through_batch(door: Door, eq: Equilibrium, given: Any, solve: Method) -> Response | None:
@@ -298,13 +310,13 @@ def through_batch(door: Door, eq: Equilibrium, given: Any, solve: Method) -> Res
         return None
     backbone, net, null = linearisation(eq.system, eq.max_force)
     stiffness = Stiffness(backbone, null.simplified())
-    core = Linearization(eq, backbone, net, stiffness.null, solve)
+    core = Linearization(eq, backbone, net, stiffness.null, solve).traced(door.moving(eq.params, given))
+    sides = _sides(core, given, door, False)
     if stiffness.factor is None:
         return None
-    sides = _sides(core, given, door, False)
     x, stats = stiffness.solve_many(np.asarray(sides).reshape(-1, 1), solve.rtol)
     stats = jax.tree.map(lambda leaf: leaf[:, 0], stats)
-    return _responses(core, given, jnp.asarray(x.reshape(sides.shape)), stats, door, False)
+    return _responses(core, given, x.reshape(sides.shape), stats, door, False)
 
 
 @functools.partial(jax.jit, static_argnames=("door", "many"))
@@ -327,7 +339,7 @@ def _sides(lin: Linearization, given: Any, door: Door, many: bool) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("door", "many"))
-def _responses(lin: Linearization, given: Any, x: jax.Array, stats: SolveStats, door: Door, many: bool) -> Response:
+def _responses(lin: Linearization, given: Any, x: Any, stats: SolveStats, door: Door, many: bool) -> Response:
     if lin.system.batch is not None:
         return jax.vmap(door.response)(lin, given, x, stats)
     response = functools.partial(door.response, lin)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens.implicit._krylov import dot
-from mdsens.implicit._sparse import SHIFT, SparseFactor, bound, dissection
+from mdsens.implicit._sparse import SHIFT, SparseFactor, bound, ordering
 from mdsens.slopes import energy_slope
 from mdsens.stationarity import largest_force, sparse_hessian
 from mdsens.stiffness import factorises
@@ -120,8 +120,8 @@ class _Factorised:
         if self.at is not system:
             self.matrix, self.at = sparse_hessian(system), system
             self.scale, self.dimension = bound(self.matrix) or 1.0, system.dimension
-        if self.order is None:
-            self.order = dissection(self.matrix, system.dimension)
+            if self.order is None:
+                self.order = ordering(self.matrix, system.dimension)
 
     def _factorise(self, shift: float) -> bool:
         try:

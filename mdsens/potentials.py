@@ -83,14 +83,6 @@ def _hertzian_sphere(r: jax.Array, sigma: jax.Array, epsilon: jax.Array, alpha: 
     return jnp.where(overlap > 0, 0.4 * epsilon * overlap * overlap * root, 0.0)
 
 
-def _is_harmonic(sigma: Any, epsilon: Any, alpha: Any) -> Any:
-    return alpha == 2.0
-
-
-def _is_hertzian(sigma: Any, epsilon: Any, alpha: Any) -> Any:
-    return alpha == 2.5
-
-
 def _first(sigma: Any, *rest: Any) -> Any:
     return sigma
 
@@ -132,7 +124,7 @@ def soft_sphere() -> PairLaw:
         (arithmetic,) * 3,
         (0.0, 0.0, 1.0),
         repulsive=True,
-        cases=((_harmonic_sphere, _is_harmonic), (_hertzian_sphere, _is_hertzian)),
+        cases=((_harmonic_sphere, "alpha", 2.0), (_hertzian_sphere, "alpha", 2.5)),
     )
 
 

@@ -23,9 +23,9 @@ from mdsens.linearization import (
     Linearization,
     Response,
     by_factor,
+    changes,
     check_method,
     finite_or_said,
-    full_tangent,
     linearised,
     linearize,
     through,
@@ -114,9 +114,9 @@ def jvp(
                 name: _for_members(f"dparams[{name!r}]", change, shapes.get(name, ()), at.system.batch or 0)
                 for name, change in dparams.items()
             }
-        return _judged(_batch_through(JVP, at, full_tangent(at.system, dparams), solve), throw, "jvp")
+        return _judged(_batch_through(JVP, at, changes(at.system, dparams), solve), throw, "jvp")
     lin = linearised(at, solve, throw)
-    return _judged(through(JVP, lin, full_tangent(lin.system, dparams)), throw, "jvp")
+    return _judged(through(JVP, lin, changes(lin.system, dparams)), throw, "jvp")
 
 
 def _cotangent(system: System, value: Any, name: str) -> jax.Array:
@@ -217,7 +217,7 @@ def jacobian(
         raise InputError(f"wrt is {short(wrt)}: give a parameter's name, one of {', '.join(system.params)}.")
     if chunk is not None and not (isinstance(chunk, int) and chunk >= 1):
         raise InputError(f"chunk is {short(chunk)}: give a whole number of at least 1, or None.")
-    full_tangent(system, {wrt: system.params.get(wrt, 0.0)})  # the name's check
+    changes(system, {wrt: system.params.get(wrt, 0.0)})  # the name's check
     shape, dtype = system.params[wrt].shape, system.positions.dtype
     size, unknowns = int(np.prod(shape)), system.positions.size
     require_memory(
@@ -233,8 +233,7 @@ def jacobian(
         unit = np.zeros((stop - start, size))
         inside = np.arange(start, min(stop, size))
         unit[inside - start, inside] = 1.0
-        tangent = {k: jnp.zeros((stop - start, *v.shape), v.dtype) for k, v in system.params.items()}
-        return {**tangent, wrt: jnp.asarray(unit.reshape(stop - start, *shape), dtype)}
+        return {wrt: jnp.asarray(unit.reshape(stop - start, *shape), dtype)}
 
     flat = _in_chunks(lambda t: through(JVP, lin, t, many=True), directions, size, width)
 

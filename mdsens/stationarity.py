@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
+from jax.core import Tracer
 
 from mdsens import contacts
 from mdsens.boxes import components, nearest_images
@@ -24,6 +25,7 @@ __all__ = [
     "BlockRows",
     "NullSpace",
     "Unknowns",
+    "along",
     "dense_hessian",
     "force",
     "gradient",
@@ -106,13 +108,12 @@ class NullSpace:
 
     def project(self, x: Unknowns) -> Unknowns:
         """The part of ``x`` off the null space: an orthogonal projection."""
+        if self.labels is None:
+            return dataclasses.replace(x, positions=self._centred(x.positions, jnp))
         v = jnp.where(self.rattlers[:, None], 0.0, x.positions)
         if self.motions is not None:
             shares = jnp.sum(self.motions * v, axis=(1, 2))
             return dataclasses.replace(x, positions=v - jnp.tensordot(shares, self.motions, axes=1))
-        if self.labels is None:
-            mean = jnp.sum(v, axis=0) / self.counts
-            return dataclasses.replace(x, positions=jnp.where(self.rattlers[:, None], 0.0, v - mean))
         mean = self._total(v) / self.counts[:, None]
         v = v - mean[self.labels]
         if self.arms is not None and self.inverse_inertia is not None:
@@ -121,6 +122,19 @@ class NullSpace:
             v = v - _turned(turn, self.arms)
         v = jnp.where(self.rattlers[:, None], 0.0, v)
         return dataclasses.replace(x, positions=v)
+
+    def project_columns(self, columns: np.ndarray) -> np.ndarray:
+        """The same of each column of (n d, c); of a batch, whose members' columns stand below each other. Host code."""
+        if self.labels is not None:
+            return np.asarray(_projections(self, columns))
+        return self._centred(columns.reshape(*self.rattlers.shape, -1), np).reshape(columns.shape)
+
+    def _centred(self, v: Any, xp: Any) -> Any:
+        """v (…, n, k) off a translation of what is no rattler, where that is one cluster."""
+        loose = xp.asarray(self.rattlers)[..., None]
+        held = xp.where(loose, 0.0, v)
+        mean = xp.sum(held, axis=-2, keepdims=True) / xp.asarray(self.counts)[..., None, None]
+        return xp.where(loose, 0.0, held - mean)
 
     def dimensions(self, d: int) -> tuple[int, int, int]:
         """How many directions in d dimensions are of rattlers, are translations, are rotations. Host code."""
@@ -154,11 +168,25 @@ class NullSpace:
         label = np.take_along_axis(labels, held, axis=-1)
         if np.any(np.where(loose, loose.all(axis=-1, keepdims=True), labels != label)):
             return plain
-        counts = jnp.asarray(np.take_along_axis(np.asarray(self.counts), label, axis=-1)[..., 0])
+        counts = np.take_along_axis(np.asarray(self.counts), label, axis=-1)[..., 0]
         return dataclasses.replace(plain, labels=None, counts=counts)
 
     def _total(self, v: jax.Array) -> jax.Array:
         return jnp.zeros_like(v).at[self.labels].add(v)
+
+
+@jax.jit
+def _projections(null: NullSpace, columns: Any) -> jax.Array:
+    def of_member(null: NullSpace, columns: jax.Array) -> jax.Array:
+        def one(v: jax.Array) -> jax.Array:
+            return null.project(Unknowns(v.reshape(null.rattlers.shape[0], -1))).positions.ravel()
+
+        return jax.lax.map(one, columns.T, batch_size=min(32, columns.shape[1])).T
+
+    if null.rattlers.ndim == 1:
+        return of_member(null, columns)
+    members = null.rattlers.shape[0]
+    return jax.vmap(of_member)(null, columns.reshape(members, -1, columns.shape[1])).reshape(columns.shape)
 
 
 def _cross(arms: jax.Array, v: jax.Array) -> jax.Array:
@@ -367,27 +395,38 @@ def sparse_hessian(system: System) -> sp.csr_array | None:
         blocks += [found, found] if twice else [found]
     first, second, block = np.concatenate(firsts), np.concatenate(seconds), np.concatenate(blocks)
     own = np.stack([np.bincount(first, block[:, a, b], total) for a in range(d) for b in range(d)], axis=-1)
+    particles = np.arange(total)
+    first, second = np.concatenate([first, particles]), np.concatenate([second, particles])
+    block = np.concatenate([-block, own.reshape(total, d, d)])
     order = np.argsort(first, kind="stable")
-    counts = np.bincount(first, minlength=total)
-    pointers = np.concatenate([[0], np.cumsum(counts)])
-    off = sp.bsr_array((-block[order], second[order], pointers), shape=(total * d, total * d))
-    diagonal = sp.bsr_array((own.reshape(total, d, d), np.arange(total), np.arange(total + 1)), shape=off.shape)
-    return (off + diagonal).tocsr()
+    starts = np.concatenate([[0], np.cumsum(np.bincount(first, minlength=total))])
+    matrix = sp.bsr_array((block[order], second[order], starts), shape=(total * d, total * d)).tocsr()
+    matrix.sum_duplicates()  # of two terms that hold the same pair
+    return matrix
 
 
 def _filled_rows(listed: Neighbours) -> Neighbours:
     """The list without the rows that are empty, but for some that make their number a multiple of 4. Host code."""
+    if isinstance(listed.rows, Tracer):
+        return listed
     rows = np.asarray(listed.rows)
     filled = np.any(rows < rows.shape[-1], axis=(*range(rows.ndim - 2), -1))
     used = int(np.max(np.flatnonzero(filled), initial=-1)) + 1
-    return dataclasses.replace(listed, rows=listed.rows[..., : 4 * math.ceil(used / 4), :])
+    fewer = 4 * math.ceil(used / 4)
+    return listed if fewer >= rows.shape[-2] else dataclasses.replace(listed, rows=rows[..., :fewer, :])
+
+
+def along(f: Callable[[dict[str, Any]], Any], params: Params, dparams: Params) -> Any:
+    """The derivative of f(params) along changes of some of them."""
+    moving = {name: params[name] for name in dparams}
+    return jax.jvp(lambda some: f({**params, **some}), (moving,), (dict(dparams),))[1]
 
 
 @jax.jit
 def mixed_product(system: System, dparams: Params) -> Unknowns:
-    """d2U/dx dp . dp, the change of the gradient along a full dict of parameter changes."""
+    """d2U/dx dp . dp, the change of the gradient along changes of some parameters."""
     x = Unknowns(system.positions)
-    return jax.jvp(lambda p: gradient(system, x, p), (dict(system.params),), (dict(dparams),))[1]
+    return along(lambda p: gradient(system, x, p), system.params, dparams)
 
 
 def mixed_transpose(system: System, cotangent: Unknowns) -> dict[str, jax.Array]:
@@ -398,12 +437,16 @@ def mixed_transpose(system: System, cotangent: Unknowns) -> dict[str, jax.Array]
 
 def linearisation(system: System, max_force_left: jax.Array | float) -> tuple[System, Network, NullSpace]:
     """What every derivative at a minimum needs: the backbone, the network and the null space; of each in a batch."""
-    # one type, compiled once
-    return _linearisation(system, jnp.asarray(max_force_left, system.positions.dtype))
+    at = system.replace(potential=system.potential.at(system.params), neighbours=_filled_rows(system.neighbours))
+    left: Any = max_force_left
+    if not isinstance(left, jax.Array):
+        left = np.asarray(left, system.positions.dtype)  # one type, compiled once
+    held, net, null = _linearisation(at, left)
+    return held.replace(potential=system.potential), net, null
 
 
 @jax.jit
-def _linearisation(system: System, max_force_left: jax.Array) -> tuple[System, Network, NullSpace]:
+def _linearisation(system: System, max_force_left: Any) -> tuple[System, Network, NullSpace]:
     if system.batch is not None:
         return jax.vmap(_linearisation)(system, max_force_left)
     net = contacts.network(system, max_force_left)

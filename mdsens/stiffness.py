@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens.implicit import eigen
-from mdsens.implicit._sparse import SHIFT, SparseFactor, bounds, dissection, solve_on_range
+from mdsens.implicit._sparse import SHIFT, SparseFactor, bounds, ordering, solve_on_range
 from mdsens.implicit.eigen import Spectrum
 from mdsens.implicit.linear import Auto, solve
 from mdsens.implicit.status import SolveStats, Status
@@ -22,8 +22,6 @@ __all__ = ["Stiffness", "factorises", "participation"]
 
 # Factorising fills in: in 3-D its time goes with the square of n, 13 s at 8,192 particles, where a solve by CG takes 1.
 FACTOR_PARTICLES_3D = 4000
-# Up to here minimum degree, which SuperLU has, takes no longer than METIS.
-MINIMUM_DEGREE_PARTICLES = 3000
 
 
 def factorises(system: System) -> bool:
@@ -33,7 +31,7 @@ def factorises(system: System) -> bool:
 
 
 @jax.jit
-def _products(system: System, null: NullSpace, columns: jax.Array) -> jax.Array:
+def _products(system: System, null: NullSpace, columns: Any) -> jax.Array:
     """H times the columns of (m, c)."""
     operator = hessian_operator(system, null)
     n, d = system.positions.shape
@@ -44,24 +42,8 @@ def _products(system: System, null: NullSpace, columns: jax.Array) -> jax.Array:
     return jax.lax.map(one, columns.T, batch_size=min(32, columns.shape[1])).T
 
 
-@jax.jit
-def _projections(null: NullSpace, columns: jax.Array) -> jax.Array:
-    """The columns (m, c) off the null space; of a batch, whose members' columns stand below each other."""
-
-    def of_member(null: NullSpace, columns: jax.Array) -> jax.Array:
-        def one(v: jax.Array) -> jax.Array:
-            return null.project(Unknowns(v.reshape(null.rattlers.shape[0], -1))).positions.ravel()
-
-        return jax.lax.map(one, columns.T, batch_size=min(32, columns.shape[1])).T
-
-    if null.rattlers.ndim == 1:
-        return of_member(null, columns)
-    members = null.rattlers.shape[0]
-    return jax.vmap(of_member)(null, columns.reshape(members, -1, columns.shape[1])).reshape(columns.shape)
-
-
 @functools.partial(jax.jit, static_argnames=("rtol",))
-def _solve(system: System, null: NullSpace, b: jax.Array, rtol: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _solve(system: System, null: NullSpace, b: Any, rtol: float) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, stats = solve(hessian_operator(system, null), Unknowns(b), Auto(rtol=rtol))
     return x.positions, stats.residual, stats.status
 
@@ -72,7 +54,7 @@ class Stiffness:
     Args:
       system: the backbone (rattlers' contacts deleted); or a batch, whose H has a block for each member. Its columns
         stand below each other, and it answers ``project``, ``solve_many`` and ``negative`` alone.
-      null: its null space.
+      null: its null space, simplified.
     """
 
     def __init__(self, system: System, null: NullSpace):
@@ -92,9 +74,8 @@ class Stiffness:
 
     @functools.cached_property
     def order(self) -> np.ndarray | None:
-        """Of the rows of H, in which its factor stays sparse; None for SuperLU's own, as good for few particles."""
-        large = self.system.n > MINIMUM_DEGREE_PARTICLES
-        return dissection(self.matrix, self.system.dimension) if large else None
+        """Of the rows of H, in which its factor stays sparse; None for minimum degree."""
+        return ordering(self.matrix, self.system.dimension)
 
     @functools.cached_property
     def factor(self) -> SparseFactor | None:
@@ -116,7 +97,6 @@ class Stiffness:
         cluster, which do not change what a right-hand side without a part in the null space does; else a small shift.
         """
         scale, null = np.where(self._bounds > 0, self._bounds, 1.0)[:, None], self.null
-        null = null.simplified()
         if null.motions is not None or null.arms is not None:
             return np.repeat(SHIFT * scale, self.matrix.shape[0] // self.members)
         rattlers = np.asarray(null.rattlers)
@@ -127,14 +107,13 @@ class Stiffness:
 
     def project(self, columns: np.ndarray) -> np.ndarray:
         """The columns of (m, c), or one (m,), off the null space."""
-        given = columns.reshape(columns.shape[0], -1)
-        return np.asarray(_projections(self.null, jnp.asarray(given))).reshape(columns.shape)
+        return self.null.project_columns(columns.reshape(columns.shape[0], -1)).reshape(columns.shape)
 
     def products(self, columns: np.ndarray) -> np.ndarray:
         """H times the columns of (m, c)."""
         if self.matrix is not None:
             return self.matrix @ columns
-        return np.asarray(_products(self.system, self.null, jnp.asarray(columns)))
+        return np.asarray(_products(self.system, self.null, columns))
 
     @property
     def negative(self) -> np.ndarray:
@@ -149,7 +128,7 @@ class Stiffness:
         if self.factor is not None:
             x, stats = self.solve_many(np.asarray(b, float).reshape(-1, 1), max(rtol, 1e-10), to=1e-15)
             return x.reshape(b.shape), float(stats.residual[0, 0]), Status(int(stats.status[0, 0]))
-        x, residual, code = _solve(self.system, self.null, jnp.asarray(b), rtol)
+        x, residual, code = _solve(self.system, self.null, b, rtol)
         return np.asarray(x), float(residual), Status(int(code))
 
     def solve_many(self, columns: np.ndarray, rtol: float, to: float = 1e-12) -> tuple[np.ndarray, SolveStats]:
