@@ -14,15 +14,15 @@ import scipy.sparse as sp
 from jax.core import Tracer
 
 from mdsens import contacts
+from mdsens.block_rows import BlockRows
 from mdsens.boxes import components, nearest_images
 from mdsens.contacts import Network
-from mdsens.implicit.linear import Operator
+from mdsens.implicit.linear import Evening, Operator
 from mdsens.neighbours import Neighbours
-from mdsens.slopes import ROWS, energy_slope, row_terms
+from mdsens.slopes import energy_slope, row_terms
 from mdsens.system import System
 
 __all__ = [
-    "BlockRows",
     "NullSpace",
     "Unknowns",
     "along",
@@ -280,58 +280,20 @@ def _hessian_product(system: System) -> Any:
     return jax.linearize(lambda y: gradient(system, y, system.params), x)[1]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class BlockRows:
-    """H as the blocks of the pairs that interact, for products: H x at i is sum_k B[:, :, k, i] x_rows[k, i].
-
-    The block of a pair, d2phi/dv2, is symmetric, and its upper triangle is kept: products take the time of reading it.
-
-    Attributes:
-      rows: (k, n) particles, padded with n; the first is i itself.
-      blocks: (d (d + 1) / 2, k, n) the entries a <= b of B in the order of ``np.triu_indices``, zero on padding.
-    """
-
-    rows: jax.Array
-    blocks: jax.Array
-
-    @classmethod
-    def of(cls, matrix: Any, d: int) -> BlockRows:
-        """The blocks of a sparse matrix; as many rows as its fullest particle, up to a multiple of 4."""
-        blocked = matrix.tobsr((d, d))
-        n, counts = matrix.shape[0] // d, np.diff(blocked.indptr)
-        at = np.arange(blocked.indices.size) - np.repeat(blocked.indptr[:-1], counts)
-        of = np.repeat(np.arange(n), counts)
-        capacity = 4 * math.ceil(counts.max(initial=1) / 4)
-        rows, blocks = np.full((capacity, n), n, np.int32), np.zeros((d * (d + 1) // 2, capacity, n))
-        rows[at, of] = blocked.indices
-        for k, (a, b) in enumerate(zip(*np.triu_indices(d), strict=True)):
-            blocks[k, at, of] = blocked.data[:, a, b]
-        return cls(jnp.asarray(rows), jnp.asarray(blocks))
-
-    def product(self, v: Unknowns) -> Unknowns:
-        """H v; gathers alone, a few rows at a time (see mdsens.slopes.ROWS)."""
-        x = components(v.positions)
-        d = len(x)
-        place = {(int(a), int(b)): k for k, (a, b) in enumerate(zip(*np.triu_indices(d), strict=True))}
-        total = [jnp.zeros_like(c) for c in x]
-        for start in range(0, self.rows.shape[0], ROWS):
-            some = slice(start, start + ROWS)
-            others = [c[self.rows[some]] for c in x]  # past the end of x, the last: its block is zero
-            for a in range(d):
-                parts = sum(self.blocks[place[min(a, b), max(a, b)], some] * others[b] for b in range(d))
-                total[a] = total[a] + jnp.sum(parts, axis=0)
-        return Unknowns(jnp.stack(total, axis=-1))
-
-
 def hessian_operator(system: System, null: NullSpace, blocks: BlockRows | None = None) -> Operator:
     """H = d2U/dx2 as products, linearised once at the system's positions, with its null space.
 
     Args:
       blocks: H as its blocks, where it is assembled.
     """
-    product = _hessian_product(system) if blocks is None else blocks.product
-    return Operator(product, symmetric=True, positive_semidefinite=True, project=null.project)
+    if blocks is None:
+        return Operator(_hessian_product(system), positive_semidefinite=True, project=null.project)
+
+    def product(v: Unknowns) -> Unknowns:
+        return Unknowns(blocks.product(v.positions))
+
+    even = Evening(lambda v: blocks.evened(v.positions), blocks.evened_product)
+    return Operator(product, positive_semidefinite=True, project=null.project, even=even)
 
 
 @jax.jit
@@ -349,21 +311,19 @@ def _pair_blocks(system: System) -> list[tuple[jax.Array, jax.Array, jax.Array]]
 
     Of the list, each pair comes twice, as a row of each of its particles.
     """
-    images, x, d = nearest_images(system.box), components(system.positions), system.dimension
+    images, x = nearest_images(system.box), components(system.positions)
     blocks = []
     for term in row_terms(system):
         apart = images(tuple(c[term.i] - c[term.j] for c in x))
-        apart = tuple(jnp.where(term.mask, v, 1.0) for v in apart)
+        r = jnp.sqrt(jnp.where(term.mask, sum(v * v for v in apart), 1.0))
 
-        def slope(v: Any, term: Any = term) -> Any:
-            return jax.grad(lambda u: jnp.sum(term.energy(jnp.sqrt(sum(c * c for c in u)))))(v)
+        def slope(r: jax.Array, term: Any = term) -> jax.Array:
+            return jax.grad(lambda s: jnp.sum(term.energy(s)))(r)
 
-        # pairs do not know of each other, so one product gives a column of every pair's block
-        units = [
-            tuple(jnp.ones_like(v) if a == b else jnp.zeros_like(v) for b, v in enumerate(apart)) for a in range(d)
-        ]
-        columns = [jnp.stack(jax.jvp(slope, (apart,), (unit,))[1]) for unit in units]
-        blocks.append((term.i, term.j, jnp.stack(columns, axis=1)))
+        first, second = jax.jvp(slope, (r,), (jnp.ones_like(r),))
+        across, along = first / r, (second - first / r) / (r * r)
+        block = [[along * v * w + (across if v is w else 0.0) for w in apart] for v in apart]
+        blocks.append((term.i, term.j, jnp.stack([jnp.stack(line) for line in block])))
     return blocks
 
 
@@ -401,7 +361,8 @@ def sparse_hessian(system: System) -> sp.csr_array | None:
     order = np.argsort(first, kind="stable")
     starts = np.concatenate([[0], np.cumsum(np.bincount(first, minlength=total))])
     matrix = sp.bsr_array((block[order], second[order], starts), shape=(total * d, total * d)).tocsr()
-    matrix.sum_duplicates()  # of two terms that hold the same pair
+    if len(blocks) > 2:  # two terms, or bonds, may hold the same pair
+        matrix.sum_duplicates()
     return matrix
 
 

@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens.block_rows import BlockRows, evening
 from mdsens.implicit import eigen
 from mdsens.implicit._sparse import SHIFT, SparseFactor, bounds, ordering, solve_on_range
 from mdsens.implicit.eigen import Spectrum
 from mdsens.implicit.linear import Auto, solve
 from mdsens.implicit.status import SolveStats, Status
-from mdsens.stationarity import BlockRows, NullSpace, Unknowns, hessian_operator, sparse_hessian
+from mdsens.stationarity import NullSpace, Unknowns, hessian_operator, sparse_hessian
 from mdsens.system import System
 
 __all__ = ["Stiffness", "factorises", "participation"]
@@ -166,13 +167,8 @@ class Stiffness:
         if self.matrix is None:
             return None
         n, d = self.system.positions.shape
-        entries = self.matrix.tocoo()
-        own = entries.row // d == entries.col // d
-        blocks = np.zeros((n, d, d))
-        blocks[entries.row[own] // d, entries.row[own] % d, entries.col[own] % d] = entries.data[own]
-        values, axes = np.linalg.eigh(blocks)
-        values = np.maximum(np.abs(values), 1e-3 * np.abs(values).max())
-        inverse = np.einsum("nij,nj,nkj->nik", axes, 1.0 / values, axes)
+        even, _ = evening(self.matrix.tobsr((d, d)))
+        inverse = np.einsum("kin,kjn->nij", even, even)
         return lambda v: np.einsum("nij,njk->nik", inverse, v.reshape(n, d, -1)).reshape(v.shape)
 
     def lowest(self, k: int = 1, floor: float = 0.0) -> Spectrum:

@@ -36,6 +36,7 @@ ORDER = [
     ["system"],
     ["slopes"],
     ["contacts"],
+    ["block_rows"],
     ["stationarity"],
     ["stiffness"],
     ["newton"],

@@ -19,6 +19,7 @@ from mdsens.implicit import (
     Auto,
     BiCGSTAB,
     Direct,
+    Evening,
     InputError,
     Method,
     Operator,
@@ -437,3 +438,51 @@ def test_factorisations_of_a_batch_are_one_by_one_on_a_cpu():
     lines = [line for line in batch.lower(matrices).as_text().splitlines() if "potrf" in line or "cholesky" in line]
     assert lines and not any("tensor<7x5x5" in line for line in lines)
     np.testing.assert_allclose(batch(matrices), 1 / (jnp.arange(1.0, 6.0) + jnp.arange(7.0)[:, None]), rtol=1e-14)
+
+
+# ── evened out ──
+
+
+@pytest.mark.parametrize("method", [CG(), MINRES(), BiCGSTAB(), GMRES(), CG(degree=10), GMRES(degree=1)])
+def test_a_change_of_unknowns_is_left_without_a_trace(method):
+    """A graph's Laplacian with weights over four decades; its null space is not that of the evened one."""
+    rng = np.random.default_rng(0)
+    n = 120
+    weights = np.triu(np.where(rng.random((n, n)) < 0.1, 10.0 ** rng.uniform(-2, 2, (n, n)), 0.0), 1)
+    weights += np.diag(np.ones(n - 1), 1)
+    A = jnp.asarray(np.diag((weights + weights.T).sum(axis=0)) - weights - weights.T)
+    s = 1.0 / jnp.sqrt(jnp.diagonal(A))
+    b = jnp.asarray(rng.standard_normal(n))
+
+    def found(even):
+        def off_mean(v):
+            return v - jnp.mean(v)
+
+        plain = Operator(lambda v: A @ v, positive_semidefinite=True, project=off_mean, even=even)
+        return jax.jit(lambda b: solve(plain, b, method))(b)
+
+    even = Evening(
+        lambda v: {"of its own": (s * v)[::-1]}, lambda w: {"of its own": (s * (A @ (s * w["of its own"][::-1])))[::-1]}
+    )
+    x, stats = found(even)
+    want = np.linalg.pinv(A, hermitian=True) @ b
+    assert Status(int(stats.status)) in (Status.CONVERGED, Status.NULL_COMPONENT_DROPPED)
+    assert np.linalg.norm(x - want) <= 1e-7 * np.linalg.norm(want)
+    rest = (b - b.mean()) - A @ x
+    assert float(stats.residual) == pytest.approx(np.linalg.norm(rest) / np.linalg.norm(b - b.mean()), abs=1e-13)
+    assert int(stats.iterations) <= int(found(None)[1].iterations)
+    assert abs(np.mean(x)) < 1e-12 * np.abs(x).max()
+
+
+def test_a_change_of_unknowns_does_not_hide_negative_curvature():
+    A = jnp.diag(jnp.linspace(-1.0, 5.0, 50))
+    s = 1.0 / jnp.sqrt(jnp.abs(jnp.diagonal(A)))
+    even = Evening(lambda v: s * v, lambda w: s * (A @ (s * w)))
+    for method in (CG(), MINRES(), GMRES(), GMRES(degree=1)):
+        stats = solve(Operator(lambda v: A @ v, positive_semidefinite=True, even=even), jnp.ones(50), method)[1]
+        assert Status(int(stats.status)) is Status.INDEFINITE
+
+
+def test_a_change_of_unknowns_needs_a_symmetric_operator():
+    with pytest.raises(InputError, match="declare it symmetric"):
+        Operator(lambda v: v, even=Evening(lambda v: v, lambda w: w))

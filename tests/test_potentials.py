@@ -414,3 +414,17 @@ def test_what_no_minimum_can_stand_on_is_refused() -> None:
         ms.System.create(points, box, jumping, {"a": 1.0})
     with pytest.raises(ms.InputError, match="phi does not take r and the 1 parameters a"):
         potentials.from_pair(lambda r, a, b: a / r + b, ("a",), cutoff=2.0)
+
+
+def test_the_cheapest_form_keeps_the_derivatives_that_are_asked_for():
+    law, r = ms.potentials.soft_sphere(), jnp.asarray([0.4, 0.9, 1.2])
+    values = {"sigma": jnp.asarray(1.1), "epsilon": jnp.asarray(0.7), "alpha": jnp.asarray(2.0)}
+
+    def derivative(of, name):
+        return jax.jacobian(lambda x: of.phi(r, *({**values, name: x}[k] for k in of.names)))(values[name])
+
+    assert law.at(values).phi is not law.phi
+    assert law.at({**values, "alpha": jnp.asarray(2.2)}) == law
+    for name in values:
+        np.testing.assert_allclose(derivative(law.at(values, (name,)), name), derivative(law, name), rtol=1e-14)
+    assert not np.any(derivative(law.at(values), "alpha")) and np.any(derivative(law, "alpha"))

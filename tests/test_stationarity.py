@@ -13,6 +13,7 @@ from conftest import PACKINGS, relative, relaxed_packing
 
 import mdsens as ms
 from mdsens import contacts, stationarity
+from mdsens.block_rows import BlockRows
 from mdsens.stationarity import Unknowns, dense_hessian
 from mdsens.system import potential_energy
 
@@ -74,6 +75,32 @@ def test_mixed_products_are_finite_differences_and_transposes():
         assert relative(forward, (ahead - behind) / (2 * h)) < 1e-7
         assert back[name].shape == value.shape
         assert float(jnp.sum(back[name] * change)) == pytest.approx(float(jnp.sum(forward * w)), rel=1e-11)
+
+
+# ── assembled ──
+
+
+@pytest.mark.parametrize("name", ["2-D", "3-D"])
+def test_blocks_make_the_products_of_the_matrix(name):
+    """Of particles with rattlers and single contacts, whose own blocks are singular."""
+    d = int(name[0])
+    rng = np.random.default_rng(3)
+    length = 4.0 if d == 2 else 2.7
+    system = ms.System.create(length * rng.random((40, d)), length, LAW, {"sigma": 1.0, "epsilon": 1.0, "alpha": 2.0})
+    matrix = stationarity.sparse_hessian(system)
+    assert matrix is not None
+    dense = matrix.toarray()
+    assert relative(dense, dense_hessian(system)) < 1e-14
+    blocks = BlockRows.of(matrix, d)
+    v = rng.standard_normal((40, d))
+    assert relative(np.asarray(blocks.product(jnp.asarray(v))).ravel(), dense @ v.ravel()) < 1e-13
+    even = np.asarray(jax.vmap(blocks.evened)(jnp.eye(40 * d).reshape(-1, 40, d))).reshape(40 * d, -1).T
+    of_even = jax.vmap(blocks.evened_product)(jnp.eye(40 * d).reshape(-1, d, 40)).reshape(40 * d, -1)
+    assert relative(of_even, even @ dense @ even.T) < 1e-13
+    own = np.diagonal(of_even)
+    held = np.linalg.eigvalsh(dense.reshape(40, d, 40, d)[np.arange(40), :, np.arange(40)]).min(axis=1) > 0.01
+    assert held.any() and not held.all()
+    np.testing.assert_allclose(own.reshape(d, 40)[:, held], 1.0, rtol=1e-12)
 
 
 # ── the null space ──

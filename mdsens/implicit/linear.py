@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ __all__ = [
     "Auto",
     "BiCGSTAB",
     "Direct",
+    "Evening",
     "Method",
     "Operator",
     "choose",
@@ -40,6 +41,20 @@ __all__ = [
 
 LinearMap: TypeAlias = Callable[[PyTree], PyTree]
 _Flat: TypeAlias = Callable[[Array], Array]
+
+
+class Evening(NamedTuple):
+    """A symmetric preconditioner, S^T S for A^-1, in a form that needs no product with it in an iteration.
+
+    Attributes:
+      map: v -> S v, invertible and linear, into a tree of its own: S the inverse of the root of A's diagonal, or of
+        the Cholesky factors of its diagonal blocks.
+      matvec: w -> S A S^T w on that tree. Where A has a null space, it must leave out that of S A S^T no more than
+        round-off: nothing is projected in between.
+    """
+
+    map: LinearMap
+    matvec: LinearMap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +69,8 @@ class Operator:
         It must be complete: along a null direction left out, the answer is arbitrary where the right-hand side has
         next to nothing there, and the solve fails where it has more.
       left_project: the same for the left null space; ``project`` where None, which is right for a symmetric A.
+      even: a change of unknowns that makes a symmetric A better conditioned; None for none. Krylov iterations then run
+        on S A S^T; residuals are of A all the same.
     """
 
     matvec: LinearMap
@@ -61,10 +78,15 @@ class Operator:
     positive_semidefinite: bool = False
     project: LinearMap | None = None
     left_project: LinearMap | None = None
+    even: Evening | None = None
 
     def __post_init__(self) -> None:
         if self.positive_semidefinite and not self.symmetric:
             object.__setattr__(self, "symmetric", True)
+        if self.even is not None and not self.symmetric:
+            raise InputError(
+                f"even={self.even!r} on an operator with symmetric=False; declare it symmetric, or leave it out"
+            )
         if self.left_project is not None and self.left_project is not self.project:
             if self.symmetric:
                 raise InputError(
@@ -206,6 +228,7 @@ Method: TypeAlias = GMRES | CG | MINRES | BiCGSTAB | Direct | Auto
 # to write the matrix out, and each further right-hand side next to nothing; CG 1.6 ms for one, 90 for 32, and in
 # proportion to the root of the condition number; GMRES 9 ms. So up to here the choice is accuracy: the residual of
 # Direct is 4e-15 whatever the condition number. At 1,024 they cross near 64 right-hand sides.
+EVEN_SHARE = 0.5  # of the tolerance, since |S r| may be smaller than |r|
 _DIRECT_SIZE, _DIRECT_SIZE_SHARED, _UNKNOWNS_PER_RHS = 512, 2048, 16
 
 
@@ -255,7 +278,7 @@ def solve(
     flat, unravel = _ravel(b)
     matvec, right, left = _flatten(operator, flat, unravel, b)
     method = _admit(choose(method, flat.size, operator), operator)
-    x, stats = _solve(operator, matvec, right, left, flat, method, not_finite)
+    x, stats = _solve(operator, matvec, right, left, _evening(operator, b), flat, method, not_finite)
     return unravel(x), stats
 
 
@@ -274,11 +297,13 @@ def linear_solve(
     matvec, right, left = _flatten(operator, flat, unravel, b)
     method = _admit(choose(method, flat.size, operator), operator)
 
+    even = _evening(operator, b)
+
     def forward(apply: _Flat, rhs: Array) -> tuple[Array, SolveStats]:
-        return _solve(operator, apply, right, left, rhs, method, not_finite)
+        return _solve(operator, apply, right, left, even, rhs, method, not_finite)
 
     def backward(apply: _Flat, rhs: Array) -> tuple[Array, SolveStats]:
-        return _solve(operator, apply, left, right, rhs, method, not_finite)
+        return _solve(operator, apply, left, right, even, rhs, method, not_finite)
 
     x, stats = lax.custom_linear_solve(matvec, flat, forward, backward, symmetric=operator.symmetric, has_aux=True)
     return unravel(x), stats
@@ -315,6 +340,20 @@ def _flatten(
     return flattened(operator.matvec), right, left
 
 
+def _evening(operator: Operator, b: PyTree) -> Evening | None:
+    """The change of unknowns on flat vectors."""
+    if operator.even is None:
+        return None
+    change, product = operator.even
+    _, unravel = ravel_pytree(b)
+    evened = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(change, b))
+    _, unravel_evened = ravel_pytree(evened)
+    return Evening(
+        lambda v: ravel_pytree(change(unravel(v)))[0],
+        lambda w: ravel_pytree(product(unravel_evened(w)))[0],
+    )
+
+
 def _admit(method: Method, operator: Operator) -> Method:
     if isinstance(method, CG) and not operator.positive_semidefinite:
         raise InputError(
@@ -336,7 +375,14 @@ def _name(method: Method) -> str:
 
 
 def _solve(
-    operator: Operator, matvec: _Flat, right: _Flat | None, left: _Flat | None, b: Array, method: Method, fill: float
+    operator: Operator,
+    matvec: _Flat,
+    right: _Flat | None,
+    left: _Flat | None,
+    even: Evening | None,
+    b: Array,
+    method: Method,
+    fill: float,
 ) -> tuple[Array, SolveStats]:
     """The pipeline on flat vectors; ``operator`` is read for its flags alone."""
     size, eps = b.size, jnp.finfo(b.dtype).eps
@@ -363,7 +409,7 @@ def _solve(
     length = jnp.where(length <= 8 * eps, 0, length)
     kept = jnp.where(length == 0, 0, kept / jnp.where(length == 0, 1, length))
 
-    x, residual, applications, ended = _refine(method, operator, apply, matvec, off_right, right, left, kept)
+    x, residual, applications, ended = _refine(method, operator, apply, matvec, off_right, right, left, even, kept)
 
     finite = jnp.isfinite(residual) & jnp.all(jnp.isfinite(x)) & (ended != Status.NOT_FINITE)
     needed = finite & (residual > method.rtol)
@@ -408,6 +454,7 @@ def _refine(
     off_right: _Flat,
     right: _Flat | None,
     left: _Flat | None,
+    even: Evening | None,
     b: Array,
 ) -> tuple[Array, Array, Array, Array]:
     """Solve, recompute the residual from the operator, solve for it again while that helps.
@@ -419,7 +466,7 @@ def _refine(
     limit = jnp.int32(2**31 - 1)
     if not isinstance(method, Direct | Auto):
         limit = jnp.int32(method.max_iterations or max(1000, 10 * b.size))
-    inner, setup = _inner(method, operator, apply, right, left, b)
+    inner, setup = _inner(method, operator, apply, right, left, even, b)
     # A cycle that gains less than a thousandth would need thousands more; a repeated solve should gain digits.
     rounds, gain = {GMRES: (2**31 - 1, 0.999), Direct: (8, 0.5)}.get(type(method), (4, 0.5))
 
@@ -450,9 +497,17 @@ def _refine(
 
 
 def _inner(
-    method: Method, operator: Operator, apply: _Flat, right: _Flat | None, left: _Flat | None, b: Array
+    method: Method,
+    operator: Operator,
+    apply: _Flat,
+    right: _Flat | None,
+    left: _Flat | None,
+    even: Evening | None,
+    b: Array,
 ) -> tuple[Callable[[Array, Array, Array], Result], int]:
     """The solver of one round, ``(r, tol, limit) -> (x, applications, status)``, and the applications to set it up."""
+    if even is not None and not isinstance(method, Direct | Auto):
+        return _evened(method, operator, even, b), 0
     definite = operator.positive_semidefinite
     if isinstance(method, CG | GMRES) and definite and method.degree > 1:
         return _preconditioned(method, apply, b), 0
@@ -468,6 +523,20 @@ def _inner(
         case _:
             factored = factor(apply, right, left, operator.positive_semidefinite, b)
             return lambda r, tol, limit: factored(r), b.size
+
+
+def _evened(method: Method, operator: Operator, even: Evening, b: Array) -> Callable[[Array, Array, Array], Result]:
+    """The iteration on S A S^T w = S r, x = S^T w; ``even`` on flat vectors."""
+    back = jax.linear_transpose(even.map, b)
+    inside, _ = _inner(method, operator, even.matvec, None, None, None, b)
+
+    def inner(r: Array, tol: Array, limit: Array) -> Result:
+        side = even.map(r)
+        size = norm(side)
+        w, k, ended = inside(_krylov.safe_divide(side, size), EVEN_SHARE * tol, limit)
+        return back(w)[0] * size, k, ended
+
+    return inner
 
 
 def _preconditioned(method: CG | GMRES, apply: _Flat, b: Array) -> Callable[[Array, Array, Array], Result]:
