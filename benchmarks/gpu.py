@@ -78,7 +78,7 @@ def products(lin: ms.Linearization, exact: ms.Linearization, runs: int) -> list[
         ("product, matrix-free", None, (system.neighbours.rows, system.positions)),
         ("product, blocks", blocks, blocks),
     ):
-        core = lin.traced()
+        core = lin.traced(())
         # divided by the largest stiffness or so, to stay finite
         seconds = repeated(lambda v, *at: product(v, *at) / 16, runs, v, core, given)
         moved = 2 * v.nbytes + sum(leaf.nbytes for leaf in jax.tree.leaves(read))

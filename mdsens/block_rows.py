@@ -90,7 +90,12 @@ class BlockRows:
         """H v, (n, d)."""
         d = self.even.shape[0]
         x = components(v)
-        w = jnp.stack([sum(self.uneven[b, a] * x[b] for b in range(a, d)) for a in range(d)])
+
+        def into(_: Any, w: jax.Array) -> jax.Array:
+            return jnp.stack([sum(self.uneven[b, a] * x[b] for b in range(a, d)) for a in range(d)])
+
+        # A loop, for what it leaves lies in memory: fused, XLA on a CPU would evaluate it anew at every gather.
+        w = jax.lax.fori_loop(0, 2, into, jnp.zeros_like(v.T))
         w = self.evened_product(w)
         return jnp.stack([sum(self.uneven[a, b] * w[b] for b in range(a + 1)) for a in range(d)], axis=-1)
 

@@ -183,6 +183,19 @@ def _in_chunks(run: Callable[[Any], Response], rows: Callable[[int, int], Any], 
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
+def _require_room(system: System, wrt: str) -> None:
+    """Refuse a Jacobian, or those of a batch, that does not fit."""
+    members = system.batch or 1
+    components = system.params[wrt].size // members
+    whose = f" of {members:,} systems" if system.batch else ""
+    require_memory(
+        2.0 * components * system.positions.size,
+        system.positions.dtype.itemsize,
+        f"jacobian by {components:,} components of {wrt}{whose}, with its non-affine part,",
+        "take ms.vjp or ms.gradient, whose cost does not grow with the number of parameters, or ms.jvp by direction.",
+    )
+
+
 def jacobian(
     at: Equilibrium | Linearization,
     wrt: str = "sigma",
@@ -209,6 +222,8 @@ def jacobian(
     """
     if _batched(at):
         assert isinstance(at, Equilibrium)
+        if isinstance(wrt, str) and wrt in at.params:
+            _require_room(at.system, wrt)
         whole = _over_members(lambda e, _: jacobian(e, wrt, solve=solve, chunk=chunk, throw=False), at)
         return _judged(whole, throw, "jacobian")
     lin = linearised(at, solve, throw)
@@ -220,12 +235,7 @@ def jacobian(
     changes(system, {wrt: system.params.get(wrt, 0.0)})  # the name's check
     shape, dtype = system.params[wrt].shape, system.positions.dtype
     size, unknowns = int(np.prod(shape)), system.positions.size
-    require_memory(
-        2.0 * size * unknowns,
-        dtype.itemsize,
-        f"jacobian by {size:,} components of {wrt}, with its non-affine part,",
-        "take ms.vjp or ms.gradient, whose cost does not grow with the number of parameters, or ms.jvp by direction.",
-    )
+    _require_room(system, wrt)
     width = chunk or int(np.clip(CHUNK_BYTES // (dtype.itemsize * unknowns * 8), 1, 256))
     width = min(width, max(size, 1))
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import mdsens as ms
-from mdsens import _members, _runs, stationarity
+from mdsens import _members, _memory, _runs, stationarity
 from mdsens._runs import Runs
 from mdsens.implicit import CG
 from mdsens.relaxation import Fire, Newton
@@ -110,6 +110,14 @@ def test_doors_answer_for_each_member(door, solve):
                 np.testing.assert_allclose(ours[k], theirs, rtol=0, atol=1e-6 * scale if solve else 1e-10 * scale)
     codes = {ms.Status(int(code)) for code in np.asarray(whole.stats.status).ravel()}
     assert ms.Status.UNJAMMED in codes and {True, False} == {code.good for code in codes}
+
+
+def test_jacobians_that_do_not_fit_are_refused_before_they_are_made(monkeypatch):
+    one = 2 * 2 * 96 * 2 * 8  # its non-affine part as well
+    monkeypatch.setattr(_memory, "_available_memory", lambda: 6.5 * one)
+    assert ms.jacobian(ms.unstack(relaxed())[0], "sigma", throw=False).value.shape == (N, 2, 2)
+    with pytest.raises(ms.TooLargeError, match=r"jacobian by 2 components of sigma of 7 systems, .* take ms.vjp"):
+        ms.jacobian(relaxed(), "sigma", throw=False)
 
 
 def test_one_change_serves_all_members():
