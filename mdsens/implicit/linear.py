@@ -209,8 +209,9 @@ class Auto:
     """Let :func:`choose` pick by size, symmetry, definiteness and number of right-hand sides.
 
     For a law of pairs, :mod:`mdsens.sensitivity` takes the sparse factor of the Hessian instead, on a CPU, in double
-    precision and up to 4,000 particles in 3-D. Both rest on the times and errors of every solver in
-    benchmarks/results/README.md, under "sensitivity" (by size and density) and "jamming" (by pressure).
+    precision and up to 1,500 particles in 3-D, 4,000 for many right-hand sides at once. Both rest on the times and
+    errors of every solver in benchmarks/results/README.md, under "sensitivity" (by size and density) and "jamming" (by
+    pressure).
 
     Args:
       rtol: relative residual asked for, as in :class:`CG`.
