@@ -272,9 +272,10 @@ def gmres_cycle(apply: Apply, b: Array, tol: Array, limit: Array, restart: int, 
     matrix: INDEFINITE at the first proof that it is not.
 
     Arnoldi by Gram-Schmidt done twice, which is as orthogonal as Householder, classical within blocks of vectors and
-    modified between them, so that a step reads no more of the basis than is filled; the Hessenberg matrix is reduced by
-    Givens rotations kept as one matrix ``q``, so that a step is a product and not a loop over the rotations. Leaves
-    early at ``tol`` or where the Krylov space is invariant. Memory (restart + 1) x n.
+    modified between them, so that a step reads no more of the basis than is filled. Of a symmetric operator's product
+    nearly all lies along the last two vectors, so that there the first time is theirs alone. The Hessenberg matrix is
+    reduced by Givens rotations kept as one matrix ``q``, so that a step is a product and not a loop over the rotations.
+    Leaves early at ``tol`` or where the Krylov space is invariant. Memory (restart + 1) x n.
     """
     eps = jnp.finfo(b.dtype).eps
     m = min(restart, b.size)
@@ -288,7 +289,7 @@ def gmres_cycle(apply: Apply, b: Array, tol: Array, limit: Array, restart: int, 
         basis, r, q, g, j, used, done, pivot, beta, size, status = state
         w = apply(basis[j])
         length = norm(w)
-        w, h = _orthogonal(w, basis, j)
+        w, h = _off_last_two(w, basis, j) if definite else _orthogonal(w, basis, j)
         w, again = _orthogonal(w, basis, j)
         h, again = h[: m + 1], again[: m + 1]
         beyond = norm(w)
@@ -340,6 +341,16 @@ def _orthogonal(w: Array, basis: Array, j: Array) -> tuple[Array, Array]:
         return w - dot(along, block), lax.dynamic_update_slice_in_dim(h, along, i * BLOCK, 0)
 
     return lax.fori_loop(0, j // BLOCK + 1, against, (w, jnp.zeros(basis.shape[0], basis.dtype)))
+
+
+def _off_last_two(w: Array, basis: Array, j: Array) -> tuple[Array, Array]:
+    """The same with the j-th row and the one before it alone."""
+    at, h = jnp.arange(basis.shape[0]), jnp.zeros(basis.shape[0], basis.dtype)
+    for k in (j, j - 1):
+        row = jnp.where(k < 0, 0, basis[k])
+        along = dot(row, w)
+        w, h = w - along * row, h + jnp.where(at == k, along, 0)
+    return w, h
 
 
 def _write(array: Array, rows: Array, j: Array) -> Array:
