@@ -51,7 +51,7 @@ def evening(blocked: Any) -> tuple[np.ndarray, np.ndarray]:
 class BlockRows:
     """S H S^T by particle: at i it is sum_k B[:, :, k, i] w[:, others[k, i]], with w = S^-T v by components.
 
-    Evened, H has blocks of one on its diagonal, which spares conjugate gradients a third of their steps. The blocks
+    Evened, H has blocks of one on its diagonal, which spares conjugate gradients a quarter of their steps. The blocks
     are evened once, beforehand, and vectors are (d, n) in between: both halve the time of a step in 3-D.
 
     Attributes:

@@ -486,3 +486,19 @@ def test_a_change_of_unknowns_does_not_hide_negative_curvature():
 def test_a_change_of_unknowns_needs_a_symmetric_operator():
     with pytest.raises(InputError, match="declare it symmetric"):
         Operator(lambda v: v, even=Evening(lambda v: v, lambda w: w))
+
+
+def test_derivatives_pass_through_a_change_of_unknowns():
+    A = jnp.diag(jnp.linspace(1.0, 50.0, 20)) + 0.1
+
+    def answer(p, evened):
+        matrix = p * A
+        s = 1.0 / jnp.sqrt(jnp.diagonal(matrix))
+        even = Evening(lambda v: s * v, lambda w: s * (matrix @ (s * w))) if evened else None
+        operator = Operator(lambda v: matrix @ v, positive_semidefinite=True, even=even)
+        return linear_solve(operator, jnp.ones(20), CG(rtol=1e-12))[0]
+
+    for derivative in (jax.jacfwd, jax.jacrev):
+        found, want = (jax.jit(derivative(lambda p, e=e: answer(p, e)))(2.0) for e in (True, False))
+        np.testing.assert_allclose(found, want, rtol=1e-9)
+        np.testing.assert_allclose(found, -0.5 * np.asarray(answer(2.0, False)), rtol=1e-9)

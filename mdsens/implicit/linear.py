@@ -49,8 +49,8 @@ class Evening(NamedTuple):
     Attributes:
       map: v -> S v, invertible and linear, into a tree of its own: S the inverse of the root of A's diagonal, or of
         the Cholesky factors of its diagonal blocks.
-      matvec: w -> S A S^T w on that tree. Where A has a null space, it must leave out that of S A S^T no more than
-        round-off: nothing is projected in between.
+      matvec: w -> S A S^T w on that tree. Nothing is projected between two of these: where A has a null space, what
+        this gives must lie off that of S A S^T to round-off, which it does where it is a symmetric matrix to round-off.
     """
 
     map: LinearMap
@@ -229,8 +229,9 @@ Method: TypeAlias = GMRES | CG | MINRES | BiCGSTAB | Direct | Auto
 # to write the matrix out, and each further right-hand side next to nothing; CG 1.6 ms for one, 90 for 32, and in
 # proportion to the root of the condition number; GMRES 9 ms. So up to here the choice is accuracy: the residual of
 # Direct is 4e-15 whatever the condition number. At 1,024 they cross near 64 right-hand sides.
-EVEN_SHARE = 0.5  # of the tolerance, since |S r| may be smaller than |r|
 _DIRECT_SIZE, _DIRECT_SIZE_SHARED, _UNKNOWNS_PER_RHS = 512, 2048, 16
+# Of the tolerance, in evened unknowns, since |S r| may fall under |r|.
+_EVEN_SHARE = 0.5
 
 
 def choose(method: Method, size: int, operator: Operator, rhs: int = 1) -> Method:
@@ -534,7 +535,7 @@ def _evened(method: Method, operator: Operator, even: Evening, b: Array) -> Call
     def inner(r: Array, tol: Array, limit: Array) -> Result:
         side = even.map(r)
         size = norm(side)
-        w, k, ended = inside(_krylov.safe_divide(side, size), EVEN_SHARE * tol, limit)
+        w, k, ended = inside(_krylov.safe_divide(side, size), _EVEN_SHARE * tol, limit)
         return back(w)[0] * size, k, ended
 
     return inner
