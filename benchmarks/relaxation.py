@@ -1,6 +1,6 @@
 """How long does relaxing take, from a random start to a largest force of 1e-12, beside jax-md's FIRE and LAMMPS?
 
-``python -m benchmarks.relaxation --sizes 1024 16384 --fractions 0.95 0.86 --seeds 3``
+``python -m benchmarks.relaxation --sizes 1024 16384 --fractions 0.95 0.86 --seeds 9``
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _of_seeds(name: str, way: Any, starts: list[ms.System], runs: int) -> list[d
 
 def main() -> None:
     """Each size, fraction and seed by every minimiser; medians over seeds, and of ratios to ours on the same seeds."""
-    asked = arguments(__doc__ or "", [1024, 16384], fractions=[0.95, 0.86], seeds=3, peers=1)
+    asked = arguments(__doc__ or "", [1024, 16384], fractions=[0.95, 0.86], seeds=9, peers=1)
     ways: dict[str, Any] = {
         "mdsens Newton()": lambda s, runs: by_mdsens(s, runs, ms.relaxation.Newton()),
         "mdsens Fire()": lambda s, runs: by_mdsens(s, runs, ms.relaxation.Fire()),

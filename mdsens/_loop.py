@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from mdsens.implicit.status import Status
 from mdsens.neighbours import SKIN, Neighbours, slack, within
-from mdsens.scales import Limits
+from mdsens.scales import Limits, largest_stiffness
 from mdsens.slopes import energy_slope
 from mdsens.stationarity import largest_force
 from mdsens.system import System, listed
@@ -18,6 +18,7 @@ from mdsens.system import System, listed
 __all__ = ["advance", "at_rest", "forces_at", "status_of"]
 
 NARROW, SERVES = 0.1, 150  # skin of a slow system's list; steps on one wide list that tell that it is slow
+SETTLED = 500  # steps on a list of all pairs from one measurement of the stiffness to the next
 
 
 @functools.partial(jax.jit, static_argnames=("method",))
@@ -67,7 +68,8 @@ def advance(
 
     Steps on one list are a loop of their own, in which nothing of the list is touched: it ends where a particle has
     moved so far that the list may be incomplete, or where a list with a wide skin has served so long that one with less
-    to sum over pays. The force that is tested against the tolerance comes from a complete list always.
+    to sum over pays; the minimiser then gets the stiffness measured there, too. The force that is tested against the
+    tolerance comes from a complete list always.
     """
     box, needed = system.box, system.range
 
@@ -80,8 +82,14 @@ def advance(
         pairs, _ = listed(system.replace(neighbours=pairs), method.positions(state), skin=skin, anew=slow)
         apply, forces = _machine(system.replace(neighbours=pairs), method, limits)
         anchors, distance = slack(pairs, box, needed)
-        wide = (pairs.skin > 1.1 * NARROW * needed) & jnp.isfinite(pairs.skin)
-        last = jnp.where(wide, jnp.minimum(budget, step + SERVES), budget)
+        narrow = pairs.skin <= 1.1 * NARROW * needed
+        # a slow system whose list is not narrow has one of all pairs, which nothing else would ever end
+        last = jnp.where(narrow, budget, jnp.minimum(budget, step + jnp.where(slow, SETTLED, SERVES)))
+
+        def measured(state: Any) -> Any:
+            slope = energy_slope(system.replace(neighbours=pairs), used=pairs.used)
+            stiffness = largest_stiffness(slope, method.positions(state), limits.stiffness)
+            return method.at_stiffness(state, stiffness)
 
         def unfinished(carry: tuple[Any, jax.Array, jax.Array, jax.Array]) -> jax.Array:
             _, step, force, complete = carry
@@ -93,6 +101,7 @@ def advance(
             return state, step + 1, largest(state), within(method.positions(state), anchors, distance)
 
         state = method.with_forces(state, forces(method.positions(state)))
+        state = jax.lax.cond(slow, measured, lambda state: state, state)
         start = (state, step, largest(state), ~pairs.overflowed)
         state, step, force, complete = jax.lax.while_loop(unfinished, one_more, start)
         finished = pairs.overflowed | ~jnp.isfinite(force) | (complete & ((force <= tolerance) | (step >= budget)))

@@ -18,6 +18,10 @@ from mdsens.implicit.status import InputError
 
 __all__ = ["Fire", "GradientDescent", "Newton"]
 
+# Of a largest stiffness that was measured, what counts as the law's own: dt_max is then 1.7 rad of the fastest vibration.
+# Measured, of packings in 2-D and 3-D and Lennard-Jones glasses: steps fall to here and 10 % beyond, and double at 20 %.
+MEASURED = 0.55
+
 
 @functools.cache  # the classes of its states must not change
 def _jax_md_minimize() -> Any:
@@ -58,8 +62,9 @@ class Fire:
     Attributes:
       dt_start, dt_max: time step at the start and at most, in units of sqrt(10 m / k), k the law's largest stiffness,
         so that the fastest vibration advances by dt sqrt(10): 0.4 are 1.3 rad, where velocity Verlet breaks down at 2.
-        In a packing of unit harmonic discs, k is about 10 and this is jax-md's own unit. Lower dt_max where a law is
-        much stiffer in places than at its minimum.
+        In a packing of unit harmonic discs, k is about 10 and this is jax-md's own unit. Once particles have settled,
+        the largest eigenvalue of the Hessian is measured, and 0.4 are 1.7 rad of its vibration: between half the steps
+        (Hertzian discs near jamming) and as many as before (a Lennard-Jones glass).
       max_step: the longest move of a particle in one step, as a fraction of the law's length (contact, or the minimum
         of the pair energy); it tames the first steps from overlapping starts.
       n_min, f_inc, f_dec, alpha_start, f_alpha: as in the paper.
@@ -119,6 +124,11 @@ class Fire:
     def forces(state: Any) -> jax.Array:
         return state.force
 
+    @staticmethod
+    def at_stiffness(state: Any, stiffness: jax.Array) -> Any:
+        """The state with the mass for a largest stiffness that was measured."""
+        return dataclasses.replace(state, mass=jnp.full_like(state.mass, MEASURED * stiffness / 10.0))
+
 
 @dataclasses.dataclass(frozen=True)
 class GradientDescent:
@@ -166,6 +176,11 @@ class GradientDescent:
     @staticmethod
     def forces(state: Any) -> jax.Array:
         return state[1]
+
+    @staticmethod
+    def at_stiffness(state: Any, stiffness: jax.Array) -> Any:
+        """The same: its steps keep to the law's stiffness."""
+        return state
 
 
 @dataclasses.dataclass(frozen=True)

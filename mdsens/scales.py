@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,9 @@ import numpy as np
 from mdsens.stationarity import Unknowns, gradient
 from mdsens.system import System
 
-__all__ = ["Limits", "round_off", "scales"]
+__all__ = ["Limits", "largest_stiffness", "round_off", "scales"]
+
+POWERS = 20  # of the Hessian, in a power iteration
 
 
 @jax.jit
@@ -60,20 +63,27 @@ _scales_each = jax.jit(jax.vmap(scales))
 
 
 def _curvature(system: System) -> jax.Array:
-    """The size of the Hessian at the system's positions, from a few steps of power iteration; 1 where it vanishes."""
-    R = system.positions
+    """The largest eigenvalue of the Hessian at the system's positions; 1 where it vanishes."""
 
     def slope(positions: jax.Array) -> jax.Array:
         return gradient(system, Unknowns(positions), system.params).positions
 
+    return largest_stiffness(slope, system.positions, 1.0)
+
+
+def largest_stiffness(slope: Callable[[jax.Array], jax.Array], positions: jax.Array, otherwise: Any) -> jax.Array:
+    """The largest eigenvalue of the Hessian at positions (n, d), by power iteration: from 0.94 of it up to all of it in
+    packings and glasses; ``otherwise`` where it vanishes or is not finite.
+    """
+
     def product(_: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         v, size = carry
-        w = jax.jvp(slope, (R,), (v / jnp.where(size > 0, size, 1.0),))[1]
+        w = jax.jvp(slope, (positions,), (v / jnp.where(size > 0, size, 1.0),))[1]
         return w, jnp.sqrt(jnp.sum(w**2))
 
-    start = jnp.cos(jnp.arange(R.size, dtype=R.dtype) ** 2).reshape(R.shape)
-    _, size = jax.lax.fori_loop(0, 10, product, (start, jnp.sqrt(jnp.sum(start**2))))
-    return jnp.where((size > 0) & jnp.isfinite(size), size, 1.0)
+    start = jnp.cos(jnp.arange(positions.size, dtype=positions.dtype) ** 2).reshape(positions.shape)
+    _, size = jax.lax.fori_loop(0, POWERS, product, (start, jnp.sqrt(jnp.sum(start**2))))
+    return jnp.where((size > 0) & jnp.isfinite(size), size, otherwise)
 
 
 def round_off(system: System) -> float:

@@ -13,6 +13,7 @@ import pytest
 import mdsens as ms
 from mdsens import _members, _memory, _runs, stationarity
 from mdsens._runs import Runs
+from mdsens.contacts import network
 from mdsens.implicit import CG
 from mdsens.relaxation import Fire, Newton
 from mdsens.stiffness import Stiffness
@@ -184,4 +185,6 @@ def test_members_at_once_are_members_one_after_the_other(monkeypatch):
         eq = ms.minimize(batch, method=Fire())
     _runs._advance_each.clear_cache()  # type: ignore[attr-defined]
     assert np.all(eq.status == 0) and np.all(np.asarray(eq.max_force) <= 1e-12)
-    np.testing.assert_allclose(eq.positions, want.positions, rtol=0, atol=1e-8)
+    held = ~np.stack([network(m, 1e-12).rattlers for m in ms.unstack(want.system)])  # rattlers rest anywhere
+    assert 0.9 < held.mean() < 1.0
+    np.testing.assert_allclose(eq.positions[held], want.positions[held], rtol=0, atol=1e-8)

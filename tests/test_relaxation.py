@@ -15,9 +15,12 @@ from conftest import relative
 
 import mdsens as ms
 from mdsens import neighbours
+from mdsens._loop import advance, at_rest
 from mdsens._progress import Decades
+from mdsens.minimisers import MEASURED
 from mdsens.relaxation import Fire, GradientDescent, relax
-from mdsens.stationarity import largest_force, max_force
+from mdsens.scales import Limits, largest_stiffness, scales
+from mdsens.stationarity import dense_hessian, largest_force, max_force
 from mdsens.system import potential_energy
 
 
@@ -287,3 +290,38 @@ def test_a_force_that_was_cut_is_not_small(unit):
     eq = ms.minimize(system, tolerance=1e-6 / unit, max_steps=3000)
     assert eq.steps > 0
     assert float(max_force(eq.system)) <= 1e-6 / unit
+
+
+# ── the stiffness that the time step is taken from ──
+
+
+def hertzian(n: int) -> ms.System:
+    """Discs near jamming, where contacts are several times softer than the law's own stiffness says."""
+    rng = np.random.default_rng(0)
+    sigma = np.where(np.arange(n) < n // 2, 1.0, 0.6)
+    length = np.sqrt(np.pi / 4 * np.sum(sigma**2) / 0.86)
+    params = {"sigma": sigma, "epsilon": 1.0, "alpha": 2.5}
+    return ms.System.create(rng.random((n, 2)) * length, length, ms.potentials.soft_sphere(), params)
+
+
+@pytest.mark.parametrize("n", [32, 256])  # a list of all pairs, and one that becomes narrow
+def test_fire_takes_its_mass_from_the_stiffness_that_it_meets(n):
+    start = hertzian(n)
+    limits = Limits.of(scales(start), Fire())
+    state = at_rest(start.positions, limits.stiffness, Fire())
+    state, *_ = advance(start, state, start.reallocate(4.0).neighbours, 1e-12, 1500, Fire(), limits)
+    relaxed = ms.minimize(start, method=Fire()).system
+    largest = np.linalg.eigvalsh(dense_hessian(relaxed))[-1]
+    mass = np.unique(np.asarray(state.mass))
+    assert largest < 0.5 * float(limits.stiffness)
+    assert mass.size == 1 and 0.85 * largest < mass[0] * 10.0 / MEASURED < 1.05 * largest
+
+
+def test_largest_stiffness_of_a_stretched_spring():
+    def slope(R):
+        return jnp.stack([3.0 * (R[0] - R[1]), 3.0 * (R[1] - R[0])])
+
+    R = jnp.array([[0.3, 0.1], [1.0, 0.4]])
+    assert largest_stiffness(slope, R, 1.0) == pytest.approx(6.0, rel=1e-12)
+    assert largest_stiffness(jnp.zeros_like, R, 2.5) == 2.5
+    assert largest_stiffness(lambda R: jnp.inf * R, R, 2.5) == 2.5
