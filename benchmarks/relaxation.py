@@ -17,7 +17,7 @@ from benchmarks import _lammps
 from benchmarks._common import arguments, discs, length_of, report, timed
 
 TOLERANCE = 1e-12
-ENOUGH = 120.0  # seconds, after which a minimiser gets no further seed
+ENOUGH = 60.0  # seconds, after which a minimiser gets no further seed
 
 
 def by_jax_md(system: ms.System, runs: int, max_steps: int = 60_000) -> dict[str, Any]:
