@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from mdsens import relaxation
-from mdsens.implicit.linear import Auto, Method
+from mdsens.implicit.operators import Auto, Method
 from mdsens.implicit.root import root
 from mdsens.implicit.status import InputError, PrecisionError, SolveStats
 from mdsens.linearization import full_tangent

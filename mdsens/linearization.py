@@ -21,8 +21,8 @@ from mdsens._checks import real_array, short
 from mdsens._tables import Shown
 from mdsens.block_rows import BlockRows
 from mdsens.contacts import Network
-from mdsens.implicit.linear import Auto, Direct, Method
 from mdsens.implicit.linear import solve as solve_linear
+from mdsens.implicit.operators import Auto, Direct, Method
 from mdsens.implicit.status import InputError, SolveStats, Status, raise_for_status, require_sound_jax
 from mdsens.relaxation import Equilibrium
 from mdsens.stationarity import (

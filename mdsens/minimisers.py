@@ -18,8 +18,8 @@ from mdsens.implicit.status import InputError
 
 __all__ = ["Fire", "GradientDescent", "Newton"]
 
-# Of a largest stiffness that was measured, what counts as the law's own: dt_max is then 1.7 rad of the fastest vibration.
-# Measured, of packings in 2-D and 3-D and Lennard-Jones glasses: steps fall to here and 10 % beyond, and double at 20 %.
+# Of a stiffness that was measured, what counts as the law's: dt_max is then 1.7 rad of the fastest vibration. Measured,
+# of packings in 2-D and 3-D and of Lennard-Jones glasses: steps fall down to here and 10 % below, and rise at 20 %.
 MEASURED = 0.55
 
 

@@ -13,7 +13,7 @@ from jax.core import Tracer
 from mdsens._checks import real_array, short
 from mdsens._members import apart, in_chunks, joined, together
 from mdsens._memory import require_memory
-from mdsens.implicit.linear import Auto, Method
+from mdsens.implicit.operators import Auto, Method
 from mdsens.implicit.status import InputError, Status, raise_for_status
 from mdsens.linearization import (
     FORCE,

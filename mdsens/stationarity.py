@@ -17,7 +17,7 @@ from mdsens import contacts
 from mdsens.block_rows import BlockRows
 from mdsens.boxes import components, nearest_images
 from mdsens.contacts import Network
-from mdsens.implicit.linear import Evening, Operator
+from mdsens.implicit.operators import Evening, Operator
 from mdsens.neighbours import Neighbours
 from mdsens.slopes import energy_slope, row_terms
 from mdsens.system import System

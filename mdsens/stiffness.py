@@ -14,7 +14,8 @@ from mdsens.block_rows import BlockRows, evening
 from mdsens.implicit import eigen
 from mdsens.implicit._sparse import SHIFT, SparseFactor, bounds, ordering, solve_on_range
 from mdsens.implicit.eigen import Spectrum
-from mdsens.implicit.linear import Auto, solve
+from mdsens.implicit.linear import solve
+from mdsens.implicit.operators import Auto
 from mdsens.implicit.status import SolveStats, Status
 from mdsens.stationarity import NullSpace, Unknowns, hessian_operator, sparse_hessian
 from mdsens.system import System

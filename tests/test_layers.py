@@ -21,7 +21,7 @@ ORDER = [
     # the mathematics: knows no particle
     ["implicit.status"],
     ["implicit._tree", "implicit._krylov", "implicit._sparse"],
-    ["implicit._dense"],
+    ["implicit._dense", "implicit.operators"],
     ["implicit.linear"],
     ["implicit.eigen"],
     ["implicit.root"],

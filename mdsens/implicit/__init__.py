@@ -1,6 +1,7 @@
 """Implicit differentiation of any solver's root, and the linear solves behind it. Knows no particle."""
 
-from mdsens.implicit.linear import (
+from mdsens.implicit.linear import linear_solve, solve
+from mdsens.implicit.operators import (
     CG,
     GMRES,
     MINRES,
@@ -11,8 +12,6 @@ from mdsens.implicit.linear import (
     Method,
     Operator,
     choose,
-    linear_solve,
-    solve,
 )
 from mdsens.implicit.root import fixed_point, root
 from mdsens.implicit.status import (

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,238 +22,26 @@ from mdsens.implicit import _krylov
 from mdsens.implicit._dense import factor
 from mdsens.implicit._krylov import Result, norm
 from mdsens.implicit._tree import PyTree, check_same
+from mdsens.implicit.operators import (
+    CG,
+    GMRES,
+    MINRES,
+    Auto,
+    BiCGSTAB,
+    Direct,
+    Evening,
+    LinearMap,
+    Method,
+    Operator,
+    choose,
+)
 from mdsens.implicit.status import InputError, SolveStats, Status
 
-__all__ = [
-    "CG",
-    "GMRES",
-    "MINRES",
-    "Auto",
-    "BiCGSTAB",
-    "Direct",
-    "Evening",
-    "Method",
-    "Operator",
-    "choose",
-    "linear_solve",
-    "solve",
-]
+__all__ = ["linear_solve", "solve"]
 
-LinearMap: TypeAlias = Callable[[PyTree], PyTree]
 _Flat: TypeAlias = Callable[[Array], Array]
-
-
-class Evening(NamedTuple):
-    """A symmetric preconditioner, S^T S for A^-1, in a form that needs no product with it in an iteration.
-
-    Attributes:
-      map: v -> S v, invertible and linear, into a tree of its own: S the inverse of the root of A's diagonal, or of
-        the Cholesky factors of its diagonal blocks.
-      matvec: w -> S A S^T w on that tree. Nothing is projected between two of these: where A has a null space, what
-        this gives must lie off that of S A S^T to round-off, which it does where it is a symmetric matrix to round-off.
-    """
-
-    map: LinearMap
-    matvec: LinearMap
-
-
-@dataclasses.dataclass(frozen=True)
-class Operator:
-    """A square linear map on pytrees, what is known of it, and its null space.
-
-    Attributes:
-      matvec: v -> A v, both with the tree and shapes of the unknowns; linear in v, traceable.
-      symmetric: A equals its transpose. Declared, not checked.
-      positive_semidefinite: no direction has negative curvature; implies ``symmetric``.
-      project: orthogonal projector off the right null space of A, a symmetric linear map; None where there is none.
-        It must be complete: along a null direction left out, the answer is arbitrary where the right-hand side has
-        next to nothing there, and the solve fails where it has more.
-      left_project: the same for the left null space; ``project`` where None, which is right for a symmetric A.
-      even: a change of unknowns that makes a symmetric A better conditioned; None for none. Krylov iterations then run
-        on S A S^T; residuals are of A all the same.
-    """
-
-    matvec: LinearMap
-    symmetric: bool = False
-    positive_semidefinite: bool = False
-    project: LinearMap | None = None
-    left_project: LinearMap | None = None
-    even: Evening | None = None
-
-    def __post_init__(self) -> None:
-        if self.positive_semidefinite and not self.symmetric:
-            object.__setattr__(self, "symmetric", True)
-        if self.even is not None and not self.symmetric:
-            raise InputError(
-                f"even={self.even!r} on an operator with symmetric=False; declare it symmetric, or leave it out"
-            )
-        if self.left_project is not None and self.left_project is not self.project:
-            if self.symmetric:
-                raise InputError(
-                    f"left_project={self.left_project!r} differs from project on a symmetric operator, whose two null "
-                    "spaces are one; leave left_project out, or declare symmetric=False"
-                )
-        else:
-            object.__setattr__(self, "left_project", self.project)
-
-    def transpose(self, example: PyTree) -> Operator:
-        """The transposed operator; ``example`` is an array tree (or its shapes) like the unknowns."""
-        if self.symmetric:
-            return self
-        transposed = jax.linear_transpose(self.matvec, example)
-        return Operator(lambda w: transposed(w)[0], project=self.left_project, left_project=self.project)
-
-
-def _check_rtol(name: str, rtol: float) -> None:
-    if not (isinstance(rtol, int | float) and 0.0 < rtol < 1.0):
-        raise InputError(f"{name}: rtol={rtol!r} is no relative residual; give a number between 0 and 1, such as 1e-10")
-
-
-def _check_count(name: str, field: str, value: int | None) -> None:
-    if value is not None and not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
-        raise InputError(f"{name}: {field}={value!r} is no count; give a whole number of at least 1")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Iterative:
-    rtol: float = 1e-10
-    max_iterations: int | None = None
-
-    def __post_init__(self) -> None:
-        _check_rtol(type(self).__name__, self.rtol)
-        _check_count(type(self).__name__, "max_iterations", self.max_iterations)
-
-
-@dataclasses.dataclass(frozen=True)
-class CG(_Iterative):
-    """Conjugate gradients: the fastest where the operator is positive semi-definite; refuses any other.
-
-    Args:
-      rtol: relative residual asked for. Residual is not error, the condition number stands between: lower it to 1e-13
-        near unjamming.
-      max_iterations: operator applications; 10 times the number of unknowns, at least 1,000, where None.
-      degree: of the polynomial of the operator that preconditions, see :func:`mdsens.implicit._krylov.chebyshev`. One
-        is none: it saves inner products, not applications.
-    """
-
-    degree: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_count("CG", "degree", self.degree)
-
-
-@dataclasses.dataclass(frozen=True)
-class MINRES(_Iterative):
-    """Minimal residuals on the Lanczos recurrence: for a symmetric operator that may be indefinite.
-
-    Args:
-      rtol: relative residual asked for, as in :class:`CG`.
-      max_iterations: operator applications; 10 times the number of unknowns, at least 1,000, where None.
-    """
-
-
-@dataclasses.dataclass(frozen=True)
-class BiCGSTAB(_Iterative):
-    """Stabilised bi-conjugate gradients: any operator, little memory, but it may break down; GMRES where it does.
-
-    Args:
-      rtol: relative residual asked for, as in :class:`CG`.
-      max_iterations: operator applications (two a step); 10 times the number of unknowns, at least 1,000, where None.
-    """
-
-
-@dataclasses.dataclass(frozen=True)
-class GMRES(_Iterative):
-    """Generalised minimal residuals, restarted: any operator, on any device.
-
-    Args:
-      rtol: relative residual asked for, as in :class:`CG`.
-      max_iterations: operator applications; 10 times the number of unknowns, at least 1,000, where None.
-      restart: length of a cycle. Memory is (restart + 1) vectors; raise it where the status is STAGNATED, lower it
-        where memory runs out.
-      degree: of the polynomial of the operator that preconditions, see :func:`mdsens.implicit._krylov.chebyshev`, for
-        an operator declared positive semi-definite; one is none, and what any other gets. A cycle then reaches over
-        ``restart * degree`` applications, of which it orthogonalises one in ``degree``: near jamming, where restarts
-        stagnate, that is the difference between an answer and none.
-    """
-
-    restart: int = 200
-    degree: int = 20
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_count("GMRES", "restart", self.restart)
-        _check_count("GMRES", "degree", self.degree)
-
-
-@dataclasses.dataclass(frozen=True)
-class Direct:
-    """A dense factorisation: the operator is written out as a matrix, so up to some thousand unknowns.
-
-    Cholesky where positive semi-definite, LU where not, of ``P A P + s (I - P)``; singular values where left and right
-    null space differ.
-
-    Args:
-      rtol: relative residual that makes the status good; refinement aims at it.
-    """
-
-    rtol: float = 1e-10
-
-    def __post_init__(self) -> None:
-        _check_rtol("Direct", self.rtol)
-
-
-@dataclasses.dataclass(frozen=True)
-class Auto:
-    """Let :func:`choose` pick by size, symmetry, definiteness and number of right-hand sides.
-
-    For a law of pairs, :mod:`mdsens.sensitivity` takes the sparse factor of the Hessian instead, on a CPU, in double
-    precision and up to 1,500 particles in 3-D, 4,000 for many right-hand sides at once. Both rest on the times and
-    errors of every solver in benchmarks/results/README.md, under "sensitivity" (by size and density) and "jamming" (by
-    pressure).
-
-    Args:
-      rtol: relative residual asked for, as in :class:`CG`.
-    """
-
-    rtol: float = 1e-10
-
-    def __post_init__(self) -> None:
-        _check_rtol("Auto", self.rtol)
-
-
-Method: TypeAlias = GMRES | CG | MINRES | BiCGSTAB | Direct | Auto
-
-# Measured on spring networks of 5.6 bonds a particle in 2-D, two cores: at 512 unknowns Direct takes 13 ms, 10 of them
-# to write the matrix out, and each further right-hand side next to nothing; CG 1.6 ms for one, 90 for 32, and in
-# proportion to the root of the condition number; GMRES 9 ms. So up to here the choice is accuracy: the residual of
-# Direct is 4e-15 whatever the condition number. At 1,024 they cross near 64 right-hand sides.
-_DIRECT_SIZE, _DIRECT_SIZE_SHARED, _UNKNOWNS_PER_RHS = 512, 2048, 16
 # Of the tolerance, in evened unknowns, since |S r| may fall under |r|.
 _EVEN_SHARE = 0.5
-
-
-def choose(method: Method, size: int, operator: Operator, rhs: int = 1) -> Method:
-    """The concrete method that ``method`` stands for.
-
-    Args:
-      method: any option record; all but :class:`Auto` come back as they are.
-      size: number of unknowns.
-      operator: its declared symmetry and definiteness count, nothing is evaluated.
-      rhs: right-hand sides that will share one factorisation.
-
-    Returns:
-      Direct up to 512 unknowns, up to 2,048 where at least one right-hand side for 16 unknowns shares the factor;
-      beyond, CG, MINRES or GMRES by what the operator declares.
-    """
-    if not isinstance(method, Auto):
-        return method
-    if size <= (_DIRECT_SIZE_SHARED if rhs * _UNKNOWNS_PER_RHS >= size else _DIRECT_SIZE):
-        return Direct(rtol=method.rtol)
-    if operator.positive_semidefinite:
-        return CG(rtol=method.rtol)
-    return MINRES(rtol=method.rtol) if operator.symmetric else GMRES(rtol=method.rtol)
 
 
 def solve(

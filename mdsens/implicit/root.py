@@ -23,7 +23,8 @@ from jax.dtypes import float0
 from jax.extend import core
 
 from mdsens.implicit._tree import PyTree, check_same
-from mdsens.implicit.linear import Auto, LinearMap, Method, Operator, linear_solve
+from mdsens.implicit.linear import linear_solve
+from mdsens.implicit.operators import Auto, LinearMap, Method, Operator
 from mdsens.implicit.status import InputError, require_sound_jax
 
 __all__ = ["fixed_point", "root"]
@@ -52,7 +53,7 @@ def root(
 
     Args:
       F: ``F(x, *args)``, with the tree and shapes of x; traceable, and twice differentiable for second derivatives.
-      solve: how the linear systems are solved; an option record of :mod:`mdsens.implicit.linear`.
+      solve: how the linear systems are solved; an option record of :mod:`mdsens.implicit.operators`.
       symmetric: dF/dx is symmetric, as for a gradient. Halves the work of reverse mode and opens MINRES.
       positive_semidefinite: dF/dx is so too, as at a minimum. Opens CG.
       null_space: ``null_space(x, *args)`` gives the orthogonal projector off the null space of dF/dx (or the pair off

@@ -11,7 +11,7 @@ import numpy as np
 
 from mdsens import sensitivity
 from mdsens._tables import Shown
-from mdsens.implicit.linear import Method
+from mdsens.implicit.operators import Method
 from mdsens.implicit.status import InputError, Status
 from mdsens.relaxation import Equilibrium
 from mdsens.sensitivity import Linearization
