@@ -22,6 +22,7 @@ from mdsens.verify import FiniteDifference, finite_difference
 __all__ = [
     "ADJOINT",
     "AGREEMENT",
+    "AXES",
     "Component",
     "Finding",
     "components",
@@ -52,8 +53,16 @@ class Component(NamedTuple):
     direction: dict[str, np.ndarray]
 
 
-def components(given: System, name: str, index: tuple[int, ...] | None) -> list[Component]:
-    """What ``name[index]`` stands for; without an index every component, of a symmetric matrix each pair once."""
+def components(
+    given: System, name: str, index: tuple[int, ...] | None, pressure: float | None = None
+) -> list[Component]:
+    """What ``name[index]`` stands for; without an index every component, of a symmetric matrix each pair once.
+
+    Args:
+      pressure: where the system is relaxed to one, it is a parameter as well.
+    """
+    if name == "pressure" and pressure is not None and index is None:
+        return [Component(name, {name: np.ones(())})]
     if name not in given.params:
         raise InputError(
             f"--wrt {name}: {given.potential.name} has no such parameter, {nearest(name, list(given.params))}"
@@ -142,6 +151,8 @@ def relaxation(eq: Equilibrium, net: Network, more: _tables.Rows = ()) -> str:
     force = f"{largest:.2e} on any particle (tolerance {float(eq.tolerance):.0e})"
     rattlers = int(np.sum(np.asarray(net.rattlers)))
     rows = [("status", f"{status.name}: {status.sentence}"), ("steps", f"{int(eq.steps):,} in {eq.wall_time:.1f} s")]
+    if eq.pressure is not None:
+        rows.append(("pressure", eq.cell_in_words()))
     if given.potential.repulsive:
         z = 2.0 * pairs / max(given.n - rattlers, 1)
         if pairs:

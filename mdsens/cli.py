@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 import os
-import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mdsens import _report, _tables
+from mdsens import _arguments, _elastic_report, _report, _tables
+from mdsens._arguments import FIGURES, MANY, SOLVERS, UNTRUSTED
 from mdsens.implicit.status import ConvergenceError, InputError, MdsensError, Status
 
 if TYPE_CHECKING:
@@ -26,25 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-GOOD, INTERNAL, BAD_INPUT, UNTRUSTED, INTERRUPTED = 0, 1, 2, 3, 130
-MANY = 10  # components; more are ranked in place of shown one by one
-FIGURES = (".png", ".pdf", ".svg", ".eps", ".jpg", ".jpeg", ".tif", ".tiff", ".webp")
-SOLVERS = {name.lower(): name for name in ("Auto", "GMRES", "CG", "MINRES", "BiCGSTAB", "Direct")}
-EXAMPLES = """\
-examples:
-  mdsens systems                                           what comes with mdsens
-  mdsens sensitivity seed_packing_2d --wrt "sigma[1]"      how a packing moves as species 1 grows
-  mdsens sensitivity seed_packing_2d --wrt alpha --plot alpha.png --out alpha.npz
-  mdsens relax my_system.toml --seed 3 --extxyz relaxed.extxyz
-  mdsens certify seed_packing_2d --wrt "sigma[1]"          can that be trusted, and how far
-  mdsens verify dimer --wrt sigma                          finite differences, and the adjoint
-  mdsens doctor                                            versions, device, a check of the compiler
-
-exit codes: 0 the result is good; 2 bad input; 3 a result not to be trusted; 1 an internal error; 130 interrupted
-"""
-WRT = """\
-what to differentiate by: a parameter (sigma), a component (sigma[1]), or one of a matrix of species pairs (sigma[0,1],
-which changes together with sigma[1,0])"""
+GOOD, INTERNAL, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # an ASCII terminal has no Å
     warnings.filterwarnings("ignore", "scatter inputs have incompatible types", FutureWarning)  # in jax-md's cell list
-    parser = _parser()
+    parser = _arguments.parser(_RUNS, _Version)
     args = parser.parse_args(argv)
     if not hasattr(args, "run"):
         parser.print_help(sys.stderr)
@@ -85,120 +66,12 @@ def _failed(code: int, message: str) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="mdsens",
-        description="How relaxed particle configurations move with the parameters of their interactions.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-
-    def command(name: str, run: Any, what: str, more: str = "") -> argparse.ArgumentParser:
-        description = f"{what[0].upper()}{what[1:]}.{' ' if more else ''}{more}"
-        made = commands.add_parser(name, help=what, description=description)
-        made.set_defaults(run=run)
-        return made
-
-    def common(made: argparse.ArgumentParser) -> None:
-        made.add_argument("system", metavar="SYSTEM", help="a bundled name (mdsens systems lists them) or a .toml file")
-        made.add_argument("--seed", type=int, help="of random starts and parameters (default: the system's own)")
-        made.add_argument(
-            "--tolerance",
-            type=_positive,
-            help="largest net force on a particle to relax to, in the system's units (default: the system's, or 1e-12)",
-        )
-
-    def differentiated(made: argparse.ArgumentParser) -> None:
-        made.add_argument("--wrt", required=True, metavar="NAME", type=_wrt, help=WRT)
-        made.add_argument("--solver", choices=SOLVERS, default="auto", help="linear solver (default: auto)")
-
-    def strict(made: argparse.ArgumentParser) -> None:
-        made.add_argument("--strict", action="store_true", help=f"exit with {UNTRUSTED} on any warning too")
-
-    made = command(
-        "sensitivity",
-        _sensitivity,
-        "relax a system, and differentiate where its particles come to rest",
-        f"Without an index every component is taken in turn; beyond {MANY} components, the {MANY} that move the others "
-        "most are listed and the first is shown. Each result is checked by relaxing again at parameters a little to "
-        f"either side: above a relative difference of {_report.AGREEMENT:g} the exit code is {UNTRUSTED}.",
-    )
-    common(made)
-    differentiated(made)
-    made.add_argument(
-        "--out", type=Path, metavar="FILE.npz", help="store positions, responses and their evidence, for numpy.load"
-    )
-    made.add_argument(
-        "--plot",
-        type=Path,
-        metavar="FIGURE",
-        help=f"draw the response ({', '.join(FIGURES[:3])}, ...); of several components, the one of the largest",
-    )
-    made.add_argument("--no-check", action="store_true", help="do not check against finite differences")
-    strict(made)
-
-    made = command(
-        "certify",
-        _certify,
-        "examine a minimum: is it one, is it stable, how wrong can its derivative be, how far does it reach",
-        f"What did not relax, what is unjammed, floppy or a saddle is examined too: the exit code is then {UNTRUSTED}.",
-    )
-    common(made)
-    made.add_argument("--wrt", metavar="NAME", type=_wrt, help=f"{WRT}; without it the minimum alone is examined")
-    made.add_argument("--particle", type=int, metavar="I", help="examine what has no answer in the place of particle I")
-    made.add_argument("--modes", type=int, default=1, metavar="K", help="how many of the lowest modes (default: 1)")
-    made.add_argument(
-        "--max-steps", type=int, metavar="N", help="stop relaxing there (default: the system's, or 200,000)"
-    )
-    made.add_argument("--single", action="store_true", help="compute in single precision, to see what is left of it")
-    made.add_argument("--json", type=Path, metavar="FILE.json", help="store every figure")
-    strict(made)
-
-    made = command("relax", _relax, "relax a system to a minimum of its energy")
-    common(made)
-    made.add_argument("--out", type=Path, metavar="FILE.npz", help="store the minimum, for mdsens.io.load")
-    made.add_argument("--extxyz", type=Path, metavar="FILE", help="store it for OVITO, ASE and others")
-
-    made = command(
-        "verify",
-        _verify,
-        "hold a sensitivity against finite differences and its own adjoint",
-        f"Of a parameter with more than {MANY} components, one random direction through all is taken. Limits: "
-        f"relative differences of {_report.AGREEMENT:g} to finite differences, "
-        f"{_report.ADJOINT:g} between forward and adjoint.",
-    )
-    common(made)
-    differentiated(made)
-    command("systems", _systems, "list the systems that come with mdsens")
-    command(
-        "doctor", _doctor, "show versions and the device, and check the compiler", f"Exit code {UNTRUSTED} if it fails."
-    )
-    return parser
-
-
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         import mdsens
 
         print(f"mdsens {mdsens.__version__}")
         parser.exit()
-
-
-def _positive(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0.0 < float(text) < math.inf:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
-
-
-def _wrt(text: str) -> tuple[str, tuple[int, ...] | None]:
-    found = re.fullmatch(r"\s*([^\[\]\s]+)\s*(?:\[\s*(-?\d+(?:\s*,\s*-?\d+)*)\s*\])?\s*", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is no component: write sigma, sigma[1] or sigma[0,1]")
-    name, index = found.groups()
-    return name, None if index is None else tuple(int(i) for i in index.split(","))
 
 
 def _writable(option: str, path: Path | None, suffixes: Sequence[str] = ()) -> None:
@@ -227,8 +100,13 @@ def _relaxed(args: argparse.Namespace) -> tuple[Equilibrium, Linearization, list
         options["tolerance"] = args.tolerance
     if getattr(args, "max_steps", None) is not None:
         options["max_steps"] = args.max_steps
-    differentiate, examine = getattr(args, "wrt", None) is not None, args.run is _certify
-    parts = _report.components(system, *args.wrt) if differentiate else []
+    differentiate, examine = getattr(args, "wrt", None) is not None, args.command == "certify"
+    pressure = getattr(args, "pressure", None)
+    if pressure is not None:
+        options |= {"pressure": pressure, "shape": args.shape}
+    elif getattr(args, "shape", False):
+        raise InputError("--shape goes with --pressure: give the pressure to relax the cell to.")
+    parts = _report.components(system, *args.wrt, pressure=pressure) if differentiate else []
     solver = getattr(ms.implicit, SOLVERS[getattr(args, "solver", "auto")])()
     about = specification.read(specification.locate(args.system))
     print(_report.system(Path(args.system).stem, system, about), end="\n\n", flush=True)
@@ -325,6 +203,40 @@ def _certify(args: argparse.Namespace) -> int:
     return UNTRUSTED if grave else GOOD
 
 
+def _moduli(args: argparse.Namespace) -> int:
+    import json
+
+    import numpy as np
+
+    import mdsens as ms
+    from mdsens.files import replacing
+
+    _writable("--plot", args.plot, FIGURES)
+    _writable("--json", args.json, (".json",))
+    _, lin, parts = _relaxed(args)
+    ms.implicit.raise_for_status(Status(int(lin.status)), "this minimum has no moduli", lin)
+    found = ms.elasticity.moduli(lin)
+    print(_elastic_report.page(found), end="\n\n", flush=True)
+    slopes = _elastic_report.slopes_of(lin, parts) if parts else {}
+    if parts:
+        print(_elastic_report.derivatives(parts, slopes, MANY), end="\n\n", flush=True)
+    if args.plot:
+        _figure(args.plot, lambda: ms.plots.moduli(found)[0])
+        print(f"wrote {args.plot}")
+    if args.json:
+        whole = {name: np.asarray(getattr(found, name)).tolist() for name in ("tensor", "birch", "affine", "stress")}
+        by = {part.label: {k: float(v) for k, v in zip(slopes, row, strict=True)}
+              for part, row in zip(parts, zip(*slopes.values(), strict=True), strict=True)}  # fmt: skip
+        with replacing(args.json) as file:
+            file.write(json.dumps({**whole, "derivatives": by}, indent=1).encode())
+        print(f"wrote {args.json}")
+    if float(found.stability) > 0:
+        print("good: stable against every strain")
+        return GOOD
+    print("not to be trusted: unstable against a strain, at this pressure the cell would not stay as it is")
+    return UNTRUSTED
+
+
 def _verdict(findings: Sequence[Finding], good: str, warned: Sequence[str] = (), strict: bool = False) -> int:
     bad = [f"{found.part.label}: {found.reason}" for found in findings if found.reason]
     bad += warned if strict else []
@@ -364,17 +276,23 @@ def _store(path: Path, lin: Linearization, findings: Sequence[Finding]) -> None:
 
 
 def _plot(path: Path, lin: Linearization, found: Finding) -> None:
+    import mdsens as ms
+
+    _figure(path, lambda: ms.plots.sensitivity_map(lin, found.response, title=f"d/d {found.part.label}"))
+    print(f"wrote {path}: {found.part.label}")
+
+
+def _figure(path: Path, draw: Callable[[], Any]) -> None:
+    """Draw without a display, and write."""
     import matplotlib
 
-    import mdsens as ms
     from mdsens.files import replacing
 
     matplotlib.use("agg")
-    figure = ms.plots.sensitivity_map(lin, found.response, title=f"d/d {found.part.label}").get_figure(root=True)
+    figure = draw().get_figure(root=True)
     assert figure is not None
     with replacing(path) as file:
         figure.savefig(file, format=path.suffix[1:].lower(), dpi=300)
-    print(f"wrote {path}: {found.part.label}")
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -420,3 +338,14 @@ def _doctor(args: argparse.Namespace) -> int:
     else:
         print("good: neighbour lists find every pair")
     return UNTRUSTED if bad else GOOD
+
+
+_RUNS = {
+    "sensitivity": _sensitivity,
+    "certify": _certify,
+    "relax": _relax,
+    "moduli": _moduli,
+    "verify": _verify,
+    "systems": _systems,
+    "doctor": _doctor,
+}

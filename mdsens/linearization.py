@@ -21,6 +21,7 @@ from mdsens._checks import real_array, short
 from mdsens._tables import Shown
 from mdsens.block_rows import BlockRows
 from mdsens.contacts import Network
+from mdsens.enthalpy import Cell, enthalpy_slope
 from mdsens.implicit.linear import solve as solve_linear
 from mdsens.implicit.operators import Auto, Direct, Method
 from mdsens.implicit.status import InputError, SolveStats, Status, raise_for_status, require_sound_jax
@@ -29,16 +30,18 @@ from mdsens.stationarity import (
     NullSpace,
     Unknowns,
     along,
+    gradient,
     hessian_operator,
     linearisation,
     mixed_product,
     mixed_transpose,
 )
 from mdsens.stiffness import Stiffness, factorises
+from mdsens.strains import forces_of_strain, to_mandel
 from mdsens.system import System, box_at
 
-__all__ = ["FORCE", "JVP", "VJP", "Door", "Linearization", "Response", "finite_or_said", "full_tangent", "linearised"]
-__all__ += ["by_factor", "changes", "check_method", "linearize", "through", "through_batch"]
+__all__ = ["FORCE", "JVP", "STRAIN", "VJP", "Door", "Linearization", "Response", "by_factor", "changes", "check_method"]
+__all__ += ["finite_or_said", "full_tangent", "linearised", "linearize", "through", "through_batch"]
 
 Params = Mapping[str, Any]
 # In 3-D, a factor takes 0.27 s at 2,000 spheres, one solve by CG 0.07 s, and 0.15 s at a pressure of 4e-4.
@@ -53,9 +56,10 @@ class Response(Shown):
     Attributes:
       value: of ``jvp`` and ``response`` the derivative of the stored positions, (n, d), mean displacement zero and
         rows of rattlers zero; of ``jacobian`` (n, d, *shape of the parameter); of ``vjp`` and ``gradient`` a dict
-        shaped like the parameters.
+        shaped like the parameters. At a pressure, of positions and cell: ``Unknowns``, with ``strain`` the change of
+        the cell, d box = strain box, as a Mandel vector (m,).
       stats: of the linear solve: status, relative residual, iterations, part dropped, solver.
-      nonaffine: ``value`` less the affine part (d box / dp) box^-1 R, which is free of the choice of images; equal to
+      nonaffine: ``value`` less the affine part (d box) box^-1 R, which is free of the choice of images; equal to
         ``value`` where the box does not move; None where ``value`` is a dict.
       max_force: of the minimum.
       rattlers: (n,) particles that are held by nothing, whose rows are zero.
@@ -107,6 +111,7 @@ class Linearization:
       solve: the option record of the linear solver.
       blocks: the Hessian assembled, for products; None for a law that is more than pairs.
       stiffness: the Hessian on the host with its factor, which the first solve makes; None inside traced code.
+      cell: of a minimum at a pressure; None where the cell was given.
     """
 
     equilibrium: Equilibrium
@@ -116,6 +121,29 @@ class Linearization:
     solve: Method = dataclasses.field(default=Auto(), metadata={"static": True})
     blocks: BlockRows | None = None
     stiffness: Stiffness | None = dataclasses.field(default=None, metadata={"static": True}, compare=False)
+    cell: Cell | None = None
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """What derivatives are taken by: the system's parameters and, where the cell is an unknown, the pressure."""
+        return dict(self.system.params) if self.cell is None else {**self.system.params, "pressure": self.cell.pressure}
+
+    def condition(self, params: Params) -> Unknowns:
+        """What is zero at the minimum: dU/dR, and where the cell is an unknown the enthalpy's derivative by strain."""
+        own = {name: params[name] for name in self.system.params}
+        slope = gradient(self.system, Unknowns(self.system.positions), own)
+        if self.cell is None:
+            return slope
+        at = self.system.replace(params=own)
+        return dataclasses.replace(slope, strain=enthalpy_slope(at, params["pressure"], self.cell.along))
+
+    def solved(self, side: Unknowns, x: jax.Array) -> Unknowns:
+        """The answer of H x = side for positions alone, as that for positions and cell."""
+        if self.cell is None or side.strain is None:
+            return Unknowns(x)
+        cell = self.cell
+        strain = cell.compliance @ (side.strain + jnp.einsum("knd,nd->k", cell.motion, side.positions))
+        return Unknowns(x + jnp.tensordot(strain, cell.motion, axes=1), strain)
 
     def traced(self, moving: Sequence[str]) -> Linearization:
         """What compiled code takes: without the host's part, and with the cheapest form of the law.
@@ -128,8 +156,9 @@ class Linearization:
 
     @property
     def status(self) -> Any:
-        """CONVERGED, or why no derivative can be taken here: the minimisation's own status, or UNJAMMED."""
-        return _outcome(self.equilibrium.status, self.network.rattlers)
+        """CONVERGED, or why no derivative can be taken here: the minimisation's own status, UNJAMMED, or the cell's."""
+        code = _outcome(self.equilibrium.status, self.network.rattlers)
+        return code if self.cell is None else (jnp if isinstance(code, Tracer) else np).maximum(code, self.cell.status)
 
 
 def by_factor(system: System, solve: Method, many: bool = False) -> bool:
@@ -166,8 +195,11 @@ def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Li
         )
     backbone, net, null = linearisation(eq.system, eq.max_force)
     null = null.simplified()
-    held = Stiffness(backbone, null) if backbone.potential.pairwise else None
-    lin = Linearization(eq, backbone, net, null, solve, stiffness=held)
+    stiffness = Stiffness(backbone, null)
+    cell = None if eq.pressure is None else Cell.of(backbone, stiffness, eq.pressure, np.asarray(eq.strains))
+    lin = Linearization(
+        eq, backbone, net, null, solve, stiffness=stiffness if backbone.potential.pairwise else None, cell=cell
+    )
     if throw:
         raise_for_status(Status(int(lin.status)), "this minimum cannot be differentiated", lin)
     return lin
@@ -200,24 +232,24 @@ def full_tangent(system: System, dparams: Params) -> dict[str, Any]:
     return {k: given[k] if k in given else np.zeros(v.shape, v.dtype) for k, v in system.params.items()}
 
 
-def changes(system: System, dparams: Params) -> dict[str, Any]:
-    """Changes of some parameters, checked."""
+def changes(system: System, dparams: Params, params: Params | None = None) -> dict[str, Any]:
+    """Changes of some parameters, checked; of a Linearization's ``params`` where they are given."""
+    valid = system.params if params is None else params
     if not isinstance(dparams, Mapping):
         raise InputError(f"dparams is a {type(dparams).__name__}: give a dict of parameter names and their changes.")
     for name, change in dparams.items():
-        if name not in system.params:
-            near = difflib.get_close_matches(str(name), system.params, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(map(repr, system.params))}."
+        if name not in valid:
+            near = difflib.get_close_matches(str(name), valid, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(map(repr, valid))}."
             raise InputError(f"{name!r} is no parameter of {system.potential.name}: {hint}")
         given = real_array(f"dparams[{name!r}]", change)
-        want, got = system.params[name].shape, given.shape
+        want, got = valid[name].shape, given.shape
         if want != got:
             raise InputError(f"dparams[{name!r}] has shape {got}: the parameter has {want}, give that.")
         if not isinstance(given, Tracer) and not np.isfinite(np.asarray(given, float)).all():
             raise InputError(f"dparams[{name!r}] is not finite: give finite changes.")
     return {
-        name: real_array(f"dparams[{name!r}]", change).astype(system.params[name].dtype)
-        for name, change in dparams.items()
+        name: real_array(f"dparams[{name!r}]", change).astype(valid[name].dtype) for name, change in dparams.items()
     }
 
 
@@ -242,30 +274,45 @@ def _affine(system: System, tangent: Params, positions: jax.Array) -> jax.Array:
     return positions @ jnp.linalg.solve(box_at(system, system.params).T, change.T)
 
 
-def _jvp_side(lin: Linearization, tangent: Params) -> jax.Array:
-    return -mixed_product(lin.system, tangent).positions
+def _jvp_side(lin: Linearization, tangent: Params) -> Unknowns:
+    if lin.cell is None:
+        return jax.tree.map(jnp.negative, mixed_product(lin.system, tangent))
+    return jax.tree.map(jnp.negative, along(lin.condition, lin.params, tangent))
 
 
-def _jvp_response(lin: Linearization, tangent: Params, x: jax.Array, stats: SolveStats) -> Response:
-    rest = x - _affine(lin.system, tangent, lin.system.positions)
+def _jvp_response(lin: Linearization, tangent: Params, x: Unknowns, stats: SolveStats) -> Response:
+    positions = lin.system.positions
+    if x.strain is not None and lin.cell is not None:
+        strain = jnp.tensordot(x.strain, lin.cell.along, axes=1)
+        rest, value = x.positions, Unknowns(x.positions + positions @ strain.T, to_mandel(strain))
+    else:
+        rest, value = x.positions - _affine(lin.system, tangent, positions), x.positions
     nonaffine = lin.null.project(Unknowns(rest)).positions
-    stats = _with_outcome(lin, stats, (x, nonaffine))
-    return Response(x, stats, nonaffine, lin.equilibrium.max_force, lin.network.rattlers)
+    stats = _with_outcome(lin, stats, (value, nonaffine))
+    return Response(value, stats, nonaffine, lin.equilibrium.max_force, lin.network.rattlers)
 
 
-def _given(lin: Linearization, side: jax.Array) -> jax.Array:
+def _given(lin: Linearization, side: Unknowns) -> Unknowns:
     return side
 
 
-def _vjp_response(lin: Linearization, cotangent: jax.Array, x: jax.Array, stats: SolveStats) -> Response:
-    value = jax.tree.map(jnp.negative, mixed_transpose(lin.system, Unknowns(x)))
+def _vjp_response(lin: Linearization, cotangent: Unknowns, x: Unknowns, stats: SolveStats) -> Response:
+    if x.strain is None:
+        transposed = mixed_transpose(lin.system, x)
+    else:
+        transposed = jax.vjp(lin.condition, lin.params)[1](x)[0]
+    value = jax.tree.map(jnp.negative, transposed)
     stats = _with_outcome(lin, stats, value)
     return Response(value, stats, None, lin.equilibrium.max_force, lin.network.rattlers)
 
 
-def _force_response(lin: Linearization, force: jax.Array, x: jax.Array, stats: SolveStats) -> Response:
-    stats = _with_outcome(lin, stats, x)
-    return Response(x, stats, x, lin.equilibrium.max_force, lin.network.rattlers)
+def _force_response(lin: Linearization, given: Any, x: Unknowns, stats: SolveStats) -> Response:
+    stats = _with_outcome(lin, stats, x.positions)
+    return Response(x.positions, stats, x.positions, lin.equilibrium.max_force, lin.network.rattlers)
+
+
+def _strain_side(lin: Linearization, strain: jax.Array) -> Unknowns:
+    return Unknowns(forces_of_strain(lin.system, strain))
 
 
 class Door(NamedTuple):
@@ -274,14 +321,15 @@ class Door(NamedTuple):
     ``moving`` are the parameters by which it is taken, of all of them and of what is given.
     """
 
-    side: Callable[[Linearization, Any], jax.Array]
-    response: Callable[[Linearization, Any, jax.Array, SolveStats], Response]
+    side: Callable[[Linearization, Any], Unknowns]
+    response: Callable[[Linearization, Any, Unknowns, SolveStats], Response]
     moving: Callable[[Params, Any], Sequence[str]]
 
 
 JVP = Door(_jvp_side, _jvp_response, lambda params, tangent: tuple(tangent))
 VJP = Door(_given, _vjp_response, lambda params, cotangent: tuple(params))
 FORCE = Door(_given, _force_response, lambda params, force: ())
+STRAIN = Door(_strain_side, _force_response, lambda params, strain: ())
 
 
 def through(door: Door, lin: Linearization, given: Any, many: bool = False) -> Response:
@@ -291,10 +339,10 @@ def through(door: Door, lin: Linearization, given: Any, many: bool = False) -> R
         assert isinstance(lin.solve, Auto | Direct)
         sides = _sides(core, given, door, many)  # while the host factorises
         if held.factor is not None:
-            columns = np.asarray(sides).reshape(sides.shape[0] if many else 1, -1).T
-            x, stats = held.solve_many(columns, lin.solve.rtol)
+            forces = np.asarray(sides.positions)
+            x, stats = held.solve_many(forces.reshape(len(forces) if many else 1, -1).T, lin.solve.rtol)
             stats = jax.tree.map(lambda leaf: leaf[0] if many else leaf[0, 0], stats)
-            return _responses(core, given, x.T.reshape(sides.shape), stats, door, many)
+            return _responses(core, given, sides, x.T.reshape(forces.shape), stats, door, many)
     if held is not None:
         core = dataclasses.replace(core, blocks=held.blocks)
     return _compiled(core, given, door, many)
@@ -317,9 +365,10 @@ def through_batch(door: Door, eq: Equilibrium, given: Any, solve: Method) -> Res
     sides = _sides(core, given, door, False)
     if stiffness.factor is None:
         return None
-    x, stats = stiffness.solve_many(np.asarray(sides).reshape(-1, 1), solve.rtol)
+    forces = np.asarray(sides.positions)
+    x, stats = stiffness.solve_many(forces.reshape(-1, 1), solve.rtol)
     stats = jax.tree.map(lambda leaf: leaf[:, 0], stats)
-    return _responses(core, given, x.reshape(sides.shape), stats, door, False)
+    return _responses(core, given, sides, x.reshape(forces.shape), stats, door, False)
 
 
 @functools.partial(jax.jit, static_argnames=("door", "many"))
@@ -327,14 +376,15 @@ def _compiled(lin: Linearization, given: Any, door: Door, many: bool) -> Respons
     operator = hessian_operator(lin.system, lin.null, lin.blocks)
 
     def one(given: Any) -> Response:
-        x, stats = solve_linear(operator, Unknowns(door.side(lin, given)), lin.solve)
-        return door.response(lin, given, x.positions, stats)
+        side = door.side(lin, given)
+        x, stats = solve_linear(operator, Unknowns(side.positions), lin.solve)
+        return door.response(lin, given, lin.solved(side, x.positions), stats)
 
     return jax.vmap(one)(given) if many else one(given)
 
 
 @functools.partial(jax.jit, static_argnames=("door", "many"))
-def _sides(lin: Linearization, given: Any, door: Door, many: bool) -> jax.Array:
+def _sides(lin: Linearization, given: Any, door: Door, many: bool) -> Unknowns:
     if lin.system.batch is not None:
         return jax.vmap(door.side)(lin, given)
     side = functools.partial(door.side, lin)
@@ -342,8 +392,13 @@ def _sides(lin: Linearization, given: Any, door: Door, many: bool) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("door", "many"))
-def _responses(lin: Linearization, given: Any, x: Any, stats: SolveStats, door: Door, many: bool) -> Response:
+def _responses(
+    lin: Linearization, given: Any, sides: Unknowns, x: Any, stats: SolveStats, door: Door, many: bool
+) -> Response:
+    def response(lin: Linearization, given: Any, side: Unknowns, x: Any, stats: SolveStats) -> Response:
+        return door.response(lin, given, lin.solved(side, x), stats)
+
     if lin.system.batch is not None:
-        return jax.vmap(door.response)(lin, given, x, stats)
-    response = functools.partial(door.response, lin)
-    return jax.vmap(response)(given, x, stats) if many else response(given, x, stats)
+        return jax.vmap(response)(lin, given, sides, x, stats)
+    of_one = functools.partial(response, lin)
+    return jax.vmap(of_one)(given, sides, x, stats) if many else of_one(given, sides, x, stats)

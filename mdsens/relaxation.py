@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdsens._checks import short
+from mdsens._checks import real_number, short
 from mdsens._loop import advance, at_rest, status_of
 from mdsens._members import in_chunks, joined, together
 from mdsens._progress import Decades, Members
 from mdsens._runs import Run, Runs
 from mdsens._tables import Shown
+from mdsens.enthalpy import pressed
 from mdsens.implicit.status import (
     ConvergenceError,
     InputError,
@@ -32,7 +33,7 @@ from mdsens.scales import Limits, round_off, scales
 from mdsens.stationarity import largest_force, max_force
 from mdsens.system import System, stack, unstack
 
-__all__ = ["Equilibrium", "Fire", "GradientDescent", "Newton", "minimize", "relax"]
+__all__ = ["Equilibrium", "Fire", "GradientDescent", "Newton", "minimize", "relax", "require_given_cell"]
 
 Params = Mapping[str, Any]
 
@@ -49,6 +50,8 @@ class Equilibrium(Shown):
       steps: of the minimiser.
       wall_time: seconds, compilation included; 0 inside traced code.
       tolerance: what max_force was to reach.
+      pressure: at which the cell was relaxed, too; None in a cell that was given.
+      strains: (k, d, d) orthonormal strains that the cell was free to take; None likewise.
     """
 
     system: System
@@ -57,6 +60,8 @@ class Equilibrium(Shown):
     steps: jax.Array
     wall_time: Any
     tolerance: Any
+    pressure: Any = None
+    strains: Any = None
 
     @property
     def positions(self) -> jax.Array:
@@ -83,8 +88,14 @@ class Equilibrium(Shown):
             ("system", f"n = {s.n}, {s.dimension}-D, {s.potential.name}"),
             ("status", f"{Status(int(self.status)).name}: {Status(int(self.status)).sentence}"),
             ("max_force", f"{float(self.max_force):.2e} (tolerance {float(self.tolerance):.0e})"),
+            *([] if self.pressure is None else [("pressure", self.cell_in_words())]),
             ("steps", f"{int(self.steps):,} in {float(self.wall_time):.2f} s"),
         ]
+
+    def cell_in_words(self) -> str:
+        """What the cell was relaxed to, and its volume; of a minimum at a pressure."""
+        free = "the size of the cell" if len(self.strains) == 1 else "the size and shape of the cell"
+        return f"{float(self.pressure):.6g}, to which {free} was relaxed: volume {float(self.system.volume):.8g}"
 
 
 def relax(system: System, tolerance: Any, max_steps: Any, method: Any) -> Equilibrium:
@@ -108,17 +119,26 @@ def minimize(
     system: System,
     params: Params | None = None,
     *,
+    pressure: float | None = None,
+    shape: bool = False,
     tolerance: float = 1e-12,
     method: Newton | Fire | GradientDescent | None = None,
     max_steps: int = 200_000,
     throw: bool = True,
     progress: bool | None = None,
 ) -> Equilibrium:
-    """Relax a system to a minimum of its energy, dU/dR = 0.
+    """Relax a system to a minimum of its energy, dU/dR = 0; at a pressure, of its enthalpy U + P V.
+
+    At a pressure the cell is an unknown like the positions: it is taken from the system to begin with and follows no
+    parameter. A packing is compressed or decompressed to it, from an unjammed start, too. The derivatives of what comes
+    out, by ``jvp`` and its kin, are at that pressure: the cell responds.
 
     Args:
       system: where to start; a batch made by ``stack`` relaxes member by member.
       params: parameters to change first; the others stay.
+      pressure: P, energy a volume, to which the cell is relaxed; None for a cell that stays as it is.
+      shape: relax the shape of the cell too, until no shear stress is left; without it the cell grows or shrinks alike
+        in all directions, and the pressure is the mean over them.
       tolerance: the largest force on a particle to reach, in the potential's units. The error of every derivative is
         this over the smallest stiffness, so it is small by default; raise it where round-off stands above it.
       method: ``Newton()`` (the default: FIRE, and Newton steps where it crawls; where the Hessian can be factorised, a
@@ -140,11 +160,19 @@ def minimize(
         raise InputError(f"tolerance is {short(tolerance)}: give a positive number.")
     if not (isinstance(max_steps, Real) and max_steps >= 1):
         raise InputError(f"max_steps is {short(max_steps)}: give 1 or more.")
+    if pressure is not None:
+        _check_pressure(system, pressure, shape)
+        if system.batch is not None:
+            return _batch_at_pressure(system, params, throw, {
+                "pressure": pressure, "shape": shape, "tolerance": tolerance, "method": method, "max_steps": max_steps,
+            })  # fmt: skip
     if system.batch is not None:
         return _minimize_batch(system, params, tolerance, method, max_steps, throw, progress)
     if params is not None:
         system = system.with_params(params)
     began = time.perf_counter()
+    if pressure is not None:
+        return _at_pressure(system, float(pressure), shape, tolerance, method, max_steps, throw, progress)
     _check_precision(system, tolerance)
     newton, first = (method, method.first) if isinstance(method, Newton) else (None, method)
     bar = Decades(tolerance, progress)
@@ -157,6 +185,47 @@ def minimize(
     if throw:
         status, steps, largest = Status(int(eq.status)), int(eq.steps), float(eq.max_force)
         raise_for_status(status, f"minimize stopped after {steps:,} steps at max_force {largest:.3e}", eq)
+    return eq
+
+
+def _at_pressure(
+    system: System,
+    pressure: float,
+    shape: bool,
+    tolerance: float,
+    method: Any,
+    max_steps: int,
+    throw: bool,
+    progress: bool | None,
+) -> Equilibrium:
+    began = time.perf_counter()
+
+    def relax_held(at: System) -> Equilibrium:
+        how: dict[str, Any] = {"method": method, "max_steps": max_steps, "progress": progress}
+        return minimize(at, tolerance=tolerance, throw=False, **how)
+
+    eq, steps, strains, status = pressed(relax_held, system, pressure, shape, tolerance)
+    dtype = system.positions.dtype
+    eq = dataclasses.replace(
+        eq,
+        status=jnp.asarray(status.value, jnp.int32),
+        steps=jnp.asarray(steps),
+        wall_time=time.perf_counter() - began,
+        pressure=jnp.asarray(pressure, dtype),
+        strains=jnp.asarray(strains, dtype),
+    )
+    if throw:
+        what = f"minimize at pressure {pressure:g} stopped after {steps:,} steps at volume {float(eq.system.volume):g}"
+        raise_for_status(status, what, eq)
+    return eq
+
+
+def _batch_at_pressure(batch: System, params: Params | None, throw: bool, how: dict[str, Any]) -> Equilibrium:
+    found = [minimize(member, params, throw=False, **how) for member in unstack(batch)]
+    arrays = together([dataclasses.replace(m, system=None) for m in found])
+    eq = dataclasses.replace(arrays, system=stack([m.system for m in found]))
+    if throw:
+        _raise_for_members(eq)
     return eq
 
 
@@ -214,16 +283,29 @@ def _minimize_batch(
         arrays = together([dataclasses.replace(m, system=None) for m in members])
         eq = dataclasses.replace(arrays, system=stack([m.system for m in members]))
     if throw:
-        codes = [Status(int(code)) for code in np.asarray(eq.status)]
-        bad = [k for k, status in enumerate(codes) if not status.good]
-        if bad:
-            status = codes[bad[0]]
-            raise ConvergenceError(
-                f"{len(bad)} of {len(codes)} members did not relax, the first is member {bad[0]}: {status.sentence}.",
-                status,
-                eq,
-            )
+        _raise_for_members(eq)
     return eq
+
+
+def _raise_for_members(eq: Equilibrium) -> None:
+    codes = [Status(int(code)) for code in np.asarray(eq.status)]
+    bad = [k for k, status in enumerate(codes) if not status.good]
+    if bad:
+        status = codes[bad[0]]
+        raise ConvergenceError(
+            f"{len(bad)} of {len(codes)} members did not relax, the first is member {bad[0]}: {status.sentence}.",
+            status,
+            eq,
+        )
+
+
+def require_given_cell(eq: Equilibrium, what: str) -> None:
+    """Refuse a minimum at a pressure where only positions are looked at."""
+    if eq.pressure is not None:
+        raise InputError(
+            f"{what} holds the cell, and this minimum is one at a pressure, where the cell responds: for the minimum "
+            "in its present cell give dataclasses.replace(eq, pressure=None, strains=None)."
+        )
 
 
 def stats(eq: Equilibrium, method: Any) -> SolveStats:
@@ -236,6 +318,16 @@ def _check_kinds(system: Any, method: Any) -> None:
         raise InputError(f"minimize got a {type(system).__name__}: give a System, such as ms.load_system gives.")
     if not isinstance(method, Newton | Fire | GradientDescent):
         raise InputError(f"method is {short(method)}: give Newton(), Fire() or GradientDescent() of ms.relaxation.")
+
+
+def _check_pressure(system: System, pressure: Any, shape: Any) -> None:
+    real_number("pressure", pressure, "give a number, energy a volume, or None for a cell that stays as it is.")
+    if not np.isfinite(pressure):
+        raise InputError(f"pressure is {pressure}: give a finite number.")
+    if not isinstance(shape, bool):
+        raise InputError(f"shape is {short(shape)}: give True or False.")
+    if system.box is None:
+        raise InputError("pressure needs a cell, and this system has open boundaries: give it a box.")
 
 
 def _check_precision(system: System, tolerance: float) -> None:

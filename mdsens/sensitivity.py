@@ -13,6 +13,7 @@ from jax.core import Tracer
 from mdsens._checks import real_array, short
 from mdsens._members import apart, in_chunks, joined, together
 from mdsens._memory import require_memory
+from mdsens.enthalpy import deformed
 from mdsens.implicit.operators import Auto, Method
 from mdsens.implicit.status import InputError, Status, raise_for_status
 from mdsens.linearization import (
@@ -32,6 +33,8 @@ from mdsens.linearization import (
     through_batch,
 )
 from mdsens.relaxation import Equilibrium
+from mdsens.stationarity import Unknowns
+from mdsens.strains import basis
 from mdsens.system import System
 
 __all__ = ["Linearization", "Response", "gradient", "jacobian", "jvp", "linearize", "response", "vjp"]
@@ -60,19 +63,21 @@ def _over_members(door: Callable[[Equilibrium, Any], Response], eq: Equilibrium,
     return together([response for part in parts for response in part])
 
 
-def _batch_through(door: Door, eq: Equilibrium, given: Any, solve: Method | None) -> Response:
-    """A door on each member of a batch, with what is given for each, (members, …)."""
+def _batch_through(
+    door: Door, alone: Callable[[Equilibrium, Any], Response], eq: Equilibrium, given: Any, solve: Method | None
+) -> Response:
+    """A door on each member of a batch, with what is given for each, (members, …); ``alone`` on one where need be."""
     method = Auto() if solve is None else solve
     check_method(method)
 
     def some(part: tuple[Equilibrium, Any], count: int) -> tuple[Response | None, int]:
         return through_batch(door, *part, method), count
 
-    if by_factor(eq.system, method):
+    if by_factor(eq.system, method) and eq.pressure is None:
         parts, counts = zip(*in_chunks(some, (eq, given), eq.system.batch or 0, eq.system.n), strict=True)
         if None not in parts:
             return joined(parts, counts)
-    return _over_members(lambda member, own: through(door, linearised(member, method, False), own), eq, given)
+    return _over_members(alone, eq, given)
 
 
 def _for_members(name: str, given: Any, shape: tuple[int, ...], count: int) -> Any:
@@ -108,15 +113,21 @@ def jvp(
         raise InputError("dparams is empty: give at least one parameter's name and its change.")
     if _batched(at):
         assert isinstance(at, Equilibrium)
+        own = at.params if at.pressure is None else {**at.params, "pressure": at.pressure}
         if isinstance(dparams, Mapping):
-            shapes = {name: value.shape[1:] for name, value in at.params.items()}
+            shapes = {name: value.shape[1:] for name, value in own.items()}
             dparams = {
                 name: _for_members(f"dparams[{name!r}]", change, shapes.get(name, ()), at.system.batch or 0)
                 for name, change in dparams.items()
             }
-        return _judged(_batch_through(JVP, at, changes(at.system, dparams), solve), throw, "jvp")
+        given = changes(at.system, dparams, own)
+
+        def alone(member: Equilibrium, change: Params) -> Response:
+            return jvp(member, change, solve=solve, throw=False)
+
+        return _judged(_batch_through(JVP, alone, at, given, solve), throw, "jvp")
     lin = linearised(at, solve, throw)
-    return _judged(through(JVP, lin, changes(lin.system, dparams)), throw, "jvp")
+    return _judged(through(JVP, lin, changes(lin.system, dparams, lin.params)), throw, "jvp")
 
 
 def _cotangent(system: System, value: Any, name: str) -> jax.Array:
@@ -126,6 +137,24 @@ def _cotangent(system: System, value: Any, name: str) -> jax.Array:
     if not isinstance(array, Tracer) and not np.isfinite(np.asarray(array)).all():
         raise InputError(f"{name} is not finite: give finite numbers.")
     return array
+
+
+def _unfolded(lin: Linearization, cotangent: Any) -> Unknowns:
+    """A cotangent of stored positions and strain, as ``jvp`` gives them, as one of positions at a strain and of it."""
+    given = cotangent if isinstance(cotangent, Unknowns) else Unknowns(cotangent)
+    w = _cotangent(lin.system, given.positions, "cotangent")
+    if lin.cell is None:
+        if given.strain is not None:
+            raise InputError("the cotangent has a strain, and this cell was given: give (n, d), one vector a particle.")
+        return Unknowns(w)
+    along, R = lin.cell.along, lin.system.positions
+    strain = jnp.einsum("nd,kde,ne->k", w, along, R)
+    if given.strain is not None:
+        own, m = jnp.asarray(real_array("cotangent.strain", given.strain), w.dtype), R.shape[1] * (R.shape[1] + 1) // 2
+        if own.shape != (m,):
+            raise InputError(f"cotangent.strain has shape {own.shape}: give ({m},), a Mandel vector.")
+        strain = strain + jnp.einsum("m,mde,kde->k", own, basis(R.shape[1]), along)
+    return Unknowns(w, strain)
 
 
 def vjp(
@@ -138,7 +167,7 @@ def vjp(
 
     Args:
       at: as in ``jvp``.
-      cotangent: w, (n, d).
+      cotangent: w, (n, d); at a pressure also ``Unknowns(w, strain)``, strain a Mandel vector.
       solve, throw: as in ``jvp``.
 
     Returns:
@@ -147,9 +176,14 @@ def vjp(
     if _batched(at):
         assert isinstance(at, Equilibrium)
         given = _for_members("cotangent", cotangent, at.positions.shape[1:], at.system.batch or 0)
-        return _judged(_batch_through(VJP, at, _cotangent(at.system, given, "cotangent"), solve), throw, "vjp")
+        side = Unknowns(_cotangent(at.system, given, "cotangent"))
+
+        def alone(member: Equilibrium, w: Unknowns) -> Response:
+            return vjp(member, w, solve=solve, throw=False)
+
+        return _judged(_batch_through(VJP, alone, at, side, solve), throw, "vjp")
     lin = linearised(at, solve, throw)
-    return _judged(through(VJP, lin, _cotangent(lin.system, cotangent, "cotangent")), throw, "vjp")
+    return _judged(through(VJP, lin, _unfolded(lin, cotangent)), throw, "vjp")
 
 
 def response(
@@ -160,7 +194,7 @@ def response(
     Args:
       at: as in ``jvp``.
       force: f, (n, d), energy a length. Its net part on each cluster and its part on rattlers have no answer and are
-        dropped, as in ``vjp``.
+        dropped, as in ``vjp``. The cell is held, at a pressure too.
 
     Returns:
       a :class:`Response` with ``value`` (n, d).
@@ -168,9 +202,14 @@ def response(
     if _batched(at):
         assert isinstance(at, Equilibrium)
         given = _for_members("force", force, at.positions.shape[1:], at.system.batch or 0)
-        return _judged(_batch_through(FORCE, at, _cotangent(at.system, given, "force"), solve), throw, "response")
+        side = Unknowns(_cotangent(at.system, given, "force"))
+
+        def alone(member: Equilibrium, f: Unknowns) -> Response:
+            return response(member, f.positions, solve=solve, throw=False)
+
+        return _judged(_batch_through(FORCE, alone, at, side, solve), throw, "response")
     lin = linearised(at, solve, throw)
-    return _judged(through(FORCE, lin, _cotangent(lin.system, force, "force")), throw, "response")
+    return _judged(through(FORCE, lin, Unknowns(_cotangent(lin.system, force, "force"))), throw, "response")
 
 
 def _in_chunks(run: Callable[[Any], Response], rows: Callable[[int, int], Any], count: int, width: int) -> Response:
@@ -183,11 +222,9 @@ def _in_chunks(run: Callable[[Any], Response], rows: Callable[[int, int], Any], 
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
-def _require_room(system: System, wrt: str) -> None:
+def _require_room(system: System, wrt: str, components: int) -> None:
     """Refuse a Jacobian, or those of a batch, that does not fit."""
-    members = system.batch or 1
-    components = system.params[wrt].size // members
-    whose = f" of {members:,} systems" if system.batch else ""
+    whose = f" of {system.batch:,} systems" if system.batch else ""
     require_memory(
         2.0 * components * system.positions.size,
         system.positions.dtype.itemsize,
@@ -223,19 +260,19 @@ def jacobian(
     if _batched(at):
         assert isinstance(at, Equilibrium)
         if isinstance(wrt, str) and wrt in at.params:
-            _require_room(at.system, wrt)
+            _require_room(at.system, wrt, at.params[wrt].size // (at.system.batch or 1))
         whole = _over_members(lambda e, _: jacobian(e, wrt, solve=solve, chunk=chunk, throw=False), at)
         return _judged(whole, throw, "jacobian")
     lin = linearised(at, solve, throw)
     system = lin.system
     if not isinstance(wrt, str):
-        raise InputError(f"wrt is {short(wrt)}: give a parameter's name, one of {', '.join(system.params)}.")
+        raise InputError(f"wrt is {short(wrt)}: give a parameter's name, one of {', '.join(lin.params)}.")
     if chunk is not None and not (isinstance(chunk, int) and chunk >= 1):
         raise InputError(f"chunk is {short(chunk)}: give a whole number of at least 1, or None.")
-    changes(system, {wrt: system.params.get(wrt, 0.0)})  # the name's check
-    shape, dtype = system.params[wrt].shape, system.positions.dtype
+    changes(system, {wrt: lin.params.get(wrt, 0.0)}, lin.params)  # the name's check
+    shape, dtype = lin.params[wrt].shape, system.positions.dtype
     size, unknowns = int(np.prod(shape)), system.positions.size
-    _require_room(system, wrt)
+    _require_room(system, wrt, lin.params[wrt].size)
     width = chunk or int(np.clip(CHUNK_BYTES // (dtype.itemsize * unknowns * 8), 1, 256))
     width = min(width, max(size, 1))
 
@@ -251,7 +288,7 @@ def jacobian(
         return jnp.moveaxis(leaf, 0, -1).reshape(*leaf.shape[1:], *shape)
 
     result = Response(
-        shaped(flat.value),
+        jax.tree.map(shaped, flat.value),
         jax.tree.map(shaped, flat.stats),
         shaped(flat.nonaffine),
         lin.equilibrium.max_force,
@@ -288,8 +325,11 @@ def gradient(
     lin = linearised(at, solve, throw)
     system = lin.equilibrium.system
 
-    def observe(positions: jax.Array, params: Params) -> jax.Array:
-        value = observable(system.replace(positions=positions, params=dict(params)))
+    def observe(x: Unknowns, params: Params) -> jax.Array:
+        at = system.replace(positions=x.positions, params={name: params[name] for name in system.params})
+        if lin.cell is not None and x.strain is not None:
+            at = deformed(at, jnp.tensordot(x.strain, lin.cell.along, axes=1))
+        value = observable(at)
         try:
             array = jnp.asarray(value)
         except Exception as error:  # a dict, a text, rows of different lengths
@@ -298,12 +338,13 @@ def gradient(
             raise InputError(f"the observable returns {short(value)}: return a number or an array.")
         return array
 
-    value, pull = jax.vjp(observe, system.positions, dict(system.params))
+    none = None if lin.cell is None else jnp.zeros_like(lin.cell.slope)
+    value, pull = jax.vjp(observe, Unknowns(system.positions, none), lin.params)
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise InputError(f"the observable returns {value.dtype}: return floating-point numbers.")
     count = int(np.prod(value.shape))
     require_memory(
-        float(count) * (system.positions.size + sum(v.size for v in system.params.values())),
+        float(count) * (system.positions.size + sum(v.size for v in lin.params.values())),
         value.dtype.itemsize,
         f"gradient of {count:,} observables",
         "ask for fewer observables at once.",
@@ -312,9 +353,9 @@ def gradient(
     cotangents, direct = jax.vmap(pull)(units)
     width = min(count, int(np.clip(CHUNK_BYTES // (value.dtype.itemsize * system.positions.size * 8), 1, 256)))
 
-    def rows(start: int, stop: int) -> jax.Array:
-        part = cotangents[start:stop]
-        return jnp.concatenate([part, jnp.zeros((stop - start - part.shape[0], *part.shape[1:]), part.dtype)])
+    def rows(start: int, stop: int) -> Unknowns:
+        more = stop - min(stop, count)
+        return jax.tree.map(lambda w: jnp.pad(w[start:stop], [(0, more), *[(0, 0)] * (w.ndim - 1)]), cotangents)
 
     flat = _in_chunks(lambda w: through(VJP, lin, w, many=True), rows, count, width)
     total = {k: (flat.value[k] + direct[k]).reshape(*value.shape, *direct[k].shape[1:]) for k in direct}

@@ -385,3 +385,49 @@ def test_a_release_of_jax_that_computes_wrongly_is_refused_in_one_line(monkeypat
     assert cli.main(["relax", "dimer"]) == 2
     error = capsys.readouterr().err
     assert "jax 0.10.2" in error and "install another release" in error and error.count("\n") == 1
+
+
+# ── elastic moduli, and a pressure ──
+
+
+def test_moduli_and_their_derivatives(tmp_path: Path, capsys):
+    given = packing(tmp_path)
+    table, figure = tmp_path / "m.json", tmp_path / "m.png"
+    found = Outcome(capsys, "moduli", given, "--wrt", "sigma", "--json", table, "--plot", figure)
+    assert found.code == cli.GOOD and found.out.splitlines()[-1] == "good: stable against every strain"
+    assert figure.stat().st_size > 1000
+    stored = json.loads(table.read_text())
+    eq = ms.minimize(ms.load_system(given))
+    m = ms.elasticity.moduli(eq)
+    np.testing.assert_allclose(stored["tensor"], m.tensor, rtol=1e-8, atol=1e-12)
+    want = ms.elasticity.gradient(lambda m: m.poisson, eq).value["sigma"]
+    for k in range(2):
+        assert stored["derivatives"][f"sigma[{k}]"]["nu"] == pytest.approx(float(want[k]), rel=1e-5)
+    assert f"{float(m.shear):.6g}" in found.out and "sigma[1]" in found.out
+
+
+def test_moduli_at_a_pressure(tmp_path: Path, capsys):
+    given = packing(tmp_path)
+    found = Outcome(capsys, "moduli", given, "--pressure", "0.02", "--shape", "--wrt", "pressure")
+    assert found.code == cli.GOOD and "0.02, to which the size and shape" in " ".join(found.out.split())
+    row = next(line for line in found.out.splitlines() if line.split()[:1] == ["pressure"] and len(line.split()) == 10)
+    assert float(row.split()[1]) == pytest.approx(1.0, abs=1e-4)  # dP/dP
+
+
+def test_relaxing_to_a_pressure(tmp_path: Path, capsys):
+    stored = tmp_path / "eq.npz"
+    found = Outcome(capsys, "relax", packing(tmp_path), "--pressure", "0.01", "--out", stored)
+    assert found.code == cli.GOOD
+    eq = ms.io.load(stored)
+    assert float(ms.observables.pressure(eq.system)) == pytest.approx(0.01, abs=1e-11)
+
+
+def test_moduli_that_are_not_to_be_had(tmp_path: Path, capsys):
+    loose = Outcome(capsys, "moduli", packing(tmp_path, fraction=0.4))
+    assert loose.code == cli.UNTRUSTED and "no contact carries force" in loose.err
+    shape = Outcome(capsys, "moduli", packing(tmp_path), "--shape")
+    assert shape.code == cli.BAD_INPUT and "--shape goes with --pressure" in shape.err
+    what = Outcome(capsys, "moduli", packing(tmp_path), "--wrt", "pressure")
+    assert what.code == cli.BAD_INPUT and "has no such parameter" in what.err
+    open_ends = Outcome(capsys, "moduli", "dimer")
+    assert open_ends.code == cli.BAD_INPUT and "give it a box" in open_ends.err

@@ -34,7 +34,7 @@ ORDER = [
     ["potentials"],
     ["neighbours"],
     ["system"],
-    ["slopes"],
+    ["slopes", "strains"],
     ["contacts"],
     ["block_rows"],
     ["stationarity"],
@@ -43,6 +43,7 @@ ORDER = [
     ["observables"],
     # the root and its derivative
     ["minimisers", "scales"],
+    ["enthalpy"],
     ["_loop"],
     ["_runs"],
     ["relaxation"],
@@ -68,9 +69,10 @@ ORDER = [
     ["storage"],
     ["io"],
     ["plots._style"],
-    ["plots._map", "plots._curves"],
+    ["plots._map", "plots._curves", "plots._moduli"],
     ["plots"],
     ["_doctor", "_report"],
+    ["_arguments", "_elastic_report"],
     ["cli"],
     ["__main__"],
 ]

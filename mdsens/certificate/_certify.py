@@ -17,7 +17,7 @@ from mdsens.certificate._record import Certificate, count
 from mdsens.implicit.eigen import Spectrum
 from mdsens.implicit.status import ConvergenceError, InputError, Status
 from mdsens.linearization import Linearization, full_tangent, linearize
-from mdsens.relaxation import Equilibrium
+from mdsens.relaxation import Equilibrium, require_given_cell
 from mdsens.scales import round_off, scales
 from mdsens.stationarity import force, linearisation
 from mdsens.stiffness import Stiffness, participation
@@ -101,6 +101,7 @@ def certify(
         raise InputError(f"modes is {short(modes)}: give a whole number from 1.")
     lin = at if isinstance(at, Linearization) else linearize(at, throw=False)
     eq, net, null = lin.equilibrium, lin.network, lin.null
+    require_given_cell(eq, "certify")
     system = eq.system
     loose = np.asarray(net.rattlers)
     stiffness = Stiffness(lin.system, null)

@@ -13,7 +13,7 @@ from mdsens import sensitivity
 from mdsens._tables import Shown
 from mdsens.implicit.operators import Method
 from mdsens.implicit.status import InputError, Status
-from mdsens.relaxation import Equilibrium
+from mdsens.relaxation import Equilibrium, require_given_cell
 from mdsens.sensitivity import Linearization
 from mdsens.stationarity import Unknowns
 from mdsens.verify._differences import relative
@@ -78,6 +78,7 @@ def adjoint(
     if not isinstance(eq, Equilibrium | Linearization):
         raise InputError(f"got a {type(eq).__name__}: give what ms.minimize or ms.linearize returns.")
     lin = eq if isinstance(eq, Linearization) else sensitivity.linearize(eq)
+    require_given_cell(lin.equilibrium, "adjoint")
     if solve is not None:
         lin = dataclasses.replace(lin, solve=solve)
     rng = np.random.default_rng(seed)

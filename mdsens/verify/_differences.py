@@ -14,7 +14,7 @@ from mdsens import contacts, sensitivity
 from mdsens._tables import Shown
 from mdsens.implicit.status import InputError, PrecisionError, Status, raise_for_status
 from mdsens.linearization import full_tangent
-from mdsens.relaxation import Equilibrium, minimize
+from mdsens.relaxation import Equilibrium, minimize, require_given_cell
 from mdsens.scales import round_off
 from mdsens.sensitivity import Linearization, Response
 from mdsens.stationarity import Unknowns
@@ -212,6 +212,7 @@ class _Line:
 
 
 def _line(eq: Equilibrium, dparams: Params, tolerance: float | None) -> _Line:
+    require_given_cell(eq, "finite_difference")
     lin = sensitivity.linearize(eq)
     if eq.positions.dtype != jnp.float64:
         raise PrecisionError(

@@ -1,0 +1,65 @@
+"""What the command line says of elastic moduli and of their derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mdsens import _tables
+from mdsens._report import AXES, Component
+from mdsens.elasticity import Moduli, gradient, isotropic, voigt
+from mdsens.sensitivity import Linearization
+from mdsens.strains import basis
+
+__all__ = ["derivatives", "page", "slopes_of"]
+
+MODULI = {"K": "bulk", "G": "shear", "E": "young", "nu": "poisson"}
+
+
+def page(found: Moduli) -> str:
+    """The moduli in both conventions, and the tensors they are of."""
+    axes = [f"{AXES[i]}{AXES[j]}" for i, j in (np.argwhere(unit)[0] for unit in basis(found.stress.shape[0]))]
+
+    def matrix(title: str, tensor: Any) -> str:
+        entries = np.asarray(voigt(tensor))
+        cells = np.reshape(_tables.numbers(entries.ravel()), entries.shape).tolist()
+        return _tables.columns(title, ["", *axes], [[name, *row] for name, row in zip(axes, cells, strict=True)])
+
+    return "\n\n".join(
+        [
+            str(found),
+            matrix("A, by Voigt's indices: the energy's second derivative by strain, a volume", found.tensor),
+            matrix("B, Birch's: the stress's derivative by strain (row: stress)", found.birch),
+        ]
+    )
+
+
+def slopes_of(lin: Linearization, parts: Sequence[Component]) -> dict[str, np.ndarray]:
+    """The derivative of each modulus by each component."""
+
+    def features(m: Moduli) -> Any:
+        of_birch = isotropic(m.birch)
+        both = [*(getattr(m, name) for name in MODULI.values()), *(getattr(of_birch, name) for name in MODULI.values())]
+        return jnp.stack([m.pressure, *both])
+
+    value = gradient(features, lin).value
+    names = ["P", *MODULI, *(f"{name}_B" for name in MODULI)]
+    columns = [
+        sum(
+            np.tensordot(np.asarray(value[k]), np.asarray(v, float), axes=np.ndim(v)) for k, v in part.direction.items()
+        )
+        for part in parts
+    ]
+    return dict(zip(names, np.stack(columns, axis=1), strict=True))
+
+
+def derivatives(parts: Sequence[Component], slopes: dict[str, np.ndarray], count: int) -> str:
+    """A row a component; of many, those that Poisson's ratio depends on most."""
+    order = np.argsort(-np.abs(slopes["nu"]), kind="stable")[:count] if len(parts) > count else np.arange(len(parts))
+    cells = [_tables.numbers(values[order]) for values in slopes.values()]
+    rows = [[parts[int(k)].label, *row] for k, row in zip(order, zip(*cells, strict=True), strict=True)]
+    most = f": the {count} of {len(parts)} that nu depends on most" if len(parts) > count else ""
+    return _tables.columns(f"Derivatives, those of Birch's tensor with _B{most}", ["by", *slopes], rows)

@@ -1,0 +1,267 @@
+"""Elastic moduli of a relaxed configuration, as one more sensitivity: that of its energy to strain.
+
+    A_ijkl = V^-1 d2 min_R U / dstrain_ij dstrain_kl
+           = V^-1 (d2U/dstrain dstrain - d2U/dstrain dR  H^+  d2U/dR dstrain)
+
+with F = 1 + strain symmetric. The first part is affine; the second is what particles give back as they leave their
+affine places, -H^+ d2U/dR dstrain, the non-affine displacements. This is the convention of jax-md and of the packing
+literature. Under a stress sigma it is not what an experiment measures: that is Birch's tensor, the derivative of the
+stress by the strain,
+
+    B_ijkl = A_ijkl + (sigma_ik d_jl + sigma_il d_jk + sigma_jk d_il + sigma_jl d_ik) / 4 - sigma_ij d_kl,
+
+whose bulk modulus is -V dP/dV, with P (d - 1) / d more than A's, and whose shear modulus is P / 2 less (Barron and
+Klein, Proc. Phys. Soc. 85, 523, 1965; Wallace, Thermodynamics of Crystals, 1972).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mdsens import sensitivity
+from mdsens._checks import real_array
+from mdsens._tables import Shown
+from mdsens.implicit.linear import linear_solve
+from mdsens.implicit.operators import Auto, Method
+from mdsens.implicit.status import InputError, SolveStats, Status, raise_for_status
+from mdsens.linearization import STRAIN, Linearization, Response, linearised, through
+from mdsens.relaxation import Equilibrium
+from mdsens.stationarity import Unknowns, hessian_operator, linearisation, max_force
+from mdsens.strains import basis, forces_of_strain, from_mandel, stiffness_along, strain_slope, to_mandel
+from mdsens.system import System
+
+__all__ = ["Isotropic", "Moduli", "directional", "gradient", "isotropic", "mandel", "moduli", "voigt"]
+
+
+class Isotropic(NamedTuple):
+    """The isotropic solid nearest to a tensor: what an average over all directions sees. Energy a volume; nu a number.
+
+    Attributes:
+      bulk: K = C_iijj / d^2.
+      shear: G = (C_ijij - C_iijj / d) / ((d - 1) (d + 2)), Voigt's average.
+      young: E = 2 d^2 K G / (d (d - 1) K + 2 G).
+      poisson: nu = (d K - 2 G) / (d (d - 1) K + 2 G), between -1 and 1 in 2-D, -1 and 1/2 in 3-D.
+    """
+
+    bulk: jax.Array
+    shear: jax.Array
+    young: jax.Array
+    poisson: jax.Array
+
+
+def isotropic(tensor: jax.Array) -> Isotropic:
+    """The isotropic part of a stiffness tensor (d, d, d, d), of either convention; see :class:`Isotropic`."""
+    d = tensor.shape[0]
+    iijj, ijij = jnp.einsum("iijj->", tensor), jnp.einsum("ijij->", tensor)
+    bulk, shear = iijj / d**2, (ijij - iijj / d) / ((d - 1) * (d + 2))
+    whole = d * (d - 1) * bulk + 2.0 * shear
+    return Isotropic(bulk, shear, 2.0 * d**2 * bulk * shear / whole, (d * bulk - 2.0 * shear) / whole)
+
+
+def mandel(tensor: jax.Array) -> jax.Array:
+    """A stiffness tensor as (m, m) in Mandel's form, whose eigenvalues are its own: xx, yy, (zz, yz, xz,) xy."""
+    return to_mandel(tensor)
+
+
+def voigt(tensor: jax.Array) -> jax.Array:
+    """A stiffness tensor as (m, m) in Voigt's form, C_ab = C_ijkl: xx, yy, (zz, yz, xz,) xy."""
+    d = tensor.shape[0]
+    root = jnp.concatenate([jnp.ones(d), jnp.full(d * (d - 1) // 2, 2.0**0.5)])
+    return to_mandel(tensor) / (root[:, None] * root[None])
+
+
+def directional(tensor: jax.Array, directions: Any) -> tuple[jax.Array, jax.Array]:
+    """Young's modulus and Poisson's ratio under a uniaxial stress along directions, E(n) and nu(n).
+
+    With the compliance S, the inverse of the tensor: E = 1 / (nn:S:nn), and nu = -E nn:S:(1 - nn) / (d - 1), in 3-D the
+    mean over what is across.
+
+    Args:
+      tensor: (d, d, d, d) of either convention; Birch's for what a tensile test would see.
+      directions: (…, d), of any length but zero.
+    """
+    d = tensor.shape[0]
+    given = jnp.asarray(real_array("directions", directions), tensor.dtype)
+    if given.ndim < 1 or given.shape[-1] != d:
+        raise InputError(f"directions have shape {given.shape}: give (…, {d}).")
+    n = given / jnp.linalg.norm(given, axis=-1, keepdims=True)
+    along = jnp.einsum("...i,...j,aij->...a", n, n, basis(d))
+    strain = jnp.linalg.solve(mandel(tensor), along.reshape(-1, along.shape[-1]).T).T.reshape(along.shape)
+    on, whole = jnp.sum(strain * along, axis=-1), strain @ jnp.einsum("aii->a", basis(d))
+    return 1.0 / on, -(whole - on) / ((d - 1) * on)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class Moduli(Shown):
+    """Elastic moduli with their evidence. Frozen, and a pytree.
+
+    Attributes:
+      tensor: (d, d, d, d) A, relaxed, at imposed strain; energy a volume. ``bulk``, ``shear``, ``young`` and
+        ``poisson`` are of this one.
+      affine: (d, d, d, d) what A would be if particles followed the strain.
+      stress: (d, d) Cauchy, positive in tension.
+      nonaffine: (m, n, d) displacements from the affine places, by each Mandel component of the strain; rattlers zero.
+      stats: of the m linear solves. The error of the tensor is of the order of the residual squared.
+    """
+
+    tensor: jax.Array
+    affine: jax.Array
+    stress: jax.Array
+    nonaffine: jax.Array
+    stats: SolveStats
+
+    @property
+    def birch(self) -> jax.Array:
+        """(d, d, d, d) B, the derivative of the Cauchy stress by the strain, with A's relaxation; see the module."""
+        sigma, unit = self.stress, jnp.eye(self.stress.shape[0], dtype=self.stress.dtype)
+        crossed = jnp.einsum("ik,jl->ijkl", sigma, unit)
+        crossed = crossed + jnp.swapaxes(crossed, 2, 3)
+        crossed = crossed + jnp.swapaxes(crossed, 0, 1)
+        return self.tensor + 0.25 * crossed - jnp.einsum("ij,kl->ijkl", sigma, unit)
+
+    @property
+    def pressure(self) -> jax.Array:
+        """-tr(stress) / d."""
+        return -jnp.trace(self.stress) / self.stress.shape[0]
+
+    @property
+    def bulk(self) -> jax.Array:
+        """K of A; -V dP/dV is ``isotropic(moduli.birch).bulk``."""
+        return isotropic(self.tensor).bulk
+
+    @property
+    def shear(self) -> jax.Array:
+        """G of A, averaged over directions."""
+        return isotropic(self.tensor).shear
+
+    @property
+    def young(self) -> jax.Array:
+        """E of A."""
+        return isotropic(self.tensor).young
+
+    @property
+    def poisson(self) -> jax.Array:
+        """nu of A."""
+        return isotropic(self.tensor).poisson
+
+    @property
+    def stability(self) -> jax.Array:
+        """The smallest eigenvalue of B, symmetrised: positive where no strain lowers the free enthalpy (Born)."""
+        birch = self.birch
+        return jnp.min(jnp.linalg.eigvalsh(to_mandel(0.5 * (birch + jnp.transpose(birch, (2, 3, 0, 1))))))
+
+    _title = "Elastic moduli"
+
+    def _rows(self) -> list[tuple[str, str]]:
+        worst = Status(int(np.max(np.asarray(self.stats.status))))
+        measured, whole = isotropic(self.tensor), isotropic(self.affine)
+        of_birch = isotropic(self.birch)
+
+        def line(name: str) -> str:
+            a, b, c = (float(getattr(x, name)) for x in (measured, of_birch, whole))
+            return f"{a:.6g}; {b:.6g} in Birch's convention; {c:.6g} if affine"
+
+        return [
+            ("pressure", f"{float(self.pressure):.6g}"),
+            ("bulk modulus", line("bulk")),
+            ("shear modulus", line("shear")),
+            ("Young's modulus", line("young")),
+            ("Poisson's ratio", line("poisson")),
+            ("smallest eigenvalue", f"{float(self.stability):.6g} of Birch's tensor: stable where positive"),
+            ("status", f"{worst.name}: {worst.sentence}"),
+            ("residual", f"{float(np.max(np.asarray(self.stats.residual))):.1e}, by {self.stats.solver}"),
+        ]
+
+
+def moduli(of: Equilibrium | Linearization | System, *, solve: Method | None = None, throw: bool = True) -> Moduli:
+    """Elastic moduli at imposed strain.
+
+    Args:
+      of: an Equilibrium or a Linearization, for the number with its status, by one factor for all strains; or a relaxed
+        System, traceable and differentiable to any order, for ``jax.grad`` through ``equilibrate``.
+      solve: the linear solver; Auto() where None.
+      throw: raise unless the status is good. Of a System nothing is raised: read ``stats``.
+
+    Returns:
+      :class:`Moduli`.
+
+    Raises:
+      InputError: open boundaries, a batch. ConvergenceError: no minimum, or a solve that did not converge.
+    """
+    if isinstance(of, System):
+        _check_cell(of)
+        return _of_system(of, Auto() if solve is None else solve)
+    lin = linearised(of, solve, throw)
+    _check_cell(lin.system)
+    strained = through(STRAIN, lin, jnp.asarray(basis(lin.system.dimension), lin.system.positions.dtype), many=True)
+    found = _with_motion(lin.system, strained.value, strained.stats)
+    if throw:
+        worst = Status(int(np.max(np.asarray(found.stats.status))))
+        raise_for_status(worst, f"elastic moduli by {found.stats.solver}", found)
+    return found
+
+
+def gradient(
+    of: Callable[[Moduli], Any],
+    at: Equilibrium | Linearization,
+    *,
+    solve: Method | None = None,
+    throw: bool = True,
+) -> Response:
+    """The total derivative of a function of the moduli by all parameters, by the solves of ``moduli`` and one more.
+
+    The relaxed energy is stationary in the non-affine displacements, so that these may stay as they are while the
+    tensor is differentiated; what is left is the motion of the minimum, one adjoint solve for each number of ``of``.
+
+    Args:
+      of: Moduli -> number or array, traceable: ``lambda m: m.poisson``.
+      at, solve, throw: as in ``ms.gradient``.
+
+    Returns:
+      a :class:`~mdsens.Response`, its value a dict shaped like the parameters, as of ``ms.gradient``.
+    """
+    if not callable(of):
+        raise InputError("the first argument is no function: give one of Moduli, such as lambda m: m.poisson.")
+    lin = linearised(at, solve, throw)
+    held = moduli(lin, throw=throw)
+
+    def observe(system: System) -> Any:
+        return of(_with_motion(system.replace(neighbours=lin.system.neighbours), held.nonaffine, held.stats))
+
+    return sensitivity.gradient(observe, lin, throw=throw)
+
+
+def _check_cell(system: System) -> None:
+    if system.box is None:
+        raise InputError("elastic moduli need a volume, and this system has open boundaries: give it a box.")
+    if system.batch is not None:
+        raise InputError(f"moduli are of one system: loop over ms.unstack, or use jax.vmap, for these {system.batch}.")
+
+
+@jax.jit
+def _with_motion(system: System, motion: jax.Array, stats: SolveStats) -> Moduli:
+    """The moduli of a backbone whose particles move by (m, n, d) beside the affine strain."""
+    unit, volume = jnp.asarray(basis(system.dimension), system.positions.dtype), system.volume
+    relaxed, affine = (stiffness_along(system, unit, m) / volume for m in (motion, jnp.zeros_like(motion)))
+    stress = from_mandel(strain_slope(system, unit) / volume)
+    return Moduli(from_mandel(relaxed), from_mandel(affine), stress, motion, stats)
+
+
+def _of_system(system: System, solve: Method) -> Moduli:
+    left = jax.lax.stop_gradient(max_force(jax.lax.stop_gradient(system)))
+    held, _, null = linearisation(system, left)
+    operator = hessian_operator(held, null)
+
+    def one(strain: jax.Array) -> tuple[jax.Array, SolveStats]:
+        x, stats = linear_solve(operator, Unknowns(forces_of_strain(held, strain)), solve)
+        return x.positions, stats
+
+    motion, stats = jax.vmap(one)(jnp.asarray(basis(system.dimension), system.positions.dtype))
+    return _with_motion(held, motion, stats)
