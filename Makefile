@@ -49,6 +49,7 @@ bench: $(installed_bench)
 	$(bin)/python -m benchmarks.jamming --json benchmarks/results/jamming.json
 	$(bin)/python -m benchmarks.product --json benchmarks/results/product.json
 	$(bin)/python -m benchmarks.batch --json benchmarks/results/batch.json
+	$(bin)/python -m benchmarks.elasticity --json benchmarks/results/elasticity.json
 	$(bin)/python -m benchmarks.scaling --json benchmarks/results/scaling.json
 	$(bin)/python -m benchmarks.honesty --json benchmarks/results/honesty.json
 	$(bin)/python -m benchmarks.gpu --json benchmarks/results/gpu.json

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens import sensitivity
-from mdsens._checks import real_array
+from mdsens._checks import real_array, short
 from mdsens._tables import Shown
 from mdsens.implicit.linear import linear_solve
 from mdsens.implicit.operators import Auto, Method
@@ -232,10 +232,29 @@ def gradient(
     lin = linearised(at, solve, throw)
     held = moduli(lin, throw=throw)
 
-    def observe(system: System) -> Any:
-        return of(_with_motion(system.replace(neighbours=lin.system.neighbours), held.nonaffine, held.stats))
+    def observe(tensor: jax.Array, affine: jax.Array, stress: jax.Array) -> jax.Array:
+        value = of(dataclasses.replace(held, tensor=tensor, affine=affine, stress=stress))
+        try:
+            return jnp.asarray(value)
+        except Exception as error:
+            raise InputError(f"the function of the moduli returns {short(value)}: return a number or array.") from error
 
-    return sensitivity.gradient(observe, lin, throw=throw)
+    value, pull = jax.vjp(observe, held.tensor, held.affine, held.stress)
+    weights = jax.vmap(lambda w: pull(w))(sensitivity.units(lin, value))
+    cotangents, direct = _pulled(lin.traced(tuple(lin.params)), held.nonaffine, held.stats, weights)
+    return sensitivity.total(lin, value, cotangents, direct, throw)
+
+
+@jax.jit
+def _pulled(lin: Linearization, motion: jax.Array, stats: SolveStats, weights: tuple[jax.Array, ...]) -> Any:
+    """What each of some combinations of the tensors owes to the unknowns and to the parameters."""
+
+    def tensors(x: Unknowns, params: Any) -> tuple[jax.Array, ...]:
+        found = _with_motion(lin.moved(lin.system, x, params), motion, stats)
+        return found.tensor, found.affine, found.stress
+
+    pull = jax.vjp(tensors, lin.unknowns, lin.params)[1]
+    return jax.vmap(lambda w: pull(w))(weights)
 
 
 def _check_cell(system: System) -> None:

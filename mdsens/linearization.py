@@ -21,7 +21,7 @@ from mdsens._checks import real_array, short
 from mdsens._tables import Shown
 from mdsens.block_rows import BlockRows
 from mdsens.contacts import Network
-from mdsens.enthalpy import Cell, enthalpy_slope
+from mdsens.enthalpy import Cell, deformed, enthalpy_slope
 from mdsens.implicit.linear import solve as solve_linear
 from mdsens.implicit.operators import Auto, Direct, Method
 from mdsens.implicit.status import InputError, SolveStats, Status, raise_for_status, require_sound_jax
@@ -136,6 +136,18 @@ class Linearization:
             return slope
         at = self.system.replace(params=own)
         return dataclasses.replace(slope, strain=enthalpy_slope(at, params["pressure"], self.cell.along))
+
+    def moved(self, system: System, x: Unknowns, params: Params) -> System:
+        """A system of this configuration at other unknowns and parameters; traceable, its list stays."""
+        at = system.replace(positions=x.positions, params={name: params[name] for name in system.params})
+        if self.cell is None or x.strain is None:
+            return at
+        return deformed(at, jnp.tensordot(x.strain, self.cell.along, axes=1))
+
+    @property
+    def unknowns(self) -> Unknowns:
+        """The unknowns at the minimum: positions, and no strain where the cell is one."""
+        return Unknowns(self.system.positions, None if self.cell is None else jnp.zeros_like(self.cell.slope))
 
     def solved(self, side: Unknowns, x: jax.Array) -> Unknowns:
         """The answer of H x = side for positions alone, as that for positions and cell."""

@@ -13,7 +13,6 @@ from jax.core import Tracer
 from mdsens._checks import real_array, short
 from mdsens._members import apart, in_chunks, joined, together
 from mdsens._memory import require_memory
-from mdsens.enthalpy import deformed
 from mdsens.implicit.operators import Auto, Method
 from mdsens.implicit.status import InputError, Status, raise_for_status
 from mdsens.linearization import (
@@ -214,6 +213,8 @@ def response(
 
 def _in_chunks(run: Callable[[Any], Response], rows: Callable[[int, int], Any], count: int, width: int) -> Response:
     """``run`` on ``count`` right-hand sides, ``width`` at a time; the last chunk is filled up, to compile once."""
+    if count == width:
+        return run(rows(0, width))
     parts = []
     for start in range(0, count, width):
         part = run(rows(start, start + width))
@@ -326,10 +327,7 @@ def gradient(
     system = lin.equilibrium.system
 
     def observe(x: Unknowns, params: Params) -> jax.Array:
-        at = system.replace(positions=x.positions, params={name: params[name] for name in system.params})
-        if lin.cell is not None and x.strain is not None:
-            at = deformed(at, jnp.tensordot(x.strain, lin.cell.along, axes=1))
-        value = observable(at)
+        value = observable(lin.moved(system, x, params))
         try:
             array = jnp.asarray(value)
         except Exception as error:  # a dict, a text, rows of different lengths
@@ -338,29 +336,45 @@ def gradient(
             raise InputError(f"the observable returns {short(value)}: return a number or an array.")
         return array
 
-    none = None if lin.cell is None else jnp.zeros_like(lin.cell.slope)
-    value, pull = jax.vjp(observe, Unknowns(system.positions, none), lin.params)
+    value, pull = jax.vjp(observe, lin.unknowns, lin.params)
+    cotangents, direct = jax.vmap(lambda w: pull(w))(units(lin, value))  # named: jax shows a vjp to name a bare one
+    return total(lin, value, cotangents, direct, throw)
+
+
+def units(lin: Linearization, value: jax.Array) -> jax.Array:
+    """The unit vectors of an observable's value, (count, *shape), where its gradients have room."""
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise InputError(f"the observable returns {value.dtype}: return floating-point numbers.")
-    count = int(np.prod(value.shape))
     require_memory(
-        float(count) * (system.positions.size + sum(v.size for v in lin.params.values())),
+        float(value.size) * (lin.system.positions.size + sum(v.size for v in lin.params.values())),
         value.dtype.itemsize,
-        f"gradient of {count:,} observables",
+        f"gradient of {value.size:,} observables",
         "ask for fewer observables at once.",
     )
-    units = jnp.eye(count, dtype=value.dtype).reshape(count, *value.shape)
-    cotangents, direct = jax.vmap(pull)(units)
-    width = min(count, int(np.clip(CHUNK_BYTES // (value.dtype.itemsize * system.positions.size * 8), 1, 256)))
+    return jnp.eye(value.size, dtype=value.dtype).reshape(value.size, *value.shape)
+
+
+def total(lin: Linearization, value: jax.Array, cotangents: Unknowns, direct: Params, throw: bool) -> Response:
+    """The total derivative of an observable, by one adjoint solve for each of its numbers.
+
+    Args:
+      value: of the observable.
+      cotangents: its derivatives by the unknowns, each with a leading axis over its numbers.
+      direct: its partial derivatives by the parameters, likewise.
+    """
+    count = value.size
+    width = min(count, int(np.clip(CHUNK_BYTES // (value.dtype.itemsize * lin.system.positions.size * 8), 1, 256)))
 
     def rows(start: int, stop: int) -> Unknowns:
         more = stop - min(stop, count)
+        if not start and not more:
+            return cotangents
         return jax.tree.map(lambda w: jnp.pad(w[start:stop], [(0, more), *[(0, 0)] * (w.ndim - 1)]), cotangents)
 
     flat = _in_chunks(lambda w: through(VJP, lin, w, many=True), rows, count, width)
-    total = {k: (flat.value[k] + direct[k]).reshape(*value.shape, *direct[k].shape[1:]) for k in direct}
-    finite = [jnp.all(jnp.isfinite(t), axis=tuple(range(value.ndim, t.ndim))) for t in total.values()]
+    value_of = {k: (flat.value[k] + direct[k]).reshape(*value.shape, *direct[k].shape[1:]) for k in direct}
+    finite = [jnp.all(jnp.isfinite(t), axis=tuple(range(value.ndim, t.ndim))) for t in value_of.values()]
     stats = jax.tree.map(lambda leaf: leaf.reshape(value.shape), flat.stats)
     stats = finite_or_said(stats, jnp.all(jnp.stack(finite), axis=0))
-    result = Response(total, stats, None, lin.equilibrium.max_force, lin.network.rattlers)
+    result = Response(value_of, stats, None, lin.equilibrium.max_force, lin.network.rattlers)
     return _judged(result, throw, "gradient")

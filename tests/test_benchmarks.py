@@ -18,6 +18,7 @@ SMALL = {
     "sensitivity": ["--sizes", "96", "--fractions", "0.95", "--spheres", "0", "--runs", "1", "--peers", "0"],
     "jacobian": ["--sizes", "96", "--runs", "1", "--peers", "0"],
     "product": ["--sizes", "96", "--runs", "1"],
+    "elasticity": ["--sizes", "96", "--runs", "1"],
     "batch": ["--sizes", "24", "--members", "3", "--runs", "1"],
     "scaling": ["--sizes", "96", "--runs", "1"],
     "jamming": ["--sizes", "96", "--runs", "1", "--pressures", "0.1"],
