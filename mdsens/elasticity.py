@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens import sensitivity
-from mdsens._checks import real_array, short
+from mdsens._checks import real_array
 from mdsens._tables import Shown
 from mdsens.implicit.linear import linear_solve
 from mdsens.implicit.operators import Auto, Method
@@ -221,7 +221,8 @@ def gradient(
     tensor is differentiated; what is left is the motion of the minimum, one adjoint solve for each number of ``of``.
 
     Args:
-      of: Moduli -> number or array, traceable: ``lambda m: m.poisson``.
+      of: Moduli -> number or array, traceable: ``lambda m: m.poisson``. Of its tensors and stress, that is: the
+        displacements themselves have no derivative here, ``moduli`` of a System gives them one.
       at, solve, throw: as in ``ms.gradient``.
 
     Returns:
@@ -233,11 +234,7 @@ def gradient(
     held = moduli(lin, throw=throw)
 
     def observe(tensor: jax.Array, affine: jax.Array, stress: jax.Array) -> jax.Array:
-        value = of(dataclasses.replace(held, tensor=tensor, affine=affine, stress=stress))
-        try:
-            return jnp.asarray(value)
-        except Exception as error:
-            raise InputError(f"the function of the moduli returns {short(value)}: return a number or array.") from error
+        return sensitivity.numbers(of(dataclasses.replace(held, tensor=tensor, affine=affine, stress=stress)))
 
     value, pull = jax.vjp(observe, held.tensor, held.affine, held.stress)
     weights = jax.vmap(lambda w: pull(w))(sensitivity.units(lin, value))

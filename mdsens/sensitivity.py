@@ -327,18 +327,22 @@ def gradient(
     system = lin.equilibrium.system
 
     def observe(x: Unknowns, params: Params) -> jax.Array:
-        value = observable(lin.moved(system, x, params))
-        try:
-            array = jnp.asarray(value)
-        except Exception as error:  # a dict, a text, rows of different lengths
-            raise InputError(f"the observable returns {short(value)}: return a number or an array.") from error
-        if value is None or not array.size:
-            raise InputError(f"the observable returns {short(value)}: return a number or an array.")
-        return array
+        return numbers(observable(lin.moved(system, x, params)))
 
     value, pull = jax.vjp(observe, lin.unknowns, lin.params)
     cotangents, direct = jax.vmap(lambda w: pull(w))(units(lin, value))  # named: jax shows a vjp to name a bare one
     return total(lin, value, cotangents, direct, throw)
+
+
+def numbers(value: Any) -> jax.Array:
+    """What an observable returns, as an array, or an error that says what to return."""
+    try:
+        array = jnp.asarray(value)
+    except Exception as error:  # a dict, a text, rows of different lengths
+        raise InputError(f"the observable returns {short(value)}: return a number or an array.") from error
+    if value is None or not array.size:
+        raise InputError(f"the observable returns {short(value)}: return a number or an array.")
+    return array
 
 
 def units(lin: Linearization, value: jax.Array) -> jax.Array:
