@@ -43,16 +43,19 @@ def slopes_of(lin: Linearization, parts: Sequence[Component]) -> dict[str, np.nd
     def features(m: Moduli) -> Any:
         of_birch = isotropic(m.birch)
         both = [*(getattr(m, name) for name in MODULI.values()), *(getattr(of_birch, name) for name in MODULI.values())]
-        return jnp.stack([m.pressure, *both])
+        given = m.pressure if lin.cell is None else jnp.zeros(())  # at a pressure it stays, but for its own change
+        return jnp.stack([given, *both])
 
     value = gradient(features, lin).value
     names = ["P", *MODULI, *(f"{name}_B" for name in MODULI)]
-    columns = [
-        sum(
-            np.tensordot(np.asarray(value[k]), np.asarray(v, float), axes=np.ndim(v)) for k, v in part.direction.items()
-        )
-        for part in parts
-    ]
+
+    def along(part: Component) -> np.ndarray:
+        changes = {k: np.asarray(v, float) for k, v in part.direction.items()}
+        found = sum(np.tensordot(np.asarray(value[k]), v, axes=v.ndim) for k, v in changes.items())
+        own = 0.0 if lin.cell is None else float(changes.get("pressure", np.zeros(())))
+        return found + own * (np.arange(len(names)) == 0)
+
+    columns = [along(part) for part in parts]
     return dict(zip(names, np.stack(columns, axis=1), strict=True))
 
 

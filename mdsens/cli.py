@@ -104,8 +104,12 @@ def _relaxed(args: argparse.Namespace) -> tuple[Equilibrium, Linearization, list
     pressure = getattr(args, "pressure", None)
     if pressure is not None:
         options |= {"pressure": pressure, "shape": args.shape}
+    elif differentiate and args.wrt[0] == "pressure" and hasattr(args, "pressure"):
+        raise InputError("--wrt pressure: give the pressure as well, with --pressure P.")
     elif getattr(args, "shape", False):
         raise InputError("--shape goes with --pressure: give the pressure to relax the cell to.")
+    if args.command == "moduli" and system.box is None:
+        raise InputError("elastic moduli need a volume, and this system has open boundaries: give it a box.")
     parts = _report.components(system, *args.wrt, pressure=pressure) if differentiate else []
     solver = getattr(ms.implicit, SOLVERS[getattr(args, "solver", "auto")])()
     about = specification.read(specification.locate(args.system))

@@ -97,6 +97,8 @@ def _nearest_root(edges: list[_Edges], labels: jax.Array, whole: jax.Array) -> t
     n = labels.shape[0]
     lowest, place = labels, whole
     for e in edges:
+        if not e.j.shape[0]:
+            continue
         if e.rows:
             theirs = jnp.where(e.active, labels[e.j], n)
             k = jnp.argmin(theirs, axis=0)[None]

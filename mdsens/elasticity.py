@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from mdsens import sensitivity
 from mdsens._checks import real_array
@@ -32,11 +33,15 @@ from mdsens.implicit.operators import Auto, Method
 from mdsens.implicit.status import InputError, SolveStats, Status, raise_for_status
 from mdsens.linearization import STRAIN, Linearization, Response, linearised, through
 from mdsens.relaxation import Equilibrium
+from mdsens.scales import scales
 from mdsens.stationarity import Unknowns, hessian_operator, linearisation, max_force
 from mdsens.strains import basis, forces_of_strain, from_mandel, stiffness_along, strain_slope, to_mandel
 from mdsens.system import System
 
 __all__ = ["Isotropic", "Moduli", "directional", "gradient", "isotropic", "mandel", "moduli", "voigt"]
+
+
+RELAXED = 1e-4  # of the mean contact force: a larger force left is that of no minimum
 
 
 class Isotropic(NamedTuple):
@@ -55,8 +60,19 @@ class Isotropic(NamedTuple):
     poisson: jax.Array
 
 
+def _tensor(given: Any) -> jax.Array:
+    """A stiffness tensor, checked."""
+    if isinstance(given, Moduli):
+        raise InputError("got Moduli: give one of its tensors, moduli.tensor or moduli.birch.")
+    array = jnp.asarray(real_array("the tensor", given))
+    if array.shape not in ((2, 2, 2, 2), (3, 3, 3, 3)):
+        raise InputError(f"the tensor has shape {array.shape}: give (d, d, d, d), such as moduli.tensor.")
+    return array
+
+
 def isotropic(tensor: jax.Array) -> Isotropic:
     """The isotropic part of a stiffness tensor (d, d, d, d), of either convention; see :class:`Isotropic`."""
+    tensor = _tensor(tensor)
     d = tensor.shape[0]
     iijj, ijij = jnp.einsum("iijj->", tensor), jnp.einsum("ijij->", tensor)
     bulk, shear = iijj / d**2, (ijij - iijj / d) / ((d - 1) * (d + 2))
@@ -66,11 +82,12 @@ def isotropic(tensor: jax.Array) -> Isotropic:
 
 def mandel(tensor: jax.Array) -> jax.Array:
     """A stiffness tensor as (m, m) in Mandel's form, whose eigenvalues are its own: xx, yy, (zz, yz, xz,) xy."""
-    return to_mandel(tensor)
+    return to_mandel(_tensor(tensor))
 
 
 def voigt(tensor: jax.Array) -> jax.Array:
     """A stiffness tensor as (m, m) in Voigt's form, C_ab = C_ijkl: xx, yy, (zz, yz, xz,) xy."""
+    tensor = _tensor(tensor)
     d = tensor.shape[0]
     root = jnp.concatenate([jnp.ones(d), jnp.full(d * (d - 1) // 2, 2.0**0.5)])
     return to_mandel(tensor) / (root[:, None] * root[None])
@@ -86,11 +103,16 @@ def directional(tensor: jax.Array, directions: Any) -> tuple[jax.Array, jax.Arra
       tensor: (d, d, d, d) of either convention; Birch's for what a tensile test would see.
       directions: (…, d), of any length but zero.
     """
+    tensor = _tensor(tensor)
     d = tensor.shape[0]
     given = jnp.asarray(real_array("directions", directions), tensor.dtype)
     if given.ndim < 1 or given.shape[-1] != d:
         raise InputError(f"directions have shape {given.shape}: give (…, {d}).")
-    n = given / jnp.linalg.norm(given, axis=-1, keepdims=True)
+    largest = jnp.max(jnp.abs(given), axis=-1, keepdims=True)  # taken out, so that no square over- or underflows
+    if not isinstance(given, Tracer) and not np.all((np.asarray(largest) > 0) & np.isfinite(np.asarray(largest))):
+        raise InputError("a direction is zero or not finite: give vectors of any other length.")
+    n = given / largest
+    n = n / jnp.linalg.norm(n, axis=-1, keepdims=True)
     along = jnp.einsum("...i,...j,aij->...a", n, n, basis(d))
     strain = jnp.linalg.solve(mandel(tensor), along.reshape(-1, along.shape[-1]).T).T.reshape(along.shape)
     on, whole = jnp.sum(strain * along, axis=-1), strain @ jnp.einsum("aii->a", basis(d))
@@ -198,6 +220,8 @@ def moduli(of: Equilibrium | Linearization | System, *, solve: Method | None = N
     if isinstance(of, System):
         _check_cell(of)
         return _of_system(of, Auto() if solve is None else solve)
+    if isinstance(of, Equilibrium):
+        _check_cell(of.system)
     lin = linearised(of, solve, throw)
     _check_cell(lin.system)
     strained = through(STRAIN, lin, jnp.asarray(basis(lin.system.dimension), lin.system.positions.dtype), many=True)
@@ -230,6 +254,8 @@ def gradient(
     """
     if not callable(of):
         raise InputError("the first argument is no function: give one of Moduli, such as lambda m: m.poisson.")
+    if isinstance(at, Equilibrium):
+        _check_cell(at.system)
     lin = linearised(at, solve, throw)
     held = moduli(lin, throw=throw)
 
@@ -271,8 +297,9 @@ def _with_motion(system: System, motion: jax.Array, stats: SolveStats) -> Moduli
 
 
 def _of_system(system: System, solve: Method) -> Moduli:
-    left = jax.lax.stop_gradient(max_force(jax.lax.stop_gradient(system)))
-    held, _, null = linearisation(system, left)
+    still = jax.lax.stop_gradient(system)
+    left = max_force(still)
+    held, net, null = linearisation(system, left)
     operator = hessian_operator(held, null)
 
     def one(strain: jax.Array) -> tuple[jax.Array, SolveStats]:
@@ -280,4 +307,9 @@ def _of_system(system: System, solve: Method) -> Moduli:
         return x.positions, stats
 
     motion, stats = jax.vmap(one)(jnp.asarray(basis(system.dimension), system.positions.dtype))
+    length, stiffness = scales(still)
+    code = jnp.where(jnp.all(net.rattlers), Status.UNJAMMED.value, Status.CONVERGED.value)
+    unrelaxed = left > RELAXED * jnp.where(net.mean_force > 0, net.mean_force, length * stiffness)
+    code = jnp.where(unrelaxed, Status.NOT_CONVERGED.value, code)
+    stats = dataclasses.replace(stats, status=jnp.where(code > 0, code, stats.status))
     return _with_motion(held, motion, stats)

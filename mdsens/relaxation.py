@@ -94,8 +94,8 @@ class Equilibrium(Shown):
 
     def cell_in_words(self) -> str:
         """What the cell was relaxed to, and its volume; of a minimum at a pressure."""
-        free = "the size of the cell" if len(self.strains) == 1 else "the size and shape of the cell"
-        return f"{float(self.pressure):.6g}, to which {free} was relaxed: volume {float(self.system.volume):.8g}"
+        free = "the size of the cell was" if len(self.strains) == 1 else "the size and shape of the cell were"
+        return f"{float(self.pressure):.6g}, to which {free} relaxed: volume {float(self.system.volume):.8g}"
 
 
 def relax(system: System, tolerance: Any, max_steps: Any, method: Any) -> Equilibrium:
@@ -143,7 +143,7 @@ def minimize(
         this over the smallest stiffness, so it is small by default; raise it where round-off stands above it.
       method: ``Newton()`` (the default: FIRE, and Newton steps where it crawls; where the Hessian can be factorised, a
         saddle that FIRE came to rest on is left), ``Fire()`` or ``GradientDescent()``.
-      max_steps: of the minimiser.
+      max_steps: of the minimiser; at a pressure, of all its relaxations together.
       throw: raise where the tolerance is not reached; with False the status says so instead.
       progress: show a progress bar; where None, in a terminal or notebook alone.
 
@@ -160,6 +160,8 @@ def minimize(
         raise InputError(f"tolerance is {short(tolerance)}: give a positive number.")
     if not (isinstance(max_steps, Real) and max_steps >= 1):
         raise InputError(f"max_steps is {short(max_steps)}: give 1 or more.")
+    if pressure is None and shape:
+        raise InputError("shape=True goes with a pressure: give the pressure to relax the cell to.")
     if pressure is not None:
         _check_pressure(system, pressure, shape)
         if system.batch is not None:
@@ -200,11 +202,11 @@ def _at_pressure(
 ) -> Equilibrium:
     began = time.perf_counter()
 
-    def relax_held(at: System) -> Equilibrium:
-        how: dict[str, Any] = {"method": method, "max_steps": max_steps, "progress": progress}
+    def relax_held(at: System, budget: int) -> Equilibrium:
+        how: dict[str, Any] = {"method": method, "max_steps": budget, "progress": progress}
         return minimize(at, tolerance=tolerance, throw=False, **how)
 
-    eq, steps, strains, status = pressed(relax_held, system, pressure, shape, tolerance)
+    eq, steps, strains, status = pressed(relax_held, system, pressure, shape, tolerance, int(max_steps))
     dtype = system.positions.dtype
     eq = dataclasses.replace(
         eq,
@@ -321,7 +323,7 @@ def _check_kinds(system: Any, method: Any) -> None:
 
 
 def _check_pressure(system: System, pressure: Any, shape: Any) -> None:
-    real_number("pressure", pressure, "give a number, energy a volume, or None for a cell that stays as it is.")
+    real_number("pressure", pressure, "give one number, energy a volume, or None for a cell that stays.")
     if not np.isfinite(pressure):
         raise InputError(f"pressure is {pressure}: give a finite number.")
     if not isinstance(shape, bool):

@@ -350,7 +350,7 @@ def units(lin: Linearization, value: jax.Array) -> jax.Array:
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise InputError(f"the observable returns {value.dtype}: return floating-point numbers.")
     require_memory(
-        float(value.size) * (lin.system.positions.size + sum(v.size for v in lin.params.values())),
+        float(value.size) * (value.size + lin.system.positions.size + sum(v.size for v in lin.params.values())),
         value.dtype.itemsize,
         f"gradient of {value.size:,} observables",
         "ask for fewer observables at once.",

@@ -67,6 +67,35 @@ def test_a_packing_is_compressed_from_an_unjammed_start_and_expanded_from_a_dens
         assert 0.84 < float(fraction(eq.system)) < 1.0
 
 
+def small(seed: int) -> ms.System:
+    """Two dozen discs from a random start."""
+    sigma = np.where(np.arange(24) % 2, 1.0, 1.4)
+    places = 5.5 * np.random.default_rng(seed).random((24, 2))
+    params = {"sigma": sigma, "epsilon": 1.0, "alpha": 2.0}
+    return ms.System.create(places, 5.5, ms.potentials.soft_sphere(), params)
+
+
+@pytest.mark.parametrize("pressure", [1e-4, 1e-7])
+def test_packings_are_decompressed_to_next_to_nothing(pressure):
+    for seed in range(4):  # a Newton step of the cell may take the last contact away: it is shortened
+        eq = ms.minimize(small(seed), pressure=pressure)
+        assert float(ms.observables.pressure(eq.system)) == pytest.approx(pressure, rel=1e-4)
+        assert not ms.linearize(eq).network.rattlers.all()
+
+
+@pytest.mark.parametrize("pressure", [0.0, -0.1, 1e6])
+def test_a_pressure_at_which_nothing_rests_has_a_status(pressure):
+    eq = ms.minimize(small(1), pressure=pressure, throw=False)
+    assert ms.Status(int(eq.status)) is ms.Status.NO_REST
+    with pytest.raises(ms.ConvergenceError, match="no state of rest was found at this pressure"):
+        ms.minimize(small(1), pressure=pressure)
+
+
+def test_the_step_limit_is_of_all_relaxations_together():
+    eq = ms.minimize(small(1), pressure=1e-4, max_steps=1000, throw=False)
+    assert ms.Status(int(eq.status)) is ms.Status.MAX_STEPS_REACHED and int(eq.steps) <= 1100
+
+
 def test_a_crystal_under_no_pressure_has_its_lattice_constant():
     for start in (5.2, 5.35):
         cell = {"kind": "lattice", "lattice": "fcc", "constant": start, "cells": 4}
@@ -217,10 +246,12 @@ def test_bad_input_is_refused():
         ms.minimize(system, pressure=np.nan)
     with pytest.raises(ms.InputError, match="shape is 1: give True or False"):
         ms.minimize(system, pressure=1.0, shape=1)  # type: ignore[arg-type]
-    dimer = ms.load_system("dimer")
-    if dimer.box is None:
-        with pytest.raises(ms.InputError, match="open boundaries: give it a box"):
-            ms.minimize(dimer, pressure=0.0)
+    with pytest.raises(ms.InputError, match="shape=True goes with a pressure"):
+        ms.minimize(system, shape=True)
+    with pytest.raises(ms.InputError, match=r"pressure has shape \(2,\): give one number"):
+        ms.minimize(ms.stack([small(0), small(1)]), pressure=[0.1, 0.2])  # type: ignore[arg-type]
+    with pytest.raises(ms.InputError, match="open boundaries: give it a box"):
+        ms.minimize(ms.load_system("dimer"), pressure=0.0)
     eq = at_rest("size")
     with pytest.raises(ms.InputError, match="certify holds the cell"):
         ms.certify(eq)

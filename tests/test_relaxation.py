@@ -325,3 +325,11 @@ def test_largest_stiffness_of_a_stretched_spring():
     assert largest_stiffness(slope, R, 1.0) == pytest.approx(6.0, rel=1e-12)
     assert largest_stiffness(jnp.zeros_like, R, 2.5) == 2.5
     assert largest_stiffness(lambda R: jnp.inf * R, R, 2.5) == 2.5
+
+
+def test_a_particle_alone_rests_where_it_is():
+    params = {"sigma": 1.0, "epsilon": 1.0, "alpha": 2.0}
+    eq = ms.minimize(ms.System.create([[1.0, 1.0]], 5.0, ms.potentials.soft_sphere(), params))
+    np.testing.assert_array_equal(eq.positions, [[1.0, 1.0]])
+    with pytest.raises(ms.ConvergenceError, match="no contact carries force"):
+        ms.jvp(eq, {"sigma": 1.0})

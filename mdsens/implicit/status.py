@@ -109,6 +109,12 @@ class Status(IntEnum):
         "the estimated error of the derivative is above a tenth of it; minimise to a smaller force",
     )
 
+    NO_REST = (
+        22,
+        "no state of rest was found at this pressure: the cell grows until nothing holds it, or shrinks below twice "
+        "the range of the interactions; change the pressure, start nearer to it, or take more particles",
+    )
+
     @property
     def good(self) -> bool:
         """True where the number beside this status can be used."""

@@ -24,7 +24,7 @@ def moduli(
 ) -> Any:
     """Draw E(angle) and nu(angle) of a 2-D solid as polar curves: circles where it is isotropic.
 
-    The thin circle is the isotropic average. Of Poisson's ratio the radius is |nu|, dashed where nu is negative.
+    The thin grey circle is that of the isotropic part. Of Poisson's ratio the radius is |nu|, dashed where nu < 0.
 
     Args:
       of: from ``ms.elasticity.moduli``, in 2-D.
@@ -66,10 +66,10 @@ def moduli(
             )
         ax.set_ylim(0.0, 1.15 * max(float(np.max(np.abs(curve))), abs(float(level))))
         ax.set_rlabel_position(22.5)
-        ax.yaxis.set_major_locator(MaxNLocator(4))
+        ax.yaxis.set_major_locator(MaxNLocator(4, prune="upper"))
         ax.tick_params(labelsize=FONT)
         ax.grid(linewidth=0.4, alpha=0.6)
-        ax.set_title(f"{name}; mean {float(level):.3g}", fontsize=FONT + 1, color=ARROW)
+        ax.set_title(f"{name}; isotropic part {float(level):.3g}", fontsize=FONT + 1, color=ARROW)
     if title:
         axes[0].figure.suptitle(title, fontsize=FONT + 2)
     return axes
