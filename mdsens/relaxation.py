@@ -330,6 +330,8 @@ def _check_pressure(system: System, pressure: Any, shape: Any) -> None:
         raise InputError(f"shape is {short(shape)}: give True or False.")
     if system.box is None:
         raise InputError("pressure needs a cell, and this system has open boundaries: give it a box.")
+    if "pressure" in system.params:
+        raise InputError("the law has a parameter 'pressure', which the cell's would hide: give it another name.")
 
 
 def _check_precision(system: System, tolerance: float) -> None:
