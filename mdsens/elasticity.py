@@ -72,7 +72,11 @@ def _tensor(given: Any) -> jax.Array:
 
 def isotropic(tensor: jax.Array) -> Isotropic:
     """The isotropic part of a stiffness tensor (d, d, d, d), of either convention; see :class:`Isotropic`."""
-    tensor = _tensor(tensor)
+    return _isotropic(_tensor(tensor))
+
+
+@jax.jit  # a function of the moduli is differentiated anew at each call, and this is in most of them
+def _isotropic(tensor: jax.Array) -> Isotropic:
     d = tensor.shape[0]
     iijj, ijij = jnp.einsum("iijj->", tensor), jnp.einsum("ijij->", tensor)
     bulk, shear = iijj / d**2, (ijij - iijj / d) / ((d - 1) * (d + 2))
@@ -142,11 +146,7 @@ class Moduli(Shown):
     @property
     def birch(self) -> jax.Array:
         """(d, d, d, d) B, the derivative of the Cauchy stress by the strain, with A's relaxation; see the module."""
-        sigma, unit = self.stress, jnp.eye(self.stress.shape[0], dtype=self.stress.dtype)
-        crossed = jnp.einsum("ik,jl->ijkl", sigma, unit)
-        crossed = crossed + jnp.swapaxes(crossed, 2, 3)
-        crossed = crossed + jnp.swapaxes(crossed, 0, 1)
-        return self.tensor + 0.25 * crossed - jnp.einsum("ij,kl->ijkl", sigma, unit)
+        return _birch(self.tensor, self.stress)
 
     @property
     def pressure(self) -> jax.Array:
@@ -200,6 +200,15 @@ class Moduli(Shown):
             ("status", f"{worst.name}: {worst.sentence}"),
             ("residual", f"{float(np.max(np.asarray(self.stats.residual))):.1e}, by {self.stats.solver}"),
         ]
+
+
+@jax.jit
+def _birch(tensor: jax.Array, stress: jax.Array) -> jax.Array:
+    unit = jnp.eye(stress.shape[0], dtype=stress.dtype)
+    crossed = jnp.einsum("ik,jl->ijkl", stress, unit)
+    crossed = crossed + jnp.swapaxes(crossed, 2, 3)
+    crossed = crossed + jnp.swapaxes(crossed, 0, 1)
+    return tensor + 0.25 * crossed - jnp.einsum("ij,kl->ijkl", stress, unit)
 
 
 def moduli(of: Equilibrium | Linearization | System, *, solve: Method | None = None, throw: bool = True) -> Moduli:
