@@ -53,6 +53,13 @@ def _at_size(steps: int, n: int) -> int:
     return math.ceil(steps * max(1.0, n / LARGE) ** 0.5)
 
 
+def _near(begin: float, contact: Any, n: int) -> Any:
+    """The largest force at which Newton steps are tried. Some contact of many changes sooner: at 131,072 discs steps
+    from 3e-4 of the contact force took 36 factors and four times as long as FIRE from an eighth of it.
+    """
+    return begin * min(1.0, LARGE / n) * contact
+
+
 def _falls_fast(pace: Any, largest: Any, tested: Any, n: int) -> Any:
     """Whether the minimiser, at its pace, is at the minimum before Newton steps would be; so where it is not known."""
     with np.errstate(divide="ignore"):
@@ -111,7 +118,7 @@ class Run:
         begin, returns = newton.begin if newton else 0.0, 0
         while newton and self.unfinished:
             contact = float(_contact_force(self.system, self.length, self.limits.stiffness))
-            near = max(begin * contact, self.tested)
+            near = max(_near(begin, contact, self.system.n), self.tested)
             if self.largest > near and self.pace != 0.0:
                 returns, self.pace = returns + 1, 0.0
             self.advance(near)
@@ -256,7 +263,8 @@ class Runs:
         self.advance(self.tested, newton.patience if newton else self.max_steps)
         if newton is None or not self.unfinished.any():
             return
-        near = newton.begin * np.asarray(_contact_forces(self.systems, self.length, self.limits.stiffness))
+        contact = np.asarray(_contact_forces(self.systems, self.length, self.limits.stiffness))
+        near = _near(newton.begin, contact, self.systems.n)
         self.advance(np.maximum(near, self.tested), self.max_steps)
         while (fast := self.unfinished & _falls_fast(self.pace, self.largest, self.tested, self.systems.n)).any():
             before, since = self.largest, self.steps

@@ -195,7 +195,7 @@ class Newton:
       first: the FIRE that finds the basin.
       begin: largest force, relative to the mean force of a contact, at which Newton steps are tried. Far above 1e-3
         contacts change with each step and they make little headway; lower it where another minimum is reached than by
-        FIRE alone.
+        FIRE alone. Beyond 16,384 particles it counts for less, in proportion to their number.
       patience: steps of FIRE before they are tried: a quick relaxation is over by then, without compiling them. Nor are
         they tried where the force falls so fast that FIRE will be there in the time that they take.
     """

@@ -362,3 +362,8 @@ def test_minimize_ends_converged_with_few_steps_of_fire(way):
     assert true_force(eq.system) == pytest.approx(float(eq.max_force), abs=1e-14)
     assert true_force(eq.system) <= 1.01e-12
     assert float(potential_energy(eq.system)) < float(potential_energy(start))
+
+
+def test_newton_steps_begin_nearer_to_the_minimum_of_many_particles():
+    assert _runs._near(3e-4, 2.0, 1000) == _runs._near(3e-4, 2.0, _runs.LARGE) == 6e-4
+    assert _runs._near(3e-4, 2.0, 8 * _runs.LARGE) == pytest.approx(6e-4 / 8)
