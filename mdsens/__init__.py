@@ -17,7 +17,7 @@ from pathlib import Path as _Path
 
 import jax as _jax
 
-from mdsens import contacts, elasticity, implicit, io, observables, plots, potentials, relaxation, verify
+from mdsens import contacts, design, elasticity, implicit, io, observables, plots, potentials, relaxation, verify
 from mdsens.boxes import PackingFraction
 from mdsens.certificate import Certificate, certify
 from mdsens.equilibration import equilibrate
@@ -89,6 +89,7 @@ __all__ = [
     "UnsupportedVersionError",
     "certify",
     "contacts",
+    "design",
     "elasticity",
     "enable_compilation_cache",
     "enable_x64",

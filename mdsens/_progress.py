@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Decades", "Members"]
+__all__ = ["Decades", "Members", "Trials"]
 
 
 def _bar(wanted: bool | None, form: str, **how: Any) -> Any:
@@ -54,6 +54,22 @@ class Members:
     def advance(self, count: int) -> None:
         if self.bar is not None:
             self.bar.update(count)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class Trials:
+    """The steps of a design, and how far the worst of its features is from its target."""
+
+    def __init__(self, count: int, wanted: bool | None):
+        self.bar = _bar(wanted, "{desc} {bar} {n_fmt} of {total_fmt}, {elapsed}{postfix}", total=count, desc="designing")
+
+    def show(self, done: int, tolerances: float) -> None:
+        if self.bar is not None:
+            self.bar.n = done
+            self.bar.set_postfix_str(f"{tolerances:.3g} tolerances to go")
 
     def close(self) -> None:
         if self.bar is not None:

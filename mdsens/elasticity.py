@@ -38,7 +38,8 @@ from mdsens.stationarity import Unknowns, hessian_operator, linearisation, max_f
 from mdsens.strains import basis, forces_of_strain, from_mandel, stiffness_along, strain_slope, to_mandel
 from mdsens.system import System
 
-__all__ = ["Isotropic", "Moduli", "directional", "gradient", "isotropic", "mandel", "moduli", "voigt"]
+__all__ = ["Isotropic", "Moduli", "directional", "gradient", "isotropic", "mandel", "moduli", "value_and_gradient"]
+__all__ += ["voigt"]
 
 
 RELAXED = 1e-4  # of the mean contact force: a larger force left is that of no minimum
@@ -261,6 +262,17 @@ def gradient(
     Returns:
       a :class:`~mdsens.Response`, its value a dict shaped like the parameters, as of ``ms.gradient``.
     """
+    return value_and_gradient(of, at, solve=solve, throw=throw)[1]
+
+
+def value_and_gradient(
+    of: Callable[[Moduli], Any],
+    at: Equilibrium | Linearization,
+    *,
+    solve: Method | None = None,
+    throw: bool = True,
+) -> tuple[jax.Array, Response]:
+    """What ``gradient`` gives, with the value of the function before it."""
     if not callable(of):
         raise InputError("the first argument is no function: give one of Moduli, such as lambda m: m.poisson.")
     if isinstance(at, Equilibrium):
@@ -274,7 +286,7 @@ def gradient(
     value, pull = jax.vjp(observe, held.tensor, held.affine, held.stress)
     weights = jax.vmap(lambda w: pull(w))(sensitivity.units(lin, value))
     cotangents, direct = _pulled(lin.traced(tuple(lin.params)), held.nonaffine, held.stats, weights)
-    return sensitivity.total(lin, value, cotangents, direct, throw)
+    return value, sensitivity.total(lin, value, cotangents, direct, throw)
 
 
 @jax.jit

@@ -319,6 +319,17 @@ def gradient(
         assert isinstance(at, Equilibrium)
         whole = _over_members(lambda e, _: gradient(observable, e, solve=solve, throw=False), at)
         return _judged(whole, throw, "gradient")
+    return value_and_gradient(observable, at, solve=solve, throw=throw)[1]
+
+
+def value_and_gradient(
+    observable: Callable[[System], Any],
+    at: Equilibrium | Linearization,
+    *,
+    solve: Method | None = None,
+    throw: bool = True,
+) -> tuple[jax.Array, Response]:
+    """What ``gradient`` gives of one minimum, with the observable's value before it."""
     if not callable(observable):
         raise InputError(
             f"the observable is {short(observable)}: give a function of a System, such as ms.observables.pressure."
@@ -331,7 +342,7 @@ def gradient(
 
     value, pull = jax.vjp(observe, lin.unknowns, lin.params)
     cotangents, direct = jax.vmap(lambda w: pull(w))(units(lin, value))  # named: jax shows a vjp to name a bare one
-    return total(lin, value, cotangents, direct, throw)
+    return value, total(lin, value, cotangents, direct, throw)
 
 
 def numbers(value: Any) -> jax.Array:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens import boxes, potentials
+from mdsens.design import State, Step
 from mdsens.files import read_npz, replacing
 from mdsens.implicit.status import InputError, PrecisionError, SolveStats, Status
 from mdsens.laws import BondLaw, Law, PairLaw, SumLaw
@@ -29,13 +30,14 @@ __all__ = ["load", "read_header", "save"]
 
 FORMAT = "mdsens"
 VERSION = 1
-KINDS = (Equilibrium, Response, System)
+KINDS = (Equilibrium, Response, State, System)
 _RECORDS: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         *KINDS,
         Neighbours,
         SolveStats,
+        Step,
         Unknowns,
         boxes.FixedBox,
         boxes.OpenBox,
@@ -54,7 +56,7 @@ def save(path: str | Path, result: Any, *, provenance: Mapping[str, Any] | None 
       provenance: what else is worth keeping, such as ``{"seed": 3}``: anything that JSON can say.
     """
     if not isinstance(result, KINDS):
-        raise InputError(f"result is a {type(result).__name__}: give a System, an Equilibrium or a Response.")
+        raise InputError(f"result is a {type(result).__name__}: give a System, an Equilibrium, a Response or a design's State.")
     arrays: dict[str, np.ndarray] = {}
     tree = _encode(result, "", arrays)
     header = {
@@ -177,6 +179,8 @@ def _encode(value: Any, where: str, arrays: dict[str, np.ndarray]) -> Any:
 
     if isinstance(value, Mapping):
         return {"dict": {k: _encode(v, inside(k), arrays) for k, v in value.items()}}
+    if isinstance(value, list):
+        return {"list": [_encode(v, inside(str(k)), arrays) for k, v in enumerate(value)]}
     if isinstance(value, tuple):
         return {"tuple": [_encode(v, inside(str(k)), arrays) for k, v in enumerate(value)]}
     if isinstance(value, boxes.BoxFunction):
@@ -304,6 +308,8 @@ def _decode(node: Any, source: _Source | None) -> Any:
         return source.array(node)
     if "dict" in node:
         return {k: _decode(v, source) for k, v in node["dict"].items()}
+    if "list" in node:
+        return [_decode(v, source) for v in node["list"]]
     if "tuple" in node:
         return tuple(_decode(v, source) for v in node["tuple"])
     if node.get("user") == "box":

@@ -60,6 +60,9 @@ ORDER = [
     ["verify"],
     # built on it
     ["elasticity"],
+    ["design._features", "design._variables", "design._step"],
+    ["design._history"],
+    ["design._fit"],
     ["design"],
     # the edges: files, structures, figures, the terminal
     ["files", "fields"],

@@ -115,6 +115,13 @@ class Status(IntEnum):
         "the range of the interactions; change the pressure, start nearer to it, or take more particles",
     )
 
+    DESIGN_STAGNATED = (
+        23,
+        "no step leads nearer to all targets: the trust region or the bounds leave none; widen the bounds, free more "
+        "parameters, or ask for less",
+    )
+    BUDGET_SPENT = 24, "the steps were spent before every target was met; resume with more, or ask for less"
+
     @property
     def good(self) -> bool:
         """True where the number beside this status can be used."""

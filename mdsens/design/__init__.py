@@ -1,0 +1,9 @@
+"""Inverse design: parameters that give a relaxed system the properties that are wanted."""
+
+from mdsens.design._features import FEATURES, Elastic, Target
+from mdsens.design._fit import fit, hold
+from mdsens.design._history import Design, State, Step
+from mdsens.design._step import LevenbergMarquardt, Optax
+from mdsens.design._variables import Free
+
+__all__ = ["FEATURES", "Design", "Elastic", "Free", "LevenbergMarquardt", "Optax", "State", "Step", "Target", "fit", "hold"]

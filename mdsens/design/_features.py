@@ -1,0 +1,150 @@
+"""What a design aims at: numbers measured on a minimum, with their total derivatives by the parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax.numpy as jnp
+import numpy as np
+
+from mdsens import elasticity, observables
+from mdsens._checks import real_number, short
+from mdsens.elasticity import Moduli
+from mdsens.implicit.status import InputError, Status
+from mdsens.linearization import Linearization
+from mdsens.sensitivity import value_and_gradient
+from mdsens.system import System
+
+__all__ = ["FEATURES", "Elastic", "Feature", "Measured", "Target", "measured", "named"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Elastic:
+    """A number made of the elastic moduli, ``Elastic(lambda m: m.poisson)``.
+
+    Its gradient costs one solve more than the moduli, where that of a function of a System that calls ``moduli`` inside
+    costs several.
+    """
+
+    of: Callable[[Moduli], Any]
+
+
+Feature: TypeAlias = Elastic | Callable[[System], Any]
+
+# The moduli are of A, the convention of the packing literature; those of Birch's tensor are what an experiment sees.
+FEATURES: dict[str, Feature] = {
+    "bulk": Elastic(lambda m: m.bulk),
+    "shear": Elastic(lambda m: m.shear),
+    "young": Elastic(lambda m: m.young),
+    "poisson": Elastic(lambda m: m.poisson),
+    "birch_bulk": Elastic(lambda m: elasticity.isotropic(m.birch).bulk),
+    "birch_shear": Elastic(lambda m: elasticity.isotropic(m.birch).shear),
+    "birch_young": Elastic(lambda m: elasticity.isotropic(m.birch).young),
+    "birch_poisson": Elastic(lambda m: elasticity.isotropic(m.birch).poisson),
+    "stability": Elastic(lambda m: m.stability),
+    "pressure": observables.pressure,
+    "energy": observables.energy,
+}
+
+
+def named(feature: Any) -> tuple[str, Feature]:
+    """A feature and its name, from the name of one in ``FEATURES`` or from the feature itself."""
+    if isinstance(feature, str):
+        if feature not in FEATURES:
+            near = difflib.get_close_matches(feature, FEATURES, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"give one of {', '.join(sorted(FEATURES))}."
+            raise InputError(f"there is no feature {feature!r}: {hint}")
+        return feature, FEATURES[feature]
+    if not (isinstance(feature, Elastic) or callable(feature)):
+        raise InputError(
+            f"the feature is {short(feature)}: give a name such as 'poisson', a function of a System, or Elastic(f)."
+        )
+    of = feature.of if isinstance(feature, Elastic) else feature
+    return getattr(of, "__name__", "feature").replace("<lambda>", "feature"), feature
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A number that is wanted, and how near is near enough.
+
+    Attributes:
+      of: a name of ``ms.design.FEATURES``, a function of a System (``ms.observables.pressure``), or
+        ``Elastic(lambda m: m.poisson)``.
+      value: what is wanted; counted from where the design starts where ``from_start``.
+      tolerance: how far from it is met, in the feature's units; where ``share``, as a share of the value wanted.
+      name: for tables and figures; the feature's own where empty.
+      from_start: ``Target("poisson", -0.1, 2e-3, from_start=True)`` lowers Poisson's ratio by 0.1.
+      share: ``Target("pressure", 0.0, 0.01, from_start=True, share=True)``, or ``hold("pressure", 0.01)``, holds the
+        pressure within 1 %.
+    """
+
+    of: Any
+    value: float
+    tolerance: float
+    name: str = ""
+    from_start: bool = False
+    share: bool = False
+
+    def __post_init__(self) -> None:
+        label = named(self.of)[0]
+        object.__setattr__(self, "name", str(self.name) or label)
+        for field in ("value", "tolerance"):
+            where = f"target {self.name}: {field}"
+            number = real_number(where, getattr(self, field), "give one number.")
+            if not np.isfinite(number):
+                raise InputError(f"{where} is {number}: give a finite number.")
+            object.__setattr__(self, field, number)
+        if not self.tolerance > 0:
+            raise InputError(f"target {self.name}: tolerance is {self.tolerance}: give a positive number.")
+
+    @property
+    def feature(self) -> Feature:
+        """What is measured."""
+        return named(self.of)[1]
+
+    def resolved(self, start: float) -> tuple[float, float]:
+        """(the value wanted, the tolerance), as numbers, of a design that starts at a value."""
+        value = self.value + (start if self.from_start else 0.0)
+        return value, self.tolerance * (abs(value) if self.share else 1.0)
+
+
+class Measured(NamedTuple):
+    """Features at one minimum: values (m,), derivatives (m, *shape of each parameter), and the worst status."""
+
+    values: np.ndarray
+    slopes: Mapping[str, np.ndarray]
+    status: Status
+
+
+def measured(features: Sequence[Feature], lin: Linearization) -> Measured:
+    """Every feature with its derivatives by all parameters: one factor, one adjoint solve for each feature."""
+    kinds = {
+        kind: [k for k, feature in enumerate(features) if isinstance(feature, Elastic) == kind] for kind in (True, False)
+    }
+    values, slopes, codes = np.full(len(features), np.nan), {}, [int(lin.status)]
+
+    def stacked(which: Sequence[int]) -> Callable[[Any], Any]:
+        chosen = [features[k] for k in which]
+        return lambda at: jnp.stack([_one(getattr(f, "of", f)(at)) for f in chosen])
+
+    for elastic, which in kinds.items():
+        if not which:
+            continue
+        door = elasticity.value_and_gradient if elastic else value_and_gradient
+        value, response = door(stacked(which), lin, throw=False)
+        values[which] = np.asarray(value)
+        codes.append(int(np.max(np.asarray(response.stats.status))))
+        for name, slope in response.value.items():
+            rows = slopes.setdefault(name, np.zeros((len(features), *slope.shape[1:])))
+            rows[which] = np.asarray(slope)
+    return Measured(values, slopes, Status(max(codes)))
+
+
+def _one(value: Any) -> Any:
+    array = jnp.asarray(value)
+    if array.size != 1:
+        raise InputError(f"a feature has shape {array.shape}: give one number a feature, a target for each.")
+    return array.reshape(())

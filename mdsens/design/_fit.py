@@ -1,0 +1,457 @@
+"""Inverse design: parameters that give a relaxed system the properties that are wanted.
+
+    ms.design.fit([Target("poisson", 0.1, 2e-3, from_start=True), hold("pressure")], system, free={"sigma": Free(within=0.3)})
+
+Each step solves for a change of the parameters by which the features' Jacobian meets the targets, puts the particles
+where their linear response says they will be, and relaxes them there. What came out is compared with what the linear
+model said, and the trust region grows or shrinks by it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mdsens import contacts
+from mdsens._checks import short
+from mdsens._progress import Trials
+from mdsens.boxes import nearest_image
+from mdsens.design._features import Feature, Measured, Target, measured
+from mdsens.design._history import Design, State, Step
+from mdsens.design._step import LevenbergMarquardt, Optax, bounded_step, check_method
+from mdsens.design._variables import Free, Variables
+from mdsens.enthalpy import deformed
+from mdsens.implicit.status import ConvergenceError, InputError, Status
+from mdsens.linearization import Linearization, full_tangent, linearize
+from mdsens.relaxation import Equilibrium, minimize
+from mdsens.scales import scales
+from mdsens.sensitivity import jvp
+from mdsens.stationarity import Unknowns
+from mdsens.strains import from_mandel
+from mdsens.system import System, stack, unstack
+
+__all__ = ["fit", "hold"]
+
+STRAYED = 0.1  # of the law's length: farther from where linear response puts a particle, it is a rearrangement
+SMALLEST = 1e-6  # radius of a trust region: below, the design has stagnated
+GROW, SHRINK = 1.7, 0.6  # of the trust region
+PARTS = 12  # tries of a part of the way that fits into it
+HALF = 0.5  # of the members must count for a step to be taken
+
+
+def hold(of: Any, share: float = 0.01, name: str = "") -> Target:
+    """The target to hold a feature at its start, within a share of it."""
+    return Target(of, 0.0, share, name, from_start=True, share=True)
+
+
+class _Problem(NamedTuple):
+    """What a design is of."""
+
+    targets: tuple[Target, ...]
+    features: tuple[Feature, ...]
+    variables: Variables
+    method: LevenbergMarquardt | Optax
+    relax: Callable[[Sequence[System]], list[Equilibrium]]
+    about: dict[str, Any]
+
+
+class _Seen(NamedTuple):
+    """What was measured on the members at one place: the means over those that count."""
+
+    lins: list[Linearization | None]
+    values: np.ndarray
+    jacobian: np.ndarray
+    status: np.ndarray
+
+    @property
+    def enough(self) -> bool:
+        return bool(np.mean(self.status == Status.CONVERGED.value) >= HALF)
+
+
+def fit(
+    targets: Target | Sequence[Target],
+    system: System | Sequence[System],
+    free: str | Sequence[str] | Mapping[str, Free],
+    *,
+    bounds: Mapping[str, Any] | None = None,
+    method: LevenbergMarquardt | Optax | None = None,
+    steps: int = 60,
+    pressure: float | None = None,
+    shape: bool = False,
+    tolerance: float = 1e-12,
+    max_steps: int = 200_000,
+    resume: State | None = None,
+    callback: Callable[[State], Any] | None = None,
+    progress: bool | None = None,
+    throw: bool = False,
+) -> Design:
+    """Change parameters until relaxed systems have the properties that are wanted.
+
+    Args:
+      targets: what is wanted, :class:`Target` each, and ``hold`` for what is to stay.
+      system: where to start, relaxed or not; a batch made by ``stack`` or a list of systems that share the free
+        parameters: an ensemble, whose mean is aimed at. A member that is no rigid minimum does not count in a mean.
+      free: the parameters that may change: names, or a dict of :class:`Free` with their bounds.
+      bounds: name -> (low, high), in place of those in ``free``.
+      method: ``LevenbergMarquardt()``, the default, or ``Optax(optax.rmsprop(0.002))`` and its kin.
+      steps: relaxations of each member at most, the start's not counted.
+      pressure, shape: as in ``minimize``: the cell is an unknown, and the pressure held exactly.
+      tolerance, max_steps: of each relaxation, as in ``minimize``.
+      resume: the :class:`State` after some step of a design of the same targets, parameters and method.
+      callback: called with the State after each step: ``lambda s: ms.io.save("design.npz", s)`` keeps it.
+      progress: show a progress bar; where None, in a terminal or notebook alone.
+      throw: raise where the targets are not met.
+
+    Returns:
+      a :class:`Design`.
+
+    Raises:
+      InputError: bad targets, parameters or bounds; a state of another design. ConvergenceError: no member is a rigid
+      minimum to begin with; with ``throw``, targets that are not met.
+    """
+    method = LevenbergMarquardt() if method is None else method
+    check_method(method)
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise InputError(f"steps is {short(steps)}: give a whole number from 1.")
+    if resume is not None and not isinstance(resume, State):
+        raise InputError(f"resume is a {type(resume).__name__}: give the State that ms.io.load reads, or that callback got.")
+    chosen, members = _targets(targets), _members(system)
+    variables = Variables.of(members[0], free, bounds)
+    _check_shared(members, variables)
+    how = {"pressure": pressure, "shape": shape, "tolerance": tolerance, "max_steps": max_steps}
+
+    def relax(starts: Sequence[System]) -> list[Equilibrium]:
+        if len(starts) > 1 and pressure is None:
+            return unstack(minimize(stack(list(starts)), throw=False, progress=False, **how))
+        return [minimize(start, throw=False, progress=False, **how) for start in starts]
+
+    about = {
+        "targets": [[t.name, t.value, t.tolerance, t.from_start, t.share] for t in chosen],
+        "variables": list(variables.labels),
+        "bounds": [[float(a), float(b)] for a, b in zip(variables.low, variables.high, strict=True)],
+        "method": repr(method) if isinstance(method, LevenbergMarquardt) else str(method),
+        "members": len(members),
+        **{key: value for key, value in how.items() if key != "max_steps"},
+    }  # fmt: skip
+    problem = _Problem(chosen, tuple(t.feature for t in chosen), variables, method, relax, about)
+    bar = Trials(steps, progress)
+    try:
+        state, seen = _resumed(problem, resume) if resume is not None else _begun(problem, members)
+        while (status := _verdict(state, steps)) is None:
+            bar.show(len(state.history) - 1, _distance(state))
+            state, seen = _advanced(problem, state, seen)
+            if callback is not None:
+                callback(state)
+    finally:
+        bar.close()
+    names = tuple(t.name for t in chosen)
+    design = Design(status, variables.params(state.x), names, variables.labels, state)
+    if throw and not status.good:
+        raise ConvergenceError(f"fit: {status.sentence}.", status, design)
+    return design
+
+
+def _targets(given: Any) -> tuple[Target, ...]:
+    targets = (given,) if isinstance(given, Target) else tuple(given or ())
+    if not targets:
+        raise InputError("targets is empty: give at least one Target.")
+    for target in targets:
+        if not isinstance(target, Target):
+            raise InputError(f"targets has {short(target)} among them: give ms.design.Target(...) each.")
+    names = [t.name for t in targets]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two targets are called {name!r}: give each a name of its own.")
+    return targets
+
+
+def _members(system: Any) -> list[System]:
+    if isinstance(system, System):
+        return [system] if system.batch is None else unstack(system)
+    members = list(system) if isinstance(system, (list, tuple)) else []
+    if not members or not all(isinstance(s, System) and s.batch is None for s in members):
+        raise InputError(f"system is {short(system)}: give a System, a batch made by ms.stack, or a list of Systems.")
+    return members
+
+
+def _check_shared(members: Sequence[System], variables: Variables) -> None:
+    for k, member in enumerate(members):
+        for name, value in variables.start.items():
+            if name not in member.params or not np.array_equal(np.asarray(member.params[name]), value):
+                raise InputError(f"system {k} has another {name} than system 0: members share what is free.")
+
+
+def _begun(problem: _Problem, members: list[System]) -> tuple[State, _Seen]:
+    """The start: every member relaxed as it is, and the targets as numbers."""
+    equilibria = problem.relax(members)
+    seen = _look(problem, equilibria, problem.variables.x, np.ones(len(members), bool))
+    good = seen.status == Status.CONVERGED.value
+    if not seen.enough:
+        worst = Status(int(max(seen.status)))
+        raise ConvergenceError(
+            f"fit: {int((~good).sum())} of {len(members)} systems are no rigid minimum to begin with: {worst.sentence}.",
+            worst,
+            equilibria,
+        )
+    wanted, near = zip(
+        *(t.resolved(float(v)) for t, v in zip(problem.targets, seen.values, strict=True)), strict=True
+    )
+    for target, size in zip(problem.targets, near, strict=True):
+        if not size > 0:
+            raise InputError(f"target {target.name}: a share of the value 0 is no tolerance: give one with share=False.")
+    x, method = problem.variables.x, problem.method
+    if isinstance(method, Optax):
+        trust, optimizer = 1.0, _leaves(method.optimizer.init(jnp.asarray(x)))
+    else:
+        trust, optimizer = np.nan, ()
+    none = np.zeros(len(members), bool)
+    first = Step(x, seen.values, seen.values, seen.status, True, 0.0, trust, np.inf, 0, 0.0, none)
+    count, p = len(problem.targets), x.size
+    state = State(
+        x, tuple(equilibria), good, trust, np.zeros((0, p)), np.zeros((0, count, p)), optimizer,
+        np.array(wanted), np.array(near), (first,), problem.about,
+    )  # fmt: skip
+    return state, seen
+
+
+def _resumed(problem: _Problem, state: State) -> tuple[State, _Seen]:
+    for key, value in problem.about.items():
+        if state.about.get(key) != value:
+            raise InputError(
+                f"the state to resume from is that of another design: its {key} is {short(state.about.get(key))}, "
+                f"here {short(value)}; give the same, or begin anew."
+            )
+    return state, _look(problem, state.equilibria, state.x, state.counts)
+
+
+def _look(problem: _Problem, equilibria: Sequence[Equilibrium], x: np.ndarray, counts: np.ndarray) -> _Seen:
+    """Measure the features and their Jacobian on the members that count."""
+    lins: list[Linearization | None] = []
+    found: list[Measured] = []
+    status = np.full(len(equilibria), Status.NOT_CONVERGED.value)
+    for k, eq in enumerate(equilibria):
+        lins.append(None)
+        if not counts[k]:
+            continue
+        status[k] = int(eq.status)
+        if not Status(int(eq.status)).good:
+            continue
+        lin = linearize(eq, throw=False)
+        if Status(int(lin.status)).good:
+            seen = measured(problem.features, lin)
+            status[k] = seen.status.value if not seen.status.good else Status.CONVERGED.value
+            if not np.isfinite(seen.values).all():
+                status[k] = Status.NOT_FINITE.value
+            if status[k] == Status.CONVERGED.value:
+                lins[k] = lin
+                found.append(seen)
+        else:
+            status[k] = int(lin.status)
+    if not found:
+        nothing = np.full(len(problem.features), np.nan)
+        return _Seen(lins, nothing, np.full((nothing.size, x.size), np.nan), status)
+    values = np.mean([seen.values for seen in found], axis=0)
+    jacobian = np.mean([problem.variables.pulled(x, seen.slopes) for seen in found], axis=0)
+    return _Seen(lins, values, jacobian, status)
+
+
+def _distance(state: State) -> float:
+    """The farthest feature from its target, in tolerances, at the last place accepted."""
+    last = next(step for step in reversed(state.history) if step.accepted)
+    return float(np.max(np.abs(last.values - state.wanted) / state.tolerance))
+
+
+def _verdict(state: State, steps: int) -> Status | None:
+    if _distance(state) <= 1.0:
+        return Status.CONVERGED
+    if state.trust < SMALLEST or (len(state.history) > 1 and state.history[-1].size == 0.0):
+        return Status.DESIGN_STAGNATED
+    return Status.BUDGET_SPENT if len(state.history) - 1 >= steps else None
+
+
+def _bands(state: State, values: np.ndarray, loosened: float) -> np.ndarray:
+    """(m,) the scale of each feature in the merit: its tolerance, or wider where it is met and others are far off."""
+    off = np.abs(values - state.wanted) / state.tolerance
+    wide = max(1.0, loosened * float(off.max()))
+    return state.tolerance * np.where(off <= wide, wide, 1.0)
+
+
+def _advanced(problem: _Problem, state: State, seen: _Seen) -> tuple[State, _Seen]:
+    """One step: proposed, predicted, relaxed, judged."""
+    method, variables, x = problem.method, problem.variables, state.x
+    moves = None
+    if isinstance(method, LevenbergMarquardt):
+        if not np.isfinite(state.trust):
+            state = dataclasses.replace(state, trust=_first_trust(problem, state, seen))
+        step = _gauss_newton(problem, state, seen)
+        optimizer = state.optimizer
+    else:
+        step, optimizer = _of_optimizer(method, variables, state, seen)
+    tangent = variables.tangent(x, step)
+    moves = _moves(state, seen, tangent)
+    reach, crossed = _crossings(seen, moves, tangent)
+    there = x + step
+    equilibria, counts, strayed = _relaxed(problem, state, moves, variables.params(there))
+    now = _look(problem, equilibria, there, counts)
+    left = strayed > STRAYED
+    predicted = seen.values + seen.jacobian @ step
+    if isinstance(method, LevenbergMarquardt):
+        bands = _bands(state, seen.values, method.loosened)
+        before, after, hoped = (float(np.sum(((v - state.wanted) / bands) ** 2)) for v in (seen.values, now.values, predicted))
+        accepted = now.enough and after < before
+        trust = _next_trust(state.trust, method, now.enough, accepted, (before - after) / max(before - hoped, 1e-300))
+        memory_x, memory = _remembered(state, method, (x, seen.jacobian) if accepted else (there, now.jacobian))
+    else:
+        accepted, memory_x, memory = now.enough, state.memory_x, state.memory
+        trust = min(1.0, 2.0 * state.trust) if accepted else 0.5 * state.trust
+    made = Step(
+        there, now.values, predicted, now.status, accepted, float(np.max(np.abs(step), initial=0.0)), state.trust, reach,
+        crossed, float(np.max(strayed, initial=0.0)), left,
+    )  # fmt: skip
+    history = (*state.history, made)
+    kept = {"trust": trust, "memory_x": memory_x, "memory": memory, "history": history}
+    if not accepted:
+        return dataclasses.replace(state, **kept), seen
+    good = now.status == Status.CONVERGED.value
+    minima = tuple(new if ok else old for new, old, ok in zip(equilibria, state.equilibria, good, strict=True))
+    return dataclasses.replace(state, x=there, equilibria=minima, counts=good, optimizer=optimizer, **kept), now
+
+
+def _next_trust(trust: float, method: LevenbergMarquardt, enough: bool, accepted: bool, ratio: float) -> float:
+    if not enough:
+        return 0.5 * trust
+    if not accepted:
+        return SHRINK * trust
+    return min(GROW * trust, method.largest) if ratio > 0.5 else trust * (0.7 if ratio < 0.1 else 1.0)
+
+
+def _remembered(
+    state: State, method: LevenbergMarquardt, one: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    x, jacobian = one
+    if not np.isfinite(jacobian).all() or method.memory == 0:
+        return state.memory_x, state.memory
+    kept = slice(-method.memory, None)
+    return np.concatenate([state.memory_x, x[None]])[kept], np.concatenate([state.memory, jacobian[None]])[kept]
+
+
+def _gauss_newton(problem: _Problem, state: State, seen: _Seen, trust: float | None = None) -> np.ndarray:
+    """The step of :class:`LevenbergMarquardt`: as much of the way to the targets as the trust region has room for."""
+    method, variables = problem.method, problem.variables
+    assert isinstance(method, LevenbergMarquardt)
+    radius = state.trust if trust is None else trust
+    bands = _bands(state, seen.values, method.loosened)
+    far = np.max(np.abs(state.memory_x - state.x), axis=1, initial=0.0)
+    models = [seen.jacobian, *state.memory[far <= method.reach * radius]]
+    left = state.wanted - seen.values
+    near = np.abs(left) <= state.tolerance
+    A = np.concatenate([J / bands[:, None] for J in models])
+    size = np.linalg.norm(A, axis=1)
+    size = np.where(size > 0, size, 1.0)
+    low, high = np.minimum(variables.low - state.x, 0.0), np.maximum(variables.high - state.x, 0.0)
+    part, step = 1.0, np.zeros_like(state.x)
+    for _ in range(PARTS):
+        b = np.tile(np.where(near, 1.0, part) * left / bands, len(models))
+        step = bounded_step(A / size[:, None], b / size, low, high, method.damping**2)
+        largest = float(np.max(np.abs(step), initial=0.0))
+        if largest <= radius:
+            return step
+        part *= max(0.9 * radius / largest, 0.1)
+    return step * min(1.0, radius / largest)
+
+
+def _of_optimizer(
+    method: Optax, variables: Variables, state: State, seen: _Seen
+) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+    x = jnp.asarray(state.x)
+    kind = jax.tree.structure(method.optimizer.init(x))
+    kept = jax.tree.unflatten(kind, [jnp.asarray(leaf) for leaf in state.optimizer])
+    slope = seen.jacobian.T @ ((seen.values - state.wanted) / state.tolerance**2)
+    update, kept = method.optimizer.update(jnp.asarray(slope), kept, x)
+    there = np.clip(state.x + state.trust * np.asarray(update), variables.low, variables.high)
+    return there - state.x, _leaves(kept)
+
+
+def _leaves(tree: Any) -> tuple[np.ndarray, ...]:
+    return tuple(np.asarray(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _moves(state: State, seen: _Seen, tangent: Mapping[str, np.ndarray]) -> list[Unknowns]:
+    """Where each member's particles and cell go, to first order; nowhere where a member does not count."""
+    found = []
+    for eq, lin in zip(state.equilibria, seen.lins, strict=True):
+        value = None
+        if lin is not None:
+            response = jvp(lin, tangent, throw=False)
+            value = response.value if response.status.good else None
+        if value is None:
+            value = jnp.zeros_like(eq.positions)
+        found.append(value if isinstance(value, Unknowns) else Unknowns(value))
+    return found
+
+
+def _crossings(seen: _Seen, moves: Sequence[Unknowns], tangent: Mapping[str, np.ndarray]) -> tuple[float, int]:
+    """After what part of the step the first pair crosses a breakpoint, and how many do in all of it."""
+    times = [_times(lin, move, tangent) for lin, move in zip(seen.lins, moves, strict=True) if lin is not None]
+    first = min((float(np.min(t, initial=np.inf)) for t in times), default=np.inf)
+    return first, max((int(np.sum(t <= 1.0)) for t in times), default=0)
+
+
+def _times(lin: Linearization, move: Unknowns, tangent: Mapping[str, np.ndarray]) -> np.ndarray:
+    """When the pairs ahead cross a breakpoint along the step, of 1."""
+    system = lin.equilibrium.system
+    full = full_tangent(system, tangent)
+    found = contacts.crossings(system, move.positions, full, lin.network.rattlers)
+    times = np.asarray(found.times)
+    return times[(times >= 0) & np.isfinite(times)]
+
+
+def _first_trust(problem: _Problem, state: State, seen: _Seen) -> float:
+    """The radius at which a share of the contacts changes along the first step, to first order."""
+    method = problem.method
+    assert isinstance(method, LevenbergMarquardt)
+    if method.trust is not None:
+        return float(method.trust)
+    step = _gauss_newton(problem, state, seen, method.largest)
+    tangent = problem.variables.tangent(state.x, step)
+    parts = []
+    for lin, move in zip(seen.lins, _moves(state, seen, tangent), strict=True):
+        if lin is not None:
+            times = np.sort(_times(lin, move, tangent))
+            k = int(method.changes * float(lin.network.pairs))
+            parts.append(times[k] if k < times.size else np.inf)
+    part = min(1.0, float(np.median(parts))) if parts else 1.0
+    return float(np.clip(part * np.max(np.abs(step), initial=0.0), 1e-4, method.largest))
+
+
+def _relaxed(
+    problem: _Problem, state: State, moves: Sequence[Unknowns], params: Mapping[str, np.ndarray]
+) -> tuple[list[Equilibrium], np.ndarray, np.ndarray]:
+    """The members relaxed at other parameters, from where linear response puts them: (minima, which relaxed, how far
+    each ended from there).
+    """
+    starts: list[System] = []
+    for eq, move in zip(state.equilibria, moves, strict=True):
+        at = eq.system.replace(positions=eq.positions + move.positions)
+        if move.strain is not None:
+            strain = from_mandel(jnp.asarray(move.strain))
+            at = deformed(eq.system, strain, eq.positions).replace(positions=eq.positions + move.positions)
+        try:
+            starts.append(at.with_params(params))
+        except InputError:  # the cell no longer holds the range of the interactions
+            nothing = np.zeros(len(state.equilibria))
+            return list(state.equilibria), nothing.astype(bool), nothing
+    equilibria = problem.relax(starts)
+    strayed = [_strayed(start, eq) for start, eq in zip(starts, equilibria, strict=True)]
+    return equilibria, np.ones(len(starts), bool), np.array(strayed)
+
+
+def _strayed(start: System, eq: Equilibrium) -> float:
+    """The farthest that a particle came to rest from where it started, the mean motion aside, over the law's length."""
+    apart = np.asarray(nearest_image(eq.positions - start.positions, eq.system.box))
+    return float(np.max(np.linalg.norm(apart - np.median(apart, axis=0), axis=1))) / float(scales(start)[0])
