@@ -25,6 +25,7 @@ examples:
   mdsens relax my_system.toml --seed 3 --extxyz relaxed.extxyz
   mdsens certify seed_packing_2d --wrt "sigma[1]"          can that be trusted, and how far
   mdsens moduli seed_packing_2d --pressure 0.05 --wrt "sigma[1]"
+  mdsens design design.toml --plot history.png             parameters that give what is wanted; --resume goes on
   mdsens verify dimer --wrt sigma                          finite differences, and the adjoint
   mdsens doctor                                            versions, device, a check of the compiler
 
@@ -132,6 +133,20 @@ def parser(
     made.add_argument("--json", type=Path, metavar="FILE.json", help="store the tensors and their derivatives")
 
     made = command(
+        "design",
+        "find parameters that give relaxed systems the properties that are wanted",
+        "The file says what is wanted, what may change and how far; systems/README.md documents it. After each step "
+        "the state is stored, so that a design that was cut off can go on. If a target is missed, the exit code is "
+        f"{UNTRUSTED}.",
+    )
+    made.add_argument("design", type=Path, metavar="DESIGN.toml", help="what is wanted")
+    made.add_argument("--state", type=Path, metavar="FILE.npz", help="where the state goes (default: DESIGN.npz, here)")
+    made.add_argument("--resume", action="store_true", help="go on from the stored state, or begin where there is none")
+    made.add_argument("--steps", type=_count, metavar="N", help="relaxations at most (default: the file's, or 60)")
+    made.add_argument("--plot", type=Path, metavar="FIGURE", help="draw the history")
+    made.add_argument("--json", type=Path, metavar="FILE.json", help="store the history and the parameters found")
+
+    made = command(
         "verify",
         "hold a sensitivity against finite differences and its own adjoint",
         f"Of a parameter with more than {MANY} components, one random direction through all is taken. Limits: "
@@ -150,6 +165,12 @@ def _positive(text: str) -> float:
         if 0.0 < float(text) < math.inf:
             return float(text)
     raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+
+
+def _count(text: str) -> int:
+    if text.isdecimal() and int(text) >= 1:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
 
 
 def _number(text: str) -> float:

@@ -64,7 +64,9 @@ class Trials:
     """The steps of a design, and how far the worst of its features is from its target."""
 
     def __init__(self, count: int, wanted: bool | None):
-        self.bar = _bar(wanted, "{desc} {bar} {n_fmt} of {total_fmt}, {elapsed}{postfix}", total=count, desc="designing")
+        self.bar = _bar(
+            wanted, "{desc} {bar} {n_fmt} of {total_fmt}, {elapsed}{postfix}", total=count, desc="designing"
+        )
 
     def show(self, done: int, tolerances: float) -> None:
         if self.bar is not None:

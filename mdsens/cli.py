@@ -241,6 +241,46 @@ def _moduli(args: argparse.Namespace) -> int:
     return UNTRUSTED
 
 
+def _design(args: argparse.Namespace) -> int:
+    import json
+
+    import mdsens as ms
+    from mdsens import _design_report
+    from mdsens.design_specification import load_design
+    from mdsens.files import replacing
+
+    where = args.state or Path(args.design.with_suffix(".npz").name)
+    _writable("--state", where, (".npz",))
+    _writable("--plot", args.plot, FIGURES)
+    _writable("--json", args.json, (".json",))
+    ms.enable_x64()
+    brief = load_design(args.design)
+    kept = where.exists()
+    if kept and not args.resume:
+        raise InputError(f"{where} is there already: give --resume to go on from it, or another --state to begin anew.")
+    state = ms.io.load(where) if kept else None
+    members = "" if len(brief.systems) == 1 else f", {len(brief.systems)} members"
+    print(_report.system(brief.system + members, brief.systems[0], {}), end="\n\n", flush=True)
+    show = _design_report.lines(tuple(t.name for t in brief.targets), lambda text: print(text, flush=True))
+
+    def after(at: ms.design.State) -> None:
+        ms.io.save(where, at, provenance={"design": args.design.name, "system": brief.system})
+        show(at)
+
+    options = {**brief.options, **({} if args.steps is None else {"steps": args.steps})}
+    found = ms.design.fit(brief.targets, brief.systems, brief.free, resume=state, callback=after, **options)
+    print("", found, f"the state is in {where}", sep="\n")
+    if args.plot:
+        _figure(args.plot, lambda: ms.plots.design_history(found)[0])
+        print(f"wrote {args.plot}")
+    if args.json:
+        with replacing(args.json) as file:
+            file.write(json.dumps(_design_report.as_dict(found), indent=1).encode())
+        print(f"wrote {args.json}")
+    print("good: every target is met" if found.status.good else f"not there: {found.status.sentence}")
+    return GOOD if found.status.good else UNTRUSTED
+
+
 def _verdict(findings: Sequence[Finding], good: str, warned: Sequence[str] = (), strict: bool = False) -> int:
     bad = [f"{found.part.label}: {found.reason}" for found in findings if found.reason]
     bad += warned if strict else []
@@ -349,6 +389,7 @@ _RUNS = {
     "certify": _certify,
     "relax": _relax,
     "moduli": _moduli,
+    "design": _design,
     "verify": _verify,
     "systems": _systems,
     "doctor": _doctor,

@@ -56,7 +56,9 @@ def save(path: str | Path, result: Any, *, provenance: Mapping[str, Any] | None 
       provenance: what else is worth keeping, such as ``{"seed": 3}``: anything that JSON can say.
     """
     if not isinstance(result, KINDS):
-        raise InputError(f"result is a {type(result).__name__}: give a System, an Equilibrium, a Response or a design's State.")
+        raise InputError(
+            f"result is a {type(result).__name__}: give a System, an Equilibrium, a Response or a design's State."
+        )
     arrays: dict[str, np.ndarray] = {}
     tree = _encode(result, "", arrays)
     header = {

@@ -61,7 +61,7 @@ ORDER = [
     # built on it
     ["elasticity"],
     ["design._features", "design._variables", "design._step"],
-    ["design._history"],
+    ["design._history", "design._response"],
     ["design._fit"],
     ["design"],
     # the edges: files, structures, figures, the terminal
@@ -69,13 +69,15 @@ ORDER = [
     ["structures"],
     ["starts"],
     ["specification"],
+    ["design_specification"],
     ["storage"],
     ["io"],
     ["plots._style"],
     ["plots._map", "plots._curves", "plots._moduli"],
+    ["plots._design"],
     ["plots"],
     ["_doctor", "_report"],
-    ["_arguments", "_elastic_report"],
+    ["_arguments", "_elastic_report", "_design_report"],
     ["cli"],
     ["__main__"],
 ]

@@ -3,7 +3,9 @@
 from mdsens.design._features import FEATURES, Elastic, Target
 from mdsens.design._fit import fit, hold
 from mdsens.design._history import Design, State, Step
+from mdsens.design._response import FeatureResponse, feature_response
 from mdsens.design._step import LevenbergMarquardt, Optax
 from mdsens.design._variables import Free
 
-__all__ = ["FEATURES", "Design", "Elastic", "Free", "LevenbergMarquardt", "Optax", "State", "Step", "Target", "fit", "hold"]
+__all__ = ["FEATURES", "Design", "Elastic", "FeatureResponse", "Free", "LevenbergMarquardt", "Optax", "State", "Step"]
+__all__ += ["Target", "feature_response", "fit", "hold"]

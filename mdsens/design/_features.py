@@ -122,7 +122,8 @@ class Measured(NamedTuple):
 def measured(features: Sequence[Feature], lin: Linearization) -> Measured:
     """Every feature with its derivatives by all parameters: one factor, one adjoint solve for each feature."""
     kinds = {
-        kind: [k for k, feature in enumerate(features) if isinstance(feature, Elastic) == kind] for kind in (True, False)
+        kind: [k for k, feature in enumerate(features) if isinstance(feature, Elastic) == kind]
+        for kind in (True, False)
     }
     values, slopes, codes = np.full(len(features), np.nan), {}, [int(lin.status)]
 

@@ -1,6 +1,7 @@
 """Inverse design: parameters that give a relaxed system the properties that are wanted.
 
-    ms.design.fit([Target("poisson", 0.1, 2e-3, from_start=True), hold("pressure")], system, free={"sigma": Free(within=0.3)})
+    wanted = [Target("poisson", 0.1, 2e-3, from_start=True), hold("pressure")]
+    design = ms.design.fit(wanted, system, free={"sigma": Free(within=0.3)})
 
 Each step solves for a change of the parameters by which the features' Jacobian meets the targets, puts the particles
 where their linear response says they will be, and relaxes them there. What came out is compared with what the linear
@@ -119,7 +120,9 @@ def fit(
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise InputError(f"steps is {short(steps)}: give a whole number from 1.")
     if resume is not None and not isinstance(resume, State):
-        raise InputError(f"resume is a {type(resume).__name__}: give the State that ms.io.load reads, or that callback got.")
+        raise InputError(
+            f"resume is a {type(resume).__name__}: give the State that ms.io.load reads, or that callback got."
+        )
     chosen, members = _targets(targets), _members(system)
     variables = Variables.of(members[0], free, bounds)
     _check_shared(members, variables)
@@ -194,16 +197,17 @@ def _begun(problem: _Problem, members: list[System]) -> tuple[State, _Seen]:
     if not seen.enough:
         worst = Status(int(max(seen.status)))
         raise ConvergenceError(
-            f"fit: {int((~good).sum())} of {len(members)} systems are no rigid minimum to begin with: {worst.sentence}.",
+            f"fit: {int((~good).sum())} of {len(members)} systems are no rigid minimum to begin with: "
+            f"{worst.sentence}.",
             worst,
             equilibria,
         )
-    wanted, near = zip(
-        *(t.resolved(float(v)) for t, v in zip(problem.targets, seen.values, strict=True)), strict=True
-    )
+    wanted, near = zip(*(t.resolved(float(v)) for t, v in zip(problem.targets, seen.values, strict=True)), strict=True)
     for target, size in zip(problem.targets, near, strict=True):
         if not size > 0:
-            raise InputError(f"target {target.name}: a share of the value 0 is no tolerance: give one with share=False.")
+            raise InputError(
+                f"target {target.name}: a share of the value 0 is no tolerance: give one with share=False."
+            )
     x, method = problem.variables.x, problem.method
     if isinstance(method, Optax):
         trust, optimizer = 1.0, _leaves(method.optimizer.init(jnp.asarray(x)))
@@ -302,7 +306,9 @@ def _advanced(problem: _Problem, state: State, seen: _Seen) -> tuple[State, _See
     predicted = seen.values + seen.jacobian @ step
     if isinstance(method, LevenbergMarquardt):
         bands = _bands(state, seen.values, method.loosened)
-        before, after, hoped = (float(np.sum(((v - state.wanted) / bands) ** 2)) for v in (seen.values, now.values, predicted))
+        before, after, hoped = (
+            float(np.sum(((v - state.wanted) / bands) ** 2)) for v in (seen.values, now.values, predicted)
+        )
         accepted = now.enough and after < before
         trust = _next_trust(state.trust, method, now.enough, accepted, (before - after) / max(before - hoped, 1e-300))
         memory_x, memory = _remembered(state, method, (x, seen.jacobian) if accepted else (there, now.jacobian))
@@ -310,8 +316,8 @@ def _advanced(problem: _Problem, state: State, seen: _Seen) -> tuple[State, _See
         accepted, memory_x, memory = now.enough, state.memory_x, state.memory
         trust = min(1.0, 2.0 * state.trust) if accepted else 0.5 * state.trust
     made = Step(
-        there, now.values, predicted, now.status, accepted, float(np.max(np.abs(step), initial=0.0)), state.trust, reach,
-        crossed, float(np.max(strayed, initial=0.0)), left,
+        there, now.values, predicted, now.status, accepted, float(np.max(np.abs(step), initial=0.0)), state.trust,
+        reach, crossed, float(np.max(strayed, initial=0.0)), left,
     )  # fmt: skip
     history = (*state.history, made)
     kept = {"trust": trust, "memory_x": memory_x, "memory": memory, "history": history}

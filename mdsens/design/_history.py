@@ -153,7 +153,11 @@ class Design(Shown):
             ))  # fmt: skip
         for name, value in self.params.items():
             few = value.size <= 6
-            shown = np.array2string(value, precision=6) if few else f"{value.size} values, {value.min():.5g} to {value.max():.5g}"
+            shown = (
+                np.array2string(value, precision=6)
+                if few
+                else f"{value.size} values, {value.min():.5g} to {value.max():.5g}"
+            )
             rows.append((name, " ".join(shown.split())))
         accepted = sum(step.accepted for step in self.history[1:])
         left = sum(bool(np.any(step.left_basin)) for step in self.history[1:] if step.accepted)

@@ -90,9 +90,7 @@ class Variables:
             scale += list(size)
         if not labels:
             raise InputError("free names no component that may change: let one of them.")
-        return cls(
-            start, index, np.array(log), np.array(scale, float), np.array(low), np.array(high), tuple(labels)
-        )
+        return cls(start, index, np.array(log), np.array(scale, float), np.array(low), np.array(high), tuple(labels))
 
     @property
     def x(self) -> np.ndarray:

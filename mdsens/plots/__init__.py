@@ -1,7 +1,17 @@
-"""Figures: the sensitivity of every particle, a derivative's test, the softest modes, moduli. They compute little."""
+"""Figures: sensitivities, a derivative's test, the softest modes, moduli, designs. They compute little."""
 
 from mdsens.plots._curves import derivative_test, stiffness_spectrum
+from mdsens.plots._design import before_after, design_history, feature_response, nonaffine_field
 from mdsens.plots._map import sensitivity_map
 from mdsens.plots._moduli import moduli
 
-__all__ = ["derivative_test", "moduli", "sensitivity_map", "stiffness_spectrum"]
+__all__ = [
+    "before_after",
+    "derivative_test",
+    "design_history",
+    "feature_response",
+    "moduli",
+    "nonaffine_field",
+    "sensitivity_map",
+    "stiffness_spectrum",
+]
