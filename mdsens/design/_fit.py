@@ -42,6 +42,7 @@ STRAYED = 0.1  # of the law's length: farther from where linear response puts a 
 SMALLEST = 1e-6  # radius of a trust region: below, the design has stagnated
 GROW, SHRINK = 1.7, 0.6  # of the trust region
 PARTS = 12  # tries of a part of the way that fits into it
+NOTHING = 1e-9  # of a step: the bounds leave none
 HALF = 0.5  # of the members must count for a step to be taken
 
 
@@ -273,7 +274,7 @@ def _distance(state: State) -> float:
 def _verdict(state: State, steps: int) -> Status | None:
     if _distance(state) <= 1.0:
         return Status.CONVERGED
-    if state.trust < SMALLEST or (len(state.history) > 1 and state.history[-1].size == 0.0):
+    if state.trust < SMALLEST or (len(state.history) > 1 and state.history[-1].size < NOTHING):
         return Status.DESIGN_STAGNATED
     return Status.BUDGET_SPENT if len(state.history) - 1 >= steps else None
 

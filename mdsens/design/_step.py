@@ -25,8 +25,8 @@ class LevenbergMarquardt:
     each row over its norm, with the largest t up to 1 by which no variable changes more than the trust region allows.
     One of the J_k is the Jacobian at x; the others were met near x a few steps ago, tried and refused ones among them.
     The features of a packing bend, or jump, where a contact changes, so that the Jacobian here says nothing of the
-    other side; a step that the Jacobians of both sides agree on passes along the bend, where steps on one alone are refused
-    back and forth until the trust region is nothing.
+    other side; a step that the Jacobians of both sides agree on passes along the bend, where steps on one alone are
+    refused back and forth until the trust region is nothing.
 
     Attributes:
       trust: the first radius of the trust region, the largest change of a variable (for one that varies by its

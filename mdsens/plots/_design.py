@@ -75,8 +75,7 @@ def design_history(of: Design, axes: Sequence[Axes] | None = None, *, title: str
         ax.plot(number[lost], np.full(lost.sum(), wanted), linestyle="none", marker="x", color=REFUSED, zorder=3)
         shown = np.append(values[taken], [wanted - near, wanted + near])
         room = 0.25 * float(np.ptp(shown)) or 1.0
-        inside = values[np.isfinite(values)]
-        ax.set_ylim(max(shown.min() - room, inside.min() - room), min(shown.max() + room, inside.max() + room))
+        ax.set_ylim(shown.min() - room, shown.max() + room)  # what was refused may lie outside
         ax.set_ylabel(of.names[k].replace("_", " "), fontsize=FONT)
     _parameters(panels[m], of, number[taken], np.array([s.x for s in steps])[taken])
     trust, size = (np.array([getattr(s, name) for s in steps[1:]]) for name in ("trust", "size"))
@@ -85,6 +84,7 @@ def design_history(of: Design, axes: Sequence[Axes] | None = None, *, title: str
         ax.plot(number[1:], trust, color=OUTLINE, linewidth=1.0, label="trust region")
         ax.plot(number[1:], np.maximum(size, 1e-12), linestyle="none", marker=".", color=ARROW, label="step")
         ax.set_yscale("log")
+        ax.minorticks_off()
         ax.legend(fontsize=FONT - 1, frameon=False, ncols=2, loc="best")
     ax.set_ylabel("change", fontsize=FONT)
     ax.set_xlabel("relaxations", fontsize=FONT)
