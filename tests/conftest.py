@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from functools import cache
 from pathlib import Path
@@ -16,11 +17,16 @@ jax.config.update("jax_enable_x64", True)
 # fusion emitters, and with one module a program, XLA compiles these 2.5 times as fast; later releases than 0.10 have no
 # such switch, and XLA ends the process at a flag that it does not know.
 jax.config.update("jax_disable_most_optimizations", True)
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for the processes that tests start as well
 if jax.__version_info__ < (0, 11):
     QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
 
 import mdsens as ms  # noqa: E402
+
+# Tracing makes many small objects that live on: at Python's own thresholds, looking for cycles among them takes 7% of
+# the time of the tests.
+gc.set_threshold(100_000, 20, 100)
 
 DATA = Path(__file__).parents[1] / "systems" / "data"
 PACKINGS = ("2d_polydisperse_N64_p1e-1", "3d_bidisperse_N128_p1e-4")
@@ -64,6 +70,12 @@ def forget_compiled_code() -> None:
 @pytest.fixture(autouse=True, scope="module")
 def _room_for_compiled_code() -> None:
     forget_compiled_code()
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays to the end: no collection looks through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def relative(a, b) -> float:
