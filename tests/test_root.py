@@ -32,8 +32,18 @@ def decorated(problem: RootProblem, **options: Any) -> Any:
     return lambda theta: ravel_pytree(solver(problem.init, theta))[0]
 
 
+CLOSED_FORMS = {p.name: jax.jit(lambda theta, p=p: ravel_pytree(p.answer(theta))[0]) for p in PROBLEMS}
+
+
 def closed_form(problem: RootProblem) -> Any:
-    return lambda theta: ravel_pytree(problem.answer(theta))[0]
+    """theta -> the exact root: one function a problem, which compiles as a whole and once."""
+    return CLOSED_FORMS[problem.name]
+
+
+@functools.cache
+def exact_jacobian(name: str) -> Array:
+    problem = BY_NAME[name]
+    return jax.jit(jax.jacfwd(closed_form(problem)))(problem.theta)
 
 
 def close(a: Any, b: Any, rtol: float = 1e-9) -> None:
@@ -45,8 +55,8 @@ def test_first_derivatives(problem: RootProblem) -> None:
     f, exact = decorated(problem), closed_form(problem)
     forward, reverse = jax.jit(lambda t: (jax.jacfwd(f)(t), jax.jacrev(f)(t)))(problem.theta)
     close(f(problem.theta), exact(problem.theta))
-    close(forward, jax.jacfwd(exact)(problem.theta))
-    close(reverse, jax.jacfwd(exact)(problem.theta))
+    close(forward, exact_jacobian(problem.name))
+    close(reverse, exact_jacobian(problem.name))
 
 
 ORDERS = {
@@ -74,7 +84,7 @@ def test_second_derivatives(name: str, order: str) -> None:
         return lambda theta: jnp.sum(weights * f(theta) ** 2)
 
     hessian = jax.jit(ORDERS[order](scalar(decorated(problem))))(problem.theta)
-    close(hessian, jax.hessian(scalar(closed_form(problem)))(problem.theta), rtol=1e-8)
+    close(hessian, jax.jit(jax.hessian(scalar(closed_form(problem))))(problem.theta), rtol=1e-8)
 
 
 @pytest.mark.parametrize("name", ["rotation and shear", "quadratic with a null space", "scipy behind a callback"])
@@ -110,7 +120,7 @@ def test_adjoint_identity_with_each_solver(name: str, method: Any) -> None:
 
     jv, jtw = both(problem.theta)
     assert float(w @ jv) == pytest.approx(float(jtw @ v), rel=1e-10)
-    close(jv, jax.jvp(closed_form(problem), (problem.theta,), (v,))[1])
+    close(jv, exact_jacobian(name) @ v)
 
 
 @pytest.mark.parametrize("name", ["spring chain", "scipy behind a callback"])
@@ -131,8 +141,12 @@ def cubic(x: Array, theta: Array) -> Array:
 INIT, THETA = jnp.ones(3), BY_NAME["scipy behind a callback"].theta
 
 
-def cardano(theta: Array) -> Array:
-    return closed_form(BY_NAME["scipy behind a callback"])(theta)
+cardano = closed_form(BY_NAME["scipy behind a callback"])
+
+
+def slope_of_cardano() -> Array:
+    """By each theta, at THETA."""
+    return jnp.diag(exact_jacobian("scipy behind a callback"))
 
 
 def closed_over(theta: Array) -> Array:
@@ -180,7 +194,7 @@ def closed_over_attribute(theta: Array) -> Array:
 
 @pytest.mark.parametrize("f", [closed_over, closed_over_jitted, closed_over_callback, closed_over_attribute])
 def test_traced_values_in_closures_have_their_derivative(f: Any) -> None:
-    slope = jnp.diag(jax.jacfwd(cardano)(THETA))
+    slope = slope_of_cardano()
 
     def summed(theta: Array) -> Array:
         return jnp.sum(f(theta))
@@ -191,7 +205,7 @@ def test_traced_values_in_closures_have_their_derivative(f: Any) -> None:
 
 
 def test_closures_under_the_other_transforms() -> None:
-    slope = jnp.diag(jax.jacfwd(cardano)(THETA))
+    slope = slope_of_cardano()
 
     def summed(theta: Array) -> Array:
         return jnp.sum(closed_over(theta))
@@ -202,7 +216,7 @@ def test_closures_under_the_other_transforms() -> None:
 
 
 def test_second_derivative_of_a_closure() -> None:
-    exact = jax.hessian(lambda theta: jnp.sum(cardano(theta)))(THETA)
+    exact = jax.jit(jax.hessian(lambda theta: jnp.sum(cardano(theta))))(THETA)
     close(jax.jit(jax.hessian(lambda theta: jnp.sum(closed_over(theta))))(THETA), exact)
 
 
@@ -218,7 +232,7 @@ def test_plain_python_solver() -> None:
         return (low + high) / 2
 
     solver = root(cubic)(bisect)
-    close(jax.grad(lambda theta: jnp.sum(solver(None, theta)))(THETA), jnp.diag(jax.jacfwd(cardano)(THETA)))
+    close(jax.grad(lambda theta: jnp.sum(solver(None, theta)))(THETA), slope_of_cardano())
 
 
 def test_arguments_of_every_kind() -> None:
@@ -237,7 +251,9 @@ def test_arguments_of_every_kind() -> None:
         "shift": 0.25,
         "key": jax.random.key(0),
     }
-    exact = jax.grad(lambda theta, shift: jnp.sum(cardano(target(a | {"theta": theta, "shift": shift}))), (0, 1))
+    exact = jax.jit(
+        jax.grad(lambda theta, shift: jnp.sum(cardano(target(a | {"theta": theta, "shift": shift}))), (0, 1))
+    )
 
     def ours(theta: Array, shift: Any) -> Array:
         return jnp.sum(solver(INIT, a | {"theta": theta, "shift": shift}))
@@ -267,7 +283,7 @@ def test_auxiliary_output_passes_without_derivative() -> None:
     assert aux["name"] == "newton"
     assert float(aux["energy"]) == pytest.approx(float(jnp.sum(THETA**2)))
     by_x = jax.grad(lambda t: jnp.sum(f(INIT, t)[0]) + f(INIT, t)[1]["energy"])(THETA)
-    close(by_x, jnp.diag(jax.jacfwd(cardano)(THETA)))
+    close(by_x, slope_of_cardano())
 
 
 def test_a_root_within_a_root() -> None:
@@ -279,7 +295,7 @@ def test_a_root_within_a_root() -> None:
 
     outer = fixed_point(T)(lambda init, theta: jax.lax.fori_loop(0, 80, lambda _, y: T(y, theta), init))
     x, y = cardano(THETA), jax.jit(outer)(INIT, THETA)
-    slope = jnp.cos(y) / 2 / (1 + x * jnp.sin(y) / 2) * jnp.diag(jax.jacfwd(cardano)(THETA))
+    slope = jnp.cos(y) / 2 / (1 + x * jnp.sin(y) / 2) * slope_of_cardano()
     close(jax.jit(jax.grad(lambda theta: jnp.sum(outer(INIT, theta))))(THETA), slope)
 
 
@@ -290,7 +306,7 @@ def test_inside_scan_and_checkpoint() -> None:
         step = jax.checkpoint(lambda c, _: (c + jnp.sum(solver(INIT, theta)), None))
         return jax.lax.scan(step, jnp.asarray(0.0), None, length=3)[0]
 
-    close(jax.jit(jax.grad(f))(THETA), 3 * jnp.diag(jax.jacfwd(cardano)(THETA)))
+    close(jax.jit(jax.grad(f))(THETA), 3 * slope_of_cardano())
 
 
 def test_two_null_spaces() -> None:
@@ -336,7 +352,7 @@ def test_no_tracer_is_left_behind() -> None:
     solver = root(cubic, null_space=lambda x, theta: lambda v: v + 0 * theta)(lambda i, t: newton(cubic, i, t))
     with jax.checking_leaks():
         slope = jax.jit(jax.grad(lambda theta: jnp.sum(solver(INIT, theta))))(THETA)
-    close(slope, jnp.diag(jax.jacfwd(cardano)(THETA)))
+    close(slope, slope_of_cardano())
 
 
 def test_single_precision() -> None:
@@ -344,7 +360,7 @@ def test_single_precision() -> None:
     theta = THETA.astype(jnp.float32)
     slope = jax.jit(jax.grad(lambda theta: jnp.sum(solver(INIT.astype(jnp.float32), theta))))(theta)
     assert slope.dtype == jnp.float32
-    close(slope, jnp.diag(jax.jacfwd(cardano)(THETA)), rtol=1e-5)
+    close(slope, slope_of_cardano(), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
