@@ -8,8 +8,10 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -208,12 +210,20 @@ def test_certify_tells_each_state(
     assert [f["status"] for f in page["findings"]] == ([] if name == "CONVERGED" else [name])
 
 
-def test_single_precision_is_a_warning(tmp_path: Path):
+@pytest.fixture
+def single_by_default() -> Iterator[None]:
+    """As a process starts: in single precision, until something turns double precision on."""
+    jax.config.update("jax_enable_x64", False)
+    yield
+    jax.config.update("jax_enable_x64", True)
+
+
+def test_single_precision_is_a_warning(capsys: pytest.CaptureFixture[str], single_by_default: None):
     options = ("--wrt", "sigma", "--single", "--tolerance", "1e-5")
-    done = process("certify", "dimer", *options, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "SINGLE_PRECISION" in done.stdout and "ms.enable_x64()" in done.stdout
-    assert process("certify", "dimer", *options, "--strict", cwd=tmp_path).returncode == 3
+    done = Outcome(capsys, "certify", "dimer", *options)
+    assert done.code == 0, done.err
+    assert "SINGLE_PRECISION" in done.out and "ms.enable_x64()" in done.out
+    assert Outcome(capsys, "certify", "dimer", *options, "--strict").code == 3
 
 
 def test_sensitivity_shows_the_certificate_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -379,8 +389,6 @@ def test_numbers_of_a_column_have_the_same_decimals():
 
 
 def test_a_release_of_jax_that_computes_wrongly_is_refused_in_one_line(monkeypatch, capsys):
-    import jax
-
     monkeypatch.setattr(jax, "__version__", "0.10.2")
     assert cli.main(["relax", "dimer"]) == 2
     error = capsys.readouterr().err
