@@ -67,7 +67,8 @@ def last_json(output: str) -> Any:
 
 
 def test_wheel_holds_every_file_of_the_systems_and_nothing_of_the_checkout(wheel: Path):
-    names = zipfile.ZipFile(wheel).namelist()
+    with zipfile.ZipFile(wheel) as file:
+        names = file.namelist()
     tracked = run("git", "ls-files", "systems").split() if (ROOT / ".git").exists() else []
     wanted = {name.replace("systems/", "mdsens/_systems/", 1) for name in tracked}
     assert any(name.startswith("mdsens/_systems/") and name.endswith(".toml") for name in names)
