@@ -40,6 +40,8 @@ ORDER = [
     ["stationarity"],
     ["stiffness"],
     ["newton"],
+    ["observables._pairs"],
+    ["observables._state", "observables._structure"],
     ["observables"],
     # the root and its derivative
     ["minimisers", "scales"],

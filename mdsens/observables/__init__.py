@@ -1,0 +1,36 @@
+"""What is measured on a configuration: functions of a System, traceable and differentiable.
+
+Each is a function of a ``System`` and of settings: ``ms.gradient(lambda s: ms.observables.bond_order(s, 6, 1.5), eq)``
+is its total derivative by all parameters, and ``jax.grad`` through ``ms.equilibrate`` gives the same.
+
+What looks at pairs beyond the range of the law takes ``pairs``: where None, the system's own list where the law reaches
+as far, or all pairs of up to 4,000 particles; beyond that, a list that :func:`pairs_within` makes.
+"""
+
+from mdsens.observables._pairs import pairs_within
+from mdsens.observables._state import (
+    coordination,
+    energy,
+    packing_fraction,
+    pressure,
+    smooth_coordination,
+    stress,
+    volume,
+)
+from mdsens.observables._structure import bond_order, bond_orientation, distance_to, distances, radial_distribution
+
+__all__ = [
+    "bond_order",
+    "bond_orientation",
+    "coordination",
+    "distance_to",
+    "distances",
+    "energy",
+    "packing_fraction",
+    "pairs_within",
+    "pressure",
+    "radial_distribution",
+    "smooth_coordination",
+    "stress",
+    "volume",
+]
