@@ -17,7 +17,19 @@ from pathlib import Path as _Path
 
 import jax as _jax
 
-from mdsens import contacts, design, elasticity, implicit, io, observables, plots, potentials, relaxation, verify
+from mdsens import (
+    contacts,
+    design,
+    elasticity,
+    implicit,
+    io,
+    modes,
+    observables,
+    plots,
+    potentials,
+    relaxation,
+    verify,
+)
 from mdsens.boxes import PackingFraction
 from mdsens.certificate import Certificate, certify
 from mdsens.equilibration import equilibrate
@@ -102,6 +114,7 @@ __all__ = [
     "linearize",
     "load_system",
     "minimize",
+    "modes",
     "observables",
     "plots",
     "potentials",

@@ -187,6 +187,16 @@ class Stiffness:
             floor=floor,
         )
 
+    def below(self, value: float) -> int | None:
+        """How many modes off the null space are less stiff than ``value`` > 0; None where no factor tells."""
+        if self.matrix is None or not self._factorise:
+            return None
+        try:
+            negative = SparseFactor(self.matrix, -value, self.order).negative
+        except RuntimeError:  # an eigenvalue, to the last digit
+            return None
+        return None if negative is None else negative - sum(self.null.dimensions(self.system.dimension))
+
 
 def participation(vectors: np.ndarray, dimension: int) -> np.ndarray:
     """Participation ratio of modes, (sum |e_i|^2)^2 / (n sum |e_i|^4): 1 where all particles move alike, 1/n for one.

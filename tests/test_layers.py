@@ -61,7 +61,7 @@ ORDER = [
     ["verify._laws"],
     ["verify"],
     # built on it
-    ["elasticity"],
+    ["elasticity", "modes"],
     ["design._features", "design._variables", "design._step"],
     ["design._history", "design._response"],
     ["design._fit"],

@@ -18,7 +18,7 @@ from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh, lobp
 
 from mdsens.implicit._sparse import SparseFactor, bound
 
-__all__ = ["NULL", "Spectrum", "lowest"]
+__all__ = ["DENSE_SIZE", "NULL", "Spectrum", "lowest"]
 
 Apply = Callable[[np.ndarray], np.ndarray]
 

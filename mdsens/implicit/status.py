@@ -59,6 +59,11 @@ class Status(IntEnum):
         "a pair stands so near to its next breakpoint that the positions cannot tell on which side: the derivative is "
         "that of one side; move the parameters a little",
     )
+    DEGENERATE = (
+        5,
+        "the lowest modes are equally stiff, more of them than were asked for, so that each alone has no derivative; "
+        "value and derivative are those of their mean",
+    )
     MAX_STEPS_REACHED = 10, "the step limit came before the tolerance; raise max_steps or loosen the tolerance"
     STAGNATED = (
         11,
@@ -121,6 +126,12 @@ class Status(IntEnum):
         "parameters, or ask for less",
     )
     BUDGET_SPENT = 24, "the steps were spent before every target was met; resume with more, or ask for less"
+
+    UNRESOLVED = (
+        25,
+        "the gap to the next mode is too small to tell the lowest ones from it, so that the derivative may be that of "
+        "a mixture; minimise to a smaller force, take more modes together (count), or loosen the accuracy",
+    )
 
     @property
     def good(self) -> bool:

@@ -1,0 +1,235 @@
+"""The softest modes of a relaxed configuration, and the derivative of their stiffness by the parameters.
+
+    H v = lambda v,    d lambda / dp = v^T (@H/@p) v + v^T (@H/@R) v . dR/dp
+
+H is the Hessian d2U/dR2 by positions in the present cell, off its null space, and lambda the lowest eigenvalue there. v
+has norm one and stays as it is while H changes: its own motion counts to second order (Hellmann and Feynman). The last
+term is the motion of the minimum, one adjoint solve; at a pressure it contains that of the cell.
+
+Where eigenvalues are equal, as in a crystal, each alone has no derivative, and their mean has one: the trace of H on
+the space that they span, over its dimension.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mdsens import sensitivity
+from mdsens._checks import short
+from mdsens._tables import Shown
+from mdsens.implicit.eigen import DENSE_SIZE, Spectrum
+from mdsens.implicit.operators import Method
+from mdsens.implicit.status import InputError, Status, raise_for_status
+from mdsens.linearization import Linearization, Response, linearised
+from mdsens.relaxation import Equilibrium
+from mdsens.scales import scales
+from mdsens.stationarity import Unknowns
+from mdsens.stiffness import Stiffness, participation
+from mdsens.system import System, potential_energy
+
+__all__ = ["Softest", "gradient", "smallest_stiffness"]
+
+EQUAL = 1e-6  # of an eigenvalue: nearer ones are taken as equal, which a crystal's are to round-off of its positions
+MARGIN = 10.0  # of the force left over the law's length: the stiffness that it can make or take, as in certify
+SPARE = 4  # eigenvalues asked for beyond those wanted, to see the gap
+MOST = 200  # beyond those wanted: of that many equal ones nothing is said
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Softest(Shown):
+    """The lowest modes of the Hessian off its null space, as many as belong together.
+
+    Attributes:
+      values: (k,) eigenvalues, ascending, energy a length squared. k is what was asked for or, where the last of these
+        is equal to the next, as many more as are equal to it.
+      vectors: (k, n, d) the modes, orthonormal; rows of rattlers zero.
+      residuals: (k,) |H v - lambda v|.
+      gap: from the last of these to the next eigenvalue; inf where there is none.
+      mixing: how much of the modes beyond the gap may be in these, at most about: the residual, and what the force left
+        can change of H, over the gap. It is the relative size of the error of the derivative.
+      participation: (k,) of each mode, 1 where all particles move alike, 1/n where one does.
+      status: DEGENERATE where k is more than was asked for, UNRESOLVED where ``mixing`` is above the accuracy; or what
+        is wrong with the minimum.
+      method: how they were found.
+    """
+
+    values: np.ndarray
+    vectors: np.ndarray
+    residuals: np.ndarray
+    gap: float
+    mixing: float
+    participation: np.ndarray
+    status: Status
+    method: str
+
+    @property
+    def value(self) -> float:
+        """The smallest stiffness; the mean of ``values`` where there are several."""
+        return float(np.mean(self.values))
+
+    _title = "Softest modes"
+
+    def _rows(self) -> list[tuple[str, str]]:
+        shown = ", ".join(f"{v:.6g}" for v in self.values[:4]) + (" …" if len(self.values) > 4 else "")
+        return [
+            ("stiffness", f"{self.value:.6g}" + (f", mean of {len(self.values)}: {shown}" if shown[1:] else "")),
+            ("gap to the next", f"{self.gap:.3g}"),
+            ("residual", f"{np.max(self.residuals, initial=0.0):.1e}, by {self.method}"),
+            ("mixing", f"{self.mixing:.1e}"),
+            ("participation", f"{np.mean(self.participation):.3g}"),
+            ("status", f"{self.status.name}: {self.status.sentence}"),
+        ]
+
+
+def smallest_stiffness(
+    at: Equilibrium | Linearization, count: int = 1, *, accuracy: float = 1e-3, throw: bool = True
+) -> Softest:
+    """The lowest eigenvalue of the Hessian off its null space, with its mode and the gap to the next.
+
+    Args:
+      at: from ``minimize`` or ``linearize``; at a pressure, the Hessian is that by positions in the present cell.
+      count: how many of the lowest eigenvalues are taken together.
+      accuracy: of the derivative, relative: where the modes may hold more than this of the next ones, the status is
+        UNRESOLVED.
+      throw: raise unless the status is good.
+
+    Returns:
+      :class:`Softest`.
+
+    Raises:
+      InputError: a batch. ConvergenceError: no minimum, a saddle, a floppy mode, modes that cannot be told apart.
+    """
+    if not isinstance(count, int | np.integer) or isinstance(count, bool) or count < 1:
+        raise InputError(f"count is {short(count)}: give a whole number from 1.")
+    if not isinstance(accuracy, int | float) or not 0 < accuracy < 1:
+        raise InputError(f"accuracy is {short(accuracy)}: give a number between 0 and 1.")
+    lin = linearised(at, None, throw)
+    found = _softest(lin, int(count), float(accuracy))
+    if throw:
+        raise_for_status(found.status, f"the smallest stiffness is {found.value:.3g}, by {found.method}", found)
+    return found
+
+
+def gradient(
+    at: Equilibrium | Linearization,
+    count: int = 1,
+    *,
+    accuracy: float = 1e-3,
+    solve: Method | None = None,
+    throw: bool = True,
+) -> Response:
+    """The total derivative of the smallest stiffness by all parameters, by one eigenvalue and one adjoint solve.
+
+    Of ``smallest_stiffness(at, count).value``: of several modes, by choice or because they are equal, that of their
+    mean. It holds while the modes do not meet the next ones, for changes of the eigenvalues small against their gap.
+
+    Args:
+      at, count, accuracy: as in :func:`smallest_stiffness`.
+      solve, throw: as in ``ms.gradient``.
+
+    Returns:
+      a :class:`~mdsens.Response`, its value a dict shaped like the parameters. Its status is the solve's, or where that
+      one is good the modes': DEGENERATE says that it is a mean over more modes than were asked for.
+    """
+    lin = linearised(at, solve, throw)
+    found = smallest_stiffness(lin, count, accuracy=accuracy, throw=throw)
+    value, cotangents, direct = _pulled(
+        lin.traced(tuple(lin.params)), jnp.asarray(found.vectors, lin.system.positions.dtype)
+    )
+    result = sensitivity.total(lin, value, cotangents, direct, throw)
+    code = result.stats.status
+    if result.status.good:
+        code = jnp.maximum(code, found.status.value)
+    return dataclasses.replace(result, stats=dataclasses.replace(result.stats, status=code))
+
+
+def _softest(lin: Linearization, count: int, accuracy: float) -> Softest:
+    system, d = lin.system, lin.system.dimension
+    before, largest_force = Status(int(lin.status)), float(lin.equilibrium.max_force)
+    loose = np.asarray(lin.network.rattlers)
+    left = system.positions.size - (0 if loose.all() else sum(lin.null.dimensions(d)))
+    if loose.all() or not left or not np.isfinite(np.asarray(system.positions)).all():
+        nothing = np.zeros(1), np.zeros((1, *system.positions.shape)), np.zeros(1)
+        status = Status.UNJAMMED if before.good else before
+        return Softest(*nothing, np.inf, 0.0, np.zeros(1), status, "none")
+    stiffness = Stiffness(system, lin.null) if lin.stiffness is None else lin.stiffness
+    length = float(scales(system)[0])
+    floor = MARGIN * largest_force / length
+    dense = system.positions.size <= DENSE_SIZE  # where every eigenvalue is computed, whatever is asked for
+    ask = min(count + (MOST if dense else SPARE), left)
+    while True:
+        spectrum = stiffness.lowest(ask, floor)
+        k = _together(spectrum.values, min(count, left))
+        seen = ask == left or (k < ask and _all_found(stiffness, spectrum, k))
+        if seen or ask >= count + MOST:
+            break
+        ask = min(3 * ask, count + MOST, left)  # equal to the last that was asked for, or some of the equal were missed
+    values, residuals = spectrum.values[:k], spectrum.residuals[:k]
+    gap = float(spectrum.values[k] - values[-1]) if k < len(spectrum.values) else np.inf
+    # the force left leaves the minimum |F| / lambda away, and there H is another by its size over the law's length
+    off = largest_force / max(abs(float(values[0])), floor, 1e-300)
+    doubt = float(residuals.max()) + spectrum.largest * min(off / length, 1.0)
+    mixing = doubt / gap if seen and gap > 0 else np.inf
+    status = before if not before.good else _verdict(spectrum, k, count, mixing, accuracy)
+    vectors = np.ascontiguousarray(spectrum.vectors[:, :k].T).reshape(k, *system.positions.shape)
+    shares = participation(spectrum.vectors[:, :k], d)
+    return Softest(values, vectors, residuals, gap, mixing, shares, status, spectrum.method)
+
+
+def _together(values: np.ndarray, count: int) -> int:
+    """``count``, and as many more as are equal to the last of these."""
+    k = count
+    while k < len(values) and values[k] - values[k - 1] <= EQUAL * abs(values[k - 1]):
+        k += 1
+    return k
+
+
+def _all_found(stiffness: Stiffness, spectrum: Spectrum, k: int) -> bool:
+    """Whether none below the gap is missing, as Lanczos may miss equal ones: by inertia, where a factor tells."""
+    if spectrum.method != "shift-invert":
+        return True
+    below = stiffness.below(float(0.5 * (spectrum.values[k - 1] + spectrum.values[k])))
+    return below is None or below == k
+
+
+def _verdict(spectrum: Spectrum, k: int, count: int, mixing: float, accuracy: float) -> Status:
+    if spectrum.negative:
+        return Status.INDEFINITE
+    if spectrum.zero:
+        return Status.FLOPPY
+    if spectrum.hidden:
+        return Status.STIFFNESS_UNSETTLED
+    if mixing > accuracy:
+        return Status.UNRESOLVED
+    return Status.DEGENERATE if k > count else Status.CONVERGED
+
+
+def _mean_stiffness(system: System, vectors: jax.Array) -> jax.Array:
+    """The mean of v^T H v over modes (k, n, d), which are held."""
+    R = system.positions
+
+    def along(v: jax.Array) -> jax.Array:
+        def slope(t: jax.Array) -> jax.Array:
+            return jax.jvp(lambda s: potential_energy(system, R + s * v), (t,), (jnp.ones_like(t),))[1]
+
+        zero = jnp.zeros((), R.dtype)
+        return jax.jvp(slope, (zero,), (jnp.ones_like(zero),))[1]
+
+    return jnp.mean(jax.vmap(along)(vectors))
+
+
+@jax.jit
+def _pulled(lin: Linearization, vectors: jax.Array) -> tuple[jax.Array, Unknowns, dict[str, jax.Array]]:
+    """The mean stiffness, and what it owes to unknowns and parameters, with the leading axis of one number."""
+
+    def observe(x: Unknowns, params: Any) -> jax.Array:
+        return _mean_stiffness(lin.moved(lin.system, x, params), vectors)
+
+    value, pull = jax.vjp(observe, lin.unknowns, lin.params)
+    cotangents, direct = jax.tree.map(lambda w: w[None], pull(jnp.ones_like(value)))
+    return value, cotangents, direct
