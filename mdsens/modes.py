@@ -13,6 +13,7 @@ the space that they span, over its dimension.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -22,22 +23,24 @@ import numpy as np
 from mdsens import sensitivity
 from mdsens._checks import short
 from mdsens._tables import Shown
-from mdsens.implicit.eigen import DENSE_SIZE, Spectrum
+from mdsens.implicit.eigen import DENSE_SIZE, NULL, Spectrum
 from mdsens.implicit.operators import Method
 from mdsens.implicit.status import InputError, Status, raise_for_status
 from mdsens.linearization import Linearization, Response, linearised
 from mdsens.relaxation import Equilibrium
 from mdsens.scales import scales
-from mdsens.stationarity import Unknowns
+from mdsens.stationarity import NullSpace, Unknowns, dense_hessian, linearisation, max_force
 from mdsens.stiffness import Stiffness, participation
 from mdsens.system import System, potential_energy
 
-__all__ = ["Softest", "gradient", "smallest_stiffness"]
+__all__ = ["Softest", "gradient", "smallest_stiffness", "stiffness"]
 
 EQUAL = 1e-6  # of an eigenvalue: nearer ones are taken as equal, which a crystal's are to round-off of its positions
 MARGIN = 10.0  # of the force left over the law's length: the stiffness that it can make or take, as in certify
 SPARE = 4  # eigenvalues asked for beyond those wanted, to see the gap
 MOST = 200  # beyond those wanted: of that many equal ones nothing is said
+LOOK = 48  # likewise in traced code, whose shapes are fixed
+RELAXED = 1e-4  # of the mean contact force: a larger force left is that of no minimum
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -77,7 +80,10 @@ class Softest(Shown):
     def _rows(self) -> list[tuple[str, str]]:
         shown = ", ".join(f"{v:.6g}" for v in self.values[:4]) + (" …" if len(self.values) > 4 else "")
         return [
-            ("stiffness", f"{self.value:.6g}" + (f", mean of {len(self.values)}: {shown}" if shown[1:] else "")),
+            (
+                "stiffness",
+                f"{self.value:.6g}" + (f", mean of {len(self.values)}: {shown}" if len(self.values) > 1 else ""),
+            ),
             ("gap to the next", f"{self.gap:.3g}"),
             ("residual", f"{np.max(self.residuals, initial=0.0):.1e}, by {self.method}"),
             ("mixing", f"{self.mixing:.1e}"),
@@ -104,12 +110,11 @@ def smallest_stiffness(
     Raises:
       InputError: a batch. ConvergenceError: no minimum, a saddle, a floppy mode, modes that cannot be told apart.
     """
-    if not isinstance(count, int | np.integer) or isinstance(count, bool) or count < 1:
-        raise InputError(f"count is {short(count)}: give a whole number from 1.")
+    count = _whole(count)
     if not isinstance(accuracy, int | float) or not 0 < accuracy < 1:
         raise InputError(f"accuracy is {short(accuracy)}: give a number between 0 and 1.")
     lin = linearised(at, None, throw)
-    found = _softest(lin, int(count), float(accuracy))
+    found = _softest(lin, count, float(accuracy))
     if throw:
         raise_for_status(found.status, f"the smallest stiffness is {found.value:.3g}, by {found.method}", found)
     return found
@@ -148,6 +153,12 @@ def gradient(
     return dataclasses.replace(result, stats=dataclasses.replace(result.stats, status=code))
 
 
+def _whole(count: Any) -> int:
+    if not isinstance(count, int | np.integer) or isinstance(count, bool) or count < 1:
+        raise InputError(f"count is {short(count)}: give a whole number from 1.")
+    return int(count)
+
+
 def _softest(lin: Linearization, count: int, accuracy: float) -> Softest:
     system, d = lin.system, lin.system.dimension
     before, largest_force = Status(int(lin.status)), float(lin.equilibrium.max_force)
@@ -183,10 +194,8 @@ def _softest(lin: Linearization, count: int, accuracy: float) -> Softest:
 
 def _together(values: np.ndarray, count: int) -> int:
     """``count``, and as many more as are equal to the last of these."""
-    k = count
-    while k < len(values) and values[k] - values[k - 1] <= EQUAL * abs(values[k - 1]):
-        k += 1
-    return k
+    last = values[count - 1]
+    return int(np.sum(values <= last + EQUAL * abs(last)))
 
 
 def _all_found(stiffness: Stiffness, spectrum: Spectrum, k: int) -> bool:
@@ -209,8 +218,8 @@ def _verdict(spectrum: Spectrum, k: int, count: int, mixing: float, accuracy: fl
     return Status.DEGENERATE if k > count else Status.CONVERGED
 
 
-def _mean_stiffness(system: System, vectors: jax.Array) -> jax.Array:
-    """The mean of v^T H v over modes (k, n, d), which are held."""
+def _stiffness_along(system: System, vectors: jax.Array) -> jax.Array:
+    """v^T H v of modes (k, n, d), which are held, (k,)."""
     R = system.positions
 
     def along(v: jax.Array) -> jax.Array:
@@ -220,7 +229,7 @@ def _mean_stiffness(system: System, vectors: jax.Array) -> jax.Array:
         zero = jnp.zeros((), R.dtype)
         return jax.jvp(slope, (zero,), (jnp.ones_like(zero),))[1]
 
-    return jnp.mean(jax.vmap(along)(vectors))
+    return jax.vmap(along)(vectors)
 
 
 @jax.jit
@@ -228,8 +237,105 @@ def _pulled(lin: Linearization, vectors: jax.Array) -> tuple[jax.Array, Unknowns
     """The mean stiffness, and what it owes to unknowns and parameters, with the leading axis of one number."""
 
     def observe(x: Unknowns, params: Any) -> jax.Array:
-        return _mean_stiffness(lin.moved(lin.system, x, params), vectors)
+        return jnp.mean(_stiffness_along(lin.moved(lin.system, x, params), vectors))
 
     value, pull = jax.vjp(observe, lin.unknowns, lin.params)
     cotangents, direct = jax.tree.map(lambda w: w[None], pull(jnp.ones_like(value)))
     return value, cotangents, direct
+
+
+# ── of a System, traceable ──
+
+
+def stiffness(system: System, count: int = 1, *, has_aux: bool = False) -> Any:
+    """The smallest stiffness of a relaxed System, traceable, for ``jax.grad`` through ``equilibrate``.
+
+    ``smallest_stiffness(at, count).value`` by all eigenvalues of the dense Hessian, so for small systems: the time goes
+    with the cube of the number of unknowns. The modes are held while it is differentiated, which is exact for the first
+    derivative; a second is refused.
+
+    Args:
+      system: relaxed, of up to 1,200 unknowns.
+      count: how many of the lowest eigenvalues are taken together.
+      has_aux: return ``(stiffness, status)``, the status as an int32 array, since traced code cannot raise:
+        NOT_CONVERGED where the system is not relaxed, UNJAMMED, INDEFINITE, FLOPPY, DEGENERATE for a mean over more than
+        were asked for, UNRESOLVED where more than 48 are equal.
+
+    Raises:
+      InputError: more unknowns, where ``ms.modes.gradient`` is the way; a second derivative.
+    """
+    if not isinstance(system, System):
+        raise InputError(f"got a {type(system).__name__}: give a System, or take smallest_stiffness of an Equilibrium.")
+    if system.batch is not None:
+        raise InputError(f"the stiffness is of one system: use jax.vmap(...)(batch) for these {system.batch}.")
+    n, d = system.positions.shape
+    if n * d > DENSE_SIZE:
+        raise InputError(
+            f"the system has {n * d:,} unknowns, and all eigenvalues are computed here, up to {DENSE_SIZE:,}: take "
+            "ms.modes.gradient(eq), which finds the lowest alone."
+        )
+    return _of_system(system, min(_whole(count), n * d), has_aux)
+
+
+@functools.partial(jax.jit, static_argnames=("count", "has_aux"))
+def _of_system(system: System, count: int, has_aux: bool) -> Any:
+    still = jax.lax.stop_gradient(system)
+    left = max_force(still)
+    held, net, null = linearisation(system, left)
+    if not has_aux:
+        return _mean(held, null, count)
+    status = _modes(jax.lax.stop_gradient(held), null, count)[2]
+    length, firm = scales(still)
+    unrelaxed = left > RELAXED * jnp.where(net.mean_force > 0, net.mean_force, length * firm)
+    status = jnp.where(unrelaxed, Status.NOT_CONVERGED.value, status)
+    status = jnp.where(jnp.all(net.rattlers), Status.UNJAMMED.value, status)
+    return _mean(held, null, count), status.astype(jnp.int32)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _mean(system: System, null: NullSpace, count: int) -> jax.Array:
+    vectors, weights, _ = _modes(system, null, count)
+    return jnp.sum(weights * _stiffness_along(system, vectors))
+
+
+@_mean.defjvp
+def _mean_jvp(count: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (system, null), (change, _) = primals, tangents
+    vectors, weights, _ = _modes(system, null, count)
+    return jax.jvp(lambda s: jnp.sum(weights * _stiffness_along(s, vectors)), (system,), (change,))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _modes(system: System, null: NullSpace, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The lowest modes (k, n, d), the weight of each in the mean (k,), and the status."""
+    n, d = system.positions.shape
+    unit = jnp.eye(n * d, dtype=system.positions.dtype)
+
+    def off(v: jax.Array) -> jax.Array:
+        return null.project(Unknowns(v.reshape(n, d))).positions.ravel()
+
+    kept = jax.vmap(off)(unit)
+    matrix = kept @ dense_hessian(system) @ kept
+    matrix = 0.5 * (matrix + matrix.T)
+    size = jnp.max(jnp.sum(jnp.abs(matrix), axis=0))
+    # the null space goes to the top, beyond every eigenvalue
+    values, vectors = jnp.linalg.eigh(matrix + 2.0 * jnp.where(size > 0, size, 1.0) * (unit - kept))
+    k = min(count + LOOK, n * d)
+    last = values[count - 1]
+    there = values <= last + EQUAL * jnp.abs(last)
+    weights = there[:k] / jnp.sum(there[:k])
+    nothing = max(NULL, 8.0 * n * d * float(jnp.finfo(values.dtype).eps)) * size
+    found = jnp.sum(there)
+    status = jnp.where(found > count, Status.DEGENERATE.value, Status.CONVERGED.value)
+    status = jnp.where(found >= k, Status.UNRESOLVED.value, status)
+    status = jnp.where(jnp.abs(values[0]) <= nothing, Status.FLOPPY.value, status)
+    status = jnp.where(values[0] < -nothing, Status.INDEFINITE.value, status)
+    return vectors.T[:k].reshape(k, n, d), weights, status
+
+
+@_modes.defjvp
+def _modes_jvp(count: int, primals: Any, tangents: Any) -> Any:
+    raise InputError(
+        "the smallest stiffness of a System has a first derivative alone, in which its modes are held: for a second, "
+        "take differences of ms.modes.gradient."
+    )
