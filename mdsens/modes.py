@@ -258,8 +258,8 @@ def stiffness(system: System, count: int = 1, *, has_aux: bool = False) -> Any:
       system: relaxed, of up to 1,200 unknowns.
       count: how many of the lowest eigenvalues are taken together.
       has_aux: return ``(stiffness, status)``, the status as an int32 array, since traced code cannot raise:
-        NOT_CONVERGED where the system is not relaxed, UNJAMMED, INDEFINITE, FLOPPY, DEGENERATE for a mean over more than
-        were asked for, UNRESOLVED where more than 48 are equal.
+        NOT_CONVERGED where the system is not relaxed, UNJAMMED, INDEFINITE, FLOPPY, DEGENERATE for a mean over more
+        than were asked for, UNRESOLVED where more than 48 are equal.
 
     Raises:
       InputError: more unknowns, where ``ms.modes.gradient`` is the way; a second derivative.
@@ -287,8 +287,8 @@ def _of_system(system: System, count: int, has_aux: bool) -> Any:
     status = _modes(jax.lax.stop_gradient(held), null, count)[2]
     length, firm = scales(still)
     unrelaxed = left > RELAXED * jnp.where(net.mean_force > 0, net.mean_force, length * firm)
-    status = jnp.where(unrelaxed, Status.NOT_CONVERGED.value, status)
     status = jnp.where(jnp.all(net.rattlers), Status.UNJAMMED.value, status)
+    status = jnp.where(unrelaxed, Status.NOT_CONVERGED.value, status)
     return _mean(held, null, count), status.astype(jnp.int32)
 
 
@@ -322,12 +322,12 @@ def _modes(system: System, null: NullSpace, count: int) -> tuple[jax.Array, jax.
     values, vectors = jnp.linalg.eigh(matrix + 2.0 * jnp.where(size > 0, size, 1.0) * (unit - kept))
     k = min(count + LOOK, n * d)
     last = values[count - 1]
-    there = values <= last + EQUAL * jnp.abs(last)
-    weights = there[:k] / jnp.sum(there[:k])
+    there = (values <= last + EQUAL * jnp.abs(last)) & (values < 1.5 * size)
+    weights = there[:k] / jnp.maximum(jnp.sum(there[:k]), 1)
     nothing = max(NULL, 8.0 * n * d * float(jnp.finfo(values.dtype).eps)) * size
     found = jnp.sum(there)
     status = jnp.where(found > count, Status.DEGENERATE.value, Status.CONVERGED.value)
-    status = jnp.where(found >= k, Status.UNRESOLVED.value, status)
+    status = jnp.where(found > k, Status.UNRESOLVED.value, status)
     status = jnp.where(jnp.abs(values[0]) <= nothing, Status.FLOPPY.value, status)
     status = jnp.where(values[0] < -nothing, Status.INDEFINITE.value, status)
     return vectors.T[:k].reshape(k, n, d), weights, status
