@@ -30,6 +30,7 @@ __all__ = [
     "from_pair",
     "geometric",
     "harmonic_bonds",
+    "harmonic_morse",
     "lennard_jones",
     "morse",
     "soft_sphere",
@@ -60,8 +61,12 @@ class switched:  # noqa: N801 - used as a function
             raise InputError(f"onset {self.onset} and cutoff {self.cutoff}: give 0 < onset < cutoff.")
 
     def __call__(self, r: jax.Array, *values: jax.Array) -> jax.Array:
-        x = jnp.clip((r - self.onset) / (self.cutoff - self.onset), 0.0, 1.0)
-        return self.phi(r, *values) * (1.0 - x**3 * (10.0 - 15.0 * x + 6.0 * x**2))
+        return self.phi(r, *values) * _fading((r - self.onset) / (self.cutoff - self.onset))
+
+
+def _fading(x: jax.Array) -> jax.Array:
+    x = jnp.clip(x, 0.0, 1.0)
+    return 1.0 - x**3 * (10.0 - 15.0 * x + 6.0 * x**2)
 
 
 def _soft_sphere(r: jax.Array, sigma: jax.Array, epsilon: jax.Array, alpha: jax.Array) -> jax.Array:
@@ -99,6 +104,31 @@ def _lennard_jones(r: jax.Array, sigma: jax.Array, epsilon: jax.Array) -> jax.Ar
 def _morse(r: jax.Array, sigma: jax.Array, epsilon: jax.Array, alpha: jax.Array) -> jax.Array:
     bond = jnp.exp(-alpha * (r - sigma))
     return epsilon * (bond * bond - 2.0 * bond)
+
+
+HARMONIC_MORSE_ENDS = (5.0, 9.9)  # alpha (r - sigma) where the well begins to fade and where it is gone
+
+
+def _harmonic_morse(
+    r: jax.Array, sigma: jax.Array, epsilon: jax.Array, alpha: jax.Array, stiffness: jax.Array
+) -> jax.Array:
+    gap = r - sigma
+    inside = gap < 0
+    overlap = jnp.where(inside, gap, 0.0)
+    apart = alpha * jnp.where(inside, 0.0, gap)  # where() inside the exponential: deep within contact it overflows
+    bond = jnp.exp(-apart)
+    onset, cutoff = HARMONIC_MORSE_ENDS
+    well = epsilon * (bond * bond - 2.0 * bond) * _fading((apart - onset) / (cutoff - onset))
+    return 0.5 * stiffness * overlap * overlap + well
+
+
+def _harmonic_morse_points(sigma: Any, epsilon: Any, alpha: Any, stiffness: Any) -> tuple[Any, ...]:
+    onset, cutoff = HARMONIC_MORSE_ENDS
+    return sigma, sigma + onset / alpha, sigma + cutoff / alpha
+
+
+def _harmonic_morse_end(sigma: Any, epsilon: Any, alpha: Any, stiffness: Any) -> Any:
+    return sigma + HARMONIC_MORSE_ENDS[1] / alpha
 
 
 def _spring(r: jax.Array, stiffness: jax.Array, length: jax.Array) -> jax.Array:
@@ -145,6 +175,25 @@ def morse(onset: float = 2.0, cutoff: float = 2.5) -> PairLaw:
     """
     phi = switched(_morse, onset, cutoff)
     return from_pair(phi, ("sigma", "epsilon", "alpha"), cutoff, (onset, cutoff), name="morse", positive=True)
+
+
+def harmonic_morse() -> PairLaw:
+    """Harmonic-Morse discs or spheres: a spring within contact, the well of Morse beyond it.
+
+        phi(r) = stiffness / 2 (sigma - r)^2 - epsilon,                                        r < sigma,
+        phi(r) = epsilon (exp(-2 alpha (r - sigma)) - 2 exp(-alpha (r - sigma))) S(r),         r >= sigma.
+
+    Parameters: ``sigma`` the sum of the two radii (a particle's value is its diameter), ``epsilon`` the depth of the
+    well, ``alpha`` an inverse width, ``stiffness`` an energy a squared length. S is the C2 switch of :class:`switched`
+    from sigma + 5 / alpha, where 1.3 % of the depth are left, to sigma + 9.9 / alpha: by the law's definition onset and
+    cutoff follow the parameters. Breakpoints: contact, r = sigma, where the second derivative jumps from ``stiffness``
+    to 2 alpha^2 epsilon; the onset; the cutoff. Source: Zu and Goodrich, arXiv:2404.15101, who switch by a C1
+    polynomial in r^2, so that their second derivatives jump at onset and cutoff as well.
+    """
+    names = ("sigma", "epsilon", "alpha", "stiffness")
+    return from_pair(
+        _harmonic_morse, names, _harmonic_morse_end, _harmonic_morse_points, name="harmonic_morse", positive=True
+    )
 
 
 def harmonic_bonds(bonds: Any) -> BondLaw:

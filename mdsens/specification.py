@@ -329,13 +329,14 @@ def _potential(
         label = "potential" if len(tables) == 1 else f"potential[{k}]"
         if not isinstance(entry, Mapping):
             raise InputError(f"{label} is {short(entry)}: give a table with a law.")
-        names = ("soft_sphere", "lennard_jones", "morse", "harmonic_bonds")
+        names = ("soft_sphere", "lennard_jones", "morse", "harmonic_morse", "harmonic_bonds")
         kind = Table(label, entry).text("law", choices=names)
-        extra = {"soft_sphere": (), "harmonic_bonds": ("bonds",)}.get(kind, ("onset", "cutoff"))
+        plain = kind in ("soft_sphere", "harmonic_morse")
+        extra = () if plain else ("bonds",) if kind == "harmonic_bonds" else ("onset", "cutoff")
         table = Table.of(label, entry, ("law", "rename", *extra))
         law: Any
-        if kind == "soft_sphere":
-            law = potentials.soft_sphere()
+        if plain:
+            law = getattr(potentials, kind)()
         elif kind == "harmonic_bonds":
             law = potentials.harmonic_bonds(_bonds(table, positions, cell, start))
         else:

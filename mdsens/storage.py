@@ -224,7 +224,7 @@ def _describe(law: Any, where: str, arrays: dict[str, np.ndarray]) -> dict[str, 
         }
     if not isinstance(law, PairLaw):
         return None
-    options: list[dict[str, Any]] = [{"name": "soft_sphere"}]
+    options: list[dict[str, Any]] = [{"name": "soft_sphere"}, {"name": "harmonic_morse"}]
     if isinstance(law.phi, potentials.switched):
         span = {"onset": law.phi.onset, "cutoff": law.phi.cutoff}
         options = [{"name": "lennard_jones", **span}, {"name": "morse", **span}]
@@ -243,8 +243,8 @@ def _renaming(own: tuple[str, ...], names: Any) -> dict[str, str]:
 
 def _plain(options: Mapping[str, Any]) -> PairLaw:
     """A pair law from its name and lengths."""
-    if options["name"] == "soft_sphere":
-        return potentials.soft_sphere()
+    if options["name"] in ("soft_sphere", "harmonic_morse"):
+        return getattr(potentials, options["name"])()
     makers = {"lennard_jones": potentials.lennard_jones, "morse": potentials.morse}
     return makers[options["name"]](options["onset"], options["cutoff"])
 

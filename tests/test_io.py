@@ -499,6 +499,7 @@ def laws() -> list[Any]:
         p.soft_sphere().renamed({"sigma": "diameter"}),
         p.lennard_jones(1.5, 2.75),
         p.morse(1.25, 2.5),
+        p.harmonic_morse(),
         p.harmonic_bonds(BONDS),
         p.harmonic_bonds(BONDS).renamed({"length": "rest"}) + renamed + p.soft_sphere(),
     ]
@@ -507,7 +508,7 @@ def laws() -> list[Any]:
 @pytest.mark.parametrize("law", laws(), ids=lambda law: law.name)
 def test_every_built_in_law_comes_back(tmp_path, law):
     system = ms.System.create(
-        np.array([[0, 0], [1, 0.1], [0.2, 1.2]]), 7.0, law, {k: 1.0 + i / 8 for i, k in enumerate(law.parameters)}
+        np.array([[0, 0], [1, 0.1], [0.2, 1.2]]), 18.0, law, {k: 1.0 + i / 8 for i, k in enumerate(law.parameters)}
     )
     ms.io.save(tmp_path / "a", system)
     back = ms.io.load(tmp_path / "a")

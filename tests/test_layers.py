@@ -195,6 +195,7 @@ def test_these_checks_can_fail():
     ms.potentials.soft_sphere,
     ms.potentials.lennard_jones,
     ms.potentials.morse,
+    ms.potentials.harmonic_morse,
     lambda: ms.potentials.harmonic_bonds([[0, 1]]),
 ])  # fmt: skip
 def test_a_law_documents_its_equation_and_every_parameter(make):

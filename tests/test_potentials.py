@@ -111,6 +111,64 @@ def test_switch_is_twice_continuously_differentiable(law, bare, values):
     assert float(law.phi(middle, *values)) == pytest.approx(0.5 * bare(middle, *values)[0], rel=1e-13)
 
 
+WELL = (1.1, 0.3, 5.0, 4.0)  # sigma, epsilon, alpha, stiffness
+
+
+def harmonic_morse_form(r, s, e, a, k):
+    """The spring, and the well times the switch by the product rule."""
+    x = np.clip((a * (r - s) - 5.0) / 4.9, 0, 1)
+    fades = np.stack([1 - x**3 * (10 - 15 * x + 6 * x**2), -30 * x**2 * (1 - x) ** 2, -60 * x * (1 - x) * (1 - 2 * x)])
+    f0, f1, f2 = fades * (a / 4.9) ** np.arange(3)[:, None]
+    m0, m1, m2 = morse_form(r, s, e, a)
+    well = m0 * f0, m1 * f0 + m0 * f1, m2 * f0 + 2 * m1 * f1 + m0 * f2
+    spring = k / 2 * (s - r) ** 2 - e, k * (r - s), np.full_like(r, k)
+    return np.where(r < s, spring, well)
+
+
+def test_harmonic_morse_is_its_equations_on_both_sides_of_every_breakpoint():
+    law, (s, e, a, k) = potentials.harmonic_morse(), WELL
+    points = np.array([s, s + 5 / a, s + 9.9 / a])
+    np.testing.assert_allclose(law.breakpoints(*WELL), points, rtol=1e-15)
+    sides = np.concatenate([np.nextafter(points, 0), np.nextafter(points, 9)])
+    r = np.concatenate([[0.01, 0.4, 1.0, 1.2, 1.6, 2.05, 2.15, 2.6, 3.0, 3.2, 40.0], points, sides])
+    got, expected = derivatives(law.phi, r, *WELL), np.stack(harmonic_morse_form(r, *WELL), axis=1)
+    np.testing.assert_allclose(got, expected, rtol=1e-11, atol=1e-13)
+    jumps = np.abs(got[-3:] - got[-6:-3])
+    assert jumps[0, 2] == pytest.approx(abs(2 * a**2 * e - k))  # of the second derivative at contact, and nothing else
+    assert jumps[0, :2].max() < 1e-13 and jumps[1:].max() < 1e-11
+    assert not np.any(derivatives(law.phi, [points[2] * (1 + 1e-15), 9.0], *WELL))
+
+
+def test_harmonic_morse_has_the_finite_differences_of_its_equations_by_r_and_by_every_parameter():
+    law, h = potentials.harmonic_morse(), 1e-6
+    points = np.array(law.breakpoints(*WELL))
+    r = np.concatenate([points - 1e-3, points + 1e-3, [0.3, 1.5, 2.5]])
+    by_all = jax.jit(jax.vmap(jax.jacfwd(jax.value_and_grad(lambda v: law.phi(*v)))))
+    value, slope = by_all(jnp.stack([jnp.asarray(r), *(jnp.full(r.shape, v) for v in WELL)], axis=1))
+    for k in range(5):  # of the energy and of the force
+        ahead, behind = (
+            harmonic_morse_form(*(v + sign * h * (j == k) for j, v in enumerate((r, *WELL)))) for sign in (1, -1)
+        )
+        np.testing.assert_allclose(value[:, k], (ahead[0] - behind[0]) / (2 * h), atol=1e-8)
+        np.testing.assert_allclose(slope[:, 0, k], (ahead[1] - behind[1]) / (2 * h), atol=1e-7)
+
+
+def test_harmonic_morse_has_no_overflow_deep_within_contact():
+    steep = (1.0, 0.1, 2000.0, 5.0)  # exp(2 alpha sigma) is inf
+    first = jax.grad(lambda v: potentials.harmonic_morse().phi(*v))
+    np.testing.assert_allclose(first(jnp.array([0.1, *steep])), [-4.5, 4.5, -1.0, 0.0, 0.405], rtol=1e-13)
+
+
+def test_cutoff_of_harmonic_morse_follows_sigma_and_alpha():
+    params = {"sigma": [0.8, 1.0], "epsilon": [[0.1, 0.2], [0.2, 0.3]], "alpha": [6.0, 5.0], "stiffness": 5.0}
+    law = potentials.harmonic_morse()
+    system = ms.System.create(PLACES, 9.0, law, params, [0, 1, 0, 1])
+    assert float(system.range) == pytest.approx(1.0 + 9.9 / 5.0, rel=1e-15)
+    (term,) = pair_terms(system)
+    lengths = {(int(i), int(j)): term.lengths()[:, m] for m, (i, j) in enumerate(zip(term.i, term.j, strict=True))}
+    np.testing.assert_allclose(lengths[0, 1], [0.9, 0.9 + 5 / 5.5, 0.9 + 9.9 / 5.5], rtol=1e-15)
+
+
 def test_cutoff_does_not_move_with_sigma():
     law = potentials.lennard_jones()
     assert float(law.range({"sigma": jnp.asarray([0.9, 1.4]), "epsilon": jnp.asarray(1.0)})) == 2.5
@@ -305,6 +363,7 @@ MAKERS = {
     "soft_sphere": lambda: potentials.soft_sphere(),
     "lennard_jones": lambda: potentials.lennard_jones(2.0, 2.4),
     "morse": lambda: potentials.morse(),
+    "harmonic_morse": lambda: potentials.harmonic_morse(),
     "from_pair": lambda: own_law({"epsilon": potentials.geometric}),
     "from_energy": lambda: potentials.from_energy(silicon, ("well",)),
     "sum": lambda: potentials.soft_sphere() + potentials.lennard_jones().renamed({"sigma": "s", "epsilon": "e"}),

@@ -244,6 +244,10 @@ OURS = {
         potentials.morse(),
         {"sigma": np.linspace(0.8, 1.2, 100), "epsilon": 1.0, "alpha": 6.0},
     ),
+    "harmonic-Morse discs": (
+        potentials.harmonic_morse(),
+        {"sigma": [0.8, 1.0], "epsilon": [[0.1, 0.2], [0.2, 0.05]], "alpha": 6.0, "stiffness": 5.0},
+    ),
     "bonds": (
         potentials.harmonic_bonds([[0, 1], [1, 2], [2, 0], [5, 3]]),
         {"stiffness": [1.0, 2.0, 3.0, 1.0], "length": 1.0},
