@@ -115,7 +115,7 @@ WELL = (1.1, 0.3, 5.0, 4.0)  # sigma, epsilon, alpha, stiffness
 
 
 def harmonic_morse_form(r, s, e, a, k):
-    """The spring, and the well times the switch by the product rule."""
+    """The spring; the well times the switch, by the product rule."""
     x = np.clip((a * (r - s) - 5.0) / 4.9, 0, 1)
     fades = np.stack([1 - x**3 * (10 - 15 * x + 6 * x**2), -30 * x**2 * (1 - x) ** 2, -60 * x * (1 - x) * (1 - 2 * x)])
     f0, f1, f2 = fades * (a / 4.9) ** np.arange(3)[:, None]
@@ -131,7 +131,7 @@ def test_harmonic_morse_is_its_equations_on_both_sides_of_every_breakpoint():
     np.testing.assert_allclose(law.breakpoints(*WELL), points, rtol=1e-15)
     sides = np.concatenate([np.nextafter(points, 0), np.nextafter(points, 9)])
     r = np.concatenate([[0.01, 0.4, 1.0, 1.2, 1.6, 2.05, 2.15, 2.6, 3.0, 3.2, 40.0], points, sides])
-    got, expected = derivatives(law.phi, r, *WELL), np.stack(harmonic_morse_form(r, *WELL), axis=1)
+    got, expected = derivatives(law.phi, r, *WELL), harmonic_morse_form(r, *WELL).T
     np.testing.assert_allclose(got, expected, rtol=1e-11, atol=1e-13)
     jumps = np.abs(got[-3:] - got[-6:-3])
     assert jumps[0, 2] == pytest.approx(abs(2 * a**2 * e - k))  # of the second derivative at contact, and nothing else
