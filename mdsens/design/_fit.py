@@ -60,6 +60,7 @@ class _Problem(NamedTuple):
     method: LevenbergMarquardt | Optax
     relax: Callable[[Sequence[System]], list[Equilibrium]]
     about: dict[str, Any]
+    begun: tuple[System, ...] | None
 
 
 class _Seen(NamedTuple):
@@ -83,6 +84,7 @@ def fit(
     bounds: Mapping[str, Any] | None = None,
     method: LevenbergMarquardt | Optax | None = None,
     steps: int = 60,
+    anew: bool = False,
     pressure: float | None = None,
     shape: bool = False,
     tolerance: float = 1e-12,
@@ -102,6 +104,10 @@ def fit(
       bounds: name -> (low, high), in place of those in ``free``.
       method: ``LevenbergMarquardt()``, the default, or ``Optax(optax.rmsprop(0.002))`` and its kin.
       steps: relaxations of each member at most, the start's not counted.
+      anew: relax every member from where it began, at every step, in place of from where its linear response puts it:
+        for parameters whose ensemble is to have a property, fresh packings too, and not these packings alone. Most
+        members then end in other minima than their derivatives are of, so the Jacobian is the median over them, which
+        the few that are near an instability do not rule.
       pressure, shape: as in ``minimize``: the cell is an unknown, and the pressure held exactly.
       tolerance, max_steps: of each relaxation, as in ``minimize``.
       resume: the :class:`State` after some step of a design of the same targets, parameters and method.
@@ -140,9 +146,11 @@ def fit(
         "bounds": [[float(a), float(b)] for a, b in zip(variables.low, variables.high, strict=True)],
         "method": repr(method) if isinstance(method, LevenbergMarquardt) else str(method),
         "members": len(members),
+        "anew": anew,
         **{key: value for key, value in how.items() if key != "max_steps"},
     }  # fmt: skip
-    problem = _Problem(chosen, tuple(t.feature for t in chosen), variables, method, relax, about)
+    begun = tuple(members) if anew else None
+    problem = _Problem(chosen, tuple(t.feature for t in chosen), variables, method, relax, about, begun)
     bar = Trials(steps, progress)
     try:
         state, seen = _resumed(problem, resume) if resume is not None else _begun(problem, members)
@@ -261,7 +269,8 @@ def _look(problem: _Problem, equilibria: Sequence[Equilibrium], x: np.ndarray, c
         nothing = np.full(len(problem.features), np.nan)
         return _Seen(lins, nothing, np.full((nothing.size, x.size), np.nan), status)
     values = np.mean([seen.values for seen in found], axis=0)
-    jacobian = np.mean([problem.variables.pulled(x, seen.slopes) for seen in found], axis=0)
+    jacobians = [problem.variables.pulled(x, seen.slopes) for seen in found]
+    jacobian = np.mean(jacobians, axis=0) if problem.begun is None else np.median(jacobians, axis=0)
     return _Seen(lins, values, jacobian, status)
 
 
@@ -289,7 +298,6 @@ def _bands(state: State, values: np.ndarray, loosened: float) -> np.ndarray:
 def _advanced(problem: _Problem, state: State, seen: _Seen) -> tuple[State, _Seen]:
     """One step: proposed, predicted, relaxed, judged."""
     method, variables, x = problem.method, problem.variables, state.x
-    moves = None
     if isinstance(method, LevenbergMarquardt):
         if not np.isfinite(state.trust):
             state = dataclasses.replace(state, trust=_first_trust(problem, state, seen))
@@ -303,7 +311,7 @@ def _advanced(problem: _Problem, state: State, seen: _Seen) -> tuple[State, _See
     there = x + step
     equilibria, counts, strayed = _relaxed(problem, state, moves, variables.params(there))
     now = _look(problem, equilibria, there, counts)
-    left = strayed > STRAYED
+    left = strayed > STRAYED  # not known of members relaxed anew
     predicted = seen.values + seen.jacobian @ step
     if isinstance(method, LevenbergMarquardt):
         bands = _bands(state, seen.values, method.loosened)
@@ -443,19 +451,26 @@ def _relaxed(
     each ended from there).
     """
     starts: list[System] = []
-    for eq, move in zip(state.equilibria, moves, strict=True):
-        at = eq.system.replace(positions=eq.positions + move.positions)
-        if move.strain is not None:
-            strain = from_mandel(jnp.asarray(move.strain))
-            at = deformed(eq.system, strain, eq.positions).replace(positions=eq.positions + move.positions)
-        try:
+    try:
+        for k, (eq, move) in enumerate(zip(state.equilibria, moves, strict=True)):
+            at = _predicted(eq, move) if problem.begun is None else problem.begun[k]
             starts.append(at.with_params(params))
-        except InputError:  # the cell no longer holds the range of the interactions
-            nothing = np.zeros(len(state.equilibria))
-            return list(state.equilibria), nothing.astype(bool), nothing
+    except InputError:  # the cell no longer holds the range of the interactions
+        nothing = np.zeros(len(state.equilibria))
+        return list(state.equilibria), nothing.astype(bool), nothing
     equilibria = problem.relax(starts)
+    if problem.begun is not None:
+        return equilibria, np.ones(len(starts), bool), np.full(len(starts), np.nan)
     strayed = [_strayed(start, eq) for start, eq in zip(starts, equilibria, strict=True)]
     return equilibria, np.ones(len(starts), bool), np.array(strayed)
+
+
+def _predicted(eq: Equilibrium, move: Unknowns) -> System:
+    """A minimum's system, its particles and its cell moved."""
+    there = eq.positions + move.positions
+    if move.strain is None:
+        return eq.system.replace(positions=there)
+    return deformed(eq.system, from_mandel(jnp.asarray(move.strain)), eq.positions).replace(positions=there)
 
 
 def _strayed(start: System, eq: Equilibrium) -> float:
