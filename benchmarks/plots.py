@@ -210,9 +210,29 @@ def gpu(rows: list[Row]) -> Figure:
     return figure
 
 
+def design(rows: list[Row]) -> Figure:
+    """The share of the designs that are met, over relaxations."""
+    problems = groups(rows, "problem")
+    figure, axes = panels(len(problems), 3.6, 3.0, share=True)
+    for ax, ((problem,), chosen) in zip(axes, problems.items(), strict=True):
+        for k, ((by,), some) in enumerate(groups(chosen, "by").items()):
+            steps = np.sort([row["relaxations"] for row in some if row["met"]])
+            limit = max(row["relaxations"] for row in rows)
+            across = np.concatenate([[0], steps, [limit]])
+            up = np.concatenate([[0], np.arange(1, len(steps) + 1), [len(steps)]])
+            ax.step(across, up, where="post", color=COLOURS[k], label=f"{by}: {len(steps)} of {len(some)}")
+        ax.set_title(problem, fontsize=9)
+        ax.set_xlabel("relaxations")
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=7, loc="upper left")
+    axes[0].set_ylabel("designs met")
+    axes[0].set_ylim(0, 1.5 * max(len(some) for some in groups(rows, "problem", "by").values()))
+    return figure
+
+
 FIGURES: dict[str, Callable[[list[Row]], Figure]] = {
     "relaxation": relaxation, "sensitivity": sensitivity, "scaling": scaling, "jamming": jamming, "honesty": honesty,
-    "gpu": gpu,
+    "gpu": gpu, "design": design,
 }  # fmt: skip
 
 

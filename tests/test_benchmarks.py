@@ -22,6 +22,7 @@ SMALL = {
     "batch": ["--sizes", "24", "--members", "3", "--runs", "1"],
     "scaling": ["--sizes", "96", "--runs", "1"],
     "jamming": ["--sizes", "96", "--runs", "1", "--pressures", "0.1"],
+    "design": ["--sizes", "64", "--seeds", "1", "--steps", "2", "--problems", "0", "--peers", "0"],
     "honesty": ["--sizes", "96", "--draws", "1", "--pressures", "0.1", "--limits", "5000", "--peers", "0"],
 }
 
