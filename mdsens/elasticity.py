@@ -28,10 +28,11 @@ from jax.core import Tracer
 from mdsens import sensitivity
 from mdsens._checks import real_array
 from mdsens._tables import Shown
+from mdsens.doors import STRAIN, Response, through
 from mdsens.implicit.linear import linear_solve
 from mdsens.implicit.operators import Auto, Method
 from mdsens.implicit.status import InputError, SolveStats, Status, raise_for_status
-from mdsens.linearization import STRAIN, Linearization, Response, linearised, through
+from mdsens.linearization import Linearization, linearised
 from mdsens.relaxation import Equilibrium
 from mdsens.scales import scales
 from mdsens.stationarity import Unknowns, hessian_operator, linearisation, max_force

@@ -16,10 +16,10 @@ import numpy as np
 from mdsens._checks import real_number, short
 from mdsens._loop import advance, at_rest, status_of
 from mdsens._members import in_chunks, joined, together
+from mdsens._pressed import pressed
 from mdsens._progress import Decades, Members
 from mdsens._runs import Run, Runs
 from mdsens._tables import Shown
-from mdsens.enthalpy import pressed
 from mdsens.implicit.status import (
     ConvergenceError,
     InputError,

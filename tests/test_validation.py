@@ -10,7 +10,7 @@ import pytest
 from conftest import packing, packing_file, relative, relaxed_packing
 
 import mdsens as ms
-from mdsens import _runs, linearization
+from mdsens import _runs, doors
 from mdsens.boxes import FixedBox
 from mdsens.implicit import CG, GMRES, MINRES, BiCGSTAB, Direct
 from mdsens.stationarity import dense_hessian
@@ -94,7 +94,7 @@ def test_list_of_a_large_packing_is_that_of_a_search_from_nothing():
 
 def test_one_shape_compiles_once():
     def compiled() -> list[int]:
-        return [f._cache_size() for f in (_runs._advance, linearization._sides, linearization._responses)]  # type: ignore[attr-defined]
+        return [f._cache_size() for f in (_runs._advance, doors._sides, doors._responses)]  # type: ignore[attr-defined]
 
     ms.jvp(ms.minimize(ms.load_system("seed_packing_2d", seed=0)), THETA)
     before = compiled()

@@ -1,0 +1,99 @@
+"""Relaxing a cell with its particles: Newton steps down the enthalpy U + P V, particles relaxed after each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mdsens.boxes import FixedBox
+from mdsens.enthalpy import Cell, deformed, free_strains, held
+from mdsens.implicit.status import InputError, Status
+from mdsens.scales import scales
+from mdsens.stationarity import linearisation
+from mdsens.stiffness import Stiffness
+from mdsens.system import System, potential_energy
+
+__all__ = ["pressed"]
+
+STEPS = 300  # of the cell
+HALVINGS = 12  # of a step
+ROUND_OFF = 1e-14  # of the cell's stiffness: less of a stress than this is none
+
+
+@jax.jit
+def _enthalpy(system: System, pressure: Any) -> jax.Array:
+    return potential_energy(system) + pressure * system.volume
+
+
+def pressed(
+    relax: Callable[[System, int], Any], system: System, pressure: float, shape: bool, tolerance: float, max_steps: int
+) -> tuple[Any, int, np.ndarray, Status]:
+    """Relax positions and cell at a pressure: Newton steps of the cell, particles relaxed after each.
+
+    A step is halved where it raises the enthalpy, where it takes a packing's last contact away, though the pressure is
+    to be held by some, or where its particles do not come to rest.
+
+    Args:
+      relax: (System, steps at most) -> Equilibrium, in a fixed cell.
+      system: where to start.
+      pressure, shape, tolerance, max_steps: as in ``minimize``.
+
+    Returns:
+      (the Equilibrium, steps in all, the free strains, the status of the cell).
+    """
+    along = free_strains(system.dimension, shape)
+    eq = relax(held(system), max_steps)
+    steps = int(eq.steps)
+    if not Status(int(eq.status)).good:
+        return eq, steps, along, Status(int(eq.status))
+    for _ in range(STEPS):
+        now = eq.system
+        backbone, net, null = linearisation(now, eq.max_force)
+        loose = bool(np.all(np.asarray(net.rattlers)))
+        if loose and pressure <= 0:
+            return eq, steps, along, Status.NO_REST
+        cell = Cell.of(backbone, Stiffness(backbone, null.simplified()), pressure, along)
+        volume, length = float(now.volume), float(scales(now)[0])
+        left = float(np.max(np.abs(np.asarray(cell.slope)))) / volume
+        floor = ROUND_OFF * float(np.max(np.abs(np.asarray(cell.stiffness)))) / volume
+        if left <= max(tolerance / length ** (now.dimension - 1), floor):
+            code = Status(int(cell.status))
+            return eq, steps, along, Status.CONVERGED if code.good else code
+        before, step = float(_enthalpy(now, pressure)), cell.newton()
+        for _ in range(HALVINGS):
+            found = _after(now, cell, step, relax, max(max_steps - steps, 1), shape)
+            steps += 0 if found is None else int(found.steps)
+            if steps >= max_steps:
+                return eq, steps, along, Status.NO_REST if pressure < 0 else Status.MAX_STEPS_REACHED
+            if found is not None and Status(int(found.status)).good:
+                lost = pressure > 0 and not loose and bool(np.all(_rattlers(found.system, found.max_force)))
+                if not lost and float(_enthalpy(found.system, pressure)) - before <= 1e-12 * abs(before):
+                    break
+            step = 0.5 * step
+        else:
+            return eq, steps, along, Status.NO_REST
+        eq = found
+    return eq, steps, along, Status.NO_REST
+
+
+def _after(
+    now: System, cell: Cell, step: np.ndarray, relax: Callable[[System, int], Any], budget: int, shape: bool
+) -> Any:
+    """Relaxed again after a strain, from where its linear response puts the particles; None in a cell too small."""
+    dtype = now.positions.dtype
+    strain = np.tensordot(step, np.asarray(cell.along), axes=1)
+    moved = np.asarray(now.positions) + np.tensordot(step, np.asarray(cell.motion), axes=1)
+    there = deformed(now, jnp.asarray(strain, dtype), jnp.asarray(moved, dtype))
+    box = FixedBox(there.box, not shape and now.boundary.orthogonal)
+    try:
+        return relax(there.replace(boundary=box).reallocate(), budget)
+    except InputError:  # below twice the range of the interactions
+        return None
+
+
+def _rattlers(system: System, max_force: Any) -> np.ndarray:
+    return np.asarray(linearisation(system, max_force)[1].rattlers)
