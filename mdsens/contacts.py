@@ -284,7 +284,11 @@ class Crossing(NamedTuple):
 
 @jax.jit
 def crossings(
-    system: System, velocity: jax.Array, dparams: Mapping[str, Any], rattlers: jax.Array | None = None
+    system: System,
+    velocity: jax.Array,
+    dparams: Mapping[str, Any],
+    rattlers: jax.Array | None = None,
+    strain: jax.Array | None = None,
 ) -> Crossing:
     """Where pairs cross a breakpoint (contact, onset, cutoff) along params + t dparams, to first order.
 
@@ -295,13 +299,16 @@ def crossings(
       velocity: (n, d) derivative of the positions along the path.
       dparams: the direction, a full dict of parameters.
       rattlers: (n,) particles whose pairs are left out.
+      strain: (d, d) rate at which the cell strains, and its particles with it; ``velocity`` is then that from their
+        affine places.
     """
 
-    def gaps(positions: jax.Array, params: Any) -> list[jax.Array]:
+    def gaps(positions: jax.Array, params: Any, strain: Any) -> list[jax.Array]:
         box = box_at(system, params)
-        return [t.lengths() - pair_distances(t, positions, box) for t in pair_terms(system, params)]
+        return [t.lengths() - pair_distances(t, positions, box, strain) for t in pair_terms(system, params)]
 
-    now, rates = jax.jvp(gaps, (system.positions, dict(system.params)), (velocity, dict(dparams)))
+    here = system.positions, dict(system.params), None if strain is None else jnp.zeros_like(strain)
+    now, rates = jax.jvp(gaps, here, (velocity, dict(dparams), strain))
     times, firsts, seconds, inside = [jnp.zeros(0)], [jnp.zeros(0, jnp.int32)], [jnp.zeros(0, jnp.int32)], []
     lengths = [jnp.zeros(0)]
     for term, gap, rate in zip(pair_terms(system), now, rates, strict=True):

@@ -24,7 +24,7 @@ from mdsens.relaxation import Equilibrium
 from mdsens.scales import scales
 from mdsens.stationarity import Unknowns, along, hessian_operator, linearisation, mixed_product, mixed_transpose
 from mdsens.stiffness import Stiffness
-from mdsens.strains import forces_of_strain, to_mandel
+from mdsens.strains import forces_of_strain
 from mdsens.system import System, box_at
 
 __all__ = ["FORCE", "JVP", "STRAIN", "VJP", "Door", "Response", "finite_or_said", "through", "through_batch"]
@@ -106,16 +106,13 @@ def _affine(system: System, tangent: Params, positions: jax.Array) -> jax.Array:
 def _jvp_side(lin: Linearization, tangent: Params) -> Unknowns:
     if lin.cell is None:
         return jax.tree.map(jnp.negative, mixed_product(lin.system, tangent))
-    return jax.tree.map(jnp.negative, along(lin.condition, lin.params, tangent))
+    return jax.tree.map(jnp.negative, along(lambda p: lin.condition(lin.unknowns, p), lin.params, tangent))
 
 
 def _jvp_response(lin: Linearization, tangent: Params, x: Unknowns, stats: SolveStats) -> Response:
-    positions = lin.system.positions
-    if x.strain is not None and lin.cell is not None:
-        strain = jnp.tensordot(x.strain, lin.cell.along, axes=1)
-        rest, value = x.positions, Unknowns(x.positions + positions @ strain.T, to_mandel(strain))
-    else:
-        rest, value = x.positions - _affine(lin.system, tangent, positions), x.positions
+    value, rest = lin.stored(x), x.positions
+    if x.strain is None:
+        rest = rest - _affine(lin.system, tangent, lin.system.positions)
     nonaffine = lin.null.project(Unknowns(rest)).positions
     stats = _with_outcome(lin, stats, (value, nonaffine))
     return Response(value, stats, nonaffine, lin.equilibrium.max_force, lin.network.rattlers)
@@ -129,7 +126,7 @@ def _vjp_response(lin: Linearization, cotangent: Unknowns, x: Unknowns, stats: S
     if x.strain is None:
         transposed = mixed_transpose(lin.system, x)
     else:
-        transposed = jax.vjp(lin.condition, lin.params)[1](x)[0]
+        transposed = jax.vjp(lambda p: lin.condition(lin.unknowns, p), lin.params)[1](x)[0]
     value = jax.tree.map(jnp.negative, transposed)
     stats = _with_outcome(lin, stats, value)
     return Response(value, stats, None, lin.equilibrium.max_force, lin.network.rattlers)

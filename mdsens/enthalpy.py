@@ -23,7 +23,7 @@ from mdsens.boxes import FixedBox
 from mdsens.implicit.status import Status
 from mdsens.stiffness import Stiffness
 from mdsens.strains import basis, forces_of_strain, stiffness_along, strain_slope, uniform
-from mdsens.system import System
+from mdsens.system import System, potential_energy
 
 __all__ = ["Cell", "deformed", "enthalpy_slope", "free_strains", "held"]
 
@@ -48,9 +48,25 @@ def deformed(system: System, strain: jax.Array, positions: jax.Array | None = No
     return system.replace(positions=at + at @ strain.T, boundary=FixedBox(cell))
 
 
-def enthalpy_slope(system: System, pressure: Any, along: Any) -> jax.Array:
-    """dh/de along strains (k, d, d), at strain 0: V (stress + P) : E, (k,)."""
-    return strain_slope(system, along) + pressure * system.volume * jnp.einsum("kii->k", jnp.asarray(along))
+def enthalpy_slope(system: System, pressure: Any, along: Any, strain: jax.Array | None = None) -> jax.Array:
+    """dh/de along strains (k, d, d), at a strain (k,) of them: at none it is V (stress + P) : E, (k,)."""
+    volume = system.volume
+    if strain is None:
+        return strain_slope(system, along) + pressure * volume * jnp.einsum("kii->k", jnp.asarray(along))
+
+    def enthalpy(s: jax.Array) -> jax.Array:
+        change = jnp.tensordot(s, along, axes=1)
+        return potential_energy(system, strain=change) + pressure * volume * _stretch(change)
+
+    return jax.grad(enthalpy)(strain)
+
+
+def _stretch(strain: jax.Array) -> jax.Array:
+    """det(1 + strain), written out: it compiles in no time, which that of any matrix does not."""
+    rows = jnp.eye(strain.shape[0], dtype=strain.dtype) + strain
+    if strain.shape[0] == 2:
+        return rows[0, 0] * rows[1, 1] - rows[0, 1] * rows[1, 0]
+    return jnp.sum(rows[0] * jnp.cross(rows[1], rows[2]))
 
 
 @jax.tree_util.register_dataclass

@@ -21,6 +21,7 @@ from mdsens.implicit.status import InputError, Status, raise_for_status, require
 from mdsens.relaxation import Equilibrium
 from mdsens.stationarity import NullSpace, Unknowns, gradient, linearisation
 from mdsens.stiffness import Stiffness, factorises
+from mdsens.strains import to_mandel
 from mdsens.system import System
 
 __all__ = ["Linearization", "by_factor", "changes", "check_method", "full_tangent", "linearised", "linearize"]
@@ -60,14 +61,19 @@ class Linearization:
         """What derivatives are taken by: the system's parameters and, where the cell is an unknown, the pressure."""
         return dict(self.system.params) if self.cell is None else {**self.system.params, "pressure": self.cell.pressure}
 
-    def condition(self, params: Params) -> Unknowns:
-        """What is zero at the minimum: dU/dR, and where the cell is an unknown the enthalpy's derivative by strain."""
-        own = {name: params[name] for name in self.system.params}
-        slope = gradient(self.system, Unknowns(self.system.positions), own)
-        if self.cell is None:
-            return slope
-        at = self.system.replace(params=own)
-        return dataclasses.replace(slope, strain=enthalpy_slope(at, params["pressure"], self.cell.along))
+    def condition(self, x: Unknowns, params: Params) -> Unknowns:
+        """What is zero at the minimum: dU/dR, and where the cell is an unknown the enthalpy's derivative by strain.
+
+        Positions R at a strain are at (1 + strain) R: the slope by R is (1 + strain) times that by where they are.
+        """
+        at = self.moved(self.system, x, params)
+        slope = gradient(at, Unknowns(at.positions), at.params).positions
+        if self.cell is None or x.strain is None:
+            return Unknowns(slope)
+        along = self.cell.along
+        held = self.system.replace(positions=x.positions, params=at.params)
+        of_cell = enthalpy_slope(held, params["pressure"], along, x.strain)
+        return Unknowns(slope + slope @ jnp.tensordot(x.strain, along, axes=1), of_cell)
 
     def moved(self, system: System, x: Unknowns, params: Params) -> System:
         """A system of this configuration at other unknowns and parameters; traceable, its list stays."""
@@ -88,6 +94,13 @@ class Linearization:
         cell = self.cell
         strain = cell.compliance @ (side.strain + jnp.einsum("knd,nd->k", cell.motion, side.positions))
         return Unknowns(x + jnp.tensordot(strain, cell.motion, axes=1), strain)
+
+    def stored(self, x: Unknowns) -> Any:
+        """A change of the unknowns as the doors give it: of the stored positions (n, d), or of them and of the cell."""
+        if self.cell is None or x.strain is None:
+            return x.positions
+        strain = jnp.tensordot(x.strain, self.cell.along, axes=1)
+        return Unknowns(x.positions + self.system.positions @ strain.T, to_mandel(strain))
 
     def traced(self, moving: Sequence[str]) -> Linearization:
         """What compiled code takes: without the host's part, and with the cheapest form of the law.
@@ -170,10 +183,10 @@ def linearised(at: Equilibrium | Linearization, solve: Method | None, throw: boo
     return linearize(at, Auto() if solve is None else solve, throw)
 
 
-def full_tangent(system: System, dparams: Params) -> dict[str, Any]:
-    """A full dict of parameter changes from a partial one, checked."""
-    given = changes(system, dparams)
-    return {k: given[k] if k in given else np.zeros(v.shape, v.dtype) for k, v in system.params.items()}
+def full_tangent(system: System, dparams: Params, params: Params | None = None) -> dict[str, Any]:
+    """A full dict of parameter changes from a partial one, checked; of a Linearization's ``params`` where given."""
+    given, valid = changes(system, dparams, params), system.params if params is None else params
+    return {k: given[k] if k in given else np.zeros(v.shape, v.dtype) for k, v in valid.items()}
 
 
 def changes(system: System, dparams: Params, params: Params | None = None) -> dict[str, Any]:

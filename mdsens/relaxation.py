@@ -33,7 +33,7 @@ from mdsens.scales import Limits, round_off, scales
 from mdsens.stationarity import largest_force, max_force
 from mdsens.system import System, stack, unstack
 
-__all__ = ["Equilibrium", "Fire", "GradientDescent", "Newton", "minimize", "relax", "require_given_cell"]
+__all__ = ["Equilibrium", "Fire", "GradientDescent", "Newton", "minimize", "relax"]
 
 Params = Mapping[str, Any]
 
@@ -298,15 +298,6 @@ def _raise_for_members(eq: Equilibrium) -> None:
             f"{len(bad)} of {len(codes)} members did not relax, the first is member {bad[0]}: {status.sentence}.",
             status,
             eq,
-        )
-
-
-def require_given_cell(eq: Equilibrium, what: str) -> None:
-    """Refuse a minimum at a pressure where only positions are looked at."""
-    if eq.pressure is not None:
-        raise InputError(
-            f"{what} holds the cell, and this minimum is one at a pressure, where the cell responds: for the minimum "
-            "in its present cell give dataclasses.replace(eq, pressure=None, strains=None)."
         )
 
 

@@ -261,10 +261,6 @@ def test_bad_input_is_refused():
     with pytest.raises(ms.InputError, match="the law has a parameter 'pressure'"):
         ms.minimize(named, pressure=0.1)
     eq = at_rest("size")
-    with pytest.raises(ms.InputError, match="certify holds the cell"):
-        ms.certify(eq)
-    with pytest.raises(ms.InputError, match="finite_difference holds the cell"):
-        ms.verify.finite_difference(eq, {"epsilon": 1.0})
     with pytest.raises(ms.InputError, match="'pressure' is no parameter"):
         ms.jvp(relaxed_packing(PACKINGS[0], 0), {"pressure": 1.0})
     with pytest.raises(ms.InputError, match=r"cotangent\.strain has shape \(2,\)"):

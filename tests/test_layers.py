@@ -54,6 +54,7 @@ ORDER = [
     ["sensitivity"],
     ["equilibration"],
     ["certificate._record"],
+    ["certificate._space"],
     ["certificate._derivative"],
     ["certificate._certify"],
     ["certificate"],

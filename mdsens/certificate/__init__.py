@@ -6,6 +6,6 @@ along the way to the true minimum, and are taken where it starts.
 """
 
 from mdsens.certificate._certify import certify
-from mdsens.certificate._record import Certificate, Derivative
+from mdsens.certificate._record import CellState, Certificate, Derivative
 
-__all__ = ["Certificate", "Derivative", "certify"]
+__all__ = ["CellState", "Certificate", "Derivative", "certify"]

@@ -10,16 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdsens import contacts
 from mdsens._checks import short
 from mdsens.certificate._derivative import ESTIMATE, derivative
-from mdsens.certificate._record import Certificate, count
+from mdsens.certificate._record import CellState, Certificate, count
+from mdsens.certificate._space import Space
 from mdsens.implicit.eigen import Spectrum
 from mdsens.implicit.status import ConvergenceError, InputError, Status
 from mdsens.linearization import Linearization, full_tangent, linearize
-from mdsens.relaxation import Equilibrium, require_given_cell
+from mdsens.relaxation import Equilibrium
 from mdsens.scales import round_off, scales
-from mdsens.stationarity import force, linearisation
+from mdsens.stationarity import Unknowns, linearisation
 from mdsens.stiffness import Stiffness, participation
 from mdsens.system import System
 
@@ -31,14 +31,13 @@ MARGIN = 10.0  # of the force left over the law's length: the stiffness that it 
 INACCURATE = 0.1  # of the derivative: where its error is larger, no digit is known
 
 
-def _in_doubt(lin: Linearization, step: np.ndarray) -> tuple[int, float]:
+def _in_doubt(space: Space, step: Unknowns) -> tuple[int, float]:
     """How many pairs cross a breakpoint along the Newton step, or hold a particle that counts as a rattler; and how
     many such steps it takes until the first one crosses.
     """
-    eq, net = lin.equilibrium, lin.network
+    eq, net = space.lin.equilibrium, space.lin.network
     none = {name: jnp.zeros_like(value) for name, value in eq.system.params.items()}
-    crossing = contacts.crossings(eq.system, jnp.asarray(step, eq.system.positions.dtype), none, net.rattlers)
-    times = np.asarray(crossing.times)
+    times = np.asarray(space.crossings(step, none).times)
     ahead = times[times >= 0]
     crossed = int(np.sum(ahead <= 1.0))
     if eq.system.potential.repulsive:
@@ -68,6 +67,26 @@ def _touched(observable: Callable[[System], Any], lin: Linearization, project: A
     return {"rattlers": float(np.linalg.norm(slope[loose])) / whole, "rigid motions": rigid}
 
 
+def _cell(lin: Linearization, step: Unknowns) -> CellState:
+    """What is known of the cell of a minimum at a pressure."""
+    cell, volume, d = lin.cell, float(lin.system.volume), lin.system.dimension
+    assert cell is not None and step.strain is not None
+    along = np.asarray(cell.along, float)
+    left = np.tensordot(np.asarray(cell.slope, float) / volume, along, axes=1)  # stress + P, as far as the cell is free
+    shear = left - np.trace(left) / d * np.eye(d)
+    matrix = np.asarray(cell.stiffness, float) / volume
+    finite = bool(np.isfinite(matrix).all())
+    return CellState(
+        float(cell.pressure),
+        len(along) > 1,
+        -float(np.trace(left)) / d,
+        float(np.linalg.norm(shear, 2)) if len(along) > 1 and finite else np.nan,
+        np.linalg.eigvalsh(matrix) if finite else np.full(len(along), np.nan),
+        Status(int(cell.status)).good,
+        float(np.linalg.norm(np.asarray(step.strain))),
+    )
+
+
 def certify(
     at: Equilibrium | Linearization,
     dparams: Params | None = None,
@@ -78,11 +97,15 @@ def certify(
 ) -> Certificate:
     """Examine a minimum, and along ``dparams`` the derivative that ``jvp`` gives there.
 
+    At a pressure the unknowns are positions and cell: the minimum is one of the enthalpy, the step to it and the
+    response move the cell too, and the ``cell`` of the certificate tells its stress and its stiffness.
+
     It costs an eigenvalue and a few linear solves on one factor of the Hessian: about a tenth of the relaxation.
 
     Args:
       at: from ``minimize`` or ``linearize``; not a batch. An unconverged minimum is examined too.
-      dparams: the direction, as in ``jvp``; without it there is nothing about a derivative.
+      dparams: the direction, as in ``jvp``, at a pressure also of the ``"pressure"``; without it there is nothing
+        about a derivative.
       modes: how many of the lowest modes to find.
       observable: a function of a System, as in ``gradient``: the parts of it that have no derivative are reported.
       throw: raise :class:`ConvergenceError` where the status is not good; the certificate is its ``result``.
@@ -101,7 +124,6 @@ def certify(
         raise InputError(f"modes is {short(modes)}: give a whole number from 1.")
     lin = at if isinstance(at, Linearization) else linearize(at, throw=False)
     eq, net, null = lin.equilibrium, lin.network, lin.null
-    require_given_cell(eq, "certify")
     system = eq.system
     loose = np.asarray(net.rattlers)
     stiffness = Stiffness(lin.system, null)
@@ -113,18 +135,20 @@ def certify(
         nothing = np.zeros(0), np.zeros((system.positions.size, 0)), np.zeros(0)
         spectrum = Spectrum(*nothing, 0.0, 0, 0, 0, 0.0, True, "none")
     lowest = float(spectrum.values[0]) if spectrum.values.size else np.nan
-    forces = stiffness.project(np.asarray(force(lin.system)).ravel())
-    total = float(np.linalg.norm(forces))
-    soft = lowest if spectrum.stable.size and spectrum.stable.all() else np.nan
-    step, along, doubt = np.zeros_like(np.asarray(system.positions)), None, (0, np.inf)
+    space = Space(lin, stiffness)
+    forces = space.forces()
+    total, soft = space.strength(forces), 0.0
+    if spectrum.stable.size and spectrum.stable.all():
+        soft = space.least(lowest)
+    step, along, doubt = space.still, None, (0, np.inf)
     if spectrum.values.size:
-        step, _, _ = stiffness.solve(forces.reshape(step.shape), ESTIMATE)
+        step, _, _ = space.solve(forces, ESTIMATE)
     if finite:
-        doubt = _in_doubt(lin, step)
+        doubt = _in_doubt(space, step)
     if dparams is not None:
-        full_tangent(system, dparams)
+        full_tangent(system, dparams, lin.params)
         if spectrum.values.size:
-            along = derivative(lin, stiffness, dparams, step, soft if np.isfinite(soft) else 0.0)
+            along = derivative(space, dparams, step, soft)
     mean, largest = float(net.mean_force), float(eq.max_force)
     made = Certificate(
         Status.CONVERGED,
@@ -132,8 +156,8 @@ def certify(
         largest,
         largest / mean if mean > 0 and system.potential.repulsive else np.nan,
         mean,
-        total / soft if np.isfinite(soft) else np.inf,
-        float(np.linalg.norm(step)) if spectrum.values.size else np.nan,
+        total / soft if soft > 0 else np.inf,
+        space.size(step) if spectrum.values.size else np.nan,
         lowest,
         spectrum.largest,
         spectrum,
@@ -149,6 +173,7 @@ def certify(
         along,
         None if observable is None else _touched(observable, lin, stiffness.project),
         str(system.positions.dtype),
+        None if lin.cell is None else _cell(lin, step),
     )
     findings = _findings(made, lin)
     status = findings[0][0] if findings else Status.CONVERGED
@@ -176,6 +201,8 @@ def _findings(c: Certificate, lin: Linearization) -> list[tuple[Status, str]]:
             Status.INDEFINITE,
             f"{count(c.negative_modes, 'mode')} of negative stiffness, the lowest {c.stiffness_min:.3g}",
         )
+    if c.cell is not None and not c.cell.stable and not c.cell.stiffness_min > 0:
+        add(Status.INDEFINITE, f"of the cell at this pressure, whose stiffness is {c.cell.stiffness_min:.3g}")
     if c.floppy_modes:
         add(Status.FLOPPY, count(c.floppy_modes, "floppy mode"))
     if c.unsettled_modes:
@@ -192,7 +219,7 @@ def _findings(c: Certificate, lin: Linearization) -> list[tuple[Status, str]]:
     eps = float(np.finfo(system.positions.dtype).eps)
     if d is not None and not d.vanishes:
         resolution = eps * float(np.abs(np.asarray(system.positions)).max())
-        if np.isfinite(d.radius) and d.radius * float(np.abs(d.response).max()) < RESOLVED * resolution:
+        if np.isfinite(d.radius) and d.radius * float(np.abs(d.positions).max()) < RESOLVED * resolution:
             add(Status.RADIUS_BELOW_ROUND_OFF, f"radius {d.radius:.1e}")
     if eps > 1e-10:
         left = eps * c.stiffness_max / c.stiffness_min if c.stiffness_min > 0 else np.inf

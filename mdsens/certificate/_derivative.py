@@ -3,50 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdsens import contacts
 from mdsens.certificate._record import Derivative
+from mdsens.certificate._space import Motion, Space
 from mdsens.laws import PairTerm
 from mdsens.linearization import Linearization, full_tangent
 from mdsens.scales import scales
-from mdsens.stationarity import Unknowns, gradient, mixed_product
-from mdsens.stiffness import Stiffness
+from mdsens.stationarity import Unknowns, along
 from mdsens.system import System, pair_terms
 
 __all__ = ["ESTIMATE", "derivative"]
 
 Params = Mapping[str, Any]
-Motion: TypeAlias = tuple[jax.Array, Params]  # of positions and parameters
 ESTIMATE = 1e-4  # residual of what stands in an estimate
 NOTHING = 1e-6  # of the law's length: less, while the parameters change by their own size, is no response
 POWER_STEPS = 30  # for the norm of dH: a few per cent, and it stands in an estimate
 
 
-@jax.jit
-def _second(system: System, first: Motion, second: Motion) -> jax.Array:
-    """The second derivative of dU/dR by (R, params) along two directions, (n, d)."""
-    here = system.positions, dict(system.params)
-
-    def along(*place: Any) -> jax.Array:
-        return jax.jvp(lambda R, p: gradient(system, Unknowns(R), p).positions, place, first)[1]
-
-    return jax.jvp(along, here, second)[1]
-
-
-def _spread(lin: Linearization, stiffness: Stiffness, unit: Motion) -> float:
+def _spread(space: Space, unit: Motion) -> float:
     """|dH|, how fast the Hessian changes along a unit direction, off the null space: by power iteration."""
-    still, size = unit[1], 0.0
-    v = stiffness.project(np.cos(np.arange(unit[0].size) ** 2.0)).reshape(unit[0].shape)
+    start, size = space.still, 0.0
+    v = space.onward(jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size) ** 2.0).reshape(leaf.shape), start))
     for _ in range(POWER_STEPS):
-        v = v / (np.linalg.norm(v) or 1.0)
-        v = np.asarray(_second(lin.system, unit, (jnp.asarray(v, unit[0].dtype), still)))
-        v = stiffness.project(v.ravel()).reshape(v.shape)
-        size = float(np.linalg.norm(v))
+        v = jax.tree.map(lambda leaf, by=space.size(v) or 1.0: (leaf / by).astype(leaf.dtype), v)
+        turned = space.second(unit, (v, unit[1]))
+        v, size = space.onward(turned), space.strength(turned)
     return size
 
 
@@ -71,52 +57,72 @@ def _third_diverges(system: System) -> jax.Array:
     return found
 
 
-def derivative(lin: Linearization, stiffness: Stiffness, dparams: Params, step: np.ndarray, least: float) -> Derivative:
-    """What the certificate says of a direction, ``step`` being the Newton step and ``least`` the smallest stiffness."""
-    system, loose = lin.system, np.asarray(lin.network.rattlers)
-    tangent = full_tangent(system, dparams)
-    pull = np.asarray(mixed_product(system, tangent).positions)
-    J, residual, status = stiffness.solve(-pull)
-    norm = float(np.linalg.norm(J))
-    dtype = system.positions.dtype
+def derivative(space: Space, dparams: Params, step: Unknowns, least: float) -> Derivative:
+    """What the certificate says of a direction.
+
+    Args:
+      space: of the minimum's unknowns.
+      dparams: the direction.
+      step: the Newton step.
+      least: the smallest stiffness of all unknowns; 0 where it is not known to be positive.
+    """
+    lin, system, loose = space.lin, space.lin.system, np.asarray(space.lin.network.rattlers)
+    tangent = full_tangent(system, dparams, lin.params)
     still = {name: jnp.zeros_like(value) for name, value in tangent.items()}
-    way = float(np.linalg.norm(step))
-    path, newton = (jnp.asarray(J, dtype), tangent), (jnp.asarray(step, dtype), still)
-    onward = jnp.asarray(step / (way or 1.0), dtype), still
-    dJ, _, _ = stiffness.solve(-np.asarray(_second(system, newton, path)), ESTIMATE)
-    J2, _, _ = stiffness.solve(-np.asarray(_second(system, path, path)), ESTIMATE)
-    mixed = np.asarray(_second(system, onward, (jnp.zeros_like(path[0]), tangent)))
-    beta, gamma = float(np.linalg.norm(stiffness.project(mixed.ravel()))), _spread(lin, stiffness, onward)
-    R = float(np.linalg.norm(stiffness.project(pull.ravel())))
+    pull = _mixed(space.core, tangent)
+    J, residual, status = space.solve(_minus(pull))
+    norm, way = space.size(J), space.size(step)
+    path = J, tangent
+    onward = jax.tree.map(lambda leaf: leaf / (way or 1.0), step), still
+    dJ, _, _ = space.solve(_minus(space.second((step, still), path)), ESTIMATE)
+    J2, _, _ = space.solve(_minus(space.second(path, path)), ESTIMATE)
+    beta = space.strength(space.second(onward, (space.still, tangent)))
+    gamma, R = _spread(space, onward), space.strength(pull)
     unit = norm or np.nan
-    alpha = max(least, 0.0) or np.nan
+    alpha = least or np.nan
     theorem = (beta / alpha + gamma * R / alpha**2) * way
-    # the full system's pairs: what a rattler's neighbours do is left out by name
     if _third_diverges(system):
         theorem = np.nan
-    crossing = contacts.crossings(lin.equilibrium.system, path[0], tangent, lin.network.rattlers)
+    crossing = space.crossings(J, tangent)
     on, whole = _on_rattlers(lin.equilibrium.system, tangent, loose), _on_rattlers(system, tangent, None)
-    curved = float(np.linalg.norm(J2))
+    curved = space.size(J2)
     full = max(float(np.max(np.abs(v), initial=0.0)) for v in tangent.values())
-    size = max((float(jnp.max(jnp.abs(system.params[k]))) for k, v in tangent.items() if np.any(v != 0)), default=0.0)
-    motion = float(np.abs(J).max(initial=0.0)) * (size / full if full > 0 and size > 0 else 1.0)
+    size = max((float(jnp.max(jnp.abs(lin.params[k]))) for k, v in tangent.items() if np.any(v != 0)), default=0.0)
+    length = float(scales(system)[0])
+    moved = max(float(np.abs(x).max(initial=0.0)) for x in _lengths(J, length))
+    motion = moved * (size / full if full > 0 and size > 0 else 1.0)
     return Derivative(
         tangent,
-        J,
+        jax.tree.map(np.asarray, lin.stored(J)),
         norm,
         status,
         residual,
         residual * R / alpha / unit,
-        float(np.linalg.norm(dJ)) / unit,
-        J + dJ,
+        space.size(dJ) / unit,
+        jax.tree.map(np.asarray, lin.stored(jax.tree.map(jnp.add, J, dJ))),
         theorem / unit,
         crossing,
         crossing.forward,
         crossing.backward,
         2.0 * norm / curved if curved > 1e-8 * norm else np.inf,  # below it is round-off
         float(np.sqrt(on / whole)) if whole else 0.0,
-        motion <= NOTHING * float(scales(system)[0]),
+        motion <= NOTHING * length,
     )
+
+
+@jax.jit
+def _mixed(lin: Linearization, tangent: Params) -> Unknowns:
+    return along(lambda p: lin.condition(lin.unknowns, p), lin.params, tangent)
+
+
+def _minus(forces: Unknowns) -> Unknowns:
+    return jax.tree.map(jnp.negative, forces)
+
+
+def _lengths(x: Unknowns, length: float) -> tuple[np.ndarray, ...]:
+    """A change of the unknowns as motions: of particles, and of what the cell strains by the law's length."""
+    positions = np.asarray(x.positions)
+    return (positions,) if x.strain is None else (positions, length * np.asarray(x.strain))
 
 
 def _on_rattlers(system: System, tangent: Params, loose: np.ndarray | None) -> float:

@@ -13,29 +13,62 @@ from mdsens._tables import Rows, Shown
 from mdsens.contacts import Crossing
 from mdsens.implicit.eigen import Spectrum
 from mdsens.implicit.status import Status
+from mdsens.stationarity import Unknowns
 
-__all__ = ["Certificate", "Derivative", "count"]
+__all__ = ["CellState", "Certificate", "Derivative", "count"]
+
+
+@dataclasses.dataclass(frozen=True)
+class CellState:
+    """What is known of a cell that was relaxed to a pressure.
+
+    Attributes:
+      pressure: P, energy a volume.
+      shape: True where the cell's shape was relaxed, not its size alone.
+      pressure_left: the pressure less P.
+      shear_left: the largest shear stress left; nan where the shape was not free.
+      stiffness: (k,) eigenvalues of S / V, rising, S the second derivative of the enthalpy by the k strains that the
+        cell is free to take, particles relaxed; energy a volume. Where its size alone is free there is one, d times
+        Birch's bulk modulus. Positions and cell are stable together where the Hessian in the fixed cell and S are.
+      stable: whether S is positive definite, and could be found.
+      strain: norm of the strain in the Newton step.
+    """
+
+    pressure: float
+    shape: bool
+    pressure_left: float
+    shear_left: float
+    stiffness: np.ndarray
+    stable: bool
+    strain: float
+
+    @property
+    def stiffness_min(self) -> float:
+        """The smallest eigenvalue of S / V."""
+        return float(self.stiffness[0])
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Derivative(Shown):
     """What is known of the derivative of the minimum along one direction in parameter space.
 
-    Errors are relative to the norm of the response; nan where there is none to be relative to.
+    Errors are relative to the norm of the response; nan where there is none to be relative to. At a pressure norms are
+    of positions and cell, as the certificate's lengths are.
 
     Attributes:
       dparams: the direction.
-      response: J = dR/dt (n, d), as ``jvp`` gives it.
-      norm: |J|.
+      response: J = dR/dt (n, d), as ``jvp`` gives it; at a pressure ``Unknowns``, of positions and cell.
+      norm: |J|; at a pressure of the motion from the affine places and of the strain.
       status: of the linear solve.
       residual: of the linear solve, relative.
       linear_error: |H^-1 r| <= |r| / lambda_min: the residual's share of the error, relative to |J|.
       error: the sharp estimate |dJ| / |J|, dJ the derivative of J along the Newton step to the minimum.
       corrected: J + dJ, more accurate than J where the estimates hold.
       theorem: the estimate after Theorem 1 of arXiv:2105.15183, (beta / alpha + gamma R / alpha^2) |x - x*|, relative:
-        alpha the smallest stiffness, R = |B dp|, beta and gamma how fast B dp and H change along the Newton step. nan
-        where the law's third derivative diverges at a breakpoint (Hertzian contacts), so that gamma has no bound there:
-        ``steps_to_crossing`` of the certificate takes its place.
+        alpha the smallest stiffness (at a pressure a lower bound of that of positions and cell together), R = |B dp|,
+        beta and gamma how fast B dp and H change along the Newton step. nan where the law's third derivative diverges
+        at a breakpoint (Hertzian contacts), so that gamma has no bound there: ``steps_to_crossing`` of the certificate
+        takes its place.
       crossing: when pairs cross breakpoints along the path.
       radius: the largest |t| along params + t dparams within which no pair crosses a breakpoint, to first order.
       forward, backward: the same for t > 0 and t < 0.
@@ -47,13 +80,13 @@ class Derivative(Shown):
     """
 
     dparams: dict[str, jax.Array]
-    response: np.ndarray
+    response: Any
     norm: float
     status: Status
     residual: float
     linear_error: float
     error: float
-    corrected: np.ndarray
+    corrected: Any
     theorem: float
     crossing: Crossing
     forward: float
@@ -65,6 +98,11 @@ class Derivative(Shown):
     @property
     def radius(self) -> float:
         return min(self.forward, self.backward)
+
+    @property
+    def positions(self) -> np.ndarray:
+        """(n, d), the response of the stored positions."""
+        return np.asarray(self.response.positions if isinstance(self.response, Unknowns) else self.response)
 
     def crossed(self, change: float) -> int:
         """How many pairs cross a breakpoint within |t| <= change, to first order.
@@ -112,6 +150,9 @@ class Certificate(Shown):
       observable: shares of the observable's gradient by positions on ``rattlers`` and on ``rigid motions``,
         which have no derivative; None without an observable.
       precision: of the positions.
+      cell: of a minimum at a pressure; None in a given cell. Lengths are then of positions and cell together: a strain
+        counts as the motion that it gives to n particles spread evenly over the cell, n^(1/2) V^(1/d) / 12^(1/2) times
+        its norm. The stiffness of modes stays that in the fixed cell.
     """
 
     status: Status
@@ -137,11 +178,13 @@ class Certificate(Shown):
     derivative: Derivative | None
     observable: dict[str, float] | None
     precision: str
+    cell: CellState | None = None
 
     @property
     def estimates_hold(self) -> bool:
         """Whether the way to the minimum lies within one contact network, and leads to a minimum."""
-        return not (self.crossed_to_minimum or self.negative_modes or self.floppy_modes or self.unsettled_modes)
+        loose = self.negative_modes or self.floppy_modes or self.unsettled_modes
+        return not (self.crossed_to_minimum or loose) and (self.cell is None or self.cell.stable)
 
     @property
     def error(self) -> float:
@@ -188,6 +231,9 @@ class Certificate(Shown):
             "participation": self.participation.tolist(),
             "method": self.spectrum.method,
         }
+        if self.cell is not None:
+            given = dataclasses.asdict(self.cell)
+            found["cell"] = {name: v.tolist() if isinstance(v, np.ndarray) else v for name, v in given.items()}
         if self.derivative is not None:
             d = self.derivative
             names = ("norm", "residual", "linear_error", "radius", "forward", "backward", "bend", "on_rattlers")
@@ -252,14 +298,16 @@ class Certificate(Shown):
         return doubt if self.crossed_to_minimum else "none: nothing is held"
 
     def _of_minimum(self) -> Rows:
-        steps = self.steps_to_crossing
+        steps, cell = self.steps_to_crossing, self.cell
+        strained = "" if cell is None else f", in which the cell strains by {cell.strain:.1e}"
         ahead = f"; the first changes after {steps:.0e} such steps" if 1.0 < steps < np.inf else ""
         relative = "" if np.isnan(self.relative_force) else f", {self.relative_force:.1e} of the mean contact force"
-        distance = f"length {self.newton:.1e} (Newton step), at most {self.distance:.1e} to first order"
+        distance = f"length {self.newton:.1e} (Newton step{strained}), at most {self.distance:.1e} to first order"
         if not np.isfinite(self.distance):
             distance = self._loose if np.isnan(self.newton) else "not known: not all modes are stable"
         return [
             ("largest net force", f"{self.max_force:.2e} energy/length, on a particle{relative}"),
+            *([] if cell is None else [("stress left", _stress_left(cell))]),
             ("distance to the minimum", distance),
             ("contacts on that way", f"{self.crossed_to_minimum or 'none'} in doubt{ahead}"),
         ]
@@ -289,6 +337,7 @@ class Certificate(Shown):
                 "negative, floppy modes",
                 f"{self.negative_modes or 'none'}, {self.floppy_modes or 'none'}{unsure}{unsettled}",
             ),
+            *([] if self.cell is None else [("stiffness of the cell", _cell_stiffness(self.cell))]),
             ("zero modes", f"{self.zero_modes}: {', '.join(parts) or 'none'}"),
         ]
         if s.values.size > 1:
@@ -338,6 +387,17 @@ class Certificate(Shown):
                 ("scale of the curvature", f"{d.bend:.1e}: there curvature moves particles as far as the slope")
             )
         return rows
+
+
+def _stress_left(cell: CellState) -> str:
+    share = f", {abs(cell.pressure_left / cell.pressure):.1e} of it" if cell.pressure else ""
+    shear = f"; a shear stress of {cell.shear_left:.1e}" if cell.shape else "; no shear stress is relaxed"
+    return f"the pressure is off {cell.pressure:.6g} by {cell.pressure_left:.1e} energy/volume{share}{shear}"
+
+
+def _cell_stiffness(cell: CellState) -> str:
+    which = f"the smallest of {len(cell.stiffness)}" if cell.shape else "against a change of its size"
+    return f"{cell.stiffness_min:.6g} energy/volume at this pressure, particles relaxed, {which}"
 
 
 def count(number: int, noun: str) -> str:

@@ -13,7 +13,7 @@ from mdsens import sensitivity
 from mdsens._tables import Shown
 from mdsens.implicit.operators import Method
 from mdsens.implicit.status import InputError, Status
-from mdsens.relaxation import Equilibrium, require_given_cell
+from mdsens.relaxation import Equilibrium
 from mdsens.sensitivity import Linearization
 from mdsens.stationarity import Unknowns
 from mdsens.verify._differences import relative
@@ -65,7 +65,8 @@ def adjoint(
     Args:
       eq: from ``minimize`` or ``linearize``; not a batch.
       dparams: v, as in ``jvp``; where None, a random change of every parameter, of its own size.
-      cotangent: w, (n, d); where None, random on the particles that are held, without translation.
+      cotangent: w, (n, d), or at a pressure ``Unknowns(w, strain)`` as in ``vjp``; where None, random on the particles
+        that are held, without translation, and on the cell that responds.
       seed: of the random ones.
       solve: the linear solver, as in ``jvp``.
 
@@ -78,18 +79,24 @@ def adjoint(
     if not isinstance(eq, Equilibrium | Linearization):
         raise InputError(f"got a {type(eq).__name__}: give what ms.minimize or ms.linearize returns.")
     lin = eq if isinstance(eq, Linearization) else sensitivity.linearize(eq)
-    require_given_cell(lin.equilibrium, "adjoint")
     if solve is not None:
         lin = dataclasses.replace(lin, solve=solve)
     rng = np.random.default_rng(seed)
     if dparams is None:
-        params = {name: np.asarray(value) for name, value in lin.system.params.items()}
+        params = {name: np.asarray(value) for name, value in lin.params.items()}
         dparams = {k: (np.abs(v).max(initial=0.0) or 1.0) * rng.standard_normal(v.shape) for k, v in params.items()}
     if cotangent is None:
         random = rng.standard_normal(lin.system.positions.shape)
         cotangent = lin.null.project(Unknowns(jnp.asarray(random, lin.system.positions.dtype))).positions
+        if lin.cell is not None:
+            d = random.shape[1]
+            cotangent = Unknowns(cotangent, jnp.asarray(rng.standard_normal(d * (d + 1) // 2), cotangent.dtype))
     ahead, back = sensitivity.jvp(lin, dparams, throw=False), sensitivity.vjp(lin, cotangent, throw=False)
-    forward = float(np.sum(np.asarray(cotangent) * np.asarray(ahead.value)))
+    parts = cotangent if isinstance(cotangent, Unknowns) else Unknowns(cotangent)
+    moved = ahead.value if isinstance(ahead.value, Unknowns) else Unknowns(ahead.value)
+    forward = float(np.sum(np.asarray(parts.positions) * np.asarray(moved.positions)))
+    if parts.strain is not None and moved.strain is not None:
+        forward += float(np.sum(np.asarray(parts.strain) * np.asarray(moved.strain)))
     reverse = float(sum(np.sum(np.asarray(back.value[name]) * np.asarray(v)) for name, v in dparams.items()))
     gap = relative(abs(forward - reverse), max(abs(forward), abs(reverse)))
     return AdjointTest(forward, reverse, gap, max(ahead.status, back.status))

@@ -12,12 +12,14 @@ import numpy as np
 
 from mdsens import contacts, sensitivity
 from mdsens._tables import Shown
+from mdsens.boxes import inverse
 from mdsens.implicit.status import InputError, PrecisionError, Status, raise_for_status
 from mdsens.linearization import full_tangent
-from mdsens.relaxation import Equilibrium, minimize, require_given_cell
+from mdsens.relaxation import Equilibrium, minimize
 from mdsens.scales import round_off
 from mdsens.sensitivity import Linearization, Response
 from mdsens.stationarity import Unknowns
+from mdsens.strains import from_mandel, to_mandel
 from mdsens.system import pair_distances, pair_terms
 
 __all__ = ["DerivativeTest", "FiniteDifference", "derivative_test", "finite_difference"]
@@ -37,13 +39,29 @@ def relative(gap: float, size: float) -> float:
     return gap / size if size > NOTHING else gap
 
 
+def _gap(value: Any, exact: Any, nonaffine: jax.Array) -> float:
+    """How far a derivative is from another: of positions relative to ``nonaffine``, of a cell to its strain."""
+    if not isinstance(exact, Unknowns):
+        return relative(_norm(jnp.asarray(value) - exact), _norm(nonaffine))
+    if not isinstance(value, Unknowns) or value.strain is None or exact.strain is None:
+        raise InputError("the derivative is one at a pressure: give Unknowns(positions, strain), as ms.jvp does.")
+    moved = relative(_norm(value.positions - exact.positions), _norm(nonaffine))
+    return max(moved, relative(_norm(value.strain - exact.strain), _norm(exact.strain)))
+
+
+def _norm(x: Any) -> float:
+    return float(jnp.linalg.norm(x))
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class FiniteDifference(Shown):
     """A derivative by minimising again on both sides.
 
     Attributes:
-      value: (n, d), central differences of the relaxed positions, null space projected out.
-      error: estimate of its own error relative to its norm: the difference from half the step.
+      value: (n, d), central differences of the relaxed positions, null space projected out; at a pressure, of
+        positions and cell as ``jvp`` gives them: ``Unknowns``, with ``strain`` a Mandel vector.
+      nonaffine: at a pressure (n, d), the positions' part less the cell's motion; else ``value``.
+      error: estimate of its own error, relative as a ``disagreement`` is: the difference from half the step.
       step: t of the steps params +- t dparams.
       radius: the first change of a contact along the direction, to first order (the smaller of the two sides).
       network_changed: True where the contacts on one side differ from the minimum's, so that the differences straddle a
@@ -51,7 +69,8 @@ class FiniteDifference(Shown):
       status: CONVERGED, or the worst of the minimisations.
     """
 
-    value: jax.Array
+    value: Any
+    nonaffine: jax.Array
     error: float
     step: float
     radius: float
@@ -59,15 +78,20 @@ class FiniteDifference(Shown):
     status: Status
 
     def disagreement(self, value: Any) -> float:
-        """|value - self.value| relative to |self.value|; absolute where that is round-off of the differences."""
-        gap = float(jnp.linalg.norm(jnp.asarray(value) - self.value))
-        return relative(gap, float(jnp.linalg.norm(self.value)))
+        """|value - self.value| relative to |self.value|; absolute where that is round-off of the differences.
+
+        At a pressure the worse of the cell's and of that of the positions, relative to ``nonaffine``: against the
+        cell's own motion any error would look small.
+        """
+        return _gap(value, self.value, self.nonaffine)
 
     _title = "Finite differences"
 
     def _rows(self) -> list[tuple[str, str]]:
+        cell = self.value.strain if isinstance(self.value, Unknowns) else None
+        strain = "" if cell is None else f" of the motion less the cell's, {_norm(cell):.6g} of its strain"
         return [
-            ("norm", f"{float(jnp.linalg.norm(self.value)):.6g}"),
+            ("norm", f"{_norm(self.nonaffine):.6g}{strain}"),
             ("step", f"{self.step:.1e} (first contact change at {self.radius:.1e})"),
             ("own error", f"{self.error:.1e}"),
             ("status", f"{self.status.name}" + (", contacts changed within the step" if self.network_changed else "")),
@@ -165,9 +189,13 @@ def _interacting(eq: Equilibrium) -> np.ndarray:
 
 
 class _Difference(NamedTuple):
-    """A central difference, the worst status of its two minimisations, and whether a contact changed within it."""
+    """A central difference, the worst status of its two minimisations, and whether a contact changed within it.
 
-    value: jax.Array
+    ``nonaffine`` is the positions' part less a cell's motion at a pressure; in a given cell it is the ``value``.
+    """
+
+    value: Any
+    nonaffine: jax.Array
     status: Status
     network_changed: bool
 
@@ -194,38 +222,54 @@ class _Line:
     pairs: np.ndarray
     tolerance: float
 
+    def off_null(self, positions: jax.Array, strain: jax.Array | None) -> tuple[Any, jax.Array]:
+        """A derivative of positions, or of them and the cell, without its part in the null space; and ``nonaffine``."""
+        cell_moves = 0.0 if strain is None else self.lin.equilibrium.positions @ from_mandel(strain).T
+        rest = self.lin.null.project(Unknowns(positions - cell_moves)).positions
+        return (rest, rest) if strain is None else (Unknowns(rest + cell_moves, strain), rest)
+
     def difference(self, t: float) -> _Difference:
-        """(R(t) - R(-t)) / 2t, the null space projected out."""
+        """(R(t) - R(-t)) / 2t, the null space projected out; at a pressure that of the cell too."""
         eq = self.lin.equilibrium
         ends, statuses, changed = [], [], False
         for side in (t, -t):
             params = {k: v + side * self.tangent[k] for k, v in eq.params.items()}
-            there = minimize(eq.system, params, tolerance=self.tolerance, throw=False, progress=False)
+            pressure = None if eq.pressure is None else float(eq.pressure) + side * float(self.tangent["pressure"])
+            shape = eq.pressure is not None and len(eq.strains) > 1
+            there = minimize(
+                eq.system, params, pressure=pressure, shape=shape, tolerance=self.tolerance, throw=False, progress=False
+            )
             status = Status(int(there.status))
-            if status is Status.MAX_STEPS_REACHED and float(there.max_force) <= float(eq.tolerance):
+            fell = float(there.max_force) <= float(eq.tolerance) and pressure is None  # no word of the cell's stress
+            if status is Status.MAX_STEPS_REACHED and fell:
                 status = Status.ROUND_OFF_LIMITED
-            ends.append(there.positions)
+            ends.append(there)
             statuses.append(status)
             changed = changed or not np.array_equal(self.pairs, _interacting(there))
-        slope = Unknowns((ends[0] - ends[1]) / (2.0 * t))
-        return _Difference(self.lin.null.project(slope).positions, max(statuses), changed)
+        slope, strain = (ends[0].positions - ends[1].positions) / (2.0 * t), None
+        if eq.pressure is not None:
+            strain = to_mandel((ends[0].system.box - ends[1].system.box) / (2.0 * t) @ inverse(eq.system.box))
+        return _Difference(*self.off_null(slope, strain), max(statuses), changed)
 
 
 def _line(eq: Equilibrium, dparams: Params, tolerance: float | None) -> _Line:
-    require_given_cell(eq, "finite_difference")
     lin = sensitivity.linearize(eq)
     if eq.positions.dtype != jnp.float64:
         raise PrecisionError(
             f"differences of minima in {eq.positions.dtype} are round-off: work in double precision "
             "(in Python, ms.enable_x64() before making the system)."
         )
-    tangent = full_tangent(eq.system, dparams)
+    tangent = full_tangent(eq.system, dparams, lin.params)
     largest = max((float(jnp.max(jnp.abs(v))) for v in tangent.values() if v.size), default=0.0)
     if largest == 0.0:
         raise InputError("dparams is zero everywhere: give a direction.")
-    size = max(float(jnp.max(jnp.abs(eq.params[k]))) for k, v in tangent.items() if v.size and jnp.any(v != 0))
+    size = max(_size(lin, k) for k, v in tangent.items() if v.size and jnp.any(v != 0))
     response = sensitivity.jvp(lin, dparams, throw=False)
-    crossing = contacts.crossings(eq.system, response.value, tangent, lin.network.rattlers)
+    velocity, strain = response.value, None
+    if isinstance(velocity, Unknowns) and velocity.strain is not None:
+        velocity, strain = response.nonaffine, from_mandel(velocity.strain)
+    own = {name: tangent[name] for name in eq.params}
+    crossing = contacts.crossings(eq.system, velocity, own, lin.network.rattlers, strain)
     if tolerance is None:
         tolerance = max(0.01 * float(eq.tolerance), float(round_off(eq.system)))
     return _Line(
@@ -239,15 +283,26 @@ def _line(eq: Equilibrium, dparams: Params, tolerance: float | None) -> _Line:
     )
 
 
+def _size(lin: Linearization, name: str) -> float:
+    """How large a parameter is; of the pressure what strains the cell by 1, for it may be zero."""
+    if name == "pressure" and lin.cell is not None:
+        return float(jnp.max(jnp.abs(lin.cell.stiffness)) / lin.system.volume)
+    return float(jnp.max(jnp.abs(lin.params[name])))
+
+
 def finite_difference(
     eq: Equilibrium, dparams: Params, step: float | None = None, *, tolerance: float | None = None
 ) -> FiniteDifference:
     """dR/dt at params + t dparams by central differences, (R(t) - R(-t)) / 2t, minimising again from this minimum.
 
+    A minimum at a pressure is minimised again at that pressure, or, where ``dparams`` has ``"pressure"``, at those a
+    little to either side; its cell is differentiated with its positions.
+
     Args:
       eq: a minimum; not a batch.
       dparams: the direction, as in ``jvp``.
-      step: t; where None, 1e-6 of the parameters' size a size of the direction, and inside 0.3 of the distance to the
+      step: t; where None, 1e-6 of the parameters' size a size of the direction (of a pressure's, what strains the cell
+        by 1), and inside 0.3 of the distance to the
         first change of a contact.
       tolerance: of the minimisations; where None, 0.01 of the minimum's own, but not below round-off. Minimisations
         that stop above it, yet within the minimum's own tolerance, are taken as they are, and ``error`` shows it.
@@ -261,15 +316,33 @@ def finite_difference(
     if not (np.isfinite(step) and step > 0):
         raise InputError(f"step is {step!r}: give a positive number; the first contact change is at {line.radius:.1e}.")
     whole, half = line.difference(step), line.difference(0.5 * step)
-    gap = float(jnp.linalg.norm(whole.value - half.value))
     return FiniteDifference(
         whole.value,
-        relative(gap, float(jnp.linalg.norm(whole.value))),
+        whole.nonaffine,
+        _gap(half.value, whole.value, whole.nonaffine),
         float(step),
         line.radius,
         whole.network_changed or half.network_changed,
         max(whole.status, half.status),
     )
+
+
+def _checked(value: Any, eq: Equilibrium) -> tuple[jax.Array, jax.Array | None]:
+    """A derivative that a user gives: of the positions, and at a pressure of the cell."""
+    given, dtype = value if isinstance(value, Unknowns) else Unknowns(value), eq.positions.dtype
+    d = eq.positions.shape[1]
+    wanted = [("value", given.positions, eq.positions.shape, "the derivative of the positions")]
+    if eq.pressure is not None:
+        if given.strain is None:
+            raise InputError("value has no strain: at a pressure give Unknowns(positions, strain), as ms.jvp does.")
+        wanted.append(("value.strain", given.strain, (d * (d + 1) // 2,), "that of the cell, a Mandel vector"))
+    found = []
+    for name, part, shape, what in wanted:
+        array = jnp.asarray(part, dtype)
+        if array.shape != shape or not np.isfinite(np.asarray(array)).all():
+            raise InputError(f"{name} has shape {array.shape}: give {what}, finite and {shape}.")
+        found.append(array)
+    return (found[0], found[1]) if len(found) > 1 else (found[0], None)
 
 
 def derivative_test(
@@ -288,8 +361,9 @@ def derivative_test(
       eq: a minimum; not a batch.
       dparams: the direction, as in ``jvp``.
       steps: t, positive; where None, 22 from 1e-9 to 1e-2 of the parameters' size over the direction's.
-      value: the derivative to test, (n, d), from anywhere; where None, that of ``jvp``. Its part in the null space
-        (translations, rattlers, rotations of a free cluster) is left out, as differences have none.
+      value: the derivative to test, (n, d), at a pressure ``Unknowns`` as ``jvp`` gives them, from anywhere; where
+        None, that of ``jvp``. Its part in the null space (translations, rattlers, rotations of a free cluster) is left
+        out, as differences have none.
       tolerance: of the minimisations, as in ``finite_difference``.
 
     Returns:
@@ -303,12 +377,7 @@ def derivative_test(
     if value is None:
         raise_for_status(line.response.status, "jvp gives no derivative to test: give one as value", line.response)
         value = line.response.value
-    exact = jnp.asarray(value, eq.positions.dtype)
-    if exact.shape != eq.positions.shape or not np.isfinite(np.asarray(exact)).all():
-        raise InputError(
-            f"value has shape {exact.shape}: give the derivative of the positions, finite and {eq.positions.shape}."
-        )
-    exact = line.lin.null.project(Unknowns(exact)).positions
+    exact, nonaffine = line.off_null(*_checked(value, eq))
     chosen = (
         line.unit * np.geomspace(*RANGE, COUNT) if steps is None else np.sort(np.atleast_1d(np.asarray(steps, float)))
     )
@@ -317,10 +386,9 @@ def derivative_test(
             f"steps are {steps!r}: give positive numbers; the first contact change is at {line.radius:.1e}."
         )
     found = [line.difference(float(t)) for t in chosen]
-    size = float(jnp.linalg.norm(exact))
     return DerivativeTest(
         chosen,
-        np.array([relative(float(jnp.linalg.norm(d.value - exact)), size) for d in found]),
+        np.array([_gap(d.value, exact, nonaffine) for d in found]),
         np.array([d.network_changed for d in found]),
         line.radius,
         tuple(d.status for d in found),

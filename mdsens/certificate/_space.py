@@ -1,0 +1,125 @@
+"""The space of a certificate: positions and, at a pressure, the cell's strain, with one norm and one solve for both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mdsens import contacts
+from mdsens.contacts import Crossing
+from mdsens.implicit.status import Status
+from mdsens.linearization import Linearization
+from mdsens.stationarity import Unknowns, force
+from mdsens.stiffness import Stiffness
+
+__all__ = ["Motion", "Space"]
+
+Params = Mapping[str, Any]
+Motion: TypeAlias = tuple[Unknowns, Params]  # of the unknowns and the parameters
+
+
+@jax.jit
+def _product(lin: Linearization, x: Unknowns) -> Unknowns:
+    return jax.jvp(lambda y: lin.condition(y, lin.params), (lin.unknowns,), (x,))[1]
+
+
+@jax.jit
+def _second(lin: Linearization, first: Motion, second: Motion) -> Unknowns:
+    def along(*place: Any) -> Unknowns:
+        return jax.jvp(lin.condition, place, first)[1]
+
+    return jax.jvp(along, (lin.unknowns, lin.params), second)[1]
+
+
+class Space:
+    """The unknowns of a minimum, the norms of their changes and of forces on them, and the solves between the two.
+
+    In a given cell they are the positions. At a pressure a strain joins them, and counts as the motion that it gives
+    to n particles spread evenly over the cell: |x|^2 = |dR|^2 + l^2 |strain|^2, l^2 = n V^(2/d) / 12.
+
+    Args:
+      lin: the minimum.
+      stiffness: its Hessian in a fixed cell.
+    """
+
+    def __init__(self, lin: Linearization, stiffness: Stiffness):
+        self.lin, self.stiffness = lin, stiffness
+        self.core = lin.traced(tuple(lin.system.params))
+        n, d = lin.system.positions.shape
+        self.length = 1.0 if lin.cell is None else (n / 12.0) ** 0.5 * float(lin.system.volume) ** (1.0 / d)
+
+    @property
+    def still(self) -> Unknowns:
+        """No change of the unknowns."""
+        return jax.tree.map(jnp.zeros_like, self.lin.unknowns)
+
+    def forces(self) -> Unknowns:
+        """What is left to fall: the forces on the particles, and on the cell."""
+        cell = self.lin.cell
+        return Unknowns(force(self.lin.system), None if cell is None else -cell.slope)
+
+    def size(self, x: Unknowns) -> float:
+        """The norm of a change of the unknowns."""
+        return _norm(x.positions, x.strain, self.length)
+
+    def strength(self, forces: Unknowns) -> float:
+        """The norm of forces on the unknowns, off the null space."""
+        return _norm(self._off_null(forces.positions), forces.strain, 1.0 / self.length)
+
+    def onward(self, forces: Unknowns) -> Unknowns:
+        """The change of the unknowns that points where forces do, of a norm that is their strength."""
+        strain = None if forces.strain is None else forces.strain / self.length**2
+        return Unknowns(jnp.asarray(self._off_null(forces.positions), self.lin.system.positions.dtype), strain)
+
+    def solve(self, forces: Unknowns, rtol: float = 1e-12) -> tuple[Unknowns, float, Status]:
+        """How the unknowns yield to forces: ``(x, relative residual, status)``."""
+        found, residual, status = self.stiffness.solve(np.asarray(forces.positions), rtol)
+        x = self.lin.solved(forces, jnp.asarray(found, self.lin.system.positions.dtype))
+        if self.lin.cell is None:
+            return x, residual, status
+        whole = self.strength(forces)
+        rest = jax.tree.map(jnp.subtract, forces, _product(self.core, x))
+        return x, self.strength(rest) / whole if whole else 0.0, max(status, Status(int(self.lin.cell.status)))
+
+    def second(self, first: Motion, second: Motion) -> Unknowns:
+        """The second derivative of the condition by (unknowns, params) along two directions."""
+        return _second(self.core, first, second)
+
+    def crossings(self, x: Unknowns, tangent: Params) -> Crossing:
+        """Where pairs cross a breakpoint along a change of the unknowns and of the parameters.
+
+        Of the full system's pairs: what a rattler's neighbours do is left out by name.
+        """
+        eq, cell = self.lin.equilibrium, self.lin.cell
+        own = {name: tangent[name] for name in eq.system.params}
+        strain = None if cell is None else jnp.tensordot(jnp.asarray(x.strain), cell.along, axes=1)
+        return contacts.crossings(eq.system, x.positions, own, self.lin.network.rattlers, strain)
+
+    def least(self, stiffness: float) -> float:
+        """The smallest stiffness of all unknowns together, from that of the positions; 0 where it is not positive.
+
+        At a pressure a lower bound, within a factor of 2: the inverse is H^+ + Y S^-1 Y^T, Y = (X, 1), two parts
+        neither of which is negative, so that its norm is at most the sum of theirs and at least the larger.
+        """
+        cell = self.lin.cell
+        if cell is None or stiffness <= 0.0:
+            return max(stiffness, 0.0)
+        if not Status(int(cell.status)).good:
+            return 0.0
+        moved = np.asarray(cell.motion, float).reshape(len(cell.along), -1)
+        metric = moved @ moved.T + self.length**2 * np.eye(len(moved))
+        yields = np.linalg.eigvals(np.asarray(cell.compliance, float) @ metric).real.max()
+        return 1.0 / (1.0 / stiffness + float(yields))
+
+    def _off_null(self, positions: Any) -> np.ndarray:
+        flat = np.asarray(positions).ravel()
+        return self.stiffness.project(flat).reshape(positions.shape)
+
+
+def _norm(positions: Any, strain: Any, length: float) -> float:
+    size = float(np.linalg.norm(np.asarray(positions)))
+    return size if strain is None else float(np.hypot(size, length * np.linalg.norm(np.asarray(strain))))
