@@ -33,7 +33,7 @@ exit codes: 0 the result is good; 2 bad input; 3 a result not to be trusted; 1 a
 """
 WRT = """\
 what to differentiate by: a parameter (sigma), a component (sigma[1]), or one of a matrix of species pairs (sigma[0,1],
-which changes together with sigma[1,0])"""
+which changes together with sigma[1,0]); with --pressure also the pressure"""
 
 
 def parser(
@@ -85,6 +85,7 @@ def parser(
         f"either side: above a relative difference of {_report.AGREEMENT:g} the exit code is {UNTRUSTED}.",
     )
     common(made)
+    pressed(made)
     differentiated(made)
     made.add_argument(
         "--out", type=Path, metavar="FILE.npz", help="store positions, responses and their evidence, for numpy.load"
@@ -104,6 +105,7 @@ def parser(
         f"What did not relax, what is unjammed, floppy or a saddle is examined too: the exit code is then {UNTRUSTED}.",
     )
     common(made)
+    pressed(made)
     made.add_argument("--wrt", metavar="NAME", type=_wrt, help=f"{WRT}; without it the minimum alone is examined")
     made.add_argument("--particle", type=int, metavar="I", help="examine what has no answer in the place of particle I")
     made.add_argument("--modes", type=int, default=1, metavar="K", help="how many of the lowest modes (default: 1)")
@@ -128,7 +130,7 @@ def parser(
     )
     common(made)
     pressed(made)
-    made.add_argument("--wrt", metavar="NAME", type=_wrt, help=f"{WRT}, or pressure, where one is given")
+    made.add_argument("--wrt", metavar="NAME", type=_wrt, help=WRT)
     made.add_argument("--plot", type=Path, metavar="FIGURE", help="in 2-D: draw E and nu against the angle")
     made.add_argument("--json", type=Path, metavar="FILE.json", help="store the tensors and their derivatives")
 
@@ -154,6 +156,7 @@ def parser(
         f"{_report.ADJOINT:g} between forward and adjoint.",
     )
     common(made)
+    pressed(made)
     differentiated(made)
     command("systems", "list the systems that come with mdsens")
     command("doctor", "show versions and the device, and check the compiler", f"Exit code {UNTRUSTED} if it fails.")

@@ -41,6 +41,9 @@ def equilibrate(
     ``jax.grad(lambda p: ms.observables.pressure(ms.equilibrate(system, p)))(params)``. The derivative is that of
     ``jvp`` and ``vjp``, with the same treatment of the null space and of rattlers.
 
+    The cell is the system's, or follows the parameters: for one that responds at a pressure take ``gradient`` at
+    ``minimize(system, pressure=P)``.
+
     It cannot raise, since traced code cannot: with ``has_aux`` it returns the relaxation's stats, whose status tells
     whether it converged. That what it converged to is stable and rigid, ``certify`` tells alone.
     The status of the linear solve inside a derivative cannot be carried out: where it matters take ``jvp`` or

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens.certificate._record import Derivative
-from mdsens.certificate._space import Motion, Space
+from mdsens.certificate._space import Motion, Space, on_host
 from mdsens.laws import PairTerm
 from mdsens.linearization import Linearization, full_tangent
 from mdsens.scales import scales
@@ -28,9 +28,9 @@ POWER_STEPS = 30  # for the norm of dH: a few per cent, and it stands in an esti
 def _spread(space: Space, unit: Motion) -> float:
     """|dH|, how fast the Hessian changes along a unit direction, off the null space: by power iteration."""
     start, size = space.still, 0.0
-    v = space.onward(jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size) ** 2.0).reshape(leaf.shape), start))
+    v = space.onward(on_host(lambda leaf: np.cos(np.arange(leaf.size) ** 2.0).reshape(leaf.shape), start))
     for _ in range(POWER_STEPS):
-        v = jax.tree.map(lambda leaf, by=space.size(v) or 1.0: (leaf / by).astype(leaf.dtype), v)
+        v = on_host(lambda leaf, by=space.size(v) or 1.0: (leaf / by).astype(leaf.dtype), v)
         turned = space.second(unit, (v, unit[1]))
         v, size = space.onward(turned), space.strength(turned)
     return size
@@ -68,12 +68,12 @@ def derivative(space: Space, dparams: Params, step: Unknowns, least: float) -> D
     """
     lin, system, loose = space.lin, space.lin.system, np.asarray(space.lin.network.rattlers)
     tangent = full_tangent(system, dparams, lin.params)
-    still = {name: jnp.zeros_like(value) for name, value in tangent.items()}
+    still = {name: np.zeros_like(value) for name, value in tangent.items()}
     pull = _mixed(space.core, tangent)
     J, residual, status = space.solve(_minus(pull))
     norm, way = space.size(J), space.size(step)
     path = J, tangent
-    onward = jax.tree.map(lambda leaf: leaf / (way or 1.0), step), still
+    onward = on_host(lambda leaf: (leaf / (way or 1.0)).astype(leaf.dtype), step), still
     dJ, _, _ = space.solve(_minus(space.second((step, still), path)), ESTIMATE)
     J2, _, _ = space.solve(_minus(space.second(path, path)), ESTIMATE)
     beta = space.strength(space.second(onward, (space.still, tangent)))
@@ -99,7 +99,7 @@ def derivative(space: Space, dparams: Params, step: Unknowns, least: float) -> D
         residual,
         residual * R / alpha / unit,
         space.size(dJ) / unit,
-        jax.tree.map(np.asarray, lin.stored(jax.tree.map(jnp.add, J, dJ))),
+        jax.tree.map(np.asarray, lin.stored(on_host(np.add, J, dJ))),
         theorem / unit,
         crossing,
         crossing.forward,
@@ -116,7 +116,7 @@ def _mixed(lin: Linearization, tangent: Params) -> Unknowns:
 
 
 def _minus(forces: Unknowns) -> Unknowns:
-    return jax.tree.map(jnp.negative, forces)
+    return on_host(np.negative, forces)
 
 
 def _lengths(x: Unknowns, length: float) -> tuple[np.ndarray, ...]:

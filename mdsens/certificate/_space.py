@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -16,7 +17,7 @@ from mdsens.linearization import Linearization
 from mdsens.stationarity import Unknowns, force
 from mdsens.stiffness import Stiffness
 
-__all__ = ["Motion", "Space"]
+__all__ = ["Motion", "Space", "on_host"]
 
 Params = Mapping[str, Any]
 Motion: TypeAlias = tuple[Unknowns, Params]  # of the unknowns and the parameters
@@ -33,6 +34,11 @@ def _second(lin: Linearization, first: Motion, second: Motion) -> Unknowns:
         return jax.jvp(lin.condition, place, first)[1]
 
     return jax.jvp(along, (lin.unknowns, lin.params), second)[1]
+
+
+def on_host(f: Callable[..., np.ndarray], *changes: Unknowns) -> Unknowns:
+    """f of each part, by numpy: what jax would compile for it is not worth it."""
+    return jax.tree.map(lambda *leaves: f(*(np.asarray(leaf) for leaf in leaves)), *changes)
 
 
 class Space:
@@ -55,7 +61,7 @@ class Space:
     @property
     def still(self) -> Unknowns:
         """No change of the unknowns."""
-        return jax.tree.map(jnp.zeros_like, self.lin.unknowns)
+        return on_host(np.zeros_like, self.lin.unknowns)
 
     def forces(self) -> Unknowns:
         """What is left to fall: the forces on the particles, and on the cell."""
@@ -72,8 +78,11 @@ class Space:
 
     def onward(self, forces: Unknowns) -> Unknowns:
         """The change of the unknowns that points where forces do, of a norm that is their strength."""
-        strain = None if forces.strain is None else forces.strain / self.length**2
-        return Unknowns(jnp.asarray(self._off_null(forces.positions), self.lin.system.positions.dtype), strain)
+        kept = dataclasses.replace(forces, positions=self._off_null(forces.positions))
+        if kept.strain is not None:
+            kept = dataclasses.replace(kept, strain=np.asarray(kept.strain) / self.length**2)
+        dtype = self.lin.system.positions.dtype
+        return on_host(lambda leaf: leaf.astype(dtype), kept)
 
     def solve(self, forces: Unknowns, rtol: float = 1e-12) -> tuple[Unknowns, float, Status]:
         """How the unknowns yield to forces: ``(x, relative residual, status)``."""
@@ -82,7 +91,7 @@ class Space:
         if self.lin.cell is None:
             return x, residual, status
         whole = self.strength(forces)
-        rest = jax.tree.map(jnp.subtract, forces, _product(self.core, x))
+        rest = on_host(np.subtract, forces, _product(self.core, x))
         return x, self.strength(rest) / whole if whole else 0.0, max(status, Status(int(self.lin.cell.status)))
 
     def second(self, first: Motion, second: Motion) -> Unknowns:
@@ -96,7 +105,7 @@ class Space:
         """
         eq, cell = self.lin.equilibrium, self.lin.cell
         own = {name: tangent[name] for name in eq.system.params}
-        strain = None if cell is None else jnp.tensordot(jnp.asarray(x.strain), cell.along, axes=1)
+        strain = None if cell is None else np.tensordot(np.asarray(x.strain), np.asarray(cell.along), axes=1)
         return contacts.crossings(eq.system, x.positions, own, self.lin.network.rattlers, strain)
 
     def least(self, stiffness: float) -> float:
