@@ -106,7 +106,7 @@ def parser(
     )
     common(made)
     pressed(made)
-    made.add_argument("--wrt", metavar="NAME", type=_wrt, help=f"{WRT}; without it the minimum alone is examined")
+    made.add_argument("--wrt", metavar="NAME", type=_wrt, help=f"{WRT}. Without --wrt the minimum alone is examined")
     made.add_argument("--particle", type=int, metavar="I", help="examine what has no answer in the place of particle I")
     made.add_argument("--modes", type=int, default=1, metavar="K", help="how many of the lowest modes (default: 1)")
     made.add_argument(

@@ -13,9 +13,11 @@ from mdsens.boxes import PackingFraction
 from mdsens.contacts import Network
 from mdsens.implicit.status import InputError, Status
 from mdsens.laws import BondLaw
+from mdsens.observables import pressure
 from mdsens.relaxation import Equilibrium
 from mdsens.sensitivity import Linearization, Response, jvp
 from mdsens.specification import nearest
+from mdsens.stationarity import Unknowns
 from mdsens.system import System
 from mdsens.verify import FiniteDifference, finite_difference
 
@@ -171,12 +173,20 @@ def relaxation(eq: Equilibrium, net: Network, more: _tables.Rows = ()) -> str:
     return _tables.text("Relaxation", [*rows, *more])
 
 
+def parts_of(value: Any) -> tuple[np.ndarray, np.ndarray | None]:
+    """A response of the positions, or of positions and cell, as the two: (n, d), and the strain or None."""
+    if not isinstance(value, Unknowns):
+        return np.asarray(value), None
+    return np.asarray(value.positions), None if value.strain is None else np.asarray(value.strain)
+
+
 def spacing(given: System, component: Component) -> float:
     """A particle spacing per relative change of the parameter 1: what a response is large or small against."""
     (name, direction), d = next(iter(component.direction.items())), given.dimension
     extent = np.ptp(np.asarray(given.positions), axis=0).max() / max(given.n ** (1.0 / d) - 1.0, 1.0)
     length = extent if given.box is None else (float(given.volume) / given.n) ** (1.0 / d)
-    size = np.max(np.abs(np.asarray(given.params[name])[np.asarray(direction) != 0]), initial=0.0)
+    value = pressure(given) if name == "pressure" and name not in given.params else given.params[name]
+    size = np.max(np.abs(np.asarray(value)[np.asarray(direction) != 0]), initial=0.0)
     return float(length / size) if size > 0 else float(length)
 
 
@@ -190,7 +200,7 @@ def scale(given: System, component: Component, response: Response, value: Any) -
     """What errors are relative to: the norm of ``value``; where nothing moves, that of a spacing for each particle."""
     if negligible(given, component, response):
         return spacing(given, component) * given.n**0.5
-    return float(np.linalg.norm(np.asarray(value)))
+    return float(np.linalg.norm(parts_of(value)[0]))
 
 
 class Finding(NamedTuple):
@@ -199,7 +209,8 @@ class Finding(NamedTuple):
     Attributes:
       part, system, response: of what, where, and the response itself.
       differences: finite differences; None where they were not taken.
-      error, own: of the response against them, and of themselves; relative to the non-affine part. nan without them.
+      error, own: of the response against them, and of themselves; relative to the non-affine part, and of a cell that
+        responds to its strain, the worse of the two. nan without them.
       forward, reverse: <w, J v> and <J^T w, v>; nan where not asked for.
       reason: why not to trust it; empty where there is none.
     """
@@ -239,11 +250,14 @@ def examined(
         found = finite_difference(eq, part.direction)
         # both relative to the non-affine part: against the box's own motion any error would look small
         unit = scale(eq.system, part, response, response.nonaffine)
-        size = float(np.linalg.norm(found.value))
-        error = float(np.linalg.norm(np.asarray(response.value) - found.value)) / unit
+        size = float(np.linalg.norm(found.nonaffine))
+        (moved, strain), (wanted, cell) = parts_of(response.value), parts_of(found.value)
+        error = float(np.linalg.norm(moved - wanted)) / unit
+        if strain is not None and cell is not None:
+            error = max(error, float(np.linalg.norm(strain - cell)) / max(float(np.linalg.norm(cell)), NEGLIGIBLE))
         own = found.error * (size if size > 1e-6 else 1.0) / unit  # verify's own convention
     if adjoint is not None:
-        forward = float(np.sum(adjoint[0] * np.asarray(response.value)))
+        forward = float(np.sum(adjoint[0] * parts_of(response.value)[0]))
         reverse = float(sum(np.sum(np.asarray(adjoint[1].value[k]) * v) for k, v in part.direction.items()))
     finding = Finding(part, eq.system, response, found, error, own, forward, reverse, "")
     return finding._replace(reason=_reason(finding))
@@ -303,7 +317,7 @@ def _ahead(found: FiniteDifference) -> str:
 
 def box_moves(response: Response) -> bool:
     """True where part of the response is the box's own motion."""
-    value, rest = np.asarray(response.value), np.asarray(response.nonaffine)
+    value, rest = parts_of(response.value)[0], np.asarray(response.nonaffine)
     return not np.allclose(value, rest, rtol=1e-9, atol=1e-9 * float(np.abs(value).max(initial=0.0)))
 
 
@@ -316,12 +330,16 @@ def sensitivity(finding: Finding) -> str:
         ("status", f"{response.status.name}: {response.status.sentence}"),
         ("solver", f"{stats.solver}, {int(stats.iterations):,} Hessian products, residual {float(stats.residual):.1e}"),
     ]
-    parts = [("whole response", response.value, "all components of all particles")]
+    value, strain = parts_of(response.value)
+    parts = [("whole response", value, "all components of all particles")]
     if moving:
         parts.append(("non-affine part", response.nonaffine, "the motion less that of the box"))
     for name, value, note in parts:
         l1, l2 = float(np.abs(np.asarray(value)).sum()), float(np.linalg.norm(np.asarray(value)))
         rows.append((name, f"L1 norm {l1:<10.6g}  L2 norm {l2:<10.6g}  ({note})"))
+    if strain is not None:
+        change = float(strain[: finding.system.dimension].sum())
+        rows.append(("cell", f"strain of norm {float(np.linalg.norm(strain)):.6g}, of which the volume's {change:.6g}"))
     if found is not None:
         ahead = f"first contact change at {_ahead(found)}" if _ahead(found) else "no contact change ahead"
         of = ", in particle spacings," if still else " of the non-affine part," if moving else ""

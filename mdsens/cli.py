@@ -302,7 +302,8 @@ def _store(path: Path, lin: Linearization, findings: Sequence[Finding]) -> None:
     responses = [found.response for found in findings]
     arrays = {
         "wrt": [found.part.label for found in findings],
-        "value": [r.value for r in responses],
+        "value": [_report.parts_of(r.value)[0] for r in responses],
+        **({} if lin.cell is None else {"strain": [r.value.strain for r in responses], "pressure": lin.cell.pressure}),
         "nonaffine": [r.nonaffine for r in responses],
         "status": [r.status.name for r in responses],
         "residual": [r.stats.residual for r in responses],

@@ -430,6 +430,21 @@ def test_relaxing_to_a_pressure(tmp_path: Path, capsys):
     assert float(ms.observables.pressure(eq.system)) == pytest.approx(0.01, abs=1e-11)
 
 
+def test_sensitivities_and_certificates_at_a_pressure(tmp_path: Path, capsys):
+    given, stored, figure = packing(tmp_path), tmp_path / "r.npz", tmp_path / "r.png"
+    how = ("--pressure", "0.02", "--wrt", "pressure")
+    found = Outcome(capsys, "sensitivity", given, *how, "--out", stored, "--plot", figure)
+    assert found.code == cli.GOOD and "agrees with finite differences" in found.out
+    assert "stiffness of the cell" in found.out and "of which the volume's" in found.out
+    table = tmp_path / "c.json"
+    assert Outcome(capsys, "certify", given, *how, "--json", table).code == cli.GOOD
+    assert json.loads(table.read_text())["cell"]["pressure"] == 0.02
+    checked = Outcome(capsys, "verify", given, *how)
+    assert checked.code == cli.GOOD and "with its adjoint" in checked.out
+    with np.load(stored) as file:
+        assert file["strain"].shape == (1, 3) and file["value"].shape == (1, 16, 2) and file["pressure"] == 0.02
+
+
 def test_moduli_that_are_not_to_be_had(tmp_path: Path, capsys):
     loose = Outcome(capsys, "moduli", packing(tmp_path, fraction=0.4))
     assert loose.code == cli.UNTRUSTED and "no contact carries force" in loose.err

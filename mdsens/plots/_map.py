@@ -12,6 +12,7 @@ from mdsens.implicit.status import InputError, Status
 from mdsens.plots._style import ARROW, COLUMN, FONT, OUTLINE, PAPER
 from mdsens.relaxation import Equilibrium
 from mdsens.sensitivity import Linearization, Response
+from mdsens.stationarity import Unknowns
 from mdsens.system import System
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ def sensitivity_map(
     if label is None:
         label = r"$|\mathrm{d}R/\mathrm{d}\theta|$"
         if part == "nonaffine" and isinstance(response, Response):
-            if not np.allclose(response.value, response.nonaffine, rtol=1e-6, atol=1e-6 * typical):
+            if not np.allclose(_of_positions(response.value), response.nonaffine, rtol=1e-6, atol=1e-6 * typical):
                 label = r"$|\mathrm{d}R/\mathrm{d}\theta|_{\mathrm{na}}$"
     names = [name for name, _ in key] if isinstance(key, list) else []
     if (shown & rattlers).any():
@@ -184,6 +185,11 @@ def sensitivity_map(
     return ax
 
 
+def _of_positions(value: Any) -> Any:
+    """A response's value, of positions and cell that of the positions."""
+    return value.positions if isinstance(value, Unknowns) else value
+
+
 def _checked(
     at: Equilibrium | Linearization, response: Response | Any, part: str
 ) -> tuple[System, np.ndarray, np.ndarray]:
@@ -199,7 +205,7 @@ def _checked(
             f"sensitivity_map draws one minimum and got a batch of {system.batch}: take one member of it and of the "
             "response, as in jax.tree.map(lambda leaf: leaf[0], eq)."
         )
-    given = getattr(response, part) if isinstance(response, Response) else response
+    given = _of_positions(getattr(response, part)) if isinstance(response, Response) else response
     if given is None or isinstance(given, dict):
         raise InputError("the response is a derivative by parameters (vjp, gradient): give one of jvp or response.")
     vectors = np.asarray(given, float)
