@@ -1,9 +1,9 @@
 """How many packings can be designed to another Poisson's ratio by their diameters, in how many relaxations?
 
 ``python -m benchmarks.design --seeds 10``: 256 polydisperse Hertzian discs at a pressure of 0.1, Poisson's ratio (of
-A) 0.1 above and 0.1 below where it starts, to 2e-3, diameters within 30 % of theirs, in 60 relaxations. Three problems: the
-pressure held to 1 % in a cell that stays; the shear modulus held to 1 % as well; and the shear modulus held to 1 % in a
-cell that is relaxed to the pressure. Each answer is relaxed again from its parameters, which gives the error.
+A) 0.1 above and 0.1 below where it starts, to 2e-3, diameters within 30 % of theirs, in 60 relaxations. Three
+problems: the pressure held to 1 % in a cell that stays; the shear modulus held to 1 % as well; and the shear modulus
+held to 1 % in a cell that is relaxed to the pressure. Each answer is relaxed again, which gives the error.
 """
 
 from __future__ import annotations

@@ -23,10 +23,11 @@ import numpy as np
 from mdsens import sensitivity
 from mdsens._checks import short
 from mdsens._tables import Shown
+from mdsens.doors import Response
 from mdsens.implicit.eigen import DENSE_SIZE, NULL, Spectrum
 from mdsens.implicit.operators import Method
 from mdsens.implicit.status import InputError, Status, raise_for_status
-from mdsens.linearization import Linearization, Response, linearised
+from mdsens.linearization import Linearization, linearised
 from mdsens.relaxation import Equilibrium
 from mdsens.scales import scales
 from mdsens.stationarity import NullSpace, Unknowns, dense_hessian, linearisation, max_force

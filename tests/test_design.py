@@ -180,7 +180,7 @@ def test_at_a_pressure_the_cell_responds(packing: ms.System) -> None:
 def test_members_without_a_rigid_minimum_are_left_out_of_the_mean() -> None:
     rigid = [ms.load_system("seed_packing_2d", seed=seed, box={"packing_fraction": 0.98, "follows": "nothing"})
              for seed in (0, 1)]  # fmt: skip
-    loose = rigid[0].replace(boundary=dataclasses.replace(rigid[0].boundary, cell=2.0 * rigid[0].box))
+    loose = rigid[0].replace(boundary=dataclasses.replace(rigid[0].boundary, cell=2.0 * jnp.asarray(rigid[0].box)))
     loose = loose.replace(positions=2.0 * loose.positions).reallocate()
     found = fit(Target("pressure", 0.005, 1e-4, from_start=True), [*rigid, loose], "epsilon", steps=6)
     assert found.status == ms.Status.CONVERGED
@@ -246,7 +246,7 @@ high = 2.0
 
 
 def test_a_design_killed_at_any_moment_resumes_to_the_same_history(tmp_path: Path) -> None:
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    silent: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "d.toml").write_text(DESIGN)
@@ -302,7 +302,7 @@ def test_bad_design_files_are_named(tmp_path: Path, old: str, new: str, said: st
 
 @pytest.mark.parametrize(
     ("make", "said"),
-    [
+    [  # pyright: ignore
         (lambda: Target("posson", 0.1, 1e-3), "did you mean 'poisson'"),
         (lambda: Target("poisson", np.nan, 1e-3), "finite"),
         (lambda: Target("poisson", 0.1, 0.0), "tolerance"),
@@ -311,9 +311,15 @@ def test_bad_design_files_are_named(tmp_path: Path, old: str, new: str, said: st
         (lambda: LevenbergMarquardt(memory=-1), "memory"),
         (lambda: Optax("adam"), "optimizer"),
         (lambda: fit([], ms.load_system("dimer"), "sigma"), "targets is empty"),
-        (lambda: fit(hold("energy"), 3, "sigma"), "system is 3"),
+        (
+            lambda: fit(hold("energy"), 3, "sigma"),  # type: ignore[arg-type]
+            "system is 3",
+        ),
         (lambda: fit(hold("energy"), ms.load_system("dimer"), "sigma", steps=0), "steps is 0"),
-        (lambda: fit(hold("energy"), ms.load_system("dimer"), "sigma", method="adam"), "method is"),
+        (
+            lambda: fit(hold("energy"), ms.load_system("dimer"), "sigma", method="adam"),  # type: ignore[arg-type]
+            "method is",
+        ),
         (lambda: fit([hold("energy"), hold("energy")], ms.load_system("dimer"), "sigma"), "two targets"),
         (lambda: fit(Target(lambda s: s.positions, 0.0, 1.0), ms.load_system("dimer"), "sigma"), "one number a"),
     ],

@@ -10,15 +10,16 @@ from typing import Any, NamedTuple, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 
-from mdsens import elasticity, observables
+from mdsens import elasticity, modes, observables
 from mdsens._checks import real_number, short
+from mdsens.doors import Response
 from mdsens.elasticity import Moduli
 from mdsens.implicit.status import InputError, Status
 from mdsens.linearization import Linearization
 from mdsens.sensitivity import value_and_gradient
 from mdsens.system import System
 
-__all__ = ["FEATURES", "Elastic", "Feature", "Measured", "Target", "measured", "named"]
+__all__ = ["FEATURES", "Elastic", "Feature", "Measured", "Softest", "Target", "measured", "named"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,14 @@ class Elastic:
     of: Callable[[Moduli], Any]
 
 
-Feature: TypeAlias = Elastic | Callable[[System], Any]
+@dataclasses.dataclass(frozen=True)
+class Softest:
+    """The smallest stiffness, the lowest eigenvalue of the Hessian off its null space; the mean of ``count`` lowest."""
+
+    count: int = 1
+
+
+Feature: TypeAlias = Elastic | Softest | Callable[[System], Any]
 
 # The moduli are of A, the convention of the packing literature; those of Birch's tensor are what an experiment sees.
 FEATURES: dict[str, Feature] = {
@@ -47,6 +55,9 @@ FEATURES: dict[str, Feature] = {
     "stability": Elastic(lambda m: m.stability),
     "pressure": observables.pressure,
     "energy": observables.energy,
+    "volume": observables.volume,
+    "packing_fraction": observables.packing_fraction,
+    "smallest_stiffness": Softest(),
 }
 
 
@@ -58,10 +69,12 @@ def named(feature: Any) -> tuple[str, Feature]:
             hint = f"did you mean {near[0]!r}?" if near else f"give one of {', '.join(sorted(FEATURES))}."
             raise InputError(f"there is no feature {feature!r}: {hint}")
         return feature, FEATURES[feature]
-    if not (isinstance(feature, Elastic) or callable(feature)):
+    if not (isinstance(feature, Elastic | Softest) or callable(feature)):
         raise InputError(
             f"the feature is {short(feature)}: give a name such as 'poisson', a function of a System, or Elastic(f)."
         )
+    if isinstance(feature, Softest):
+        return "smallest_stiffness", feature
     of = feature.of if isinstance(feature, Elastic) else feature
     return getattr(of, "__name__", "feature").replace("<lambda>", "feature"), feature
 
@@ -71,7 +84,7 @@ class Target:
     """A number that is wanted, and how near is near enough.
 
     Attributes:
-      of: a name of ``ms.design.FEATURES``, a function of a System (``ms.observables.pressure``), or
+      of: a name of ``ms.design.FEATURES``, a function of a System (``ms.observables.pressure``),
         ``Elastic(lambda m: m.poisson)``.
       value: what is wanted; counted from where the design starts where ``from_start``.
       tolerance: how far from it is met, in the feature's units; where ``share``, as a share of the value wanted.
@@ -121,27 +134,39 @@ class Measured(NamedTuple):
 
 def measured(features: Sequence[Feature], lin: Linearization) -> Measured:
     """Every feature with its derivatives by all parameters: one factor, one adjoint solve for each feature."""
-    kinds = {
-        kind: [k for k, feature in enumerate(features) if isinstance(feature, Elastic) == kind]
-        for kind in (True, False)
-    }
-    values, slopes, codes = np.full(len(features), np.nan), {}, [int(lin.status)]
+    values, slopes = np.full(len(features), np.nan), {}
+    codes = [int(lin.status)]
 
     def stacked(which: Sequence[int]) -> Callable[[Any], Any]:
         chosen = [features[k] for k in which]
-        return lambda at: jnp.stack([_one(getattr(f, "of", f)(at)) for f in chosen])
+        functions: list[Any] = [getattr(f, "of", f) for f in chosen]
+        return lambda at: jnp.stack([_one(f(at)) for f in functions])
 
-    for elastic, which in kinds.items():
-        if not which:
-            continue
-        door = elasticity.value_and_gradient if elastic else value_and_gradient
-        value, response = door(stacked(which), lin, throw=False)
+    def keep(which: Sequence[int], value: Any, response: Response) -> None:
         values[which] = np.asarray(value)
         codes.append(int(np.max(np.asarray(response.stats.status))))
         for name, slope in response.value.items():
-            rows = slopes.setdefault(name, np.zeros((len(features), *slope.shape[1:])))
+            rows = slopes.setdefault(name, np.zeros((len(features), *slope.shape[np.ndim(value) :])))
             rows[which] = np.asarray(slope)
+
+    soft = [k for k, feature in enumerate(features) if isinstance(feature, Softest)]
+    elastic = [k for k, feature in enumerate(features) if isinstance(feature, Elastic)]
+    plain = [k for k in range(len(features)) if k not in soft and k not in elastic]
+    if elastic:
+        keep(elastic, *elasticity.value_and_gradient(stacked(elastic), lin, throw=False))
+    if plain:
+        keep(plain, *value_and_gradient(stacked(plain), lin, throw=False))
+    for k in soft:
+        count = features[k].count  # type: ignore[union-attr]
+        found = modes.smallest_stiffness(lin, count, throw=False)
+        keep([k], np.array([found.value]), _lifted(modes.gradient(lin, count, throw=False)))
+        codes.append(found.status.value)
     return Measured(values, slopes, Status(max(codes)))
+
+
+def _lifted(response: Response) -> Response:
+    """The gradient of a number as that of one number in an array."""
+    return dataclasses.replace(response, value={name: slope[None] for name, slope in response.value.items()})
 
 
 def _one(value: Any) -> Any:

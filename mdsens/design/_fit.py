@@ -421,7 +421,9 @@ def _times(lin: Linearization, move: Unknowns, tangent: Mapping[str, np.ndarray]
     """When the pairs ahead cross a breakpoint along the step, of 1."""
     system = lin.equilibrium.system
     full = full_tangent(system, tangent)
-    found = contacts.crossings(system, move.positions, full, lin.network.rattlers)
+    strain = None if move.strain is None else from_mandel(jnp.asarray(move.strain))
+    velocity = move.positions if strain is None else move.positions - system.positions @ strain.T
+    found = contacts.crossings(system, velocity, full, lin.network.rattlers, strain)
     times = np.asarray(found.times)
     return times[(times >= 0) & np.isfinite(times)]
 

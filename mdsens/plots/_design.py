@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from mdsens.boxes import nearest_image
@@ -171,7 +172,7 @@ def nonaffine_field(
     if given.shape != (d, d) or not np.allclose(given, given.T):
         raise InputError(f"strain has shape {given.shape}: give a symmetric ({d}, {d}) matrix.")
     assert basis(d).shape[0] == moduli.nonaffine.shape[0]
-    field = np.tensordot(np.asarray(to_mandel(given)), np.asarray(moduli.nonaffine), axes=1)
+    field = np.tensordot(np.asarray(to_mandel(jnp.asarray(given))), np.asarray(moduli.nonaffine), axes=1)
     return sensitivity_map(at, field, ax, scale=scale, label=r"$|\mathrm{d}u/\mathrm{d}\epsilon|$", title=title)
 
 
