@@ -16,7 +16,7 @@ from mdsens.system import System
 
 __all__ = ["Brief", "load_design"]
 
-KEYS = ("description", "system", "fields", "seeds", "steps", "relaxation", "target", "free", "method")
+KEYS = ("description", "system", "fields", "seeds", "anew", "steps", "relaxation", "target", "free", "method")
 OPTIMISERS = ("adam", "rmsprop", "sgd")
 
 
@@ -63,7 +63,14 @@ def _built(top: Table, folder: Path) -> Brief:
         raise InputError(f"seeds is {seeds}: give different integers from 0.")
     systems = [load_system(where, **fields, **({} if seed is None else {"seed": int(seed)})) for seed in seeds]
     steps = top.integer("steps", 60, least=1)
-    options: dict[str, Any] = {"steps": steps, "method": _method(top, steps), **_relaxation(top)}
+    if top.has("anew") and not isinstance(top.raw("anew"), bool):
+        raise InputError(f"anew is {top.raw('anew')!r}: give true or false.")
+    options: dict[str, Any] = {
+        "anew": top.raw("anew", False),
+        "steps": steps,
+        "method": _method(top, steps),
+        **_relaxation(top),
+    }
     return Brief(_targets(top), systems, _free(top, systems[0]), options, where.stem)
 
 

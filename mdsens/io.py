@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mdsens.specification import bundled_systems, load_system, relaxation_options
+from mdsens.specification import bundled_systems, load_system, relaxation_options, systems_folder
 from mdsens.storage import load, read_header, save
 from mdsens.structures import from_ase, to_ase, write_extxyz
 
@@ -14,6 +14,7 @@ __all__ = [
     "read_header",
     "relaxation_options",
     "save",
+    "systems_folder",
     "to_ase",
     "write_extxyz",
 ]

@@ -18,7 +18,7 @@ from mdsens.implicit.status import InputError
 from mdsens.relaxation import Fire
 from mdsens.system import System
 
-__all__ = ["bundled_systems", "load_system", "relaxation_options"]
+__all__ = ["bundled_systems", "load_system", "relaxation_options", "systems_folder"]
 
 KEYS = (
     "description",
@@ -38,7 +38,7 @@ MERGED = {"positions": "kind", "potential": "law", "parameters": None, "relaxati
 
 
 def systems_folder() -> Path:
-    """Where the bundled systems are: inside the installed package, or beside it in a checkout."""
+    """Where the bundled systems and their data are: inside the installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parent
     inside = package / "_systems"
     return inside if inside.is_dir() else package.parent / "systems"

@@ -45,6 +45,8 @@ def design_history(of: Design, axes: Sequence[Axes] | None = None, *, title: str
     """
     if not isinstance(of, Design):
         raise InputError(f"got a {type(of).__name__}: give what ms.design.fit returns.")
+    from matplotlib.ticker import LogLocator
+
     m, steps = len(of.names), of.history
     if axes is None:
         from matplotlib import pyplot
@@ -85,6 +87,8 @@ def design_history(of: Design, axes: Sequence[Axes] | None = None, *, title: str
         ax.plot(number[1:], trust, color=OUTLINE, linewidth=1.0, label="trust region")
         ax.plot(number[1:], np.maximum(size, 1e-12), linestyle="none", marker=".", color=ARROW, label="step")
         ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        ax.yaxis.set_major_formatter("{x:g}")
         ax.minorticks_off()
         ax.legend(fontsize=FONT - 1, frameon=False, ncols=2, loc="best")
     ax.set_ylabel("change", fontsize=FONT)
@@ -209,7 +213,9 @@ def feature_response(of: FeatureResponse, axes: tuple[Axes, Axes] | None = None)
     right.barh(places, of.free, color=BAND, label="nothing held")
     right.barh(places, of.susceptibility, height=0.45, color=TAKEN, label="others held")
     right.set_yticks(places, [name.replace("_", " ") for name in of.names])
+    shown = np.concatenate([of.free, of.susceptibility])
     right.set_xscale("log")
+    right.set_xlim(left=0.3 * float(np.min(shown[shown > 0], initial=1.0)))
     right.set_title("susceptibility", fontsize=FONT + 1)
     right.legend(fontsize=FONT - 1, frameon=False)
     for ax in axes:
