@@ -3,7 +3,7 @@
 ``python -m benchmarks.design --seeds 10``: 256 polydisperse Hertzian discs at a pressure of 0.1, Poisson's ratio (of
 A) 0.1 above and 0.1 below where it starts, to 2e-3, diameters within 30 % of theirs, in 60 relaxations. Three
 problems: the pressure held to 1 % in a cell that stays; the shear modulus held to 1 % as well; and the shear modulus
-held to 1 % in a cell that is relaxed to the pressure. Each answer is relaxed again from beside it, which gives the error.
+held to 1 % in a cell that is relaxed to the pressure. Each answer is relaxed again from beside it, for the error.
 """
 
 from __future__ import annotations

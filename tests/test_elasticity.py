@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from functools import cache
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 from conftest import PACKINGS, packing, packing_file, relative, relaxed_packing
 
 import mdsens as ms
-from mdsens import elasticity, strains
+from mdsens import contacts, elasticity, strains
 from mdsens.boxes import FixedBox
 from mdsens.elasticity import isotropic, moduli
 
@@ -221,6 +222,41 @@ def test_gradients_of_moduli_are_finite_differences_of_minimising_again(which):
                 values.append(np.asarray(features(moduli(there))))
             want = (4 * (values[2] - values[3]) / h - (values[0] - values[1]) / (2 * h)) / 3
             assert np.max(np.abs(rows[name][:, k] - want) / scale) < 1e-6
+
+
+LONG = "MDSENS_FUZZ_CASES" in os.environ  # as `make fuzz` has it: some thousand relaxations
+
+
+@pytest.mark.skipif(not LONG, reason="a long run: make fuzz")
+@pytest.mark.parametrize("member", range(10))
+@pytest.mark.parametrize("name", PACKINGS, ids=["2d", "3d"])
+def test_gradients_of_moduli_on_every_packing_are_finite_differences_within_the_radius(name, member):
+    eq = relaxed_packing(name, member)
+    lin, rattlers = ms.linearize(eq), np.asarray(ms.linearize(eq).network.rattlers)
+
+    def features(m: elasticity.Moduli) -> jax.Array:
+        return jnp.stack([m.bulk, m.shear, m.poisson])
+
+    found = np.asarray(elasticity.gradient(features, lin).value["sigma"])
+    jacobian = ms.jacobian(lin, "sigma").value
+    n, dimension = eq.positions.shape
+    chosen = range(n) if dimension == 2 else np.flatnonzero(~rattlers)[:: n // 11][:10]
+    assert len(chosen) == (n if dimension == 2 else 10)
+    for k in chosen:
+        unit = {**{p: jnp.zeros_like(v) for p, v in eq.params.items()}, "sigma": jnp.eye(n)[k]}
+        radius = contacts.crossings(eq.system, jacobian[..., k], unit, lin.network.rattlers).radius
+        errors = []
+        for h in np.minimum([1e-5, 1e-6, 1e-7], np.multiply([0.8, 0.3, 0.1], radius)):  # a contact, or round-off
+            ends = []
+            for t in (h, -h, 0.5 * h, -0.5 * h):
+                change = {"sigma": eq.params["sigma"] + t * unit["sigma"]}
+                near = eq.system.replace(positions=eq.positions + t * jacobian[..., k])
+                ends.append(np.asarray(features(moduli(ms.minimize(near, change, tolerance=3e-14, throw=False)))))
+            want = (4 * (ends[2] - ends[3]) / h - (ends[0] - ends[1]) / (2 * h)) / 3
+            errors.append(np.max(np.abs(found[:, k] - want) / np.abs(found).max(axis=1)))
+            if errors[-1] < 1e-5:
+                break
+        assert errors[-1] < 1e-5, (int(k), radius, errors)
 
 
 # ── the composable door ──
