@@ -53,6 +53,11 @@ def test_benchmark_runs_and_tells_errors_beside_times(name: str, run):
         assert row.get("status", "CONVERGED") == "CONVERGED"
 
 
+def test_an_ensemble_is_designed_and_held_against_fresh_packings(run):
+    rows = run("ensemble", "--sizes", "64", "--members", "2", "--steps", "1", "--change", "0.02")
+    assert len(rows) == 2 and all(abs(row["fresh"]) < 1.0 and row["relaxations"] == 1 for row in rows)
+
+
 def test_no_solve_that_failed_says_nothing(run):
     options = ["--sizes", "96", "--draws", "1", "--pressures", "0.001", "--limits", "30", "--peers", "0"]
     rows = run("honesty", *options)

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 import optax
 import pytest
 from scipy.optimize import lsq_linear
 
 import mdsens as ms
-from mdsens.design import Elastic, Free, LevenbergMarquardt, Optax, Target, feature_response, fit, hold
+from mdsens.design import Free, LevenbergMarquardt, Optax, Softest, Target, feature_response, fit, hold
 from mdsens.design._step import bounded_step
 from mdsens.design._variables import Variables
 from mdsens.design_specification import load_design
@@ -177,12 +178,12 @@ def test_at_a_pressure_the_cell_responds(packing: ms.System) -> None:
 # -- ensembles --------------------------------------------------------------------------------------------------------
 
 
-def test_members_without_a_rigid_minimum_are_left_out_of_the_mean() -> None:
-    rigid = [ms.load_system("seed_packing_2d", seed=seed, box={"packing_fraction": 0.98, "follows": "nothing"})
-             for seed in (0, 1)]  # fmt: skip
-    loose = rigid[0].replace(boundary=dataclasses.replace(rigid[0].boundary, cell=2.0 * jnp.asarray(rigid[0].box)))
+def test_members_without_a_rigid_minimum_are_left_out_of_the_mean(packing: ms.System) -> None:
+    rng = np.random.default_rng(6)
+    other = packing.replace(positions=jnp.asarray(rng.random((64, 2)) @ np.asarray(packing.box).T)).reallocate()
+    loose = packing.replace(boundary=dataclasses.replace(packing.boundary, cell=2.0 * jnp.asarray(packing.box)))
     loose = loose.replace(positions=2.0 * loose.positions).reallocate()
-    found = fit(Target("pressure", 0.005, 1e-4, from_start=True), [*rigid, loose], "epsilon", steps=6)
+    found = fit(Target("pressure", 0.005, 1e-4, from_start=True), [packing, other, loose], "epsilon", steps=6)
     assert found.status == ms.Status.CONVERGED
     assert [int(code) for code in found.reached.status] == [0, 0, ms.Status.UNJAMMED]
     mean = np.mean([float(ms.observables.pressure(eq.system)) for eq in found.equilibria[:2]])
@@ -196,6 +197,49 @@ def test_members_share_what_is_free() -> None:
     one, other = ms.load_system("dimer"), ms.load_system("dimer", parameters={"sigma": 1.1})
     with pytest.raises(ms.InputError, match="system 1 has another sigma"):
         fit(Target(distance, 1.2, 1e-3), [one, other], "sigma")
+
+
+def test_members_relaxed_anew_come_from_their_starts(packing: ms.System) -> None:
+    rng = np.random.default_rng(7)
+    starts = [packing.replace(positions=jnp.asarray(rng.random((64, 2)) @ np.asarray(packing.box).T)).reallocate()
+              for _ in range(2)]  # fmt: skip
+    wanted, free = Target("pressure", 0.003, 1e-9, from_start=True), {"sigma": Free(within=0.1)}
+    found = fit(wanted, starts, free, anew=True, steps=1)
+    step = found.history[1]
+    assert np.isnan(step.strayed) and not step.left_basin.any()
+    again = [ms.minimize(start, Variables.of(starts[0], free).params(step.x)) for start in starts]
+    mean = np.mean([float(ms.observables.pressure(eq.system)) for eq in again])
+    np.testing.assert_allclose(step.values[0], mean, rtol=1e-9)
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+def test_figures_are_drawn_on_the_axes_given(packing: ms.System) -> None:
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    design = fit(Target(distance, 1.3, 1e-9), ms.load_system("dimer"), "sigma", steps=1)
+    eq = ms.minimize(packing)
+    moduli = ms.elasticity.moduli(eq)
+    figure, axes = pyplot.subplots(4, 2)
+    try:
+        drawn = ms.plots.design_history(design, axes[:3, 0])
+        assert list(drawn) == list(axes[:3, 0]) and design.status.name in drawn[0].get_title()
+        low, high = drawn[0].get_ylim()
+        assert low < 1.3 < high  # the target is in sight
+        assert ms.plots.nonaffine_field(eq, moduli, ax=axes[0, 1]) is axes[0, 1]
+        assert ms.plots.feature_response(feature_response(["pressure", "energy"], eq), (axes[1, 1], axes[2, 1]))
+        assert ms.plots.before_after(eq, eq, (axes[3, 0], axes[3, 1]))
+        figure.canvas.draw()
+    finally:
+        pyplot.close(figure)
+    with pytest.raises(ms.InputError, match="give 3, one a"):
+        ms.plots.design_history(design, axes[:2, 0])
+    with pytest.raises(ms.InputError, match="fit returns"):
+        ms.plots.design_history(eq)  # type: ignore[arg-type]
+    with pytest.raises(ms.InputError, match="symmetric"):
+        ms.plots.nonaffine_field(eq, moduli, strain=np.array([[0.0, 1.0], [0.0, 0.0]]))
 
 
 # -- going on ---------------------------------------------------------------------------------------------------------
@@ -357,8 +401,15 @@ def test_features_that_say_the_same_are_told(packing: ms.System) -> None:
         feature_response(twice, ms.minimize(packing), scales=[1.0])
 
 
-def test_a_feature_of_the_moduli_by_name_is_that_of_a_system(packing: ms.System) -> None:
+def test_features_of_every_kind_have_the_gradients_of_their_modules(packing: ms.System) -> None:
     lin = ms.linearize(ms.minimize(packing))
-    by_moduli = feature_response([Elastic(lambda m: m.shear)], lin).jacobian
-    of_system = feature_response([lambda s: ms.elasticity.moduli(s).shear], lin).jacobian
-    np.testing.assert_allclose(by_moduli, of_system, atol=1e-7 * np.abs(of_system).max())
+    found = feature_response(["shear", "energy", Softest(2)], lin)
+    want = [
+        ms.elasticity.gradient(lambda m: m.shear, lin),
+        ms.gradient(ms.observables.energy, lin),
+        ms.modes.gradient(lin, 2),
+    ]
+    sigma = np.asarray(packing.params["sigma"])
+    for k, response in enumerate(want):
+        slope = np.asarray(response.value["sigma"]) * sigma / found.scales[k]
+        np.testing.assert_allclose(found.jacobian[k], slope, rtol=1e-9, atol=1e-9 * np.abs(slope).max())
