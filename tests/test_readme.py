@@ -16,7 +16,7 @@ def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     matplotlib.use("Agg")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names: dict = {}
     for block in blocks:  # one after the other in one namespace, as a reader would
         exec(compile(block, "README.md", "exec"), names)
@@ -25,6 +25,7 @@ def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     slopes = names["slopes"]["sigma"]
     assert slopes.shape == (32,) and float(slopes.sum()) > 0  # larger discs in the same box press harder
     assert names["by_diameter"].shape == (32,)
+    assert names["design"].status.name == "CONVERGED"
     assert names["softer"][:2].sum() < 0  # more pressure, a smaller cell
     assert "CONVERGED" in capsys.readouterr().out
 
