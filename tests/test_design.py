@@ -229,8 +229,10 @@ def test_figures_are_drawn_on_the_axes_given(packing: ms.System) -> None:
         low, high = drawn[0].get_ylim()
         assert low < 1.3 < high  # the target is in sight
         assert ms.plots.nonaffine_field(eq, moduli, ax=axes[0, 1]) is axes[0, 1]
-        assert ms.plots.feature_response(feature_response(["pressure", "energy"], eq), (axes[1, 1], axes[2, 1]))
-        assert ms.plots.before_after(eq, eq, (axes[3, 0], axes[3, 1]))
+        ms.plots.feature_response(feature_response(["pressure", "energy"], eq), (axes[1, 1], axes[2, 1]))
+        assert "fully independent" in axes[1, 1].get_title() and len(axes[2, 1].patches) == 4
+        ms.plots.before_after(eq, eq, (axes[3, 0], axes[3, 1]))
+        assert [ax.get_title() for ax in axes[3]] == ["before", "after"]
         figure.canvas.draw()
     finally:
         pyplot.close(figure)
