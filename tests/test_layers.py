@@ -49,6 +49,7 @@ ORDER = [
     ["_loop"],
     ["_runs", "_pressed"],
     ["relaxation"],
+    ["packing"],
     ["linearization"],
     ["doors"],
     ["sensitivity"],
