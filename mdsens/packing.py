@@ -35,8 +35,8 @@ def compress(
     """Compress or decompress a packing to a packing fraction, relaxing it after every step.
 
     The cell keeps its shape; particles keep their fractional coordinates in a step, and are then relaxed. So the
-    packing at the end has the history of the one it began as, where a random start at that fraction has none. To a pressure in
-    place of a fraction goes ``minimize(system, pressure=P)``.
+    packing at the end has the history of the one it began as, where a random start at that fraction has none. To a
+    pressure in place of a fraction goes ``minimize(system, pressure=P)``.
 
     Args:
       start: a System, relaxed or not, or an Equilibrium; with a cell, and a ``sigma`` of particles.
