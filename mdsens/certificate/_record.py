@@ -391,7 +391,7 @@ class Certificate(Shown):
 
 def _stress_left(cell: CellState) -> str:
     share = f", {abs(cell.pressure_left / cell.pressure):.1e} of it" if cell.pressure else ""
-    shear = f"; a shear stress of {cell.shear_left:.1e}" if cell.shape else "; shear stress stays, the shape being given"
+    shear = f"; a shear stress of {cell.shear_left:.1e}" if cell.shape else "; the shape was given"
     return f"the pressure is off {cell.pressure:.6g} by {cell.pressure_left:.1e} energy/volume{share}{shear}"
 
 
