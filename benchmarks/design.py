@@ -63,12 +63,16 @@ def main() -> None:
                     for change in (asked.change, -asked.change):
                         wanted = [Target("poisson", change, 2e-3, from_start=True), *held]
                         free, began = {"sigma": Free(within=0.3)}, time.perf_counter()
-                        design = fit(
-                            wanted, start, free, method=method, steps=asked.steps, pressure=pressure, progress=False
-                        )
+                        row = {"problem": problem, "by": name, "n": n, "seed": seed, "change": change}
+                        try:
+                            design = fit(
+                                wanted, start, free, method=method, steps=asked.steps, pressure=pressure, progress=False
+                            )
+                        except ms.ConvergenceError as error:  # no rigid minimum to begin with
+                            rows.append(row | {"met": False, "relaxations": 0, "outcome": error.status.name})
+                            continue
                         ratio = design.params["sigma"] / np.asarray(start.params["sigma"])
                         off = np.abs(design.values - design.wanted) / design.tolerance
-                        row = {"problem": problem, "by": name, "n": n, "seed": seed, "change": change}
                         row |= {"met": design.status == ms.Status.CONVERGED, "relaxations": design.relaxations}
                         row |= {"poisson_from": float(design.history[0].values[0])}
                         row |= {"poisson": float(design.values[0]), "tolerances_off": float(off.max())}
@@ -77,7 +81,7 @@ def main() -> None:
                         rows.append(row | {"seconds": time.perf_counter() - began})
                 met = [row for row in rows if (row["problem"], row["by"], row["n"]) == (problem, name, n)]
                 print(f"{problem}, {name}: {sum(r['met'] for r in met)} of {len(met)}", flush=True)
-    report("design", rows, asked.json)
+            report("design", rows, asked.json)  # so far
 
 
 if __name__ == "__main__":

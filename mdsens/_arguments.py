@@ -25,7 +25,7 @@ examples:
   mdsens relax my_system.toml --seed 3 --extxyz relaxed.extxyz
   mdsens certify seed_packing_2d --wrt "sigma[1]"          can that be trusted, and how far
   mdsens moduli seed_packing_2d --pressure 0.05 --wrt "sigma[1]"
-  mdsens design design.toml --plot history.png             parameters that give what is wanted; --resume goes on
+  mdsens design design.toml --plot history.png             parameters that give what is wanted
   mdsens verify dimer --wrt sigma                          finite differences, and the adjoint
   mdsens doctor                                            versions, device, a check of the compiler
 
