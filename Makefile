@@ -40,7 +40,7 @@ test: $(installed)
 	$(bin)/python -m pytest $(ARGS)
 
 fuzz: $(installed)
-	MDSENS_FUZZ_CASES=$${MDSENS_FUZZ_CASES:-3000} $(bin)/python -m pytest tests/test_fuzz.py tests/test_jammed.py tests/test_elasticity.py $(ARGS)
+	MDSENS_FUZZ_CASES=$${MDSENS_FUZZ_CASES:-3000} $(bin)/python -m pytest tests/test_fuzz.py tests/test_jammed.py tests/test_elasticity.py tests/test_benchmarks.py $(ARGS)
 
 bench: $(installed_bench)
 	$(bin)/python -m benchmarks.relaxation --sizes 1024 --json benchmarks/results/relaxation.json
@@ -65,6 +65,8 @@ lint: $(installed_dev)
 # On copies, in a folder of their own: a notebook must neither need this checkout around it nor leave anything in it.
 # A dozen packings in the first one in place of 40; MDSENS_NOTEBOOK_SEEDS=40 MDSENS_NOTEBOOK_FULL=1 for all in full.
 notebooks: export MDSENS_NOTEBOOK_SEEDS ?= 12
+# Less time to compile, a sixth of the whole; flags of the jax that Python 3.11 gets.
+notebooks: export XLA_FLAGS ?= $(if $(filter 3.11.%,$(version)),--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1)
 notebooks: $(installed)
 	@rm -rf $(scratch) && mkdir -p $(scratch)
 	@failed=; \

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -53,6 +54,7 @@ def test_benchmark_runs_and_tells_errors_beside_times(name: str, run):
         assert row.get("status", "CONVERGED") == "CONVERGED"
 
 
+@pytest.mark.skipif("MDSENS_FUZZ_CASES" not in os.environ, reason="a long run: make fuzz")
 def test_an_ensemble_is_designed_and_held_against_fresh_packings(run):
     rows = run("ensemble", "--sizes", "64", "--members", "2", "--steps", "1", "--change", "0.02")
     assert len(rows) == 2 and all(abs(row["fresh"]) < 1.0 and row["relaxations"] == 1 for row in rows)
