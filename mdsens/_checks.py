@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 
 from mdsens.implicit.status import InputError
 
-__all__ = ["is_real", "real_array", "real_number", "short"]
+__all__ = ["check_positive", "check_whole", "is_real", "real_array", "real_number", "short"]
 
 
 def short(value: Any) -> str:
@@ -51,3 +52,18 @@ def real_number(name: str, value: Any, need: str = "give a number.") -> float:
     if array.ndim:
         raise InputError(f"{name} has shape {array.shape}: {need}")
     return float(array)
+
+
+def check_positive(record: Any, names: tuple[str, ...]) -> None:
+    """Refuse an option record some of whose fields are no positive numbers."""
+    for name in names:
+        value = getattr(record, name)
+        if not (isinstance(value, Real) and 0 < value < np.inf):  # type: ignore[operator]
+            raise InputError(f"{type(record).__name__}({name}={short(value)}): give a positive number.")
+
+
+def check_whole(record: Any, name: str) -> None:
+    """Refuse an option record whose field is no whole number from 0."""
+    value = getattr(record, name)
+    if not (isinstance(value, int) and value >= 0):
+        raise InputError(f"{type(record).__name__}({name}={short(value)}): give a whole number from 0.")

@@ -6,14 +6,12 @@ import dataclasses
 import functools
 import importlib.util
 import sys
-from numbers import Real
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from mdsens._checks import short
+from mdsens._checks import check_positive, check_whole, short
 from mdsens.implicit.status import InputError
 
 __all__ = ["Fire", "GradientDescent", "Newton"]
@@ -42,19 +40,6 @@ def _jax_md_minimize() -> Any:
     return minimize
 
 
-def _check_positive(record: Any, names: tuple[str, ...]) -> None:
-    for name in names:
-        value = getattr(record, name)
-        if not (isinstance(value, Real) and 0 < value < np.inf):  # type: ignore[operator]
-            raise InputError(f"{type(record).__name__}({name}={short(value)}): give a positive number.")
-
-
-def _check_steps(record: Any, name: str) -> None:
-    value = getattr(record, name)
-    if not (isinstance(value, int) and value >= 0):
-        raise InputError(f"{type(record).__name__}({name}={short(value)}): give a whole number from 0.")
-
-
 @dataclasses.dataclass(frozen=True)
 class Fire:
     """jax-md's FIRE (Bitzek et al., Phys. Rev. Lett. 97, 170201, 2006), in the system's own units of length and time.
@@ -80,8 +65,8 @@ class Fire:
     f_alpha: float = 0.99
 
     def __post_init__(self) -> None:
-        _check_positive(self, ("dt_start", "dt_max", "max_step", "f_inc", "f_dec", "alpha_start", "f_alpha"))
-        _check_steps(self, "n_min")
+        check_positive(self, ("dt_start", "dt_max", "max_step", "f_inc", "f_dec", "alpha_start", "f_alpha"))
+        check_whole(self, "n_min")
 
     def minimizer(self, forces: Any, shift: Any, stiffness: jax.Array) -> tuple[Any, Any]:
         """jax-md's functions (init, apply), with a mass that brings the stiffest vibration to a fixed frequency."""
@@ -143,7 +128,7 @@ class GradientDescent:
     max_step: float = 0.1
 
     def __post_init__(self) -> None:
-        _check_positive(self, ("step_size", "max_step"))
+        check_positive(self, ("step_size", "max_step"))
 
     def minimizer(self, forces: Any, shift: Any, stiffness: jax.Array) -> tuple[Any, Any]:
         """A pair of functions (init, apply) on the state (positions, forces)."""
@@ -205,7 +190,7 @@ class Newton:
     patience: int = 1000
 
     def __post_init__(self) -> None:
-        _check_positive(self, ("begin",))
-        _check_steps(self, "patience")
+        check_positive(self, ("begin",))
+        check_whole(self, "patience")
         if not isinstance(self.first, Fire):
             raise InputError(f"Newton(first={short(self.first)}): give Fire().")

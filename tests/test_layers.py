@@ -67,6 +67,7 @@ ORDER = [
     ["elasticity", "modes"],
     ["design._features", "design._variables", "design._step"],
     ["design._history", "design._response"],
+    ["design._members"],
     ["design._fit"],
     ["design"],
     # the edges: files, structures, figures, the terminal

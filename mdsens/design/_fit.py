@@ -12,28 +12,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdsens import contacts
 from mdsens._checks import short
 from mdsens._progress import Trials
-from mdsens.boxes import nearest_image
-from mdsens.design._features import Feature, Measured, Target, measured
+from mdsens.design._features import Target
 from mdsens.design._history import Design, State, Step
+from mdsens.design._members import Problem, Seen, crossing_times, crossings, look, moves, relaxed
 from mdsens.design._step import LevenbergMarquardt, Optax, bounded_step, check_method
 from mdsens.design._variables import Free, Variables
-from mdsens.enthalpy import deformed
 from mdsens.implicit.status import ConvergenceError, InputError, Status
-from mdsens.linearization import Linearization, full_tangent, linearize
 from mdsens.relaxation import Equilibrium, minimize
-from mdsens.scales import scales
-from mdsens.sensitivity import jvp
-from mdsens.stationarity import Unknowns
-from mdsens.strains import from_mandel
 from mdsens.system import System, stack, unstack
 
 __all__ = ["fit", "hold"]
@@ -43,37 +36,11 @@ SMALLEST = 1e-6  # radius of a trust region: below, the design has stagnated
 GROW, SHRINK = 1.7, 0.6  # of the trust region
 PARTS = 12  # tries of a part of the way that fits into it
 NOTHING = 1e-9  # of a step: the bounds leave none
-HALF = 0.5  # of the members must count for a step to be taken
 
 
 def hold(of: Any, share: float = 0.01, name: str = "") -> Target:
     """The target to hold a feature at its start, within a share of it."""
     return Target(of, 0.0, share, name, from_start=True, share=True)
-
-
-class _Problem(NamedTuple):
-    """What a design is of."""
-
-    targets: tuple[Target, ...]
-    features: tuple[Feature, ...]
-    variables: Variables
-    method: LevenbergMarquardt | Optax
-    relax: Callable[[Sequence[System]], list[Equilibrium]]
-    about: dict[str, Any]
-    begun: tuple[System, ...] | None
-
-
-class _Seen(NamedTuple):
-    """What was measured on the members at one place: the means over those that count."""
-
-    lins: list[Linearization | None]
-    values: np.ndarray
-    jacobian: np.ndarray
-    status: np.ndarray
-
-    @property
-    def enough(self) -> bool:
-        return bool(np.mean(self.status == Status.CONVERGED.value) >= HALF)
 
 
 def fit(
@@ -150,7 +117,7 @@ def fit(
         **{key: value for key, value in how.items() if key != "max_steps"},
     }  # fmt: skip
     begun = tuple(members) if anew else None
-    problem = _Problem(chosen, tuple(t.feature for t in chosen), variables, method, relax, about, begun)
+    problem = Problem(chosen, tuple(t.feature for t in chosen), variables, method, relax, about, begun)
     bar = Trials(steps, progress)
     try:
         state, seen = _resumed(problem, resume) if resume is not None else _begun(problem, members)
@@ -198,10 +165,10 @@ def _check_shared(members: Sequence[System], variables: Variables) -> None:
                 raise InputError(f"system {k} has another {name} than system 0: members share what is free.")
 
 
-def _begun(problem: _Problem, members: list[System]) -> tuple[State, _Seen]:
+def _begun(problem: Problem, members: list[System]) -> tuple[State, Seen]:
     """The start: every member relaxed as it is, and the targets as numbers."""
     equilibria = problem.relax(members)
-    seen = _look(problem, equilibria, problem.variables.x, np.ones(len(members), bool))
+    seen = look(problem, equilibria, problem.variables.x, np.ones(len(members), bool))
     good = seen.status == Status.CONVERGED.value
     if not seen.enough:
         worst = Status(int(max(seen.status)))
@@ -232,46 +199,18 @@ def _begun(problem: _Problem, members: list[System]) -> tuple[State, _Seen]:
     return state, seen
 
 
-def _resumed(problem: _Problem, state: State) -> tuple[State, _Seen]:
+def _resumed(problem: Problem, state: State) -> tuple[State, Seen]:
     for key, value in problem.about.items():
         if state.about.get(key) != value:
             raise InputError(
                 f"the state to resume from is that of another design: its {key} is {short(state.about.get(key))}, "
                 f"here {short(value)}; give the same, or begin anew."
             )
-    return state, _look(problem, state.equilibria, state.x, state.counts)
-
-
-def _look(problem: _Problem, equilibria: Sequence[Equilibrium], x: np.ndarray, counts: np.ndarray) -> _Seen:
-    """Measure the features and their Jacobian on the members that count."""
-    lins: list[Linearization | None] = []
-    found: list[Measured] = []
-    status = np.full(len(equilibria), Status.NOT_CONVERGED.value)
-    for k, eq in enumerate(equilibria):
-        lins.append(None)
-        if not counts[k]:
-            continue
-        status[k] = int(eq.status)
-        if not Status(int(eq.status)).good:
-            continue
-        lin = linearize(eq, throw=False)
-        if Status(int(lin.status)).good:
-            seen = measured(problem.features, lin)
-            status[k] = seen.status.value if not seen.status.good else Status.CONVERGED.value
-            if not np.isfinite(seen.values).all():
-                status[k] = Status.NOT_FINITE.value
-            if status[k] == Status.CONVERGED.value:
-                lins[k] = lin
-                found.append(seen)
-        else:
-            status[k] = int(lin.status)
-    if not found:
-        nothing = np.full(len(problem.features), np.nan)
-        return _Seen(lins, nothing, np.full((nothing.size, x.size), np.nan), status)
-    values = np.mean([seen.values for seen in found], axis=0)
-    jacobians = [problem.variables.pulled(x, seen.slopes) for seen in found]
-    jacobian = np.mean(jacobians, axis=0) if problem.begun is None else np.median(jacobians, axis=0)
-    return _Seen(lins, values, jacobian, status)
+    if isinstance(problem.method, Optax):
+        shapes = [leaf.shape for leaf in _leaves(problem.method.optimizer.init(jnp.asarray(state.x)))]
+        if [leaf.shape for leaf in state.optimizer] != shapes:
+            raise InputError("the state to resume from is that of another optimiser: give the same, or begin anew.")
+    return state, look(problem, state.equilibria, state.x, state.counts)
 
 
 def _distance(state: State) -> float:
@@ -295,7 +234,7 @@ def _bands(state: State, values: np.ndarray, loosened: float) -> np.ndarray:
     return state.tolerance * np.where(off <= wide, wide, 1.0)
 
 
-def _advanced(problem: _Problem, state: State, seen: _Seen) -> tuple[State, _Seen]:
+def _advanced(problem: Problem, state: State, seen: Seen) -> tuple[State, Seen]:
     """One step: proposed, predicted, relaxed, judged."""
     method, variables, x = problem.method, problem.variables, state.x
     if isinstance(method, LevenbergMarquardt):
@@ -306,11 +245,11 @@ def _advanced(problem: _Problem, state: State, seen: _Seen) -> tuple[State, _See
     else:
         step, optimizer = _of_optimizer(method, variables, state, seen)
     tangent = variables.tangent(x, step)
-    moves = _moves(state, seen, tangent)
-    reach, crossed = _crossings(seen, moves, tangent)
+    places = moves(state, seen, tangent)
+    reach, crossed = crossings(seen, places, tangent)
     there = x + step
-    equilibria, counts, strayed = _relaxed(problem, state, moves, variables.params(there))
-    now = _look(problem, equilibria, there, counts)
+    equilibria, counts, strayed = relaxed(problem, state, places, variables.params(there))
+    now = look(problem, equilibria, there, counts)
     left = strayed > STRAYED  # not known of members relaxed anew
     predicted = seen.values + seen.jacobian @ step
     if isinstance(method, LevenbergMarquardt):
@@ -355,7 +294,7 @@ def _remembered(
     return np.concatenate([state.memory_x, x[None]])[kept], np.concatenate([state.memory, jacobian[None]])[kept]
 
 
-def _gauss_newton(problem: _Problem, state: State, seen: _Seen, trust: float | None = None) -> np.ndarray:
+def _gauss_newton(problem: Problem, state: State, seen: Seen, trust: float | None = None) -> np.ndarray:
     """The step of :class:`LevenbergMarquardt`: as much of the way to the targets as the trust region has room for."""
     method, variables = problem.method, problem.variables
     assert isinstance(method, LevenbergMarquardt)
@@ -381,7 +320,7 @@ def _gauss_newton(problem: _Problem, state: State, seen: _Seen, trust: float | N
 
 
 def _of_optimizer(
-    method: Optax, variables: Variables, state: State, seen: _Seen
+    method: Optax, variables: Variables, state: State, seen: Seen
 ) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
     x = jnp.asarray(state.x)
     kind = jax.tree.structure(method.optimizer.init(x))
@@ -396,39 +335,7 @@ def _leaves(tree: Any) -> tuple[np.ndarray, ...]:
     return tuple(np.asarray(leaf) for leaf in jax.tree.leaves(tree))
 
 
-def _moves(state: State, seen: _Seen, tangent: Mapping[str, np.ndarray]) -> list[Unknowns]:
-    """Where each member's particles and cell go, to first order; nowhere where a member does not count."""
-    found = []
-    for eq, lin in zip(state.equilibria, seen.lins, strict=True):
-        value = None
-        if lin is not None:
-            response = jvp(lin, tangent, throw=False)
-            value = response.value if response.status.good else None
-        if value is None:
-            value = jnp.zeros_like(eq.positions)
-        found.append(value if isinstance(value, Unknowns) else Unknowns(value))
-    return found
-
-
-def _crossings(seen: _Seen, moves: Sequence[Unknowns], tangent: Mapping[str, np.ndarray]) -> tuple[float, int]:
-    """After what part of the step the first pair crosses a breakpoint, and how many do in all of it."""
-    times = [_times(lin, move, tangent) for lin, move in zip(seen.lins, moves, strict=True) if lin is not None]
-    first = min((float(np.min(t, initial=np.inf)) for t in times), default=np.inf)
-    return first, max((int(np.sum(t <= 1.0)) for t in times), default=0)
-
-
-def _times(lin: Linearization, move: Unknowns, tangent: Mapping[str, np.ndarray]) -> np.ndarray:
-    """When the pairs ahead cross a breakpoint along the step, of 1."""
-    system = lin.equilibrium.system
-    full = full_tangent(system, tangent)
-    strain = None if move.strain is None else from_mandel(jnp.asarray(move.strain))
-    velocity = move.positions if strain is None else move.positions - system.positions @ strain.T
-    found = contacts.crossings(system, velocity, full, lin.network.rattlers, strain)
-    times = np.asarray(found.times)
-    return times[(times >= 0) & np.isfinite(times)]
-
-
-def _first_trust(problem: _Problem, state: State, seen: _Seen) -> float:
+def _first_trust(problem: Problem, state: State, seen: Seen) -> float:
     """The radius at which a share of the contacts changes along the first step, to first order."""
     method = problem.method
     assert isinstance(method, LevenbergMarquardt)
@@ -437,45 +344,10 @@ def _first_trust(problem: _Problem, state: State, seen: _Seen) -> float:
     step = _gauss_newton(problem, state, seen, method.largest)
     tangent = problem.variables.tangent(state.x, step)
     parts = []
-    for lin, move in zip(seen.lins, _moves(state, seen, tangent), strict=True):
+    for lin, move in zip(seen.lins, moves(state, seen, tangent), strict=True):
         if lin is not None:
-            times = np.sort(_times(lin, move, tangent))
+            times = np.sort(crossing_times(lin, move, tangent))
             k = int(method.changes * float(lin.network.pairs))
             parts.append(times[k] if k < times.size else np.inf)
     part = min(1.0, float(np.median(parts))) if parts else 1.0
     return float(np.clip(part * np.max(np.abs(step), initial=0.0), 1e-4, method.largest))
-
-
-def _relaxed(
-    problem: _Problem, state: State, moves: Sequence[Unknowns], params: Mapping[str, np.ndarray]
-) -> tuple[list[Equilibrium], np.ndarray, np.ndarray]:
-    """The members relaxed at other parameters, from where linear response puts them: (minima, which relaxed, how far
-    each ended from there).
-    """
-    starts: list[System] = []
-    try:
-        for k, (eq, move) in enumerate(zip(state.equilibria, moves, strict=True)):
-            at = _predicted(eq, move) if problem.begun is None else problem.begun[k]
-            starts.append(at.with_params(params))
-    except InputError:  # the cell no longer holds the range of the interactions
-        nothing = np.zeros(len(state.equilibria))
-        return list(state.equilibria), nothing.astype(bool), nothing
-    equilibria = problem.relax(starts)
-    if problem.begun is not None:
-        return equilibria, np.ones(len(starts), bool), np.full(len(starts), np.nan)
-    strayed = [_strayed(start, eq) for start, eq in zip(starts, equilibria, strict=True)]
-    return equilibria, np.ones(len(starts), bool), np.array(strayed)
-
-
-def _predicted(eq: Equilibrium, move: Unknowns) -> System:
-    """A minimum's system, its particles and its cell moved."""
-    there = eq.positions + move.positions
-    if move.strain is None:
-        return eq.system.replace(positions=there)
-    return deformed(eq.system, from_mandel(jnp.asarray(move.strain)), eq.positions).replace(positions=there)
-
-
-def _strayed(start: System, eq: Equilibrium) -> float:
-    """The farthest that a particle came to rest from where it started, the mean motion aside, over the law's length."""
-    apart = np.asarray(nearest_image(eq.positions - start.positions, eq.system.box))
-    return float(np.max(np.linalg.norm(apart - np.median(apart, axis=0), axis=1))) / float(scales(start)[0])

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import minimize
 
-from mdsens._checks import real_number, short
+from mdsens._checks import check_positive, check_whole, short
 from mdsens.implicit.status import InputError
 
 __all__ = ["LevenbergMarquardt", "Optax", "bounded_step", "check_method"]
@@ -50,15 +50,11 @@ class LevenbergMarquardt:
     loosened: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("trust", "changes", "largest", "reach", "damping", "loosened"):
-            value = getattr(self, name)
-            if value is None and name == "trust":
-                continue
-            number = real_number(name, value, "give one number.")
-            if not (np.isfinite(number) and (number > 0 or (name == "loosened" and number == 0))):
-                raise InputError(f"{name} is {short(value)}: give a positive number.")
-        if not isinstance(self.memory, int) or self.memory < 0:
-            raise InputError(f"memory is {short(self.memory)}: give a whole number from 0.")
+        given = () if self.trust is None else ("trust",)
+        check_positive(self, (*given, "changes", "largest", "reach", "damping"))
+        if self.loosened != 0:
+            check_positive(self, ("loosened",))
+        check_whole(self, "memory")
 
     def __str__(self) -> str:
         return "Levenberg-Marquardt"

@@ -1,0 +1,153 @@
+"""The members of a design: what is measured on them, where a step takes them, and what they relax to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from mdsens import contacts
+from mdsens.boxes import nearest_image
+from mdsens.design._features import Feature, Measured, Target, measured
+from mdsens.design._history import State
+from mdsens.design._step import LevenbergMarquardt, Optax
+from mdsens.design._variables import Variables
+from mdsens.enthalpy import deformed
+from mdsens.implicit.status import InputError, Status
+from mdsens.linearization import Linearization, full_tangent, linearize
+from mdsens.relaxation import Equilibrium
+from mdsens.scales import scales
+from mdsens.sensitivity import jvp
+from mdsens.stationarity import Unknowns
+from mdsens.strains import from_mandel
+from mdsens.system import System
+
+__all__ = ["Problem", "Seen", "crossings", "crossing_times", "look", "moves", "relaxed"]
+
+HALF = 0.5  # of the members must count for a step to be taken
+
+
+class Problem(NamedTuple):
+    """What a design is of."""
+
+    targets: tuple[Target, ...]
+    features: tuple[Feature, ...]
+    variables: Variables
+    method: LevenbergMarquardt | Optax
+    relax: Callable[[Sequence[System]], list[Equilibrium]]
+    about: dict[str, Any]
+    begun: tuple[System, ...] | None
+
+
+class Seen(NamedTuple):
+    """What was measured on the members at one place: the means over those that count."""
+
+    lins: list[Linearization | None]
+    values: np.ndarray
+    jacobian: np.ndarray
+    status: np.ndarray
+
+    @property
+    def enough(self) -> bool:
+        return bool(np.mean(self.status == Status.CONVERGED.value) >= HALF)
+
+
+def look(problem: Problem, equilibria: Sequence[Equilibrium], x: np.ndarray, counts: np.ndarray) -> Seen:
+    """Measure the features and their Jacobian on the members that count."""
+    lins: list[Linearization | None] = []
+    found: list[Measured] = []
+    status = np.full(len(equilibria), Status.NOT_CONVERGED.value)
+    for k, eq in enumerate(equilibria):
+        lins.append(None)
+        if not counts[k]:
+            continue
+        status[k] = int(eq.status)
+        if not Status(int(eq.status)).good:
+            continue
+        lin = linearize(eq, throw=False)
+        if Status(int(lin.status)).good:
+            seen = measured(problem.features, lin)
+            status[k] = seen.status.value if not seen.status.good else Status.CONVERGED.value
+            if not np.isfinite(seen.values).all():
+                status[k] = Status.NOT_FINITE.value
+            if status[k] == Status.CONVERGED.value:
+                lins[k] = lin
+                found.append(seen)
+        else:
+            status[k] = int(lin.status)
+    if not found:
+        nothing = np.full(len(problem.features), np.nan)
+        return Seen(lins, nothing, np.full((nothing.size, x.size), np.nan), status)
+    values = np.mean([seen.values for seen in found], axis=0)
+    jacobians = [problem.variables.pulled(x, seen.slopes) for seen in found]
+    jacobian = np.mean(jacobians, axis=0) if problem.begun is None else np.median(jacobians, axis=0)
+    return Seen(lins, values, jacobian, status)
+
+
+def moves(state: State, seen: Seen, tangent: Mapping[str, np.ndarray]) -> list[Unknowns]:
+    """Where each member's particles and cell go, to first order; nowhere where a member does not count."""
+    found = []
+    for eq, lin in zip(state.equilibria, seen.lins, strict=True):
+        value = None
+        if lin is not None:
+            response = jvp(lin, tangent, throw=False)
+            value = response.value if response.status.good else None
+        if value is None:
+            value = jnp.zeros_like(eq.positions)
+        found.append(value if isinstance(value, Unknowns) else Unknowns(value))
+    return found
+
+
+def crossings(seen: Seen, moves: Sequence[Unknowns], tangent: Mapping[str, np.ndarray]) -> tuple[float, int]:
+    """After what part of the step the first pair crosses a breakpoint, and how many do in all of it."""
+    times = [crossing_times(lin, move, tangent) for lin, move in zip(seen.lins, moves, strict=True) if lin is not None]
+    first = min((float(np.min(t, initial=np.inf)) for t in times), default=np.inf)
+    return first, max((int(np.sum(t <= 1.0)) for t in times), default=0)
+
+
+def crossing_times(lin: Linearization, move: Unknowns, tangent: Mapping[str, np.ndarray]) -> np.ndarray:
+    """When the pairs ahead cross a breakpoint along the step, of 1."""
+    system = lin.equilibrium.system
+    full = full_tangent(system, tangent)
+    strain = None if move.strain is None else from_mandel(jnp.asarray(move.strain))
+    velocity = move.positions if strain is None else move.positions - system.positions @ strain.T
+    found = contacts.crossings(system, velocity, full, lin.network.rattlers, strain)
+    times = np.asarray(found.times)
+    return times[(times >= 0) & np.isfinite(times)]
+
+
+def relaxed(
+    problem: Problem, state: State, moves: Sequence[Unknowns], params: Mapping[str, np.ndarray]
+) -> tuple[list[Equilibrium], np.ndarray, np.ndarray]:
+    """The members relaxed at other parameters, from where linear response puts them: (minima, which relaxed, how far
+    each ended from there).
+    """
+    starts: list[System] = []
+    try:
+        for k, (eq, move) in enumerate(zip(state.equilibria, moves, strict=True)):
+            at = _predicted(eq, move) if problem.begun is None else problem.begun[k]
+            starts.append(at.with_params(params))
+    except InputError:  # the cell no longer holds the range of the interactions
+        nothing = np.zeros(len(state.equilibria))
+        return list(state.equilibria), nothing.astype(bool), nothing
+    equilibria = problem.relax(starts)
+    if problem.begun is not None:
+        return equilibria, np.ones(len(starts), bool), np.full(len(starts), np.nan)
+    strayed = [_strayed(start, eq) for start, eq in zip(starts, equilibria, strict=True)]
+    return equilibria, np.ones(len(starts), bool), np.array(strayed)
+
+
+def _predicted(eq: Equilibrium, move: Unknowns) -> System:
+    """A minimum's system, its particles and its cell moved."""
+    there = eq.positions + move.positions
+    if move.strain is None:
+        return eq.system.replace(positions=there)
+    return deformed(eq.system, from_mandel(jnp.asarray(move.strain)), eq.positions).replace(positions=there)
+
+
+def _strayed(start: System, eq: Equilibrium) -> float:
+    """The farthest that a particle came to rest from where it started, the mean motion aside, over the law's length."""
+    apart = np.asarray(nearest_image(eq.positions - start.positions, eq.system.box))
+    return float(np.max(np.linalg.norm(apart - np.median(apart, axis=0), axis=1))) / float(scales(start)[0])
