@@ -34,16 +34,13 @@ from mdsens.implicit.operators import Auto, Method
 from mdsens.implicit.status import InputError, SolveStats, Status, raise_for_status
 from mdsens.linearization import Linearization, linearised
 from mdsens.relaxation import Equilibrium
-from mdsens.scales import scales
+from mdsens.scales import unrelaxed
 from mdsens.stationarity import Unknowns, hessian_operator, linearisation, max_force
 from mdsens.strains import basis, forces_of_strain, from_mandel, stiffness_along, strain_slope, to_mandel
 from mdsens.system import System
 
 __all__ = ["Isotropic", "Moduli", "directional", "gradient", "isotropic", "mandel", "moduli", "value_and_gradient"]
 __all__ += ["voigt"]
-
-
-RELAXED = 1e-4  # of the mean contact force: a larger force left is that of no minimum
 
 
 class Isotropic(NamedTuple):
@@ -329,9 +326,7 @@ def _of_system(system: System, solve: Method) -> Moduli:
         return x.positions, stats
 
     motion, stats = jax.vmap(one)(jnp.asarray(basis(system.dimension), system.positions.dtype))
-    length, stiffness = scales(still)
     code = jnp.where(jnp.all(net.rattlers), Status.UNJAMMED.value, Status.CONVERGED.value)
-    unrelaxed = left > RELAXED * jnp.where(net.mean_force > 0, net.mean_force, length * stiffness)
-    code = jnp.where(unrelaxed, Status.NOT_CONVERGED.value, code)
+    code = jnp.where(unrelaxed(still, left, net.mean_force), Status.NOT_CONVERGED.value, code)
     stats = dataclasses.replace(stats, status=jnp.where(code > 0, code, stats.status))
     return _with_motion(held, motion, stats)

@@ -29,7 +29,7 @@ from mdsens.implicit.operators import Method
 from mdsens.implicit.status import InputError, Status, raise_for_status
 from mdsens.linearization import Linearization, linearised
 from mdsens.relaxation import Equilibrium
-from mdsens.scales import scales
+from mdsens.scales import doubtful_stiffness, scales, unrelaxed
 from mdsens.stationarity import NullSpace, Unknowns, dense_hessian, linearisation, max_force
 from mdsens.stiffness import Stiffness, participation
 from mdsens.system import System, potential_energy
@@ -37,11 +37,9 @@ from mdsens.system import System, potential_energy
 __all__ = ["Softest", "gradient", "smallest_stiffness", "stiffness"]
 
 EQUAL = 1e-6  # of an eigenvalue: nearer ones are taken as equal, which a crystal's are to round-off of its positions
-MARGIN = 10.0  # of the force left over the law's length: the stiffness that it can make or take, as in certify
 SPARE = 4  # eigenvalues asked for beyond those wanted, to see the gap
 MOST = 200  # beyond those wanted: of that many equal ones nothing is said
 LOOK = 48  # likewise in traced code, whose shapes are fixed
-RELAXED = 1e-4  # of the mean contact force: a larger force left is that of no minimum
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -171,7 +169,7 @@ def _softest(lin: Linearization, count: int, accuracy: float) -> Softest:
         return Softest(*nothing, np.inf, 0.0, np.zeros(1), status, "none")
     stiffness = Stiffness(system, lin.null) if lin.stiffness is None else lin.stiffness
     length = float(scales(system)[0])
-    floor = MARGIN * largest_force / length
+    floor = doubtful_stiffness(system, largest_force)
     dense = system.positions.size <= DENSE_SIZE  # where every eigenvalue is computed, whatever is asked for
     ask = min(count + (MOST if dense else SPARE), left)
     while True:
@@ -286,10 +284,8 @@ def _of_system(system: System, count: int, has_aux: bool) -> Any:
     if not has_aux:
         return _mean(held, null, count)
     status = _modes(jax.lax.stop_gradient(held), null, count)[2]
-    length, firm = scales(still)
-    unrelaxed = left > RELAXED * jnp.where(net.mean_force > 0, net.mean_force, length * firm)
     status = jnp.where(jnp.all(net.rattlers), Status.UNJAMMED.value, status)
-    status = jnp.where(unrelaxed, Status.NOT_CONVERGED.value, status)
+    status = jnp.where(unrelaxed(still, left, net.mean_force), Status.NOT_CONVERGED.value, status)
     return _mean(held, null, count), status.astype(jnp.int32)
 
 

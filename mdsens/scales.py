@@ -12,9 +12,11 @@ import numpy as np
 from mdsens.stationarity import Unknowns, gradient
 from mdsens.system import System
 
-__all__ = ["Limits", "largest_stiffness", "round_off", "scales"]
+__all__ = ["Limits", "doubtful_stiffness", "largest_stiffness", "round_off", "scales", "unrelaxed"]
 
 POWERS = 20  # of the Hessian, in a power iteration
+MARGIN = 10.0  # of the force left over the law's length: the stiffness that it can make or take
+RELAXED = 1e-4  # of the mean contact force: a larger force left is that of no minimum
 
 
 @jax.jit
@@ -109,3 +111,17 @@ class Limits(NamedTuple):
         length, stiffness = scale
         longest = method.max_step * length
         return cls(longest, method.force_limit(longest, stiffness), stiffness)
+
+
+def unrelaxed(system: System, left: jax.Array, mean_force: jax.Array) -> jax.Array:
+    """Whether the largest force left is that of no minimum: told by the contacts' mean force, or the law's own units.
+
+    Traceable, for what is given a System without the status of its relaxation.
+    """
+    length, stiffness = scales(system)
+    return left > RELAXED * jnp.where(mean_force > 0, mean_force, length * stiffness)
+
+
+def doubtful_stiffness(system: System, left: float) -> float:
+    """The stiffness below which the force left can make or take a mode's, so that its sign is not known."""
+    return MARGIN * float(left) / float(scales(system)[0])

@@ -18,7 +18,7 @@ from mdsens.implicit.eigen import Spectrum
 from mdsens.implicit.status import ConvergenceError, InputError, Status
 from mdsens.linearization import Linearization, full_tangent, linearize
 from mdsens.relaxation import Equilibrium
-from mdsens.scales import round_off, scales
+from mdsens.scales import doubtful_stiffness, round_off, scales
 from mdsens.stationarity import Unknowns, linearisation
 from mdsens.stiffness import Stiffness, participation
 from mdsens.system import System
@@ -27,7 +27,6 @@ __all__ = ["certify"]
 
 Params = Mapping[str, Any]
 RESOLVED = 10.0  # of round-off: motion below it is not resolved
-MARGIN = 10.0  # of the force left over the law's length: the stiffness that it can make or take
 INACCURATE = 0.1  # of the derivative: where its error is larger, no digit is known
 
 
@@ -130,7 +129,7 @@ def certify(
     finite = bool(np.isfinite(np.asarray(system.positions)).all())
     free, translations, rotations = null.dimensions(system.dimension) if finite else (0, 0, 0)
     if finite and not loose.all():
-        spectrum = stiffness.lowest(modes, MARGIN * float(eq.max_force) / float(scales(system)[0]))
+        spectrum = stiffness.lowest(modes, doubtful_stiffness(system, float(eq.max_force)))
     else:
         nothing = np.zeros(0), np.zeros((system.positions.size, 0)), np.zeros(0)
         spectrum = Spectrum(*nothing, 0.0, 0, 0, 0, 0.0, True, "none")
