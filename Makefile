@@ -67,17 +67,12 @@ lint: $(installed_dev)
 notebooks: export MDSENS_NOTEBOOK_SEEDS ?= 12
 # Less time to compile, a sixth of the whole; flags of the jax that Python 3.11 gets.
 notebooks: export XLA_FLAGS ?= $(if $(filter 3.11.%,$(version)),--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1)
+# Two at a time, the last one first: it and the one that runs longest do not then wait for each other.
 notebooks: $(installed)
 	@rm -rf $(scratch) && mkdir -p $(scratch)
-	@failed=; \
-	for notebook in notebooks/*.ipynb; do \
-	  [ -e "$$notebook" ] || { echo 'notebooks: there is none to run'; break; }; \
-	  began=$$(date +%s); cp "$$notebook" $(scratch)/; \
-	  echo "$$notebook ..."; \
-	  $(bin)/jupyter execute --inplace --kernel_name=python3 --timeout=300 "$(scratch)/$${notebook##*/}" \
-	    && echo "$$notebook: ran in $$(( $$(date +%s) - began )) s" || failed="$$failed $$notebook"; \
-	done; \
-	[ -z "$$failed" ] || { echo "notebooks: failed:$$failed" >&2; exit 1; }
+	@ls -r notebooks/*.ipynb | xargs -P 2 -I % sh -c 'began=$$(date +%s); cp % $(scratch)/; \
+	  $(bin)/jupyter execute --inplace --kernel_name=python3 --timeout=300 "$(scratch)/$$(basename %)" \
+	    && echo "%: ran in $$(( $$(date +%s) - began )) s" || { echo "%: failed" >&2; exit 1; }'
 
 check: test lint notebooks
 

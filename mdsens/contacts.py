@@ -20,7 +20,7 @@ from mdsens.laws import PairTerm
 from mdsens.slopes import row_terms
 from mdsens.system import System, box_at, pair_distances, pair_terms, potential_energy
 
-__all__ = ["Crossing", "Network", "backbone", "coordination", "crossings", "network", "pair_forces"]
+__all__ = ["Crossing", "Network", "backbone", "coordination", "crossings", "gap_rate", "network", "pair_forces"]
 
 FORCE_MARGIN = 10.0  # contacts carry this many times the largest net force
 STIFFNESS_FLOOR = 1e-12  # of the stiffest pair; below it a pair holds nothing
@@ -282,6 +282,19 @@ class Crossing(NamedTuple):
         return (i, j), bool(self.inside[k]), float(self.lengths[k])
 
 
+def _gaps(
+    system: System, velocity: jax.Array, dparams: Mapping[str, Any], strain: jax.Array | None
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """b - r of each term's pairs and breakpoints (k, m), and how fast it changes."""
+
+    def gaps(positions: jax.Array, params: Any, strain: Any) -> list[jax.Array]:
+        box = box_at(system, params)
+        return [t.lengths() - pair_distances(t, positions, box, strain) for t in pair_terms(system, params)]
+
+    here = system.positions, dict(system.params), None if strain is None else jnp.zeros_like(strain)
+    return jax.jvp(gaps, here, (velocity, dict(dparams), strain))
+
+
 @jax.jit
 def crossings(
     system: System,
@@ -302,13 +315,7 @@ def crossings(
       strain: (d, d) rate at which the cell strains, and its particles with it; ``velocity`` is then that from their
         affine places.
     """
-
-    def gaps(positions: jax.Array, params: Any, strain: Any) -> list[jax.Array]:
-        box = box_at(system, params)
-        return [t.lengths() - pair_distances(t, positions, box, strain) for t in pair_terms(system, params)]
-
-    here = system.positions, dict(system.params), None if strain is None else jnp.zeros_like(strain)
-    now, rates = jax.jvp(gaps, here, (velocity, dict(dparams), strain))
+    now, rates = _gaps(system, velocity, dparams, strain)
     times, firsts, seconds, inside = [jnp.zeros(0)], [jnp.zeros(0, jnp.int32)], [jnp.zeros(0, jnp.int32)], []
     lengths = [jnp.zeros(0)]
     for term, gap, rate in zip(pair_terms(system), now, rates, strict=True):
@@ -321,3 +328,23 @@ def crossings(
     pairs = jnp.stack([jnp.concatenate(firsts), jnp.concatenate(seconds)], axis=1)
     sides = jnp.concatenate([jnp.zeros(0, bool), *inside])
     return Crossing(jnp.concatenate(times), pairs, sides, jnp.concatenate(lengths))
+
+
+@jax.jit
+def gap_rate(
+    system: System,
+    velocity: jax.Array,
+    dparams: Mapping[str, Any],
+    rattlers: jax.Array,
+    strain: jax.Array | None = None,
+) -> jax.Array:
+    """How fast interacting pairs move towards or away from their breakpoints: the root mean square of d(r - b)/dt.
+
+    The arguments are those of :func:`crossings`. 0 of a law without breakpoints.
+    """
+    now, rates = _gaps(system, velocity, dparams, strain)
+    total, count = jnp.zeros(()), jnp.zeros(())
+    for term, gap, rate in zip(pair_terms(system), now, rates, strict=True):
+        near = (gap > 0) & term.mask & ~rattlers[term.i] & ~rattlers[term.j]
+        total, count = total + jnp.sum(jnp.where(near, rate**2, 0.0)), count + jnp.sum(near)
+    return jnp.sqrt(total / jnp.maximum(count, 1))

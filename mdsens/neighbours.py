@@ -264,8 +264,10 @@ def within(positions: jax.Array, anchors: jax.Array | None, distance: jax.Array)
 def _still_complete(
     neighbours: Neighbours, positions: jax.Array, box: jax.Array | None, lengths: Lengths, range_: jax.Array
 ) -> jax.Array:
-    found = within(positions, *slack(neighbours, box, range_))
-    for then, now in zip(neighbours.given or (), jax.tree.leaves(lengths), strict=True):
+    found, leaves = within(positions, *slack(neighbours, box, range_)), jax.tree.leaves(lengths)
+    if neighbours.given is not None and len(neighbours.given) != len(leaves):
+        return jnp.zeros((), bool)  # made for another law
+    for then, now in zip(neighbours.given or leaves, leaves, strict=True):
         found = found & jnp.all(then == now)
     return found
 

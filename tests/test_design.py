@@ -355,6 +355,8 @@ def test_bad_design_files_are_named(tmp_path: Path, old: str, new: str, said: st
         (lambda: Target(3, 0.1, 1e-3), "give a name such as"),
         (lambda: LevenbergMarquardt(trust=-1.0), "trust"),
         (lambda: LevenbergMarquardt(memory=-1), "memory"),
+        (lambda: LevenbergMarquardt(widths=(3.0, -1.0)), "widths"),
+        (lambda: LevenbergMarquardt(widths=3.0), "widths"),  # type: ignore[arg-type]
         (lambda: Optax("adam"), "optimizer"),
         (lambda: fit([], ms.load_system("dimer"), "sigma"), "targets is empty"),
         (

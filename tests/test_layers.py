@@ -31,7 +31,7 @@ ORDER = [
     ["_checks", "_memory", "_members", "_progress"],
     # the physics: what a system is
     ["laws", "boxes"],
-    ["potentials"],
+    ["potentials", "smoothing"],
     ["neighbours"],
     ["system"],
     ["slopes", "strains"],

@@ -22,16 +22,18 @@ from mdsens._checks import short
 from mdsens._progress import Trials
 from mdsens.design._features import Target
 from mdsens.design._history import Design, State, Step
-from mdsens.design._members import Problem, Seen, crossing_times, crossings, look, moves, relaxed
+from mdsens.design._members import Problem, Seen, crossing_times, crossings, look, moves, pair_motion, relaxed, softened
 from mdsens.design._step import LevenbergMarquardt, Optax, bounded_step, check_method
 from mdsens.design._variables import Free, Variables
 from mdsens.implicit.status import ConvergenceError, InputError, Status
 from mdsens.relaxation import Equilibrium, minimize
+from mdsens.scales import scales
 from mdsens.system import System, stack, unstack
 
 __all__ = ["fit", "hold"]
 
 STRAYED = 0.1  # of the law's length: farther from where linear response puts a particle, it is a rearrangement
+WIDEST = 0.2  # of the law's length: over more, no law is averaged
 SMALLEST = 1e-6  # radius of a trust region: below, the design has stagnated
 GROW, SHRINK = 1.7, 0.6  # of the trust region
 PARTS = 12  # tries of a part of the way that fits into it
@@ -294,14 +296,44 @@ def _remembered(
     return np.concatenate([state.memory_x, x[None]])[kept], np.concatenate([state.memory, jacobian[None]])[kept]
 
 
-def _gauss_newton(problem: Problem, state: State, seen: Seen, trust: float | None = None) -> np.ndarray:
-    """The step of :class:`LevenbergMarquardt`: as much of the way to the targets as the trust region has room for."""
+def _gauss_newton(problem: Problem, state: State, seen: Seen) -> np.ndarray:
+    """The step of :class:`LevenbergMarquardt`."""
+    method = problem.method
+    assert isinstance(method, LevenbergMarquardt)
+    far = np.max(np.abs(state.memory_x - state.x), axis=1, initial=0.0)
+    models = [seen.jacobian, *state.memory[far <= method.reach * state.trust]]
+    step = _least_step(problem, state, seen, models, state.trust)
+    if not method.widths or problem.begun is not None:
+        return step
+    try:
+        for minima in _softened(problem, state, seen, step):
+            soft = look(problem, minima, state.x, state.counts)
+            if soft.enough:
+                models.append(soft.jacobian)
+    except InputError:  # the cell has no room for pairs that far apart
+        return step
+    return _least_step(problem, state, seen, models, state.trust)
+
+
+def _softened(problem: Problem, state: State, seen: Seen, step: np.ndarray) -> list[tuple[Equilibrium, ...]]:
+    """The members' minima with their laws averaged over multiples of what pairs move in a step of the trust region."""
+    method = problem.method
+    assert isinstance(method, LevenbergMarquardt)
+    tangent = problem.variables.tangent(state.x, step)
+    motion = pair_motion(seen, moves(state, seen, tangent), tangent)
+    if not motion > 0:  # no law has a breakpoint
+        return []
+    motion *= state.trust / float(np.max(np.abs(step)))
+    widest = WIDEST * float(scales(state.equilibria[0].system)[0])
+    widths = sorted({min(width * motion, widest) for width in method.widths})
+    return list(zip(*(softened(eq, widths, widest) for eq in state.equilibria), strict=True))
+
+
+def _least_step(problem: Problem, state: State, seen: Seen, models: Sequence[np.ndarray], radius: float) -> np.ndarray:
+    """The least step that the models agree on, as much of the way to the targets as the trust region has room for."""
     method, variables = problem.method, problem.variables
     assert isinstance(method, LevenbergMarquardt)
-    radius = state.trust if trust is None else trust
     bands = _bands(state, seen.values, method.loosened)
-    far = np.max(np.abs(state.memory_x - state.x), axis=1, initial=0.0)
-    models = [seen.jacobian, *state.memory[far <= method.reach * radius]]
     left = state.wanted - seen.values
     near = np.abs(left) <= state.tolerance
     A = np.concatenate([J / bands[:, None] for J in models])
@@ -341,7 +373,7 @@ def _first_trust(problem: Problem, state: State, seen: Seen) -> float:
     assert isinstance(method, LevenbergMarquardt)
     if method.trust is not None:
         return float(method.trust)
-    step = _gauss_newton(problem, state, seen, method.largest)
+    step = _least_step(problem, state, seen, [seen.jacobian], method.largest)
     tangent = problem.variables.tangent(state.x, step)
     parts = []
     for lin, move in zip(seen.lins, moves(state, seen, tangent), strict=True):

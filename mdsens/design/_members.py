@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mdsens import contacts
 from mdsens.boxes import nearest_image
+from mdsens.contacts import pair_forces
 from mdsens.design._features import Feature, Measured, Target, measured
 from mdsens.design._history import State
 from mdsens.design._step import LevenbergMarquardt, Optax
@@ -20,11 +23,12 @@ from mdsens.linearization import Linearization, full_tangent, linearize
 from mdsens.relaxation import Equilibrium
 from mdsens.scales import scales
 from mdsens.sensitivity import jvp
+from mdsens.smoothing import smoothed
 from mdsens.stationarity import Unknowns
 from mdsens.strains import from_mandel
-from mdsens.system import System
+from mdsens.system import System, pair_terms
 
-__all__ = ["Problem", "Seen", "crossings", "crossing_times", "look", "moves", "relaxed"]
+__all__ = ["Problem", "Seen", "crossings", "crossing_times", "look", "moves", "pair_motion", "relaxed", "softened"]
 
 HALF = 0.5  # of the members must count for a step to be taken
 
@@ -109,13 +113,59 @@ def crossings(seen: Seen, moves: Sequence[Unknowns], tangent: Mapping[str, np.nd
 
 def crossing_times(lin: Linearization, move: Unknowns, tangent: Mapping[str, np.ndarray]) -> np.ndarray:
     """When the pairs ahead cross a breakpoint along the step, of 1."""
+    times = np.asarray(contacts.crossings(*_path(lin, move, tangent)).times)
+    return times[(times >= 0) & np.isfinite(times)]
+
+
+def _path(lin: Linearization, move: Unknowns, tangent: Mapping[str, np.ndarray]) -> tuple[Any, ...]:
+    """The step as ``contacts`` takes it: system, velocity, parameters, rattlers, strain."""
     system = lin.equilibrium.system
     full = full_tangent(system, tangent)
     strain = None if move.strain is None else from_mandel(jnp.asarray(move.strain))
     velocity = move.positions if strain is None else move.positions - system.positions @ strain.T
-    found = contacts.crossings(system, velocity, full, lin.network.rattlers, strain)
-    times = np.asarray(found.times)
-    return times[(times >= 0) & np.isfinite(times)]
+    return system, velocity, full, lin.network.rattlers, strain
+
+
+def pair_motion(seen: Seen, moves: Sequence[Unknowns], tangent: Mapping[str, np.ndarray]) -> float:
+    """How far pairs come nearer to their breakpoints in a step, or leave them: a root mean square, a length."""
+    rates = [
+        float(contacts.gap_rate(*_path(lin, move, tangent)))
+        for lin, move in zip(seen.lins, moves, strict=True)
+        if lin is not None
+    ]
+    return float(np.median(rates)) if rates else 0.0
+
+
+def softened(eq: Equilibrium, widths: Sequence[float], widest: float) -> list[Equilibrium]:
+    """A minimum with its pair laws averaged over widths, held by what forces that leaves: its derivatives are those of
+    a landscape without the bends that are narrower.
+
+    Raises:
+      InputError: the cell has no room for pairs as far apart as ``widest`` makes them.
+    """
+    law = eq.system.potential
+    roomy = eq.system.replace(potential=smoothed(law, widest)).reallocate(keep=True)  # one list, one shape, for all
+    found = []
+    for width in widths:
+        soft = roomy.replace(potential=smoothed(law, width))
+        still = jnp.maximum(eq.max_force, 0.1 * _touching_force(soft))
+        found.append(dataclasses.replace(eq, system=soft, max_force=still))
+    return found
+
+
+@jax.jit
+def _touching_force(system: System) -> jax.Array:
+    """The largest force of a smoothed pair at its law's own range: what is weaker is no contact of that law."""
+    found = jnp.zeros(())
+    if not system.potential.repulsive:
+        return found
+    for term in pair_terms(system):
+        width = term.values[-1]
+        reach = system.potential.lengths(
+            system.params, system.neighbours.pairs, system.n, system.species, system.species_count
+        )
+        found += jnp.max(jnp.where(term.mask, jnp.abs(pair_forces(term, reach - width)), 0.0), initial=0.0)
+    return found
 
 
 def relaxed(

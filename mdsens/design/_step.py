@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 from scipy.optimize import minimize
 
-from mdsens._checks import check_positive, check_whole, short
+from mdsens._checks import check_positive, check_whole, real_number, short
 from mdsens.implicit.status import InputError
 
 __all__ = ["LevenbergMarquardt", "Optax", "bounded_step", "check_method"]
+
+NUMBERS = "give a tuple of positive numbers, or ()."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +28,9 @@ class LevenbergMarquardt:
     One of the J_k is the Jacobian at x; the others were met near x a few steps ago, tried and refused ones among them.
     The features of a packing bend, or jump, where a contact changes, so that the Jacobian here says nothing of the
     other side; a step that the Jacobians of both sides agree on passes along the bend, where steps on one alone are
-    refused back and forth until the trust region is nothing.
+    refused back and forth until the trust region is nothing. Others yet are Jacobians at x of the same particles with
+    laws that are averaged over a width of r (:mod:`mdsens.smoothing`), for pairs just within and just beyond contact
+    alike: with them, no step is made for what a single contact that has just formed seems to promise.
 
     Attributes:
       trust: the first radius of the trust region, the largest change of a variable (for one that varies by its
@@ -48,6 +52,7 @@ class LevenbergMarquardt:
     reach: float = 3.0
     damping: float = 0.03
     loosened: float = 0.1
+    widths: tuple[float, ...] = (24.0, 12.0, 6.0, 3.0)
 
     def __post_init__(self) -> None:
         given = () if self.trust is None else ("trust",)
@@ -55,6 +60,12 @@ class LevenbergMarquardt:
         if self.loosened != 0:
             check_positive(self, ("loosened",))
         check_whole(self, "memory")
+        if not isinstance(self.widths, tuple | list):
+            raise InputError(f"{type(self).__name__}(widths={short(self.widths)}): {NUMBERS}")
+        widths = tuple(real_number("widths", width, NUMBERS) for width in self.widths)
+        if not all(0 < width < np.inf for width in widths):
+            raise InputError(f"{type(self).__name__}(widths={short(self.widths)}): {NUMBERS}")
+        object.__setattr__(self, "widths", widths)
 
     def __str__(self) -> str:
         return "Levenberg-Marquardt"

@@ -1,0 +1,121 @@
+"""Laws averaged over a width of r: their derivatives against quadrature of the law's own."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.integrate import quad
+
+import mdsens as ms
+from mdsens.contacts import pair_forces
+from mdsens.design import Free, LevenbergMarquardt, Target, fit
+from mdsens.design._members import softened
+from mdsens.smoothing import SmoothedLaw, smoothed
+from mdsens.system import pair_terms
+
+WIDTH = 0.03
+LAWS = {
+    "harmonic": (ms.potentials.soft_sphere(), {"sigma": 1.0, "epsilon": 1.3, "alpha": 2.0}),
+    "Hertzian": (ms.potentials.soft_sphere(), {"sigma": 1.0, "epsilon": 1.3, "alpha": 2.5}),
+    "Lennard-Jones": (ms.potentials.lennard_jones(1.1, 1.3), {"sigma": 1.0, "epsilon": 0.7}),
+}
+
+
+def dimer(law: Any, params: Any, r: float) -> ms.System:
+    return ms.System.create([[0.0, 0.0], [r, 0.0]], None, law, params)
+
+
+@pytest.mark.parametrize("name", LAWS)
+@pytest.mark.parametrize("r", [0.9, 0.98, 1.01, 1.02, 1.29])
+def test_slopes_are_the_averages_of_the_law_s(name: str, r: float) -> None:
+    law, params = LAWS[name]
+    (term,) = pair_terms(dimer(law, params, r))
+    (soft,) = pair_terms(dimer(smoothed(law, WIDTH), params, r))
+    point = jnp.asarray([r])
+
+    def slope(s: jax.Array, term: Any = term) -> jax.Array:
+        return jax.grad(lambda x: term.phi(x, *[v.ravel()[0] for v in term.values]))(s)
+
+    points = [b for b in (1.0, 1.1, 1.3) if abs(b - r) < WIDTH] or None
+    force = quad(lambda s: float(slope(jnp.asarray(s))), r - WIDTH, r + WIDTH, points=points, epsabs=1e-12)[0]
+    assert np.abs(pair_forces(soft, point)).max() == pytest.approx(abs(force) / (2 * WIDTH), rel=1e-9, abs=1e-12)
+    stiffness = jax.grad(lambda s: jax.grad(lambda x: soft.energy(x).sum())(s).sum())(point)
+    ends = (float(slope(jnp.asarray(r + WIDTH))) - float(slope(jnp.asarray(r - WIDTH)))) / (2 * WIDTH)
+    assert float(stiffness.sum()) == pytest.approx(ends, rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_derivatives_by_parameters_are_those_of_the_smoothed_slope(name: str) -> None:
+    law, params = LAWS[name]
+    at, h = dimer(smoothed(law, WIDTH), params, 0.99), 1e-6
+
+    def force(sigma: jax.Array) -> jax.Array:
+        inside = {**at.params, "sigma": sigma}
+        return jax.grad(lambda R: sum(t.energy(distance(R)).sum() for t in pair_terms(at, inside)))(at.positions)[0, 0]
+
+    def distance(R: jax.Array) -> jax.Array:
+        return jnp.linalg.norm(R[1] - R[0])[None]
+
+    sigma = at.params["sigma"]
+    assert float(jax.grad(force)(sigma)) == pytest.approx(
+        float((force(sigma + h) - force(sigma - h)) / (2 * h)), rel=1e-5
+    )
+
+
+def test_a_sum_smooths_its_pair_laws_alone() -> None:
+    bonds = ms.potentials.harmonic_bonds([[0, 1]])
+    law = smoothed(ms.potentials.soft_sphere() + bonds, 0.1)
+    assert isinstance(law.laws[0], SmoothedLaw) and law.laws[1] is bonds
+    assert smoothed(bonds, 0.1) is bonds
+    assert float(smoothed(ms.potentials.soft_sphere(), 0.1).range({"sigma": 1.0, "epsilon": 1.0, "alpha": 2.0})) == 1.1
+
+
+def test_a_narrow_average_has_the_derivatives_of_the_law() -> None:
+    eq = ms.minimize(ms.load_system("polydisperse_2d", count=64, seed=1), progress=False)
+    (soft,) = softened(eq, [1e-7], 1e-7)
+    for of in (lambda m: m.poisson, lambda m: m.bulk):
+        ours, law = (np.asarray(ms.elasticity.gradient(of, at).value["sigma"]) for at in (soft, eq))
+        np.testing.assert_allclose(ours, law, atol=1e-5 * np.abs(law).max())
+
+
+def test_a_contact_that_is_about_to_form_has_a_derivative() -> None:
+    """At alpha = 2 the energy of a pair a hair beyond contact knows nothing of the other; averaged, it stiffens."""
+    law, params = LAWS["harmonic"]
+
+    def stiffness_slope(of: Any) -> float:
+        (term,) = pair_terms(dimer(of, params, 1.01))
+
+        def stiffness(s: jax.Array) -> jax.Array:
+            return jax.grad(jax.grad(lambda x: term.phi(x, *[v.ravel()[0] for v in term.values])))(s)
+
+        return float(jax.grad(stiffness)(jnp.asarray(1.01)))
+
+    assert stiffness_slope(law) == 0.0
+    assert stiffness_slope(smoothed(law, WIDTH)) == pytest.approx(-1.3 / (2 * WIDTH))
+
+
+def test_what_barely_touches_holds_nothing() -> None:
+    """Pairs that only the width brings together are no contacts, so that no rattler turns into a soft mode."""
+    eq = ms.minimize(ms.load_system("seed_packing_2d", seed=2, box={"packing_fraction": 0.87}), progress=False)
+    (soft,) = softened(eq, [0.02], 0.02)
+    rattlers, loose = (np.asarray(ms.contacts.network(e.system, e.max_force).rattlers) for e in (eq, soft))
+    assert rattlers.any() and loose[rattlers].all()
+
+
+def test_a_cell_without_room_for_wider_pairs_is_designed_without_them() -> None:
+    start = ms.load_system("polydisperse_2d", count=12, seed=0)
+    assert start.box is not None and float(start.range) * 1.2 > 0.5 * float(start.box[0, 0])
+    wanted = Target("pressure", -1e-3, 1e-4, from_start=True)
+    wide = LevenbergMarquardt()
+    ours = [fit(wanted, start, {"sigma": Free(within=0.3)}, method=m, progress=False) for m in (wide, bare(wide))]
+    assert ours[0].status is ours[1].status is ms.Status.CONVERGED
+    np.testing.assert_array_equal(ours[0].params["sigma"], ours[1].params["sigma"])
+
+
+def bare(method: LevenbergMarquardt) -> LevenbergMarquardt:
+    return dataclasses.replace(method, widths=())
