@@ -68,6 +68,7 @@ ORDER = [
     ["design._features", "design._variables", "design._step"],
     ["design._history", "design._response"],
     ["design._members"],
+    ["design._proposal"],
     ["design._fit"],
     ["design"],
     # the edges: files, structures, figures, the terminal

@@ -14,7 +14,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -22,21 +21,18 @@ from mdsens._checks import short
 from mdsens._progress import Trials
 from mdsens.design._features import Target
 from mdsens.design._history import Design, State, Step
-from mdsens.design._members import Problem, Seen, crossing_times, crossings, look, moves, pair_motion, relaxed, softened
-from mdsens.design._step import LevenbergMarquardt, Optax, bounded_step, check_method
+from mdsens.design._members import Problem, Seen, crossings, look, moves, relaxed
+from mdsens.design._proposal import bands_of, first_trust, gauss_newton, leaves, next_trust, of_optimizer, remembered
+from mdsens.design._step import LevenbergMarquardt, Optax, check_method
 from mdsens.design._variables import Free, Variables
 from mdsens.implicit.status import ConvergenceError, InputError, Status
 from mdsens.relaxation import Equilibrium, minimize
-from mdsens.scales import scales
 from mdsens.system import System, stack, unstack
 
 __all__ = ["fit", "hold"]
 
 STRAYED = 0.1  # of the law's length: farther from where linear response puts a particle, it is a rearrangement
-WIDEST = 0.2  # of the law's length: over more, no law is averaged
 SMALLEST = 1e-6  # radius of a trust region: below, the design has stagnated
-GROW, SHRINK = 1.7, 0.6  # of the trust region
-PARTS = 12  # tries of a part of the way that fits into it
 NOTHING = 1e-9  # of a step: the bounds leave none
 
 
@@ -188,7 +184,7 @@ def _begun(problem: Problem, members: list[System]) -> tuple[State, Seen]:
             )
     x, method = problem.variables.x, problem.method
     if isinstance(method, Optax):
-        trust, optimizer = 1.0, _leaves(method.optimizer.init(jnp.asarray(x)))
+        trust, optimizer = 1.0, leaves(method.optimizer.init(jnp.asarray(x)))
     else:
         trust, optimizer = np.nan, ()
     none = np.zeros(len(members), bool)
@@ -209,7 +205,7 @@ def _resumed(problem: Problem, state: State) -> tuple[State, Seen]:
                 f"here {short(value)}; give the same, or begin anew."
             )
     if isinstance(problem.method, Optax):
-        shapes = [leaf.shape for leaf in _leaves(problem.method.optimizer.init(jnp.asarray(state.x)))]
+        shapes = [leaf.shape for leaf in leaves(problem.method.optimizer.init(jnp.asarray(state.x)))]
         if [leaf.shape for leaf in state.optimizer] != shapes:
             raise InputError("the state to resume from is that of another optimiser: give the same, or begin anew.")
     return state, look(problem, state.equilibria, state.x, state.counts)
@@ -229,23 +225,16 @@ def _verdict(state: State, steps: int) -> Status | None:
     return Status.BUDGET_SPENT if len(state.history) - 1 >= steps else None
 
 
-def _bands(state: State, values: np.ndarray, loosened: float) -> np.ndarray:
-    """(m,) the scale of each feature in the merit: its tolerance, or wider where it is met and others are far off."""
-    off = np.abs(values - state.wanted) / state.tolerance
-    wide = max(1.0, loosened * float(off.max()))
-    return state.tolerance * np.where(off <= wide, wide, 1.0)
-
-
 def _advanced(problem: Problem, state: State, seen: Seen) -> tuple[State, Seen]:
     """One step: proposed, predicted, relaxed, judged."""
     method, variables, x = problem.method, problem.variables, state.x
     if isinstance(method, LevenbergMarquardt):
         if not np.isfinite(state.trust):
-            state = dataclasses.replace(state, trust=_first_trust(problem, state, seen))
-        step = _gauss_newton(problem, state, seen)
+            state = dataclasses.replace(state, trust=first_trust(problem, state, seen))
+        step = gauss_newton(problem, state, seen)
         optimizer = state.optimizer
     else:
-        step, optimizer = _of_optimizer(method, variables, state, seen)
+        step, optimizer = of_optimizer(method, variables, state, seen)
     tangent = variables.tangent(x, step)
     places = moves(state, seen, tangent)
     reach, crossed = crossings(seen, places, tangent)
@@ -255,13 +244,13 @@ def _advanced(problem: Problem, state: State, seen: Seen) -> tuple[State, Seen]:
     left = strayed > STRAYED  # not known of members relaxed anew
     predicted = seen.values + seen.jacobian @ step
     if isinstance(method, LevenbergMarquardt):
-        bands = _bands(state, seen.values, method.loosened)
+        bands = bands_of(state, seen.values, method.loosened)
         before, after, hoped = (
             float(np.sum(((v - state.wanted) / bands) ** 2)) for v in (seen.values, now.values, predicted)
         )
         accepted = now.enough and after < before
-        trust = _next_trust(state.trust, method, now.enough, accepted, (before - after) / max(before - hoped, 1e-300))
-        memory_x, memory = _remembered(state, method, (x, seen.jacobian) if accepted else (there, now.jacobian))
+        trust = next_trust(state.trust, method, now.enough, accepted, (before - after) / max(before - hoped, 1e-300))
+        memory_x, memory = remembered(state, method, (x, seen.jacobian) if accepted else (there, now.jacobian))
     else:
         accepted, memory_x, memory = now.enough, state.memory_x, state.memory
         trust = min(1.0, 2.0 * state.trust) if accepted else 0.5 * state.trust
@@ -276,110 +265,3 @@ def _advanced(problem: Problem, state: State, seen: Seen) -> tuple[State, Seen]:
     good = now.status == Status.CONVERGED.value
     minima = tuple(new if ok else old for new, old, ok in zip(equilibria, state.equilibria, good, strict=True))
     return dataclasses.replace(state, x=there, equilibria=minima, counts=good, optimizer=optimizer, **kept), now
-
-
-def _next_trust(trust: float, method: LevenbergMarquardt, enough: bool, accepted: bool, ratio: float) -> float:
-    if not enough:
-        return 0.5 * trust
-    if not accepted:
-        return SHRINK * trust
-    return min(GROW * trust, method.largest) if ratio > 0.5 else trust * (0.7 if ratio < 0.1 else 1.0)
-
-
-def _remembered(
-    state: State, method: LevenbergMarquardt, one: tuple[np.ndarray, np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
-    x, jacobian = one
-    if not np.isfinite(jacobian).all() or method.memory == 0:
-        return state.memory_x, state.memory
-    kept = slice(-method.memory, None)
-    return np.concatenate([state.memory_x, x[None]])[kept], np.concatenate([state.memory, jacobian[None]])[kept]
-
-
-def _gauss_newton(problem: Problem, state: State, seen: Seen) -> np.ndarray:
-    """The step of :class:`LevenbergMarquardt`."""
-    method = problem.method
-    assert isinstance(method, LevenbergMarquardt)
-    far = np.max(np.abs(state.memory_x - state.x), axis=1, initial=0.0)
-    models = [seen.jacobian, *state.memory[far <= method.reach * state.trust]]
-    step = _least_step(problem, state, seen, models, state.trust)
-    if not method.widths or problem.begun is not None:
-        return step
-    try:
-        for minima in _softened(problem, state, seen, step):
-            soft = look(problem, minima, state.x, state.counts)
-            if soft.enough:
-                models.append(soft.jacobian)
-    except InputError:  # the cell has no room for pairs that far apart
-        return step
-    return _least_step(problem, state, seen, models, state.trust)
-
-
-def _softened(problem: Problem, state: State, seen: Seen, step: np.ndarray) -> list[tuple[Equilibrium, ...]]:
-    """The members' minima with their laws averaged over multiples of what pairs move in a step of the trust region."""
-    method = problem.method
-    assert isinstance(method, LevenbergMarquardt)
-    tangent = problem.variables.tangent(state.x, step)
-    motion = pair_motion(seen, moves(state, seen, tangent), tangent)
-    if not motion > 0:  # no law has a breakpoint
-        return []
-    motion *= state.trust / float(np.max(np.abs(step)))
-    widest = WIDEST * float(scales(state.equilibria[0].system)[0])
-    widths = sorted({min(width * motion, widest) for width in method.widths})
-    return list(zip(*(softened(eq, widths, widest) for eq in state.equilibria), strict=True))
-
-
-def _least_step(problem: Problem, state: State, seen: Seen, models: Sequence[np.ndarray], radius: float) -> np.ndarray:
-    """The least step that the models agree on, as much of the way to the targets as the trust region has room for."""
-    method, variables = problem.method, problem.variables
-    assert isinstance(method, LevenbergMarquardt)
-    bands = _bands(state, seen.values, method.loosened)
-    left = state.wanted - seen.values
-    near = np.abs(left) <= state.tolerance
-    A = np.concatenate([J / bands[:, None] for J in models])
-    size = np.linalg.norm(A, axis=1)
-    size = np.where(size > 0, size, 1.0)
-    low, high = np.minimum(variables.low - state.x, 0.0), np.maximum(variables.high - state.x, 0.0)
-    part, step = 1.0, np.zeros_like(state.x)
-    for _ in range(PARTS):
-        b = np.tile(np.where(near, 1.0, part) * left / bands, len(models))
-        step = bounded_step(A / size[:, None], b / size, low, high, method.damping**2)
-        largest = float(np.max(np.abs(step), initial=0.0))
-        if largest <= radius:
-            return step
-        part *= max(0.9 * radius / largest, 0.1)
-    return step * min(1.0, radius / largest)
-
-
-def _of_optimizer(
-    method: Optax, variables: Variables, state: State, seen: Seen
-) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-    x = jnp.asarray(state.x)
-    kind = jax.tree.structure(method.optimizer.init(x))
-    kept = jax.tree.unflatten(kind, [jnp.asarray(leaf) for leaf in state.optimizer])
-    slope = seen.jacobian.T @ ((seen.values - state.wanted) / state.tolerance**2)
-    update, kept = method.optimizer.update(jnp.asarray(slope), kept, x)
-    there = np.clip(state.x + state.trust * np.asarray(update), variables.low, variables.high)
-    return there - state.x, _leaves(kept)
-
-
-def _leaves(tree: Any) -> tuple[np.ndarray, ...]:
-    return tuple(np.asarray(leaf) for leaf in jax.tree.leaves(tree))
-
-
-def _first_trust(problem: Problem, state: State, seen: Seen) -> float:
-    """The radius at which a share of the contacts changes along the first step, to first order."""
-    method = problem.method
-    assert isinstance(method, LevenbergMarquardt)
-    if method.trust is not None:
-        return float(method.trust)
-    step = _least_step(problem, state, seen, [seen.jacobian], method.largest)
-    tangent = problem.variables.tangent(state.x, step)
-    parts = []
-    for lin, move in zip(seen.lins, moves(state, seen, tangent), strict=True):
-        if lin is not None:
-            times = np.sort(crossing_times(lin, move, tangent))
-            k = int(method.changes * float(lin.network.pairs))
-            parts.append(times[k] if k < times.size else np.inf)
-    part = min(1.0, float(np.median(parts))) if parts else 1.0
-    return float(np.clip(part * np.max(np.abs(step), initial=0.0), 1e-4, method.largest))

@@ -1,0 +1,138 @@
+"""The step that a design takes next, from what it knows where it is and what it remembers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mdsens.design._history import State
+from mdsens.design._members import Problem, Seen, crossing_times, look, moves, pair_motion, softened
+from mdsens.design._step import LevenbergMarquardt, Optax, bounded_step
+from mdsens.design._variables import Variables
+from mdsens.implicit.status import InputError
+from mdsens.relaxation import Equilibrium
+from mdsens.scales import scales
+
+__all__ = ["bands_of", "first_trust", "gauss_newton", "leaves", "next_trust", "of_optimizer", "remembered"]
+
+WIDEST = 0.2  # of the law's length: over more, no law is averaged
+GROW, SHRINK = 1.7, 0.6  # of the trust region
+PARTS = 12  # tries of a part of the way that fits into it
+
+
+def bands_of(state: State, values: np.ndarray, loosened: float) -> np.ndarray:
+    """(m,) the scale of each feature in the merit: its tolerance, or wider where it is met and others are far off."""
+    off = np.abs(values - state.wanted) / state.tolerance
+    wide = max(1.0, loosened * float(off.max()))
+    return state.tolerance * np.where(off <= wide, wide, 1.0)
+
+
+def first_trust(problem: Problem, state: State, seen: Seen) -> float:
+    """The radius at which a share of the contacts changes along the first step, to first order."""
+    method = problem.method
+    assert isinstance(method, LevenbergMarquardt)
+    if method.trust is not None:
+        return float(method.trust)
+    step = _least_step(problem, state, seen, [seen.jacobian], method.largest)
+    tangent = problem.variables.tangent(state.x, step)
+    parts = []
+    for lin, move in zip(seen.lins, moves(state, seen, tangent), strict=True):
+        if lin is not None:
+            times = np.sort(crossing_times(lin, move, tangent))
+            k = int(method.changes * float(lin.network.pairs))
+            parts.append(times[k] if k < times.size else np.inf)
+    part = min(1.0, float(np.median(parts))) if parts else 1.0
+    return float(np.clip(part * np.max(np.abs(step), initial=0.0), 1e-4, method.largest))
+
+
+def next_trust(trust: float, method: LevenbergMarquardt, enough: bool, accepted: bool, ratio: float) -> float:
+    if not enough:
+        return 0.5 * trust
+    if not accepted:
+        return SHRINK * trust
+    return min(GROW * trust, method.largest) if ratio > 0.5 else trust * (0.7 if ratio < 0.1 else 1.0)
+
+
+def gauss_newton(problem: Problem, state: State, seen: Seen) -> np.ndarray:
+    """The step of :class:`LevenbergMarquardt`."""
+    method = problem.method
+    assert isinstance(method, LevenbergMarquardt)
+    far = np.max(np.abs(state.memory_x - state.x), axis=1, initial=0.0)
+    models = [seen.jacobian, *state.memory[far <= method.reach * state.trust]]
+    step = _least_step(problem, state, seen, models, state.trust)
+    if not method.widths or problem.begun is not None:
+        return step
+    try:
+        for minima in _softened(problem, state, seen, step):
+            soft = look(problem, minima, state.x, state.counts)
+            if soft.enough:
+                models.append(soft.jacobian)
+    except InputError:  # the cell has no room for pairs that far apart
+        return step
+    return _least_step(problem, state, seen, models, state.trust)
+
+
+def _softened(problem: Problem, state: State, seen: Seen, step: np.ndarray) -> list[tuple[Equilibrium, ...]]:
+    """The members' minima with their laws averaged over multiples of what pairs move in a step of the trust region."""
+    method = problem.method
+    assert isinstance(method, LevenbergMarquardt)
+    tangent = problem.variables.tangent(state.x, step)
+    motion = pair_motion(seen, moves(state, seen, tangent), tangent)
+    if not motion > 0:  # no law has a breakpoint
+        return []
+    motion *= state.trust / float(np.max(np.abs(step)))
+    widest = WIDEST * float(scales(state.equilibria[0].system)[0])
+    widths = sorted({min(width * motion, widest) for width in method.widths})
+    return list(zip(*(softened(eq, widths, widest) for eq in state.equilibria), strict=True))
+
+
+def _least_step(problem: Problem, state: State, seen: Seen, models: Sequence[np.ndarray], radius: float) -> np.ndarray:
+    """The least step that the models agree on, as much of the way to the targets as the trust region has room for."""
+    method, variables = problem.method, problem.variables
+    assert isinstance(method, LevenbergMarquardt)
+    bands = bands_of(state, seen.values, method.loosened)
+    left = state.wanted - seen.values
+    near = np.abs(left) <= state.tolerance
+    A = np.concatenate([J / bands[:, None] for J in models])
+    size = np.linalg.norm(A, axis=1)
+    size = np.where(size > 0, size, 1.0)
+    low, high = np.minimum(variables.low - state.x, 0.0), np.maximum(variables.high - state.x, 0.0)
+    part, step = 1.0, np.zeros_like(state.x)
+    for _ in range(PARTS):
+        b = np.tile(np.where(near, 1.0, part) * left / bands, len(models))
+        step = bounded_step(A / size[:, None], b / size, low, high, method.damping**2)
+        largest = float(np.max(np.abs(step), initial=0.0))
+        if largest <= radius:
+            return step
+        part *= max(0.9 * radius / largest, 0.1)
+    return step * min(1.0, radius / largest)
+
+
+def remembered(
+    state: State, method: LevenbergMarquardt, one: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    x, jacobian = one
+    if not np.isfinite(jacobian).all() or method.memory == 0:
+        return state.memory_x, state.memory
+    kept = slice(-method.memory, None)
+    return np.concatenate([state.memory_x, x[None]])[kept], np.concatenate([state.memory, jacobian[None]])[kept]
+
+
+def of_optimizer(
+    method: Optax, variables: Variables, state: State, seen: Seen
+) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+    x = jnp.asarray(state.x)
+    kind = jax.tree.structure(method.optimizer.init(x))
+    kept = jax.tree.unflatten(kind, [jnp.asarray(leaf) for leaf in state.optimizer])
+    slope = seen.jacobian.T @ ((seen.values - state.wanted) / state.tolerance**2)
+    update, kept = method.optimizer.update(jnp.asarray(slope), kept, x)
+    there = np.clip(state.x + state.trust * np.asarray(update), variables.low, variables.high)
+    return there - state.x, leaves(kept)
+
+
+def leaves(tree: Any) -> tuple[np.ndarray, ...]:
+    return tuple(np.asarray(leaf) for leaf in jax.tree.leaves(tree))
