@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,9 +143,9 @@ def _free(top: Table, system: System) -> dict[str, Free]:
 def _method(top: Table, steps: int) -> LevenbergMarquardt | Optax:
     given = top.raw("method", {"kind": "levenberg_marquardt"})
     kinds = ("levenberg_marquardt", *OPTIMISERS)
-    kind = Table("method", given if isinstance(given, Mapping) else {}).text("kind", choices=kinds)
+    kind = Table("method", given if isinstance(given, Mapping) else {}).text("kind", kinds[0], choices=kinds)
     if kind == "levenberg_marquardt":
-        own = ("trust", "changes", "largest", "memory", "reach", "damping", "loosened")
+        own = [field.name for field in dataclasses.fields(LevenbergMarquardt)]
         table = Table.of("method", given, ("kind", *own))
         return LevenbergMarquardt(**{key: table.raw(key) for key in own if table.has(key)})
     table = Table.of("method", given, ("kind", "learning_rate", "decay"))

@@ -317,6 +317,14 @@ def test_a_design_killed_at_any_moment_resumes_to_the_same_history(tmp_path: Pat
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
+def test_a_design_file_sets_every_field_of_the_method(tmp_path: Path) -> None:
+    method = LevenbergMarquardt(0.01, 0.1, 0.2, 3, 2.0, 0.1, 0.2, (8.0, 2.0))
+    fields = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    lines = [f"{name} = {list(value) if isinstance(value, tuple) else value}" for name, value in fields.items()]
+    (tmp_path / "d.toml").write_text(DESIGN + "\n[method]\n" + "\n".join(lines))
+    assert load_design(tmp_path / "d.toml").options["method"] == method
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
