@@ -10,14 +10,15 @@ stress by the strain,
 
     B_ijkl = A_ijkl + (sigma_ik d_jl + sigma_il d_jk + sigma_jk d_il + sigma_jl d_ik) / 4 - sigma_ij d_kl,
 
-whose bulk modulus is -V dP/dV, with P (d - 1) / d more than A's, and whose shear modulus is P / 2 less (Barron and
-Klein, Proc. Phys. Soc. 85, 523, 1965; Wallace, Thermodynamics of Crystals, 1972).
+whose bulk modulus is -V dP/dV at constant shape (Voigt's average: a cell whose shape may follow, as of
+``minimize(pressure=P, shape=True)``, gives way a little more), with P (d - 1) / d more than A's, and whose shear
+modulus is P / 2 less (Barron and Klein, Proc. Phys. Soc. 85, 523, 1965; Wallace, Thermodynamics of Crystals, 1972).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -32,15 +33,15 @@ from mdsens.doors import STRAIN, Response, through
 from mdsens.implicit.linear import linear_solve
 from mdsens.implicit.operators import Auto, Method
 from mdsens.implicit.status import InputError, SolveStats, Status, raise_for_status
-from mdsens.linearization import Linearization, linearised
+from mdsens.linearization import Linearization, full_tangent, linearised
 from mdsens.relaxation import Equilibrium
 from mdsens.scales import unrelaxed
 from mdsens.stationarity import Unknowns, hessian_operator, linearisation, max_force
 from mdsens.strains import basis, forces_of_strain, from_mandel, stiffness_along, strain_slope, to_mandel
 from mdsens.system import System
 
-__all__ = ["Isotropic", "Moduli", "directional", "gradient", "isotropic", "mandel", "moduli", "value_and_gradient"]
-__all__ += ["voigt"]
+__all__ = ["Isotropic", "Moduli", "directional", "gradient", "isotropic", "jvp", "mandel", "moduli"]
+__all__ += ["value_and_gradient", "voigt"]
 
 
 class Isotropic(NamedTuple):
@@ -134,6 +135,9 @@ class Moduli(Shown):
       stress: (d, d) Cauchy, positive in tension.
       nonaffine: (m, n, d) displacements from the affine places, by each Mandel component of the strain; rattlers zero.
       stats: of the m linear solves. The error of the tensor is of the order of the residual squared.
+
+    and, made of these: ``bulk``, ``shear``, ``young``, ``poisson``, ``pressure``, ``birch`` (d, d, d, d) and
+    ``stability``, the smallest eigenvalue of the symmetrised Birch tensor.
     """
 
     tensor: jax.Array
@@ -263,6 +267,34 @@ def gradient(
     return value_and_gradient(of, at, solve=solve, throw=throw)[1]
 
 
+def jvp(
+    of: Callable[[Moduli], Any],
+    at: Equilibrium | Linearization,
+    dparams: Mapping[str, Any],
+    *,
+    solve: Method | None = None,
+    throw: bool = True,
+) -> Response:
+    """The total derivative of a function of the moduli along one direction of the parameters: ``gradient``, forward.
+
+    By the solves of ``moduli`` and one more, however many numbers ``of`` has. At a pressure the cell follows, and
+    ``dparams`` may name the pressure.
+
+    Args:
+      of, at, solve, throw: as in ``gradient``.
+      dparams: changes by parameter name, as in ``ms.jvp``.
+
+    Returns:
+      a :class:`~mdsens.Response`, its value shaped like what ``of`` returns.
+    """
+    lin, held, observe = _held(of, at, solve, throw)
+    moved = sensitivity.jvp(lin, dparams, throw=throw)
+    tangent = full_tangent(lin.system, dparams, lin.params)
+    rates = _pushed(lin.traced(tuple(dparams)), held.nonaffine, held.stats, lin.unknown(moved.value), tangent)
+    _, rate = jax.jvp(observe, (held.tensor, held.affine, held.stress), rates)
+    return dataclasses.replace(moved, value=rate, nonaffine=None)
+
+
 def value_and_gradient(
     of: Callable[[Moduli], Any],
     at: Equilibrium | Linearization,
@@ -271,6 +303,15 @@ def value_and_gradient(
     throw: bool = True,
 ) -> tuple[jax.Array, Response]:
     """What ``gradient`` gives, with the value of the function before it."""
+    lin, held, observe = _held(of, at, solve, throw)
+    value, pull = jax.vjp(observe, held.tensor, held.affine, held.stress)
+    weights = jax.vmap(lambda w: pull(w))(sensitivity.units(lin, value))
+    cotangents, direct = _pulled(lin.traced(tuple(lin.params)), held.nonaffine, held.stats, weights)
+    return value, sensitivity.total(lin, value, cotangents, direct, throw)
+
+
+def _held(of: Any, at: Any, solve: Any, throw: bool) -> tuple[Linearization, Moduli, Callable[..., jax.Array]]:
+    """The minimum made ready, its moduli, and the function as one of their tensors and stress."""
     if not callable(of):
         raise InputError("the first argument is no function: give one of Moduli, such as lambda m: m.poisson.")
     if isinstance(at, Equilibrium):
@@ -281,21 +322,29 @@ def value_and_gradient(
     def observe(tensor: jax.Array, affine: jax.Array, stress: jax.Array) -> jax.Array:
         return sensitivity.numbers(of(dataclasses.replace(held, tensor=tensor, affine=affine, stress=stress)))
 
-    value, pull = jax.vjp(observe, held.tensor, held.affine, held.stress)
-    weights = jax.vmap(lambda w: pull(w))(sensitivity.units(lin, value))
-    cotangents, direct = _pulled(lin.traced(tuple(lin.params)), held.nonaffine, held.stats, weights)
-    return value, sensitivity.total(lin, value, cotangents, direct, throw)
+    return lin, held, observe
 
 
-@jax.jit
-def _pulled(lin: Linearization, motion: jax.Array, stats: SolveStats, weights: tuple[jax.Array, ...]) -> Any:
-    """What each of some combinations of the tensors owes to the unknowns and to the parameters."""
+def _tensors(lin: Linearization, motion: jax.Array, stats: SolveStats) -> Callable[..., tuple[jax.Array, ...]]:
+    """The tensors and the stress as functions of the unknowns and the parameters, the displacements as they are."""
 
     def tensors(x: Unknowns, params: Any) -> tuple[jax.Array, ...]:
         found = _with_motion(lin.moved(lin.system, x, params), motion, stats)
         return found.tensor, found.affine, found.stress
 
-    pull = jax.vjp(tensors, lin.unknowns, lin.params)[1]
+    return tensors
+
+
+@jax.jit
+def _pushed(lin: Linearization, motion: jax.Array, stats: SolveStats, x: Unknowns, params: Any) -> Any:
+    """How fast the tensors change as the unknowns and the parameters do."""
+    return jax.jvp(_tensors(lin, motion, stats), (lin.unknowns, dict(lin.params)), (x, dict(params)))[1]
+
+
+@jax.jit
+def _pulled(lin: Linearization, motion: jax.Array, stats: SolveStats, weights: tuple[jax.Array, ...]) -> Any:
+    """What each of some combinations of the tensors owes to the unknowns and to the parameters."""
+    pull = jax.vjp(_tensors(lin, motion, stats), lin.unknowns, lin.params)[1]
     return jax.vmap(lambda w: pull(w))(weights)
 
 

@@ -21,7 +21,7 @@ from mdsens.implicit.status import InputError, Status, raise_for_status, require
 from mdsens.relaxation import Equilibrium
 from mdsens.stationarity import NullSpace, Unknowns, gradient, linearisation
 from mdsens.stiffness import Stiffness, factorises
-from mdsens.strains import to_mandel
+from mdsens.strains import from_mandel, to_mandel
 from mdsens.system import System
 
 __all__ = ["Linearization", "by_factor", "changes", "check_method", "full_tangent", "linearised", "linearize"]
@@ -101,6 +101,16 @@ class Linearization:
             return x.positions
         strain = jnp.tensordot(x.strain, self.cell.along, axes=1)
         return Unknowns(x.positions + self.system.positions @ strain.T, to_mandel(strain))
+
+    def unknown(self, value: Any) -> Unknowns:
+        """A change as the doors give it, as one of the unknowns: the inverse of ``stored``."""
+        if not isinstance(value, Unknowns):
+            return Unknowns(value)
+        if self.cell is None or value.strain is None:
+            return value
+        along, strain = self.cell.along, from_mandel(value.strain)
+        parts = jnp.linalg.solve(jnp.einsum("kde,lde->kl", along, along), jnp.einsum("kde,de->k", along, strain))
+        return Unknowns(value.positions - self.system.positions @ strain.T, parts)
 
     def traced(self, moving: Sequence[str]) -> Linearization:
         """What compiled code takes: without the host's part, and with the cheapest form of the law.
@@ -198,6 +208,8 @@ def changes(system: System, dparams: Params, params: Params | None = None) -> di
         if name not in valid:
             near = difflib.get_close_matches(str(name), valid, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(map(repr, valid))}."
+            if name == "pressure":
+                hint = "this cell is given; one that follows a pressure is relaxed by ms.minimize(system, pressure=P)."
             raise InputError(f"{name!r} is no parameter of {system.potential.name}: {hint}")
         given = real_array(f"dparams[{name!r}]", change)
         want, got = valid[name].shape, given.shape

@@ -87,7 +87,9 @@ def jvp(
       throw: raise unless the status is good.
 
     Returns:
-      a :class:`Response` with ``value`` (n, d). Where the box follows the parameters, ``value`` contains the images'
+      a :class:`Response` with ``value`` (n, d); at a pressure, whose change ``dparams`` may name, an ``Unknowns`` of
+      ``positions`` (n, d) and of ``strain``, the cell's as a Mandel vector (xx, yy, sqrt(2) xy in 2-D; xx, yy, zz and
+      sqrt(2) times yz, xz, xy in 3-D). Where the box follows the parameters, ``value`` contains the images'
       motion with the box; ``nonaffine`` does not.
 
     Raises:

@@ -317,6 +317,31 @@ def test_a_design_killed_at_any_moment_resumes_to_the_same_history(tmp_path: Pat
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("wanted", [0.0, 0.1], ids=["held", "impossible"])
+def test_a_feature_that_nothing_free_moves_does_not_rule_the_step(wanted: float) -> None:
+    """A common factor of all energies scales the pressure and leaves Poisson's ratio: its derivatives are round-off."""
+    start = ms.minimize(ms.load_system("polydisperse_2d", count=64), progress=False).system
+    targets = [Target("pressure", 0.1, 1e-4), Target("poisson", wanted, 1e-3, from_start=True)]
+    free = {"epsilon": Free(low=0.5, high=2.0)}
+    design = fit(targets, start, free, progress=False)
+    assert abs(design.values[0] - 0.1) < 1e-4
+    assert design.status is (ms.Status.CONVERGED if wanted == 0.0 else ms.Status.DESIGN_STAGNATED)
+    assert design.status is not ms.Status.CONVERGED or design.relaxations <= 4
+    alone = fit(targets[1], start, free, progress=False)
+    assert alone.relaxations <= 1 and float(alone.params["epsilon"]) == 1.0
+
+
+def test_a_member_on_the_verge_of_rearranging_does_not_count() -> None:
+    """Of the sixteen, one has a negative shear modulus and a Poisson's ratio of -77, which would rule the mean."""
+    box, law = {"packing_fraction": 1.0, "follows": "nothing"}, {"alpha": 2.5}
+    members = [ms.load_system("seed_packing_2d", seed=k, count=64, box=box, parameters=law) for k in (12, 13, 14)]
+    verge = ms.elasticity.moduli(ms.minimize(members[1], progress=False))
+    assert verge.poisson < -10 and verge.shear < 0
+    design = fit(Target("poisson", 0.0, 1.0, from_start=True), members, {"sigma": Free(within=0.3)}, progress=False)
+    assert list(design.history[0].status) == [ms.Status.CONVERGED, ms.Status.UNSTABLE, ms.Status.CONVERGED]
+    assert 0.5 < design.values[0] < 0.6
+
+
 def test_a_design_file_sets_every_field_of_the_method(tmp_path: Path) -> None:
     method = LevenbergMarquardt(0.01, 0.1, 0.2, 3, 2.0, 0.1, 0.2, (8.0, 2.0))
     fields = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}

@@ -222,6 +222,11 @@ def test_gradients_of_moduli_are_finite_differences_of_minimising_again(which):
                 values.append(np.asarray(features(moduli(there))))
             want = (4 * (values[2] - values[3]) / h - (values[0] - values[1]) / (2 * h)) / 3
             assert np.max(np.abs(rows[name][:, k] - want) / scale) < 1e-6
+    rng = np.random.default_rng(5)
+    along = {name: rng.normal(size=np.shape(eq.params[name])) for name in ("sigma", "epsilon")}
+    want = sum(rows[name] @ change.ravel() for name, change in along.items())
+    forward = elasticity.jvp(features, lin, along)
+    assert forward.status.good and np.max(np.abs(forward.value - want) / scale) < 1e-9
 
 
 LONG = "MDSENS_FUZZ_CASES" in os.environ  # as `make fuzz` has it: some thousand relaxations

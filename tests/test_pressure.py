@@ -205,6 +205,21 @@ def test_finite_differences_are_the_response(kind, dparams):
     assert "of its strain" in str(v)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_moduli_at_a_pressure_forward_are_their_gradient_and_minimising_again(kind):
+    eq, h = at_rest(kind), 1e-5
+
+    def features(m: ms.elasticity.Moduli) -> jax.Array:
+        return jnp.stack([m.poisson, m.bulk, m.tensor[0, 0, 0, 1]])
+
+    forward = ms.elasticity.jvp(features, linearized(kind), DIRECTION).value
+    slopes = ms.elasticity.gradient(features, linearized(kind)).value
+    reverse = slopes["sigma"] @ DIRECTION["sigma"] + slopes["pressure"] * DIRECTION["pressure"]
+    assert np.abs(forward - reverse).max() < 1e-9 * np.abs(reverse).max()
+    ends = [features(ms.elasticity.moduli(again(eq, DIRECTION, t))) for t in (h, -h)]
+    assert np.abs(forward - (ends[0] - ends[1]) / (2 * h)).max() < 1e-6 * np.abs(forward).max()
+
+
 def test_a_derivative_test_falls_to_its_foot_and_shows_a_wrong_derivative():
     eq, steps = at_rest("shape"), np.geomspace(1e-6, 1e-4, 3)
     right = ms.verify.derivative_test(eq, DIRECTION, steps)

@@ -19,7 +19,7 @@ from mdsens.linearization import Linearization
 from mdsens.sensitivity import value_and_gradient
 from mdsens.system import System
 
-__all__ = ["FEATURES", "Elastic", "Feature", "Measured", "Softest", "Target", "measured", "named"]
+__all__ = ["FEATURES", "Elastic", "Feature", "Measured", "Softest", "Target", "measured", "named", "stands"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +162,16 @@ def measured(features: Sequence[Feature], lin: Linearization) -> Measured:
         keep([k], np.array([found.value]), _lifted(modes.gradient(lin, count, throw=False)))
         codes.append(found.status.value)
     return Measured(values, slopes, Status(max(codes)))
+
+
+def stands(features: Sequence[Feature], lin: Linearization) -> bool:
+    """Whether bulk and shear modulus are positive, where a feature is made of moduli: else it is that of no solid, and
+    near an instability so large that it would rule any mean.
+    """
+    if not any(isinstance(feature, Elastic) for feature in features):
+        return True
+    moduli = elasticity.moduli(lin, throw=False)
+    return bool((moduli.bulk > 0) & (moduli.shear > 0))
 
 
 def _lifted(response: Response) -> Response:

@@ -64,7 +64,8 @@ def fit(
     Args:
       targets: what is wanted, :class:`Target` each, and ``hold`` for what is to stay.
       system: where to start, relaxed or not; a batch made by ``stack`` or a list of systems that share the free
-        parameters: an ensemble, whose mean is aimed at. A member that is no rigid minimum does not count in a mean.
+        parameters: an ensemble, whose mean is aimed at. A member that is no rigid minimum, or of moduli
+        that are not positive, does not count in a mean.
       free: the parameters that may change: names, or a dict of :class:`Free` with their bounds.
       bounds: name -> (low, high), in place of those in ``free``.
       method: ``LevenbergMarquardt()``, the default, or ``Optax(optax.rmsprop(0.002))`` and its kin.
@@ -134,9 +135,9 @@ def fit(
 
 
 def _targets(given: Any) -> tuple[Target, ...]:
-    targets = (given,) if isinstance(given, Target) else tuple(given or ())
+    targets = (given,) if isinstance(given, Target) else () if isinstance(given, str) else tuple(given or ())
     if not targets:
-        raise InputError("targets is empty: give at least one Target.")
+        raise InputError(f"targets is {short(given)}: give at least one Target.")
     for target in targets:
         if not isinstance(target, Target):
             raise InputError(f"targets has {short(target)} among them: give ms.design.Target(...) each.")
@@ -150,6 +151,8 @@ def _targets(given: Any) -> tuple[Target, ...]:
 def _members(system: Any) -> list[System]:
     if isinstance(system, System):
         return [system] if system.batch is None else unstack(system)
+    if isinstance(system, Equilibrium):
+        raise InputError("system is an Equilibrium: give the System in it, eq.system.")
     members = list(system) if isinstance(system, (list, tuple)) else []
     if not members or not all(isinstance(s, System) and s.batch is None for s in members):
         raise InputError(f"system is {short(system)}: give a System, a batch made by ms.stack, or a list of Systems.")

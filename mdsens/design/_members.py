@@ -13,7 +13,7 @@ import numpy as np
 from mdsens import contacts
 from mdsens.boxes import nearest_image
 from mdsens.contacts import pair_forces
-from mdsens.design._features import Feature, Measured, Target, measured
+from mdsens.design._features import Feature, Measured, Target, measured, stands
 from mdsens.design._history import State
 from mdsens.design._step import LevenbergMarquardt, Optax
 from mdsens.design._variables import Variables
@@ -76,6 +76,8 @@ def look(problem: Problem, equilibria: Sequence[Equilibrium], x: np.ndarray, cou
             status[k] = seen.status.value if not seen.status.good else Status.CONVERGED.value
             if not np.isfinite(seen.values).all():
                 status[k] = Status.NOT_FINITE.value
+            elif not stands(problem.features, lin):
+                status[k] = Status.UNSTABLE.value
             if status[k] == Status.CONVERGED.value:
                 lins[k] = lin
                 found.append(seen)

@@ -21,6 +21,7 @@ __all__ = ["bands_of", "first_trust", "gauss_newton", "leaves", "next_trust", "o
 
 WIDEST = 0.2  # of the law's length: over more, no law is averaged
 GROW, SHRINK = 1.7, 0.6  # of the trust region
+IDLE = 1e-6  # tolerances by a whole unit of the variables: a feature that moves by less does not depend on them
 PARTS = 12  # tries of a part of the way that fits into it
 
 
@@ -82,7 +83,7 @@ def _softened(problem: Problem, state: State, seen: Seen, step: np.ndarray) -> l
     assert isinstance(method, LevenbergMarquardt)
     tangent = problem.variables.tangent(state.x, step)
     motion = pair_motion(seen, moves(state, seen, tangent), tangent)
-    if not motion > 0:  # no law has a breakpoint
+    if not motion > 0:  # no law has a breakpoint, or nothing is to be changed
         return []
     motion *= state.trust / float(np.max(np.abs(step)))
     widest = WIDEST * float(scales(state.equilibria[0].system)[0])
@@ -99,11 +100,12 @@ def _least_step(problem: Problem, state: State, seen: Seen, models: Sequence[np.
     near = np.abs(left) <= state.tolerance
     A = np.concatenate([J / bands[:, None] for J in models])
     size = np.linalg.norm(A, axis=1)
-    size = np.where(size > 0, size, 1.0)
+    moves_it = size > IDLE  # else the row is round-off, which must not be scaled up
+    A, size = np.where(moves_it[:, None], A, 0.0), np.where(moves_it, size, 1.0)
     low, high = np.minimum(variables.low - state.x, 0.0), np.maximum(variables.high - state.x, 0.0)
     part, step = 1.0, np.zeros_like(state.x)
     for _ in range(PARTS):
-        b = np.tile(np.where(near, 1.0, part) * left / bands, len(models))
+        b = np.where(moves_it, np.tile(np.where(near, 1.0, part) * left / bands, len(models)), 0.0)
         step = bounded_step(A / size[:, None], b / size, low, high, method.damping**2)
         largest = float(np.max(np.abs(step), initial=0.0))
         if largest <= radius:

@@ -126,6 +126,8 @@ def feature_response(
     Returns:
       a :class:`FeatureResponse`.
     """
+    if isinstance(features, str) or callable(features):
+        features = [features]
     pairs = list(features.items()) if isinstance(features, Mapping) else [(None, f) for f in features]
     if not pairs:
         raise InputError("features is empty: give at least one.")

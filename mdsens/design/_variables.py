@@ -196,6 +196,7 @@ def _bounds(name: str, value: np.ndarray, record: Free) -> tuple[np.ndarray, np.
     if outside.any() or (low >= high).any():
         k = tuple(int(i) for i in np.argwhere(outside | (low >= high))[0])
         raise InputError(
-            f"free.{name}: the bounds {low[k]:g} to {high[k]:g} do not hold the start {value[k]:g}: widen them."
+            f"free.{name}: the bounds {low[k]:g} to {high[k]:g} do not hold the start {value[k]:g}"
+            f"{f' of {name}{list(k)}' if k else ''}: widen them."
         )
     return low, high

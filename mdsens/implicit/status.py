@@ -132,6 +132,11 @@ class Status(IntEnum):
         "the gap to the next mode is too small to tell the lowest ones from it, so that the derivative may be that of "
         "a mixture; minimise to a smaller force, take more modes together (count), or loosen the accuracy",
     )
+    UNSTABLE = (
+        26,
+        "the bulk or the shear modulus is not positive, so that only the cell holds this configuration on its way to a "
+        "rearrangement, and its Poisson's ratio means nothing; compress it, or take more particles",
+    )
 
     @property
     def good(self) -> bool:

@@ -45,7 +45,7 @@ def design_history(of: Design, axes: Sequence[Axes] | None = None, *, title: str
     """
     if not isinstance(of, Design):
         raise InputError(f"got a {type(of).__name__}: give what ms.design.fit returns.")
-    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
     m, steps = len(of.names), of.history
     if axes is None:
@@ -84,7 +84,8 @@ def design_history(of: Design, axes: Sequence[Axes] | None = None, *, title: str
     trust, size = (np.array([getattr(s, name) for s in steps[1:]]) for name in ("trust", "size"))
     ax = panels[m + 1]
     if len(steps) > 1:
-        ax.plot(number[1:], trust, color=OUTLINE, linewidth=1.0, label="trust region")
+        if np.any(trust != 1.0):  # optimisers of optax have none
+            ax.plot(number[1:], trust, color=OUTLINE, linewidth=1.0, label="trust region")
         ax.plot(number[1:], np.maximum(size, 1e-12), linestyle="none", marker=".", color=ARROW, label="step")
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -93,6 +94,7 @@ def design_history(of: Design, axes: Sequence[Axes] | None = None, *, title: str
         ax.legend(fontsize=FONT - 1, frameon=False, ncols=2, loc="best")
     ax.set_ylabel("change", fontsize=FONT)
     ax.set_xlabel("relaxations", fontsize=FONT)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     for ax in panels:
         ax.tick_params(labelsize=FONT)
         ax.grid(linewidth=0.3, alpha=0.6)
@@ -120,13 +122,18 @@ def _parameters(ax: Axes, of: Design, number: np.ndarray, x: np.ndarray) -> None
 
 
 def before_after(
-    first: Equilibrium | Linearization, second: Equilibrium | Linearization, axes: tuple[Axes, Axes] | None = None
+    first: Equilibrium | Linearization,
+    second: Equilibrium | Linearization,
+    axes: tuple[Axes, Axes] | None = None,
+    *,
+    scale: float | None = None,
 ) -> tuple[Axes, Axes]:
-    """Draw two configurations of the same particles side by side; arrows in the second are where each came from.
+    """Draw two configurations of the same particles side by side; arrows in the second are how far each has moved.
 
     Args:
       first, second: minima of the same number of particles, such as ``design.equilibria`` and where they began.
       axes: two Axes; None makes a figure of two columns with pyplot.
+      scale: drawn length of an arrow of length 1; None so that they can be seen, 1 for true to scale.
 
     Returns:
       the two Axes.
@@ -146,7 +153,7 @@ def before_after(
     moved = np.asarray(nearest_image(two.positions - one.positions, two.system.box))
     moved = moved - np.median(moved, axis=0)
     sensitivity_map(first, np.zeros_like(moved), axes[0], title="before")
-    sensitivity_map(second, moved, axes[1], scale=1.0, label=r"$|\Delta R|$", title="after")
+    sensitivity_map(second, moved, axes[1], scale=scale, label=r"$|\Delta R|$", title="after")
     return axes
 
 
@@ -216,6 +223,8 @@ def feature_response(of: FeatureResponse, axes: tuple[Axes, Axes] | None = None)
     shown = np.concatenate([of.free, of.susceptibility])
     right.set_xscale("log")
     right.set_xlim(left=0.3 * float(np.min(shown[shown > 0], initial=1.0)))
+    right.minorticks_off()
+    left.minorticks_off()
     right.set_title("susceptibility", fontsize=FONT + 1)
     right.legend(fontsize=FONT - 1, frameon=False)
     for ax in axes:
