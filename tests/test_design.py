@@ -391,7 +391,7 @@ def test_bad_design_files_are_named(tmp_path: Path, old: str, new: str, said: st
         (lambda: LevenbergMarquardt(widths=(3.0, -1.0)), "widths"),
         (lambda: LevenbergMarquardt(widths=3.0), "widths"),  # type: ignore[arg-type]
         (lambda: Optax("adam"), "optimizer"),
-        (lambda: fit([], ms.load_system("dimer"), "sigma"), "targets is empty"),
+        (lambda: fit([], ms.load_system("dimer"), "sigma"), r"targets is \[\]: give"),
         (
             lambda: fit(hold("energy"), 3, "sigma"),  # type: ignore[arg-type]
             "system is 3",
