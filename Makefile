@@ -70,9 +70,9 @@ notebooks: export XLA_FLAGS ?= $(if $(filter 3.11.%,$(version)),--xla_cpu_use_fu
 # Two at a time, the last one first: it and the one that runs longest do not then wait for each other.
 notebooks: $(installed)
 	@rm -rf $(scratch) && mkdir -p $(scratch)
-	@ls -r notebooks/*.ipynb | xargs -P 2 -I % sh -c 'began=$$(date +%s); cp % $(scratch)/; \
-	  $(bin)/jupyter execute --inplace --kernel_name=python3 --timeout=300 "$(scratch)/$$(basename %)" \
-	    && echo "%: ran in $$(( $$(date +%s) - began )) s" || { echo "%: failed" >&2; exit 1; }'
+	@ls -r notebooks/*.ipynb | xargs -P 2 -I @ sh -c 'began=$$(date +%s); cp @ $(scratch)/; \
+	  $(bin)/jupyter execute --inplace --kernel_name=python3 --timeout=300 "$(scratch)/$$(basename @)" \
+	    && echo "@: ran in $$(( $$(date +%s) - began )) s" || { echo "@: failed" >&2; exit 1; }'
 
 check: test lint notebooks
 

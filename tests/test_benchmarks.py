@@ -54,12 +54,16 @@ def test_benchmark_runs_and_tells_errors_beside_times(name: str, run):
         assert row.get("status", "CONVERGED") == "CONVERGED"
 
 
-@pytest.mark.skipif("MDSENS_FUZZ_CASES" not in os.environ, reason="a long run: make fuzz")
+LONG = pytest.mark.skipif("MDSENS_FUZZ_CASES" not in os.environ, reason="a long run: make fuzz")
+
+
+@LONG
 def test_an_ensemble_is_designed_and_held_against_fresh_packings(run):
     rows = run("ensemble", "--sizes", "64", "--members", "2", "--steps", "1", "--change", "0.02")
     assert len(rows) == 2 and all(abs(row["fresh"]) < 1.0 and row["relaxations"] == 1 for row in rows)
 
 
+@LONG
 def test_no_solve_that_failed_says_nothing(run):
     options = ["--sizes", "96", "--draws", "1", "--pressures", "0.001", "--limits", "30", "--peers", "0"]
     rows = run("honesty", *options)
@@ -67,6 +71,7 @@ def test_no_solve_that_failed_says_nothing(run):
     assert all(row["wrong_said"] == row["answers"] for row in rows if row["by"] != "mdsens Auto")
 
 
+@LONG
 def test_gpu_benchmark_runs_on_a_cpu_and_tells_errors_of_each_precision(run):
     rows = run("gpu", "--sizes", "96", "--runs", "1", "--members", "2", "--small", "32", "--megabytes", "1")
     for row in rows:
