@@ -67,10 +67,10 @@ lint: $(installed_dev)
 notebooks: export MDSENS_NOTEBOOK_SEEDS ?= 12
 # Less time to compile, a sixth of the whole; flags of the jax that Python 3.11 gets.
 notebooks: export XLA_FLAGS ?= $(if $(filter 3.11.%,$(version)),--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1)
-# Two at a time, the last one first: it and the one that runs longest do not then wait for each other.
+# Two at a time, the largest first, so that the longest does not end last.
 notebooks: $(installed)
 	@rm -rf $(scratch) && mkdir -p $(scratch)
-	@ls -r notebooks/*.ipynb | xargs -P 2 -I @ sh -c 'began=$$(date +%s); cp @ $(scratch)/; \
+	@ls -S notebooks/*.ipynb | xargs -P 2 -I @ sh -c 'began=$$(date +%s); cp @ $(scratch)/; \
 	  $(bin)/jupyter execute --inplace --kernel_name=python3 --timeout=300 "$(scratch)/$$(basename @)" \
 	    && echo "@: ran in $$(( $$(date +%s) - began )) s" || { echo "@: failed" >&2; exit 1; }'
 
