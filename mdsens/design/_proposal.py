@@ -51,6 +51,7 @@ def first_trust(problem: Problem, state: State, seen: Seen) -> float:
 
 
 def next_trust(trust: float, method: LevenbergMarquardt, enough: bool, accepted: bool, ratio: float) -> float:
+    """The radius after a step: ``ratio`` is the fall of the merit over what the linear model promised."""
     if not enough:
         return 0.5 * trust
     if not accepted:
@@ -100,12 +101,12 @@ def _least_step(problem: Problem, state: State, seen: Seen, models: Sequence[np.
     near = np.abs(left) <= state.tolerance
     A = np.concatenate([J / bands[:, None] for J in models])
     size = np.linalg.norm(A, axis=1)
-    moves_it = size > IDLE  # else the row is round-off, which must not be scaled up
-    A, size = np.where(moves_it[:, None], A, 0.0), np.where(moves_it, size, 1.0)
+    felt = size > IDLE  # else the row is round-off, which must not be scaled up
+    A, size = np.where(felt[:, None], A, 0.0), np.where(felt, size, 1.0)
     low, high = np.minimum(variables.low - state.x, 0.0), np.maximum(variables.high - state.x, 0.0)
     part, step = 1.0, np.zeros_like(state.x)
     for _ in range(PARTS):
-        b = np.where(moves_it, np.tile(np.where(near, 1.0, part) * left / bands, len(models)), 0.0)
+        b = np.where(felt, np.tile(np.where(near, 1.0, part) * left / bands, len(models)), 0.0)
         step = bounded_step(A / size[:, None], b / size, low, high, method.damping**2)
         largest = float(np.max(np.abs(step), initial=0.0))
         if largest <= radius:
@@ -117,6 +118,7 @@ def _least_step(problem: Problem, state: State, seen: Seen, models: Sequence[np.
 def remembered(
     state: State, method: LevenbergMarquardt, one: tuple[np.ndarray, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
+    """The places and Jacobians to keep, with one more, (x, J); the oldest goes. Nothing that is not finite is kept."""
     x, jacobian = one
     if not np.isfinite(jacobian).all() or method.memory == 0:
         return state.memory_x, state.memory
@@ -127,6 +129,7 @@ def remembered(
 def of_optimizer(
     method: Optax, variables: Variables, state: State, seen: Seen
 ) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+    """The step of an optimiser of optax within the bounds, and its state after it as :func:`leaves`."""
     x = jnp.asarray(state.x)
     kind = jax.tree.structure(method.optimizer.init(x))
     kept = jax.tree.unflatten(kind, [jnp.asarray(leaf) for leaf in state.optimizer])
@@ -137,4 +140,5 @@ def of_optimizer(
 
 
 def leaves(tree: Any) -> tuple[np.ndarray, ...]:
+    """An optimiser's state as arrays, which ``io.save`` stores."""
     return tuple(np.asarray(leaf) for leaf in jax.tree.leaves(tree))
