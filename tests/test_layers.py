@@ -25,7 +25,8 @@ ORDER = [
     ["implicit.linear"],
     ["implicit.eigen"],
     ["implicit.root"],
-    ["implicit.optimality"],
+    ["implicit.projections"],
+    ["implicit.proximal", "implicit.optimality"],
     ["implicit"],
     # what a user gives, as numbers
     ["_checks", "_memory", "_members", "_progress"],
