@@ -26,7 +26,9 @@ ORDER = [
     ["implicit.eigen"],
     ["implicit.root"],
     ["implicit.projections"],
-    ["implicit.proximal", "implicit.optimality"],
+    ["implicit.proximal", "implicit.conic"],
+    ["implicit.optimality"],
+    ["implicit.degeneracy"],
     ["implicit"],
     # what a user gives, as numbers
     ["_checks", "_memory", "_members", "_progress"],

@@ -1,6 +1,6 @@
 """Implicit differentiation of any solver's root, and the linear solves behind it. Knows no particle."""
 
-from mdsens.implicit import optimality, projections, proximal
+from mdsens.implicit import conic, degeneracy, optimality, projections, proximal
 from mdsens.implicit.linear import linear_solve, solve
 from mdsens.implicit.operators import (
     CG,
@@ -46,6 +46,8 @@ __all__ = [
     "TooLargeError",
     "UnsupportedVersionError",
     "choose",
+    "conic",
+    "degeneracy",
     "fixed_point",
     "linear_solve",
     "optimality",

@@ -9,6 +9,7 @@
 | ``block_proximal_gradient`` | x_j = prox_j(x_j - s_j grad_j f, s_j) | f, a prox and a step each |
 | ``mirror_descent`` | x = P(m(x) - s grad f) | f, projection, mirror map |
 | ``newton`` | x = x - s (dF/dx)^-1 F | F |
+| ``conic_residual`` | the homogeneous self-dual embedding | cones; c, A, b are its args |
 
 A condition F(x, *args) = 0 goes to :func:`mdsens.implicit.root`, a map with x = T(x, *args) to
 :func:`mdsens.implicit.fixed_point`. Every ingredient takes ``(x, *args)`` with the same args, and picks what it needs:
@@ -23,23 +24,32 @@ Blondel et al., Efficient and Modular Implicit Differentiation, arXiv:2105.15183
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_derivatives import SymbolicZero
+from jax.dtypes import float0
 from jax.flatten_util import ravel_pytree
 
 from mdsens.implicit._tree import PyTree, check_same
+from mdsens.implicit.conic import conic_residual
+from mdsens.implicit.linear import linear_solve
+from mdsens.implicit.operators import Auto, Method, Operator
+from mdsens.implicit.root import _hoist
 from mdsens.implicit.status import InputError
 
 __all__ = [
     "KKTPoint",
     "block_proximal_gradient",
+    "conic_residual",
     "kkt",
     "kl_map",
     "mirror_descent",
+    "newton",
     "projected_gradient",
     "proximal_gradient",
     "softmax",
@@ -47,6 +57,7 @@ __all__ = [
 ]
 
 Ingredient: TypeAlias = Callable[..., PyTree]
+_AUTO = Auto()
 
 
 def stationary(f: Callable[..., Array]) -> Ingredient:
@@ -88,7 +99,8 @@ def kkt(
     Returns:
       F on :class:`KKTPoint`: the solver returns the multipliers, and they have derivatives. Its Jacobian is symmetric
       and indefinite with equalities alone (declare ``symmetric=True``), unsymmetric with inequalities. It is singular
-      where the gradients of what holds depend on each other, and where both lambda and g are zero.
+      where the gradients of what holds depend on each other, and where both lambda and g are zero: see
+      :func:`mdsens.implicit.degeneracy.complementarity`.
 
     Raises:
       InputError: when called, multipliers missing, too many, or not shaped like their constraint.
@@ -222,3 +234,63 @@ def softmax(y: PyTree, *args: PyTree) -> PyTree:
     """The point of the simplex that is nearest to exp(y) by the Kullback-Leibler divergence; args are not read."""
     flat, unravel = ravel_pytree(y)
     return unravel(jax.nn.softmax(flat))
+
+
+def newton(
+    F: Ingredient,
+    step: float = 1.0,
+    solve: Method = _AUTO,
+    symmetric: bool = False,
+    positive_semidefinite: bool = False,
+) -> Ingredient:
+    """T(x, *args) = x - step (dF/dx)^-1 F(x, *args): Newton's map, whose derivative costs one solve and nothing third.
+
+        dT = (1 - step) dx - step (dF/dx)^-1 (dF/dargs) dargs
+
+    What is left out multiplies F, which is zero at the fixed point: there, and there alone, this is T's derivative.
+    The fixed point's derivative is that of ``root(F)``, of any order, and I - dT/dx is ``step`` times the identity.
+
+    Args:
+      F: ``F(x, *args)``, with the tree and shapes of x; :func:`stationary` for a minimum.
+      step: between 0 and 1; below one the damped iteration.
+      solve, symmetric, positive_semidefinite: of dF/dx, as in :func:`mdsens.implicit.root`.
+    """
+
+    def T(x: PyTree, *args: PyTree) -> PyTree:
+        condition, values = _hoist(lambda y: F(y, *args), x)
+        check_same(jax.eval_shape(condition, values, x), x, "F(x, *args)", "x", "F must give one equation an unknown")
+
+        def solved(x: PyTree, values: list[Array], b: PyTree) -> PyTree:
+            _, jacobian = jax.linearize(functools.partial(condition, values), x)
+            operator = Operator(jacobian, symmetric, positive_semidefinite)
+            return linear_solve(operator, b, solve, not_finite=float("nan"))[0]
+
+        @jax.custom_jvp
+        def move(x: PyTree, values: list[Array]) -> PyTree:
+            return _descend(x, solved(x, values, condition(values, x)), step)
+
+        @functools.partial(move.defjvp, symbolic_zeros=True)
+        def rule(primals: Any, tangents: Any) -> tuple[PyTree, PyTree]:
+            x, values = primals
+            image = move(x, values)
+            dimage = jax.tree.map(lambda leaf, t: (1 - step) * _filled(leaf, t), x, tangents[0])
+            active = [i for i, t in enumerate(tangents[1]) if not (isinstance(t, SymbolicZero) or t.dtype == float0)]
+            if active:
+
+                def of_active(moving: list[Array]) -> PyTree:
+                    merged = list(values)
+                    for i, value in zip(active, moving, strict=True):
+                        merged[i] = value
+                    return condition(merged, x)
+
+                _, df = jax.jvp(of_active, ([values[i] for i in active],), ([tangents[1][i] for i in active],))
+                dimage = _descend(dimage, solved(x, values, df), step)
+            return image, dimage
+
+        return move(x, values)
+
+    return T
+
+
+def _filled(leaf: Array, tangent: Any) -> Array:
+    return jnp.zeros_like(leaf) if isinstance(tangent, SymbolicZero) else tangent

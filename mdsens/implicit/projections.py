@@ -6,7 +6,8 @@ Each is one function of the point and the set's parameters, differentiable by bo
 
 At a kink, where the nearest point is about to change from one face of C to another, the derivative is that of one
 side, never an average of sides: x counts as held by each constraint that it just touches (``l1_ball`` alone counts a
-point of its sphere as free).
+point of its sphere as free). :func:`mdsens.implicit.degeneracy.kinked` tells whether a solution stands at one.
+
 A set for each row of an array: ``jax.vmap`` of the projection.
 """
 
