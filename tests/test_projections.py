@@ -37,7 +37,7 @@ class Case:
     p: float = 1.0
     regular: tuple[Any, ...] = REGULAR
     kinks: tuple[tuple[Any, Any], ...] = ()
-    g: Callable[[np.ndarray, float], float] | None = None
+    g: Callable[[np.ndarray, float], Any] | None = None
 
 
 SCALING = 0.7

@@ -15,10 +15,10 @@ from jax.custom_batching import sequential_vmap
 from mdsens.implicit._krylov import Apply, Result, dot
 from mdsens.implicit.status import Status
 
-__all__ = ["factor", "one_by_one"]
+__all__ = ["factor"]
 
 
-def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
+def _one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
     """Under vmap on a CPU, the function on one member after the other.
 
     There jaxlib shares a batch of matrices out over a pool of threads and waits for them on a thread of that pool: two
@@ -33,27 +33,27 @@ def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-@one_by_one
+@_one_by_one
 def _lu(matrix: Array) -> tuple[Array, Array]:
     return jsl.lu_factor(matrix)
 
 
-@one_by_one
+@_one_by_one
 def _lu_solve(lu: Array, pivots: Array, r: Array) -> Array:
     return jsl.lu_solve((lu, pivots), r)
 
 
-@one_by_one
+@_one_by_one
 def _svd(matrix: Array) -> tuple[Array, Array, Array]:
     return tuple(jnp.linalg.svd(matrix, full_matrices=False))
 
 
-@one_by_one
+@_one_by_one
 def _cholesky_solve(lower: Array, r: Array) -> Array:
     return jsl.cho_solve((lower, True), r)
 
 
-@one_by_one
+@_one_by_one
 def _cholesky(matrix: Array, largest: Array) -> Array:
     """The lower factor of a positive semi-definite matrix; not finite where it has a negative direction."""
     n, eps = matrix.shape[0], float(jnp.finfo(matrix.dtype).eps)

@@ -19,7 +19,7 @@ import optax.projections
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
-from mdsens.implicit._dense import one_by_one
+from mdsens.implicit._dense import _one_by_one
 from mdsens.implicit._tree import PyTree
 from mdsens.implicit.linear import linear_solve
 from mdsens.implicit.operators import Direct, Operator
@@ -126,7 +126,7 @@ def semidefinite(x: Array) -> Array:
     return _positive_part((x + x.T) / 2)
 
 
-@one_by_one
+@_one_by_one
 def _eigh(x: Array) -> tuple[Array, Array]:
     return tuple(jnp.linalg.eigh(x, symmetrize_input=False))
 
