@@ -19,10 +19,10 @@ import numpy as np
 from scipy.optimize import Bounds, minimize
 
 from mdsens.implicit.status import Status
-from mdsens.kkt import KKT, flat, unflat
+from mdsens.kkt import KKT, constrained_null_space, flat, unflat
 from mdsens.lagrangian import bounds, equations, lagrangian_slope, own_params, pinned, unknowns_of, with_unknowns
 from mdsens.scales import scales
-from mdsens.stationarity import NullSpace
+from mdsens.stationarity import NullSpace, linearisation
 from mdsens.system import System, potential_energy
 from mdsens.unknowns import Unknowns
 
@@ -35,6 +35,7 @@ RETURNS = 4  # to the augmented Lagrangian from Newton steps that made no headwa
 STEPS, TRIALS = 40, 12  # Newton steps in a row; halvings of one
 LONGEST = 0.1  # step of a coordinate, of the law's length
 PENALTY, RISE = 10.0, 5.0  # rho of the law's stiffness to begin with; where g does not fall to a quarter, times this
+SADDLES, OFF_SADDLE, DOWN = 3, 1e-2, 1e-10  # times that one is left; the step off it; how far down from there
 MEMORY = 30  # pairs that L-BFGS-B keeps
 
 
@@ -176,6 +177,31 @@ class _Descent:
             found[name] = jnp.asarray(PENALTY * self.stiffness / max(each, 1e-300))
         return found
 
+    def arrive(self) -> float:
+        """To the tolerance, or as far as it goes; the force that is left."""
+        share = NEAR
+        size = self.left(_slope(self.system, self.multipliers), self.z)[1]
+        if not size <= NEAR * self.stiffness * self.length:
+            self.near(share)
+        for _ in range(RETURNS):
+            size = self.newton()
+            if size <= self.tolerance or self.steps >= self.max_steps:
+                break
+            share *= NEARER
+            self.near(share)
+        return size
+
+    def leave_saddle(self, size: float) -> bool:
+        """A step along the lowest mode on the tangent space where it has a negative one; whether there was one."""
+        backbone, net, null = linearisation(self.system, size)
+        system = KKT(backbone, constrained_null_space(backbone, net, null), self.multipliers)
+        if not system.negative[0] > 0:
+            return False
+        mode = system.lowest(1).vectors[:, 0]
+        step = OFF_SADDLE * self.length / np.abs(mode).max() * mode
+        self.system = self.at(np.clip(self.z + step, self.low, self.high))
+        return True
+
     def newton(self) -> float:
         """Newton steps on the optimality condition as long as they make headway; the force that is left."""
         slope = _slope(self.system, self.multipliers)
@@ -238,17 +264,12 @@ def relax_held(system: System, tolerance: float, max_steps: int, show: Callable[
       show: called with the steps taken and the largest force.
     """
     run = _Descent(system, tolerance, max_steps, show)
-    share, size = NEAR, np.inf
-    for _ in range(RETURNS):
-        slope = _slope(run.system, run.multipliers)
-        size = run.left(slope, run.z)[1]
-        if not size <= NEAR * run.stiffness * run.length:
-            run.near(share)
-        size = run.newton()
-        if size <= tolerance or run.steps >= max_steps:
+    size = run.arrive()
+    for _ in range(SADDLES):
+        if not (size <= tolerance and run.leave_saddle(size)):
             break
-        share *= NEARER
-        run.near(share)
+        run.near(DOWN)
+        size = run.arrive()
     if not np.isfinite(size):
         status = Status.NOT_FINITE
     else:

@@ -30,17 +30,28 @@ from mdsens.implicit.eigen import Spectrum
 from mdsens.implicit.linear import solve
 from mdsens.implicit.operators import Auto, Operator
 from mdsens.implicit.status import SolveStats
-from mdsens.lagrangian import equations, has_equations, held, lagrangian_slope, relaxed, unknowns_of
+from mdsens.lagrangian import (
+    at_bounds,
+    bounds,
+    equations,
+    held,
+    lagrangian_slope,
+    own_params,
+    pinned,
+    relaxed,
+    unknowns_of,
+)
 from mdsens.scales import scales
 from mdsens.stationarity import NullSpace, sparse_hessian
 from mdsens.stiffness import Stiffness
 from mdsens.system import System
 from mdsens.unknowns import Unknowns
 
-__all__ = ["KKT", "constrained_null_space", "kkt_operator"]
+__all__ = ["KKT", "about_to_switch", "constrained_null_space", "flat", "kkt_operator", "scaled", "unflat"]
 
 DENSE = 2500  # unknowns up to which a matrix whose sparsity is not known is written out
 REPEATED = 1e-9  # of the largest singular value of A: equations below it are no new ones
+WEAK = 10.0  # times the largest force left: a push on a bound below it is none
 STIFF = 1e6  # times |H|: what A^T A counts for where the inertia on the tangent space is asked for
 
 
@@ -140,7 +151,7 @@ def _costless(system: System, rows: np.ndarray) -> np.ndarray:
     return np.tensordot(kept.T, rows, axes=1)
 
 
-def _scaled(x: Unknowns, by: Any) -> Unknowns:
+def scaled(x: Unknowns, by: Any) -> Unknowns:
     """Multipliers in units of a force a length, so that all rows of the system are alike."""
     return dataclasses.replace(x, multipliers=jax.tree.map(lambda leaf: by * leaf, x.multipliers))
 
@@ -155,7 +166,7 @@ def kkt_operator(system: System, x: Unknowns, null: NullSpace) -> tuple[Operator
     jacobian = jax.linearize(lambda y: lagrangian_slope(system, y, own), x)[1]
 
     def product(v: Unknowns) -> Unknowns:
-        return null.free(_scaled(jacobian(_scaled(null.free(v), unit)), unit))
+        return null.free(scaled(jacobian(scaled(null.free(v), unit)), unit))
 
     definite = x.multipliers is None
     return Operator(product, symmetric=True, positive_semidefinite=definite, project=null.project), unit
@@ -327,8 +338,9 @@ class KKT(Stiffness):
         """The columns of (m, c), or one (m,), without what is held and off the motions that nothing holds."""
         rows = columns.reshape(columns.shape[0], -1)
         found = np.where(self.moves[: len(rows), None], rows, 0.0)
-        motions = np.asarray(self.null.motions).reshape(len(self.null.motions), -1)
+        motions = np.asarray(self.null.motions)
         if len(motions):
+            motions = motions.reshape(len(motions), -1)
             k = motions.shape[1]
             found[:k] -= motions.T @ (motions @ found[:k])
         return found.reshape(columns.shape)
@@ -397,9 +409,29 @@ def _binds(c: Any, x: Unknowns) -> bool:
     return c.name in (x.multipliers or {})
 
 
-def equations_hold(system: System) -> float:
-    """The largest |g|, 0 without equations. Host code."""
-    if not has_equations(system):
-        return 0.0
-    found = jax.jit(lambda s: equations(s, s.positions, s.params))(system)
-    return max(float(np.max(np.abs(np.asarray(g)), initial=0.0)) for g in jax.tree.leaves(found))
+def about_to_switch(system: System, multipliers: Any, null: NullSpace, max_force: float) -> int:
+    """How many coordinates are at a bound that does not push them, or so near to one that the force left could bring
+    them there: on one side of the minimum's parameters they are held, on the other free. Host code.
+    """
+    low, high = (jax.tree.map(np.asarray, side) for side in bounds(system, system.params))
+    at_low, at_high = (jax.tree.map(np.asarray, side) for side in at_bounds(system))
+    x = unknowns_of(system, multipliers)
+    slope = lagrangian_slope(system, x, own_params(system))
+    length, stiffness = (float(s) for s in scales(system))
+    loose = {"positions": np.asarray(null.rattlers)[:, None] | np.asarray(pinned(system))}
+    count = 0
+    for name, value, along in (
+        ("positions", x.positions, slope.positions),
+        *((k, (x.params or {})[k], (slope.params or {})[k]) for k in x.params or {}),
+    ):
+
+        def part(side: Unknowns, name: str = name) -> Any:
+            return side.positions if name == "positions" else (side.params or {})[name]
+
+        value, along = np.asarray(value, float), np.asarray(along, float)
+        held = part(at_low) | part(at_high)
+        weak = held & (np.abs(along) <= WEAK * max_force + SHIFT * stiffness * length)
+        gap = np.minimum(value - part(low), part(high) - value)
+        close = ~held & (gap <= WEAK * max_force / stiffness + SHIFT * length)
+        count += int(np.sum((weak | close) & ~loose.get(name, False)))
+    return count

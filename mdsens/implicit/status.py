@@ -138,6 +138,17 @@ class Status(IntEnum):
         "rearrangement, and its Poisson's ratio means nothing; compress it, or take more particles",
     )
 
+    DEGENERATE_CONSTRAINT = (
+        27,
+        "a constraint is met without a force on it, so it is about to open or close: the derivative is that of one "
+        "side; move the parameters a little",
+    )
+    REDUNDANT_CONSTRAINTS = (
+        30,
+        "some constraints repeat others, so that their multipliers are not unique and their values cannot change one "
+        "by one; leave out as many as repeat",
+    )
+
     @property
     def good(self) -> bool:
         """True where the number beside this status can be used."""
