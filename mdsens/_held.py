@@ -21,7 +21,7 @@ from scipy.optimize import Bounds, minimize
 from mdsens.implicit.status import Status
 from mdsens.kkt import KKT, constrained_null_space, flat, unflat
 from mdsens.lagrangian import bounds, equations, lagrangian_slope, own_params, pinned, unknowns_of, with_unknowns
-from mdsens.scales import scales
+from mdsens.scales import round_off, scales
 from mdsens.stationarity import NullSpace, linearisation
 from mdsens.system import System, potential_energy
 from mdsens.unknowns import Unknowns
@@ -36,6 +36,7 @@ STEPS, TRIALS = 40, 12  # Newton steps in a row; halvings of one
 LONGEST = 0.1  # step of a coordinate, of the law's length
 PENALTY, RISE = 10.0, 5.0  # rho of the law's stiffness to begin with; where g does not fall to a quarter, times this
 SADDLES, OFF_SADDLE, DOWN = 3, 1e-2, 1e-10  # times that one is left; the step off it; how far down from there
+ROUND_OFF = 3.0  # times what round-off leaves of forces: nothing is gained from there
 MEMORY = 30  # pairs that L-BFGS-B keeps
 
 
@@ -99,6 +100,7 @@ class _Descent:
         self.like = dataclasses.replace(unknowns_of(system), multipliers=None)
         x = np.clip(flat(self.like), self.low, self.high)
         self.system = system
+        self.round_off = ROUND_OFF * round_off(system)
         self.system = self.at(x)
         self.multipliers = unknowns_of(self.system).multipliers
         self.steps = 0
@@ -185,9 +187,9 @@ class _Descent:
             self.near(share)
         for _ in range(RETURNS):
             size = self.newton()
-            if size <= self.tolerance or self.steps >= self.max_steps:
+            if size <= max(self.tolerance, self.round_off) or self.steps >= self.max_steps:
                 break
-            share *= NEARER
+            share = max(share * NEARER, DOWN)
             self.near(share)
         return size
 
