@@ -29,6 +29,7 @@ from mdsens import (
     plots,
     potentials,
     relaxation,
+    saddles,
     verify,
 )
 from mdsens.boxes import PackingFraction
@@ -46,6 +47,7 @@ from mdsens.implicit.status import (
 )
 from mdsens.io import load_system
 from mdsens.relaxation import Equilibrium, minimize
+from mdsens.saddles import find_saddle
 from mdsens.sensitivity import (
     Linearization,
     Response,
@@ -107,6 +109,7 @@ __all__ = [
     "enable_compilation_cache",
     "enable_x64",
     "equilibrate",
+    "find_saddle",
     "gradient",
     "implicit",
     "io",
@@ -122,6 +125,7 @@ __all__ = [
     "potentials",
     "relaxation",
     "response",
+    "saddles",
     "stack",
     "unstack",
     "verify",

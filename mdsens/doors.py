@@ -190,7 +190,7 @@ def through_batch(door: Door, eq: Equilibrium, given: Any, solve: Method) -> Res
     if not np.isfinite(np.asarray(eq.positions)).all():
         return None
     backbone, net, null = linearisation(eq.system, eq.max_force)
-    stiffness = Stiffness(backbone, null.simplified())
+    stiffness = Stiffness(backbone, null.simplified(), eq.order)
     core = Linearization(eq, backbone, net, stiffness.null, solve).traced(door.moving(eq.params, given))
     sides = _sides(core, given, door, False)
     if stiffness.factor is None:
@@ -203,7 +203,7 @@ def through_batch(door: Door, eq: Equilibrium, given: Any, solve: Method) -> Res
 
 @functools.partial(jax.jit, static_argnames=("door", "many"))
 def _compiled(lin: Linearization, given: Any, door: Door, many: bool) -> Response:
-    operator = hessian_operator(lin.system, lin.null, lin.blocks)
+    operator = hessian_operator(lin.system, lin.null, lin.blocks, definite=not lin.equilibrium.order)
 
     def one(given: Any) -> Response:
         side = door.side(lin, given)

@@ -52,6 +52,7 @@ class Equilibrium(Shown):
       tolerance: what max_force was to reach.
       pressure: at which the cell was relaxed, too; None in a cell that was given.
       strains: (k, d, d) orthonormal strains that the cell was free to take; None likewise.
+      order: how many modes have a negative stiffness: 0 at a minimum, 1 at the saddle of ``find_saddle``.
     """
 
     system: System
@@ -62,6 +63,7 @@ class Equilibrium(Shown):
     tolerance: Any
     pressure: Any = None
     strains: Any = None
+    order: int = dataclasses.field(default=0, metadata={"static": True})
 
     @property
     def positions(self) -> jax.Array:
@@ -87,6 +89,7 @@ class Equilibrium(Shown):
         return [
             ("system", f"n = {s.n}, {s.dimension}-D, {s.potential.name}"),
             ("status", f"{Status(int(self.status)).name}: {Status(int(self.status)).sentence}"),
+            *([("kind", f"saddle of order {self.order}")] if self.order else []),
             ("max_force", f"{float(self.max_force):.2e} (tolerance {float(self.tolerance):.0e})"),
             *([] if self.pressure is None else [("pressure", self.cell_in_words())]),
             ("steps", f"{int(self.steps):,} in {float(self.wall_time):.2f} s"),

@@ -49,7 +49,7 @@ ORDER = [
     ["_loop"],
     ["_runs", "_pressed"],
     ["relaxation"],
-    ["packing"],
+    ["packing", "saddles"],
     ["linearization"],
     ["doors"],
     ["sensitivity"],

@@ -138,6 +138,12 @@ class Status(IntEnum):
         "rearrangement, and its Poisson's ratio means nothing; compress it, or take more particles",
     )
 
+    NOT_A_SADDLE = (
+        29,
+        "the modes of negative stiffness are not as many as a saddle of this order has: it is a minimum, or a saddle of "
+        "another order; start nearer to the saddle, along another direction, or between its two minima",
+    )
+
     @property
     def good(self) -> bool:
         """True where the number beside this status can be used."""
