@@ -18,6 +18,7 @@ from pathlib import Path as _Path
 import jax as _jax
 
 from mdsens import (
+    barriers,
     contacts,
     design,
     elasticity,
@@ -32,6 +33,7 @@ from mdsens import (
     saddles,
     verify,
 )
+from mdsens.barriers import barrier
 from mdsens.boxes import PackingFraction
 from mdsens.certificate import Certificate, certify
 from mdsens.equilibration import equilibrate
@@ -102,6 +104,8 @@ __all__ = [
     "System",
     "TooLargeError",
     "UnsupportedVersionError",
+    "barrier",
+    "barriers",
     "certify",
     "contacts",
     "design",

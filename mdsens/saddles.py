@@ -14,14 +14,13 @@ import functools
 import sys
 import time
 from collections.abc import Mapping
-from numbers import Real
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdsens._checks import check_positive, real_array, short
+from mdsens._checks import check_positive, real_array, real_number, short
 from mdsens._progress import Decades
 from mdsens.implicit.status import InputError, PrecisionError, Status, raise_for_status
 from mdsens.newton import steihaug
@@ -37,6 +36,7 @@ __all__ = ["EigenvectorFollowing", "find_saddle", "sides"]
 Params = Mapping[str, Any]
 FORCING = 0.1  # residual of the step across the mode: Newton steps take over where more would pay
 NEWTON_STEPS = 30
+ROUND_OFF = 2.0  # forces that the resolution of the positions leaves, of ``round_off``
 MODE_STARTS = 1e-3  # of a chirp in the first vector of a cycle: a mode found once would hide a softer one
 CYCLES = 20  # of Lanczos for one step
 RESOLVED = 0.1  # residual of the mode, of its stiffness
@@ -153,7 +153,9 @@ def _stiffness(system: System) -> tuple[Stiffness, NullSpace]:
     return Stiffness(backbone, null, 1), null
 
 
-def _newton(system: System, tolerance: float, longest: float, show: Any) -> tuple[System, float, int] | None:
+def _newton(
+    system: System, tolerance: float, longest: float, before: int, bar: Decades
+) -> tuple[System, float, int] | None:
     """Newton steps on dU/dR = 0: (system, largest force, steps); None where they leave the region of one negative mode
     or make no headway.
     """
@@ -164,7 +166,7 @@ def _newton(system: System, tolerance: float, longest: float, show: Any) -> tupl
         if stiffness.unstable(2) != 1:
             return None
         if largest <= tolerance:
-            return system, largest, k
+            return system, largest, before + k
         step, _, _ = stiffness.solve(-np.asarray(slope))
         if not float(largest_force(jnp.asarray(step))) <= longest:
             return None
@@ -172,9 +174,9 @@ def _newton(system: System, tolerance: float, longest: float, show: Any) -> tupl
         its = _slope(there)
         left = float(largest_force(its))
         if not left < 0.9 * largest:
-            return None
+            return (system, largest, before + k) if largest <= ROUND_OFF * round_off(system) else None
         system, slope, largest = there, its, left
-        show(k + 1, largest)
+        bar.show(before + k + 1, largest)
     return None
 
 
@@ -250,9 +252,9 @@ def _walk(
     while steps < max_steps and np.isfinite(largest):
         if near and largest < 0.5 * tried:
             tried = largest
-            reached = _newton(system, tolerance, longest, lambda k, force: bar.show(steps + k, force))
+            reached = _newton(system, tolerance, longest, steps, bar)
             if reached is not None:
-                return reached[0], reached[1], steps + reached[2]
+                return reached
         _, null = _stiffness(system)
         step, expected, mode, way, cut = _proposal(system, null, mode, way, radius, method.vectors)
         there = system.replace(positions=system.positions + step).reallocate(keep=True)
@@ -276,9 +278,11 @@ def _judged(system: System, largest: float, tolerance: float) -> tuple[System, S
         return system, Status.NOT_FINITE, 0
     stiffness, _ = _stiffness(system)
     order = stiffness.unstable(3)
-    if largest > tolerance:
+    limited = largest <= ROUND_OFF * round_off(system)
+    if largest > tolerance and not limited:
         return system, Status.MAX_STEPS_REACHED, order
-    return system, Status.CONVERGED if order == 1 else Status.NOT_A_SADDLE, order
+    reached = Status.CONVERGED if largest <= tolerance else Status.ROUND_OFF_LIMITED
+    return system, reached if order == 1 else Status.NOT_A_SADDLE, order
 
 
 def sides(saddle: Equilibrium, *, step: float = 1e-2, tolerance: float = 1e-12) -> tuple[Equilibrium, Equilibrium]:
@@ -311,9 +315,9 @@ def _checked(start: Any, params: Params | None, tolerance: Any, method: Any, max
         raise InputError("find_saddle holds the cell, and this minimum is at a pressure: give its system.")
     if not isinstance(method, EigenvectorFollowing):
         raise InputError(f"method is {short(method)}: give EigenvectorFollowing() of ms.saddles.")
-    if not (isinstance(tolerance, Real) and 0 < tolerance <= sys.float_info.max):
+    if not 0 < real_number("tolerance", tolerance) <= sys.float_info.max:
         raise InputError(f"tolerance is {short(tolerance)}: give a positive number.")
-    if not (isinstance(max_steps, Real) and max_steps >= 1):
+    if not real_number("max_steps", max_steps) >= 1:
         raise InputError(f"max_steps is {short(max_steps)}: give 1 or more.")
     system = system.reallocate(keep=True) if params is None else system.with_params(params)
     floor = round_off(system)

@@ -289,7 +289,7 @@ def hessian_operator(
       blocks: H as its blocks, where it is assembled.
       definite: whether it is that of a minimum; False at a saddle.
     """
-    kind: dict[str, bool] = {"symmetric": True, "positive_semidefinite": definite}
+    kind: dict[str, Any] = {"symmetric": True, "positive_semidefinite": definite}
     if blocks is None:
         return Operator(_hessian_product(system), **kind, project=null.project)
 

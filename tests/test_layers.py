@@ -53,7 +53,7 @@ ORDER = [
     ["linearization"],
     ["doors"],
     ["sensitivity"],
-    ["equilibration"],
+    ["barriers", "equilibration"],
     ["certificate._record"],
     ["certificate._space"],
     ["certificate._derivative"],

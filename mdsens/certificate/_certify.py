@@ -1,4 +1,4 @@
-"""Is the minimum one, is it stable, and what is in doubt: the examination behind a certificate."""
+"""Is the minimum one, or the saddle, is it stable, and what is in doubt: the examination behind a certificate."""
 
 from __future__ import annotations
 
@@ -99,6 +99,9 @@ def certify(
     At a pressure the unknowns are positions and cell: the minimum is one of the enthalpy, the step to it and the
     response move the cell too, and the ``cell`` of the certificate tells its stress and its stiffness.
 
+    At a saddle of order k exactly k modes of negative stiffness are right, and the smallest stiffness that stands in
+    the estimates is the smallest in size.
+
     It costs an eigenvalue and a few linear solves on one factor of the Hessian: about a tenth of the relaxation.
 
     Args:
@@ -125,11 +128,11 @@ def certify(
     eq, net, null = lin.equilibrium, lin.network, lin.null
     system = eq.system
     loose = np.asarray(net.rattlers)
-    stiffness = Stiffness(lin.system, null)
+    stiffness = Stiffness(lin.system, null, eq.order)
     finite = bool(np.isfinite(np.asarray(system.positions)).all())
     free, translations, rotations = null.dimensions(system.dimension) if finite else (0, 0, 0)
     if finite and not loose.all():
-        spectrum = stiffness.lowest(modes, doubtful_stiffness(system, float(eq.max_force)))
+        spectrum = stiffness.lowest(max(modes, eq.order + 1), doubtful_stiffness(system, float(eq.max_force)))
     else:
         nothing = np.zeros(0), np.zeros((system.positions.size, 0)), np.zeros(0)
         spectrum = Spectrum(*nothing, 0.0, 0, 0, 0, 0.0, True, "none")
@@ -137,8 +140,8 @@ def certify(
     space = Space(lin, stiffness)
     forces = space.forces()
     total, soft = space.strength(forces), 0.0
-    if spectrum.stable.size and spectrum.stable.all():
-        soft = space.least(lowest)
+    if spectrum.values.size and spectrum.settled and spectrum.negative == eq.order:
+        soft = space.least(float(np.abs(spectrum.values).min()))
     step, along, doubt = space.still, None, (0, np.inf)
     if spectrum.values.size:
         step, _, _ = space.solve(forces, ESTIMATE)
@@ -173,6 +176,7 @@ def certify(
         None if observable is None else _touched(observable, lin, stiffness.project),
         str(system.positions.dtype),
         None if lin.cell is None else _cell(lin, step),
+        eq.order,
     )
     findings = _findings(made, lin)
     status = findings[0][0] if findings else Status.CONVERGED
@@ -195,9 +199,9 @@ def _findings(c: Certificate, lin: Linearization) -> list[tuple[Status, str]]:
         add(before, f"max_force {c.max_force:.1e}")
     if bool(np.all(c.rattlers)) and not c.crossed_to_minimum:
         add(Status.UNJAMMED, f"{c.rattlers.size} of {c.rattlers.size} particles are held by nothing")
-    if c.negative_modes:
+    if c.negative_modes != c.order:
         add(
-            Status.INDEFINITE,
+            Status.NOT_A_SADDLE if c.order else Status.INDEFINITE,
             f"{count(c.negative_modes, 'mode')} of negative stiffness, the lowest {c.stiffness_min:.3g}",
         )
     if c.cell is not None and not c.cell.stable and not c.cell.stiffness_min > 0:
@@ -221,7 +225,8 @@ def _findings(c: Certificate, lin: Linearization) -> list[tuple[Status, str]]:
         if np.isfinite(d.radius) and d.radius * float(np.abs(d.positions).max()) < RESOLVED * resolution:
             add(Status.RADIUS_BELOW_ROUND_OFF, f"radius {d.radius:.1e}")
     if eps > 1e-10:
-        left = eps * c.stiffness_max / c.stiffness_min if c.stiffness_min > 0 else np.inf
+        softest = abs(c.stiffness_min) if c.order else c.stiffness_min
+        left = eps * c.stiffness_max / softest if softest > 0 else np.inf
         add(Status.SINGLE_PRECISION, f"{left:.0e} here")
     parts = [] if c.observable is None else [f"{v:.1e} of it on {k}" for k, v in c.observable.items() if v > eps**0.5]
     if parts:

@@ -153,6 +153,8 @@ class Certificate(Shown):
       cell: of a minimum at a pressure; None in a given cell. Lengths are then of positions and cell together: a strain
         counts as the motion that it gives to n particles spread evenly over the cell, n^(1/2) V^(1/d) / 12^(1/2) times
         its norm. The stiffness of modes stays that in the fixed cell.
+      order: of the saddle that was examined, the number of negative modes that it is to have; 0 of a minimum. What is
+        said of a minimum is then said of the saddle.
     """
 
     status: Status
@@ -179,11 +181,12 @@ class Certificate(Shown):
     observable: dict[str, float] | None
     precision: str
     cell: CellState | None = None
+    order: int = 0
 
     @property
     def estimates_hold(self) -> bool:
         """Whether the way to the minimum lies within one contact network, and leads to a minimum."""
-        loose = self.negative_modes or self.floppy_modes or self.unsettled_modes
+        loose = self.negative_modes != self.order or self.floppy_modes or self.unsettled_modes
         return not (self.crossed_to_minimum or loose) and (self.cell is None or self.cell.stable)
 
     @property
@@ -220,7 +223,7 @@ class Certificate(Shown):
         keys = ("max_force", "relative_force", "mean_force", "distance", "newton", "stiffness_min", "stiffness_max")
         keys += ("steps_to_crossing",)
         counts = ("negative_modes", "floppy_modes", "unsettled_modes", "zero_modes", "translations", "rotations")
-        counts += ("crossed_to_minimum",)
+        counts += ("crossed_to_minimum", "order")
         found: dict[str, Any] = {"status": self.status.name, "precision": self.precision}
         found["findings"] = [{"status": code.name, "sentence": said} for code, said in self.findings]
         found |= {key: float(getattr(self, key)) for key in keys} | {key: int(getattr(self, key)) for key in counts}
@@ -260,7 +263,7 @@ class Certificate(Shown):
         if said and self.derivative is None and not self.spectrum.values.size:
             said.append(("derivative", self._loose))
         verdict = [("status", f"{self.status.name}: {self.status.sentence}")] if not said else said
-        sections: list[tuple[str, Rows]] = [("Certificate", verdict), ("Is it a minimum?", self._of_minimum())]
+        sections: list[tuple[str, Rows]] = [("Certificate", verdict), (f"Is it a {self._place}?", self._of_minimum())]
         sections.append(("Is it stable?", self._of_stability()))
         if self.derivative is not None:
             sections.append(("How wrong can the derivative be?", self._of_error(self.derivative)))
@@ -285,11 +288,19 @@ class Certificate(Shown):
         """What ``print`` shows; or of it what belongs to the direction alone, where several share a minimum."""
         sections = self._sections()
         if derivative_only:
-            sections = [s for s in sections if s[1] and s[0] not in ("Is it a minimum?", "Is it stable?")]
+            sections = [s for s in sections if s[1] and s[0] not in (f"Is it a {self._place}?", "Is it stable?")]
         width = max((len(name) for _, rows in sections for name, _ in rows), default=0)
         return "\n\n".join(
             _tables.text(title, [(f"{name:<{width}}", value) for name, value in rows]) for title, rows in sections
         )
+
+    @property
+    def _place(self) -> str:
+        return f"saddle of order {self.order}" if self.order else "minimum"
+
+    @property
+    def _no_place(self) -> str:
+        return f"this is no {self._place} of a rigid state"
 
     @property
     def _loose(self) -> str:
@@ -304,11 +315,11 @@ class Certificate(Shown):
         relative = "" if np.isnan(self.relative_force) else f", {self.relative_force:.1e} of the mean contact force"
         distance = f"length {self.newton:.1e} (Newton step{strained}), at most {self.distance:.1e} to first order"
         if not np.isfinite(self.distance):
-            distance = self._loose if np.isnan(self.newton) else "not known: not all modes are stable"
+            distance = self._loose if np.isnan(self.newton) else f"not known: {self._no_place}"
         return [
             ("largest net force", f"{self.max_force:.2e} energy/length, on a particle{relative}"),
             *([] if cell is None else [("stress left", _stress_left(cell))]),
-            ("distance to the minimum", distance),
+            (f"distance to the {self._place}", distance),
             ("contacts on that way", f"{self.crossed_to_minimum or 'none'} in doubt{ahead}"),
         ]
 
@@ -349,7 +360,7 @@ class Certificate(Shown):
         if d.vanishes:
             return [("response", f"none: nothing moves (norm {d.norm:.1e}; linear solve: {d.status.name})")]
         unsettled = self.crossed_to_minimum > 0
-        why = "a contact changes on the way to the minimum" if unsettled else "this is no minimum of a rigid state"
+        why = f"a contact changes on the way to the {self._place}" if unsettled else self._no_place
         void = f"no estimate holds: {why}"
         theorem = f"{d.theorem:.1e} (an estimate: its constants are taken at this point)"
         if not d.theorem < 1.0:

@@ -140,8 +140,8 @@ class Status(IntEnum):
 
     NOT_A_SADDLE = (
         29,
-        "the modes of negative stiffness are not as many as a saddle of this order has: it is a minimum, or a saddle of "
-        "another order; start nearer to the saddle, along another direction, or between its two minima",
+        "the modes of negative stiffness are not as many as a saddle of this order has: this is a minimum, or a saddle "
+        "of another order; start nearer to the saddle, along another direction, or between its two minima",
     )
 
     @property
