@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.optimize import Bounds, minimize
+from scipy.optimize import minimize
 
 from mdsens.implicit.status import Status
 from mdsens.kkt import KKT, constrained_null_space, flat, unflat
@@ -146,9 +146,10 @@ class _Descent:
                 return float(energy), along
 
             budget = max(self.max_steps - self.steps, 1)
+            inside = list(zip(self.low, self.high, strict=True))
             how = {"maxcor": MEMORY, "maxfun": budget, "maxiter": budget, "ftol": 0.0, "gtol": force, "maxls": 50}
             start = self.z
-            found = minimize(evaluate, start, jac=True, method="L-BFGS-B", bounds=Bounds(self.low, self.high), options=how)
+            found = minimize(evaluate, start, jac=True, method="L-BFGS-B", bounds=inside, options=how)
             self.system = system
             self.system = self.at(np.clip(found.x, self.low, self.high))
             if self.multipliers is None:
@@ -208,7 +209,7 @@ class _Descent:
         """Newton steps on the optimality condition as long as they make headway; the force that is left."""
         slope = _slope(self.system, self.multipliers)
         z = self.z
-        kept, size = self.left(slope, z)
+        _, size = self.left(slope, z)
         for _ in range(STEPS):
             if not (np.isfinite(size) and size > self.tolerance) or self.steps >= self.max_steps:
                 break

@@ -120,7 +120,7 @@ class Pinned(Constraint):
         if not along or any(a not in range(d) for a in along):
             raise InputError(f"Pinned: axes is {axes!r}: give some of 0 to {d - 1}, or None.")
         mask = np.zeros((n, d), bool)
-        mask[np.ix_(which, along)] = True
+        mask[which[:, None], along] = True
         return cls.coordinates(mask, name=name)
 
     @classmethod
@@ -268,7 +268,9 @@ class RigidBonds(Constraint):
             raise InputError(f"{self.name}: bonds go up to particle {int(np.max(np.asarray(self.bonds)))} of {n}.")
         length = np.asarray(params[self.length])
         if length.shape not in ((), (m,)):
-            raise InputError(f"parameter {self.length} has shape {length.shape}: give a scalar, or ({m},) for the bonds.")
+            raise InputError(
+                f"parameter {self.length} has shape {length.shape}: give a scalar, or ({m},) for the bonds."
+            )
         if not (length > 0).all():
             raise InputError(f"parameter {self.length} has {length.min()}: give positive lengths.")
 
@@ -407,7 +409,9 @@ def check_constraints(constraints: Any, params: Params, law_parameters: Sequence
     names: list[str] = []
     for c in found:
         if not isinstance(c, Constraint):
-            raise InputError(f"constraints has {short(c)}: give records of mdsens.constraints, such as Pinned.particles(...).")
+            raise InputError(
+                f"constraints has {short(c)}: give records of mdsens.constraints, such as Pinned.particles(...)."
+            )
         if c.name in names:
             raise InputError(f"two constraints are named {c.name!r}: give each a name of its own.")
         names.append(c.name)
@@ -420,6 +424,8 @@ def check_constraints(constraints: Any, params: Params, law_parameters: Sequence
                 raise InputError(f"parameter {name} is not finite: give finite numbers.")
         for name in c.relaxes:
             if name not in law_parameters:
-                raise InputError(f"{c.name} relaxes {name!r}, which the law has not: give one of {list(law_parameters)}.")
+                raise InputError(
+                    f"{c.name} relaxes {name!r}, which the law has not: give one of {list(law_parameters)}."
+                )
         c.check(params, n, d)
     return found

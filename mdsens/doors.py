@@ -29,7 +29,7 @@ from mdsens.stiffness import Stiffness
 from mdsens.strains import forces_of_strain
 from mdsens.system import System, box_at
 
-__all__ = ["FORCE", "JVP", "STRAIN", "VJP", "Door", "Response", "finite_or_said", "read", "through", "through_batch"]
+__all__ = ["FORCE", "JVP", "STRAIN", "VJP", "Door", "Response", "finite_or_said", "held_motion", "read", "through", "through_batch"]
 
 Params = Mapping[str, Any]
 
@@ -105,7 +105,7 @@ def _affine(system: System, tangent: Params, positions: jax.Array) -> jax.Array:
     return positions @ jnp.linalg.solve(box_at(system, system.params).T, change.T)
 
 
-def _held_motion(lin: Linearization, tangent: Params) -> Unknowns:
+def held_motion(lin: Linearization, tangent: Params) -> Unknowns:
     """How what is held moves with the parameters; zero where nothing holds."""
     rate = along(lambda p: lagrangian.placed(lin.system, p), lin.params, tangent)
     still = None if lin.multipliers is None else jax.tree.map(jnp.zeros_like, lin.multipliers)
@@ -128,7 +128,7 @@ def read(lin: Linearization, x: Unknowns, params: Params) -> Unknowns:
 
 def _jvp_side(lin: Linearization, tangent: Params) -> Unknowns:
     if lin.held is not None:
-        motion = _held_motion(lin, tangent)
+        motion = held_motion(lin, tangent)
         place, change = (lin.unknowns, lin.params), _filled(lin, tangent)
         rate = jax.jvp(lambda x, p: _slope(lin, x, p), place, (motion, change))[1]
         return lin.null.free(jax.tree.map(jnp.negative, rate))
@@ -140,7 +140,7 @@ def _jvp_side(lin: Linearization, tangent: Params) -> Unknowns:
 def _jvp_response(lin: Linearization, tangent: Params, x: Unknowns, stats: SolveStats) -> Response:
     value, rest = lin.stored(x), x.positions
     if lin.held is not None:
-        whole = jax.tree.map(jnp.add, _held_motion(lin, tangent), x)
+        whole = jax.tree.map(jnp.add, held_motion(lin, tangent), x)
         place = lin.unknowns, lin.params
         value = jax.jvp(lambda x, p: read(lin, x, p), place, (whole, _filled(lin, tangent)))[1]
         rest = value.positions - _affine(lin.system, tangent, lin.system.positions)
@@ -257,7 +257,7 @@ def through_batch(door: Door, eq: Equilibrium, given: Any, solve: Method) -> Res
     if not np.isfinite(np.asarray(eq.positions)).all():
         return None
     backbone, net, null = linearisation(eq.system, eq.max_force)
-    stiffness = Stiffness(backbone, null.simplified())
+    stiffness = Stiffness(backbone, null.simplified(), eq.order)
     core = Linearization(eq, backbone, net, stiffness.null, solve).traced(door.moving(eq.params, given))
     sides = _sides(core, given, door, False)
     if stiffness.factor is None:
@@ -265,13 +265,13 @@ def through_batch(door: Door, eq: Equilibrium, given: Any, solve: Method) -> Res
     forces = np.asarray(sides.positions)
     x, stats = stiffness.solve_many(forces.reshape(-1, 1), solve.rtol)
     stats = jax.tree.map(lambda leaf: leaf[:, 0], stats)
-    return _responses(core, given, sides, Unknowns(x.reshape(forces.shape)), stats, door, False)
+    return _responses(core, given, sides, Unknowns(jnp.asarray(x.reshape(forces.shape))), stats, door, False)
 
 
 @functools.partial(jax.jit, static_argnames=("door", "many"))
 def _compiled(lin: Linearization, given: Any, door: Door, many: bool) -> Response:
     if lin.held is None:
-        operator, unit = hessian_operator(lin.system, lin.null, lin.blocks), None
+        operator, unit = hessian_operator(lin.system, lin.null, lin.blocks, definite=not lin.equilibrium.order), None
     else:
         operator, unit = kkt_operator(lin.system, lin.unknowns, lin.null)
 

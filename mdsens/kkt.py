@@ -29,7 +29,7 @@ from mdsens.implicit._sparse import SHIFT, SparseFactor, bound
 from mdsens.implicit.eigen import Spectrum
 from mdsens.implicit.linear import solve
 from mdsens.implicit.operators import Auto, Operator
-from mdsens.implicit.status import SolveStats
+from mdsens.implicit.status import SolveStats, Status
 from mdsens.lagrangian import (
     at_bounds,
     bounds,
@@ -139,16 +139,21 @@ def _left_motions(x: np.ndarray, wraps: bool, stuck: np.ndarray, some: np.ndarra
 
 def _costless(system: System, rows: np.ndarray) -> np.ndarray:
     """Those combinations of orthonormal motions that the Hessian finds free: a field may hold the others."""
-    from mdsens.stationarity import _hessian_product
-
-    product = jax.jit(lambda s, v: _hessian_product(s)(Unknowns(v)).positions)
-    images = np.array([np.asarray(product(system, jnp.asarray(row))).ravel() for row in rows])
-    probe = np.cos(np.arange(rows[0].size) ** 2.0).reshape(rows[0].shape)
-    scale = np.linalg.norm(np.asarray(product(system, jnp.asarray(probe)))) / np.linalg.norm(probe)
-    u, costs, _ = np.linalg.svd(images, full_matrices=True)
-    costs = np.pad(costs, (0, len(rows) - len(costs)))
+    probe = np.cos(np.arange(rows[0].size) ** 2.0).reshape(1, *rows[0].shape)
+    *images, of_probe = np.asarray(_images(system, jnp.asarray(np.concatenate([rows, probe]))))
+    scale = np.linalg.norm(of_probe) / np.linalg.norm(probe)
+    u, costs, _ = np.linalg.svd(np.array(images), full_matrices=False)
     kept = u[:, costs <= np.finfo(float).eps ** 0.5 * scale]
     return np.tensordot(kept.T, rows, axes=1)
+
+
+@jax.jit
+def _images(system: System, rows: jax.Array) -> jax.Array:
+    def slope(R: jax.Array) -> jax.Array:
+        return lagrangian_slope(system.replace(constraints=()), Unknowns(R), system.params).positions
+
+    product = jax.linearize(slope, system.positions)[1]
+    return jax.lax.map(lambda v: product(v).ravel(), rows)
 
 
 def scaled(x: Unknowns, by: Any) -> Unknowns:
@@ -204,7 +209,9 @@ class _Factor:
         whole = matrix + sp.diags_array(signs)
         self.size = matrix.shape[0]
         if len(motions):
-            border = sp.csr_array(scale * np.pad(motions.reshape(len(motions), -1), [(0, 0), (0, self.size - motions[0].size)]))
+            border = sp.csr_array(
+                scale * np.pad(motions.reshape(len(motions), -1), [(0, 0), (0, self.size - motions[0].size)])
+            )
             whole = sp.block_array([[whole, border.T], [border, None]])
         self._lu = splu(sp.csc_array(whole))
 
@@ -245,7 +252,11 @@ class KKT(Stiffness):
         if not self._factorise and not self._sparse:
             return None
         free = sp.diags_array(self.moves.astype(float))
-        whole = self._assembled() if self._sparse else sp.csr_array(np.asarray(_written_out(self.system, self.x, self.null)))
+        whole = (
+            self._assembled()
+            if self._sparse
+            else sp.csr_array(np.asarray(_written_out(self.system, self.x, self.null)))
+        )
         kept = free @ whole @ free
         scale = bound(kept[: self.primal, : self.primal].tocsr()) or 1.0
         return (kept + sp.diags_array(np.where(self.moves, 0.0, scale))).tocsr()
@@ -350,13 +361,29 @@ class KKT(Stiffness):
         x, stats = super().solve_many(units * columns, rtol, to)
         return units * x, dataclasses.replace(stats, solver="sparse KKT factor")
 
+    def unflat(self, vector: np.ndarray) -> Unknowns:
+        """Of (primal,), without multipliers, or of (m,) with them."""
+        like = self.x if vector.size == self.size else dataclasses.replace(self.x, multipliers=None)
+        found = unflat(vector, like)
+        if vector.size == self.size or self.x.multipliers is None:
+            return found
+        return dataclasses.replace(found, multipliers=jax.tree.map(np.zeros_like, self.x.multipliers))
+
+    def solve_unknowns(self, b: Unknowns, rtol: float) -> tuple[Unknowns, float, Status]:
+        """K x = b, as ``solve``; multipliers in their own units."""
+        if self.factor is None:
+            x, residual, code = _iterated(self.system, self.x, self.null, jax.tree.map(jnp.asarray, b), rtol)
+            return x, float(residual), Status(int(code))
+        x, stats = self.solve_many(flat(b)[:, None], max(rtol, 1e-10), to=1e-15)
+        return self.unflat(x[:, 0]), float(stats.residual[0, 0]), Status(int(stats.status[0, 0]))
+
     def direction(self, b: np.ndarray) -> np.ndarray:
         """About K^-1 b, (m,), in units of the law's stiffness: a Newton step."""
         if self.factor is not None:
             return self.factor.apply(b)
-        like = unflat(b, self.x)
-        found = _iterated(self.system, self.x, self.null, jax.tree.map(jnp.asarray, like))
-        return flat(found)
+        like = scaled(unflat(b, self.x), 1.0 / self.unit)
+        found, *_ = _iterated(self.system, self.x, self.null, jax.tree.map(jnp.asarray, like), 1e-6)
+        return flat(scaled(found, 1.0 / self.unit))
 
     @functools.cached_property
     def _normal(self) -> Any:
@@ -381,7 +408,7 @@ class KKT(Stiffness):
         """The k lowest modes on the tangent space; of a stiffness below ``floor`` the sign tells nothing."""
         H = self.matrix[: self.primal, : self.primal]
         bonds = int(self.moves[self.primal :].sum()) - self.redundant
-        null = int((~self.moves[: self.primal]).sum()) + bonds + len(self.null.motions)
+        null = int((~self.moves[: self.primal]).sum()) + bonds + len(np.asarray(self.null.motions))
 
         def softened(columns: np.ndarray) -> np.ndarray:
             padded = np.pad(columns, [(0, self.size - self.primal), (0, 0)])
@@ -399,10 +426,13 @@ class KKT(Stiffness):
         )
 
 
-@jax.jit
-def _iterated(system: System, x: Unknowns, null: NullSpace, b: Unknowns) -> Unknowns:
-    operator, _ = kkt_operator(system, x, null)
-    return solve(operator, b, Auto(rtol=1e-6))[0]
+@functools.partial(jax.jit, static_argnames=("rtol",))
+def _iterated(
+    system: System, x: Unknowns, null: NullSpace, b: Unknowns, rtol: float
+) -> tuple[Unknowns, jax.Array, jax.Array]:
+    operator, unit = kkt_operator(system, x, null)
+    found, stats = solve(operator, scaled(b, unit), Auto(rtol=rtol))
+    return scaled(found, unit), stats.residual, stats.status
 
 
 def _binds(c: Any, x: Unknowns) -> bool:

@@ -30,6 +30,7 @@ __all__ = [
     "pinned",
     "placed",
     "relaxed",
+    "switch_times",
     "supports",
     "unknowns_of",
     "with_unknowns",
@@ -191,6 +192,52 @@ def multipliers_at(system: System, x: Unknowns, params: Params) -> dict[str, jax
             case _:
                 found[c.name] = (x.multipliers or {})[c.name]
     return found
+
+
+def switch_times(
+    system: System, place: tuple[Unknowns, Params], rate: tuple[Unknowns, Params], loose: Any
+) -> jax.Array:
+    """When, along a path, each coordinate meets its bound or loses the push on it, t to first order; inf for never.
+
+    Args:
+      place: unknowns and parameters now.
+      rate: how fast they change.
+      loose: (n,) particles that are left out.
+    """
+    low, high = at_bounds(jax.lax.stop_gradient(system))
+    stuck = pinned(system) | jnp.asarray(loose)[:, None]
+
+    def margins(x: Unknowns, params: Params) -> tuple[Unknowns, Unknowns, Unknowns]:
+        lower, upper = bounds(system, {**system.params, **params})
+        slope = lagrangian_slope(system, x, params)
+        here = Unknowns(x.positions, params=x.params)
+
+        def gap(a: jax.Array, b: jax.Array) -> jax.Array:
+            return jnp.where(jnp.isfinite(a) & jnp.isfinite(b), a, 0.0) - jnp.where(
+                jnp.isfinite(a) & jnp.isfinite(b), b, 0.0
+            )
+
+        below, above = jax.tree.map(gap, here, lower), jax.tree.map(gap, upper, here)
+        return below, above, Unknowns(slope.positions, params=slope.params)
+
+    now, change = jax.jvp(margins, place, rate)
+
+    def when(value: jax.Array, speed: jax.Array, counts: jax.Array) -> jax.Array:
+        return jnp.where(counts & (speed != 0), -value / jnp.where(speed == 0, 1.0, speed), jnp.inf)
+
+    lower, upper = bounds(system, system.params)
+    found = []
+    for field in ("positions", *((low.params or {}).keys())):
+
+        def part(x: Unknowns, field: str = field) -> Any:
+            return x.positions if field == "positions" else (x.params or {})[field]
+
+        held = part(low) | part(high)
+        moves = ~stuck if field == "positions" else jnp.ones_like(held)
+        found.append(when(part(now[0]), part(change[0]), moves & ~held & jnp.isfinite(part(lower))))
+        found.append(when(part(now[1]), part(change[1]), moves & ~held & jnp.isfinite(part(upper))))
+        found.append(when(part(now[2]), part(change[2]), moves & held))
+    return jnp.concatenate([jnp.ravel(t) for t in found])
 
 
 def supports(system: System) -> jax.Array:

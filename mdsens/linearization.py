@@ -186,7 +186,9 @@ def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Li
     if eq.system.constraints:
         return _constrained(eq, backbone, net, null, solve, throw)
     null = null.simplified()
-    stiffness = Stiffness(backbone, null)
+    stiffness = Stiffness(backbone, null, eq.order)
+    if eq.order and stiffness.unstable(eq.order + 1) != eq.order:
+        eq = dataclasses.replace(eq, status=jnp.asarray(Status.NOT_A_SADDLE.value, jnp.int32))
     cell = None if eq.pressure is None else Cell.of(backbone, stiffness, eq.pressure, np.asarray(eq.strains))
     lin = Linearization(
         eq, backbone, net, null, solve, stiffness=stiffness if backbone.potential.pairwise else None, cell=cell

@@ -55,6 +55,7 @@ class Equilibrium(Shown):
       pressure: at which the cell was relaxed, too; None in a cell that was given.
       strains: (k, d, d) orthonormal strains that the cell was free to take; None likewise.
       multipliers: of the system's constraints, by their names; None without constraints.
+      order: how many modes have a negative stiffness: 0 at a minimum, 1 at the saddle of ``find_saddle``.
     """
 
     system: System
@@ -66,6 +67,7 @@ class Equilibrium(Shown):
     pressure: Any = None
     strains: Any = None
     multipliers: Any = None
+    order: int = dataclasses.field(default=0, metadata={"static": True})
 
     @property
     def positions(self) -> jax.Array:
@@ -91,6 +93,7 @@ class Equilibrium(Shown):
         return [
             ("system", f"n = {s.n}, {s.dimension}-D, {s.potential.name}"),
             ("status", f"{Status(int(self.status)).name}: {Status(int(self.status)).sentence}"),
+            *([("kind", f"saddle of order {self.order}")] if self.order else []),
             ("max_force", f"{float(self.max_force):.2e} (tolerance {float(self.tolerance):.0e})"),
             *([] if self.pressure is None else [("pressure", self.cell_in_words())]),
             ("steps", f"{int(self.steps):,} in {float(self.wall_time):.2f} s"),

@@ -157,11 +157,11 @@ def _of_constraints(lin: Linearization, given: Unknowns, w: jax.Array) -> Unknow
             if own is None or name not in own:
                 raise InputError(f"cotangent.{field} has {name!r}: give some of {list(own or ())}.")
             if jnp.shape(value) != own[name].shape:
-                raise InputError(
-                    f"cotangent.{field}[{name!r}] has shape {jnp.shape(value)}: give {own[name].shape}."
-                )
+                raise InputError(f"cotangent.{field}[{name!r}] has shape {jnp.shape(value)}: give {own[name].shape}.")
         parts[field] = own and {
-            k: jnp.asarray(real_array(f"cotangent.{field}[{k!r}]", some[k]), w.dtype) if k in some else jnp.zeros(v.shape, w.dtype)
+            k: jnp.asarray(real_array(f"cotangent.{field}[{k!r}]", some[k]), w.dtype)
+            if k in some
+            else jnp.zeros(v.shape, w.dtype)
             for k, v in own.items()
         }
     return Unknowns(w, None, parts["multipliers"], parts["params"])

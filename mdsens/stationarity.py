@@ -285,20 +285,24 @@ def _hessian_product(system: System) -> Any:
     return jax.linearize(lambda y: gradient(system, y, system.params), x)[1]
 
 
-def hessian_operator(system: System, null: NullSpace, blocks: BlockRows | None = None) -> Operator:
+def hessian_operator(
+    system: System, null: NullSpace, blocks: BlockRows | None = None, definite: bool = True
+) -> Operator:
     """H = d2U/dx2 as products, linearised once at the system's positions, with its null space.
 
     Args:
       blocks: H as its blocks, where it is assembled.
+      definite: whether it is that of a minimum; False at a saddle.
     """
+    kind: dict[str, Any] = {"symmetric": True, "positive_semidefinite": definite}
     if blocks is None:
-        return Operator(_hessian_product(system), positive_semidefinite=True, project=null.project)
+        return Operator(_hessian_product(system), **kind, project=null.project)
 
     def product(v: Unknowns) -> Unknowns:
         return Unknowns(blocks.product(v.positions))
 
     even = Evening(lambda v: blocks.evened(v.positions), blocks.evened_product)
-    return Operator(product, positive_semidefinite=True, project=null.project, even=even)
+    return Operator(product, **kind, project=null.project, even=even)
 
 
 @jax.jit

@@ -148,6 +148,11 @@ class Status(IntEnum):
         "some constraints repeat others, so that their multipliers are not unique and their values cannot change one "
         "by one; leave out as many as repeat",
     )
+    NOT_A_SADDLE = (
+        29,
+        "the modes of negative stiffness are not as many as a saddle of this order has: this is a minimum, or a saddle "
+        "of another order; start nearer to the saddle, along another direction, or between its two minima",
+    )
 
     @property
     def good(self) -> bool:
