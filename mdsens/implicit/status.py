@@ -143,6 +143,16 @@ class Status(IntEnum):
         "a constraint is met without a force on it, so it is about to open or close: the derivative is that of one "
         "side; move the parameters a little",
     )
+    REDUNDANT_CONSTRAINTS = (
+        30,
+        "some constraints repeat others, so that their multipliers are not unique and their values cannot change one "
+        "by one; leave out as many as repeat",
+    )
+    NOT_A_SADDLE = (
+        29,
+        "the modes of negative stiffness are not as many as a saddle of this order has: this is a minimum, or a saddle "
+        "of another order; start nearer to the saddle, along another direction, or between its two minima",
+    )
 
     @property
     def good(self) -> bool:

@@ -16,6 +16,7 @@ from mdsens.boxes import inverse
 from mdsens.implicit.status import InputError, PrecisionError, Status, raise_for_status
 from mdsens.linearization import full_tangent
 from mdsens.relaxation import Equilibrium, minimize
+from mdsens.saddles import find_saddle
 from mdsens.scales import round_off
 from mdsens.sensitivity import Linearization, Response
 from mdsens.stationarity import Unknowns
@@ -236,10 +237,12 @@ class _Line:
             params = {k: v + side * self.tangent[k] for k, v in eq.params.items()}
             pressure = None if eq.pressure is None else float(eq.pressure) + side * float(self.tangent["pressure"])
             shape = eq.pressure is not None and len(eq.strains) > 1
-            there = minimize(
-                eq.system, params, pressure=pressure, shape=shape, tolerance=self.tolerance, throw=False, progress=False
-            )
-            status = Status(int(there.status))
+            how: dict[str, Any] = {"tolerance": self.tolerance, "throw": False, "progress": False}
+            if eq.order:
+                there = find_saddle(eq.system, params, **how)
+            else:
+                there = minimize(eq.system, params, pressure=pressure, shape=shape, **how)
+            status = Status(int(there.status)) if there.order == eq.order else Status.NOT_A_SADDLE
             fell = float(there.max_force) <= float(eq.tolerance) and pressure is None  # no word of the cell's stress
             if status is Status.MAX_STEPS_REACHED and fell:
                 status = Status.ROUND_OFF_LIMITED
@@ -296,7 +299,7 @@ def finite_difference(
     """dR/dt at params + t dparams by central differences, (R(t) - R(-t)) / 2t, minimising again from this minimum.
 
     A minimum at a pressure is minimised again at that pressure, or, where ``dparams`` has ``"pressure"``, at those a
-    little to either side; its cell is differentiated with its positions.
+    little to either side; its cell is differentiated with its positions. A saddle is found again by Newton steps.
 
     Args:
       eq: a minimum; not a batch.
