@@ -306,66 +306,6 @@ ROWS = [
 BY_NAME = {row.name: row for row in ROWS}
 
 
-# The maps on plain vectors without a solve of their own, as one: compiling the linear solve is nearly all the time.
-NESTED = ("newton", "projected_gradient, plane")
-MAPS = [row for row in ROWS if row.attach is fixed_point and row.lift is Row.lift and row.name not in NESTED]
-
-
-def any_map(x: Array, theta: Array, which: Array) -> Array:
-    return lax.switch(which, [row.condition for row in MAPS], x, theta)
-
-
-@functools.cache
-def compiled(name: str | None) -> Any:
-    """(exact unknown, theta, which) -> largest residual, forward and reverse Jacobian of x; None for any of MAPS."""
-    row = BY_NAME[name] if name else Row("any", any_map, boxed, ())
-    solver = row.attach(row.condition)(lambda init, *args: init)
-
-    @jax.jit
-    def both(z: Any, theta: Array, *which: Array) -> tuple[Array, Array, Array]:
-        def x(theta: Array) -> Array:
-            return row.lower(solver(z, theta, *which))
-
-        residual, _ = ravel_pytree(row.condition(z, theta, *which))
-        wanted = ravel_pytree(z)[0] if row.attach is fixed_point else jnp.zeros_like(residual)
-        return jnp.max(jnp.abs(residual - wanted)), jax.jacfwd(x)(theta), jax.jacrev(x)(theta)
-
-    return both
-
-
-def derivatives(name: str, z: Any, theta: np.ndarray) -> tuple[Array, Array, Array]:
-    row = BY_NAME[name]
-    return compiled(None)(z, theta, MAPS.index(row)) if row in MAPS else compiled(name)(z, theta)
-
-
-@pytest.mark.parametrize("name", list(BY_NAME))
-def test_each_row_has_the_derivative_of_the_closed_form(name: str) -> None:
-    row, h = BY_NAME[name], 1e-5
-    for values in row.thetas:
-        theta = np.array(values)
-        x, slope = row.exact(theta)
-        again = np.stack([(row.exact(theta + h * e)[0] - row.exact(theta - h * e)[0]) / (2 * h) for e in np.eye(4)], 1)
-        np.testing.assert_allclose(slope, again, atol=1e-7)  # what the closed form is worth
-        residual, forward, reverse = derivatives(name, jax.tree.map(jnp.asarray, row.lift(x, theta)), theta)
-        assert residual < 1e-12  # the exact solution meets the condition
-        np.testing.assert_allclose(forward, slope, atol=1e-10)
-        np.testing.assert_allclose(reverse, slope, atol=1e-10)
-
-
-@pytest.mark.parametrize("name", ["newton", "projected_gradient, ball"])
-def test_second_derivatives(name: str) -> None:
-    """Against differences of the closed form's Jacobian."""
-    row, theta, h = BY_NAME[name], np.array(ANY[0]), 1e-5
-    solver = row.attach(row.condition)(lambda init, theta: init)
-    z = jnp.asarray(row.exact(theta)[0])
-    found = jax.jit(jax.jacfwd(jax.jacrev(lambda theta: solver(z, theta))))(theta)
-    again = [(row.exact(theta + h * e)[1] - row.exact(theta - h * e)[1]) / (2 * h) for e in np.eye(4)]
-    np.testing.assert_allclose(found, np.stack(again, -1), atol=1e-7)
-
-
-# ── one condition, any solver ──
-
-
 def projected_steps(init: Array, theta: Array) -> Array:
     def body(state: tuple[Array, Array]) -> tuple[Array, Array]:
         x, _ = state
@@ -398,28 +338,85 @@ def on_the_host(init: Array, theta: Array) -> Array:
     return jax.pure_callback(bounded, jax.ShapeDtypeStruct((3,), init.dtype), theta)
 
 
-SOLVERS = [projected_steps, accelerated_steps, on_the_host]
+def given(init: Array, theta: Array) -> Array:
+    return init
+
+
+SOLVERS = [given, projected_steps, accelerated_steps, on_the_host]
+
+
+# The maps on plain vectors without a solve of their own, as one: compiling the linear solve is nearly all the time.
+NESTED = ("newton", "projected_gradient, plane")
+MAPS = [row for row in ROWS if row.attach is fixed_point and row.lift is Row.lift and row.name not in NESTED]
+
+
+def any_map(x: Array, theta: Array, which: Array, by: Array) -> Array:
+    return lax.switch(which, [row.condition for row in MAPS], x, theta)
+
+
+def any_solver(init: Array, theta: Array, which: Array, by: Array) -> Array:
+    return lax.switch(by, SOLVERS, init, theta)
 
 
 @functools.cache
-def by_solver() -> Any:
-    @fixed_point(lambda x, theta, which: opt.projected_gradient(f, box, STEP)(x, theta))
-    def solver(init: Array, theta: Array, which: Array) -> Array:
-        return lax.switch(which, SOLVERS, init, theta)
+def compiled(name: str | None) -> Any:
+    """(init, theta) -> x, residual, forward and reverse Jacobian; None for any of MAPS by any of SOLVERS."""
+    row = BY_NAME[name] if name else Row("any", any_map, boxed, ())
+    solver = row.attach(row.condition)(given if name else any_solver)
 
-    def x(theta: Array, which: Array) -> Array:
-        return solver(jnp.zeros(3), theta, which)
+    @jax.jit
+    def both(init: Any, theta: Array, *which: int) -> tuple[Array, Array, Array, Array]:
+        def x(theta: Array) -> Array:
+            return row.lower(solver(init, theta, *which))
 
-    return jax.jit(lambda theta, which: (x(theta, which), jax.jacrev(x)(theta, which)))
+        z = solver(init, theta, *which)
+        residual, _ = ravel_pytree(row.condition(z, theta, *which))
+        wanted = ravel_pytree(z)[0] if row.attach is fixed_point else jnp.zeros_like(residual)
+        return row.lower(z), jnp.max(jnp.abs(residual - wanted)), jax.jacfwd(x)(theta), jax.jacrev(x)(theta)
+
+    return both
 
 
-@pytest.mark.parametrize("which", range(len(SOLVERS)), ids=lambda k: SOLVERS[k].__name__)
-def test_the_derivative_does_not_depend_on_the_solver(which: int) -> None:
+def derivatives(name: str, init: Any, theta: np.ndarray, by: Any = given) -> tuple[Array, Array, Array, Array]:
+    row = BY_NAME[name]
+    if row not in MAPS:
+        return compiled(name)(init, theta)
+    return compiled(None)(init, theta, MAPS.index(row), SOLVERS.index(by))
+
+
+@pytest.mark.parametrize("name", list(BY_NAME))
+def test_each_row_has_the_derivative_of_the_closed_form(name: str) -> None:
+    row, h = BY_NAME[name], 1e-5
+    for values in row.thetas:
+        theta = np.array(values)
+        x, slope = row.exact(theta)
+        again = np.stack([(row.exact(theta + h * e)[0] - row.exact(theta - h * e)[0]) / (2 * h) for e in np.eye(4)], 1)
+        np.testing.assert_allclose(slope, again, atol=1e-7)  # what the closed form is worth
+        _, residual, forward, reverse = derivatives(name, jax.tree.map(jnp.asarray, row.lift(x, theta)), theta)
+        assert residual < 1e-12  # the exact solution meets the condition
+        np.testing.assert_allclose(forward, slope, atol=1e-10)
+        np.testing.assert_allclose(reverse, slope, atol=1e-10)
+
+
+def test_second_derivatives() -> None:
+    """Of Newton's map, whose first derivative leaves out a term: against differences of the closed form's Jacobian."""
+    row, theta, h = BY_NAME["newton"], np.array(ANY[0]), 1e-5
+    solver = row.attach(row.condition)(given)
+    z = jnp.asarray(row.exact(theta)[0])
+    found = jax.jit(jax.jacfwd(jax.jacrev(lambda theta: solver(z, theta))))(theta)
+    again = [(row.exact(theta + h * e)[1] - row.exact(theta - h * e)[1]) / (2 * h) for e in np.eye(4)]
+    np.testing.assert_allclose(found, np.stack(again, -1), atol=1e-7)
+
+
+@pytest.mark.parametrize("by", SOLVERS[1:], ids=lambda solver: solver.__name__)
+def test_the_derivative_does_not_depend_on_the_solver(by: Callable[..., Array]) -> None:
     for values in IN_BOX[:2]:
         theta = np.array(values)
         exact, slope = boxed(theta)  # by active sets: the fourth
-        x, reverse = by_solver()(theta, which)
-        np.testing.assert_allclose(x, exact, atol=1e-12)
+        x, residual, forward, reverse = derivatives("projected_gradient, box", jnp.zeros(3), theta, by)
+        assert residual < 1e-14
+        np.testing.assert_allclose(x, exact, atol=1e-13)
+        np.testing.assert_allclose(forward, slope, atol=1e-10)
         np.testing.assert_allclose(reverse, slope, atol=1e-10)
 
 
@@ -515,7 +512,7 @@ KINKS = {
 
 @functools.cache
 def probe() -> Any:
-    return jax.jit(lambda x, theta, which: degeneracy.kinked(any_map, x, theta, which))
+    return jax.jit(lambda x, theta, which: degeneracy.kinked(any_map, x, theta, which, 0))
 
 
 @pytest.mark.parametrize("name", list(KINKS))
@@ -525,7 +522,7 @@ def test_a_degenerate_solution_says_so_and_has_the_derivative_of_a_side(name: st
     which = MAPS.index(row)
     margin = probe()(jnp.asarray(x), jnp.asarray(theta), which)
     assert Status(int(margin.status)) == Status.DEGENERATE_CONSTRAINT and margin.value > 0.1
-    residual, forward, _ = derivatives(name, jnp.asarray(x), theta)
+    _, residual, forward, _ = derivatives(name, jnp.asarray(x), theta)
     assert residual < 1e-15
     sides = [theta + 1e-4 * sign * np.append(push, 0) for sign in (1, -1)]
     errors = [np.abs(forward - row.exact(side)[1]).max() for side in sides]

@@ -130,8 +130,9 @@ def conic_residual(cone: Cones) -> Callable[[Array, Array, Array, Array], Array]
         F(z) = (Q - I) P(z) + z + (0, 0, w - 1),   P(z) = (u, P_K*(v), max(w, 0)),   z = (u, v, w)
         Q = [[0, A^T, c], [-A, 0, b], [-c^T, -b^T, 0]]
 
-    Where there is a solution the root is z = (x, y - s, 1). Without the last term F is homogeneous, so that its Jacobian has the null vector z
-    and the left one P(z). Both end in w, so that the term removes them and moves no root: P(z) F(z) = w (w - 1).
+    Where there is a solution the root is z = (x, y - s, 1). Without the last term F is homogeneous, and its Jacobian
+    has the null vector z and the left one P(z). Both end in w, so that the term removes them, and it moves no root:
+    P(z) F(z) = w (w - 1).
 
     Args:
       cone: a cone, or a tuple of cones in the order of the rows of A.
