@@ -5,8 +5,8 @@
 Each is one function of the point and the set's parameters, differentiable by both, forward, reverse and again.
 
 At a kink, where the nearest point is about to change from one face of C to another, the derivative is that of one
-side, never an average of sides: x counts as held by each constraint that it just touches (``l1_ball`` alone counts a
-point of its sphere as free). :func:`mdsens.implicit.degeneracy.kinked` tells whether a solution stands at one.
+side, never an average of sides: x counts as held by each constraint that it just touches.
+:func:`mdsens.implicit.degeneracy.kinked` tells whether a solution stands at one.
 
 A set for each row of an array: ``jax.vmap`` of the projection.
 """
@@ -51,17 +51,38 @@ def box(x: PyTree, lower: PyTree, upper: PyTree) -> PyTree:
     return jax.tree.map(clip, x, like_x(lower), like_x(upper))
 
 
+# Not optax's (0.2.8), nor its l1_ball: where jax has 64 bits on, they refuse to differentiate 32-bit arrays.
 def simplex(x: PyTree, scale: Array | float = 1.0) -> PyTree:
     """The nearest point with p >= 0 and sum p = scale, over all leaves of the tree together.
 
+        p = max(x - tau, 0),  tau such that they sum to scale
+
     The derivative moves the entries that are positive alone: dp = dx - mean(dx) on them, zero off them.
+
+    Args:
+      x: a tree of arrays.
+      scale: positive.
     """
-    return optax.projections.projection_simplex(x, scale)
+    flat, unravel = ravel_pytree(x)
+    return unravel(_simplex(flat, jnp.asarray(scale, flat.dtype)))
+
+
+def _simplex(x: Array, scale: Array) -> Array:
+    x = x - lax.stop_gradient(jnp.max(x))  # digits, where all of it is far from zero
+    largest = jnp.sort(x)[::-1]
+    bounds = (jnp.cumsum(largest) - scale) / jnp.arange(1, x.size + 1, dtype=x.dtype)
+    count = jnp.sum(largest > bounds)
+    zero = x <= lax.stop_gradient(bounds[jnp.maximum(count - 1, 0)])
+    tau = (jnp.sum(jnp.where(zero, 0, x)) - scale) / jnp.maximum(count, 1).astype(x.dtype)
+    return jnp.where(zero, 0, x - tau)
 
 
 def l1_ball(x: PyTree, radius: Array | float = 1.0) -> PyTree:
     """The nearest point with sum |p| <= radius, over all leaves of the tree together."""
-    return optax.projections.projection_l1_ball(x, radius)
+    flat, unravel = ravel_pytree(x)
+    size = jnp.abs(flat)
+    inside = jnp.sum(size) < radius
+    return unravel(jnp.where(inside, flat, jnp.sign(flat) * _simplex(size, jnp.asarray(radius, flat.dtype))))
 
 
 # Not optax's, for the same reason as the box.
