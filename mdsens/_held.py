@@ -81,6 +81,14 @@ def _slope(system: System, multipliers: Any) -> Unknowns:
 
 
 @jax.jit
+def _slope_rate(system: System, multipliers: Any, change: Unknowns) -> Unknowns:
+    """How the slope changes with positions and relaxed parameters."""
+    x, own = unknowns_of(system, multipliers), own_params(system)
+    whole = dataclasses.replace(change, multipliers=jax.tree.map(jnp.zeros_like, x.multipliers))
+    return jax.jvp(lambda y: lagrangian_slope(system, y, own), (x,), (whole,))[1]
+
+
+@jax.jit
 def _limits(system: System) -> tuple[Unknowns, Unknowns]:
     low, high = bounds(system, system.params)
     stuck = pinned(system)
@@ -115,10 +123,13 @@ class _Descent:
         return flat(dataclasses.replace(unknowns_of(self.system), multipliers=None)).astype(float)
 
     def left(self, slope: Unknowns, z: np.ndarray) -> tuple[np.ndarray, float]:
-        """What of the slope nothing balances, and its size as a force, equations included."""
+        """What of the slope nothing balances, and its size as a force, equations included.
+
+        It is that of a step of projected gradient, k (z - clip(z - slope / k)): zero at a bound that is pushed against,
+        and small where one is near that will be.
+        """
         along = flat(dataclasses.replace(slope, multipliers=None)).astype(float)
-        kept = np.where((z <= self.low) & (along > 0), 0.0, np.where((z >= self.high) & (along < 0), 0.0, along))
-        kept = np.where(self.low == self.high, 0.0, kept)
+        kept = self.stiffness * (z - np.clip(z - along / self.stiffness, self.low, self.high))
         n, d = self.system.positions.shape
         forces = np.linalg.norm(kept[: n * d].reshape(n, d), axis=1)
         others = np.abs(kept[n * d :])
@@ -134,7 +145,9 @@ class _Descent:
         for _ in range(ROUNDS):
             system = self.system
 
-            def evaluate(z: np.ndarray, penalties: Any = penalties) -> tuple[float, np.ndarray]:
+            last: list[Any] = [0.0, self.z]
+
+            def evaluate(z: np.ndarray, penalties: Any = penalties, last: Any = last) -> tuple[float, np.ndarray]:
                 self.system = self.at(z)
                 energy, slope, _ = _augmented(self.system, self.multipliers or {}, penalties)
                 self.steps += 1
@@ -142,7 +155,10 @@ class _Descent:
                 if self.steps % 50 == 0:
                     self.show(self.steps, float(np.max(np.abs(along), initial=0.0)))
                 if not (np.isfinite(float(energy)) and np.isfinite(along).all()):
-                    return 1e300, np.zeros_like(along)
+                    back = z - last[1]  # uphill, so that the line search turns round
+                    steep = 1e3 * self.stiffness
+                    return last[0] + steep * float(back @ back), 2.0 * steep * back
+                last[:] = float(energy), z.copy()
                 return float(energy), along
 
             budget = max(self.max_steps - self.steps, 1)
@@ -227,9 +243,12 @@ class _Descent:
         return size
 
     def _step(self, slope: Unknowns, z: np.ndarray) -> np.ndarray:
-        """The change of unknowns and multipliers; what is pushed against its bound stays."""
+        """The change of unknowns and multipliers; what is pushed against a bound goes to it, or stays there."""
         along = flat(dataclasses.replace(slope, multipliers=None)).astype(float)
-        stuck = (self.low == self.high) | ((z <= self.low) & (along > 0)) | ((z >= self.high) & (along < 0))
+        ahead = z - along / self.stiffness
+        stuck = (self.low == self.high) | (ahead <= self.low) | (ahead >= self.high)
+        onto = np.where(stuck, np.clip(ahead, self.low, self.high) - z, 0.0)
+        rate = _slope_rate(self.system, self.multipliers, jax.tree.map(jnp.asarray, unflat(onto, self.like)))
         mask = unflat(stuck, self.like)
         none = jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), bool), slope.multipliers)
         n, d = self.system.positions.shape
@@ -238,9 +257,10 @@ class _Descent:
             held=Unknowns(jnp.asarray(mask.positions), None, none, jax.tree.map(jnp.asarray, mask.params)),
         )  # fmt: skip
         system = KKT(self.system, null, self.multipliers)
-        side = -flat(slope).astype(float)
+        side = -(flat(slope) + flat(rate)).astype(float)
         units = np.where(np.arange(system.size) < system.primal, 1.0, system.unit)
         step = units * system.direction(np.where(system.moves, units * side, 0.0))
+        step[: self.count] += onto
         longest = np.max(np.abs(step[: self.count]), initial=0.0)
         return step * min(1.0, LONGEST * self.length / longest) if longest > 0 else step
 

@@ -396,7 +396,7 @@ class KKT(Stiffness):
         return splu(sp.csc_array(square + off + SHIFT**1.5 * (bound(square) or 1.0) * sp.eye_array(A.shape[0])))
 
     def tangent(self, columns: np.ndarray) -> np.ndarray:
-        """The columns of (primal, c), or one, on the tangent space: off what is held, the equations and free motions."""
+        """The columns of (primal, c), or one, off what is held, off the equations and off free motions."""
         found = self.project(columns.reshape(columns.shape[0], -1))
         A = self.equations
         if A.shape[0]:
@@ -415,7 +415,7 @@ class KKT(Stiffness):
             return self.tangent(self.factor.apply(padded)[: self.primal])
 
         return eigen.lowest(
-            lambda v: H @ v,
+            lambda v: self.tangent(H @ v),
             self.primal,
             k,
             project=self.tangent,

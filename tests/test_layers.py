@@ -30,7 +30,10 @@ ORDER = [
     # what a user gives, as numbers
     ["_checks", "_memory", "_members", "_progress"],
     # the physics: what a system is
-    ["laws", "boxes", "constraints", "unknowns"],
+    ["laws", "boxes", "unknowns"],
+    ["constraints._base"],
+    ["constraints._positions", "constraints._totals"],
+    ["constraints"],
     ["potentials", "smoothing"],
     ["neighbours"],
     ["system"],
