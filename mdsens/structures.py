@@ -140,8 +140,8 @@ def to_ase(system: System, *, symbols: Sequence[str] | None = None) -> Any:
     Returns:
       Atoms with arrays ``species_index`` where there are species, ``diameter`` where the law has one, and each
       parameter that has one value a particle under its own name; pinned coordinates as ``FixAtoms`` and
-      ``FixCartesian``, rigid bonds as ``FixBondLengths``; walls have no counterpart. In 2-D z is 0 and not periodic, and the third cell
-      vector, along z, is as long as the largest diameter (1 without diameters).
+      ``FixCartesian``, rigid bonds as ``FixBondLengths``; walls have no counterpart. In 2-D z is 0 and
+      not periodic, and the third cell vector, along z, is as long as the largest diameter (1 without diameters).
     """
     from ase import Atoms
     from ase.data import atomic_numbers

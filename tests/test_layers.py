@@ -25,7 +25,10 @@ ORDER = [
     ["implicit.linear"],
     ["implicit.eigen"],
     ["implicit.root"],
+    ["implicit.projections"],
+    ["implicit.proximal", "implicit.conic"],
     ["implicit.optimality"],
+    ["implicit.degeneracy"],
     ["implicit"],
     # what a user gives, as numbers
     ["_checks", "_memory", "_members", "_progress"],

@@ -1,5 +1,6 @@
 """Implicit differentiation of any solver's root, and the linear solves behind it. Knows no particle."""
 
+from mdsens.implicit import conic, degeneracy, optimality, projections, proximal
 from mdsens.implicit.linear import linear_solve, solve
 from mdsens.implicit.operators import (
     CG,
@@ -45,8 +46,13 @@ __all__ = [
     "TooLargeError",
     "UnsupportedVersionError",
     "choose",
+    "conic",
+    "degeneracy",
     "fixed_point",
     "linear_solve",
+    "optimality",
+    "projections",
+    "proximal",
     "raise_for_status",
     "root",
     "solve",
