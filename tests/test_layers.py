@@ -21,7 +21,8 @@ ORDER = [
     # the mathematics: knows no particle
     ["implicit.status"],
     ["implicit._tree", "implicit._krylov", "implicit._sparse"],
-    ["implicit._dense", "implicit.operators"],
+    ["implicit._dense", "implicit._normal", "implicit._polynomials", "implicit.operators"],
+    ["implicit._rounds"],
     ["implicit.linear"],
     ["implicit.eigen"],
     ["implicit.root"],
