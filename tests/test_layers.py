@@ -23,7 +23,7 @@ ORDER = [
     ["implicit._tree", "implicit._krylov", "implicit._sparse"],
     ["implicit._dense", "implicit._normal", "implicit._polynomials", "implicit.operators"],
     ["implicit._rounds"],
-    ["implicit.linear"],
+    ["implicit.linear", "implicit._closures"],
     ["implicit.eigen"],
     ["implicit.root"],
     ["implicit.optimality"],

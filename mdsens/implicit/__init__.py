@@ -16,7 +16,7 @@ from mdsens.implicit.operators import (
     Operator,
     choose,
 )
-from mdsens.implicit.root import fixed_point, root
+from mdsens.implicit.root import fixed_point, root, tangent
 from mdsens.implicit.status import (
     ConvergenceError,
     InputError,
@@ -56,4 +56,5 @@ __all__ = [
     "raise_for_status",
     "root",
     "solve",
+    "tangent",
 ]

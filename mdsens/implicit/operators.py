@@ -86,7 +86,7 @@ class Operator:
             )
         if self.even is not None and self.preconditioner is not None:
             raise InputError(
-                f"even={self.even!r} and preconditioner={self.preconditioner!r} do one thing twice; leave one of them out"
+                f"even={self.even!r} and preconditioner={self.preconditioner!r} both precondition; leave one out"
             )
         if self.left_project is not None and self.left_project is not self.project:
             if self.symmetric:
@@ -216,7 +216,7 @@ class NormalCG(_Iterative):
 
 @dataclasses.dataclass(frozen=True)
 class Neumann(_Iterative):
-    """Neumann's series, for A = I - C with C a contraction, as a fixed point's: x = sum over k of alpha (I - alpha A)^k b.
+    """Neumann's series, x = sum over k of alpha (I - alpha A)^k b, for A = I - C with C a contraction: a fixed point's.
 
     One application a term and two vectors of memory. The rest falls by |I - alpha A| a term, which must be below one;
     where the series grows or stands the status is STAGNATED.
