@@ -240,7 +240,15 @@ def test_single_precision_says_where_it_ends(method: Method) -> None:
     np.testing.assert_allclose(x, np.linalg.solve(matrix, b), rtol=0, atol=2e-5 * np.abs(x).max())
 
 
-RANDOM = [GMRES(rtol=1e-9), CG(rtol=1e-9), MINRES(rtol=1e-9), BiCGSTAB(rtol=1e-9), Direct(rtol=1e-9)]
+RANDOM = [
+    GMRES(rtol=1e-9),
+    CG(rtol=1e-9),
+    MINRES(rtol=1e-9),
+    BiCGSTAB(rtol=1e-9),
+    Direct(rtol=1e-9),
+    NormalCG(rtol=1e-9),
+    LeastSquares(rtol=1e-9),
+]
 
 
 @pytest.mark.parametrize("method", RANDOM, ids=lambda m: type(m).__name__)
@@ -547,7 +555,7 @@ def test_least_squares_of_a_singular_operator(method: Method) -> None:
 
     x, status, stats = alone(DEFICIENT, OUTSIDE, method)
     assert status == Status.SINGULAR and not status.good
-    np.testing.assert_allclose(x, PSEUDO_INVERSE @ OUTSIDE, atol=1e-8 * np.linalg.norm(x))
+    np.testing.assert_allclose(x, PSEUDO_INVERSE @ OUTSIDE, atol=1e-8 * float(np.linalg.norm(x)))
     least = np.linalg.norm(_U[:, RANK:].T @ OUTSIDE) / np.linalg.norm(OUTSIDE)
     assert float(stats.residual) == pytest.approx(least, rel=1e-12)
 
@@ -567,10 +575,18 @@ def test_least_squares_in_single_precision(method: Method) -> None:
     single = DEFICIENT.astype(np.float32)
     x, status, _ = alone(single, OUTSIDE.astype(np.float32), method)
     assert x.dtype == np.float32 and status == Status.SINGULAR
-    np.testing.assert_allclose(x, PSEUDO_INVERSE @ OUTSIDE, atol=2e-4 * np.linalg.norm(x))
+    np.testing.assert_allclose(x, PSEUDO_INVERSE @ OUTSIDE, atol=2e-4 * float(np.linalg.norm(x)))
     x, status, _ = alone(single, WITHIN.astype(np.float32), method)
     assert status == (Status.NOT_UNIQUE if isinstance(method, LeastSquares) else Status.ROUND_OFF_LIMITED)
-    np.testing.assert_allclose(x, PSEUDO_INVERSE @ WITHIN, atol=1e-4 * np.linalg.norm(x))
+    np.testing.assert_allclose(x, PSEUDO_INVERSE @ WITHIN, atol=1e-4 * float(np.linalg.norm(x)))
+
+
+def test_direct_tells_where_it_takes_singular_values() -> None:
+    """Left and right null space given apart, here as none."""
+    for b, expected in ((WITHIN, Status.NOT_UNIQUE), (OUTSIDE, Status.SINGULAR)):
+        x, status, _ = alone(DEFICIENT, b, Direct())
+        assert status == expected
+        np.testing.assert_allclose(x, PSEUDO_INVERSE @ b, atol=1e-11 * float(np.linalg.norm(x)))
 
 
 def test_least_squares_declared_symmetric() -> None:
@@ -582,7 +598,7 @@ def test_least_squares_declared_symmetric() -> None:
     for b, expected in ((inside, Status.NOT_UNIQUE), (outside, Status.SINGULAR)):
         x, status, _ = alone(matrix, b, LeastSquares(), "symmetric")
         assert status == expected
-        np.testing.assert_allclose(x, want @ b, atol=1e-11 * np.linalg.norm(x))
+        np.testing.assert_allclose(x, want @ b, atol=1e-11 * float(np.linalg.norm(x)))
     saddle, _ = spectral(np.linspace(0.1, 1, SIZE) - 0.1 - 1e-8, 5)
     assert alone(saddle, OUTSIDE, LeastSquares(), "positive")[1] == Status.INDEFINITE
     assert alone(spectral(np.linspace(-0.5, 1, SIZE), 5)[0], OUTSIDE, NormalCG(), "positive")[1] == Status.INDEFINITE
@@ -691,9 +707,9 @@ def test_a_preconditioner_changes_the_iterations_alone(kind: str, method: Method
         rest = np.linalg.norm(FORCE - ILL[kind] @ np.asarray(x)) / np.linalg.norm(FORCE)
         assert float(stats.residual) == pytest.approx(rest, abs=1e-14)
         want = np.linalg.solve(ILL[kind], FORCE)
-        np.testing.assert_allclose(x, want, rtol=0, atol=1e-10 * np.linalg.norm(want))
+        np.testing.assert_allclose(x, want, rtol=0, atol=1e-10 * float(np.linalg.norm(want)))
         want = np.linalg.solve(ILL[kind].T, FIELD)
-        np.testing.assert_allclose(back, want, rtol=0, atol=1e-10 * np.linalg.norm(want))
+        np.testing.assert_allclose(back, want, rtol=0, atol=1e-10 * float(np.linalg.norm(want)))
     assert 2 * int(rough[-1].iterations) < int(plain[-1].iterations)
 
 
@@ -741,7 +757,7 @@ def test_a_preconditioner_beside_a_null_space_and_negative_curvature() -> None:
     for method in (CG(), MINRES(), BiCGSTAB(), GMRES()):
         x, stats = found(laplacian, method)
         assert Status(int(stats.status)) == Status.NULL_COMPONENT_DROPPED
-        np.testing.assert_allclose(x, want, atol=1e-7 * np.linalg.norm(want))
+        np.testing.assert_allclose(x, want, atol=1e-7 * float(np.linalg.norm(want)))
         assert abs(float(jnp.mean(x))) < 1e-14
         assert Status(int(found(saddle, method)[1].status)) == Status.INDEFINITE
 

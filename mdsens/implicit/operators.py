@@ -276,7 +276,8 @@ class Direct:
     """A dense factorisation: the operator is written out as a matrix, so up to some thousand unknowns.
 
     Cholesky where positive semi-definite, LU where not, of ``P A P + s (I - P)``; singular values where left and right
-    null space differ. LeastSquares where the operator may be singular in directions that nobody declared.
+    null space differ, with the statuses of LeastSquares, which is for operators that may be singular in directions that
+    nobody declared.
 
     Args:
       rtol: relative residual that makes the status good; refinement aims at it.
