@@ -695,7 +695,6 @@ def preconditioned(rough: Any, kind: str, method: Method) -> Any:
     [
         ("positive", CG(rtol=1e-13)),
         ("positive", MINRES(rtol=1e-13)),
-        ("positive", GMRES(rtol=1e-13, degree=1)),
         ("general", GMRES(rtol=1e-13)),
         ("general", BiCGSTAB(rtol=1e-13)),
     ],
