@@ -39,7 +39,7 @@ def solve(
       not_finite: what fills x where the status is NOT_FINITE. Zero; a caller without a status to show gives NaN.
 
     Returns:
-      ``(x, stats)``. The status is good (CONVERGED, ROUND_OFF_LIMITED, NULL_COMPONENT_DROPPED) or names what failed;
+      ``(x, stats)``. The status is good (CONVERGED, or a warning such as NULL_COMPONENT_DROPPED) or names what failed;
       then x is the best iterate. ``stats.residual`` is |P_L b - A x| / |P_L b|, from the operator.
 
     Raises:
