@@ -29,10 +29,11 @@ from mdsens.unknowns import Unknowns
 __all__ = ["Reached", "relax_held"]
 
 ROUNDS = 30  # of the multipliers
-NEAR = 1e-3  # of the law's length and force: where Newton steps begin
-NEARER = 1e-3  # of that, each time that they made no headway
-RETURNS = 4  # to the augmented Lagrangian from Newton steps that made no headway
-STEPS, TRIALS = 40, 12  # Newton steps in a row; halvings of one
+NEAR = 2e-4  # of the law's length and force: where Newton steps begin
+NEARER = 0.1  # of that, each time that they made no headway
+RETURNS = 8  # to the augmented Lagrangian from Newton steps that made no headway
+STEPS, TRIALS, STALLED = 60, 8, 12  # Newton steps in a row; shifts of one; of them that do not halve the force
+FIRST, RISEN = 0.1, 10.0  # multiple that shifts start with; what a step may raise the force to that lowers the energy
 LONGEST = 0.1  # step of a coordinate, of the law's length
 PENALTY, RISE = 10.0, 5.0  # rho of the law's stiffness to begin with; where g does not fall to a quarter, times this
 SADDLES, OFF_SADDLE, DOWN = 3, 1e-2, 1e-10  # times that one is left; the step off it; how far down from there
@@ -222,27 +223,41 @@ class _Descent:
         return True
 
     def newton(self) -> float:
-        """Newton steps on the optimality condition as long as they make headway; the force that is left."""
-        slope = _slope(self.system, self.multipliers)
-        z = self.z
-        _, size = self.left(slope, z)
+        """Newton steps on the optimality condition as long as they make headway; the force that is left.
+
+        H_L has a multiple of the force over the law's length added to it, which grows where a step lowers neither what
+        is left nor the augmented Lagrangian, and falls where it does.
+        """
+        slope, z, multiple = _slope(self.system, self.multipliers), self.z, FIRST
+        size = self.left(slope, z)[1]
+        best, since, start = size, 0, (size, self.system, self.multipliers)
+        penalties = self._penalties() if self.multipliers is not None else {}
         for _ in range(STEPS):
-            if not (np.isfinite(size) and size > self.tolerance) or self.steps >= self.max_steps:
+            if not (np.isfinite(size) and size > self.tolerance) or self.steps >= self.max_steps or since >= STALLED:
                 break
-            step = self._step(slope, z)
-            share, taken = 1.0, False
             for _ in range(TRIALS):
-                found = self._try(z, step, share)
-                if found[-1] < (1.0 - 0.1 * share) * size:
-                    (self.system, self.multipliers, slope, z, size), taken = found, True
+                step = self._step(slope, z, multiple * size / self.length)
+                found = self._try(z, step)
+                if found[-1] < 0.9 * size or (found[-1] < RISEN * size and self._lower(found, penalties)):
                     break
-                share *= 0.5
-            if not taken:
+                multiple *= 8.0
+            else:
                 break
+            self.system, self.multipliers, slope, z, size = found
+            multiple = max(0.1 * multiple, 1e-3)
+            best, since = (size, 0) if size < 0.5 * best else (best, since + 1)
             self.show(self.steps, size)
+        if size > start[0]:
+            size, self.system, self.multipliers = start
         return size
 
-    def _step(self, slope: Unknowns, z: np.ndarray) -> np.ndarray:
+    def _lower(self, found: tuple[Any, ...], penalties: Any) -> bool:
+        """Whether the augmented Lagrangian with a step's multipliers is lower at its end than where it began."""
+        there, multipliers = found[0], found[1] or {}
+        before, after = (float(_augmented(s, multipliers, penalties)[0]) for s in (self.system, there))
+        return after < before
+
+    def _step(self, slope: Unknowns, z: np.ndarray, shift: float) -> np.ndarray:
         """The change of unknowns and multipliers; what is pushed against a bound goes to it, or stays there."""
         along = flat(dataclasses.replace(slope, multipliers=None)).astype(float)
         ahead = z - along / self.stiffness
@@ -259,17 +274,18 @@ class _Descent:
         system = KKT(self.system, null, self.multipliers)
         side = -(flat(slope) + flat(rate)).astype(float)
         units = np.where(np.arange(system.size) < system.primal, 1.0, system.unit)
-        step = units * system.direction(np.where(system.moves, units * side, 0.0))
+        step = units * system.direction(np.where(system.moves, units * side, 0.0), shift)
         step[: self.count] += onto
         longest = np.max(np.abs(step[: self.count]), initial=0.0)
         return step * min(1.0, LONGEST * self.length / longest) if longest > 0 else step
 
-    def _try(self, z: np.ndarray, step: np.ndarray, share: float) -> tuple[Any, ...]:
-        there = np.clip(z + share * step[: self.count], self.low, self.high)
+    def _try(self, z: np.ndarray, step: np.ndarray) -> tuple[Any, ...]:
+        """Where a step ends: system, multipliers, slope, unknowns, what is left."""
+        there = np.clip(z + step[: self.count], self.low, self.high)
         system = self.at(there)
         multipliers = self.multipliers
         if multipliers is not None:
-            change = unflat(share * step, dataclasses.replace(self.like, multipliers=multipliers)).multipliers
+            change = unflat(step, dataclasses.replace(self.like, multipliers=multipliers)).multipliers
             multipliers = jax.tree.map(lambda a, b: a + jnp.asarray(b), multipliers, change)
         slope = _slope(system, multipliers)
         self.steps += 1
