@@ -35,9 +35,10 @@ RETURNS = 8  # to the augmented Lagrangian from Newton steps that made no headwa
 STEPS, TRIALS, STALLED = 60, 8, 12  # Newton steps in a row; shifts of one; of them that do not halve the force
 FIRST, RISEN = 0.1, 10.0  # multiple that shifts start with; what a step may raise the force to that lowers the energy
 LONGEST = 0.1  # step of a coordinate, of the law's length
-PENALTY, RISE = 10.0, 5.0  # rho of the law's stiffness to begin with; where g does not fall to a quarter, times this
+PENALTY, RISE = 1.0, 5.0  # rho of the law's stiffness to begin with; where g does not fall to a quarter, times this
 SADDLES, OFF_SADDLE, DOWN = 3, 1e-2, 1e-10  # times that one is left; the step off it; how far down from there
 ROUND_OFF = 3.0  # times what round-off leaves of forces: nothing is gained from there
+UNSEEN = 4500.0  # units of round-off of the energy: a difference below them tells nothing
 MEMORY = 30  # pairs that L-BFGS-B keeps
 
 
@@ -238,7 +239,7 @@ class _Descent:
             for _ in range(TRIALS):
                 step = self._step(slope, z, multiple * size / self.length)
                 found = self._try(z, step)
-                if found[-1] < 0.9 * size or (found[-1] < RISEN * size and self._lower(found, penalties)):
+                if found[-1] < 0.9 * size or (found[-1] < RISEN * size and self._lower(found, z, penalties)):
                     break
                 multiple *= 8.0
             else:
@@ -251,11 +252,16 @@ class _Descent:
             size, self.system, self.multipliers = start
         return size
 
-    def _lower(self, found: tuple[Any, ...], penalties: Any) -> bool:
-        """Whether the augmented Lagrangian with a step's multipliers is lower at its end than where it began."""
-        there, multipliers = found[0], found[1] or {}
-        before, after = (float(_augmented(s, multipliers, penalties)[0]) for s in (self.system, there))
-        return after < before
+    def _lower(self, found: tuple[Any, ...], z: np.ndarray, penalties: Any) -> bool:
+        """Whether the augmented Lagrangian with a step's multipliers is lower at its end than where it began.
+
+        Where the difference is round-off, the slopes at both ends tell.
+        """
+        ends = [_augmented(s, found[1] or {}, penalties) for s in (self.system, found[0])]
+        before, after = (float(energy) for energy, *_ in ends)
+        if abs(after - before) > UNSEEN * float(np.finfo(float).eps) * abs(before):
+            return after < before
+        return sum(float(flat(slope) @ (found[3] - z)) for _, slope, _ in ends) < 0.0
 
     def _step(self, slope: Unknowns, z: np.ndarray, shift: float) -> np.ndarray:
         """The change of unknowns and multipliers; what is pushed against a bound goes to it, or stays there."""
