@@ -107,6 +107,7 @@ __all__ = [
     "barrier",
     "barriers",
     "certify",
+    "constraints",
     "contacts",
     "design",
     "elasticity",

@@ -29,14 +29,16 @@ from mdsens.unknowns import Unknowns
 __all__ = ["Reached", "relax_held"]
 
 ROUNDS = 30  # of the multipliers
-NEAR = 1e-3  # of the law's length and force: where Newton steps begin
-NEARER = 1e-3  # of that, each time that they made no headway
-RETURNS = 4  # to the augmented Lagrangian from Newton steps that made no headway
-STEPS, TRIALS = 40, 12  # Newton steps in a row; halvings of one
+NEAR = 2e-4  # of the law's length and force: where Newton steps begin
+NEARER = 0.1  # of that, each time that they made no headway
+RETURNS = 8  # to the augmented Lagrangian from Newton steps that made no headway
+STEPS, TRIALS, STALLED = 60, 8, 12  # Newton steps in a row; shifts of one; of them that do not halve the force
+FIRST, RISEN = 0.1, 10.0  # multiple that shifts start with; what a step may raise the force to that lowers the energy
 LONGEST = 0.1  # step of a coordinate, of the law's length
-PENALTY, RISE = 10.0, 5.0  # rho of the law's stiffness to begin with; where g does not fall to a quarter, times this
+PENALTY, RISE = 1.0, 5.0  # rho of the law's stiffness to begin with; where g does not fall to a quarter, times this
 SADDLES, OFF_SADDLE, DOWN = 3, 1e-2, 1e-10  # times that one is left; the step off it; how far down from there
 ROUND_OFF = 3.0  # times what round-off leaves of forces: nothing is gained from there
+UNSEEN = 4500.0  # units of round-off of the energy: a difference below them tells nothing
 MEMORY = 30  # pairs that L-BFGS-B keeps
 
 
@@ -81,6 +83,14 @@ def _slope(system: System, multipliers: Any) -> Unknowns:
 
 
 @jax.jit
+def _slope_rate(system: System, multipliers: Any, change: Unknowns) -> Unknowns:
+    """How the slope changes with positions and relaxed parameters."""
+    x, own = unknowns_of(system, multipliers), own_params(system)
+    whole = dataclasses.replace(change, multipliers=jax.tree.map(jnp.zeros_like, x.multipliers))
+    return jax.jvp(lambda y: lagrangian_slope(system, y, own), (x,), (whole,))[1]
+
+
+@jax.jit
 def _limits(system: System) -> tuple[Unknowns, Unknowns]:
     low, high = bounds(system, system.params)
     stuck = pinned(system)
@@ -115,10 +125,13 @@ class _Descent:
         return flat(dataclasses.replace(unknowns_of(self.system), multipliers=None)).astype(float)
 
     def left(self, slope: Unknowns, z: np.ndarray) -> tuple[np.ndarray, float]:
-        """What of the slope nothing balances, and its size as a force, equations included."""
+        """What of the slope nothing balances, and its size as a force, equations included.
+
+        It is that of a step of projected gradient, k (z - clip(z - slope / k)): zero at a bound that is pushed against,
+        and small where one is near that will be.
+        """
         along = flat(dataclasses.replace(slope, multipliers=None)).astype(float)
-        kept = np.where((z <= self.low) & (along > 0), 0.0, np.where((z >= self.high) & (along < 0), 0.0, along))
-        kept = np.where(self.low == self.high, 0.0, kept)
+        kept = self.stiffness * (z - np.clip(z - along / self.stiffness, self.low, self.high))
         n, d = self.system.positions.shape
         forces = np.linalg.norm(kept[: n * d].reshape(n, d), axis=1)
         others = np.abs(kept[n * d :])
@@ -134,7 +147,9 @@ class _Descent:
         for _ in range(ROUNDS):
             system = self.system
 
-            def evaluate(z: np.ndarray, penalties: Any = penalties) -> tuple[float, np.ndarray]:
+            last: list[Any] = [0.0, self.z]
+
+            def evaluate(z: np.ndarray, penalties: Any = penalties, last: Any = last) -> tuple[float, np.ndarray]:
                 self.system = self.at(z)
                 energy, slope, _ = _augmented(self.system, self.multipliers or {}, penalties)
                 self.steps += 1
@@ -142,7 +157,10 @@ class _Descent:
                 if self.steps % 50 == 0:
                     self.show(self.steps, float(np.max(np.abs(along), initial=0.0)))
                 if not (np.isfinite(float(energy)) and np.isfinite(along).all()):
-                    return 1e300, np.zeros_like(along)
+                    back = z - last[1]  # uphill, so that the line search turns round
+                    steep = 1e3 * self.stiffness
+                    return last[0] + steep * float(back @ back), 2.0 * steep * back
+                last[:] = float(energy), z.copy()
                 return float(energy), along
 
             budget = max(self.max_steps - self.steps, 1)
@@ -206,30 +224,52 @@ class _Descent:
         return True
 
     def newton(self) -> float:
-        """Newton steps on the optimality condition as long as they make headway; the force that is left."""
-        slope = _slope(self.system, self.multipliers)
-        z = self.z
-        _, size = self.left(slope, z)
+        """Newton steps on the optimality condition as long as they make headway; the force that is left.
+
+        H_L has a multiple of the force over the law's length added to it, which grows where a step lowers neither what
+        is left nor the augmented Lagrangian, and falls where it does.
+        """
+        slope, z, multiple = _slope(self.system, self.multipliers), self.z, FIRST
+        size = self.left(slope, z)[1]
+        best, since, start = size, 0, (size, self.system, self.multipliers)
+        penalties = self._penalties() if self.multipliers is not None else {}
         for _ in range(STEPS):
-            if not (np.isfinite(size) and size > self.tolerance) or self.steps >= self.max_steps:
+            if not (np.isfinite(size) and size > self.tolerance) or self.steps >= self.max_steps or since >= STALLED:
                 break
-            step = self._step(slope, z)
-            share, taken = 1.0, False
             for _ in range(TRIALS):
-                found = self._try(z, step, share)
-                if found[-1] < (1.0 - 0.1 * share) * size:
-                    (self.system, self.multipliers, slope, z, size), taken = found, True
+                step = self._step(slope, z, multiple * size / self.length)
+                found = self._try(z, step)
+                if found[-1] < 0.9 * size or (found[-1] < RISEN * size and self._lower(found, z, penalties)):
                     break
-                share *= 0.5
-            if not taken:
+                multiple *= 8.0
+            else:
                 break
+            self.system, self.multipliers, slope, z, size = found
+            multiple = max(0.1 * multiple, 1e-3)
+            best, since = (size, 0) if size < 0.5 * best else (best, since + 1)
             self.show(self.steps, size)
+        if size > start[0]:
+            size, self.system, self.multipliers = start
         return size
 
-    def _step(self, slope: Unknowns, z: np.ndarray) -> np.ndarray:
-        """The change of unknowns and multipliers; what is pushed against its bound stays."""
+    def _lower(self, found: tuple[Any, ...], z: np.ndarray, penalties: Any) -> bool:
+        """Whether the augmented Lagrangian with a step's multipliers is lower at its end than where it began.
+
+        Where the difference is round-off, the slopes at both ends tell.
+        """
+        ends = [_augmented(s, found[1] or {}, penalties) for s in (self.system, found[0])]
+        before, after = (float(energy) for energy, *_ in ends)
+        if abs(after - before) > UNSEEN * float(np.finfo(float).eps) * abs(before):
+            return after < before
+        return sum(float(flat(slope) @ (found[3] - z)) for _, slope, _ in ends) < 0.0
+
+    def _step(self, slope: Unknowns, z: np.ndarray, shift: float) -> np.ndarray:
+        """The change of unknowns and multipliers; what is pushed against a bound goes to it, or stays there."""
         along = flat(dataclasses.replace(slope, multipliers=None)).astype(float)
-        stuck = (self.low == self.high) | ((z <= self.low) & (along > 0)) | ((z >= self.high) & (along < 0))
+        ahead = z - along / self.stiffness
+        stuck = (self.low == self.high) | (ahead <= self.low) | (ahead >= self.high)
+        onto = np.where(stuck, np.clip(ahead, self.low, self.high) - z, 0.0)
+        rate = _slope_rate(self.system, self.multipliers, jax.tree.map(jnp.asarray, unflat(onto, self.like)))
         mask = unflat(stuck, self.like)
         none = jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), bool), slope.multipliers)
         n, d = self.system.positions.shape
@@ -238,18 +278,20 @@ class _Descent:
             held=Unknowns(jnp.asarray(mask.positions), None, none, jax.tree.map(jnp.asarray, mask.params)),
         )  # fmt: skip
         system = KKT(self.system, null, self.multipliers)
-        side = -flat(slope).astype(float)
+        side = -(flat(slope) + flat(rate)).astype(float)
         units = np.where(np.arange(system.size) < system.primal, 1.0, system.unit)
-        step = units * system.direction(np.where(system.moves, units * side, 0.0))
+        step = units * system.direction(np.where(system.moves, units * side, 0.0), shift)
+        step[: self.count] += onto
         longest = np.max(np.abs(step[: self.count]), initial=0.0)
         return step * min(1.0, LONGEST * self.length / longest) if longest > 0 else step
 
-    def _try(self, z: np.ndarray, step: np.ndarray, share: float) -> tuple[Any, ...]:
-        there = np.clip(z + share * step[: self.count], self.low, self.high)
+    def _try(self, z: np.ndarray, step: np.ndarray) -> tuple[Any, ...]:
+        """Where a step ends: system, multipliers, slope, unknowns, what is left."""
+        there = np.clip(z + step[: self.count], self.low, self.high)
         system = self.at(there)
         multipliers = self.multipliers
         if multipliers is not None:
-            change = unflat(share * step, dataclasses.replace(self.like, multipliers=multipliers)).multipliers
+            change = unflat(step, dataclasses.replace(self.like, multipliers=multipliers)).multipliers
             multipliers = jax.tree.map(lambda a, b: a + jnp.asarray(b), multipliers, change)
         slope = _slope(system, multipliers)
         self.steps += 1

@@ -29,7 +29,19 @@ from mdsens.stiffness import Stiffness
 from mdsens.strains import forces_of_strain
 from mdsens.system import System, box_at
 
-__all__ = ["FORCE", "JVP", "STRAIN", "VJP", "Door", "Response", "finite_or_said", "held_motion", "read", "through", "through_batch"]
+__all__ = [
+    "FORCE",
+    "JVP",
+    "STRAIN",
+    "VJP",
+    "Door",
+    "Response",
+    "finite_or_said",
+    "held_motion",
+    "read",
+    "through",
+    "through_batch",
+]
 
 Params = Mapping[str, Any]
 
@@ -154,7 +166,9 @@ def _jvp_response(lin: Linearization, tangent: Params, x: Unknowns, stats: Solve
 
 
 def _given(lin: Linearization, side: Unknowns) -> Unknowns:
-    return side if lin.held is None else lin.null.free(side)
+    if lin.held is None:
+        return side
+    return lin.null.free(dataclasses.replace(jax.tree.map(jnp.zeros_like, lin.unknowns), positions=side.positions))
 
 
 def _pulled(lin: Linearization, cotangent: Unknowns) -> tuple[Unknowns, Any]:

@@ -205,7 +205,9 @@ class _Factor:
     """Of the bordered and slightly shifted system: regular whatever is redundant or floppy."""
 
     def __init__(self, matrix: Any, motions: np.ndarray, primal: int, shift: float, scale: float):
-        signs = np.concatenate([np.full(primal, shift), np.full(matrix.shape[0] - primal, -shift)])
+        """``shift`` is added to the diagonal of H_L; both blocks have SHIFT of ``scale`` beside."""
+        least = SHIFT * scale
+        signs = np.concatenate([np.full(primal, shift + least), np.full(matrix.shape[0] - primal, -least)])
         whole = matrix + sp.diags_array(signs)
         self.size = matrix.shape[0]
         if len(motions):
@@ -304,7 +306,7 @@ class KKT(Stiffness):
             return None
         scale = float(self._bounds[0]) or 1.0
         try:
-            return _Factor(self.matrix, np.asarray(self.null.motions), self.primal, SHIFT * scale, scale)
+            return _Factor(self.matrix, np.asarray(self.null.motions), self.primal, 0.0, scale)
         except RuntimeError:  # singular, shift and all
             return None
 
@@ -377,10 +379,11 @@ class KKT(Stiffness):
         x, stats = self.solve_many(flat(b)[:, None], max(rtol, 1e-10), to=1e-15)
         return self.unflat(x[:, 0]), float(stats.residual[0, 0]), Status(int(stats.status[0, 0]))
 
-    def direction(self, b: np.ndarray) -> np.ndarray:
-        """About K^-1 b, (m,), in units of the law's stiffness: a Newton step."""
-        if self.factor is not None:
-            return self.factor.apply(b)
+    def direction(self, b: np.ndarray, shift: float) -> np.ndarray:
+        """About K^-1 b, (m,), with a shift on the diagonal of H_L, in units of the law's stiffness: a Newton step."""
+        if self.matrix is not None and self._factorise:
+            scale = float(self._bounds[0]) or 1.0
+            return _Factor(self.matrix, np.zeros((0, 1)), self.primal, shift, scale).apply(b)
         like = scaled(unflat(b, self.x), 1.0 / self.unit)
         found, *_ = _iterated(self.system, self.x, self.null, jax.tree.map(jnp.asarray, like), 1e-6)
         return flat(scaled(found, 1.0 / self.unit))
@@ -396,7 +399,7 @@ class KKT(Stiffness):
         return splu(sp.csc_array(square + off + SHIFT**1.5 * (bound(square) or 1.0) * sp.eye_array(A.shape[0])))
 
     def tangent(self, columns: np.ndarray) -> np.ndarray:
-        """The columns of (primal, c), or one, on the tangent space: off what is held, the equations and free motions."""
+        """The columns of (primal, c), or one, off what is held, off the equations and off free motions."""
         found = self.project(columns.reshape(columns.shape[0], -1))
         A = self.equations
         if A.shape[0]:
@@ -415,7 +418,7 @@ class KKT(Stiffness):
             return self.tangent(self.factor.apply(padded)[: self.primal])
 
         return eigen.lowest(
-            lambda v: H @ v,
+            lambda v: self.tangent(H @ v),
             self.primal,
             k,
             project=self.tangent,

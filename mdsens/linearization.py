@@ -168,7 +168,8 @@ def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Li
 
     Args:
       eq: from ``minimize``; not a batch.
-      solve: GMRES(), CG(), MINRES(), BiCGSTAB(), Direct() or Auto(), which chooses.
+      solve: an option record of mdsens.implicit: GMRES(), CG(), MINRES(), BiCGSTAB(), Direct() and others, or Auto(),
+        which chooses.
       throw: raise where the minimum cannot be differentiated; with False every door's status says so.
 
     Raises:
@@ -232,7 +233,8 @@ def check_method(solve: Any) -> None:
     """Refuse what is no option record of a linear solver."""
     if not isinstance(solve, Method):
         raise InputError(
-            f"solve is {short(solve)}: give Auto(), Direct(), CG(), MINRES(), GMRES() or BiCGSTAB() of mdsens.implicit."
+            f"solve is {short(solve)}: give Auto(), Direct(), CG(), MINRES(), GMRES(), BiCGSTAB(), NormalCG(), "
+            "Neumann() or LeastSquares() of mdsens.implicit."
         )
 
 

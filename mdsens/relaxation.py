@@ -33,7 +33,7 @@ from mdsens.lagrangian import multipliers_at, own_params, unknowns_of
 from mdsens.minimisers import Fire, GradientDescent, Newton
 from mdsens.scales import Limits, round_off, scales
 from mdsens.stationarity import largest_force, max_force
-from mdsens.system import System, stack, unstack
+from mdsens.system import System, require_unconstrained, stack, unstack
 
 __all__ = ["Equilibrium", "Fire", "GradientDescent", "Newton", "minimize", "relax"]
 
@@ -172,9 +172,12 @@ def minimize(
     if pressure is not None:
         _check_pressure(system, pressure, shape)
         if system.batch is not None:
-            return _batch_at_pressure(system, params, throw, {
+            return _one_by_one(system, params, throw, {
                 "pressure": pressure, "shape": shape, "tolerance": tolerance, "method": method, "max_steps": max_steps,
             })  # fmt: skip
+    if system.batch is not None and system.constraints:
+        how = {"tolerance": tolerance, "method": method, "max_steps": max_steps}
+        return _one_by_one(system, params, throw, how)
     if system.batch is not None:
         return _minimize_batch(system, params, tolerance, method, max_steps, throw, progress)
     if params is not None:
@@ -204,7 +207,7 @@ def _constrained(
 ) -> Equilibrium:
     began = time.perf_counter()
     if pressure is not None:
-        raise InputError("pressure does not go with constraints: relax this system in a cell that stays.")
+        require_unconstrained(system, "a cell at a pressure")
     if not isinstance(method, Newton):
         raise InputError(
             f"method is {short(method)}, which knows no constraints: leave it out, for an augmented Lagrangian and "
@@ -265,7 +268,7 @@ def _at_pressure(
     return eq
 
 
-def _batch_at_pressure(batch: System, params: Params | None, throw: bool, how: dict[str, Any]) -> Equilibrium:
+def _one_by_one(batch: System, params: Params | None, throw: bool, how: dict[str, Any]) -> Equilibrium:
     found = [minimize(member, params, throw=False, **how) for member in unstack(batch)]
     arrays = together([dataclasses.replace(m, system=None) for m in found])
     eq = dataclasses.replace(arrays, system=stack([m.system for m in found]))

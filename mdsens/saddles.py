@@ -29,7 +29,7 @@ from mdsens.scales import round_off, scales
 from mdsens.slopes import energy_slope
 from mdsens.stationarity import NullSpace, Unknowns, largest_force, linearisation
 from mdsens.stiffness import Stiffness
-from mdsens.system import System
+from mdsens.system import System, require_unconstrained
 
 __all__ = ["EigenvectorFollowing", "find_saddle", "sides"]
 
@@ -309,6 +309,7 @@ def _checked(start: Any, params: Params | None, tolerance: Any, method: Any, max
     system = start.system if isinstance(start, Equilibrium) else start
     if not isinstance(system, System):
         raise InputError(f"find_saddle got a {type(start).__name__}: give a System or an Equilibrium.")
+    require_unconstrained(system, "find_saddle")
     if system.batch is not None:
         raise InputError(f"find_saddle takes one system and got a batch of {system.batch}: give a member.")
     if isinstance(start, Equilibrium) and start.pressure is not None:

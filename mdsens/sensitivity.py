@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from mdsens import lagrangian
 from mdsens._checks import real_array, short
 from mdsens._members import apart, in_chunks, joined, together
 from mdsens._memory import require_memory
@@ -59,7 +60,7 @@ def _batch_through(
     def some(part: tuple[Equilibrium, Any], count: int) -> tuple[Response | None, int]:
         return through_batch(door, *part, method), count
 
-    if by_factor(eq.system, method) and eq.pressure is None:
+    if by_factor(eq.system, method) and eq.pressure is None and not eq.system.constraints:
         parts, counts = zip(*in_chunks(some, (eq, given), eq.system.batch or 0, eq.system.n), strict=True)
         if None not in parts:
             return joined(parts, counts)
@@ -101,7 +102,8 @@ def jvp(
         raise InputError("dparams is empty: give at least one parameter's name and its change.")
     if _batched(at):
         assert isinstance(at, Equilibrium)
-        own = at.params if at.pressure is None else {**at.params, "pressure": at.pressure}
+        own = lagrangian.own_params(at.system)
+        own = own if at.pressure is None else {**own, "pressure": at.pressure}
         if isinstance(dparams, Mapping):
             shapes = {name: value.shape[1:] for name, value in own.items()}
             dparams = {

@@ -29,6 +29,7 @@ __all__ = [
     "pair_lengths",
     "pair_terms",
     "potential_energy",
+    "require_unconstrained",
     "stack",
     "unstack",
 ]
@@ -211,6 +212,13 @@ def _of_law(params: dict[str, jax.Array], constraints: tuple[Constraint, ...]) -
     """The parameters that are the law's, those of constraints left out."""
     others = {name for c in constraints for name in c.parameters}
     return {name: value for name, value in params.items() if name not in others}
+
+
+def require_unconstrained(system: System, what: str) -> None:
+    """Raise InputError where a system has constraints, which ``what`` would not see."""
+    if system.constraints:
+        names = ", ".join(c.name for c in system.constraints)
+        raise InputError(f"{what} knows no constraints, and this system has {names}: take one without.")
 
 
 @jax.tree_util.register_dataclass

@@ -21,8 +21,9 @@ ORDER = [
     # the mathematics: knows no particle
     ["implicit.status"],
     ["implicit._tree", "implicit._krylov", "implicit._sparse"],
-    ["implicit._dense", "implicit.operators"],
-    ["implicit.linear"],
+    ["implicit._dense", "implicit._normal", "implicit._polynomials", "implicit.operators"],
+    ["implicit._rounds"],
+    ["implicit.linear", "implicit._closures"],
     ["implicit.eigen"],
     ["implicit.root"],
     ["implicit.projections"],
@@ -33,7 +34,10 @@ ORDER = [
     # what a user gives, as numbers
     ["_checks", "_memory", "_members", "_progress"],
     # the physics: what a system is
-    ["laws", "boxes", "constraints", "unknowns"],
+    ["laws", "boxes", "unknowns"],
+    ["constraints._base"],
+    ["constraints._positions", "constraints._totals"],
+    ["constraints"],
     ["potentials", "smoothing"],
     ["neighbours"],
     ["system"],

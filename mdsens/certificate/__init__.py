@@ -9,4 +9,4 @@ from mdsens.certificate._certify import certify
 from mdsens.certificate._parts import CellState, ConstraintState, Derivative
 from mdsens.certificate._record import Certificate
 
-__all__ = ["CellState", "Certificate", "Derivative", "certify"]
+__all__ = ["CellState", "Certificate", "ConstraintState", "Derivative", "certify"]

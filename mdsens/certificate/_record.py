@@ -204,7 +204,9 @@ class Certificate(Shown):
 
     @property
     def _loose(self) -> str:
-        """Why there is no figure where every particle is a rattler."""
+        """Why there is no figure where nothing can move: every particle is a rattler, or constraints hold them all."""
+        if self.constraints is not None and not np.all(self.rattlers):
+            return "none: the constraints leave nothing to move"
         doubt = "not known: no contact carries 10 times the force left"
         return doubt if self.crossed_to_minimum else "none: nothing is held"
 

@@ -10,11 +10,14 @@ from mdsens.implicit.operators import (
     BiCGSTAB,
     Direct,
     Evening,
+    LeastSquares,
     Method,
+    Neumann,
+    NormalCG,
     Operator,
     choose,
 )
-from mdsens.implicit.root import fixed_point, root
+from mdsens.implicit.root import fixed_point, root, tangent
 from mdsens.implicit.status import (
     ConvergenceError,
     InputError,
@@ -37,8 +40,11 @@ __all__ = [
     "Direct",
     "Evening",
     "InputError",
+    "LeastSquares",
     "MdsensError",
     "Method",
+    "Neumann",
+    "NormalCG",
     "Operator",
     "PrecisionError",
     "SolveStats",
@@ -56,4 +62,5 @@ __all__ = [
     "raise_for_status",
     "root",
     "solve",
+    "tangent",
 ]

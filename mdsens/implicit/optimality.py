@@ -35,11 +35,11 @@ from jax.custom_derivatives import SymbolicZero
 from jax.dtypes import float0
 from jax.flatten_util import ravel_pytree
 
+from mdsens.implicit._closures import hoist
 from mdsens.implicit._tree import PyTree, check_same
 from mdsens.implicit.conic import conic_residual
 from mdsens.implicit.linear import linear_solve
 from mdsens.implicit.operators import Auto, Method, Operator
-from mdsens.implicit.root import _hoist
 from mdsens.implicit.status import InputError
 
 __all__ = [
@@ -257,7 +257,7 @@ def newton(
     """
 
     def T(x: PyTree, *args: PyTree) -> PyTree:
-        condition, values = _hoist(lambda y: F(y, *args), x)
+        condition, values = hoist(lambda y: F(y, *args), x)
         check_same(jax.eval_shape(condition, values, x), x, "F(x, *args)", "x", "F must give one equation an unknown")
 
         def solved(x: PyTree, values: list[Array], b: PyTree) -> PyTree:

@@ -1,76 +1,24 @@
-"""What a configuration must obey while its energy is least: pinned coordinates, walls, rigid bonds, fixed totals.
-
-A constraint is a record that a :class:`~mdsens.System` holds. What it needs in numbers (a wall's position, a bond's
-length) are parameters of the system beside the law's, so that derivatives by them are asked for like any other. Each
-has a multiplier under its name: the force that it takes to hold it.
-
-    L = U(R, p) + sum_k lambda_k g_k(R, p),   dL/dR = 0,   g = 0,   lower <= R <= upper
-
-Nocedal and Wright, Numerical Optimization, 2006, chapter 12.
-"""
+"""Constraints on where particles are: pinned coordinates, walls, rigid bonds and bodies."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mdsens._checks import real_array, short
+from mdsens.constraints._base import Bounds, Constraint, Displacement, check_name
 from mdsens.implicit.status import InputError
 
-__all__ = ["Bounds", "Constraint", "FixedTotal", "Pinned", "RigidBonds", "Simplex", "Wall", "check_constraints"]
+__all__ = ["Pinned", "RigidBonds", "Wall"]
 
 Params = Mapping[str, Any]
-Displacement = Callable[[jax.Array, jax.Array], jax.Array]
 FLAT = 1e-6  # of a body's extent: less does not span a dimension
-UNIT_BALL = {2: np.pi / 4.0, 3: np.pi / 6.0}  # area or volume of a sphere of diameter 1
-
-
-class Bounds(NamedTuple):
-    """Where coordinates may be, (n, d) or as broadcasts to it; infinite where nothing bounds them."""
-
-    lower: jax.Array
-    upper: jax.Array
-
-
-class Constraint:
-    """What a system asks of a constraint; each kind overrides what it has to say."""
-
-    name: str
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """The parameters of its own, which the system's ``params`` must hold."""
-        return ()
-
-    @property
-    def relaxes(self) -> tuple[str, ...]:
-        """The law's parameters that become unknowns, relaxed with the positions."""
-        return ()
-
-    def check(self, params: Params, n: int, d: int) -> None:
-        """Raise InputError where it does not fit a system of n particles in d dimensions."""
-
-    def pinned(self) -> jax.Array | None:
-        """(n, d) coordinates that never move; None for none."""
-        return None
-
-    def bounds(self, params: Params, diameters: jax.Array | None, shape: tuple[int, ...]) -> Bounds | None:
-        """Bounds of the coordinates; None for none."""
-        return None
-
-    def least(self) -> float | None:
-        """The lower bound of the parameters it relaxes; None for none."""
-        return None
-
-    def residuals(self, positions: jax.Array, params: Params, displacement: Displacement) -> jax.Array | None:
-        """g, of the multiplier's shape, zero where the constraint is met; None where it has no equations."""
-        return None
 
 
 def _indices(name: str, given: Any, remedy: str) -> np.ndarray:
@@ -78,11 +26,6 @@ def _indices(name: str, given: Any, remedy: str) -> np.ndarray:
     if array.size == 0 or not np.issubdtype(array.dtype, np.integer):
         raise InputError(f"{name} has shape {array.shape} and type {array.dtype}: {remedy}")
     return array
-
-
-def _check_name(kind: str, name: Any) -> None:
-    if not isinstance(name, str) or not name.isidentifier():
-        raise InputError(f"{kind}: name is {short(name)}: give a word, such as {kind.lower()!r}.")
 
 
 @jax.tree_util.register_dataclass
@@ -126,7 +69,7 @@ class Pinned(Constraint):
     @classmethod
     def coordinates(cls, mask: Any, *, name: str = "pinned") -> Pinned:
         """The coordinates where an (n, d) array of booleans is True."""
-        _check_name("Pinned", name)
+        check_name("Pinned", name)
         given = np.asarray(mask)
         if given.dtype != bool or given.ndim != 2 or given.shape[1] not in (2, 3):
             raise InputError(f"Pinned: mask has shape {given.shape} and type {given.dtype}: give (n, d) booleans.")
@@ -161,7 +104,7 @@ class Wall(Constraint):
     clearance: float = dataclasses.field(default=0.0, metadata={"static": True})
 
     def __post_init__(self) -> None:
-        _check_name("Wall", self.name)
+        check_name("Wall", self.name)
         if isinstance(self.axis, bool) or self.axis not in (0, 1, 2):
             raise InputError(f"Wall: axis is {short(self.axis)}: give 0, 1 or 2.")
         if not isinstance(self.above, bool):
@@ -218,7 +161,7 @@ class RigidBonds(Constraint):
     @classmethod
     def between(cls, bonds: Any, *, name: str = "bond") -> RigidBonds:
         """The bonds of a list (m, 2) of particle numbers from 0, checked."""
-        _check_name("RigidBonds", name)
+        check_name("RigidBonds", name)
         pairs = _indices("RigidBonds: bonds", bonds, "give (m, 2) particle numbers from 0.")
         if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.min() < 0:
             raise InputError(f"RigidBonds: bonds have shape {pairs.shape}: give (m, 2) particle numbers from 0.")
@@ -303,129 +246,3 @@ def _isostatic(x: np.ndarray, body: list[int], k: int) -> list[tuple[int, int]]:
 
         bonds += [(a, i) for a in max(itertools.combinations(corners, d), key=seen)]
     return bonds
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class FixedTotal(Constraint):
-    """A parameter of particles that relaxes with the positions while its total stays: sum_i c p_i^e = T.
-
-    For diameters and the exponent d it is the particles' area or volume, c = pi/4 or pi/6; for any other exponent c is
-    1. T is the parameter ``<name>_total``. The multiplier is a scalar, -dU/dT: of an area or volume, a pressure.
-
-    Attributes:
-      parameter: of the law, one value a particle or species; an unknown from here on.
-      exponent: e.
-      name: of its multiplier and parameter.
-    """
-
-    parameter: str = dataclasses.field(metadata={"static": True})
-    exponent: float = dataclasses.field(default=1.0, metadata={"static": True})
-    name: str = dataclasses.field(default="total", metadata={"static": True})
-
-    def __post_init__(self) -> None:
-        _check_name("FixedTotal", self.name)
-        if not isinstance(self.parameter, str):
-            raise InputError(f"FixedTotal: parameter is {short(self.parameter)}: give its name, such as 'sigma'.")
-        if not (isinstance(self.exponent, int | float) and self.exponent > 0):
-            raise InputError(f"FixedTotal: exponent is {short(self.exponent)}: give a positive number.")
-
-    @property
-    def total(self) -> str:
-        """The name of its parameter."""
-        return f"{self.name}_total"
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        return (self.total,)
-
-    @property
-    def relaxes(self) -> tuple[str, ...]:
-        return (self.parameter,)
-
-    def check(self, params: Params, n: int, d: int) -> None:
-        if np.ndim(params[self.parameter]) == 0:
-            raise InputError(f"{self.name}: {self.parameter} is a scalar, which its total fixes: give one a particle.")
-        if np.shape(params[self.total]) != ():
-            raise InputError(f"parameter {self.total} has shape {np.shape(params[self.total])}: give a number.")
-
-    def total_of(self, values: Any, d: int) -> jax.Array:
-        """The total of some values of the parameter in d dimensions."""
-        unit = UNIT_BALL[d] if self.parameter == "sigma" and self.exponent == d else 1.0
-        return unit * jnp.sum(jnp.asarray(values) ** self.exponent)
-
-    def residuals(self, positions: jax.Array, params: Params, displacement: Displacement) -> jax.Array:
-        return self.total_of(params[self.parameter], positions.shape[1]) - params[self.total]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Simplex(Constraint):
-    """Weights of species that relax with the positions: not negative, and a sum of 1 over the last axis of each row.
-
-    The multiplier is one for each row: minus what the energy would change by for a larger sum, a chemical potential.
-
-    Attributes:
-      parameter: of the law, (S,) or (rows, S); an unknown from here on.
-      name: of its multiplier.
-    """
-
-    parameter: str = dataclasses.field(metadata={"static": True})
-    name: str = dataclasses.field(default="simplex", metadata={"static": True})
-
-    def __post_init__(self) -> None:
-        _check_name("Simplex", self.name)
-        if not isinstance(self.parameter, str):
-            raise InputError(f"Simplex: parameter is {short(self.parameter)}: give its name, such as 'weights'.")
-
-    @property
-    def relaxes(self) -> tuple[str, ...]:
-        return (self.parameter,)
-
-    def least(self) -> float:
-        return 0.0
-
-    def check(self, params: Params, n: int, d: int) -> None:
-        value = np.asarray(params[self.parameter])
-        if value.ndim not in (1, 2) or value.shape[-1] < 2:
-            raise InputError(f"parameter {self.parameter} has shape {value.shape}: give (S,) or (rows, S) weights.")
-        if (value < 0).any() or np.abs(value.sum(axis=-1) - 1.0).max() > 1e-6:
-            raise InputError(f"parameter {self.parameter} is off the simplex: give weights from 0 whose sum is 1.")
-
-    def residuals(self, positions: jax.Array, params: Params, displacement: Displacement) -> jax.Array:
-        return jnp.sum(params[self.parameter], axis=-1) - 1.0
-
-
-def check_constraints(constraints: Any, params: Params, law_parameters: Sequence[str], n: int, d: int) -> tuple:
-    """The constraints as a tuple, checked against a system; raises :class:`InputError`. Host code."""
-    if isinstance(constraints, Constraint):
-        constraints = (constraints,)
-    try:
-        found = tuple(constraints)
-    except TypeError:
-        raise InputError(
-            f"constraints is {short(constraints)}: give a list of records of mdsens.constraints."
-        ) from None
-    names: list[str] = []
-    for c in found:
-        if not isinstance(c, Constraint):
-            raise InputError(
-                f"constraints has {short(c)}: give records of mdsens.constraints, such as Pinned.particles(...)."
-            )
-        if c.name in names:
-            raise InputError(f"two constraints are named {c.name!r}: give each a name of its own.")
-        names.append(c.name)
-        for name in c.parameters:
-            if name in law_parameters:
-                raise InputError(f"the law has a parameter {name!r} as well as {c.name}: give that another name.")
-            if name not in params:
-                raise InputError(f"{c.name} needs the parameter {name!r}: give params[{name!r}].")
-            if not np.isfinite(np.asarray(params[name])).all():
-                raise InputError(f"parameter {name} is not finite: give finite numbers.")
-        for name in c.relaxes:
-            if name not in law_parameters:
-                raise InputError(
-                    f"{c.name} relaxes {name!r}, which the law has not: give one of {list(law_parameters)}."
-                )
-        c.check(params, n, d)
-    return found
