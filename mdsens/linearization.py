@@ -160,7 +160,7 @@ def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Li
         raise InputError(
             f"linearize takes one minimum and got a batch of {eq.system.batch}: give a member, ms.unstack(eq)[0]."
         )
-    backbone, net, null = linearisation(eq.system, eq.max_force)
+    backbone, net, null = linearisation(eq.system, eq.max_force, eq.held_by)
     null = null.simplified()
     stiffness = Stiffness(backbone, null, eq.order)
     if eq.order and stiffness.unstable(eq.order + 1) != eq.order:

@@ -22,6 +22,7 @@ import numpy as np
 
 from mdsens._checks import check_positive, real_array, real_number, short
 from mdsens._progress import Decades
+from mdsens.bands import ElasticBand, between
 from mdsens.implicit.status import InputError, PrecisionError, Status, raise_for_status
 from mdsens.newton import steihaug
 from mdsens.relaxation import Equilibrium, minimize
@@ -31,13 +32,14 @@ from mdsens.stationarity import NullSpace, Unknowns, largest_force, linearisatio
 from mdsens.stiffness import Stiffness
 from mdsens.system import System
 
-__all__ = ["EigenvectorFollowing", "find_saddle", "sides"]
+__all__ = ["EigenvectorFollowing", "ElasticBand", "find_saddle", "sides"]
 
 Params = Mapping[str, Any]
 FORCING = 0.1  # residual of the step across the mode: Newton steps take over where more would pay
 NEWTON_STEPS = 30
 ROUND_OFF = 2.0  # forces that the resolution of the positions leaves, of ``round_off``
 MODE_STARTS = 1e-3  # of a chirp in the first vector of a cycle: a mode found once would hide a softer one
+KICKS, OFF_SADDLE = 6, 1e-3  # times that a saddle of higher order is left; the step off it, of the law's length
 CYCLES = 20  # of Lanczos for one step
 RESOLVED = 0.1  # residual of the mode, of its stiffness
 
@@ -66,8 +68,12 @@ def _slope(system: System) -> jax.Array:
     return energy_slope(system, used=system.neighbours.used)(system.positions)
 
 
-def _softest(apply: Any, start: jax.Array, vectors: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The lowest Ritz pair of Lanczos cycles from ``start``: (v, its stiffness, the residual)."""
+def _softest(apply: Any, start: jax.Array, way: jax.Array, vectors: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The lowest Ritz pair of Lanczos cycles from ``start``: (v, its stiffness, the residual).
+
+    Of several that are negative, the one that is most along ``way``: near a saddle of higher order the lowest one leads
+    back up to it.
+    """
     size = min(vectors, start.size)
 
     def grow(k: Any, carry: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
@@ -87,8 +93,10 @@ def _softest(apply: Any, start: jax.Array, vectors: int) -> tuple[jax.Array, jax
         small = basis @ images.T
         missing = jnp.where(jnp.sum(basis**2, axis=1) > 0.5, 0.0, 1.0 + jnp.sum(jnp.abs(small)))
         values, turns = jnp.linalg.eigh(0.5 * (small + small.T) + jnp.diag(missing))
-        v, image = turns[:, 0] @ basis, turns[:, 0] @ images
-        return v, values[0], jnp.linalg.norm(image - values[0] * v), count + 1
+        along = jnp.where(values < 0, jnp.abs((basis @ way) @ turns), 0.0)
+        chosen = jnp.argmax(along)  # the first where none is negative, or the way not known
+        v, image, value = turns[:, chosen] @ basis, turns[:, chosen] @ images, values[chosen]
+        return v, value, jnp.linalg.norm(image - value * v), count + 1
 
     def unresolved(carry: tuple[jax.Array, ...]) -> jax.Array:
         _, value, residual, count = carry
@@ -97,7 +105,8 @@ def _softest(apply: Any, start: jax.Array, vectors: int) -> tuple[jax.Array, jax
     zero = jnp.zeros((), start.dtype)
     start = start + MODE_STARTS * apply(jnp.cos(jnp.arange(start.size, dtype=start.dtype) ** 2)) / start.size
     first = cycle((start, zero, zero, jnp.int32(0)))
-    return jax.lax.while_loop(unresolved, cycle, first)[:3]
+    v, value, residual, _ = jax.lax.while_loop(unresolved, cycle, first)
+    return v, value, residual
 
 
 @functools.partial(jax.jit, static_argnames=("vectors",))
@@ -126,7 +135,7 @@ def _proposal(
     def longest(v: jax.Array) -> jax.Array:
         return largest_force(v.reshape(shape))
 
-    v, stiffness, _ = _softest(apply, off_null(mode), vectors)
+    v, stiffness, _ = _softest(apply, off_null(mode), off_null(way), vectors)
     guided = (stiffness >= 0) & jnp.any(way != 0)
     up = jnp.where(guided, off_null(way), v)
     up = up / jnp.linalg.norm(up)
@@ -147,8 +156,8 @@ def _proposal(
 
 
 def _stiffness(system: System) -> tuple[Stiffness, NullSpace]:
-    """H off its null space, every contact that carries a force counted."""
-    backbone, _, null = linearisation(system, round_off(system))
+    """H off its null space. On the way particles are out of balance: whatever touches another one counts as held."""
+    backbone, _, null = linearisation(system, 0.0, 1)
     null = null.simplified()
     return Stiffness(backbone, null, 1), null
 
@@ -185,6 +194,8 @@ def find_saddle(
     params: Params | None = None,
     *,
     direction: Any = None,
+    towards: System | Equilibrium | None = None,
+    band: ElasticBand = ElasticBand(),
     tolerance: float = 1e-10,
     method: EigenvectorFollowing = EigenvectorFollowing(),
     max_steps: int = 1000,
@@ -200,6 +211,8 @@ def find_saddle(
       start: a configuration near the saddle, or a minimum.
       params: parameters to change first; the others stay.
       direction: (n, d), along which to climb from a minimum until a mode turns negative; None for the softest mode.
+      towards: the minimum on the other side: the walk begins at the highest image of a ``band`` between the two.
+      band: its options.
       tolerance: the largest force on a particle to reach, in the potential's units.
       method: the options of the walk.
       max_steps: of the walk and of Newton's method together.
@@ -216,7 +229,10 @@ def find_saddle(
     """
     began = time.perf_counter()
     system = _checked(start, params, tolerance, method, max_steps)
-    way = _direction(direction, system)
+    if towards is None:
+        way = _direction(direction, system)
+    else:
+        system, way = between(system, _other_side(towards, system, direction, band), band)
     bar = Decades(tolerance, progress)
     try:
         system, largest, steps = _walk(system, way, tolerance, method, int(max_steps), bar)
@@ -248,13 +264,20 @@ def _walk(
         mode = jnp.cos(jnp.arange(system.positions.size, dtype=way.dtype) ** 2).reshape(way.shape)
     slope = _slope(system)
     largest = float(largest_force(slope))
-    tried = np.inf
+    tried, kicks = np.inf, 0
     while steps < max_steps and np.isfinite(largest):
         if near and largest < 0.5 * tried:
             tried = largest
             reached = _newton(system, tolerance, longest, steps, bar)
             if reached is not None:
                 return reached
+            if largest <= tolerance and (off_it := _off_higher(system, length)) is not None:
+                if kicks == KICKS:
+                    break
+                (system, mode), kicks, tried = off_it, kicks + 1, np.inf
+                way = mode
+                slope = _slope(system)
+                largest = float(largest_force(slope))
         _, null = _stiffness(system)
         step, expected, mode, way, cut = _proposal(system, null, mode, way, radius, method.vectors)
         there = system.replace(positions=system.positions + step).reallocate(keep=True)
@@ -262,6 +285,7 @@ def _walk(
         off = float(jnp.linalg.norm(its - expected)) / max(float(jnp.linalg.norm(expected - slope)), 1e-300)
         steps += 1
         near = not bool(cut)
+        tried = tried if near else np.inf
         if off < 1.5 or radius < 1e-6 * length:
             system, slope, largest = there, its, float(largest_force(its))
         if not off < 0.5:
@@ -270,6 +294,18 @@ def _walk(
             radius = min(2.0 * radius, longest)
         bar.show(steps, largest)
     return system, largest, steps
+
+
+def _off_higher(system: System, length: float) -> tuple[System, jax.Array] | None:
+    """A step off a saddle of higher order along its second mode, which no slope points to, and its first mode; None
+    where it is no such saddle.
+    """
+    found, _ = _stiffness(system)
+    if found.unstable(2) < 2:
+        return None
+    first, second = found.lowest(2).vectors.T.reshape(2, *system.positions.shape)
+    step = OFF_SADDLE * length / np.abs(second).max() * second
+    return system.replace(positions=system.positions + step).reallocate(keep=True), jnp.asarray(first)
 
 
 def _judged(system: System, largest: float, tolerance: float) -> tuple[System, Status, int]:
@@ -294,15 +330,18 @@ def sides(saddle: Equilibrium, *, step: float = 1e-2, tolerance: float = 1e-12) 
       tolerance: of the minimisations.
 
     Returns:
-      two minima, in the order of their energies.
+      two minima, particles under the same numbers.
     """
+    if not isinstance(saddle, Equilibrium) or saddle.order != 1:
+        raise InputError(f"saddle is {short(saddle)}: give the Equilibrium of order 1 that find_saddle returns.")
     stiffness, _ = _stiffness(saddle.system)
     mode = stiffness.lowest(1).vectors[:, 0].reshape(saddle.positions.shape)
     way = step * float(scales(saddle.system)[0]) / np.sqrt(np.max(np.sum(mode**2, axis=1))) * mode
-    found = [
-        minimize(saddle.system.replace(positions=saddle.positions + s * way), tolerance=tolerance) for s in (1.0, -1.0)
-    ]
-    return found[0], found[1]
+
+    def beside(sign: float) -> Equilibrium:
+        return minimize(saddle.system.replace(positions=saddle.positions + sign * way), tolerance=tolerance)
+
+    return beside(1.0), beside(-1.0)
 
 
 def _checked(start: Any, params: Params | None, tolerance: Any, method: Any, max_steps: Any) -> System:
@@ -326,6 +365,17 @@ def _checked(start: Any, params: Params | None, tolerance: Any, method: Any, max
             f"tolerance {tolerance:.0e} is out of reach in {system.positions.dtype}: raise it to {floor:.0e} or more."
         )
     return system
+
+
+def _other_side(towards: Any, system: System, direction: Any, band: Any) -> System:
+    other = towards.system if isinstance(towards, Equilibrium) else towards
+    if not isinstance(other, System) or other.positions.shape != system.positions.shape:
+        raise InputError(f"towards is {short(towards)}: give the minimum on the other side, of the same particles.")
+    if direction is not None:
+        raise InputError("direction and towards are both given: give one of them.")
+    if not isinstance(band, ElasticBand):
+        raise InputError(f"band is {short(band)}: give ElasticBand() of ms.saddles.")
+    return system.replace(positions=other.positions).reallocate()
 
 
 def _direction(direction: Any, system: System) -> jax.Array:

@@ -47,7 +47,7 @@ ORDER = [
     ["minimisers", "scales"],
     ["enthalpy"],
     ["_loop"],
-    ["_runs", "_pressed"],
+    ["_runs", "_pressed", "bands"],
     ["relaxation"],
     ["packing", "saddles"],
     ["linearization"],
