@@ -51,7 +51,8 @@ def shortened(vectors: jax.Array, longest: jax.Array) -> jax.Array:
     # by their largest component, whose square may overflow: a force of 1e200 would come out as none at all
     largest = jnp.max(jnp.abs(vectors), axis=-1, keepdims=True)
     unit = vectors / jnp.where(largest > 0, largest, 1.0)
-    size = largest * jnp.sqrt(jnp.sum(unit**2, axis=-1, keepdims=True))
+    squared = jnp.sum(unit**2, axis=-1, keepdims=True)
+    size = largest * jnp.sqrt(jnp.where(squared > 0, squared, 1.0))  # the root of 0 has no derivative to reverse
     return vectors * jnp.minimum(1.0, longest / jnp.where(size > 0, size, 1.0))
 
 

@@ -51,10 +51,12 @@ class ElasticBand:
     spring: float = 0.02
     stop: float = 1e-3
     max_steps: int = 500
-    fire: Fire = Fire()
+    fire: Fire = dataclasses.field(default_factory=Fire)
 
     def __post_init__(self) -> None:
         check_positive(self, ("spring", "stop"))
+        if not isinstance(self.fire, Fire):
+            raise InputError(f"ElasticBand(fire={short(self.fire)}): give Fire().")
         for name in ("images", "max_steps"):
             value = getattr(self, name)
             if not (isinstance(value, int) and value >= 1):
@@ -146,7 +148,7 @@ def _pulls(
 def _advance(
     batch: System, state: Any, ends: jax.Array, heights: jax.Array, target: Any, band: ElasticBand, limits: Limits
 ) -> tuple[Any, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Steps of FIRE as long as the images' lists hold: (state, steps, largest force, the highest image, its tangent)."""
+    """Steps of FIRE while the images' lists hold: (state, steps, largest force, the highest image, its tangent)."""
     method, spring = band.fire, band.spring * limits.stiffness
     anchors, distance = jax.vmap(lambda s: slack(s.neighbours, s.box, s.range))(batch)
 

@@ -59,7 +59,7 @@ ORDER = [
     ["certificate._derivative"],
     ["certificate._certify"],
     ["certificate"],
-    ["verify._differences", "verify._breaks", "verify._findings"],
+    ["verify._differences", "verify._breaks", "verify._findings", "verify._unrolled"],
     ["verify._adjoint", "verify._pairs", "verify._configurations"],
     ["verify._laws"],
     ["verify"],
