@@ -46,7 +46,7 @@ ORDER = [
     # the root and its derivative
     ["minimisers", "scales"],
     ["enthalpy"],
-    ["_loop"],
+    ["_loop", "climbing"],
     ["_runs", "_pressed", "bands"],
     ["relaxation"],
     ["packing", "saddles"],
@@ -59,8 +59,8 @@ ORDER = [
     ["certificate._derivative"],
     ["certificate._certify"],
     ["certificate"],
-    ["verify._differences", "verify._breaks", "verify._findings", "verify._unrolled"],
-    ["verify._adjoint", "verify._pairs", "verify._configurations"],
+    ["verify._differences", "verify._breaks", "verify._findings", "verify._pushing"],
+    ["verify._adjoint", "verify._pairs", "verify._configurations", "verify._unrolled"],
     ["verify._laws"],
     ["verify"],
     # built on it

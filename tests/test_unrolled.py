@@ -15,7 +15,7 @@ from mdsens import _memory
 from mdsens.relaxation import Fire, GradientDescent
 from mdsens.scales import scales
 from mdsens.verify import Unrolled, unrolled
-from mdsens.verify._unrolled import _limits, _Run
+from mdsens.verify._pushing import Run, limits_of
 
 THETA = {"sigma": [0.0, 1.0]}
 LENGTH, SPRING = 1.0, 2.0
@@ -66,10 +66,10 @@ def test_before_it_rests_the_derivative_is_far_off_and_grows():
 def test_the_tangent_is_that_of_the_steps():
     """Against differences of the run itself, unconverged as it is; its mass and limits are held."""
     start, t = ms.load_system("seed_packing_2d", seed=0, count=32), 1e-6
-    held, still = _limits(start, Fire()), {k: jnp.zeros_like(v) for k, v in start.params.items()}
+    held, still = limits_of(start, Fire()), {k: jnp.zeros_like(v) for k, v in start.params.items()}
     ends = []
     for side in (t, -t):
-        run = _Run(start.with_params({"sigma": [1.0, 0.6 + side]}), Fire(), still, held)
+        run = Run(start.with_params({"sigma": [1.0, 0.6 + side]}), Fire(), still, held)
         run.advance(30)
         ends.append(run.positions)
     slope = np.asarray(ends[0] - ends[1]) / (2 * t)
