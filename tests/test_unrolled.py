@@ -77,6 +77,20 @@ def test_the_tangent_is_that_of_the_steps():
     assert np.linalg.norm(slope - packing().tangents[1]) < 1e-5 * np.linalg.norm(slope)
 
 
+def test_the_curve_tells_the_chaotic_part_apart():
+    from matplotlib.figure import Figure
+
+    u = packing()
+    ax = ms.plots.unrolled(u, Figure().subplots())
+    drawn = {str(line.get_label()): np.asarray(line.get_xydata()) for line in ax.lines}
+    np.testing.assert_allclose(drawn["error"], np.column_stack([u.steps, u.errors])[u.growth <= 0])
+    np.testing.assert_allclose(drawn["error, chaotic so far"][:, 0], [1, 30])
+    np.testing.assert_allclose(drawn["largest force"][:, 1], u.max_forces)
+    assert ax.get_title() == "" and ax.get_xscale() == ax.get_yscale() == "log"
+    with pytest.raises(ms.InputError, match=r"ms.verify.unrolled"):
+        ms.plots.unrolled(ms.verify)  # type: ignore[arg-type]
+
+
 def test_reverse_mode_has_to_fit(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(_memory, "_available_memory", lambda: 1e4)
     with pytest.raises(ms.TooLargeError, match="forward mode"):
