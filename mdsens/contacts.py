@@ -10,6 +10,7 @@ Walls count as contacts.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -186,13 +187,15 @@ def _loose_of_bodies(
     return loose
 
 
-@jax.jit
-def network(system: System, max_force: jax.Array | float) -> Network:
+@functools.partial(jax.jit, static_argnames=("least",))
+def network(system: System, max_force: jax.Array | float, least: int | None = None) -> Network:
     """Contacts, rattlers and clusters of a relaxed configuration.
 
     Args:
       system: relaxed, with a complete neighbour list.
       max_force: the largest net force left on a particle.
+      least: contacts that hold a particle; where None, as many as a minimum needs: d + 1 of a law that only repels, 1
+        of another. At a saddle two that oppose each other do.
 
     Returns:
       a :class:`Network`. Traceable; nothing of it is differentiated.
@@ -215,12 +218,12 @@ def network(system: System, max_force: jax.Array | float) -> Network:
     if law.repulsive:  # every term runs over the same list
         total = sum(forces[1:], forces[0])
         edges = [_Edges(terms[0].i, terms[0].j, jnp.abs(total) > FORCE_MARGIN * max_force, bonds[0])]
-        forces, least = [total], system.dimension + 1
+        forces, least = [total], least or system.dimension + 1
     else:
         stiffness = [_stiffness(t, r) for t, r in zip(terms, distances, strict=True)]
         floor = STIFFNESS_FLOOR * jnp.max(jnp.stack([jnp.max(s, initial=0.0) for s in stiffness]))
         edges = [_Edges(t.i, t.j, s > floor, b) for t, s, b in zip(terms, stiffness, bonds, strict=True)]
-        least = 1
+        least = least or 1
     real = len(edges)
     loose_among, bodies = _loose_of_particles(n, least), jnp.arange(n, dtype=jnp.int32)
     if system.constraints:
