@@ -270,7 +270,7 @@ def _attach(
 
         frame, by = frames
         declared = _declared(symmetric, positive_semidefinite, project(frame, x), next(iter(precondition(by, x)), None))
-        values, changes = [params[i] for i in active], [jnp.asarray(tangents[1][i], params[i].dtype) for i in active]
+        values, changes = [params[i] for i in active], [jnp.asarray(tangents[1][i]) for i in active]
         return x, _response(of_active, values, changes, x, declared, solve, not_finite=float("nan"))[0]
 
     return attached(x, params, (frame, by))
