@@ -18,6 +18,7 @@ from pathlib import Path as _Path
 import jax as _jax
 
 from mdsens import (
+    barriers,
     contacts,
     design,
     elasticity,
@@ -29,8 +30,10 @@ from mdsens import (
     plots,
     potentials,
     relaxation,
+    saddles,
     verify,
 )
+from mdsens.barriers import barrier
 from mdsens.boxes import PackingFraction
 from mdsens.certificate import Certificate, certify
 from mdsens.equilibration import equilibrate
@@ -46,6 +49,7 @@ from mdsens.implicit.status import (
 )
 from mdsens.io import load_system
 from mdsens.relaxation import Equilibrium, minimize
+from mdsens.saddles import find_saddle
 from mdsens.sensitivity import (
     Linearization,
     Response,
@@ -100,13 +104,17 @@ __all__ = [
     "System",
     "TooLargeError",
     "UnsupportedVersionError",
+    "barrier",
+    "barriers",
     "certify",
+    "constraints",
     "contacts",
     "design",
     "elasticity",
     "enable_compilation_cache",
     "enable_x64",
     "equilibrate",
+    "find_saddle",
     "gradient",
     "implicit",
     "io",
@@ -122,6 +130,7 @@ __all__ = [
     "potentials",
     "relaxation",
     "response",
+    "saddles",
     "stack",
     "unstack",
     "verify",

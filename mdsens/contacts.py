@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens import lagrangian
 from mdsens.boxes import components, nearest_images
+from mdsens.constraints import RigidBonds
 from mdsens.laws import PairTerm
 from mdsens.slopes import row_terms
 from mdsens.system import System, box_at, pair_distances, pair_terms, potential_energy
@@ -144,6 +146,16 @@ def _clusters(edges: list[_Edges], n: int, d: int, dtype: Any) -> tuple[jax.Arra
     return jax.lax.while_loop(lambda carry: carry[2], spread, start)[:2]
 
 
+def _rigid_edges(system: System, images: Any, x: tuple[jax.Array, ...]) -> list[_Edges]:
+    """The rigid bonds, which hold as contacts do."""
+    found = []
+    for c in system.constraints:
+        if isinstance(c, RigidBonds):
+            i, j = c.bonds[:, 0], c.bonds[:, 1]
+            found.append(_Edges(i, j, jnp.ones(i.shape, bool), images(tuple(y[i] - y[j] for y in x))))
+    return found
+
+
 @jax.jit
 def network(system: System, max_force: jax.Array | float) -> Network:
     """Contacts, rattlers and clusters of a relaxed configuration.
@@ -178,19 +190,24 @@ def network(system: System, max_force: jax.Array | float) -> Network:
         floor = STIFFNESS_FLOOR * jnp.max(jnp.stack([jnp.max(s, initial=0.0) for s in stiffness]))
         edges = [_Edges(t.i, t.j, s > floor, b) for t, s, b in zip(terms, stiffness, bonds, strict=True)]
         least = 1
+    real = len(edges)
+    edges += _rigid_edges(system, images, x)
+    support = lagrangian.supports(system) if system.constraints else jnp.zeros(n, jnp.int32)
 
     def prune(carry: tuple[list[jax.Array], jax.Array]) -> tuple[list[jax.Array], jax.Array]:
         now = [e._replace(active=a) for e, a in zip(edges, carry[0], strict=True)]
-        loose = _touches(now, n) < least
+        loose = _touches(now, n) + support < least
         left = [e.active & ~loose[e.i] & ~loose[e.j] for e in now]
         return left, jnp.any(jnp.stack([jnp.any(a != e.active) for a, e in zip(left, now, strict=True)]))
 
     start = ([e.active for e in edges], jnp.ones((), bool))
     active = jax.lax.while_loop(lambda carry: carry[1], prune, start)[0]
     edges = [e._replace(active=a) for e, a in zip(edges, active, strict=True)]
-    contacts = _touches(edges, n)
-    pairs = sum(e.share * jnp.sum(e.active) for e in edges)
-    pull = sum(e.share * jnp.sum(jnp.where(e.active, jnp.abs(f), 0.0)) for e, f in zip(edges, forces, strict=True))
+    contacts = _touches(edges, n) + support
+    pairs = sum(e.share * jnp.sum(e.active) for e in edges[:real])
+    pull = sum(
+        e.share * jnp.sum(jnp.where(e.active, jnp.abs(f), 0.0)) for e, f in zip(edges[:real], forces, strict=True)
+    )
     labels, offsets = _clusters(edges, n, system.dimension, system.positions.dtype)
     whole, wraps = system.positions, jnp.zeros(n, bool)
     if system.box is not None:
@@ -203,7 +220,7 @@ def network(system: System, max_force: jax.Array | float) -> Network:
             met = jnp.any(torn, axis=0) if e.rows else jnp.zeros(n, bool).at[e.i].max(torn)
             wraps = wraps.at[labels].max(met)
     count = jnp.round(pairs).astype(jnp.int32)
-    return Network(contacts == 0, contacts, labels, whole, wraps, pull / jnp.maximum(pairs, 1), count)
+    return Network(contacts < least, contacts, labels, whole, wraps, pull / jnp.maximum(pairs, 1), count)
 
 
 def backbone(system: System, net: Network) -> System:

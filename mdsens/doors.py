@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens import lagrangian
 from mdsens._tables import Shown
 from mdsens.implicit.linear import solve as solve_linear
 from mdsens.implicit.operators import Auto, Direct, Method
 from mdsens.implicit.status import SolveStats, Status
+from mdsens.kkt import flat, kkt_operator, scaled, unflat
 from mdsens.linearization import Linearization, by_factor
 from mdsens.relaxation import Equilibrium
 from mdsens.scales import scales
@@ -27,7 +29,19 @@ from mdsens.stiffness import Stiffness
 from mdsens.strains import forces_of_strain
 from mdsens.system import System, box_at
 
-__all__ = ["FORCE", "JVP", "STRAIN", "VJP", "Door", "Response", "finite_or_said", "through", "through_batch"]
+__all__ = [
+    "FORCE",
+    "JVP",
+    "STRAIN",
+    "VJP",
+    "Door",
+    "Response",
+    "finite_or_said",
+    "held_motion",
+    "read",
+    "through",
+    "through_batch",
+]
 
 Params = Mapping[str, Any]
 
@@ -103,7 +117,33 @@ def _affine(system: System, tangent: Params, positions: jax.Array) -> jax.Array:
     return positions @ jnp.linalg.solve(box_at(system, system.params).T, change.T)
 
 
+def held_motion(lin: Linearization, tangent: Params) -> Unknowns:
+    """How what is held moves with the parameters; zero where nothing holds."""
+    rate = along(lambda p: lagrangian.placed(lin.system, p), lin.params, tangent)
+    still = None if lin.multipliers is None else jax.tree.map(jnp.zeros_like, lin.multipliers)
+    return Unknowns(rate.positions, None, still, rate.params)
+
+
+def _filled(lin: Linearization, tangent: Params) -> dict[str, Any]:
+    return {name: tangent[name] if name in tangent else jnp.zeros_like(v) for name, v in lin.params.items()}
+
+
+def _slope(lin: Linearization, x: Unknowns, params: Params) -> Unknowns:
+    return lagrangian.lagrangian_slope(lin.system, x, params)
+
+
+def read(lin: Linearization, x: Unknowns, params: Params) -> Unknowns:
+    """What the doors give of the unknowns: positions, relaxed parameters and every constraint's multiplier."""
+    at = {**params, **(x.params or {})}
+    return Unknowns(x.positions, None, lagrangian.multipliers_at(lin.system, x, at), x.params)
+
+
 def _jvp_side(lin: Linearization, tangent: Params) -> Unknowns:
+    if lin.held is not None:
+        motion = held_motion(lin, tangent)
+        place, change = (lin.unknowns, lin.params), _filled(lin, tangent)
+        rate = jax.jvp(lambda x, p: _slope(lin, x, p), place, (motion, change))[1]
+        return lin.null.free(jax.tree.map(jnp.negative, rate))
     if lin.cell is None:
         return jax.tree.map(jnp.negative, mixed_product(lin.system, tangent))
     return jax.tree.map(jnp.negative, along(lambda p: lin.condition(lin.unknowns, p), lin.params, tangent))
@@ -111,6 +151,13 @@ def _jvp_side(lin: Linearization, tangent: Params) -> Unknowns:
 
 def _jvp_response(lin: Linearization, tangent: Params, x: Unknowns, stats: SolveStats) -> Response:
     value, rest = lin.stored(x), x.positions
+    if lin.held is not None:
+        whole = jax.tree.map(jnp.add, held_motion(lin, tangent), x)
+        place = lin.unknowns, lin.params
+        value = jax.jvp(lambda x, p: read(lin, x, p), place, (whole, _filled(lin, tangent)))[1]
+        rest = value.positions - _affine(lin.system, tangent, lin.system.positions)
+        stats = _with_outcome(lin, stats, value)
+        return Response(value, stats, rest, lin.equilibrium.max_force, lin.network.rattlers)
     if x.strain is None:
         rest = rest - _affine(lin.system, tangent, lin.system.positions)
     nonaffine = lin.null.project(Unknowns(rest)).positions
@@ -119,10 +166,43 @@ def _jvp_response(lin: Linearization, tangent: Params, x: Unknowns, stats: Solve
 
 
 def _given(lin: Linearization, side: Unknowns) -> Unknowns:
-    return side
+    if lin.held is None:
+        return side
+    return lin.null.free(dataclasses.replace(jax.tree.map(jnp.zeros_like, lin.unknowns), positions=side.positions))
+
+
+def _pulled(lin: Linearization, cotangent: Unknowns) -> tuple[Unknowns, Any]:
+    """A cotangent of what the doors give, as one of the unknowns and the direct one of the parameters."""
+    value, pull = jax.vjp(lambda x, p: read(lin, x, p), lin.unknowns, lin.params)
+    none = jax.tree.map(jnp.zeros_like, value)
+    return pull(
+        dataclasses.replace(
+            cotangent,
+            multipliers=none.multipliers if cotangent.multipliers is None else cotangent.multipliers,
+            params=none.params if cotangent.params is None else cotangent.params,
+        )
+    )
+
+
+def _vjp_side(lin: Linearization, cotangent: Unknowns) -> Unknowns:
+    return cotangent if lin.held is None else lin.null.free(_pulled(lin, cotangent)[0])
+
+
+def _held_vjp(lin: Linearization, cotangent: Unknowns, x: Unknowns) -> Params:
+    """The transpose of what ``jvp`` makes of the parameters' changes, step by step from its end."""
+    of_unknowns, direct = _pulled(lin, cotangent)
+    by_slope, by_params = jax.vjp(lambda y, p: _slope(lin, y, p), lin.unknowns, lin.params)[1](x)
+    owed = jax.tree.map(jnp.subtract, of_unknowns, by_slope)
+    place = Unknowns(owed.positions, params=owed.params)
+    by_place = jax.vjp(lambda p: lagrangian.placed(lin.system, p), lin.params)[1](place)[0]
+    return jax.tree.map(lambda a, b, c: a - b + c, direct, by_params, by_place)
 
 
 def _vjp_response(lin: Linearization, cotangent: Unknowns, x: Unknowns, stats: SolveStats) -> Response:
+    if lin.held is not None:
+        value = _held_vjp(lin, cotangent, x)
+        stats = _with_outcome(lin, stats, value)
+        return Response(value, stats, None, lin.equilibrium.max_force, lin.network.rattlers)
     if x.strain is None:
         transposed = mixed_transpose(lin.system, x)
     else:
@@ -157,7 +237,7 @@ class Door(NamedTuple):
 
 
 JVP = Door(_jvp_side, _jvp_response, lambda params, tangent: tuple(tangent))
-VJP = Door(_given, _vjp_response, lambda params, cotangent: tuple(params))
+VJP = Door(_vjp_side, _vjp_response, lambda params, cotangent: tuple(params))
 FORCE = Door(_given, _force_response, lambda params, force: ())
 STRAIN = Door(_strain_side, _force_response, lambda params, strain: ())
 
@@ -169,11 +249,12 @@ def through(door: Door, lin: Linearization, given: Any, many: bool = False) -> R
         assert isinstance(lin.solve, Auto | Direct)
         sides = _sides(core, given, door, many)  # while the host factorises
         if held.factor is not None:
-            forces = np.asarray(sides.positions)
-            x, stats = held.solve_many(forces.reshape(len(forces) if many else 1, -1).T, lin.solve.rtol)
+            columns = flat(sides, many)
+            x, stats = held.solve_many(columns if many else columns[:, None], lin.solve.rtol)
             stats = jax.tree.map(lambda leaf: leaf[0] if many else leaf[0, 0], stats)
-            return _responses(core, given, sides, x.T.reshape(forces.shape), stats, door, many)
-    if held is not None:
+            x = unflat(x if many else x[:, 0], lin.unknowns, many)
+            return _responses(core, given, sides, x, stats, door, many)
+    if held is not None and lin.held is None:
         core = dataclasses.replace(core, blocks=held.blocks)
     return _compiled(core, given, door, many)
 
@@ -190,7 +271,7 @@ def through_batch(door: Door, eq: Equilibrium, given: Any, solve: Method) -> Res
     if not np.isfinite(np.asarray(eq.positions)).all():
         return None
     backbone, net, null = linearisation(eq.system, eq.max_force)
-    stiffness = Stiffness(backbone, null.simplified())
+    stiffness = Stiffness(backbone, null.simplified(), eq.order)
     core = Linearization(eq, backbone, net, stiffness.null, solve).traced(door.moving(eq.params, given))
     sides = _sides(core, given, door, False)
     if stiffness.factor is None:
@@ -198,17 +279,21 @@ def through_batch(door: Door, eq: Equilibrium, given: Any, solve: Method) -> Res
     forces = np.asarray(sides.positions)
     x, stats = stiffness.solve_many(forces.reshape(-1, 1), solve.rtol)
     stats = jax.tree.map(lambda leaf: leaf[:, 0], stats)
-    return _responses(core, given, sides, x.reshape(forces.shape), stats, door, False)
+    return _responses(core, given, sides, Unknowns(jnp.asarray(x.reshape(forces.shape))), stats, door, False)
 
 
 @functools.partial(jax.jit, static_argnames=("door", "many"))
 def _compiled(lin: Linearization, given: Any, door: Door, many: bool) -> Response:
-    operator = hessian_operator(lin.system, lin.null, lin.blocks)
+    if lin.held is None:
+        operator, unit = hessian_operator(lin.system, lin.null, lin.blocks, definite=not lin.equilibrium.order), None
+    else:
+        operator, unit = kkt_operator(lin.system, lin.unknowns, lin.null)
 
     def one(given: Any) -> Response:
         side = door.side(lin, given)
-        x, stats = solve_linear(operator, Unknowns(side.positions), lin.solve)
-        return door.response(lin, given, lin.solved(side, x.positions), stats)
+        b = dataclasses.replace(side, strain=None)
+        x, stats = solve_linear(operator, b if unit is None else scaled(b, unit), lin.solve)
+        return door.response(lin, given, lin.solved(side, x if unit is None else scaled(x, unit)), stats)
 
     return jax.vmap(one)(given) if many else one(given)
 

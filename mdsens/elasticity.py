@@ -38,7 +38,7 @@ from mdsens.relaxation import Equilibrium
 from mdsens.scales import unrelaxed
 from mdsens.stationarity import Unknowns, hessian_operator, linearisation, max_force
 from mdsens.strains import basis, forces_of_strain, from_mandel, stiffness_along, strain_slope, to_mandel
-from mdsens.system import System
+from mdsens.system import System, require_unconstrained
 
 __all__ = ["Isotropic", "Moduli", "directional", "gradient", "isotropic", "jvp", "mandel", "moduli"]
 __all__ += ["value_and_gradient", "voigt"]
@@ -349,6 +349,7 @@ def _pulled(lin: Linearization, motion: jax.Array, stats: SolveStats, weights: t
 
 
 def _check_cell(system: System) -> None:
+    require_unconstrained(system, "elasticity")
     if system.box is None:
         raise InputError("elastic moduli need a volume, and this system has open boundaries: give it a box.")
     if system.batch is not None:

@@ -18,7 +18,7 @@ from mdsens.linearization import full_tangent
 from mdsens.minimisers import Fire, GradientDescent
 from mdsens.stationarity import Unknowns, linearisation
 from mdsens.stationarity import gradient as energy_gradient
-from mdsens.system import System
+from mdsens.system import System, require_unconstrained
 
 __all__ = ["equilibrate"]
 
@@ -69,6 +69,7 @@ def equilibrate(
         raise InputError(
             "equilibrate takes one system: use jax.vmap(lambda s, p: ms.equilibrate(s, p))(batch, params)."
         )
+    require_unconstrained(system, "equilibrate")
     if params is not None and not isinstance(params, Mapping):
         raise InputError(f"params is a {type(params).__name__}: give a dict of parameter names and values.")
     given = full_tangent(system, {}) if params is None else params

@@ -349,6 +349,7 @@ class EnergyLaw(_NamedLaw):
     fn: Callable[..., jax.Array] = dataclasses.field(metadata={"static": True})
     names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     keys: tuple[str, ...] = dataclasses.field(metadata={"static": True})  # what fn calls them
+    shared: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})  # those of another law of a sum
 
     @property
     def pairwise(self) -> bool:
@@ -366,7 +367,7 @@ class EnergyLaw(_NamedLaw):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SumLaw(_Addable):
-    """The sum of several laws; each parameter belongs to one of them."""
+    """The sum of several laws; each parameter belongs to one of them, and others may declare that they share it."""
 
     laws: tuple[Any, ...]
 
@@ -376,6 +377,8 @@ class SumLaw(_Addable):
         seen: dict[str, Any] = {}
         for law in self.laws:
             for name in law.parameters:
+                if name in seen and name in {*getattr(law, "shared", ()), *getattr(seen[name], "shared", ())}:
+                    continue
                 if name in seen:
                     raise InputError(
                         f"{seen[name].name} and {law.name} both have a parameter {name!r}: rename one, "
@@ -389,7 +392,7 @@ class SumLaw(_Addable):
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        return tuple(name for law in self.laws for name in law.parameters)
+        return tuple(dict.fromkeys(name for law in self.laws for name in law.parameters))
 
     @property
     def pairwise(self) -> bool:

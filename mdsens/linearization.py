@@ -12,12 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from mdsens import lagrangian
 from mdsens._checks import real_array, short
 from mdsens.block_rows import BlockRows
 from mdsens.contacts import Network
 from mdsens.enthalpy import Cell, deformed, enthalpy_slope
 from mdsens.implicit.operators import Auto, Direct, Method
 from mdsens.implicit.status import InputError, Status, raise_for_status, require_sound_jax
+from mdsens.kkt import KKT, about_to_switch, constrained_null_space
 from mdsens.relaxation import Equilibrium
 from mdsens.stationarity import NullSpace, Unknowns, gradient, linearisation
 from mdsens.stiffness import Stiffness, factorises
@@ -45,6 +47,8 @@ class Linearization:
       blocks: the Hessian assembled, for products; None for a law that is more than pairs.
       stiffness: the Hessian on the host with its factor, which the first solve makes; None inside traced code.
       cell: of a minimum at a pressure; None where the cell was given.
+      multipliers: of the equations among the constraints; None where there are none.
+      held: the constraints' own status; None without constraints.
     """
 
     equilibrium: Equilibrium
@@ -55,17 +59,27 @@ class Linearization:
     blocks: BlockRows | None = None
     stiffness: Stiffness | None = dataclasses.field(default=None, metadata={"static": True}, compare=False)
     cell: Cell | None = None
+    multipliers: dict[str, jax.Array] | None = None
+    held: jax.Array | None = None
 
     @property
     def params(self) -> dict[str, Any]:
-        """What derivatives are taken by: the system's parameters and, where the cell is an unknown, the pressure."""
-        return dict(self.system.params) if self.cell is None else {**self.system.params, "pressure": self.cell.pressure}
+        """What derivatives are taken by: the system's parameters but those that constraints relax, and, where the cell
+        is an unknown, the pressure.
+        """
+        own = lagrangian.own_params(self.system)
+        return own if self.cell is None else {**own, "pressure": self.cell.pressure}
 
     def condition(self, x: Unknowns, params: Params) -> Unknowns:
         """What is zero at the minimum: dU/dR, and where the cell is an unknown the enthalpy's derivative by strain.
 
         Positions R at a strain are at (1 + strain) R: the slope by R is (1 + strain) times that by where they are.
+        Under constraints dL/dx and g; of what is held, how far it is from where the parameters place it.
         """
+        if self.system.constraints:
+            slope = lagrangian.lagrangian_slope(self.system, x, params)
+            off = jax.tree.map(jnp.subtract, _primal(x), lagrangian.placed(self.system, params))
+            return _where_held(self.null, Unknowns(off.positions, None, slope.multipliers, off.params), slope)
         at = self.moved(self.system, x, params)
         slope = gradient(at, Unknowns(at.positions), at.params).positions
         if self.cell is None or x.strain is None:
@@ -77,6 +91,8 @@ class Linearization:
 
     def moved(self, system: System, x: Unknowns, params: Params) -> System:
         """A system of this configuration at other unknowns and parameters; traceable, its list stays."""
+        if system.constraints:
+            return lagrangian.with_unknowns(system, x, params)
         at = system.replace(positions=x.positions, params={name: params[name] for name in system.params})
         if self.cell is None or x.strain is None:
             return at
@@ -84,16 +100,19 @@ class Linearization:
 
     @property
     def unknowns(self) -> Unknowns:
-        """The unknowns at the minimum: positions, and no strain where the cell is one."""
+        """The unknowns at the minimum: positions, no strain where the cell is one, and what constraints add to them."""
+        if self.system.constraints:
+            return lagrangian.unknowns_of(self.system, self.multipliers)
         return Unknowns(self.system.positions, None if self.cell is None else jnp.zeros_like(self.cell.slope))
 
-    def solved(self, side: Unknowns, x: jax.Array) -> Unknowns:
+    def solved(self, side: Unknowns, x: Unknowns) -> Unknowns:
         """The answer of H x = side for positions alone, as that for positions and cell."""
         if self.cell is None or side.strain is None:
-            return Unknowns(x)
+            return x
+        positions = x.positions
         cell = self.cell
         strain = cell.compliance @ (side.strain + jnp.einsum("knd,nd->k", cell.motion, side.positions))
-        return Unknowns(x + jnp.tensordot(strain, cell.motion, axes=1), strain)
+        return Unknowns(positions + jnp.tensordot(strain, cell.motion, axes=1), strain)
 
     def stored(self, x: Unknowns) -> Any:
         """A change of the unknowns as the doors give it: of the stored positions (n, d), or of them and of the cell."""
@@ -118,6 +137,7 @@ class Linearization:
         Args:
           moving: parameters whose derivatives are to be taken.
         """
+        moving = [*moving, *lagrangian.relaxed(self.system)]
         system = self.system.replace(potential=self.system.potential.at(self.system.params, moving))
         return dataclasses.replace(self, system=system, stiffness=None)
 
@@ -125,14 +145,16 @@ class Linearization:
     def status(self) -> Any:
         """CONVERGED, or why no derivative can be taken here: the minimisation's own status, UNJAMMED, or the cell's."""
         code = _outcome(self.equilibrium.status, self.network.rattlers)
-        return code if self.cell is None else (jnp if isinstance(code, Tracer) else np).maximum(code, self.cell.status)
+        for more in (self.held, None if self.cell is None else self.cell.status):
+            code = code if more is None else (jnp if isinstance(code, Tracer) else np).maximum(code, more)
+        return code
 
 
 def by_factor(system: System, solve: Method, many: bool = False) -> bool:
     """Whether the solver that is asked for takes the sparse factor of H wherever H has one, for one solve or many."""
     pays = many or system.dimension == 2 or system.n <= ONE_SOLVE_3D
     wanted = isinstance(solve, Direct) or (isinstance(solve, Auto) and pays and jax.default_backend() == "cpu")
-    return wanted and factorises(system)
+    return wanted and (bool(system.constraints) or factorises(system))
 
 
 def _outcome(status: Any, rattlers: Any) -> Any:
@@ -146,7 +168,8 @@ def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Li
 
     Args:
       eq: from ``minimize``; not a batch.
-      solve: GMRES(), CG(), MINRES(), BiCGSTAB(), Direct() or Auto(), which chooses.
+      solve: an option record of mdsens.implicit: GMRES(), CG(), MINRES(), BiCGSTAB(), Direct() and others, or Auto(),
+        which chooses.
       throw: raise where the minimum cannot be differentiated; with False every door's status says so.
 
     Raises:
@@ -161,8 +184,12 @@ def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Li
             f"linearize takes one minimum and got a batch of {eq.system.batch}: give a member, ms.unstack(eq)[0]."
         )
     backbone, net, null = linearisation(eq.system, eq.max_force)
+    if eq.system.constraints:
+        return _constrained(eq, backbone, net, null, solve, throw)
     null = null.simplified()
-    stiffness = Stiffness(backbone, null)
+    stiffness = Stiffness(backbone, null, eq.order)
+    if eq.order and stiffness.unstable(eq.order + 1) != eq.order:
+        eq = dataclasses.replace(eq, status=jnp.asarray(Status.NOT_A_SADDLE.value, jnp.int32))
     cell = None if eq.pressure is None else Cell.of(backbone, stiffness, eq.pressure, np.asarray(eq.strains))
     lin = Linearization(
         eq, backbone, net, null, solve, stiffness=stiffness if backbone.potential.pairwise else None, cell=cell
@@ -172,11 +199,42 @@ def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Li
     return lin
 
 
+def _primal(x: Unknowns) -> Unknowns:
+    return Unknowns(x.positions, params=x.params)
+
+
+def _where_held(null: NullSpace, held: Unknowns, free: Unknowns) -> Unknowns:
+    """One where constraints hold, the other where they do not."""
+    mask = null.held
+    assert mask is not None
+    whole = Unknowns(mask.positions, None, mask.multipliers, mask.params)
+    return jax.tree.map(jnp.where, whole, held, free)
+
+
+def _constrained(
+    eq: Equilibrium, backbone: System, net: Network, null: NullSpace, solve: Method, throw: bool
+) -> Linearization:
+    null = constrained_null_space(backbone, net, null)
+    multipliers = lagrangian.unknowns_of(backbone, eq.multipliers).multipliers
+    stiffness = KKT(backbone, null, multipliers)
+    code = Status.CONVERGED
+    if about_to_switch(eq.system, eq.multipliers, null, float(eq.max_force)):
+        code = Status.DEGENERATE_CONSTRAINT
+    if stiffness.redundant:
+        code = Status.REDUNDANT_CONSTRAINTS
+    held = jnp.asarray(code.value, jnp.int32)
+    lin = Linearization(eq, backbone, net, null, solve, stiffness=stiffness, multipliers=multipliers, held=held)
+    if throw:
+        raise_for_status(Status(int(lin.status)), "this minimum cannot be differentiated", lin)
+    return lin
+
+
 def check_method(solve: Any) -> None:
     """Refuse what is no option record of a linear solver."""
     if not isinstance(solve, Method):
         raise InputError(
-            f"solve is {short(solve)}: give Auto(), Direct(), CG(), MINRES(), GMRES() or BiCGSTAB() of mdsens.implicit."
+            f"solve is {short(solve)}: give Auto(), Direct(), CG(), MINRES(), GMRES(), BiCGSTAB(), NormalCG(), "
+            "Neumann() or LeastSquares() of mdsens.implicit."
         )
 
 

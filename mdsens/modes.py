@@ -32,7 +32,7 @@ from mdsens.relaxation import Equilibrium
 from mdsens.scales import doubtful_stiffness, scales, unrelaxed
 from mdsens.stationarity import NullSpace, Unknowns, dense_hessian, linearisation, max_force
 from mdsens.stiffness import Stiffness, participation
-from mdsens.system import System, potential_energy
+from mdsens.system import System, potential_energy, require_unconstrained
 
 __all__ = ["Softest", "gradient", "smallest_stiffness", "stiffness"]
 
@@ -160,6 +160,7 @@ def _whole(count: Any) -> int:
 
 def _softest(lin: Linearization, count: int, accuracy: float) -> Softest:
     system, d = lin.system, lin.system.dimension
+    require_unconstrained(system, "modes")
     before, largest_force = Status(int(lin.status)), float(lin.equilibrium.max_force)
     loose = np.asarray(lin.network.rattlers)
     left = system.positions.size - (0 if loose.all() else sum(lin.null.dimensions(d)))
@@ -267,6 +268,7 @@ def stiffness(system: System, count: int = 1, *, has_aux: bool = False) -> Any:
         raise InputError(f"got a {type(system).__name__}: give a System, or take smallest_stiffness of an Equilibrium.")
     if system.batch is not None:
         raise InputError(f"the stiffness is of one system: use jax.vmap(...)(batch) for these {system.batch}.")
+    require_unconstrained(system, "modes")
     n, d = system.positions.shape
     if n * d > DENSE_SIZE:
         raise InputError(

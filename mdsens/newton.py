@@ -23,7 +23,7 @@ from mdsens.stationarity import largest_force, sparse_hessian
 from mdsens.stiffness import factorises
 from mdsens.system import System, potential_energy
 
-__all__ = ["descend"]
+__all__ = ["descend", "steihaug"]
 
 LONGEST = 0.1  # step of a particle, of the law's length
 STEPS = 60  # before the minimiser that brought it here has another go
@@ -201,16 +201,25 @@ class _Krylov:
 
 @jax.jit
 def _steihaug(system: System, slope: jax.Array, radius: Any, forcing: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The step that conjugate gradients find for the quadratic model in a ball, what it promises, and whether it met
-    negative curvature.
-    """
+    """The step of ``steihaug`` for the energy."""
     shape = slope.shape
     product = jax.linearize(energy_slope(system), system.positions)[1]
-    g = slope.ravel()
+    found = steihaug(lambda v: product(v.reshape(shape)).ravel(), slope.ravel(), radius, forcing)
+    return found[0].reshape(shape), *found[1:]
 
-    def apply(v: jax.Array) -> jax.Array:
-        return product(v.reshape(shape)).ravel()
 
+def steihaug(
+    apply: Callable[[jax.Array], jax.Array], g: jax.Array, radius: Any, forcing: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The step that conjugate gradients find for a quadratic model in a ball, what it promises, and whether it met
+    negative curvature.
+
+    Args:
+      apply: (m,) -> (m,), the Hessian.
+      g: (m,), the slope.
+      radius: of the ball.
+      forcing: residual to leave, of the slope.
+    """
     target = forcing * jnp.sqrt(dot(g, g))
 
     def going(carry: Any) -> jax.Array:
@@ -232,4 +241,4 @@ def _steihaug(system: System, slope: jax.Array, radius: Any, forcing: Any) -> tu
     never = jnp.zeros((), bool)
     start = (jnp.zeros_like(g), jnp.zeros_like(g), -g, -g, jnp.zeros((), jnp.int32), never, never)
     p, hp, *_, curved = jax.lax.while_loop(going, body, start)
-    return p.reshape(shape), -(dot(g, p) + 0.5 * dot(p, hp)), curved
+    return p, -(dot(g, p) + 0.5 * dot(p, hp)), curved

@@ -292,7 +292,9 @@ def _check_takes(phi: Phi, names: tuple[str, ...]) -> None:
         pass  # a builtin without a signature
 
 
-def from_energy(fn: Callable[..., jax.Array], parameters: Sequence[str], *, name: str | None = None) -> EnergyLaw:
+def from_energy(
+    fn: Callable[..., jax.Array], parameters: Sequence[str], *, shared: Sequence[str] = (), name: str | None = None
+) -> EnergyLaw:
     """Any other energy, ``fn(positions, params, displacement) -> scalar``, over all pairs.
 
     Args:
@@ -300,8 +302,12 @@ def from_energy(fn: Callable[..., jax.Array], parameters: Sequence[str], *, name
         image) vector a - b of two points (d,). The many-body laws of jax-md fit:
         ``lambda R, p, d: jax_md.energy.stillinger_weber(d, epsilon=p["epsilon"])(R)``.
       parameters: their names; any shapes.
+      shared: those among them that another law of a sum has as well: one value serves both.
     """
     if not callable(fn):
         raise InputError(f"fn is {short(fn)}: give a function of positions, params and displacement.")
     names = _names(parameters)
-    return EnergyLaw(name or getattr(fn, "__name__", "energy"), fn, names, names)
+    unknown = [name for name in shared if name not in names]
+    if isinstance(shared, str) or unknown:
+        raise InputError(f"shared is {short(shared)}: give names among the parameters {list(names)}.")
+    return EnergyLaw(name or getattr(fn, "__name__", "energy"), fn, names, names, tuple(shared))

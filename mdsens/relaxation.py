@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens._checks import real_number, short
+from mdsens._held import relax_held
 from mdsens._loop import advance, at_rest, status_of
 from mdsens._members import in_chunks, joined, together
 from mdsens._pressed import pressed
@@ -28,10 +29,11 @@ from mdsens.implicit.status import (
     Status,
     raise_for_status,
 )
+from mdsens.lagrangian import multipliers_at, own_params, unknowns_of
 from mdsens.minimisers import Fire, GradientDescent, Newton
 from mdsens.scales import Limits, round_off, scales
 from mdsens.stationarity import largest_force, max_force
-from mdsens.system import System, stack, unstack
+from mdsens.system import System, require_unconstrained, stack, unstack
 
 __all__ = ["Equilibrium", "Fire", "GradientDescent", "Newton", "minimize", "relax"]
 
@@ -52,6 +54,8 @@ class Equilibrium(Shown):
       tolerance: what max_force was to reach.
       pressure: at which the cell was relaxed, too; None in a cell that was given.
       strains: (k, d, d) orthonormal strains that the cell was free to take; None likewise.
+      multipliers: of the system's constraints, by their names; None without constraints.
+      order: how many modes have a negative stiffness: 0 at a minimum, 1 at the saddle of ``find_saddle``.
     """
 
     system: System
@@ -62,6 +66,8 @@ class Equilibrium(Shown):
     tolerance: Any
     pressure: Any = None
     strains: Any = None
+    multipliers: Any = None
+    order: int = dataclasses.field(default=0, metadata={"static": True})
 
     @property
     def positions(self) -> jax.Array:
@@ -87,6 +93,7 @@ class Equilibrium(Shown):
         return [
             ("system", f"n = {s.n}, {s.dimension}-D, {s.potential.name}"),
             ("status", f"{Status(int(self.status)).name}: {Status(int(self.status)).sentence}"),
+            *([("kind", f"saddle of order {self.order}")] if self.order else []),
             ("max_force", f"{float(self.max_force):.2e} (tolerance {float(self.tolerance):.0e})"),
             *([] if self.pressure is None else [("pressure", self.cell_in_words())]),
             ("steps", f"{int(self.steps):,} in {float(self.wall_time):.2f} s"),
@@ -165,14 +172,19 @@ def minimize(
     if pressure is not None:
         _check_pressure(system, pressure, shape)
         if system.batch is not None:
-            return _batch_at_pressure(system, params, throw, {
+            return _one_by_one(system, params, throw, {
                 "pressure": pressure, "shape": shape, "tolerance": tolerance, "method": method, "max_steps": max_steps,
             })  # fmt: skip
+    if system.batch is not None and system.constraints:
+        how = {"tolerance": tolerance, "method": method, "max_steps": max_steps}
+        return _one_by_one(system, params, throw, how)
     if system.batch is not None:
         return _minimize_batch(system, params, tolerance, method, max_steps, throw, progress)
     if params is not None:
         system = system.with_params(params)
     began = time.perf_counter()
+    if system.constraints:
+        return _constrained(system, pressure, tolerance, method, max_steps, throw, progress)
     if pressure is not None:
         return _at_pressure(system, float(pressure), shape, tolerance, method, max_steps, throw, progress)
     _check_precision(system, tolerance)
@@ -187,6 +199,40 @@ def minimize(
     if throw:
         status, steps, largest = Status(int(eq.status)), int(eq.steps), float(eq.max_force)
         raise_for_status(status, f"minimize stopped after {steps:,} steps at max_force {largest:.3e}", eq)
+    return eq
+
+
+def _constrained(
+    system: System, pressure: Any, tolerance: float, method: Any, max_steps: int, throw: bool, progress: bool | None
+) -> Equilibrium:
+    began = time.perf_counter()
+    if pressure is not None:
+        require_unconstrained(system, "a cell at a pressure")
+    if not isinstance(method, Newton):
+        raise InputError(
+            f"method is {short(method)}, which knows no constraints: leave it out, for an augmented Lagrangian and "
+            "Newton steps."
+        )
+    _check_precision(system, tolerance)
+    bar = Decades(tolerance, progress)
+    try:
+        found = relax_held(system, tolerance, int(max_steps), bar.show)
+    finally:
+        bar.close()
+    relaxed = found.system
+    multipliers = multipliers_at(relaxed, unknowns_of(relaxed, found.multipliers), own_params(relaxed))
+    eq = Equilibrium(
+        relaxed,
+        jnp.asarray(found.status.value, jnp.int32),
+        jnp.asarray(found.max_force),
+        jnp.asarray(found.steps),
+        time.perf_counter() - began,
+        tolerance,
+        multipliers=multipliers,
+    )
+    if throw:
+        what = f"minimize under constraints stopped after {found.steps:,} steps at max_force {found.max_force:.3e}"
+        raise_for_status(found.status, what, eq)
     return eq
 
 
@@ -222,7 +268,7 @@ def _at_pressure(
     return eq
 
 
-def _batch_at_pressure(batch: System, params: Params | None, throw: bool, how: dict[str, Any]) -> Equilibrium:
+def _one_by_one(batch: System, params: Params | None, throw: bool, how: dict[str, Any]) -> Equilibrium:
     found = [minimize(member, params, throw=False, **how) for member in unstack(batch)]
     arrays = together([dataclasses.replace(m, system=None) for m in found])
     eq = dataclasses.replace(arrays, system=stack([m.system for m in found]))

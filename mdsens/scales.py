@@ -31,7 +31,7 @@ def scales(system: System) -> tuple[jax.Array, jax.Array]:
     lengths, curvatures = [], []
     n, d = system.positions.shape
     extent = jnp.max(jnp.max(system.positions, axis=0) - jnp.min(system.positions, axis=0)) / max(n ** (1.0 / d) - 1, 1)
-    spacing = extent if system.box is None else (system.volume / n) ** (1.0 / d)
+    spacing = jnp.where(extent > 0, extent, 1.0) if system.box is None else (system.volume / n) ** (1.0 / d)
     few = np.unique(np.linspace(0, n - 1, 8).astype(int))  # whoever they are near: a list would have some kinds more
     pairs = few[np.stack(np.triu_indices(few.size, 1))]
     for term in system.potential.terms(system.params, pairs, n, system.species, system.species_count):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from mdsens import lagrangian
 from mdsens._checks import real_array, short
 from mdsens._members import apart, in_chunks, joined, together
 from mdsens._memory import require_memory
-from mdsens.doors import FORCE, JVP, VJP, Door, Response, finite_or_said, through, through_batch
+from mdsens.doors import FORCE, JVP, VJP, Door, Response, finite_or_said, read, through, through_batch
 from mdsens.implicit.operators import Auto, Method
 from mdsens.implicit.status import InputError, Status, raise_for_status
 from mdsens.linearization import Linearization, by_factor, changes, check_method, linearised, linearize
@@ -58,7 +60,7 @@ def _batch_through(
     def some(part: tuple[Equilibrium, Any], count: int) -> tuple[Response | None, int]:
         return through_batch(door, *part, method), count
 
-    if by_factor(eq.system, method) and eq.pressure is None:
+    if by_factor(eq.system, method) and eq.pressure is None and not eq.system.constraints:
         parts, counts = zip(*in_chunks(some, (eq, given), eq.system.batch or 0, eq.system.n), strict=True)
         if None not in parts:
             return joined(parts, counts)
@@ -100,7 +102,8 @@ def jvp(
         raise InputError("dparams is empty: give at least one parameter's name and its change.")
     if _batched(at):
         assert isinstance(at, Equilibrium)
-        own = at.params if at.pressure is None else {**at.params, "pressure": at.pressure}
+        own = lagrangian.own_params(at.system)
+        own = own if at.pressure is None else {**own, "pressure": at.pressure}
         if isinstance(dparams, Mapping):
             shapes = {name: value.shape[1:] for name, value in own.items()}
             dparams = {
@@ -130,6 +133,8 @@ def _unfolded(lin: Linearization, cotangent: Any) -> Unknowns:
     """A cotangent of stored positions and strain, as ``jvp`` gives them, as one of positions at a strain and of it."""
     given = cotangent if isinstance(cotangent, Unknowns) else Unknowns(cotangent)
     w = _cotangent(lin.system, given.positions, "cotangent")
+    if lin.held is not None:
+        return _of_constraints(lin, given, w)
     if lin.cell is None:
         if given.strain is not None:
             raise InputError("the cotangent has a strain, and this cell was given: give (n, d), one vector a particle.")
@@ -142,6 +147,26 @@ def _unfolded(lin: Linearization, cotangent: Any) -> Unknowns:
             raise InputError(f"cotangent.strain has shape {own.shape}: give ({m},), a Mandel vector.")
         strain = strain + jnp.einsum("m,mde,kde->k", own, basis(R.shape[1]), along)
     return Unknowns(w, strain)
+
+
+def _of_constraints(lin: Linearization, given: Unknowns, w: jax.Array) -> Unknowns:
+    """A cotangent of positions, and where given of multipliers and relaxed parameters; zero where not."""
+    shapes = jax.eval_shape(lambda c: read(c, c.unknowns, c.params), lin.traced(()))
+    parts: dict[str, Any] = {}
+    for field in ("multipliers", "params"):
+        own, some = getattr(shapes, field), getattr(given, field) or {}
+        for name, value in some.items():
+            if own is None or name not in own:
+                raise InputError(f"cotangent.{field} has {name!r}: give some of {list(own or ())}.")
+            if jnp.shape(value) != own[name].shape:
+                raise InputError(f"cotangent.{field}[{name!r}] has shape {jnp.shape(value)}: give {own[name].shape}.")
+        parts[field] = own and {
+            k: jnp.asarray(real_array(f"cotangent.{field}[{k!r}]", some[k]), w.dtype)
+            if k in some
+            else jnp.zeros(v.shape, w.dtype)
+            for k, v in own.items()
+        }
+    return Unknowns(w, None, parts["multipliers"], parts["params"])
 
 
 def vjp(
@@ -330,6 +355,7 @@ def value_and_gradient(
 
     value, pull = jax.vjp(observe, lin.unknowns, lin.params)
     cotangents, direct = jax.vmap(lambda w: pull(w))(units(lin, value))  # named: jax shows a vjp to name a bare one
+    cotangents = dataclasses.replace(cotangents, multipliers=None)  # of an observable, zero
     return value, total(lin, value, cotangents, direct, throw)
 
 

@@ -21,6 +21,7 @@ from mdsens.implicit.operators import Evening, Operator
 from mdsens.neighbours import Neighbours
 from mdsens.slopes import energy_slope, row_terms
 from mdsens.system import System
+from mdsens.unknowns import Unknowns
 
 __all__ = [
     "NullSpace",
@@ -40,22 +41,6 @@ __all__ = [
 
 Params = Mapping[str, Any]
 ROD = 1e-9  # moment of inertia about an axis, of those across it, that counts as none
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Unknowns:
-    """What the stationarity condition is solved for.
-
-    Attributes:
-      positions: (n, d).
-      strain: Mandel vector of d (d + 1) / 2 where the cell is relaxed too, else None.
-      multipliers: of constraints, else None.
-    """
-
-    positions: jax.Array
-    strain: jax.Array | None = None
-    multipliers: jax.Array | None = None
 
 
 def gradient(system: System, x: Unknowns, params: Params) -> Unknowns:
@@ -97,6 +82,8 @@ class NullSpace:
       arms: (n, d) positions from their cluster's centroid, zero where it cannot turn; None where none can.
       inverse_inertia: (n, k, k) pseudo-inverse of each label's inertia, k = 1 in 2-D and 3 in 3-D; None likewise.
       motions: (k, n, d) orthonormal motions, or zeros, in place of those of clusters; None where the law is of pairs.
+      held: what constraints hold, True where, of positions, relaxed parameters and, for equations that bind rattlers
+        alone, multipliers; None without constraints.
     """
 
     rattlers: jax.Array
@@ -105,9 +92,27 @@ class NullSpace:
     arms: jax.Array | None = None
     inverse_inertia: jax.Array | None = None
     motions: jax.Array | None = None
+    held: Unknowns | None = None
+
+    def free(self, x: Unknowns) -> Unknowns:
+        """``x`` with zeros where constraints hold."""
+        if self.held is None:
+            return x
+
+        def some(part: Any, held: Any) -> Any:
+            return part if part is None else jax.tree.map(lambda leaf, mask: jnp.where(mask, 0.0, leaf), part, held)
+
+        h = self.held
+        return dataclasses.replace(
+            x,
+            positions=jnp.where(h.positions, 0.0, x.positions),
+            multipliers=some(x.multipliers, h.multipliers),
+            params=some(x.params, h.params),
+        )
 
     def project(self, x: Unknowns) -> Unknowns:
         """The part of ``x`` off the null space: an orthogonal projection."""
+        x = self.free(x)
         if self.labels is None:
             return dataclasses.replace(x, positions=self._centred(x.positions, jnp))
         v = jnp.where(self.rattlers[:, None], 0.0, x.positions)
@@ -158,7 +163,7 @@ class NullSpace:
 
         It spares every projection their work. A batch is simplified as far as each of its members can be.
         """
-        if self.inverse_inertia is not None and np.any(np.asarray(self.inverse_inertia)):
+        if self.held is not None or (self.inverse_inertia is not None and np.any(np.asarray(self.inverse_inertia))):
             return self
         if self.motions is not None or self.labels is None:
             return self
@@ -280,20 +285,24 @@ def _hessian_product(system: System) -> Any:
     return jax.linearize(lambda y: gradient(system, y, system.params), x)[1]
 
 
-def hessian_operator(system: System, null: NullSpace, blocks: BlockRows | None = None) -> Operator:
+def hessian_operator(
+    system: System, null: NullSpace, blocks: BlockRows | None = None, definite: bool = True
+) -> Operator:
     """H = d2U/dx2 as products, linearised once at the system's positions, with its null space.
 
     Args:
       blocks: H as its blocks, where it is assembled.
+      definite: whether it is that of a minimum; False at a saddle.
     """
+    kind: dict[str, Any] = {"symmetric": True, "positive_semidefinite": definite}
     if blocks is None:
-        return Operator(_hessian_product(system), positive_semidefinite=True, project=null.project)
+        return Operator(_hessian_product(system), **kind, project=null.project)
 
     def product(v: Unknowns) -> Unknowns:
         return Unknowns(blocks.product(v.positions))
 
     even = Evening(lambda v: blocks.evened(v.positions), blocks.evened_product)
-    return Operator(product, positive_semidefinite=True, project=null.project, even=even)
+    return Operator(product, **kind, project=null.project, even=even)
 
 
 @jax.jit

@@ -44,9 +44,11 @@ def _products(system: System, null: NullSpace, columns: Any) -> jax.Array:
     return jax.lax.map(one, columns.T, batch_size=min(32, columns.shape[1])).T
 
 
-@functools.partial(jax.jit, static_argnames=("rtol",))
-def _solve(system: System, null: NullSpace, b: Any, rtol: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    x, stats = solve(hessian_operator(system, null), Unknowns(b), Auto(rtol=rtol))
+@functools.partial(jax.jit, static_argnames=("rtol", "definite"))
+def _solve(
+    system: System, null: NullSpace, b: Any, rtol: float, definite: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, stats = solve(hessian_operator(system, null, definite=definite), Unknowns(b), Auto(rtol=rtol))
     return x.positions, stats.residual, stats.status
 
 
@@ -57,10 +59,11 @@ class Stiffness:
       system: the backbone (rattlers' contacts deleted); or a batch, whose H has a block for each member. Its columns
         stand below each other, and it answers ``project``, ``solve_many`` and ``negative`` alone.
       null: its null space, simplified.
+      index: how many negative eigenvalues it is to have: 0 at a minimum, at a saddle its order.
     """
 
-    def __init__(self, system: System, null: NullSpace):
-        self.system, self.null, self.members = system, null, system.batch or 1
+    def __init__(self, system: System, null: NullSpace, index: int = 0):
+        self.system, self.null, self.index, self.members = system, null, index, system.batch or 1
         self._factorise = factorises(system)
 
     @functools.cached_property
@@ -130,14 +133,15 @@ class Stiffness:
         if self.factor is not None:
             x, stats = self.solve_many(np.asarray(b, float).reshape(-1, 1), max(rtol, 1e-10), to=1e-15)
             return x.reshape(b.shape), float(stats.residual[0, 0]), Status(int(stats.status[0, 0]))
-        x, residual, code = _solve(self.system, self.null, b, rtol)
+        x, residual, code = _solve(self.system, self.null, b, rtol, not self.index)
         return np.asarray(x), float(residual), Status(int(code))
 
     def solve_many(self, columns: np.ndarray, rtol: float, to: float = 1e-12) -> tuple[np.ndarray, SolveStats]:
         """H x = b by the factor, for the columns b of (m, c): x, and stats (members, c).
 
         Refined to a residual of ``to``, and converged from ``rtol``; ``iterations`` counts the refinements, a product
-        each. The status is INDEFINITE where H has a negative eigenvalue, whatever the right-hand side.
+        each. The status is INDEFINITE where H has a negative eigenvalue, at a saddle NOT_A_SADDLE where it has more or
+        fewer than its order, whatever the right-hand side.
         """
         assert self.matrix is not None and self.factor is not None
         eps = float(jnp.finfo(self.system.positions.dtype).eps)  # that of the projections
@@ -158,7 +162,8 @@ class Stiffness:
         floor = eps * np.maximum(100.0, 4.0 * scale * sizes(x) / np.where(size > 0, size, 1.0))
         limited = np.where(residual <= np.minimum(floor, 1e-9), Status.ROUND_OFF_LIMITED.value, Status.STAGNATED.value)
         status = np.where(residual <= rtol, status, limited)
-        status = np.where((self.negative != 0)[:, None] & (share > 8 * eps), Status.INDEFINITE.value, status)
+        wrong = Status.NOT_A_SADDLE if self.index else Status.INDEFINITE
+        status = np.where((self.negative != self.index)[:, None] & (share > 8 * eps), wrong.value, status)
         status = np.where(np.isfinite(whole) & np.isfinite(sizes(x)), status, Status.NOT_FINITE.value)
         found: tuple[Any, Any, Any, Any] = (status.astype(np.int32), residual, rounds, dropped)
         return x, SolveStats(*found, "sparse factor")
@@ -186,6 +191,11 @@ class Stiffness:
             dtype=self.system.positions.dtype,
             floor=floor,
         )
+
+    def unstable(self, most: int) -> int:
+        """How many eigenvalues are negative; where no factor counts them, of the lowest ``most``."""
+        counted = -1 if self.factor is None else int(self.negative[0])
+        return counted if counted >= 0 else self.lowest(most).negative
 
     def below(self, value: float) -> int | None:
         """How many modes off the null space are less stiff than ``value`` > 0; None where no factor tells."""

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdsens import boxes, potentials
+from mdsens import boxes, constraints, potentials
 from mdsens.design import State, Step
 from mdsens.files import read_npz, replacing
 from mdsens.implicit.status import InputError, PrecisionError, SolveStats, Status
@@ -42,6 +42,11 @@ _RECORDS: dict[str, type] = {
         boxes.FixedBox,
         boxes.OpenBox,
         boxes.PackingFraction,
+        constraints.FixedTotal,
+        constraints.Pinned,
+        constraints.RigidBonds,
+        constraints.Simplex,
+        constraints.Wall,
     )
 }
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens.constraints import Constraint, Pinned, RigidBonds
 from mdsens.files import replacing
 from mdsens.implicit.status import InputError
 from mdsens.system import System, unstack
@@ -20,9 +21,18 @@ FLAT = 1e-6  # of the spread of x and y: z may differ by this much in a planar s
 
 
 def from_ase(
-    atoms: Any, potential: Any, params: Mapping[str, Any], species: Any = None, *, dimension: int = 3
+    atoms: Any,
+    potential: Any,
+    params: Mapping[str, Any],
+    species: Any = None,
+    *,
+    dimension: int = 3,
+    constraints: Sequence[Constraint] = (),
 ) -> System:
-    """A system with the positions, cell and species of an ASE ``Atoms``.
+    """A system with the positions, cell, species and constraints of an ASE ``Atoms``.
+
+    ``FixAtoms`` and ``FixCartesian`` become pinned coordinates, under the name ``fixed``; ``FixBondLengths`` rigid
+    bonds under the name ``fixed_bond``, with the parameter ``fixed_bond_length`` added to ``params``.
 
     Args:
       atoms: all three axes periodic, or none (open boundaries). Lengths are taken as they are: where they are Å, give
@@ -33,6 +43,7 @@ def from_ase(
         elements counted from 0 in the order of the atomic number, if there are two or more.
       dimension: 2 takes x and y of a planar structure: z must be the same for all, a third cell vector be along z, and
         its periodicity is not looked at.
+      constraints: more of them, see :mod:`mdsens.constraints`.
 
     Raises:
       InputError: with the field, the value and the remedy.
@@ -41,9 +52,37 @@ def from_ase(
     if species is None:
         species = _species_of(atoms)
     dtype = jnp.result_type(float)
-    return System.create(
-        positions.astype(dtype), None if cell is None else cell.astype(dtype), potential, params, species
-    )
+    own, lengths = _constraints_of(atoms, positions)
+    box = None if cell is None else cell.astype(dtype)
+    params = {**lengths, **params}
+    found = (*own, *constraints)
+    return System.create(positions.astype(dtype), box, potential, params, species, constraints=found)
+
+
+def _constraints_of(atoms: Any, positions: np.ndarray) -> tuple[tuple[Constraint, ...], dict[str, Any]]:
+    """What an ASE ``Atoms`` is constrained by, and the lengths of its rigid bonds."""
+    from ase.constraints import FixAtoms, FixBondLengths, FixCartesian
+
+    mask, found, lengths = np.zeros(positions.shape, bool), [], {}
+    for c in atoms.constraints:
+        match c:
+            case FixAtoms():
+                mask[c.index] = True
+            case FixCartesian():
+                mask[c.index] |= np.asarray(c.mask, bool)[: positions.shape[1]]
+            case FixBondLengths() if not lengths:
+                bonds = RigidBonds.between(c.pairs, name="fixed_bond")
+                own = [atoms.get_distance(int(i), int(j), mic=True) for i, j in c.pairs]
+                lengths[bonds.length] = np.asarray(own if c.bondlengths is None else c.bondlengths, float)
+                found.append(bonds)
+            case _:
+                raise InputError(
+                    f"atoms have the constraint {type(c).__name__}, for which there is none here: take it off, "
+                    "atoms.set_constraint(), and give one of mdsens.constraints."
+                )
+    if mask.any():
+        found.insert(0, Pinned.coordinates(mask, name="fixed"))
+    return tuple(found), lengths
 
 
 def _species_of(atoms: Any) -> np.ndarray | None:
@@ -100,8 +139,9 @@ def to_ase(system: System, *, symbols: Sequence[str] | None = None) -> Any:
 
     Returns:
       Atoms with arrays ``species_index`` where there are species, ``diameter`` where the law has one, and each
-      parameter that has one value a particle under its own name. In 2-D z is 0 and not periodic, and the third cell
-      vector, along z, is as long as the largest diameter (1 without diameters).
+      parameter that has one value a particle under its own name; pinned coordinates as ``FixAtoms`` and
+      ``FixCartesian``, rigid bonds as ``FixBondLengths``; walls have no counterpart. In 2-D z is 0 and
+      not periodic, and the third cell vector, along z, is as long as the largest diameter (1 without diameters).
     """
     from ase import Atoms
     from ase.data import atomic_numbers
@@ -138,7 +178,29 @@ def to_ase(system: System, *, symbols: Sequence[str] | None = None) -> Any:
         one_a_particle = value.shape == (n,) and not (species is not None and system.species_count == n)
         if one_a_particle and name not in atoms.arrays:
             atoms.set_array(name, np.asarray(value, float))
+    atoms.set_constraint(_as_ase(system))
     return atoms
+
+
+def _as_ase(system: System) -> list[Any]:
+    """The constraints that ASE has, in its terms."""
+    from ase.constraints import FixAtoms, FixBondLengths, FixCartesian
+
+    found: list[Any] = []
+    for c in system.constraints:
+        if isinstance(c, Pinned):
+            mask = np.asarray(c.mask)
+            whole = mask.all(axis=1)
+            if whole.any():
+                found.append(FixAtoms(np.flatnonzero(whole)))
+            kinds = {tuple(row) for row in mask[~whole & mask.any(axis=1)].tolist()}
+            for kind in sorted(kinds):
+                rows = np.flatnonzero((mask == kind).all(axis=1))
+                found.append(FixCartesian(rows, mask=(*kind, False)[:3]))
+        elif isinstance(c, RigidBonds):
+            length = np.broadcast_to(np.asarray(system.params[c.length], float), len(c.bonds))
+            found.append(FixBondLengths(np.asarray(c.bonds), bondlengths=np.array(length)))
+    return found
 
 
 def write_extxyz(path: str | Path, at: Any, response: Any = None) -> None:

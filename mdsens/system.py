@@ -14,18 +14,22 @@ from mdsens import boxes, neighbours
 from mdsens._checks import real_array, short
 from mdsens._members import apart, together
 from mdsens._tables import Shown
+from mdsens.constraints import Constraint, check_constraints
 from mdsens.implicit.status import InputError, require_sound_jax
 from mdsens.laws import PairTerm, check_params
 from mdsens.neighbours import Neighbours
 
 __all__ = [
     "System",
+    "box_at",
+    "diameters_at",
     "energy_of",
     "listed",
     "pair_distances",
     "pair_lengths",
     "pair_terms",
     "potential_energy",
+    "require_unconstrained",
     "stack",
     "unstack",
 ]
@@ -46,6 +50,7 @@ class System(Shown):
       species: (n,) integers from 0, or None.
       neighbours: the list of pairs.
       species_count: S, 0 without species.
+      constraints: records of :mod:`mdsens.constraints`; what they need in numbers are ``params`` too.
     """
 
     positions: jax.Array
@@ -55,6 +60,7 @@ class System(Shown):
     species: jax.Array | None
     neighbours: Neighbours
     species_count: int = dataclasses.field(default=0, metadata={"static": True})
+    constraints: tuple[Constraint, ...] = ()
 
     _title = "System"
 
@@ -65,10 +71,14 @@ class System(Shown):
         for name, value in self.params.items():
             shown = np.array2string(np.asarray(value), precision=6, threshold=8, edgeitems=2, separator=", ")
             rows.append((f"  {name}", " ".join(shown.split())))
-        return [*rows, ("box", type(self.boundary).__name__)]
+        rows.append(("box", type(self.boundary).__name__))
+        held = ", ".join(f"{c.name} ({type(c).__name__})" for c in self.constraints)
+        return [*rows, ("constraints", held)] if held else rows
 
     @classmethod
-    def create(cls, positions: Any, box: Any, potential: Any, params: Params, species: Any = None) -> System:
+    def create(
+        cls, positions: Any, box: Any, potential: Any, params: Params, species: Any = None, *, constraints: Any = ()
+    ) -> System:
         """Check everything and build the neighbour list.
 
         Args:
@@ -76,8 +86,9 @@ class System(Shown):
           box: a length, d lengths, a (d, d) matrix whose columns are the cell vectors (ASE's are rows), a
             ``PackingFraction``, a function of the parameters that returns the matrix, or None for open boundaries.
           potential: a law of :mod:`mdsens.potentials`.
-          params: the law's parameters by name.
+          params: the law's parameters by name, and those of the constraints.
           species: (n,) integers from 0; needed where a parameter has one value a species.
+          constraints: records of :mod:`mdsens.constraints`, each with a name of its own.
 
         Raises:
           InputError: with the field, the value and the remedy.
@@ -103,6 +114,11 @@ class System(Shown):
         dtype = given.dtype if np.issubdtype(given.dtype, np.floating) else np.dtype(float)
         floats = jnp.asarray(given, jax.dtypes.canonicalize_dtype(dtype))  # float32 where x64 is off
         values, count = _as_params(params, floats.dtype), 0
+        if not hasattr(potential, "terms"):
+            raise InputError(f"potential is {short(potential)}: give a law, such as ms.potentials.soft_sphere().")
+        if constraints != ():
+            constraints = check_constraints(constraints, values, potential.parameters, n, dimension)
+        own = _of_law(values, constraints)
         if species is not None:
             kinds = np.asarray(real_array("species", species, f"give ({n},) integers from 0."))
             whole = np.issubdtype(kinds.dtype, np.integer)
@@ -112,13 +128,11 @@ class System(Shown):
                 )
             if kinds.min() > 0:
                 raise InputError(f"species start at {kinds.min()}: number them from 0.")
-            count = _species_count(kinds, values)
+            count = _species_count(kinds, own)
             species = jnp.asarray(kinds, jnp.int32)
-        if not hasattr(potential, "terms"):
-            raise InputError(f"potential is {short(potential)}: give a law, such as ms.potentials.soft_sphere().")
-        check_params(potential, values, n, count)
+        check_params(potential, own, n, count)
         rule = boxes.box_rule(box, dimension, floats.dtype)
-        system = cls(floats, values, rule, potential, species, neighbours.no_pairs(n), count)
+        system = cls(floats, values, rule, potential, species, neighbours.no_pairs(n), count, constraints)
         if isinstance(rule, boxes.BoxFunction):  # the user's function: check what it returns
             found = rule.function(values)
             cell = np.asarray(real_array("what the box function returns", found, "return a matrix of numbers."))
@@ -150,7 +164,7 @@ class System(Shown):
     @property
     def diameters(self) -> jax.Array | None:
         """``sigma`` at each particle (n,), None where the law has no sigma of particles."""
-        return _diameters(self, self.params)
+        return diameters_at(self, self.params)
 
     @property
     def box(self) -> jax.Array | None:
@@ -175,7 +189,8 @@ class System(Shown):
     def with_params(self, params: Params) -> System:
         """A copy with some parameters changed, checked, its neighbour list complete again. Host code."""
         merged = {**self.params, **_as_params(params, self.positions.dtype)}
-        check_params(self.potential, merged, self.n, self.species_count)
+        check_params(self.potential, _of_law(merged, self.constraints), self.n, self.species_count)
+        check_constraints(self.constraints, merged, self.potential.parameters, self.n, self.dimension)
         return self.replace(params=merged).reallocate(keep=True)
 
     def reallocate(self, room: float = 1.25, keep: bool = False) -> System:
@@ -191,6 +206,19 @@ class System(Shown):
         like = old if keep else None
         found = neighbours.allocate(*at[:3], float(at[3]), room, like)
         return self.replace(neighbours=found)
+
+
+def _of_law(params: dict[str, jax.Array], constraints: tuple[Constraint, ...]) -> dict[str, jax.Array]:
+    """The parameters that are the law's, those of constraints left out."""
+    others = {name for c in constraints for name in c.parameters}
+    return {name: value for name, value in params.items() if name not in others}
+
+
+def require_unconstrained(system: System, what: str) -> None:
+    """Raise InputError where a system has constraints, which ``what`` would not see."""
+    if system.constraints:
+        names = ", ".join(c.name for c in system.constraints)
+        raise InputError(f"{what} knows no constraints, and this system has {names}: take one without.")
 
 
 @jax.tree_util.register_dataclass
@@ -241,7 +269,8 @@ def _species_count(kinds: np.ndarray, params: Params) -> int:
     return min(longer) if longer else least
 
 
-def _diameters(system: System, params: Params) -> jax.Array | None:
+def diameters_at(system: System, params: Params) -> jax.Array | None:
+    """``sigma`` at each particle (n,) at some parameters; None where the law has none of particles."""
     sigma = params.get("sigma")
     if sigma is None:
         return None
@@ -257,7 +286,7 @@ def _diameters(system: System, params: Params) -> jax.Array | None:
 @jax.jit
 def box_at(system: System, params: Params) -> jax.Array | None:
     """The cell at some parameters."""
-    return system.boundary.matrix(params, _diameters(system, params), system.dimension)
+    return system.boundary.matrix(params, diameters_at(system, params), system.dimension)
 
 
 def pair_terms(system: System, params: Params | None = None) -> tuple[PairTerm, ...]:
@@ -357,7 +386,7 @@ def stack(systems: list[System] | tuple[System, ...]) -> System:
     for k, system in enumerate(systems):
         if not isinstance(system, System):
             raise InputError(f"stack got a {type(system).__name__}: give systems, such as eq.system.")
-        for field in ("positions", "params", "boundary", "potential", "species", "species_count"):
+        for field in ("positions", "params", "boundary", "potential", "species", "species_count", "constraints"):
             if field == "boundary" and all(isinstance(s.boundary, boxes.FixedBox) for s in (first, system)):
                 continue
             ours, theirs = (

@@ -21,10 +21,14 @@ from mdsens.implicit import (
     Direct,
     Evening,
     InputError,
+    LeastSquares,
     Method,
+    Neumann,
+    NormalCG,
     Operator,
     SolveStats,
     Status,
+    _krylov,
     choose,
     linear_solve,
     solve,
@@ -54,7 +58,7 @@ def solve_dense(matrix: Any, b: Any, right: Any, left: Any, kind: str, method: M
 def run(problem: LinearProblem, method: Method, b: np.ndarray | None = None) -> tuple[Any, Status, SolveStats]:
     right, left = problem.projectors()
     # Whether it is symmetric these two do not ask, and compile once under the widest.
-    free = isinstance(method, GMRES | BiCGSTAB) and problem.kind != "positive"
+    free = isinstance(method, GMRES | BiCGSTAB | NormalCG | Neumann) and problem.kind != "positive"
     kind = "two null spaces" if free else problem.kind
     x, stats = solve_dense(problem.matrix, problem.b if b is None else b, right, left, kind, method)
     return np.asarray(x), Status(int(stats.status)), stats
@@ -75,7 +79,7 @@ def fits(method: Method, kind: str) -> bool:
 CASES = [
     pytest.param(problem, method, id=f"{problem.name}-{type(method).__name__}")
     for problem in PROBLEMS
-    for method in METHODS
+    for method in [*METHODS, NormalCG(), LeastSquares()]
     # BiCGSTAB breaks down on the shift, which has its own test.
     if fits(method, problem.kind) and not (problem.name == "cyclic shift" and isinstance(method, BiCGSTAB))
 ]
@@ -236,7 +240,15 @@ def test_single_precision_says_where_it_ends(method: Method) -> None:
     np.testing.assert_allclose(x, np.linalg.solve(matrix, b), rtol=0, atol=2e-5 * np.abs(x).max())
 
 
-RANDOM = [GMRES(rtol=1e-9), CG(rtol=1e-9), MINRES(rtol=1e-9), BiCGSTAB(rtol=1e-9), Direct(rtol=1e-9)]
+RANDOM = [
+    GMRES(rtol=1e-9),
+    CG(rtol=1e-9),
+    MINRES(rtol=1e-9),
+    BiCGSTAB(rtol=1e-9),
+    Direct(rtol=1e-9),
+    NormalCG(rtol=1e-9),
+    LeastSquares(rtol=1e-9),
+]
 
 
 @pytest.mark.parametrize("method", RANDOM, ids=lambda m: type(m).__name__)
@@ -402,6 +414,15 @@ def test_choose() -> None:
         (lambda: Auto(rtol=float("nan")), ["Auto", "rtol=nan"]),
         (lambda: GMRES(restart=0), ["GMRES", "restart=0"]),
         (lambda: MINRES(max_iterations=0), ["MINRES", "max_iterations=0"]),
+        (lambda: NormalCG(rtol=0.0), ["NormalCG", "rtol=0.0"]),
+        (lambda: Neumann(alpha=0.0), ["Neumann", "alpha=0.0"]),
+        (lambda: Neumann(terms=0), ["Neumann", "terms=0"]),
+        (lambda: LeastSquares(rank_tolerance=-1.0), ["LeastSquares", "rank_tolerance=-1.0"]),
+        (
+            lambda: Operator(lambda v: v, True, even=Evening(lambda v: v, lambda v: v), preconditioner=lambda v: v),
+            ["even", "preconditioner"],
+        ),
+        (lambda: solve(Operator(lambda v: v, preconditioner=lambda v: v[:2]), jnp.ones(3)), ["preconditioner", "(2,)"]),
         (lambda: BiCGSTAB(max_iterations=2.5), ["BiCGSTAB", "max_iterations=2.5"]),  # pyright: ignore[reportArgumentType]
         (lambda: Operator(jnp.sin, symmetric=True, left_project=jnp.cos), ["left_project", "symmetric"]),
         (lambda: solve(Operator(lambda v: v), jnp.ones(3), CG()), ["CG", "positive_semidefinite"]),
@@ -502,3 +523,281 @@ def test_derivatives_pass_through_a_change_of_unknowns():
         found, want = (jax.jit(derivative(lambda p, e=e: answer(p, e)))(2.0) for e in (True, False))
         np.testing.assert_allclose(found, want, rtol=1e-9)
         np.testing.assert_allclose(found, -0.5 * np.asarray(answer(2.0, False)), rtol=1e-9)
+
+
+# ── singular in directions that nobody declared ──
+
+RANK = SIZE - 4
+_U, _ = np.linalg.qr(np.random.default_rng(20).normal(size=(SIZE, SIZE)))
+_V, _ = np.linalg.qr(np.random.default_rng(21).normal(size=(SIZE, SIZE)))
+_S = np.where(np.arange(SIZE) < RANK, np.geomspace(1, 0.03, SIZE), 0.0)
+DEFICIENT = (_U * _S) @ _V.T
+PSEUDO_INVERSE = np.linalg.pinv(DEFICIENT, rcond=1e-12)
+OUTSIDE = np.random.default_rng(22).normal(size=SIZE)
+WITHIN = DEFICIENT @ OUTSIDE
+
+
+def alone(matrix: np.ndarray, b: np.ndarray, method: Method, kind: str = "two null spaces") -> Any:
+    """Nothing declared of the null space."""
+    eye = np.eye(SIZE, dtype=matrix.dtype)
+    x, stats = solve_dense(matrix, b, eye, eye, kind, method)
+    return np.asarray(x), Status(int(stats.status)), stats
+
+
+@pytest.mark.parametrize("method", [NormalCG(), LeastSquares()], ids=lambda m: type(m).__name__)
+def test_least_squares_of_a_singular_operator(method: Method) -> None:
+    x, status, stats = alone(DEFICIENT, WITHIN, method)
+    assert status == (Status.NOT_UNIQUE if isinstance(method, LeastSquares) else Status.CONVERGED)
+    assert status.good and status.warning == isinstance(method, LeastSquares)
+    assert float(stats.residual) <= 1e-10
+    np.testing.assert_allclose(x, PSEUDO_INVERSE @ WITHIN, atol=1e-8)
+    np.testing.assert_allclose(_V[:, RANK:].T @ x, 0, atol=1e-13)  # the shortest
+
+    x, status, stats = alone(DEFICIENT, OUTSIDE, method)
+    assert status == Status.SINGULAR and not status.good
+    np.testing.assert_allclose(x, PSEUDO_INVERSE @ OUTSIDE, atol=1e-8 * float(np.linalg.norm(x)))
+    least = np.linalg.norm(_U[:, RANK:].T @ OUTSIDE) / np.linalg.norm(OUTSIDE)
+    assert float(stats.residual) == pytest.approx(least, rel=1e-12)
+
+    bs = np.stack([WITHIN, OUTSIDE, np.zeros(SIZE), _U[:, -1]])  # the last is outside as a whole
+    eye = np.eye(SIZE)
+    batched = jax.vmap(lambda b: solve_dense(DEFICIENT, b, eye, eye, "two null spaces", method))
+    xs, stats = batched(bs)
+    np.testing.assert_allclose(xs, bs @ PSEUDO_INVERSE.T, atol=1e-7)
+    free = Status.NOT_UNIQUE if isinstance(method, LeastSquares) else Status.CONVERGED
+    codes = [Status(int(code)) for code in stats.status]
+    assert codes[:2] == [free, Status.SINGULAR] and codes[2].good and codes[3] == Status.SINGULAR
+    assert np.all(np.asarray(xs[2]) == 0) and float(stats.residual[2]) == 0
+
+
+@pytest.mark.parametrize("method", [NormalCG(), LeastSquares()], ids=lambda m: type(m).__name__)
+def test_least_squares_in_single_precision(method: Method) -> None:
+    single = DEFICIENT.astype(np.float32)
+    x, status, _ = alone(single, OUTSIDE.astype(np.float32), method)
+    assert x.dtype == np.float32 and status == Status.SINGULAR
+    np.testing.assert_allclose(x, PSEUDO_INVERSE @ OUTSIDE, atol=2e-4 * float(np.linalg.norm(x)))
+    x, status, _ = alone(single, WITHIN.astype(np.float32), method)
+    assert status == (Status.NOT_UNIQUE if isinstance(method, LeastSquares) else Status.ROUND_OFF_LIMITED)
+    np.testing.assert_allclose(x, PSEUDO_INVERSE @ WITHIN, atol=1e-4 * float(np.linalg.norm(x)))
+
+
+def test_direct_tells_where_it_takes_singular_values() -> None:
+    """Left and right null space given apart, here as none."""
+    for b, expected in ((WITHIN, Status.NOT_UNIQUE), (OUTSIDE, Status.SINGULAR)):
+        x, status, _ = alone(DEFICIENT, b, Direct())
+        assert status == expected
+        np.testing.assert_allclose(x, PSEUDO_INVERSE @ b, atol=1e-11 * float(np.linalg.norm(x)))
+
+
+def test_least_squares_declared_symmetric() -> None:
+    """By eigenvalues, of either sign; a negative one is no minimum's, however near to zero."""
+    values = np.where(np.arange(SIZE) < 3, 0.0, np.linspace(-1, 1, SIZE))
+    matrix, _ = spectral(values, 8)
+    inside, outside = matrix @ OUTSIDE, OUTSIDE
+    want = np.linalg.pinv(matrix, rcond=1e-12, hermitian=True)
+    for b, expected in ((inside, Status.NOT_UNIQUE), (outside, Status.SINGULAR)):
+        x, status, _ = alone(matrix, b, LeastSquares(), "symmetric")
+        assert status == expected
+        np.testing.assert_allclose(x, want @ b, atol=1e-11 * float(np.linalg.norm(x)))
+    saddle, _ = spectral(np.linspace(0.1, 1, SIZE) - 0.1 - 1e-8, 5)
+    assert alone(saddle, OUTSIDE, LeastSquares(), "positive")[1] == Status.INDEFINITE
+    assert alone(spectral(np.linspace(-0.5, 1, SIZE), 5)[0], OUTSIDE, NormalCG(), "positive")[1] == Status.INDEFINITE
+
+
+def test_rank_tolerance_decides_what_is_zero() -> None:
+    matrix = (_U * np.where(np.arange(SIZE) < RANK, 1.0, 1e-7)) @ _V.T
+    b = matrix @ OUTSIDE
+    x, status, _ = alone(matrix, b, LeastSquares(rtol=1e-9))
+    assert status == Status.CONVERGED
+    np.testing.assert_allclose(x, OUTSIDE, atol=1e-7)
+    x, status, _ = alone(matrix, b, LeastSquares(rtol=1e-6, rank_tolerance=1e-6))
+    assert status == Status.NOT_UNIQUE
+    np.testing.assert_allclose(x, _V[:, :RANK] @ (_V[:, :RANK].T @ OUTSIDE), atol=1e-12)
+
+
+# ── Neumann's series ──
+
+_C = np.random.default_rng(30).normal(size=(SIZE, SIZE))
+CONTRACTION = 0.5 * _C / np.linalg.norm(_C, 2)
+LONG = Neumann()
+
+
+def test_neumann_on_a_contraction() -> None:
+    matrix = np.eye(SIZE) - CONTRACTION
+    x, status, stats = alone(matrix, OUTSIDE, LONG)
+    assert status == Status.CONVERGED and float(stats.residual) <= 1e-10
+    np.testing.assert_allclose(x, np.linalg.solve(matrix, OUTSIDE), atol=1e-9)
+    assert int(stats.iterations) <= 36  # the rest falls by a half a term, or faster
+    with_null = np.eye(SIZE)
+    with_null[0, 0] = 0.0  # what lies along the first stands, whatever the number of terms
+    x, status, stats = alone(with_null, OUTSIDE, LONG)
+    assert status == Status.STAGNATED and int(stats.iterations) < 100
+    x, status, stats = alone(np.eye(SIZE) + 3 * _C / np.linalg.norm(_C, 2), OUTSIDE, LONG)
+    assert status == Status.STAGNATED and np.all(np.isfinite(x)) and int(stats.iterations) < 100
+    assert alone(np.eye(SIZE) * 1e30, OUTSIDE, LONG)[1] == Status.STAGNATED
+
+
+@pytest.mark.parametrize("terms", [1, 5])
+def test_neumann_cut_off_says_so(terms: int) -> None:
+    matrix = np.eye(SIZE) - CONTRACTION
+    x, status, stats = alone(matrix, OUTSIDE, Neumann(terms=terms))
+    powers = [np.linalg.matrix_power(CONTRACTION, k) for k in range(terms + 1)]
+    np.testing.assert_allclose(x, sum(powers[:terms]) @ OUTSIDE, rtol=1e-13, atol=1e-13)
+    assert status == Status.MAX_STEPS_REACHED
+    want = np.linalg.norm(powers[terms] @ OUTSIDE) / np.linalg.norm(OUTSIDE)
+    assert float(stats.residual) == pytest.approx(want, rel=1e-10)
+    error = np.linalg.norm(x - np.linalg.solve(matrix, OUTSIDE))
+    assert error <= 0.5**terms / (1 - 0.5) * np.linalg.norm(OUTSIDE)
+    assert alone(-2 * np.eye(SIZE), OUTSIDE, Neumann(terms=terms))[1] == Status.STAGNATED  # worse than no answer
+    assert alone(np.eye(SIZE), OUTSIDE, Neumann(terms=terms))[1] == Status.CONVERGED
+
+
+def test_neumann_with_a_step() -> None:
+    """Eigenvalues from 1 to 10: the step of one grows, that of 2 / 11 falls fastest."""
+    matrix, _ = spectral(np.linspace(1, 10, SIZE), 3)
+    assert alone(matrix, OUTSIDE, LONG)[1] == Status.STAGNATED
+    x, status, stats = alone(matrix, OUTSIDE, Neumann(alpha=2 / 11))
+    assert status == Status.CONVERGED
+    assert int(stats.iterations) <= 1 + np.ceil(np.log(1e10) / np.log(11 / 9))
+    np.testing.assert_allclose(x, np.linalg.solve(matrix, OUTSIDE), atol=1e-9)
+
+
+# ── preconditioned ──
+
+WIDE = 60
+_rng = np.random.default_rng(40)
+DIAGONAL = np.geomspace(1, 1e3, WIDE)
+_LOW, _RANK = 0.7 * _rng.normal(size=(2, WIDE, 3))
+ILL = {"positive": np.diag(DIAGONAL) + _LOW @ _LOW.T, "general": np.diag(DIAGONAL) + _LOW @ _RANK.T}
+_SHEAR = np.triu(0.02 * _rng.normal(size=(WIDE, WIDE)), 1)
+# Rough inverses: symmetric for the symmetric operator, unsymmetric for the other, so that its transpose matters.
+ROUGH = {"positive": np.diag(1 / DIAGONAL), "general": np.diag(1 / DIAGONAL) @ (np.eye(WIDE) + _SHEAR)}
+FORCE, FIELD = _rng.normal(size=(2, WIDE))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def preconditioned(rough: Any, kind: str, method: Method) -> Any:
+    """The answer and its evidence, and the answer's derivatives forward and back; ``rough`` may be left out."""
+    matrix = jnp.asarray(ILL[kind])
+    by = None if rough is None else (lambda v: {"v": rough @ v["v"]})
+
+    def answer(b: Array) -> tuple[Array, SolveStats]:
+        plain = Operator(lambda v: {"v": matrix @ v["v"]}, positive_semidefinite=kind == "positive", preconditioner=by)
+        x, stats = linear_solve(plain, {"v": b}, method)
+        return x["v"], stats
+
+    x, pull, stats = jax.vjp(answer, jnp.asarray(FORCE), has_aux=True)
+    return x, pull(jnp.asarray(FIELD))[0], stats
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        ("positive", CG(rtol=1e-13)),
+        ("positive", MINRES(rtol=1e-13)),
+        ("general", GMRES(rtol=1e-13)),
+        ("general", BiCGSTAB(rtol=1e-13)),
+    ],
+)
+def test_a_preconditioner_changes_the_iterations_alone(kind: str, method: Method) -> None:
+    plain, rough = preconditioned(None, kind, method), preconditioned(ROUGH[kind], kind, method)
+    for x, back, stats in (plain, rough):
+        assert Status(int(stats.status)).good
+        rest = np.linalg.norm(FORCE - ILL[kind] @ np.asarray(x)) / np.linalg.norm(FORCE)
+        assert float(stats.residual) == pytest.approx(rest, abs=1e-14)
+        want = np.linalg.solve(ILL[kind], FORCE)
+        np.testing.assert_allclose(x, want, rtol=0, atol=1e-10 * float(np.linalg.norm(want)))
+        want = np.linalg.solve(ILL[kind].T, FIELD)
+        np.testing.assert_allclose(back, want, rtol=0, atol=1e-10 * float(np.linalg.norm(want)))
+    assert 2 * int(rough[-1].iterations) < int(plain[-1].iterations)
+
+
+def test_the_transposed_system_has_the_transposed_preconditioner() -> None:
+    """The inverse itself leaves one step to either, and its transpose would leave them all."""
+    inverse, method = np.linalg.inv(ILL["general"]), BiCGSTAB(max_iterations=4)
+    x, back, stats = preconditioned(inverse, "general", method)
+    assert Status(int(stats.status)) == Status.CONVERGED
+    np.testing.assert_allclose(back, inverse.T @ FIELD, atol=1e-9)
+    assert Status(int(preconditioned(inverse.T, "general", method)[-1].status)) == Status.MAX_STEPS_REACHED
+    matrix = jnp.asarray(ILL["general"])
+    known = Operator(lambda v: matrix @ v, preconditioner=lambda v: inverse @ v).transpose(jnp.zeros(WIDE))
+    x, stats = jax.jit(lambda b: solve(known, b, method))(jnp.asarray(FIELD))
+    assert Status(int(stats.status)) == Status.CONVERGED
+    np.testing.assert_allclose(x, inverse.T @ FIELD, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", [CG(rtol=1e-13), MINRES(rtol=1e-13)], ids=lambda m: type(m).__name__)
+def test_a_preconditioner_that_is_not_positive_definite(method: Method) -> None:
+    for signs in (np.where(np.arange(WIDE) % 2, -1.0, 1.0), -np.ones(WIDE)):
+        x, _, stats = preconditioned(ROUGH["positive"] * signs, "positive", method)
+        assert Status(int(stats.status)) == Status.BREAKDOWN
+        assert np.all(np.isfinite(x)) and float(stats.residual) > 1e-10
+
+
+def test_a_preconditioner_beside_a_null_space_and_negative_curvature() -> None:
+    """The springs of a ring of uneven stiffness; its preconditioner knows nothing of the null space."""
+    stiffness = np.geomspace(1, 1e3, SIZE)
+    first = np.eye(SIZE) - np.roll(np.eye(SIZE), 1, axis=0)
+    laplacian = first.T @ (stiffness[:, None] * first)
+    want = np.linalg.pinv(laplacian, rcond=1e-12, hermitian=True) @ OUTSIDE
+    rough = jnp.asarray(1 / np.diagonal(laplacian))
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def found(matrix: Any, method: Method) -> tuple[Array, SolveStats]:
+        known = Operator(
+            lambda v: matrix @ v,
+            positive_semidefinite=True,
+            project=lambda v: v - jnp.mean(v),
+            preconditioner=lambda v: rough * v,
+        )
+        return solve(known, jnp.asarray(OUTSIDE), method)
+
+    saddle = laplacian - 20.0 * (np.eye(SIZE) - 1 / SIZE)
+    for method in (CG(), MINRES(), BiCGSTAB(), GMRES()):
+        x, stats = found(laplacian, method)
+        assert Status(int(stats.status)) == Status.NULL_COMPONENT_DROPPED
+        np.testing.assert_allclose(x, want, atol=1e-7 * float(np.linalg.norm(want)))
+        assert abs(float(jnp.mean(x))) < 1e-14
+        assert Status(int(found(saddle, method)[1].status)) == Status.INDEFINITE
+
+
+# ── the derivatives of the other methods ──
+
+
+@pytest.mark.parametrize(
+    ("matrix", "method"),
+    [
+        (DEFICIENT, NormalCG(rtol=1e-13)),
+        (DEFICIENT, LeastSquares()),
+        (np.eye(SIZE) - CONTRACTION, Neumann(rtol=1e-13)),
+    ],
+    ids=["NormalCG", "LeastSquares", "Neumann"],
+)
+def test_derivatives_forward_and_back(matrix: np.ndarray, method: Method) -> None:
+    inverse = np.linalg.pinv(matrix, rcond=1e-12)
+    w = np.random.default_rng(3).normal(size=SIZE)
+
+    @jax.jit
+    def derivatives(b: Array) -> tuple[Array, Array]:
+        f = lambda b: linear_solve(Operator(lambda v: jnp.asarray(matrix) @ v), b, method)[0]  # noqa: E731
+        return jax.jvp(f, (b,), (b,))[1], jax.linear_transpose(f, b)(jnp.asarray(w))[0]
+
+    jv, jtw = derivatives(jnp.asarray(OUTSIDE))
+    np.testing.assert_allclose(jv, inverse @ OUTSIDE, atol=1e-9)
+    np.testing.assert_allclose(jtw, inverse.T @ w, atol=1e-9)
+
+
+def test_preconditioned_minres_knows_its_residual() -> None:
+    """It minimises another norm; it ends with the first step whose residual itself is under the tolerance."""
+    matrix, rough = jnp.asarray(ILL["positive"]), jnp.asarray((2 + np.sin(np.arange(WIDE))) / DIAGONAL)
+    b = jnp.asarray(FORCE / np.linalg.norm(FORCE))
+
+    @jax.jit
+    def ended(tol: Any, limit: Any) -> tuple[Array, Array]:
+        x, k, _ = _krylov.minres(lambda v: matrix @ v, b, tol, limit, False, lambda r: rough * r)
+        return jnp.linalg.norm(b - matrix @ x), k
+
+    for steps in range(1, 6):
+        residual = float(ended(0.0, steps)[0])
+        assert int(ended((1 + 1e-9) * residual, 100)[1]) == steps
+        assert int(ended((1 - 1e-9) * residual, 100)[1]) == steps + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -13,7 +14,21 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 from problems import RootProblem, newton, root_problems
 
-from mdsens.implicit import CG, GMRES, MINRES, BiCGSTAB, Direct, InputError, fixed_point, root
+from mdsens.implicit import (
+    CG,
+    GMRES,
+    MINRES,
+    BiCGSTAB,
+    Direct,
+    InputError,
+    LeastSquares,
+    Neumann,
+    NormalCG,
+    Status,
+    fixed_point,
+    root,
+    tangent,
+)
 
 PROBLEMS = root_problems()
 BY_NAME = {problem.name: problem for problem in PROBLEMS}
@@ -376,6 +391,23 @@ def test_single_precision() -> None:
             ["null_space", "(1,)", "(3,)"],
         ),
         (
+            lambda: root(cubic, preconditioner=lambda x, t: lambda v: v[:1])(lambda i, t: i)(INIT, THETA),
+            ["preconditioner", "(1,)", "(3,)"],
+        ),
+        (
+            lambda: root(cubic, preprocess=lambda i, t: i)(lambda i, t: i)(INIT, THETA),  # pyright: ignore
+            ["preprocess", "(init, args)"],
+        ),
+        (lambda: root(cubic, static_argnums=(0,)), ["static_argnums=(0,)"]),
+        (lambda: root(cubic, static_argnums=(2,))(lambda i, t: i)(INIT, THETA), ["static_argnums=(2,)", "1 args"]),
+        (
+            lambda: jax.grad(lambda t: jnp.sum(root(cubic, static_argnums=(1,))(lambda i, t: i)(INIT, t)))(THETA),
+            ["argument 1", "static_argnums=(1,)", "jit"],
+        ),
+        (lambda: tangent(cubic, INIT, (THETA,), ()), ["dargs", "1 args"]),
+        (lambda: tangent(cubic, INIT, (THETA,), (THETA[:2],)), ["dargs[0]", "(2,)", "(3,)"]),
+        (lambda: tangent(lambda x, t: x[:2], INIT, (THETA,), (THETA,)), ["F(x, *args)", "(2,)"]),
+        (
             lambda: jax.grad(lambda t: jnp.sum(root(cubic, solve=CG())(lambda i, t: i)(INIT, t)))(THETA),
             ["CG", "positive_semidefinite"],
         ),
@@ -386,3 +418,233 @@ def test_bad_input_is_named(call: Any, words: list[str]) -> None:
         call()
     for word in words:
         assert word in str(error.value)
+
+
+# ── before and after the root ──
+
+
+def logarithmic(has_aux: bool) -> Any:
+    """x^3 + x = theta in the unknown u = log x and the parameter log theta, back in x + theta, and twice of each."""
+
+    @root(
+        lambda u, theta, twice: cubic(jnp.exp(u), theta),
+        has_aux=has_aux,
+        preprocess=lambda init, logs: (init, (jnp.exp(logs), 2)),
+        postprocess=lambda u, theta, twice: {"x": twice * jnp.exp(u), "theta": twice * theta},
+    )
+    def solver(init: Array, theta: Array, twice: int) -> Any:
+        u = jnp.log(newton(cubic, init, theta))
+        return (u, {"largest": jnp.max(theta), "name": "newton"}) if has_aux else u
+
+    return solver
+
+
+def test_before_and_after_in_every_mode() -> None:
+    theta = jnp.array([0.8, 2.0, 5.0])
+    logs, f, x = jnp.log(theta), logarithmic(has_aux=True), cardano(theta)
+    names = []
+
+    @jax.jit
+    def output(logs: Array) -> Any:
+        out, aux = f(INIT, logs)
+        names.append(aux["name"])
+        return out, aux["largest"]
+
+    out, largest = output(logs)
+    close(out["x"], 2 * x)
+    close(out["theta"], 2 * theta)
+    assert names == ["newton"]
+    assert float(largest) == pytest.approx(float(jnp.max(theta)))
+
+    def ours(logs: Array) -> Array:
+        out, aux = f(INIT, logs)
+        return jnp.sum(jnp.sin(out["x"]) * out["theta"]) + aux["largest"]
+
+    def exact(logs: Array) -> Array:
+        return jnp.sum(jnp.sin(2 * cardano(jnp.exp(logs))) * 2 * jnp.exp(logs))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def derivatives(g: Any, logs: Array) -> Any:
+        return jax.jvp(g, (logs,), (INIT,))[1], jax.grad(g)(logs), jax.hessian(g)(logs)
+
+    for mine, other in zip(derivatives(ours, logs), derivatives(exact, logs), strict=True):
+        close(mine, other)
+    plain, rows = logarithmic(has_aux=False), jnp.stack([logs, logs / 2])
+    slopes = jax.jit(jax.vmap(jax.grad(lambda t: jnp.sum(plain(INIT, t)["x"]))))(rows)
+    close(slopes[0], 2 * theta / (3 * x**2 + 1))
+
+
+def test_the_example_of_the_documentation() -> None:
+    @root(
+        lambda x, theta: x**3 - theta - 1,
+        has_aux=True,
+        preprocess=lambda init, logarithm: (init, (jnp.exp(logarithm),)),
+        postprocess=lambda x, theta: jnp.log(x),
+    )
+    def solver(init: float, theta: Array) -> Any:
+        return jnp.cbrt(theta + 1), {"steps": 1}
+
+    y, aux = solver(1.0, 0.5)
+    assert float(y) == pytest.approx(np.log(np.exp(0.5) + 1) / 3)
+    assert aux == {"steps": 1}
+    slope = jax.jit(jax.grad(lambda t: solver(1.0, t)[0]))(0.5)
+    assert float(slope) == pytest.approx(np.exp(0.5) / (np.exp(0.5) + 1) / 3)
+
+
+# ── arguments that are no data ──
+
+
+@dataclasses.dataclass(frozen=True)
+class Power:
+    """A record that jax knows nothing of."""
+
+    exponent: int
+    of: Any  # a function
+
+
+def powered(x: Array, theta: Array, power: Power, mode: str) -> Array:
+    assert mode == "plain"
+    return power.of(x) ** power.exponent + x - theta
+
+
+@pytest.mark.parametrize("declared", [(), (2, 3)])
+def test_objects_as_arguments(declared: tuple[int, ...]) -> None:
+    def solver(init: Array, theta: Array, power: Power, mode: str) -> Array:
+        return newton(lambda x, theta: powered(x, theta, power, mode), init, theta)
+
+    f = root(powered, static_argnums=declared)(solver)
+    power, jitted = Power(3, lambda x: x), jax.jit(f, static_argnums=(2, 3))
+    values_and_slopes = jax.jit(jax.vmap(jax.value_and_grad(lambda t: jnp.sum(jitted(INIT, t, power, "plain")))))
+    values, slopes = values_and_slopes(jnp.stack([THETA, THETA]))
+    close(values[1], jnp.sum(cardano(THETA)))
+    close(slopes[1], slope_of_cardano())
+
+
+@pytest.mark.parametrize("declared", [(), (1,)])
+def test_a_function_as_argument_closes_over_the_parameter(declared: tuple[int, ...]) -> None:
+    """Its derivative is followed, and the solver, which has none, is not asked for one."""
+    host = BY_NAME["scipy behind a callback"].solver
+
+    def summed(theta: Array) -> Array:
+        def solver(init: Array, shift: Any) -> Array:
+            return host(init, -shift(jnp.zeros(3)))
+
+        f = root(lambda x, shift: x**3 + shift(x), static_argnums=declared)(solver)
+        return jnp.sum(f(INIT, lambda x: x - theta))
+
+    close(jax.grad(summed)(THETA), slope_of_cardano())
+
+
+def test_a_static_argument_is_the_object_itself() -> None:
+    log: list[str] = []
+    mixed = {1: "one", "two": 2}  # keys that jax cannot sort
+
+    def solver(init: Array, theta: Array, log: list[str], mixed: dict[Any, Any]) -> Array:
+        log.append(mixed[1])
+        return newton(cubic, init, theta)
+
+    f = root(lambda x, theta, log, mixed: cubic(x, theta), static_argnums=(2, 3))(solver)
+    close(jax.grad(lambda t: jnp.sum(f(INIT, t, log, mixed)))(THETA), slope_of_cardano())
+    assert log == ["one"]
+
+
+# ── the linear systems ──
+
+STIFF = jnp.geomspace(1.0, 1e3, 30)
+MIXING = jnp.asarray(0.3 * np.random.default_rng(6).normal(size=(30, 30)))
+
+
+def mixed_cubic(x: Array, theta: Array) -> Array:
+    return theta[0] * STIFF * x + MIXING @ x + x**3 - theta[1]
+
+
+def mixed_solver(init: Array, theta: Array) -> Array:
+    return newton(mixed_cubic, jnp.zeros(30), theta)
+
+
+def rough(x: Array, theta: Array) -> Any:
+    return lambda v: v / (theta[0] * STIFF + 3 * x**2)
+
+
+def test_a_preconditioner_changes_no_derivative() -> None:
+    theta, direction = jnp.array([1.3, 40.0]), jnp.array([0.3, -1.0])
+
+    def derivatives(solve: Any, preconditioner: Any) -> Any:
+        f = root(mixed_cubic, solve, preconditioner=preconditioner)(mixed_solver)
+        slope = jax.grad(lambda t: jnp.sum(jnp.cos(f(None, t))))
+        return jax.jit(lambda t: jax.jvp(slope, (t,), (direction,)))(theta)
+
+    exact = derivatives(Direct(rtol=1e-14), None)
+    for mine, other in zip(derivatives(BiCGSTAB(rtol=1e-13), rough), exact, strict=True):
+        close(mine, other, rtol=1e-10)
+    x = mixed_solver(INIT, theta)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def steps(by: Any) -> Array:
+        return tangent(mixed_cubic, x, (theta,), (direction,), BiCGSTAB(rtol=1e-13), preconditioner=by)[1].iterations
+
+    assert 2 * int(steps(rough)) < int(steps(None))
+
+
+def test_neumann_at_a_fixed_point() -> None:
+    """x = cos(theta x) / 2 contracts by a half at most."""
+
+    def T(x: Array, theta: Array) -> Array:
+        return jnp.cos(theta * x) / 2
+
+    f = fixed_point(T, Neumann(rtol=1e-13))(lambda i, theta: jax.lax.fori_loop(0, 80, lambda _, x: T(x, theta), i))
+    theta = jnp.array([0.2, 0.6, 1.0])
+    x = f(INIT, theta)
+    sine = jnp.sin(theta * x) / 2
+    close(jax.jit(jax.grad(lambda t: jnp.sum(f(INIT, t))))(theta), -sine * x / (1 + theta * sine))
+
+
+# ── the evidence of a derivative ──
+
+
+def test_tangent_is_the_forward_derivative_with_its_status() -> None:
+    def F(x: Array, a: dict[str, Any], shift: Array) -> Array:
+        return cubic(x, a["theta"] * a["count"]) - shift
+
+    count = jnp.array([1, 2, 3])
+    x = cardano(THETA * count)
+
+    @jax.jit
+    def found(dtheta: Array) -> Any:
+        a, da = {"theta": THETA, "count": count}, {"theta": dtheta, "count": count}
+        return tangent(F, x, (a, jnp.zeros(3)), (da, None), BiCGSTAB())
+
+    def f(theta: Array) -> Array:
+        return root(F)(lambda i, a, shift: newton(cubic, i, a["theta"] * a["count"]))(
+            INIT, {"theta": theta, "count": count}, jnp.zeros(3)
+        )
+
+    dx, stats = found(INIT)
+    close(dx, jax.jvp(f, (THETA,), (INIT,))[1])
+    assert Status(int(stats.status)) == Status.CONVERGED and float(stats.residual) <= 1e-10
+    rows, stats = jax.vmap(found)(jnp.eye(3))
+    close(jnp.sum(rows, axis=0), dx)
+    assert stats.status.shape == (3,)
+
+
+@pytest.mark.parametrize("method", [LeastSquares(), NormalCG(), Direct()], ids=lambda m: type(m).__name__)
+def test_tangent_tells_of_a_root_that_is_not_unique(method: Any) -> None:
+    """x0 + x1 = theta0 twice over: one equation for two unknowns, and for none of them where the two thetas differ."""
+
+    def F(x: Array, theta: Array) -> Array:
+        return x[0] + x[1] - theta
+
+    x, theta = jnp.array([0.25, 0.75]), jnp.ones(2)
+    one = {LeastSquares: Status.NOT_UNIQUE, NormalCG: Status.CONVERGED}.get(type(method))
+    found = jax.jit(lambda dtheta: tangent(F, x, (theta,), (dtheta,), method))
+    dx, stats = found(jnp.ones(2))
+    if one is not None:
+        assert Status(int(stats.status)) == one
+        close(dx, [0.5, 0.5])
+    dx, stats = found(jnp.array([1.0, 0.0]))
+    status = Status(int(stats.status))
+    assert not status.good and np.all(np.isfinite(dx))
+    if one is not None:
+        assert status == Status.SINGULAR
+        close(dx, [0.25, 0.25])
+        assert float(stats.residual) == pytest.approx(np.sqrt(0.5))

@@ -1,4 +1,4 @@
-"""Is the minimum one, is it stable, and what is in doubt: the examination behind a certificate."""
+"""Is the minimum one, or the saddle, is it stable, and what is in doubt: the examination behind a certificate."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens import lagrangian
 from mdsens._checks import short
 from mdsens.certificate._derivative import ESTIMATE, derivative
-from mdsens.certificate._record import CellState, Certificate, count
+from mdsens.certificate._parts import CellState, ConstraintState
+from mdsens.certificate._record import Certificate, count
 from mdsens.certificate._space import Space
 from mdsens.implicit.eigen import Spectrum
 from mdsens.implicit.status import ConvergenceError, InputError, Status
+from mdsens.kkt import KKT, about_to_switch
 from mdsens.linearization import Linearization, full_tangent, linearize
 from mdsens.relaxation import Equilibrium
 from mdsens.scales import doubtful_stiffness, round_off, scales
@@ -35,7 +38,7 @@ def _in_doubt(space: Space, step: Unknowns) -> tuple[int, float]:
     many such steps it takes until the first one crosses.
     """
     eq, net = space.lin.equilibrium, space.lin.network
-    none = {name: jnp.zeros_like(value) for name, value in eq.system.params.items()}
+    none = {name: jnp.zeros_like(value) for name, value in space.lin.params.items()}
     times = np.asarray(space.crossings(step, none).times)
     ahead = times[times >= 0]
     crossed = int(np.sum(ahead <= 1.0))
@@ -86,6 +89,39 @@ def _cell(lin: Linearization, step: Unknowns) -> CellState:
     )
 
 
+def _off_motions(lin: Linearization, stiffness: Any) -> Callable[[np.ndarray], np.ndarray]:
+    """The projection off rigid motions; what constraints hold is no motion."""
+    if lin.held is None:
+        return stiffness.project
+    rows = np.asarray(lin.null.motions)
+    rows = rows.reshape(len(rows), lin.system.positions.size)
+    return lambda v: v - rows.T @ (rows @ v)
+
+
+def _constraints(lin: Linearization, stiffness: KKT) -> ConstraintState:
+    """What is known of the constraints of a minimum."""
+    eq, mask = lin.equilibrium, lin.null.held
+    assert mask is not None
+    stuck = np.asarray(lagrangian.pinned(eq.system))
+    held = int(np.sum(np.asarray(mask.positions))) + sum(int(np.sum(v)) for v in jax.tree.leaves(mask.params))
+    g = jax.tree.leaves(_violations(eq.system))
+    largest = {name: float(np.max(np.abs(np.asarray(v)), initial=0.0)) for name, v in eq.multipliers.items()}
+    return ConstraintState(
+        int(stuck.sum()),
+        held - int(stuck.sum()),
+        sum(int(np.size(v)) for v in g),
+        stiffness.redundant,
+        about_to_switch(eq.system, eq.multipliers, lin.null, float(eq.max_force)),
+        max((float(np.max(np.abs(np.asarray(v)), initial=0.0)) for v in g), default=0.0),
+        largest,
+    )
+
+
+@jax.jit
+def _violations(system: System) -> dict[str, jax.Array]:
+    return lagrangian.equations(system, system.positions, system.params)
+
+
 def certify(
     at: Equilibrium | Linearization,
     dparams: Params | None = None,
@@ -98,6 +134,9 @@ def certify(
 
     At a pressure the unknowns are positions and cell: the minimum is one of the enthalpy, the step to it and the
     response move the cell too, and the ``cell`` of the certificate tells its stress and its stiffness.
+
+    At a saddle of order k exactly k modes of negative stiffness are right, and the smallest stiffness that stands in
+    the estimates is the smallest in size.
 
     It costs an eigenvalue and a few linear solves on one factor of the Hessian: about a tenth of the relaxation.
 
@@ -125,11 +164,11 @@ def certify(
     eq, net, null = lin.equilibrium, lin.network, lin.null
     system = eq.system
     loose = np.asarray(net.rattlers)
-    stiffness = Stiffness(lin.system, null)
+    stiffness: Any = lin.stiffness if lin.held is not None else Stiffness(lin.system, null, eq.order)
     finite = bool(np.isfinite(np.asarray(system.positions)).all())
     free, translations, rotations = null.dimensions(system.dimension) if finite else (0, 0, 0)
     if finite and not loose.all():
-        spectrum = stiffness.lowest(modes, doubtful_stiffness(system, float(eq.max_force)))
+        spectrum = stiffness.lowest(max(modes, eq.order + 1), doubtful_stiffness(system, float(eq.max_force)))
     else:
         nothing = np.zeros(0), np.zeros((system.positions.size, 0)), np.zeros(0)
         spectrum = Spectrum(*nothing, 0.0, 0, 0, 0, 0.0, True, "none")
@@ -137,8 +176,8 @@ def certify(
     space = Space(lin, stiffness)
     forces = space.forces()
     total, soft = space.strength(forces), 0.0
-    if spectrum.stable.size and spectrum.stable.all():
-        soft = space.least(lowest)
+    if spectrum.values.size and spectrum.settled and spectrum.negative == eq.order:
+        soft = space.least(float(np.abs(spectrum.values).min()))
     step, along, doubt = space.still, None, (0, np.inf)
     if spectrum.values.size:
         step, _, _ = space.solve(forces, ESTIMATE)
@@ -160,7 +199,7 @@ def certify(
         lowest,
         spectrum.largest,
         spectrum,
-        participation(spectrum.vectors, system.dimension),
+        participation(spectrum.vectors[: system.positions.size], system.dimension),
         spectrum.negative,
         spectrum.zero,
         spectrum.hidden,
@@ -170,9 +209,11 @@ def certify(
         loose,
         *doubt,
         along,
-        None if observable is None else _touched(observable, lin, stiffness.project),
+        None if observable is None else _touched(observable, lin, _off_motions(lin, stiffness)),
         str(system.positions.dtype),
         None if lin.cell is None else _cell(lin, step),
+        eq.order,
+        None if lin.held is None else _constraints(lin, stiffness),
     )
     findings = _findings(made, lin)
     status = findings[0][0] if findings else Status.CONVERGED
@@ -195,11 +236,16 @@ def _findings(c: Certificate, lin: Linearization) -> list[tuple[Status, str]]:
         add(before, f"max_force {c.max_force:.1e}")
     if bool(np.all(c.rattlers)) and not c.crossed_to_minimum:
         add(Status.UNJAMMED, f"{c.rattlers.size} of {c.rattlers.size} particles are held by nothing")
-    if c.negative_modes:
+    if c.negative_modes != c.order:
         add(
-            Status.INDEFINITE,
+            Status.NOT_A_SADDLE if c.order else Status.INDEFINITE,
             f"{count(c.negative_modes, 'mode')} of negative stiffness, the lowest {c.stiffness_min:.3g}",
         )
+    held = c.constraints
+    if held is not None and held.redundant:
+        add(Status.REDUNDANT_CONSTRAINTS, f"{held.redundant} of {count(held.equations, 'equation')}")
+    if held is not None and held.switching:
+        add(Status.DEGENERATE_CONSTRAINT, count(held.switching, "coordinate"))
     if c.cell is not None and not c.cell.stable and not c.cell.stiffness_min > 0:
         add(Status.INDEFINITE, f"of the cell at this pressure, whose stiffness is {c.cell.stiffness_min:.3g}")
     if c.floppy_modes:
@@ -221,7 +267,8 @@ def _findings(c: Certificate, lin: Linearization) -> list[tuple[Status, str]]:
         if np.isfinite(d.radius) and d.radius * float(np.abs(d.positions).max()) < RESOLVED * resolution:
             add(Status.RADIUS_BELOW_ROUND_OFF, f"radius {d.radius:.1e}")
     if eps > 1e-10:
-        left = eps * c.stiffness_max / c.stiffness_min if c.stiffness_min > 0 else np.inf
+        softest = abs(c.stiffness_min) if c.order else c.stiffness_min
+        left = eps * c.stiffness_max / softest if softest > 0 else np.inf
         add(Status.SINGLE_PRECISION, f"{left:.0e} here")
     parts = [] if c.observable is None else [f"{v:.1e} of it on {k}" for k, v in c.observable.items() if v > eps**0.5]
     if parts:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdsens.certificate._record import Derivative
+from mdsens.certificate._parts import Derivative
 from mdsens.certificate._space import Motion, Space, on_host
 from mdsens.laws import PairTerm
 from mdsens.linearization import Linearization, full_tangent
@@ -70,7 +70,7 @@ def derivative(space: Space, dparams: Params, step: Unknowns, least: float) -> D
     tangent = full_tangent(system, dparams, lin.params)
     still = {name: np.zeros_like(value) for name, value in tangent.items()}
     pull = _mixed(space.core, tangent)
-    J, residual, status = space.solve(_minus(pull))
+    J, residual, status = space.response(tangent, pull)
     norm, way = space.size(J), space.size(step)
     path = J, tangent
     onward = on_host(lambda leaf: (leaf / (way or 1.0)).astype(leaf.dtype), step), still
@@ -84,6 +84,7 @@ def derivative(space: Space, dparams: Params, step: Unknowns, least: float) -> D
     if _third_diverges(system):
         theorem = np.nan
     crossing = space.crossings(J, tangent)
+    switch = space.switches(J, tangent)
     on, whole = _on_rattlers(lin.equilibrium.system, tangent, loose), _on_rattlers(system, tangent, None)
     curved = space.size(J2)
     full = max(float(np.max(np.abs(v), initial=0.0)) for v in tangent.values())
@@ -102,11 +103,12 @@ def derivative(space: Space, dparams: Params, step: Unknowns, least: float) -> D
         jax.tree.map(np.asarray, lin.stored(on_host(np.add, J, dJ))),
         theorem / unit,
         crossing,
-        crossing.forward,
-        crossing.backward,
+        min(crossing.forward, switch[0]),
+        min(crossing.backward, switch[1]),
         2.0 * norm / curved if curved > 1e-8 * norm else np.inf,  # below it is round-off
         float(np.sqrt(on / whole)) if whole else 0.0,
         motion <= NOTHING * length,
+        switch,
     )
 
 

@@ -5,120 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
 import numpy as np
 
 from mdsens import _tables
 from mdsens._tables import Rows, Shown
-from mdsens.contacts import Crossing
+from mdsens.certificate._parts import CellState, ConstraintState, Derivative
 from mdsens.implicit.eigen import Spectrum
 from mdsens.implicit.status import Status
-from mdsens.stationarity import Unknowns
 
-__all__ = ["CellState", "Certificate", "Derivative", "count"]
-
-
-@dataclasses.dataclass(frozen=True)
-class CellState:
-    """What is known of a cell that was relaxed to a pressure.
-
-    Attributes:
-      pressure: P, energy a volume.
-      shape: True where the cell's shape was relaxed, not its size alone.
-      pressure_left: the pressure less P.
-      shear_left: the largest shear stress left; nan where the shape was not free.
-      stiffness: (k,) eigenvalues of S / V, rising, S the second derivative of the enthalpy by the k strains that the
-        cell is free to take, particles relaxed; energy a volume. Where its size alone is free there is one, d times
-        Birch's bulk modulus. Positions and cell are stable together where the Hessian in the fixed cell and S are.
-      stable: whether S is positive definite, and could be found.
-      strain: norm of the strain in the Newton step.
-    """
-
-    pressure: float
-    shape: bool
-    pressure_left: float
-    shear_left: float
-    stiffness: np.ndarray
-    stable: bool
-    strain: float
-
-    @property
-    def stiffness_min(self) -> float:
-        """The smallest eigenvalue of S / V."""
-        return float(self.stiffness[0])
-
-
-@dataclasses.dataclass(frozen=True, repr=False)
-class Derivative(Shown):
-    """What is known of the derivative of the minimum along one direction in parameter space.
-
-    Errors are relative to the norm of the response; nan where there is none to be relative to. At a pressure norms are
-    of positions and cell, as the certificate's lengths are.
-
-    Attributes:
-      dparams: the direction.
-      response: J = dR/dt (n, d), as ``jvp`` gives it; at a pressure ``Unknowns``, of positions and cell.
-      norm: |J|; at a pressure of the motion from the affine places and of the strain.
-      status: of the linear solve.
-      residual: of the linear solve, relative.
-      linear_error: |H^-1 r| <= |r| / lambda_min: the residual's share of the error, relative to |J|.
-      error: the sharp estimate |dJ| / |J|, dJ the derivative of J along the Newton step to the minimum.
-      corrected: J + dJ, more accurate than J where the estimates hold.
-      theorem: the estimate after Theorem 1 of arXiv:2105.15183, (beta / alpha + gamma R / alpha^2) |x - x*|, relative:
-        alpha the smallest stiffness (at a pressure a lower bound of that of positions and cell together), R = |B dp|,
-        beta and gamma how fast B dp and H change along the Newton step. nan where the law's third derivative diverges
-        at a breakpoint (Hertzian contacts), so that gamma has no bound there: ``steps_to_crossing`` of the certificate
-        takes its place.
-      crossing: when pairs cross breakpoints along the path.
-      radius: the largest |t| along params + t dparams within which no pair crosses a breakpoint, to first order.
-      forward, backward: the same for t > 0 and t < 0.
-      bend: |t| at which the path's curvature moves the particles as far as its slope does, 2 |J| / |d2R/dt2|: the scale
-        on which a smooth law's response changes.
-      on_rattlers: the part of dparams' norm in components of particles that are rattlers: they have no effect.
-      vanishes: True where nothing moves: less than 1e-6 of the law's length while the parameters change by their size.
-        Errors relative to it, and the reach, are of no meaning then.
-    """
-
-    dparams: dict[str, jax.Array]
-    response: Any
-    norm: float
-    status: Status
-    residual: float
-    linear_error: float
-    error: float
-    corrected: Any
-    theorem: float
-    crossing: Crossing
-    forward: float
-    backward: float
-    bend: float
-    on_rattlers: float
-    vanishes: bool
-
-    @property
-    def radius(self) -> float:
-        return min(self.forward, self.backward)
-
-    @property
-    def positions(self) -> np.ndarray:
-        """(n, d), the response of the stored positions."""
-        return np.asarray(self.response.positions if isinstance(self.response, Unknowns) else self.response)
-
-    def crossed(self, change: float) -> int:
-        """How many pairs cross a breakpoint within |t| <= change, to first order.
-
-        Bulk properties of many particles survive single crossings; positions do not.
-        """
-        return self.crossing.within(change)
-
-    _title = "Derivative"
-
-    def _rows(self) -> list[tuple[str, str]]:
-        return [
-            ("norm of the response", f"{self.norm:.6g}; linear solve: {self.status.name}"),
-            ("error, sharp estimate", f"{self.error:.1e}, relative; where it holds, the certificate says"),
-            ("radius", f"-{self.backward:.2e} < t < {self.forward:.2e}"),
-        ]
+__all__ = ["Certificate", "count"]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -153,6 +48,10 @@ class Certificate(Shown):
       cell: of a minimum at a pressure; None in a given cell. Lengths are then of positions and cell together: a strain
         counts as the motion that it gives to n particles spread evenly over the cell, n^(1/2) V^(1/d) / 12^(1/2) times
         its norm. The stiffness of modes stays that in the fixed cell.
+      constraints: what is known of them; None without. Stiffness and modes are then those on the tangent space: what is
+        held stays, and the equations hold to first order.
+      order: of the saddle that was examined, the number of negative modes that it is to have; 0 of a minimum. What is
+        said of a minimum is then said of the saddle.
     """
 
     status: Status
@@ -179,11 +78,13 @@ class Certificate(Shown):
     observable: dict[str, float] | None
     precision: str
     cell: CellState | None = None
+    order: int = 0
+    constraints: ConstraintState | None = None
 
     @property
     def estimates_hold(self) -> bool:
         """Whether the way to the minimum lies within one contact network, and leads to a minimum."""
-        loose = self.negative_modes or self.floppy_modes or self.unsettled_modes
+        loose = self.negative_modes != self.order or self.floppy_modes or self.unsettled_modes
         return not (self.crossed_to_minimum or loose) and (self.cell is None or self.cell.stable)
 
     @property
@@ -220,7 +121,7 @@ class Certificate(Shown):
         keys = ("max_force", "relative_force", "mean_force", "distance", "newton", "stiffness_min", "stiffness_max")
         keys += ("steps_to_crossing",)
         counts = ("negative_modes", "floppy_modes", "unsettled_modes", "zero_modes", "translations", "rotations")
-        counts += ("crossed_to_minimum",)
+        counts += ("crossed_to_minimum", "order")
         found: dict[str, Any] = {"status": self.status.name, "precision": self.precision}
         found["findings"] = [{"status": code.name, "sentence": said} for code, said in self.findings]
         found |= {key: float(getattr(self, key)) for key in keys} | {key: int(getattr(self, key)) for key in counts}
@@ -234,6 +135,8 @@ class Certificate(Shown):
         if self.cell is not None:
             given = dataclasses.asdict(self.cell)
             found["cell"] = {name: v.tolist() if isinstance(v, np.ndarray) else v for name, v in given.items()}
+        if self.constraints is not None:
+            found["constraints"] = dataclasses.asdict(self.constraints)
         if self.derivative is not None:
             d = self.derivative
             names = ("norm", "residual", "linear_error", "radius", "forward", "backward", "bend", "on_rattlers")
@@ -260,7 +163,7 @@ class Certificate(Shown):
         if said and self.derivative is None and not self.spectrum.values.size:
             said.append(("derivative", self._loose))
         verdict = [("status", f"{self.status.name}: {self.status.sentence}")] if not said else said
-        sections: list[tuple[str, Rows]] = [("Certificate", verdict), ("Is it a minimum?", self._of_minimum())]
+        sections: list[tuple[str, Rows]] = [("Certificate", verdict), (f"Is it a {self._place}?", self._of_minimum())]
         sections.append(("Is it stable?", self._of_stability()))
         if self.derivative is not None:
             sections.append(("How wrong can the derivative be?", self._of_error(self.derivative)))
@@ -285,15 +188,25 @@ class Certificate(Shown):
         """What ``print`` shows; or of it what belongs to the direction alone, where several share a minimum."""
         sections = self._sections()
         if derivative_only:
-            sections = [s for s in sections if s[1] and s[0] not in ("Is it a minimum?", "Is it stable?")]
+            sections = [s for s in sections if s[1] and s[0] not in (f"Is it a {self._place}?", "Is it stable?")]
         width = max((len(name) for _, rows in sections for name, _ in rows), default=0)
         return "\n\n".join(
             _tables.text(title, [(f"{name:<{width}}", value) for name, value in rows]) for title, rows in sections
         )
 
     @property
+    def _place(self) -> str:
+        return f"saddle of order {self.order}" if self.order else "minimum"
+
+    @property
+    def _no_place(self) -> str:
+        return f"this is no {self._place} of a rigid state"
+
+    @property
     def _loose(self) -> str:
-        """Why there is no figure where every particle is a rattler."""
+        """Why there is no figure where nothing can move: every particle is a rattler, or constraints hold them all."""
+        if self.constraints is not None and not np.all(self.rattlers):
+            return "none: the constraints leave nothing to move"
         doubt = "not known: no contact carries 10 times the force left"
         return doubt if self.crossed_to_minimum else "none: nothing is held"
 
@@ -304,11 +217,12 @@ class Certificate(Shown):
         relative = "" if np.isnan(self.relative_force) else f", {self.relative_force:.1e} of the mean contact force"
         distance = f"length {self.newton:.1e} (Newton step{strained}), at most {self.distance:.1e} to first order"
         if not np.isfinite(self.distance):
-            distance = self._loose if np.isnan(self.newton) else "not known: not all modes are stable"
+            distance = self._loose if np.isnan(self.newton) else f"not known: {self._no_place}"
         return [
             ("largest net force", f"{self.max_force:.2e} energy/length, on a particle{relative}"),
             *([] if cell is None else [("stress left", _stress_left(cell))]),
-            ("distance to the minimum", distance),
+            *([] if self.constraints is None else _constraint_rows(self.constraints)),
+            (f"distance to the {self._place}", distance),
             ("contacts on that way", f"{self.crossed_to_minimum or 'none'} in doubt{ahead}"),
         ]
 
@@ -349,7 +263,7 @@ class Certificate(Shown):
         if d.vanishes:
             return [("response", f"none: nothing moves (norm {d.norm:.1e}; linear solve: {d.status.name})")]
         unsettled = self.crossed_to_minimum > 0
-        why = "a contact changes on the way to the minimum" if unsettled else "this is no minimum of a rigid state"
+        why = f"a contact changes on the way to the {self._place}" if unsettled else self._no_place
         void = f"no estimate holds: {why}"
         theorem = f"{d.theorem:.1e} (an estimate: its constants are taken at this point)"
         if not d.theorem < 1.0:
@@ -373,7 +287,9 @@ class Certificate(Shown):
         rows = []
         for name, value, forward in (("forward, t < ", d.forward, True), ("backward, t > -", d.backward, False)):
             ahead = d.crossing.first(forward)
-            if ahead is None:
+            if value == d.switch[0 if forward else 1] < np.inf:
+                rows.append((f"{name}{value:.2e}", "then a coordinate meets or leaves its bound"))
+            elif ahead is None:
                 rows.append((name.split(",")[0], "no pair crosses a breakpoint of its law"))
             else:
                 (i, j), opens, length = ahead
@@ -393,6 +309,16 @@ def _stress_left(cell: CellState) -> str:
     share = f", {abs(cell.pressure_left / cell.pressure):.1e} of it" if cell.pressure else ""
     shear = f"; a shear stress of {cell.shear_left:.1e}" if cell.shape else "; the shape was given"
     return f"the pressure is off {cell.pressure:.6g} by {cell.pressure_left:.1e} energy/volume{share}{shear}"
+
+
+def _constraint_rows(c: ConstraintState) -> Rows:
+    parts = [count(c.pinned, "pinned coordinate")] if c.pinned else []
+    parts += [f"{c.bound} at a bound"] if c.bound or c.switching else []
+    parts += [f"{c.switching} of these about to meet or leave it"] if c.switching else []
+    parts += [f"{count(c.equations, 'equation')}, met to {c.violation:.1e}"] if c.equations else []
+    parts += [f"{c.redundant} of them redundant"] if c.redundant else []
+    largest = ", ".join(f"{name} {value:.4g}" for name, value in c.largest.items())
+    return [("constraints", ", ".join(parts) or "none holds anything"), ("largest multipliers", largest)]
 
 
 def _cell_stiffness(cell: CellState) -> str:

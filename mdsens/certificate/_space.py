@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdsens import contacts
+from mdsens import contacts, lagrangian
 from mdsens.contacts import Crossing
+from mdsens.doors import JVP, held_motion
 from mdsens.implicit.status import Status
+from mdsens.kkt import flat
 from mdsens.linearization import Linearization
 from mdsens.stationarity import Unknowns, force
-from mdsens.stiffness import Stiffness
 
 __all__ = ["Motion", "Space", "on_host"]
 
@@ -36,6 +37,21 @@ def _second(lin: Linearization, first: Motion, second: Motion) -> Unknowns:
     return jax.jvp(along, (lin.unknowns, lin.params), second)[1]
 
 
+@jax.jit
+def _condition(lin: Linearization) -> Unknowns:
+    return lin.condition(lin.unknowns, lin.params)
+
+
+@jax.jit
+def _held_side(lin: Linearization, tangent: Params) -> tuple[Unknowns, Unknowns]:
+    return held_motion(lin, tangent), JVP.side(lin, tangent)
+
+
+@jax.jit
+def _switch_times(lin: Linearization, x: Unknowns, tangent: Params) -> jax.Array:
+    return lagrangian.switch_times(lin.system, (lin.unknowns, lin.params), (x, dict(tangent)), lin.network.rattlers)
+
+
 def on_host(f: Callable[..., np.ndarray], *changes: Unknowns) -> Unknowns:
     """f of each part, by numpy: what jax would compile for it is not worth it."""
     return jax.tree.map(lambda *leaves: f(*(np.asarray(leaf) for leaf in leaves)), *changes)
@@ -49,10 +65,10 @@ class Space:
 
     Args:
       lin: the minimum.
-      stiffness: its Hessian in a fixed cell.
+      stiffness: its Hessian in a fixed cell, a Stiffness; under constraints a KKT.
     """
 
-    def __init__(self, lin: Linearization, stiffness: Stiffness):
+    def __init__(self, lin: Linearization, stiffness: Any):
         self.lin, self.stiffness = lin, stiffness
         self.core = lin.traced(tuple(lin.system.params))
         n, d = lin.system.positions.shape
@@ -66,18 +82,26 @@ class Space:
     def forces(self) -> Unknowns:
         """What is left to fall: the forces on the particles, and on the cell."""
         cell = self.lin.cell
+        if self.lin.held is not None:
+            return on_host(np.negative, self.lin.null.free(_condition(self.core)))
         return Unknowns(force(self.lin.system), None if cell is None else -cell.slope)
 
     def size(self, x: Unknowns) -> float:
-        """The norm of a change of the unknowns."""
-        return _norm(x.positions, x.strain, self.length)
+        """The norm of a change of the unknowns; of parameters that constraints relax as well, not of multipliers."""
+        others = sum(float(np.sum(np.asarray(v) ** 2)) for v in jax.tree.leaves(x.params))
+        return float(np.hypot(_norm(x.positions, x.strain, self.length), others**0.5))
 
     def strength(self, forces: Unknowns) -> float:
-        """The norm of forces on the unknowns, off the null space."""
+        """The norm of forces on the unknowns, off the null space; under constraints on the tangent space."""
+        if self.lin.held is not None:
+            return float(np.linalg.norm(self._tangent(forces)))
         return _norm(self._off_null(forces.positions), forces.strain, 1.0 / self.length)
 
     def onward(self, forces: Unknowns) -> Unknowns:
         """The change of the unknowns that points where forces do, of a norm that is their strength."""
+        if self.lin.held is not None:
+            kept = self.stiffness.unflat(self._tangent(forces))
+            return on_host(lambda leaf: leaf.astype(self.lin.system.positions.dtype), kept)
         kept = dataclasses.replace(forces, positions=self._off_null(forces.positions))
         if kept.strain is not None:
             kept = dataclasses.replace(kept, strain=np.asarray(kept.strain) / self.length**2)
@@ -86,13 +110,35 @@ class Space:
 
     def solve(self, forces: Unknowns, rtol: float = 1e-12) -> tuple[Unknowns, float, Status]:
         """How the unknowns yield to forces: ``(x, relative residual, status)``."""
+        if self.lin.held is not None:
+            return self.stiffness.solve_unknowns(self.lin.null.free(forces), rtol)
         found, residual, status = self.stiffness.solve(np.asarray(forces.positions), rtol)
-        x = self.lin.solved(forces, jnp.asarray(found, self.lin.system.positions.dtype))
+        x = self.lin.solved(forces, Unknowns(jnp.asarray(found, self.lin.system.positions.dtype)))
         if self.lin.cell is None:
             return x, residual, status
         whole = self.strength(forces)
         rest = on_host(np.subtract, forces, _product(self.core, x))
         return x, self.strength(rest) / whole if whole else 0.0, max(status, Status(int(self.lin.cell.status)))
+
+    def response(self, tangent: Params, pull: Unknowns) -> tuple[Unknowns, float, Status]:
+        """How the unknowns move along a direction: ``(x, relative residual, status)``.
+
+        Args:
+          pull: the derivative of the condition along it, the unknowns held.
+        """
+        if self.lin.held is None:
+            return self.solve(on_host(np.negative, pull))
+        moves, side = _held_side(self.core, tangent)
+        x, residual, status = self.solve(side)
+        return on_host(np.add, moves, x), residual, status
+
+    def switches(self, x: Unknowns, tangent: Params) -> tuple[float, float]:
+        """The first t > 0 and -t > 0 at which a coordinate meets or leaves its bound; inf without bounds."""
+        if self.lin.held is None:
+            return np.inf, np.inf
+        times = np.asarray(_switch_times(self.core, x, tangent))
+        ahead, behind = times[times >= 0], -times[times <= 0]
+        return float(np.min(ahead, initial=np.inf)), float(np.min(behind, initial=np.inf))
 
     def second(self, first: Motion, second: Motion) -> Unknowns:
         """The second derivative of the condition by (unknowns, params) along two directions."""
@@ -104,7 +150,7 @@ class Space:
         Of the full system's pairs: what a rattler's neighbours do is left out by name.
         """
         eq, cell = self.lin.equilibrium, self.lin.cell
-        own = {name: tangent[name] for name in eq.system.params}
+        own = {name: (x.params or {}).get(name, tangent.get(name)) for name in eq.system.params}
         strain = None if cell is None else np.tensordot(np.asarray(x.strain), np.asarray(cell.along), axes=1)
         return contacts.crossings(eq.system, x.positions, own, self.lin.network.rattlers, strain)
 
@@ -123,6 +169,9 @@ class Space:
         metric = moved @ moved.T + self.length**2 * np.eye(len(moved))
         yields = np.linalg.eigvals(np.asarray(cell.compliance, float) @ metric).real.max()
         return 1.0 / (1.0 / stiffness + float(yields))
+
+    def _tangent(self, forces: Unknowns) -> np.ndarray:
+        return self.stiffness.tangent(flat(dataclasses.replace(forces, multipliers=None)))
 
     def _off_null(self, positions: Any) -> np.ndarray:
         flat = np.asarray(positions).ravel()

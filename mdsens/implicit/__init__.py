@@ -1,5 +1,6 @@
 """Implicit differentiation of any solver's root, and the linear solves behind it. Knows no particle."""
 
+from mdsens.implicit import conic, degeneracy, optimality, projections, proximal
 from mdsens.implicit.linear import linear_solve, solve
 from mdsens.implicit.operators import (
     CG,
@@ -9,11 +10,14 @@ from mdsens.implicit.operators import (
     BiCGSTAB,
     Direct,
     Evening,
+    LeastSquares,
     Method,
+    Neumann,
+    NormalCG,
     Operator,
     choose,
 )
-from mdsens.implicit.root import fixed_point, root
+from mdsens.implicit.root import fixed_point, root, tangent
 from mdsens.implicit.status import (
     ConvergenceError,
     InputError,
@@ -36,8 +40,11 @@ __all__ = [
     "Direct",
     "Evening",
     "InputError",
+    "LeastSquares",
     "MdsensError",
     "Method",
+    "Neumann",
+    "NormalCG",
     "Operator",
     "PrecisionError",
     "SolveStats",
@@ -45,9 +52,15 @@ __all__ = [
     "TooLargeError",
     "UnsupportedVersionError",
     "choose",
+    "conic",
+    "degeneracy",
     "fixed_point",
     "linear_solve",
+    "optimality",
+    "projections",
+    "proximal",
     "raise_for_status",
     "root",
     "solve",
+    "tangent",
 ]

@@ -15,7 +15,7 @@ from jax.custom_batching import sequential_vmap
 from mdsens.implicit._krylov import Apply, Result, dot
 from mdsens.implicit.status import Status
 
-__all__ = ["factor"]
+__all__ = ["factor", "pseudo_inverse"]
 
 
 def _one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -49,6 +49,11 @@ def _svd(matrix: Array) -> tuple[Array, Array, Array]:
 
 
 @_one_by_one
+def _eigh(matrix: Array) -> tuple[Array, Array]:
+    return tuple(jnp.linalg.eigh(matrix))
+
+
+@_one_by_one
 def _cholesky_solve(lower: Array, r: Array) -> Array:
     return jsl.cho_solve((lower, True), r)
 
@@ -72,19 +77,22 @@ def _cholesky(matrix: Array, largest: Array) -> Array:
     return lax.cond(jnp.all(jnp.isfinite(lower)), lambda: lower, semidefinite)
 
 
+def _written_out(apply: Apply, b: Array) -> Array:
+    """The operator's matrix, by columns in chunks: all at once, a product's intermediate arrays would come n times."""
+    return lax.map(apply, jnp.eye(b.size, dtype=b.dtype), batch_size=min(b.size, 32)).T
+
+
 def factor(
     apply: Apply, right: Apply | None, left: Apply | None, positive_semidefinite: bool, b: Array
 ) -> Callable[[Array], Result]:
     """A dense factorisation of the operator on its range: r -> (x, 0 applications, status)."""
-    n, eps = b.size, jnp.finfo(b.dtype).eps
-    # Columns in chunks: all at once, the intermediate arrays of a Hessian product would come n times over.
-    matrix = lax.map(apply, jnp.eye(n, dtype=b.dtype), batch_size=min(n, 32)).T
+    n = b.size
     if right is not left:
-        return _pseudo_inverse(matrix, eps)
+        return pseudo_inverse(apply, right, False, False, b, None)
+    matrix = _written_out(apply, b)
     largest = jnp.max(jnp.abs(matrix))
     if right is not None:
-        projector = lax.map(right, jnp.eye(n, dtype=b.dtype), batch_size=min(n, 32)).T
-        matrix = matrix + jnp.where(largest > 0, largest, 1) * (jnp.eye(n, dtype=b.dtype) - projector)
+        matrix = matrix + jnp.where(largest > 0, largest, 1) * (jnp.eye(n, dtype=b.dtype) - _written_out(right, b))
     none, fine = jnp.int32(0), jnp.int32(Status.CONVERGED)
 
     if not positive_semidefinite:
@@ -109,9 +117,29 @@ def factor(
     return by_cholesky
 
 
-def _pseudo_inverse(matrix: Array, eps: Any) -> Callable[[Array], Result]:
-    """Least squares by singular values, for an operator whose left and right null space differ."""
-    u, s, vt = _svd(matrix)
-    inverse = jnp.where(s > matrix.shape[0] * eps * s[0], 1 / jnp.where(s == 0, 1, s), 0)
-    ended = jnp.where(jnp.all(jnp.isfinite(s)), int(Status.CONVERGED), int(Status.NOT_FINITE)).astype(jnp.int32)
-    return lambda r: (dot(inverse * dot(r, u), vt), jnp.int32(0), ended)
+def pseudo_inverse(
+    apply: Apply, right: Apply | None, symmetric: bool, definite: bool, b: Array, tolerance: float | None
+) -> Callable[[Array], Result]:
+    """Least squares by singular values, or eigenvalues where symmetric: r -> (x, 0 applications, status).
+
+    NOT_UNIQUE where more singular values than ``right`` projects off are at most ``tolerance`` times the largest, the
+    number of unknowns times round-off where None; INDEFINITE where ``definite`` and an eigenvalue is below minus that.
+    """
+    n, eps = b.size, float(jnp.finfo(b.dtype).eps)
+    matrix = _written_out(apply, b)
+    if symmetric:
+        eigenvalues, right_vectors = _eigh(matrix)
+        sizes, left_vectors = jnp.abs(eigenvalues), right_vectors
+        smallest = jnp.min(eigenvalues)
+        values = eigenvalues
+    else:
+        left_vectors, sizes, rows = _svd(matrix)
+        right_vectors, values, smallest = rows.T, sizes, jnp.zeros((), b.dtype)
+    zero = (n * eps if tolerance is None else tolerance) * jnp.max(sizes)
+    kept = sizes > zero
+    inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
+    rank = n if right is None else jnp.trace(_written_out(right, b))
+    ended = jnp.where(jnp.sum(kept) < rank - 0.5, int(Status.NOT_UNIQUE), int(Status.CONVERGED))
+    ended = jnp.where(definite & (smallest < -zero), int(Status.INDEFINITE), ended)
+    ended = jnp.where(jnp.all(jnp.isfinite(sizes)), ended, int(Status.NOT_FINITE)).astype(jnp.int32)
+    return lambda r: (dot(right_vectors, inverse * dot(r, left_vectors)), jnp.int32(0), ended)

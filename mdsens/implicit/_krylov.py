@@ -4,6 +4,9 @@ Every function solves ``A x = b`` with ``b`` of norm one, to an absolute residua
 ``limit`` operator applications, and returns ``(x, applications, status)``. The recursion's residual drifts from the
 true one, so :mod:`mdsens.implicit.linear` recomputes it. A ``while_loop`` under ``vmap`` freezes the members whose
 condition is false, so a finished member stays what it was.
+
+``precondition`` is a linear M, roughly the inverse of A, on whose Krylov space the iteration then runs. ``tol`` is of
+``b - A x`` all the same.
 """
 
 from __future__ import annotations
@@ -19,11 +22,10 @@ from jax.custom_batching import custom_vmap
 from mdsens.implicit.status import Status
 
 __all__ = [
-    "POWER_STEPS",
+    "CURVATURE_UNITS",
     "Result",
     "bicgstab",
     "cg",
-    "chebyshev",
     "dot",
     "gmres_cycle",
     "minres",
@@ -36,7 +38,7 @@ Result: TypeAlias = tuple[Array, Array, Array]
 
 # Curvature below this many units of round-off of |A| counts as zero. An operator product is wrong by a few units; a
 # packing's softest stiffness stands at 1e-6 of its stiffest, nine decades above.
-_CURVATURE_UNITS = 100.0
+CURVATURE_UNITS = 100.0
 
 
 def dot(a: Array, b: Array) -> Array:
@@ -70,7 +72,7 @@ def _pivot(alpha: Array, beta: Array, last: _Pivot, size: Array) -> tuple[_Pivot
     The curvature along z is pivot / |z|^2. One that is zero to round-off leaves nothing that later pivots could be
     computed from: not a number from there on, and no proof.
     """
-    zero = _CURVATURE_UNITS * jnp.finfo(alpha.dtype).eps * size
+    zero = CURVATURE_UNITS * jnp.finfo(alpha.dtype).eps * size
     ratio = safe_divide(beta, last.value)
     value = alpha - ratio * beta
     weight = 1 + ratio**2 * last.weight
@@ -82,83 +84,57 @@ def _int(value: int | Status) -> Array:
     return jnp.asarray(int(value), jnp.int32)
 
 
-def cg(apply: Apply, b: Array, tol: Array, limit: Array) -> Result:
+def _preconditioned(precondition: Apply | None, r: Array) -> tuple[Array, Array]:
+    """M r and r.M r."""
+    z = r if precondition is None else precondition(r)
+    return z, dot(r, z)
+
+
+def cg(apply: Apply, b: Array, tol: Array, limit: Array, precondition: Apply | None = None) -> Result:
     """Conjugate gradients (Hestenes and Stiefel, 1952), for a positive semi-definite operator.
 
     The curvatures p.Ap are the pivots of the Lanczos matrix, so one of them is negative as soon as the Krylov space
     holds a direction of negative curvature: status INDEFINITE. One that is zero to round-off is a null direction that
-    the right-hand side excites: STAGNATED.
+    the right-hand side excites: STAGNATED. A residual r with r.M r no longer positive: BREAKDOWN.
     """
     eps = jnp.finfo(b.dtype).eps
 
+    def broken(r: Array, z: Array, rr: Array, rz: Array) -> Array:
+        return (rr > tol**2) & ~(rz > eps * norm(r) * norm(z)) if precondition is not None else jnp.asarray(False)
+
     def going(state: tuple[Any, ...]) -> Array:
-        _, _, _, rr, _, k, status = state
+        _, _, _, rr, _, _, k, status = state
         return (rr > tol**2) & (k < limit) & (status == Status.CONVERGED)
 
     def body(state: tuple[Any, ...]) -> tuple[Any, ...]:
-        x, r, p, rr, size, k, _ = state
+        x, r, p, rr, rz, size, k, _ = state
         ap = apply(p)
         pp, pap = dot(p, p), dot(p, ap)
         size = jnp.maximum(size, jnp.sqrt(safe_divide(dot(ap, ap), pp)))
-        zero = _CURVATURE_UNITS * eps * size * pp
+        zero = CURVATURE_UNITS * eps * size * pp
         status = jnp.where(pap < -zero, _int(Status.INDEFINITE), jnp.where(pap > zero, _int(0), _int(Status.STAGNATED)))
-        step = jnp.where(pap > zero, safe_divide(rr, pap), 0)
+        step = jnp.where(pap > zero, safe_divide(rz, pap), 0)
         x, r = x + step * p, r - step * ap
-        rr_new = dot(r, r)
-        return x, r, r + safe_divide(rr_new, rr) * p, rr_new, size, k + 1, status
+        rr = dot(r, r)
+        z, rz_new = _preconditioned(precondition, r)
+        status = jnp.where((status == Status.CONVERGED) & broken(r, z, rr, rz_new), _int(Status.BREAKDOWN), status)
+        return x, r, z + safe_divide(rz_new, rz) * p, rr, rz_new, size, k + 1, status
 
-    start = (jnp.zeros_like(b), b, b, dot(b, b), jnp.zeros((), b.dtype), _int(0), _int(0))
-    x, _, _, _, _, k, status = lax.while_loop(going, body, start)
+    z, rz = _preconditioned(precondition, b)
+    rr = dot(b, b)
+    begun = jnp.where(broken(b, z, rr, rz), _int(Status.BREAKDOWN), _int(0))
+    x, *_, k, status = lax.while_loop(
+        going, body, (jnp.zeros_like(b), b, z, rr, rz, jnp.zeros((), b.dtype), _int(0), begun)
+    )
     return x, k, status
 
 
 BLOCK = 16  # vectors of the basis that GMRES orthogonalises against at a time
-POWER_STEPS = 15
 
 
-def chebyshev(apply: Apply, degree: int, like: Array) -> Apply:
-    """r -> p(A) r, which solves A z = r roughly: ``degree - 1`` steps of the Chebyshev iteration, on products alone.
-
-    1 - t p(t) is the Chebyshev polynomial of that degree on [a, b], b the largest eigenvalue and a = 4 b / degree^2,
-    and one at zero (Saad, Iterative Methods for Sparse Linear Systems, 2003, section 12.3). So p(A) A has the
-    eigenvalues above a near one, and those below at about degree^2 times their share of b: its condition number is that
-    of A over degree^2, and an iteration on it takes as many products as on A, but inner products for one in ``degree``.
-    It has the null space of A, and where A has a negative eigenvalue, a negative one too.
-
-    Args:
-      apply: products with A, symmetric.
-      degree: of t p(t).
-      like: an array of the right-hand sides' shape, to find b with.
-    """
-
-    def power(_: Any, state: tuple[Array, Array]) -> tuple[Array, Array]:
-        v, size = state
-        w = apply(v)
-        length = norm(w)
-        return safe_divide(w, length), jnp.maximum(size, length)
-
-    start = jnp.cos(jnp.arange(like.size, dtype=like.dtype) ** 2)  # a chirp holds every wavelength alike
-    _, found = lax.fori_loop(0, POWER_STEPS, power, (start / norm(start), jnp.zeros((), like.dtype)))
-    high = 1.2 * jnp.where(found > 0, found, 1)
-    low = 4.0 * high / degree**2
-    centre, half = 0.5 * (high + low), 0.5 * (high - low)
-    sigma = centre / half
-
-    def smooth(r: Array) -> Array:
-        def step(_: Any, state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-            z, r, d, rho = state
-            r = r - apply(d)
-            new = 1.0 / (2.0 * sigma - rho)
-            d = new * rho * d + (2.0 * new / half) * r
-            return z + d, r, d, new
-
-        d = r / centre
-        return lax.fori_loop(0, degree - 1, step, (d, r, d, 1.0 / sigma))[0]
-
-    return smooth
-
-
-def minres(apply: Apply, b: Array, tol: Array, limit: Array, definite: bool = False) -> Result:
+def minres(
+    apply: Apply, b: Array, tol: Array, limit: Array, definite: bool = False, precondition: Apply | None = None
+) -> Result:
     """MINRES (Paige and Saunders, 1975), for a symmetric operator, definite or not.
 
     Where the operator should be positive semi-definite (``definite``), INDEFINITE at the first proof that it is not.
@@ -166,22 +142,31 @@ def minres(apply: Apply, b: Array, tol: Array, limit: Array, definite: bool = Fa
     STAGNATED where |A r| / (|A| |r|) falls under the square root of round-off, which is as low as it was seen to come
     on singular systems (1e-11 to 6e-9): what is left of the residual lies in the null space. On a soft direction it
     stands at that stiffness over the largest one, in packings above 1e-6; in float32 the bound must stay under that.
+
+    With a preconditioner the residual is least in the norm of M, so that the one asked for is carried along. BREAKDOWN
+    where a Lanczos vector r has r.M r negative.
     """
     eps = jnp.finfo(b.dtype).eps
     null = jnp.minimum(jnp.sqrt(eps), 1e-5)
     zero, none = jnp.zeros((), b.dtype), jnp.zeros_like(b)
+    plain = precondition is None
 
     def going(state: tuple[Any, ...]) -> Array:
-        phi_bar, beta, k, status = state[7], state[3], state[-2], state[-1]
-        return (phi_bar > tol) & (beta > 0) & (k < limit) & (status == Status.CONVERGED)
+        beta, phi_bar, rest, k, status = state[3], state[7], state[-3], state[-2], state[-1]
+        return ((phi_bar if plain else norm(rest)) > tol) & (beta > 0) & (k < limit) & (status == Status.CONVERGED)
 
     def body(state: tuple[Any, ...]) -> tuple[Any, ...]:
-        x, r1, r2, beta, beta_old, d_bar, epsilon, phi_bar, cs, sn, w1, w2, size, pivot, k, _ = state
-        v = r2 / beta
+        x, r1, r2, beta, beta_old, d_bar, epsilon, phi_bar, cs, sn, w1, w2, size, pivot, z, rest, k, _ = state
+        v = (r2 if plain else z) / beta
         y = apply(v) - safe_divide(beta, beta_old) * r1
         alpha = dot(v, y)
         y = y - (alpha / beta) * r2
-        r1, r2, beta_old, beta = r2, y, beta, norm(y)
+        r1, r2, beta_old = r2, y, beta
+        if plain:
+            beta, broken = norm(r2), jnp.asarray(False)
+        else:
+            z, square = _preconditioned(precondition, r2)
+            beta, broken = jnp.sqrt(jnp.maximum(square, 0)), square < -eps * norm(r2) * norm(z)
         size = jnp.sqrt(size**2 + alpha**2 + beta_old**2 * (k > 0) + beta**2)  # Frobenius norm of the Lanczos matrix
         pivot, negative = _pivot(alpha, jnp.where(k > 0, beta_old, 0), pivot, size)
         # A Lanczos vector at round-off has no direction left: the Krylov space is invariant and the loop ends.
@@ -195,11 +180,19 @@ def minres(apply: Apply, b: Array, tol: Array, limit: Array, definite: bool = Fa
         w1, w2 = w2, (v - epsilon_old * w1 - delta * w2) / gamma
         # After a stall the step would be a division by round-off along a null direction: leave x as it is.
         x = jnp.where(stalled, x, x + phi * w2)
+        if not plain:
+            rest = sn**2 * rest - safe_divide(phi_bar * cs, beta) * r2
         status = jnp.where(stalled, _int(Status.STAGNATED), _int(0))
         status = jnp.where(negative & definite, _int(Status.INDEFINITE), status)
-        return x, r1, r2, beta, beta_old, d_bar, epsilon, phi_bar, cs, sn, w1, w2, size, pivot, k + 1, status
+        status = jnp.where(broken, _int(Status.BREAKDOWN), status)
+        return x, r1, r2, beta, beta_old, d_bar, epsilon, phi_bar, cs, sn, w1, w2, size, pivot, z, rest, k + 1, status
 
-    length = norm(b)
+    if plain:
+        length, z, rest, begun = norm(b), zero, zero, _int(0)
+    else:
+        z, square = _preconditioned(precondition, b)
+        length, rest = jnp.sqrt(jnp.maximum(square, 0)), b
+        begun = jnp.where(square < -eps * norm(b) * norm(z), _int(Status.BREAKDOWN), _int(0))
     start = (
         none,
         none,
@@ -215,12 +208,16 @@ def minres(apply: Apply, b: Array, tol: Array, limit: Array, definite: bool = Fa
         none,
         zero,
         _Pivot(zero, zero),
+        z,
+        rest,
     )
-    final = lax.while_loop(going, body, (*start, _int(0), _int(0)))
+    final = lax.while_loop(going, body, (*start, _int(0), begun))
     return final[0], final[-2], final[-1]
 
 
-def bicgstab(apply: Apply, b: Array, tol: Array, limit: Array, definite: bool = False) -> Result:
+def bicgstab(
+    apply: Apply, b: Array, tol: Array, limit: Array, definite: bool = False, precondition: Apply | None = None
+) -> Result:
     """BiCGSTAB (van der Vorst, 1992), for any operator; two applications a step, no memory beyond seven vectors.
 
     Where the operator should be positive semi-definite (``definite``), INDEFINITE at a search direction of negative
@@ -230,6 +227,7 @@ def bicgstab(apply: Apply, b: Array, tol: Array, limit: Array, definite: bool = 
     """
     eps = jnp.finfo(b.dtype).eps
     shadow = b
+    change = precondition or (lambda v: v)
 
     def going(state: tuple[Any, ...]) -> Array:
         _, r, _, _, _, k, status = state
@@ -237,24 +235,26 @@ def bicgstab(apply: Apply, b: Array, tol: Array, limit: Array, definite: bool = 
 
     def body(state: tuple[Any, ...]) -> tuple[Any, ...]:
         x, r, p, rho, scale, k, _ = state
-        ap = apply(p)
+        p_changed = change(p)
+        ap = apply(p_changed)
         along = dot(shadow, ap)
         broken = jnp.abs(along) <= eps * norm(shadow) * norm(ap)
         alpha = jnp.where(broken, 0, safe_divide(rho, along))
         s = r - alpha * ap
-        t = apply(s)
+        s_changed = change(s)
+        t = apply(s_changed)
         st, tt = dot(t, s), dot(t, t)
         # s = 0 is convergence half a step early, and no breakdown.
         done = dot(s, s) <= tol**2
         broken = broken | (~done & (jnp.abs(st) <= eps * norm(t) * norm(s)))
         omega = safe_divide(st, tt)
-        x, r = x + alpha * p + omega * s, s - omega * t
+        x, r = x + alpha * p_changed + omega * s_changed, s - omega * t
         rho_new = dot(shadow, r)
         broken = broken | (~done & (jnp.abs(rho_new) <= eps * norm(shadow) * norm(r)))
-        pp, ss = dot(p, p), dot(s, s)
+        pp, ss = dot(p_changed, p_changed), dot(s_changed, s_changed)
         scale = jnp.maximum(scale, jnp.sqrt(jnp.maximum(safe_divide(dot(ap, ap), pp), safe_divide(tt, ss))))
-        least = -_CURVATURE_UNITS * eps * scale
-        negative = (dot(p, ap) < least * pp) | (~done & (st < least * ss))
+        least = -CURVATURE_UNITS * eps * scale
+        negative = (dot(p_changed, ap) < least * pp) | (~done & (dot(t, s_changed) < least * ss))
         p = r + safe_divide(rho_new, rho) * safe_divide(alpha, omega) * (p - omega * ap)
         status = jnp.where(broken, _int(Status.BREAKDOWN), _int(0))
         status = jnp.where(negative & definite, _int(Status.INDEFINITE), status)
@@ -265,11 +265,20 @@ def bicgstab(apply: Apply, b: Array, tol: Array, limit: Array, definite: bool = 
     return x, k, status
 
 
-def gmres_cycle(apply: Apply, b: Array, tol: Array, limit: Array, restart: int, definite: bool = False) -> Result:
+def gmres_cycle(
+    apply: Apply,
+    b: Array,
+    tol: Array,
+    limit: Array,
+    restart: int,
+    definite: bool = False,
+    precondition: Apply | None = None,
+) -> Result:
     """One cycle of GMRES (Saad and Schultz, 1986): the least residual over a Krylov space of at most ``restart``.
 
     Where the operator should be symmetric positive semi-definite (``definite``), the Hessenberg matrix is its Lanczos
-    matrix: INDEFINITE at the first proof that it is not.
+    matrix: INDEFINITE at the first proof that it is not. With a preconditioner only the curvature along its basis is
+    looked at, so that it may end without meeting a negative one.
 
     Arnoldi by Gram-Schmidt done twice, which is as orthogonal as Householder, classical within blocks of vectors and
     modified between them, so that a step reads no more of the basis than is filled. Of a symmetric operator's product
@@ -280,6 +289,8 @@ def gmres_cycle(apply: Apply, b: Array, tol: Array, limit: Array, restart: int, 
     eps = jnp.finfo(b.dtype).eps
     m = min(restart, b.size)
     at = jnp.arange(m + 1)
+    lanczos = definite and precondition is None
+    change = precondition or (lambda v: v)
 
     def going(state: tuple[Any, ...]) -> Array:
         j, done = state[4], state[6]
@@ -287,9 +298,10 @@ def gmres_cycle(apply: Apply, b: Array, tol: Array, limit: Array, restart: int, 
 
     def body(state: tuple[Any, ...]) -> tuple[Any, ...]:
         basis, r, q, g, j, used, done, pivot, beta, size, status = state
-        w = apply(basis[j])
+        v = change(basis[j])
+        w = product = apply(v)
         length = norm(w)
-        w, h = _off_last_two(w, basis, j) if definite else _orthogonal(w, basis, j)
+        w, h = _off_last_two(w, basis, j) if lanczos else _orthogonal(w, basis, j)
         w, again = _orthogonal(w, basis, j)
         h, again = h[: m + 1], again[: m + 1]
         beyond = norm(w)
@@ -298,6 +310,8 @@ def gmres_cycle(apply: Apply, b: Array, tol: Array, limit: Array, restart: int, 
         alpha = h[j] + again[j]
         size = jnp.where(done, size, jnp.sqrt(size**2 + alpha**2 + beta**2 + beyond**2))
         pivot, negative = _pivot(alpha, beta, pivot, size)
+        if not lanczos:
+            negative = dot(v, product) < -CURVATURE_UNITS * eps * length * norm(v)
         status = jnp.where(negative & definite & ~done, _int(Status.INDEFINITE), status)
         beta = beyond
         column = dot(q, h + again + jnp.where(at == j + 1, beyond, 0))
@@ -328,7 +342,7 @@ def gmres_cycle(apply: Apply, b: Array, tol: Array, limit: Array, restart: int, 
     start = (basis, square, whole, g, _int(0), _int(0), idle, _Pivot(zero, zero), zero, zero, _int(0))
     basis, r, _, g, _, used, _, _, _, _, status = lax.while_loop(going, body, start)
     y = jax.scipy.linalg.solve_triangular(r.T, jnp.where(jnp.arange(m) < used, g[:m], 0))
-    return dot(y, basis[:m]), used, status
+    return change(dot(y, basis[:m])), used, status
 
 
 def _orthogonal(w: Array, basis: Array, j: Array) -> tuple[Array, Array]:

@@ -69,6 +69,11 @@ class Spectrum:
         """(k,) which of them are positive."""
         return self.values > max(NULL * self.largest, self.floor)
 
+    @property
+    def settled(self) -> bool:
+        """Whether the sign of each of them is known."""
+        return bool(np.all(np.abs(self.values) > max(NULL * self.largest, self.floor)))
+
 
 def lowest(
     apply: Apply,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
@@ -19,8 +20,11 @@ __all__ = [
     "BiCGSTAB",
     "Direct",
     "Evening",
+    "LeastSquares",
     "LinearMap",
     "Method",
+    "Neumann",
+    "NormalCG",
     "Operator",
     "choose",
 ]
@@ -54,8 +58,15 @@ class Operator:
         It must be complete: along a null direction left out, the answer is arbitrary where the right-hand side has
         next to nothing there, and the solve fails where it has more.
       left_project: the same for the left null space; ``project`` where None, which is right for a symmetric A.
-      even: a change of unknowns that makes a symmetric A better conditioned; None for none. Krylov iterations then run
-        on S A S^T; residuals are of A all the same.
+      even: a change of unknowns that makes a symmetric A better conditioned; None for none. CG, MINRES, BiCGSTAB and
+        GMRES then run on S A S^T; residuals are of A all the same. For a symmetric A that can be written out evened, as
+        an assembled Hessian can: no product with a preconditioner is left, and Chebyshev's polynomial goes on top.
+      preconditioner: v -> M v, linear, a rough inverse of A on the unknowns' tree, for an A that is known only by its
+        products or is not symmetric; None for none. It changes the iterations, never the answer: GMRES, BiCGSTAB and
+        Neumann solve A M y = b, x = M y, and the transposed system with the transpose of M; CG and MINRES take their
+        inner products by M, which must be symmetric positive definite (BREAKDOWN where it shows that it is not).
+        Polynomials of A (``degree``) are left out beside it. Direct has no use for it; NormalCG and LeastSquares leave
+        it and ``even`` out, since in other unknowns another solution is the shortest.
     """
 
     matvec: LinearMap
@@ -64,6 +75,7 @@ class Operator:
     project: LinearMap | None = None
     left_project: LinearMap | None = None
     even: Evening | None = None
+    preconditioner: LinearMap | None = None
 
     def __post_init__(self) -> None:
         if self.positive_semidefinite and not self.symmetric:
@@ -71,6 +83,10 @@ class Operator:
         if self.even is not None and not self.symmetric:
             raise InputError(
                 f"even={self.even!r} on an operator with symmetric=False; declare it symmetric, or leave it out"
+            )
+        if self.even is not None and self.preconditioner is not None:
+            raise InputError(
+                f"even={self.even!r} and preconditioner={self.preconditioner!r} both precondition; leave one out"
             )
         if self.left_project is not None and self.left_project is not self.project:
             if self.symmetric:
@@ -85,8 +101,16 @@ class Operator:
         """The transposed operator; ``example`` is an array tree (or its shapes) like the unknowns."""
         if self.symmetric:
             return self
-        transposed = jax.linear_transpose(self.matvec, example)
-        return Operator(lambda w: transposed(w)[0], project=self.left_project, left_project=self.project)
+
+        def transposed(f: LinearMap) -> LinearMap:
+            return lambda w: jax.linear_transpose(f, example)(w)[0]
+
+        return Operator(
+            transposed(self.matvec),
+            project=self.left_project,
+            left_project=self.project,
+            preconditioner=None if self.preconditioner is None else transposed(self.preconditioner),
+        )
 
 
 def _check_rtol(name: str, rtol: float) -> None:
@@ -117,8 +141,8 @@ class CG(_Iterative):
       rtol: relative residual asked for. Residual is not error, the condition number stands between: lower it to 1e-13
         near unjamming.
       max_iterations: operator applications; 10 times the number of unknowns, at least 1,000, where None.
-      degree: of the polynomial of the operator that preconditions, see :func:`mdsens.implicit._krylov.chebyshev`. One
-        is none: it saves inner products, not applications.
+      degree: of the polynomial of the operator that preconditions, see :func:`mdsens.implicit._polynomials.chebyshev`.
+        One is none: it saves inner products, not applications.
     """
 
     degree: int = 1
@@ -157,8 +181,8 @@ class GMRES(_Iterative):
       max_iterations: operator applications; 10 times the number of unknowns, at least 1,000, where None.
       restart: length of a cycle. Memory is (restart + 1) vectors; raise it where the status is STAGNATED, lower it
         where memory runs out.
-      degree: of the polynomial of the operator that preconditions, see :func:`mdsens.implicit._krylov.chebyshev`, for
-        an operator declared positive semi-definite; one is none, and what any other gets. A cycle then reaches over
+      degree: of the polynomial of the operator that preconditions, see :func:`mdsens.implicit._polynomials.chebyshev`,
+        for an operator declared positive semi-definite; one is none, and what any other gets. A cycle then reaches over
         ``restart * degree`` applications, of which it orthogonalises one in ``degree``: near jamming, where restarts
         stagnate, that is the difference between an answer and none.
     """
@@ -173,11 +197,87 @@ class GMRES(_Iterative):
 
 
 @dataclasses.dataclass(frozen=True)
+class NormalCG(_Iterative):
+    """Conjugate gradients on A^T A x = A^T b, for any operator: the shortest of the x that make |b - A x| least.
+
+    In the form that never squares the residual (CGLS; Björck, *Numerical Methods for Least Squares Problems*, 1996,
+    section 7.4). It needs no null space declared. Where b lies outside of A's range, |A^T r| falls to ``rtol`` |A| |r|
+    above a residual r that cannot: status SINGULAR. It cannot tell a unique answer from the shortest of many, which
+    LeastSquares does, and its steps go by the condition number where those of GMRES or MINRES go by less: for an
+    operator that may be singular and is too large to write out.
+
+    Args:
+      rtol: relative residual asked for, as in :class:`CG`. Of a least-squares solution the error is up to the square of
+        the condition number times as large.
+      max_iterations: applications of A and of A^T together (two a step); 10 times the number of unknowns, at least
+        1,000, where None.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class Neumann(_Iterative):
+    """Neumann's series, x = sum over k of alpha (I - alpha A)^k b, for A = I - C with C a contraction: a fixed point's.
+
+    One application a term and two vectors of memory. The rest falls by |I - alpha A| a term, which must be below one;
+    where the series grows or stands the status is STAGNATED.
+
+    Args:
+      rtol: relative residual asked for, as in :class:`CG`.
+      max_iterations: operator applications; 10 times the number of unknowns, at least 1,000, where None.
+      alpha: the step. One suits a fixed point; for a symmetric positive definite A anything below 2 over its largest
+        eigenvalue converges, and 2 / (largest + smallest) fastest.
+      terms: sum exactly so many terms, for a cheap and rough answer: where its residual is above ``rtol`` the status
+        says that it is cut off (MAX_STEPS_REACHED), or worse than none (STAGNATED). None for as many as ``rtol`` takes.
+
+    Source: Lorraine, Vicol and Duvenaud, *Optimizing Millions of Hyperparameters by Implicit Differentiation*,
+    arXiv:1911.02590.
+    """
+
+    alpha: float = 1.0
+    terms: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_count("Neumann", "terms", self.terms)
+        if not (isinstance(self.alpha, int | float) and math.isfinite(self.alpha) and self.alpha != 0):
+            raise InputError(
+                f"Neumann: alpha={self.alpha!r} is no step; give a finite number other than zero, such as 1"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class LeastSquares:
+    """The dense pseudo-inverse, for an operator that may be singular: the shortest of the x that make |b - A x| least.
+
+    By singular values, or eigenvalues where the operator is symmetric: some ten times the work of Direct. It says what
+    Direct cannot: NOT_UNIQUE where A is singular beyond the null space declared but has b in its range, and SINGULAR
+    where b lies partly outside, so that the residual cannot vanish.
+
+    Args:
+      rtol: relative residual that makes the status good.
+      rank_tolerance: singular values up to this share of the largest count as zero; the number of unknowns times
+        round-off where None. Raise it to the error of A's entries, where these come from an experiment or a solver.
+    """
+
+    rtol: float = 1e-10
+    rank_tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_rtol("LeastSquares", self.rtol)
+        share = self.rank_tolerance
+        if share is not None and not (isinstance(share, int | float) and 0.0 <= share < 1.0):
+            raise InputError(
+                f"LeastSquares: rank_tolerance={share!r} is no share; give a number from 0 to 1, such as 1e-8"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class Direct:
     """A dense factorisation: the operator is written out as a matrix, so up to some thousand unknowns.
 
     Cholesky where positive semi-definite, LU where not, of ``P A P + s (I - P)``; singular values where left and right
-    null space differ.
+    null space differ, with the statuses of LeastSquares, which is for operators that may be singular in directions that
+    nobody declared.
 
     Args:
       rtol: relative residual that makes the status good; refinement aims at it.
@@ -208,7 +308,7 @@ class Auto:
         _check_rtol("Auto", self.rtol)
 
 
-Method: TypeAlias = GMRES | CG | MINRES | BiCGSTAB | Direct | Auto
+Method: TypeAlias = GMRES | CG | MINRES | BiCGSTAB | NormalCG | Neumann | Direct | LeastSquares | Auto
 
 # Measured on spring networks of 5.6 bonds a particle in 2-D, two cores: at 512 unknowns Direct takes 13 ms, 10 of them
 # to write the matrix out, and each further right-hand side next to nothing; CG 1.6 ms for one, 90 for 32, and in

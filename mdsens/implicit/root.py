@@ -10,28 +10,28 @@ Blondel et al., Efficient and Modular Implicit Differentiation, arXiv:2105.15183
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from types import CellType, MethodType, ModuleType
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 from jax.dtypes import float0
-from jax.extend import core
 
+from mdsens.implicit._closures import Held, call_without_derivative, hoist, opened, without_derivative
 from mdsens.implicit._tree import PyTree, check_same
 from mdsens.implicit.linear import linear_solve
 from mdsens.implicit.operators import Auto, LinearMap, Method, Operator
-from mdsens.implicit.status import InputError, require_sound_jax
+from mdsens.implicit.status import InputError, SolveStats, require_sound_jax
 
-__all__ = ["fixed_point", "root"]
+__all__ = ["fixed_point", "root", "tangent"]
 
 Condition: TypeAlias = Callable[..., PyTree]
 Solver: TypeAlias = Callable[..., Any]
 NullSpace: TypeAlias = Callable[..., LinearMap | tuple[LinearMap, LinearMap]]
+Preconditioner: TypeAlias = Callable[..., LinearMap]
 _AUTO = Auto()
 
 
@@ -42,6 +42,10 @@ def root(
     positive_semidefinite: bool = False,
     null_space: NullSpace | None = None,
     has_aux: bool = False,
+    preconditioner: Preconditioner | None = None,
+    preprocess: Callable[..., tuple[PyTree, tuple[PyTree, ...]]] | None = None,
+    postprocess: Callable[..., PyTree] | None = None,
+    static_argnums: tuple[int, ...] = (),
 ) -> Callable[[Solver], Solver]:
     """Give any solver of F(x, *args) = 0 the derivative of the root by ``args``.
 
@@ -59,6 +63,16 @@ def root(
       null_space: ``null_space(x, *args)`` gives the orthogonal projector off the null space of dF/dx (or the pair off
         the right and the left one), a linear function on trees like x. None where dF/dx is regular.
       has_aux: the solver returns ``(x, aux)``; ``aux`` is passed on, and has no derivative.
+      preconditioner: ``preconditioner(x, *args)`` gives a rough inverse of dF/dx, a linear function on trees like x;
+        see :class:`~mdsens.implicit.Operator`. It has no derivative, and changes none.
+      preprocess: ``preprocess(init, *args)`` gives ``(init, args)``, a tuple of args in place of those of the call for
+        the solver and all other functions here. Its derivative is followed: it is where a call's units, or parameters
+        that must stay positive, become those of F.
+      postprocess: ``postprocess(x, *args)`` is returned in place of x, and differentiated as it is written: for F in
+        log x, or a function of the root.
+      static_argnums: places in ``F(x, *args)``, x being 0, of arguments that are handed on as the object they are and
+        never taken apart as trees: records, logs that the solver writes to, dicts with keys of mixed types. Functions,
+        strings and other objects that are no trees need not be named. Under jit name them to jit as well.
 
     Returns:
       A decorator for ``solver(init, *args)``. ``init`` has no derivative; args are any trees, and leaves that are not
@@ -66,11 +80,32 @@ def root(
 
     Raises:
       InputError: F(x, *args) and x differ in tree or shape; x holds anything but real floating-point arrays; a keyword
-        argument.
+        argument; a static argument that is traced, or is not there; ``preprocess`` gives anything but (init, args).
 
     The derivative has no status to carry: a linear system that fails gives its best iterate, NaN where a number in it
-    is not finite. Solve with :func:`mdsens.implicit.solve` on the same operator to see how it went.
+    is not finite. :func:`tangent` solves the same system and tells how it went.
+
+    Example:
+      x^3 = theta + 1 with theta given by its logarithm and x wanted by its own, and how many steps it took::
+
+        @root(
+            lambda x, theta: x**3 - theta - 1,
+            has_aux=True,
+            preprocess=lambda init, logarithm: (init, (jnp.exp(logarithm),)),
+            postprocess=lambda x, theta: jnp.log(x),
+        )
+        def solver(init, theta):
+            return jnp.cbrt(theta + 1), {"steps": 1}
+
+        y, aux = solver(1.0, 0.5)
+        slope = jax.grad(lambda t: solver(1.0, t)[0])(0.5)
     """
+    for place in static_argnums:
+        if not (isinstance(place, int) and not isinstance(place, bool) and place >= 1):
+            raise InputError(
+                f"static_argnums={static_argnums!r}: {place!r} is no argument of F(x, *args) after x, from 1"
+            )
+    F, null_space, preconditioner = opened(F), _opened(null_space), _opened(preconditioner)
 
     def decorate(solver: Solver) -> Solver:
         @functools.wraps(solver)
@@ -81,11 +116,15 @@ def root(
                     f"the keyword arguments {sorted(keywords)} have no place in F(x, *args); pass them by position, or "
                     "bind them with functools.partial before decorating"
                 )
-            found = _call_without_derivative(solver, init, args)
+            if preprocess is not None:
+                init, args = _prepared(preprocess(init, *args))
+            args = _held(args, static_argnums)
+            found = call_without_derivative(opened(solver), (init, *args))
             x, aux = found if has_aux else (found, None)
-            x = _without_derivative(jax.tree.map(_as_unknown, x))
-            x = _attach(F, x, args, solve, symmetric, positive_semidefinite, null_space)
-            return (x, _without_derivative(aux)) if has_aux else x
+            x = without_derivative(jax.tree.map(_as_unknown, x))
+            x = _attach(F, x, args, solve, symmetric, positive_semidefinite, null_space, preconditioner)
+            out = x if postprocess is None else opened(postprocess)(x, *args)
+            return (out, without_derivative(aux)) if has_aux else out
 
         return solve_root
 
@@ -99,13 +138,18 @@ def fixed_point(
     positive_semidefinite: bool = False,
     null_space: NullSpace | None = None,
     has_aux: bool = False,
+    preconditioner: Preconditioner | None = None,
+    preprocess: Callable[..., tuple[PyTree, tuple[PyTree, ...]]] | None = None,
+    postprocess: Callable[..., PyTree] | None = None,
+    static_argnums: tuple[int, ...] = (),
 ) -> Callable[[Solver], Solver]:
     """Give any solver of x = T(x, *args) the derivative of the fixed point: :func:`root` of x - T(x, *args).
 
         dx = (I - dT/dx)^-1 (dT/dargs) dargs
 
-    Args, returns and raises as :func:`root`; ``symmetric``, ``positive_semidefinite`` and ``null_space`` speak of
-    I - dT/dx, which is positive definite where T is a contraction with a symmetric derivative.
+    Args, returns and raises as :func:`root`; ``symmetric``, ``positive_semidefinite``, ``null_space`` and
+    ``preconditioner`` speak of I - dT/dx, which is positive definite where T is a contraction with a symmetric
+    derivative. Of a contraction, ``solve=Neumann()`` needs the least memory.
     """
 
     def F(x: PyTree, *args: PyTree) -> PyTree:
@@ -113,7 +157,78 @@ def fixed_point(
         check_same(image, x, "T(x, *args)", "x", "T must map the unknowns' space into itself")
         return jax.tree.map(jnp.subtract, x, image)
 
-    return root(F, solve, symmetric, positive_semidefinite, null_space, has_aux)
+    return root(
+        F,
+        solve,
+        symmetric,
+        positive_semidefinite,
+        null_space,
+        has_aux,
+        preconditioner,
+        preprocess,
+        postprocess,
+        static_argnums,
+    )
+
+
+def tangent(
+    F: Condition,
+    x: PyTree,
+    args: Sequence[PyTree],
+    dargs: Sequence[PyTree],
+    solve: Method = _AUTO,
+    symmetric: bool = False,
+    positive_semidefinite: bool = False,
+    null_space: NullSpace | None = None,
+    preconditioner: Preconditioner | None = None,
+) -> tuple[PyTree, SolveStats]:
+    """The change of a root by a change of its arguments, and the evidence that it is one.
+
+        (dF/dx) dx = - (dF/dargs) dargs
+
+    What :func:`root` gives in forward mode, by the same code, with the status and the residual that a derivative of jax
+    has no place for. Traceable by jit and vmap.
+
+    Args:
+      F: ``F(x, *args)``; of a fixed point x - T(x, *args).
+      x: the root. That F is zero there is not checked.
+      args: the arguments.
+      dargs: the change of each, with its tree and shapes; None for an argument that stays. What is given for leaves
+        that are not floating point counts for nothing.
+      solve: as in :func:`root`, and so the others.
+
+    Returns:
+      ``(dx, stats)`` as :func:`mdsens.implicit.solve`: dx with the tree of x, and the best iterate, or zero where it is
+      not finite, under a status that is not good.
+
+    Raises:
+      InputError: args and dargs, or F(x, *args) and x, differ in number, tree or shape.
+    """
+    x = jax.tree.map(_as_unknown, x)
+    if len(args) != len(dargs):
+        raise InputError(f"dargs has {len(dargs)} changes for {len(args)} args; give one each, None where it stays")
+    moving = [i for i, change in enumerate(dargs) if change is not None]
+    for i in moving:
+        check_same(dargs[i], args[i], f"dargs[{i}]", f"args[{i}]", "give a change of its form, or None")
+    leaves, structure = jax.tree.flatten([args[i] for i in moving])
+    changes = jax.tree.leaves([dargs[i] for i in moving])
+    float_at = [k for k, leaf in enumerate(leaves) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)]
+
+    def condition(values: list[Array], y: PyTree) -> PyTree:
+        merged, full = list(leaves), list(args)
+        for k, value in zip(float_at, values, strict=True):
+            merged[k] = value
+        for i, arg in zip(moving, jax.tree.unflatten(structure, merged), strict=True):
+            full[i] = arg
+        return F(y, *full)
+
+    values = [jnp.asarray(leaves[k]) for k in float_at]
+    check_same(jax.eval_shape(condition, values, x), x, "F(x, *args)", "x", "F must give one equation an unknown")
+    sides = _maps(None if null_space is None else null_space(x, *args))
+    by = None if preconditioner is None else preconditioner(x, *args)
+    declared = _declared(symmetric, positive_semidefinite, sides, by)
+    dvalues = [jnp.asarray(changes[k], value.dtype) for k, value in zip(float_at, values, strict=True)]
+    return _response(condition, values, dvalues, x, declared, solve, not_finite=0.0)
 
 
 def _attach(
@@ -124,143 +239,113 @@ def _attach(
     symmetric: bool,
     positive_semidefinite: bool,
     null_space: NullSpace | None,
+    preconditioner: Preconditioner | None,
 ) -> PyTree:
     """x itself, with the derivative of the root of F by everything that F depends on."""
-    condition, params = _hoist(lambda y: F(y, *args), x)
+    condition, params = hoist(lambda y: F(y, *args), x)
     check_same(jax.eval_shape(condition, params, x), x, "F(x, *args)", "x", "F must give one equation an unknown")
-    project, frame = _hoist_null_space(null_space, x, args)
+    project, frame = _hoist_maps(null_space, "null_space's projector", x, args)
+    precondition, by = _hoist_maps(preconditioner, "the preconditioner", x, args)
 
     @jax.custom_jvp
-    def attached(x: PyTree, params: list[Array], frame: list[Array]) -> PyTree:
+    def attached(x: PyTree, params: list[Array], frames: Any) -> PyTree:
         return x
 
     @functools.partial(attached.defjvp, symbolic_zeros=True)
     def rule(primals: Any, tangents: Any) -> tuple[PyTree, PyTree]:
-        x, params, frame = primals
+        x, params, frames = primals
         # The value of the rule itself, not the x that came in: of higher order, it depends on params by this rule.
-        x = attached(x, params, frame)
+        x = attached(x, params, frames)
         active = [i for i, t in enumerate(tangents[1]) if not (isinstance(t, SymbolicZero) or t.dtype == float0)]
         if not active:
             return x, jax.tree.map(jnp.zeros_like, x)
 
-        def of_active(values: list[Array]) -> PyTree:
+        def of_active(values: list[Array], y: PyTree) -> PyTree:
             merged = list(params)
             for i, value in zip(active, values, strict=True):
                 merged[i] = value
-            return condition(merged, x)
+            return condition(merged, y)
 
-        _, df = jax.jvp(of_active, ([params[i] for i in active],), ([tangents[1][i] for i in active],))
-        _, jacobian = jax.linearize(functools.partial(condition, params), x)
-        right, left = project(frame, x)
-        operator = Operator(jacobian, symmetric, positive_semidefinite, right, left)
-        dx, _ = linear_solve(operator, jax.tree.map(jnp.negative, df), solve, not_finite=float("nan"))
-        return x, dx
+        frame, by = frames
+        declared = _declared(symmetric, positive_semidefinite, project(frame, x), next(iter(precondition(by, x)), None))
+        values, changes = [params[i] for i in active], [tangents[1][i] for i in active]
+        return x, _response(of_active, values, changes, x, declared, solve, not_finite=float("nan"))[0]
 
-    return attached(x, params, frame)
+    return attached(x, params, (frame, by))
 
 
-def _hoist(f: Callable[..., PyTree], *examples: PyTree) -> tuple[Callable[..., PyTree], list[Array]]:
-    """f as g(values, *examples), where ``values`` are all the arrays f takes from around it.
-
-    ``jax.closure_convert`` leaves behind the values that it thinks carry no derivative, and remembers f by identity,
-    so that a second call may get the first one's tracers; here every value is taken, anew at each call.
-    """
-    closed, shape = jax.make_jaxpr(lambda *a: f(*a), return_shape=True)(*examples)
-    # Without its values, which a rule that holds it would leak; from jax 0.12 on a bare jaxpr has them too.
-    jaxpr, structure = core.ClosedJaxpr(closed.jaxpr, [None] * len(closed.consts)).jaxpr, jax.tree.structure(shape)
-
-    def g(values: list[Array], *inputs: PyTree) -> PyTree:
-        out = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, values))(*jax.tree.leaves(inputs))
-        return jax.tree.unflatten(structure, out)
-
-    return g, list(closed.consts)
+def _response(
+    condition: Callable[[list[Array], PyTree], PyTree],
+    values: list[Array],
+    changes: list[Array],
+    x: PyTree,
+    declared: Callable[[LinearMap], Operator],
+    solve: Method,
+    not_finite: float,
+) -> tuple[PyTree, SolveStats]:
+    """dx at a root of condition(values, x) for changes of the values."""
+    _, df = jax.jvp(lambda v: condition(v, x), (values,), (changes,))
+    _, jacobian = jax.linearize(functools.partial(condition, values), x)
+    return linear_solve(declared(jacobian), jax.tree.map(jnp.negative, df), solve, not_finite=not_finite)
 
 
-def _call_without_derivative(solver: Solver, init: PyTree, args: tuple[PyTree, ...]) -> Any:
-    """solver(init, *args) on values without tangents, those that it closes over included.
-
-    Stopping what comes out would do for the result. But jax would still differentiate the solver by what it closes
-    over, which costs, fails behind ``pure_callback`` and, twice over a ``while_loop``, raises a TypeError (jax 0.10.1).
-    """
-    stopped = _without_derivative((init, *args))
-    if not _closes_over_tracer(solver):
-        return solver(*stopped)  # not traced: outside of jit it may be plain Python
-    hoisted, values = _hoist(lambda: solver(*stopped))
-    return hoisted(_without_derivative(values))
+def _declared(
+    symmetric: bool, positive_semidefinite: bool, sides: Sequence[LinearMap], by: LinearMap | None
+) -> Callable[[LinearMap], Operator]:
+    """The Jacobian as an operator with what is known of it; one projector serves both sides."""
+    right, left = (*sides, None, None)[:2]
+    return lambda jacobian: Operator(jacobian, symmetric, positive_semidefinite, right, left, preconditioner=by)
 
 
-def _closes_over_tracer(f: Any) -> bool:
-    """Whether a function reaches a tracer through closures, defaults, partials, ``self`` or containers.
-
-    Only a shortcut is at stake: a tracer hidden better is stopped where the result comes out.
-    """
-    pending, seen = [f], set()
-    while pending:
-        value = pending.pop()
-        if isinstance(value, Tracer):
-            return True
-        if id(value) in seen or isinstance(value, type | ModuleType):
-            continue
-        seen.add(id(value))
-        if isinstance(value, functools.partial):
-            pending += [value.func, value.args, value.keywords]
-        elif isinstance(value, MethodType):
-            pending += [value.__func__, value.__self__, *getattr(value.__self__, "__dict__", {}).values()]
-        elif callable(value):
-            pending += [getattr(value, name, None) for name in ("__wrapped__", "__defaults__", "__kwdefaults__")]
-            pending += [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if _filled(cell)]
-        else:
-            pending += [leaf for leaf in jax.tree.leaves(value) if leaf is not value]
-    return False
+def _maps(made: Any) -> tuple[LinearMap, ...]:
+    return () if made is None else made if isinstance(made, tuple) else (made,)
 
 
-def _filled(cell: CellType) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:  # a name that is not bound yet
-        return False
+def _hoist_maps(
+    make: Callable[..., Any] | None, name: str, x: PyTree, args: tuple[PyTree, ...]
+) -> tuple[Callable[[list[list[Array]], PyTree], list[LinearMap]], list[list[Array]]]:
+    """The linear maps that ``make(x, *args)`` gives, as a function of hoisted values and x; none have a derivative."""
 
-
-_Projectors: TypeAlias = tuple[LinearMap | None, LinearMap | None]
-
-
-def _hoist_null_space(
-    null_space: NullSpace | None, x: PyTree, args: tuple[PyTree, ...]
-) -> tuple[Callable[[list[list[Array]], PyTree], _Projectors], list[list[Array]]]:
-    """The projectors as a function of hoisted values and x; one projector serves both sides."""
-    if null_space is None:
-        return (lambda frame, x: (None, None)), []
-    made = null_space(x, *args)
-    sides = 2 if isinstance(made, tuple) else 1
+    if make is None:
+        return (lambda frame, x: []), []
 
     def side(i: int) -> Callable[[PyTree, PyTree], PyTree]:
-        def apply(x: PyTree, v: PyTree) -> PyTree:
-            made = null_space(*_without_derivative((x, *args)))
-            return (made[i] if isinstance(made, tuple) else made)(v)
+        return lambda x, v: _maps(make(*without_derivative((x, *args))))[i](v)
 
-        return apply
-
-    hoisted = [_hoist(side(i), x, x) for i in range(sides)]
+    hoisted = [hoist(side(i), x, x) for i in range(len(_maps(make(x, *args))))]
     functions, frame = [g for g, _ in hoisted], [values for _, values in hoisted]
     for g, values in hoisted:
-        check_same(
-            jax.eval_shape(g, values, x, x), x, "null_space's projector", "x", "it must map x's space into itself"
+        check_same(jax.eval_shape(g, values, x, x), x, name, "x", "it must map x's space into itself")
+
+    def maps(frame: list[list[Array]], x: PyTree) -> list[LinearMap]:
+        return [functools.partial(g, values, x) for g, values in zip(functions, frame, strict=True)]
+
+    return maps, frame
+
+
+def _opened(f: Callable[..., Any] | None) -> Callable[..., Any] | None:
+    return None if f is None else opened(f)
+
+
+def _prepared(made: Any) -> tuple[PyTree, tuple[PyTree, ...]]:
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], tuple)):
+        raise InputError(
+            f"preprocess gave a {type(made).__name__} that is not (init, args); return a pair, args as a tuple"
         )
-
-    def project(frame: list[list[Array]], x: PyTree) -> _Projectors:
-        maps = [functools.partial(g, values, x) for g, values in zip(functions, frame, strict=True)]
-        return (maps[0], maps[1]) if sides == 2 else (maps[0], None)
-
-    return project, frame
+    return made
 
 
-def _without_derivative(tree: PyTree) -> PyTree:
-    """Strip tangents; leaves that can have none, numpy arrays and other objects pass as they are."""
-
-    def strip(leaf: Any) -> Any:
-        return lax.stop_gradient(leaf) if isinstance(leaf, Array) and jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
-
-    return jax.tree.map(strip, tree)
+def _held(args: tuple[PyTree, ...], places: tuple[int, ...]) -> tuple[PyTree, ...]:
+    """The arguments, those at ``places`` counted from 1 held as they are."""
+    for place in places:
+        if place > len(args):
+            raise InputError(f"static_argnums={places!r}, but F(x, *args) has {len(args)} args after x here; mend it")
+        if isinstance(args[place - 1], Tracer):
+            raise InputError(
+                f"the argument {place} is in static_argnums={places!r} and is traced by jax; leave it out there, or "
+                "name it to jax.jit as static, too"
+            )
+    return tuple(Held(arg) if i + 1 in places else arg for i, arg in enumerate(args))
 
 
 def _as_unknown(leaf: Any) -> Array:

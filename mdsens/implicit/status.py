@@ -64,13 +64,22 @@ class Status(IntEnum):
         "the lowest modes are equally stiff, more of them than were asked for, so that each alone has no derivative; "
         "value and derivative are those of their mean",
     )
+    NOT_UNIQUE = (
+        6,
+        "the operator is singular beyond what was declared and the right-hand side lies in its range: of the many "
+        "solutions this is the shortest; where the others matter, state what holds the free directions",
+    )
     MAX_STEPS_REACHED = 10, "the step limit came before the tolerance; raise max_steps or loosen the tolerance"
     STAGNATED = (
         11,
         "the residual stopped falling above the tolerance; try a longer restart, another solver (Direct where it "
         "fits), or check that the null space is complete",
     )
-    BREAKDOWN = 12, "the recurrence broke down (division by zero); use GMRES or Direct"
+    BREAKDOWN = (
+        12,
+        "the recurrence broke down (division by zero, or a preconditioner that is not positive definite); use GMRES or "
+        "Direct",
+    )
     INDEFINITE = (
         13,
         "the operator has a direction of negative curvature, so this is a saddle and no minimum; perturb the "
@@ -136,6 +145,27 @@ class Status(IntEnum):
         26,
         "the bulk or the shear modulus is not positive, so that only the cell holds this configuration on its way to a "
         "rearrangement, and its Poisson's ratio means nothing; compress it, or take more particles",
+    )
+
+    DEGENERATE_CONSTRAINT = (
+        27,
+        "a constraint is met without a force on it, so it is about to open or close: the derivative is that of one "
+        "side; move the parameters a little",
+    )
+    SINGULAR = (
+        28,
+        "the operator is singular and the right-hand side lies partly outside its range: this is the least-squares "
+        "solution, not a derivative; state what holds the free directions (null_space), or check the condition F",
+    )
+    NOT_A_SADDLE = (
+        29,
+        "the modes of negative stiffness are not as many as a saddle of this order has: this is a minimum, or a saddle "
+        "of another order; start nearer to the saddle, along another direction, or between its two minima",
+    )
+    REDUNDANT_CONSTRAINTS = (
+        30,
+        "some constraints repeat others, so that their multipliers are not unique and their values cannot change one "
+        "by one; leave out as many as repeat",
     )
 
     @property

@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdsens import contacts, sensitivity
+from mdsens import contacts, lagrangian, sensitivity
 from mdsens._tables import Shown
 from mdsens.boxes import inverse
 from mdsens.implicit.status import InputError, PrecisionError, Status, raise_for_status
 from mdsens.linearization import full_tangent
 from mdsens.relaxation import Equilibrium, minimize
+from mdsens.saddles import find_saddle
 from mdsens.scales import round_off
 from mdsens.sensitivity import Linearization, Response
 from mdsens.stationarity import Unknowns
@@ -43,6 +44,14 @@ def _gap(value: Any, exact: Any, nonaffine: jax.Array) -> float:
     """How far a derivative is from another: of positions relative to ``nonaffine``, of a cell to its strain."""
     if not isinstance(exact, Unknowns):
         return relative(_norm(jnp.asarray(value) - exact), _norm(nonaffine))
+    if isinstance(value, Unknowns) and exact.multipliers is not None:
+        parts = [relative(_norm(value.positions - exact.positions), _norm(nonaffine))]
+        for ours, theirs in ((value.multipliers, exact.multipliers), (value.params, exact.params)):
+            gaps = [jnp.ravel(a - b) for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)]
+            sizes = [jnp.ravel(leaf) for leaf in jax.tree.leaves(theirs)]
+            if sizes:
+                parts.append(relative(_norm(jnp.concatenate(gaps)), _norm(jnp.concatenate(sizes))))
+        return max(parts)
     if not isinstance(value, Unknowns) or value.strain is None or exact.strain is None:
         raise InputError("the derivative is one at a pressure: give Unknowns(positions, strain), as ms.jvp does.")
     moved = relative(_norm(value.positions - exact.positions), _norm(nonaffine))
@@ -188,6 +197,11 @@ def _interacting(eq: Equilibrium) -> np.ndarray:
     return np.concatenate(rows) if rows else np.zeros((0, 2), int)
 
 
+def _held(eq: Equilibrium) -> np.ndarray:
+    """Which coordinates constraints hold; empty without any."""
+    return np.asarray(lagrangian.held(eq.system).positions if eq.system.constraints else [])
+
+
 class _Difference(NamedTuple):
     """A central difference, the worst status of its two minimisations, and whether a contact changed within it.
 
@@ -222,8 +236,22 @@ class _Line:
     pairs: np.ndarray
     tolerance: float
 
-    def off_null(self, positions: jax.Array, strain: jax.Array | None) -> tuple[Any, jax.Array]:
-        """A derivative of positions, or of them and the cell, without its part in the null space; and ``nonaffine``."""
+    @property
+    def held(self) -> np.ndarray:
+        """Which coordinates are pinned or at a bound at the minimum; empty without constraints."""
+        return _held(self.lin.equilibrium)
+
+    def off_null(self, found: Unknowns) -> tuple[Any, jax.Array]:
+        """A derivative of positions, or of them and the cell, without its part in the null space; and ``nonaffine``.
+
+        Under constraints what is held counts: it is the free motions and rattlers that are left out.
+        """
+        positions, strain, null = found.positions, found.strain, self.lin.null
+        if self.lin.held is not None:
+            kept = jnp.where(null.rattlers[:, None], 0.0, positions)
+            motions: Any = null.motions
+            kept = kept - jnp.tensordot(jnp.sum(motions * kept, axis=(1, 2)), motions, axes=1)
+            return dataclasses.replace(found, positions=kept), kept
         cell_moves = 0.0 if strain is None else self.lin.equilibrium.positions @ from_mandel(strain).T
         rest = self.lin.null.project(Unknowns(positions - cell_moves)).positions
         return (rest, rest) if strain is None else (Unknowns(rest + cell_moves, strain), rest)
@@ -233,23 +261,33 @@ class _Line:
         eq = self.lin.equilibrium
         ends, statuses, changed = [], [], False
         for side in (t, -t):
-            params = {k: v + side * self.tangent[k] for k, v in eq.params.items()}
+            params = {k: v + side * self.tangent[k] for k, v in eq.params.items() if k in self.tangent}
             pressure = None if eq.pressure is None else float(eq.pressure) + side * float(self.tangent["pressure"])
             shape = eq.pressure is not None and len(eq.strains) > 1
-            there = minimize(
-                eq.system, params, pressure=pressure, shape=shape, tolerance=self.tolerance, throw=False, progress=False
-            )
-            status = Status(int(there.status))
+            how: dict[str, Any] = {"tolerance": self.tolerance, "throw": False, "progress": False}
+            if eq.order:
+                there = find_saddle(eq.system, params, **how)
+            else:
+                there = minimize(eq.system, params, pressure=pressure, shape=shape, **how)
+            status = Status(int(there.status)) if there.order == eq.order else Status.NOT_A_SADDLE
             fell = float(there.max_force) <= float(eq.tolerance) and pressure is None  # no word of the cell's stress
             if status is Status.MAX_STEPS_REACHED and fell:
                 status = Status.ROUND_OFF_LIMITED
             ends.append(there)
             statuses.append(status)
             changed = changed or not np.array_equal(self.pairs, _interacting(there))
-        slope, strain = (ends[0].positions - ends[1].positions) / (2.0 * t), None
+            changed = changed or not np.array_equal(self.held, _held(there))
+        slope = jax.tree.map(lambda a, b: (a - b) / (2.0 * t), *(_reached(end) for end in ends))
         if eq.pressure is not None:
             strain = to_mandel((ends[0].system.box - ends[1].system.box) / (2.0 * t) @ inverse(eq.system.box))
-        return _Difference(*self.off_null(slope, strain), max(statuses), changed)
+            slope = dataclasses.replace(slope, strain=strain)
+        return _Difference(*self.off_null(slope), max(statuses), changed)
+
+
+def _reached(eq: Equilibrium) -> Unknowns:
+    """What the doors differentiate, at a minimum."""
+    names = lagrangian.relaxed(eq.system)
+    return Unknowns(eq.positions, None, eq.multipliers, {k: eq.params[k] for k in names} or None)
 
 
 def _line(eq: Equilibrium, dparams: Params, tolerance: float | None) -> _Line:
@@ -266,9 +304,16 @@ def _line(eq: Equilibrium, dparams: Params, tolerance: float | None) -> _Line:
     size = max(_size(lin, k) for k, v in tangent.items() if v.size and jnp.any(v != 0))
     response = sensitivity.jvp(lin, dparams, throw=False)
     velocity, strain = response.value, None
+    own, reach = dict(tangent), np.inf
     if isinstance(velocity, Unknowns) and velocity.strain is not None:
         velocity, strain = response.nonaffine, from_mandel(velocity.strain)
-    own = {name: tangent[name] for name in eq.params}
+    elif isinstance(velocity, Unknowns):
+        own |= velocity.params or {}
+        equations = {k: (velocity.multipliers or {})[k] for k in lin.multipliers or {}} or None
+        rate = dataclasses.replace(velocity, multipliers=equations)
+        times = np.abs(np.asarray(_switches(lin, rate, tangent)))
+        velocity, reach = velocity.positions, float(np.min(times, initial=np.inf))
+    own = {name: own[name] for name in eq.params}
     crossing = contacts.crossings(eq.system, velocity, own, lin.network.rattlers, strain)
     if tolerance is None:
         tolerance = max(0.01 * float(eq.tolerance), float(round_off(eq.system)))
@@ -277,10 +322,15 @@ def _line(eq: Equilibrium, dparams: Params, tolerance: float | None) -> _Line:
         tangent,
         response,
         size / largest if size > 0 else 1.0,
-        crossing.radius,
+        min(crossing.radius, reach),
         _interacting(eq),
         tolerance,
     )
+
+
+@jax.jit
+def _switches(lin: Linearization, rate: Unknowns, tangent: Params) -> jax.Array:
+    return lagrangian.switch_times(lin.system, (lin.unknowns, lin.params), (rate, dict(tangent)), lin.network.rattlers)
 
 
 def _size(lin: Linearization, name: str) -> float:
@@ -296,7 +346,7 @@ def finite_difference(
     """dR/dt at params + t dparams by central differences, (R(t) - R(-t)) / 2t, minimising again from this minimum.
 
     A minimum at a pressure is minimised again at that pressure, or, where ``dparams`` has ``"pressure"``, at those a
-    little to either side; its cell is differentiated with its positions.
+    little to either side; its cell is differentiated with its positions. A saddle is found again by Newton steps.
 
     Args:
       eq: a minimum; not a batch.
@@ -327,8 +377,14 @@ def finite_difference(
     )
 
 
-def _checked(value: Any, eq: Equilibrium) -> tuple[jax.Array, jax.Array | None]:
+def _checked(value: Any, eq: Equilibrium) -> Unknowns:
     """A derivative that a user gives: of the positions, and at a pressure of the cell."""
+    if eq.system.constraints:
+        if isinstance(value, Unknowns) and jax.tree.structure(value) == jax.tree.structure(_reached(eq)):
+            return value
+        raise InputError(
+            "value is no derivative under constraints: give Unknowns as ms.jvp does, multipliers included."
+        )
     given, dtype = value if isinstance(value, Unknowns) else Unknowns(value), eq.positions.dtype
     d = eq.positions.shape[1]
     wanted = [("value", given.positions, eq.positions.shape, "the derivative of the positions")]
@@ -342,7 +398,7 @@ def _checked(value: Any, eq: Equilibrium) -> tuple[jax.Array, jax.Array | None]:
         if array.shape != shape or not np.isfinite(np.asarray(array)).all():
             raise InputError(f"{name} has shape {array.shape}: give {what}, finite and {shape}.")
         found.append(array)
-    return (found[0], found[1]) if len(found) > 1 else (found[0], None)
+    return Unknowns(found[0], found[1] if len(found) > 1 else None)
 
 
 def derivative_test(
@@ -377,7 +433,7 @@ def derivative_test(
     if value is None:
         raise_for_status(line.response.status, "jvp gives no derivative to test: give one as value", line.response)
         value = line.response.value
-    exact, nonaffine = line.off_null(*_checked(value, eq))
+    exact, nonaffine = line.off_null(_checked(value, eq))
     chosen = (
         line.unit * np.geomspace(*RANGE, COUNT) if steps is None else np.sort(np.atleast_1d(np.asarray(steps, float)))
     )

@@ -1,0 +1,249 @@
+"""The energy under constraints: which coordinates are held, the equations, and the slope of L = U + lambda . g.
+
+At a constrained minimum a coordinate is either free, and dL/dx is zero along it, or it is held: pinned, or at a bound.
+Held coordinates follow the parameters by what holds them; dL/dx along them is the force that it takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mdsens.boxes import nearest_image
+from mdsens.constraints import Pinned, Wall
+from mdsens.slopes import energy_slope
+from mdsens.system import System, box_at, diameters_at, potential_energy
+from mdsens.unknowns import Unknowns
+
+__all__ = [
+    "at_bounds",
+    "bounds",
+    "equations",
+    "has_equations",
+    "held",
+    "lagrangian_slope",
+    "multipliers_at",
+    "own_params",
+    "pinned",
+    "placed",
+    "relaxed",
+    "switch_times",
+    "supports",
+    "unknowns_of",
+    "with_unknowns",
+]
+
+Params = Mapping[str, Any]
+TOUCHING = 64.0  # units of round-off within which a coordinate is at its bound
+
+
+def relaxed(system: System) -> tuple[str, ...]:
+    """The law's parameters that are unknowns."""
+    return tuple(dict.fromkeys(name for c in system.constraints for name in c.relaxes))
+
+
+def own_params(system: System) -> dict[str, jax.Array]:
+    """What derivatives can be taken by: the parameters that are no unknowns."""
+    unknown = relaxed(system)
+    return {name: value for name, value in system.params.items() if name not in unknown}
+
+
+def unknowns_of(system: System, multipliers: dict[str, jax.Array] | None = None) -> Unknowns:
+    """The system's positions and relaxed parameters, with the equations' multipliers, zero where None."""
+    names = relaxed(system)
+    params = {name: system.params[name] for name in names} if names else None
+    found = equations(system, system.positions, system.params)
+    if found:
+        found = {k: (multipliers or {}).get(k, jnp.zeros_like(g)) for k, g in found.items()}
+    return Unknowns(system.positions, None, found or None, params)
+
+
+def with_unknowns(system: System, x: Unknowns, params: Params) -> System:
+    """The system at other unknowns and parameters; traceable, its list stays."""
+    return system.replace(positions=x.positions, params={**params, **(x.params or {})})
+
+
+def pinned(system: System) -> jax.Array:
+    """(n, d) coordinates that never move."""
+    mask = jnp.zeros(system.positions.shape, bool)
+    for c in system.constraints:
+        own = c.pinned()
+        mask = mask if own is None else mask | own
+    return mask
+
+
+def bounds(system: System, params: Params) -> tuple[Unknowns, Unknowns]:
+    """The lower and upper bounds of positions and relaxed parameters."""
+    shape, dtype = system.positions.shape, system.positions.dtype
+    low, high = jnp.full(shape, -jnp.inf, dtype), jnp.full(shape, jnp.inf, dtype)
+    least = {name: jnp.full_like(system.params[name], -jnp.inf) for name in relaxed(system)}
+    for c in system.constraints:
+        own = c.bounds(params, diameters_at(system, params), shape)
+        if own is not None:
+            low, high = jnp.maximum(low, own.lower), jnp.minimum(high, own.upper)
+        floor = c.least()
+        if floor is not None:
+            least = {k: jnp.maximum(v, floor) if k in c.relaxes else v for k, v in least.items()}
+    most = {name: jnp.full_like(value, jnp.inf) for name, value in least.items()}
+    return Unknowns(low, params=least or None), Unknowns(high, params=most or None)
+
+
+def at_bounds(system: System) -> tuple[Unknowns, Unknowns]:
+    """Which positions and relaxed parameters are at their lower bound, and which at their upper one."""
+    low, high = bounds(system, system.params)
+    x = Unknowns(system.positions, params=low.params and {k: system.params[k] for k in low.params})
+
+    def meets(x: jax.Array, bound: jax.Array, side: float) -> jax.Array:
+        near = TOUCHING * jnp.finfo(x.dtype).eps * jnp.maximum(jnp.abs(bound), jnp.abs(x))
+        return jnp.isfinite(bound) & (side * (x - bound) <= jnp.where(jnp.isfinite(bound), near, 0.0))
+
+    return jax.tree.map(lambda a, b: meets(a, b, 1.0), x, low), jax.tree.map(lambda a, b: meets(a, b, -1.0), x, high)
+
+
+def held(system: System) -> Unknowns:
+    """Which coordinates and relaxed parameters are held: pinned, or at a bound."""
+    low, high = at_bounds(system)
+    both = jax.tree.map(jnp.logical_or, low, high)
+    return Unknowns(both.positions | pinned(system), params=both.params)
+
+
+def placed(system: System, params: Params) -> Unknowns:
+    """Where what is held is held, as the parameters move it; what is not at a bound stays."""
+    low, high = bounds(system, {**system.params, **params})
+    at_low, at_high = at_bounds(jax.lax.stop_gradient(system))
+    x = Unknowns(system.positions, params=low.params and {k: system.params[k] for k in low.params})
+
+    def place(x: jax.Array, low: jax.Array, high: jax.Array, at_low: jax.Array, at_high: jax.Array) -> jax.Array:
+        # where() before the bound too: an infinite one must not meet a derivative
+        low, high = jnp.where(at_low, low, x), jnp.where(at_high, high, x)
+        return jnp.where(at_low, low, jnp.where(at_high, high, x))
+
+    found = jax.tree.map(place, x, low, high, at_low, at_high)
+    return Unknowns(jnp.where(pinned(system), system.positions, found.positions), params=found.params)
+
+
+def has_equations(system: System) -> bool:
+    """Whether some constraint is an equation, with a multiplier among the unknowns."""
+    return bool(jax.eval_shape(lambda s: equations(s, s.positions, s.params), system))
+
+
+def equations(system: System, positions: jax.Array, params: Params) -> dict[str, jax.Array]:
+    """g of each constraint that has equations, by its name."""
+    box, found = box_at(system, params), {}
+
+    def displacement(a: jax.Array, b: jax.Array) -> jax.Array:
+        return nearest_image(a - b, box)
+
+    for c in system.constraints:
+        g = c.residuals(positions, params, displacement)
+        if g is not None:
+            found[c.name] = g
+    return found
+
+
+def lagrangian_slope(system: System, x: Unknowns, params: Params) -> Unknowns:
+    """dL/dR, dL/dp of the relaxed parameters, and g, of everything, held or not."""
+    whole = {**params, **(x.params or {})}
+    along_positions = energy_slope(system, whole)(x.positions)
+    along_params = None
+    if x.params is not None:
+
+        def energy(some: dict[str, jax.Array]) -> jax.Array:
+            return potential_energy(system, x.positions, {**params, **some})
+
+        along_params = jax.grad(energy)(x.params)
+    if x.multipliers is None:
+        return Unknowns(along_positions, params=along_params)
+
+    def met(positions: jax.Array, some: dict[str, jax.Array] | None) -> dict[str, jax.Array]:
+        return equations(system, positions, {**params, **(some or {})})
+
+    g, pull = jax.vjp(met, x.positions, x.params)
+    of_positions, of_params = pull(x.multipliers)
+    if along_params is not None:
+        along_params = jax.tree.map(jnp.add, along_params, of_params)
+    return Unknowns(along_positions + of_positions, None, g, along_params)
+
+
+def multipliers_at(system: System, x: Unknowns, params: Params) -> dict[str, jax.Array]:
+    """Every constraint's multiplier by its name, in its public shape; zero where a wall or a pin holds nothing.
+
+    Args:
+      system: gives which coordinates are at their bounds.
+    """
+    still = jax.lax.stop_gradient(system)
+    low, high = at_bounds(still)
+    force, found = lagrangian_slope(system, x, params).positions, {}
+    stuck = pinned(system)
+    for c in system.constraints:
+        match c:
+            case Pinned():
+                found[c.name] = jnp.where(c.mask, force, 0.0)
+            case Wall():
+                side = (low if c.above else high).positions[:, c.axis] & ~stuck[:, c.axis]
+                own = c.bounds(still.params, diameters_at(still, still.params), still.positions.shape)
+                tight = bounds(still, still.params)[0 if c.above else 1].positions[:, c.axis]
+                mine = (own.lower if c.above else own.upper)[:, c.axis] == tight
+                push = force[:, c.axis] if c.above else -force[:, c.axis]
+                found[c.name] = jnp.where(side & mine, push, 0.0)
+            case _:
+                found[c.name] = (x.multipliers or {})[c.name]
+    return found
+
+
+def switch_times(
+    system: System, place: tuple[Unknowns, Params], rate: tuple[Unknowns, Params], loose: Any
+) -> jax.Array:
+    """When, along a path, each coordinate meets its bound or loses the push on it, t to first order; inf for never.
+
+    Args:
+      place: unknowns and parameters now.
+      rate: how fast they change.
+      loose: (n,) particles that are left out.
+    """
+    low, high = at_bounds(jax.lax.stop_gradient(system))
+    stuck = pinned(system) | jnp.asarray(loose)[:, None]
+
+    def margins(x: Unknowns, params: Params) -> tuple[Unknowns, Unknowns, Unknowns]:
+        lower, upper = bounds(system, {**system.params, **params})
+        slope = lagrangian_slope(system, x, params)
+        here = Unknowns(x.positions, params=x.params)
+
+        def gap(a: jax.Array, b: jax.Array) -> jax.Array:
+            return jnp.where(jnp.isfinite(a) & jnp.isfinite(b), a, 0.0) - jnp.where(
+                jnp.isfinite(a) & jnp.isfinite(b), b, 0.0
+            )
+
+        below, above = jax.tree.map(gap, here, lower), jax.tree.map(gap, upper, here)
+        return below, above, Unknowns(slope.positions, params=slope.params)
+
+    now, change = jax.jvp(margins, place, rate)
+
+    def when(value: jax.Array, speed: jax.Array, counts: jax.Array) -> jax.Array:
+        return jnp.where(counts & (speed != 0), -value / jnp.where(speed == 0, 1.0, speed), jnp.inf)
+
+    lower, upper = bounds(system, system.params)
+    found = []
+    for field in ("positions", *((low.params or {}).keys())):
+
+        def part(x: Unknowns, field: str = field) -> Any:
+            return x.positions if field == "positions" else (x.params or {})[field]
+
+        held = part(low) | part(high)
+        moves = ~stuck if field == "positions" else jnp.ones_like(held)
+        found.append(when(part(now[0]), part(change[0]), moves & ~held & jnp.isfinite(part(lower))))
+        found.append(when(part(now[1]), part(change[1]), moves & ~held & jnp.isfinite(part(upper))))
+        found.append(when(part(now[2]), part(change[2]), moves & held))
+    return jnp.concatenate([jnp.ravel(t) for t in found])
+
+
+def supports(system: System) -> jax.Array:
+    """(n,) what holds each particle beside pairs and bonds: pinned coordinates, d + 1 for a whole particle; walls."""
+    low, high = at_bounds(system)
+    stuck, d = pinned(system), system.dimension
+    touching = jnp.sum((low.positions | high.positions) & ~stuck, axis=1)
+    fast = jnp.sum(stuck, axis=1)
+    return (jnp.where(fast == d, d + 1, fast) + touching).astype(jnp.int32)

@@ -1,0 +1,404 @@
+"""Constraints against closed forms, minimising again under them, and the catalogue's own conditions."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mdsens as ms
+from mdsens.constraints import FixedTotal, Pinned, RigidBonds, Simplex, Wall
+from mdsens.stationarity import Unknowns
+
+LONG = pytest.mark.skipif("MDSENS_FUZZ_CASES" not in os.environ, reason="long: make fuzz")
+N = 16
+
+
+def _discs(seed: int = 0, n: int = N, d: int = 2, side: float = 3.6):
+    rng = np.random.default_rng(seed)
+    diameters = np.where(np.arange(n) < n // 2, 1.0, 1.2)
+    return rng.uniform(0, side, (n, d)), {"sigma": diameters, "epsilon": 1.0, "alpha": 2.0}
+
+
+def _breathing(R, p, displacement):
+    """What it costs a particle to have another diameter than it prefers."""
+    return 0.5 * p["kappa"] * jnp.sum((p["sigma"] - p["preferred"]) ** 2)
+
+
+def _alloy(R, p, displacement):
+    """Mean field of a binary alloy whose sites relax: pairs by the weights on both, and mixing entropy."""
+    i, j = np.triu_indices(R.shape[0], 1)
+    r = jnp.sqrt(jnp.sum(jax.vmap(displacement)(R[i], R[j]) ** 2, axis=-1))
+    size = 0.5 * (p["size"][:, None] + p["size"][None])
+    each = jnp.sum(
+        p["weights"][i][:, :, None] * p["weights"][j][:, None] * jnp.exp(-((r[:, None, None] / size) ** 2)), 0
+    )
+    w = p["weights"]
+    return jnp.sum(each) + p["temperature"] * jnp.sum(w * jnp.log(jnp.where(w > 0, w, 1.0)))
+
+
+@cache
+def system(name: str) -> ms.System:
+    x, params = _discs()
+    soft = ms.potentials.soft_sphere()
+    match name:
+        case "bonds, pins and a floor":
+            held = [
+                RigidBonds.between([[2 * k, 2 * k + 1] for k in range(4)]),
+                Pinned.particles([12], N, 2),
+                Pinned.particles([13], N, 2, axes=[0], name="rail"),
+                Wall(1, True, "floor", 1.0),
+            ]
+            given = {**params, "bond_length": np.linspace(0.75, 0.9, 4), "floor_position": 0.3}
+            return ms.System.create(x, 3.6, soft, given, constraints=held)
+        case "a container":
+            walls = [Wall(k // 2, k % 2 == 0, f"wall{k}", 1.0) for k in range(4)]
+            given = {**params, **{f"wall{k}_position": 3.6 * (k % 2) for k in range(4)}}
+            return ms.System.create(x, None, soft, given, constraints=walls)
+        case "breathing discs":
+            law = soft + ms.potentials.from_energy(
+                _breathing, ("sigma", "preferred", "kappa"), shared=("sigma",), name="breathing"
+            )
+            total = FixedTotal("sigma", 2.0, "area")
+            given = {**params, "preferred": params["sigma"], "kappa": 0.5}
+            given["area_total"] = float(total.total_of(params["sigma"], 2))
+            return ms.System.create(x, 4.0, law, given, constraints=[total])
+        case "an alloy":
+            law = ms.potentials.from_energy(_alloy, ("weights", "size", "temperature"), name="alloy")
+            rng = np.random.default_rng(3)
+            weights = rng.uniform(0.2, 0.8, (6, 1)) * [1.0, -1.0] + [0.0, 1.0]
+            given = {"weights": weights, "size": np.array([0.9, 1.4]), "temperature": 0.4}
+            place = np.stack(np.meshgrid(np.arange(3.0), np.arange(2.0)), -1).reshape(-1, 2)
+            return ms.System.create(
+                place + rng.uniform(-0.1, 0.1, (6, 2)), 8.0, law, given,
+                constraints=[Simplex("weights"), Pinned.particles([0, 5], 6, 2)],
+            )  # fmt: skip
+        case "rigid bodies in 3-D":
+            rng = np.random.default_rng(1)
+            corners = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1.0], [0.7, 0.7, 0.7]]) * 0.8
+            places = np.concatenate([corners + shift for shift in ([0, 0, 0], [1.3, 0.2, 0.1], [0.2, 1.4, 0.9])])
+            places += rng.uniform(-0.02, 0.02, places.shape)
+            bodies = RigidBonds.bodies(places, [range(5), range(5, 10), range(10, 15)])
+            given = {"sigma": 1.0, "epsilon": 1.0, "alpha": 2.0, "bond_length": bodies.lengths_of(places)}
+            return ms.System.create(places, 2.6, soft, given, constraints=[bodies])
+    raise KeyError(name)
+
+
+@cache
+def minimum(name: str) -> ms.Equilibrium:
+    return ms.minimize(system(name))
+
+
+NAMES = (
+    "bonds, pins and a floor",
+    "a container",
+    "breathing discs",
+    "an alloy",
+    pytest.param("rigid bodies in 3-D", marks=LONG),
+)
+
+
+def direction(lin, seed: int = 1) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {k: 0.3 * rng.normal(size=v.shape) for k, v in lin.params.items() if k not in ("alpha",)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_derivative_is_that_of_minimising_again(name):
+    eq = minimum(name)
+    lin = ms.linearize(eq)
+    system: Any = lin.stiffness
+    assert system.negative[0] == 0 and system.redundant == 0
+    change = direction(lin)
+    r = ms.jvp(lin, change)
+    again = ms.verify.finite_difference(eq, change)
+    assert again.status.good and not again.network_changed
+    assert again.disagreement(r.value) < 1e-6  # positions, multipliers and relaxed parameters, each relative
+    assert set(r.value.multipliers) == {c.name for c in eq.system.constraints}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reverse_is_the_transpose_of_forward(name):
+    lin = ms.linearize(minimum(name))
+    change, rng = direction(lin), np.random.default_rng(2)
+    r = ms.jvp(lin, change)
+    w = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), r.value)
+    g = ms.vjp(lin, w, throw=False)
+    assert g.status.good
+    left = sum(float(jnp.sum(a * b)) for a, b in zip(jax.tree.leaves(w), jax.tree.leaves(r.value), strict=True))
+    right = sum(float(jnp.sum(g.value[k] * change[k])) for k in change)
+    assert abs(left - right) < 1e-9 * max(abs(left), 1.0)
+
+
+def test_iterative_solvers_give_the_same():
+    lin = ms.linearize(minimum("bonds, pins and a floor"))
+    change = direction(lin)
+    exact = ms.jvp(lin, change).value
+    for solve in (ms.implicit.GMRES(rtol=1e-12), ms.implicit.MINRES(rtol=1e-12)):
+        found = ms.jvp(lin, change, solve=solve)
+        for a, b in zip(jax.tree.leaves(found.value), jax.tree.leaves(exact), strict=True):
+            assert np.abs(a - b).max() < 1e-8
+
+
+@pytest.mark.parametrize("name", ["bonds, pins and a floor", "breathing discs"])
+def test_gradient_of_the_energy_needs_the_multipliers_alone(name):
+    eq = minimum(name)
+    g = ms.gradient(ms.observables.energy, eq).value
+    for c in eq.system.constraints:  # dU*/dp = dL/dp
+        if isinstance(c, RigidBonds):
+            assert np.allclose(g[c.length], -eq.multipliers[c.name], rtol=0, atol=1e-10)
+        if isinstance(c, FixedTotal):
+            assert np.allclose(g[c.total], -eq.multipliers[c.name], rtol=0, atol=1e-10)
+        if isinstance(c, Wall):  # the wall's push works against a wall that goes down
+            assert np.allclose(g[c.position], jnp.sum(eq.multipliers[c.name]), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["bonds, pins and a floor", "an alloy"])
+def test_certificate(name):
+    eq = minimum(name)
+    lin = ms.linearize(eq)
+    c = ms.certify(lin, direction(lin))
+    assert c.status.good and c.stiffness_min > 0 and c.negative_modes == 0 and c.constraints is not None
+    assert c.error < 1e-6 and 0 < c.radius < np.inf
+    residual = np.linalg.norm
+    mode = c.spectrum.vectors[:, 0]
+    assert c.spectrum.residuals[0] < 1e-6 * c.stiffness_max and abs(residual(mode) - 1) < 1e-9
+    for text in ("constraints", "largest multipliers"):
+        assert text in str(c)
+    assert c.as_dict()["constraints"]["redundant"] == 0
+
+
+def test_radius_ends_where_the_wall_lets_go():
+    """Pushed out of reach, a wall loses its particles one by one: the first goes where the certificate says."""
+    eq = minimum("bonds, pins and a floor")
+    lin = ms.linearize(eq)
+    change = {"floor_position": np.asarray(-1.0)}
+    c: Any = ms.certify(lin, change)
+    t = c.derivative.switch[0]
+    assert 0 < t < np.inf
+    touching = [
+        int(np.sum(np.asarray(ms.minimize(eq.system, {"floor_position": 0.3 - s * t}).multipliers["floor"]) > 0))
+        for s in (0.9, 1.1)
+    ]
+    before = int(np.sum(np.asarray(eq.multipliers["floor"]) > 0))
+    assert c.radius < t or touching == [before, before - 1]
+
+
+# ── closed forms ──
+
+
+def _column(ceiling: float, **held):
+    """A spring of length 1 and stiffness k = 2 that stands on the ground, under a ceiling."""
+    law = ms.potentials.harmonic_bonds([[0, 1]])
+    walls = [Pinned.particles([0], 2, 2), Pinned.particles([1], 2, 2, axes=[0], name="rail"), Wall(1, False, "lid")]
+    params = {"stiffness": 2.0, "length": 1.0, "lid_position": ceiling}
+    return ms.System.create([[0.0, 0.0], [0.0, 0.6]], None, law, params, constraints=walls)
+
+
+def test_a_spring_under_a_ceiling():
+    eq = ms.minimize(_column(0.8))
+    assert np.allclose(eq.positions, [[0, 0], [0, 0.8]], atol=1e-14)
+    assert np.allclose(eq.multipliers["lid"], [0, 0.4]) and np.allclose(eq.multipliers["pinned"], [[0, 0.4], [0, 0]])
+    r = ms.jvp(eq, {"lid_position": 1.0, "length": 0.5, "stiffness": 0.0})
+    assert np.allclose(r.value.positions, [[0, 0], [0, 1]], atol=1e-14)
+    assert np.allclose(r.value.multipliers["lid"], [0, -2.0 + 1.0])  # k (length - height)
+    assert np.allclose(r.value.multipliers["pinned"], [[0, -1.0], [0, 0]])
+    free = ms.jvp(ms.minimize(_column(1.3)), {"lid_position": 1.0, "length": 0.5})
+    assert np.allclose(free.value.positions, [[0, 0], [0, 0.5]]) and not np.any(free.value.multipliers["lid"])
+
+
+def test_a_ceiling_that_just_touches_is_degenerate():
+    eq = ms.minimize(_column(1.0))
+    with pytest.raises(ms.ConvergenceError, match="about to open or close"):
+        ms.jvp(eq, {"lid_position": 1.0})
+    lin = ms.linearize(eq, throw=False)
+    assert ms.Status(int(lin.status)) is ms.Status.DEGENERATE_CONSTRAINT
+    c: Any = ms.certify(eq)
+    assert c.status is ms.Status.DEGENERATE_CONSTRAINT and c.constraints.switching == 1
+
+
+def test_a_rod_between_a_pin_and_a_spring():
+    """Tension of a rigid bond of length l, pulled by a spring of length a at distance L: k (L - l - a)."""
+    law = ms.potentials.harmonic_bonds([[1, 2]])
+    held = [Pinned.particles([0, 2], 3, 2), RigidBonds.between([[0, 1]])]
+    params = {"stiffness": 3.0, "length": 0.5, "bond_length": 1.0}
+    s = ms.System.create([[0.0, 0], [1.0, 0.1], [2.0, 0]], None, law, params, constraints=held)
+    eq = ms.minimize(s)
+    assert np.allclose(eq.multipliers["bond"], [1.5], atol=1e-10) and np.allclose(eq.positions[1], [1, 0], atol=1e-10)
+    r = ms.jvp(eq, {"bond_length": 1.0, "length": 0.0, "stiffness": 0.0})
+    assert np.allclose(r.value.multipliers["bond"], [-3.0]) and np.allclose(r.value.positions[1], [1, 0], atol=1e-12)
+    assert np.allclose(ms.jvp(eq, {"stiffness": 1.0}).value.multipliers["bond"], [0.5])
+
+
+def test_redundant_constraints_are_reported():
+    """A square of four with both diagonals: six bonds, five of which make it rigid in the plane."""
+    x = np.array([[0.0, 0], [1, 0], [1, 1], [0, 1]])
+    bonds = RigidBonds.between([[0, 1], [1, 2], [2, 3], [3, 0], [0, 2], [1, 3]])
+    params = {"sigma": 1.05, "epsilon": 1.0, "alpha": 2.0, "bond_length": bonds.lengths_of(x)}
+    eq = ms.minimize(ms.System.create(x, None, ms.potentials.soft_sphere(), params, constraints=[bonds]))
+    with pytest.raises(ms.ConvergenceError, match="repeat others"):
+        ms.linearize(eq)
+    lin = ms.linearize(eq, throw=False)
+    c: Any = ms.certify(eq)
+    assert c.constraints.redundant == 1 and c.status is ms.Status.REDUNDANT_CONSTRAINTS and "1 of 6 equations" in " ".join(str(c).split())
+    assert len(RigidBonds.bodies(x, [range(4)]).bonds) == 5
+    r = ms.jvp(lin, {"sigma": 1.0}, throw=False)
+    assert r.status is ms.Status.REDUNDANT_CONSTRAINTS and np.abs(r.value.positions).max() < 1e-8  # it is rigid
+
+
+@pytest.mark.parametrize("count, d", [(2, 2), (3, 2), (6, 2), (2, 3), (3, 3), (4, 3), (7, 3)])
+def test_bodies_are_rigid_and_no_more(count, d):
+    x = np.random.default_rng(count).uniform(size=(count, d))
+    bonds = np.asarray(RigidBonds.bodies(x, [range(count)]).bonds)
+    rows = np.zeros((len(bonds), count, d))
+    for row, (i, j) in zip(rows, bonds, strict=True):
+        row[i], row[j] = x[i] - x[j], x[j] - x[i]
+    rotations = {(2, 2): 1, (2, 3): 2}.get((count, d), d * (d - 1) // 2)
+    sizes = np.linalg.svd(rows.reshape(len(bonds), -1), compute_uv=False)
+    assert len(bonds) == count * d - d - rotations and sizes[-1] > 1e-4
+
+
+def test_relaxed_weights_are_a_softmax():
+    """Without pairs, weights minimise sum w e + T w log w on the simplex: w = exp(-e / T) / Z."""
+    energies = np.array([0.1, 0.5, 0.3])
+
+    def law(R, p, displacement):
+        w = p["weights"]
+        return jnp.sum(w * p["levels"]) + p["T"] * jnp.sum(jax.scipy.special.xlogy(w, w)) + jnp.sum(R**2)
+
+    potential = ms.potentials.from_energy(law, ("weights", "levels", "T"))
+    params = {"weights": np.full(3, 1 / 3), "levels": energies, "T": 0.4}
+    s = ms.System.create([[0.0, 0.0]], None, potential, params, constraints=[Simplex("weights")])
+    eq = ms.minimize(s)
+    expected = np.exp(-energies / 0.4) / np.exp(-energies / 0.4).sum()
+    assert np.allclose(eq.params["weights"], expected, rtol=0, atol=1e-11)
+    # the multiplier is T log Z - T, and its slope by a level minus that level's weight with the other sign
+    jacobian = ms.jvp(eq, {"levels": np.array([1.0, 0.0, 0.0])})
+    slope = -(np.diag(expected) - np.outer(expected, expected))[0] / 0.4
+    assert np.allclose(jacobian.value.params["weights"], slope, rtol=0, atol=1e-10)
+    assert np.allclose(jacobian.value.multipliers["simplex"], -expected[0], rtol=0, atol=1e-10)
+
+
+# ── the same minimum by the catalogue of conditions ──
+
+
+def test_the_catalogue_gives_the_same_derivative():
+    """Projected gradient on the box, behind root, at the container's minimum: no line of this module in it."""
+    from mdsens.implicit import fixed_point, optimality, projections
+    from mdsens.lagrangian import bounds
+    from mdsens.system import potential_energy
+
+    eq = minimum("a container")
+    s = eq.system
+
+    def energy(x, params):
+        return potential_energy(s, x, params)
+
+    def onto(y, *args):
+        low, high = bounds(s, args[-1])
+        return projections.box(y, low.positions, high.positions)
+
+    T = optimality.projected_gradient(energy, onto, step=0.05)
+    solver = fixed_point(T, solve=ms.implicit.GMRES(rtol=1e-13))(lambda init, params: init)
+    change = {k: jnp.asarray(v) for k, v in direction(ms.linearize(eq)).items()}
+    change["alpha"] = jnp.zeros(())
+    _, rate = jax.jvp(lambda p: solver(eq.positions, p), (dict(eq.params),), (change,))
+    exact = ms.jvp(eq, {k: v for k, v in change.items() if k != "alpha"}).value.positions
+    assert np.abs(rate - exact).max() < 1e-8 * np.abs(exact).max()
+
+
+# ── what a user meets ──
+
+
+def test_a_batch_goes_member_by_member():
+    first = system("bonds, pins and a floor")
+    other = first.with_params({"floor_position": 0.25})
+    eq = ms.minimize(ms.stack([first, other]))
+    alone = ms.unstack(eq)[1]
+    assert np.allclose(alone.multipliers["bond"], ms.minimize(other).multipliers["bond"], atol=1e-9)
+    r = ms.jvp(eq, {"floor_position": 1.0})
+    assert np.allclose(r.value.multipliers["bond"][1], ms.jvp(alone, {"floor_position": 1.0}).value.multipliers["bond"])
+
+
+def test_saved_and_loaded(tmp_path):
+    eq = minimum("bonds, pins and a floor")
+    ms.io.save(tmp_path / "eq.npz", eq)
+    back = ms.io.load(tmp_path / "eq.npz")
+    assert [type(c) for c in back.system.constraints] == [type(c) for c in eq.system.constraints]
+    assert np.array_equal(back.multipliers["bond"], eq.multipliers["bond"])
+    assert back.system.constraints[3] == eq.system.constraints[3]
+
+
+def test_ase_constraints_become_ours_and_back():
+    from ase import Atoms
+    from ase.constraints import FixAtoms, FixBondLengths, FixCartesian, Hookean
+
+    atoms = Atoms("Ar4", positions=[[0, 0, 0], [1.1, 0, 0], [0, 1.1, 0], [0, 0, 1.1]])
+    atoms.set_constraint([FixAtoms([0]), FixCartesian([1], mask=(False, True, True)), FixBondLengths([[2, 3]])])
+    law, params = ms.potentials.lennard_jones(), {"sigma": 1.0, "epsilon": 1.0}
+    s: Any = ms.io.from_ase(atoms, law, params)
+    assert np.array_equal(np.asarray(s.constraints[0].mask), [[1, 1, 1], [0, 1, 1], [0, 0, 0], [0, 0, 0]])
+    assert np.allclose(s.params["fixed_bond_length"], np.sqrt(2) * 1.1)
+    back: Any = ms.io.from_ase(ms.io.to_ase(s), law, params)
+    assert np.array_equal(back.constraints[0].mask, s.constraints[0].mask)
+    assert np.array_equal(back.constraints[1].bonds, s.constraints[1].bonds)
+    atoms.set_constraint(Hookean(a1=0, a2=1, rt=1.0, k=1.0))
+    with pytest.raises(ms.InputError, match="Hookean"):
+        ms.io.from_ase(atoms, law, params)
+
+
+@pytest.mark.parametrize("constraints, extra, said", [
+    ([Wall(1, True)], {}, "needs the parameter 'wall_position'"),
+    ([Wall(2, True)], {"wall_position": 0.0}, "axis is 2 in 2 dimensions"),
+    ([Wall(1, True), Wall(0, True)], {"wall_position": 0.0}, "two constraints are named 'wall'"),
+    ([RigidBonds.between([[0, 20]])], {"bond_length": 1.0}, "go up to particle 20 of 16"),
+    ([RigidBonds.between([[0, 1]])], {"bond_length": [1.0, 2.0]}, "give a scalar, or \\(1,\\)"),
+    ([RigidBonds.between([[0, 1]])], {"bond_length": -1.0}, "positive lengths"),
+    ([FixedTotal("epsilon")], {"total_total": 1.0}, "is a scalar, which its total fixes"),
+    ([FixedTotal("mass")], {"total_total": 1.0}, "relaxes 'mass', which the law has not"),
+    ([Pinned.particles([0], 4, 2)], {}, "the mask has shape"),
+    ("pins", {}, "give records of mdsens.constraints"),
+])  # fmt: skip
+def test_bad_constraints_are_refused(constraints, extra, said):
+    x, params = _discs()
+    with pytest.raises(ms.InputError, match=said):
+        ms.System.create(x, 3.6, ms.potentials.soft_sphere(), {**params, **extra}, constraints=constraints)
+
+
+@pytest.mark.parametrize("make, said", [
+    (lambda: Wall(3, True), "axis is 3"),
+    (lambda: Wall(0, cast(Any, 1)), "above is 1"),
+    (lambda: Wall(0, True, clearance=-1.0), "clearance is -1.0"),
+    (lambda: Pinned.particles([9], 4, 2), "give numbers from 0 to 3"),
+    (lambda: Pinned.particles([0], 4, 2, axes=[2]), "axes is"),
+    (lambda: Pinned.coordinates([[1, 0]]), "booleans"),
+    (lambda: RigidBonds.between([[1, 1]]), "to itself"),
+    (lambda: RigidBonds.between([0, 1]), "particle numbers"),
+    (lambda: RigidBonds.bodies([[0.0, 0], [1, 0], [2, 0]], [[0, 1, 2]]), "lie on a line"),
+    (lambda: RigidBonds.bodies([[0.0, 0], [1, 0]], [[0]]), "two or more"),
+    (lambda: FixedTotal("sigma", -1.0), "exponent"),
+])  # fmt: skip
+def test_bad_records_are_refused(make, said):
+    with pytest.raises(ms.InputError, match=said):
+        make()
+
+
+def test_what_knows_no_constraints_says_so():
+    eq = minimum("bonds, pins and a floor")
+    s = eq.system
+    for ask in (
+        lambda: ms.minimize(s, pressure=0.1),
+        lambda: ms.minimize(s, method=ms.relaxation.Fire()),
+        lambda: ms.elasticity.moduli(eq),
+        lambda: ms.modes.smallest_stiffness(eq),
+        lambda: ms.equilibrate(s),
+    ):
+        with pytest.raises(ms.InputError, match="constraints"):
+            ask()
+    with pytest.raises(ms.InputError, match=r"cotangent\.multipliers has 'bonds'"):
+        ms.vjp(eq, Unknowns(jnp.zeros((N, 2)), multipliers={"bonds": jnp.zeros(4)}))
