@@ -15,7 +15,7 @@ from mdsens.slopes import energy_slope
 from mdsens.stationarity import largest_force
 from mdsens.system import System, listed
 
-__all__ = ["advance", "at_rest", "forces_at", "status_of"]
+__all__ = ["advance", "at_rest", "forces_at", "shortened", "status_of"]
 
 NARROW, SERVES = 0.1, 150  # skin of a slow system's list; steps on one wide list that tell that it is slow
 SETTLED = 500  # steps on a list of all pairs from one measurement of the stiffness to the next
@@ -38,20 +38,21 @@ def _machine(system: System, method: Any, limits: Limits) -> tuple[Any, Any]:
     slope = energy_slope(system, used=system.neighbours.used)
 
     def forces(R: jax.Array, **_: Any) -> jax.Array:
-        return _shortened(-slope(R), limits.strongest)
+        return shortened(-slope(R), limits.strongest)
 
     def shift(R: jax.Array, dR: jax.Array, **_: Any) -> jax.Array:
-        return R + _shortened(dR, limits.longest)
+        return R + shortened(dR, limits.longest)
 
     return method.minimizer(forces, shift, limits.stiffness)[1], forces
 
 
-def _shortened(vectors: jax.Array, longest: jax.Array) -> jax.Array:
+def shortened(vectors: jax.Array, longest: jax.Array) -> jax.Array:
     """Each row cut to a length."""
     # by their largest component, whose square may overflow: a force of 1e200 would come out as none at all
     largest = jnp.max(jnp.abs(vectors), axis=-1, keepdims=True)
     unit = vectors / jnp.where(largest > 0, largest, 1.0)
-    size = largest * jnp.sqrt(jnp.sum(unit**2, axis=-1, keepdims=True))
+    squared = jnp.sum(unit**2, axis=-1, keepdims=True)
+    size = largest * jnp.sqrt(jnp.where(squared > 0, squared, 1.0))  # the root of 0 has no derivative to reverse
     return vectors * jnp.minimum(1.0, longest / jnp.where(size > 0, size, 1.0))
 
 

@@ -2,13 +2,16 @@
 
 A contact is a pair whose force is above 10 times the largest net force on a particle: below that it cannot be told
 from round-off. A rattler has fewer than d + 1 contacts; its contacts are deleted, and so on until none is left. For
-laws that attract, contacts do not count: there a rattler is a particle that no pair holds with any stiffness.
+laws that attract, contacts do not count: there a rattler is a particle that no pair holds with any stiffness. Rigid
+bonds join particles to bodies: one that too little holds is cut off from the others as a whole, a cluster of its own.
+Walls count as contacts.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +38,7 @@ class Network:
 
     Attributes:
       rattlers: (n,) True where the particle is not part of the network.
+      loose: (n,) rattlers, and the particles of rigid bodies that too little holds: pairs with others do not count.
       contacts: (n,) number of contacts of each particle within the network.
       labels: (n,) the cluster a particle belongs to, named by its lowest index; a rattler is its own.
       whole: (n, d) positions with each cluster in one piece: images chosen along its bonds.
@@ -44,6 +48,7 @@ class Network:
     """
 
     rattlers: jax.Array
+    loose: jax.Array
     contacts: jax.Array
     labels: jax.Array
     whole: jax.Array
@@ -156,13 +161,41 @@ def _rigid_edges(system: System, images: Any, x: tuple[jax.Array, ...]) -> list[
     return found
 
 
-@jax.jit
-def network(system: System, max_force: jax.Array | float) -> Network:
+def _loose_of_particles(n: int, least: int) -> Callable[[list[_Edges]], jax.Array]:
+    """Which particles too few pairs hold, (n,)."""
+    return lambda edges: _touches(edges, n) < least
+
+
+def _loose_of_bodies(
+    system: System, bonds: list[_Edges], labels: jax.Array, least: int
+) -> Callable[[list[_Edges]], jax.Array]:
+    """The same where bonds join particles to bodies: of a body with f freedoms left, f + 1 pairs and walls are to hold
+    it, as d + 1 hold one particle; pairs within it do not count, and one that is pinned is held.
+    """
+    n, d = system.positions.shape
+    stuck, walls = lagrangian.supports(system)
+    freedoms = jnp.zeros(n, jnp.int32).at[labels].add(d - stuck)
+    for e in bonds:
+        freedoms = freedoms.at[labels[e.i]].add(-1)
+    needed = freedoms + 1 if least > 1 else jnp.minimum(freedoms, 1)
+
+    def loose(edges: list[_Edges]) -> jax.Array:
+        others = [e._replace(active=e.active & (labels[e.i] != labels[jnp.minimum(e.j, n - 1)])) for e in edges]
+        held = jnp.zeros(n, jnp.int32).at[labels].add(_touches(others, n) + walls)
+        return ((held < needed) & (freedoms > 0))[labels]
+
+    return loose
+
+
+@functools.partial(jax.jit, static_argnames=("least",))
+def network(system: System, max_force: jax.Array | float, least: int | None = None) -> Network:
     """Contacts, rattlers and clusters of a relaxed configuration.
 
     Args:
       system: relaxed, with a complete neighbour list.
       max_force: the largest net force left on a particle.
+      least: contacts that hold a particle; where None, as many as a minimum needs: d + 1 of a law that only repels, 1
+        of another. At a saddle two that oppose each other do.
 
     Returns:
       a :class:`Network`. Traceable; nothing of it is differentiated.
@@ -173,7 +206,8 @@ def network(system: System, max_force: jax.Array | float) -> Network:
         zeros = jnp.zeros(n, jnp.int32)
         zero = jnp.zeros((), system.positions.dtype)
         wraps = jnp.full(n, system.box is not None)
-        return Network(jnp.zeros(n, bool), zeros, zeros, system.positions, wraps, zero, jnp.zeros((), jnp.int32))
+        none = jnp.zeros(n, bool)
+        return Network(none, none, zeros, zeros, system.positions, wraps, zero, jnp.zeros((), jnp.int32))
     images, x = nearest_images(system.box), components(system.positions)
     terms, bonds, distances = row_terms(system), [], []
     for term in terms:
@@ -184,26 +218,30 @@ def network(system: System, max_force: jax.Array | float) -> Network:
     if law.repulsive:  # every term runs over the same list
         total = sum(forces[1:], forces[0])
         edges = [_Edges(terms[0].i, terms[0].j, jnp.abs(total) > FORCE_MARGIN * max_force, bonds[0])]
-        forces, least = [total], system.dimension + 1
+        forces, least = [total], least or system.dimension + 1
     else:
         stiffness = [_stiffness(t, r) for t, r in zip(terms, distances, strict=True)]
         floor = STIFFNESS_FLOOR * jnp.max(jnp.stack([jnp.max(s, initial=0.0) for s in stiffness]))
         edges = [_Edges(t.i, t.j, s > floor, b) for t, s, b in zip(terms, stiffness, bonds, strict=True)]
-        least = 1
+        least = least or 1
     real = len(edges)
-    edges += _rigid_edges(system, images, x)
-    support = lagrangian.supports(system) if system.constraints else jnp.zeros(n, jnp.int32)
+    loose_among, bodies = _loose_of_particles(n, least), jnp.arange(n, dtype=jnp.int32)
+    if system.constraints:
+        bonds_of = _rigid_edges(system, images, x)
+        bodies, _ = _clusters(bonds_of, n, system.dimension, system.positions.dtype)
+        loose_among = _loose_of_bodies(system, bonds_of, bodies, least)
+        edges = edges + bonds_of
 
     def prune(carry: tuple[list[jax.Array], jax.Array]) -> tuple[list[jax.Array], jax.Array]:
         now = [e._replace(active=a) for e, a in zip(edges, carry[0], strict=True)]
-        loose = _touches(now, n) + support < least
-        left = [e.active & ~loose[e.i] & ~loose[e.j] for e in now]
+        loose = loose_among(now[:real])
+        left = [e.active & (~(loose[e.i] | loose[e.j]) | (bodies[e.i] == bodies[e.j])) for e in now]
         return left, jnp.any(jnp.stack([jnp.any(a != e.active) for a, e in zip(left, now, strict=True)]))
 
     start = ([e.active for e in edges], jnp.ones((), bool))
     active = jax.lax.while_loop(lambda carry: carry[1], prune, start)[0]
     edges = [e._replace(active=a) for e, a in zip(edges, active, strict=True)]
-    contacts = _touches(edges, n) + support
+    contacts, loose = _touches(edges, n), loose_among(edges[:real])
     pairs = sum(e.share * jnp.sum(e.active) for e in edges[:real])
     pull = sum(
         e.share * jnp.sum(jnp.where(e.active, jnp.abs(f), 0.0)) for e, f in zip(edges[:real], forces, strict=True)
@@ -220,7 +258,8 @@ def network(system: System, max_force: jax.Array | float) -> Network:
             met = jnp.any(torn, axis=0) if e.rows else jnp.zeros(n, bool).at[e.i].max(torn)
             wraps = wraps.at[labels].max(met)
     count = jnp.round(pairs).astype(jnp.int32)
-    return Network(contacts < least, contacts, labels, whole, wraps, pull / jnp.maximum(pairs, 1), count)
+    alone = jnp.zeros(n, jnp.int32).at[bodies].add(1)[bodies] == 1
+    return Network(loose & alone, loose, contacts, labels, whole, wraps, pull / jnp.maximum(pairs, 1), count)
 
 
 def backbone(system: System, net: Network) -> System:
@@ -231,8 +270,9 @@ def backbone(system: System, net: Network) -> System:
     if not system.potential.repulsive:
         return system  # a rattler of an attractive law has no stiffness to delete
     rows = system.neighbours.rows
-    loose = net.rattlers | net.rattlers[jnp.minimum(rows, system.n - 1)]
-    kept = jnp.where(loose, system.n, rows)
+    other = jnp.minimum(rows, system.n - 1)
+    cut = (net.loose | net.loose[other]) & (net.labels != net.labels[other])
+    kept = jnp.where(cut, system.n, rows)
     return system.replace(neighbours=dataclasses.replace(system.neighbours, rows=kept))
 
 

@@ -270,7 +270,7 @@ def through_batch(door: Door, eq: Equilibrium, given: Any, solve: Method) -> Res
     assert isinstance(solve, Auto | Direct)
     if not np.isfinite(np.asarray(eq.positions)).all():
         return None
-    backbone, net, null = linearisation(eq.system, eq.max_force)
+    backbone, net, null = linearisation(eq.system, eq.max_force, eq.held_by)
     stiffness = Stiffness(backbone, null.simplified(), eq.order)
     core = Linearization(eq, backbone, net, stiffness.null, solve).traced(door.moving(eq.params, given))
     sides = _sides(core, given, door, False)

@@ -240,10 +240,9 @@ def switch_times(
     return jnp.concatenate([jnp.ravel(t) for t in found])
 
 
-def supports(system: System) -> jax.Array:
-    """(n,) what holds each particle beside pairs and bonds: pinned coordinates, d + 1 for a whole particle; walls."""
+def supports(system: System) -> tuple[jax.Array, jax.Array]:
+    """What holds each particle beside pairs and bonds, (n,) each: its pinned coordinates, and the walls it touches."""
     low, high = at_bounds(system)
-    stuck, d = pinned(system), system.dimension
+    stuck = pinned(system)
     touching = jnp.sum((low.positions | high.positions) & ~stuck, axis=1)
-    fast = jnp.sum(stuck, axis=1)
-    return (jnp.where(fast == d, d + 1, fast) + touching).astype(jnp.int32)
+    return jnp.sum(stuck, axis=1).astype(jnp.int32), touching.astype(jnp.int32)

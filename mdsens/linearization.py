@@ -183,7 +183,7 @@ def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Li
         raise InputError(
             f"linearize takes one minimum and got a batch of {eq.system.batch}: give a member, ms.unstack(eq)[0]."
         )
-    backbone, net, null = linearisation(eq.system, eq.max_force)
+    backbone, net, null = linearisation(eq.system, eq.max_force, eq.held_by)
     if eq.system.constraints:
         return _constrained(eq, backbone, net, null, solve, throw)
     null = null.simplified()

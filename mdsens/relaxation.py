@@ -79,6 +79,13 @@ class Equilibrium(Shown):
         """The system's."""
         return self.system.params
 
+    @property
+    def held_by(self) -> int | None:
+        """How many contacts hold a particle here: at a saddle two that oppose each other; None for what a minimum
+        needs.
+        """
+        return 2 if self.order else None
+
     _title = "Equilibrium"
 
     def _rows(self) -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -405,20 +406,25 @@ def mixed_transpose(system: System, cotangent: Unknowns) -> dict[str, jax.Array]
     return jax.vjp(lambda p: gradient(system, x, p), dict(system.params))[1](cotangent)[0]
 
 
-def linearisation(system: System, max_force_left: jax.Array | float) -> tuple[System, Network, NullSpace]:
-    """What every derivative at a minimum needs: the backbone, the network and the null space; of each in a batch."""
+def linearisation(
+    system: System, max_force_left: jax.Array | float, least: int | None = None
+) -> tuple[System, Network, NullSpace]:
+    """What every derivative at a minimum needs: the backbone, the network and the null space; of each in a batch.
+
+    ``least`` contacts hold a particle, see :func:`mdsens.contacts.network`.
+    """
     at = system.replace(potential=system.potential.at(system.params), neighbours=_filled_rows(system.neighbours))
     left: Any = max_force_left
     if not isinstance(left, jax.Array):
         left = np.asarray(left, system.positions.dtype)  # one type, compiled once
-    held, net, null = _linearisation(at, left)
+    held, net, null = _linearisation(at, left, least)
     return held.replace(potential=system.potential), net, null
 
 
-@jax.jit
-def _linearisation(system: System, max_force_left: Any) -> tuple[System, Network, NullSpace]:
+@functools.partial(jax.jit, static_argnames=("least",))
+def _linearisation(system: System, max_force_left: Any, least: int | None) -> tuple[System, Network, NullSpace]:
     if system.batch is not None:
-        return jax.vmap(_linearisation)(system, max_force_left)
-    net = contacts.network(system, max_force_left)
+        return jax.vmap(functools.partial(_linearisation, least=least))(system, max_force_left)
+    net = contacts.network(system, max_force_left, least)
     held = contacts.backbone(system, net)
     return held, net, null_space(held, net)

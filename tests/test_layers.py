@@ -55,8 +55,8 @@ ORDER = [
     # the root and its derivative
     ["minimisers"],
     ["enthalpy"],
-    ["_loop"],
-    ["_runs", "_pressed", "_held"],
+    ["_loop", "climbing"],
+    ["_runs", "_pressed", "_held", "bands"],
     ["relaxation"],
     ["packing", "saddles"],
     ["linearization"],
@@ -69,8 +69,8 @@ ORDER = [
     ["certificate._derivative"],
     ["certificate._certify"],
     ["certificate"],
-    ["verify._differences", "verify._breaks", "verify._findings"],
-    ["verify._adjoint", "verify._pairs", "verify._configurations"],
+    ["verify._differences", "verify._breaks", "verify._findings", "verify._pushing"],
+    ["verify._adjoint", "verify._pairs", "verify._configurations", "verify._unrolled"],
     ["verify._laws"],
     ["verify"],
     # built on it

@@ -43,7 +43,7 @@ def _in_doubt(space: Space, step: Unknowns) -> tuple[int, float]:
     ahead = times[times >= 0]
     crossed = int(np.sum(ahead <= 1.0))
     if eq.system.potential.repulsive:
-        _, finest, _ = linearisation(eq.system, jnp.minimum(eq.max_force, round_off(eq.system)))
+        _, finest, _ = linearisation(eq.system, jnp.minimum(eq.max_force, round_off(eq.system)), eq.held_by)
         crossed += int(np.sum(np.asarray(finest.rattlers) != np.asarray(net.rattlers)))
     return crossed, float(np.min(ahead, initial=np.inf))
 

@@ -256,7 +256,9 @@ def _attach(
         x, params, frames = primals
         # The value of the rule itself, not the x that came in: of higher order, it depends on params by this rule.
         x = attached(x, params, frames)
-        active = [i for i, t in enumerate(tangents[1]) if not (isinstance(t, SymbolicZero) or t.dtype == float0)]
+        # a Python number comes as it is, without a dtype
+        still = [isinstance(t, SymbolicZero) or getattr(t, "dtype", None) == float0 for t in tangents[1]]
+        active = [i for i, stays in enumerate(still) if not stays]
         if not active:
             return x, jax.tree.map(jnp.zeros_like, x)
 
@@ -268,7 +270,7 @@ def _attach(
 
         frame, by = frames
         declared = _declared(symmetric, positive_semidefinite, project(frame, x), next(iter(precondition(by, x)), None))
-        values, changes = [params[i] for i in active], [tangents[1][i] for i in active]
+        values, changes = [params[i] for i in active], [jnp.asarray(tangents[1][i]) for i in active]
         return x, _response(of_active, values, changes, x, declared, solve, not_finite=float("nan"))[0]
 
     return attached(x, params, (frame, by))

@@ -1,6 +1,6 @@
 """Figures: sensitivities, a derivative's test, the softest modes, moduli, designs. They compute little."""
 
-from mdsens.plots._curves import derivative_test, stiffness_spectrum
+from mdsens.plots._curves import derivative_test, stiffness_spectrum, unrolled
 from mdsens.plots._design import before_after, design_history, feature_response, nonaffine_field
 from mdsens.plots._map import sensitivity_map
 from mdsens.plots._moduli import moduli
@@ -14,4 +14,5 @@ __all__ = [
     "nonaffine_field",
     "sensitivity_map",
     "stiffness_spectrum",
+    "unrolled",
 ]

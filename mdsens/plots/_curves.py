@@ -1,4 +1,4 @@
-"""Curves that judge: the error of a derivative over steps, and the stiffness of the softest modes."""
+"""Curves that judge: the error of a derivative over steps, unrolled or not, and the stiffness of the softest modes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import numpy as np
 
 from mdsens.implicit.status import InputError
 from mdsens.plots._style import ARROW, COLUMN, FONT, OUTLINE, PAPER
-from mdsens.verify import DerivativeTest
+from mdsens.verify import DerivativeTest, Unrolled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["derivative_test", "stiffness_spectrum"]
+__all__ = ["derivative_test", "stiffness_spectrum", "unrolled"]
 
 HEIGHT = 2.5  # inches
 GOOD, BAD = "#2f6db3", "#c8553d"  # apart in lightness and hue under every common colour blindness
@@ -73,6 +73,44 @@ def derivative_test(test: DerivativeTest, ax: Axes | None = None, *, title: str 
     ax.set_ylabel("relative error", fontsize=FONT)
     heading = [*([title] if title else []), *([] if test.status.good else [test.status.name])]
     _finish(ax, ", ".join(heading), legend=True, pad=FONT + 6.0 if marked else 6.0)
+    return ax
+
+
+def unrolled(found: Unrolled, ax: Axes | None = None, *, title: str | None = None) -> Axes:
+    """Draw the error of an unrolled derivative over the steps of the minimiser, and the force left, on log axes.
+
+    The error is relative to the implicit derivative: above the dashed line at 1 nothing of it is right. Hollow points
+    stand where the run was chaotic so far, its growth a step above 0.
+
+    Args:
+      found: of ``ms.verify.unrolled``.
+      ax: where to draw; None makes a figure of one column with pyplot.
+      title: above the picture. A status that is not good is named there in any case.
+
+    Returns:
+      the Axes.
+
+    Raises:
+      InputError: something else than what ``ms.verify.unrolled`` returns.
+    """
+    if not isinstance(found, Unrolled):
+        raise InputError(f"got a {type(found).__name__}: give what ms.verify.unrolled returns.")
+    ax = _column() if ax is None else ax
+    steps, errors = found.steps, np.nan_to_num(np.clip(found.errors, FLOOR, None), nan=1.0, posinf=1.0)
+    chaotic = found.growth > 0
+    ax.set(xscale="log", yscale="log", xlim=(steps.min() / 1.5, steps.max() * 1.5))
+    ax.axhline(1.0, color=ARROW, linewidth=0.8, linestyle=(0, (4, 2)), zorder=1.2)
+    ax.plot(steps, errors, color=OUTLINE, linewidth=0.6, zorder=1.5)
+    for chosen, fill, edge, name in ((~chaotic, GOOD, GOOD, "error"), (chaotic, PAPER, BAD, "error, chaotic so far")):
+        if chosen.any():
+            look: dict[str, Any] = {"marker": "o", "markerfacecolor": fill, "markeredgecolor": edge}
+            ax.plot(steps[chosen], errors[chosen], linestyle="none", markersize=MARKER, label=name, zorder=2, **look)
+    forces = np.clip(found.max_forces, FLOOR, None)
+    ax.plot(steps, forces, color=OUTLINE, linewidth=0.8, linestyle=":", label="largest force", zorder=1.4)
+    ax.set_xlabel("steps of the minimiser", fontsize=FONT)
+    ax.set_ylabel("relative error, force", fontsize=FONT)
+    heading = [*([title] if title else []), *([] if found.status.good else [found.status.name])]
+    _finish(ax, ", ".join(heading), legend=True)
     return ax
 
 

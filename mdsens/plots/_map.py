@@ -220,7 +220,7 @@ def _checked(
     if isinstance(response, Response):
         rattlers = response.rattlers
     else:
-        net = at.network if isinstance(at, Linearization) else contacts.network(system, eq.max_force)
+        net = at.network if isinstance(at, Linearization) else contacts.network(system, eq.max_force, eq.held_by)
         rattlers = net.rattlers
     return system, vectors, np.asarray(rattlers, bool)
 

@@ -6,6 +6,7 @@ What checks ours checks a user's own potential.
 from mdsens.verify._adjoint import AdjointTest, adjoint
 from mdsens.verify._differences import DerivativeTest, FiniteDifference, derivative_test, finite_difference
 from mdsens.verify._laws import Finding, PotentialTest, potential
+from mdsens.verify._unrolled import Unrolled, unrolled
 
 __all__ = [
     "AdjointTest",
@@ -13,8 +14,10 @@ __all__ = [
     "Finding",
     "FiniteDifference",
     "PotentialTest",
+    "Unrolled",
     "adjoint",
     "derivative_test",
     "finite_difference",
     "potential",
+    "unrolled",
 ]

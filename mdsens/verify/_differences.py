@@ -183,7 +183,7 @@ class DerivativeTest(Shown):
 def _interacting(eq: Equilibrium) -> np.ndarray:
     """Which pairs touch, as rows of particle indices, padding and rattlers left out."""
     rows = []
-    net = contacts.network(eq.system, eq.max_force)
+    net = contacts.network(eq.system, eq.max_force, eq.held_by)
     loose = np.asarray(net.rattlers)
     for term in pair_terms(eq.system):
         r = pair_distances(term, eq.system.positions, eq.system.box)
