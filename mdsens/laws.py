@@ -84,7 +84,9 @@ class Law(Protocol):
     def terms(
         self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
     ) -> tuple[PairTerm, ...]: ...
-    def many_body(self, positions: jax.Array, params: Params, displacement: Displacement) -> jax.Array: ...
+    def many_body(
+        self, positions: jax.Array, params: Params, displacement: Displacement, species: Any, species_count: int
+    ) -> jax.Array: ...
     def at(self, params: Params, moving: Sequence[str] = ()) -> Self: ...
     def check(self, params: Params, n: int, species_count: int) -> None: ...
 
@@ -185,7 +187,9 @@ class _NamedLaw(_Addable):
     ) -> tuple[PairTerm, ...]:
         return ()
 
-    def many_body(self, positions: jax.Array, params: Params, displacement: Displacement) -> jax.Array:
+    def many_body(
+        self, positions: jax.Array, params: Params, displacement: Displacement, species: Any, species_count: int
+    ) -> jax.Array:
         return jnp.zeros((), positions.dtype)
 
     def at(self, params: Params, moving: Sequence[str] = ()) -> Self:
@@ -354,7 +358,9 @@ class EnergyLaw(_NamedLaw):
     def pairwise(self) -> bool:
         return False
 
-    def many_body(self, positions: jax.Array, params: Params, displacement: Displacement) -> jax.Array:
+    def many_body(
+        self, positions: jax.Array, params: Params, displacement: Displacement, species: Any, species_count: int
+    ) -> jax.Array:
         given = {key: params[name] for key, name in zip(self.keys, self.names, strict=True)}
         return self.fn(positions, given, displacement)
 
@@ -415,10 +421,12 @@ class SumLaw(_Addable):
     ) -> tuple[PairTerm, ...]:
         return tuple(t for law in self.laws for t in law.terms(params, pairs, n, species, species_count))
 
-    def many_body(self, positions: jax.Array, params: Params, displacement: Displacement) -> jax.Array:
+    def many_body(
+        self, positions: jax.Array, params: Params, displacement: Displacement, species: Any, species_count: int
+    ) -> jax.Array:
         total = jnp.zeros((), positions.dtype)
         for law in self.laws:
-            total = total + law.many_body(positions, params, displacement)
+            total = total + law.many_body(positions, params, displacement, species, species_count)
         return total
 
     def at(self, params: Params, moving: Sequence[str] = ()) -> SumLaw:

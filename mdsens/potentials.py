@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens._checks import real_array, real_number, short
+from mdsens.electrostatics import induced_dipoles
 from mdsens.implicit.status import InputError
 from mdsens.laws import BondLaw, EnergyLaw, FixedLengths, Mixing, PairLaw, Phi, SumLaw, arithmetic
 
@@ -31,6 +32,7 @@ __all__ = [
     "geometric",
     "harmonic_bonds",
     "harmonic_morse",
+    "induced_dipoles",
     "lennard_jones",
     "morse",
     "soft_sphere",

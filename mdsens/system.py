@@ -319,7 +319,8 @@ def energy_of(
     def displacement(a: jax.Array, b: jax.Array, **_: Any) -> jax.Array:
         return _deform(boxes.nearest_image(a - b, box), strain)
 
-    return total + system.potential.many_body(positions, params, displacement)
+    law, kinds = system.potential, (system.species, system.species_count)
+    return total + law.many_body(positions, params, displacement, *kinds)
 
 
 def _check_coincident(system: System) -> None:

@@ -31,6 +31,7 @@ ORDER = [
     ["_checks", "_memory", "_members", "_progress"],
     # the physics: what a system is
     ["laws", "boxes"],
+    ["electrostatics"],
     ["potentials", "smoothing"],
     ["neighbours"],
     ["system"],
