@@ -192,6 +192,9 @@ class _NamedLaw(_Addable):
     ) -> jax.Array:
         return jnp.zeros((), positions.dtype)
 
+    def check_at(self, positions: jax.Array, box: Any, params: Params, species: Any, species_count: int) -> None:
+        """Refuse a configuration at which the law has no energy. On the host alone."""
+
     def at(self, params: Params, moving: Sequence[str] = ()) -> Self:
         """The law in its cheapest form at these parameters: the same function of r.
 
@@ -435,6 +438,11 @@ class SumLaw(_Addable):
     def check(self, params: Params, n: int, species_count: int) -> None:
         for law in self.laws:
             law.check(params, n, species_count)
+
+    def check_at(self, positions: jax.Array, box: Any, params: Params, species: Any, species_count: int) -> None:
+        for law in self.laws:
+            if hasattr(law, "check_at"):
+                law.check_at(positions, box, params, species, species_count)
 
 
 def check_params(law: Any, params: Params, n: int, species_count: int) -> None:

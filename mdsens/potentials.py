@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens._checks import real_array, real_number, short
-from mdsens.electrostatics import induced_dipoles
+from mdsens.electrostatics import charge_equilibration, induced_dipoles
 from mdsens.implicit.status import InputError
 from mdsens.laws import BondLaw, EnergyLaw, FixedLengths, Mixing, PairLaw, Phi, SumLaw, arithmetic
 
@@ -27,6 +27,7 @@ __all__ = [
     "EnergyLaw",
     "PairLaw",
     "SumLaw",
+    "charge_equilibration",
     "from_energy",
     "from_pair",
     "geometric",

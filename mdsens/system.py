@@ -128,6 +128,8 @@ class System(Shown):
                     f"{dimension}) matrix whose columns are the cell vectors."
                 )
             boxes.box_rule(cell, dimension, floats.dtype)
+        if hasattr(potential, "check_at"):
+            potential.check_at(system.positions, system.box, values, species, count)
         system = system.reallocate()
         _check_coincident(system)
         return system

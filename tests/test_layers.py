@@ -31,6 +31,7 @@ ORDER = [
     ["_checks", "_memory", "_members", "_progress"],
     # the physics: what a system is
     ["laws", "boxes"],
+    ["nested"],
     ["electrostatics"],
     ["potentials", "smoothing"],
     ["neighbours"],
@@ -42,7 +43,7 @@ ORDER = [
     ["stiffness"],
     ["newton"],
     ["observables._pairs"],
-    ["observables._state", "observables._structure"],
+    ["observables._state", "observables._structure", "observables._charges"],
     ["observables"],
     # the root and its derivative
     ["minimisers", "scales"],
