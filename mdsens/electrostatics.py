@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from mdsens._checks import real_number, short
 from mdsens.implicit.operators import CG, Direct, LinearMap, Method
-from mdsens.implicit.status import InputError
+from mdsens.implicit.status import InputError, Status
 from mdsens.laws import Params
 from mdsens.nested import AllPairs, NestedLaw, Species, trust
 
@@ -83,9 +83,9 @@ class InducedDipoles(NestedLaw):
         charge, *_ = self.values(params, positions.shape[0], species, species_count)
         return charge, functional.dipoles(y) * trust(status)
 
-    def _without_minimum(self, energy: float) -> str:
-        if energy > 0:
-            return super()._without_minimum(energy)
+    def _without_minimum(self, status: Status) -> str:
+        if status is not Status.INDEFINITE:
+            return super()._without_minimum(status)
         return (
             "polarisation catastrophe: at these positions the dipoles have no minimum of energy, since they attract "
             "each other more than polarising costs. Start farther apart, or give smaller polarizabilities or a smaller "
@@ -160,9 +160,9 @@ class ChargeEquilibration(NestedLaw):
         _, (_, potential), status = self.at_rest(positions, params, species, species_count)
         return potential * trust(status)
 
-    def _without_minimum(self, energy: float) -> str:
-        if energy > 0:
-            return super()._without_minimum(energy)
+    def _without_minimum(self, status: Status) -> str:
+        if status is not Status.INDEFINITE:
+            return super()._without_minimum(status)
         return (
             "at these positions the charges have no minimum of energy, since charges of opposite sign gain more than "
             f"their {self.names[1]} costs: give {self.names[1]} above 1 / (sqrt(pi) {self.names[2]}), for which there "
@@ -237,5 +237,7 @@ def charge_equilibration(total: float = 0.0, solve: Method = Direct()) -> Charge
     whose hardness leaves the energy in the own field out.
     """
     _check_method(solve)
-    names = ("electronegativity", "hardness", "radius")
-    return ChargeEquilibration(names, real_number("total", total, "give the total charge."), solve)
+    charge = real_number("total", total, "give the total charge.")
+    if not math.isfinite(charge):
+        raise InputError(f"total is {charge}: give the total charge.")
+    return ChargeEquilibration(("electronegativity", "hardness", "radius"), charge, solve)

@@ -218,14 +218,14 @@ class NestedLaw(_NamedLaw):
         if not apart.min(initial=1.0) > 0.0:
             i, j = np.argwhere(apart == 0.0)[0]
             raise InputError(f"positions[{i}] and positions[{j}] are the same point: move one of them.")
-        energy = float(_energy(self, positions, dict(params), species, species_count))
-        if not np.isfinite(energy):
-            raise InputError(self._without_minimum(energy))
+        status = Status(int(_status(self, positions, dict(params), species, species_count)))
+        if not status.good:
+            raise InputError(self._without_minimum(status))
 
-    def _without_minimum(self, energy: float) -> str:
+    def _without_minimum(self, status: Status) -> str:
         return (
-            f"the energy of {self.name} is {energy} at these positions and parameters, because its inner solve failed: "
-            "give solve=Direct(), or look for values that are far too large."
+            f"the inner solve of {self.name} failed at these positions and parameters ({status.sentence}): give "
+            "solve=Direct() of mdsens.implicit, or look for values that are far too large."
         )
 
 
@@ -235,5 +235,5 @@ def _between(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("law", "species_count"))
-def _energy(law: NestedLaw, positions: jax.Array, params: Params, species: Species, species_count: int) -> jax.Array:
-    return law.many_body(positions, params, _between, species, species_count)
+def _status(law: NestedLaw, positions: jax.Array, params: Params, species: Species, species_count: int) -> jax.Array:
+    return law.at_rest(positions, params, species, species_count)[2]

@@ -18,13 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens._checks import real_array, real_number, short
-from mdsens.electrostatics import charge_equilibration, induced_dipoles
+from mdsens.electrostatics import ChargeEquilibration, InducedDipoles, charge_equilibration, induced_dipoles
 from mdsens.implicit.status import InputError
 from mdsens.laws import BondLaw, EnergyLaw, FixedLengths, Mixing, PairLaw, Phi, SumLaw, arithmetic
 
 __all__ = [
     "BondLaw",
+    "ChargeEquilibration",
     "EnergyLaw",
+    "InducedDipoles",
     "PairLaw",
     "SumLaw",
     "charge_equilibration",
