@@ -154,7 +154,7 @@ def _least_jvp(method: Method, primals: Any, tangents: Any) -> tuple[jax.Array, 
     (functional,), (change,) = primals, tangents
     y, status = minimum(functional, method)  # with its own derivative, which the second derivative takes
     slope = jax.jvp(lambda W: W.energy(y), (functional,), (change,))[1]
-    return _least(functional, method), slope * trust(status)
+    return functional.energy(y) + _added(status), slope * trust(status)
 
 
 class NestedLaw(_NamedLaw):
