@@ -113,8 +113,9 @@ class _Charged(NamedTuple):
         return self.hardness * q + self.coulomb @ q
 
     def energy(self, y: tuple[jax.Array, jax.Array]) -> jax.Array:
-        q, _ = y
-        return q @ (self.electronegativity + 0.5 * self.field(q))
+        """W with the multiplier's part, zero at the minimum: by it a charge too many enters U squared, too."""
+        q, potential = y
+        return q @ (self.electronegativity + 0.5 * self.field(q)) + potential * (self.total - jnp.sum(q))
 
     def conditions(self, y: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """dW/dq - potential, and minus the charge too many: the multiplier of the total is the chemical potential."""

@@ -44,7 +44,7 @@ def moments(system: ms.System):
     return observables.charges(system), observables.induced_dipoles(system), observables.dipole(system)
 
 
-@pytest.mark.parametrize("damped", [False, True])
+@pytest.mark.parametrize("damped", [True, pytest.param(False, marks=long)])
 def test_a_charge_and_a_polarizable_particle(damped):
     r, q, alpha, a = 1.7, 0.8, 0.3, 0.5
     given = {"charge": [q, 0.0], "polarizability": alpha, **({"damping": a} if damped else {})}
@@ -111,24 +111,15 @@ def test_two_charges_at_rest(solve):
 
 def explicit_dipoles(R, charge, alpha, damping):
     n, d = R.shape
-    energy, rows, field = 0.0, [], []
-    for i in range(n):
-        row, E = [], jnp.zeros(d)
-        for j in range(n):
-            if i == j:
-                row.append(jnp.eye(d) / alpha[i])
-                continue
-            v = R[i] - R[j]
-            r = jnp.sqrt(v @ v)
-            x = jnp.sqrt(damping[i] * damping[j]) * r**3 / jnp.sqrt(alpha[i] * alpha[j])
-            s, t = 1 - jnp.exp(-x), 1 - (1 + x) * jnp.exp(-x)
-            row.append(s * jnp.eye(d) / r**3 - 3 * t * jnp.outer(v, v) / r**5)
-            E = E + charge[j] * s * v / r**3
-            energy = energy + 0.5 * charge[i] * charge[j] / r
-        rows.append(jnp.concatenate(row, axis=1))
-        field.append(E)
-    field = jnp.concatenate(field)
-    return energy - 0.5 * field @ jnp.linalg.solve(jnp.concatenate(rows), field)
+    v, own = R[:, None] - R, jnp.eye(n)
+    r = jnp.sqrt(jnp.sum(v**2, axis=-1) + own)
+    x = jnp.sqrt(damping[:, None] * damping / (alpha[:, None] * alpha)) * r**3
+    s, t = (1 - own) * (1 - jnp.exp(-x)), (1 - own) * (1 - (1 + x) * jnp.exp(-x))
+    T = jnp.einsum("ij,ab->iajb", s / r**3 + own / alpha, jnp.eye(d))
+    T = T - 3 * jnp.einsum("ij,ija,ijb->iajb", t / r**5, v, v)
+    field = jnp.einsum("ij,j,ija->ia", s / r**3, charge, v).ravel()
+    energy = 0.5 * charge @ ((1 - own) / r) @ charge
+    return energy - 0.5 * field @ jnp.linalg.solve(T.reshape(n * d, n * d), field)
 
 
 def explicit_charges(R, chi, hard, w):
@@ -213,20 +204,16 @@ def relaxed(name: str) -> ms.Equilibrium:
     d = 2 if "plane" in name else 3
     positions = PLANE if d == 2 else 1.15 * CORNERS
     positions = positions + 0.05 * rng.normal(size=positions.shape)
-    n = len(positions)
+    n, law, params, species = len(positions), HELD, {"sigma": rng.uniform(0.9, 1.1, len(positions))}, None
     if "ions" in name:
         sign = 1 - 2 * (CORNERS.sum(1) % 2) if d == 3 else np.array([1, -1, -1, 1, 1, -1])
-        params = {
-            "charge": sign * rng.uniform(0.8, 1.2, n),
-            "polarizability": rng.uniform(0.03, 0.1, n),
-            "damping": 0.5,
-        }
-        law, species = potentials.induced_dipoles(), None
-    else:
-        params = {"electronegativity": [0.0, 1.0, 3.0], "hardness": [3.0, 2.5, 4.0], "radius": [0.4, 0.5, 0.3]}
-        law, species = potentials.charge_equilibration(), np.arange(n) % 3
-    params |= {"sigma": rng.uniform(0.9, 1.1, n), "epsilon": 1.0}
-    return ms.minimize(ms.System.create(positions, None, HELD + law, params, species))
+        law += potentials.induced_dipoles()
+        params |= {"charge": sign * rng.uniform(0.8, 1.2, n), "polarizability": rng.uniform(0.03, 0.1, n)}
+        params |= {"damping": np.asarray(0.5)}
+    if "charges" in name:
+        law, species = law + potentials.charge_equilibration(), np.arange(n) % 3
+        params |= {"electronegativity": [0.0, 1.0, 3.0], "hardness": [3.0, 2.5, 4.0], "radius": [0.4, 0.5, 0.3]}
+    return ms.minimize(ms.System.create(positions, None, law, {**params, "epsilon": 1.0}, species))
 
 
 @jax.jit
@@ -274,16 +261,20 @@ def along(system: ms.System, moved, change):
     return jax.jvp(at, (system.positions, system.params), (moved, change))[1]
 
 
-IONS, CHARGES = ["ions", "ions in a plane"], ["charges in a plane", "charges"]
+CLUSTERS = ["ions", "charges in a plane", "ions in a plane", "charges", "ions and charges"]
 
 
-@pytest.mark.parametrize("name", [IONS[0], *[pytest.param(k, marks=long) for k in (IONS[1], *CHARGES)]])
+def clusters(*quick: str) -> list:
+    return [pytest.param(name, marks=() if name in quick else long) for name in CLUSTERS]
+
+
+@pytest.mark.parametrize("name", clusters("ions"))
 def test_gradients_of_relaxed_energy_and_dipole_are_those_of_minimising_again(name):
     for key, found in gradients(name).items():
         check_by_minimising_again(name, key, [float(jnp.sum(of * direction(name, key))) for of in found[:2]])
 
 
-@pytest.mark.parametrize("name", [CHARGES[0], *[pytest.param(k, marks=long) for k in (CHARGES[1], *IONS)]])
+@pytest.mark.parametrize("name", clusters("charges in a plane"))
 def test_forward_derivatives_of_them_are_those_of_minimising_again(name):
     eq = relaxed(name)
     for key in eq.params:
@@ -292,7 +283,7 @@ def test_forward_derivatives_of_them_are_those_of_minimising_again(name):
         check_by_minimising_again(name, key, along(eq.system, moved, change))
 
 
-@pytest.mark.parametrize("name", [IONS[0], *[pytest.param(k, marks=long) for k in (IONS[1], *CHARGES)]])
+@pytest.mark.parametrize("name", clusters("ions"))
 def test_forward_and_reverse_are_adjoint(name):
     eq = relaxed(name)
     change = {k: jnp.asarray(direction(name, k)) for k in eq.params}
@@ -302,8 +293,7 @@ def test_forward_and_reverse_are_adjoint(name):
     assert float(jnp.sum(weights(eq.system) * forward.value)) == pytest.approx(reverse, rel=1e-10)
 
 
-@long
-@pytest.mark.parametrize("name", [*IONS, *CHARGES])
+@pytest.mark.parametrize("name", clusters())
 def test_other_doors_agree(name):
     eq, lin = relaxed(name), linearization(name)
     change = {k: jnp.asarray(direction(name, k)) for k in eq.params}
@@ -320,12 +310,14 @@ def test_other_doors_agree(name):
 
 def test_the_values_of_a_species_are_those_of_its_particles():
     eq = relaxed("charges in a plane")
+    assert eq.system.species is not None
     values = [eq.params[k][eq.system.species] for k in ("electronegativity", "hardness", "radius")]
     _, expected = charges_at_rest(eq.positions, values[0], values[1], values[2], 0.0)
     np.testing.assert_allclose(observables.charges(eq.system), expected, rtol=1e-12)
     assert abs(float(jnp.sum(expected))) < 1e-14 and np.abs(expected).max() > 0.1
 
 
+@long
 def test_an_inner_residual_enters_the_energy_squared_and_forces_as_it_is():
     rng = np.random.default_rng(0)
     positions, charge = 1.1 * CORNERS + 0.1 * rng.normal(size=(8, 3)), 1.0 - 2 * (CORNERS.sum(1) % 2)
