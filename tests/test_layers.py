@@ -38,6 +38,8 @@ ORDER = [
     ["constraints._base"],
     ["constraints._positions", "constraints._totals"],
     ["constraints"],
+    ["nested"],
+    ["electrostatics"],
     ["potentials", "smoothing"],
     ["neighbours"],
     ["system"],
@@ -50,7 +52,7 @@ ORDER = [
     ["kkt"],
     ["newton"],
     ["observables._pairs"],
-    ["observables._state", "observables._structure"],
+    ["observables._state", "observables._structure", "observables._charges"],
     ["observables"],
     # the root and its derivative
     ["minimisers"],
