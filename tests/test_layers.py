@@ -49,6 +49,7 @@ ORDER = [
     ["block_rows"],
     ["stationarity"],
     ["stiffness", "scales"],
+    ["constrained"],
     ["kkt"],
     ["newton"],
     ["observables._pairs"],
