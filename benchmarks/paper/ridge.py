@@ -1,4 +1,4 @@
-"""How wrong is the Jacobian at a solution that is not exact? Theorem 1 of the paper, and its figure 3, on ridge regression.
+"""How wrong is the Jacobian at a solution that is not exact? The paper's theorem 1 and figure 3, on ridge regression.
 
 ``python -m benchmarks.paper.ridge``
 
@@ -32,7 +32,7 @@ STEPS = (1, 3, 10, 30, 100, 200, 400, 700, 1000, 1400, 2000, 3000)
 
 
 def problem(smoke: bool) -> tuple[Array, Array]:
-    """A (m, p) and y (m,): the diabetes data that scikit-learn ships, 442 patients; made ones where it is not needed."""
+    """A (m, p) and y (m,): the diabetes data that scikit-learn ships, 442 patients; or small ones, made here."""
     if smoke:
         rng = np.random.default_rng(0)
         A = rng.normal(size=(20, 4)) / np.sqrt(20)
