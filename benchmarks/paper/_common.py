@@ -74,15 +74,22 @@ class Measured:
     MB: float | None
 
 
-def measured(f: Callable[..., Any], *args: Any, runs: int) -> Measured:
-    """Compile f for these arguments, call it once, then ``runs`` times by the clock."""
+def measured(f: Callable[..., Any], *args: Any, runs: int, most: float = float("inf")) -> Measured:
+    """Compile f for these arguments, call it once, then ``runs`` times by the clock.
+
+    Args:
+      most: MB of temporaries above which it is compiled and not called; the answer is None then.
+    """
     compiled = jax.jit(f).lower(*args).compile()
+    if (temporaries(compiled) or 0.0) > most:
+        return Measured(compiled, None, float("nan"), temporaries(compiled))
     times, answer = [], jax.block_until_ready(compiled(*args))
     for _ in range(runs):
         began = time.perf_counter()
         answer = jax.block_until_ready(compiled(*args))
         times.append(time.perf_counter() - began)
-    return Measured(compiled, answer, float(np.median(times)), temporaries(compiled))
+    seconds = float(np.median(times)) if times else float("nan")
+    return Measured(compiled, answer, seconds, temporaries(compiled))
 
 
 def temporaries(compiled: Any) -> float | None:
