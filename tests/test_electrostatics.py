@@ -427,3 +427,28 @@ def test_comes_back_from_a_file(law, tmp_path):
     system = cluster(law, TWO, **{k: params[k] for k in law.parameters})
     ms.io.save(tmp_path / "there.npz", system)
     assert ms.io.load(tmp_path / "there.npz").potential == law
+
+
+def test_a_file_names_the_laws_and_their_options(tmp_path):
+    text = """
+    description = "two particles"
+    dimension = 2
+    box = "open"
+    positions = { kind = "list", values = [[0.0, 0.0], [2.0, 0.0]] }
+    potential = { law = "LAW", OPTION }
+    parameters = { PARAMETERS }
+    """
+
+    def load(law, option, parameters):
+        content = text.replace("LAW", law).replace("OPTION", option).replace("PARAMETERS", parameters)
+        (tmp_path / "two.toml").write_text(content)
+        return ms.load_system(tmp_path / "two.toml").potential
+
+    charges = "electronegativity = 1.0, hardness = 2.0, radius = 0.5"
+    assert load("charge_equilibration", "total = -0.5", charges) == potentials.charge_equilibration(-0.5)
+    dipoles = "charge = [1.0, -1.0], polarizability = 0.1"
+    assert load("induced_dipoles", "damped = false", dipoles) == potentials.induced_dipoles(damped=False)
+    with pytest.raises(ms.InputError, match="damped is 'no'"):
+        load("induced_dipoles", "damped = 'no'", dipoles)
+    with pytest.raises(ms.InputError, match="total"):
+        load("charge_equilibration", "total = 'none'", charges)
