@@ -14,8 +14,8 @@ coordinate descent over rows. Each is differentiated three ways:
     unrolled       reverse mode through every step
 
 Truth is the dense implicit derivative at a solution to 1e-13, itself held against central differences of solving again.
-Rows of X are scaled by 1 / sqrt(p), so that one lambda suits every p: a smaller one leaves a hard margin, where W does not depend on it. p is above m: below,
-x* is not unique.
+Rows of X are scaled by 1 / sqrt(p), so that one lambda suits every p: a smaller one leaves a hard margin, where W does
+not depend on it. p is above m: below, x* is not unique.
 """
 
 from __future__ import annotations
