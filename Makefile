@@ -17,13 +17,14 @@ scratch := build/notebooks
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test fuzz bench lint notebooks check constraints clean
+.PHONY: help demo test fuzz bench paper lint notebooks check constraints clean
 
 help:
 	@echo 'make demo         the sensitivity of a packing to the size of half its particles: demo/demo.png'
 	@echo 'make test         the tests; some of them: make test ARGS="-k name"'
 	@echo 'make fuzz         3,000 generated systems and all jammed packings against dense linear algebra, an hour'
 	@echo 'make bench        the benchmarks, small, beside their peers: benchmarks/results/README.md'
+	@echo 'make paper        the experiments of arXiv:2105.15183, five minutes: benchmarks/paper/README.md'
 	@echo 'make lint         ruff check, ruff format --check, pyright'
 	@echo 'make notebooks    run every notebook, on copies in $(scratch)'
 	@echo 'make check        test, lint and notebooks: what CI runs'
@@ -56,6 +57,11 @@ bench: $(installed_bench)
 	$(bin)/python -m benchmarks.honesty --json benchmarks/results/honesty.json
 	$(bin)/python -m benchmarks.gpu --json benchmarks/results/gpu.json
 	$(bin)/python -m benchmarks.plots
+
+paper: $(installed_bench)
+	@for name in $(filter-out __init__ _common,$(basename $(notdir $(wildcard benchmarks/paper/*.py)))); do \
+	  began=$$(date +%s); $(bin)/python -m benchmarks.paper.$$name && echo "$$name: $$(( $$(date +%s) - began )) s" || exit 1; \
+	done
 
 lint: $(installed_dev)
 	$(bin)/ruff check
