@@ -1,4 +1,4 @@
-"""The paper's experiments at smoke size: the records have their fields, and the implicit result is what they say it is."""
+"""The paper's experiments at smoke size: records have their fields, and the implicit result is what they say it is."""
 
 from __future__ import annotations
 

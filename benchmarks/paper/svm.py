@@ -5,8 +5,8 @@
     x*(theta) = argmin_x |V(x)|^2 / (2 theta) + <x, Y>,   each row of x in the simplex,   V(x) = X^T (Y - x)
     L(lambda) = |X_val W - Y_val|^2 / 2,   W = V(x*) / theta,   theta = exp lambda
 
-m samples, p features, 5 classes one-hot in Y: the dual of the machine, W its weights, L the loss on 50 more samples, and
-dL/dlambda the hypergradient. Solvers: mirror descent with the Kullback-Leibler map, projected gradient, and block
+m samples, p features, 5 classes one-hot in Y: the dual of the machine, W its weights, L the loss on 50 more samples,
+and dL/dlambda the hypergradient. Solvers: mirror descent with the Kullback-Leibler map, projected gradient, and block
 coordinate descent over rows. Each is differentiated three ways:
 
     implicit PG    x = P(x - s grad f),                the fixed point of projected gradient, s = theta / |X X^T|
