@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from benchmarks.paper._common import IMPLICIT, THIRD, UNROLLED, Row, asked, finish, measured, relative
 from mdsens.implicit import GMRES, Direct, fixed_point, projections
@@ -171,7 +172,7 @@ def rows_of(machine: Machine, counts: dict[str, int], solve: Method, runs: int) 
 def figure(record: Row) -> Figure:
     """Time, memory and error against the number of features, a column a solver."""
     rows = record["rows"]
-    names = list(dict.fromkeys(row["solver"] for row in rows))
+    names, sizes = (list(dict.fromkeys(row[key] for row in rows)) for key in ("solver", "p"))
     made = Figure(figsize=(9.6, 7.4), layout="constrained")
     kinds = {"seconds": "seconds a hypergradient", "MB": "temporaries, MB", "error": "relative error"}
     axes = made.subplots(len(kinds), len(names), sharex=True, sharey="row", squeeze=False)
@@ -179,7 +180,10 @@ def figure(record: Row) -> Figure:
         for ax, name in zip(line, names, strict=True):
             for way, (colour, style) in WAYS.items():
                 some = [row for row in rows if row["solver"] == name and row["way"] == way]
-                ax.loglog([r["p"] for r in some], [r[key] for r in some], style, color=colour, ms=4, lw=1, label=way)
+                across, up = [r["p"] for r in some], [max(r[key], 1e-16) for r in some]
+                ax.loglog(across, up, style, color=colour, ms=4, lw=1, label=way)
+            ax.set_xticks(sizes, [str(p) for p in sizes])
+            ax.xaxis.set_minor_formatter(NullFormatter())
             ax.grid(alpha=0.3)
         line[0].set_ylabel(label)
     for k, name in enumerate(names):
