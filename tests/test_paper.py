@@ -37,7 +37,33 @@ def dynamics(record: Record) -> None:
     assert rows[late, "unrolled, forward"]["error"] < 1e-6
 
 
-CLAIMS: dict[str, Callable[[Record], None]] = {"ridge": ridge, "dynamics": dynamics}
+def svm(record: Record) -> None:
+    """Finite differences stand behind the truth; either fixed point gives the same derivative, near it as x is."""
+    rows = {row["way"]: row for row in record["rows"]}
+    assert all(row["differences"] < 1e-6 for row in rows.values())
+    assert rows["implicit PG"]["error"] == pytest.approx(rows["implicit MD"]["error"], abs=1e-8)
+    assert rows["implicit PG"]["error"] < rows["implicit PG"]["solution"]
+
+
+def distillation(record: Record) -> None:
+    """Finite differences stand behind the implicit gradient at a solution; both are wrong where the solver stops."""
+    newton, descent, unrolled = record["rows"][:3]
+    assert max(newton["error_start"], newton["error_later"]) < 1e-6
+    assert descent["method"] == "implicit" and unrolled["method"] == "unrolled"
+    assert min(descent["error_start"], unrolled["error_start"]) > 0.1
+
+
+def dictionary(record: Record) -> None:
+    """An implicit derivative is right at its best."""
+    errors = [
+        row["error"] for row in record["rows"] if "implicit" in str(row.values()) and row.get("error") is not None
+    ]
+    assert errors and min(errors) < 1e-6
+
+
+CLAIMS: dict[str, Callable[[Record], None]] = {
+    "ridge": ridge, "dynamics": dynamics, "svm": svm, "distillation": distillation, "dictionary": dictionary,
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,8 @@ coordinate descent over rows. Each is differentiated three ways:
     unrolled       reverse mode through every step
 
 Truth is the dense implicit derivative at a solution to 1e-13, itself held against central differences of solving again.
-Rows of X are scaled by 1 / sqrt(p), so that one lambda suits every p: a smaller one leaves a hard margin, where W does
-not depend on it. p is above m: below, x* is not unique.
+Rows of X are scaled by 1 / sqrt(p), so that one lambda suits every p: less leaves a hard margin, where W does not
+depend on it, more a margin that every sample is inside, where x* does not. p is above m: below, x* is not unique.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from benchmarks.paper._common import IMPLICIT, THIRD, UNROLLED, Row, asked, finish, measured, relative
-from mdsens.implicit import GMRES, Direct, fixed_point, projections
+from mdsens.implicit import GMRES, fixed_point, projections
 from mdsens.implicit.operators import Method
 from mdsens.implicit.optimality import kl_map, mirror_descent, projected_gradient, softmax
 
-CLASSES, LAMBDA = 5, 2.0
+CLASSES, LAMBDA = 5, 1.0
 FEATURES = (150, 500, 1500)
 TOLERANCE, LIMIT = 1e-13, 200_000
 WAYS = {"implicit PG": (IMPLICIT, "o-"), "implicit MD": (THIRD, "^-"), "unrolled": (UNROLLED, "s-")}
@@ -114,6 +115,20 @@ class Machine:
 
         return lax.while_loop(going, again, (init, jnp.asarray(jnp.inf), jnp.zeros((), int)))[0]
 
+    def dense(self, x: Array, exponent: Array) -> Array:
+        """dL/dlambda at a solution, by the dense Jacobian of projected gradient and LU."""
+
+        def T(flat: Array, exponent: Array) -> Array:
+            return jnp.ravel(self.projected(flat.reshape(x.shape), jnp.exp(exponent)))
+
+        def loss(flat: Array, exponent: Array) -> Array:
+            return self.loss(flat.reshape(x.shape), jnp.exp(exponent))
+
+        flat = jnp.ravel(x)
+        across, along = jax.grad(loss, (0, 1))(flat, exponent)
+        moved, moving = jax.jacfwd(T, (0, 1))(flat, exponent)
+        return along + across @ jnp.linalg.solve(jnp.eye(flat.size) - moved, moving)
+
     def hypergradient(self, solver: Solver) -> Callable[[Array], tuple[Array, Array]]:
         """(x, dL/dlambda) of a solver by reverse mode."""
 
@@ -136,12 +151,13 @@ def repeated(step: Callable[[Array, Array], Array], steps: int) -> Solver:
 
 def truth_of(machine: Machine) -> tuple[Array, Array, float]:
     """(x*, dL/dlambda, how far central differences are from it)."""
-    attach = fixed_point(machine.projected, solve=Direct())
-    x, slope = jax.jit(machine.hypergradient(attach(machine.exact)))(jnp.asarray(LAMBDA))
+    exact = jax.jit(machine.exact)
+    x = exact(machine.start(), jnp.exp(LAMBDA))
+    slope = jax.jit(machine.dense)(x, jnp.asarray(LAMBDA))
 
-    @jax.jit
     def value(exponent: float) -> Array:
-        return machine.loss(machine.exact(x, jnp.exp(exponent)), jnp.exp(exponent))
+        theta = jnp.exp(exponent)
+        return machine.loss(exact(x, theta), theta)
 
     h = 1e-4
     return x, slope, relative((value(LAMBDA + h) - value(LAMBDA - h)) / (2 * h), slope)
@@ -171,7 +187,7 @@ def rows_of(machine: Machine, counts: dict[str, int], solve: Method, runs: int) 
 def figure(record: Row) -> Figure:
     """Time, memory and error against the number of features, a column a solver."""
     rows = record["rows"]
-    names = list(dict.fromkeys(row["solver"] for row in rows))
+    names, sizes = (list(dict.fromkeys(row[key] for row in rows)) for key in ("solver", "p"))
     made = Figure(figsize=(9.6, 7.4), layout="constrained")
     kinds = {"seconds": "seconds a hypergradient", "MB": "temporaries, MB", "error": "relative error"}
     axes = made.subplots(len(kinds), len(names), sharex=True, sharey="row", squeeze=False)
@@ -179,7 +195,10 @@ def figure(record: Row) -> Figure:
         for ax, name in zip(line, names, strict=True):
             for way, (colour, style) in WAYS.items():
                 some = [row for row in rows if row["solver"] == name and row["way"] == way]
-                ax.loglog([r["p"] for r in some], [r[key] for r in some], style, color=colour, ms=4, lw=1, label=way)
+                across, up = [r["p"] for r in some], [max(r[key], 1e-16) for r in some]
+                ax.loglog(across, up, style, color=colour, ms=4, lw=1, label=way)
+            ax.set_xticks(sizes, [str(p) for p in sizes])
+            ax.xaxis.set_minor_formatter(NullFormatter())
             ax.grid(alpha=0.3)
         line[0].set_ylabel(label)
     for k, name in enumerate(names):
@@ -196,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> Row:
     m, held = (10, 5) if wanted.smoke else (100, 50)
     counts = {"PG": 20} if wanted.smoke else {"MD": 1000, "PG": 300, "BCD": 30}
     rows: list[Row] = []
-    for p in (12,) if wanted.smoke else FEATURES:
+    for p in (30,) if wanted.smoke else FEATURES:
         rows += rows_of(Machine.made(m, held, p), counts, GMRES(), wanted.runs)
     titles = {"MD": "mirror descent", "PG": "projected gradient", "BCD": "block coordinates"}
     return finish("svm", wanted, rows, {"m": m, "classes": CLASSES, "lambda": LAMBDA, "titles": titles}, figure)
