@@ -197,7 +197,12 @@ def _summary(by: str, steps: int, i: int, key: str, packings: Sequence[Row]) -> 
 
 def _errors(errors: Sequence[float], ratios: Sequence[float]) -> Row:
     right = sum(error < RIGHT for error in errors)
-    return {"error": float(np.median(errors)), "worst": max(errors), "right": right, "norm_ratio": float(np.median(ratios))}
+    return {
+        "error": float(np.median(errors)),
+        "worst": max(errors),
+        "right": right,
+        "norm_ratio": float(np.median(ratios)),
+    }
 
 
 def figure(record: Row) -> Figure:
@@ -222,7 +227,9 @@ def figure(record: Row) -> Figure:
     }  # fmt: skip
     for by, colour in curves.items():
         some = [row for row in rows if row["by"] == by and row.get("MB") is not None]
-        right.loglog([row["steps"] for row in some], [row["MB"] for row in some], "o-", ms=4, lw=1, color=colour, label=by)
+        right.loglog(
+            [row["steps"] for row in some], [row["MB"] for row in some], "o-", ms=4, lw=1, color=colour, label=by
+        )
     right.set_ylabel("temporaries, MB")
     right.legend(fontsize=8)
     for ax in (left, middle, right):
