@@ -1,4 +1,4 @@
-"""Does a dictionary that knows its task beat one that does not? The paper's task-driven dictionary learning, section 4.3.
+"""Does a dictionary that knows its task beat one that does not? Task-driven dictionary learning, section 4.3.
 
 ``python -m benchmarks.paper.dictionary``
 
@@ -8,8 +8,8 @@
 A is scikit-learn's breast cancer data, 569 patients with 30 features, standardised; half of them train and half judge,
 over five splits. Codes come by k steps of FISTA, and have the derivative of the fixed point of proximal gradient;
 Adam (optax) moves D, w and b from the unsupervised dictionary, which minimises the reconstruction alone, its atoms of
-norm 1. Beside it: a logistic regression on the codes of the unsupervised dictionary, and one on the 30 features, with the
-same decay. The score is the area under the ROC curve on the half that judges.
+norm 1. Beside it: a logistic regression on the codes of the unsupervised dictionary, and one on the 30 features, with
+the same decay. The score is the area under the ROC curve on the half that judges.
 
 The gradient by D of k steps, implicit and unrolled in reverse mode, is held against the closed form of the codes on
 their support, x_S = (D_S D_S^T + l2)^-1 (D_S a - l1 sign x_S), differentiated as it is written.
@@ -129,7 +129,7 @@ def area(score: np.ndarray, y: np.ndarray) -> float:
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def unsupervised(D: Array, A: Array, coding: int, steps: int) -> Array:
-    """The dictionary of least reconstruction error, atoms of norm 1. At the codes' minimum D's slope is the direct one."""
+    """The dictionary of least reconstruction error, atoms of norm 1; at the minimum D's slope is the direct one."""
     adam = optax.adam(RATE)
 
     def unit(D: Array) -> Array:
