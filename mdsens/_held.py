@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import minimize
 
+from mdsens.constrained import constrained_null_space, flat, unflat
 from mdsens.implicit.status import Status
-from mdsens.kkt import KKT, constrained_null_space, flat, unflat
+from mdsens.kkt import KKT
 from mdsens.lagrangian import bounds, equations, lagrangian_slope, own_params, pinned, unknowns_of, with_unknowns
 from mdsens.scales import round_off, scales
 from mdsens.stationarity import NullSpace, linearisation

@@ -181,7 +181,7 @@ def _loose_of_bodies(
 
     def loose(edges: list[_Edges]) -> jax.Array:
         others = [e._replace(active=e.active & (labels[e.i] != labels[jnp.minimum(e.j, n - 1)])) for e in edges]
-        held = jnp.zeros(n, jnp.int32).at[labels].add(_touches(others, n) + walls)
+        held = jnp.zeros(n, jnp.int32).at[labels].add((_touches(others, n) + walls).astype(jnp.int32))
         return ((held < needed) & (freedoms > 0))[labels]
 
     return loose

@@ -17,10 +17,10 @@ import numpy as np
 
 from mdsens import lagrangian
 from mdsens._tables import Shown
+from mdsens.constrained import flat, kkt_operator, scaled, unflat
 from mdsens.implicit.linear import solve as solve_linear
 from mdsens.implicit.operators import Auto, Direct, Method
 from mdsens.implicit.status import SolveStats, Status
-from mdsens.kkt import flat, kkt_operator, scaled, unflat
 from mdsens.linearization import Linearization, by_factor
 from mdsens.relaxation import Equilibrium
 from mdsens.scales import scales

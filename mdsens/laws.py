@@ -84,7 +84,9 @@ class Law(Protocol):
     def terms(
         self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
     ) -> tuple[PairTerm, ...]: ...
-    def many_body(self, positions: jax.Array, params: Params, displacement: Displacement) -> jax.Array: ...
+    def many_body(
+        self, positions: jax.Array, params: Params, displacement: Displacement, species: Any, species_count: int
+    ) -> jax.Array: ...
     def at(self, params: Params, moving: Sequence[str] = ()) -> Self: ...
     def check(self, params: Params, n: int, species_count: int) -> None: ...
 
@@ -185,8 +187,13 @@ class _NamedLaw(_Addable):
     ) -> tuple[PairTerm, ...]:
         return ()
 
-    def many_body(self, positions: jax.Array, params: Params, displacement: Displacement) -> jax.Array:
+    def many_body(
+        self, positions: jax.Array, params: Params, displacement: Displacement, species: Any, species_count: int
+    ) -> jax.Array:
         return jnp.zeros((), positions.dtype)
+
+    def check_at(self, positions: jax.Array, box: Any, params: Params, species: Any, species_count: int) -> None:
+        """Refuse a configuration at which the law has no energy. On the host alone."""
 
     def at(self, params: Params, moving: Sequence[str] = ()) -> Self:
         """The law in its cheapest form at these parameters: the same function of r.
@@ -355,7 +362,9 @@ class EnergyLaw(_NamedLaw):
     def pairwise(self) -> bool:
         return False
 
-    def many_body(self, positions: jax.Array, params: Params, displacement: Displacement) -> jax.Array:
+    def many_body(
+        self, positions: jax.Array, params: Params, displacement: Displacement, species: Any, species_count: int
+    ) -> jax.Array:
         given = {key: params[name] for key, name in zip(self.keys, self.names, strict=True)}
         return self.fn(positions, given, displacement)
 
@@ -418,10 +427,12 @@ class SumLaw(_Addable):
     ) -> tuple[PairTerm, ...]:
         return tuple(t for law in self.laws for t in law.terms(params, pairs, n, species, species_count))
 
-    def many_body(self, positions: jax.Array, params: Params, displacement: Displacement) -> jax.Array:
+    def many_body(
+        self, positions: jax.Array, params: Params, displacement: Displacement, species: Any, species_count: int
+    ) -> jax.Array:
         total = jnp.zeros((), positions.dtype)
         for law in self.laws:
-            total = total + law.many_body(positions, params, displacement)
+            total = total + law.many_body(positions, params, displacement, species, species_count)
         return total
 
     def at(self, params: Params, moving: Sequence[str] = ()) -> SumLaw:
@@ -430,6 +441,11 @@ class SumLaw(_Addable):
     def check(self, params: Params, n: int, species_count: int) -> None:
         for law in self.laws:
             law.check(params, n, species_count)
+
+    def check_at(self, positions: jax.Array, box: Any, params: Params, species: Any, species_count: int) -> None:
+        for law in self.laws:
+            if hasattr(law, "check_at"):
+                law.check_at(positions, box, params, species, species_count)
 
 
 def check_params(law: Any, params: Params, n: int, species_count: int) -> None:

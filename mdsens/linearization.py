@@ -15,11 +15,12 @@ from jax.core import Tracer
 from mdsens import lagrangian
 from mdsens._checks import real_array, short
 from mdsens.block_rows import BlockRows
+from mdsens.constrained import about_to_switch, constrained_null_space
 from mdsens.contacts import Network
 from mdsens.enthalpy import Cell, deformed, enthalpy_slope
 from mdsens.implicit.operators import Auto, Direct, Method
 from mdsens.implicit.status import InputError, Status, raise_for_status, require_sound_jax
-from mdsens.kkt import KKT, about_to_switch, constrained_null_space
+from mdsens.kkt import KKT
 from mdsens.relaxation import Equilibrium
 from mdsens.stationarity import NullSpace, Unknowns, gradient, linearisation
 from mdsens.stiffness import Stiffness, factorises

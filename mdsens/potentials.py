@@ -18,19 +18,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens._checks import real_array, real_number, short
+from mdsens.electrostatics import ChargeEquilibration, InducedDipoles, charge_equilibration, induced_dipoles
 from mdsens.implicit.status import InputError
 from mdsens.laws import BondLaw, EnergyLaw, FixedLengths, Mixing, PairLaw, Phi, SumLaw, arithmetic
 
 __all__ = [
     "BondLaw",
+    "ChargeEquilibration",
     "EnergyLaw",
+    "InducedDipoles",
     "PairLaw",
     "SumLaw",
+    "charge_equilibration",
     "from_energy",
     "from_pair",
     "geometric",
     "harmonic_bonds",
     "harmonic_morse",
+    "induced_dipoles",
     "lennard_jones",
     "morse",
     "soft_sphere",

@@ -95,8 +95,10 @@ class SmoothedLaw:
         values = (*term.values, jnp.asarray(self.width))
         return (term._replace(phi=_Averaged(term.phi), values=values, breakpoints=no_breakpoints),)
 
-    def many_body(self, positions: jax.Array, params: Params, displacement: Any) -> jax.Array:
-        return self.law.many_body(positions, params, displacement)
+    def many_body(
+        self, positions: jax.Array, params: Params, displacement: Any, species: Any, species_count: int
+    ) -> jax.Array:
+        return self.law.many_body(positions, params, displacement, species, species_count)
 
     def at(self, params: Params, moving: Sequence[str] = ()) -> SmoothedLaw:
         return dataclasses.replace(self, law=self.law.at(params, moving))

@@ -33,6 +33,16 @@ KEYS = (
     "parameters",
     "relaxation",
 )
+# laws and their options
+LAWS = {
+    "soft_sphere": (),
+    "lennard_jones": ("onset", "cutoff"),
+    "morse": ("onset", "cutoff"),
+    "harmonic_morse": (),
+    "harmonic_bonds": ("bonds",),
+    "induced_dipoles": ("damped",),
+    "charge_equilibration": ("total",),
+}
 # a keyword merges into these key by key, unless it names the kind: then it is a table of its own
 MERGED = {"positions": "kind", "potential": "law", "parameters": None, "relaxation": None}
 
@@ -329,14 +339,15 @@ def _potential(
         label = "potential" if len(tables) == 1 else f"potential[{k}]"
         if not isinstance(entry, Mapping):
             raise InputError(f"{label} is {short(entry)}: give a table with a law.")
-        names = ("soft_sphere", "lennard_jones", "morse", "harmonic_morse", "harmonic_bonds")
-        kind = Table(label, entry).text("law", choices=names)
-        plain = kind in ("soft_sphere", "harmonic_morse")
-        extra = () if plain else ("bonds",) if kind == "harmonic_bonds" else ("onset", "cutoff")
-        table = Table.of(label, entry, ("law", "rename", *extra))
+        kind = Table(label, entry).text("law", choices=tuple(LAWS))
+        table = Table.of(label, entry, ("law", "rename", *LAWS[kind]))
         law: Any
-        if plain:
+        if not LAWS[kind]:
             law = getattr(potentials, kind)()
+        elif kind == "induced_dipoles":
+            law = potentials.induced_dipoles(table.raw("damped", True))
+        elif kind == "charge_equilibration":
+            law = potentials.charge_equilibration(table.raw("total", 0.0))
         elif kind == "harmonic_bonds":
             law = potentials.harmonic_bonds(_bonds(table, positions, cell, start))
         else:

@@ -17,6 +17,7 @@ import numpy as np
 
 from mdsens import boxes, constraints, potentials
 from mdsens.design import State, Step
+from mdsens.electrostatics import ChargeEquilibration, InducedDipoles
 from mdsens.files import read_npz, replacing
 from mdsens.implicit.status import InputError, PrecisionError, SolveStats, Status
 from mdsens.laws import BondLaw, Law, PairLaw, SumLaw
@@ -227,10 +228,14 @@ def _describe(law: Any, where: str, arrays: dict[str, np.ndarray]) -> dict[str, 
             "names": list(law.names),
             "bonds": _encode(law.bonds, f"{where}.bonds", arrays),
         }
-    if not isinstance(law, PairLaw):
-        return None
     options: list[dict[str, Any]] = [{"name": "soft_sphere"}, {"name": "harmonic_morse"}]
-    if isinstance(law.phi, potentials.switched):
+    if isinstance(law, InducedDipoles):
+        options = [{"name": "induced_dipoles", "damped": len(law.names) == 3}]
+    elif isinstance(law, ChargeEquilibration):
+        options = [{"name": "charge_equilibration", "total": law.total}]
+    elif not isinstance(law, PairLaw):
+        return None
+    elif isinstance(law.phi, potentials.switched):
         span = {"onset": law.phi.onset, "cutoff": law.phi.cutoff}
         options = [{"name": "lennard_jones", **span}, {"name": "morse", **span}]
     for candidate in options:
@@ -246,8 +251,12 @@ def _renaming(own: tuple[str, ...], names: Any) -> dict[str, str]:
     return dict(zip(own, names, strict=True))
 
 
-def _plain(options: Mapping[str, Any]) -> PairLaw:
-    """A pair law from its name and lengths."""
+def _plain(options: Mapping[str, Any]) -> PairLaw | InducedDipoles | ChargeEquilibration:
+    """A law from its name and options."""
+    if options["name"] == "induced_dipoles":
+        return potentials.induced_dipoles(options["damped"])
+    if options["name"] == "charge_equilibration":
+        return potentials.charge_equilibration(options["total"])
     if options["name"] in ("soft_sphere", "harmonic_morse"):
         return getattr(potentials, options["name"])()
     makers = {"lennard_jones": potentials.lennard_jones, "morse": potentials.morse}

@@ -142,6 +142,8 @@ class System(Shown):
                     f"{dimension}) matrix whose columns are the cell vectors."
                 )
             boxes.box_rule(cell, dimension, floats.dtype)
+        if hasattr(potential, "check_at"):
+            potential.check_at(system.positions, system.box, values, species, count)
         system = system.reallocate()
         _check_coincident(system)
         return system
@@ -348,7 +350,8 @@ def energy_of(
     def displacement(a: jax.Array, b: jax.Array, **_: Any) -> jax.Array:
         return _deform(boxes.nearest_image(a - b, box), strain)
 
-    return total + system.potential.many_body(positions, params, displacement)
+    law, kinds = system.potential, (system.species, system.species_count)
+    return total + law.many_body(positions, params, displacement, *kinds)
 
 
 def _check_coincident(system: System) -> None:

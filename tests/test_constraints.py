@@ -289,6 +289,16 @@ def test_relaxed_weights_are_a_softmax():
     assert np.allclose(jacobian.value.params["weights"], slope, rtol=0, atol=1e-10)
     assert np.allclose(jacobian.value.multipliers["simplex"], -expected[0], rtol=0, atol=1e-10)
 
+    # and the same by the fixed point of mirror descent, behind a solver that is a closed form
+    from mdsens.implicit import fixed_point, optimality
+
+    def cost(w, levels):
+        return jnp.sum(w * levels) + 0.4 * jnp.sum(w * jnp.log(w))
+
+    T = optimality.mirror_descent(cost, optimality.softmax, optimality.kl_map, step=0.5)
+    solver = fixed_point(T)(lambda init, levels: jax.nn.softmax(-levels / 0.4))
+    assert np.allclose(jax.jacobian(lambda e: solver(expected, e))(energies)[:, 0], slope, rtol=0, atol=1e-10)
+
 
 # ── the same minimum by the catalogue of conditions ──
 

@@ -16,7 +16,7 @@ def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     matplotlib.use("Agg")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 6
     names: dict = {}
     for block in blocks:  # one after the other in one namespace, as a reader would
         exec(compile(block, "README.md", "exec"), names)
@@ -27,6 +27,8 @@ def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert names["by_diameter"].shape == (32,)
     assert names["design"].status.name == "CONVERGED"
     assert names["softer"][:2].sum() < 0  # more pressure, a smaller cell
+    assert names["rest"].multipliers["bond"].shape == (2,)
+    assert set(names["tighter"].multipliers) == {"pinned", "bond", "floor"}
     assert "CONVERGED" in capsys.readouterr().out
 
 
@@ -53,9 +55,10 @@ def test_calls_exist():
             found = getattr(found, name)
 
 
-def test_solvers_exist():
-    from mdsens import implicit
+def test_solvers_and_constraints_exist():
+    from mdsens import constraints, implicit
 
-    for name in re.findall(r"^\| `([A-Z]\w+)` \|", TEXT, flags=re.MULTILINE):
-        assert hasattr(implicit, name)
+    for row in re.findall(r"^\| ((?:`[A-Z]\w+`(?:, )?)+) \|", TEXT, flags=re.MULTILINE):
+        for name in re.findall(r"`(\w+)`", row):
+            assert hasattr(implicit, name) or hasattr(constraints, name)
     assert hasattr(implicit, "root") and hasattr(implicit, "fixed_point")

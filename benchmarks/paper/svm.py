@@ -205,6 +205,9 @@ def figure(record: Row) -> Figure:
         count = next(row["steps"] for row in rows if row["solver"] == name)
         axes[0, k].set_title(f"{record['titles'][name]}, {count} steps", fontsize=10)
         axes[-1, k].set_xlabel("features, p")
+        counts = sorted({row["p"] for row in rows})
+        axes[-1, k].set_xticks(counts, [str(p) for p in counts])
+        axes[-1, k].set_xticks([], minor=True)
     axes[0, 0].legend(fontsize=8)
     return made
 

@@ -16,9 +16,10 @@ from mdsens.certificate._derivative import ESTIMATE, derivative
 from mdsens.certificate._parts import CellState, ConstraintState
 from mdsens.certificate._record import Certificate, count
 from mdsens.certificate._space import Space
+from mdsens.constrained import about_to_switch
 from mdsens.implicit.eigen import Spectrum
 from mdsens.implicit.status import ConvergenceError, InputError, Status
-from mdsens.kkt import KKT, about_to_switch
+from mdsens.kkt import KKT
 from mdsens.linearization import Linearization, full_tangent, linearize
 from mdsens.relaxation import Equilibrium
 from mdsens.scales import doubtful_stiffness, round_off, scales

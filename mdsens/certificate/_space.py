@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens import contacts, lagrangian
+from mdsens.constrained import flat
 from mdsens.contacts import Crossing
 from mdsens.doors import JVP, held_motion
 from mdsens.implicit.status import Status
-from mdsens.kkt import flat
 from mdsens.linearization import Linearization
 from mdsens.stationarity import Unknowns, force
 

@@ -7,6 +7,7 @@ What looks at pairs beyond the range of the law takes ``pairs``: where None, the
 as far, or all pairs of up to 4,000 particles; beyond that, a list that :func:`pairs_within` makes.
 """
 
+from mdsens.observables._charges import charges, chemical_potential, dipole, induced_dipoles
 from mdsens.observables._pairs import pairs_within
 from mdsens.observables._state import (
     coordination,
@@ -22,10 +23,14 @@ from mdsens.observables._structure import bond_order, bond_orientation, distance
 __all__ = [
     "bond_order",
     "bond_orientation",
+    "charges",
+    "chemical_potential",
     "coordination",
+    "dipole",
     "distance_to",
     "distances",
     "energy",
+    "induced_dipoles",
     "packing_fraction",
     "pairs_within",
     "pressure",

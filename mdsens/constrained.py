@@ -1,0 +1,186 @@
+"""The unknowns of a constrained minimum as vectors, and their linear system as products, with what is known beforehand:
+its null space, and which constraints are about to switch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mdsens.constraints import RigidBonds
+from mdsens.contacts import Network
+from mdsens.implicit._sparse import SHIFT
+from mdsens.implicit.operators import Operator
+from mdsens.lagrangian import (
+    at_bounds,
+    bounds,
+    equations,
+    held,
+    lagrangian_slope,
+    own_params,
+    pinned,
+    unknowns_of,
+)
+from mdsens.scales import scales
+from mdsens.stationarity import NullSpace
+from mdsens.system import System
+from mdsens.unknowns import Unknowns
+
+__all__ = ["about_to_switch", "constrained_null_space", "flat", "kkt_operator", "parts_of", "scaled", "unflat"]
+
+WEAK = 10.0  # times the largest force left: a push on a bound below it is none
+
+
+def parts_of(x: Unknowns) -> list[Any]:
+    """Positions, relaxed parameters, multipliers: in the order of ``flat``."""
+    return [x.positions, *jax.tree.leaves(x.params), *jax.tree.leaves(x.multipliers)]
+
+
+def flat(x: Unknowns, many: bool = False) -> np.ndarray:
+    """Positions, relaxed parameters and multipliers as one vector (m,), or as columns (m, c) of many."""
+    leaves = [np.asarray(leaf) for leaf in parts_of(x)]
+    if not many:
+        return np.concatenate([leaf.ravel() for leaf in leaves])
+    return np.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], axis=1).T
+
+
+def unflat(vector: np.ndarray, like: Unknowns, many: bool = False) -> Unknowns:
+    """The inverse of ``flat``; ``like`` has the shapes of one."""
+    rows, parts, start = vector.T if many else vector, [], 0
+    for leaf in parts_of(like):
+        size, lead = int(np.size(leaf)), rows.shape[:-1]
+        parts.append(rows[..., start : start + size].reshape((*lead, *np.shape(leaf))))
+        start += size
+    of_params, of_multipliers = jax.tree.structure(like.params), jax.tree.structure(like.multipliers)
+    k = 1 + of_params.num_leaves
+    return Unknowns(
+        parts[0], None, jax.tree.unflatten(of_multipliers, parts[k:]), jax.tree.unflatten(of_params, parts[1:k])
+    )
+
+
+def constrained_null_space(system: System, net: Network, null: NullSpace) -> NullSpace:
+    """The null space of the constrained Hessian: rattlers, and the rigid motions that constraints leave. Host code.
+
+    Equations that bind rattlers alone count as held, as the rattlers do.
+    """
+    mask, loose = held(system), np.asarray(null.rattlers)
+    stuck = np.asarray(mask.positions)
+    dropped: dict[str, Any] = {}
+    for c in system.constraints:
+        if isinstance(c, RigidBonds):
+            ends = np.asarray(c.bonds)
+            dropped[c.name] = jnp.asarray(loose[ends[:, 0]] | loose[ends[:, 1]])
+    shapes = jax.eval_shape(lambda s: equations(s, s.positions, s.params), system)
+    drops = {k: dropped.get(k, jnp.zeros(shape.shape, bool)) for k, shape in shapes.items()} or None
+    labels = np.arange(loose.size) * 0 if null.labels is None else np.asarray(net.labels)
+    whole, wraps = np.asarray(net.whole, float), np.asarray(net.wraps)
+    motions: list[np.ndarray] = []
+    for label in np.unique(labels[~loose]):
+        some = np.flatnonzero((labels == label) & ~loose)
+        motions += _left_motions(whole[some], bool(wraps[label]), stuck[some], some, loose.size)
+    n, d = system.positions.shape
+    rows = np.array(motions).reshape(-1, n, d)
+    if not system.potential.pairwise and len(rows):
+        rows = _costless(system, rows)
+    plain = NullSpace(null.rattlers, jnp.asarray(labels), null.counts)
+    found = jnp.asarray(rows, system.positions.dtype)
+    return dataclasses.replace(plain, motions=found, held=Unknowns(mask.positions, None, drops, mask.params))
+
+
+def _left_motions(x: np.ndarray, wraps: bool, stuck: np.ndarray, some: np.ndarray, n: int) -> list[np.ndarray]:
+    """Orthonormal rigid motions (n, d) of some particles that leave their held coordinates where they are."""
+    count, d = x.shape
+    basis = [np.broadcast_to(np.eye(d)[k], (count, d)) for k in range(d)]
+    if not wraps:
+        arms = x - x.mean(axis=0)
+        size = np.sqrt(np.mean(arms**2)) or 1.0
+        for a, b in [(0, 1), (1, 2), (0, 2)][: 1 if d == 2 else 3]:
+            turn = np.zeros((count, d))
+            turn[:, a], turn[:, b] = -arms[:, b] / size, arms[:, a] / size
+            basis.append(turn)
+    rows = np.array([b.ravel() for b in basis])
+    _, sizes, rows = np.linalg.svd(rows, full_matrices=False)
+    rows = rows[sizes > 1e-9 * sizes[0]]
+    at_stuck = rows[:, stuck.ravel()]
+    if at_stuck.shape[1]:
+        # the combinations that vanish there: null vectors of a small matrix
+        values, vectors = np.linalg.eigh(at_stuck @ at_stuck.T)
+        rows = vectors[:, values < 1e-12].T @ rows
+    found = []
+    for row in rows:
+        motion = np.zeros((n, d))
+        motion[some] = row.reshape(count, d)
+        found.append(motion)
+    return found
+
+
+def _costless(system: System, rows: np.ndarray) -> np.ndarray:
+    """Those combinations of orthonormal motions that the Hessian finds free: a field may hold the others."""
+    probe = np.cos(np.arange(rows[0].size) ** 2.0).reshape(1, *rows[0].shape)
+    *images, of_probe = np.asarray(_images(system, jnp.asarray(np.concatenate([rows, probe]))))
+    scale = np.linalg.norm(of_probe) / np.linalg.norm(probe)
+    u, costs, _ = np.linalg.svd(np.array(images), full_matrices=False)
+    kept = u[:, costs <= np.finfo(float).eps ** 0.5 * scale]
+    return np.tensordot(kept.T, rows, axes=1)
+
+
+@jax.jit
+def _images(system: System, rows: jax.Array) -> jax.Array:
+    def slope(R: jax.Array) -> jax.Array:
+        return lagrangian_slope(system.replace(constraints=()), Unknowns(R), system.params).positions
+
+    product = jax.linearize(slope, system.positions)[1]
+    return jax.lax.map(lambda v: product(v).ravel(), rows)
+
+
+def scaled(x: Unknowns, by: Any) -> Unknowns:
+    """Multipliers in units of a force a length, so that all rows of the system are alike."""
+    return dataclasses.replace(x, multipliers=jax.tree.map(lambda leaf: by * leaf, x.multipliers))
+
+
+def kkt_operator(system: System, x: Unknowns, null: NullSpace) -> tuple[Operator, Any]:
+    """The system as products, with multipliers in units of the law's stiffness, and that unit.
+
+    Positive semi-definite where no constraint is an equation.
+    """
+    unit = scales(system)[1]
+    own = {k: v for k, v in system.params.items() if k not in (x.params or {})}
+    jacobian = jax.linearize(lambda y: lagrangian_slope(system, y, own), x)[1]
+
+    def product(v: Unknowns) -> Unknowns:
+        return null.free(scaled(jacobian(scaled(null.free(v), unit)), unit))
+
+    definite = x.multipliers is None
+    return Operator(product, symmetric=True, positive_semidefinite=definite, project=null.project), unit
+
+
+def about_to_switch(system: System, multipliers: Any, null: NullSpace, max_force: float) -> int:
+    """How many coordinates are at a bound that does not push them, or so near to one that the force left could bring
+    them there: on one side of the minimum's parameters they are held, on the other free. Host code.
+    """
+    low, high = (jax.tree.map(np.asarray, side) for side in bounds(system, system.params))
+    at_low, at_high = (jax.tree.map(np.asarray, side) for side in at_bounds(system))
+    x = unknowns_of(system, multipliers)
+    slope = lagrangian_slope(system, x, own_params(system))
+    length, stiffness = (float(s) for s in scales(system))
+    loose = {"positions": np.asarray(null.rattlers)[:, None] | np.asarray(pinned(system))}
+    count = 0
+    for name, value, along in (
+        ("positions", x.positions, slope.positions),
+        *((k, (x.params or {})[k], (slope.params or {})[k]) for k in x.params or {}),
+    ):
+
+        def part(side: Unknowns, name: str = name) -> Any:
+            return side.positions if name == "positions" else (side.params or {})[name]
+
+        value, along = np.asarray(value, float), np.asarray(along, float)
+        held = part(at_low) | part(at_high)
+        weak = held & (np.abs(along) <= WEAK * max_force + SHIFT * stiffness * length)
+        gap = np.minimum(value - part(low), part(high) - value)
+        close = ~held & (gap <= WEAK * max_force / stiffness + SHIFT * length)
+        count += int(np.sum((weak | close) & ~loose.get(name, False)))
+    return count
