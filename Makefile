@@ -41,7 +41,9 @@ test: $(installed)
 	$(bin)/python -m pytest $(ARGS)
 
 fuzz: $(installed)
-	MDSENS_FUZZ_CASES=$${MDSENS_FUZZ_CASES:-3000} $(bin)/python -m pytest tests/test_fuzz.py tests/test_jammed.py tests/test_elasticity.py tests/test_benchmarks.py $(ARGS)
+	MDSENS_FUZZ_CASES=$${MDSENS_FUZZ_CASES:-3000} $(bin)/python -m pytest \
+	  tests/test_fuzz.py tests/test_jammed.py tests/test_elasticity.py tests/test_benchmarks.py tests/test_constraints.py \
+	  tests/test_electrostatics.py tests/test_unrolled.py $(ARGS)
 
 bench: $(installed_bench)
 	$(bin)/python -m benchmarks.relaxation --sizes 1024 --json benchmarks/results/relaxation.json

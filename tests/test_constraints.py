@@ -300,6 +300,23 @@ def test_relaxed_weights_are_a_softmax():
     assert np.allclose(jax.jacobian(lambda e: solver(expected, e))(energies)[:, 0], slope, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("levels, degenerate", [([0.9, 0.5, -0.3], False), ([0.9, 0.5, 0.2], True)])
+def test_a_weight_at_the_edge_of_the_simplex(levels, degenerate):
+    """sum (w - a)^2 / 2 is least where a is projected onto the simplex; at (0.9, 0.5, 0.2) a weight is just zero."""
+
+    def law(R, p, displacement):
+        return 0.5 * jnp.sum((p["weights"] - p["levels"]) ** 2) + jnp.sum(R**2)
+
+    potential = ms.potentials.from_energy(law, ("weights", "levels"))
+    params = {"weights": np.full(3, 1 / 3), "levels": np.array(levels)}
+    eq = ms.minimize(ms.System.create([[0.1, 0.0]], None, potential, params, constraints=[Simplex("weights")]))
+    assert np.allclose(eq.params["weights"], [0.7, 0.3, 0.0], rtol=0, atol=1e-11)
+    r = ms.jvp(eq, {"levels": np.array([1.0, 0.0, 0.0])}, throw=False)
+    assert (r.status is ms.Status.DEGENERATE_CONSTRAINT) is degenerate
+    if not degenerate:
+        assert np.allclose(r.value.params["weights"], [0.5, -0.5, 0.0], rtol=0, atol=1e-11)
+
+
 # ── the same minimum by the catalogue of conditions ──
 
 
@@ -331,6 +348,7 @@ def test_the_catalogue_gives_the_same_derivative():
 # ── what a user meets ──
 
 
+@LONG
 def test_a_batch_goes_member_by_member():
     first = system("bonds and pins in a slit")
     other = first.with_params({"floor_position": 0.02})
