@@ -39,7 +39,7 @@ def problem(smoke: bool) -> tuple[Array, Array]:
         return jnp.asarray(A), jnp.asarray(A @ rng.normal(size=4) + 0.1 * rng.normal(size=20))
     from sklearn.datasets import load_diabetes
 
-    A, y = load_diabetes(return_X_y=True)
+    A, y = (np.asarray(side) for side in load_diabetes(return_X_y=True))
     return jnp.asarray(A), jnp.asarray((y - y.mean()) / y.std())
 
 
