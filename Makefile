@@ -22,7 +22,7 @@ scratch := build/notebooks
 help:
 	@echo 'make demo         the sensitivity of a packing to the size of half its particles: demo/demo.png'
 	@echo 'make test         the tests; some of them: make test ARGS="-k name"'
-	@echo 'make fuzz         3,000 generated systems and all jammed packings against dense linear algebra, an hour'
+	@echo 'make fuzz         all of the tests: 3,000 generated systems, all jammed packings, the long ones; hours'
 	@echo 'make bench        the benchmarks, small, beside their peers: benchmarks/results/README.md'
 	@echo 'make paper        the experiments of arXiv:2105.15183, five minutes: benchmarks/paper/README.md'
 	@echo 'make lint         ruff check, ruff format --check, pyright'
@@ -41,9 +41,7 @@ test: $(installed)
 	$(bin)/python -m pytest $(ARGS)
 
 fuzz: $(installed)
-	MDSENS_FUZZ_CASES=$${MDSENS_FUZZ_CASES:-3000} $(bin)/python -m pytest \
-	  tests/test_fuzz.py tests/test_jammed.py tests/test_elasticity.py tests/test_benchmarks.py tests/test_constraints.py \
-	  tests/test_electrostatics.py tests/test_unrolled.py $(ARGS)
+	MDSENS_FUZZ_CASES=$${MDSENS_FUZZ_CASES:-3000} $(bin)/python -m pytest $(ARGS)
 
 bench: $(installed_bench)
 	$(bin)/python -m benchmarks.relaxation --sizes 1024 --json benchmarks/results/relaxation.json

@@ -28,6 +28,9 @@ import mdsens as ms  # noqa: E402
 # the time of the tests.
 gc.set_threshold(100_000, 20, 100)
 
+# What `make fuzz` runs beside: the longest of each kind, of which a shorter one is among the others.
+LONG = pytest.mark.skipif("MDSENS_FUZZ_CASES" not in os.environ, reason="a long run: make fuzz")
+
 DATA = Path(__file__).parents[1] / "systems" / "data"
 PACKINGS = ("2d_polydisperse_N64_p1e-1", "3d_bidisperse_N128_p1e-4")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import LONG
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -26,6 +26,9 @@ SMALL = {
     "design": ["--sizes", "64", "--seeds", "1", "--steps", "2", "--problems", "0", "--peers", "0"],
     "honesty": ["--sizes", "96", "--draws", "1", "--pressures", "0.1", "--limits", "5000", "--peers", "0"],
 }
+
+
+LONGER = ("sensitivity", "jacobian", "batch", "jamming", "design", "honesty")  # they compile for longest
 
 
 @pytest.fixture
@@ -44,7 +47,7 @@ def run(tmp_path: Path, monkeypatch) -> Callable[..., list[dict[str, Any]]]:
     return rows
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [pytest.param(k, marks=LONG if k in LONGER else ()) for k in SMALL])
 def test_benchmark_runs_and_tells_errors_beside_times(name: str, run):
     rows = run(name, *SMALL[name])
     assert rows
@@ -52,9 +55,6 @@ def test_benchmark_runs_and_tells_errors_beside_times(name: str, run):
         wrong = [row[key] for key in ("error", "max_force", "adjoint", "residual") if key in row]
         assert wrong and max(wrong) < 1e-6, row
         assert row.get("status", "CONVERGED") == "CONVERGED"
-
-
-LONG = pytest.mark.skipif("MDSENS_FUZZ_CASES" not in os.environ, reason="a long run: make fuzz")
 
 
 @LONG

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from conftest import LONG
 
 import mdsens as ms
 from mdsens import _doctor, _report, _tables, cli
@@ -414,6 +415,7 @@ def test_moduli_and_their_derivatives(tmp_path: Path, capsys):
     assert f"{float(m.shear):.6g}" in found.out and "sigma[1]" in found.out
 
 
+@LONG
 def test_moduli_at_a_pressure(tmp_path: Path, capsys):
     given = packing(tmp_path)
     found = Outcome(capsys, "moduli", given, "--pressure", "0.02", "--shape", "--wrt", "pressure")

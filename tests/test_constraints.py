@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from typing import Any, cast
 
@@ -10,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import LONG
 
 import mdsens as ms
 from mdsens.constraints import FixedTotal, Pinned, RigidBonds, Simplex, Wall
 from mdsens.stationarity import Unknowns
 
-LONG = pytest.mark.skipif("MDSENS_FUZZ_CASES" not in os.environ, reason="long: make fuzz")
 N = 16
 
 

@@ -16,6 +16,7 @@ import matplotlib
 import numpy as np
 import optax
 import pytest
+from conftest import LONG
 from scipy.optimize import lsq_linear
 
 import mdsens as ms
@@ -291,6 +292,7 @@ high = 2.0
 """
 
 
+@LONG
 def test_a_design_killed_at_any_moment_resumes_to_the_same_history(tmp_path: Path) -> None:
     silent: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     for name in ("whole", "killed"):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import os
 from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import PACKINGS, packing, packing_file, relative, relaxed_packing
+from conftest import LONG, PACKINGS, packing, packing_file, relative, relaxed_packing
 
 import mdsens as ms
 from mdsens import contacts, elasticity, strains
@@ -229,10 +228,7 @@ def test_gradients_of_moduli_are_finite_differences_of_minimising_again(which):
     assert forward.status.good and np.max(np.abs(forward.value - want) / scale) < 1e-9
 
 
-LONG = "MDSENS_FUZZ_CASES" in os.environ  # as `make fuzz` has it: some thousand relaxations
-
-
-@pytest.mark.skipif(not LONG, reason="a long run: make fuzz")
+@LONG
 @pytest.mark.parametrize("member", range(10))
 @pytest.mark.parametrize("name", PACKINGS, ids=["2d", "3d"])
 def test_gradients_of_moduli_on_every_packing_are_finite_differences_within_the_radius(name, member):
@@ -284,6 +280,7 @@ def test_moduli_of_a_system_are_those_of_its_equilibrium_and_so_are_their_gradie
     assert forward == pytest.approx(float(reverse["sigma"] @ tangent["sigma"]), rel=1e-8)
 
 
+@LONG
 def test_second_derivatives_of_moduli_pass_through_the_displacements():
     eq = relaxed_packing(PACKINGS[0], 1)
     direction = jnp.asarray(np.random.default_rng(0).normal(size=64))

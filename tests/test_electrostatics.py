@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import os
 from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import relative
+from conftest import LONG, relative
 
 import mdsens as ms
 from mdsens import _memory, nested, observables, potentials
@@ -18,7 +17,6 @@ from mdsens.implicit import CG, GMRES, MINRES, Direct
 from mdsens.linearization import Linearization
 from mdsens.system import potential_energy
 
-long = pytest.mark.skipif("MDSENS_FUZZ_CASES" not in os.environ, reason="long: make fuzz")
 CORNERS = np.array([[i, j, k] for i in (0, 1) for j in (0, 1) for k in (0, 1)], float)
 
 
@@ -44,7 +42,7 @@ def moments(system: ms.System):
     return observables.charges(system), observables.induced_dipoles(system), observables.dipole(system)
 
 
-@pytest.mark.parametrize("damped", [True, pytest.param(False, marks=long)])
+@pytest.mark.parametrize("damped", [True, pytest.param(False, marks=LONG)])
 def test_a_charge_and_a_polarizable_particle(damped):
     r, q, alpha, a = 1.7, 0.8, 0.3, 0.5
     given = {"charge": [q, 0.0], "polarizability": alpha, **({"damping": a} if damped else {})}
@@ -64,7 +62,7 @@ def _own(alpha, r, x):
     return (alpha * (3 * t - s) / r**3) ** 2
 
 
-@pytest.mark.parametrize("d", [3, pytest.param(2, marks=long)])
+@pytest.mark.parametrize("d", [3, pytest.param(2, marks=LONG)])
 def test_two_polarizable_particles_in_a_field_are_those_of_silberstein(d):
     a, b, r = 0.4, 0.25, 1.3
     law, positions = potentials.induced_dipoles(damped=False), jnp.zeros((2, d)).at[1, 0].set(r)
@@ -87,7 +85,7 @@ def test_two_polarizable_particles_in_a_field_are_those_of_silberstein(d):
     np.testing.assert_allclose(polarizability(positions, jnp.array([a, b])), expected, rtol=1e-13, atol=1e-14)
 
 
-@pytest.mark.parametrize("solve", [Direct(), pytest.param(MINRES(rtol=1e-14), marks=long)])
+@pytest.mark.parametrize("solve", [Direct(), pytest.param(MINRES(rtol=1e-14), marks=LONG)])
 def test_two_charges_at_rest(solve):
     from scipy.special import erf
 
@@ -150,7 +148,7 @@ EXPLICIT = {
 }
 
 
-@pytest.mark.parametrize("case", [pytest.param(k, marks=long if "plane" in k else ()) for k in EXPLICIT])
+@pytest.mark.parametrize("case", [pytest.param(k, marks=LONG if "plane" in k else ()) for k in EXPLICIT])
 def test_second_derivatives_are_those_of_an_explicit_solve(case):
     law, explicit, d, sizes = EXPLICIT[case]
     positions = np.array([[0.0, 0.0, 0.0], [1.1, 0.2, -0.1], [0.4, 1.0, 0.5]])[:, :d]
@@ -173,7 +171,7 @@ def test_second_derivatives_are_those_of_an_explicit_solve(case):
         assert relative(a, b) < 1e-12
 
 
-@long
+@LONG
 @pytest.mark.parametrize("case", EXPLICIT)
 def test_third_derivatives_are_those_of_an_explicit_solve(case):
     law, explicit, d, sizes = EXPLICIT[case]
@@ -274,6 +272,7 @@ def test_gradients_of_relaxed_energy_and_dipole_are_those_of_minimising_again(na
         check_by_minimising_again(name, key, [float(jnp.sum(of * direction(name, key))) for of in found[:2]])
 
 
+@LONG
 @pytest.mark.parametrize("name", clusters("charges in a plane"))
 def test_forward_derivatives_of_them_are_those_of_minimising_again(name):
     eq = relaxed(name)
@@ -317,7 +316,7 @@ def test_the_values_of_a_species_are_those_of_its_particles():
     assert abs(float(jnp.sum(expected))) < 1e-14 and np.abs(expected).max() > 0.1
 
 
-@long
+@LONG
 def test_an_inner_residual_enters_the_energy_squared_and_forces_as_it_is():
     rng = np.random.default_rng(0)
     positions, charge = 1.1 * CORNERS + 0.1 * rng.normal(size=(8, 3)), 1.0 - 2 * (CORNERS.sum(1) % 2)
@@ -362,7 +361,7 @@ def test_a_relaxation_into_a_catastrophe_says_so():
     assert raised.value.status is ms.Status.NOT_FINITE
 
 
-@pytest.mark.parametrize("solve", [Direct(), pytest.param(MINRES(rtol=1e-14), marks=long)])
+@pytest.mark.parametrize("solve", [Direct(), pytest.param(MINRES(rtol=1e-14), marks=LONG)])
 def test_soft_charges_close_together_have_no_minimum(solve):
     law = potentials.charge_equilibration(solve=solve)
     params = {"electronegativity": 1.0, "hardness": 0.5, "radius": 0.1}

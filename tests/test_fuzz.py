@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 import mdsens as ms
 
 LONG = "MDSENS_FUZZ_CASES" in os.environ
-CASES = int(os.environ.get("MDSENS_FUZZ_CASES", "160"))
+CASES = int(os.environ.get("MDSENS_FUZZ_CASES", "60"))
 RUN = LONG_SHAPES if LONG else SHAPES
 TOTAL_SHARE = sum(shape.share for shape in RUN)
 

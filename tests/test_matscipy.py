@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import relative
+from conftest import LONG, relative
 from matscipy.calculators import pair_potential
 
 import mdsens as ms
@@ -48,6 +48,7 @@ def interaction(sigma: float, epsilon: float, onset: float, cutoff: float) -> An
     return SwitchedLennardJones(cutoff)
 
 
+@LONG
 def test_birchs_constants_of_a_lennard_jones_glass_are_matscipys():
     eq = ms.minimize(ms.load_system("binary_lj_glass", count=256))
     sigma, epsilon = (np.asarray(eq.params[name]) for name in ("sigma", "epsilon"))

@@ -5,7 +5,7 @@ import tomllib
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import relative
+from conftest import LONG, relative
 
 import mdsens as ms
 from mdsens.specification import systems_folder
@@ -18,7 +18,10 @@ SILENT = {"fcc_argon"}
 ROUND_OFF = {"binary_lj_glass": 1e-12, "harmonic_morse_2d": 3e-14}
 
 
-@pytest.fixture(scope="module", params=NAMES)
+SLOW = {"binary_lj_glass", "bidisperse_3d", "harmonic_morse_2d"}
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=LONG if name in SLOW else ()) for name in NAMES])
 def name(request):
     return request.param
 

@@ -7,7 +7,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import packing, packing_file, relative, relaxed_packing
+from conftest import LONG, packing, packing_file, relative, relaxed_packing
 
 import mdsens as ms
 from mdsens import _runs, doors
@@ -20,6 +20,7 @@ MEMBERS = range(10)
 ITERATIVE = (CG(1e-13), MINRES(1e-13), BiCGSTAB(1e-13), GMRES(1e-13))
 
 
+@LONG
 def test_a_dozen_seeds():
     """L1 norms of dR/dtheta in the published range, and minimising again on some; the box follows theta or is held.
 
