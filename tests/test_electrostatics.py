@@ -263,7 +263,7 @@ CLUSTERS = ["ions", "charges in a plane", "ions in a plane", "charges", "ions an
 
 
 def clusters(*quick: str) -> list:
-    return [pytest.param(name, marks=() if name in quick else long) for name in CLUSTERS]
+    return [pytest.param(name, marks=() if name in quick else LONG) for name in CLUSTERS]
 
 
 @pytest.mark.parametrize("name", clusters("ions"))
