@@ -19,7 +19,7 @@ import numpy as np
 from scipy.optimize import minimize
 
 from mdsens.constrained import constrained_null_space, flat, unflat
-from mdsens.implicit.status import Status
+from mdsens.implicit.status import InputError, Status
 from mdsens.kkt import KKT
 from mdsens.lagrangian import bounds, equations, lagrangian_slope, own_params, pinned, unknowns_of, with_unknowns
 from mdsens.scales import round_off, scales
@@ -32,11 +32,12 @@ __all__ = ["Reached", "relax_held"]
 ROUNDS = 30  # of the multipliers
 NEAR = 2e-4  # of the law's length and force: where Newton steps begin
 NEARER = 0.1  # of that, each time that they made no headway
-RETURNS = 8  # to the augmented Lagrangian from Newton steps that made no headway
+RETURNS = 12  # to the augmented Lagrangian from Newton steps that made no headway
 STEPS, TRIALS, STALLED = 60, 8, 12  # Newton steps in a row; shifts of one; of them that do not halve the force
 FIRST, RISEN = 0.1, 10.0  # multiple that shifts start with; what a step may raise the force to that lowers the energy
 LONGEST = 0.1  # step of a coordinate, of the law's length
 PENALTY, RISE = 1.0, 5.0  # rho of the law's stiffness to begin with; where g does not fall to a quarter, times this
+UNMET, EPS = 1e-6, 1e-14  # of the law's length: an equation that is off by more is not met; of a coordinate, none
 SADDLES, OFF_SADDLE, DOWN = 3, 1e-2, 1e-10  # times that one is left; the step off it; how far down from there
 ROUND_OFF = 3.0  # times what round-off leaves of forces: nothing is gained from there
 UNSEEN = 4500.0  # units of round-off of the energy: a difference below them tells nothing
@@ -52,7 +53,8 @@ class Reached(NamedTuple):
       max_force: the largest norm of a particle's force that nothing balances, or what counts as one: the slope along a
         relaxed parameter, or g times the law's stiffness.
       steps: evaluations of the slope.
-      status: CONVERGED, MAX_STEPS_REACHED, NOT_FINITE or INDEFINITE.
+      status: CONVERGED, MAX_STEPS_REACHED, NOT_FINITE, CONSTRAINTS_UNMET, or NOT_CONVERGED where no step led further.
+      unmet: the equation that is furthest from being met, in words; empty where none is far.
     """
 
     system: System
@@ -60,6 +62,7 @@ class Reached(NamedTuple):
     max_force: float
     steps: int
     status: Status
+    unmet: str
 
 
 @jax.jit
@@ -106,6 +109,7 @@ class _Descent:
         self.max_steps, self.tolerance, self.show = max_steps, tolerance, show
         self.length, self.stiffness = (float(s) for s in scales(system))
         low, high = _limits(system)
+        _check_limits(system, low, high)
         self.low, self.high = flat(low), flat(high)
         self.count = self.low.size
         self.like = dataclasses.replace(unknowns_of(system), multipliers=None)
@@ -209,9 +213,19 @@ class _Descent:
             size = self.newton()
             if size <= max(self.tolerance, self.round_off) or self.steps >= self.max_steps:
                 break
-            share = max(share * NEARER, DOWN)
+            share = max(share * NEARER, 0.1 * self.tolerance / (self.stiffness * self.length))
             self.near(share)
         return size
+
+    def unmet(self) -> str:
+        """The equation that is furthest from being met, in words; empty where all are met as far as forces are."""
+        slope, worst, said = _slope(self.system, self.multipliers), UNMET * self.length, ""
+        for name, g in (slope.multipliers or {}).items():
+            off = np.abs(np.atleast_1d(np.asarray(g))).ravel()
+            if off.max(initial=0.0) > worst:
+                k = int(np.argmax(off))
+                worst, said = float(off[k]), f"{name}[{k}] is off by {off[k]:.3g}"
+        return said
 
     def leave_saddle(self, size: float) -> bool:
         """A step along the lowest mode on the tangent space where it has a negative one; whether there was one."""
@@ -316,8 +330,34 @@ def relax_held(system: System, tolerance: float, max_steps: int, show: Callable[
             break
         run.near(DOWN)
         size = run.arrive()
-    if not np.isfinite(size):
+    unmet = run.unmet()
+    if size <= tolerance:
+        status = Status.CONVERGED
+    elif unmet:
+        status = Status.CONSTRAINTS_UNMET
+    elif not np.isfinite(size):
         status = Status.NOT_FINITE
     else:
-        status = Status.CONVERGED if size <= tolerance else Status.MAX_STEPS_REACHED
-    return Reached(run.system, run.multipliers, size, run.steps, status)
+        status = Status.MAX_STEPS_REACHED if run.steps >= max_steps else Status.NOT_CONVERGED
+    return Reached(run.system, run.multipliers, size, run.steps, status, unmet)
+
+
+def _check_limits(system: System, low: Unknowns, high: Unknowns) -> None:
+    """Raise InputError where bounds leave no room, or a pinned coordinate is beyond one."""
+    inside = bounds(system, system.params)
+    lower, upper, at = (np.asarray(x, float) for x in (inside[0].positions, inside[1].positions, system.positions))
+    if (lower > upper).any():
+        i, a = (int(k) for k in np.argwhere(lower > upper)[0])
+        raise InputError(
+            f"the walls leave particle {i} no room along axis {a}: it may be from {lower[i, a]:g} to {upper[i, a]:g}; "
+            "move them apart."
+        )
+    beyond = np.asarray(pinned(system)) & (
+        (at < lower - ROUND_OFF * EPS * abs(at)) | (at > upper + ROUND_OFF * EPS * abs(at))
+    )
+    if beyond.any():
+        i, a = (int(k) for k in np.argwhere(beyond)[0])
+        raise InputError(
+            f"particle {i} is pinned at {at[i, a]:g} along axis {a}, beyond a wall, which leaves it {lower[i, a]:g} to "
+            f"{upper[i, a]:g}: move the pin or the wall."
+        )

@@ -191,7 +191,8 @@ class KKT(Stiffness):
             block = kept[labels == label]
             columns = np.unique(block.indices)
             sizes = np.linalg.svd(block[:, columns].toarray(), compute_uv=False)
-            repeated += block.shape[0] - int(np.sum(sizes > REPEATED * max(sizes[0], 1e-300)))
+            # an equation all of whose coordinates are held elsewhere has no column: it repeats those
+            repeated += block.shape[0] - int(np.sum(sizes > REPEATED * max(sizes.max(initial=0.0), 1e-300)))
         return repeated
 
     @functools.cached_property

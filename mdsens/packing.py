@@ -14,7 +14,7 @@ from mdsens._progress import Members
 from mdsens.boxes import FixedBox
 from mdsens.implicit.status import InputError, Status, raise_for_status
 from mdsens.relaxation import Equilibrium, minimize
-from mdsens.system import System
+from mdsens.system import System, require_unconstrained
 
 __all__ = ["compress"]
 
@@ -57,6 +57,7 @@ def compress(
     system = start.system if isinstance(start, Equilibrium) else start
     if not isinstance(system, System):
         raise InputError(f"start is a {type(start).__name__}: give a System or an Equilibrium.")
+    require_unconstrained(system, "compress")
     now = float(observables.packing_fraction(system))  # refuses a batch, open boundaries, no sigma
     for name, value in (("packing_fraction", packing_fraction), ("step", step)):
         number = real_number(name, value, "give a positive number.")

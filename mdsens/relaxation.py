@@ -239,6 +239,7 @@ def _constrained(
     )
     if throw:
         what = f"minimize under constraints stopped after {found.steps:,} steps at max_force {found.max_force:.3e}"
+        what += f"; {found.unmet}" if found.unmet else ""
         raise_for_status(found.status, what, eq)
     return eq
 

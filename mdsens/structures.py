@@ -13,6 +13,7 @@ from mdsens.constraints import Constraint, Pinned, RigidBonds
 from mdsens.files import replacing
 from mdsens.implicit.status import InputError
 from mdsens.system import System, unstack
+from mdsens.unknowns import Unknowns
 
 __all__ = ["cell_of", "coordinates_of", "from_ase", "to_ase", "write_extxyz"]
 
@@ -236,6 +237,7 @@ def _frame(system: System, response: Any) -> str:
     columns |= {k: v for k, v in atoms.arrays.items() if k not in ("numbers", "positions")}
     if response is not None:
         value = getattr(response, "value", response)
+        value = value.positions if isinstance(value, Unknowns) else value
         if not hasattr(value, "shape") or value.shape != (n, d):
             shape = getattr(value, "shape", type(value).__name__)
             raise InputError(f"response has shape {shape}: give one vector a particle, ({n}, {d}), as jvp does.")

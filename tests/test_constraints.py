@@ -421,6 +421,29 @@ def test_bad_records_are_refused(make, said):
         make()
 
 
+@pytest.mark.parametrize("make, error, said", [
+    (lambda low: [Wall(1, True, "floor"), Wall(1, False, "lid")], ms.InputError, "no room along axis 1"),
+    (lambda low: [Wall(1, True, "floor"), Pinned.particles([low], N, 2)], ms.InputError, "beyond a wall"),
+    (lambda low: [Pinned.particles([0, 1], N, 2), RigidBonds.between([[0, 1]])], ms.ConvergenceError, "is off by"),
+])  # fmt: skip
+def test_constraints_that_cannot_be_met_are_named(make, error, said):
+    x, params = _discs()
+    given = {**params, "floor_position": 2.0, "lid_position": 1.0, "bond_length": 0.9}
+    held = make(int(np.argmin(x[:, 1])))
+    given = {k: v for k, v in given.items() if k in params or any(k in c.parameters for c in held)}
+    with pytest.raises(error, match=said):
+        ms.minimize(ms.System.create(x, 6.0, ms.potentials.soft_sphere(), given, constraints=held))
+
+
+def test_a_bond_between_pins_is_redundant():
+    x, params = _discs()
+    held = [Pinned.particles([0, 1], N, 2), RigidBonds.between([[0, 1]])]
+    given = {**params, "bond_length": held[1].lengths_of(x)}
+    eq = ms.minimize(ms.System.create(x, 20.0, ms.potentials.soft_sphere(), given, constraints=held))
+    c: Any = ms.certify(eq)
+    assert c.constraints.redundant == 1
+
+
 def test_what_knows_no_constraints_says_so():
     eq = minimum("bonds and pins in a slit")
     s = eq.system
@@ -430,6 +453,8 @@ def test_what_knows_no_constraints_says_so():
         lambda: ms.elasticity.moduli(eq),
         lambda: ms.modes.smallest_stiffness(eq),
         lambda: ms.equilibrate(s),
+        lambda: ms.packing.compress(eq, 0.9),
+        lambda: ms.verify.unrolled(eq, {"floor_position": 1.0}, steps=(30,)),
     ):
         with pytest.raises(ms.InputError, match="constraints"):
             ask()

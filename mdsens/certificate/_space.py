@@ -94,7 +94,8 @@ class Space:
     def strength(self, forces: Unknowns) -> float:
         """The norm of forces on the unknowns, off the null space; under constraints on the tangent space."""
         if self.lin.held is not None:
-            return float(np.linalg.norm(self._tangent(forces)))
+            g = [self.stiffness.unit * np.ravel(np.asarray(leaf)) for leaf in jax.tree.leaves(forces.multipliers)]
+            return float(np.linalg.norm(np.concatenate([self._tangent(forces), *g])))
         return _norm(self._off_null(forces.positions), forces.strain, 1.0 / self.length)
 
     def onward(self, forces: Unknowns) -> Unknowns:

@@ -26,7 +26,8 @@ class FixedTotal(Constraint):
     """A parameter of particles that relaxes with the positions while its total stays: sum_i c p_i^e = T.
 
     For diameters and the exponent d it is the particles' area or volume, c = pi/4 or pi/6; for any other exponent c is
-    1. T is the parameter ``<name>_total``. The multiplier is a scalar, -dU/dT: of an area or volume, a pressure.
+    1. T is the parameter ``<name>_total``. The multiplier is a scalar, -dU/dT, in energy an area or volume: negative
+    where more of it costs.
 
     Attributes:
       parameter: of the law, one value a particle or species; an unknown from here on.

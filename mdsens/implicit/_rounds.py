@@ -83,7 +83,8 @@ def solve_flat(operator: Operator, b: Array, method: Method, fill: float) -> tup
     status = jnp.where(residual <= method.rtol, jnp.where(free, ended, good), status)
     status = jnp.where(ended == Status.INDEFINITE, int(Status.INDEFINITE), status)
     status = jnp.where(finite, status, int(Status.NOT_FINITE)).astype(jnp.int32)
-    x = jnp.where(finite, x * length * whole, fill)
+    answered = finite & ~((length > 0) & (residual >= 1.0))  # nothing was gained: zero is no answer
+    x = jnp.where(answered, x * length * whole, fill)
     return x, SolveStats(status, residual, applications + extra, dropped, _name(method))
 
 

@@ -82,8 +82,9 @@ def root(
       InputError: F(x, *args) and x differ in tree or shape; x holds anything but real floating-point arrays; a keyword
         argument; a static argument that is traced, or is not there; ``preprocess`` gives anything but (init, args).
 
-    The derivative has no status to carry: a linear system that fails gives its best iterate, NaN where a number in it
-    is not finite. :func:`tangent` solves the same system and tells how it went.
+    The derivative has no status to carry: a linear system that fails gives its best iterate, NaN where it has none (a
+    singular one by a factor) or where a number in it is not finite. :func:`tangent` solves the same system
+    and tells how it went.
 
     Example:
       x^3 = theta + 1 with theta given by its logarithm and x wanted by its own, and how many steps it took::
@@ -205,6 +206,10 @@ def tangent(
       InputError: args and dargs, or F(x, *args) and x, differ in number, tree or shape.
     """
     x = jax.tree.map(_as_unknown, x)
+    if not isinstance(args, list | tuple) or not isinstance(dargs, list | tuple):
+        raise InputError(
+            f"args is a {type(args).__name__} and dargs a {type(dargs).__name__}; give tuples, one entry an argument"
+        )
     if len(args) != len(dargs):
         raise InputError(f"dargs has {len(dargs)} changes for {len(args)} args; give one each, None where it stays")
     moving = [i for i, change in enumerate(dargs) if change is not None]

@@ -168,6 +168,12 @@ class Status(IntEnum):
         "by one; leave out as many as repeat",
     )
 
+    CONSTRAINTS_UNMET = (
+        31,
+        "the constraints cannot be met together, or not from this start: an equation is left open; change what they "
+        "ask for, or start nearer to it",
+    )
+
     @property
     def good(self) -> bool:
         """True where the number beside this status can be used."""

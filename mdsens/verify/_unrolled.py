@@ -27,7 +27,7 @@ from mdsens.relaxation import Equilibrium, minimize
 from mdsens.scales import round_off
 from mdsens.sensitivity import jvp
 from mdsens.stationarity import Unknowns, largest_force
-from mdsens.system import System
+from mdsens.system import System, require_unconstrained
 from mdsens.verify._pushing import Reverse, Run, all_pairs, limits_of, reversed_run, state_at_rest
 
 __all__ = ["Unrolled", "unrolled"]
@@ -149,6 +149,7 @@ def unrolled(
       ConvergenceError: no minimum, or none that can be differentiated, lies ahead of the last step.
     """
     system, counts = _checked(start, steps, method)
+    require_unconstrained(system, "verify.unrolled")
     tangent = {k: jnp.asarray(v) for k, v in full_tangent(system, dparams).items()}
     size, itemsize = system.positions.size, system.positions.dtype.itemsize
     state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state_at_rest(system, method)))
