@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import LONG
 
 import mdsens as ms
 from mdsens import _members, _memory, _runs, stationarity
@@ -163,6 +164,7 @@ def row(off: float) -> ms.System:
     return ms.System.create(places, None, ms.potentials.lennard_jones(), {"sigma": 1.0, "epsilon": 1.0})
 
 
+@LONG
 def test_saddles_of_members_are_left():
     batch = ms.stack([row(0.0), row(0.3), row(0.0)])
     straight = ms.minimize(batch, method=Fire())

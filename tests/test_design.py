@@ -167,6 +167,7 @@ def test_a_packing_is_designed_and_relaxing_again_agrees(packing: ms.System) -> 
     assert first.reach > 0 and first.trust <= 0.1 and first.crossed >= (first.reach <= 1.0)
 
 
+@LONG
 def test_at_a_pressure_the_cell_responds(packing: ms.System) -> None:
     P = float(ms.observables.pressure(packing))
     found = fit(WANTED[0], packing, {"sigma": Free(within=0.3)}, pressure=P, steps=12)
@@ -319,7 +320,7 @@ def test_a_design_killed_at_any_moment_resumes_to_the_same_history(tmp_path: Pat
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wanted", [0.0, 0.1], ids=["held", "impossible"])
+@pytest.mark.parametrize("wanted", [0.0, pytest.param(0.1, marks=LONG)], ids=["held", "impossible"])
 def test_a_feature_that_nothing_free_moves_does_not_rule_the_step(wanted: float) -> None:
     """A common factor of all energies scales the pressure and leaves Poisson's ratio: its derivatives are round-off."""
     start = ms.minimize(ms.load_system("polydisperse_2d", count=64), progress=False).system
@@ -333,6 +334,7 @@ def test_a_feature_that_nothing_free_moves_does_not_rule_the_step(wanted: float)
     assert alone.relaxations <= 1 and float(alone.params["epsilon"]) == 1.0
 
 
+@LONG
 def test_a_member_on_the_verge_of_rearranging_does_not_count() -> None:
     """Of the sixteen, one has a negative shear modulus and a Poisson's ratio of -77, which would rule the mean."""
     box, law = {"packing_fraction": 1.0, "follows": "nothing"}, {"alpha": 2.5}

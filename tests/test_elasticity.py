@@ -196,7 +196,9 @@ def test_tensors_are_second_differences_of_the_relaxed_energy_and_first_of_the_s
     assert relative(b, elasticity.mandel(found.birch)) < 1e-6
 
 
-@pytest.mark.parametrize("which", ["packing", "loose", "growing box"])
+@pytest.mark.parametrize(
+    "which", ["packing", pytest.param("loose", marks=LONG), pytest.param("growing box", marks=LONG)]
+)
 def test_gradients_of_moduli_are_finite_differences_of_minimising_again(which):
     if which == "growing box":
         eq = ms.minimize(ms.load_system("seed_packing_2d", seed=1), tolerance=1e-13)
@@ -263,6 +265,7 @@ def test_gradients_of_moduli_on_every_packing_are_finite_differences_within_the_
 # ── the composable door ──
 
 
+@LONG
 def test_moduli_of_a_system_are_those_of_its_equilibrium_and_so_are_their_gradients():
     eq = loose()
     params = dict(eq.params)

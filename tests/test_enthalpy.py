@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import PACKINGS, packing, relative, relaxed_packing
+from conftest import LONG, PACKINGS, packing, relative, relaxed_packing
 
 import mdsens as ms
 from mdsens import elasticity
@@ -98,6 +98,7 @@ def test_the_step_limit_is_of_all_relaxations_together():
     assert ms.Status(int(eq.status)) is ms.Status.MAX_STEPS_REACHED and int(eq.steps) <= 1100
 
 
+@LONG
 def test_a_crystal_under_no_pressure_has_its_lattice_constant():
     cell = {"kind": "lattice", "lattice": "fcc", "constant": 5.35, "cells": 4}
     eq = ms.minimize(ms.load_system("fcc_argon", positions=cell), pressure=0.0, shape=True)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
+from conftest import LONG
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
@@ -398,6 +399,7 @@ def test_each_row_has_the_derivative_of_the_closed_form(name: str) -> None:
         np.testing.assert_allclose(reverse, slope, atol=1e-10)
 
 
+@LONG
 def test_second_derivatives() -> None:
     """Of Newton's map, whose first derivative leaves out a term: against differences of the closed form's Jacobian."""
     row, theta, h = BY_NAME["newton"], np.array(ANY[0]), 1e-5

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import packing, relative, relaxed_packing
+from conftest import LONG, packing, relative, relaxed_packing
 
 import mdsens as ms
 from mdsens import _memory
@@ -171,6 +171,7 @@ def test_the_two_doors_agree_forward_and_reverse(held):
     np.testing.assert_allclose(pulled, ms.vjp(eq, w).value["sigma"], rtol=1e-8)
 
 
+@LONG
 def test_jacrev_of_a_small_system_equals_jacfwd_and_finite_differences():
     eq = cluster()
     f, sigma = relaxed_positions(eq.system), eq.params["sigma"]
@@ -229,6 +230,7 @@ def test_vmap_over_seeds_equals_one_by_one_and_carries_a_status_each():
         np.testing.assert_allclose(slopes[k], ms.vjp(eq, w).value["sigma"], rtol=1e-7)
 
 
+@LONG
 def test_a_box_given_by_a_function_is_differentiated():
     def box(params):
         return jnp.array([[5.2, 0.3], [0.0, 4.85]]) * (params["sigma"][0] + 0.5 * params["sigma"][1])

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import LONG
 
 import mdsens as ms
 from mdsens.design import Free, LevenbergMarquardt, Target, fit
@@ -88,6 +89,7 @@ def test_a_sum_smooths_its_pair_laws_alone() -> None:
     assert float(smoothed(ms.potentials.soft_sphere(), 0.1).range({"sigma": 1.0, "epsilon": 1.0, "alpha": 2.0})) == 1.1
 
 
+@LONG
 def test_a_narrow_average_has_the_derivatives_of_the_law() -> None:
     eq = ms.minimize(ms.load_system("polydisperse_2d", count=64, seed=1), progress=False)
     (soft,) = softened(eq, [1e-7], 1e-7)

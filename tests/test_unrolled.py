@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import LONG
 
 import mdsens as ms
 from mdsens import _memory
@@ -37,6 +38,7 @@ def packing() -> Unrolled:
     return unrolled(ms.load_system("seed_packing_2d", seed=0, count=32), THETA, (1, 30, 1500))
 
 
+@LONG
 def test_gradient_descent_on_a_spring_is_known():
     """r_k = sigma + (r_0 - sigma) q^k and dr_k/dsigma = 1 - q^k, q = 1 - 2 h k: the error is q^k, and so is what is
     left of a displacement, whose exponent is log q.
