@@ -22,7 +22,6 @@ __all__ = [
     "at_bounds",
     "bounds",
     "equations",
-    "has_equations",
     "held",
     "lagrangian_slope",
     "multipliers_at",
@@ -53,12 +52,15 @@ def own_params(system: System) -> dict[str, jax.Array]:
 
 def unknowns_of(system: System, multipliers: dict[str, jax.Array] | None = None) -> Unknowns:
     """The system's positions and relaxed parameters, with the equations' multipliers, zero where None."""
-    names = relaxed(system)
-    params = {name: system.params[name] for name in names} if names else None
-    found = equations(system, system.positions, system.params)
+    x, found = _primal(system), equations(system, system.positions, system.params)
     if found:
         found = {k: (multipliers or {}).get(k, jnp.zeros_like(g)) for k, g in found.items()}
-    return Unknowns(system.positions, None, found or None, params)
+    return Unknowns(x.positions, None, found or None, x.params)
+
+
+def _primal(system: System) -> Unknowns:
+    names = relaxed(system)
+    return Unknowns(system.positions, params={name: system.params[name] for name in names} or None)
 
 
 def with_unknowns(system: System, x: Unknowns, params: Params) -> System:
@@ -94,7 +96,7 @@ def bounds(system: System, params: Params) -> tuple[Unknowns, Unknowns]:
 def at_bounds(system: System) -> tuple[Unknowns, Unknowns]:
     """Which positions and relaxed parameters are at their lower bound, and which at their upper one."""
     low, high = bounds(system, system.params)
-    x = Unknowns(system.positions, params=low.params and {k: system.params[k] for k in low.params})
+    x = _primal(system)
 
     def meets(x: jax.Array, bound: jax.Array, side: float) -> jax.Array:
         near = TOUCHING * jnp.finfo(x.dtype).eps * jnp.maximum(jnp.abs(bound), jnp.abs(x))
@@ -114,7 +116,7 @@ def placed(system: System, params: Params) -> Unknowns:
     """Where what is held is held, as the parameters move it; what is not at a bound stays."""
     low, high = bounds(system, {**system.params, **params})
     at_low, at_high = at_bounds(jax.lax.stop_gradient(system))
-    x = Unknowns(system.positions, params=low.params and {k: system.params[k] for k in low.params})
+    x = _primal(system)
 
     def place(x: jax.Array, low: jax.Array, high: jax.Array, at_low: jax.Array, at_high: jax.Array) -> jax.Array:
         # where() before the bound too: an infinite one must not meet a derivative
@@ -123,11 +125,6 @@ def placed(system: System, params: Params) -> Unknowns:
 
     found = jax.tree.map(place, x, low, high, at_low, at_high)
     return Unknowns(jnp.where(pinned(system), system.positions, found.positions), params=found.params)
-
-
-def has_equations(system: System) -> bool:
-    """Whether some constraint is an equation, with a multiplier among the unknowns."""
-    return bool(jax.eval_shape(lambda s: equations(s, s.positions, s.params), system))
 
 
 def equations(system: System, positions: jax.Array, params: Params) -> dict[str, jax.Array]:
@@ -213,9 +210,8 @@ def switch_times(
         here = Unknowns(x.positions, params=x.params)
 
         def gap(a: jax.Array, b: jax.Array) -> jax.Array:
-            return jnp.where(jnp.isfinite(a) & jnp.isfinite(b), a, 0.0) - jnp.where(
-                jnp.isfinite(a) & jnp.isfinite(b), b, 0.0
-            )
+            both = jnp.isfinite(a) & jnp.isfinite(b)  # of infinite bounds no derivative
+            return jnp.where(both, a, 0.0) - jnp.where(both, b, 0.0)
 
         below, above = jax.tree.map(gap, here, lower), jax.tree.map(gap, upper, here)
         return below, above, Unknowns(slope.positions, params=slope.params)

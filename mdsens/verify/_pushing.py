@@ -35,6 +35,7 @@ class Reverse(NamedTuple):
 
 
 def all_pairs(system: System) -> System:
+    """The system with a list of all pairs, which no step can outrun."""
     n, dtype = system.n, system.positions.dtype
     return system if system.neighbours.complete else system.replace(neighbours=neighbours.all_pairs(n, dtype))
 
