@@ -19,6 +19,7 @@ import jax as _jax
 
 from mdsens import (
     barriers,
+    constraints,
     contacts,
     design,
     elasticity,
