@@ -22,8 +22,9 @@ from mdsens.constrained import constrained_null_space, flat, unflat
 from mdsens.implicit.status import InputError, Status
 from mdsens.kkt import KKT
 from mdsens.lagrangian import bounds, equations, lagrangian_slope, own_params, pinned, unknowns_of, with_unknowns
+from mdsens.rigid_motions import NullSpace
 from mdsens.scales import round_off, scales
-from mdsens.stationarity import NullSpace, linearisation
+from mdsens.stationarity import linearisation
 from mdsens.system import System, potential_energy
 from mdsens.unknowns import Unknowns
 

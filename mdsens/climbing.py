@@ -20,9 +20,10 @@ from mdsens._checks import check_positive, short
 from mdsens._progress import Decades
 from mdsens.implicit.status import InputError
 from mdsens.newton import steihaug
+from mdsens.rigid_motions import NullSpace
 from mdsens.scales import round_off, scales
 from mdsens.slopes import energy_slope
-from mdsens.stationarity import NullSpace, Unknowns, largest_force, linearisation
+from mdsens.stationarity import Unknowns, largest_force, linearisation
 from mdsens.stiffness import Stiffness
 from mdsens.system import System
 

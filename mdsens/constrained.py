@@ -25,8 +25,8 @@ from mdsens.lagrangian import (
     pinned,
     unknowns_of,
 )
+from mdsens.rigid_motions import NullSpace, left_motions
 from mdsens.scales import scales
-from mdsens.stationarity import NullSpace
 from mdsens.system import System
 from mdsens.unknowns import Unknowns
 
@@ -81,7 +81,7 @@ def constrained_null_space(system: System, net: Network, null: NullSpace) -> Nul
     motions: list[np.ndarray] = []
     for label in np.unique(labels[~loose]):
         some = np.flatnonzero((labels == label) & ~loose)
-        motions += _left_motions(whole[some], bool(wraps[label]), stuck[some], some, loose.size)
+        motions += left_motions(whole[some], bool(wraps[label]), stuck[some], some, loose.size)
     n, d = system.positions.shape
     rows = np.array(motions).reshape(-1, n, d)
     if not system.potential.pairwise and len(rows):
@@ -89,33 +89,6 @@ def constrained_null_space(system: System, net: Network, null: NullSpace) -> Nul
     plain = NullSpace(null.rattlers, jnp.asarray(labels), null.counts)
     found = jnp.asarray(rows, system.positions.dtype)
     return dataclasses.replace(plain, motions=found, held=Unknowns(mask.positions, None, drops, mask.params))
-
-
-def _left_motions(x: np.ndarray, wraps: bool, stuck: np.ndarray, some: np.ndarray, n: int) -> list[np.ndarray]:
-    """Orthonormal rigid motions (n, d) of some particles that leave their held coordinates where they are."""
-    count, d = x.shape
-    basis = [np.broadcast_to(np.eye(d)[k], (count, d)) for k in range(d)]
-    if not wraps:
-        arms = x - x.mean(axis=0)
-        size = np.sqrt(np.mean(arms**2)) or 1.0
-        for a, b in [(0, 1), (1, 2), (0, 2)][: 1 if d == 2 else 3]:
-            turn = np.zeros((count, d))
-            turn[:, a], turn[:, b] = -arms[:, b] / size, arms[:, a] / size
-            basis.append(turn)
-    rows = np.array([b.ravel() for b in basis])
-    _, sizes, rows = np.linalg.svd(rows, full_matrices=False)
-    rows = rows[sizes > 1e-9 * sizes[0]]
-    at_stuck = rows[:, stuck.ravel()]
-    if at_stuck.shape[1]:
-        # the combinations that vanish there: null vectors of a small matrix
-        values, vectors = np.linalg.eigh(at_stuck @ at_stuck.T)
-        rows = vectors[:, values < 1e-12].T @ rows
-    found = []
-    for row in rows:
-        motion = np.zeros((n, d))
-        motion[some] = row.reshape(count, d)
-        found.append(motion)
-    return found
 
 
 def _costless(system: System, rows: np.ndarray) -> np.ndarray:

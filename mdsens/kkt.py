@@ -31,8 +31,9 @@ from mdsens.implicit.linear import solve
 from mdsens.implicit.operators import Auto
 from mdsens.implicit.status import SolveStats, Status
 from mdsens.lagrangian import relaxed, unknowns_of
+from mdsens.rigid_motions import NullSpace
 from mdsens.scales import scales
-from mdsens.stationarity import NullSpace, sparse_hessian
+from mdsens.stationarity import sparse_hessian
 from mdsens.stiffness import Stiffness
 from mdsens.system import System
 from mdsens.unknowns import Unknowns

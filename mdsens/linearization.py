@@ -22,7 +22,8 @@ from mdsens.implicit.operators import Auto, Direct, Method
 from mdsens.implicit.status import InputError, Status, raise_for_status, require_sound_jax
 from mdsens.kkt import KKT
 from mdsens.relaxation import Equilibrium
-from mdsens.stationarity import NullSpace, Unknowns, gradient, linearisation
+from mdsens.rigid_motions import NullSpace
+from mdsens.stationarity import Unknowns, gradient, linearisation
 from mdsens.stiffness import Stiffness, factorises
 from mdsens.strains import from_mandel, to_mandel
 from mdsens.system import System

@@ -29,8 +29,9 @@ from mdsens.implicit.operators import Method
 from mdsens.implicit.status import InputError, Status, raise_for_status
 from mdsens.linearization import Linearization, linearised
 from mdsens.relaxation import Equilibrium
+from mdsens.rigid_motions import NullSpace
 from mdsens.scales import doubtful_stiffness, scales, unrelaxed
-from mdsens.stationarity import NullSpace, Unknowns, dense_hessian, linearisation, max_force
+from mdsens.stationarity import Unknowns, dense_hessian, linearisation, max_force
 from mdsens.stiffness import Stiffness, participation
 from mdsens.system import System, potential_energy, require_unconstrained
 

@@ -17,7 +17,8 @@ from mdsens.implicit.eigen import Spectrum
 from mdsens.implicit.linear import solve
 from mdsens.implicit.operators import Auto
 from mdsens.implicit.status import SolveStats, Status
-from mdsens.stationarity import NullSpace, Unknowns, hessian_operator, sparse_hessian
+from mdsens.rigid_motions import NullSpace
+from mdsens.stationarity import Unknowns, hessian_operator, sparse_hessian
 from mdsens.system import System
 
 __all__ = ["Stiffness", "factorises", "participation"]

@@ -14,6 +14,7 @@ from conftest import PACKINGS, relative, relaxed_packing
 import mdsens as ms
 from mdsens import contacts, stationarity
 from mdsens.block_rows import BlockRows
+from mdsens.rigid_motions import NullSpace
 from mdsens.stationarity import Unknowns, dense_hessian
 from mdsens.system import potential_energy
 
@@ -106,7 +107,7 @@ def test_blocks_make_the_products_of_the_matrix(name):
 # ── the null space ──
 
 
-def projector(null: stationarity.NullSpace, n: int, d: int) -> np.ndarray:
+def projector(null: NullSpace, n: int, d: int) -> np.ndarray:
     """P as a matrix."""
     columns = jax.jit(jax.vmap(lambda e: null.project(Unknowns(e.reshape(n, d))).positions.ravel()))(jnp.eye(n * d))
     return np.asarray(columns).T

@@ -4,7 +4,8 @@ What checks ours checks a user's own potential.
 """
 
 from mdsens.verify._adjoint import AdjointTest, adjoint
-from mdsens.verify._differences import DerivativeTest, FiniteDifference, derivative_test, finite_difference
+from mdsens.verify._difference_records import DerivativeTest, FiniteDifference
+from mdsens.verify._differences import derivative_test, finite_difference
 from mdsens.verify._laws import Finding, PotentialTest, potential
 from mdsens.verify._unrolled import Unrolled, unrolled
 

@@ -16,7 +16,7 @@ from mdsens.implicit.status import InputError, Status
 from mdsens.relaxation import Equilibrium
 from mdsens.sensitivity import Linearization
 from mdsens.stationarity import Unknowns
-from mdsens.verify._differences import relative
+from mdsens.verify._difference_records import relative
 
 __all__ = ["AdjointTest", "adjoint"]
 
