@@ -26,6 +26,7 @@ ORDER = [
     ["implicit.linear", "implicit._closures"],
     ["implicit.eigen"],
     ["implicit.root"],
+    ["implicit.evidence"],
     ["implicit.projections"],
     ["implicit.proximal", "implicit.conic"],
     ["implicit.optimality"],

@@ -1,6 +1,7 @@
 """Implicit differentiation of any solver's root, and the linear solves behind it. Knows no particle."""
 
 from mdsens.implicit import conic, degeneracy, optimality, projections, proximal
+from mdsens.implicit.evidence import RootCertificate, certify
 from mdsens.implicit.linear import linear_solve, solve
 from mdsens.implicit.operators import (
     CG,
@@ -47,10 +48,12 @@ __all__ = [
     "NormalCG",
     "Operator",
     "PrecisionError",
+    "RootCertificate",
     "SolveStats",
     "Status",
     "TooLargeError",
     "UnsupportedVersionError",
+    "certify",
     "choose",
     "conic",
     "degeneracy",

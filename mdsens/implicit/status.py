@@ -120,7 +120,7 @@ class Status(IntEnum):
     )
     INACCURATE = (
         21,
-        "the estimated error of the derivative is above a tenth of it; minimise to a smaller force",
+        "the estimated error of the derivative is above a tenth of it; solve to a smaller residual (force)",
     )
 
     NO_REST = (
@@ -172,6 +172,11 @@ class Status(IntEnum):
         31,
         "the constraints cannot be met together, or not from this start: an equation is left open; change what they "
         "ask for, or start nearer to it",
+    )
+    NOT_A_ROOT = (
+        32,
+        "Newton's step from here does not lead to a root of the condition: it is far from one, or the condition has a "
+        "kink between; solve more tightly, or check that F is the condition that the solver solves",
     )
 
     @property

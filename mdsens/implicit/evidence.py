@@ -1,0 +1,160 @@
+"""Whether a derivative at a root can be trusted: how far the root is, and what that does to the derivative.
+
+Of a relaxed system :func:`mdsens.certify` knows more; this is for any condition F, whatever found x.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.flatten_util import ravel_pytree
+
+from mdsens.implicit._tree import PyTree
+from mdsens.implicit.operators import Auto, Method
+from mdsens.implicit.root import Condition, NullSpace, Preconditioner, tangent
+from mdsens.implicit.status import SolveStats, Status
+
+__all__ = ["RootCertificate", "certify"]
+
+_AUTO = Auto()
+# Kantorovich: Newton's method converges from x where h = |J^-1 F''| |e| is below 1/2, and |F(x + e)| is at most
+# h / 2 of |F(x)| then.
+_SETTLED = 0.25
+# The part of the derivative from which on its estimated error is too large, as in mdsens.certify.
+_INACCURATE = 0.1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class RootCertificate:
+    """The derivative of a root, and how far both are from exact.
+
+    Attributes:
+      status: a :class:`~mdsens.implicit.Status` as an int32 array. Not good: NOT_A_ROOT where Newton's step does not
+        lead to a root, so that no figure below is an estimate; INACCURATE where ``error`` is above a tenth; else that
+        of the linear solves.
+      value: dx, the derivative at x along dargs.
+      error: |dx' e| / |dx|, the sharp estimate of its relative error; dx' e is how dx changes along the step e.
+      corrected: dx + dx' e, more accurate where ``error`` is small: what is left goes with the square of the step.
+      step: e = - (dF/dx)^-1 F(x), from x to the root, to first order.
+      distance: |e| / |x|, or |e| where x is zero.
+      residual: |F(x)|.
+      settles: |F(x + e)| / |F(x)|, the part of the residual that the step leaves: about |e| times the curvature of F.
+      solve: :class:`~mdsens.implicit.SolveStats` of the solve for dx.
+
+    All norms are 2-norms over all leaves.
+    """
+
+    status: Array
+    value: PyTree
+    error: Array
+    corrected: PyTree
+    step: PyTree
+    distance: Array
+    residual: Array
+    settles: Array
+    solve: SolveStats
+
+    def __repr__(self) -> str:
+        try:
+            figures = {name: np.asarray(getattr(self, name)) for name in ("status", "error", "distance", "settles")}
+        except jax.errors.TracerArrayConversionError:
+            return "RootCertificate(traced)"
+        names = ", ".join(Status(int(code)).name for code in np.unique(figures.pop("status")))
+        largest = ", ".join(f"{name}={np.max(figure):.1e}" for name, figure in figures.items())
+        return f"RootCertificate(status={names}, {largest})"
+
+
+def certify(
+    F: Condition,
+    x: PyTree,
+    args: Sequence[PyTree],
+    dargs: Sequence[PyTree],
+    solve: Method = _AUTO,
+    symmetric: bool = False,
+    positive_semidefinite: bool = False,
+    null_space: NullSpace | None = None,
+    preconditioner: Preconditioner | None = None,
+) -> RootCertificate:
+    """The change of a root by a change of its arguments, with an estimate of what it is off by since x is.
+
+        (dF/dx) dx = - (dF/dargs) dargs,    (dF/dx) e = - F(x),    error = |dx' e| / |dx|
+
+    A solver stops before the root, and :func:`root` and :func:`tangent` differentiate as if it had not. The Newton step
+    e is where the root is, to first order; the derivative of dx along e what dx is off by. Costs three linear solves.
+    The projector of ``null_space`` is held as it is at x. Traceable by jit and vmap.
+
+    Args:
+      F: ``F(x, *args)``, twice differentiable along the step; of a fixed point x - T(x, *args).
+      x: what the solver returned.
+      args: the arguments.
+      dargs: the change of each; None for an argument that stays.
+      solve: as in :func:`root`, and so the others.
+
+    Returns:
+      RootCertificate. Where a projection or another kink of F lies between x and the root, Newton's step does not lead
+      there, and the status says NOT_A_ROOT; whether the root itself stands at one,
+      :func:`mdsens.implicit.degeneracy.kinked` tells.
+
+    Raises:
+      InputError: as :func:`tangent`.
+
+    Source:
+      The bound by distance is Theorem 1 of Blondel et al., arXiv:2105.15183; in place of its constants the estimate
+      has the derivative along the step itself. ``settles``: Kantorovich's condition for Newton's method.
+    """
+    sides = null_space if null_space is None else null_space(x, *args)
+    by = preconditioner if preconditioner is None else preconditioner(x, *args)
+    known: dict[str, Any] = {
+        "solve": solve,
+        "symmetric": symmetric,
+        "positive_semidefinite": positive_semidefinite,
+        "null_space": None if sides is None else lambda *_: sides,
+        "preconditioner": None if by is None else lambda *_: by,
+    }
+    x = jax.tree.map(jnp.asarray, x)
+
+    def derivative(y: PyTree) -> tuple[PyTree, SolveStats]:
+        return tangent(F, y, args, dargs, **known)
+
+    value, solved = derivative(x)
+    left = F(x, *args)
+
+    def reached(y: PyTree, part: Array) -> PyTree:
+        """Zero at x for part = 0, and at the root for 1."""
+        return jax.tree.map(lambda now, then: now - (1 - part) * then, F(y, *args), left)
+
+    step, found = tangent(reached, x, (jnp.zeros(()),), (jnp.ones(()),), **known)
+    _, change = jax.jvp(lambda y: derivative(y)[0], (x,), (step,))
+    after = _size(F(jax.tree.map(jnp.add, x, step), *args))
+
+    residual, length, size = _size(left), _size(step), _size(x)
+    settles = after / jnp.where(residual > 0, residual, 1)
+    error = _size(change) / jnp.where(_size(value) > 0, _size(value), 1)
+    # From a distance of eps^(2/3) on, what a step leaves may be round-off, and is not judged.
+    judged = length > jnp.finfo(length.dtype).eps ** (2 / 3) * size
+    codes = (
+        (_bad(solved), solved.status),
+        (_bad(found), found.status),
+        (judged & ~(settles <= _SETTLED), jnp.int32(Status.NOT_A_ROOT)),
+        (~(error <= _INACCURATE), jnp.int32(Status.INACCURATE)),
+    )
+    status = jnp.select([bad for bad, _ in codes], [code for _, code in codes], solved.status)
+    distance = length / jnp.where(size > 0, size, 1)
+    return RootCertificate(
+        status, value, error, jax.tree.map(jnp.add, value, change), step, distance, residual, settles, solved
+    )
+
+
+def _bad(stats: SolveStats) -> Array:
+    return stats.status >= int(Status.MAX_STEPS_REACHED)
+
+
+def _size(tree: PyTree) -> Array:
+    return jnp.linalg.norm(ravel_pytree(tree)[0])
