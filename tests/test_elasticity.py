@@ -133,7 +133,7 @@ def lattice_sums(system: ms.System) -> tuple[np.ndarray, np.ndarray]:
     return born + 0.25 * sum(np.einsum(t, stress, unit) for t in terms), stress
 
 
-@pytest.mark.parametrize("constant", [5.267140220637, 5.1])
+@pytest.mark.parametrize("constant", [pytest.param(5.267140220637, marks=LONG), 5.1])
 def test_fcc_argon_has_the_constants_of_its_lattice_sums(constant):
     system = fcc(constant)
     found, (want, stress) = moduli(ms.minimize(system)), lattice_sums(system)
