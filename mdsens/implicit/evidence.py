@@ -23,8 +23,8 @@ from mdsens.implicit.status import SolveStats, Status
 __all__ = ["RootCertificate", "certify"]
 
 _AUTO = Auto()
-# Kantorovich: Newton's method converges from x where h = |J^-1 F''| |e| is below 1/2, and |F(x + e)| is at most
-# h / 2 of |F(x)| then.
+# Kantorovich: Newton's method converges from x where h = |J^-1 F''| |e| is below 1/2, and |J^-1 F(x + e)| is at most
+# h / 2 of |e| then. Steps, not residuals: where one direction is soft, a step along it raises forces in stiff ones.
 _SETTLED = 0.25
 # The part of the derivative from which on its estimated error is too large, as in mdsens.certify.
 _INACCURATE = 0.1
@@ -45,7 +45,7 @@ class RootCertificate:
       step: e = - (dF/dx)^-1 F(x), from x to the root, to first order.
       distance: |e| / |x|, or |e| where x is zero.
       residual: |F(x)|.
-      settles: |F(x + e)| / |F(x)|, the part of the residual that the step leaves: about |e| times the curvature of F.
+      settles: |(dF/dx)^-1 F(x + e)| / |e|, the part of the way left after the step: about |e| times F's curvature.
       solve: :class:`~mdsens.implicit.SolveStats` of the solve for dx.
 
     All norms are 2-norms over all leaves.
@@ -87,7 +87,7 @@ def certify(
         (dF/dx) dx = - (dF/dargs) dargs,    (dF/dx) e = - F(x),    error = |dx' e| / |dx|
 
     A solver stops before the root, and :func:`root` and :func:`tangent` differentiate as if it had not. The Newton step
-    e is where the root is, to first order; the derivative of dx along e what dx is off by. Costs three linear solves.
+    e is where the root is, to first order; the derivative of dx along e what dx is off by. Costs four linear solves.
     The projector of ``null_space`` is held as it is at x. Traceable by jit and vmap.
 
     Args:
@@ -107,7 +107,8 @@ def certify(
 
     Source:
       The bound by distance is Theorem 1 of Blondel et al., arXiv:2105.15183; in place of its constants the estimate
-      has the derivative along the step itself. ``settles``: Kantorovich's condition for Newton's method.
+      has the derivative along the step itself. ``settles``: Kantorovich's condition in its affine-invariant form,
+      Deuflhard, Newton Methods for Nonlinear Problems, Springer 2004, section 2.1.
     """
     sides = null_space if null_space is None else null_space(x, *args)
     by = preconditioner if preconditioner is None else preconditioner(x, *args)
@@ -126,16 +127,20 @@ def certify(
     value, solved = derivative(x)
     left = F(x, *args)
 
-    def reached(y: PyTree, part: Array) -> PyTree:
-        """Zero at x for part = 0, and at the root for 1."""
-        return jax.tree.map(lambda now, then: now - (1 - part) * then, F(y, *args), left)
+    def step_against(residual: PyTree) -> tuple[PyTree, SolveStats]:
+        """- (dF/dx)^-1 of the residual, at x."""
 
-    step, found = tangent(reached, x, (jnp.zeros(()),), (jnp.ones(()),), **known)
+        def with_part(y: PyTree, part: Array) -> PyTree:
+            return jax.tree.map(lambda now, more: now + part * more, F(y, *args), residual)
+
+        return tangent(with_part, x, (jnp.zeros(()),), (jnp.ones(()),), **known)
+
+    step, found = step_against(left)
+    next_step, _ = step_against(F(jax.tree.map(jnp.add, x, step), *args))
     _, change = jax.jvp(lambda y: derivative(y)[0], (x,), (step,))
-    after = _size(F(jax.tree.map(jnp.add, x, step), *args))
 
     residual, length, size = _size(left), _size(step), _size(x)
-    settles = after / jnp.where(residual > 0, residual, 1)
+    settles = _size(next_step) / jnp.where(length > 0, length, 1)
     error = _size(change) / jnp.where(_size(value) > 0, _size(value), 1)
     # From a distance of eps^(2/3) on, what a step leaves may be round-off, and is not judged.
     judged = length > jnp.finfo(length.dtype).eps ** (2 / 3) * size

@@ -84,7 +84,7 @@ def root(
 
     The derivative has no status to carry: a linear system that fails gives its best iterate, NaN where it has none (a
     singular one by a factor) or where a number in it is not finite. :func:`tangent` solves the same system
-    and tells how it went.
+    and tells how it went, :func:`~mdsens.implicit.certify` how far the solver stopped from the root.
 
     Example:
       x^3 = theta + 1 with theta given by its logarithm and x wanted by its own, and how many steps it took::
@@ -192,7 +192,7 @@ def tangent(
 
     Args:
       F: ``F(x, *args)``; of a fixed point x - T(x, *args).
-      x: the root. That F is zero there is not checked.
+      x: the root. That F is zero there is not checked: :func:`~mdsens.implicit.certify` does.
       args: the arguments.
       dargs: the change of each, with its tree and shapes; None for an argument that stays. What is given for leaves
         that are not floating point counts for nothing.
