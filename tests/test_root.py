@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.optimize
 from jax import Array
 from jax.flatten_util import ravel_pytree
 from problems import RootProblem, newton, root_problems
@@ -386,6 +387,10 @@ def test_single_precision() -> None:
         (lambda: root(lambda x, t: (x,))(lambda i, t: i)(INIT, THETA), ["F(x, *args)", "tree", "x"]),
         (lambda: fixed_point(lambda x, t: x[:2])(lambda i, t: i)(INIT, THETA), ["T(x, *args)", "(2,)", "(3,)"]),
         (lambda: root(cubic)(lambda i, t: jnp.arange(3))(INIT, THETA), ["unknown", "int"]),
+        (
+            lambda: root(cubic)(lambda i, t: scipy.optimize.OptimizeResult(x=i))(INIT, THETA),
+            ["OptimizeResult", "entry x", "has_aux"],
+        ),
         (
             lambda: root(cubic, null_space=lambda x, t: lambda v: v[:1])(lambda i, t: i)(INIT, THETA),
             ["null_space", "(1,)", "(3,)"],

@@ -29,7 +29,7 @@ def _indices(name: str, given: Any, remedy: str) -> np.ndarray:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # arrays are compared by hand
 class Pinned(Constraint):
     """Coordinates that stay where the system's positions put them.
 
@@ -143,7 +143,7 @@ class Wall(Constraint):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # arrays are compared by hand
 class RigidBonds(Constraint):
     """Distances that cannot change: r_ij = l_ij, nearest images, for each bond of a list.
 
@@ -168,6 +168,12 @@ class RigidBonds(Constraint):
         if np.any(pairs[:, 0] == pairs[:, 1]):
             k = int(np.argmax(pairs[:, 0] == pairs[:, 1]))
             raise InputError(f"RigidBonds: bond {k} joins particle {pairs[k, 0]} to itself: give two particles.")
+        _, first, times = np.unique(np.sort(pairs, axis=1), axis=0, return_index=True, return_counts=True)
+        if np.any(times > 1):
+            i, j = pairs[first[np.argmax(times > 1)]]
+            raise InputError(
+                f"RigidBonds: the bond of particles {i} and {j} is given {times.max()} times: give it once."
+            )
         return cls(jnp.asarray(pairs, jnp.int32), name)
 
     @classmethod

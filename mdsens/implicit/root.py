@@ -356,7 +356,14 @@ def _held(args: tuple[PyTree, ...], places: tuple[int, ...]) -> tuple[PyTree, ..
 
 
 def _as_unknown(leaf: Any) -> Array:
-    array = jnp.asarray(leaf)
+    try:
+        array = jnp.asarray(leaf)
+    except (TypeError, ValueError):  # such as scipy's OptimizeResult, which is no tree to jax
+        inside = " (such as its entry x)" if hasattr(leaf, "x") else ""
+        raise InputError(
+            f"the solver returned an unknown of type {type(leaf).__name__}; return arrays alone{inside}, and the "
+            "rest as aux with has_aux=True"
+        ) from None
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise InputError(f"the solver returned an unknown of dtype {array.dtype}; x must be real floating-point arrays")
     return array
