@@ -412,7 +412,7 @@ def test_bad_constraints_are_refused(constraints, extra, said):
     (lambda: Pinned.coordinates([[1, 0]]), "booleans"),
     (lambda: RigidBonds.between([[1, 1]]), "to itself"),
     (lambda: RigidBonds.between([0, 1]), "particle numbers"),
-    (lambda: RigidBonds.between([[0, 1], [1, 2], [1, 0]]), "particles 0 and 1 are bonded 2 times"),
+    (lambda: RigidBonds.between([[0, 1], [1, 2], [1, 0]]), "bond of particles 0 and 1 is given 2 times"),
     (lambda: RigidBonds.bodies([[0.0, 0], [1, 0], [2, 0]], [[0, 1, 2]]), "lie on a line"),
     (lambda: RigidBonds.bodies([[0.0, 0], [1, 0]], [[0]]), "two or more"),
     (lambda: FixedTotal("sigma", -1.0), "exponent"),
