@@ -169,11 +169,10 @@ class RigidBonds(Constraint):
             k = int(np.argmax(pairs[:, 0] == pairs[:, 1]))
             raise InputError(f"RigidBonds: bond {k} joins particle {pairs[k, 0]} to itself: give two particles.")
         _, first, times = np.unique(np.sort(pairs, axis=1), axis=0, return_index=True, return_counts=True)
-        if np.any(times > 1):
-            i, j = pairs[first[np.argmax(times > 1)]]
-            raise InputError(
-                f"RigidBonds: the bond of particles {i} and {j} is given {times.max()} times: give it once."
-            )
+        k = int(np.argmax(times))
+        if times[k] > 1:
+            i, j = pairs[first[k]]
+            raise InputError(f"RigidBonds: the bond of particles {i} and {j} is given {times[k]} times: give it once.")
         return cls(jnp.asarray(pairs, jnp.int32), name)
 
     @classmethod
