@@ -146,6 +146,7 @@ class System(Shown):
             potential.check_at(system.positions, system.box, values, species, count)
         system = system.reallocate()
         _check_coincident(system)
+        _check_reach(system)
         return system
 
     @property
@@ -193,7 +194,9 @@ class System(Shown):
         merged = {**self.params, **_as_params(params, self.positions.dtype)}
         check_params(self.potential, _of_law(merged, self.constraints), self.n, self.species_count)
         check_constraints(self.constraints, merged, self.potential.parameters, self.n, self.dimension)
-        return self.replace(params=merged).reallocate(keep=True)
+        changed = self.replace(params=merged).reallocate(keep=True)
+        _check_reach(changed)
+        return changed
 
     def reallocate(self, room: float = 1.25, keep: bool = False) -> System:
         """A copy with a neighbour list that fits the present positions. Host code.
@@ -214,6 +217,20 @@ def _of_law(params: dict[str, jax.Array], constraints: tuple[Constraint, ...]) -
     """The parameters that are the law's, those of constraints left out."""
     others = {name for c in constraints for name in c.parameters}
     return {name: value for name, value in params.items() if name not in others}
+
+
+def _check_reach(system: System) -> None:
+    """Refuse constraints on distances that reach farther than the nearest images do."""
+    if not system.constraints or system.box is None:
+        return
+    smallest = float(np.min(boxes.heights(np.asarray(system.box))))
+    for c in system.constraints:
+        reach = c.reach(system.params)
+        if reach > 0.5 * smallest:
+            raise InputError(
+                f"{c.name}: a length of {reach:.6g} is above half of the cell's smallest height {smallest:.6g}, so "
+                "that another image of its end may be nearer: repeat the cell, or take shorter ones."
+            )
 
 
 def require_unconstrained(system: System, what: str) -> None:

@@ -80,12 +80,12 @@ def system(name: str) -> ms.System:
             )  # fmt: skip
         case "rigid bodies in 3-D":
             rng = np.random.default_rng(1)
-            corners = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1.0], [0.7, 0.7, 0.7]]) * 0.8
+            corners = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1.0], [0.7, 0.7, 0.7]]) * 0.7
             places = np.concatenate([corners + shift for shift in ([0, 0, 0], [1.3, 0.2, 0.1], [0.2, 1.4, 0.9])])
             places += rng.uniform(-0.02, 0.02, places.shape)
             bodies = RigidBonds.bodies(places, [range(5), range(5, 10), range(10, 15)])
             given = {"sigma": 1.0, "epsilon": 1.0, "alpha": 2.0, "bond_length": bodies.lengths_of(places)}
-            return ms.System.create(places, 2.6, soft, given, constraints=[bodies])
+            return ms.System.create(places, 2.2, soft, given, constraints=[bodies])
     raise KeyError(name)
 
 
@@ -392,6 +392,7 @@ def test_ase_constraints_become_ours_and_back():
     ([RigidBonds.between([[0, 20]])], {"bond_length": 1.0}, "go up to particle 20 of 16"),
     ([RigidBonds.between([[0, 1]])], {"bond_length": [1.0, 2.0]}, "give a scalar, or \\(1,\\)"),
     ([RigidBonds.between([[0, 1]])], {"bond_length": -1.0}, "positive lengths"),
+    ([RigidBonds.between([[0, 1]])], {"bond_length": 1.9}, "a length of 1.9 is above half of the cell"),
     ([FixedTotal("epsilon")], {"total_total": 1.0}, "is a scalar, which its total fixes"),
     ([FixedTotal("mass")], {"total_total": 1.0}, "relaxes 'mass', which the law has not"),
     ([Pinned.particles([0], 4, 2)], {}, "the mask has shape"),

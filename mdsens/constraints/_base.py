@@ -54,6 +54,10 @@ class Constraint:
         """The lower bound of the parameters it relaxes; None for none."""
         return None
 
+    def reach(self, params: Params) -> float:
+        """The longest distance between nearest images that it fixes; 0 for none. Host code."""
+        return 0.0
+
     def residuals(self, positions: jax.Array, params: Params, displacement: Displacement) -> jax.Array | None:
         """g, of the multiplier's shape, zero where the constraint is met; None where it has no equations."""
         return None

@@ -29,7 +29,7 @@ def _indices(name: str, given: Any, remedy: str) -> np.ndarray:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)  # arrays are compared by hand
+@dataclasses.dataclass(frozen=True)
 class Pinned(Constraint):
     """Coordinates that stay where the system's positions put them.
 
@@ -143,7 +143,7 @@ class Wall(Constraint):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)  # arrays are compared by hand
+@dataclasses.dataclass(frozen=True)
 class RigidBonds(Constraint):
     """Distances that cannot change: r_ij = l_ij, nearest images, for each bond of a list.
 
@@ -221,6 +221,9 @@ class RigidBonds(Constraint):
             )
         if not (length > 0).all():
             raise InputError(f"parameter {self.length} has {length.min()}: give positive lengths.")
+
+    def reach(self, params: Params) -> float:
+        return float(np.max(np.asarray(params[self.length])))
 
     def residuals(self, positions: jax.Array, params: Params, displacement: Displacement) -> jax.Array:
         i, j = self.bonds[:, 0], self.bonds[:, 1]

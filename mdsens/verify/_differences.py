@@ -215,6 +215,11 @@ def finite_difference(
     line = _line(eq, dparams, tolerance)
     if step is None:
         step = min(STEP * line.unit, INSIDE * line.radius)
+        if step == 0.0:
+            raise InputError(
+                "a contact changes at this very minimum, so that its two sides have two derivatives and no step stays "
+                "on one: move the parameters a little and minimise again, or give a step to see them mixed."
+            )
     if not (np.isfinite(step) and step > 0):
         raise InputError(f"step is {step!r}: give a positive number; the first contact change is at {line.radius:.1e}.")
     whole, half = line.difference(step), line.difference(0.5 * step)
