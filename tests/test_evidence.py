@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +34,10 @@ def test_the_error_is_the_one_there_is(problem: RootProblem) -> None:
     change = jnp.cos(2.0 * jnp.arange(problem.theta.size) + 1).reshape(problem.theta.shape)
     root, slope = jax.jvp(problem.answer, (problem.theta,), (change,))
     x = shifted(root, 1e-5)
-    known = {"symmetric": problem.symmetric, "positive_semidefinite": problem.positive_semidefinite}
+    known: dict[str, Any] = {
+        "symmetric": problem.symmetric,
+        "positive_semidefinite": problem.positive_semidefinite,
+    }
     found = jax.jit(lambda x: certify(condition(problem), x, (problem.theta,), (change,), **known))(x)
     exact, near, better = (ravel_pytree(tree)[0] for tree in (slope, found.value, found.corrected))
     off = float(jnp.linalg.norm(near - exact) / jnp.linalg.norm(near))
@@ -100,7 +105,7 @@ def test_a_singular_condition_says_so() -> None:
 
 
 def test_what_was_declared_is_used() -> None:
-    known = {"solve": CG(), "symmetric": True, "positive_semidefinite": True}
+    known: dict[str, Any] = {"solve": CG(), "symmetric": True, "positive_semidefinite": True}
     found = certify(cubic, jnp.asarray(1.99), (jnp.asarray(8.0),), (jnp.asarray(1.0),), **known)
     assert found.solve.solver.startswith("CG")
     assert float(found.corrected) == pytest.approx(1 / 12, rel=2e-4)
