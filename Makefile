@@ -24,7 +24,7 @@ help:
 	@echo 'make test         the tests; some of them: make test ARGS="-k name"'
 	@echo 'make fuzz         all of the tests: 3,000 generated systems, all jammed packings, the long ones; hours'
 	@echo 'make bench        the benchmarks, small, beside their peers: benchmarks/results/README.md'
-	@echo 'make paper        the experiments of arXiv:2105.15183, five minutes: benchmarks/paper/README.md'
+	@echo 'make paper        the experiments of arXiv:2105.15183, some minutes: benchmarks/paper/README.md'
 	@echo 'make lint         ruff check, ruff format --check, pyright'
 	@echo 'make notebooks    run every notebook, on copies in $(scratch)'
 	@echo 'make check        test, lint and notebooks: what CI runs'
