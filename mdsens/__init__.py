@@ -35,6 +35,7 @@ from mdsens import (
     verify,
 )
 from mdsens.barriers import barrier
+from mdsens.batches import stack, unstack
 from mdsens.boxes import PackingFraction
 from mdsens.certificate import Certificate, certify
 from mdsens.equilibration import equilibrate
@@ -61,7 +62,7 @@ from mdsens.sensitivity import (
     response,
     vjp,
 )
-from mdsens.system import System, stack, unstack
+from mdsens.system import System
 
 try:
     __version__ = _metadata.version("mdsens")

@@ -20,6 +20,7 @@ import numpy as np
 
 from mdsens._checks import check_positive, short
 from mdsens._loop import shortened
+from mdsens.batches import stack
 from mdsens.boxes import nearest_image
 from mdsens.implicit.status import InputError
 from mdsens.minimisers import Fire
@@ -27,7 +28,7 @@ from mdsens.neighbours import slack, within
 from mdsens.scales import Limits, scales
 from mdsens.slopes import energy_slope
 from mdsens.stationarity import largest_force
-from mdsens.system import System, potential_energy, stack
+from mdsens.system import System, potential_energy
 
 __all__ = ["ElasticBand", "between"]
 

@@ -21,6 +21,7 @@ from mdsens._pressed import pressed
 from mdsens._progress import Decades, Members
 from mdsens._runs import Run, Runs
 from mdsens._tables import Shown
+from mdsens.batches import stack, unstack
 from mdsens.implicit.status import (
     ConvergenceError,
     InputError,
@@ -33,7 +34,7 @@ from mdsens.lagrangian import multipliers_at, own_params, unknowns_of
 from mdsens.minimisers import Fire, GradientDescent, Newton
 from mdsens.scales import Limits, round_off, scales
 from mdsens.stationarity import largest_force, max_force
-from mdsens.system import System, require_unconstrained, stack, unstack
+from mdsens.system import System, require_unconstrained
 
 __all__ = ["Equilibrium", "Fire", "GradientDescent", "Newton", "minimize", "relax"]
 

@@ -9,10 +9,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens.batches import unstack
 from mdsens.constraints import Constraint, Pinned, RigidBonds
 from mdsens.files import replacing
 from mdsens.implicit.status import InputError
-from mdsens.system import System, unstack
+from mdsens.system import System
 from mdsens.unknowns import Unknowns
 
 __all__ = ["cell_of", "coordinates_of", "from_ase", "to_ase", "write_extxyz"]

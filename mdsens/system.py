@@ -12,7 +12,6 @@ import numpy as np
 
 from mdsens import boxes, neighbours
 from mdsens._checks import real_array, short
-from mdsens._members import apart, together
 from mdsens._tables import Shown
 from mdsens.constraints import Constraint, check_constraints
 from mdsens.implicit.status import InputError, require_sound_jax
@@ -30,8 +29,6 @@ __all__ = [
     "pair_terms",
     "potential_energy",
     "require_unconstrained",
-    "stack",
-    "unstack",
 ]
 
 Params = Mapping[str, Any]
@@ -387,67 +384,3 @@ def _nearest_pairs(system: System) -> list[tuple[jax.Array, jax.Array, jax.Array
             k = jnp.argmin(r)
             found.append((r[k], term.i[k], term.j[k]))
     return found
-
-
-def stack(systems: list[System] | tuple[System, ...]) -> System:
-    """A batch: one System whose arrays have a leading axis, for ``vmap`` and for the loops of ``minimize`` and ``jvp``.
-
-    All members need the same number of particles, law, kind of box and parameter shapes; their neighbour lists get the
-    largest member's capacity.
-
-    Raises:
-      InputError: naming the first member that differs.
-    """
-    if not isinstance(systems, list | tuple):
-        raise InputError(f"stack got a {type(systems).__name__}: give a list of systems.")
-    if not systems:
-        raise InputError("stack got no systems: give at least one.")
-    first = systems[0]
-    for k, system in enumerate(systems):
-        if not isinstance(system, System):
-            raise InputError(f"stack got a {type(system).__name__}: give systems, such as eq.system.")
-        for field in ("positions", "params", "boundary", "potential", "species", "species_count", "constraints"):
-            if field == "boundary" and all(isinstance(s.boundary, boxes.FixedBox) for s in (first, system)):
-                continue
-            ours, theirs = (
-                jax.tree.map(jnp.shape, getattr(s, field)) if field != "species_count" else getattr(s, field)
-                for s in (first, system)
-            )
-            if ours != theirs:
-                raise InputError(
-                    f"system {k} has other {field} than system 0 ({theirs} for {ours}): stack equal kinds."
-                )
-    systems = [s if s.neighbours.complete else s.reallocate(keep=True) for s in systems]
-    if len({s.boundary.orthogonal for s in systems}) > 1:
-        systems = [s.replace(boundary=boxes.FixedBox(s.boundary.cell)) for s in systems]  # the form that holds for all
-    complete = [s.neighbours.complete for s in systems]
-    if any(complete) and not all(complete):
-        raise InputError("some systems list all pairs and some do not: stack systems of one size and density.")
-    kinds = {(s.neighbours.rows.shape, s.neighbours.cells, s.neighbours.run_capacity) for s in systems}
-    if not any(complete) and len(kinds) > 1:
-        systems = _same_lists(systems)
-    return together(systems)
-
-
-def _same_lists(systems: list[System]) -> list[System]:
-    """The systems with lists of one shape that hold every pair of each."""
-    cells = tuple(min(along) for along in zip(*(s.neighbours.cells for s in systems), strict=True))
-    lists = []
-    for s in systems:
-        lattice: Any = s.neighbours.reference_box if s.box is None else s.box
-        lists.append(neighbours.fitted(s.positions, s.box, lattice, pair_lengths(s), float(s.range), cells))
-    capacity, run_capacity = (max(k) for k in zip(*((x.rows.shape[0], x.run_capacity) for x in lists), strict=True))
-    return [
-        s.replace(neighbours=dataclasses.replace(x.resized(capacity), run_capacity=run_capacity))
-        for s, x in zip(systems, lists, strict=True)
-    ]
-
-
-def unstack(batch: Any) -> list[Any]:
-    """The members of a batch: of a System that ``stack`` made, or of the Equilibrium that ``minimize`` made of it."""
-    count = getattr(getattr(batch, "system", batch), "batch", None)
-    if count is None:
-        raise InputError(
-            f"unstack got a {type(batch).__name__} that is no batch: give what ms.stack returned, or ms.minimize of it."
-        )
-    return apart(batch, count)

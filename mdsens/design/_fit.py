@@ -19,6 +19,7 @@ import numpy as np
 
 from mdsens._checks import short
 from mdsens._progress import Trials
+from mdsens.batches import stack, unstack
 from mdsens.design._features import Target
 from mdsens.design._history import Design, State, Step
 from mdsens.design._members import Problem, Seen, crossings, look, moves, relaxed
@@ -27,7 +28,7 @@ from mdsens.design._step import LevenbergMarquardt, Optax, check_method
 from mdsens.design._variables import Free, Variables
 from mdsens.implicit.status import ConvergenceError, InputError, Status
 from mdsens.relaxation import Equilibrium, minimize
-from mdsens.system import System, stack, unstack
+from mdsens.system import System
 
 __all__ = ["fit", "hold"]
 

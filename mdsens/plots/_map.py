@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from mdsens import contacts
 from mdsens.implicit.status import InputError, Status
+from mdsens.plots._legend import ROW, Foot, legend, rounded
 from mdsens.plots._style import ARROW, COLUMN, FONT, OUTLINE, PAPER
+from mdsens.plots._view import View, corners, extent, images, in_slab, layers, project
 from mdsens.relaxation import Equilibrium
 from mdsens.sensitivity import Linearization, Response
 from mdsens.stationarity import Unknowns
@@ -28,62 +29,10 @@ DIAMETERS = ("#eef3f7", "#7fa6cc")  # the ends of the colour map of many differe
 REACH = 1.5  # diameters: length of the arrow at the percentile below
 PERCENTILE = 95.0  # some arrows stay longer; scaling by the longest would shrink all others to dots
 SMALLEST, LARGEST = 0.02, 0.35  # of the picture's width: bounds of the arrow at the percentile and of the longest
-LAYERS = 16  # of a 3-D picture, drawn from back to front
 CROWD = 2000  # circles; beyond, thin outlines
 SHAFT = np.array([0.0016, 0.007])  # of the picture's width: bounds of an arrow's thickness
 KEY = 0.08  # of the picture's width: the scale arrow is about that long or longer
-ROW = 11.0  # points from one row of the legend to the next
 HAZE = 0.75  # how far the rear of a 3-D picture fades into the paper
-
-
-class _View(NamedTuple):
-    """Particles as the eye sees them.
-
-    Attributes:
-      spots: (n, 2) in the plane, wrapped into the cell.
-      depth: (n,) from 0 at the rear to 1 at the front; 1 in 2-D.
-      cell: (2, 2), columns the cell vectors in the plane; None for open boundaries.
-      across: (2, d) takes a vector to the plane.
-    """
-
-    spots: np.ndarray
-    depth: np.ndarray
-    cell: np.ndarray | None
-    across: np.ndarray
-
-
-class _Foot(NamedTuple):
-    """What stands below the picture, and in how many rows.
-
-    Attributes:
-      names: of the circles.
-      bar: width of the colour bar, as a fraction of the picture's.
-      caption: of the scale arrow; empty without arrows.
-      length: of the scale arrow, as a fraction of the picture's width.
-    """
-
-    names: list[str]
-    bar: float
-    caption: str
-    length: float
-
-    def rows(self, wide: float) -> tuple[int, int, int]:
-        """Columns of the legend, the row of the scale arrow, and the number of rows, in a width in points.
-
-        Widths are estimates: measuring text takes a renderer, which a figure has only when it is drawn.
-        """
-
-        def points(text: str) -> float:
-            return 0.55 * FONT * len(re.sub(r"\\mathrm|[${}_\\]|(?<=\\)[a-z]+", "", text))
-
-        each = max((points(name) + 2.3 * FONT for name in self.names), default=0.0)
-        arrow = points(self.caption) + FONT + self.length * wide if self.caption else 0.0
-        room = (1.0 - self.bar) * wide
-        if len(self.names) * each + arrow <= room:
-            return max(len(self.names), 1), 0, 1
-        columns = max(int(room // max(each, 1.0)), 1)
-        rows = max(-(-len(self.names) // columns), 1)
-        return columns, rows, rows + 1
 
 
 def sensitivity_map(
@@ -129,11 +78,11 @@ def sensitivity_map(
     if scale is not None and not 0 < scale < np.inf:
         raise InputError(f"scale is {scale}: give the drawn length of a unit arrow, above 0, or None.")
     diameters = _diameters(system)
-    view = _project(system, axis)
-    shown = _in_slab(system, view.depth, slab)
+    view = project(system, axis)
+    shown = in_slab(system, view.depth, slab)
     arrows = vectors @ view.across.T
 
-    low, high = _extent(view, shown, diameters / 2)
+    low, high = extent(view, shown, diameters / 2)
     width, usual = float((high - low).max()), float(np.median(diameters))
     moving = shown & ~rattlers
     lengths = np.linalg.norm(arrows[moving], axis=1)
@@ -160,8 +109,8 @@ def sensitivity_map(
     if (shown & rattlers).any():
         names.append("rattler")
     span = np.clip(typical, KEY * width / scale, LARGEST * width / scale)
-    unit, text = _round(float(span)) if typical > 0 else (0.0, "")
-    foot = _Foot(
+    unit, text = rounded(float(span)) if typical > 0 else (0.0, "")
+    foot = Foot(
         names,
         0.0 if isinstance(key, list) else 0.44,
         f"{label} = {text}" if text else "",
@@ -173,15 +122,15 @@ def sensitivity_map(
         ax.set_title(heading, fontsize=FONT + 1)
     _frame(ax, view, low, high)
 
-    layers = _layers(view.depth, shown) if system.dimension == 3 else [shown]
+    slices = layers(view.depth, shown) if system.dimension == 3 else [shown]
     quiver = None
-    for k, layer in enumerate(layers):
-        haze = HAZE * (1.0 - (k + 1) / len(layers)) ** 0.8
+    for k, layer in enumerate(slices):
+        haze = HAZE * (1.0 - (k + 1) / len(slices)) ** 0.8
         _circles(ax, view, layer & ~rattlers, diameters, fill, haze)
         _circles(ax, view, layer & rattlers, diameters, None, haze)
         if (layer & moving).any() and typical > 0:
             quiver = _arrows(ax, view, layer & moving, arrows, float(np.clip(0.08 * usual, *SHAFT * width)), haze)
-    _legend(ax, foot, key, quiver)
+    legend(ax, foot, key, quiver)
     return ax
 
 
@@ -238,77 +187,7 @@ def _diameters(system: System) -> np.ndarray:
     return np.full(system.n, distance)
 
 
-def _project(system: System, axis: int) -> _View:
-    """Wrap the particles into the cell and look along one of its vectors: the cell is then a parallelogram."""
-    positions = np.asarray(system.positions, float)
-    box = None if system.box is None else np.asarray(system.box, float)
-    if system.dimension == 3 and axis not in (0, 1, 2):
-        raise InputError(f"axis is {axis!r}: give 0, 1 or 2, the cell vector to look along.")
-    fractions = positions
-    if box is not None:
-        fractions = (positions @ np.linalg.inv(box).T) % 1.0
-        positions = fractions @ box.T
-    if system.dimension == 2:
-        return _View(positions, np.ones(system.n), box, np.eye(2))
-    cell = np.eye(3) if box is None else box
-    toward = cell[:, axis] / np.linalg.norm(cell[:, axis])
-    right = cell[:, (axis + 1) % 3] - toward * (toward @ cell[:, (axis + 1) % 3])
-    right /= np.linalg.norm(right)
-    across = np.stack([right, np.cross(toward, right)])
-    depth = fractions[:, axis]
-    if box is None:
-        depth = (depth - depth.min()) / max(float(np.ptp(depth)), np.finfo(float).tiny)
-    plane = None if box is None else across @ box[:, [(axis + 1) % 3, (axis + 2) % 3]]
-    return _View(positions @ across.T, depth, plane, across)
-
-
-def _in_slab(system: System, depth: np.ndarray, slab: tuple[float, float]) -> np.ndarray:
-    low, high = slab
-    if not 0.0 <= low < high <= 1.0:
-        raise InputError(f"slab is {slab}: give two fractions of the depth, 0 <= rear < front <= 1.")
-    if system.dimension == 2:
-        if (low, high) != (0.0, 1.0):
-            raise InputError("slab is for 3-D: a 2-D system has no depth, leave it out.")
-        return np.ones(system.n, bool)
-    shown = (depth >= low) & (depth <= high)
-    if not shown.any():
-        raise InputError(f"no particle is in the slab {slab}: take a thicker one.")
-    return shown
-
-
-def _layers(depth: np.ndarray, shown: np.ndarray) -> list[np.ndarray]:
-    """Masks of the particles shown, from rear to front, in equal steps of depth."""
-    edges = np.linspace(depth[shown].min(), depth[shown].max(), LAYERS + 1)
-    step = np.clip(np.searchsorted(edges, depth, side="right") - 1, 0, LAYERS - 1)
-    return [shown & (step == k) for k in range(LAYERS)]
-
-
-def _images(view: _View, chosen: np.ndarray, diameters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Index and place of every circle that reaches into the cell, images included; two or three of a corner's lie just
-    outside, which the clipping at the cell hides."""
-    (index,) = np.nonzero(chosen)
-    if view.cell is None:
-        return index, view.spots[index]
-    inverse = np.linalg.inv(view.cell)
-    radius = diameters[index, None] / 2 * np.linalg.norm(inverse, axis=1)  # in fractions of the cell's heights
-    fractions = view.spots[index] @ inverse.T
-    turns = int(np.ceil(radius.max(initial=0.0)))
-    shifts = np.stack(np.meshgrid(*[np.arange(-turns, turns + 1)] * 2), axis=-1).reshape(-1, 1, 2)
-    placed = fractions + shifts
-    seen = ((placed > -radius) & (placed < 1.0 + radius)).all(axis=-1)
-    return np.broadcast_to(index, seen.shape)[seen], placed[seen] @ view.cell.T
-
-
-def _extent(view: _View, shown: np.ndarray, radii: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lower left and upper right corner of the cell, or of the circles where there is none."""
-    if view.cell is not None:
-        corners = _corners(view.cell)
-        return corners.min(axis=0), corners.max(axis=0)
-    spots, radii = view.spots[shown], radii[shown, None]
-    return (spots - radii).min(axis=0), (spots + radii).max(axis=0)
-
-
-def _column(low: np.ndarray, high: np.ndarray, foot: _Foot, titled: bool) -> Axes:
+def _column(low: np.ndarray, high: np.ndarray, foot: Foot, titled: bool) -> Axes:
     """A new figure one column wide, as high as the picture, the legend and the title need."""
     from matplotlib import pyplot
 
@@ -319,19 +198,14 @@ def _column(low: np.ndarray, high: np.ndarray, foot: _Foot, titled: bool) -> Axe
     return pyplot.figure(figsize=(COLUMN, total)).add_axes((0.0, below / total, 1.0, picture / total))
 
 
-def _frame(ax: Axes, view: _View, low: np.ndarray, high: np.ndarray) -> None:
+def _frame(ax: Axes, view: View, low: np.ndarray, high: np.ndarray) -> None:
     """Limits, equal aspect, and the cell's outline."""
     from matplotlib.patches import Polygon
 
     if view.cell is not None:
-        corners = _corners(view.cell)
-        ax.add_patch(Polygon(corners, closed=True, fill=False, edgecolor=OUTLINE, linewidth=0.8, zorder=1.8))
+        ax.add_patch(Polygon(corners(view.cell), closed=True, fill=False, edgecolor=OUTLINE, linewidth=0.8, zorder=1.8))
     ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
     ax.set_axis_off()
-
-
-def _corners(cell: np.ndarray) -> np.ndarray:
-    return np.array([[0, 0], [1, 0], [1, 1], [0, 1]]) @ cell.T
 
 
 def _faded(colours: Any, haze: float) -> np.ndarray:
@@ -341,12 +215,12 @@ def _faded(colours: Any, haze: float) -> np.ndarray:
 
 
 def _circles(
-    ax: Axes, view: _View, chosen: np.ndarray, diameters: np.ndarray, fill: np.ndarray | None, haze: float
+    ax: Axes, view: View, chosen: np.ndarray, diameters: np.ndarray, fill: np.ndarray | None, haze: float
 ) -> None:
     """One collection of circles, cut at the cell; hollow and dashed without a fill."""
     from matplotlib.collections import EllipseCollection
 
-    index, places = _images(view, chosen, diameters)
+    index, places = images(view, chosen, diameters)
     if index.size == 0:
         return
     size = diameters[index]
@@ -368,7 +242,7 @@ def _circles(
     _cut(ax, view, circles)
 
 
-def _arrows(ax: Axes, view: _View, chosen: np.ndarray, arrows: np.ndarray, shaft: float, haze: float) -> Quiver:
+def _arrows(ax: Axes, view: View, chosen: np.ndarray, arrows: np.ndarray, shaft: float, haze: float) -> Quiver:
     """Arrows of drawn length, cut at the cell like the circles; what leaves it comes in again at the other side."""
     tails, arrows = view.spots[chosen], arrows[chosen]
     if view.cell is not None:
@@ -406,11 +280,11 @@ def _halo(arrows: np.ndarray, shaft: float) -> np.ndarray:
     return 0.3 * room * (len(arrows) < CROWD)
 
 
-def _cut(ax: Axes, view: _View, artist: Artist) -> None:
+def _cut(ax: Axes, view: View, artist: Artist) -> None:
     from matplotlib.patches import Polygon
 
     if view.cell is not None:
-        artist.set_clip_path(Polygon(_corners(view.cell), closed=True, transform=ax.transData))
+        artist.set_clip_path(Polygon(corners(view.cell), closed=True, transform=ax.transData))
 
 
 def _colours(system: System, diameters: np.ndarray) -> tuple[np.ndarray, Any]:
@@ -433,71 +307,3 @@ def _colours(system: System, diameters: np.ndarray) -> tuple[np.ndarray, Any]:
     shades = LinearSegmentedColormap.from_list("diameter", DIAMETERS)
     span = Normalize(diameters.min(), diameters.max())
     return shades(span(diameters)), (shades, span)
-
-
-def _legend(ax: Axes, foot: _Foot, key: Any, quiver: Quiver | None) -> None:
-    """Below the picture: the colours, the rattlers where there are any, and an arrow with its value."""
-    from matplotlib.legend_handler import HandlerPatch
-    from matplotlib.patches import Circle
-
-    (x0, x1), (y0, y1) = ax.get_xlim(), ax.get_ylim()
-    wide = min(ax.bbox.width, ax.bbox.height * (x1 - x0) / (y1 - y0)) * 72 / ax.figure.dpi  # points
-    row = ROW / (wide * (y1 - y0) / (x1 - x0))
-    columns, arrow_row, _ = foot.rows(wide)
-    handles, tints = [], key
-    if not isinstance(key, list):
-        (shades, span), tints = key, []
-        bar = ax.inset_axes((0.12, -1.15 * row, 0.22, 0.6 * row))
-        bar.imshow(np.linspace(0, 1, 64)[None], aspect="auto", cmap=shades)
-        bar.set(xticks=[], yticks=[])
-        bar.spines[:].set(color=OUTLINE, linewidth=0.5)
-        for x, side, text in ((-0.08, "right", rf"$\sigma$ {span.vmin:.2g}"), (1.08, "left", f"{span.vmax:.2g}")):
-            bar.text(x, 0.4, text, ha=side, va="center", fontsize=FONT, transform=bar.transAxes)
-    for name, tint in tints:
-        handles.append(Circle((0, 0), facecolor=tint, edgecolor=OUTLINE, linewidth=0.5, label=name))
-    if "rattler" in foot.names:
-        dashed = Circle((0, 0), facecolor=PAPER, edgecolor=OUTLINE, linewidth=0.7, linestyle=(0, (2, 1)))
-        dashed.set_label("rattler")
-        handles.append(dashed)
-    if quiver is not None:
-        ax.quiverkey(
-            quiver,
-            0.99 - foot.length,  # where its tail is
-            -(arrow_row + 0.83) * row,
-            foot.length * (x1 - x0),
-            foot.caption,
-            labelpos="W",
-            labelsep=0.06,
-            facecolor=ARROW,
-            linewidth=max(np.asarray(quiver.get_linewidth())),
-            fontproperties={"size": FONT},
-        )
-    if not handles:
-        return
-
-    def dot(*_: Any, xdescent: float, ydescent: float, width: float, height: float, **__: Any) -> Circle:
-        return Circle((width / 2 - xdescent, height / 2 - ydescent), 0.55 * height)
-
-    ax.legend(
-        handles=[entry for k in range(columns) for entry in handles[k::columns]],  # columns fill first, read rows first
-        handler_map={Circle: HandlerPatch(patch_func=dot)},
-        loc="upper left",
-        bbox_to_anchor=(0.01 + foot.bar, -0.55 * row),
-        ncols=columns,
-        frameon=False,
-        fontsize=FONT,
-        borderpad=0.0,
-        borderaxespad=0.0,
-        handlelength=1.0,
-        handletextpad=0.4,
-        columnspacing=1.0,
-        labelspacing=(ROW - FONT) / FONT - 0.15,
-    )
-
-
-def _round(longest: float) -> tuple[float, str]:
-    """The largest 1, 2 or 5 times a power of ten that is not above ``longest``, and how it is written."""
-    power = int(np.floor(np.log10(longest)))
-    digit = max(m for m in (1, 2, 5) if m == 1 or m * 10.0**power <= longest * (1 + 1e-9))
-    value = digit * 10.0**power
-    return value, f"{value:g}" if -3 <= power < 4 else rf"${digit}\times10^{{{power}}}$"

@@ -1,0 +1,104 @@
+"""Particles as the eye sees them: in their cell, along an axis, from the rear to the front."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from mdsens.implicit.status import InputError
+from mdsens.system import System
+
+__all__ = ["View", "corners", "extent", "images", "in_slab", "layers", "project"]
+
+LAYERS = 16  # of a 3-D picture, drawn from back to front
+
+
+class View(NamedTuple):
+    """Particles as the eye sees them.
+
+    Attributes:
+      spots: (n, 2) in the plane, wrapped into the cell.
+      depth: (n,) from 0 at the rear to 1 at the front; 1 in 2-D.
+      cell: (2, 2), columns the cell vectors in the plane; None for open boundaries.
+      across: (2, d) takes a vector to the plane.
+    """
+
+    spots: np.ndarray
+    depth: np.ndarray
+    cell: np.ndarray | None
+    across: np.ndarray
+
+
+def project(system: System, axis: int) -> View:
+    """Wrap the particles into the cell and look along one of its vectors: the cell is then a parallelogram."""
+    positions = np.asarray(system.positions, float)
+    box = None if system.box is None else np.asarray(system.box, float)
+    if system.dimension == 3 and axis not in (0, 1, 2):
+        raise InputError(f"axis is {axis!r}: give 0, 1 or 2, the cell vector to look along.")
+    fractions = positions
+    if box is not None:
+        fractions = (positions @ np.linalg.inv(box).T) % 1.0
+        positions = fractions @ box.T
+    if system.dimension == 2:
+        return View(positions, np.ones(system.n), box, np.eye(2))
+    cell = np.eye(3) if box is None else box
+    toward = cell[:, axis] / np.linalg.norm(cell[:, axis])
+    right = cell[:, (axis + 1) % 3] - toward * (toward @ cell[:, (axis + 1) % 3])
+    right /= np.linalg.norm(right)
+    across = np.stack([right, np.cross(toward, right)])
+    depth = fractions[:, axis]
+    if box is None:
+        depth = (depth - depth.min()) / max(float(np.ptp(depth)), np.finfo(float).tiny)
+    plane = None if box is None else across @ box[:, [(axis + 1) % 3, (axis + 2) % 3]]
+    return View(positions @ across.T, depth, plane, across)
+
+
+def in_slab(system: System, depth: np.ndarray, slab: tuple[float, float]) -> np.ndarray:
+    low, high = slab
+    if not 0.0 <= low < high <= 1.0:
+        raise InputError(f"slab is {slab}: give two fractions of the depth, 0 <= rear < front <= 1.")
+    if system.dimension == 2:
+        if (low, high) != (0.0, 1.0):
+            raise InputError("slab is for 3-D: a 2-D system has no depth, leave it out.")
+        return np.ones(system.n, bool)
+    shown = (depth >= low) & (depth <= high)
+    if not shown.any():
+        raise InputError(f"no particle is in the slab {slab}: take a thicker one.")
+    return shown
+
+
+def layers(depth: np.ndarray, shown: np.ndarray) -> list[np.ndarray]:
+    """Masks of the particles shown, from rear to front, in equal steps of depth."""
+    edges = np.linspace(depth[shown].min(), depth[shown].max(), LAYERS + 1)
+    step = np.clip(np.searchsorted(edges, depth, side="right") - 1, 0, LAYERS - 1)
+    return [shown & (step == k) for k in range(LAYERS)]
+
+
+def images(view: View, chosen: np.ndarray, diameters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Index and place of every circle that reaches into the cell, images included; two or three of a corner's lie just
+    outside, which the clipping at the cell hides."""
+    (index,) = np.nonzero(chosen)
+    if view.cell is None:
+        return index, view.spots[index]
+    inverse = np.linalg.inv(view.cell)
+    radius = diameters[index, None] / 2 * np.linalg.norm(inverse, axis=1)  # in fractions of the cell's heights
+    fractions = view.spots[index] @ inverse.T
+    turns = int(np.ceil(radius.max(initial=0.0)))
+    shifts = np.stack(np.meshgrid(*[np.arange(-turns, turns + 1)] * 2), axis=-1).reshape(-1, 1, 2)
+    placed = fractions + shifts
+    seen = ((placed > -radius) & (placed < 1.0 + radius)).all(axis=-1)
+    return np.broadcast_to(index, seen.shape)[seen], placed[seen] @ view.cell.T
+
+
+def extent(view: View, shown: np.ndarray, radii: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lower left and upper right corner of the cell, or of the circles where there is none."""
+    if view.cell is not None:
+        four = corners(view.cell)
+        return four.min(axis=0), four.max(axis=0)
+    spots, radii = view.spots[shown], radii[shown, None]
+    return (spots - radii).min(axis=0), (spots + radii).max(axis=0)
+
+
+def corners(cell: np.ndarray) -> np.ndarray:
+    return np.array([[0, 0], [1, 0], [1, 1], [0, 1]]) @ cell.T
