@@ -66,6 +66,20 @@ def test_at_the_root_nothing_is_off() -> None:
     assert "CONVERGED" in repr(found) and "error" in repr(found)
 
 
+def test_round_off_at_a_root_next_to_zero_is_no_distance() -> None:
+    """A residual that is a sum of terms of order one: what a step leaves is noise, and x itself no measure of it."""
+    terms = jnp.asarray(np.random.default_rng(0).normal(size=1000))
+
+    def F(x, theta):
+        return jnp.sum(terms * jnp.exp(x)) - jnp.sum(terms[::-1]) + 1 - theta
+
+    starts = jnp.linspace(-1e-14, 1e-14, 100)
+    found = jax.jit(jax.vmap(lambda x: certify(F, x, (jnp.asarray(1.0),), (jnp.asarray(1.0),))))(starts)
+    assert float(jnp.max(found.settles)) > 1  # by it alone, some were no roots
+    assert np.all(np.asarray(found.status) == Status.CONVERGED)
+    assert float(jnp.max(found.error)) < 1e-13
+
+
 def test_far_from_a_root_it_is_none() -> None:
     """A step from 0.5 lands at 11 for a root of 2; at 1.8 it leads there, and the derivative is still a quarter off."""
     assert int(of_cubic(0.5).status) == Status.NOT_A_ROOT

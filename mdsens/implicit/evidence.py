@@ -40,7 +40,8 @@ class RootCertificate:
         lead to a root, so that no figure below is an estimate; INACCURATE where ``error`` is above a tenth; else that
         of the linear solves.
       value: dx, the derivative at x along dargs.
-      error: |dx' e| / |dx|, the sharp estimate of its relative error; dx' e is how dx changes along the step e.
+      error: |dx' e| / |dx|, the sharp estimate of its relative error; dx' e is how dx changes along the step e. |dx' e|
+        where dx is zero.
       corrected: dx + dx' e, more accurate where ``error`` is small: what is left goes with the square of the step.
       step: e = - (dF/dx)^-1 F(x), from x to the root, to first order.
       distance: |e| / |x|, or |e| where x is zero.
@@ -142,8 +143,10 @@ def certify(
     residual, length, size = _size(left), _size(step), _size(x)
     settles = _size(next_step) / jnp.where(length > 0, length, 1)
     error = _size(change) / jnp.where(_size(value) > 0, _size(value), 1)
-    # From a distance of eps^(2/3) on, what a step leaves may be round-off, and is not judged.
-    judged = length > jnp.finfo(length.dtype).eps ** (2 / 3) * size
+    # Nearer than eps^(2/3) of x, what a step leaves may be round-off, and is not judged; nor, where x is next to zero,
+    # nearer than that part of the way that x goes when the arguments change by as much as they are.
+    unit = jnp.maximum(size, _size(value) * _times(args, dargs))
+    judged = length > jnp.finfo(length.dtype).eps ** (2 / 3) * unit
     codes = (
         (_bad(solved), solved.status),
         (_bad(found), found.status),
@@ -159,6 +162,18 @@ def certify(
 
 def _bad(stats: SolveStats) -> Array:
     return stats.status >= int(Status.MAX_STEPS_REACHED)
+
+
+def _times(args: Sequence[PyTree], dargs: Sequence[PyTree]) -> Array:
+    """How many dargs the args that change are long."""
+    pairs = [(a, d) for a, d in zip(args, dargs, strict=True) if d is not None]
+    kept = [
+        (a, d)
+        for a, d in zip(*(jax.tree.leaves([pair[k] for pair in pairs]) for k in (0, 1)), strict=True)
+        if jnp.issubdtype(jnp.result_type(a), jnp.floating)
+    ]
+    sizes = [_size([jnp.asarray(pair[k]) for pair in kept]) for k in (0, 1)]
+    return sizes[0] / jnp.where(sizes[1] > 0, sizes[1], jnp.inf)
 
 
 def _size(tree: PyTree) -> Array:
