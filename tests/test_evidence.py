@@ -105,6 +105,24 @@ def test_a_face_that_the_solver_has_not_reached_is_no_root() -> None:
     assert float(late.value) == 0 and int(late.status) == Status.CONVERGED
 
 
+def test_what_no_step_can_take_off_is_no_root() -> None:
+    """A spring on a line, pulled at both ends alike: it slides on whatever its length."""
+    stiffness = jnp.array([[1.0, -1.0], [-1.0, 1.0]])
+
+    def judged(pull: float) -> Status:
+        def F(x, theta):
+            return stiffness @ x - theta * jnp.array([1.0, -1.0]) + pull
+
+        def off_sliding(x, theta):
+            return lambda v: v - jnp.mean(v)
+
+        one = (jnp.asarray(1.0),)
+        return Status(int(certify(F, jnp.array([0.5, -0.5]), one, one, symmetric=True, null_space=off_sliding).status))
+
+    assert judged(0.3) is Status.NOT_A_ROOT
+    assert judged(1e-13) is Status.CONVERGED
+
+
 def test_members_of_a_batch_each_have_a_status() -> None:
     found = jax.jit(jax.vmap(of_cubic))(jnp.array([2.0, 1.8, 0.5]))
     assert [Status(int(s)).name for s in found.status] == ["CONVERGED", "INACCURATE", "NOT_A_ROOT"]

@@ -315,6 +315,40 @@ def test_a_root_within_a_root() -> None:
     close(jax.jit(jax.grad(lambda theta: jnp.sum(outer(INIT, theta))))(THETA), slope)
 
 
+@pytest.mark.parametrize("n", [3, 10])
+def test_directions_that_nobody_declared_free_are_told(n: int) -> None:
+    """F = A x - theta b with A singular: the shortest answer where there is one, and a status in either case."""
+    rng = np.random.default_rng(n)
+    A = rng.normal(size=(n, n))
+    A[-1] = rng.normal(size=n - 1) @ A[:-1]
+    x = rng.normal(size=n)
+    inside, outside = A @ x, rng.normal(size=n)
+
+    def along(b: np.ndarray) -> Any:
+        return jax.jit(lambda x: tangent(lambda x, theta: A @ x - theta * b, x, (1.0,), (1.0,)))(x)
+
+    dx, stats = along(inside)
+    assert int(stats.status) == Status.NOT_UNIQUE
+    close(dx, np.linalg.pinv(A) @ inside)
+    assert int(along(outside)[1].status) == Status.SINGULAR
+
+
+def test_a_free_cluster_is_told_and_has_its_shortest_answer() -> None:
+    """A Lennard-Jones tetrahedron, its motions as a whole not declared: dR/dsigma = R / sigma about the centre."""
+
+    def energy(R: Array, sigma: Array) -> Array:
+        i, j = np.triu_indices(4, 1)
+        s6 = (sigma**2 / jnp.sum((R[i] - R[j]) ** 2, axis=1)) ** 3
+        return 4 * jnp.sum(s6**2 - s6)
+
+    turn, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))
+    corners = np.array([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1.0]]) @ turn
+    R = jnp.asarray(2 ** (1 / 6) * corners / np.sqrt(8.0))
+    dR, stats = jax.jit(lambda R: tangent(jax.grad(energy), R, (1.0,), (1.0,), symmetric=True))(R)
+    assert int(stats.status) == Status.NOT_UNIQUE
+    close(dR, R)
+
+
 def test_inside_scan_and_checkpoint() -> None:
     solver = root(cubic)(lambda init, theta: newton(cubic, init, theta))
 
@@ -411,6 +445,13 @@ def test_single_precision() -> None:
         ),
         (lambda: tangent(cubic, INIT, (THETA,), ()), ["dargs", "1 args"]),
         (lambda: tangent(cubic, INIT, (THETA,), (THETA[:2],)), ["dargs[0]", "(2,)", "(3,)"]),
+        (lambda: tangent(lambda x, t: x - t, 2.0, (4,), (1.0,)), ["dargs", "4", "int", "floating-point"]),
+        (
+            lambda: tangent(lambda x, t: x - t, np.float32(2.0), (THETA[0],), (1.0,)),
+            ["float64", "float32", "precision"],
+        ),
+        (lambda: tangent(cubic, INIT, (THETA,), (THETA,), solve="cg"), ["solve is 'cg'", "GMRES()"]),  # pyright: ignore
+        (lambda: tangent(cubic, INIT, (THETA,), (THETA,), solve=Direct), ["brackets"]),  # pyright: ignore
         (lambda: tangent(lambda x, t: x[:2], INIT, (THETA,), (THETA,)), ["F(x, *args)", "(2,)"]),
         (
             lambda: jax.grad(lambda t: jnp.sum(root(cubic, solve=CG())(lambda i, t: i)(INIT, t)))(THETA),

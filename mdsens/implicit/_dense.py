@@ -82,6 +82,45 @@ def _written_out(apply: Apply, b: Array) -> Array:
     return lax.map(apply, jnp.eye(b.size, dtype=b.dtype), batch_size=min(b.size, 32)).T
 
 
+# Of the number of unknowns times round-off: a pivot below is looked at by singular values, which decide.
+_SUSPECT = 1e3
+
+
+def _by_lu(matrix: Array) -> Callable[[Array], Result]:
+    """LU; where a pivot is next to nothing, a null direction that nobody declared perhaps, singular values.
+
+    Their answer is then the shortest and the status NOT_UNIQUE, as of :func:`pseudo_inverse`, where LU would add any
+    multiple of that direction and leave no trace of it in the residual.
+    """
+    n, eps = matrix.shape[0], float(jnp.finfo(matrix.dtype).eps)
+    lu, pivots = _lu(matrix)
+    sizes = jnp.abs(jnp.diagonal(lu))
+    finite = jnp.all(jnp.isfinite(matrix))
+    regular = jnp.all(jnp.isfinite(lu)) & (jnp.min(sizes) > _SUSPECT * n * eps * jnp.max(sizes))
+    inverse, rank = _inverted(matrix, finite & ~regular)
+    singular = jnp.where(rank < n, int(Status.NOT_UNIQUE), int(Status.CONVERGED))
+    ended = jnp.where(regular, int(Status.CONVERGED), jnp.where(finite, singular, int(Status.NOT_FINITE)))
+
+    def solution(r: Array) -> Result:
+        x = jnp.where(regular, _lu_solve(lu, pivots, r), dot(r, inverse))
+        return jnp.where(finite, x, 0), jnp.int32(0), ended.astype(jnp.int32)
+
+    return solution
+
+
+@_one_by_one
+def _inverted(matrix: Array, needed: Array) -> tuple[Array, Array]:
+    """The transposed pseudo-inverse and the rank; zeros where not needed."""
+    n, eps = matrix.shape[0], float(jnp.finfo(matrix.dtype).eps)
+
+    def by_values() -> tuple[Array, Array]:
+        left, sizes, rows = jnp.linalg.svd(matrix, full_matrices=False)
+        kept = sizes > n * eps * jnp.max(sizes)
+        return (left * jnp.where(kept, 1 / jnp.where(kept, sizes, 1), 0)) @ rows, jnp.sum(kept)
+
+    return lax.cond(needed, by_values, lambda: (jnp.zeros_like(matrix), jnp.zeros((), int)))
+
+
 def factor(
     apply: Apply, right: Apply | None, left: Apply | None, positive_semidefinite: bool, b: Array
 ) -> Callable[[Array], Result]:
@@ -96,15 +135,7 @@ def factor(
     none, fine = jnp.int32(0), jnp.int32(Status.CONVERGED)
 
     if not positive_semidefinite:
-        lu = _lu(matrix)
-        regular = jnp.all(jnp.isfinite(lu[0])) & jnp.all(jnp.diagonal(lu[0]) != 0)
-        # A zero pivot is a null direction nobody declared; not-finite numbers that went in come out as they are.
-        singular = jnp.where(jnp.all(jnp.isfinite(matrix)), int(Status.STAGNATED), int(Status.NOT_FINITE))
-
-        def by_lu(r: Array) -> Result:
-            return jnp.where(regular, _lu_solve(*lu, r), 0), none, jnp.where(regular, fine, singular)
-
-        return by_lu
+        return _by_lu(matrix)
 
     lower = _cholesky(matrix, largest)
     definite = jnp.all(jnp.isfinite(lower))

@@ -89,7 +89,8 @@ def certify(
 
     A solver stops before the root, and :func:`root` and :func:`tangent` differentiate as if it had not. The Newton step
     e is where the root is, to first order; the derivative of dx along e what dx is off by. Costs four linear solves.
-    The projector of ``null_space`` is held as it is at x. Traceable by jit and vmap.
+    The projector of ``null_space`` is held as it is at x; an F
+    that has a part along it is no root, either. Traceable by jit and vmap.
 
     Args:
       F: ``F(x, *args)``, twice differentiable along the step; of a fixed point x - T(x, *args).
@@ -101,7 +102,7 @@ def certify(
     Returns:
       RootCertificate. Where a projection or another kink of F lies between x and the root, Newton's step does not lead
       there, and the status says NOT_A_ROOT; whether the root itself stands at one,
-      :func:`mdsens.implicit.degeneracy.kinked` tells.
+      :func:`mdsens.implicit.degeneracy.kinked` tells. It takes seconds to compile, at every call outside of jit.
 
     Raises:
       InputError: as :func:`tangent`.
@@ -145,12 +146,17 @@ def certify(
     error = _size(change) / jnp.where(_size(value) > 0, _size(value), 1)
     # Nearer than eps^(2/3) of x, what a step leaves may be round-off, and is not judged; nor, where x is next to zero,
     # nearer than that part of the way that x goes when the arguments change by as much as they are.
-    unit = jnp.maximum(size, _size(value) * _times(args, dargs))
-    judged = length > jnp.finfo(length.dtype).eps ** (2 / 3) * unit
+    share, times = jnp.finfo(length.dtype).eps ** (2 / 3), _times(args, dargs)
+    judged = length > share * jnp.maximum(size, _size(value) * times)
+    # What is left along the null space no step takes off; it counts from that part of the forces on, which x and the
+    # change of the arguments make.
+    _, along = jax.linearize(lambda y: F(y, *args), x)
+    of_x, of_value = _size(along(x)), _size(along(value))
+    stuck = found.dropped * residual > share * jnp.maximum(of_x, of_value * times)
     codes = (
         (_bad(solved), solved.status),
         (_bad(found), found.status),
-        (judged & ~(settles <= _SETTLED), jnp.int32(Status.NOT_A_ROOT)),
+        (stuck | (judged & ~(settles <= _SETTLED)), jnp.int32(Status.NOT_A_ROOT)),
         (~(error <= _INACCURATE), jnp.int32(Status.INACCURATE)),
     )
     status = jnp.select([bad for bad, _ in codes], [code for _, code in codes], solved.status)

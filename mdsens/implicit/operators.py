@@ -249,9 +249,10 @@ class Neumann(_Iterative):
 class LeastSquares:
     """The dense pseudo-inverse, for an operator that may be singular: the shortest of the x that make |b - A x| least.
 
-    By singular values, or eigenvalues where the operator is symmetric: some ten times the work of Direct. It says what
-    Direct cannot: NOT_UNIQUE where A is singular beyond the null space declared but has b in its range, and SINGULAR
-    where b lies partly outside, so that the residual cannot vanish.
+    By singular values, or eigenvalues where the operator is symmetric: some ten times the work of Direct. NOT_UNIQUE
+    where A is singular beyond the null space declared but has b in its range, and SINGULAR where b lies partly outside,
+    so that the residual cannot vanish. Direct comes to it by itself where LU finds A singular to round-off; this one
+    draws the line at ``rank_tolerance``, and for a positive semi-definite A, too.
 
     Args:
       rtol: relative residual that makes the status good.
@@ -276,8 +277,8 @@ class Direct:
     """A dense factorisation: the operator is written out as a matrix, so up to some thousand unknowns.
 
     Cholesky where positive semi-definite, LU where not, of ``P A P + s (I - P)``; singular values where left and right
-    null space differ, with the statuses of LeastSquares, which is for operators that may be singular in directions that
-    nobody declared.
+    null space differ, or where LU meets a direction without stiffness that nobody declared: the statuses are then those
+    of LeastSquares.
 
     Args:
       rtol: relative residual that makes the status good; refinement aims at it.
@@ -329,7 +330,13 @@ def choose(method: Method, size: int, operator: Operator, rhs: int = 1) -> Metho
     Returns:
       Direct up to 512 unknowns, up to 2,048 where at least one right-hand side for 16 unknowns shares the factor;
       beyond, CG, MINRES or GMRES by what the operator declares.
+
+    Raises:
+      InputError: ``method`` is no option record.
     """
+    if not isinstance(method, Method):
+        brackets = "; a class wants brackets" if isinstance(method, type) else ""
+        raise InputError(f"solve is {method!r}: give an option record of mdsens.implicit, such as GMRES(){brackets}")
     if not isinstance(method, Auto):
         return method
     if size <= (_DIRECT_SIZE_SHARED if rhs * _UNKNOWNS_PER_RHS >= size else _DIRECT_SIZE):

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
@@ -194,8 +195,8 @@ def tangent(
       F: ``F(x, *args)``; of a fixed point x - T(x, *args).
       x: the root. That F is zero there is not checked: :func:`~mdsens.implicit.certify` does.
       args: the arguments.
-      dargs: the change of each, with its tree and shapes; None for an argument that stays. What is given for leaves
-        that are not floating point counts for nothing.
+      dargs: the change of each, with its tree and shapes; None for an argument that stays. A leaf that is not floating
+        point cannot change: give zero, or anything of its own type.
       solve: as in :func:`root`, and so the others.
 
     Returns:
@@ -203,7 +204,8 @@ def tangent(
       not finite, under a status that is not good.
 
     Raises:
-      InputError: args and dargs, or F(x, *args) and x, differ in number, tree or shape.
+      InputError: args and dargs, or F(x, *args) and x, differ in number, tree, shape or precision; a number that is no
+        floating-point one is to change.
     """
     x = jax.tree.map(_as_unknown, x)
     if not isinstance(args, list | tuple) or not isinstance(dargs, list | tuple):
@@ -218,6 +220,12 @@ def tangent(
     leaves, structure = jax.tree.flatten([args[i] for i in moving])
     changes = jax.tree.leaves([dargs[i] for i in moving])
     float_at = [k for k, leaf in enumerate(leaves) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)]
+    for k, (leaf, change) in enumerate(zip(leaves, changes, strict=True)):
+        if k not in float_at and _changes(change):
+            raise InputError(
+                f"dargs changes {leaf!r} of args, of type {jnp.result_type(leaf)}, which has no derivative; give it as "
+                "a floating-point number, or a change of None"
+            )
 
     def condition(values: list[Array], y: PyTree) -> PyTree:
         merged, full = list(leaves), list(args)
@@ -228,7 +236,7 @@ def tangent(
         return F(y, *full)
 
     values = [jnp.asarray(leaves[k]) for k in float_at]
-    check_same(jax.eval_shape(condition, values, x), x, "F(x, *args)", "x", "F must give one equation an unknown")
+    _check_equations(jax.eval_shape(condition, values, x), x)
     sides = _maps(None if null_space is None else null_space(x, *args))
     by = None if preconditioner is None else preconditioner(x, *args)
     declared = _declared(symmetric, positive_semidefinite, sides, by)
@@ -248,7 +256,7 @@ def _attach(
 ) -> PyTree:
     """x itself, with the derivative of the root of F by everything that F depends on."""
     condition, params = hoist(lambda y: F(y, *args), x)
-    check_same(jax.eval_shape(condition, params, x), x, "F(x, *args)", "x", "F must give one equation an unknown")
+    _check_equations(jax.eval_shape(condition, params, x), x)
     project, frame = _hoist_maps(null_space, "null_space's projector", x, args)
     precondition, by = _hoist_maps(preconditioner, "the preconditioner", x, args)
 
@@ -332,6 +340,24 @@ def _hoist_maps(
 
 def _opened(f: Callable[..., Any] | None) -> Callable[..., Any] | None:
     return None if f is None else opened(f)
+
+
+def _check_equations(image: PyTree, x: PyTree) -> None:
+    """Refuse an F that does not give one equation an unknown, of its precision."""
+    check_same(image, x, "F(x, *args)", "x", "F must give one equation an unknown")
+    for (path, leaf), unknown in zip(jax.tree_util.tree_leaves_with_path(image), jax.tree.leaves(x), strict=True):
+        if leaf.dtype != unknown.dtype:
+            raise InputError(
+                f"F(x, *args){jax.tree_util.keystr(path)} is of {leaf.dtype}, but x of {unknown.dtype}; give x and "
+                "args in one precision"
+            )
+
+
+def _changes(change: Any) -> bool:
+    """Whether a change is a floating-point number other than zero, as far as can be seen."""
+    if isinstance(change, Tracer) or not jnp.issubdtype(jnp.result_type(change), jnp.floating):
+        return False
+    return bool(np.any(np.asarray(change) != 0))
 
 
 def _prepared(made: Any) -> tuple[PyTree, tuple[PyTree, ...]]:
