@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import minimize
+from scipy.sparse.linalg import lsqr
 
 from mdsens.constrained import constrained_null_space, flat, unflat
 from mdsens.implicit.status import InputError, Status
@@ -32,6 +33,7 @@ __all__ = ["Reached", "relax_held"]
 
 ROUNDS = 30  # of the multipliers
 NEAR = 2e-4  # of the law's length and force: where Newton steps begin
+CLOSE = 1e-2  # of the same: a start next to a minimum
 NEARER = 0.1  # of that, each time that they made no headway
 RETURNS = 12  # to the augmented Lagrangian from Newton steps that made no headway
 STEPS, TRIALS, STALLED = 60, 8, 12  # Newton steps in a row; shifts of one; of them that do not halve the force
@@ -145,6 +147,37 @@ class _Descent:
         size = max(forces.max(initial=0.0), others.max(initial=0.0), self.stiffness * max(g, default=0.0))
         return kept, float(size)
 
+    def conditions(self, stuck: np.ndarray) -> KKT:
+        """The optimality conditions, some unknowns held where they are."""
+        mask = unflat(stuck, self.like)
+        none = jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), bool), self.multipliers)
+        n, d = self.system.positions.shape
+        null = NullSpace(
+            jnp.zeros(n, bool), None, jnp.asarray(float(n)), motions=jnp.zeros((0, n, d)),
+            held=Unknowns(jnp.asarray(mask.positions), None, none, jax.tree.map(jnp.asarray, mask.params)),
+        )  # fmt: skip
+        return KKT(self.system, null, self.multipliers)
+
+    def balance(self) -> None:
+        """Multipliers that balance most of the forces where the descent starts, if it starts next to a minimum.
+
+        The augmented Lagrangian would find them too, but may leave for another minimum with the forces unbalanced.
+        """
+        if self.multipliers is None:
+            return
+        z = self.z
+        system = self.conditions((z <= self.low) | (z >= self.high))
+        if system.equations is None:
+            return
+        along = flat(dataclasses.replace(_slope(self.system, self.multipliers), multipliers=None)).astype(float)
+        pulls = lsqr(system.equations.T, -np.where(system.moves[: self.count], along, 0.0), atol=EPS, btol=EPS)[0]
+        whole = unflat(
+            np.concatenate([z, system.unit * pulls]), dataclasses.replace(self.like, multipliers=self.multipliers)
+        )
+        found = jax.tree.map(lambda leaf: jnp.asarray(leaf, self.system.positions.dtype), whole.multipliers)
+        if self.left(_slope(self.system, found), z)[1] <= CLOSE * self.stiffness * self.length:
+            self.multipliers = found
+
     def near(self, share: float) -> None:
         """To where forces and g are a share of the law's own, by the augmented Lagrangian."""
         force = share * self.stiffness * self.length
@@ -207,6 +240,8 @@ class _Descent:
     def arrive(self) -> float:
         """To the tolerance, or as far as it goes; the force that is left."""
         share = NEAR
+        if not self.steps:
+            self.balance()
         size = self.left(_slope(self.system, self.multipliers), self.z)[1]
         if not size <= NEAR * self.stiffness * self.length:
             self.near(share)
@@ -286,14 +321,7 @@ class _Descent:
         stuck = (self.low == self.high) | (ahead <= self.low) | (ahead >= self.high)
         onto = np.where(stuck, np.clip(ahead, self.low, self.high) - z, 0.0)
         rate = _slope_rate(self.system, self.multipliers, jax.tree.map(jnp.asarray, unflat(onto, self.like)))
-        mask = unflat(stuck, self.like)
-        none = jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), bool), slope.multipliers)
-        n, d = self.system.positions.shape
-        null = NullSpace(
-            jnp.zeros(n, bool), None, jnp.asarray(float(n)), motions=jnp.zeros((0, n, d)),
-            held=Unknowns(jnp.asarray(mask.positions), None, none, jax.tree.map(jnp.asarray, mask.params)),
-        )  # fmt: skip
-        system = KKT(self.system, null, self.multipliers)
+        system = self.conditions(stuck)
         side = -(flat(slope) + flat(rate)).astype(float)
         units = np.where(np.arange(system.size) < system.primal, 1.0, system.unit)
         step = units * system.direction(np.where(system.moves, units * side, 0.0), shift)

@@ -56,6 +56,12 @@ class Network:
     mean_force: jax.Array
     pairs: jax.Array
 
+    @property
+    def unjammed(self) -> jax.Array:
+        """True where nothing holds any particle, or any of several rigid bodies; one body alone has its shape."""
+        several = (self.labels != self.labels[:1]).any()
+        return self.rattlers.all() | (self.loose.all() & several)
+
 
 def pair_forces(term: PairTerm, distances: jax.Array) -> jax.Array:
     """-phi'(r) of each pair (m,), positive in repulsion."""

@@ -146,7 +146,7 @@ class Linearization:
     @property
     def status(self) -> Any:
         """CONVERGED, or why no derivative can be taken here: the minimisation's own status, UNJAMMED, or the cell's."""
-        code = _outcome(self.equilibrium.status, self.network.rattlers)
+        code = _outcome(self.equilibrium.status, self.network.unjammed)
         for more in (self.held, None if self.cell is None else self.cell.status):
             code = code if more is None else (jnp if isinstance(code, Tracer) else np).maximum(code, more)
         return code
@@ -159,9 +159,9 @@ def by_factor(system: System, solve: Method, many: bool = False) -> bool:
     return wanted and (bool(system.constraints) or factorises(system))
 
 
-def _outcome(status: Any, rattlers: Any) -> Any:
-    xp = jnp if isinstance(rattlers, Tracer) else np
-    code = xp.where(xp.all(rattlers), Status.UNJAMMED.value, Status.CONVERGED.value)
+def _outcome(status: Any, unjammed: Any) -> Any:
+    xp = jnp if isinstance(unjammed, Tracer) else np
+    code = xp.where(unjammed, Status.UNJAMMED.value, Status.CONVERGED.value)
     return xp.where(xp.asarray(status) != Status.CONVERGED.value, status, code)
 
 

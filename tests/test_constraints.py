@@ -462,3 +462,21 @@ def test_what_knows_no_constraints_says_so():
             ask()
     with pytest.raises(ms.InputError, match=r"cotangent\.multipliers has 'bonds'"):
         ms.vjp(eq, Unknowns(jnp.zeros((N, 2)), multipliers={"bonds": jnp.zeros(4)}))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_bodies_that_nothing_holds(count):
+    """Two far apart have no place of rest, as discs without contacts; one alone has the shape that its bond gives it."""
+    places = np.array([[0.0, 0], [0.7, 0], [5, 0], [5.5, 0.5]])[: 2 * count]
+    rods = RigidBonds.between(np.arange(2 * count).reshape(count, 2))
+    params = {"sigma": 1.0, "epsilon": 1.0, "alpha": 2.5, "bond_length": rods.lengths_of(places)}
+    eq = ms.minimize(ms.System.create(places, 10.0, ms.potentials.soft_sphere(), params, constraints=[rods]))
+    if count == 2:
+        with pytest.raises(ms.ConvergenceError, match="no contact carries force"):
+            ms.jvp(eq, {"sigma": 1.0})
+        certificate = ms.certify(eq)
+        assert certificate.status is ms.Status.UNJAMMED
+        assert "no rigid body is held by another" in str(certificate)
+    else:
+        moved = np.asarray(ms.jvp(eq, {"bond_length": [1.0]}).value.positions)
+        assert np.allclose(moved, [[-0.5, 0.0], [0.5, 0.0]], atol=1e-12)

@@ -235,8 +235,9 @@ def _findings(c: Certificate, lin: Linearization) -> list[tuple[Status, str]]:
     before = Status(int(lin.equilibrium.status))
     if not before.good:
         add(before, f"max_force {c.max_force:.1e}")
-    if bool(np.all(c.rattlers)) and not c.crossed_to_minimum:
-        add(Status.UNJAMMED, f"{c.rattlers.size} of {c.rattlers.size} particles are held by nothing")
+    if bool(lin.network.unjammed) and not c.crossed_to_minimum:
+        every = f"{c.rattlers.size} of {c.rattlers.size} particles are held by nothing"
+        add(Status.UNJAMMED, every if np.all(c.rattlers) else "no rigid body is held by another")
     if c.negative_modes != c.order:
         add(
             Status.NOT_A_SADDLE if c.order else Status.INDEFINITE,
