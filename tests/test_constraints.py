@@ -466,7 +466,7 @@ def test_what_knows_no_constraints_says_so():
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_bodies_that_nothing_holds(count):
-    """Two far apart have no place of rest, as discs without contacts; one alone has the shape that its bond gives it."""
+    """Two far apart have no place of rest, as discs without contacts; one alone has the shape of its bond."""
     places = np.array([[0.0, 0], [0.7, 0], [5, 0], [5.5, 0.5]])[: 2 * count]
     rods = RigidBonds.between(np.arange(2 * count).reshape(count, 2))
     params = {"sigma": 1.0, "epsilon": 1.0, "alpha": 2.5, "bond_length": rods.lengths_of(places)}
