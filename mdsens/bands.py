@@ -33,6 +33,7 @@ from mdsens.system import System, potential_energy
 __all__ = ["ElasticBand", "between"]
 
 BESIDE = 1e-3  # of the law's length: images are moved off the straight line, on which particles may meet
+SAME = 1e-6  # of it: configurations that are no further apart are one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +76,19 @@ def between(one: System, other: System, band: ElasticBand = ElasticBand()) -> tu
 
     Returns:
       the system at the image, and a unit vector (n, d).
+
+    Raises:
+      InputError: both are the same configuration.
     """
     first, last = np.asarray(one.positions), _beside(one, other)
     count = band.images
     shares = np.arange(1, count + 1)[:, None, None] / (count + 1)
     length, stiffness = (jnp.asarray(x, one.positions.dtype) for x in scales(one))
+    if np.abs(last - first).max() <= SAME * float(length):
+        raise InputError(
+            "the other side is the configuration of the start, moved as a whole at most: give another minimum, or leave "
+            "it out and give a direction to climb along."
+        )
     bump = np.cos(np.arange(count * first.size) ** 2.0).reshape(count, *first.shape)
     chain = jnp.asarray(first + shares * (last - first) + BESIDE * float(length) * bump, one.positions.dtype)
     limits = Limits.of((length, stiffness), band.fire)
