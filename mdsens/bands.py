@@ -86,8 +86,8 @@ def between(one: System, other: System, band: ElasticBand = ElasticBand()) -> tu
     length, stiffness = (jnp.asarray(x, one.positions.dtype) for x in scales(one))
     if np.abs(last - first).max() <= SAME * float(length):
         raise InputError(
-            "the other side is the configuration of the start, moved as a whole at most: give another minimum, or leave "
-            "it out and give a direction to climb along."
+            "the other side is the configuration of the start, moved as a whole at most: give another minimum, or "
+            "leave it out and give a direction to climb along."
         )
     bump = np.cos(np.arange(count * first.size) ** 2.0).reshape(count, *first.shape)
     chain = jnp.asarray(first + shares * (last - first) + BESIDE * float(length) * bump, one.positions.dtype)
