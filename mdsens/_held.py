@@ -33,8 +33,8 @@ __all__ = ["Reached", "relax_held"]
 
 ROUNDS = 30  # of the multipliers
 NEAR = 2e-4  # of the law's length and force: where Newton steps begin
-CLOSE = 1e-2  # of the same: a start next to a minimum
 NEARER = 0.1  # of that, each time that they made no headway
+CLOSE = 1e-2  # of the law's length and force: a start next to a minimum
 RETURNS = 12  # to the augmented Lagrangian from Newton steps that made no headway
 STEPS, TRIALS, STALLED = 60, 8, 12  # Newton steps in a row; shifts of one; of them that do not halve the force
 FIRST, RISEN = 0.1, 10.0  # multiple that shifts start with; what a step may raise the force to that lowers the energy
@@ -171,10 +171,9 @@ class _Descent:
             return
         along = flat(dataclasses.replace(_slope(self.system, self.multipliers), multipliers=None)).astype(float)
         pulls = lsqr(system.equations.T, -np.where(system.moves[: self.count], along, 0.0), atol=EPS, btol=EPS)[0]
-        whole = unflat(
-            np.concatenate([z, system.unit * pulls]), dataclasses.replace(self.like, multipliers=self.multipliers)
-        )
-        found = jax.tree.map(lambda leaf: jnp.asarray(leaf, self.system.positions.dtype), whole.multipliers)
+        like = dataclasses.replace(self.like, multipliers=self.multipliers)
+        found = unflat(np.concatenate([z, system.unit * pulls]), like).multipliers
+        found = jax.tree.map(lambda leaf: jnp.asarray(leaf, self.system.positions.dtype), found)
         if self.left(_slope(self.system, found), z)[1] <= CLOSE * self.stiffness * self.length:
             self.multipliers = found
 
@@ -240,8 +239,6 @@ class _Descent:
     def arrive(self) -> float:
         """To the tolerance, or as far as it goes; the force that is left."""
         share = NEAR
-        if not self.steps:
-            self.balance()
         size = self.left(_slope(self.system, self.multipliers), self.z)[1]
         if not size <= NEAR * self.stiffness * self.length:
             self.near(share)
@@ -353,6 +350,7 @@ def relax_held(system: System, tolerance: float, max_steps: int, show: Callable[
       show: called with the steps taken and the largest force.
     """
     run = _Descent(system, tolerance, max_steps, show)
+    run.balance()
     size = run.arrive()
     for _ in range(SADDLES):
         if not (size <= tolerance and run.leave_saddle(size)):

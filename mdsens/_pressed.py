@@ -53,7 +53,7 @@ def pressed(
     for _ in range(STEPS):
         now = eq.system
         backbone, net, null = linearisation(now, eq.max_force)
-        loose = bool(np.all(np.asarray(net.rattlers)))
+        loose = bool(net.unjammed)
         if loose and pressure <= 0:
             return eq, steps, along, Status.NO_REST
         cell = Cell.of(backbone, Stiffness(backbone, null.simplified()), pressure, along)

@@ -1,4 +1,4 @@
-"""Who carries force: contacts, rattlers, clusters, coordination, and the next breakpoint of each pair.
+"""Who carries force: contacts, rattlers, clusters, coordination.
 
 A contact is a pair whose force is above 10 times the largest net force on a particle: below that it cannot be told
 from round-off. A rattler has fewer than d + 1 contacts; its contacts are deleted, and so on until none is left. For
@@ -11,21 +11,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mdsens import lagrangian
 from mdsens.boxes import components, nearest_images
 from mdsens.constraints import RigidBonds
 from mdsens.laws import PairTerm
 from mdsens.slopes import row_terms
-from mdsens.system import System, box_at, pair_distances, pair_terms, potential_energy
+from mdsens.system import System, potential_energy
 
-__all__ = ["Crossing", "Network", "backbone", "coordination", "crossings", "gap_rate", "network", "pair_forces"]
+__all__ = ["Network", "backbone", "coordination", "network", "pair_forces"]
 
 FORCE_MARGIN = 10.0  # contacts carry this many times the largest net force
 STIFFNESS_FLOOR = 1e-12  # of the stiffest pair; below it a pair holds nothing
@@ -292,122 +291,3 @@ def coordination(system: System, net: Network | None = None) -> jax.Array:
         slope = jax.grad(lambda R: potential_energy(system, R))(system.positions)
         found = network(system, jnp.sqrt(jnp.max(jnp.sum(slope**2, axis=-1))))
     return 2.0 * found.pairs / jnp.maximum(jnp.sum(~found.rattlers), 1)
-
-
-class Crossing(NamedTuple):
-    """When each pair meets each breakpoint of its law along a path, to first order.
-
-    Attributes:
-      times: (k,) t of the path; negative behind, inf where a pair's distance to the breakpoint does not change.
-      pairs: (k, 2) particles.
-      inside: (k,) True where the pair is now nearer than the breakpoint, so that it opens there; else it closes.
-      lengths: (k,) of the breakpoint.
-    """
-
-    times: jax.Array
-    pairs: jax.Array
-    inside: jax.Array
-    lengths: jax.Array
-
-    @property
-    def forward(self) -> float:
-        """The smallest t > 0; inf where no pair crosses."""
-        times = np.asarray(self.times)
-        return float(np.min(times[times >= 0], initial=np.inf))
-
-    @property
-    def backward(self) -> float:
-        """The smallest -t > 0."""
-        times = np.asarray(self.times)
-        return float(np.min(-times[times <= 0], initial=np.inf))
-
-    @property
-    def radius(self) -> float:
-        """The smaller of the two."""
-        return min(self.forward, self.backward)
-
-    def within(self, change: float) -> int:
-        """How many pairs cross a breakpoint in |t| <= change. Host code."""
-        crossed = np.abs(np.asarray(self.times)) <= change
-        return np.unique(np.sort(np.asarray(self.pairs)[crossed], axis=1), axis=0).shape[0]
-
-    def first(self, forward: bool = True) -> tuple[tuple[int, int], bool, float] | None:
-        """The pair that crosses first on one side, whether it opens, and the breakpoint's length; None where none does.
-
-        Host code.
-        """
-        times = np.asarray(self.times) * (1.0 if forward else -1.0)
-        ahead = np.where(times >= 0, times, np.inf)
-        if not ahead.size or not np.isfinite(ahead.min()):
-            return None
-        k = int(np.argmin(ahead))
-        i, j = (int(p) for p in np.asarray(self.pairs[k]))
-        return (i, j), bool(self.inside[k]), float(self.lengths[k])
-
-
-def _gaps(
-    system: System, velocity: jax.Array, dparams: Mapping[str, Any], strain: jax.Array | None
-) -> tuple[list[jax.Array], list[jax.Array]]:
-    """b - r of each term's pairs and breakpoints (k, m), and how fast it changes."""
-
-    def gaps(positions: jax.Array, params: Any, strain: Any) -> list[jax.Array]:
-        box = box_at(system, params)
-        return [t.lengths() - pair_distances(t, positions, box, strain) for t in pair_terms(system, params)]
-
-    here = system.positions, dict(system.params), None if strain is None else jnp.zeros_like(strain)
-    return jax.jvp(gaps, here, (velocity, dict(dparams), strain))
-
-
-@jax.jit
-def crossings(
-    system: System,
-    velocity: jax.Array,
-    dparams: Mapping[str, Any],
-    rattlers: jax.Array | None = None,
-    strain: jax.Array | None = None,
-) -> Crossing:
-    """Where pairs cross a breakpoint (contact, onset, cutoff) along params + t dparams, to first order.
-
-    t = -(r - b) / d(r - b)/dt, over all pairs and breakpoints b.
-
-    Args:
-      system: relaxed; its list must reach beyond the breakpoints, as minimised systems' lists do.
-      velocity: (n, d) derivative of the positions along the path.
-      dparams: the direction, a full dict of parameters.
-      rattlers: (n,) particles whose pairs are left out.
-      strain: (d, d) rate at which the cell strains, and its particles with it; ``velocity`` is then that from their
-        affine places.
-    """
-    now, rates = _gaps(system, velocity, dparams, strain)
-    times, firsts, seconds, inside = [jnp.zeros(0)], [jnp.zeros(0, jnp.int32)], [jnp.zeros(0, jnp.int32)], []
-    lengths = [jnp.zeros(0)]
-    for term, gap, rate in zip(pair_terms(system), now, rates, strict=True):
-        real = term.mask if rattlers is None else term.mask & ~rattlers[term.i] & ~rattlers[term.j]
-        times.append(jnp.where(real & (rate != 0), -gap / jnp.where(rate == 0, 1.0, rate), jnp.inf).ravel())
-        firsts.append(jnp.broadcast_to(term.i, gap.shape).ravel())
-        seconds.append(jnp.broadcast_to(term.j, gap.shape).ravel())
-        inside.append((gap > 0).ravel())
-        lengths.append(jnp.broadcast_to(term.lengths(), gap.shape).ravel())
-    pairs = jnp.stack([jnp.concatenate(firsts), jnp.concatenate(seconds)], axis=1)
-    sides = jnp.concatenate([jnp.zeros(0, bool), *inside])
-    return Crossing(jnp.concatenate(times), pairs, sides, jnp.concatenate(lengths))
-
-
-@jax.jit
-def gap_rate(
-    system: System,
-    velocity: jax.Array,
-    dparams: Mapping[str, Any],
-    rattlers: jax.Array,
-    strain: jax.Array | None = None,
-) -> jax.Array:
-    """How fast interacting pairs move towards or away from their breakpoints: the root mean square of d(r - b)/dt.
-
-    The arguments are those of :func:`crossings`. 0 of a law without breakpoints.
-    """
-    now, rates = _gaps(system, velocity, dparams, strain)
-    total, count = jnp.zeros(()), jnp.zeros(())
-    for term, gap, rate in zip(pair_terms(system), now, rates, strict=True):
-        near = (gap > 0) & term.mask & ~rattlers[term.i] & ~rattlers[term.j]
-        total, count = total + jnp.sum(jnp.where(near, rate**2, 0.0)), count + jnp.sum(near)
-    return jnp.sqrt(total / jnp.maximum(count, 1))

@@ -376,7 +376,7 @@ def _of_system(system: System, solve: Method) -> Moduli:
         return x.positions, stats
 
     motion, stats = jax.vmap(one)(jnp.asarray(basis(system.dimension), system.positions.dtype))
-    code = jnp.where(jnp.all(net.rattlers), Status.UNJAMMED.value, Status.CONVERGED.value)
+    code = jnp.where(net.unjammed, Status.UNJAMMED.value, Status.CONVERGED.value)
     code = jnp.where(unrelaxed(still, left, net.mean_force), Status.NOT_CONVERGED.value, code)
     stats = dataclasses.replace(stats, status=jnp.where(code > 0, code, stats.status))
     return _with_motion(held, motion, stats)

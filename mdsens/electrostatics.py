@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from mdsens._checks import real_number, short
-from mdsens.implicit.operators import CG, Direct, LinearMap, Method
+from mdsens.implicit.operators import CG, Direct, LinearMap, Method, check_method
 from mdsens.implicit.status import InputError, Status
 from mdsens.laws import Params
 from mdsens.nested import AllPairs, NestedLaw, Species, trust
@@ -171,11 +171,6 @@ class ChargeEquilibration(NestedLaw):
         )
 
 
-def _check_method(method: Any) -> None:
-    if not isinstance(method, Method):
-        raise InputError(f"solve is {short(method)}: give Direct(), CG() or another record of mdsens.implicit.")
-
-
 def induced_dipoles(damped: bool = True, solve: Method = CG(rtol=1e-14)) -> InducedDipoles:
     """Point charges and the dipoles that they induce, with Thole's damping.
 
@@ -206,7 +201,7 @@ def induced_dipoles(damped: bool = True, solve: Method = CG(rtol=1e-14)) -> Indu
     """
     if not isinstance(damped, bool):
         raise InputError(f"damped is {short(damped)}: give True or False.")
-    _check_method(solve)
+    check_method(solve)
     names = ("charge", "polarizability", "damping")
     return InducedDipoles(names if damped else names[:2], solve)
 
@@ -237,7 +232,7 @@ def charge_equilibration(total: float = 0.0, solve: Method = Direct()) -> Charge
     Source: Rappe and Goddard, J. Phys. Chem. 95, 3358 (1991); the Gaussians of Ko et al., Nat. Commun. 12, 398 (2021),
     whose hardness leaves the energy in the own field out.
     """
-    _check_method(solve)
+    check_method(solve)
     charge = real_number("total", total, "give the total charge.")
     if not math.isfinite(charge):
         raise InputError(f"total is {charge}: give the total charge.")

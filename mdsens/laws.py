@@ -7,7 +7,6 @@ A law is a frozen record, equal by value, so that a system built twice compiles 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ import numpy as np
 from jax.core import Tracer
 
 from mdsens.implicit.status import InputError
+from mdsens.parameters import Mixing, arithmetic, check_finite, check_names, check_pair_shape, of_pairs
 
 __all__ = [
     "BondLaw",
@@ -28,7 +28,6 @@ __all__ = [
     "PairLaw",
     "PairTerm",
     "SumLaw",
-    "arithmetic",
     "check_params",
     "no_breakpoints",
 ]
@@ -36,7 +35,6 @@ __all__ = [
 Params = Mapping[str, Any]
 Pairs = Any  # two arrays of particle indices that broadcast together, padded with n
 Phi = Callable[..., jax.Array]
-Mixing = Callable[[jax.Array, jax.Array], jax.Array]
 Displacement = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -89,57 +87,6 @@ class Law(Protocol):
     ) -> jax.Array: ...
     def at(self, params: Params, moving: Sequence[str] = ()) -> Self: ...
     def check(self, params: Params, n: int, species_count: int) -> None: ...
-
-
-def arithmetic(a: jax.Array, b: jax.Array) -> jax.Array:
-    """The mean of two particles' values: how a pair's is made where nothing else is said."""
-    return 0.5 * (a + b)
-
-
-def _of_pairs(value: jax.Array, i: jax.Array, j: jax.Array, species: Any, species_count: int, mix: Mixing) -> jax.Array:
-    """One parameter at each pair: a scalar, one a species, one a particle, or a matrix of species pairs."""
-    if value.ndim == 0:
-        return value
-    if value.ndim == 2:
-        value = 0.5 * (value + value.T)
-        return value[species[i], species[j]]
-    if species is not None and value.shape[0] == species_count:
-        return mix(value[species[i]], value[species[j]])
-    return mix(value[i], value[j])
-
-
-def _check_names(given: Params, valid: Sequence[str], law: str) -> None:
-    for name in given:
-        if name not in valid:
-            near = difflib.get_close_matches(str(name), valid, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "remove it."
-            raise InputError(f"{law} has no parameter {name!r} (it has {', '.join(map(repr, valid))}): {hint}")
-    for name in valid:
-        if name not in given:
-            raise InputError(f"{law} needs the parameter {name!r}: give params[{name!r}].")
-
-
-def _check_finite(name: str, value: np.ndarray, above: float) -> None:
-    bad = ~np.isfinite(value) | ~(value > above)
-    if bad.any():
-        where = tuple(int(k) for k in np.argwhere(bad)[0])
-        label = f"{name}{list(where)}" if where else name
-        need = {0.0: "a positive number", -math.inf: "a finite number"}.get(above, f"a number above {above:g}")
-        raise InputError(f"parameter {label} is {value[where]}: give {need}.")
-
-
-def _check_pair_shape(name: str, value: np.ndarray, n: int, species_count: int) -> None:
-    s = species_count
-    if value.ndim == 0 or (value.ndim == 1 and (value.shape[0] == n or (s and value.shape[0] == s))):
-        return
-    if value.ndim == 2 and s and value.shape == (s, s):
-        if not np.array_equal(value, value.T):
-            raise InputError(f"parameter {name} is not symmetric: give a symmetric ({s}, {s}) matrix of species pairs.")
-        return
-    allowed = f"a scalar, ({n},) for one a particle" + (
-        f", ({s},) for one a species or ({s}, {s}) for species pairs" if s else " (give species= for one a species)"
-    )
-    raise InputError(f"parameter {name} has shape {value.shape}: give {allowed}.")
 
 
 class _Addable:
@@ -259,7 +206,7 @@ class PairLaw(_NamedLaw):
         i, j = (jnp.where(side < n, side, 0) for side in pairs)
         mask = (pairs[0] < n) & (pairs[1] < n)
         values = tuple(
-            _of_pairs(jnp.asarray(params[name]), i, j, species, species_count, mix)
+            of_pairs(jnp.asarray(params[name]), i, j, species, species_count, mix)
             for name, mix in zip(self.names, self.mixing, strict=True)
         )
         return (PairTerm(i, j, mask, self.phi, values, self.breakpoints),)
@@ -274,8 +221,8 @@ class PairLaw(_NamedLaw):
     def check(self, params: Params, n: int, species_count: int) -> None:
         for name, mix, above in zip(self.names, self.mixing, self.above, strict=True):
             value = np.asarray(params[name], float)
-            _check_pair_shape(name, value, n, species_count)
-            _check_finite(name, value, above)
+            check_pair_shape(name, value, n, species_count)
+            check_finite(name, value, above)
             if name == "sigma" and isinstance(self.cutoff, float) and self.cutoff < value.max(initial=0.0):
                 raise InputError(
                     f"cutoff {self.cutoff:g} of {self.name} is below sigma = {value.max():g}: cutoff and onset are "
@@ -344,7 +291,7 @@ class BondLaw(_NamedLaw):
             value = np.asarray(params[name], float)
             if value.shape not in ((), (m,)):
                 raise InputError(f"parameter {name} has shape {value.shape}: give a scalar or ({m},), one a bond.")
-            _check_finite(name, value, above)
+            check_finite(name, value, above)
 
 
 @jax.tree_util.register_dataclass
@@ -370,7 +317,7 @@ class EnergyLaw(_NamedLaw):
 
     def check(self, params: Params, n: int, species_count: int) -> None:
         for name in self.names:
-            _check_finite(name, np.asarray(params[name], float), -math.inf)
+            check_finite(name, np.asarray(params[name], float), -math.inf)
 
 
 @jax.tree_util.register_dataclass
@@ -450,7 +397,7 @@ class SumLaw(_Addable):
 
 def check_params(law: Any, params: Params, n: int, species_count: int) -> None:
     """Names, shapes and values of ``params`` against ``law``; raises :class:`InputError`. On the host alone."""
-    _check_names(params, law.parameters, law.name)
+    check_names(params, law.parameters, law.name)
     law.check(params, n, species_count)
 
 

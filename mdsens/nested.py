@@ -37,7 +37,8 @@ from mdsens.implicit.linear import solve
 from mdsens.implicit.operators import Direct, LinearMap, Method, Operator, choose
 from mdsens.implicit.root import root
 from mdsens.implicit.status import InputError, Status
-from mdsens.laws import Displacement, Params, _check_finite, _NamedLaw
+from mdsens.laws import Displacement, Params, _NamedLaw
+from mdsens.parameters import check_finite
 
 __all__ = ["AllPairs", "NestedLaw", "Species", "minimum", "trust"]
 
@@ -200,7 +201,7 @@ class NestedLaw(_NamedLaw):
                 raise InputError(
                     f"parameter {name} has shape {value.shape}: give a scalar, ({n},) for one a particle{kinds}."
                 )
-            _check_finite(name, value, above)
+            check_finite(name, value, above)
 
     def check_at(self, positions: jax.Array, box: Any, params: Params, species: Species, species_count: int) -> None:
         if box is not None:

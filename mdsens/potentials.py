@@ -20,7 +20,8 @@ import numpy as np
 from mdsens._checks import real_array, real_number, short
 from mdsens.electrostatics import ChargeEquilibration, InducedDipoles, charge_equilibration, induced_dipoles
 from mdsens.implicit.status import InputError
-from mdsens.laws import BondLaw, EnergyLaw, FixedLengths, Mixing, PairLaw, Phi, SumLaw, arithmetic
+from mdsens.laws import BondLaw, EnergyLaw, FixedLengths, PairLaw, Phi, SumLaw
+from mdsens.parameters import Mixing, arithmetic
 
 __all__ = [
     "BondLaw",

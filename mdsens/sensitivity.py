@@ -16,9 +16,9 @@ from mdsens._checks import real_array, short
 from mdsens._members import apart, in_chunks, joined, together
 from mdsens._memory import require_memory
 from mdsens.doors import FORCE, JVP, VJP, Door, Response, finite_or_said, read, through, through_batch
-from mdsens.implicit.operators import Auto, Method
+from mdsens.implicit.operators import Auto, Method, check_method
 from mdsens.implicit.status import InputError, Status, raise_for_status
-from mdsens.linearization import Linearization, by_factor, changes, check_method, linearised, linearize
+from mdsens.linearization import Linearization, by_factor, changes, linearised, linearize
 from mdsens.relaxation import Equilibrium
 from mdsens.stationarity import Unknowns
 from mdsens.strains import basis

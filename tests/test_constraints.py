@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cache
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from conftest import LONG
 import mdsens as ms
 from mdsens.constraints import FixedTotal, Pinned, RigidBonds, Simplex, Wall
 from mdsens.stationarity import Unknowns
+from mdsens.verify import _differences as differences
 
 N = 16
 
@@ -480,3 +482,24 @@ def test_bodies_that_nothing_holds(count):
     else:
         moved = np.asarray(ms.jvp(eq, {"bond_length": [1.0]}).value.positions)
         assert np.allclose(moved, [[-0.5, 0.0], [0.5, 0.0]], atol=1e-12)
+
+
+def test_differences_of_another_minimum_say_so(monkeypatch):
+    """A rod that turns round when it is relaxed again: each end is as good a minimum, and their difference reversed."""
+    places = np.array([[0.0, 0], [0.7, 0]])
+    rod = RigidBonds.between([[0, 1]])
+    params = {"sigma": 1.0, "epsilon": 1.0, "alpha": 2.0, "bond_length": rod.lengths_of(places)}
+    eq = ms.minimize(ms.System.create(places, 10.0, ms.potentials.soft_sphere(), params, constraints=[rod]))
+    response = ms.jvp(eq, {"bond_length": [1.0]})
+    kept = ms.verify.finite_difference(eq, {"bond_length": [1.0]})
+    assert not kept.network_changed and kept.disagreement(response.value) < 1e-6
+
+    minimize = differences.minimize
+
+    def turned(start, params, **how):
+        there = minimize(start, params, **how)
+        return dataclasses.replace(there, system=there.system.replace(positions=there.positions[::-1]))
+
+    monkeypatch.setattr(differences, "minimize", turned)
+    lost = ms.verify.finite_difference(eq, {"bond_length": [1.0]})
+    assert lost.status.good and lost.network_changed and lost.disagreement(response.value) > 1

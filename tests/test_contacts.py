@@ -13,7 +13,7 @@ import pytest
 from conftest import PACKINGS, packing, packing_file, relative, relaxed_packing
 
 import mdsens as ms
-from mdsens import contacts
+from mdsens import breakpoints, contacts
 from mdsens.stationarity import dense_hessian, max_force
 from mdsens.system import potential_energy
 
@@ -166,20 +166,20 @@ def test_first_crossing_of_a_hand_made_pair():
     system = discs([[0.0, 0.0], [0.9, 0.0], [0.0, 1.5]], sigma=np.ones(3))
     still = jnp.zeros((3, 2))
     change = {"sigma": jnp.array([1.0, 0.0, 0.0]), "epsilon": jnp.zeros(()), "alpha": jnp.zeros(())}
-    crossing = contacts.crossings(system, still, change)
+    crossing = breakpoints.crossings(system, still, change)
     assert float(crossing.backward) == pytest.approx(0.2, rel=1e-13)
     assert crossing.first(False)[:2] == ((0, 1), True)
     assert float(crossing.forward) == pytest.approx(1.0, rel=1e-13)  # 0 and 2, 1.5 apart
     assert crossing.first()[:2] == ((0, 2), False)
     away = still.at[1, 0].set(2.0)  # dr/dt = 2 against d sigma / dt = 1/2: the pair opens after 0.1 / 1.5
-    crossing = contacts.crossings(system, away, change)
+    crossing = breakpoints.crossings(system, away, change)
     assert float(crossing.forward) == pytest.approx(0.1 / 1.5, rel=1e-13)
-    left_out = contacts.crossings(system, away, change, jnp.array([False, True, False]))
+    left_out = breakpoints.crossings(system, away, change, jnp.array([False, True, False]))
     assert float(left_out.forward) == pytest.approx(1.0, rel=1e-13)
 
 
 def test_nothing_to_cross_is_infinitely_far():
-    crossing = contacts.crossings(
+    crossing = breakpoints.crossings(
         discs([[0.0, 0.0], [0.9, 0.0]]),
         jnp.zeros((2, 2)),
         {"sigma": jnp.zeros(()), "epsilon": jnp.ones(()), "alpha": jnp.zeros(())},
@@ -191,7 +191,7 @@ def test_onset_and_cutoff_are_breakpoints():
     law = ms.potentials.lennard_jones(2.0, 2.5)
     system = ms.System.create([[0.0, 0.0], [2.2, 0.0]], None, law, {"sigma": 1.0, "epsilon": 1.0})
     velocity = jnp.zeros((2, 2)).at[1, 0].set(1.0)
-    crossing = contacts.crossings(system, velocity, {"sigma": jnp.zeros(()), "epsilon": jnp.zeros(())})
+    crossing = breakpoints.crossings(system, velocity, {"sigma": jnp.zeros(()), "epsilon": jnp.zeros(())})
     assert float(crossing.forward) == pytest.approx(0.3, rel=1e-12)  # to the cutoff
     assert float(crossing.backward) == pytest.approx(0.2, rel=1e-12)  # to the onset
 
@@ -202,7 +202,7 @@ def test_first_crossing_of_a_packing_is_where_its_contacts_change():
     direction = np.random.default_rng(0).uniform(-1, 1, eq.system.n) * np.asarray(eq.params["sigma"])
     change = {k: jnp.zeros_like(v) for k, v in eq.params.items()} | {"sigma": jnp.asarray(direction)}
     velocity = 0.5 * jnp.asarray(np.random.default_rng(1).standard_normal(eq.positions.shape))
-    crossing = contacts.crossings(eq.system, velocity, change)
+    crossing = breakpoints.crossings(eq.system, velocity, change)
 
     sides = jnp.diag(jnp.asarray(eq.system.box))
 

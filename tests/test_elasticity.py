@@ -12,7 +12,7 @@ import pytest
 from conftest import LONG, PACKINGS, packing, packing_file, relative, relaxed_packing
 
 import mdsens as ms
-from mdsens import contacts, elasticity, strains
+from mdsens import breakpoints, elasticity, strains
 from mdsens.boxes import FixedBox
 from mdsens.elasticity import isotropic, moduli
 
@@ -247,7 +247,7 @@ def test_gradients_of_moduli_on_every_packing_are_finite_differences_within_the_
     assert len(chosen) == (n if dimension == 2 else 10)
     for k in chosen:
         unit = {**{p: jnp.zeros_like(v) for p, v in eq.params.items()}, "sigma": jnp.eye(n)[k]}
-        radius = contacts.crossings(eq.system, jacobian[..., k], unit, lin.network.rattlers).radius
+        radius = breakpoints.crossings(eq.system, jacobian[..., k], unit, lin.network.rattlers).radius
         errors = []
         for h in np.minimum([1e-5, 1e-6, 1e-7], np.multiply([0.8, 0.3, 0.1], radius)):  # a contact, or round-off
             ends = []

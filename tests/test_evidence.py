@@ -75,7 +75,7 @@ def test_round_off_at_a_root_next_to_zero_is_no_distance() -> None:
 
     starts = jnp.linspace(-1e-14, 1e-14, 100)
     found = jax.jit(jax.vmap(lambda x: certify(F, x, (jnp.asarray(1.0),), (jnp.asarray(1.0),))))(starts)
-    assert float(jnp.max(found.settles)) > 1  # by it alone, some were no roots
+    assert float(jnp.max(found.settles)) > 0.25  # by it alone, some were no roots
     assert np.all(np.asarray(found.status) == Status.CONVERGED)
     assert float(jnp.max(found.error)) < 1e-13
 

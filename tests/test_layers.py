@@ -35,7 +35,8 @@ ORDER = [
     # what a user gives, as numbers
     ["_checks", "_memory", "_members", "_progress"],
     # the physics: what a system is
-    ["laws", "boxes", "unknowns"],
+    ["parameters", "boxes", "unknowns"],
+    ["laws"],
     ["constraints._base"],
     ["constraints._positions", "constraints._totals"],
     ["constraints"],
@@ -44,7 +45,7 @@ ORDER = [
     ["potentials", "smoothing"],
     ["neighbours"],
     ["system"],
-    ["slopes", "strains", "batches"],
+    ["slopes", "strains", "batches", "breakpoints"],
     ["lagrangian"],
     ["contacts"],
     ["block_rows"],

@@ -453,3 +453,12 @@ def test_what_no_system_takes_is_refused(law, params, options, says):
 def test_single_precision_is_refused():
     with jax.enable_x64(False), pytest.raises(ms.PrecisionError, match="enable_x64"):
         verify.potential(*OURS["harmonic discs"])
+
+
+def test_a_contact_that_changes_at_the_minimum_leaves_no_step():
+    """Discs on rods at rest, two of them exactly touching: a larger diameter pushes them, a smaller one does not."""
+    law = ms.potentials.soft_sphere() + ms.potentials.harmonic_bonds([[0, 1], [1, 2]])
+    params = {"sigma": 1.0, "epsilon": 1.0, "alpha": 2.0, "length": [1.5, 1.0], "stiffness": 1.0}
+    eq = ms.minimize(ms.System.create([[0.0, 0.0], [1.5, 0.0], [1.5, 1.0]], None, law, params))
+    with pytest.raises(ms.InputError, match="a contact changes at this very minimum"):
+        ms.verify.finite_difference(eq, {"sigma": 1.0})

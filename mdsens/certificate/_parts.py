@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from mdsens._tables import Shown
-from mdsens.contacts import Crossing
+from mdsens.breakpoints import Crossing
 from mdsens.implicit.status import Status
 from mdsens.stationarity import Unknowns
 

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdsens import contacts, lagrangian
+from mdsens import breakpoints, lagrangian
+from mdsens.breakpoints import Crossing
 from mdsens.constrained import flat
-from mdsens.contacts import Crossing
 from mdsens.doors import JVP, held_motion
 from mdsens.implicit.status import Status
 from mdsens.linearization import Linearization
@@ -153,7 +153,7 @@ class Space:
         eq, cell = self.lin.equilibrium, self.lin.cell
         own = {name: (x.params or {}).get(name, tangent.get(name)) for name in eq.system.params}
         strain = None if cell is None else np.tensordot(np.asarray(x.strain), np.asarray(cell.along), axes=1)
-        return contacts.crossings(eq.system, x.positions, own, self.lin.network.rattlers, strain)
+        return breakpoints.crossings(eq.system, x.positions, own, self.lin.network.rattlers, strain)
 
     def least(self, stiffness: float) -> float:
         """The smallest stiffness of all unknowns together, from that of the positions; 0 where it is not positive.

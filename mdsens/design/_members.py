@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdsens import contacts
+from mdsens import breakpoints
 from mdsens.boxes import nearest_image
 from mdsens.contacts import pair_forces
 from mdsens.design._features import Feature, Measured, Target, measured, stands
@@ -115,7 +115,7 @@ def crossings(seen: Seen, moves: Sequence[Unknowns], tangent: Mapping[str, np.nd
 
 def crossing_times(lin: Linearization, move: Unknowns, tangent: Mapping[str, np.ndarray]) -> np.ndarray:
     """When the pairs ahead cross a breakpoint along the step, of 1."""
-    times = np.asarray(contacts.crossings(*_path(lin, move, tangent)).times)
+    times = np.asarray(breakpoints.crossings(*_path(lin, move, tangent)).times)
     return times[(times >= 0) & np.isfinite(times)]
 
 
@@ -131,7 +131,7 @@ def _path(lin: Linearization, move: Unknowns, tangent: Mapping[str, np.ndarray])
 def pair_motion(seen: Seen, moves: Sequence[Unknowns], tangent: Mapping[str, np.ndarray]) -> float:
     """How far pairs come nearer to their breakpoints in a step, or leave them: a root mean square, a length."""
     rates = [
-        float(contacts.gap_rate(*_path(lin, move, tangent)))
+        float(breakpoints.gap_rate(*_path(lin, move, tangent)))
         for lin, move in zip(seen.lins, moves, strict=True)
         if lin is not None
     ]

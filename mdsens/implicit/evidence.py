@@ -88,9 +88,9 @@ def certify(
         (dF/dx) dx = - (dF/dargs) dargs,    (dF/dx) e = - F(x),    error = |dx' e| / |dx|
 
     A solver stops before the root, and :func:`root` and :func:`tangent` differentiate as if it had not. The Newton step
-    e is where the root is, to first order; the derivative of dx along e what dx is off by. Costs four linear solves.
-    The projector of ``null_space`` is held as it is at x; an F
-    that has a part along it is no root, either. Traceable by jit and vmap.
+    e leads to the root, to first order, and the derivative of dx along e is what dx is off by. Costs four linear
+    solves. The projector of ``null_space`` is held as it is at x; an F that has a part along the null space is no root,
+    either. Traceable by jit and vmap.
 
     Args:
       F: ``F(x, *args)``, twice differentiable along the step; of a fixed point x - T(x, *args).
@@ -171,15 +171,13 @@ def _bad(stats: SolveStats) -> Array:
 
 
 def _times(args: Sequence[PyTree], dargs: Sequence[PyTree]) -> Array:
-    """How many dargs the args that change are long."""
-    pairs = [(a, d) for a, d in zip(args, dargs, strict=True) if d is not None]
-    kept = [
-        (a, d)
-        for a, d in zip(*(jax.tree.leaves([pair[k] for pair in pairs]) for k in (0, 1)), strict=True)
-        if jnp.issubdtype(jnp.result_type(a), jnp.floating)
-    ]
-    sizes = [_size([jnp.asarray(pair[k]) for pair in kept]) for k in (0, 1)]
-    return sizes[0] / jnp.where(sizes[1] > 0, sizes[1], jnp.inf)
+    """How many times the change is as long as the arguments that change."""
+    moving = [(arg, change) for arg, change in zip(args, dargs, strict=True) if change is not None]
+    own, change = (
+        _size([leaf for leaf in jax.tree.leaves(trees) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)])
+        for trees in ([pair[0] for pair in moving], [pair[1] for pair in moving])
+    )
+    return own / jnp.where(change > 0, change, jnp.inf)
 
 
 def _size(tree: PyTree) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
@@ -26,6 +26,7 @@ __all__ = [
     "Neumann",
     "NormalCG",
     "Operator",
+    "check_method",
     "choose",
 ]
 
@@ -318,6 +319,16 @@ Method: TypeAlias = GMRES | CG | MINRES | BiCGSTAB | NormalCG | Neumann | Direct
 _DIRECT_SIZE, _DIRECT_SIZE_SHARED, _UNKNOWNS_PER_RHS = 512, 2048, 16
 
 
+def check_method(solve: Any) -> None:
+    """Refuse what is no option record of a linear solver."""
+    if not isinstance(solve, Method):
+        given = f"the class {solve.__name__}, without brackets" if isinstance(solve, type) else f"{solve!r:.80}"
+        raise InputError(
+            f"solve is {given}: give Auto(), Direct(), CG(), MINRES(), GMRES(), BiCGSTAB(), NormalCG(), Neumann() or "
+            "LeastSquares() of mdsens.implicit."
+        )
+
+
 def choose(method: Method, size: int, operator: Operator, rhs: int = 1) -> Method:
     """The concrete method that ``method`` stands for.
 
@@ -334,9 +345,7 @@ def choose(method: Method, size: int, operator: Operator, rhs: int = 1) -> Metho
     Raises:
       InputError: ``method`` is no option record.
     """
-    if not isinstance(method, Method):
-        brackets = "; a class wants brackets" if isinstance(method, type) else ""
-        raise InputError(f"solve is {method!r}: give an option record of mdsens.implicit, such as GMRES(){brackets}")
+    check_method(method)
     if not isinstance(method, Auto):
         return method
     if size <= (_DIRECT_SIZE_SHARED if rhs * _UNKNOWNS_PER_RHS >= size else _DIRECT_SIZE):

@@ -55,6 +55,7 @@ def project(system: System, axis: int) -> View:
 
 
 def in_slab(system: System, depth: np.ndarray, slab: tuple[float, float]) -> np.ndarray:
+    """Which particles (n,) are in a slab of the depth, all in 2-D; raises InputError where it is none or empty."""
     low, high = slab
     if not 0.0 <= low < high <= 1.0:
         raise InputError(f"slab is {slab}: give two fractions of the depth, 0 <= rear < front <= 1.")
@@ -101,4 +102,5 @@ def extent(view: View, shown: np.ndarray, radii: np.ndarray) -> tuple[np.ndarray
 
 
 def corners(cell: np.ndarray) -> np.ndarray:
+    """The four corners (4, 2) of a cell in the plane, in turn."""
     return np.array([[0, 0], [1, 0], [1, 1], [0, 1]]) @ cell.T

@@ -58,8 +58,8 @@ class FiniteDifference(Shown):
       error: estimate of its own error, relative as a ``disagreement`` is: the difference from half the step.
       step: t of the steps params +- t dparams.
       radius: the first change of a contact along the direction, to first order (the smaller of the two sides).
-      network_changed: True where the contacts on one side differ from the minimum's, so that the differences straddle a
-        kink and say nothing.
+      network_changed: True where the contacts on one side differ from the minimum's, or the minimisation there ended in
+        another minimum, so that the differences say nothing.
       status: CONVERGED, or the worst of the minimisations.
     """
 
@@ -104,7 +104,7 @@ class DerivativeTest(Shown):
       steps: (k,) t of the steps params +- t dparams, rising.
       errors: (k,) norm of the central difference less the derivative, relative to the derivative's (absolute where
         that is below 1e-6, which is round-off of the differences).
-      network_changed: (k,) True where a contact opened or closed within the step, on one side or both.
+      network_changed: (k,) True where a contact opened or closed within the step, or the minimum was left, on a side.
       radius: the first change of a contact along the direction, to first order (the smaller of the two sides).
       statuses: (k,) CONVERGED, or the worst of a step's two minimisations.
     """

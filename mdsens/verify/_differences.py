@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdsens import contacts, lagrangian, sensitivity
+from mdsens import breakpoints, contacts, lagrangian, sensitivity
 from mdsens.boxes import inverse
 from mdsens.implicit.status import InputError, PrecisionError, Status, raise_for_status
 from mdsens.linearization import full_tangent
 from mdsens.relaxation import Equilibrium, minimize
 from mdsens.saddles import find_saddle
-from mdsens.scales import round_off
+from mdsens.scales import round_off, scales
 from mdsens.sensitivity import Linearization, Response
 from mdsens.stationarity import Unknowns
 from mdsens.strains import from_mandel, to_mandel
@@ -27,6 +27,7 @@ __all__ = ["DerivativeTest", "FiniteDifference", "derivative_test", "finite_diff
 
 Params = Mapping[str, Any]
 STEP = 1e-6  # of the parameters' size: truncation and the minimum's own round-off are both small there
+AWAY, FASTER = 1e-2, 10.0  # of the law's length, and of t times the derivative: a minimum that is further is another
 INSIDE = 0.3  # of the distance to the first contact change, at most
 RANGE = (1e-9, 1e-2)  # of the parameters' size: from where round-off rules to where contacts have changed
 COUNT = 22  # three steps a decade
@@ -55,7 +56,8 @@ def _held(eq: Equilibrium) -> np.ndarray:
 
 
 class _Difference(NamedTuple):
-    """A central difference, the worst status of its two minimisations, and whether a contact changed within it.
+    """A central difference, the worst status of its two minimisations, and whether a contact changed within it, or one
+    of the two ended in another minimum.
 
     ``nonaffine`` is the positions' part less a cell's motion at a pressure; in a given cell it is the ``value``.
     """
@@ -108,6 +110,17 @@ class _Line:
         rest = self.lin.null.project(Unknowns(positions - cell_moves)).positions
         return (rest, rest) if strain is None else (Unknowns(rest + cell_moves, strain), rest)
 
+    def left(self, there: Equilibrium, t: float) -> bool:
+        """Whether a minimisation ended further away than the derivative, or what may be found, leads: elsewhere."""
+        value = self.response.value
+        rate = np.asarray(value.positions if isinstance(value, Unknowns) else value)
+        held = ~np.asarray(self.lin.network.loose)
+        moved = np.asarray(there.positions - self.lin.equilibrium.positions)
+        if not held.any():  # one rigid body alone, whose turns count
+            held = ~held
+        reach = AWAY * float(scales(there.system)[0]) + FASTER * t * np.abs(rate).max(initial=0.0)
+        return bool(np.abs(moved[held]).max(initial=0.0) > reach)
+
     def difference(self, t: float) -> _Difference:
         """(R(t) - R(-t)) / 2t, the null space projected out; at a pressure that of the cell too."""
         eq = self.lin.equilibrium
@@ -129,6 +142,7 @@ class _Line:
             statuses.append(status)
             changed = changed or not np.array_equal(self.pairs, _interacting(there))
             changed = changed or not np.array_equal(self.held, _held(there))
+            changed = changed or self.left(there, abs(t))
         slope = jax.tree.map(lambda a, b: (a - b) / (2.0 * t), *(_reached(end) for end in ends))
         if eq.pressure is not None:
             strain = to_mandel((ends[0].system.box - ends[1].system.box) / (2.0 * t) @ inverse(eq.system.box))
@@ -166,7 +180,7 @@ def _line(eq: Equilibrium, dparams: Params, tolerance: float | None) -> _Line:
         times = np.abs(np.asarray(_switches(lin, rate, tangent)))
         velocity, reach = velocity.positions, float(np.min(times, initial=np.inf))
     own = {name: own[name] for name in eq.params}
-    crossing = contacts.crossings(eq.system, velocity, own, lin.network.rattlers, strain)
+    crossing = breakpoints.crossings(eq.system, velocity, own, lin.network.rattlers, strain)
     if tolerance is None:
         tolerance = max(0.01 * float(eq.tolerance), float(round_off(eq.system)))
     return _Line(
