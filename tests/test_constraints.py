@@ -87,7 +87,7 @@ def system(name: str) -> ms.System:
             places += rng.uniform(-0.02, 0.02, places.shape)
             bodies = RigidBonds.bodies(places, [range(5), range(5, 10), range(10, 15)])
             given = {"sigma": 1.0, "epsilon": 1.0, "alpha": 2.0, "bond_length": bodies.lengths_of(places)}
-            return ms.System.create(places, 2.2, soft, given, constraints=[bodies])
+            return ms.System.create(places, 2.3, soft, given, constraints=[bodies])
     raise KeyError(name)
 
 
