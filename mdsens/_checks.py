@@ -9,18 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdsens.implicit.status import InputError
+from mdsens.implicit.status import InputError, short
 
 __all__ = ["check_positive", "check_whole", "is_real", "real_array", "real_number", "short"]
-
-
-def short(value: Any) -> str:
-    """A value as it may stand in a message: on one line, 60 characters at most."""
-    try:
-        text = " ".join(repr(value).split())
-    except Exception:  # what cannot be shown must not hide what is wrong with it
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def is_real(dtype: Any) -> bool:

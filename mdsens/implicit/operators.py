@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 
 from mdsens.implicit._tree import PyTree
-from mdsens.implicit.status import InputError
+from mdsens.implicit.status import InputError, short
 
 __all__ = [
     "CG",
@@ -322,7 +322,7 @@ _DIRECT_SIZE, _DIRECT_SIZE_SHARED, _UNKNOWNS_PER_RHS = 512, 2048, 16
 def check_method(solve: Any) -> None:
     """Refuse what is no option record of a linear solver."""
     if not isinstance(solve, Method):
-        given = f"the class {solve.__name__}, without brackets" if isinstance(solve, type) else f"{solve!r:.80}"
+        given = f"the class {solve.__name__}, without brackets" if isinstance(solve, type) else short(solve)
         raise InputError(
             f"solve is {given}: give Auto(), Direct(), CG(), MINRES(), GMRES(), BiCGSTAB(), NormalCG(), Neumann() or "
             "LeastSquares() of mdsens.implicit."

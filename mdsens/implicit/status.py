@@ -20,6 +20,7 @@ __all__ = [
     "UnsupportedVersionError",
     "raise_for_status",
     "require_sound_jax",
+    "short",
 ]
 
 
@@ -256,6 +257,15 @@ _BAD_JAX = {
     "0.11.0": "gives wrong values on some GPUs (jax issue 40633)",
     "0.11.1": "gives wrong values on some GPUs (jax issue 40633)",
 }
+
+
+def short(value: Any) -> str:
+    """A value as it may stand in a message: on one line, 60 characters at most."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # what cannot be shown must not hide what is wrong with it
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def require_sound_jax() -> None:
