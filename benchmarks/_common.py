@@ -87,6 +87,12 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def device_memory() -> dict[str, float]:
+    """The most that jax has held on its device so far, GiB; nothing on a CPU, which does not count it."""
+    most = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return {} if most is None else {"device_memory_GiB": round(most / 2**30, 2)}
+
+
 def _versions() -> dict[str, str]:
     found = {}
     for name in PACKAGES:
@@ -114,6 +120,7 @@ def record_of(question: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": _versions(),
         "peak_memory_GiB": round(peak_memory(), 2),
+        **device_memory(),
         "rows": rows,
     }
 

@@ -9,8 +9,9 @@ of products to the assembled matrix, of solves to a solve at 1e-13, of the batch
 
 from __future__ import annotations
 
+import argparse
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import mdsens as ms
-from benchmarks._common import arguments, discs, report, timed
+from benchmarks._common import arguments, discs, record_of, report, timed, write
 from mdsens.implicit import CG, Auto
 from mdsens.relaxation import Fire, relax
 from mdsens.scales import round_off
@@ -141,31 +142,44 @@ def batch(members: int, n: int, dtype: str, runs: int, steps: int) -> list[dict[
     return [*rows, row | {"status": f"{len(good)} CONVERGED"}]
 
 
-def main() -> None:
+def size(n: int, runs: int, steps: int) -> Iterator[dict[str, Any]]:
+    """One packing of n discs: its relaxation, then products and a derivative in each precision."""
+    eq, row = relaxing(discs(n, 0.95), steps)
+    yield row
+    exact = ms.linearize(eq, throw=False)
+    truth = np.asarray(ms.jvp(exact, TANGENT, solve=Auto(rtol=1e-13), throw=False).value)
+    for dtype in RTOL:
+        lin = exact
+        if dtype == "float32":  # from the same minimum: from the same start it might find another
+            low, row = relaxing(in_precision(eq.system, dtype), steps)
+            lin = ms.linearize(low, throw=False)
+            yield row
+        yield from products(lin, exact, runs)
+        yield solving(lin, truth, runs)
+
+
+def measured(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Copies, then each size in each precision, then the batch."""
-    asked = arguments(__doc__ or "", [1024, 4096], members=100, small=64, megabytes=128, steps=200_000)
-    rows: list[dict[str, Any]] = [copying(dtype, asked.megabytes, asked.runs) for dtype in RTOL]
-    copied = {row["dtype"]: row["GB/s"] for row in rows}
+    for dtype in RTOL:
+        yield copying(dtype, asked.megabytes, asked.runs)
     for n in asked.sizes:
-        start = discs(n, 0.95)
-        eq, row = relaxing(start, asked.steps)
-        exact = ms.linearize(eq, throw=False)
-        rows.append(row)
-        truth = np.asarray(ms.jvp(exact, TANGENT, solve=Auto(rtol=1e-13), throw=False).value)
-        for dtype in RTOL:
-            lin = exact
-            if dtype == "float32":  # from the same minimum: from the same start it might find another
-                eq, row = relaxing(in_precision(eq.system, dtype), asked.steps)
-                lin = ms.linearize(eq, throw=False)
-                rows.append(row)
-            rows += products(lin, exact, asked.runs)
-            rows.append(solving(lin, truth, asked.runs))
+        yield from size(n, asked.runs, asked.steps)
     for dtype in RTOL if asked.members else ():
-        rows += batch(asked.members, asked.small, dtype, asked.runs, asked.steps)
-    for row in rows:
+        yield from batch(asked.members, asked.small, dtype, asked.runs, asked.steps)
+
+
+def main() -> None:
+    """The record is written anew with each row: hours of a large size must not take the small ones with them."""
+    asked = arguments(__doc__ or "", [1024, 4096], members=100, small=64, megabytes=128, steps=200_000)
+    rows: list[dict[str, Any]] = []
+    copied: dict[str, float] = {}
+    for row in measured(asked):
         if "GB/s" in row:
-            row["of copy"] = row["GB/s"] / copied[row["dtype"]]
+            row["of copy"] = row["GB/s"] / copied.setdefault(row["dtype"], row["GB/s"])
+        rows.append(row)
         print(row, flush=True)
+        if asked.json is not None:
+            write(record_of("gpu", rows), asked.json)
     report("gpu", rows, asked.json)
 
 

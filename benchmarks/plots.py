@@ -236,15 +236,18 @@ FIGURES: dict[str, Callable[[list[Row]], Figure]] = {
 }  # fmt: skip
 
 
-def section(record: dict[str, Any], pictured: bool) -> str:
-    """The question, where it was answered, the figure, the rows."""
-    name, machine, rows = record["question"], record["machine"], record["rows"]
-    words = (importlib.import_module(f"benchmarks.{name}").__doc__ or "").strip()
+def section(name: str, record: dict[str, Any], pictured: bool) -> str:
+    """The question, where it was answered, the figure, the rows of the record ``name``.json."""
+    machine, rows = record["machine"], record["rows"]
+    words = (importlib.import_module(f"benchmarks.{record['question']}").__doc__ or "").strip()
     question = words.splitlines()[0]
     versions = ", ".join(f"{package} {version}" for package, version in record["versions"].items())
     where = f"{machine['processor']}, {machine['cores']} cores, jax on {machine['device']}; Python {record['python']}"
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    lines = [f"## {name}", words, f"{where}, {versions}. Peak memory {record['peak_memory_GiB']} GiB."]
+    memory = f"Peak memory {record['peak_memory_GiB']} GiB"
+    if "device_memory_GiB" in record:
+        memory += f", on the device {record['device_memory_GiB']} GiB"
+    lines = [f"## {name}", words, f"{where}, {versions}. {memory}."]
     lines += [f"![{question}]({name}.png)"] if pictured else []
     table = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
     table += ["| " + " | ".join(shown(row.get(column)) for column in columns) + " |" for row in rows]
@@ -261,8 +264,8 @@ def main() -> None:
         record = json.loads(file.read_text())
         draw = FIGURES.get(record["question"])
         if draw is not None:
-            draw(record["rows"]).savefig(folder / f"{record['question']}.png", dpi=130)
-        sections.append(section(record, draw is not None))
+            draw(record["rows"]).savefig(folder / f"{file.stem}.png", dpi=130)
+        sections.append(section(file.stem, record, draw is not None))
     (folder / "README.md").write_text("\n\n".join(sections) + "\n")
 
 

@@ -155,5 +155,5 @@ def about_to_switch(system: System, multipliers: Any, null: NullSpace, max_force
         weak = held & (np.abs(along) <= WEAK * max_force + SHIFT * stiffness * length)
         gap = np.minimum(value - part(low), part(high) - value)
         close = ~held & (gap <= WEAK * max_force / stiffness + SHIFT * length)
-        count += int(np.sum((weak | close) & ~loose.get(name, False)))
+        count += int(np.sum((weak | close) & np.logical_not(loose.get(name, False))))
     return count

@@ -62,6 +62,12 @@ def _written_out(system: System, x: Unknowns, null: NullSpace) -> jax.Array:
     return jax.lax.map(column, identity, batch_size=min(32, int(sizes[-1])))
 
 
+def _diagonal(blocks: np.ndarray) -> sp.bsr_array:
+    """(m, p, q) blocks as the diagonal of a matrix (m p, m q)."""
+    m, p, q = blocks.shape
+    return sp.bsr_array((blocks, np.arange(m), np.arange(m + 1)), (m * p, m * q))
+
+
 def _spans(x: Unknowns, sizes: np.ndarray) -> list[tuple[int, int]]:
     """Where each leaf of ``flat`` stands in the tree's own order: positions, multipliers, parameters."""
     spans = list(zip(sizes[:-1].tolist(), sizes[1:].tolist(), strict=True))
@@ -152,8 +158,8 @@ class KKT(Stiffness):
             )
             pull = (np.asarray(tensions, float) / r)[:, None, None]
             across = pull * (np.eye(d) - along[:, :, None] * along[:, None, :])
-            hessian = hessian + apart_of.T @ sp.block_diag(list(across), format="csr") @ apart_of
-            rows.append(sp.block_diag(list(along[:, None, :]), format="csr") @ apart_of)
+            hessian = hessian + apart_of.T @ _diagonal(across) @ apart_of
+            rows.append(_diagonal(along[:, None, :]) @ apart_of)
         if not rows:
             return hessian.tocsr()
         A = self.unit * sp.vstack(rows)

@@ -447,6 +447,7 @@ def test_positive_semidefinite_implies_symmetric() -> None:
     assert Operator(lambda v: v, positive_semidefinite=True).symmetric
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of the CPU alone")
 def test_factorisations_of_a_batch_are_one_by_one_on_a_cpu():
     """Two batched ones at the same time wait for each other for ever on two cores, in jaxlib 0.10.1."""
     matrices = jnp.stack([jnp.diag(jnp.arange(1.0, 6.0) + k) for k in range(7)])

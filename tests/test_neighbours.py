@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import packing
+from scipy.spatial import cKDTree
 
 import mdsens as ms
 from mdsens import neighbours
@@ -112,6 +113,22 @@ def test_each_pair_is_listed_once(name):
     real = np.sort(pairs[:, pairs[0] < system(name).n], axis=0)
     assert np.all(real[0] != real[1])
     assert len({tuple(p) for p in real.T.tolist()}) == real.shape[1]
+
+
+def test_single_precision_loses_no_pair():
+    """In a cell of many ranges, where a change to its coordinates at less than full precision would misplace many."""
+    n, angle = 20_000, 0.3
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    length = np.sqrt(n)
+    places = np.random.default_rng(5).random((n, 2)) * length
+    near = cKDTree(places, boxsize=length).query_pairs(1.0 - 1e-4, output_type="ndarray")
+    R, cell = (places @ turn.T).astype(np.float32), (length * turn).astype(np.float32)
+    s = ms.System.create(R[::-1], cell, ms.potentials.soft_sphere(), {"sigma": 1.0, "epsilon": 1.0, "alpha": 2.0})
+    found, rebuilt = jax.jit(listed)(s, jnp.asarray(R))
+    assert rebuilt and found.skin.dtype == jnp.float32 and not found.complete and not bool(found.overflowed)
+    pairs = np.asarray(found.pairs)
+    keys = np.sort(pairs[:, np.all(pairs < n, axis=0)], axis=0)
+    assert np.all(np.isin(np.min(near, axis=1) * n + np.max(near, axis=1), keys[0] * n + keys[1]))
 
 
 def test_images_of_the_positions_do_not_matter():

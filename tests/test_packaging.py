@@ -93,6 +93,12 @@ def test_import_is_cheap_and_starts_no_backend(installed: Path):
     assert not report["backend"]
 
 
+@pytest.mark.parametrize(("own", "now"), [({}, "highest"), ({"JAX_DEFAULT_MATMUL_PRECISION": "high"}, "high")])
+def test_products_of_matrices_keep_their_digits_on_a_gpu(own: dict[str, str], now: str):
+    code = "import jax, mdsens; print(jax.config.jax_default_matmul_precision)"
+    assert run(sys.executable, "-c", code, **own).strip() == now
+
+
 def test_help_is_cheap_and_starts_no_backend(installed: Path):
     after_help = f"""
 import sys
