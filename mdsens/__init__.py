@@ -72,7 +72,7 @@ except _metadata.PackageNotFoundError:  # a bare checkout on the path
 
 # A GPU would round the factors of a product of float32 matrices to TensorFloat32, three digits, in a cell's change of
 # coordinates or a dipole's field as in a neural network. Whoever has set a precision keeps it.
-if _jax.config.jax_default_matmul_precision is None:
+if _jax.config.values["jax_default_matmul_precision"] is None:
     _jax.config.update("jax_default_matmul_precision", "highest")
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import packing
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 
 import mdsens as ms
 from mdsens import neighbours
@@ -121,7 +121,7 @@ def test_single_precision_loses_no_pair():
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     length = np.sqrt(n)
     places = np.random.default_rng(5).random((n, 2)) * length
-    near = cKDTree(places, boxsize=length).query_pairs(1.0 - 1e-4, output_type="ndarray")
+    near = KDTree(places, boxsize=length).query_pairs(1.0 - 1e-4, output_type="ndarray")
     R, cell = (places @ turn.T).astype(np.float32), (length * turn).astype(np.float32)
     s = ms.System.create(R[::-1], cell, ms.potentials.soft_sphere(), {"sigma": 1.0, "epsilon": 1.0, "alpha": 2.0})
     found, rebuilt = jax.jit(listed)(s, jnp.asarray(R))
