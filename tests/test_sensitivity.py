@@ -289,6 +289,17 @@ def test_an_early_stop_says_so():
         assert not r.status.good and float(r.stats.residual) > 1e-3
 
 
+def test_single_precision_is_a_warning():
+    places = np.array([[0.0, 0.0], [1.3, 0.1]], np.float32)
+    single = ms.System.create(places, None, ms.potentials.lennard_jones(), {"sigma": 1.0, "epsilon": 1.0})
+    eq = ms.minimize(single, tolerance=1e-4)
+    along = eq.positions - jnp.mean(eq.positions, axis=0)
+    found = ms.jvp(eq, {"sigma": 1.0}), ms.gradient(ms.observables.energy, eq), ms.response(eq, along)
+    for answer in found:
+        assert answer.status is ms.Status.SINGLE_PRECISION and answer.status.good and answer.status.warning
+    assert separation(found[0].value, eq) == pytest.approx(2 ** (1 / 6), rel=1e-5)
+
+
 def test_an_unconverged_minimum_is_refused():
     system = ms.load_system("seed_packing_2d", seed=3)
     eq = ms.minimize(system, max_steps=20, throw=False)
