@@ -67,8 +67,11 @@ class BlockRows:
     uneven: jax.Array
 
     @classmethod
-    def of(cls, matrix: Any, d: int) -> BlockRows:
-        """The blocks of a symmetric sparse matrix; as many rows as its fullest particle, up to a multiple of 4."""
+    def of(cls, matrix: Any, d: int, dtype: Any = np.float64) -> BlockRows:
+        """The blocks of a symmetric sparse matrix; as many rows as its fullest particle, up to a multiple of 4.
+
+        Evened in double precision, and rounded to ``dtype`` last.
+        """
         blocked = matrix.tobsr((d, d))
         n, counts = matrix.shape[0] // d, np.diff(blocked.indptr)
         row = np.arange(blocked.indices.size) - np.repeat(blocked.indptr[:-1], counts)
@@ -84,7 +87,7 @@ class BlockRows:
             half = [sum(left[c] * block[c, e] for c in range(a + 1)) for e in range(d)]
             for b in range(d):
                 flat[a, b, slot] = sum(half[e] * even[b, e][j] for e in range(b + 1))
-        return cls(jnp.asarray(others), jnp.asarray(blocks), jnp.asarray(even), jnp.asarray(uneven))
+        return cls(jnp.asarray(others), *(jnp.asarray(part, dtype) for part in (blocks, even, uneven)))
 
     def product(self, v: jax.Array) -> jax.Array:
         """H v, (n, d)."""

@@ -75,8 +75,9 @@ class Stiffness:
     @functools.cached_property
     def blocks(self) -> BlockRows | None:
         """For products on the device; None where H is not assembled."""
-        single = self.system.positions.dtype != jnp.float64
-        return None if single or self.matrix is None else BlockRows.of(self.matrix, self.system.dimension)
+        if self.matrix is None:
+            return None
+        return BlockRows.of(self.matrix, self.system.dimension, self.system.positions.dtype)
 
     @functools.cached_property
     def order(self) -> np.ndarray | None:
