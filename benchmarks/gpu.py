@@ -106,7 +106,7 @@ def solving(lin: ms.Linearization, truth: np.ndarray, runs: int) -> dict[str, An
     return row | {"status": answer.status.name}
 
 
-def batch(members: int, n: int, dtype: str, runs: int, steps: int) -> list[dict[str, Any]]:
+def batch(members: int, n: int, dtype: str, runs: int, steps: int) -> Iterator[dict[str, Any]]:
     """Many small packings, relaxed from random starts and differentiated in one call each."""
     starts = [in_precision(discs(n, 0.95, seed), dtype) for seed in range(members)]
     tolerance, whole = max(tolerance_of(s) for s in starts[:8]), ms.stack(starts)
@@ -116,7 +116,7 @@ def batch(members: int, n: int, dtype: str, runs: int, steps: int) -> list[dict[
     codes = Counter(ms.Status(code).name for code in np.asarray(eq.status).tolist())
     row = {"what": f"{members} relaxed at once", "n": n, "dtype": dtype, "seconds": seconds}
     row |= {"a second": members / seconds, "max_force": float(jnp.max(eq.max_force))}
-    rows = [row | {"status": ", ".join(f"{count} {name}" for name, count in codes.most_common())}]
+    yield row | {"status": ", ".join(f"{count} {name}" for name, count in codes.most_common())}
 
     solve = CG(rtol=RTOL[dtype])
 
@@ -139,7 +139,7 @@ def batch(members: int, n: int, dtype: str, runs: int, steps: int) -> list[dict[
         errors.append(difference(motions[k], ms.jvp(one, TANGENT, throw=False).value))
     row = {"what": f"{members} differentiated at once", "n": n, "dtype": dtype, "seconds": seconds}
     row |= {"a second": members / seconds, "error": max(errors) if errors else None}
-    return [*rows, row | {"status": f"{len(good)} CONVERGED"}]
+    yield row | {"status": f"{len(good)} CONVERGED"}
 
 
 def size(n: int, runs: int, steps: int) -> Iterator[dict[str, Any]]:

@@ -248,6 +248,7 @@ def section(name: str, record: dict[str, Any], pictured: bool) -> str:
     if "device_memory_GiB" in record:
         memory += f", on the device {record['device_memory_GiB']} GiB"
     lines = [f"## {name}", words, f"{where}, {versions}. {memory}."]
+    lines += [record["note"]] if "note" in record else []
     lines += [f"![{question}]({name}.png)"] if pictured else []
     table = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
     table += ["| " + " | ".join(shown(row.get(column)) for column in columns) + " |" for row in rows]
