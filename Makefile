@@ -12,7 +12,10 @@ made := .venv/made-by-python-$(version)
 installed := .venv/installed-test
 installed_dev := .venv/installed-dev
 installed_bench := .venv/installed-bench
-install := $(bin)/python -m pip install -qq --no-input --disable-pip-version-check -c constraints.txt
+# Without compiling every module of every package, which takes longer than the rest: Python compiles what is imported,
+# and keeps it.
+install := $(bin)/python -m pip install -qq --no-input --no-compile --disable-pip-version-check -c constraints.txt
+export PYTHONDONTWRITEBYTECODE :=
 scratch := build/notebooks
 
 .DEFAULT_GOAL := help
@@ -69,8 +72,8 @@ lint: $(installed_dev)
 	$(bin)/pyright --warnings
 
 # On copies, in a folder of their own: a notebook must neither need this checkout around it nor leave anything in it.
-# A dozen packings in the first one in place of 40; MDSENS_NOTEBOOK_SEEDS=40 MDSENS_NOTEBOOK_FULL=1 for all in full.
-notebooks: export MDSENS_NOTEBOOK_SEEDS ?= 12
+# Six packings in the first one in place of 40; MDSENS_NOTEBOOK_SEEDS=40 MDSENS_NOTEBOOK_FULL=1 for all in full.
+notebooks: export MDSENS_NOTEBOOK_SEEDS ?= 6
 # Compiling is most of their time, and so it takes a third less; flags of the jax that Python 3.11 gets.
 notebooks: export JAX_DISABLE_MOST_OPTIMIZATIONS ?= 1
 notebooks: export XLA_FLAGS ?= $(if $(filter 3.11.%,$(version)),--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1)
@@ -93,7 +96,7 @@ $(made):
 	@touch $@
 
 $(installed): $(made) pyproject.toml constraints.txt
-	@echo 'Installing mdsens and what its tests need into .venv (Python $(version)), about a minute ...'
+	@echo 'Installing mdsens and what its tests need into .venv (Python $(version)), half a minute ...'
 	@$(install) -e '.[test]'
 	@touch $@
 

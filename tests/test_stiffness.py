@@ -6,12 +6,13 @@ from functools import cache
 
 import numpy as np
 import pytest
+from conftest import LONG
 
 import mdsens as ms
 from mdsens.stationarity import dense_hessian, sparse_hessian
 from mdsens.stiffness import Stiffness, participation
 
-NAMES = ("seed_packing_2d", "argon_vacancy", "spring_network", "dimer")
+NAMES = ("seed_packing_2d", pytest.param("argon_vacancy", marks=LONG), "spring_network", "dimer")
 
 
 @cache
