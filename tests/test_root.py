@@ -26,6 +26,7 @@ from mdsens.implicit import (
     Neumann,
     NormalCG,
     Status,
+    certify,
     fixed_point,
     root,
     tangent,
@@ -443,6 +444,15 @@ def test_single_precision() -> None:
             lambda: jax.grad(lambda t: jnp.sum(root(cubic, static_argnums=(1,))(lambda i, t: i)(INIT, t)))(THETA),
             ["argument 1", "static_argnums=(1,)", "jit"],
         ),
+        (lambda: root(3), ["F is 3", "(x, *args)"]),  # pyright: ignore
+        (lambda: fixed_point(None), ["T is None", "(x, *args)"]),  # pyright: ignore
+        (lambda: root(cubic, preconditioner="jacobi"), ["preconditioner is 'jacobi'"]),  # pyright: ignore
+        (lambda: root(cubic, preprocess=3), ["preprocess is 3", "(init, *args)"]),  # pyright: ignore
+        (lambda: tangent(cubic, INIT, (THETA,), (THETA,), null_space=3), ["null_space is 3"]),  # pyright: ignore
+        (lambda: certify(cubic, INIT, (THETA,), (THETA,), null_space=3), ["null_space is 3"]),  # pyright: ignore
+        (lambda: root(cubic)(lambda i, t: None)(INIT, THETA), ["the solver returned None", "array"]),
+        (lambda: certify(cubic, None, (THETA,), (THETA,)), ["x is None", "array"]),
+        (lambda: tangent(lambda x, t: x - t, np.float16(2.0), (THETA[0],), (1.0,)), ["float16", "float64 or float32"]),
         (lambda: tangent(cubic, INIT, (THETA,), ()), ["dargs", "1 args"]),
         (lambda: tangent(cubic, INIT, (THETA,), (THETA[:2],)), ["dargs[0]", "(2,)", "(3,)"]),
         (lambda: tangent(lambda x, t: x - t, 2.0, (4,), (1.0,)), ["dargs", "4", "int", "floating-point"]),

@@ -17,7 +17,7 @@ from jax.flatten_util import ravel_pytree
 
 from mdsens.implicit._tree import PyTree
 from mdsens.implicit.operators import Auto, Method
-from mdsens.implicit.root import Condition, NullSpace, Preconditioner, tangent
+from mdsens.implicit.root import Condition, NullSpace, Preconditioner, check_functions, tangent, unknowns
 from mdsens.implicit.status import SolveStats, Status
 
 __all__ = ["RootCertificate", "certify"]
@@ -112,6 +112,8 @@ def certify(
       has the derivative along the step itself. ``settles``: Kantorovich's condition in its affine-invariant form,
       Deuflhard, Newton Methods for Nonlinear Problems, Springer 2004, section 2.1.
     """
+    check_functions(F=F, null_space=null_space, preconditioner=preconditioner)
+    x = unknowns(x, "x is")
     sides = null_space if null_space is None else null_space(x, *args)
     by = preconditioner if preconditioner is None else preconditioner(x, *args)
     known: dict[str, Any] = {
@@ -121,7 +123,6 @@ def certify(
         "null_space": None if sides is None else lambda *_: sides,
         "preconditioner": None if by is None else lambda *_: by,
     }
-    x = jax.tree.map(jnp.asarray, x)
 
     def derivative(y: PyTree) -> tuple[PyTree, SolveStats]:
         return tangent(F, y, args, dargs, **known)

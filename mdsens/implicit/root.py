@@ -25,9 +25,9 @@ from mdsens.implicit._closures import Held, call_without_derivative, hoist, open
 from mdsens.implicit._tree import PyTree, check_same
 from mdsens.implicit.linear import linear_solve
 from mdsens.implicit.operators import Auto, LinearMap, Method, Operator
-from mdsens.implicit.status import InputError, SolveStats, require_sound_jax
+from mdsens.implicit.status import InputError, SolveStats, require_sound_jax, short
 
-__all__ = ["fixed_point", "root", "tangent"]
+__all__ = ["check_functions", "fixed_point", "root", "tangent", "unknowns"]
 
 Condition: TypeAlias = Callable[..., PyTree]
 Solver: TypeAlias = Callable[..., Any]
@@ -102,6 +102,9 @@ def root(
         y, aux = solver(1.0, 0.5)
         slope = jax.grad(lambda t: solver(1.0, t)[0])(0.5)
     """
+    check_functions(
+        F=F, null_space=null_space, preconditioner=preconditioner, preprocess=preprocess, postprocess=postprocess
+    )
     for place in static_argnums:
         if not (isinstance(place, int) and not isinstance(place, bool) and place >= 1):
             raise InputError(
@@ -123,7 +126,7 @@ def root(
             args = _held(args, static_argnums)
             found = call_without_derivative(opened(solver), (init, *args))
             x, aux = found if has_aux else (found, None)
-            x = without_derivative(jax.tree.map(_as_unknown, x))
+            x = without_derivative(unknowns(x, "the solver returned"))
             x = _attach(F, x, args, solve, symmetric, positive_semidefinite, null_space, preconditioner)
             out = x if postprocess is None else opened(postprocess)(x, *args)
             return (out, without_derivative(aux)) if has_aux else out
@@ -153,6 +156,7 @@ def fixed_point(
     ``preconditioner`` speak of I - dT/dx, which is positive definite where T is a contraction with a symmetric
     derivative. Of a contraction, ``solve=Neumann()`` needs the least memory.
     """
+    check_functions(T=T)
 
     def F(x: PyTree, *args: PyTree) -> PyTree:
         image = T(x, *args)
@@ -207,7 +211,8 @@ def tangent(
       InputError: args and dargs, or F(x, *args) and x, differ in number, tree, shape or precision; a number that is no
         floating-point one is to change.
     """
-    x = jax.tree.map(_as_unknown, x)
+    check_functions(F=F, null_space=null_space, preconditioner=preconditioner)
+    x = unknowns(x, "x is")
     if not isinstance(args, list | tuple) or not isinstance(dargs, list | tuple):
         raise InputError(
             f"args is a {type(args).__name__} and dargs a {type(dargs).__name__}; give tuples, one entry an argument"
@@ -381,15 +386,30 @@ def _held(args: tuple[PyTree, ...], places: tuple[int, ...]) -> tuple[PyTree, ..
     return tuple(Held(arg) if i + 1 in places else arg for i, arg in enumerate(args))
 
 
-def _as_unknown(leaf: Any) -> Array:
+def check_functions(**given: Any) -> None:
+    """Refuse what is no function where one is needed; None, except of F or T, is one that is not there."""
+    for name, value in given.items():
+        if not callable(value) and (value is not None or name in "FT"):
+            first = "init" if name == "preprocess" else "x"
+            raise InputError(f"{name} is {short(value)}: give a function of ({first}, *args)")
+
+
+def unknowns(x: PyTree, where: str) -> PyTree:
+    """The unknowns as arrays of single or double precision, or an error that begins with ``where`` they are from."""
+    if not jax.tree.leaves(x):
+        raise InputError(f"{where} {short(x)}, without a number in it: give an array, or a tree of arrays")
+    return jax.tree.map(functools.partial(_as_unknown, where), x)
+
+
+def _as_unknown(where: str, leaf: Any) -> Array:
     try:
         array = jnp.asarray(leaf)
     except (TypeError, ValueError):  # such as scipy's OptimizeResult, which is no tree to jax
         inside = " (such as its entry x)" if hasattr(leaf, "x") else ""
         raise InputError(
-            f"the solver returned an unknown of type {type(leaf).__name__}; return arrays alone{inside}, and the "
+            f"{where} an unknown of type {type(leaf).__name__}; return arrays alone{inside}, and the "
             "rest as aux with has_aux=True"
         ) from None
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise InputError(f"the solver returned an unknown of dtype {array.dtype}; x must be real floating-point arrays")
+    if array.dtype not in (jnp.float32, jnp.float64):
+        raise InputError(f"{where} an unknown of dtype {array.dtype}; x must be of real numbers, float64 or float32")
     return array
