@@ -263,10 +263,13 @@ class _Descent:
     def leave_saddle(self, size: float) -> bool:
         """A step along the lowest mode on the tangent space where it has a negative one; whether there was one."""
         backbone, net, null = linearisation(self.system, size)
-        system = KKT(backbone, constrained_null_space(backbone, net, null), self.multipliers)
+        system = KKT(backbone, constrained_null_space(backbone, net, null, self.multipliers), self.multipliers)
         if not system.negative[0] > 0:
             return False
-        mode = system.lowest(1).vectors[:, 0]
+        modes = system.lowest(1).vectors
+        if not modes.shape[1]:  # in single precision the pivot of a free motion may be negative by round-off
+            return False
+        mode = modes[:, 0]
         step = OFF_SADDLE * self.length / np.abs(mode).max() * mode
         self.system = self.at(np.clip(self.z + step, self.low, self.high))
         return True

@@ -23,6 +23,7 @@ from mdsens.lagrangian import (
     lagrangian_slope,
     own_params,
     pinned,
+    squeezed,
     unknowns_of,
 )
 from mdsens.rigid_motions import NullSpace, left_motions
@@ -53,7 +54,7 @@ def unflat(vector: np.ndarray, like: Unknowns, many: bool = False) -> Unknowns:
     rows, parts, start = vector.T if many else vector, [], 0
     for leaf in parts_of(like):
         size, lead = int(np.size(leaf)), rows.shape[:-1]
-        parts.append(rows[..., start : start + size].reshape((*lead, *np.shape(leaf))))
+        parts.append(rows[..., start : start + size].reshape((*lead, *np.shape(leaf))).astype(leaf.dtype))
         start += size
     of_params, of_multipliers = jax.tree.structure(like.params), jax.tree.structure(like.multipliers)
     k = 1 + of_params.num_leaves
@@ -62,10 +63,13 @@ def unflat(vector: np.ndarray, like: Unknowns, many: bool = False) -> Unknowns:
     )
 
 
-def constrained_null_space(system: System, net: Network, null: NullSpace) -> NullSpace:
+def constrained_null_space(system: System, net: Network, null: NullSpace, multipliers: Any) -> NullSpace:
     """The null space of the constrained Hessian: rattlers, and the rigid motions that constraints leave. Host code.
 
     Equations that bind rattlers alone count as held, as the rattlers do.
+
+    Args:
+      multipliers: of the equations; a rigid bond's tension is what holds a pendulum.
     """
     mask, loose = held(system), np.asarray(null.rattlers)
     stuck = np.asarray(mask.positions)
@@ -85,16 +89,18 @@ def constrained_null_space(system: System, net: Network, null: NullSpace) -> Nul
     n, d = system.positions.shape
     rows = np.array(motions).reshape(-1, n, d)
     if not system.potential.pairwise and len(rows):
-        rows = _costless(system, rows)
+        rows = _costless(system, rows, multipliers)
     plain = NullSpace(null.rattlers, jnp.asarray(labels), null.counts)
     found = jnp.asarray(rows, system.positions.dtype)
     return dataclasses.replace(plain, motions=found, held=Unknowns(mask.positions, None, drops, mask.params))
 
 
-def _costless(system: System, rows: np.ndarray) -> np.ndarray:
-    """Those combinations of orthonormal motions that the Hessian finds free: a field may hold the others."""
+def _costless(system: System, rows: np.ndarray, multipliers: Any) -> np.ndarray:
+    """Those combinations of orthonormal motions that the Lagrangian's Hessian finds free: a field, or a bond that hangs
+    in one, may hold the others.
+    """
     probe = np.cos(np.arange(rows[0].size) ** 2.0).reshape(1, *rows[0].shape)
-    *images, of_probe = np.asarray(_images(system, jnp.asarray(np.concatenate([rows, probe]))))
+    *images, of_probe = np.asarray(_images(system, multipliers, jnp.asarray(np.concatenate([rows, probe]))))
     scale = np.linalg.norm(of_probe) / np.linalg.norm(probe)
     u, costs, _ = np.linalg.svd(np.array(images), full_matrices=False)
     kept = u[:, costs <= np.finfo(float).eps ** 0.5 * scale]
@@ -102,9 +108,10 @@ def _costless(system: System, rows: np.ndarray) -> np.ndarray:
 
 
 @jax.jit
-def _images(system: System, rows: jax.Array) -> jax.Array:
+def _images(system: System, multipliers: Any, rows: jax.Array) -> jax.Array:
     def slope(R: jax.Array) -> jax.Array:
-        return lagrangian_slope(system.replace(constraints=()), Unknowns(R), system.params).positions
+        x = dataclasses.replace(unknowns_of(system, multipliers), positions=R)
+        return lagrangian_slope(system, x, own_params(system)).positions
 
     product = jax.linearize(slope, system.positions)[1]
     return jax.lax.map(lambda v: product(v).ravel(), rows)
@@ -112,7 +119,7 @@ def _images(system: System, rows: jax.Array) -> jax.Array:
 
 def scaled(x: Unknowns, by: Any) -> Unknowns:
     """Multipliers in units of a force a length, so that all rows of the system are alike."""
-    return dataclasses.replace(x, multipliers=jax.tree.map(lambda leaf: by * leaf, x.multipliers))
+    return dataclasses.replace(x, multipliers=jax.tree.map(lambda leaf: (by * leaf).astype(leaf.dtype), x.multipliers))
 
 
 def kkt_operator(system: System, x: Unknowns, null: NullSpace) -> tuple[Operator, Any]:
@@ -133,7 +140,8 @@ def kkt_operator(system: System, x: Unknowns, null: NullSpace) -> tuple[Operator
 
 def about_to_switch(system: System, multipliers: Any, null: NullSpace, max_force: float) -> int:
     """How many coordinates are at a bound that does not push them, or so near to one that the force left could bring
-    them there: on one side of the minimum's parameters they are held, on the other free. Host code.
+    them there: on one side of the minimum's parameters they are held, on the other free. And those that several walls
+    hold, by one or by another. Host code.
     """
     low, high = (jax.tree.map(np.asarray, side) for side in bounds(system, system.params))
     at_low, at_high = (jax.tree.map(np.asarray, side) for side in at_bounds(system))
@@ -155,5 +163,6 @@ def about_to_switch(system: System, multipliers: Any, null: NullSpace, max_force
         weak = held & (np.abs(along) <= WEAK * max_force + SHIFT * stiffness * length)
         gap = np.minimum(value - part(low), part(high) - value)
         close = ~held & (gap <= WEAK * max_force / stiffness + SHIFT * length)
-        count += int(np.sum((weak | close) & np.logical_not(loose.get(name, False))))
+        switching = weak | close | (np.asarray(squeezed(system)) if name == "positions" else False)
+        count += int(np.sum(switching & np.logical_not(loose.get(name, False))))
     return count

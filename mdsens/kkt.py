@@ -41,7 +41,9 @@ from mdsens.unknowns import Unknowns
 __all__ = ["KKT"]
 
 DENSE = 2500  # unknowns up to which a matrix whose sparsity is not known is written out
-REPEATED = 1e-9  # of the largest singular value of A: equations below it are no new ones
+# Of the largest singular value of A: equations below it are no new ones. Those that repeat others in one configuration
+# alone, as the bonds of a chain drawn straight, are met to a root of round-off from there.
+REPEATED = 1e-7
 STIFF = 1e6  # times |H|: what A^T A counts for where the inertia on the tangent space is asked for
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "pinned",
     "placed",
     "relaxed",
+    "squeezed",
     "switch_times",
     "supports",
     "unknowns_of",
@@ -54,7 +55,8 @@ def unknowns_of(system: System, multipliers: dict[str, jax.Array] | None = None)
     """The system's positions and relaxed parameters, with the equations' multipliers, zero where None."""
     x, found = _primal(system), equations(system, system.positions, system.params)
     if found:
-        found = {k: (multipliers or {}).get(k, jnp.zeros_like(g)) for k, g in found.items()}
+        given = multipliers or {}
+        found = {k: jnp.asarray(given[k], g.dtype) if k in given else jnp.zeros_like(g) for k, g in found.items()}
     return Unknowns(x.positions, None, found or None, x.params)
 
 
@@ -97,12 +99,23 @@ def at_bounds(system: System) -> tuple[Unknowns, Unknowns]:
     """Which positions and relaxed parameters are at their lower bound, and which at their upper one."""
     low, high = bounds(system, system.params)
     x = _primal(system)
+    return jax.tree.map(lambda a, b: _meets(a, b, 1.0), x, low), jax.tree.map(lambda a, b: _meets(a, b, -1.0), x, high)
 
-    def meets(x: jax.Array, bound: jax.Array, side: float) -> jax.Array:
-        near = TOUCHING * jnp.finfo(x.dtype).eps * jnp.maximum(jnp.abs(bound), jnp.abs(x))
-        return jnp.isfinite(bound) & (side * (x - bound) <= jnp.where(jnp.isfinite(bound), near, 0.0))
 
-    return jax.tree.map(lambda a, b: meets(a, b, 1.0), x, low), jax.tree.map(lambda a, b: meets(a, b, -1.0), x, high)
+def _meets(x: jax.Array, bound: jax.Array, side: float) -> jax.Array:
+    near = TOUCHING * jnp.finfo(x.dtype).eps * jnp.maximum(jnp.abs(bound), jnp.abs(x))
+    return jnp.isfinite(bound) & (side * (x - bound) <= jnp.where(jnp.isfinite(bound), near, 0.0))
+
+
+def squeezed(system: System) -> jax.Array:
+    """(n, d) coordinates that more than one wall holds, so that it is open which of them takes the push."""
+    walls = jnp.zeros(system.positions.shape, int)
+    for c in system.constraints:
+        own = c.bounds(system.params, diameters_at(system, system.params), system.positions.shape)
+        if own is not None:
+            walls += _meets(system.positions, own.lower, 1.0).astype(int)
+            walls += _meets(system.positions, own.upper, -1.0).astype(int)
+    return (walls > 1) & ~pinned(system)
 
 
 def held(system: System) -> Unknowns:
@@ -168,27 +181,42 @@ def lagrangian_slope(system: System, x: Unknowns, params: Params) -> Unknowns:
 def multipliers_at(system: System, x: Unknowns, params: Params) -> dict[str, jax.Array]:
     """Every constraint's multiplier by its name, in its public shape; zero where a wall or a pin holds nothing.
 
+    Walls at one place share the push; between two that meet, the one takes it that can.
+
     Args:
       system: gives which coordinates are at their bounds.
     """
     still = jax.lax.stop_gradient(system)
-    low, high = at_bounds(still)
+    low, high = (side.positions for side in at_bounds(still))
     force, found = lagrangian_slope(system, x, params).positions, {}
-    stuck = pinned(system)
+    push = {
+        True: jnp.where(high, jnp.maximum(force, 0.0), force),
+        False: jnp.where(low, jnp.minimum(force, 0.0), force),
+    }
+    stuck, tight = pinned(system), {c.name: _tight(still, c) for c in system.constraints if isinstance(c, Wall)}
+    sharing = {
+        above: sum((tight[c.name] for c in system.constraints if isinstance(c, Wall) and c.above is above), 0 * force)
+        for above in push
+    }
     for c in system.constraints:
         match c:
             case Pinned():
                 found[c.name] = jnp.where(c.mask, force, 0.0)
             case Wall():
-                side = (low if c.above else high).positions[:, c.axis] & ~stuck[:, c.axis]
-                own = c.bounds(still.params, diameters_at(still, still.params), still.positions.shape)
-                tight = bounds(still, still.params)[0 if c.above else 1].positions[:, c.axis]
-                mine = (own.lower if c.above else own.upper)[:, c.axis] == tight
-                push = force[:, c.axis] if c.above else -force[:, c.axis]
-                found[c.name] = jnp.where(side & mine, push, 0.0)
+                side = (low if c.above else high) & ~stuck & tight[c.name]
+                share = jnp.where(side, push[c.above] / jnp.maximum(sharing[c.above], 1.0), 0.0)[:, c.axis]
+                found[c.name] = share if c.above else 0.0 - share
             case _:
                 found[c.name] = (x.multipliers or {})[c.name]
     return found
+
+
+def _tight(system: System, wall: Wall) -> jax.Array:
+    """(n, d) where this wall is the one that holds, of those on its side."""
+    own = wall.bounds(system.params, diameters_at(system, system.params), system.positions.shape)
+    low, high = bounds(system, system.params)
+    mine, tightest = (own.lower, low.positions) if wall.above else (own.upper, high.positions)
+    return jnp.isfinite(mine) & (mine == tightest)
 
 
 def switch_times(

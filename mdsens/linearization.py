@@ -216,8 +216,8 @@ def _where_held(null: NullSpace, held: Unknowns, free: Unknowns) -> Unknowns:
 def _constrained(
     eq: Equilibrium, backbone: System, net: Network, null: NullSpace, solve: Method, throw: bool
 ) -> Linearization:
-    null = constrained_null_space(backbone, net, null)
     multipliers = lagrangian.unknowns_of(backbone, eq.multipliers).multipliers
+    null = constrained_null_space(backbone, net, null, multipliers)
     stiffness = KKT(backbone, null, multipliers)
     code = Status.CONVERGED
     if about_to_switch(eq.system, eq.multipliers, null, float(eq.max_force)):

@@ -399,6 +399,12 @@ def test_ase_constraints_become_ours_and_back():
     ([FixedTotal("mass")], {"total_total": 1.0}, "relaxes 'mass', which the law has not"),
     ([Pinned.particles([0], 4, 2)], {}, "the mask has shape"),
     ("pins", {}, "give records of mdsens.constraints"),
+    (
+        [Wall(1, True, clearance=1.0), FixedTotal("sigma")],
+        {"wall_position": -1.0, "total_total": 16.0},
+        "wall stands off by 'sigma', which total relaxes",
+    ),
+    ([FixedTotal("sigma", 2)], {"total_total": -1.0}, "total_total is -1: give a positive number"),
 ])  # fmt: skip
 def test_bad_constraints_are_refused(constraints, extra, said):
     x, params = _discs()
@@ -418,6 +424,9 @@ def test_bad_constraints_are_refused(constraints, extra, said):
     (lambda: RigidBonds.between([[0, 1], [1, 2], [1, 0]]), "bond of particles 0 and 1 is given 2 times"),
     (lambda: RigidBonds.bodies([[0.0, 0], [1, 0], [2, 0]], [[0, 1, 2]]), "lie on a line"),
     (lambda: RigidBonds.bodies([[0.0, 0], [1, 0]], [[0]]), "two or more"),
+    (lambda: RigidBonds.bodies([[0.0, 0], [1, 0]], cast(Any, None)), "give a list of bodies"),
+    (lambda: RigidBonds.bodies([[0.0, 0], [1, 0]], cast(Any, [0, 1])), "body 0 is .0.: give two or more"),
+    (lambda: RigidBonds.bodies([0.0, 0.0], [[0, 1]]), "positions has shape"),
     (lambda: FixedTotal("sigma", -1.0), "exponent"),
 ])  # fmt: skip
 def test_bad_records_are_refused(make, said):
@@ -437,6 +446,80 @@ def test_constraints_that_cannot_be_met_are_named(make, error, said):
     given = {k: v for k, v in given.items() if k in params or any(k in c.parameters for c in held)}
     with pytest.raises(error, match=said):
         ms.minimize(ms.System.create(x, 6.0, ms.potentials.soft_sphere(), given, constraints=held))
+
+
+GRAVITY = ms.potentials.from_energy(lambda R, p, d: -jnp.sum(p["m"][:, None] * R * p["g"]), ("m", "g"))
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_chain_hangs_along_gravity(n):
+    """Of one link or two: R_k = l_1 + … + l_k along g, tensions the weight below; the bonds alone hold its swing."""
+    g, links = np.array([0.2, -1.0]), np.array([1.0, 0.8])[: n - 1]
+    chain = [Pinned.particles([0], n, 2), RigidBonds.between([[k, k + 1] for k in range(n - 1)])]
+    start = np.array([[0.0, 0.0], [0.3, -1.0], [0.5, -1.8]])[:n]
+    params = {"m": np.ones(n), "g": g, "bond_length": links}
+    eq = ms.minimize(ms.System.create(start, None, GRAVITY, params, constraints=chain))
+    size, depth, below = np.linalg.norm(g), np.concatenate([[0.0], np.cumsum(links)]), np.arange(n - 1, 0, -1)
+    np.testing.assert_allclose(eq.positions, depth[:, None] * g / size, atol=1e-12)
+    np.testing.assert_allclose(eq.multipliers["bond"], below * size, rtol=1e-12)
+    along = np.array([1.0, 0.0])
+    r = ms.jvp(eq, {"g": along})
+    turn = along / size - g * (g @ along) / size**3
+    assert r.status is ms.Status.CONVERGED and ms.certify(eq, {"g": along}).status is ms.Status.CONVERGED
+    np.testing.assert_allclose(r.value.positions, depth[:, None] * turn, atol=1e-11)
+    np.testing.assert_allclose(r.value.multipliers["bond"], below * (g @ along) / size, rtol=1e-11)
+    pull = np.zeros((n, 2))
+    pull[-1, 0] = 1.0
+    np.testing.assert_allclose(ms.vjp(eq, pull).value["g"][0], depth[-1] * turn[0], rtol=1e-11)
+
+
+def test_a_free_cluster_with_a_bond_turns_freely_whatever_its_law_is():
+    def energy(R, p, displacement):
+        r = jnp.sqrt(jnp.sum((R[:, None] - R[None]) ** 2, axis=-1) + jnp.eye(4))[jnp.triu_indices(4, 1)]
+        return jnp.sum((p["s"] / r) ** 6 - 2 * (p["s"] / r) ** 3)
+
+    law = ms.potentials.from_energy(energy, ("s",))
+    start = [[0.0, 0.0], [1.2, 0.1], [0.3, 1.1], [1.3, 1.2]]
+    params = {"s": 1.0, "bond_length": 1.05}
+    eq = ms.minimize(ms.System.create(start, None, law, params, constraints=[RigidBonds.between([[0, 1]])]))
+    c = ms.certify(eq, {"s": 1.0})
+    assert c.status is ms.Status.CONVERGED and c.floppy_modes == 0
+    apart = np.zeros((4, 2))
+    apart[0], apart[3] = eq.positions[0] - eq.positions[3], eq.positions[3] - eq.positions[0]
+    assert ms.vjp(eq, apart).status is ms.Status.CONVERGED
+
+
+def test_walls_at_one_place_are_degenerate_and_share_the_push():
+    law = ms.potentials.from_energy(lambda R, p, d: jnp.sum(p["k"] * R**2) / 2, ("k",))
+    walls = [Wall(1, True, "first"), Wall(1, True, "second"), Wall(0, True, "left"), Wall(0, False, "right")]
+    params = {"k": 2.0, "first_position": 0.5, "second_position": 0.5, "left_position": 0.3, "right_position": 0.3}
+    system = ms.System.create([[0.3, 1.0]], None, law, params, constraints=walls)
+    eq = ms.minimize(system)
+    want = {"first": 0.5, "second": 0.5, "left": 0.6, "right": 0.0}
+    assert {k: float(v[0]) for k, v in eq.multipliers.items()} == pytest.approx(want, abs=1e-14)
+    assert ms.jvp(eq, {"k": 1.0}, throw=False).status is ms.Status.DEGENERATE_CONSTRAINT
+    alone = ms.minimize(system.with_params({"second_position": 0.4, "left_position": 0.2}))
+    assert ms.jvp(alone, {"k": 1.0}).status is ms.Status.CONVERGED
+    assert float(alone.multipliers["first"][0]) == pytest.approx(1.0) and float(alone.multipliers["second"][0]) == 0.0
+
+
+def test_a_chain_drawn_straight_has_no_tensions_of_its_own():
+    start = np.array([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0], [0.5, 0.9], [1.5, 0.9]])
+    chain = [Pinned.particles([0, 2], 5, 2), RigidBonds.between([[0, 1], [1, 2]])]
+    params = {"sigma": 1.0, "epsilon": 1.0, "bond_length": 1.0}
+    eq = ms.minimize(ms.System.create(start, None, ms.potentials.lennard_jones(2.5, 3.5), params, constraints=chain))
+    assert ms.jvp(eq, {"epsilon": 1.0}, throw=False).status is ms.Status.REDUNDANT_CONSTRAINTS
+
+
+@pytest.mark.parametrize("held", [Pinned.particles([0], 2, 2), RigidBonds.between([[0, 1]]), Wall(1, True)])
+def test_in_single_precision(held):
+    start = np.array([[0.0, 0.0], [1.1, 0.1]], np.float32)
+    params = {"sigma": 1.0, "epsilon": 1.0, "bond_length": 1.05, "wall_position": -1.0}
+    params = {k: v for k, v in params.items() if k in ("sigma", "epsilon", *held.parameters)}
+    single = ms.System.create(start, None, ms.potentials.lennard_jones(), params, constraints=[held])
+    eq = ms.minimize(single, tolerance=1e-3)
+    r = ms.jvp(eq, {"sigma": 1.0})
+    assert r.status.good and {leaf.dtype for leaf in jax.tree.leaves(r.value)} == {jnp.dtype("float32")}
 
 
 def test_a_bond_between_pins_is_redundant():

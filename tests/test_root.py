@@ -450,6 +450,8 @@ def test_single_precision() -> None:
         (lambda: root(cubic, preprocess=3), ["preprocess is 3", "(init, *args)"]),  # pyright: ignore
         (lambda: tangent(cubic, INIT, (THETA,), (THETA,), null_space=3), ["null_space is 3"]),  # pyright: ignore
         (lambda: certify(cubic, INIT, (THETA,), (THETA,), null_space=3), ["null_space is 3"]),  # pyright: ignore
+        (lambda: root(cubic, has_aux=True)(lambda i, t: i)(INIT, THETA), ["has_aux is True", "(x, aux)"]),
+        (lambda: root(cubic, static_argnums=2)(lambda i, t: i)(INIT, THETA), ["static_argnums=(2,)", "1 args"]),
         (lambda: root(cubic)(lambda i, t: None)(INIT, THETA), ["the solver returned None", "array"]),
         (lambda: certify(cubic, None, (THETA,), (THETA,)), ["x is None", "array"]),
         (lambda: tangent(lambda x, t: x - t, np.float16(2.0), (THETA[0],), (1.0,)), ["float16", "float64 or float32"]),

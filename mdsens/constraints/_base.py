@@ -39,6 +39,11 @@ class Constraint:
         """The law's parameters that become unknowns, relaxed with the positions."""
         return ()
 
+    @property
+    def bounded_by(self) -> tuple[str, ...]:
+        """The law's parameters that its bounds depend on."""
+        return ()
+
     def check(self, params: Params, n: int, d: int) -> None:
         """Raise InputError where it does not fit a system of n particles in d dimensions."""
 
@@ -101,4 +106,11 @@ def check_constraints(constraints: Any, params: Params, law_parameters: Sequence
                     f"{c.name} relaxes {name!r}, which the law has not: give one of {list(law_parameters)}."
                 )
         c.check(params, n, d)
+    relaxes = {name: c.name for c in found for name in c.relaxes}
+    for c in found:
+        for name in relaxes.keys() & set(c.bounded_by):
+            raise InputError(
+                f"{c.name} stands off by {name!r}, which {relaxes[name]} relaxes, and a bound that moves with an "
+                "unknown is none: leave its clearance 0, or give that parameter."
+            )
     return found

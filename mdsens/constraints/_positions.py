@@ -59,7 +59,7 @@ class Pinned(Constraint):
         which = _indices("Pinned: indices", indices, "give the numbers of some particles, from 0.").ravel()
         if which.min() < 0 or which.max() >= n:
             raise InputError(f"Pinned: indices has {which.min()} to {which.max()}: give numbers from 0 to {n - 1}.")
-        along = list(range(d)) if axes is None else list(axes)
+        along = list(range(d)) if axes is None else np.ravel(np.asarray(axes)).tolist()
         if not along or any(a not in range(d) for a in along):
             raise InputError(f"Pinned: axes is {axes!r}: give some of 0 to {d - 1}, or None.")
         mask = np.zeros((n, d), bool)
@@ -95,7 +95,8 @@ class Wall(Constraint):
       axis: 0, 1 or 2.
       above: True where particles are above the wall, at larger coordinates.
       name: of its multiplier and parameter.
-      clearance: c, of a particle's radius sigma / 2: 1 for a wall that stops surfaces, 0 for one that stops centres.
+      clearance: c, of a particle's radius sigma / 2: 1 for a wall that stops surfaces, 0 for one that stops centres. A
+        sigma that :class:`FixedTotal` relaxes has none.
     """
 
     axis: int = dataclasses.field(metadata={"static": True})
@@ -120,6 +121,10 @@ class Wall(Constraint):
     @property
     def parameters(self) -> tuple[str, ...]:
         return (self.position,)
+
+    @property
+    def bounded_by(self) -> tuple[str, ...]:
+        return ("sigma",) if self.clearance else ()
 
     def check(self, params: Params, n: int, d: int) -> None:
         if self.axis >= d:
@@ -189,8 +194,11 @@ class RigidBonds(Constraint):
         """
         x = np.asarray(real_array("positions", positions, "give (n, d) numbers."), float)
         bonds: list[tuple[int, int]] = []
-        for k, body in enumerate(members):
-            some = [int(i) for i in body]
+        if x.ndim != 2:
+            raise InputError(f"positions has shape {x.shape}: give (n, d) numbers.")
+        for k, body in enumerate(members if isinstance(members, Sequence | np.ndarray) else [members]):
+            need = "give a list of bodies, each the numbers of two or more particles."
+            some = _indices(f"RigidBonds: body {k}", body, need).ravel().tolist()
             if len(set(some)) != len(some) or len(some) < 2 or min(some) < 0 or max(some) >= len(x):
                 raise InputError(f"RigidBonds: body {k} is {some}: give two or more particles, each once.")
             bonds += _isostatic(x, some, k)

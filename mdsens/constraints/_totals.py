@@ -26,8 +26,9 @@ class FixedTotal(Constraint):
     """A parameter of particles that relaxes with the positions while its total stays: sum_i c p_i^e = T.
 
     For diameters and the exponent d it is the particles' area or volume, c = pi/4 or pi/6; for any other exponent c is
-    1. T is the parameter ``<name>_total``. The multiplier is a scalar, -dU/dT, in energy an area or volume: negative
-    where more of it costs.
+    1. The sum is over the parameter's values: where there is one a species, each counts once, however many particles
+    have it. T is the parameter ``<name>_total``. The multiplier is a scalar, -dU/dT, in energy an area or volume:
+    negative where more of it costs.
 
     Attributes:
       parameter: of the law, one value a particle or species; an unknown from here on.
@@ -64,6 +65,8 @@ class FixedTotal(Constraint):
             raise InputError(f"{self.name}: {self.parameter} is a scalar, which its total fixes: give one a particle.")
         if np.shape(params[self.total]) != ():
             raise InputError(f"parameter {self.total} has shape {np.shape(params[self.total])}: give a number.")
+        if self.exponent % 2 != 1 and not float(params[self.total]) > 0:
+            raise InputError(f"parameter {self.total} is {float(params[self.total]):g}: give a positive number.")
 
     def total_of(self, values: Any, d: int) -> jax.Array:
         """The total of some values of the parameter in d dimensions."""

@@ -46,7 +46,7 @@ def root(
     preconditioner: Preconditioner | None = None,
     preprocess: Callable[..., tuple[PyTree, tuple[PyTree, ...]]] | None = None,
     postprocess: Callable[..., PyTree] | None = None,
-    static_argnums: tuple[int, ...] = (),
+    static_argnums: int | tuple[int, ...] = (),
 ) -> Callable[[Solver], Solver]:
     """Give any solver of F(x, *args) = 0 the derivative of the root by ``args``.
 
@@ -105,6 +105,7 @@ def root(
     check_functions(
         F=F, null_space=null_space, preconditioner=preconditioner, preprocess=preprocess, postprocess=postprocess
     )
+    static_argnums = (static_argnums,) if isinstance(static_argnums, int) else static_argnums
     for place in static_argnums:
         if not (isinstance(place, int) and not isinstance(place, bool) and place >= 1):
             raise InputError(
@@ -125,6 +126,8 @@ def root(
                 init, args = _prepared(preprocess(init, *args))
             args = _held(args, static_argnums)
             found = call_without_derivative(opened(solver), (init, *args))
+            if has_aux and not (isinstance(found, tuple) and len(found) == 2):
+                raise InputError(f"the solver returned {short(found)} and has_aux is True: return (x, aux)")
             x, aux = found if has_aux else (found, None)
             x = without_derivative(unknowns(x, "the solver returned"))
             x = _attach(F, x, args, solve, symmetric, positive_semidefinite, null_space, preconditioner)
@@ -146,7 +149,7 @@ def fixed_point(
     preconditioner: Preconditioner | None = None,
     preprocess: Callable[..., tuple[PyTree, tuple[PyTree, ...]]] | None = None,
     postprocess: Callable[..., PyTree] | None = None,
-    static_argnums: tuple[int, ...] = (),
+    static_argnums: int | tuple[int, ...] = (),
 ) -> Callable[[Solver], Solver]:
     """Give any solver of x = T(x, *args) the derivative of the fixed point: :func:`root` of x - T(x, *args).
 
