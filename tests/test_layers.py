@@ -21,7 +21,7 @@ ORDER = [
     # the mathematics: knows no particle
     ["implicit.status"],
     ["implicit._tree", "implicit._krylov", "implicit._sparse"],
-    ["implicit._dense", "implicit._normal", "implicit._polynomials", "implicit.operators"],
+    ["implicit._given", "implicit._dense", "implicit._normal", "implicit._polynomials", "implicit.operators"],
     ["implicit._rounds"],
     ["implicit.linear", "implicit._closures"],
     ["implicit.eigen"],

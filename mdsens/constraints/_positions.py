@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -89,7 +89,8 @@ class Wall(Constraint):
     """A hard plane across an axis that particles cannot pass: x >= w + c sigma / 2, or x <= w - c sigma / 2.
 
     w is the parameter ``<name>_position``, a scalar or one value a particle, so that any bounds on coordinates can be
-    given. Its multiplier is the force (n,) with which the wall pushes each particle, zero or more.
+    given. Its multiplier is the force (n,) with which the wall pushes each particle, zero or more; walls at one place
+    share it.
 
     Attributes:
       axis: 0, 1 or 2.
@@ -196,7 +197,7 @@ class RigidBonds(Constraint):
         bonds: list[tuple[int, int]] = []
         if x.ndim != 2:
             raise InputError(f"positions has shape {x.shape}: give (n, d) numbers.")
-        for k, body in enumerate(members if isinstance(members, Sequence | np.ndarray) else [members]):
+        for k, body in enumerate(members if isinstance(members, Iterable) else [members]):
             need = "give a list of bodies, each the numbers of two or more particles."
             some = _indices(f"RigidBonds: body {k}", body, need).ravel().tolist()
             if len(set(some)) != len(some) or len(some) < 2 or min(some) < 0 or max(some) >= len(x):

@@ -15,9 +15,10 @@ import numpy as np
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
+from mdsens.implicit._given import check_functions, unknowns
 from mdsens.implicit._tree import PyTree
 from mdsens.implicit.operators import Auto, Method
-from mdsens.implicit.root import Condition, NullSpace, Preconditioner, check_functions, tangent, unknowns
+from mdsens.implicit.root import Condition, NullSpace, Preconditioner, tangent
 from mdsens.implicit.status import SolveStats, Status
 
 __all__ = ["RootCertificate", "certify"]

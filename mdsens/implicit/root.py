@@ -22,12 +22,13 @@ from jax.custom_derivatives import SymbolicZero
 from jax.dtypes import float0
 
 from mdsens.implicit._closures import Held, call_without_derivative, hoist, opened, without_derivative
+from mdsens.implicit._given import check_functions, unknowns
 from mdsens.implicit._tree import PyTree, check_same
 from mdsens.implicit.linear import linear_solve
 from mdsens.implicit.operators import Auto, LinearMap, Method, Operator
 from mdsens.implicit.status import InputError, SolveStats, require_sound_jax, short
 
-__all__ = ["check_functions", "fixed_point", "root", "tangent", "unknowns"]
+__all__ = ["fixed_point", "root", "tangent"]
 
 Condition: TypeAlias = Callable[..., PyTree]
 Solver: TypeAlias = Callable[..., Any]
@@ -387,32 +388,3 @@ def _held(args: tuple[PyTree, ...], places: tuple[int, ...]) -> tuple[PyTree, ..
                 "name it to jax.jit as static, too"
             )
     return tuple(Held(arg) if i + 1 in places else arg for i, arg in enumerate(args))
-
-
-def check_functions(**given: Any) -> None:
-    """Refuse what is no function where one is needed; None, except of F or T, is one that is not there."""
-    for name, value in given.items():
-        if not callable(value) and (value is not None or name in "FT"):
-            first = "init" if name == "preprocess" else "x"
-            raise InputError(f"{name} is {short(value)}: give a function of ({first}, *args)")
-
-
-def unknowns(x: PyTree, where: str) -> PyTree:
-    """The unknowns as arrays of single or double precision, or an error that begins with ``where`` they are from."""
-    if not jax.tree.leaves(x):
-        raise InputError(f"{where} {short(x)}, without a number in it: give an array, or a tree of arrays")
-    return jax.tree.map(functools.partial(_as_unknown, where), x)
-
-
-def _as_unknown(where: str, leaf: Any) -> Array:
-    try:
-        array = jnp.asarray(leaf)
-    except (TypeError, ValueError):  # such as scipy's OptimizeResult, which is no tree to jax
-        inside = " (such as its entry x)" if hasattr(leaf, "x") else ""
-        raise InputError(
-            f"{where} an unknown of type {type(leaf).__name__}; return arrays alone{inside}, and the "
-            "rest as aux with has_aux=True"
-        ) from None
-    if array.dtype not in (jnp.float32, jnp.float64):
-        raise InputError(f"{where} an unknown of dtype {array.dtype}; x must be of real numbers, float64 or float32")
-    return array
