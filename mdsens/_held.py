@@ -10,7 +10,6 @@ x and lambda together square the distance to the minimum.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,12 +18,13 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.sparse.linalg import lsqr
 
+from mdsens._progress import Decades
 from mdsens.constrained import constrained_null_space, flat, unflat
 from mdsens.implicit.status import InputError, Status
 from mdsens.kkt import KKT
 from mdsens.lagrangian import bounds, equations, lagrangian_slope, own_params, pinned, unknowns_of, with_unknowns
 from mdsens.rigid_motions import NullSpace
-from mdsens.scales import round_off, scales
+from mdsens.scales import doubtful_stiffness, force_goal, force_scale, round_off, scales
 from mdsens.stationarity import linearisation
 from mdsens.system import System, potential_energy
 from mdsens.unknowns import Unknowns
@@ -58,6 +58,8 @@ class Reached(NamedTuple):
       steps: evaluations of the slope.
       status: CONVERGED, MAX_STEPS_REACHED, NOT_FINITE, CONSTRAINTS_UNMET, or NOT_CONVERGED where no step led further.
       unmet: the equation that is furthest from being met, in words; empty where none is far.
+      goal, floor: the force that counts as converged, and the one that is round-off.
+      saddles, descent, examined: as in an Equilibrium.
     """
 
     system: System
@@ -66,6 +68,11 @@ class Reached(NamedTuple):
     steps: int
     status: Status
     unmet: str
+    goal: float
+    floor: float
+    saddles: int
+    descent: float
+    examined: bool
 
 
 @jax.jit
@@ -108,8 +115,8 @@ def _limits(system: System) -> tuple[Unknowns, Unknowns]:
 class _Descent:
     """The state of one relaxation: system, multipliers, and how many slopes were taken."""
 
-    def __init__(self, system: System, tolerance: float, max_steps: int, show: Callable[[int, float], None]):
-        self.max_steps, self.tolerance, self.show = max_steps, tolerance, show
+    def __init__(self, system: System, asked: float | None, max_steps: int, bar: Decades):
+        self.max_steps, self.asked, self.show, self.bar = max_steps, asked, bar.show, bar
         self.length, self.stiffness = (float(s) for s in scales(system))
         low, high = _limits(system)
         _check_limits(system, low, high)
@@ -120,8 +127,17 @@ class _Descent:
         self.system = system
         self.round_off = ROUND_OFF * round_off(system)
         self.system = self.at(x)
+        self.tolerance = 0.0
+        self.aim()
         self.multipliers = unknowns_of(self.system).multipliers
         self.steps = 0
+
+    def aim(self) -> None:
+        """Set the force that counts as converged by the pairs as they are now."""
+        dtype = self.system.positions.dtype.type
+        scale = force_scale(self.system, dtype(self.length), dtype(self.stiffness), dtype(0.0))
+        self.tolerance = float(np.fmin(force_goal(scale, self.asked)[0], self.stiffness * self.length))
+        self.bar.tolerance = max(self.tolerance, self.round_off)
 
     def at(self, z: np.ndarray) -> System:
         """The system at some unknowns, its list complete."""
@@ -244,6 +260,7 @@ class _Descent:
             self.near(share)
         for _ in range(RETURNS):
             size = self.newton()
+            self.aim()
             if size <= max(self.tolerance, self.round_off) or self.steps >= self.max_steps:
                 break
             share = max(share * NEARER, 0.1 * self.tolerance / (self.stiffness * self.length))
@@ -266,10 +283,10 @@ class _Descent:
         system = KKT(backbone, constrained_null_space(backbone, net, null, self.multipliers), self.multipliers)
         if not system.negative[0] > 0:
             return False
-        modes = system.lowest(1).vectors
-        if not modes.shape[1]:  # in single precision the pivot of a free motion may be negative by round-off
+        spectrum = system.lowest(1, doubtful_stiffness(self.system, size))
+        if not spectrum.negative:  # the pivot of a free motion may be negative by round-off
             return False
-        mode = modes[:, 0]
+        mode = spectrum.vectors[:, 0]
         step = OFF_SADDLE * self.length / np.abs(mode).max() * mode
         self.system = self.at(np.clip(self.z + step, self.low, self.high))
         return True
@@ -343,33 +360,48 @@ class _Descent:
         return system, multipliers, slope, there, size if np.isfinite(size) else np.inf
 
 
-def relax_held(system: System, tolerance: float, max_steps: int, show: Callable[[int, float], None]) -> Reached:
+def relax_held(system: System, tolerance: float | None, max_steps: int, leave_saddles: bool, bar: Decades) -> Reached:
     """To a constrained minimum.
 
     Args:
       system: where to start; what is off its bounds is put on them.
-      tolerance: of the largest force that nothing balances; an equation counts with g times the law's stiffness.
+      tolerance: of the largest force that nothing balances; an equation counts with g times the law's stiffness. 1e-12
+        of the mean pair force where None.
       max_steps: evaluations of the slope.
-      show: called with the steps taken and the largest force.
+      leave_saddles: as in ``minimize``.
+      bar: shown the steps taken and the largest force.
     """
-    run = _Descent(system, tolerance, max_steps, show)
+    run = _Descent(system, tolerance, max_steps, bar)
     run.balance()
     size = run.arrive()
-    for _ in range(SADDLES):
-        if not (size <= tolerance and run.leave_saddle(size)):
+    saddles, highest, stuck = 0, 0.0, False
+    while leave_saddles and size <= max(run.tolerance, run.round_off):
+        energy = float(potential_energy(run.system))
+        if not run.leave_saddle(size):
             break
+        if saddles == SADDLES:
+            stuck = True
+            break
+        highest = highest if saddles else energy
+        saddles += 1
         run.near(DOWN)
         size = run.arrive()
     unmet = run.unmet()
-    if size <= tolerance:
+    if stuck:
+        status = Status.INDEFINITE
+    elif size <= run.tolerance:
         status = Status.CONVERGED
     elif unmet:
         status = Status.CONSTRAINTS_UNMET
+    elif size <= run.round_off:
+        status = Status.ROUND_OFF_LIMITED
     elif not np.isfinite(size):
         status = Status.NOT_FINITE
     else:
         status = Status.MAX_STEPS_REACHED if run.steps >= max_steps else Status.NOT_CONVERGED
-    return Reached(run.system, run.multipliers, size, run.steps, status, unmet)
+    descent = highest - float(potential_energy(run.system)) if saddles else 0.0
+    evidence = run.tolerance, run.round_off, saddles, descent, leave_saddles
+    return Reached(run.system, run.multipliers, size, run.steps, status, unmet, *evidence)
 
 
 def _check_limits(system: System, low: Unknowns, high: Unknowns) -> None:

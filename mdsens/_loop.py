@@ -120,8 +120,18 @@ def forces_at(system: System, method: Any, limits: Limits) -> jax.Array:
 
 
 @jax.jit
-def status_of(largest: Any, tolerance: Any, overflowed: Any) -> jax.Array:
-    """CONVERGED, NEIGHBOURS_OVERFLOWED, NOT_FINITE or MAX_STEPS_REACHED."""
-    code = jnp.where(largest <= tolerance, Status.CONVERGED.value, Status.MAX_STEPS_REACHED.value)
+def status_of(largest: Any, goal: Any, floor: Any, idle: Any, overflowed: Any) -> jax.Array:
+    """NO_CONTACTS, CONVERGED, ROUND_OFF_LIMITED, MAX_STEPS_REACHED, NOT_FINITE or NEIGHBOURS_OVERFLOWED.
+
+    Args:
+      largest: force left.
+      goal: that counts as converged.
+      floor: below which forces are round-off.
+      idle: whether nothing is in contact.
+      overflowed: whether the list lost pairs.
+    """
+    code = jnp.where(largest <= floor, Status.ROUND_OFF_LIMITED.value, Status.MAX_STEPS_REACHED.value)
+    code = jnp.where(largest <= goal, Status.CONVERGED.value, code)
+    code = jnp.where(idle & (code < Status.MAX_STEPS_REACHED.value), Status.NO_CONTACTS.value, code)
     code = jnp.where(jnp.isfinite(largest), code, Status.NOT_FINITE.value)
     return jnp.where(overflowed, Status.NEIGHBOURS_OVERFLOWED.value, code).astype(jnp.int32)

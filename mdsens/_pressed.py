@@ -30,7 +30,12 @@ def _enthalpy(system: System, pressure: Any) -> jax.Array:
 
 
 def pressed(
-    relax: Callable[[System, int], Any], system: System, pressure: float, shape: bool, tolerance: float, max_steps: int
+    relax: Callable[[System, int], Any],
+    system: System,
+    pressure: float,
+    shape: bool,
+    tolerance: float | None,
+    max_steps: int,
 ) -> tuple[Any, int, np.ndarray, Status]:
     """Relax positions and cell at a pressure: Newton steps of the cell, particles relaxed after each.
 
@@ -59,10 +64,15 @@ def pressed(
         cell = Cell.of(backbone, Stiffness(backbone, null.simplified()), pressure, along)
         volume, length = float(now.volume), float(scales(now)[0])
         left = float(np.max(np.abs(np.asarray(cell.slope)))) / volume
-        floor = ROUND_OFF * float(np.max(np.abs(np.asarray(cell.stiffness)))) / volume
-        if left <= max(tolerance / length ** (now.dimension - 1), floor):
+        # the stress that the forces left can make, and round-off of the sum that it is
+        goal = float(eq.tolerance) / length ** (now.dimension - 1)
+        floor = max(
+            float(eq.max_force) / length ** (now.dimension - 1),
+            ROUND_OFF * float(np.max(np.abs(np.asarray(cell.stiffness)))) / volume,
+        )
+        if left <= max(goal, floor):
             code = Status(int(cell.status))
-            return eq, steps, along, Status.CONVERGED if code.good else code
+            return eq, steps, along, code if not code.good else Status(int(eq.status))
         before, step = float(_enthalpy(now, pressure)), cell.newton()
         for _ in range(HALVINGS):
             found = _after(now, cell, step, relax, max(max_steps - steps, 1), shape)

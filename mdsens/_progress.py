@@ -24,14 +24,14 @@ def _bar(wanted: bool | None, form: str, **how: Any) -> Any:
 
 
 class Decades:
-    """The decades of force still to go in one relaxation."""
+    """The decades of force still to go in one relaxation, whose ``tolerance`` is set as it becomes known."""
 
-    def __init__(self, tolerance: float, wanted: bool | None):
+    def __init__(self, wanted: bool | None, tolerance: float = np.inf):
         self.tolerance, self.first = tolerance, 0.0
         self.bar = _bar(wanted, "{desc} {bar} {elapsed}{postfix}", total=100, desc="relaxing")
 
     def show(self, steps: int, largest: float) -> None:
-        if self.bar is None or not (np.isfinite(largest) and largest > 0):
+        if self.bar is None or not (np.isfinite(largest) and largest > 0 and 0 < self.tolerance < np.inf):
             return
         self.first = max(largest, self.first)
         decades = np.log(self.first / self.tolerance)

@@ -1,7 +1,9 @@
 """Who carries force: contacts, rattlers, clusters, coordination.
 
 A contact is a pair whose force is above 10 times the largest net force on a particle: below that it cannot be told
-from round-off. A rattler has fewer than d + 1 contacts; its contacts are deleted, and so on until none is left. For
+from round-off. A rattler has fewer than d + 1 contacts, none of which carries a force that matters; its contacts are
+deleted, and so on until none is left. A particle with fewer contacts that do carry force is squeezed along a line or in
+a plane, and buckles: with repulsion alone such a configuration is a saddle, which its Hessian tells. For
 laws that attract, contacts do not count: there a rattler is a particle that no pair holds with any stiffness. Rigid
 bonds join particles to bodies: one that too little holds is cut off from the others as a whole, a cluster of its own.
 Walls count as contacts.
@@ -24,9 +26,13 @@ from mdsens.laws import PairTerm
 from mdsens.slopes import row_terms
 from mdsens.system import System, potential_energy
 
-__all__ = ["Network", "backbone", "coordination", "network", "pair_forces"]
+__all__ = ["Network", "backbone", "coordination", "network", "pair_forces", "touching"]
 
 FORCE_MARGIN = 10.0  # contacts carry this many times the largest net force
+# Of the mean contact force: what a particle with too few contacts may carry and still be a rattler. Its transverse
+# stiffness, -force / distance, is then below what a factor of the Hessian resolves.
+CARRIES = 1e-6
+NEARLY = 1e-3  # of a distance: what a pair is brought nearer by, to see whether it would be in contact
 STIFFNESS_FLOOR = 1e-12  # of the stiffest pair; below it a pair holds nothing
 
 
@@ -77,13 +83,15 @@ def _stiffness(term: PairTerm, r: jax.Array) -> jax.Array:
 class _Edges(NamedTuple):
     """Pairs that may hold: of a list as rows, i (1, n) and the rest (k, n), each pair twice; or listed once, (m,).
 
-    ``bonds`` are the components of R_i - R_j, nearest images.
+    ``bonds`` are the components of R_i - R_j, nearest images; ``strong`` those that carry a force that matters, where
+    few contacts make a rattler.
     """
 
     i: jax.Array
     j: jax.Array
     active: jax.Array
     bonds: tuple[jax.Array, ...]
+    strong: jax.Array | None = None
 
     @property
     def rows(self) -> bool:
@@ -102,6 +110,12 @@ def _touches(edges: list[_Edges], n: int) -> jax.Array:
         one = e.active.astype(jnp.int32)
         count = count + jnp.sum(one, axis=0) if e.rows else count.at[e.i].add(one).at[e.j].add(one)
     return count
+
+
+def _carries(edges: list[_Edges], n: int) -> jax.Array:
+    """Which particles carry a force that matters, (n,)."""
+    strong = [e._replace(active=e.active & e.strong) for e in edges if e.strong is not None]
+    return _touches(strong, n) > 0
 
 
 def _nearest_root(edges: list[_Edges], labels: jax.Array, whole: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -168,7 +182,7 @@ def _rigid_edges(system: System, images: Any, x: tuple[jax.Array, ...]) -> list[
 
 def _loose_of_particles(n: int, least: int) -> Callable[[list[_Edges]], jax.Array]:
     """Which particles too few pairs hold, (n,)."""
-    return lambda edges: _touches(edges, n) < least
+    return lambda edges: (_touches(edges, n) < least) & ~_carries(edges, n)
 
 
 def _loose_of_bodies(
@@ -187,7 +201,8 @@ def _loose_of_bodies(
     def loose(edges: list[_Edges]) -> jax.Array:
         others = [e._replace(active=e.active & (labels[e.i] != labels[jnp.minimum(e.j, n - 1)])) for e in edges]
         held = jnp.zeros(n, jnp.int32).at[labels].add((_touches(others, n) + walls).astype(jnp.int32))
-        return ((held < needed) & (freedoms > 0))[labels]
+        carries = jnp.zeros(n, bool).at[labels].max(_carries(others, n))
+        return ((held < needed) & (freedoms > 0) & ~carries)[labels]
 
     return loose
 
@@ -222,7 +237,10 @@ def network(system: System, max_force: jax.Array | float, least: int | None = No
     forces = [pair_forces(t, r) for t, r in zip(terms, distances, strict=True)]
     if law.repulsive:  # every term runs over the same list
         total = sum(forces[1:], forces[0])
-        edges = [_Edges(terms[0].i, terms[0].j, jnp.abs(total) > FORCE_MARGIN * max_force, bonds[0])]
+        size = jnp.abs(total)
+        active = size > FORCE_MARGIN * max_force
+        mean = jnp.sum(jnp.where(active, size, 0.0)) / jnp.maximum(jnp.sum(active), 1)
+        edges = [_Edges(terms[0].i, terms[0].j, active, bonds[0], size > CARRIES * mean)]
         forces, least = [total], least or system.dimension + 1
     else:
         stiffness = [_stiffness(t, r) for t, r in zip(terms, distances, strict=True)]
@@ -265,6 +283,32 @@ def network(system: System, max_force: jax.Array | float, least: int | None = No
     count = jnp.round(pairs).astype(jnp.int32)
     alone = jnp.zeros(n, jnp.int32).at[bodies].add(1)[bodies] == 1
     return Network(loose & alone, loose, contacts, labels, whole, wraps, pull / jnp.maximum(pairs, 1), count)
+
+
+def touching(system: System, net: Network, max_force: Any) -> jax.Array:
+    """Whether two particles that are no rattlers touch with a force so small that it may be none.
+
+    As in symmetric packings, whose neighboring rows just touch. Such a pair may be in contact or not, and the Hessian,
+    its negative modes and all derivatives with it. A gap counts that the largest force left could close.
+    """
+    system = jax.lax.stop_gradient(system)
+    if not system.potential.repulsive:
+        return jnp.zeros((), bool)
+    images, x = nearest_images(system.box), components(system.positions)
+    eps = jnp.finfo(system.positions.dtype).eps
+    total, nearer = jnp.zeros(()), jnp.zeros(())
+    for term in row_terms(system):
+        apart = images(tuple(c[term.i] - c[term.j] for c in x))
+        r = jnp.sqrt(jnp.where(term.mask, sum(v * v for v in apart), 1.0))
+        closer = r * (1.0 - NEARLY)
+        firm = jnp.abs(pair_forces(term, closer)) / (NEARLY * r)  # of a pair in contact, stiffness or more
+        gap = FORCE_MARGIN * max_force / jnp.where(firm > 0, firm, 1.0) + 8.0 * eps * r
+        total = total + pair_forces(term, r)
+        nearer = nearer + pair_forces(term, r - gap)
+    other = jnp.minimum(term.j, system.n - 1)
+    held = ~(net.loose[term.i] | net.loose[other]) & term.mask
+    small = jnp.abs(total) <= FORCE_MARGIN * max_force
+    return jnp.any(held & small & (nearer > 0))
 
 
 def backbone(system: System, net: Network) -> System:

@@ -21,7 +21,7 @@ from mdsens.constrained import flat, kkt_operator, scaled, unflat
 from mdsens.implicit.linear import solve as solve_linear
 from mdsens.implicit.operators import Auto, Direct, Method
 from mdsens.implicit.status import SolveStats, Status
-from mdsens.linearization import Linearization, by_factor
+from mdsens.linearization import Linearization, by_factor, force_left
 from mdsens.relaxation import Equilibrium
 from mdsens.scales import scales
 from mdsens.stationarity import Unknowns, along, hessian_operator, linearisation, mixed_product, mixed_transpose
@@ -279,7 +279,9 @@ def through_batch(door: Door, eq: Equilibrium, given: Any, solve: Method) -> Res
         return None
     backbone, net, null = linearisation(eq.system, eq.max_force, eq.held_by)
     stiffness = Stiffness(backbone, null.simplified(), eq.order)
-    core = Linearization(eq, backbone, net, stiffness.null, solve).traced(door.moving(eq.params, given))
+    judged = force_left(eq.system, net, eq.max_force)
+    lin = Linearization(eq, backbone, net, stiffness.null, solve, judged=judged)
+    core = lin.traced(door.moving(eq.params, given))
     sides = _sides(core, given, door, False)
     if stiffness.factor is None:
         return None

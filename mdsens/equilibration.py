@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -11,11 +12,13 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from mdsens import relaxation
+from mdsens._checks import short
 from mdsens.implicit.operators import Auto, Method
 from mdsens.implicit.root import root
-from mdsens.implicit.status import InputError, PrecisionError, SolveStats
+from mdsens.implicit.status import InputError, SolveStats, Status
 from mdsens.linearization import full_tangent
 from mdsens.minimisers import Fire, GradientDescent
+from mdsens.scales import unrelaxed
 from mdsens.stationarity import Unknowns, linearisation
 from mdsens.stationarity import gradient as energy_gradient
 from mdsens.system import System, require_unconstrained
@@ -29,7 +32,7 @@ def equilibrate(
     system: System,
     params: Params | None = None,
     *,
-    tolerance: float = 1e-12,
+    tolerance: float | None = None,
     method: Fire | GradientDescent = Fire(),
     max_steps: int = 200_000,
     solve: Method = Auto(),
@@ -59,12 +62,8 @@ def equilibrate(
     """
     if not isinstance(system, System):
         raise InputError(f"equilibrate got a {type(system).__name__}: give a System.")
-    eps = float(jnp.finfo(system.positions.dtype).eps)
-    if not isinstance(tolerance, Tracer) and tolerance < eps:
-        raise PrecisionError(
-            f"tolerance {tolerance:.0e} is out of reach in {system.positions.dtype}: call ms.enable_x64() before "
-            "making the system, or raise it."
-        )
+    if tolerance is not None and not isinstance(tolerance, Tracer) and not 0 < tolerance:
+        raise InputError(f"tolerance is {short(tolerance)}: give a positive number, or None.")
     if system.batch is not None:
         raise InputError(
             "equilibrate takes one system: use jax.vmap(lambda s, p: ms.equilibrate(s, p))(batch, params)."
@@ -108,4 +107,8 @@ def _equilibrate(
         return init
 
     x = found(Unknowns(eq.system.positions), params)
-    return eq.system.replace(positions=x.positions, params=params), relaxation.stats(eq, method)
+    stats = relaxation.stats(eq, method)
+    if tolerance is not None:  # one that is small in no unit of the system's
+        far = unrelaxed(eq.system, eq.max_force) & (stats.status < Status.MAX_STEPS_REACHED.value)
+        stats = dataclasses.replace(stats, status=jnp.where(far, Status.UNCONVERGED.value, stats.status))
+    return eq.system.replace(positions=x.positions, params=params), stats

@@ -16,23 +16,22 @@ from mdsens import lagrangian
 from mdsens._checks import real_array
 from mdsens.block_rows import BlockRows
 from mdsens.constrained import about_to_switch, constrained_null_space
-from mdsens.contacts import Network
+from mdsens.contacts import Network, touching
 from mdsens.enthalpy import Cell, deformed, enthalpy_slope
 from mdsens.implicit.operators import Auto, Direct, Method, check_method
 from mdsens.implicit.status import InputError, Status, raise_for_status, require_sound_jax
 from mdsens.kkt import KKT
 from mdsens.relaxation import Equilibrium
 from mdsens.rigid_motions import NullSpace
+from mdsens.scales import doubtful_stiffness, unrelaxed
 from mdsens.stationarity import Unknowns, gradient, linearisation
-from mdsens.stiffness import Stiffness, factorises
+from mdsens.stiffness import ONE_SOLVE_3D, Stiffness, factorises
 from mdsens.strains import from_mandel, to_mandel
 from mdsens.system import System
 
-__all__ = ["Linearization", "by_factor", "changes", "full_tangent", "linearised", "linearize"]
+__all__ = ["Linearization", "by_factor", "changes", "force_left", "full_tangent", "linearised", "linearize"]
 
 Params = Mapping[str, Any]
-# In 3-D, a factor takes 0.27 s at 2,000 spheres, one solve by CG 0.07 s, and 0.15 s at a pressure of 4e-4.
-ONE_SOLVE_3D = 1500
 
 
 @jax.tree_util.register_dataclass
@@ -51,6 +50,8 @@ class Linearization:
       cell: of a minimum at a pressure; None where the cell was given.
       multipliers: of the equations among the constraints; None where there are none.
       held: the constraints' own status; None without constraints.
+      judged: UNCONVERGED where the force left is not small beside the mean pair force, CONTACTS_UNSETTLED where it
+        does not tell whether particles touch, INDEFINITE where a mode of negative stiffness was found; else CONVERGED.
     """
 
     equilibrium: Equilibrium
@@ -63,6 +64,7 @@ class Linearization:
     cell: Cell | None = None
     multipliers: dict[str, jax.Array] | None = None
     held: jax.Array | None = None
+    judged: jax.Array | None = None
 
     @property
     def params(self) -> dict[str, Any]:
@@ -147,8 +149,9 @@ class Linearization:
     def status(self) -> Any:
         """CONVERGED, or why no derivative can be taken here: the minimisation's own status, UNJAMMED, or the cell's."""
         code = _outcome(self.equilibrium.status, self.network.unjammed)
-        for more in (self.held, None if self.cell is None else self.cell.status):
-            code = code if more is None else (jnp if isinstance(code, Tracer) else np).maximum(code, more)
+        for more in (self.judged, self.held, None if self.cell is None else self.cell.status):
+            xp = jnp if isinstance(code, Tracer) or isinstance(more, Tracer) else np
+            code = code if more is None else xp.where(code > 0, code, more)
         return code
 
 
@@ -162,7 +165,18 @@ def by_factor(system: System, solve: Method, many: bool = False) -> bool:
 def _outcome(status: Any, unjammed: Any) -> Any:
     xp = jnp if isinstance(unjammed, Tracer) else np
     code = xp.where(unjammed, Status.UNJAMMED.value, Status.CONVERGED.value)
-    return xp.where(xp.asarray(status) != Status.CONVERGED.value, status, code)
+    return xp.where(xp.asarray(status) >= Status.MAX_STEPS_REACHED.value, status, code)
+
+
+@jax.jit
+def force_left(system: System, net: Network, largest: Any) -> jax.Array:
+    """What the largest force left puts in doubt, of each of a batch: UNCONVERGED where it is not small beside the mean
+    pair force, CONTACTS_UNSETTLED where particles touch and it cannot be told whether they are in contact.
+    """
+    if system.batch is not None:
+        return jax.vmap(force_left)(system, net, largest)
+    code = jnp.where(touching(system, net, largest), Status.CONTACTS_UNSETTLED.value, Status.CONVERGED.value)
+    return jnp.where(unrelaxed(system, largest), Status.UNCONVERGED.value, code).astype(jnp.int32)
 
 
 def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Linearization:
@@ -192,9 +206,22 @@ def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Li
     stiffness = Stiffness(backbone, null, eq.order)
     if eq.order and stiffness.unstable(eq.order + 1) != eq.order:
         eq = dataclasses.replace(eq, status=jnp.asarray(Status.NOT_A_SADDLE.value, jnp.int32))
+    judged = force_left(eq.system, net, eq.max_force)
+    # where a factor does not count negative modes at every solve
+    seen = bool(np.all(eq.examined)) or eq.order > 0 or by_factor(backbone, solve)
+    if int(judged) == 0 and not seen and not bool(net.unjammed) and np.isfinite(np.asarray(eq.positions)).all():
+        if stiffness.negative_mode(doubtful_stiffness(eq.system, float(eq.max_force))) is not None:
+            judged = jnp.asarray(Status.INDEFINITE.value, jnp.int32)
     cell = None if eq.pressure is None else Cell.of(backbone, stiffness, eq.pressure, np.asarray(eq.strains))
     lin = Linearization(
-        eq, backbone, net, null, solve, stiffness=stiffness if backbone.potential.pairwise else None, cell=cell
+        eq,
+        backbone,
+        net,
+        null,
+        solve,
+        stiffness=stiffness if backbone.potential.pairwise else None,
+        cell=cell,
+        judged=judged,
     )
     if throw:
         raise_for_status(Status(int(lin.status)), "this minimum cannot be differentiated", lin)

@@ -39,7 +39,7 @@ def _energy_and_slope(system: System) -> tuple[jax.Array, jax.Array]:
 
 
 def descend(
-    system: System, tolerance: float, length: float, show: Callable[[int, float], None]
+    system: System, tolerance: float, length: float, show: Callable[[int, float], None], round_off: float = 0.0
 ) -> tuple[System, float, int]:
     """Newton steps to a minimum: (system, its largest force, steps); short of the tolerance where they make no headway.
 
@@ -48,6 +48,7 @@ def descend(
       tolerance: of the largest force.
       length: the law's own.
       show: called with the steps taken and the largest force.
+      round_off: a largest force from which on a step that does not halve it is the last one.
     """
     step_of: Any = _Factorised(length) if factorises(system) else _Krylov(length)
     energy, slope = _energy_and_slope(system)
@@ -66,6 +67,8 @@ def descend(
         headway = largest < 0.5 * best or (largest > before and step_of.curved)  # off a saddle the force rises
         best, since = (largest, 0) if headway else (best, since + 1)
         show(taken, largest)
+        if since and tolerance < largest <= round_off:
+            break
     return system, largest, taken
 
 

@@ -26,7 +26,7 @@ def compress(
     packing_fraction: float,
     *,
     step: float = LARGEST,
-    tolerance: float = 1e-12,
+    tolerance: float | None = None,
     method: Any = None,
     max_steps: int = 200_000,
     throw: bool = True,

@@ -32,9 +32,9 @@ from mdsens.implicit.status import (
 )
 from mdsens.lagrangian import multipliers_at, own_params, unknowns_of
 from mdsens.minimisers import Fire, GradientDescent, Newton
-from mdsens.scales import Limits, round_off, scales
+from mdsens.scales import Limits, force_goal, force_scale, round_off, scales
 from mdsens.stationarity import largest_force, max_force
-from mdsens.system import System, require_unconstrained
+from mdsens.system import System, potential_energy, require_unconstrained
 
 __all__ = ["Equilibrium", "Fire", "GradientDescent", "Newton", "minimize", "relax"]
 
@@ -52,7 +52,12 @@ class Equilibrium(Shown):
       max_force: the largest norm of a particle's force left (ASE's fmax), in energy a length.
       steps: of the minimiser.
       wall_time: seconds, compilation included; 0 inside traced code.
-      tolerance: what max_force was to reach.
+      tolerance: what max_force was to reach: the one that was asked for, or 1e-12 of the mean pair force.
+      force_floor: the largest force that round-off of the positions leaves on a particle,
+        4 eps sqrt(sum_j (k_ij |R|)^2 + f_ij^2): no relaxation goes below it.
+      saddles: how many saddles were left on the way, each along a mode of negative stiffness.
+      descent: how far down in energy the minimum is from the first of them.
+      examined: whether the Hessian there was looked at for negative stiffness.
       pressure: at which the cell was relaxed, too; None in a cell that was given.
       strains: (k, d, d) orthonormal strains that the cell was free to take; None likewise.
       multipliers: of the system's constraints, by their names; None without constraints.
@@ -65,6 +70,10 @@ class Equilibrium(Shown):
     steps: jax.Array
     wall_time: Any
     tolerance: Any
+    force_floor: Any = 0.0
+    saddles: Any = 0
+    descent: Any = 0.0
+    examined: Any = False
     pressure: Any = None
     strains: Any = None
     multipliers: Any = None
@@ -102,10 +111,20 @@ class Equilibrium(Shown):
             ("system", f"n = {s.n}, {s.dimension}-D, {s.potential.name}"),
             ("status", f"{Status(int(self.status)).name}: {Status(int(self.status)).sentence}"),
             *([("kind", f"saddle of order {self.order}")] if self.order else []),
-            ("max_force", f"{float(self.max_force):.2e} (tolerance {float(self.tolerance):.0e})"),
+            (
+                "max_force",
+                f"{float(self.max_force):.2e} (tolerance {float(self.tolerance):.0e}, round-off "
+                f"{float(self.force_floor):.0e})",
+            ),
+            *([("saddles", self.saddles_in_words())] if int(self.saddles) else []),
             *([] if self.pressure is None else [("pressure", self.cell_in_words())]),
             ("steps", f"{int(self.steps):,} in {float(self.wall_time):.2f} s"),
         ]
+
+    def saddles_in_words(self) -> str:
+        """How many saddles were left on the way, and how far down."""
+        times = "one was" if int(self.saddles) == 1 else f"{int(self.saddles)} were"
+        return f"{times} left, {float(self.descent):.4g} down in energy"
 
     def cell_in_words(self) -> str:
         """What the cell was relaxed to, and its volume; of a minimum at a pressure."""
@@ -117,17 +136,37 @@ def relax(system: System, tolerance: Any, max_steps: Any, method: Any) -> Equili
     """Relax inside traced code: no reallocation, no errors; the status says what happened."""
     dtype = system.positions.dtype
     # a fixed cutoff is a double where x64 is on: positions in single precision keep theirs through the loop
-    limits = Limits.of(jax.tree.map(lambda x: jax.lax.stop_gradient(x).astype(dtype), scales(system)), method)
-    state = at_rest(system.positions, limits.stiffness, method)
-    tested = jnp.minimum(tolerance, 0.5 * limits.strongest)  # what was cut is not small
-    state, pairs, steps = advance(system, state, system.neighbours, tested, max_steps, method, limits)
+    length, stiffness = jax.tree.map(lambda x: jax.lax.stop_gradient(x).astype(dtype), scales(system))
+    limits = Limits.of((length, stiffness), method)
+    state = at_rest(system.positions, stiffness, method)
+    cut = 0.5 * limits.strongest  # what was cut is not small
+
+    def aim(state: Any, pairs: Any) -> tuple[jax.Array, jax.Array]:
+        at = system.replace(positions=method.positions(state), neighbours=pairs)
+        left = largest_force(method.forces(state))
+        goal, stop = force_goal(force_scale(at, length, stiffness, left), tolerance)
+        return jnp.asarray(goal, dtype), jnp.fmin(stop, cut).astype(dtype)
+
+    def unfinished(carry: Any) -> jax.Array:
+        state, pairs, steps, _, stop = carry
+        left = largest_force(method.forces(state))
+        return (left > stop) & jnp.isfinite(left) & (steps < max_steps) & ~pairs.overflowed
+
+    def go_on(carry: Any) -> Any:
+        state, pairs, steps, _, stop = carry
+        state, pairs, taken = advance(system, state, pairs, stop, max_steps - steps, method, limits)
+        return state, pairs, steps + taken, *aim(state, pairs)
+
+    # what is to be reached depends on the pairs that interact, and they change on the way
+    start = state, system.neighbours, jnp.zeros((), jnp.int32), cut, cut
+    state, pairs, steps, goal, stop = jax.lax.while_loop(unfinished, go_on, go_on(start))
     relaxed = system.replace(positions=method.positions(state), neighbours=pairs)
     # the force that met the tolerance, or, where none did, the whole force without its limit
     largest = largest_force(method.forces(state))
-    largest = jnp.where(largest <= tested, largest, max_force(relaxed))
-    code = status_of(largest, tolerance, pairs.overflowed)
-    zero = jnp.zeros((), dtype)
-    return Equilibrium(relaxed, code, largest, steps, zero, jnp.asarray(tolerance, zero.dtype))
+    largest = jnp.where(largest <= stop, largest, max_force(relaxed))
+    scale = force_scale(relaxed, length, stiffness, largest)
+    code = status_of(largest, goal, scale.floor, scale.idle, pairs.overflowed)
+    return Equilibrium(relaxed, code, largest, steps, jnp.zeros((), dtype), goal, scale.floor.astype(dtype))
 
 
 def minimize(
@@ -136,9 +175,10 @@ def minimize(
     *,
     pressure: float | None = None,
     shape: bool = False,
-    tolerance: float = 1e-12,
+    tolerance: float | None = None,
     method: Newton | Fire | GradientDescent | None = None,
     max_steps: int = 200_000,
+    leave_saddles: bool = True,
     throw: bool = True,
     progress: bool | None = None,
 ) -> Equilibrium:
@@ -155,10 +195,15 @@ def minimize(
       shape: relax the shape of the cell too, until no shear stress is left; without it the cell grows or shrinks alike
         in all directions, and the pressure is the mean over them.
       tolerance: the largest force on a particle to reach, in the potential's units. The error of every derivative is
-        this over the smallest stiffness, so it is small by default; raise it where round-off stands above it.
-      method: ``Newton()`` (the default: FIRE, and Newton steps where it crawls; where the Hessian can be factorised, a
-        saddle that FIRE came to rest on is left), ``Fire()`` or ``GradientDescent()``.
+        this over the smallest stiffness. Where None, 1e-12 of the mean force of the pairs that interact, in any units.
+        Where round-off of the positions leaves more than that, the relaxation ends there at once, ROUND_OFF_LIMITED,
+        and ``force_floor`` says where that is.
+      method: ``Newton()`` (the default: FIRE, and Newton steps where it crawls), ``Fire()`` or ``GradientDescent()``.
       max_steps: of the minimiser; at a pressure, of all its relaxations together.
+      leave_saddles: go on downhill from where the forces vanish and a mode has a negative stiffness, as an exactly
+        symmetric start does; ``saddles`` and ``descent`` of the result say how often and how far. With False the
+        relaxation ends wherever the forces vanish. Where no factor tells, a few products with the Hessian look for
+        such a mode, and may miss a weak one.
       throw: raise where the tolerance is not reached; with False the status says so instead.
       progress: show a progress bar; where None, in a terminal or notebook alone.
 
@@ -171,10 +216,12 @@ def minimize(
     """
     method = Newton() if method is None else method
     _check_kinds(system, method)
-    if not (isinstance(tolerance, Real) and 0 < tolerance <= sys.float_info.max):
-        raise InputError(f"tolerance is {short(tolerance)}: give a positive number.")
+    if tolerance is not None and not (isinstance(tolerance, Real) and 0 < tolerance <= sys.float_info.max):
+        raise InputError(f"tolerance is {short(tolerance)}: give a positive number, or None.")
     if not (isinstance(max_steps, Real) and max_steps >= 1):
         raise InputError(f"max_steps is {short(max_steps)}: give 1 or more.")
+    if not isinstance(leave_saddles, bool):
+        raise InputError(f"leave_saddles is {short(leave_saddles)}: give True or False.")
     if pressure is None and shape:
         raise InputError("shape=True goes with a pressure: give the pressure to relax the cell to.")
     if pressure is not None:
@@ -182,28 +229,30 @@ def minimize(
         if system.batch is not None:
             return _one_by_one(system, params, throw, {
                 "pressure": pressure, "shape": shape, "tolerance": tolerance, "method": method, "max_steps": max_steps,
+                "leave_saddles": leave_saddles,
             })  # fmt: skip
     if system.batch is not None and system.constraints:
-        how = {"tolerance": tolerance, "method": method, "max_steps": max_steps}
+        how = {"tolerance": tolerance, "method": method, "max_steps": max_steps, "leave_saddles": leave_saddles}
         return _one_by_one(system, params, throw, how)
     if system.batch is not None:
-        return _minimize_batch(system, params, tolerance, method, max_steps, throw, progress)
+        return _minimize_batch(system, params, tolerance, method, max_steps, leave_saddles, throw, progress)
     if params is not None:
         system = system.with_params(params)
     began = time.perf_counter()
     if system.constraints:
-        return _constrained(system, pressure, tolerance, method, max_steps, throw, progress)
+        return _constrained(system, pressure, tolerance, method, max_steps, leave_saddles, throw, progress)
     if pressure is not None:
-        return _at_pressure(system, float(pressure), shape, tolerance, method, max_steps, throw, progress)
+        how = {"tolerance": tolerance, "method": method, "leave_saddles": leave_saddles}
+        return _at_pressure(system, float(pressure), shape, how, max_steps, throw, progress)
     _check_precision(system, tolerance)
     newton, first = (method, method.first) if isinstance(method, Newton) else (None, method)
-    bar = Decades(tolerance, progress)
+    bar = Decades(progress)
     run = Run.of(system, first, tolerance, int(max_steps), bar)
     try:
-        run.to_minimum(newton)
+        run.to_minimum(newton, leave_saddles)
     finally:
         bar.close()
-    eq = _reached(run, tolerance, time.perf_counter() - began)
+    eq = _reached(run, time.perf_counter() - began)
     if throw:
         status, steps, largest = Status(int(eq.status)), int(eq.steps), float(eq.max_force)
         raise_for_status(status, f"minimize stopped after {steps:,} steps at max_force {largest:.3e}", eq)
@@ -211,7 +260,14 @@ def minimize(
 
 
 def _constrained(
-    system: System, pressure: Any, tolerance: float, method: Any, max_steps: int, throw: bool, progress: bool | None
+    system: System,
+    pressure: Any,
+    tolerance: float | None,
+    method: Any,
+    max_steps: int,
+    leave_saddles: bool,
+    throw: bool,
+    progress: bool | None,
 ) -> Equilibrium:
     began = time.perf_counter()
     if pressure is not None:
@@ -222,9 +278,9 @@ def _constrained(
             "Newton steps."
         )
     _check_precision(system, tolerance)
-    bar = Decades(tolerance, progress)
+    bar = Decades(progress)
     try:
-        found = relax_held(system, tolerance, int(max_steps), bar.show)
+        found = relax_held(system, tolerance, int(max_steps), leave_saddles, bar)
     finally:
         bar.close()
     relaxed = found.system
@@ -235,7 +291,11 @@ def _constrained(
         jnp.asarray(found.max_force),
         jnp.asarray(found.steps),
         time.perf_counter() - began,
-        tolerance,
+        found.goal,
+        force_floor=found.floor,
+        saddles=found.saddles,
+        descent=found.descent,
+        examined=found.examined,
         multipliers=multipliers,
     )
     if throw:
@@ -249,19 +309,17 @@ def _at_pressure(
     system: System,
     pressure: float,
     shape: bool,
-    tolerance: float,
-    method: Any,
+    how: dict[str, Any],
     max_steps: int,
     throw: bool,
     progress: bool | None,
 ) -> Equilibrium:
     began = time.perf_counter()
 
-    def relax_held(at: System, budget: int) -> Equilibrium:
-        how: dict[str, Any] = {"method": method, "max_steps": budget, "progress": progress}
-        return minimize(at, tolerance=tolerance, throw=False, **how)
+    def relax_in_cell(at: System, budget: int) -> Equilibrium:
+        return minimize(at, throw=False, max_steps=budget, progress=progress, **how)
 
-    eq, steps, strains, status = pressed(relax_held, system, pressure, shape, tolerance, int(max_steps))
+    eq, steps, strains, status = pressed(relax_in_cell, system, pressure, shape, how["tolerance"], int(max_steps))
     dtype = system.positions.dtype
     eq = dataclasses.replace(
         eq,
@@ -286,24 +344,42 @@ def _one_by_one(batch: System, params: Params | None, throw: bool, how: dict[str
     return eq
 
 
-def _reached(run: Run, tolerance: float, seconds: float) -> Equilibrium:
+def _reached(run: Run, seconds: float) -> Equilibrium:
     relaxed = run.system.replace(potential=run.law)
-    largest = run.largest if run.largest <= run.tested else float(max_force(relaxed))
-    status = status_of(largest, tolerance, relaxed.neighbours.overflowed)
-    return Equilibrium(relaxed, status, jnp.asarray(largest), jnp.asarray(run.steps), seconds, tolerance)
+    if not run.at_rest:
+        run.largest = float(max_force(relaxed))
+    run.aim()
+    assert run.scale is not None
+    code = status_of(run.largest, run.goal, run.floor, run.scale.idle, relaxed.neighbours.overflowed)
+    if run.unstable:
+        code = jnp.asarray(Status.INDEFINITE.value, jnp.int32)
+    descent = run.highest - float(potential_energy(relaxed)) if run.saddles else 0.0
+    evidence = float(run.scale.floor), run.saddles, descent, run.examined
+    return Equilibrium(relaxed, code, jnp.asarray(run.largest), jnp.asarray(run.steps), seconds, run.goal, *evidence)
 
 
-def _all_reached(runs: Runs, tolerance: float, seconds: float) -> Equilibrium:
-    relaxed, largest = runs.systems.replace(potential=runs.law), jnp.asarray(runs.largest)
-    if np.any(runs.largest > runs.tested):
-        largest = jnp.where(largest <= runs.tested, largest, jax.vmap(max_force)(relaxed))
-    status = status_of(largest, tolerance, relaxed.neighbours.overflowed)
-    same = np.ones(runs.tested.size)
-    return Equilibrium(relaxed, status, largest, jnp.asarray(runs.steps), seconds * same, tolerance * same)
+def _all_reached(runs: Runs, seconds: float, examined: bool) -> Equilibrium:
+    relaxed, largest = runs.systems.replace(potential=runs.law), runs.largest
+    if np.any(largest > runs.tested):
+        runs.largest = np.where(largest <= runs.tested, largest, np.asarray(jax.vmap(max_force)(relaxed)))
+    runs.aim()
+    scale, same = runs.scale, np.ones(runs.tested.size)
+    code = status_of(runs.largest, runs.goal, scale.floor, scale.idle, relaxed.neighbours.overflowed)
+    found = jnp.asarray(runs.largest), jnp.asarray(runs.steps), seconds * same, np.asarray(runs.goal)
+    return Equilibrium(
+        relaxed, code, *found, np.asarray(scale.floor), 0 * runs.steps, 0.0 * same, examined * (same > 0)
+    )
 
 
 def _minimize_batch(
-    batch: System, params: Params | None, tolerance: float, method: Any, max_steps: int, throw: bool, progress: Any
+    batch: System,
+    params: Params | None,
+    tolerance: float | None,
+    method: Any,
+    max_steps: int,
+    leave_saddles: bool,
+    throw: bool,
+    progress: Any,
 ) -> Equilibrium:
     if params is not None:
         batch = stack([member.with_params(params) for member in unstack(batch)])
@@ -315,15 +391,15 @@ def _minimize_batch(
         began = time.perf_counter()
         runs = Runs(part, first, tolerance, int(max_steps), count)
         runs.to_minimum(newton)
-        others = {k: runs.run(k) for k in runs.on_their_own(newton)}
+        others = {k: runs.run(k) for k in runs.on_their_own(leave_saddles)}
         for run in others.values():
-            run.to_minimum(newton)
+            run.to_minimum(newton, leave_saddles)
         seconds = (time.perf_counter() - began) / count
         bar.advance(count)
         return (
-            _all_reached(runs, tolerance, seconds),
+            _all_reached(runs, seconds, leave_saddles),
             count,
-            {k: _reached(run, tolerance, seconds) for k, run in others.items()},
+            {k: _reached(run, seconds) for k, run in others.items()},
         )
 
     try:
@@ -380,9 +456,9 @@ def _check_pressure(system: System, pressure: Any, shape: Any) -> None:
         raise InputError("the law has a parameter 'pressure', which the cell's would hide: give it another name.")
 
 
-def _check_precision(system: System, tolerance: float) -> None:
+def _check_precision(system: System, tolerance: float | None) -> None:
     floor = round_off(system)
-    if tolerance < 0.05 * floor:
+    if tolerance is not None and tolerance < 0.05 * floor:
         remedy = f"raise it to {floor:.0e} or more"
         if system.positions.dtype != jnp.float64:
             remedy += ", or work in double precision (in Python, ms.enable_x64() before making the system)"

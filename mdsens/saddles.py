@@ -73,7 +73,7 @@ def find_saddle(
         way = _direction(direction, system)
     else:
         system, way = between(system, _other_side(towards, system, direction, band), band)
-    bar = Decades(tolerance, progress)
+    bar = Decades(progress, tolerance)
     try:
         system, largest, steps = walk(system, way, tolerance, method, int(max_steps), bar)
     finally:
@@ -106,7 +106,9 @@ def _judged(system: System, largest: float, tolerance: float) -> tuple[System, S
     return system, reached if order == 1 else Status.NOT_A_SADDLE, order
 
 
-def sides(saddle: Equilibrium, *, step: float = 1e-2, tolerance: float = 1e-12) -> tuple[Equilibrium, Equilibrium]:
+def sides(
+    saddle: Equilibrium, *, step: float = 1e-2, tolerance: float | None = None
+) -> tuple[Equilibrium, Equilibrium]:
     """The two minima that a saddle lies between: relaxed from a step to either side along its negative mode.
 
     Args:

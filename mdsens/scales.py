@@ -9,14 +9,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdsens.stationarity import Unknowns, gradient
+from mdsens.boxes import components, nearest_images
+from mdsens.slopes import row_terms
+from mdsens.stationarity import Unknowns, gradient, largest_force
 from mdsens.system import System
 
-__all__ = ["Limits", "doubtful_stiffness", "largest_stiffness", "round_off", "scales", "unrelaxed"]
+__all__ = [
+    "ForceScale",
+    "Limits",
+    "doubtful_stiffness",
+    "force_goal",
+    "force_scale",
+    "force_scales",
+    "largest_stiffness",
+    "round_off",
+    "scales",
+    "unrelaxed",
+]
 
 POWERS = 20  # of the Hessian, in a power iteration
 MARGIN = 10.0  # of the force left over the law's length: the stiffness that it can make or take
-RELAXED = 1e-4  # of the mean contact force: a larger force left is that of no minimum
+RELAXED = 1e-4  # of the mean pair force: a larger force left is that of no minimum
+GOAL = 1e-12  # of the mean pair force: what a relaxation goes down to where no tolerance is given
+UNITS = 4.0  # of round-off that the force on a particle is uncertain by, for the pairs that it is made of
+IDLE = 1e-8  # of the potential's own force: a smaller one, that no contact exceeds, is an overlap that opens
+BENT = 0.01  # strain of a pair that attracts, whose force is a force of its potential
+PROBES = 4  # random changes of the last digit, of a potential that is more than pairs
 
 
 @jax.jit
@@ -98,6 +116,108 @@ def round_off(system: System) -> float:
     return float(resolution * jnp.max((scales if system.batch is None else _scales_each)(system)[1]))
 
 
+class ForceScale(NamedTuple):
+    """What the largest force left on a particle is judged against, at one configuration; energy a length.
+
+    Attributes:
+      mean: mean force of the pairs that interact. Of a potential that attracts, whose pair forces may cancel or vanish
+        at its minimum, at least the force of a pair strained by 1 %; of one without pairs the same by its stiffness.
+      floor: the largest force that round-off of the positions leaves on a particle, see ``force_scale``.
+      idle: whether nothing is in contact, of a potential that only repels: no pair has a force above 10 times the
+        largest one left on a particle, and that one is 1e-8 at most of the potential's own.
+    """
+
+    mean: jax.Array
+    floor: jax.Array
+    idle: jax.Array
+
+
+@jax.jit
+def force_scale(system: System, length: jax.Array, stiffness: jax.Array, left: Any) -> ForceScale:
+    """The mean pair force and the force floor of a configuration.
+
+    A coordinate is stored to eps |R|, and so is the vector between two particles, so that the force on particle i is
+    uncertain by
+
+        floor_i = 4 eps sqrt(sum_j (k_ij |R_ij|)^2 + f_ij^2),
+
+    k_ij the stiffness of a pair, |phi''| or |phi'| / r, |R_ij| the mean size of the two positions, f_ij its force. No
+    minimization goes below that of its worst particle. Of a potential that is more than pairs the floor is measured: by
+    what the forces change where the last digits of the positions do. It is never below eps times the force that the
+    potential's own length and stiffness make, which counts as none.
+
+    Args:
+      system: with a complete list.
+      length, stiffness: from ``scales``.
+      left: the largest force left on a particle, which tells contacts from round-off.
+
+    Traceable. Nothing of it is differentiated.
+    """
+    system, length, stiffness = jax.lax.stop_gradient((system, length, stiffness))
+    n, d = system.positions.shape
+    dtype, x = system.positions.dtype, components(system.positions)
+    eps, images = jnp.finfo(dtype).eps, nearest_images(system.box)
+    size = sum(c * c for c in x)
+    total, count, contacts = jnp.zeros((), dtype), jnp.zeros((), dtype), jnp.zeros((), dtype)
+    noise = jnp.zeros(n, dtype)
+    for term in row_terms(system):
+        if not term.j.size:
+            continue
+        apart = images(tuple(c[term.i] - c[term.j] for c in x))
+        r = jnp.sqrt(jnp.where(term.mask, sum(v * v for v in apart), 1.0))
+        slope = jax.grad(lambda s, term=term: jnp.sum(term.energy(s)))
+        force, curvature = jax.jvp(slope, (r,), (jnp.ones_like(r),))
+        firm = jnp.maximum(jnp.abs(curvature), jnp.abs(force) / r)
+        squared = firm**2 * 0.5 * (size[term.i] + size[term.j]) + force**2
+        rows = term.j.ndim == 2
+        noise = noise + jnp.sum(squared, axis=0) if rows else noise.at[term.i].add(squared).at[term.j].add(squared)
+        share, f = 0.5 if rows else 1.0, jnp.abs(force)
+        total, count = total + share * jnp.sum(f), count + share * jnp.sum(f > 0)
+        contacts = contacts + share * jnp.sum(f > MARGIN * left)
+    own = eps * length * stiffness
+    floor = jnp.maximum(UNITS * eps * jnp.sqrt(jnp.max(noise, initial=0.0)), own)
+    mean = total / jnp.maximum(count, 1.0)
+    if not system.potential.pairwise:
+        length, stiffness = scales(system)  # its stiffness is that of one configuration
+        floor = jnp.maximum(floor, _shaken(system))
+        mean = jnp.maximum(mean, BENT * stiffness * length)
+    elif not system.potential.repulsive:
+        mean = jnp.maximum(mean, BENT * stiffness / 2.0 ** (d + 1) * length)
+    idle = system.potential.repulsive & (contacts == 0) & (left <= IDLE * stiffness * length)
+    return ForceScale(mean, floor, idle)
+
+
+force_scales = jax.jit(jax.vmap(force_scale))
+
+
+def _shaken(system: System) -> jax.Array:
+    """How much the largest force changes where the last digits of the positions do, twice the largest of some trials.
+
+    Together, the particles' whole force counts: the probes are random, and the worst particle is found in few of them.
+    """
+    eps = jnp.finfo(system.positions.dtype).eps
+    n, d = system.positions.shape
+
+    def force(positions: jax.Array) -> jax.Array:
+        return gradient(system, Unknowns(positions), system.params).positions
+
+    def probe(key: jax.Array) -> jax.Array:
+        aside = eps * jnp.abs(system.positions) * jax.random.normal(key, (n, d), system.positions.dtype)
+        return largest_force(force(system.positions + aside) - force(system.positions))
+
+    keys = jax.random.split(jax.random.PRNGKey(0), PROBES)
+    return 2.0 * jnp.max(jax.lax.map(probe, keys))
+
+
+def force_goal(scale: ForceScale, tolerance: Any) -> tuple[Any, Any]:
+    """The largest force that counts as converged, and the one to stop at: (tolerance or 1e-12 of the mean pair force,
+    the larger of it and the floor). Of arrays of numpy or jax.
+    """
+    goal = GOAL * scale.mean if tolerance is None else tolerance
+    xp = jnp if isinstance(scale.floor, jax.Array) else np
+    return goal, xp.maximum(goal, scale.floor)
+
+
 class Limits(NamedTuple):
     """What keeps a minimiser's steps in the system's own units."""
 
@@ -113,13 +233,17 @@ class Limits(NamedTuple):
         return cls(longest, method.force_limit(longest, stiffness), stiffness)
 
 
-def unrelaxed(system: System, left: jax.Array, mean_force: jax.Array) -> jax.Array:
-    """Whether the largest force left is that of no minimum: told by the contacts' mean force, or the law's own units.
+def unrelaxed(system: System, left: jax.Array) -> jax.Array:
+    """Whether the largest force left is that of no minimum, beside the mean pair force. Traceable.
 
-    Traceable, for what is given a System without the status of its relaxation.
+    In single precision round-off alone leaves as much; what is then known of a derivative is said by its own status.
     """
     length, stiffness = scales(system)
-    return left > RELAXED * jnp.where(mean_force > 0, mean_force, length * stiffness)
+    scale = force_scale(system, length, stiffness, left)
+    # nothing in contact is told elsewhere, and the last overlaps of an unjammed packing are as small as what is left
+    mean = jnp.where(scale.idle | (scale.mean == 0), length * stiffness, scale.mean)
+    resolved = jnp.finfo(system.positions.dtype).eps < 1e-10
+    return resolved & (left > RELAXED * mean)
 
 
 def doubtful_stiffness(system: System, left: float) -> float:

@@ -53,7 +53,7 @@ def fit(
     anew: bool = False,
     pressure: float | None = None,
     shape: bool = False,
-    tolerance: float = 1e-12,
+    tolerance: float | None = None,
     max_steps: int = 200_000,
     resume: State | None = None,
     callback: Callable[[State], Any] | None = None,

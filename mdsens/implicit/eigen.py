@@ -12,13 +12,15 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh, lobpcg
 
 from mdsens.implicit._sparse import SparseFactor, bound
 
-__all__ = ["DENSE_SIZE", "NULL", "Spectrum", "lowest"]
+__all__ = ["DENSE_SIZE", "NULL", "Spectrum", "lanczos", "lowest"]
 
 Apply = Callable[[np.ndarray], np.ndarray]
 
@@ -113,6 +115,39 @@ def lowest(
         if found is not None:
             return found
     return _lobpcg(apply, size, k, project, zero, floor, precondition)
+
+
+def lanczos(
+    apply: Callable[[jax.Array], jax.Array], start: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Lanczos' recurrence for a symmetric operator (Golub and Van Loan, Matrix Computations, section 10.1).
+
+    Its vectors are not made orthogonal again: the extreme eigenvalues of the tridiagonal matrix are right all the same,
+    others come several times. None of them is kept, so that a second run, with the eigenvector of the tridiagonal
+    matrix as weights, gives the one of the operator.
+
+    Args:
+      apply: (m,) -> (m,).
+      start: (m,), in the range that is asked about.
+      weights: (k,) of the k vectors in the sum that is returned.
+
+    Returns:
+      (k,) the diagonal of the tridiagonal matrix, (k,) what stands beside it, and the sum (m,). Traceable.
+    """
+
+    def step(carry: Any, weight: jax.Array) -> tuple[Any, Any]:
+        before, v, beta, total = carry
+        total = total + weight * v
+        w = apply(v) - beta * before
+        alpha = jnp.vdot(v, w)
+        w = w - alpha * v
+        size = jnp.linalg.norm(w)
+        return (v, w / jnp.where(size > 0, size, 1.0), size, total), (alpha, size)
+
+    v = start / jnp.linalg.norm(start)
+    carry = (jnp.zeros_like(v), v, jnp.zeros((), v.dtype), jnp.zeros_like(v))
+    (_, _, _, total), (diagonal, beside) = jax.lax.scan(step, carry, weights)
+    return diagonal, beside, total
 
 
 def _counts(values: np.ndarray, largest: float, zero: float, floor: float) -> tuple[int, int, int]:

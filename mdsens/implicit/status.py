@@ -70,6 +70,11 @@ class Status(IntEnum):
         "the operator is singular beyond what was declared and the right-hand side lies in its range: of the many "
         "solutions this is the shortest; where the others matter, state what holds the free directions",
     )
+    NO_CONTACTS = (
+        7,
+        "at rest at zero energy: nothing is in contact, so there is nothing to differentiate; raise the packing "
+        "fraction or pressure to jam it",
+    )
     MAX_STEPS_REACHED = 10, "the step limit came before the tolerance; raise max_steps or loosen the tolerance"
     STAGNATED = (
         11,
@@ -112,7 +117,8 @@ class Status(IntEnum):
     CONTACTS_UNSETTLED = (
         19,
         "on the way from here to the minimum a pair crosses a breakpoint of its law (a contact opens or closes), so "
-        "the derivative may be that of another contact network; minimise to a smaller force",
+        "the derivative may be that of another contact network; minimise to a smaller force, or where particles just "
+        "touch, as in symmetric arrangements, move the parameters a little",
     )
     STIFFNESS_UNSETTLED = (
         20,
@@ -178,6 +184,12 @@ class Status(IntEnum):
         32,
         "Newton's step from here does not lead to a root of the condition: it is far from one, or the condition has a "
         "kink between; solve more tightly, or check that F is the condition that the solver solves",
+    )
+
+    UNCONVERGED = (
+        33,
+        "the largest force left is not small beside the mean force of the pairs, so that contacts and derivatives may "
+        "be those of another configuration; minimize to a smaller tolerance (or leave tolerance out)",
     )
 
     @property
