@@ -1,9 +1,9 @@
 """Who carries force: contacts, rattlers, clusters, coordination.
 
 A contact is a pair whose force is above 10 times the largest net force on a particle: below that it cannot be told
-from round-off. A rattler has fewer than d + 1 contacts, none of which carries a force that matters; its contacts are
-deleted, and so on until none is left. A particle with fewer contacts that do carry force is squeezed along a line or in
-a plane, and buckles: with repulsion alone such a configuration is a saddle, which its Hessian tells. For
+from round-off. A rattler has fewer than d + 1 contacts; its contacts are deleted, and so on until none is left. But one
+whose few contacts carry a force that matters, two of them at least, since one is never balanced, is squeezed along a
+line or in a plane. It is no rattler: it buckles, and the Hessian tells that the configuration is a saddle. For
 laws that attract, contacts do not count: there a rattler is a particle that no pair holds with any stiffness. Rigid
 bonds join particles to bodies: one that too little holds is cut off from the others as a whole, a cluster of its own.
 Walls count as contacts.
@@ -113,9 +113,8 @@ def _touches(edges: list[_Edges], n: int) -> jax.Array:
 
 
 def _carries(edges: list[_Edges], n: int) -> jax.Array:
-    """Which particles carry a force that matters, (n,)."""
-    strong = [e._replace(active=e.active & e.strong) for e in edges if e.strong is not None]
-    return _touches(strong, n) > 0
+    """How many contacts of each particle carry a force that matters, (n,)."""
+    return _touches([e._replace(active=e.active & e.strong) for e in edges if e.strong is not None], n)
 
 
 def _nearest_root(edges: list[_Edges], labels: jax.Array, whole: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -182,7 +181,7 @@ def _rigid_edges(system: System, images: Any, x: tuple[jax.Array, ...]) -> list[
 
 def _loose_of_particles(n: int, least: int) -> Callable[[list[_Edges]], jax.Array]:
     """Which particles too few pairs hold, (n,)."""
-    return lambda edges: (_touches(edges, n) < least) & ~_carries(edges, n)
+    return lambda edges: (_touches(edges, n) < least) & (_carries(edges, n) < 2)
 
 
 def _loose_of_bodies(
@@ -201,8 +200,8 @@ def _loose_of_bodies(
     def loose(edges: list[_Edges]) -> jax.Array:
         others = [e._replace(active=e.active & (labels[e.i] != labels[jnp.minimum(e.j, n - 1)])) for e in edges]
         held = jnp.zeros(n, jnp.int32).at[labels].add((_touches(others, n) + walls).astype(jnp.int32))
-        carries = jnp.zeros(n, bool).at[labels].max(_carries(others, n))
-        return ((held < needed) & (freedoms > 0) & ~carries)[labels]
+        strong = jnp.zeros(n, jnp.int32).at[labels].add(_carries(others, n).astype(jnp.int32))
+        return ((held < needed) & (freedoms > 0) & (strong < 2))[labels]
 
     return loose
 

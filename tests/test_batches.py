@@ -70,7 +70,7 @@ def test_members_end_where_they_end_alone():
     for k, member in enumerate(ms.unstack(eq)):
         want = alone(k)
         assert ms.Status(int(member.status)) is ms.Status(int(want.status))
-        assert float(member.max_force) <= float(eq.tolerance[k])
+        assert float(member.max_force) <= max(float(eq.tolerance[k]), float(eq.force_floor[k]))
         assert int(member.steps) == pytest.approx(int(want.steps), rel=0.02)  # another program, another round-off
         np.testing.assert_allclose(member.positions, want.positions, rtol=0, atol=1e-8)
 
@@ -146,7 +146,7 @@ def test_a_member_that_is_no_number_spoils_no_other():
     start = eq.system.replace(positions=bad)
     again = ms.minimize(start, throw=False)
     assert ms.Status(int(again.status[1])) is ms.Status.NOT_FINITE
-    assert np.all(np.delete(np.asarray(again.status), 1) == 0)
+    assert all(ms.Status(int(code)).good for code in np.delete(np.asarray(again.status), 1))
 
 
 def test_parameters_for_a_batch_are_for_each_member():
@@ -186,7 +186,7 @@ def test_members_at_once_are_members_one_after_the_other(monkeypatch):
         _runs._advance_each.clear_cache()  # type: ignore[attr-defined]
         eq = ms.minimize(batch, method=Fire())
     _runs._advance_each.clear_cache()  # type: ignore[attr-defined]
-    assert np.all(eq.status == 0) and np.all(np.asarray(eq.max_force) <= 1e-12)
+    assert np.all(eq.max_force <= np.maximum(eq.tolerance, eq.force_floor)) and np.all(eq.force_floor < 1e-12)
     held = ~np.stack([network(m, 1e-12).rattlers for m in ms.unstack(want.system)])  # rattlers rest anywhere
     assert 0.9 < held.mean() < 1.0
     np.testing.assert_allclose(eq.positions[held], want.positions[held], rtol=0, atol=1e-8)

@@ -35,21 +35,21 @@ def net_of(points, max_force=0.0) -> contacts.Network:
     return net
 
 
-# Three overlapping discs in a triangle hold each other (2 contacts each: fewer than d + 1, so rattlers all); four in a
+# Two overlapping discs do not hold each other (1 contact each: fewer than d + 1, so rattlers both); four in a
 # complete graph, overlapping across the diagonals as well, have 3 each.
 FOUR = 0.6 * np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])  # diagonals 0.85 < 1: every pair touches
 
 
-def test_a_complete_square_is_a_network_and_a_triangle_is_none():
+def test_a_complete_square_is_a_network_and_a_pair_is_none():
     square = net_of(FOUR)
     assert not np.any(square.rattlers[:4]) and np.array_equal(square.contacts[:4], [3, 3, 3, 3])
     assert int(square.pairs) == 6
     forces = [1 - 0.6] * 4 + [1 - 0.6 * np.sqrt(2)] * 2
     assert float(square.mean_force) == pytest.approx(np.mean(forces), rel=1e-13)
     assert float(contacts.coordination(discs(FOUR), square)) == 3.0
-    triangle = net_of(FOUR[:3])
-    assert np.all(triangle.rattlers) and int(triangle.pairs) == 0 and float(triangle.mean_force) == 0.0
-    assert float(contacts.coordination(discs(FOUR[:3]), triangle)) == 0.0
+    pair = net_of(FOUR[:2])
+    assert np.all(pair.rattlers) and int(pair.pairs) == 0 and float(pair.mean_force) == 0.0
+    assert float(contacts.coordination(discs(FOUR[:2]), pair)) == 0.0
 
 
 def test_a_chain_of_rattlers_is_removed_to_its_end():
@@ -75,7 +75,17 @@ def test_a_contact_carries_ten_times_the_largest_net_force():
     weakest = 1 - 0.6 * np.sqrt(2)
     below, above = (net_of(FOUR, f * weakest / 10.0) for f in (0.99, 1.01))
     assert int(below.pairs) == 6
-    assert int(above.pairs) == 0  # without the diagonals each has two contacts, and all are rattlers
+    assert int(above.pairs) == 4  # without the diagonals
+
+
+def test_what_carries_force_between_two_contacts_is_no_rattler():
+    """A row of discs that presses on itself through the cell: each has two contacts, less than the three of a rattler."""
+    row = np.stack([np.arange(12) * (20.0 / 24.0), np.full(12, 10.0)], axis=1)
+    net = contacts.network(discs(row, box=10.0), 1e-14)
+    assert not np.any(net.rattlers[:12]) and np.array_equal(net.contacts[:12], np.full(12, 2))
+    # as one that touches with a force that matters to nobody
+    faint = np.concatenate([FOUR, [[5.0, 5.0], [6.0 - 1e-8, 5.0], [7.0 - 2e-8, 5.0]]])
+    assert np.all(net_of(faint, 1e-12).rattlers[4:7])
 
 
 def test_clusters_are_named_by_their_lowest_index():

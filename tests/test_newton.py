@@ -96,12 +96,12 @@ STARTS = {  # well above jamming: no rattlers
 
 @cache
 def near(name: str) -> ms.System:
-    return ms.minimize(STARTS[name](), tolerance=1e-4, method=Fire()).system
+    return ms.minimize(STARTS[name](), tolerance=2e-4, method=Fire(), leave_saddles=False).system
 
 
 @cache
 def relaxed(name: str) -> ms.System:
-    return ms.minimize(near(name), tolerance=1e-12, method=Fire()).system
+    return ms.minimize(near(name), tolerance=1e-12, method=Fire(), leave_saddles=False).system
 
 
 @cache

@@ -321,7 +321,7 @@ def test_a_saddle_is_refused():
     law = ms.potentials.lennard_jones(4.0, 5.0)
     square = np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
     start = ms.System.create(1.1 * square, None, law, {"sigma": 1.0, "epsilon": 1.0})
-    eq = ms.minimize(start, method=ms.relaxation.Fire())
+    eq = ms.minimize(start, method=ms.relaxation.Fire(), leave_saddles=False)
     with pytest.raises(ms.ConvergenceError, match="negative curvature"):
         ms.jvp(eq, {"sigma": 1.0}, solve=Direct())
     left = ms.minimize(start)  # the default leaves it, for the rhombus
