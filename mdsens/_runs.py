@@ -182,7 +182,7 @@ class Run:
         until = self.max_steps if until is None else min(until, self.max_steps)
         method = self.method
         if self.state is None:
-            self.state = at_rest(self.system.positions, self.limits.stiffness, method)
+            self.state = at_rest(self.system.positions, self.limits, method)
         best, standing = np.inf, 0
         while self.steps < until and not self.stands:
             target = max(near, self.tested)
@@ -267,7 +267,8 @@ def _begin(batch: System, method: Any) -> tuple[Any, ...]:
 
     def one(system: System) -> tuple[Any, ...]:
         length, stiffness = jax.tree.map(lambda x: x.astype(system.positions.dtype), scales(system))
-        return length, Limits.of((length, stiffness), method), at_rest(system.positions, stiffness, method)
+        limits = Limits.of((length, stiffness), method)
+        return length, limits, at_rest(system.positions, limits, method)
 
     return jax.vmap(one)(batch)
 

@@ -94,7 +94,7 @@ def between(one: System, other: System, band: ElasticBand = ElasticBand()) -> tu
     limits = Limits.of((length, stiffness), band.fire)
     ends = jnp.stack([one.positions, jnp.asarray(last, one.positions.dtype)])
     heights = jnp.stack([potential_energy(one), potential_energy(other)])
-    steps, state = 0, band.fire.minimizer(lambda R, **_: jnp.zeros_like(R), None, stiffness)[0](chain)
+    steps, state = 0, band.fire.minimizer(lambda R, **_: jnp.zeros_like(R), None, limits)[0](chain)
     target = band.stop * length * stiffness
     while True:
         places = band.fire.positions(state)
@@ -178,7 +178,7 @@ def _advance(
         state = apply(state)
         return state, steps + 1, jnp.max(jax.vmap(largest_force)(method.forces(state)))
 
-    _, apply = method.minimizer(forces, shift, limits.stiffness)
+    _, apply = method.minimizer(forces, shift, limits)
     state = method.with_forces(state, forces(method.positions(state)))
     start = (state, jnp.zeros((), jnp.int32), jnp.asarray(jnp.inf, limits.stiffness.dtype))
     state, steps, left = jax.lax.while_loop(unfinished, one_more, start)

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import importlib.util
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,13 @@ def _jax_md_minimize() -> Any:
     return minimize
 
 
+class FireState(NamedTuple):
+    """jax-md's state, whose forces, momenta and masses are multiplied by ``unit``."""
+
+    inner: Any
+    unit: jax.Array
+
+
 @dataclasses.dataclass(frozen=True)
 class Fire:
     """jax-md's FIRE (Bitzek et al., Phys. Rev. Lett. 97, 170201, 2006), in the system's own units of length and time.
@@ -68,10 +75,21 @@ class Fire:
         check_positive(self, ("dt_start", "dt_max", "max_step", "f_inc", "f_dec", "alpha_start", "f_alpha"))
         check_whole(self, "n_min")
 
-    def minimizer(self, forces: Any, shift: Any, stiffness: jax.Array) -> tuple[Any, Any]:
-        """jax-md's functions (init, apply), with a mass that brings the stiffest vibration to a fixed frequency."""
+    def minimizer(self, forces: Any, shift: Any, limits: Any) -> tuple[Any, Any]:
+        """jax-md's functions (init, apply), with a mass that brings the stiffest vibration to a fixed frequency.
+
+        jax-md adds 1e-6 to the square of the forces' norm, whatever their unit: below a norm of 1e-3 its velocities no
+        longer turn towards the forces, and with forces in newtons they never do. So forces, momenta and masses are
+        given to it multiplied by a number that leaves the run as it is and makes the 1e-6 nothing: round-off of the
+        largest force that a particle may have is then 1.
+        """
+        unit = 1.0 / (jnp.finfo(jnp.asarray(limits.strongest).dtype).eps * limits.strongest)
+
+        def scaled(positions: jax.Array, **given: Any) -> jax.Array:
+            return unit * forces(positions, **given)
+
         init, apply = _jax_md_minimize().fire_descent(
-            forces,
+            scaled,
             shift,
             dt_start=self.dt_start,
             dt_max=self.dt_max,
@@ -85,34 +103,39 @@ class Fire:
         def start(positions: jax.Array) -> Any:
             # jax-md keeps step sizes in float16 where they fit, which a loop cannot carry
             dtype = positions.dtype
-            return dataclasses.replace(
-                init(positions, mass=jnp.asarray(stiffness / 10.0, dtype)),
+            inner = dataclasses.replace(
+                init(positions, mass=jnp.asarray(unit * limits.stiffness / 10.0, dtype)),
                 dt=jnp.asarray(self.dt_start, dtype),
                 alpha=jnp.asarray(self.alpha_start, dtype),
             )
+            return FireState(inner, jnp.asarray(unit, dtype))
 
-        return start, apply
+        def step(state: FireState) -> FireState:
+            return FireState(apply(state.inner), state.unit)
+
+        return start, step
 
     def force_limit(self, longest: jax.Array, stiffness: jax.Array) -> jax.Array:
         """The force that moves a particle by ``longest`` in one time step."""
         return longest * stiffness / (10.0 * self.dt_max**2)
 
     @staticmethod
-    def positions(state: Any) -> jax.Array:
-        return state.position
+    def positions(state: FireState) -> jax.Array:
+        return state.inner.position
 
     @staticmethod
-    def with_forces(state: Any, forces: jax.Array) -> Any:
-        return dataclasses.replace(state, force=forces)
+    def with_forces(state: FireState, forces: jax.Array) -> FireState:
+        return FireState(dataclasses.replace(state.inner, force=state.unit * forces), state.unit)
 
     @staticmethod
-    def forces(state: Any) -> jax.Array:
-        return state.force
+    def forces(state: FireState) -> jax.Array:
+        return state.inner.force / state.unit
 
     @staticmethod
-    def at_stiffness(state: Any, stiffness: jax.Array) -> Any:
+    def at_stiffness(state: FireState, stiffness: jax.Array) -> FireState:
         """The state with the mass for a largest stiffness that was measured."""
-        return dataclasses.replace(state, mass=jnp.full_like(state.mass, MEASURED * stiffness / 10.0))
+        mass = state.unit * MEASURED * stiffness / 10.0
+        return FireState(dataclasses.replace(state.inner, mass=jnp.full_like(state.inner.mass, mass)), state.unit)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,13 +153,13 @@ class GradientDescent:
     def __post_init__(self) -> None:
         check_positive(self, ("step_size", "max_step"))
 
-    def minimizer(self, forces: Any, shift: Any, stiffness: jax.Array) -> tuple[Any, Any]:
+    def minimizer(self, forces: Any, shift: Any, limits: Any) -> tuple[Any, Any]:
         """A pair of functions (init, apply) on the state (positions, forces)."""
 
         def given(R: jax.Array, held: jax.Array, **_: Any) -> jax.Array:
             return held
 
-        step_size: Any = self.step_size / stiffness
+        step_size: Any = self.step_size / limits.stiffness
         functions: Any = _jax_md_minimize().gradient_descent(given, shift, step_size)
         init, apply = functions
 

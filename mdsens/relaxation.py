@@ -138,7 +138,7 @@ def relax(system: System, tolerance: Any, max_steps: Any, method: Any) -> Equili
     # a fixed cutoff is a double where x64 is on: positions in single precision keep theirs through the loop
     length, stiffness = jax.tree.map(lambda x: jax.lax.stop_gradient(x).astype(dtype), scales(system))
     limits = Limits.of((length, stiffness), method)
-    state = at_rest(system.positions, stiffness, method)
+    state = at_rest(system.positions, limits, method)
     cut = 0.5 * limits.strongest  # what was cut is not small
 
     def aim(state: Any, pairs: Any) -> tuple[jax.Array, jax.Array]:

@@ -31,7 +31,11 @@ POWERS = 20  # of the Hessian, in a power iteration
 MARGIN = 10.0  # of the force left over the law's length: the stiffness that it can make or take
 RELAXED = 1e-4  # of the mean pair force: a larger force left is that of no minimum
 GOAL = 1e-12  # of the mean pair force: what a relaxation goes down to where no tolerance is given
-UNITS = 4.0  # of round-off that the force on a particle is uncertain by, for the pairs that it is made of
+# Units of round-off that the force on a particle is uncertain by, for the pairs that it is made of. Measured where FIRE
+# comes to stand, on eight systems of 128 to 1,024 particles (discs and spheres of both exponents, a glass, a crystal
+# with a vacancy, springs): the largest force is 0.6 to 1.3 such units in the median, 2.7 at most, and grows with the
+# number of particles among which it is the largest.
+UNITS = 4.0
 IDLE = 1e-8  # of the potential's own force: a smaller one, that no contact exceeds, is an overlap that opens
 BENT = 0.01  # strain of a pair that attracts, whose force is a force of its potential
 PROBES = 4  # random changes of the last digit, of a potential that is more than pairs

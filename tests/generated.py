@@ -21,9 +21,9 @@ from scipy.sparse.csgraph import connected_components
 import mdsens as ms
 from mdsens import neighbours
 from mdsens.implicit import CG, GMRES, MINRES, Auto, BiCGSTAB, Direct, Method
-from mdsens.scales import round_off
+from mdsens.scales import round_off, scales
 from mdsens.stationarity import Unknowns, dense_hessian, max_force
-from mdsens.system import box_at, potential_energy
+from mdsens.system import box_at, pair_distances, pair_terms, potential_energy
 
 EPS = float(np.finfo(float).eps)
 SOLVERS: dict[str, Callable[..., Method]] = {
@@ -44,7 +44,8 @@ class Shape:
 
     Attributes:
       n, d: particles and dimension.
-      law: a key of ``LAWS``, or "springs", or a sum of keys with " + ".
+      law: a key of ``LAWS``, or "springs" (a chain and random bonds), or "ring" (a chain through the cell that closes
+        on its own image), or a sum of keys with " + ".
       box: "open", "cube", "triclinic", "fraction" (follows the packing fraction), "tilted fraction", "function".
       sigma, epsilon: "scalar", "species" (two), "particle" or "matrix" (of two species).
       solver: that of the ordinary run; a long one takes ``long_solvers``.
@@ -99,6 +100,12 @@ LONG_SHAPES = (
     Shape(7, 3, "springs", "triclinic"),
     Shape(5, 2, "embedded", "cube"),
     Shape(200, 3, "soft_sphere", "fraction", "species", share=0.05),
+    Shape(5, 3, "all pairs", "open"),
+    Shape(12, 2, "soft_sphere", "cube"),
+    Shape(12, 2, "ring", "cube"),
+    Shape(20, 2, "soft_sphere", "cube", "species"),
+    Shape(100, 2, "soft_sphere", "cube", share=0.15),
+    Shape(1, 2, "soft_sphere", "cube"),
 )
 
 
@@ -131,7 +138,15 @@ def _embedded(positions: jax.Array, params: Any, displacement: Any) -> jax.Array
     return jnp.sum((density - params["wanted"]) ** 2)
 
 
+def _all_pairs(positions: jax.Array, params: Any, displacement: Any) -> jax.Array:
+    """Lennard-Jones, as an energy of which nothing is known but its value."""
+    i, j = np.triu_indices(positions.shape[0], 1)
+    s6 = (params["size"] ** 2 / jnp.sum((positions[i] - positions[j]) ** 2, axis=-1)) ** 3
+    return 4.0 * params["depth"] * jnp.sum(s6 * s6 - s6)
+
+
 LAWS: dict[str, Any] = {
+    "all pairs": ms.potentials.from_energy(_all_pairs, ("size", "depth")),
     "soft_sphere": ms.potentials.soft_sphere(),
     "lennard_jones": ms.potentials.lennard_jones(2.0, 2.5),
     "morse": ms.potentials.morse(1.5, 1.8),
@@ -147,7 +162,8 @@ LAWS: dict[str, Any] = {
     "trap": ms.potentials.from_energy(_trap, ("trap",)),
     "embedded": ms.potentials.from_energy(_embedded, ("reach", "wanted")),
 }
-SCALED = {"soft_sphere", "bump", "springs", "trap", "embedded"}  # no length in them is fixed, so any unit will do
+# no length in them is fixed, so any unit will do
+SCALED = {"soft_sphere", "bump", "springs", "ring", "trap", "embedded", "all pairs"}
 
 
 def _cell(params: Any) -> jax.Array:
@@ -163,15 +179,16 @@ class Case:
     """One generated problem.
 
     Attributes:
-      start: "random", "lattice", "collinear", "twins" (two particles nearly at one place), "clumped", or the
-        fractional coordinates themselves.
+      start: "random", "lattice", "collinear", "regular polygon", "twins" (two particles nearly at one place),
+        "clumped", "rows" (parallel and evenly spaced), or the fractional coordinates themselves.
       jitter: what is added to a lattice, a line or a twin, relative to the cell.
       fill: the packing fraction; density where the law has no sigma.
       sigma_decades, epsilon_decades: decades between the largest and smallest value.
       length, energy: the units, as powers of ten.
       bond_strain: how far rest lengths are from the distances at the start.
       trap: "round", "plane", "oblique" or "full".
-      tolerance: of the relaxation in its units, relative.
+      tolerance: of the relaxation in its units, relative; None for the default.
+      pressure: at which the cell is relaxed too, in its units; None for a cell that stays.
       rtol: of the linear solver.
     """
 
@@ -188,7 +205,8 @@ class Case:
     energy: float = 0.0
     bond_strain: float = 0.0
     trap: str = "round"
-    tolerance: float = 1e-12
+    tolerance: float | None = None
+    pressure: float | None = None
     rtol: float = 1e-10
     cotangent: str = "random"
     crowded: bool = False
@@ -201,13 +219,16 @@ class Case:
 def cases(shape: Shape, long: bool) -> st.SearchStrategy[Case]:
     """All cases of one shape, the plain ones first."""
     usual = st.sampled_from
-    starts: Any = usual(["random", "random", "lattice", "collinear", "twins", "clumped"])
+    starts: Any = usual(["random", "random", "lattice", "collinear", "twins", "clumped", "regular polygon", "rows"])
     if shape.n <= 4:
         # special numbers, exact duplicates and denormals are what hypothesis draws here
         starts = starts | st.tuples(*[st.floats(0, 1)] * (shape.n * shape.d))
     decades = usual([0.0, 0.1, 0.1, 0.2, 0.5, 1.0, 3.0])
     scaled = all(law in SCALED for law in shape.law.split(" + "))
-    units = usual([0.0, 0.0, -3.0, 1.0, 3.0])
+    lengths = usual([0.0, 0.0, -3.0, 1.0, 3.0, -10.0, 10.0])
+    energies = usual([0.0, 0.0, -3.0, 1.0, 3.0, -9.0, -20.0, 10.0])
+    # what a cell at a pressure is held to is another oracle's: these cases are judged by their statuses and moduli
+    pressed = "soft_sphere" in shape.law.split(" + ") and shape.box in ("cube", "triclinic")
     return st.builds(
         Case,
         shape=st.just(shape),
@@ -215,15 +236,16 @@ def cases(shape: Shape, long: bool) -> st.SearchStrategy[Case]:
         seed=st.integers(0, 10_000),
         start=starts,
         jitter=usual([0.0, 1e-2, 1e-12, 1e-6, 1e-160]),
-        fill=usual([0.9, 1.0, 1.2, 1.6, 2.5, 0.84, 0.6, 0.3]) | st.floats(0.3, 3.0),
+        fill=usual([0.9, 1.0, 1.2, 1.6, 2.5, 0.84, 0.6, 0.3, 0.01]) | st.floats(0.3, 3.0),
         alpha=usual([2.0, 2.0, 2.5, 3.0]),
         sigma_decades=decades,
         epsilon_decades=decades,
-        length=units if scaled else st.just(0.0),
-        energy=units,
+        length=lengths if scaled else st.just(0.0),
+        energy=energies,
         bond_strain=usual([0.0, 0.05, 0.3, -0.3]),
         trap=usual(["round", "plane", "oblique", "full"]),
-        tolerance=usual([1e-12, 1e-12, 1e-9]),
+        tolerance=usual([None, None, 1e-12, 1e-9]),
+        pressure=usual([None] * 7 + [1e-2, 1e-4, 1e-9]) if pressed else st.none(),
         rtol=st.just(1e-13 if LONG_SHAPES.index(shape) % 3 == 1 else 1e-10),  # each compiles anew
         cotangent=usual(["random", "random", "one particle", "translation", "zero"]),
         crowded=usual([False] * 9 + [True]),
@@ -258,6 +280,17 @@ def _fractions(case: Case, rng: np.random.Generator) -> np.ndarray:
         line = np.full((n, d), 0.5)
         line[:, 0] = (np.arange(n) + 0.5) / n if case.seed % 2 else rng.random(n)
         return line + noise
+    if case.start == "regular polygon":
+        turn = 2.0 * np.pi * np.arange(n) / n
+        places = np.full((n, d), 0.5)
+        places[:, 0], places[:, 1] = 0.5 + 0.3 * np.cos(turn), 0.5 + 0.3 * np.sin(turn)
+        return places + noise
+    if case.start == "rows":
+        rows = max(1, round(n**0.5))
+        places = np.full((n, d), 0.5)
+        places[:, 0] = (np.arange(n) // rows + 0.5) / -(-n // rows)
+        places[:, 1] = (np.arange(n) % rows + 0.5) / rows
+        return places + noise
     if case.start == "twins":
         places = rng.random((n, d))
         places[1] = places[0] + noise[0]
@@ -300,6 +333,8 @@ def inputs(case: Case) -> Inputs:
         params["alpha"] = 2.0 * case.alpha / length
     if "embedded" in names:
         params |= {"reach": length, "wanted": 2.0}
+    if "all pairs" in names:
+        params |= {"size": length, "depth": energy}
     if "trap" in names:
         rows = {
             "round": np.eye(d),
@@ -345,9 +380,12 @@ def inputs(case: Case) -> Inputs:
     if shape.box == "function":
         cell = np.asarray(_cell(params))
     positions = _fractions(case, rng) @ cell.T
-    laws = [LAWS[name] for name in names if name != "springs"]
-    if "springs" in names:
-        bonds = _bonds(n, rng)
+    laws = [LAWS[name] for name in names if name not in ("springs", "ring")]
+    if "ring" in names:  # each particle next to the one before it, and the last one next to the first one's image
+        positions = (np.stack([(np.arange(n) + 0.5) / n, *[np.full(n, 0.5)] * (d - 1)], axis=1)) @ cell.T
+        positions = positions + case.jitter * cell[0, 0] * rng.standard_normal((n, d))
+    if {"springs", "ring"} & set(names):
+        bonds = _bonds(n, rng) if "springs" in names else np.stack([np.arange(n), (np.arange(n) + 1) % n], axis=1)
         vectors = positions[bonds[:, 0]] - positions[bonds[:, 1]]
         if box is not None:
             vectors = vectors - np.round(vectors @ np.linalg.inv(cell).T) @ cell.T
@@ -426,6 +464,37 @@ def _observable(door: str) -> Any:
     return getattr(ms.observables, door.removeprefix("gradient of "))
 
 
+def _pair_forces(system: ms.System) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """i, j and |phi'| of all pairs of the list."""
+    found = []
+    for term in pair_terms(system):
+        if term.i.size:
+            r = pair_distances(term, system.positions, system.box)
+            slope = jax.grad(lambda r, term=term: jnp.sum(term.energy(r)))(r)
+            found.append((np.asarray(term.i), np.asarray(term.j), np.abs(np.asarray(slope))))
+    return found
+
+
+def strongest_pair(system: ms.System) -> float:
+    """The largest force of a pair; inf where the energy is more than pairs."""
+    if not system.potential.pairwise:
+        return np.inf
+    return max((float(f.max(initial=0.0)) for *_, f in _pair_forces(system)), default=0.0)
+
+
+@jax.jit
+def _strained(system: ms.System) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """d2U/dstrain2 (d, d, d, d), d2U/dR dstrain (n, d, d, d) and the volume."""
+
+    def energy(R: jax.Array, strain: jax.Array) -> jax.Array:
+        return potential_energy(system, R, strain=0.5 * (strain + strain.T))
+
+    place = system.positions, jnp.zeros((system.dimension, system.dimension))
+    affine = jax.jacfwd(jax.grad(energy, argnums=1), argnums=1)(*place)
+    mixed = jax.jacfwd(jax.grad(energy, argnums=0), argnums=1)(*place)
+    return affine, mixed, system.volume
+
+
 class Oracle:
     """Dense linear algebra at a minimum, on its backbone.
 
@@ -459,6 +528,22 @@ class Oracle:
         self.state, self.condition = self._state()
         self.mixed = {name: np.asarray(m).reshape(n * d, -1) for name, m in _mixed(self.backbone).items()}
         self.extent = float(np.max(np.abs(self.positions)))
+        self.doubtful = 10.0 * float(eq.max_force) / float(scales(eq.system)[0])
+        self.carried = np.zeros(n)
+        self.touching = False
+        for i, j, f in _pair_forces(eq.system):
+            np.maximum.at(self.carried, i, f)
+            np.maximum.at(self.carried, j, f)
+            weak = (f > 0) & (f <= 10.0 * float(eq.max_force)) & ~(self.rattlers[i] | self.rattlers[j])
+            self.touching = self.touching or bool(eq.system.potential.repulsive and weak.any())
+
+    def moduli(self) -> np.ndarray:
+        """V^-1 (d2U/dstrain2 - d2U/dstrain dR H^+ d2U/dR dstrain), (d, d, d, d)."""
+        affine, mixed, volume = (np.asarray(x) for x in _strained(self.backbone))
+        d = self.d
+        columns = mixed.reshape(self.n * d, d * d)
+        relaxed = np.array([self.solve(column) for column in columns.T]).T
+        return (affine - (columns.T @ relaxed).reshape(d, d, d, d)) / volume
 
     def _state(self) -> tuple[str, float]:
         if self.rattlers.all():
@@ -618,17 +703,25 @@ def judge(case: Case, max_steps: int = 3000) -> Record:
     )
     if system is None:
         return record
-    tolerance = case.tolerance * 10.0 ** (case.energy - case.length)
-    eq = attempt(record, "minimize", lambda: ms.minimize(system, tolerance=tolerance, max_steps=max_steps, throw=False))
+    unit, n, d = 10.0 ** (case.energy - case.length), system.n, system.dimension
+    how: dict[str, Any] = {"tolerance": None if case.tolerance is None else case.tolerance * unit}
+    if case.pressure is not None:
+        how["pressure"] = case.pressure * 10.0 ** (case.energy - d * case.length)
+        max_steps = 20 * max_steps
+    eq = attempt(record, "minimize", lambda: ms.minimize(system, max_steps=max_steps, throw=False, **how))
     if eq is None:
         return record
     status = ms.Status(int(eq.status))
     if status.good:
-        largest = true_force(eq.system)
-        if not (_finite(eq.positions) and largest <= 1.01 * tolerance + float(round_off(eq.system))):
+        largest, reach = true_force(eq.system), max(float(eq.tolerance), float(eq.force_floor))
+        if not (_finite(eq.positions) and largest <= 1.01 * reach + float(round_off(eq.system))):
             record.complaints.append(
                 f"minimize: {status.name} at max_force {float(eq.max_force):.2e}, but the force is {largest:.2e}"
             )
+        if case.tolerance is None and not largest <= 1e-3 * strongest_pair(eq.system) and n * d < 1000:
+            # a force that stands at round-off is that of nothing that is held
+            if largest > 2.0 * float(eq.force_floor):
+                record.complaints.append(f"minimize: {status.name}, but the force left {largest:.2e} is a pair's")
     record.outcome = "unconverged"
     oracle = None
     if status.good and not record.complaints:
@@ -636,9 +729,66 @@ def judge(case: Case, max_steps: int = 3000) -> Record:
         record.outcome, record.condition = oracle.state, oracle.condition
         if oracle.state == "stable" and oracle.null_space_off > 1e-6:
             record.complaints.append(f"linearize: its null space is off by {oracle.null_space_off:.1e}")
-    _doors(record, eq, oracle)
-    _certified(record, eq, oracle)
+    if oracle is not None:
+        _network(record, eq, oracle)
+    if case.pressure is None:
+        _doors(record, eq, oracle)
+        _certified(record, eq, oracle)
+    _elastic(record, eq, oracle)
     return record
+
+
+def _settled(oracle: Oracle) -> bool:
+    """Whether the sign of the lowest eigenvalue is beyond doubt, of round-off and of what the force left can do."""
+    return bool(oracle.values.size and abs(oracle.values[0]) > max(1e-8 * oracle.largest, oracle.doubtful))
+
+
+def _network(record: Record, eq: ms.Equilibrium, oracle: Oracle) -> None:
+    """A saddle is not where a relaxation ends, and what carries force is no rattler."""
+    if oracle.state == "saddle" and _settled(oracle) and not oracle.touching:
+        record.complaints.append(
+            f"minimize: {ms.Status(int(eq.status)).name} at a saddle, lowest {oracle.values[0]:.2e}"
+        )
+    if oracle.carried.max(initial=0.0) <= 0:
+        return
+    squeezed = np.flatnonzero(oracle.rattlers & (oracle.carried > 1e-3 * oracle.carried.max()))
+    if squeezed.size and oracle.carried.max() > 1e3 * float(eq.max_force):
+        k = int(squeezed[0])
+        record.complaints.append(
+            f"linearize: particle {k} is a rattler that carries a force of {oracle.carried[k]:.2e}"
+        )
+
+
+def _elastic(record: Record, eq: ms.Equilibrium, oracle: Oracle | None) -> None:
+    """Moduli that are those of dense linear algebra, or a status."""
+    if eq.system.box is None or not (record.case.pressure is not None or record.case.seed % 4 == 0):
+        return
+    outcome = record.outcome
+    m = attempt(record, "moduli", lambda: ms.elasticity.moduli(eq, throw=False))
+    record.outcome = outcome
+    if m is None:
+        return
+    status = ms.Status(int(np.max(np.asarray(m.stats.status))))
+    if not status.good:
+        return
+    if outcome in ("unconverged", "unjammed", "saddle"):
+        if outcome != "saddle" or (oracle is not None and _settled(oracle)):
+            record.complaints.append(f"moduli: {status.name} on an {outcome} minimum")
+        return
+    assert oracle is not None
+    tensor = np.asarray(m.tensor)
+    got = [float(x) for x in (m.bulk, m.shear, m.poisson)]
+    if not (np.isfinite(tensor).all() and np.isfinite(got).all()):
+        record.complaints.append(f"moduli: {status.name} with values that are not finite")
+        return
+    d = oracle.d
+    if not (got[0] > 0 and got[1] > 0 and -1.0 <= got[2] <= (1.0 if d == 2 else 0.5)):
+        record.complaints.append(f"moduli: {status.name} with bulk {got[0]:.3g}, shear {got[1]:.3g}, nu {got[2]:.3g}")
+    if oracle.state == "stable":
+        want = oracle.moduli()
+        off = np.abs(tensor - want).max() / max(np.abs(want).max(), 1e-9 * np.abs(np.asarray(m.affine)).max())
+        if not off <= 1e-6 + 100 * EPS * oracle.condition:
+            record.complaints.append(f"moduli: {status.name}, but off by {off:.1e} (condition {oracle.condition:.1e})")
 
 
 def _certified(record: Record, eq: ms.Equilibrium, oracle: Oracle | None) -> None:
@@ -719,6 +869,8 @@ def _doors(record: Record, eq: ms.Equilibrium, oracle: Oracle | None) -> None:
         status = result.status
         if outcome in ("unconverged", "unjammed") and status.good:
             record.complaints.append(f"{door}: {status.name} on an {outcome} minimum")
+        if outcome == "saddle" and status.good and oracle is not None and _settled(oracle) and _asks(result):
+            record.complaints.append(f"{door}: {status.name} at a saddle")
         if not status.good:
             within = oracle is None or case.rtol >= oracle.attainable(door, dparams, w)
             record.answers.append(Answer(door, case.solver, status, attainable=within))
@@ -736,6 +888,11 @@ def _doors(record: Record, eq: ms.Equilibrium, oracle: Oracle | None) -> None:
                     f"off by {error:.1e} (allowed {allowed:.1e}, condition {oracle.condition:.1e})"
                 )
         record.answers.append(Answer(door, case.solver, status, error, allowed))
+
+
+def _asks(result: ms.Response) -> bool:
+    """Whether a derivative was more than the zero of a right-hand side that is none."""
+    return float(np.max(np.asarray(result.stats.iterations), initial=0)) > 0
 
 
 def _must_raise(record: Record, door: str, call: Any) -> None:

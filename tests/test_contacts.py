@@ -79,7 +79,7 @@ def test_a_contact_carries_ten_times_the_largest_net_force():
 
 
 def test_what_carries_force_between_two_contacts_is_no_rattler():
-    """A row of discs that presses on itself through the cell: each has two contacts, less than the three of a rattler."""
+    """A row of discs that presses on itself through the cell: each has two contacts, where three would hold it."""
     row = np.stack([np.arange(12) * (20.0 / 24.0), np.full(12, 10.0)], axis=1)
     net = contacts.network(discs(row, box=10.0), 1e-14)
     assert not np.any(net.rattlers[:12]) and np.array_equal(net.contacts[:12], np.full(12, 2))

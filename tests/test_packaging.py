@@ -166,8 +166,9 @@ def test_make_refuses_an_old_python_with_the_remedy(tmp_path: Path):
 MINIMISERS = """
 import sys
 from mdsens.relaxation import Fire
+from mdsens.scales import Limits
 from mdsens.minimisers import _jax_md_minimize as module
-Fire().minimizer(lambda R: R, lambda R, dR: R + dR, 1.0)
+Fire().minimizer(lambda R: R, lambda R, dR: R + dR, Limits(1.0, 1.0, 1.0))
 assert not [name for name in sys.modules if name.split(".")[0] in ("jax_md", "flax", "haiku")]
 import jax_md
 assert jax_md.energy.soft_sphere and jax_md.minimize.fire_descent and jax_md.__file__

@@ -62,7 +62,7 @@ def _machine(system: System, params: Params, method: Any, limits: Limits) -> tup
     def shift(R: jax.Array, dR: jax.Array, **_: Any) -> jax.Array:
         return R + shortened(dR, limits.longest)
 
-    return method.minimizer(forces, shift, limits.stiffness)
+    return method.minimizer(forces, shift, limits)
 
 
 def _floats(state: Any) -> list[jax.Array]:
