@@ -61,7 +61,8 @@ def parser(
         made.add_argument(
             "--tolerance",
             type=_positive,
-            help="largest net force on a particle to relax to, in the system's units (default: the system's, or 1e-12)",
+            help="largest net force on a particle to relax to, in the system's units (default: the system's, or 1e-12 "
+            "of the mean force of its pairs, as far as round-off allows)",
         )
 
     def pressed(made: argparse.ArgumentParser) -> None:

@@ -150,11 +150,14 @@ def relaxation(eq: Equilibrium, net: Network, more: _tables.Rows = ()) -> str:
     """How the minimum was found, and what holds it."""
     given, status = eq.system, Status(int(eq.status))
     largest, mean, pairs = float(eq.max_force), float(net.mean_force), int(net.pairs)
-    force = f"{largest:.2e} on any particle (tolerance {float(eq.tolerance):.0e})"
+    reach = f"tolerance {float(eq.tolerance):.0e}, round-off {float(eq.force_floor):.0e}"
+    force = f"{largest:.2e} on any particle ({reach})"
     rattlers = int(np.sum(np.asarray(net.rattlers)))
     rows = [("status", f"{status.name}: {status.sentence}"), ("steps", f"{int(eq.steps):,} in {eq.wall_time:.1f} s")]
     if eq.pressure is not None:
         rows.append(("pressure", eq.cell_in_words()))
+    if int(eq.saddles):
+        rows.append(("saddles", eq.saddles_in_words()))
     if given.potential.repulsive:
         z = 2.0 * pairs / max(given.n - rattlers, 1)
         if pairs:

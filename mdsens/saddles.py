@@ -21,12 +21,13 @@ from mdsens.bands import ElasticBand, between
 from mdsens.climbing import ROUND_OFF, EigenvectorFollowing, loose_stiffness, walk
 from mdsens.implicit.status import InputError, PrecisionError, Status, raise_for_status
 from mdsens.relaxation import Equilibrium, minimize
-from mdsens.scales import round_off, scales
+from mdsens.scales import force_scale, round_off, scales
 from mdsens.system import System, require_unconstrained
 
 __all__ = ["EigenvectorFollowing", "ElasticBand", "find_saddle", "sides"]
 
 Params = Mapping[str, Any]
+GOAL = 1e-10  # of the mean pair force: the largest force that counts as none at a saddle
 
 
 def find_saddle(
@@ -36,7 +37,7 @@ def find_saddle(
     direction: Any = None,
     towards: System | Equilibrium | None = None,
     band: ElasticBand = ElasticBand(),
-    tolerance: float = 1e-10,
+    tolerance: float | None = None,
     method: EigenvectorFollowing = EigenvectorFollowing(),
     max_steps: int = 1000,
     throw: bool = True,
@@ -53,7 +54,8 @@ def find_saddle(
       direction: (n, d), along which to climb from a minimum until a mode turns negative; None for the softest mode.
       towards: the minimum on the other side: the walk begins at the highest image of a ``band`` between the two.
       band: its options.
-      tolerance: the largest force on a particle to reach, in the potential's units.
+      tolerance: the largest force on a particle to reach, in the potential's units; where None, 1e-10 of the mean pair
+        force, or what round-off leaves if that is more.
       method: the options of the walk.
       max_steps: of the walk and of Newton's method together.
       throw: raise where no saddle is reached; with False the status says so instead.
@@ -68,7 +70,7 @@ def find_saddle(
       of higher order; and what was reached as ``result``.
     """
     began = time.perf_counter()
-    system = _checked(start, params, tolerance, method, max_steps)
+    system, tolerance = _checked(start, params, tolerance, method, max_steps)
     if towards is None:
         way = _direction(direction, system)
     else:
@@ -131,7 +133,7 @@ def sides(
     return beside(1.0), beside(-1.0)
 
 
-def _checked(start: Any, params: Params | None, tolerance: Any, method: Any, max_steps: Any) -> System:
+def _checked(start: Any, params: Params | None, tolerance: Any, method: Any, max_steps: Any) -> tuple[System, float]:
     system = start.system if isinstance(start, Equilibrium) else start
     if not isinstance(system, System):
         raise InputError(f"find_saddle got a {type(start).__name__}: give a System or an Equilibrium.")
@@ -142,17 +144,20 @@ def _checked(start: Any, params: Params | None, tolerance: Any, method: Any, max
         raise InputError("find_saddle holds the cell, and this minimum is at a pressure: give its system.")
     if not isinstance(method, EigenvectorFollowing):
         raise InputError(f"method is {short(method)}: give EigenvectorFollowing() of ms.saddles.")
-    if not 0 < real_number("tolerance", tolerance) <= sys.float_info.max:
-        raise InputError(f"tolerance is {short(tolerance)}: give a positive number.")
+    if tolerance is not None and not 0 < real_number("tolerance", tolerance) <= sys.float_info.max:
+        raise InputError(f"tolerance is {short(tolerance)}: give a positive number, or None.")
     if not real_number("max_steps", max_steps) >= 1:
         raise InputError(f"max_steps is {short(max_steps)}: give 1 or more.")
     system = system.reallocate(keep=True) if params is None else system.with_params(params)
+    if tolerance is None:
+        scale = force_scale(system, *scales(system), 0.0)
+        return system, max(GOAL * float(scale.mean), float(scale.floor))
     floor = round_off(system)
     if tolerance < 0.05 * floor:
         raise PrecisionError(
             f"tolerance {tolerance:.0e} is out of reach in {system.positions.dtype}: raise it to {floor:.0e} or more."
         )
-    return system
+    return system, tolerance
 
 
 def _other_side(towards: Any, system: System, direction: Any, band: Any) -> System:

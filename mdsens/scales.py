@@ -131,9 +131,9 @@ class ForceScale(NamedTuple):
         largest one left on a particle, and that one is 1e-8 at most of the potential's own.
     """
 
-    mean: jax.Array
-    floor: jax.Array
-    idle: jax.Array
+    mean: Any
+    floor: Any
+    idle: Any
 
 
 @jax.jit
@@ -161,7 +161,7 @@ def force_scale(system: System, length: jax.Array, stiffness: jax.Array, left: A
     n, d = system.positions.shape
     dtype, x = system.positions.dtype, components(system.positions)
     eps, images = jnp.finfo(dtype).eps, nearest_images(system.box)
-    size = sum(c * c for c in x)
+    size: Any = sum(c * c for c in x)
     total, count, contacts = jnp.zeros((), dtype), jnp.zeros((), dtype), jnp.zeros((), dtype)
     noise = jnp.zeros(n, dtype)
     for term in row_terms(system):

@@ -158,7 +158,7 @@ def test_the_certificate_is_of_a_saddle():
     d = ms.certify(beside, {"sigma": 1.0})
     off = np.asarray(ms.linearize(saddle).null.project(Unknowns(jnp.asarray(away))).positions)
     assert d.newton == pytest.approx(np.linalg.norm(off), rel=1e-3) and d.newton <= d.distance
-    right, wrong = (ms.jvp(eq, {"sigma": 1.0}).value for eq in (saddle, beside))
+    right, wrong = (ms.jvp(eq, {"sigma": 1.0}, throw=False).value for eq in (saddle, beside))
     turn = np.linalg.norm(wrong - right) / np.linalg.norm(right)
     assert 0.3 * turn < d.error < 3.0 * turn and d.bound > d.error
 

@@ -24,7 +24,6 @@ from mdsens.implicit.status import InputError, Status
 from mdsens.linearization import full_tangent, linearize
 from mdsens.minimisers import Fire, GradientDescent
 from mdsens.relaxation import Equilibrium, minimize
-from mdsens.scales import round_off
 from mdsens.sensitivity import jvp
 from mdsens.stationarity import Unknowns, largest_force
 from mdsens.system import System, require_unconstrained
@@ -36,7 +35,6 @@ Params = Mapping[str, Any]
 STEPS = (30, 100, 300, 1000, 3000)
 FORWARD = 3  # states that forward mode holds: the run, the tangent, and the perturbation of the start
 AGREES = 1e-4  # error from which on the unrolled derivative is taken as that of the minimum
-TOLERANCE = 1e-12  # of the minimum that the run leads to
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -165,8 +163,7 @@ def unrolled(
     for count in counts:
         run.advance(int(count))
         rows.append((run.positions, run.tangent, run.perturbation, float(largest_force(method.forces(run.state)))))
-    tolerance = max(TOLERANCE, round_off(system))
-    eq = minimize(run.system.replace(positions=run.positions).reallocate(), tolerance=tolerance, progress=False)
+    eq = minimize(run.system.replace(positions=run.positions).reallocate(), progress=False)
     lin = linearize(eq)
     response = jvp(lin, dparams, throw=False)
 
