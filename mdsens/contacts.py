@@ -26,7 +26,7 @@ from mdsens.laws import PairTerm
 from mdsens.slopes import row_terms
 from mdsens.system import System, potential_energy
 
-__all__ = ["Network", "backbone", "coordination", "network", "pair_forces", "touching"]
+__all__ = ["Network", "backbone", "coordination", "network", "pair_forces"]
 
 FORCE_MARGIN = 10.0  # contacts carry this many times the largest net force
 # Of the mean contact force: what a particle with too few contacts may carry and still be a rattler. Its transverse
@@ -50,6 +50,9 @@ class Network:
       wraps: (n,) by label, True where the cluster meets its own image, so that it cannot turn.
       mean_force: mean force of the contacts, 0 where there is none.
       pairs: number of contacts in all.
+      touching: whether two particles that are no rattlers touch with a force so small that it may be none, as the rows
+        of some symmetric packings do. They may be in contact or not, and so the Hessian, its negative modes and all
+        derivatives are not known. A gap counts that the largest force left could close.
     """
 
     rattlers: jax.Array
@@ -60,6 +63,7 @@ class Network:
     wraps: jax.Array
     mean_force: jax.Array
     pairs: jax.Array
+    touching: jax.Array
 
     @property
     def unjammed(self) -> jax.Array:
@@ -226,7 +230,8 @@ def network(system: System, max_force: jax.Array | float, least: int | None = No
         zero = jnp.zeros((), system.positions.dtype)
         wraps = jnp.full(n, system.box is not None)
         none = jnp.zeros(n, bool)
-        return Network(none, none, zeros, zeros, system.positions, wraps, zero, jnp.zeros((), jnp.int32))
+        never = jnp.zeros((), bool)
+        return Network(none, none, zeros, zeros, system.positions, wraps, zero, jnp.zeros((), jnp.int32), never)
     images, x = nearest_images(system.box), components(system.positions)
     terms, bonds, distances = row_terms(system), [], []
     for term in terms:
@@ -280,34 +285,21 @@ def network(system: System, max_force: jax.Array | float, least: int | None = No
             met = jnp.any(torn, axis=0) if e.rows else jnp.zeros(n, bool).at[e.i].max(torn)
             wraps = wraps.at[labels].max(met)
     count = jnp.round(pairs).astype(jnp.int32)
+    touch = jnp.zeros((), bool)
+    if law.repulsive:
+        other = jnp.minimum(terms[0].j, n - 1)
+        apart = loose[terms[0].i] | loose[other] | (bodies[terms[0].i] == bodies[other]) | ~terms[0].mask
+        touch = jnp.any(_may_touch(terms, distances[0], forces[0], max_force) & ~apart)
     alone = jnp.zeros(n, jnp.int32).at[bodies].add(1)[bodies] == 1
-    return Network(loose & alone, loose, contacts, labels, whole, wraps, pull / jnp.maximum(pairs, 1), count)
+    return Network(loose & alone, loose, contacts, labels, whole, wraps, pull / jnp.maximum(pairs, 1), count, touch)
 
 
-def touching(system: System, net: Network, max_force: Any) -> jax.Array:
-    """Whether two particles that are no rattlers touch with a force so small that it may be none.
-
-    As in symmetric packings, whose neighboring rows just touch. Such a pair may be in contact or not, and the Hessian,
-    its negative modes and all derivatives with it. A gap counts that the largest force left could close.
-    """
-    system = jax.lax.stop_gradient(system)
-    if not system.potential.repulsive:
-        return jnp.zeros((), bool)
-    images, x = nearest_images(system.box), components(system.positions)
-    eps = jnp.finfo(system.positions.dtype).eps
-    total, nearer = jnp.zeros(()), jnp.zeros(())
-    for term in row_terms(system):
-        apart = images(tuple(c[term.i] - c[term.j] for c in x))
-        r = jnp.sqrt(jnp.where(term.mask, sum(v * v for v in apart), 1.0))
-        closer = r * (1.0 - NEARLY)
-        firm = jnp.abs(pair_forces(term, closer)) / (NEARLY * r)  # of a pair in contact, stiffness or more
-        gap = FORCE_MARGIN * max_force / jnp.where(firm > 0, firm, 1.0) + 8.0 * eps * r
-        total = total + pair_forces(term, r)
-        nearer = nearer + pair_forces(term, r - gap)
-    other = jnp.minimum(term.j, system.n - 1)
-    held = ~(net.loose[term.i] | net.loose[other]) & term.mask
-    small = jnp.abs(total) <= FORCE_MARGIN * max_force
-    return jnp.any(held & small & (nearer > 0))
+def _may_touch(terms: tuple[PairTerm, ...], r: jax.Array, force: jax.Array, max_force: Any) -> jax.Array:
+    """Pairs of potentials that only repel that the largest force left leaves in contact or not."""
+    stiffness = sum(jnp.abs(pair_forces(t, r * (1.0 - NEARLY))) for t in terms) / (NEARLY * r)  # in contact, at least
+    gap = FORCE_MARGIN * max_force / jnp.where(stiffness > 0, stiffness, 1.0) + 8.0 * jnp.finfo(r.dtype).eps * r
+    small = jnp.abs(force) <= FORCE_MARGIN * max_force
+    return small & (sum(pair_forces(t, r - gap) for t in terms) > 0)
 
 
 def backbone(system: System, net: Network) -> System:

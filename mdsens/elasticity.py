@@ -377,6 +377,6 @@ def _of_system(system: System, solve: Method) -> Moduli:
 
     motion, stats = jax.vmap(one)(jnp.asarray(basis(system.dimension), system.positions.dtype))
     code = jnp.where(net.unjammed, Status.UNJAMMED.value, Status.CONVERGED.value)
-    code = jnp.where(unrelaxed(still, left), Status.UNCONVERGED.value, code)
+    code = jnp.where(unrelaxed(still, left, net.mean_force), Status.UNCONVERGED.value, code)
     stats = dataclasses.replace(stats, status=jnp.where(code > 0, code, stats.status))
     return _with_motion(held, motion, stats)

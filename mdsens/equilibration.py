@@ -91,7 +91,7 @@ def _equilibrate(
     """``equilibrate``, compiled once for each system shape and transformation."""
     start = jax.lax.stop_gradient(system.replace(params=params))
     eq = jax.lax.stop_gradient(relaxation.relax(start, tolerance, max_steps, method))
-    held, _, null = linearisation(eq.system, eq.max_force)
+    held, net, null = linearisation(eq.system, eq.max_force)
 
     def condition(x: Unknowns, p: Params) -> Unknowns:
         return energy_gradient(held, x, p)
@@ -109,6 +109,6 @@ def _equilibrate(
     x = found(Unknowns(eq.system.positions), params)
     stats = relaxation.stats(eq, method)
     if tolerance is not None:  # one that is small in no unit of the system's
-        far = unrelaxed(eq.system, eq.max_force) & (stats.status < Status.MAX_STEPS_REACHED.value)
+        far = unrelaxed(eq.system, eq.max_force, net.mean_force) & (stats.status < Status.MAX_STEPS_REACHED.value)
         stats = dataclasses.replace(stats, status=jnp.where(far, Status.UNCONVERGED.value, stats.status))
     return eq.system.replace(positions=x.positions, params=params), stats

@@ -16,7 +16,7 @@ from mdsens import lagrangian
 from mdsens._checks import real_array
 from mdsens.block_rows import BlockRows
 from mdsens.constrained import about_to_switch, constrained_null_space
-from mdsens.contacts import Network, touching
+from mdsens.contacts import Network
 from mdsens.enthalpy import Cell, deformed, enthalpy_slope
 from mdsens.implicit.operators import Auto, Direct, Method, check_method
 from mdsens.implicit.status import InputError, Status, raise_for_status, require_sound_jax
@@ -175,8 +175,8 @@ def force_left(system: System, net: Network, largest: Any) -> jax.Array:
     """
     if system.batch is not None:
         return jax.vmap(force_left)(system, net, largest)
-    code = jnp.where(touching(system, net, largest), Status.CONTACTS_UNSETTLED.value, Status.CONVERGED.value)
-    return jnp.where(unrelaxed(system, largest), Status.UNCONVERGED.value, code).astype(jnp.int32)
+    code = jnp.where(net.touching, Status.CONTACTS_UNSETTLED.value, Status.CONVERGED.value)
+    return jnp.where(unrelaxed(system, largest, net.mean_force), Status.UNCONVERGED.value, code).astype(jnp.int32)
 
 
 def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Linearization:

@@ -288,7 +288,7 @@ def _of_system(system: System, count: int, has_aux: bool) -> Any:
         return _mean(held, null, count)
     status = _modes(jax.lax.stop_gradient(held), null, count)[2]
     status = jnp.where(net.unjammed, Status.UNJAMMED.value, status)
-    status = jnp.where(unrelaxed(still, left), Status.UNCONVERGED.value, status)
+    status = jnp.where(unrelaxed(still, left, net.mean_force), Status.UNCONVERGED.value, status)
     return _mean(held, null, count), status.astype(jnp.int32)
 
 

@@ -158,7 +158,7 @@ def force_scale(system: System, length: jax.Array, stiffness: jax.Array, left: A
     Traceable. Nothing of it is differentiated.
     """
     system, length, stiffness = jax.lax.stop_gradient((system, length, stiffness))
-    n, d = system.positions.shape
+    n = system.n
     dtype, x = system.positions.dtype, components(system.positions)
     eps, images = jnp.finfo(dtype).eps, nearest_images(system.box)
     size: Any = sum(c * c for c in x)
@@ -184,9 +184,7 @@ def force_scale(system: System, length: jax.Array, stiffness: jax.Array, left: A
     if not system.potential.pairwise:
         length, stiffness = scales(system)  # its stiffness is that of one configuration
         floor = jnp.maximum(floor, _shaken(system))
-        mean = jnp.maximum(mean, BENT * stiffness * length)
-    elif not system.potential.repulsive:
-        mean = jnp.maximum(mean, BENT * stiffness / 2.0 ** (d + 1) * length)
+    mean = jnp.maximum(mean, _bent(system, length, stiffness))
     idle = system.potential.repulsive & (contacts == 0) & (left <= IDLE * stiffness * length)
     return ForceScale(mean, floor, idle)
 
@@ -237,17 +235,24 @@ class Limits(NamedTuple):
         return cls(longest, method.force_limit(longest, stiffness), stiffness)
 
 
-def unrelaxed(system: System, left: jax.Array) -> jax.Array:
-    """Whether the largest force left is that of no minimum, beside the mean pair force. Traceable.
+def unrelaxed(system: System, left: jax.Array, mean_force: jax.Array) -> jax.Array:
+    """Whether the largest force left is that of no minimum, beside the mean force of the contacts. Traceable.
 
-    In single precision round-off alone leaves as much; what is then known of a derivative is said by its own status.
+    Where nothing is in contact, the force of the potential's own length and stiffness takes its place. In single
+    precision round-off alone leaves as much; what is then known of a derivative is said by its own status.
     """
     length, stiffness = scales(system)
-    scale = force_scale(system, length, stiffness, left)
-    # nothing in contact is told elsewhere, and the last overlaps of an unjammed packing are as small as what is left
-    mean = jnp.where(scale.idle | (scale.mean == 0), length * stiffness, scale.mean)
+    mean = jnp.maximum(mean_force, _bent(system, length, stiffness))
     resolved = jnp.finfo(system.positions.dtype).eps < 1e-10
-    return resolved & (left > RELAXED * mean)
+    return resolved & (left > RELAXED * jnp.where(mean > 0, mean, length * stiffness))
+
+
+def _bent(system: System, length: jax.Array, stiffness: jax.Array) -> jax.Array:
+    """The force of a pair strained by 1 %, of a potential that does not only repel; without pairs by its stiffness."""
+    if system.potential.repulsive:
+        return jnp.zeros_like(length)
+    shared = 2.0 ** (system.dimension + 1) if system.potential.pairwise else 1.0  # see ``scales``
+    return BENT * stiffness / shared * length
 
 
 def doubtful_stiffness(system: System, left: float) -> float:
