@@ -1,8 +1,13 @@
-"""What became of a computation: an integer that jit can carry, a sentence that a person can act on, and the errors."""
+"""What became of a computation: an integer that jit can carry, a sentence that a person can act on, and the errors.
+
+Also what a record needs to reach another process as it is: :class:`Portable`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Callable, Mapping
 from enum import IntEnum
 from typing import Any
 
@@ -13,13 +18,16 @@ __all__ = [
     "ConvergenceError",
     "InputError",
     "MdsensError",
+    "Portable",
     "PrecisionError",
     "SolveStats",
     "Status",
     "TooLargeError",
     "UnsupportedVersionError",
+    "array_types",
     "raise_for_status",
     "require_sound_jax",
+    "restored",
     "short",
 ]
 
@@ -231,10 +239,50 @@ class ConvergenceError(MdsensError, RuntimeError):
         self.status = status
         self.result = result
 
+    def __reduce__(self) -> Any:
+        # an exception is made anew from its ``args``, which are the message alone: a pool of processes would break
+        return type(self), (str(self), self.status, self.result)
+
+
+def array_types(value: Any) -> list[str]:
+    """The types of the jax arrays in a field of a record, those in dicts, lists and tuples included."""
+    if isinstance(value, jax.Array):
+        return [str(value.dtype)]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if type(value) in (list, tuple):
+        return [name for part in value for name in array_types(part)]
+    return []  # another record tells its own
+
+
+def restored(kind: Callable[..., Any], fields: dict[str, Any], types: dict[str, list[str]]) -> Any:
+    """A record out of its unpickled fields, whose arrays must be of the types that they had.
+
+    Raises:
+      PrecisionError: they are not, since jax makes float32 of float64, in silence, where x64 is not set.
+    """
+    for name, value in fields.items():
+        for had, has in zip(types[name], array_types(value), strict=True):
+            if had != has:
+                raise PrecisionError(
+                    f"{getattr(kind, '__name__', kind)}.{name} is {had}, of which this process would make {has}: call "
+                    "ms.enable_x64() in it before anything is unpickled, in a pool by initializer=ms.enable_x64."
+                )
+    return kind(**fields)
+
+
+class Portable:
+    """A frozen record whose arrays come out of pickle, and of ``copy``, as they went in, to the last bit, or not at all."""
+
+    def __reduce__(self) -> Any:
+        record: Any = self
+        fields = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+        return restored, (type(self), fields, {name: array_types(value) for name, value in fields.items()})
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
-class SolveStats:
+class SolveStats(Portable):
     """The evidence beside a solution.
 
     Attributes:
@@ -280,12 +328,23 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+_first_process: int | None = None  # in which jax was first used by us
+
+
 def require_sound_jax() -> None:
-    """Refuse the releases of jax that are known to compute wrongly.
+    """Refuse the releases of jax that are known to compute wrongly, and a process in which it would hang.
 
     Raises:
       UnsupportedVersionError: with the reason and the remedy.
+      MdsensError: this process was forked from one in which jax was in use, and has none of its threads.
     """
+    global _first_process
+    _first_process = _first_process or os.getpid()
+    if os.getpid() != _first_process:
+        raise MdsensError(
+            "this process was forked from one in which jax was in use, where any computation of jax hangs: start "
+            'processes with multiprocessing.get_context("spawn").'
+        )
     if jax.__version__ in _BAD_JAX:
         raise UnsupportedVersionError(
             f"jax {jax.__version__} {_BAD_JAX[jax.__version__]}: install another release, "
