@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens._tables import Shown
-from mdsens.implicit.status import InputError, Status, raise_for_status
+from mdsens.implicit.status import InputError, Portable, Status, raise_for_status
 from mdsens.linearization import full_tangent
 from mdsens.relaxation import Equilibrium
 from mdsens.sensitivity import jvp
@@ -23,7 +23,7 @@ Params = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Barrier(Shown):
+class Barrier(Portable, Shown):
     """The energy from a minimum up to a saddle, and its derivatives.
 
     Attributes:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens._checks import real_array, real_number
-from mdsens.implicit.status import InputError
+from mdsens.implicit.status import InputError, Portable
 
 __all__ = [
     "BoxFunction",
@@ -42,7 +42,7 @@ class OpenBox:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class FixedBox:
+class FixedBox(Portable):
     """A cell matrix (d, d) whose columns are the cell vectors; it does not depend on the parameters.
 
     Attributes:
@@ -59,7 +59,7 @@ class FixedBox:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PackingFraction:
+class PackingFraction(Portable):
     """The cell of a packing fraction: V(params) = sum_i v(sigma_i) / fraction, v = pi/4 sigma^2 or pi/6 sigma^3.
 
     Overlaps are counted twice, as the field does. The cell follows the diameters, and that dependence is
@@ -91,7 +91,7 @@ class PackingFraction:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class BoxFunction:
+class BoxFunction(Portable):
     """A cell given by a function of the parameters, ``function(params) -> (d, d)``."""
 
     orthogonal = False

@@ -20,7 +20,7 @@ from mdsens._tables import Shown
 from mdsens.constrained import flat, kkt_operator, scaled, unflat
 from mdsens.implicit.linear import solve as solve_linear
 from mdsens.implicit.operators import Auto, Direct, Method
-from mdsens.implicit.status import SolveStats, Status
+from mdsens.implicit.status import Portable, SolveStats, Status
 from mdsens.linearization import Linearization, by_factor, force_left
 from mdsens.relaxation import Equilibrium
 from mdsens.scales import scales
@@ -48,7 +48,7 @@ Params = Mapping[str, Any]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
-class Response(Shown):
+class Response(Portable, Shown):
     """A derivative at a minimum, with its evidence.
 
     Attributes:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from mdsens.implicit.status import InputError
+from mdsens.implicit.status import InputError, Portable
 from mdsens.parameters import Mixing, arithmetic, check_finite, check_names, check_pair_shape, of_pairs
 
 __all__ = [
@@ -152,7 +152,7 @@ class _NamedLaw(_Addable):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PairLaw(_NamedLaw):
+class PairLaw(Portable, _NamedLaw):
     """U = sum over pairs of phi(r_ij, p_ij), phi zero at and beyond a finite cutoff (or of infinite range).
 
     Attributes:
@@ -254,7 +254,7 @@ class PairLaw(_NamedLaw):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)  # arrays are compared by hand
-class BondLaw(_NamedLaw):
+class BondLaw(Portable, _NamedLaw):
     """U = sum over listed bonds of phi(r_ij, p_b); each parameter a scalar or one value a bond."""
 
     bonds: Any  # (m, 2) particle indices
@@ -296,7 +296,7 @@ class BondLaw(_NamedLaw):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class EnergyLaw(_NamedLaw):
+class EnergyLaw(Portable, _NamedLaw):
     """U = fn(positions, params, displacement): anything, over all pairs, with the scaling its author gives it."""
 
     name: str = dataclasses.field(metadata={"static": True})

@@ -19,7 +19,7 @@ from mdsens.constrained import about_to_switch, constrained_null_space
 from mdsens.contacts import Network, touching
 from mdsens.enthalpy import Cell, deformed, enthalpy_slope
 from mdsens.implicit.operators import Auto, Direct, Method, check_method
-from mdsens.implicit.status import InputError, Status, raise_for_status, require_sound_jax
+from mdsens.implicit.status import InputError, Portable, Status, raise_for_status, require_sound_jax
 from mdsens.kkt import KKT
 from mdsens.relaxation import Equilibrium
 from mdsens.rigid_motions import NullSpace
@@ -36,7 +36,7 @@ Params = Mapping[str, Any]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Linearization:
+class Linearization(Portable):
     """A minimum ready to be differentiated: every door takes one in place of the Equilibrium.
 
     Attributes:

@@ -24,8 +24,8 @@ __all__ = ["Fire", "GradientDescent", "Newton"]
 MEASURED = 0.55
 
 
-class _Done(Exception):
-    """Ends an import whose module is not to be kept."""
+class _NotKeptError(ImportError):
+    """Ends an import of a package that is not to be kept."""
 
 
 class _MinimizeAlone(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -52,7 +52,7 @@ class _MinimizeAlone(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             for name in [name for name in list(sys.modules) if name.startswith(f"{self.spec.name}.")]:
                 del sys.modules[name]
         self.module = minimize
-        raise _Done
+        raise _NotKeptError
 
 
 _LOADING = threading.Lock()
@@ -68,7 +68,7 @@ def _imported() -> Any:
         sys.meta_path.insert(0, alone)
         try:
             importlib.import_module("jax_md")  # returns where another thread has just imported it
-        except _Done:
+        except _NotKeptError:
             return alone.module
         finally:
             sys.meta_path.remove(alone)

@@ -14,7 +14,7 @@ from mdsens import boxes, neighbours
 from mdsens._checks import real_array, short
 from mdsens._tables import Shown
 from mdsens.constraints import Constraint, check_constraints
-from mdsens.implicit.status import InputError, require_sound_jax
+from mdsens.implicit.status import InputError, Portable, require_sound_jax
 from mdsens.laws import PairTerm, check_params
 from mdsens.neighbours import Neighbours
 
@@ -36,7 +36,7 @@ Params = Mapping[str, Any]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
-class System(Shown):
+class System(Portable, Shown):
     """A configuration of particles and all that its energy needs. Frozen, and a pytree. Make it with ``create``.
 
     Attributes:
