@@ -99,7 +99,7 @@ def stand_ins(value: Any) -> dict[str, Any]:
 
 
 def parts(record: Any) -> list[Any]:
-    return list(record._asdict().values() if isinstance(record, tuple) else vars(record).values())
+    return list(record if isinstance(record, tuple) else vars(record).values())
 
 
 def test_every_record_of_arrays_is_portable():
