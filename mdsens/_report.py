@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,11 +13,12 @@ from mdsens.contacts import Network
 from mdsens.implicit.status import InputError, Status
 from mdsens.laws import BondLaw
 from mdsens.observables import pressure
+from mdsens.parameters import Parameter
 from mdsens.relaxation import Equilibrium
 from mdsens.sensitivity import Linearization, Response, jvp
 from mdsens.specification import nearest
 from mdsens.stationarity import Unknowns
-from mdsens.system import System
+from mdsens.system import System, parameters_of
 from mdsens.verify import FiniteDifference, finite_difference
 
 __all__ = [
@@ -69,11 +69,10 @@ def components(
         raise InputError(
             f"--wrt {name}: {given.potential.name} has no such parameter, {nearest(name, list(given.params))}"
         )
-    shape = given.params[name].shape
-    matrix = len(shape) == 2
+    (parameter,) = parameters_of(given, {name: given.params[name]})
+    shape = parameter.shape
     if index is None:
-        indices = itertools.product(*map(range, shape))
-        return [_component(name, shape, i) for i in indices if not matrix or i[0] <= i[1]]
+        return [_component(parameter, i) for i in parameter.indices]
     if len(index) != len(shape):
         kind, form = {
             0: ("one number", name),
@@ -84,13 +83,11 @@ def components(
     for i, size in zip(index, shape, strict=True):
         if not 0 <= i < size:
             raise InputError(f"--wrt: {name} has no component {i}: its indices go from 0 to {size - 1}.")
-    return [_component(name, shape, index)]
+    return [_component(parameter, index)]
 
 
-def _component(name: str, shape: tuple[int, ...], index: tuple[int, ...]) -> Component:
-    unit = np.zeros(shape)
-    unit[index] = unit[index[::-1]] = 1.0  # of species pairs, (a, b) and (b, a) are one number
-    return Component(f"{name}[{','.join(map(str, index))}]" if index else name, {name: unit})
+def _component(parameter: Parameter, index: tuple[int, ...]) -> Component:
+    return Component(parameter.label(index), {parameter.name: parameter.unit(index)})
 
 
 def system(name: str, given: System, about: dict[str, Any]) -> str:

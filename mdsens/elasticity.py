@@ -265,7 +265,8 @@ def gradient(
       at, solve, throw: as in ``ms.gradient``.
 
     Returns:
-      a :class:`~mdsens.Response`, its value a dict shaped like the parameters, as of ``ms.gradient``.
+      a :class:`~mdsens.Response`, its value a dict shaped like the parameters, as of ``ms.gradient``: in a symmetric
+      matrix of species pairs half of the derivative in each of two entries, and the whole in its ``component``.
     """
     return value_and_gradient(of, at, solve=solve, throw=throw)[1]
 
@@ -285,7 +286,7 @@ def jvp(
 
     Args:
       of, at, solve, throw: as in ``gradient``.
-      dparams: changes by parameter name, as in ``ms.jvp``.
+      dparams: changes by parameter name, as in ``ms.jvp``; of a matrix of species pairs symmetric.
 
     Returns:
       a :class:`~mdsens.Response`, its value shaped like what ``of`` returns.

@@ -72,6 +72,8 @@ class Law(Protocol):
     @property
     def parameters(self) -> tuple[str, ...]: ...
     @property
+    def pair_parameters(self) -> tuple[str, ...]: ...
+    @property
     def pairwise(self) -> bool: ...
     @property
     def repulsive(self) -> bool: ...
@@ -111,6 +113,11 @@ class _NamedLaw(_Addable):
     @property
     def parameters(self) -> tuple[str, ...]:
         return self.names
+
+    @property
+    def pair_parameters(self) -> tuple[str, ...]:
+        """Those of pairs: given as a matrix, one of species pairs, which is symmetric."""
+        return ()
 
     @property
     def pairwise(self) -> bool:
@@ -177,6 +184,10 @@ class PairLaw(Portable, _NamedLaw):
     above: tuple[float, ...] = dataclasses.field(metadata={"static": True})
     repulsive: bool = dataclasses.field(default=False, metadata={"static": True})
     cases: tuple[tuple[Phi, str, float], ...] = dataclasses.field(default=(), metadata={"static": True})
+
+    @property
+    def pair_parameters(self) -> tuple[str, ...]:
+        return self.names
 
     def range(self, params: Params) -> jax.Array:
         """The largest length at which a pair can interact, over each parameter's extremes; inf without a cutoff."""
@@ -349,6 +360,10 @@ class SumLaw(_Addable):
     @property
     def parameters(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for law in self.laws for name in law.parameters))
+
+    @property
+    def pair_parameters(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for law in self.laws for name in law.pair_parameters))
 
     @property
     def pairwise(self) -> bool:

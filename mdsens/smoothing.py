@@ -74,6 +74,10 @@ class SmoothedLaw(Portable):
         return self.law.parameters
 
     @property
+    def pair_parameters(self) -> tuple[str, ...]:
+        return self.law.pair_parameters
+
+    @property
     def pairwise(self) -> bool:
         return True
 

@@ -22,6 +22,7 @@ from mdsens.files import read_npz, replacing
 from mdsens.implicit.status import InputError, PrecisionError, SolveStats, Status, require_sound_jax
 from mdsens.laws import BondLaw, Law, PairLaw, SumLaw
 from mdsens.neighbours import Neighbours
+from mdsens.parameters import Parameter
 from mdsens.relaxation import Equilibrium
 from mdsens.sensitivity import Response
 from mdsens.stationarity import Unknowns
@@ -37,6 +38,7 @@ _RECORDS: dict[str, type] = {
     for kind in (
         *KINDS,
         Neighbours,
+        Parameter,
         SolveStats,
         Step,
         Unknowns,

@@ -17,6 +17,7 @@ from mdsens.constraints import Constraint, check_constraints
 from mdsens.implicit.status import InputError, Portable, require_sound_jax
 from mdsens.laws import PairTerm, check_params
 from mdsens.neighbours import Neighbours
+from mdsens.parameters import Parameter
 
 __all__ = [
     "System",
@@ -27,6 +28,7 @@ __all__ = [
     "pair_distances",
     "pair_lengths",
     "pair_terms",
+    "parameters_of",
     "potential_energy",
     "require_unconstrained",
 ]
@@ -228,6 +230,19 @@ def _check_reach(system: System) -> None:
                 f"{c.name}: a length of {reach:.6g} is above half of the cell's smallest height {smallest:.6g}, so "
                 "that another image of its end may be nearer: repeat the cell, or take shorter ones."
             )
+
+
+def parameters_of(system: System, params: Params | None = None) -> tuple[Parameter, ...]:
+    """What derivatives are by: of a batch, its members' parameters.
+
+    Args:
+      params: some of the system's, and a pressure among them; the system's where None.
+    """
+    pairs, found = system.potential.pair_parameters, []
+    for name, value in (system.params if params is None else params).items():
+        shape = np.shape(value)[1:] if system.batch is not None else np.shape(value)
+        found.append(Parameter(name, shape, name in pairs and len(shape) == 2))
+    return tuple(found)
 
 
 def require_unconstrained(system: System, what: str) -> None:
