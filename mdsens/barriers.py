@@ -62,8 +62,8 @@ class Barrier(Portable, Shown):
             name, change = parameter.name, self.gradient[parameter.name]
             size = f"shape {change.shape}, norm {parameter.size(change):.6g}"
             rows.append((f"by {name}", size if change.ndim else f"{float(change):.8g}"))
-        for parameter in self.wrt if self.second is not None else ():
-            rows.append((f"second, by {parameter.name}", f"norm {parameter.size(self.second[parameter.name]):.6g}"))
+        if self.second is not None:
+            rows += [(f"second, by {p.name}", f"norm {p.size(self.second[p.name]):.6g}") for p in self.wrt]
         return [
             *rows,
             ("max_force", f"{self.max_forces[0]:.1e} at the minimum, {self.max_forces[1]:.1e} at the saddle"),

@@ -20,6 +20,7 @@ __all__ = [
     "PackingFraction",
     "box_rule",
     "components",
+    "described",
     "heights",
     "nearest_image",
     "nearest_images",
@@ -35,6 +36,7 @@ class OpenBox:
     """No cell: open boundaries."""
 
     orthogonal = False
+    follows = ""
 
     def matrix(self, params: Params, diameters: Any, dimension: int) -> None:
         return None
@@ -52,6 +54,8 @@ class FixedBox(Portable):
 
     cell: Any
     orthogonal: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    follows = ""  # what moves it, in words
 
     def matrix(self, params: Params, diameters: Any, dimension: int) -> jax.Array:
         return jnp.asarray(self.cell)
@@ -72,6 +76,11 @@ class PackingFraction(Portable):
 
     fraction: Any
     shape: Any = None
+
+    @property
+    def follows(self) -> str:
+        """What moves the cell, in words."""
+        return f", follows the diameters at a packing fraction of {float(self.fraction):.6g}"
 
     @property
     def orthogonal(self) -> bool:
@@ -95,6 +104,7 @@ class BoxFunction(Portable):
     """A cell given by a function of the parameters, ``function(params) -> (d, d)``."""
 
     orthogonal = False
+    follows = ", a function of the parameters"
     function: Callable[[Params], jax.Array] = dataclasses.field(metadata={"static": True})
 
     def matrix(self, params: Params, diameters: Any, dimension: int) -> jax.Array:
@@ -137,6 +147,20 @@ def _cell(box: Any, dimension: int) -> np.ndarray:
     if not 0 < size < np.inf or not abs(np.linalg.det(cell / size)) > 1e-12 * np.linalg.norm(cell / size) ** dimension:
         raise InputError(f"box {cell.tolist()} has no volume: give independent, finite cell vectors as columns.")
     return cell
+
+
+def described(cell: Any) -> str:
+    """A cell in words, from its matrix: the lengths of its vectors, and their angles where these are not right."""
+    if cell is None:
+        return "open boundaries"
+    matrix = np.asarray(cell)
+    lengths = np.linalg.norm(matrix, axis=0)
+    text = "periodic, " + " x ".join(f"{v:.6g}" for v in lengths)
+    cosines = (matrix / lengths).T @ (matrix / lengths)
+    pairs = [(1, 2), (0, 2), (0, 1)] if lengths.size == 3 else [(0, 1)]
+    if max(abs(cosines[p]) for p in pairs) > 1e-12:
+        text += ", angles " + ", ".join(f"{np.degrees(np.arccos(cosines[p])):.4g}" for p in pairs) + " degrees"
+    return text
 
 
 def components(vectors: jax.Array) -> Components:

@@ -105,7 +105,7 @@ class Response(Portable, Shown):
         worst = Status(int(codes.max(initial=0)))
         named, rows = {parameter.name: parameter for parameter in self.wrt}, []
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.value):
-            key = getattr(path[-1], "key", None) if path else None
+            key = str(getattr(path[-1], "key", "")) if path else ""
             parameter = named.get(key, self.wrt[0]) if self.wrt else Parameter("", ())
             pairs = " by each pair of species once" if parameter.paired else ""
             text = f"shape {tuple(leaf.shape)}, norm {parameter.size(leaf):.6g}{pairs}"
