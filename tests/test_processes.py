@@ -29,9 +29,12 @@ import pytest
 
 import mdsens as ms
 from mdsens import minimisers
+from mdsens._tables import Shown
 from mdsens.boxes import BoxFunction
 from mdsens.breakpoints import Crossing
+from mdsens.design import State, Step
 from mdsens.elasticity import Isotropic
+from mdsens.implicit.eigen import Spectrum
 from mdsens.implicit.status import Portable
 
 PLACES = [[0.1, 0.2], [0.9, 0.3], [0.4, 1.0], [1.5, 1.6], [1.2, 0.9], [1.9, 0.2], [0.1, 1.7], [1.0, 1.9]]
@@ -72,30 +75,38 @@ def classes() -> Iterator[type]:
                     yield kind
 
 
-def stand_in(kind: Any, value: Any) -> Any:
-    """One with ``value`` wherever an array may stand; None where there is no such place, or where it is no pytree."""
-    fields = dataclasses.fields(kind)
-    places = [f.name for f in fields if not f.metadata.get("static")]
-    named = [f.name for f in fields if "Array" in str(f.type) and "Callable" not in str(f.type)]
-    if not (named or places):
-        return None
+def filled(kind: Any, value: Any) -> Any:
+    """One with ``value`` in every field, but for those that are static, which have their own name."""
     made = object.__new__(kind)
-    for f in fields:
-        object.__setattr__(made, f.name, value if f.name in {*places, *named} else f.name)
-    return made if named or len(jax.tree.leaves(made)) > 1 else None
+    for f in dataclasses.fields(kind):
+        object.__setattr__(made, f.name, f.name if f.metadata.get("static") else value)
+    return made
+
+
+def holds_arrays(kind: Any) -> bool:
+    """Whether it says so of a field, or is a pytree with leaves."""
+    named = [f.name for f in dataclasses.fields(kind) if "Array" in str(f.type) and "Callable" not in str(f.type)]
+    leaves = jax.tree.leaves(filled(kind, 0.0))
+    return bool(named) or (bool(leaves) and not dataclasses.is_dataclass(leaves[0]))
 
 
 # Sums hold laws, which are records; the others live within one call, and hold functions or tracers.
 WITHIN = {"SumLaw", "PairLengths", "_Range", "_Line", "Operator", "Held"}
-KINDS = [kind for kind in classes() if kind.__name__ not in WITHIN and stand_in(kind, jnp.zeros(())) is not None]
+KINDS = [kind for kind in classes() if kind.__name__ not in WITHIN and holds_arrays(kind)]
 
 
 def stand_ins(value: Any) -> dict[str, Any]:
     """Of every kind, one whose arrays are in its fields and one where they are deeper."""
-    made = {kind.__name__: stand_in(kind, value) for kind in KINDS}
-    deeper = {f"{kind.__name__} of trees": stand_in(kind, {"a": [value, (value, None)]}) for kind in KINDS}
+    made = {kind.__name__: filled(kind, value) for kind in KINDS}
+    deeper = {f"{kind.__name__} of trees": filled(kind, {"a": [value, (value, None)]}) for kind in KINDS}
     tuples = {kind.__name__: kind(*[value] * 4) for kind in (Isotropic, Crossing)}
     return {**made, **deeper, **tuples}
+
+
+def of_the_host() -> dict[str, Any]:
+    """Results whose arrays are numpy's: a certificate, a spectrum, the steps and the state of a design, …"""
+    kinds = [kind for kind in classes() if issubclass(kind, Shown) and kind not in KINDS] + [Step, State, Spectrum]
+    return {kind.__name__: filled(kind, np.arange(3.0) / 3.0) for kind in kinds}
 
 
 def parts(record: Any) -> list[Any]:
@@ -109,7 +120,7 @@ def test_every_record_of_arrays_is_portable():
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_records_are_copied_to_the_last_bit(copied):
-    for record in stand_ins(jnp.arange(3.0) / 3.0).values():
+    for record in [*stand_ins(jnp.arange(3.0) / 3.0).values(), *of_the_host().values()]:
         again = copied(record)
         assert type(again) is type(record)
         assert bits(parts(again)) == bits(parts(record))
@@ -242,9 +253,12 @@ def forked(system: ms.System) -> str:
     return said
 
 
-def child(pipe: Any, packed: dict[str, bytes], single: bytes, by_value: bytes, stub: str) -> None:
+def child(
+    pipe: Any, packed: dict[str, bytes], host: dict[str, bytes], single: bytes, by_value: bytes, stub: str
+) -> None:
     """In a new process, without x64 and then with it."""
     found: dict[str, Any] = {"race": race(stub), "without": messages(packed), "single": messages({"": single})[""]}
+    found["host"] = {name: bits(parts(pickle.loads(data))) for name, data in host.items()}
     ms.enable_x64()
     found["with"] = {name: cloudpickle.dumps(pickle.loads(data)) for name, data in packed.items()}
     eq, lin = pickle.loads(packed["eq"]), pickle.loads(packed["lin"])
@@ -282,8 +296,9 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     packed = {name: cloudpickle.dumps(record) for name, record in sent().items()}
+    host = {name: pickle.dumps(record) for name, record in of_the_host().items()}
     single, by_value = pickle.dumps(discs(np.float32)), cloudpickle.dumps(lambdas())
-    process = context.Process(target=child, args=(there, packed, single, by_value, str(folder)))
+    process = context.Process(target=child, args=(there, packed, host, single, by_value, str(folder)))
     process.start()
     there.close()
     try:
@@ -301,6 +316,11 @@ def test_without_x64_double_precision_is_refused_and_never_cut(answers):
 
 def test_without_x64_single_precision_arrives(answers):
     assert answers["single"] == "bool, float32, int32"
+
+
+def test_what_is_of_the_host_keeps_double_precision_anywhere(answers):
+    assert {"Certificate", "Design", "DerivativeTest", "FeatureResponse", "State", "Step"} <= answers["host"].keys()
+    assert answers["host"] == {name: bits(parts(record)) for name, record in of_the_host().items()}
 
 
 def test_with_x64_every_record_comes_back_to_the_last_bit(answers):
