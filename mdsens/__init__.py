@@ -77,7 +77,15 @@ if _jax.config.values["jax_default_matmul_precision"] is None:
 
 
 def enable_x64() -> None:
-    """Compute in double precision from here on: sets ``jax_enable_x64``. Call it before making arrays."""
+    """Compute in double precision from here on: sets ``jax_enable_x64``. Call it before making arrays.
+
+    In each process: a new one computes in single precision, and refuses to unpickle what was made in double. A pool
+    calls it in all of its own,
+
+        ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"), initializer=ms.enable_x64)
+
+    with "spawn" or "forkserver": in a process forked from one where jax is in use, jax hangs, and mdsens raises.
+    """
     _jax.config.update("jax_enable_x64", True)
 
 

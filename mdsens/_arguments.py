@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mdsens import _report
+from mdsens.parameters import split_label
 
 __all__ = ["FIGURES", "MANY", "SOLVERS", "UNTRUSTED", "parser"]
 
@@ -185,8 +185,7 @@ def _number(text: str) -> float:
 
 
 def _wrt(text: str) -> tuple[str, tuple[int, ...] | None]:
-    found = re.fullmatch(r"\s*([^\[\]\s]+)\s*(?:\[\s*(-?\d+(?:\s*,\s*-?\d+)*)\s*\])?\s*", text)
-    if not found:
+    found = split_label(text)
+    if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no component: write sigma, sigma[1] or sigma[0,1]")
-    name, index = found.groups()
-    return name, None if index is None else tuple(int(i) for i in index.split(","))
+    return found

@@ -9,16 +9,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mdsens import _tables
-from mdsens.boxes import PackingFraction
+from mdsens.boxes import PackingFraction, described
 from mdsens.contacts import Network
 from mdsens.implicit.status import InputError, Status
 from mdsens.laws import BondLaw
 from mdsens.observables import pressure
+from mdsens.parameters import Parameter
 from mdsens.relaxation import Equilibrium
 from mdsens.sensitivity import Linearization, Response, jvp
 from mdsens.specification import nearest
 from mdsens.stationarity import Unknowns
-from mdsens.system import System
+from mdsens.system import System, parameters_of
 from mdsens.verify import FiniteDifference, finite_difference
 
 __all__ = [
@@ -69,11 +70,10 @@ def components(
         raise InputError(
             f"--wrt {name}: {given.potential.name} has no such parameter, {nearest(name, list(given.params))}"
         )
-    shape = given.params[name].shape
-    matrix = len(shape) == 2
+    (parameter,) = parameters_of(given, {name: given.params[name]})
+    shape = parameter.shape
     if index is None:
-        indices = itertools.product(*map(range, shape))
-        return [_component(name, shape, i) for i in indices if not matrix or i[0] <= i[1]]
+        return [_component(parameter, i) for i in parameter.indices]
     if len(index) != len(shape):
         kind, form = {
             0: ("one number", name),
@@ -84,13 +84,11 @@ def components(
     for i, size in zip(index, shape, strict=True):
         if not 0 <= i < size:
             raise InputError(f"--wrt: {name} has no component {i}: its indices go from 0 to {size - 1}.")
-    return [_component(name, shape, index)]
+    return [_component(parameter, index)]
 
 
-def _component(name: str, shape: tuple[int, ...], index: tuple[int, ...]) -> Component:
-    unit = np.zeros(shape)
-    unit[index] = unit[index[::-1]] = 1.0  # of species pairs, (a, b) and (b, a) are one number
-    return Component(f"{name}[{','.join(map(str, index))}]" if index else name, {name: unit})
+def _component(parameter: Parameter, index: tuple[int, ...]) -> Component:
+    return Component(parameter.label(index), {parameter.name: parameter.unit(index)})
 
 
 def system(name: str, given: System, about: dict[str, Any]) -> str:
@@ -98,14 +96,16 @@ def system(name: str, given: System, about: dict[str, Any]) -> str:
     d, species = given.dimension, "all alike"
     if given.species is not None:
         counts = np.bincount(np.asarray(given.species), minlength=given.species_count)
-        species = f"{given.species_count} species ({' + '.join(map(str, counts))})"
+        names = [f" {name}" for name in given.species_names]
+        parts = [f"{count}{name}" for count, name in itertools.zip_longest(counts, names[: counts.size], fillvalue="")]
+        species = f"{given.species_count} species ({' + '.join(parts)})"
     elif any(v.shape == (given.n,) and given.n > 1 for v in given.params.values()):
         species = "each with parameters of its own"
     rows = [
         ("particles", f"n = {given.n:,} in {d}-D, {species}"),
         ("law", given.potential.name),
         *((f"  {k}", _values(np.asarray(v))) for k, v in given.params.items()),
-        ("box", _box(given)),
+        ("box", described(given.box)),
     ]
     if given.box is not None and given.diameters is not None and given.potential.repulsive:
         unit = {2: np.pi / 4, 3: np.pi / 6}[d]
@@ -131,19 +131,6 @@ def _values(value: np.ndarray) -> str:
         return f"{value.size} values from {value.min():.6g} to {value.max():.6g}"
     rows = [", ".join(f"{v:.6g}" for v in row) for row in np.atleast_2d(value)]
     return "; ".join(rows) + (" (a row for each species)" if value.ndim == 2 else "")
-
-
-def _box(given: System) -> str:
-    if given.box is None:
-        return "open boundaries"
-    cell = np.asarray(given.box)
-    lengths = np.linalg.norm(cell, axis=0)
-    text = "periodic, " + " x ".join(f"{v:.6g}" for v in lengths)
-    cosines = (cell / lengths).T @ (cell / lengths)
-    pairs = [(1, 2), (0, 2), (0, 1)] if given.dimension == 3 else [(0, 1)]
-    if max(abs(cosines[p]) for p in pairs) > 1e-12:
-        text += ", angles " + ", ".join(f"{np.degrees(np.arccos(cosines[p])):.4g}" for p in pairs) + " degrees"
-    return text
 
 
 def relaxation(eq: Equilibrium, net: Network, more: _tables.Rows = ()) -> str:
@@ -370,7 +357,7 @@ def _movers(finding: Finding, moving: bool, count: int = 5) -> str:
 
 
 def _species(given: System, i: int) -> list[str]:
-    return [] if given.species is None else [str(int(np.asarray(given.species)[i]))]
+    return [] if given.species is None else [given.species_label(int(np.asarray(given.species)[i]))]
 
 
 def ranking(lin: Linearization, parts: Sequence[Component], whole: Response, count: int) -> tuple[str, int]:

@@ -69,7 +69,7 @@ class Shown:
     def __repr__(self) -> str:
         try:
             return str(self)
-        except jax.errors.ConcretizationTypeError:  # a tracer has no numbers to show
+        except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):  # a tracer has no numbers
             return f"<{type(self).__name__}, traced>"
 
     def _repr_html_(self) -> str:

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mdsens._tables import Shown
-from mdsens.implicit.status import InputError, Status, raise_for_status
+from mdsens.implicit.status import InputError, Portable, Status, raise_for_status
 from mdsens.linearization import full_tangent
+from mdsens.parameters import Parameter, component
 from mdsens.relaxation import Equilibrium
 from mdsens.sensitivity import jvp
-from mdsens.system import System, potential_energy
+from mdsens.system import System, parameters_of, potential_energy
 
 __all__ = ["Barrier", "barrier"]
 
@@ -23,16 +23,18 @@ Params = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Barrier(Shown):
+class Barrier(Portable, Shown):
     """The energy from a minimum up to a saddle, and its derivatives.
 
     Attributes:
       value: U(saddle) - U(minimum), energy.
-      gradient: its derivative by every parameter, a dict shaped like them.
+      gradient: its derivative by every parameter, a dict shaped like them; in a symmetric matrix of species pairs half
+        of the derivative in each of two entries, and the whole in :meth:`component`.
       second: the derivative of ``gradient`` along the direction that was asked for, likewise; None without one.
       statuses: of the minimum and of the saddle; where a direction was asked for, the worse of that and of the linear
         solve's.
       max_forces: left at the minimum and at the saddle, energy a length. To first order the value does not feel them.
+      wrt: the parameters that the derivatives are by.
     """
 
     value: float
@@ -40,30 +42,33 @@ class Barrier(Shown):
     second: dict[str, jax.Array] | None
     statuses: tuple[Status, Status]
     max_forces: tuple[float, float]
+    wrt: tuple[Parameter, ...] = ()
 
     @property
     def status(self) -> Status:
         """The worse of the two."""
         return max(self.statuses)
 
+    def component(self, label: str) -> jax.Array:
+        """The derivative of the height by one number among the parameters, ``"epsilon"`` or ``"sigma[0,1]"``."""
+        parameter, index = component(self.wrt, label)
+        return parameter.whole(self.gradient[parameter.name], index)
+
     _title = "Barrier"
 
     def _rows(self) -> list[tuple[str, str]]:
         rows = [("height", f"{self.value:.8g}")]
-        for name, change in self.gradient.items():
-            what = f"{float(change):.8g}" if change.ndim == 0 else f"shape {change.shape}, norm {_norm(change):.6g}"
-            rows.append((f"by {name}", what))
+        for parameter in self.wrt:
+            name, change = parameter.name, self.gradient[parameter.name]
+            size = f"shape {change.shape}, norm {parameter.size(change):.6g}"
+            rows.append((f"by {name}", size if change.ndim else f"{float(change):.8g}"))
         if self.second is not None:
-            rows += [(f"second, by {name}", f"norm {_norm(change):.6g}") for name, change in self.second.items()]
+            rows += [(f"second, by {p.name}", f"norm {p.size(self.second[p.name]):.6g}") for p in self.wrt]
         return [
             *rows,
             ("max_force", f"{self.max_forces[0]:.1e} at the minimum, {self.max_forces[1]:.1e} at the saddle"),
             ("status", f"{self.status.name}: {self.status.sentence}"),
         ]
-
-
-def _norm(x: jax.Array) -> float:
-    return float(jnp.linalg.norm(x.ravel()))
 
 
 @jax.jit
@@ -122,6 +127,7 @@ def barrier(minimum: Equilibrium, saddle: Equilibrium, dparams: Params | None = 
         second,
         (codes[0], codes[1]),
         (float(minimum.max_force), float(saddle.max_force)),
+        parameters_of(minimum.system),
     )
     if throw:
         raise_for_status(found.status, "barrier between ends that are not both sound", found)

@@ -15,6 +15,8 @@ from mdsens.system import System, pair_lengths
 
 __all__ = ["stack", "unstack"]
 
+FIELDS = ("positions", "params", "boundary", "potential", "species", "species_count", "species_names", "constraints")
+
 
 def stack(systems: list[System] | tuple[System, ...]) -> System:
     """A batch: one System whose arrays have a leading axis, for ``vmap`` and for the loops of ``minimize`` and ``jvp``.
@@ -33,11 +35,11 @@ def stack(systems: list[System] | tuple[System, ...]) -> System:
     for k, system in enumerate(systems):
         if not isinstance(system, System):
             raise InputError(f"stack got a {type(system).__name__}: give systems, such as eq.system.")
-        for field in ("positions", "params", "boundary", "potential", "species", "species_count", "constraints"):
+        for field in FIELDS:
             if field == "boundary" and all(isinstance(s.boundary, boxes.FixedBox) for s in (first, system)):
                 continue
             ours, theirs = (
-                jax.tree.map(jnp.shape, getattr(s, field)) if field != "species_count" else getattr(s, field)
+                getattr(s, field) if field.startswith("species_") else jax.tree.map(jnp.shape, getattr(s, field))
                 for s in (first, system)
             )
             if ours != theirs:

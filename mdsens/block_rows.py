@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens.boxes import components
+from mdsens.implicit.status import Portable
 from mdsens.slopes import ROWS
 
 __all__ = ["BlockRows", "evening"]
@@ -48,7 +49,7 @@ def evening(blocked: Any) -> tuple[np.ndarray, np.ndarray]:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class BlockRows:
+class BlockRows(Portable):
     """S H S^T by particle: at i it is sum_k B[:, :, k, i] w[:, others[k, i]], with w = S^-T v by components.
 
     Evened, H has blocks of one on its diagonal, which spares conjugate gradients a quarter of their steps. The blocks

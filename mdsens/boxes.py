@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens._checks import real_array, real_number
-from mdsens.implicit.status import InputError
+from mdsens.implicit.status import InputError, Portable
 
 __all__ = [
     "BoxFunction",
@@ -20,6 +20,7 @@ __all__ = [
     "PackingFraction",
     "box_rule",
     "components",
+    "described",
     "heights",
     "nearest_image",
     "nearest_images",
@@ -35,6 +36,7 @@ class OpenBox:
     """No cell: open boundaries."""
 
     orthogonal = False
+    follows = ""
 
     def matrix(self, params: Params, diameters: Any, dimension: int) -> None:
         return None
@@ -42,7 +44,7 @@ class OpenBox:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class FixedBox:
+class FixedBox(Portable):
     """A cell matrix (d, d) whose columns are the cell vectors; it does not depend on the parameters.
 
     Attributes:
@@ -53,13 +55,15 @@ class FixedBox:
     cell: Any
     orthogonal: bool = dataclasses.field(default=False, metadata={"static": True})
 
+    follows = ""  # what moves it, in words
+
     def matrix(self, params: Params, diameters: Any, dimension: int) -> jax.Array:
         return jnp.asarray(self.cell)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PackingFraction:
+class PackingFraction(Portable):
     """The cell of a packing fraction: V(params) = sum_i v(sigma_i) / fraction, v = pi/4 sigma^2 or pi/6 sigma^3.
 
     Overlaps are counted twice, as the field does. The cell follows the diameters, and that dependence is
@@ -72,6 +76,11 @@ class PackingFraction:
 
     fraction: Any
     shape: Any = None
+
+    @property
+    def follows(self) -> str:
+        """What moves the cell, in words."""
+        return f", follows the diameters at a packing fraction of {float(self.fraction):.6g}"
 
     @property
     def orthogonal(self) -> bool:
@@ -91,10 +100,11 @@ class PackingFraction:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class BoxFunction:
+class BoxFunction(Portable):
     """A cell given by a function of the parameters, ``function(params) -> (d, d)``."""
 
     orthogonal = False
+    follows = ", a function of the parameters"
     function: Callable[[Params], jax.Array] = dataclasses.field(metadata={"static": True})
 
     def matrix(self, params: Params, diameters: Any, dimension: int) -> jax.Array:
@@ -137,6 +147,20 @@ def _cell(box: Any, dimension: int) -> np.ndarray:
     if not 0 < size < np.inf or not abs(np.linalg.det(cell / size)) > 1e-12 * np.linalg.norm(cell / size) ** dimension:
         raise InputError(f"box {cell.tolist()} has no volume: give independent, finite cell vectors as columns.")
     return cell
+
+
+def described(cell: Any) -> str:
+    """A cell in words, from its matrix: the lengths of its vectors, and their angles where these are not right."""
+    if cell is None:
+        return "open boundaries"
+    matrix = np.asarray(cell)
+    lengths = np.linalg.norm(matrix, axis=0)
+    text = "periodic, " + " x ".join(f"{v:.6g}" for v in lengths)
+    cosines = (matrix / lengths).T @ (matrix / lengths)
+    pairs = [(1, 2), (0, 2), (0, 1)] if lengths.size == 3 else [(0, 1)]
+    if max(abs(cosines[p]) for p in pairs) > 1e-12:
+        text += ", angles " + ", ".join(f"{np.degrees(np.arccos(cosines[p])):.4g}" for p in pairs) + " degrees"
+    return text
 
 
 def components(vectors: jax.Array) -> Components:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens.implicit.status import reduced
 from mdsens.system import System, box_at, pair_distances, pair_terms
 
 __all__ = ["Crossing", "crossings", "gap_rate"]
@@ -28,6 +29,9 @@ class Crossing(NamedTuple):
     pairs: jax.Array
     inside: jax.Array
     lengths: jax.Array
+
+    def __reduce__(self) -> Any:
+        return reduced(self, self._asdict())
 
     @property
     def forward(self) -> float:

@@ -20,8 +20,9 @@ from mdsens._tables import Shown
 from mdsens.constrained import flat, kkt_operator, scaled, unflat
 from mdsens.implicit.linear import solve as solve_linear
 from mdsens.implicit.operators import Auto, Direct, Method
-from mdsens.implicit.status import SolveStats, Status
+from mdsens.implicit.status import InputError, Portable, SolveStats, Status
 from mdsens.linearization import Linearization, by_factor, force_left
+from mdsens.parameters import Parameter, component
 from mdsens.relaxation import Equilibrium
 from mdsens.scales import scales
 from mdsens.stationarity import Unknowns, along, hessian_operator, linearisation, mixed_product, mixed_transpose
@@ -48,7 +49,7 @@ Params = Mapping[str, Any]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
-class Response(Shown):
+class Response(Portable, Shown):
     """A derivative at a minimum, with its evidence.
 
     Attributes:
@@ -61,6 +62,11 @@ class Response(Shown):
         ``value`` where the box does not move; None where ``value`` is a dict.
       max_force: of the minimum.
       rattlers: (n,) particles that are held by nothing, whose rows are zero.
+      wrt: the parameters that ``value`` is by, of ``jacobian``, ``vjp`` and ``gradient``; else empty.
+
+    The derivative by a symmetric matrix of species pairs is a symmetric matrix as well: entries (a, b) and (b, a) are
+    half each of the derivative by the one physical number that both stand for, so that the sum of its product with a
+    symmetric change is what that change gives. :meth:`component` gives the whole.
     """
 
     value: Any
@@ -68,6 +74,24 @@ class Response(Shown):
     nonaffine: Any
     max_force: jax.Array
     rattlers: jax.Array
+    wrt: tuple[Parameter, ...] = dataclasses.field(default=(), metadata={"static": True})
+
+    def component(self, label: str) -> Any:
+        """The derivative by one number among the parameters.
+
+        Args:
+          label: as on the command line: ``"epsilon"`` of a scalar, ``"sigma[3]"``, or of a matrix of species pairs
+            ``"sigma[0,1]"``, which is the derivative as that entry and its mirror image change together.
+
+        Returns:
+          of ``vjp`` and ``gradient`` the derivative of the observable, of its shape; of ``jacobian`` that of the
+          positions, (n, d), or ``Unknowns``. Of a batch, with its leading axis.
+        """
+        if not self.wrt:
+            raise InputError("this derivative is along one direction, and has no components: take ms.jacobian.")
+        parameter, index = component(self.wrt, label)
+        derivative = self.value[parameter.name] if isinstance(self.value, Mapping) else self.value
+        return jax.tree.map(lambda leaf: parameter.whole(leaf, index), derivative)
 
     @property
     def status(self) -> Status:
@@ -79,12 +103,13 @@ class Response(Shown):
     def _rows(self) -> list[tuple[str, str]]:
         codes = np.atleast_1d(np.asarray(self.stats.status)).ravel()
         worst = Status(int(codes.max(initial=0)))
-        leaves = jax.tree_util.tree_leaves_with_path(self.value)
-        rows = []
-        for path, leaf in leaves:
-            label = "value" + jax.tree_util.keystr(path)
-            size = float(jnp.linalg.norm(jnp.ravel(leaf)))
-            rows.append((label, f"shape {tuple(leaf.shape)}, norm {size:.6g}"))
+        named, rows = {parameter.name: parameter for parameter in self.wrt}, []
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.value):
+            key = str(getattr(path[-1], "key", "")) if path else ""
+            parameter = named.get(key, self.wrt[0]) if self.wrt else Parameter("", ())
+            pairs = " by each pair of species once" if parameter.paired else ""
+            text = f"shape {tuple(leaf.shape)}, norm {parameter.size(leaf):.6g}{pairs}"
+            rows.append(("value" + jax.tree_util.keystr(path), text))
         return [
             *rows,
             ("status", f"{worst.name}: {worst.sentence}" + (f" (worst of {codes.size})" if codes.size > 1 else "")),

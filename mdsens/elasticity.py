@@ -32,7 +32,7 @@ from mdsens._tables import Shown
 from mdsens.doors import STRAIN, Response, through
 from mdsens.implicit.linear import linear_solve
 from mdsens.implicit.operators import Auto, Method
-from mdsens.implicit.status import InputError, SolveStats, Status, raise_for_status
+from mdsens.implicit.status import InputError, Portable, SolveStats, Status, raise_for_status, reduced
 from mdsens.linearization import Linearization, full_tangent, linearised
 from mdsens.relaxation import Equilibrium
 from mdsens.scales import unrelaxed
@@ -58,6 +58,9 @@ class Isotropic(NamedTuple):
     shear: jax.Array
     young: jax.Array
     poisson: jax.Array
+
+    def __reduce__(self) -> Any:
+        return reduced(self, self._asdict())
 
 
 def _tensor(given: Any) -> jax.Array:
@@ -125,7 +128,7 @@ def directional(tensor: jax.Array, directions: Any) -> tuple[jax.Array, jax.Arra
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
-class Moduli(Shown):
+class Moduli(Portable, Shown):
     """Elastic moduli with their evidence. Frozen, and a pytree.
 
     Attributes:
@@ -262,7 +265,8 @@ def gradient(
       at, solve, throw: as in ``ms.gradient``.
 
     Returns:
-      a :class:`~mdsens.Response`, its value a dict shaped like the parameters, as of ``ms.gradient``.
+      a :class:`~mdsens.Response`, its value a dict shaped like the parameters, as of ``ms.gradient``: in a symmetric
+      matrix of species pairs half of the derivative in each of two entries, and the whole in its ``component``.
     """
     return value_and_gradient(of, at, solve=solve, throw=throw)[1]
 
@@ -282,7 +286,7 @@ def jvp(
 
     Args:
       of, at, solve, throw: as in ``gradient``.
-      dparams: changes by parameter name, as in ``ms.jvp``.
+      dparams: changes by parameter name, as in ``ms.jvp``; of a matrix of species pairs symmetric.
 
     Returns:
       a :class:`~mdsens.Response`, its value shaped like what ``of`` returns.

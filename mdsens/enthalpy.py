@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens.boxes import FixedBox
-from mdsens.implicit.status import Status
+from mdsens.implicit.status import Portable, Status
 from mdsens.stiffness import Stiffness
 from mdsens.strains import basis, forces_of_strain, stiffness_along, strain_slope, uniform
 from mdsens.system import System, potential_energy
@@ -71,7 +71,7 @@ def _stretch(strain: jax.Array) -> jax.Array:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Cell:
+class Cell(Portable):
     """The cell of a relaxed configuration as an unknown.
 
     Attributes:

@@ -18,10 +18,11 @@ from mdsens.implicit.root import root
 from mdsens.implicit.status import InputError, SolveStats, Status
 from mdsens.linearization import full_tangent
 from mdsens.minimisers import Fire, GradientDescent
+from mdsens.parameters import check_symmetric
 from mdsens.scales import unrelaxed
 from mdsens.stationarity import Unknowns, linearisation
 from mdsens.stationarity import gradient as energy_gradient
-from mdsens.system import System, require_unconstrained
+from mdsens.system import System, parameters_of, require_unconstrained
 
 __all__ = ["equilibrate"]
 
@@ -55,7 +56,9 @@ def equilibrate(
 
     Args:
       system: where to start; not differentiated.
-      params: the parameters to relax at, all or some; the system's where None.
+      params: the parameters to relax at, all or some; the system's where None. A matrix of species pairs counts by its
+        symmetric part: of ``jax.grad`` by it, entries (a, b) and (b, a) are half each of the derivative by the one
+        number that both are, and their sum is the whole.
       tolerance, method, max_steps: as in ``minimize``.
       solve: the linear solver of the derivative.
       has_aux: return ``(System, SolveStats)``.
@@ -74,6 +77,9 @@ def equilibrate(
     given = full_tangent(system, {}) if params is None else params
     for name in given:
         full_tangent(system, {name: jnp.zeros_like(jnp.asarray(given[name]))})  # the name's and shape's check
+    for parameter in parameters_of(system, given):
+        if parameter.paired:
+            check_symmetric(f"params[{parameter.name!r}]", given[parameter.name])
     dtype = system.positions.dtype
     full = (
         dict(system.params)

@@ -108,6 +108,8 @@ class KKT(Stiffness):
       multipliers: of the equations.
     """
 
+    _factors = ("factor", "_normal")
+
     def __init__(self, system: System, null: NullSpace, multipliers: dict[str, jax.Array] | None):
         super().__init__(system, null)
         self.x = unknowns_of(system, multipliers)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from mdsens.implicit.status import InputError
+from mdsens.implicit.status import InputError, Portable
 from mdsens.parameters import Mixing, arithmetic, check_finite, check_names, check_pair_shape, of_pairs
 
 __all__ = [
@@ -72,6 +72,8 @@ class Law(Protocol):
     @property
     def parameters(self) -> tuple[str, ...]: ...
     @property
+    def pair_parameters(self) -> tuple[str, ...]: ...
+    @property
     def pairwise(self) -> bool: ...
     @property
     def repulsive(self) -> bool: ...
@@ -113,6 +115,11 @@ class _NamedLaw(_Addable):
         return self.names
 
     @property
+    def pair_parameters(self) -> tuple[str, ...]:
+        """Those of pairs: given as a matrix, one of species pairs, which is symmetric."""
+        return ()
+
+    @property
     def pairwise(self) -> bool:
         return True
 
@@ -152,7 +159,7 @@ class _NamedLaw(_Addable):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PairLaw(_NamedLaw):
+class PairLaw(Portable, _NamedLaw):
     """U = sum over pairs of phi(r_ij, p_ij), phi zero at and beyond a finite cutoff (or of infinite range).
 
     Attributes:
@@ -177,6 +184,10 @@ class PairLaw(_NamedLaw):
     above: tuple[float, ...] = dataclasses.field(metadata={"static": True})
     repulsive: bool = dataclasses.field(default=False, metadata={"static": True})
     cases: tuple[tuple[Phi, str, float], ...] = dataclasses.field(default=(), metadata={"static": True})
+
+    @property
+    def pair_parameters(self) -> tuple[str, ...]:
+        return self.names
 
     def range(self, params: Params) -> jax.Array:
         """The largest length at which a pair can interact, over each parameter's extremes; inf without a cutoff."""
@@ -254,7 +265,7 @@ class PairLaw(_NamedLaw):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)  # arrays are compared by hand
-class BondLaw(_NamedLaw):
+class BondLaw(Portable, _NamedLaw):
     """U = sum over listed bonds of phi(r_ij, p_b); each parameter a scalar or one value a bond."""
 
     bonds: Any  # (m, 2) particle indices
@@ -296,7 +307,7 @@ class BondLaw(_NamedLaw):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class EnergyLaw(_NamedLaw):
+class EnergyLaw(Portable, _NamedLaw):
     """U = fn(positions, params, displacement): anything, over all pairs, with the scaling its author gives it."""
 
     name: str = dataclasses.field(metadata={"static": True})
@@ -349,6 +360,10 @@ class SumLaw(_Addable):
     @property
     def parameters(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for law in self.laws for name in law.parameters))
+
+    @property
+    def pair_parameters(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for law in self.laws for name in law.pair_parameters))
 
     @property
     def pairwise(self) -> bool:

@@ -19,15 +19,16 @@ from mdsens.constrained import about_to_switch, constrained_null_space
 from mdsens.contacts import Network
 from mdsens.enthalpy import Cell, deformed, enthalpy_slope
 from mdsens.implicit.operators import Auto, Direct, Method, check_method
-from mdsens.implicit.status import InputError, Status, raise_for_status, require_sound_jax
+from mdsens.implicit.status import InputError, Portable, Status, raise_for_status, require_sound_jax
 from mdsens.kkt import KKT
+from mdsens.parameters import check_symmetric
 from mdsens.relaxation import Equilibrium
 from mdsens.rigid_motions import NullSpace
 from mdsens.scales import doubtful_stiffness, unrelaxed
 from mdsens.stationarity import Unknowns, gradient, linearisation
 from mdsens.stiffness import ONE_SOLVE_3D, Stiffness, factorises
 from mdsens.strains import from_mandel, to_mandel
-from mdsens.system import System
+from mdsens.system import System, parameters_of
 
 __all__ = ["Linearization", "by_factor", "changes", "force_left", "full_tangent", "linearised", "linearize"]
 
@@ -36,7 +37,7 @@ Params = Mapping[str, Any]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Linearization:
+class Linearization(Portable):
     """A minimum ready to be differentiated: every door takes one in place of the Equilibrium.
 
     Attributes:
@@ -280,6 +281,7 @@ def full_tangent(system: System, dparams: Params, params: Params | None = None) 
 def changes(system: System, dparams: Params, params: Params | None = None) -> dict[str, Any]:
     """Changes of some parameters, checked; of a Linearization's ``params`` where they are given."""
     valid = system.params if params is None else params
+    paired = {parameter.name for parameter in parameters_of(system, valid) if parameter.paired}
     if not isinstance(dparams, Mapping):
         raise InputError(f"dparams is a {type(dparams).__name__}: give a dict of parameter names and their changes.")
     for name, change in dparams.items():
@@ -295,6 +297,9 @@ def changes(system: System, dparams: Params, params: Params | None = None) -> di
             raise InputError(f"dparams[{name!r}] has shape {got}: the parameter has {want}, give that.")
         if not isinstance(given, Tracer) and not np.isfinite(np.asarray(given, float)).all():
             raise InputError(f"dparams[{name!r}] is not finite: give finite changes.")
-    return {
-        name: real_array(f"dparams[{name!r}]", change).astype(valid[name].dtype) for name, change in dparams.items()
-    }
+    found = {}
+    for name, change in dparams.items():
+        given = real_array(f"dparams[{name!r}]", change)
+        given = check_symmetric(f"dparams[{name!r}]", given) if name in paired else given
+        found[name] = given.astype(valid[name].dtype)
+    return found

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.abc
+import importlib.machinery
 import importlib.util
 import sys
+import threading
 from typing import Any, NamedTuple
 
 import jax
@@ -21,23 +24,65 @@ __all__ = ["Fire", "GradientDescent", "Newton"]
 MEASURED = 0.55
 
 
+class _NotKeptError(ImportError):
+    """Ends an import of a package that is not to be kept."""
+
+
+class _MinimizeAlone(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Stands for ``jax_md`` during one import in one thread: a package that runs nothing but imports ``minimize``.
+
+    It ends with an error, so that Python forgets the package. All of it is within Python's own import of ``jax_md``:
+    another thread that imports that package waits, and then loads it whole.
+    """
+
+    module: Any = None
+
+    def __init__(self, package: importlib.machinery.ModuleSpec):
+        self.thread = threading.get_ident()
+        self.spec = importlib.machinery.ModuleSpec(package.name, self, origin=package.origin, is_package=True)
+        self.spec.submodule_search_locations = package.submodule_search_locations
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        return self.spec if fullname == self.spec.name and threading.get_ident() == self.thread else None
+
+    def exec_module(self, module: Any) -> None:
+        try:
+            from jax_md import minimize
+        finally:
+            for name in [name for name in list(sys.modules) if name.startswith(f"{self.spec.name}.")]:
+                del sys.modules[name]
+        self.module = minimize
+        raise _NotKeptError
+
+
+_LOADING = threading.Lock()
+
+
 @functools.cache  # the classes of its states must not change
+def _imported() -> Any:
+    if "jax_md" not in sys.modules:
+        package = importlib.util.find_spec("jax_md")
+        if package is None:
+            raise ModuleNotFoundError("mdsens needs jax-md: pip install jax-md.", name="jax_md")
+        alone = _MinimizeAlone(package)
+        sys.meta_path.insert(0, alone)
+        try:
+            importlib.import_module("jax_md")  # returns where another thread has just imported it
+        except _NotKeptError:
+            return alone.module
+        finally:
+            sys.meta_path.remove(alone)
+    from jax_md import minimize
+
+    return minimize
+
+
 def _jax_md_minimize() -> Any:
     """The module jax_md.minimize. Where nobody has imported jax_md it comes alone, in a tenth of a second: the package
     as a whole brings neural networks along, for four seconds, and a later ``import jax_md`` still gets all of it.
     """
-    alone = "jax_md" not in sys.modules
-    if alone:
-        spec = importlib.util.find_spec("jax_md")
-        if spec is None:
-            raise ModuleNotFoundError("mdsens needs jax-md: pip install jax-md.", name="jax_md")
-        sys.modules["jax_md"] = importlib.util.module_from_spec(spec)  # a package that has run nothing
-    try:
-        from jax_md import minimize
-    finally:
-        for name in [name for name in sys.modules if alone and name.partition(".")[0] == "jax_md"]:
-            del sys.modules[name]
-    return minimize
+    with _LOADING:
+        return _imported()
 
 
 class FireState(NamedTuple):

@@ -138,8 +138,10 @@ def gradient(
       solve, throw: as in ``ms.gradient``.
 
     Returns:
-      a :class:`~mdsens.Response`, its value a dict shaped like the parameters. Its status is the solve's, or where that
-      one is good the modes': DEGENERATE says that it is a mean over more modes than were asked for.
+      a :class:`~mdsens.Response`, its value a dict shaped like the parameters, as of ``ms.gradient``: in a symmetric
+      matrix of species pairs half of the derivative in each of two entries, and the whole in its ``component``. Its
+      status is the solve's, or where that one is good the modes': DEGENERATE says that it is a mean over more modes
+      than were asked for.
     """
     lin = linearised(at, solve, throw)
     found = smallest_stiffness(lin, count, accuracy=accuracy, throw=throw)

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens.boxes import components, heights, inverse, nearest_images
-from mdsens.implicit.status import InputError
+from mdsens.implicit.status import InputError, Portable
 
 __all__ = [
     "Lengths",
@@ -49,7 +49,7 @@ Lengths: TypeAlias = Callable[[jax.Array, jax.Array], Any]  # of particles i and
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Neighbours:
+class Neighbours(Portable):
     """The particles that each particle may interact with.
 
     Attributes:

@@ -235,7 +235,8 @@ def from_pair(
     Args:
       phi: ``phi(r, *parameters)``, elementwise in jax.numpy, at least twice differentiable away from the breakpoints,
         and zero at and beyond the cutoff (wrap it in :class:`switched` to make it so). A module-level function compiles
-        once; a lambda made anew for each system compiles anew.
+        once, and pickle takes it to other processes; a lambda made anew for each system compiles anew, and only
+        cloudpickle takes it there.
       parameters: their names, in phi's order.
       cutoff: a length, or a function of the pair parameters (monotone in each) where the law ties it to them; None for
         infinite range: all pairs, which suits up to a few thousand particles, open boundaries only.

@@ -25,10 +25,12 @@ from mdsens.batches import stack, unstack
 from mdsens.implicit.status import (
     ConvergenceError,
     InputError,
+    Portable,
     PrecisionError,
     SolveStats,
     Status,
     raise_for_status,
+    require_sound_jax,
 )
 from mdsens.lagrangian import multipliers_at, own_params, unknowns_of
 from mdsens.minimisers import Fire, GradientDescent, Newton
@@ -43,7 +45,7 @@ Params = Mapping[str, Any]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
-class Equilibrium(Shown):
+class Equilibrium(Portable, Shown):
     """A relaxed system with the evidence. Frozen, and a pytree; of a batch, every array has a leading axis.
 
     Attributes:
@@ -438,6 +440,7 @@ def stats(eq: Equilibrium, method: Any) -> SolveStats:
 
 
 def _check_kinds(system: Any, method: Any) -> None:
+    require_sound_jax()
     if not isinstance(system, System):
         raise InputError(f"minimize got a {type(system).__name__}: give a System, such as ms.load_system gives.")
     if not isinstance(method, Newton | Fire | GradientDescent):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens.implicit.status import Portable
 from mdsens.unknowns import Unknowns
 
 __all__ = ["NullSpace", "left_motions", "orthonormal", "pseudo_inverse", "turned"]
@@ -18,7 +19,7 @@ ROD = 1e-9  # moment of inertia about an axis, of those across it, that counts a
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class NullSpace:
+class NullSpace(Portable):
     """The directions that cost no energy to second order, known beforehand.
 
     Rattlers, translations of each cluster, rotations of each one that does not meet its own image. Where the energy is

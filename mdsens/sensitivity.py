@@ -22,7 +22,7 @@ from mdsens.linearization import Linearization, by_factor, changes, linearised, 
 from mdsens.relaxation import Equilibrium
 from mdsens.stationarity import Unknowns
 from mdsens.strains import basis
-from mdsens.system import System
+from mdsens.system import System, parameters_of
 
 __all__ = ["Linearization", "Response", "gradient", "jacobian", "jvp", "linearize", "response", "vjp"]
 
@@ -38,6 +38,12 @@ def _judged(result: Response, throw: bool, what: str) -> Response:
         where = "" if codes.size == 1 else f" ({int((codes == worst.value).sum())} of {codes.size} solves)"
         raise_for_status(worst, f"{what} by {result.stats.solver} ended at residual {residual:.1e}{where}", result)
     return result
+
+
+def _by(result: Response, system: System, params: Params | None = None) -> Response:
+    """A derivative by all parameters, which knows so."""
+    own = lagrangian.own_params(system) if params is None else params
+    return result if result.wrt else dataclasses.replace(result, wrt=parameters_of(system, own))
 
 
 def _over_members(door: Callable[[Equilibrium, Any], Response], eq: Equilibrium, given: Any = ()) -> Response:
@@ -84,7 +90,8 @@ def jvp(
 
     Args:
       at: from ``minimize`` (a batch is done member by member) or ``linearize``.
-      dparams: changes by parameter name, each shaped like the parameter; the others do not change.
+      dparams: changes by parameter name, each shaped like the parameter; the others do not change. That of a symmetric
+        matrix of species pairs is symmetric: entries (a, b) and (b, a) are one number, and change together.
       solve: the linear solver; Auto() where None.
       throw: raise unless the status is good.
 
@@ -183,7 +190,9 @@ def vjp(
       solve, throw: as in ``jvp``.
 
     Returns:
-      a :class:`Response` with ``value`` a dict shaped like the parameters.
+      a :class:`Response` with ``value`` a dict shaped like the parameters. Of a symmetric matrix of species pairs,
+      entries (a, b) and (b, a) are half each of the derivative by the one number that both are;
+      ``component("sigma[0,1]")`` is the whole.
     """
     if _batched(at):
         assert isinstance(at, Equilibrium)
@@ -193,9 +202,9 @@ def vjp(
         def alone(member: Equilibrium, w: Unknowns) -> Response:
             return vjp(member, w, solve=solve, throw=False)
 
-        return _judged(_batch_through(VJP, alone, at, side, solve), throw, "vjp")
+        return _judged(_by(_batch_through(VJP, alone, at, side, solve), at.system), throw, "vjp")
     lin = linearised(at, solve, throw)
-    return _judged(through(VJP, lin, _unfolded(lin, cotangent)), throw, "vjp")
+    return _judged(_by(through(VJP, lin, _unfolded(lin, cotangent)), lin.system, lin.params), throw, "vjp")
 
 
 def response(
@@ -259,13 +268,14 @@ def jacobian(
 
     Args:
       at: as in ``jvp``.
-      wrt: the parameter's name. Of a matrix of species pairs, entry (a, b) changes alone, which is half of the
-        symmetric change.
+      wrt: the parameter's name.
       chunk: right-hand sides solved together; None for what fits in cache-sized memory.
       solve, throw: as in ``jvp``.
 
     Returns:
-      a :class:`Response` with ``value`` and ``nonaffine`` (n, d, *shape of the parameter), and stats of that shape.
+      a :class:`Response` with ``value`` and ``nonaffine`` (n, d, *shape of the parameter), and stats of that shape. Of
+      a symmetric matrix of species pairs, ``value[..., a, b]`` and ``value[..., b, a]`` are half each of the derivative
+      by the one number that both entries are; ``component("sigma[0,1]")`` is the whole, (n, d).
 
     Raises:
       TooLargeError: with the size, where the result would take more than half of the free memory. Take ``vjp`` then:
@@ -307,6 +317,7 @@ def jacobian(
         shaped(flat.nonaffine),
         lin.equilibrium.max_force,
         lin.network.rattlers,
+        parameters_of(system, {wrt: lin.params[wrt]}),
     )
     return _judged(result, throw, f"jacobian by {wrt}")
 
@@ -326,7 +337,9 @@ def gradient(
       solve, throw: as in ``jvp``.
 
     Returns:
-      a :class:`Response` with ``value`` a dict: shape of the observable followed by the shape of each parameter.
+      a :class:`Response` with ``value`` a dict: shape of the observable followed by the shape of each parameter. Of a
+      symmetric matrix of species pairs, entries (a, b) and (b, a) are half each of the derivative by the one number
+      that both are; ``component("sigma[0,1]")`` is the whole, of the observable's shape.
     """
     if _batched(at):
         assert isinstance(at, Equilibrium)
@@ -406,4 +419,5 @@ def total(lin: Linearization, value: jax.Array, cotangents: Unknowns, direct: Pa
     stats = jax.tree.map(lambda leaf: leaf.reshape(value.shape), flat.stats)
     stats = finite_or_said(stats, jnp.all(jnp.stack(finite), axis=0))
     result = Response(value_of, stats, None, lin.equilibrium.max_force, lin.network.rattlers)
+    result = _by(result, lin.system, lin.params)
     return _judged(result, throw, "gradient")

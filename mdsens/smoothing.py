@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens.implicit.status import Portable
 from mdsens.laws import PairLaw, Pairs, PairTerm, Params, Phi, SumLaw, no_breakpoints
 
 __all__ = ["SmoothedLaw", "smoothed"]
@@ -58,7 +59,7 @@ class _Averaged:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class SmoothedLaw:
+class SmoothedLaw(Portable):
     """A pair law averaged over a width, with the law's own parameters; a law like any other."""
 
     law: PairLaw
@@ -71,6 +72,10 @@ class SmoothedLaw:
     @property
     def parameters(self) -> tuple[str, ...]:
         return self.law.parameters
+
+    @property
+    def pair_parameters(self) -> tuple[str, ...]:
+        return self.law.pair_parameters
 
     @property
     def pairwise(self) -> bool:

@@ -16,6 +16,7 @@ from mdsens import boxes, potentials, starts
 from mdsens.fields import Table, array_of, is_integer, nearest, short
 from mdsens.implicit.status import InputError
 from mdsens.relaxation import Fire
+from mdsens.structures import numbered
 from mdsens.system import System
 
 __all__ = ["bundled_systems", "load_system", "relaxation_options", "systems_folder"]
@@ -174,7 +175,7 @@ def build(top: Table, folder: Path) -> System:
     n = len(start.positions)
     if count is not None and count != n:
         raise InputError(f"count is {count}, but positions give {n} particles: remove count, or change it to {n}.")
-    species = _species(top, n, start)
+    species, names = _species(top, n, start)
     given = top.raw("parameters")
     if not isinstance(given, Mapping):
         raise InputError(f"parameters is {short(given)}: give a table of names and values.")
@@ -190,7 +191,7 @@ def build(top: Table, folder: Path) -> System:
     law, sizes = _potential(top, positions, cell, start)
     params = {name: parameter(name, sizes.get(name, n), _stream(given, name)) for name in given}
     dtype = jnp.result_type(float)
-    return System.create(np.asarray(positions, dtype), box, law, params, species)
+    return System.create(np.asarray(positions, dtype), box, law, params, species).replace(species_names=names)
 
 
 def _stream(given: Mapping[str, Any], name: str) -> int:
@@ -230,15 +231,23 @@ def _table_of(top: Table, key: str) -> Mapping[str, Any]:
     return value
 
 
-def _species(top: Table, n: int, start: starts.Start) -> np.ndarray | None:
-    """One integer a particle, species 0 first: from counts, from fractions, or from the file of the positions."""
+def _species(top: Table, n: int, start: starts.Start) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """One integer a particle, species 0 first: from counts, from fractions, or from the file of the positions, by its
+    chemical symbols where these are numbered; and the symbols, where they are known.
+    """
     value = top.raw("species", None)
     if value is None:
-        return None
+        return None, ()
     if value == "positions":
-        return array_of("species", start.array("species", "species"), (n,), integers=True)
+        return array_of("species", start.array("species", "species"), (n,), integers=True), start.species_names
+    if isinstance(value, Mapping):
+        if start.symbols is None:
+            raise InputError(
+                f"species is {short(value)}, but the positions come without chemical symbols: give counts."
+            )
+        return numbered(start.symbols, value)
     if not isinstance(value, (list, tuple, np.ndarray)) or len(value) == 0:
-        raise InputError(f'species is {value!r}: give counts, fractions, or "positions".')
+        raise InputError(f'species is {value!r}: give counts, fractions, "positions", or symbols with their numbers.')
     amounts = array_of("species", value, (None,))
     if amounts.min() < 0:
         raise InputError(f"species is {short(value)}: every count or fraction must be 0 or more.")
@@ -250,7 +259,7 @@ def _species(top: Table, n: int, start: starts.Start) -> np.ndarray | None:
         if abs(amounts.sum() - 1.0) > 1e-9:
             raise InputError(f"species is {short(value)}, {amounts.sum():g} in all: give fractions that sum to 1.")
         counts = np.diff(np.rint(np.cumsum([0.0, *amounts]) * n).astype(int))
-    return np.repeat(np.arange(len(counts)), counts)
+    return np.repeat(np.arange(len(counts)), counts), ()
 
 
 def _parameter(name: str, value: Any, size: int, rng: np.random.Generator, start: starts.Start) -> np.ndarray:

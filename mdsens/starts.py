@@ -11,7 +11,7 @@ import numpy as np
 
 from mdsens.files import read_npz
 from mdsens.implicit.status import InputError
-from mdsens.structures import cell_of, coordinates_of
+from mdsens.structures import cell_of, coordinates_of, species_of
 
 __all__ = ["Start", "crystal", "from_file", "lattices", "pairs_within", "random"]
 
@@ -35,6 +35,8 @@ class Start:
       fractional: True for fractions.
       arrays: other arrays of the file, by name.
       file: where they came from, for messages.
+      symbols: (n,) chemical symbols; None where the positions come without.
+      species_names: the symbols of the species in ``arrays``.
     """
 
     positions: np.ndarray
@@ -42,6 +44,8 @@ class Start:
     fractional: bool = False
     arrays: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     file: str = ""
+    symbols: np.ndarray | None = None
+    species_names: tuple[str, ...] = ()
 
     def array(self, name: str, wanted_by: str) -> np.ndarray:
         """An array of the file, or an error that lists those it has."""
@@ -158,7 +162,10 @@ def _extxyz(path: Path, dimension: int, index: int) -> Start:
         raise InputError(f"{path} is no whole extended XYZ file ({error}): write or fetch it again.") from error
     _check_index(path, index, len(frames))
     atoms = frames[index]
-    return Start(coordinates_of(atoms, dimension), cell_of(atoms, dimension), False, dict(atoms.arrays), str(path))
+    kinds, names = species_of(atoms)
+    arrays = dict(atoms.arrays) if kinds is None else {"species": np.asarray(kinds), **atoms.arrays}
+    symbols, cell = np.array(atoms.get_chemical_symbols()), cell_of(atoms, dimension)
+    return Start(coordinates_of(atoms, dimension), cell, False, arrays, str(path), symbols, names)
 
 
 def _check_whole(path: Path) -> None:

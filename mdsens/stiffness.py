@@ -85,9 +85,15 @@ class Stiffness:
       index: how many negative eigenvalues it is to have: 0 at a minimum, at a saddle its order.
     """
 
+    _factors = ("factor",)  # of what is kept once it is made
+
     def __init__(self, system: System, null: NullSpace, index: int = 0):
         self.system, self.null, self.index, self.members = system, null, index, system.batch or 1
         self._factorise = factorises(system)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the factors, which lie in memory of their libraries: a copy makes its own when it first solves."""
+        return {name: value for name, value in vars(self).items() if name not in self._factors}
 
     @functools.cached_property
     def matrix(self) -> Any:

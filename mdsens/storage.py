@@ -19,9 +19,10 @@ from mdsens import boxes, constraints, potentials
 from mdsens.design import State, Step
 from mdsens.electrostatics import ChargeEquilibration, InducedDipoles
 from mdsens.files import read_npz, replacing
-from mdsens.implicit.status import InputError, PrecisionError, SolveStats, Status
+from mdsens.implicit.status import InputError, PrecisionError, SolveStats, Status, require_sound_jax
 from mdsens.laws import BondLaw, Law, PairLaw, SumLaw
 from mdsens.neighbours import Neighbours
+from mdsens.parameters import Parameter
 from mdsens.relaxation import Equilibrium
 from mdsens.sensitivity import Response
 from mdsens.stationarity import Unknowns
@@ -37,6 +38,7 @@ _RECORDS: dict[str, type] = {
     for kind in (
         *KINDS,
         Neighbours,
+        Parameter,
         SolveStats,
         Step,
         Unknowns,
@@ -101,6 +103,7 @@ def load(
       InputError: the file is missing, cut short, or not of this format; the law or the box is needed and not given.
       PrecisionError: it holds float64 and jax computes in float32.
     """
+    require_sound_jax()
     header, arrays = _contents(path)
     try:
         return _decode(header["tree"], _Source(str(path), arrays, potential, box))

@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens._checks import is_real, short
 from mdsens.batches import unstack
 from mdsens.constraints import Constraint, Pinned, RigidBonds
 from mdsens.files import replacing
@@ -16,7 +17,7 @@ from mdsens.implicit.status import InputError
 from mdsens.system import System
 from mdsens.unknowns import Unknowns
 
-__all__ = ["cell_of", "coordinates_of", "from_ase", "to_ase", "write_extxyz"]
+__all__ = ["cell_of", "coordinates_of", "from_ase", "numbered", "species_of", "to_ase", "write_extxyz"]
 
 SPECIES = "species_index"  # our integers; "species" is what extended XYZ calls the chemical symbols
 FLAT = 1e-6  # of the spread of x and y: z may differ by this much in a planar structure
@@ -41,8 +42,9 @@ def from_ase(
         the law's lengths in Å and its energies in eV.
       potential: a law of :mod:`mdsens.potentials`.
       params: its parameters, as in ``System.create``.
-      species: (n,) integers from 0. Where None, the atoms' array ``species_index`` if they have one, else their
-        elements counted from 0 in the order of the atomic number, if there are two or more.
+      species: which parameters an atom has: a dict that numbers the elements from 0, ``{"Ni": 0, "P": 1}``, or (n,)
+        integers from 0. Where None, the atoms' array ``species_index`` if they have one, else their elements in the
+        order in which they first appear, if there are two or more. ``print(system)`` shows which is which.
       dimension: 2 takes x and y of a planar structure: z must be the same for all, a third cell vector be along z, and
         its periodicity is not looked at.
       constraints: more of them, see :mod:`mdsens.constraints`.
@@ -51,14 +53,14 @@ def from_ase(
       InputError: with the field, the value and the remedy.
     """
     positions, cell = coordinates_of(atoms, dimension), cell_of(atoms, dimension)
-    if species is None:
-        species = _species_of(atoms)
+    kinds, names = species_of(atoms, species)
     dtype = jnp.result_type(float)
     own, lengths = _constraints_of(atoms, positions)
     box = None if cell is None else cell.astype(dtype)
     params = {**lengths, **params}
     found = (*own, *constraints)
-    return System.create(positions.astype(dtype), box, potential, params, species, constraints=found)
+    system = System.create(positions.astype(dtype), box, potential, params, kinds, constraints=found)
+    return system.replace(species_names=names)
 
 
 def _constraints_of(atoms: Any, positions: np.ndarray) -> tuple[tuple[Constraint, ...], dict[str, Any]]:
@@ -87,11 +89,45 @@ def _constraints_of(atoms: Any, positions: np.ndarray) -> tuple[tuple[Constraint
     return tuple(found), lengths
 
 
-def _species_of(atoms: Any) -> np.ndarray | None:
-    if SPECIES in atoms.arrays:
-        return np.asarray(atoms.arrays[SPECIES])
-    elements, index = np.unique(atoms.numbers, return_inverse=True)
-    return index if len(elements) > 1 else None
+def species_of(atoms: Any, species: Any = None) -> tuple[Any, tuple[str, ...]]:
+    """The species (n,) of an ASE ``Atoms``, None where there is one, and their chemical symbols, as in ``from_ase``.
+
+    There are none where nobody gave any: of atoms ``X``, and of the stand-ins of ``to_ase``.
+    """
+    symbols = np.array(atoms.get_chemical_symbols())
+    if isinstance(species, Mapping) or (species is None and SPECIES not in atoms.arrays):
+        kinds, names = numbered(symbols, species)
+        if species is None and len(names) < 2:
+            return None, () if names == ("X",) else names
+        return kinds, names
+    kinds = atoms.arrays[SPECIES] if species is None else species
+    whole = np.asarray(kinds)
+    if whole.shape != symbols.shape or not np.issubdtype(whole.dtype, np.integer):
+        return kinds, ()  # System.create says what is wrong with them
+    pairs = sorted({(int(k), str(symbol)) for k, symbol in zip(whole, symbols, strict=True)})
+    stand_ins = np.array_equal(atoms.numbers, whole + 1)
+    named = [k for k, _ in pairs] == list(range(len(pairs))) and not stand_ins
+    return kinds, tuple(symbol for _, symbol in pairs) if named else ()
+
+
+def numbered(symbols: Sequence[str] | np.ndarray, species: Any = None) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The species (n,) of particles by their symbols, and the symbols of species 0, 1, ….
+
+    Args:
+      symbols: (n,).
+      species: a dict that numbers them from 0; None for the order in which they first appear.
+    """
+    met = list(dict.fromkeys(map(str, symbols)))
+    numbers = dict(zip(met, range(len(met)), strict=True)) if species is None else dict(species)
+    whole = all(is_real(np.asarray(k).dtype) and np.ndim(k) == 0 and int(k) == k for k in numbers.values())
+    if not whole or sorted(map(int, numbers.values())) != list(range(len(numbers))):
+        raise InputError(f"species is {short(species)}: number its {len(numbers)} symbols from 0, each with its own.")
+    missing = [symbol for symbol in met if symbol not in numbers]
+    if missing:
+        listed = ", ".join(f"{symbol!r}: {k}" for k, symbol in enumerate(met))
+        raise InputError(f"species is {short(species)}, without {', '.join(missing)}: name all, such as {{{listed}}}.")
+    names = tuple(str(symbol) for symbol in sorted(numbers, key=lambda symbol: int(numbers[symbol])))
+    return np.array([int(numbers[str(symbol)]) for symbol in symbols], int), names
 
 
 def coordinates_of(atoms: Any, dimension: int) -> np.ndarray:
@@ -136,8 +172,9 @@ def to_ase(system: System, *, symbols: Sequence[str] | None = None) -> Any:
 
     Args:
       system: not a batch; an Equilibrium's is ``eq.system``.
-      symbols: a chemical symbol for each species, one in all without species. Where None, species 0, 1, … stand as
-        H, He, …, and particles without species as X: stand-ins, for colours.
+      symbols: a chemical symbol for each species, one in all without species. Where None, the system's own
+        ``species_names``; without them, species 0, 1, … stand as H, He, …, and particles without species as X:
+        stand-ins, for colours.
 
     Returns:
       Atoms with arrays ``species_index`` where there are species, ``diameter`` where the law has one, and each
@@ -155,6 +192,8 @@ def to_ase(system: System, *, symbols: Sequence[str] | None = None) -> Any:
     n, dimension = system.n, system.dimension
     species = None if system.species is None else np.asarray(system.species)
     kinds = 1 if species is None else max(system.species_count, int(species.max(initial=0)) + 1)
+    if symbols is None and len(system.species_names) >= kinds and set(system.species_names) <= set(atomic_numbers):
+        symbols = system.species_names[:kinds]
     if symbols is None:
         numbers = np.zeros(n, int) if species is None else species + 1
     else:

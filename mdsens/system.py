@@ -14,9 +14,10 @@ from mdsens import boxes, neighbours
 from mdsens._checks import real_array, short
 from mdsens._tables import Shown
 from mdsens.constraints import Constraint, check_constraints
-from mdsens.implicit.status import InputError, require_sound_jax
+from mdsens.implicit.status import InputError, Portable, require_sound_jax
 from mdsens.laws import PairTerm, check_params
 from mdsens.neighbours import Neighbours
+from mdsens.parameters import Parameter
 
 __all__ = [
     "System",
@@ -27,6 +28,7 @@ __all__ = [
     "pair_distances",
     "pair_lengths",
     "pair_terms",
+    "parameters_of",
     "potential_energy",
     "require_unconstrained",
 ]
@@ -36,7 +38,7 @@ Params = Mapping[str, Any]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
-class System(Shown):
+class System(Portable, Shown):
     """A configuration of particles and all that its energy needs. Frozen, and a pytree. Make it with ``create``.
 
     Attributes:
@@ -48,6 +50,8 @@ class System(Shown):
       neighbours: the list of pairs.
       species_count: S, 0 without species.
       constraints: records of :mod:`mdsens.constraints`; what they need in numbers are ``params`` too.
+      species_names: of species 0, 1, …, such as chemical symbols, or one where there are no species; empty where nobody
+        said. They are for people, and for ``to_ase``.
     """
 
     positions: jax.Array
@@ -58,19 +62,42 @@ class System(Shown):
     neighbours: Neighbours
     species_count: int = dataclasses.field(default=0, metadata={"static": True})
     constraints: tuple[Constraint, ...] = ()
+    species_names: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     _title = "System"
 
     def _rows(self) -> list[tuple[str, str]]:
         many = f"batch of {self.batch}, each " if self.batch else ""
-        kinds = f", {self.species_count} species" if self.species is not None else ""
-        rows = [("particles", f"{many}n = {self.n} in {self.dimension}-D{kinds}"), ("law", self.potential.name)]
+        alike = f", all {self.species_names[0]}" if self.species is None and self.species_names else ""
+        rows = [("particles", f"{many}n = {self.n} in {self.dimension}-D{alike}")]
+        if self.species is not None:
+            rows.append(("species", self._species_in_words()))
+        rows.append(("law", self.potential.name))
         for name, value in self.params.items():
             shown = np.array2string(np.asarray(value), precision=6, threshold=8, edgeitems=2, separator=", ")
             rows.append((f"  {name}", " ".join(shown.split())))
-        rows.append(("box", type(self.boundary).__name__))
+        rows.append(("box", self._box_in_words()))
         held = ", ".join(f"{c.name} ({type(c).__name__})" for c in self.constraints)
         return [*rows, ("constraints", held)] if held else rows
+
+    def species_label(self, k: int) -> str:
+        """Species k as text: its name, or its number where it has none."""
+        return self.species_names[k] if k < len(self.species_names) else str(k)
+
+    def _species_in_words(self) -> str:
+        """How many particles of each there are."""
+        members = np.atleast_2d(np.asarray(self.species))
+        counts = np.array([np.bincount(kinds, minlength=self.species_count) for kinds in members])
+        if self.species_count > 12 or (counts != counts[0]).any():
+            return f"{self.species_count}"
+        kinds = [f"{self.species_names[k]} (species {k})" if k < len(self.species_names) else f"of species {k}"
+                 for k in range(self.species_count)]  # fmt: skip
+        return ", ".join(f"{count} {kind}" for count, kind in zip(counts[0], kinds, strict=True))
+
+    def _box_in_words(self) -> str:
+        first = self if self.batch is None else jax.tree.map(lambda leaf: leaf[0], self)
+        of_first = "" if self.batch is None or first.box is None else "; that of the first"
+        return f"{boxes.described(first.box)}{first.boundary.follows}{of_first}"
 
     @classmethod
     def create(
@@ -178,6 +205,15 @@ class System(Shown):
         return jnp.asarray(jnp.inf) if box is None else jnp.abs(jnp.linalg.det(box))
 
     @property
+    def symbols(self) -> np.ndarray | None:
+        """(n,) the name of each particle's species; None where its species have no names."""
+        if not self.species_names:
+            return None
+        kinds = np.zeros(self.positions.shape[:-1], int) if self.species is None else np.asarray(self.species)
+        labels = [self.species_label(k) for k in range(max(self.species_count, 1))]
+        return np.array(labels)[kinds]
+
+    @property
     def range(self) -> jax.Array:
         """The largest distance at which two particles interact at the present parameters."""
         return self.potential.range(self.params)
@@ -228,6 +264,19 @@ def _check_reach(system: System) -> None:
                 f"{c.name}: a length of {reach:.6g} is above half of the cell's smallest height {smallest:.6g}, so "
                 "that another image of its end may be nearer: repeat the cell, or take shorter ones."
             )
+
+
+def parameters_of(system: System, params: Params | None = None) -> tuple[Parameter, ...]:
+    """What derivatives are by: of a batch, its members' parameters.
+
+    Args:
+      params: some of the system's, and a pressure among them; the system's where None.
+    """
+    pairs, found = system.potential.pair_parameters, []
+    for name, value in (system.params if params is None else params).items():
+        shape = np.shape(value)[1:] if system.batch is not None else np.shape(value)
+        found.append(Parameter(name, shape, name in pairs and len(shape) == 2))
+    return tuple(found)
 
 
 def require_unconstrained(system: System, what: str) -> None:

@@ -84,7 +84,7 @@ def _glass() -> ms.System:
 def test_a_matrix_of_pairs_stays_symmetric_and_its_derivative_counts_both_entries() -> None:
     only = np.array([[False, True], [True, True]])
     variables = Variables.of(_glass(), {"epsilon": Free(only=only), "sigma": Free(log=False, low=0.5, high=2.0)})
-    assert variables.labels == ("epsilon[0, 1]", "epsilon[1, 1]", "sigma[0]", "sigma[1]")
+    assert variables.labels == ("epsilon[0,1]", "epsilon[1,1]", "sigma[0]", "sigma[1]")
     x = variables.x + np.array([0.1, -0.2, 0.05, 0.0])
     params = variables.params(x)
     np.testing.assert_array_equal(params["epsilon"], params["epsilon"].T)

@@ -1,6 +1,7 @@
 """What is read is checked key by key, what is written comes back bit for bit, and files that lie are found out."""
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 import mdsens as ms
-from mdsens import InputError
+from mdsens import InputError, _report
 from mdsens.boxes import nearest_image
 from mdsens.specification import systems_folder
 from mdsens.starts import pairs_within
@@ -315,7 +316,7 @@ LJ = ms.potentials.lennard_jones(3.0, 4.0)
 def test_ase_round_trip_in_3d_with_a_skew_cell():
     atoms = ase.build.bulk("Ar", "fcc", a=5.26) * (5, 5, 5)
     atoms.rattle(0.1, seed=0)
-    atoms.numbers[::3] = 36
+    atoms.numbers[1::3] = 36
     system = ms.io.from_ase(atoms, LJ, {"sigma": [3.4, 3.6], "epsilon": 0.01})
     np.testing.assert_array_equal(system.box, atoms.cell[:].T)
     assert np.asarray(system.species).tolist() == (atoms.numbers == 36).astype(int).tolist()
@@ -351,6 +352,144 @@ def test_species_survive_without_symbols():
     atoms = ms.io.to_ase(system)
     back = ms.io.from_ase(atoms, system.potential, system.params, dimension=2)
     same(back.species, system.species)
+
+
+# -- which element is which species ----------------------------------------------------------------------------------
+
+GLASS = {"sigma": [2.2, 1.8], "epsilon": [[1.0, 1.2], [1.2, 0.5]]}
+
+
+def glass(symbols: str = "Ni6P2") -> ase.Atoms:
+    """Two elements on a cubic lattice."""
+    places = np.stack(np.meshgrid(*[2.5 * np.arange(2)] * 3), -1).reshape(-1, 3)
+    return ase.Atoms(symbols, positions=places, cell=[9.0] * 3, pbc=True)
+
+
+@pytest.mark.parametrize(("symbols", "species", "names", "first"), [
+    ("Ni6P2", None, ("Ni", "P"), 0),  # Ni is 28, P is 15: not the order of the atomic number
+    ("P2Ni6", None, ("P", "Ni"), 0),
+    ("Ni6P2", {"Ni": 0, "P": 1}, ("Ni", "P"), 0),
+    ("Ni6P2", {"P": 0, "Ni": 1}, ("P", "Ni"), 1),
+    ("P2Ni6", {"Ni": np.int64(0), "P": 1}, ("Ni", "P"), 1),
+    ("Ni6P2", {"Ni": 0, "P": 1, "B": 2}, ("Ni", "P", "B"), 0),
+])  # fmt: skip
+def test_elements_are_numbered_as_they_come_or_as_they_are_told(symbols, species, names, first):
+    system = ms.io.from_ase(glass(symbols), LJ, {"sigma": 2.0, "epsilon": 1.0}, species)
+    assert system.species_names == names
+    assert int(np.asarray(system.species)[0]) == first
+    assert system.symbols is not None and system.symbols.tolist() == glass(symbols).get_chemical_symbols()
+
+
+def test_each_element_has_the_parameters_of_its_species():
+    energies = [
+        float(ms.observables.energy(ms.io.from_ase(glass(symbols), LJ, GLASS, {"Ni": 0, "P": 1})))
+        for symbols in ("Ni6P2", "P2Ni6")
+    ]
+    assert energies[0] == pytest.approx(energies[1], rel=1e-14)  # the corners of a cube are all alike
+    swapped = float(ms.observables.energy(ms.io.from_ase(glass(), LJ, GLASS, {"P": 0, "Ni": 1})))
+    assert swapped != pytest.approx(energies[0], rel=1e-2)
+    system = ms.io.from_ase(glass(), LJ, GLASS)
+    np.testing.assert_array_equal(np.asarray(system.diameters), [2.2] * 6 + [1.8] * 2)
+
+
+@pytest.mark.parametrize(("species", "words"), [
+    ({"Ni": 0}, r"species is {'Ni': 0}, without P: name all, such as {'Ni': 0, 'P': 1}"),
+    ({"Ni": 0, "P": 2}, r"species is .*: number its 2 symbols from 0, each with its own"),
+    ({"Ni": 0, "P": 0}, "number its 2 symbols from 0"),
+    ({"Ni": 0, "P": -1}, "number its 2 symbols from 0"),
+    ({"Ni": 0, "P": "1"}, "number its 2 symbols from 0"),
+    ({"Ni": 0, "P": 1.5}, "number its 2 symbols from 0"),
+    ({"Ni": False, "P": True}, "number its 2 symbols from 0"),
+    ({}, r"species is {}, without Ni, P: name all"),
+    ([0, 1], r"species has shape \(2,\) and type int64: give \(8,\) integers from 0"),
+    ("Ni", "species is 'Ni'"),
+])  # fmt: skip
+def test_numbers_of_elements_are_checked(species, words):
+    with pytest.raises(InputError, match=words) as caught:
+        ms.io.from_ase(glass(), LJ, GLASS, species)
+    assert "\n" not in str(caught.value)
+
+
+def test_symbols_go_through_everything(tmp_path):
+    system = ms.io.from_ase(glass(), LJ, GLASS)
+    assert ms.io.to_ase(system).get_chemical_formula() == "Ni6P2"
+    other = ms.io.from_ase(glass(), LJ, GLASS, {"P": 0, "Ni": 1})
+    assert ms.io.to_ase(other).get_chemical_symbols() == glass().get_chemical_symbols()
+    same(ms.io.from_ase(ms.io.to_ase(other), LJ, GLASS), other)
+    path = tmp_path / "glass.npz"
+    ms.io.save(path, system)
+    xyz = tmp_path / "glass.extxyz"
+    ms.io.write_extxyz(xyz, other)
+    written: Any = ase.io.read(xyz)
+    assert written.get_chemical_symbols() == glass().get_chemical_symbols()
+    kept = [
+        ms.io.load(path), pickle.loads(pickle.dumps(system)), system.replace(positions=system.positions + 0.1),
+        system.with_params({"epsilon": 1.0}), system.reallocate(), ms.stack([system, system]),
+        ms.unstack(ms.stack([system, system]))[1], jax.jit(lambda s: s)(system),
+    ]  # fmt: skip
+    assert [s.species_names for s in kept] == [("Ni", "P")] * len(kept)
+    with pytest.raises(InputError, match="system 1 has other species_names than system 0"):
+        ms.stack([system, system.replace(species_names=("Cu", "Zr"))])
+
+
+def test_a_description_takes_symbols_from_the_file_of_the_positions(tmp_path):
+    path = tmp_path / "glass.toml"
+    ase.io.write(tmp_path / "glass.extxyz", glass())
+    path.write_text(
+        'description = "glass"\ndimension = 3\nspecies = { P = 0, Ni = 1 }\nbox = "positions"\n'
+        'positions = { kind = "file", file = "glass.extxyz" }\n'
+        'potential = { law = "lennard_jones", onset = 3.0, cutoff = 4.0 }\n'
+        "parameters = { sigma = [1.8, 2.2], epsilon = 1.0 }\n"
+    )
+    system = ms.load_system(path)
+    assert system.species_names == ("P", "Ni") and np.asarray(system.species).tolist() == [1] * 6 + [0] * 2
+    as_they_come = ms.load_system(path, species="positions")
+    assert as_they_come.species_names == ("Ni", "P") and int(np.asarray(as_they_come.species)[0]) == 0
+    with pytest.raises(InputError, match="without P: name all"):
+        ms.load_system(path, species={"Ni": 0})
+    with pytest.raises(InputError, match="the positions come without chemical symbols"):
+        ms.load_system(
+            path, positions={"kind": "list", "values": glass().positions.tolist()}, box={"lengths": [9.0] * 3}
+        )
+
+
+def test_stand_ins_are_no_names():
+    discs = ms.load_system("seed_packing_2d")
+    back = ms.io.from_ase(ms.io.to_ase(discs), discs.potential, discs.params, dimension=2)
+    assert discs.species_names == back.species_names == () and back.symbols is None
+    argon = ms.io.from_ase(ase.build.bulk("Ar", "fcc", a=5.26, cubic=True) * 3, LJ, {"sigma": 3.4, "epsilon": 0.01})
+    assert argon.species is None and argon.species_names == ("Ar",) and argon.symbols is not None
+    assert set(argon.symbols.tolist()) == {"Ar"}
+    assert set(ms.io.to_ase(argon).get_chemical_symbols()) == {"Ar"}
+    colloids = discs.replace(species_names=("large", "small"))  # no elements
+    assert set(ms.io.to_ase(colloids).get_chemical_symbols()) == {"H", "He"}
+
+
+def shown(system: ms.System) -> dict[str, str]:
+    rows = [line.strip().split("  ", 1) for line in str(system).splitlines()[1:]]
+    return {key: value.strip() for key, value in rows}
+
+
+def test_a_system_shows_its_species_and_its_cell():
+    system = ms.io.from_ase(glass(), LJ, GLASS)
+    assert shown(system)["species"] == "6 Ni (species 0), 2 P (species 1)"
+    assert shown(system)["box"] == "periodic, 9 x 9 x 9"
+    assert shown(ms.stack([system, system]))["species"] == "6 Ni (species 0), 2 P (species 1)"
+    assert shown(ms.stack([system, system]))["box"] == "periodic, 9 x 9 x 9; that of the first"
+    discs = ms.load_system("seed_packing_2d")
+    assert shown(discs)["species"] == "64 of species 0, 64 of species 1"
+    length = f"{float(discs.volume) ** 0.5:.6g}"
+    assert shown(discs)["box"] == f"periodic, {length} x {length}, follows the diameters at a packing fraction of 0.98"
+    skew = ms.System.create(discs.positions, [[9.0, 2.0], [0.0, 9.0]], discs.potential, discs.params, discs.species)
+    assert shown(skew)["box"] == "periodic, 9 x 9.21954, angles 77.47 degrees"
+    dimer = ms.load_system("dimer")
+    assert shown(dimer)["box"] == "open boundaries" and "species" not in shown(dimer)
+    argon = ms.io.from_ase(ase.build.bulk("Ar", "fcc", a=5.26, cubic=True) * 3, LJ, {"sigma": 3.4, "epsilon": 0.01})
+    assert shown(argon)["particles"] == "n = 108 in 3-D, all Ar"
+    assert "6 Ni + 2 P" in _report.system("glass", system, {})
+    seen: list[str] = []
+    jax.jit(lambda s: (seen.append(repr(s)), s.positions)[1])(system)
+    assert seen == ["<System, traced>"]
 
 
 @pytest.mark.parametrize(

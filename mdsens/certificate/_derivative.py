@@ -15,7 +15,7 @@ from mdsens.laws import PairTerm
 from mdsens.linearization import Linearization, full_tangent
 from mdsens.scales import scales
 from mdsens.stationarity import Unknowns, along
-from mdsens.system import System, pair_terms
+from mdsens.system import System, pair_terms, parameters_of
 
 __all__ = ["ESTIMATE", "derivative"]
 
@@ -130,7 +130,8 @@ def _lengths(x: Unknowns, length: float) -> tuple[np.ndarray, ...]:
 def _on_rattlers(system: System, tangent: Params, loose: np.ndarray | None) -> float:
     """Sum of squares of a direction's components that belong to rattlers alone; of all, where ``loose`` is None."""
     total = 0.0
-    for v in map(np.asarray, tangent.values()):
+    for parameter in parameters_of(system, tangent):
+        v = np.asarray(tangent[parameter.name])
         kind = np.ones(v.shape[0] if v.ndim else 0, bool)  # which particles or species are rattlers
         if loose is not None and v.shape == (system.n,):
             kind = loose
@@ -139,6 +140,6 @@ def _on_rattlers(system: System, tangent: Params, loose: np.ndarray | None) -> f
             kind = held == 0
         elif loose is not None:
             continue
-        mask = kind[:, None] | kind if v.ndim == 2 else kind
+        mask = np.triu(kind[:, None] | kind) if parameter.paired else kind  # a pair is one number
         total += float(np.sum(v[mask] ** 2)) if v.ndim else float(v**2)
     return total

@@ -10,7 +10,7 @@ import numpy as np
 
 from mdsens._tables import Shown
 from mdsens.breakpoints import Crossing
-from mdsens.implicit.status import Status
+from mdsens.implicit.status import Portable, Status
 from mdsens.stationarity import Unknowns
 
 __all__ = ["CellState", "ConstraintState", "Derivative"]
@@ -47,7 +47,7 @@ class CellState:
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Derivative(Shown):
+class Derivative(Portable, Shown):
     """What is known of the derivative of the minimum along one direction in parameter space.
 
     Errors are relative to the norm of the response; nan where there is none to be relative to. At a pressure norms are

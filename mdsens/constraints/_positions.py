@@ -13,7 +13,7 @@ import numpy as np
 
 from mdsens._checks import real_array, short
 from mdsens.constraints._base import Bounds, Constraint, Displacement, check_name
-from mdsens.implicit.status import InputError
+from mdsens.implicit.status import InputError, Portable
 
 __all__ = ["Pinned", "RigidBonds", "Wall"]
 
@@ -30,7 +30,7 @@ def _indices(name: str, given: Any, remedy: str) -> np.ndarray:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Pinned(Constraint):
+class Pinned(Portable, Constraint):
     """Coordinates that stay where the system's positions put them.
 
     Its multiplier is the force (n, d) that the support exerts, dL/dR there, and zero where nothing is pinned. Make it
@@ -150,7 +150,7 @@ class Wall(Constraint):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class RigidBonds(Constraint):
+class RigidBonds(Portable, Constraint):
     """Distances that cannot change: r_ij = l_ij, nearest images, for each bond of a list.
 
     l is the parameter ``<name>_length``, a scalar or one value a bond. Its multiplier is the tension (m,) of each bond,

@@ -10,7 +10,8 @@ import numpy as np
 
 from mdsens._checks import real_array, real_number, short
 from mdsens.implicit.status import InputError
-from mdsens.system import System
+from mdsens.parameters import Parameter, check_symmetric
+from mdsens.system import System, parameters_of
 
 __all__ = ["Free", "Variables"]
 
@@ -20,7 +21,8 @@ class Free:
     """How one parameter may change.
 
     Attributes:
-      low, high: bounds, one number or one a component; None for none (positive parameters stay positive).
+      low, high: bounds, one number or one a component, symmetric for a matrix of species pairs; None for none (positive
+        parameters stay positive).
       within: bounds as a share of the start: 0.3 for within 30 % of it; beside ``low`` and ``high``, the narrower.
       log: vary the logarithm, so that steps are shares; None for where all the starting values are positive.
       only: (shape of the parameter) True where a component may change; None for everywhere. A matrix of species pairs
@@ -65,16 +67,17 @@ class Variables:
         """
         records = _records(system, free, bounds)
         start, index, log, scale, low, high, labels = {}, {}, [], [], [], [], []
-        for name, record in records.items():
+        for parameter in parameters_of(system, {name: system.params[name] for name in records}):
+            name, record = parameter.name, records[parameter.name]
             value = np.asarray(system.params[name], float)
-            which, first = _index(name, value, record), len(labels)
+            which, first = _index(parameter, record), len(labels)
             start[name], index[name] = value, np.where(which >= 0, which + first, -1)
             places = [np.argwhere(which == k)[0] for k in range(which.max(initial=-1) + 1)]
             values = np.array([value[tuple(place)] for place in places])
             logs = bool((values > 0).all()) if record.log is None else record.log
             if logs and not (values > 0).all():
                 raise InputError(f"free.{name}: log needs positive values, and {name} has {values.min():g}: log=False.")
-            below, above = _bounds(name, value, record)
+            below, above = _bounds(parameter, value, record)
             size = values if logs else np.full(values.shape, np.max(np.abs(values), initial=0.0) or 1.0)
             for place, size_of in zip(places, size, strict=True):
                 ends = [float(np.broadcast_to(end, value.shape)[tuple(place)]) for end in (below, above)]
@@ -85,7 +88,7 @@ class Variables:
                     ends = [end / size_of for end in ends]
                 low.append(ends[0])
                 high.append(ends[1])
-                labels.append(name + (f"[{', '.join(str(int(k)) for k in place)}]" if value.ndim else ""))
+                labels.append(parameter.label(tuple(int(k) for k in place)))
             log += [logs] * len(places)
             scale += list(size)
         if not labels:
@@ -160,25 +163,27 @@ def _records(system: System, free: Any, bounds: Any) -> dict[str, Free]:
     return given
 
 
-def _index(name: str, value: np.ndarray, record: Free) -> np.ndarray:
+def _index(parameter: Parameter, record: Free) -> np.ndarray:
     """(shape of the parameter) the number of the variable that each component follows; -1 where it stays."""
-    only = np.ones(value.shape, bool)
+    name, shape = parameter.name, parameter.shape
+    only = np.ones(shape, bool)
     if record.only is not None:
         only = np.asarray(record.only)
-        if only.dtype != bool or only.shape != value.shape:
-            raise InputError(f"free.{name}: only has shape {only.shape}: give truth values of shape {value.shape}.")
-    found = np.full(value.shape, -1)
-    if value.ndim != 2:
-        found[only] = np.arange(int(only.sum()))
-        return found
-    if not np.array_equal(only, only.T):
+        if only.dtype != bool or only.shape != shape:
+            raise InputError(f"free.{name}: only has shape {only.shape}: give truth values of shape {shape}.")
+    if parameter.paired and not np.array_equal(only, only.T):
         raise InputError(f"free.{name}: only is not symmetric: free an entry of the matrix and its mirror image.")
-    i, j = np.nonzero(np.triu(only))
-    found[i, j] = found[j, i] = np.arange(i.size)
+    found, count = np.full(shape, -1), 0
+    for index in parameter.indices:
+        if only[index]:
+            for entry in parameter.entries(index):
+                found[entry] = count
+            count += 1
     return found
 
 
-def _bounds(name: str, value: np.ndarray, record: Free) -> tuple[np.ndarray, np.ndarray]:
+def _bounds(parameter: Parameter, value: np.ndarray, record: Free) -> tuple[np.ndarray, np.ndarray]:
+    name = parameter.name
     low, high = np.full(value.shape, -np.inf), np.full(value.shape, np.inf)
     if record.within is not None:
         share = real_number(f"free.{name}: within", record.within, "give a share such as 0.3.")
@@ -191,6 +196,8 @@ def _bounds(name: str, value: np.ndarray, record: Free) -> tuple[np.ndarray, np.
         array = np.asarray(real_array(f"free.{name}: bounds", given, "give numbers."), float)
         if array.shape not in ((), value.shape):
             raise InputError(f"free.{name}: a bound has shape {array.shape}: give one number, or {value.shape}.")
+        if parameter.paired and array.ndim:
+            array = check_symmetric(f"free.{name}: a bound", array)
         end[...] = narrower(end, array)
     outside = (value < low) | (value > high)
     if outside.any() or (low >= high).any():

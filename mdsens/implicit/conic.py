@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 
 from mdsens.implicit import projections
-from mdsens.implicit.status import InputError
+from mdsens.implicit.status import InputError, Portable
 
 __all__ = [
     "Cone",
@@ -163,7 +163,7 @@ def conic_residual(cone: Cones) -> Callable[[Array, Array, Array, Array], Array]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ConicSolution:
+class ConicSolution(Portable):
     """A primal and dual solution.
 
     Attributes:

@@ -16,14 +16,14 @@ from jax.flatten_util import ravel_pytree
 
 from mdsens.implicit._tree import PyTree, check_same
 from mdsens.implicit.optimality import KKTPoint
-from mdsens.implicit.status import Status
+from mdsens.implicit.status import Portable, Status
 
 __all__ = ["Margin", "complementarity", "kinked"]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Margin:
+class Margin(Portable):
     """How far a solution is from where its derivative jumps.
 
     Attributes:

@@ -19,7 +19,7 @@ from mdsens.implicit._given import check_functions, unknowns
 from mdsens.implicit._tree import PyTree
 from mdsens.implicit.operators import Auto, Method
 from mdsens.implicit.root import Condition, NullSpace, Preconditioner, tangent
-from mdsens.implicit.status import SolveStats, Status
+from mdsens.implicit.status import Portable, SolveStats, Status
 
 __all__ = ["RootCertificate", "certify"]
 
@@ -33,7 +33,7 @@ _INACCURATE = 0.1
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
-class RootCertificate:
+class RootCertificate(Portable):
     """The derivative of a root, and how far both are from exact.
 
     Attributes:

@@ -40,7 +40,7 @@ from mdsens.implicit._tree import PyTree, check_same
 from mdsens.implicit.conic import conic_residual
 from mdsens.implicit.linear import linear_solve
 from mdsens.implicit.operators import Auto, Method, Operator
-from mdsens.implicit.status import InputError
+from mdsens.implicit.status import InputError, Portable
 
 __all__ = [
     "KKTPoint",
@@ -70,7 +70,7 @@ def stationary(f: Callable[..., Array]) -> Ingredient:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class KKTPoint:
+class KKTPoint(Portable):
     """The unknowns of a constrained minimum, and the equations that hold there.
 
     Attributes:

@@ -1,8 +1,15 @@
-"""What became of a computation: an integer that jit can carry, a sentence that a person can act on, and the errors."""
+"""What became of a computation: an integer that jit can carry, a sentence that a person can act on, and the errors.
+
+Also what a record needs to reach another process as it is: :class:`Portable`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
+import types
+from collections.abc import Callable, Mapping
 from enum import IntEnum
 from typing import Any
 
@@ -13,13 +20,17 @@ __all__ = [
     "ConvergenceError",
     "InputError",
     "MdsensError",
+    "Portable",
     "PrecisionError",
     "SolveStats",
     "Status",
     "TooLargeError",
     "UnsupportedVersionError",
+    "array_types",
     "raise_for_status",
+    "reduced",
     "require_sound_jax",
+    "restored",
     "short",
 ]
 
@@ -212,7 +223,7 @@ class InputError(MdsensError, ValueError):
 
 
 class PrecisionError(InputError):
-    """The tolerance asked for is out of reach at this floating-point precision."""
+    """This floating-point precision does not do: for the tolerance asked for, or for what was made in a higher one."""
 
 
 class TooLargeError(MdsensError, MemoryError):
@@ -231,10 +242,72 @@ class ConvergenceError(MdsensError, RuntimeError):
         self.status = status
         self.result = result
 
+    def __reduce__(self) -> Any:
+        # an exception is made anew from its ``args``, which are the message alone: a pool of processes would break
+        return type(self), (str(self), self.status, self.result)
+
+
+def array_types(value: Any, seen: frozenset[int] = frozenset()) -> list[str]:
+    """The types of the jax arrays in a field of a record: in dicts, lists, tuples, and in what functions close over.
+
+    Args:
+      seen: what it is part of; a function may close over itself.
+    """
+    if isinstance(value, jax.Array):
+        return [str(value.dtype)]
+    if id(value) in seen or isinstance(value, Portable):  # a record tells its own
+        return []
+    parts: list[Any] = []
+    if isinstance(value, Mapping):
+        parts = list(value.values())
+    elif isinstance(value, list | tuple):
+        parts = list(value)
+    elif isinstance(value, types.FunctionType):
+        cells = [cell for cell in value.__closure__ or () if cell != types.CellType()]  # but for empty ones
+        parts = [*(cell.cell_contents for cell in cells), value.__defaults__, value.__kwdefaults__]
+    elif isinstance(value, functools.partial):
+        parts = [value.func, value.args, value.keywords]
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = list(vars(value).values())
+    return [name for part in parts for name in array_types(part, seen | {id(value)})]
+
+
+def reduced(record: Any, fields: dict[str, Any]) -> Any:
+    """What pickle makes a record anew from, as the ``__reduce__`` of its class: :func:`restored` of its fields."""
+    return restored, (type(record), fields, {name: array_types(value) for name, value in fields.items()})
+
+
+def restored(kind: Callable[..., Any], fields: dict[str, Any], had: dict[str, list[str]]) -> Any:
+    """A record out of its unpickled fields, whose arrays must be of the types that they had.
+
+    Raises:
+      PrecisionError: they are not, since jax makes float32 of float64, in silence, in a process without x64.
+    """
+    require_sound_jax()
+    for name, value in fields.items():
+        for then, now in zip(had[name], array_types(value), strict=False):
+            if then != now:
+                raise PrecisionError(
+                    f"{getattr(kind, '__name__', kind)}.{name} is {then}, and this process computes in {now}: call "
+                    "ms.enable_x64() in it before unpickling, in a pool of processes by initializer=ms.enable_x64."
+                )
+    return kind(**fields)
+
+
+class Portable:
+    """A frozen record whose arrays come out of pickle, and of ``copy``, as they went in to the last bit, or not at all.
+
+    A named tuple of arrays cannot inherit it, and calls :func:`reduced` itself.
+    """
+
+    def __reduce__(self) -> Any:
+        record: Any = self
+        return reduced(record, {field.name: getattr(record, field.name) for field in dataclasses.fields(record)})
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
-class SolveStats:
+class SolveStats(Portable):
     """The evidence beside a solution.
 
     Attributes:
@@ -280,12 +353,23 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+_first_process: int | None = None  # in which jax was first used by us
+
+
 def require_sound_jax() -> None:
-    """Refuse the releases of jax that are known to compute wrongly.
+    """Refuse the releases of jax that are known to compute wrongly, and a process in which it would hang.
 
     Raises:
       UnsupportedVersionError: with the reason and the remedy.
+      MdsensError: this process was forked from one in which jax was in use, and has none of its threads.
     """
+    global _first_process
+    _first_process = _first_process or os.getpid()
+    if os.getpid() != _first_process:
+        raise MdsensError(
+            "this process was forked from one in which jax was in use, where any computation of jax hangs: start "
+            'processes with multiprocessing.get_context("spawn").'
+        )
     if jax.__version__ in _BAD_JAX:
         raise UnsupportedVersionError(
             f"jax {jax.__version__} {_BAD_JAX[jax.__version__]}: install another release, "

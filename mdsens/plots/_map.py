@@ -161,7 +161,7 @@ def _checked(
     if vectors.shape != system.positions.shape:
         raise InputError(
             f"the response has shape {vectors.shape} and the positions {system.positions.shape}: give one vector a "
-            f"particle, of jvp, or one component of a jacobian, jacobian(eq).{part}[..., k]."
+            "particle, of jvp, or of a jacobian by one number, jacobian(eq, 'sigma').component('sigma[0]')."
         )
     bad = ~np.isfinite(vectors).all(axis=1)
     if bad.any():

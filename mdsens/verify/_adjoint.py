@@ -16,6 +16,7 @@ from mdsens.implicit.status import InputError, Status
 from mdsens.relaxation import Equilibrium
 from mdsens.sensitivity import Linearization
 from mdsens.stationarity import Unknowns
+from mdsens.system import parameters_of
 from mdsens.verify._difference_records import relative
 
 __all__ = ["AdjointTest", "adjoint"]
@@ -85,6 +86,9 @@ def adjoint(
     if dparams is None:
         params = {name: np.asarray(value) for name, value in lin.params.items()}
         dparams = {k: (np.abs(v).max(initial=0.0) or 1.0) * rng.standard_normal(v.shape) for k, v in params.items()}
+        for parameter in parameters_of(lin.system, lin.params):
+            if parameter.paired:
+                dparams[parameter.name] = dparams[parameter.name] + dparams[parameter.name].T
     if cotangent is None:
         random = rng.standard_normal(lin.system.positions.shape)
         cotangent = lin.null.project(Unknowns(jnp.asarray(random, lin.system.positions.dtype))).positions

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens._tables import Shown
-from mdsens.implicit.status import InputError, Status
+from mdsens.implicit.status import InputError, Portable, Status
 from mdsens.unknowns import Unknowns
 
 __all__ = ["DerivativeTest", "FiniteDifference", "gap", "relative"]
@@ -48,7 +48,7 @@ def _norm(x: Any) -> float:
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class FiniteDifference(Shown):
+class FiniteDifference(Portable, Shown):
     """A derivative by minimising again on both sides.
 
     Attributes:
