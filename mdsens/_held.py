@@ -56,7 +56,7 @@ class Reached(NamedTuple):
       max_force: the largest norm of a particle's force that nothing balances, or what counts as one: the slope along a
         relaxed parameter, or g times the law's stiffness.
       steps: evaluations of the slope.
-      status: CONVERGED, MAX_STEPS_REACHED, NOT_FINITE, CONSTRAINTS_UNMET, or NOT_CONVERGED where no step led further.
+      status: CONVERGED, MAX_STEPS_REACHED, NOT_FINITE, CONSTRAINTS_UNMET, or UNCONVERGED where no step led further.
       unmet: the equation that is furthest from being met, in words; empty where none is far.
       goal, floor: the force that counts as converged, and the one that is round-off.
       saddles, descent, examined: as in an Equilibrium.
@@ -398,7 +398,7 @@ def relax_held(system: System, tolerance: float | None, max_steps: int, leave_sa
     elif not np.isfinite(size):
         status = Status.NOT_FINITE
     else:
-        status = Status.MAX_STEPS_REACHED if run.steps >= max_steps else Status.NOT_CONVERGED
+        status = Status.MAX_STEPS_REACHED if run.steps >= max_steps else Status.UNCONVERGED
     descent = highest - float(potential_energy(run.system)) if saddles else 0.0
     evidence = run.tolerance, run.round_off, saddles, descent, leave_saddles
     return Reached(run.system, run.multipliers, size, run.steps, status, unmet, *evidence)

@@ -33,6 +33,7 @@ RETURNS = 3  # times that FIRE is given back what slipped away while it was watc
 # Times that a saddle is left; the step off it along the mode, of the potential's length; and in any direction beside,
 # of that, so that what is symmetric about the mode does not end on the next saddle.
 SADDLES, OFF_SADDLE, ASIDE = 20, 1e-3, 0.03
+LONGEST = 0.1  # the longest step off a saddle, of the potential's length
 UNSEEN = 4500.0  # units of round-off of the energy: a difference below them tells nothing, as in mdsens.newton
 # A minimizer that within so many calls has not gained a tenth, at a force not far above its floor, stands at round-off
 # that the floor underestimates. FIRE crawls near jamming, too, but loses a tenth within 2,000 steps.
@@ -84,6 +85,7 @@ class Run:
       stands: whether the force has stopped falling at round-off.
       saddles: how many were left.
       highest, left: energy at the first one, and at the last.
+      touching: whether particles touched there without a force, see ``Network``.
       examined: whether the Hessian where it ended was looked at for negative curvature.
       unstable: whether it was found to have some, and was not left.
     """
@@ -108,6 +110,7 @@ class Run:
     saddles: int = 0
     highest: float = 0.0
     left: float = 0.0
+    touching: bool = False
     examined: bool = False
     unstable: bool = False
 
@@ -240,24 +243,28 @@ class Run:
         self.examined, self.unstable = True, found is not None and self.saddles == SADDLES
         if found is None or self.unstable:
             return False
-        mode = found[1] / np.abs(found[1]).max()
+        value, mode = found
+        self.touching = bool(net.touching)
         aside = np.random.default_rng(self.saddles).uniform(-ASIDE, ASIDE, mode.shape)
+        # so far that the force is above the one to stop at
+        length = min(max(OFF_SADDLE * float(self.length), 5.0 * self.tested / -value), LONGEST * float(self.length))
         self.left = float(potential_energy(whole))
         self.highest = self.highest if self.saddles else self.left
         self.saddles += 1
-        step = OFF_SADDLE * float(self.length) * (mode + aside)
+        step = length * (mode / np.abs(mode).max() + aside)
         self.system = self.system.replace(positions=self.system.positions + step).reallocate(keep=True)
         self.largest, self.state, self.stands = np.inf, None, False
         return True
 
     def _fell(self) -> bool:
-        """Whether the energy fell from the last saddle; where not, touching contacts that no force tells hold it there,
-        and it was none.
+        """Whether the energy fell from the last saddle. Where not, contacts that touch without a force may hold it
+        there, and it was none.
         """
         energy = float(potential_energy(self.system.replace(potential=self.law)))
         fell = energy < self.left - UNSEEN * np.finfo(self.system.positions.dtype).eps * abs(self.left)
         self.saddles -= not fell
-        self.examined = self.examined and fell
+        self.examined = self.examined and (fell or not self.touching)
+        self.unstable = not (fell or self.touching)
         return fell
 
 

@@ -261,7 +261,7 @@ def stiffness(system: System, count: int = 1, *, has_aux: bool = False) -> Any:
       system: relaxed, of up to 1,200 unknowns.
       count: how many of the lowest eigenvalues are taken together.
       has_aux: return ``(stiffness, status)``, the status as an int32 array, since traced code cannot raise:
-        NOT_CONVERGED where the system is not relaxed, UNJAMMED, INDEFINITE, FLOPPY, DEGENERATE for a mean over more
+        UNCONVERGED where the system is not relaxed, UNJAMMED, INDEFINITE, FLOPPY, DEGENERATE for a mean over more
         than were asked for, UNRESOLVED where more than 48 are equal.
 
     Raises:

@@ -84,11 +84,11 @@ def test_the_sharp_estimate_is_the_error_and_the_correction_takes_it_off(relativ
 
 
 def test_a_contact_that_changes_on_the_way_is_told():
-    early, _ = stopped(1e-3, 3)
+    early, _ = stopped(4e-3, 3)
     c = certificate(early)
-    assert c.status is ms.Status.CONTACTS_UNSETTLED and c.crossed_to_minimum > 0
+    assert ms.Status.CONTACTS_UNSETTLED in code(c) and c.crossed_to_minimum > 0
     assert "no estimate holds" in str(c)
-    with pytest.raises(ms.ConvergenceError, match="crosses a breakpoint") as caught:
+    with pytest.raises(ms.ConvergenceError) as caught:
         certificate(early, throw=True)
     assert isinstance(caught.value.result, ms.Certificate)
 
@@ -124,7 +124,7 @@ def test_unjammed():
 def test_a_saddle():
     row = np.array([[-1.1, 0.0], [0.0, 0.0], [1.1, 0.0]])  # three in a row stay in a row
     law = ms.potentials.lennard_jones()
-    eq = ms.minimize(ms.System.create(row, None, law, {"sigma": 1.0, "epsilon": 1.0}), method=ms.relaxation.Fire())
+    eq = ms.minimize(ms.System.create(row, None, law, {"sigma": 1.0, "epsilon": 1.0}), leave_saddles=False)
     c = ms.certify(eq, {"sigma": 1.0})
     assert c.status is ms.Status.INDEFINITE and c.negative_modes == 1 and "1 mode of negative" in c.findings[0][1]
     for solver in (ms.implicit.CG(), ms.implicit.Direct(), ms.implicit.MINRES(), ms.implicit.GMRES()):
@@ -222,7 +222,7 @@ def test_modes_and_saddles_give_the_same_verdict():
     row = ms.System.create(
         [[-1.1, 0.0], [0.0, 0.0], [1.1, 0.0]], None, ms.potentials.lennard_jones(), {"sigma": 1.0, "epsilon": 1.0}
     )
-    eq = ms.minimize(row, method=ms.relaxation.Fire())
+    eq = ms.minimize(row, leave_saddles=False)
     for modes in (1, 3):
         c = ms.certify(eq, {"sigma": 1.0}, modes=modes)
         assert c.status is ms.Status.INDEFINITE and c.distance == np.inf

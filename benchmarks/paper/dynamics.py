@@ -41,10 +41,12 @@ from benchmarks.paper._common import (
 )
 from mdsens.implicit import MINRES, root
 from mdsens.implicit.optimality import stationary
+from mdsens.scales import Limits
 
 STEPS = (50, 100, 200, 300, 500, 700, 1000, 1500, 2000)
 REVERSED = (100, 300, 1000)  # numbers of steps for reverse mode, a compilation each
 TOLERANCE, LIMIT = 1e-12, 50_000
+FIRE = ms.relaxation.Fire()
 CHECKED = 3  # packings whose truth is held against finite differences
 RIGHT = 1e-3  # a relative error below which a sensitivity counts as right
 MOST = 2000.0  # MB of temporaries above which reverse mode is compiled, and not run
@@ -76,28 +78,29 @@ class Discs:
     def fire(self, theta: Array) -> tuple[Callable[[Array], Any], Callable[[Any], Any]]:
         """jax-md's FIRE at its own settings, (init, step)."""
         force = jax.grad(lambda R: -self.energy(R, theta))
-        return ms.relaxation.Fire().minimizer(lambda R, **_: force(R), lambda R, dR, **_: R + dR, jnp.asarray(10.0))
+        limits = Limits.of((jnp.asarray(1.0), jnp.asarray(10.0)), FIRE)
+        return FIRE.minimizer(lambda R, **_: force(R), lambda R, dR, **_: R + dR, limits)
 
     def after(self, steps: int | Array, start: Array, theta: Array) -> Array:
         """R_k; k may be traced, for forward mode alone."""
         init, step = self.fire(theta)
-        return lax.fori_loop(0, steps, lambda _, state: step(state), init(start)).position
+        return FIRE.positions(lax.fori_loop(0, steps, lambda _, state: step(state), init(start)))
 
     def scanned(self, steps: int, start: Array, theta: Array, again: bool) -> Array:
         """R_k for reverse mode: all of each step kept, or its state alone and the rest made again."""
         init, step = self.fire(theta)
         one = jax.checkpoint(step) if again else step
-        return lax.scan(lambda state, _: (one(state), None), init(start), length=steps)[0].position
+        return FIRE.positions(lax.scan(lambda state, _: (one(state), None), init(start), length=steps)[0])
 
     def relaxed(self, start: Array, theta: Array) -> tuple[Array, Array]:
         """Where FIRE comes to rest, and its steps."""
         init, step = self.fire(theta)
 
         def moving(carry: tuple[Any, Array]) -> Array:
-            return (jnp.max(jnp.linalg.norm(carry[0].force, axis=1)) > TOLERANCE) & (carry[1] < LIMIT)
+            return (jnp.max(jnp.linalg.norm(FIRE.forces(carry[0]), axis=1)) > TOLERANCE) & (carry[1] < LIMIT)
 
         state, steps = lax.while_loop(moving, lambda c: (step(c[0]), c[1] + 1), (init(start), jnp.zeros((), int)))
-        return state.position, steps
+        return FIRE.positions(state), steps
 
     def solution(self, steps: int | Array | None) -> Callable[[Array, Array], Array]:
         """R_k(start, theta), the minimum where k is None, with the implicit derivative there."""

@@ -62,7 +62,7 @@ def look(problem: Problem, equilibria: Sequence[Equilibrium], x: np.ndarray, cou
     """Measure the features and their Jacobian on the members that count."""
     lins: list[Linearization | None] = []
     found: list[Measured] = []
-    status = np.full(len(equilibria), Status.NOT_CONVERGED.value)
+    status = np.full(len(equilibria), Status.UNCONVERGED.value)
     for k, eq in enumerate(equilibria):
         lins.append(None)
         if not counts[k]:

@@ -115,9 +115,11 @@ class Status(IntEnum):
         16,
         "no contact carries force, so there is nothing to differentiate; raise the packing fraction or pressure",
     )
-    NOT_CONVERGED = (
+    UNCONVERGED = (
         17,
-        "the configuration is no minimum: its largest force is above the tolerance; minimise further first",
+        "the configuration is no minimum: the largest force left is above the tolerance, or not small beside the mean "
+        "force of the pairs, so that contacts and derivatives may be those of another one; minimize further, to a "
+        "smaller tolerance (or leave tolerance out)",
     )
 
     FLOPPY = (
@@ -195,12 +197,6 @@ class Status(IntEnum):
         32,
         "Newton's step from here does not lead to a root of the condition: it is far from one, or the condition has a "
         "kink between; solve more tightly, or check that F is the condition that the solver solves",
-    )
-
-    UNCONVERGED = (
-        33,
-        "the largest force left is not small beside the mean force of the pairs, so that contacts and derivatives may "
-        "be those of another configuration; minimize to a smaller tolerance (or leave tolerance out)",
     )
 
     @property

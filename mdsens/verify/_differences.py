@@ -136,7 +136,7 @@ class _Line:
                 there = minimize(eq.system, params, pressure=pressure, shape=shape, **how)
             status = Status(int(there.status)) if there.order == eq.order else Status.NOT_A_SADDLE
             fell = float(there.max_force) <= float(eq.tolerance) and pressure is None  # no word of the cell's stress
-            if status in (Status.MAX_STEPS_REACHED, Status.NOT_CONVERGED) and fell:
+            if status in (Status.MAX_STEPS_REACHED, Status.UNCONVERGED) and fell:
                 status = Status.ROUND_OFF_LIMITED
             ends.append(there)
             statuses.append(status)
