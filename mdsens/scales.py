@@ -148,7 +148,7 @@ def force_scale(system: System, length: jax.Array, stiffness: jax.Array, left: A
     k_ij the stiffness of a pair, |phi''| or |phi'| / r, |R_ij| the mean size of the two positions, f_ij its force. No
     minimization goes below that of its worst particle. Of a potential that is more than pairs the floor is measured: by
     what the forces change where the last digits of the positions do. It is never below eps times the force that the
-    potential's own length and stiffness make, which counts as none.
+    length and stiffness of a pair make, which counts as none.
 
     Args:
       system: with a complete list.
@@ -178,7 +178,7 @@ def force_scale(system: System, length: jax.Array, stiffness: jax.Array, left: A
         share, f = 0.5 if rows else 1.0, jnp.abs(force)
         total, count = total + share * jnp.sum(f), count + share * jnp.sum(f > 0)
         contacts = contacts + share * jnp.sum(f > MARGIN * left)
-    own = eps * length * stiffness
+    own = eps * length * _of_a_pair(system, stiffness)
     floor = jnp.maximum(UNITS * eps * jnp.sqrt(jnp.max(noise, initial=0.0)), own)
     mean = total / jnp.maximum(count, 1.0)
     if not system.potential.pairwise:
@@ -251,8 +251,12 @@ def _bent(system: System, length: jax.Array, stiffness: jax.Array) -> jax.Array:
     """The force of a pair strained by 1 %, of a potential that does not only repel; without pairs by its stiffness."""
     if system.potential.repulsive:
         return jnp.zeros_like(length)
-    shared = 2.0 ** (system.dimension + 1) if system.potential.pairwise else 1.0  # see ``scales``
-    return BENT * stiffness / shared * length
+    return BENT * _of_a_pair(system, stiffness) * length
+
+
+def _of_a_pair(system: System, stiffness: jax.Array) -> jax.Array:
+    """The stiffness of one pair, of which ``scales`` gives that of a dense packing; that of all where there are none."""
+    return stiffness / 2.0 ** (system.dimension + 1) if system.potential.pairwise else stiffness
 
 
 def doubtful_stiffness(system: System, left: float) -> float:
