@@ -255,7 +255,7 @@ def _bent(system: System, length: jax.Array, stiffness: jax.Array) -> jax.Array:
 
 
 def _of_a_pair(system: System, stiffness: jax.Array) -> jax.Array:
-    """The stiffness of one pair, of which ``scales`` gives that of a dense packing; that of all where there are none."""
+    """The stiffness of one pair, where ``scales`` gives that of a dense packing; that of all without pairs."""
     return stiffness / 2.0 ** (system.dimension + 1) if system.potential.pairwise else stiffness
 
 
