@@ -30,6 +30,7 @@ from mdsens import sensitivity
 from mdsens._checks import real_array
 from mdsens._tables import Shown
 from mdsens.doors import STRAIN, Response, through
+from mdsens.implicit._traceable import Traceable
 from mdsens.implicit.linear import linear_solve
 from mdsens.implicit.operators import Auto, Method
 from mdsens.implicit.status import InputError, SolveStats, Status, raise_for_status
@@ -317,10 +318,10 @@ def _held(of: Any, at: Any, solve: Any, throw: bool) -> tuple[Linearization, Mod
     if isinstance(at, Equilibrium):
         _check_cell(at.system)
     lin = linearised(at, solve, throw)
-    held = moduli(lin, throw=throw)
+    held, function = moduli(lin, throw=throw), Traceable("the function of the moduli", of)
 
     def observe(tensor: jax.Array, affine: jax.Array, stress: jax.Array) -> jax.Array:
-        return sensitivity.numbers(of(dataclasses.replace(held, tensor=tensor, affine=affine, stress=stress)))
+        return sensitivity.numbers(function(dataclasses.replace(held, tensor=tensor, affine=affine, stress=stress)))
 
     return lin, held, observe
 

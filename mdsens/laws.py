@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from mdsens.implicit._traceable import Traceable
 from mdsens.implicit.status import InputError
 from mdsens.parameters import Mixing, arithmetic, check_finite, check_names, check_pair_shape, of_pairs
 
@@ -187,7 +188,12 @@ class PairLaw(_NamedLaw):
         corners = itertools.product(
             *[(params[n],) if np.ndim(params[n]) == 0 else (jnp.min(params[n]), jnp.max(params[n])) for n in self.names]
         )
-        return jnp.max(jnp.stack([jnp.asarray(self.cutoff(*c)) for c in corners]))
+        return jnp.max(jnp.stack([jnp.asarray(self._end(*c)) for c in corners]))
+
+    def _end(self, *values: Any) -> Any:
+        """The cutoff of a pair with these parameters, where it is a function of them."""
+        assert callable(self.cutoff)
+        return Traceable(f"the cutoff of {self.name}", self.cutoff)(*values)
 
     def lengths(
         self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
@@ -198,7 +204,7 @@ class PairLaw(_NamedLaw):
         if not callable(self.cutoff):
             return float(self.cutoff)
         (term,) = self.terms(params, pairs, n, species, species_count)
-        return jnp.asarray(self.cutoff(*term.values))
+        return jnp.asarray(self._end(*term.values))
 
     def terms(
         self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
@@ -206,10 +212,12 @@ class PairLaw(_NamedLaw):
         i, j = (jnp.where(side < n, side, 0) for side in pairs)
         mask = (pairs[0] < n) & (pairs[1] < n)
         values = tuple(
-            of_pairs(jnp.asarray(params[name]), i, j, species, species_count, mix)
+            of_pairs(jnp.asarray(params[name]), i, j, species, species_count, Traceable(f"the mixing of {name}", mix))
             for name, mix in zip(self.names, self.mixing, strict=True)
         )
-        return (PairTerm(i, j, mask, self.phi, values, self.breakpoints),)
+        phi = Traceable(f"phi of {self.name}", self.phi)
+        points = Traceable(f"the function of breakpoints of {self.name}", self.breakpoints)
+        return (PairTerm(i, j, mask, phi, values, points),)
 
     def at(self, params: Params, moving: Sequence[str] = ()) -> PairLaw:
         for phi, name, value in self.cases:
@@ -313,7 +321,7 @@ class EnergyLaw(_NamedLaw):
         self, positions: jax.Array, params: Params, displacement: Displacement, species: Any, species_count: int
     ) -> jax.Array:
         given = {key: params[name] for key, name in zip(self.keys, self.names, strict=True)}
-        return self.fn(positions, given, displacement)
+        return Traceable(f"the energy {self.name}", self.fn)(positions, given, displacement)
 
     def check(self, params: Params, n: int, species_count: int) -> None:
         for name in self.names:

@@ -16,6 +16,7 @@ from mdsens._checks import real_array, short
 from mdsens._members import apart, in_chunks, joined, together
 from mdsens._memory import require_memory
 from mdsens.doors import FORCE, JVP, VJP, Door, Response, finite_or_said, read, through, through_batch
+from mdsens.implicit._traceable import Traceable
 from mdsens.implicit.operators import Auto, Method, check_method
 from mdsens.implicit.status import InputError, Status, raise_for_status
 from mdsens.linearization import Linearization, by_factor, changes, linearised, linearize
@@ -343,20 +344,27 @@ def value_and_gradient(
     throw: bool = True,
 ) -> tuple[jax.Array, Response]:
     """What ``gradient`` gives of one minimum, with the observable's value before it."""
-    if not callable(observable):
-        raise InputError(
-            f"the observable is {short(observable)}: give a function of a System, such as ms.observables.pressure."
-        )
+    of_system = observed(observable)
     lin = linearised(at, solve, throw)
     system = lin.equilibrium.system
 
     def observe(x: Unknowns, params: Params) -> jax.Array:
-        return numbers(observable(lin.moved(system, x, params)))
+        return of_system(lin.moved(system, x, params))
 
     value, pull = jax.vjp(observe, lin.unknowns, lin.params)
     cotangents, direct = jax.vmap(lambda w: pull(w))(units(lin, value))  # named: jax shows a vjp to name a bare one
     cotangents = dataclasses.replace(cotangents, multipliers=None)  # of an observable, zero
     return value, total(lin, value, cotangents, direct, throw)
+
+
+def observed(observable: Any) -> Callable[[System], jax.Array]:
+    """A user's observable as a function that returns an array, or an error that says what to give."""
+    if not callable(observable):
+        raise InputError(
+            f"the observable is {short(observable)}: give a function of a System, such as ms.observables.pressure."
+        )
+    function = Traceable("the observable", observable)
+    return lambda system: numbers(function(system))
 
 
 def numbers(value: Any) -> jax.Array:

@@ -20,7 +20,7 @@ ORDER = [
     ["_tables"],
     # the mathematics: knows no particle
     ["implicit.status"],
-    ["implicit._tree", "implicit._krylov", "implicit._sparse"],
+    ["implicit._traceable", "implicit._tree", "implicit._krylov", "implicit._sparse"],
     ["implicit._given", "implicit._dense", "implicit._normal", "implicit._polynomials", "implicit.operators"],
     ["implicit._rounds"],
     ["implicit.linear", "implicit._closures"],

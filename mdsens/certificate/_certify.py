@@ -23,6 +23,7 @@ from mdsens.kkt import KKT
 from mdsens.linearization import Linearization, full_tangent, linearize
 from mdsens.relaxation import Equilibrium
 from mdsens.scales import doubtful_stiffness, round_off, scales
+from mdsens.sensitivity import observed
 from mdsens.stationarity import Unknowns, linearisation
 from mdsens.stiffness import Stiffness, participation
 from mdsens.system import System
@@ -51,10 +52,12 @@ def _in_doubt(space: Space, step: Unknowns) -> tuple[int, float]:
 
 def _touched(observable: Callable[[System], Any], lin: Linearization, project: Any) -> dict[str, float]:
     """Shares of the observable's gradient by positions on rattlers and on rigid motions."""
-    system = lin.equilibrium.system
-    if not callable(observable):
-        raise InputError(f"the observable is {short(observable)}: give a function of a System.")
-    value, pull = jax.vjp(lambda R: jnp.asarray(observable(system.replace(positions=R))), system.positions)
+    system, of_system = lin.equilibrium.system, observed(observable)
+
+    def observe(R: jax.Array) -> jax.Array:
+        return of_system(system.replace(positions=R))
+
+    value, pull = jax.vjp(observe, system.positions)
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise InputError(f"the observable returns {value.dtype}: return floating-point numbers.")
     # of an array the sum of its components would let them cancel
@@ -63,7 +66,7 @@ def _touched(observable: Callable[[System], Any], lin: Linearization, project: A
     loose = np.asarray(lin.network.rattlers)
     # at a minimum the energy's is round-off of what it is a little beside
     aside = 1e-3 * scales(system)[0] * jnp.cos(jnp.arange(slope.size, dtype=slope.dtype) ** 2).reshape(slope.shape)
-    _, pull = jax.vjp(lambda R: jnp.asarray(observable(system.replace(positions=R))), system.positions + aside)
+    _, pull = jax.vjp(observe, system.positions + aside)
     whole = max(float(np.linalg.norm(slope)), float(np.linalg.norm(np.asarray(pull(weights)[0])))) or 1.0
     held = np.where(loose[:, None], 0.0, slope)
     rigid = float(np.linalg.norm(held.ravel() - project(held.ravel()))) / whole

@@ -16,6 +16,7 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 
 from mdsens.implicit._given import check_functions, unknowns
+from mdsens.implicit._traceable import Traceable
 from mdsens.implicit._tree import PyTree
 from mdsens.implicit.operators import Auto, Method
 from mdsens.implicit.root import Condition, NullSpace, Preconditioner, tangent
@@ -114,7 +115,7 @@ def certify(
       Deuflhard, Newton Methods for Nonlinear Problems, Springer 2004, section 2.1.
     """
     check_functions(F=F, null_space=null_space, preconditioner=preconditioner)
-    x = unknowns(x, "x is")
+    F, x = Traceable("the condition F", F), unknowns(x, "x is")
     sides = null_space if null_space is None else null_space(x, *args)
     by = preconditioner if preconditioner is None else preconditioner(x, *args)
     known: dict[str, Any] = {
