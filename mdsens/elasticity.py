@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from mdsens import sensitivity
 from mdsens._checks import real_array
 from mdsens._tables import Shown
 from mdsens.doors import STRAIN, Response, through
+from mdsens.implicit._attributes import Named
 from mdsens.implicit._traceable import Traceable
 from mdsens.implicit.linear import linear_solve
 from mdsens.implicit.operators import Auto, Method
@@ -59,6 +60,9 @@ class Isotropic(NamedTuple):
     shear: jax.Array
     young: jax.Array
     poisson: jax.Array
+
+    if not TYPE_CHECKING:
+        __getattr__ = Named.__getattr__  # a NamedTuple has no other base
 
 
 def _tensor(given: Any) -> jax.Array:

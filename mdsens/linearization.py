@@ -18,6 +18,7 @@ from mdsens.block_rows import BlockRows
 from mdsens.constrained import about_to_switch, constrained_null_space
 from mdsens.contacts import Network, touching
 from mdsens.enthalpy import Cell, deformed, enthalpy_slope
+from mdsens.implicit._attributes import Named
 from mdsens.implicit.operators import Auto, Direct, Method, check_method
 from mdsens.implicit.status import InputError, Status, raise_for_status, require_sound_jax
 from mdsens.kkt import KKT
@@ -36,7 +37,7 @@ Params = Mapping[str, Any]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Linearization:
+class Linearization(Named):
     """A minimum ready to be differentiated: every door takes one in place of the Equilibrium.
 
     Attributes:

@@ -6,12 +6,14 @@ import dataclasses
 
 import jax
 
+from mdsens.implicit._attributes import Named
+
 __all__ = ["Unknowns"]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Unknowns:
+class Unknowns(Named):
     """What the stationarity condition is solved for, or a change of it, or a force on it.
 
     Attributes:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import importlib
 import math
+import pickle
+import pkgutil
 import re
 from collections.abc import Callable
 from functools import cache
@@ -16,6 +21,7 @@ import pytest
 
 import mdsens as ms
 from mdsens.implicit import Operator, certify, fixed_point, root, solve, tangent
+from mdsens.implicit._attributes import Named
 from mdsens.implicit.degeneracy import kinked
 
 POINTS = np.array([[0.0, 0.0], [1.2, 0.1], [0.5, 1.0]])
@@ -196,3 +202,86 @@ def test_other_errors_of_a_function_stay_as_they_are():
 
     with pytest.raises(KeyError, match="mine"):
         ms.gradient(wrong, trimer())
+
+
+# ── names that are not there ──
+
+
+def records() -> list[type]:
+    """Every kind of record that answers with its names, but those that have none of their own."""
+    for module in pkgutil.walk_packages(ms.__path__, "mdsens."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    found, pending = [], [Named]
+    while pending:
+        kind = pending.pop()
+        pending += kind.__subclasses__()
+        found += [kind] if dataclasses.is_dataclass(kind) and kind.__module__.startswith("mdsens.") else []
+    return found
+
+
+def test_every_record_names_what_it_has_and_keeps_to_the_protocols():
+    kinds = records()
+    assert {ms.System, ms.Equilibrium, ms.Response, ms.Certificate, ms.SolveStats, ms.Linearization} <= set(kinds)
+    assert {ms.elasticity.Moduli, ms.design.Design, ms.barriers.Barrier, ms.verify.FiniteDifference} <= set(kinds)
+    for kind in kinds:
+        bare: Any = object.__new__(kind)  # as copy and pickle make one, with nothing in it yet
+        assert not hasattr(bare, "no_such_name") and getattr(bare, "no_such_name", 3) == 3
+        with pytest.raises(AttributeError) as error:
+            _ = bare.no_such_name
+        first = dataclasses.fields(kind)[0].name
+        assert f"{kind.__name__!r} object has no attribute 'no_such_name': it has {first}" in str(error.value)
+        assert (error.value.name, error.value.obj) == ("no_such_name", bare)
+        with pytest.raises(AttributeError, match=r"has no attribute '__jax_array__'$"):
+            _ = bare.__jax_array__
+        with pytest.raises(AttributeError, match=r"has no attribute '_private'$"):
+            _ = bare._private
+
+
+def test_the_name_that_was_meant():
+    eq: Any = packing()
+    r: Any = ms.jvp(eq, {"sigma": 1.0})
+    moduli: Any = ms.elasticity.moduli(eq)
+    isotropic: Any = ms.elasticity.isotropic(moduli.tensor)
+    wanted: list[tuple[Any, str, str]] = [
+        (moduli, "shear_modulus", "shear"),
+        (moduli, "poisson_ratio", "poisson"),
+        (isotropic, "Bulk", "bulk"),
+        (r, "residual", "stats.residual"),
+        (r, "rattler", "rattlers"),
+        (r.stats, "iteration", "iterations"),
+        (eq, "volume", "system.volume"),
+        (eq.system, "sigma", "params['sigma']"),
+        (ms.certify(eq, {"sigma": 1.0}), "radious", "radius"),
+    ]
+    for record, name, meant in wanted:
+        with pytest.raises(AttributeError) as error:
+            getattr(record, name)
+        assert f"has no attribute {name!r}: did you mean {meant}? It has " in one_line(error)
+    with pytest.raises(AttributeError, match=r"it has bulk, shear, young, poisson\.$"):  # and nothing of a tuple
+        _ = isotropic.nu
+    for record in (eq, r, moduli, eq.system):
+        for twin in (copy.copy(record), copy.deepcopy(record), pickle.loads(pickle.dumps(record))):
+            assert str(twin) == str(record) and type(twin) is type(record)
+
+
+def test_the_error_of_a_property_is_not_hidden():
+    response: Any = dataclasses.replace(ms.jvp(packing(), {"sigma": 1.0}), stats=None)
+    with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'status'"):
+        _ = response.status
+
+
+@pytest.mark.parametrize(("name", "remedy"), [
+    ("pressure", "it is mdsens.observables.pressure."),
+    ("moduli", "it is mdsens.elasticity.moduli or mdsens.plots.moduli."),
+    ("gmres", "did you mean mdsens.implicit.GMRES?"),
+    ("minimise", "did you mean mdsens.minimize?"),
+    ("presure", "did you mean mdsens.observables.pressure?"),
+    ("xyzzy", "dir(mdsens) lists its names."),
+])  # fmt: skip
+def test_a_name_that_the_package_has_elsewhere(name: str, remedy: str):
+    assert not hasattr(ms, name)
+    with pytest.raises(AttributeError, match=re.escape(f"module 'mdsens' has no attribute {name!r}: {remedy}")):
+        getattr(ms, name)
+    with pytest.raises(AttributeError, match=r"has no attribute '__wrapped__'$"):
+        _ = ms.__wrapped__  # type: ignore[attr-defined]

@@ -16,7 +16,8 @@ PACKAGE = Path(ms.__file__).parent
 
 # From the top; what stands in one row may not import each other.
 ORDER = [
-    # how results are shown: a leaf that knows only text
+    # how results are shown, and what they have: leaves that know only text
+    ["implicit._attributes"],
     ["_tables"],
     # the mathematics: knows no particle
     ["implicit.status"],

@@ -139,8 +139,8 @@ def measured(features: Sequence[Feature], lin: Linearization) -> Measured:
     codes = [int(lin.status)]
 
     def stacked(which: Sequence[int]) -> Callable[[Any], Any]:
-        chosen = [features[k] for k in which]
-        functions = [Traceable("a feature", getattr(f, "of", f)) for f in chosen]
+        chosen: list[Any] = [getattr(features[k], "of", features[k]) for k in which]
+        functions = [Traceable("a feature", f) for f in chosen]
         return lambda at: jnp.stack([_one(f(at)) for f in functions])
 
     def keep(which: Sequence[int], value: Any, response: Response) -> None:

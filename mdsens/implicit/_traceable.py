@@ -35,7 +35,7 @@ _REMEDIES: tuple[tuple[type[Exception], str], ...] = (
 )
 _OURS = Path(__file__).parents[1]
 # Frames of these are not the user's: what his line called.
-_OTHERS = tuple(Path(package.__file__).parent for package in (jax, jaxlib, np, scipy))
+_OTHERS = tuple(Path(package.__path__[0]) for package in (jax, jaxlib, np, scipy))
 _STANDARD = Path(sysconfig.get_path("stdlib"))
 _INSTALLED = {"site-packages", "dist-packages"}
 _SOURCE = 80  # characters of a line that are shown

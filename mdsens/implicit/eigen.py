@@ -18,6 +18,7 @@ import numpy as np
 import scipy.linalg
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh, lobpcg
 
+from mdsens.implicit._attributes import Named
 from mdsens.implicit._sparse import SparseFactor, bound
 
 __all__ = ["DENSE_SIZE", "NULL", "Spectrum", "lanczos", "lowest"]
@@ -38,7 +39,7 @@ def _operator(size: int, apply: Apply) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Spectrum:
+class Spectrum(Named):
     """The lowest eigenpairs off the known null space.
 
     Attributes:

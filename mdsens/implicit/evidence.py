@@ -15,6 +15,7 @@ import numpy as np
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
+from mdsens.implicit._attributes import Named
 from mdsens.implicit._given import check_functions, unknowns
 from mdsens.implicit._traceable import Traceable
 from mdsens.implicit._tree import PyTree
@@ -34,7 +35,7 @@ _INACCURATE = 0.1
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
-class RootCertificate:
+class RootCertificate(Named):
     """The derivative of a root, and how far both are from exact.
 
     Attributes:

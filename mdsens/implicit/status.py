@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from mdsens.implicit._attributes import Named
+
 __all__ = [
     "ConvergenceError",
     "InputError",
@@ -234,7 +236,7 @@ class ConvergenceError(MdsensError, RuntimeError):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
-class SolveStats:
+class SolveStats(Named):
     """The evidence beside a solution.
 
     Attributes:
