@@ -36,6 +36,7 @@ from mdsens.implicit.linear import linear_solve
 from mdsens.implicit.operators import Auto, Method
 from mdsens.implicit.status import InputError, SolveStats, Status, raise_for_status
 from mdsens.linearization import Linearization, full_tangent, linearised
+from mdsens.not_finite import where_not_finite
 from mdsens.relaxation import Equilibrium
 from mdsens.scales import unrelaxed
 from mdsens.stationarity import Unknowns, hessian_operator, linearisation, max_force
@@ -245,7 +246,8 @@ def moduli(of: Equilibrium | Linearization | System, *, solve: Method | None = N
     found = _with_motion(lin.system, strained.value, strained.stats)
     if throw:
         worst = Status(int(np.max(np.asarray(found.stats.status))))
-        raise_for_status(worst, f"elastic moduli by {found.stats.solver}", found)
+        where = where_not_finite(worst, lin.system)
+        raise_for_status(worst, f"elastic moduli by {found.stats.solver}{where}", found)
     return found
 
 

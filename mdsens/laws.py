@@ -17,8 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from mdsens.boxes import nearest_image
 from mdsens.implicit._traceable import Traceable
 from mdsens.implicit.status import InputError
+from mdsens.pair_trial import check_end, check_kinds, few_pairs
 from mdsens.parameters import Mixing, arithmetic, check_finite, check_names, check_pair_shape, of_pairs
 
 __all__ = [
@@ -215,9 +217,8 @@ class PairLaw(_NamedLaw):
             of_pairs(jnp.asarray(params[name]), i, j, species, species_count, Traceable(f"the mixing of {name}", mix))
             for name, mix in zip(self.names, self.mixing, strict=True)
         )
-        phi = Traceable(f"phi of {self.name}", self.phi)
         points = Traceable(f"the function of breakpoints of {self.name}", self.breakpoints)
-        return (PairTerm(i, j, mask, phi, values, points),)
+        return (PairTerm(i, j, mask, self._traceable(), values, points),)
 
     def at(self, params: Params, moving: Sequence[str] = ()) -> PairLaw:
         for phi, name, value in self.cases:
@@ -246,18 +247,34 @@ class PairLaw(_NamedLaw):
                     )
         self._check_end(params)
 
+    def _traceable(self) -> Traceable:
+        """phi, called with traced arrays."""
+        return Traceable(f"phi of {self.name}", self.phi)
+
+    def _tested(self) -> bool:
+        """Whether phi is one of the catalogue's, which tests of this package have tried at every distance."""
+        phi = getattr(self.phi, "phi", self.phi)  # of one that is switched
+        return getattr(phi, "__module__", "").startswith("mdsens.")
+
     def _check_end(self, params: Params) -> None:
-        """phi must vanish at its cutoff: a jump of the energy there would be a force that nobody sees."""
-        if self.cutoff is None:
+        if self.cutoff is None or self._tested():
             return
         values = [jnp.asarray(np.median(np.asarray(params[name], float))) for name in self.names]
-        end = jnp.asarray(self.cutoff(*values) if callable(self.cutoff) else self.cutoff, float)
-        left, *inside = (abs(float(self.phi(r * end, *values))) for r in (1.0, 0.9, 0.7, 0.5))
-        if left > 1e-6 * max(inside):
-            raise InputError(
-                f"{self.name} is {left:.3g} at its cutoff {float(end):g}, where it must be zero: shift it, or wrap it, "
-                "ms.potentials.switched(phi, onset, cutoff)."
-            )
+        end = float(self._end(*values) if callable(self.cutoff) else self.cutoff)
+        check_end(self.name, self._traceable(), end, values)
+
+    def check_at(self, positions: jax.Array, box: Any, params: Params, species: Any, species_count: int) -> None:
+        if self._tested():
+            return
+        n = positions.shape[0]
+        i, j = few_pairs({name: params[name] for name in self.names}, n, species, species_count)
+        apart = nearest_image(positions[i] - positions[j], box)
+        r = jnp.sqrt(jnp.sum(apart**2, axis=-1))
+        if not i.size or not bool(jnp.all(r > 0.0)):
+            return  # a particle alone, or two in one place, which is refused as such
+        (term,) = self.terms(params, (i, j), n, species, species_count)
+        ends = self.lengths(params, (i, j), n, species, species_count)
+        check_kinds(self.name, term.phi, self.names, ends, r, term.values)
 
 
 @jax.tree_util.register_dataclass
@@ -322,6 +339,20 @@ class EnergyLaw(_NamedLaw):
     ) -> jax.Array:
         given = {key: params[name] for key, name in zip(self.keys, self.names, strict=True)}
         return Traceable(f"the energy {self.name}", self.fn)(positions, given, displacement)
+
+    def check_at(self, positions: jax.Array, box: Any, params: Params, species: Any, species_count: int) -> None:
+        def energy(positions: jax.Array, params: Params) -> jax.Array:
+            def displacement(a: jax.Array, b: jax.Array, **_: Any) -> jax.Array:
+                return nearest_image(a - b, box)
+
+            return jnp.asarray(self.many_body(positions, params, displacement, species, species_count))
+
+        found = jax.eval_shape(energy, positions, {name: params[name] for name in self.names})
+        if found.shape or not jnp.issubdtype(found.dtype, jnp.floating):
+            raise InputError(
+                f"the energy {self.name} returns {found.dtype} of shape {found.shape}: return one real number, the sum "
+                "over all particles."
+            )
 
     def check(self, params: Params, n: int, species_count: int) -> None:
         for name in self.names:

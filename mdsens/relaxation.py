@@ -32,6 +32,7 @@ from mdsens.implicit.status import (
 )
 from mdsens.lagrangian import multipliers_at, own_params, unknowns_of
 from mdsens.minimisers import Fire, GradientDescent, Newton
+from mdsens.not_finite import where_not_finite
 from mdsens.scales import Limits, force_goal, force_scale, round_off, scales
 from mdsens.stationarity import largest_force, max_force
 from mdsens.system import System, potential_energy, require_unconstrained
@@ -255,7 +256,8 @@ def minimize(
     eq = _reached(run, time.perf_counter() - began)
     if throw:
         status, steps, largest = Status(int(eq.status)), int(eq.steps), float(eq.max_force)
-        raise_for_status(status, f"minimize stopped after {steps:,} steps at max_force {largest:.3e}", eq)
+        what = f"minimize stopped after {steps:,} steps at max_force {largest:.3e}{where_not_finite(status, system)}"
+        raise_for_status(status, what, eq)
     return eq
 
 

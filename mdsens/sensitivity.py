@@ -20,6 +20,7 @@ from mdsens.implicit._traceable import Traceable
 from mdsens.implicit.operators import Auto, Method, check_method
 from mdsens.implicit.status import InputError, Status, raise_for_status
 from mdsens.linearization import Linearization, by_factor, changes, linearised, linearize
+from mdsens.not_finite import where_not_finite
 from mdsens.relaxation import Equilibrium
 from mdsens.stationarity import Unknowns
 from mdsens.strains import basis
@@ -31,12 +32,13 @@ Params = Mapping[str, Any]
 CHUNK_BYTES = 2**27  # of right-hand sides solved together
 
 
-def _judged(result: Response, throw: bool, what: str) -> Response:
+def _judged(result: Response, throw: bool, what: str, system: System | None = None) -> Response:
     if throw:
         codes = np.atleast_1d(np.asarray(result.stats.status)).ravel()
         worst = Status(int(codes.max(initial=0)))
         residual = float(np.max(np.asarray(result.stats.residual), initial=0.0))
         where = "" if codes.size == 1 else f" ({int((codes == worst.value).sum())} of {codes.size} solves)"
+        where += "" if system is None else where_not_finite(worst, system)
         raise_for_status(worst, f"{what} by {result.stats.solver} ended at residual {residual:.1e}{where}", result)
     return result
 
@@ -118,7 +120,7 @@ def jvp(
 
         return _judged(_batch_through(JVP, alone, at, given, solve), throw, "jvp")
     lin = linearised(at, solve, throw)
-    return _judged(through(JVP, lin, changes(lin.system, dparams, lin.params)), throw, "jvp")
+    return _judged(through(JVP, lin, changes(lin.system, dparams, lin.params)), throw, "jvp", lin.system)
 
 
 def _cotangent(system: System, value: Any, name: str) -> jax.Array:
@@ -196,7 +198,7 @@ def vjp(
 
         return _judged(_batch_through(VJP, alone, at, side, solve), throw, "vjp")
     lin = linearised(at, solve, throw)
-    return _judged(through(VJP, lin, _unfolded(lin, cotangent)), throw, "vjp")
+    return _judged(through(VJP, lin, _unfolded(lin, cotangent)), throw, "vjp", lin.system)
 
 
 def response(
@@ -222,7 +224,8 @@ def response(
 
         return _judged(_batch_through(FORCE, alone, at, side, solve), throw, "response")
     lin = linearised(at, solve, throw)
-    return _judged(through(FORCE, lin, Unknowns(_cotangent(lin.system, force, "force"))), throw, "response")
+    side = Unknowns(_cotangent(lin.system, force, "force"))
+    return _judged(through(FORCE, lin, side), throw, "response", lin.system)
 
 
 def _in_chunks(run: Callable[[Any], Response], rows: Callable[[int, int], Any], count: int, width: int) -> Response:
@@ -309,7 +312,7 @@ def jacobian(
         lin.equilibrium.max_force,
         lin.network.rattlers,
     )
-    return _judged(result, throw, f"jacobian by {wrt}")
+    return _judged(result, throw, f"jacobian by {wrt}", system)
 
 
 def gradient(
@@ -414,4 +417,4 @@ def total(lin: Linearization, value: jax.Array, cotangents: Unknowns, direct: Pa
     stats = jax.tree.map(lambda leaf: leaf.reshape(value.shape), flat.stats)
     stats = finite_or_said(stats, jnp.all(jnp.stack(finite), axis=0))
     result = Response(value_of, stats, None, lin.equilibrium.max_force, lin.network.rattlers)
-    return _judged(result, throw, "gradient")
+    return _judged(result, throw, "gradient", lin.system)

@@ -36,7 +36,7 @@ ORDER = [
     # what a user gives, as numbers
     ["_checks", "_memory", "_members", "_progress"],
     # the physics: what a system is
-    ["parameters", "boxes", "unknowns"],
+    ["parameters", "boxes", "unknowns", "pair_trial"],
     ["laws"],
     ["constraints._base"],
     ["constraints._positions", "constraints._totals"],
@@ -46,7 +46,7 @@ ORDER = [
     ["potentials", "smoothing"],
     ["neighbours"],
     ["system"],
-    ["slopes", "strains", "batches", "breakpoints"],
+    ["slopes", "strains", "batches", "breakpoints", "not_finite"],
     ["lagrangian"],
     ["contacts"],
     ["block_rows"],
