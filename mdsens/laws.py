@@ -273,7 +273,11 @@ class PairLaw(_NamedLaw):
         if not i.size or not bool(jnp.all(r > 0.0)):
             return  # a particle alone, or two in one place, which is refused as such
         (term,) = self.terms(params, (i, j), n, species, species_count)
-        ends = self.lengths(params, (i, j), n, species, species_count)
+        ends = jnp.broadcast_to(jnp.asarray(self.lengths(params, (i, j), n, species, species_count), r.dtype), r.shape)
+        points = np.asarray(term.lengths())
+        if np.isnan(np.asarray(ends)).any() or np.isnan(points).any():
+            which = "breakpoints" if np.isnan(points).any() else "cutoff"
+            raise InputError(f"the function of the {which} of {self.name} gives nan: mend it, or the parameters.")
         check_kinds(self.name, term.phi, self.names, ends, r, term.values)
 
 

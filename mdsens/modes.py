@@ -214,7 +214,7 @@ def _verdict(spectrum: Spectrum, k: int, count: int, mixing: float, accuracy: fl
         return Status.FLOPPY
     if spectrum.hidden:
         return Status.STIFFNESS_UNSETTLED
-    if mixing > accuracy:
+    if not mixing <= accuracy:
         return Status.UNRESOLVED
     return Status.DEGENERATE if k > count else Status.CONVERGED
 

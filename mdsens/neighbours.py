@@ -348,9 +348,11 @@ def allocate(
       like: take at least this list's capacities, so that compiled code can be used again.
     """
     n, dtype = positions.shape[0], positions.dtype
+    if math.isnan(range_):
+        raise InputError(f"the range of the interactions is {range_}: mend the cutoff's function, or the parameters.")
     if box is not None and math.isfinite(range_):
         smallest = float(np.min(heights(np.asarray(box))))
-        if 2.0 * range_ > smallest:
+        if not 2.0 * range_ <= smallest:
             raise InputError(
                 f"box: its smallest height is {smallest:.6g}, under twice the interaction range {range_:.6g}, so "
                 "a particle would meet two images of another: repeat the cell, or shorten the cutoff."

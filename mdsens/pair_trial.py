@@ -98,13 +98,13 @@ def check_kinds(name: str, phi: Any, names: Any, ends: Any, apart: Any, values: 
     Args:
       phi: equal by value.
       names: of its parameters.
-      ends: (k,) the cutoff of each pair, or one of all; inf for none.
+      ends: (k,) the cutoff of each pair; inf for none.
       apart: (k,) the pairs' distances, where a potential without a cutoff is tried.
       values: of each parameter, (k,) or a number.
     """
-    limited = bool(np.isfinite(np.asarray(ends)).all())
-    if limited:
-        r, found = _tried(phi, jnp.broadcast_to(jnp.asarray(ends, apart.dtype), apart.shape), values)
+    limited = bool(jnp.all(jnp.isfinite(ends)))
+    if limited:  # a pair that does not interact at all is tried wherever it may stand
+        r, found = _tried(phi, jnp.where(ends > 0, ends, PADDING), values)
     else:
         r, found = np.asarray(apart[None]), derivatives(phi, apart[None], values)
     columns = [np.broadcast_to(np.asarray(v), r.shape) for v in values]

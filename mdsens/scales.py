@@ -243,7 +243,7 @@ def unrelaxed(system: System, left: jax.Array) -> jax.Array:
     # nothing in contact is told elsewhere, and the last overlaps of an unjammed packing are as small as what is left
     mean = jnp.where(scale.idle | (scale.mean == 0), length * stiffness, scale.mean)
     resolved = jnp.finfo(system.positions.dtype).eps < 1e-10
-    return resolved & (left > RELAXED * mean)
+    return ~jnp.isfinite(left) | (resolved & (left > RELAXED * mean))
 
 
 def doubtful_stiffness(system: System, left: float) -> float:

@@ -275,6 +275,8 @@ def _findings(c: Certificate, lin: Linearization) -> list[tuple[Status, str]]:
         softest = abs(c.stiffness_min) if c.order else c.stiffness_min
         left = eps * c.stiffness_max / softest if softest > 0 else np.inf
         add(Status.SINGLE_PRECISION, f"{left:.0e} here")
+    if c.observable is not None and not np.isfinite(list(c.observable.values())).all():
+        add(Status.NOT_FINITE, "the observable's gradient")
     parts = [] if c.observable is None else [f"{v:.1e} of it on {k}" for k, v in c.observable.items() if v > eps**0.5]
     if parts:
         add(Status.NULL_COMPONENT_DROPPED, f"the observable's gradient: {', '.join(parts)}")

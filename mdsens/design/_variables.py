@@ -192,9 +192,9 @@ def _bounds(name: str, value: np.ndarray, record: Free) -> tuple[np.ndarray, np.
         if array.shape not in ((), value.shape):
             raise InputError(f"free.{name}: a bound has shape {array.shape}: give one number, or {value.shape}.")
         end[...] = narrower(end, array)
-    outside = (value < low) | (value > high)
-    if outside.any() or (low >= high).any():
-        k = tuple(int(i) for i in np.argwhere(outside | (low >= high))[0])
+    within = (low <= value) & (value <= high) & (low < high)
+    if not within.all():
+        k = tuple(int(i) for i in np.argwhere(~within)[0])
         raise InputError(
             f"free.{name}: the bounds {low[k]:g} to {high[k]:g} do not hold the start {value[k]:g}"
             f"{f' of {name}{list(k)}' if k else ''}: widen them."

@@ -249,7 +249,7 @@ def _lobpcg(
         tolerance = max(1e-4 * float(np.abs(found[0]).min()), 1e-9 * largest)
         if found[2].max() <= tolerance:
             break
-    if found[2].max() > 1e-5 * largest:  # it breaks down now and then, and returns what it has
+    if not found[2].max() <= 1e-5 * largest:  # it breaks down now and then, and returns what it has
 
         def lifted(v: np.ndarray) -> np.ndarray:
             on = project(v.reshape(size, -1)).reshape(v.shape)
@@ -259,7 +259,7 @@ def _lobpcg(
         above = _operator(size, lifted)  # the known null space at the top: round-off lets it in
         vectors = _eigsh(above, more, which="SA", v0=start, ncv=min(size - 1, 40 + 2 * more), maxiter=500)[1]
         again = _pairs(restricted, project(vectors), k)
-        found = again if again[2].max() < found[2].max() else found
+        found = min(found, again, key=lambda pairs: np.nan_to_num(pairs[2], nan=np.inf).max())
     values, vectors, residuals = found
     sure = residuals <= 1e-5 * largest
     _, zeros, hidden = _counts(values[sure], largest, zero, floor)
