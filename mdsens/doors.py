@@ -229,7 +229,7 @@ def _strain_side(lin: Linearization, strain: jax.Array) -> Unknowns:
     length, stiffness = scales(lin.system)
     least = 1e4 * jnp.finfo(forces.dtype).eps * length * stiffness
     # in a crystal whose atoms are centres of symmetry they are round-off, and have no response
-    return Unknowns(jnp.where(jnp.max(jnp.abs(forces)) > least, forces, 0.0))
+    return Unknowns(jnp.where(jnp.max(jnp.abs(forces)) <= least, 0.0, forces))
 
 
 class Door(NamedTuple):

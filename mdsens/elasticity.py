@@ -29,7 +29,7 @@ from jax.core import Tracer
 from mdsens import sensitivity
 from mdsens._checks import real_array
 from mdsens._tables import Shown
-from mdsens.doors import STRAIN, Response, through
+from mdsens.doors import STRAIN, Response, finite_or_said, through
 from mdsens.implicit._attributes import Named
 from mdsens.implicit._traceable import Traceable
 from mdsens.implicit.linear import linear_solve
@@ -369,7 +369,8 @@ def _with_motion(system: System, motion: jax.Array, stats: SolveStats) -> Moduli
     unit, volume = jnp.asarray(basis(system.dimension), system.positions.dtype), system.volume
     relaxed, affine = (stiffness_along(system, unit, m) / volume for m in (motion, jnp.zeros_like(motion)))
     stress = from_mandel(strain_slope(system, unit) / volume)
-    return Moduli(from_mandel(relaxed), from_mandel(affine), stress, motion, stats)
+    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(part)) for part in (relaxed, affine, stress)]))
+    return Moduli(from_mandel(relaxed), from_mandel(affine), stress, motion, finite_or_said(stats, finite))
 
 
 def _of_system(system: System, solve: Method) -> Moduli:

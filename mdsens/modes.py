@@ -176,6 +176,10 @@ def _softest(lin: Linearization, count: int, accuracy: float) -> Softest:
     ask = min(count + (MOST if dense else SPARE), left)
     while True:
         spectrum = stiffness.lowest(ask, floor)
+        if not np.isfinite(spectrum.values).all():
+            nothing = np.full(1, np.nan), np.full((1, *system.positions.shape), np.nan), np.full(1, np.nan)
+            status = Status.NOT_FINITE if before.good else before
+            return Softest(*nothing, np.nan, np.nan, np.full(1, np.nan), status, spectrum.method)
         k = _together(spectrum.values, min(count, left))
         seen = ask == left or (k < ask and _all_found(stiffness, spectrum, k))
         if seen or ask >= count + MOST:

@@ -22,7 +22,7 @@ OF_ENERGY = ("the energy", "a force", "the Hessian", "the third derivative")
 
 
 def where_not_finite(status: Status, system: System) -> str:
-    """", where ..." for the message of a status: the law, the pair and the lowest derivative that is not finite.
+    """ ", where ..." for the message of a status: the law, the pair and the lowest derivative that is not finite.
 
     Nothing for any other status than NOT_FINITE, where all are finite at the system's positions, or where these are
     not. Host code, and as slow as compiling each law: for errors alone.

@@ -43,7 +43,7 @@ def _derivatives(phi: Any, r: jax.Array, values: tuple[Any, ...]) -> jax.Array:
         found = jnp.asarray(phi(r, *values))
         if found.shape not in ((), r.shape):
             raise InputError(
-                f"{phi.what} returns shape {found.shape} for distances of shape {r.shape}: return one number a distance."
+                f"{phi.what} returns shape {found.shape} for distances of shape {r.shape}: return one number for each."
             )
         if not jnp.issubdtype(found.dtype, jnp.floating):
             raise InputError(f"{phi.what} returns {found.dtype}: return real floating-point numbers.")

@@ -559,7 +559,7 @@ UNFIT = {
     bump: (1.0, "phi' of mine is nan at r = 1 with sigma = 1, the distance that stands in the empty places of lists"),
     open_end: (1.2, f"phi of mine is 0.0049 {BEYOND}: take jnp.where(r < cutoff, ..., 0), or wrap it, ms.potentials."),
     imaginary: (1.2, "phi of mine returns complex128: return real floating-point numbers."),
-    added: (1.2, "phi of mine returns shape (28,) for distances of shape (7, 28): return one number a distance."),
+    added: (1.2, "phi of mine returns shape (28,) for distances of shape (7, 28): return one number for each."),
     constant: (1.2, "phi of mine returns int64: return real floating-point numbers."),
 }
 
@@ -645,11 +645,22 @@ def bent(R, p, d):
 
 def test_what_ends_in_not_finite_names_the_potential():
     loop = potentials.lennard_jones() + potentials.from_energy(looped, ("k",))
-    with pytest.raises(ms.ConvergenceError, match=r"max_force nan, where a force of looped is nan at these positions: a"):
+    with pytest.raises(
+        ms.ConvergenceError, match=r"max_force nan, where a force of looped is nan at these positions: a"
+    ):
         ms.minimize(on_points(loop, {"k": 1.0, "sigma": 1.0, "epsilon": 1.0}))
-    near = ms.System.create([[0.0, 0.0], [1e-40, 0.0]], None, potentials.lennard_jones(), {"sigma": 1.0, "epsilon": 1.0})
-    with pytest.raises(ms.ConvergenceError, match=r"phi of lennard_jones is \S+ at r = 1e-40, the distance of particles"):
+    near = ms.System.create(
+        [[0.0, 0.0], [1e-40, 0.0]], None, potentials.lennard_jones(), {"sigma": 1.0, "epsilon": 1.0}
+    )
+    with pytest.raises(
+        ms.ConvergenceError, match=r"phi of lennard_jones is \S+ at r = 1e-40, the distance of particles"
+    ):
         ms.minimize(near)
     rest = ms.minimize(on_points(potentials.from_energy(bent, ("k", "at")), {"k": 1.0, "at": -1.0}))
-    with pytest.raises(ms.ConvergenceError, match="where the Hessian of bent is nan at these positions"):
-        ms.jvp(rest, {"at": 1.0})
+    for call in (lambda: ms.jvp(rest, {"at": 1.0}), lambda: ms.elasticity.moduli(rest)):
+        with pytest.raises(ms.ConvergenceError, match="where the Hessian of bent is nan at these positions"):
+            call()
+    assert ms.certify(rest).status is ms.Status.NOT_FINITE
+    assert ms.modes.smallest_stiffness(rest, throw=False).status is ms.Status.NOT_FINITE
+    test = ms.verify.potential(rest.system.potential, rest.params, positions=rest.positions)
+    assert {"stiffness", "symmetry"} <= {finding.check for finding in test.bad}

@@ -241,7 +241,9 @@ def _findings(c: Certificate, lin: Linearization) -> list[tuple[Status, str]]:
     if bool(lin.network.unjammed) and not c.crossed_to_minimum:
         every = f"{c.rattlers.size} of {c.rattlers.size} particles are held by nothing"
         add(Status.UNJAMMED, every if np.all(c.rattlers) else "no rigid body is held by another")
-    if c.negative_modes != c.order:
+    if not np.isfinite(c.spectrum.values).all():
+        add(Status.NOT_FINITE, "the Hessian")
+    elif c.negative_modes != c.order:
         add(
             Status.NOT_A_SADDLE if c.order else Status.INDEFINITE,
             f"{count(c.negative_modes, 'mode')} of negative stiffness, the lowest {c.stiffness_min:.3g}",

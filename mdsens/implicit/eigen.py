@@ -104,11 +104,18 @@ def lowest(
       precondition: for LOBPCG, about A^-1 times the columns of an (m, c) array, symmetric and positive.
       dtype: precision of the products: what counts as zero cannot be under its round-off.
       floor: eigenvalues that are smaller may be of either sign.
+
+    Returns:
+      a :class:`Spectrum`, all of it NaN where products with A are not finite.
     """
     k = min(k, size - null)
     zero = max(NULL, 8.0 * size * float(np.finfo(dtype).eps) if np.finfo(dtype).eps > 1e-10 else 0.0)
     if k < 1:
         return Spectrum(np.zeros(0), np.zeros((size, 0)), np.zeros(0), 0.0, 0, 0, 0, floor, True, "empty range")
+    probe = project(np.cos(np.arange(size, dtype=float) ** 2)[:, None])
+    if not np.isfinite(apply(probe)).all():
+        nothing = np.full(k, np.nan), np.full((size, k), np.nan), np.full(k, np.nan)
+        return Spectrum(*nothing, np.nan, 0, 0, 0, floor, False, "none: the operator is not finite")
     if size <= DENSE_SIZE:
         return _dense(apply, size, k, project, null, zero, floor)
     if matrix is not None:
