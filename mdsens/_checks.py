@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from mdsens.implicit.status import InputError, short
 
-__all__ = ["check_positive", "check_whole", "is_real", "real_array", "real_number", "short"]
+__all__ = ["check_positive", "check_whole", "is_real", "real_array", "real_number", "require_host", "short"]
 
 
 def is_real(dtype: Any) -> bool:
@@ -43,6 +44,13 @@ def real_number(name: str, value: Any, need: str = "give a number.") -> float:
     if array.ndim:
         raise InputError(f"{name} has shape {array.shape}: {need}")
     return float(array)
+
+
+def require_host(what: str, remedy: str, *given: Any) -> None:
+    """Refuse to compute on numbers inside of what jax traces, where there are none."""
+    traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(given))
+    if traced or isinstance(jnp.zeros(()), Tracer):  # under jit nothing new has numbers, whatever is given
+        raise InputError(f"{what} works on numbers, and is called in what jax traces (grad, jit, vmap): {remedy}.")
 
 
 def check_positive(record: Any, names: tuple[str, ...]) -> None:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens import lagrangian
+from mdsens._checks import require_host
 from mdsens._tables import Shown
 from mdsens.constrained import flat, kkt_operator, scaled, unflat
 from mdsens.implicit.linear import solve as solve_linear
@@ -254,6 +255,7 @@ def through(door: Door, lin: Linearization, given: Any, many: bool = False) -> R
     core, held = lin.traced(door.moving(lin.system.params, given)), lin.stiffness
     if held is not None and by_factor(lin.system, lin.solve, many):
         assert isinstance(lin.solve, Auto | Direct)
+        require_host("a factor", "take solve=CG() or another iteration of mdsens.implicit there", given)
         sides = _sides(core, given, door, many)  # while the host factorises
         if held.factor is not None:
             columns = flat(sides, many)

@@ -272,10 +272,16 @@ class PairLaw(_NamedLaw):
         r = jnp.sqrt(jnp.sum(apart**2, axis=-1))
         if not i.size or not bool(jnp.all(r > 0.0)):
             return  # a particle alone, or two in one place, which is refused as such
-        (term,) = self.terms(params, (i, j), n, species, species_count)
-        ends = jnp.broadcast_to(jnp.asarray(self.lengths(params, (i, j), n, species, species_count), r.dtype), r.shape)
-        points = np.asarray(term.lengths())
-        if np.isnan(np.asarray(ends)).any() or np.isnan(points).any():
+        kinds = (i, j), n, species, species_count
+
+        def lengths() -> tuple[jax.Array, jax.Array]:
+            (term,) = self.terms(params, *kinds)
+            return jnp.broadcast_to(jnp.asarray(self.lengths(params, *kinds), r.dtype), r.shape), term.lengths()
+
+        jax.eval_shape(lengths)  # with traced arrays, as compiled code calls the functions among them
+        (term,) = self.terms(params, *kinds)
+        ends, points = map(np.asarray, lengths())
+        if np.isnan(ends).any() or np.isnan(points).any():
             which = "breakpoints" if np.isnan(points).any() else "cutoff"
             raise InputError(f"the function of the {which} of {self.name} gives nan: mend it, or the parameters.")
         check_kinds(self.name, term.phi, self.names, ends, r, term.values)

@@ -13,7 +13,7 @@ import numpy as np
 from jax.core import Tracer
 
 from mdsens import lagrangian
-from mdsens._checks import real_array
+from mdsens._checks import real_array, require_host
 from mdsens.block_rows import BlockRows
 from mdsens.constrained import about_to_switch, constrained_null_space
 from mdsens.contacts import Network, touching
@@ -269,6 +269,7 @@ def linearised(at: Equilibrium | Linearization, solve: Method | None, throw: boo
         raise InputError(
             f"got a {type(at).__name__}: give the Equilibrium that ms.minimize returns, or a Linearization."
         )
+    require_host("what takes an Equilibrium", "call it outside, or differentiate ms.equilibrate there", at)
     return linearize(at, Auto() if solve is None else solve, throw)
 
 

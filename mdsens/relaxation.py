@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdsens._checks import real_number, short
+from mdsens._checks import real_number, require_host, short
 from mdsens._held import relax_held
 from mdsens._loop import advance, at_rest, status_of
 from mdsens._members import in_chunks, joined, together
@@ -217,6 +217,7 @@ def minimize(
     """
     method = Newton() if method is None else method
     _check_kinds(system, method)
+    require_host("minimize", "take ms.equilibrate(system, params) there", system, params)
     if tolerance is not None and not (isinstance(tolerance, Real) and 0 < tolerance <= sys.float_info.max):
         raise InputError(f"tolerance is {short(tolerance)}: give a positive number, or None.")
     if not (isinstance(max_steps, Real) and max_steps >= 1):

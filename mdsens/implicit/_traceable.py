@@ -1,4 +1,4 @@
-"""A user's function where jax traces it: what it asks of a traced array is named by the line that asks.
+"""A user's function where jax traces it: what it does that a traced array does not allow is named by its line.
 
 jax calls a function with arrays that have a shape and a type and no numbers, and records what is done to them. A
 function that needs the numbers (numpy, ``float``, ``if``) ends in an error that names jax's own sources; here it ends
@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jaxlib
@@ -25,13 +25,46 @@ from mdsens.implicit.status import InputError
 
 __all__ = ["Traceable"]
 
-# What each error of jax means in the function that met it, the more special before the more general.
-_REMEDIES: tuple[tuple[type[Exception], str], ...] = (
-    (jax.errors.TracerBoolConversionError, "take jnp.where or jax.lax.cond in place of if, while, and, or"),
-    (jax.errors.NonConcreteBooleanIndexError, "take jnp.where(mask, x, 0) in place of x[mask]"),
-    (jax.errors.TracerIntegerConversionError, "take jnp.take or jax.lax.fori_loop in place of an index or a range"),
-    (jax.errors.TracerArrayConversionError, "take jax.numpy in place of numpy there"),
-    (jax.errors.ConcretizationTypeError, "take jax.numpy in place of float(), int() and math there"),
+
+class _Fault(NamedTuple):
+    """An error of an array of jax, by its type and the beginning of its message; what was done, and what to do."""
+
+    kind: type[Exception]
+    begins: str
+    done: str
+    remedy: str
+
+
+_BRANCH = "decides by an array that jax traces", "take jnp.where or jax.lax.cond in place of if, while, and, or"
+_INDEX = "counts or indexes by an array that jax traces", "take jnp.take or jax.lax.fori_loop there"
+_NUMPY = "gives numpy an array that jax traces", "take jax.numpy in place of numpy there"
+_NUMBER = (
+    "makes a Python number of an array that jax traces",
+    "take jax.numpy in place of float(), int() and math there",
+)
+# The more special before the more general. Of arrays with several entries jax raises what numpy does.
+_FAULTS = (
+    _Fault(jax.errors.TracerBoolConversionError, "", *_BRANCH),
+    _Fault(ValueError, "The truth value of an array", *_BRANCH),
+    _Fault(
+        jax.errors.NonConcreteBooleanIndexError,
+        "",
+        "selects by an array that jax traces",
+        "take jnp.where(mask, x, 0) in place of x[mask]",
+    ),
+    _Fault(jax.errors.TracerIntegerConversionError, "", *_INDEX),
+    _Fault(TypeError, "Only integer scalar arrays", *_INDEX),
+    _Fault(jax.errors.TracerArrayConversionError, "", *_NUMPY),
+    _Fault(ValueError, "setting an array element with a sequence", *_NUMPY),
+    _Fault(jax.errors.ConcretizationTypeError, "", *_NUMBER),
+    _Fault(TypeError, "Only scalar arrays", *_NUMBER),
+    _Fault(ValueError, "can only convert an array of size 1", *_NUMBER),
+    _Fault(
+        TypeError,
+        "JAX arrays are immutable",
+        "changes an array of jax in place",
+        "take x = x.at[k].set(value) in place of x[k] = value",
+    ),
 )
 _OURS = Path(__file__).parents[1]
 # Frames of these are not the user's: what his line called.
@@ -48,7 +81,7 @@ class Traceable:
     Attributes:
       what: names it in the error: "the observable".
       function: called as it is.
-      otherwise: what else may be done than what the error's kind asks for; empty for nothing.
+      otherwise: what else may be done than what the fault asks for; empty for nothing.
     """
 
     what: str
@@ -64,30 +97,27 @@ class Traceable:
         """What the function returns.
 
         Raises:
-          InputError: it needs the numbers of a traced array: with the line, and what to write there.
+          InputError: it does what a traced array does not allow: with the line, and what to write there.
         """
         try:
             return self.function(*arguments)
-        except tuple(kind for kind, _ in _REMEDIES) as error:
-            raise InputError(self._explained(error)) from error
+        except (TypeError, ValueError, IndexError) as error:
+            for fault in _FAULTS:
+                if isinstance(error, fault.kind) and str(error).startswith(fault.begins):
+                    raise InputError(self._explained(fault, error)) from error
+            raise
 
-    def _explained(self, error: Exception) -> str:
-        remedy = next(text for kind, text in _REMEDIES if isinstance(error, kind))
-        if self.otherwise:
-            remedy = f"{remedy}, or {self.otherwise}"
-        frames = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__)][1:]  # the first is the call
+    def _explained(self, fault: _Fault, error: Exception) -> str:
+        remedy = f"{fault.remedy}, or {self.otherwise}" if self.otherwise else fault.remedy
+        frames = list(traceback.walk_tb(error.__traceback__))[1:]  # the first is the call above
         own = [k for k, (frame, _) in enumerate(frames) if _is_users(frame)]
         if not own:
-            return f"{self.what} needs the numbers of an array that jax traces, which has none: {remedy}."
+            return f"{self.what} {fault.done}: {remedy}."
         frame, line = frames[own[-1]]
         inner = next((f for f, _ in frames[own[-1] + 1 :] if _is_ours(f)), None)
-        if inner is not None:  # it is a function of this package that asks
-            name = inner.f_code.co_name
-            remedy = f"mdsens's {name} works on numbers alone, so call it outside of what is traced"
-        return (
-            f"{self.what} needs the numbers of an array that jax traces, which has none, in {_place(frame, line)}: "
-            f"{remedy}."
-        )
+        if inner is not None:  # it is a function of this package that needs numbers
+            remedy = f"mdsens's {inner.f_code.co_name} works on numbers, so call it outside of what is traced"
+        return f"{self.what} {fault.done}, in {_place(frame, line)}: {remedy}."
 
 
 def _within(frame: FrameType, folder: Path) -> bool:
