@@ -7,6 +7,7 @@ A law is a frozen record, equal by value, so that a system built twice compiles 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from jax.core import Tracer
 from mdsens.boxes import nearest_image
 from mdsens.implicit._traceable import Traceable
 from mdsens.implicit.status import InputError
-from mdsens.pair_trial import check_end, check_kinds, few_pairs
+from mdsens.pair_trial import Few, Trial, check_end, check_trial, trial_of
 from mdsens.parameters import Mixing, arithmetic, check_finite, check_names, check_pair_shape, of_pairs
 
 __all__ = [
@@ -266,25 +267,20 @@ class PairLaw(_NamedLaw):
     def check_at(self, positions: jax.Array, box: Any, params: Params, species: Any, species_count: int) -> None:
         if self._tested():
             return
-        n = positions.shape[0]
-        i, j = few_pairs({name: params[name] for name in self.names}, n, species, species_count)
-        apart = nearest_image(positions[i] - positions[j], box)
-        r = jnp.sqrt(jnp.sum(apart**2, axis=-1))
-        if not i.size or not bool(jnp.all(r > 0.0)):
-            return  # a particle alone, or two in one place, which is refused as such
-        kinds = (i, j), n, species, species_count
+        few = Few.of(positions, {name: params[name] for name in self.names}, species, species_count)
+        if few is not None:
+            check_trial(self.name, self.names, _trial(self, box, few, species_count))
 
-        def lengths() -> tuple[jax.Array, jax.Array]:
-            (term,) = self.terms(params, *kinds)
-            return jnp.broadcast_to(jnp.asarray(self.lengths(params, *kinds), r.dtype), r.shape), term.lengths()
 
-        jax.eval_shape(lengths)  # with traced arrays, as compiled code calls the functions among them
-        (term,) = self.terms(params, *kinds)
-        ends, points = map(np.asarray, lengths())
-        if np.isnan(ends).any() or np.isnan(points).any():
-            which = "breakpoints" if np.isnan(points).any() else "cutoff"
-            raise InputError(f"the function of the {which} of {self.name} gives nan: mend it, or the parameters.")
-        check_kinds(self.name, term.phi, self.names, ends, r, term.values)
+@functools.partial(jax.jit, static_argnames="species_count")
+def _trial(law: PairLaw, box: Any, few: Few, species_count: int) -> Trial:
+    n, (i, j) = few.positions.shape[0], few.pairs
+    kinds = few.pairs, n, few.species, species_count
+    (term,) = law.terms(few.params, *kinds)
+    squared = jnp.sum(nearest_image(few.positions[i] - few.positions[j], box) ** 2, axis=-1)
+    apart = jnp.sqrt(jnp.where(squared > 0, squared, 1.0))  # two in one place are refused as such
+    ends = jnp.broadcast_to(jnp.asarray(law.lengths(few.params, *kinds), apart.dtype), apart.shape)
+    return trial_of(term.phi, f"phi of {law.name}", apart, ends, term.lengths(), term.values)
 
 
 @jax.tree_util.register_dataclass

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens.boxes import nearest_image
-from mdsens.implicit._traceable import Traceable
 from mdsens.implicit.status import Status
 from mdsens.laws import PairTerm
 from mdsens.pair_trial import NAMES, derivatives
@@ -42,8 +41,7 @@ def where_not_finite(status: Status, system: System) -> str:
 
 def _of_pairs(name: str, term: PairTerm, system: System) -> str:
     r = pair_distances(term, system.positions, system.box)
-    phi: Any = term.phi if isinstance(term.phi, Traceable) else Traceable(f"phi of {name}", term.phi)
-    orders = derivatives(phi, r, [jnp.broadcast_to(v, r.shape) for v in term.values])
+    orders = np.asarray(derivatives(term.phi, f"phi of {name}", r, [jnp.broadcast_to(v, r.shape) for v in term.values]))
     bad = ~np.isfinite(orders) & np.asarray(term.mask)
     if not bad.any():
         return ""

@@ -7,8 +7,8 @@ not when a minimisation ends in NOT_FINITE.
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ import numpy as np
 
 from mdsens.implicit.status import InputError
 
-__all__ = ["NAMES", "check_end", "check_kinds", "derivatives", "few_pairs"]
+__all__ = ["NAMES", "Few", "Trial", "check_end", "check_trial", "derivatives", "trial_of"]
 
 NAMES = ("phi", "phi'", "phi''", "phi'''")
 INSIDE = (0.53, 0.71, 0.92)  # of the cutoff; no round numbers, where breakpoints may stand
@@ -28,26 +28,15 @@ GUARD = "where() takes derivatives of both its sides, so guard the argument insi
 SWITCH = "wrap it, ms.potentials.switched(phi, onset, cutoff)"
 
 
-def derivatives(phi: Any, r: Any, values: Any) -> np.ndarray:
-    """phi(r, *values) and its derivatives by r up to the third, (4, *shape of r). phi must be equal by value.
+def derivatives(phi: Any, what: str, r: jax.Array, values: Any) -> jax.Array:
+    """phi(r, *values) and its derivatives by r up to the third, (4, *shape of r). Traceable.
 
     Raises:
-      InputError: phi is not elementwise, or not real.
+      InputError: phi is not elementwise, or not real; ``what`` names it.
     """
-    return np.asarray(_derivatives(phi, jnp.asarray(r), tuple(values)))
 
-
-@functools.partial(jax.jit, static_argnames="phi")
-def _derivatives(phi: Any, r: jax.Array, values: tuple[Any, ...]) -> jax.Array:
     def energy(r: jax.Array) -> jax.Array:
-        found = jnp.asarray(phi(r, *values))
-        if found.shape not in ((), r.shape):
-            raise InputError(
-                f"{phi.what} returns shape {found.shape} for distances of shape {r.shape}: return one number for each."
-            )
-        if not jnp.issubdtype(found.dtype, jnp.floating):
-            raise InputError(f"{phi.what} returns {found.dtype}: return real floating-point numbers.")
-        return jnp.broadcast_to(found, r.shape)
+        return _real(phi(r, *values), what, r)
 
     # in reverse mode first, as forces are: forward mode is spared the NaN of a where() without a guard
     slope, ones = jax.grad(lambda r: jnp.sum(energy(r))), jnp.ones_like(r)
@@ -59,91 +48,141 @@ def _derivatives(phi: Any, r: jax.Array, values: tuple[Any, ...]) -> jax.Array:
     return jnp.stack([energy(r), first, bent, third])
 
 
-def few_pairs(params: Any, n: int, species: Any, species_count: int) -> np.ndarray:
-    """Pairs of particles (2, PAIRS) that between them have most values of the parameters, some more than once."""
-    chosen: list[int] = []
-    if species is None:
-        for value in params.values():
-            if np.shape(value) == (n,):
-                chosen += [int(np.argmin(value)), int(np.argmax(value))]
-        chosen += np.linspace(0, n - 1, PARTICLES).astype(int).tolist()
-    else:
-        kinds = np.asarray(species)
-        there = np.unique(kinds)
-        some = there[np.unique(np.linspace(0, there.size - 1, PARTICLES // 2).astype(int))]
-        for kind in some:  # two of each, for the pairs of a kind with itself
-            chosen += np.flatnonzero(kinds == kind)[:2].tolist()
-        chosen += np.linspace(0, n - 1, PARTICLES).astype(int).tolist()
-    few = np.array(list(dict.fromkeys(chosen))[:PARTICLES])
-    pairs = few[np.stack(np.triu_indices(few.size, 1))]
-    return np.resize(pairs.T, (PAIRS, 2)).T if pairs.size else np.zeros((2, 0), int)
+def _real(energy: Any, what: str, r: jax.Array) -> jax.Array:
+    """phi of some distances, or an error where it is not elementwise or not real."""
+    found = jnp.asarray(energy)
+    if found.shape != r.shape:
+        raise InputError(
+            f"{what} returns shape {found.shape} for distances of shape {r.shape}: return one number for each."
+        )
+    if not jnp.issubdtype(found.dtype, jnp.floating):
+        raise InputError(f"{what} returns {found.dtype}: return real floating-point numbers.")
+    return found
 
 
-def check_end(name: str, phi: Any, end: float, values: Any) -> None:
+class Few(NamedTuple):
+    """A few particles of a system, whose pairs have most values of the parameters between them.
+
+    Attributes:
+      positions: (PARTICLES, d).
+      species: (PARTICLES,), None without species.
+      params: those of particles for these alone.
+      pairs: (2, PAIRS) different particles among them, some pairs more than once.
+    """
+
+    positions: Any
+    species: Any
+    params: dict[str, Any]
+    pairs: Any
+
+    @classmethod
+    def of(cls, positions: Any, params: Any, species: Any, species_count: int) -> Few | None:
+        """Of a system; None of one particle."""
+        n, chosen = positions.shape[0], []
+        if species is None:
+            for value in params.values():
+                if np.shape(value) == (n,):
+                    chosen += [int(np.argmin(value)), int(np.argmax(value))]
+        else:
+            kinds = np.asarray(species)
+            there = np.unique(kinds)
+            some = there[np.unique(np.linspace(0, there.size - 1, PARTICLES // 2).astype(int))]
+            for kind in some:  # two of each, for the pairs of a kind with itself
+                chosen += np.flatnonzero(kinds == kind)[:2].tolist()
+        chosen += np.linspace(0, n - 1, PARTICLES).astype(int).tolist()
+        few = np.array(list(dict.fromkeys(chosen))[:PARTICLES])
+        pairs = np.stack(np.triu_indices(few.size, 1))
+        if not pairs.size:
+            return None
+        # always so many, so that one compilation serves every system; not as many as species, whose values these
+        # would be taken for
+        count = PARTICLES + (species_count == PARTICLES)
+        few = np.resize(few, count)
+        of_particles = (n,) if species is None or n != species_count else ()
+
+        def of_few(value: Any) -> Any:
+            return np.asarray(value)[few] if np.shape(value) == of_particles and of_particles else np.asarray(value)
+
+        return cls(
+            np.asarray(positions)[few],
+            None if species is None else np.asarray(species)[few],
+            {name: of_few(value) for name, value in params.items()},
+            np.resize(pairs.T, (PAIRS, 2)).T,
+        )
+
+
+class Trial(NamedTuple):
+    """A pair potential at a few distances of each of some pairs.
+
+    Attributes:
+      r: (7, k) within the cutoff, at it, beyond it and of empty places; of a pair without one, its own distance.
+      orders: (4, 7, k) phi and its derivatives there.
+      ends: (k,) the cutoff; inf for none.
+      points: (m, k) the breakpoints.
+      values: (k,) of each parameter.
+    """
+
+    r: Any
+    orders: Any
+    ends: Any
+    points: Any
+    values: Any
+
+
+def trial_of(phi: Any, what: str, apart: jax.Array, ends: jax.Array, points: jax.Array, values: Any) -> Trial:
+    """The trial of pairs with these distances, cutoffs, breakpoints and parameters. Traceable."""
+    shares = jnp.array([*INSIDE, 1.0, *BEYOND], apart.dtype)[:, None]
+    some = jnp.where(ends > 0, ends, PADDING)  # a pair that does not interact at all is tried wherever it may stand
+    limited = jnp.concatenate([shares * some, jnp.full((1, apart.size), PADDING, apart.dtype)])
+    r = jnp.where(jnp.isinf(ends), apart, limited)
+    values = [jnp.broadcast_to(v, apart.shape) for v in values]
+    orders = derivatives(phi, what, r, [jnp.broadcast_to(v, r.shape) for v in values])
+    return Trial(r, orders, ends, points, values)
+
+
+def check_end(name: str, phi: Callable[..., Any], end: float, values: Any) -> None:
     """Refuse a potential that is not zero at its cutoff: a jump of the energy is a force that nobody sees."""
-    found = _tried(phi, jnp.full(PAIRS, end), values)[1][0, : len(INSIDE) + 1, 0]
-    left, inside = abs(float(found[-1])), np.abs(found[:-1])
+    r = end * jnp.array([1.0, *INSIDE])
+    left, *inside = np.asarray(_real(phi(r, *values), f"phi of {name}", r)).tolist()
     if not np.isfinite(left):
-        raise InputError(f"{name} is {found[-1]:.3g} at its cutoff {end:g}, where it must be zero: {GUARD}.")
-    if left > END * np.max(inside, initial=0.0, where=np.isfinite(inside)):
-        raise InputError(f"{name} is {left:.3g} at its cutoff {end:g}, where it must be zero: shift it, or {SWITCH}.")
+        raise InputError(f"{name} is {left:.3g} at its cutoff {end:g}, where it must be zero: {GUARD}.")
+    if abs(left) > END * max((abs(x) for x in inside if np.isfinite(x)), default=0.0):
+        raise InputError(f"{name} is {abs(left):.3g} at its cutoff {end:g}, where it must be zero: shift it, or {SWITCH}.")
 
 
-def check_kinds(name: str, phi: Any, names: Any, ends: Any, apart: Any, values: Any) -> None:
+def check_trial(name: str, names: Any, trial: Trial) -> None:
     """Refuse a potential that is no number where pairs of particles may stand.
 
     Within the cutoff it may be infinite, in a steep core; at the cutoff itself derivatives may jump or diverge, so that
     these are looked at to both sides of it; beyond, they must be finite and phi zero.
-
-    Args:
-      phi: equal by value.
-      names: of its parameters.
-      ends: (k,) the cutoff of each pair; inf for none.
-      apart: (k,) the pairs' distances, where a potential without a cutoff is tried.
-      values: of each parameter, (k,) or a number.
     """
-    limited = bool(jnp.all(jnp.isfinite(ends)))
-    if limited:  # a pair that does not interact at all is tried wherever it may stand
-        r, found = _tried(phi, jnp.where(ends > 0, ends, PADDING), values)
-    else:
-        r, found = np.asarray(apart[None]), derivatives(phi, apart[None], values)
-    columns = [np.broadcast_to(np.asarray(v), r.shape) for v in values]
+    r, orders, ends, points, values = jax.tree.map(np.asarray, trial)
+    if np.isnan(ends).any() or np.isnan(points).any():
+        which = "breakpoints" if np.isnan(points).any() else "cutoff"
+        raise InputError(f"the function of the {which} of {name} gives nan: mend it, or the parameters.")
+    limited = np.isfinite(ends)
 
-    def refuse(rows: slice, orders: int, wrong: Any, where: str, remedy: str) -> None:
-        """Refuse the lowest order that is wrong in some rows, at the first place."""
-        bad = wrong(found[:orders, rows])
-        if bad.any():
-            order, row, k = (int(i) for i in np.argwhere(bad)[0])
-            shown = ", ".join(f"{n} = {c[rows][row, k]:.6g}" for n, c in zip(names, columns, strict=True))
-            value, at = found[order, rows][row, k], r[rows][row, k]
-            place = f"r = {at:.6g}{f' with {shown}' if shown else ''}"
+    def refuse(rows: slice, count: int, bad: np.ndarray, where: str, remedy: str) -> None:
+        """Refuse the lowest order that is bad in some rows, at the first place."""
+        if bad[:count].any():
+            order, row, k = (int(i) for i in np.argwhere(bad[:count])[0])
+            shown = ", ".join(f"{n} = {v[k]:.6g}" for n, v in zip(names, values, strict=True))
+            place = f"r = {r[rows][row, k]:.6g}{f' with {shown}' if shown else ''}"
+            value = orders[order, rows][row, k]
             raise InputError(f"{NAMES[order]} of {name} is {value:.3g} at {place}{where}: {remedy}.")
 
     within, end, beyond, padding = slice(0, 3), slice(3, 4), slice(4, 6), slice(6, 7)
-    if not limited:
-        refuse(slice(0, 1), 4, np.isnan, ", where particles stand", f"check its parameters; {GUARD}")
-        return
-    refuse(within, 4, np.isnan, ", within its cutoff", f"check its parameters; {GUARD}")
-    refuse(end, 1, _not_finite, ", its cutoff, where it must be zero", GUARD)
-    refuse(beyond, 4, _not_finite, ", beyond its cutoff, where it must be zero", GUARD)
+    infinite = ~np.isfinite(orders) & limited
+    nan = np.isnan(orders)
+    check = f"check its parameters; {GUARD}"
+    refuse(within, 4, nan[:, within] & ~limited, ", where particles stand", check)
+    refuse(within, 4, nan[:, within], ", within its cutoff", check)
+    refuse(end, 1, infinite[:, end], ", its cutoff, where it must be zero", GUARD)
+    refuse(beyond, 4, infinite[:, beyond], ", beyond its cutoff, where it must be zero", GUARD)
     empty = ", the distance that stands in the empty places of lists of neighbours"
-    refuse(padding, 4, _not_finite, empty, f"{GUARD}, or take units of another size")
-    inside, left = np.abs(found[0, within]), np.abs(found[0, end])
+    refuse(padding, 4, infinite[:, padding], empty, f"{GUARD}, or take units of another size")
+    inside, left = np.abs(orders[0, within]), np.abs(orders[0, end])
     most = np.maximum(END * np.max(inside, axis=0, initial=0.0, where=np.isfinite(inside)), left)
-
-    def grown(orders: np.ndarray) -> np.ndarray:
-        return np.abs(orders) > most
-
+    grown = (np.abs(orders[:, beyond]) > most) & limited
     remedy = f"take jnp.where(r < cutoff, ..., 0), or {SWITCH}"
     refuse(beyond, 1, grown, ", beyond its cutoff, where it must be zero", remedy)
-
-
-def _tried(phi: Any, ends: jax.Array, values: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The distances within the cutoff, at it, beyond it and of empty places (7, k), and what phi is there (4, 7, k)."""
-    shares = jnp.array([*INSIDE, 1.0, *BEYOND], ends.dtype)[:, None]
-    r = jnp.concatenate([shares * ends, jnp.full((1, ends.size), PADDING, ends.dtype)])
-    return np.asarray(r), derivatives(phi, r, [jnp.broadcast_to(v, r.shape) for v in values])
-
-
-def _not_finite(x: np.ndarray) -> np.ndarray:
-    return ~np.isfinite(x)

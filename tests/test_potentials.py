@@ -527,8 +527,8 @@ def added(r, sigma):
     return jnp.sum(jnp.maximum(1.0 - r / sigma, 0.0) ** 4, axis=0)
 
 
-def constant(r, sigma):
-    return 1
+def truth(r, sigma):
+    return r < sigma
 
 
 def steep(r, sigma):
@@ -559,8 +559,8 @@ UNFIT = {
     bump: (1.0, "phi' of mine is nan at r = 1 with sigma = 1, the distance that stands in the empty places of lists"),
     open_end: (1.2, f"phi of mine is 0.0049 {BEYOND}: take jnp.where(r < cutoff, ..., 0), or wrap it, ms.potentials."),
     imaginary: (1.2, "phi of mine returns complex128: return real floating-point numbers."),
-    added: (1.2, "phi of mine returns shape (28,) for distances of shape (7, 28): return one number for each."),
-    constant: (1.2, "phi of mine returns int64: return real floating-point numbers."),
+    added: (1.2, "phi of mine returns shape () for distances of shape (4,): return one number for each."),
+    truth: (1.2, "phi of mine returns bool: return real floating-point numbers."),
 }
 
 
