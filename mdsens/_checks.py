@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
@@ -48,9 +50,18 @@ def real_number(name: str, value: Any, need: str = "give a number.") -> float:
 
 def require_host(what: str, remedy: str, *given: Any) -> None:
     """Refuse to compute on numbers inside of what jax traces, where there are none."""
-    traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(given))
-    if traced or isinstance(jnp.zeros(()), Tracer):  # under jit nothing new has numbers, whatever is given
+    if any(map(_traced, given)) or isinstance(jnp.zeros(()), Tracer):  # under jit nothing new has numbers, whatever is given
         raise InputError(f"{what} works on numbers, and is called in what jax traces (grad, jit, vmap): {remedy}.")
+
+
+def _traced(value: Any) -> bool:
+    """Whether there is a traced array in it, a user's own dicts and lists, of whatever they are, included."""
+    if isinstance(value, Mapping):
+        return any(map(_traced, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_traced, value))
+    leaves = jax.tree.leaves(value) if dataclasses.is_dataclass(value) else [value]
+    return any(isinstance(leaf, Tracer) for leaf in leaves)
 
 
 def check_positive(record: Any, names: tuple[str, ...]) -> None:
