@@ -50,7 +50,9 @@ def real_number(name: str, value: Any, need: str = "give a number.") -> float:
 
 def require_host(what: str, remedy: str, *given: Any) -> None:
     """Refuse to compute on numbers inside of what jax traces, where there are none."""
-    if any(map(_traced, given)) or isinstance(jnp.zeros(()), Tracer):  # under jit nothing new has numbers, whatever is given
+    if any(map(_traced, given)) or isinstance(
+        jnp.zeros(()), Tracer
+    ):  # under jit nothing new has numbers, whatever is given
         raise InputError(f"{what} works on numbers, and is called in what jax traces (grad, jit, vmap): {remedy}.")
 
 

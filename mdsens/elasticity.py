@@ -35,7 +35,7 @@ from mdsens.implicit._traceable import Traceable
 from mdsens.implicit.linear import linear_solve
 from mdsens.implicit.operators import Auto, Method
 from mdsens.implicit.status import InputError, SolveStats, Status, raise_for_status
-from mdsens.linearization import Linearization, full_tangent, linearised
+from mdsens.linearization import Linearization, full_tangent, linearised, require_sound
 from mdsens.not_finite import where_not_finite
 from mdsens.relaxation import Equilibrium
 from mdsens.scales import unrelaxed
@@ -240,8 +240,9 @@ def moduli(of: Equilibrium | Linearization | System, *, solve: Method | None = N
         return _of_system(of, Auto() if solve is None else solve)
     if isinstance(of, Equilibrium):
         _check_cell(of.system)
-    lin = linearised(of, solve, throw)
+    lin = linearised(of, solve)
     _check_cell(lin.system)
+    require_sound(lin, of, throw)
     strained = through(STRAIN, lin, jnp.asarray(basis(lin.system.dimension), lin.system.positions.dtype), many=True)
     found = _with_motion(lin.system, strained.value, strained.stats)
     if throw:
@@ -294,11 +295,13 @@ def jvp(
     Returns:
       a :class:`~mdsens.Response`, its value shaped like what ``of`` returns.
     """
-    lin, held, observe = _held(of, at, solve, throw)
-    moved = sensitivity.jvp(lin, dparams, throw=throw)
+    lin, observe = _function(of, at, solve)
     tangent = full_tangent(lin.system, dparams, lin.params)
+    require_sound(lin, at, throw)
+    held = moduli(lin, throw=throw)
+    moved = sensitivity.jvp(lin, dparams, throw=throw)
     rates = _pushed(lin.traced(tuple(dparams)), held.nonaffine, held.stats, lin.unknown(moved.value), tangent)
-    _, rate = jax.jvp(observe, (held.tensor, held.affine, held.stress), rates)
+    _, rate = jax.jvp(_of_tensors(observe, held), (held.tensor, held.affine, held.stress), rates)
     return dataclasses.replace(moved, value=rate, nonaffine=None)
 
 
@@ -310,26 +313,48 @@ def value_and_gradient(
     throw: bool = True,
 ) -> tuple[jax.Array, Response]:
     """What ``gradient`` gives, with the value of the function before it."""
-    lin, held, observe = _held(of, at, solve, throw)
-    value, pull = jax.vjp(observe, held.tensor, held.affine, held.stress)
+    lin, observe = _function(of, at, solve)
+    require_sound(lin, at, throw)
+    held = moduli(lin, throw=throw)
+    value, pull = jax.vjp(_of_tensors(observe, held), held.tensor, held.affine, held.stress)
     weights = jax.vmap(lambda w: pull(w))(sensitivity.units(lin, value))
     cotangents, direct = _pulled(lin.traced(tuple(lin.params)), held.nonaffine, held.stats, weights)
     return value, sensitivity.total(lin, value, cotangents, direct, throw)
 
 
-def _held(of: Any, at: Any, solve: Any, throw: bool) -> tuple[Linearization, Moduli, Callable[..., jax.Array]]:
-    """The minimum made ready, its moduli, and the function as one of their tensors and stress."""
+def _function(of: Any, at: Any, solve: Any) -> tuple[Linearization, Callable[[Moduli], jax.Array]]:
+    """The minimum made ready, and the function of its moduli, tried without them."""
     if not callable(of):
         raise InputError("the first argument is no function: give one of Moduli, such as lambda m: m.poisson.")
     if isinstance(at, Equilibrium):
         _check_cell(at.system)
-    lin = linearised(at, solve, throw)
-    held, function = moduli(lin, throw=throw), Traceable("the function of the moduli", of)
+    lin = linearised(at, solve)
+    _check_cell(lin.system)
+    function = Traceable("the function of the moduli", of)
 
-    def observe(tensor: jax.Array, affine: jax.Array, stress: jax.Array) -> jax.Array:
-        return sensitivity.numbers(function(dataclasses.replace(held, tensor=tensor, affine=affine, stress=stress)))
+    def observe(moduli: Moduli) -> jax.Array:
+        return sensitivity.numbers(function(moduli))
 
-    return lin, held, observe
+    sensitivity.units(lin, jax.eval_shape(observe, _shapes(lin.system)))
+    return lin, observe
+
+
+def _shapes(system: System) -> Moduli:
+    """Moduli without numbers."""
+    (n, d), dtype = system.positions.shape, system.positions.dtype
+    m = d * (d + 1) // 2
+    counts, sizes = jnp.zeros(m, jnp.int32), jnp.zeros(m, dtype)
+    stats = SolveStats(counts, sizes, counts, sizes)
+    return jax.eval_shape(_with_motion, system, jnp.zeros((m, n, d), dtype), stats)
+
+
+def _of_tensors(observe: Callable[[Moduli], jax.Array], held: Moduli) -> Callable[..., jax.Array]:
+    """The function as one of the tensors and the stress, the displacements as they are."""
+
+    def of_tensors(tensor: jax.Array, affine: jax.Array, stress: jax.Array) -> jax.Array:
+        return observe(dataclasses.replace(held, tensor=tensor, affine=affine, stress=stress))
+
+    return of_tensors
 
 
 def _tensors(lin: Linearization, motion: jax.Array, stats: SolveStats) -> Callable[..., tuple[jax.Array, ...]]:

@@ -31,6 +31,7 @@ from mdsens.strains import from_mandel, to_mandel
 from mdsens.system import System
 
 __all__ = ["Linearization", "by_factor", "changes", "force_left", "full_tangent", "linearised", "linearize"]
+__all__ += ["require_sound"]
 
 Params = Mapping[str, Any]
 
@@ -259,8 +260,10 @@ def _constrained(
     return lin
 
 
-def linearised(at: Equilibrium | Linearization, solve: Method | None, throw: bool) -> Linearization:
-    """What a door is given, as a Linearization with the solver that is asked for."""
+def linearised(at: Equilibrium | Linearization, solve: Method | None) -> Linearization:
+    """What a door is given, as a Linearization with the solver that is asked for; sound or not, see
+    :func:`require_sound`.
+    """
     if solve is not None:
         check_method(solve)
     if isinstance(at, Linearization):
@@ -270,7 +273,17 @@ def linearised(at: Equilibrium | Linearization, solve: Method | None, throw: boo
             f"got a {type(at).__name__}: give the Equilibrium that ms.minimize returns, or a Linearization."
         )
     require_host("what takes an Equilibrium", "call it outside, or differentiate ms.equilibrate there", at)
-    return linearize(at, Auto() if solve is None else solve, throw)
+    return linearize(at, Auto() if solve is None else solve, throw=False)
+
+
+def require_sound(lin: Linearization, at: Equilibrium | Linearization, throw: bool) -> None:
+    """Raise where the minimum ``at`` cannot be differentiated, if ``throw``: after the other arguments were looked at,
+    for one who errs in these should not first be told of contacts.
+
+    A Linearization was asked for with or without an error of its own.
+    """
+    if throw and isinstance(at, Equilibrium):
+        raise_for_status(Status(int(lin.status)), "this minimum cannot be differentiated", lin)
 
 
 def full_tangent(system: System, dparams: Params, params: Params | None = None) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from mdsens.doors import Response
 from mdsens.implicit.eigen import DENSE_SIZE, NULL, Spectrum
 from mdsens.implicit.operators import Method
 from mdsens.implicit.status import InputError, Status, raise_for_status
-from mdsens.linearization import Linearization, linearised
+from mdsens.linearization import Linearization, linearised, require_sound
 from mdsens.relaxation import Equilibrium
 from mdsens.rigid_motions import NullSpace
 from mdsens.scales import doubtful_stiffness, scales, unrelaxed
@@ -110,10 +110,9 @@ def smallest_stiffness(
     Raises:
       InputError: a batch. ConvergenceError: no minimum, a saddle, a floppy mode, modes that cannot be told apart.
     """
-    count = _whole(count)
-    if not isinstance(accuracy, int | float) or not 0 < accuracy < 1:
-        raise InputError(f"accuracy is {short(accuracy)}: give a number between 0 and 1.")
-    lin = linearised(at, None, throw)
+    count = _checked(count, accuracy)
+    lin = linearised(at, None)
+    require_sound(lin, at, throw)
     found = _softest(lin, count, float(accuracy))
     if throw:
         raise_for_status(found.status, f"the smallest stiffness is {found.value:.3g}, by {found.method}", found)
@@ -141,7 +140,9 @@ def gradient(
       a :class:`~mdsens.Response`, its value a dict shaped like the parameters. Its status is the solve's, or where that
       one is good the modes': DEGENERATE says that it is a mean over more modes than were asked for.
     """
-    lin = linearised(at, solve, throw)
+    count = _checked(count, accuracy)
+    lin = linearised(at, solve)
+    require_sound(lin, at, throw)
     found = smallest_stiffness(lin, count, accuracy=accuracy, throw=throw)
     value, cotangents, direct = _pulled(
         lin.traced(tuple(lin.params)), jnp.asarray(found.vectors, lin.system.positions.dtype)
@@ -151,6 +152,13 @@ def gradient(
     if result.status.good:
         code = jnp.maximum(code, found.status.value)
     return dataclasses.replace(result, stats=dataclasses.replace(result.stats, status=code))
+
+
+def _checked(count: Any, accuracy: Any) -> int:
+    """The count, and the accuracy's check."""
+    if not isinstance(accuracy, int | float) or not 0 < accuracy < 1:
+        raise InputError(f"accuracy is {short(accuracy)}: give a number between 0 and 1.")
+    return _whole(count)
 
 
 def _whole(count: Any) -> int:

@@ -147,7 +147,9 @@ def check_end(name: str, phi: Callable[..., Any], end: float, values: Any) -> No
     if not np.isfinite(left):
         raise InputError(f"{name} is {left:.3g} at its cutoff {end:g}, where it must be zero: {GUARD}.")
     if abs(left) > END * max((abs(x) for x in inside if np.isfinite(x)), default=0.0):
-        raise InputError(f"{name} is {abs(left):.3g} at its cutoff {end:g}, where it must be zero: shift it, or {SWITCH}.")
+        raise InputError(
+            f"{name} is {abs(left):.3g} at its cutoff {end:g}, where it must be zero: shift it, or {SWITCH}."
+        )
 
 
 def check_trial(name: str, names: Any, trial: Trial) -> None:

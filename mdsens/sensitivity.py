@@ -19,7 +19,7 @@ from mdsens.doors import FORCE, JVP, VJP, Door, Response, finite_or_said, read, 
 from mdsens.implicit._traceable import Traceable
 from mdsens.implicit.operators import Auto, Method, check_method
 from mdsens.implicit.status import InputError, Status, raise_for_status
-from mdsens.linearization import Linearization, by_factor, changes, linearised, linearize
+from mdsens.linearization import Linearization, by_factor, changes, linearised, linearize, require_sound
 from mdsens.not_finite import where_not_finite
 from mdsens.relaxation import Equilibrium
 from mdsens.stationarity import Unknowns
@@ -119,8 +119,10 @@ def jvp(
             return jvp(member, change, solve=solve, throw=False)
 
         return _judged(_batch_through(JVP, alone, at, given, solve), throw, "jvp")
-    lin = linearised(at, solve, throw)
-    return _judged(through(JVP, lin, changes(lin.system, dparams, lin.params)), throw, "jvp", lin.system)
+    lin = linearised(at, solve)
+    given = changes(lin.system, dparams, lin.params)
+    require_sound(lin, at, throw)
+    return _judged(through(JVP, lin, given), throw, "jvp", lin.system)
 
 
 def _cotangent(system: System, value: Any, name: str) -> jax.Array:
@@ -197,8 +199,10 @@ def vjp(
             return vjp(member, w, solve=solve, throw=False)
 
         return _judged(_batch_through(VJP, alone, at, side, solve), throw, "vjp")
-    lin = linearised(at, solve, throw)
-    return _judged(through(VJP, lin, _unfolded(lin, cotangent)), throw, "vjp", lin.system)
+    lin = linearised(at, solve)
+    given = _unfolded(lin, cotangent)
+    require_sound(lin, at, throw)
+    return _judged(through(VJP, lin, given), throw, "vjp", lin.system)
 
 
 def response(
@@ -223,8 +227,9 @@ def response(
             return response(member, f.positions, solve=solve, throw=False)
 
         return _judged(_batch_through(FORCE, alone, at, side, solve), throw, "response")
-    lin = linearised(at, solve, throw)
+    lin = linearised(at, solve)
     side = Unknowns(_cotangent(lin.system, force, "force"))
+    require_sound(lin, at, throw)
     return _judged(through(FORCE, lin, side), throw, "response", lin.system)
 
 
@@ -281,7 +286,7 @@ def jacobian(
             _require_room(at.system, wrt, at.params[wrt].size // (at.system.batch or 1))
         whole = _over_members(lambda e, _: jacobian(e, wrt, solve=solve, chunk=chunk, throw=False), at)
         return _judged(whole, throw, "jacobian")
-    lin = linearised(at, solve, throw)
+    lin = linearised(at, solve)
     system = lin.system
     if not isinstance(wrt, str):
         raise InputError(f"wrt is {short(wrt)}: give a parameter's name, one of {', '.join(lin.params)}.")
@@ -291,6 +296,7 @@ def jacobian(
     shape, dtype = lin.params[wrt].shape, system.positions.dtype
     size, unknowns = int(np.prod(shape)), system.positions.size
     _require_room(system, wrt, lin.params[wrt].size)
+    require_sound(lin, at, throw)
     width = chunk or int(np.clip(CHUNK_BYTES // (dtype.itemsize * unknowns * 8), 1, 256))
     width = min(width, max(size, 1))
 
@@ -348,14 +354,16 @@ def value_and_gradient(
 ) -> tuple[jax.Array, Response]:
     """What ``gradient`` gives of one minimum, with the observable's value before it."""
     of_system = observed(observable)
-    lin = linearised(at, solve, throw)
+    lin = linearised(at, solve)
     system = lin.equilibrium.system
 
     def observe(x: Unknowns, params: Params) -> jax.Array:
         return of_system(lin.moved(system, x, params))
 
     value, pull = jax.vjp(observe, lin.unknowns, lin.params)
-    cotangents, direct = jax.vmap(lambda w: pull(w))(units(lin, value))  # named: jax shows a vjp to name a bare one
+    rows = units(lin, value)
+    require_sound(lin, at, throw)
+    cotangents, direct = jax.vmap(lambda w: pull(w))(rows)  # named: jax shows a vjp to name a bare one
     cotangents = dataclasses.replace(cotangents, multipliers=None)  # of an observable, zero
     return value, total(lin, value, cotangents, direct, throw)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
+import inspect
 import math
 import pickle
 import pkgutil
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 
 import mdsens as ms
+from mdsens.design import Elastic
 from mdsens.implicit import CG, Operator, certify, fixed_point, root, solve, tangent
 from mdsens.implicit._attributes import Named
 from mdsens.implicit.degeneracy import kinked
@@ -43,7 +45,7 @@ def packing() -> ms.Equilibrium:
 
 def one_line(error: pytest.ExceptionInfo) -> str:
     message = str(error.value)
-    assert "\n" not in message and message.endswith(".")
+    assert "\n" not in message and message[-1] in ".?"
     return message
 
 
@@ -143,7 +145,7 @@ UNTRACEABLE: dict[str, tuple[Callable[..., Any], Callable[[], Any], str]] = {
     "feature": (length, lambda: ms.design.feature_response([length], trimer()), "jax.numpy"),
     "elastic feature": (
         poisson,
-        lambda: ms.design.feature_response([ms.design.Elastic(poisson)], packing()),
+        lambda: ms.design.feature_response([Elastic(poisson)], packing()),
         "float()",
     ),
     "pair potential, branch": (step, lambda: of_pairs(step), "jnp.where"),
@@ -320,3 +322,114 @@ def test_a_name_that_the_package_has_elsewhere(name: str, remedy: str):
         getattr(ms, name)
     with pytest.raises(AttributeError, match=r"has no attribute '__wrapped__'$"):
         _ = ms.__wrapped__  # type: ignore[attr-defined]
+
+
+# ── arguments come before contacts ──
+
+
+@cache
+def gas() -> ms.Equilibrium:
+    """Discs that touch nobody, so that there is nothing to differentiate."""
+    positions = 20.0 * np.random.default_rng(0).random((8, 2))
+    params = {"sigma": 1.0, "epsilon": 1.0, "alpha": 2.0}
+    eq = ms.minimize(ms.System.create(positions, 20.0, ms.potentials.soft_sphere(), params))
+    assert int(ms.linearize(eq, throw=False).status) == ms.Status.UNJAMMED
+    return eq
+
+
+def nothing(at: Any) -> Any:
+    return None
+
+
+def whole(at: Any) -> Any:
+    return jnp.arange(3)
+
+
+def pressure_of(moduli: Any) -> Any:
+    return moduli.pressure
+
+
+DIRECTION = {"sigma": 1.0}
+ALONG: dict[str, Any] = {
+    "no such name": {"diameter": 1.0},
+    "shape": {"sigma": [1.0, 1.0]},
+    "kind": 3.0,
+    "text": {"sigma": "a"},
+}
+# Of each call on a minimum, the arguments that are right, and what is wrong with them one by one.
+SOLVE = {"solve": {"text": "cg"}}
+ARGUMENTS: dict[Any, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
+    ms.jvp: ({"dparams": DIRECTION}, {"dparams": {**ALONG, "empty": {}}, **SOLVE}),
+    ms.vjp: (
+        {"cotangent": np.ones((8, 2))},
+        {"cotangent": {"shape": np.ones(8), "nan": np.full((8, 2), np.nan)}, **SOLVE},
+    ),
+    ms.response: ({"force": np.ones((8, 2))}, {"force": {"shape": np.ones(8), "text": "a"}, **SOLVE}),
+    ms.jacobian: ({"wrt": "sigma"}, {"wrt": {"no such name": "diameter", "kind": 3}, "chunk": {"zero": 0}, **SOLVE}),
+    ms.gradient: (
+        {"observable": ms.observables.energy},
+        {"observable": {"kind": 3, "returns nothing": nothing, "returns integers": whole, "numpy": length}, **SOLVE},
+    ),
+    ms.linearize: ({}, {"solve": {"text": "cg"}}),
+    ms.elasticity.moduli: ({}, SOLVE),
+    ms.elasticity.gradient: (
+        {"of": pressure_of},
+        {"of": {"kind": 3, "returns nothing": nothing, "returns integers": whole, "float": poisson}, **SOLVE},
+    ),
+    ms.elasticity.value_and_gradient: ({"of": pressure_of}, {"of": {"kind": 3, "returns nothing": nothing}, **SOLVE}),
+    ms.elasticity.jvp: (
+        {"of": pressure_of, "dparams": DIRECTION},
+        {"of": {"kind": 3, "returns nothing": nothing}, "dparams": ALONG, **SOLVE},
+    ),
+    ms.modes.smallest_stiffness: ({}, {"count": {"zero": 0}, "accuracy": {"two": 2.0}}),
+    ms.modes.gradient: ({}, {"count": {"zero": 0}, "accuracy": {"two": 2.0}, **SOLVE}),
+    ms.certify: ({"throw": True}, {
+        "dparams": ALONG,
+        "modes": {"zero": 0},
+        "observable": {"kind": 3, "returns nothing": nothing, "returns integers": whole, "numpy": length},
+    }),
+    ms.verify.finite_difference: ({"dparams": DIRECTION}, {
+        "dparams": {**ALONG, "zero": {"sigma": 0.0}},
+        "step": {"negative": -1.0, "text": "a"},
+        "tolerance": {"zero": 0.0},
+    }),
+    ms.verify.derivative_test: ({"dparams": DIRECTION}, {
+        "dparams": ALONG,
+        "steps": {"negative": [-1.0], "none": []},
+        "value": {"shape": np.ones(3)},
+        "tolerance": {"nan": np.nan},
+    }),
+    ms.verify.adjoint: ({"dparams": DIRECTION}, {"dparams": ALONG, "cotangent": {"shape": np.ones(8)}, **SOLVE}),
+    ms.design.feature_response: ({"features": ["pressure"]}, {
+        "features": {"no such name": ["pressur"], "none": [], "nothing": [nothing], "float": [Elastic(poisson)]},
+        "wrt": {"no such name": "diameter"},
+        "scales": {"zero": [0.0]},
+    }),
+}  # fmt: skip
+
+
+def test_every_call_on_a_minimum_is_looked_at():
+    rooms = (ms, ms.elasticity, ms.modes, ms.verify, ms.design)
+    calls = {
+        getattr(room, name)
+        for room in rooms
+        for name in room.__all__
+        if inspect.isfunction(getattr(room, name))
+        and "throw" in (names := inspect.signature(getattr(room, name)).parameters)
+        and {"at", "eq"} & set(names)
+    }
+    assert {ms.jvp, ms.elasticity.gradient, ms.modes.gradient} <= calls <= set(ARGUMENTS)
+
+
+@pytest.mark.parametrize("call", ARGUMENTS, ids=lambda call: f"{call.__module__}.{call.__name__}")
+def test_arguments_are_looked_at_before_contacts(call: Any):
+    right, wrong = ARGUMENTS[call]
+    names = inspect.signature(call).parameters
+    minimum = "at" if "at" in names else "eq" if "eq" in names else "of"
+    for name, values in wrong.items():
+        for label, value in values.items():
+            with pytest.raises(ms.InputError) as error:
+                call(**{minimum: gas(), **right, name: value})
+            assert len(one_line(error)) > 10, (name, label)
+    with pytest.raises(ms.ConvergenceError, match="no contact carries force"):  # all of it right but the minimum
+        call(**{minimum: gas(), **right})
