@@ -29,7 +29,7 @@ from jax.core import Tracer
 from mdsens import sensitivity
 from mdsens._checks import real_array
 from mdsens._tables import Shown
-from mdsens.doors import STRAIN, Response, finite_or_said, through
+from mdsens.doors import STRAIN, Response, aside, finite_or_said, strain_is_silent, through
 from mdsens.implicit._attributes import Named
 from mdsens.implicit._traceable import Traceable
 from mdsens.implicit.linear import linear_solve
@@ -318,8 +318,13 @@ def value_and_gradient(
     held = moduli(lin, throw=throw)
     value, pull = jax.vjp(_of_tensors(observe, held), held.tensor, held.affine, held.stress)
     weights = jax.vmap(lambda w: pull(w))(sensitivity.units(lin, value))
-    cotangents, direct = _pulled(lin.traced(tuple(lin.params)), held.nonaffine, held.stats, weights)
-    return value, sensitivity.total(lin, value, cotangents, direct, throw)
+    core = lin.traced(tuple(lin.params))
+
+    def pulled(at: Linearization) -> Any:
+        return _pulled(at, held.nonaffine, held.stats, weights)
+
+    cotangents, direct = pulled(core)
+    return value, sensitivity.total(lin, value, cotangents, direct, throw, lambda: pulled(aside(core))[0])
 
 
 def _function(of: Any, at: Any, solve: Any) -> tuple[Linearization, Callable[[Moduli], jax.Array]]:
@@ -405,8 +410,11 @@ def _of_system(system: System, solve: Method) -> Moduli:
     operator = hessian_operator(held, null)
 
     def one(strain: jax.Array) -> tuple[jax.Array, SolveStats]:
-        x, stats = linear_solve(operator, Unknowns(forces_of_strain(held, strain)), solve)
-        return x.positions, stats
+        forces = forces_of_strain(held, strain)
+        x, stats = linear_solve(operator, Unknowns(forces), solve)
+        # of round-off, translations are no part worth a word; its derivatives count all the same
+        silent = strain_is_silent(still, forces) & (stats.status == Status.NULL_COMPONENT_DROPPED.value)
+        return x.positions, dataclasses.replace(stats, status=jnp.where(silent, Status.CONVERGED.value, stats.status))
 
     motion, stats = jax.vmap(one)(jnp.asarray(basis(system.dimension), system.positions.dtype))
     code = jnp.where(net.unjammed, Status.UNJAMMED.value, Status.CONVERGED.value)

@@ -23,7 +23,7 @@ import numpy as np
 from mdsens import sensitivity
 from mdsens._checks import short
 from mdsens._tables import Shown
-from mdsens.doors import Response
+from mdsens.doors import Response, aside
 from mdsens.implicit.eigen import DENSE_SIZE, NULL, Spectrum
 from mdsens.implicit.operators import Method
 from mdsens.implicit.status import InputError, Status, raise_for_status
@@ -144,10 +144,9 @@ def gradient(
     lin = linearised(at, solve)
     require_sound(lin, at, throw)
     found = smallest_stiffness(lin, count, accuracy=accuracy, throw=throw)
-    value, cotangents, direct = _pulled(
-        lin.traced(tuple(lin.params)), jnp.asarray(found.vectors, lin.system.positions.dtype)
-    )
-    result = sensitivity.total(lin, value, cotangents, direct, throw)
+    core, vectors = lin.traced(tuple(lin.params)), jnp.asarray(found.vectors, lin.system.positions.dtype)
+    value, cotangents, direct = _pulled(core, vectors)
+    result = sensitivity.total(lin, value, cotangents, direct, throw, lambda: _pulled(aside(core), vectors)[1])
     code = result.stats.status
     if result.status.good:
         code = jnp.maximum(code, found.status.value)

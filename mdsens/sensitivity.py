@@ -15,7 +15,21 @@ from mdsens import lagrangian
 from mdsens._checks import real_array, short
 from mdsens._members import apart, in_chunks, joined, together
 from mdsens._memory import require_memory
-from mdsens.doors import FORCE, JVP, VJP, Door, Response, finite_or_said, read, through, through_batch
+from mdsens.doors import (
+    FORCE,
+    JVP,
+    VJP,
+    Door,
+    Response,
+    aside,
+    dropped_any,
+    finite_or_said,
+    norms,
+    read,
+    through,
+    through_batch,
+    without_round_off,
+)
 from mdsens.implicit._traceable import Traceable
 from mdsens.implicit.operators import Auto, Method, check_method
 from mdsens.implicit.status import InputError, Status, raise_for_status
@@ -363,9 +377,15 @@ def value_and_gradient(
     value, pull = jax.vjp(observe, lin.unknowns, lin.params)
     rows = units(lin, value)
     require_sound(lin, at, throw)
-    cotangents, direct = jax.vmap(lambda w: pull(w))(rows)  # named: jax shows a vjp to name a bare one
-    cotangents = dataclasses.replace(cotangents, multipliers=None)  # of an observable, zero
-    return value, total(lin, value, cotangents, direct, throw)
+
+    def pulled(pull: Any) -> tuple[Unknowns, Params]:
+        cotangents, direct = jax.vmap(lambda w: pull(w))(rows)  # named: jax shows a vjp to name a bare one
+        return dataclasses.replace(cotangents, multipliers=None), direct  # of an observable, zero
+
+    def beside() -> Unknowns:
+        return pulled(jax.vjp(observe, aside(lin).unknowns, lin.params)[1])[0]
+
+    return value, total(lin, value, *pulled(pull), throw, beside)
 
 
 def observed(observable: Any) -> Callable[[System], jax.Array]:
@@ -402,13 +422,21 @@ def units(lin: Linearization, value: jax.Array) -> jax.Array:
     return jnp.eye(value.size, dtype=value.dtype).reshape(value.size, *value.shape)
 
 
-def total(lin: Linearization, value: jax.Array, cotangents: Unknowns, direct: Params, throw: bool) -> Response:
+def total(
+    lin: Linearization,
+    value: jax.Array,
+    cotangents: Unknowns,
+    direct: Params,
+    throw: bool,
+    beside: Callable[[], Unknowns],
+) -> Response:
     """The total derivative of an observable, by one adjoint solve for each of its numbers.
 
     Args:
       value: of the observable.
       cotangents: its derivatives by the unknowns, each with a leading axis over its numbers.
       direct: its partial derivatives by the parameters, likewise.
+      beside: gives the cotangents a little beside the minimum, where these here are round-off.
     """
     count = value.size
     width = min(count, int(np.clip(CHUNK_BYTES // (value.dtype.itemsize * lin.system.positions.size * 8), 1, 256)))
@@ -422,7 +450,11 @@ def total(lin: Linearization, value: jax.Array, cotangents: Unknowns, direct: Pa
     flat = _in_chunks(lambda w: through(VJP, lin, w, many=True), rows, count, width)
     value_of = {k: (flat.value[k] + direct[k]).reshape(*value.shape, *direct[k].shape[1:]) for k in direct}
     finite = [jnp.all(jnp.isfinite(t), axis=tuple(range(value.ndim, t.ndim))) for t in value_of.values()]
-    stats = jax.tree.map(lambda leaf: leaf.reshape(value.shape), flat.stats)
+    stats = flat.stats
+    if dropped_any(stats.status):
+        sizes = (norms(w, many=True) for w in (cotangents, beside()))
+        stats = without_round_off(stats, *sizes, lin.system.positions.dtype)
+    stats = jax.tree.map(lambda leaf: leaf.reshape(value.shape), stats)
     stats = finite_or_said(stats, jnp.all(jnp.stack(finite), axis=0))
     result = Response(value_of, stats, None, lin.equilibrium.max_force, lin.network.rattlers)
     return _judged(result, throw, "gradient", lin.system)

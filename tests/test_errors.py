@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import importlib
 import inspect
+import json
 import math
 import pickle
 import pkgutil
@@ -433,3 +434,20 @@ def test_arguments_are_looked_at_before_contacts(call: Any):
             assert len(one_line(error)) > 10, (name, label)
     with pytest.raises(ms.ConvergenceError, match="no contact carries force"):  # all of it right but the minimum
         call(**{minimum: gas(), **right})
+
+
+# ── what a status looks like ──
+
+
+def test_a_status_prints_its_name_and_sentence_and_stays_a_number():
+    status = ms.jvp(packing(), {"sigma": 1.0}).status
+    assert status is ms.Status.CONVERGED
+    assert str(status) == f"{status}" == "CONVERGED: converged to the tolerance"
+    assert str(ms.certify(gas()).status).startswith("UNJAMMED: no contact carries force")
+    assert f"{status:>40}" == f"{str(status):>40}" and f"{ms.Status.UNJAMMED:3d}" == " 16" and "%d" % status == "0"
+    assert json.dumps({"status": ms.Status.UNJAMMED}) == '{"status": 16}'
+    assert json.loads(json.dumps([ms.Status.UNJAMMED])) == [16]
+    assert status == 0 and ms.Status.UNJAMMED > ms.Status.CONVERGED and max(ms.Status.UNJAMMED, status) == 16
+    assert np.asarray(ms.Status.UNJAMMED).dtype.kind == "i" and repr(status) == "<Status.CONVERGED: 0>"
+    for member in ms.Status:
+        assert pickle.loads(pickle.dumps(member)) is member and ms.Status(int(member)) is member

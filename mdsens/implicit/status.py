@@ -26,11 +26,15 @@ __all__ = [
 ]
 
 
+NUMERIC = tuple("bcdoxXn")  # what ends a format of whole numbers
+
+
 class Status(IntEnum):
     """The outcome of a relaxation or a solve: each member is a sentence that names the cause and what to do.
 
     Members below ``MAX_STEPS_REACHED`` are good: the number beside them can be used; from ``NULL_COMPONENT_DROPPED`` on
     they are warnings. Inside ``jit`` a status is an int32 array; ``Status(int(value))`` turns it back into a member.
+    Printed, it is its name and sentence; ``f"{status:d}"``, ``int(status)`` and json give the number.
     """
 
     sentence: str
@@ -193,6 +197,13 @@ class Status(IntEnum):
         "the largest force left is not small beside the mean force of the pairs, so that contacts and derivatives may "
         "be those of another configuration; minimize to a smaller tolerance (or leave tolerance out)",
     )
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.sentence}"
+
+    def __format__(self, spec: str) -> str:
+        """As a number where the format is one of whole numbers, else as its text."""
+        return int.__format__(self, spec) if spec[-1:] in NUMERIC else format(str(self), spec)
 
     @property
     def good(self) -> bool:
