@@ -14,6 +14,9 @@ from __future__ import annotations
 
 from importlib import metadata as _metadata
 from pathlib import Path as _Path
+from types import ModuleType as _ModuleType
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
 import jax as _jax
 
@@ -39,6 +42,7 @@ from mdsens.batches import stack, unstack
 from mdsens.boxes import PackingFraction
 from mdsens.certificate import Certificate, certify
 from mdsens.equilibration import equilibrate
+from mdsens.implicit._attributes import missing_of_package as _missing_of_package
 from mdsens.implicit.status import (
     ConvergenceError,
     InputError,
@@ -152,3 +156,11 @@ __all__ = [
     "verify",
     "vjp",
 ]
+
+if not _TYPE_CHECKING:  # a type checker would take every name as there
+
+    def __getattr__(name: str) -> _Any:
+        """``ms.pressure`` is answered with ``ms.observables.pressure``."""
+        public = {room: globals()[room] for room in __all__}
+        rooms = {room: module for room, module in public.items() if isinstance(module, _ModuleType)}
+        raise _missing_of_package("mdsens", name, __all__, rooms)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from mdsens.implicit.status import InputError, short
 
-__all__ = ["check_positive", "check_whole", "is_real", "real_array", "real_number", "short"]
+__all__ = ["check_positive", "check_whole", "is_real", "real_array", "real_number", "require_host", "short"]
 
 
 def is_real(dtype: Any) -> bool:
@@ -43,6 +46,24 @@ def real_number(name: str, value: Any, need: str = "give a number.") -> float:
     if array.ndim:
         raise InputError(f"{name} has shape {array.shape}: {need}")
     return float(array)
+
+
+def require_host(what: str, remedy: str, *given: Any) -> None:
+    """Refuse to compute on numbers inside of what jax traces, where there are none."""
+    if any(map(_traced, given)) or isinstance(
+        jnp.zeros(()), Tracer
+    ):  # under jit nothing new has numbers, whatever is given
+        raise InputError(f"{what} works on numbers, and is called in what jax traces (grad, jit, vmap): {remedy}.")
+
+
+def _traced(value: Any) -> bool:
+    """Whether there is a traced array in it, a user's own dicts and lists, of whatever they are, included."""
+    if isinstance(value, Mapping):
+        return any(map(_traced, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_traced, value))
+    leaves = jax.tree.leaves(value) if dataclasses.is_dataclass(value) else [value]
+    return any(isinstance(leaf, Tracer) for leaf in leaves)
 
 
 def check_positive(record: Any, names: tuple[str, ...]) -> None:

@@ -244,7 +244,8 @@ def examined(
         (moved, strain), (wanted, cell) = parts_of(response.value), parts_of(found.value)
         error = float(np.linalg.norm(moved - wanted)) / unit
         if strain is not None and cell is not None:
-            error = max(error, float(np.linalg.norm(strain - cell)) / max(float(np.linalg.norm(cell)), NEGLIGIBLE))
+            of_cell = float(np.linalg.norm(strain - cell)) / max(float(np.linalg.norm(cell)), NEGLIGIBLE)
+            error = float(np.maximum(error, of_cell))  # NaN where one is
         own = found.error * (size if size > 1e-6 else 1.0) / unit  # verify's own convention
     if adjoint is not None:
         forward = float(np.sum(adjoint[0] * parts_of(response.value)[0]))
@@ -257,7 +258,7 @@ def _reason(finding: Finding) -> str:
     status, found, error = finding.response.status, finding.differences, finding.error
     if not status.good:
         return status.sentence
-    if finding.gap > ADJOINT:
+    if finding.gap > ADJOINT:  # NaN where no adjoint was asked for
         return f"forward and adjoint differ by {finding.gap:.0e}, the limit is {ADJOINT:.0e}"
     if found is None:
         return ""

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 
 import jax
 
+from mdsens.implicit._attributes import Named
+
 __all__ = ["Shown", "columns", "html", "numbers", "text"]
 
 Rows = Sequence[tuple[str, str]]
@@ -55,7 +57,7 @@ def html(title: str, rows: Rows) -> str:
     return f"<table><caption style='text-align:left'><b>{_html.escape(title)}</b></caption>{body}</table>"
 
 
-class Shown:
+class Shown(Named):
     """A result that prints as a table and shows as one in Jupyter. Subclasses give ``_title`` and ``_rows``."""
 
     _title = ""

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens._checks import real_array, real_number
+from mdsens.implicit._traceable import Traceable
 from mdsens.implicit.status import InputError, Portable
 
 __all__ = [
@@ -108,7 +109,7 @@ class BoxFunction(Portable):
     function: Callable[[Params], jax.Array] = dataclasses.field(metadata={"static": True})
 
     def matrix(self, params: Params, diameters: Any, dimension: int) -> jax.Array:
-        return self.function(params)
+        return Traceable("the box function", self.function)(params)
 
 
 def box_rule(box: Any, dimension: int, dtype: Any) -> Any:

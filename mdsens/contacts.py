@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from mdsens import lagrangian
 from mdsens.boxes import components, nearest_images
 from mdsens.constraints import RigidBonds
+from mdsens.implicit._attributes import Named
 from mdsens.implicit.status import Portable
 from mdsens.laws import PairTerm
 from mdsens.slopes import row_terms
@@ -39,7 +40,7 @@ STIFFNESS_FLOOR = 1e-12  # of the stiffest pair; below it a pair holds nothing
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Network(Portable):
+class Network(Portable, Named):
     """The mechanical network of a relaxed configuration.
 
     Attributes:

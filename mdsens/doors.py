@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from mdsens import lagrangian
+from mdsens._checks import require_host
 from mdsens._tables import Shown
 from mdsens.constrained import flat, kkt_operator, scaled, unflat
 from mdsens.implicit.linear import solve as solve_linear
@@ -37,14 +39,20 @@ __all__ = [
     "VJP",
     "Door",
     "Response",
+    "aside",
+    "dropped_any",
     "finite_or_said",
     "held_motion",
+    "norms",
     "read",
+    "strain_is_silent",
     "through",
     "through_batch",
+    "without_round_off",
 ]
 
 Params = Mapping[str, Any]
+ASIDE = 1e-3  # of the law's length
 
 
 @jax.tree_util.register_dataclass
@@ -251,10 +259,16 @@ def _force_response(lin: Linearization, given: Any, x: Unknowns, stats: SolveSta
 
 def _strain_side(lin: Linearization, strain: jax.Array) -> Unknowns:
     forces = forces_of_strain(lin.system, strain)
-    length, stiffness = scales(lin.system)
-    least = 1e4 * jnp.finfo(forces.dtype).eps * length * stiffness
-    # in a crystal whose atoms are centres of symmetry they are round-off, and have no response
-    return Unknowns(jnp.where(jnp.max(jnp.abs(forces)) > least, forces, 0.0))
+    # what is round-off has no response
+    return Unknowns(jnp.where(strain_is_silent(lin.system, forces), 0.0, forces))
+
+
+def strain_is_silent(system: System, forces: jax.Array) -> jax.Array:
+    """Whether the forces that a strain makes (n, d) are round-off, as in a crystal whose atoms are centres of symmetry.
+    Traceable.
+    """
+    length, stiffness = scales(system)
+    return jnp.max(jnp.abs(forces)) <= 1e4 * jnp.finfo(forces.dtype).eps * length * stiffness
 
 
 class Door(NamedTuple):
@@ -279,16 +293,17 @@ def through(door: Door, lin: Linearization, given: Any, many: bool = False) -> R
     core, held = lin.traced(door.moving(lin.system.params, given)), lin.stiffness
     if held is not None and by_factor(lin.system, lin.solve, many):
         assert isinstance(lin.solve, Auto | Direct)
+        require_host("a factor", "take solve=CG() or another iteration of mdsens.implicit there", given)
         sides = _sides(core, given, door, many)  # while the host factorises
         if held.factor is not None:
             columns = flat(sides, many)
             x, stats = held.solve_many(columns if many else columns[:, None], lin.solve.rtol)
             stats = jax.tree.map(lambda leaf: leaf[0] if many else leaf[0, 0], stats)
             x = unflat(x if many else x[:, 0], lin.unknowns, many)
-            return _responses(core, given, sides, x, stats, door, many)
+            return _without_round_off(door, core, given, _responses(core, given, sides, x, stats, door, many), many)
     if held is not None and lin.held is None:
         core = dataclasses.replace(core, blocks=held.blocks)
-    return _compiled(core, given, door, many)
+    return _without_round_off(door, core, given, _compiled(core, given, door, many), many)
 
 
 def through_batch(door: Door, eq: Equilibrium, given: Any, solve: Method) -> Response | None:
@@ -313,7 +328,61 @@ def through_batch(door: Door, eq: Equilibrium, given: Any, solve: Method) -> Res
     forces = np.asarray(sides.positions)
     x, stats = stiffness.solve_many(forces.reshape(-1, 1), solve.rtol)
     stats = jax.tree.map(lambda leaf: leaf[:, 0], stats)
-    return _responses(core, given, sides, Unknowns(jnp.asarray(x.reshape(forces.shape))), stats, door, False)
+    found = _responses(core, given, sides, Unknowns(jnp.asarray(x.reshape(forces.shape))), stats, door, False)
+    return _without_round_off(door, core, given, found, False)
+
+
+def dropped_any(status: Any) -> bool:
+    """Whether one of some statuses says that a part of the right-hand side was dropped; traced ones do not tell."""
+    return not isinstance(status, Tracer) and bool(np.any(np.asarray(status) == Status.NULL_COMPONENT_DROPPED.value))
+
+
+def aside(lin: Linearization) -> Linearization:
+    """The same a little beside the minimum, by a thousandth of the law's length: there, nothing cancels."""
+    system = lin.system
+    length = scales(system)[0] if system.batch is None else jax.vmap(scales)(system)[0][:, None, None]
+    R = system.positions
+    wave = jnp.cos(jnp.arange(R.size, dtype=R.dtype) ** 2).reshape(R.shape)
+    return dataclasses.replace(lin, system=system.replace(positions=R + ASIDE * length * wave))
+
+
+def without_round_off(stats: SolveStats, size: Any, beside: Any, dtype: Any) -> SolveStats:
+    """The solve's stats, where what was dropped is measured against what the right-hand side is beside the minimum.
+
+    At the minimum that may vanish, as the energy's own gradient does, or that of an atom that is a centre of symmetry:
+    what is left is round-off, much of it along translations, and no part of any answer.
+
+    Args:
+      size: norm of the right-hand side.
+      beside: that at :func:`aside`.
+      dtype: of the right-hand side.
+    """
+    eps = float(jnp.finfo(dtype).eps)
+    share = stats.dropped * size / jnp.maximum(jnp.maximum(size, beside), jnp.finfo(dtype).tiny)
+    good = Status.CONVERGED if eps < 1e-10 else Status.SINGLE_PRECISION
+    gone = (stats.status == Status.NULL_COMPONENT_DROPPED.value) & (share <= eps**0.5)
+    status = jnp.where(gone, good.value, stats.status)
+    return dataclasses.replace(stats, status=status, dropped=jnp.where(gone, share, stats.dropped))
+
+
+def _without_round_off(door: Door, core: Linearization, given: Any, found: Response, many: bool) -> Response:
+    """For a door whose right-hand side is a derivative at the minimum, and not what was given."""
+    if door is not JVP or not dropped_any(found.stats.status):
+        return found
+    here, beside = (_sizes(at, given, door, many) for at in (core, aside(core)))
+    return dataclasses.replace(found, stats=without_round_off(found.stats, here, beside, core.system.positions.dtype))
+
+
+@functools.partial(jax.jit, static_argnames=("door", "many"))
+def _sizes(lin: Linearization, given: Any, door: Door, many: bool) -> jax.Array:
+    """The norm of a door's right-hand side, or of each of many."""
+    return norms(_sides(lin, given, door, many), many or lin.system.batch is not None)
+
+
+def norms(sides: Unknowns, many: bool) -> jax.Array:
+    """The norm of unknowns, or of each of many, over all that they have."""
+    first = 1 if many else 0
+    return jnp.sqrt(sum(jnp.sum(leaf**2, axis=tuple(range(first, leaf.ndim))) for leaf in jax.tree.leaves(sides)))
 
 
 @functools.partial(jax.jit, static_argnames=("door", "many"))

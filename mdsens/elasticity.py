@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +29,14 @@ from jax.core import Tracer
 from mdsens import sensitivity
 from mdsens._checks import real_array
 from mdsens._tables import Shown
-from mdsens.doors import STRAIN, Response, through
+from mdsens.doors import STRAIN, Response, aside, finite_or_said, strain_is_silent, through
+from mdsens.implicit._attributes import Named
+from mdsens.implicit._traceable import Traceable
 from mdsens.implicit.linear import linear_solve
 from mdsens.implicit.operators import Auto, Method
 from mdsens.implicit.status import InputError, Portable, SolveStats, Status, raise_for_status, reduced
-from mdsens.linearization import Linearization, full_tangent, linearised
+from mdsens.linearization import Linearization, full_tangent, linearised, require_sound
+from mdsens.not_finite import where_not_finite
 from mdsens.relaxation import Equilibrium
 from mdsens.scales import unrelaxed
 from mdsens.stationarity import Unknowns, hessian_operator, linearisation, max_force
@@ -61,6 +64,9 @@ class Isotropic(NamedTuple):
 
     def __reduce__(self) -> Any:
         return reduced(self, self._asdict())
+
+    if not TYPE_CHECKING:
+        __getattr__ = Named.__getattr__  # a NamedTuple has no other base
 
 
 def _tensor(given: Any) -> jax.Array:
@@ -237,13 +243,15 @@ def moduli(of: Equilibrium | Linearization | System, *, solve: Method | None = N
         return _of_system(of, Auto() if solve is None else solve)
     if isinstance(of, Equilibrium):
         _check_cell(of.system)
-    lin = linearised(of, solve, throw)
+    lin = linearised(of, solve)
     _check_cell(lin.system)
+    require_sound(lin, of, throw)
     strained = through(STRAIN, lin, jnp.asarray(basis(lin.system.dimension), lin.system.positions.dtype), many=True)
     found = _with_motion(lin.system, strained.value, strained.stats)
     if throw:
         worst = Status(int(np.max(np.asarray(found.stats.status))))
-        raise_for_status(worst, f"elastic moduli by {found.stats.solver}", found)
+        where = where_not_finite(worst, lin.system)
+        raise_for_status(worst, f"elastic moduli by {found.stats.solver}{where}", found)
     return found
 
 
@@ -291,11 +299,13 @@ def jvp(
     Returns:
       a :class:`~mdsens.Response`, its value shaped like what ``of`` returns.
     """
-    lin, held, observe = _held(of, at, solve, throw)
-    moved = sensitivity.jvp(lin, dparams, throw=throw)
+    lin, observe = _function(of, at, solve)
     tangent = full_tangent(lin.system, dparams, lin.params)
+    require_sound(lin, at, throw)
+    held = moduli(lin, throw=throw)
+    moved = sensitivity.jvp(lin, dparams, throw=throw)
     rates = _pushed(lin.traced(tuple(dparams)), held.nonaffine, held.stats, lin.unknown(moved.value), tangent)
-    _, rate = jax.jvp(observe, (held.tensor, held.affine, held.stress), rates)
+    _, rate = jax.jvp(_of_tensors(observe, held), (held.tensor, held.affine, held.stress), rates)
     return dataclasses.replace(moved, value=rate, nonaffine=None)
 
 
@@ -307,26 +317,53 @@ def value_and_gradient(
     throw: bool = True,
 ) -> tuple[jax.Array, Response]:
     """What ``gradient`` gives, with the value of the function before it."""
-    lin, held, observe = _held(of, at, solve, throw)
-    value, pull = jax.vjp(observe, held.tensor, held.affine, held.stress)
+    lin, observe = _function(of, at, solve)
+    require_sound(lin, at, throw)
+    held = moduli(lin, throw=throw)
+    value, pull = jax.vjp(_of_tensors(observe, held), held.tensor, held.affine, held.stress)
     weights = jax.vmap(lambda w: pull(w))(sensitivity.units(lin, value))
-    cotangents, direct = _pulled(lin.traced(tuple(lin.params)), held.nonaffine, held.stats, weights)
-    return value, sensitivity.total(lin, value, cotangents, direct, throw)
+    core = lin.traced(tuple(lin.params))
+
+    def pulled(at: Linearization) -> Any:
+        return _pulled(at, held.nonaffine, held.stats, weights)
+
+    cotangents, direct = pulled(core)
+    return value, sensitivity.total(lin, value, cotangents, direct, throw, lambda: pulled(aside(core))[0])
 
 
-def _held(of: Any, at: Any, solve: Any, throw: bool) -> tuple[Linearization, Moduli, Callable[..., jax.Array]]:
-    """The minimum made ready, its moduli, and the function as one of their tensors and stress."""
+def _function(of: Any, at: Any, solve: Any) -> tuple[Linearization, Callable[[Moduli], jax.Array]]:
+    """The minimum made ready, and the function of its moduli, tried without them."""
     if not callable(of):
         raise InputError("the first argument is no function: give one of Moduli, such as lambda m: m.poisson.")
     if isinstance(at, Equilibrium):
         _check_cell(at.system)
-    lin = linearised(at, solve, throw)
-    held = moduli(lin, throw=throw)
+    lin = linearised(at, solve)
+    _check_cell(lin.system)
+    function = Traceable("the function of the moduli", of)
 
-    def observe(tensor: jax.Array, affine: jax.Array, stress: jax.Array) -> jax.Array:
-        return sensitivity.numbers(of(dataclasses.replace(held, tensor=tensor, affine=affine, stress=stress)))
+    def observe(moduli: Moduli) -> jax.Array:
+        return sensitivity.numbers(function(moduli))
 
-    return lin, held, observe
+    sensitivity.units(lin, jax.eval_shape(observe, _shapes(lin.system)))
+    return lin, observe
+
+
+def _shapes(system: System) -> Moduli:
+    """Moduli without numbers."""
+    (n, d), dtype = system.positions.shape, system.positions.dtype
+    m = d * (d + 1) // 2
+    counts, sizes = jnp.zeros(m, jnp.int32), jnp.zeros(m, dtype)
+    stats = SolveStats(counts, sizes, counts, sizes)
+    return jax.eval_shape(_with_motion, system, jnp.zeros((m, n, d), dtype), stats)
+
+
+def _of_tensors(observe: Callable[[Moduli], jax.Array], held: Moduli) -> Callable[..., jax.Array]:
+    """The function as one of the tensors and the stress, the displacements as they are."""
+
+    def of_tensors(tensor: jax.Array, affine: jax.Array, stress: jax.Array) -> jax.Array:
+        return observe(dataclasses.replace(held, tensor=tensor, affine=affine, stress=stress))
+
+    return of_tensors
 
 
 def _tensors(lin: Linearization, motion: jax.Array, stats: SolveStats) -> Callable[..., tuple[jax.Array, ...]]:
@@ -366,7 +403,8 @@ def _with_motion(system: System, motion: jax.Array, stats: SolveStats) -> Moduli
     unit, volume = jnp.asarray(basis(system.dimension), system.positions.dtype), system.volume
     relaxed, affine = (stiffness_along(system, unit, m) / volume for m in (motion, jnp.zeros_like(motion)))
     stress = from_mandel(strain_slope(system, unit) / volume)
-    return Moduli(from_mandel(relaxed), from_mandel(affine), stress, motion, stats)
+    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(part)) for part in (relaxed, affine, stress)]))
+    return Moduli(from_mandel(relaxed), from_mandel(affine), stress, motion, finite_or_said(stats, finite))
 
 
 def _of_system(system: System, solve: Method) -> Moduli:
@@ -376,8 +414,11 @@ def _of_system(system: System, solve: Method) -> Moduli:
     operator = hessian_operator(held, null)
 
     def one(strain: jax.Array) -> tuple[jax.Array, SolveStats]:
-        x, stats = linear_solve(operator, Unknowns(forces_of_strain(held, strain)), solve)
-        return x.positions, stats
+        forces = forces_of_strain(held, strain)
+        x, stats = linear_solve(operator, Unknowns(forces), solve)
+        # of round-off, translations are no part worth a word; its derivatives count all the same
+        silent = strain_is_silent(still, forces) & (stats.status == Status.NULL_COMPONENT_DROPPED.value)
+        return x.positions, dataclasses.replace(stats, status=jnp.where(silent, Status.CONVERGED.value, stats.status))
 
     motion, stats = jax.vmap(one)(jnp.asarray(basis(system.dimension), system.positions.dtype))
     code = jnp.where(net.unjammed, Status.UNJAMMED.value, Status.CONVERGED.value)

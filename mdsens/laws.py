@@ -7,6 +7,7 @@ A law is a frozen record, equal by value, so that a system built twice compiles 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from mdsens.boxes import nearest_image
+from mdsens.implicit._traceable import Traceable
 from mdsens.implicit.status import InputError, Portable
+from mdsens.pair_trial import Few, Trial, check_end, check_trial, trial_of
 from mdsens.parameters import Mixing, arithmetic, check_finite, check_names, check_pair_shape, of_pairs
 
 __all__ = [
@@ -198,7 +202,12 @@ class PairLaw(Portable, _NamedLaw):
         corners = itertools.product(
             *[(params[n],) if np.ndim(params[n]) == 0 else (jnp.min(params[n]), jnp.max(params[n])) for n in self.names]
         )
-        return jnp.max(jnp.stack([jnp.asarray(self.cutoff(*c)) for c in corners]))
+        return jnp.max(jnp.stack([jnp.asarray(self._end(*c)) for c in corners]))
+
+    def _end(self, *values: Any) -> Any:
+        """The cutoff of a pair with these parameters, where it is a function of them."""
+        assert callable(self.cutoff)
+        return Traceable(f"the cutoff of {self.name}", self.cutoff)(*values)
 
     def lengths(
         self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
@@ -209,7 +218,7 @@ class PairLaw(Portable, _NamedLaw):
         if not callable(self.cutoff):
             return float(self.cutoff)
         (term,) = self.terms(params, pairs, n, species, species_count)
-        return jnp.asarray(self.cutoff(*term.values))
+        return jnp.asarray(self._end(*term.values))
 
     def terms(
         self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
@@ -217,10 +226,11 @@ class PairLaw(Portable, _NamedLaw):
         i, j = (jnp.where(side < n, side, 0) for side in pairs)
         mask = (pairs[0] < n) & (pairs[1] < n)
         values = tuple(
-            of_pairs(jnp.asarray(params[name]), i, j, species, species_count, mix)
+            of_pairs(jnp.asarray(params[name]), i, j, species, species_count, Traceable(f"the mixing of {name}", mix))
             for name, mix in zip(self.names, self.mixing, strict=True)
         )
-        return (PairTerm(i, j, mask, self.phi, values, self.breakpoints),)
+        points = Traceable(f"the function of breakpoints of {self.name}", self.breakpoints)
+        return (PairTerm(i, j, mask, self._traceable(), values, points),)
 
     def at(self, params: Params, moving: Sequence[str] = ()) -> PairLaw:
         for phi, name, value in self.cases:
@@ -249,18 +259,39 @@ class PairLaw(Portable, _NamedLaw):
                     )
         self._check_end(params)
 
+    def _traceable(self) -> Traceable:
+        """phi, called with traced arrays."""
+        return Traceable(f"phi of {self.name}", self.phi)
+
+    def _tested(self) -> bool:
+        """Whether phi is one of the catalogue's, which tests of this package have tried at every distance."""
+        phi = getattr(self.phi, "phi", self.phi)  # of one that is switched
+        return getattr(phi, "__module__", "").startswith("mdsens.")
+
     def _check_end(self, params: Params) -> None:
-        """phi must vanish at its cutoff: a jump of the energy there would be a force that nobody sees."""
-        if self.cutoff is None:
+        if self.cutoff is None or self._tested():
             return
         values = [jnp.asarray(np.median(np.asarray(params[name], float))) for name in self.names]
-        end = jnp.asarray(self.cutoff(*values) if callable(self.cutoff) else self.cutoff, float)
-        left, *inside = (abs(float(self.phi(r * end, *values))) for r in (1.0, 0.9, 0.7, 0.5))
-        if left > 1e-6 * max(inside):
-            raise InputError(
-                f"{self.name} is {left:.3g} at its cutoff {float(end):g}, where it must be zero: shift it, or wrap it, "
-                "ms.potentials.switched(phi, onset, cutoff)."
-            )
+        end = float(self._end(*values) if callable(self.cutoff) else self.cutoff)
+        check_end(self.name, self._traceable(), end, values)
+
+    def check_at(self, positions: jax.Array, box: Any, params: Params, species: Any, species_count: int) -> None:
+        if self._tested():
+            return
+        few = Few.of(positions, {name: params[name] for name in self.names}, species, species_count)
+        if few is not None:
+            check_trial(self.name, self.names, _trial(self, box, few, species_count))
+
+
+@functools.partial(jax.jit, static_argnames="species_count")
+def _trial(law: PairLaw, box: Any, few: Few, species_count: int) -> Trial:
+    n, (i, j) = few.positions.shape[0], few.pairs
+    kinds = few.pairs, n, few.species, species_count
+    (term,) = law.terms(few.params, *kinds)
+    squared = jnp.sum(nearest_image(few.positions[i] - few.positions[j], box) ** 2, axis=-1)
+    apart = jnp.sqrt(jnp.where(squared > 0, squared, 1.0))  # two in one place are refused as such
+    ends = jnp.broadcast_to(jnp.asarray(law.lengths(few.params, *kinds), apart.dtype), apart.shape)
+    return trial_of(term.phi, f"phi of {law.name}", apart, ends, term.lengths(), term.values)
 
 
 @jax.tree_util.register_dataclass
@@ -324,7 +355,21 @@ class EnergyLaw(Portable, _NamedLaw):
         self, positions: jax.Array, params: Params, displacement: Displacement, species: Any, species_count: int
     ) -> jax.Array:
         given = {key: params[name] for key, name in zip(self.keys, self.names, strict=True)}
-        return self.fn(positions, given, displacement)
+        return Traceable(f"the energy {self.name}", self.fn)(positions, given, displacement)
+
+    def check_at(self, positions: jax.Array, box: Any, params: Params, species: Any, species_count: int) -> None:
+        def energy(positions: jax.Array, params: Params) -> jax.Array:
+            def displacement(a: jax.Array, b: jax.Array, **_: Any) -> jax.Array:
+                return nearest_image(a - b, box)
+
+            return jnp.asarray(self.many_body(positions, params, displacement, species, species_count))
+
+        found = jax.eval_shape(energy, positions, {name: params[name] for name in self.names})
+        if found.shape or not jnp.issubdtype(found.dtype, jnp.floating):
+            raise InputError(
+                f"the energy {self.name} returns {found.dtype} of shape {found.shape}: return one real number, the sum "
+                "over all particles."
+            )
 
     def check(self, params: Params, n: int, species_count: int) -> None:
         for name in self.names:

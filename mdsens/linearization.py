@@ -13,11 +13,12 @@ import numpy as np
 from jax.core import Tracer
 
 from mdsens import lagrangian
-from mdsens._checks import real_array
+from mdsens._checks import real_array, require_host
 from mdsens.block_rows import BlockRows
 from mdsens.constrained import about_to_switch, constrained_null_space
 from mdsens.contacts import Network
 from mdsens.enthalpy import Cell, deformed, enthalpy_slope
+from mdsens.implicit._attributes import Named
 from mdsens.implicit.operators import Auto, Direct, Method, check_method
 from mdsens.implicit.status import InputError, Portable, Status, raise_for_status, require_sound_jax
 from mdsens.kkt import KKT
@@ -31,13 +32,14 @@ from mdsens.strains import from_mandel, to_mandel
 from mdsens.system import System, parameters_of
 
 __all__ = ["Linearization", "by_factor", "changes", "force_left", "full_tangent", "linearised", "linearize"]
+__all__ += ["require_sound"]
 
 Params = Mapping[str, Any]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Linearization(Portable):
+class Linearization(Portable, Named):
     """A minimum ready to be differentiated: every door takes one in place of the Equilibrium.
 
     Attributes:
@@ -259,8 +261,10 @@ def _constrained(
     return lin
 
 
-def linearised(at: Equilibrium | Linearization, solve: Method | None, throw: bool) -> Linearization:
-    """What a door is given, as a Linearization with the solver that is asked for."""
+def linearised(at: Equilibrium | Linearization, solve: Method | None) -> Linearization:
+    """What a door is given, as a Linearization with the solver that is asked for; sound or not, see
+    :func:`require_sound`.
+    """
     if solve is not None:
         check_method(solve)
     if isinstance(at, Linearization):
@@ -269,7 +273,18 @@ def linearised(at: Equilibrium | Linearization, solve: Method | None, throw: boo
         raise InputError(
             f"got a {type(at).__name__}: give the Equilibrium that ms.minimize returns, or a Linearization."
         )
-    return linearize(at, Auto() if solve is None else solve, throw)
+    require_host("what takes an Equilibrium", "call it outside, or differentiate ms.equilibrate there", at)
+    return linearize(at, Auto() if solve is None else solve, throw=False)
+
+
+def require_sound(lin: Linearization, at: Equilibrium | Linearization, throw: bool) -> None:
+    """Raise where the minimum ``at`` cannot be differentiated, if ``throw``: after the other arguments were looked at,
+    for one who errs in these should not first be told of contacts.
+
+    A Linearization was asked for with or without an error of its own.
+    """
+    if throw and isinstance(at, Equilibrium):
+        raise_for_status(Status(int(lin.status)), "this minimum cannot be differentiated", lin)
 
 
 def full_tangent(system: System, dparams: Params, params: Params | None = None) -> dict[str, Any]:

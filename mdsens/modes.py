@@ -23,11 +23,11 @@ import numpy as np
 from mdsens import sensitivity
 from mdsens._checks import short
 from mdsens._tables import Shown
-from mdsens.doors import Response
+from mdsens.doors import Response, aside
 from mdsens.implicit.eigen import DENSE_SIZE, NULL, Spectrum
 from mdsens.implicit.operators import Method
 from mdsens.implicit.status import InputError, Status, raise_for_status
-from mdsens.linearization import Linearization, linearised
+from mdsens.linearization import Linearization, linearised, require_sound
 from mdsens.relaxation import Equilibrium
 from mdsens.rigid_motions import NullSpace
 from mdsens.scales import doubtful_stiffness, scales, unrelaxed
@@ -110,10 +110,9 @@ def smallest_stiffness(
     Raises:
       InputError: a batch. ConvergenceError: no minimum, a saddle, a floppy mode, modes that cannot be told apart.
     """
-    count = _whole(count)
-    if not isinstance(accuracy, int | float) or not 0 < accuracy < 1:
-        raise InputError(f"accuracy is {short(accuracy)}: give a number between 0 and 1.")
-    lin = linearised(at, None, throw)
+    count = _checked(count, accuracy)
+    lin = linearised(at, None)
+    require_sound(lin, at, throw)
     found = _softest(lin, count, float(accuracy))
     if throw:
         raise_for_status(found.status, f"the smallest stiffness is {found.value:.3g}, by {found.method}", found)
@@ -143,16 +142,24 @@ def gradient(
       status is the solve's, or where that one is good the modes': DEGENERATE says that it is a mean over more modes
       than were asked for.
     """
-    lin = linearised(at, solve, throw)
+    count = _checked(count, accuracy)
+    lin = linearised(at, solve)
+    require_sound(lin, at, throw)
     found = smallest_stiffness(lin, count, accuracy=accuracy, throw=throw)
-    value, cotangents, direct = _pulled(
-        lin.traced(tuple(lin.params)), jnp.asarray(found.vectors, lin.system.positions.dtype)
-    )
-    result = sensitivity.total(lin, value, cotangents, direct, throw)
+    core, vectors = lin.traced(tuple(lin.params)), jnp.asarray(found.vectors, lin.system.positions.dtype)
+    value, cotangents, direct = _pulled(core, vectors)
+    result = sensitivity.total(lin, value, cotangents, direct, throw, lambda: _pulled(aside(core), vectors)[1])
     code = result.stats.status
     if result.status.good:
         code = jnp.maximum(code, found.status.value)
     return dataclasses.replace(result, stats=dataclasses.replace(result.stats, status=code))
+
+
+def _checked(count: Any, accuracy: Any) -> int:
+    """The count, and the accuracy's check."""
+    if not isinstance(accuracy, int | float) or not 0 < accuracy < 1:
+        raise InputError(f"accuracy is {short(accuracy)}: give a number between 0 and 1.")
+    return _whole(count)
 
 
 def _whole(count: Any) -> int:
@@ -178,6 +185,10 @@ def _softest(lin: Linearization, count: int, accuracy: float) -> Softest:
     ask = min(count + (MOST if dense else SPARE), left)
     while True:
         spectrum = stiffness.lowest(ask, floor)
+        if not np.isfinite(spectrum.values).all():
+            nothing = np.full(1, np.nan), np.full((1, *system.positions.shape), np.nan), np.full(1, np.nan)
+            status = Status.NOT_FINITE if before.good else before
+            return Softest(*nothing, np.nan, np.nan, np.full(1, np.nan), status, spectrum.method)
         k = _together(spectrum.values, min(count, left))
         seen = ask == left or (k < ask and _all_found(stiffness, spectrum, k))
         if seen or ask >= count + MOST:
@@ -216,7 +227,7 @@ def _verdict(spectrum: Spectrum, k: int, count: int, mixing: float, accuracy: fl
         return Status.FLOPPY
     if spectrum.hidden:
         return Status.STIFFNESS_UNSETTLED
-    if mixing > accuracy:
+    if not mixing <= accuracy:
         return Status.UNRESOLVED
     return Status.DEGENERATE if k > count else Status.CONVERGED
 

@@ -43,6 +43,7 @@ __all__ = [
 ALL_PAIRS_BELOW = 64  # particles; a search compiles in a second, and a step on all pairs costs as much from there on
 SKIN = 0.3  # of the range: more rebuilds below, more padding above
 WORD = 32  # candidates that are marked as near in the bits of one integer
+ROUND_OFF = 16  # eps of a height, which is computed by two divisions and a root
 
 Lengths: TypeAlias = Callable[[jax.Array, jax.Array], Any]  # of particles i and j; a pytree whose leaves are parameters
 
@@ -272,13 +273,25 @@ def _still_complete(
     return found
 
 
+def _too_small(range_: Any, box: Any, times: float) -> Any:
+    """Whether a cell's smallest height is under twice the range, by more than so many times its round-off.
+
+    Compiled code rounds otherwise than the host, and must not refuse a cell of just that size which the host took: it
+    would ask for a larger list for ever.
+    """
+    if box is None:
+        return jnp.zeros((), bool)
+    least = heights(box).min() * (1.0 + times * ROUND_OFF * np.finfo(box.dtype).eps)
+    return ~(2.0 * range_ <= least)  # so that NaN is too small
+
+
 @jax.jit
 def serves(
     neighbours: Neighbours, positions: jax.Array, box: jax.Array | None, lengths: Lengths, range_: jax.Array
 ) -> jax.Array:
     """Whether the list holds every pair that interacts at ``positions``, as it is."""
     if neighbours.complete:
-        return (range_ > 0) & (box is None or 2.0 * range_ <= jnp.min(heights(box)))
+        return (range_ > 0) & ~_too_small(range_, box, 2.0)
     return ~neighbours.overflowed & _still_complete(neighbours, positions, box, lengths, range_)
 
 
@@ -306,7 +319,7 @@ def update(
     Traceable. Nothing of it is differentiated.
     """
     positions, box, lengths, range_ = jax.lax.stop_gradient((positions, box, lengths, range_))
-    too_small = jnp.zeros((), bool) if box is None else 2.0 * range_ > jnp.min(heights(box))
+    too_small = _too_small(range_, box, 2.0)
     if neighbours.complete:
         return dataclasses.replace(neighbours, overflowed=neighbours.overflowed | too_small), jnp.zeros((), bool)
     lattice = _lattice(neighbours, box)
@@ -348,9 +361,12 @@ def allocate(
       like: take at least this list's capacities, so that compiled code can be used again.
     """
     n, dtype = positions.shape[0], positions.dtype
+    if math.isnan(range_):
+        raise InputError(f"the range of the interactions is {range_}: mend the cutoff's function, or the parameters.")
     if box is not None and math.isfinite(range_):
-        smallest = float(np.min(heights(np.asarray(box))))
-        if 2.0 * range_ > smallest:
+        cell = np.asarray(box)
+        smallest = float(np.min(heights(cell)))
+        if _too_small(range_, cell, 1.0):
             raise InputError(
                 f"box: its smallest height is {smallest:.6g}, under twice the interaction range {range_:.6g}, so "
                 "a particle would meet two images of another: repeat the cell, or shorten the cutoff."

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdsens._checks import real_number, short
+from mdsens._checks import real_number, require_host, short
 from mdsens._held import relax_held
 from mdsens._loop import advance, at_rest, status_of
 from mdsens._members import in_chunks, joined, together
@@ -34,6 +34,7 @@ from mdsens.implicit.status import (
 )
 from mdsens.lagrangian import multipliers_at, own_params, unknowns_of
 from mdsens.minimisers import Fire, GradientDescent, Newton
+from mdsens.not_finite import where_not_finite
 from mdsens.scales import Limits, force_goal, force_scale, round_off, scales
 from mdsens.stationarity import largest_force, max_force
 from mdsens.system import System, potential_energy, require_unconstrained
@@ -218,6 +219,7 @@ def minimize(
     """
     method = Newton() if method is None else method
     _check_kinds(system, method)
+    require_host("minimize", "take ms.equilibrate(system, params) there", system, params)
     if tolerance is not None and not (isinstance(tolerance, Real) and 0 < tolerance <= sys.float_info.max):
         raise InputError(f"tolerance is {short(tolerance)}: give a positive number, or None.")
     if not (isinstance(max_steps, Real) and max_steps >= 1):
@@ -257,7 +259,8 @@ def minimize(
     eq = _reached(run, time.perf_counter() - began)
     if throw:
         status, steps, largest = Status(int(eq.status)), int(eq.steps), float(eq.max_force)
-        raise_for_status(status, f"minimize stopped after {steps:,} steps at max_force {largest:.3e}", eq)
+        what = f"minimize stopped after {steps:,} steps at max_force {largest:.3e}{where_not_finite(status, system)}"
+        raise_for_status(status, what, eq)
     return eq
 
 

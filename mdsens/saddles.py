@@ -123,6 +123,8 @@ def sides(
     """
     if not isinstance(saddle, Equilibrium) or saddle.order != 1:
         raise InputError(f"saddle is {short(saddle)}: give the Equilibrium of order 1 that find_saddle returns.")
+    if not 0 < real_number("step", step, "give a positive number.") < np.inf:
+        raise InputError(f"step is {short(step)}: give a positive number.")
     stiffness, _ = loose_stiffness(saddle.system)
     mode = stiffness.lowest(1).vectors[:, 0].reshape(saddle.positions.shape)
     way = step * float(scales(saddle.system)[0]) / np.sqrt(np.max(np.sum(mode**2, axis=1))) * mode

@@ -244,7 +244,7 @@ def unrelaxed(system: System, left: jax.Array, mean_force: jax.Array) -> jax.Arr
     length, stiffness = scales(system)
     mean = jnp.maximum(mean_force, _bent(system, length, stiffness))
     resolved = jnp.finfo(system.positions.dtype).eps < 1e-10
-    return resolved & (left > RELAXED * jnp.where(mean > 0, mean, length * stiffness))
+    return ~jnp.isfinite(left) | (resolved & (left > RELAXED * jnp.where(mean > 0, mean, length * stiffness)))
 
 
 def _bent(system: System, length: jax.Array, stiffness: jax.Array) -> jax.Array:

@@ -15,10 +15,26 @@ from mdsens import lagrangian
 from mdsens._checks import real_array, short
 from mdsens._members import apart, in_chunks, joined, together
 from mdsens._memory import require_memory
-from mdsens.doors import FORCE, JVP, VJP, Door, Response, finite_or_said, read, through, through_batch
+from mdsens.doors import (
+    FORCE,
+    JVP,
+    VJP,
+    Door,
+    Response,
+    aside,
+    dropped_any,
+    finite_or_said,
+    norms,
+    read,
+    through,
+    through_batch,
+    without_round_off,
+)
+from mdsens.implicit._traceable import Traceable
 from mdsens.implicit.operators import Auto, Method, check_method
 from mdsens.implicit.status import InputError, Status, raise_for_status
-from mdsens.linearization import Linearization, by_factor, changes, linearised, linearize
+from mdsens.linearization import Linearization, by_factor, changes, linearised, linearize, require_sound
+from mdsens.not_finite import where_not_finite
 from mdsens.relaxation import Equilibrium
 from mdsens.stationarity import Unknowns
 from mdsens.strains import basis
@@ -30,12 +46,13 @@ Params = Mapping[str, Any]
 CHUNK_BYTES = 2**27  # of right-hand sides solved together
 
 
-def _judged(result: Response, throw: bool, what: str) -> Response:
+def _judged(result: Response, throw: bool, what: str, system: System | None = None) -> Response:
     if throw:
         codes = np.atleast_1d(np.asarray(result.stats.status)).ravel()
         worst = Status(int(codes.max(initial=0)))
         residual = float(np.max(np.asarray(result.stats.residual), initial=0.0))
         where = "" if codes.size == 1 else f" ({int((codes == worst.value).sum())} of {codes.size} solves)"
+        where += "" if system is None else where_not_finite(worst, system)
         raise_for_status(worst, f"{what} by {result.stats.solver} ended at residual {residual:.1e}{where}", result)
     return result
 
@@ -123,8 +140,10 @@ def jvp(
             return jvp(member, change, solve=solve, throw=False)
 
         return _judged(_batch_through(JVP, alone, at, given, solve), throw, "jvp")
-    lin = linearised(at, solve, throw)
-    return _judged(through(JVP, lin, changes(lin.system, dparams, lin.params)), throw, "jvp")
+    lin = linearised(at, solve)
+    given = changes(lin.system, dparams, lin.params)
+    require_sound(lin, at, throw)
+    return _judged(through(JVP, lin, given), throw, "jvp", lin.system)
 
 
 def _cotangent(system: System, value: Any, name: str) -> jax.Array:
@@ -203,8 +222,10 @@ def vjp(
             return vjp(member, w, solve=solve, throw=False)
 
         return _judged(_by(_batch_through(VJP, alone, at, side, solve), at.system), throw, "vjp")
-    lin = linearised(at, solve, throw)
-    return _judged(_by(through(VJP, lin, _unfolded(lin, cotangent)), lin.system, lin.params), throw, "vjp")
+    lin = linearised(at, solve)
+    given = _unfolded(lin, cotangent)
+    require_sound(lin, at, throw)
+    return _judged(_by(through(VJP, lin, given), lin.system, lin.params), throw, "vjp", lin.system)
 
 
 def response(
@@ -229,8 +250,10 @@ def response(
             return response(member, f.positions, solve=solve, throw=False)
 
         return _judged(_batch_through(FORCE, alone, at, side, solve), throw, "response")
-    lin = linearised(at, solve, throw)
-    return _judged(through(FORCE, lin, Unknowns(_cotangent(lin.system, force, "force"))), throw, "response")
+    lin = linearised(at, solve)
+    side = Unknowns(_cotangent(lin.system, force, "force"))
+    require_sound(lin, at, throw)
+    return _judged(through(FORCE, lin, side), throw, "response", lin.system)
 
 
 def _in_chunks(run: Callable[[Any], Response], rows: Callable[[int, int], Any], count: int, width: int) -> Response:
@@ -287,7 +310,7 @@ def jacobian(
             _require_room(at.system, wrt, at.params[wrt].size // (at.system.batch or 1))
         whole = _over_members(lambda e, _: jacobian(e, wrt, solve=solve, chunk=chunk, throw=False), at)
         return _judged(whole, throw, "jacobian")
-    lin = linearised(at, solve, throw)
+    lin = linearised(at, solve)
     system = lin.system
     if not isinstance(wrt, str):
         raise InputError(f"wrt is {short(wrt)}: give a parameter's name, one of {', '.join(lin.params)}.")
@@ -297,6 +320,7 @@ def jacobian(
     shape, dtype = lin.params[wrt].shape, system.positions.dtype
     size, unknowns = int(np.prod(shape)), system.positions.size
     _require_room(system, wrt, lin.params[wrt].size)
+    require_sound(lin, at, throw)
     width = chunk or int(np.clip(CHUNK_BYTES // (dtype.itemsize * unknowns * 8), 1, 256))
     width = min(width, max(size, 1))
 
@@ -319,7 +343,7 @@ def jacobian(
         lin.network.rattlers,
         parameters_of(system, {wrt: lin.params[wrt]}),
     )
-    return _judged(result, throw, f"jacobian by {wrt}")
+    return _judged(result, throw, f"jacobian by {wrt}", system)
 
 
 def gradient(
@@ -356,20 +380,35 @@ def value_and_gradient(
     throw: bool = True,
 ) -> tuple[jax.Array, Response]:
     """What ``gradient`` gives of one minimum, with the observable's value before it."""
+    of_system = observed(observable)
+    lin = linearised(at, solve)
+    system = lin.equilibrium.system
+
+    def observe(x: Unknowns, params: Params) -> jax.Array:
+        return of_system(lin.moved(system, x, params))
+
+    value, pull = jax.vjp(observe, lin.unknowns, lin.params)
+    rows = units(lin, value)
+    require_sound(lin, at, throw)
+
+    def pulled(pull: Any) -> tuple[Unknowns, Params]:
+        cotangents, direct = jax.vmap(lambda w: pull(w))(rows)  # named: jax shows a vjp to name a bare one
+        return dataclasses.replace(cotangents, multipliers=None), direct  # of an observable, zero
+
+    def beside() -> Unknowns:
+        return pulled(jax.vjp(observe, aside(lin).unknowns, lin.params)[1])[0]
+
+    return value, total(lin, value, *pulled(pull), throw, beside)
+
+
+def observed(observable: Any) -> Callable[[System], jax.Array]:
+    """A user's observable as a function that returns an array, or an error that says what to give."""
     if not callable(observable):
         raise InputError(
             f"the observable is {short(observable)}: give a function of a System, such as ms.observables.pressure."
         )
-    lin = linearised(at, solve, throw)
-    system = lin.equilibrium.system
-
-    def observe(x: Unknowns, params: Params) -> jax.Array:
-        return numbers(observable(lin.moved(system, x, params)))
-
-    value, pull = jax.vjp(observe, lin.unknowns, lin.params)
-    cotangents, direct = jax.vmap(lambda w: pull(w))(units(lin, value))  # named: jax shows a vjp to name a bare one
-    cotangents = dataclasses.replace(cotangents, multipliers=None)  # of an observable, zero
-    return value, total(lin, value, cotangents, direct, throw)
+    function = Traceable("the observable", observable)
+    return lambda system: numbers(function(system))
 
 
 def numbers(value: Any) -> jax.Array:
@@ -396,13 +435,21 @@ def units(lin: Linearization, value: jax.Array) -> jax.Array:
     return jnp.eye(value.size, dtype=value.dtype).reshape(value.size, *value.shape)
 
 
-def total(lin: Linearization, value: jax.Array, cotangents: Unknowns, direct: Params, throw: bool) -> Response:
+def total(
+    lin: Linearization,
+    value: jax.Array,
+    cotangents: Unknowns,
+    direct: Params,
+    throw: bool,
+    beside: Callable[[], Unknowns],
+) -> Response:
     """The total derivative of an observable, by one adjoint solve for each of its numbers.
 
     Args:
       value: of the observable.
       cotangents: its derivatives by the unknowns, each with a leading axis over its numbers.
       direct: its partial derivatives by the parameters, likewise.
+      beside: gives the cotangents a little beside the minimum, where these here are round-off.
     """
     count = value.size
     width = min(count, int(np.clip(CHUNK_BYTES // (value.dtype.itemsize * lin.system.positions.size * 8), 1, 256)))
@@ -416,8 +463,12 @@ def total(lin: Linearization, value: jax.Array, cotangents: Unknowns, direct: Pa
     flat = _in_chunks(lambda w: through(VJP, lin, w, many=True), rows, count, width)
     value_of = {k: (flat.value[k] + direct[k]).reshape(*value.shape, *direct[k].shape[1:]) for k in direct}
     finite = [jnp.all(jnp.isfinite(t), axis=tuple(range(value.ndim, t.ndim))) for t in value_of.values()]
-    stats = jax.tree.map(lambda leaf: leaf.reshape(value.shape), flat.stats)
+    stats = flat.stats
+    if dropped_any(stats.status):
+        here, there = (norms(w, many=True) for w in (cotangents, beside()))
+        stats = without_round_off(stats, here, there, lin.system.positions.dtype)
+    stats = jax.tree.map(lambda leaf: leaf.reshape(value.shape), stats)
     stats = finite_or_said(stats, jnp.all(jnp.stack(finite), axis=0))
     result = Response(value_of, stats, None, lin.equilibrium.max_force, lin.network.rattlers)
     result = _by(result, lin.system, lin.params)
-    return _judged(result, throw, "gradient")
+    return _judged(result, throw, "gradient", lin.system)

@@ -250,6 +250,8 @@ class Stiffness:
         start = np.random.default_rng(0).standard_normal(n * d).astype(dtype)
         diagonal, beside, *_ = _lanczos(self.system, self.null, start, np.zeros(LANCZOS_STEPS, dtype))
         diagonal, beside = np.asarray(diagonal, float), np.asarray(beside, float)
+        if not (np.isfinite(diagonal).all() and np.isfinite(beside).all()):
+            return None
         values, vectors = scipy.linalg.eigh_tridiagonal(diagonal, beside[:-1])
         if not values[0] < -max(NEGATIVE * values[-1], floor):
             return None

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens import boxes, neighbours
-from mdsens._checks import real_array, short
+from mdsens._checks import real_array, require_host, short
 from mdsens._tables import Shown
 from mdsens.constraints import Constraint, check_constraints
 from mdsens.implicit.status import InputError, Portable, require_sound_jax
@@ -118,6 +118,8 @@ class System(Portable, Shown):
           InputError: with the field, the value and the remedy.
         """
         require_sound_jax()
+        remedy = "make it outside, and change it there by system.replace(params=...) or ms.equilibrate(system, params)"
+        require_host("System.create", remedy, positions, params)
         try:
             given = np.asarray(positions)
         except Exception as error:  # rows of different lengths, or an object that refuses
@@ -224,6 +226,8 @@ class System(Portable, Shown):
 
     def with_params(self, params: Params) -> System:
         """A copy with some parameters changed, checked, its neighbour list complete again. Host code."""
+        remedy = "take system.replace(params=...) there, whose list of neighbours stays as it is"
+        require_host("with_params", remedy, self, params)
         merged = {**self.params, **_as_params(params, self.positions.dtype)}
         check_params(self.potential, _of_law(merged, self.constraints), self.n, self.species_count)
         check_constraints(self.constraints, merged, self.potential.parameters, self.n, self.dimension)

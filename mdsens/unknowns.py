@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 
+from mdsens.implicit._attributes import Named
 from mdsens.implicit.status import Portable
 
 __all__ = ["Unknowns"]
@@ -13,7 +14,7 @@ __all__ = ["Unknowns"]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Unknowns(Portable):
+class Unknowns(Portable, Named):
     """What the stationarity condition is solved for, or a change of it, or a force on it.
 
     Attributes:

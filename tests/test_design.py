@@ -113,6 +113,7 @@ def test_a_matrix_of_pairs_stays_symmetric_and_its_derivative_counts_both_entrie
         ({"sigma": 0.3}, None, "give ms.design.Free"),
         ({"sigma": Free(within=-1.0)}, None, "positive share"),
         ({"sigma": Free(low=2.0)}, None, "do not hold the start"),
+        ({"sigma": Free(low=np.nan)}, None, "do not hold the start"),
         ({"sigma": Free(only=np.array([True]))}, None, "truth values"),
         ({"epsilon": Free(only=np.array([[False, True], [False, True]]))}, None, "mirror"),
         ({"sigma": Free(only=np.zeros(2, bool))}, None, "no component"),

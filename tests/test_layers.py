@@ -16,11 +16,12 @@ PACKAGE = Path(ms.__file__).parent
 
 # From the top; what stands in one row may not import each other.
 ORDER = [
-    # how results are shown: a leaf that knows only text
+    # how results are shown, and what they have: leaves that know only text
+    ["implicit._attributes"],
     ["_tables"],
     # the mathematics: knows no particle
     ["implicit.status"],
-    ["implicit._tree", "implicit._krylov", "implicit._sparse"],
+    ["implicit._traceable", "implicit._tree", "implicit._krylov", "implicit._sparse"],
     ["implicit._given", "implicit._dense", "implicit._normal", "implicit._polynomials", "implicit.operators"],
     ["implicit._rounds"],
     ["implicit.linear", "implicit._closures"],
@@ -35,7 +36,7 @@ ORDER = [
     # what a user gives, as numbers
     ["_checks", "_memory", "_members", "_progress"],
     # the physics: what a system is
-    ["parameters", "boxes", "unknowns"],
+    ["parameters", "boxes", "unknowns", "pair_trial"],
     ["laws"],
     ["constraints._base"],
     ["constraints._positions", "constraints._totals"],
@@ -45,7 +46,7 @@ ORDER = [
     ["potentials", "smoothing"],
     ["neighbours"],
     ["system"],
-    ["slopes", "strains", "batches", "breakpoints"],
+    ["slopes", "strains", "batches", "breakpoints", "not_finite"],
     ["lagrangian"],
     ["contacts"],
     ["block_rows"],

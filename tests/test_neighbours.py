@@ -15,6 +15,7 @@ from scipy.spatial import KDTree
 
 import mdsens as ms
 from mdsens import neighbours
+from mdsens.observables._pairs import _Range
 from mdsens.system import listed, pair_lengths, potential_energy
 
 N = 100
@@ -342,3 +343,16 @@ def test_a_batch_updates_under_vmap_and_marks_the_member_that_overflows():
     moved = whole.positions.at[1].multiply(0.1)  # the second collapses
     after, rebuilt = jax.vmap(listed)(whole, moved)
     assert np.array_equal(after.overflowed, [False, True, False]) and np.array_equal(rebuilt, [False, True, False])
+
+
+def test_a_cell_of_just_twice_the_range_is_taken_alike_by_host_and_compiled_code():
+    """They round heights differently; where compiled code refused such a cell, minimize asked for a list for ever."""
+    points = jnp.asarray(np.random.default_rng(0).random((3, 2)))
+    for side in np.linspace(2.0, 8.0, 49):
+        box, reach = side * jnp.eye(2), jnp.asarray(0.5 * side)
+        lengths = _Range(reach)
+        found = neighbours.allocate(points, box, lengths, float(reach))
+        assert bool(neighbours.serves(found, points, box, lengths, reach))
+        assert not bool(neighbours.update(found, points, box, lengths, reach)[0].overflowed)
+        with pytest.raises(ms.InputError, match="under twice the interaction range"):
+            neighbours.allocate(points, (1.0 - 1e-13) * box, lengths, float(reach))

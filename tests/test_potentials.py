@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache, partial
 from unittest import mock
 
@@ -487,3 +488,179 @@ def test_the_cheapest_form_keeps_the_derivatives_that_are_asked_for():
     for name in values:
         np.testing.assert_allclose(derivative(law.at(values, (name,)), name), derivative(law, name), rtol=1e-14)
     assert not np.any(derivative(law.at(values), "alpha")) and np.any(derivative(law, "alpha"))
+
+
+# ── a potential is tried before it is used ──
+
+
+def hertzian(r, sigma):
+    return jnp.where(r < sigma, jnp.where(r < sigma, 1.0 - r / sigma, 1.0) ** 2.5, 0.0)
+
+
+def hertzian_unguarded(r, sigma):
+    return jnp.where(r < sigma, (1.0 - r / sigma) ** 2.5, 0.0)
+
+
+def hertzian_clipped(r, sigma):
+    """Its third derivative is 0 times infinity wherever two do not touch."""
+    return jnp.maximum(1.0 - r / sigma, 0.0) ** 2.5
+
+
+def logarithm(r, sigma):
+    return (sigma - r) ** 2 * jnp.log(jnp.maximum(sigma - r, 0.0) / sigma)
+
+
+def bump(r, sigma):
+    """All its derivatives vanish at its end, where this one divides by zero."""
+    return jnp.where(r < sigma, jnp.exp(-1.0 / (1.0 - (r / sigma) ** 2)), 0.0)
+
+
+def open_end(r, sigma):
+    return (1.0 - r / sigma) ** 2
+
+
+def imaginary(r, sigma):
+    return (1.0 - r / sigma + 0j) ** 2.5
+
+
+def added(r, sigma):
+    return jnp.sum(jnp.maximum(1.0 - r / sigma, 0.0) ** 4, axis=0)
+
+
+def truth(r, sigma):
+    return r < sigma
+
+
+def steep(r, sigma):
+    """Overflows at half its range."""
+    return (sigma / r) ** 2000 * jnp.maximum(1.0 - r / sigma, 0.0) ** 4
+
+
+def stepped(r, sigma):
+    """A well whose bottom has a kink, and which ends with a slope."""
+    return jnp.minimum(jnp.abs(r - 0.71 * sigma), 0.29 * sigma) - 0.29 * sigma
+
+
+def first(sigma):
+    return sigma
+
+
+def on_points(law, params):
+    points = np.array([[0.0, 0.0], [0.7, 0.1], [0.2, 0.8]])
+    return ms.System.create(points, 5.0, law, params)
+
+
+GUARD = "where() takes derivatives of both its sides, so guard the argument inside of it as well"
+BEYOND = "at r = 1.284 with sigma = 1.2, beyond its cutoff, where it must be zero"
+UNFIT = {
+    logarithm: (1.2, f"mine is nan at its cutoff 1.2, where it must be zero: {GUARD}."),
+    hertzian_unguarded: (1.2, f"phi' of mine is nan {BEYOND}: {GUARD}."),
+    hertzian_clipped: (1.2, f"phi''' of mine is nan {BEYOND}: {GUARD}."),
+    bump: (1.0, "phi' of mine is nan at r = 1 with sigma = 1, the distance that stands in the empty places of lists"),
+    open_end: (1.2, f"phi of mine is 0.0049 {BEYOND}: take jnp.where(r < cutoff, ..., 0), or wrap it, ms.potentials."),
+    imaginary: (1.2, "phi of mine returns complex128: return real floating-point numbers."),
+    added: (1.2, "phi of mine returns shape () for distances of shape (4,): return one number for each."),
+    truth: (1.2, "phi of mine returns bool: return real floating-point numbers."),
+}
+
+
+@pytest.mark.parametrize("phi", UNFIT)
+def test_a_pair_potential_that_is_no_number_is_refused_with_the_system(phi):
+    sigma, message = UNFIT[phi]
+    law = potentials.from_pair(phi, ("sigma",), first, name="mine")
+    with pytest.raises(ms.InputError, match=re.escape(message)) as error:
+        on_points(law, {"sigma": sigma})
+    assert "\n" not in str(error.value)
+    with pytest.raises(ms.InputError, match=re.escape(message)):  # of a sum, the one of them
+        on_points(potentials.harmonic_bonds([[0, 1]]) + law, {"sigma": sigma, "stiffness": 1.0, "length": 1.0})
+
+
+@pytest.mark.parametrize("phi, sigma", [(hertzian, 1.0), (hertzian, 1.2), (bump, 1.2), (steep, 1.2), (stepped, 1.0)])
+def test_what_a_pair_potential_may_do_is_taken(phi, sigma):
+    """A third derivative that diverges at contact, a core that overflows, kinks, a slope at the end."""
+    on_points(potentials.from_pair(phi, ("sigma",), first, lambda s: (0.71 * s, s)), {"sigma": sigma})
+
+
+def test_every_kind_of_pair_is_tried():
+    """Of species one by one: a law that is no number for one kind alone is refused for that kind."""
+    law = potentials.from_pair(lambda r, a: jnp.maximum(1.0 - r, 0.0) ** 4 * jnp.sqrt(a), ("a",), 1.0, name="mine")
+    species = np.zeros(200, int)
+    species[[57, 133]] = 1
+    points = 10.0 * np.random.default_rng(0).random((200, 2))
+    ms.System.create(points, 10.0, law, {"a": [[1.0, 2.0], [2.0, 4.0]]}, species)
+    wrong = {"a": [[1.0, 2.0], [2.0, -1.0]]}
+    with pytest.raises(ms.InputError, match=r"phi of mine is nan at r = 0\.53 with a = -1, within its cutoff"):
+        ms.System.create(points, 10.0, law, wrong, species)
+    species[133] = 0  # then there is no such pair
+    ms.System.create(points, 10.0, law, wrong, species)
+    values = np.linspace(1.0, 2.0, 200)
+    values[101] = -3.0
+    with pytest.raises(ms.InputError, match="phi of mine is nan at"):
+        ms.System.create(points, 10.0, law, {"a": values})
+
+
+def test_a_potential_without_a_cutoff_is_tried_where_particles_stand():
+    chain = potentials.from_pair(lambda r, reach: -jnp.log(1.0 - (r / reach) ** 2), ("reach",), name="chain")
+    points = np.array([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0]])
+    ms.System.create(points, None, chain, {"reach": 2.1})
+    with pytest.raises(ms.InputError, match=r"phi of chain is nan at r = 2 with reach = 1\.5, where particles stand: "):
+        ms.System.create(points, None, chain, {"reach": 1.5})
+
+
+def test_lengths_that_are_no_numbers_are_refused():
+    def reach(s):
+        return jnp.sqrt(s - 2.0)
+
+    phi = potentials.switched(inverse, 1.0, 2.0)
+    law = potentials.from_pair(phi, ("s",), 2.0, lambda s: (reach(s),), name="mine")
+    on_points(law, {"s": 6.0})
+    with pytest.raises(ms.InputError, match="the function of the breakpoints of mine gives nan: mend it"):
+        on_points(law, {"s": 1.0})
+    law = potentials.from_pair(phi, ("s",), reach, name="mine")
+    system = on_points(law, {"s": 6.0})
+    for make in (lambda: on_points(law, {"s": 1.0}), lambda: system.with_params({"s": 1.0})):
+        with pytest.raises(ms.InputError, match="mine is nan at its cutoff nan, where it must be zero"):
+            make()
+
+
+@pytest.mark.parametrize("fn, message", [
+    (lambda R, p, d: jnp.sum(R**2, axis=1), "the energy mine returns float64 of shape (3,): return one real number"),
+    (lambda R, p, d: jnp.sum(jnp.sqrt(R + 0j)), "the energy mine returns complex128 of shape (): return one real"),
+])  # fmt: skip
+def test_an_energy_that_is_no_number_is_refused_with_the_system(fn, message):
+    with pytest.raises(ms.InputError, match=re.escape(message)):
+        on_points(potentials.from_energy(fn, (), name="mine"), {})
+
+
+def looped(R, p, d):
+    """The distance of a particle to itself is among those summed, and its root has no slope."""
+    r = jnp.sqrt(jnp.sum((R[:, None] - R[None]) ** 2, axis=-1))
+    return p["k"] * jnp.sum(jnp.where(r > 0, (r - 1.0) ** 2, 0.0))
+
+
+def bent(R, p, d):
+    """A force without a slope wherever a coordinate is negative."""
+    return p["k"] * jnp.sum(jnp.maximum(R, 0.0) ** 1.5) + jnp.sum((R - p["at"]) ** 2)
+
+
+def test_what_ends_in_not_finite_names_the_potential():
+    loop = potentials.lennard_jones() + potentials.from_energy(looped, ("k",))
+    with pytest.raises(
+        ms.ConvergenceError, match=r"max_force nan, where a force of looped is nan at these positions: a"
+    ):
+        ms.minimize(on_points(loop, {"k": 1.0, "sigma": 1.0, "epsilon": 1.0}))
+    near = ms.System.create(
+        [[0.0, 0.0], [1e-40, 0.0]], None, potentials.lennard_jones(), {"sigma": 1.0, "epsilon": 1.0}
+    )
+    with pytest.raises(
+        ms.ConvergenceError, match=r"phi of lennard_jones is \S+ at r = 1e-40, the distance of particles"
+    ):
+        ms.minimize(near)
+    rest = ms.minimize(on_points(potentials.from_energy(bent, ("k", "at")), {"k": 1.0, "at": -1.0}))
+    for call in (lambda: ms.jvp(rest, {"at": 1.0}), lambda: ms.elasticity.moduli(rest)):
+        with pytest.raises(ms.ConvergenceError, match="where the Hessian of bent is nan at these positions"):
+            call()
+    assert ms.certify(rest).status is ms.Status.NOT_FINITE
+    assert ms.modes.smallest_stiffness(rest, throw=False).status is ms.Status.NOT_FINITE
+    test = ms.verify.potential(rest.system.potential, rest.params, positions=rest.positions)
+    assert {"stiffness", "symmetry"} <= {finding.check for finding in test.bad}

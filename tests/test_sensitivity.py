@@ -13,7 +13,7 @@ from conftest import LONG, packing, relative, relaxed_packing
 
 import mdsens as ms
 from mdsens import _memory
-from mdsens.implicit import CG, GMRES, MINRES, BiCGSTAB, Direct
+from mdsens.implicit import CG, GMRES, MINRES, BiCGSTAB, Direct, LeastSquares, NormalCG
 from mdsens.stationarity import dense_hessian
 
 
@@ -372,3 +372,37 @@ def test_results_show_themselves():
 def test_positions_of_the_files_are_minima(packing_name):
     s = packing(packing_name, 0)
     assert float(ms.minimize(s, tolerance=2e-13).max_force) <= 2e-13
+
+
+SOLVERS = (None, CG(), MINRES(), GMRES(), BiCGSTAB(), Direct(), NormalCG(), LeastSquares())
+
+
+@pytest.mark.parametrize("solve", SOLVERS, ids=lambda solve: type(solve).__name__)
+def test_what_is_round_off_has_no_part_worth_a_warning(solve):
+    """The energy's own gradient vanishes at a minimum, and is not what a translation of the positions' is."""
+    eq = dimer()
+
+    def several(s: ms.System) -> jax.Array:
+        return jnp.stack([ms.observables.energy(s), s.positions[0, 0], ms.observables.distances(s, [[0, 1]])[0]])
+
+    r = ms.gradient(several, eq, solve=solve)
+    good, dropped = ms.Status.CONVERGED, ms.Status.NULL_COMPONENT_DROPPED
+    assert r.stats.status.tolist() == [good, dropped, good]
+    assert float(r.stats.dropped[0]) < 1e-8 and float(r.stats.dropped[1]) > 0.1
+    # -epsilon at the bottom of the well, at 2^(1/6) sigma, whatever sigma: dU/depsilon = -1, dU/dsigma = 0
+    assert r.value["epsilon"][0] == pytest.approx(-1.0, abs=1e-10) and abs(float(r.value["sigma"][0])) < 1e-10
+    assert r.value["sigma"][2] == pytest.approx(2 ** (1 / 6), abs=1e-8)
+    assert ms.jvp(eq, {"epsilon": 1.0}, solve=solve).status is good  # by it the force changes as much as there is of it
+
+
+def test_a_crystal_answers_no_diameter_and_no_strain_and_says_nothing_of_translations():
+    side = np.arange(4) + 0.5
+    square = np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2)
+    params = {"sigma": 1.05, "epsilon": 1.0, "alpha": 2.0}
+    eq = ms.minimize(ms.System.create(square, 4.0, ms.potentials.soft_sphere(), params), leave_saddles=False)
+    r = ms.jvp(eq, {"sigma": 1.0}, throw=False)
+    assert float(jnp.abs(r.value).max()) < 1e-10 and r.status is not ms.Status.NULL_COMPONENT_DROPPED
+    batch = ms.jvp(ms.minimize(ms.stack([eq.system] * 2), leave_saddles=False), {"sigma": 1.0}, throw=False)
+    assert ms.Status.NULL_COMPONENT_DROPPED not in batch.stats.status.tolist()
+    moduli = ms.elasticity.moduli(eq.system)  # as traced code takes them
+    assert ms.Status.NULL_COMPONENT_DROPPED not in moduli.stats.status.tolist()

@@ -23,6 +23,7 @@ from mdsens.kkt import KKT
 from mdsens.linearization import Linearization, full_tangent, linearize
 from mdsens.relaxation import Equilibrium
 from mdsens.scales import doubtful_stiffness, round_off, scales
+from mdsens.sensitivity import observed
 from mdsens.stationarity import Unknowns, linearisation
 from mdsens.stiffness import Stiffness, participation
 from mdsens.system import System
@@ -51,10 +52,12 @@ def _in_doubt(space: Space, step: Unknowns) -> tuple[int, float]:
 
 def _touched(observable: Callable[[System], Any], lin: Linearization, project: Any) -> dict[str, float]:
     """Shares of the observable's gradient by positions on rattlers and on rigid motions."""
-    system = lin.equilibrium.system
-    if not callable(observable):
-        raise InputError(f"the observable is {short(observable)}: give a function of a System.")
-    value, pull = jax.vjp(lambda R: jnp.asarray(observable(system.replace(positions=R))), system.positions)
+    system, of_system = lin.equilibrium.system, observed(observable)
+
+    def observe(R: jax.Array) -> jax.Array:
+        return of_system(system.replace(positions=R))
+
+    value, pull = jax.vjp(observe, system.positions)
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise InputError(f"the observable returns {value.dtype}: return floating-point numbers.")
     # of an array the sum of its components would let them cancel
@@ -63,7 +66,7 @@ def _touched(observable: Callable[[System], Any], lin: Linearization, project: A
     loose = np.asarray(lin.network.rattlers)
     # at a minimum the energy's is round-off of what it is a little beside
     aside = 1e-3 * scales(system)[0] * jnp.cos(jnp.arange(slope.size, dtype=slope.dtype) ** 2).reshape(slope.shape)
-    _, pull = jax.vjp(lambda R: jnp.asarray(observable(system.replace(positions=R))), system.positions + aside)
+    _, pull = jax.vjp(observe, system.positions + aside)
     whole = max(float(np.linalg.norm(slope)), float(np.linalg.norm(np.asarray(pull(weights)[0])))) or 1.0
     held = np.where(loose[:, None], 0.0, slope)
     rigid = float(np.linalg.norm(held.ravel() - project(held.ravel()))) / whole
@@ -238,7 +241,9 @@ def _findings(c: Certificate, lin: Linearization) -> list[tuple[Status, str]]:
     if bool(lin.network.unjammed) and not c.crossed_to_minimum:
         every = f"{c.rattlers.size} of {c.rattlers.size} particles are held by nothing"
         add(Status.UNJAMMED, every if np.all(c.rattlers) else "no rigid body is held by another")
-    if c.negative_modes != c.order:
+    if not np.isfinite(c.spectrum.values).all():
+        add(Status.NOT_FINITE, "the Hessian")
+    elif c.negative_modes != c.order:
         add(
             Status.NOT_A_SADDLE if c.order else Status.INDEFINITE,
             f"{count(c.negative_modes, 'mode')} of negative stiffness, the lowest {c.stiffness_min:.3g}",
@@ -272,6 +277,8 @@ def _findings(c: Certificate, lin: Linearization) -> list[tuple[Status, str]]:
         softest = abs(c.stiffness_min) if c.order else c.stiffness_min
         left = eps * c.stiffness_max / softest if softest > 0 else np.inf
         add(Status.SINGLE_PRECISION, f"{left:.0e} here")
+    if c.observable is not None and not np.isfinite(list(c.observable.values())).all():
+        add(Status.NOT_FINITE, "the observable's gradient")
     parts = [] if c.observable is None else [f"{v:.1e} of it on {k}" for k, v in c.observable.items() if v > eps**0.5]
     if parts:
         add(Status.NULL_COMPONENT_DROPPED, f"the observable's gradient: {', '.join(parts)}")

@@ -105,7 +105,7 @@ def derivative(space: Space, dparams: Params, step: Unknowns, least: float) -> D
         crossing,
         min(crossing.forward, switch[0]),
         min(crossing.backward, switch[1]),
-        2.0 * norm / curved if curved > 1e-8 * norm else np.inf,  # below it is round-off
+        np.inf if curved <= 1e-8 * norm else 2.0 * norm / curved,  # below it is round-off
         float(np.sqrt(on / whole)) if whole else 0.0,
         motion <= NOTHING * length,
         switch,

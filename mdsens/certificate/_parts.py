@@ -10,6 +10,7 @@ import numpy as np
 
 from mdsens._tables import Shown
 from mdsens.breakpoints import Crossing
+from mdsens.implicit._attributes import Named
 from mdsens.implicit.status import Portable, Status
 from mdsens.stationarity import Unknowns
 
@@ -17,7 +18,7 @@ __all__ = ["CellState", "ConstraintState", "Derivative"]
 
 
 @dataclasses.dataclass(frozen=True)
-class CellState:
+class CellState(Named):
     """What is known of a cell that was relaxed to a pressure.
 
     Attributes:
@@ -123,7 +124,7 @@ class Derivative(Portable, Shown):
 
 
 @dataclasses.dataclass(frozen=True)
-class ConstraintState:
+class ConstraintState(Named):
     """What is known of the constraints at a minimum.
 
     Attributes:

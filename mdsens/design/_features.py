@@ -14,9 +14,10 @@ from mdsens import elasticity, modes, observables
 from mdsens._checks import real_number, short
 from mdsens.doors import Response
 from mdsens.elasticity import Moduli
+from mdsens.implicit._traceable import Traceable
 from mdsens.implicit.status import InputError, Status
 from mdsens.linearization import Linearization
-from mdsens.sensitivity import value_and_gradient
+from mdsens.sensitivity import numbers, value_and_gradient
 from mdsens.system import System
 
 __all__ = ["FEATURES", "Elastic", "Feature", "Measured", "Softest", "Target", "measured", "named", "stands"]
@@ -138,8 +139,8 @@ def measured(features: Sequence[Feature], lin: Linearization) -> Measured:
     codes = [int(lin.status)]
 
     def stacked(which: Sequence[int]) -> Callable[[Any], Any]:
-        chosen = [features[k] for k in which]
-        functions: list[Any] = [getattr(f, "of", f) for f in chosen]
+        chosen: list[Any] = [getattr(features[k], "of", features[k]) for k in which]
+        functions = [Traceable("a feature", f) for f in chosen]
         return lambda at: jnp.stack([_one(f(at)) for f in functions])
 
     def keep(which: Sequence[int], value: Any, response: Response) -> None:
@@ -180,7 +181,7 @@ def _lifted(response: Response) -> Response:
 
 
 def _one(value: Any) -> Any:
-    array = jnp.asarray(value)
+    array = numbers(value)
     if array.size != 1:
         raise InputError(f"a feature has shape {array.shape}: give one number a feature, a target for each.")
     return array.reshape(())

@@ -10,6 +10,7 @@ import numpy as np
 
 from mdsens import _tables
 from mdsens._tables import Shown
+from mdsens.implicit._attributes import Named
 from mdsens.implicit.status import Status
 from mdsens.relaxation import Equilibrium
 
@@ -17,7 +18,7 @@ __all__ = ["Design", "State", "Step"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class Step(Named):
     """One step of a design: parameters that were tried, and what became of them.
 
     Attributes:
@@ -51,7 +52,7 @@ class Step:
 
 
 @dataclasses.dataclass(frozen=True)
-class State:
+class State(Named):
     """A design between two steps: what ``ms.io.save`` stores after each, and ``fit(..., resume=state)`` goes on from.
 
     Attributes:

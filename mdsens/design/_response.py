@@ -22,7 +22,7 @@ from mdsens._tables import Shown
 from mdsens.design._features import measured, named
 from mdsens.design._variables import Free, Variables
 from mdsens.implicit.status import InputError, Status, raise_for_status
-from mdsens.linearization import Linearization, linearize
+from mdsens.linearization import Linearization, linearised, require_sound
 from mdsens.relaxation import Equilibrium
 
 __all__ = ["FeatureResponse", "feature_response"]
@@ -106,6 +106,13 @@ class FeatureResponse(Shown):
         return rows
 
 
+def _checked_scales(scales: Any, count: int) -> np.ndarray:
+    units = np.asarray(real_array("scales", scales, "give one positive number a feature."), float)
+    if units.shape != (count,) or not (np.isfinite(units) & (units > 0)).all():
+        raise InputError(f"scales is {short(scales)}: give {count} positive numbers, one a feature.")
+    return units
+
+
 def feature_response(
     features: Sequence[Any] | Mapping[str, Any],
     at: Equilibrium | Linearization,
@@ -136,15 +143,12 @@ def feature_response(
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"two features are called {name!r}: give a dict of names and features.")
-    lin = at if isinstance(at, Linearization) else linearize(at, throw=throw)
-    seen = measured([feature for _, feature in found], lin)
+    lin = linearised(at, None)
     variables = Variables.of(lin.equilibrium.system, wrt)
-    if scales is None:
-        units = np.where(seen.values == 0, 1.0, np.abs(seen.values))
-    else:
-        units = np.asarray(real_array("scales", scales, "give one positive number a feature."), float)
-        if units.shape != (len(names),) or not (np.isfinite(units) & (units > 0)).all():
-            raise InputError(f"scales is {short(scales)}: give {len(names)} positive numbers, one a feature.")
+    given = None if scales is None else _checked_scales(scales, len(names))
+    seen = measured([feature for _, feature in found], lin)
+    units = np.where(seen.values == 0, 1.0, np.abs(seen.values)) if given is None else given
+    require_sound(lin, at, throw)
     if throw:
         raise_for_status(seen.status, "feature_response", seen)
     jacobian = variables.pulled(variables.x, seen.slopes) / units[:, None]

@@ -199,9 +199,9 @@ def _bounds(parameter: Parameter, value: np.ndarray, record: Free) -> tuple[np.n
         if parameter.paired and array.ndim:
             array = check_symmetric(f"free.{name}: a bound", array)
         end[...] = narrower(end, array)
-    outside = (value < low) | (value > high)
-    if outside.any() or (low >= high).any():
-        k = tuple(int(i) for i in np.argwhere(outside | (low >= high))[0])
+    within = (low <= value) & (value <= high) & (low < high)
+    if not within.all():
+        k = tuple(int(i) for i in np.argwhere(~within)[0])
         raise InputError(
             f"free.{name}: the bounds {low[k]:g} to {high[k]:g} do not hold the start {value[k]:g}"
             f"{f' of {name}{list(k)}' if k else ''}: widen them."

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
+from mdsens.implicit._traceable import Traceable
 from mdsens.implicit._tree import PyTree, check_same
 from mdsens.implicit.optimality import KKTPoint
 from mdsens.implicit.status import Portable, Status
@@ -56,7 +57,7 @@ def complementarity(inequality: Callable[..., PyTree], x: KKTPoint, *args: PyTre
     Returns:
       Margin; the value is infinite without inequalities.
     """
-    slack = inequality(x.primal, *args)
+    slack = Traceable("inequality", inequality)(x.primal, *args)
     check_same(slack, x.inequality, "inequality(x, *args)", "the multipliers x.inequality", "one a constraint")
     either = jax.tree.map(lambda force, g: jnp.maximum(force, -g), x.inequality, slack)
     value = jnp.min(ravel_pytree(either)[0], initial=jnp.inf)
@@ -88,6 +89,7 @@ def kinked(F: Callable[..., PyTree], x: PyTree, *args: PyTree, radius: float = 1
       Margin with the largest jump as its value: DEGENERATE_CONSTRAINT where it is above 1e-3. A probe, no proof: a jump
       is missed where it is smaller, or lies along all four directions.
     """
+    F = Traceable("F", F)
     leaves, structure = jax.tree.flatten((x, args))
     moved = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)]
     flat, unravel = ravel_pytree([jnp.asarray(leaves[i]) for i in moved])

@@ -18,6 +18,7 @@ import numpy as np
 import scipy.linalg
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh, lobpcg
 
+from mdsens.implicit._attributes import Named
 from mdsens.implicit._sparse import SparseFactor, bound
 
 __all__ = ["DENSE_SIZE", "NULL", "Spectrum", "lanczos", "lowest"]
@@ -38,7 +39,7 @@ def _operator(size: int, apply: Apply) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Spectrum:
+class Spectrum(Named):
     """The lowest eigenpairs off the known null space.
 
     Attributes:
@@ -103,11 +104,18 @@ def lowest(
       precondition: for LOBPCG, about A^-1 times the columns of an (m, c) array, symmetric and positive.
       dtype: precision of the products: what counts as zero cannot be under its round-off.
       floor: eigenvalues that are smaller may be of either sign.
+
+    Returns:
+      a :class:`Spectrum`, all of it NaN where products with A are not finite.
     """
     k = min(k, size - null)
     zero = max(NULL, 8.0 * size * float(np.finfo(dtype).eps) if np.finfo(dtype).eps > 1e-10 else 0.0)
     if k < 1:
         return Spectrum(np.zeros(0), np.zeros((size, 0)), np.zeros(0), 0.0, 0, 0, 0, floor, True, "empty range")
+    probe = project(np.cos(np.arange(size, dtype=float) ** 2)[:, None])
+    if not np.isfinite(apply(probe)).all():
+        nothing = np.full(k, np.nan), np.full((size, k), np.nan), np.full(k, np.nan)
+        return Spectrum(*nothing, np.nan, 0, 0, 0, floor, False, "none: the operator is not finite")
     if size <= DENSE_SIZE:
         return _dense(apply, size, k, project, null, zero, floor)
     if matrix is not None:
@@ -248,7 +256,7 @@ def _lobpcg(
         tolerance = max(1e-4 * float(np.abs(found[0]).min()), 1e-9 * largest)
         if found[2].max() <= tolerance:
             break
-    if found[2].max() > 1e-5 * largest:  # it breaks down now and then, and returns what it has
+    if not found[2].max() <= 1e-5 * largest:  # it breaks down now and then, and returns what it has
 
         def lifted(v: np.ndarray) -> np.ndarray:
             on = project(v.reshape(size, -1)).reshape(v.shape)
@@ -258,7 +266,7 @@ def _lobpcg(
         above = _operator(size, lifted)  # the known null space at the top: round-off lets it in
         vectors = _eigsh(above, more, which="SA", v0=start, ncv=min(size - 1, 40 + 2 * more), maxiter=500)[1]
         again = _pairs(restricted, project(vectors), k)
-        found = again if again[2].max() < found[2].max() else found
+        found = min(found, again, key=lambda pairs: np.nan_to_num(pairs[2], nan=np.inf).max())
     values, vectors, residuals = found
     sure = residuals <= 1e-5 * largest
     _, zeros, hidden = _counts(values[sure], largest, zero, floor)

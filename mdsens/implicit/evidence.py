@@ -15,7 +15,9 @@ import numpy as np
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
+from mdsens.implicit._attributes import Named
 from mdsens.implicit._given import check_functions, unknowns
+from mdsens.implicit._traceable import Traceable
 from mdsens.implicit._tree import PyTree
 from mdsens.implicit.operators import Auto, Method
 from mdsens.implicit.root import Condition, NullSpace, Preconditioner, tangent
@@ -33,7 +35,7 @@ _INACCURATE = 0.1
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
-class RootCertificate(Portable):
+class RootCertificate(Portable, Named):
     """The derivative of a root, and how far both are from exact.
 
     Attributes:
@@ -114,7 +116,7 @@ def certify(
       Deuflhard, Newton Methods for Nonlinear Problems, Springer 2004, section 2.1.
     """
     check_functions(F=F, null_space=null_space, preconditioner=preconditioner)
-    x = unknowns(x, "x is")
+    F, x = Traceable("the condition F", F), unknowns(x, "x is")
     sides = null_space if null_space is None else null_space(x, *args)
     by = preconditioner if preconditioner is None else preconditioner(x, *args)
     known: dict[str, Any] = {

@@ -18,6 +18,7 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from mdsens.implicit._rounds import solve_flat
+from mdsens.implicit._traceable import Traceable
 from mdsens.implicit._tree import PyTree, check_same
 from mdsens.implicit.operators import CG, MINRES, Auto, Evening, LinearMap, Method, Operator, choose
 from mdsens.implicit.status import InputError, SolveStats
@@ -94,9 +95,10 @@ def _flatten(operator: Operator, flat: Array, unravel: Callable[[Array], PyTree]
     """The operator on flat vectors."""
     shapes = jax.eval_shape(lambda: b)
     remedy = "the operator must map the unknowns' space into itself"
-    check_same(jax.eval_shape(operator.matvec, shapes), shapes, "A v", "the right-hand side b", remedy)
+    product = Traceable("the operator's matvec", operator.matvec)
+    check_same(jax.eval_shape(product, shapes), shapes, "A v", "the right-hand side b", remedy)
     if operator.preconditioner is not None:
-        out = jax.eval_shape(operator.preconditioner, shapes)
+        out = jax.eval_shape(Traceable("the preconditioner", operator.preconditioner), shapes)
         check_same(out, shapes, "preconditioner's M v", "the right-hand side b", remedy)
 
     def flattened(f: LinearMap) -> LinearMap:
@@ -108,7 +110,7 @@ def _flatten(operator: Operator, flat: Array, unravel: Callable[[Array], PyTree]
     right = each(operator.project)
     return dataclasses.replace(
         operator,
-        matvec=flattened(operator.matvec),
+        matvec=flattened(product),
         project=right,
         left_project=right if operator.left_project is operator.project else each(operator.left_project),
         even=_evening(operator, b),

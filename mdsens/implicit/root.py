@@ -23,6 +23,7 @@ from jax.dtypes import float0
 
 from mdsens.implicit._closures import Held, call_without_derivative, hoist, opened, without_derivative
 from mdsens.implicit._given import check_functions, unknowns
+from mdsens.implicit._traceable import Traceable
 from mdsens.implicit._tree import PyTree, check_same
 from mdsens.implicit.linear import linear_solve
 from mdsens.implicit.operators import Auto, LinearMap, Method, Operator
@@ -112,9 +113,12 @@ def root(
             raise InputError(
                 f"static_argnums={static_argnums!r}: {place!r} is no argument of F(x, *args) after x, from 1"
             )
-    F, null_space, preconditioner = opened(F), _opened(null_space), _opened(preconditioner)
+    F = opened(Traceable("the condition F", F))
+    null_space, preconditioner = _opened(null_space), _opened(preconditioner)
 
     def decorate(solver: Solver) -> Solver:
+        solving = Traceable("the solver", solver, "jax.pure_callback around all of it")
+
         @functools.wraps(solver)
         def solve_root(init: PyTree, *args: PyTree, **keywords: Any) -> Any:
             require_sound_jax()
@@ -124,15 +128,15 @@ def root(
                     "bind them with functools.partial before decorating"
                 )
             if preprocess is not None:
-                init, args = _prepared(preprocess(init, *args))
+                init, args = _prepared(Traceable("preprocess", preprocess)(init, *args))
             args = _held(args, static_argnums)
-            found = call_without_derivative(opened(solver), (init, *args))
+            found = call_without_derivative(opened(solving), (init, *args))
             if has_aux and not (isinstance(found, tuple) and len(found) == 2):
                 raise InputError(f"the solver returned {short(found)} and has_aux is True: return (x, aux)")
             x, aux = found if has_aux else (found, None)
             x = without_derivative(unknowns(x, "the solver returned"))
             x = _attach(F, x, args, solve, symmetric, positive_semidefinite, null_space, preconditioner)
-            out = x if postprocess is None else opened(postprocess)(x, *args)
+            out = x if postprocess is None else opened(Traceable("postprocess", postprocess))(x, *args)
             return (out, without_derivative(aux)) if has_aux else out
 
         return solve_root
@@ -161,6 +165,7 @@ def fixed_point(
     derivative. Of a contraction, ``solve=Neumann()`` needs the least memory.
     """
     check_functions(T=T)
+    T = Traceable("the map T", T)
 
     def F(x: PyTree, *args: PyTree) -> PyTree:
         image = T(x, *args)
@@ -216,7 +221,7 @@ def tangent(
         floating-point one is to change.
     """
     check_functions(F=F, null_space=null_space, preconditioner=preconditioner)
-    x = unknowns(x, "x is")
+    F, x = Traceable("the condition F", F), unknowns(x, "x is")
     if not isinstance(args, list | tuple) or not isinstance(dargs, list | tuple):
         raise InputError(
             f"args is a {type(args).__name__} and dargs a {type(dargs).__name__}; give tuples, one entry an argument"
@@ -332,11 +337,12 @@ def _hoist_maps(
 
     if make is None:
         return (lambda frame, x: []), []
+    made = Traceable(name, make)
 
     def side(i: int) -> Callable[[PyTree, PyTree], PyTree]:
-        return lambda x, v: _maps(make(*without_derivative((x, *args))))[i](v)
+        return lambda x, v: Traceable(name, _maps(made(*without_derivative((x, *args))))[i])(v)
 
-    hoisted = [hoist(side(i), x, x) for i in range(len(_maps(make(x, *args))))]
+    hoisted = [hoist(side(i), x, x) for i in range(len(_maps(made(x, *args))))]
     functions, frame = [g for g, _ in hoisted], [values for _, values in hoisted]
     for g, values in hoisted:
         check_same(jax.eval_shape(g, values, x, x), x, name, "x", "it must map x's space into itself")

@@ -16,6 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from mdsens.implicit._attributes import Named
+
 __all__ = [
     "ConvergenceError",
     "InputError",
@@ -35,11 +37,15 @@ __all__ = [
 ]
 
 
+NUMERIC = tuple("bcdoxXn")  # what ends a format of whole numbers
+
+
 class Status(IntEnum):
     """The outcome of a relaxation or a solve: each member is a sentence that names the cause and what to do.
 
     Members below ``MAX_STEPS_REACHED`` are good: the number beside them can be used; from ``NULL_COMPONENT_DROPPED`` on
     they are warnings. Inside ``jit`` a status is an int32 array; ``Status(int(value))`` turns it back into a member.
+    Printed, it is its name and sentence; ``f"{status:d}"``, ``int(status)`` and json give the number.
     """
 
     sentence: str
@@ -199,6 +205,13 @@ class Status(IntEnum):
         "kink between; solve more tightly, or check that F is the condition that the solver solves",
     )
 
+    def __str__(self) -> str:
+        return f"{self.name}: {self.sentence}"
+
+    def __format__(self, spec: str) -> str:
+        """As a number where the format is one of whole numbers, else as its text."""
+        return int.__format__(self, spec) if spec[-1:] in NUMERIC else format(str(self), spec)
+
     @property
     def good(self) -> bool:
         """True where the number beside this status can be used."""
@@ -303,7 +316,7 @@ class Portable:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
-class SolveStats(Portable):
+class SolveStats(Portable, Named):
     """The evidence beside a solution.
 
     Attributes:

@@ -11,8 +11,9 @@ import numpy as np
 
 from mdsens import sensitivity
 from mdsens._tables import Shown
-from mdsens.implicit.operators import Method
+from mdsens.implicit.operators import Method, check_method
 from mdsens.implicit.status import InputError, Status
+from mdsens.linearization import require_sound
 from mdsens.relaxation import Equilibrium
 from mdsens.sensitivity import Linearization
 from mdsens.stationarity import Unknowns
@@ -79,8 +80,9 @@ def adjoint(
     """
     if not isinstance(eq, Equilibrium | Linearization):
         raise InputError(f"got a {type(eq).__name__}: give what ms.minimize or ms.linearize returns.")
-    lin = eq if isinstance(eq, Linearization) else sensitivity.linearize(eq)
+    lin = eq if isinstance(eq, Linearization) else sensitivity.linearize(eq, throw=False)
     if solve is not None:
+        check_method(solve)
         lin = dataclasses.replace(lin, solve=solve)
     rng = np.random.default_rng(seed)
     if dparams is None:
@@ -96,6 +98,7 @@ def adjoint(
             d = random.shape[1]
             cotangent = Unknowns(cotangent, jnp.asarray(rng.standard_normal(d * (d + 1) // 2), cotangent.dtype))
     ahead, back = sensitivity.jvp(lin, dparams, throw=False), sensitivity.vjp(lin, cotangent, throw=False)
+    require_sound(lin, eq, throw=True)
     parts = cotangent if isinstance(cotangent, Unknowns) else Unknowns(cotangent)
     moved = ahead.value if isinstance(ahead.value, Unknowns) else Unknowns(ahead.value)
     forward = float(np.sum(np.asarray(parts.positions) * np.asarray(moved.positions)))

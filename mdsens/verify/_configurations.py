@@ -133,6 +133,11 @@ def _share(gap: Any, *sizes: Any) -> float:
     return float(np.linalg.norm(gap)) / size if size > 0 else float(np.linalg.norm(gap))
 
 
+def _largest(errors: list[float]) -> float:
+    """The largest error; NaN where one is, which Python's ``max`` may pass over."""
+    return float(np.max(errors))
+
+
 def findings(system: System, rng: np.random.Generator) -> Iterator[Finding]:
     """What the checks of the energy find in one configuration."""
     slope = _slope(system, system.positions, system.params)
@@ -177,27 +182,28 @@ def _range(system: System) -> Finding:
 
 
 def _forces(system: System, slope: jax.Array, directions: list[jax.Array], h: float) -> Finding:
-    error = 0.0
+    errors = []
     for v in directions:
         exact = np.asarray(slope * v)
         found = _central(lambda t, v=v: _energy(system, system.positions + t * v), h)
-        error = max(error, _share(float(found) - exact.sum(), exact))
-    return _compared("forces", "forces and central differences of the energy", error)
+        errors.append(_share(float(found) - exact.sum(), exact))
+    return _compared("forces", "forces and central differences of the energy", _largest(errors))
 
 
 def _stiffness(system: System, directions: list[jax.Array], pushed: list[np.ndarray], h: float) -> Finding:
-    error = 0.0
+    errors = []
     for v, exact in zip(directions, pushed, strict=True):
         found = _central(lambda t, v=v: _slope(system, system.positions + t * v, system.params), h)
-        error = max(error, _share(found - exact, exact, found))
-    return _compared("stiffness", "Hessian products and central differences of the forces", error)
+        errors.append(_share(found - exact, exact, found))
+    return _compared("stiffness", "Hessian products and central differences of the forces", _largest(errors))
 
 
 def _symmetry(directions: list[jax.Array], pushed: list[np.ndarray]) -> Finding:
-    error = 0.0
+    errors = []
     for u, Hu, v, Hv in zip(directions, pushed, directions[1:], pushed[1:], strict=False):
         left, right = np.asarray(u) * Hv, np.asarray(v) * Hu
-        error = max(error, _share(left.sum() - right.sum(), left, right))
+        errors.append(_share(left.sum() - right.sum(), left, right))
+    error = _largest(errors)
     if error <= ROUND_OFF:
         return Finding("symmetry", True, f"<u, H v> and <v, H u> are equal to {error:.0e}.")
     remedy = "the force is the derivative of no energy; look for a derivative rule of its own"
@@ -212,7 +218,7 @@ def _parameters(system: System, slope: jax.Array, rng: np.random.Generator) -> F
         found = _central(lambda t, k=name, c=change: _slope(system, R, {**params, k: params[k] + t * c}), 0.1 * STEP)
         # against the forces as well: what does not depend on a parameter leaves round-off of theirs
         errors[name] = _share(found - exact, exact, found, 1e-3 * np.asarray(slope))
-    worst = max(errors, key=lambda name: errors[name])
+    worst = list(errors)[int(np.argmax(list(errors.values())))]  # of a NaN, too
     names = ", ".join(errors) if errors[worst] <= AGREEMENT else worst
     what = f"derivatives of the forces by {names} and their central differences"
     return _compared("parameters", what, errors[worst])

@@ -36,11 +36,11 @@ def gap(value: Any, exact: Any, nonaffine: jax.Array) -> float:
             sizes = [jnp.ravel(leaf) for leaf in jax.tree.leaves(theirs)]
             if sizes:
                 parts.append(relative(_norm(jnp.concatenate(gaps)), _norm(jnp.concatenate(sizes))))
-        return max(parts)
+        return float(np.max(parts))  # NaN where one is, which Python's max may pass over
     if not isinstance(value, Unknowns) or value.strain is None or exact.strain is None:
         raise InputError("the derivative is one at a pressure: give Unknowns(positions, strain), as ms.jvp does.")
     moved = relative(_norm(value.positions - exact.positions), _norm(nonaffine))
-    return max(moved, relative(_norm(value.strain - exact.strain), _norm(exact.strain)))
+    return float(np.maximum(moved, relative(_norm(value.strain - exact.strain), _norm(exact.strain))))
 
 
 def _norm(x: Any) -> float:

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens import breakpoints, contacts, lagrangian, sensitivity
+from mdsens._checks import real_array, real_number, short
 from mdsens.boxes import inverse
 from mdsens.implicit.status import InputError, PrecisionError, Status, raise_for_status
-from mdsens.linearization import full_tangent
+from mdsens.linearization import full_tangent, require_sound
 from mdsens.relaxation import Equilibrium, minimize
 from mdsens.saddles import find_saddle
 from mdsens.scales import round_off, scales
@@ -156,8 +157,9 @@ def _reached(eq: Equilibrium) -> Unknowns:
     return Unknowns(eq.positions, None, eq.multipliers, {k: eq.params[k] for k in names} or None)
 
 
-def _line(eq: Equilibrium, dparams: Params, tolerance: float | None) -> _Line:
-    lin = sensitivity.linearize(eq)
+def _line(eq: Equilibrium, dparams: Params, tolerance: float | None, steps: Any, value: Any = None) -> _Line:
+    """The line through a minimum; ``steps`` and a ``value`` that is to be tested are looked at, too."""
+    lin = sensitivity.linearize(eq, throw=False)
     if eq.positions.dtype != jnp.float64:
         raise PrecisionError(
             f"differences of minima in {eq.positions.dtype} are round-off: work in double precision "
@@ -167,6 +169,12 @@ def _line(eq: Equilibrium, dparams: Params, tolerance: float | None) -> _Line:
     largest = max((float(jnp.max(jnp.abs(v))) for v in tangent.values() if v.size), default=0.0)
     if largest == 0.0:
         raise InputError("dparams is zero everywhere: give a direction.")
+    if tolerance is not None and not 0 < real_number("tolerance", tolerance, "give a positive number.") < np.inf:
+        raise InputError(f"tolerance is {short(tolerance)}: give a positive number.")
+    _check_steps(steps)
+    if value is not None:
+        _checked(value, eq)
+    require_sound(lin, eq, throw=True)
     size = max(_size(lin, k) for k, v in tangent.items() if v.size and jnp.any(v != 0))
     response = sensitivity.jvp(lin, dparams, throw=False)
     velocity, strain = response.value, None
@@ -226,7 +234,7 @@ def finite_difference(
     Returns:
       a :class:`FiniteDifference`. Compare with ``v.disagreement(r.value)``.
     """
-    line = _line(eq, dparams, tolerance)
+    line = _line(eq, dparams, tolerance, step)
     if step is None:
         step = min(STEP * line.unit, INSIDE * line.radius)
         if step == 0.0:
@@ -234,8 +242,6 @@ def finite_difference(
                 "a contact changes at this very minimum, so that its two sides have two derivatives and no step stays "
                 "on one: move the parameters a little and minimise again, or give a step to see them mixed."
             )
-    if not (np.isfinite(step) and step > 0):
-        raise InputError(f"step is {step!r}: give a positive number; the first contact change is at {line.radius:.1e}.")
     whole, half = line.difference(step), line.difference(0.5 * step)
     return FiniteDifference(
         whole.value,
@@ -246,6 +252,16 @@ def finite_difference(
         whole.network_changed or half.network_changed,
         max(whole.status, half.status),
     )
+
+
+def _check_steps(steps: Any) -> None:
+    """Refuse steps, or a step, that are no positive numbers; None is for the default ones."""
+    if steps is None:
+        return
+    given = np.asarray(real_array("steps", steps, "give positive numbers."), float)
+    if given.ndim > 1 or given.size == 0 or not (np.isfinite(given).all() and (given > 0).all()):
+        what = f"step is {short(steps)}: give a positive number." if given.ndim == 0 else ""
+        raise InputError(what or f"steps are {short(steps)}: give positive numbers.")
 
 
 def _checked(value: Any, eq: Equilibrium) -> Unknowns:
@@ -300,18 +316,15 @@ def derivative_test(
       InputError: bad names, shapes or steps. PrecisionError: single precision. ConvergenceError: no minimum, or no
       derivative by ``jvp`` to test.
     """
-    line = _line(eq, dparams, tolerance)
+    line = _line(eq, dparams, tolerance, steps, value)
     if value is None:
         raise_for_status(line.response.status, "jvp gives no derivative to test: give one as value", line.response)
         value = line.response.value
     exact, nonaffine = line.off_null(_checked(value, eq))
-    chosen = (
-        line.unit * np.geomspace(*RANGE, COUNT) if steps is None else np.sort(np.atleast_1d(np.asarray(steps, float)))
-    )
-    if chosen.ndim != 1 or chosen.size == 0 or not (np.isfinite(chosen).all() and (chosen > 0).all()):
-        raise InputError(
-            f"steps are {steps!r}: give positive numbers; the first contact change is at {line.radius:.1e}."
-        )
+    if steps is None:
+        chosen = line.unit * np.geomspace(*RANGE, COUNT)
+    else:
+        chosen = np.sort(np.atleast_1d(np.asarray(steps, float)))
     found = [line.difference(float(t)) for t in chosen]
     return DerivativeTest(
         chosen,

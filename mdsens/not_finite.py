@@ -1,0 +1,79 @@
+"""Which part of the energy is no number where a computation ended in NOT_FINITE, in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mdsens.boxes import nearest_image
+from mdsens.implicit.status import Status
+from mdsens.laws import PairTerm
+from mdsens.pair_trial import NAMES, derivatives
+from mdsens.system import System, pair_distances
+
+__all__ = ["where_not_finite"]
+
+# Of a law that is more than pairs, along one direction, as forces, Hessian products and their derivatives are taken.
+OF_ENERGY = ("the energy", "a force", "the Hessian", "the third derivative")
+
+
+def where_not_finite(status: Status, system: System) -> str:
+    """ ", where ..." for the message of a status: the law, the pair and the lowest derivative that is not finite.
+
+    Nothing for any other status than NOT_FINITE, where all are finite at the system's positions, or where these are
+    not. Host code, and as slow as compiling each law: for errors alone.
+    """
+    positions = np.asarray(system.positions)
+    if status is not Status.NOT_FINITE or system.batch is not None or not np.isfinite(positions).all():
+        return ""
+    for law in getattr(system.potential, "laws", (system.potential,)):
+        kinds = (system.neighbours.pairs, system.n, system.species, system.species_count)
+        found = [_of_pairs(law.name, term, system) for term in law.terms(system.params, *kinds)]
+        found += [] if law.pairwise else [_of_law(law, system)]
+        for said in found:
+            if said:
+                return f", where {said}"
+    return ""
+
+
+def _of_pairs(name: str, term: PairTerm, system: System) -> str:
+    r = pair_distances(term, system.positions, system.box)
+    orders = np.asarray(derivatives(term.phi, f"phi of {name}", r, [jnp.broadcast_to(v, r.shape) for v in term.values]))
+    bad = ~np.isfinite(orders) & np.asarray(term.mask)
+    if not bad.any():
+        return ""
+    order, k = (int(i) for i in np.argwhere(bad)[0])
+    i, j = int(term.i[k]), int(term.j[k])
+    value = orders[order, k]
+    return f"{NAMES[order]} of {name} is {value:.3g} at r = {float(r[k]):.6g}, the distance of particles {i} and {j}"
+
+
+def _of_law(law: Any, system: System) -> str:
+    for order, size in enumerate(np.asarray(_orders(law, system))):
+        if not np.isfinite(size):
+            return f"{OF_ENERGY[order]} of {law.name} is {size:.3g} at these positions"
+    return ""
+
+
+@jax.jit
+def _orders(law: Any, system: System) -> jax.Array:
+    """The energy, the size of the forces, of a Hessian product and of its derivative."""
+    box = system.box
+
+    def displacement(a: jax.Array, b: jax.Array, **_: Any) -> jax.Array:
+        return nearest_image(a - b, box)
+
+    def energy(R: jax.Array) -> jax.Array:
+        return law.many_body(R, system.params, displacement, system.species, system.species_count)
+
+    R, slope = system.positions, jax.grad(energy)
+    along = jnp.cos(jnp.arange(R.size, dtype=R.dtype) ** 2).reshape(R.shape)
+
+    def second(R: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.jvp(slope, (R,), (along,))
+
+    (force, product), (_, third) = jax.jvp(second, (R,), (along,))
+    return jnp.stack([energy(R), *(jnp.linalg.norm(x) for x in (force, product, third))])
