@@ -450,8 +450,9 @@ def _in_one_piece(places: np.ndarray, joined: np.ndarray, box: np.ndarray | None
 def _motions(places: np.ndarray, turns: bool) -> Iterator[np.ndarray]:
     """Rigid motions of some points: displacements like ``places``."""
     n, d = places.shape
+    extent = np.abs(places).max() or 1.0  # of the size of a turn, in any unit
     for axis in range(d):
-        yield np.eye(d)[axis] * np.ones((n, 1))
+        yield extent * np.eye(d)[axis] * np.ones((n, 1))
     arms = places - places.mean(axis=0)
     for a in range(d if turns else 0):
         for b in range(a):
