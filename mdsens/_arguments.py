@@ -127,13 +127,15 @@ def parser(
         "moduli",
         "relax a system, and measure its elastic moduli",
         "Bulk, shear and Young's modulus and Poisson's ratio, in both conventions for a solid under pressure; with "
-        "--wrt their derivatives by a parameter.",
+        f"--wrt their derivatives by a parameter. If the bulk or the shear modulus is not positive, the exit code is "
+        f"{UNTRUSTED}; a strain that lowers the enthalpy, though both are, is a warning.",
     )
     common(made)
     pressed(made)
     made.add_argument("--wrt", metavar="NAME", type=_wrt, help=WRT)
     made.add_argument("--plot", type=Path, metavar="FIGURE", help="in 2-D: draw E and nu against the angle")
     made.add_argument("--json", type=Path, metavar="FILE.json", help="store the tensors and their derivatives")
+    strict(made)
 
     made = command(
         "design",

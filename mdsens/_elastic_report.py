@@ -14,7 +14,7 @@ from mdsens.elasticity import Moduli, gradient, isotropic, voigt
 from mdsens.sensitivity import Linearization
 from mdsens.strains import basis
 
-__all__ = ["derivatives", "page", "slopes_of"]
+__all__ = ["as_dict", "derivatives", "page", "slopes_of", "verdict"]
 
 MODULI = {"K": "bulk", "G": "shear", "E": "young", "nu": "poisson"}
 
@@ -46,7 +46,7 @@ def slopes_of(lin: Linearization, parts: Sequence[Component]) -> dict[str, np.nd
         given = m.pressure if lin.cell is None else jnp.zeros(())  # at a pressure it stays, but for its own change
         return jnp.stack([given, *both])
 
-    value = gradient(features, lin).value
+    value = gradient(features, lin, throw=False).value  # the page says what the moduli are of
     names = ["P", *MODULI, *(f"{name}_B" for name in MODULI)]
 
     def along(part: Component) -> np.ndarray:
@@ -57,6 +57,34 @@ def slopes_of(lin: Linearization, parts: Sequence[Component]) -> dict[str, np.nd
 
     columns = [along(part) for part in parts]
     return dict(zip(names, np.stack(columns, axis=1), strict=True))
+
+
+def as_dict(found: Moduli, parts: Sequence[Component], slopes: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Tensors and derivatives as plain numbers, for JSON; None stands for what is no number."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, list):
+            return [plain(v) for v in value]
+        return float(value) if np.isfinite(value) else None
+
+    tensors = {
+        name: plain(np.asarray(getattr(found, name)).tolist()) for name in ("tensor", "birch", "affine", "stress")
+    }
+    by = {
+        part.label: {k: plain(v) for k, v in zip(slopes, row, strict=True)}
+        for part, row in zip(parts, zip(*slopes.values(), strict=True), strict=True)
+    }
+    return {**tensors, "status": found.status.name, "derivatives": by}
+
+
+def verdict(found: Moduli) -> str:
+    """The last line: what the moduli are worth."""
+    status = found.status
+    if not status.good:
+        return f"not to be trusted: {status.sentence}"
+    if status.warning:
+        return f"good, but see the warning: {status.sentence}"
+    return "good: stable against every strain"
 
 
 def derivatives(parts: Sequence[Component], slopes: dict[str, np.ndarray], count: int) -> str:

@@ -162,9 +162,12 @@ def _sensitivity(args: argparse.Namespace) -> int:
     for k, part in enumerate(parts):
         found = _report.examined(eq, lin, part, check=not args.no_check)
         certificate = ms.certify(lin, part.direction)
-        warned += [f"{part.label}: {sentence}" for _, sentence in certificate.warnings]
-        if not found.reason and not certificate.status.good:
-            found = found._replace(reason=certificate.findings[0][1])
+        # a derivative in the cell holds whether the configuration would keep its shape without it or not
+        warns = [sentence for code, sentence in certificate.findings if code.warning or code is Status.UNSTABLE]
+        grave = [sentence for code, sentence in certificate.findings if not (code.good or code is Status.UNSTABLE)]
+        warned += [f"{part.label}: {sentence}" for sentence in warns]
+        if not found.reason and grave:
+            found = found._replace(reason=grave[0])
         findings.append(found)
         print(_report.sensitivity(found), certificate.page(derivative_only=k > 0), sep="\n\n", end="\n\n", flush=True)
     if args.out:
@@ -210,8 +213,6 @@ def _certify(args: argparse.Namespace) -> int:
 def _moduli(args: argparse.Namespace) -> int:
     import json
 
-    import numpy as np
-
     import mdsens as ms
     from mdsens.files import replacing
 
@@ -219,7 +220,7 @@ def _moduli(args: argparse.Namespace) -> int:
     _writable("--json", args.json, (".json",))
     _, lin, parts = _relaxed(args)
     ms.implicit.raise_for_status(Status(int(lin.status)), "this minimum has no moduli", lin)
-    found = ms.elasticity.moduli(lin)
+    found = ms.elasticity.moduli(lin, throw=False)
     print(_elastic_report.page(found), end="\n\n", flush=True)
     slopes = _elastic_report.slopes_of(lin, parts) if parts else {}
     if parts:
@@ -228,17 +229,11 @@ def _moduli(args: argparse.Namespace) -> int:
         _figure(args.plot, lambda: ms.plots.moduli(found)[0])
         print(f"wrote {args.plot}")
     if args.json:
-        whole = {name: np.asarray(getattr(found, name)).tolist() for name in ("tensor", "birch", "affine", "stress")}
-        by = {part.label: {k: float(v) for k, v in zip(slopes, row, strict=True)}
-              for part, row in zip(parts, zip(*slopes.values(), strict=True), strict=True)}  # fmt: skip
         with replacing(args.json) as file:
-            file.write(json.dumps({**whole, "derivatives": by}, indent=1).encode())
+            file.write(json.dumps(_elastic_report.as_dict(found, parts, slopes), indent=1).encode())
         print(f"wrote {args.json}")
-    if float(found.stability) > 0:
-        print("good: stable against every strain")
-        return GOOD
-    print("not to be trusted: unstable against a strain, at this pressure the cell would not stay as it is")
-    return UNTRUSTED
+    print(_elastic_report.verdict(found))
+    return UNTRUSTED if not found.status.good or (args.strict and found.status.warning) else GOOD
 
 
 def _design(args: argparse.Namespace) -> int:

@@ -13,13 +13,18 @@ stress by the strain,
 whose bulk modulus is -V dP/dV at constant shape (Voigt's average: a cell whose shape may follow, as of
 ``minimize(pressure=P, shape=True)``, gives way a little more), with P (d - 1) / d more than A's, and whose shear
 modulus is P / 2 less (Barron and Klein, Proc. Phys. Soc. 85, 523, 1965; Wallace, Thermodynamics of Crystals, 1972).
+
+At imposed strain A is what it is, of either sign. Numbers of a solid it gives where the bulk and the shear modulus are
+positive, of A and of B: else the status is FLOPPY where one is zero to round-off, UNSTABLE where one is negative, both
+of which raise. Where they are positive and some strain still lowers the enthalpy, B not positive definite, moduli are
+the averages that they always are, and the status warns, SHAPE_HELD: see :mod:`mdsens.stability`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,43 +35,21 @@ from mdsens import sensitivity
 from mdsens._checks import real_array
 from mdsens._tables import Shown
 from mdsens.doors import STRAIN, Response, aside, finite_or_said, strain_is_silent, through
-from mdsens.implicit._attributes import Named
 from mdsens.implicit._traceable import Traceable
 from mdsens.implicit.linear import linear_solve
 from mdsens.implicit.operators import Auto, Method
-from mdsens.implicit.status import InputError, Portable, SolveStats, Status, raise_for_status, reduced
+from mdsens.implicit.status import InputError, Portable, SolveStats, Status, raise_for_status
 from mdsens.linearization import Linearization, full_tangent, linearised, require_sound
 from mdsens.not_finite import where_not_finite
 from mdsens.relaxation import Equilibrium
 from mdsens.scales import unrelaxed
+from mdsens.stability import Isotropic, birch, cleared, isotropic_part, softest_strain, solid, tensors
 from mdsens.stationarity import Unknowns, hessian_operator, linearisation, max_force
-from mdsens.strains import basis, forces_of_strain, from_mandel, stiffness_along, strain_slope, to_mandel
+from mdsens.strains import basis, forces_of_strain, to_mandel
 from mdsens.system import System, require_unconstrained
 
 __all__ = ["Isotropic", "Moduli", "directional", "gradient", "isotropic", "jvp", "mandel", "moduli"]
 __all__ += ["value_and_gradient", "voigt"]
-
-
-class Isotropic(NamedTuple):
-    """The isotropic solid nearest to a tensor: what an average over all directions sees. Energy a volume; nu a number.
-
-    Attributes:
-      bulk: K = C_iijj / d^2.
-      shear: G = (C_ijij - C_iijj / d) / ((d - 1) (d + 2)), Voigt's average.
-      young: E = 2 d^2 K G / (d (d - 1) K + 2 G).
-      poisson: nu = (d K - 2 G) / (d (d - 1) K + 2 G), between -1 and 1 in 2-D, -1 and 1/2 in 3-D.
-    """
-
-    bulk: jax.Array
-    shear: jax.Array
-    young: jax.Array
-    poisson: jax.Array
-
-    def __reduce__(self) -> Any:
-        return reduced(self, self._asdict())
-
-    if not TYPE_CHECKING:
-        __getattr__ = Named.__getattr__  # a NamedTuple has no other base
 
 
 def _tensor(given: Any) -> jax.Array:
@@ -81,16 +64,7 @@ def _tensor(given: Any) -> jax.Array:
 
 def isotropic(tensor: jax.Array) -> Isotropic:
     """The isotropic part of a stiffness tensor (d, d, d, d), of either convention; see :class:`Isotropic`."""
-    return _isotropic(_tensor(tensor))
-
-
-@jax.jit  # a function of the moduli is differentiated anew at each call, and this is in most of them
-def _isotropic(tensor: jax.Array) -> Isotropic:
-    d = tensor.shape[0]
-    iijj, ijij = jnp.einsum("iijj->", tensor), jnp.einsum("ijij->", tensor)
-    bulk, shear = iijj / d**2, (ijij - iijj / d) / ((d - 1) * (d + 2))
-    whole = d * (d - 1) * bulk + 2.0 * shear
-    return Isotropic(bulk, shear, 2.0 * d**2 * bulk * shear / whole, (d * bulk - 2.0 * shear) / whole)
+    return isotropic_part(_tensor(tensor))
 
 
 def mandel(tensor: jax.Array) -> jax.Array:
@@ -110,7 +84,8 @@ def directional(tensor: jax.Array, directions: Any) -> tuple[jax.Array, jax.Arra
     """Young's modulus and Poisson's ratio under a uniaxial stress along directions, E(n) and nu(n).
 
     With the compliance S, the inverse of the tensor: E = 1 / (nn:S:nn), and nu = -E nn:S:(1 - nn) / (d - 1), in 3-D the
-    mean over what is across.
+    mean over what is across. Where a strain along n costs nothing, E is zero and nu NaN: the stress has nothing to
+    stand on. Nothing is a singular value of the tensor below 100 eps of the largest.
 
     Args:
       tensor: (d, d, d, d) of either convention; Birch's for what a tensile test would see.
@@ -127,9 +102,14 @@ def directional(tensor: jax.Array, directions: Any) -> tuple[jax.Array, jax.Arra
     n = given / largest
     n = n / jnp.linalg.norm(n, axis=-1, keepdims=True)
     along = jnp.einsum("...i,...j,aij->...a", n, n, basis(d))
-    strain = jnp.linalg.solve(mandel(tensor), along.reshape(-1, along.shape[-1]).T).T.reshape(along.shape)
+    matrix, eps = mandel(tensor), float(jnp.finfo(tensor.dtype).eps)
+    left, sizes, right = jnp.linalg.svd(jax.lax.stop_gradient(matrix))
+    nothing = sizes <= 100.0 * eps * sizes[0]
+    filled = matrix + jnp.where(sizes[0] > 0, sizes[0], 1.0) * (left * nothing) @ right  # what is solved for elsewhere
+    falls = jnp.linalg.norm((along @ left) * nothing, axis=-1) > eps**0.5
+    strain = jnp.linalg.solve(filled, along.reshape(-1, along.shape[-1]).T).T.reshape(along.shape)
     on, whole = jnp.sum(strain * along, axis=-1), strain @ jnp.einsum("aii->a", basis(d))
-    return 1.0 / on, -(whole - on) / ((d - 1) * on)
+    return jnp.where(falls, 0.0, 1.0 / on), jnp.where(falls, jnp.nan, -(whole - on) / ((d - 1) * on))
 
 
 @jax.tree_util.register_dataclass
@@ -138,15 +118,18 @@ class Moduli(Portable, Shown):
     """Elastic moduli with their evidence. Frozen, and a pytree.
 
     Attributes:
-      tensor: (d, d, d, d) A, relaxed, at imposed strain; energy a volume. ``bulk``, ``shear``, ``young`` and
-        ``poisson`` are of this one.
+      tensor: (d, d, d, d) A, relaxed, at imposed strain; energy a volume; zero where all of it is round-off. ``bulk``,
+        ``shear``, ``young`` and ``poisson`` are of this one: zero where they are round-off, and ratios of zeros NaN.
       affine: (d, d, d, d) what A would be if particles followed the strain.
       stress: (d, d) Cauchy, positive in tension.
       nonaffine: (m, n, d) displacements from the affine places, by each Mandel component of the strain; rattlers zero.
-      stats: of the m linear solves. The error of the tensor is of the order of the residual squared.
+      stats: of the m linear solves. The error of the tensor is of the order of the residual squared. Where the solves
+        are good the status says what the tensor is of: FLOPPY, STIFFNESS_UNSETTLED or UNSTABLE where its numbers are
+        those of no solid, SHAPE_HELD as a warning; see :func:`mdsens.stability.verdict`.
+      round_off: a stiffness as small is none; see :func:`mdsens.stability.resolution`.
 
-    and, made of these: ``bulk``, ``shear``, ``young``, ``poisson``, ``pressure``, ``birch`` (d, d, d, d) and
-    ``stability``, the smallest eigenvalue of the symmetrised Birch tensor.
+    and, made of these: ``bulk``, ``shear``, ``young``, ``poisson``, ``pressure``, ``birch`` (d, d, d, d), the smallest
+    eigenvalue of the symmetrised Birch tensor as ``stability``, and the worst of the stats' as ``status``.
     """
 
     tensor: jax.Array
@@ -154,11 +137,17 @@ class Moduli(Portable, Shown):
     stress: jax.Array
     nonaffine: jax.Array
     stats: SolveStats
+    round_off: jax.Array
+
+    @property
+    def status(self) -> Status:
+        """The worst status among the stats'; of concrete moduli, not of traced ones."""
+        return Status(int(np.max(np.asarray(self.stats.status))))
 
     @property
     def birch(self) -> jax.Array:
         """(d, d, d, d) B, the derivative of the Cauchy stress by the strain, with A's relaxation; see the module."""
-        return _birch(self.tensor, self.stress)
+        return cleared(birch(self.tensor, self.stress), self.round_off)
 
     @property
     def pressure(self) -> jax.Array:
@@ -168,35 +157,32 @@ class Moduli(Portable, Shown):
     @property
     def bulk(self) -> jax.Array:
         """K of A; -V dP/dV is ``isotropic(moduli.birch).bulk``."""
-        return isotropic(self.tensor).bulk
+        return isotropic_part(self.tensor, self.round_off).bulk
 
     @property
     def shear(self) -> jax.Array:
         """G of A, averaged over directions."""
-        return isotropic(self.tensor).shear
+        return isotropic_part(self.tensor, self.round_off).shear
 
     @property
     def young(self) -> jax.Array:
         """E of A."""
-        return isotropic(self.tensor).young
+        return isotropic_part(self.tensor, self.round_off).young
 
     @property
     def poisson(self) -> jax.Array:
         """nu of A."""
-        return isotropic(self.tensor).poisson
+        return isotropic_part(self.tensor, self.round_off).poisson
 
     @property
     def stability(self) -> jax.Array:
         """The smallest eigenvalue of B, symmetrised: positive where no strain lowers the free enthalpy (Born)."""
-        birch = self.birch
-        return jnp.min(jnp.linalg.eigvalsh(to_mandel(0.5 * (birch + jnp.transpose(birch, (2, 3, 0, 1))))))
+        return softest_strain(self.birch)
 
     _title = "Elastic moduli"
 
     def _rows(self) -> list[tuple[str, str]]:
-        worst = Status(int(np.max(np.asarray(self.stats.status))))
-        measured, whole = isotropic(self.tensor), isotropic(self.affine)
-        of_birch = isotropic(self.birch)
+        measured, whole, of_birch = (isotropic_part(x, self.round_off) for x in (self.tensor, self.affine, self.birch))
 
         def line(name: str) -> str:
             a, b, c = (float(getattr(x, name)) for x in (measured, of_birch, whole))
@@ -209,18 +195,9 @@ class Moduli(Portable, Shown):
             ("Young's modulus", line("young")),
             ("Poisson's ratio", line("poisson")),
             ("smallest eigenvalue", f"{float(self.stability):.6g} of Birch's tensor: stable where positive"),
-            ("status", f"{worst.name}: {worst.sentence}"),
+            ("status", f"{self.status.name}: {self.status.sentence}"),
             ("residual", f"{float(np.max(np.asarray(self.stats.residual))):.1e}, by {self.stats.solver}"),
         ]
-
-
-@jax.jit
-def _birch(tensor: jax.Array, stress: jax.Array) -> jax.Array:
-    unit = jnp.eye(stress.shape[0], dtype=stress.dtype)
-    crossed = jnp.einsum("ik,jl->ijkl", stress, unit)
-    crossed = crossed + jnp.swapaxes(crossed, 2, 3)
-    crossed = crossed + jnp.swapaxes(crossed, 0, 1)
-    return tensor + 0.25 * crossed - jnp.einsum("ij,kl->ijkl", stress, unit)
 
 
 def moduli(of: Equilibrium | Linearization | System, *, solve: Method | None = None, throw: bool = True) -> Moduli:
@@ -236,7 +213,9 @@ def moduli(of: Equilibrium | Linearization | System, *, solve: Method | None = N
       :class:`Moduli`.
 
     Raises:
-      InputError: open boundaries, a batch. ConvergenceError: no minimum, or a solve that did not converge.
+      InputError: open boundaries, a batch. ConvergenceError: no minimum; a solve that did not converge; a bulk or shear
+      modulus that is zero to round-off (FLOPPY), in doubt (STIFFNESS_UNSETTLED) or negative (UNSTABLE): the message
+      gives both, and ``throw=False`` the tensor, of which each entry is what it is.
     """
     if isinstance(of, System):
         _check_cell(of)
@@ -247,12 +226,21 @@ def moduli(of: Equilibrium | Linearization | System, *, solve: Method | None = N
     _check_cell(lin.system)
     require_sound(lin, of, throw)
     strained = through(STRAIN, lin, jnp.asarray(basis(lin.system.dimension), lin.system.positions.dtype), many=True)
-    found = _with_motion(lin.system, strained.value, strained.stats)
+    found = _judged(lin.system, strained.value, strained.stats, lin.equilibrium.max_force)
     if throw:
-        worst = Status(int(np.max(np.asarray(found.stats.status))))
-        where = where_not_finite(worst, lin.system)
-        raise_for_status(worst, f"elastic moduli by {found.stats.solver}{where}", found)
+        where = where_not_finite(found.status, lin.system)
+        raise_for_status(found.status, f"elastic moduli by {found.stats.solver}{where}{_figures(found)}", found)
     return found
+
+
+def _figures(of: Moduli) -> str:
+    """What a message that refuses moduli says of them, where the solves are good and the solid is none."""
+    if of.status not in (Status.FLOPPY, Status.STIFFNESS_UNSETTLED, Status.UNSTABLE):
+        return ""
+    return (
+        f": bulk modulus {float(of.bulk):.3g}, shear modulus {float(of.shear):.3g}, smallest eigenvalue of Birch's "
+        f"tensor {float(of.stability):.3g} (throw=False gives them)"
+    )
 
 
 def gradient(
@@ -304,9 +292,14 @@ def jvp(
     require_sound(lin, at, throw)
     held = moduli(lin, throw=throw)
     moved = sensitivity.jvp(lin, dparams, throw=throw)
-    rates = _pushed(lin.traced(tuple(dparams)), held.nonaffine, held.stats, lin.unknown(moved.value), tangent)
+    rates = _pushed(lin.traced(tuple(dparams)), held, lin.unknown(moved.value), tangent)
     _, rate = jax.jvp(_of_tensors(observe, held), (held.tensor, held.affine, held.stress), rates)
-    return dataclasses.replace(moved, value=rate, nonaffine=None)
+    finite = jnp.all(jnp.isfinite(rate))
+    found = dataclasses.replace(moved, value=rate, nonaffine=None, stats=finite_or_said(moved.stats, finite))
+    found = _as_good_as(held, found)
+    if throw:
+        raise_for_status(found.status, "jvp of elastic moduli", found)
+    return found
 
 
 def value_and_gradient(
@@ -325,10 +318,19 @@ def value_and_gradient(
     core = lin.traced(tuple(lin.params))
 
     def pulled(at: Linearization) -> Any:
-        return _pulled(at, held.nonaffine, held.stats, weights)
+        return _pulled(at, held, weights)
 
     cotangents, direct = pulled(core)
-    return value, sensitivity.total(lin, value, cotangents, direct, throw, lambda: pulled(aside(core))[0])
+    found = sensitivity.total(lin, value, cotangents, direct, throw, lambda: pulled(aside(core))[0])
+    return value, _as_good_as(held, found)
+
+
+def _as_good_as(held: Moduli, result: Response) -> Response:
+    """A derivative of moduli, with the status of these where that is worse, or says that they are none."""
+    worst, own = held.status, result.stats.status
+    code = jnp.where(own < Status.MAX_STEPS_REACHED.value, jnp.maximum(own, worst.value), own)
+    code = code if worst.good else jnp.full_like(own, worst.value)
+    return dataclasses.replace(result, stats=dataclasses.replace(result.stats, status=code))
 
 
 def _function(of: Any, at: Any, solve: Any) -> tuple[Linearization, Callable[[Moduli], jax.Array]]:
@@ -354,7 +356,7 @@ def _shapes(system: System) -> Moduli:
     m = d * (d + 1) // 2
     counts, sizes = jnp.zeros(m, jnp.int32), jnp.zeros(m, dtype)
     stats = SolveStats(counts, sizes, counts, sizes)
-    return jax.eval_shape(_with_motion, system, jnp.zeros((m, n, d), dtype), stats)
+    return jax.eval_shape(_judged, system, jnp.zeros((m, n, d), dtype), stats, jnp.zeros((), dtype))
 
 
 def _of_tensors(observe: Callable[[Moduli], jax.Array], held: Moduli) -> Callable[..., jax.Array]:
@@ -366,26 +368,26 @@ def _of_tensors(observe: Callable[[Moduli], jax.Array], held: Moduli) -> Callabl
     return of_tensors
 
 
-def _tensors(lin: Linearization, motion: jax.Array, stats: SolveStats) -> Callable[..., tuple[jax.Array, ...]]:
+def _tensors(lin: Linearization, held: Moduli) -> Callable[..., tuple[jax.Array, ...]]:
     """The tensors and the stress as functions of the unknowns and the parameters, the displacements as they are."""
 
-    def tensors(x: Unknowns, params: Any) -> tuple[jax.Array, ...]:
-        found = _with_motion(lin.moved(lin.system, x, params), motion, stats)
-        return found.tensor, found.affine, found.stress
+    def at(x: Unknowns, params: Any) -> tuple[jax.Array, ...]:
+        tensor, affine, stress = tensors(lin.moved(lin.system, x, params), held.nonaffine)
+        return cleared(tensor, held.round_off), affine, stress
 
-    return tensors
+    return at
 
 
 @jax.jit
-def _pushed(lin: Linearization, motion: jax.Array, stats: SolveStats, x: Unknowns, params: Any) -> Any:
+def _pushed(lin: Linearization, held: Moduli, x: Unknowns, params: Any) -> Any:
     """How fast the tensors change as the unknowns and the parameters do."""
-    return jax.jvp(_tensors(lin, motion, stats), (lin.unknowns, dict(lin.params)), (x, dict(params)))[1]
+    return jax.jvp(_tensors(lin, held), (lin.unknowns, dict(lin.params)), (x, dict(params)))[1]
 
 
 @jax.jit
-def _pulled(lin: Linearization, motion: jax.Array, stats: SolveStats, weights: tuple[jax.Array, ...]) -> Any:
+def _pulled(lin: Linearization, held: Moduli, weights: tuple[jax.Array, ...]) -> Any:
     """What each of some combinations of the tensors owes to the unknowns and to the parameters."""
-    pull = jax.vjp(_tensors(lin, motion, stats), lin.unknowns, lin.params)[1]
+    pull = jax.vjp(_tensors(lin, held), lin.unknowns, lin.params)[1]
     return jax.vmap(lambda w: pull(w))(weights)
 
 
@@ -397,14 +399,13 @@ def _check_cell(system: System) -> None:
         raise InputError(f"moduli are of one system: loop over ms.unstack, or use jax.vmap, for these {system.batch}.")
 
 
-@jax.jit
-def _with_motion(system: System, motion: jax.Array, stats: SolveStats) -> Moduli:
-    """The moduli of a backbone whose particles move by (m, n, d) beside the affine strain."""
-    unit, volume = jnp.asarray(basis(system.dimension), system.positions.dtype), system.volume
-    relaxed, affine = (stiffness_along(system, unit, m) / volume for m in (motion, jnp.zeros_like(motion)))
-    stress = from_mandel(strain_slope(system, unit) / volume)
-    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(part)) for part in (relaxed, affine, stress)]))
-    return Moduli(from_mandel(relaxed), from_mandel(affine), stress, motion, finite_or_said(stats, finite))
+def _judged(system: System, motion: jax.Array, stats: SolveStats, max_force: Any) -> Moduli:
+    """The moduli of a backbone, with the status that says what they are of."""
+    found = solid(system, motion, max_force, jnp.max(stats.residual))
+    good = stats.status < Status.MAX_STEPS_REACHED.value
+    said = jnp.where(good, jnp.maximum(stats.status, found.status), stats.status)
+    stats = dataclasses.replace(stats, status=said)
+    return Moduli(found.tensor, found.affine, found.stress, motion, stats, found.round_off)
 
 
 def _of_system(system: System, solve: Method) -> Moduli:
@@ -424,4 +425,4 @@ def _of_system(system: System, solve: Method) -> Moduli:
     code = jnp.where(net.unjammed, Status.UNJAMMED.value, Status.CONVERGED.value)
     code = jnp.where(unrelaxed(still, left, net.mean_force), Status.UNCONVERGED.value, code)
     stats = dataclasses.replace(stats, status=jnp.where(code > 0, code, stats.status))
-    return _with_motion(held, motion, stats)
+    return _judged(held, motion, stats, left)

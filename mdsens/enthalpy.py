@@ -21,6 +21,7 @@ import numpy as np
 
 from mdsens.boxes import FixedBox
 from mdsens.implicit.status import Portable, Status
+from mdsens.stability import resolution
 from mdsens.stiffness import Stiffness
 from mdsens.strains import basis, forces_of_strain, stiffness_along, strain_slope, uniform
 from mdsens.system import System, potential_energy
@@ -80,8 +81,8 @@ class Cell(Portable):
       motion: (k, n, d) X, the displacements from the affine places by each.
       slope: (k,) dh/de.
       stiffness: (k, k) S, the second derivative of the enthalpy with particles relaxed.
-      compliance: (k, k) S^-1; zero where S is singular.
-      status: of the solves; INDEFINITE where S is not positive definite.
+      compliance: (k, k) S^-1; zero where S is, to round-off.
+      status: of the solves; INDEFINITE where S is not positive definite, FLOPPY where it is zero to round-off.
     """
 
     along: jax.Array
@@ -108,11 +109,13 @@ class Cell(Portable):
         code = max([int(code) for code in codes if not Status(int(code)).good], default=Status.CONVERGED.value)
         finite = bool(np.isfinite(matrix).all())
         values, vectors = np.linalg.eigh(matrix if finite else np.eye(len(along)))
-        firm = np.abs(values) > 1e-13 * np.max(np.abs(values), initial=0.0)
+        flat = motion.reshape(len(along), -1)
+        affine = matrix + flat @ stiffness.products(flat.T)  # with what the particles give back by X
+        firm = np.abs(values) > float(resolution(system, affine, motion, 0.0, 0.0)[0])
         if not finite:
             code = Status.NOT_FINITE.value
         elif code == Status.CONVERGED and not (firm & (values > 0)).all():
-            code = Status.INDEFINITE.value
+            code = (Status.INDEFINITE if (firm & (values < 0)).any() else Status.FLOPPY).value
         inverse = (vectors * np.where(firm, 1.0 / np.where(firm, values, 1.0), 0.0)) @ vectors.T
         given, moves, slopes, matrix, inverse = (
             jnp.asarray(x, dtype) for x in (pressure, motion, slope, matrix, inverse)

@@ -336,8 +336,9 @@ def _modes(system: System, null: NullSpace, count: int) -> tuple[jax.Array, jax.
     k = min(count + LOOK, n * d)
     last = values[count - 1]
     there = (values <= last + EQUAL * jnp.abs(last)) & (values < 1.5 * size)
-    weights = there[:k] / jnp.maximum(jnp.sum(there[:k]), 1)
     nothing = max(NULL, 8.0 * n * d * float(jnp.finfo(values.dtype).eps)) * size
+    # what is zero to round-off adds zero to the mean
+    weights = there[:k] * (jnp.abs(values[:k]) > nothing) / jnp.maximum(jnp.sum(there[:k]), 1)
     found = jnp.sum(there)
     status = jnp.where(found > count, Status.DEGENERATE.value, Status.CONVERGED.value)
     status = jnp.where(found > k, Status.UNRESOLVED.value, status)

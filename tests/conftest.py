@@ -58,6 +58,47 @@ def relaxed_packing(name: str, index: int) -> ms.Equilibrium:
     return ms.minimize(packing(name, index), tolerance=1e-13)
 
 
+@cache
+def ring(pulled: float = 0.0, dtype: Any = np.float64) -> ms.System:
+    """Thirty springs in a closed ring within a periodic cell, at rest or stretched: it has no modulus whatever."""
+    angle = 2.0 * np.pi * np.arange(30) / 30
+    places = 10.0 + (3.0 + pulled) * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    law = ms.potentials.harmonic_bonds([[k, (k + 1) % 30] for k in range(30)])
+    length = 6.0 * np.sin(np.pi / 30)
+    return ms.System.create(places.astype(dtype), dtype(20.0), law, {"stiffness": 1.0, "length": length})
+
+
+@cache
+def square_lattice(diagonals: float) -> ms.System:
+    """25 nodes on a square lattice, a spring of stiffness 1 to each neighbour and one across each square, at rest.
+
+    C11 = 1 + k, C12 = C44 = k, the stiffness of the diagonals; each node is a centre of symmetry, and follows a strain.
+    """
+    j, i = np.divmod(np.arange(25), 5)
+
+    def bonds(right: int, up: int) -> np.ndarray:
+        return np.stack([5 * j + i, 5 * ((j + up) % 5) + (i + right) % 5], axis=1)
+
+    law = ms.potentials.harmonic_bonds(np.concatenate([bonds(1, 0), bonds(0, 1), bonds(1, 1), bonds(1, -1)]))
+    params = {"stiffness": np.repeat([1.0, diagonals], 50), "length": np.repeat([1.0, 2.0**0.5], 50)}
+    return ms.System.create(np.stack([i, j], axis=1).astype(float), 5.0, law, params)
+
+
+# By the seed of its start, what sixteen discs are without their cell.
+SOLIDS = {"stable": 5, "sheared away": 4, "unstable": 2}
+
+
+def sixteen_discs(kind: str) -> ms.System:
+    """Of a negative shear modulus, or one that some strain lowers the enthalpy of, or stable."""
+    box = {"packing_fraction": 0.9, "follows": "nothing"}
+    return ms.load_system("seed_packing_2d", seed=SOLIDS[kind], count=16, parameters={"sigma": [1.0, 1.4]}, box=box)
+
+
+@cache
+def discs_at_rest(kind: str) -> ms.Equilibrium:
+    return ms.minimize(sixteen_discs(kind), tolerance=1e-13)
+
+
 @pytest.fixture(params=PACKINGS)
 def packing_name(request: pytest.FixtureRequest) -> str:
     return request.param

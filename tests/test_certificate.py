@@ -8,8 +8,10 @@ from functools import cache
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import discs_at_rest, ring
 
 import mdsens as ms
+from mdsens.boxes import FixedBox
 from mdsens.stationarity import dense_hessian
 
 THETA = {"sigma": [0.0, 1.0]}
@@ -139,6 +141,64 @@ def test_a_floppy_network():
     c = ms.certify(eq, {"length": 1.0})
     assert c.status is ms.Status.FLOPPY and c.floppy_modes == 1 and c.zero_modes == 4
     assert (c.translations, c.rotations) == (2, 1)
+
+
+def test_a_minimum_that_its_cell_alone_holds():
+    """Its shear modulus is negative: what is stable in the cell falls in enthalpy as the cell shears."""
+    eq = discs_at_rest("unstable")
+    c, m = ms.certify(eq, THETA), ms.elasticity.moduli(eq, throw=False)
+    assert c.status is ms.Status.UNSTABLE and not c.status.good and c.negative_modes == 0 and c.strain is not None
+    birch = ms.elasticity.isotropic(m.birch)
+    want = [float(birch.bulk), float(birch.shear), float(m.stability)]
+    np.testing.assert_allclose([c.strain.bulk, c.strain.shear, c.strain.smallest], want, rtol=1e-9)
+    assert f"shear modulus {want[1]:.3g}" in c.findings[0][1] and "against strain" in str(c)
+    assert c.as_dict()["strain"] == {"bulk": c.strain.bulk, "shear": c.strain.shear, "smallest": c.strain.smallest,
+                                     "status": "UNSTABLE"}  # fmt: skip
+    assert c.error < 1e-8 and c.derivative is not None and c.derivative.status.good  # which in the cell holds
+    with pytest.raises(ms.ConvergenceError, match="only the cell holds this configuration"):
+        ms.certify(eq, throw=True)
+    birches = np.asarray(ms.elasticity.mandel(m.birch))
+    _, vectors = np.linalg.eigh(0.5 * (birches + birches.T))
+    x, y, xy = vectors[:, 0]
+    softest, h = np.array([[x, xy / 2**0.5], [xy / 2**0.5, y]]), 1e-4
+
+    def enthalpy(strain):
+        change, s = np.eye(2) + strain, eq.system
+        moved = s.replace(positions=jnp.asarray(np.asarray(s.positions) @ change.T))
+        there = moved.replace(boundary=FixedBox(jnp.asarray(change @ np.asarray(s.box)))).reallocate()
+        relaxed = ms.minimize(there, tolerance=1e-13).system
+        return float(ms.observables.energy(relaxed)) + float(m.pressure) * float(relaxed.volume)
+
+    middle, ends = enthalpy(0.0 * softest), [enthalpy(s * h * softest) for s in (1.0, -1.0)]
+    curvature = (ends[0] - 2.0 * middle + ends[1]) / (h**2 * float(eq.system.volume))
+    assert curvature == pytest.approx(c.strain.smallest, rel=0.05)
+
+
+def test_a_minimum_that_some_strain_lowers_is_good_in_its_cell_with_a_warning():
+    c = ms.certify(discs_at_rest("sheared away"), THETA)
+    assert c.status is ms.Status.SHAPE_HELD and c.status.warning and len(c.warnings) == 1
+    assert c.strain is not None and c.strain.shear > 0 > c.strain.smallest and c.error < 1e-8
+    d = ms.certify(discs_at_rest("stable"), THETA)
+    assert d.status is ms.Status.CONVERGED and d.strain is not None and d.strain.smallest > 0
+    for kind in ("unstable", "sheared away"):  # at its pressure, with its size free, its shape is still held
+        eq = ms.minimize(
+            discs_at_rest(kind).system, pressure=float(ms.observables.pressure(discs_at_rest(kind).system))
+        )
+        assert ms.certify(eq).status is (ms.Status.UNSTABLE if kind == "unstable" else ms.Status.SHAPE_HELD)
+
+
+def test_a_cluster_that_meets_no_image_of_itself_is_held_by_no_cell():
+    three = [[5.0, 5.0], [6.12, 5.0], [5.56, 5.97]]
+    law = ms.potentials.lennard_jones()
+    c = ms.certify(ms.minimize(ms.System.create(three, 20.0, law, {"sigma": 1.0, "epsilon": 1.0})))
+    assert c.status is ms.Status.CONVERGED and c.rotations == 1
+    assert c.strain is not None and c.strain.status in (ms.Status.FLOPPY, ms.Status.STIFFNESS_UNSETTLED)
+    assert max(map(abs, (c.strain.bulk, c.strain.shear, c.strain.smallest))) < 1e-13
+
+
+def test_the_stiffness_of_a_ring_is_zero():
+    c = ms.certify(ms.minimize(ring()))
+    assert c.status is ms.Status.FLOPPY and c.floppy_modes == 27 and c.stiffness_min == 0.0 and c.strain is None
 
 
 def test_an_unconverged_minimum():

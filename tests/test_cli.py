@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import LONG
+from conftest import LONG, SOLIDS, ring
 
 import mdsens as ms
 from mdsens import _doctor, _report, _tables, cli
@@ -208,7 +208,8 @@ def test_certify_tells_each_state(
     assert says in done.out.splitlines()[-1] and done.err == ""
     page = json.loads(stored.read_text())
     assert page["status"] == name and name in done.out
-    assert [f["status"] for f in page["findings"]] == ([] if name == "CONVERGED" else [name])
+    found = [f["status"] for f in page["findings"]]
+    assert [f for f in found if f != "SHAPE_HELD"] == ([] if name == "CONVERGED" else [name])
 
 
 @pytest.fixture
@@ -445,6 +446,50 @@ def test_sensitivities_and_certificates_at_a_pressure(tmp_path: Path, capsys):
     assert checked.code == cli.GOOD and "with its adjoint" in checked.out
     with np.load(stored) as file:
         assert file["strain"].shape == (1, 3) and file["value"].shape == (1, 16, 2) and file["pressure"] == 0.02
+
+
+RING = """
+description = "a closed ring of springs at rest"
+dimension = 2
+box = {{ lengths = [20.0, 20.0] }}
+[positions]
+kind = "list"
+values = {places}
+[potential]
+law = "harmonic_bonds"
+bonds = {bonds}
+[parameters]
+stiffness = 1.0
+length = {length}
+"""
+
+
+def test_moduli_say_what_they_are_of(tmp_path: Path, capsys):
+    """Of a ring at rest there are none; of discs of a negative shear modulus no ratio means anything."""
+    rest, path, table = ring(), tmp_path / "ring.toml", tmp_path / "m.json"
+    bonds = [[k, (k + 1) % 30] for k in range(30)]
+    length = float(rest.params["length"])
+    path.write_text(RING.format(places=np.asarray(rest.positions).tolist(), bonds=bonds, length=length))
+    none = Outcome(capsys, "moduli", path, "--json", table, "--wrt", "length", "--plot", tmp_path / "m.png")
+    assert none.code == cli.UNTRUSTED and "FLOPPY" in none.out and "not rigid" in none.out.splitlines()[-1]
+    stored = json.loads(table.read_text(), parse_constant=pytest.fail)  # no NaN, which JSON has not
+    assert (
+        stored["status"] == "FLOPPY" and stored["derivatives"]["length"]["nu"] is None and not np.any(stored["tensor"])
+    )
+    discs = packing(tmp_path, 0.9, "[1.0, 1.4]")
+    unstable, held = (("moduli", discs, "--seed", SOLIDS[kind]) for kind in ("unstable", "sheared away"))
+    bad = Outcome(capsys, *unstable)
+    assert bad.code == cli.UNTRUSTED and "the bulk or the shear modulus is not positive" in bad.out.splitlines()[-1]
+    warned, strict = Outcome(capsys, *held), Outcome(capsys, *held, "--strict")
+    assert (warned.code, strict.code) == (cli.GOOD, cli.UNTRUSTED) and "SHAPE_HELD" in warned.out
+    assert warned.out.splitlines()[-1].startswith("good, but see the warning: some strain of the cell")
+
+
+def test_a_derivative_in_the_cell_holds_where_the_cell_alone_holds_the_shape(tmp_path: Path, capsys):
+    given = (packing(tmp_path, 0.9, "[1.0, 1.4]"), "--seed", SOLIDS["unstable"])
+    found = Outcome(capsys, "sensitivity", *given, "--wrt", "sigma[1]")
+    assert found.code == cli.GOOD and found.out.splitlines()[-1].endswith("(see the warning)")
+    assert "UNSTABLE" in found.out and Outcome(capsys, "certify", *given).code == cli.UNTRUSTED
 
 
 def test_moduli_that_are_not_to_be_had(tmp_path: Path, capsys):

@@ -16,7 +16,7 @@ import matplotlib
 import numpy as np
 import optax
 import pytest
-from conftest import LONG
+from conftest import LONG, ring, sixteen_discs, square_lattice
 from scipy.optimize import lsq_linear
 
 import mdsens as ms
@@ -340,11 +340,47 @@ def test_a_member_on_the_verge_of_rearranging_does_not_count() -> None:
     """Of the sixteen, one has a negative shear modulus and a Poisson's ratio of -77, which would rule the mean."""
     box, law = {"packing_fraction": 1.0, "follows": "nothing"}, {"alpha": 2.5}
     members = [ms.load_system("seed_packing_2d", seed=k, count=64, box=box, parameters=law) for k in (12, 13, 14)]
-    verge = ms.elasticity.moduli(ms.minimize(members[1], progress=False))
+    verge = ms.elasticity.moduli(ms.minimize(members[1], progress=False), throw=False)
     assert verge.poisson < -10 and verge.shear < 0
     design = fit(Target("poisson", 0.0, 1.0, from_start=True), members, {"sigma": Free(within=0.3)}, progress=False)
     assert list(design.history[0].status) == [ms.Status.CONVERGED, ms.Status.UNSTABLE, ms.Status.CONVERGED]
     assert 0.5 < design.values[0] < 0.6
+
+
+def test_a_member_of_a_negative_modulus_does_not_count() -> None:
+    """Poisson's ratios of 0.51, 2.2 and 0.80: the second is that of no solid, the third of one that its cell holds."""
+    members = [sixteen_discs(kind) for kind in ("stable", "unstable", "sheared away")]
+    ratios = [float(ms.elasticity.moduli(ms.minimize(m, progress=False), throw=False).poisson) for m in members]
+    wide = Target("poisson", 0.0, 10.0, from_start=True)
+    design = fit(wide, members, {"sigma": Free(within=0.3)}, progress=False)
+    assert list(design.history[0].status) == [ms.Status.CONVERGED, ms.Status.UNSTABLE, ms.Status.CONVERGED]
+    assert ratios[1] > 1.0 and design.values[0] == pytest.approx(0.5 * (ratios[0] + ratios[2]), rel=1e-6)
+    with pytest.raises(ms.ConvergenceError, match="the bulk or the shear modulus is not positive"):
+        feature_response(["bulk", "poisson"], ms.minimize(members[1], progress=False))
+    pressure = fit(Target("pressure", 0.0, 1.0, from_start=True), members, "sigma", progress=False)
+    assert not pressure.history[0].status.any()  # no modulus is asked for
+
+
+def test_a_feature_without_a_value_is_refused() -> None:
+    with pytest.raises(ms.ConvergenceError, match="1 of 1 systems are no rigid minimum to begin with") as raised:
+        fit(Target("poisson", 0.1, 1e-3), ring(), "stiffness", progress=False)
+    assert raised.value.status is ms.Status.FLOPPY
+    eq = ms.minimize(ring(), progress=False)
+    seen = feature_response(["birch_poisson", "bulk"], eq, wrt="stiffness", throw=False)
+    assert seen.status is ms.Status.FLOPPY and np.isnan(seen.values[0]) and seen.values[1] == 0.0
+
+
+def test_a_value_that_is_round_off_is_no_scale() -> None:
+    """Springs at rest are under no pressure: what is computed of it would otherwise be what others are measured in."""
+    braced = square_lattice(0.3)
+    rounded = 2.0**-52 * np.random.default_rng(0).choice([-1.0, 1.0], 100)
+    eq = ms.minimize(braced.with_params({"length": braced.params["length"] * (1.0 + rounded)}), progress=False)
+    found = feature_response(["pressure", "bulk"], eq, wrt="length")
+    assert 0 < abs(found.values[0]) < 1e-15
+    assert found.scales[0] == 1.0 and found.scales[1] == pytest.approx(0.8)
+    assert 1e-3 < np.abs(found.jacobian[0]).max() < 1.0
+    with pytest.raises(ms.InputError, match=r"target pressure: a share of the value .*, zero to round-off, is no tol"):
+        fit(hold("pressure"), eq.system, "length", progress=False)
 
 
 def test_a_design_file_sets_every_field_of_the_method(tmp_path: Path) -> None:

@@ -50,6 +50,15 @@ def test_lowest_modes_are_the_dense_ones(way, monkeypatch):
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_what_is_zero_to_round_off_is_zero(way, monkeypatch):
+    """Two rings apart: one motion more than the null space that is known."""
+    matrix = sp.block_diag([chain(150), chain(150, seed=1)]).tocsc()
+    spectrum = found(matrix, 2, way, monkeypatch)
+    assert spectrum.zero == 1 and spectrum.values[0] == 0.0 and not spectrum.settled
+    assert spectrum.values[1] == pytest.approx(np.linalg.eigvalsh(matrix.toarray())[2], rel=1e-6)
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_saddles_are_counted(way, monkeypatch):
     matrix = chain(300)
     rng = np.random.default_rng(1)

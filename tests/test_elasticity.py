@@ -9,12 +9,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import LONG, PACKINGS, packing, packing_file, relative, relaxed_packing
+from conftest import (
+    LONG,
+    PACKINGS,
+    discs_at_rest,
+    packing,
+    packing_file,
+    relative,
+    relaxed_packing,
+    ring,
+    square_lattice,
+)
 
 import mdsens as ms
 from mdsens import breakpoints, elasticity, strains
 from mdsens.boxes import FixedBox
 from mdsens.elasticity import isotropic, moduli
+from mdsens.system import potential_energy
 
 AXES = {"x": 0, "y": 1, "z": 2}
 
@@ -298,6 +309,156 @@ def test_second_derivatives_of_moduli_pass_through_the_displacements():
 
     second, h = jax.jit(jax.grad(jax.grad(shear)))(0.0), 1e-6
     assert second == pytest.approx((first(h) - first(-h)) / (2 * h), rel=1e-4)
+
+
+# ── what is zero, and what is no solid ──
+
+
+def zeros(m: elasticity.Moduli) -> jax.Array:
+    return jnp.stack([m.bulk, m.shear, isotropic(m.birch).bulk, isotropic(m.birch).shear])
+
+
+def ratios(m: elasticity.Moduli) -> jax.Array:
+    return jnp.stack([m.young, m.poisson, isotropic(m.birch).young, isotropic(m.birch).poisson])
+
+
+def test_a_ring_of_springs_at_rest_has_no_moduli():
+    eq = ms.minimize(ring())
+    found = moduli(eq, throw=False)
+    assert found.status is ms.Status.FLOPPY and not np.any(found.tensor) and not np.any(found.birch)
+    assert 0 < float(found.round_off) < 1e-11 * float(jnp.max(found.affine))
+    traced = jax.jit(moduli)(eq.system)
+    for m in (found, traced):
+        assert not np.any(zeros(m)) and np.all(np.isnan(ratios(m))) and m.status is ms.Status.FLOPPY
+    young, poisson = elasticity.directional(found.tensor, np.eye(2))
+    assert not np.any(young) and np.all(np.isnan(poisson))
+    said = r"bulk modulus 0, shear modulus 0, smallest eigenvalue of Birch's tensor 0 \(throw=False gives them\)"
+    with pytest.raises(ms.ConvergenceError, match=said) as raised:
+        moduli(eq)
+    assert raised.value.status is ms.Status.FLOPPY and "nan" in str(raised.value.result)
+    axes = ms.plots.moduli(found)
+    assert all(ax.get_ylim() == (0.0, 1.0) for ax in axes)
+
+
+def test_what_is_derived_of_no_moduli_is_nan_or_zero_and_says_so():
+    eq = ms.minimize(ring())
+    for of, empty in ((zeros, lambda x: np.asarray(x) == 0.0), (ratios, np.isnan)):
+        value, slope = elasticity.value_and_gradient(of, eq, throw=False)
+        forward = elasticity.jvp(of, eq, {"length": 1.0}, throw=False)
+        for found in (value, slope.value["length"], slope.value["stiffness"], forward.value):
+            assert found.shape == (4,) and np.all(empty(found))
+        for response in (slope, forward):
+            assert np.all(np.asarray(response.stats.status) == ms.Status.FLOPPY)
+        for door in (lambda of=of: elasticity.gradient(of, eq), lambda of=of: elasticity.jvp(of, eq, {"length": 1.0})):
+            with pytest.raises(ms.ConvergenceError, match="not rigid"):
+                door()
+    through = ms.gradient(lambda s: moduli(s).poisson, eq, throw=False)
+    assert through.status is ms.Status.NOT_FINITE and np.isnan(through.value["length"])
+
+
+def test_a_ring_in_single_precision_has_none_either_and_one_with_tension_left_may_have_some():
+    single = ms.minimize(ring(dtype=np.float32), tolerance=1e-5)
+    found = moduli(single, throw=False)
+    assert found.status is ms.Status.FLOPPY and float(found.bulk) == 0.0 and np.isnan(found.poisson)
+    pulled = ms.minimize(ring(pulled=0.01), tolerance=1e-8)  # the force left is a thousand times round-off
+    doubtful = moduli(pulled, throw=False)
+    assert doubtful.status is ms.Status.STIFFNESS_UNSETTLED and not doubtful.status.good
+    assert float(jnp.max(jnp.abs(doubtful.tensor))) > float(doubtful.round_off)
+
+
+@pytest.mark.parametrize("diagonals", [0.0, 1e-9, 0.3])
+def test_a_square_lattice_has_its_constants_however_small(diagonals):
+    """K = (1 + 2 k) / 2, G = (1 + 2 k) / 4: a strain may cost nothing, or next to it, and the moduli stay."""
+    found = moduli(ms.minimize(square_lattice(diagonals)))
+    assert found.status is (ms.Status.CONVERGED if diagonals else ms.Status.SHAPE_HELD)
+    a = elasticity.voigt(found.tensor)
+    np.testing.assert_allclose([a[0, 0], a[0, 1], a[2, 2]], [1.0 + diagonals, diagonals, diagonals], rtol=1e-6)
+    assert found.bulk == pytest.approx(0.5 + diagonals) and found.shear == pytest.approx(0.25 + 0.5 * diagonals)
+    young, poisson = elasticity.directional(found.tensor, [[1.0, 0.0], [1.0, 1.0]])
+    ratio = diagonals / (1.0 + diagonals)  # along the axis; across the squares K and C44 alone yield
+    np.testing.assert_allclose(young, [1.0 + diagonals - diagonals * ratio, 1.0 / (0.5 / (1.0 + 2.0 * diagonals)
+        + 0.25 / diagonals) if diagonals else 0.0], rtol=1e-6)  # fmt: skip
+    assert poisson[0] == pytest.approx(ratio) and bool(np.isnan(poisson[1])) is not bool(diagonals)
+
+
+def test_a_strain_that_costs_nothing_leaves_the_derivatives():
+    """Longer springs of a square lattice in its cell are under pressure, and A44 is half their tension each: -1/2."""
+    slope = elasticity.gradient(lambda m: m.tensor[0, 1, 0, 1], ms.minimize(square_lattice(0.0)))
+    assert slope.status is ms.Status.SHAPE_HELD
+    assert float(jnp.sum(slope.value["length"][:50])) == pytest.approx(-0.5, rel=1e-9)
+
+
+def dense_tensor(system: ms.System) -> np.ndarray:
+    """A in Mandel's form, by all second derivatives of the energy at once and numpy's pseudo-inverse."""
+    size, units = system.positions.size, jnp.asarray(strains.basis(2))
+
+    def energy(x: jax.Array) -> jax.Array:
+        return potential_energy(system, x[:size].reshape(-1, 2), strain=jnp.tensordot(x[size:], units, axes=1))
+
+    whole = np.asarray(jax.jit(jax.hessian(energy))(jnp.concatenate([system.positions.ravel(), jnp.zeros(3)])))
+    particles, coupling = whole[:size, :size], whole[:size, size:]
+    relaxed = whole[size:, size:] - coupling.T @ np.linalg.pinv(particles, rcond=1e-11, hermitian=True) @ coupling
+    return relaxed / float(system.volume)
+
+
+def test_what_is_small_and_resolved_stays():
+    """A packing of the data next to unjamming, G / K = 3e-4, where Poisson's ratio is 0.999."""
+    eq = ms.minimize(packing(PACKINGS[0], 0), pressure=1e-6, tolerance=1e-13)
+    found = moduli(eq)
+    assert found.status.good and float(found.pressure) == pytest.approx(1e-6, rel=1e-6)
+    assert float(found.shear) < 1e-3 * float(found.bulk) and float(found.shear) > 1e6 * float(found.round_off)
+    want = dense_tensor(ms.linearize(eq).system)
+    assert np.max(np.abs(elasticity.mandel(found.tensor) - want)) < 1e-9
+    assert elasticity.gradient(lambda m: m.poisson, eq).status.good
+
+
+def test_a_negative_shear_modulus_is_refused_with_its_figures_by_every_door():
+    eq = discs_at_rest("unstable")
+    found = moduli(eq, throw=False)
+    want = dense_tensor(ms.linearize(eq).system)
+    assert relative(elasticity.mandel(found.tensor), want) < 1e-9 and found.bulk > 0 > found.shear
+    of_system = jax.jit(lambda s: moduli(s).stats.status)(eq.system)
+    assert found.status is ms.Status.UNSTABLE and np.all(np.asarray(of_system) == ms.Status.UNSTABLE)
+    figures = rf"bulk modulus {float(found.bulk):.3g}, shear modulus {float(found.shear):.3g}, smallest eigenvalue"
+    calls = (
+        lambda **how: moduli(eq, **how),
+        lambda **how: elasticity.gradient(lambda m: m.bulk, eq, **how),
+        lambda **how: elasticity.value_and_gradient(lambda m: m.bulk, eq, **how)[1],
+        lambda **how: elasticity.jvp(lambda m: m.bulk, eq, {"sigma": np.array([0.0, 1.0])}, **how),
+    )
+    for call in calls:
+        with pytest.raises(ms.ConvergenceError, match=figures) as raised:
+            call()
+        assert raised.value.status is ms.Status.UNSTABLE and "\n" not in str(raised.value)
+        assert call(throw=False).status is ms.Status.UNSTABLE
+    slope, h = calls[1](throw=False).value["sigma"], 1e-6
+    ends = [ms.minimize(eq.system, {"sigma": eq.params["sigma"] + s * np.array([0.0, 1.0])}, tolerance=1e-13)
+            for s in (h, -h)]  # fmt: skip
+    bulk = [float(moduli(end, throw=False).bulk) for end in ends]
+    assert float(slope[1]) == pytest.approx((bulk[0] - bulk[1]) / (2 * h), rel=1e-4)  # the number is what it is
+
+
+def test_a_strain_that_lowers_the_enthalpy_is_a_warning():
+    """Moduli of a packing next to unjamming are averages over directions, in some of which it gives way."""
+    found = moduli(discs_at_rest("sheared away"))
+    assert found.status is ms.Status.SHAPE_HELD and found.status.good and found.status.warning
+    assert found.bulk > 0 and found.shear > 0 > found.stability
+    # Birch's tensor decides: of this one of the data A is positive definite, and at its pressure it gives way
+    eq = relaxed_packing(PACKINGS[0], 3)
+    here = moduli(eq)
+    assert here.status is ms.Status.SHAPE_HELD and np.linalg.eigvalsh(elasticity.mandel(here.tensor))[0] > 0.08
+    birch = np.asarray(elasticity.mandel(here.birch))
+    values, vectors = np.linalg.eigh(0.5 * (birch + birch.T))
+    assert values[0] == pytest.approx(-0.0162, abs=1e-4)
+    softest, h = np.tensordot(vectors[:, 0], strains.basis(2), axes=1), 2e-4
+
+    def enthalpy(system: ms.System) -> float:
+        return float(ms.observables.energy(system)) + float(here.pressure) * float(system.volume)
+
+    ends = [enthalpy(strained(eq, s * h * softest)) for s in (1.0, -1.0)]
+    curvature = (ends[0] - 2.0 * enthalpy(eq.system) + ends[1]) / (h**2 * float(eq.system.volume))
+    assert curvature < 0 and curvature == pytest.approx(float(values[0]), rel=0.3)
+    assert moduli(relaxed_packing(PACKINGS[0], 0)).status is ms.Status.CONVERGED
 
 
 # ── what it refuses, what it shows ──

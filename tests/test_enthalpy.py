@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import LONG, PACKINGS, packing, relative, relaxed_packing
+from conftest import LONG, PACKINGS, packing, relative, relaxed_packing, square_lattice
 
 import mdsens as ms
 from mdsens import elasticity
@@ -96,6 +96,20 @@ def test_a_pressure_at_which_nothing_rests_has_a_status(pressure):
 def test_the_step_limit_is_of_all_relaxations_together():
     eq = ms.minimize(small(1), pressure=1e-4, max_steps=1000, throw=False)
     assert ms.Status(int(eq.status)) is ms.Status.MAX_STEPS_REACHED and int(eq.steps) <= 1100
+
+
+def test_a_strain_of_the_cell_that_costs_nothing_is_told():
+    """Springs on a square lattice do not resist a shear: of a cell free to take it the compliance has no part there."""
+    eq = ms.minimize(square_lattice(0.0), pressure=0.0, shape=True, throw=False)
+    lin = ms.linearize(eq, throw=False)
+    assert lin.cell is not None and ms.Status(int(lin.cell.status)) is ms.Status.FLOPPY
+    np.testing.assert_allclose(lin.cell.stiffness, 25.0 * np.diag([1.0, 1.0, 0.0]), atol=1e-12)  # of C11, a volume
+    np.testing.assert_allclose(lin.cell.compliance, np.diag([0.04, 0.04, 0.0]), rtol=1e-12)
+    assert ms.Status(int(eq.status)) is ms.Status.FLOPPY and ms.certify(eq).status is ms.Status.FLOPPY
+    assert ms.jvp(eq, {"stiffness": np.ones(100)}, throw=False).status is ms.Status.FLOPPY
+    braced = ms.minimize(square_lattice(1e-9), pressure=0.0, shape=True)
+    stiffness = np.linalg.eigvalsh(np.asarray(ms.linearize(braced).cell.stiffness))  # type: ignore[union-attr]
+    np.testing.assert_allclose(stiffness[0], 25.0 * 2e-9, rtol=1e-6)  # 2 C44: small, and there
 
 
 @LONG

@@ -160,6 +160,8 @@ def test_certificate_is_the_dense_truth(name, member):
     assert c.zero_modes == lin.system.dimension * (file["rattlers"][member] + 1)
     assert c.stiffness_min == pytest.approx(float(file["lambda_min"][member]), rel=1e-6)
     assert c.negative_modes == c.floppy_modes == c.crossed_to_minimum == 0
-    assert c.status.good and c.error < 1e-3
+    assert c.strain is not None and c.error < 1e-3
+    # next to unjamming the shear modulus of one in four or so is negative: only its cell holds it
+    assert c.status is ms.Status.UNSTABLE if min(c.strain.bulk, c.strain.shear) < 0 else c.status.good
     assert c.derivative is not None
     assert relative(c.derivative.response, ms.jvp(lin, LARGER).value) < 1e-8

@@ -53,6 +53,7 @@ ORDER = [
     ["rigid_motions"],
     ["stationarity"],
     ["stiffness", "scales"],
+    ["stability"],
     ["constrained"],
     ["kkt"],
     ["newton"],

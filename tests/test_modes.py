@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import PACKINGS, packing, relative, relaxed_packing
+from conftest import PACKINGS, packing, relative, relaxed_packing, ring
 
 import mdsens as ms
 from mdsens import modes
@@ -160,6 +160,19 @@ def test_the_status_of_a_system_is_carried_out():
     together, code = modes.stiffness(crystal().system, has_aux=True)
     assert ms.Status(int(code)) is ms.Status.DEGENERATE
     assert float(together) == pytest.approx(smallest_stiffness(crystal()).value, rel=1e-10)
+
+
+def test_what_is_zero_to_round_off_is_zero():
+    """A ring of 30 springs at rest has 60 coordinates, 30 springs and 3 rigid motions: 27 modes without stiffness."""
+    eq = ms.minimize(ring())
+    found = smallest_stiffness(eq, throw=False)
+    assert found.status is ms.Status.FLOPPY and found.values.tolist() == [0.0] * 27 and found.value == 0.0
+    assert found.gap > 1e-3  # to a mode that has some
+    assert modes.gradient(eq, throw=False).status is ms.Status.FLOPPY
+    with pytest.raises(ms.ConvergenceError, match="the smallest stiffness is 0, by dense: there are modes without"):
+        modes.gradient(eq)
+    value, code = modes.stiffness(eq.system, has_aux=True)
+    assert float(value) == 0.0 and ms.Status(int(code)) is ms.Status.FLOPPY
 
 
 def test_an_unjammed_system_and_bad_input_are_refused():

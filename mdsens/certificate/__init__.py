@@ -6,7 +6,7 @@ along the way to the true minimum, and are taken where it starts.
 """
 
 from mdsens.certificate._certify import certify
-from mdsens.certificate._parts import CellState, ConstraintState, Derivative
+from mdsens.certificate._parts import CellState, ConstraintState, Derivative, StrainState
 from mdsens.certificate._record import Certificate
 
-__all__ = ["CellState", "Certificate", "ConstraintState", "Derivative", "certify"]
+__all__ = ["CellState", "Certificate", "ConstraintState", "Derivative", "StrainState", "certify"]

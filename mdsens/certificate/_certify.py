@@ -13,10 +13,11 @@ import numpy as np
 from mdsens import lagrangian
 from mdsens._checks import short
 from mdsens.certificate._derivative import ESTIMATE, derivative
-from mdsens.certificate._parts import CellState, ConstraintState
+from mdsens.certificate._parts import CellState, ConstraintState, StrainState
 from mdsens.certificate._record import Certificate, count
 from mdsens.certificate._space import Space
 from mdsens.constrained import about_to_switch
+from mdsens.doors import STRAIN, through
 from mdsens.implicit.eigen import Spectrum
 from mdsens.implicit.status import ConvergenceError, InputError, Status
 from mdsens.kkt import KKT
@@ -24,8 +25,10 @@ from mdsens.linearization import Linearization, full_tangent, linearize
 from mdsens.relaxation import Equilibrium
 from mdsens.scales import doubtful_stiffness, round_off, scales
 from mdsens.sensitivity import observed
+from mdsens.stability import birch, cleared, isotropic_part, softest_strain, solid
 from mdsens.stationarity import Unknowns, linearisation
 from mdsens.stiffness import Stiffness, participation
+from mdsens.strains import basis
 from mdsens.system import System
 
 __all__ = ["certify"]
@@ -93,6 +96,19 @@ def _cell(lin: Linearization, step: Unknowns) -> CellState:
     )
 
 
+def _strain(lin: Linearization) -> StrainState:
+    """How stiff a stable minimum is against strains, d (d + 1) / 2 solves, and what that makes of it."""
+    system = lin.system
+    strained = through(STRAIN, lin, jnp.asarray(basis(system.dimension), system.positions.dtype), many=True)
+    worst = Status(int(np.max(np.asarray(strained.stats.status))))
+    if not worst.good:
+        return StrainState(np.nan, np.nan, np.nan, worst)
+    found = solid(system, strained.value, lin.equilibrium.max_force, jnp.max(strained.stats.residual))
+    seen = cleared(birch(found.tensor, found.stress), found.round_off)
+    bulk, shear, *_ = (float(x) for x in isotropic_part(seen, found.round_off))
+    return StrainState(bulk, shear, float(softest_strain(seen)), Status(int(found.status)))
+
+
 def _off_motions(lin: Linearization, stiffness: Any) -> Callable[[np.ndarray], np.ndarray]:
     """The projection off rigid motions; what constraints hold is no motion."""
     if lin.held is None:
@@ -142,7 +158,13 @@ def certify(
     At a saddle of order k exactly k modes of negative stiffness are right, and the smallest stiffness that stands in
     the estimates is the smallest in size.
 
-    It costs an eigenvalue and a few linear solves on one factor of the Hessian: about a tenth of the relaxation.
+    A minimum in a cell is held by it against every strain that it is not free to take. Where the configuration would
+    not keep its shape, or its size, without that, the certificate says so by its stiffness against strain
+    (:func:`mdsens.stability.verdict`): UNSTABLE where a modulus is negative; SHAPE_HELD, a warning, where only some
+    strain lowers the enthalpy. Derivatives in the cell hold either way.
+
+    It costs an eigenvalue and a few linear solves on one factor of the Hessian, d (d + 1) / 2 of them for the strains:
+    about a tenth of the relaxation.
 
     Args:
       at: from ``minimize`` or ``linearize``; not a batch. An unconverged minimum is examined too.
@@ -168,7 +190,7 @@ def certify(
     eq, net, null = lin.equilibrium, lin.network, lin.null
     system = eq.system
     loose = np.asarray(net.rattlers)
-    stiffness: Any = lin.stiffness if lin.held is not None else Stiffness(lin.system, null, eq.order)
+    stiffness: Any = Stiffness(lin.system, null, eq.order) if lin.stiffness is None else lin.stiffness
     finite = bool(np.isfinite(np.asarray(system.positions)).all())
     free, translations, rotations = null.dimensions(system.dimension) if finite else (0, 0, 0)
     if finite and not loose.all():
@@ -218,6 +240,7 @@ def certify(
         None if lin.cell is None else _cell(lin, step),
         eq.order,
         None if lin.held is None else _constraints(lin, stiffness),
+        _strain(lin) if _strainable(lin, spectrum) else None,
     )
     findings = _findings(made, lin)
     status = findings[0][0] if findings else Status.CONVERGED
@@ -225,6 +248,14 @@ def certify(
     if throw and not status.good:
         raise ConvergenceError(f"certify: {findings[0][1]}.", status, certificate)
     return certificate
+
+
+def _strainable(lin: Linearization, spectrum: Spectrum) -> bool:
+    """Whether it is a stable minimum in a cell that takes some strain, which S does not tell of already."""
+    eq, most = lin.equilibrium, len(basis(lin.system.dimension))
+    taken = lin.held is None and eq.system.box is not None and (lin.cell is None or len(lin.cell.along) < most)
+    rigid = spectrum.values.size and spectrum.settled and not (spectrum.negative or eq.order)
+    return bool(taken and rigid and Status(int(eq.status)).good and not bool(lin.network.unjammed))
 
 
 def _findings(c: Certificate, lin: Linearization) -> list[tuple[Status, str]]:
@@ -253,8 +284,10 @@ def _findings(c: Certificate, lin: Linearization) -> list[tuple[Status, str]]:
         add(Status.REDUNDANT_CONSTRAINTS, f"{held.redundant} of {count(held.equations, 'equation')}")
     if held is not None and held.switching:
         add(Status.DEGENERATE_CONSTRAINT, count(held.switching, "coordinate"))
-    if c.cell is not None and not c.cell.stable and not c.cell.stiffness_min > 0:
-        add(Status.INDEFINITE, f"of the cell at this pressure, whose stiffness is {c.cell.stiffness_min:.3g}")
+    floppy = lin.cell is not None and int(lin.cell.status) == Status.FLOPPY
+    if c.cell is not None and not c.cell.stable and (floppy or not c.cell.stiffness_min > 0):
+        code = Status.FLOPPY if floppy else Status.INDEFINITE
+        add(code, f"of the cell at this pressure, whose stiffness is {c.cell.stiffness_min:.3g}")
     if c.floppy_modes:
         add(Status.FLOPPY, count(c.floppy_modes, "floppy mode"))
     if c.unsettled_modes:
@@ -264,6 +297,9 @@ def _findings(c: Certificate, lin: Linearization) -> list[tuple[Status, str]]:
         )
     if c.crossed_to_minimum and before.good:
         add(Status.CONTACTS_UNSETTLED, f"{count(c.crossed_to_minimum, 'pair')} in doubt, max_force {c.max_force:.1e}")
+    s = c.strain
+    if s is not None and s.status is Status.UNSTABLE:
+        add(s.status, f"bulk modulus {s.bulk:.3g}, shear modulus {s.shear:.3g} in Birch's convention")
     if d is not None and not d.status.good:
         add(d.status, f"residual {d.residual:.1e}")
     if d is not None and not d.vanishes and c.estimates_hold and not d.error <= INACCURATE:
@@ -284,4 +320,6 @@ def _findings(c: Certificate, lin: Linearization) -> list[tuple[Status, str]]:
         add(Status.NULL_COMPONENT_DROPPED, f"the observable's gradient: {', '.join(parts)}")
     if d is not None and d.on_rattlers > 0:
         add(Status.NULL_COMPONENT_DROPPED, f"{d.on_rattlers:.1e} of the direction is on rattlers")
+    if s is not None and s.status is Status.SHAPE_HELD:
+        add(s.status, f"the smallest eigenvalue of Birch's tensor is {s.smallest:.3g}")
     return found

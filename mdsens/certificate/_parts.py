@@ -14,7 +14,7 @@ from mdsens.implicit._attributes import Named
 from mdsens.implicit.status import Portable, Status
 from mdsens.stationarity import Unknowns
 
-__all__ = ["CellState", "ConstraintState", "Derivative"]
+__all__ = ["CellState", "ConstraintState", "Derivative", "StrainState"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +45,24 @@ class CellState(Named):
     def stiffness_min(self) -> float:
         """The smallest eigenvalue of S / V."""
         return float(self.stiffness[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class StrainState(Named):
+    """What is known of the stiffness against strain of a minimum in a cell that takes it: of Birch's tensor, particles
+    relaxed, energy a volume.
+
+    Attributes:
+      bulk, shear: the moduli, -V dP/dV and the average over directions; zero where they are round-off.
+      smallest: the smallest eigenvalue of the symmetrised tensor: positive where no strain lowers the enthalpy (Born).
+      status: what that makes of it, see :func:`mdsens.stability.verdict`; or of the solves. FLOPPY is a cluster that
+        meets no image of itself as well, however rigid.
+    """
+
+    bulk: float
+    shear: float
+    smallest: float
+    status: Status
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -9,7 +9,7 @@ import numpy as np
 
 from mdsens import _tables
 from mdsens._tables import Rows, Shown
-from mdsens.certificate._parts import CellState, ConstraintState, Derivative
+from mdsens.certificate._parts import CellState, ConstraintState, Derivative, StrainState
 from mdsens.implicit.eigen import Spectrum
 from mdsens.implicit.status import Status
 
@@ -52,6 +52,9 @@ class Certificate(Shown):
         held stays, and the equations hold to first order.
       order: of the saddle that was examined, the number of negative modes that it is to have; 0 of a minimum. What is
         said of a minimum is then said of the saddle.
+      strain: how stiff the configuration is against strains that its cell takes, the size's or all; None without a
+        cell, where its shape was relaxed too (``cell`` says it then), under constraints, and where it is no stable
+        minimum to begin with.
     """
 
     status: Status
@@ -80,6 +83,7 @@ class Certificate(Shown):
     cell: CellState | None = None
     order: int = 0
     constraints: ConstraintState | None = None
+    strain: StrainState | None = None
 
     @property
     def estimates_hold(self) -> bool:
@@ -137,6 +141,8 @@ class Certificate(Shown):
             found["cell"] = {name: v.tolist() if isinstance(v, np.ndarray) else v for name, v in given.items()}
         if self.constraints is not None:
             found["constraints"] = dataclasses.asdict(self.constraints)
+        if self.strain is not None:
+            found["strain"] = dataclasses.asdict(self.strain) | {"status": self.strain.status.name}
         if self.derivative is not None:
             d = self.derivative
             names = ("norm", "residual", "linear_error", "radius", "forward", "backward", "bend", "on_rattlers")
@@ -252,6 +258,7 @@ class Certificate(Shown):
                 f"{self.negative_modes or 'none'}, {self.floppy_modes or 'none'}{unsure}{unsettled}",
             ),
             *([] if self.cell is None else [("stiffness of the cell", _cell_stiffness(self.cell))]),
+            *([] if self.strain is None else [("against strain", _strain_stiffness(self.strain))]),
             ("zero modes", f"{self.zero_modes}: {', '.join(parts) or 'none'}"),
         ]
         if s.values.size > 1:
@@ -324,6 +331,19 @@ def _constraint_rows(c: ConstraintState) -> Rows:
 def _cell_stiffness(cell: CellState) -> str:
     which = f"the smallest of {len(cell.stiffness)}" if cell.shape else "against a change of its size"
     return f"{cell.stiffness_min:.6g} energy/volume at this pressure, particles relaxed, {which}"
+
+
+def _strain_stiffness(strain: StrainState) -> str:
+    if np.isnan(strain.smallest):
+        return f"not known: {strain.status.name} in the linear solves"
+    doubt = {
+        Status.FLOPPY: "; nothing, to round-off",
+        Status.STIFFNESS_UNSETTLED: "; of either sign, for the force left",
+    }
+    return (
+        f"bulk modulus {strain.bulk:.4g}, shear modulus {strain.shear:.4g}, smallest eigenvalue {strain.smallest:.4g} "
+        f"energy/volume, of Birch's tensor{doubt.get(strain.status, '')}"
+    )
 
 
 def count(number: int, noun: str) -> str:

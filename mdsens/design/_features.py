@@ -20,7 +20,10 @@ from mdsens.linearization import Linearization
 from mdsens.sensitivity import numbers, value_and_gradient
 from mdsens.system import System
 
-__all__ = ["FEATURES", "Elastic", "Feature", "Measured", "Softest", "Target", "measured", "named", "stands"]
+__all__ = ["FEATURES", "Elastic", "Feature", "Measured", "Softest", "Target", "measured", "named"]
+
+
+ROUNDED = 1e3  # of eps: positions follow the parameters through a solve, and a feature is a sum over many pairs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,10 +129,19 @@ class Target:
 
 
 class Measured(NamedTuple):
-    """Features at one minimum: values (m,), derivatives (m, *shape of each parameter), and the worst status."""
+    """Features at one minimum.
+
+    Attributes:
+      values: (m,).
+      slopes: (m, *shape of each parameter) the derivatives.
+      round_off: (m,) what the rounding of the parameters alone makes of the values: less is zero.
+      status: the worst. It is bad where a feature is made of moduli of no solid (FLOPPY, UNSTABLE): near an instability
+        they are so large that they would rule any mean.
+    """
 
     values: np.ndarray
     slopes: Mapping[str, np.ndarray]
+    round_off: np.ndarray
     status: Status
 
 
@@ -162,17 +174,10 @@ def measured(features: Sequence[Feature], lin: Linearization) -> Measured:
         found = modes.smallest_stiffness(lin, count, throw=False)
         keep([k], np.array([found.value]), _lifted(modes.gradient(lin, count, throw=False)))
         codes.append(found.status.value)
-    return Measured(values, slopes, Status(max(codes)))
-
-
-def stands(features: Sequence[Feature], lin: Linearization) -> bool:
-    """Whether bulk and shear modulus are positive, where a feature is made of moduli: else it is that of no solid, and
-    near an instability so large that it would rule any mean.
-    """
-    if not any(isinstance(feature, Elastic) for feature in features):
-        return True
-    moduli = elasticity.moduli(lin, throw=False)
-    return bool((moduli.bulk > 0) & (moduli.shear > 0))
+    eps = float(np.finfo(lin.system.positions.dtype).eps)
+    shares = [(slope * np.asarray(lin.params[name])).reshape(len(features), -1) for name, slope in slopes.items()]
+    round_off = ROUNDED * eps * np.abs(np.concatenate(shares, axis=1)).sum(axis=1)
+    return Measured(values, slopes, round_off, Status(max(codes)))
 
 
 def _lifted(response: Response) -> Response:

@@ -65,8 +65,8 @@ def fit(
     Args:
       targets: what is wanted, :class:`Target` each, and ``hold`` for what is to stay.
       system: where to start, relaxed or not; a batch made by ``stack`` or a list of systems that share the free
-        parameters: an ensemble, whose mean is aimed at. A member that is no rigid minimum, or of moduli
-        that are not positive, does not count in a mean.
+        parameters: an ensemble, whose mean is aimed at. A member that is no rigid minimum does not count in a mean,
+        nor, where a feature is made of moduli, one whose bulk or shear modulus is not positive.
       free: the parameters that may change: names, or a dict of :class:`Free` with their bounds.
       bounds: name -> (low, high), in place of those in ``free``.
       method: ``LevenbergMarquardt()``, the default, or ``Optax(optax.rmsprop(0.002))`` and its kin.
@@ -181,10 +181,11 @@ def _begun(problem: Problem, members: list[System]) -> tuple[State, Seen]:
             equilibria,
         )
     wanted, near = zip(*(t.resolved(float(v)) for t, v in zip(problem.targets, seen.values, strict=True)), strict=True)
-    for target, size in zip(problem.targets, near, strict=True):
-        if not size > 0:
+    for target, value, least in zip(problem.targets, wanted, seen.round_off, strict=True):
+        if target.share and not abs(value) > least:
             raise InputError(
-                f"target {target.name}: a share of the value 0 is no tolerance: give one with share=False."
+                f"target {target.name}: a share of the value {value:.1g}, zero to round-off, is no tolerance: give one "
+                "with share=False."
             )
     x, method = problem.variables.x, problem.method
     if isinstance(method, Optax):

@@ -13,7 +13,7 @@ import numpy as np
 from mdsens import breakpoints
 from mdsens.boxes import nearest_image
 from mdsens.contacts import pair_forces
-from mdsens.design._features import Feature, Measured, Target, measured, stands
+from mdsens.design._features import Feature, Measured, Target, measured
 from mdsens.design._history import State
 from mdsens.design._step import LevenbergMarquardt, Optax
 from mdsens.design._variables import Variables
@@ -50,6 +50,7 @@ class Seen(NamedTuple):
 
     lins: list[Linearization | None]
     values: np.ndarray
+    round_off: np.ndarray
     jacobian: np.ndarray
     status: np.ndarray
 
@@ -58,38 +59,35 @@ class Seen(NamedTuple):
         return bool(np.mean(self.status == Status.CONVERGED.value) >= HALF)
 
 
-def look(problem: Problem, equilibria: Sequence[Equilibrium], x: np.ndarray, counts: np.ndarray) -> Seen:
+def look(problem: Problem, minima: Sequence[Equilibrium | Linearization], x: np.ndarray, counts: np.ndarray) -> Seen:
     """Measure the features and their Jacobian on the members that count."""
     lins: list[Linearization | None] = []
     found: list[Measured] = []
-    status = np.full(len(equilibria), Status.UNCONVERGED.value)
-    for k, eq in enumerate(equilibria):
+    status = np.full(len(minima), Status.UNCONVERGED.value)
+    for k, at in enumerate(minima):
         lins.append(None)
         if not counts[k]:
             continue
-        status[k] = int(eq.status)
-        if not Status(int(eq.status)).good:
+        status[k] = int(at.status)
+        if not Status(int(at.status)).good:
             continue
-        lin = linearize(eq, throw=False)
-        if Status(int(lin.status)).good:
-            seen = measured(problem.features, lin)
-            status[k] = seen.status.value if not seen.status.good else Status.CONVERGED.value
-            if not np.isfinite(seen.values).all():
-                status[k] = Status.NOT_FINITE.value
-            elif not stands(problem.features, lin):
-                status[k] = Status.UNSTABLE.value
-            if status[k] == Status.CONVERGED.value:
-                lins[k] = lin
-                found.append(seen)
-        else:
-            status[k] = int(lin.status)
+        lin = at if isinstance(at, Linearization) else linearize(at, throw=False)
+        status[k] = int(lin.status)
+        if not Status(int(lin.status)).good:
+            continue
+        seen = measured(problem.features, lin)
+        finite = Status.CONVERGED if np.isfinite(seen.values).all() else Status.NOT_FINITE
+        status[k] = finite.value if seen.status.good else seen.status.value
+        if status[k] == Status.CONVERGED.value:
+            lins[k] = lin
+            found.append(seen)
     if not found:
         nothing = np.full(len(problem.features), np.nan)
-        return Seen(lins, nothing, np.full((nothing.size, x.size), np.nan), status)
+        return Seen(lins, nothing, nothing, np.full((nothing.size, x.size), np.nan), status)
     values = np.mean([seen.values for seen in found], axis=0)
     jacobians = [problem.variables.pulled(x, seen.slopes) for seen in found]
     jacobian = np.mean(jacobians, axis=0) if problem.begun is None else np.median(jacobians, axis=0)
-    return Seen(lins, values, jacobian, status)
+    return Seen(lins, values, np.mean([seen.round_off for seen in found], axis=0), jacobian, status)
 
 
 def moves(state: State, seen: Seen, tangent: Mapping[str, np.ndarray]) -> list[Unknowns]:
@@ -138,7 +136,7 @@ def pair_motion(seen: Seen, moves: Sequence[Unknowns], tangent: Mapping[str, np.
     return float(np.median(rates)) if rates else 0.0
 
 
-def softened(eq: Equilibrium, widths: Sequence[float], widest: float) -> list[Equilibrium]:
+def softened(eq: Equilibrium, widths: Sequence[float], widest: float) -> list[Linearization]:
     """A minimum with its pair laws averaged over widths, held by what forces that leaves: its derivatives are those of
     a landscape without the bends that are narrower.
 
@@ -151,7 +149,10 @@ def softened(eq: Equilibrium, widths: Sequence[float], widest: float) -> list[Eq
     for width in widths:
         soft = roomy.replace(potential=smoothed(law, width))
         still = jnp.maximum(eq.max_force, 0.1 * _touching_force(soft))
-        found.append(dataclasses.replace(eq, system=soft, max_force=still))
+        lin = linearize(dataclasses.replace(eq, system=soft, max_force=still), throw=False)
+        # that force says who holds whom: it is not left over, and puts no stiffness in doubt
+        at = dataclasses.replace(lin.equilibrium, max_force=eq.max_force)
+        found.append(dataclasses.replace(lin, equilibrium=at))
     return found
 
 

@@ -14,7 +14,7 @@ from mdsens.design._members import Problem, Seen, crossing_times, look, moves, p
 from mdsens.design._step import LevenbergMarquardt, Optax, bounded_step
 from mdsens.design._variables import Variables
 from mdsens.implicit.status import InputError
-from mdsens.relaxation import Equilibrium
+from mdsens.linearization import Linearization
 from mdsens.scales import scales
 
 __all__ = ["bands_of", "first_trust", "gauss_newton", "leaves", "next_trust", "of_optimizer", "remembered"]
@@ -78,7 +78,7 @@ def gauss_newton(problem: Problem, state: State, seen: Seen) -> np.ndarray:
     return _least_step(problem, state, seen, models, state.trust)
 
 
-def _softened(problem: Problem, state: State, seen: Seen, step: np.ndarray) -> list[tuple[Equilibrium, ...]]:
+def _softened(problem: Problem, state: State, seen: Seen, step: np.ndarray) -> list[tuple[Linearization, ...]]:
     """The members' minima with their laws averaged over multiples of what pairs move in a step of the trust region."""
     method = problem.method
     assert isinstance(method, LevenbergMarquardt)

@@ -127,7 +127,7 @@ def feature_response(
       features: names of ``ms.design.FEATURES``, functions of a System, ``Elastic(f)``; a dict gives them names.
       at: from ``minimize`` or ``linearize``.
       wrt: parameters, as ``free`` of ``fit``: positive ones are varied by their logarithms.
-      scales: (m,) what each feature is measured in; its value's size where None (1 where that is 0).
+      scales: (m,) what each feature is measured in; its value's size where None (1 where that is 0, to round-off).
       throw: raise where a solve did not converge.
 
     Returns:
@@ -147,7 +147,7 @@ def feature_response(
     variables = Variables.of(lin.equilibrium.system, wrt)
     given = None if scales is None else _checked_scales(scales, len(names))
     seen = measured([feature for _, feature in found], lin)
-    units = np.where(seen.values == 0, 1.0, np.abs(seen.values)) if given is None else given
+    units = np.where(np.abs(seen.values) <= seen.round_off, 1.0, np.abs(seen.values)) if given is None else given
     require_sound(lin, at, throw)
     if throw:
         raise_for_status(seen.status, "feature_response", seen)

@@ -43,7 +43,7 @@ class Spectrum(Named):
     """The lowest eigenpairs off the known null space.
 
     Attributes:
-      values: (k,) ascending.
+      values: (k,) ascending; zero where they are within round-off of it, 1e-12 of the largest.
       vectors: (m, k), columns of norm one.
       residuals: (k,) |A v - lambda v|: there is an eigenvalue within that distance of each value.
       largest: the largest eigenvalue; under LOBPCG and shift-invert to a part in a thousand.
@@ -116,13 +116,15 @@ def lowest(
     if not np.isfinite(apply(probe)).all():
         nothing = np.full(k, np.nan), np.full((size, k), np.nan), np.full(k, np.nan)
         return Spectrum(*nothing, np.nan, 0, 0, 0, floor, False, "none: the operator is not finite")
+    found = None
     if size <= DENSE_SIZE:
-        return _dense(apply, size, k, project, null, zero, floor)
-    if matrix is not None:
+        found = _dense(apply, size, k, project, null, zero, floor)
+    elif matrix is not None:
         found = _shift_invert(matrix, order, size, k, project, null, zero, floor)
-        if found is not None:
-            return found
-    return _lobpcg(apply, size, k, project, zero, floor, precondition)
+    if found is None:
+        found = _lobpcg(apply, size, k, project, zero, floor, precondition)
+    nothing = np.abs(found.values) <= zero * found.largest
+    return dataclasses.replace(found, values=np.where(nothing, 0.0, found.values))
 
 
 def lanczos(

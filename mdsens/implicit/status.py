@@ -92,6 +92,12 @@ class Status(IntEnum):
         "at rest at zero energy: nothing is in contact, so there is nothing to differentiate; raise the packing "
         "fraction or pressure to jam it",
     )
+    SHAPE_HELD = (
+        8,
+        "some strain of the cell costs nothing or lowers the enthalpy (Born), so that the cell alone holds this shape: "
+        "what is computed in it stands, but left to its pressure it would shear away; relax the shape as well, or take "
+        "more particles",
+    )
     MAX_STEPS_REACHED = 10, "the step limit came before the tolerance; raise max_steps or loosen the tolerance"
     STAGNATED = (
         11,

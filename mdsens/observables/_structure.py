@@ -201,7 +201,8 @@ def distance_to(system: System, target: Any, weights: Any = None) -> jax.Array:
         D = sqrt(sum_i w_i |u_i - u|^2 / sum_i w_i),    u_i = R_i - T_i, nearest images,    u their weighted mean
 
     Particle i is compared with target i. A translation of all, through the cell's faces too, does not count. At the
-    target itself D has a cusp; its derivative is given as 0 there. D**2 is smooth, and the better objective near it.
+    target itself, to round-off of the positions, D has a cusp; it and its derivative are given as 0 there. D**2 is
+    smooth, and the better objective near it.
 
     Rattlers stand where the minimisation left them, so their part of D means nothing and has no derivative: give them
     the weight 0, ``weights=~ms.linearize(eq).network.rattlers``.
@@ -250,5 +251,7 @@ def _distance_to(system: System, target: jax.Array, share: jax.Array) -> jax.Arr
         apart = nearest_image(apart - shift, box)
     apart = apart - jnp.sum(share[:, None] * apart, axis=0)
     squared = jnp.sum(share * jnp.sum(apart**2, axis=1))
-    some = squared > 0
-    return jnp.where(some, jnp.sqrt(jnp.where(some, squared, 1.0)), 0.0)  # a root of 0 has no finite slope
+    extent = jnp.maximum(jnp.max(jnp.abs(system.positions)), jnp.max(jnp.abs(target)))
+    resolved = 8.0 * jnp.finfo(apart.dtype).eps * extent
+    some = squared > resolved**2  # nearer than that the direction is one of round-off, and a root of 0 has no slope
+    return jnp.where(some, jnp.sqrt(jnp.where(some, squared, 1.0)), 0.0)

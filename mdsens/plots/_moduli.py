@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mdsens.elasticity import Moduli, directional, isotropic
+from mdsens.elasticity import Moduli, directional
 from mdsens.implicit.status import InputError
 from mdsens.plots._style import ARROW, COLUMN, FONT, OUTLINE
+from mdsens.stability import isotropic_part
 
 if TYPE_CHECKING:
     from matplotlib.projections.polar import PolarAxes
@@ -53,7 +54,7 @@ def moduli(
 
     angle = np.linspace(0.0, 2.0 * np.pi, STEPS)
     curves = [np.asarray(x) for x in directional(tensor, np.stack([np.cos(angle), np.sin(angle)], axis=-1))]
-    mean = isotropic(tensor)
+    mean = isotropic_part(tensor, of.round_off)
     convention = "Birch's tensor" if birch else "tensor $A$"
     names = (f"Young's modulus $E$, {convention}", rf"Poisson's ratio $\nu$, {convention}")
     for ax, curve, level, colour, name in zip(
@@ -64,7 +65,8 @@ def moduli(
             ax.plot(
                 angle, np.where(sign * curve >= 0, np.abs(curve), np.nan), color=colour, linestyle=dash, linewidth=1.4
             )
-        ax.set_ylim(0.0, 1.15 * max(float(np.max(np.abs(curve))), abs(float(level))))
+        sizes = np.abs([*curve, float(level)])  # NaN where there is nothing to divide by
+        ax.set_ylim(0.0, 1.15 * float(np.max(sizes[np.isfinite(sizes)], initial=0.0)) or 1.0)
         ax.set_rlabel_position(22.5)
         ax.yaxis.set_major_locator(MaxNLocator(4, prune="upper"))
         ax.tick_params(labelsize=FONT)
