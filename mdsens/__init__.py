@@ -21,6 +21,7 @@ from typing import Any as _Any
 import jax as _jax
 
 from mdsens import (
+    _cache_warnings,
     barriers,
     constraints,
     contacts,
@@ -80,6 +81,9 @@ if _jax.config.values["jax_default_matmul_precision"] is None:
     _jax.config.update("jax_default_matmul_precision", "highest")
 
 
+_cache_warnings.silence()
+
+
 def enable_x64() -> None:
     """Compute in double precision from here on: sets ``jax_enable_x64``. Call it before making arrays.
 
@@ -97,9 +101,9 @@ def enable_compilation_cache(folder: str | _Path | None = None) -> None:
     """Keep what is compiled in a folder, where the next process finds it: sets ``jax_compilation_cache_dir``.
 
     A first relaxation with its sensitivity then takes a second in place of several. The folder grows with each new
-    shape of a system; it can be deleted at any time. For the command line, set ``JAX_COMPILATION_CACHE_DIR`` in the
-    environment. On a CPU jax 0.10 warns of each part that it loads, taking its own tuning flags for features that the
-    processor lacks; ``TF_CPP_MIN_LOG_LEVEL=3``, set before Python starts, silences it.
+    shape of a system; it can be deleted at any time. For the command line, and for processes that are started from this
+    one, set ``JAX_COMPILATION_CACHE_DIR`` in the environment. On a CPU jax 0.10 warns of each part that it loads, taking
+    its own tuning flags for features that the processor lacks; once mdsens is imported it does not.
 
     Args:
       folder: where to keep it; ``~/.cache/mdsens`` where None.
@@ -107,6 +111,9 @@ def enable_compilation_cache(folder: str | _Path | None = None) -> None:
     _jax.config.update("jax_compilation_cache_dir", str(folder or _Path.home() / ".cache" / "mdsens"))
     _jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
     _jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+    from jax.experimental.compilation_cache import compilation_cache
+
+    compilation_cache.reset_cache()  # after a first compilation without one, jax would not look for a cache again
 
 
 __all__ = [

@@ -23,6 +23,7 @@ from mdsens import lagrangian
 from mdsens.boxes import components, nearest_images
 from mdsens.constraints import RigidBonds
 from mdsens.implicit._attributes import Named
+from mdsens.implicit._closures import refusing_derivative
 from mdsens.implicit.status import Portable
 from mdsens.laws import PairTerm
 from mdsens.slopes import row_terms
@@ -327,4 +328,10 @@ def coordination(system: System, net: Network | None = None) -> jax.Array:
     if found is None:
         slope = jax.grad(lambda R: potential_energy(system, R))(system.positions)
         found = network(system, jnp.sqrt(jnp.max(jnp.sum(slope**2, axis=-1))))
-    return 2.0 * found.pairs / jnp.maximum(jnp.sum(~found.rattlers), 1)
+    count = 2.0 * found.pairs / jnp.maximum(jnp.sum(~found.rattlers), 1)
+    why = (
+        "coordination counts contacts, so that it is piecewise constant and has no derivative: take "
+        "ms.observables.smooth_coordination(system, width), or give it jax.lax.stop_gradient(system) where it is to "
+        "stay as it is."
+    )
+    return refusing_derivative(count, system, why)

@@ -13,6 +13,7 @@ from jax.core import Tracer
 
 from mdsens import relaxation
 from mdsens._checks import short
+from mdsens.implicit._closures import refusing_derivative
 from mdsens.implicit.operators import Auto, Method
 from mdsens.implicit.root import root
 from mdsens.implicit.status import InputError, SolveStats, Status
@@ -55,7 +56,8 @@ def equilibrate(
     (``ms.minimize(...).system``): the list's overflow is in the status.
 
     Args:
-      system: where to start; not differentiated.
+      system: where to start. The derivative by its positions is zero: the minimum stays where it is as the start moves
+        a little. By its cell there is none here: a box that is to be differentiated is a function of the parameters.
       params: the parameters to relax at, all or some; the system's where None. A matrix of species pairs counts by its
         symmetric part: of ``jax.grad`` by it, entries (a, b) and (b, a) are half each of the derivative by the one
         number that both are, and their sum is the whole.
@@ -86,6 +88,11 @@ def equilibrate(
         if params is None
         else {**system.params, **{k: jnp.asarray(v, dtype) for k, v in params.items()}}
     )
+    why = (
+        "equilibrate is differentiated by the parameters alone, and here its cell is what the derivative is taken by: "
+        "give a box that is a function of the parameters, System.create(positions, lambda params: ..., ...)."
+    )
+    system = system.replace(positions=refusing_derivative(system.positions, system.boundary, why))
     relaxed, stats = _equilibrate(system, full, tolerance, max_steps, method, solve)
     return (relaxed, stats) if has_aux else relaxed
 

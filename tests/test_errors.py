@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 import mdsens as ms
+from mdsens.boxes import FixedBox
 from mdsens.design import Elastic
 from mdsens.implicit import CG, Operator, certify, fixed_point, root, solve, tangent
 from mdsens.implicit._attributes import Named
@@ -451,3 +452,67 @@ def test_a_status_prints_its_name_and_sentence_and_stays_a_number():
     assert np.asarray(ms.Status.UNJAMMED).dtype.kind == "i" and repr(status) == "<Status.CONVERGED: 0>"
     for member in ms.Status:
         assert pickle.loads(pickle.dumps(member)) is member and ms.Status(int(member)) is member
+
+
+# ── what has no derivative ──
+
+
+def test_what_counts_contacts_is_refused_a_derivative_by_name():
+    eq, z = packing(), ms.observables.coordination
+    assert float(z(eq.system)) == 6.0  # of a triangular lattice
+    remedy = r"piecewise constant.*take ms\.observables\.smooth_coordination\(system, width\)"
+    for take in (
+        lambda: ms.gradient(z, eq),
+        lambda: ms.gradient(lambda s: jnp.stack([ms.observables.energy(s), z(s)]), eq),
+        lambda: ms.certify(eq, observable=z),
+        lambda: ms.design.feature_response([z], eq),
+        lambda: ms.gradient(ms.contacts.coordination, eq),
+        lambda: jax.grad(lambda p: z(ms.equilibrate(eq.system, p)))(eq.params),
+    ):
+        with pytest.raises(ms.InputError, match=remedy) as error:
+            take()
+        one_line(error)
+    still = ms.gradient(lambda s: ms.observables.energy(s) * z(jax.lax.stop_gradient(s)), eq)
+    assert np.allclose(still.value["epsilon"], 6.0 * ms.gradient(ms.observables.energy, eq).value["epsilon"])
+    many = jax.jit(jax.vmap(z))(ms.stack([eq.system] * 2))
+    assert many.tolist() == [6.0, 6.0]
+
+
+def test_every_observable_has_a_derivative_or_says_that_it_has_none():
+    """None is zero in silence where it changes as the particles do: a small random move changes each, but the count."""
+    eq, away = packing(), jnp.asarray(np.random.default_rng(1).normal(size=(16, 2)))
+    of = ms.observables
+    chosen = {
+        of.bond_order: lambda s: of.bond_order(s, 4, 1.2),
+        of.bond_orientation: lambda s: of.bond_orientation(s, 6, 1.2),
+        of.distance_to: lambda s: of.distance_to(s, eq.positions + 0.01 * away),
+        of.distances: lambda s: of.distances(s, [[0, 1]]),
+        of.radial_distribution: lambda s: of.radial_distribution(s, [0.9], 0.05),
+        of.smooth_coordination: lambda s: of.smooth_coordination(s, 0.3),
+    }
+    plain = {of.energy, of.pressure, of.stress}
+    of_the_cell = {of.volume, of.packing_fraction}  # which is given
+    not_of_this_law = {of.charges, of.chemical_potential, of.dipole, of.induced_dipoles}
+    others = {of.pairs_within, of.coordination}
+    every = {getattr(of, name) for name in of.__all__}
+    assert every == set(chosen) | plain | of_the_cell | not_of_this_law | others
+    start = eq.system.replace(positions=eq.positions + 0.03 * away)
+    for f in [*chosen.values(), *plain]:
+        tangent = jax.jvp(lambda R, f=f: f(start.replace(positions=R)), (start.positions,), (away,))[1]
+        assert float(jnp.abs(tangent).max()) > 1e-6, f
+
+
+def test_equilibrate_is_not_differentiated_by_where_it_starts():
+    eq = packing()
+
+    def energy(positions: Any) -> Any:
+        return ms.observables.energy(ms.equilibrate(eq.system.replace(positions=positions)))
+
+    assert not np.any(jax.grad(energy)(eq.positions))
+
+    def of_cell(side: Any) -> Any:
+        return ms.observables.energy(ms.equilibrate(eq.system.replace(boundary=FixedBox(side * jnp.eye(2)))))
+
+    with pytest.raises(ms.InputError, match="differentiated by the parameters alone.*a box that is a function of the"):
+        jax.grad(of_cell)(3.5)
+    assert float(jax.jit(of_cell)(3.5)) == pytest.approx(float(ms.observables.energy(eq.system)), rel=1e-10)

@@ -17,7 +17,7 @@ PACKAGE = Path(ms.__file__).parent
 # From the top; what stands in one row may not import each other.
 ORDER = [
     # how results are shown, and what they have: leaves that know only text
-    ["implicit._attributes"],
+    ["implicit._attributes", "_cache_warnings"],
     ["_tables"],
     # the mathematics: knows no particle
     ["implicit.status"],

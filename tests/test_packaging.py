@@ -9,9 +9,12 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from mdsens import _cache_warnings
 
 ROOT = Path(__file__).resolve().parents[1]
 SYSTEMS = ROOT / "systems"
@@ -181,17 +184,40 @@ def test_minimisers_come_without_the_rest_of_jax_md_and_leave_it_importable():
 
 
 CACHED = """
-import sys
+import subprocess, sys
+import jax
 import mdsens as ms
 ms.enable_x64()
+jax.jit(lambda x: x + 1.0)(1.0)  # a compilation before the cache is there
 ms.enable_compilation_cache(sys.argv[1])
 ms.minimize(ms.load_system("seed_packing_2d", count=16), progress=False)
+for script in sys.argv[2:]:
+    subprocess.run([sys.executable, "-c", script, sys.argv[1]], check=True)
 """
 
 
 def test_compilation_cache_serves_the_next_process(tmp_path: Path):
+    """In silence, in a process and in one that it starts: XLA alone warns of each part that it loads."""
     folder = tmp_path / "cache"
-    run(sys.executable, "-c", CACHED, folder, TF_CPP_MIN_LOG_LEVEL="3")
+    variables = {k: v for k, v in os.environ.items() if k not in ("TF_CPP_MIN_LOG_LEVEL", "JAX_COMPILATION_CACHE_DIR")}
+
+    def minimise(*more: str) -> str:
+        command = [sys.executable, "-c", CACHED, str(folder), *more]
+        return subprocess.run(command, capture_output=True, text=True, env=variables, check=True).stderr
+
+    assert minimise() == ""
     kept = sorted(folder.glob("jit_advance-*-cache"))  # what compiles in an instant is kept now and again
-    run(sys.executable, "-c", CACHED, folder, TF_CPP_MIN_LOG_LEVEL="3")
+    assert minimise(CACHED) == ""
     assert kept and sorted(folder.glob("jit_advance-*-cache")) == kept
+
+
+def test_warnings_are_off_while_code_is_loaded_and_then_alone(monkeypatch: pytest.MonkeyPatch):
+    levels: list[int] = []
+    monkeypatch.setattr(_cache_warnings, "_set_level", levels.append)
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "1")
+    jax.monitoring.record_event(_cache_warnings.REQUESTED)
+    assert levels == [3]
+    jax.monitoring.record_event_duration_secs(_cache_warnings.COMPILED, 0.1)
+    assert levels == [3, 1] and not _cache_warnings._loading
+    jax.monitoring.record_event_duration_secs(_cache_warnings.COMPILED, 0.1)  # of what no cache was asked for
+    assert levels == [3, 1]

@@ -12,11 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.core import Tracer
+from jax.custom_derivatives import SymbolicZero
+from jax.dtypes import float0
 from jax.extend import core
 
 from mdsens.implicit._tree import PyTree
+from mdsens.implicit.status import InputError
 
-__all__ = ["Held", "call_without_derivative", "hoist", "opened", "without_derivative"]
+__all__ = ["Held", "call_without_derivative", "hoist", "opened", "refusing_derivative", "without_derivative"]
 
 
 def hoist(f: Callable[..., PyTree], *examples: PyTree) -> tuple[Callable[..., PyTree], list[Array]]:
@@ -43,6 +46,29 @@ def without_derivative(tree: PyTree) -> PyTree:
         return lax.stop_gradient(leaf) if isinstance(leaf, Array) and jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
 
     return jax.tree.map(strip, tree)
+
+
+def refusing_derivative(tree: PyTree, of: PyTree, why: str) -> PyTree:
+    """``tree`` itself, which raises InputError where it is differentiated by ``of``: it would be zero, and wrong.
+
+    Args:
+      of: what it depends on, as it was given.
+      why: the message.
+    """
+
+    @jax.custom_jvp
+    def same(tree: PyTree, of: PyTree) -> PyTree:
+        return tree
+
+    @functools.partial(same.defjvp, symbolic_zeros=True)
+    def rule(primals: Any, tangents: Any) -> Any:
+        moving = [t for t in jax.tree.leaves(tangents[1]) if not isinstance(t, SymbolicZero) and t.dtype != float0]
+        if moving:
+            raise InputError(why)
+        return primals[0], jax.tree.map(jnp.zeros_like, primals[0])
+
+    floats = [leaf for leaf in jax.tree.leaves(of) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)]
+    return same(tree, floats)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -81,7 +81,10 @@ def packing_fraction(system: System) -> jax.Array:
 
 @jax.jit
 def coordination(system: System) -> jax.Array:
-    """Mean number of contacts of a particle that is no rattler, z = 2 N_c / (n - n_rattlers). Not differentiable."""
+    """Mean number of contacts of a particle that is no rattler, z = 2 N_c / (n - n_rattlers).
+
+    Piecewise constant: differentiating it raises InputError, which names :func:`smooth_coordination`.
+    """
     return contacts.coordination(single(system)).astype(system.positions.dtype)
 
 
