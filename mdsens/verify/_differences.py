@@ -157,7 +157,8 @@ class _Line:
         up, down = ahead.equilibrium, behind.equilibrium
         slope = jax.tree.map(lambda a, b: (a - b) / (2.0 * t), _reached(up), _reached(down))
         if eq.pressure is not None:
-            strain = to_mandel((up.system.box - down.system.box) / (2.0 * t) @ inverse(eq.system.box))
+            apart = jnp.asarray(up.system.box) - jnp.asarray(down.system.box)
+            strain = to_mandel(apart / (2.0 * t) @ inverse(eq.system.box))
             slope = dataclasses.replace(slope, strain=strain)
         value, nonaffine = self.off_null(slope)
         noise = self.noise(value, nonaffine, (ahead, behind), t)
