@@ -101,8 +101,8 @@ def enable_compilation_cache(folder: str | _Path | None = None) -> None:
     """Keep what is compiled in a folder, where the next process finds it: sets ``jax_compilation_cache_dir``.
 
     A first relaxation with its sensitivity then takes a second in place of several. The folder grows with each new
-    shape of a system; it can be deleted at any time. For the command line, and for processes that are started from this
-    one, set ``JAX_COMPILATION_CACHE_DIR`` in the environment. On a CPU jax 0.10 warns of each part that it loads, taking
+    shape of a system; it can be deleted at any time. For the command line, and for processes that this one starts,
+    set ``JAX_COMPILATION_CACHE_DIR`` in the environment. On a CPU jax 0.10 warns of each part that it loads, taking
     its own tuning flags for features that the processor lacks; once mdsens is imported it does not.
 
     Args:

@@ -2,7 +2,7 @@
 
 On a CPU every part that jax 0.10 loads is warned of as an error on the process's stderr, a thousand characters each:
 XLA compares the features that it compiled for with those of the processor, and takes its own tuning flags
-(prefer-no-scatter, prefer-no-gather), which no processor lists, for some that this one lacks. What is loaded runs right.
+(prefer-no-scatter, prefer-no-gather), which no processor lists, for some that this one lacks. The code runs right.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _requested(event: str, **_: Any) -> None:
             _set_level(NOTHING)
 
 
-def _compiled(event: str, duration: float, **_: Any) -> None:
+def _compiled(event: str, duration_secs: float, **_: Any) -> None:
     if event == COMPILED and _loading:
         with _lock:
             _loading.discard(threading.get_ident())

@@ -82,7 +82,7 @@ def test_the_starts_are_what_they_are_meant_to_be():
     lost = np.asarray(runs.systems.neighbours.overflowed)
     assert lost[4] and not np.any(np.delete(lost, 4))
     assert runs.steps[-1] == 0 and np.array_equal(runs.systems.positions[-1], batch.positions[-1])  # it does not count
-    assert 4 in runs.on_their_own(None)
+    assert 4 in runs.on_their_own(False)
     assert bool(np.all(ms.linearize(alone(3), throw=False).network.rattlers))
 
 

@@ -77,7 +77,7 @@ ORDER = [
     ["certificate._derivative"],
     ["certificate._certify"],
     ["certificate"],
-    ["verify._difference_records"],
+    ["verify._difference_records", "verify._settling"],
     ["verify._differences", "verify._breaks", "verify._findings", "verify._pushing"],
     ["verify._adjoint", "verify._pairs", "verify._configurations", "verify._unrolled"],
     ["verify._laws"],

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import packing_file, relaxed_packing
+from conftest import LONG, packing_file, relaxed_packing
 
 import mdsens as ms
 from mdsens import potentials, verify
 from mdsens.implicit import GMRES
-from mdsens.verify import _breaks, _differences
+from mdsens.stationarity import force, mixed_product, sparse_hessian
+from mdsens.verify import _breaks, _differences, _settling
 
 THETA = {"sigma": [0.0, 1.0]}
 ADJOINT = 1e-9
@@ -127,6 +128,153 @@ def test_an_unconverged_minimum_is_refused():
     bad = dataclasses.replace(discs(), status=jnp.asarray(ms.Status.MAX_STEPS_REACHED.value))
     with pytest.raises(ms.ConvergenceError):
         verify.derivative_test(bad, THETA)
+
+
+# ── the error that differences state of themselves ──
+
+NEAR_JAMMING = "3d_bidisperse_N128_p1e-4"
+COVERED = 3.0  # times the stated error: what the disagreement is to stay within
+
+
+def diameters(eq: ms.Equilibrium) -> dict[str, np.ndarray]:
+    """Directions among the diameters: of one particle, of every other one, of all, random ones."""
+    n, rng = eq.system.n, np.random.default_rng(3)
+    held = np.flatnonzero(~np.asarray(ms.linearize(eq).network.rattlers))
+    single = {f"particle {k}": np.eye(n)[k] for k in held[[0, n // 3, -1]]}
+    random = {f"random {k}": rng.normal(size=n) for k in range(2)}
+    return {**single, "every other": np.arange(n) % 2.0, "all": np.ones(n), **random}
+
+
+@cache
+def at_the_minimum() -> tuple[ms.System, np.ndarray]:
+    """The packing near jamming by two Newton steps, and the pseudo-inverse of its Hessian, by dense linear algebra."""
+    system, inverse = ms.linearize(relaxed_packing(NEAR_JAMMING, 0)).system, np.zeros(())
+    for _ in range(2):
+        hessian = sparse_hessian(system)
+        assert hessian is not None
+        inverse = np.linalg.pinv(hessian.toarray(), 1e-11, hermitian=True)
+        step = inverse @ np.asarray(force(system)).ravel()
+        system = system.replace(positions=system.positions + step.reshape(system.positions.shape))
+    return system, inverse
+
+
+def derivative(dparams: dict) -> np.ndarray:
+    """dR/dt there."""
+    system, inverse = at_the_minimum()
+    pull = np.asarray(mixed_product(system, {k: jnp.asarray(v) for k, v in dparams.items()}).positions)
+    return -(inverse @ pull.ravel()).reshape(pull.shape)
+
+
+def test_the_truth_lies_within_the_stated_error_near_jamming():
+    """Where a step of 1e-6 is in round-off: it stated 1e-7 and was off by 1e-4."""
+    eq, off = relaxed_packing(NEAR_JAMMING, 0), {}
+    for name, change in diameters(eq).items():
+        v = verify.finite_difference(eq, {"sigma": change})
+        assert v.status is ms.Status.CONVERGED and not v.network_changed
+        assert 1e-10 < v.error < 1e-7, name
+        off[name] = v.disagreement(derivative({"sigma": change})) / v.error
+    assert max(off.values()) < COVERED, off
+    assert np.median(list(off.values())) > 0.05, off  # nor is it a number that nothing could exceed
+
+
+def test_the_stated_error_follows_the_step():
+    """Round-off, foot and truncation, by the step that is asked for."""
+    eq = relaxed_packing(NEAR_JAMMING, 0)
+    change = {"sigma": diameters(eq)["particle 0"]}
+    true, radius = derivative(change), verify.finite_difference(eq, change).radius
+    stated = []
+    for step in (1e-10, 1e-8, 1e-6, 0.8 * radius):
+        v = verify.finite_difference(eq, change, step)
+        stated.append(v.error)
+        assert v.disagreement(true) < COVERED * v.error, step
+    assert stated[0] > 10 * stated[1] > 100 * stated[2] and stated[3] > 3 * stated[2]
+
+
+def test_what_the_minimizer_leaves_is_taken_away_or_stated(monkeypatch: pytest.MonkeyPatch):
+    eq = relaxed_packing(NEAR_JAMMING, 0)
+    change = {"sigma": diameters(eq)["particle 0"]}
+    true = derivative(change)
+    early = verify.finite_difference(eq, change, 1e-6, tolerance=1e-11)
+    assert early.disagreement(true) < COVERED * early.error < 1e-7
+    monkeypatch.setattr(_settling, "STEPS", 0)
+    left = verify.finite_difference(eq, change, 1e-6, tolerance=1e-11)
+    assert 1e-4 < left.disagreement(true) < COVERED * left.error < 1.0
+
+
+def stiffer(r, k, length):
+    """A spring whose second derivative is wrong by a tenth, and nothing else."""
+    return 0.5 * k * (r - length) ** 2 + 0.05 * k * (r - jax.lax.stop_gradient(r)) ** 2
+
+
+def test_a_wrong_hessian_makes_no_wrong_difference():
+    """A triangle of springs: it goes where the lengths say whatever the Hessian, which makes the response too small."""
+    law = dataclasses.replace(potentials.harmonic_bonds([[0, 1], [1, 2], [2, 0]]), phi=stiffer)
+    places = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, 0.8]])
+    eq = ms.minimize(ms.System.create(places, None, law, {"stiffness": 1.0, "length": [1.0, 1.0, 1.0]}))
+    v = verify.finite_difference(eq, {"length": [1.0, 0.0, 0.0]})
+    assert v.status.good and v.error < 1e-7
+    ends = np.asarray(v.value)[[0, 1, 2]] - np.asarray(v.value)[[1, 2, 0]]
+    sides = np.asarray(eq.positions)[[0, 1, 2]] - np.asarray(eq.positions)[[1, 2, 0]]
+    np.testing.assert_allclose(np.sum(ends * sides, axis=1), [1.0, 0.0, 0.0], atol=COVERED * v.error)
+    assert v.disagreement(ms.jvp(eq, {"length": [1.0, 0.0, 0.0]}).value) == pytest.approx(1.0 - 1.0 / 1.1, rel=1e-3)
+
+
+def _jammed(n: int, dimension: int, pressure: float, alpha: float = 2.0) -> tuple[ms.Equilibrium, ms.Equilibrium]:
+    """Particles of two sizes at a pressure, and in the cell that this gives."""
+    rng, sigma = np.random.default_rng(n + dimension), np.where(np.arange(n) % 2, 1.4, 1.0)
+    fraction = 0.86 if dimension == 2 else 0.68
+    side = (np.sum(np.pi / (2 * dimension) * sigma**dimension) / fraction) ** (1 / dimension)
+    params = {"sigma": sigma, "epsilon": 1.0, "alpha": alpha}
+    start = ms.System.create(rng.random((n, dimension)) * side, side, potentials.soft_sphere(), params)
+    pressed = ms.minimize(start, pressure=pressure)
+    return pressed, ms.minimize(pressed.system)
+
+
+def _lennard_jones() -> list[ms.Equilibrium]:
+    rng, law = np.random.default_rng(2), potentials.lennard_jones()
+    sizes = {"sigma": np.linspace(0.9, 1.1, 60), "epsilon": 1.0}
+    plane = ms.minimize(ms.System.create(rng.random((60, 2)) * 8, 8.0, law, sizes))
+    matrices = {"sigma": [[1.0, 0.8], [0.8, 0.88]], "epsilon": [[1.0, 1.5], [1.5, 0.5]]}
+    kinds = (np.arange(150) % 5 == 0).astype(int)
+    glass = ms.System.create(rng.random((150, 3)) * 5.05, 5.05, law, matrices, kinds)
+    return [plane, ms.minimize(glass, tolerance=1e-11)]
+
+
+@LONG
+def test_the_truth_lies_within_the_stated_error_in_nearly_all_directions(record_property):
+    """200 directions and more: diameters, depths and pressures, in 2-D and 3-D, from 1e-1 down to 1e-4 of pressure.
+
+    The truth is the certificate's corrected derivative, which is that at the minimum itself to second order.
+    """
+    minima = _lennard_jones()
+    for n, pressure in ((64, 1e-1), (64, 1e-2), (128, 1e-3), (128, 1e-4)):
+        minima += [eq for dimension in (2, 3) for eq in _jammed(n, dimension, pressure)]
+    minima += [eq for dimension in (2, 3) for eq in _jammed(64, dimension, 1e-2, 2.5)]
+    ratios, stated = [], []
+    for eq in minima:
+        params, rng = eq.params, np.random.default_rng(eq.system.n)
+        if params["sigma"].ndim == 1:
+            directions: list[dict] = [{"sigma": v} for v in diameters(eq).values()]
+            directions += [{"sigma": rng.normal(size=eq.system.n), "epsilon": 0.3}, {"epsilon": 1.0}]
+        else:
+            pairs = [np.diag([0.0, 1.0]), np.array([[0.0, 1.0], [1.0, 0.0]]), np.ones((2, 2))]
+            directions = [{name: pair} for name in params for pair in pairs]
+        directions += [] if eq.pressure is None else [{"pressure": 1.0}]
+        for change in directions:
+            v = verify.finite_difference(eq, change)
+            assert v.status.good and not v.network_changed
+            along = ms.certify(eq, change).derivative
+            assert along is not None
+            ratios.append(v.disagreement(along.corrected) / v.error)
+            stated.append(v.error)
+    off = np.array(ratios)
+    figures = f"{off.size} directions, {np.mean(off <= COVERED):.1%} within {COVERED:g} times the stated error; "
+    figures += f"median of the disagreement over it {np.median(off):.2f}, of the stated error {np.median(stated):.1e}"
+    record_property("coverage", figures)
+    print(figures)
+    assert off.size >= 200
+    assert np.mean(off <= COVERED) >= 0.95, figures
+    assert np.median(off) > 0.1 and np.median(stated) < 1e-7, figures
 
 
 # ── forward against reverse ──

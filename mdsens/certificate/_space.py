@@ -111,15 +111,20 @@ class Space:
 
     def solve(self, forces: Unknowns, rtol: float = 1e-12) -> tuple[Unknowns, float, Status]:
         """How the unknowns yield to forces: ``(x, relative residual, status)``."""
-        if self.lin.held is not None:
-            return self.stiffness.solve_unknowns(self.lin.null.free(forces), rtol)
-        found, residual, status = self.stiffness.solve(np.asarray(forces.positions), rtol)
-        x = self.lin.solved(forces, Unknowns(jnp.asarray(found, self.lin.system.positions.dtype)))
+        x, residual, status = self.yields(forces, rtol)
         if self.lin.cell is None:
             return x, residual, status
         whole = self.strength(forces)
         rest = on_host(np.subtract, forces, _product(self.core, x))
         return x, self.strength(rest) / whole if whole else 0.0, max(status, Status(int(self.lin.cell.status)))
+
+    def yields(self, forces: Unknowns, rtol: float = 1e-12) -> tuple[Unknowns, float, Status]:
+        """The same, with the residual and status of the positions' solve alone."""
+        if self.lin.held is not None:
+            return self.stiffness.solve_unknowns(self.lin.null.free(forces), rtol)
+        found, residual, status = self.stiffness.solve(np.asarray(forces.positions), rtol)
+        x = self.lin.solved(forces, Unknowns(jnp.asarray(found, self.lin.system.positions.dtype)))
+        return x, residual, status
 
     def response(self, tangent: Params, pull: Unknowns) -> tuple[Unknowns, float, Status]:
         """How the unknowns move along a direction: ``(x, relative residual, status)``.

@@ -16,7 +16,7 @@ from mdsens.unknowns import Unknowns
 __all__ = ["DerivativeTest", "FiniteDifference", "gap", "relative"]
 
 NOTHING = 1e-6  # a response smaller than this is round-off of the differences
-AGREES = 1e-4  # error of the best step of a right derivative: near jamming some 1e-6, else 1e-8
+AGREES = 1e-4  # error of the best step of a right derivative: near jamming some 1e-7, else 1e-9
 BRANCH = (3.0, 0.1)  # of the least error, and of the derivative: between them the error is truncation alone
 
 
@@ -55,7 +55,8 @@ class FiniteDifference(Portable, Shown):
       value: (n, d), central differences of the relaxed positions, null space projected out; at a pressure, of
         positions and cell as ``jvp`` gives them: ``Unknowns``, with ``strain`` a Mandel vector.
       nonaffine: at a pressure (n, d), the positions' part less the cell's motion; else ``value``.
-      error: estimate of its own error, relative as a ``disagreement`` is: the difference from half the step.
+      error: estimate of its own error, relative as a ``disagreement`` is: the difference from half the step, which
+        shows what the straight line misses, and what round-off of positions and parameters makes, which is measured.
       step: t of the steps params +- t dparams.
       radius: the first change of a contact along the direction, to first order (the smaller of the two sides).
       network_changed: True where the contacts on one side differ from the minimum's, or the minimisation there ended in

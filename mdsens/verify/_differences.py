@@ -22,12 +22,18 @@ from mdsens.sensitivity import Linearization, Response
 from mdsens.stationarity import Unknowns
 from mdsens.strains import from_mandel, to_mandel
 from mdsens.system import pair_distances, pair_terms
-from mdsens.verify._difference_records import DerivativeTest, FiniteDifference, gap
+from mdsens.verify._difference_records import DerivativeTest, FiniteDifference, gap, relative
+from mdsens.verify._settling import Settled, Settling
 
 __all__ = ["DerivativeTest", "FiniteDifference", "derivative_test", "finite_difference"]
 
 Params = Mapping[str, Any]
-STEP = 1e-6  # of the parameters' size: truncation and the minimum's own round-off are both small there
+# What round-off of the minima may make of a difference, relative to it: the step is as long as that takes. Measured, on
+# packings from a pressure of 0.1 down to 1e-4 and on a glass: truncation is about as small there.
+NOISE = 3e-9
+LONGEST = 1e-4  # of the parameters' size: where round-off asks for more, as of a response that is almost none
+ROUNDING = 0.2  # of eps: the root mean square of what rounding to the nearest number does to one, of its size
+WHOLE = 4.0 / 3.0  # of the difference from half the step: the error of the whole, which goes with its square
 AWAY, FASTER = 1e-2, 10.0  # of the law's length, and of t times the derivative: a minimum that is further is another
 INSIDE = 0.3  # of the distance to the first contact change, at most
 RANGE = (1e-9, 1e-2)  # of the parameters' size: from where round-off rules to where contacts have changed
@@ -61,10 +67,12 @@ class _Difference(NamedTuple):
     of the two ended in another minimum.
 
     ``nonaffine`` is the positions' part less a cell's motion at a pressure; in a given cell it is the ``value``.
+    ``noise`` is what round-off of minima and parameters may make of it, relative as its error is.
     """
 
     value: Any
     nonaffine: jax.Array
+    noise: float
     status: Status
     network_changed: bool
 
@@ -75,6 +83,7 @@ class _Line:
 
     Attributes:
       lin: the minimum.
+      settling: what brings a minimum near it down to round-off.
       tangent: dparams, a full dict.
       response: the analytic derivative along it.
       unit: the parameters' size over the direction's.
@@ -84,6 +93,7 @@ class _Line:
     """
 
     lin: Linearization
+    settling: Settling
     tangent: dict[str, jax.Array]
     response: Response
     unit: float
@@ -122,39 +132,69 @@ class _Line:
         reach = AWAY * float(scales(there.system)[0]) + FASTER * t * np.abs(rate).max(initial=0.0)
         return bool(np.abs(moved[held]).max(initial=0.0) > reach)
 
+    def end(self, side: float) -> tuple[Settled, Status, bool]:
+        """The minimum at params + side dparams, the status of the way there, and whether it is another one."""
+        eq = self.lin.equilibrium
+        params = {k: v + side * self.tangent[k] for k, v in eq.params.items() if k in self.tangent}
+        pressure = None if eq.pressure is None else float(eq.pressure) + side * float(self.tangent["pressure"])
+        shape = eq.pressure is not None and len(eq.strains) > 1
+        how: dict[str, Any] = {"tolerance": self.tolerance, "throw": False, "progress": False}
+        if eq.order:
+            there = find_saddle(eq.system, params, **how)
+        else:
+            there = minimize(eq.system, params, pressure=pressure, shape=shape, **how)
+        status = Status(int(there.status)) if there.order == eq.order else Status.NOT_A_SADDLE
+        reached = max(float(eq.tolerance), float(eq.force_floor))
+        fell = float(there.max_force) <= reached and pressure is None  # no word of the cell's stress
+        settled = self.settling(there)
+        if status in (Status.MAX_STEPS_REACHED, Status.UNCONVERGED) and fell:
+            status = Status.CONVERGED if settled.force <= self.tolerance else Status.ROUND_OFF_LIMITED
+        there = settled.equilibrium
+        changed = not np.array_equal(self.pairs, _interacting(there)) or not np.array_equal(self.held, _held(there))
+        return settled, status, changed or self.left(there, abs(side))
+
     def difference(self, t: float) -> _Difference:
         """(R(t) - R(-t)) / 2t, the null space projected out; at a pressure that of the cell too."""
-        eq = self.lin.equilibrium
-        ends, statuses, changed = [], [], False
-        for side in (t, -t):
-            params = {k: v + side * self.tangent[k] for k, v in eq.params.items() if k in self.tangent}
-            pressure = None if eq.pressure is None else float(eq.pressure) + side * float(self.tangent["pressure"])
-            shape = eq.pressure is not None and len(eq.strains) > 1
-            how: dict[str, Any] = {"tolerance": self.tolerance, "throw": False, "progress": False}
-            if eq.order:
-                there = find_saddle(eq.system, params, **how)
-            else:
-                there = minimize(eq.system, params, pressure=pressure, shape=shape, **how)
-            status = Status(int(there.status)) if there.order == eq.order else Status.NOT_A_SADDLE
-            fell = float(there.max_force) <= float(eq.tolerance) and pressure is None  # no word of the cell's stress
-            if status in (Status.MAX_STEPS_REACHED, Status.UNCONVERGED) and fell:
-                status = Status.ROUND_OFF_LIMITED
-            ends.append(there)
-            statuses.append(status)
-            changed = changed or not np.array_equal(self.pairs, _interacting(there))
-            changed = changed or not np.array_equal(self.held, _held(there))
-            changed = changed or self.left(there, abs(t))
-        slope = jax.tree.map(lambda a, b: (a - b) / (2.0 * t), *(_reached(end) for end in ends))
+        eq, (ahead, status, left), (behind, other, lost) = self.lin.equilibrium, self.end(t), self.end(-t)
+        up, down = ahead.equilibrium, behind.equilibrium
+        slope = jax.tree.map(lambda a, b: (a - b) / (2.0 * t), _reached(up), _reached(down))
         if eq.pressure is not None:
-            strain = to_mandel((ends[0].system.box - ends[1].system.box) / (2.0 * t) @ inverse(eq.system.box))
+            apart = jnp.asarray(up.system.box) - jnp.asarray(down.system.box)
+            strain = to_mandel(apart / (2.0 * t) @ inverse(eq.system.box))
             slope = dataclasses.replace(slope, strain=strain)
-        return _Difference(*self.off_null(slope), max(statuses), changed)
+        value, nonaffine = self.off_null(slope)
+        noise = self.noise(value, nonaffine, (ahead, behind), t)
+        return _Difference(value, nonaffine, noise, max(status, other), left or lost)
+
+    def noise(self, value: Any, nonaffine: jax.Array, ends: Sequence[Settled], t: float) -> float:
+        """What round-off may make of a difference over t, relative to its ``value``.
+
+        Of the parameters on both sides, of the positions there, and by the Newton steps that are left at the ends.
+        """
+        size, positions = (float(jnp.linalg.norm(x)) for x in (nonaffine, self.lin.system.positions))
+        rounding = ROUNDING * float(np.finfo(float).eps) / t
+        found = rounding * np.hypot(self.unit, relative(positions / 2.0**0.5, size))
+        for end in ends:
+            rest, _ = self.off_null(jax.tree.map(lambda leaf: leaf / (2.0 * t), end.rest))
+            found = np.hypot(found, gap(jax.tree.map(jnp.add, value, rest), value, nonaffine))
+        return float(found) if np.isfinite(found) else np.inf
+
+    def safe_step(self) -> float:
+        """As long as round-off of this minimum asks for, and inside the first change of a contact."""
+        value, nonaffine = self.off_null(_unknowns(self.response.value))
+        here = self.settling(self.lin.equilibrium)
+        noise = self.noise(value, nonaffine, (here, here), 1.0)
+        return min(noise / NOISE, LONGEST * self.unit, INSIDE * self.radius)
 
 
 def _reached(eq: Equilibrium) -> Unknowns:
     """What the doors differentiate, at a minimum."""
     names = lagrangian.relaxed(eq.system)
     return Unknowns(eq.positions, None, eq.multipliers, {k: eq.params[k] for k in names} or None)
+
+
+def _unknowns(value: Any) -> Unknowns:
+    return value if isinstance(value, Unknowns) else Unknowns(value)
 
 
 def _line(eq: Equilibrium, dparams: Params, tolerance: float | None, steps: Any, value: Any = None) -> _Line:
@@ -190,9 +230,10 @@ def _line(eq: Equilibrium, dparams: Params, tolerance: float | None, steps: Any,
     own = {name: own[name] for name in eq.params}
     crossing = breakpoints.crossings(eq.system, velocity, own, lin.network.rattlers, strain)
     if tolerance is None:
-        tolerance = max(0.01 * float(eq.tolerance), float(round_off(eq.system)))
+        tolerance = max(0.01 * float(eq.tolerance), float(eq.force_floor), 0.05 * float(round_off(eq.system)))
     return _Line(
         lin,
+        Settling(lin),
         tangent,
         response,
         size / largest if size > 0 else 1.0,
@@ -225,28 +266,31 @@ def finite_difference(
     Args:
       eq: a minimum; not a batch.
       dparams: the direction, as in ``jvp``.
-      step: t; where None, 1e-6 of the parameters' size a size of the direction (of a pressure's, what strains the cell
-        by 1), and inside 0.3 of the distance to the
-        first change of a contact.
-      tolerance: of the minimisations; where None, 0.01 of the minimum's own, but not below round-off. Minimisations
-        that stop above it, yet within the minimum's own tolerance, are taken as they are, and ``error`` shows it.
+      step: t; where None, as long as it takes for round-off of the positions, which is measured at the minimum, to be
+        3e-9 of the difference, but inside 0.3 of the distance to the first change of a contact, and not above 1e-4 of
+        the parameters' size a size of the direction (of a pressure's, what strains the cell by 1).
+      tolerance: of the minimizations; where None, 0.01 of the minimum's own, but not below round-off. What force they
+        leave is taken away by Newton steps, see :mod:`mdsens.verify._settling`; where some stays above it, yet within
+        the minimum's own tolerance, it is taken as it is, and ``status`` says so.
 
     Returns:
       a :class:`FiniteDifference`. Compare with ``v.disagreement(r.value)``.
     """
     line = _line(eq, dparams, tolerance, step)
     if step is None:
-        step = min(STEP * line.unit, INSIDE * line.radius)
+        step = line.safe_step()
         if step == 0.0:
             raise InputError(
                 "a contact changes at this very minimum, so that its two sides have two derivatives and no step stays "
                 "on one: move the parameters a little and minimise again, or give a step to see them mixed."
             )
     whole, half = line.difference(step), line.difference(0.5 * step)
+    spread = gap(half.value, whole.value, whole.nonaffine)
+    noise = np.hypot(whole.noise, 0.5 * half.noise) / 2.0**0.5
     return FiniteDifference(
         whole.value,
         whole.nonaffine,
-        gap(half.value, whole.value, whole.nonaffine),
+        float(np.hypot(WHOLE * spread, noise)),
         float(step),
         line.radius,
         whole.network_changed or half.network_changed,
