@@ -7,6 +7,7 @@ XLA compares the features that it compiled for with those of the processor, and 
 
 from __future__ import annotations
 
+import importlib
 import os
 import threading
 from typing import Any
@@ -34,9 +35,8 @@ def _usual() -> int:
 
 
 def _set_level(level: int) -> None:
-    from jaxlib import utils
-
-    utils.absl_set_min_log_level(level)  # type: ignore[attr-defined]
+    utils: Any = importlib.import_module("jaxlib.utils")
+    utils.absl_set_min_log_level(level)
 
 
 def _requested(event: str, **_: Any) -> None:
@@ -56,8 +56,7 @@ def _compiled(event: str, duration_secs: float, **_: Any) -> None:
 
 def silence() -> None:
     """From here on, in this process: wherever its cache is, and whoever has set it."""
-    from jaxlib import utils
-
+    utils: Any = importlib.import_module("jaxlib.utils")
     if hasattr(utils, "absl_set_min_log_level"):
         jax.monitoring.register_event_listener(_requested)
         jax.monitoring.register_event_duration_secs_listener(_compiled)
