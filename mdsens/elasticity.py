@@ -23,6 +23,7 @@ the averages that they always are, and the status warns, SHAPE_HELD: see :mod:`m
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -202,6 +203,9 @@ class Moduli(Portable, Shown):
 
 def moduli(of: Equilibrium | Linearization | System, *, solve: Method | None = None, throw: bool = True) -> Moduli:
     """Elastic moduli at imposed strain.
+
+    Their derivative by the parameters is cheapest by :func:`gradient`, one solve more; a function of a System that takes
+    moduli inside, given to ``ms.gradient``, costs several and twice the compilation, and serves a batch, too.
 
     Args:
       of: an Equilibrium or a Linearization, for the number with its status, by one factor for all strains; or a relaxed
@@ -396,7 +400,10 @@ def _check_cell(system: System) -> None:
     if system.box is None:
         raise InputError("elastic moduli need a volume, and this system has open boundaries: give it a box.")
     if system.batch is not None:
-        raise InputError(f"moduli are of one system: loop over ms.unstack, or use jax.vmap, for these {system.batch}.")
+        raise InputError(
+            f"moduli are of one system, and this is a batch of {system.batch}: loop over ms.unstack, or take "
+            "ms.gradient(lambda s: ms.elasticity.moduli(s).bulk, batch) for a derivative, jax.vmap for values."
+        )
 
 
 def _judged(system: System, motion: jax.Array, stats: SolveStats, max_force: Any) -> Moduli:
@@ -408,6 +415,7 @@ def _judged(system: System, motion: jax.Array, stats: SolveStats, max_force: Any
     return Moduli(found.tensor, found.affine, found.stress, motion, stats, found.round_off)
 
 
+@functools.partial(jax.jit, static_argnames="solve")  # so that what is derived from it is traced and compiled once
 def _of_system(system: System, solve: Method) -> Moduli:
     still = jax.lax.stop_gradient(system)
     left = max_force(still)

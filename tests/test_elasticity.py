@@ -532,3 +532,40 @@ def test_the_figure_draws_both_by_angle():
         ms.plots.moduli(moduli(relaxed_packing(PACKINGS[1], 0)))
     with pytest.raises(ms.InputError, match=r"give what ms\.elasticity\.moduli returns"):
         ms.plots.moduli(3)  # type: ignore[arg-type]
+
+
+# ── one way inside ──
+
+
+def test_moduli_in_an_observable_compile_once_and_serve_a_batch():
+    """``ms.gradient`` of a function of a System that takes its moduli: the numbers of ``elasticity.gradient``."""
+    sizes = np.where(np.arange(12) % 3, 1.0, 0.7)
+
+    def start(k: int) -> ms.System:
+        positions = 3.0 * np.random.default_rng(k).random((12, 2))
+        params = {"sigma": sizes, "epsilon": 1.0, "alpha": 2.0}
+        return ms.System.create(positions, 3.0, ms.potentials.soft_sphere(), params)
+
+    batch = ms.minimize(ms.stack([start(k) for k in range(3)]))
+
+    def bulk(s: ms.System) -> jax.Array:
+        return moduli(s).bulk
+
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(listener := lambda event, *_, **__: compiled.append(event))
+    try:
+        one, *others = ms.unstack(batch)
+        found = [ms.gradient(bulk, one)]
+        compiled.clear()
+        found += [ms.gradient(bulk, eq) for eq in others]
+        assert "/jax/core/compile/backend_compile_duration" not in compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    together = ms.gradient(bulk, batch)
+    assert together.stats.status.tolist() == [ms.Status.CONVERGED] * 3
+    for k, (eq, r) in enumerate(zip([one, *others], found, strict=True)):
+        exact = elasticity.gradient(lambda m: m.bulk, eq)
+        for name, slope in exact.value.items():
+            assert relative(r.value[name], slope) < 1e-9 and relative(together.value[name][k], slope) < 1e-9
+    with pytest.raises(ms.InputError, match=r"moduli are of one system.*ms\.gradient\(lambda s: .*moduli\(s\)"):
+        elasticity.gradient(lambda m: m.bulk, batch)
