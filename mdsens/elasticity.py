@@ -204,8 +204,8 @@ class Moduli(Portable, Shown):
 def moduli(of: Equilibrium | Linearization | System, *, solve: Method | None = None, throw: bool = True) -> Moduli:
     """Elastic moduli at imposed strain.
 
-    Their derivative by the parameters is cheapest by :func:`gradient`, one solve more; a function of a System that takes
-    moduli inside, given to ``ms.gradient``, costs several and twice the compilation, and serves a batch, too.
+    Their derivative by the parameters is cheapest by :func:`gradient`, one solve more; a function of a System that
+    takes moduli inside, given to ``ms.gradient``, costs several and twice the compilation, and serves a batch, too.
 
     Args:
       of: an Equilibrium or a Linearization, for the number with its status, by one factor for all strains; or a relaxed
