@@ -96,7 +96,8 @@ $(made):
 	@touch $@
 
 $(installed): $(made) pyproject.toml constraints.txt
-	@echo 'Installing mdsens and what its tests need into .venv (Python $(version)), half a minute ...'
+	@echo 'Installing mdsens and what its tests need into .venv (Python $(version)): 250 MB to fetch, 1 GB on disk, half a'
+	@echo 'minute on a fast machine and network, up to three on others ...'
 	@$(install) -e '.[test]'
 	@touch $@
 
