@@ -234,7 +234,8 @@ def from_pair(
 
     Args:
       phi: ``phi(r, *parameters)``, elementwise in jax.numpy, at least twice differentiable away from the breakpoints,
-        and zero at and beyond the cutoff (wrap it in :class:`switched` to make it so). A module-level function compiles
+        and zero at and beyond the cutoff (wrap it in :class:`switched` to make it so). A system that is made with it
+        tries it, and its derivatives up to the third, within the cutoff and beyond. A module-level function compiles
         once, and pickle takes it to other processes; a lambda made anew for each system compiles anew, and only
         cloudpickle takes it there.
       parameters: their names, in phi's order.

@@ -305,7 +305,7 @@ def _constrained(
     )
     if throw:
         what = f"minimize under constraints stopped after {found.steps:,} steps at max_force {found.max_force:.3e}"
-        what += f"; {found.unmet}" if found.unmet else ""
+        what += f"; {found.unmet}" if found.unmet else where_not_finite(found.status, system)
         raise_for_status(found.status, what, eq)
     return eq
 
@@ -336,6 +336,7 @@ def _at_pressure(
     )
     if throw:
         what = f"minimize at pressure {pressure:g} stopped after {steps:,} steps at volume {float(eq.system.volume):g}"
+        what += where_not_finite(status, system)
         raise_for_status(status, what, eq)
     return eq
 
@@ -345,7 +346,7 @@ def _one_by_one(batch: System, params: Params | None, throw: bool, how: dict[str
     arrays = together([dataclasses.replace(m, system=None) for m in found])
     eq = dataclasses.replace(arrays, system=stack([m.system for m in found]))
     if throw:
-        _raise_for_members(eq)
+        _raise_for_members(eq, batch)
     return eq
 
 
@@ -421,20 +422,18 @@ def _minimize_batch(
         arrays = together([dataclasses.replace(m, system=None) for m in members])
         eq = dataclasses.replace(arrays, system=stack([m.system for m in members]))
     if throw:
-        _raise_for_members(eq)
+        _raise_for_members(eq, batch)
     return eq
 
 
-def _raise_for_members(eq: Equilibrium) -> None:
+def _raise_for_members(eq: Equilibrium, start: System) -> None:
     codes = [Status(int(code)) for code in np.asarray(eq.status)]
     bad = [k for k, status in enumerate(codes) if not status.good]
     if bad:
         status = codes[bad[0]]
-        raise ConvergenceError(
-            f"{len(bad)} of {len(codes)} members did not relax, the first is member {bad[0]}: {status.sentence}.",
-            status,
-            eq,
-        )
+        what = f"{len(bad)} of {len(codes)} members did not relax, the first is member {bad[0]}"
+        what += where_not_finite(status, unstack(start)[bad[0]])
+        raise ConvergenceError(f"{what}: {status.sentence}.", status, eq)
 
 
 def stats(eq: Equilibrium, method: Any) -> SolveStats:

@@ -20,6 +20,7 @@ from mdsens._progress import Decades
 from mdsens.bands import ElasticBand, between
 from mdsens.climbing import ROUND_OFF, EigenvectorFollowing, loose_stiffness, walk
 from mdsens.implicit.status import InputError, PrecisionError, Status, raise_for_status
+from mdsens.not_finite import where_not_finite
 from mdsens.relaxation import Equilibrium, minimize
 from mdsens.scales import force_scale, round_off, scales
 from mdsens.system import System, require_unconstrained
@@ -75,7 +76,7 @@ def find_saddle(
         way = _direction(direction, system)
     else:
         system, way = between(system, _other_side(towards, system, direction, band), band)
-    bar = Decades(progress, tolerance)
+    bar, begun = Decades(progress, tolerance), system
     try:
         system, largest, steps = walk(system, way, tolerance, method, int(max_steps), bar)
     finally:
@@ -91,7 +92,8 @@ def find_saddle(
         order=order,
     )
     if throw:
-        raise_for_status(status, f"find_saddle stopped after {steps:,} steps at max_force {largest:.3e}", found)
+        what = f"find_saddle stopped after {steps:,} steps at max_force {largest:.3e}{where_not_finite(status, begun)}"
+        raise_for_status(status, what, found)
     return found
 
 
