@@ -96,7 +96,8 @@ STARTS = {  # well above jamming: no rattlers
 
 @cache
 def near(name: str) -> ms.System:
-    return ms.minimize(STARTS[name](), tolerance=2e-4, method=Fire(), leave_saddles=False).system
+    force = {"3-D packing": 2e-4}.get(name, 1e-4)  # so that three Newton steps are left above round-off
+    return ms.minimize(STARTS[name](), tolerance=force, method=Fire(), leave_saddles=False).system
 
 
 @cache
@@ -293,12 +294,12 @@ def pair(law: Any, r: float) -> ms.System:
 
 def hollow(r: Any, strength: Any) -> Any:
     """Not a number inside of 0.5, downhill to there."""
-    return strength * (jnp.sqrt(r - 0.5) * 0.0 + (r - 0.45) ** 2 * (2.0 - r) ** 4)
+    return strength * (jnp.sqrt(r - 0.5) * 0.0 + (r - 0.45) ** 2 * jnp.maximum(2.0 - r, 0.0) ** 4)
 
 
 def kinked(r: Any, strength: Any) -> Any:
     """Downhill to a kink, where the force does not vanish."""
-    return strength * (jnp.abs(r - 1.0) + 0.1 * (r - 1.0) ** 2 - 1.1)
+    return strength * jnp.where(r < 2.0, jnp.abs(r - 1.0) + 0.1 * (r - 1.0) ** 2 - 1.1, 0.0)
 
 
 @pytest.mark.parametrize("way", WAYS)
