@@ -230,7 +230,7 @@ def _line(eq: Equilibrium, dparams: Params, tolerance: float | None, steps: Any,
     own = {name: own[name] for name in eq.params}
     crossing = breakpoints.crossings(eq.system, velocity, own, lin.network.rattlers, strain)
     if tolerance is None:
-        tolerance = max(0.01 * float(eq.tolerance), float(eq.force_floor), 0.05 * float(round_off(eq.system)))
+        tolerance = max(0.01 * float(eq.tolerance), float(eq.force_floor), 0.1 * float(round_off(eq.system)))
     return _Line(
         lin,
         Settling(lin),
