@@ -132,9 +132,9 @@ def _proposal(
     v, stiffness, _ = _softest(apply, off_null(mode), off_null(way), vectors)
     guided = (stiffness >= 0) & jnp.any(way != 0)
     up = jnp.where(guided, off_null(way), v)
-    up = up / jnp.linalg.norm(up)
+    up = up / jnp.maximum(jnp.linalg.norm(up), 1e-300)  # zero where nothing has a stiffness: there is no way up
     along = jnp.vdot(g, up)
-    most = radius / longest(up)
+    most = radius / jnp.maximum(longest(up), 1e-300)
     newton = jnp.abs(along) / jnp.where(stiffness < 0, -stiffness, 1.0)
     sign = jnp.where(guided | (along >= 0), 1.0, -1.0)
     climb = sign * jnp.where(stiffness < 0, jnp.minimum(newton, most), most)
@@ -210,6 +210,10 @@ def walk(
                 largest = float(largest_force(slope))
         _, null = loose_stiffness(system)
         step, expected, mode, way, cut = _proposal(system, null, mode, way, radius, method.vectors)
+        if not np.isfinite(np.asarray(step)).all():
+            return system, np.nan, steps
+        if not np.any(np.asarray(step)):
+            break  # nothing leads up, and nothing down
         there = system.replace(positions=system.positions + step).reallocate(keep=True)
         its = _slope(there)
         off = float(jnp.linalg.norm(its - expected)) / max(float(jnp.linalg.norm(expected - slope)), 1e-300)

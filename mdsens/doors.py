@@ -121,10 +121,10 @@ class Response(Portable, Shown):
         return [
             *rows,
             ("status", f"{worst.name}: {worst.sentence}" + (f" (worst of {codes.size})" if codes.size > 1 else "")),
-            ("solver", f"{self.stats.solver}, {int(np.max(np.asarray(self.stats.iterations))):,} products"),
-            ("residual", f"{float(np.max(np.asarray(self.stats.residual))):.1e}"),
-            ("dropped", f"{float(np.max(np.asarray(self.stats.dropped))):.1e}"),
-            ("max_force", f"{float(np.max(np.asarray(self.max_force))):.1e}"),
+            ("solver", f"{self.stats.solver}, {int(np.max(np.asarray(self.stats.iterations), initial=0)):,} products"),
+            ("residual", f"{float(np.max(np.asarray(self.stats.residual), initial=0.0)):.1e}"),
+            ("dropped", f"{float(np.max(np.asarray(self.stats.dropped), initial=0.0)):.1e}"),
+            ("max_force", f"{float(np.max(np.asarray(self.max_force), initial=0.0)):.1e}"),
             ("rattlers", f"{int(np.sum(np.asarray(self.rattlers)))}"),
         ]
 

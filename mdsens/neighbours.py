@@ -42,6 +42,7 @@ __all__ = [
 
 ALL_PAIRS_BELOW = 64  # particles; a search compiles in a second, and a step on all pairs costs as much from there on
 SKIN = 0.3  # of the range: more rebuilds below, more padding above
+CELLS = 64  # of a grid for each particle, at most: a liquid takes less than one, and more find nothing in a dilute gas
 WORD = 32  # candidates that are marked as near in the bits of one integer
 ROUND_OFF = 16  # eps of a height, which is computed by two divisions and a root
 
@@ -224,7 +225,8 @@ def _search(
         return rows, jnp.where(each == which, word & (word - 1), marks)
 
     rows = jnp.full((capacity, n), n, jnp.int32)
-    rows, _ = jax.lax.fori_loop(0, jnp.minimum(most, capacity), take, (rows, marks))
+    if capacity:  # of a list cut down to its filled rows, whose particles are all alone, there is none to write
+        rows, _ = jax.lax.fori_loop(0, jnp.minimum(most, capacity), take, (rows, marks))
     return rows, most, longest
 
 
@@ -380,10 +382,18 @@ def allocate(
         return all_pairs(n, dtype)
     lattice = _enclosing(positions, reach) if box is None else box
     sides = np.asarray(lattice)
-    cells = tuple(max(1, int(height / reach)) for height in heights(sides))
+    cells = _cells(heights(sides), reach, n)
     if not float(_skin(range_, sides, cells, box is not None)) > 0.02 * range_:
         return all_pairs(n, dtype)  # the cell is hardly larger than twice the range
     return fitted(positions, box, lattice, lengths, range_, cells, room, like)
+
+
+def _cells(across: np.ndarray, reach: float, n: int) -> tuple[int, ...]:
+    """Cells along each cell vector, no narrower than ``reach``, and wider where a gas so dilute would fill memory."""
+    count = np.clip(np.floor(across / reach), 1.0, 2.0**20)
+    while np.prod(count) > CELLS * n:
+        count = np.where(count == np.max(count), np.ceil(0.5 * count), count)
+    return tuple(int(m) for m in count)
 
 
 def fitted(
@@ -410,7 +420,8 @@ def fitted(
         if int(most) <= guess:
             break
         guess = _eights(room * int(most))
-    capacity = min(_eights(room * int(most)), n - 1)
+    # rows for a first few, where nobody is near anybody: then the first pair that comes near finds room
+    capacity = min(_eights(max(room * int(most), 1.0)), n - 1)
     if like is not None and not like.complete:
         capacity = max(capacity, like.rows.shape[0])
     given, never = tuple(jax.tree.leaves(lengths)), jnp.zeros((), bool)

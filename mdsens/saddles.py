@@ -67,8 +67,8 @@ def find_saddle(
 
     Raises:
       InputError: bad parameters, direction or options. PrecisionError: a tolerance below round-off. ConvergenceError:
-      with the status, MAX_STEPS_REACHED, NOT_FINITE, or NOT_A_SADDLE where the forces vanish at a minimum or a saddle
-      of higher order; and what was reached as ``result``.
+      with the status, MAX_STEPS_REACHED, NOT_FINITE, UNJAMMED where nobody touches anybody, or NOT_A_SADDLE where the
+      forces vanish at a minimum or a saddle of higher order; and what was reached as ``result``.
     """
     began = time.perf_counter()
     system, tolerance = _checked(start, params, tolerance, method, max_steps)
@@ -101,7 +101,9 @@ def _judged(system: System, largest: float, tolerance: float) -> tuple[System, S
     """The system, what was reached, and how many of its modes are negative."""
     if not np.isfinite(largest):
         return system, Status.NOT_FINITE, 0
-    stiffness, _ = loose_stiffness(system)
+    stiffness, null = loose_stiffness(system)
+    if np.all(np.asarray(null.rattlers)):
+        return system, Status.UNJAMMED, 0
     order = stiffness.unstable(3)
     limited = largest <= ROUND_OFF * round_off(system)
     if largest > tolerance and not limited:

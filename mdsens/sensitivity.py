@@ -257,11 +257,14 @@ def response(
 
 
 def _in_chunks(run: Callable[[Any], Response], rows: Callable[[int, int], Any], count: int, width: int) -> Response:
-    """``run`` on ``count`` right-hand sides, ``width`` at a time; the last chunk is filled up, to compile once."""
+    """``run`` on ``count`` right-hand sides, ``width`` at a time; the last chunk is filled up, to compile once.
+
+    Of no right-hand side, one is run whose answer is dropped: it gives the shapes.
+    """
     if count == width:
         return run(rows(0, width))
     parts = []
-    for start in range(0, count, width):
+    for start in range(0, max(count, 1), width):
         part = run(rows(start, start + width))
         keep = min(width, count - start)
         parts.append(jax.tree.map(lambda leaf, keep=keep: leaf[:keep], part))

@@ -135,7 +135,7 @@ def _on_rattlers(system: System, tangent: Params, loose: np.ndarray | None) -> f
         kind = np.ones(v.shape[0] if v.ndim else 0, bool)  # which particles or species are rattlers
         if loose is not None and v.shape == (system.n,):
             kind = loose
-        elif loose is not None and v.ndim and v.shape[0] == system.species_count:
+        elif loose is not None and system.species is not None and v.ndim and v.shape[0] == system.species_count:
             held = np.bincount(np.asarray(system.species)[~loose], minlength=system.species_count)
             kind = held == 0
         elif loose is not None:

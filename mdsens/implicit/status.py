@@ -347,8 +347,9 @@ class SolveStats(Portable, Named):
             return f"SolveStats(traced, solver={self.solver!r})"
         names = ", ".join(Status(code).name for code in codes)
         return (
-            f"SolveStats(status={names}, residual={np.max(self.residual):.2e}, "
-            f"iterations={np.max(self.iterations)}, dropped={np.max(self.dropped):.1e}, solver={self.solver!r})"
+            f"SolveStats(status={names}, residual={np.max(self.residual, initial=0.0):.2e}, "
+            f"iterations={np.max(self.iterations, initial=0)}, dropped={np.max(self.dropped, initial=0.0):.1e}, "
+            f"solver={self.solver!r})"
         )
 
 

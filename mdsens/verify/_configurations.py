@@ -44,6 +44,9 @@ def lattice(law: Any, params: Params) -> System:
     """A system on the sites of a square lattice of spacing 1, in open boundaries; several values are species'."""
     values = {name: np.asarray(value) for name, value in params.items()}
     paired = [p for law in parts(law) if isinstance(law, PairLaw) for p in law.names if p in values]
+    for name in paired:
+        if not values[name].size:
+            raise InputError(f"parameter {name} has shape {values[name].shape}: give a scalar, or one value a species.")
     sizes = {size for name in paired for size in values[name].shape}
     if len(sizes) > 1:
         raise InputError(
