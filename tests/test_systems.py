@@ -39,8 +39,8 @@ def direction(system: ms.System) -> dict[str, np.ndarray]:
 
 def test_relaxes_with_the_defaults(name, eq):
     assert ms.io.relaxation_options(name) == {}
-    assert ms.Status(int(eq.status)) is ms.Status.CONVERGED
-    assert float(eq.max_force) <= 1e-12
+    assert ms.Status(int(eq.status)) in (ms.Status.CONVERGED, ms.Status.ROUND_OFF_LIMITED)
+    assert float(eq.max_force) <= max(float(eq.tolerance), float(eq.force_floor)) <= 1e-11
 
 
 def test_passes_its_finite_difference_check(name, eq):
