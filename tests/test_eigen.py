@@ -84,6 +84,17 @@ def test_modes_without_stiffness_are_counted(way, monkeypatch):
     assert spectrum.stable.tolist() == [False, True, True]
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_matrix_of_zeros_has_zero_modes_alone(way, monkeypatch):
+    """And none that round-off makes negative."""
+    spectrum = found(sp.csc_array((40, 40)), 3, way, monkeypatch)
+    assert spectrum.negative == spectrum.hidden == 0 and spectrum.largest == 0.0 and not spectrum.settled
+    assert spectrum.zero == (39 if spectrum.counted else 3)
+    np.testing.assert_array_equal(spectrum.values, np.zeros(3))
+    np.testing.assert_allclose(spectrum.vectors.T @ spectrum.vectors, np.eye(3), atol=1e-12)
+    np.testing.assert_allclose(spectrum.vectors.sum(axis=0), 0.0, atol=1e-12)
+
+
 def test_no_more_modes_than_the_range_holds(monkeypatch):
     matrix = chain(5)
     spectrum = found(matrix, 9, "dense", monkeypatch)

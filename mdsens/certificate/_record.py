@@ -236,7 +236,9 @@ class Certificate(Shown):
         s = self.spectrum
         if not s.values.size:
             return [("smallest stiffness", self._loose)]
-        ratio = self.stiffness_min / self.stiffness_max if self.stiffness_max else np.nan
+        share = ", as all the others have"
+        if self.stiffness_max:
+            share = f", {self.stiffness_min / self.stiffness_max:.1e} of the largest ({self.stiffness_max:.4g})"
         unsure = "" if s.counted else ", of the modes computed"
         kinds = ((self.translations, "translation"), (self.rotations, "rotation"), (self.floppy_modes, "floppy mode"))
         loose = int(self.rattlers.sum())
@@ -247,7 +249,7 @@ class Certificate(Shown):
         rows = [
             (
                 "smallest stiffness",
-                f"{self.stiffness_min:.6g} energy/length^2, {ratio:.1e} of the largest ({self.stiffness_max:.4g})",
+                f"{self.stiffness_min:.6g} energy/length^2{share}",
             ),
             (
                 "how it was found",

@@ -184,10 +184,16 @@ def _dense(apply: Apply, size: int, k: int, project: Apply, null: int, zero: flo
     scale = float(np.abs(matrix).sum(axis=0).max())
     matrix = 0.5 * (matrix + matrix.T) + 2.0 * (scale or 1.0) * (identity - kept)  # the null space goes to the top
     values, vectors = scipy.linalg.eigh(matrix)
-    inside = values[: size - null]
+    inside = values[: size - null] if scale else np.zeros(size - null)  # of no matrix at all, round-off of the 2 above
     largest = float(np.abs(inside).max())
     counts = _counts(inside, largest, zero, floor)
     return Spectrum(*_pairs(apply, project(vectors[:, :k]), k), largest, *counts, floor, True, "dense")
+
+
+def _all_zero(size: int, k: int, project: Apply, zero: int, floor: float, method: str) -> Spectrum:
+    """Of a matrix of zeros, which Lanczos cannot begin with: any vectors of its range, ``zero`` of them counted."""
+    vectors, _ = np.linalg.qr(project(np.random.default_rng(0).standard_normal((size, k))))
+    return Spectrum(np.zeros(k), vectors, np.zeros(k), 0.0, 0, zero, 0, floor, method == "shift-invert", method)
 
 
 def _shift_invert(
@@ -196,6 +202,8 @@ def _shift_invert(
     """None where no factor tells how many eigenvalues lie below its shift."""
     rng = np.random.default_rng(0)
     start = project(rng.standard_normal((size, 1)))[:, 0]
+    if not matrix.count_nonzero():
+        return _all_zero(size, k, project, size - null, floor, "shift-invert")
     top = _eigsh(matrix, 1, which="LA", tol=1e-3, v0=start, return_eigenvectors=False)
     largest = max(float(top[0]), 1e-300)
     scale = bound(matrix)
@@ -244,6 +252,8 @@ def _lobpcg(
         given = precondition
         inverse = _operator(size, lambda v: project(given(v.reshape(size, -1))).reshape(v.shape))
     start = project(rng.standard_normal((size, 1)))[:, 0]
+    if not np.any(restricted(start)):
+        return _all_zero(size, k, project, k, floor, "LOBPCG")
     largest = float(_eigsh(operator, 1, which="LM", tol=1e-3, v0=start, return_eigenvectors=False)[0])
     largest = abs(largest)
     vectors = project(rng.standard_normal((size, k if k == 1 else k + min(4, size // 10))))

@@ -90,7 +90,7 @@ class Status(IntEnum):
     NO_CONTACTS = (
         7,
         "at rest at zero energy: nothing is in contact, so there is nothing to differentiate; raise the packing "
-        "fraction or pressure to jam it",
+        "fraction or pressure to jam it, or give positions and lengths in one unit",
     )
     SHAPE_HELD = (
         8,
@@ -125,7 +125,8 @@ class Status(IntEnum):
     )
     UNJAMMED = (
         16,
-        "no contact carries force, so there is nothing to differentiate; raise the packing fraction or pressure",
+        "no contact carries force, so there is nothing to differentiate; raise the packing fraction or pressure, or "
+        "give positions and lengths in one unit",
     )
     UNCONVERGED = (
         17,
