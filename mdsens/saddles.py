@@ -81,7 +81,8 @@ def find_saddle(
         system, largest, steps = walk(system, way, tolerance, method, int(max_steps), bar)
     finally:
         bar.close()
-    system, status, order = _judged(system, largest, tolerance)
+    floor = float(force_scale(system, *scales(system), largest).floor)
+    system, status, order = _judged(system, largest, tolerance, max(floor, ROUND_OFF * round_off(system)))
     found = Equilibrium(
         system,
         jnp.asarray(status.value, jnp.int32),
@@ -89,6 +90,7 @@ def find_saddle(
         jnp.asarray(steps),
         time.perf_counter() - began,
         tolerance,
+        force_floor=jnp.asarray(floor),
         order=order,
     )
     if throw:
@@ -97,16 +99,15 @@ def find_saddle(
     return found
 
 
-def _judged(system: System, largest: float, tolerance: float) -> tuple[System, Status, int]:
-    """The system, what was reached, and how many of its modes are negative."""
+def _judged(system: System, largest: float, tolerance: float, floor: float) -> tuple[System, Status, int]:
+    """The system, what was reached, and how many of its modes are negative; floor is what round-off may leave."""
     if not np.isfinite(largest):
         return system, Status.NOT_FINITE, 0
     stiffness, null = loose_stiffness(system)
     if np.all(np.asarray(null.rattlers)):
         return system, Status.UNJAMMED, 0
     order = stiffness.unstable(3)
-    limited = largest <= ROUND_OFF * round_off(system)
-    if largest > tolerance and not limited:
+    if largest > max(tolerance, floor):
         return system, Status.MAX_STEPS_REACHED, order
     reached = Status.CONVERGED if largest <= tolerance else Status.ROUND_OFF_LIMITED
     return system, reached if order == 1 else Status.NOT_A_SADDLE, order
