@@ -283,7 +283,7 @@ class _Descent:
         system = KKT(backbone, constrained_null_space(backbone, net, null, self.multipliers), self.multipliers)
         if not system.negative[0] > 0:
             return False
-        spectrum = system.lowest(1, doubtful_stiffness(self.system, size))
+        spectrum = system.lowest(1, doubtful_stiffness(size, self.length))
         if not spectrum.negative:  # the pivot of a free motion may be negative by round-off
             return False
         mode = spectrum.vectors[:, 0]

@@ -63,7 +63,13 @@ def _falls_fast(pace: Any, largest: Any, tested: Any, n: int) -> Any:
         return (pace == 0.0) | (np.log(largest / tested) < _at_size(WORTH, n) * pace)
 
 
-_advance = functools.partial(jax.jit, static_argnames=("method",))(advance)
+@functools.partial(jax.jit, static_argnames=("method",))
+def _advance(
+    system: System, state: Any, target: Any, budget: Any, method: Any, limits: Limits
+) -> tuple[Any, Any, jax.Array, jax.Array]:
+    """Steps on the system's own list: (state, list, how many steps, the largest force)."""
+    state, pairs, steps = advance(system, state, system.neighbours, target, budget, method, limits)
+    return state, pairs, steps, largest_force(method.forces(state))
 
 
 @dataclasses.dataclass
@@ -193,10 +199,9 @@ class Run:
                 break
             system, budget = self.system, min(STEPS_PER_CALL, until - self.steps)
             target = system.positions.dtype.type(max(near, self.tested))
-            found = _advance(system, self.state, system.neighbours, target, budget, method, self.limits)
-            self.state, pairs, taken = found
+            self.state, pairs, taken, largest = _advance(system, self.state, target, budget, method, self.limits)
             self.steps += int(taken)
-            self.largest = float(largest_force(method.forces(self.state)))
+            self.largest = float(largest)
             self.system = system.replace(positions=method.positions(self.state), neighbours=pairs)
             self._show(self.steps, self.largest)
             if bool(pairs.overflowed) and np.isfinite(np.asarray(self.system.positions)).all():
@@ -238,7 +243,7 @@ class Run:
         backbone, net, null = linearisation(whole, self.largest)
         if bool(net.unjammed):
             return False
-        floor = doubtful_stiffness(whole, self.largest)
+        floor = doubtful_stiffness(self.largest, self.length)
         found = Stiffness(backbone, null.simplified()).negative_mode(floor)
         self.examined, self.unstable = True, found is not None and self.saddles == SADDLES
         if found is None or self.unstable:

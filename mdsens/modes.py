@@ -180,7 +180,7 @@ def _softest(lin: Linearization, count: int, accuracy: float) -> Softest:
         return Softest(*nothing, np.inf, 0.0, np.zeros(1), status, "none")
     stiffness = Stiffness(system, lin.null) if lin.stiffness is None else lin.stiffness
     length = float(scales(system)[0])
-    floor = doubtful_stiffness(system, largest_force)
+    floor = doubtful_stiffness(largest_force, length)
     dense = system.positions.size <= DENSE_SIZE  # where every eigenvalue is computed, whatever is asked for
     ask = min(count + (MOST if dense else SPARE), left)
     while True:

@@ -462,8 +462,10 @@ def _check_pressure(system: System, pressure: Any, shape: Any) -> None:
 
 
 def _check_precision(system: System, tolerance: float | None) -> None:
+    if tolerance is None:
+        return
     floor = round_off(system)
-    if tolerance is not None and tolerance < 0.05 * floor:
+    if tolerance < 0.05 * floor:
         remedy = f"raise it to {floor:.0e} or more"
         if system.positions.dtype != jnp.float64:
             remedy += ", or work in double precision (in Python, ms.enable_x64() before making the system)"

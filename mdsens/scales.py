@@ -15,6 +15,7 @@ from mdsens.stationarity import Unknowns, gradient, largest_force
 from mdsens.system import System
 
 __all__ = [
+    "RELAXED",
     "ForceScale",
     "Limits",
     "doubtful_stiffness",
@@ -259,6 +260,8 @@ def _of_a_pair(system: System, stiffness: jax.Array) -> jax.Array:
     return stiffness / 2.0 ** (system.dimension + 1) if system.potential.pairwise else stiffness
 
 
-def doubtful_stiffness(system: System, left: float) -> float:
-    """The stiffness below which the force left can make or take a mode's, so that its sign is not known."""
-    return MARGIN * float(left) / float(scales(system)[0])
+def doubtful_stiffness(left: Any, length: Any) -> float:
+    """The stiffness below which the force left can make or take a mode's, so that its sign is not known; with the
+    law's length.
+    """
+    return MARGIN * float(left) / float(length)

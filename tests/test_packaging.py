@@ -206,9 +206,9 @@ def test_compilation_cache_serves_the_next_process(tmp_path: Path):
         return subprocess.run(command, capture_output=True, text=True, env=variables, check=True).stderr
 
     assert minimise() == ""
-    kept = sorted(folder.glob("jit_advance-*-cache"))  # what compiles in an instant is kept now and again
+    kept = sorted(folder.glob("jit__advance-*-cache"))  # what compiles in an instant is kept now and again
     assert minimise(CACHED) == ""
-    assert kept and sorted(folder.glob("jit_advance-*-cache")) == kept
+    assert kept and sorted(folder.glob("jit__advance-*-cache")) == kept
 
 
 def test_warnings_are_off_while_code_is_loaded_and_then_alone(monkeypatch: pytest.MonkeyPatch):

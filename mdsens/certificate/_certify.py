@@ -194,7 +194,7 @@ def certify(
     finite = bool(np.isfinite(np.asarray(system.positions)).all())
     free, translations, rotations = null.dimensions(system.dimension) if finite else (0, 0, 0)
     if finite and not loose.all():
-        spectrum = stiffness.lowest(max(modes, eq.order + 1), doubtful_stiffness(system, float(eq.max_force)))
+        spectrum = stiffness.lowest(max(modes, eq.order + 1), doubtful_stiffness(eq.max_force, scales(system)[0]))
     else:
         nothing = np.zeros(0), np.zeros((system.positions.size, 0)), np.zeros(0)
         spectrum = Spectrum(*nothing, 0.0, 0, 0, 0, 0.0, True, "none")
