@@ -300,7 +300,8 @@ def network(system: System, max_force: jax.Array | float, least: int | None = No
 def _may_touch(terms: tuple[PairTerm, ...], r: jax.Array, force: jax.Array, max_force: Any) -> jax.Array:
     """Pairs of potentials that only repel that the largest force left leaves in contact or not."""
     stiffness = sum(jnp.abs(pair_forces(t, r * (1.0 - NEARLY))) for t in terms) / (NEARLY * r)  # in contact, at least
-    gap = FORCE_MARGIN * max_force / jnp.where(stiffness > 0, stiffness, 1.0) + 8.0 * jnp.finfo(r.dtype).eps * r
+    gap = jnp.where(stiffness > 0, FORCE_MARGIN * max_force / jnp.where(stiffness > 0, stiffness, 1.0), 0.0)
+    gap = gap + 8.0 * jnp.finfo(r.dtype).eps * r
     small = jnp.abs(force) <= FORCE_MARGIN * max_force
     return small & (sum(pair_forces(t, r - gap) for t in terms) > 0)
 
