@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,12 @@ gc.set_threshold(100_000, 20, 100)
 
 # What `make fuzz` runs beside: the longest of each kind, of which a shorter one is among the others.
 LONG = pytest.mark.skipif("MDSENS_FUZZ_CASES" not in os.environ, reason="a long run: make fuzz")
+
+
+def quick(values: Iterable[Any], *these: Any) -> list[Any]:
+    """Cases of a test, all of which are long but these."""
+    return [pytest.param(value, marks=() if value in these else LONG) for value in values]
+
 
 DATA = Path(__file__).parents[1] / "systems" / "data"
 PACKINGS = ("2d_polydisperse_N64_p1e-1", "3d_bidisperse_N128_p1e-4")
@@ -111,7 +118,7 @@ def forget_compiled_code() -> None:
         jax.clear_caches()
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True, scope=lambda **_: "function" if "MDSENS_FUZZ_CASES" in os.environ else "module")
 def _room_for_compiled_code() -> None:
     forget_compiled_code()
 

@@ -28,7 +28,7 @@ SMALL = {
 }
 
 
-LONGER = ("sensitivity", "jacobian", "batch", "jamming", "design", "honesty")  # they compile for longest
+LONGER = ("sensitivity", "jacobian", "batch", "jamming", "design", "honesty", "elasticity")  # they compile for longest
 
 
 @pytest.fixture

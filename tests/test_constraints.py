@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import LONG
+from conftest import LONG, quick
 
 import mdsens as ms
 from mdsens.constraints import FixedTotal, Pinned, RigidBonds, Simplex, Wall
@@ -110,7 +110,7 @@ def direction(lin, seed: int = 1) -> dict[str, np.ndarray]:
     return {k: 0.3 * rng.normal(size=v.shape) for k, v in lin.params.items() if k not in ("alpha",)}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", quick(NAMES, "bonds and pins in a slit", "breathing discs"))
 def test_derivative_is_that_of_minimising_again(name):
     eq = minimum(name)
     lin = ms.linearize(eq)
@@ -511,7 +511,9 @@ def test_a_chain_drawn_straight_has_no_tensions_of_its_own():
     assert ms.jvp(eq, {"epsilon": 1.0}, throw=False).status is ms.Status.REDUNDANT_CONSTRAINTS
 
 
-@pytest.mark.parametrize("held", [Pinned.particles([0], 2, 2), RigidBonds.between([[0, 1]]), Wall(1, True)])
+@pytest.mark.parametrize(
+    "held", quick([Pinned.particles([0], 2, 2), RigidBonds.between([[0, 1]]), Wall(1, True)], Wall(1, True))
+)
 def test_in_single_precision(held):
     start = np.array([[0.0, 0.0], [1.1, 0.1]], np.float32)
     params = {"sigma": 1.0, "epsilon": 1.0, "bond_length": 1.05, "wall_position": -1.0}
@@ -567,6 +569,7 @@ def test_bodies_that_nothing_holds(count):
         assert np.allclose(moved, [[-0.5, 0.0], [0.5, 0.0]], atol=1e-12)
 
 
+@LONG
 def test_differences_of_another_minimum_say_so(monkeypatch):
     """A rod that turns round when it is relaxed again: each end is as good a minimum, and their difference reversed."""
     places = np.array([[0.0, 0], [0.7, 0]])

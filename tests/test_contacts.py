@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import PACKINGS, packing, packing_file, relative, relaxed_packing
+from conftest import LONG, PACKINGS, packing, packing_file, relative, relaxed_packing
 
 import mdsens as ms
 from mdsens import breakpoints, contacts
@@ -138,7 +138,7 @@ def spectrum(name: str, index: int) -> tuple[np.ndarray, np.ndarray, contacts.Ne
     return held, np.linalg.eigvalsh(dense_hessian(eq.system)), net
 
 
-@pytest.mark.parametrize("name, index", [(PACKINGS[0], 0), (PACKINGS[1], 7)])
+@pytest.mark.parametrize("name, index", [(PACKINGS[0], 0), pytest.param(PACKINGS[1], 7, marks=LONG)])
 def test_zero_modes_are_translations_and_rattlers(name, index):
     held, whole, net = spectrum(name, index)
     d = 2 if "2d" in name else 3

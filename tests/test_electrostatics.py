@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import os
 from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import LONG, relative
+from conftest import LONG, quick, relative
 
 import mdsens as ms
 from mdsens import _memory, nested, observables, potentials
@@ -263,18 +264,16 @@ def along(system: ms.System, moved, change):
 CLUSTERS = ["ions", "charges in a plane", "ions in a plane", "charges", "ions and charges"]
 
 
-def clusters(*quick: str) -> list:
-    return [pytest.param(name, marks=() if name in quick else LONG) for name in CLUSTERS]
-
-
-@pytest.mark.parametrize("name", clusters("ions"))
+@pytest.mark.parametrize("name", quick(CLUSTERS, "ions"))
 def test_gradients_of_relaxed_energy_and_dipole_are_those_of_minimising_again(name):
-    for key, found in gradients(name).items():
+    keys = ("charge", "damping") if "MDSENS_FUZZ_CASES" not in os.environ else gradients(name)
+    for key in keys:
+        found = gradients(name)[key]
         check_by_minimising_again(name, key, [float(jnp.sum(of * direction(name, key))) for of in found[:2]])
 
 
 @LONG
-@pytest.mark.parametrize("name", clusters("charges in a plane"))
+@pytest.mark.parametrize("name", quick(CLUSTERS, "charges in a plane"))
 def test_forward_derivatives_of_them_are_those_of_minimising_again(name):
     eq = relaxed(name)
     for key in eq.params:
@@ -283,7 +282,7 @@ def test_forward_derivatives_of_them_are_those_of_minimising_again(name):
         check_by_minimising_again(name, key, along(eq.system, moved, change))
 
 
-@pytest.mark.parametrize("name", clusters("ions"))
+@pytest.mark.parametrize("name", quick(CLUSTERS, "ions"))
 def test_forward_and_reverse_are_adjoint(name):
     eq = relaxed(name)
     change = {k: jnp.asarray(direction(name, k)) for k in eq.params}
@@ -293,7 +292,7 @@ def test_forward_and_reverse_are_adjoint(name):
     assert float(jnp.sum(weights(eq.system) * forward.value)) == pytest.approx(reverse, rel=1e-10)
 
 
-@pytest.mark.parametrize("name", clusters())
+@pytest.mark.parametrize("name", quick(CLUSTERS))
 def test_other_doors_agree(name):
     eq, lin = relaxed(name), linearization(name)
     change = {k: jnp.asarray(direction(name, k)) for k in eq.params}
@@ -308,6 +307,7 @@ def test_other_doors_agree(name):
         np.testing.assert_allclose(through[k], found[1], rtol=1e-7, atol=1e-9)
 
 
+@LONG
 def test_the_values_of_a_species_are_those_of_its_particles():
     eq = relaxed("charges in a plane")
     assert eq.system.species is not None

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import LONG, PACKINGS, packing, relative, relaxed_packing, square_lattice
+from conftest import LONG, PACKINGS, packing, quick, relative, relaxed_packing, square_lattice
 
 import mdsens as ms
 from mdsens import elasticity
@@ -49,7 +49,7 @@ def fraction(system: ms.System) -> Any:
 # ── coming to rest ──
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", quick(KINDS, "shape"))
 def test_the_stress_is_the_pressure_asked_for(kind):
     eq = at_rest(kind)
     stress = np.asarray(ms.observables.stress(eq.system))
@@ -77,7 +77,7 @@ def small(seed: int) -> ms.System:
     return ms.System.create(places, 5.5, ms.potentials.soft_sphere(), params)
 
 
-@pytest.mark.parametrize("pressure", [1e-4, 1e-7])
+@pytest.mark.parametrize("pressure", quick([1e-4, 1e-7], 1e-7))
 def test_packings_are_decompressed_to_next_to_nothing(pressure):
     for seed in range(4):  # a Newton step of the cell may take the last contact away: it is shortened
         eq = ms.minimize(small(seed), pressure=pressure)
@@ -169,7 +169,7 @@ def again(eq: ms.Equilibrium, dparams: dict[str, Any], t: float) -> ms.Equilibri
     return ms.minimize(eq.system, params, pressure=pressure, shape=len(eq.strains) > 1, tolerance=3e-14)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", quick(KINDS, "size", "shape"))
 @pytest.mark.parametrize("which", ["sigma", "epsilon", "pressure", "both"])
 def test_responses_are_finite_differences_of_minimising_again(kind, which):
     eq = at_rest(kind)
@@ -234,7 +234,7 @@ def test_compressibility_is_birchs_bulk_modulus():
         assert -float(eq.system.volume) / found == pytest.approx(bulk, rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["size", "shape"])
+@pytest.mark.parametrize("kind", quick(["size", "shape"], "shape"))
 def test_gradients_of_moduli_at_a_pressure_are_finite_differences(kind):
     eq = at_rest(kind)
     dparams = directions(eq)["both"]

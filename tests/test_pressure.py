@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
+from conftest import quick
 
 import mdsens as ms
 from mdsens.boxes import FixedBox
@@ -75,7 +76,7 @@ def joint_hessian(system: ms.System) -> jax.Array:
     return jax.hessian(enthalpy)(jnp.concatenate([system.positions.ravel(), jnp.zeros(3)]))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", quick(KINDS, "shape"))
 def test_the_figures_are_those_of_the_dense_joint_hessian(kind):
     eq, c, lin = at_rest(kind), certificate(kind), linearized(kind)
     system, size = eq.system, eq.positions.size
@@ -208,7 +209,7 @@ def test_finite_differences_are_the_response(kind, dparams):
     assert "of its strain" in str(v)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", quick(KINDS, "shape"))
 def test_moduli_at_a_pressure_forward_are_their_gradient_and_minimising_again(kind):
     eq, h = at_rest(kind), 3e-6
 

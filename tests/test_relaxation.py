@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import relative
+from conftest import quick, relative
 
 import mdsens as ms
 from mdsens import neighbours
@@ -308,7 +308,7 @@ def hertzian(n: int) -> ms.System:
     return ms.System.create(rng.random((n, 2)) * length, length, ms.potentials.soft_sphere(), params)
 
 
-@pytest.mark.parametrize("n", [32, 256])  # a list of all pairs, and one that becomes narrow
+@pytest.mark.parametrize("n", quick([32, 256], 32))  # a list of all pairs, and one that becomes narrow
 def test_fire_takes_its_mass_from_the_stiffness_that_it_meets(n):
     start = hertzian(n)
     limits = Limits.of(scales(start), Fire())

@@ -80,9 +80,9 @@ STARTS: dict[str, Callable[[], ms.System]] = {
     "line in the plane": lambda: cluster(line(5, 2)),
     "row": lambda: row(2),
     "row in space": lambda: row(3),
-    "square lattice, 100": lambda: crystal(10, 2),
 }
 LONG_STARTS: dict[str, Callable[[], ms.System]] = {
+    "square lattice, 100": lambda: crystal(10, 2),
     **{f"polygon of {m} in space, an energy": lambda m=m: cluster(polygon(m, 3), BY_ENERGY) for m in (4, 6, 7)},
     **{f"polygon of {m} in the plane": lambda m=m: cluster(polygon(m, 2)) for m in (4, 5, 6, 8)},
     **{f"polygon of {m} in space": lambda m=m: cluster(polygon(m, 3)) for m in (4, 5, 6)},

@@ -13,7 +13,14 @@ from mdsens.specification import systems_folder
 NAMES = sorted(ms.io.bundled_systems())
 # Where symmetry or a single energy scale leaves nothing to respond, the difference is absolute.
 SILENT = {"fcc_argon"}
-SLOW = {"binary_lj_glass", "bidisperse_3d", "harmonic_morse_2d"}
+SLOW = {
+    "argon_vacancy",
+    "binary_lj_glass",
+    "bidisperse_3d",
+    "harmonic_morse_2d",
+    "packing_from_file",
+    "polarizable_cluster",
+}
 
 
 @pytest.fixture(scope="module", params=[pytest.param(name, marks=LONG if name in SLOW else ()) for name in NAMES])
