@@ -380,9 +380,9 @@ def _sizes(lin: Linearization, given: Any, door: Door, many: bool) -> jax.Array:
 
 
 def norms(sides: Unknowns, many: bool) -> jax.Array:
-    """The norm of unknowns, or of each of many, over all that they have."""
-    first = 1 if many else 0
-    return jnp.sqrt(sum(jnp.sum(leaf**2, axis=tuple(range(first, leaf.ndim))) for leaf in jax.tree.leaves(sides)))
+    """The norm of a solve's right-hand side, or of each of many: of all unknowns but the strain, which comes after."""
+    first, leaves = 1 if many else 0, jax.tree.leaves(dataclasses.replace(sides, strain=None))
+    return jnp.sqrt(sum(jnp.sum(leaf**2, axis=tuple(range(first, leaf.ndim))) for leaf in leaves))
 
 
 @functools.partial(jax.jit, static_argnames=("door", "many"))

@@ -212,7 +212,8 @@ def moduli(of: Equilibrium | Linearization | System, *, solve: Method | None = N
         System, traceable and differentiable to any order, for ``jax.grad`` through ``equilibrate``.
       solve: the linear solver; Auto() where None.
       throw: raise unless the status is good. Of a System nothing is raised: read ``stats``. A function of a System that
-        gives back a number alone hides them, and ``ms.gradient`` of it knows only what is NaN (NOT_FINITE).
+        gives back a number alone hides them, and ``ms.gradient`` of it knows only what is NaN (NOT_FINITE), as E and nu
+        are where no solid has them.
 
     Returns:
       :class:`Moduli`.

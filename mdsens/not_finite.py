@@ -18,6 +18,11 @@ __all__ = ["where_not_finite"]
 
 # Of a law that is more than pairs, along one direction, as forces, Hessian products and their derivatives are taken.
 OF_ENERGY = ("the energy", "a force", "the Hessian", "the third derivative")
+# The commonest cause, as a matrix of all distances has it on its diagonal.
+OF_A_ROOT = (
+    " although the energy is a number: a root or norm of zero has no derivative, not even where jnp.where passes it "
+    "over; replace the zero before the root, r2 = jnp.where(r2 > 0, r2, 1.0)"
+)
 
 
 def where_not_finite(status: Status, system: System) -> str:
@@ -54,7 +59,8 @@ def _of_pairs(name: str, term: PairTerm, system: System) -> str:
 def _of_law(law: Any, system: System) -> str:
     for order, size in enumerate(np.asarray(_orders(law, system))):
         if not np.isfinite(size):
-            return f"{OF_ENERGY[order]} of {law.name} is {size:.3g} at these positions"
+            said = f"{OF_ENERGY[order]} of {law.name} is {size:.3g} at these positions"
+            return said if order == 0 else said + OF_A_ROOT
     return ""
 
 

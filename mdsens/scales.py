@@ -128,8 +128,9 @@ class ForceScale(NamedTuple):
       mean: mean force of the pairs that interact. Of a potential that attracts, whose pair forces may cancel or vanish
         at its minimum, at least the force of a pair strained by 1 %; of one without pairs the same by its stiffness.
       floor: the largest force that round-off of the positions leaves on a particle, see ``force_scale``.
-      idle: whether nothing is in contact, of a potential that only repels: no pair has a force above 10 times the
-        largest one left on a particle, and that one is 1e-8 at most of the potential's own.
+      idle: whether nothing is in contact. Of a potential that only repels: no pair has a force above 10 times the
+        largest one left on a particle, and that one is 1e-8 at most of the potential's own. Of any other one that is
+        made of pairs: none has a force or a stiffness.
     """
 
     mean: Any
@@ -164,7 +165,7 @@ def force_scale(system: System, length: jax.Array, stiffness: jax.Array, left: A
     eps, images = jnp.finfo(dtype).eps, nearest_images(system.box)
     size: Any = sum(c * c for c in x)
     total, count, contacts = jnp.zeros((), dtype), jnp.zeros((), dtype), jnp.zeros((), dtype)
-    noise = jnp.zeros(n, dtype)
+    noise, reached = jnp.zeros(n, dtype), jnp.zeros((), bool)
     for term in row_terms(system):
         if not term.j.size:
             continue
@@ -173,6 +174,7 @@ def force_scale(system: System, length: jax.Array, stiffness: jax.Array, left: A
         slope = jax.grad(lambda s, term=term: jnp.sum(term.energy(s)))
         force, curvature = jax.jvp(slope, (r,), (jnp.ones_like(r),))
         firm = jnp.maximum(jnp.abs(curvature), jnp.abs(force) / r)
+        reached = reached | jnp.any(firm > 0)
         squared = firm**2 * 0.5 * (size[term.i] + size[term.j]) + force**2
         rows = term.j.ndim == 2
         noise = noise + jnp.sum(squared, axis=0) if rows else noise.at[term.i].add(squared).at[term.j].add(squared)
@@ -186,7 +188,10 @@ def force_scale(system: System, length: jax.Array, stiffness: jax.Array, left: A
         length, stiffness = scales(system)  # its stiffness is that of one configuration
         floor = jnp.maximum(floor, _shaken(system))
     mean = jnp.maximum(mean, _bent(system, length, stiffness))
-    idle = system.potential.repulsive & (contacts == 0) & (left <= IDLE * stiffness * length)
+    if system.potential.repulsive:
+        idle = (contacts == 0) & (left <= IDLE * stiffness * length)
+    else:
+        idle = ~reached & system.potential.pairwise
     return ForceScale(mean, floor, idle)
 
 

@@ -36,7 +36,7 @@ class Isotropic(NamedTuple):
       young: E = 2 d^2 K G / (d (d - 1) K + 2 G).
       poisson: nu = (d K - 2 G) / (d (d - 1) K + 2 G), between -1 and 1 in 2-D, -1 and 1/2 in 3-D.
 
-    E and nu are NaN where K and G are both zero.
+    E and nu are NaN where K and G are both zero, and where one of them is negative: no solid has them then.
     """
 
     bulk: jax.Array
@@ -106,6 +106,7 @@ def isotropic_part(tensor: jax.Array, round_off: Any = 0.0) -> Isotropic:
     bulk = cleared(iijj / d**2, round_off)
     shear = cleared((ijij - iijj / d) / ((d - 1) * (d + 2)), round_off)
     whole = d * (d - 1) * bulk + 2.0 * shear
+    whole = jnp.where((bulk < 0) | (shear < 0), jnp.nan, whole)
     return Isotropic(bulk, shear, 2.0 * d**2 * bulk * shear / whole, (d * bulk - 2.0 * shear) / whole)
 
 

@@ -131,7 +131,7 @@ class System(Portable, Shown):
         if np.ma.is_masked(positions):
             raise InputError("positions are masked in places: give every particle's, or leave those particles out.")
         if given.ndim != 2 or given.shape[1] not in (2, 3) or given.shape[0] < 1:
-            raise InputError(f"positions have shape {given.shape}: give (n, 2) or (n, 3).")
+            raise InputError(f"positions have shape {given.shape}: give (n, 2) or (n, 3), of one particle or more.")
         bad = ~np.isfinite(given).all(axis=1)
         if bad.any():
             k = int(np.argmax(bad))

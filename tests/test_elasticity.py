@@ -431,6 +431,8 @@ def test_a_negative_shear_modulus_is_refused_with_its_figures_by_every_door():
             call()
         assert raised.value.status is ms.Status.UNSTABLE and "\n" not in str(raised.value)
         assert call(throw=False).status is ms.Status.UNSTABLE
+    assert np.isnan(found.poisson) and np.isnan(found.young)  # ratios of no solid, also where no status goes with them
+    assert ms.gradient(lambda s: moduli(s).poisson, eq, throw=False).status is ms.Status.NOT_FINITE
     slope, h = calls[1](throw=False).value["sigma"], 1e-6
     ends = [ms.minimize(eq.system, {"sigma": eq.params["sigma"] + s * np.array([0.0, 1.0])}, tolerance=1e-13)
             for s in (h, -h)]  # fmt: skip

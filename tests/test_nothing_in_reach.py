@@ -69,6 +69,14 @@ def test_dilute_discs_find_each_other_at_a_pressure():
     assert Status(int(ms.minimize(dilute(12), pressure=0.0, throw=False).status)) is Status.NO_REST
 
 
+@pytest.mark.parametrize("law", [ms.potentials.lennard_jones(), ms.potentials.harmonic_bonds([])])
+def test_where_an_attraction_reaches_nobody_it_is_said(law: Any):
+    params = {"sigma": 1.0, "epsilon": 1.0} if law.name == "lennard_jones" else {"stiffness": 1.0, "length": 1.0}
+    eq = ms.minimize(ms.System.create(np.array([[0.0, 0.0], [30.0, 0.0]]), None, law, params))
+    assert Status(int(eq.status)) is Status.NO_CONTACTS
+    assert ms.jvp(eq, {name: jnp.ones_like(v) for name, v in eq.params.items()}, throw=False).status is Status.UNJAMMED
+
+
 # ── every call ──
 
 

@@ -274,6 +274,8 @@ def _findings(c: Certificate, lin: Linearization) -> list[tuple[Status, str]]:
         add(Status.UNJAMMED, every if np.all(c.rattlers) else "no rigid body is held by another")
     if not np.isfinite(c.spectrum.values).all():
         add(Status.NOT_FINITE, "the Hessian")
+    elif bool(lin.network.touching):
+        add(Status.CONTACTS_UNSETTLED, "of particles that touch without a force, and so is the sign of each stiffness")
     elif c.negative_modes != c.order:
         add(
             Status.NOT_A_SADDLE if c.order else Status.INDEFINITE,
@@ -295,7 +297,7 @@ def _findings(c: Certificate, lin: Linearization) -> list[tuple[Status, str]]:
             Status.STIFFNESS_UNSETTLED,
             f"{count(c.unsettled_modes, 'mode')} below {c.spectrum.floor:.0e}, max_force {c.max_force:.1e}",
         )
-    if c.crossed_to_minimum and before.good:
+    if c.crossed_to_minimum and before.good and not lin.network.touching:
         add(Status.CONTACTS_UNSETTLED, f"{count(c.crossed_to_minimum, 'pair')} in doubt, max_force {c.max_force:.1e}")
     s = c.strain
     if s is not None and s.status is Status.UNSTABLE:
