@@ -293,7 +293,7 @@ def _fractions(case: Case, rng: np.random.Generator) -> np.ndarray:
         return places + noise
     if case.start == "twins":
         places = rng.random((n, d))
-        places[1] = places[0] + noise[0]
+        places[-1] = places[0] + noise[0]
         return places
     return 0.5 + 0.1 * rng.standard_normal((n, d))  # clumped
 
@@ -574,10 +574,10 @@ class Oracle:
             else:
                 whole, wraps = self.positions, self.box is not None
             for motion in _motions(whole, turns=not wraps):
-                size = np.linalg.norm(motion)
+                size = np.abs(motion).max()  # whose square does not underflow
                 if size > 1e-9 * np.abs(whole).max():  # a point alone does not turn
                     row = np.zeros((n, d))
-                    row[members] = motion / size
+                    row[members] = motion / size / np.linalg.norm(motion / size)
                     motions.append(row.ravel())
         u, s, _ = np.linalg.svd(np.array(motions).T, full_matrices=False)
         known = u[:, s > 1e-6]
@@ -826,10 +826,14 @@ def _direction(case: Case, eq: ms.Equilibrium, rng: np.random.Generator) -> dict
     """A random change of every parameter or of one, in proportion to its size."""
     names = list(eq.params)
     chosen = names if case.seed % 3 == 0 else [names[case.seed % len(names)]]
-    return {
-        k: np.abs(np.asarray(eq.params[k])).max() * rng.standard_normal(np.shape(eq.params[k])) * np.ones(())
-        for k in chosen
-    }
+    found = {}
+    for k in chosen:
+        value = np.asarray(eq.params[k])
+        change = np.abs(value).max() * rng.standard_normal(value.shape) * np.ones(())
+        # entries (a, b) and (b, a) are one number of a pair of species
+        paired = getattr(case.shape, k, "") == "matrix"
+        found[k] = change + change.T if paired else change
+    return found
 
 
 def _cotangent(case: Case, n: int, d: int, loose: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -937,6 +941,8 @@ def _compare(
         off = np.asarray(result.value[k]) - (given - (mixed.T @ y).reshape(given.shape))
         size = np.linalg.norm(given) + np.linalg.norm(mixed) * np.linalg.norm(y)
         noise = oracle.natural(k) * np.linalg.norm(y) + np.linalg.norm(mixed) * most + np.linalg.norm(given)
+        if door == "gradient of energy":  # whose parts may all be round-off, as by the lengths of pairs at rest
+            noise += oracle.natural(k) * oracle.extent
         amplified = (
             residual * np.linalg.norm(mixed) * np.linalg.norm(oracle.off_null(np.asarray(slope))) / oracle.softest
         )

@@ -297,7 +297,7 @@ def gmres_cycle(
         return (j < m) & _any(~done)
 
     def body(state: tuple[Any, ...]) -> tuple[Any, ...]:
-        basis, r, q, g, j, used, done, pivot, beta, size, status = state
+        basis, r, q, g, j, used, done, pivot, beta, size, scale, status = state
         v = change(basis[j])
         w = product = apply(v)
         length = norm(w)
@@ -309,9 +309,13 @@ def gmres_cycle(
         beyond = jnp.where(invariant, 0, beyond)
         alpha = h[j] + again[j]
         size = jnp.where(done, size, jnp.sqrt(size**2 + alpha**2 + beta**2 + beyond**2))
-        pivot, negative = _pivot(alpha, beta, pivot, size)
-        if not lanczos:
-            negative = dot(v, product) < -CURVATURE_UNITS * eps * length * norm(v)
+        # As the residual falls, the basis is made of what is left: its share of round-off, which may lie in the null
+        # space, is |b| over the residual times as large, and proves nothing.
+        lost = safe_divide(norm(b), jnp.abs(g[j]))
+        pivot, negative = _pivot(alpha, beta, pivot, size * lost)
+        if not lanczos:  # against the largest stretch so far: of a vector of round-off the product is round-off as well
+            scale = jnp.where(done, scale, jnp.maximum(scale, safe_divide(length, norm(v))))
+            negative = dot(v, product) < -CURVATURE_UNITS * eps * lost * scale * dot(v, v)
         status = jnp.where(negative & definite & ~done, _int(Status.INDEFINITE), status)
         beta = beyond
         column = dot(q, h + again + jnp.where(at == j + 1, beyond, 0))
@@ -330,7 +334,7 @@ def gmres_cycle(
         basis = _write(basis, jnp.where(idle, 0, safe_divide(w, beyond))[None], j + 1)
         used = jnp.where(idle, used, j + 1)
         done = idle | invariant | ~(jnp.abs(g[j + 1]) > tol) | (j + 1 >= limit) | (status != Status.CONVERGED)
-        return basis, r, q, g, j + 1, used, done, pivot, beta, size, status
+        return basis, r, q, g, j + 1, used, done, pivot, beta, size, scale, status
 
     size = norm(b)
     rows = BLOCK * (m // BLOCK + 1)
@@ -339,8 +343,8 @@ def gmres_cycle(
     idle = ~(size > tol) | (limit < 1)
     zero = jnp.zeros((), b.dtype)
     square, whole = jnp.eye(m, dtype=b.dtype), jnp.eye(m + 1, dtype=b.dtype)
-    start = (basis, square, whole, g, _int(0), _int(0), idle, _Pivot(zero, zero), zero, zero, _int(0))
-    basis, r, _, g, _, used, _, _, _, _, status = lax.while_loop(going, body, start)
+    start = (basis, square, whole, g, _int(0), _int(0), idle, _Pivot(zero, zero), zero, zero, zero, _int(0))
+    basis, r, _, g, _, used, _, _, _, _, _, status = lax.while_loop(going, body, start)
     y = jax.scipy.linalg.solve_triangular(r.T, jnp.where(jnp.arange(m) < used, g[:m], 0))
     return change(dot(y, basis[:m])), used, status
 

@@ -64,12 +64,17 @@ def chebyshev(apply: Apply, degree: int, like: Array) -> Apply:
 _FIRST_LOOK, _FALL = 16, 1e-6
 
 
-def _step(apply: Apply, alpha: float, precondition: Apply | None, x: Array, r: Array) -> tuple[Array, Array, Array]:
-    """x with the next term, what is left of b, and whether the curvature along the term is negative."""
+def _step(
+    apply: Apply, alpha: float, precondition: Apply | None, x: Array, r: Array, scale: Any
+) -> tuple[Array, Array, Array, Array]:
+    """x with the next term, what is left of b, the largest stretch of a term so far, and whether the curvature along
+    the term is negative beside it.
+    """
     term = alpha * (r if precondition is None else precondition(r))
     product = apply(term)
-    negative = dot(term, product) < -CURVATURE_UNITS * jnp.finfo(r.dtype).eps * norm(term) * norm(product)
-    return x + term, r - product, negative
+    scale = jnp.maximum(scale, safe_divide(norm(product), norm(term)))
+    negative = dot(term, product) < -CURVATURE_UNITS * jnp.finfo(r.dtype).eps * scale * dot(term, term)
+    return x + term, r - product, scale, negative
 
 
 def neumann(
@@ -91,21 +96,22 @@ def neumann(
     most = norm(b) / eps**0.5
 
     def going(state: tuple[Any, ...]) -> Array:
-        _, _, size, _, _, k, status = state
+        _, _, size, _, _, _, k, status = state
         return (size > tol) & (k < limit) & (status == Status.CONVERGED)
 
     def body(state: tuple[Any, ...]) -> tuple[Any, ...]:
-        x, r, _, before, look, k, _ = state
-        x, r, negative = _step(apply, alpha, precondition, x, r)
+        x, r, _, scale, before, look, k, _ = state
+        x, r, scale, negative = _step(apply, alpha, precondition, x, r, scale)
         size, k = norm(r), k + 1
         looked = k >= look
         stands = (looked & (size >= (1 - _FALL) * before)) | ~(size < most)
         status = jnp.where(stands, jnp.int32(Status.STAGNATED), jnp.int32(0))
         status = jnp.where(negative & definite, jnp.int32(Status.INDEFINITE), status)
         before, look = jnp.where(looked, size, before), jnp.where(looked, 2 * look, look)
-        return x, r, size, before, look, k, status
+        return x, r, size, scale, before, look, k, status
 
-    start = (jnp.zeros_like(b), b, norm(b), norm(b), jnp.int32(_FIRST_LOOK), jnp.int32(0), jnp.int32(0))
+    zero = jnp.zeros((), b.dtype)
+    start = (jnp.zeros_like(b), b, norm(b), zero, norm(b), jnp.int32(_FIRST_LOOK), jnp.int32(0), jnp.int32(0))
     x, *_, k, status = lax.while_loop(going, body, start)
     return x, k, status
 
@@ -114,7 +120,7 @@ def neumann_terms(apply: Apply, b: Array, terms: int, alpha: float, precondition
     """The first ``terms`` terms of the series, by one product fewer."""
 
     def body(_: Any, state: tuple[Array, Array]) -> tuple[Array, Array]:
-        return _step(apply, alpha, precondition, *state)[:2]
+        return _step(apply, alpha, precondition, *state, 0.0)[:2]
 
     x, r = lax.fori_loop(0, terms - 1, body, (jnp.zeros_like(b), b))
     return x + alpha * (r if precondition is None else precondition(r))
