@@ -20,8 +20,8 @@ __all__ = ["where_not_finite"]
 OF_ENERGY = ("the energy", "a force", "the Hessian", "the third derivative")
 # The commonest cause, as a matrix of all distances has it on its diagonal.
 OF_A_ROOT = (
-    " although the energy is a number: a root or norm of zero has no derivative, not even where jnp.where passes it "
-    "over; replace the zero before the root, r2 = jnp.where(r2 > 0, r2, 1.0)"
+    " although the energy is a number (most often by a root or norm of zero, which has no derivative, not even where "
+    "jnp.where passes it over: replace the zero before the root, r2 = jnp.where(r2 > 0, r2, 1.0))"
 )
 
 
@@ -60,7 +60,7 @@ def _of_law(law: Any, system: System) -> str:
     for order, size in enumerate(np.asarray(_orders(law, system))):
         if not np.isfinite(size):
             said = f"{OF_ENERGY[order]} of {law.name} is {size:.3g} at these positions"
-            return said if order == 0 else said + OF_A_ROOT
+            return said + OF_A_ROOT if order == 1 else said
     return ""
 
 

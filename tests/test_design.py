@@ -348,13 +348,13 @@ def test_a_member_on_the_verge_of_rearranging_does_not_count() -> None:
 
 
 def test_a_member_of_a_negative_modulus_does_not_count() -> None:
-    """Poisson's ratios of 0.51, 2.2 and 0.80: the second is that of no solid, the third of one that its cell holds."""
+    """Poisson's ratios of 0.51, none and 0.80: the second is no solid, the third one that its cell holds."""
     members = [sixteen_discs(kind) for kind in ("stable", "unstable", "sheared away")]
     ratios = [float(ms.elasticity.moduli(ms.minimize(m, progress=False), throw=False).poisson) for m in members]
     wide = Target("poisson", 0.0, 10.0, from_start=True)
     design = fit(wide, members, {"sigma": Free(within=0.3)}, progress=False)
     assert list(design.history[0].status) == [ms.Status.CONVERGED, ms.Status.UNSTABLE, ms.Status.CONVERGED]
-    assert ratios[1] > 1.0 and design.values[0] == pytest.approx(0.5 * (ratios[0] + ratios[2]), rel=1e-6)
+    assert np.isnan(ratios[1]) and design.values[0] == pytest.approx(0.5 * (ratios[0] + ratios[2]), rel=1e-6)
     with pytest.raises(ms.ConvergenceError, match="the bulk or the shear modulus is not positive"):
         feature_response(["bulk", "poisson"], ms.minimize(members[1], progress=False))
     pressure = fit(Target("pressure", 0.0, 1.0, from_start=True), members, "sigma", progress=False)
