@@ -647,7 +647,7 @@ def test_what_ends_in_not_finite_names_the_potential():
     loop = potentials.lennard_jones() + potentials.from_energy(looped, ("k",))
     with pytest.raises(
         ms.ConvergenceError,
-        match=r"max_force nan, where a force of looped is nan at these positions although .* r2 > 0",
+        match=r"max_force nan, where a force of looped is nan at these positions although .*r2 > 0",
     ):
         ms.minimize(on_points(loop, {"k": 1.0, "sigma": 1.0, "epsilon": 1.0}))
     near = ms.System.create(
