@@ -109,7 +109,7 @@ ARGUMENTS: dict[str, tuple[tuple[int, ...], Callable[[Any], Any], set[str]]] = {
     "chunk": ((), lambda v: ms.jacobian(discs(), chunk=v), {"huge integer"}),
     "onset": ((), lambda v: ms.potentials.lennard_jones(onset=v), set()),
     "cutoff": ((), lambda v: ms.potentials.morse(cutoff=v), set()),
-    "bonds": ((5, 2), ms.potentials.harmonic_bonds, set()),
+    "bonds": ((5, 2), ms.potentials.harmonic_bonds, {"empty", "no rows"}),
     "phi": ((), lambda v: ms.potentials.from_pair(v, ("sigma",), 1.0), {"type"}),
     "names of parameters": (
         (2,),
