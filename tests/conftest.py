@@ -118,7 +118,7 @@ def forget_compiled_code() -> None:
         jax.clear_caches()
 
 
-@pytest.fixture(autouse=True, scope=lambda **_: "function" if "MDSENS_FUZZ_CASES" in os.environ else "module")
+@pytest.fixture(autouse=True, scope="function" if "MDSENS_FUZZ_CASES" in os.environ else "module")
 def _room_for_compiled_code() -> None:
     forget_compiled_code()
 
