@@ -477,10 +477,14 @@ def _pair_forces(system: ms.System) -> list[tuple[np.ndarray, np.ndarray, np.nda
 
 
 def strongest_pair(system: ms.System) -> float:
-    """The largest force of a pair; inf where the energy is more than pairs."""
+    """The largest force of a pair; inf where the energy is more than pairs. Of a potential that attracts, whose pairs
+    may all be at rest, at least that of a pair strained by 1 %.
+    """
     if not system.potential.pairwise:
         return np.inf
-    return max((float(f.max(initial=0.0)) for *_, f in _pair_forces(system)), default=0.0)
+    length, stiffness = (float(x) for x in scales(system))
+    least = 0.0 if system.potential.repulsive else 0.01 * length * stiffness / 2 ** (system.dimension + 1)
+    return max((float(f.max(initial=0.0)) for *_, f in _pair_forces(system)), default=0.0) + least
 
 
 @jax.jit
