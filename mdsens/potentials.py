@@ -212,7 +212,7 @@ def harmonic_bonds(bonds: Any) -> BondLaw:
     images of its two particles, so it must stay shorter than half the smallest height of a periodic cell.
     """
     array = np.asarray(real_array("bonds", bonds, "give integers of shape (m, 2)."))
-    array = array if array.size else np.zeros((0, 2), int)
+    array = np.zeros((0, 2), int) if array.shape in ((0,), (0, 2)) else array
     if array.ndim != 2 or array.shape[1] != 2 or not np.issubdtype(array.dtype, np.integer):
         raise InputError(f"bonds have shape {array.shape} and type {array.dtype}: give integers of shape (m, 2).")
     if (array[:, 0] == array[:, 1]).any():

@@ -181,12 +181,13 @@ def force_scale(system: System, length: jax.Array, stiffness: jax.Array, left: A
         share, f = 0.5 if rows else 1.0, jnp.abs(force)
         total, count = total + share * jnp.sum(f), count + share * jnp.sum(f > 0)
         contacts = contacts + share * jnp.sum(f > MARGIN * left)
-    own = eps * length * _of_a_pair(system, stiffness)
-    floor = jnp.maximum(UNITS * eps * jnp.sqrt(jnp.max(noise, initial=0.0)), own)
-    mean = total / jnp.maximum(count, 1.0)
+    shaken: Any = 0.0
     if not system.potential.pairwise:
-        length, stiffness = scales(system)  # its stiffness is that of one configuration
-        floor = jnp.maximum(floor, _shaken(system))
+        length, stiffness = scales(system)  # its stiffness is that of one configuration: a crowded start's is larger
+        shaken = _shaken(system)
+    own = eps * length * _of_a_pair(system, stiffness)
+    floor = jnp.maximum(jnp.maximum(UNITS * eps * jnp.sqrt(jnp.max(noise, initial=0.0)), own), shaken)
+    mean = total / jnp.maximum(count, 1.0)
     mean = jnp.maximum(mean, _bent(system, length, stiffness))
     if system.potential.repulsive:
         idle = (contacts == 0) & (left <= IDLE * stiffness * length)

@@ -137,6 +137,21 @@ def test_units_of_powers_of_two_change_no_digit():
         assert float(getattr(small, name)) == float(getattr(eq, name)) * energy / length
 
 
+def test_a_crowded_start_of_many_bodies_has_no_part_in_the_floor():
+    """Its stiffness is 1e6 times that of the minimum, and round-off there is no measure of round-off here."""
+
+    def energy(positions: jax.Array, params: Any, displacement: Any) -> jax.Array:
+        i, j = np.triu_indices(positions.shape[0], 1)
+        s6 = (params["size"] ** 2 / jnp.sum((positions[i] - positions[j]) ** 2, axis=-1)) ** 3
+        return 4.0 * jnp.sum(s6 * s6 - s6)
+
+    places = 0.8 * np.random.default_rng(0).random((5, 3))
+    eq = ms.minimize(ms.System.create(places, None, ms.potentials.from_energy(energy, ("size",)), {"size": 1.0}))
+    again = ms.minimize(eq.system)
+    assert Status(int(eq.status)).good
+    assert float(eq.force_floor) == pytest.approx(float(again.force_floor), rel=0.5) and float(eq.force_floor) < 1e-12
+
+
 # ── the force that is left ──
 
 

@@ -275,7 +275,7 @@ def _findings(c: Certificate, lin: Linearization) -> list[tuple[Status, str]]:
     if not np.isfinite(c.spectrum.values).all():
         add(Status.NOT_FINITE, "the Hessian")
     elif bool(lin.network.touching):
-        add(Status.CONTACTS_UNSETTLED, "of particles that touch without a force, and so is the sign of each stiffness")
+        add(Status.CONTACTS_UNSETTLED, "some particles touch without a force: no stiffness is known to be of one sign")
     elif c.negative_modes != c.order:
         add(
             Status.NOT_A_SADDLE if c.order else Status.INDEFINITE,
