@@ -205,6 +205,7 @@ def test_rows_that_only_just_touch_are_told():
     assert float(ms.observables.pressure(eq.system)) == pytest.approx(0.059016994, abs=1e-8)
     r = ms.jvp(eq, {"sigma": 1.0}, throw=False)
     assert r.status is Status.CONTACTS_UNSETTLED and not np.any(r.rattlers)
+    assert [code for code, _ in ms.certify(eq).findings] == [Status.CONTACTS_UNSETTLED]
     # it is a minimum: from next to it the relaxation comes back
     aside = 1e-4 * np.random.default_rng(1).standard_normal((20, 2))
     again = ms.minimize(eq.system.replace(positions=eq.positions + aside))
