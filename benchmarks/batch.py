@@ -34,7 +34,9 @@ def main() -> None:
             batch = ms.stack([discs(n, fraction, seed) for seed in range(asked.members)])
             ways: dict[str, Any] = {
                 "one after the other": lambda batch=batch: one_after_the_other(batch),
-                "batch": lambda batch=batch: ms.jvp(ms.minimize(batch, throw=False, progress=False), GROW, throw=False),
+                "batch": lambda batch=batch: ms.jvp(
+                    ms.minimize(batch, throw=False, progress=False), GROW, throw=False
+                ),
             }
             seconds: dict[str, list[float]] = {name: [] for name in ways}
             answers = {name: way() for name, way in ways.items()}
@@ -45,13 +47,18 @@ def main() -> None:
                     seconds[name].append(time.perf_counter() - began)
             alone, whole = answers["one after the other"], answers["batch"]
             errors = [
-                float(np.linalg.norm(whole.value[k] - r.value) / np.linalg.norm(r.value)) for k, r in enumerate(alone)
+                float(np.linalg.norm(whole.value[k] - r.value) / np.linalg.norm(r.value))
+                for k, r in enumerate(alone)
             ]
             good = sum(ms.Status(int(code)).good for code in np.asarray(whole.stats.status))
             base = float(np.median(seconds["one after the other"]))
             for name in ways:
                 row = {"n": n, "fraction": fraction, "members": asked.members, "by": name}
-                row |= {"seconds": float(np.median(seconds[name])), "error": max(errors), "good": good}
+                row |= {
+                    "seconds": float(np.median(seconds[name])),
+                    "error": max(errors),
+                    "good": good,
+                }
                 rows.append(row | {"share": row["seconds"] / base})
     report("batch", rows, asked.json)
 

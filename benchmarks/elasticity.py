@@ -1,7 +1,9 @@
-"""What does the gradient of Poisson's ratio by every diameter take, in evaluations of the relaxed moduli?
+"""What does the gradient of Poisson's ratio by every diameter take, in evaluations of the relaxed
+moduli?
 
-``python -m benchmarks.elasticity --sizes 1024``: both from the minimum on, with the contact network, the assembly and
-the factor of each. The error is that of the gradient along a random direction, against minimising again on both sides.
+``python -m benchmarks.elasticity --sizes 1024``: both from the minimum on, with the contact
+network, the assembly and the factor of each. The error is that of the gradient along a random
+direction, against minimizing again on both sides.
 """
 
 from __future__ import annotations
@@ -15,17 +17,26 @@ import mdsens as ms
 from benchmarks._common import arguments, discs, report, timed
 from mdsens.elasticity import gradient, moduli
 
-STEPS = (1e-4, 3e-5, 1e-5, 3e-6)  # of which the best counts: round-off on one side, a contact that changes on the other
+STEPS = (
+    1e-4,
+    3e-5,
+    1e-5,
+    3e-6,
+)  # of which the best counts: round-off on one side, a contact that changes on the other
 
 
 def error_of(eq: ms.Equilibrium, slope: np.ndarray) -> float:
-    """Of the derivative along a random direction, relative to differences at the step that fits best."""
+    """Of the derivative along a random direction, relative to differences at the step that fits
+    best.
+    """
     direction = np.random.default_rng(0).normal(size=slope.size)
     direction /= np.linalg.norm(direction)
     found = float(slope @ direction)
 
     def poisson(t: float) -> float:
-        end = ms.minimize(eq.system, {"sigma": eq.params["sigma"] + t * direction}, tolerance=3e-14, throw=False)
+        end = ms.minimize(
+            eq.system, {"sigma": eq.params["sigma"] + t * direction}, tolerance=3e-14, throw=False
+        )
         return float(moduli(end).poisson)
 
     def difference(t: float) -> float:  # extrapolated from t and t / 2: the error falls as t^4
@@ -44,9 +55,17 @@ def main() -> None:
         whole: dict[str, Any] = timed(lambda eq=eq: moduli(eq), asked.runs)
         slope = timed(lambda eq=eq: gradient(lambda m: m.poisson, eq).value["sigma"], asked.runs)
         stats = whole["answer"].stats
-        row = {"n": n, "fraction": asked.fraction, "moduli": whole["seconds"], "gradient": slope["seconds"]}
+        row = {
+            "n": n,
+            "fraction": asked.fraction,
+            "moduli": whole["seconds"],
+            "gradient": slope["seconds"],
+        }
         row |= {"evaluations": slope["seconds"] / whole["seconds"], "first": slope["first"]}
-        row |= {"error": error_of(eq, np.asarray(slope["answer"])), "residual": float(jnp.max(stats.residual))}
+        row |= {
+            "error": error_of(eq, np.asarray(slope["answer"])),
+            "residual": float(jnp.max(stats.residual)),
+        }
         row |= {"status": ms.Status(int(jnp.max(stats.status))).name, "solver": stats.solver}
         rows.append(row)
         print(row, flush=True)

@@ -1,10 +1,13 @@
-"""What does the device give: bandwidth of a Hessian product, solves a second, packings at once, in float32 and float64?
+"""What does the device give: bandwidth of a Hessian product, solves a second, packings at once, in
+float32 and float64?
 
-``python -m benchmarks.gpu --sizes 1024 16384 131072 1000000 --members 1000``: on whatever device jax has, a CPU too.
+``python -m benchmarks.gpu --sizes 1024 16384 131072 1000000 --members 1000``: on whatever device
+  jax has, a CPU too.
 
-The bytes of a product are those that must move once: rows of neighbours, positions or blocks, the vector, the output;
-beside them stands the device's own bandwidth, x + 1 on a large array in the same run. Errors are relative to float64:
-of products to the assembled matrix, of solves to a solve at 1e-13, of the batch to some members done one by one.
+The bytes of a product are those that must move once: rows of neighbors, positions or blocks, the
+vector, the output; beside them stands the device's own bandwidth, x + 1 on a large array in the
+same run. Errors are relative to float64: of products to the assembled matrix, of solves to a solve
+at 1e-13, of the batch to some members done one by one.
 """
 
 from __future__ import annotations
@@ -21,9 +24,10 @@ import numpy as np
 import mdsens as ms
 from benchmarks._common import arguments, discs, record_of, report, timed, write
 from mdsens.implicit import CG, Auto
-from mdsens.relaxation import Fire, relax
-from mdsens.scales import round_off
-from mdsens.stationarity import Unknowns, hessian_operator
+from mdsens.mechanics.hessian import Unknowns, hessian_operator
+from mdsens.mechanics.units import round_off
+from mdsens.relaxation._traced import relax
+from mdsens.relaxation.methods import Fire
 
 REPEATS = 20  # in one call, so that starting it does not count
 RTOL = {"float32": 1e-5, "float64": 1e-10}
@@ -59,49 +63,79 @@ def copying(dtype: str, megabytes: int, runs: int) -> dict[str, Any]:
     """The device's bandwidth."""
     x = jnp.zeros(megabytes * 2**20 // np.dtype(dtype).itemsize, dtype)
     seconds = repeated(lambda x: x + 1, runs, x)
-    return {"what": "copy, x + 1", "n": x.size, "dtype": dtype, "seconds": seconds, "GB/s": 2e-9 * x.nbytes / seconds}
+    return {
+        "what": "copy, x + 1",
+        "n": x.size,
+        "dtype": dtype,
+        "seconds": seconds,
+        "GB/s": 2e-9 * x.nbytes / seconds,
+    }
 
 
 def products(lin: ms.Linearization, exact: ms.Linearization, runs: int) -> list[dict[str, Any]]:
     """Products with the Hessian, from the positions and from its blocks, of ``lin``'s precision."""
     assert exact.stiffness is not None
     system = lin.system
-    v = jnp.asarray(np.random.default_rng(0).standard_normal(system.positions.shape), system.positions.dtype)
+    v = jnp.asarray(
+        np.random.default_rng(0).standard_normal(system.positions.shape), system.positions.dtype
+    )
     truth = (exact.stiffness.matrix @ np.asarray(v, float).ravel()).reshape(v.shape)
     blocks = exact.stiffness.blocks
-    blocks = jax.tree.map(lambda x: x.astype(v.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, blocks)
+    blocks = jax.tree.map(
+        lambda x: x.astype(v.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, blocks
+    )
 
     def product(v: jax.Array, lin: ms.Linearization, blocks: Any) -> jax.Array:
         return hessian_operator(lin.system, lin.null, blocks).matvec(Unknowns(v)).positions
 
     rows = []
     for what, given, read in (
-        ("product, matrix-free", None, (system.neighbours.rows, system.positions)),
+        ("product, matrix-free", None, (system.neighbors.rows, system.positions)),
         ("product, blocks", blocks, blocks),
     ):
         core = lin.traced(())
         # divided by the largest stiffness or so, to stay finite
         seconds = repeated(lambda v, *at: product(v, *at) / 16, runs, v, core, given)
         moved = 2 * v.nbytes + sum(leaf.nbytes for leaf in jax.tree.leaves(read))
-        row = {"what": what, "n": system.n, "dtype": str(v.dtype), "seconds": seconds, "GB/s": 1e-9 * moved / seconds}
+        row = {
+            "what": what,
+            "n": system.n,
+            "dtype": str(v.dtype),
+            "seconds": seconds,
+            "GB/s": 1e-9 * moved / seconds,
+        }
         rows.append(row | {"error": difference(product(v, core, given), truth)})
     return rows
 
 
 def relaxing(start: ms.System, steps: int) -> tuple[ms.Equilibrium, dict[str, Any]]:
     """A minimum, and what it took; compilation included."""
-    eq = ms.minimize(start, tolerance=tolerance_of(start), max_steps=steps, throw=False, progress=False)
+    eq = ms.minimize(
+        start, tolerance=tolerance_of(start), max_steps=steps, throw=False, progress=False
+    )
     row = {"what": "minimize, with compiling", "n": start.n, "dtype": str(start.positions.dtype)}
-    row |= {"seconds": float(eq.wall_time), "max_force": float(eq.max_force), "status": ms.Status(int(eq.status)).name}
+    row |= {
+        "seconds": float(eq.wall_time),
+        "max_force": float(eq.max_force),
+        "status": ms.Status(int(eq.status)).name,
+    }
     return eq, row
 
 
 def solving(lin: ms.Linearization, truth: np.ndarray, runs: int) -> dict[str, Any]:
-    """One jvp by iteration, the linearisation given."""
+    """One jvp by iteration, the linearization given."""
     dtype = str(lin.system.positions.dtype)
-    found = timed(lambda: ms.jvp(lin, TANGENT, solve=CG(rtol=RTOL[dtype], degree=20), throw=False), runs)
+    found = timed(
+        lambda: ms.jvp(lin, TANGENT, solve=CG(rtol=RTOL[dtype], degree=20), throw=False), runs
+    )
     answer, seconds = found["answer"], found["seconds"]
-    row = {"what": "jvp, CG(degree=20)", "n": lin.system.n, "dtype": dtype, "seconds": seconds, "a second": 1 / seconds}
+    row = {
+        "what": "jvp, CG(degree=20)",
+        "n": lin.system.n,
+        "dtype": dtype,
+        "seconds": seconds,
+        "a second": 1 / seconds,
+    }
     row |= {"products": int(answer.stats.iterations), "error": difference(answer.value, truth)}
     return row | {"status": answer.status.name}
 
@@ -122,7 +156,9 @@ def batch(members: int, n: int, dtype: str, runs: int, steps: int) -> Iterator[d
 
     def moved(system: ms.System, change: jax.Array) -> tuple[jax.Array, jax.Array]:
         def positions(sigma: jax.Array) -> tuple[jax.Array, jax.Array]:
-            now, stats = ms.equilibrate(system, {"sigma": sigma}, tolerance=tolerance, solve=solve, has_aux=True)
+            now, stats = ms.equilibrate(
+                system, {"sigma": sigma}, tolerance=tolerance, solve=solve, has_aux=True
+            )
             return now.positions, stats.status
 
         _, motion, status = jax.jvp(positions, (system.params["sigma"],), (change,), has_aux=True)
@@ -169,8 +205,12 @@ def measured(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    """The record is written anew with each row: hours of a large size must not take the small ones with them."""
-    asked = arguments(__doc__ or "", [1024, 4096], members=100, small=64, megabytes=128, steps=200_000)
+    """The record is written anew with each row: hours of a large size must not take the small ones
+    with them.
+    """
+    asked = arguments(
+        __doc__ or "", [1024, 4096], members=100, small=64, megabytes=128, steps=200_000
+    )
     rows: list[dict[str, Any]] = []
     copied: dict[str, float] = {}
     for row in measured(asked):

@@ -1,10 +1,12 @@
-"""How often does a solve that failed say so? Packings towards unjamming, limits too small, forces with a null part.
+"""How often does a solve that failed say so? Packings towards unjamming, limits too small, forces
+with a null part.
 
 ``python -m benchmarks.honesty --sizes 256 --seeds 2 --limits 50 500 5000``
 
-Each solver gets the same systems H x = b. Right is an error of 1e-6 or less against the factor, after rows of rattlers
-and the mean motion were taken off: what a peer puts into the null space is not held against it. A row counts the
-answers that are right; right but refused; wrong, and said so (not finite counts as said); wrong without a word.
+Each solver gets the same systems H x = b. Right is an error of 1e-6 or less against the factor,
+after rows of rattlers and the mean motion were taken off: what a peer puts into the null space is
+not held against it. A row counts the answers that are right; right but refused; wrong, and said so
+(not finite counts as said); wrong without a word.
 """
 
 from __future__ import annotations
@@ -42,14 +44,18 @@ def ours(limits: list[int]) -> list[tuple[str, Any]]:
     """(name, option record), at each limit."""
     found: list[tuple[str, Any]] = [("mdsens Auto", Auto(rtol=RTOL))]
     for kind in (CG, MINRES, BiCGSTAB, GMRES):
-        found += [(f"mdsens {kind.__name__}", kind(rtol=RTOL, max_iterations=limit)) for limit in limits]
+        found += [
+            (f"mdsens {kind.__name__}", kind(rtol=RTOL, max_iterations=limit)) for limit in limits
+        ]
     return found
 
 
 def answers(
     eq: ms.Equilibrium, draws: int, limits: list[int], peers: dict[str, list[Any]]
 ) -> Iterator[tuple[Any, ...]]:
-    """(right-hand side, by, x, truth, whether it was called good, in what word) for every solver on one packing."""
+    """(right-hand side, by, x, truth, whether it was called good, in what word) for every solver on
+    one packing.
+    """
     lin = ms.linearize(eq)
     held = ~np.asarray(lin.network.rattlers)[:, None]
 
@@ -72,7 +78,14 @@ def answers(
             for run in runs:
                 x, said = run(hessian, jnp.asarray(given))
                 word = "no status" if said is None else "success" if said else "failure"
-                yield name, by, judged(x), truth, (said is None or bool(said)) and bool(jnp.isfinite(x).all()), word
+                yield (
+                    name,
+                    by,
+                    judged(x),
+                    truth,
+                    (said is None or bool(said)) and bool(jnp.isfinite(x).all()),
+                    word,
+                )
 
 
 def compiled(solver: _peers.Solver) -> Any:
@@ -83,7 +96,13 @@ def compiled(solver: _peers.Solver) -> Any:
 def main() -> None:
     """Each solver on each right-hand side: counts over packings, seeds and limits."""
     asked = arguments(
-        __doc__ or "", [256], seeds=1, pressures=[1e-1, 1e-3, 1e-5, 1e-6], draws=2, limits=[300, 5000], peers=1
+        __doc__ or "",
+        [256],
+        seeds=1,
+        pressures=[1e-1, 1e-3, 1e-5, 1e-6],
+        draws=2,
+        limits=[300, 5000],
+        peers=1,
     )
     peers: dict[str, list[Any]] = {}
     for limit in asked.limits if asked.peers else []:
@@ -100,9 +119,23 @@ def main() -> None:
                 for side, by, x, truth, good, word in answers(eq, asked.draws, asked.limits, peers):
                     error = float(np.linalg.norm(x - truth) / np.linalg.norm(truth))
                     right = error <= RIGHT
-                    empty = {"answers": 0, "right": 0, "right_refused": 0, "wrong_said": 0, "wrong_unsaid": 0}
-                    row = rows.setdefault((by, side), {"by": by, "side": side, **empty, "error": 0.0})
-                    kind = ("right" if good else "right_refused") if right else "wrong_unsaid" if good else "wrong_said"
+                    empty = {
+                        "answers": 0,
+                        "right": 0,
+                        "right_refused": 0,
+                        "wrong_said": 0,
+                        "wrong_unsaid": 0,
+                    }
+                    row = rows.setdefault(
+                        (by, side), {"by": by, "side": side, **empty, "error": 0.0}
+                    )
+                    kind = (
+                        ("right" if good else "right_refused")
+                        if right
+                        else "wrong_unsaid"
+                        if good
+                        else "wrong_said"
+                    )
                     row["answers"], row[kind] = row["answers"] + 1, row[kind] + 1
                     row["error"] = max(row["error"], error) if good else row["error"]
                     words.setdefault((by, side), Counter())[word] += 1

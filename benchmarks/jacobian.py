@@ -1,4 +1,5 @@
-"""How long does the derivative of every position by every diameter take, beside vmapped BiCGSTAB as the paper had it?
+"""How long does the derivative of every position by every diameter take, beside vmapped BiCGSTAB as
+the paper had it?
 
 ``python -m benchmarks.jacobian --sizes 1024``
 """
@@ -27,7 +28,9 @@ def by_jaxopt(eq: ms.Equilibrium, rtol: float) -> Any:
 
     @jax.jit
     def columns(R: jax.Array, sigma: jax.Array, units: jax.Array) -> jax.Array:
-        return jax.vmap(lambda u: implicit_diff.root_jvp(jax.grad(energy), R, (sigma,), (u,), solve=solve))(units)
+        return jax.vmap(
+            lambda u: implicit_diff.root_jvp(jax.grad(energy), R, (sigma,), (u,), solve=solve)
+        )(units)
 
     n = eq.system.n
     return lambda: jnp.moveaxis(columns(eq.positions, eq.params["sigma"], jnp.eye(n)), 0, -1)
@@ -46,17 +49,27 @@ def main() -> None:
                 [ms.jvp(eq, {"sigma": jnp.zeros(n).at[k].set(1.0)}, solve=ms.implicit.CG(rtol=1e-14), throw=False).value
                  for k in some], axis=-1,
             )  # fmt: skip
-            ways: dict[str, Any] = {"mdsens jacobian": lambda eq=eq: ms.jacobian(eq, "sigma", throw=False)}
+            ways: dict[str, Any] = {
+                "mdsens jacobian": lambda eq=eq: ms.jacobian(eq, "sigma", throw=False)
+            }
             if asked.peers and importlib.util.find_spec("jaxopt"):
                 ways["jaxopt BiCGSTAB, vmapped"] = by_jaxopt(eq, 1e-10)
             for name, way in ways.items():
                 found = timed(way, asked.runs if name.startswith("mdsens") else 1)
                 answer = found.pop("answer")
-                value = np.asarray(answer.value if isinstance(answer, ms.Response) else answer)[:, :, some]
+                value = np.asarray(answer.value if isinstance(answer, ms.Displacement) else answer)[
+                    :, :, some
+                ]
                 value = value - np.mean(value[held], axis=0) * held[:, None, None]
                 error = float(np.linalg.norm(value - truth) / np.linalg.norm(truth))
-                row = {"n": n, "fraction": fraction, "by": name, "seconds": found["seconds"], "error": error}
-                if isinstance(answer, ms.Response):
+                row = {
+                    "n": n,
+                    "fraction": fraction,
+                    "by": name,
+                    "seconds": found["seconds"],
+                    "error": error,
+                }
+                if isinstance(answer, ms.Displacement):
                     row["status"] = ms.Status(int(np.max(np.asarray(answer.stats.status)))).name
                 rows.append(row)
                 print(row, flush=True)

@@ -1,6 +1,7 @@
 """What does a solve take as a packing nears unjamming? Each solver, pressure 1e-1 to 1e-6.
 
-``python -m benchmarks.jamming --sizes 1024``: one packing, compressed or decompressed to each pressure in turn.
+``python -m benchmarks.jamming --sizes 1024``: one packing, compressed or decompressed to each
+  pressure in turn.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from mdsens.implicit import CG, GMRES, MINRES, Auto, BiCGSTAB
 
 
 def at_pressure(start: ms.System, pressure: float) -> ms.Equilibrium:
-    """The packing with its diameters scaled until the pressure is within a tenth: steps along its compliance."""
+    """The packing with its diameters scaled until the pressure is within a tenth: steps along its
+    compliance.
+    """
     eq, scale = ms.minimize(start, progress=False), 1.0
     for _ in range(60):
         now = float(ms.observables.pressure(eq.system))
@@ -22,11 +25,16 @@ def at_pressure(start: ms.System, pressure: float) -> ms.Equilibrium:
             break
         # harmonic discs: the pressure is proportional to the distance from jamming, to first order
         slope = float(
-            jnp.sum(ms.gradient(ms.observables.pressure, eq, throw=False).value["sigma"] * eq.params["sigma"])
+            jnp.sum(
+                ms.gradient(ms.observables.pressure, eq, throw=False).value["sigma"]
+                * eq.params["sigma"]
+            )
         )
         change = np.clip((pressure - now) / slope, -0.5 * now / slope, 0.02)
         scale *= 1.0 + float(change)
-        eq = ms.minimize(eq.system, {"sigma": start.params["sigma"] * scale}, progress=False, throw=False)
+        eq = ms.minimize(
+            eq.system, {"sigma": start.params["sigma"] * scale}, progress=False, throw=False
+        )
     return eq
 
 
@@ -45,15 +53,23 @@ def main() -> None:
             system = eq.system
             tangent = {"sigma": jnp.asarray([0.0, 1.0])}
             factored, iterated = (
-                ms.jvp(eq, tangent, solve=exact, throw=False).value for exact in (Auto(rtol=1e-13), CG(rtol=1e-14))
+                ms.jvp(eq, tangent, solve=exact, throw=False).value
+                for exact in (Auto(rtol=1e-13), CG(rtol=1e-14))
             )
             for name, solve in solvers.items():
-                found = timed(lambda eq=eq, t=tangent, m=solve: ms.jvp(eq, t, solve=m, throw=False), asked.runs)
+                found = timed(
+                    lambda eq=eq, t=tangent, m=solve: ms.jvp(eq, t, solve=m, throw=False),
+                    asked.runs,
+                )
                 answer = found.pop("answer")
                 truth = iterated if name == "Auto" else factored  # no solver is its own judge
                 error = float(jnp.linalg.norm(answer.value - truth) / jnp.linalg.norm(truth))
                 row = {"n": n, "pressure": float(ms.observables.pressure(eq.system)), "by": name}
-                row |= {"seconds": found["seconds"], "products": int(answer.stats.iterations), "error": error}
+                row |= {
+                    "seconds": found["seconds"],
+                    "products": int(answer.stats.iterations),
+                    "error": error,
+                }
                 rows.append(row | {"status": answer.status.name})
                 print(rows[-1], flush=True)
     report("jamming", rows, asked.json)

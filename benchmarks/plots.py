@@ -1,4 +1,6 @@
-"""What came out? A figure a question and a table of all records: ``python -m benchmarks.plots [--folder DIR]``."""
+"""What came out? A figure a question and a table of all records: ``python -m benchmarks.plots
+[--folder DIR]``.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +23,35 @@ from benchmarks._common import shown
 RESULTS = Path(__file__).parent / "results"
 RIGHT = 1e-6  # the error above which an answer is marked as failed
 OURS, PEER, FAILED = "#0072b2", "#999999", "#d55e00"
-COLOURS = ("#0072b2", "#56b4e9", "#009e73", "#004d40", "#cc79a7", "#7b3294", "#e69f00", "#000000", "#8c6d31", "#999999")
+COLORS = (
+    "#0072b2",
+    "#56b4e9",
+    "#009e73",
+    "#004d40",
+    "#cc79a7",
+    "#7b3294",
+    "#e69f00",
+    "#000000",
+    "#8c6d31",
+    "#999999",
+)
 
 Row = dict[str, Any]
 
 
 def failed(row: Row) -> bool:
     """Whether a row's status, its error or what it reached is bad."""
-    names = [name for name in str(row.get("status") or "CONVERGED").split(", ") if name in ms.Status.__members__]
+    names = [
+        name
+        for name in str(row.get("status") or "CONVERGED").split(", ")
+        if name in ms.Status.__members__
+    ]
     reached, _, wanted = str(row.get("reached", "1 of 1")).partition(" of ")
-    return not all(ms.Status[name].good for name in names) or (row.get("error") or 0.0) > RIGHT or reached != wanted
+    return (
+        not all(ms.Status[name].good for name in names)
+        or (row.get("error") or 0.0) > RIGHT
+        or reached != wanted
+    )
 
 
 def groups(rows: Iterable[Row], *names: str) -> dict[Any, list[Row]]:
@@ -41,7 +62,9 @@ def groups(rows: Iterable[Row], *names: str) -> dict[Any, list[Row]]:
     return found
 
 
-def panels(count: int, width: float, height: float, share: bool = False) -> tuple[Figure, list[Axes]]:
+def panels(
+    count: int, width: float, height: float, share: bool = False
+) -> tuple[Figure, list[Axes]]:
     """A figure of panels side by side."""
     figure = Figure(figsize=(width * count, height), layout="constrained")
     return figure, list(figure.subplots(1, count, squeeze=False, sharex=share, sharey=share)[0])
@@ -61,20 +84,35 @@ def mark_failed(ax: Axes, points: Iterable[tuple[float, float]]) -> None:
     """Crosses on what failed; the legend has them where there are any."""
     points = list(points)
     if points:
-        ax.scatter(*zip(*points, strict=True), marker="x", s=90, color=FAILED, linewidths=2, zorder=4, label="failed")
+        ax.scatter(
+            *zip(*points, strict=True),
+            marker="x",
+            s=90,
+            color=FAILED,
+            linewidths=2,
+            zorder=4,
+            label="failed",
+        )
 
 
 def relaxation(rows: list[Row]) -> Figure:
-    """Bars: time over that of the fastest peer; whiskers over the seeds; what was reached beside them."""
+    """Bars: time over that of the fastest peer; whiskers over the seeds; what was reached beside
+    them.
+    """
     cases = groups(rows, "n", "fraction")
     figure, axes = panels(len(cases), 4.8, 2.6)
     for ax, ((n, fraction), some) in zip(axes, cases.items(), strict=True):
         peers = [r["seconds"] for r in some if not r["by"].startswith("mdsens") and not failed(r)]
         unit = min(peers or [r["seconds"] for r in some])
         for y, row in enumerate(some):
-            colour = FAILED if failed(row) else OURS if row["by"].startswith("mdsens") else PEER
-            spread = [[(row["seconds"] - row["least"]) / unit], [(row["most"] - row["seconds"]) / unit]]
-            ax.barh(y, row["seconds"] / unit, color=colour, xerr=spread, error_kw={"lw": 1, "capsize": 2})
+            color = FAILED if failed(row) else OURS if row["by"].startswith("mdsens") else PEER
+            spread = [
+                [(row["seconds"] - row["least"]) / unit],
+                [(row["most"] - row["seconds"]) / unit],
+            ]
+            ax.barh(
+                y, row["seconds"] / unit, color=color, xerr=spread, error_kw={"lw": 1, "capsize": 2}
+            )
             note = f" {row['seconds']:.2g} s, {row['reached']} at {row['max_force']:.0e}"
             ax.text(row["most"] / unit, y, note, va="center", fontsize=8)
         ax.set_yticks(range(len(some)), [r["by"] for r in some])
@@ -96,13 +134,23 @@ def sensitivity(rows: list[Row]) -> Figure:
             k = names.index((row["by"],))
             marker = "o" if row["by"].startswith("mdsens") else "s"
             error = max(row["error"], 1e-15)
-            colour = COLOURS[k % len(COLOURS)]
-            ax.loglog(row["seconds"], error, marker, color=colour, ms=7, mec="black", mew=0.4 + (k >= len(COLOURS)))
+            color = COLORS[k % len(COLORS)]
+            ax.loglog(
+                row["seconds"],
+                error,
+                marker,
+                color=color,
+                ms=7,
+                mec="black",
+                mew=0.4 + (k >= len(COLORS)),
+            )
         mark_failed(ax, [(r["seconds"], max(r["error"], 1e-15)) for r in some if failed(r)])
         ax.axhline(RIGHT, color=FAILED, lw=0.8, ls=":")
         ax.set_title(f"{system.replace('phi=', 'φ = ')}, n = {n:,}", fontsize=10)
     for ax in axes:
-        logarithmic(ax, "time of one derivative, s", "relative error of dR/dσ" if ax is axes[0] else "")
+        logarithmic(
+            ax, "time of one derivative, s", "relative error of dR/dσ" if ax is axes[0] else ""
+        )
     figure.legend(*_keys(rows), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return figure
 
@@ -112,8 +160,8 @@ def _keys(rows: list[Row]) -> tuple[list[Any], list[str]]:
     lines, names = [], [by for (by,) in groups(rows, "by")]
     for k, by in enumerate(names):
         marker = "o" if by.startswith("mdsens") else "s"
-        edge = {"mec": "black", "mew": 0.4 + (k >= len(COLOURS))}
-        lines.append(Line2D([], [], ls="", marker=marker, color=COLOURS[k % len(COLOURS)], **edge))
+        edge = {"mec": "black", "mew": 0.4 + (k >= len(COLORS))}
+        lines.append(Line2D([], [], ls="", marker=marker, color=COLORS[k % len(COLORS)], **edge))
     lines.append(Line2D([], [], ls="", marker="x", color=FAILED, mew=2))
     return lines, [*names, f"failed: error above {RIGHT:.0e} or a bad status"]
 
@@ -130,11 +178,11 @@ def scaling(rows: list[Row]) -> Figure:
         if key in powers:
             label += f": $n^{{{powers[key]:.2f}}}$"
             ax.loglog(n, np.exp(np.mean(np.log(times))) * (n / np.exp(np.mean(np.log(n)))) ** powers[key], "--",
-                      color=COLOURS[2 * k], lw=0.8)  # fmt: skip
-        ax.loglog(n, times, "o", color=COLOURS[2 * k], label=label)
+                      color=COLORS[2 * k], lw=0.8)  # fmt: skip
+        ax.loglog(n, times, "o", color=COLORS[2 * k], label=label)
         mark_failed(ax, [(r["n"], r[key]) for r in sizes if failed(r)])
     ax.legend(fontsize=8)
-    other.loglog(n, [r["peak_GiB"] for r in sizes], "o-", color=COLOURS[0])
+    other.loglog(n, [r["peak_GiB"] for r in sizes], "o-", color=COLORS[0])
     logarithmic(ax, "particles", "time, s")
     logarithmic(other, "particles", "peak memory of the process, GiB")
     return figure
@@ -147,20 +195,28 @@ def jamming(rows: list[Row]) -> Figure:
         pressures = [r["pressure"] for r in some]
         for ax, key in zip(axes, ("seconds", "error"), strict=True):
             values = [max(r[key], 1e-15) for r in some]
-            ax.loglog(pressures, values, "o-", color=COLOURS[k % len(COLOURS)], ms=4, lw=1, label=by)
+            ax.loglog(pressures, values, "o-", color=COLORS[k % len(COLORS)], ms=4, lw=1, label=by)
     for ax, key in zip(axes, ("seconds", "error"), strict=True):
         mark_failed(ax, [(r["pressure"], max(r[key], 1e-15)) for r in rows if failed(r)])
         label = {"seconds": "time of one derivative, s", "error": "relative error of dR/dσ"}[key]
         logarithmic(ax, "pressure, ε/σ² (to the right: towards unjamming)", label)
         ax.invert_xaxis()
     axes[1].axhline(RIGHT, color=FAILED, lw=0.8, ls=":")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=4,
+        fontsize=8,
+        frameon=False,
+    )
     figure.suptitle(" and ".join(f"n = {n:,}" for (n,) in groups(rows, "n")), fontsize=10)
     return figure
 
 
 def honesty(rows: list[Row]) -> Figure:
-    """Shares of the answers of each solver: right, refused, wrong and said so, wrong without a word."""
+    """Shares of the answers of each solver: right, refused, wrong and said so, wrong without a
+    word.
+    """
     cases = groups(rows, "side")
     figure, axes = panels(len(cases), 2.6, 4.0)
     kinds = {
@@ -171,39 +227,71 @@ def honesty(rows: list[Row]) -> Figure:
     for ax, ((side,), some) in zip(axes, cases.items(), strict=True):
         left = np.zeros(len(solvers))
         ordered = sorted(some, key=lambda r: solvers.index(r["by"]))
-        for key, (label, colour) in kinds.items():
+        for key, (label, color) in kinds.items():
             share = np.array([100.0 * r[key] / r["answers"] for r in ordered])
-            ax.barh(range(len(ordered)), share, left=left, color=colour, label=label)
+            ax.barh(range(len(ordered)), share, left=left, color=color, label=label)
             left += share
-        ax.set_yticks(range(len(solvers)), solvers if ax is axes[0] else [""] * len(solvers), fontsize=8)
+        ax.set_yticks(
+            range(len(solvers)), solvers if ax is axes[0] else [""] * len(solvers), fontsize=8
+        )
         ax.invert_yaxis()
         ax.set_xlim(0, 100)
         ax.set_xlabel("answers, %")
         ax.set_title(side, fontsize=9)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=4,
+        fontsize=8,
+        frameon=False,
+    )
     return figure
 
 
 def gpu(rows: list[Row]) -> Figure:
     """Bandwidth of the products beside the device's own; time and error of a solve."""
     figure, (ax, other) = panels(2, 4.4, 3.6)
-    for k, ((what, dtype), some) in enumerate(groups([r for r in rows if "GB/s" in r], "what", "dtype").items()):
-        colour = COLOURS[k % len(COLOURS)]
+    for k, ((what, dtype), some) in enumerate(
+        groups([r for r in rows if "GB/s" in r], "what", "dtype").items()
+    ):
+        color = COLORS[k % len(COLORS)]
         if what.startswith("copy"):
-            ax.axhline(some[0]["GB/s"], color=colour, ls="--", lw=1, label=f"{what}, {dtype}")
+            ax.axhline(some[0]["GB/s"], color=color, ls="--", lw=1, label=f"{what}, {dtype}")
         else:
-            ax.loglog([r["n"] for r in some], [r["GB/s"] for r in some], "o-", color=colour, label=f"{what}, {dtype}")
-    for k, ((dtype,), some) in enumerate(groups([r for r in rows if r["what"].startswith("jvp")], "dtype").items()):
-        other.loglog([r["n"] for r in some], [r["seconds"] for r in some], "o-", color=COLOURS[3 * k], label=dtype)
+            ax.loglog(
+                [r["n"] for r in some],
+                [r["GB/s"] for r in some],
+                "o-",
+                color=color,
+                label=f"{what}, {dtype}",
+            )
+    for k, ((dtype,), some) in enumerate(
+        groups([r for r in rows if r["what"].startswith("jvp")], "dtype").items()
+    ):
+        other.loglog(
+            [r["n"] for r in some],
+            [r["seconds"] for r in some],
+            "o-",
+            color=COLORS[3 * k],
+            label=dtype,
+        )
         for r in some:
             note = f"{r['error']:.0e}"
-            other.annotate(note, (r["n"], r["seconds"]), (4, -10), textcoords="offset points", fontsize=7)
+            other.annotate(
+                note, (r["n"], r["seconds"]), (4, -10), textcoords="offset points", fontsize=7
+            )
         bad = [(r["n"], r["seconds"]) for r in some if failed({"status": r["status"]})]
         mark_failed(other, bad)
     for panel in (ax, other):
         panel.margins(x=0.2, y=0.15)
     other.legend(fontsize=8)
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower left", ncols=3, fontsize=7, frameon=False)
+    figure.legend(
+        *ax.get_legend_handles_labels(),
+        loc="outside lower left",
+        ncols=3,
+        fontsize=7,
+        frameon=False,
+    )
     logarithmic(ax, "particles", "bytes that must move / time, GB/s")
     logarithmic(other, "particles", "time of one derivative, s")
     other.set_title("beside each point its relative error", fontsize=9)
@@ -220,7 +308,13 @@ def design(rows: list[Row]) -> Figure:
             limit = max(row["relaxations"] for row in rows)
             across = np.concatenate([[0], steps, [limit]])
             up = np.concatenate([[0], np.arange(1, len(steps) + 1), [len(steps)]])
-            ax.step(across, up, where="post", color=COLOURS[k], label=f"{by}: {len(steps)} of {len(some)}")
+            ax.step(
+                across,
+                up,
+                where="post",
+                color=COLORS[k],
+                label=f"{by}: {len(steps)} of {len(some)}",
+            )
         ax.set_title(problem, fontsize=9)
         ax.set_xlabel("relaxations")
         ax.grid(alpha=0.3)
@@ -242,7 +336,10 @@ def section(name: str, record: dict[str, Any], pictured: bool) -> str:
     words = (importlib.import_module(f"benchmarks.{record['question']}").__doc__ or "").strip()
     question = words.splitlines()[0]
     versions = ", ".join(f"{package} {version}" for package, version in record["versions"].items())
-    where = f"{machine['processor']}, {machine['cores']} cores, jax on {machine['device']}; Python {record['python']}"
+    where = (
+        f"{machine['processor']}, {machine['cores']} cores, jax on {machine['device']}; Python"
+        f" {record['python']}"
+    )
     columns = list(dict.fromkeys(column for row in rows for column in row))
     memory = f"Peak memory {record['peak_memory_GiB']} GiB"
     if "device_memory_GiB" in record:
@@ -251,16 +348,23 @@ def section(name: str, record: dict[str, Any], pictured: bool) -> str:
     lines += [record["note"]] if "note" in record else []
     lines += [f"![{question}]({name}.png)"] if pictured else []
     table = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
-    table += ["| " + " | ".join(shown(row.get(column)) for column in columns) + " |" for row in rows]
+    table += [
+        "| " + " | ".join(shown(row.get(column)) for column in columns) + " |" for row in rows
+    ]
     return "\n\n".join([*lines, "\n".join(table)])
 
 
 def main() -> None:
     """A figure for each record, and README.md."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="where the records are, and the figures go")
+    parser.add_argument(
+        "--folder", type=Path, default=RESULTS, help="where the records are, and the figures go"
+    )
     folder = parser.parse_args().folder
-    sections = ["# What the benchmarks measured\n\n`make bench` writes this folder; times are medians, in seconds."]
+    sections = [
+        "# What the benchmarks measured\n\n`make bench` writes this folder; times are medians, in"
+        " seconds."
+    ]
     for file in sorted(folder.glob("*.json")):
         record = json.loads(file.read_text())
         draw = FIGURES.get(record["question"])

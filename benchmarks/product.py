@@ -1,7 +1,7 @@
 """How long does one product with the Hessian take, beside scipy's with the same matrix?
 
-``python -m benchmarks.product --sizes 1024 16384``: ours is compiled, without a host callback, from the blocks of the
-pairs; matrix-free is jax's linearisation of the force, which needs no blocks.
+``python -m benchmarks.product --sizes 1024 16384``: ours is compiled, without a host callback, from
+the blocks of the pairs; matrix-free is jax's linearization of the force, which needs no blocks.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import numpy as np
 
 import mdsens as ms
 from benchmarks._common import arguments, discs, report
-from mdsens.block_rows import BlockRows
-from mdsens.stationarity import Unknowns, hessian_operator, linearisation, sparse_hessian
+from mdsens.mechanics.hessian import Unknowns, hessian_operator, sparse_hessian
+from mdsens.mechanics.hessian_blocks import BlockRows
+from mdsens.mechanics.rigidity import analyze_rigidity
 
 
 def one(run: Callable[[], Any], size: int) -> float:
@@ -37,27 +38,29 @@ def main() -> None:
     for n in asked.sizes:
         for fraction in asked.fractions:
             eq = ms.minimize(discs(n, fraction), progress=False)
-            backbone, _, null = linearisation(eq.system, eq.max_force)
+            backbone, _, null = analyze_rigidity(eq.system, eq.max_force)
             matrix = sparse_hessian(backbone)
             assert matrix is not None
             blocks, plain = BlockRows.of(matrix, 2), hessian_operator(backbone, null.simplified())
             v = np.random.default_rng(0).standard_normal((n, 2))
             x, w, truth = jnp.asarray(v), jnp.asarray(v.T), matrix @ v.ravel()
             product = jax.jit(lambda blocks, v: blocks.product(v))
-            evened = jax.jit(lambda blocks, w: blocks.evened_product(w))
+            scaled = jax.jit(lambda blocks, w: blocks.scaled_product(w))
             free = jax.jit(lambda v, plain=plain: plain.matvec(Unknowns(v)).positions)
             ways = {
                 "scipy CSR": lambda matrix=matrix, u=v.ravel(): matrix @ u,
                 "mdsens, blocks": lambda b=blocks, x=x, f=product: f(b, x),
-                "mdsens, blocks of S H S^T": lambda b=blocks, w=w, f=evened: f(b, w),
+                "mdsens, blocks of S H S^T": lambda b=blocks, w=w, f=scaled: f(b, w),
                 "mdsens, matrix-free": lambda x=x, f=free: f(x),
             }
-            found = {name: np.asarray(jax.block_until_ready(run())).ravel() for name, run in ways.items()}
-            # evened, it is S H x at x = S^T w
-            back = jax.linear_transpose(blocks.evened, x)(w)[0]
+            found = {
+                name: np.asarray(jax.block_until_ready(run())).ravel() for name, run in ways.items()
+            }
+            # scaled, it is S H x at x = S^T w
+            back = jax.linear_transpose(blocks.scaled, x)(w)[0]
             truths = dict.fromkeys(ways, truth)
             truths["mdsens, blocks of S H S^T"] = np.asarray(
-                blocks.evened(jnp.asarray((matrix @ np.asarray(back).ravel()).reshape(v.shape)))
+                blocks.scaled(jnp.asarray((matrix @ np.asarray(back).ravel()).reshape(v.shape)))
             ).ravel()
             times = {name: [] for name in ways}
             for _ in range(asked.runs):  # in turn, so that none has the quiet minute to itself
@@ -65,9 +68,17 @@ def main() -> None:
                     times[name].append(one(run, v.size))
             for name in ways:
                 seconds = float(np.median(times[name]))
-                error = float(np.linalg.norm(found[name] - truths[name]) / np.linalg.norm(truths[name]))
+                error = float(
+                    np.linalg.norm(found[name] - truths[name]) / np.linalg.norm(truths[name])
+                )
                 row = {"n": n, "fraction": fraction, "by": name, "seconds": seconds, "error": error}
-                rows.append(row | {"status": "CONVERGED", "over scipy": seconds / float(np.median(times["scipy CSR"]))})
+                rows.append(
+                    row
+                    | {
+                        "status": "CONVERGED",
+                        "over scipy": seconds / float(np.median(times["scipy CSR"])),
+                    }
+                )
                 print(rows[-1], flush=True)
     report("product", rows, asked.json)
 

@@ -1,9 +1,11 @@
-"""How long does one jvp take, to a true error of 1e-8, beside what else solves the same linear system?
+"""How long does one jvp take, to a true error of 1e-8, beside what else solves the same linear
+system?
 
 ``python -m benchmarks.sensitivity --sizes 1024 16384 --fractions 0.95 0.86 --spheres 8192``
 
-Ours is timed whole: contacts, rattlers, null space, assembly, factor. A peer gets the energy over the list of pairs as
-its user would write it, and is timed for the derivative of the force by the parameter and the solve.
+Ours is timed whole: contacts, rattlers, null space, assembly, factor. A peer gets the energy over
+the list of pairs as its user would write it, and is timed for the derivative of the force by the
+parameter and the solve.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ RTOL = 1e-10
 
 
 def peers(eq: ms.Equilibrium, tangent: Any) -> dict[str, Callable[[], Any]]:
-    """Name -> a function of nothing that solves for the derivative; jaxopt by its own rule, the others by ours."""
+    """Name -> a function of nothing that solves for the derivative; jaxopt by its own rule, the
+    others by ours.
+    """
     force, sigma = jax.grad(_peers.energy_of(eq.system)), eq.params["sigma"]
 
     def derivative(name: str, solver: _peers.Solver) -> Callable[[], Any]:
@@ -43,8 +47,14 @@ def peers(eq: ms.Equilibrium, tangent: Any) -> dict[str, Callable[[], Any]]:
         return lambda: run(eq.positions, sigma)
 
     solvers = _peers.solvers(RTOL, 40_000)
-    if eq.system.n > 4096:  # half a minute each, where CG takes a second; the normal equations' answer is wrong as well
-        solvers = {name: f for name, f in solvers.items() if "gmres" not in name.lower() and "normal" not in name}
+    if (
+        eq.system.n > 4096
+    ):  # half a minute each, where CG takes a second; the normal equations' answer is wrong as well
+        solvers = {
+            name: f
+            for name, f in solvers.items()
+            if "gmres" not in name.lower() and "normal" not in name
+        }
     return {name: derivative(name, solver) for name, solver in solvers.items()}
 
 
@@ -57,7 +67,8 @@ def ours(eq: ms.Equilibrium, dparams: Any) -> dict[str, Callable[[], Any]]:
         "GMRES": GMRES(rtol=RTOL),
     }
     ways: dict[str, Callable[[], Any]] = {
-        f"mdsens {name}": lambda m=method: ms.jvp(eq, dparams, solve=m, throw=False) for name, method in methods.items()
+        f"mdsens {name}": lambda m=method: ms.jvp(eq, dparams, solve=m, throw=False)
+        for name, method in methods.items()
     }
     if eq.system.n <= 1024:
         ways["finite difference"] = lambda: ms.verify.finite_difference(eq, dparams).value
@@ -84,12 +95,22 @@ def main() -> None:
         for name, way in ways.items():
             found = timed(way, asked.runs)
             answer = found.pop("answer")
-            value = np.where(rattlers[:, None], 0.0, answer.value if isinstance(answer, ms.Response) else answer)
+            value = np.where(
+                rattlers[:, None],
+                0.0,
+                answer.value if isinstance(answer, ms.Displacement) else answer,
+            )
             value = value - value[~rattlers].mean(axis=0) * ~rattlers[:, None]
             error = float(np.linalg.norm(value - truth) / np.linalg.norm(truth))
-            row = {"system": label, "n": start.n, "by": name, "seconds": found["seconds"], "first": found["first"]}
+            row = {
+                "system": label,
+                "n": start.n,
+                "by": name,
+                "seconds": found["seconds"],
+                "first": found["first"],
+            }
             row |= {"error": error, "rattlers": int(rattlers.sum())}
-            if isinstance(answer, ms.Response):
+            if isinstance(answer, ms.Displacement):
                 row |= {"status": answer.status.name, "products": int(answer.stats.iterations)}
             rows.append(row)
             print(row, flush=True)

@@ -1,4 +1,5 @@
-"""mdsens: exact sensitivities of relaxed particle configurations, by implicit differentiation, with the evidence.
+"""mdsens: exact sensitivities of relaxed particle configurations, by implicit differentiation, with
+the evidence.
 
     import mdsens as ms
 
@@ -21,14 +22,12 @@ from typing import Any as _Any
 import jax as _jax
 
 from mdsens import (
-    _cache_warnings,
-    barriers,
     constraints,
-    contacts,
     design,
     elasticity,
     implicit,
     io,
+    mechanics,
     modes,
     observables,
     packing,
@@ -38,28 +37,32 @@ from mdsens import (
     saddles,
     verify,
 )
-from mdsens.barriers import barrier
-from mdsens.batches import stack, unstack
-from mdsens.boxes import PackingFraction
-from mdsens.certificate import Certificate, certify
-from mdsens.equilibration import equilibrate
-from mdsens.implicit._attributes import missing_of_package as _missing_of_package
-from mdsens.implicit.status import (
+from mdsens._util import cache_warnings as _cache_warnings
+from mdsens._util.attributes import missing_of_package as _missing_of_package
+from mdsens._util.errors import (
     ConvergenceError,
     InputError,
     MdsensError,
     PrecisionError,
-    SolveStats,
-    Status,
     TooLargeError,
     UnsupportedVersionError,
 )
+from mdsens.implicit.linear.result import SolveStats
 from mdsens.io import load_system
+from mdsens.mechanics import Unknowns
+from mdsens.mechanics.status import Status
+from mdsens.model.batch import stack, unstack
+from mdsens.model.box import PackingFraction
+from mdsens.model.system import System
 from mdsens.relaxation import Equilibrium, minimize
-from mdsens.saddles import find_saddle
+from mdsens.saddles import barrier, find_saddle
 from mdsens.sensitivity import (
+    Certificate,
+    Displacement,
     Linearization,
-    Response,
+    ParameterGradient,
+    certify,
+    equilibrate,
     gradient,
     jacobian,
     jvp,
@@ -67,7 +70,6 @@ from mdsens.sensitivity import (
     response,
     vjp,
 )
-from mdsens.system import System
 
 try:
     __version__ = _metadata.version("mdsens")
@@ -75,8 +77,9 @@ except _metadata.PackageNotFoundError:  # a bare checkout on the path
     __version__ = "unknown"
 
 
-# A GPU would round the factors of a product of float32 matrices to TensorFloat32, three digits, in a cell's change of
-# coordinates or a dipole's field as in a neural network. Whoever has set a precision keeps it.
+# A GPU would round the factors of a product of float32 matrices to TensorFloat32, three digits, in
+# a cell's change of coordinates or a dipole's field as in a neural network. Whoever has set a
+# precision keeps it.
 if _jax.config.values["jax_default_matmul_precision"] is None:
     _jax.config.update("jax_default_matmul_precision", "highest")
 
@@ -85,57 +88,65 @@ _cache_warnings.silence()
 
 
 def enable_x64() -> None:
-    """Compute in double precision from here on: sets ``jax_enable_x64``. Call it before making arrays.
+    """Compute in double precision from here on: sets ``jax_enable_x64``. Call it before making
+    arrays.
 
-    In each process: a new one computes in single precision, and refuses to unpickle what was made in double. A pool
-    calls it in all of its own,
+    In each process: a new one computes in single precision, and refuses to unpickle what was made
+    in double. A pool calls it in all of its own,
 
-        ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"), initializer=ms.enable_x64)
+        ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"),
+        initializer=ms.enable_x64)
 
-    with "spawn" or "forkserver": in a process forked from one where jax is in use, jax hangs, and mdsens raises.
+    with "spawn" or "forkserver": in a process forked from one where jax is in use, jax hangs, and
+    mdsens raises.
     """
     _jax.config.update("jax_enable_x64", True)
 
 
 def enable_compilation_cache(folder: str | _Path | None = None) -> None:
-    """Keep what is compiled in a folder, where the next process finds it: sets ``jax_compilation_cache_dir``.
+    """Keep what is compiled in a folder, where the next process finds it: sets
+    ``jax_compilation_cache_dir``.
 
-    A first relaxation with its sensitivity then takes a second in place of several. The folder grows with each new
-    shape of a system; it can be deleted at any time. For the command line, and for processes that this one starts,
-    set ``JAX_COMPILATION_CACHE_DIR`` in the environment. On a CPU jax 0.10 warns of each part that it loads, taking
-    its own tuning flags for features that the processor lacks; once mdsens is imported it does not.
+    A first relaxation with its sensitivity then takes a second in place of several. The folder
+    grows with each new shape of a system; it can be deleted at any time. For the command line, and
+    for processes that this one starts, set ``JAX_COMPILATION_CACHE_DIR`` in the environment. On a
+    CPU jax 0.10 warns of each part that it loads, taking its own tuning flags for features that the
+    processor lacks; once mdsens is imported it does not.
 
     Args:
       folder: where to keep it; ``~/.cache/mdsens`` where None.
     """
-    _jax.config.update("jax_compilation_cache_dir", str(folder or _Path.home() / ".cache" / "mdsens"))
+    _jax.config.update(
+        "jax_compilation_cache_dir", str(folder or _Path.home() / ".cache" / "mdsens")
+    )
     _jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
     _jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     from jax.experimental.compilation_cache import compilation_cache
 
-    compilation_cache.reset_cache()  # after a first compilation without one, jax would not look for a cache again
+    # after a first compilation without one, jax would not look for a cache again
+    compilation_cache.reset_cache()
 
 
 __all__ = [
     "Certificate",
     "ConvergenceError",
+    "Displacement",
     "Equilibrium",
     "InputError",
     "Linearization",
     "MdsensError",
     "PackingFraction",
+    "ParameterGradient",
     "PrecisionError",
-    "Response",
     "SolveStats",
     "Status",
     "System",
     "TooLargeError",
+    "Unknowns",
     "UnsupportedVersionError",
     "barrier",
-    "barriers",
     "certify",
     "constraints",
-    "contacts",
     "design",
     "elasticity",
     "enable_compilation_cache",
@@ -150,6 +161,7 @@ __all__ = [
     "linearize",
     "load_system",
     "minimize",
+    "mechanics",
     "modes",
     "observables",
     "packing",

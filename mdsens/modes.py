@@ -1,13 +1,15 @@
-"""The softest modes of a relaxed configuration, and the derivative of their stiffness by the parameters.
+"""The softest modes of a relaxed configuration, and the derivative of their stiffness by the
+parameters.
 
     H v = lambda v,    d lambda / dp = v^T (@H/@p) v + v^T (@H/@R) v . dR/dp
 
-H is the Hessian d2U/dR2 by positions in the present cell, off its null space, and lambda the lowest eigenvalue there. v
-has norm one and stays as it is while H changes: its own motion counts to second order (Hellmann and Feynman). The last
-term is the motion of the minimum, one adjoint solve; at a pressure it contains that of the cell.
+H is the Hessian d2U/dR2 by positions in the present cell, off its null space, and lambda the lowest
+eigenvalue there. v has norm one and stays as it is while H changes: its own motion counts to second
+order (Hellmann and Feynman). The last term is the motion of the minimum, one adjoint solve; at a
+pressure it contains that of the cell.
 
-Where eigenvalues are equal, as in a crystal, each alone has no derivative, and their mean has one: the trace of H on
-the space that they span, over its dimension.
+Where eigenvalues are equal, as in a crystal, each alone has no derivative, and their mean has one:
+the trace of H on the space that they span, over its dimension.
 """
 
 from __future__ import annotations
@@ -20,24 +22,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdsens import sensitivity
-from mdsens._checks import short
-from mdsens._tables import Shown
-from mdsens.doors import Response, aside
-from mdsens.implicit.eigen import DENSE_SIZE, NULL, Spectrum
-from mdsens.implicit.operators import Method
-from mdsens.implicit.status import InputError, Status, raise_for_status
-from mdsens.linearization import Linearization, linearised, require_sound
-from mdsens.relaxation import Equilibrium
-from mdsens.rigid_motions import NullSpace
-from mdsens.scales import doubtful_stiffness, scales, unrelaxed
-from mdsens.stationarity import Unknowns, dense_hessian, linearisation, max_force
-from mdsens.stiffness import Stiffness, participation
-from mdsens.system import System, potential_energy, require_unconstrained
+from mdsens._util.errors import InputError, raise_for_status
+from mdsens._util.outcome import worse
+from mdsens._util.tables import Shown
+from mdsens._util.validation import short
+from mdsens.implicit.linear.eigen import DENSE_SIZE, NULL, Spectrum
+from mdsens.implicit.linear.operators import Method
+from mdsens.mechanics.hessian import Unknowns, dense_hessian, max_force
+from mdsens.mechanics.hessian_factor import HessianFactor, participation
+from mdsens.mechanics.null_space import NullSpace
+from mdsens.mechanics.rigidity import analyze_rigidity
+from mdsens.mechanics.status import Status
+from mdsens.mechanics.units import doubtful_stiffness, natural_units, unrelaxed
+from mdsens.model.system import System, potential_energy, require_unconstrained
+from mdsens.relaxation.equilibrium import Equilibrium
+from mdsens.sensitivity._derivative_solve import aside
+from mdsens.sensitivity.derivatives import total_derivative
+from mdsens.sensitivity.linearization import Linearization, linearized, require_sound
+from mdsens.sensitivity.results import ParameterGradient
 
 __all__ = ["Softest", "gradient", "smallest_stiffness", "stiffness"]
 
-EQUAL = 1e-6  # of an eigenvalue: nearer ones are taken as equal, which a crystal's are to round-off of its positions
+# of an eigenvalue: nearer ones are taken as equal, which a crystal's are to round-off of its
+# positions
+EQUAL = 1e-6
 SPARE = 4  # eigenvalues asked for beyond those wanted, to see the gap
 MOST = 200  # beyond those wanted: of that many equal ones nothing is said
 LOOK = 48  # likewise in traced code, whose shapes are fixed
@@ -48,16 +56,17 @@ class Softest(Shown):
     """The lowest modes of the Hessian off its null space, as many as belong together.
 
     Attributes:
-      values: (k,) eigenvalues, ascending, energy a length squared. k is what was asked for or, where the last of these
-        is equal to the next, as many more as are equal to it.
+      values: (k,) eigenvalues, ascending, energy a length squared. k is what was asked for or,
+        where the last of these is equal to the next, as many more as are equal to it.
       vectors: (k, n, d) the modes, orthonormal; rows of rattlers zero.
       residuals: (k,) |H v - lambda v|.
       gap: from the last of these to the next eigenvalue; inf where there is none.
-      mixing: how much of the modes beyond the gap may be in these, at most about: the residual, and what the force left
-        can change of H, over the gap. It is the relative size of the error of the derivative.
+      mixing: how much of the modes beyond the gap may be in these, at most about: the residual, and
+        what the force left can change of H, over the gap. It is the relative size of the error of
+        the derivative.
       participation: (k,) of each mode, 1 where all particles move alike, 1/n where one does.
-      status: DEGENERATE where k is more than was asked for, UNRESOLVED where ``mixing`` is above the accuracy; or what
-        is wrong with the minimum.
+      status: DEGENERATE where k is more than was asked for, UNRESOLVED where ``mixing`` is above
+        the accuracy; or what is wrong with the minimum.
       method: how they were found.
     """
 
@@ -78,11 +87,14 @@ class Softest(Shown):
     _title = "Softest modes"
 
     def _rows(self) -> list[tuple[str, str]]:
-        shown = ", ".join(f"{v:.6g}" for v in self.values[:4]) + (" …" if len(self.values) > 4 else "")
+        shown = ", ".join(f"{v:.6g}" for v in self.values[:4]) + (
+            " …" if len(self.values) > 4 else ""
+        )
         return [
             (
                 "stiffness",
-                f"{self.value:.6g}" + (f", mean of {len(self.values)}: {shown}" if len(self.values) > 1 else ""),
+                f"{self.value:.6g}"
+                + (f", mean of {len(self.values)}: {shown}" if len(self.values) > 1 else ""),
             ),
             ("gap to the next", f"{self.gap:.3g}"),
             ("residual", f"{np.max(self.residuals, initial=0.0):.1e}, by {self.method}"),
@@ -93,65 +105,77 @@ class Softest(Shown):
 
 
 def smallest_stiffness(
-    at: Equilibrium | Linearization, count: int = 1, *, accuracy: float = 1e-3, throw: bool = True
+    eq: Equilibrium | Linearization, count: int = 1, *, accuracy: float = 1e-3, throw: bool = True
 ) -> Softest:
-    """The lowest eigenvalue of the Hessian off its null space, with its mode and the gap to the next.
+    """The lowest eigenvalue of the Hessian off its null space, with its mode and the gap to the
+    next.
 
     Args:
-      at: from ``minimize`` or ``linearize``; at a pressure, the Hessian is that by positions in the present cell.
+      eq: from ``minimize`` or ``linearize``; at a pressure, the Hessian is that by positions in the
+        present cell.
       count: how many of the lowest eigenvalues are taken together.
-      accuracy: of the derivative, relative: where the modes may hold more than this of the next ones, the status is
-        UNRESOLVED.
+      accuracy: of the derivative, relative: where the modes may hold more than this of the next
+        ones, the status is UNRESOLVED.
       throw: raise unless the status is good.
 
     Returns:
       :class:`Softest`.
 
     Raises:
-      InputError: a batch. ConvergenceError: no minimum, a saddle, a floppy mode, modes that cannot be told apart.
+      InputError: a batch. ConvergenceError: no minimum, a saddle, a floppy mode, modes that cannot
+        be told apart.
     """
     count = _checked(count, accuracy)
-    lin = linearised(at, None)
-    require_sound(lin, at, throw)
+    lin = linearized(eq, None)
+    require_sound(lin, eq, throw)
     found = _softest(lin, count, float(accuracy))
     if throw:
-        raise_for_status(found.status, f"the smallest stiffness is {found.value:.3g}, by {found.method}", found)
+        raise_for_status(
+            found.status, f"the smallest stiffness is {found.value:.3g}, by {found.method}", found
+        )
     return found
 
 
 def gradient(
-    at: Equilibrium | Linearization,
+    eq: Equilibrium | Linearization,
     count: int = 1,
     *,
     accuracy: float = 1e-3,
     solve: Method | None = None,
     throw: bool = True,
-) -> Response:
-    """The total derivative of the smallest stiffness by all parameters, by one eigenvalue and one adjoint solve.
+) -> ParameterGradient:
+    """The total derivative of the smallest stiffness by all parameters, by one eigenvalue and one
+    adjoint solve.
 
-    Of ``smallest_stiffness(at, count).value``: of several modes, by choice or because they are equal, that of their
-    mean. It holds while the modes do not meet the next ones, for changes of the eigenvalues small against their gap.
+    Of ``smallest_stiffness(at, count).value``: of several modes, by choice or because they are
+    equal, that of their mean. It holds while the modes do not meet the next ones, for changes of
+    the eigenvalues small against their gap.
 
     Args:
       at, count, accuracy: as in :func:`smallest_stiffness`.
       solve, throw: as in ``ms.gradient``.
 
     Returns:
-      a :class:`~mdsens.Response`, its value a dict shaped like the parameters, as of ``ms.gradient``: in a symmetric
-      matrix of species pairs half of the derivative in each of two entries, and the whole in its ``component``. Its
-      status is the solve's, or where that one is good the modes': DEGENERATE says that it is a mean over more modes
-      than were asked for.
+      a :class:`~mdsens.ParameterGradient`, its value a dict shaped like the parameters, as of
+      ``ms.gradient``: in a symmetric matrix of species pairs half of the derivative in each of two
+      entries, and the whole in its ``component``. Its status is the solve's, or where that one is
+      good the modes': DEGENERATE says that it is a mean over more modes than were asked for.
     """
     count = _checked(count, accuracy)
-    lin = linearised(at, solve)
-    require_sound(lin, at, throw)
+    lin = linearized(eq, solve)
+    require_sound(lin, eq, throw)
     found = smallest_stiffness(lin, count, accuracy=accuracy, throw=throw)
-    core, vectors = lin.traced(tuple(lin.params)), jnp.asarray(found.vectors, lin.system.positions.dtype)
+    core, vectors = (
+        lin.traced(tuple(lin.params)),
+        jnp.asarray(found.vectors, lin.system.positions.dtype),
+    )
     value, cotangents, direct = _pulled(core, vectors)
-    result = sensitivity.total(lin, value, cotangents, direct, throw, lambda: _pulled(aside(core), vectors)[1])
+    result = total_derivative(
+        lin, value, cotangents, direct, throw, lambda: _pulled(aside(core), vectors)[1]
+    )
     code = result.stats.status
     if result.status.good:
-        code = jnp.maximum(code, found.status.value)
+        code = worse(code, found.status.value)
     return dataclasses.replace(result, stats=dataclasses.replace(result.stats, status=code))
 
 
@@ -178,25 +202,34 @@ def _softest(lin: Linearization, count: int, accuracy: float) -> Softest:
         nothing = np.zeros(1), np.zeros((1, *system.positions.shape)), np.zeros(1)
         status = Status.UNJAMMED if before.good else before
         return Softest(*nothing, np.inf, 0.0, np.zeros(1), status, "none")
-    stiffness = Stiffness(system, lin.null) if lin.stiffness is None else lin.stiffness
-    length = float(scales(system)[0])
+    stiffness = HessianFactor(system, lin.null) if lin.stiffness is None else lin.stiffness
+    length = float(natural_units(system)[0])
     floor = doubtful_stiffness(largest_force, length)
-    dense = system.positions.size <= DENSE_SIZE  # where every eigenvalue is computed, whatever is asked for
+    dense = (
+        system.positions.size <= DENSE_SIZE
+    )  # where every eigenvalue is computed, whatever is asked for
     ask = min(count + (MOST if dense else SPARE), left)
     while True:
         spectrum = stiffness.lowest(ask, floor)
         if not np.isfinite(spectrum.values).all():
-            nothing = np.full(1, np.nan), np.full((1, *system.positions.shape), np.nan), np.full(1, np.nan)
+            nothing = (
+                np.full(1, np.nan),
+                np.full((1, *system.positions.shape), np.nan),
+                np.full(1, np.nan),
+            )
             status = Status.NOT_FINITE if before.good else before
             return Softest(*nothing, np.nan, np.nan, np.full(1, np.nan), status, spectrum.method)
         k = _together(spectrum.values, min(count, left))
         seen = ask == left or (k < ask and _all_found(stiffness, spectrum, k))
         if seen or ask >= count + MOST:
             break
-        ask = min(3 * ask, count + MOST, left)  # equal to the last that was asked for, or some of the equal were missed
+        ask = min(
+            3 * ask, count + MOST, left
+        )  # equal to the last that was asked for, or some of the equal were missed
     values, residuals = spectrum.values[:k], spectrum.residuals[:k]
     gap = float(spectrum.values[k] - values[-1]) if k < len(spectrum.values) else np.inf
-    # the force left leaves the minimum |F| / lambda away, and there H is another by its size over the law's length
+    # the force left leaves the minimum |F| / lambda away, and there H is another by its size over
+    # the potential's length
     off = largest_force / max(abs(float(values[0])), floor, 1e-300)
     doubt = float(residuals.max()) + spectrum.largest * min(off / length, 1.0)
     mixing = doubt / gap if seen and gap > 0 else np.inf
@@ -212,8 +245,10 @@ def _together(values: np.ndarray, count: int) -> int:
     return int(np.sum(values <= last + EQUAL * abs(last)))
 
 
-def _all_found(stiffness: Stiffness, spectrum: Spectrum, k: int) -> bool:
-    """Whether none below the gap is missing, as Lanczos may miss equal ones: by inertia, where a factor tells."""
+def _all_found(stiffness: HessianFactor, spectrum: Spectrum, k: int) -> bool:
+    """Whether none below the gap is missing, as Lanczos may miss equal ones: by inertia, where a
+    factor tells.
+    """
     if spectrum.method != "shift-invert":
         return True
     below = stiffness.below(float(0.5 * (spectrum.values[k - 1] + spectrum.values[k])))
@@ -238,7 +273,9 @@ def _stiffness_along(system: System, vectors: jax.Array) -> jax.Array:
 
     def along(v: jax.Array) -> jax.Array:
         def slope(t: jax.Array) -> jax.Array:
-            return jax.jvp(lambda s: potential_energy(system, R + s * v), (t,), (jnp.ones_like(t),))[1]
+            return jax.jvp(
+                lambda s: potential_energy(system, R + s * v), (t,), (jnp.ones_like(t),)
+            )[1]
 
         zero = jnp.zeros((), R.dtype)
         return jax.jvp(slope, (zero,), (jnp.ones_like(zero),))[1]
@@ -247,8 +284,12 @@ def _stiffness_along(system: System, vectors: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _pulled(lin: Linearization, vectors: jax.Array) -> tuple[jax.Array, Unknowns, dict[str, jax.Array]]:
-    """The mean stiffness, and what it owes to unknowns and parameters, with the leading axis of one number."""
+def _pulled(
+    lin: Linearization, vectors: jax.Array
+) -> tuple[jax.Array, Unknowns, dict[str, jax.Array]]:
+    """The mean stiffness, and what it owes to unknowns and parameters, with the leading axis of one
+    number.
+    """
 
     def observe(x: Unknowns, params: Any) -> jax.Array:
         return jnp.mean(_stiffness_along(lin.moved(lin.system, x, params), vectors))
@@ -262,32 +303,39 @@ def _pulled(lin: Linearization, vectors: jax.Array) -> tuple[jax.Array, Unknowns
 
 
 def stiffness(system: System, count: int = 1, *, has_aux: bool = False) -> Any:
-    """The smallest stiffness of a relaxed System, traceable, for ``jax.grad`` through ``equilibrate``.
+    """The smallest stiffness of a relaxed System, traceable, for ``jax.grad`` through
+    ``equilibrate``.
 
-    ``smallest_stiffness(at, count).value`` by all eigenvalues of the dense Hessian, so for small systems: the time goes
-    with the cube of the number of unknowns. The modes are held while it is differentiated, which is exact for the first
-    derivative; a second is refused.
+    ``smallest_stiffness(at, count).value`` by all eigenvalues of the dense Hessian, so for small
+    systems: the time goes with the cube of the number of unknowns. The modes are held while it is
+    differentiated, which is exact for the first derivative; a second is refused.
 
     Args:
       system: relaxed, of up to 1,200 unknowns.
       count: how many of the lowest eigenvalues are taken together.
-      has_aux: return ``(stiffness, status)``, the status as an int32 array, since traced code cannot raise:
-        UNCONVERGED where the system is not relaxed, UNJAMMED, INDEFINITE, FLOPPY, DEGENERATE for a mean over more
-        than were asked for, UNRESOLVED where more than 48 are equal.
+      has_aux: return ``(stiffness, status)``, the status as an int32 array, since traced code
+        cannot raise: UNCONVERGED where the system is not relaxed, UNJAMMED, INDEFINITE, FLOPPY,
+        DEGENERATE for a mean over more than were asked for, UNRESOLVED where more than 48 are
+        equal.
 
     Raises:
       InputError: more unknowns, where ``ms.modes.gradient`` is the way; a second derivative.
     """
     if not isinstance(system, System):
-        raise InputError(f"got a {type(system).__name__}: give a System, or take smallest_stiffness of an Equilibrium.")
+        raise InputError(
+            f"got a {type(system).__name__}: give a System, or take smallest_stiffness of an"
+            " Equilibrium."
+        )
     if system.batch is not None:
-        raise InputError(f"the stiffness is of one system: use jax.vmap(...)(batch) for these {system.batch}.")
+        raise InputError(
+            f"the stiffness is of one system: use jax.vmap(...)(batch) for these {system.batch}."
+        )
     require_unconstrained(system, "modes")
     n, d = system.positions.shape
     if n * d > DENSE_SIZE:
         raise InputError(
-            f"the system has {n * d:,} unknowns, and all eigenvalues are computed here, up to {DENSE_SIZE:,}: take "
-            "ms.modes.gradient(eq), which finds the lowest alone."
+            f"the system has {n * d:,} unknowns, and all eigenvalues are computed here, up to"
+            f" {DENSE_SIZE:,}: take ms.modes.gradient(eq), which finds the lowest alone."
         )
     return _of_system(system, min(_whole(count), n * d), has_aux)
 
@@ -296,7 +344,7 @@ def stiffness(system: System, count: int = 1, *, has_aux: bool = False) -> Any:
 def _of_system(system: System, count: int, has_aux: bool) -> Any:
     still = jax.lax.stop_gradient(system)
     left = max_force(still)
-    held, net, null = linearisation(system, left)
+    held, net, null = analyze_rigidity(system, left)
     if not has_aux:
         return _mean(held, null, count)
     status = _modes(jax.lax.stop_gradient(held), null, count)[2]
@@ -350,6 +398,6 @@ def _modes(system: System, null: NullSpace, count: int) -> tuple[jax.Array, jax.
 @_modes.defjvp
 def _modes_jvp(count: int, primals: Any, tangents: Any) -> Any:
     raise InputError(
-        "the smallest stiffness of a System has a first derivative alone, in which its modes are held: for a second, "
-        "take differences of ms.modes.gradient."
+        "the smallest stiffness of a System has a first derivative alone, in which its modes are"
+        " held: for a second, take differences of ms.modes.gradient."
     )

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens import observables
-from mdsens._checks import real_number, short
-from mdsens._progress import Members
-from mdsens.boxes import FixedBox
-from mdsens.implicit.status import InputError, Status, raise_for_status
-from mdsens.relaxation import Equilibrium, minimize
-from mdsens.system import System, require_unconstrained
+from mdsens._util.errors import InputError, raise_for_status
+from mdsens._util.progress import Members
+from mdsens._util.validation import real_number, short
+from mdsens.mechanics.status import Status
+from mdsens.model.box import FixedBox
+from mdsens.model.system import System, require_unconstrained
+from mdsens.relaxation.equilibrium import Equilibrium
+from mdsens.relaxation.minimization import minimize
 
 __all__ = ["compress"]
 
@@ -34,17 +36,19 @@ def compress(
 ) -> Equilibrium:
     """Compress or decompress a packing to a packing fraction, relaxing it after every step.
 
-    The cell keeps its shape; particles keep their fractional coordinates in a step, and are then relaxed. So the
-    packing at the end has the history of the one it began as, where a random start at that fraction has none. To a
-    pressure in place of a fraction goes ``minimize(system, pressure=P)``.
+    The cell keeps its shape; particles keep their fractional coordinates in a step, and are then
+    relaxed. So the packing at the end has the history of the one it began as, where a random start
+    at that fraction has none. To a pressure in place of a fraction goes ``minimize(system,
+    pressure=P)``.
 
     Args:
       start: a System, relaxed or not, or an Equilibrium; with a cell, and a ``sigma`` of particles.
-      packing_fraction: to reach, the volume of all particles over that of the cell, overlaps counted twice.
+      packing_fraction: to reach, the volume of all particles over that of the cell, overlaps
+        counted twice.
       step: the largest relative change of it in one step.
       tolerance, method, max_steps: of each relaxation, as in ``minimize``.
-      throw: raise where a relaxation does not reach the tolerance; with False the status says so, and what was
-        reached by then is given.
+      throw: raise where a relaxation does not reach the tolerance; with False the status says so,
+        and what was reached by then is given.
       progress: show a progress bar; where None, in a terminal or notebook alone.
 
     Returns:
@@ -68,9 +72,13 @@ def compress(
     bar, steps, seconds = Members(count, progress), 0, 0.0
     try:
         for fraction in now * (packing_fraction / now) ** (np.arange(1, count + 1) / count):
-            scale = (float(observables.packing_fraction(system)) / fraction) ** (1.0 / system.dimension)
+            scale = (float(observables.packing_fraction(system)) / fraction) ** (
+                1.0 / system.dimension
+            )
             cell = FixedBox(jnp.asarray(system.box) * scale, system.boundary.orthogonal)
-            at = system.replace(positions=system.positions * scale, boundary=cell).reallocate(keep=True)
+            at = system.replace(positions=system.positions * scale, boundary=cell).reallocate(
+                keep=True
+            )
             eq = minimize(at, throw=False, progress=False, **how)
             steps, seconds, system = steps + int(eq.steps), seconds + float(eq.wall_time), eq.system
             eq = dataclasses.replace(eq, steps=jnp.asarray(steps), wall_time=seconds)
@@ -81,5 +89,7 @@ def compress(
         bar.close()
     if throw:
         reached = float(observables.packing_fraction(eq.system))
-        raise_for_status(Status(int(eq.status)), f"compress stopped at packing fraction {reached:g}", eq)
+        raise_for_status(
+            Status(int(eq.status)), f"compress stopped at packing fraction {reached:g}", eq
+        )
     return eq

@@ -40,7 +40,9 @@ class LinearProblem:
 
 def spectral(eigenvalues: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """A symmetric matrix with these eigenvalues, and its eigenvectors."""
-    q, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(len(eigenvalues), len(eigenvalues))))
+    q, _ = np.linalg.qr(
+        np.random.default_rng(seed).normal(size=(len(eigenvalues), len(eigenvalues)))
+    )
     return (q * eigenvalues) @ q.T, q
 
 
@@ -66,7 +68,9 @@ def linear_problems() -> list[LinearProblem]:
     two_sided = (np.eye(SIZE) - left @ left.T) @ general @ (np.eye(SIZE) - right @ right.T)
     return [
         LinearProblem("positive definite", "positive", positive, b),
-        LinearProblem("ring of springs, pushed off balance", "positive", ring_laplacian(SIZE), b, uniform),
+        LinearProblem(
+            "ring of springs, pushed off balance", "positive", ring_laplacian(SIZE), b, uniform
+        ),
         LinearProblem("three null directions", "positive", null3, b, q3[:, :3]),
         LinearProblem("indefinite", "symmetric", indefinite, b),
         LinearProblem("indefinite and singular", "symmetric", saddle, b, qs[:, :2]),
@@ -116,7 +120,9 @@ def _linear_system() -> RootProblem:
     def answer(theta: Array) -> Array:
         return jnp.linalg.solve(theta[0] * matrix, theta[1:] ** 2)
 
-    return RootProblem("linear system", F, lambda _, t: answer(t), None, jnp.array([1.5, 1.0, -2.0, 0.5]), answer)
+    return RootProblem(
+        "linear system", F, lambda _, t: answer(t), None, jnp.array([1.5, 1.0, -2.0, 0.5]), answer
+    )
 
 
 def _ridge() -> RootProblem:
@@ -127,7 +133,9 @@ def _ridge() -> RootProblem:
         return features.T @ (features @ w - theta[1] * labels) + theta[0] * w
 
     def answer(theta: Array) -> Array:
-        return jnp.linalg.solve(features.T @ features + theta[0] * jnp.eye(3), theta[1] * features.T @ labels)
+        return jnp.linalg.solve(
+            features.T @ features + theta[0] * jnp.eye(3), theta[1] * features.T @ labels
+        )
 
     return RootProblem(
         "ridge regression",
@@ -143,13 +151,16 @@ def _ridge() -> RootProblem:
 
 def _singular_quadratic() -> RootProblem:
     difference = jnp.asarray(np.eye(5) - np.roll(np.eye(5), 1, axis=0))
-    load = jnp.array([1.0, -2.0, 0.5, 1.5, -1.0])  # sums to zero: it pulls, it does not push off balance
+    load = jnp.array(
+        [1.0, -2.0, 0.5, 1.5, -1.0]
+    )  # sums to zero: it pulls, it does not push off balance
 
     def F(x: Array, theta: Array) -> Array:
         return difference.T @ (theta * (difference @ x)) - theta[0] * load
 
     def answer(theta: Array) -> Array:
-        # The pseudo-inverse of a ring's Laplacian, whose derivative has no trouble with equal singular values.
+        # The pseudo-inverse of a ring's Laplacian, whose derivative has no trouble with equal
+        # singular values.
         laplacian = difference.T @ (theta[:, None] * difference) + jnp.ones((5, 5)) / 5
         return jnp.linalg.solve(laplacian, theta[0] * load)
 
@@ -169,7 +180,9 @@ def _singular_quadratic() -> RootProblem:
 def _rotation_shear() -> RootProblem:
     def frame(theta: Array) -> Array:
         c, s = jnp.cos(theta[0]), jnp.sin(theta[0])
-        return jnp.array([[c, -s], [s, c]]) @ (jnp.eye(2) + theta[1] * jnp.array([[0.0, 1.0], [0.0, 0.0]]))
+        return jnp.array([[c, -s], [s, c]]) @ (
+            jnp.eye(2) + theta[1] * jnp.array([[0.0, 1.0], [0.0, 0.0]])
+        )
 
     def F(x: Array, theta: Array) -> Array:
         y = frame(theta) @ x
@@ -180,7 +193,9 @@ def _rotation_shear() -> RootProblem:
         return jnp.linalg.solve(frame(theta), jnp.stack([theta[2] - y1, y1]))
 
     theta = jnp.array([0.4, 0.9, 1.2, 2.0])
-    return RootProblem("rotation and shear", F, lambda i, t: newton(F, i, t), jnp.array([0.1, 1.0]), theta, answer)
+    return RootProblem(
+        "rotation and shear", F, lambda i, t: newton(F, i, t), jnp.array([0.1, 1.0]), theta, answer
+    )
 
 
 def _contraction() -> RootProblem:
@@ -191,18 +206,30 @@ def _contraction() -> RootProblem:
         return jax.lax.fori_loop(0, 120, lambda _, x: T(x, theta), init)
 
     return RootProblem(
-        "fixed point", T, solver, jnp.ones(3), jnp.array([0.8, 1.0, 2.0]), jnp.sqrt, symmetric=True, fixed_point=True
+        "fixed point",
+        T,
+        solver,
+        jnp.ones(3),
+        jnp.array([0.8, 1.0, 2.0]),
+        jnp.sqrt,
+        symmetric=True,
+        fixed_point=True,
     )
 
 
 def _pytree() -> RootProblem:
     def F(x: PyTree, theta: Array) -> PyTree:
-        return {"square": x["square"] ** 2 - theta, "log": (jnp.exp(x["log"][0]) - theta[0] * x["square"][1], None)}
+        return {
+            "square": x["square"] ** 2 - theta,
+            "log": (jnp.exp(x["log"][0]) - theta[0] * x["square"][1], None),
+        }
 
     def answer(theta: Array) -> PyTree:
         return {"square": jnp.sqrt(theta), "log": (jnp.log(theta[0] * jnp.sqrt(theta[1])), None)}
 
-    return RootProblem("tree of unknowns", F, lambda _, t: answer(t), None, jnp.array([1.3, 0.7]), answer)
+    return RootProblem(
+        "tree of unknowns", F, lambda _, t: answer(t), None, jnp.array([1.3, 0.7]), answer
+    )
 
 
 def _host_solver() -> RootProblem:
@@ -222,11 +249,15 @@ def _host_solver() -> RootProblem:
         return jnp.cbrt(d + theta / 2) - jnp.cbrt(d - theta / 2)
 
     theta = jnp.array([1.0, 2.0, -0.5])
-    return RootProblem("scipy behind a callback", F, solver, jnp.ones(3), theta, answer, symmetric=True, host=True)
+    return RootProblem(
+        "scipy behind a callback", F, solver, jnp.ones(3), theta, answer, symmetric=True, host=True
+    )
 
 
 def _spring_chain() -> RootProblem:
-    """Springs in series, one end held, the other pulled: theta holds three stiffnesses, a rest length and the pull."""
+    """Springs in series, one end held, the other pulled: theta holds three stiffnesses, a rest
+    length and the pull.
+    """
 
     def energy(x: Array, theta: Array) -> Array:
         k, rest, pull = theta[:3], theta[3], theta[4]

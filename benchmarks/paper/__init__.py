@@ -1,1 +1,3 @@
-"""The experiments of Blondel et al., Efficient and Modular Implicit Differentiation, arXiv:2105.15183, on two cores."""
+"""The experiments of Blondel et al., Efficient and Modular Implicit Differentiation,
+arXiv:2105.15183, on two cores.
+"""

@@ -1,4 +1,6 @@
-"""What the paper's experiments share: the command line, clock and memory of a compiled function, table and figure."""
+"""What the paper's experiments share: the command line, clock and memory of a compiled function,
+table and figure.
+"""
 
 from __future__ import annotations
 
@@ -45,28 +47,41 @@ class Asked:
 
 def asked(name: str, words: str | None, argv: Sequence[str] | None) -> Asked:
     """Read the command line; double precision from here on."""
-    parser = argparse.ArgumentParser(description=words, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes on made data; writes no file unless asked")
-    parser.add_argument("--runs", type=int, help="timed runs of each function: 3, or 1 with --smoke")
-    parser.add_argument("--json", type=Path, help=f"the record: results/paper/{name}.json, or none with --smoke")
-    parser.add_argument("--figure", type=Path, help=f"the figure: results/paper/{name}.png, or none with --smoke")
+    parser = argparse.ArgumentParser(
+        description=words, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny sizes on made data; writes no file unless asked"
+    )
+    parser.add_argument(
+        "--runs", type=int, help="timed runs of each function: 3, or 1 with --smoke"
+    )
+    parser.add_argument(
+        "--json", type=Path, help=f"the record: results/paper/{name}.json, or none with --smoke"
+    )
+    parser.add_argument(
+        "--figure", type=Path, help=f"the figure: results/paper/{name}.png, or none with --smoke"
+    )
     given = parser.parse_args(argv)
     ms.enable_x64()
     json = given.json or (None if given.smoke else RESULTS / f"{name}.json")
     figure = given.figure or (None if given.smoke else RESULTS / f"{name}.png")
-    return Asked(given.smoke, given.runs or (1 if given.smoke else 3), json, figure, os.getloadavg()[0])
+    return Asked(
+        given.smoke, given.runs or (1 if given.smoke else 3), json, figure, os.getloadavg()[0]
+    )
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class FeatureValues:
     """A compiled function, and what one call of it takes.
 
     Attributes:
       run: the compiled function.
       answer: what it gave.
       seconds: the median of the timed runs.
-      MB: temporaries that it holds at once, as XLA's analysis of the compiled program says before anything runs: its
-        buffers, not its arguments, results or LAPACK's workspace. None where the backend does not say.
+      MB: temporaries that it holds at once, as XLA's analysis of the compiled program says before
+        anything runs: its buffers, not its arguments, results or LAPACK's workspace. None where the
+        backend does not say.
     """
 
     run: Callable[..., Any]
@@ -75,22 +90,25 @@ class Measured:
     MB: float | None
 
 
-def measured(f: Callable[..., Any], *args: Any, runs: int, most: float = float("inf")) -> Measured:
-    """Compile f for these arguments, call it once, then ``runs`` times by the clock; oftener where that takes no time.
+def measured(
+    f: Callable[..., Any], *args: Any, runs: int, most: float = float("inf")
+) -> FeatureValues:
+    """Compile f for these arguments, call it once, then ``runs`` times by the clock; oftener where
+    that takes no time.
 
     Args:
       most: MB of temporaries above which it is compiled and not called; the answer is None then.
     """
     compiled = jax.jit(f).lower(*args).compile()
     if (temporaries(compiled) or 0.0) > most:
-        return Measured(compiled, None, float("nan"), temporaries(compiled))
+        return FeatureValues(compiled, None, float("nan"), temporaries(compiled))
     times, answer = [], jax.block_until_ready(compiled(*args))
     while len(times) < runs or (sum(times) < BRIEF and len(times) < 10 * runs):
         began = time.perf_counter()
         answer = jax.block_until_ready(compiled(*args))
         times.append(time.perf_counter() - began)
     seconds = float(np.median(times)) if times else float("nan")
-    return Measured(compiled, answer, seconds, temporaries(compiled))
+    return FeatureValues(compiled, answer, seconds, temporaries(compiled))
 
 
 def temporaries(compiled: Any) -> float | None:
@@ -136,5 +154,6 @@ def table(rows: list[Row]) -> str:
     widths = [max(3, *(len(line[k]) for line in lines)) for k in range(len(names))]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join(
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
     )

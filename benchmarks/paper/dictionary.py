@@ -1,19 +1,22 @@
-"""Does a dictionary that knows its task beat one that does not? Task-driven dictionary learning, section 4.3.
+"""Does a dictionary that knows its task beat one that does not? Task-driven dictionary learning,
+section 4.3.
 
 ``python -m benchmarks.paper.dictionary``
 
     x*(D) = argmin_x |x D - A|^2 / 2 + l1 |x|_1 + l2 |x|^2 / 2,      sparse codes of the rows of A over the atoms D
     min over D, w, b  of  mean log(1 + exp(-y (x*(D) w + b))) + decay |w|^2 / 2,   y = +-1
 
-A is scikit-learn's breast cancer data, 569 patients with 30 features, standardised; half of them train and half judge,
-over five splits, with ten atoms and with two. Codes come by k steps of FISTA, and have the derivative of the fixed
-point of proximal gradient; Adam (optax) moves D, w and b from the unsupervised dictionary, which minimises the
-reconstruction alone, its atoms of norm 1. Beside it: a logistic regression on the codes of the unsupervised dictionary,
-and one on the 30 features, with the same decay. The score is the area under the ROC curve on the half that judges. The
-paper's own data, the expression of 7,399 genes in 299 patients, does not come with scikit-learn.
+A is scikit-learn's breast cancer data, 569 patients with 30 features, standardized; half of them
+train and half judge, over five splits, with ten atoms and with two. Codes come by k steps of FISTA,
+and have the derivative of the fixed point of proximal gradient; Adam (optax) moves D, w and b from
+the unsupervised dictionary, which minimizes the reconstruction alone, its atoms of norm 1. Beside
+it: a logistic regression on the codes of the unsupervised dictionary, and one on the 30 features,
+with the same decay. The score is the area under the ROC curve on the half that judges. The paper's
+own data, the expression of 7,399 genes in 299 patients, does not come with scikit-learn.
 
-The gradient by D of k steps, implicit and unrolled in reverse mode, is held against the closed form of the codes on
-their support, x_S = (D_S D_S^T + l2)^-1 (D_S a - l1 sign x_S), differentiated as it is written.
+The gradient by D of k steps, implicit and unrolled in reverse mode, is held against the closed form
+of the codes on their support, x_S = (D_S D_S^T + l2)^-1 (D_S a - l1 sign x_S), differentiated as it
+is written.
 """
 
 from __future__ import annotations
@@ -31,9 +34,20 @@ import optax
 from jax import Array, lax
 from matplotlib.figure import Figure
 
-from benchmarks.paper._common import IMPLICIT, THIRD, UNROLLED, Row, asked, finish, measured, relative, table
-from mdsens.implicit import GMRES, fixed_point, proximal
-from mdsens.implicit.optimality import proximal_gradient
+from benchmarks.paper._common import (
+    IMPLICIT,
+    THIRD,
+    UNROLLED,
+    Row,
+    asked,
+    finish,
+    measured,
+    relative,
+    table,
+)
+from mdsens.implicit import GMRES, fixed_point
+from mdsens.implicit.conditions import proximal
+from mdsens.implicit.conditions.optimality import proximal_gradient
 
 LASSO, RIDGE, DECAY = 0.5, 0.1, 0.01
 ATOMS, CODING, SPLITS = (2, 10), 100, 5
@@ -46,7 +60,7 @@ Slope: TypeAlias = Callable[[Weights, Array, Array], tuple[Weights, tuple[Array,
 
 
 def data(smoke: bool) -> tuple[np.ndarray, np.ndarray]:
-    """A (m, p), standardised, and y (m,) of +-1."""
+    """A (m, p), standardized, and y (m,) of +-1."""
     if smoke:
         rng = np.random.default_rng(0)
         A = rng.normal(size=(40, 6))
@@ -69,7 +83,9 @@ def moved(x: Array, D: Array, A: Array, step: Array) -> Array:
     def misfit(x: Array) -> Array:
         return 0.5 * jnp.sum((x @ D - A) ** 2)
 
-    return proximal_gradient(misfit, lambda y, step: proximal.elastic_net(y, step, LASSO, RIDGE), step)(x)
+    return proximal_gradient(
+        misfit, lambda y, step: proximal.elastic_net(y, step, LASSO, RIDGE), step
+    )(x)
 
 
 def fista(steps: int) -> Coder:
@@ -78,7 +94,9 @@ def fista(steps: int) -> Coder:
     def coder(init: Array, D: Array, A: Array) -> Array:
         length = step_of(D)
 
-        def step(carry: tuple[Array, Array, Array], _: None) -> tuple[tuple[Array, Array, Array], None]:
+        def step(
+            carry: tuple[Array, Array, Array], _: None
+        ) -> tuple[tuple[Array, Array, Array], None]:
             x, ahead, t = carry
             new, later = moved(ahead, D, A, length), (1 + jnp.sqrt(1 + 4 * t**2)) / 2
             return (new, new + (t - 1) / later * (new - x), later), None
@@ -90,7 +108,9 @@ def fista(steps: int) -> Coder:
 
 def attached(steps: int) -> Coder:
     """The same codes, with the derivative of the fixed point."""
-    return fixed_point(lambda x, D, A: moved(x, D, A, step_of(D)), solve=GMRES(rtol=1e-10, restart=40))(fista(steps))
+    return fixed_point(
+        lambda x, D, A: moved(x, D, A, step_of(D)), solve=GMRES(rtol=1e-10, restart=40)
+    )(fista(steps))
 
 
 def closed(x: Array, D: Array, A: Array) -> Array:
@@ -109,7 +129,7 @@ def codes(coder: Coder, D: Array, A: Array) -> Array:
 
 
 def logistic(features: Array, w: Array, b: Array, y: Array) -> Array:
-    """The penalised loss of labels."""
+    """The penalized loss of labels."""
     return jnp.mean(jnp.logaddexp(0.0, -y * (features @ w + b))) + 0.5 * DECAY * jnp.sum(w**2)
 
 
@@ -136,7 +156,9 @@ def area(score: np.ndarray, y: np.ndarray) -> float:
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def unsupervised(D: Array, A: Array, coding: int, steps: int) -> Array:
-    """The dictionary of least reconstruction error, atoms of norm 1; codes minimise, and pass on no derivative."""
+    """The dictionary of least reconstruction error, atoms of norm 1; codes minimize, and pass on no
+    derivative.
+    """
     adam = optax.adam(RATE)
 
     def unit(D: Array) -> Array:
@@ -145,7 +167,9 @@ def unsupervised(D: Array, A: Array, coding: int, steps: int) -> Array:
     def misfit(D: Array, x: Array) -> Array:
         return 0.5 * jnp.mean(jnp.sum((x @ D - A) ** 2, axis=1))
 
-    def move(carry: tuple[Array, optax.OptState], _: None) -> tuple[tuple[Array, optax.OptState], None]:
+    def move(
+        carry: tuple[Array, optax.OptState], _: None
+    ) -> tuple[tuple[Array, optax.OptState], None]:
         D, state = carry
         change, state = adam.update(jax.grad(misfit)(D, codes(fista(coding), D, A)), state)
         return (unit(jax.tree.map(jnp.add, D, change)), state), None
@@ -153,12 +177,16 @@ def unsupervised(D: Array, A: Array, coding: int, steps: int) -> Array:
     return lax.scan(move, (unit(D), adam.init(D)), length=steps)[0][0]
 
 
-def supervised(slope: Slope, given: Weights, A: Array, y: Array, steps: int) -> tuple[Weights, list[float], float]:
+def supervised(
+    slope: Slope, given: Weights, A: Array, y: Array, steps: int
+) -> tuple[Weights, list[float], float]:
     """D, w, b that predict the labels, the loss before each step, and seconds a step."""
     adam = optax.adam(RATE)
 
     @jax.jit
-    def move(moving: Weights, slopes: Weights, state: optax.OptState) -> tuple[Weights, optax.OptState]:
+    def move(
+        moving: Weights, slopes: Weights, state: optax.OptState
+    ) -> tuple[Weights, optax.OptState]:
         change, state = adam.update(slopes, state)
         return jax.tree.map(jnp.add, moving, change), state
 
@@ -194,7 +222,9 @@ class Split:
     start: Weights
 
     @classmethod
-    def made(cls, A: np.ndarray, y: np.ndarray, seed: int, atoms: int, coding: int, steps: int) -> Split:
+    def made(
+        cls, A: np.ndarray, y: np.ndarray, seed: int, atoms: int, coding: int, steps: int
+    ) -> Split:
         rng = np.random.default_rng(seed)
         order = rng.permutation(len(y))
         half = len(y) // 2
@@ -221,20 +251,30 @@ def coded(D: Array, A: Array, coding: int) -> Array:
     return codes(fista(coding), D, A)
 
 
-def score_rows(splits: Sequence[Split], slope: Slope, coding: int, steps: int) -> tuple[list[Row], list[list[float]]]:
+def score_rows(
+    splits: Sequence[Split], slope: Slope, coding: int, steps: int
+) -> tuple[list[Row], list[list[float]]]:
     """A row a split, and the losses of Adam."""
     rows, curves = [], []
     for number, split in enumerate(splits):
         found, losses, took = supervised(slope, split.start, split.A, split.y, steps)
         row: Row = {"atoms": len(split.start[0]), "split": number, "raw": split.raw()}
-        row |= {"unsupervised": split.score(split.start, coding), "task-driven": split.score(found, coding)}
-        rows.append(row | {"loss_before": losses[0], "loss_after": losses[-1], "step_ms": 1e3 * took})
+        row |= {
+            "unsupervised": split.score(split.start, coding),
+            "task-driven": split.score(found, coding),
+        }
+        rows.append(
+            row | {"loss_before": losses[0], "loss_after": losses[-1], "step_ms": 1e3 * took}
+        )
         curves.append(losses)
     return rows, curves
 
 
-def gradient_rows(split: Split, counts: Sequence[int], runs: int) -> tuple[list[Row], dict[int, Slope]]:
-    """A row a number of FISTA's steps and way to differentiate, and the implicit gradients, compiled.
+def gradient_rows(
+    split: Split, counts: Sequence[int], runs: int
+) -> tuple[list[Row], dict[int, Slope]]:
+    """A row a number of FISTA's steps and way to differentiate, and the implicit gradients,
+    compiled.
 
     Times and memory are of the whole gradient by (D, w, b); errors of the codes and of dL/dD.
     """
@@ -248,8 +288,17 @@ def gradient_rows(split: Split, counts: Sequence[int], runs: int) -> tuple[list[
         for way, coder in ways.items():
             took = measured(slope_of(functools.partial(codes, coder)), *given, runs=runs)
             slopes, (_, x) = took.answer
-            row: Row = {"atoms": len(split.start[0]), "fista": steps, "way": way, "gradient_ms": 1e3 * took.seconds}
-            row |= {"MB": took.MB, "codes": relative(x, exact), "error": relative(slopes[0], truth[0])}
+            row: Row = {
+                "atoms": len(split.start[0]),
+                "fista": steps,
+                "way": way,
+                "gradient_ms": 1e3 * took.seconds,
+            }
+            row |= {
+                "MB": took.MB,
+                "codes": relative(x, exact),
+                "error": relative(slopes[0], truth[0]),
+            }
             rows.append(row | {"closed_form": relative(form, exact)})
             if way == "implicit":
                 compiled[steps] = took.run
@@ -266,23 +315,40 @@ def figure(record: Row) -> Figure:
     for atoms in dict.fromkeys((few, many)):
         columns |= {f"blind\n{atoms} atoms": ("unsupervised", atoms, THIRD)}
         columns |= {f"task\n{atoms} atoms": ("task-driven", atoms, IMPLICIT)}
-    for place, (name, atoms, colour) in enumerate(columns.values()):
+    for place, (name, atoms, color) in enumerate(columns.values()):
         values = [row[name] for row in rows if row["atoms"] == atoms]
-        scores.plot(place + np.linspace(-0.15, 0.15, len(values)), values, "o", color=colour, ms=4)
-        scores.plot([place - 0.3, place + 0.3], [np.mean(values)] * 2, color=colour, lw=1)
+        scores.plot(place + np.linspace(-0.15, 0.15, len(values)), values, "o", color=color, ms=4)
+        scores.plot([place - 0.3, place + 0.3], [np.mean(values)] * 2, color=color, lw=1)
     scores.set_xticks(range(len(columns)), list(columns), fontsize=8)
     scores.set_ylabel("area under the ROC curve, a point a split")
     for row, losses in zip(rows, record["losses"], strict=True):
-        style, label = ("-" if row["atoms"] == many else "--"), f"{row['atoms']} atoms" if row["split"] == 0 else None
+        style, label = (
+            ("-" if row["atoms"] == many else "--"),
+            f"{row['atoms']} atoms" if row["split"] == 0 else None,
+        )
         training.plot(losses, style, color=IMPLICIT, lw=1, label=label)
     training.legend(fontsize=8)
     training.set_xlabel("steps of Adam, a line a split")
-    training.set_ylabel("penalised logistic loss")
+    training.set_ylabel("penalized logistic loss")
     slopes = [row for row in record["rows"] if "way" in row and row["atoms"] == many]
-    for way, colour in {"implicit": IMPLICIT, "unrolled": UNROLLED}.items():
+    for way, color in {"implicit": IMPLICIT, "unrolled": UNROLLED}.items():
         some = [row for row in slopes if row["way"] == way]
-        errors.loglog([r["fista"] for r in some], [r["error"] for r in some], "o-", color=colour, lw=1, label=way)
-        times.loglog([r["fista"] for r in some], [r["gradient_ms"] for r in some], "o-", color=colour, lw=1, label=way)
+        errors.loglog(
+            [r["fista"] for r in some],
+            [r["error"] for r in some],
+            "o-",
+            color=color,
+            lw=1,
+            label=way,
+        )
+        times.loglog(
+            [r["fista"] for r in some],
+            [r["gradient_ms"] for r in some],
+            "o-",
+            color=color,
+            lw=1,
+            label=way,
+        )
     errors.set_ylabel("relative error of dL/dD")
     times.set_ylabel("milliseconds a gradient")
     for ax in (errors, times):
@@ -294,15 +360,22 @@ def figure(record: Row) -> Figure:
 
 
 def main(argv: Sequence[str] | None = None) -> Row:
-    """Each number of atoms: the gradient on the first split, then all splits; the table, the figure."""
+    """Each number of atoms: the gradient on the first split, then all splits; the table, the
+    figure.
+    """
     wanted = asked("dictionary", __doc__, argv)
     A, y = data(wanted.smoke)
-    atoms, coding, blind, seeing = ((3,), 60, 5, 5) if wanted.smoke else (ATOMS, CODING, UNSUPERVISED, SUPERVISED)
+    atoms, coding, blind, seeing = (
+        ((3,), 60, 5, 5) if wanted.smoke else (ATOMS, CODING, UNSUPERVISED, SUPERVISED)
+    )
     slopes: list[Row] = []
     scores: list[Row] = []
     losses: list[list[float]] = []
     for number in atoms:
-        splits = [Split.made(A, y, seed, number, coding, blind) for seed in range(1 if wanted.smoke else SPLITS)]
+        splits = [
+            Split.made(A, y, seed, number, coding, blind)
+            for seed in range(1 if wanted.smoke else SPLITS)
+        ]
         counts = STEPS if number == max(atoms) and not wanted.smoke else (coding,)
         rows, compiled = gradient_rows(splits[0], counts, wanted.runs)
         slopes += rows
@@ -311,10 +384,20 @@ def main(argv: Sequence[str] | None = None) -> Row:
         losses += curves
     names = ("raw", "unsupervised", "task-driven")
     means = [
-        {"atoms": k, **{n: float(np.mean([r[n] for r in scores if r["atoms"] == k])) for n in names}} for k in atoms
+        {
+            "atoms": k,
+            **{n: float(np.mean([r[n] for r in scores if r["atoms"] == k])) for n in names},
+        }
+        for k in atoms
     ]
     print(table(means))
-    return finish("dictionary", wanted, scores + slopes, {"means": means, "losses": losses, "atoms": atoms}, figure)
+    return finish(
+        "dictionary",
+        wanted,
+        scores + slopes,
+        {"means": means, "losses": losses, "atoms": atoms},
+        figure,
+    )
 
 
 if __name__ == "__main__":

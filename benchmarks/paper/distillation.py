@@ -1,16 +1,19 @@
-"""What does a gradient through a training cost, implicit or unrolled? Section 4.2 of the paper: dataset distillation.
+"""What does a gradient through a training cost, implicit or unrolled? Section 4.2 of the paper:
+dataset distillation.
 
 ``python -m benchmarks.paper.distillation``
 
     min_theta loss(x*(theta); training set),    x*(theta) = argmin_x loss(x; theta, [0 .. 9]) + EPSILON |x|^2
 
-theta holds ten images, one a digit, so that a multinomial logistic regression trained on them alone does well on all:
-scikit-learn's digits, 8 x 8, in place of the paper's MNIST. loss is the mean cross-entropy of images @ x. The inner
-solver is gradient descent with backtracking from zero, k steps of it, differentiated by the implicit function theorem
-or unrolled; its step lengths are powers of two, constant by pieces, so that unrolling is exact of what it computes.
-Implicit differentiation is free to take another solver, so there is a row with Newton's, too. Truth is the first
-row, solved to round-off; its error is what central differences of its loss say. The outer optimiser is Adam for all,
-with one schedule. The last row is the model trained on everything, with the same EPSILON.
+theta holds ten images, one a digit, so that a multinomial logistic regression trained on them alone
+does well on all: scikit-learn's digits, 8 x 8, in place of the paper's MNIST. loss is the mean
+cross-entropy of images @ x. The inner solver is gradient descent with backtracking from zero, k
+steps of it, differentiated by the implicit function theorem or unrolled; its step lengths are
+powers of two, constant by pieces, so that unrolling is exact of what it computes. Implicit
+differentiation is free to take another solver, so there is a row with Newton's, too. Truth is the
+first row, solved to round-off; its error is what central differences of its loss say. The outer
+optimizer is Adam for all, with one schedule. The last row is the model trained on everything, with
+the same EPSILON.
 
 The paper found the implicit gradient 4 times faster than the unrolled one.
 """
@@ -30,9 +33,20 @@ from jax import Array, lax
 from jax.scipy.sparse.linalg import cg
 from matplotlib.figure import Figure
 
-from benchmarks.paper._common import FOURTH, IMPLICIT, THIRD, UNROLLED, Measured, Row, asked, finish, measured, relative
+from benchmarks.paper._common import (
+    FOURTH,
+    IMPLICIT,
+    THIRD,
+    UNROLLED,
+    FeatureValues,
+    Row,
+    asked,
+    finish,
+    measured,
+    relative,
+)
 from mdsens.implicit import CG, root
-from mdsens.implicit.optimality import stationary
+from mdsens.implicit.conditions.optimality import stationary
 
 EPSILON = 1e-3
 RATE = 0.02  # of Adam at the first outer step; along a cosine to zero at the last
@@ -56,7 +70,9 @@ class Digits:
 
 
 def problem(smoke: bool) -> Digits:
-    """The 1,797 digits that scikit-learn ships, 1,297 to train on; made ones where it is not needed."""
+    """The 1,797 digits that scikit-learn ships, 1,297 to train on; made ones where it is not
+    needed.
+    """
     rng = np.random.default_rng(0)
     if smoke:
         labels, classes, train = np.arange(36) % 3, 3, 24
@@ -81,11 +97,14 @@ def training(labels: Array) -> Callable[[Array, Array], Array]:
     return lambda x, images: loss(x, images, labels) + EPSILON * jnp.sum(x**2)
 
 
-def shortened(f: Callable[[Array], Array], x: Array, slope: Array, towards: Array, length: Array) -> Array:
-    """Half the length until the slope at the step's end is uphill by half of what it was downhill, at most.
+def shortened(
+    f: Callable[[Array], Array], x: Array, slope: Array, towards: Array, length: Array
+) -> Array:
+    """Half the length until the slope at the step's end is uphill by half of what it was downhill,
+    at most.
 
-    Where f is convex that is a bound on f too, and near the minimum, where f no longer changes in double precision, it
-    still tells steps apart. The answer is constant by pieces.
+    Where f is convex that is a bound on f too, and near the minimum, where f no longer changes in
+    double precision, it still tells steps apart. The answer is constant by pieces.
     """
     x, slope, towards = lax.stop_gradient((x, slope, towards))
     most = -0.5 * jnp.vdot(slope, towards)
@@ -114,7 +133,9 @@ def descent(f: Callable[[Array, Array], Array], steps: int) -> Solver:
 
 
 def newton(f: Callable[[Array, Array], Array], tolerance: float) -> Solver:
-    """Newton's method, its systems by conjugate gradients, until the gradient is under the tolerance."""
+    """Newton's method, its systems by conjugate gradients, until the gradient is under the
+    tolerance.
+    """
 
     def solver(init: Array, theta: Array) -> Array:
         def unfinished(state: tuple[Array, Array, Array]) -> Array:
@@ -128,14 +149,18 @@ def newton(f: Callable[[Array, Array], Array], tolerance: float) -> Solver:
             x = x + shortened(lambda y: f(y, theta), x, g, towards, jnp.ones(())) * towards
             return x, jax.grad(f)(x, theta), count + 1
 
-        return lax.while_loop(unfinished, step, (init, jax.grad(f)(init, theta), jnp.zeros((), int)))[0]
+        return lax.while_loop(
+            unfinished, step, (init, jax.grad(f)(init, theta), jnp.zeros((), int))
+        )[0]
 
     return solver
 
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """A way to the outer gradient: its name, how it differentiates, how it solves, and the inner solver."""
+    """A way to the outer gradient: its name, how it differentiates, how it solves, and the inner
+    solver.
+    """
 
     method: str
     inner: str
@@ -153,7 +178,9 @@ def ways_of(f: Callable[[Array, Array], Array], counts: Sequence[int]) -> list[W
     return ways
 
 
-def distilled(gradient: Measured, theta: Array, outer: int) -> tuple[list[Array], list[float], list[float]]:
+def distilled(
+    gradient: FeatureValues, theta: Array, outer: int
+) -> tuple[list[Array], list[float], list[float]]:
     """Adam on the images: those of each step, the outer loss there, and the seconds gone by."""
     rule = optax.adam(optax.cosine_decay_schedule(RATE, outer))
 
@@ -175,7 +202,9 @@ def distilled(gradient: Measured, theta: Array, outer: int) -> tuple[list[Array]
 
 
 def central(value: Callable[[Array], Array], theta: Array, g: Array) -> float:
-    """The worst of three random directions: central differences against the gradient, relative to its norm."""
+    """The worst of three random directions: central differences against the gradient, relative to
+    its norm.
+    """
     rng, worst, h = np.random.default_rng(1), 0.0, 1e-4
     for _ in range(3):
         way = rng.normal(size=theta.shape)
@@ -185,7 +214,9 @@ def central(value: Callable[[Array], Array], theta: Array, g: Array) -> float:
     return worst
 
 
-def rows_of(data: Digits, counts: Sequence[int], outer: int, later: int, runs: int) -> tuple[list[Row], Row]:
+def rows_of(
+    data: Digits, counts: Sequence[int], outer: int, later: int, runs: int
+) -> tuple[list[Row], Row]:
     """A row a way, one of the regression trained on everything, and what the figure needs."""
     shape = data.images.shape[1], data.classes
     init = jnp.zeros(shape)
@@ -209,7 +240,7 @@ def rows_of(data: Digits, counts: Sequence[int], outer: int, later: int, runs: i
     places = {"start": theta, "later": found[0][0][later]}
     true = {name: truth(place)[1] for name, place in places.items()}
 
-    def error(each: Measured, name: str) -> float:
+    def error(each: FeatureValues, name: str) -> float:
         if each is took[0]:
             return central(lambda t: truth(t)[0][0], places[name], true[name])
         return relative(each.run(places[name])[1], true[name])
@@ -262,10 +293,10 @@ def figure(record: Row) -> Figure:
     for row, curve in zip(rows, curves, strict=True):
         unrolled, exact = row["method"] == "unrolled", row["steps"] is None
         label = f"{row['method']}, {row['inner']}" + ("" if exact else f", k = {row['steps']}")
-        colour = THIRD if exact else UNROLLED if unrolled else IMPLICIT
+        color = THIRD if exact else UNROLLED if unrolled else IMPLICIT
         style = "-" if exact else styles[row["steps"]]
-        by_steps.plot(np.arange(len(curve["loss"])), curve["loss"], style, color=colour, lw=1.3)
-        by_clock.semilogx(curve["seconds"], curve["loss"], style, color=colour, lw=1.3, label=label)
+        by_steps.plot(np.arange(len(curve["loss"])), curve["loss"], style, color=color, lw=1.3)
+        by_clock.semilogx(curve["seconds"], curve["loss"], style, color=color, lw=1.3, label=label)
     for ax in (by_steps, by_clock):
         ax.axhline(record["rows"][-1]["loss"], color=FOURTH, lw=1)
         ax.set_yscale("log")
@@ -285,7 +316,13 @@ def main(argv: Sequence[str] | None = None) -> Row:
     sizes: tuple[Any, ...] = ((5,), 3, 1) if wanted.smoke else (STEPS, OUTER, LATER)
     runs = wanted.runs if wanted.smoke else MORE * wanted.runs
     rows, shown = rows_of(data, *sizes, runs=runs)
-    more = {"shape": list(data.images.shape), "epsilon": EPSILON, "rate": RATE, "runs": runs, **shown}
+    more = {
+        "shape": list(data.images.shape),
+        "epsilon": EPSILON,
+        "rate": RATE,
+        "runs": runs,
+        **shown,
+    }
     return finish("distillation", wanted, rows, more, figure)
 
 

@@ -1,18 +1,21 @@
-"""How far is a packing's sensitivity to a diameter from the truth, after so many steps? The paper's molecular dynamics.
+"""How far is a packing's sensitivity to a diameter from the truth, after so many steps? The paper's
+molecular dynamics.
 
 ``python -m benchmarks.paper.dynamics``
 
-128 harmonic discs, half of diameter 1, half of diameter theta = 0.6, in a periodic cell that keeps the packing fraction
-at 0.98 whatever theta is, from random places (``ms.load_system("seed_packing_2d", seed=k)``), relaxed by jax-md's FIRE.
+128 harmonic discs, half of diameter 1, half of diameter theta = 0.6, in a periodic cell that keeps
+the packing fraction at 0.98 whatever theta is, from random places
+(``ms.load_system("seed_packing_2d", seed=k)``), relaxed by jax-md's FIRE.
 
     implicit at k   H(R_k) dR = - d2U/dR dtheta, at where FIRE stands after k steps
     unrolled        forward: a tangent through the k steps; reverse: of <w, R_k>, every step kept, or made anew
 
-Truth is ``ms.jvp`` at the minimum that the same run of FIRE reaches at a largest force of 1e-12, itself held against
-finite differences of minimising again. An error is that of the whole vector, relative; sizes are L1 norms, as in the
-paper; both without translations and the rows of rattlers, which the minimum does not determine. Particles are not
-wrapped into the cell, so that all derivatives are of the same images. The linear solver is MINRES, which gives the
-shortest answer where a rattler makes H singular, and goes on where H is indefinite, as it is before the minimum.
+Truth is ``ms.jvp`` at the minimum that the same run of FIRE reaches at a largest force of 1e-12,
+itself held against finite differences of minimizing again. An error is that of the whole vector,
+relative; sizes are L1 norms, as in the paper; both without translations and the rows of rattlers,
+which the minimum does not determine. Particles are not wrapped into the cell, so that all
+derivatives are of the same images. The linear solver is MINRES, which gives the shortest answer
+where a rattler makes H singular, and goes on where H is indefinite, as it is before the minimum.
 """
 
 from __future__ import annotations
@@ -40,8 +43,8 @@ from benchmarks.paper._common import (
     measured,
 )
 from mdsens.implicit import MINRES, root
-from mdsens.implicit.optimality import stationary
-from mdsens.scales import Limits
+from mdsens.implicit.conditions.optimality import stationary
+from mdsens.mechanics.units import Limits
 
 STEPS = (50, 100, 200, 300, 500, 700, 1000, 1500, 2000)
 REVERSED = (100, 300, 1000)  # numbers of steps for reverse mode, a compilation each
@@ -72,7 +75,9 @@ class Discs:
         apart = apart - length * jnp.round(apart / length)
         itself = jnp.eye(len(R), dtype=bool)
         distance = jnp.sqrt(jnp.where(itself, 1.0, jnp.sum(apart**2, axis=-1)))
-        overlap = jnp.where(itself, 0.0, jnp.maximum(1.0 - 2.0 * distance / (sigma[:, None] + sigma), 0.0))
+        overlap = jnp.where(
+            itself, 0.0, jnp.maximum(1.0 - 2.0 * distance / (sigma[:, None] + sigma), 0.0)
+        )
         return 0.25 * jnp.sum(overlap**2)
 
     def fire(self, theta: Array) -> tuple[Callable[[Array], Any], Callable[[Any], Any]]:
@@ -90,35 +95,50 @@ class Discs:
         """R_k for reverse mode: all of each step kept, or its state alone and the rest made again."""
         init, step = self.fire(theta)
         one = jax.checkpoint(step) if again else step
-        return FIRE.positions(lax.scan(lambda state, _: (one(state), None), init(start), length=steps)[0])
+        return FIRE.positions(
+            lax.scan(lambda state, _: (one(state), None), init(start), length=steps)[0]
+        )
 
     def relaxed(self, start: Array, theta: Array) -> tuple[Array, Array]:
         """Where FIRE comes to rest, and its steps."""
         init, step = self.fire(theta)
 
         def moving(carry: tuple[Any, Array]) -> Array:
-            return (jnp.max(jnp.linalg.norm(FIRE.forces(carry[0]), axis=1)) > TOLERANCE) & (carry[1] < LIMIT)
+            return (jnp.max(jnp.linalg.norm(FIRE.forces(carry[0]), axis=1)) > TOLERANCE) & (
+                carry[1] < LIMIT
+            )
 
-        state, steps = lax.while_loop(moving, lambda c: (step(c[0]), c[1] + 1), (init(start), jnp.zeros((), int)))
+        state, steps = lax.while_loop(
+            moving, lambda c: (step(c[0]), c[1] + 1), (init(start), jnp.zeros((), int))
+        )
         return FIRE.positions(state), steps
 
     def solution(self, steps: int | Array | None) -> Callable[[Array, Array], Array]:
         """R_k(start, theta), the minimum where k is None, with the implicit derivative there."""
 
         def solver(start: Array, theta: Array) -> Array:
-            return self.relaxed(start, theta)[0] if steps is None else self.after(steps, start, theta)
+            return (
+                self.relaxed(start, theta)[0] if steps is None else self.after(steps, start, theta)
+            )
 
         def off_translations(R: Array, theta: Array) -> Callable[[Array], Array]:
             return lambda v: v - jnp.mean(v, axis=0)
 
-        return root(stationary(self.energy), solve=MINRES(rtol=1e-12), symmetric=True, null_space=off_translations)(
-            solver
-        )
+        return root(
+            stationary(self.energy),
+            solve=MINRES(rtol=1e-12),
+            symmetric=True,
+            null_space=off_translations,
+        )(solver)
 
 
-def sensitivity(solver: Callable[[Array, Array], Array]) -> Callable[[Array, Array], tuple[Array, Array]]:
+def sensitivity(
+    solver: Callable[[Array, Array], Array],
+) -> Callable[[Array, Array], tuple[Array, Array]]:
     """(R, dR/dtheta) of a solver by forward mode."""
-    return lambda start, theta: jax.jvp(lambda t: solver(start, t), (theta,), (jnp.ones_like(theta),))
+    return lambda start, theta: jax.jvp(
+        lambda t: solver(start, t), (theta,), (jnp.ones_like(theta),)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +148,8 @@ class Truth:
     Attributes:
       value: (n, 2), dR/dtheta by ``ms.jvp`` at the minimum.
       rattlers: (n,) which discs nothing holds; their rows of ``value`` are zero.
-      difference: how far finite differences of minimising again are from it; None where they were not taken.
+      difference: how far finite differences of minimizing again are from it; None where they were
+        not taken.
     """
 
     value: np.ndarray
@@ -139,7 +160,9 @@ class Truth:
     def at(system: ms.System, R: Array, checked: bool) -> Truth:
         """Of the minimum R."""
         dparams = {"sigma": jnp.asarray([0.0, 1.0])}
-        eq = ms.minimize(system.replace(positions=R).reallocate(), tolerance=TOLERANCE, progress=False)
+        eq = ms.minimize(
+            system.replace(positions=R).reallocate(), tolerance=TOLERANCE, progress=False
+        )
         lin = ms.linearize(eq)
         rattlers = np.asarray(lin.network.rattlers)
         value = _held(ms.jvp(lin, dparams, throw=False).value, rattlers)
@@ -163,8 +186,12 @@ def _distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-def reverse_rows(discs: Discs, start: Array, theta: Array, counts: Sequence[int], truth: Truth, runs: int) -> list[Row]:
-    """Reverse mode on one packing: of <w, R>, implicit and unrolled; errors are those of <w, dR/dtheta>."""
+def reverse_rows(
+    discs: Discs, start: Array, theta: Array, counts: Sequence[int], truth: Truth, runs: int
+) -> list[Row]:
+    """Reverse mode on one packing: of <w, R>, implicit and unrolled; errors are those of <w,
+    dR/dtheta>.
+    """
     w = truth.held(np.random.default_rng(0).normal(size=start.shape))
     wanted = float(np.sum(w * truth.value))
     rows: list[Row] = []
@@ -172,7 +199,9 @@ def reverse_rows(discs: Discs, start: Array, theta: Array, counts: Sequence[int]
         ways = {
             "implicit, reverse": discs.solution(steps),
             "unrolled, reverse": lambda R, t, k=steps: discs.scanned(k, R, t, again=False),
-            "unrolled, reverse, steps made anew": lambda R, t, k=steps: discs.scanned(k, R, t, again=True),
+            "unrolled, reverse, steps made anew": lambda R, t, k=steps: discs.scanned(
+                k, R, t, again=True
+            ),
         }
         for by, solver in ways.items():
             slope = jax.grad(lambda t, R, s=solver: jnp.sum(w * s(R, t)))
@@ -187,7 +216,8 @@ def reverse_rows(discs: Discs, start: Array, theta: Array, counts: Sequence[int]
 def forward_rows(
     systems: Sequence[ms.System], discs: Discs, counts: Sequence[int], checked: int, runs: int
 ) -> tuple[list[Row], list[Row], Truth]:
-    """(table, packings, truth of the first): a row a number of steps and way over all packings; each packing alone.
+    """(table, packings, truth of the first): a row a number of steps and way over all packings;
+    each packing alone.
 
     Args:
       checked: packings, from the first, whose truth is held against finite differences.
@@ -202,7 +232,10 @@ def forward_rows(
     def unrolled(start: Array, theta: Array, k: Array) -> tuple[Array, Array]:
         return sensitivity(lambda R, t: discs.after(k, R, t))(start, theta)
 
-    ways = {by: measured(way, start, theta, 1, runs=0) for by, way in (("implicit", implicit), ("unrolled", unrolled))}
+    ways = {
+        by: measured(way, start, theta, 1, runs=0)
+        for by, way in (("implicit", implicit), ("unrolled", unrolled))
+    }
     force = jax.jit(jax.grad(discs.energy))
     packings, truths = [], []
     for seed, system in enumerate(systems):
@@ -210,8 +243,17 @@ def forward_rows(
         truth = Truth.at(system, R, checked=seed < checked)
         norm, rattlers = float(np.sum(np.abs(truth.value))), int(truth.rattlers.sum())
         row: Row = {"seed": seed, "steps": int(steps), "rattlers": rattlers, "norm": norm}
-        row |= {"difference": truth.difference, "at_rest": truth.error(at_rest.run(system.positions, theta)[1])}
-        row |= {"implicit": [], "unrolled": [], "implicit_norm": [], "unrolled_norm": [], "max_force": []}
+        row |= {
+            "difference": truth.difference,
+            "at_rest": truth.error(at_rest.run(system.positions, theta)[1]),
+        }
+        row |= {
+            "implicit": [],
+            "unrolled": [],
+            "implicit_norm": [],
+            "unrolled_norm": [],
+            "max_force": [],
+        }
         for k in counts:
             for by, way in ways.items():
                 here, value = way.run(system.positions, theta, k)
@@ -225,7 +267,11 @@ def forward_rows(
         for i, k in enumerate(counts):
             took = timed(lambda w=way, k=k: w.run(start, theta, k), runs)
             ratios = [p[f"{by}_norm"][i] / p["norm"] for p in packings]
-            row = {"steps": k, "by": f"{by}, forward", **_errors([p[by][i] for p in packings], ratios)}
+            row = {
+                "steps": k,
+                "by": f"{by}, forward",
+                **_errors([p[by][i] for p in packings], ratios),
+            }
             rows.append(row | {"seconds": took["seconds"], "MB": way.MB})
     steps, errors = [p["steps"] for p in packings], [p["at_rest"] for p in packings]
     last: Row = {"steps": f"{min(steps)} to {max(steps)}", "by": "implicit at rest, forward"}
@@ -235,7 +281,11 @@ def forward_rows(
 
 def _errors(errors: Sequence[float], ratios: Sequence[float]) -> Row:
     row: Row = {"packings": len(errors), "right": sum(error < RIGHT for error in errors)}
-    return row | {"error": float(np.median(errors)), "worst": max(errors), "norm_ratio": float(np.median(ratios))}
+    return row | {
+        "error": float(np.median(errors)),
+        "worst": max(errors),
+        "norm_ratio": float(np.median(ratios)),
+    }
 
 
 def figure(record: Row) -> Figure:
@@ -243,12 +293,23 @@ def figure(record: Row) -> Figure:
     counts, packings, rows = record["counts"], record["packings"], record["rows"]
     made = Figure(figsize=(11.0, 4.0), layout="constrained")
     left, middle, right = made.subplots(1, 3)
-    for key, label, colour in (("implicit", "implicit, at k", IMPLICIT), ("unrolled", "unrolled", UNROLLED)):
+    for key, label, color in (
+        ("implicit", "implicit, at k", IMPLICIT),
+        ("unrolled", "unrolled", UNROLLED),
+    ):
         errors = np.array([p[key] for p in packings])
         ratios = np.array([np.array(p[f"{key}_norm"]) / p["norm"] for p in packings])
         for ax, values in ((left, errors), (middle, ratios)):
-            ax.loglog(counts, np.clip(values.T, 1e-13, None), color=colour, lw=0.5, alpha=0.35)
-            ax.loglog(counts, np.median(values, axis=0), "o-", color=colour, ms=4, lw=1.6, label=f"{label}, median")
+            ax.loglog(counts, np.clip(values.T, 1e-13, None), color=color, lw=0.5, alpha=0.35)
+            ax.loglog(
+                counts,
+                np.median(values, axis=0),
+                "o-",
+                color=color,
+                ms=4,
+                lw=1.6,
+                label=f"{label}, median",
+            )
     left.set_ylabel("relative error of dR/dθ")
     left.axhline(1.0, color="black", lw=0.7, ls=":")
     left.legend(fontsize=8)
@@ -258,10 +319,16 @@ def figure(record: Row) -> Figure:
         "implicit, forward": IMPLICIT, "unrolled, forward": UNROLLED, "unrolled, reverse": FOURTH,
         "unrolled, reverse, steps made anew": THIRD,
     }  # fmt: skip
-    for by, colour in curves.items():
+    for by, color in curves.items():
         some = [row for row in rows if row["by"] == by and row.get("MB") is not None]
         right.loglog(
-            [row["steps"] for row in some], [row["MB"] for row in some], "o-", ms=4, lw=1, color=colour, label=by
+            [row["steps"] for row in some],
+            [row["MB"] for row in some],
+            "o-",
+            ms=4,
+            lw=1,
+            color=color,
+            label=by,
         )
     right.set_ylabel("temporaries, MB")
     right.legend(fontsize=8)
@@ -279,7 +346,9 @@ def main(argv: Sequence[str] | None = None) -> Row:
     systems = [ms.load_system("seed_packing_2d", seed=seed, **size) for seed in range(seeds)]
     discs = Discs(np.asarray(systems[0].species) == 1)
     theta = systems[0].params["sigma"][1]
-    rows, packings, truth = forward_rows(systems, discs, counts, 0 if wanted.smoke else CHECKED, wanted.runs)
+    rows, packings, truth = forward_rows(
+        systems, discs, counts, 0 if wanted.smoke else CHECKED, wanted.runs
+    )
     rows += reverse_rows(discs, systems[0].positions, theta, reversed_, truth, wanted.runs)
     more = {"counts": list(counts), "packings": packings, "length": float(length_of(systems[0]))}
     return finish("dynamics", wanted, rows, more, figure)

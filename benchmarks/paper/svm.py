@@ -1,21 +1,24 @@
-"""May the solver and the derivative be chosen apart? The paper's multiclass support vector machine, section 4.1.
+"""May the solver and the derivative be chosen apart? The paper's multiclass support vector machine,
+section 4.1.
 
 ``python -m benchmarks.paper.svm``
 
     x*(theta) = argmin_x |V(x)|^2 / (2 theta) + <x, Y>,   each row of x in the simplex,   V(x) = X^T (Y - x)
     L(lambda) = |X_val W - Y_val|^2 / 2,   W = V(x*) / theta,   theta = exp lambda
 
-m samples, p features, 5 classes one-hot in Y: the dual of the machine, W its weights, L the loss on 50 more samples,
-and dL/dlambda the hypergradient. Solvers: mirror descent with the Kullback-Leibler map, projected gradient, and block
-coordinate descent over rows. Each is differentiated three ways:
+m samples, p features, 5 classes one-hot in Y: the dual of the machine, W its weights, L the loss on
+  50 more samples,
+and dL/dlambda the hypergradient. Solvers: mirror descent with the Kullback-Leibler map, projected
+gradient, and block coordinate descent over rows. Each is differentiated three ways:
 
     implicit PG    x = P(x - s grad f),                the fixed point of projected gradient, s = theta / |X X^T|
     implicit MD    x = softmax(log x - 2 s grad f),    that of mirror descent, whatever the solver
     unrolled       reverse mode through every step
 
-Truth is the dense implicit derivative at a solution to 1e-13, itself held against central differences of solving again.
-Rows of X are scaled by 1 / sqrt(p), so that one lambda suits every p: less leaves a hard margin, where W does not
-depend on it, more a margin that every sample is inside, where x* does not. p is above m: below, x* is not unique.
+Truth is the dense implicit derivative at a solution to 1e-13, itself held against central
+differences of solving again. Rows of X are scaled by 1 / sqrt(p), so that one lambda suits every p:
+less leaves a hard margin, where W does not depend on it, more a margin that every sample is inside,
+where x* does not. p is above m: below, x* is not unique.
 """
 
 from __future__ import annotations
@@ -30,10 +33,25 @@ from jax import Array, lax
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from benchmarks.paper._common import IMPLICIT, THIRD, UNROLLED, Row, asked, finish, measured, relative
-from mdsens.implicit import GMRES, fixed_point, projections
-from mdsens.implicit.operators import Method
-from mdsens.implicit.optimality import kl_map, mirror_descent, projected_gradient, softmax
+from benchmarks.paper._common import (
+    IMPLICIT,
+    THIRD,
+    UNROLLED,
+    Row,
+    asked,
+    finish,
+    measured,
+    relative,
+)
+from mdsens.implicit import GMRES, fixed_point
+from mdsens.implicit.conditions import projections
+from mdsens.implicit.conditions.optimality import (
+    kl_map,
+    mirror_descent,
+    projected_gradient,
+    softmax,
+)
+from mdsens.implicit.linear.operators import Method
 
 CLASSES, LAMBDA = 5, 1.0
 FEATURES = (150, 500, 1500)
@@ -44,11 +62,11 @@ Solver = Callable[[Array, Array], Array]
 on_simplices = jax.vmap(projections.simplex)
 
 
-def samples(rng: np.random.Generator, m: int, centres: np.ndarray) -> tuple[Array, Array]:
-    """m samples X (m, p) about the centres (5, p) of their classes, and Y (m, 5)."""
+def samples(rng: np.random.Generator, m: int, centers: np.ndarray) -> tuple[Array, Array]:
+    """m samples X (m, p) about the centers (5, p) of their classes, and Y (m, 5)."""
     kind = np.arange(m) % CLASSES
-    X = centres[kind] + rng.normal(size=(m, centres.shape[1]))
-    return jnp.asarray(X / np.sqrt(centres.shape[1])), jnp.asarray(np.eye(CLASSES)[kind])
+    X = centers[kind] + rng.normal(size=(m, centers.shape[1]))
+    return jnp.asarray(X / np.sqrt(centers.shape[1])), jnp.asarray(np.eye(CLASSES)[kind])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +83,10 @@ class Machine:
     def made(cls, m: int, held: int, features: int) -> Machine:
         """A tenth of the features tells the classes apart."""
         rng = np.random.default_rng(features)
-        centres = np.zeros((CLASSES, features))
-        centres[:, : max(2, features // 10)] = rng.normal(size=(CLASSES, max(2, features // 10)))
-        X, Y = samples(rng, m, centres)
-        return cls(X, Y, *samples(rng, held, centres), jnp.linalg.norm(X @ X.T, 2))
+        centers = np.zeros((CLASSES, features))
+        centers[:, : max(2, features // 10)] = rng.normal(size=(CLASSES, max(2, features // 10)))
+        X, Y = samples(rng, m, centers)
+        return cls(X, Y, *samples(rng, held, centers), jnp.linalg.norm(X @ X.T, 2))
 
     def f(self, x: Array, theta: Array) -> Array:
         """The dual objective."""
@@ -85,8 +103,12 @@ class Machine:
         return T(x, theta)
 
     def mirrored(self, x: Array, theta: Array) -> Array:
-        """One step of mirror descent. Between points of a simplex |d|_1^2 >= 2 |d|^2: the step may be twice as long."""
-        T = mirror_descent(self.f, lambda y, theta: jax.vmap(softmax)(y), kl_map, 2 * theta / self.curvature)
+        """One step of mirror descent. Between points of a simplex |d|_1^2 >= 2 |d|^2: the step may
+        be twice as long.
+        """
+        T = mirror_descent(
+            self.f, lambda y, theta: jax.vmap(softmax)(y), kl_map, 2 * theta / self.curvature
+        )
         return T(x, theta)
 
     def descended(self, x: Array, theta: Array) -> Array:
@@ -178,9 +200,22 @@ def rows_of(machine: Machine, counts: dict[str, int], solve: Method, runs: int) 
         alone = measured(solver, machine.start(), jnp.exp(LAMBDA), runs=runs).seconds
         for way, differentiated in ways.items():
             took = measured(machine.hypergradient(differentiated), jnp.asarray(LAMBDA), runs=runs)
-            row: Row = {"p": machine.X.shape[1], "solver": name, "steps": count, "way": way, "seconds": took.seconds}
+            row: Row = {
+                "p": machine.X.shape[1],
+                "solver": name,
+                "steps": count,
+                "way": way,
+                "seconds": took.seconds,
+            }
             row |= {"solver_alone": alone, "MB": took.MB, "solution": relative(took.answer[0], x)}
-            rows.append(row | {"error": relative(took.answer[1], truth), "truth": float(truth), "differences": apart})
+            rows.append(
+                row
+                | {
+                    "error": relative(took.answer[1], truth),
+                    "truth": float(truth),
+                    "differences": apart,
+                }
+            )
     return rows
 
 
@@ -189,14 +224,18 @@ def figure(record: Row) -> Figure:
     rows = record["rows"]
     names, sizes = (list(dict.fromkeys(row[key] for row in rows)) for key in ("solver", "p"))
     made = Figure(figsize=(9.6, 7.4), layout="constrained")
-    kinds = {"seconds": "seconds a hypergradient", "MB": "temporaries, MB", "error": "relative error"}
+    kinds = {
+        "seconds": "seconds a hypergradient",
+        "MB": "temporaries, MB",
+        "error": "relative error",
+    }
     axes = made.subplots(len(kinds), len(names), sharex=True, sharey="row", squeeze=False)
     for line, (key, label) in zip(axes, kinds.items(), strict=True):
         for ax, name in zip(line, names, strict=True):
-            for way, (colour, style) in WAYS.items():
+            for way, (color, style) in WAYS.items():
                 some = [row for row in rows if row["solver"] == name and row["way"] == way]
                 across, up = [r["p"] for r in some], [max(r[key], 1e-16) for r in some]
-                ax.loglog(across, up, style, color=colour, ms=4, lw=1, label=way)
+                ax.loglog(across, up, style, color=color, ms=4, lw=1, label=way)
             ax.set_xticks(sizes, [str(p) for p in sizes])
             ax.xaxis.set_minor_formatter(NullFormatter())
             ax.grid(alpha=0.3)
@@ -221,7 +260,13 @@ def main(argv: Sequence[str] | None = None) -> Row:
     for p in (30,) if wanted.smoke else FEATURES:
         rows += rows_of(Machine.made(m, held, p), counts, GMRES(), wanted.runs)
     titles = {"MD": "mirror descent", "PG": "projected gradient", "BCD": "block coordinates"}
-    return finish("svm", wanted, rows, {"m": m, "classes": CLASSES, "lambda": LAMBDA, "titles": titles}, figure)
+    return finish(
+        "svm",
+        wanted,
+        rows,
+        {"m": m, "classes": CLASSES, "lambda": LAMBDA, "titles": titles},
+        figure,
+    )
 
 
 if __name__ == "__main__":

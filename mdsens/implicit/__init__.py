@@ -1,35 +1,36 @@
-"""Implicit differentiation of any solver's root, and the linear solves behind it. Knows no particle."""
+"""Implicit differentiation of any solver's root, and the linear solves behind it. Knows no
+particle.
+"""
 
-from mdsens.implicit import conic, degeneracy, optimality, projections, proximal
-from mdsens.implicit.evidence import RootCertificate, certify
-from mdsens.implicit.linear import linear_solve, solve
-from mdsens.implicit.operators import (
+from mdsens._util.errors import (
+    ConvergenceError,
+    InputError,
+    MdsensError,
+    PrecisionError,
+    TooLargeError,
+    UnsupportedVersionError,
+    raise_for_status,
+)
+from mdsens.implicit.conditions import conic, degeneracy, optimality, projections, proximal
+from mdsens.implicit.linear.operators import (
     CG,
     GMRES,
     MINRES,
     Auto,
     BiCGSTAB,
     Direct,
-    Evening,
     LeastSquares,
     Method,
     Neumann,
     NormalCG,
     Operator,
+    SymmetricScaling,
     choose,
 )
+from mdsens.implicit.linear.result import Result, SolveStats
+from mdsens.implicit.linear.solution import linear_solve, solve
 from mdsens.implicit.root import fixed_point, root, tangent
-from mdsens.implicit.status import (
-    ConvergenceError,
-    InputError,
-    MdsensError,
-    PrecisionError,
-    SolveStats,
-    Status,
-    TooLargeError,
-    UnsupportedVersionError,
-    raise_for_status,
-)
+from mdsens.implicit.root_certificate import RootCertificate, certify
 
 __all__ = [
     "CG",
@@ -39,7 +40,7 @@ __all__ = [
     "BiCGSTAB",
     "ConvergenceError",
     "Direct",
-    "Evening",
+    "SymmetricScaling",
     "InputError",
     "LeastSquares",
     "MdsensError",
@@ -50,7 +51,7 @@ __all__ = [
     "PrecisionError",
     "RootCertificate",
     "SolveStats",
-    "Status",
+    "Result",
     "TooLargeError",
     "UnsupportedVersionError",
     "certify",

@@ -2,9 +2,10 @@
 
     F(x, theta) = 0   =>   dF/dx dx = - dF/dtheta dtheta
 
-One forward rule. Reverse mode and higher orders come by transposing and differentiating it: the linear solve in it is
-transposable, and the root that enters it is the decorated function's own value, so that it carries the same rule.
-Blondel et al., Efficient and Modular Implicit Differentiation, arXiv:2105.15183, equation 2.
+One forward rule. Reverse mode and higher orders come by transposing and differentiating it: the
+linear solve in it is transposable, and the root that enters it is the decorated function's own
+value, so that it carries the same rule. Blondel et al., Efficient and Modular Implicit
+Differentiation, arXiv:2105.15183, equation 2.
 """
 
 from __future__ import annotations
@@ -21,13 +22,21 @@ from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 from jax.dtypes import float0
 
-from mdsens.implicit._closures import Held, call_without_derivative, hoist, opened, without_derivative
-from mdsens.implicit._given import check_functions, unknowns
-from mdsens.implicit._traceable import Traceable
-from mdsens.implicit._tree import PyTree, check_same
-from mdsens.implicit.linear import linear_solve
-from mdsens.implicit.operators import Auto, LinearMap, Method, Operator
-from mdsens.implicit.status import InputError, SolveStats, require_sound_jax, short
+from mdsens._util.environment import require_sound_jax
+from mdsens._util.errors import InputError, short
+from mdsens._util.pytree import PyTree, check_same
+from mdsens._util.user_functions import Traceable
+from mdsens.implicit._closures import (
+    StaticArgument,
+    call_without_derivative,
+    hoist,
+    without_derivative,
+    without_wrappers,
+)
+from mdsens.implicit._validation import check_functions, unknowns
+from mdsens.implicit.linear.operators import Auto, LinearMap, Method, Operator
+from mdsens.implicit.linear.result import SolveStats
+from mdsens.implicit.linear.solution import linear_solve
 
 __all__ = ["fixed_point", "root", "tangent"]
 
@@ -54,43 +63,53 @@ def root(
 
         dx = - (dF/dx)^-1 (dF/dargs) dargs
 
-    The decorated solver composes with jvp, vjp, jacfwd, jacrev, hessian, vmap and jit. The solver is only called,
-    never differentiated: it may be a ``while_loop``, run on the host behind ``jax.pure_callback``, or, outside jit and
-    vmap, be plain Python. Where F closes over a traced value, its derivative is followed like an argument's.
+    The decorated solver composes with jvp, vjp, jacfwd, jacrev, hessian, vmap and jit. The solver
+    is only called, never differentiated: it may be a ``while_loop``, run on the host behind
+    ``jax.pure_callback``, or, outside jit and vmap, be plain Python. Where F closes over a traced
+    value, its derivative is followed like an argument's.
 
     Args:
-      F: ``F(x, *args)``, with the tree and shapes of x; traceable, and twice differentiable for second derivatives.
-      solve: how the linear systems are solved; an option record of :mod:`mdsens.implicit.operators`.
-      symmetric: dF/dx is symmetric, as for a gradient. Halves the work of reverse mode and opens MINRES.
+      F: ``F(x, *args)``, with the tree and shapes of x; traceable, and twice differentiable for
+        second derivatives.
+      solve: how the linear systems are solved; an option record of
+        :mod:`mdsens.implicit.linear.operators`.
+      symmetric: dF/dx is symmetric, as for a gradient. Halves the work of reverse mode and opens
+        MINRES.
       positive_semidefinite: dF/dx is so too, as at a minimum. Opens CG.
-      null_space: ``null_space(x, *args)`` gives the orthogonal projector off the null space of dF/dx (or the pair off
-        the right and the left one), a linear function on trees like x. None where dF/dx is regular.
+      null_space: ``null_space(x, *args)`` gives the orthogonal projector off the null space of
+        dF/dx (or the pair off the right and the left one), a linear function on trees like x. None
+        where dF/dx is regular.
       has_aux: the solver returns ``(x, aux)``; ``aux`` is passed on, and has no derivative.
-      preconditioner: ``preconditioner(x, *args)`` gives a rough inverse of dF/dx, a linear function on trees like x;
-        see :class:`~mdsens.implicit.Operator`. It has no derivative, and changes none.
-      preprocess: ``preprocess(init, *args)`` gives ``(init, args)``, a tuple of args in place of those of the call for
-        the solver and all other functions here. Its derivative is followed: it is where a call's units, or parameters
-        that must stay positive, become those of F.
-      postprocess: ``postprocess(x, *args)`` is returned in place of x, and differentiated as it is written: for F in
-        log x, or a function of the root.
-      static_argnums: places in ``F(x, *args)``, x being 0, of arguments that are handed on as the object they are and
-        never taken apart as trees: records, logs that the solver writes to, dicts with keys of mixed types. Functions,
-        strings and other objects that are no trees need not be named. Under jit name them to jit as well.
+      preconditioner: ``preconditioner(x, *args)`` gives a rough inverse of dF/dx, a linear function
+        on trees like x; see :class:`~mdsens.implicit.Operator`. It has no derivative, and changes
+        none.
+      preprocess: ``preprocess(init, *args)`` gives ``(init, args)``, a tuple of args in place of
+        those of the call for the solver and all other functions here. Its derivative is followed:
+        it is where a call's units, or parameters that must stay positive, become those of F.
+      postprocess: ``postprocess(x, *args)`` is returned in place of x, and differentiated as it is
+        written: for F in log x, or a function of the root.
+      static_argnums: places in ``F(x, *args)``, x being 0, of arguments that are handed on as the
+        object they are and never taken apart as trees: records, logs that the solver writes to,
+        dicts with keys of mixed types. Functions, strings and other objects that are no trees need
+        not be named. Under jit name them to jit as well.
 
     Returns:
-      A decorator for ``solver(init, *args)``. ``init`` has no derivative; args are any trees, and leaves that are not
-      floating point (integers, booleans, None) have none.
+      A decorator for ``solver(init, *args)``. ``init`` has no derivative; args are any trees, and
+      leaves that are not floating point (integers, booleans, None) have none.
 
     Raises:
-      InputError: F(x, *args) and x differ in tree or shape; x holds anything but real floating-point arrays; a keyword
-        argument; a static argument that is traced, or is not there; ``preprocess`` gives anything but (init, args).
+      InputError: F(x, *args) and x differ in tree or shape; x holds anything but real
+        floating-point arrays; a keyword argument; a static argument that is traced, or is not
+        there; ``preprocess`` gives anything but (init, args).
 
-    The derivative has no status to carry: a linear system that fails gives its best iterate, NaN where it has none (a
-    singular one by a factor) or where a number in it is not finite. :func:`tangent` solves the same system
-    and tells how it went, :func:`~mdsens.implicit.certify` how far the solver stopped from the root.
+    The derivative has no status to carry: a linear system that fails gives its best iterate, NaN
+    where it has none (a singular one by a factor) or where a number in it is not finite.
+    :func:`tangent` solves the same system and tells how it went, :func:`~mdsens.implicit.certify`
+    how far the solver stopped from the root.
 
     Example:
-      x^3 = theta + 1 with theta given by its logarithm and x wanted by its own, and how many steps it took::
+      x^3 = theta + 1 with theta given by its logarithm and x wanted by its own, and how many steps
+      it took::
 
         @root(
             lambda x, theta: x**3 - theta - 1,
@@ -105,16 +124,21 @@ def root(
         slope = jax.grad(lambda t: solver(1.0, t)[0])(0.5)
     """
     check_functions(
-        F=F, null_space=null_space, preconditioner=preconditioner, preprocess=preprocess, postprocess=postprocess
+        F=F,
+        null_space=null_space,
+        preconditioner=preconditioner,
+        preprocess=preprocess,
+        postprocess=postprocess,
     )
     static_argnums = (static_argnums,) if isinstance(static_argnums, int) else static_argnums
     for place in static_argnums:
         if not (isinstance(place, int) and not isinstance(place, bool) and place >= 1):
             raise InputError(
-                f"static_argnums={static_argnums!r}: {place!r} is no argument of F(x, *args) after x, from 1"
+                f"static_argnums={static_argnums!r}: {place!r} is no argument of F(x, *args) after"
+                " x, from 1"
             )
-    F = opened(Traceable("the condition F", F))
-    null_space, preconditioner = _opened(null_space), _opened(preconditioner)
+    F = without_wrappers(Traceable("the condition F", F))
+    null_space, preconditioner = _without_wrappers(null_space), _without_wrappers(preconditioner)
 
     def decorate(solver: Solver) -> Solver:
         solving = Traceable("the solver", solver, "jax.pure_callback around all of it")
@@ -124,19 +148,27 @@ def root(
             require_sound_jax()
             if keywords:
                 raise InputError(
-                    f"the keyword arguments {sorted(keywords)} have no place in F(x, *args); pass them by position, or "
-                    "bind them with functools.partial before decorating"
+                    f"the keyword arguments {sorted(keywords)} have no place in F(x, *args); pass"
+                    " them by position, or bind them with functools.partial before decorating"
                 )
             if preprocess is not None:
                 init, args = _prepared(Traceable("preprocess", preprocess)(init, *args))
             args = _held(args, static_argnums)
-            found = call_without_derivative(opened(solving), (init, *args))
+            found = call_without_derivative(without_wrappers(solving), (init, *args))
             if has_aux and not (isinstance(found, tuple) and len(found) == 2):
-                raise InputError(f"the solver returned {short(found)} and has_aux is True: return (x, aux)")
+                raise InputError(
+                    f"the solver returned {short(found)} and has_aux is True: return (x, aux)"
+                )
             x, aux = found if has_aux else (found, None)
             x = without_derivative(unknowns(x, "the solver returned"))
-            x = _attach(F, x, args, solve, symmetric, positive_semidefinite, null_space, preconditioner)
-            out = x if postprocess is None else opened(Traceable("postprocess", postprocess))(x, *args)
+            x = _attach(
+                F, x, args, solve, symmetric, positive_semidefinite, null_space, preconditioner
+            )
+            out = (
+                x
+                if postprocess is None
+                else without_wrappers(Traceable("postprocess", postprocess))(x, *args)
+            )
             return (out, without_derivative(aux)) if has_aux else out
 
         return solve_root
@@ -156,13 +188,15 @@ def fixed_point(
     postprocess: Callable[..., PyTree] | None = None,
     static_argnums: int | tuple[int, ...] = (),
 ) -> Callable[[Solver], Solver]:
-    """Give any solver of x = T(x, *args) the derivative of the fixed point: :func:`root` of x - T(x, *args).
+    """Give any solver of x = T(x, *args) the derivative of the fixed point: :func:`root` of x -
+    T(x, *args).
 
         dx = (I - dT/dx)^-1 (dT/dargs) dargs
 
-    Args, returns and raises as :func:`root`; ``symmetric``, ``positive_semidefinite``, ``null_space`` and
-    ``preconditioner`` speak of I - dT/dx, which is positive definite where T is a contraction with a symmetric
-    derivative. Of a contraction, ``solve=Neumann()`` needs the least memory.
+    Args, returns and raises as :func:`root`; ``symmetric``, ``positive_semidefinite``,
+    ``null_space`` and ``preconditioner`` speak of I - dT/dx, which is positive definite where T is
+    a contraction with a symmetric derivative. Of a contraction, ``solve=Neumann()`` needs the least
+    memory.
     """
     check_functions(T=T)
     T = Traceable("the map T", T)
@@ -201,44 +235,52 @@ def tangent(
 
         (dF/dx) dx = - (dF/dargs) dargs
 
-    What :func:`root` gives in forward mode, by the same code, with the status and the residual that a derivative of jax
-    has no place for. Traceable by jit and vmap.
+    What :func:`root` gives in forward mode, by the same code, with the status and the residual that
+    a derivative of jax has no place for. Traceable by jit and vmap.
 
     Args:
       F: ``F(x, *args)``; of a fixed point x - T(x, *args).
       x: the root. That F is zero there is not checked: :func:`~mdsens.implicit.certify` does.
       args: the arguments.
-      dargs: the change of each, with its tree and shapes; None for an argument that stays. A leaf that is not floating
-        point cannot change: give zero, or anything of its own type.
+      dargs: the change of each, with its tree and shapes; None for an argument that stays. A leaf
+        that is not floating point cannot change: give zero, or anything of its own type.
       solve: as in :func:`root`, and so the others.
 
     Returns:
-      ``(dx, stats)`` as :func:`mdsens.implicit.solve`: dx with the tree of x, and the best iterate, or zero where it is
-      not finite, under a status that is not good.
+      ``(dx, stats)`` as :func:`mdsens.implicit.solve`: dx with the tree of x, and the best iterate,
+      or zero where it is not finite, under a status that is not good.
 
     Raises:
-      InputError: args and dargs, or F(x, *args) and x, differ in number, tree, shape or precision; a number that is no
-        floating-point one is to change.
+      InputError: args and dargs, or F(x, *args) and x, differ in number, tree, shape or precision;
+        a number that is no floating-point one is to change.
     """
     check_functions(F=F, null_space=null_space, preconditioner=preconditioner)
     F, x = Traceable("the condition F", F), unknowns(x, "x is")
     if not isinstance(args, list | tuple) or not isinstance(dargs, list | tuple):
         raise InputError(
-            f"args is a {type(args).__name__} and dargs a {type(dargs).__name__}; give tuples, one entry an argument"
+            f"args is a {type(args).__name__} and dargs a {type(dargs).__name__}; give tuples, one"
+            " entry an argument"
         )
     if len(args) != len(dargs):
-        raise InputError(f"dargs has {len(dargs)} changes for {len(args)} args; give one each, None where it stays")
+        raise InputError(
+            f"dargs has {len(dargs)} changes for {len(args)} args; give one each, None where it"
+            " stays"
+        )
     moving = [i for i, change in enumerate(dargs) if change is not None]
     for i in moving:
-        check_same(dargs[i], args[i], f"dargs[{i}]", f"args[{i}]", "give a change of its form, or None")
+        check_same(
+            dargs[i], args[i], f"dargs[{i}]", f"args[{i}]", "give a change of its form, or None"
+        )
     leaves, structure = jax.tree.flatten([args[i] for i in moving])
     changes = jax.tree.leaves([dargs[i] for i in moving])
-    float_at = [k for k, leaf in enumerate(leaves) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)]
+    float_at = [
+        k for k, leaf in enumerate(leaves) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    ]
     for k, (leaf, change) in enumerate(zip(leaves, changes, strict=True)):
         if k not in float_at and _changes(change):
             raise InputError(
-                f"dargs changes {leaf!r} of args, of type {jnp.result_type(leaf)}, which has no derivative; give it as "
-                "a floating-point number, or a change of None"
+                f"dargs changes {leaf!r} of args, of type {jnp.result_type(leaf)}, which has no"
+                " derivative; give it as a floating-point number, or a change of None"
             )
 
     def condition(values: list[Array], y: PyTree) -> PyTree:
@@ -254,7 +296,9 @@ def tangent(
     sides = _maps(None if null_space is None else null_space(x, *args))
     by = None if preconditioner is None else preconditioner(x, *args)
     declared = _declared(symmetric, positive_semidefinite, sides, by)
-    dvalues = [jnp.asarray(changes[k], value.dtype) for k, value in zip(float_at, values, strict=True)]
+    dvalues = [
+        jnp.asarray(changes[k], value.dtype) for k, value in zip(float_at, values, strict=True)
+    ]
     return _response(condition, values, dvalues, x, declared, solve, not_finite=0.0)
 
 
@@ -281,10 +325,13 @@ def _attach(
     @functools.partial(attached.defjvp, symbolic_zeros=True)
     def rule(primals: Any, tangents: Any) -> tuple[PyTree, PyTree]:
         x, params, frames = primals
-        # The value of the rule itself, not the x that came in: of higher order, it depends on params by this rule.
+        # The value of the rule itself, not the x that came in: of higher order, it depends on
+        # params by this rule.
         x = attached(x, params, frames)
         # a Python number comes as it is, without a dtype
-        still = [isinstance(t, SymbolicZero) or getattr(t, "dtype", None) == float0 for t in tangents[1]]
+        still = [
+            isinstance(t, SymbolicZero) or getattr(t, "dtype", None) == float0 for t in tangents[1]
+        ]
         active = [i for i, stays in enumerate(still) if not stays]
         if not active:
             return x, jax.tree.map(jnp.zeros_like, x)
@@ -296,9 +343,17 @@ def _attach(
             return condition(merged, y)
 
         frame, by = frames
-        declared = _declared(symmetric, positive_semidefinite, project(frame, x), next(iter(precondition(by, x)), None))
+        declared = _declared(
+            symmetric,
+            positive_semidefinite,
+            project(frame, x),
+            next(iter(precondition(by, x)), None),
+        )
         values, changes = [params[i] for i in active], [jnp.asarray(tangents[1][i]) for i in active]
-        return x, _response(of_active, values, changes, x, declared, solve, not_finite=float("nan"))[0]
+        return (
+            x,
+            _response(of_active, values, changes, x, declared, solve, not_finite=float("nan"))[0],
+        )
 
     return attached(x, params, (frame, by))
 
@@ -315,7 +370,9 @@ def _response(
     """dx at a root of condition(values, x) for changes of the values."""
     _, df = jax.jvp(lambda v: condition(v, x), (values,), (changes,))
     _, jacobian = jax.linearize(functools.partial(condition, values), x)
-    return linear_solve(declared(jacobian), jax.tree.map(jnp.negative, df), solve, not_finite=not_finite)
+    return linear_solve(
+        declared(jacobian), jax.tree.map(jnp.negative, df), solve, not_finite=not_finite
+    )
 
 
 def _declared(
@@ -323,7 +380,9 @@ def _declared(
 ) -> Callable[[LinearMap], Operator]:
     """The Jacobian as an operator with what is known of it; one projector serves both sides."""
     right, left = (*sides, None, None)[:2]
-    return lambda jacobian: Operator(jacobian, symmetric, positive_semidefinite, right, left, preconditioner=by)
+    return lambda jacobian: Operator(
+        jacobian, symmetric, positive_semidefinite, right, left, preconditioner=by
+    )
 
 
 def _maps(made: Any) -> tuple[LinearMap, ...]:
@@ -333,7 +392,9 @@ def _maps(made: Any) -> tuple[LinearMap, ...]:
 def _hoist_maps(
     make: Callable[..., Any] | None, name: str, x: PyTree, args: tuple[PyTree, ...]
 ) -> tuple[Callable[[list[list[Array]], PyTree], list[LinearMap]], list[list[Array]]]:
-    """The linear maps that ``make(x, *args)`` gives, as a function of hoisted values and x; none have a derivative."""
+    """The linear maps that ``make(x, *args)`` gives, as a function of hoisted values and x; none
+    have a derivative.
+    """
 
     if make is None:
         return (lambda frame, x: []), []
@@ -345,7 +406,9 @@ def _hoist_maps(
     hoisted = [hoist(side(i), x, x) for i in range(len(_maps(made(x, *args))))]
     functions, frame = [g for g, _ in hoisted], [values for _, values in hoisted]
     for g, values in hoisted:
-        check_same(jax.eval_shape(g, values, x, x), x, name, "x", "it must map x's space into itself")
+        check_same(
+            jax.eval_shape(g, values, x, x), x, name, "x", "it must map x's space into itself"
+        )
 
     def maps(frame: list[list[Array]], x: PyTree) -> list[LinearMap]:
         return [functools.partial(g, values, x) for g, values in zip(functions, frame, strict=True)]
@@ -353,18 +416,20 @@ def _hoist_maps(
     return maps, frame
 
 
-def _opened(f: Callable[..., Any] | None) -> Callable[..., Any] | None:
-    return None if f is None else opened(f)
+def _without_wrappers(f: Callable[..., Any] | None) -> Callable[..., Any] | None:
+    return None if f is None else without_wrappers(f)
 
 
 def _check_equations(image: PyTree, x: PyTree) -> None:
     """Refuse an F that does not give one equation an unknown, of its precision."""
     check_same(image, x, "F(x, *args)", "x", "F must give one equation an unknown")
-    for (path, leaf), unknown in zip(jax.tree_util.tree_leaves_with_path(image), jax.tree.leaves(x), strict=True):
+    for (path, leaf), unknown in zip(
+        jax.tree_util.tree_leaves_with_path(image), jax.tree.leaves(x), strict=True
+    ):
         if leaf.dtype != unknown.dtype:
             raise InputError(
-                f"F(x, *args){jax.tree_util.keystr(path)} is of {leaf.dtype}, but x of {unknown.dtype}; give x and "
-                "args in one precision"
+                f"F(x, *args){jax.tree_util.keystr(path)} is of {leaf.dtype}, but x of"
+                f" {unknown.dtype}; give x and args in one precision"
             )
 
 
@@ -378,7 +443,8 @@ def _changes(change: Any) -> bool:
 def _prepared(made: Any) -> tuple[PyTree, tuple[PyTree, ...]]:
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], tuple)):
         raise InputError(
-            f"preprocess gave a {type(made).__name__} that is not (init, args); return a pair, args as a tuple"
+            f"preprocess gave a {type(made).__name__} that is not (init, args); return a pair, args"
+            " as a tuple"
         )
     return made
 
@@ -387,10 +453,13 @@ def _held(args: tuple[PyTree, ...], places: tuple[int, ...]) -> tuple[PyTree, ..
     """The arguments, those at ``places`` counted from 1 held as they are."""
     for place in places:
         if place > len(args):
-            raise InputError(f"static_argnums={places!r}, but F(x, *args) has {len(args)} args after x here; mend it")
+            raise InputError(
+                f"static_argnums={places!r}, but F(x, *args) has {len(args)} args after x here;"
+                " mend it"
+            )
         if isinstance(args[place - 1], Tracer):
             raise InputError(
-                f"the argument {place} is in static_argnums={places!r} and is traced by jax; leave it out there, or "
-                "name it to jax.jit as static, too"
+                f"the argument {place} is in static_argnums={places!r} and is traced by jax; leave"
+                " it out there, or name it to jax.jit as static, too"
             )
-    return tuple(Held(arg) if i + 1 in places else arg for i, arg in enumerate(args))
+    return tuple(StaticArgument(arg) if i + 1 in places else arg for i, arg in enumerate(args))

@@ -1,15 +1,17 @@
 """What is measured on a configuration: functions of a System, traceable and differentiable.
 
-Each is a function of a ``System`` and of settings: ``ms.gradient(lambda s: ms.observables.bond_order(s, 6, 1.5), eq)``
-is its total derivative by all parameters, and ``jax.grad`` through ``ms.equilibrate`` gives the same.
+Each is a function of a ``System`` and of settings: ``ms.gradient(lambda s:
+ms.observables.bond_order(s, 6, 1.5), eq)`` is its total derivative by all parameters, and
+``jax.grad`` through ``ms.equilibrate`` gives the same.
 
-What looks at pairs beyond the range of the law takes ``pairs``: where None, the system's own list where the law reaches
-as far, or all pairs of up to 4,000 particles; beyond that, a list that :func:`pairs_within` makes.
+What looks at pairs beyond the range of the potential takes ``pairs``: where None, the system's own list
+where the potential reaches as far, or all pairs of up to 4,000 particles; beyond that, a list that
+:func:`pairs_within` makes.
 """
 
-from mdsens.observables._charges import charges, chemical_potential, dipole, induced_dipoles
-from mdsens.observables._pairs import pairs_within
-from mdsens.observables._state import (
+from mdsens.observables.charges import charges, chemical_potential, dipole, induced_dipoles
+from mdsens.observables.pairs import pairs_within
+from mdsens.observables.state import (
     coordination,
     energy,
     packing_fraction,
@@ -18,7 +20,13 @@ from mdsens.observables._state import (
     stress,
     volume,
 )
-from mdsens.observables._structure import bond_order, bond_orientation, distance_to, distances, radial_distribution
+from mdsens.observables.structure import (
+    bond_order,
+    bond_orientation,
+    distance_to,
+    distances,
+    radial_distribution,
+)
 
 __all__ = [
     "bond_order",

@@ -1,9 +1,11 @@
-"""Figures: sensitivities, a derivative's test, the softest modes, moduli, designs. They compute little."""
+"""Figures: sensitivities, a derivative's test, the softest modes, moduli, designs. They compute
+little.
+"""
 
-from mdsens.plots._curves import derivative_test, stiffness_spectrum, unrolled
-from mdsens.plots._design import before_after, design_history, feature_response, nonaffine_field
-from mdsens.plots._map import sensitivity_map
-from mdsens.plots._moduli import moduli
+from mdsens.plots.curves import derivative_test, stiffness_spectrum, unrolled
+from mdsens.plots.design import before_after, design_history, feature_response, nonaffine_field
+from mdsens.plots.maps import sensitivity_map
+from mdsens.plots.moduli import moduli
 
 __all__ = [
     "before_after",

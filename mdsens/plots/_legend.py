@@ -1,4 +1,4 @@
-"""What stands below the picture of a configuration: colours, rattlers, and an arrow with its value."""
+"""What stands below the picture of a configuration: colors, rattlers, and an arrow with its value."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Foot(NamedTuple):
 
     Attributes:
       names: of the circles.
-      bar: width of the colour bar, as a fraction of the picture's.
+      bar: width of the color bar, as a fraction of the picture's.
       caption: of the scale arrow; empty without arrows.
       length: of the scale arrow, as a fraction of the picture's width.
     """
@@ -34,9 +34,11 @@ class Foot(NamedTuple):
     length: float
 
     def rows(self, wide: float) -> tuple[int, int, int]:
-        """Columns of the legend, the row of the scale arrow, and the number of rows, in a width in points.
+        """Columns of the legend, the row of the scale arrow, and the number of rows, in a width in
+        points.
 
-        Widths are estimates: measuring text takes a renderer, which a figure has only when it is drawn.
+        Widths are estimates: measuring text takes a renderer, which a figure has only when it is
+          drawn.
         """
 
         def points(text: str) -> float:
@@ -53,7 +55,7 @@ class Foot(NamedTuple):
 
 
 def legend(ax: Axes, foot: Foot, key: Any, quiver: Quiver | None) -> None:
-    """Below the picture: the colours, the rattlers where there are any, and an arrow with its value."""
+    """Below the picture: the colors, the rattlers where there are any, and an arrow with its value."""
     from matplotlib.legend_handler import HandlerPatch
     from matplotlib.patches import Circle
 
@@ -68,12 +70,17 @@ def legend(ax: Axes, foot: Foot, key: Any, quiver: Quiver | None) -> None:
         bar.imshow(np.linspace(0, 1, 64)[None], aspect="auto", cmap=shades)
         bar.set(xticks=[], yticks=[])
         bar.spines[:].set(color=OUTLINE, linewidth=0.5)
-        for x, side, text in ((-0.08, "right", rf"$\sigma$ {span.vmin:.2g}"), (1.08, "left", f"{span.vmax:.2g}")):
+        for x, side, text in (
+            (-0.08, "right", rf"$\sigma$ {span.vmin:.2g}"),
+            (1.08, "left", f"{span.vmax:.2g}"),
+        ):
             bar.text(x, 0.4, text, ha=side, va="center", fontsize=FONT, transform=bar.transAxes)
     for name, tint in tints:
         handles.append(Circle((0, 0), facecolor=tint, edgecolor=OUTLINE, linewidth=0.5, label=name))
     if "rattler" in foot.names:
-        dashed = Circle((0, 0), facecolor=PAPER, edgecolor=OUTLINE, linewidth=0.7, linestyle=(0, (2, 1)))
+        dashed = Circle(
+            (0, 0), facecolor=PAPER, edgecolor=OUTLINE, linewidth=0.7, linestyle=(0, (2, 1))
+        )
         dashed.set_label("rattler")
         handles.append(dashed)
     if quiver is not None:
@@ -92,11 +99,15 @@ def legend(ax: Axes, foot: Foot, key: Any, quiver: Quiver | None) -> None:
     if not handles:
         return
 
-    def dot(*_: Any, xdescent: float, ydescent: float, width: float, height: float, **__: Any) -> Circle:
+    def dot(
+        *_: Any, xdescent: float, ydescent: float, width: float, height: float, **__: Any
+    ) -> Circle:
         return Circle((width / 2 - xdescent, height / 2 - ydescent), 0.55 * height)
 
     ax.legend(
-        handles=[entry for k in range(columns) for entry in handles[k::columns]],  # columns fill first, read rows first
+        handles=[
+            entry for k in range(columns) for entry in handles[k::columns]
+        ],  # columns fill first, read rows first
         handler_map={Circle: HandlerPatch(patch_func=dot)},
         loc="upper left",
         bbox_to_anchor=(0.01 + foot.bar, -0.55 * row),
@@ -113,7 +124,9 @@ def legend(ax: Axes, foot: Foot, key: Any, quiver: Quiver | None) -> None:
 
 
 def rounded(longest: float) -> tuple[float, str]:
-    """The largest 1, 2 or 5 times a power of ten that is not above ``longest``, and how it is written."""
+    """The largest 1, 2 or 5 times a power of ten that is not above ``longest``, and how it is
+    written.
+    """
     power = int(np.floor(np.log10(longest)))
     digit = max(m for m in (1, 2, 5) if m == 1 or m * 10.0**power <= longest * (1 + 1e-9))
     value = digit * 10.0**power

@@ -1,4 +1,4 @@
-"""What all figures share: colours, sizes, and the figure of one column."""
+"""What all figures share: colors, sizes, and the figure of one column."""
 
 from __future__ import annotations
 

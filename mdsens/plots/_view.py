@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mdsens.implicit.status import InputError
-from mdsens.system import System
+from mdsens._util.errors import InputError
+from mdsens.model.system import System
 
 __all__ = ["View", "corners", "extent", "images", "in_slab", "layers", "project"]
 
@@ -31,7 +31,9 @@ class View(NamedTuple):
 
 
 def project(system: System, axis: int) -> View:
-    """Wrap the particles into the cell and look along one of its vectors: the cell is then a parallelogram."""
+    """Wrap the particles into the cell and look along one of its vectors: the cell is then a
+    parallelogram.
+    """
     positions = np.asarray(system.positions, float)
     box = None if system.box is None else np.asarray(system.box, float)
     if system.dimension == 3 and axis not in (0, 1, 2):
@@ -55,10 +57,14 @@ def project(system: System, axis: int) -> View:
 
 
 def in_slab(system: System, depth: np.ndarray, slab: tuple[float, float]) -> np.ndarray:
-    """Which particles (n,) are in a slab of the depth, all in 2-D; raises InputError where it is none or empty."""
+    """Which particles (n,) are in a slab of the depth, all in 2-D; raises InputError where it is
+    none or empty.
+    """
     low, high = slab
     if not 0.0 <= low < high <= 1.0:
-        raise InputError(f"slab is {slab}: give two fractions of the depth, 0 <= rear < front <= 1.")
+        raise InputError(
+            f"slab is {slab}: give two fractions of the depth, 0 <= rear < front <= 1."
+        )
     if system.dimension == 2:
         if (low, high) != (0.0, 1.0):
             raise InputError("slab is for 3-D: a 2-D system has no depth, leave it out.")
@@ -77,13 +83,16 @@ def layers(depth: np.ndarray, shown: np.ndarray) -> list[np.ndarray]:
 
 
 def images(view: View, chosen: np.ndarray, diameters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Index and place of every circle that reaches into the cell, images included; two or three of a corner's lie just
-    outside, which the clipping at the cell hides."""
+    """Index and place of every circle that reaches into the cell, images included; two or three of
+    a corner's lie just outside, which the clipping at the cell hides.
+    """
     (index,) = np.nonzero(chosen)
     if view.cell is None:
         return index, view.spots[index]
     inverse = np.linalg.inv(view.cell)
-    radius = diameters[index, None] / 2 * np.linalg.norm(inverse, axis=1)  # in fractions of the cell's heights
+    radius = (
+        diameters[index, None] / 2 * np.linalg.norm(inverse, axis=1)
+    )  # in fractions of the cell's heights
     fractions = view.spots[index] @ inverse.T
     turns = int(np.ceil(radius.max(initial=0.0)))
     shifts = np.stack(np.meshgrid(*[np.arange(-turns, turns + 1)] * 2), axis=-1).reshape(-1, 1, 2)

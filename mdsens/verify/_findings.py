@@ -1,10 +1,10 @@
-"""What the checks of a law found: a sentence each."""
+"""What the checks of a potential found: a sentence each."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from mdsens._tables import Shown
+from mdsens._util.tables import Shown
 
 __all__ = ["Finding", "PotentialTest"]
 
@@ -15,7 +15,7 @@ class Finding:
 
     Attributes:
       check: its name.
-      good: whether the law passed.
+      good: whether the potential passed.
       sentence: what was found, and what to do where it is not good.
     """
 
@@ -26,14 +26,14 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class PotentialTest(Shown):
-    """What the checks of a law found.
+    """What the checks of a potential found.
 
     Attributes:
-      law: its name.
+      potential: its name.
       findings: one a check, or one a breakpoint.
     """
 
-    law: str
+    potential: str
     findings: tuple[Finding, ...]
 
     @property
@@ -48,7 +48,7 @@ class PotentialTest(Shown):
 
     @property
     def _title(self) -> str:  # type: ignore[override]
-        return f"Potential test of {self.law}: {'good' if self.good else f'{len(self.bad)} not good'}"
+        return f"Potential test of {self.potential}: {'good' if self.good else f'{len(self.bad)} not good'}"
 
     def _rows(self) -> list[tuple[str, str]]:
         return [(f.check, ("" if f.good else "NOT GOOD: ") + f.sentence) for f in self.findings]

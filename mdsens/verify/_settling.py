@@ -1,10 +1,12 @@
-"""A minimum found again, brought down to round-off by Newton steps with the Hessian of the minimum it was found from.
+"""A minimum found again, brought down to round-off by Newton steps with the Hessian of the minimum
+it was found from.
 
-A minimizer stops at a tolerance, and the force that it leaves is in the softest modes. Near jamming a force of 1e-14
-leaves positions off by 1e-10, which is 1e-4 of a difference over a step of 1e-6, and the same of one over half that
-step, because the minimizer went the same way there. So the force left is taken away first. A root of dU/dR = 0 is one
-whichever matrix the steps were made with: a wrong Hessian makes them slow, not their end wrong. The step that is still
-left at the end is what round-off makes of the positions.
+A minimizer stops at a tolerance, and the force that it leaves is in the softest modes. Near jamming
+a force of 1e-14 leaves positions off by 1e-10, which is 1e-4 of a difference over a step of 1e-6,
+and the same of one over half that step, because the minimizer went the same way there. So the force
+left is taken away first. A root of dU/dR = 0 is one whichever matrix the steps were made with: a
+wrong Hessian makes them slow, not their end wrong. The step that is still left at the end is what
+round-off makes of the positions.
 """
 
 from __future__ import annotations
@@ -16,14 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdsens import contacts, lagrangian
-from mdsens.boxes import FixedBox
-from mdsens.certificate._space import Space
-from mdsens.doors import read
-from mdsens.linearization import Linearization
-from mdsens.relaxation import Equilibrium
-from mdsens.stationarity import Unknowns
-from mdsens.stiffness import Stiffness
+from mdsens.mechanics import contacts, lagrangian
+from mdsens.mechanics.hessian import Unknowns
+from mdsens.mechanics.hessian_factor import HessianFactor
+from mdsens.model.box import FixedBox
+from mdsens.relaxation.equilibrium import Equilibrium
+from mdsens.sensitivity._derivative_solve import read
+from mdsens.sensitivity.certificate.solution_space import Space
+from mdsens.sensitivity.linearization import Linearization
 
 __all__ = ["Settled", "Settling"]
 
@@ -54,7 +56,7 @@ def _condition(lin: Linearization) -> Unknowns:
 @jax.jit
 def _public(lin: Linearization, x: Unknowns) -> Unknowns:
     """A change of the unknowns as the doors give it."""
-    if lin.held is None:
+    if lin.constraint_status is None:
         value = lin.stored(x)
         return value if isinstance(value, Unknowns) else Unknowns(value)
     return jax.jvp(lambda y: read(lin, y, lin.params), (lin.unknowns,), (x,))[1]
@@ -64,13 +66,14 @@ class Settling:
     """Newton steps to a minimum from near it.
 
     Args:
-      lin: a minimum of the same system at nearly the same parameters, whose Hessian, network and null space they take.
+      lin: a minimum of the same system at nearly the same parameters, whose Hessian, network and
+        null space they take.
     """
 
     def __init__(self, lin: Linearization):
         stiffness = lin.stiffness
         if stiffness is None:
-            stiffness = Stiffness(lin.system, lin.null, lin.equilibrium.order)
+            stiffness = HessianFactor(lin.system, lin.null, lin.equilibrium.order)
         self.lin, self.space = lin, Space(lin, stiffness)
 
     def __call__(self, there: Equilibrium) -> Settled:
@@ -97,20 +100,24 @@ class Settling:
             multipliers = lagrangian.unknowns_of(backbone, there.multipliers).multipliers
         return dataclasses.replace(lin, system=backbone, cell=cell, multipliers=multipliers)
 
-    def _newton(self, at: Linearization) -> tuple[Unknowns, float]:
+    def _newton(self, eq: Linearization) -> tuple[Unknowns, float]:
         """The step to the minimum, and the largest force that is left here."""
-        forces = self.lin.null.free(jax.tree.map(jnp.negative, _condition(at.traced(()))))
+        forces = self.lin.null.free(jax.tree.map(jnp.negative, _condition(eq.traced(()))))
         loose = np.asarray(self.lin.network.rattlers)[:, None]
-        largest = float(np.max(np.linalg.norm(np.where(loose, 0.0, forces.positions), axis=1), initial=0.0))
+        largest = float(
+            np.max(np.linalg.norm(np.where(loose, 0.0, forces.positions), axis=1), initial=0.0)
+        )
         return self.space.yields(forces, RTOL)[0], largest
 
-    def _moved(self, there: Equilibrium, at: Linearization, step: Unknowns) -> Equilibrium:
-        x = jax.tree.map(jnp.add, at.unknowns, step)
-        system = at.moved(there.system, x, at.params)
-        if at.cell is not None:
+    def _moved(self, there: Equilibrium, eq: Linearization, step: Unknowns) -> Equilibrium:
+        x = jax.tree.map(jnp.add, eq.unknowns, step)
+        system = eq.moved(there.system, x, eq.params)
+        if eq.cell is not None:
             cell = FixedBox(jnp.asarray(system.box), there.system.boundary.orthogonal)
             return dataclasses.replace(there, system=system.replace(boundary=cell))
-        if at.held is None:
+        if eq.constraint_status is None:
             return dataclasses.replace(there, system=system)
         own = lagrangian.own_params(system)
-        return dataclasses.replace(there, system=system, multipliers=lagrangian.multipliers_at(system, x, own))
+        return dataclasses.replace(
+            there, system=system, multipliers=lagrangian.multipliers_at(system, x, own)
+        )

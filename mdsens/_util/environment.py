@@ -1,0 +1,41 @@
+"""Releases of jax that compute wrongly, and processes in which jax would hang."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+
+from mdsens._util.errors import MdsensError, UnsupportedVersionError
+
+__all__ = ["require_sound_jax"]
+
+_BAD_JAX = {
+    "0.10.2": "miscompiles neighbor lists on CPU and drops pairs in silence (jax issue 39103)",
+    "0.11.0": "gives wrong values on some GPUs (jax issue 40633)",
+    "0.11.1": "gives wrong values on some GPUs (jax issue 40633)",
+}
+_first_process: int | None = None  # in which jax was first used by us
+
+
+def require_sound_jax() -> None:
+    """Refuse the releases of jax that are known to compute wrongly, and a process in which it would
+    hang.
+
+    Raises:
+      UnsupportedVersionError: with the reason and the remedy.
+      MdsensError: this process was forked from one in which jax was in use, and has none of its
+        threads.
+    """
+    global _first_process
+    _first_process = _first_process or os.getpid()
+    if os.getpid() != _first_process:
+        raise MdsensError(
+            "this process was forked from one in which jax was in use, where any computation of jax"
+            ' hangs: start processes with multiprocessing.get_context("spawn").'
+        )
+    if jax.__version__ in _BAD_JAX:
+        raise UnsupportedVersionError(
+            f"jax {jax.__version__} {_BAD_JAX[jax.__version__]}: install another release, "
+            "pip install 'jax>=0.10.0,!=0.10.2,!=0.11.0,!=0.11.1,<0.13'."
+        )

@@ -1,0 +1,5 @@
+"""The command line ``mdsens``: its commands, their arguments, and the pages that they print."""
+
+from mdsens.cli.commands import BAD_INPUT, GOOD, UNTRUSTED, main
+
+__all__ = ["BAD_INPUT", "GOOD", "UNTRUSTED", "main"]

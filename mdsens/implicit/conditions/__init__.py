@@ -1,0 +1,1 @@
+"""Optimality conditions of common problems, and the projections and proximal operators in them."""

@@ -1,0 +1,1 @@
+"""Linear solves with a known null space: Krylov methods, factorizations, refinement, eigenvalues."""

@@ -1,0 +1,22 @@
+"""Files and ASE: systems in, results out. The names that users call; ASE is imported when it is
+needed.
+"""
+
+from __future__ import annotations
+
+from mdsens.io.ase_structures import from_ase, to_ase, write_extxyz
+from mdsens.io.npz import load, read_header, save
+from mdsens.io.system_toml import bundled_systems, load_system, relaxation_options, systems_folder
+
+__all__ = [
+    "bundled_systems",
+    "from_ase",
+    "load",
+    "load_system",
+    "read_header",
+    "relaxation_options",
+    "save",
+    "systems_folder",
+    "to_ase",
+    "write_extxyz",
+]

@@ -1,0 +1,1 @@
+"""What a system is: positions, cell, parameters, neighbor list; batches of systems."""

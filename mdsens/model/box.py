@@ -1,0 +1,185 @@
+"""Periodic cells: a fixed matrix, a rule that follows the parameters, or none; and nearest images
+in them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mdsens._util.errors import InputError
+from mdsens._util.portable import Portable
+from mdsens._util.user_functions import Traceable
+from mdsens._util.validation import real_array, real_number
+
+__all__ = [
+    "BoxFunction",
+    "FixedBox",
+    "OpenBox",
+    "PackingFraction",
+    "box_rule",
+    "described",
+]
+
+Params = Mapping[str, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OpenBox:
+    """No cell: open boundaries."""
+
+    orthogonal = False
+    follows = ""
+
+    def matrix(self, params: Params, diameters: Any, dimension: int) -> None:
+        return None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FixedBox(Portable):
+    """A cell matrix (d, d) whose columns are the cell vectors; it does not depend on the
+    parameters.
+
+    Attributes:
+      cell: the matrix.
+      orthogonal: whether it is known to be diagonal.
+    """
+
+    cell: Any
+    orthogonal: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    follows = ""  # what moves it, in words
+
+    def matrix(self, params: Params, diameters: Any, dimension: int) -> jax.Array:
+        return jnp.asarray(self.cell)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackingFraction(Portable):
+    """The cell of a packing fraction: V(params) = sum_i v(sigma_i) / fraction, v = pi/4 sigma^2 or
+    pi/6 sigma^3.
+
+    Overlaps are counted twice, as the field does. The cell follows the diameters, and that
+    dependence is differentiated.
+
+    Attributes:
+      fraction: the packing fraction phi, above 0.
+      shape: a (d, d) matrix whose columns give the cell's shape; its size is rescaled. None for a
+        square or cube.
+    """
+
+    fraction: Any
+    shape: Any = None
+
+    @property
+    def follows(self) -> str:
+        """What moves the cell, in words."""
+        return f", follows the diameters at a packing fraction of {float(self.fraction):.6g}"
+
+    @property
+    def orthogonal(self) -> bool:
+        """Whether the matrix is known to be diagonal."""
+        return self.shape is None
+
+    def matrix(self, params: Params, diameters: Any, dimension: int) -> jax.Array:
+        if diameters is None:
+            raise InputError(
+                "a box that follows the packing fraction needs the parameter 'sigma': give a box"
+                " matrix instead."
+            )
+        unit = {2: np.pi / 4, 3: np.pi / 6}[dimension]
+        volume = jnp.sum(unit * diameters**dimension) / self.fraction
+        shape = (
+            jnp.eye(dimension, dtype=volume.dtype)
+            if self.shape is None
+            else jnp.asarray(self.shape)
+        )
+        return shape * (volume / jnp.abs(jnp.linalg.det(shape))) ** (1.0 / dimension)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BoxFunction(Portable):
+    """A cell given by a function of the parameters, ``function(params) -> (d, d)``."""
+
+    orthogonal = False
+    follows = ", a function of the parameters"
+    function: Callable[[Params], jax.Array] = dataclasses.field(metadata={"static": True})
+
+    def matrix(self, params: Params, diameters: Any, dimension: int) -> jax.Array:
+        return Traceable("the box function", self.function)(params)
+
+
+def box_rule(box: Any, dimension: int, dtype: Any) -> Any:
+    """The rule behind what a user gives as a box: None, a length, d lengths, a matrix, a rule, or a
+    function.
+    """
+    if box is None:
+        return OpenBox()
+    if isinstance(box, PackingFraction):
+        value = real_number("packing fraction", box.fraction, "give a positive number.")
+        if not 0 < value < np.inf:
+            raise InputError(f"packing fraction is {value}: give a positive number.")
+        shape = None if box.shape is None else jnp.asarray(_cell(box.shape, dimension), dtype)
+        return PackingFraction(jnp.asarray(value, dtype), shape)
+    if isinstance(box, OpenBox | FixedBox | BoxFunction):
+        return box
+    if callable(box):
+        return BoxFunction(cast(Callable[[Params], jax.Array], box))
+    cell = _cell(box, dimension)
+    return FixedBox(jnp.asarray(cell, dtype), not np.any(cell[~np.eye(dimension, dtype=bool)]))
+
+
+def _cell(box: Any, dimension: int) -> np.ndarray:
+    need = f"give a length, {dimension} lengths, or a ({dimension}, {dimension}) matrix."
+    cell = np.asarray(real_array("box", box, need), float)
+    if cell.ndim < 2 and (cell < 0).any():
+        raise InputError(f"box is {np.asarray(box).tolist()}: give positive lengths.")
+    if cell.ndim == 0:
+        cell = cell * np.eye(dimension)
+    elif cell.shape == (dimension,):
+        cell = np.diag(cell)
+    if cell.shape != (dimension, dimension):
+        raise InputError(
+            f"box has shape {cell.shape} in {dimension} dimensions: give a length, {dimension}"
+            f" lengths, or a ({dimension}, {dimension}) matrix whose columns are the cell vectors."
+        )
+    size = np.max(
+        np.abs(cell), initial=0.0
+    )  # taken out, so that no power of a length over- or underflows
+    if (
+        not 0 < size < np.inf
+        or not abs(np.linalg.det(cell / size)) > 1e-12 * np.linalg.norm(cell / size) ** dimension
+    ):
+        raise InputError(
+            f"box {cell.tolist()} has no volume: give independent, finite cell vectors as columns."
+        )
+    return cell
+
+
+def described(cell: Any) -> str:
+    """A cell in words, from its matrix: the lengths of its vectors, and their angles where these
+    are not right.
+    """
+    if cell is None:
+        return "open boundaries"
+    matrix = np.asarray(cell)
+    lengths = np.linalg.norm(matrix, axis=0)
+    text = "periodic, " + " x ".join(f"{v:.6g}" for v in lengths)
+    cosines = (matrix / lengths).T @ (matrix / lengths)
+    pairs = [(1, 2), (0, 2), (0, 1)] if lengths.size == 3 else [(0, 1)]
+    if max(abs(cosines[p]) for p in pairs) > 1e-12:
+        text += (
+            ", angles "
+            + ", ".join(f"{np.degrees(np.arccos(cosines[p])):.4g}" for p in pairs)
+            + " degrees"
+        )
+    return text

@@ -1,0 +1,151 @@
+"""The state of a configuration: energy, stress, volume, contacts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from mdsens._util.errors import InputError
+from mdsens._util.lattice import Components
+from mdsens.mechanics import contacts
+from mdsens.model.system import System, pair_lengths, potential_energy
+from mdsens.observables.pairs import positive, rise, single, summed
+
+__all__ = [
+    "coordination",
+    "energy",
+    "packing_fraction",
+    "pressure",
+    "smooth_coordination",
+    "stress",
+    "volume",
+]
+
+
+@jax.jit
+def energy(system: System) -> jax.Array:
+    """U, the potential energy, in the potential's unit of energy."""
+    return potential_energy(single(system))
+
+
+@jax.jit
+def stress(system: System) -> jax.Array:
+    """The Cauchy stress of the configuration as it is, sigma = V^-1 dU/dstrain at strain 0;
+    positive in tension.
+
+    Returns:
+      (d, d), symmetric, energy a volume (an area in 2-D).
+
+    Raises:
+      InputError: open boundaries, which have no volume.
+    """
+    if single(system).box is None:
+        raise InputError(
+            "stress and pressure need a volume, and this system has open boundaries: give it a box."
+        )
+    zero = jnp.zeros((system.dimension, system.dimension), system.positions.dtype)
+
+    def strained(strain: jax.Array) -> jax.Array:
+        return potential_energy(system, strain=0.5 * (strain + strain.T))
+
+    return jax.grad(strained)(zero) / system.volume
+
+
+@jax.jit
+def pressure(system: System) -> jax.Array:
+    """P = -tr(stress) / d, positive in compression."""
+    return -jnp.trace(stress(single(system))) / system.dimension
+
+
+@jax.jit
+def volume(system: System) -> jax.Array:
+    """V, the volume of the cell, an area in 2-D.
+
+    Raises:
+      InputError: open boundaries.
+    """
+    if single(system).box is None:
+        raise InputError(
+            "a volume needs a cell, and this system has open boundaries: give it a box."
+        )
+    return system.volume
+
+
+@jax.jit
+def packing_fraction(system: System) -> jax.Array:
+    """phi = sum_i v(sigma_i) / V, v = pi/4 sigma^2 in 2-D and pi/6 sigma^3 in 3-D; overlaps count
+    twice.
+
+    Raises:
+      InputError: open boundaries, or a potential whose ``sigma`` is not the particles'.
+    """
+    size = volume(system)
+    if system.diameters is None:
+        raise InputError(
+            f"a packing fraction needs the diameters of the particles, and {system.potential.name}"
+            " has no parameter 'sigma' of each: divide their volumes by ms.observables.volume."
+        )
+    unit = {2: np.pi / 4, 3: np.pi / 6}[system.dimension]
+    return jnp.sum(unit * system.diameters**system.dimension) / size
+
+
+@jax.jit
+def coordination(system: System) -> jax.Array:
+    """Mean number of contacts of a particle that is no rattler, z = 2 N_c / (n - n_rattlers).
+
+    Piecewise constant: differentiating it raises InputError, which names
+      :func:`smooth_coordination`.
+    """
+    return contacts.coordination(single(system)).astype(system.positions.dtype)
+
+
+def smooth_coordination(system: System, width: float) -> jax.Array:
+    """Mean number of contacts of a particle, each counted by how deep it is.
+
+        z = 2 / n sum_pairs S((l_ij - r_ij) / width),    S(x) = x^3 (10 - 15 x + 6 x^2), 0 below 0 and 1 from x = 1 on
+
+    l_ij is the length beyond which the potential is zero for the two: sigma_ij of soft spheres, the
+      cutoff of Lennard-Jones.
+    It is not the contact number of a packing, which ``coordination`` gives: it depends on the
+    width, lies below that count, since contacts with overlaps below the width count in part, and is
+    a mean over all particles, rattlers
+    included. Its derivative comes from those contacts alone, which are the ones about to open: none
+    where the width is below every overlap, while a width of about the mean overlap sees most of
+    them.
+
+    Args:
+      system: one system, its list complete.
+      width: the overlap from which a contact counts whole; a length.
+
+    Returns:
+      a number.
+
+    Raises:
+      InputError: a potential without pairs, or of infinite range.
+    """
+    deep = positive("width", width)
+    potential, reach = single(system).potential, system.range
+    known = not isinstance(reach, Tracer)
+    if not potential.pairwise or (known and not 0 < float(reach) < np.inf):
+        raise InputError(
+            f"{potential.name} has no length at which neighbors begin to interact: take a potential of pairs"
+            " with a finite range."
+        )
+    return _smooth_coordination(system, deep)
+
+
+@jax.jit
+def _smooth_coordination(system: System, width: Any) -> jax.Array:
+    own, lengths = jnp.arange(system.n, dtype=jnp.int32)[None], pair_lengths(system)
+
+    def each(
+        apart: Components, r: jax.Array, j: jax.Array, real: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        depth = (lengths(own, j) - r) / width
+        return (jnp.sum(jnp.where(real, rise(depth), 0.0)),)
+
+    return summed(system, system.neighbors.rows, each)[0] / system.n

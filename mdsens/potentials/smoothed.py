@@ -1,0 +1,138 @@
+"""Potentials averaged over a width of r, so that their derivatives say what happens on both sides of a
+breakpoint.
+
+    phi_w(r) = 1 / 2w  integral from -w to w of phi(r + s) ds,      phi_w'(r) = (phi(r + w) - phi(r - w)) / 2w
+
+The stiffness of a pair of soft discs jumps at contact (alpha = 2), or its slope diverges there
+(2.5): a derivative of the moduli knows nothing of a contact that is about to form, and far too much
+of one that has just formed. Those of phi_w know all contacts within the width alike, and are what
+the moduli change by over steps of that size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mdsens._util.portable import Portable
+from mdsens.potentials.base import (
+    PairPotential,
+    Pairs,
+    PairTerm,
+    Params,
+    Phi,
+    SumPotential,
+    no_breakpoints,
+)
+
+__all__ = ["SmoothedPotential", "smoothed"]
+
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(4)
+
+
+def _mean(phi: Phi, r: jax.Array, width: jax.Array, values: tuple[jax.Array, ...]) -> jax.Array:
+    total = jnp.zeros_like(r)
+    for x, c in zip(NODES, WEIGHTS, strict=True):
+        total = total + 0.5 * float(c) * phi(r + float(x) * width, *values)
+    return total
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _average(phi: Phi, r: jax.Array, width: jax.Array, values: tuple[jax.Array, ...]) -> jax.Array:
+    """phi_w by quadrature: only its derivatives by r, which are exact, have to resolve breakpoints."""
+    return _mean(phi, r, width, values)
+
+
+@_average.defjvp
+def _average_jvp(phi: Phi, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (r, width, values), (dr, _, dvalues) = primals, tangents
+    slope = (phi(r + width, *values) - phi(r - width, *values)) / (2.0 * width)
+    value, change = jax.jvp(lambda v: _mean(phi, r, width, v), (values,), (dvalues,))
+    return value, slope * dr + change
+
+
+@dataclasses.dataclass(frozen=True)
+class _Averaged:
+    """phi_w(r, *values, w)."""
+
+    phi: Phi
+
+    def __call__(self, r: jax.Array, *values: jax.Array) -> jax.Array:
+        return _average(self.phi, r, values[-1], values[:-1])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SmoothedPotential(Portable):
+    """A pair potential averaged over a width, with the potential's own parameters; a potential like any other."""
+
+    potential: PairPotential
+    width: Any
+
+    @property
+    def name(self) -> str:
+        return self.potential.name
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return self.potential.parameters
+
+    @property
+    def pair_parameters(self) -> tuple[str, ...]:
+        return self.potential.pair_parameters
+
+    @property
+    def pairwise(self) -> bool:
+        return True
+
+    @property
+    def repulsive(self) -> bool:
+        return self.potential.repulsive
+
+    def range(self, params: Params) -> jax.Array:
+        return self.potential.range(params) + self.width
+
+    def lengths(
+        self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
+    ) -> jax.Array | float:
+        return self.potential.lengths(params, pairs, n, species, species_count) + self.width
+
+    def terms(
+        self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
+    ) -> tuple[PairTerm, ...]:
+        (term,) = self.potential.terms(params, pairs, n, species, species_count)
+        values = (*term.values, jnp.asarray(self.width))
+        return (term._replace(phi=_Averaged(term.phi), values=values, breakpoints=no_breakpoints),)
+
+    def many_body(
+        self,
+        positions: jax.Array,
+        params: Params,
+        displacement: Any,
+        species: Any,
+        species_count: int,
+    ) -> jax.Array:
+        return self.potential.many_body(positions, params, displacement, species, species_count)
+
+    def at(self, params: Params, differentiated: Sequence[str] = ()) -> SmoothedPotential:
+        return dataclasses.replace(self, potential=self.potential.at(params, differentiated))
+
+    def check(self, params: Params, n: int, species_count: int) -> None:
+        self.potential.check(params, n, species_count)
+
+
+def smoothed(potential: Any, width: Any) -> Any:
+    """The potential with every pair potential in it averaged over +-width of r; others, bonds among them, as
+    they are.
+    """
+    if isinstance(potential, SumPotential):
+        return SumPotential(tuple(smoothed(one, width) for one in potential.parts))
+    return (
+        SmoothedPotential(potential, width) if isinstance(potential, PairPotential) else potential
+    )

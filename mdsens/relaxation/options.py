@@ -1,0 +1,150 @@
+"""Options of a relaxation: which unknowns relax beside the positions, how, and how far."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from numbers import Real
+from typing import Any, TypeAlias
+
+import jax.numpy as jnp
+import numpy as np
+
+from mdsens._util.errors import InputError, PrecisionError
+from mdsens._util.validation import real_number, short
+from mdsens.mechanics.units import round_off
+from mdsens.model.system import System, require_unconstrained
+from mdsens.relaxation.methods import Fire, GradientDescent, Newton
+
+__all__ = ["AtPressure", "CellCondition", "FixedCell", "Method", "Options"]
+
+Method: TypeAlias = Newton | Fire | GradientDescent
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedCell:
+    """The cell stays as it is, or as its rule follows the parameters: U is minimized."""
+
+    def check(self, system: System) -> None:
+        """Nothing is asked of the system."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AtPressure:
+    """The cell relaxes until the stress in it is that of a pressure: U + P V is minimized.
+
+    Attributes:
+      pressure: P, energy a volume; positive in compression.
+      shape: relax the cell's shape as well, until no shear stress is left. Without it the cell
+        grows or shrinks alike in all directions, and P is the mean over them.
+    """
+
+    pressure: float
+    shape: bool = False
+
+    def __post_init__(self) -> None:
+        remedy = "give one number, energy a volume, or None for a cell that stays."
+        number = real_number("pressure", self.pressure, remedy)
+        if not np.isfinite(number):
+            raise InputError(f"pressure is {self.pressure}: give a finite number.")
+        if not isinstance(self.shape, bool):
+            raise InputError(f"shape is {short(self.shape)}: give True or False.")
+        object.__setattr__(self, "pressure", float(number))
+
+    def check(self, system: System) -> None:
+        """Raise InputError where the system has no cell that could relax."""
+        if system.box is None:
+            raise InputError(
+                "pressure needs a cell, and this system has open boundaries: give it a box."
+            )
+        if "pressure" in system.params:
+            raise InputError(
+                "the potential has a parameter 'pressure', which the cell's would hide: give it"
+                " another name."
+            )
+        require_unconstrained(system, "a cell at a pressure")
+
+
+CellCondition: TypeAlias = FixedCell | AtPressure
+
+
+def cell_condition(cell: CellCondition | None, pressure: Any, shape: Any) -> CellCondition:
+    """The condition on the cell from the arguments of ``minimize``."""
+    if cell is not None:
+        if pressure is not None or shape:
+            raise InputError("cell and pressure are both given: give one of them.")
+        if not isinstance(cell, FixedCell | AtPressure):
+            raise InputError(
+                f"cell is {short(cell)}: give FixedCell() or AtPressure(P) of ms.relaxation."
+            )
+        return cell
+    if pressure is not None:
+        return AtPressure(pressure, shape)
+    if shape:
+        raise InputError("shape=True goes with a pressure: give the pressure to relax the cell to.")
+    return FixedCell()
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Checked options of one call of ``minimize``; its docstring says what each does."""
+
+    cell: CellCondition
+    tolerance: float | None
+    method: Method
+    max_steps: int
+    leave_saddles: bool
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, Newton | Fire | GradientDescent):
+            raise InputError(
+                f"method is {short(self.method)}: give Newton(), Fire() or GradientDescent() of"
+                " ms.relaxation."
+            )
+        if self.tolerance is not None and not (
+            isinstance(self.tolerance, Real) and 0 < self.tolerance <= sys.float_info.max
+        ):
+            raise InputError(
+                f"tolerance is {short(self.tolerance)}: give a positive number, or None."
+            )
+        if not (isinstance(self.max_steps, Real) and self.max_steps >= 1):
+            raise InputError(f"max_steps is {short(self.max_steps)}: give 1 or more.")
+        if not isinstance(self.leave_saddles, bool):
+            raise InputError(f"leave_saddles is {short(self.leave_saddles)}: give True or False.")
+        object.__setattr__(self, "max_steps", int(self.max_steps))
+
+    @property
+    def newton(self) -> Newton | None:
+        """When Newton steps take over from the first-order minimizer; None where they do not."""
+        return self.method if isinstance(self.method, Newton) else None
+
+    @property
+    def first(self) -> Fire | GradientDescent:
+        """The first-order minimizer."""
+        return self.method.first if isinstance(self.method, Newton) else self.method
+
+    def check(self, system: System) -> None:
+        """Raise where the system cannot be relaxed so: InputError, or PrecisionError for a
+        tolerance below round-off.
+        """
+        self.cell.check(system)
+        if system.constraints and self.newton is None:
+            raise InputError(
+                f"method is {short(self.method)}, which knows no constraints: leave it out, for an"
+                " augmented Lagrangian and Newton steps."
+            )
+        if self.tolerance is None:
+            return
+        floor = round_off(system)
+        # 0.05: round-off is the largest that may be; most systems get a decade further.
+        if self.tolerance < 0.05 * floor:
+            remedy = f"raise it to {floor:.0e} or more"
+            if system.positions.dtype != jnp.float64:
+                remedy += (
+                    ", or work in double precision (in Python, ms.enable_x64() before making the"
+                    " system)"
+                )
+            raise PrecisionError(
+                f"tolerance {self.tolerance:.0e} is out of reach in {system.positions.dtype}, where"
+                f" round-off of the positions leaves forces of about {floor:.0e}: {remedy}."
+            )

@@ -1,0 +1,109 @@
+"""Whether a potential keeps its promises: the pair function along r, the energy in a small configuration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mdsens._util.errors import InputError, PrecisionError
+from mdsens.potentials.base import SumPotential
+from mdsens.verify import _configuration
+from mdsens.verify._findings import Finding, PotentialTest
+from mdsens.verify._pair_function import PairFunction
+
+__all__ = ["potential"]
+
+Params = Mapping[str, Any]
+
+
+def potential(
+    potential: Any,
+    params: Params,
+    *,
+    positions: Any = None,
+    box: Any = None,
+    species: Any = None,
+    between: tuple[float, float] | None = None,
+    seed: int = 0,
+) -> PotentialTest:
+    """Check what a potential promises, on its pair function and on a small configuration.
+
+    Of a pair potential, for up to six of its different pairs, phi(r) from ``between`` the first to
+    the second length:
+
+    - at each declared breakpoint: what jumps. phi'' may; phi and phi' may not, for no minimum can
+      stand there;
+    - elsewhere: nothing of phi, phi', phi'' and phi''' jumps. What is found is located to
+      round-off;
+    - phi and phi' vanish beyond the cutoff; where the potential is declared repulsive, phi' never
+      pulls;
+    - phi, phi', phi'' and the derivatives of phi and phi' by every parameter are finite,
+      breakpoints included.
+
+    Of any potential, in a configuration of a few particles:
+
+    - the energy is that of the pairs within the potential's range, whatever the list holds beside
+      them;
+    - forces, Hessian products and derivatives of the forces by every parameter are central
+      differences;
+    - the Hessian is symmetric.
+
+    Args:
+      potential: from ``ms.potentials``: any of the catalogue, ``from_pair``, ``from_energy``, sums
+        of them.
+      params: as for ``System.create``.
+      positions: (n, d); where None, 16 or more particles near the sites of a square lattice at
+        about the distance of least energy, in open boundaries. Needed for many-body potentials,
+        which do not tell their lengths.
+      box, species: of those positions, as for ``System.create``. Without positions, a parameter
+        with several values has one a species.
+      between: the lengths to look between; where None, from 0.2 of the distance of least energy to
+        1.2 of the cutoff, or 3 times that distance where there is none.
+      seed: of the random configuration and directions.
+
+    Returns:
+      a :class:`PotentialTest`; ``good`` says whether all checks passed, and printing it shows each.
+
+    Raises:
+      InputError: parameters or positions that no system takes. PrecisionError: single precision.
+    """
+    if not hasattr(potential, "terms"):
+        raise InputError(
+            f"potential is {potential!r}: give a potential, such as ms.potentials.soft_sphere()."
+        )
+    if not isinstance(params, Mapping):
+        raise InputError(
+            f"params is a {type(params).__name__}: give a dict of parameter names and values."
+        )
+    if jnp.zeros(()).dtype != jnp.float64:
+        raise PrecisionError("verify.potential needs double precision: call ms.enable_x64() first.")
+    if between is not None and not 0 < between[0] < between[1] < math.inf:
+        raise InputError(f"between is {between}: give two lengths, 0 < low < high.")
+    if positions is None and not potential.pairwise:
+        raise InputError(
+            f"positions is None and {potential.name} acts on more than pairs, so nothing tells its"
+            " lengths: give a small configuration."
+        )
+    rng = np.random.default_rng(seed)
+    if positions is None:
+        system = _configuration.lattice(potential, params)
+    else:
+        system = _configuration.system_of(potential, params, positions, box, species)
+    found, distances = [], []
+    for part in _configuration.parts(potential):
+        label = f"{part.name}: " if isinstance(potential, SumPotential) else ""
+        pairs = _configuration.all_pairs(system.n)
+        for term in part.terms(
+            system.params, pairs, system.n, system.species, system.species_count
+        ):
+            function = PairFunction(part, term, between)
+            distances += [kind.least for kind in function.kinds]
+            found += [Finding(label + f.check, f.good, f.sentence) for f in function.findings()]
+    if positions is None:
+        system = _configuration.spread(system, float(np.median(distances or [1.0])), rng)
+    found += _configuration.findings(system, rng)
+    return PotentialTest(potential.name, tuple(found))
