@@ -1,5 +1,6 @@
-"""mdsens: exact sensitivities of relaxed particle configurations, by implicit differentiation, with
-the evidence.
+"""mdsens: exact sensitivities of relaxed particle configurations, by implicit differentiation.
+
+Every derivative comes with the evidence for it, a status and a residual.
 
     import mdsens as ms
 
@@ -8,7 +9,8 @@ the evidence.
     eq = ms.minimize(system)
     r = ms.jvp(eq, {"sigma": [0.0, 1.0]})
 
-Only names here: neither jax_md, ASE nor matplotlib is imported until something needs it.
+This module only collects names. jax_md, ASE and matplotlib are imported when a function first
+needs them.
 """
 
 from __future__ import annotations
@@ -73,13 +75,14 @@ from mdsens.sensitivity import (
 
 try:
     __version__ = _metadata.version("mdsens")
-except _metadata.PackageNotFoundError:  # a bare checkout on the path
+except _metadata.PackageNotFoundError:
+    # a checkout on the path that was not installed
     __version__ = "unknown"
 
 
-# A GPU would round the factors of a product of float32 matrices to TensorFloat32, three digits, in
-# a cell's change of coordinates or a dipole's field as in a neural network. Whoever has set a
-# precision keeps it.
+# By default a GPU rounds the factors of a product of float32 matrices to TensorFloat32, which has
+# three digits. That suits neural networks, but not the coordinates of a cell or the field of a
+# dipole. A precision that the user has set is kept.
 if _jax.config.values["jax_default_matmul_precision"] is None:
     _jax.config.update("jax_default_matmul_precision", "highest")
 
@@ -88,42 +91,44 @@ _cache_warnings.silence()
 
 
 def enable_x64() -> None:
-    """Compute in double precision from here on: sets ``jax_enable_x64``. Call it before making
-    arrays.
+    """Compute in double precision from now on; call it before making arrays.
 
-    In each process: a new one computes in single precision, and refuses to unpickle what was made
-    in double. A pool calls it in all of its own,
+    It sets ``jax_enable_x64``. Call it in each process: a new process computes in single precision,
+    and refuses to unpickle objects made in double precision. A pool calls it in all of its
+    processes with
 
-        ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"),
-        initializer=ms.enable_x64)
+        ProcessPoolExecutor(
+            mp_context=multiprocessing.get_context("spawn"), initializer=ms.enable_x64
+        )
 
-    with "spawn" or "forkserver": in a process forked from one where jax is in use, jax hangs, and
+    Take "spawn" or "forkserver": in a process forked from one where jax is in use, jax hangs, and
     mdsens raises.
     """
     _jax.config.update("jax_enable_x64", True)
 
 
 def enable_compilation_cache(folder: str | _Path | None = None) -> None:
-    """Keep what is compiled in a folder, where the next process finds it: sets
-    ``jax_compilation_cache_dir``.
+    """Keep compiled code in a folder, from which later processes load it.
 
-    A first relaxation with its sensitivity then takes a second in place of several. The folder
-    grows with each new shape of a system; it can be deleted at any time. For the command line, and
-    for processes that this one starts, set ``JAX_COMPILATION_CACHE_DIR`` in the environment. On a
-    CPU jax 0.10 warns of each part that it loads, taking its own tuning flags for features that the
-    processor lacks; once mdsens is imported it does not.
+    It sets ``jax_compilation_cache_dir``. A first relaxation with its sensitivity then takes a
+    second instead of several. The folder grows with each new shape of a system; it can be deleted
+    at any time. For the command line, and for processes that this one starts, set
+    ``JAX_COMPILATION_CACHE_DIR`` in the environment. On a CPU jax 0.10 warns of each part that it
+    loads, because it mistakes its own tuning flags for features that the processor lacks; mdsens
+    silences these warnings when it is imported.
 
     Args:
-      folder: where to keep it; ``~/.cache/mdsens`` where None.
+      folder: the folder; ``~/.cache/mdsens`` where None.
     """
     _jax.config.update(
         "jax_compilation_cache_dir", str(folder or _Path.home() / ".cache" / "mdsens")
     )
+    # keep all code that took longer than this to compile, in seconds, whatever its size
     _jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
     _jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     from jax.experimental.compilation_cache import compilation_cache
 
-    # after a first compilation without one, jax would not look for a cache again
+    # after a first compilation without a cache, jax would not look for one again
     compilation_cache.reset_cache()
 
 
@@ -176,10 +181,11 @@ __all__ = [
     "vjp",
 ]
 
-if not _TYPE_CHECKING:  # a type checker would take every name as there
+# hidden from type checkers: with a module __getattr__ they would accept every name
+if not _TYPE_CHECKING:
 
     def __getattr__(name: str) -> _Any:
-        """``ms.pressure`` is answered with ``ms.observables.pressure``."""
+        """Raise an AttributeError that names the right place, ``ms.observables.pressure``."""
         public = {room: globals()[room] for room in __all__}
         rooms = {room: module for room, module in public.items() if isinstance(module, _ModuleType)}
         raise _missing_of_package("mdsens", name, __all__, rooms)

@@ -1,25 +1,28 @@
-"""Elastic moduli of a relaxed configuration, as one more sensitivity: that of its energy to strain.
+"""Elastic moduli of a relaxed configuration: second derivatives of its relaxed energy by strain.
 
     A_ijkl = V^-1 d2 min_R U / dstrain_ij dstrain_kl
            = V^-1 (d2U/dstrain dstrain - d2U/dstrain dR  H^+  d2U/dR dstrain)
 
-with F = 1 + strain symmetric. The first part is affine; the second is what particles give back as
-they leave their affine places, -H^+ d2U/dR dstrain, the non-affine displacements. This is the
-convention of jax-md and of the packing literature. Under a stress sigma it is not what an
-experiment measures: that is Birch's tensor, the derivative of the stress by the strain,
+with F = 1 + strain symmetric. The first term is the affine stiffness. The second term is what the
+stiffness loses because particles leave their affine positions, by the non-affine displacements
+-H^+ d2U/dR dstrain. This is the convention of jax-md and of the packing literature. Under a stress
+sigma, A is not what an experiment measures. An experiment measures Birch's tensor, the derivative
+of the stress by the strain,
 
-    B_ijkl = A_ijkl + (sigma_ik d_jl + sigma_il d_jk + sigma_jk d_il + sigma_jl d_ik) / 4 - sigma_ij d_kl,
+    B_ijkl = A_ijkl - sigma_ij d_kl
+             + (sigma_ik d_jl + sigma_il d_jk + sigma_jk d_il + sigma_jl d_ik) / 4.
 
-whose bulk modulus is -V dP/dV at constant shape (Voigt's average: a cell whose shape may follow, as
-of ``minimize(pressure=P, shape=True)``, gives way a little more), with P (d - 1) / d more than A's,
-and whose shear modulus is P / 2 less (Barron and Klein, Proc. Phys. Soc. 85, 523, 1965; Wallace,
-Thermodynamics of Crystals, 1972).
+Its bulk modulus is -V dP/dV at constant shape, P (d - 1) / d above that of A. (That is Voigt's
+average: a cell whose shape may change as well, as under ``minimize(pressure=P, shape=True)``, is a
+little softer.) Its shear modulus is P / 2 below that of A (Barron and Klein, Proc. Phys. Soc. 85,
+523, 1965; Wallace, Thermodynamics of Crystals, 1972).
 
-At imposed strain A is what it is, of either sign. Numbers of a solid it gives where the bulk and
-the shear modulus are positive, of A and of B: else the status is FLOPPY where one is zero to
-round-off, UNSTABLE where one is negative, both of which raise. Where they are positive and some
-strain still lowers the enthalpy, B not positive definite, moduli are the averages that they always
-are, and the status warns, SHAPE_HELD: see :mod:`mdsens.mechanics.stability`.
+At imposed strain A is defined whatever its sign. The moduli are those of a solid where the bulk and
+the shear modulus are positive, both of A and of B. Otherwise the status is FLOPPY where one of them
+is zero to round-off and UNSTABLE where one is negative; both statuses raise. Where the moduli are
+positive but B is not positive definite, some strain still lowers the enthalpy: the moduli remain
+averages over directions, and the status SHAPE_HELD is a warning. See
+:mod:`mdsens.mechanics.stability`.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from numpy.typing import ArrayLike
 
 from mdsens._util.errors import InputError, raise_for_status
 from mdsens._util.outcome import worse
@@ -78,11 +82,11 @@ __all__ += ["value_and_gradient", "voigt"]
 D = TypeVar("D", bound=Derivative)
 
 
-def _tensor(given: Any) -> jax.Array:
-    """A stiffness tensor, checked."""
-    if isinstance(given, Moduli):
+def _check_tensor(tensor: ArrayLike | Moduli) -> jax.Array:
+    """Check that the user gave a stiffness tensor (d, d, d, d), and return it as an array."""
+    if isinstance(tensor, Moduli):
         raise InputError("got Moduli: give one of its tensors, moduli.tensor or moduli.birch.")
-    array = jnp.asarray(real_array("the tensor", given))
+    array = jnp.asarray(real_array("the tensor", tensor))
     if array.shape not in ((2, 2, 2, 2), (3, 3, 3, 3)):
         raise InputError(
             f"the tensor has shape {array.shape}: give (d, d, d, d), such as moduli.tensor."
@@ -91,90 +95,107 @@ def _tensor(given: Any) -> jax.Array:
 
 
 def isotropic(tensor: jax.Array) -> Isotropic:
-    """The isotropic part of a stiffness tensor (d, d, d, d), of either convention; see
-    :class:`Isotropic`.
+    """The isotropic part of a stiffness tensor; see :class:`Isotropic`.
+
+    Args:
+      tensor: (d, d, d, d), of either convention, A or B.
     """
-    return isotropic_part(_tensor(tensor))
+    return isotropic_part(_check_tensor(tensor))
 
 
 def mandel(tensor: jax.Array) -> jax.Array:
-    """A stiffness tensor as (m, m) in Mandel's form, whose eigenvalues are its own: xx, yy, (zz,
-    yz, xz,) xy.
+    """A stiffness tensor as the (m, m) matrix of Mandel's notation.
+
+    Rows and columns are xx, yy, (zz, yz, xz,) xy. The eigenvalues of the matrix are those of the
+    tensor.
     """
-    return to_mandel(_tensor(tensor))
+    return to_mandel(_check_tensor(tensor))
 
 
 def voigt(tensor: jax.Array) -> jax.Array:
-    """A stiffness tensor as (m, m) in Voigt's form, C_ab = C_ijkl: xx, yy, (zz, yz, xz,) xy."""
-    tensor = _tensor(tensor)
+    """A stiffness tensor as (m, m) in Voigt's notation, C_ab = C_ijkl: xx, yy, (zz, yz, xz,) xy."""
+    tensor = _check_tensor(tensor)
     d = tensor.shape[0]
+    # Mandel's notation weights each shear component by sqrt(2), Voigt's by 1
     root = jnp.concatenate([jnp.ones(d), jnp.full(d * (d - 1) // 2, 2.0**0.5)])
     return to_mandel(tensor) / (root[:, None] * root[None])
 
 
-def directional(tensor: jax.Array, directions: Any) -> tuple[jax.Array, jax.Array]:
-    """Young's modulus and Poisson's ratio under a uniaxial stress along directions, E(n) and nu(n).
+def directional(tensor: jax.Array, directions: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    """Young's modulus E(n) and Poisson's ratio nu(n) under a uniaxial stress along directions n.
 
-    With the compliance S, the inverse of the tensor: E = 1 / (nn:S:nn), and nu = -E nn:S:(1 - nn) /
-      (d - 1), in 3-D the
-    mean over what is across. Where a strain along n costs nothing, E is zero and nu NaN: the stress
-    has nothing to stand on. Nothing is a singular value of the tensor below 100 eps of the largest.
+    With the compliance S, the inverse of the tensor,
+
+        E = 1 / (nn:S:nn),    nu = -E nn:S:(1 - nn) / (d - 1),
+
+    where nu in 3-D is the mean over the transverse directions. Where a strain along n costs no
+    energy, no stress along n can be in equilibrium: E is zero and nu NaN. A singular value of the
+    tensor counts as zero where it is below 100 eps of the largest.
 
     Args:
-      tensor: (d, d, d, d) of either convention; Birch's for what a tensile test would see.
+      tensor: (d, d, d, d), of either convention; take Birch's for what a tensile test measures.
       directions: (…, d), of any length but zero.
+
+    Returns:
+      (E, nu), each of shape (…).
     """
-    tensor = _tensor(tensor)
+    tensor = _check_tensor(tensor)
     d = tensor.shape[0]
-    given = jnp.asarray(real_array("directions", directions), tensor.dtype)
-    if given.ndim < 1 or given.shape[-1] != d:
-        raise InputError(f"directions have shape {given.shape}: give (…, {d}).")
-    largest = jnp.max(
-        jnp.abs(given), axis=-1, keepdims=True
-    )  # taken out, so that no square over- or underflows
-    if not isinstance(given, Tracer) and not np.all(
-        (np.asarray(largest) > 0) & np.isfinite(np.asarray(largest))
-    ):
-        raise InputError("a direction is zero or not finite: give vectors of any other length.")
-    n = given / largest
+    vectors = jnp.asarray(real_array("directions", directions), tensor.dtype)
+    if vectors.ndim < 1 or vectors.shape[-1] != d:
+        raise InputError(f"directions have shape {vectors.shape}: give (…, {d}).")
+    # divided by the largest component first, so that the squares neither overflow nor underflow
+    largest = jnp.max(jnp.abs(vectors), axis=-1, keepdims=True)
+    if not isinstance(vectors, Tracer):
+        sizes = np.asarray(largest)
+        if not np.all((sizes > 0) & np.isfinite(sizes)):
+            raise InputError("a direction is zero or not finite: give vectors of any other length.")
+    n = vectors / largest
     n = n / jnp.linalg.norm(n, axis=-1, keepdims=True)
+    # the unit stress nn in Mandel's notation, (…, m)
     along = jnp.einsum("...i,...j,aij->...a", n, n, basis(d))
-    matrix, eps = mandel(tensor), float(jnp.finfo(tensor.dtype).eps)
-    left, sizes, right = jnp.linalg.svd(jax.lax.stop_gradient(matrix))
-    nothing = sizes <= 100.0 * eps * sizes[0]
-    filled = (
-        matrix + jnp.where(sizes[0] > 0, sizes[0], 1.0) * (left * nothing) @ right
-    )  # what is solved for elsewhere
-    falls = jnp.linalg.norm((along @ left) * nothing, axis=-1) > eps**0.5
+    matrix = mandel(tensor)
+    eps = float(jnp.finfo(tensor.dtype).eps)
+    # which strains cost nothing is a discrete question, so it has no derivative
+    left, singular, right = jnp.linalg.svd(jax.lax.stop_gradient(matrix))
+    zero = singular <= 100.0 * eps * singular[0]
+    # these strains get a stiffness, so that the solve is regular for all other directions
+    scale = jnp.where(singular[0] > 0, singular[0], 1.0)
+    filled = matrix + scale * (left * zero) @ right
+    unresisted = jnp.linalg.norm((along @ left) * zero, axis=-1) > eps**0.5
     strain = jnp.linalg.solve(filled, along.reshape(-1, along.shape[-1]).T).T.reshape(along.shape)
-    on, whole = jnp.sum(strain * along, axis=-1), strain @ jnp.einsum("aii->a", basis(d))
-    return jnp.where(falls, 0.0, 1.0 / on), jnp.where(
-        falls, jnp.nan, -(whole - on) / ((d - 1) * on)
+    longitudinal = jnp.sum(strain * along, axis=-1)
+    volumetric = strain @ jnp.einsum("aii->a", basis(d))
+    young = jnp.where(unresisted, 0.0, 1.0 / longitudinal)
+    poisson = jnp.where(
+        unresisted, jnp.nan, -(volumetric - longitudinal) / ((d - 1) * longitudinal)
     )
+    return young, poisson
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Moduli(Portable, Shown):
-    """Elastic moduli with their evidence. Frozen, and a pytree.
+    """Elastic moduli with the residuals and the status of their solves. Frozen, and a pytree.
 
     Attributes:
-      tensor: (d, d, d, d) A, relaxed, at imposed strain; energy a volume; zero where all of it is
-        round-off. ``bulk``, ``shear``, ``young`` and ``poisson`` are of this one: zero where they
-        are round-off, and ratios of zeros NaN.
+      tensor: (d, d, d, d) A, relaxed, at imposed strain; energy per volume; zero where all of it is
+        round-off. ``bulk``, ``shear``, ``young`` and ``poisson`` are those of this tensor: zero
+        where they are round-off, and ratios of zeros are NaN.
       affine: (d, d, d, d) what A would be if particles followed the strain.
-      stress: (d, d) Cauchy, positive in tension.
-      nonaffine: (m, n, d) displacements from the affine places, by each Mandel component of the
-        strain; rattlers zero.
+      stress: (d, d) Cauchy stress, positive in tension.
+      nonaffine: (m, n, d) displacements from the affine positions, for each Mandel component of the
+        strain; zero for rattlers.
       stats: of the m linear solves. The error of the tensor is of the order of the residual
-        squared. Where the solves are good the status says what the tensor is of: FLOPPY,
-        STIFFNESS_UNSETTLED or UNSTABLE where its numbers are those of no solid, SHAPE_HELD as a
+        squared. Where the solves are good, the status says what the tensor describes: FLOPPY,
+        STIFFNESS_UNSETTLED or UNSTABLE where its moduli are not those of a solid, SHAPE_HELD as a
         warning; see :func:`mdsens.mechanics.stability.verdict`.
-      round_off: a stiffness as small is none; see :func:`mdsens.mechanics.stability.resolution`.
+      round_off: stiffnesses up to this size count as zero; see
+        :func:`mdsens.mechanics.stability.resolution`.
 
-    and, made of these: ``bulk``, ``shear``, ``young``, ``poisson``, ``pressure``, ``birch`` (d, d,
-    d, d), the smallest eigenvalue of the symmetrized Birch tensor as ``stability``, and the worst
-    of the stats' as ``status``.
+    Properties computed from these: ``bulk``, ``shear``, ``young``, ``poisson``, ``pressure``,
+    ``birch`` (d, d, d, d), ``stability``, which is the smallest eigenvalue of the symmetrized Birch
+    tensor, and ``status``, the worst status of the solves.
     """
 
     tensor: jax.Array
@@ -186,74 +207,72 @@ class Moduli(Portable, Shown):
 
     @property
     def status(self) -> Status:
-        """The worst status among the stats'; of concrete moduli, not of traced ones."""
+        """The worst status in ``stats``; of concrete moduli, not of traced ones."""
         return Status.worst_of(self.stats.status)
 
     @property
     def birch(self) -> jax.Array:
-        """(d, d, d, d) B, the derivative of the Cauchy stress by the strain, with A's relaxation;
-        see the module.
+        """(d, d, d, d) B, derivative of the Cauchy stress by the strain, relaxed as A is.
+
+        The equation is in the docstring of the module.
         """
         return cleared(birch(self.tensor, self.stress), self.round_off)
 
     @property
     def pressure(self) -> jax.Array:
-        """-tr(stress) / d."""
+        """P = -tr(stress) / d."""
         return -jnp.trace(self.stress) / self.stress.shape[0]
 
     @property
     def bulk(self) -> jax.Array:
-        """K of A; -V dP/dV is ``isotropic(moduli.birch).bulk``."""
+        """Bulk modulus K of A; -V dP/dV is ``isotropic(moduli.birch).bulk``."""
         return isotropic_part(self.tensor, self.round_off).bulk
 
     @property
     def shear(self) -> jax.Array:
-        """G of A, averaged over directions."""
+        """Shear modulus G of A, averaged over directions."""
         return isotropic_part(self.tensor, self.round_off).shear
 
     @property
     def young(self) -> jax.Array:
-        """E of A."""
+        """Young's modulus E of A."""
         return isotropic_part(self.tensor, self.round_off).young
 
     @property
     def poisson(self) -> jax.Array:
-        """nu of A."""
+        """Poisson's ratio nu of A."""
         return isotropic_part(self.tensor, self.round_off).poisson
 
     @property
     def stability(self) -> jax.Array:
-        """The smallest eigenvalue of B, symmetrized: positive where no strain lowers the free
-        enthalpy (Born).
+        """The smallest eigenvalue of the symmetrized B.
+
+        Positive where no strain lowers the free enthalpy (Born's criterion).
         """
         return softest_strain(self.birch)
 
     _title = "Elastic moduli"
 
     def _rows(self) -> list[tuple[str, str]]:
-        measured, whole, of_birch = (
+        of_a, of_affine, of_birch = (
             isotropic_part(x, self.round_off) for x in (self.tensor, self.affine, self.birch)
         )
 
         def line(name: str) -> str:
-            a, b, c = (float(getattr(x, name)) for x in (measured, of_birch, whole))
+            a, b, c = (float(getattr(x, name)) for x in (of_a, of_birch, of_affine))
             return f"{a:.6g}; {b:.6g} in Birch's convention; {c:.6g} if affine"
 
+        stability = f"{float(self.stability):.6g} of Birch's tensor: stable where positive"
+        largest_residual = float(np.max(np.asarray(self.stats.residual)))
         return [
             ("pressure", f"{float(self.pressure):.6g}"),
             ("bulk modulus", line("bulk")),
             ("shear modulus", line("shear")),
             ("Young's modulus", line("young")),
             ("Poisson's ratio", line("poisson")),
-            (
-                "smallest eigenvalue",
-                f"{float(self.stability):.6g} of Birch's tensor: stable where positive",
-            ),
+            ("smallest eigenvalue", stability),
             ("status", f"{self.status.name}: {self.status.sentence}"),
-            (
-                "residual",
-                f"{float(np.max(np.asarray(self.stats.residual))):.1e}, by {self.stats.solver}",
-            ),
+            ("residual", f"{largest_residual:.1e}, by {self.stats.solver}"),
         ]
 
 
@@ -262,58 +281,56 @@ def moduli(
 ) -> Moduli:
     """Elastic moduli at imposed strain.
 
-    Their derivative by the parameters is cheapest by :func:`gradient`, one solve more; a function
-    of a System that takes moduli inside, given to ``ms.gradient``, costs several and twice the
-    compilation, and serves a batch, too.
+    The cheapest way to their derivative by the parameters is :func:`gradient`, which takes one more
+    linear solve. ``ms.gradient`` of a function of a System that calls ``moduli`` takes several
+    solves and twice the compilation, but also works for a batch.
 
     Args:
-      eq: an Equilibrium or a Linearization, for the number with its status, by one factor for all
+      eq: an Equilibrium or a Linearization, for the moduli with their status, by one factor for all
         strains; or a relaxed System, traceable and differentiable to any order, for ``jax.grad``
         through ``equilibrate``.
       solve: the linear solver; Auto() where None.
-      throw: raise unless the status is good. Of a System nothing is raised: read ``stats``. A
-        function of a System that gives back a number alone hides them, and ``ms.gradient`` of it
-        knows only what is NaN (NOT_FINITE), as E and nu are where no solid has them.
+      throw: raise unless the status is good. For a System nothing is raised: read ``stats``. A
+        function of a System that returns only a number hides them, and ``ms.gradient`` of it
+        detects only NaN (NOT_FINITE), which E and nu are where no solid has them.
 
     Returns:
       :class:`Moduli`.
 
     Raises:
-      InputError: open boundaries, a batch. ConvergenceError: no minimum; a solve that did not
-        converge; a bulk or shear
-      modulus that is zero to round-off (FLOPPY), in doubt (STIFFNESS_UNSETTLED) or negative
-      (UNSTABLE): the message gives both, and ``throw=False`` the tensor, of which each entry is
-      what it is.
+      InputError: open boundaries, a batch.
+      ConvergenceError: no minimum; a solve that did not converge; a bulk or shear modulus that is
+        zero to round-off (FLOPPY), in doubt (STIFFNESS_UNSETTLED) or negative (UNSTABLE). The
+        message gives both moduli, and ``throw=False`` returns the tensor, whose entries are valid
+        all the same.
     """
     if isinstance(eq, System):
         _check_cell(eq)
-        return _of_system(eq, Auto() if solve is None else solve)
+        return _moduli_of_system(eq, Auto() if solve is None else solve)
     if isinstance(eq, Equilibrium):
         _check_cell(eq.system)
     lin = linearized(eq, solve)
     _check_cell(lin.system)
     require_sound(lin, eq, throw)
-    strained = solve_derivative(
-        STRAIN, lin, jnp.asarray(basis(lin.system.dimension), lin.system.positions.dtype), many=True
-    )
-    found = _judged(lin.system, strained.value, strained.stats, lin.equilibrium.max_force)
+    strains = jnp.asarray(basis(lin.system.dimension), lin.system.positions.dtype)
+    # all m strains at once, so that they share one factor of the Hessian
+    strained = solve_derivative(STRAIN, lin, strains, many=True)
+    result = _assemble_moduli(lin.system, strained.value, strained.stats, lin.equilibrium.max_force)
     if throw:
-        where = where_not_finite(found.status, lin.system)
-        raise_for_status(
-            found.status, f"elastic moduli by {found.stats.solver}{where}{_figures(found)}", found
-        )
-    return found
+        where = where_not_finite(result.status, lin.system)
+        message = f"elastic moduli by {result.stats.solver}{where}{_describe_moduli(result)}"
+        raise_for_status(result.status, message, result)
+    return result
 
 
-def _figures(found: Moduli) -> str:
-    """What a message that refuses moduli says of them, where the solves are good and the solid is
-    none.
-    """
-    if found.status not in (Status.FLOPPY, Status.STIFFNESS_UNSETTLED, Status.UNSTABLE):
+def _describe_moduli(result: Moduli) -> str:
+    """The moduli in words, for the error where the solves are good but there is no solid."""
+    if result.status not in (Status.FLOPPY, Status.STIFFNESS_UNSETTLED, Status.UNSTABLE):
         return ""
     return (
-        f": bulk modulus {float(found.bulk):.3g}, shear modulus {float(found.shear):.3g}, smallest"
-        f" eigenvalue of Birch's tensor {float(found.stability):.3g} (throw=False gives them)"
+        f": bulk modulus {float(result.bulk):.3g}, shear modulus {float(result.shear):.3g},"
+        f" smallest eigenvalue of Birch's tensor {float(result.stability):.3g} (throw=False gives"
+        " them)"
     )
 
 
@@ -324,23 +341,23 @@ def gradient(
     solve: Method | None = None,
     throw: bool = True,
 ) -> ParameterGradient:
-    """The total derivative of a function of the moduli by all parameters, by the solves of
-    ``moduli`` and one more.
+    """The total derivative of a function of the moduli by all parameters.
 
-    The relaxed energy is stationary in the non-affine displacements, so that these may stay as they
-    are while the tensor is differentiated; what is left is the motion of the minimum, one adjoint
-    solve for each number of ``observable``.
+    It takes the linear solves of ``moduli`` and one adjoint solve for each number that
+    ``observable`` returns. The relaxed energy is stationary in the non-affine displacements, so
+    they may be kept constant while the tensor is differentiated. What is left is the motion of the
+    minimum, which is the adjoint solve.
 
     Args:
-      observable: Moduli -> number or array, traceable: ``lambda m: m.poisson``. Of its tensors and stress,
-        that is: the displacements themselves have no derivative here, ``moduli`` of a System gives
-        them one.
-      at, solve, throw: as in ``ms.gradient``.
+      observable: Moduli -> number or array, traceable: ``lambda m: m.poisson``. It may use the
+        tensors and the stress; the non-affine displacements have no derivative here. ``moduli`` of
+        a System differentiates them too.
+      eq, solve, throw: as in ``ms.gradient``.
 
     Returns:
-      a :class:`~mdsens.ParameterGradient`, its value a dict shaped like the parameters, as of
-      ``ms.gradient``: in a symmetric matrix of species pairs half of the derivative in each of two
-      entries, and the whole in its ``component``.
+      a :class:`~mdsens.ParameterGradient`, its value a dict shaped like the parameters, as that of
+      ``ms.gradient``. In a symmetric matrix of species pairs, each of the two entries of a pair has
+      half of the derivative; ``component`` gives the whole.
     """
     return value_and_gradient(observable, eq, solve=solve, throw=throw)[1]
 
@@ -348,44 +365,51 @@ def gradient(
 def jvp(
     observable: Callable[[Moduli], Any],
     eq: Equilibrium | Linearization,
-    dparams: Mapping[str, Any],
+    dparams: Mapping[str, ArrayLike],
     *,
     solve: Method | None = None,
     throw: bool = True,
 ) -> DirectionalDerivative:
-    """The total derivative of a function of the moduli along one direction of the parameters:
-    ``gradient``, forward.
+    """The total derivative of a function of the moduli along one direction of the parameters.
 
-    By the solves of ``moduli`` and one more, however many numbers ``observable`` has. At a pressure the
-    cell follows, and ``dparams`` may name the pressure.
+    This is the forward mode of ``gradient``: it takes the linear solves of ``moduli`` and one more,
+    however many numbers ``observable`` returns. At a pressure the cell responds, and ``dparams``
+    may name the pressure.
 
     Args:
       observable, eq, solve, throw: as in ``gradient``.
-      dparams: changes by parameter name, as in ``ms.jvp``; of a matrix of species pairs symmetric.
+      dparams: changes by parameter name, as in ``ms.jvp``; that of a matrix of species pairs must
+        be symmetric.
 
     Returns:
       a :class:`~mdsens.DirectionalDerivative`, its value shaped like what ``observable`` returns.
     """
-    lin, observe = _function(observable, eq, solve)
+    lin, observe = _prepare_observable(observable, eq, solve)
     tangent = full_tangent(lin.system, dparams, lin.params)
     require_sound(lin, eq, throw)
     elastic = moduli(lin, throw=throw)
     moved = derivatives.jvp(lin, dparams, throw=throw)
-    rates = _pushed(lin.traced(tuple(dparams)), elastic, lin.unknown(moved.value), tangent)
-    _, rate = jax.jvp(
-        _of_tensors(observe, elastic), (elastic.tensor, elastic.affine, elastic.stress), rates
+    # the chain rule: parameters -> motion of the minimum -> tensors -> observable
+    rates = _push_tensors(
+        lin.traced(tuple(dparams)), elastic, lin.structure.unknown(lin, moved.value), tangent
     )
+    _, rate = jax.jvp(
+        _function_of_tensors(observe, elastic),
+        (elastic.tensor, elastic.affine, elastic.stress),
+        rates,
+    )
+    # good solves do not exclude a derivative of the potential or the observable that is not finite
     finite = jnp.all(jnp.isfinite(rate))
-    found = DirectionalDerivative(
+    result = DirectionalDerivative(
         value=rate,
         stats=status_of_finite(moved.stats, finite),
         max_force=moved.max_force,
         rattlers=moved.rattlers,
     )
-    found = _as_good_as(elastic, found)
+    result = _with_status_of_moduli(elastic, result)
     if throw:
-        raise_for_status(found.status, "jvp of elastic moduli", found)
-    return found
+        raise_for_status(result.status, "jvp of elastic moduli", result)
+    return result
 
 
 def value_and_gradient(
@@ -395,41 +419,54 @@ def value_and_gradient(
     solve: Method | None = None,
     throw: bool = True,
 ) -> tuple[jax.Array, ParameterGradient]:
-    """What ``gradient`` gives, with the value of the function before it."""
-    lin, observe = _function(observable, eq, solve)
+    """The value of a function of the moduli, and its :func:`gradient` with the same arguments."""
+    lin, observe = _prepare_observable(observable, eq, solve)
     require_sound(lin, eq, throw)
     elastic = moduli(lin, throw=throw)
     value, pull = jax.vjp(
-        _of_tensors(observe, elastic), elastic.tensor, elastic.affine, elastic.stress
+        _function_of_tensors(observe, elastic), elastic.tensor, elastic.affine, elastic.stress
     )
+    # derivatives of each number of the observable by (tensor, affine, stress)
     weights = jax.vmap(lambda w: pull(w))(unit_cotangents(lin, value))
     core = lin.traced(tuple(lin.params))
 
-    def pulled(eq: Linearization) -> Any:
-        return _pulled(eq, elastic, weights)
+    def pull_at(lin: Linearization) -> tuple[Unknowns, dict[str, jax.Array]]:
+        return _pull_tensors(lin, elastic, weights)
 
-    cotangents, direct = pulled(core)
-    found = total_derivative(lin, value, cotangents, direct, throw, lambda: pulled(aside(core))[0])
-    return value, _as_good_as(elastic, found)
+    cotangents, direct = pull_at(core)
+    # the last argument: cotangents beside the minimum, where those at the minimum are round-off
+    result = total_derivative(
+        lin, value, cotangents, direct, throw, lambda: pull_at(aside(core))[0]
+    )
+    return value, _with_status_of_moduli(elastic, result)
 
 
-def _as_good_as(elastic: Moduli, result: D) -> D:
-    """A derivative of moduli, with the status of these where that is worse, or says that they are
-    none.
+def _with_status_of_moduli(elastic: Moduli, result: D) -> D:
+    """A derivative of the moduli, with the worse of its own status and that of the moduli.
+
+    Where the moduli are not good, their status replaces that of the derivative: it names the cause.
     """
-    worst, own = elastic.status, result.stats.status
-    code = worse(own, worst.value)
-    code = code if worst.good else jnp.full_like(own, worst.value)
+    worst = elastic.status
+    # the status of the derivative is an array with one entry for each solve
+    code = worse(result.stats.status, worst.value)
+    if not worst.good:
+        code = jnp.full_like(result.stats.status, worst.value)
     return dataclasses.replace(result, stats=dataclasses.replace(result.stats, status=code))
 
 
-def _function(
-    observable: Any, eq: Any, solve: Any
+def _prepare_observable(
+    observable: Callable[[Moduli], Any],
+    eq: Equilibrium | Linearization,
+    solve: Method | None,
 ) -> tuple[Linearization, Callable[[Moduli], jax.Array]]:
-    """The minimum made ready, and the function of its moduli, tried without them."""
+    """The linearization at a minimum, and the user's function of its moduli, checked.
+
+    The function is checked on shapes alone, before any linear solve.
+    """
     if not callable(observable):
         raise InputError(
-            "the first argument is no function: give one of Moduli, such as lambda m: m.poisson."
+            "the first argument is not a function: give a function of Moduli, such as"
+            " lambda m: m.poisson."
         )
     if isinstance(eq, Equilibrium):
         _check_cell(eq.system)
@@ -440,56 +477,74 @@ def _function(
     def observe(moduli: Moduli) -> jax.Array:
         return numbers(function(moduli))
 
-    unit_cotangents(lin, jax.eval_shape(observe, _shapes(lin.system)))
+    unit_cotangents(lin, jax.eval_shape(observe, _abstract_moduli(lin.system)))
     return lin, observe
 
 
-def _shapes(system: System) -> Moduli:
-    """Moduli without numbers."""
-    (n, d), dtype = system.positions.shape, system.positions.dtype
+def _abstract_moduli(system: System) -> Moduli:
+    """Moduli with the shapes and types of their arrays, and no values."""
+    n, d = system.positions.shape
+    dtype = system.positions.dtype
     m = d * (d + 1) // 2
-    counts, sizes = jnp.zeros(m, jnp.int32), jnp.zeros(m, dtype)
-    stats = SolveStats(counts, sizes, counts, sizes)
-    return jax.eval_shape(_judged, system, jnp.zeros((m, n, d), dtype), stats, jnp.zeros((), dtype))
+    # the m solves of the Mandel strains
+    counts = jnp.zeros(m, jnp.int32)
+    sizes = jnp.zeros(m, dtype)
+    stats = SolveStats(status=counts, residual=sizes, iterations=counts, dropped=sizes)
+    motion = jnp.zeros((m, n, d), dtype)
+    return jax.eval_shape(_assemble_moduli, system, motion, stats, jnp.zeros((), dtype))
 
 
-def _of_tensors(
+def _function_of_tensors(
     observe: Callable[[Moduli], jax.Array], elastic: Moduli
-) -> Callable[..., jax.Array]:
-    """The function as one of the tensors and the stress, the displacements as they are."""
+) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """The observable as a function of (tensor, affine, stress), all else of the moduli constant."""
 
-    def of_tensors(tensor: jax.Array, affine: jax.Array, stress: jax.Array) -> jax.Array:
+    def observe_tensors(tensor: jax.Array, affine: jax.Array, stress: jax.Array) -> jax.Array:
         return observe(dataclasses.replace(elastic, tensor=tensor, affine=affine, stress=stress))
 
-    return of_tensors
+    return observe_tensors
 
 
-def _tensors(lin: Linearization, elastic: Moduli) -> Callable[..., tuple[jax.Array, ...]]:
-    """The tensors and the stress as functions of the unknowns and the parameters, the displacements
-    as they are.
+def _tensors_of_unknowns(
+    lin: Linearization, elastic: Moduli
+) -> Callable[[Unknowns, Mapping[str, jax.Array]], tuple[jax.Array, ...]]:
+    """(tensor, affine, stress) as functions of the unknowns and the parameters.
+
+    The non-affine displacements are kept constant: the energy is stationary in them.
     """
 
-    def at(x: Unknowns, params: Any) -> tuple[jax.Array, ...]:
+    def tensors_at(x: Unknowns, params: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
+        # lin.moved keeps the neighbor list, so that this can be traced
         tensor, affine, stress = tensors(lin.moved(lin.system, x, params), elastic.nonaffine)
         return cleared(tensor, elastic.round_off), affine, stress
 
-    return at
+    return tensors_at
 
 
 @jax.jit
-def _pushed(lin: Linearization, elastic: Moduli, x: Unknowns, params: Any) -> Any:
-    """How fast the tensors change as the unknowns and the parameters do."""
-    return jax.jvp(_tensors(lin, elastic), (lin.unknowns, dict(lin.params)), (x, dict(params)))[1]
+def _push_tensors(
+    lin: Linearization, elastic: Moduli, x: Unknowns, params: Mapping[str, jax.Array]
+) -> tuple[jax.Array, ...]:
+    """Directional derivatives of the tensors along changes of the unknowns and the parameters."""
+    primals = (lin.unknowns, dict(lin.params))
+    return jax.jvp(_tensors_of_unknowns(lin, elastic), primals, (x, dict(params)))[1]
 
 
 @jax.jit
-def _pulled(lin: Linearization, elastic: Moduli, weights: tuple[jax.Array, ...]) -> Any:
-    """What each of some combinations of the tensors owes to the unknowns and to the parameters."""
-    pull = jax.vjp(_tensors(lin, elastic), lin.unknowns, lin.params)[1]
+def _pull_tensors(
+    lin: Linearization, elastic: Moduli, weights: tuple[jax.Array, ...]
+) -> tuple[Unknowns, dict[str, jax.Array]]:
+    """Derivatives of linear combinations of the tensors by the unknowns and by the parameters.
+
+    Args:
+      weights: of (tensor, affine, stress) in each combination, with a leading axis over these.
+    """
+    pull = jax.vjp(_tensors_of_unknowns(lin, elastic), lin.unknowns, lin.params)[1]
     return jax.vmap(lambda w: pull(w))(weights)
 
 
 def _check_cell(system: System) -> None:
+    """Refuse systems without elastic moduli: constraints, open boundaries, a batch."""
     require_unconstrained(system, "elasticity")
     if system.box is None:
         raise InputError(
@@ -503,37 +558,57 @@ def _check_cell(system: System) -> None:
         )
 
 
-def _judged(system: System, motion: jax.Array, stats: SolveStats, max_force: Any) -> Moduli:
-    """The moduli of a backbone, with the status that says what they are of."""
-    found = solid(system, motion, max_force, jnp.max(stats.residual))
-    stats = dataclasses.replace(stats, status=worse(stats.status, found.status))
-    return Moduli(found.tensor, found.affine, found.stress, motion, stats, found.round_off)
+def _assemble_moduli(
+    system: System, motion: jax.Array, stats: SolveStats, max_force: jax.Array
+) -> Moduli:
+    """Moduli of a backbone from its non-affine displacements, with the worse status of the two.
+
+    Args:
+      system: the backbone.
+      motion: (m, n, d), the non-affine displacements of each Mandel strain.
+      stats: of the solves for ``motion``.
+      max_force: the largest force left on a particle.
+    """
+    response = solid(system, motion, max_force, jnp.max(stats.residual))
+    return Moduli(
+        tensor=response.tensor,
+        affine=response.affine,
+        stress=response.stress,
+        nonaffine=motion,
+        stats=dataclasses.replace(stats, status=worse(stats.status, response.status)),
+        round_off=response.round_off,
+    )
 
 
-@functools.partial(
-    jax.jit, static_argnames="solve"
-)  # so that what is derived from it is traced and compiled once
-def _of_system(system: System, solve: Method) -> Moduli:
-    still = jax.lax.stop_gradient(system)
-    left = max_force(still)
-    backbone, net, null = analyze_rigidity(system, left)
+# compiled, so that functions derived from it are traced and compiled once: without this,
+# ms.gradient of the moduli of a batch did not end
+@functools.partial(jax.jit, static_argnames="solve")
+def _moduli_of_system(system: System, solve: Method) -> Moduli:
+    """Moduli of a relaxed System, traceable, with its status as an array in ``stats``."""
+    constant = jax.lax.stop_gradient(system)
+    force_left = max_force(constant)
+    backbone, net, null = analyze_rigidity(system, force_left)
     operator = hessian_operator(backbone, null)
 
-    def one(strain: jax.Array) -> tuple[jax.Array, SolveStats]:
+    def relax_under(strain: jax.Array) -> tuple[jax.Array, SolveStats]:
         forces = forces_of_strain(backbone, strain)
         x, stats = linear_solve(operator, Unknowns(forces), solve)
-        # of round-off, translations are no part worth a word; its derivatives count all the same
-        silent = strain_is_silent(still, forces) & (
+        # forces that are round-off have a large share along translations, which deserves no
+        # warning. They are solved for all the same, since their derivatives need not vanish.
+        silent = strain_is_silent(constant, forces) & (
             stats.status == Status.NULL_COMPONENT_DROPPED.value
         )
-        return x.positions, dataclasses.replace(
-            stats, status=jnp.where(silent, Status.CONVERGED.value, stats.status)
-        )
+        code = jnp.where(silent, Status.CONVERGED.value, stats.status)
+        return x.positions, dataclasses.replace(stats, status=code)
 
-    motion, stats = jax.vmap(one)(jnp.asarray(basis(system.dimension), system.positions.dtype))
+    strains = jnp.asarray(basis(system.dimension), system.positions.dtype)
+    motion, stats = jax.vmap(relax_under)(strains)
+    # a configuration that is no minimum comes before anything that the solves report
     code = jnp.where(net.unjammed, Status.UNJAMMED.value, Status.CONVERGED.value)
-    code = jnp.where(unrelaxed(still, left, net.mean_force), Status.UNCONVERGED.value, code)
+    code = jnp.where(
+        unrelaxed(constant, force_left, net.mean_force), Status.UNCONVERGED.value, code
+    )
     stats = dataclasses.replace(
         stats, status=jnp.where(code != Status.CONVERGED.value, code, stats.status)
     )
-    return _judged(backbone, motion, stats, left)
+    return _assemble_moduli(backbone, motion, stats, force_left)

@@ -3,19 +3,20 @@ parameters.
 
     H v = lambda v,    d lambda / dp = v^T (@H/@p) v + v^T (@H/@R) v . dR/dp
 
-H is the Hessian d2U/dR2 by positions in the present cell, off its null space, and lambda the lowest
-eigenvalue there. v has norm one and stays as it is while H changes: its own motion counts to second
-order (Hellmann and Feynman). The last term is the motion of the minimum, one adjoint solve; at a
-pressure it contains that of the cell.
+H is the Hessian d2U/dR2 by positions in the present cell, off its null space, and lambda is its
+lowest eigenvalue there. v has norm one and is kept constant while H changes, because its own change
+contributes only to second order (Hellmann and Feynman). The last term is the motion of the minimum,
+one adjoint solve; at a pressure it contains the motion of the cell.
 
-Where eigenvalues are equal, as in a crystal, each alone has no derivative, and their mean has one:
-the trace of H on the space that they span, over its dimension.
+Where eigenvalues are equal, as in a crystal, a single one of them has no derivative, but their mean
+has one: it is the trace of H on the space that their modes span, over the dimension of that space.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -43,31 +44,36 @@ from mdsens.sensitivity.results import ParameterGradient
 
 __all__ = ["Softest", "gradient", "smallest_stiffness", "stiffness"]
 
-# of an eigenvalue: nearer ones are taken as equal, which a crystal's are to round-off of its
-# positions
+# Eigenvalues whose relative difference is at most this count as equal. Those of a crystal are
+# equal to round-off of its positions.
 EQUAL = 1e-6
-SPARE = 4  # eigenvalues asked for beyond those wanted, to see the gap
-MOST = 200  # beyond those wanted: of that many equal ones nothing is said
-LOOK = 48  # likewise in traced code, whose shapes are fixed
+# eigenvalues computed beyond those asked for, so that the gap to the next one is known
+EXTRA = 4
+# The most eigenvalues computed beyond those asked for. Where all of these are equal, the
+# multiplicity and the gap remain unknown, and the status is UNRESOLVED.
+MOST_EXTRA = 200
+# the same in traced code, where every array has to have this fixed size
+MOST_EXTRA_TRACED = 48
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Softest(Shown):
-    """The lowest modes of the Hessian off its null space, as many as belong together.
+    """The lowest modes of the Hessian off its null space; modes of equal stiffness stay together.
 
     Attributes:
-      values: (k,) eigenvalues, ascending, energy a length squared. k is what was asked for or,
+      values: (k,) eigenvalues, ascending, energy per length squared. k is the number asked for or,
         where the last of these is equal to the next, as many more as are equal to it.
-      vectors: (k, n, d) the modes, orthonormal; rows of rattlers zero.
+      vectors: (k, n, d) the modes, orthonormal; rows of rattlers are zero.
       residuals: (k,) |H v - lambda v|.
-      gap: from the last of these to the next eigenvalue; inf where there is none.
-      mixing: how much of the modes beyond the gap may be in these, at most about: the residual, and
-        what the force left can change of H, over the gap. It is the relative size of the error of
-        the derivative.
-      participation: (k,) of each mode, 1 where all particles move alike, 1/n where one does.
+      gap: from the last of these eigenvalues to the next; inf where there is no next one.
+      mixing: about the largest share of the modes beyond the gap that these modes may contain: the
+        residual plus the change of H that the remaining force can make, over the gap. It is the
+        relative size of the error of the derivative.
+      participation: (k,) participation ratio of each mode: 1 where all particles move alike, 1/n
+        where only one moves.
       status: DEGENERATE where k is more than was asked for, UNRESOLVED where ``mixing`` is above
         the accuracy; or what is wrong with the minimum.
-      method: how they were found.
+      method: the eigenvalue solver that was used.
     """
 
     values: np.ndarray
@@ -87,15 +93,14 @@ class Softest(Shown):
     _title = "Softest modes"
 
     def _rows(self) -> list[tuple[str, str]]:
-        shown = ", ".join(f"{v:.6g}" for v in self.values[:4]) + (
-            " …" if len(self.values) > 4 else ""
-        )
+        stiffness = f"{self.value:.6g}"
+        if len(self.values) > 1:
+            shown = ", ".join(f"{v:.6g}" for v in self.values[:4])
+            if len(self.values) > 4:
+                shown += " …"
+            stiffness += f", mean of {len(self.values)}: {shown}"
         return [
-            (
-                "stiffness",
-                f"{self.value:.6g}"
-                + (f", mean of {len(self.values)}: {shown}" if len(self.values) > 1 else ""),
-            ),
+            ("stiffness", stiffness),
             ("gap to the next", f"{self.gap:.3g}"),
             ("residual", f"{np.max(self.residuals, initial=0.0):.1e}, by {self.method}"),
             ("mixing", f"{self.mixing:.1e}"),
@@ -107,14 +112,13 @@ class Softest(Shown):
 def smallest_stiffness(
     eq: Equilibrium | Linearization, count: int = 1, *, accuracy: float = 1e-3, throw: bool = True
 ) -> Softest:
-    """The lowest eigenvalue of the Hessian off its null space, with its mode and the gap to the
-    next.
+    """The lowest eigenvalue of the Hessian off its null space, its mode and the gap to the next.
 
     Args:
       eq: from ``minimize`` or ``linearize``; at a pressure, the Hessian is that by positions in the
         present cell.
       count: how many of the lowest eigenvalues are taken together.
-      accuracy: of the derivative, relative: where the modes may hold more than this of the next
+      accuracy: of the derivative, relative. Where the modes may contain more than this of the next
         ones, the status is UNRESOLVED.
       throw: raise unless the status is good.
 
@@ -122,18 +126,17 @@ def smallest_stiffness(
       :class:`Softest`.
 
     Raises:
-      InputError: a batch. ConvergenceError: no minimum, a saddle, a floppy mode, modes that cannot
-        be told apart.
+      InputError: a batch.
+      ConvergenceError: no minimum, a saddle, a floppy mode, modes that cannot be told apart.
     """
-    count = _checked(count, accuracy)
+    count = _check_arguments(count, accuracy)
     lin = linearized(eq, None)
     require_sound(lin, eq, throw)
-    found = _softest(lin, count, float(accuracy))
+    softest = _compute_softest(lin, count, float(accuracy))
     if throw:
-        raise_for_status(
-            found.status, f"the smallest stiffness is {found.value:.3g}, by {found.method}", found
-        )
-    return found
+        message = f"the smallest stiffness is {softest.value:.3g}, by {softest.method}"
+        raise_for_status(softest.status, message, softest)
+    return softest
 
 
 def gradient(
@@ -144,110 +147,138 @@ def gradient(
     solve: Method | None = None,
     throw: bool = True,
 ) -> ParameterGradient:
-    """The total derivative of the smallest stiffness by all parameters, by one eigenvalue and one
-    adjoint solve.
+    """The total derivative of the smallest stiffness by all parameters.
 
-    Of ``smallest_stiffness(at, count).value``: of several modes, by choice or because they are
-    equal, that of their mean. It holds while the modes do not meet the next ones, for changes of
-    the eigenvalues small against their gap.
+    It takes the lowest eigenvalue with its mode, and one adjoint solve. It is the derivative of
+    ``smallest_stiffness(eq, count).value``. Where there are several modes, because they were asked
+    for or because they are equally stiff, it is the derivative of their mean. It is valid as long
+    as these modes do not cross the next ones, that is for changes of the eigenvalues small against
+    the gap.
 
     Args:
-      at, count, accuracy: as in :func:`smallest_stiffness`.
+      eq, count, accuracy: as in :func:`smallest_stiffness`.
       solve, throw: as in ``ms.gradient``.
 
     Returns:
-      a :class:`~mdsens.ParameterGradient`, its value a dict shaped like the parameters, as of
-      ``ms.gradient``: in a symmetric matrix of species pairs half of the derivative in each of two
-      entries, and the whole in its ``component``. Its status is the solve's, or where that one is
-      good the modes': DEGENERATE says that it is a mean over more modes than were asked for.
+      a :class:`~mdsens.ParameterGradient`, its value a dict shaped like the parameters, as that of
+      ``ms.gradient``. In a symmetric matrix of species pairs, each of the two entries of a pair has
+      half of the derivative; ``component`` gives the whole. Its status is that of the solve or,
+      where that is good, that of the modes: DEGENERATE says that the mean is over more modes than
+      were asked for.
     """
-    count = _checked(count, accuracy)
+    count = _check_arguments(count, accuracy)
     lin = linearized(eq, solve)
     require_sound(lin, eq, throw)
-    found = smallest_stiffness(lin, count, accuracy=accuracy, throw=throw)
-    core, vectors = (
-        lin.traced(tuple(lin.params)),
-        jnp.asarray(found.vectors, lin.system.positions.dtype),
-    )
-    value, cotangents, direct = _pulled(core, vectors)
+    softest = smallest_stiffness(lin, count, accuracy=accuracy, throw=throw)
+    core = lin.traced(tuple(lin.params))
+    vectors = jnp.asarray(softest.vectors, lin.system.positions.dtype)
+    value, cotangents, direct = _pull_mean_stiffness(core, vectors)
     result = total_derivative(
-        lin, value, cotangents, direct, throw, lambda: _pulled(aside(core), vectors)[1]
+        lin, value, cotangents, direct, throw, lambda: _pull_mean_stiffness(aside(core), vectors)[1]
     )
     code = result.stats.status
     if result.status.good:
-        code = worse(code, found.status.value)
+        code = worse(code, softest.status.value)
     return dataclasses.replace(result, stats=dataclasses.replace(result.stats, status=code))
 
 
-def _checked(count: Any, accuracy: Any) -> int:
-    """The count, and the accuracy's check."""
+def _check_arguments(count: int, accuracy: float) -> int:
+    """Check count and accuracy; returns the count as a Python int."""
     if not isinstance(accuracy, int | float) or not 0 < accuracy < 1:
         raise InputError(f"accuracy is {short(accuracy)}: give a number between 0 and 1.")
-    return _whole(count)
+    return _check_count(count)
 
 
-def _whole(count: Any) -> int:
+def _check_count(count: int) -> int:
+    """Check the number of modes; returns it as a Python int. True and False are refused."""
     if not isinstance(count, int | np.integer) or isinstance(count, bool) or count < 1:
         raise InputError(f"count is {short(count)}: give a whole number from 1.")
     return int(count)
 
 
-def _softest(lin: Linearization, count: int, accuracy: float) -> Softest:
-    system, d = lin.system, lin.system.dimension
+def _compute_softest(lin: Linearization, count: int, accuracy: float) -> Softest:
+    """Compute the lowest modes, as many as are equal, and judge them; see :class:`Softest`."""
+    system = lin.system
+    d = system.dimension
     require_unconstrained(system, "modes")
-    before, largest_force = Status(int(lin.status)), float(lin.equilibrium.max_force)
-    loose = np.asarray(lin.network.rattlers)
-    left = system.positions.size - (0 if loose.all() else sum(lin.null.dimensions(d)))
-    if loose.all() or not left or not np.isfinite(np.asarray(system.positions)).all():
-        nothing = np.zeros(1), np.zeros((1, *system.positions.shape)), np.zeros(1)
-        status = Status.UNJAMMED if before.good else before
-        return Softest(*nothing, np.inf, 0.0, np.zeros(1), status, "none")
-    stiffness = HessianFactor(system, lin.null) if lin.stiffness is None else lin.stiffness
+    status = Status(int(lin.status))
+    largest_force = float(lin.equilibrium.max_force)
+    rattlers = np.asarray(lin.network.rattlers)
+    # how many modes there are off the null space
+    available = system.positions.size - (0 if rattlers.all() else sum(lin.null.dimensions(d)))
+    if rattlers.all() or not available or not np.isfinite(np.asarray(system.positions)).all():
+        if status.good:
+            status = Status.UNJAMMED
+        return _without_modes(system, 0.0, gap=np.inf, mixing=0.0, status=status, method="none")
+    stiffness = HessianFactor(system, lin.null) if lin.factor is None else lin.factor
     length = float(natural_units(system)[0])
     floor = doubtful_stiffness(largest_force, length)
-    dense = (
-        system.positions.size <= DENSE_SIZE
-    )  # where every eigenvalue is computed, whatever is asked for
-    ask = min(count + (MOST if dense else SPARE), left)
+    # up to DENSE_SIZE every eigenvalue is computed anyway, so asking for many costs nothing
+    dense = system.positions.size <= DENSE_SIZE
+    asked = min(count + (MOST_EXTRA if dense else EXTRA), available)
     while True:
-        spectrum = stiffness.lowest(ask, floor)
+        spectrum = stiffness.lowest(asked, floor)
         if not np.isfinite(spectrum.values).all():
-            nothing = (
-                np.full(1, np.nan),
-                np.full((1, *system.positions.shape), np.nan),
-                np.full(1, np.nan),
+            if status.good:
+                status = Status.NOT_FINITE
+            return _without_modes(
+                system, np.nan, gap=np.nan, mixing=np.nan, status=status, method=spectrum.method
             )
-            status = Status.NOT_FINITE if before.good else before
-            return Softest(*nothing, np.nan, np.nan, np.full(1, np.nan), status, spectrum.method)
-        k = _together(spectrum.values, min(count, left))
-        seen = ask == left or (k < ask and _all_found(stiffness, spectrum, k))
-        if seen or ask >= count + MOST:
+        k = _count_with_equal(spectrum.values, min(count, available))
+        gap_known = asked == available or (k < asked and _all_below_gap(stiffness, spectrum, k))
+        if gap_known or asked >= count + MOST_EXTRA:
             break
-        ask = min(
-            3 * ask, count + MOST, left
-        )  # equal to the last that was asked for, or some of the equal were missed
-    values, residuals = spectrum.values[:k], spectrum.residuals[:k]
+        # all that were asked for are equal, or the solver missed some of the equal ones
+        asked = min(3 * asked, count + MOST_EXTRA, available)
+    values = spectrum.values[:k]
+    residuals = spectrum.residuals[:k]
     gap = float(spectrum.values[k] - values[-1]) if k < len(spectrum.values) else np.inf
-    # the force left leaves the minimum |F| / lambda away, and there H is another by its size over
-    # the potential's length
-    off = largest_force / max(abs(float(values[0])), floor, 1e-300)
-    doubt = float(residuals.max()) + spectrum.largest * min(off / length, 1.0)
-    mixing = doubt / gap if seen and gap > 0 else np.inf
-    status = before if not before.good else _verdict(spectrum, k, count, mixing, accuracy)
-    vectors = np.ascontiguousarray(spectrum.vectors[:, :k].T).reshape(k, *system.positions.shape)
-    shares = participation(spectrum.vectors[:, :k], d)
-    return Softest(values, vectors, residuals, gap, mixing, shares, status, spectrum.method)
+    # The force left means that the minimum is |F| / lambda away, and there H differs by its size
+    # times that distance over the potential's length.
+    distance = largest_force / max(abs(float(values[0])), floor, 1e-300)
+    error = float(residuals.max()) + spectrum.largest * min(distance / length, 1.0)
+    mixing = error / gap if gap_known and gap > 0 else np.inf
+    if status.good:
+        status = _judge_modes(spectrum, k, count, mixing, accuracy)
+    return Softest(
+        values=values,
+        vectors=np.ascontiguousarray(spectrum.vectors[:, :k].T).reshape(k, *system.positions.shape),
+        residuals=residuals,
+        gap=gap,
+        mixing=mixing,
+        participation=participation(spectrum.vectors[:, :k], d),
+        status=status,
+        method=spectrum.method,
+    )
 
 
-def _together(values: np.ndarray, count: int) -> int:
-    """``count``, and as many more as are equal to the last of these."""
+def _without_modes(
+    system: System, value: float, *, gap: float, mixing: float, status: Status, method: str
+) -> Softest:
+    """A result where no mode can be computed: one mode, filled with ``value`` (0 or NaN)."""
+    return Softest(
+        values=np.full(1, value),
+        vectors=np.full((1, *system.positions.shape), value),
+        residuals=np.full(1, value),
+        gap=gap,
+        mixing=mixing,
+        participation=np.full(1, value),
+        status=status,
+        method=method,
+    )
+
+
+def _count_with_equal(values: np.ndarray, count: int) -> int:
+    """``count``, and as many more eigenvalues as are equal to the last of these."""
     last = values[count - 1]
     return int(np.sum(values <= last + EQUAL * abs(last)))
 
 
-def _all_found(stiffness: HessianFactor, spectrum: Spectrum, k: int) -> bool:
-    """Whether none below the gap is missing, as Lanczos may miss equal ones: by inertia, where a
-    factor tells.
+def _all_below_gap(stiffness: HessianFactor, spectrum: Spectrum, k: int) -> bool:
+    """Whether the k eigenvalues computed below the gap are all that are there.
+
+    Lanczos may miss some of several equal eigenvalues. The inertia of a factor shifted into the gap
+    counts them; where no factor tells, the answer is True.
     """
     if spectrum.method != "shift-invert":
         return True
@@ -255,20 +286,22 @@ def _all_found(stiffness: HessianFactor, spectrum: Spectrum, k: int) -> bool:
     return below is None or below == k
 
 
-def _verdict(spectrum: Spectrum, k: int, count: int, mixing: float, accuracy: float) -> Status:
+def _judge_modes(spectrum: Spectrum, k: int, count: int, mixing: float, accuracy: float) -> Status:
+    """The status of modes at a sound minimum, the worst fault first."""
     if spectrum.negative:
         return Status.INDEFINITE
     if spectrum.zero:
         return Status.FLOPPY
     if spectrum.hidden:
         return Status.STIFFNESS_UNSETTLED
+    # also true where mixing is NaN
     if not mixing <= accuracy:
         return Status.UNRESOLVED
     return Status.DEGENERATE if k > count else Status.CONVERGED
 
 
 def _stiffness_along(system: System, vectors: jax.Array) -> jax.Array:
-    """v^T H v of modes (k, n, d), which are held, (k,)."""
+    """v^T H v of modes (k, n, d), which are kept constant in derivatives, (k,)."""
     R = system.positions
 
     def along(v: jax.Array) -> jax.Array:
@@ -284,14 +317,15 @@ def _stiffness_along(system: System, vectors: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _pulled(
+def _pull_mean_stiffness(
     lin: Linearization, vectors: jax.Array
 ) -> tuple[jax.Array, Unknowns, dict[str, jax.Array]]:
-    """The mean stiffness, and what it owes to unknowns and parameters, with the leading axis of one
-    number.
+    """The mean stiffness of modes, and its derivatives by the unknowns and by the parameters.
+
+    Each derivative has a leading axis of length one, as ``total_derivative`` expects of one number.
     """
 
-    def observe(x: Unknowns, params: Any) -> jax.Array:
+    def observe(x: Unknowns, params: Mapping[str, jax.Array]) -> jax.Array:
         return jnp.mean(_stiffness_along(lin.moved(lin.system, x, params), vectors))
 
     value, pull = jax.vjp(observe, lin.unknowns, lin.params)
@@ -303,12 +337,11 @@ def _pulled(
 
 
 def stiffness(system: System, count: int = 1, *, has_aux: bool = False) -> Any:
-    """The smallest stiffness of a relaxed System, traceable, for ``jax.grad`` through
-    ``equilibrate``.
+    """The smallest stiffness of a relaxed System; traceable, for jax.grad through ``equilibrate``.
 
-    ``smallest_stiffness(at, count).value`` by all eigenvalues of the dense Hessian, so for small
-    systems: the time goes with the cube of the number of unknowns. The modes are held while it is
-    differentiated, which is exact for the first derivative; a second is refused.
+    It is ``smallest_stiffness(eq, count).value``, from all eigenvalues of the dense Hessian. The
+    time grows with the cube of the number of unknowns, so this is for small systems. The modes are
+    kept constant in the derivative, which is exact for the first derivative; a second is refused.
 
     Args:
       system: relaxed, of up to 1,200 unknowns.
@@ -319,7 +352,7 @@ def stiffness(system: System, count: int = 1, *, has_aux: bool = False) -> Any:
         equal.
 
     Raises:
-      InputError: more unknowns, where ``ms.modes.gradient`` is the way; a second derivative.
+      InputError: more unknowns, where ``ms.modes.gradient`` works instead; a second derivative.
     """
     if not isinstance(system, System):
         raise InputError(
@@ -334,70 +367,92 @@ def stiffness(system: System, count: int = 1, *, has_aux: bool = False) -> Any:
     n, d = system.positions.shape
     if n * d > DENSE_SIZE:
         raise InputError(
-            f"the system has {n * d:,} unknowns, and all eigenvalues are computed here, up to"
-            f" {DENSE_SIZE:,}: take ms.modes.gradient(eq), which finds the lowest alone."
+            f"the system has {n * d:,} unknowns, and this function computes all eigenvalues, of up"
+            f" to {DENSE_SIZE:,} unknowns: take ms.modes.gradient(eq), which computes only the"
+            " lowest."
         )
-    return _of_system(system, min(_whole(count), n * d), has_aux)
+    return _stiffness_of_system(system, min(_check_count(count), n * d), has_aux)
 
 
 @functools.partial(jax.jit, static_argnames=("count", "has_aux"))
-def _of_system(system: System, count: int, has_aux: bool) -> Any:
-    still = jax.lax.stop_gradient(system)
-    left = max_force(still)
-    held, net, null = analyze_rigidity(system, left)
+def _stiffness_of_system(system: System, count: int, has_aux: bool) -> Any:
+    """The mean stiffness of the lowest modes, with the status where ``has_aux``."""
+    constant = jax.lax.stop_gradient(system)
+    force_left = max_force(constant)
+    backbone, net, null = analyze_rigidity(system, force_left)
     if not has_aux:
-        return _mean(held, null, count)
-    status = _modes(jax.lax.stop_gradient(held), null, count)[2]
+        return _mean_stiffness(backbone, null, count)
+    status = _lowest_modes(jax.lax.stop_gradient(backbone), null, count)[2]
     status = jnp.where(net.unjammed, Status.UNJAMMED.value, status)
-    status = jnp.where(unrelaxed(still, left, net.mean_force), Status.UNCONVERGED.value, status)
-    return _mean(held, null, count), status.astype(jnp.int32)
+    status = jnp.where(
+        unrelaxed(constant, force_left, net.mean_force), Status.UNCONVERGED.value, status
+    )
+    return _mean_stiffness(backbone, null, count), status.astype(jnp.int32)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _mean(system: System, null: NullSpace, count: int) -> jax.Array:
-    vectors, weights, _ = _modes(system, null, count)
+def _mean_stiffness(system: System, null: NullSpace, count: int) -> jax.Array:
+    """The mean stiffness of the lowest modes of a backbone.
+
+    Its derivative rule keeps the modes constant (Hellmann and Feynman). The derivative of
+    ``jnp.linalg.eigh`` would divide by differences of eigenvalues, which may be equal.
+    """
+    vectors, weights, _ = _lowest_modes(system, null, count)
     return jnp.sum(weights * _stiffness_along(system, vectors))
 
 
-@_mean.defjvp
-def _mean_jvp(count: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    (system, null), (change, _) = primals, tangents
-    vectors, weights, _ = _modes(system, null, count)
+@_mean_stiffness.defjvp
+def _mean_stiffness_jvp(
+    count: int,
+    primals: tuple[System, NullSpace],
+    tangents: tuple[System, NullSpace],
+) -> tuple[jax.Array, jax.Array]:
+    system, null = primals
+    change, _ = tangents
+    vectors, weights, _ = _lowest_modes(system, null, count)
     return jax.jvp(lambda s: jnp.sum(weights * _stiffness_along(s, vectors)), (system,), (change,))
 
 
+# a function with a derivative rule of its own, only in order to refuse the second derivative
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _modes(system: System, null: NullSpace, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _lowest_modes(
+    system: System, null: NullSpace, count: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The lowest modes (k, n, d), the weight of each in the mean (k,), and the status."""
     n, d = system.positions.shape
     unit = jnp.eye(n * d, dtype=system.positions.dtype)
 
-    def off(v: jax.Array) -> jax.Array:
+    def off_null(v: jax.Array) -> jax.Array:
         return null.project(Unknowns(v.reshape(n, d))).positions.ravel()
 
-    kept = jax.vmap(off)(unit)
-    matrix = kept @ dense_hessian(system) @ kept
+    projector = jax.vmap(off_null)(unit)
+    matrix = projector @ dense_hessian(system) @ projector
     matrix = 0.5 * (matrix + matrix.T)
-    size = jnp.max(jnp.sum(jnp.abs(matrix), axis=0))
-    # the null space goes to the top, beyond every eigenvalue
-    values, vectors = jnp.linalg.eigh(matrix + 2.0 * jnp.where(size > 0, size, 1.0) * (unit - kept))
-    k = min(count + LOOK, n * d)
+    # the largest column sum bounds every eigenvalue, so that the null space, shifted to twice it,
+    # comes after all of them
+    bound = jnp.max(jnp.sum(jnp.abs(matrix), axis=0))
+    shift = 2.0 * jnp.where(bound > 0, bound, 1.0)
+    values, vectors = jnp.linalg.eigh(matrix + shift * (unit - projector))
+    k = min(count + MOST_EXTRA_TRACED, n * d)
     last = values[count - 1]
-    there = (values <= last + EQUAL * jnp.abs(last)) & (values < 1.5 * size)
-    nothing = max(NULL, 8.0 * n * d * float(jnp.finfo(values.dtype).eps)) * size
-    # what is zero to round-off adds zero to the mean
-    weights = there[:k] * (jnp.abs(values[:k]) > nothing) / jnp.maximum(jnp.sum(there[:k]), 1)
-    found = jnp.sum(there)
-    status = jnp.where(found > count, Status.DEGENERATE.value, Status.CONVERGED.value)
-    status = jnp.where(found > k, Status.UNRESOLVED.value, status)
-    status = jnp.where(jnp.abs(values[0]) <= nothing, Status.FLOPPY.value, status)
-    status = jnp.where(values[0] < -nothing, Status.INDEFINITE.value, status)
+    # 1.5 lies between the eigenvalues, at most 1 bound, and the null space at 2
+    chosen = (values <= last + EQUAL * jnp.abs(last)) & (values < 1.5 * bound)
+    zero = max(NULL, 8.0 * n * d * float(jnp.finfo(values.dtype).eps)) * bound
+    # modes whose stiffness is zero to round-off contribute exactly zero to the mean
+    weights = chosen[:k] * (jnp.abs(values[:k]) > zero) / jnp.maximum(jnp.sum(chosen[:k]), 1)
+    multiplicity = jnp.sum(chosen)
+    status = jnp.where(multiplicity > count, Status.DEGENERATE.value, Status.CONVERGED.value)
+    status = jnp.where(multiplicity > k, Status.UNRESOLVED.value, status)
+    status = jnp.where(jnp.abs(values[0]) <= zero, Status.FLOPPY.value, status)
+    status = jnp.where(values[0] < -zero, Status.INDEFINITE.value, status)
     return vectors.T[:k].reshape(k, n, d), weights, status
 
 
-@_modes.defjvp
-def _modes_jvp(count: int, primals: Any, tangents: Any) -> Any:
+@_lowest_modes.defjvp
+def _lowest_modes_jvp(
+    count: int, primals: tuple[System, NullSpace], tangents: tuple[System, NullSpace]
+) -> Any:
     raise InputError(
-        "the smallest stiffness of a System has a first derivative alone, in which its modes are"
-        " held: for a second, take differences of ms.modes.gradient."
+        "the smallest stiffness of a System has a first derivative only, in which its modes are"
+        " kept constant: for a second, take finite differences of ms.modes.gradient."
     )

@@ -1,9 +1,8 @@
-"""Preparing packings: compressed or decompressed to a packing fraction, a little at a time."""
+"""Preparation of packings: compression or decompression to a packing fraction, in small steps."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,42 +16,45 @@ from mdsens.model.box import FixedBox
 from mdsens.model.system import System, require_unconstrained
 from mdsens.relaxation.equilibrium import Equilibrium
 from mdsens.relaxation.minimization import minimize
+from mdsens.relaxation.options import Method
 
 __all__ = ["compress"]
 
-LARGEST = 0.01  # of the packing fraction, in one step
+# largest relative change of the packing fraction in one step
+LARGEST_STEP = 0.01
 
 
 def compress(
     start: System | Equilibrium,
     packing_fraction: float,
     *,
-    step: float = LARGEST,
+    step: float = LARGEST_STEP,
     tolerance: float | None = None,
-    method: Any = None,
+    method: Method | None = None,
     max_steps: int = 200_000,
     throw: bool = True,
     progress: bool | None = None,
 ) -> Equilibrium:
     """Compress or decompress a packing to a packing fraction, relaxing it after every step.
 
-    The cell keeps its shape; particles keep their fractional coordinates in a step, and are then
-    relaxed. So the packing at the end has the history of the one it began as, where a random start
-    at that fraction has none. To a pressure in place of a fraction goes ``minimize(system,
-    pressure=P)``.
+    The cell keeps its shape. In a step the particles keep their fractional coordinates; then they
+    are relaxed. So the final packing continues the history of the initial one, whereas a random
+    start at the final packing fraction has no history. For a target pressure in place of a packing
+    fraction, use ``minimize(system, pressure=P)``.
 
     Args:
-      start: a System, relaxed or not, or an Equilibrium; with a cell, and a ``sigma`` of particles.
-      packing_fraction: to reach, the volume of all particles over that of the cell, overlaps
-        counted twice.
-      step: the largest relative change of it in one step.
+      start: a System, relaxed or not, or an Equilibrium; with a cell, and with a parameter
+        ``sigma`` that gives the diameters of the particles.
+      packing_fraction: the target, the volume of all particles over that of the cell; overlaps
+        count twice.
+      step: the largest relative change of the packing fraction in one step.
       tolerance, method, max_steps: of each relaxation, as in ``minimize``.
       throw: raise where a relaxation does not reach the tolerance; with False the status says so,
-        and what was reached by then is given.
-      progress: show a progress bar; where None, in a terminal or notebook alone.
+        and the last configuration is returned.
+      progress: show a progress bar; None shows it only in a terminal or a notebook.
 
     Returns:
-      the Equilibrium at that packing fraction, in a cell of its own that follows no parameter.
+      the Equilibrium at that packing fraction, in a fixed cell that depends on no parameter.
 
     Raises:
       InputError: open boundaries, no ``sigma``, a batch, numbers that are not positive.
@@ -62,25 +64,38 @@ def compress(
     if not isinstance(system, System):
         raise InputError(f"start is a {type(start).__name__}: give a System or an Equilibrium.")
     require_unconstrained(system, "compress")
-    now = float(observables.packing_fraction(system))  # refuses a batch, open boundaries, no sigma
+    # this also refuses a batch, open boundaries and a potential without sigma
+    initial = float(observables.packing_fraction(system))
     for name, value in (("packing_fraction", packing_fraction), ("step", step)):
         number = real_number(name, value, "give a positive number.")
         if not (np.isfinite(number) and number > 0):
             raise InputError(f"{name} is {short(value)}: give a positive number.")
-    count = max(1, int(np.ceil(abs(np.log(packing_fraction / now)) / np.log1p(step))))
-    how: dict[str, Any] = {"tolerance": tolerance, "method": method, "max_steps": max_steps}
-    bar, steps, seconds = Members(count, progress), 0, 0.0
+    # equal ratios, so that every step has the same relative change, of at most ``step``
+    ratio = packing_fraction / initial
+    count = max(1, int(np.ceil(abs(np.log(ratio)) / np.log1p(step))))
+    bar = Members(count, progress)
+    steps = 0
+    seconds = 0.0
     try:
-        for fraction in now * (packing_fraction / now) ** (np.arange(1, count + 1) / count):
+        for fraction in initial * ratio ** (np.arange(1, count + 1) / count):
+            # relative to the packing fraction that the last step has reached
             scale = (float(observables.packing_fraction(system)) / fraction) ** (
                 1.0 / system.dimension
             )
             cell = FixedBox(jnp.asarray(system.box) * scale, system.boundary.orthogonal)
-            at = system.replace(positions=system.positions * scale, boundary=cell).reallocate(
-                keep=True
+            scaled = system.replace(positions=system.positions * scale, boundary=cell)
+            eq = minimize(
+                scaled.reallocate(keep=True),
+                tolerance=tolerance,
+                method=method,
+                max_steps=max_steps,
+                throw=False,
+                progress=False,
             )
-            eq = minimize(at, throw=False, progress=False, **how)
-            steps, seconds, system = steps + int(eq.steps), seconds + float(eq.wall_time), eq.system
+            system = eq.system
+            steps += int(eq.steps)
+            seconds += float(eq.wall_time)
+            # the totals of all relaxations so far
             eq = dataclasses.replace(eq, steps=jnp.asarray(steps), wall_time=seconds)
             if not Status(int(eq.status)).good:
                 break
@@ -89,7 +104,6 @@ def compress(
         bar.close()
     if throw:
         reached = float(observables.packing_fraction(eq.system))
-        raise_for_status(
-            Status(int(eq.status)), f"compress stopped at packing fraction {reached:g}", eq
-        )
+        message = f"compress stopped at packing fraction {reached:g}"
+        raise_for_status(Status(int(eq.status)), message, eq)
     return eq

@@ -581,7 +581,7 @@ def test_bad_input_is_refused():
         moduli(open_system)
     with pytest.raises(ms.InputError, match=r"loop over ms\.unstack"):
         moduli(ms.stack([packing(PACKINGS[0], 0), packing(PACKINGS[0], 1)]))
-    with pytest.raises(ms.InputError, match="give one of Moduli"):
+    with pytest.raises(ms.InputError, match="give a function of Moduli"):
         elasticity.gradient(0.3, loose())  # type: ignore[arg-type]
 
 

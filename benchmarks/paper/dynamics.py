@@ -84,7 +84,7 @@ class Discs:
         """jax-md's FIRE at its own settings, (init, step)."""
         force = jax.grad(lambda R: -self.energy(R, theta))
         limits = Limits.of((jnp.asarray(1.0), jnp.asarray(10.0)), FIRE)
-        return FIRE.minimizer(lambda R, **_: force(R), lambda R, dR, **_: R + dR, limits)
+        return FIRE.functions(lambda R, **_: force(R), lambda R, dR, **_: R + dR, limits)
 
     def after(self, steps: int | Array, start: Array, theta: Array) -> Array:
         """R_k; k may be traced, for forward mode alone."""

@@ -1,4 +1,4 @@
-"""The command line ``mdsens``: its commands, their arguments, and the pages that they print."""
+"""The command line ``mdsens``: its commands, their options, and the tables that they print."""
 
 from mdsens.cli.commands import BAD_INPUT, GOOD, UNTRUSTED, main
 

@@ -1,5 +1,4 @@
-"""The command line: sensitivities, relaxations and their checks, with exit codes that say whether
-to trust them.
+"""The commands of ``mdsens``; their exit codes say whether a result can be trusted.
 
 Heavy imports are inside functions, so that ``mdsens --help`` answers at once and starts no backend.
 """
@@ -28,19 +27,25 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-GOOD, INTERNAL, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+# Exit codes; UNTRUSTED is 3. 2 is what argparse exits with on bad usage, and 130 what a shell
+# reports of a process that Ctrl-C stopped (128 + SIGINT).
+GOOD = 0
+INTERNAL = 1
+BAD_INPUT = 2
+INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code; argparse itself exits, with 0 for --help and 2
-    for bad usage.
+    """Run the command line and return its exit code.
+
+    argparse itself exits, with 0 after --help and --version and with 2 after bad usage.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
-            stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # an ASCII terminal has no Å
-    warnings.filterwarnings(
-        "ignore", "scatter inputs have incompatible types", FutureWarning
-    )  # in jax-md's cell list
+            # an ASCII terminal has no Å: print a question mark instead of failing
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    # raised in jax-md's cell list
+    warnings.filterwarnings("ignore", "scatter inputs have incompatible types", FutureWarning)
     parser = arguments.parser(_RUNS, _Version)
     args = parser.parse_args(argv)
     if not hasattr(args, "run"):
@@ -51,28 +56,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        return _failed(INTERRUPTED, "interrupted")
+        return _report_failure(INTERRUPTED, "interrupted")
     except BrokenPipeError:  # as in `mdsens systems | head -1`
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # Python flushes once more at exit
+        # Python flushes stdout once more at exit: into a file that takes it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return GOOD
     except ConvergenceError as error:
-        return _failed(UNTRUSTED, str(error))
+        return _report_failure(UNTRUSTED, str(error))
     except (MdsensError, OSError) as error:
-        return _failed(BAD_INPUT, str(error))
+        return _report_failure(BAD_INPUT, str(error))
     except Exception as error:
         if os.environ.get("MDSENS_DEBUG", "0") not in ("", "0"):
-            raise
-        return _failed(
+            raise  # with its traceback, for developers
+        return _report_failure(
             INTERNAL,
             f"internal error: {type(error).__name__}: {error} (set MDSENS_DEBUG=1 for the"
             " traceback)",
         )
 
 
-def _failed(code: int, message: str) -> int:
-    sys.stdout.flush()
+def _report_failure(code: int, message: str) -> int:
+    """Print the message as one line on stderr and return the exit code."""
+    sys.stdout.flush()  # so that the message comes after what was printed before
     print("mdsens:", " ".join(message.split()), file=sys.stderr)
     return code
 
@@ -85,8 +90,8 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _writable(option: str, path: Path | None, suffixes: Sequence[str] = ()) -> None:
-    """Refuse an output path that would fail after the work."""
+def _check_writable(option: str, path: Path | None, suffixes: Sequence[str] = ()) -> None:
+    """Refuse an output path before the computation whose result could not be written there."""
     if path is None:
         return
     if suffixes and path.suffix.lower() not in suffixes:
@@ -97,11 +102,16 @@ def _writable(option: str, path: Path | None, suffixes: Sequence[str] = ()) -> N
         raise InputError(f"{option} {path}: cannot be written, give another name.")
 
 
-def _relaxed(args: argparse.Namespace) -> tuple[Equilibrium, Linearization, list[Component]]:
-    """Load the system, check what is asked of it, relax it and say what became of it."""
+def _relax_system(args: argparse.Namespace) -> tuple[Equilibrium, Linearization, list[Component]]:
+    """Load the system, check the options against it, relax it, and print system and relaxation.
+
+    Returns:
+      the minimum, its linearization, and the components that ``--wrt`` names (none without it).
+    """
     import mdsens as ms
     from mdsens.io import system_toml
 
+    # getattr with a default: not every command has each of these options
     if not getattr(args, "single", False):
         ms.enable_x64()
     fields = {} if args.seed is None else {"seed": args.seed}
@@ -111,7 +121,7 @@ def _relaxed(args: argparse.Namespace) -> tuple[Equilibrium, Linearization, list
         options["tolerance"] = args.tolerance
     if getattr(args, "max_steps", None) is not None:
         options["max_steps"] = args.max_steps
-    differentiate, examine = getattr(args, "wrt", None) is not None, args.command == "certify"
+    differentiate = getattr(args, "wrt", None) is not None
     pressure = getattr(args, "pressure", None)
     if pressure is not None:
         options |= {"pressure": pressure, "shape": args.shape}
@@ -125,8 +135,8 @@ def _relaxed(args: argparse.Namespace) -> tuple[Equilibrium, Linearization, list
         )
     parts = report.components(system, *args.wrt, pressure=pressure) if differentiate else []
     solver = getattr(ms.implicit, SOLVERS[getattr(args, "solver", "auto")])()
-    about = system_toml.read(system_toml.locate(args.system))
-    print(report.system(Path(args.system).stem, system, about), end="\n\n", flush=True)
+    content = system_toml.read(system_toml.locate(args.system))
+    print(report.system(Path(args.system).stem, system, content), end="\n\n", flush=True)
     eq = ms.minimize(system, throw=False, **options)
     lin = ms.linearize(eq, solver, throw=False)
     more = []
@@ -134,9 +144,10 @@ def _relaxed(args: argparse.Namespace) -> tuple[Equilibrium, Linearization, list
         energy = float(ms.observables.energy(eq.system))
         more.append(("energy", f"{energy:.6g}, {energy / system.n:.6g} a particle"))
         if system.box is not None:
-            more.append(("pressure", f"{float(ms.observables.pressure(eq.system)) + 0.0:.6g}"))
+            pressure_now = float(ms.observables.pressure(eq.system)) + 0.0  # + 0.0: no "-0"
+            more.append(("pressure", f"{pressure_now:.6g}"))
     print(report.relaxation(eq, lin.network, more), end="\n\n", flush=True)
-    if examine:  # the certificate says it all
+    if args.command == "certify":  # also examines what did not relax, and names the cause
         return eq, lin, parts
     ms.implicit.raise_for_status(
         Status(int(eq.status)), "not to be trusted: the system did not relax", eq
@@ -149,11 +160,12 @@ def _relaxed(args: argparse.Namespace) -> tuple[Equilibrium, Linearization, list
 
 
 def _relax(args: argparse.Namespace) -> int:
+    """Relax a system and store the minimum."""
     import mdsens as ms
 
-    _writable("--out", args.out, (".npz",))
-    _writable("--extxyz", args.extxyz)
-    eq, lin, _ = _relaxed(args)
+    _check_writable("--out", args.out, (".npz",))
+    _check_writable("--extxyz", args.extxyz)
+    eq, lin, _ = _relax_system(args)
     if args.out:
         ms.io.save(args.out, eq, provenance={"system": args.system, "seed": args.seed})
         print(f"wrote {args.out}")
@@ -166,22 +178,23 @@ def _relax(args: argparse.Namespace) -> int:
 
 
 def _sensitivity(args: argparse.Namespace) -> int:
+    """Differentiate a minimum by each component, and check and certify each response."""
     import mdsens as ms
 
-    _writable("--out", args.out, (".npz",))
-    _writable("--plot", args.plot, FIGURES)
-    eq, lin, parts = _relaxed(args)
-    if len(parts) > MANY:
+    _check_writable("--out", args.out, (".npz",))
+    _check_writable("--plot", args.plot, FIGURES)
+    eq, lin, parts = _relax_system(args)
+    if len(parts) > MANY:  # shown as a ranking; the first alone is checked
         table, best = report.ranking(lin, parts, ms.jacobian(lin, args.wrt[0]), MANY)
         print(table, end="\n\n", flush=True)
         parts = [parts[best]]
-    findings, warned = [], []
+    findings, warnings_of_parts = [], []
     for k, part in enumerate(parts):
-        found = report.examined(eq, lin, part, check=not args.no_check)
+        finding = report.examined(eq, lin, part, check=not args.no_check)
         certificate = ms.certify(lin, part.direction)
-        # a derivative in the cell holds whether the configuration would keep its shape without it
-        # or not
-        warns = [
+        # UNSTABLE is a warning here: a derivative at fixed cell is right whether or not the
+        # configuration would keep its shape without the cell
+        mild = [
             sentence
             for code, sentence in certificate.findings
             if code.warning or code is Status.UNSTABLE
@@ -191,12 +204,12 @@ def _sensitivity(args: argparse.Namespace) -> int:
             for code, sentence in certificate.findings
             if not (code.good or code is Status.UNSTABLE)
         ]
-        warned += [f"{part.label}: {sentence}" for sentence in warns]
-        if not found.reason and grave:
-            found = found._replace(reason=grave[0])
-        findings.append(found)
+        warnings_of_parts += [f"{part.label}: {sentence}" for sentence in mild]
+        if not finding.reason and grave:
+            finding = finding._replace(reason=grave[0])
+        findings.append(finding)
         print(
-            report.sensitivity(found),
+            report.sensitivity(finding),
             certificate.page(derivative_only=k > 0),
             sep="\n\n",
             end="\n\n",
@@ -205,37 +218,39 @@ def _sensitivity(args: argparse.Namespace) -> int:
     if args.out:
         _store(args.out, lin, findings)
     if args.plot:
-        _plot(args.plot, lin, max(findings, key=lambda found: found.size))
+        _plot(args.plot, lin, max(findings, key=lambda finding: finding.size))
     if args.no_check:
-        return _verdict(
-            findings, "solved, but not checked against finite differences", warned, args.strict
-        )
-    worst = max(f.error for f in findings)
-    return _verdict(findings, f"agrees with finite differences to {worst:.0e}", warned, args.strict)
+        praise = "solved, but not checked against finite differences"
+    else:
+        worst = max(finding.error for finding in findings)
+        praise = f"agrees with finite differences to {worst:.0e}"
+    return _print_verdict(findings, praise, warnings_of_parts, args.strict)
 
 
 def _certify(args: argparse.Namespace) -> int:
+    """Certify a minimum, and its derivative by one component."""
     import json
 
     import mdsens as ms
     from mdsens.io.files import replacing
 
-    _writable("--json", args.json, (".json",))
+    _check_writable("--json", args.json, (".json",))
     if args.modes < 1:
         raise InputError(f"--modes {args.modes}: give 1 or more.")
     if args.max_steps is not None and args.max_steps < 1:
         raise InputError(f"--max-steps {args.max_steps}: give 1 or more.")
-    _, lin, parts = _relaxed(args)
+    _, lin, parts = _relax_system(args)
     if len(parts) > 1:
         raise InputError(
             f"--wrt {args.wrt[0]} has {len(parts)} components: name one, such as {parts[0].label}."
         )
-    n, particle = lin.system.n, args.particle
+    n = lin.system.n
+    particle = args.particle
     if particle is not None and not 0 <= particle < n:
         raise InputError(f"--particle {particle}: give 0 to {n - 1}.")
-    place = None if particle is None else lambda s: s.positions[particle]
+    observable = None if particle is None else lambda s: s.positions[particle]
     certificate = ms.certify(
-        lin, parts[0].direction if parts else None, modes=args.modes, observable=place
+        lin, parts[0].direction if parts else None, modes=args.modes, observable=observable
     )
     print(certificate, end="\n\n", flush=True)
     if args.json:
@@ -253,32 +268,35 @@ def _certify(args: argparse.Namespace) -> int:
 
 
 def _moduli(args: argparse.Namespace) -> int:
+    """Compute elastic moduli and their derivatives."""
     import json
 
     import mdsens as ms
     from mdsens.io.files import replacing
 
-    _writable("--plot", args.plot, FIGURES)
-    _writable("--json", args.json, (".json",))
-    _, lin, parts = _relaxed(args)
+    _check_writable("--plot", args.plot, FIGURES)
+    _check_writable("--json", args.json, (".json",))
+    _, lin, parts = _relax_system(args)
     ms.implicit.raise_for_status(Status(int(lin.status)), "this minimum has no moduli", lin)
-    found = ms.elasticity.moduli(lin, throw=False)
-    print(moduli_report.page(found), end="\n\n", flush=True)
+    moduli = ms.elasticity.moduli(lin, throw=False)
+    print(moduli_report.page(moduli), end="\n\n", flush=True)
     slopes = moduli_report.slopes_of(lin, parts) if parts else {}
     if parts:
         print(moduli_report.derivatives(parts, slopes, MANY), end="\n\n", flush=True)
     if args.plot:
-        _figure(args.plot, lambda: ms.plots.moduli(found)[0])
+        _figure(args.plot, lambda: ms.plots.moduli(moduli)[0])
         print(f"wrote {args.plot}")
     if args.json:
         with replacing(args.json) as file:
-            file.write(json.dumps(moduli_report.as_dict(found, parts, slopes), indent=1).encode())
+            file.write(json.dumps(moduli_report.as_dict(moduli, parts, slopes), indent=1).encode())
         print(f"wrote {args.json}")
-    print(moduli_report.verdict(found))
-    return UNTRUSTED if not found.status.good or (args.strict and found.status.warning) else GOOD
+    print(moduli_report.verdict(moduli))
+    status = moduli.status
+    return UNTRUSTED if not status.good or (args.strict and status.warning) else GOOD
 
 
 def _design(args: argparse.Namespace) -> int:
+    """Run a design, and store its state after each step."""
     import json
 
     import mdsens as ms
@@ -286,80 +304,89 @@ def _design(args: argparse.Namespace) -> int:
     from mdsens.io.design_toml import load_design
     from mdsens.io.files import replacing
 
-    where = args.state or Path(args.design.with_suffix(".npz").name)
-    _writable("--state", where, (".npz",))
-    _writable("--plot", args.plot, FIGURES)
-    _writable("--json", args.json, (".json",))
+    state_path = args.state or Path(args.design.with_suffix(".npz").name)
+    _check_writable("--state", state_path, (".npz",))
+    _check_writable("--plot", args.plot, FIGURES)
+    _check_writable("--json", args.json, (".json",))
     ms.enable_x64()
-    brief = load_design(args.design)
-    kept = where.exists()
-    if kept and not args.resume:
+    spec = load_design(args.design)
+    if state_path.exists() and not args.resume:
         raise InputError(
-            f"{where} is there already: give --resume to go on from it, or another --state to begin"
-            " anew."
+            f"{state_path} exists already: give --resume to go on from it, or another --state to"
+            " start again."
         )
-    state = ms.io.load(where) if kept else None
-    members = "" if len(brief.systems) == 1 else f", {len(brief.systems)} members"
-    print(report.system(brief.system + members, brief.systems[0], {}), end="\n\n", flush=True)
-    show = design_report.lines(
-        tuple(t.name for t in brief.targets), lambda text: print(text, flush=True)
+    state = ms.io.load(state_path) if state_path.exists() else None
+    members = "" if len(spec.systems) == 1 else f", {len(spec.systems)} members"
+    print(report.system(spec.system + members, spec.systems[0], {}), end="\n\n", flush=True)
+    print_step = design_report.lines(
+        tuple(t.name for t in spec.targets), lambda text: print(text, flush=True)
     )
 
-    def after(at: ms.design.State) -> None:
-        ms.io.save(where, at, provenance={"design": args.design.name, "system": brief.system})
-        show(at)
+    # stored after each step, so that an interrupted design can go on
+    def after_step(state: ms.design.State) -> None:
+        provenance = {"design": args.design.name, "system": spec.system}
+        ms.io.save(state_path, state, provenance=provenance)
+        print_step(state)
 
-    options = {**brief.options, **({} if args.steps is None else {"steps": args.steps})}
-    found = ms.design.fit(
-        brief.targets, brief.systems, brief.free, resume=state, callback=after, **options
+    options = {**spec.options, **({} if args.steps is None else {"steps": args.steps})}
+    design = ms.design.fit(
+        spec.targets, spec.systems, spec.free, resume=state, callback=after_step, **options
     )
-    print("", found, f"the state is in {where}", sep="\n")
+    print("", design, f"the state is in {state_path}", sep="\n")
     if args.plot:
-        _figure(args.plot, lambda: ms.plots.design_history(found)[0])
+        _figure(args.plot, lambda: ms.plots.design_history(design)[0])
         print(f"wrote {args.plot}")
     if args.json:
         with replacing(args.json) as file:
-            file.write(json.dumps(design_report.as_dict(found), indent=1).encode())
+            file.write(json.dumps(design_report.as_dict(design), indent=1).encode())
         print(f"wrote {args.json}")
-    print(
-        "good: every target is met" if found.status.good else f"not there: {found.status.sentence}"
-    )
-    return GOOD if found.status.good else UNTRUSTED
+    if not design.status.good:
+        print(f"not there: {design.status.sentence}")
+        return UNTRUSTED
+    print("good: every target is met")
+    return GOOD
 
 
-def _verdict(
-    findings: Sequence[Finding], good: str, warned: Sequence[str] = (), strict: bool = False
+def _print_verdict(
+    findings: Sequence[Finding], praise: str, warned: Sequence[str] = (), strict: bool = False
 ) -> int:
-    bad = [f"{found.part.label}: {found.reason}" for found in findings if found.reason]
+    """Print the last line, whether the results can be trusted, and return the exit code.
+
+    Args:
+      findings: those with a ``reason`` are not to be trusted.
+      praise: text of the line where all can be.
+      warned: warnings; under ``strict`` they count as reasons.
+      strict: whether they do.
+    """
+    bad = [f"{finding.part.label}: {finding.reason}" for finding in findings if finding.reason]
     bad += warned if strict else []
-    doubt = f" ({_count_of(warned)})" if warned else ""
-    print(f"not to be trusted: {'; '.join(bad)}" if bad else f"good: {good}{doubt}")
-    return UNTRUSTED if bad else GOOD
-
-
-def _count_of(warned: Sequence[str]) -> str:
-    return "see the warning" if len(warned) == 1 else f"see the {len(warned)} warnings"
+    if bad:
+        print(f"not to be trusted: {'; '.join(bad)}")
+        return UNTRUSTED
+    plural = "see the warning" if len(warned) == 1 else f"see the {len(warned)} warnings"
+    print(f"good: {praise} ({plural})" if warned else f"good: {praise}")
+    return GOOD
 
 
 def _store(path: Path, lin: Linearization, findings: Sequence[Finding]) -> None:
+    """Store the responses and their evidence as plain arrays, which ``numpy.load`` reads."""
     import numpy as np
 
     from mdsens.io.files import replacing
 
     system = lin.equilibrium.system
-    responses = [found.response for found in findings]
+    responses = [finding.response for finding in findings]
+    cell = {}
+    if lin.cell is not None:  # the cell was relaxed to a pressure
+        cell = {"strain": [r.value.strain for r in responses], "pressure": lin.cell.pressure}
     arrays = {
-        "wrt": [found.part.label for found in findings],
+        "wrt": [finding.part.label for finding in findings],
         "value": [report.parts_of(r.value)[0] for r in responses],
-        **(
-            {}
-            if lin.cell is None
-            else {"strain": [r.value.strain for r in responses], "pressure": lin.cell.pressure}
-        ),
+        **cell,
         "nonaffine": [r.nonaffine for r in responses],
         "status": [r.status.name for r in responses],
         "residual": [r.stats.residual for r in responses],
-        "finite_difference_error": [found.error for found in findings],
+        "finite_difference_error": [finding.error for finding in findings],
         "rattlers": lin.network.rattlers,
         "positions": system.positions,
         "max_force": lin.equilibrium.max_force,
@@ -374,22 +401,22 @@ def _store(path: Path, lin: Linearization, findings: Sequence[Finding]) -> None:
     print(f"wrote {path}")
 
 
-def _plot(path: Path, lin: Linearization, found: Finding) -> None:
+def _plot(path: Path, lin: Linearization, finding: Finding) -> None:
+    """Draw a response on the configuration."""
     import mdsens as ms
 
-    _figure(
-        path, lambda: ms.plots.sensitivity_map(lin, found.response, title=f"d/d {found.part.label}")
-    )
-    print(f"wrote {path}: {found.part.label}")
+    label = finding.part.label
+    _figure(path, lambda: ms.plots.sensitivity_map(lin, finding.response, title=f"d/d {label}"))
+    print(f"wrote {path}: {label}")
 
 
 def _figure(path: Path, draw: Callable[[], Any]) -> None:
-    """Draw without a display, and write."""
+    """Draw a figure without a display and write it; ``draw`` returns one of its Axes."""
     import matplotlib
 
     from mdsens.io.files import replacing
 
-    matplotlib.use("agg")
+    matplotlib.use("agg")  # a backend that needs no display
     figure = draw().get_figure(root=True)
     assert figure is not None
     with replacing(path) as file:
@@ -397,22 +424,25 @@ def _figure(path: Path, draw: Callable[[], Any]) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    """Compare responses with finite differences and with the adjoint."""
     import mdsens as ms
 
-    eq, lin, parts = _relaxed(args)
-    if len(parts) > MANY:
+    eq, lin, parts = _relax_system(args)
+    if len(parts) > MANY:  # one random direction tests all components at once
         parts = [report.random_direction(parts)]
     w = report.random_cotangent(eq.system)
     adjoint = ms.vjp(lin, w)
     findings = [report.examined(eq, lin, part, adjoint=(w, adjoint)) for part in parts]
     print(report.verification(findings), end="\n\n")
-    error, gap = max(found.error for found in findings), max(found.gap for found in findings)
-    return _verdict(
+    error = max(finding.error for finding in findings)
+    gap = max(finding.gap for finding in findings)
+    return _print_verdict(
         findings, f"agrees with finite differences to {error:.0e} and with its adjoint to {gap:.0e}"
     )
 
 
 def _systems(args: argparse.Namespace) -> int:
+    """List the bundled systems."""
     import mdsens as ms
 
     title = "Systems: give the name, or the path of a .toml file of your own"
@@ -421,6 +451,7 @@ def _systems(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    """Show versions and the device, and check that neighbor lists find every pair."""
     import jax
 
     import mdsens as ms
@@ -435,11 +466,12 @@ def _doctor(args: argparse.Namespace) -> int:
         ("precision", f"{precision}"),
     ]
     print(tables.text("Installed", rows), end="\n\n", flush=True)
-    found = doctor.energies()
-    table = [[way, f"{energy:.9f}", f"{error:.0e}"] for way, energy, error in found]
-    title = "One energy by several ways: random spheres in a periodic cell in 3-D"
-    print(tables.columns(title, ["way", "energy", "error"], table), end="\n\n")
-    bad = [way for way, _, error in found if not error < doctor.TOLERANCE]
+    energies = doctor.energies()
+    table = [[method, f"{energy:.9f}", f"{error:.0e}"] for method, energy, error in energies]
+    title = "One energy by several methods: random spheres in a periodic cell in 3-D"
+    print(tables.columns(title, ["method", "energy", "error"], table), end="\n\n")
+    # "not below", so that an energy of NaN fails too
+    bad = [method for method, _, error in energies if not error < doctor.TOLERANCE]
     if bad:
         print(
             f"not to be trusted: pairs are lost by {', '.join(bad)}; install another version of jax"

@@ -1,4 +1,4 @@
-"""What the command line prints and stores of a design."""
+"""Lines that ``mdsens design`` prints at each step, and its result as JSON."""
 
 from __future__ import annotations
 
@@ -11,57 +11,73 @@ from mdsens.design import Design, State, Step
 
 __all__ = ["as_dict", "lines"]
 
-WIDTH = 12
+WIDTH = 12  # of a column, at least: a number of six digits with sign and exponent, "-1.23457e-05"
 
 
 def lines(names: tuple[str, ...], say: Callable[[str], None]) -> Callable[[State], None]:
-    """A callback that says a line a step, as they come, under a header."""
-    wide = [max(WIDTH, len(name)) for name in names]
+    """A callback of ``ms.design.fit`` that prints each step as one line of a table.
 
-    def line(first: str, cells: list[str], rest: str) -> str:
-        return "  ".join(
-            [f"{first:>5}", *(f"{c:>{w}}" for c, w in zip(cells, wide, strict=True)), rest]
-        ).rstrip()
+    Args:
+      names: of the targets, one column each.
+      say: prints a line.
+    """
+    widths = [max(WIDTH, len(name)) for name in names]
 
-    def said(step: Step) -> str:
-        parts = [
-            "" if step.accepted else "refused",
-            "left its basin" if np.any(step.left_basin) else "",
-        ]
-        lost = int(np.sum(step.status != 0))
-        parts.append(f"{lost} of {step.status.size} members do not count" if lost else "")
-        return ", ".join(filter(None, parts))
+    def line(first: str, cells: list[str], remark: str) -> str:
+        padded = [f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)]
+        return "  ".join([f"{first:>5}", *padded, remark]).rstrip()
+
+    def remark_on(step: Step) -> str:
+        remarks = []
+        if not step.accepted:
+            remarks.append("refused")
+        if np.any(step.left_basin):
+            remarks.append("left its basin")
+        lost = int(np.sum(step.status != 0))  # 0 is CONVERGED
+        if lost:
+            remarks.append(f"{lost} of {step.status.size} members do not count")
+        return ", ".join(remarks)
+
+    def show_step(k: int, step: Step) -> None:
+        say(line(str(k), [f"{v:.6g}" for v in step.values], remark_on(step)))
 
     def show(state: State) -> None:
-        if len(state.history) == 1 or not begun:
-            begun.append(True)
+        nonlocal header_shown
+        # a design that is resumed comes with the steps of the earlier run: show them first
+        if len(state.history) == 1 or not header_shown:
+            header_shown = True
             say(line("step", list(names), ""))
             say(line("want", [f"{v:.6g}" for v in state.wanted], ""))
             say(line("+-", [f"{v:.1e}" for v in state.tolerance], ""))
             for k, step in enumerate(state.history[:-1]):
-                say(line(str(k), [f"{v:.6g}" for v in step.values], said(step)))
-        step = state.history[-1]
-        say(line(str(len(state.history) - 1), [f"{v:.6g}" for v in step.values], said(step)))
+                show_step(k, step)
+        show_step(len(state.history) - 1, state.history[-1])
 
-    begun: list[bool] = []
+    header_shown = False
     return show
 
 
 def as_dict(design: Design) -> dict[str, Any]:
-    """A design as plain numbers and texts, for JSON; None stands for what is no number."""
+    """A design as plain numbers and strings for JSON; None stands for NaN and infinity."""
 
-    def plain(values: np.ndarray) -> Any:
-        return [None if not np.isfinite(v) else float(v) for v in np.ravel(values)]
+    def plain(value: float) -> float | None:  # JSON has no NaN and no infinity
+        return float(value) if np.isfinite(value) else None
 
     steps = [
         {
-            "values": plain(step.values), "predicted": plain(step.predicted), "accepted": bool(step.accepted),
-            "size": float(step.size), "trust": plain(np.array([step.trust]))[0], "crossed": int(step.crossed),
-            "reach": plain(np.array([step.reach]))[0], "max_displacement_error": float(step.max_displacement_error),
-            "left_basin": np.asarray(step.left_basin).tolist(), "status": np.asarray(step.status).tolist(),
+            "values": [plain(v) for v in np.ravel(step.values)],
+            "predicted": [plain(v) for v in np.ravel(step.predicted)],
+            "accepted": bool(step.accepted),
+            "size": float(step.size),
+            "trust": plain(step.trust),
+            "crossed": int(step.crossed),
+            "reach": plain(step.reach),
+            "max_displacement_error": float(step.max_displacement_error),
+            "left_basin": np.asarray(step.left_basin).tolist(),
+            "status": np.asarray(step.status).tolist(),
         }
         for step in design.history
-    ]  # fmt: skip
+    ]
     return {
         "status": design.status.name,
         "targets": [

@@ -1,10 +1,11 @@
-"""What the command line says of elastic moduli and of their derivatives."""
+"""Tables and JSON of elastic moduli and of their derivatives, for ``mdsens moduli``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,86 +17,84 @@ from mdsens.sensitivity.derivatives import Linearization
 
 __all__ = ["as_dict", "derivatives", "page", "slopes_of", "verdict"]
 
+# symbol in the tables -> attribute of Moduli and of isotropic(tensor)
 MODULI = {"K": "bulk", "G": "shear", "E": "young", "nu": "poisson"}
 
 
-def page(found: Moduli) -> str:
-    """The moduli in both conventions, and the tensors they are of."""
-    axes = [
-        f"{AXES[i]}{AXES[j]}"
-        for i, j in (np.argwhere(unit)[0] for unit in basis(found.stress.shape[0]))
-    ]
+def page(moduli: Moduli) -> str:
+    """The page of the moduli in both conventions, A and Birch's B, with both tensors."""
+    # the axes of each Mandel index: the first non-zero entry of its unit strain
+    entries = [np.argwhere(unit)[0] for unit in basis(moduli.stress.shape[0])]
+    axes = [f"{AXES[i]}{AXES[j]}" for i, j in entries]
 
-    def matrix(title: str, tensor: Any) -> str:
-        entries = np.asarray(voigt(tensor))
-        cells = np.reshape(tables.numbers(entries.ravel()), entries.shape).tolist()
-        return tables.columns(
-            title, ["", *axes], [[name, *row] for name, row in zip(axes, cells, strict=True)]
-        )
+    def matrix(title: str, tensor: jax.Array) -> str:
+        values = np.asarray(voigt(tensor))
+        cells = np.reshape(tables.numbers(values.ravel()), values.shape).tolist()
+        rows = [[name, *row] for name, row in zip(axes, cells, strict=True)]
+        return tables.columns(title, ["", *axes], rows)
 
-    return "\n\n".join(
-        [
-            str(found),
-            matrix(
-                "A, by Voigt's indices: the energy's second derivative by strain, a volume",
-                found.tensor,
-            ),
-            matrix("B, Birch's: the stress's derivative by strain (row: stress)", found.birch),
-        ]
-    )
+    title = "A, by Voigt's indices: the energy's second derivative by strain, a volume"
+    birch = "B, Birch's: the stress's derivative by strain (row: stress)"
+    return "\n\n".join([str(moduli), matrix(title, moduli.tensor), matrix(birch, moduli.birch)])
 
 
 def slopes_of(lin: Linearization, parts: Sequence[Component]) -> dict[str, np.ndarray]:
-    """The derivative of each modulus by each component."""
+    """Derivatives of the pressure and of each modulus by each component.
 
-    def features(m: Moduli) -> Any:
-        of_birch = isotropic(m.birch)
-        both = [
+    Returns:
+      arrays (components,) by name: P, those of :data:`MODULI`, and the same of Birch's tensor with
+      _B behind the name.
+    """
+
+    def features(m: Moduli) -> jax.Array:
+        birch = isotropic(m.birch)
+        moduli = [
             *(getattr(m, name) for name in MODULI.values()),
-            *(getattr(of_birch, name) for name in MODULI.values()),
+            *(getattr(birch, name) for name in MODULI.values()),
         ]
-        given = (
-            m.pressure if lin.cell is None else jnp.zeros(())
-        )  # at a pressure it stays, but for its own change
-        return jnp.stack([given, *both])
+        # where the cell is relaxed to a pressure, that pressure does not change with the other
+        # parameters; its derivative by itself is added below
+        pressure = m.pressure if lin.cell is None else jnp.zeros(())
+        return jnp.stack([pressure, *moduli])
 
-    value = gradient(features, lin, throw=False).value  # the page says what the moduli are of
+    # throw=False: a bad status is on the page of the moduli, and in the verdict
+    value = gradient(features, lin, throw=False).value
     names = ["P", *MODULI, *(f"{name}_B" for name in MODULI)]
 
     def along(part: Component) -> np.ndarray:
         changes = {k: np.asarray(v, float) for k, v in part.direction.items()}
-        found = sum(np.tensordot(np.asarray(value[k]), v, axes=v.ndim) for k, v in changes.items())
-        own = 0.0 if lin.cell is None else float(changes.get("pressure", np.zeros(())))
-        return found + own * (np.arange(len(names)) == 0)
+        slopes = sum(np.tensordot(np.asarray(value[k]), v, axes=v.ndim) for k, v in changes.items())
+        dP = 0.0 if lin.cell is None else float(changes.get("pressure", np.zeros(())))
+        return slopes + dP * (np.arange(len(names)) == 0)  # P is the first of the names
 
     columns = [along(part) for part in parts]
     return dict(zip(names, np.stack(columns, axis=1), strict=True))
 
 
 def as_dict(
-    found: Moduli, parts: Sequence[Component], slopes: dict[str, np.ndarray]
+    moduli: Moduli, parts: Sequence[Component], slopes: dict[str, np.ndarray]
 ) -> dict[str, Any]:
-    """Tensors and derivatives as plain numbers, for JSON; None stands for what is no number."""
+    """Tensors and derivatives as plain numbers for JSON; None stands for NaN and infinity."""
 
-    def plain(value: Any) -> Any:
+    def plain(value: Any) -> Any:  # JSON has no NaN and no infinity
         if isinstance(value, list):
             return [plain(v) for v in value]
         return float(value) if np.isfinite(value) else None
 
     tensors = {
-        name: plain(np.asarray(getattr(found, name)).tolist())
+        name: plain(np.asarray(getattr(moduli, name)).tolist())
         for name in ("tensor", "birch", "affine", "stress")
     }
-    by = {
+    by_component = {
         part.label: {k: plain(v) for k, v in zip(slopes, row, strict=True)}
         for part, row in zip(parts, zip(*slopes.values(), strict=True), strict=True)
     }
-    return {**tensors, "status": found.status.name, "derivatives": by}
+    return {**tensors, "status": moduli.status.name, "derivatives": by_component}
 
 
-def verdict(found: Moduli) -> str:
-    """The last line: what the moduli are worth."""
-    status = found.status
+def verdict(moduli: Moduli) -> str:
+    """The last line: whether the moduli can be trusted."""
+    status = moduli.status
     if not status.good:
         return f"not to be trusted: {status.sentence}"
     if status.warning:
@@ -104,17 +103,17 @@ def verdict(found: Moduli) -> str:
 
 
 def derivatives(parts: Sequence[Component], slopes: dict[str, np.ndarray], count: int) -> str:
-    """A row a component; of many, those that Poisson's ratio depends on most."""
-    order = (
-        np.argsort(-np.abs(slopes["nu"]), kind="stable")[:count]
-        if len(parts) > count
-        else np.arange(len(parts))
-    )
+    """The table of derivatives, one row for each component.
+
+    Of more than ``count`` components it shows the ``count`` that Poisson's ratio depends on most.
+    """
+    title = "Derivatives, those of Birch's tensor with _B"
+    order = np.arange(len(parts))
+    if len(parts) > count:
+        order = np.argsort(-np.abs(slopes["nu"]), kind="stable")[:count]
+        title += f": the {count} of {len(parts)} that nu depends on most"
     cells = [tables.numbers(values[order]) for values in slopes.values()]
     rows = [
         [parts[int(k)].label, *row] for k, row in zip(order, zip(*cells, strict=True), strict=True)
     ]
-    most = f": the {count} of {len(parts)} that nu depends on most" if len(parts) > count else ""
-    return tables.columns(
-        f"Derivatives, those of Birch's tensor with _B{most}", ["by", *slopes], rows
-    )
+    return tables.columns(title, ["by", *slopes], rows)

@@ -1,4 +1,4 @@
-"""What the command line says of a system, a minimum and a sensitivity, in a physicist's words."""
+"""Tables of a system, a minimum and its sensitivities, and the checks of a sensitivity."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from mdsens._util import tables
@@ -41,22 +42,26 @@ __all__ = [
     "verification",
 ]
 
-AXES = ("x", "y", "z")
-# Central differences at a step of 1e-6 are themselves right to 1e-9 in stiff systems and to some
-# 1e-5 in soft ones, where round-off of the minimum is divided by the softest stiffness and the
-# step. A wrong derivative (a term missing, a factor 2, a tether) is off by percents. The limit
-# stands between.
+AXES = ("x", "y", "z")  # names of the coordinates
+# Largest relative difference from finite differences. Central differences at a step of 1e-6 are
+# themselves right to 1e-9 in stiff systems and to some 1e-5 in soft ones, where round-off of the
+# minimum is divided by the softest stiffness and the step. A wrong derivative (a term missing, a
+# factor 2, a tether) is off by percents. The limit lies between.
 AGREEMENT = 1e-4
-# <w, J v> and <J^T w, v> come from two solves to residuals of 1e-10, and errors that the condition
-# number makes larger.
+# Largest relative difference of <w, J v> and <J^T w, v>: they come from two solves to residuals of
+# 1e-10, and the condition number makes the errors larger than the residuals.
 ADJOINT = 1e-6
-# of a particle spacing per relative change of the parameter: finite differences end there, too
+# In particle spacings per relative change of the parameter: a smaller response counts as zero.
+# Finite differences resolve nothing smaller either.
 NEGLIGIBLE = 1e-6
 
 
 class Component(NamedTuple):
-    """One number among the parameters: its name, and the change of the parameters that it stands
-    for.
+    """One component of a parameter, by which a minimum is differentiated.
+
+    Attributes:
+      label: its name, such as sigma[1].
+      direction: the change of the parameters for a unit change of it, by parameter name.
     """
 
     label: str
@@ -64,22 +69,27 @@ class Component(NamedTuple):
 
 
 def components(
-    given: System, name: str, index: tuple[int, ...] | None, pressure: float | None = None
+    system: System, name: str, index: tuple[int, ...] | None, pressure: float | None = None
 ) -> list[Component]:
-    """What ``name[index]`` stands for; without an index every component, of a symmetric matrix each
-    pair once.
+    """The components that ``name[index]`` refers to.
 
     Args:
-      pressure: where the system is relaxed to one, it is a parameter as well.
+      system: the system with the parameter.
+      name: of the parameter.
+      index: of one component; None for all components, of a symmetric matrix each pair once.
+      pressure: the pressure that the cell is relaxed to, a parameter as well; None at fixed cell.
+
+    Raises:
+      InputError: no such parameter or component.
     """
     if name == "pressure" and pressure is not None and index is None:
         return [Component(name, {name: np.ones(())})]
-    if name not in given.params:
+    if name not in system.params:
         raise InputError(
-            f"--wrt {name}: {given.potential.name} has no such parameter,"
-            f" {nearest(name, list(given.params))}"
+            f"--wrt {name}: {system.potential.name} has no such parameter,"
+            f" {nearest(name, list(system.params))}"
         )
-    (parameter,) = parameters_of(given, {name: given.params[name]})
+    (parameter,) = parameters_of(system, {name: system.params[name]})
     shape = parameter.shape
     if index is None:
         return [_component(parameter, i) for i in parameter.indices]
@@ -99,48 +109,58 @@ def components(
 
 
 def _component(parameter: Parameter, index: tuple[int, ...]) -> Component:
+    """A component of a parameter; of a symmetric matrix, both entries of the pair change."""
     return Component(parameter.label(index), {parameter.name: parameter.unit(index)})
 
 
-def system(name: str, given: System, about: dict[str, Any]) -> str:
-    """Who and what: particles, potential, cell."""
-    d, species = given.dimension, "all alike"
-    if given.species is not None:
-        counts = np.bincount(np.asarray(given.species), minlength=given.species_count)
-        names = [f" {name}" for name in given.species_names]
+def system(name: str, system: System, content: dict[str, Any]) -> str:
+    """The table of a system: particles, potential, parameters, cell.
+
+    Args:
+      name: of the system, for the title.
+      system: the system.
+      content: of its TOML file; its ``description`` and ``units`` are shown.
+    """
+    d = system.dimension
+    species = "all alike"
+    if system.species is not None:
+        counts = np.bincount(np.asarray(system.species), minlength=system.species_count)
+        names = [f" {name}" for name in system.species_names]
+        # species without a chemical symbol are shown by their number of particles alone
         parts = [
             f"{count}{name}"
             for count, name in itertools.zip_longest(counts, names[: counts.size], fillvalue="")
         ]
-        species = f"{given.species_count} species ({' + '.join(parts)})"
-    elif any(v.shape == (given.n,) and given.n > 1 for v in given.params.values()):
+        species = f"{system.species_count} species ({' + '.join(parts)})"
+    elif any(v.shape == (system.n,) and system.n > 1 for v in system.params.values()):
         species = "each with parameters of its own"
     rows = [
-        ("particles", f"n = {given.n:,} in {d}-D, {species}"),
-        ("potential", given.potential.name),
-        *((f"  {k}", _values(np.asarray(v))) for k, v in given.params.items()),
-        ("box", described(given.box)),
+        ("particles", f"n = {system.n:,} in {d}-D, {species}"),
+        ("potential", system.potential.name),
+        *((f"  {k}", _values(np.asarray(v))) for k, v in system.params.items()),
+        ("box", described(system.box)),
     ]
-    if given.box is not None and given.diameters is not None and given.potential.repulsive:
-        unit = {2: np.pi / 4, 3: np.pi / 6}[d]
-        fraction = unit * float(np.sum(np.asarray(given.diameters) ** d)) / float(given.volume)
-        held = (
-            "; the box follows the diameters" if isinstance(given.boundary, PackingFraction) else ""
-        )
-        rows.append(("packing fraction", f"{fraction:.6g}{held}"))
-    elif given.box is not None:
-        rows.append(("number density", f"{given.n / float(given.volume):.6g}"))
-    if about.get("units"):
-        rows.append(("units", str(about["units"])))
-    what = f": {about['description']}" if about.get("description") else ""
-    return tables.text(_folded(f"System {name}{what}"), rows)
+    if system.box is not None and system.diameters is not None and system.potential.repulsive:
+        unit = {2: np.pi / 4, 3: np.pi / 6}[d]  # area or volume of a particle of diameter 1
+        fraction = unit * float(np.sum(np.asarray(system.diameters) ** d)) / float(system.volume)
+        follows = isinstance(system.boundary, PackingFraction)
+        remark = "; the box follows the diameters" if follows else ""
+        rows.append(("packing fraction", f"{fraction:.6g}{remark}"))
+    elif system.box is not None:
+        rows.append(("number density", f"{system.n / float(system.volume):.6g}"))
+    if content.get("units"):
+        rows.append(("units", str(content["units"])))
+    description = f": {content['description']}" if content.get("description") else ""
+    return tables.text(_folded(f"System {name}{description}"), rows)
 
 
 def _folded(title: str) -> str:
+    """A title folded to the width of a terminal."""
     return "\n".join(tables.textwrap.wrap(title, tables.WIDTH, subsequent_indent="  "))
 
 
 def _values(value: np.ndarray) -> str:
+    """Values of a parameter: up to 6 numbers or a matrix in full, more numbers as their range."""
     if value.ndim == 0:
         return f"{value:.6g}"
     if value.ndim == 1 and value.size > 6:
@@ -150,11 +170,20 @@ def _values(value: np.ndarray) -> str:
 
 
 def relaxation(eq: Equilibrium, net: Network, more: tables.Rows = ()) -> str:
-    """How the minimum was found, and what holds it."""
-    given, status = eq.system, Status(int(eq.status))
-    largest, mean, pairs = float(eq.max_force), float(net.mean_force), int(net.pairs)
-    reach = f"tolerance {float(eq.tolerance):.0e}, round-off {float(eq.force_floor):.0e}"
-    force = f"{largest:.2e} on any particle ({reach})"
+    """The table of a relaxation: status, forces, pressure, contacts and rattlers.
+
+    Args:
+      eq: the minimum.
+      net: its network of contacts.
+      more: rows to append.
+    """
+    system = eq.system
+    status = Status(int(eq.status))
+    largest = float(eq.max_force)
+    mean = float(net.mean_force)
+    pairs = int(net.pairs)
+    limits = f"tolerance {float(eq.tolerance):.0e}, round-off {float(eq.force_floor):.0e}"
+    force = f"{largest:.2e} on any particle ({limits})"
     rattlers = int(np.sum(np.asarray(net.rattlers)))
     rows = [
         ("status", f"{status.name}: {status.sentence}"),
@@ -164,8 +193,10 @@ def relaxation(eq: Equilibrium, net: Network, more: tables.Rows = ()) -> str:
         rows.append(("pressure", eq.cell_in_words()))
     if int(eq.saddles):
         rows.append(("saddles", eq.saddles_in_words()))
-    if given.potential.repulsive:
-        z = 2.0 * pairs / max(given.n - rattlers, 1)
+    # A pair of a repulsive potential is a contact; attractive particles interact up to the cutoff,
+    # and the number of their pairs says nothing about rigidity.
+    if system.potential.repulsive:
+        z = 2.0 * pairs / max(system.n - rattlers, 1)
         if pairs:
             rows.append(
                 ("largest net force", f"{force}, {largest / mean:.1e} of the mean contact force")
@@ -174,68 +205,87 @@ def relaxation(eq: Equilibrium, net: Network, more: tables.Rows = ()) -> str:
         else:
             rows.append(("largest net force", force))
         rows.append(
-            ("contacts", f"{pairs:,}, coordination z = {z:.3f} (isostatic {2 * given.dimension})")
+            ("contacts", f"{pairs:,}, coordination z = {z:.3f} (isostatic {2 * system.dimension})")
         )
     else:
         rows.append(("largest net force", force))
-        if given.potential.pairwise:
-            rows.append(("interacting pairs", f"{pairs:,}, {2.0 * pairs / given.n:.1f} a particle"))
-    if given.potential.pairwise:
-        held = ", held by nothing: their rows of a sensitivity are zero" if rattlers else ""
-        rows.append(("rattlers", f"{rattlers} of {given.n:,}{held}"))
+        if system.potential.pairwise:
+            per_particle = 2.0 * pairs / system.n
+            rows.append(("interacting pairs", f"{pairs:,}, {per_particle:.1f} a particle"))
+    if system.potential.pairwise:
+        remark = ", held by nothing: their rows of a sensitivity are zero" if rattlers else ""
+        rows.append(("rattlers", f"{rattlers} of {system.n:,}{remark}"))
     return tables.text("Relaxation", [*rows, *more])
 
 
-def parts_of(value: Any) -> tuple[np.ndarray, np.ndarray | None]:
-    """A response of the positions, or of positions and cell, as the two: (n, d), and the strain or
-    None.
+def parts_of(value: jax.Array | np.ndarray | Unknowns) -> tuple[np.ndarray, np.ndarray | None]:
+    """Split a response into that of the positions, (n, d), and the strain of the cell.
+
+    The strain is a Mandel vector, and None where the cell is fixed.
     """
     if not isinstance(value, Unknowns):
         return np.asarray(value), None
     return np.asarray(value.positions), None if value.strain is None else np.asarray(value.strain)
 
 
-def spacing(given: System, component: Component) -> float:
-    """A particle spacing per relative change of the parameter 1: what a response is large or small
-    against.
+def spacing(system: System, component: Component) -> float:
+    """Scale of a response: one particle spacing for a relative parameter change of 1.
+
+    That is the particle spacing divided by the parameter's value (its largest among the entries
+    that the component changes), or the spacing alone where the value is zero.
     """
-    (name, direction), d = next(iter(component.direction.items())), given.dimension
-    extent = np.ptp(np.asarray(given.positions), axis=0).max() / max(
-        given.n ** (1.0 / d) - 1.0, 1.0
-    )
-    length = extent if given.box is None else (float(given.volume) / given.n) ** (1.0 / d)
-    value = (
-        pressure(given) if name == "pressure" and name not in given.params else given.params[name]
-    )
+    name, direction = next(iter(component.direction.items()))
+    d = system.dimension
+    if system.box is None:  # n^(1/d) particles in a row along the longest side
+        sides = max(system.n ** (1.0 / d) - 1.0, 1.0)
+        length = np.ptp(np.asarray(system.positions), axis=0).max() / sides
+    else:
+        length = (float(system.volume) / system.n) ** (1.0 / d)
+    if name == "pressure" and name not in system.params:
+        value = pressure(system)
+    else:
+        value = system.params[name]
     size = np.max(np.abs(np.asarray(value)[np.asarray(direction) != 0]), initial=0.0)
     return float(length / size) if size > 0 else float(length)
 
 
-def negligible(given: System, component: Component, response: Displacement) -> bool:
-    """True where nothing moves but with the box, to within what finite differences can tell."""
+def negligible(system: System, component: Component, response: Displacement) -> bool:
+    """Whether the non-affine response is zero to within the resolution of finite differences."""
     largest = np.linalg.norm(np.asarray(response.nonaffine), axis=1).max()
-    return bool(largest < NEGLIGIBLE * spacing(given, component))
+    return bool(largest < NEGLIGIBLE * spacing(system, component))
 
 
-def scale(given: System, component: Component, response: Displacement, value: Any) -> float:
-    """What errors are relative to: the norm of ``value``; where nothing moves, that of a spacing
-    for each particle.
+def scale(
+    system: System,
+    component: Component,
+    response: Displacement,
+    value: jax.Array | np.ndarray | Unknowns,
+) -> float:
+    """The norm that errors are relative to: that of the positions' part of ``value``.
+
+    Where nothing moves it is the norm of one :func:`spacing` for each particle.
     """
-    if negligible(given, component, response):
-        return spacing(given, component) * given.n**0.5
+    if negligible(system, component, response):
+        return spacing(system, component) * system.n**0.5
     return float(np.linalg.norm(parts_of(value)[0]))
 
 
 class Finding(NamedTuple):
-    """A response with what was found of it.
+    """A response with the results of its checks.
 
     Attributes:
-      part, system, response: of what, where, and the response itself.
+      part: the component that the minimum is differentiated by.
+      system: the relaxed system.
+      response: the derivative.
       differences: finite differences; None where they were not taken.
-      error, own: of the response against them, and of themselves; relative to the non-affine part,
-        and of a cell that responds to its strain, the worse of the two. nan without them.
-      forward, reverse: <w, J v> and <J^T w, v>; nan where not asked for.
-      reason: why not to trust it; empty where there is none.
+      error: difference of the response from them, relative to the norm of the non-affine part;
+        where the cell responds too, the larger of this and of the error of the strain relative to
+        the strain's norm. nan without finite differences.
+      own: estimated error of the finite differences themselves, relative to the norm of the
+        non-affine part. nan without them.
+      forward: <w, J v>; nan where no adjoint was asked for.
+      reverse: <J^T w, v>; nan where no adjoint was asked for.
+      reason: why the response is not to be trusted; empty where nothing speaks against it.
     """
 
     part: Component
@@ -268,51 +318,76 @@ def examined(
     check: bool = True,
     adjoint: tuple[Any, ParameterGradient] | None = None,
 ) -> Finding:
-    """Solve for one response, and hold it against finite differences and an adjoint (the cotangent,
-    its vjp).
+    """Solve for one response, and compare it with finite differences and an adjoint.
+
+    Args:
+      eq: the minimum.
+      lin: its linearization.
+      part: what to differentiate by.
+      check: whether to take finite differences.
+      adjoint: a cotangent w (n, d) and its ``vjp``; None for no comparison with the adjoint.
     """
     response = jvp(lin, part.direction, throw=False)
-    found, error, own, forward, reverse = None, np.nan, np.nan, np.nan, np.nan
+    differences = None
+    error = own_error = np.nan
     if check and response.status.good:
-        found = finite_difference(eq, part.direction)
-        # both relative to the non-affine part: against the box's own motion any error would look
-        # small
+        differences = finite_difference(eq, part.direction)
+        # Both errors are relative to the non-affine part: beside the affine motion, which can be
+        # much larger, any error would look small.
         unit = scale(eq.system, part, response, response.nonaffine)
-        size = float(np.linalg.norm(found.nonaffine))
-        (moved, strain), (wanted, cell) = parts_of(response.value), parts_of(found.value)
-        error = float(np.linalg.norm(moved - wanted)) / unit
-        if strain is not None and cell is not None:
-            of_cell = float(np.linalg.norm(strain - cell)) / max(
-                float(np.linalg.norm(cell)), NEGLIGIBLE
-            )
-            error = float(np.maximum(error, of_cell))  # NaN where one is
-        own = found.error * (size if size > 1e-6 else 1.0) / unit  # verify's own convention
+        displacement, strain = parts_of(response.value)
+        expected_displacement, expected_strain = parts_of(differences.value)
+        error = float(np.linalg.norm(displacement - expected_displacement)) / unit
+        if strain is not None and expected_strain is not None:
+            size_of_strain = max(float(np.linalg.norm(expected_strain)), NEGLIGIBLE)
+            strain_error = float(np.linalg.norm(strain - expected_strain)) / size_of_strain
+            error = float(np.maximum(error, strain_error))  # unlike max, NaN if either is NaN
+        # differences.error is relative to their norm, and absolute where that is below 1e-6
+        size = float(np.linalg.norm(differences.nonaffine))
+        own_error = differences.error * (size if size > 1e-6 else 1.0) / unit
+    forward = reverse = np.nan
     if adjoint is not None:
-        forward = float(np.sum(adjoint[0] * parts_of(response.value)[0]))
+        cotangent, gradient = adjoint
+        forward = float(np.sum(cotangent * parts_of(response.value)[0]))
         reverse = float(
-            sum(np.sum(np.asarray(adjoint[1].value[k]) * v) for k, v in part.direction.items())
+            sum(np.sum(np.asarray(gradient.value[k]) * v) for k, v in part.direction.items())
         )
-    finding = Finding(part, eq.system, response, found, error, own, forward, reverse, "")
-    return finding._replace(reason=_reason(finding))
+    finding = Finding(
+        part=part,
+        system=eq.system,
+        response=response,
+        differences=differences,
+        error=error,
+        own=own_error,
+        forward=forward,
+        reverse=reverse,
+        reason="",
+    )
+    return finding._replace(reason=_reason_for_doubt(finding))
 
 
-def _reason(finding: Finding) -> str:
-    status, found, error = finding.response.status, finding.differences, finding.error
+def _reason_for_doubt(finding: Finding) -> str:
+    """Why the response is not to be trusted; empty where nothing speaks against it."""
+    status = finding.response.status
+    differences = finding.differences
+    error = finding.error
     if not status.good:
         return status.sentence
-    if finding.gap > ADJOINT:  # NaN where no adjoint was asked for
+    if finding.gap > ADJOINT:  # False for NaN: no adjoint was asked for
         return f"forward and adjoint differ by {finding.gap:.0e}, the limit is {ADJOINT:.0e}"
-    if found is None:
+    if differences is None:
         return ""
-    if not found.status.good:
-        return f"relaxing again for finite differences failed: {found.status.sentence}"
-    if found.network_changed:
+    if not differences.status.good:
+        return f"relaxing again for finite differences failed: {differences.status.sentence}"
+    if differences.network_changed:
         return (
-            f"contacts changed within the finite differences' step of {found.step:.0e}, so that"
-            " they say nothing"
+            f"contacts changed within the finite differences' step of {differences.step:.0e}, so"
+            " that they say nothing"
         )
     if error <= AGREEMENT:
         return ""
+    # where a tenth of the disagreement or more can come from the differences, they do not tell
+    # which of the two is wrong
     if finding.own > 0.1 * error:
         return (
             f"finite differences are themselves uncertain by {finding.own:.0e} here, and cannot"
@@ -322,37 +397,38 @@ def _reason(finding: Finding) -> str:
 
 
 def random_direction(parts: Sequence[Component]) -> Component:
-    """A unit direction through many components of one parameter, always the same."""
+    """A random unit direction through all components of one parameter, the same in every run."""
     (name,) = parts[0].direction
     rng = np.random.default_rng(0)
     v = np.sum([rng.standard_normal() * part.direction[name] for part in parts], axis=0)
     return Component(f"{name}, random direction", {name: v / np.linalg.norm(v)})
 
 
-def random_cotangent(given: System) -> np.ndarray:
-    """A vector on every particle, always the same."""
-    return np.random.default_rng(1).standard_normal(given.positions.shape)
+def random_cotangent(system: System) -> np.ndarray:
+    """A random vector on each particle, (n, d), the same in every run."""
+    return np.random.default_rng(1).standard_normal(system.positions.shape)
 
 
 def verification(findings: Sequence[Finding]) -> str:
-    """The table of ``mdsens verify``."""
+    """The table of ``mdsens verify``: each response against finite differences and the adjoint."""
     rows = []
-    for f in findings:
-        found = f.differences
-        step, change = (
-            ("-", "-") if found is None else (f"{found.step:.0e}", _ahead(found) or "none")
-        )
+    for finding in findings:
+        step = change = "-"
+        if finding.differences is not None:
+            step = f"{finding.differences.step:.0e}"
+            change = _first_contact_change(finding.differences) or "none"
         rows.append(
             [
-                f.part.label,
-                f"{f.error:.0e}",
+                finding.part.label,
+                f"{finding.error:.0e}",
                 step,
                 change,
-                f"{f.forward:.9g}",
-                f"{f.reverse:.9g}",
-                f"{f.gap:.0e}",
+                f"{finding.forward:.9g}",
+                f"{finding.reverse:.9g}",
+                f"{finding.gap:.0e}",
             ]
         )
+    # the header takes two lines
     above = ["", "error against", "", "first contact", "", "", "relative"]
     header = [
         "component",
@@ -367,145 +443,145 @@ def verification(findings: Sequence[Finding]) -> str:
     return tables.columns(title, above, [header, *rows])
 
 
-def _ahead(found: FiniteDifference) -> str:
-    """Where the first contact changes; empty where that is a thousand times the parameter away."""
-    return f"{found.radius:.1e}" if found.radius < 1e9 * found.step else ""
+def _first_contact_change(differences: FiniteDifference) -> str:
+    """The parameter change at which the first contact changes; empty where it is too far to matter.
+
+    1e9 steps are a change by about a thousand times the parameter, with steps of 1e-6 of it.
+    """
+    near = differences.radius < 1e9 * differences.step
+    return f"{differences.radius:.1e}" if near else ""
 
 
 def box_moves(response: Displacement) -> bool:
-    """True where part of the response is the box's own motion."""
-    value, rest = parts_of(response.value)[0], np.asarray(response.nonaffine)
-    return not np.allclose(
-        value, rest, rtol=1e-9, atol=1e-9 * float(np.abs(value).max(initial=0.0))
-    )
+    """Whether the response contains affine motion of the box."""
+    value = parts_of(response.value)[0]
+    nonaffine = np.asarray(response.nonaffine)
+    # equal up to round-off, of which 1e-9 leaves plenty
+    smallest = 1e-9 * float(np.abs(value).max(initial=0.0))
+    return not np.allclose(value, nonaffine, rtol=1e-9, atol=smallest)
 
 
 def sensitivity(finding: Finding) -> str:
-    """Status, solver, norms and error of one response, and the particles that move most."""
-    response, found = finding.response, finding.differences
-    stats, moving = response.stats, box_moves(response)
-    still = negligible(finding.system, finding.part, response)
+    """The table of one response: status, solver, norms, error, and the particles that move most."""
+    response = finding.response
+    stats = response.stats
+    affine = box_moves(response)
+    zero = negligible(finding.system, finding.part, response)
+    solver = f"{stats.solver}, {int(stats.iterations):,} Hessian products"
     rows = [
         ("status", f"{response.status.name}: {response.status.sentence}"),
-        (
-            "solver",
-            (
-                f"{stats.solver}, {int(stats.iterations):,} Hessian products, residual"
-                f" {float(stats.residual):.1e}"
-            ),
-        ),
+        ("solver", f"{solver}, residual {float(stats.residual):.1e}"),
     ]
     value, strain = parts_of(response.value)
     parts = [("whole response", value, "all components of all particles")]
-    if moving:
+    if affine:
         parts.append(("non-affine part", response.nonaffine, "the motion less that of the box"))
-    for name, value, note in parts:
-        l1, l2 = float(np.abs(np.asarray(value)).sum()), float(np.linalg.norm(np.asarray(value)))
+    for name, part, note in parts:
+        l1 = float(np.abs(np.asarray(part)).sum())
+        l2 = float(np.linalg.norm(np.asarray(part)))
         rows.append((name, f"L1 norm {l1:<10.6g}  L2 norm {l2:<10.6g}  ({note})"))
     if strain is not None:
-        change = float(strain[: finding.system.dimension].sum())
-        rows.append(
-            (
-                "cell",
-                (
-                    f"strain of norm {float(np.linalg.norm(strain)):.6g}, of which the volume's"
-                    f" {change:.6g}"
-                ),
-            )
-        )
-    if found is not None:
-        ahead = (
-            f"first contact change at {_ahead(found)}"
-            if _ahead(found)
-            else "no contact change ahead"
-        )
-        of = ", in particle spacings," if still else " of the non-affine part," if moving else ""
-        rows.append(
-            (
-                "error",
-                (
-                    f"{finding.error:.1e}{of} against finite differences, step {found.step:.1e}"
-                    f" ({ahead})"
-                ),
-            )
-        )
+        size = float(np.linalg.norm(strain))
+        # relative volume change: the trace, which is the first d of the Mandel components
+        trace = float(strain[: finding.system.dimension].sum())
+        rows.append(("cell", f"strain of norm {size:.6g}, of which the volume's {trace:.6g}"))
+    differences = finding.differences
+    if differences is not None:
+        first_change = _first_contact_change(differences)
+        ahead = f"first contact change at {first_change}" if first_change else ""
+        if zero:
+            unit = ", in particle spacings,"
+        else:
+            unit = " of the non-affine part," if affine else ""
+        error = f"{finding.error:.1e}{unit} against finite differences"
+        step = f"step {differences.step:.1e} ({ahead or 'no contact change ahead'})"
+        rows.append(("error", f"{error}, {step}"))
     table = tables.text(f"Sensitivity dR/d {finding.part.label}", rows)
     if not response.status.good:
         return table
-    if still:
-        return (
-            f"{table}\n\nNo particle moves{', but with the box' if moving else ''}: all is"
-            " round-off."
-        )
-    return f"{table}\n\n{_movers(finding, moving)}"
+    if zero:
+        exception = ", but with the box" if affine else ""
+        return f"{table}\n\nNo particle moves{exception}: all is round-off."
+    return f"{table}\n\n{_largest_displacements(finding, affine)}"
 
 
-def _movers(finding: Finding, moving: bool, count: int = 5) -> str:
-    given, v = finding.system, np.asarray(finding.response.nonaffine)
-    d, sizes = given.dimension, np.linalg.norm(v, axis=1)
-    chosen = np.argsort(-sizes, kind="stable")[: min(count, given.n)]
-    numbers = tables.numbers([*v[chosen].ravel(), *sizes[chosen]])
-    rows = [
-        [
-            str(i),
-            *_species(given, int(i)),
-            *numbers[k * d : (k + 1) * d],
-            numbers[len(chosen) * d + k],
-        ]
-        for k, i in enumerate(chosen)
-    ]
-    title = (
-        f"Particles that move most{', non-affine part' if moving else ''}, per unit of"
-        f" {finding.part.label}"
-    )
-    species = ["species"] if given.species is not None else []
-    return tables.columns(title, ["particle", *species, *(f"d{a}" for a in AXES[:d]), "|dR|"], rows)
+def _largest_displacements(finding: Finding, affine: bool, count: int = 5) -> str:
+    """The table of the ``count`` particles with the largest non-affine displacement.
+
+    ``affine`` says whether the box moves, so that the title says what the displacement is.
+    """
+    system = finding.system
+    d = system.dimension
+    displacements = np.asarray(finding.response.nonaffine)
+    sizes = np.linalg.norm(displacements, axis=1)
+    chosen = np.argsort(-sizes, kind="stable")[: min(count, system.n)]
+    # formatted together, so that all columns have the same decimals: components, then sizes
+    numbers = tables.numbers([*displacements[chosen].ravel(), *sizes[chosen]])
+    rows = []
+    for k, i in enumerate(chosen):
+        species = _species_label(system, int(i))
+        rows.append([str(i), *species, *numbers[k * d : (k + 1) * d], numbers[len(chosen) * d + k]])
+    motion = ", non-affine part" if affine else ""
+    title = f"Particles that move most{motion}, per unit of {finding.part.label}"
+    species = ["species"] if system.species is not None else []
+    header = ["particle", *species, *(f"d{axis}" for axis in AXES[:d]), "|dR|"]
+    return tables.columns(title, header, rows)
 
 
-def _species(given: System, i: int) -> list[str]:
-    return [] if given.species is None else [given.species_label(int(np.asarray(given.species)[i]))]
+def _species_label(system: System, i: int) -> list[str]:
+    """The species of particle i as a list of one cell; an empty list without species."""
+    if system.species is None:
+        return []
+    return [system.species_label(int(np.asarray(system.species)[i]))]
 
 
 def ranking(
     lin: Linearization, parts: Sequence[Component], whole: Displacement, count: int
 ) -> tuple[str, int]:
-    """The components that move the others most, from the jacobian, and which of ``parts`` is the
-    first of them.
+    """Rank the components of a parameter by how far they move the particles.
+
+    The displacement is the non-affine one. Where the parameter has one value a particle, the motion
+    of that particle itself does not count.
+
+    Args:
+      lin: the linearized minimum.
+      parts: all components of the parameter.
+      whole: the jacobian by the parameter.
+      count: how many components to list.
+
+    Returns:
+      the table, and the index in ``parts`` of the first component of the ranking.
     """
-    given, (name,) = lin.system, parts[0].direction
-    terms = getattr(given.potential, "parts", (given.potential,))
+    system = lin.system
+    (name,) = parts[0].direction
+    terms = getattr(system.potential, "parts", (system.potential,))
     bonds = [
         np.asarray(potential.bonds)
         for potential in terms
         if isinstance(potential, BondedPotential) and name in potential.parameters
     ]
     units = np.stack([part.direction[name] for part in parts])
-    moved = np.tensordot(
-        units, np.moveaxis(np.asarray(whole.nonaffine), (0, 1), (-2, -1)), units.ndim - 1
-    )
-    sizes = np.linalg.norm(moved, axis=2)  # (component, particle)
-    own = not bonds and given.params[name].shape == (given.n,)
-    if own:
+    # (n, d, *shape of the parameter) -> (component, n, d)
+    jacobian = np.moveaxis(np.asarray(whole.nonaffine), (0, 1), (-2, -1))
+    displacements = np.tensordot(units, jacobian, units.ndim - 1)
+    sizes = np.linalg.norm(displacements, axis=2)  # (component, particle)
+    one_a_particle = not bonds and system.params[name].shape == (system.n,)
+    if one_a_particle:  # then component k belongs to particle k
         np.fill_diagonal(sizes, 0.0)
-    norms, most = np.linalg.norm(sizes, axis=1), sizes.argmax(axis=1)
+    norms = np.linalg.norm(sizes, axis=1)
+    most = sizes.argmax(axis=1)
     best = np.argsort(-norms, kind="stable")[:count]
-    values = [np.asarray(given.params[name])[units[k] != 0][0] for k in best]
+    values = [np.asarray(system.params[name])[units[k] != 0][0] for k in best]
     cells = [tables.numbers(column) for column in (values, norms[best], sizes[best, most[best]])]
     rows = []
     for k, value, norm, largest in zip(best, *cells, strict=True):
-        between = ["{}-{}".format(*bonds[0][k])] if bonds else []
-        rows.append([parts[k].label, *between, value, norm, str(most[k]), largest])
-    others, part = "the other" if own else "the", ", non-affine part" if box_moves(whole) else ""
+        bond = ["{}-{}".format(*bonds[0][k])] if bonds else []
+        rows.append([parts[k].label, *bond, value, norm, str(most[k]), largest])
+    particles = "the other particles" if one_a_particle else "the particles"
+    motion = ", non-affine part" if box_moves(whole) else ""
     title = (
-        f"The {len(best)} of {len(parts):,} components of {name} that move {others} particles"
-        f" most{part}"
+        f"The {len(best)} of {len(parts):,} components of {name} that move {particles} most{motion}"
     )
-    header = [
-        "component",
-        *(["bond"] if bonds else []),
-        "value",
-        "L2 norm",
-        "moves most",
-        "by |dR|",
-    ]
+    bond = ["bond"] if bonds else []
+    header = ["component", *bond, "value", "L2 norm", "moves most", "by |dR|"]
     return tables.columns(title, header, rows), int(best[0])

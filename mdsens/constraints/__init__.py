@@ -1,10 +1,9 @@
-"""What a configuration must obey while its energy is least: pinned coordinates, walls, rigid bonds,
-fixed totals.
+"""Constraints on a relaxed configuration: pinned coordinates, walls, rigid bonds, fixed totals.
 
-A constraint is a record that a :class:`~mdsens.System` holds. What it needs in numbers (a wall's
-position, a bond's length) are parameters of the system beside the potential's, so that derivatives by
-them are asked for like any other. Each has a multiplier under its name: the force that it takes to
-hold it.
+A constraint is a record in the ``constraints`` of a :class:`~mdsens.System`. The numbers it needs
+(a wall's position, a bond's length) are parameters of the system beside the potential's, so that
+derivatives by them are taken like any others. Each has a multiplier under its name: the force that
+maintains the constraint.
 
     L = U(R, p) + sum_k lambda_k g_k(R, p),   dL/dR = 0,   g = 0,   lower <= R <= upper
 

@@ -1,4 +1,4 @@
-"""What a system asks of any constraint, and the check of some against a system."""
+"""The interface of a constraint, and the check of a system's constraints."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ Displacement = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Bounds(NamedTuple):
-    """Where coordinates may be, (n, d) or as broadcasts to it; infinite where nothing bounds them."""
+    """Bounds of the coordinates, broadcastable to (n, d); infinite where there is none."""
 
     lower: jax.Array
     upper: jax.Array
 
 
 class Constraint:
-    """What a system asks of a constraint; each kind overrides what it has to say."""
+    """Base of all constraints: one that constrains nothing. Each kind overrides what it needs."""
 
     name: str
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """The parameters of its own, which the system's ``params`` must hold."""
+        """Names of the constraint's parameters, which the system's ``params`` must contain."""
         return ()
 
     @property
@@ -41,14 +41,14 @@ class Constraint:
 
     @property
     def bounded_by(self) -> tuple[str, ...]:
-        """The potential's parameters that its bounds depend on."""
+        """The potential's parameters that the constraint's bounds depend on."""
         return ()
 
     def check(self, params: Params, n: int, d: int) -> None:
         """Raise InputError where it does not fit a system of n particles in d dimensions."""
 
     def pinned(self) -> jax.Array | None:
-        """(n, d) coordinates that never move; None for none."""
+        """(n, d) mask of the coordinates that never move; None for none."""
         return None
 
     def bounds(
@@ -58,7 +58,7 @@ class Constraint:
         return None
 
     def least(self) -> float | None:
-        """The lower bound of the parameters it relaxes; None for none."""
+        """The lower bound of the parameters that it relaxes; None for none."""
         return None
 
     def reach(self, params: Params) -> float:
@@ -68,61 +68,74 @@ class Constraint:
     def residuals(
         self, positions: jax.Array, params: Params, displacement: Displacement
     ) -> jax.Array | None:
-        """g, of the multiplier's shape, zero where the constraint is met; None where it has no
-        equations.
-        """
+        """g, of the multiplier's shape, zero where the constraint holds; None without equations."""
         return None
 
 
 def check_name(kind: str, name: Any) -> None:
-    """Refuse a constraint's name that is no word."""
+    """Raise InputError where a constraint's name is not an identifier."""
     if not isinstance(name, str) or not name.isidentifier():
         raise InputError(f"{kind}: name is {short(name)}: give a word, such as {kind.lower()!r}.")
 
 
 def check_constraints(
     constraints: Any, params: Params, law_parameters: Sequence[str], n: int, d: int
-) -> tuple:
-    """The constraints as a tuple, checked against a system; raises :class:`InputError`. Host code."""
+) -> tuple[Constraint, ...]:
+    """The constraints as a tuple, checked against a system. Host code.
+
+    Args:
+      constraints: a constraint or an iterable of them.
+      params: the parameters of the potential and of the constraints.
+      law_parameters: names of the potential's parameters.
+      n, d: particles and dimensions of the system.
+
+    Raises:
+      InputError: naming the constraint that does not fit, and why.
+    """
     if isinstance(constraints, Constraint):
         constraints = (constraints,)
     try:
-        found = tuple(constraints)
+        records = tuple(constraints)
     except TypeError:
         raise InputError(
             f"constraints is {short(constraints)}: give a list of records of mdsens.constraints."
         ) from None
-    names: list[str] = []
-    for c in found:
+    names: list[str] = []  # multipliers are stored by them
+    for c in records:
         if not isinstance(c, Constraint):
             raise InputError(
                 f"constraints has {short(c)}: give records of mdsens.constraints, such as"
                 " Pinned.particles(...)."
             )
         if c.name in names:
-            raise InputError(f"two constraints are named {c.name!r}: give each a name of its own.")
+            raise InputError(f"two constraints are named {c.name!r}: give each a different name.")
         names.append(c.name)
         for name in c.parameters:
             if name in law_parameters:
                 raise InputError(
-                    f"the potential has a parameter {name!r} as well as {c.name}: give that another name."
+                    f"the potential and the constraint {c.name} both have a parameter {name!r}:"
+                    " give the constraint another name."
                 )
             if name not in params:
                 raise InputError(f"{c.name} needs the parameter {name!r}: give params[{name!r}].")
+            # the potential checks its parameters itself, but not these
             if not np.isfinite(np.asarray(params[name])).all():
                 raise InputError(f"parameter {name} is not finite: give finite numbers.")
         for name in c.relaxes:
             if name not in law_parameters:
                 raise InputError(
-                    f"{c.name} relaxes {name!r}, which the potential has not: give one of"
-                    f" {list(law_parameters)}."
+                    f"{c.name} relaxes {name!r}, which is not a parameter of the potential: give"
+                    f" one of {list(law_parameters)}."
                 )
         c.check(params, n, d)
-    relaxes = {name: c.name for c in found for name in c.relaxes}
-    for c in found:
+    # Only after all are known: the constraint that relaxes a parameter may come after the one whose
+    # bounds depend on it.
+    relaxes = {name: c.name for c in records for name in c.relaxes}
+    for c in records:
         for name in relaxes.keys() & set(c.bounded_by):
             raise InputError(
-                f"{c.name} stands off by {name!r}, which {relaxes[name]} relaxes, and a bound that"
-                " moves with an unknown is none: leave its clearance 0, or give that parameter."
+                f"{c.name} has bounds that depend on {name!r}, which {relaxes[name]} relaxes:"
+                " bounds cannot move with an unknown, so leave the clearance 0, or keep"
+                f" {name!r} fixed."
             )
-    return found
+    return records

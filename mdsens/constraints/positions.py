@@ -1,4 +1,4 @@
-"""Constraints on where particles are: pinned coordinates, walls, rigid bonds and bodies."""
+"""Constraints on positions: pinned coordinates, walls, rigid bonds and bodies."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from mdsens._util.errors import InputError
 from mdsens._util.portable import Portable
@@ -19,11 +20,13 @@ from mdsens.constraints.base import Bounds, Constraint, Displacement, check_name
 __all__ = ["Pinned", "RigidBonds", "Wall"]
 
 Params = Mapping[str, Any]
-FLAT = 1e-6  # of a body's extent: less does not span a dimension
+# Thickness of a body as a share of its extent, below which it does not span that dimension.
+FLAT = 1e-6
 
 
-def _indices(name: str, given: Any, remedy: str) -> np.ndarray:
-    array = np.asarray(real_array(name, given, remedy))
+def _indices(name: str, value: ArrayLike, remedy: str) -> np.ndarray:
+    """Particle numbers that a user gives, as a non-empty array of integers."""
+    array = np.asarray(real_array(name, value, remedy))
     if array.size == 0 or not np.issubdtype(array.dtype, np.integer):
         raise InputError(f"{name} has shape {array.shape} and type {array.dtype}: {remedy}")
     return array
@@ -32,14 +35,14 @@ def _indices(name: str, given: Any, remedy: str) -> np.ndarray:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pinned(Portable, Constraint):
-    """Coordinates that stay where the system's positions put them.
+    """Coordinates that stay at their values in the system's positions.
 
-    Its multiplier is the force (n, d) that the support exerts, dL/dR there, and zero where nothing
-    is pinned. Make it with :meth:`particles` or :meth:`coordinates`.
+    Its multiplier is the force (n, d) that the support exerts: dL/dR at the pinned coordinates,
+    zero at the others. Make it with :meth:`particles` or :meth:`coordinates`.
 
     Attributes:
       mask: (n, d), True where pinned.
-      name: of its multiplier.
+      name: name of its multiplier.
     """
 
     mask: jax.Array
@@ -48,24 +51,23 @@ class Pinned(Portable, Constraint):
     @classmethod
     def particles(
         cls,
-        indices: Any,
+        indices: ArrayLike,
         n: int,
         d: int,
         *,
         axes: Sequence[int] | None = None,
         name: str = "pinned",
     ) -> Pinned:
-        """Some particles, whole or along some axes.
+        """A constraint that pins some particles, in all their coordinates or along some axes.
 
         Args:
           indices: which particles; integers from 0.
           n, d: particles and dimensions of the system.
           axes: along which they are pinned; all where None.
-          name: of its multiplier.
+          name: name of its multiplier.
         """
-        which = _indices(
-            "Pinned: indices", indices, "give the numbers of some particles, from 0."
-        ).ravel()
+        remedy = "give the numbers of some particles, from 0."
+        which = _indices("Pinned: indices", indices, remedy).ravel()
         if which.min() < 0 or which.max() >= n:
             raise InputError(
                 f"Pinned: indices has {which.min()} to {which.max()}: give numbers from 0 to"
@@ -75,20 +77,20 @@ class Pinned(Portable, Constraint):
         if not along or any(a not in range(d) for a in along):
             raise InputError(f"Pinned: axes is {axes!r}: give some of 0 to {d - 1}, or None.")
         mask = np.zeros((n, d), bool)
-        mask[which[:, None], along] = True
+        mask[which[:, None], along] = True  # every particle with every axis
         return cls.coordinates(mask, name=name)
 
     @classmethod
-    def coordinates(cls, mask: Any, *, name: str = "pinned") -> Pinned:
-        """The coordinates where an (n, d) array of booleans is True."""
+    def coordinates(cls, mask: ArrayLike, *, name: str = "pinned") -> Pinned:
+        """A constraint that pins the coordinates where an (n, d) array of booleans is True."""
         check_name("Pinned", name)
-        given = np.asarray(mask)
-        if given.dtype != bool or given.ndim != 2 or given.shape[1] not in (2, 3):
+        array = np.asarray(mask)
+        if array.dtype != bool or array.ndim != 2 or array.shape[1] not in (2, 3):
             raise InputError(
-                f"Pinned: mask has shape {given.shape} and type {given.dtype}: give (n, d)"
+                f"Pinned: mask has shape {array.shape} and type {array.dtype}: give (n, d)"
                 " booleans."
             )
-        return cls(jnp.asarray(given), name)
+        return cls(jnp.asarray(array), name)
 
     def check(self, params: Params, n: int, d: int) -> None:
         if self.mask.shape != (n, d):
@@ -101,19 +103,20 @@ class Pinned(Portable, Constraint):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Wall(Constraint):
-    """A hard plane across an axis that particles cannot pass: x >= w + c sigma / 2, or x <= w - c
-    sigma / 2.
+    """A hard plane perpendicular to an axis, which particles cannot pass.
 
-    w is the parameter ``<name>_position``, a scalar or one value a particle, so that any bounds on
-    coordinates can be given. Its multiplier is the force (n,) with which the wall pushes each
-    particle, zero or more; walls at one place share it.
+        x >= w + c sigma / 2  (above),      x <= w - c sigma / 2  (below)
+
+    w is the parameter ``<name>_position``, a scalar or one value per particle, so that any bounds
+    on coordinates can be given. Its multiplier is the force (n,) with which the wall pushes each
+    particle, zero or more; walls at the same place share it.
 
     Attributes:
       axis: 0, 1 or 2.
       above: True where particles are above the wall, at larger coordinates.
-      name: of its multiplier and parameter.
-      clearance: c, of a particle's radius sigma / 2: 1 for a wall that stops surfaces, 0 for one
-        that stops centers. A sigma that :class:`FixedTotal` relaxes has none.
+      name: name of its multiplier, and beginning of its parameter's name.
+      clearance: c, in units of a particle's radius sigma / 2: 1 for a wall that stops surfaces, 0
+        for one that stops centers. It must be 0 where :class:`FixedTotal` relaxes sigma.
     """
 
     axis: int = dataclasses.field(metadata={"static": True})
@@ -123,6 +126,7 @@ class Wall(Constraint):
 
     def __post_init__(self) -> None:
         check_name("Wall", self.name)
+        # for Python, True is a 1
         if isinstance(self.axis, bool) or self.axis not in (0, 1, 2):
             raise InputError(f"Wall: axis is {short(self.axis)}: give 0, 1 or 2.")
         if not isinstance(self.above, bool):
@@ -136,7 +140,7 @@ class Wall(Constraint):
 
     @property
     def position(self) -> str:
-        """The name of its parameter."""
+        """The name of the constraint's parameter."""
         return f"{self.name}_position"
 
     @property
@@ -155,44 +159,45 @@ class Wall(Constraint):
         if np.shape(params[self.position]) not in ((), (n,)):
             raise InputError(
                 f"parameter {self.position} has shape {np.shape(params[self.position])}: give a"
-                f" scalar, or ({n},) for one a particle."
+                f" scalar, or ({n},) for one value per particle."
             )
         if self.clearance and "sigma" not in params:
             raise InputError(
-                f"{self.name}: clearance needs the parameter 'sigma', which the potential has not: leave"
-                " it 0."
+                f"{self.name}: clearance needs the parameter 'sigma', which the potential does not"
+                " have: leave it 0."
             )
 
     def bounds(self, params: Params, diameters: jax.Array | None, shape: tuple[int, ...]) -> Bounds:
-        at = jnp.broadcast_to(params[self.position], shape[:1])
+        limit = jnp.broadcast_to(params[self.position], shape[:1])
         if self.clearance and diameters is not None:
-            at = at + (0.5 if self.above else -0.5) * self.clearance * diameters
-        free = jnp.full(shape, jnp.inf, at.dtype)
+            limit = limit + (0.5 if self.above else -0.5) * self.clearance * diameters
+        # only the coordinates along the axis are bounded, and only to one side
+        unbounded = jnp.full(shape, jnp.inf, limit.dtype)
         if self.above:
-            return Bounds((-free).at[:, self.axis].set(at), free)
-        return Bounds(-free, free.at[:, self.axis].set(at))
+            return Bounds((-unbounded).at[:, self.axis].set(limit), unbounded)
+        return Bounds(-unbounded, unbounded.at[:, self.axis].set(limit))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RigidBonds(Portable, Constraint):
-    """Distances that cannot change: r_ij = l_ij, nearest images, for each bond of a list.
+    """Fixed distances: r_ij = l_ij between nearest images, for each bond of a list.
 
-    l is the parameter ``<name>_length``, a scalar or one value a bond. Its multiplier is the
-    tension (m,) of each bond, positive where it pulls its ends together: the energy of the minimum
-    changes by -tension with a bond's length.
+    l is the parameter ``<name>_length``, a scalar or one value per bond. Its multiplier is the
+    tension (m,) of each bond, positive where it pulls its ends together: the derivative of the
+    minimum's energy by a bond's length is -tension.
 
     Attributes:
-      bonds: (m, 2) particles.
-      name: of its multiplier and parameter.
+      bonds: (m, 2) particle numbers.
+      name: name of its multiplier, and beginning of its parameter's name.
     """
 
     bonds: jax.Array
     name: str = dataclasses.field(default="bond", metadata={"static": True})
 
     @classmethod
-    def between(cls, bonds: Any, *, name: str = "bond") -> RigidBonds:
-        """The bonds of a list (m, 2) of particle numbers from 0, checked."""
+    def between(cls, bonds: ArrayLike, *, name: str = "bond") -> RigidBonds:
+        """Rigid bonds between the pairs of a list (m, 2) of particle numbers from 0, checked."""
         check_name("RigidBonds", name)
         pairs = _indices("RigidBonds: bonds", bonds, "give (m, 2) particle numbers from 0.")
         if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.min() < 0:
@@ -204,6 +209,7 @@ class RigidBonds(Portable, Constraint):
             raise InputError(
                 f"RigidBonds: bond {k} joins particle {pairs[k, 0]} to itself: give two particles."
             )
+        # a bond listed twice, in either order, would fix one distance twice
         _, first, times = np.unique(
             np.sort(pairs, axis=1), axis=0, return_index=True, return_counts=True
         )
@@ -218,17 +224,17 @@ class RigidBonds(Portable, Constraint):
 
     @classmethod
     def bodies(
-        cls, positions: Any, members: Sequence[Sequence[int]], *, name: str = "bond"
+        cls, positions: ArrayLike, members: Sequence[Sequence[int]], *, name: str = "bond"
     ) -> RigidBonds:
-        """Bonds that make rigid bodies of some particles each: as many as it takes, and no more.
+        """The smallest set of bonds that makes each group of particles a rigid body.
 
-        The first d + 1 particles that span a body are bonded all to all, each further one to d of
-        them: in all d m - d (d + 1) / 2 bonds for m particles, so that no distance is fixed twice.
+        The first d + 1 particles that span a body are bonded all to all, each further particle to
+        d of them: in all d m - d (d + 1) / 2 bonds for m particles, so that no bond is redundant.
 
         Args:
-          positions: (n, d), with each body in one piece.
+          positions: (n, d), with each body in one piece, not split by the periodic boundary.
           members: the particles of each body, at least two.
-          name: of the multiplier and parameter.
+          name: name of the multiplier, and beginning of the parameter's name.
         """
         x = np.asarray(real_array("positions", positions, "give (n, d) numbers."), float)
         bonds: list[tuple[int, int]] = []
@@ -236,42 +242,46 @@ class RigidBonds(Portable, Constraint):
             raise InputError(f"positions has shape {x.shape}: give (n, d) numbers.")
         for k, body in enumerate(members if isinstance(members, Iterable) else [members]):
             need = "give a list of bodies, each the numbers of two or more particles."
-            some = _indices(f"RigidBonds: body {k}", body, need).ravel().tolist()
-            if len(set(some)) != len(some) or len(some) < 2 or min(some) < 0 or max(some) >= len(x):
+            numbers = _indices(f"RigidBonds: body {k}", body, need).ravel().tolist()
+            distinct = len(set(numbers)) == len(numbers)
+            if not distinct or len(numbers) < 2 or min(numbers) < 0 or max(numbers) >= len(x):
                 raise InputError(
-                    f"RigidBonds: body {k} is {some}: give two or more particles, each once."
+                    f"RigidBonds: body {k} is {numbers}: give two or more particles, each once."
                 )
-            bonds += _isostatic(x, some, k)
+            bonds += _isostatic_bonds(x, numbers, k)
         return cls.between(bonds, name=name)
 
     @property
     def length(self) -> str:
-        """The name of its parameter."""
+        """The name of the constraint's parameter."""
         return f"{self.name}_length"
 
     @property
     def parameters(self) -> tuple[str, ...]:
         return (self.length,)
 
-    def lengths_of(self, positions: Any) -> np.ndarray:
-        """(m,) the bonds' lengths at some positions, each bond in one piece: what ``<name>_length``
-        may be set to.
+    def lengths_of(self, positions: ArrayLike) -> np.ndarray:
+        """(m,) the bonds' lengths at ``positions``, a valid value of ``<name>_length``.
+
+        Each bond must be in one piece, not split by the periodic boundary.
         """
-        x, bonds = np.asarray(positions, float), np.asarray(self.bonds)
+        x = np.asarray(positions, float)
+        bonds = np.asarray(self.bonds)
         return np.linalg.norm(x[bonds[:, 0]] - x[bonds[:, 1]], axis=1)
 
     def check(self, params: Params, n: int, d: int) -> None:
         m = self.bonds.shape[0]
-        if int(np.max(np.asarray(self.bonds))) >= n:
+        largest = int(np.max(np.asarray(self.bonds)))
+        if largest >= n:
             raise InputError(
-                f"{self.name}: bonds go up to particle {int(np.max(np.asarray(self.bonds)))} of"
-                f" {n}."
+                f"{self.name}: bonds go up to particle {largest} of {n}: give numbers from 0 to"
+                f" {n - 1}."
             )
         length = np.asarray(params[self.length])
         if length.shape not in ((), (m,)):
             raise InputError(
                 f"parameter {self.length} has shape {length.shape}: give a scalar, or ({m},) for"
-                " the bonds."
+                " one value per bond."
             )
         if not (length > 0).all():
             raise InputError(f"parameter {self.length} has {length.min()}: give positive lengths.")
@@ -283,35 +293,46 @@ class RigidBonds(Portable, Constraint):
         self, positions: jax.Array, params: Params, displacement: Displacement
     ) -> jax.Array:
         i, j = self.bonds[:, 0], self.bonds[:, 1]
+        # no guard of sqrt(0): lengths are positive, so the ends of a bond that holds do not meet
         r = jnp.sqrt(jnp.sum(displacement(positions[i], positions[j]) ** 2, axis=-1))
         return r - params[self.length]
 
 
-def _isostatic(x: np.ndarray, body: list[int], k: int) -> list[tuple[int, int]]:
-    """Bonds of one body: all of a simplex, and each further particle to the corners from which it
-    is best seen.
+def _isostatic_bonds(x: np.ndarray, body: list[int], k: int) -> list[tuple[int, int]]:
+    """The bonds that make a body rigid without a redundant one.
+
+    They are all bonds of a simplex of d + 1 particles (corners), and d bonds from each further
+    particle, to the corners from which its position is determined best.
+
+    Args:
+      x: (n, d) positions.
+      body: the particles of the body.
+      k: number of the body, for the error message.
     """
     d = x.shape[1]
-    corners, others = body[:1], []
+    corners = body[:1]
+    others = []
     for i in body[1:]:
+        # the particle is a new corner if it adds a dimension to what the corners span
         arms = x[[*corners[1:], i]] - x[corners[0]]
         spread = np.linalg.svd(arms, compute_uv=False)
-        new = len(corners) <= d and spread[-1] > FLAT * spread[0]
-        (corners if new else others).append(i)
+        adds_dimension = len(corners) <= d and spread[-1] > FLAT * spread[0]
+        (corners if adds_dimension else others).append(i)
     if others and len(corners) <= d:
         raise InputError(
             f"RigidBonds: the particles of body {k} lie on a"
             f" {'line' if len(corners) == 2 else 'plane'}, and bonds along it do not keep it"
-            " straight: leave out some, or give one more beside it."
+            " straight: leave out some, or add a particle beside it."
         )
     bonds = list(itertools.combinations(corners, 2))
     for i in others:
 
-        def seen(some: tuple[int, ...], i: int = i) -> float:
-            arms = x[list(some)] - x[i]
-            return float(
-                np.linalg.svd(arms / np.linalg.norm(arms, axis=1)[:, None], compute_uv=False)[-1]
-            )
+        def conditioning(ends: tuple[int, ...], i: int = i) -> float:
+            """Least singular value of the unit vectors to these corners: 0 where dependent."""
+            arms = x[list(ends)] - x[i]
+            directions = arms / np.linalg.norm(arms, axis=1)[:, None]
+            return float(np.linalg.svd(directions, compute_uv=False)[-1])
 
-        bonds += [(a, i) for a in max(itertools.combinations(corners, d), key=seen)]
+        ends = max(itertools.combinations(corners, d), key=conditioning)
+        bonds += [(corner, i) for corner in ends]
     return bonds

@@ -1,6 +1,4 @@
-"""Constraints on the potential's parameters, which relax with the positions: fixed totals, weights on a
-simplex.
-"""
+"""Constraints on parameters that relax with the positions: fixed totals, weights on a simplex."""
 
 from __future__ import annotations
 
@@ -11,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from mdsens._util.errors import InputError
 from mdsens._util.validation import short
@@ -19,24 +18,28 @@ from mdsens.constraints.base import Constraint, Displacement, check_name
 __all__ = ["FixedTotal", "Simplex"]
 
 Params = Mapping[str, Any]
-UNIT_BALL = {2: np.pi / 4.0, 3: np.pi / 6.0}  # area or volume of a sphere of diameter 1
+# Area of a disc, volume of a sphere of diameter 1, by the number of dimensions.
+UNIT_BALL = {2: np.pi / 4.0, 3: np.pi / 6.0}
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FixedTotal(Constraint):
-    """A parameter of particles that relaxes with the positions while its total stays: sum_i c p_i^e
-    = T.
+    """A parameter of particles that relaxes with the positions while its total is fixed.
 
-    For diameters and the exponent d it is the particles' area or volume, c = pi/4 or pi/6; for any
-    other exponent c is 1. The sum is over the parameter's values: where there is one a species,
+        sum_i c p_i^e = T
+
+    For diameters and the exponent d the total is the particles' area or volume, c = pi/4 or pi/6;
+    otherwise c is 1. The sum is over the parameter's values: where there is one value per species,
     each counts once, however many particles have it. T is the parameter ``<name>_total``. The
-    multiplier is a scalar, -dU/dT, in energy an area or volume: negative where more of it costs.
+    multiplier is the scalar -dU/dT, an energy per area or volume: negative where a larger total
+    costs energy.
 
     Attributes:
-      parameter: of the potential, one value a particle or species; an unknown from here on.
+      parameter: name of a parameter of the potential with one value per particle or species; the
+        constraint makes it an unknown.
       exponent: e.
-      name: of its multiplier and parameter.
+      name: name of its multiplier, and beginning of its parameter's name.
     """
 
     parameter: str = dataclasses.field(metadata={"static": True})
@@ -56,7 +59,7 @@ class FixedTotal(Constraint):
 
     @property
     def total(self) -> str:
-        """The name of its parameter."""
+        """The name of the constraint's parameter."""
         return f"{self.name}_total"
 
     @property
@@ -68,22 +71,25 @@ class FixedTotal(Constraint):
         return (self.parameter,)
 
     def check(self, params: Params, n: int, d: int) -> None:
+        # a scalar would have no freedom left
         if np.ndim(params[self.parameter]) == 0:
             raise InputError(
-                f"{self.name}: {self.parameter} is a scalar, which its total fixes: give one a"
-                " particle."
+                f"{self.name}: {self.parameter} is a scalar, which its total fixes: give one value"
+                " per particle."
             )
         if np.shape(params[self.total]) != ():
             raise InputError(
                 f"parameter {self.total} has shape {np.shape(params[self.total])}: give a number."
             )
+        # only an odd power of negative values has a negative total
         if self.exponent % 2 != 1 and not float(params[self.total]) > 0:
             raise InputError(
                 f"parameter {self.total} is {float(params[self.total]):g}: give a positive number."
             )
 
-    def total_of(self, values: Any, d: int) -> jax.Array:
-        """The total of some values of the parameter in d dimensions."""
+    def total_of(self, values: ArrayLike, d: int) -> jax.Array:
+        """The total sum_i c p_i^e of these values of the parameter in d dimensions."""
+        # only for diameters to the power d is the total a volume
         unit = UNIT_BALL[d] if self.parameter == "sigma" and self.exponent == d else 1.0
         return unit * jnp.sum(jnp.asarray(values) ** self.exponent)
 
@@ -96,15 +102,15 @@ class FixedTotal(Constraint):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Simplex(Constraint):
-    """Weights of species that relax with the positions: not negative, and a sum of 1 over the last
-    axis of each row.
+    """Weights of species that relax with the positions: not negative, each row with the sum 1.
 
-    The multiplier is one for each row: minus what the energy would change by for a larger sum, a
-      chemical potential.
+    The multiplier has one value per row, a chemical potential: minus the derivative of the energy
+    by the row's sum.
 
     Attributes:
-      parameter: of the potential, (S,) or (rows, S); an unknown from here on.
-      name: of its multiplier.
+      parameter: name of a parameter of the potential, of shape (S,) or (rows, S); the constraint
+        makes it an unknown.
+      name: name of its multiplier.
     """
 
     parameter: str = dataclasses.field(metadata={"static": True})
@@ -131,10 +137,11 @@ class Simplex(Constraint):
                 f"parameter {self.parameter} has shape {value.shape}: give (S,) or (rows, S)"
                 " weights."
             )
+        # the sum of a row may be off by up to 1e-6
         if (value < 0).any() or np.abs(value.sum(axis=-1) - 1.0).max() > 1e-6:
             raise InputError(
-                f"parameter {self.parameter} is off the simplex: give weights from 0 whose sum"
-                " is 1."
+                f"parameter {self.parameter} is off the simplex: give weights that are not negative"
+                " and whose sum is 1."
             )
 
     def residuals(

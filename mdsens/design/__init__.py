@@ -16,5 +16,10 @@ __all__ = [
     "LevenbergMarquardt",
     "Optax",
     "Softest",
+    "State",
+    "Step",
+    "Target",
+    "feature_response",
+    "fit",
+    "hold",
 ]
-__all__ += ["State", "Step", "Target", "feature_response", "fit", "hold"]

@@ -1,6 +1,4 @@
-"""The members of a design: what is measured on them, where a step takes them, and what they relax
-to.
-"""
+"""The members of a design: measuring their features, predicting their motion, relaxing them."""
 
 from __future__ import annotations
 
@@ -43,11 +41,22 @@ __all__ = [
     "softened",
 ]
 
-HALF = 0.5  # of the members must count for a step to be taken
+# Fraction of the members that must count for a step to be taken.
+ENOUGH = 0.5
 
 
 class Problem(NamedTuple):
-    """What a design is of."""
+    """Everything about a design that stays the same from step to step.
+
+    Attributes:
+      targets: the targets.
+      features: (m,) the feature of each target.
+      variables: the free parameters as a vector within bounds.
+      method: how a step is chosen.
+      relax: relaxes systems, one minimum for each.
+      about: description of the design, which ``resume`` compares with that of a stored state.
+      initial: with ``restart`` the systems from which every step relaxes; else None.
+    """
 
     targets: tuple[Target, ...]
     features: tuple[Feature, ...]
@@ -59,7 +68,16 @@ class Problem(NamedTuple):
 
 
 class Measurement(NamedTuple):
-    """What was measured on the members at one place: the means over those that count."""
+    """The features at one point x, averaged over the members that count.
+
+    Attributes:
+      lins: the linearized minimum of each member; None where it does not count.
+      values: (m,) mean of the features; nan where no member counts.
+      round_off: (m,) mean of the features' round-off.
+      jacobian: (m, p) mean of the features' derivatives by the variables; with ``restart`` the
+        median.
+      status: (members,) CONVERGED, or the code of why a member does not count.
+    """
 
     lins: list[Linearization | None]
     values: np.ndarray
@@ -69,7 +87,8 @@ class Measurement(NamedTuple):
 
     @property
     def enough(self) -> bool:
-        return bool(np.mean(self.status == Status.CONVERGED.value) >= HALF)
+        """Whether at least half of the members count."""
+        return bool(np.mean(self.status == Status.CONVERGED.value) >= ENOUGH)
 
 
 def measure(
@@ -78,39 +97,51 @@ def measure(
     x: np.ndarray,
     counts: np.ndarray,
 ) -> Measurement:
-    """Measure the features and their Jacobian on the members that count."""
+    """Measure the features and their Jacobian on the members that count.
+
+    Args:
+      minima: of each member; one that is linearized already is used as it is.
+      x: (p,) the variables there.
+      counts: (members,) False for a member to leave out.
+    """
     lins: list[Linearization | None] = []
-    found: list[FeatureValues] = []
+    measured: list[FeatureValues] = []
     status = np.full(len(minima), Status.UNCONVERGED.value)
-    for k, at in enumerate(minima):
+    for k, minimum in enumerate(minima):
         lins.append(None)
         if not counts[k]:
             continue
-        status[k] = int(at.status)
-        if not Status(int(at.status)).good:
+        status[k] = int(minimum.status)
+        if not Status(int(minimum.status)).good:
             continue
-        lin = at if isinstance(at, Linearization) else linearize(at, throw=False)
+        if isinstance(minimum, Linearization):
+            lin = minimum
+        else:
+            lin = linearize(minimum, throw=False)
         status[k] = int(lin.status)
         if not Status(int(lin.status)).good:
             continue
-        measurement = evaluate_features(problem.features, lin)
-        finite = Status.CONVERGED if np.isfinite(measurement.values).all() else Status.NOT_FINITE
-        status[k] = finite.value if measurement.status.good else measurement.status.value
+        features = evaluate_features(problem.features, lin)
+        finite = Status.CONVERGED if np.isfinite(features.values).all() else Status.NOT_FINITE
+        status[k] = finite.value if features.status.good else features.status.value
         if status[k] == Status.CONVERGED.value:
             lins[k] = lin
-            found.append(measurement)
-    if not found:
-        nothing = np.full(len(problem.features), np.nan)
-        return Measurement(lins, nothing, nothing, np.full((nothing.size, x.size), np.nan), status)
-    values = np.mean([measurement.values for measurement in found], axis=0)
-    jacobians = [problem.variables.pulled(x, measurement.slopes) for measurement in found]
-    jacobian = (
-        np.mean(jacobians, axis=0) if problem.initial is None else np.median(jacobians, axis=0)
-    )
+            measured.append(features)
+    if not measured:
+        no_values = np.full(len(problem.features), np.nan)
+        no_jacobian = np.full((no_values.size, x.size), np.nan)
+        return Measurement(lins, no_values, no_values, no_jacobian, status)
+    jacobians = [problem.variables.pulled(x, features.slopes) for features in measured]
+    if problem.initial is None:
+        jacobian = np.mean(jacobians, axis=0)
+    else:
+        # Members that restart are at new minima each time. A few of these are near an instability,
+        # where derivatives are so large that they would dominate a mean.
+        jacobian = np.median(jacobians, axis=0)
     return Measurement(
         lins,
-        values,
-        np.mean([measurement.round_off for measurement in found], axis=0),
+        np.mean([features.values for features in measured], axis=0),
+        np.mean([features.round_off for features in measured], axis=0),
         jacobian,
         status,
     )
@@ -119,10 +150,11 @@ def measure(
 def moves(
     state: State, measurement: Measurement, tangent: Mapping[str, np.ndarray]
 ) -> list[Unknowns]:
-    """Where each member's particles and cell go, to first order; nowhere where a member does not
-    count.
+    """Linear response of each member's particles and cell to a change of the parameters.
+
+    Zero for a member that does not count, or whose solve fails.
     """
-    found = []
+    responses = []
     for eq, lin in zip(state.equilibria, measurement.lins, strict=True):
         value = None
         if lin is not None:
@@ -130,15 +162,17 @@ def moves(
             value = response.value if response.status.good else None
         if value is None:
             value = jnp.zeros_like(eq.positions)
-        found.append(value if isinstance(value, Unknowns) else Unknowns(value))
-    return found
+        responses.append(value if isinstance(value, Unknowns) else Unknowns(value))
+    return responses
 
 
 def crossings(
     measurement: Measurement, moves: Sequence[Unknowns], tangent: Mapping[str, np.ndarray]
 ) -> tuple[float, int]:
-    """After what part of the step the first pair crosses a breakpoint, and how many do in all of
-    it.
+    """Fraction of the step at which the first pair crosses a breakpoint, and how many cross in all.
+
+    To first order. The fraction is that of the member where a crossing comes first, the number that
+    of the member with most.
     """
     times = [
         crossing_times(lin, move, tangent)
@@ -152,28 +186,37 @@ def crossings(
 def crossing_times(
     lin: Linearization, move: Unknowns, tangent: Mapping[str, np.ndarray]
 ) -> np.ndarray:
-    """When the pairs ahead cross a breakpoint along the step, of 1."""
-    times = np.asarray(contact_changes.crossings(*_path(lin, move, tangent)).times)
+    """Times at which pairs reach a breakpoint along the step, to first order; the step ends at 1.
+
+    Pairs that move away from their breakpoints, or along with them, are left out.
+    """
+    times = np.asarray(contact_changes.crossings(*_contact_path(lin, move, tangent)).times)
     return times[(times >= 0) & np.isfinite(times)]
 
 
-def _path(lin: Linearization, move: Unknowns, tangent: Mapping[str, np.ndarray]) -> tuple[Any, ...]:
-    """The step as ``contacts`` takes it: system, velocity, parameters, rattlers, strain."""
+def _contact_path(
+    lin: Linearization, move: Unknowns, tangent: Mapping[str, np.ndarray]
+) -> tuple[System, jax.Array, dict[str, Any], jax.Array, jax.Array | None]:
+    """A step as ``contact_changes`` takes it: system, velocity, parameters, rattlers, strain."""
     system = lin.equilibrium.system
     full = full_tangent(system, tangent)
-    strain = None if move.strain is None else from_mandel(jnp.asarray(move.strain))
-    velocity = move.positions if strain is None else move.positions - system.positions @ strain.T
+    if move.strain is None:
+        return system, move.positions, full, lin.network.rattlers, None
+    # ``contact_changes`` adds the cell's motion itself: the velocity is what is left of it.
+    strain = from_mandel(jnp.asarray(move.strain))
+    velocity = move.positions - system.positions @ strain.T
     return system, velocity, full, lin.network.rattlers, strain
 
 
 def pair_motion(
     measurement: Measurement, moves: Sequence[Unknowns], tangent: Mapping[str, np.ndarray]
 ) -> float:
-    """How far pairs come nearer to their breakpoints in a step, or leave them: a root mean square,
-    a length.
+    """Root mean square change in a step of the distances of pairs to their breakpoints, a length.
+
+    The median over the members; zero where none counts.
     """
     rates = [
-        float(contact_changes.gap_rate(*_path(lin, move, tangent)))
+        float(contact_changes.gap_rate(*_contact_path(lin, move, tangent)))
         for lin, move in zip(measurement.lins, moves, strict=True)
         if lin is not None
     ]
@@ -181,60 +224,75 @@ def pair_motion(
 
 
 def softened(eq: Equilibrium, widths: Sequence[float], widest: float) -> list[Linearization]:
-    """A minimum with its pair potentials averaged over widths, held by what forces that leaves: its
-    derivatives are those of a landscape without the bends that are narrower.
+    """Linearize a minimum with its pair potentials averaged over each width.
+
+    The particles stay where they are, and the averaged potentials leave a force on them. The
+    derivatives are those of an energy landscape without the kinks that are narrower than the width.
+
+    Args:
+      widths: of the averages, lengths.
+      widest: the largest width: pairs that far beyond their range are listed.
 
     Raises:
       InputError: the cell has no room for pairs as far apart as ``widest`` makes them.
     """
     potential = eq.system.potential
-    roomy = eq.system.replace(potential=smoothed(potential, widest)).reallocate(
-        keep=True
-    )  # one list, one shape, for all
-    found = []
+    # One neighbor list for all widths: its shape is then the same, and nothing compiles again.
+    listed = eq.system.replace(potential=smoothed(potential, widest)).reallocate(keep=True)
+    linearizations = []
     for width in widths:
-        soft = roomy.replace(potential=smoothed(potential, width))
-        still = jnp.maximum(eq.max_force, 0.1 * _touching_force(soft))
-        lin = linearize(dataclasses.replace(eq, system=soft, max_force=still), throw=False)
-        # that force says who holds whom: it is not left over, and puts no stiffness in doubt
-        at = dataclasses.replace(lin.equilibrium, max_force=eq.max_force)
-        found.append(dataclasses.replace(lin, equilibrium=at))
-    return found
+        soft = listed.replace(potential=smoothed(potential, width))
+        # Averaging gives a force to pairs that do not touch. The network counts a pair as a contact
+        # above 10 times ``max_force`` (``contacts.FORCE_MARGIN``): a tenth of the force that a pair
+        # has just at contact leaves those pairs out.
+        threshold = jnp.maximum(eq.max_force, 0.1 * _force_at_contact(soft))
+        lin = linearize(dataclasses.replace(eq, system=soft, max_force=threshold), throw=False)
+        # That force only decides which pairs are contacts. It is no force left by a relaxation, so
+        # it must not cast doubt on the stiffness.
+        minimum = dataclasses.replace(lin.equilibrium, max_force=eq.max_force)
+        linearizations.append(dataclasses.replace(lin, equilibrium=minimum))
+    return linearizations
 
 
 @jax.jit
-def _touching_force(system: System) -> jax.Array:
-    """The largest force of a smoothed pair at its potential's own range: what is weaker is no contact of
-    that potential.
+def _force_at_contact(system: System) -> jax.Array:
+    """Largest force of a smoothed pair at the range of its unsmoothed potential; summed over terms.
+
+    A weaker pair is no contact of the unsmoothed potential. Zero where it does not only repel.
     """
-    found = jnp.zeros(())
+    total = jnp.zeros(())
     if not system.potential.repulsive:
-        return found
+        return total
     for term in pair_terms(system):
-        width = term.values[-1]
+        width = term.values[-1]  # smoothed() appends it to the parameters of phi
         reach = system.potential.lengths(
             system.params, system.neighbors.pairs, system.n, system.species, system.species_count
         )
-        found += jnp.max(
-            jnp.where(term.mask, jnp.abs(pair_forces(term, reach - width)), 0.0), initial=0.0
-        )
-    return found
+        forces = jnp.where(term.mask, jnp.abs(pair_forces(term, reach - width)), 0.0)
+        total += jnp.max(forces, initial=0.0)
+    return total
 
 
 def relaxed(
     problem: Problem, state: State, moves: Sequence[Unknowns], params: Mapping[str, np.ndarray]
 ) -> tuple[list[Equilibrium], np.ndarray, np.ndarray]:
-    """The members relaxed at other parameters, from where linear response puts them: (minima, which
-    relaxed, how far each ended from there).
+    """Relax the members at other parameters, each from where linear response puts it.
+
+    With ``restart`` each starts from where it began instead.
+
+    Returns:
+      the minima; (members,) whether each was relaxed, False for all where the cell is too small for
+      the range at these parameters; (members,) how far each ended from its start, in units of the
+      potential's length, nan with ``restart``.
     """
     starts: list[System] = []
     try:
         for k, (eq, move) in enumerate(zip(state.equilibria, moves, strict=True)):
-            at = _predicted(eq, move) if problem.initial is None else problem.initial[k]
-            starts.append(at.with_params(params))
+            start = _predicted(eq, move) if problem.initial is None else problem.initial[k]
+            starts.append(start.with_params(params))
     except InputError:  # the cell no longer holds the range of the interactions
-        nothing = np.zeros(len(state.equilibria))
-        return list(state.equilibria), nothing.astype(bool), nothing
+        zeros = np.zeros(len(state.equilibria))
+        return list(state.equilibria), zeros.astype(bool), zeros
     equilibria = problem.relax(starts)
     if problem.initial is not None:
         return equilibria, np.ones(len(starts), bool), np.full(len(starts), np.nan)
@@ -245,20 +303,20 @@ def relaxed(
 
 
 def _predicted(eq: Equilibrium, move: Unknowns) -> System:
-    """A minimum's system, its particles and its cell moved."""
-    there = eq.positions + move.positions
+    """The system of a minimum with its particles and its cell moved."""
+    moved = eq.positions + move.positions
     if move.strain is None:
-        return eq.system.replace(positions=there)
-    return deformed(eq.system, from_mandel(jnp.asarray(move.strain)), eq.positions).replace(
-        positions=there
-    )
+        return eq.system.replace(positions=moved)
+    strained = deformed(eq.system, from_mandel(jnp.asarray(move.strain)), eq.positions)
+    return strained.replace(positions=moved)
 
 
 def _max_displacement_error(start: System, eq: Equilibrium) -> float:
-    """The farthest that a particle came to rest from where it started, the mean motion aside, over
-    the potential's length.
+    """Largest distance between a particle's predicted and relaxed positions, in potential lengths.
+
+    A common translation, which costs no energy, is taken off as the median over the particles: the
+    few that rearrange do not shift it.
     """
     apart = np.asarray(nearest_image(eq.positions - start.positions, eq.system.box))
-    return float(np.max(np.linalg.norm(apart - np.median(apart, axis=0), axis=1))) / float(
-        natural_units(start)[0]
-    )
+    farthest = float(np.max(np.linalg.norm(apart - np.median(apart, axis=0), axis=1)))
+    return farthest / float(natural_units(start)[0])

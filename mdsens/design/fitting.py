@@ -3,9 +3,10 @@
     wanted = [Target("poisson", 0.1, 2e-3, from_start=True), hold("pressure")]
     design = ms.design.fit(wanted, system, free={"sigma": Free(within=0.3)})
 
-Each step solves for a change of the parameters by which the features' Jacobian meets the targets,
-puts the particles where their linear response says they will be, and relaxes them there. What came
-out is compared with what the linear model said, and the trust region grows or shrinks by it.
+Each step solves for a change of the parameters that meets the targets to first order, by the
+Jacobian of the features. It moves the particles by their linear response to that change and relaxes
+them from there. The features measured are compared with those that the linear model predicted, and
+the trust region grows or shrinks accordingly.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from mdsens.design.proposal import (
     remembered,
 )
 from mdsens.design.targets import Target
-from mdsens.design.variables import Free, Variables
+from mdsens.design.variables import Bounds, Free, Variables
 from mdsens.mechanics.status import Status
 from mdsens.model.batch import stack, unstack
 from mdsens.model.system import System
@@ -42,14 +43,17 @@ from mdsens.relaxation.minimization import minimize
 
 __all__ = ["fit", "hold"]
 
-# of the potential's length: farther from where linear response puts a particle, it is a rearrangement
-STRAYED = 0.1
-SMALLEST = 1e-6  # radius of a trust region: below, the design has stagnated
-NOTHING = 1e-9  # of a step: the bounds leave none
+# In units of the potential's length: a particle that relaxes farther than this from its predicted
+# position has taken part in a rearrangement, and the member is in another basin.
+REARRANGED = 0.1
+# Radius of the trust region below which the design has stagnated.
+SMALLEST_TRUST = 1e-6
+# Largest change of a variable below which a step is none: the bounds leave no room.
+SMALLEST_STEP = 1e-9
 
 
 def hold(of: Any, share: float = 0.01, name: str = "") -> Target:
-    """The target to hold a feature at its start, within a share of it."""
+    """The target to keep a feature at its starting value, within a share of that value."""
     return Target(of, 0.0, share, name, from_start=True, share=True)
 
 
@@ -58,7 +62,7 @@ def fit(
     system: System | Sequence[System],
     free: str | Sequence[str] | Mapping[str, Free],
     *,
-    bounds: Mapping[str, Any] | None = None,
+    bounds: Bounds | None = None,
     method: LevenbergMarquardt | Optax | None = None,
     steps: int = 60,
     restart: bool = False,
@@ -67,42 +71,45 @@ def fit(
     tolerance: float | None = None,
     max_steps: int = 200_000,
     resume: State | None = None,
-    callback: Callable[[State], Any] | None = None,
+    callback: Callable[[State], object] | None = None,
     progress: bool | None = None,
     throw: bool = False,
 ) -> Design:
     """Change parameters until relaxed systems have the properties that are wanted.
 
     Args:
-      targets: what is wanted, :class:`Target` each, and ``hold`` for what is to stay.
-      system: where to start, relaxed or not; a batch made by ``stack`` or a list of systems that
-        share the free parameters: an ensemble, whose mean is aimed at. A member that is no rigid
-        minimum does not count in a mean, nor, where a feature is made of moduli, one whose bulk or
-        shear modulus is not positive.
+      targets: a :class:`Target` for each property that is wanted, and ``hold`` for each one that is
+        to stay.
+      system: the system to start from, relaxed or not. A batch made by ``stack``, or a list of
+        systems that share the free parameters, is an ensemble, and the targets are for its mean. A
+        member that is no rigid minimum does not count in a mean, nor, where a feature is made of
+        moduli, one whose bulk or shear modulus is not positive.
       free: the parameters that may change: names, or a dict of :class:`Free` with their bounds.
       bounds: name -> (low, high), in place of those in ``free``.
-      method: ``LevenbergMarquardt()``, the default, or ``Optax(optax.rmsprop(0.002))`` and its kin.
-      steps: relaxations of each member at most, the start's not counted.
-      anew: relax every member from where it began, at every step, in place of from where its linear
-        response puts it: for parameters whose ensemble is to have a property, fresh packings too,
-        and not these packings alone. Most members then end in other minima than their derivatives
-        are of, so the Jacobian is the median over them, which the few that are near an instability
-        do not rule.
-      pressure, shape: as in ``minimize``: the cell is an unknown, and the pressure held exactly.
+      method: ``LevenbergMarquardt()``, the default, or ``Optax(optimizer)`` with an optimizer of
+        optax, such as ``optax.rmsprop(0.002)``.
+      steps: how many times each member is relaxed at most, the start not counted.
+      restart: relax every member from its initial positions at every step, instead of from those
+        that its linear response predicts. For parameters that are to give the property to an
+        ensemble, fresh packings included, and not to these packings alone. Most members then relax
+        to other minima than those that their derivatives belong to. The Jacobian is therefore the
+        median over the members, which the few that are near an instability do not dominate.
+      pressure, shape: as in ``minimize``: the cell is an unknown, and the pressure is exactly this.
       tolerance, max_steps: of each relaxation, as in ``minimize``.
       resume: the :class:`State` after some step of a design of the same targets, parameters and
         method.
       callback: called with the State after each step: ``lambda s: ms.io.save("design.npz", s)``
         keeps it.
-      progress: show a progress bar; where None, in a terminal or notebook alone.
+      progress: whether to show a progress bar; None shows it only in a terminal or notebook.
       throw: raise where the targets are not met.
 
     Returns:
       a :class:`Design`.
 
     Raises:
-      InputError: bad targets, parameters or bounds; a state of another design. ConvergenceError: no
-      member is a rigid minimum to begin with; with ``throw``, targets that are not met.
+      InputError: bad targets, parameters or bounds; a state of another design.
+      ConvergenceError: no member is a rigid minimum to begin with; with ``throw``, targets that are
+        not met.
     """
     method = LevenbergMarquardt() if method is None else method
     check_method(method)
@@ -113,34 +120,44 @@ def fit(
             f"resume is a {type(resume).__name__}: give the State that ms.io.load reads, or that"
             " callback got."
         )
-    chosen, members = _targets(targets), _members(system)
+    wanted = _checked_targets(targets)
+    members = _checked_members(system)
     variables = Variables.of(members[0], free, bounds)
     _check_shared(members, variables)
-    how = {"pressure": pressure, "shape": shape, "tolerance": tolerance, "max_steps": max_steps}
+    options = {"pressure": pressure, "shape": shape, "tolerance": tolerance, "max_steps": max_steps}
 
     def relax(starts: Sequence[System]) -> list[Equilibrium]:
+        # One compiled call relaxes a batch; at a pressure the members are relaxed one by one.
         if len(starts) > 1 and pressure is None:
-            return unstack(minimize(stack(list(starts)), throw=False, progress=False, **how))
-        return [minimize(start, throw=False, progress=False, **how) for start in starts]
+            return unstack(minimize(stack(list(starts)), throw=False, progress=False, **options))
+        return [minimize(start, throw=False, progress=False, **options) for start in starts]
 
+    bounds_of_x = zip(variables.low, variables.high, strict=True)
     about = {
-        "targets": [[t.name, t.value, t.tolerance, t.from_start, t.share] for t in chosen],
+        "targets": [[t.name, t.value, t.tolerance, t.from_start, t.share] for t in wanted],
         "variables": list(variables.labels),
-        "bounds": [[float(a), float(b)] for a, b in zip(variables.low, variables.high, strict=True)],
+        "bounds": [[float(low), float(high)] for low, high in bounds_of_x],
         "method": repr(method) if isinstance(method, LevenbergMarquardt) else str(method),
         "members": len(members),
         "restart": restart,
-        **{key: value for key, value in how.items() if key != "max_steps"},
-    }  # fmt: skip
-    initial = tuple(members) if restart else None
+        # A design may be resumed with more steps for each relaxation, so max_steps is left out.
+        **{key: value for key, value in options.items() if key != "max_steps"},
+    }
     problem = Problem(
-        chosen, tuple(t.feature for t in chosen), variables, method, relax, about, initial
+        targets=wanted,
+        features=tuple(t.feature for t in wanted),
+        variables=variables,
+        method=method,
+        relax=relax,
+        about=about,
+        initial=tuple(members) if restart else None,
     )
     bar = Trials(steps, progress)
     try:
-        state, measurement = (
-            _resumed(problem, resume) if resume is not None else _initial(problem, members)
-        )
+        if resume is None:
+            state, measurement = _initial(problem, members)
+        else:
+            state, measurement = _resumed(problem, resume)
         while (status := _verdict(state, steps)) is None:
             bar.show(len(state.history) - 1, _distance(state))
             state, measurement = _advanced(problem, state, measurement)
@@ -148,36 +165,35 @@ def fit(
                 callback(state)
     finally:
         bar.close()
-    names = tuple(t.name for t in chosen)
+    names = tuple(t.name for t in wanted)
     design = Design(status, variables.params(state.x), names, variables.labels, state)
     if throw and not status.good:
         raise ConvergenceError(f"fit: {status.sentence}.", status, design)
     return design
 
 
-def _targets(given: Any) -> tuple[Target, ...]:
-    targets = (
-        (given,)
-        if isinstance(given, Target)
-        else ()
-        if isinstance(given, str)
-        else tuple(given or ())
-    )
-    if not targets:
-        raise InputError(f"targets is {short(given)}: give at least one Target.")
-    for target in targets:
+def _checked_targets(targets: Target | Sequence[Target]) -> tuple[Target, ...]:
+    """The targets as a tuple; refuses what is none, and two of the same name."""
+    if isinstance(targets, Target):
+        return (targets,)
+    # A text is a sequence too, of letters: it would be refused letter by letter.
+    several = () if isinstance(targets, str) else tuple(targets or ())
+    if not several:
+        raise InputError(f"targets is {short(targets)}: give at least one Target.")
+    for target in several:
         if not isinstance(target, Target):
             raise InputError(
                 f"targets has {short(target)} among them: give ms.design.Target(...) each."
             )
-    names = [t.name for t in targets]
+    names = [t.name for t in several]
     for name in names:
         if names.count(name) > 1:
-            raise InputError(f"two targets are called {name!r}: give each a name of its own.")
-    return targets
+            raise InputError(f"two targets are called {name!r}: give each a different name.")
+    return several
 
 
-def _members(system: Any) -> list[System]:
+def _checked_members(system: System | Sequence[System]) -> list[System]:
+    """The systems of a design, a batch taken apart."""
     if isinstance(system, System):
         return [system] if system.batch is None else unstack(system)
     if isinstance(system, Equilibrium):
@@ -192,18 +208,21 @@ def _members(system: Any) -> list[System]:
 
 
 def _check_shared(members: Sequence[System], variables: Variables) -> None:
+    """Refuse members whose free parameters differ from those of the first."""
     for k, member in enumerate(members):
         for name, value in variables.start.items():
-            if name not in member.params or not np.array_equal(
+            shared = name in member.params and np.array_equal(
                 np.asarray(member.params[name]), value
-            ):
+            )
+            if not shared:
                 raise InputError(
-                    f"system {k} has another {name} than system 0: members share what is free."
+                    f"system {k} has another {name} than system 0: give all members the same"
+                    " values of the free parameters."
                 )
 
 
 def _initial(problem: Problem, members: list[System]) -> tuple[State, Measurement]:
-    """The start: every member relaxed as it is, and the targets as numbers."""
+    """The starting state: every member relaxed as it is, and the targets as numbers."""
     equilibria = problem.relax(members)
     measurement = measure(problem, equilibria, problem.variables.x, np.ones(len(members), bool))
     good = measurement.status == Status.CONVERGED.value
@@ -215,11 +234,14 @@ def _initial(problem: Problem, members: list[System]) -> tuple[State, Measuremen
             worst,
             equilibria,
         )
-    wanted, near = zip(
-        *(t.resolved(float(v)) for t, v in zip(problem.targets, measurement.values, strict=True)),
-        strict=True,
-    )
+    resolved = [
+        target.resolved(float(value))
+        for target, value in zip(problem.targets, measurement.values, strict=True)
+    ]
+    wanted = np.array([value for value, _ in resolved])
+    tolerance = np.array([within for _, within in resolved])
     for target, value, least in zip(problem.targets, wanted, measurement.round_off, strict=True):
+        # A share of a value that is zero to round-off is a tolerance that nothing can meet.
         if target.share and not abs(value) > least:
             raise InputError(
                 f"target {target.name}: a share of the value {value:.1g}, zero to round-off, is no"
@@ -229,59 +251,67 @@ def _initial(problem: Problem, members: list[System]) -> tuple[State, Measuremen
     if isinstance(method, Optax):
         trust, optimizer = 1.0, leaves(method.optimizer.init(jnp.asarray(x)))
     else:
-        trust, optimizer = np.nan, ()
-    none = np.zeros(len(members), bool)
+        trust, optimizer = np.nan, ()  # nan: the first step determines the radius
     first = Step(
-        x,
-        measurement.values,
-        measurement.values,
-        measurement.status,
-        True,
-        0.0,
-        trust,
-        np.inf,
-        0,
-        0.0,
-        none,
+        x=x,
+        values=measurement.values,
+        predicted=measurement.values,
+        status=measurement.status,
+        accepted=True,
+        size=0.0,
+        trust=trust,
+        reach=np.inf,
+        crossed=0,
+        max_displacement_error=0.0,
+        left_basin=np.zeros(len(members), bool),
     )
-    count, p = len(problem.targets), x.size
     state = State(
-        x, tuple(equilibria), good, trust, np.zeros((0, p)), np.zeros((0, count, p)), optimizer,
-        np.array(wanted), np.array(near), (first,), problem.about,
-    )  # fmt: skip
+        x=x,
+        equilibria=tuple(equilibria),
+        counts=good,
+        trust=trust,
+        memory_x=np.zeros((0, x.size)),
+        memory=np.zeros((0, len(problem.targets), x.size)),
+        optimizer=optimizer,
+        wanted=wanted,
+        tolerance=tolerance,
+        history=(first,),
+        about=problem.about,
+    )
     return state, measurement
 
 
 def _resumed(problem: Problem, state: State) -> tuple[State, Measurement]:
+    """A stored state, checked to be of the same design, and the features measured there again."""
     for key, value in problem.about.items():
         if state.about.get(key) != value:
             raise InputError(
                 f"the state to resume from is that of another design: its {key} is"
-                f" {short(state.about.get(key))}, here {short(value)}; give the same, or begin"
-                " anew."
+                f" {short(state.about.get(key))}, here {short(value)}; give the same, or"
+                " leave out resume."
             )
     if isinstance(problem.method, Optax):
-        shapes = [
-            leaf.shape for leaf in leaves(problem.method.optimizer.init(jnp.asarray(state.x)))
-        ]
-        if [leaf.shape for leaf in state.optimizer] != shapes:
+        initial = leaves(problem.method.optimizer.init(jnp.asarray(state.x)))
+        if [leaf.shape for leaf in state.optimizer] != [leaf.shape for leaf in initial]:
             raise InputError(
-                "the state to resume from is that of another optimizer: give the same, or begin"
-                " anew."
+                "the state to resume from is that of another optimizer: give the same, or"
+                " leave out resume."
             )
     return state, measure(problem, state.equilibria, state.x, state.counts)
 
 
 def _distance(state: State) -> float:
-    """The farthest feature from its target, in tolerances, at the last place accepted."""
+    """Largest distance of a feature from its target, in tolerances, at the last accepted step."""
     last = next(step for step in reversed(state.history) if step.accepted)
     return float(np.max(np.abs(last.values - state.wanted) / state.tolerance))
 
 
 def _verdict(state: State, steps: int) -> Status | None:
+    """How the design ended; None where it goes on."""
     if _distance(state) <= 1.0:
         return Status.CONVERGED
-    if state.trust < SMALLEST or (len(state.history) > 1 and state.history[-1].size < NOTHING):
+    no_step = len(state.history) > 1 and state.history[-1].size < SMALLEST_STEP
+    if state.trust < SMALLEST_TRUST or no_step:
         return Status.DESIGN_STAGNATED
     return Status.BUDGET_SPENT if len(state.history) - 1 >= steps else None
 
@@ -289,7 +319,7 @@ def _verdict(state: State, steps: int) -> Status | None:
 def _advanced(
     problem: Problem, state: State, measurement: Measurement
 ) -> tuple[State, Measurement]:
-    """One step: proposed, predicted, relaxed, judged."""
+    """Take one step: propose it, relax the members at it, and accept or refuse it."""
     method, variables, x = problem.method, problem.variables, state.x
     if isinstance(method, LevenbergMarquardt):
         if not np.isfinite(state.trust):
@@ -299,50 +329,56 @@ def _advanced(
     else:
         step, optimizer = of_optimizer(method, variables, state, measurement)
     tangent = variables.tangent(x, step)
-    places = moves(state, measurement, tangent)
-    reach, crossed = crossings(measurement, places, tangent)
-    there = x + step
+    responses = moves(state, measurement, tangent)
+    reach, crossed = crossings(measurement, responses, tangent)
+    tried = x + step
     equilibria, counts, max_displacement_error = relaxed(
-        problem, state, places, variables.params(there)
+        problem, state, responses, variables.params(tried)
     )
-    now = measure(problem, equilibria, there, counts)
-    left = max_displacement_error > STRAYED  # not known of members relaxed anew
+    now = measure(problem, equilibria, tried, counts)
+    # With restart the error is nan, and the comparison False: basins are not tracked there.
+    left_basin = max_displacement_error > REARRANGED
     predicted = measurement.values + measurement.jacobian @ step
     if isinstance(method, LevenbergMarquardt):
         bands = bands_of(state, measurement.values, method.loosened)
         before, after, hoped = (
-            float(np.sum(((v - state.wanted) / bands) ** 2))
-            for v in (measurement.values, now.values, predicted)
+            float(np.sum(((values - state.wanted) / bands) ** 2))
+            for values in (measurement.values, now.values, predicted)
         )
         accepted = now.enough and after < before
-        trust = next_trust(
-            state.trust,
-            method,
-            now.enough,
-            accepted,
-            (before - after) / max(before - hoped, 1e-300),
-        )
-        memory_x, memory = remembered(
-            state, method, (x, measurement.jacobian) if accepted else (there, now.jacobian)
-        )
+        # 1e-300 only avoids a division by zero where the model promises nothing.
+        ratio = (before - after) / max(before - hoped, 1e-300)
+        trust = next_trust(state.trust, method, now.enough, accepted, ratio)
+        # An accepted step leaves x behind; of a refused one the Jacobian on the far side is kept.
+        model = (x, measurement.jacobian) if accepted else (tried, now.jacobian)
+        memory_x, memory = remembered(state, method, model)
     else:
-        accepted, memory_x, memory = now.enough, state.memory_x, state.memory
+        accepted = now.enough
+        memory_x, memory = state.memory_x, state.memory
+        # Every step of an optimizer is taken; it is halved only while too few members count.
         trust = min(1.0, 2.0 * state.trust) if accepted else 0.5 * state.trust
-    made = Step(
-        there, now.values, predicted, now.status, accepted, float(np.max(np.abs(step), initial=0.0)), state.trust,
-        reach, crossed, float(np.max(max_displacement_error, initial=0.0)), left,
-    )  # fmt: skip
-    history = (*state.history, made)
-    kept = {"trust": trust, "memory_x": memory_x, "memory": memory, "history": history}
+    record = Step(
+        x=tried,
+        values=now.values,
+        predicted=predicted,
+        status=now.status,
+        accepted=accepted,
+        size=float(np.max(np.abs(step), initial=0.0)),
+        trust=state.trust,
+        reach=reach,
+        crossed=crossed,
+        max_displacement_error=float(np.max(max_displacement_error, initial=0.0)),
+        left_basin=left_basin,
+    )
+    state = dataclasses.replace(
+        state, trust=trust, memory_x=memory_x, memory=memory, history=(*state.history, record)
+    )
     if not accepted:
-        return dataclasses.replace(state, **kept), measurement
+        return state, measurement
+    # A member that does not count here keeps its last minimum, from which the next step starts it.
     good = now.status == Status.CONVERGED.value
     minima = tuple(
         new if ok else old for new, old, ok in zip(equilibria, state.equilibria, good, strict=True)
     )
-    return (
-        dataclasses.replace(
-            state, x=there, equilibria=minima, counts=good, optimizer=optimizer, **kept
-        ),
-        now,
-    )
+    state = dataclasses.replace(state, x=tried, equilibria=minima, counts=good, optimizer=optimizer)
+    return state, now

@@ -1,4 +1,4 @@
-"""What a design has done so far: its steps, and all that it needs to go on."""
+"""The records of a design: its steps, the state that it can resume from, and its result."""
 
 from __future__ import annotations
 
@@ -19,23 +19,25 @@ __all__ = ["Design", "State", "Step"]
 
 @dataclasses.dataclass(frozen=True)
 class Step(Named):
-    """One step of a design: parameters that were tried, and what became of them.
+    """One step of a design: the parameters that were tried, and the outcome.
 
     Attributes:
       x: (p,) the variables tried.
-      values: (m,) of the features there, the mean over the members that count; nan where none does.
-      predicted: (m,) by the linear model at the place before.
-      status: (members,) of each member: CONVERGED, or why it does not count.
-      accepted: whether the design went on from there.
+      values: (m,) the features there, mean over the members that count; nan where none counts.
+      predicted: (m,) the features that the linear model at the previous x predicted.
+      status: (members,) CONVERGED, or the code of why a member does not count.
+      accepted: whether the design continued from there.
       size: the largest change of a variable.
-      trust: the radius of the trust region, with which it was made.
-      reach: after what part of the step the first pair was to cross a breakpoint, to first order;
-        of the member where that comes first. Above 1 the step lies within the certificate's radius.
-      crossed: how many pairs were to cross one; of the member with most.
-      strayed: how far a particle came to rest from where the linear response put it, at most, in
-        units of the potential's length.
-      left_basin: (members,) whether that is more than a tenth: a rearrangement, so that the design
-        went on, if it did, from another minimum than the one whose derivatives it had.
+      trust: the radius of the trust region for this step.
+      reach: fraction of the step at which the first pair was predicted to cross a breakpoint, to
+        first order, in the member where that comes first. Above 1 the step lies within the
+        certificate's radius.
+      crossed: how many pairs were predicted to cross one, in the member with most.
+      max_displacement_error: the largest distance of a relaxed particle from the position that
+        linear response predicted, in units of the potential's length.
+      left_basin: (members,) whether that distance is more than a tenth. It is then a rearrangement:
+        if accepted, the design continued from another minimum than the one that its derivatives
+        belong to.
     """
 
     x: np.ndarray
@@ -53,19 +55,21 @@ class Step(Named):
 
 @dataclasses.dataclass(frozen=True)
 class State(Named):
-    """A design between two steps: what ``ms.io.save`` stores after each, and ``fit(...,
-    resume=state)`` goes on from.
+    """A design between two steps, as stored by ``ms.io.save`` and resumed by ``fit(resume=state)``.
 
     Attributes:
       x: (p,) the variables.
-      equilibria: of each member, the minimum at x, or the last one that it had.
-      counts: (members,) whether it is one at x.
-      trust: radius of the trust region.
-      memory_x, memory: (k, p) and (k, m, p) Jacobians met before, and where.
+      equilibria: for each member its minimum at x, or its last minimum where it has none at x.
+      counts: (members,) whether the member has a minimum at x, and counts in the means.
+      trust: radius of the trust region; nan before the first step has determined it.
+      memory_x: (k, p) the points at which earlier Jacobians were computed.
+      memory: (k, m, p) those Jacobians.
       optimizer: the arrays of an optax optimizer's state.
-      wanted, tolerance: (m,) the targets as numbers.
+      wanted: (m,) the target values as numbers.
+      tolerance: (m,) their tolerances as numbers.
       history: a tuple of :class:`Step`, the start first.
-      about: what the design is of, which ``resume`` compares.
+      about: description of the design: targets, variables, bounds, method, relaxation. ``resume``
+        refuses a state in which it differs.
     """
 
     x: np.ndarray
@@ -83,14 +87,14 @@ class State(Named):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Design(Shown):
-    """What a design came to, with all its steps. Print it.
+    """The result of a design, with all its steps. Print it.
 
     Attributes:
       status: CONVERGED where every target is met, else DESIGN_STAGNATED or BUDGET_SPENT.
-      params: the free parameters' values, by name.
-      names: (m,) of the targets.
-      labels: (p,) of the variables.
-      state: of the last step, to go on from.
+      params: values of the free parameters, by name.
+      names: (m,) names of the targets.
+      labels: (p,) labels of the variables.
+      state: the state after the last step, from which the design can be resumed.
     """
 
     status: Status
@@ -112,32 +116,33 @@ class Design(Shown):
     @property
     def equilibrium(self) -> Equilibrium:
         """The minimum of a design of one system."""
-        (one,) = self.state.equilibria
-        return one
+        (minimum,) = self.state.equilibria
+        return minimum
 
     @property
     def reached(self) -> Step:
         """The last step that was accepted."""
+        # The start counts as accepted, so that there is always one.
         return next(step for step in reversed(self.history) if step.accepted)
 
     @property
     def values(self) -> np.ndarray:
-        """(m,) the features reached."""
+        """(m,) the features at the last accepted step."""
         return self.reached.values
 
     @property
     def wanted(self) -> np.ndarray:
-        """(m,) the values that were wanted."""
+        """(m,) the target values."""
         return self.state.wanted
 
     @property
     def tolerance(self) -> np.ndarray:
-        """(m,) how near was near enough."""
+        """(m,) the tolerances of the targets."""
         return self.state.tolerance
 
     @property
     def relaxations(self) -> int:
-        """How often each member was relaxed, but for the start."""
+        """How many times each member was relaxed, the start not counted."""
         return len(self.history) - 1
 
     _title = "Design"
@@ -146,42 +151,41 @@ class Design(Shown):
         start, last = self.history[0], self.reached
         rows = [("status", f"{self.status.name}: {self.status.sentence}")]
         for k, name in enumerate(self.names):
-            left = abs(last.values[k] - self.wanted[k]) / self.tolerance[k]
-            said = "met" if left <= 1.0 else f"{left:.1f} tolerances off"
-            rows.append((
-                name,
-                f"{start.values[k]:.6g} -> {last.values[k]:.6g}, wanted {self.wanted[k]:.6g} +- "
-                f"{self.tolerance[k]:.1g}: {said}",
-            ))  # fmt: skip
+            # In tolerances, the unit in which fit decides whether a target is met.
+            distance = abs(last.values[k] - self.wanted[k]) / self.tolerance[k]
+            outcome = "met" if distance <= 1.0 else f"{distance:.1f} tolerances off"
+            values = f"{start.values[k]:.6g} -> {last.values[k]:.6g}"
+            wanted = f"wanted {self.wanted[k]:.6g} +- {self.tolerance[k]:.1g}"
+            rows.append((name, f"{values}, {wanted}: {outcome}"))
         for name, value in self.params.items():
-            few = value.size <= 6
-            shown = (
-                np.array2string(value, precision=6)
-                if few
-                else f"{value.size} values, {value.min():.5g} to {value.max():.5g}"
-            )
-            rows.append((name, " ".join(shown.split())))
+            # Six numbers of six digits fit in one line of the table.
+            if value.size <= 6:
+                text = np.array2string(value, precision=6)
+            else:
+                text = f"{value.size} values, {value.min():.5g} to {value.max():.5g}"
+            rows.append((name, " ".join(text.split())))  # numpy breaks the lines of matrices
         accepted = sum(step.accepted for step in self.history[1:])
         left = sum(bool(np.any(step.left_basin)) for step in self.history[1:] if step.accepted)
-        gone = f", {left} of them to another basin" if left else ""
-        rows.append(("relaxations", f"{self.relaxations}; {accepted} steps accepted{gone}"))
+        basins = f", {left} of them to another basin" if left else ""
+        rows.append(("relaxations", f"{self.relaxations}; {accepted} steps accepted{basins}"))
         if last.status.size > 1:
             good = int(np.sum(last.status == Status.CONVERGED.value))
             rows.append(("members", f"{good} of {last.status.size} count"))
         return rows
 
     def table(self) -> str:
-        """The history as text, a line a step."""
+        """The history as a table in text, one line for each step."""
         header = ["step", *self.names, "trust", "crossed", "max_displacement_error", "members", ""]
         rows = []
         for k, step in enumerate(self.history):
             good = int(np.sum(step.status == Status.CONVERGED.value))
-            said = "" if step.accepted else "refused"
-            said = ", ".join(
-                filter(None, [said, "left its basin" if np.any(step.left_basin) else ""])
-            )
-            rows.append([
-                f"{k}", *(f"{v:.6g}" for v in step.values), f"{step.trust:.2g}", f"{step.crossed}",
-                f"{step.max_displacement_error:.1g}", f"{good}/{step.status.size}", said or "-",
-            ])  # fmt: skip
+            notes = []
+            if not step.accepted:
+                notes.append("refused")
+            if np.any(step.left_basin):
+                notes.append("left its basin")
+            row = [f"{k}", *(f"{value:.6g}" for value in step.values)]
+            row += [f"{step.trust:.2g}", f"{step.crossed}", f"{step.max_displacement_error:.1g}"]
+            row += [f"{good}/{step.status.size}", ", ".join(notes) or "-"]
+            rows.append(row)
         return tables.columns("", header, rows)

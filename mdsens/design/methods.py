@@ -1,4 +1,4 @@
-"""One step of a design: the change of the variables that a linear model of the features asks for."""
+"""The methods of a design, and the bounded least step on which Levenberg-Marquardt is built."""
 
 from __future__ import annotations
 
@@ -13,41 +13,47 @@ from mdsens._util.validation import check_positive, check_whole, real_number, sh
 
 __all__ = ["LevenbergMarquardt", "Optax", "bounded_step", "check_method"]
 
+# The remedy in an error message about ``widths``.
 NUMBERS = "give a tuple of positive numbers, or ()."
 
 
 @dataclasses.dataclass(frozen=True)
 class LevenbergMarquardt:
-    """Damped Gauss-Newton steps on the Jacobian of the features, in a trust region, from several
-    linear models at once.
+    """Damped Gauss-Newton steps in a trust region, from several Jacobians of the features at once.
 
-    A step s of the variables x is the least one that every model of the features nearby agrees on,
+    A step s of the variables x is the least one that every linear model of the features nearby
+    agrees on,
 
         min |s|^2 / 2 + sum_k |J_k s - t (target - f)|^2 / (2 mu),   low <= x + s <= high,
 
-    each row over its norm, with the largest t up to 1 by which no variable changes more than the
-    trust region allows. One of the J_k is the Jacobian at x; the others were met near x a few steps
-    ago, tried and refused ones among them. The features of a packing bend, or jump, where a contact
-    changes, so that the Jacobian here says nothing of the other side; a step that the Jacobians of
-    both sides agree on passes along the bend, where steps on one alone are refused back and forth
-    until the trust region is nothing. Others yet are Jacobians at x of the same particles with
-    potentials that are averaged over a width of r (:mod:`mdsens.potentials.smoothed`), for pairs
-    just within and just beyond contact alike: with them, no step is made for what a single contact
-    that has just formed seems to promise.
+    each row divided by its norm, with the largest t up to 1 for which no variable changes by more
+    than the radius of the trust region. The J_k are of three kinds:
+
+    - the Jacobian at x;
+    - Jacobians computed near x a few steps ago, at refused steps too. The features of a packing
+      have a kink or a jump where a contact changes, so the Jacobian on one side says nothing of the
+      other. A step that the Jacobians of both sides agree on moves along the kink. Steps by one
+      Jacobian alone are refused on both sides in turn until the trust region has shrunk to nothing;
+    - Jacobians at x, of the same particles, with potentials averaged over a width of r
+      (:mod:`mdsens.potentials.smoothed`), for pairs just within and just beyond contact alike. They
+      prevent steps that follow what a single contact that has just formed seems to promise.
 
     Attributes:
-      trust: the first radius of the trust region, the largest change of a variable (for one that
-        varies by its logarithm, a share); None for where ``changes`` of the contacts change, by the
-        crossings that the certificate's radius is made of.
+      trust: the first radius of the trust region: the largest change of a variable (for a variable
+        that is a logarithm, a relative change of the parameter). None chooses the radius at which
+        the share ``changes`` of the contacts changes, by the same crossings that the certificate's
+        radius is computed from.
       changes: that share of the contacts.
       largest: the largest radius.
-      memory: how many Jacobians are kept beside the one at x.
-      reach: how far from x they may have been taken, in radii.
-      damping: mu under a root: at 0.03 what two models contradict each other in by less than 3 % of
-        a row is followed.
-      loosened: features that are met already may leave their tolerance by this share of the way
-        that the others still have to go, each in tolerances: held too tightly on the way, they stop
-        it.
+      memory: how many earlier Jacobians are kept beside the one at x.
+      reach: how far from x they may have been computed, in radii.
+      damping: the square root of mu: at 0.03 a contradiction between two models of less than 3 % of
+        a row does not hold the step back.
+      loosened: features that are met may leave their tolerance while others are far off, by this
+        share of the distance that the farthest one still has to go, each in tolerances. Features
+        that are kept too tightly on the way stop the design.
+      widths: of the averages, each a multiple of how far the pairs move (root mean square) in a
+        step as long as the radius; () uses no averaged potentials.
     """
 
     trust: float | None = None
@@ -60,8 +66,8 @@ class LevenbergMarquardt:
     widths: tuple[float, ...] = (24.0, 12.0, 6.0, 3.0)
 
     def __post_init__(self) -> None:
-        given = () if self.trust is None else ("trust",)
-        check_positive(self, (*given, "changes", "largest", "reach", "damping"))
+        first_radius = () if self.trust is None else ("trust",)
+        check_positive(self, (*first_radius, "changes", "largest", "reach", "damping"))
         if self.loosened != 0:
             check_positive(self, ("loosened",))
         check_whole(self, "memory")
@@ -70,6 +76,7 @@ class LevenbergMarquardt:
         widths = tuple(real_number("widths", width, NUMBERS) for width in self.widths)
         if not all(0 < width < np.inf for width in widths):
             raise InputError(f"{type(self).__name__}(widths={short(self.widths)}): {NUMBERS}")
+        # The record is frozen; a list becomes a tuple, so that it stays hashable.
         object.__setattr__(self, "widths", widths)
 
     def __str__(self) -> str:
@@ -78,8 +85,9 @@ class LevenbergMarquardt:
 
 @dataclasses.dataclass(frozen=True)
 class Optax:
-    """Any optimizer of optax, on half the sum of squares of (feature - target) / tolerance; every
-    step is taken.
+    """Any optimizer of optax, applied to half the sum of ((feature - target) / tolerance)^2.
+
+    Every step is taken.
 
     Attributes:
       optimizer: such as ``optax.rmsprop(0.002)``; its learning rate is a change of the variables
@@ -91,10 +99,9 @@ class Optax:
     name: str = "optax"
 
     def __post_init__(self) -> None:
-        if not (
-            callable(getattr(self.optimizer, "init", None))
-            and callable(getattr(self.optimizer, "update", None))
-        ):
+        # Duck typing: optax is not imported for the sake of a check.
+        functions = (getattr(self.optimizer, name, None) for name in ("init", "update"))
+        if not all(callable(function) for function in functions):
             raise InputError(
                 f"optimizer is {short(self.optimizer)}: give one of optax, such as"
                 " optax.rmsprop(0.002)."
@@ -104,8 +111,8 @@ class Optax:
         return str(self.name)
 
 
-def check_method(method: Any) -> None:
-    """Refuse what is no method of a design."""
+def check_method(method: object) -> None:
+    """Refuse an object that is no method of a design."""
     if not isinstance(method, LevenbergMarquardt | Optax):
         raise InputError(
             f"method is {short(method)}: give LevenbergMarquardt() or Optax(optimizer) of"
@@ -116,31 +123,35 @@ def check_method(method: Any) -> None:
 def bounded_step(
     A: np.ndarray, b: np.ndarray, low: np.ndarray, high: np.ndarray, mu: float
 ) -> np.ndarray:
-    """min |s|^2 / 2 + |A s - b|^2 / (2 mu) with low <= s <= high: (p,).
+    """Solve min |s|^2 / 2 + |A s - b|^2 / (2 mu) with low <= s <= high: (p,).
 
-    With few rows and many columns it is solved in its dual, s = clip(A^T y, low, high), over one
-    multiplier a row.
+    With few rows and many columns it is solved in its dual, s = clip(A^T y, low, high), with one
+    multiplier y for each row.
     """
     unit = np.eye(len(b))
 
     def value(y: np.ndarray) -> tuple[float, np.ndarray]:
+        """The dual function and its gradient."""
         free = A.T @ y
         s = np.clip(free, low, high)
         return float(free @ s - 0.5 * s @ s + 0.5 * mu * y @ y - b @ y), A @ s + mu * y - b
 
     def curvature(y: np.ndarray) -> np.ndarray:
+        """The Hessian of the dual: only variables strictly inside their bounds contribute."""
         free = A.T @ y
         inside = A[:, (free > low) & (free < high)]
         return inside @ inside.T + mu * unit
 
-    y = np.linalg.solve(A @ A.T + mu * unit, b)
+    y = np.linalg.solve(A @ A.T + mu * unit, b)  # exact where no bound is met
     size = float(np.linalg.norm(y))
     if size == 0.0:
         return np.clip(np.zeros(A.shape[1]), low, high)
+    # scipy's defaults for these three are absolute numbers. Here they are relative to the scales of
+    # the problem, so that the solution does not depend on the units of b.
     options = {
         "gtol": 1e-9 * float(np.linalg.norm(b)),
         "initial_trust_radius": size,
         "max_trust_radius": 1e6 * size,
     }
-    found = minimize(value, y, jac=True, hess=curvature, method="trust-exact", options=options)
-    return np.clip(A.T @ found.x, low, high)
+    solution = minimize(value, y, jac=True, hess=curvature, method="trust-exact", options=options)
+    return np.clip(A.T @ solution.x, low, high)

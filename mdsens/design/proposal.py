@@ -1,4 +1,4 @@
-"""The step that a design takes next, from what it knows where it is and what it remembers."""
+"""The next step of a design, from the Jacobian at its present point and those of earlier points."""
 
 from __future__ import annotations
 
@@ -35,16 +35,24 @@ __all__ = [
     "remembered",
 ]
 
-WIDEST = 0.2  # of the potential's length: over more, no potential is averaged
-GROW, SHRINK = 1.7, 0.6  # of the trust region
-# tolerances by a whole unit of the variables: a feature that moves by less does not depend on them
+# Largest width of an averaged potential, in units of the potential's length.
+WIDEST = 0.2
+# Factors of the trust region's radius after a step that went well, and after a refused one.
+GROW = 1.7
+SHRINK = 0.6
+# Change of a feature, in its tolerances, for a change of 1 of the variables. A feature that changes
+# by less does not depend on them.
 IDLE = 1e-6
-PARTS = 12  # tries of a part of the way that fits into it
+# How many fractions of the way to the targets are tried until the step fits in the trust region.
+PARTS = 12
+# Smallest first radius of the trust region.
+SMALLEST_FIRST = 1e-4
 
 
 def bands_of(state: State, values: np.ndarray, loosened: float) -> np.ndarray:
-    """(m,) the scale of each feature in the merit: its tolerance, or wider where it is met and
-    others are far off.
+    """(m,) the scale of each feature in the sum of squares that a step is to reduce.
+
+    It is the feature's tolerance, or wider where the feature is met and others are far off.
     """
     off = np.abs(values - state.wanted) / state.tolerance
     wide = max(1.0, loosened * float(off.max()))
@@ -59,38 +67,46 @@ def first_trust(problem: Problem, state: State, measurement: Measurement) -> flo
         return float(method.trust)
     step = _least_step(problem, state, measurement, [measurement.jacobian], method.largest)
     tangent = problem.variables.tangent(state.x, step)
-    parts = []
+    fractions = []  # of the step, at which each member has that share of its contacts changed
     for lin, move in zip(measurement.lins, moves(state, measurement, tangent), strict=True):
         if lin is not None:
             times = np.sort(crossing_times(lin, move, tangent))
             k = int(method.changes * float(lin.network.pairs))
-            parts.append(times[k] if k < times.size else np.inf)
-    part = min(1.0, float(np.median(parts))) if parts else 1.0
-    return float(np.clip(part * np.max(np.abs(step), initial=0.0), 1e-4, method.largest))
+            fractions.append(times[k] if k < times.size else np.inf)
+    fraction = min(1.0, float(np.median(fractions))) if fractions else 1.0
+    radius = fraction * np.max(np.abs(step), initial=0.0)
+    return float(np.clip(radius, SMALLEST_FIRST, method.largest))
 
 
 def next_trust(
     trust: float, method: LevenbergMarquardt, enough: bool, accepted: bool, ratio: float
 ) -> float:
-    """The radius after a step: ``ratio`` is the fall of the merit over what the linear model
-    promised.
+    """The radius of the trust region after a step.
+
+    Args:
+      trust: the radius before.
+      enough: whether enough members count at the new point.
+      accepted: whether the step was accepted.
+      ratio: the decrease of the sum of squares over the decrease that the linear model predicted.
     """
     if not enough:
         return 0.5 * trust
     if not accepted:
         return SHRINK * trust
-    return (
-        min(GROW * trust, method.largest) if ratio > 0.5 else trust * (0.7 if ratio < 0.1 else 1.0)
-    )
+    if ratio > 0.5:
+        return min(GROW * trust, method.largest)
+    # A decrease by less than a tenth of the prediction: the model hardly holds at this radius.
+    return trust * (0.7 if ratio < 0.1 else 1.0)
 
 
 def gauss_newton(problem: Problem, state: State, measurement: Measurement) -> np.ndarray:
-    """The step of :class:`LevenbergMarquardt`."""
+    """(p,) the step of :class:`LevenbergMarquardt`."""
     method = problem.method
     assert isinstance(method, LevenbergMarquardt)
-    far = np.max(np.abs(state.memory_x - state.x), axis=1, initial=0.0)
-    models = [measurement.jacobian, *state.memory[far <= method.reach * state.trust]]
+    distances = np.max(np.abs(state.memory_x - state.x), axis=1, initial=0.0)
+    models = [measurement.jacobian, *state.memory[distances <= method.reach * state.trust]]
     step = _least_step(problem, state, measurement, models, state.trust)
+    # With ``restart`` most members end in other minima than those that would be averaged about.
     if not method.widths or problem.initial is not None:
         return step
     try:
@@ -106,8 +122,9 @@ def gauss_newton(problem: Problem, state: State, measurement: Measurement) -> np
 def _softened(
     problem: Problem, state: State, measurement: Measurement, step: np.ndarray
 ) -> list[tuple[Linearization, ...]]:
-    """The members' minima with their potentials averaged over multiples of what pairs move in a step of
-    the trust region.
+    """The members' minima with averaged potentials: for each width, one minimum for each member.
+
+    The widths are multiples of how far pairs move in a step as long as the trust region's radius.
     """
     method = problem.method
     assert isinstance(method, LevenbergMarquardt)
@@ -117,6 +134,7 @@ def _softened(
         return []
     motion *= state.trust / float(np.max(np.abs(step)))
     widest = WIDEST * float(natural_units(state.equilibria[0].system)[0])
+    # A set: where several widths are cut to the widest, one of them is enough.
     widths = sorted({min(width * motion, widest) for width in method.widths})
     return list(zip(*(softened(eq, widths, widest) for eq in state.equilibria), strict=True))
 
@@ -128,8 +146,11 @@ def _least_step(
     models: Sequence[np.ndarray],
     radius: float,
 ) -> np.ndarray:
-    """The least step that the models agree on, as much of the way to the targets as the trust
-    region has room for.
+    """The least step that the models agree on, as far towards the targets as the radius allows.
+
+    Args:
+      models: Jacobians (m, p) of the features.
+      radius: of the trust region: the largest change of a variable.
     """
     method, variables = problem.method, problem.variables
     assert isinstance(method, LevenbergMarquardt)
@@ -138,51 +159,61 @@ def _least_step(
     near = np.abs(left) <= state.tolerance
     A = np.concatenate([J / bands[:, None] for J in models])
     size = np.linalg.norm(A, axis=1)
-    felt = size > IDLE  # else the row is round-off, which must not be scaled up
-    A, size = np.where(felt[:, None], A, 0.0), np.where(felt, size, 1.0)
-    low, high = np.minimum(variables.low - state.x, 0.0), np.maximum(variables.high - state.x, 0.0)
-    part, step = 1.0, np.zeros_like(state.x)
+    sensitive = size > IDLE  # a smaller row is round-off, which must not be scaled up
+    A = np.where(sensitive[:, None], A, 0.0)
+    size = np.where(sensitive, size, 1.0)
+    low = np.minimum(variables.low - state.x, 0.0)
+    high = np.maximum(variables.high - state.x, 0.0)
+    fraction = 1.0
+    step = np.zeros_like(state.x)
     for _ in range(PARTS):
-        b = np.where(felt, np.tile(np.where(near, 1.0, part) * left / bands, len(models)), 0.0)
+        # Features within their tolerance are brought to the target in full, the others in part.
+        change = np.where(near, 1.0, fraction) * left / bands
+        b = np.where(sensitive, np.tile(change, len(models)), 0.0)
         step = bounded_step(A / size[:, None], b / size, low, high, method.damping**2)
         largest = float(np.max(np.abs(step), initial=0.0))
         if largest <= radius:
             return step
-        part *= max(0.9 * radius / largest, 0.1)
+        # The step is not proportional to the fraction, for the bounds and for the features that are
+        # met: aim a little inside the radius, and shrink by a factor of ten at most.
+        fraction *= max(0.9 * radius / largest, 0.1)
     return step * min(1.0, radius / largest)
 
 
 def remembered(
     state: State, method: LevenbergMarquardt, one: tuple[np.ndarray, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The places and Jacobians to keep, with one more, (x, J); the oldest goes. Nothing that is not
-    finite is kept.
+    """Add a Jacobian and its point, (x, J), to those of the state; the oldest is dropped.
+
+    One that is not finite is not added.
+
+    Returns:
+      (k, p) the points and (k, m, p) their Jacobians.
     """
     x, jacobian = one
     if not np.isfinite(jacobian).all() or method.memory == 0:
         return state.memory_x, state.memory
-    kept = slice(-method.memory, None)
+    newest = slice(-method.memory, None)
     return (
-        np.concatenate([state.memory_x, x[None]])[kept],
-        np.concatenate([state.memory, jacobian[None]])[kept],
+        np.concatenate([state.memory_x, x[None]])[newest],
+        np.concatenate([state.memory, jacobian[None]])[newest],
     )
 
 
 def of_optimizer(
     method: Optax, variables: Variables, state: State, measurement: Measurement
 ) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-    """The step of an optimizer of optax within the bounds, and its state after it as
-    :func:`leaves`.
-    """
+    """The step of an optax optimizer within the bounds, and its new state as :func:`leaves`."""
     x = jnp.asarray(state.x)
-    kind = jax.tree.structure(method.optimizer.init(x))
-    kept = jax.tree.unflatten(kind, [jnp.asarray(leaf) for leaf in state.optimizer])
+    # The stored state is a flat list of arrays; a new one tells its structure.
+    structure = jax.tree.structure(method.optimizer.init(x))
+    memory = jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in state.optimizer])
     slope = measurement.jacobian.T @ ((measurement.values - state.wanted) / state.tolerance**2)
-    update, kept = method.optimizer.update(jnp.asarray(slope), kept, x)
-    there = np.clip(state.x + state.trust * np.asarray(update), variables.low, variables.high)
-    return there - state.x, leaves(kept)
+    update, memory = method.optimizer.update(jnp.asarray(slope), memory, x)
+    moved = np.clip(state.x + state.trust * np.asarray(update), variables.low, variables.high)
+    return moved - state.x, leaves(memory)
 
 
 def leaves(tree: Any) -> tuple[np.ndarray, ...]:
-    """An optimizer's state as arrays, which ``io.save`` stores."""
+    """The arrays of an optimizer's state (a pytree), which ``io.save`` stores."""
     return tuple(np.asarray(leaf) for leaf in jax.tree.leaves(tree))

@@ -1,13 +1,14 @@
-"""How many features answer to the parameters at once, and whether each can be moved alone.
+"""Whether several features can be changed independently of each other by the parameters.
 
-With J the (m, p) Jacobian of the features by the parameters, features in units of their scales,
+The (m, p) Jacobian of the features by the parameters, features in units of their scales, has the
+singular value decomposition
 
-    J = U diag(s) V^T,
+    J = U diag(s) V^T.
 
-and the features are fully independent where all m singular values are above nothing: then for each
-there is a change of the parameters, the least one J^+ e_k, that moves it by one scale and holds the
-others, to first order. After Zu, Desai and Goodrich, *Fully independent response in disordered
-solids* (arXiv:2412.05031).
+The features are fully independent if none of the m singular values is zero. For each feature there
+is then a change of the parameters that changes it by one scale and leaves the others as they are,
+to first order; the smallest such change is J^+ e_k. After Zu, Desai and Goodrich, *Fully
+independent response in disordered solids* (arXiv:2412.05031).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from mdsens._util.errors import InputError, raise_for_status
 from mdsens._util.tables import Shown
@@ -29,32 +31,35 @@ from mdsens.sensitivity.linearization import Linearization, linearized, require_
 
 __all__ = ["FeatureResponse", "feature_response"]
 
-# of the largest singular value: what is below is none; a gradient's own error is of that order
+# Singular values below this share of the largest count as zero: the error of a gradient is of that
+# order.
 RANK = 1e-8
+# How much of another feature's scale may change while one feature is moved alone.
+ALONE = 1e-6
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class FeatureResponse(Shown):
-    """The response of many features at one minimum. Print it.
+    """The response of several features at one minimum to the parameters. Print it.
 
     Attributes:
-      names: (m,) of the features.
-      labels: (p,) of the parameters' components.
-      values: (m,) of the features.
-      scales: (m,) what a feature is measured in.
+      names: (m,) names of the features.
+      labels: (p,) labels of the variables, such as ``sigma[1]``.
+      values: (m,) values of the features.
+      scales: (m,) the unit of each feature.
       jacobian: (m, p) derivatives by the variables, over the scales.
-      singular_values: (min(m, p),) descending.
-      directions: (min(m, p), m) of the singular values, in the space of the features over their
+      singular_values: (min(m, p),) of the Jacobian, descending.
+      directions: (min(m, p), m) the singular vectors in the space of the features, over their
         scales.
       rank: how many singular values are above 1e-8 of the largest.
-      alone: (m, p) the least change of the variables that moves one feature by its scale and holds
-        the others; rows are nan where there is none.
-      susceptibility: (m,) 1 / |alone|: what a feature moves by, in its scales, for a change of
-        length 1 that holds the others; 0 where there is none.
-      free: (m,) |row of the Jacobian|: the same if nothing else is held. susceptibility / free is
-        the sine of the angle between a feature's gradient and the others.
-      status: of the solves, the worst.
-      variables: from which ``change`` makes parameters.
+      alone: (m, p) the smallest change of the variables that changes one feature by its scale and
+        leaves the others as they are; rows are nan where no change does.
+      susceptibility: (m,) 1 / |alone|: change of a feature, in its scales, for a change of the
+        variables of length 1 that leaves the others as they are; 0 where no change does.
+      free: (m,) |row of the Jacobian|: the same if the other features may change. susceptibility /
+        free is the sine of the angle between a feature's gradient and those of the others.
+      status: the worst of the solves.
+      variables: the variables, from which ``change`` computes changes of the parameters.
     """
 
     names: tuple[str, ...]
@@ -73,16 +78,20 @@ class FeatureResponse(Shown):
 
     @property
     def independent(self) -> bool:
-        """Whether every feature can be moved alone: rank m."""
+        """Whether every feature can be changed alone: rank m."""
         return self.rank == len(self.names)
 
     def change(self, name: str, by: float = 1.0) -> dict[str, np.ndarray]:
-        """The parameters' change, as ``jvp`` takes it, that moves one feature and holds the others,
-        to first order.
+        """The change of the parameters that changes one feature alone, as ``jvp`` takes it.
+
+        To first order, the other features stay as they are.
 
         Args:
-          name: of the feature.
-          by: how much, in the feature's own units.
+          name: the name of the feature.
+          by: its change, in the feature's own units.
+
+        Raises:
+          InputError: no such feature, or one that cannot be changed alone.
         """
         if name not in self.names:
             raise InputError(f"there is no feature {name!r}: it has {', '.join(self.names)}.")
@@ -97,23 +106,25 @@ class FeatureResponse(Shown):
 
     def _rows(self) -> list[tuple[str, str]]:
         m, p = self.jacobian.shape
-        said = "fully independent" if self.independent else f"not independent: rank {self.rank}"
+        verdict = "fully independent" if self.independent else f"not independent: rank {self.rank}"
         s = self.singular_values
         rows = [
             ("status", f"{self.status.name}: {self.status.sentence}"),
-            ("features", f"{m} by {p} variables: {said}"),
+            ("features", f"{m} by {p} variables: {verdict}"),
             ("singular values", f"{s.max(initial=0.0):.4g} to {s.min(initial=np.inf):.4g}"),
         ]
         for k, name in enumerate(self.names):
             share = self.susceptibility[k] / self.free[k] if self.free[k] > 0 else 0.0
-            rows.append((
-                name, f"{self.values[k]:.6g}; susceptibility {self.susceptibility[k]:.4g} with the others held, "
-                f"{share:.2f} of what it is alone",
-            ))  # fmt: skip
+            text = (
+                f"{self.values[k]:.6g}; susceptibility {self.susceptibility[k]:.4g} with the others"
+                f" held, {share:.2f} of what it is alone"
+            )
+            rows.append((name, text))
         return rows
 
 
-def _checked_scales(scales: Any, count: int) -> np.ndarray:
+def _checked_scales(scales: ArrayLike, count: int) -> np.ndarray:
+    """The scales that a user gives, as (m,) positive numbers."""
     units = np.asarray(real_array("scales", scales, "give one positive number a feature."), float)
     if units.shape != (count,) or not (np.isfinite(units) & (units > 0)).all():
         raise InputError(
@@ -127,32 +138,39 @@ def feature_response(
     eq: Equilibrium | Linearization,
     wrt: str | Sequence[str] | Mapping[str, Free] = "sigma",
     *,
-    scales: Any = None,
+    scales: ArrayLike | None = None,
     throw: bool = True,
 ) -> FeatureResponse:
-    """The Jacobian of many features by the parameters, and what it says of their independence.
+    """Compute the Jacobian of several features by the parameters, and analyze their independence.
 
     Args:
       features: names of ``ms.design.FEATURES``, functions of a System, ``Elastic(f)``; a dict gives
         them names.
       eq: from ``minimize`` or ``linearize``.
       wrt: parameters, as ``free`` of ``fit``: positive ones are varied by their logarithms.
-      scales: (m,) what each feature is measured in; its value's size where None (1 where that is 0,
-        to round-off).
+      scales: (m,) the unit of each feature; None takes the absolute value of the feature (1 where
+        that is 0 to round-off).
       throw: raise where a solve did not converge.
 
     Returns:
       a :class:`FeatureResponse`.
+
+    Raises:
+      InputError: bad features, names, parameters or scales. ConvergenceError: with ``throw``, a
+        minimum that cannot be differentiated, or a solve that did not converge.
     """
     if isinstance(features, str) or callable(features):
         features = [features]
-    pairs = (
-        list(features.items()) if isinstance(features, Mapping) else [(None, f) for f in features]
-    )
-    if not pairs:
+    if isinstance(features, Mapping):
+        labeled = list(features.items())
+    else:
+        labeled = [(None, feature) for feature in features]
+    if not labeled:
         raise InputError("features is empty: give at least one.")
-    found = [named(feature) for _, feature in pairs]
-    names = tuple(str(given or own) for (given, _), (own, _) in zip(pairs, found, strict=True))
+    resolved = [named(feature) for _, feature in labeled]
+    names = tuple(
+        str(label or name) for (label, _), (name, _) in zip(labeled, resolved, strict=True)
+    )
     for name in names:
         if names.count(name) > 1:
             raise InputError(
@@ -160,28 +178,39 @@ def feature_response(
             )
     lin = linearized(eq, None)
     variables = Variables.of(lin.equilibrium.system, wrt)
-    given = None if scales is None else _checked_scales(scales, len(names))
-    measurement = evaluate_features([feature for _, feature in found], lin)
-    units = (
-        np.where(
-            np.abs(measurement.values) <= measurement.round_off, 1.0, np.abs(measurement.values)
-        )
-        if given is None
-        else given
-    )
+    # The scales are checked before the features are measured, which takes time.
+    units = None if scales is None else _checked_scales(scales, len(names))
+    measurement = evaluate_features([feature for _, feature in resolved], lin)
+    if units is None:
+        sizes = np.abs(measurement.values)
+        units = np.where(sizes <= measurement.round_off, 1.0, sizes)
     require_sound(lin, eq, throw)
     if throw:
         raise_for_status(measurement.status, "feature_response", measurement)
     jacobian = variables.pulled(variables.x, measurement.slopes) / units[:, None]
+    # With throw=False a failed solve leaves nan, which numpy's svd refuses.
     finite = np.where(np.isfinite(jacobian), jacobian, 0.0)
     left, s, right = np.linalg.svd(finite, full_matrices=False)
     kept = s > RANK * s.max(initial=0.0)
+    # J^+, (p, m): its column k is the smallest change that comes nearest to changing feature k alone.
     alone = (right[kept].T / s[kept]) @ left[:, kept].T
-    moved = finite @ alone  # the identity where all can be moved alone
-    able = np.abs(moved - np.eye(len(names))).max(axis=0) < 1e-6
+    moved = finite @ alone  # the identity matrix if every feature can be changed alone
+    able = np.abs(moved - np.eye(len(names))).max(axis=0) < ALONE
     length = np.linalg.norm(alone, axis=0)
+    # The inner where() only keeps numpy from warning of a division by zero.
     susceptibility = np.where(able & (length > 0), 1.0 / np.where(length > 0, length, 1.0), 0.0)
     return FeatureResponse(
-        names, variables.labels, measurement.values, units, jacobian, s, left.T, int(kept.sum()),
-        np.where(able, alone, np.nan).T, susceptibility, np.linalg.norm(jacobian, axis=1), measurement.status, variables,
-    )  # fmt: skip
+        names=names,
+        labels=variables.labels,
+        values=measurement.values,
+        scales=units,
+        jacobian=jacobian,
+        singular_values=s,
+        directions=left.T,
+        rank=int(kept.sum()),
+        alone=np.where(able, alone, np.nan).T,
+        susceptibility=susceptibility,
+        free=np.linalg.norm(jacobian, axis=1),
+        status=measurement.status,
+        variables=variables,
+    )

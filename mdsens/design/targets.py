@@ -1,6 +1,4 @@
-"""What a design aims at: numbers measured on a minimum, with their total derivatives by the
-parameters.
-"""
+"""Features of a minimum with their total derivatives by the parameters, and targets for them."""
 
 from __future__ import annotations
 
@@ -9,8 +7,10 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from mdsens import elasticity, modes, observables
 from mdsens._util.errors import InputError
@@ -35,16 +35,20 @@ __all__ = [
 ]
 
 
-# of eps: positions follow the parameters through a solve, and a feature is a sum over many pairs
+# Round-off of a feature, in eps times sum |p df/dp|: more than 1, because the positions follow the
+# parameters through a linear solve, and a feature is a sum over many pairs.
 ROUNDED = 1e3
 
 
 @dataclasses.dataclass(frozen=True)
 class Elastic:
-    """A number made of the elastic moduli, ``Elastic(lambda m: m.poisson)``.
+    """A feature computed from the elastic moduli, such as ``Elastic(lambda m: m.poisson)``.
 
-    Its gradient costs one solve more than the moduli, where that of a function of a System that
+    Its gradient costs one solve more than the moduli. The gradient of a function of a System that
     calls ``moduli`` inside costs several.
+
+    Attributes:
+      of: the function of the :class:`~mdsens.elasticity.Moduli`; returns one number.
     """
 
     of: Callable[[Moduli], Any]
@@ -52,8 +56,10 @@ class Elastic:
 
 @dataclasses.dataclass(frozen=True)
 class Softest:
-    """The smallest stiffness, the lowest eigenvalue of the Hessian off its null space; the mean of
-    ``count`` lowest.
+    """The smallest stiffness: the lowest eigenvalue of the Hessian outside its null space.
+
+    Attributes:
+      count: of how many of the lowest eigenvalues to take the mean.
     """
 
     count: int = 1
@@ -61,8 +67,8 @@ class Softest:
 
 Feature: TypeAlias = Elastic | Softest | Callable[[System], Any]
 
-# The moduli are of A, the convention of the packing literature; those of Birch's tensor are what an
-# experiment sees.
+# Moduli without a prefix are those of A = V^-1 d2U/dstrain2, the convention of the packing
+# literature; those of Birch's stress-strain tensor are what an experiment measures.
 FEATURES: dict[str, Feature] = {
     "bulk": Elastic(lambda m: m.bulk),
     "shear": Elastic(lambda m: m.shear),
@@ -82,15 +88,14 @@ FEATURES: dict[str, Feature] = {
 
 
 def named(feature: Any) -> tuple[str, Feature]:
-    """A feature and its name, from the name of one in ``FEATURES`` or from the feature itself."""
+    """The name of a feature and the feature, from a name in ``FEATURES`` or the feature itself."""
     if isinstance(feature, str):
         if feature not in FEATURES:
             near = difflib.get_close_matches(feature, FEATURES, n=1)
-            hint = (
-                f"did you mean {near[0]!r}?"
-                if near
-                else f"give one of {', '.join(sorted(FEATURES))}."
-            )
+            if near:
+                hint = f"did you mean {near[0]!r}?"
+            else:
+                hint = f"give one of {', '.join(sorted(FEATURES))}."
             raise InputError(f"there is no feature {feature!r}: {hint}")
         return feature, FEATURES[feature]
     if not (isinstance(feature, Elastic | Softest) or callable(feature)):
@@ -106,18 +111,18 @@ def named(feature: Any) -> tuple[str, Feature]:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A number that is wanted, and how near is near enough.
+    """A feature, the value that it is to have, and a tolerance.
 
     Attributes:
-      of: a name of ``ms.design.FEATURES``, a function of a System (``ms.observables.pressure``),
+      of: a name of ``ms.design.FEATURES``, a function of a System (``ms.observables.pressure``), or
         ``Elastic(lambda m: m.poisson)``.
-      value: what is wanted; counted from where the design starts where ``from_start``.
-      tolerance: how far from it is met, in the feature's units; where ``share``, as a share of the
-        value wanted.
-      name: for tables and figures; the feature's own where empty.
+      value: the wanted value; with ``from_start`` the wanted change from the starting value.
+      tolerance: the target is met within this distance, in the feature's units; with ``share`` a
+        share of the wanted value.
+      name: for tables and figures; if empty, the name of the feature.
       from_start: ``Target("poisson", -0.1, 2e-3, from_start=True)`` lowers Poisson's ratio by 0.1.
       share: ``Target("pressure", 0.0, 0.01, from_start=True, share=True)``, or ``hold("pressure",
-        0.01)``, holds the pressure within 1 %.
+        0.01)``, keeps the pressure within 1 %.
     """
 
     of: Any
@@ -129,6 +134,7 @@ class Target:
 
     def __post_init__(self) -> None:
         label = named(self.of)[0]
+        # The record is frozen; its fields are set here to the numbers and texts that were meant.
         object.__setattr__(self, "name", str(self.name) or label)
         for field in ("value", "tolerance"):
             where = f"target {self.name}: {field}"
@@ -143,24 +149,25 @@ class Target:
 
     @property
     def feature(self) -> Feature:
-        """What is measured."""
+        """The feature itself, also where ``of`` is its name."""
         return named(self.of)[1]
 
     def resolved(self, start: float) -> tuple[float, float]:
-        """(the value wanted, the tolerance), as numbers, of a design that starts at a value."""
+        """The wanted value and the tolerance as numbers, for the feature's value at the start."""
         value = self.value + (start if self.from_start else 0.0)
         return value, self.tolerance * (abs(value) if self.share else 1.0)
 
 
 class FeatureValues(NamedTuple):
-    """Features at one minimum.
+    """The features of one minimum, with their derivatives.
 
     Attributes:
-      values: (m,).
-      slopes: (m, *shape of each parameter) the derivatives.
-      round_off: (m,) what the rounding of the parameters alone makes of the values: less is zero.
-      status: the worst. It is bad where a feature is made of moduli of no solid (FLOPPY, UNSTABLE):
-        near an instability they are so large that they would rule any mean.
+      values: (m,) the features.
+      slopes: derivatives by each parameter, name -> (m, *shape of the parameter).
+      round_off: (m,) the error of the values from rounding the parameters; a smaller value is zero.
+      status: the worst of the solves. It is bad where a feature is computed from the moduli of a
+        configuration that is no solid (FLOPPY, UNSTABLE): near an instability their derivatives are
+        so large that they would dominate any mean.
     """
 
     values: np.ndarray
@@ -170,38 +177,45 @@ class FeatureValues(NamedTuple):
 
 
 def evaluate_features(features: Sequence[Feature], lin: Linearization) -> FeatureValues:
-    """Every feature with its derivatives by all parameters: one factor, one adjoint solve for each
-    feature.
+    """Measure every feature with its derivatives by all parameters.
+
+    One factorization serves all, with one adjoint solve for each feature.
     """
-    values, slopes = np.full(len(features), np.nan), {}
+    values = np.full(len(features), np.nan)
+    slopes: dict[str, np.ndarray] = {}
     codes = [int(lin.status)]
 
-    def stacked(which: Sequence[int]) -> Callable[[Any], Any]:
+    def stacked(which: Sequence[int]) -> Callable[[Any], jax.Array]:
+        """Several features as one function of the moduli, or of the system, to (k,) numbers."""
         chosen: list[Any] = [getattr(features[k], "of", features[k]) for k in which]
         functions = [Traceable("a feature", f) for f in chosen]
-        return lambda at: jnp.stack([_one(f(at)) for f in functions])
+        return lambda argument: jnp.stack([_scalar(f(argument)) for f in functions])
 
-    def keep(which: Sequence[int], value: Any, response: ParameterGradient) -> None:
+    def keep(which: Sequence[int], value: ArrayLike, response: ParameterGradient) -> None:
+        """Store the values and derivatives of some of the features."""
         values[which] = np.asarray(value)
         codes.append(Status.worst_of(response.stats.status))
         for name, slope in response.value.items():
-            rows = slopes.setdefault(
-                name, np.zeros((len(features), *slope.shape[np.ndim(value) :]))
-            )
+            shape = slope.shape[np.ndim(value) :]  # of the parameter
+            rows = slopes.setdefault(name, np.zeros((len(features), *shape)))
             rows[which] = np.asarray(slope)
 
-    soft = [k for k, feature in enumerate(features) if isinstance(feature, Softest)]
+    soft = [(k, feature) for k, feature in enumerate(features) if isinstance(feature, Softest)]
     elastic = [k for k, feature in enumerate(features) if isinstance(feature, Elastic)]
-    plain = [k for k in range(len(features)) if k not in soft and k not in elastic]
+    plain = [k for k, f in enumerate(features) if not isinstance(f, Softest | Elastic)]
+    # All features of one kind go through a single call, so that they share what it computes: the
+    # moduli, and the factor for the adjoint solves.
     if elastic:
         keep(elastic, *elasticity.value_and_gradient(stacked(elastic), lin, throw=False))
     if plain:
         keep(plain, *value_and_gradient(stacked(plain), lin, throw=False))
-    for k in soft:
-        count = features[k].count  # type: ignore[union-attr]
-        found = modes.smallest_stiffness(lin, count, throw=False)
-        keep([k], np.array([found.value]), _lifted(modes.gradient(lin, count, throw=False)))
-        codes.append(found.status.value)
+    for k, feature in soft:
+        stiffness = modes.smallest_stiffness(lin, feature.count, throw=False)
+        gradient = modes.gradient(lin, feature.count, throw=False)
+        keep([k], np.array([stiffness.value]), _with_leading_axis(gradient))
+        # The eigenvalue has a status of its own, apart from that of its gradient.
+        codes.append(stiffness.status.value)
+    # First-order effect of rounding each parameter: eps |p| |df/dp|, summed over the components.
     eps = float(np.finfo(lin.system.positions.dtype).eps)
     shares = [
         (slope * np.asarray(lin.params[name])).reshape(len(features), -1)
@@ -211,14 +225,15 @@ def evaluate_features(features: Sequence[Feature], lin: Linearization) -> Featur
     return FeatureValues(values, slopes, round_off, Status.worst_of(codes))
 
 
-def _lifted(response: ParameterGradient) -> ParameterGradient:
-    """The gradient of a number as that of one number in an array."""
+def _with_leading_axis(response: ParameterGradient) -> ParameterGradient:
+    """The gradient of a number as the gradient of an array of shape (1,)."""
     return dataclasses.replace(
         response, value={name: slope[None] for name, slope in response.value.items()}
     )
 
 
-def _one(value: Any) -> Any:
+def _scalar(value: ArrayLike) -> jax.Array:
+    """The value of a feature as an array of shape (), traceable; refuses several numbers."""
     array = numbers(value)
     if array.size != 1:
         raise InputError(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from mdsens._util.errors import InputError
 from mdsens._util.validation import real_array, real_number, short
@@ -15,38 +16,42 @@ from mdsens.potentials.parameters import Parameter, check_symmetric
 
 __all__ = ["Free", "Variables"]
 
+# name -> (low, high); None for no bound
+Bounds: TypeAlias = Mapping[str, tuple[ArrayLike | None, ArrayLike | None]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Free:
     """How one parameter may change.
 
     Attributes:
-      low, high: bounds, one number or one a component, symmetric for a matrix of species pairs;
-        None for none (positive parameters stay positive).
-      within: bounds as a share of the start: 0.3 for within 30 % of it; beside ``low`` and
-        ``high``, the narrower.
-      log: vary the logarithm, so that steps are shares; None for where all the starting values are
-        positive.
-      only: (shape of the parameter) True where a component may change; None for everywhere. A
-        matrix of species pairs stays symmetric: an entry and its mirror image are one variable.
+      low, high: bounds: one number, or one for each component, symmetric for a matrix of species
+        pairs; None for no bound (positive parameters stay positive).
+      within: bounds as a share of the starting value: 0.3 allows changes within 30 % of it. Beside
+        ``low`` and ``high``, the narrower bounds count.
+      log: whether to vary the logarithm, so that steps are relative changes; None varies the
+        logarithm if all starting values are positive.
+      only: (shape of the parameter) True where a component may change; None if all may. A matrix of
+        species pairs stays symmetric: an entry and its mirror image are one variable.
     """
 
-    low: Any = None
-    high: Any = None
+    low: ArrayLike | None = None
+    high: ArrayLike | None = None
     within: float | None = None
     log: bool | None = None
-    only: Any = None
+    only: ArrayLike | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Variables:
-    """Parameters as a vector x without units, p = s exp(x) or p = s x, and back.
+    """Free parameters as a dimensionless vector x: p = s exp(x) or p = s x, and back.
 
     Attributes:
-      start: name -> the parameter's value that what is not free keeps.
-      index: name -> (shape of the parameter) which variable a component follows; -1 where it stays.
+      start: starting value of each parameter, name -> array; components that are not free keep it.
+      index: name -> (shape of the parameter) index of the variable that a component follows; -1 for
+        a component that is not free.
       log: (p,) whether the variable is a logarithm.
-      scale: (p,) the parameter's size.
+      scale: (p,) s: of a logarithm the starting value, else the parameter's largest absolute value.
       low, high: (p,) bounds of x.
       labels: (p,) names of the variables, such as ``sigma[1]``.
     """
@@ -60,50 +65,59 @@ class Variables:
     labels: tuple[str, ...]
 
     @classmethod
-    def of(cls, system: System, free: Any, bounds: Any = None) -> Variables:
-        """Of the parameters of a system that are free, checked.
+    def of(
+        cls,
+        system: System,
+        free: str | Sequence[str] | Mapping[str, Free],
+        bounds: Bounds | None = None,
+    ) -> Variables:
+        """Make the variables from the free parameters of a system.
 
         Args:
           free: a name, several, or a dict of names and :class:`Free`.
-          bounds: name -> (low, high), in place of those that ``free`` has.
+          bounds: name -> (low, high), in place of those in ``free``.
+
+        Raises:
+          InputError: unknown names, bad bounds, or nothing that is free.
         """
-        records = _records(system, free, bounds)
-        start, index, log, scale, low, high, labels = {}, {}, [], [], [], [], []
+        records = _checked_records(system, free, bounds)
+        start: dict[str, np.ndarray] = {}
+        index: dict[str, np.ndarray] = {}
+        log: list[bool] = []
+        scale: list[float] = []
+        low: list[float] = []
+        high: list[float] = []
+        labels: list[str] = []
         for parameter in parameters_of(system, {name: system.params[name] for name in records}):
-            name, record = parameter.name, records[parameter.name]
+            name = parameter.name
+            record = records[name]
             value = np.asarray(system.params[name], float)
-            which, first = _index(parameter, record), len(labels)
-            start[name], index[name] = value, np.where(which >= 0, which + first, -1)
+            which = _index(parameter, record)
+            start[name] = value
+            index[name] = np.where(which >= 0, which + len(labels), -1)
+            # Of an entry and its mirror image, the first stands for both.
             places = [np.argwhere(which == k)[0] for k in range(which.max(initial=-1) + 1)]
             values = np.array([value[tuple(place)] for place in places])
-            logs = bool((values > 0).all()) if record.log is None else record.log
-            if logs and not (values > 0).all():
+            is_log = bool((values > 0).all()) if record.log is None else record.log
+            if is_log and not (values > 0).all():
                 raise InputError(
                     f"free.{name}: log needs positive values, and {name} has {values.min():g}:"
-                    " log=False."
+                    " give log=False."
                 )
             below, above = _bounds(parameter, value, record)
-            size = (
-                values
-                if logs
-                else np.full(values.shape, np.max(np.abs(values), initial=0.0) or 1.0)
-            )
-            for place, size_of in zip(places, size, strict=True):
-                ends = [
-                    float(np.broadcast_to(end, value.shape)[tuple(place)]) for end in (below, above)
-                ]
-                if logs:
-                    with np.errstate(divide="ignore"):
-                        ends = [float(np.log(max(end, 0.0) / size_of)) for end in ends]
-                else:
-                    ends = [end / size_of for end in ends]
-                low.append(ends[0])
-                high.append(ends[1])
-                labels.append(parameter.label(tuple(int(k) for k in place)))
-            log += [logs] * len(places)
-            scale += list(size)
+            if is_log:
+                sizes = values
+            else:
+                sizes = np.full(values.shape, np.max(np.abs(values), initial=0.0) or 1.0)
+            for place, size in zip(places, sizes, strict=True):
+                component = tuple(int(k) for k in place)
+                low.append(_bound_of_variable(float(below[component]), size, is_log))
+                high.append(_bound_of_variable(float(above[component]), size, is_log))
+                labels.append(parameter.label(component))
+            log += [is_log] * len(places)
+            scale += list(sizes)
         if not labels:
-            raise InputError("free names no component that may change: let one of them.")
+            raise InputError("free names no component that may change: set one to True in only.")
         return cls(
             start,
             index,
@@ -116,17 +130,19 @@ class Variables:
 
     @property
     def x(self) -> np.ndarray:
-        """(p,) the start."""
-        return np.where(self.log, 0.0, self._component(self.start) / self.scale)
+        """(p,) the variables at the start: 0 for a logarithm."""
+        return np.where(self.log, 0.0, self._free_components(self.start) / self.scale)
 
-    def _component(self, params: Mapping[str, np.ndarray]) -> np.ndarray:
-        found = np.zeros(len(self.labels))
+    def _free_components(self, params: Mapping[str, np.ndarray]) -> np.ndarray:
+        """(p,) the free components of parameters."""
+        components = np.zeros(len(self.labels))
         for name, index in self.index.items():
-            found[index[index >= 0]] = np.asarray(params[name])[index >= 0]
-        return found
+            components[index[index >= 0]] = np.asarray(params[name])[index >= 0]
+        return components
 
     def values(self, x: np.ndarray) -> np.ndarray:
-        """(p,) the parameters' components that are free, at x."""
+        """(p,) the free components of the parameters at x."""
+        # The inner where() keeps exp from overflowing for variables that are no logarithms.
         return self.scale * np.where(self.log, np.exp(np.where(self.log, x, 0.0)), x)
 
     def params(self, x: np.ndarray) -> dict[str, np.ndarray]:
@@ -134,60 +150,78 @@ class Variables:
         return self._spread(self.values(x), self.start)
 
     def _spread(self, values: np.ndarray, base: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Put (p,) values in their components of the parameters; the others are those of base."""
         return {
             name: np.where(index >= 0, values[np.maximum(index, 0)], base[name])
             for name, index in self.index.items()
         }
 
     def slope(self, x: np.ndarray) -> np.ndarray:
-        """(p,) the derivative of each component by its variable."""
+        """(p,) the derivative of each free component by its variable, at x."""
         return np.where(self.log, self.values(x), self.scale)
 
     def tangent(self, x: np.ndarray, step: np.ndarray) -> dict[str, np.ndarray]:
-        """The parameters' change by a small step of x."""
-        still = {name: np.zeros_like(value) for name, value in self.start.items()}
-        return self._spread(self.slope(x) * step, still)
+        """The change of the parameters, to first order, for a step from x."""
+        zeros = {name: np.zeros_like(value) for name, value in self.start.items()}
+        return self._spread(self.slope(x) * step, zeros)
 
     def pulled(self, x: np.ndarray, slopes: Mapping[str, np.ndarray]) -> np.ndarray:
-        """(m, p) derivatives by the variables, from those by the parameters (m, *shape)."""
+        """(m, p) derivatives by the variables, from those by the parameters, (m, *shape) each."""
         count = next(iter(slopes.values())).shape[0]
-        found = np.zeros((count, len(self.labels)))
+        by_components = np.zeros((count, len(self.labels)))
         for name, index in self.index.items():
             inside = index >= 0
-            for row, slope in zip(found, slopes[name], strict=True):
+            for row, slope in zip(by_components, slopes[name], strict=True):
+                # Not row[index] += slope, which would count a repeated index once: an entry of a
+                # matrix and its mirror image follow one variable, and both contribute.
                 np.add.at(row, index[inside], slope[inside])
-        return found * self.slope(x)
+        return by_components * self.slope(x)
 
 
-def _records(system: System, free: Any, bounds: Any) -> dict[str, Free]:
-    """name -> Free, checked."""
+def _bound_of_variable(bound: float, scale: float, is_log: bool) -> float:
+    """The bound of a variable that corresponds to a bound of its parameter."""
+    if not is_log:
+        return bound / scale
+    # No bound below, or one that is not positive, becomes log 0 = -inf: no bound of the logarithm.
+    with np.errstate(divide="ignore"):
+        return float(np.log(max(bound, 0.0) / scale))
+
+
+def _checked_records(
+    system: System, free: str | Sequence[str] | Mapping[str, Free], bounds: Bounds | None
+) -> dict[str, Free]:
+    """The free parameters as name -> Free, with ``bounds`` put in; refuses unknown names."""
     if isinstance(free, str):
         free = [free]
-    given = dict(free) if isinstance(free, Mapping) else {name: Free() for name in free or ()}
-    if not given:
+    if isinstance(free, Mapping):
+        records = dict(free)
+    else:
+        records = {name: Free() for name in free or ()}
+    if not records:
         raise InputError(f"free is empty: name a parameter, one of {', '.join(system.params)}.")
     if bounds is not None and not isinstance(bounds, Mapping):
         raise InputError(f"bounds is {short(bounds)}: give a dict of names and (low, high).")
-    for name in [*given, *(bounds or {})]:
+    for name in [*records, *(bounds or {})]:
         if name not in system.params:
             raise InputError(
                 f"{name!r} is no parameter of the system: use one of {', '.join(system.params)}."
             )
-    for name, record in given.items():
+    for name, record in records.items():
         if not isinstance(record, Free):
             raise InputError(f"free[{name!r}] is {short(record)}: give ms.design.Free(...).")
     for name, pair in (bounds or {}).items():
-        if name not in given:
+        if name not in records:
             raise InputError(f"bounds has {name!r}, which is not free: name it in free, too.")
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise InputError(f"bounds[{name!r}] is {short(pair)}: give (low, high), None for none.")
-        given[name] = dataclasses.replace(given[name], low=pair[0], high=pair[1])
-    return given
+        records[name] = dataclasses.replace(records[name], low=pair[0], high=pair[1])
+    return records
 
 
 def _index(parameter: Parameter, record: Free) -> np.ndarray:
-    """(shape of the parameter) the number of the variable that each component follows; -1 where it
-    stays.
+    """(shape of the parameter) index of the variable of each component; -1 where it is not free.
+
+    Counted from 0 within the parameter.
     """
     name, shape = parameter.name, parameter.shape
     only = np.ones(shape, bool)
@@ -201,38 +235,42 @@ def _index(parameter: Parameter, record: Free) -> np.ndarray:
         raise InputError(
             f"free.{name}: only is not symmetric: free an entry of the matrix and its mirror image."
         )
-    found, count = np.full(shape, -1), 0
+    numbers = np.full(shape, -1)
+    count = 0
     for index in parameter.indices:
         if only[index]:
             for entry in parameter.entries(index):
-                found[entry] = count
+                numbers[entry] = count
             count += 1
-    return found
+    return numbers
 
 
 def _bounds(parameter: Parameter, value: np.ndarray, record: Free) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper bounds of a parameter, each of its shape; infinite where it has none."""
     name = parameter.name
-    low, high = np.full(value.shape, -np.inf), np.full(value.shape, np.inf)
+    low = np.full(value.shape, -np.inf)
+    high = np.full(value.shape, np.inf)
     if record.within is not None:
         share = real_number(f"free.{name}: within", record.within, "give a share such as 0.3.")
         if not share > 0:
             raise InputError(
                 f"free.{name}: within is {share}: give a positive share, such as 0.3 for 30 %."
             )
-        low, high = value - share * np.abs(value), value + share * np.abs(value)
-    for given, end, narrower in ((record.low, low, np.maximum), (record.high, high, np.minimum)):
-        if given is None:
+        low = value - share * np.abs(value)
+        high = value + share * np.abs(value)
+    for bound, end, narrower in ((record.low, low, np.maximum), (record.high, high, np.minimum)):
+        if bound is None:
             continue
-        array = np.asarray(real_array(f"free.{name}: bounds", given, "give numbers."), float)
+        array = np.asarray(real_array(f"free.{name}: bounds", bound, "give numbers."), float)
         if array.shape not in ((), value.shape):
             raise InputError(
                 f"free.{name}: a bound has shape {array.shape}: give one number, or {value.shape}."
             )
         if parameter.paired and array.ndim:
             array = check_symmetric(f"free.{name}: a bound", array)
-        end[...] = narrower(end, array)
+        end[...] = narrower(end, array)  # in place: ``end`` is ``low`` or ``high``
     within = (low <= value) & (value <= high) & (low < high)
-    if not within.all():
+    if not within.all():  # a bound of NaN ends here as well: it compares False
         k = tuple(int(i) for i in np.argwhere(~within)[0])
         raise InputError(
             f"free.{name}: the bounds {low[k]:g} to {high[k]:g} do not hold the start {value[k]:g}"

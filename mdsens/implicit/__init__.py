@@ -1,5 +1,6 @@
-"""Implicit differentiation of any solver's root, and the linear solves behind it. Knows no
-particle.
+"""Implicit differentiation of the root that any solver returns, and the linear solves behind it.
+
+This is the mathematics alone: nothing in here knows of particles.
 """
 
 from mdsens._util.errors import (

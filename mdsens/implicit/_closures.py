@@ -1,4 +1,7 @@
-"""Functions with what they take from around them made explicit, so that jax sees it as an argument."""
+"""Functions whose closed-over arrays become arguments, so that jax can see and differentiate them.
+
+A function *closes over* a value where it uses it without receiving it as an argument.
+"""
 
 from __future__ import annotations
 
@@ -30,19 +33,24 @@ __all__ = [
 
 
 def hoist(f: Callable[..., PyTree], *examples: PyTree) -> tuple[Callable[..., PyTree], list[Array]]:
-    """f as g(values, *examples), where ``values`` are all the arrays f takes from around it.
+    """Rewrite f(*inputs) as g(values, *inputs), ``values`` being all the arrays that f closes over.
 
-    ``jax.closure_convert`` leaves behind the values that it thinks carry no derivative, and
-    remembers f by identity, so that a second call may get the first one's tracers; here every value
-    is taken, anew at each call.
+    ``jax.closure_convert`` leaves out the values that it believes to have no derivative, and
+    remembers f by identity, so that a second call may get the tracers of the first. Here every
+    value is taken, and f is traced again at each call.
+
+    Args:
+      f: traceable function of trees.
+      examples: inputs with the shapes and types that g will be called with.
+
+    Returns:
+      (g, values).
     """
     closed, shape = jax.make_jaxpr(lambda *a: f(*a), return_shape=True)(*examples)
-    # Without its values, which a rule that holds it would leak; from jax 0.12 on a bare jaxpr has
-    # them too.
-    jaxpr, structure = (
-        core.ClosedJaxpr(closed.jaxpr, [None] * len(closed.consts)).jaxpr,
-        jax.tree.structure(shape),
-    )
+    # The constants are replaced by None: a derivative rule that keeps g would otherwise keep, and
+    # so leak, the tracers among them. From jax 0.12 on, a bare jaxpr contains its constants, too.
+    jaxpr = core.ClosedJaxpr(closed.jaxpr, [None] * len(closed.consts)).jaxpr
+    structure = jax.tree.structure(shape)
 
     def g(values: list[Array], *inputs: PyTree) -> PyTree:
         out = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, values))(*jax.tree.leaves(inputs))
@@ -52,33 +60,38 @@ def hoist(f: Callable[..., PyTree], *examples: PyTree) -> tuple[Callable[..., Py
 
 
 def without_derivative(tree: PyTree) -> PyTree:
-    """Strip tangents; leaves that can have none, numpy arrays and other objects pass as they are."""
+    """Stop derivatives at every floating-point or complex jax array of a tree.
+
+    Leaves that cannot have a derivative, such as numpy arrays and other objects, pass unchanged.
+    """
 
     def strip(leaf: Any) -> Any:
-        return (
-            lax.stop_gradient(leaf)
-            if isinstance(leaf, Array) and jnp.issubdtype(leaf.dtype, jnp.inexact)
-            else leaf
-        )
+        if isinstance(leaf, Array) and jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return lax.stop_gradient(leaf)
+        return leaf
 
     return jax.tree.map(strip, tree)
 
 
 def refusing_derivative(tree: PyTree, of: PyTree, why: str) -> PyTree:
-    """``tree`` itself, which raises InputError where it is differentiated by ``of``: it would be
-    zero, and wrong.
+    """Return ``tree`` such that differentiating it by ``of`` raises an InputError.
+
+    For results that are piecewise constant: jax would give a derivative of zero, which is wrong.
 
     Args:
-      of: what it depends on, as it was given.
-      why: the message.
+      tree: the result.
+      of: the input that ``tree`` was computed from, before any derivative was stopped.
+      why: the error message.
     """
 
     @jax.custom_jvp
     def same(tree: PyTree, of: PyTree) -> PyTree:
         return tree
 
+    # symbolic_zeros: an input that does not change has a SymbolicZero as its tangent, which can be
+    # told from a tangent whose value happens to be zero.
     @functools.partial(same.defjvp, symbolic_zeros=True)
-    def rule(primals: Any, tangents: Any) -> Any:
+    def rule(primals: tuple[PyTree, PyTree], tangents: tuple[PyTree, PyTree]) -> Any:
         moving = [
             t
             for t in jax.tree.leaves(tangents[1])
@@ -96,13 +109,13 @@ def refusing_derivative(tree: PyTree, of: PyTree, why: str) -> PyTree:
 
 @dataclasses.dataclass(frozen=True)
 class StaticArgument:
-    """An argument that is no tree: a leaf to jax, whatever is in it."""
+    """A wrapper that makes any object one leaf to jax, so that it is not taken apart as a tree."""
 
     value: Any
 
 
 def without_wrappers(f: Callable[..., Any]) -> Callable[..., Any]:
-    """f, called with what is held in those of its arguments that are held."""
+    """Let f receive the value of each StaticArgument among its arguments, not the wrapper."""
 
     def call(*arguments: Any) -> Any:
         return f(*(a.value if isinstance(a, StaticArgument) else a for a in arguments))
@@ -111,54 +124,49 @@ def without_wrappers(f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def call_without_derivative(f: Callable[..., Any], arguments: tuple[PyTree, ...]) -> Any:
-    """f(*arguments) on values without tangents, those included that f, or a function among the
-    arguments, closes over.
+    """Call f(*arguments) with all derivatives stopped, including those of closed-over values.
 
-    Stopping what comes out would do for the result. But jax would still differentiate f by what it
-    closes over, which costs, fails behind ``pure_callback`` and, twice over a ``while_loop``,
-    raises a TypeError (jax 0.10.1).
+    Closed-over values are those of f and of every function among the arguments. Stopping the
+    derivative of the result would be enough for the result itself. But jax would still
+    differentiate f by the values that it closes over. That costs time, fails behind
+    ``pure_callback`` and, for a second derivative over a ``while_loop``, raises a TypeError
+    (jax 0.10.1).
     """
     stopped = without_derivative(arguments)
-    if not _reaches_tracer(
-        [f, *(leaf for leaf in jax.tree.leaves(stopped) if not isinstance(leaf, Array))]
-    ):
-        return f(*stopped)  # not traced: outside of jit it may be plain Python
+    objects = [f, *(leaf for leaf in jax.tree.leaves(stopped) if not isinstance(leaf, Array))]
+    if not _reaches_tracer(objects):
+        # Called directly, without tracing: outside jit f may be plain Python, such as scipy.
+        return f(*stopped)
     hoisted, values = hoist(lambda: f(*stopped))
     return hoisted(without_derivative(values))
 
 
 def _reaches_tracer(objects: list[Any]) -> bool:
-    """Whether one of them reaches a tracer through closures, defaults, partials, ``self``, records
-    or containers.
+    """Whether any of the objects refers to a tracer.
 
-    Only a shortcut is at stake: a tracer hidden better is stopped where the result comes out.
+    Searched are closures, default arguments, partials, ``self``, dataclasses and containers. The
+    answer only decides on a shortcut: the derivative by a tracer that is not found here is stopped
+    at the result.
     """
-    pending, seen = list(objects), set()
+    pending = list(objects)
+    visited = set()
     while pending:
         value = pending.pop()
         if isinstance(value, Tracer):
             return True
-        if id(value) in seen or isinstance(value, type | ModuleType):
+        if id(value) in visited or isinstance(value, type | ModuleType):
             continue
-        seen.add(id(value))
+        visited.add(id(value))
         if isinstance(value, functools.partial):
             pending += [value.func, value.args, value.keywords]
         elif isinstance(value, MethodType):
-            pending += [
-                value.__func__,
-                value.__self__,
-                *getattr(value.__self__, "__dict__", {}).values(),
-            ]
+            attributes = getattr(value.__self__, "__dict__", {})
+            pending += [value.__func__, value.__self__, *attributes.values()]
         elif callable(value):
-            pending += [
-                getattr(value, name, None)
-                for name in ("__wrapped__", "__defaults__", "__kwdefaults__")
-            ]
-            pending += [
-                cell.cell_contents
-                for cell in getattr(value, "__closure__", None) or ()
-                if _filled(cell)
-            ]
+            names = ("__wrapped__", "__defaults__", "__kwdefaults__")
+            pending += [getattr(value, name, None) for name in names]
+            cells = getattr(value, "__closure__", None) or ()
+            pending += [cell.cell_contents for cell in cells if _is_filled(cell)]
         elif isinstance(value, Mapping):
             pending += value.values()
         elif dataclasses.is_dataclass(value):
@@ -168,8 +176,9 @@ def _reaches_tracer(objects: list[Any]) -> bool:
     return False
 
 
-def _filled(cell: CellType) -> bool:
+def _is_filled(cell: CellType) -> bool:
+    """Whether a cell of a closure contains a value other than None."""
     try:
         return cell.cell_contents is not None
-    except ValueError:  # a name that is not bound yet
+    except ValueError:  # the closed-over name has not been assigned yet
         return False

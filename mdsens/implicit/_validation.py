@@ -1,4 +1,4 @@
-"""What a user gives of a condition, taken as functions and unknowns, or refused in one line."""
+"""Validation of user input: the functions that make a condition, and its unknowns."""
 
 from __future__ import annotations
 
@@ -15,19 +15,28 @@ from mdsens._util.pytree import PyTree
 __all__ = ["check_functions", "unknowns"]
 
 
-def check_functions(**given: Any) -> None:
-    """Refuse what is no function where one is needed; None, except of F or T, is one that is not
-    there.
+def check_functions(**functions: Any) -> None:
+    """Raise InputError for a keyword whose value is not a function.
+
+    None stands for a function that is left out, and is accepted except for F and T, which are
+    always needed.
     """
-    for name, value in given.items():
+    for name, value in functions.items():
+        # "F" and "T" have one letter, so that ``in`` compares the whole name
         if not callable(value) and (value is not None or name in "FT"):
             first = "init" if name == "preprocess" else "x"
             raise InputError(f"{name} is {short(value)}: give a function of ({first}, *args)")
 
 
 def unknowns(x: PyTree, where: str) -> PyTree:
-    """The unknowns as arrays of single or double precision, or an error that begins with ``where``
-    they are from.
+    """Convert the unknowns to jax arrays of single or double precision.
+
+    Args:
+      x: a tree of numbers or arrays.
+      where: the beginning of an error message, which says where x is from, such as "x is".
+
+    Raises:
+      InputError: x is empty, or has a leaf that is no array of float32 or float64.
     """
     if not jax.tree.leaves(x):
         raise InputError(
@@ -37,9 +46,10 @@ def unknowns(x: PyTree, where: str) -> PyTree:
 
 
 def _as_unknown(where: str, leaf: Any) -> Array:
+    """Convert one leaf of the unknowns to an array; an error begins with ``where``."""
     try:
         array = jnp.asarray(leaf)
-    except (TypeError, ValueError):  # such as scipy's OptimizeResult, which is no tree to jax
+    except (TypeError, ValueError):  # such as scipy's OptimizeResult, which jax takes for a leaf
         inside = " (such as its entry x)" if hasattr(leaf, "x") else ""
         raise InputError(
             f"{where} an unknown of type {type(leaf).__name__}; return arrays alone{inside}, and"

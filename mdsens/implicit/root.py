@@ -1,11 +1,11 @@
-"""The derivative of a root, whatever found it.
+"""The derivative of a root of F(x, theta) = 0, for any solver that computes the root.
 
     F(x, theta) = 0   =>   dF/dx dx = - dF/dtheta dtheta
 
-One forward rule. Reverse mode and higher orders come by transposing and differentiating it: the
-linear solve in it is transposable, and the root that enters it is the decorated function's own
-value, so that it carries the same rule. Blondel et al., Efficient and Modular Implicit
-Differentiation, arXiv:2105.15183, equation 2.
+Only the rule of forward mode is written here. Reverse mode is its transpose, since the linear solve
+in it can be transposed. Higher orders are its derivatives, since the root that enters the rule is
+the value of the decorated function, which has the same rule. Blondel et al., Efficient and Modular
+Implicit Differentiation, arXiv:2105.15183, equation 2.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ Condition: TypeAlias = Callable[..., PyTree]
 Solver: TypeAlias = Callable[..., Any]
 NullSpace: TypeAlias = Callable[..., LinearMap | tuple[LinearMap, LinearMap]]
 Preconditioner: TypeAlias = Callable[..., LinearMap]
+# Arrays that the projectors or the preconditioner close over, a list for each linear map.
+MapValues: TypeAlias = list[list[Array]]
 _AUTO = Auto()
 
 
@@ -59,57 +61,58 @@ def root(
     postprocess: Callable[..., PyTree] | None = None,
     static_argnums: int | tuple[int, ...] = (),
 ) -> Callable[[Solver], Solver]:
-    """Give any solver of F(x, *args) = 0 the derivative of the root by ``args``.
+    """Decorate a solver of F(x, *args) = 0, so that its root has derivatives by ``args``.
 
         dx = - (dF/dx)^-1 (dF/dargs) dargs
 
     The decorated solver composes with jvp, vjp, jacfwd, jacrev, hessian, vmap and jit. The solver
     is only called, never differentiated: it may be a ``while_loop``, run on the host behind
     ``jax.pure_callback``, or, outside jit and vmap, be plain Python. Where F closes over a traced
-    value, its derivative is followed like an argument's.
+    value, the root has a derivative by that value as by an argument.
 
     Args:
       F: ``F(x, *args)``, with the tree and shapes of x; traceable, and twice differentiable for
         second derivatives.
-      solve: how the linear systems are solved; an option record of
+      solve: method for the linear systems; an option record of
         :mod:`mdsens.implicit.linear.operators`.
-      symmetric: dF/dx is symmetric, as for a gradient. Halves the work of reverse mode and opens
-        MINRES.
-      positive_semidefinite: dF/dx is so too, as at a minimum. Opens CG.
-      null_space: ``null_space(x, *args)`` gives the orthogonal projector off the null space of
-        dF/dx (or the pair off the right and the left one), a linear function on trees like x. None
-        where dF/dx is regular.
-      has_aux: the solver returns ``(x, aux)``; ``aux`` is passed on, and has no derivative.
-      preconditioner: ``preconditioner(x, *args)`` gives a rough inverse of dF/dx, a linear function
-        on trees like x; see :class:`~mdsens.implicit.Operator`. It has no derivative, and changes
-        none.
-      preprocess: ``preprocess(init, *args)`` gives ``(init, args)``, a tuple of args in place of
-        those of the call for the solver and all other functions here. Its derivative is followed:
-        it is where a call's units, or parameters that must stay positive, become those of F.
-      postprocess: ``postprocess(x, *args)`` is returned in place of x, and differentiated as it is
-        written: for F in log x, or a function of the root.
-      static_argnums: places in ``F(x, *args)``, x being 0, of arguments that are handed on as the
-        object they are and never taken apart as trees: records, logs that the solver writes to,
-        dicts with keys of mixed types. Functions, strings and other objects that are no trees need
-        not be named. Under jit name them to jit as well.
+      symmetric: whether dF/dx is symmetric, as it is where F is a gradient. Halves the work of
+        reverse mode and allows MINRES.
+      positive_semidefinite: whether dF/dx is also positive semidefinite, as at a minimum. Allows
+        CG.
+      null_space: ``null_space(x, *args)`` returns the orthogonal projector that removes the null
+        space of dF/dx, a linear function on trees like x; or a pair of projectors, for the right
+        and the left null space. None where dF/dx is regular.
+      has_aux: whether the solver returns ``(x, aux)``; ``aux`` is passed on without a derivative.
+      preconditioner: ``preconditioner(x, *args)`` returns a rough inverse of dF/dx, a linear
+        function on trees like x; see :class:`~mdsens.implicit.Operator`. It has no derivative, and
+        the derivative of the root does not depend on it.
+      preprocess: ``preprocess(init, *args)`` returns ``(init, args)``. Its args, a tuple, replace
+        those of the call for the solver and for all other functions here. It is differentiated:
+        this is the place to convert units, or to map parameters that must stay positive.
+      postprocess: ``postprocess(x, *args)`` is returned in place of x. It is differentiated by
+        jax: for an F whose unknown is log x, or for a function of the root.
+      static_argnums: positions in ``F(x, *args)``, x being 0, of arguments that are passed on as
+        the objects they are and never taken apart as trees: records, logs that the solver writes
+        to, dicts with keys of mixed types. Functions, strings and other objects that are no trees
+        need not be listed. Under jit, list the same arguments in ``static_argnums`` of jit as well.
 
     Returns:
-      A decorator for ``solver(init, *args)``. ``init`` has no derivative; args are any trees, and
-      leaves that are not floating point (integers, booleans, None) have none.
+      A decorator for ``solver(init, *args)``. args are any trees. There is no derivative by
+      ``init``, nor by leaves that are not floating point (integers, booleans, None).
 
     Raises:
-      InputError: F(x, *args) and x differ in tree or shape; x holds anything but real
-        floating-point arrays; a keyword argument; a static argument that is traced, or is not
-        there; ``preprocess`` gives anything but (init, args).
+      InputError: F(x, *args) and x differ in tree or shape; x contains anything but real
+        floating-point arrays; a keyword argument; a static argument that is traced or missing;
+        ``preprocess`` returns anything but (init, args).
 
-    The derivative has no status to carry: a linear system that fails gives its best iterate, NaN
-    where it has none (a singular one by a factor) or where a number in it is not finite.
-    :func:`tangent` solves the same system and tells how it went, :func:`~mdsens.implicit.certify`
-    how far the solver stopped from the root.
+    A derivative of jax has no place for a status. Where the linear solve fails the derivative is
+    its best iterate; NaN where there is no iterate (a singular matrix that was factorized) or where
+    a number in it is not finite. :func:`tangent` solves the same system and returns its status,
+    :func:`~mdsens.implicit.certify` estimates how far the solver stopped from the root.
 
     Example:
-      x^3 = theta + 1 with theta given by its logarithm and x wanted by its own, and how many steps
-      it took::
+      x^3 = theta + 1, with log theta as the argument, log x as the result, and the number of steps
+      as auxiliary output::
 
         @root(
             lambda x, theta: x**3 - theta - 1,
@@ -131,14 +134,16 @@ def root(
         postprocess=postprocess,
     )
     static_argnums = (static_argnums,) if isinstance(static_argnums, int) else static_argnums
-    for place in static_argnums:
-        if not (isinstance(place, int) and not isinstance(place, bool) and place >= 1):
+    for position in static_argnums:
+        # bool is a subclass of int: True would otherwise pass as position 1
+        if not (isinstance(position, int) and not isinstance(position, bool) and position >= 1):
             raise InputError(
-                f"static_argnums={static_argnums!r}: {place!r} is no argument of F(x, *args) after"
-                " x, from 1"
+                f"static_argnums={static_argnums!r}: {position!r} is not the position of an"
+                " argument; give whole numbers from 1, the first argument after x in F(x, *args)"
             )
     F = without_wrappers(Traceable("the condition F", F))
-    null_space, preconditioner = _without_wrappers(null_space), _without_wrappers(preconditioner)
+    null_space = _without_wrappers_or_none(null_space)
+    preconditioner = _without_wrappers_or_none(preconditioner)
 
     def decorate(solver: Solver) -> Solver:
         solving = Traceable("the solver", solver, "jax.pure_callback around all of it")
@@ -152,23 +157,22 @@ def root(
                     " them by position, or bind them with functools.partial before decorating"
                 )
             if preprocess is not None:
-                init, args = _prepared(Traceable("preprocess", preprocess)(init, *args))
-            args = _held(args, static_argnums)
-            found = call_without_derivative(without_wrappers(solving), (init, *args))
-            if has_aux and not (isinstance(found, tuple) and len(found) == 2):
+                init, args = _check_preprocessed(Traceable("preprocess", preprocess)(init, *args))
+            args = _wrap_static(args, static_argnums)
+            solution = call_without_derivative(without_wrappers(solving), (init, *args))
+            if has_aux and not (isinstance(solution, tuple) and len(solution) == 2):
                 raise InputError(
-                    f"the solver returned {short(found)} and has_aux is True: return (x, aux)"
+                    f"the solver returned {short(solution)} and has_aux is True: return (x, aux)"
                 )
-            x, aux = found if has_aux else (found, None)
+            x, aux = solution if has_aux else (solution, None)
+            # The derivative comes from F alone, never from the steps of the solver.
             x = without_derivative(unknowns(x, "the solver returned"))
             x = _attach(
                 F, x, args, solve, symmetric, positive_semidefinite, null_space, preconditioner
             )
-            out = (
-                x
-                if postprocess is None
-                else without_wrappers(Traceable("postprocess", postprocess))(x, *args)
-            )
+            out = x
+            if postprocess is not None:
+                out = without_wrappers(Traceable("postprocess", postprocess))(x, *args)
             return (out, without_derivative(aux)) if has_aux else out
 
         return solve_root
@@ -188,15 +192,14 @@ def fixed_point(
     postprocess: Callable[..., PyTree] | None = None,
     static_argnums: int | tuple[int, ...] = (),
 ) -> Callable[[Solver], Solver]:
-    """Give any solver of x = T(x, *args) the derivative of the fixed point: :func:`root` of x -
-    T(x, *args).
+    """Decorate a solver of x = T(x, *args), so that its fixed point has derivatives by ``args``.
 
         dx = (I - dT/dx)^-1 (dT/dargs) dargs
 
-    Args, returns and raises as :func:`root`; ``symmetric``, ``positive_semidefinite``,
-    ``null_space`` and ``preconditioner`` speak of I - dT/dx, which is positive definite where T is
-    a contraction with a symmetric derivative. Of a contraction, ``solve=Neumann()`` needs the least
-    memory.
+    This is :func:`root` of x - T(x, *args), with the same args, returns and raises. ``symmetric``,
+    ``positive_semidefinite``, ``null_space`` and ``preconditioner`` describe I - dT/dx, which is
+    positive definite where T is a contraction with a symmetric derivative. For a contraction,
+    ``solve=Neumann()`` needs the least memory.
     """
     check_functions(T=T)
     T = Traceable("the map T", T)
@@ -231,75 +234,81 @@ def tangent(
     null_space: NullSpace | None = None,
     preconditioner: Preconditioner | None = None,
 ) -> tuple[PyTree, SolveStats]:
-    """The change of a root by a change of its arguments, and the evidence that it is one.
+    """Solve for the change of a root by a change of its arguments, with status and residual.
 
         (dF/dx) dx = - (dF/dargs) dargs
 
-    What :func:`root` gives in forward mode, by the same code, with the status and the residual that
-    a derivative of jax has no place for. Traceable by jit and vmap.
+    The same derivative as that of :func:`root` in forward mode, by the same code, with the status
+    and the residual of the linear solve, for which a derivative of jax has no place. Traceable by
+    jit and vmap.
 
     Args:
-      F: ``F(x, *args)``; of a fixed point x - T(x, *args).
-      x: the root. That F is zero there is not checked: :func:`~mdsens.implicit.certify` does.
+      F: ``F(x, *args)``; for a fixed point x - T(x, *args).
+      x: the root. Whether F is zero there is not checked here, but by
+        :func:`~mdsens.implicit.certify`.
       args: the arguments.
-      dargs: the change of each, with its tree and shapes; None for an argument that stays. A leaf
-        that is not floating point cannot change: give zero, or anything of its own type.
-      solve: as in :func:`root`, and so the others.
+      dargs: the change of each argument, with its tree and shapes; None for an argument that is
+        constant. A leaf that is not floating point cannot change: give zero, or any value of the
+        type of the leaf.
+      solve, symmetric, positive_semidefinite, null_space, preconditioner: as in :func:`root`.
 
     Returns:
-      ``(dx, stats)`` as :func:`mdsens.implicit.solve`: dx with the tree of x, and the best iterate,
-      or zero where it is not finite, under a status that is not good.
+      ``(dx, stats)`` as :func:`mdsens.implicit.solve`; dx has the tree of x. Under a status that is
+      not good, dx is the best iterate, or zero where that is not finite.
 
     Raises:
       InputError: args and dargs, or F(x, *args) and x, differ in number, tree, shape or precision;
-        a number that is no floating-point one is to change.
+        ``dargs`` changes a number that is not floating point.
     """
     check_functions(F=F, null_space=null_space, preconditioner=preconditioner)
-    F, x = Traceable("the condition F", F), unknowns(x, "x is")
+    F = Traceable("the condition F", F)
+    x = unknowns(x, "x is")
     if not isinstance(args, list | tuple) or not isinstance(dargs, list | tuple):
         raise InputError(
-            f"args is a {type(args).__name__} and dargs a {type(dargs).__name__}; give tuples, one"
-            " entry an argument"
+            f"args is a {type(args).__name__} and dargs a {type(dargs).__name__}; give tuples with"
+            " one entry for each argument"
         )
     if len(args) != len(dargs):
         raise InputError(
-            f"dargs has {len(dargs)} changes for {len(args)} args; give one each, None where it"
-            " stays"
+            f"dargs has {len(dargs)} changes for {len(args)} args; give one change for each"
+            " argument, None for an argument that is constant"
         )
     moving = [i for i, change in enumerate(dargs) if change is not None]
     for i in moving:
-        check_same(
-            dargs[i], args[i], f"dargs[{i}]", f"args[{i}]", "give a change of its form, or None"
-        )
+        remedy = "give a change with the tree and shapes of the argument, or None"
+        check_same(dargs[i], args[i], f"dargs[{i}]", f"args[{i}]", remedy)
     leaves, structure = jax.tree.flatten([args[i] for i in moving])
     changes = jax.tree.leaves([dargs[i] for i in moving])
-    float_at = [
+    # The derivative is taken by the leaves with these indices; integers and booleans stay constant.
+    floats = [
         k for k, leaf in enumerate(leaves) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
     ]
     for k, (leaf, change) in enumerate(zip(leaves, changes, strict=True)):
-        if k not in float_at and _changes(change):
+        if k not in floats and _is_nonzero(change):
             raise InputError(
                 f"dargs changes {leaf!r} of args, of type {jnp.result_type(leaf)}, which has no"
                 " derivative; give it as a floating-point number, or a change of None"
             )
 
     def condition(values: list[Array], y: PyTree) -> PyTree:
-        merged, full = list(leaves), list(args)
-        for k, value in zip(float_at, values, strict=True):
+        """F at y, with other values of the floating-point leaves of the arguments that change."""
+        merged = list(leaves)
+        full = list(args)
+        for k, value in zip(floats, values, strict=True):
             merged[k] = value
         for i, arg in zip(moving, jax.tree.unflatten(structure, merged), strict=True):
             full[i] = arg
         return F(y, *full)
 
-    values = [jnp.asarray(leaves[k]) for k in float_at]
+    values = [jnp.asarray(leaves[k]) for k in floats]
     _check_equations(jax.eval_shape(condition, values, x), x)
-    sides = _maps(None if null_space is None else null_space(x, *args))
-    by = None if preconditioner is None else preconditioner(x, *args)
-    declared = _declared(symmetric, positive_semidefinite, sides, by)
+    projectors = _as_tuple(None if null_space is None else null_space(x, *args))
+    rough_inverse = None if preconditioner is None else preconditioner(x, *args)
+    to_operator = _operator_of(symmetric, positive_semidefinite, projectors, rough_inverse)
     dvalues = [
-        jnp.asarray(changes[k], value.dtype) for k, value in zip(float_at, values, strict=True)
+        jnp.asarray(changes[k], value.dtype) for k, value in zip(floats, values, strict=True)
     ]
-    return _response(condition, values, dvalues, x, declared, solve, not_finite=0.0)
+    return _response(condition, values, dvalues, x, to_operator, solve, not_finite=0.0)
 
 
 def _attach(
@@ -312,27 +321,28 @@ def _attach(
     null_space: NullSpace | None,
     preconditioner: Preconditioner | None,
 ) -> PyTree:
-    """x itself, with the derivative of the root of F by everything that F depends on."""
+    """Return x unchanged, but with the derivative of the root of F by all that F depends on."""
+    # ``params`` are all arrays that F depends on besides x: args, and arrays that F closes over.
     condition, params = hoist(lambda y: F(y, *args), x)
     _check_equations(jax.eval_shape(condition, params, x), x)
-    project, frame = _hoist_maps(null_space, "null_space's projector", x, args)
-    precondition, by = _hoist_maps(preconditioner, "the preconditioner", x, args)
+    project, project_values = _hoist_maps(null_space, "null_space's projector", x, args)
+    precondition, precondition_values = _hoist_maps(preconditioner, "the preconditioner", x, args)
 
     @jax.custom_jvp
-    def attached(x: PyTree, params: list[Array], frames: Any) -> PyTree:
+    def attached(x: PyTree, params: list[Array], map_values: tuple[MapValues, MapValues]) -> PyTree:
         return x
 
     @functools.partial(attached.defjvp, symbolic_zeros=True)
-    def rule(primals: Any, tangents: Any) -> tuple[PyTree, PyTree]:
-        x, params, frames = primals
-        # The value of the rule itself, not the x that came in: of higher order, it depends on
-        # params by this rule.
-        x = attached(x, params, frames)
-        # a Python number comes as it is, without a dtype
-        still = [
+    def rule(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[PyTree, PyTree]:
+        x, params, map_values = primals
+        # Not the x that came in, which is constant: for derivatives of higher order, this x depends
+        # on params by this same rule.
+        x = attached(x, params, map_values)
+        # getattr, since the tangent of a Python number is a Python number, without a dtype
+        constant = [
             isinstance(t, SymbolicZero) or getattr(t, "dtype", None) == float0 for t in tangents[1]
         ]
-        active = [i for i, stays in enumerate(still) if not stays]
+        active = [i for i, is_constant in enumerate(constant) if not is_constant]
         if not active:
             return x, jax.tree.map(jnp.zeros_like, x)
 
@@ -342,20 +352,18 @@ def _attach(
                 merged[i] = value
             return condition(merged, y)
 
-        frame, by = frames
-        declared = _declared(
-            symmetric,
-            positive_semidefinite,
-            project(frame, x),
-            next(iter(precondition(by, x)), None),
-        )
-        values, changes = [params[i] for i in active], [jnp.asarray(tangents[1][i]) for i in active]
-        return (
-            x,
-            _response(of_active, values, changes, x, declared, solve, not_finite=float("nan"))[0],
-        )
+        project_values, precondition_values = map_values
+        projectors = project(project_values, x)
+        rough_inverse = next(iter(precondition(precondition_values, x)), None)
+        to_operator = _operator_of(symmetric, positive_semidefinite, projectors, rough_inverse)
+        values = [params[i] for i in active]
+        changes = [jnp.asarray(tangents[1][i]) for i in active]
+        # NaN, since a derivative of jax has no status that could tell of a failed solve
+        nan = float("nan")
+        dx, _ = _response(of_active, values, changes, x, to_operator, solve, not_finite=nan)
+        return x, dx
 
-    return attached(x, params, (frame, by))
+    return attached(x, params, (project_values, precondition_values))
 
 
 def _response(
@@ -363,66 +371,97 @@ def _response(
     values: list[Array],
     changes: list[Array],
     x: PyTree,
-    declared: Callable[[LinearMap], Operator],
+    to_operator: Callable[[LinearMap], Operator],
     solve: Method,
     not_finite: float,
 ) -> tuple[PyTree, SolveStats]:
-    """dx at a root of condition(values, x) for changes of the values."""
+    """Solve for dx at a root of condition(values, x) when the values change.
+
+    Args:
+      changes: change of each of the values.
+      to_operator: makes the operator of the linear system of the Jacobian's products.
+      not_finite: what stands in dx where the solve gives a number that is not finite.
+    """
     _, df = jax.jvp(lambda v: condition(v, x), (values,), (changes,))
+    # linearize, not jvp: F is evaluated once, and each product of the solver is linear work only
     _, jacobian = jax.linearize(functools.partial(condition, values), x)
-    return linear_solve(
-        declared(jacobian), jax.tree.map(jnp.negative, df), solve, not_finite=not_finite
-    )
+    right_side = jax.tree.map(jnp.negative, df)
+    return linear_solve(to_operator(jacobian), right_side, solve, not_finite=not_finite)
 
 
-def _declared(
-    symmetric: bool, positive_semidefinite: bool, sides: Sequence[LinearMap], by: LinearMap | None
+def _operator_of(
+    symmetric: bool,
+    positive_semidefinite: bool,
+    projectors: Sequence[LinearMap],
+    rough_inverse: LinearMap | None,
 ) -> Callable[[LinearMap], Operator]:
-    """The Jacobian as an operator with what is known of it; one projector serves both sides."""
-    right, left = (*sides, None, None)[:2]
+    """Return a function from the products of a Jacobian to an operator with its known properties.
+
+    Args:
+      projectors: none, one for both null spaces, or two: for the right and the left null space.
+    """
+    # A single projector serves both sides: left = None means the same as right.
+    right, left = (*projectors, None, None)[:2]
     return lambda jacobian: Operator(
-        jacobian, symmetric, positive_semidefinite, right, left, preconditioner=by
+        jacobian, symmetric, positive_semidefinite, right, left, preconditioner=rough_inverse
     )
 
 
-def _maps(made: Any) -> tuple[LinearMap, ...]:
-    return () if made is None else made if isinstance(made, tuple) else (made,)
+def _as_tuple(maps: LinearMap | tuple[LinearMap, ...] | None) -> tuple[LinearMap, ...]:
+    """No map, a single map or a tuple of maps, as a tuple."""
+    if maps is None:
+        return ()
+    return maps if isinstance(maps, tuple) else (maps,)
 
 
 def _hoist_maps(
     make: Callable[..., Any] | None, name: str, x: PyTree, args: tuple[PyTree, ...]
-) -> tuple[Callable[[list[list[Array]], PyTree], list[LinearMap]], list[list[Array]]]:
-    """The linear maps that ``make(x, *args)`` gives, as a function of hoisted values and x; none
-    have a derivative.
+) -> tuple[Callable[[MapValues, PyTree], list[LinearMap]], MapValues]:
+    """Turn the arrays that the linear maps of ``make(x, *args)`` close over into an argument.
+
+    Args:
+      make: returns a linear map on trees like x, or a tuple of them; None for no map.
+      name: of the maps, for error messages.
+
+    Returns:
+      ``(maps, values)``, where ``maps(values, x)`` is the list of the linear maps. None of them has
+      a derivative by x or args.
     """
 
     if make is None:
-        return (lambda frame, x: []), []
-    made = Traceable(name, make)
+        return (lambda map_values, x: []), []
+    make_maps = Traceable(name, make)
 
-    def side(i: int) -> Callable[[PyTree, PyTree], PyTree]:
-        return lambda x, v: Traceable(name, _maps(made(*without_derivative((x, *args))))[i])(v)
+    def one_map(i: int) -> Callable[[PyTree, PyTree], PyTree]:
+        def product(x: PyTree, v: PyTree) -> PyTree:
+            maps = _as_tuple(make_maps(*without_derivative((x, *args))))
+            return Traceable(name, maps[i])(v)
 
-    hoisted = [hoist(side(i), x, x) for i in range(len(_maps(made(x, *args))))]
-    functions, frame = [g for g, _ in hoisted], [values for _, values in hoisted]
+        return product
+
+    # make_maps is called once here to count the maps, and again in each map when it is traced.
+    hoisted = [hoist(one_map(i), x, x) for i in range(len(_as_tuple(make_maps(x, *args))))]
+    functions = [g for g, _ in hoisted]
+    map_values = [values for _, values in hoisted]
     for g, values in hoisted:
         check_same(
             jax.eval_shape(g, values, x, x), x, name, "x", "it must map x's space into itself"
         )
 
-    def maps(frame: list[list[Array]], x: PyTree) -> list[LinearMap]:
-        return [functools.partial(g, values, x) for g, values in zip(functions, frame, strict=True)]
+    def maps(map_values: MapValues, x: PyTree) -> list[LinearMap]:
+        pairs = zip(functions, map_values, strict=True)
+        return [functools.partial(g, values, x) for g, values in pairs]
 
-    return maps, frame
+    return maps, map_values
 
 
-def _without_wrappers(f: Callable[..., Any] | None) -> Callable[..., Any] | None:
+def _without_wrappers_or_none(f: Callable[..., Any] | None) -> Callable[..., Any] | None:
     return None if f is None else without_wrappers(f)
 
 
 def _check_equations(image: PyTree, x: PyTree) -> None:
-    """Refuse an F that does not give one equation an unknown, of its precision."""
-    check_same(image, x, "F(x, *args)", "x", "F must give one equation an unknown")
+    """Raise InputError unless F gives one equation for each unknown, in the precision of x."""
+    check_same(image, x, "F(x, *args)", "x", "F must give one equation for each unknown")
     for (path, leaf), unknown in zip(
         jax.tree_util.tree_leaves_with_path(image), jax.tree.leaves(x), strict=True
     ):
@@ -433,33 +472,35 @@ def _check_equations(image: PyTree, x: PyTree) -> None:
             )
 
 
-def _changes(change: Any) -> bool:
-    """Whether a change is a floating-point number other than zero, as far as can be seen."""
+def _is_nonzero(change: Any) -> bool:
+    """Whether a change is a floating-point number other than zero; False where jax traces it."""
+    # a traced array has no values to look at yet
     if isinstance(change, Tracer) or not jnp.issubdtype(jnp.result_type(change), jnp.floating):
         return False
     return bool(np.any(np.asarray(change) != 0))
 
 
-def _prepared(made: Any) -> tuple[PyTree, tuple[PyTree, ...]]:
-    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], tuple)):
+def _check_preprocessed(result: Any) -> tuple[PyTree, tuple[PyTree, ...]]:
+    """Return the result of ``preprocess``, or raise InputError where it is not (init, args)."""
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], tuple)):
         raise InputError(
-            f"preprocess gave a {type(made).__name__} that is not (init, args); return a pair, args"
-            " as a tuple"
+            f"preprocess gave a {type(result).__name__} that is not (init, args); return a pair,"
+            " args as a tuple"
         )
-    return made
+    return result
 
 
-def _held(args: tuple[PyTree, ...], places: tuple[int, ...]) -> tuple[PyTree, ...]:
-    """The arguments, those at ``places`` counted from 1 held as they are."""
-    for place in places:
-        if place > len(args):
+def _wrap_static(args: tuple[PyTree, ...], positions: tuple[int, ...]) -> tuple[PyTree, ...]:
+    """Wrap the arguments at ``positions``, counted from 1, so that jax takes each for one leaf."""
+    for position in positions:
+        if position > len(args):
             raise InputError(
-                f"static_argnums={places!r}, but F(x, *args) has {len(args)} args after x here;"
-                " mend it"
+                f"static_argnums={positions!r} has {position}, but this call of F(x, *args) has"
+                f" {len(args)} args after x; pass that argument, or leave its position out"
             )
-        if isinstance(args[place - 1], Tracer):
+        if isinstance(args[position - 1], Tracer):
             raise InputError(
-                f"the argument {place} is in static_argnums={places!r} and is traced by jax; leave"
-                " it out there, or name it to jax.jit as static, too"
+                f"the argument {position} is in static_argnums={positions!r} and is traced by jax;"
+                " leave it out there, or name it to jax.jit as static, too"
             )
-    return tuple(StaticArgument(arg) if i + 1 in places else arg for i, arg in enumerate(args))
+    return tuple(StaticArgument(arg) if i + 1 in positions else arg for i, arg in enumerate(args))

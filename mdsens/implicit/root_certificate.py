@@ -1,8 +1,6 @@
-"""Whether a derivative at a root can be trusted: how far the root is, and what that does to the
-derivative.
+"""Error estimate for the derivative of a root: how far x is from the root, and what that changes.
 
-Of a relaxed system :func:`mdsens.certify` knows more; this is for any condition F, whatever found
-x.
+For any condition F and any solver of it. For a relaxed system :func:`mdsens.certify` checks more.
 """
 
 from __future__ import annotations
@@ -30,33 +28,34 @@ from mdsens.implicit.root import Condition, NullSpace, Preconditioner, tangent
 __all__ = ["RootCertificate", "certify"]
 
 _AUTO = Auto()
-# Kantorovich: Newton's method converges from x where h = |J^-1 F''| |e| is below 1/2, and |J^-1 F(x
-# + e)| is at most h / 2 of |e| then. Steps, not residuals: where one direction is soft, a step
-# along it raises forces in stiff ones.
+# Largest length of the second Newton step, in units of the first step |e|, at which x counts as
+# near a root. Kantorovich: Newton's method converges from x where h = |J^-1 F''| |e| is below 1/2,
+# and then |J^-1 F(x + e)| is at most h / 2 of |e|. Steps are compared, not residuals: where one
+# direction is soft, a step along it raises forces in stiff ones.
 _SETTLED = 0.25
-# The part of the derivative from which on its estimated error is too large, as in mdsens.certify.
+# Largest estimated relative error of a derivative that counts as accurate, as in mdsens.certify.
 _INACCURATE = 0.1
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class RootCertificate(Portable, Named):
-    """The derivative of a root, and how far both are from exact.
+    """The derivative of a root, with estimates of its error and of the distance to the root.
 
     Attributes:
       status: a :class:`~mdsens.implicit.Result` as an int32 array. Not good: NOT_A_ROOT where
-        Newton's step does not lead to a root, so that no figure below is an estimate; INACCURATE
+        Newton's step does not lead to a root, so that no number below is an estimate; INACCURATE
         where ``error`` is above a tenth; else that of the linear solves.
       value: dx, the derivative at x along dargs.
-      error: |dx' e| / |dx|, the sharp estimate of its relative error; dx' e is how dx changes along
-        the step e. |dx' e| where dx is zero.
-      corrected: dx + dx' e, more accurate where ``error`` is small: what is left goes with the
-        square of the step.
-      step: e = - (dF/dx)^-1 F(x), from x to the root, to first order.
+      error: |dx' e| / |dx|, the sharp estimate of the relative error of dx; dx' e is the change of
+        dx along the step e. |dx' e| where dx is zero.
+      corrected: dx + dx' e, more accurate than dx where ``error`` is small: its error is
+        proportional to the square of the step.
+      step: e = - (dF/dx)^-1 F(x), the step from x to the root, to first order.
       distance: |e| / |x|, or |e| where x is zero.
       residual: |F(x)|.
-      settles: |(dF/dx)^-1 F(x + e)| / |e|, the part of the way left after the step: about |e| times
-        F's curvature.
+      step_error: |(dF/dx)^-1 F(x + e)| / |e|, the distance left after the step, in units of the
+        step: about |e| times the curvature of F.
       solve: :class:`~mdsens.implicit.SolveStats` of the solve for dx.
 
     All norms are 2-norms over all leaves.
@@ -74,14 +73,15 @@ class RootCertificate(Portable, Named):
 
     def __repr__(self) -> str:
         try:
-            figures = {
+            numbers = {
                 name: np.asarray(getattr(self, name))
                 for name in ("status", "error", "distance", "step_error")
             }
         except jax.errors.TracerArrayConversionError:
             return "RootCertificate(traced)"
-        names = ", ".join(Result(int(code)).name for code in np.unique(figures.pop("status")))
-        largest = ", ".join(f"{name}={np.max(figure):.1e}" for name, figure in figures.items())
+        # Under vmap each field has an entry for each member: all statuses and the largest numbers.
+        names = ", ".join(Result(int(code)).name for code in np.unique(numbers.pop("status")))
+        largest = ", ".join(f"{name}={np.max(number):.1e}" for name, number in numbers.items())
         return f"RootCertificate(status={names}, {largest})"
 
 
@@ -96,27 +96,27 @@ def certify(
     null_space: NullSpace | None = None,
     preconditioner: Preconditioner | None = None,
 ) -> RootCertificate:
-    """The change of a root by a change of its arguments, with an estimate of what it is off by
-    since x is.
+    """Solve for the change of a root, and estimate its error from the distance of x to the root.
 
         (dF/dx) dx = - (dF/dargs) dargs,    (dF/dx) e = - F(x),    error = |dx' e| / |dx|
 
-    A solver stops before the root, and :func:`root` and :func:`tangent` differentiate as if it had
-    not. The Newton step e leads to the root, to first order, and the derivative of dx along e is
-    what dx is off by. Costs four linear solves. The projector of ``null_space`` is held as it is at
-    x; an F that has a part along the null space is no root, either. Traceable by jit and vmap.
+    A solver stops before it reaches the root, but :func:`root` and :func:`tangent` differentiate as
+    if x were the root. To first order, the Newton step e leads to the root, and the derivative of
+    dx along e is the error of dx. Costs four linear solves. The projector of ``null_space`` is
+    computed at x alone and used at all points. An x where F has a part along the null space is not
+    a root. Traceable by jit and vmap.
 
     Args:
-      F: ``F(x, *args)``, twice differentiable along the step; of a fixed point x - T(x, *args).
-      x: what the solver returned.
+      F: ``F(x, *args)``, twice differentiable along the step; for a fixed point x - T(x, *args).
+      x: the unknowns that the solver returned.
       args: the arguments.
-      dargs: the change of each; None for an argument that stays.
-      solve: as in :func:`root`, and so the others.
+      dargs: the change of each argument; None for an argument that is constant.
+      solve, symmetric, positive_semidefinite, null_space, preconditioner: as in :func:`root`.
 
     Returns:
       RootCertificate. Where a projection or another kink of F lies between x and the root, Newton's
-      step does not lead there, and the status says NOT_A_ROOT; whether the root itself stands at
-      one, :func:`mdsens.implicit.conditions.degeneracy.kinked` tells. It takes seconds to compile,
+      step does not lead to the root, and the status is NOT_A_ROOT. Whether the root itself is at a
+      kink, :func:`mdsens.implicit.conditions.degeneracy.kinked` tells. It takes seconds to compile,
       at every call outside of jit.
 
     Raises:
@@ -128,88 +128,95 @@ def certify(
       Springer 2004, section 2.1.
     """
     check_functions(F=F, null_space=null_space, preconditioner=preconditioner)
-    F, x = Traceable("the condition F", F), unknowns(x, "x is")
-    sides = null_space if null_space is None else null_space(x, *args)
-    by = preconditioner if preconditioner is None else preconditioner(x, *args)
-    known: dict[str, Any] = {
+    F = Traceable("the condition F", F)
+    x = unknowns(x, "x is")
+    # Computed at x once, and constant from here on: they are not differentiated along the step.
+    projectors = null_space if null_space is None else null_space(x, *args)
+    rough_inverse = preconditioner if preconditioner is None else preconditioner(x, *args)
+    options: dict[str, Any] = {
         "solve": solve,
         "symmetric": symmetric,
         "positive_semidefinite": positive_semidefinite,
-        "null_space": None if sides is None else lambda *_: sides,
-        "preconditioner": None if by is None else lambda *_: by,
+        "null_space": None if projectors is None else lambda *_: projectors,
+        "preconditioner": None if rough_inverse is None else lambda *_: rough_inverse,
     }
 
     def derivative(y: PyTree) -> tuple[PyTree, SolveStats]:
-        return tangent(F, y, args, dargs, **known)
+        return tangent(F, y, args, dargs, **options)
 
-    value, solved = derivative(x)
-    left = F(x, *args)
+    value, value_stats = derivative(x)
+    residual = F(x, *args)
 
-    def step_against(residual: PyTree) -> tuple[PyTree, SolveStats]:
-        """- (dF/dx)^-1 of the residual, at x."""
+    def newton_step(vector: PyTree) -> tuple[PyTree, SolveStats]:
+        """- (dF/dx)^-1 times the vector, at x: the tangent of F(y) + part * vector by the part."""
 
         def with_part(y: PyTree, part: Array) -> PyTree:
-            return jax.tree.map(lambda now, more: now + part * more, F(y, *args), residual)
+            return jax.tree.map(lambda f, v: f + part * v, F(y, *args), vector)
 
-        return tangent(with_part, x, (jnp.zeros(()),), (jnp.ones(()),), **known)
+        return tangent(with_part, x, (jnp.zeros(()),), (jnp.ones(()),), **options)
 
-    step, found = step_against(left)
-    next_step, _ = step_against(F(jax.tree.map(jnp.add, x, step), *args))
+    step, step_stats = newton_step(residual)
+    next_step, _ = newton_step(F(jax.tree.map(jnp.add, x, step), *args))
     _, change = jax.jvp(lambda y: derivative(y)[0], (x,), (step,))
 
-    residual, length, size = _size(left), _size(step), _size(x)
-    step_error = _size(next_step) / jnp.where(length > 0, length, 1)
-    error = _size(change) / jnp.where(_size(value) > 0, _size(value), 1)
-    # Nearer than eps^(2/3) of x, what a step leaves may be round-off, and is not judged; nor, where
-    # x is next to zero, nearer than that part of the way that x goes when the arguments change by
-    # as much as they are.
-    share, times = jnp.finfo(length.dtype).eps ** (2 / 3), _times(args, dargs)
-    judged = length > share * jnp.maximum(size, _size(value) * times)
-    # What is left along the null space no step takes off; it counts from that part of the forces
-    # on, which x and the change of the arguments make.
-    _, along = jax.linearize(lambda y: F(y, *args), x)
-    of_x, of_value = _size(along(x)), _size(along(value))
-    stuck = found.dropped * residual > share * jnp.maximum(of_x, of_value * times)
+    residual_norm = _norm(residual)
+    step_norm = _norm(step)
+    x_norm = _norm(x)
+    step_error = _norm(next_step) / jnp.where(step_norm > 0, step_norm, 1)
+    error = _norm(change) / jnp.where(_norm(value) > 0, _norm(value), 1)
+    # A step shorter than eps^(2/3) |x| is not judged, since the second step may then be round-off.
+    # Where x is next to zero, |x| is replaced by the distance that the root moves when the
+    # arguments change by as much as their own norm.
+    share = jnp.finfo(step_norm.dtype).eps ** (2 / 3)
+    relative_size = _size_over_change(args, dargs)
+    judged = step_norm > share * jnp.maximum(x_norm, _norm(value) * relative_size)
+    # No step removes the part of F along the null space. It is judged against J x and J dx, the
+    # values of F that x and the change of the arguments make.
+    _, jacobian = jax.linearize(lambda y: F(y, *args), x)
+    scale_of_x = _norm(jacobian(x))
+    scale_of_value = _norm(jacobian(value))
+    null_part = step_stats.dropped * residual_norm
+    stuck = null_part > share * jnp.maximum(scale_of_x, scale_of_value * relative_size)
+    # The first condition that is true decides. Each is written with ~(... <= ...), so that NaN
+    # counts as a failure.
     codes = (
-        (_bad(solved), solved.status),
-        (_bad(found), found.status),
+        (_has_failed(value_stats), value_stats.status),
+        (_has_failed(step_stats), step_stats.status),
         (stuck | (judged & ~(step_error <= _SETTLED)), jnp.int32(Result.NOT_A_ROOT)),
         (~(error <= _INACCURATE), jnp.int32(Result.INACCURATE)),
     )
-    status = jnp.select([bad for bad, _ in codes], [code for _, code in codes], solved.status)
-    distance = length / jnp.where(size > 0, size, 1)
+    status = jnp.select([bad for bad, _ in codes], [code for _, code in codes], value_stats.status)
     return RootCertificate(
-        status,
-        value,
-        error,
-        jax.tree.map(jnp.add, value, change),
-        step,
-        distance,
-        residual,
-        step_error,
-        solved,
+        status=status,
+        value=value,
+        error=error,
+        corrected=jax.tree.map(jnp.add, value, change),
+        step=step,
+        distance=step_norm / jnp.where(x_norm > 0, x_norm, 1),
+        residual=residual_norm,
+        step_error=step_error,
+        solve=value_stats,
     )
 
 
-def _bad(stats: SolveStats) -> Array:
+def _has_failed(stats: SolveStats) -> Array:
     return ~is_good(stats.status)
 
 
-def _times(args: Sequence[PyTree], dargs: Sequence[PyTree]) -> Array:
-    """How many times the change is as long as the arguments that change."""
+def _size_over_change(args: Sequence[PyTree], dargs: Sequence[PyTree]) -> Array:
+    """The norm of the arguments that change, over the norm of their change; 0 without a change."""
     moving = [(arg, change) for arg, change in zip(args, dargs, strict=True) if change is not None]
-    own, change = (
-        _size(
-            [
-                leaf
-                for leaf in jax.tree.leaves(trees)
-                if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-            ]
-        )
-        for trees in ([pair[0] for pair in moving], [pair[1] for pair in moving])
-    )
-    return own / jnp.where(change > 0, change, jnp.inf)
+    size = _norm(_floats([arg for arg, _ in moving]))
+    change = _norm(_floats([change for _, change in moving]))
+    return size / jnp.where(change > 0, change, jnp.inf)
 
 
-def _size(tree: PyTree) -> Array:
+def _floats(tree: PyTree) -> list[Any]:
+    """The floating-point leaves of a tree."""
+    leaves = jax.tree.leaves(tree)
+    return [leaf for leaf in leaves if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)]
+
+
+def _norm(tree: PyTree) -> Array:
+    """2-norm over all leaves of a tree."""
     return jnp.linalg.norm(ravel_pytree(tree)[0])

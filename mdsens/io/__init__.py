@@ -1,6 +1,4 @@
-"""Files and ASE: systems in, results out. The names that users call; ASE is imported when it is
-needed.
-"""
+"""Reading systems, storing results, and converting to and from ASE, which is imported on demand."""
 
 from __future__ import annotations
 

@@ -1,12 +1,14 @@
-"""Structures in ASE and extended XYZ. ASE's cell vectors are rows, ours are columns: transposed
-here alone.
+"""Conversion of systems to and from ASE, and writing of extended XYZ files.
+
+ASE's cell vectors are the rows of a matrix, those of mdsens the columns; the transposition is in
+this module alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,11 @@ from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model.batch import unstack
 from mdsens.model.system import System
 
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from mdsens.potentials.base import Potential
+
 __all__ = [
     "cell_of",
     "coordinates_of",
@@ -29,89 +36,103 @@ __all__ = [
     "write_extxyz",
 ]
 
-SPECIES = "species_index"  # our integers; "species" is what extended XYZ calls the chemical symbols
-FLAT = 1e-6  # of the spread of x and y: z may differ by this much in a planar structure
+# Name of ASE's array with the species as integers from 0. Extended XYZ calls the chemical symbols
+# "species".
+SPECIES = "species_index"
+# A structure is planar if z varies by no more than this fraction of the spread of x and y.
+FLAT = 1e-6
 
 
 def from_ase(
     atoms: Any,
-    potential: Any,
+    potential: Potential,
     params: Mapping[str, Any],
-    species: Any = None,
+    species: Mapping[str, int] | ArrayLike | None = None,
     *,
     dimension: int = 3,
     constraints: Sequence[Constraint] = (),
 ) -> System:
     """A system with the positions, cell, species and constraints of an ASE ``Atoms``.
 
-    ``FixAtoms`` and ``FixCartesian`` become pinned coordinates, under the name ``fixed``;
-    ``FixBondLengths`` rigid bonds under the name ``fixed_bond``, with the parameter
-    ``fixed_bond_length`` added to ``params``.
+    ``FixAtoms`` and ``FixCartesian`` become pinned coordinates with the name ``fixed``;
+    ``FixBondLengths`` becomes rigid bonds with the name ``fixed_bond``, whose lengths are added to
+    ``params`` as the parameter ``fixed_bond_length``.
 
     Args:
-      atoms: all three axes periodic, or none (open boundaries). Lengths are taken as they are:
-        where they are Å, give the potential's lengths in Å and its energies in eV.
+      atoms: periodic along all three axes, or along none (open boundaries). Lengths are not
+        converted: if they are in Å, give the potential's lengths in Å and its energies in eV.
       potential: a potential of :mod:`mdsens.potentials`.
       params: its parameters, as in ``System.create``.
-      species: which parameters an atom has: a dict that numbers the elements from 0, ``{"Ni": 0,
-        "P": 1}``, or (n,) integers from 0. Where None, the atoms' array ``species_index`` if they
-        have one, else their elements in the order in which they first appear, if there are two or
-        more. ``print(system)`` shows which is which.
-      dimension: 2 takes x and y of a planar structure: z must be the same for all, a third cell
-        vector be along z, and its periodicity is not looked at.
-      constraints: more of them, see :mod:`mdsens.constraints`.
+      species: the species of each atom: a dict that numbers the elements from 0, ``{"Ni": 0, "P":
+        1}``, or (n,) integers from 0. None takes the atoms' array ``species_index`` if they have
+        it; else, if there are two or more elements, these in the order in which they first appear.
+        ``print(system)`` shows the number of each element.
+      dimension: 2 takes x and y of a planar structure: z must be the same for all atoms, and a
+        third cell vector along z; the periodicity along z is ignored.
+      constraints: further constraints, see :mod:`mdsens.constraints`.
 
     Raises:
       InputError: with the field, the value and the remedy.
     """
     positions, cell = coordinates_of(atoms, dimension), cell_of(atoms, dimension)
     kinds, names = species_of(atoms, species)
-    dtype = jnp.result_type(float)
-    own, lengths = _constraints_of(atoms, positions)
-    box = None if cell is None else cell.astype(dtype)
-    params = {**lengths, **params}
-    found = (*own, *constraints)
+    dtype = jnp.result_type(float)  # jax's precision: float32 unless x64 is enabled
+    constraints_of_atoms, lengths = _constraints_of(atoms, positions)
     system = System.create(
-        positions.astype(dtype), box, potential, params, kinds, constraints=found
+        positions.astype(dtype),
+        None if cell is None else cell.astype(dtype),
+        potential,
+        {**lengths, **params},  # a bond length in params takes precedence
+        kinds,
+        constraints=(*constraints_of_atoms, *constraints),
     )
     return system.replace(species_names=names)
 
 
 def _constraints_of(
     atoms: Any, positions: np.ndarray
-) -> tuple[tuple[Constraint, ...], dict[str, Any]]:
-    """What an ASE ``Atoms`` is constrained by, and the lengths of its rigid bonds."""
+) -> tuple[tuple[Constraint, ...], dict[str, np.ndarray]]:
+    """The constraints of an ASE ``Atoms``, and the lengths of its rigid bonds as parameters."""
     from ase.constraints import FixAtoms, FixBondLengths, FixCartesian
 
-    mask, found, lengths = np.zeros(positions.shape, bool), [], {}
+    mask = np.zeros(positions.shape, bool)
+    constraints: list[Constraint] = []
+    lengths: dict[str, np.ndarray] = {}
     for c in atoms.constraints:
         match c:
             case FixAtoms():
                 mask[c.index] = True
             case FixCartesian():
                 mask[c.index] |= np.asarray(c.mask, bool)[: positions.shape[1]]
-            case FixBondLengths() if not lengths:
+            case FixBondLengths() if not lengths:  # a second one would need another name
                 bonds = RigidBonds.between(c.pairs, name="fixed_bond")
-                own = [atoms.get_distance(int(i), int(j), mic=True) for i, j in c.pairs]
-                lengths[bonds.length] = np.asarray(
-                    own if c.bondlengths is None else c.bondlengths, float
-                )
-                found.append(bonds)
+                distances = [atoms.get_distance(int(i), int(j), mic=True) for i, j in c.pairs]
+                # without bond lengths, ASE keeps the present distances
+                bond_lengths = distances if c.bondlengths is None else c.bondlengths
+                lengths[bonds.length] = np.asarray(bond_lengths, float)
+                constraints.append(bonds)
             case _:
                 raise InputError(
                     f"atoms have the constraint {type(c).__name__}, for which there is none here:"
                     " take it off, atoms.set_constraint(), and give one of mdsens.constraints."
                 )
     if mask.any():
-        found.insert(0, Pinned.coordinates(mask, name="fixed"))
-    return tuple(found), lengths
+        constraints.insert(0, Pinned.coordinates(mask, name="fixed"))
+    return tuple(constraints), lengths
 
 
-def species_of(atoms: Any, species: Any = None) -> tuple[Any, tuple[str, ...]]:
-    """The species (n,) of an ASE ``Atoms``, None where there is one, and their chemical symbols, as
-    in ``from_ase``.
+def species_of(
+    atoms: Any, species: Mapping[str, int] | ArrayLike | None = None
+) -> tuple[ArrayLike | None, tuple[str, ...]]:
+    """The species of an ASE ``Atoms`` and their chemical symbols.
 
-    There are none where nobody gave any: of atoms ``X``, and of the stand-ins of ``to_ase``.
+    Args:
+      atoms: the atoms.
+      species: as in ``from_ase``.
+
+    Returns:
+      the species (n,), None for atoms of a single element; and the symbols of species 0, 1, …,
+      empty where nobody chose any: for atoms ``X``, and for the stand-ins of ``to_ase``.
     """
     symbols = np.array(atoms.get_chemical_symbols())
     if isinstance(species, Mapping) or (species is None and SPECIES not in atoms.arrays):
@@ -120,26 +141,35 @@ def species_of(atoms: Any, species: Any = None) -> tuple[Any, tuple[str, ...]]:
             return None, () if names == ("X",) else names
         return kinds, names
     kinds = atoms.arrays[SPECIES] if species is None else species
-    whole = np.asarray(kinds)
-    if whole.shape != symbols.shape or not np.issubdtype(whole.dtype, np.integer):
-        return kinds, ()  # System.create says what is wrong with them
-    pairs = sorted({(int(k), str(symbol)) for k, symbol in zip(whole, symbols, strict=True)})
-    stand_ins = np.array_equal(atoms.numbers, whole + 1)
+    indices = np.asarray(kinds)
+    if indices.shape != symbols.shape or not np.issubdtype(indices.dtype, np.integer):
+        return kinds, ()  # System.create raises, and names what is wrong with them
+    pairs = sorted({(int(k), str(symbol)) for k, symbol in zip(indices, symbols, strict=True)})
+    # to_ase gives species k without a symbol the atomic number k + 1
+    stand_ins = np.array_equal(atoms.numbers, indices + 1)
+    # one symbol for each species: none is missing and none has two symbols
     named = [k for k, _ in pairs] == list(range(len(pairs))) and not stand_ins
     return kinds, tuple(symbol for _, symbol in pairs) if named else ()
 
 
 def numbered(
-    symbols: Sequence[str] | np.ndarray, species: Any = None
+    symbols: Sequence[str] | np.ndarray, species: Mapping[str, int] | None = None
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """The species (n,) of particles by their symbols, and the symbols of species 0, 1, ….
 
     Args:
-      symbols: (n,).
-      species: a dict that numbers them from 0; None for the order in which they first appear.
+      symbols: (n,) chemical symbols.
+      species: a dict that numbers them from 0; None numbers them in the order in which they first
+        appear.
+
+    Raises:
+      InputError: numbers that are not 0, 1, …, or a symbol without a number.
     """
-    met = list(dict.fromkeys(map(str, symbols)))
-    numbers = dict(zip(met, range(len(met)), strict=True)) if species is None else dict(species)
+    distinct = list(dict.fromkeys(map(str, symbols)))  # in the order of appearance
+    if species is None:
+        numbers = dict(zip(distinct, range(len(distinct)), strict=True))
+    else:
+        numbers = dict(species)
     whole = all(
         is_real(np.asarray(k).dtype) and np.ndim(k) == 0 and int(k) == k for k in numbers.values()
     )
@@ -148,9 +178,9 @@ def numbered(
             f"species is {short(species)}: number its {len(numbers)} symbols from 0, each with its"
             " own."
         )
-    missing = [symbol for symbol in met if symbol not in numbers]
+    missing = [symbol for symbol in distinct if symbol not in numbers]
     if missing:
-        listed = ", ".join(f"{symbol!r}: {k}" for k, symbol in enumerate(met))
+        listed = ", ".join(f"{symbol!r}: {k}" for k, symbol in enumerate(distinct))
         raise InputError(
             f"species is {short(species)}, without {', '.join(missing)}: name all, such as"
             f" {{{listed}}}."
@@ -162,7 +192,8 @@ def numbered(
 
 
 def coordinates_of(atoms: Any, dimension: int) -> np.ndarray:
-    """Positions (n, d) of an ASE ``Atoms``; of a planar one, x and y."""
+    """Positions (n, d) of an ASE ``Atoms``; in 2-D, x and y of a planar structure."""
+    # by attributes and not by class, so that ASE need not be imported for it
     if not hasattr(atoms, "get_positions") or not hasattr(atoms, "pbc"):
         raise InputError(f"atoms is a {type(atoms).__name__}: give an ase.Atoms.")
     if dimension not in (2, 3):
@@ -179,16 +210,14 @@ def coordinates_of(atoms: Any, dimension: int) -> np.ndarray:
 
 
 def cell_of(atoms: Any, dimension: int) -> np.ndarray | None:
-    """The cell (d, d) of an ASE ``Atoms``, columns the cell vectors; None where it is not periodic."""
+    """The cell (d, d) of an ASE ``Atoms``, columns the cell vectors; None for open boundaries."""
     periodic = [bool(p) for p in atoms.pbc[:dimension]]
     if not any(periodic):
         return None
     if not all(periodic):
-        hint = "make all axes periodic or none" + (
-            ", or give dimension=2 for a planar structure"
-            if periodic == [True, True, False]
-            else ""
-        )
+        hint = "make all axes periodic or none"
+        if periodic == [True, True, False]:
+            hint += ", or give dimension=2 for a planar structure"
         raise InputError(
             f"atoms.pbc is {[bool(p) for p in atoms.pbc]}, periodic along some axes only: {hint}."
         )
@@ -200,7 +229,7 @@ def cell_of(atoms: Any, dimension: int) -> np.ndarray | None:
                 " along z."
             )
         rows = rows[:2, :2]
-    if not abs(np.linalg.det(rows)) > 0:
+    if not abs(np.linalg.det(rows)) > 0:  # "not above", so that NaN is refused too
         raise InputError(
             f"atoms.cell is {rows.tolist()} without a volume, but periodic: set the cell, or"
             " pbc=False."
@@ -212,17 +241,21 @@ def to_ase(system: System, *, symbols: Sequence[str] | None = None) -> Any:
     """The system as an ASE ``Atoms``, in full precision.
 
     Args:
-      system: not a batch; an Equilibrium's is ``eq.system``.
-      symbols: a chemical symbol for each species, one in all without species. Where None, the
-        system's own ``species_names``; without them, species 0, 1, … stand as H, He, …, and
-        particles without species as X: stand-ins, for colors.
+      system: a system that is not a batch, such as ``eq.system`` of an Equilibrium.
+      symbols: a chemical symbol for each species; a single one for a system without species. None
+        takes the system's ``species_names``. If it has none, species 0, 1, … become H, He, …, and
+        particles without species X: stand-ins that give viewers a color for each species.
 
     Returns:
-      Atoms with arrays ``species_index`` where there are species, ``diameter`` where the potential
-      has one, and each parameter that has one value a particle under its own name; pinned
-      coordinates as ``FixAtoms`` and ``FixCartesian``, rigid bonds as ``FixBondLengths``; walls
-      have no counterpart. In 2-D z is 0 and not periodic, and the third cell vector, along z, is as
-      long as the largest diameter (1 without diameters).
+      Atoms with the arrays ``species_index`` if there are species, ``diameter`` if the potential
+      has diameters, and each parameter with one value a particle under its own name. Pinned
+      coordinates become ``FixAtoms`` and ``FixCartesian``, rigid bonds ``FixBondLengths``; walls
+      have no counterpart. In 2-D, z is 0 and not periodic, and the third cell vector, along z, is
+      as long as the largest diameter (1 without diameters).
+
+    Raises:
+      InputError: something else than a System, a batch, or symbols that are unknown or not one for
+        each species.
     """
     from ase import Atoms
     from ase.data import atomic_numbers
@@ -233,30 +266,28 @@ def to_ase(system: System, *, symbols: Sequence[str] | None = None) -> Any:
         raise InputError(
             f"system is a batch of {system.batch}: convert its members, mdsens.unstack(system)."
         )
-    n, dimension = system.n, system.dimension
+    n = system.n
+    dimension = system.dimension
     species = None if system.species is None else np.asarray(system.species)
     kinds = 1 if species is None else max(system.species_count, int(species.max(initial=0)) + 1)
-    if (
-        symbols is None
-        and len(system.species_names) >= kinds
-        and set(system.species_names) <= set(atomic_numbers)
-    ):
-        symbols = system.species_names[:kinds]
+    names = system.species_names  # which need not be chemical symbols
+    if symbols is None and len(names) >= kinds and set(names) <= set(atomic_numbers):
+        symbols = names[:kinds]
     if symbols is None:
-        numbers = np.zeros(n, int) if species is None else species + 1
+        numbers = np.zeros(n, int) if species is None else species + 1  # 0 is X, 1 is H
     else:
         unknown = [s for s in symbols if s not in atomic_numbers]
         if unknown or len(symbols) != kinds:
             raise InputError(
                 f"symbols is {list(symbols)!r}: give {kinds} chemical symbol(s), one a species."
             )
-        numbers = np.array([atomic_numbers[s] for s in symbols])[
-            np.zeros(n, int) if species is None else species
-        ]
+        index = np.zeros(n, int) if species is None else species
+        numbers = np.array([atomic_numbers[s] for s in symbols])[index]
     positions = np.zeros((n, 3))
     positions[:, :dimension] = np.asarray(system.positions)
     diameters = None if system.diameters is None else np.asarray(system.diameters, float)
-    rows, periodic = np.zeros((3, 3)), [False] * 3
+    rows = np.zeros((3, 3))
+    periodic = [False] * 3
     if system.box is not None:
         rows[:dimension, :dimension] = np.asarray(system.box).T
         periodic[:dimension] = [True] * dimension
@@ -268,52 +299,56 @@ def to_ase(system: System, *, symbols: Sequence[str] | None = None) -> Any:
     if diameters is not None:
         atoms.set_array("diameter", diameters)
     for name, value in system.params.items():
-        one_a_particle = value.shape == (n,) and not (
-            species is not None and system.species_count == n
-        )
+        # with as many species as particles, (n,) values are one for each species
+        one_a_species = species is not None and system.species_count == n
+        one_a_particle = value.shape == (n,) and not one_a_species
         if one_a_particle and name not in atoms.arrays:
             atoms.set_array(name, np.asarray(value, float))
-    atoms.set_constraint(_as_ase(system))
+    atoms.set_constraint(_constraints_to_ase(system))
     return atoms
 
 
-def _as_ase(system: System) -> list[Any]:
-    """The constraints that ASE has, in its terms."""
+def _constraints_to_ase(system: System) -> list[Any]:
+    """The system's constraints as ASE's, without those that ASE does not have."""
     from ase.constraints import FixAtoms, FixBondLengths, FixCartesian
 
-    found: list[Any] = []
+    constraints: list[Any] = []
     for c in system.constraints:
         if isinstance(c, Pinned):
             mask = np.asarray(c.mask)
             whole = mask.all(axis=1)
             if whole.any():
-                found.append(FixAtoms(np.flatnonzero(whole)))
+                constraints.append(FixAtoms(np.flatnonzero(whole)))
+            # a FixCartesian has one mask for all its atoms, so one for each combination of axes
             kinds = {tuple(row) for row in mask[~whole & mask.any(axis=1)].tolist()}
             for kind in sorted(kinds):
                 rows = np.flatnonzero((mask == kind).all(axis=1))
-                found.append(FixCartesian(rows, mask=(*kind, False)[:3]))
+                constraints.append(FixCartesian(rows, mask=(*kind, False)[:3]))
         elif isinstance(c, RigidBonds):
             length = np.broadcast_to(np.asarray(system.params[c.length], float), len(c.bonds))
-            found.append(FixBondLengths(np.asarray(c.bonds), bondlengths=np.array(length)))
-    return found
+            constraints.append(FixBondLengths(np.asarray(c.bonds), bondlengths=np.array(length)))
+    return constraints
 
 
 def write_extxyz(path: str | Path, eq: Any, response: Any = None) -> None:
     """Write extended XYZ, which OVITO draws and ASE reads, with every digit of the numbers.
 
     ASE's own writer keeps 8 decimals; the numbers here are the shortest that read back as the same
-    float64. What the format has no place for (the potential, the box's rule) is kept by ``save``
-    alone.
+    float64. The format has no place for the potential and for a box that follows the parameters:
+    only ``save`` keeps these.
 
     Args:
-      path: a file that is made or replaced, whole or not at all.
-      eq: a System or an Equilibrium; a batch makes one frame a member.
+      path: the file to write or replace; it is never left half-written.
+      eq: a System or an Equilibrium; a batch is written as one frame for each member.
       response: a Displacement of ``jvp`` or ``response``, or an array (n, d), for the vector column
         ``response``; a Displacement also gives the column ``rattler``. Not with a batch.
+
+    Raises:
+      InputError: another type or shape, a response with a batch, a path that cannot be written.
     """
     system = getattr(eq, "system", eq)
     if not isinstance(system, System):
-        raise InputError(f"at is a {type(eq).__name__}: give a System or an Equilibrium.")
+        raise InputError(f"eq is a {type(eq).__name__}: give a System or an Equilibrium.")
     if system.batch is not None and response is not None:
         raise InputError(
             "response with a batch: write each member with its own response,"
@@ -326,15 +361,16 @@ def write_extxyz(path: str | Path, eq: Any, response: Any = None) -> None:
 
 
 def _frame(system: System, response: Any) -> str:
-    """One frame of extended XYZ."""
+    """The text of one frame: the number of atoms, a line of properties, and a row for each atom."""
     atoms = to_ase(system)
-    n, d = system.n, system.dimension
+    n = system.n
+    d = system.dimension
     columns: dict[str, np.ndarray] = {
         "species": np.array(atoms.get_chemical_symbols()),
         "pos": atoms.get_positions(),
     }
     if "diameter" in atoms.arrays:
-        columns["radius"] = 0.5 * atoms.arrays["diameter"]
+        columns["radius"] = 0.5 * atoms.arrays["diameter"]  # the size of spheres in OVITO
     columns |= {k: v for k, v in atoms.arrays.items() if k not in ("numbers", "positions")}
     if response is not None:
         value = getattr(response, "value", response)
@@ -348,6 +384,7 @@ def _frame(system: System, response: Any) -> str:
         columns["response"][:, :d] = np.asarray(value)
         if hasattr(response, "rattlers"):
             columns["rattler"] = np.asarray(response.rattlers, bool)
+    # numpy's kind of a dtype -> extended XYZ's letter: string, real, integer, logical
     letters = {"U": "S", "f": "R", "i": "I", "b": "L"}
     properties = ":".join(
         f"{name}:{letters[v.dtype.kind]}:{1 if v.ndim == 1 else v.shape[1]}"
@@ -356,12 +393,16 @@ def _frame(system: System, response: Any) -> str:
     cell = " ".join(repr(float(x)) for x in atoms.cell[:].ravel())
     lattice = f'Lattice="{cell}" ' if any(atoms.pbc) else ""
     periodic = " ".join("T" if p else "F" for p in atoms.pbc)
-    rows = zip(*[[_row(v) for v in column] for column in columns.values()], strict=True)
+    rows = zip(*[[_cell_text(v) for v in column] for column in columns.values()], strict=True)
     head = f'{n}\n{lattice}Properties={properties} dimension={d} pbc="{periodic}"\n'
     return head + "".join(" ".join(row) + "\n" for row in rows)
 
 
-def _row(value: Any) -> str:
+def _cell_text(value: Any) -> str:
+    """The text of one particle's value: a vector, a truth value, a number or a string.
+
+    The ``repr`` of a float is the shortest text that reads back as the same float64.
+    """
     if isinstance(value, np.ndarray):
         return " ".join(repr(float(x)) for x in value)
     if isinstance(value, (bool, np.bool_)):

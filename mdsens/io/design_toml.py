@@ -1,5 +1,6 @@
-"""Designs described in TOML: read, checked key by key, made ready to run. systems/README.md
-documents every key.
+"""Reading of designs from TOML files, with a check of every key.
+
+systems/README.md documents the format.
 """
 
 from __future__ import annotations
@@ -31,16 +32,19 @@ KEYS = (
     "free",
     "method",
 )
-OPTIMIZERS = ("adam", "rmsprop", "sgd")
+OPTIMIZERS = ("adam", "rmsprop", "sgd")  # functions of optax
 
 
 class DesignSpecification(NamedTuple):
-    """What a design file asks for, as ``ms.design.fit`` takes it: ``fit(b.targets, b.systems,
-    b.free, **b.options)``.
+    """The content of a design file as arguments of ``ms.design.fit``.
+
+    ``fit(spec.targets, spec.systems, spec.free, **spec.options)`` runs the design.
 
     Attributes:
-      targets, systems, free: of ``fit``.
-      options: its keywords: method, steps, and what the relaxations take.
+      targets: of the features.
+      systems: members of the ensemble, one for each seed.
+      free: the parameters that may change, by name.
+      options: keywords of ``fit``: method, steps, restart, and those of the relaxations.
       system: the name of the system.
     """
 
@@ -52,36 +56,37 @@ class DesignSpecification(NamedTuple):
 
 
 def load_design(path: str | Path) -> DesignSpecification:
-    """Read a design from TOML. Nothing in it is executed.
+    """Read a design from a TOML file; nothing in it is executed.
 
     Raises:
-      InputError: naming the file, the key, its value and the remedy.
+      InputError: with the file, the key, its value and the remedy.
     """
     path = Path(path)
     try:
-        return _built(TomlTable.of("", read(path), KEYS), path.parent)
+        return _build_specification(TomlTable.of("", read(path), KEYS), path.parent)
     except InputError as error:
+        # the message names the file, once
         named = str(error).startswith((path.name, str(path)))
         raise InputError(str(error) if named else f"{path}: {error}") from error
 
 
-def _built(top: TomlTable, folder: Path) -> DesignSpecification:
+def _build_specification(top: TomlTable, folder: Path) -> DesignSpecification:
+    """The design of a checked top-level table; a system's path may be relative to ``folder``."""
     top.text("description", "")
     name = top.text("system")
     beside = folder / name
-    where = beside if beside.is_file() else locate(name)
+    path = beside if beside.is_file() else locate(name)
     fields = top.raw("fields", {})
     if not isinstance(fields, Mapping):
         raise InputError(f"fields is {fields!r}: give a table of the system's keys, such as count.")
-    seeds = (
-        array_of("seeds", top.raw("seeds"), (None,), integers=True).tolist()
-        if top.has("seeds")
-        else [None]
-    )
+    # Members of an ensemble differ in their seed alone: the same seed twice would be one member.
+    seeds = [None]  # None: the seed in the system's file
+    if top.has("seeds"):
+        seeds = array_of("seeds", top.raw("seeds"), (None,), integers=True).tolist()
     if not seeds or min(seed or 0 for seed in seeds) < 0 or len(set(seeds)) < len(seeds):
         raise InputError(f"seeds is {seeds}: give different integers from 0.")
     systems = [
-        load_system(where, **fields, **({} if seed is None else {"seed": int(seed)}))
+        load_system(path, **fields, **({} if seed is None else {"seed": int(seed)}))
         for seed in seeds
     ]
     steps = top.integer("steps", 60, least=1)
@@ -90,105 +95,128 @@ def _built(top: TomlTable, folder: Path) -> DesignSpecification:
     options: dict[str, Any] = {
         "restart": top.raw("restart", False),
         "steps": steps,
-        "method": _method(top, steps),
-        **_relaxation(top),
+        "method": _read_method(top, steps),
+        **_read_relaxation(top),
     }
-    return DesignSpecification(_targets(top), systems, _free(top, systems[0]), options, where.stem)
+    return DesignSpecification(
+        targets=_read_targets(top),
+        systems=systems,
+        free=_read_free_parameters(top, systems[0]),
+        options=options,
+        system=path.stem,
+    )
 
 
-def _relaxation(top: TomlTable) -> dict[str, Any]:
+def _read_relaxation(top: TomlTable) -> dict[str, Any]:
+    """The table ``relaxation`` as keywords of ``fit``, those alone that the file has."""
     table = TomlTable.of(
         "relaxation", top.raw("relaxation", {}), ("pressure", "shape", "tolerance", "max_steps")
     )
-    found: dict[str, Any] = {}
-    if table.has("pressure"):
+    options: dict[str, Any] = {}
+    if table.has("pressure"):  # may be negative, which table.number does not allow
         if not is_number(table.raw("pressure")):
             raise InputError(f"relaxation.pressure is {table.raw('pressure')!r}: give a number.")
-        found["pressure"] = float(table.raw("pressure"))
+        options["pressure"] = float(table.raw("pressure"))
     if table.has("shape"):
         if not isinstance(table.raw("shape"), bool):
             raise InputError(f"relaxation.shape is {table.raw('shape')!r}: give true or false.")
-        found["shape"] = table.raw("shape")
+        options["shape"] = table.raw("shape")
     if table.has("tolerance"):
-        found["tolerance"] = table.number("tolerance")
+        options["tolerance"] = table.number("tolerance")
     if table.has("max_steps"):
-        found["max_steps"] = table.integer("max_steps", least=1)
-    return found
+        options["max_steps"] = table.integer("max_steps", least=1)
+    return options
 
 
-def _targets(top: TomlTable) -> list[Target]:
-    given = top.raw("target")
-    if not isinstance(given, list) or not given:
+def _read_targets(top: TomlTable) -> list[Target]:
+    """The targets of the array of tables ``target``, one a feature."""
+    entries = top.raw("target")
+    if not isinstance(entries, list) or not entries:
         raise InputError("target is no list of tables: give [[target]] for each feature.")
-    found = []
-    for k, entry in enumerate(given):
+    targets = []
+    for k, entry in enumerate(entries):
         keys = ("feature", "value", "change", "hold", "tolerance", "share", "name")
         table = TomlTable.of(f"target[{k}]", entry, keys)
         feature = table.text("feature", choices=sorted(FEATURES))
-        ways = [key for key in ("value", "change", "hold") if table.has(key)]
-        if len(ways) != 1:
+        aims = [key for key in ("value", "change", "hold") if table.has(key)]
+        if len(aims) != 1:
             raise InputError(
-                f"target[{k}] has {len(ways)} of value, change and hold: give one of them."
+                f"target[{k}] has {len(aims)} of value, change and hold: give one of them."
             )
+        aim = aims[0]
         if table.has("hold") and table.raw("hold") is not True:
             raise InputError(
                 f"target[{k}].hold is {table.raw('hold')!r}: give true, or leave the target out."
             )
-        wanted = 0.0 if ways == ["hold"] else table.raw(ways[0])
-        if not (is_number(wanted) and np.isfinite(wanted)):
-            raise InputError(f"target[{k}].{ways[0]} is {wanted!r}: give a number.")
+        value = 0.0 if aim == "hold" else table.raw(aim)  # hold: a change of 0 from the start
+        if not (is_number(value) and np.isfinite(value)):
+            raise InputError(f"target[{k}].{aim} is {value!r}: give a number.")
         widths = [key for key in ("tolerance", "share") if table.has(key)]
         if len(widths) != 1:
             raise InputError(
                 f"target[{k}] has {len(widths)} of tolerance and share: give one of them."
             )
-        found.append(
-            Target(feature, float(wanted), table.number(widths[0]), table.text("name", ""), ways != ["value"],
-                   widths == ["share"])
-        )  # fmt: skip
-    return found
+        target = Target(
+            feature,
+            float(value),
+            tolerance=table.number(widths[0]),
+            name=table.text("name", ""),
+            from_start=aim != "value",
+            share=widths == ["share"],
+        )
+        targets.append(target)
+    return targets
 
 
-def _free(top: TomlTable, system: System) -> dict[str, Free]:
-    given = top.raw("free")
-    if not isinstance(given, Mapping) or not given:
+def _read_free_parameters(top: TomlTable, system: System) -> dict[str, Free]:
+    """The parameters that may change, of the tables ``free.NAME``; ``system`` has all names."""
+    entries = top.raw("free")
+    if not isinstance(entries, Mapping) or not entries:
         raise InputError("free is no table: give [free.sigma], for example, with its bounds.")
-    found = {}
-    for name, entry in given.items():
+    free = {}
+    for name, entry in entries.items():
         if name not in system.params:
             raise InputError(
                 f"free.{name} is no parameter of the system: {nearest(name, list(system.params))}"
             )
         table = TomlTable.of(f"free.{name}", entry, ("low", "high", "within", "log", "only"))
-        ends = {
+        bounds = {
             key: array_of(f"free.{name}.{key}", table.raw(key), None)
             for key in ("low", "high")
             if table.has(key)
         }
         if table.has("log") and not isinstance(table.raw("log"), bool):
             raise InputError(f"free.{name}.log is {table.raw('log')!r}: give true or false.")
+        # 0 and 1 become integers here, not truth values, and are refused
         only = np.asarray(table.raw("only")) if table.has("only") else None
         if only is not None and only.dtype != bool:
             raise InputError(
                 f"free.{name}.only is {table.raw('only')!r}: give true and false, one a component."
             )
         within = table.number("within") if table.has("within") else None
-        found[name] = Free(ends.get("low"), ends.get("high"), within, table.raw("log", None), only)
-    return found
+        free[name] = Free(
+            low=bounds.get("low"),
+            high=bounds.get("high"),
+            within=within,
+            log=table.raw("log", None),
+            only=only,
+        )
+    return free
 
 
-def _method(top: TomlTable, steps: int) -> LevenbergMarquardt | Optax:
-    given = top.raw("method", {"kind": "levenberg_marquardt"})
+def _read_method(top: TomlTable, steps: int) -> LevenbergMarquardt | Optax:
+    """The method of the design; ``steps`` is the length of a decay of the learning rate."""
+    entry = top.raw("method", {"kind": "levenberg_marquardt"})
     kinds = ("levenberg_marquardt", *OPTIMIZERS)
-    kind = TomlTable("method", given if isinstance(given, Mapping) else {}).text(
-        "kind", kinds[0], choices=kinds
-    )
+    # The kind first: it decides which other keys are allowed. What is no table is refused below.
+    unchecked = TomlTable("method", entry if isinstance(entry, Mapping) else {})
+    kind = unchecked.text("kind", kinds[0], choices=kinds)
     if kind == "levenberg_marquardt":
-        own = [field.name for field in dataclasses.fields(LevenbergMarquardt)]
-        table = TomlTable.of("method", given, ("kind", *own))
-        return LevenbergMarquardt(**{key: table.raw(key) for key in own if table.has(key)})
-    table = TomlTable.of("method", given, ("kind", "learning_rate", "decay"))
-    import optax
+        fields = [field.name for field in dataclasses.fields(LevenbergMarquardt)]
+        table = TomlTable.of("method", entry, ("kind", *fields))
+        return LevenbergMarquardt(**{key: table.raw(key) for key in fields if table.has(key)})
+    table = TomlTable.of("method", entry, ("kind", "learning_rate", "decay"))
+    import optax  # heavy, so only where it is needed
 
     rate: Any = table.number("learning_rate")
     if table.has("decay"):
@@ -197,6 +225,5 @@ def _method(top: TomlTable, steps: int) -> LevenbergMarquardt | Optax:
                 f'method.decay is {table.raw("decay")!r}: give "cosine", or leave it out.'
             )
         rate = optax.cosine_decay_schedule(rate, steps)
-    return Optax(
-        getattr(optax, kind)(rate), f"{kind}, learning rate {table.number('learning_rate'):g}"
-    )
+    label = f"{kind}, learning rate {table.number('learning_rate'):g}"
+    return Optax(getattr(optax, kind)(rate), label)

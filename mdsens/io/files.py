@@ -1,4 +1,4 @@
-"""Reading and replacing files."""
+"""Writing files whole or not at all, and reading .npz files without executing code."""
 
 from __future__ import annotations
 
@@ -16,34 +16,53 @@ from mdsens._util.errors import InputError
 
 __all__ = ["read_npz", "replacing"]
 
+# what numpy, zipfile and zlib raise for damaged files, beside ValueError
+DAMAGE = (
+    OSError,
+    EOFError,
+    KeyError,
+    AttributeError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write that takes its name when all is written: no half-written file is ever found
-    under it.
+    """Open a file to write that takes its name only when it is complete.
+
+    A file of that name is replaced, and stays as it was if writing fails or is interrupted.
     """
     path = Path(path)
     if path.is_dir():
         raise InputError(f"{path} is a folder: give the name of a file.")
     if not path.parent.is_dir():
         raise InputError(f"{path.parent} is no folder: make it first, or correct the path.")
+    # beside it, because os.replace is atomic only within one file system; the number of the process
+    # keeps two writers apart
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # on disk before the name is, in case the machine stops
         os.replace(part, path)
     except OSError as error:
         raise InputError(
-            f"{path} cannot be written ({error.strerror}): choose another place."
+            f"{path} cannot be written ({error.strerror}): choose another path."
         ) from error
     finally:
         part.unlink(missing_ok=True)
 
 
 def read_npz(path: str | Path) -> dict[str, np.ndarray]:
-    """Every array of a .npz file; objects are refused, because reading one would execute code."""
+    """All arrays of a .npz file by name.
+
+    Raises:
+      InputError: no such file, a file that is damaged or no .npz, or Python objects in it, which
+        are not read because that would execute code.
+    """
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
@@ -51,24 +70,17 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
         raise InputError(f"{path} does not exist: correct the path.") from error
     except ValueError as error:
         with open(path, "rb") as file:
-            archive = file.read(2) == b"PK"
-        if archive and "pickle" in str(error):  # numpy takes what is no archive at all for a pickle
+            archive = file.read(2) == b"PK"  # a .npz is a zip archive, which begins so
+        # numpy takes a file that is no archive for a pickle: its message alone does not tell
+        if archive and "pickle" in str(error):
             raise InputError(
                 f"{path} holds Python objects, which are not read: store plain arrays."
             ) from error
-        reason = str(error) if archive else "it does not begin as one"
+        reason = str(error) if archive else "it does not begin like one"
         raise InputError(
             f"{path} is no whole .npz file ({reason}): write or fetch it again."
         ) from error
-    except (
-        OSError,
-        EOFError,
-        KeyError,
-        AttributeError,
-        NotImplementedError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+    except DAMAGE as error:
         raise InputError(
             f"{path} is no whole .npz file ({error}): write or fetch it again."
         ) from error

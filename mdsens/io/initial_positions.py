@@ -1,4 +1,4 @@
-"""Where particles start: at random, on a lattice, or from a file of a few arrays."""
+"""Initial positions: at random, on a lattice, or from a file."""
 
 from __future__ import annotations
 
@@ -18,10 +18,8 @@ __all__ = ["Start", "crystal", "from_file", "lattices", "pairs_within", "random"
 # Conventional cells: edges in units of the lattice constant, and the sites as fractions of them.
 _CELLS: dict[str, tuple[list[float], list[list[float]]]] = {
     "square": ([1.0, 1.0], [[0, 0]]),
-    "triangular": (
-        [1.0, 3**0.5],
-        [[0, 0], [0.5, 0.5]],
-    ),  # the constant is the distance of nearest neighbors
+    # the lattice constant is the distance of nearest neighbors
+    "triangular": ([1.0, 3**0.5], [[0, 0], [0.5, 0.5]]),
     "sc": ([1.0, 1.0, 1.0], [[0, 0, 0]]),
     "bcc": ([1.0, 1.0, 1.0], [[0, 0, 0], [0.5, 0.5, 0.5]]),
     "fcc": ([1.0, 1.0, 1.0], [[0, 0, 0], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]]),
@@ -30,15 +28,15 @@ _CELLS: dict[str, tuple[list[float], list[list[float]]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Positions before relaxing, and what came with them.
+    """Positions before relaxing, and the other contents of the file that they are from.
 
     Attributes:
       positions: (n, d), Cartesian, or fractions of a cell that is still to be chosen.
-      cell: (d, d), columns the cell vectors; None where the positions say nothing about it.
-      fractional: True for fractions.
+      cell: (d, d), columns the cell vectors; None where no cell comes with the positions.
+      fractional: whether the positions are fractions.
       arrays: other arrays of the file, by name.
-      file: where they came from, for messages.
-      symbols: (n,) chemical symbols; None where the positions come without.
+      file: path of the file, for messages; empty where the positions are from no file.
+      symbols: (n,) chemical symbols; None where none come with the positions.
       species_names: the symbols of the species in ``arrays``.
     """
 
@@ -51,7 +49,16 @@ class Start:
     species_names: tuple[str, ...] = ()
 
     def array(self, name: str, wanted_by: str) -> np.ndarray:
-        """An array of the file, or an error that lists those it has."""
+        """An array of the file.
+
+        Args:
+          name: of the array.
+          wanted_by: the key that asks for it, for messages.
+
+        Raises:
+          InputError: the file has no such array (the message lists those it has), or the positions
+            are from no file.
+        """
         if name in self.arrays:
             return self.arrays[name]
         if not self.file:
@@ -59,10 +66,10 @@ class Start:
                 f"{wanted_by} asks for the array {name!r}, but the positions are no file: give"
                 " numbers."
             )
-        held = ", ".join(sorted(self.arrays)) or "none"
+        names = ", ".join(sorted(self.arrays)) or "none"
         raise InputError(
             f"{wanted_by} asks for the array {name!r}, which {self.file} does not hold: it has"
-            f" {held}."
+            f" {names}."
         )
 
 
@@ -72,7 +79,7 @@ def lattices(dimension: int) -> tuple[str, ...]:
 
 
 def random(dimension: int, n: int, seed: int) -> Start:
-    """Uniform in the cell, ``numpy.random.default_rng(seed).random((n, d))``."""
+    """Fractions uniform in the cell, ``numpy.random.default_rng(seed).random((n, d))``."""
     return Start(np.random.default_rng(seed).random((n, dimension)), fractional=True)
 
 
@@ -90,65 +97,70 @@ def crystal(
     Args:
       lattice: one of ``lattices(dimension)``.
       constant: the lattice constant; of the triangular lattice, the distance of nearest neighbors.
-      repeats: (d,) conventional cells along each axis.
+      dimension: 2 or 3.
+      repeats: (d,) numbers of conventional cells along each axis.
       vacancies: indices of the sites left empty.
       noise: standard deviation of each coordinate's Gaussian displacement.
       seed: of the displacements.
     """
     edges, basis = _CELLS[lattice]
-    corners = np.stack(
-        np.meshgrid(*[np.arange(k) for k in repeats], indexing="ij"), axis=-1
-    ).reshape(-1, 1, dimension)
-    sites = ((corners + np.asarray(basis, float)) * np.asarray(edges) * constant).reshape(
-        -1, dimension
-    )
+    # corners of the conventional cells (cells, 1, d) + sites in a cell (sites, d)
+    grid = np.meshgrid(*[np.arange(k) for k in repeats], indexing="ij")
+    corners = np.stack(grid, axis=-1).reshape(-1, 1, dimension)
+    sites = (corners + np.asarray(basis, float)) * np.asarray(edges) * constant
+    sites = sites.reshape(-1, dimension)
     if len(vacancies) and (vacancies.min() < 0 or vacancies.max() >= len(sites)):
         raise InputError(
             f"positions.vacancies is {vacancies.tolist()}: name sites from 0 to {len(sites) - 1}."
         )
     if noise:
+        # drawn for the empty sites too: a vacancy leaves the displacements of the others unchanged
         sites = sites + noise * np.random.default_rng(seed).standard_normal(sites.shape)
-    return Start(
-        np.delete(sites, vacancies, axis=0), np.diag(np.asarray(edges) * constant * repeats)
-    )
+    cell = np.diag(np.asarray(edges) * constant * repeats)
+    return Start(np.delete(sites, vacancies, axis=0), cell)
 
 
 def pairs_within(positions: np.ndarray, cell: np.ndarray | None, length: float) -> np.ndarray:
-    """(m, 2) pairs whose nearest images are nearer than ``length``, the smaller index first."""
+    """Pairs (m, 2) whose nearest images are closer than ``length``, the smaller index first."""
+    # all pairs at once, so memory grows as n^2
     i, j = np.triu_indices(len(positions), 1)
     vectors = positions[i] - positions[j]
     if cell is not None:
+        # rounding fractions gives the nearest image in cells that are not too skew
         vectors = vectors - np.round(vectors @ np.linalg.inv(cell).T) @ cell.T
     near = np.linalg.norm(vectors, axis=1) < length
     return np.stack([i[near], j[near]], axis=1)
 
 
 def from_file(path: Path, dimension: int, index: int) -> Start:
-    """One frame of a .npz or an extended XYZ file; nothing in it is executed.
+    """Read one frame of a .npz or extended XYZ file; nothing in it is executed.
 
     Args:
-      path: .npz with ``positions`` (n, d) or (frames, n, d), perhaps ``box`` (d, d) or (frames, d,
-        d) with the cell vectors as columns, and other arrays, with a leading axis of frames where
-        the positions have one; or .extxyz or .xyz, whose Lattice has the cell vectors as rows.
-      dimension: 2 or 3; of a planar extended XYZ file, x and y are taken.
-      index: the frame.
+      path: a .npz with ``positions`` (n, d) or (frames, n, d), perhaps ``box`` (d, d) or (frames,
+        d, d) with the cell vectors as columns, and other arrays, with a leading axis of frames if
+        the positions have one; or an .extxyz or .xyz, whose Lattice has the cell vectors as rows.
+      dimension: 2 or 3; 2 takes x and y of a planar extended XYZ file.
+      index: of the frame.
+
+    Raises:
+      InputError: no such file, a file that is damaged or of another kind, or no such frame.
     """
     if not path.is_file():
-        found = sorted(
-            p.name for p in path.parent.glob("*") if p.suffix in (".npz", ".extxyz", ".xyz")
-        )
-        beside = f" (beside it: {', '.join(found)})" if found else ""
+        readable = [p for p in path.parent.glob("*") if p.suffix in (".npz", ".extxyz", ".xyz")]
+        names = ", ".join(sorted(p.name for p in readable))
+        beside = f" (beside it: {names})" if names else ""
         raise InputError(f"positions.file {path} does not exist{beside}: correct the path.")
     if path.suffix == ".npz":
-        return _npz(path, dimension, index)
+        return _read_npz_frame(path, dimension, index)
     if path.suffix in (".extxyz", ".xyz"):
-        return _extxyz(path, dimension, index)
+        return _read_extxyz_frame(path, dimension, index)
     raise InputError(
         f"positions.file {path} is of no kind that is read: give .npz, .extxyz or .xyz."
     )
 
 
-def _npz(path: Path, dimension: int, index: int) -> Start:
+def _read_npz_frame(path: Path, dimension: int, index: int) -> Start:
+    """One frame of a .npz file; arguments as in ``from_file``."""
     arrays = read_npz(path)
     if "positions" not in arrays:
         raise InputError(
@@ -156,7 +168,7 @@ def _npz(path: Path, dimension: int, index: int) -> Start:
             " add it."
         )
     positions = arrays["positions"]
-    if positions.ndim not in (2, 3) or positions.shape[-1] != dimension or not _numeric(positions):
+    if positions.ndim not in (2, 3) or positions.shape[-1] != dimension or not _is_real(positions):
         raise InputError(
             f"{path}: positions have shape {positions.shape} and type {positions.dtype}: give (n,"
             f" {dimension}) or (frames, n, {dimension}) numbers."
@@ -164,50 +176,63 @@ def _npz(path: Path, dimension: int, index: int) -> Start:
     if positions.ndim == 3:
         frames = positions.shape[0]
         _check_index(path, index, frames)
+        # arrays without the axis of frames belong to no single frame and are left out
         arrays = {k: v[index] for k, v in arrays.items() if v.ndim and v.shape[0] == frames}
     else:
         _check_index(path, index, 1)
     cell = arrays.get("box")
-    if cell is not None and (cell.shape != (dimension, dimension) or not _numeric(cell)):
+    if cell is not None and (cell.shape != (dimension, dimension) or not _is_real(cell)):
         raise InputError(
             f"{path}: box has shape {cell.shape}: give ({dimension}, {dimension}), columns the"
             " vectors."
         )
-    return Start(arrays["positions"].astype(float), cell, False, arrays, str(path))
+    return Start(arrays["positions"].astype(float), cell, arrays=arrays, file=str(path))
 
 
-def _numeric(array: np.ndarray) -> bool:
+def _is_real(array: np.ndarray) -> bool:
+    """Whether an array is of integers or real numbers."""
     return bool(np.issubdtype(array.dtype, np.number)) and not np.iscomplexobj(array)
 
 
 def _check_index(path: Path, index: int, frames: int) -> None:
+    """Refuse the index of a frame that the file does not have."""
     if not 0 <= index < frames:
         raise InputError(
             f"positions.index is {index}, but {path} has {frames} frames: give 0 to {frames - 1}."
         )
 
 
-def _extxyz(path: Path, dimension: int, index: int) -> Start:
+def _read_extxyz_frame(path: Path, dimension: int, index: int) -> Start:
+    """One frame of an extended XYZ file, read by ASE; arguments as in ``from_file``."""
     import ase.io
 
-    _check_whole(path)
+    _check_extxyz_whole(path)
     try:
         frames: Any = ase.io.read(path, index=":", format="extxyz")
-    except Exception as error:  # ASE's reader lets what the text provokes through
+    except Exception as error:  # ASE's reader lets through any exception that the text provokes
         raise InputError(
             f"{path} is no whole extended XYZ file ({error}): write or fetch it again."
         ) from error
     _check_index(path, index, len(frames))
     atoms = frames[index]
     kinds, names = species_of(atoms)
+    # an array "species" in the file takes precedence over species from the chemical symbols
     arrays = dict(atoms.arrays) if kinds is None else {"species": np.asarray(kinds), **atoms.arrays}
-    symbols, cell = np.array(atoms.get_chemical_symbols()), cell_of(atoms, dimension)
-    return Start(coordinates_of(atoms, dimension), cell, False, arrays, str(path), symbols, names)
+    cell = cell_of(atoms, dimension)
+    return Start(
+        coordinates_of(atoms, dimension),
+        cell,
+        arrays=arrays,
+        file=str(path),
+        symbols=np.array(atoms.get_chemical_symbols()),
+        species_names=names,
+    )
 
 
-def _check_whole(path: Path) -> None:
-    """Refuse a file that is cut short: ASE's reader takes half a number, or half a frame at times,
-    without a word.
+def _check_extxyz_whole(path: Path) -> None:
+    """Refuse an extended XYZ file that is cut short.
+
+    ASE's reader accepts a number that is cut off, and at times a frame that is, without an error.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -220,16 +245,17 @@ def _check_whole(path: Path) -> None:
             f"{path} is no whole extended XYZ file (its last line has no end): write or fetch it"
             " again."
         )
-    lines, at = text.rstrip().split("\n"), 0
-    while at < len(lines):
-        first = lines[at].strip()
-        if not first.isdecimal() or at + 2 + int(first) > len(lines):
-            why = (
-                f"line {at + 1} promises {first} particles"
-                if first.isdecimal()
-                else f"line {at + 1} is no number"
-            )
+    lines = text.rstrip().split("\n")
+    k = 0  # index of the first line of a frame: the number of particles, then a line of properties
+    while k < len(lines):
+        count = lines[k].strip()
+        reason = ""
+        if not count.isdecimal():
+            reason = f"line {k + 1} is no number"
+        elif k + 2 + int(count) > len(lines):
+            reason = f"line {k + 1} promises {count} particles"
+        if reason:
             raise InputError(
-                f"{path} is no whole extended XYZ file ({why}): write or fetch it again."
+                f"{path} is no whole extended XYZ file ({reason}): write or fetch it again."
             )
-        at += 2 + int(first)
+        k += 2 + int(count)

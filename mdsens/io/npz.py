@@ -1,5 +1,7 @@
-"""Results on disk, bit for bit: a .npz of plain arrays with a header in JSON. Reading one executes
-nothing.
+"""Storing of results, bit for bit, as a .npz of plain arrays with a header in JSON.
+
+Reading a file executes nothing that is in it. The header describes the result as a tree of records,
+dicts, lists and tuples, in which an array is given by its name in the file.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ import dataclasses
 import datetime
 import json
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,8 @@ from mdsens.sensitivity.results import (
 __all__ = ["load", "read_header", "save"]
 
 FORMAT = "mdsens"
-VERSION = 2
+VERSION = 2  # of the format; files of another version are refused
+# results that can be stored
 KINDS = (
     DirectionalDerivative,
     Displacement,
@@ -51,6 +54,7 @@ KINDS = (
     State,
     System,
 )
+# all records that a stored tree may contain, by the names that the header gives them
 _RECORDS: dict[str, type] = {
     kind.__name__: kind
     for kind in (
@@ -73,13 +77,20 @@ _RECORDS: dict[str, type] = {
 
 
 def save(path: str | Path, result: Any, *, provenance: Mapping[str, Any] | None = None) -> None:
-    """Store a System, an Equilibrium or a derivative in full precision, with what made it.
+    """Store a System, an Equilibrium, a derivative or a design's State in full precision.
+
+    The header also records the versions of the packages, the device and the precision.
 
     Args:
-      path: a file that is made or replaced, whole or not at all; ``.npz`` is its usual end.
-      result: a batch is stored like a single one. A potential or a box that is a function of your
-        own is not stored, because only Python code could: ``load`` asks for it again.
-      provenance: what else is worth keeping, such as ``{"seed": 3}``: anything that JSON can say.
+      path: the file to write or replace, usually with the suffix ``.npz``; it is never left
+        half-written.
+      result: may be a batch. A potential or a box that is a function of your own cannot be stored,
+        because it is Python code: ``load`` asks for it again.
+      provenance: anything else worth recording that JSON can represent, such as ``{"seed": 3}``.
+
+    Raises:
+      InputError: a result of another type or with a part that cannot be stored, or a provenance
+        that is not JSON.
     """
     if not isinstance(result, KINDS):
         raise InputError(
@@ -104,8 +115,9 @@ def save(path: str | Path, result: Any, *, provenance: Mapping[str, Any] | None 
         text = json.dumps(header, ensure_ascii=False)
     except (TypeError, ValueError) as error:
         raise InputError(
-            f"provenance is {provenance!r}: give what JSON can say, numbers, texts, lists."
+            f"provenance is {provenance!r}: give what JSON can represent, numbers, texts, lists."
         ) from error
+    # the header as an array of one string, which numpy stores without pickle
     with replacing(path) as file:
         np.savez_compressed(file, allow_pickle=False, header=np.array(text), **arrays)
 
@@ -116,21 +128,22 @@ def load(
     potential: Any = None,
     box: Callable[[Mapping[str, Any]], jax.Array] | None = None,
 ) -> Any:
-    """What ``save`` stored, bit for bit.
+    """Read a result that ``save`` stored, bit for bit.
 
     Args:
       path: the file.
-      potential: the potential, where it was a function of your own (it is used for any other, too,
-        if its parameters fit).
-      box: the function of the parameters that gives the cell, where the box was one.
+      potential: the potential, needed if it is a function of your own. Given for another potential,
+        it replaces that if it has the same parameters.
+      box: the function of the parameters that returns the cell, needed if the box is such a
+        function.
 
     Raises:
       InputError: the file is missing, cut short, or not of this format; the potential or the box is
         needed and not given.
-      PrecisionError: it holds float64 and jax computes in float32.
+      PrecisionError: the file contains float64 and jax computes in float32.
     """
     require_sound_jax()
-    header, arrays = _contents(path)
+    header, arrays = _read_contents(path)
     try:
         return _decode(header["tree"], _Source(str(path), arrays, potential, box))
     except InputError:
@@ -142,38 +155,42 @@ def load(
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
-    """What a stored file says of itself: kind, status, parameters, provenance, versions, device,
-    precision.
+    """The header of a stored file, without its arrays.
+
+    It has the kind of the result, status, parameters, provenance, versions, device and precision.
     """
-    header, _ = _contents(path)
+    header, _ = _read_contents(path)
     return {key: value for key, value in header.items() if key != "tree"}
 
 
-def _contents(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _read_contents(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The header and the arrays of a file, checked to be of this format and version."""
     arrays = read_npz(path)
+    not_by_save = f"{path} was not written by mdsens.io.save: give a file that was."
     try:
         header = json.loads(str(arrays.pop("header")[()]))
-        ours = header["format"] == FORMAT and "tree" in header
+        by_save = header["format"] == FORMAT and "tree" in header
         version = header["format_version"]
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise InputError(
-            f"{path} was not written by mdsens.io.save: give a file that was."
-        ) from error
-    if not ours:
-        raise InputError(f"{path} was not written by mdsens.io.save: give a file that was.")
+        raise InputError(not_by_save) from error
+    if not by_save:
+        raise InputError(not_by_save)
     if version != VERSION:
         newer = not isinstance(version, int) or version > VERSION
-        remedy = "install a newer mdsens." if newer else "compute it again, or read it with that."
+        remedy = "compute it again, or read it with an older mdsens."
+        if newer:
+            remedy = "install a newer mdsens."
         raise InputError(
             f"{path} has format version {version}, and this mdsens reads {VERSION}: {remedy}"
         )
     return header, arrays
 
 
-# -- what the header says
+# -- entries of the header
 
 
-def _status_names(result: Any) -> Any:
+def _status_names(result: Any) -> str | list[str] | None:
+    """The name of a result's status, a list of names for a batch, None without a status."""
     if isinstance(result, Equilibrium):
         codes = np.asarray(result.status)
     elif isinstance(result, Derivative):
@@ -184,28 +201,30 @@ def _status_names(result: Any) -> Any:
     return names[0] if codes.ndim == 0 else names
 
 
-def _parameters(result: Any) -> Any:
-    """Values of the parameters where they are few, else their shapes: the arrays hold them all."""
+def _parameters(result: Any) -> dict[str, Any] | None:
+    """Values of the parameters of up to 16 numbers, shapes of the others; for reading by people."""
     system = getattr(result, "system", result)
     if not isinstance(system, System):
         return None
-    shown = {k: np.asarray(v) for k, v in system.params.items()}
+    values = {k: np.asarray(v) for k, v in system.params.items()}
     return {
-        k: v.tolist() if v.size <= 16 else f"array of shape {v.shape}" for k, v in shown.items()
+        k: v.tolist() if v.size <= 16 else f"array of shape {v.shape}" for k, v in values.items()
     }
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    """Versions of Python and of the packages that a result depends on."""
+    versions = {"python": platform.python_version()}
     for name in ("mdsens", "jax", "jaxlib", "jax-md", "numpy"):
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "unknown"
-    return found
+            versions[name] = "unknown"
+    return versions
 
 
 def _machine(result: Any) -> dict[str, str]:
+    """Device and precision of the largest array of floats, which stands for all."""
     leaves = [
         x
         for x in jax.tree.leaves(result)
@@ -218,16 +237,24 @@ def _machine(result: Any) -> dict[str, str]:
     return {"device": f"{device.platform}: {device.device_kind}", "precision": str(largest.dtype)}
 
 
-# -- values as JSON with the arrays beside it
+# -- values as JSON, with their arrays apart
 
 
 def _encode(value: Any, where: str, arrays: dict[str, np.ndarray]) -> Any:
-    """JSON for a value; arrays go into ``arrays`` under the name of the place they stand at."""
+    """A value as JSON; its arrays go into ``arrays``.
+
+    Args:
+      value: to encode.
+      where: path of the value in the result, such as system.params.sigma; names its array.
+      arrays: arrays by name, to which those of the value are added.
+    """
+    # numpy's float64 is a float, but counts as an array, so that it comes back as one
     if value is None or (
         isinstance(value, (bool, int, float, str)) and not isinstance(value, np.generic)
     ):
         return value
     if isinstance(value, (jax.Array, np.ndarray, np.generic)):
+        # "on": jax arrays come back as jax arrays, numpy's as numpy's
         arrays[where] = np.asarray(value)
         return {"array": where, "on": "device" if isinstance(value, jax.Array) else "host"}
 
@@ -242,19 +269,13 @@ def _encode(value: Any, where: str, arrays: dict[str, np.ndarray]) -> Any:
         return {"tuple": [_encode(v, inside(str(k)), arrays) for k, v in enumerate(value)]}
     if isinstance(value, BoxFunction):
         return {"user": "box"}
+    # by exact type: a subclass of the user's would come back as the base class
     if type(value) in _RECORDS.values():
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        return {
-            "record": type(value).__name__,
-            "fields": {
-                k: (
-                    _encode_potential(v, inside(k), arrays)
-                    if k == "potential"
-                    else _encode(v, inside(k), arrays)
-                )
-                for k, v in fields.items()
-            },
-        }
+        fields = {}
+        for field in dataclasses.fields(value):
+            encode = _encode_potential if field.name == "potential" else _encode
+            fields[field.name] = encode(getattr(value, field.name), inside(field.name), arrays)
+        return {"record": type(value).__name__, "fields": fields}
     raise InputError(
         f"{where or 'result'} is a {type(value).__name__}, which cannot be stored: use mdsens' own"
         " records."
@@ -262,8 +283,8 @@ def _encode(value: Any, where: str, arrays: dict[str, np.ndarray]) -> Any:
 
 
 def _encode_potential(potential: Any, where: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """A potential's name and options where it is one of ours, else its parameters alone."""
-    options = _describe(potential, where, arrays)
+    """A potential of mdsens by its name and options, another by its name and parameters."""
+    options = _describe_potential(potential, where, arrays)
     if options is None:
         return {
             "user": "potential",
@@ -273,14 +294,24 @@ def _encode_potential(potential: Any, where: str, arrays: dict[str, np.ndarray])
     return {"potential": options}
 
 
-def _describe(potential: Any, where: str, arrays: dict[str, np.ndarray]) -> dict[str, Any] | None:
+def _describe_potential(
+    potential: Any, where: str, arrays: dict[str, np.ndarray]
+) -> dict[str, Any] | None:
+    """Name and options from which ``_build_potential`` builds an equal potential.
+
+    None for a potential that is not one of mdsens.
+    """
     if isinstance(potential, SumPotential):
-        parts = [_describe(part, f"{where}.{k}", arrays) for k, part in enumerate(potential.parts)]
+        parts = [
+            _describe_potential(part, f"{where}.{k}", arrays)
+            for k, part in enumerate(potential.parts)
+        ]
         return None if None in parts else {"name": "sum", "parts": parts}
     if isinstance(potential, BondedPotential):
         bare = potentials.harmonic_bonds([[0, 1]]).renamed(
             _renaming(("stiffness", "length"), potential.names)
         )
+        # compared without the bonds, which are an array and stored apart
         if dataclasses.replace(potential, bonds=None) != dataclasses.replace(bare, bonds=None):
             return None
         return {
@@ -288,34 +319,38 @@ def _describe(potential: Any, where: str, arrays: dict[str, np.ndarray]) -> dict
             "names": list(potential.names),
             "bonds": _encode(potential.bonds, f"{where}.bonds", arrays),
         }
-    options: list[dict[str, Any]] = [{"name": "soft_sphere"}, {"name": "harmonic_morse"}]
     if isinstance(potential, InducedDipoles):
-        options = [{"name": "induced_dipoles", "damped": len(potential.names) == 3}]
+        # the third parameter is the damping
+        candidates = [{"name": "induced_dipoles", "damped": len(potential.names) == 3}]
     elif isinstance(potential, ChargeEquilibration):
-        options = [{"name": "charge_equilibration", "total": potential.total}]
+        candidates = [{"name": "charge_equilibration", "total": potential.total}]
     elif not isinstance(potential, PairPotential):
         return None
     elif isinstance(potential.phi, potentials.switched):
         span = {"onset": potential.phi.onset, "cutoff": potential.phi.cutoff}
-        options = [{"name": "lennard_jones", **span}, {"name": "morse", **span}]
-    for candidate in options:
-        named = {**candidate, "names": list(potential.names)}
-        if (
-            len(potential.names) == len(_plain(candidate).parameters)
-            and _potential(named, None) == potential
-        ):
-            return named
+        candidates = [{"name": "lennard_jones", **span}, {"name": "morse", **span}]
+    else:
+        candidates = [{"name": "soft_sphere"}, {"name": "harmonic_morse"}]
+    # A pair potential does not know which function built it: build each candidate and compare.
+    for candidate in candidates:
+        options = {**candidate, "names": list(potential.names)}
+        same_count = len(potential.names) == len(_unrenamed_potential(candidate).parameters)
+        if same_count and _build_potential(options, None) == potential:
+            return options
     return None
 
 
-def _renaming(own: tuple[str, ...], names: Any) -> dict[str, str]:
-    if len(own) != len(names):
+def _renaming(old: Sequence[str], new: Sequence[str]) -> dict[str, str]:
+    """New names of parameters by the old ones; empty where their numbers differ."""
+    if len(old) != len(new):
         return {}
-    return dict(zip(own, names, strict=True))
+    return dict(zip(old, new, strict=True))
 
 
-def _plain(options: Mapping[str, Any]) -> PairPotential | InducedDipoles | ChargeEquilibration:
-    """A potential from its name and options."""
+def _unrenamed_potential(
+    options: Mapping[str, Any],
+) -> PairPotential | InducedDipoles | ChargeEquilibration:
+    """A potential from its name and options, with the default names of its parameters."""
     if options["name"] == "induced_dipoles":
         return potentials.induced_dipoles(options["damped"])
     if options["name"] == "charge_equilibration":
@@ -326,49 +361,57 @@ def _plain(options: Mapping[str, Any]) -> PairPotential | InducedDipoles | Charg
     return makers[options["name"]](options["onset"], options["cutoff"])
 
 
-def _potential(options: Mapping[str, Any], source: _Source | None) -> Any:
-    """The potential of a description."""
+def _build_potential(options: Mapping[str, Any], source: _Source | None) -> Any:
+    """A potential from the options of ``_describe_potential``; ``source`` has its arrays."""
     if options["name"] == "sum":
-        return SumPotential(tuple(_potential(part, source) for part in options["parts"]))
+        return SumPotential(tuple(_build_potential(part, source) for part in options["parts"]))
     if options["name"] == "harmonic_bonds":
         bare = potentials.harmonic_bonds([[0, 1]])
         return dataclasses.replace(bare, bonds=_decode(options["bonds"], source)).renamed(
             _renaming(bare.names, options["names"])
         )
-    plain = _plain(options)
-    return plain.renamed(_renaming(plain.names, options["names"]))
+    potential = _unrenamed_potential(options)
+    return potential.renamed(_renaming(potential.names, options["names"]))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """What a file is decoded with."""
+    """Arrays of a file and arguments of ``load``, with which its tree is decoded.
+
+    Attributes:
+      path: of the file, for messages.
+      arrays: by name.
+      potential: given to ``load``; None for that of the file.
+      box: function given to ``load``, or None.
+    """
 
     path: str
     arrays: Mapping[str, np.ndarray]
-    potential: Any
-    box: Any
+    potential: Potential | None
+    box: Callable[[Mapping[str, Any]], jax.Array] | None
 
     def potential_of(self, node: Mapping[str, Any]) -> Any:
-        own = node.get("potential")
-        names = (
-            tuple(node["parameters"]) if own is None else tuple(_potential(own, self).parameters)
-        )
+        """The potential given to ``load``, checked against the file's, or else that of the file."""
+        options = node.get("potential")
+        stored = None if options is None else _build_potential(options, self)
+        names = tuple(node["parameters"]) if stored is None else tuple(stored.parameters)
         if self.potential is None:
-            if own is not None:
-                return _potential(own, self)
+            if stored is not None:
+                return stored
             raise InputError(
                 f"{self.path} was made with the potential {node['name']!r}, a function of your own"
                 f" (parameters {', '.join(names)}): give it, load(path, potential=...)."
             )
-        given: Potential = self.potential
-        if set(getattr(given, "parameters", ())) != set(names):
+        potential = self.potential
+        if set(getattr(potential, "parameters", ())) != set(names):
             raise InputError(
-                f"potential {getattr(given, 'name', given)!r} has other parameters than the"
+                f"potential {getattr(potential, 'name', potential)!r} has other parameters than the"
                 f" {', '.join(names)} of {self.path}: give the potential it was made with."
             )
-        return given
+        return potential
 
-    def array(self, node: Mapping[str, Any]) -> Any:
+    def array(self, node: Mapping[str, Any]) -> jax.Array | np.ndarray:
+        """The array of a node, of jax if it was one when it was stored, else of numpy."""
         name = node["array"]
         if name not in self.arrays:
             raise InputError(
@@ -377,6 +420,7 @@ class _Source:
         stored = self.arrays[name]
         if node["on"] != "device":
             return stored
+        # without x64, jnp.asarray would turn float64 into float32 with no more than a warning
         if jax.dtypes.canonicalize_dtype(stored.dtype) != stored.dtype:
             raise PrecisionError(
                 f"{self.path} holds {stored.dtype}, which jax would cut short: call ms.enable_x64()"
@@ -386,6 +430,7 @@ class _Source:
 
 
 def _decode(node: Any, source: _Source | None) -> Any:
+    """The value of a node of the tree; the inverse of ``_encode``."""
     if not isinstance(node, Mapping) or source is None:
         return node
     if "array" in node:

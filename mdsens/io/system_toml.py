@@ -1,5 +1,6 @@
-"""Systems described in TOML: read, checked key by key, built. systems/README.md documents every
-key, value and unit.
+"""Reading of systems from TOML files, with a check of every key.
+
+systems/README.md documents every key, value and unit.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from mdsens.io.ase_structures import numbered
 from mdsens.io.toml_table import TomlTable, array_of, is_integer, nearest, short
 from mdsens.model.box import PackingFraction
 from mdsens.model.system import System
+from mdsens.potentials.base import Potential
 from mdsens.relaxation.methods import Fire
 
 __all__ = ["bundled_systems", "load_system", "relaxation_options", "systems_folder"]
@@ -38,7 +40,7 @@ KEYS = (
     "parameters",
     "relaxation",
 )
-# potentials and their options
+# kinds of potentials, and the keys of each beside kind and rename
 KINDS = {
     "soft_sphere": (),
     "lennard_jones": ("onset", "cutoff"),
@@ -48,13 +50,15 @@ KINDS = {
     "induced_dipoles": ("damped",),
     "charge_equilibration": ("total",),
 }
-# a keyword merges into these key by key, unless it names the kind: then it is a table of its own
+# Tables into which a keyword of load_system is merged key by key. A keyword with the key named here
+# (the kind) replaces the table instead: the keys of another kind would not fit it.
 MERGED = {"positions": "kind", "potential": "kind", "parameters": None, "relaxation": None}
 
 
 def systems_folder() -> Path:
-    """Where the bundled systems and their data are: inside the installed package, or beside it in a
-    checkout.
+    """The folder of the bundled systems and their data.
+
+    It is inside the installed package, and beside the package in a checkout.
     """
     package = Path(__file__).resolve().parents[1]
     inside = package / "_systems"
@@ -62,7 +66,7 @@ def systems_folder() -> Path:
 
 
 def bundled_systems() -> dict[str, str]:
-    """The systems that come with mdsens: name -> one line that says what it is."""
+    """Names and one-line descriptions of the systems that come with mdsens."""
     return {
         path.stem: str(read(path).get("description", "")).strip()
         for path in sorted(systems_folder().glob("*.toml"))
@@ -70,7 +74,7 @@ def bundled_systems() -> dict[str, str]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The content of a TOML file, unchecked."""
+    """The content of a TOML file; keys and values are not checked."""
     try:
         return tomllib.loads(path.read_bytes().decode("utf-8"))
     except OSError as error:
@@ -82,7 +86,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def locate(name: str | Path) -> Path:
-    """The TOML file of a bundled name or a path."""
+    """The path of a system's TOML file, from the name of a bundled system or a path."""
     if not isinstance(name, (str, Path)) or not str(name):
         raise InputError(
             f"the system is {name!r}: give a bundled name or the path of a .toml file."
@@ -95,9 +99,9 @@ def locate(name: str | Path) -> Path:
         return path
     names = [p.stem for p in sorted(systems_folder().glob("*.toml"))]
     near = difflib.get_close_matches(path.stem, names, n=1)
-    hint = (
-        f"did you mean {near[0]!r}?" if near else "give one of these or the path of a .toml file."
-    )
+    hint = "give one of these or the path of a .toml file."
+    if near:
+        hint = f"did you mean {near[0]!r}?"
     raise InputError(
         f"there is no file and no bundled system {str(name)!r} (bundled: {', '.join(names)}):"
         f" {hint}"
@@ -105,28 +109,29 @@ def locate(name: str | Path) -> Path:
 
 
 def merged(content: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The file's fields with the keywords laid over them."""
+    """The content of a file with keywords of ``load_system`` merged into it; see ``MERGED``."""
     result = dict(content)
     for key, value in fields.items():
-        below = result.get(key)
-        kind = MERGED.get(key)
-        both = isinstance(below, Mapping) and isinstance(value, Mapping)
-        result[key] = {**below, **value} if key in MERGED and both and kind not in value else value  # type: ignore[dict-item]
+        table = result.get(key)
+        result[key] = value
+        if key in MERGED and isinstance(table, Mapping) and isinstance(value, Mapping):
+            if MERGED[key] not in value:
+                result[key] = {**table, **value}
     return result
 
 
-def _merged_with(path: Path, fields: Mapping[str, Any]) -> TomlTable:
-    """The top of a file with the keywords laid over it, its keys checked."""
-    given = dict(fields)
-    place = given.get("positions")
-    if isinstance(place, Mapping) and isinstance(place.get("file"), (str, Path)):
-        file = Path(
-            place["file"]
-        )  # as a keyword, relative to where the user is, unless it lies beside the TOML file
+def _read_and_merge(path: Path, fields: Mapping[str, Any]) -> TomlTable:
+    """The top-level table of a file with keywords merged into it, its keys checked."""
+    fields = dict(fields)
+    positions = fields.get("positions")
+    if isinstance(positions, Mapping) and isinstance(positions.get("file"), (str, Path)):
+        # a path in the TOML file is relative to that file; one in a keyword may also be relative to
+        # the working directory
+        file = Path(positions["file"])
         if not (path.parent / file).is_file() and file.is_file():
             file = file.resolve()
-        given["positions"] = {**place, "file": str(file)}
-    return TomlTable.of("", merged(read(path), given), KEYS)
+        fields["positions"] = {**positions, "file": str(file)}
+    return TomlTable.of("", merged(read(path), fields), KEYS)
 
 
 def load_system(name: str | Path, **fields: Any) -> System:
@@ -134,40 +139,45 @@ def load_system(name: str | Path, **fields: Any) -> System:
 
     Args:
       name: a bundled system (``bundled_systems()`` lists them) or the path of a .toml file.
-      fields: top-level keys of the format, in place of the file's: ``seed=3``, ``count=1024``,
-        ``box={"packing_fraction": 0.9}``. The tables ``parameters``, ``positions``, ``potential``
-        and ``relaxation`` are merged key by key, ``parameters={"sigma": [1.0, 0.7]}``;
-        ``positions`` with a ``kind`` and ``potential`` with a ``kind`` replace the whole table.
+      fields: top-level keys of the format that replace those of the file: ``seed=3``,
+        ``count=1024``, ``box={"packing_fraction": 0.9}``. The tables ``parameters``, ``positions``,
+        ``potential`` and ``relaxation`` are merged key by key, ``parameters={"sigma": [1.0,
+        0.7]}``; but ``positions`` with a ``kind`` and ``potential`` with a ``kind`` replace the
+        whole table.
 
     Returns:
-      the system at its start, not relaxed. Numbers are in the file's ``units``.
+      the system with its initial positions, not relaxed. Numbers are in the file's ``units``.
 
     Raises:
-      InputError: naming the key, its value and the remedy.
+      InputError: with the key, its value and the remedy.
     """
     path = locate(name)
     try:
-        return build(_merged_with(path, fields), path.parent)
+        return build(_read_and_merge(path, fields), path.parent)
     except InputError as error:
+        # the message names the file, once
         named = str(error).startswith((path.name, str(path)))
         raise InputError(str(error) if named else f"{name}: {error}") from error
 
 
 def relaxation_options(name: str | Path, **fields: Any) -> dict[str, Any]:
-    """What a system's ``[relaxation]`` table asks of ``minimize``, as its keywords; empty where the
-    defaults do.
+    """The ``[relaxation]`` table of a system as keywords of ``minimize``; empty without the table.
 
-    >>> ms.minimize(ms.load_system("fcc_argon"), **ms.io.relaxation_options("fcc_argon"))  #
-    doctest: +SKIP
+    >>> options = ms.io.relaxation_options("fcc_argon")  # doctest: +SKIP
+    >>> ms.minimize(ms.load_system("fcc_argon"), **options)  # doctest: +SKIP
+
+    Args:
+      name, fields: as in ``load_system``.
     """
     path = locate(name)
     try:
-        return _relaxation(_merged_with(path, fields))
+        return _read_relaxation(_read_and_merge(path, fields))
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
 
 
-def _relaxation(top: TomlTable) -> dict[str, Any]:
+def _read_relaxation(top: TomlTable) -> dict[str, Any]:
+    """The table ``relaxation`` as keywords of ``minimize``, those alone that the file has."""
     fire = ("dt_start", "dt_max", "max_step")
     table = TomlTable.of("relaxation", top.raw("relaxation", {}), ("tolerance", "max_steps", *fire))
     options: dict[str, Any] = {}
@@ -175,62 +185,64 @@ def _relaxation(top: TomlTable) -> dict[str, Any]:
         options["tolerance"] = table.number("tolerance")
     if table.has("max_steps"):
         options["max_steps"] = table.integer("max_steps", least=1)
-    given = {key: table.number(key) for key in fire if table.has(key)}
-    if given:
-        options["method"] = dataclasses.replace(Fire(), **given)
+    fire_options = {key: table.number(key) for key in fire if table.has(key)}
+    if fire_options:
+        options["method"] = dataclasses.replace(Fire(), **fire_options)
     return options
 
 
 def build(top: TomlTable, folder: Path) -> System:
-    """The system that a checked top-level table describes; files are sought in ``folder``."""
+    """The system of a checked top-level table; relative paths of files start from ``folder``."""
+    # These three are not part of the system, but a mistake in them is reported here as well.
     top.text("description")
     top.text("units", "")
-    _relaxation(top)
+    _read_relaxation(top)
     seed = top.integer("seed", 0)
     dimension = top.integer("dimension")
     if dimension not in (2, 3):
         raise InputError(f"dimension is {dimension}: give 2 or 3.")
     count = top.integer("count", least=1) if top.has("count") else None
-    start = _start(top, dimension, count, seed, folder)
+    start = _read_positions(top, dimension, seed, folder)
     n = len(start.positions)
     if count is not None and count != n:
         raise InputError(
             f"count is {count}, but positions give {n} particles: remove count, or change it to"
             f" {n}."
         )
-    species, names = _species(top, n, start)
-    given = top.raw("parameters")
-    if not isinstance(given, Mapping):
-        raise InputError(f"parameters is {short(given)}: give a table of names and values.")
+    species, names = _read_species(top, n, start)
+    values = top.raw("parameters")
+    if not isinstance(values, Mapping):
+        raise InputError(f"parameters is {short(values)}: give a table of names and values.")
 
-    def parameter(name: str, size: int, stream: int) -> np.ndarray:
-        return _parameter(name, given[name], size, np.random.default_rng([seed, stream]), start)
+    def parameter(name: str, size: int) -> np.ndarray:
+        # a stream of random numbers for each parameter, the same whatever the order of the keys
+        stream = 1 + sorted(values).index(name)
+        rng = np.random.default_rng([seed, stream])
+        return _read_parameter(name, values[name], size, rng, start)
 
-    sigma = parameter("sigma", n, _stream(given, "sigma")) if "sigma" in given else None
-    box, cell = _box(top, dimension, n, species, sigma, start)
-    positions = (
-        start.positions @ cell.T if start.fractional and cell is not None else start.positions
-    )
-    if start.fractional and cell is None:
-        raise InputError(
-            "box is 'open', but random positions need a cell to be spread in: give lengths."
-        )
-    potential, sizes = _potential(top, positions, cell, start)
-    params = {name: parameter(name, sizes.get(name, n), _stream(given, name)) for name in given}
-    dtype = jnp.result_type(float)
+    # The diameters come first: a box of given packing fraction depends on them, and bonds within a
+    # length depend on the box.
+    sigma = parameter("sigma", n) if "sigma" in values else None
+    box, cell = _read_box(top, dimension, n, species, sigma, start)
+    positions = start.positions
+    if start.fractional:
+        if cell is None:
+            raise InputError(
+                "box is 'open', but random positions need a cell to be spread in: give lengths."
+            )
+        positions = positions @ cell.T
+    potential, sizes = _read_potential(top, positions, cell, start)
+    params = {name: parameter(name, sizes.get(name, n)) for name in values}
+    dtype = jnp.result_type(float)  # jax's precision: float32 unless x64 is enabled
     return System.create(np.asarray(positions, dtype), box, potential, params, species).replace(
         species_names=names
     )
 
 
-def _stream(given: Mapping[str, Any], name: str) -> int:
-    """A stream of random numbers for each parameter, the same whatever the order of the keys."""
-    return 1 + sorted(given).index(name)
-
-
-def _start(
-    top: TomlTable, dimension: int, count: int | None, seed: int, folder: Path
+def _read_positions(
+    top: TomlTable, dimension: int, seed: int, folder: Path
 ) -> initial_positions.Start:
+    """The initial positions; the keys allowed in the table depend on its kind."""
     table = TomlTable("positions", _table_of(top, "positions"))
     kind = table.text("kind", choices=("random", "list", "lattice", "file"))
     if kind == "random":
@@ -247,23 +259,21 @@ def _start(
         )
         lattice = table.text("lattice", choices=initial_positions.lattices(dimension))
         cells = table.raw("cells")
-        cells = [cells] * dimension if is_integer(cells) else cells
+        cells = [cells] * dimension if is_integer(cells) else cells  # one for all axes
         repeats = array_of("positions.cells", cells, (dimension,), integers=True)
         if repeats.min() < 1:
             raise InputError(f"positions.cells is {short(cells)}: give integers from 1.")
-        vacancies = (
-            table.array("vacancies", (None,), integers=True)
-            if table.raw("vacancies", [])
-            else np.zeros(0, int)
-        )
+        vacancies = np.zeros(0, int)
+        if table.raw("vacancies", []):
+            vacancies = table.array("vacancies", (None,), integers=True)
         return initial_positions.crystal(
             lattice,
             dimension,
-            table.number("constant"),
-            repeats,
-            vacancies,
-            table.number("noise", 0.0, False),
-            seed,
+            constant=table.number("constant"),
+            repeats=repeats,
+            vacancies=vacancies,
+            noise=table.number("noise", 0.0, positive=False),
+            seed=seed,
         )
     TomlTable.of("positions", table.values, ("kind", "file", "index"))
     return initial_positions.from_file(
@@ -272,27 +282,27 @@ def _start(
 
 
 def _table_of(top: TomlTable, key: str) -> Mapping[str, Any]:
+    """The value of a key, checked to be a table; its keys are not checked."""
     value = top.raw(key)
     if not isinstance(value, Mapping):
         raise InputError(f"{key} is {short(value)}: give a table.")
     return value
 
 
-def _species(
+def _read_species(
     top: TomlTable, n: int, start: initial_positions.Start
 ) -> tuple[np.ndarray | None, tuple[str, ...]]:
-    """One integer a particle, species 0 first: from counts, from fractions, or from the file of the
-    positions, by its chemical symbols where these are numbered; and the symbols, where they are
-    known.
+    """The species (n,) of the particles, and the symbols of the species where they are known.
+
+    From counts or fractions, the particles of species 0 come first. From the file of the positions,
+    species are its array, or its chemical symbols by the numbers that the key gives them.
     """
     value = top.raw("species", None)
     if value is None:
         return None, ()
     if value == "positions":
-        return (
-            array_of("species", start.array("species", "species"), (n,), integers=True),
-            start.species_names,
-        )
+        species = array_of("species", start.array("species", "species"), (n,), integers=True)
+        return species, start.species_names
     if isinstance(value, Mapping):
         if start.symbols is None:
             raise InputError(
@@ -308,6 +318,7 @@ def _species(
     amounts = array_of("species", value, (None,))
     if amounts.min() < 0:
         raise InputError(f"species is {short(value)}: every count or fraction must be 0 or more.")
+    # [1, 2] are counts and [1.0, 2.0] are fractions, so by the type of the entries
     if all(is_integer(v) for v in value):
         if amounts.sum() != n:
             raise InputError(
@@ -316,20 +327,27 @@ def _species(
             )
         counts = amounts.astype(int)
     else:
-        if abs(amounts.sum() - 1.0) > 1e-9:
+        if abs(amounts.sum() - 1.0) > 1e-9:  # round-off of written fractions such as 1/3
             raise InputError(
                 f"species is {short(value)}, {amounts.sum():g} in all: give fractions that sum"
                 " to 1."
             )
+        # rounding the cumulative sums keeps the total at n
         counts = np.diff(np.rint(np.cumsum([0.0, *amounts]) * n).astype(int))
     return np.repeat(np.arange(len(counts)), counts), ()
 
 
-def _parameter(
+def _read_parameter(
     name: str, value: Any, size: int, rng: np.random.Generator, start: initial_positions.Start
 ) -> np.ndarray:
-    """A number, numbers, ``{array = "name in the file"}``, or ``{uniform = [low, high]}``, one a
-    particle or bond.
+    """The values of a parameter.
+
+    Args:
+      name: of the parameter.
+      value: a number, numbers, ``{array = "name in the file"}``, or ``{uniform = [low, high]}``.
+      size: how many values are drawn from the uniform distribution, one a particle or bond.
+      rng: generator of the random values.
+      start: positions whose file has the arrays.
     """
     label = f"parameters.{name}"
     if not isinstance(value, Mapping):
@@ -350,22 +368,23 @@ def _parameter(
 def _diameters(
     sigma: np.ndarray | None, n: int, species: np.ndarray | None, remedy: str
 ) -> np.ndarray:
-    """sigma at each particle."""
+    """The diameter of each particle, (n,), from sigma; ``remedy`` is for where it is missing."""
     if sigma is None:
         raise InputError(f"box.packing_fraction needs parameters.sigma, which is missing: {remedy}")
-    own = np.diagonal(sigma) if sigma.ndim == 2 else sigma
-    if own.ndim == 0:
-        return np.full(n, float(own))
-    if species is not None and own.shape[0] != n and own.shape[0] > species.max(initial=0):
-        return own[species]
-    if own.shape != (n,):
+    # of a matrix of species pairs, the pairs of a species with itself
+    values = np.diagonal(sigma) if sigma.ndim == 2 else sigma
+    if values.ndim == 0:
+        return np.full(n, float(values))
+    if species is not None and values.shape[0] != n and values.shape[0] > species.max(initial=0):
+        return values[species]
+    if values.shape != (n,):
         raise InputError(
             f"parameters.sigma has shape {sigma.shape}: give one number, one a species, or {n}."
         )
-    return own
+    return values
 
 
-def _box(
+def _read_box(
     top: TomlTable,
     dimension: int,
     n: int,
@@ -373,8 +392,9 @@ def _box(
     sigma: np.ndarray | None,
     start: initial_positions.Start,
 ) -> tuple[Any, np.ndarray | None]:
-    """What ``System.create`` takes as the box, and the cell (columns) at the given parameters; None
-    for open.
+    """The box for ``System.create``, and the cell (d, d) at the file's parameters.
+
+    The two differ for a box that follows the parameters. Both are None for open boundaries.
     """
     keys = ("packing_fraction", "follows", "lengths", "vectors", "number_density")
     value = top.raw("box")
@@ -398,6 +418,7 @@ def _box(
     if table.has("packing_fraction"):
         follows = table.text("follows", "parameters", choices=("parameters", "nothing"))
         rule = PackingFraction(float(table.number("packing_fraction")))
+        # a misspelt sigma is noticed here, before the potential can refuse the name
         near = difflib.get_close_matches("sigma", top.raw("parameters"), n=1)
         remedy = f"did you write {near[0]!r} for it?" if near else "give the diameters."
         diameters = _diameters(sigma, n, species, remedy)
@@ -406,10 +427,9 @@ def _box(
                 f"parameters.sigma is {short(np.asarray(sigma).tolist())}: every diameter must be"
                 " positive."
             )
-        unit = {2: np.pi / 4, 3: np.pi / 6}[dimension]
-        cell = np.eye(dimension) * (np.sum(unit * diameters**dimension) / rule.fraction) ** (
-            1.0 / dimension
-        )
+        unit = {2: np.pi / 4, 3: np.pi / 6}[dimension]  # area or volume for diameter 1
+        volume = np.sum(unit * diameters**dimension) / rule.fraction
+        cell = np.eye(dimension) * volume ** (1.0 / dimension)
         return (rule if follows == "parameters" else cell), cell
     if table.has("follows"):
         raise InputError(
@@ -421,28 +441,28 @@ def _box(
     elif table.has("lengths"):
         cell = np.diag(table.array("lengths", (dimension,)))
     else:
-        cell = table.array(
-            "vectors", (dimension, dimension)
-        ).T  # a vector a row in the file, a column in the box
+        # the cell vectors are rows in the file, and columns of the cell
+        cell = table.array("vectors", (dimension, dimension)).T
     return cell, cell
 
 
-def _potential(
+def _read_potential(
     top: TomlTable, positions: np.ndarray, cell: np.ndarray | None, start: initial_positions.Start
-) -> tuple[Any, dict[str, int]]:
-    """The potential, and how many values those of its parameters have that are not one a particle."""
+) -> tuple[Potential, dict[str, int]]:
+    """The potential, and for each parameter of bonds the number of the bonds."""
     value = top.raw("potential")
     tables = list(value) if isinstance(value, (list, tuple)) else [value]
     if not tables:
         raise InputError(
             "potential is empty: give a table with a kind, or several as an array of tables."
         )
-    parts, sizes = [], {}
+    parts: list[Any] = []
+    sizes: dict[str, int] = {}
     for k, entry in enumerate(tables):
         label = "potential" if len(tables) == 1 else f"potential[{k}]"
         if not isinstance(entry, Mapping):
             raise InputError(f"{label} is {short(entry)}: give a table with a kind.")
-        if "law" in entry:
+        if "law" in entry:  # the name of the key "kind" in an earlier version of the format
             raise InputError(
                 f"{label}.law is no key of the format: write {label}.kind = {short(entry['law'])}."
             )
@@ -456,11 +476,10 @@ def _potential(
         elif kind == "charge_equilibration":
             potential = potentials.charge_equilibration(table.raw("total", 0.0))
         elif kind == "harmonic_bonds":
-            potential = potentials.harmonic_bonds(_bonds(table, positions, cell, start))
+            potential = potentials.harmonic_bonds(_read_bonds(table, positions, cell, start))
         else:
-            potential = getattr(potentials, kind)(
-                table.number("onset", 2.0), table.number("cutoff", 2.5)
-            )
+            onset = table.number("onset", 2.0)
+            potential = getattr(potentials, kind)(onset, table.number("cutoff", 2.5))
         rename = table.raw("rename", {})
         if not isinstance(rename, Mapping) or not all(isinstance(v, str) for v in rename.values()):
             raise InputError(
@@ -472,17 +491,19 @@ def _potential(
                     f"{label}.rename.{old} is no parameter: {nearest(old, potential.parameters)}"
                 )
         potential = potential.renamed(rename) if rename else potential
-        if kind == "harmonic_bonds":
+        if kind == "harmonic_bonds":  # uniform = [low, high] draws one value a bond
             sizes.update(dict.fromkeys(potential.parameters, len(potential.bonds)))
         parts.append(potential)
     return (parts[0] if len(parts) == 1 else potentials.SumPotential(tuple(parts))), sizes
 
 
-def _bonds(
+def _read_bonds(
     table: TomlTable, positions: np.ndarray, cell: np.ndarray | None, start: initial_positions.Start
 ) -> np.ndarray:
-    """Bonds as a list, as an array of the file, or ``{within = length}``: all pairs of the start
-    nearer than it.
+    """The bonds, (m, 2) particle indices.
+
+    From a list; from an array of the file of the positions, ``{array = "bonds"}``; or from
+    ``{within = length}``, all pairs that are closer than the length at the initial positions.
     """
     value = table.raw("bonds")
     label = table.label("bonds")
@@ -493,10 +514,10 @@ def _bonds(
         raise InputError(f"{label} is {short(value)}: give one of within and array.")
     if rule.has("array"):
         return array_of(label, start.array(rule.text("array"), label), (None, 2), integers=True)
-    found = initial_positions.pairs_within(positions, cell, rule.number("within"))
-    if not len(found):
+    pairs = initial_positions.pairs_within(positions, cell, rule.number("within"))
+    if not len(pairs):
         raise InputError(
             f"{label}.within is {value['within']}: no two particles are that near, give a larger"
             " length."
         )
-    return found
+    return pairs

@@ -1,20 +1,20 @@
-"""A cell that moves with its particles: the enthalpy U + P V and its derivatives by strain.
+"""A cell that relaxes with its particles: the enthalpy U + P V and its derivatives by strain.
 
-At a pressure P the unknowns are positions and a strain of the cell, and what is stationary is
+At a pressure P the unknowns are the positions R and a strain e of the cell, and the enthalpy is
+stationary:
 
     h(R, e) = U(R, e) + P V_0 det(1 + e),    dh/dR = 0,    dh/de = V (stress + P) = 0.
 
-Particles are eliminated first: for a strain e they leave their affine places by X e, X = -H^+
-d2U/dR de, and what is left is a small matrix, the relaxed stiffness of the cell S = d2h/de2 +
-(d2U/de dR) X. So everything at a pressure takes
-the factor of the Hessian in a fixed cell and k more right-hand sides: one where the cell keeps its
-shape, d (d + 1) / 2 where it is free.
+The particles are eliminated first. Under a strain e they move by X e relative to their affine
+positions, X = -H^+ d2U/dR de. A small matrix is left, the stiffness of the cell with relaxed
+particles, S = d2h/de2 + (d2U/de dR) X. So a computation at constant pressure needs the factor of
+the Hessian in a fixed cell and k more right-hand sides: k = 1 where the cell keeps its shape, and
+k = d (d + 1) / 2 where its shape is free.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,36 +36,52 @@ from mdsens.model.system import System, potential_energy
 
 __all__ = ["Cell", "deformed", "enthalpy_gradient", "free_strains", "fixed_cell"]
 
-LONGEST = 0.02  # strain of one step
+LONGEST = 0.02  # largest norm of the strain in one Newton step
 
 
 def free_strains(dimension: int, shape: bool) -> np.ndarray:
-    """(k, d, d) orthonormal strains that a cell is free to take: of its size, or of its shape as
-    well.
+    """Orthonormal strains (k, d, d) that the cell can take: of its size, or of its shape as well.
+
+    Args:
+      dimension: d.
+      shape: whether the shape is free; else the cell only changes its size, and k = 1.
     """
     return basis(dimension) if shape else uniform(dimension)
 
 
 def fixed_cell(system: System) -> System:
-    """The same in a cell of its own, which follows no parameter."""
+    """The system in a fixed cell: its present box, which depends on no parameter."""
     return system.replace(boundary=FixedBox(jnp.asarray(system.box), system.boundary.orthogonal))
 
 
 def deformed(system: System, strain: jax.Array, positions: jax.Array | None = None) -> System:
-    """A system in a fixed cell, positions and cell deformed by 1 + strain (d, d). Traceable; the
-    list stays.
+    """Deform the positions and the cell of a system by 1 + strain.
+
+    Traceable. The result has a fixed cell and the neighbor list of ``system``.
+
+    Args:
+      strain: (d, d).
+      positions: (n, d) before the deformation; those of the system where None.
     """
-    at = system.positions if positions is None else positions
+    R = system.positions if positions is None else positions
     box = jnp.asarray(system.box)
     cell = box + strain @ box
-    return system.replace(positions=at + at @ strain.T, boundary=FixedBox(cell))
+    return system.replace(positions=R + R @ strain.T, boundary=FixedBox(cell))
 
 
 def enthalpy_gradient(
-    system: System, pressure: Any, along: Any, strain: jax.Array | None = None
+    system: System,
+    pressure: jax.Array | float,
+    along: jax.Array | np.ndarray,
+    strain: jax.Array | None = None,
 ) -> jax.Array:
-    """dh/de along strains (k, d, d), at a strain (k,) of them: at none it is V (stress + P) : E,
-    (k,).
+    """Derivative of the enthalpy by strain, dh/de, (k,).
+
+    Args:
+      pressure: P.
+      along: (k, d, d) strains E that the derivative is taken along.
+      strain: (k,) amplitudes of these strains at which the derivative is taken; zero where None,
+        and then the result is V (stress + P) : E.
     """
     volume = system.volume
     if strain is None:
@@ -81,7 +97,7 @@ def enthalpy_gradient(
 
 
 def _stretch(strain: jax.Array) -> jax.Array:
-    """det(1 + strain), written out: it compiles in no time, which that of any matrix does not."""
+    """det(1 + strain), written out, since ``jnp.linalg.det`` takes long to compile."""
     rows = jnp.eye(strain.shape[0], dtype=strain.dtype) + strain
     if strain.shape[0] == 2:
         return rows[0, 0] * rows[1, 1] - rows[0, 1] * rows[1, 0]
@@ -94,14 +110,14 @@ class Cell(Portable):
     """The cell of a relaxed configuration as an unknown.
 
     Attributes:
-      along: (k, d, d) the strains that it is free to take.
+      along: (k, d, d) the strains that the cell can take.
       pressure: P.
-      motion: (k, n, d) X, the displacements from the affine places by each.
+      motion: (k, n, d) X, the displacements from the affine positions under each strain.
       slope: (k,) dh/de.
-      stiffness: (k, k) S, the second derivative of the enthalpy with particles relaxed.
-      compliance: (k, k) S^-1; zero where S is, to round-off.
-      status: of the solves; INDEFINITE where S is not positive definite, FLOPPY where it is zero to
-        round-off.
+      stiffness: (k, k) S, the second derivative of the enthalpy with relaxed particles.
+      compliance: (k, k) S^-1; zero along strains whose stiffness is zero to round-off.
+      status: of the solves for X, an int32 array; FLOPPY where an eigenvalue of S is zero to
+        round-off, INDEFINITE where one is negative.
     """
 
     along: jax.Array
@@ -117,69 +133,91 @@ class Cell(Portable):
         cls,
         system: System,
         stiffness: HessianFactor,
-        pressure: Any,
+        pressure: jax.Array | float,
         along: np.ndarray,
         rtol: float = 1e-10,
     ) -> Cell:
-        """Of a backbone in a fixed cell, with its Hessian. Host code: k solves."""
+        """Compute the cell's derivatives from the Hessian in a fixed cell. Host code: k solves.
+
+        Args:
+          system: the backbone, in a fixed cell.
+          stiffness: its Hessian.
+          pressure: P.
+          along: (k, d, d) the strains that the cell can take.
+          rtol: of the solves for X, relative.
+        """
         dtype = system.positions.dtype
         strains = jnp.asarray(along, dtype)
         sides = np.asarray(_sides(system, strains))
         if stiffness.factor is not None:
             x, stats = stiffness.solve_many(sides.reshape(len(sides), -1).T, rtol)
-            motion, codes = x.T.reshape(sides.shape), list(stats.status[0])
+            motion = x.T.reshape(sides.shape)
+            codes = list(stats.status[0])
         else:
-            found = [stiffness.solve(side, rtol) for side in sides]
-            motion, codes = np.stack([x for x, *_ in found]), [int(code) for *_, code in found]
+            solutions = [stiffness.solve(side, rtol) for side in sides]
+            motion = np.stack([x for x, *_ in solutions])
+            codes = [int(code) for *_, code in solutions]
         slope, matrix = (
             np.asarray(x, float)
             for x in _slopes(system, pressure, strains, jnp.asarray(motion, dtype))
         )
-        code = max(
-            [int(code) for code in codes if not Status(int(code)).good],
-            default=Status.CONVERGED.value,
-        )
+        # Of the solves that failed, the status with the highest code stands for all.
+        failures = [int(code) for code in codes if not Status(int(code)).good]
+        code = max(failures, default=Status.CONVERGED.value)
+        # A matrix with a NaN has no eigenvalues: an identity takes its place, and the status tells.
         finite = bool(np.isfinite(matrix).all())
         values, vectors = np.linalg.eigh(matrix if finite else np.eye(len(along)))
         flat = motion.reshape(len(along), -1)
-        affine = matrix + flat @ stiffness.products(
-            flat.T
-        )  # with what the particles give back by X
-        firm = np.abs(values) > float(resolution(system, affine, motion, 0.0, 0.0)[0])
+        # The particles lower the stiffness by X^T H X when they relax, so the affine one is larger.
+        affine = matrix + flat @ stiffness.products(flat.T)
+        # Round-off alone, with no force left on the particles and no residual.
+        resolved = np.abs(values) > float(resolution(system, affine, motion, 0.0, 0.0)[0])
         if not finite:
             code = Status.NOT_FINITE.value
-        elif code == Status.CONVERGED and not (firm & (values > 0)).all():
-            code = (Status.INDEFINITE if (firm & (values < 0)).any() else Status.FLOPPY).value
-        inverse = (vectors * np.where(firm, 1.0 / np.where(firm, values, 1.0), 0.0)) @ vectors.T
-        given, moves, slopes, matrix, inverse = (
-            jnp.asarray(x, dtype) for x in (pressure, motion, slope, matrix, inverse)
+        elif code == Status.CONVERGED and not (resolved & (values > 0)).all():
+            negative = (resolved & (values < 0)).any()
+            code = (Status.INDEFINITE if negative else Status.FLOPPY).value
+        inverses = np.where(resolved, 1.0 / np.where(resolved, values, 1.0), 0.0)
+        compliance = (vectors * inverses) @ vectors.T
+        return cls(
+            strains,
+            pressure=jnp.asarray(pressure, dtype),
+            motion=jnp.asarray(motion, dtype),
+            slope=jnp.asarray(slope, dtype),
+            stiffness=jnp.asarray(matrix, dtype),
+            compliance=jnp.asarray(compliance, dtype),
+            status=jnp.asarray(code, jnp.int32),
         )
-        return cls(strains, given, moves, slopes, matrix, inverse, jnp.asarray(code, jnp.int32))
 
     def newton(self) -> np.ndarray:
-        """(k,) the strain of a Newton step, down the enthalpy whatever its curvature, and no
-        further than 2 %.
+        """Strain of a Newton step, (k,), that lowers the enthalpy; its norm is at most 2 %.
+
+        Each eigenvalue of S counts with its absolute value, so that the step goes downhill also
+        where the curvature is negative.
         """
         values, vectors = np.linalg.eigh(np.asarray(self.stiffness, float))
+        # Eigenvalues next to zero are raised to 1e-12 of the largest, lest the step be infinite.
         size = np.maximum(np.abs(values), 1e-12 * np.max(np.abs(values), initial=0.0))
         step = -(vectors / np.where(size > 0, size, 1.0)) @ (
             vectors.T @ np.asarray(self.slope, float)
         )
+        # 1e-300 only avoids a division by zero, for a step of zero
         return step * min(1.0, LONGEST / max(float(np.linalg.norm(step)), 1e-300))
 
 
 @jax.jit
 def _sides(system: System, strains: jax.Array) -> jax.Array:
+    """Forces (k, n, d) that each of the strains (k, d, d) puts on the particles."""
     return jax.vmap(lambda e: forces_of_strain(system, e))(strains)
 
 
 @jax.jit
 def _slopes(
-    system: System, pressure: Any, along: jax.Array, motion: jax.Array
+    system: System, pressure: jax.Array | float, along: jax.Array, motion: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
+    """dh/de, (k,), and the second derivative of h by e with relaxed particles, (k, k)."""
     trace = jnp.einsum("kii->k", along)
-    of_volume = trace[:, None] * trace[None] - jnp.einsum(
-        "kij,lij->kl", along, along
-    )  # of det(1 + e)
+    # the second derivative of det(1 + e) at e = 0
+    of_volume = trace[:, None] * trace[None] - jnp.einsum("kij,lij->kl", along, along)
     matrix = stiffness_along(system, along, motion) + pressure * system.volume * of_volume
     return enthalpy_gradient(system, pressure, along), matrix

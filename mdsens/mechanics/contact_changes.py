@@ -1,4 +1,8 @@
-"""When contacts open and close: the next breakpoint of each pair along a path of the parameters."""
+"""Where contacts open and close: when each pair crosses a breakpoint along a path of parameters.
+
+A breakpoint is a distance at which a derivative of the pair potential jumps or diverges: contact,
+the onset of a smooth cutoff, the cutoff.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +20,15 @@ __all__ = ["Crossing", "crossings", "gap_rate"]
 
 
 class Crossing(NamedTuple):
-    """When each pair meets each breakpoint of its potential along a path, to first order.
+    """When each pair crosses each breakpoint of its potential along a path, to first order.
 
     Attributes:
-      times: (k,) t of the path; negative behind, inf where a pair's distance to the breakpoint does
-        not change.
-      pairs: (k, 2) particles.
-      inside: (k,) True where the pair is now nearer than the breakpoint, so that it opens there;
-        else it closes.
-      lengths: (k,) of the breakpoint.
+      times: (k,) path parameter t of the crossing; negative on the part of the path behind, inf
+        where the distance of the pair to the breakpoint does not change.
+      pairs: (k, 2) indices of the two particles.
+      inside: (k,) True where the pair is now nearer than the breakpoint, so that it opens at the
+        crossing; else it closes.
+      lengths: (k,) distance at the breakpoint.
     """
 
     times: jax.Array
@@ -37,31 +41,34 @@ class Crossing(NamedTuple):
 
     @property
     def forward(self) -> float:
-        """The smallest t > 0; inf where no pair crosses."""
+        """The smallest t >= 0; inf where no pair crosses."""
         times = np.asarray(self.times)
         return float(np.min(times[times >= 0], initial=np.inf))
 
     @property
     def backward(self) -> float:
-        """The smallest -t > 0."""
+        """The smallest -t >= 0; inf where no pair crosses."""
         times = np.asarray(self.times)
         return float(np.min(-times[times <= 0], initial=np.inf))
 
     @property
     def radius(self) -> float:
-        """The smaller of the two."""
+        """The smaller of ``forward`` and ``backward``."""
         return min(self.forward, self.backward)
 
     def within(self, change: float) -> int:
-        """How many pairs cross a breakpoint in |t| <= change. Host code."""
+        """Number of pairs that cross a breakpoint in |t| <= change. Host code."""
         crossed = np.abs(np.asarray(self.times)) <= change
+        # A pair counts once, whatever the number of terms and breakpoints that it crosses.
         return np.unique(np.sort(np.asarray(self.pairs)[crossed], axis=1), axis=0).shape[0]
 
     def first(self, forward: bool = True) -> tuple[tuple[int, int], bool, float] | None:
-        """The pair that crosses first on one side, whether it opens, and the breakpoint's length;
-        None where none does.
+        """The pair that crosses first, whether it opens, and the length of the breakpoint.
 
-        Host code.
+        None where no pair crosses. Host code.
+
+        Args:
+          forward: the direction along the path, t > 0 or t < 0.
         """
         times = np.asarray(self.times) * (1.0 if forward else -1.0)
         ahead = np.where(times >= 0, times, np.inf)
@@ -75,17 +82,22 @@ class Crossing(NamedTuple):
 def _gaps(
     system: System, velocity: jax.Array, dparams: Mapping[str, Any], strain: jax.Array | None
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """b - r of each term's pairs and breakpoints (k, m), and how fast it changes."""
+    """b - r for the k breakpoints of the m pairs of each term, (k, m), and its rate of change.
+
+    Positive where the pair is nearer than the breakpoint b.
+    """
 
     def gaps(positions: jax.Array, params: Any, strain: Any) -> list[jax.Array]:
+        # Breakpoints depend on the parameters, and the cell may depend on them, too.
         box = box_at(system, params)
         return [
             t.lengths() - pair_distances(t, positions, box, strain)
             for t in pair_terms(system, params)
         ]
 
-    here = system.positions, dict(system.params), None if strain is None else jnp.zeros_like(strain)
-    return jax.jvp(gaps, here, (velocity, dict(dparams), strain))
+    no_strain = None if strain is None else jnp.zeros_like(strain)
+    point = system.positions, dict(system.params), no_strain
+    return jax.jvp(gaps, point, (velocity, dict(dparams), strain))
 
 
 @jax.jit
@@ -96,39 +108,39 @@ def crossings(
     rattlers: jax.Array | None = None,
     strain: jax.Array | None = None,
 ) -> Crossing:
-    """Where pairs cross a breakpoint (contact, onset, cutoff) along params + t dparams, to first
-    order.
+    """When pairs cross a breakpoint (contact, onset, cutoff) along params + t dparams.
 
-    t = -(r - b) / d(r - b)/dt, over all pairs and breakpoints b.
+    To first order in t: t = -(r - b) / d(r - b)/dt, for all pairs and breakpoints b.
 
     Args:
-      system: relaxed; its list must reach beyond the breakpoints, as minimized systems' lists do.
+      system: relaxed; its neighbor list must reach beyond the breakpoints, as the lists of
+        minimized systems do.
       velocity: (n, d) derivative of the positions along the path.
-      dparams: the direction, a full dict of parameters.
-      rattlers: (n,) particles whose pairs are left out.
-      strain: (d, d) rate at which the cell strains, and its particles with it; ``velocity`` is then
-        that from their affine places.
+      dparams: the direction of the path, a dict of all parameters.
+      rattlers: (n,) True for particles whose pairs are left out.
+      strain: (d, d) strain rate of the cell and, affinely, of its particles; ``velocity`` is then
+        relative to the affine motion.
     """
-    now, rates = _gaps(system, velocity, dparams, strain)
-    times, firsts, seconds, inside = (
-        [jnp.zeros(0)],
-        [jnp.zeros(0, jnp.int32)],
-        [jnp.zeros(0, jnp.int32)],
-        [],
-    )
+    gaps, rates = _gaps(system, velocity, dparams, strain)
+    # Empty first entries, so that a potential without pairs gives arrays of length zero.
+    times = [jnp.zeros(0)]
+    firsts = [jnp.zeros(0, jnp.int32)]
+    seconds = [jnp.zeros(0, jnp.int32)]
+    inside = [jnp.zeros(0, bool)]
     lengths = [jnp.zeros(0)]
-    for term, gap, rate in zip(pair_terms(system), now, rates, strict=True):
+    for term, gap, rate in zip(pair_terms(system), gaps, rates, strict=True):
         real = term.mask if rattlers is None else term.mask & ~rattlers[term.i] & ~rattlers[term.j]
-        times.append(
-            jnp.where(real & (rate != 0), -gap / jnp.where(rate == 0, 1.0, rate), jnp.inf).ravel()
-        )
+        # where() inside as well, against a division by zero
+        time = jnp.where(real & (rate != 0), -gap / jnp.where(rate == 0, 1.0, rate), jnp.inf)
+        times.append(time.ravel())
         firsts.append(jnp.broadcast_to(term.i, gap.shape).ravel())
         seconds.append(jnp.broadcast_to(term.j, gap.shape).ravel())
         inside.append((gap > 0).ravel())
         lengths.append(jnp.broadcast_to(term.lengths(), gap.shape).ravel())
     pairs = jnp.stack([jnp.concatenate(firsts), jnp.concatenate(seconds)], axis=1)
-    sides = jnp.concatenate([jnp.zeros(0, bool), *inside])
-    return Crossing(jnp.concatenate(times), pairs, sides, jnp.concatenate(lengths))
+    return Crossing(
+        jnp.concatenate(times), pairs, jnp.concatenate(inside), jnp.concatenate(lengths)
+    )
 
 
 @jax.jit
@@ -139,14 +151,17 @@ def gap_rate(
     rattlers: jax.Array,
     strain: jax.Array | None = None,
 ) -> jax.Array:
-    """How fast interacting pairs move towards or away from their breakpoints: the root mean square
-    of d(r - b)/dt.
+    """Root mean square rate at which interacting pairs approach or leave their breakpoints.
 
-    The arguments are those of :func:`crossings`. 0 of a potential without breakpoints.
+    The rate is d(r - b)/dt, over the pairs nearer than a breakpoint b. The arguments are those of
+    :func:`crossings`. 0 for a potential without breakpoints.
     """
-    now, rates = _gaps(system, velocity, dparams, strain)
-    total, count = jnp.zeros(()), jnp.zeros(())
-    for term, gap, rate in zip(pair_terms(system), now, rates, strict=True):
-        near = (gap > 0) & term.mask & ~rattlers[term.i] & ~rattlers[term.j]
-        total, count = total + jnp.sum(jnp.where(near, rate**2, 0.0)), count + jnp.sum(near)
+    gaps, rates = _gaps(system, velocity, dparams, strain)
+    total = jnp.zeros(())
+    count = jnp.zeros(())
+    for term, gap, rate in zip(pair_terms(system), gaps, rates, strict=True):
+        # b - r > 0: the pair is nearer than the breakpoint, inside the range of the force
+        interacting = (gap > 0) & term.mask & ~rattlers[term.i] & ~rattlers[term.j]
+        total = total + jnp.sum(jnp.where(interacting, rate**2, 0.0))
+        count = count + jnp.sum(interacting)
     return jnp.sqrt(total / jnp.maximum(count, 1))

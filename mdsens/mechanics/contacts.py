@@ -1,15 +1,16 @@
-"""Who carries force: contacts, rattlers, clusters, coordination.
+"""The contact network of a relaxed configuration: contacts, rattlers, clusters, coordination.
 
-A contact is a pair whose force is above 10 times the largest net force on a particle: below that it
-cannot be told from round-off. A rattler has fewer than d + 1 contacts; its contacts are deleted,
-and so on until none is left. But one whose few contacts carry a force that matters, two of them at
-least, since one is never balanced, is squeezed along a
-line or in a plane. It is no rattler: it buckles, and the Hessian tells that the configuration is a
-  saddle. For
-potentials that attract, contacts do not count: there a rattler is a particle that no pair holds with any
-  stiffness. Rigid
-bonds join particles to bodies: one that too little holds is cut off from the others as a whole, a
-cluster of its own. Walls count as contacts.
+A contact is a pair whose force is above 10 times the largest net force on a particle: a smaller
+force cannot be told from round-off. A rattler is a particle with fewer than d + 1 contacts. Its
+contacts are deleted, and this is repeated until no rattler is left.
+
+A particle with fewer contacts is no rattler if at least two of them carry a significant force (a
+single contact is never balanced): it is squeezed along a line or in a plane. Such a particle
+buckles, and the Hessian shows that the configuration is a saddle.
+
+For potentials that attract, contacts are not counted: there a rattler is a particle that no pair
+holds with any stiffness. Rigid bonds join particles to rigid bodies. A body with too few contacts
+is cut off from the other particles as a whole, and is a cluster by itself. Walls count as contacts.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mdsens._util.attributes import Named
-from mdsens._util.lattice import components, nearest_images
+from mdsens._util.lattice import Components, components, nearest_images
 from mdsens._util.portable import Portable
 from mdsens.constraints import RigidBonds
 from mdsens.implicit._closures import refusing_derivative
@@ -34,14 +36,17 @@ from mdsens.potentials.base import PairTerm
 
 __all__ = ["Network", "backbone", "coordination", "network", "pair_forces"]
 
-FORCE_MARGIN = 10.0  # contacts carry this many times the largest net force
-# Of the mean contact force: what a particle with too few contacts may carry and still be a rattler.
-# Its transverse stiffness, -force / distance, is then below what a factor of the Hessian resolves.
+# A contact carries more than this many times the largest net force on a particle.
+FORCE_MARGIN = 10.0
+# Smallest significant contact force, in units of the mean contact force. A particle with too few
+# contacts whose forces are all smaller is still a rattler: its transverse stiffness, -force /
+# distance, is below the resolution of a factor of the Hessian.
 CARRIES = 1e-6
-NEARLY = (
-    1e-3  # of a distance: what a pair is brought nearer by, to see whether it would be in contact
-)
-STIFFNESS_FLOOR = 1e-12  # of the stiffest pair; below it a pair holds nothing
+# Relative decrease of a pair's distance at which its force tells the stiffness that it has, or
+# would have, in contact.
+NEARLY = 1e-3
+# Smallest stiffness of a pair that holds a particle, in units of the stiffest pair.
+STIFFNESS_FLOOR = 1e-12
 
 
 @jax.tree_util.register_dataclass
@@ -51,19 +56,20 @@ class Network(Portable, Named):
 
     Attributes:
       rattlers: (n,) True where the particle is not part of the network.
-      loose: (n,) rattlers, and the particles of rigid bodies that too little holds: pairs with
-        others do not count.
+      loose: (n,) rattlers, and the particles of rigid bodies with too few contacts; their pairs
+        with other bodies are not part of the network.
       contacts: (n,) number of contacts of each particle within the network.
-      labels: (n,) the cluster a particle belongs to, named by its lowest index; a rattler is its
-        own.
+      labels: (n,) the cluster of each particle, named by its lowest particle index; a rattler is a
+        cluster by itself.
       whole: (n, d) positions with each cluster in one piece: images chosen along its bonds.
-      wraps: (n,) by label, True where the cluster meets its own image, so that it cannot turn.
-      mean_force: mean force of the contacts, 0 where there is none.
-      pairs: number of contacts in all.
+      wraps: (n,) by label, True where the cluster meets its periodic image, so that it cannot
+        rotate.
+      mean_force: mean force of the contacts, 0 without contacts.
+      pairs: total number of contacts.
       touching: whether two particles that are no rattlers touch with a force so small that it may
-        be none, as the rows of some symmetric packings do. They may be in contact or not, and so
-        the Hessian, its negative modes and all derivatives are not known. A gap counts that the
-        largest force left could close.
+        be zero, as the rows of some symmetric packings do. They may or may not be in contact, and
+        so the Hessian, its negative modes and all derivatives are not known. A gap that the largest
+        force left on a particle could close counts as touching.
     """
 
     rattlers: jax.Array
@@ -78,8 +84,9 @@ class Network(Portable, Named):
 
     @property
     def unjammed(self) -> jax.Array:
-        """True where nothing holds any particle, or any of several rigid bodies; one body alone has
-        its shape.
+        """True where no particle, and none of several rigid bodies, has enough contacts.
+
+        A single rigid body of all particles is not unjammed, since its bonds fix its shape.
         """
         several = (self.labels != self.labels[:1]).any()
         return self.rattlers.all() | (self.loose.all() & several)
@@ -91,18 +98,24 @@ def pair_forces(term: PairTerm, distances: jax.Array) -> jax.Array:
 
 
 def _stiffness(term: PairTerm, r: jax.Array) -> jax.Array:
-    """|phi''| + |phi'| / r of each pair: what it can hold a particle with."""
+    """|phi''| + |phi'| / r of each pair, the sum of its longitudinal and transverse stiffness."""
     slope = jax.grad(lambda s: jnp.sum(term.energy(s)))
     first, second = jax.jvp(slope, (r,), (jnp.ones_like(r),))
     return jnp.abs(second) + jnp.abs(first) / r
 
 
 class _Edges(NamedTuple):
-    """Pairs that may hold: of a list as rows, i (1, n) and the rest (k, n), each pair twice; or
-    listed once, (m,).
+    """Pairs of particles that may be contacts or bonds.
 
-    ``bonds`` are the components of R_i - R_j, nearest images; ``strong`` those that carry a force
-    that matters, where few contacts make a rattler.
+    Either rows of each particle's neighbors, with i (1, n), all else (k, n), and each pair twice;
+    or a list of pairs, all (m,), with each pair once.
+
+    Attributes:
+      i, j: indices of the two particles.
+      active: True where the pair is a contact or bond.
+      bonds: components of R_i - R_j, nearest images.
+      strong: True where the pair carries a significant force, more than CARRIES; None where no
+        particle is a rattler for having few contacts.
     """
 
     i: jax.Array
@@ -113,26 +126,30 @@ class _Edges(NamedTuple):
 
     @property
     def rows(self) -> bool:
+        """Whether the pairs are rows of neighbors."""
         return self.j.ndim == 2
 
     @property
     def share(self) -> float:
-        """Of a pair, that one entry is."""
+        """Weight of one entry in a sum over pairs: 1/2 where each pair has two entries."""
         return 0.5 if self.rows else 1.0
 
 
-def _touches(edges: list[_Edges], n: int) -> jax.Array:
-    """How many active pairs each particle has, (n,)."""
+def _count_contacts(edges: list[_Edges], n: int) -> jax.Array:
+    """Number of active pairs of each particle, (n,)."""
     count = jnp.zeros(n, jnp.int32)
     for e in edges:
-        one = e.active.astype(jnp.int32)
-        count = count + jnp.sum(one, axis=0) if e.rows else count.at[e.i].add(one).at[e.j].add(one)
+        active = e.active.astype(jnp.int32)
+        if e.rows:
+            count = count + jnp.sum(active, axis=0)
+        else:
+            count = count.at[e.i].add(active).at[e.j].add(active)
     return count
 
 
-def _carries(edges: list[_Edges], n: int) -> jax.Array:
-    """How many contacts of each particle carry a force that matters, (n,)."""
-    return _touches(
+def _count_strong_contacts(edges: list[_Edges], n: int) -> jax.Array:
+    """Number of contacts of each particle that carry a significant force, (n,)."""
+    return _count_contacts(
         [e._replace(active=e.active & e.strong) for e in edges if e.strong is not None], n
     )
 
@@ -140,26 +157,36 @@ def _carries(edges: list[_Edges], n: int) -> jax.Array:
 def _nearest_root(
     edges: list[_Edges], labels: jax.Array, whole: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The lowest label among each particle and its neighbors, and where the particle is from that
-    label's root.
+    """Lowest label among each particle and its neighbors, and the displacement from its root.
+
+    Args:
+      labels: (n,) label of each particle so far, the index of its root particle.
+      whole: (n, d) displacement of each particle from its root, along bonds.
+
+    Returns:
+      (lowest label, displacement from the root of that label), (n,) and (n, d).
     """
     n = labels.shape[0]
-    lowest, place = labels, whole
+    lowest = labels
+    displacement = whole
     for e in edges:
         if not e.j.shape[0]:
             continue
         if e.rows:
-            theirs = jnp.where(e.active, labels[e.j], n)
-            k = jnp.argmin(theirs, axis=0)[None]
-            low, other = (jnp.take_along_axis(x, k, axis=0)[0] for x in (theirs, e.j))
+            labels_j = jnp.where(e.active, labels[e.j], n)
+            k = jnp.argmin(labels_j, axis=0)[None]
+            low, other = (jnp.take_along_axis(x, k, axis=0)[0] for x in (labels_j, e.j))
             step = jnp.stack([jnp.take_along_axis(b, k, axis=0)[0] for b in e.bonds], axis=-1)
         else:
-            index, bonds = jnp.arange(e.i.shape[0]), jnp.stack(e.bonds, axis=-1)
-            mine, theirs = (jnp.where(e.active, labels[x], n) for x in (e.i, e.j))
-            low = jnp.full(n, n, labels.dtype).at[e.i].min(theirs).at[e.j].min(mine)
+            index = jnp.arange(e.i.shape[0])
+            bonds = jnp.stack(e.bonds, axis=-1)
+            labels_i, labels_j = (jnp.where(e.active, labels[x], n) for x in (e.i, e.j))
+            low = jnp.full(n, n, labels.dtype).at[e.i].min(labels_j).at[e.j].min(labels_i)
+            # For each particle, of the bonds that lead to the lowest label the one with the highest
+            # index.
             of_i, of_j = (
                 jnp.where(e.active & (a == low[x]), index, -1)
-                for a, x in ((theirs, e.i), (mine, e.j))
+                for a, x in ((labels_j, e.i), (labels_i, e.j))
             )
             chosen = jnp.full(n, -1).at[e.i].max(of_i).at[e.j].max(of_j)
             is_i = (e.i[chosen] == jnp.arange(n))[:, None]
@@ -167,69 +194,93 @@ def _nearest_root(
             step = jnp.where(is_i, bonds[chosen], -bonds[chosen])
         better = low < lowest
         lowest = jnp.where(better, low, lowest)
-        place = jnp.where(better[:, None], whole[other] + step, place)
-    return lowest, place
+        displacement = jnp.where(better[:, None], whole[other] + step, displacement)
+    return lowest, displacement
 
 
-def _clusters(edges: list[_Edges], n: int, d: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """The lowest index in each particle's cluster, and where the particle is from it along the
-    cluster's bonds.
+def _clusters(edges: list[_Edges], n: int, d: int, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
+    """Clusters of connected particles: the lowest index in each, and displacements from it.
 
-    Labels pass over bonds, from each particle to the root it has so far, and on by jumping
-    pointers, each with the vector it came along: as many rounds as the logarithm of a cluster's
-    size, not as its diameter.
+    Each particle points to a root, with the displacement from it. In each round a root takes over
+    the lowest label that a bond of one of its particles leads to, and pointers are then shortened
+    ("pointer jumping"). The number of rounds is the logarithm of the size of a cluster, where
+    passing labels from neighbor to neighbor would take as many rounds as its diameter.
+
+    Returns:
+      (labels, displacements along bonds from the particle that the label names), (n,) and (n, d).
     """
-    own = jnp.arange(n, dtype=jnp.int32)
+    index = jnp.arange(n, dtype=jnp.int32)
 
     def spread(
         carry: tuple[jax.Array, jax.Array, jax.Array],
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         labels, whole, _ = carry
-        low, place = _nearest_root(edges, labels, whole)
-        # to the root so far: the lowest label that one of its particles has met, and the way there
-        # by that particle
+        low, displacement = _nearest_root(edges, labels, whole)
+        # For each root the lowest label that any of its particles has met, one of the particles
+        # that have met it, and the displacement of the root from the new one through it.
         best = jnp.full(n, n, jnp.int32).at[labels].min(low)
-        bearer = jnp.full(n, -1, jnp.int32).at[labels].max(jnp.where(low == best[labels], own, -1))
-        hooked = (best < own) & (labels == own)
-        new = jnp.where(hooked, best, low)
-        place = jnp.where(hooked[:, None], place[bearer] - whole[bearer], place)
-        for _ in range(2):
-            new, place = new[new], place + place[new]
-        return new, place, jnp.any(new != labels)
+        met_by = jnp.where(low == best[labels], index, -1)
+        bearer = jnp.full(n, -1, jnp.int32).at[labels].max(met_by)
+        joins = (best < index) & (labels == index)
+        new = jnp.where(joins, best, low)
+        through_bearer = displacement[bearer] - whole[bearer]
+        displacement = jnp.where(joins[:, None], through_bearer, displacement)
+        for _ in range(2):  # two jumps a round: from the root to its root, and again
+            new, displacement = new[new], displacement + displacement[new]
+        return new, displacement, jnp.any(new != labels)
 
-    start = (own, jnp.zeros((n, d), dtype), jnp.ones((), bool))
+    start = (index, jnp.zeros((n, d), dtype), jnp.ones((), bool))
     return jax.lax.while_loop(lambda carry: carry[2], spread, start)[:2]
 
 
-def _rigid_edges(system: System, images: Any, x: tuple[jax.Array, ...]) -> list[_Edges]:
-    """The rigid bonds, which hold as contacts do."""
-    found = []
+def _rigid_edges(
+    system: System, images: Callable[[Components], Components], x: Components
+) -> list[_Edges]:
+    """The rigid bonds of the system's constraints, all active.
+
+    Args:
+      images: brings components of vectors to their nearest image.
+      x: components of the positions.
+    """
+    edges = []
     for c in system.constraints:
         if isinstance(c, RigidBonds):
             i, j = c.bonds[:, 0], c.bonds[:, 1]
-            found.append(
-                _Edges(i, j, jnp.ones(i.shape, bool), images(tuple(y[i] - y[j] for y in x)))
-            )
-    return found
+            bonds = images(tuple(y[i] - y[j] for y in x))
+            edges.append(_Edges(i, j, jnp.ones(i.shape, bool), bonds))
+    return edges
 
 
 def _loose_of_particles(n: int, least: int) -> Callable[[list[_Edges]], jax.Array]:
-    """Which particles too few pairs hold, (n,)."""
-    return lambda edges: (_touches(edges, n) < least) & (_carries(edges, n) < 2)
+    """Return a function that finds the particles with too few contacts, (n,)."""
+
+    def loose(edges: list[_Edges]) -> jax.Array:
+        return (_count_contacts(edges, n) < least) & (_count_strong_contacts(edges, n) < 2)
+
+    return loose
 
 
 def _loose_of_bodies(
     system: System, bonds: list[_Edges], labels: jax.Array, least: int
 ) -> Callable[[list[_Edges]], jax.Array]:
-    """The same where bonds join particles to bodies: of a body with f freedoms left, f + 1 pairs
-    and walls are to hold it, as d + 1 hold one particle; pairs within it do not count, and one that
-    is pinned is held.
+    """Return a function that finds the particles of rigid bodies with too few contacts, (n,).
+
+    A body with f degrees of freedom needs f + 1 contacts with other bodies and walls, as a single
+    particle needs d + 1. Pairs within the body do not count. A body that is pinned, f = 0, needs
+    none.
+
+    Args:
+      bonds: the rigid bonds.
+      labels: (n,) the body of each particle.
+      least: contacts that a single particle needs.
     """
     n, d = system.positions.shape
-    stuck, walls = lagrangian.supports(system)
-    freedoms = jnp.zeros(n, jnp.int32).at[labels].add(d - stuck)
+    pinned, walls = lagrangian.supports(system)
+    freedoms = jnp.zeros(n, jnp.int32).at[labels].add(d - pinned)
+    # each rigid bond removes one degree of freedom of its body
     for e in bonds:
         freedoms = freedoms.at[labels[e.i]].add(-1)
+    # Where one contact holds a particle (least = 1, a potential that attracts), one holds a body.
     needed = freedoms + 1 if least > 1 else jnp.minimum(freedoms, 1)
 
     def loose(edges: list[_Edges]) -> jax.Array:
@@ -237,53 +288,65 @@ def _loose_of_bodies(
             e._replace(active=e.active & (labels[e.i] != labels[jnp.minimum(e.j, n - 1)]))
             for e in edges
         ]
-        held = (
-            jnp.zeros(n, jnp.int32).at[labels].add((_touches(others, n) + walls).astype(jnp.int32))
-        )
-        strong = jnp.zeros(n, jnp.int32).at[labels].add(_carries(others, n).astype(jnp.int32))
-        return ((held < needed) & (freedoms > 0) & (strong < 2))[labels]
+        count = (_count_contacts(others, n) + walls).astype(jnp.int32)
+        contacts = jnp.zeros(n, jnp.int32).at[labels].add(count)
+        count_strong = _count_strong_contacts(others, n).astype(jnp.int32)
+        strong = jnp.zeros(n, jnp.int32).at[labels].add(count_strong)
+        return ((contacts < needed) & (freedoms > 0) & (strong < 2))[labels]
 
     return loose
 
 
 @functools.partial(jax.jit, static_argnames=("least",))
 def network(system: System, max_force: jax.Array | float, least: int | None = None) -> Network:
-    """Contacts, rattlers and clusters of a relaxed configuration.
+    """Find the contacts, rattlers and clusters of a relaxed configuration.
 
     Args:
       system: relaxed, with a complete neighbor list.
       max_force: the largest net force left on a particle.
-      least: contacts that hold a particle; where None, as many as a minimum needs: d + 1 of a
-        potential that only repels, 1 of another. At a saddle two that oppose each other do.
+      least: smallest number of contacts that holds a particle. Where None, the number that a
+        minimum needs: d + 1 for a potential that only repels, 1 for others. At a saddle, two
+        contacts that oppose each other are enough.
 
     Returns:
-      a :class:`Network`. Traceable; nothing of it is differentiated.
+      a :class:`Network`. Traceable; it has no derivative.
     """
     system = jax.lax.stop_gradient(system)
     n, potential = system.n, system.potential
-    if not potential.pairwise:  # nothing is known about who holds whom
+    if not potential.pairwise:
+        # Without pairs there are no contacts: all particles are one cluster without rattlers.
         zeros = jnp.zeros(n, jnp.int32)
-        zero = jnp.zeros((), system.positions.dtype)
-        wraps = jnp.full(n, system.box is not None)
-        none = jnp.zeros(n, bool)
-        never = jnp.zeros((), bool)
+        false = jnp.zeros(n, bool)
         return Network(
-            none, none, zeros, zeros, system.positions, wraps, zero, jnp.zeros((), jnp.int32), never
+            rattlers=false,
+            loose=false,
+            contacts=zeros,
+            labels=zeros,
+            whole=system.positions,
+            wraps=jnp.full(n, system.box is not None),
+            mean_force=jnp.zeros((), system.positions.dtype),
+            pairs=jnp.zeros((), jnp.int32),
+            touching=jnp.zeros((), bool),
         )
-    images, x = nearest_images(system.box), components(system.positions)
-    terms, bonds, distances = row_terms(system), [], []
+    images = nearest_images(system.box)
+    x = components(system.positions)
+    terms = row_terms(system)
+    bonds = []
+    distances = []
     for term in terms:
         apart = images(tuple(c[term.i] - c[term.j] for c in x))
         bonds.append(apart)
         distances.append(jnp.sqrt(jnp.where(term.mask, sum(v * v for v in apart), 1.0)))
     forces = [pair_forces(t, r) for t, r in zip(terms, distances, strict=True)]
-    if potential.repulsive:  # every term runs over the same list
+    if potential.repulsive:
+        # Every term has the same list of pairs, so that their forces can be added pair by pair.
         total = sum(forces[1:], forces[0])
         size = jnp.abs(total)
         active = size > FORCE_MARGIN * max_force
         mean = jnp.sum(jnp.where(active, size, 0.0)) / jnp.maximum(jnp.sum(active), 1)
         edges = [_Edges(terms[0].i, terms[0].j, active, bonds[0], size > CARRIES * mean)]
-        forces, least = [total], least or system.dimension + 1
+        forces = [total]
+        least = least or system.dimension + 1
     else:
         stiffness = [_stiffness(t, r) for t, r in zip(terms, distances, strict=True)]
         floor = STIFFNESS_FLOOR * jnp.max(jnp.stack([jnp.max(s, initial=0.0) for s in stiffness]))
@@ -291,111 +354,120 @@ def network(system: System, max_force: jax.Array | float, least: int | None = No
             _Edges(t.i, t.j, s > floor, b) for t, s, b in zip(terms, stiffness, bonds, strict=True)
         ]
         least = least or 1
-    real = len(edges)
-    loose_among, bodies = _loose_of_particles(n, least), jnp.arange(n, dtype=jnp.int32)
+    # The pairs of the potential come first, then the rigid bonds: only the former are contacts.
+    pair_count = len(edges)
+    find_loose = _loose_of_particles(n, least)
+    bodies = jnp.arange(n, dtype=jnp.int32)  # without rigid bonds each particle is a body
     if system.constraints:
-        bonds_of = _rigid_edges(system, images, x)
-        bodies, _ = _clusters(bonds_of, n, system.dimension, system.positions.dtype)
-        loose_among = _loose_of_bodies(system, bonds_of, bodies, least)
-        edges = edges + bonds_of
+        rigid = _rigid_edges(system, images, x)
+        bodies, _ = _clusters(rigid, n, system.dimension, system.positions.dtype)
+        find_loose = _loose_of_bodies(system, rigid, bodies, least)
+        edges = edges + rigid
 
     def prune(carry: tuple[list[jax.Array], jax.Array]) -> tuple[list[jax.Array], jax.Array]:
+        """Delete the contacts of loose particles, except within a body; and whether any were."""
         now = [e._replace(active=a) for e, a in zip(edges, carry[0], strict=True)]
-        loose = loose_among(now[:real])
+        loose = find_loose(now[:pair_count])
         left = [e.active & (~(loose[e.i] | loose[e.j]) | (bodies[e.i] == bodies[e.j])) for e in now]
-        return left, jnp.any(
-            jnp.stack([jnp.any(a != e.active) for a, e in zip(left, now, strict=True)])
-        )
+        changed = [jnp.any(a != e.active) for a, e in zip(left, now, strict=True)]
+        return left, jnp.any(jnp.stack(changed))
 
     start = ([e.active for e in edges], jnp.ones((), bool))
     active = jax.lax.while_loop(lambda carry: carry[1], prune, start)[0]
     edges = [e._replace(active=a) for e, a in zip(edges, active, strict=True)]
-    contacts, loose = _touches(edges, n), loose_among(edges[:real])
-    pairs = sum(e.share * jnp.sum(e.active) for e in edges[:real])
-    pull = sum(
+    loose = find_loose(edges[:pair_count])
+    pairs = sum(e.share * jnp.sum(e.active) for e in edges[:pair_count])
+    total_force = sum(
         e.share * jnp.sum(jnp.where(e.active, jnp.abs(f), 0.0))
-        for e, f in zip(edges[:real], forces, strict=True)
+        for e, f in zip(edges[:pair_count], forces, strict=True)
     )
     labels, offsets = _clusters(edges, n, system.dimension, system.positions.dtype)
-    whole, wraps = system.positions, jnp.zeros(n, bool)
+    whole = system.positions
+    wraps = jnp.zeros(n, bool)
     if system.box is not None:
         whole = system.positions[labels] + offsets
+        y = components(offsets)
         for e in edges:
-            y = components(offsets)
+            # A bond whose ends lie in different images of the cluster closes a loop around the
+            # cell: its vector then differs from that of the unwrapped positions by a lattice
+            # vector. The limit is 1e-3 of the bond's length, far above round-off.
             gaps = [a[e.i] - a[e.j] - b for a, b in zip(y, e.bonds, strict=True)]
-            length = sum(b * b for b in e.bonds)
-            torn = e.active & (sum(g * g for g in gaps) > 1e-6 * length)
-            met = jnp.any(torn, axis=0) if e.rows else jnp.zeros(n, bool).at[e.i].max(torn)
-            wraps = wraps.at[labels].max(met)
-    count = jnp.round(pairs).astype(jnp.int32)
-    touch = jnp.zeros((), bool)
+            length_squared = sum(b * b for b in e.bonds)
+            torn = e.active & (sum(g * g for g in gaps) > 1e-6 * length_squared)
+            meets = jnp.any(torn, axis=0) if e.rows else jnp.zeros(n, bool).at[e.i].max(torn)
+            wraps = wraps.at[labels].max(meets)
+    touching = jnp.zeros((), bool)
     if potential.repulsive:
-        other = jnp.minimum(terms[0].j, n - 1)
-        apart = (
-            loose[terms[0].i]
-            | loose[other]
-            | (bodies[terms[0].i] == bodies[other])
-            | ~terms[0].mask
-        )
-        touch = jnp.any(_may_touch(terms, distances[0], forces[0], max_force) & ~apart)
-    alone = jnp.zeros(n, jnp.int32).at[bodies].add(1)[bodies] == 1
+        i, j = terms[0].i, jnp.minimum(terms[0].j, n - 1)  # padding has the index n
+        excluded = loose[i] | loose[j] | (bodies[i] == bodies[j]) | ~terms[0].mask
+        undecided = _may_touch(terms, distances[0], forces[0], max_force)
+        touching = jnp.any(undecided & ~excluded)
+    # The particles of a loose rigid body are no rattlers: only bodies of one particle are.
+    single = jnp.zeros(n, jnp.int32).at[bodies].add(1)[bodies] == 1
     return Network(
-        loose & alone,
-        loose,
-        contacts,
-        labels,
-        whole,
-        wraps,
-        pull / jnp.maximum(pairs, 1),
-        count,
-        touch,
+        rattlers=loose & single,
+        loose=loose,
+        contacts=_count_contacts(edges, n),
+        labels=labels,
+        whole=whole,
+        wraps=wraps,
+        mean_force=total_force / jnp.maximum(pairs, 1),
+        pairs=jnp.round(pairs).astype(jnp.int32),
+        touching=touching,
     )
 
 
 def _may_touch(
-    terms: tuple[PairTerm, ...], r: jax.Array, force: jax.Array, max_force: Any
+    terms: tuple[PairTerm, ...], r: jax.Array, force: jax.Array, max_force: jax.Array | float
 ) -> jax.Array:
-    """Pairs of potentials that only repel that the largest force left leaves in contact or not."""
-    stiffness = sum(jnp.abs(pair_forces(t, r * (1.0 - NEARLY))) for t in terms) / (
-        NEARLY * r
-    )  # in contact, at least
-    gap = jnp.where(
-        stiffness > 0, FORCE_MARGIN * max_force / jnp.where(stiffness > 0, stiffness, 1.0), 0.0
-    )
-    gap = gap + 8.0 * jnp.finfo(r.dtype).eps * r
+    """Pairs that may or may not be in contact, given the largest net force left on a particle.
+
+    For potentials that only repel. True where the pair's force is within the margin of the force
+    left, and would be positive if the pair were nearer by the distance that this force can close.
+    """
+    # stiffness in contact, from below: the secant from r, where the force is small, to r (1 - 1e-3)
+    force_nearer = sum(jnp.abs(pair_forces(t, r * (1.0 - NEARLY))) for t in terms)
+    stiffness = force_nearer / (NEARLY * r)
+    closable = FORCE_MARGIN * max_force / jnp.where(stiffness > 0, stiffness, 1.0)
+    gap = jnp.where(stiffness > 0, closable, 0.0)
+    gap = gap + 8.0 * jnp.finfo(r.dtype).eps * r  # and some units of round-off of the distance
     small = jnp.abs(force) <= FORCE_MARGIN * max_force
     return small & (sum(pair_forces(t, r - gap) for t in terms) > 0)
 
 
 def backbone(system: System, net: Network) -> System:
-    """The system without its rattlers' contacts: their pairs are taken off the list.
+    """Remove the pairs of rattlers and loose bodies from the neighbor list of a system.
 
-    Slicing their rows out of the Hessian instead would leave springs that pin the neighbors.
+    Deleting their rows and columns of the Hessian instead would leave springs that pin their
+    neighbors.
     """
     if not system.potential.repulsive:
         return system  # a rattler of an attractive potential has no stiffness to delete
     rows = system.neighbors.rows
     other = jnp.minimum(rows, system.n - 1)
     cut = (net.loose | net.loose[other]) & (net.labels != net.labels[other])
-    kept = jnp.where(cut, system.n, rows)
-    return system.replace(neighbors=dataclasses.replace(system.neighbors, rows=kept))
+    rows_left = jnp.where(cut, system.n, rows)  # the index n marks padding
+    return system.replace(neighbors=dataclasses.replace(system.neighbors, rows=rows_left))
 
 
 def coordination(system: System, net: Network | None = None) -> jax.Array:
-    """Mean number of contacts of a particle that is no rattler, z = 2 N_c / (n - n_rattlers); 0
-    where there is none.
+    """Mean number of contacts of the particles that are no rattlers, z = 2 N_c / (n - n_rattlers).
 
-    Contacts are counted against the largest net force in the system as it is, so it means something
-    at a minimum alone.
+    0 where all particles are rattlers. A contact is a pair whose force is above 10 times the
+    largest net force on a particle of the system, so that z has a meaning only at a minimum.
+
+    Args:
+      net: the contact network; computed where None.
     """
-    found = net
-    if found is None:
+    contact_network = net
+    if contact_network is None:
         slope = jax.grad(lambda R: potential_energy(system, R))(system.positions)
-        found = network(system, jnp.sqrt(jnp.max(jnp.sum(slope**2, axis=-1))))
-    count = 2.0 * found.pairs / jnp.maximum(jnp.sum(~found.rattlers), 1)
+        contact_network = network(system, jnp.sqrt(jnp.max(jnp.sum(slope**2, axis=-1))))
+    particles = jnp.maximum(jnp.sum(~contact_network.rattlers), 1)
+    count = 2.0 * contact_network.pairs / particles
     why = (
         "coordination counts contacts, so that it is piecewise constant and has no derivative: take"
         " ms.observables.smooth_coordination(system, width), or give it"
-        " jax.lax.stop_gradient(system) where it is to stay as it is."
+        " jax.lax.stop_gradient(system) where it is to count as a constant."
     )
     return refusing_derivative(count, system, why)

@@ -1,5 +1,6 @@
-"""The stationarity condition F = dU/dx = 0 and its derivatives: Hessian products, mixed products,
-the null space.
+"""The gradient of the energy F = dU/dx and its derivatives: the Hessian and mixed derivatives.
+
+At a minimum F = 0; its derivatives by x and by the parameters p give the response dx/dp.
 """
 
 from __future__ import annotations
@@ -48,23 +49,24 @@ def gradient(system: System, x: Unknowns, params: Params) -> Unknowns:
 
 @jax.jit
 def force(system: System) -> jax.Array:
-    """-dU/dR, (n, d)."""
+    """Forces -dU/dR on the particles, (n, d)."""
     return -gradient(system, Unknowns(system.positions), system.params).positions
 
 
 @jax.jit
 def largest_force(forces: jax.Array) -> jax.Array:
-    """The largest norm of one particle's force, ASE's fmax."""
+    """The largest norm of the force on one particle, which ASE calls fmax; forces are (n, d)."""
     return jnp.sqrt(jnp.max(jnp.sum(forces**2, axis=-1), initial=0.0))
 
 
 @jax.jit
 def max_force(system: System) -> jax.Array:
-    """The largest norm of one particle's force in a system."""
+    """The largest norm of the force on one particle of a system."""
     return largest_force(force(system))
 
 
-def hessian_product(system: System) -> Any:
+def hessian_product(system: System) -> Callable[[Unknowns], Unknowns]:
+    """Return the function v -> H v at the system's positions, linearized once."""
     x = Unknowns(system.positions)
     return jax.linearize(lambda y: gradient(system, y, system.params), x)[1]
 
@@ -72,40 +74,43 @@ def hessian_product(system: System) -> Any:
 def hessian_operator(
     system: System, null: NullSpace, blocks: BlockRows | None = None, definite: bool = True
 ) -> Operator:
-    """H = d2U/dx2 as products, linearized once at the system's positions, with its null space.
+    """H = d2U/dx2 at the system's positions as an operator of products, with its null space.
 
     Args:
-      blocks: H as its blocks, where it is assembled.
-      definite: whether it is that of a minimum; False at a saddle.
+      null: the null space of H.
+      blocks: H assembled as blocks; where None, products are those of the linearized gradient.
+      definite: whether H is positive semidefinite, as at a minimum; False at a saddle.
     """
-    kind: dict[str, Any] = {"symmetric": True, "positive_semidefinite": definite}
+    properties: dict[str, Any] = {"symmetric": True, "positive_semidefinite": definite}
     if blocks is None:
-        return Operator(hessian_product(system), **kind, project=null.project)
+        return Operator(hessian_product(system), **properties, project=null.project)
 
     def product(v: Unknowns) -> Unknowns:
         return Unknowns(blocks.product(v.positions))
 
     scaling = SymmetricScaling(lambda v: blocks.scaled(v.positions), blocks.scaled_product)
-    return Operator(product, **kind, project=null.project, scaling=scaling)
+    return Operator(product, **properties, project=null.project, scaling=scaling)
 
 
 @jax.jit
 def dense_hessian(system: System) -> jax.Array:
-    """H as a matrix (n d, n d): for checks and for small systems."""
+    """H as a dense matrix (n d, n d), for checks and for small systems."""
     n, d = system.positions.shape
     product = hessian_product(system)
-    rows = jax.vmap(lambda e: product(Unknowns(e.reshape(n, d))).positions.ravel())(jnp.eye(n * d))
-    return rows
+    # The k-th row is H e_k, e_k being the k-th unit vector: H is symmetric.
+    return jax.vmap(lambda e: product(Unknowns(e.reshape(n, d))).positions.ravel())(jnp.eye(n * d))
 
 
 @jax.jit
 def _pair_blocks(system: System) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
-    """i, j and the block d2phi/dv2 (d, d, …) of each pair of each term, v the vector between the
-    two.
+    """Block d2phi/dv2 of each pair of each term, v being the vector between the two particles.
 
-    Of the list, each pair comes twice, as a row of each of its particles.
+    Returns:
+      For each term (i, j, blocks (d, d, …)). A pair of the neighbor list appears twice, in the rows
+      of both particles; a bond appears once.
     """
-    images, x = nearest_images(system.box), components(system.positions)
+    images = nearest_images(system.box)
+    x = components(system.positions)
     blocks = []
     for term in row_terms(system):
         apart = images(tuple(c[term.i] - c[term.j] for c in x))
@@ -115,7 +120,10 @@ def _pair_blocks(system: System) -> list[tuple[jax.Array, jax.Array, jax.Array]]
             return jax.grad(lambda s: jnp.sum(term.energy(s)))(r)
 
         first, second = jax.jvp(slope, (r,), (jnp.ones_like(r),))
-        across, along = first / r, (second - first / r) / (r * r)
+        # d2phi/dv2 = phi'/r 1 + (phi'' - phi'/r) v v^T / r^2
+        across = first / r
+        along = (second - first / r) / (r * r)
+        # ``v is w`` on the diagonal
         block = [[along * v * w + (across if v is w else 0.0) for w in apart] for v in apart]
         blocks.append((term.i, term.j, jnp.stack([jnp.stack(line) for line in block])))
     return blocks
@@ -125,10 +133,10 @@ _pair_blocks_each = jax.jit(jax.vmap(_pair_blocks))
 
 
 def sparse_hessian(system: System) -> sp.csr_array | None:
-    """H as a scipy sparse matrix (n d, n d), from the pairs that interact; None for potentials that are
-    more than pairs.
+    """Assemble H as a scipy sparse matrix (n d, n d) from the pairs that interact.
 
-    Of a batch, (members n d, members n d) with a block for each member.
+    None for potentials that are not sums over pairs. For a batch, a block-diagonal matrix
+    (members n d, members n d), with a block for each member. Host code.
     """
     if not system.potential.pairwise:
         return None
@@ -137,39 +145,52 @@ def sparse_hessian(system: System) -> sp.csr_array | None:
     fixed = system.replace(
         potential=system.potential.at(system.params), neighbors=filled_rows(system.neighbors)
     )
-    firsts, seconds, blocks = [np.zeros(0, int)], [np.zeros(0, int)], [np.zeros((0, d, d))]
+    # Empty first entries, so that a system without pairs gives a matrix of zeros.
+    firsts = [np.zeros(0, int)]
+    seconds = [np.zeros(0, int)]
+    blocks = [np.zeros((0, d, d))]
     for i, j, block in (_pair_blocks if members is None else _pair_blocks_each)(fixed):
-        block, i, j = np.asarray(block, float), np.asarray(i), np.asarray(j)
-        twice = j.ndim == (1 if members is None else 2)  # a list of bonds has each pair once
+        block = np.asarray(block, float)
+        i, j = np.asarray(i), np.asarray(j)
+        # A list of bonds has each pair once: its block is entered for both orders of the particles.
+        twice = j.ndim == (1 if members is None else 2)
         if members is not None:
+            # particles are numbered through all members; the axis of members moves behind (d, d)
             shift = (n * np.arange(members)).reshape(-1, *[1] * (j.ndim - 1))
-            block, i, j = np.moveaxis(block, 0, 2), i + shift, j + shift
-        some = np.any(block != 0, axis=(0, 1))
-        found = np.ascontiguousarray(np.moveaxis(block[:, :, some], -1, 0))
-        one, other = np.broadcast_to(i, j.shape)[some], j[some]
+            block = np.moveaxis(block, 0, 2)
+            i, j = i + shift, j + shift
+        interacts = np.any(block != 0, axis=(0, 1))
+        pair_blocks = np.ascontiguousarray(np.moveaxis(block[:, :, interacts], -1, 0))
+        one = np.broadcast_to(i, j.shape)[interacts]
+        other = j[interacts]
         firsts += [one, other] if twice else [one]
         seconds += [other, one] if twice else [other]
-        blocks += [found, found] if twice else [found]
-    first, second, block = np.concatenate(firsts), np.concatenate(seconds), np.concatenate(blocks)
-    own = np.stack(
-        [np.bincount(first, block[:, a, b], total) for a in range(d) for b in range(d)], axis=-1
-    )
+        blocks += [pair_blocks, pair_blocks] if twice else [pair_blocks]
+    first = np.concatenate(firsts)
+    second = np.concatenate(seconds)
+    block = np.concatenate(blocks)
+    # Off the diagonal stands minus the block of the pair; on it the sum over the particle's pairs.
+    entries = [np.bincount(first, block[:, a, b], total) for a in range(d) for b in range(d)]
+    diagonal = np.stack(entries, axis=-1).reshape(total, d, d)
     particles = np.arange(total)
-    first, second = np.concatenate([first, particles]), np.concatenate([second, particles])
-    block = np.concatenate([-block, own.reshape(total, d, d)])
+    first = np.concatenate([first, particles])
+    second = np.concatenate([second, particles])
+    block = np.concatenate([-block, diagonal])
     order = np.argsort(first, kind="stable")
     starts = np.concatenate([[0], np.cumsum(np.bincount(first, minlength=total))])
-    matrix = sp.bsr_array(
-        (block[order], second[order], starts), shape=(total * d, total * d)
-    ).tocsr()
-    if len(blocks) > 2:  # two terms, or bonds, may hold the same pair
+    shape = (total * d, total * d)
+    matrix = sp.bsr_array((block[order], second[order], starts), shape=shape).tocsr()
+    # ``blocks`` begins with an empty array, so more than 2 means two terms, or bonds: both may
+    # contain the same pair.
+    if len(blocks) > 2:
         matrix.sum_duplicates()
     return matrix
 
 
 def filled_rows(listed: Neighbors) -> Neighbors:
-    """The list without the rows that are empty, but for some that make their number a multiple of
-    4. Host code.
+    """Remove empty rows from a neighbor list, down to a multiple of 4 rows. Host code.
+
+    The multiple of 4 limits the number of shapes for which functions are compiled.
     """
     if isinstance(listed.rows, Tracer):
         return listed
@@ -177,27 +198,29 @@ def filled_rows(listed: Neighbors) -> Neighbors:
     filled = np.any(rows < rows.shape[-1], axis=(*range(rows.ndim - 2), -1))
     used = int(np.max(np.flatnonzero(filled), initial=-1)) + 1
     fewer = 4 * math.ceil(used / 4)
-    return (
-        listed
-        if fewer >= rows.shape[-2]
-        else dataclasses.replace(listed, rows=rows[..., :fewer, :])
-    )
+    if fewer >= rows.shape[-2]:
+        return listed
+    return dataclasses.replace(listed, rows=rows[..., :fewer, :])
 
 
 def along(f: Callable[[dict[str, Any]], Any], params: Params, dparams: Params) -> Any:
-    """The derivative of f(params) along changes of some of them."""
+    """Derivative of f(params) along a change of some of the parameters.
+
+    Args:
+      dparams: the change; parameters that are not in it are constant.
+    """
     moving = {name: params[name] for name in dparams}
-    return jax.jvp(lambda some: f({**params, **some}), (moving,), (dict(dparams),))[1]
+    return jax.jvp(lambda changed: f({**params, **changed}), (moving,), (dict(dparams),))[1]
 
 
 @jax.jit
 def mixed_product(system: System, dparams: Params) -> Unknowns:
-    """d2U/dx dp . dp, the change of the gradient along changes of some parameters."""
+    """d2U/dx dp . dp, the change of the gradient along a change dp of some parameters."""
     x = Unknowns(system.positions)
     return along(lambda p: gradient(system, x, p), system.params, dparams)
 
 
 def mixed_transpose(system: System, cotangent: Unknowns) -> dict[str, jax.Array]:
-    """(d2U/dx dp)^T w, a dict shaped like the parameters."""
+    """(d2U/dx dp)^T w of a cotangent w, a dict shaped like the parameters."""
     x = Unknowns(system.positions)
     return jax.vjp(lambda p: gradient(system, x, p), dict(system.params))[1](cotangent)[0]

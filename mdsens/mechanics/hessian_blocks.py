@@ -1,6 +1,4 @@
-"""The Hessian as the blocks of the pairs that interact, scaled by particle, for compiled
-products.
-"""
+"""The Hessian as (d, d) blocks of interacting pairs, scaled by particle, for compiled products."""
 
 from __future__ import annotations
 
@@ -18,34 +16,42 @@ from mdsens.mechanics.forces import ROWS
 
 __all__ = ["BlockRows", "block_cholesky"]
 
-# of a particle's largest stiffness that its others may be; and of the stiffest particle's, its
-# largest
+# Smallest stiffness of a particle that Cholesky's method is used for, in units of the particle's
+# largest stiffness. The largest stiffness itself counts as at least this part of that of the
+# stiffest particle.
 SOFTEST = 1e-3
 
 
 def block_cholesky(blocked: Any) -> tuple[np.ndarray, np.ndarray]:
-    """S and C = S^-1, lower triangular (d, d, n), with S D S^T = 1 for a particle's own block D of
-    H in BSR form.
+    """Factors S and C = S^-1 of each particle's diagonal block D of H: S D S^T = 1.
 
-    By Cholesky, D = C C^T, written out over all particles at once. A particle that is loose in some
-    direction, or at no minimum, has no such factor, or one that would cost digits: there C is a
-    number, the root of D's largest diagonal.
+    By Cholesky's method, D = C C^T, written out for all particles at once. A particle without
+    stiffness in some direction, or away from a minimum, has no such factor, or one that would lose
+    digits. For it, C is the identity times the root of the largest diagonal entry of D.
+
+    Args:
+      blocked: H as a scipy BSR matrix with blocks of (d, d).
+
+    Returns:
+      (S, C), lower triangular, (d, d, n) each.
     """
-    n, d = blocked.shape[0] // blocked.blocksize[0], blocked.blocksize[0]
-    at = blocked.indices == np.repeat(np.arange(n), np.diff(blocked.indptr))
-    own = np.zeros((d, d, n))
-    own[:, :, blocked.indices[at]] = np.moveaxis(blocked.data[at], 0, -1)
-    largest = np.max(np.diagonal(own), axis=1)
+    d = blocked.blocksize[0]
+    n = blocked.shape[0] // d
+    is_diagonal = blocked.indices == np.repeat(np.arange(n), np.diff(blocked.indptr))
+    diagonal = np.zeros((d, d, n))
+    diagonal[:, :, blocked.indices[is_diagonal]] = np.moveaxis(blocked.data[is_diagonal], 0, -1)
+    largest = np.max(np.diagonal(diagonal), axis=1)
     largest = np.maximum(largest, SOFTEST * (largest.max(initial=0.0) or 1.0))
     s, c = np.zeros((2, d, d, n))
-    loose = np.zeros(n, bool)
+    soft = np.zeros(n, bool)
     for b in range(d):
-        pivot = own[b, b] - np.sum(c[b, :b] ** 2, axis=0)
-        loose |= ~(pivot >= SOFTEST * largest)  # of a diagonal that is NaN as well
-        c[b, b] = np.sqrt(np.where(loose, largest, pivot))
+        pivot = diagonal[b, b] - np.sum(c[b, :b] ** 2, axis=0)
+        soft |= ~(pivot >= SOFTEST * largest)  # written so that a NaN counts as soft
+        c[b, b] = np.sqrt(np.where(soft, largest, pivot))
         for a in range(b + 1, d):
-            c[a, b] = (own[a, b] - np.sum(c[a, :b] * c[b, :b], axis=0)) / c[b, b]
-    c[:, :, loose] = np.eye(d)[:, :, None] * np.sqrt(largest[loose])
+            c[a, b] = (diagonal[a, b] - np.sum(c[a, :b] * c[b, :b], axis=0)) / c[b, b]
+    c[:, :, soft] = np.eye(d)[:, :, None] * np.sqrt(largest[soft])
+    # S = C^-1 by forward substitution
     for b in range(d):
         s[b, b] = 1.0 / c[b, b]
         for a in range(b + 1, d):
@@ -56,18 +62,20 @@ def block_cholesky(blocked: Any) -> tuple[np.ndarray, np.ndarray]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockRows(Portable):
-    """S H S^T by particle: at i it is sum_k B[:, :, k, i] w[:, others[k, i]], with w = S^-T v by
-    components.
+    """The scaled Hessian S H S^T in rows of blocks, one column of blocks for each particle.
 
-    Scaled, H has blocks of one on its diagonal, which spares conjugate gradients a quarter of their
-    steps. The blocks are scaled once, beforehand, and vectors are (d, n) in between: both halve the
-    time of a step in 3-D.
+    Its product with w = S^-T v is sum_k B[:, :, k, i] w[:, others[k, i]] at particle i, B being
+    ``blocks`` and w the components (d, n).
+
+    The diagonal blocks of S H S^T are identity matrices, which saves conjugate gradients a quarter
+    of their steps. The blocks are scaled once, beforehand, and vectors are (d, n) in between: each
+    of the two halves the time of a step in 3-D.
 
     Attributes:
       others: (k, n) the particles j that i interacts with, and i itself.
       blocks: (d, d, k, n), zero on padding.
-      even: (d, d, n) S of each particle, lower triangular: see :func:`block_cholesky`.
-      uneven: (d, d, n) S^-1.
+      scaling: (d, d, n) S of each particle, lower triangular: see :func:`block_cholesky`.
+      unscaling: (d, d, n) S^-1.
     """
 
     others: jax.Array
@@ -77,20 +85,25 @@ class BlockRows(Portable):
 
     @classmethod
     def of(cls, matrix: Any, d: int, dtype: Any = np.float64) -> BlockRows:
-        """The blocks of a symmetric sparse matrix; as many rows as its fullest particle, up to a
-        multiple of 4.
+        """Convert a symmetric scipy sparse matrix (n d, n d).
 
-        Scaled in double precision, and rounded to ``dtype`` last.
+        There are as many rows as the particle with the most neighbors needs, rounded up to a
+        multiple of 4. Blocks are scaled in double precision, and rounded to ``dtype`` at the end.
         """
         blocked = matrix.tobsr((d, d))
-        n, counts = matrix.shape[0] // d, np.diff(blocked.indptr)
+        n = matrix.shape[0] // d
+        counts = np.diff(blocked.indptr)
         row = np.arange(blocked.indices.size) - np.repeat(blocked.indptr[:-1], counts)
-        i, j = np.repeat(np.arange(n), counts), blocked.indices
+        i = np.repeat(np.arange(n), counts)
+        j = blocked.indices
         scaling, unscaling = block_cholesky(blocked)
         capacity = 4 * math.ceil(counts.max(initial=1) / 4)
-        others, blocks = np.zeros((capacity, n), np.int32), np.zeros((d, d, capacity, n))
+        others = np.zeros((capacity, n), np.int32)
         others[row, i] = j
-        slot, flat = row * n + i, blocks.reshape(d, d, -1)
+        blocks = np.zeros((d, d, capacity, n))
+        flat = blocks.reshape(d, d, -1)  # a view: what is written to it is written to blocks
+        slot = row * n + i
+        # The product S_i B S_j^T of all blocks at once, entry by entry, since S is triangular.
         block = np.ascontiguousarray(np.moveaxis(blocked.data, 0, -1))
         for a in range(d):
             left = [scaling[a, c][i] for c in range(a + 1)]
@@ -98,23 +111,26 @@ class BlockRows(Portable):
             for b in range(d):
                 flat[a, b, slot] = sum(half[e] * scaling[b, e][j] for e in range(b + 1))
         return cls(
-            jnp.asarray(others),
-            *(jnp.asarray(part, dtype) for part in (blocks, scaling, unscaling)),
+            others=jnp.asarray(others),
+            blocks=jnp.asarray(blocks, dtype),
+            scaling=jnp.asarray(scaling, dtype),
+            unscaling=jnp.asarray(unscaling, dtype),
         )
 
     def product(self, v: jax.Array) -> jax.Array:
-        """H v, (n, d)."""
+        """H v, both (n, d)."""
         d = self.scaling.shape[0]
         x = components(v)
 
-        def into(_: Any, w: jax.Array) -> jax.Array:
+        def unscaled(_: jax.Array, w: jax.Array) -> jax.Array:
+            """w = S^-T v."""
             return jnp.stack(
                 [sum(self.unscaling[b, a] * x[b] for b in range(a, d)) for a in range(d)]
             )
 
-        # A loop, for what it leaves lies in memory: fused, XLA on a CPU would evaluate it anew at
-        # every gather.
-        w = jax.lax.fori_loop(0, 2, into, jnp.zeros_like(v.T))
+        # The loop makes XLA store its result in memory. Fused with the product, XLA on a CPU would
+        # compute it again at every gather.
+        w = jax.lax.fori_loop(0, 2, unscaled, jnp.zeros_like(v.T))
         w = self.scaled_product(w)
         return jnp.stack(
             [sum(self.unscaling[a, b] * w[b] for b in range(a + 1)) for a in range(d)], axis=-1
@@ -128,16 +144,16 @@ class BlockRows(Portable):
         )
 
     def scaled_product(self, w: jax.Array) -> jax.Array:
-        """S H S^T w, (d, n); gathers alone, a few rows at a time (see
-        mdsens.mechanics.forces.ROWS).
+        """S H S^T w, both (d, n), by gathers alone.
+
+        Rows are summed a few at a time, as in :mod:`mdsens.mechanics.forces`.
         """
         d = w.shape[0]
         total = [jnp.zeros_like(c) for c in w]
         for start in range(0, self.others.shape[0], ROWS):
-            some = slice(start, start + ROWS)
-            near = [c[self.others[some]] for c in w]
+            rows = slice(start, start + ROWS)
+            neighbors = [c[self.others[rows]] for c in w]
             for a in range(d):
-                total[a] = total[a] + jnp.sum(
-                    sum(self.blocks[a, b, some] * near[b] for b in range(d)), axis=0
-                )
+                part = sum(self.blocks[a, b, rows] * neighbors[b] for b in range(d))
+                total[a] = total[a] + jnp.sum(part, axis=0)
         return jnp.stack(total)

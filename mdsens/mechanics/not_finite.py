@@ -1,4 +1,4 @@
-"""Which part of the energy is no number where a computation ended in NOT_FINITE, in words."""
+"""Which part of the energy is NaN or infinite where a computation ended in NOT_FINITE, in words."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from mdsens.potentials.pair_trial import NAMES, derivatives
 
 __all__ = ["where_not_finite"]
 
-# Of a potential that is more than pairs, along one direction, as forces, Hessian products and their
-# derivatives are taken.
+# Names of the derivatives of a potential that is not a sum over pairs, by order.
 OF_ENERGY = ("the energy", "a force", "the Hessian", "the third derivative")
-# The commonest cause, as a matrix of all distances has it on its diagonal.
+# The commonest cause of an infinite force: a matrix of all distances has zeros on its diagonal.
 OF_A_ROOT = (
     " although the energy is a number (most often by a root or norm of zero, which has no"
     " derivative, not even where jnp.where passes it over: replace the zero before the root, r2 ="
@@ -28,11 +27,12 @@ OF_A_ROOT = (
 
 
 def where_not_finite(status: Status, system: System) -> str:
-    """ ", where ..." for the message of a status: the potential, the pair and the lowest derivative that
-    is not finite.
+    """Text to append to the message of NOT_FINITE: ", where" and what is not finite.
 
-    Nothing for any other status than NOT_FINITE, where all are finite at the system's positions, or
-    where these are not. Host code, and as slow as compiling each potential: for errors alone.
+    It names the potential, the pair and the lowest derivative that is not finite. Empty for other
+    statuses, for batches, where everything is finite at the system's positions, and where the
+    positions themselves are not finite. Host code, and as slow as compiling each potential: for
+    errors alone.
     """
     positions = np.asarray(system.positions)
     if (
@@ -41,26 +41,25 @@ def where_not_finite(status: Status, system: System) -> str:
         or not np.isfinite(positions).all()
     ):
         return ""
+    # a sum of potentials has parts; any other potential is its only part
     for potential in getattr(system.potential, "parts", (system.potential,)):
-        kinds = (system.neighbors.pairs, system.n, system.species, system.species_count)
-        found = [
-            _of_pairs(potential.name, term, system)
-            for term in potential.terms(system.params, *kinds)
-        ]
-        found += [] if potential.pairwise else [_of_potential(potential, system)]
-        for said in found:
-            if said:
-                return f", where {said}"
+        pairs = (system.neighbors.pairs, system.n, system.species, system.species_count)
+        terms = potential.terms(system.params, *pairs)
+        messages = [_describe_pair(potential.name, term, system) for term in terms]
+        if not potential.pairwise:
+            messages.append(_describe_potential(potential, system))
+        for message in messages:
+            if message:
+                return f", where {message}"
     return ""
 
 
-def _of_pairs(name: str, term: PairTerm, system: System) -> str:
+def _describe_pair(name: str, term: PairTerm, system: System) -> str:
+    """The lowest derivative of a pair potential that is not finite, and a pair; empty if none."""
     r = pair_distances(term, system.positions, system.box)
-    orders = np.asarray(
-        derivatives(
-            term.phi, f"phi of {name}", r, [jnp.broadcast_to(v, r.shape) for v in term.values]
-        )
-    )
+    values = [jnp.broadcast_to(v, r.shape) for v in term.values]
+    # phi and its derivatives, (orders, pairs)
+    orders = np.asarray(derivatives(term.phi, f"phi of {name}", r, values))
     bad = ~np.isfinite(orders) & np.asarray(term.mask)
     if not bad.any():
         return ""
@@ -73,17 +72,22 @@ def _of_pairs(name: str, term: PairTerm, system: System) -> str:
     )
 
 
-def _of_potential(potential: Any, system: System) -> str:
-    for order, size in enumerate(np.asarray(_orders(potential, system))):
+def _describe_potential(potential: Any, system: System) -> str:
+    """The lowest derivative of a many-body energy that is not finite; empty if none."""
+    for order, size in enumerate(np.asarray(_norms_of_derivatives(potential, system))):
         if not np.isfinite(size):
-            said = f"{OF_ENERGY[order]} of {potential.name} is {size:.3g} at these positions"
-            return said + OF_A_ROOT if order == 1 else said
+            message = f"{OF_ENERGY[order]} of {potential.name} is {size:.3g} at these positions"
+            return message + OF_A_ROOT if order == 1 else message
     return ""
 
 
 @jax.jit
-def _orders(potential: Any, system: System) -> jax.Array:
-    """The energy, the size of the forces, of a Hessian product and of its derivative."""
+def _norms_of_derivatives(potential: Any, system: System) -> jax.Array:
+    """The energy, and the norms of forces, a Hessian product and its derivative, (4,).
+
+    The last two are along one fixed direction, by jvp as in the rest of the package: an energy can
+    be finite where such a derivative is not.
+    """
     box = system.box
 
     def displacement(a: jax.Array, b: jax.Array, **_: Any) -> jax.Array:
@@ -94,7 +98,9 @@ def _orders(potential: Any, system: System) -> jax.Array:
             R, system.params, displacement, system.species, system.species_count
         )
 
-    R, slope = system.positions, jax.grad(energy)
+    R = system.positions
+    slope = jax.grad(energy)
+    # a fixed direction with entries of every size and sign
     along = jnp.cos(jnp.arange(R.size, dtype=R.dtype) ** 2).reshape(R.shape)
 
     def second(R: jax.Array) -> tuple[jax.Array, jax.Array]:

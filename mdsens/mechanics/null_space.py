@@ -1,5 +1,7 @@
-"""Directions that cost no energy, known beforehand: rattlers, rigid motions of clusters, and what
-constraints hold.
+"""The null space of the Hessian that is known beforehand, and projections on its complement.
+
+Rattlers and rigid motions of clusters cost no energy to second order. Coordinates that constraints
+fix are removed by the same projection.
 """
 
 from __future__ import annotations
@@ -16,31 +18,35 @@ from mdsens.mechanics.unknowns import Unknowns
 
 __all__ = ["NullSpace", "left_motions", "orthonormal", "pseudo_inverse", "turned"]
 
-ROD = 1e-9  # moment of inertia about an axis, of those across it, that counts as none
+# Moment of inertia about its axis below which a cluster counts as a rod, in units of the moment
+# across the axis. It is the determinant of the inertia tensor in these units.
+ROD = 1e-9
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NullSpace(Portable):
-    """The directions that cost no energy to second order, known beforehand.
+    """Directions that cost no energy to second order, known beforehand.
 
-    Rattlers, translations of each cluster, rotations of each one that does not meet its own image.
-    Where the energy is more than pairs, of the translations and rotations of everything those
-    combinations that the Hessian finds free: an external field may hold the others.
+    They are the displacements of rattlers, the translations of each cluster, and the rotations of
+    each cluster that does not meet its periodic image. Where the energy is not a sum over pairs,
+    they are those combinations of the translations and rotations of the whole system that have no
+    stiffness in the Hessian: an external field may fix the others.
 
     Attributes:
-      rattlers: (n,).
-      labels: (n,) cluster of each particle; None where all that are no rattlers are one cluster,
-        which cannot turn.
-      counts: (n,) particles in the cluster of that label, at least 1; of the one cluster, a number.
-      arms: (n, d) positions from their cluster's centroid, zero where it cannot turn; None where
-        none can.
-      inverse_inertia: (n, k, k) pseudo-inverse of each label's inertia, k = 1 in 2-D and 3 in 3-D;
-        None likewise.
-      motions: (k, n, d) orthonormal motions, or zeros, in place of those of clusters; None where
-        the potential is of pairs.
-      active_set: True where constraints fix a coordinate, of positions, relaxed parameters and, for equations
-        that bind rattlers alone, multipliers; None without constraints.
+      rattlers: (n,) True for rattlers.
+      labels: (n,) cluster of each particle; None where all particles but rattlers are one cluster
+        that cannot rotate.
+      counts: (n,) number of particles in the cluster of each label, at least 1; a single number
+        where labels is None.
+      arms: (n, d) positions relative to the centroid of the cluster, zero where it cannot rotate;
+        None where no cluster can.
+      inverse_inertia: (n, k, k) pseudo-inverse of the inertia tensor of the cluster of each label,
+        k = 1 in 2-D and 3 in 3-D; None where no cluster can rotate.
+      motions: (k, n, d) orthonormal motions or zeros, which replace those of clusters where the
+        energy is not a sum over pairs; else None.
+      active_set: True where constraints fix a coordinate: of positions, of relaxed parameters and,
+        for equations on rattlers alone, of multipliers; None without constraints.
     """
 
     rattlers: jax.Array
@@ -52,27 +58,25 @@ class NullSpace(Portable):
     active_set: Unknowns | None = None
 
     def free(self, x: Unknowns) -> Unknowns:
-        """``x`` with zeros where constraints hold."""
+        """Replace the entries of ``x`` that constraints fix by zeros."""
         if self.active_set is None:
             return x
 
-        def some(part: Any, fixed: Any) -> Any:
-            return (
-                part
-                if part is None
-                else jax.tree.map(lambda leaf, mask: jnp.where(mask, 0.0, leaf), part, fixed)
-            )
+        def zero_fixed(part: Any, fixed: Any) -> Any:
+            if part is None:
+                return None
+            return jax.tree.map(lambda leaf, mask: jnp.where(mask, 0.0, leaf), part, fixed)
 
-        h = self.active_set
+        fixed = self.active_set
         return dataclasses.replace(
             x,
-            positions=jnp.where(h.positions, 0.0, x.positions),
-            multipliers=some(x.multipliers, h.multipliers),
-            params=some(x.params, h.params),
+            positions=jnp.where(fixed.positions, 0.0, x.positions),
+            multipliers=zero_fixed(x.multipliers, fixed.multipliers),
+            params=zero_fixed(x.params, fixed.params),
         )
 
     def project(self, x: Unknowns) -> Unknowns:
-        """The part of ``x`` off the null space: an orthogonal projection."""
+        """Project the null space out of ``x``, orthogonally."""
         x = self.free(x)
         if self.labels is None:
             return dataclasses.replace(x, positions=self._centered(x.positions, jnp))
@@ -83,141 +87,172 @@ class NullSpace(Portable):
         mean = self._total(v) / self.counts[:, None]
         v = v - mean[self.labels]
         if self.arms is not None and self.inverse_inertia is not None:
-            angular = self._total(_cross(self.arms, v))
-            turn = jnp.einsum("nij,nj->ni", self.inverse_inertia, angular)[self.labels]
-            v = v - turned(turn, self.arms)
+            # The best rigid rotation of each cluster: its angular momentum by its inertia.
+            angular_momentum = self._total(_cross(self.arms, v))
+            angle = jnp.einsum("nij,nj->ni", self.inverse_inertia, angular_momentum)[self.labels]
+            v = v - turned(angle, self.arms)
         v = jnp.where(self.rattlers[:, None], 0.0, v)
         return dataclasses.replace(x, positions=v)
 
     def project_columns(self, columns: np.ndarray) -> np.ndarray:
-        """The same of each column of (n d, c); of a batch, whose members' columns stand below each
-        other. Host code.
+        """Project the null space out of each column of a matrix (n d, c). Host code.
+
+        For a batch, the columns of its members are concatenated: (members n d, c).
         """
         if self.labels is not None:
             return np.asarray(_projections(self, columns))
         return self._centered(columns.reshape(*self.rattlers.shape, -1), np).reshape(columns.shape)
 
     def _centered(self, v: Any, xp: Any) -> Any:
-        """v (…, n, k) off a translation of what is no rattler, where that is one cluster."""
-        loose = xp.asarray(self.rattlers)[..., None]
-        held = xp.where(loose, 0.0, v)
-        mean = xp.sum(held, axis=-2, keepdims=True) / xp.asarray(self.counts)[..., None, None]
-        return xp.where(loose, 0.0, held - mean)
+        """Subtract the mean of v (…, n, k) over the particles that are no rattlers.
+
+        This is the projection where these particles are one cluster that cannot rotate.
+
+        Args:
+          xp: numpy, or jax.numpy, according to v.
+        """
+        rattlers = xp.asarray(self.rattlers)[..., None]
+        v = xp.where(rattlers, 0.0, v)
+        mean = xp.sum(v, axis=-2, keepdims=True) / xp.asarray(self.counts)[..., None, None]
+        return xp.where(rattlers, 0.0, v - mean)
 
     def dimensions(self, d: int) -> tuple[int, int, int]:
-        """How many directions in d dimensions are of rattlers, are translations, are rotations.
-        Host code.
+        """Number of null directions: of rattlers, translations and rotations. Host code.
+
+        Args:
+          d: dimension of space.
         """
-        loose = np.asarray(self.rattlers)
-        free = d * int(loose.sum())
+        rattlers = np.asarray(self.rattlers)
+        free = d * int(rattlers.sum())
         if self.labels is None:
             return free, d, 0
         if self.motions is not None:
             rows = np.asarray(self.motions)
-            total = round(float(np.sum(rows**2)))
-            along = np.linalg.svd(rows.sum(axis=1) / np.sqrt(rows.shape[1]), compute_uv=False)
-            translations = int(np.sum(along > 1 - 1e-6))
+            total = round(float(np.sum(rows**2)))  # rows are of norm one or zero
+            # Cosines of the angles between the span of the motions and that of the translations.
+            cosines = np.linalg.svd(rows.sum(axis=1) / np.sqrt(rows.shape[1]), compute_uv=False)
+            translations = int(np.sum(cosines > 1 - 1e-6))
             return free, translations, total - translations
-        clusters, rotations = np.unique(np.asarray(self.labels)[~loose]), 0
+        clusters = np.unique(np.asarray(self.labels)[~rattlers])
+        rotations = 0
         if self.inverse_inertia is not None:
-            rotations = int(
-                np.linalg.matrix_rank(
-                    np.asarray(self.inverse_inertia)[clusters], hermitian=True
-                ).sum()
-            )
+            # the rank is 3 for a solid cluster in 3-D, 2 for a rod, 0 for one that cannot rotate
+            inertia = np.asarray(self.inverse_inertia)[clusters]
+            rotations = int(np.linalg.matrix_rank(inertia, hermitian=True).sum())
         return free, d * clusters.size, rotations
 
     def simplified(self) -> NullSpace:
-        """The same without arms where nothing can turn, without labels where there is one cluster.
-        Host code.
+        """Drop arms where no cluster can rotate, and labels where there is one cluster. Host code.
 
-        It spares every projection their work. A batch is simplified as far as each of its members
-        can be.
+        This makes projections cheaper. A batch is simplified as far as all of its members can be.
         """
-        if self.active_set is not None or (
-            self.inverse_inertia is not None and np.any(np.asarray(self.inverse_inertia))
-        ):
+        if self.active_set is not None:
+            return self
+        if self.inverse_inertia is not None and np.any(np.asarray(self.inverse_inertia)):
             return self
         if self.motions is not None or self.labels is None:
             return self
-        plain = dataclasses.replace(self, arms=None, inverse_inertia=None)
-        loose, labels = np.asarray(self.rattlers), np.asarray(self.labels)
-        held = np.argmin(loose, axis=-1)[
-            ..., None
-        ]  # one that is no rattler, or rattlers are all there are
-        label = np.take_along_axis(labels, held, axis=-1)
-        if np.any(np.where(loose, loose.all(axis=-1, keepdims=True), labels != label)):
-            return plain
+        without_arms = dataclasses.replace(self, arms=None, inverse_inertia=None)
+        rattlers = np.asarray(self.rattlers)
+        labels = np.asarray(self.labels)
+        # The first particle that is no rattler, and its label. Where all particles are rattlers, or
+        # one particle has another label, the labels are needed.
+        first = np.argmin(rattlers, axis=-1)[..., None]
+        label = np.take_along_axis(labels, first, axis=-1)
+        all_rattlers = rattlers.all(axis=-1, keepdims=True)
+        if np.any(np.where(rattlers, all_rattlers, labels != label)):
+            return without_arms
         counts = np.take_along_axis(np.asarray(self.counts), label, axis=-1)[..., 0]
-        return dataclasses.replace(plain, labels=None, counts=counts)
+        return dataclasses.replace(without_arms, labels=None, counts=counts)
 
     def _total(self, v: jax.Array) -> jax.Array:
+        """Sum of v over the particles of each cluster, at the index of its label."""
         return jnp.zeros_like(v).at[self.labels].add(v)
 
 
 @jax.jit
-def _projections(null: NullSpace, columns: Any) -> jax.Array:
+def _projections(null: NullSpace, columns: jax.Array) -> jax.Array:
+    """Project each column of a matrix; of a batch, each column of each member."""
+
     def of_member(null: NullSpace, columns: jax.Array) -> jax.Array:
-        def one(v: jax.Array) -> jax.Array:
+        def project(v: jax.Array) -> jax.Array:
             return null.project(Unknowns(v.reshape(null.rattlers.shape[0], -1))).positions.ravel()
 
-        return jax.lax.map(one, columns.T, batch_size=min(32, columns.shape[1])).T
+        # 32 columns at a time, which bounds the memory
+        return jax.lax.map(project, columns.T, batch_size=min(32, columns.shape[1])).T
 
     if null.rattlers.ndim == 1:
         return of_member(null, columns)
     members = null.rattlers.shape[0]
-    return jax.vmap(of_member)(null, columns.reshape(members, -1, columns.shape[1])).reshape(
-        columns.shape
-    )
+    by_member = columns.reshape(members, -1, columns.shape[1])
+    return jax.vmap(of_member)(null, by_member).reshape(columns.shape)
 
 
 def _cross(arms: jax.Array, v: jax.Array) -> jax.Array:
-    """Moment of v about the centroid, (n, 1) in 2-D and (n, 3) in 3-D."""
+    """Angular momentum of v about the centroid, (n, 1) in 2-D and (n, 3) in 3-D."""
     if arms.shape[1] == 2:
         return (arms[:, 0] * v[:, 1] - arms[:, 1] * v[:, 0])[:, None]
     return jnp.cross(arms, v)
 
 
 def turned(turn: jax.Array, arms: jax.Array) -> jax.Array:
-    """Displacement of a rotation about the centroid."""
+    """Displacements (n, d) of a rotation about the centroid, to first order.
+
+    Args:
+      turn: (n, 1) angle in 2-D, (n, 3) rotation vector in 3-D.
+      arms: (n, d) positions relative to the centroid.
+    """
     if arms.shape[1] == 2:
         return turn * jnp.stack([-arms[:, 1], arms[:, 0]], axis=1)
     return jnp.cross(turn, arms)
 
 
 def pseudo_inverse(inertia: jax.Array) -> jax.Array:
-    """Of moments of inertia, (n, 1, 1) or (n, 3, 3): of everything, a rod (which has two equal
-    moments) and nothing.
+    """Pseudo-inverse of inertia tensors, (n, 1, 1) or (n, 3, 3).
 
-    Written out: XLA on a CPU may wait for ever where two threads have LAPACK factorize batches of
-      matrices.
+    A tensor in 3-D is regular, or that of a rod (two equal moments and a third of zero), or zero.
+    Written out, since XLA on a CPU may wait for ever where two threads let LAPACK factorize batches
+    of matrices.
     """
     if inertia.shape[1] == 1:
         return jnp.where(inertia > 0, 1.0 / jnp.where(inertia > 0, inertia, 1.0), 0.0)
-    mean = 0.5 * jnp.trace(inertia, axis1=1, axis2=2)  # either moment of a rod
+    mean = 0.5 * jnp.trace(inertia, axis1=1, axis2=2)  # the moment of a rod across its axis
     scaled = inertia / jnp.where(mean > 0, mean, 1.0)[:, None, None]
-    faces = jnp.stack(
+    # The inverse is the adjugate over the determinant; cross products of rows are the adjugate's.
+    adjugate = jnp.stack(
         [jnp.cross(scaled[:, (k + 1) % 3], scaled[:, (k + 2) % 3]) for k in range(3)], axis=1
     )
-    volume = jnp.sum(faces[:, 0] * scaled[:, 0], axis=1)[:, None, None]
-    solid = volume > ROD
-    inverse = jnp.where(solid, faces / jnp.where(solid, volume, 1.0), scaled)
+    determinant = jnp.sum(adjugate[:, 0] * scaled[:, 0], axis=1)[:, None, None]
+    regular = determinant > ROD
+    # The scaled tensor of a rod is a projector, and so its own pseudo-inverse.
+    inverse = jnp.where(regular, adjugate / jnp.where(regular, determinant, 1.0), scaled)
     return inverse / jnp.where(mean > 0, mean, 1.0)[:, None, None]
 
 
 def orthonormal(rows: jax.Array, floor: float) -> jax.Array:
-    """Orthonormal rows with the same span; zeros for what is below ``floor`` of the largest
-    singular value.
+    """Orthonormal rows with the span of the given rows, and rows of zeros for the rest.
+
+    Args:
+      floor: a singular value below this part of the largest one counts as zero.
     """
-    _, sizes, kept = jnp.linalg.svd(rows, full_matrices=False)
-    return jnp.where((sizes > floor * sizes[0])[:, None], kept, 0.0)
+    _, sizes, basis = jnp.linalg.svd(rows, full_matrices=False)
+    return jnp.where((sizes > floor * sizes[0])[:, None], basis, 0.0)
 
 
 def left_motions(
     x: np.ndarray, wraps: bool, stuck: np.ndarray, some: np.ndarray, n: int
 ) -> list[np.ndarray]:
-    """Orthonormal rigid motions (n, d) of some particles that leave their held coordinates where
-    they are.
+    """Rigid motions of some particles that leave their pinned coordinates where they are.
+
+    Args:
+      x: (count, d) positions of these particles.
+      wraps: whether they meet their periodic image, so that they cannot rotate.
+      stuck: (count, d) True for pinned coordinates.
+      some: indices of these particles, or a mask.
+      n: number of particles of the system.
+
+    Returns:
+      Orthonormal motions, (n, d) each, zero for the other particles.
     """
     count, d = x.shape
     basis = [np.broadcast_to(np.eye(d)[k], (count, d)) for k in range(d)]
@@ -225,20 +260,22 @@ def left_motions(
         arms = x - x.mean(axis=0)
         size = np.sqrt(np.mean(arms**2)) or 1.0
         for a, b in [(0, 1), (1, 2), (0, 2)][: 1 if d == 2 else 3]:
-            turn = np.zeros((count, d))
-            turn[:, a], turn[:, b] = -arms[:, b] / size, arms[:, a] / size
-            basis.append(turn)
+            rotation = np.zeros((count, d))
+            rotation[:, a] = -arms[:, b] / size
+            rotation[:, b] = arms[:, a] / size
+            basis.append(rotation)
     rows = np.array([b.ravel() for b in basis])
     _, sizes, rows = np.linalg.svd(rows, full_matrices=False)
+    # Fewer motions are independent where the particles lie on a line, or there is only one.
     rows = rows[sizes > 1e-9 * sizes[0]]
     at_stuck = rows[:, stuck.ravel()]
     if at_stuck.shape[1]:
-        # the combinations that vanish there: null vectors of a small matrix
+        # the combinations that vanish at the pinned coordinates: null vectors of a small matrix
         values, vectors = np.linalg.eigh(at_stuck @ at_stuck.T)
         rows = vectors[:, values < 1e-12].T @ rows
-    found = []
+    motions = []
     for row in rows:
         motion = np.zeros((n, d))
         motion[some] = row.reshape(count, d)
-        found.append(motion)
-    return found
+        motions.append(motion)
+    return motions

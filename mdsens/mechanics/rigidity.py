@@ -1,4 +1,4 @@
-"""Rigid parts of a relaxed configuration: contact network, rattlers, null space."""
+"""Rigidity of a relaxed configuration: contact network, backbone and null space of the Hessian."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["null_space", "analyze_rigidity"]
 
 
 def null_space(system: System, net: Network) -> NullSpace:
-    """The null space of the Hessian that symmetry and the contact network give.
+    """Null space of the Hessian that follows from symmetry and the contact network.
 
     Args:
       system: at a minimum.
@@ -29,26 +29,33 @@ def null_space(system: System, net: Network) -> NullSpace:
     """
     n, d = system.positions.shape
     positions = jax.lax.stop_gradient(system.positions)
-    held = jnp.where(net.rattlers, 0.0, 1.0).astype(positions.dtype)
-    counts = jnp.maximum(jnp.zeros(n, positions.dtype).at[net.labels].add(held), 1.0)
-    plain = NullSpace(net.rattlers, net.labels, counts)
+    in_network = jnp.where(net.rattlers, 0.0, 1.0).astype(positions.dtype)
+    counts = jnp.maximum(jnp.zeros(n, positions.dtype).at[net.labels].add(in_network), 1.0)
+    without_rotations = NullSpace(net.rattlers, net.labels, counts)
     if not system.potential.pairwise:
-        return dataclasses.replace(plain, motions=_free_motions(jax.lax.stop_gradient(system)))
-    turns = jnp.where(net.wraps[net.labels], 0.0, held)[:, None]
-    center = plain._total(turns * net.whole) / counts[:, None]
-    arms = turns * (jax.lax.stop_gradient(net.whole) - center[net.labels])
+        motions = _free_motions(jax.lax.stop_gradient(system))
+        return dataclasses.replace(without_rotations, motions=motions)
+    total = without_rotations._total
+    # A cluster that meets its periodic image cannot rotate: its arms are zero.
+    rotates = jnp.where(net.wraps[net.labels], 0.0, in_network)[:, None]
+    center = total(rotates * net.whole) / counts[:, None]
+    arms = rotates * (jax.lax.stop_gradient(net.whole) - center[net.labels])
     squared = jnp.sum(arms**2, axis=1)
     if d == 2:
-        inertia = plain._total(squared[:, None])[:, :, None]
+        inertia = total(squared[:, None])[:, :, None]
     else:
-        each = squared[:, None, None] * jnp.eye(3) - arms[:, :, None] * arms[:, None, :]
-        inertia = plain._total(each.reshape(n, 9)).reshape(n, 3, 3)
-    return dataclasses.replace(plain, arms=arms, inverse_inertia=pseudo_inverse(inertia))
+        of_particle = squared[:, None, None] * jnp.eye(3) - arms[:, :, None] * arms[:, None, :]
+        inertia = total(of_particle.reshape(n, 9)).reshape(n, 3, 3)
+    return dataclasses.replace(
+        without_rotations, arms=arms, inverse_inertia=pseudo_inverse(inertia)
+    )
 
 
 def _free_motions(system: System) -> jax.Array:
-    """What costs nothing of the translations and, without a cell, the rotations of everything; (k,
-    n, d).
+    """Rigid motions of the whole system that the Hessian has no stiffness against, (k, n, d).
+
+    Combinations of the translations and, without a cell, the rotations; orthonormal, or zeros. For
+    energies that are not sums over pairs, such as those with an external field.
     """
     n, d = system.positions.shape
     dtype = system.positions.dtype
@@ -65,8 +72,10 @@ def _free_motions(system: System) -> jax.Array:
     def image(v: jax.Array) -> jax.Array:
         return product(Unknowns(v.reshape(n, d))).positions.ravel()
 
+    # The stiffness against a fixed vector with entries of every size and sign sets the scale.
     probe = jnp.cos(jnp.arange(n * d, dtype=dtype) ** 2)
     scale = jnp.linalg.norm(image(probe)) / jnp.linalg.norm(probe)
+    # Singular values of H on the rigid motions: the norms of the forces that combinations make.
     combinations, costs, _ = jnp.linalg.svd(jax.lax.map(image, rigid), full_matrices=False)
     free = costs <= jnp.finfo(dtype).eps ** 0.5 * scale
     return orthonormal(jnp.where(free[:, None], combinations.T @ rigid, 0.0), 0.5).reshape(-1, n, d)
@@ -75,27 +84,35 @@ def _free_motions(system: System) -> jax.Array:
 def analyze_rigidity(
     system: System, max_force_left: jax.Array | float, least: int | None = None
 ) -> tuple[System, Network, NullSpace]:
-    """What every derivative at a minimum needs: the backbone, the network and the null space; of
-    each in a batch.
+    """Find the backbone, the contact network and the null space, for each member of a batch.
 
-    ``least`` contacts hold a particle, see :func:`mdsens.mechanics.contacts.network`.
+    Every derivative at a minimum needs them.
+
+    Args:
+      system: relaxed, or a batch.
+      max_force_left: the largest net force left on a particle.
+      least: smallest number of contacts that holds a particle, see
+        :func:`mdsens.mechanics.contacts.network`.
     """
-    at = system.replace(
+    # The potential in its cheapest form at these parameters, and no empty rows of neighbors.
+    compact = system.replace(
         potential=system.potential.at(system.params), neighbors=filled_rows(system.neighbors)
     )
     left: Any = max_force_left
     if not isinstance(left, jax.Array):
-        left = np.asarray(left, system.positions.dtype)  # one type, compiled once
-    held, net, null = _analyze_rigidity(at, left, least)
-    return held.replace(potential=system.potential), net, null
+        # One type for all numbers, so that the function is compiled once.
+        left = np.asarray(left, system.positions.dtype)
+    backbone, net, null = _analyze_rigidity(compact, left, least)
+    return backbone.replace(potential=system.potential), net, null
 
 
 @functools.partial(jax.jit, static_argnames=("least",))
 def _analyze_rigidity(
-    system: System, max_force_left: Any, least: int | None
+    system: System, max_force_left: jax.Array, least: int | None
 ) -> tuple[System, Network, NullSpace]:
+    """:func:`analyze_rigidity`, compiled."""
     if system.batch is not None:
         return jax.vmap(functools.partial(_analyze_rigidity, least=least))(system, max_force_left)
     net = contacts.network(system, max_force_left, least)
-    held = contacts.backbone(system, net)
-    return held, net, null_space(held, net)
+    backbone = contacts.backbone(system, net)
+    return backbone, net, null_space(backbone, net)

@@ -1,13 +1,13 @@
-"""Whether a configuration is a solid: its stiffness against strain, how much of it is resolved, and
-Born's criterion.
+"""Mechanical stability: the stiffness against strain, its resolution, and Born's criterion.
 
-With A the relaxed second derivative of the energy by a strain and sigma the stress
-(:mod:`mdsens.elasticity`), Birch's tensor B = dsigma/dstrain is, under a pressure P, also the
-second derivative of the enthalpy U + P V, both a volume. A configuration relaxed in a fixed cell is
-a minimum whatever the two are: the cell takes every strain. Without it, under the same stress, it
-stays as it is where the symmetrized B is positive definite (Born; Wallace, Thermodynamics of
-Crystals, 1972). So B decides what a solid is, and of a tensor that is not positive definite
-everything computed in the cell still holds.
+A is the second derivative of the energy by strain with relaxed particles, per volume, and sigma the
+stress (:mod:`mdsens.elasticity`). Birch's tensor is B = dsigma/dstrain; under a pressure P it is
+also the second derivative of the enthalpy U + P V, per volume.
+
+A configuration that is relaxed in a fixed cell is a minimum for any A and B, since the cell keeps
+its shape. In a free cell under the same stress it is stable where the symmetrized B is positive
+definite (Born; Wallace, Thermodynamics of Crystals, 1972). So B decides whether a configuration is
+a solid. Where B is not positive definite, all that is computed in the fixed cell remains valid.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mdsens._util.attributes import Named
 from mdsens._util.portable import reduced
@@ -36,12 +37,14 @@ __all__ = [
 ]
 __all__ += ["tensors", "verdict"]
 
+# Margin of the round-off of a stiffness over its estimate, see :func:`resolution`.
 ROUND_OFF = 10.0
 
 
 class Isotropic(NamedTuple):
-    """The isotropic solid nearest to a tensor: what an average over all directions sees. Energy a
-    volume; nu a number.
+    """Moduli of the isotropic solid nearest to a stiffness tensor, its average over all directions.
+
+    In units of energy per volume, except Poisson's ratio, a number.
 
     Attributes:
       bulk: K = C_iijj / d^2.
@@ -49,8 +52,8 @@ class Isotropic(NamedTuple):
       young: E = 2 d^2 K G / (d (d - 1) K + 2 G).
       poisson: nu = (d K - 2 G) / (d (d - 1) K + 2 G), between -1 and 1 in 2-D, -1 and 1/2 in 3-D.
 
-    E and nu are NaN where K and G are both zero, and where one of them is negative: no solid has
-      them then.
+    E and nu are NaN where K and G are both zero, and where one of them is negative: they have no
+    meaning then.
     """
 
     bulk: jax.Array
@@ -66,14 +69,14 @@ class Isotropic(NamedTuple):
 
 
 class Solid(NamedTuple):
-    """What a relaxed configuration is against strain.
+    """Stiffness and stability of a relaxed configuration against strain.
 
     Attributes:
-      tensor: (d, d, d, d) A, energy a volume; zero where all of it is round-off.
-      affine: (d, d, d, d) what A would be if particles followed the strain.
-      stress: (d, d) Cauchy, positive in tension.
-      round_off: a stiffness as small is none; see :func:`resolution`. Where A is none it is the
-        doubt, so that the stress of the force left makes no stiffness either.
+      tensor: (d, d, d, d) A, energy per volume; zero where all of it is round-off.
+      affine: (d, d, d, d) A if particles followed the strain affinely.
+      stress: (d, d) Cauchy stress, positive in tension.
+      round_off: a stiffness up to this size counts as zero; see :func:`resolution`. Where A is
+        zero it is the doubt, so that a stress due to the force left makes no stiffness either.
       status: of :func:`verdict`, an int32 array.
     """
 
@@ -86,25 +89,37 @@ class Solid(NamedTuple):
 
 @jax.jit
 def tensors(system: System, motion: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(A, A if affine, stress) of a backbone whose particles move by (m, n, d) beside the affine
-    strains.
-    """
-    unit, volume = jnp.asarray(basis(system.dimension), system.positions.dtype), system.volume
-    both = jnp.stack([motion, jnp.zeros_like(motion)])
-    relaxed, affine = jax.vmap(lambda m: stiffness_along(system, unit, m))(both) / volume
-    return (
-        from_mandel(relaxed),
-        from_mandel(affine),
-        from_mandel(strain_gradient(system, unit) / volume),
-    )
-
-
-def solid(system: System, motion: jax.Array, max_force: Any, residual: Any) -> Solid:
-    """What a backbone is against strain, with (m, n, d) how its particles relax beside each;
-    traceable.
+    """Relaxed and affine stiffness tensor, and the stress, of a backbone.
 
     Args:
-      max_force: left on a particle.
+      system: the backbone.
+      motion: (m, n, d) displacements of the particles, relative to the affine ones, under each
+        strain of :func:`mdsens.mechanics.strain.basis`.
+
+    Returns:
+      (A, affine A, stress).
+    """
+    unit = jnp.asarray(basis(system.dimension), system.positions.dtype)
+    volume = system.volume
+    # The relaxed and the affine tensor by one function, under vmap.
+    both = jnp.stack([motion, jnp.zeros_like(motion)])
+    relaxed, affine = jax.vmap(lambda m: stiffness_along(system, unit, m))(both) / volume
+    stress = strain_gradient(system, unit) / volume
+    return from_mandel(relaxed), from_mandel(affine), from_mandel(stress)
+
+
+def solid(
+    system: System,
+    motion: jax.Array,
+    max_force: jax.Array | float,
+    residual: jax.Array | float,
+) -> Solid:
+    """Stiffness and stability of a backbone against strain. Traceable.
+
+    Args:
+      system: the backbone.
+      motion: (m, n, d) as in :func:`tensors`.
+      max_force: largest force left on a particle.
       residual: of the solves for the motion, relative.
     """
     tensor, affine, stress = tensors(system, motion)
@@ -114,34 +129,38 @@ def solid(system: System, motion: jax.Array, max_force: Any, residual: Any) -> S
     return Solid(tensor, affine, stress, jnp.where(jnp.any(tensor != 0), round_off, doubt), code)
 
 
-def cleared(value: jax.Array, round_off: Any) -> jax.Array:
-    """The value; zero where none of it is above round-off. By a factor, so that 0 / 0 is NaN in
-    derivatives too.
+def cleared(value: jax.Array, round_off: jax.Array | float) -> jax.Array:
+    """Return the value, or zeros where none of its entries is above round-off.
+
+    By a factor of one or zero, so that a later 0 / 0 is NaN in derivatives, too.
     """
     return value * jnp.where(jnp.max(jnp.abs(value)) <= round_off, 0.0, 1.0)
 
 
-# a function of the moduli is differentiated anew at each call, and this is in most of them
+# jit, since a user's function of the moduli is traced at each call, and most of them call this.
 @jax.jit
-def isotropic_part(tensor: jax.Array, round_off: Any = 0.0) -> Isotropic:
-    """The isotropic part of a stiffness tensor (d, d, d, d); K and G are zero where they are not
-    above round-off.
+def isotropic_part(tensor: jax.Array, round_off: jax.Array | float = 0.0) -> Isotropic:
+    """Isotropic part of a stiffness tensor (d, d, d, d).
+
+    Args:
+      round_off: K and G are zero where they are not above this.
     """
     d = tensor.shape[0]
     iijj, ijij = jnp.einsum("iijj->", tensor), jnp.einsum("ijij->", tensor)
     bulk = cleared(iijj / d**2, round_off)
     shear = cleared((ijij - iijj / d) / ((d - 1) * (d + 2)), round_off)
-    whole = d * (d - 1) * bulk + 2.0 * shear
-    whole = jnp.where((bulk < 0) | (shear < 0), jnp.nan, whole)
-    return Isotropic(
-        bulk, shear, 2.0 * d**2 * bulk * shear / whole, (d * bulk - 2.0 * shear) / whole
-    )
+    denominator = d * (d - 1) * bulk + 2.0 * shear
+    denominator = jnp.where((bulk < 0) | (shear < 0), jnp.nan, denominator)
+    young = 2.0 * d**2 * bulk * shear / denominator
+    poisson = (d * bulk - 2.0 * shear) / denominator
+    return Isotropic(bulk, shear, young, poisson)
 
 
 @jax.jit
 def birch(tensor: jax.Array, stress: jax.Array) -> jax.Array:
-    """B of A and the stress; the equation is in :mod:`mdsens.elasticity`."""
+    """Birch's tensor B from A and the stress; the equation is in :mod:`mdsens.elasticity`."""
     unit = jnp.eye(stress.shape[0], dtype=stress.dtype)
+    # the sum of stress_ik delta_jl over the exchanges of i with j and of k with l
     crossed = jnp.einsum("ik,jl->ijkl", stress, unit)
     crossed = crossed + jnp.swapaxes(crossed, 2, 3)
     crossed = crossed + jnp.swapaxes(crossed, 0, 1)
@@ -150,95 +169,104 @@ def birch(tensor: jax.Array, stress: jax.Array) -> jax.Array:
 
 @jax.jit
 def softest_strain(tensor: jax.Array) -> jax.Array:
-    """The smallest eigenvalue of a tensor, symmetrized: the stiffness against the softest strain."""
-    return jnp.min(
-        jnp.linalg.eigvalsh(to_mandel(0.5 * (tensor + jnp.transpose(tensor, (2, 3, 0, 1)))))
-    )
+    """Smallest eigenvalue of the symmetrized tensor: the stiffness against the softest strain."""
+    symmetrized = 0.5 * (tensor + jnp.transpose(tensor, (2, 3, 0, 1)))
+    return jnp.min(jnp.linalg.eigvalsh(to_mandel(symmetrized)))
 
 
 def resolution(
-    system: System, affine: Any, motion: Any, max_force: Any, residual: Any
+    system: System,
+    affine: jax.Array | np.ndarray,
+    motion: jax.Array | np.ndarray,
+    max_force: jax.Array | float,
+    residual: jax.Array | float,
 ) -> tuple[jax.Array, jax.Array]:
-    """How large a stiffness, energy a volume, is nothing but round-off, and how large a one may be.
+    """Estimate the round-off of a stiffness, and its uncertainty by the force left.
 
-    The tensor is a difference, affine less relaxed, of two that can be equal. Positions are stored
-    to eps |R|, so that the force of a pair of stiffness k is known to eps |R| k, and turned by u it
-    adds force / l u^2 to the energy. The affine tensor is about n k l^2 / V, so of that
+    *Round-off.* The relaxed tensor is a difference of two tensors that can be equal, the affine one
+    and the relaxation. Positions are stored to eps |R|, so that the force of a pair of stiffness k
+    is known to eps |R| k; when the pair is displaced by u across its bond, such a force adds
+    force / l u^2 to the energy. The affine tensor is about n k l^2 / V. So
 
         round-off = 10 eps |R| / l (1 + |X|^2 / (n l^2)) affine
 
-    with l the potential's length, |R| the largest coordinate and X the displacements beside the affine
-    strain of norm one: few where particles follow the strain, 100 l for each of them next to
-    unjamming. In a packing of 64 discs it is 1e-13 of the affine tensor, next to unjamming 1e-12 to
-    1e-11: 20 times and more what moving all particles by the same vector makes. Of networks of
-    springs at rest without stiffness, rings and random ones of 12 to 300 nodes, what is left is
-    0.014 of it at most. Likewise the force left on the particles, as if each contact carried ten
-    times as much, and the error of the solves, at most the residual's share of the affine tensor,
-    make
+    with l the length of the potential, |R| the largest coordinate, and X the displacements relative
+    to the affine ones under a strain of norm one. X is small where particles follow the strain, and
+    100 l for each of them next to unjamming. In a packing of 64 discs the round-off is 1e-13 of the
+    affine tensor, next to unjamming 1e-12 to 1e-11: 20 times and more what moving all particles by
+    the same vector makes. In networks of springs at rest without stiffness, rings and random ones
+    of 12 to 300 nodes, the computed tensor is at most 0.014 of it.
 
-        doubt = 10 max_force l (1 + |X|^2 / (n l^2)) n / V + residual affine.
+    *Doubt.* The force left on the particles has the same effect, as if each contact carried ten
+    times as much. The error of the solves is at most the residual times the affine tensor.
 
-    Of packings stopped at 1e-3 to 1e-6 of the mean contact force the tensor was off by 0.02 to 0.9
-    of that, of those stopped before their contacts were settled by more.
+        doubt = 10 max_force l (1 + |X|^2 / (n l^2)) n / V + residual affine
+
+    In packings stopped at 1e-3 to 1e-6 of the mean contact force, the error of the tensor was 0.02
+    to 0.9 of the doubt; in packings stopped before their contacts were settled it was larger.
 
     Args:
       system: the backbone.
-      affine: (d, d, d, d) or (m, m), of the energy a volume.
+      affine: (d, d, d, d) or (m, m) affine stiffness.
       motion: (m, n, d) X of each strain.
-      max_force: left on a particle.
+      max_force: largest force left on a particle.
       residual: of the solves for X, relative.
 
     Returns:
-      (round-off, doubt), the second never below the first. Traceable; it is not differentiated.
+      (round-off, doubt) in energy per volume, the second never below the first. Traceable; they
+      have no derivative.
     """
     system, affine, motion = jax.lax.stop_gradient((system, affine, motion))
-    return _levels(
-        system.positions,
-        system.volume,
-        natural_units(system)[0],
-        affine,
-        motion,
-        max_force,
-        residual,
-    )
+    length, _ = natural_units(system)
+    return _levels(system.positions, system.volume, length, affine, motion, max_force, residual)
 
 
 @jax.jit
 def _levels(
     positions: jax.Array,
-    volume: Any,
-    length: Any,
-    affine: Any,
-    motion: Any,
-    max_force: Any,
-    residual: Any,
+    volume: jax.Array,
+    length: jax.Array,
+    affine: jax.Array,
+    motion: jax.Array,
+    max_force: jax.Array | float,
+    residual: jax.Array | float,
 ) -> tuple[jax.Array, jax.Array]:
-    n, eps = positions.shape[0], jnp.finfo(positions.dtype).eps
-    farther = 1.0 + jnp.max(jnp.sum(motion**2, axis=(1, 2))) / (n * length**2)
-    size, extent = jnp.max(jnp.abs(affine)), jnp.max(jnp.abs(positions))
-    round_off = ROUND_OFF * eps * (1.0 + extent / length) * farther * size
-    doubt = MARGIN * max_force * length * farther * n / volume + residual * size
+    """The two formulas of :func:`resolution`."""
+    n = positions.shape[0]
+    eps = jnp.finfo(positions.dtype).eps
+    nonaffine = 1.0 + jnp.max(jnp.sum(motion**2, axis=(1, 2))) / (n * length**2)
+    size = jnp.max(jnp.abs(affine))
+    extent = jnp.max(jnp.abs(positions))
+    # 1 + |R| / l, so that it is not below 10 eps where all positions are near the origin
+    round_off = ROUND_OFF * eps * (1.0 + extent / length) * nonaffine * size
+    doubt = MARGIN * max_force * length * nonaffine * n / volume + residual * size
     return round_off, jnp.maximum(round_off, doubt)
 
 
 @jax.jit
-def verdict(tensor: jax.Array, stress: jax.Array, round_off: Any, doubt: Any) -> jax.Array:
-    """What a relaxed tensor A under a stress is the stiffness of, as a status.
+def verdict(
+    tensor: jax.Array,
+    stress: jax.Array,
+    round_off: jax.Array | float,
+    doubt: jax.Array | float,
+) -> jax.Array:
+    """Classify a relaxed stiffness tensor A under a stress, as a status (an int32 array).
 
     FLOPPY where a bulk or a shear modulus, of A or of B, is zero to round-off; STIFFNESS_UNSETTLED
-    where its sign is in doubt; UNSTABLE where it is negative: no ratio of the moduli means anything
-    then. SHAPE_HELD, a warning, where they are positive and yet some strain costs nothing or lowers
-    the enthalpy, the smallest eigenvalue of B not above the doubt: moduli are averages over
-    directions, and stay what they are. Most small packings near unjamming are of this kind
-    (Dagois-Bohy et al., Phys. Rev. Lett. 109, 095703, 2012).
+    where its sign is in doubt; UNSTABLE where it is negative. Ratios of the moduli have no meaning
+    in these cases. SHAPE_HELD, a warning, where the moduli are positive and yet some strain costs
+    nothing or lowers the enthalpy, the smallest eigenvalue of B not being above the doubt. The
+    moduli, which are averages over directions, remain valid then. Most small packings near
+    unjamming are of this kind (Dagois-Bohy et al., Phys. Rev. Lett. 109, 095703, 2012).
     """
     tensor, stress, round_off, doubt = jax.lax.stop_gradient((tensor, stress, round_off, doubt))
-    seen = birch(tensor, stress)
-    moduli = jnp.stack([*isotropic_part(tensor)[:2], *isotropic_part(seen)[:2]])
-    nearest = jnp.min(jnp.abs(moduli))
-    code = jnp.where(softest_strain(seen) <= doubt, Status.SHAPE_HELD.value, Status.CONVERGED.value)
+    B = birch(tensor, stress)
+    moduli = jnp.stack([*isotropic_part(tensor)[:2], *isotropic_part(B)[:2]])
+    smallest = jnp.min(jnp.abs(moduli))
+    # From the mildest to the most severe: the last condition that is true decides.
+    code = jnp.where(softest_strain(B) <= doubt, Status.SHAPE_HELD.value, Status.CONVERGED.value)
     code = jnp.where(jnp.min(moduli) < 0, Status.UNSTABLE.value, code)
-    code = jnp.where(nearest <= doubt, Status.STIFFNESS_UNSETTLED.value, code)
-    code = jnp.where(nearest <= round_off, Status.FLOPPY.value, code)
+    code = jnp.where(smallest <= doubt, Status.STIFFNESS_UNSETTLED.value, code)
+    code = jnp.where(smallest <= round_off, Status.FLOPPY.value, code)
     finite = jnp.all(jnp.isfinite(tensor)) & jnp.all(jnp.isfinite(stress))
     return jnp.where(finite, code, Status.NOT_FINITE.value).astype(jnp.int32)

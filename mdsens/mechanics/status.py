@@ -1,4 +1,4 @@
-"""Outcomes of relaxations, derivatives and designs: those of the mathematics, and the physics'."""
+"""Outcomes of relaxations, derivatives and designs: those of linear solves and physical ones."""
 
 from __future__ import annotations
 
@@ -9,47 +9,49 @@ __all__ = ["Status"]
 
 
 class Status(Outcome):
-    """The outcome of a relaxation, a derivative or a design: each member is a sentence that names
-    the cause and what to do.
+    """The outcome of a relaxation, a derivative or a design.
 
-    ``good`` is True where the number beside a status can be used, ``warning`` where its user should
-    know what the sentence says. Inside ``jit`` a status is an int32 array; ``Status(int(value))``
-    turns it back into a member. Printed, it is its name and sentence; ``f"{status:d}"``,
-    ``int(status)`` and json give the code.
+    Each member has a sentence that names the cause and the remedy. ``good`` is True where the
+    number beside a status can be used, ``warning`` where its user should also read the sentence.
+    Inside ``jit`` a status is an int32 array; ``Status(int(value))`` turns it back into a member.
+    A status prints as its name and sentence; ``f"{status:d}"``, ``int(status)`` and json give the
+    code.
     """
 
+    # An ``entry`` of Result has the same code, severity and sentence here, so that the status of a
+    # linear solve is one of these members.
     CONVERGED = Result.CONVERGED.entry
     ROUND_OFF_LIMITED = Result.ROUND_OFF_LIMITED.entry
     NULL_COMPONENT_DROPPED = (
         2,
         Severity.WARNING,
         (
-            "converged; the part of the right-hand side in the null space (translations, rattlers, "
-            "rotations of a free cluster) has no answer and was dropped"
+            "converged; the part of the right-hand side in the null space (translations, "
+            "rattlers, rotations of a free cluster) has no answer and was dropped"
         ),
     )
     SINGLE_PRECISION = (
         3,
         Severity.WARNING,
         (
-            "single precision leaves few digits of a derivative, eps lambda_max / lambda_min at best; "
-            "call ms.enable_x64() for more"
+            "single precision leaves few digits of a derivative, eps lambda_max / lambda_min at "
+            "best; call ms.enable_x64() for more"
         ),
     )
     RADIUS_BELOW_ROUND_OFF = (
         4,
         Severity.WARNING,
         (
-            "a pair stands so near to its next breakpoint that the positions cannot tell on which "
-            "side: the derivative is that of one side; move the parameters a little"
+            "a pair stands so near to its next breakpoint that the positions cannot tell on "
+            "which side: the derivative is that of one side; move the parameters a little"
         ),
     )
     DEGENERATE = (
         5,
         Severity.WARNING,
         (
-            "the lowest modes are equally stiff, more of them than were asked for, so that each alone "
-            "has no derivative; value and derivative are those of their mean"
+            "the lowest modes are equally stiff, more of them than were asked for, so that each "
+            "alone has no derivative; value and derivative are those of their mean"
         ),
     )
     NOT_UNIQUE = Result.NOT_UNIQUE.entry
@@ -57,18 +59,18 @@ class Status(Outcome):
         7,
         Severity.WARNING,
         (
-            "at rest at zero energy: nothing is in contact, so there is nothing to differentiate; "
-            "raise the packing fraction or pressure to jam it, or give positions and lengths in one "
-            "unit"
+            "at rest at zero energy: nothing is in contact, so there is nothing to "
+            "differentiate; raise the packing fraction or pressure to jam it, or give positions "
+            "and lengths in one unit"
         ),
     )
     SHAPE_HELD = (
         8,
         Severity.WARNING,
         (
-            "some strain of the cell costs nothing or lowers the enthalpy (Born), so that the cell "
-            "alone holds this shape: what is computed in it stands, but left to its pressure it would "
-            "shear away; relax the shape as well, or take more particles"
+            "some strain of the cell costs nothing or lowers the enthalpy (Born), so that only "
+            "the fixed cell keeps this shape: results in this cell are valid, but under its "
+            "pressure alone it would shear away; relax the shape as well, or take more particles"
         ),
     )
     MAX_STEPS_REACHED = (
@@ -82,24 +84,24 @@ class Status(Outcome):
         13,
         Severity.FAILURE,
         (
-            "the operator has a direction of negative curvature, so this is a saddle and no minimum; "
-            "perturb the configuration and minimize again"
+            "the operator has a direction of negative curvature, so this is a saddle and no "
+            "minimum; perturb the configuration and minimize again"
         ),
     )
     NOT_FINITE = (
         14,
         Severity.FAILURE,
         (
-            "a value was not finite; look for overlapping particles, a step that is too long, or bad "
-            "parameters"
+            "a value was not finite; look for overlapping particles, a step that is too long, or "
+            "bad parameters"
         ),
     )
     NEIGHBORS_OVERFLOWED = (
         15,
         Severity.FAILURE,
         (
-            "the neighbor list was too short for this configuration, so pairs were lost; allocate it "
-            "again outside of jit (system.reallocate()) or start from ms.minimize"
+            "the neighbor list was too short for this configuration, so pairs were lost; "
+            "allocate it again outside of jit (system.reallocate()) or start from ms.minimize"
         ),
     )
     UNJAMMED = (
@@ -114,9 +116,10 @@ class Status(Outcome):
         17,
         Severity.FAILURE,
         (
-            "the configuration is no minimum: the largest force left is above the tolerance, or not "
-            "small beside the mean force of the pairs, so that contacts and derivatives may be those "
-            "of another one; minimize further, to a smaller tolerance (or leave tolerance out)"
+            "the configuration is no minimum: the largest force left is above the tolerance, or "
+            "not small beside the mean force of the pairs, so that contacts and derivatives may "
+            "be those of another one; minimize further, to a smaller tolerance (or leave "
+            "tolerance out)"
         ),
     )
     FLOPPY = (
@@ -124,8 +127,8 @@ class Status(Outcome):
         Severity.FAILURE,
         (
             "there are modes without stiffness beyond translations, rotations and rattlers: the "
-            "configuration is not rigid, and its response not unique; compress it, or add what holds "
-            "it"
+            "configuration is not rigid, and its response not unique; compress it, or add what "
+            "holds it"
         ),
     )
     CONTACTS_UNSETTLED = (
@@ -142,8 +145,9 @@ class Status(Outcome):
         20,
         Severity.FAILURE,
         (
-            "a mode is so soft that the force left could make its stiffness, of either sign: it may "
-            "be floppy, unstable or neither; minimize to a smaller force, or take it as floppy"
+            "a mode is so soft that the force left on the particles could account for its "
+            "stiffness, which may have either sign: it may be floppy, unstable or neither; "
+            "minimize to a smaller force, or take it as floppy"
         ),
     )
     INACCURATE = (
@@ -158,17 +162,17 @@ class Status(Outcome):
         22,
         Severity.FAILURE,
         (
-            "no state of rest was found at this pressure: the cell grows until nothing holds it, or "
-            "shrinks below twice the range of the interactions; change the pressure, start nearer to "
-            "it, or take more particles"
+            "no state of rest was found at this pressure: the cell grows until nothing holds it, "
+            "or shrinks below twice the range of the interactions; change the pressure, start "
+            "nearer to it, or take more particles"
         ),
     )
     DESIGN_STAGNATED = (
         23,
         Severity.FAILURE,
         (
-            "no step leads nearer to all targets: the trust region or the bounds leave none; widen "
-            "the bounds, free more parameters, or ask for less"
+            "no step leads nearer to all targets: the trust region or the bounds leave none; "
+            "widen the bounds, free more parameters, or ask for less"
         ),
     )
     BUDGET_SPENT = (
@@ -200,9 +204,9 @@ class Status(Outcome):
         29,
         Severity.FAILURE,
         (
-            "the modes of negative stiffness are not as many as a saddle of this order has: this is a "
-            "minimum, or a saddle of another order; start nearer to the saddle, along another "
-            "direction, or between its two minima"
+            "the modes of negative stiffness are not as many as a saddle of this order has: this "
+            "is a minimum, or a saddle of another order; start nearer to the saddle, along "
+            "another direction, or between its two minima"
         ),
     )
     REDUNDANT_CONSTRAINTS = (
@@ -210,15 +214,15 @@ class Status(Outcome):
         Severity.FAILURE,
         (
             "some constraints repeat others, so that their multipliers are not unique and their "
-            "values cannot change one by one; leave out as many as repeat"
+            "values cannot change one by one; leave out those that repeat others"
         ),
     )
     CONSTRAINTS_UNMET = (
         31,
         Severity.FAILURE,
         (
-            "the constraints cannot be met together, or not from this start: an equation is left "
-            "open; change what they ask for, or start nearer to it"
+            "the constraints cannot be met together, or not from this start: an equation is not "
+            "fulfilled; change the constraints, or start nearer to a solution"
         ),
     )
     NOT_A_ROOT = Result.NOT_A_ROOT.entry

@@ -1,5 +1,6 @@
-"""A system's own units: the length and stiffness of its potential, and what follows from them for steps
-and tolerances.
+"""Natural units of a system: the length and stiffness of its potential, and force scales.
+
+Step sizes of minimizers and tolerances of forces are set in these units.
 """
 
 from __future__ import annotations
@@ -30,73 +31,83 @@ __all__ = [
     "unrelaxed",
 ]
 
-POWERS = 20  # of the Hessian, in a power iteration
-MARGIN = (
-    10.0  # of the force left over the potential's length: the stiffness that it can make or take
-)
-RELAXED = 1e-4  # of the mean pair force: a larger force left is that of no minimum
-GOAL = 1e-12  # of the mean pair force: what a relaxation goes down to where no tolerance is given
-# Units of round-off that the force on a particle is uncertain by, for the pairs that it is made of.
-# Measured where FIRE comes to stand, on eight systems of 128 to 1,024 particles (discs and spheres
-# of both exponents, a glass, a crystal with a vacancy, springs): the largest force is 0.6 to 1.3
-# such units in the median, 2.7 at most, and grows with the number of particles among which it is
-# the largest.
+# Products with the Hessian in a power iteration.
+POWERS = 20
+# Stiffness that the largest force left on a particle can add to a mode, or take from it, in units
+# of that force over the potential's length. It also tells contacts from round-off: their forces
+# are larger than the force left by this factor.
+MARGIN = 10.0
+# Largest force left at a minimum, in units of the mean pair force.
+RELAXED = 1e-4
+# Force at which a relaxation without a given tolerance ends, in units of the mean pair force.
+GOAL = 1e-12
+# Uncertainty of the force on a particle, in units of the round-off of its pairs (see
+# ``force_scale``). Measured where FIRE no longer lowers the forces, on eight systems of 128 to
+# 1,024 particles (discs and spheres of both exponents, a glass, a crystal with a vacancy, springs):
+# the largest force is 0.6 to 1.3 such units in the median and 2.7 at most. It grows with the number
+# of particles, since it is the largest of so many.
 UNITS = 4.0
-# of the potential's own force: a smaller one, that no contact exceeds, is an overlap that opens
+# Largest force left where nothing is in contact, in units of the potential's stiffness times its
+# length: it belongs to an overlap that is about to open.
 IDLE = 1e-8
-BENT = 0.01  # strain of a pair that attracts, whose force is a force of its potential
-PROBES = 4  # random changes of the last digit, of a potential that is more than pairs
+# Strain of a pair whose force is the typical force of a potential that attracts.
+BENT = 0.01
+# Random changes of the last digits of the positions that measure the round-off of the forces, for
+# a potential that is not a sum over pairs.
+PROBES = 4
 
 
 @jax.jit
 def natural_units(system: System) -> tuple[jax.Array, jax.Array]:
-    """The potential's own length and largest stiffness, (l, k): they make the minimizer's steps
-    independent of the units.
+    """Length and largest stiffness of the potential, (l, k).
 
-    l is where the pair energy is least (contact, for a potential that only repels) and k the curvature
-    there (at 0.9 l, for one that only repels) times the 2^(d+1) that a dense packing of such pairs
-    reaches: 10 for harmonic discs and 900 for a Lennard-Jones crystal, against largest eigenvalues
-    of 10 and 850. Both are medians over some pairs. Of a potential without pairs, l is the spacing of the
-    particles and k the largest curvature of the energy where they are.
+    They make the minimizer's steps independent of the units. l is the distance of least pair
+    energy (contact, for a potential that only repels). k is the curvature there (at 0.9 l, for a
+    potential that only repels) times 2^(d+1), the factor of a dense packing of such pairs: k is 10
+    for harmonic discs and 900 for a Lennard-Jones crystal, where the largest eigenvalues of the
+    Hessian are 10 and 850. Both are medians over some pairs. For a potential without pairs, l is
+    the spacing of the particles, and k the largest curvature of the energy at their positions.
     """
-    lengths, curvatures = [], []
+    lengths = []
+    curvatures = []
     n, d = system.positions.shape
-    extent = jnp.max(jnp.max(system.positions, axis=0) - jnp.min(system.positions, axis=0)) / max(
-        n ** (1.0 / d) - 1, 1
-    )
-    spacing = (
-        jnp.where(extent > 0, extent, 1.0)
-        if system.box is None
-        else (system.volume / n) ** (1.0 / d)
-    )
-    few = np.unique(
-        np.linspace(0, n - 1, 8).astype(int)
-    )  # whoever they are near: a list would have some kinds more
-    pairs = few[np.stack(np.triu_indices(few.size, 1))]
+    if system.box is None:
+        sizes = jnp.max(system.positions, axis=0) - jnp.min(system.positions, axis=0)
+        extent = jnp.max(sizes) / max(n ** (1.0 / d) - 1, 1)
+        spacing = jnp.where(extent > 0, extent, 1.0)
+    else:
+        spacing = (system.volume / n) ** (1.0 / d)
+    # All pairs of 8 particles spread over the indices, wherever they are: pairs of the neighbor
+    # list would contain some pairs of species more often than others.
+    sample = np.unique(np.linspace(0, n - 1, 8).astype(int))
+    pairs = sample[np.stack(np.triu_indices(sample.size, 1))]
     for term in system.potential.terms(
         system.params, pairs, n, system.species, system.species_count
     ):
         count = term.i.shape[0]
         if count == 0:
             continue
-        some = np.unique(np.linspace(0, count - 1, 28).astype(int))
-        values = tuple(v if v.ndim == 0 else v[some] for v in term.values)
-        far = jnp.where(
-            jnp.isfinite(system.range) & (system.range > 0), system.range, 4.0 * spacing
-        )
-        r = far * jnp.linspace(0.05, 1.0, 400)[:, None] * jnp.ones(some.shape[0])
+        # 28 pairs of 8 particles, or as many of the bonds
+        chosen = np.unique(np.linspace(0, count - 1, 28).astype(int))
+        values = tuple(v if v.ndim == 0 else v[chosen] for v in term.values)
+        has_range = jnp.isfinite(system.range) & (system.range > 0)
+        longest = jnp.where(has_range, system.range, 4.0 * spacing)
+        # (400, pairs) distances at which the energy is scanned for its minimum
+        r = longest * jnp.linspace(0.05, 1.0, 400)[:, None] * jnp.ones(chosen.shape[0])
 
+        # The arguments with defaults bind the values of this turn of the loop.
         def phi(r: jax.Array, term: Any = term, values: Any = values) -> jax.Array:
             return term.phi(r, *values)
 
         energies = phi(r)
         least = jnp.argmin(jnp.where(jnp.isfinite(energies), energies, jnp.inf), axis=0)
-        at = jnp.take_along_axis(r, least[None], axis=0)
-        at_least = jnp.take_along_axis(energies, least[None], axis=0)
+        r_least = jnp.take_along_axis(r, least[None], axis=0)
+        energy_least = jnp.take_along_axis(energies, least[None], axis=0)
         slope = jax.grad(lambda r, phi=phi: jnp.sum(phi(r)))
-        where = jnp.where(at_least < 0, at, 0.9 * at)
-        curvature = jax.jvp(slope, (where,), (jnp.ones_like(where),))[1]
-        lengths.append(jnp.median(at))
+        # A potential that only repels has its least energy, zero, at contact and beyond.
+        r_curvature = jnp.where(energy_least < 0, r_least, 0.9 * r_least)
+        curvature = jax.jvp(slope, (r_curvature,), (jnp.ones_like(r_curvature),))[1]
+        lengths.append(jnp.median(r_least))
         curvatures.append(jnp.median(jnp.abs(curvature)))
     if not lengths:
         return spacing, _curvature(system)
@@ -104,11 +115,11 @@ def natural_units(system: System) -> tuple[jax.Array, jax.Array]:
     return jnp.min(jnp.stack(lengths)), jnp.where(stiffness > 0, stiffness, 1.0)
 
 
-_scales_each = jax.jit(jax.vmap(natural_units))
+_natural_units_each = jax.jit(jax.vmap(natural_units))
 
 
 def _curvature(system: System) -> jax.Array:
-    """The largest eigenvalue of the Hessian at the system's positions; 1 where it vanishes."""
+    """Largest eigenvalue of the Hessian at the system's positions; 1 where it is zero."""
 
     def slope(positions: jax.Array) -> jax.Array:
         return gradient(system, Unknowns(positions), system.params).positions
@@ -117,10 +128,18 @@ def _curvature(system: System) -> jax.Array:
 
 
 def largest_stiffness(
-    slope: Callable[[jax.Array], jax.Array], positions: jax.Array, otherwise: Any
+    slope: Callable[[jax.Array], jax.Array],
+    positions: jax.Array,
+    otherwise: jax.Array | float,
 ) -> jax.Array:
-    """The largest eigenvalue of the Hessian at positions (n, d), by power iteration: from 0.94 of
-    it up to all of it in packings and glasses; ``otherwise`` where it vanishes or is not finite.
+    """Largest eigenvalue of the Hessian by power iteration.
+
+    In packings and glasses the result is 0.94 to 1 times the eigenvalue.
+
+    Args:
+      slope: the gradient of the energy, R -> dU/dR.
+      positions: (n, d) R at which the Hessian is taken.
+      otherwise: the result where the eigenvalue is zero or not finite.
     """
 
     def product(_: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -128,39 +147,41 @@ def largest_stiffness(
         w = jax.jvp(slope, (positions,), (v / jnp.where(size > 0, size, 1.0),))[1]
         return w, jnp.sqrt(jnp.sum(w**2))
 
+    # A fixed start with entries of every size and sign.
     start = jnp.cos(jnp.arange(positions.size, dtype=positions.dtype) ** 2).reshape(positions.shape)
     _, size = jax.lax.fori_loop(0, POWERS, product, (start, jnp.sqrt(jnp.sum(start**2))))
     return jnp.where((size > 0) & jnp.isfinite(size), size, otherwise)
 
 
 def round_off(system: System) -> float:
-    """The largest force that the resolution of the positions alone can leave on a particle: eps |R|
-    k.
+    """Largest force that the round-off of the positions alone can leave on a particle, eps |R| k.
 
-    k is the potential's largest stiffness. Minimizations reach between a tenth of it and all of it. Of a
-    batch, the largest member's. Host code.
+    |R| is the largest coordinate and k the largest stiffness of the potential. The largest force
+    that minimizations reach is between a tenth of this and all of it. For a batch, the value of the
+    largest member. Host code.
     """
-    resolution = np.finfo(system.positions.dtype).eps * np.max(
-        np.abs(np.asarray(system.positions)), initial=0.0
-    )
-    return float(
-        resolution * jnp.max((natural_units if system.batch is None else _scales_each)(system)[1])
-    )
+    extent = np.max(np.abs(np.asarray(system.positions)), initial=0.0)
+    resolution = np.finfo(system.positions.dtype).eps * extent
+    units = natural_units if system.batch is None else _natural_units_each
+    _, stiffness = units(system)
+    return float(resolution * jnp.max(stiffness))
 
 
 class ForceScale(NamedTuple):
-    """What the largest force left on a particle is judged against, at one configuration; energy a
-    length.
+    """Scales of the forces at one configuration, for judging the largest force left on a particle.
+
+    Forces are in energy per length. The entries are arrays of jax or numpy, or numbers.
 
     Attributes:
-      mean: mean force of the pairs that interact. Of a potential that attracts, whose pair forces
-        may cancel or vanish at its minimum, at least the force of a pair strained by 1 %; of one
-        without pairs the same by its stiffness.
+      mean: mean force of the pairs that interact. For a potential that attracts, at least the force
+        of a pair strained by 1 %, since pair forces may cancel or be zero at a minimum. For a
+        potential without pairs, the force of 1 % strain by its stiffness.
       floor: the largest force that round-off of the positions leaves on a particle, see
         ``force_scale``.
-      idle: whether nothing is in contact. Of a potential that only repels: no pair has a force
-        above 10 times the largest one left on a particle, and that one is 1e-8 at most of the
-        potential's own. Of any other one that is made of pairs: none has a force or a stiffness.
+      idle: whether nothing is in contact. For a potential that only repels: no pair has a force
+        above 10 times the largest force left on a particle, and that is at most 1e-8 of the
+        potential's stiffness times its length. For other pair potentials: no pair has a force or a
+        stiffness.
     """
 
     mean: Any
@@ -169,34 +190,41 @@ class ForceScale(NamedTuple):
 
 
 @jax.jit
-def force_scale(system: System, length: jax.Array, stiffness: jax.Array, left: Any) -> ForceScale:
-    """The mean pair force and the force floor of a configuration.
+def force_scale(
+    system: System, length: jax.Array, stiffness: jax.Array, left: jax.Array | float
+) -> ForceScale:
+    """Mean pair force and force floor of a configuration.
 
-    A coordinate is stored to eps |R|, and so is the vector between two particles, so that the force
-    on particle i is uncertain by
+    A coordinate is stored to eps |R|, and so is the vector between two particles. So the force on
+    particle i is uncertain by
 
         floor_i = 4 eps sqrt(sum_j (k_ij |R_ij|)^2 + f_ij^2),
 
-    k_ij the stiffness of a pair, |phi''| or |phi'| / r, |R_ij| the mean size of the two positions,
-    f_ij its force. No minimization goes below that of its worst particle. Of a potential that is
-    more than pairs the floor is measured: by what the forces change where the last digits of the
-    positions do. It is never below eps times the force that the length and stiffness of a pair
-    make, which counts as none.
+    with k_ij the stiffness of a pair, the larger of |phi''| and |phi'| / r, |R_ij| the root mean
+    square size of the two positions, and f_ij the force of the pair. No minimization reaches a
+    force below that of the worst particle. For a potential that is not a sum over pairs the floor
+    is measured, as the change of the forces when the last digits of the positions change. The floor
+    is never below eps times the length and stiffness of a pair, a force that counts as zero.
 
     Args:
-      system: with a complete list.
+      system: with a complete neighbor list.
       length, stiffness: from ``natural_units``.
       left: the largest force left on a particle, which tells contacts from round-off.
 
-    Traceable. Nothing of it is differentiated.
+    Traceable. The results have no derivative.
     """
     system, length, stiffness = jax.lax.stop_gradient((system, length, stiffness))
     n = system.n
-    dtype, x = system.positions.dtype, components(system.positions)
-    eps, images = jnp.finfo(dtype).eps, nearest_images(system.box)
-    size: Any = sum(c * c for c in x)
-    total, count, contacts = jnp.zeros((), dtype), jnp.zeros((), dtype), jnp.zeros((), dtype)
-    noise, reached = jnp.zeros(n, dtype), jnp.zeros((), bool)
+    dtype = system.positions.dtype
+    x = components(system.positions)
+    eps = jnp.finfo(dtype).eps
+    images = nearest_images(system.box)
+    size_squared: Any = sum(c * c for c in x)  # |R_i|^2
+    total = jnp.zeros((), dtype)
+    count = jnp.zeros((), dtype)
+    contacts = jnp.zeros((), dtype)
+    noise_squared = jnp.zeros(n, dtype)
+    interacts = jnp.zeros((), bool)
     for term in row_terms(system):
         if not term.j.size:
             continue
@@ -204,46 +232,49 @@ def force_scale(system: System, length: jax.Array, stiffness: jax.Array, left: A
         r = jnp.sqrt(jnp.where(term.mask, sum(v * v for v in apart), 1.0))
         slope = jax.grad(lambda s, term=term: jnp.sum(term.energy(s)))
         force, curvature = jax.jvp(slope, (r,), (jnp.ones_like(r),))
-        firm = jnp.maximum(jnp.abs(curvature), jnp.abs(force) / r)
-        reached = reached | jnp.any(firm > 0)
-        squared = firm**2 * 0.5 * (size[term.i] + size[term.j]) + force**2
-        rows = term.j.ndim == 2
-        noise = (
-            noise + jnp.sum(squared, axis=0)
-            if rows
-            else noise.at[term.i].add(squared).at[term.j].add(squared)
-        )
-        share, f = 0.5 if rows else 1.0, jnp.abs(force)
-        total, count = total + share * jnp.sum(f), count + share * jnp.sum(f > 0)
-        contacts = contacts + share * jnp.sum(f > MARGIN * left)
-    shaken: Any = 0.0
+        pair_stiffness = jnp.maximum(jnp.abs(curvature), jnp.abs(force) / r)
+        interacts = interacts | jnp.any(pair_stiffness > 0)
+        # half the sum of |R_i|^2 and |R_j|^2 is the mean square size of the two positions
+        sizes_squared = size_squared[term.i] + size_squared[term.j]
+        squared = pair_stiffness**2 * 0.5 * sizes_squared + force**2
+        # Rows of neighbors have each pair twice, once for each particle; a list has it once.
+        is_rows = term.j.ndim == 2
+        if is_rows:
+            noise_squared = noise_squared + jnp.sum(squared, axis=0)
+        else:
+            noise_squared = noise_squared.at[term.i].add(squared).at[term.j].add(squared)
+        share = 0.5 if is_rows else 1.0
+        size = jnp.abs(force)
+        total = total + share * jnp.sum(size)
+        count = count + share * jnp.sum(size > 0)
+        contacts = contacts + share * jnp.sum(size > MARGIN * left)
+    measured: Any = 0.0
     if not system.potential.pairwise:
-        length, stiffness = natural_units(
-            system
-        )  # its stiffness is that of one configuration: a crowded start's is larger
-        shaken = _shaken(system)
-    own = eps * length * _of_a_pair(system, stiffness)
-    floor = jnp.maximum(
-        jnp.maximum(UNITS * eps * jnp.sqrt(jnp.max(noise, initial=0.0)), own), shaken
-    )
+        # The stiffness of such a potential is that of one configuration, and larger where the
+        # particles are crowded, as at a random start: so it is computed here again.
+        length, stiffness = natural_units(system)
+        measured = _measured_round_off(system)
+    smallest = eps * length * _pair_stiffness(system, stiffness)
+    of_pairs = UNITS * eps * jnp.sqrt(jnp.max(noise_squared, initial=0.0))
+    floor = jnp.maximum(jnp.maximum(of_pairs, smallest), measured)
     mean = total / jnp.maximum(count, 1.0)
-    mean = jnp.maximum(mean, _bent(system, length, stiffness))
+    mean = jnp.maximum(mean, _strained_pair_force(system, length, stiffness))
     if system.potential.repulsive:
         idle = (contacts == 0) & (left <= IDLE * stiffness * length)
     else:
-        idle = ~reached & system.potential.pairwise
+        idle = ~interacts & system.potential.pairwise
     return ForceScale(mean, floor, idle)
 
 
 force_scales = jax.jit(jax.vmap(force_scale))
 
 
-def _shaken(system: System) -> jax.Array:
-    """How much the largest force changes where the last digits of the positions do, twice the
-    largest of some trials.
+def _measured_round_off(system: System) -> jax.Array:
+    """Round-off of the forces, measured by random changes of the last digits of the positions.
 
-    Together, the particles' whole force counts: the probes are random, and the worst particle is
-    found in few of them.
+    Twice the largest change of the force on a particle in a few trials. All particles are displaced
+    together, and the whole vector of a force counts: the displacements are random, and the worst
+    particle shows its largest change in few of them.
     """
     eps = jnp.finfo(system.positions.dtype).eps
     n, d = system.positions.shape
@@ -252,18 +283,19 @@ def _shaken(system: System) -> jax.Array:
         return gradient(system, Unknowns(positions), system.params).positions
 
     def probe(key: jax.Array) -> jax.Array:
-        aside = (
-            eps * jnp.abs(system.positions) * jax.random.normal(key, (n, d), system.positions.dtype)
-        )
-        return largest_force(force(system.positions + aside) - force(system.positions))
+        noise = jax.random.normal(key, (n, d), system.positions.dtype)
+        displacement = eps * jnp.abs(system.positions) * noise
+        return largest_force(force(system.positions + displacement) - force(system.positions))
 
     keys = jax.random.split(jax.random.PRNGKey(0), PROBES)
     return 2.0 * jnp.max(jax.lax.map(probe, keys))
 
 
 def force_goal(scale: ForceScale, tolerance: Any) -> tuple[Any, Any]:
-    """The largest force that counts as converged, and the one to stop at: (tolerance or 1e-12 of
-    the mean pair force, the larger of it and the floor). Of arrays of numpy or jax.
+    """Largest force that counts as converged, and the force to stop at.
+
+    The first is the tolerance, or 1e-12 of the mean pair force where that is None. The second is
+    the larger of the first and the force floor. For arrays of numpy or jax.
     """
     goal = GOAL * scale.mean if tolerance is None else tolerance
     xp = jnp if isinstance(scale.floor, jax.Array) else np
@@ -271,54 +303,59 @@ def force_goal(scale: ForceScale, tolerance: Any) -> tuple[Any, Any]:
 
 
 class Limits(NamedTuple):
-    """What keeps a minimizer's steps in the system's own units."""
+    """Limits of a minimizer's steps, from the natural units of the system."""
 
-    longest: Any  # step of a particle
-    strongest: Any  # force on it
-    stiffness: Any  # of the potential
+    longest: Any  # longest step of a particle
+    strongest: Any  # largest force on a particle; larger ones are shortened to it
+    stiffness: Any  # largest stiffness of the potential
 
     @classmethod
     def of(cls, scale: tuple[Any, Any], method: Any) -> Limits:
-        """From the potential's length and stiffness."""
+        """Limits for a method of :mod:`mdsens.relaxation`, from ``natural_units`` (l, k)."""
         length, stiffness = scale
         longest = method.max_step * length
         return cls(longest, method.force_limit(longest, stiffness), stiffness)
 
 
 def unrelaxed(system: System, left: jax.Array, mean_force: jax.Array) -> jax.Array:
-    """Whether the largest force left is that of no minimum, beside the mean force of the contacts.
-    Traceable.
+    """Whether the largest force left is too large for a minimum. Traceable.
 
-    Where nothing is in contact, the force of the potential's own length and stiffness takes its
-    place. In single precision round-off alone leaves as much; what is then known of a derivative is
-    said by its own status.
+    It is compared with the mean force of the contacts. Where nothing is in contact, it is compared
+    with the potential's length times its stiffness. In single precision only a force that is not
+    finite is too large, since round-off alone leaves forces of this size; the status of a
+    derivative then tells how accurate it is.
+
+    Args:
+      left: the largest force left on a particle.
+      mean_force: mean force of the contacts, 0 without contacts.
     """
     length, stiffness = natural_units(system)
-    mean = jnp.maximum(mean_force, _bent(system, length, stiffness))
-    resolved = jnp.finfo(system.positions.dtype).eps < 1e-10
-    return ~jnp.isfinite(left) | (
-        resolved & (left > RELAXED * jnp.where(mean > 0, mean, length * stiffness))
-    )
+    mean = jnp.maximum(mean_force, _strained_pair_force(system, length, stiffness))
+    double_precision = jnp.finfo(system.positions.dtype).eps < 1e-10
+    limit = RELAXED * jnp.where(mean > 0, mean, length * stiffness)
+    return ~jnp.isfinite(left) | (double_precision & (left > limit))
 
 
-def _bent(system: System, length: jax.Array, stiffness: jax.Array) -> jax.Array:
-    """The force of a pair strained by 1 %, of a potential that does not only repel; without pairs
-    by its stiffness.
-    """
+def _strained_pair_force(system: System, length: jax.Array, stiffness: jax.Array) -> jax.Array:
+    """Force of a pair strained by 1 %; 0 for a potential that only repels."""
     if system.potential.repulsive:
         return jnp.zeros_like(length)
-    return BENT * _of_a_pair(system, stiffness) * length
+    return BENT * _pair_stiffness(system, stiffness) * length
 
 
-def _of_a_pair(system: System, stiffness: jax.Array) -> jax.Array:
-    """The stiffness of one pair, where ``natural_units`` gives that of a dense packing; that of all
-    without pairs.
+def _pair_stiffness(system: System, stiffness: jax.Array) -> jax.Array:
+    """Stiffness of a single pair, from that of a dense packing which ``natural_units`` gives.
+
+    For a potential without pairs, the stiffness itself.
     """
     return stiffness / 2.0 ** (system.dimension + 1) if system.potential.pairwise else stiffness
 
 
-def doubtful_stiffness(left: Any, length: Any) -> float:
-    """The stiffness below which the force left can make or take a mode's, so that its sign is not
-    known; with the potential's length.
+def doubtful_stiffness(left: jax.Array | float, length: jax.Array | float) -> float:
+    """Stiffness below which the sign of a mode's stiffness is not known, because of the force left.
+
+    Args:
+      left: the largest force left on a particle.
+      length: of the potential, from ``natural_units``.
     """
     return MARGIN * float(left) / float(length)

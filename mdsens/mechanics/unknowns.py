@@ -1,4 +1,4 @@
-"""What a condition is solved for."""
+"""The unknowns of the stationarity condition: positions, and what relaxes with them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ __all__ = ["Unknowns"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Unknowns(Portable, Named):
-    """What the stationarity condition is solved for, or a change of it, or a force on it.
+    """The unknowns of the stationarity condition; also their changes, and the forces on them.
 
     Attributes:
-      positions: (n, d).
-      strain: Mandel vector of d (d + 1) / 2 where the cell is relaxed too, else None.
-      multipliers: of constraints, by the constraint's name, else None.
-      params: parameters that constraints relax with the positions, by name, else None.
+      positions: (n, d) positions of the particles.
+      strain: strain of the cell where it is relaxed too, else None. Its components (k,) along the
+        strains that the cell can take; for a free shape a Mandel vector, k = d (d + 1) / 2.
+      multipliers: Lagrange multipliers by the name of the constraint; None without constraints that
+        have equations.
+      params: parameters that constraints relax with the positions, by name; None if there are none.
     """
 
     positions: jax.Array

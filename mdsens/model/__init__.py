@@ -1,1 +1,1 @@
-"""What a system is: positions, cell, parameters, neighbor list; batches of systems."""
+"""The model of a system: positions, cell, parameters and neighbor list; batches of systems."""

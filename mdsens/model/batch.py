@@ -1,9 +1,9 @@
-"""Several systems as one, and one as several."""
+"""Batches of systems: several systems stacked into one, and a batch taken apart again."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,10 @@ from mdsens.model.system import System, pair_lengths
 
 __all__ = ["stack", "unstack"]
 
+T = TypeVar("T")
+
+# Fields that must agree between members. The neighbor list is not among them: lists whose shapes
+# differ are built again with a common shape, see _with_equal_lists.
 FIELDS = (
     "positions",
     "params",
@@ -29,11 +33,11 @@ FIELDS = (
 
 
 def stack(systems: list[System] | tuple[System, ...]) -> System:
-    """A batch: one System whose arrays have a leading axis, for ``vmap`` and for the loops of
-    ``minimize`` and ``jvp``.
+    """A batch: one System whose arrays have a leading axis over the members.
 
-    All members need the same number of particles, potential, kind of box and parameter shapes; their
-    neighbor lists get the largest member's capacity.
+    It is what ``vmap`` and the batch loops of ``minimize`` and ``jvp`` take. All members need the
+    same number of particles, potential, kind of box and parameter shapes; their neighbor lists get
+    the largest member's capacity.
 
     Raises:
       InputError: naming the first member that differs.
@@ -49,28 +53,22 @@ def stack(systems: list[System] | tuple[System, ...]) -> System:
                 f"stack got a {type(system).__name__}: give systems, such as eq.system."
             )
         for field in FIELDS:
+            # fixed boxes may differ in what is known of their shape; that is settled below
             if field == "boundary" and all(
                 isinstance(s.boundary, FixedBox) for s in (first, system)
             ):
                 continue
-            ours, theirs = (
-                (
-                    getattr(s, field)
-                    if field.startswith("species_")
-                    else jax.tree.map(jnp.shape, getattr(s, field))
-                )
-                for s in (first, system)
-            )
-            if ours != theirs:
+            expected = _comparable(first, field)
+            actual = _comparable(system, field)
+            if expected != actual:
                 raise InputError(
-                    f"system {k} has other {field} than system 0 ({theirs} for {ours}): stack equal"
-                    " kinds."
+                    f"system {k} differs from system 0 in {field} ({actual}, not {expected}): stack"
+                    " systems of one kind."
                 )
     systems = [s if s.neighbors.complete else s.reallocate(keep=True) for s in systems]
     if len({s.boundary.orthogonal for s in systems}) > 1:
-        systems = [
-            s.replace(boundary=FixedBox(s.boundary.cell)) for s in systems
-        ]  # the form that holds for all
+        # a general cell: the form that is right for members with and without right angles
+        systems = [s.replace(boundary=FixedBox(s.boundary.cell)) for s in systems]
     complete = [s.neighbors.complete for s in systems]
     if any(complete) and not all(complete):
         raise InputError(
@@ -78,36 +76,47 @@ def stack(systems: list[System] | tuple[System, ...]) -> System:
         )
     kinds = {(s.neighbors.rows.shape, s.neighbors.cells, s.neighbors.run_capacity) for s in systems}
     if not any(complete) and len(kinds) > 1:
-        systems = _same_lists(systems)
+        systems = _with_equal_lists(systems)
     return together(systems)
 
 
-def _same_lists(systems: list[System]) -> list[System]:
-    """The systems with lists of one shape that hold every pair of each."""
+def _comparable(system: System, field: str) -> Any:
+    """A field in the form in which members are compared: its array shapes.
+
+    The species' count and names hold no arrays and are compared by value.
+    """
+    value = getattr(system, field)
+    return value if field.startswith("species_") else jax.tree.map(jnp.shape, value)
+
+
+def _with_equal_lists(systems: list[System]) -> list[System]:
+    """The systems with neighbor lists of one shape, each with every pair of its own system."""
+    # the coarsest grid, whose cells are wide enough for the range of every member
     cells = tuple(min(along) for along in zip(*(s.neighbors.cells for s in systems), strict=True))
     lists = []
     for s in systems:
-        lattice: Any = s.neighbors.reference_box if s.box is None else s.box
+        # with open boundaries the grid covers the enclosing cell of the list so far
+        lattice = cast(jax.Array, s.neighbors.reference_box if s.box is None else s.box)
         lists.append(
             neighbors.fitted(s.positions, s.box, lattice, pair_lengths(s), float(s.range), cells)
         )
-    capacity, run_capacity = (
-        max(k) for k in zip(*((x.rows.shape[0], x.run_capacity) for x in lists), strict=True)
-    )
+    capacity = max(x.rows.shape[0] for x in lists)
+    run_capacity = max(x.run_capacity for x in lists)
     return [
         s.replace(neighbors=dataclasses.replace(x.resized(capacity), run_capacity=run_capacity))
         for s, x in zip(systems, lists, strict=True)
     ]
 
 
-def unstack(batch: Any) -> list[Any]:
-    """The members of a batch: of a System that ``stack`` made, or of the Equilibrium that
-    ``minimize`` made of it.
+def unstack(batch: T) -> list[T]:
+    """The members of a batch: a System made by ``stack``, or the Equilibrium of one.
+
+    An Equilibrium is what ``minimize`` returns for such a batch.
     """
     count = getattr(getattr(batch, "system", batch), "batch", None)
     if count is None:
         raise InputError(
-            f"unstack got a {type(batch).__name__} that is no batch: give what ms.stack returned,"
-            " or ms.minimize of it."
+            f"unstack got a {type(batch).__name__} that is not a batch: give the result of"
+            " ms.stack, or of ms.minimize on it."
         )
     return apart(batch, count)

@@ -1,16 +1,15 @@
-"""Periodic cells: a fixed matrix, a rule that follows the parameters, or none; and nearest images
-in them.
-"""
+"""Periodic cells: a fixed matrix, a rule that follows the parameters, or open boundaries."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from mdsens._util.errors import InputError
 from mdsens._util.portable import Portable
@@ -27,25 +26,30 @@ __all__ = [
 ]
 
 Params = Mapping[str, Any]
+Diameters: TypeAlias = jax.Array | np.ndarray | None
+
+
+# Every box rule has `orthogonal`, True where its matrix is known to be diagonal, and `follows`, the
+# text that the table of a system shows after the cell: what the cell depends on, "" for nothing.
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class OpenBox:
-    """No cell: open boundaries."""
+    """Open boundaries: no periodic cell."""
 
     orthogonal = False
     follows = ""
 
-    def matrix(self, params: Params, diameters: Any, dimension: int) -> None:
+    def matrix(self, params: Params, diameters: Diameters, dimension: int) -> None:
+        """None, since there is no cell."""
         return None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FixedBox(Portable):
-    """A cell matrix (d, d) whose columns are the cell vectors; it does not depend on the
-    parameters.
+    """A cell matrix (d, d), its columns the cell vectors, that does not depend on parameters.
 
     Attributes:
       cell: the matrix.
@@ -55,20 +59,22 @@ class FixedBox(Portable):
     cell: Any
     orthogonal: bool = dataclasses.field(default=False, metadata={"static": True})
 
-    follows = ""  # what moves it, in words
+    follows = ""
 
-    def matrix(self, params: Params, diameters: Any, dimension: int) -> jax.Array:
+    def matrix(self, params: Params, diameters: Diameters, dimension: int) -> jax.Array:
+        """The cell (d, d)."""
         return jnp.asarray(self.cell)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackingFraction(Portable):
-    """The cell of a packing fraction: V(params) = sum_i v(sigma_i) / fraction, v = pi/4 sigma^2 or
-    pi/6 sigma^3.
+    """The cell in which the particles have a given packing fraction.
 
-    Overlaps are counted twice, as the field does. The cell follows the diameters, and that
-    dependence is differentiated.
+        V(params) = sum_i v(sigma_i) / fraction,     v = pi/4 sigma^2 (2-D) or pi/6 sigma^3 (3-D)
+
+    Overlaps are counted twice, as is usual in the field. The cell follows the diameters, and
+    derivatives include that dependence.
 
     Attributes:
       fraction: the packing fraction phi, above 0.
@@ -76,12 +82,12 @@ class PackingFraction(Portable):
         square or cube.
     """
 
-    fraction: Any
-    shape: Any = None
+    fraction: float | jax.Array
+    shape: ArrayLike | jax.Array | None = None
 
     @property
     def follows(self) -> str:
-        """What moves the cell, in words."""
+        """What the cell depends on, in words."""
         return f", follows the diameters at a packing fraction of {float(self.fraction):.6g}"
 
     @property
@@ -89,19 +95,20 @@ class PackingFraction(Portable):
         """Whether the matrix is known to be diagonal."""
         return self.shape is None
 
-    def matrix(self, params: Params, diameters: Any, dimension: int) -> jax.Array:
+    def matrix(self, params: Params, diameters: Diameters, dimension: int) -> jax.Array:
+        """The cell (d, d) of the volume that ``diameters`` (n,) and the fraction give."""
         if diameters is None:
             raise InputError(
                 "a box that follows the packing fraction needs the parameter 'sigma': give a box"
                 " matrix instead."
             )
-        unit = {2: np.pi / 4, 3: np.pi / 6}[dimension]
+        unit = {2: np.pi / 4, 3: np.pi / 6}[dimension]  # area or volume at diameter 1
         volume = jnp.sum(unit * diameters**dimension) / self.fraction
-        shape = (
-            jnp.eye(dimension, dtype=volume.dtype)
-            if self.shape is None
-            else jnp.asarray(self.shape)
-        )
+        # only the ratios of the shape's entries count, and abs() lets it be left-handed
+        if self.shape is None:
+            shape = jnp.eye(dimension, dtype=volume.dtype)
+        else:
+            shape = jnp.asarray(self.shape)
         return shape * (volume / jnp.abs(jnp.linalg.det(shape))) ** (1.0 / dimension)
 
 
@@ -114,13 +121,25 @@ class BoxFunction(Portable):
     follows = ", a function of the parameters"
     function: Callable[[Params], jax.Array] = dataclasses.field(metadata={"static": True})
 
-    def matrix(self, params: Params, diameters: Any, dimension: int) -> jax.Array:
+    def matrix(self, params: Params, diameters: Diameters, dimension: int) -> jax.Array:
+        """The cell (d, d) that the function returns at ``params``."""
         return Traceable("the box function", self.function)(params)
 
 
-def box_rule(box: Any, dimension: int, dtype: Any) -> Any:
-    """The rule behind what a user gives as a box: None, a length, d lengths, a matrix, a rule, or a
-    function.
+BoxRule: TypeAlias = OpenBox | FixedBox | PackingFraction | BoxFunction
+
+
+def box_rule(
+    box: ArrayLike | BoxRule | Callable[[Params], jax.Array] | None,
+    dimension: int,
+    dtype: np.dtype,
+) -> BoxRule:
+    """The checked box rule for the ``box`` that a user gives.
+
+    Args:
+      box: None, a length, d lengths, a (d, d) matrix, a box rule, or a function of the parameters.
+      dimension: 2 or 3.
+      dtype: of the cell's entries.
     """
     if box is None:
         return OpenBox()
@@ -138,7 +157,8 @@ def box_rule(box: Any, dimension: int, dtype: Any) -> Any:
     return FixedBox(jnp.asarray(cell, dtype), not np.any(cell[~np.eye(dimension, dtype=bool)]))
 
 
-def _cell(box: Any, dimension: int) -> np.ndarray:
+def _cell(box: ArrayLike, dimension: int) -> np.ndarray:
+    """The checked cell matrix (d, d) of a length, d lengths, or a matrix."""
     need = f"give a length, {dimension} lengths, or a ({dimension}, {dimension}) matrix."
     cell = np.asarray(real_array("box", box, need), float)
     if cell.ndim < 2 and (cell < 0).any():
@@ -152,9 +172,9 @@ def _cell(box: Any, dimension: int) -> np.ndarray:
             f"box has shape {cell.shape} in {dimension} dimensions: give a length, {dimension}"
             f" lengths, or a ({dimension}, {dimension}) matrix whose columns are the cell vectors."
         )
-    size = np.max(
-        np.abs(cell), initial=0.0
-    )  # taken out, so that no power of a length over- or underflows
+    # The largest entry is divided out, so that no power of a length over- or underflows. Below a
+    # relative determinant of 1e-12 the cell vectors count as linearly dependent.
+    size = np.max(np.abs(cell), initial=0.0)
     if (
         not 0 < size < np.inf
         or not abs(np.linalg.det(cell / size)) > 1e-12 * np.linalg.norm(cell / size) ** dimension
@@ -165,21 +185,17 @@ def _cell(box: Any, dimension: int) -> np.ndarray:
     return cell
 
 
-def described(cell: Any) -> str:
-    """A cell in words, from its matrix: the lengths of its vectors, and their angles where these
-    are not right.
-    """
+def described(cell: jax.Array | np.ndarray | None) -> str:
+    """A cell matrix in words: lengths of its vectors, and angles that are not right angles."""
     if cell is None:
         return "open boundaries"
     matrix = np.asarray(cell)
     lengths = np.linalg.norm(matrix, axis=0)
     text = "periodic, " + " x ".join(f"{v:.6g}" for v in lengths)
     cosines = (matrix / lengths).T @ (matrix / lengths)
+    # alpha, beta, gamma of crystallography: each between the two vectors that do not name it
     pairs = [(1, 2), (0, 2), (0, 1)] if lengths.size == 3 else [(0, 1)]
-    if max(abs(cosines[p]) for p in pairs) > 1e-12:
-        text += (
-            ", angles "
-            + ", ".join(f"{np.degrees(np.arccos(cosines[p])):.4g}" for p in pairs)
-            + " degrees"
-        )
+    if max(abs(cosines[p]) for p in pairs) > 1e-12:  # not just round-off of right angles
+        angles = ", ".join(f"{np.degrees(np.arccos(cosines[p])):.4g}" for p in pairs)
+        text += f", angles {angles} degrees"
     return text

@@ -1,17 +1,18 @@
-"""Rows of the particles that can interact with each: a cell search behind a test that cannot lose a
-pair in silence.
+"""Neighbor lists: for each particle, the particles that it can interact with.
 
-rows[:, i] names the particles j that stood nearer to i than l_ij + skin at the ``reference``
-positions, l_ij the length beyond which the potential is zero for the two. A pair stands in the rows of
-both, so that a force is a sum over rows, gathered and never scattered: half the time of a list of
-pairs on one core, and the same sum on every run. Once particles have moved by d_i, in a cell
-deformed by M, all that interact are still listed while
+A cell search builds the list; a test of its completeness makes sure that no pair is lost unnoticed.
+
+rows[:, i] lists the particles j that were nearer to i than l_ij + skin at the ``reference``
+positions, where l_ij is the length beyond which the potential of the two is zero. A pair stands in
+the rows of both its particles, so that a force is a sum over rows, gathered and never scattered:
+half the time of a list of pairs on one core, and the same sum on every run. Once the particles have
+moved by d_i, in a cell deformed by M, all interacting pairs are still listed while
 
     skin lambda_min(M) - (1 - lambda_min(M)) max l_ij - 2 max |d_i| >= 0
 
-and the parameters that give l_ij are the same; where not, the list is rebuilt. A rebuild that does
-not fit the static capacities sets ``overflowed``; host code allocates again, traced code reports
-it.
+(lambda_min(M) is the least factor by which M stretches a vector) and the parameters that determine
+l_ij are unchanged; otherwise the list is rebuilt. A rebuild that does not fit the static capacities
+sets ``overflowed``: code on the host then allocates a larger list, traced code reports it.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from mdsens._util.errors import InputError
 from mdsens._util.lattice import components, heights, inverse, nearest_images
@@ -44,18 +46,25 @@ __all__ = [
     "within",
 ]
 
-# particles; a search compiles in a second, and a step on all pairs costs as much from there on
+# Particles up to which all pairs are listed. Compiling a search takes a second, and from about this
+# size on a step on all pairs costs as much as one on a list (2-D packings: from about 50 on).
 ALL_PAIRS_BELOW = 64
-SKIN = 0.3  # of the range: more rebuilds below, more padding above
-# of a grid for each particle, at most: a liquid takes less than one, and more find nothing in a
-# dilute gas
+# Skin as a share of the range. Smaller, the list is rebuilt more often; larger, its rows hold more
+# particles that do not interact.
+SKIN = 0.3
+# Grid cells per particle, at most. A liquid takes fewer than one; in a dilute gas more of them find
+# no more pairs and would fill memory.
 CELLS = 64
-WORD = 32  # candidates that are marked as near in the bits of one integer
-ROUND_OFF = 16  # eps of a height, which is computed by two divisions and a root
+# Candidates whose nearness is marked in the bits of one integer (uint32).
+WORD = 32
+# Round-off of a height in units of eps: it is computed by two divisions and a square root.
+ROUND_OFF = 16
 
-Lengths: TypeAlias = Callable[
-    [jax.Array, jax.Array], Any
-]  # of particles i and j; a pytree whose leaves are parameters
+# (i, j) -> l_ij of particles i and j; a pytree whose leaves are the parameters that determine it
+Lengths: TypeAlias = Callable[[jax.Array, jax.Array], Any]
+
+# host code (numpy) and traced code (jax) share the functions that take these
+A = TypeVar("A", jax.Array, np.ndarray)
 
 
 @jax.tree_util.register_dataclass
@@ -64,15 +73,16 @@ class Neighbors(Portable):
     """The particles that each particle may interact with.
 
     Attributes:
-      rows: (capacity, n) particle indices, rows[:, i] those near i, padded with n.
+      rows: (capacity, n) particle indices; rows[:, i] are those near i, padded with n.
       reference: (n, d) Cartesian positions when the list was built; None for all pairs.
       reference_box: (d, d) cell at that time (an enclosing one for open boundaries); None for all
         pairs.
-      given: the arrays that gave l_ij at that time; None for all pairs.
+      given: the parameter arrays that determined l_ij at that time; None for all pairs.
       skin: pairs nearer than l_ij + skin at the reference are listed; inf for all pairs.
       overflowed: True where pairs were lost.
-      cells: cells along each cell vector; empty for all pairs.
-      run_capacity: particles in a run of three cells along the last cell vector.
+      cells: number of grid cells along each cell vector; empty for all pairs.
+      run_capacity: capacity for the particles in a run of three grid cells along the last cell
+        vector.
     """
 
     rows: jax.Array
@@ -94,37 +104,48 @@ class Neighbors(Portable):
         """(2, capacity n) particle indices, each pair once, padded with n."""
         n = self.rows.shape[1]
         once = (self.rows > jnp.arange(n, dtype=self.rows.dtype)) & (self.rows < n)
-        own = jnp.broadcast_to(jnp.arange(n, dtype=self.rows.dtype), self.rows.shape)
-        return jnp.stack([jnp.where(once, own, n).ravel(), jnp.where(once, self.rows, n).ravel()])
+        first = jnp.broadcast_to(jnp.arange(n, dtype=self.rows.dtype), self.rows.shape)
+        return jnp.stack([jnp.where(once, first, n).ravel(), jnp.where(once, self.rows, n).ravel()])
 
     @property
     @jax.jit
     def used(self) -> jax.Array:
-        """Rows up to the last one that is not empty."""
+        """Number of rows up to the last one that is not empty."""
         filled = jnp.any(self.rows < self.rows.shape[1], axis=1)
         return jnp.max(filled * jnp.arange(1, self.rows.shape[0] + 1, dtype=jnp.int32), initial=0)
 
     def resized(self, capacity: int) -> Neighbors:
-        """The same list in another number of rows, at least as many as are used."""
+        """The same list with another number of rows, at least as many as are used."""
         more = max(capacity - self.rows.shape[0], 0)
         rows = jnp.pad(self.rows, ((0, more), (0, 0)), constant_values=self.rows.shape[1])
         return dataclasses.replace(self, rows=rows[:capacity])
 
 
-def no_pairs(n: int, dtype: Any = float) -> Neighbors:
+def no_pairs(n: int, dtype: DTypeLike = float) -> Neighbors:
     """The empty list, for potentials without pairs; complete as long as the range is zero."""
-    rows = jnp.zeros((0, n), jnp.int32)
-    return Neighbors(rows, None, None, None, jnp.asarray(jnp.inf, dtype), jnp.zeros((), bool))
+    return _complete_list(jnp.zeros((0, n), jnp.int32), dtype)
 
 
-def all_pairs(n: int, dtype: Any = float) -> Neighbors:
-    """The list in which everybody is near, always."""
+def all_pairs(n: int, dtype: DTypeLike = float) -> Neighbors:
+    """The list of all pairs, which stays complete wherever the particles move."""
     rows = jnp.asarray((np.arange(n)[None] + np.arange(1, n)[:, None]) % max(n, 1), jnp.int32)
-    return Neighbors(rows, None, None, None, jnp.asarray(jnp.inf, dtype), jnp.zeros((), bool))
+    return _complete_list(rows, dtype)
 
 
-def _cell_of(positions: Any, box: Any, cells: tuple[int, ...]) -> Any:
-    """The cell of each particle along each cell vector, (d, n)."""
+def _complete_list(rows: jax.Array, dtype: DTypeLike) -> Neighbors:
+    """A list of these rows that never needs an update."""
+    return Neighbors(
+        rows=rows,
+        reference=None,
+        reference_box=None,
+        given=None,
+        skin=jnp.asarray(jnp.inf, dtype),
+        overflowed=jnp.zeros((), bool),
+    )
+
+
+def _cell_of(positions: A, box: A, cells: tuple[int, ...]) -> A:
+    """Index of each particle's grid cell along each cell vector, (d, n)."""
     xp: Any = positions.__array_namespace__()
     fractional = positions @ inverse(box).T
     fractional = fractional - xp.floor(fractional)
@@ -133,61 +154,66 @@ def _cell_of(positions: Any, box: Any, cells: tuple[int, ...]) -> Any:
 
 
 def _fullest_run(positions: np.ndarray, box: np.ndarray, cells: tuple[int, ...]) -> int:
-    """Particles in the fullest run of three cells along the last cell vector."""
+    """Particles in the fullest run of three grid cells along the last cell vector."""
     counts = np.zeros(cells, int)
     np.add.at(counts, tuple(_cell_of(positions, box, cells)), 1)
     if cells[-1] > 2:
         counts = np.roll(counts, 1, axis=-1) + counts + np.roll(counts, -1, axis=-1)
-    else:
+    else:  # a run is the whole line, each cell once
         counts = np.sum(counts, axis=-1)
     return int(np.max(counts, initial=0))
 
 
 class _Grid(NamedTuple):
-    """Particles in the order of their cells: a run of cells along the last cell vector is a range
-    of ``order``.
+    """Particles sorted by their grid cells.
+
+    A run of cells along the last cell vector is a range of ``order``; a line is all cells along it.
     """
 
-    order: jax.Array  # (n,)
-    where: jax.Array  # (d, n)
-    first: jax.Array  # (cells,) where the run around each cell begins
-    length: jax.Array  # (cells,) of the run
-    line: jax.Array  # (lines,) where the line of cells that it wraps around in begins
-    line_end: jax.Array  # (lines,)
+    order: jax.Array  # (n,) particle indices, those of one cell together
+    where: jax.Array  # (d, n) index of each particle's cell along each cell vector
+    first: jax.Array  # (cells,) where in order the run around each cell begins
+    length: jax.Array  # (cells,) particles in the run
+    line: jax.Array  # (lines,) where in order each line of cells begins: a run wraps around in it
+    line_end: jax.Array  # (lines,) where it ends
 
 
 def _order(index: jax.Array, count: int) -> jax.Array:
-    """The particles by their cell, those of one cell in their own order."""
-    n, wide = index.shape[0], jax.dtypes.canonicalize_dtype(jnp.int64)
+    """The particles sorted by cell, those of one cell by their own number.
+
+    Args:
+      index: (n,) cell of each particle.
+      count: number of cells.
+    """
+    n = index.shape[0]
+    wide = jax.dtypes.canonicalize_dtype(jnp.int64)
     if count * n > jnp.iinfo(wide).max:
         return jnp.argsort(index).astype(jnp.int32)
-    # one number for both, since sorting by one while carrying another takes XLA six times as long
+    # One key of both numbers: sorting by one while carrying the other takes XLA six times as long.
     return (jax.lax.sort(index.astype(wide) * n + jnp.arange(n, dtype=wide)) % n).astype(jnp.int32)
 
 
 def _grid(positions: jax.Array, box: jax.Array, cells: tuple[int, ...]) -> _Grid:
-    where, last = _cell_of(positions, box, cells), cells[-1]
+    """The particles sorted into a grid of cells."""
+    where = _cell_of(positions, box, cells)
+    last = cells[-1]
+    # number of each particle's cell; neighbors along the last cell vector follow each other
     index = where[0]
-    for at, m in zip(where[1:], cells[1:], strict=True):
-        index = index * m + at
+    for along, m in zip(where[1:], cells[1:], strict=True):
+        index = index * m + along
     order = _order(index, math.prod(cells))
-    ends = (
-        jnp.cumsum(jnp.zeros(math.prod(cells), jnp.int32).at[index].add(1))
-        .astype(jnp.int32)
-        .reshape(-1, last)
-    )
+    counts = jnp.zeros(math.prod(cells), jnp.int32).at[index].add(1)
+    ends = jnp.cumsum(counts).astype(jnp.int32).reshape(-1, last)
     starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends.ravel()[:-1]]).reshape(-1, last)
-    line, line_end = starts[:, 0], ends[:, -1]
-    if last > 2:
+    line = starts[:, 0]
+    line_end = ends[:, -1]
+    if last > 2:  # the run of a cell is the cell before it, itself and the cell after it
         counts = ends - starts
-        first, length = (
-            jnp.roll(starts, 1, axis=1),
-            jnp.roll(counts, 1, axis=1) + counts + jnp.roll(counts, -1, axis=1),
-        )
-    else:
-        first, length = (
-            jnp.broadcast_to(x[:, None], starts.shape) for x in (line, line_end - line)
-        )
+        first = jnp.roll(starts, 1, axis=1)
+        length = jnp.roll(counts, 1, axis=1) + counts + jnp.roll(counts, -1, axis=1)
+    else:  # the run is the whole line
+        first = jnp.broadcast_to(line[:, None], starts.shape)
+        length = jnp.broadcast_to((line_end - line)[:, None], starts.shape)
     return _Grid(order, where, first.ravel(), length.ravel(), line, line_end)
 
 
@@ -201,112 +227,139 @@ def _search(
     run_capacity: int,
     capacity: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """All pairs nearer than l_ij + skin: (rows, most neighbors of one particle, particles in the
-    fullest run).
+    """All pairs nearer than l_ij + skin.
+
+    First the candidates near each particle are marked, one bit each, line of cells by line; then
+    the marks are taken off one at a time and written as rows of particle indices.
+
+    Returns:
+      (rows, most neighbors of one particle, particles in the fullest run). Pairs are lost where the
+      last two exceed ``capacity`` and ``run_capacity``.
     """
-    n, words = positions.shape[0], -(-run_capacity // WORD)
-    grid, x, images = _grid(positions, box, cells), components(positions), nearest_images(box)
-    sorted_x, own = components(positions[grid.order]), jnp.arange(n, dtype=jnp.int32)
+    n = positions.shape[0]
+    words = -(-run_capacity // WORD)  # integers that hold one mark per candidate, rounded up
+    grid = _grid(positions, box, cells)
+    x = components(positions)
+    images = nearest_images(box)
+    sorted_x = components(positions[grid.order])
+    particles = jnp.arange(n, dtype=jnp.int32)
     longest = jnp.max(grid.length)
 
     def place(line: jax.Array, k: jax.Array) -> jax.Array:
-        """Where in the grid's order the k-th candidate of each particle on its line of cells is,
-        (n,).
-        """
-        first, end = grid.first[line * cells[-1] + grid.where[-1]], grid.line_end[line]
-        at = first + k
-        return jnp.minimum(jnp.where(at >= end, at - (end - grid.line[line]), at), n - 1)
+        """Index in grid.order of the k-th candidate of each particle on a line of cells, (n,)."""
+        first = grid.first[line * cells[-1] + grid.where[-1]]
+        end = grid.line_end[line]
+        index = first + k
+        # a run that reaches the end of its line goes on at the line's beginning
+        wrapped = jnp.where(index >= end, index - (end - grid.line[line]), index)
+        return jnp.minimum(wrapped, n - 1)
 
     def search_line(offset: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The line at this offset from each particle's line (n,), and its marks (words, n)."""
         line = jnp.zeros(n, jnp.int32)
-        for at, by, m in zip(grid.where, offset, cells, strict=False):
-            line = line * m + jnp.mod(at + by, m)
+        # offsets are along all cell vectors but the last, along which the line runs
+        for along, by, m in zip(grid.where, offset, cells, strict=False):
+            line = line * m + jnp.mod(along + by, m)
         length = grid.length[line * cells[-1] + grid.where[-1]]
 
-        def test(k: jax.Array, marks: jax.Array) -> jax.Array:
-            at = place(line, k)
-            apart, j = (
-                images(tuple(c - s[at] for c, s in zip(x, sorted_x, strict=True))),
-                grid.order[at],
-            )
+        def mark(k: jax.Array, marks: jax.Array) -> jax.Array:
+            """Sets the bit of the k-th candidate where it is near."""
+            index = place(line, k)
+            apart = images(tuple(c - s[index] for c, s in zip(x, sorted_x, strict=True)))
+            j = grid.order[index]
             near = (
-                (sum(v * v for v in apart) < (lengths(own, j) + skin) ** 2)
+                (sum(v * v for v in apart) < (lengths(particles, j) + skin) ** 2)
                 & (k < length)
-                & (j != own)
+                & (j != particles)
             )
             bit = jnp.where(near, jnp.uint32(1) << (k % WORD).astype(jnp.uint32), jnp.uint32(0))
             return jnp.where(jnp.arange(words)[:, None] == k // WORD, marks | bit, marks)
 
         none = jnp.zeros((words, n), jnp.uint32)
-        return line, jax.lax.fori_loop(0, jnp.minimum(longest, run_capacity), test, none)
+        return line, jax.lax.fori_loop(0, jnp.minimum(longest, run_capacity), mark, none)
 
+    # neighboring lines; of one or two along a cell vector each is visited once
     sides = [(0,) if m == 1 else (0, 1) if m == 2 else (-1, 0, 1) for m in cells[:-1]]
     offsets = jnp.asarray(list(itertools.product(*sides)), jnp.int32)
     lines, marks = jax.lax.map(search_line, offsets)
     marks = marks.reshape(-1, n)
     most = jnp.max(jnp.sum(jax.lax.population_count(marks), axis=0), initial=0).astype(jnp.int32)
-    each = jnp.arange(marks.shape[0], dtype=jnp.int32)[:, None]
+    numbers = jnp.arange(marks.shape[0], dtype=jnp.int32)[:, None]
 
     def take(r: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """Writes row r from the first mark left for each particle, and takes that mark off."""
         rows, marks = carry
-        which = jnp.argmax(marks != 0, axis=0).astype(jnp.int32)
-        word = jnp.max(jnp.where(each == which, marks, 0), axis=0)
+        which = jnp.argmax(marks != 0, axis=0).astype(jnp.int32)  # the first word with a mark left
+        word = jnp.max(jnp.where(numbers == which, marks, 0), axis=0)
+        # word & -word is its lowest bit alone, whose position is the number of bits below it
         k = jax.lax.population_count((word & -word) - 1).astype(jnp.int32) + which % words * WORD
-        j = grid.order[
-            place(jnp.max(jnp.where(each[: len(lines)] == which // words, lines, 0), axis=0), k)
-        ]
+        line = jnp.max(jnp.where(numbers[: len(lines)] == which // words, lines, 0), axis=0)
+        j = grid.order[place(line, k)]
         rows = rows.at[r].set(jnp.where(word != 0, j, n))
-        return rows, jnp.where(each == which, word & (word - 1), marks)
+        return rows, jnp.where(numbers == which, word & (word - 1), marks)  # without that bit
 
     rows = jnp.full((capacity, n), n, jnp.int32)
-    # of a list cut down to its filled rows, whose particles are all alone, there is none to write
+    # a list cut down to its filled rows has none where every particle is alone: nothing to write
     if capacity:
         rows, _ = jax.lax.fori_loop(0, jnp.minimum(most, capacity), take, (rows, marks))
     return rows, most, longest
 
 
 def _skin(
-    range_: Any, lattice: Any, cells: tuple[int, ...], periodic: bool, share: Any = SKIN
+    range_: float | jax.Array,
+    lattice: jax.Array | np.ndarray,
+    cells: tuple[int, ...],
+    periodic: bool,
+    share: ArrayLike = SKIN,
 ) -> jax.Array:
-    """The skin that the grid and the cell leave room for; below zero where they are too small for
-    the range.
+    """The skin that the grid and the cell leave room for; negative where they are too small.
+
+    Args:
+      range_: the largest l_ij.
+      lattice: (d, d) the cell that the grid divides.
+      cells: grid cells along each cell vector.
+      periodic: whether the cell is periodic, or encloses a system with open boundaries.
+      share: the skin asked for, as a share of the range.
     """
     xp: Any = lattice.__array_namespace__()
-    # of two cells or one, all are looked through
+    # along a vector with one or two grid cells all are searched: its whole height bounds the skin
     sides = heights(lattice) / np.asarray([m if m > 2 else 1 for m in cells], lattice.dtype)
+    # sides are taken a relative 1e-6 larger than computed
     skin = xp.minimum(share * range_, xp.min(sides) * (1.0 + 1e-6) - range_)
+    # nearest images are found by rounding, which is right up to half of the smallest height
     return xp.minimum(skin, 0.4999 * xp.min(heights(lattice)) - range_) if periodic else skin
 
 
 def _lattice(neighbors: Neighbors, box: jax.Array | None) -> jax.Array:
-    # open boundaries keep the enclosing cell: its images only add candidates, which lie beyond the
-    # range in open space
+    """The cell that the grid divides: the box, or the enclosing cell for open boundaries."""
+    # Open boundaries keep the enclosing cell they have: its images only add candidates, which lie
+    # beyond the range in open space.
     return neighbors.reference_box if box is None else box  # type: ignore[return-value]
 
 
 def slack(
     neighbors: Neighbors, box: jax.Array | None, range_: jax.Array
 ) -> tuple[jax.Array | None, jax.Array]:
-    """Where each particle was, carried along with the cell, and how far it may have moved:
-    (anchors, distance).
+    """How far each particle may move before pairs could be lost: (anchors, distance).
 
-    While no particle is farther than that from its anchor, the list is complete; below zero, it is
-    not.
+    The anchors (n, d) are the reference positions, deformed with the cell. The list is complete
+    while no particle is farther than ``distance`` from its anchor; below zero, it is not.
     """
     if neighbors.complete:
         return None, jnp.asarray(jnp.inf, neighbors.skin.dtype)
     lattice = _lattice(neighbors, box)
     deformation = lattice @ inverse(neighbors.reference_box)
+    # 1 - |M - 1| in the Frobenius norm: a lower bound of lambda_min(M)
     stretch = 1.0 - jnp.linalg.norm(deformation - jnp.eye(lattice.shape[0], dtype=lattice.dtype))
-    return neighbors.reference @ deformation.T, 0.5 * (
-        neighbors.skin * stretch - (1.0 - stretch) * range_
-    )
+    distance = 0.5 * (neighbors.skin * stretch - (1.0 - stretch) * range_)
+    return neighbors.reference @ deformation.T, distance
 
 
 def within(positions: jax.Array, anchors: jax.Array | None, distance: jax.Array) -> jax.Array:
     """Whether no particle is farther than ``distance`` from its anchor."""
     if anchors is None:
         return jnp.ones((), bool)
+    # a negative distance fails, although its square would pass
     return (jnp.max(jnp.sum((positions - anchors) ** 2, axis=1)) <= distance**2) & (distance >= 0)
 
 
@@ -317,25 +370,27 @@ def _still_complete(
     lengths: Lengths,
     range_: jax.Array,
 ) -> jax.Array:
-    found, leaves = within(positions, *slack(neighbors, box, range_)), jax.tree.leaves(lengths)
+    """Whether motion and parameters since the list was built cannot have made it lose a pair."""
+    complete = within(positions, *slack(neighbors, box, range_))
+    leaves = jax.tree.leaves(lengths)
     if neighbors.given is not None and len(neighbors.given) != len(leaves):
         return jnp.zeros((), bool)  # made for another potential
     for then, now in zip(neighbors.given or leaves, leaves, strict=True):
-        found = found & jnp.all(then == now)
-    return found
+        complete = complete & jnp.all(then == now)
+    return complete
 
 
-def _too_small(range_: Any, box: Any, times: float) -> Any:
-    """Whether a cell's smallest height is under twice the range, by more than so many times its
-    round-off.
+def _too_small(range_: float | jax.Array, box: Any, times: float) -> Any:
+    """Whether a cell's smallest height is less than twice the range, beyond round-off.
 
-    Compiled code rounds otherwise than the host, and must not refuse a cell of just that size which
-    the host took: it would ask for a larger list for ever.
+    ``times`` is the tolerance in units of a height's round-off. Compiled code rounds differently
+    from the host and must not refuse a cell of just that size which the host accepted: it would ask
+    for a larger list for ever.
     """
     if box is None:
         return jnp.zeros((), bool)
     least = heights(box).min() * (1.0 + times * ROUND_OFF * np.finfo(box.dtype).eps)
-    return ~(2.0 * range_ <= least)  # so that NaN is too small
+    return ~(2.0 * range_ <= least)  # not >, so that NaN counts as too small
 
 
 @jax.jit
@@ -346,7 +401,7 @@ def serves(
     lengths: Lengths,
     range_: jax.Array,
 ) -> jax.Array:
-    """Whether the list holds every pair that interacts at ``positions``, as it is."""
+    """Whether the list, as it is, holds every pair that interacts at ``positions``."""
     if neighbors.complete:
         return (range_ > 0) & ~_too_small(range_, box, 2.0)
     return ~neighbors.overflowed & _still_complete(neighbors, positions, box, lengths, range_)
@@ -359,35 +414,32 @@ def update(
     box: jax.Array | None,
     lengths: Lengths,
     range_: jax.Array,
-    skin: Any = SKIN,
-    anew: Any = False,
+    skin: ArrayLike = SKIN,
+    anew: ArrayLike = False,
 ) -> tuple[Neighbors, jax.Array]:
-    """A list complete at ``positions``, or marked as overflowed; and whether it was rebuilt.
+    """A list that is complete at ``positions`` or marked as overflowed, and whether it was rebuilt.
 
     Args:
       neighbors: the list so far.
       positions: (n, d).
-      box: the cell, None for open boundaries.
+      box: the cell; None for open boundaries.
       lengths: l_ij at the present parameters.
-      range_: their largest.
+      range_: the largest l_ij.
       skin: of a list that is rebuilt, as a share of the range.
-      anew: rebuild whatever is listed.
+      anew: whether to rebuild even a list that is still complete.
 
     Traceable. Nothing of it is differentiated.
     """
     positions, box, lengths, range_ = jax.lax.stop_gradient((positions, box, lengths, range_))
     too_small = _too_small(range_, box, 2.0)
     if neighbors.complete:
-        return dataclasses.replace(
-            neighbors, overflowed=neighbors.overflowed | too_small
-        ), jnp.zeros((), bool)
+        marked = dataclasses.replace(neighbors, overflowed=neighbors.overflowed | too_small)
+        return marked, jnp.zeros((), bool)
     lattice = _lattice(neighbors, box)
 
     def rebuild(old: Neighbors) -> Neighbors:
-        capacity, skin_now = (
-            old.rows.shape[0],
-            _skin(range_, lattice, old.cells, box is not None, skin),
-        )
+        capacity = old.rows.shape[0]
+        skin_now = _skin(range_, lattice, old.cells, box is not None, skin)
         rows, most, fullest = _search(
             positions, lattice, lengths, skin_now, old.cells, old.run_capacity, capacity
         )
@@ -414,17 +466,18 @@ def allocate(
     room: float = 1.25,
     like: Neighbors | None = None,
 ) -> Neighbors:
-    """A new list at ``positions``, on the host.
+    """A new list at ``positions``. Host code.
 
     Args:
       positions: (n, d).
-      box: the cell, None for open boundaries.
+      box: the cell; None for open boundaries.
       lengths: l_ij.
-      range_: their largest; inf for all pairs, 0 where the potential has no neighbor pairs.
-      room: capacity over what is found now.
+      range_: the largest l_ij; inf for all pairs, 0 where the potential has no neighbor pairs.
+      room: capacity as a multiple of what the positions need.
       like: take at least this list's capacities, so that compiled code can be used again.
     """
-    n, dtype = positions.shape[0], positions.dtype
+    n = positions.shape[0]
+    dtype = positions.dtype
     if math.isnan(range_):
         raise InputError(
             f"the range of the interactions is {range_}: mend the cutoff's function, or the"
@@ -433,6 +486,7 @@ def allocate(
     if box is not None and math.isfinite(range_):
         cell = np.asarray(box)
         smallest = float(np.min(heights(cell)))
+        # once the round-off, where compiled code allows twice: it must not refuse what passes here
         if _too_small(range_, cell, 1.0):
             raise InputError(
                 f"box: its smallest height is {smallest:.6g}, under twice the interaction range"
@@ -451,14 +505,16 @@ def allocate(
     lattice = _enclosing(positions, reach) if box is None else box
     sides = np.asarray(lattice)
     cells = _cells(heights(sides), reach, n)
+    # a cell hardly larger than twice the range leaves a skin of under 2 % of the range
     if not float(_skin(range_, sides, cells, box is not None)) > 0.02 * range_:
-        return all_pairs(n, dtype)  # the cell is hardly larger than twice the range
+        return all_pairs(n, dtype)
     return fitted(positions, box, lattice, lengths, range_, cells, room, like)
 
 
 def _cells(across: np.ndarray, reach: float, n: int) -> tuple[int, ...]:
-    """Cells along each cell vector, no narrower than ``reach``, and wider where a gas so dilute
-    would fill memory.
+    """Number of grid cells along each cell vector, each cell no narrower than ``reach``.
+
+    Cells are wider in a gas so dilute that the grid would fill memory: at most CELLS per particle.
     """
     count = np.clip(np.floor(across / reach), 1.0, 2.0**20)
     while np.prod(count) > CELLS * n:
@@ -476,14 +532,21 @@ def fitted(
     room: float = 1.25,
     like: Neighbors | None = None,
 ) -> Neighbors:
-    """A list of one grid, with the capacities that the positions need, or those of ``like`` if
-    larger.
+    """A new list on a given grid, with the capacities that the positions need. Host code.
+
+    Args:
+      positions, box, lengths, range_, room: as in :func:`allocate`.
+      lattice: (d, d) the cell that the grid divides; an enclosing one for open boundaries.
+      cells: grid cells along each cell vector.
+      like: take this list's capacities where they are larger.
     """
-    (n, d), sides = positions.shape, np.asarray(lattice)
+    n, d = positions.shape
+    sides = np.asarray(lattice)
     skin = jnp.asarray(_skin(range_, sides, cells, box is not None), positions.dtype)
     run_capacity = min(_eights(room * _fullest_run(np.asarray(positions), sides, cells)), n)
     if like is not None and like.cells == cells:
         run_capacity = max(run_capacity, like.run_capacity)
+    # first guess of the rows: neighbors at the mean density, and three standard deviations more
     ball = {2: math.pi, 3: 4.0 / 3.0 * math.pi}[d] * (range_ + float(skin)) ** d
     mean = n * min(1.0, ball / abs(float(np.linalg.det(sides))))
     guess = _eights(mean + 3.0 * math.sqrt(mean))
@@ -492,24 +555,33 @@ def fitted(
         if int(most) <= guess:
             break
         guess = _eights(room * int(most))
-    # rows for a first few, where nobody is near anybody: then the first pair that comes near finds
-    # room
+    # A few rows even where no two particles are near, so that the first pair that comes near fits.
     capacity = min(_eights(max(room * int(most), 1.0)), n - 1)
     if like is not None and not like.complete:
         capacity = max(capacity, like.rows.shape[0])
-    given, never = tuple(jax.tree.leaves(lengths)), jnp.zeros((), bool)
-    return Neighbors(rows, positions, lattice, given, skin, never, cells, run_capacity).resized(
-        capacity
+    neighbors = Neighbors(
+        rows=rows,
+        reference=positions,
+        reference_box=lattice,
+        given=tuple(jax.tree.leaves(lengths)),
+        skin=skin,
+        overflowed=jnp.zeros((), bool),
+        cells=cells,
+        run_capacity=run_capacity,
     )
+    return neighbors.resized(capacity)
 
 
 def _enclosing(positions: jax.Array, reach: float) -> jax.Array:
+    """A rectangular cell (d, d) around a system with open boundaries, with room to spread.
+
+    Its sides are 1.5 times the extent of the particles with ``reach`` on both sides, and at least
+    3 ``reach``, so that the grid has three cells or more along each.
+    """
     span = np.ptp(np.asarray(positions), axis=0) + 2.0 * reach
     return jnp.diag(jnp.asarray(np.maximum(1.5 * span, 3.0 * reach), positions.dtype))
 
 
 def _eights(count: float) -> int:
-    """Up to the next multiple of 8, so that one random start and the next have the same compiled
-    shapes.
-    """
+    """``count`` rounded up to a multiple of 8, so that random starts share compiled shapes."""
     return 8 * math.ceil(count / 8)

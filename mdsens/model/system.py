@@ -1,16 +1,18 @@
-"""A system: particles, box, potential and parameters; and its energy U(positions, params, strain), the
-source of all else.
+"""A system: particles, box, potential, parameters; and its energy U(positions, params, strain).
+
+Every other quantity is a derivative of that energy.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from mdsens._util.environment import require_sound_jax
 from mdsens._util.errors import InputError
@@ -20,9 +22,9 @@ from mdsens._util.tables import Shown
 from mdsens._util.validation import real_array, require_host, short
 from mdsens.constraints import Constraint, check_constraints
 from mdsens.model import neighbors
-from mdsens.model.box import BoxFunction, box_rule, described
+from mdsens.model.box import BoxFunction, BoxRule, box_rule, described
 from mdsens.model.neighbors import Neighbors
-from mdsens.potentials.base import PairTerm, check_params
+from mdsens.potentials.base import PairTerm, Potential, check_params
 from mdsens.potentials.parameters import Parameter
 
 __all__ = [
@@ -45,24 +47,25 @@ Params = Mapping[str, Any]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class System(Portable, Shown):
-    """A configuration of particles and all that its energy needs. Frozen, and a pytree. Make it
-    with ``create``.
+    """A configuration of particles and everything that its energy depends on.
+
+    Frozen, and a pytree. Make it with ``create``.
 
     Attributes:
       positions: (n, d) Cartesian, d = 2 or 3; a batch has a leading axis here and on every other
         array.
-      params: dict of float arrays; a pair parameter is a scalar, (S,) one a species, (n,) one a
-        particle, or (S, S).
+      params: dict of float arrays. A pair parameter is a scalar, (S,) with one value per species,
+        (n,) with one value per particle, or (S, S) with one value per pair of species.
       boundary: the rule that gives the cell: fixed, following the packing fraction, a function, or
         open.
       potential: the potential, see :mod:`mdsens.potentials`.
       species: (n,) integers from 0, or None.
-      neighbors: the list of pairs.
-      species_count: S, 0 without species.
-      constraints: records of :mod:`mdsens.constraints`; what they need in numbers are ``params``
-        too.
-      species_names: of species 0, 1, …, such as chemical symbols, or one where there are no
-        species; empty where nobody said. They are for people, and for ``to_ase``.
+      neighbors: the neighbor list.
+      species_count: S, the number of species; 0 without species.
+      constraints: records of :mod:`mdsens.constraints`; the numbers that they need are in
+        ``params`` too.
+      species_names: names of species 0, 1, …, such as chemical symbols; a single name where there
+        are no species; empty where none were given. They serve printed tables and ``to_ase``.
     """
 
     positions: jax.Array
@@ -75,41 +78,51 @@ class System(Portable, Shown):
     constraints: tuple[Constraint, ...] = ()
     species_names: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
 
-    _title = "System"
+    _title = "System"  # heading of the printed table
 
     def _rows(self) -> list[tuple[str, str]]:
+        """The lines of the printed table: (name, text)."""
         many = f"batch of {self.batch}, each " if self.batch else ""
-        alike = (
-            f", all {self.species_names[0]}" if self.species is None and self.species_names else ""
-        )
+        alike = ""
+        if self.species is None and self.species_names:
+            alike = f", all {self.species_names[0]}"
         rows = [("particles", f"{many}n = {self.n} in {self.dimension}-D{alike}")]
         if self.species is not None:
-            rows.append(("species", self._species_in_words()))
+            rows.append(("species", self._describe_species()))
         rows.append(("potential", self.potential.name))
         for name, value in self.params.items():
             shown = np.array2string(
                 np.asarray(value), precision=6, threshold=8, edgeitems=2, separator=", "
             )
             rows.append((f"  {name}", " ".join(shown.split())))
-        rows.append(("box", self._box_in_words()))
-        held = ", ".join(f"{c.name} ({type(c).__name__})" for c in self.constraints)
-        return [*rows, ("constraints", held)] if held else rows
+        rows.append(("box", self._describe_box()))
+        if self.constraints:
+            names = ", ".join(f"{c.name} ({type(c).__name__})" for c in self.constraints)
+            rows.append(("constraints", names))
+        return rows
 
     def species_label(self, k: int) -> str:
         """Species k as text: its name, or its number where it has none."""
         return self.species_names[k] if k < len(self.species_names) else str(k)
 
-    def _species_in_words(self) -> str:
-        """How many particles of each there are."""
+    def _describe_species(self) -> str:
+        """The number of particles of each species, in words."""
         members = np.atleast_2d(np.asarray(self.species))
         counts = np.array([np.bincount(kinds, minlength=self.species_count) for kinds in members])
+        # too many to list, or a batch whose members differ: only the number of species
         if self.species_count > 12 or (counts != counts[0]).any():
             return f"{self.species_count}"
-        kinds = [f"{self.species_names[k]} (species {k})" if k < len(self.species_names) else f"of species {k}"
-                 for k in range(self.species_count)]  # fmt: skip
-        return ", ".join(f"{count} {kind}" for count, kind in zip(counts[0], kinds, strict=True))
+        words = []
+        for k, count in enumerate(counts[0]):
+            if k < len(self.species_names):
+                words.append(f"{count} {self.species_names[k]} (species {k})")
+            else:
+                words.append(f"{count} of species {k}")
+        return ", ".join(words)
 
-    def _box_in_words(self) -> str:
+    def _describe_box(self) -> str:
+        """The cell in words; of a batch, that of its first member."""
+        # boxes of a batch may differ, and each rule expects the arrays of a single system
         first = self if self.batch is None else jax.tree.map(lambda leaf: leaf[0], self)
         of_first = "" if self.batch is None or first.box is None else "; that of the first"
         return f"{described(first.box)}{first.boundary.follows}{of_first}"
@@ -117,15 +130,15 @@ class System(Portable, Shown):
     @classmethod
     def create(
         cls,
-        positions: Any,
-        box: Any,
+        positions: ArrayLike,
+        box: ArrayLike | BoxRule | Callable[[Params], jax.Array] | None,
         potential: Any,
         params: Params,
-        species: Any = None,
+        species: ArrayLike | None = None,
         *,
         constraints: Any = (),
     ) -> System:
-        """Check everything and build the neighbor list.
+        """A system with a neighbor list, from input that is checked in full.
 
         Args:
           positions: (n, d) Cartesian.
@@ -134,8 +147,8 @@ class System(Portable, Shown):
             None for open boundaries.
           potential: a potential of :mod:`mdsens.potentials`.
           params: the potential's parameters by name, and those of the constraints.
-          species: (n,) integers from 0; needed where a parameter has one value a species.
-          constraints: records of :mod:`mdsens.constraints`, each with a name of its own.
+          species: (n,) integers from 0; needed where a parameter has one value per species.
+          constraints: records of :mod:`mdsens.constraints`, each with a different name.
 
         Raises:
           InputError: with the field, the value and the remedy.
@@ -146,87 +159,43 @@ class System(Portable, Shown):
             " ms.equilibrate(system, params)"
         )
         require_host("System.create", remedy, positions, params)
-        try:
-            given = np.asarray(positions)
-        except Exception as error:  # rows of different lengths, or an object that refuses
-            raise InputError(
-                f"positions are no array, {short(positions)}: give (n, 2) or (n, 3) numbers."
-            ) from error
-        if not (np.issubdtype(given.dtype, np.floating) or np.issubdtype(given.dtype, np.integer)):
-            raise InputError(
-                f"positions have type {given.dtype}: give (n, 2) or (n, 3) real numbers."
-            )
-        if np.issubdtype(given.dtype, np.floating) and given.dtype not in (np.float32, np.float64):
-            raise InputError(f"positions have type {given.dtype}: give single or double precision.")
-        if np.ma.is_masked(positions):
-            raise InputError(
-                "positions are masked in places: give every particle's, or leave those particles"
-                " out."
-            )
-        if given.ndim != 2 or given.shape[1] not in (2, 3) or given.shape[0] < 1:
-            raise InputError(
-                f"positions have shape {given.shape}: give (n, 2) or (n, 3), of one particle or"
-                " more."
-            )
-        bad = ~np.isfinite(given).all(axis=1)
-        if bad.any():
-            k = int(np.argmax(bad))
-            raise InputError(
-                f"positions[{k}] is {given[k].tolist()}: every coordinate must be finite."
-            )
-        n, dimension = given.shape
-        dtype = given.dtype if np.issubdtype(given.dtype, np.floating) else np.dtype(float)
-        floats = jnp.asarray(
-            given, jax.dtypes.canonicalize_dtype(dtype)
-        )  # float32 where x64 is off
-        values, count = _as_params(params, floats.dtype), 0
+        coordinates = _checked_positions(positions)
+        n, dimension = coordinates.shape
+        values = _as_params(params, coordinates.dtype)
         if not hasattr(potential, "terms"):
             raise InputError(
-                f"potential is {short(potential)}: give a potential, such as ms.potentials.soft_sphere()."
+                f"potential is {short(potential)}: give a potential, such as"
+                " ms.potentials.soft_sphere()."
             )
+        # () is the default; what else is empty may still be of a wrong type
         if constraints != ():
             constraints = check_constraints(constraints, values, potential.parameters, n, dimension)
-        own = _of_potential(values, constraints)
+        potential_params = _params_of_potential(values, constraints)
+        kinds = None
+        count = 0
         if species is not None:
-            kinds = np.asarray(real_array("species", species, f"give ({n},) integers from 0."))
-            whole = np.issubdtype(kinds.dtype, np.integer)
-            if (
-                kinds.shape != (n,)
-                or not whole
-                or kinds.min() < 0
-                or kinds.max() > np.iinfo(np.int32).max
-            ):
-                raise InputError(
-                    f"species has shape {kinds.shape} and type {kinds.dtype}: give ({n},) integers"
-                    " from 0."
-                )
-            if kinds.min() > 0:
-                raise InputError(f"species start at {kinds.min()}: number them from 0.")
-            count = _species_count(kinds, own)
-            species = jnp.asarray(kinds, jnp.int32)
-        check_params(potential, own, n, count)
-        rule = box_rule(box, dimension, floats.dtype)
+            numbers = _checked_species(species, n)
+            count = _species_count(numbers, potential_params)
+            kinds = jnp.asarray(numbers, jnp.int32)
+        check_params(potential, potential_params, n, count)
+        rule = box_rule(box, dimension, coordinates.dtype)
         system = cls(
-            floats, values, rule, potential, species, neighbors.no_pairs(n), count, constraints
+            positions=coordinates,
+            params=values,
+            boundary=rule,
+            potential=potential,
+            species=kinds,
+            neighbors=neighbors.no_pairs(n),  # until reallocate() below builds the list
+            species_count=count,
+            constraints=constraints,
         )
-        if isinstance(rule, BoxFunction):  # the user's function: check what it returns
-            found = rule.function(values)
-            cell = np.asarray(
-                real_array("what the box function returns", found, "return a matrix of numbers.")
-            )
-            if cell.shape != (
-                dimension,
-                dimension,
-            ):  # a length alone would do for a fixed box, not here
-                raise InputError(
-                    f"the box function returns shape {cell.shape} in {dimension} dimensions: return"
-                    f" a ({dimension}, {dimension}) matrix whose columns are the cell vectors."
-                )
-            box_rule(cell, dimension, floats.dtype)
+        if isinstance(rule, BoxFunction):  # a function of the user: check the cell that it returns
+            _check_box_function(rule, values, dimension, coordinates.dtype)
+        # not every potential has a check of a configuration: SmoothedPotential has none
         if hasattr(potential, "check_at"):
-            potential.check_at(system.positions, system.box, values, species, count)
+            potential.check_at(system.positions, system.box, values, kinds, count)
         system = system.reallocate()
-        _check_coincident(system)
+        _check_coincident(system)  # on the list, so that it costs no loop over all pairs
         _check_reach(system)
         return system
 
@@ -247,14 +216,12 @@ class System(Portable, Shown):
 
     @property
     def diameters(self) -> jax.Array | None:
-        """``sigma`` at each particle (n,), None where the potential has no sigma of particles."""
+        """``sigma`` of each particle (n,); None where particles have no sigma."""
         return diameters_at(self, self.params)
 
     @property
     def box(self) -> jax.Array | None:
-        """The cell (d, d), columns the cell vectors, at the present parameters; None for open
-        boundaries.
-        """
+        """The cell (d, d) at the present parameters, columns the cell vectors; None if open."""
         return box_at(self, self.params)
 
     @property
@@ -265,14 +232,13 @@ class System(Portable, Shown):
 
     @property
     def symbols(self) -> np.ndarray | None:
-        """(n,) the name of each particle's species; None where its species have no names."""
+        """(n,) the name of each particle's species; None where species have no names."""
         if not self.species_names:
             return None
-        kinds = (
-            np.zeros(self.positions.shape[:-1], int)
-            if self.species is None
-            else np.asarray(self.species)
-        )
+        if self.species is None:
+            kinds = np.zeros(self.positions.shape[:-1], int)
+        else:
+            kinds = np.asarray(self.species)
         labels = [self.species_label(k) for k in range(max(self.species_count, 1))]
         return np.array(labels)[kinds]
 
@@ -282,21 +248,16 @@ class System(Portable, Shown):
         return self.potential.range(self.params)
 
     def replace(self, **changes: Any) -> System:
-        """A copy with some fields changed, unchecked; the neighbor list stays as it is unless
-        given.
-        """
+        """A copy with some fields changed, unchecked; the neighbor list stays unless replaced."""
         return dataclasses.replace(self, **changes)
 
     def with_params(self, params: Params) -> System:
-        """A copy with some parameters changed, checked, its neighbor list complete again. Host
-        code.
-        """
+        """A copy with some parameters changed, checked, and a complete neighbor list. Host code."""
         remedy = "take system.replace(params=...) there, whose list of neighbors stays as it is"
         require_host("with_params", remedy, self, params)
         merged = {**self.params, **_as_params(params, self.positions.dtype)}
-        check_params(
-            self.potential, _of_potential(merged, self.constraints), self.n, self.species_count
-        )
+        potential_params = _params_of_potential(merged, self.constraints)
+        check_params(self.potential, potential_params, self.n, self.species_count)
         check_constraints(
             self.constraints, merged, self.potential.parameters, self.n, self.dimension
         )
@@ -308,109 +269,183 @@ class System(Portable, Shown):
         """A copy with a neighbor list that fits the present positions. Host code.
 
         Args:
-          room: capacity over what is needed now.
+          room: capacity as a multiple of what the positions need.
           keep: keep the present list where it is still complete, and its capacity where it is not.
         """
-        old, at = self.neighbors, (self.positions, self.box, pair_lengths(self), self.range)
-        if keep and bool(neighbors.serves(old, *at)):
+        old = self.neighbors
+        box, lengths, range_ = self.box, pair_lengths(self), self.range
+        if keep and bool(neighbors.serves(old, self.positions, box, lengths, range_)):
             return self
+        # of the old capacities, so that code compiled for them can be used again
         like = old if keep else None
-        found = neighbors.allocate(*at[:3], float(at[3]), room, like)
-        return self.replace(neighbors=found)
+        fitting = neighbors.allocate(self.positions, box, lengths, float(range_), room, like)
+        return self.replace(neighbors=fitting)
 
 
-def _of_potential(
+def _checked_positions(positions: ArrayLike) -> jax.Array:
+    """Positions that a user gives, as a finite array (n, d) in single or double precision."""
+    try:
+        array = np.asarray(positions)
+    except Exception as error:  # rows of different lengths, or an object that refuses
+        raise InputError(
+            f"positions are no array, {short(positions)}: give (n, 2) or (n, 3) numbers."
+        ) from error
+    # by type and not by conversion, which would read texts as numbers and drop imaginary parts
+    if not (np.issubdtype(array.dtype, np.floating) or np.issubdtype(array.dtype, np.integer)):
+        raise InputError(f"positions have type {array.dtype}: give (n, 2) or (n, 3) real numbers.")
+    if np.issubdtype(array.dtype, np.floating) and array.dtype not in (np.float32, np.float64):
+        raise InputError(f"positions have type {array.dtype}: give single or double precision.")
+    if np.ma.is_masked(positions):
+        raise InputError(
+            "positions are masked in places: give every particle's, or leave those particles out."
+        )
+    if array.ndim != 2 or array.shape[1] not in (2, 3) or array.shape[0] < 1:
+        raise InputError(
+            f"positions have shape {array.shape}: give (n, 2) or (n, 3), of one particle or more."
+        )
+    bad = ~np.isfinite(array).all(axis=1)
+    if bad.any():
+        k = int(np.argmax(bad))
+        raise InputError(f"positions[{k}] is {array[k].tolist()}: every coordinate must be finite.")
+    dtype = array.dtype if np.issubdtype(array.dtype, np.floating) else np.dtype(float)
+    # jax computes in float32 where x64 is not enabled
+    return jnp.asarray(array, jax.dtypes.canonicalize_dtype(dtype))
+
+
+def _checked_species(species: ArrayLike, n: int) -> np.ndarray:
+    """Species that a user gives, as (n,) integers from 0."""
+    kinds = np.asarray(real_array("species", species, f"give ({n},) integers from 0."))
+    if (
+        kinds.shape != (n,)
+        or not np.issubdtype(kinds.dtype, np.integer)
+        or kinds.min() < 0
+        or kinds.max() > np.iinfo(np.int32).max  # they are stored in this type
+    ):
+        raise InputError(
+            f"species has shape {kinds.shape} and type {kinds.dtype}: give ({n},) integers from 0."
+        )
+    if kinds.min() > 0:
+        raise InputError(f"species start at {kinds.min()}: number them from 0.")
+    return kinds
+
+
+def _check_box_function(
+    rule: BoxFunction, params: dict[str, jax.Array], dimension: int, dtype: np.dtype
+) -> None:
+    """Raise InputError where a user's box function does not return a cell matrix (d, d)."""
+    returned = rule.function(params)
+    need = "return a matrix of numbers."
+    cell = np.asarray(real_array("what the box function returns", returned, need))
+    # checked here, since a length alone would do for a fixed box
+    if cell.shape != (dimension, dimension):
+        raise InputError(
+            f"the box function returns shape {cell.shape} in {dimension} dimensions: return"
+            f" a ({dimension}, {dimension}) matrix whose columns are the cell vectors."
+        )
+    box_rule(cell, dimension, dtype)
+
+
+def _params_of_potential(
     params: dict[str, jax.Array], constraints: tuple[Constraint, ...]
 ) -> dict[str, jax.Array]:
-    """The parameters that are the potential's, those of constraints left out."""
+    """The parameters without those of the constraints."""
     others = {name for c in constraints for name in c.parameters}
     return {name: value for name, value in params.items() if name not in others}
 
 
 def _check_reach(system: System) -> None:
-    """Refuse constraints on distances that reach farther than the nearest images do."""
+    """Raise InputError where a constraint fixes a distance longer than nearest images reach."""
     if not system.constraints or system.box is None:
         return
     smallest = float(np.min(heights(np.asarray(system.box))))
     for c in system.constraints:
         reach = c.reach(system.params)
+        # nearest images are right for vectors shorter than half of the smallest height
         if reach > 0.5 * smallest:
             raise InputError(
                 f"{c.name}: a length of {reach:.6g} is above half of the cell's smallest height"
                 f" {smallest:.6g}, so that another image of its end may be nearer: repeat the cell,"
-                " or take shorter ones."
+                " or take shorter lengths."
             )
 
 
 def parameters_of(system: System, params: Params | None = None) -> tuple[Parameter, ...]:
-    """What derivatives are by: of a batch, its members' parameters.
+    """The parameters that derivatives are taken by; of a batch, those of a single member.
 
     Args:
-      params: some of the system's, and a pressure among them; the system's where None.
+      params: some of the system's parameters, which may include a pressure; all of the system's
+        where None.
     """
-    pairs, found = system.potential.pair_parameters, []
+    pair_names = system.potential.pair_parameters
+    parameters = []
     for name, value in (system.params if params is None else params).items():
+        # the first axis of a batch is that of its members
         shape = np.shape(value)[1:] if system.batch is not None else np.shape(value)
-        found.append(Parameter(name, shape, name in pairs and len(shape) == 2))
-    return tuple(found)
+        parameters.append(Parameter(name, shape, name in pair_names and len(shape) == 2))
+    return tuple(parameters)
 
 
 def require_unconstrained(system: System, what: str) -> None:
-    """Raise InputError where a system has constraints, which ``what`` would not see."""
+    """Raise InputError where a system has constraints, which ``what`` would ignore."""
     if system.constraints:
         names = ", ".join(c.name for c in system.constraints)
         raise InputError(
-            f"{what} knows no constraints, and this system has {names}: take one without."
+            f"{what} does not support constraints, and this system has {names}: take a system"
+            " without constraints."
         )
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PairLengths:
-    """(i, j) -> l_ij, the length beyond which the two do not interact; a pytree whose leaves are
-    the parameters.
+    """(i, j) -> l_ij, the length beyond which particles i and j do not interact.
+
+    A pytree whose leaves are the parameters.
     """
 
-    potential: Any
+    potential: Potential
     params: dict[str, jax.Array]
     species: jax.Array | None
     n: int = dataclasses.field(metadata={"static": True})
     species_count: int = dataclasses.field(metadata={"static": True})
 
-    def __call__(self, i: jax.Array, j: jax.Array) -> Any:
+    def __call__(self, i: jax.Array, j: jax.Array) -> jax.Array | float:
         return self.potential.lengths(self.params, (i, j), self.n, self.species, self.species_count)
 
 
 @jax.jit
 def pair_lengths(system: System) -> PairLengths:
-    """l_ij at the system's parameters."""
-    count, species, params = system.species_count, system.species, dict(system.params)
-    for (
-        name,
-        value,
-    ) in (
-        params.items()
-    ):  # one value a particle in place of one a species is one look-up in place of two
+    """The lengths l_ij at the system's parameters."""
+    count = system.species_count
+    species = system.species
+    params = dict(system.params)
+    for name, value in params.items():
+        # with one value per particle each l_ij takes one look-up, with one per species two
         if species is not None and value.ndim == 1 and value.shape[0] == count:
             params[name] = value[species]
+    # no species count: no value is per species any more, and none may be taken for one
     return PairLengths(system.potential, params, species, system.n, 0)
 
 
 def listed(
     system: System, positions: jax.Array | None = None, **how: Any
 ) -> tuple[Neighbors, jax.Array]:
-    """The system's list brought up to date at ``positions``, its own where None; and whether it was
-    rebuilt.
+    """The neighbor list brought up to date at ``positions``, and whether it was rebuilt. Traceable.
 
-    Traceable. ``how`` goes to :func:`mdsens.model.neighbors.update`.
+    Args:
+      positions: (n, d); the system's where None.
+      how: options of :func:`mdsens.model.neighbors.update`. They are passed on as they come, since
+        an option that is passed is an argument of the compiled code, and one that is not, a
+        constant in it.
     """
-    at = system.positions if positions is None else positions
+    positions = system.positions if positions is None else positions
     return neighbors.update(
-        system.neighbors, at, system.box, pair_lengths(system), system.range, **how
+        system.neighbors, positions, system.box, pair_lengths(system), system.range, **how
     )
 
 
-def _as_params(params: Params, dtype: Any) -> dict[str, jax.Array]:
+def _as_params(params: Params, dtype: np.dtype) -> dict[str, jax.Array]:
+    """Parameters that a user gives, as arrays of real numbers."""
     if not isinstance(params, Mapping):
         raise InputError(
             f"params is a {type(params).__name__}: give a dict of parameter names and values."
@@ -422,17 +457,23 @@ def _as_params(params: Params, dtype: Any) -> dict[str, jax.Array]:
 
 
 def _species_count(kinds: np.ndarray, params: Params) -> int:
-    """S: what the species' numbers need, or what the parameters' shapes say where a species has no
-    particle.
+    """S, the number of species.
+
+    It follows from the largest species number, or, where some species has no particle, from the
+    shapes of the parameters.
     """
     least = int(kinds.max()) + 1 if kinds.size else 0
+    # a vector with n values is taken to have one per particle, and does not tell S
     lengths = {np.shape(v)[0] for v in params.values() if np.ndim(v) in (1, 2)} - {kinds.shape[0]}
     longer = [m for m in lengths if m >= least]
     return min(longer) if longer else least
 
 
 def diameters_at(system: System, params: Params) -> jax.Array | None:
-    """``sigma`` at each particle (n,) at some parameters; None where the potential has none of particles."""
+    """``sigma`` of each particle (n,) at ``params``; None where particles have no sigma.
+
+    Of a matrix of species pairs the diagonal counts. A sigma of any other shape gives None.
+    """
     sigma = params.get("sigma")
     if sigma is None:
         return None
@@ -440,6 +481,7 @@ def diameters_at(system: System, params: Params) -> jax.Array | None:
         sigma = jnp.diagonal(sigma)
     if sigma.ndim == 0:
         return jnp.broadcast_to(sigma, (system.n,))
+    # first per species, as in `of_pairs`: it matters where there are as many species as particles
     if system.species is not None and sigma.shape[0] == system.species_count:
         return sigma[system.species]
     return sigma if sigma.shape[0] == system.n else None
@@ -447,12 +489,12 @@ def diameters_at(system: System, params: Params) -> jax.Array | None:
 
 @jax.jit
 def box_at(system: System, params: Params) -> jax.Array | None:
-    """The cell at some parameters."""
+    """The cell (d, d) at ``params``; None for open boundaries."""
     return system.boundary.matrix(params, diameters_at(system, params), system.dimension)
 
 
 def pair_terms(system: System, params: Params | None = None) -> tuple[PairTerm, ...]:
-    """The pair-like parts of the energy on the system's neighbor list."""
+    """The parts of the energy that are sums over pairs, with the pairs of the neighbor list."""
     return system.potential.terms(
         system.params if params is None else params,
         system.neighbors.pairs,
@@ -463,18 +505,22 @@ def pair_terms(system: System, params: Params | None = None) -> tuple[PairTerm, 
 
 
 def _deform(vectors: jax.Array, strain: jax.Array | None) -> jax.Array:
+    """(1 + strain) r for vectors r (..., d)."""
+    # transposed, since the vectors are rows
     return vectors if strain is None else vectors + vectors @ strain.T
 
 
 def pair_distances(
     term: PairTerm, positions: jax.Array, box: jax.Array | None, strain: jax.Array | None = None
 ) -> jax.Array:
-    """r of each pair of a term (m,), nearest images in the undeformed cell; 1 on padding."""
+    """Distance of each pair of a term, (m,); 1 on padding.
+
+    Nearest images are those of the undeformed cell; ``strain`` deforms the vector between them.
+    """
     vectors = _deform(nearest_image(positions[term.i] - positions[term.j], box), strain)
     squared = jnp.sum(vectors**2, axis=-1)
-    return jnp.sqrt(
-        jnp.where(term.mask, squared, 1.0)
-    )  # sqrt(0) on padding would make NaN derivatives
+    # sqrt(0) on padding would make NaN derivatives
+    return jnp.sqrt(jnp.where(term.mask, squared, 1.0))
 
 
 def potential_energy(
@@ -483,19 +529,19 @@ def potential_energy(
     params: Params | None = None,
     strain: jax.Array | None = None,
 ) -> jax.Array:
-    """U(positions, params, strain), the one scalar of which everything is a derivative.
+    """The energy U(positions, params, strain), of which every other quantity is a derivative.
 
     Args:
-      system: gives the potential, the box rule, the species and the list of pairs (taken as complete).
+      system: gives the potential, the box rule, the species and the neighbor list, which is taken
+        to be complete.
       positions: (n, d); the system's where None.
       params: the system's where None. The box follows them.
       strain: (d, d) symmetric; every vector between particles becomes (1 + strain) r.
     """
     positions = system.positions if positions is None else positions
     params = system.params if params is None else params
-    return energy_of(
-        system, pair_terms(system, params), positions, params, box_at(system, params), strain
-    )
+    terms = pair_terms(system, params)
+    return energy_of(system, terms, positions, params, box_at(system, params), strain)
 
 
 def energy_of(
@@ -506,19 +552,22 @@ def energy_of(
     box: jax.Array | None,
     strain: jax.Array | None = None,
 ) -> jax.Array:
-    """The energy of some pair-like parts, and of what is more than pairs."""
+    """The energy of the given pair terms and of the many-body part of the system's potential."""
     total = jnp.zeros((), positions.dtype)
     for term in terms:
         total = total + jnp.sum(term.energy(pair_distances(term, positions, box, strain)))
 
+    # energies of jax-md may pass keywords to it, which have no meaning here
     def displacement(a: jax.Array, b: jax.Array, **_: Any) -> jax.Array:
         return _deform(nearest_image(a - b, box), strain)
 
-    potential, kinds = system.potential, (system.species, system.species_count)
-    return total + potential.many_body(positions, params, displacement, *kinds)
+    return total + system.potential.many_body(
+        positions, params, displacement, system.species, system.species_count
+    )
 
 
 def _check_coincident(system: System) -> None:
+    """Raise InputError where two interacting particles are at the same point."""
     for r, i, j in _nearest_pairs(system):
         if r == 0.0:
             raise InputError(
@@ -529,10 +578,10 @@ def _check_coincident(system: System) -> None:
 @jax.jit
 def _nearest_pairs(system: System) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
     """The nearest pair of each term: (r, i, j)."""
-    found = []
+    nearest = []
     for term in pair_terms(system):
-        if term.i.shape[0]:
+        if term.i.shape[0]:  # argmin of nothing raises
             r = jnp.where(term.mask, pair_distances(term, system.positions, system.box), jnp.inf)
             k = jnp.argmin(r)
-            found.append((r[k], term.i[k], term.j[k]))
-    return found
+            nearest.append((r[k], term.i[k], term.j[k]))
+    return nearest

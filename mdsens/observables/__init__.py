@@ -1,12 +1,12 @@
-"""What is measured on a configuration: functions of a System, traceable and differentiable.
+"""Observables of a configuration: functions of a System, traceable and differentiable.
 
-Each is a function of a ``System`` and of settings: ``ms.gradient(lambda s:
+Each is a function of a ``System`` and of settings. ``ms.gradient(lambda s:
 ms.observables.bond_order(s, 6, 1.5), eq)`` is its total derivative by all parameters, and
 ``jax.grad`` through ``ms.equilibrate`` gives the same.
 
-What looks at pairs beyond the range of the potential takes ``pairs``: where None, the system's own list
-where the potential reaches as far, or all pairs of up to 4,000 particles; beyond that, a list that
-:func:`pairs_within` makes.
+Observables of pairs beyond the range of the potential have an argument ``pairs``. Where it is None,
+they use the neighbor list of the system if the potential reaches as far, else all pairs of up to
+4,000 particles. For more particles give a list made by :func:`pairs_within`.
 """
 
 from mdsens.observables.charges import charges, chemical_potential, dipole, induced_dipoles

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from mdsens._util.errors import InputError
 from mdsens.model.system import System
 from mdsens.observables.pairs import single
+from mdsens.potentials.base import Potential
 from mdsens.potentials.electrostatics import ChargeEquilibration, InducedDipoles
 
 __all__ = ["charges", "chemical_potential", "dipole", "induced_dipoles"]
@@ -15,8 +16,10 @@ __all__ = ["charges", "chemical_potential", "dipole", "induced_dipoles"]
 
 @jax.jit
 def charges(system: System) -> jax.Array:
-    """q of each particle, (n,): the given ones of induced dipoles, those that minimize of charge
-    equilibration.
+    """The charge q of each particle, (n,).
+
+    For induced dipoles these are the fixed charges among the parameters, for charge equilibration
+    those that minimize the energy.
 
     Raises:
       InputError: a potential without charges.
@@ -26,7 +29,9 @@ def charges(system: System) -> jax.Array:
 
 @jax.jit
 def induced_dipoles(system: System) -> jax.Array:
-    """mu of each particle, (n, d), a charge times a length; zero of charge equilibration.
+    """The induced dipole mu of each particle, (n, d), charge times length.
+
+    It is zero for charge equilibration.
 
     Raises:
       InputError: a potential without charges.
@@ -36,48 +41,52 @@ def induced_dipoles(system: System) -> jax.Array:
 
 @jax.jit
 def dipole(system: System) -> jax.Array:
-    """The dipole of everything, sum_i q_i (r_i - r_c) + mu_i with r_c the centroid, (d,): a charge
-    times a length.
+    """The total dipole moment, sum_i q_i (r_i - r_c) + mu_i, (d,): charge times length.
 
-    Of a neutral cluster any origin gives the same. In open space nothing holds the cluster's
-    orientation, so that of a relaxed one only what turns not with it has a derivative: take
-    ``jnp.sum(dipole**2)``, not a component.
+    r_c is the centroid; for a neutral cluster every origin gives the same dipole. Without a cell
+    the orientation of a relaxed cluster is arbitrary, so only rotation-invariant functions of the
+    dipole have a derivative: take ``jnp.sum(dipole**2)``, not a component.
 
     Raises:
       InputError: a potential without charges.
     """
     charge, induced = _moments(system)
-    return charge @ (system.positions - jnp.mean(system.positions, axis=0)) + jnp.sum(
-        induced, axis=0
-    )
+    # relative to the centroid, so that the dipole of a charged cluster does not change with a
+    # translation
+    arms = system.positions - jnp.mean(system.positions, axis=0)
+    return charge @ arms + jnp.sum(induced, axis=0)
 
 
 @jax.jit
 def chemical_potential(system: System) -> jax.Array:
-    """The electronegativity that all particles share, dU / dtotal: energy a charge.
+    """The electronegativity that all particles share, dU / dtotal, energy per charge.
+
+    ``total`` is the total charge.
 
     Raises:
       InputError: a potential without charge equilibration, or a sum with two of them.
     """
+    # each charge equilibration in a sum has a total charge and a multiplier of its own
     parts = [
         potential for potential in _parts(system) if isinstance(potential, ChargeEquilibration)
     ]
     if len(parts) != 1:
         raise InputError(
-            f"{system.potential.name} has {len(parts)} potentials of charge equilibration, and a chemical"
-            " potential belongs to one: take a potential with one"
+            f"{system.potential.name} has {len(parts)} potentials of charge equilibration, and a"
+            " chemical potential belongs to one: take a potential with one"
             " ms.potentials.charge_equilibration()."
         )
     return parts[0].potential(system.positions, system.params, system.species, system.species_count)
 
 
-def _parts(system: System) -> tuple:
+def _parts(system: System) -> tuple[Potential, ...]:
+    """The terms of the potential if it is a sum, else the potential itself."""
     potential = single(system).potential
     return getattr(potential, "parts", (potential,))
 
 
 def _moments(system: System) -> tuple[jax.Array, jax.Array]:
-    """Charges and dipoles, of all potentials that have them together."""
+    """Charges (n,) and dipoles (n, d), summed over all potentials that have them."""
     parts = [
         potential
         for potential in _parts(system)
@@ -88,8 +97,8 @@ def _moments(system: System) -> tuple[jax.Array, jax.Array]:
             f"{system.potential.name} has no charges: take ms.potentials.induced_dipoles() or"
             " charge_equilibration()."
         )
-    at = (system.positions, system.params, system.species, system.species_count)
-    found = [potential.moments(*at) for potential in parts]
-    return jnp.sum(jnp.stack([q for q, _ in found]), axis=0), jnp.sum(
-        jnp.stack([mu for _, mu in found]), axis=0
-    )
+    configuration = (system.positions, system.params, system.species, system.species_count)
+    moments = [potential.moments(*configuration) for potential in parts]
+    charge = jnp.sum(jnp.stack([q for q, _ in moments]), axis=0)
+    induced = jnp.sum(jnp.stack([mu for _, mu in moments]), axis=0)
+    return charge, induced

@@ -1,17 +1,15 @@
-"""The pairs that an observable sums over: rows of neighbors within a range, and sums over them in
-little memory.
-"""
+"""Pairs of an observable: rows of neighbors within a range, and sums over them in little memory."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from numpy.typing import ArrayLike
 
 from mdsens._util.errors import InputError
 from mdsens._util.lattice import Components, components, heights, nearest_images
@@ -22,18 +20,23 @@ from mdsens.model.system import System
 
 __all__ = ["pairs_within", "positive", "rise", "rows_within", "single", "summed"]
 
-ALL_PAIRS = 4000  # particles up to which all pairs are looked at: a second on one core
-LISTED = 2.05  # a list needs a cell of this many ranges, so that it has a skin
-ROWS = 16  # of neighbors that are looked at together
+# number of particles up to which an observable may sum over all pairs: a second on one core
+ALL_PAIRS = 4000
+# Smallest height of the cell, in ranges, for a list shorter than all pairs. Nearest images need 2;
+# the rest leaves room for the skin of the list.
+LISTED = 2.05
+# rows of neighbors in one chunk of a sum
+ROWS = 16
 
+# (vectors R_j - R_i as components, distances, j, whether it is a pair) -> sums over the rows
 Each = Callable[[Components, jax.Array, jax.Array, jax.Array], tuple[jax.Array, ...]]
 
 
 def single(system: System) -> System:
-    """The system, or an error that says what to give instead."""
+    """Check that the argument is one System, not a batch, and return it."""
     if not isinstance(system, System):
         raise InputError(
-            f"an observable is of a System and got a {type(system).__name__}: give eq.system."
+            f"an observable takes a System and got a {type(system).__name__}: give eq.system."
         )
     if system.batch is not None:
         raise InputError(
@@ -42,8 +45,8 @@ def single(system: System) -> System:
     return system
 
 
-def positive(name: str, value: Any) -> float:
-    """A length that is a setting of an observable, checked."""
+def positive(name: str, value: ArrayLike) -> float:
+    """Check a length that is a setting of an observable, and return it as a float."""
     need = "give a positive length."
     array = real_array(name, value, need)
     if isinstance(array, Tracer):
@@ -56,8 +59,9 @@ def positive(name: str, value: Any) -> float:
 
 
 def rise(x: jax.Array) -> jax.Array:
-    """0 up to x = 0, 1 from x = 1 on, x^3 (10 - 15 x + 6 x^2) between: twice continuously
-    differentiable.
+    """A smooth step: 0 up to x = 0, x^3 (10 - 15 x + 6 x^2) up to x = 1, and 1 beyond.
+
+    It is twice continuously differentiable.
     """
     x = jnp.clip(x, 0.0, 1.0)
     return x**3 * (10.0 - 15.0 * x + 6.0 * x**2)
@@ -66,7 +70,7 @@ def rise(x: jax.Array) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Range:
-    """(i, j) -> one length for every pair."""
+    """The function (i, j) -> range of the pair that neighbor lists take; here the same for all."""
 
     length: jax.Array
 
@@ -75,19 +79,20 @@ class _Range:
 
 
 def pairs_within(system: System, range: float) -> Neighbors:
-    """The pairs nearer than a range, for the ``pairs`` of observables that reach beyond the potential.
-    Host code.
+    """The list of pairs nearer than a range, for the argument ``pairs`` of observables. Host code.
 
-    By the cell search of the neighbor lists: its time goes with the number of particles. Make it
-    outside of the observable, and let the function that is differentiated capture it:
+    Observables that reach beyond the potential use it. It is made by the cell search of the
+    neighbor lists, in a time proportional to the number of particles. Make it outside of the
+    observable, and let the function that is differentiated capture it:
 
         near = ms.observables.pairs_within(eq.system, 1.5)
         ms.gradient(lambda s: ms.observables.bond_order(s, 6, 1.5, near), eq)
 
-    It also holds pairs up to a skin beyond the range, 0.3 of it or what the cell leaves room for.
-    It is complete until a particle has moved by half the skin against the cell (``pairs.skin``):
-    for a derivative at one configuration always, along a path of minimizations until then. On the
-    host an observable refuses a list that is not complete any more; traced code cannot.
+    It also contains pairs up to a skin (``pairs.skin``) beyond the range, 0.3 of the range or what
+    the cell leaves room for. The list is complete as long as no particle has moved by more than
+    half the skin relative to the cell. For a derivative at one configuration it is always complete;
+    along a path of minimizations it may not be. On the host an observable refuses a list that is no
+    longer complete; traced code cannot.
 
     Args:
       system: one system.
@@ -104,25 +109,29 @@ def pairs_within(system: System, range: float) -> Neighbors:
             "pairs_within is host code: call it outside of what is traced, and capture what it"
             " returns."
         )
-    if (
-        box is not None
-        and system.n > ALL_PAIRS
-        and LISTED * length > (least := float(np.min(heights(np.asarray(box)))))
-    ):
-        raise InputError(
-            f"range is {length:g}, nearly half the smallest height of the cell, {least:g}, where a"
-            f" list holds all pairs of {system.n:,} particles: give a shorter one."
-        )
-    each = _Range(jnp.asarray(length, system.positions.dtype))
-    return neighbors.allocate(system.positions, box, each, length)
+    if box is not None and system.n > ALL_PAIRS:
+        least = _smallest_height(box)
+        if LISTED * length > least:
+            raise InputError(
+                f"range is {length:g}, nearly half the smallest height of the cell, {least:g},"
+                f" where a list contains all pairs of {system.n:,} particles: give a shorter range."
+            )
+    range_of_pair = _Range(jnp.asarray(length, system.positions.dtype))
+    return neighbors.allocate(system.positions, box, range_of_pair, length)
+
+
+def _smallest_height(box: jax.Array) -> float:
+    """The smallest distance between opposite faces of a cell."""
+    return float(np.min(heights(np.asarray(box))))
 
 
 def _check_height(system: System, length: float) -> None:
-    """Refuse a range in which a particle would meet two images of another, where the cell is known."""
+    """Refuse a range in which a particle meets two images of another; a traced cell passes."""
     box = system.box
     if box is None or isinstance(box, Tracer):
         return
-    least = float(np.min(heights(np.asarray(box))))
+    least = _smallest_height(box)
+    # exactly half the height is allowed, to round-off
     if 2.0 * length > least * (1.0 + 1e-12):
         raise InputError(
             f"pairs are looked at up to {length:g}, beyond half the smallest height of the cell,"
@@ -132,22 +141,24 @@ def _check_height(system: System, length: float) -> None:
 
 
 def rows_within(system: System, length: float, pairs: Neighbors | None) -> jax.Array:
-    """Rows (capacity, n) of neighbors, padded with n, that hold every pair nearer than ``length``,
-    each twice.
+    """Rows of neighbors (capacity, n), padded with n, with every pair nearer than ``length`` twice.
+
+    They come from ``pairs``; where that is None, from the neighbor list of the system if it reaches
+    as far, else from all pairs of a small system.
     """
     _check_height(system, length)
-    n, own = system.n, system.neighbors
+    n = system.n
+    listed = system.neighbors
     if pairs is not None:
-        return _given(system, length, pairs)
-    if own.complete and own.rows.shape[0] == n - 1:
-        return own.rows
+        return _check_pairs(system, length, pairs)
+    if listed.complete and listed.rows.shape[0] == n - 1:
+        return listed.rows
     reach = system.potential.lengths(
-        system.params, (own.rows[:1], own.rows[:1]), n, system.species, 0
+        system.params, (listed.rows[:1], listed.rows[:1]), n, system.species, 0
     )
-    if (
-        isinstance(reach, float) and length <= reach < np.inf and not own.complete
-    ):  # fixed, so known in traced code too
-        return own.rows
+    # a range that is a float depends on no parameter, so it is known in traced code as well
+    if isinstance(reach, float) and length <= reach < np.inf and not listed.complete:
+        return listed.rows
     if n <= ALL_PAIRS:
         return neighbors.all_pairs(n).rows
     raise InputError(
@@ -157,7 +168,8 @@ def rows_within(system: System, length: float, pairs: Neighbors | None) -> jax.A
     )
 
 
-def _given(system: System, length: float, pairs: Neighbors) -> jax.Array:
+def _check_pairs(system: System, length: float, pairs: Neighbors) -> jax.Array:
+    """Check that the user's list is of this system and complete, and return its rows."""
     if not isinstance(pairs, Neighbors):
         raise InputError(
             f"pairs is {short(pairs)}: give what ms.observables.pairs_within(system, range)"
@@ -165,54 +177,58 @@ def _given(system: System, length: float, pairs: Neighbors) -> jax.Array:
         )
     if pairs.rows.shape[1] != system.n:
         raise InputError(
-            f"pairs are of {pairs.rows.shape[1]} particles and the system has {system.n}: make them"
-            " anew."
+            f"pairs are of {pairs.rows.shape[1]} particles and the system has {system.n}: make a"
+            " new list, ms.observables.pairs_within(system, range)."
         )
     if pairs.complete:
         return pairs.rows
     assert pairs.given is not None
     (reach,) = pairs.given
+    # 1e-6, because the range may be stored in single precision
     if not isinstance(reach, Tracer) and length > float(reach) * (1.0 + 1e-6):
         raise InputError(
             f"pairs reach {float(reach):g}, and this looks at pairs up to {length:g}: give "
             f"ms.observables.pairs_within(system, {length:g})."
         )
-    still = neighbors.within(system.positions, *neighbors.slack(pairs, system.box, reach))
-    if not isinstance(still, Tracer) and not bool(still):
+    complete = neighbors.within(system.positions, *neighbors.slack(pairs, system.box, reach))
+    if not isinstance(complete, Tracer) and not bool(complete):
         raise InputError(
             "particles have moved by more than half the skin of the pairs, so that some may be"
-            " missing: make them anew, ms.observables.pairs_within(system, range)."
+            " missing: make a new list, ms.observables.pairs_within(system, range)."
         )
     return pairs.rows
 
 
 def summed(system: System, rows: jax.Array, each: Each) -> tuple[jax.Array, ...]:
-    """The sum over each particle's neighbors of some quantities of the pair, (n,) each or a number.
+    """Sums of pair quantities over the neighbors of each particle, (n,) each, or over all pairs.
 
-    In chunks of rows, computed again where they are differentiated, so that it takes the memory of
+    The rows are summed in chunks. A derivative recomputes each chunk, so that the memory is that of
     one chunk.
 
     Args:
+      system: one system.
       rows: (capacity, n), padded with n.
-      each: (vectors R_j - R_i as components, r, j, whether it is a pair), each (ROWS, n), -> what
-        is summed, already summed over the rows of the chunk.
+      each: (vectors R_j - R_i as components, distances r, indices j, whether it is a pair), each of
+        shape (ROWS, n), -> the quantities, already summed over the rows of the chunk.
     """
-    n, more = system.n, -rows.shape[0] % ROWS
-    chunks = jnp.pad(rows, ((0, more), (0, 0)), constant_values=n).reshape(-1, ROWS, n)
-    images, x = nearest_images(system.box, system.boundary.orthogonal), components(system.positions)
+    n = system.n
+    padding = -rows.shape[0] % ROWS
+    chunks = jnp.pad(rows, ((0, padding), (0, 0)), constant_values=n).reshape(-1, ROWS, n)
+    nearest = nearest_images(system.box, system.boundary.orthogonal)
+    x = components(system.positions)
 
     @jax.checkpoint
-    def part(j: jax.Array) -> tuple[jax.Array, ...]:
+    def sum_chunk(j: jax.Array) -> tuple[jax.Array, ...]:
         real = j < n
         j = jnp.where(real, j, 0)
-        apart = images(tuple(c[j] - c for c in x))
-        r = jnp.sqrt(
-            jnp.where(real, sum(v * v for v in apart), 1.0)
-        )  # sqrt(0) on padding would make NaN derivatives
-        return each(apart, r, j, real)
+        vectors = nearest(tuple(c[j] - c for c in x))
+        # 1 on padding, where the derivative of sqrt(0) would be NaN
+        r = jnp.sqrt(jnp.where(real, sum(v * v for v in vectors), 1.0))
+        return each(vectors, r, j, real)
 
     def add(total: tuple[jax.Array, ...], j: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
-        return jax.tree.map(jnp.add, total, part(j)), None
+        return jax.tree.map(jnp.add, total, sum_chunk(j)), None
 
-    shapes = jax.eval_shape(part, jax.ShapeDtypeStruct((ROWS, n), rows.dtype))
-    return jax.lax.scan(add, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), chunks)[0]
+    shapes = jax.eval_shape(sum_chunk, jax.ShapeDtypeStruct((ROWS, n), rows.dtype))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(add, zeros, chunks)[0]

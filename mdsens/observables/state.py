@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,11 +32,13 @@ def energy(system: System) -> jax.Array:
 
 @jax.jit
 def stress(system: System) -> jax.Array:
-    """The Cauchy stress of the configuration as it is, sigma = V^-1 dU/dstrain at strain 0;
-    positive in tension.
+    """The Cauchy stress sigma = V^-1 dU/dstrain at strain 0, positive in tension.
+
+    It is that of the configuration as it is, at constant fractional coordinates, without the motion
+    of particles in response to the strain.
 
     Returns:
-      (d, d), symmetric, energy a volume (an area in 2-D).
+      (d, d), symmetric, energy per volume (per area in 2-D).
 
     Raises:
       InputError: open boundaries, which have no volume.
@@ -49,10 +49,11 @@ def stress(system: System) -> jax.Array:
         )
     zero = jnp.zeros((system.dimension, system.dimension), system.positions.dtype)
 
-    def strained(strain: jax.Array) -> jax.Array:
+    # by the symmetric part of the strain, so that the result is symmetric
+    def energy_at(strain: jax.Array) -> jax.Array:
         return potential_energy(system, strain=0.5 * (strain + strain.T))
 
-    return jax.grad(strained)(zero) / system.volume
+    return jax.grad(energy_at)(zero) / system.volume
 
 
 @jax.jit
@@ -77,25 +78,26 @@ def volume(system: System) -> jax.Array:
 
 @jax.jit
 def packing_fraction(system: System) -> jax.Array:
-    """phi = sum_i v(sigma_i) / V, v = pi/4 sigma^2 in 2-D and pi/6 sigma^3 in 3-D; overlaps count
-    twice.
+    """The packing fraction phi = sum_i v(sigma_i) / V; overlaps count twice.
+
+    v is the volume of a particle, pi/4 sigma^2 in 2-D and pi/6 sigma^3 in 3-D.
 
     Raises:
       InputError: open boundaries, or a potential whose ``sigma`` is not the particles'.
     """
-    size = volume(system)
+    cell_volume = volume(system)
     if system.diameters is None:
         raise InputError(
             f"a packing fraction needs the diameters of the particles, and {system.potential.name}"
             " has no parameter 'sigma' of each: divide their volumes by ms.observables.volume."
         )
-    unit = {2: np.pi / 4, 3: np.pi / 6}[system.dimension]
-    return jnp.sum(unit * system.diameters**system.dimension) / size
+    of_unit_diameter = {2: np.pi / 4, 3: np.pi / 6}[system.dimension]
+    return jnp.sum(of_unit_diameter * system.diameters**system.dimension) / cell_volume
 
 
 @jax.jit
 def coordination(system: System) -> jax.Array:
-    """Mean number of contacts of a particle that is no rattler, z = 2 N_c / (n - n_rattlers).
+    """Mean number of contacts of the particles that are not rattlers, z = 2 N_c / (n - n_rattlers).
 
     Piecewise constant: differentiating it raises InputError, which names
       :func:`smooth_coordination`.
@@ -104,22 +106,22 @@ def coordination(system: System) -> jax.Array:
 
 
 def smooth_coordination(system: System, width: float) -> jax.Array:
-    """Mean number of contacts of a particle, each counted by how deep it is.
+    """Mean number of contacts of a particle, each contact weighted by its overlap.
 
-        z = 2 / n sum_pairs S((l_ij - r_ij) / width),    S(x) = x^3 (10 - 15 x + 6 x^2), 0 below 0 and 1 from x = 1 on
+        z = 2 / n sum_pairs S((l_ij - r_ij) / width),    S(x) = x^3 (10 - 15 x + 6 x^2),
 
-    l_ij is the length beyond which the potential is zero for the two: sigma_ij of soft spheres, the
-      cutoff of Lennard-Jones.
-    It is not the contact number of a packing, which ``coordination`` gives: it depends on the
-    width, lies below that count, since contacts with overlaps below the width count in part, and is
-    a mean over all particles, rattlers
-    included. Its derivative comes from those contacts alone, which are the ones about to open: none
-    where the width is below every overlap, while a width of about the mean overlap sees most of
-    them.
+    where S is 0 below x = 0 and 1 above x = 1. l_ij is the distance beyond which the potential of
+    the pair is zero: sigma_ij of soft spheres, the cutoff of Lennard-Jones.
+
+    It is not the contact number of a packing, which ``coordination`` gives. It depends on the
+    width. It lies below that number, since contacts with overlaps below the width count in part,
+    and it is a mean over all particles, rattlers included. Its derivative comes only from contacts
+    with overlaps below the width, which are those about to open: there is none where the width is
+    below every overlap, while a width of about the mean overlap includes most of them.
 
     Args:
-      system: one system, its list complete.
-      width: the overlap from which a contact counts whole; a length.
+      system: one system, its neighbor list complete.
+      width: the overlap from which a contact counts fully; a length.
 
     Returns:
       a number.
@@ -127,25 +129,31 @@ def smooth_coordination(system: System, width: float) -> jax.Array:
     Raises:
       InputError: a potential without pairs, or of infinite range.
     """
-    deep = positive("width", width)
-    potential, reach = single(system).potential, system.range
+    full_overlap = positive("width", width)
+    potential = single(system).potential
+    reach = system.range
+    # a range that depends on traced parameters has no value yet and cannot be checked
     known = not isinstance(reach, Tracer)
     if not potential.pairwise or (known and not 0 < float(reach) < np.inf):
         raise InputError(
-            f"{potential.name} has no length at which neighbors begin to interact: take a potential of pairs"
-            " with a finite range."
+            f"{potential.name} has no length at which neighbors begin to interact: take a potential"
+            " of pairs with a finite range."
         )
-    return _smooth_coordination(system, deep)
+    return _smooth_coordination(system, full_overlap)
 
 
 @jax.jit
-def _smooth_coordination(system: System, width: Any) -> jax.Array:
-    own, lengths = jnp.arange(system.n, dtype=jnp.int32)[None], pair_lengths(system)
+def _smooth_coordination(system: System, width: float) -> jax.Array:
+    """:func:`smooth_coordination` by one sum over the neighbor list, compiled."""
+    # (1, n), to go with the rows (ROWS, n) of neighbors j
+    i = jnp.arange(system.n, dtype=jnp.int32)[None]
+    lengths = pair_lengths(system)
 
     def each(
-        apart: Components, r: jax.Array, j: jax.Array, real: jax.Array
+        vectors: Components, r: jax.Array, j: jax.Array, real: jax.Array
     ) -> tuple[jax.Array, ...]:
-        depth = (lengths(own, j) - r) / width
-        return (jnp.sum(jnp.where(real, rise(depth), 0.0)),)
+        overlap = (lengths(i, j) - r) / width
+        return (jnp.sum(jnp.where(real, rise(overlap), 0.0)),)
 
+    # the rows contain every pair twice, which is the factor 2 of z
     return summed(system, system.neighbors.rows, each)[0] / system.n

@@ -1,5 +1,6 @@
-"""Figures: sensitivities, a derivative's test, the softest modes, moduli, designs. They compute
-little.
+"""Figures of sensitivities, derivative tests, softest modes, moduli and designs.
+
+They draw results that were computed before, and compute little themselves.
 """
 
 from mdsens.plots.curves import derivative_test, stiffness_spectrum, unrolled

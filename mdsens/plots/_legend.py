@@ -1,4 +1,4 @@
-"""What stands below the picture of a configuration: colors, rattlers, and an arrow with its value."""
+"""The legend below the picture of a configuration: colors, rattlers, and a scale arrow."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from mdsens.plots._style import ARROW, FONT, OUTLINE, PAPER
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap, Normalize
     from matplotlib.quiver import Quiver
+
+    # names and colors of the kinds of circles, or a color map with its range
+    Key = list[tuple[str, np.ndarray]] | tuple[Colormap, Normalize]
 
 __all__ = ["ROW", "Foot", "legend", "rounded"]
 
@@ -19,13 +23,13 @@ ROW = 11.0  # points from one row of the legend to the next
 
 
 class Foot(NamedTuple):
-    """What stands below the picture, and in how many rows.
+    """The contents of the legend, from which its number of rows follows.
 
     Attributes:
-      names: of the circles.
-      bar: width of the color bar, as a fraction of the picture's.
-      caption: of the scale arrow; empty without arrows.
-      length: of the scale arrow, as a fraction of the picture's width.
+      names: names of the kinds of circles.
+      bar: width of the color bar, as a fraction of the picture's; 0 without a color bar.
+      caption: text of the scale arrow; empty without arrows.
+      length: length of the scale arrow, as a fraction of the picture's width.
     """
 
     names: list[str]
@@ -33,39 +37,53 @@ class Foot(NamedTuple):
     caption: str
     length: float
 
-    def rows(self, wide: float) -> tuple[int, int, int]:
-        """Columns of the legend, the row of the scale arrow, and the number of rows, in a width in
-        points.
+    def rows(self, width: float) -> tuple[int, int, int]:
+        """How to arrange the legend in a width given in points.
 
-        Widths are estimates: measuring text takes a renderer, which a figure has only when it is
-          drawn.
+        Widths of texts are estimates: measuring them takes a renderer, which a figure has only when
+        it is drawn.
+
+        Returns:
+          the number of columns of names, the row of the scale arrow, and the number of rows.
         """
 
         def points(text: str) -> float:
+            # 0.55 of the font size for each character, without the commands of mathtext
             return 0.55 * FONT * len(re.sub(r"\\mathrm|[${}_\\]|(?<=\\)[a-z]+", "", text))
 
-        each = max((points(name) + 2.3 * FONT for name in self.names), default=0.0)
-        arrow = points(self.caption) + FONT + self.length * wide if self.caption else 0.0
-        room = (1.0 - self.bar) * wide
-        if len(self.names) * each + arrow <= room:
+        # 2.3 font sizes for the circle and the gaps beside it
+        column = max((points(name) + 2.3 * FONT for name in self.names), default=0.0)
+        arrow = points(self.caption) + FONT + self.length * width if self.caption else 0.0
+        room = (1.0 - self.bar) * width
+        if len(self.names) * column + arrow <= room:
             return max(len(self.names), 1), 0, 1
-        columns = max(int(room // max(each, 1.0)), 1)
-        rows = max(-(-len(self.names) // columns), 1)
-        return columns, rows, rows + 1
+        columns = max(int(room // max(column, 1.0)), 1)
+        rows = max(-(-len(self.names) // columns), 1)  # rounded up
+        return columns, rows, rows + 1  # the arrow gets a row of its own
 
 
-def legend(ax: Axes, foot: Foot, key: Any, quiver: Quiver | None) -> None:
-    """Below the picture: the colors, the rattlers where there are any, and an arrow with its value."""
+def legend(ax: Axes, foot: Foot, key: Key, quiver: Quiver | None) -> None:
+    """Draw the legend below the picture.
+
+    Args:
+      ax: with the picture and its final limits.
+      foot: the contents of the legend.
+      key: the kinds of circles with their colors; or a color map and its range, for a color bar.
+      quiver: arrows of the picture, which the scale arrow belongs to; None without arrows.
+    """
     from matplotlib.legend_handler import HandlerPatch
     from matplotlib.patches import Circle
 
     (x0, x1), (y0, y1) = ax.get_xlim(), ax.get_ylim()
-    wide = min(ax.bbox.width, ax.bbox.height * (x1 - x0) / (y1 - y0)) * 72 / ax.figure.dpi  # points
-    row = ROW / (wide * (y1 - y0) / (x1 - x0))
-    columns, arrow_row, _ = foot.rows(wide)
-    handles, tints = [], key
-    if not isinstance(key, list):
-        (shades, span), tints = key, []
+    # the picture, which keeps its aspect, may be narrower than the Axes; in points, 72 an inch
+    width = min(ax.bbox.width, ax.bbox.height * (x1 - x0) / (y1 - y0)) * 72 / ax.figure.dpi
+    row = ROW / (width * (y1 - y0) / (x1 - x0))  # as a fraction of the picture's height
+    columns, arrow_row, _ = foot.rows(width)
+    if isinstance(key, list):
+        kinds = key
+    else:
+        kinds = []
+        shades, span = key
         bar = ax.inset_axes((0.12, -1.15 * row, 0.22, 0.6 * row))
         bar.imshow(np.linspace(0, 1, 64)[None], aspect="auto", cmap=shades)
         bar.set(xticks=[], yticks=[])
@@ -75,8 +93,10 @@ def legend(ax: Axes, foot: Foot, key: Any, quiver: Quiver | None) -> None:
             (1.08, "left", f"{span.vmax:.2g}"),
         ):
             bar.text(x, 0.4, text, ha=side, va="center", fontsize=FONT, transform=bar.transAxes)
-    for name, tint in tints:
-        handles.append(Circle((0, 0), facecolor=tint, edgecolor=OUTLINE, linewidth=0.5, label=name))
+    handles = []
+    for name, color in kinds:
+        circle = Circle((0, 0), facecolor=color, edgecolor=OUTLINE, linewidth=0.5, label=name)
+        handles.append(circle)
     if "rattler" in foot.names:
         dashed = Circle(
             (0, 0), facecolor=PAPER, edgecolor=OUTLINE, linewidth=0.7, linestyle=(0, (2, 1))
@@ -86,7 +106,7 @@ def legend(ax: Axes, foot: Foot, key: Any, quiver: Quiver | None) -> None:
     if quiver is not None:
         ax.quiverkey(
             quiver,
-            0.99 - foot.length,  # where its tail is
+            0.99 - foot.length,  # place of its tail
             -(arrow_row + 0.83) * row,
             foot.length * (x1 - x0),
             foot.caption,
@@ -104,10 +124,10 @@ def legend(ax: Axes, foot: Foot, key: Any, quiver: Quiver | None) -> None:
     ) -> Circle:
         return Circle((width / 2 - xdescent, height / 2 - ydescent), 0.55 * height)
 
+    # matplotlib fills a legend column by column; this order makes it read row by row
+    by_rows = [entry for k in range(columns) for entry in handles[k::columns]]
     ax.legend(
-        handles=[
-            entry for k in range(columns) for entry in handles[k::columns]
-        ],  # columns fill first, read rows first
+        handles=by_rows,
         handler_map={Circle: HandlerPatch(patch_func=dot)},
         loc="upper left",
         bbox_to_anchor=(0.01 + foot.bar, -0.55 * row),
@@ -119,15 +139,15 @@ def legend(ax: Axes, foot: Foot, key: Any, quiver: Quiver | None) -> None:
         handlelength=1.0,
         handletextpad=0.4,
         columnspacing=1.0,
+        # in font sizes: the gap between two rows at the distance ROW, less 0.15
         labelspacing=(ROW - FONT) / FONT - 0.15,
     )
 
 
 def rounded(longest: float) -> tuple[float, str]:
-    """The largest 1, 2 or 5 times a power of ten that is not above ``longest``, and how it is
-    written.
-    """
+    """The largest 1, 2 or 5 times a power of ten up to ``longest``, and its text in mathtext."""
     power = int(np.floor(np.log10(longest)))
+    # 1e-9: so that 5 is found for 5, despite round-off
     digit = max(m for m in (1, 2, 5) if m == 1 or m * 10.0**power <= longest * (1 + 1e-9))
     value = digit * 10.0**power
     return value, f"{value:g}" if -3 <= power < 4 else rf"${digit}\times10^{{{power}}}$"

@@ -1,10 +1,18 @@
-"""What all figures share: colors, sizes, and the figure of one column."""
+"""Colors, sizes and the form of titles that all figures share."""
 
 from __future__ import annotations
 
-__all__ = ["ARROW", "COLUMN", "FONT", "OUTLINE", "PAPER"]
+from mdsens.mechanics.status import Status
 
-OUTLINE, ARROW = "#7b8794", "#17202a"
+__all__ = ["ARROW", "COLUMN", "FONT", "OUTLINE", "PAPER", "title_with_status"]
+
+OUTLINE = "#7b8794"  # gray, for outlines and guide lines
+ARROW = "#17202a"  # near black, for arrows and marks
 PAPER = "white"
 FONT = 7  # points
-COLUMN = 3.4  # inches
+COLUMN = 3.4  # inches: the width of a figure of one column
+
+
+def title_with_status(title: str | None, status: Status) -> str:
+    """The title of a figure, with the name of a status that is not good; empty without both."""
+    return ", ".join([*([title] if title else []), *([] if status.good else [status.name])])

@@ -1,4 +1,4 @@
-"""Particles as the eye sees them: in their cell, along an axis, from the rear to the front."""
+"""Orthographic projection of a configuration: particles wrapped into the cell, sorted by depth."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import numpy as np
 from mdsens._util.errors import InputError
 from mdsens.model.system import System
 
-__all__ = ["View", "corners", "extent", "images", "in_slab", "layers", "project"]
+__all__ = ["View", "corners", "extent", "image_shifts", "images", "in_slab", "layers", "project"]
 
-LAYERS = 16  # of a 3-D picture, drawn from back to front
+LAYERS = 16  # of a 3-D picture, drawn from the rear to the front
 
 
 class View(NamedTuple):
-    """Particles as the eye sees them.
+    """A configuration projected to the plane of the picture.
 
     Attributes:
-      spots: (n, 2) in the plane, wrapped into the cell.
+      spots: (n, 2) centers of the particles in the plane, wrapped into the cell.
       depth: (n,) from 0 at the rear to 1 at the front; 1 in 2-D.
-      cell: (2, 2), columns the cell vectors in the plane; None for open boundaries.
-      across: (2, d) takes a vector to the plane.
+      cell: (2, 2), columns the projected cell vectors; None for open boundaries.
+      across: (2, d) matrix that projects a vector to the plane.
     """
 
     spots: np.ndarray
@@ -31,20 +31,24 @@ class View(NamedTuple):
 
 
 def project(system: System, axis: int) -> View:
-    """Wrap the particles into the cell and look along one of its vectors: the cell is then a
-    parallelogram.
+    """Wrap the particles into the cell and project them along one of the cell vectors.
+
+    Along a cell vector the projected cell is a parallelogram, also where it is triclinic. Without a
+    cell, ``axis`` is a coordinate. In 2-D nothing is projected.
     """
     positions = np.asarray(system.positions, float)
     box = None if system.box is None else np.asarray(system.box, float)
     if system.dimension == 3 and axis not in (0, 1, 2):
         raise InputError(f"axis is {axis!r}: give 0, 1 or 2, the cell vector to look along.")
-    fractions = positions
+    fractions = positions  # without a box: the coordinates
     if box is not None:
         fractions = (positions @ np.linalg.inv(box).T) % 1.0
         positions = fractions @ box.T
     if system.dimension == 2:
         return View(positions, np.ones(system.n), box, np.eye(2))
     cell = np.eye(3) if box is None else box
+    # A right-handed frame: toward the viewer, and right and up in the plane of the picture, with
+    # the next cell vector pointing to the right.
     toward = cell[:, axis] / np.linalg.norm(cell[:, axis])
     right = cell[:, (axis + 1) % 3] - toward * (toward @ cell[:, (axis + 1) % 3])
     right /= np.linalg.norm(right)
@@ -57,8 +61,10 @@ def project(system: System, axis: int) -> View:
 
 
 def in_slab(system: System, depth: np.ndarray, slab: tuple[float, float]) -> np.ndarray:
-    """Which particles (n,) are in a slab of the depth, all in 2-D; raises InputError where it is
-    none or empty.
+    """Mask (n,) of the particles in a slab of the depth; in 2-D, all particles.
+
+    Raises:
+      InputError: the slab is no range within 0 to 1, or empty, or given in 2-D.
     """
     low, high = slab
     if not 0.0 <= low < high <= 1.0:
@@ -76,33 +82,39 @@ def in_slab(system: System, depth: np.ndarray, slab: tuple[float, float]) -> np.
 
 
 def layers(depth: np.ndarray, shown: np.ndarray) -> list[np.ndarray]:
-    """Masks of the particles shown, from rear to front, in equal steps of depth."""
+    """Masks (n,) of the particles shown in each layer, from rear to front, in equal depth steps."""
     edges = np.linspace(depth[shown].min(), depth[shown].max(), LAYERS + 1)
     step = np.clip(np.searchsorted(edges, depth, side="right") - 1, 0, LAYERS - 1)
     return [shown & (step == k) for k in range(LAYERS)]
 
 
 def images(view: View, chosen: np.ndarray, diameters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Index and place of every circle that reaches into the cell, images included; two or three of
-    a corner's lie just outside, which the clipping at the cell hides.
+    """Particle index and center of every circle that reaches into the cell, images included.
+
+    A circle counts if it reaches into the cell along both cell vectors. At a corner two or three
+    that do lie just outside of it; the clipping at the cell hides them.
     """
     (index,) = np.nonzero(chosen)
     if view.cell is None:
         return index, view.spots[index]
     inverse = np.linalg.inv(view.cell)
-    radius = (
-        diameters[index, None] / 2 * np.linalg.norm(inverse, axis=1)
-    )  # in fractions of the cell's heights
+    # radius in fractions of the cell's heights: row i of the inverse has the length 1 / height i
+    radius = diameters[index, None] / 2 * np.linalg.norm(inverse, axis=1)
     fractions = view.spots[index] @ inverse.T
-    turns = int(np.ceil(radius.max(initial=0.0)))
-    shifts = np.stack(np.meshgrid(*[np.arange(-turns, turns + 1)] * 2), axis=-1).reshape(-1, 1, 2)
-    placed = fractions + shifts
-    seen = ((placed > -radius) & (placed < 1.0 + radius)).all(axis=-1)
-    return np.broadcast_to(index, seen.shape)[seen], placed[seen] @ view.cell.T
+    reach = int(np.ceil(radius.max(initial=0.0)))  # cells between a particle and its images
+    centers = fractions + image_shifts(reach)
+    visible = ((centers > -radius) & (centers < 1.0 + radius)).all(axis=-1)
+    return np.broadcast_to(index, visible.shape)[visible], centers[visible] @ view.cell.T
+
+
+def image_shifts(reach: int) -> np.ndarray:
+    """Shifts of the periodic images in fractions of the cell, (images, 1, 2), up to ``reach``."""
+    steps = np.arange(-reach, reach + 1)
+    return np.stack(np.meshgrid(steps, steps), axis=-1).reshape(-1, 1, 2)
 
 
 def extent(view: View, shown: np.ndarray, radii: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lower left and upper right corner of the cell, or of the circles where there is none."""
+    """Lower left and upper right corner of the picture: of the cell, or else of the circles."""
     if view.cell is not None:
         four = corners(view.cell)
         return four.min(axis=0), four.max(axis=0)
@@ -111,5 +123,5 @@ def extent(view: View, shown: np.ndarray, radii: np.ndarray) -> tuple[np.ndarray
 
 
 def corners(cell: np.ndarray) -> np.ndarray:
-    """The four corners (4, 2) of a cell in the plane, in turn."""
+    """The four corners (4, 2) of a cell in the plane, in the order of its outline."""
     return np.array([[0, 0], [1, 0], [1, 1], [0, 1]]) @ cell.T

@@ -1,6 +1,4 @@
-"""Curves that judge: the error of a derivative over steps, unrolled or not, and the stiffness of
-the softest modes.
-"""
+"""Curves: the error of a derivative over step size or steps, and the stiffness of the modes."""
 
 from __future__ import annotations
 
@@ -9,39 +7,45 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mdsens._util.errors import InputError
-from mdsens.plots._style import ARROW, COLUMN, FONT, OUTLINE, PAPER
+from mdsens.plots._style import ARROW, COLUMN, FONT, OUTLINE, PAPER, title_with_status
 from mdsens.verify import DerivativeTest, Unrolled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from numpy.typing import ArrayLike
 
 __all__ = ["derivative_test", "stiffness_spectrum", "unrolled"]
 
 HEIGHT = 2.5  # inches
-GOOD, BAD = "#2f6db3", "#c8553d"  # apart in lightness and hue under every common color blindness
-# of participation: dark where few particles move, and its palest end, of plane waves, is rare
+# Apart in lightness and hue under every common color blindness.
+GOOD = "#2f6db3"
+BAD = "#c8553d"
+# Color map of the participation ratio: dark where few particles move; its palest end, of plane
+# waves, is rare.
 MODES = "viridis"
-MARKER, CROWDED = 4.0, 2.5  # points; the second for more modes than MANY
+MARKER = 4.0  # points
+CROWDED = 2.5  # points, for more modes than MANY
 MANY = 80
-BAND = 0.14  # of the axis, for modes of no stiffness
-FLOOR = 1e-17  # of an error: what is less is drawn there
-# of the largest value given; the softest real modes near jamming are at 1e-6, null ones at 1e-16
+BAND = 0.14  # height of the band for modes without stiffness, as a fraction of the axis
+FLOOR = 1e-17  # a smaller error is drawn here: a logarithmic axis has no zero
+# Relative to the largest eigenvalue: smaller ones count as zero. The softest real modes near
+# jamming are at 1e-6, null ones at 1e-16.
 NULL = 1e-9
 
 
 def derivative_test(
     test: DerivativeTest, ax: Axes | None = None, *, title: str | None = None
 ) -> Axes:
-    """Draw the error of central differences against their step, on logarithmic axes: a V for a
-    right derivative.
+    """Draw the error of central differences against their step t, on logarithmic axes.
 
-    Its left arm is round-off of the minima, error ~ 1/t; its right arm is truncation, error ~ t^2,
-    with the exponent fitted where it shows. The dashed line is the first change of a contact to
-    first order: beyond it a difference says nothing. Steps within which a contact changed are
-    hollow, steps that did not relax are crosses. A wrong derivative shows as a floor.
+    For a right derivative the curve is a V. Its left arm is round-off of the minima, error ~ 1/t;
+    its right arm is truncation, error ~ t^2, labeled with the fitted exponent where enough of the
+    arm is visible. A wrong derivative shows as a floor. The dashed line is the first change of a
+    contact, to first order: beyond it a difference quotient is no test of the derivative. Steps
+    within which a contact changed are hollow, steps that did not relax are crosses.
 
     Args:
-      test: of ``ms.verify.derivative_test``.
+      test: result of ``ms.verify.derivative_test``.
       ax: where to draw; None makes a figure of one column with pyplot.
       title: above the picture. A status that is not good is named there in any case.
 
@@ -56,10 +60,8 @@ def derivative_test(
             f"got a {type(test).__name__}: give what ms.verify.derivative_test returns."
         )
     ax = _column() if ax is None else ax
-    steps, errors = (
-        test.steps,
-        np.nan_to_num(np.clip(test.errors, FLOOR, None), nan=1.0, posinf=1.0),
-    )
+    steps = test.steps
+    errors = np.nan_to_num(np.clip(test.errors, FLOOR, None), nan=1.0, posinf=1.0)
     relaxed = np.array([status.good for status in test.statuses])
     ax.set(xscale="log", yscale="log", xlim=(steps.min() / 2, steps.max() * 2))
     ax.set_ylim(errors.min() / 5, max(errors.max(), 100 * errors.min()) * 5)
@@ -70,23 +72,11 @@ def derivative_test(
         (~relaxed, "x", BAD, BAD, "not relaxed"),
     ):
         if chosen.any():
-            look: dict[str, Any] = {
-                "marker": marker,
-                "markerfacecolor": fill,
-                "markeredgecolor": edge,
-            }
-            ax.plot(
-                steps[chosen],
-                errors[chosen],
-                linestyle="none",
-                markersize=MARKER,
-                label=name,
-                zorder=2,
-                **look,
-            )
+            _points(ax, steps[chosen], errors[chosen], marker, fill, edge, name)
     if test.slope is not None:
-        t, e = steps[test.branch], errors[test.branch]
-        middle = np.sqrt(t[0] * t[-1]), np.sqrt(e[0] * e[-1])
+        t = steps[test.branch]
+        e = errors[test.branch]
+        middle = np.sqrt(t[0] * t[-1]), np.sqrt(e[0] * e[-1])  # of the arm, on logarithmic axes
         ax.annotate(
             rf"$\propto t^{{{test.slope:.1f}}}$",
             middle,
@@ -95,25 +85,27 @@ def derivative_test(
             fontsize=FONT,
             ha="right",
         )
-    marked = steps.min() / 2 < test.radius < steps.max() * 2
+    marked = steps.min() / 2 < test.radius < steps.max() * 2  # within the limits of the axis
     if marked:
-        _mark(ax, test.radius)
+        _mark_contact_change(ax, test.radius)
     ax.set_xlabel("step $t$", fontsize=FONT)
     ax.set_ylabel("relative error", fontsize=FONT)
-    heading = [*([title] if title else []), *([] if test.status.good else [test.status.name])]
-    _finish(ax, ", ".join(heading), legend=True, pad=FONT + 6.0 if marked else 6.0)
+    # where the mark has its name above the frame, the title goes above that
+    _finish(
+        ax, title_with_status(title, test.status), legend=True, pad=FONT + 6.0 if marked else 6.0
+    )
     return ax
 
 
 def unrolled(found: Unrolled, ax: Axes | None = None, *, title: str | None = None) -> Axes:
-    """Draw the error of an unrolled derivative over the steps of the minimizer, and the force left,
-    on log axes.
+    """Draw the error of an unrolled derivative and the residual force over the minimizer's steps.
 
-    The error is relative to the implicit derivative: above the dashed line at 1 nothing of it is
-    right. Hollow points stand where the run was chaotic so far, its growth a step above 0.
+    Axes are logarithmic. The error is relative to the implicit derivative: above the dashed line at
+    1 no digit of the unrolled derivative is right. A point is hollow where the run was chaotic up
+    to that step: small displacements grew, so that their growth rate was above 0.
 
     Args:
-      found: of ``ms.verify.unrolled``.
+      found: result of ``ms.verify.unrolled``.
       ax: where to draw; None makes a figure of one column with pyplot.
       title: above the picture. A status that is not good is named there in any case.
 
@@ -126,10 +118,8 @@ def unrolled(found: Unrolled, ax: Axes | None = None, *, title: str | None = Non
     if not isinstance(found, Unrolled):
         raise InputError(f"got a {type(found).__name__}: give what ms.verify.unrolled returns.")
     ax = _column() if ax is None else ax
-    steps, errors = (
-        found.steps,
-        np.nan_to_num(np.clip(found.errors, FLOOR, None), nan=1.0, posinf=1.0),
-    )
+    steps = found.steps
+    errors = np.nan_to_num(np.clip(found.errors, FLOOR, None), nan=1.0, posinf=1.0)
     chaotic = found.growth > 0
     ax.set(xscale="log", yscale="log", xlim=(steps.min() / 1.5, steps.max() * 1.5))
     ax.axhline(1.0, color=ARROW, linewidth=0.8, linestyle=(0, (4, 2)), zorder=1.2)
@@ -139,16 +129,7 @@ def unrolled(found: Unrolled, ax: Axes | None = None, *, title: str | None = Non
         (chaotic, PAPER, BAD, "error, chaotic so far"),
     ):
         if chosen.any():
-            look: dict[str, Any] = {"marker": "o", "markerfacecolor": fill, "markeredgecolor": edge}
-            ax.plot(
-                steps[chosen],
-                errors[chosen],
-                linestyle="none",
-                markersize=MARKER,
-                label=name,
-                zorder=2,
-                **look,
-            )
+            _points(ax, steps[chosen], errors[chosen], "o", fill, edge, name)
     forces = np.clip(found.max_forces, FLOOR, None)
     ax.plot(
         steps,
@@ -161,25 +142,41 @@ def unrolled(found: Unrolled, ax: Axes | None = None, *, title: str | None = Non
     )
     ax.set_xlabel("steps of the minimizer", fontsize=FONT)
     ax.set_ylabel("relative error, force", fontsize=FONT)
-    heading = [*([title] if title else []), *([] if found.status.good else [found.status.name])]
-    _finish(ax, ", ".join(heading), legend=True)
+    _finish(ax, title_with_status(title, found.status), legend=True)
     return ax
 
 
-def _mark(ax: Axes, radius: float) -> None:
-    """A vertical dashed line at the first contact change, named above the frame, where no point can
-    be.
+def _points(
+    ax: Axes, x: np.ndarray, y: np.ndarray, marker: str, fill: str, edge: str, name: str
+) -> None:
+    """Draw points of one kind, with their name for the legend."""
+    # a dict: pyright rejects these keywords written out
+    look: dict[str, Any] = {"marker": marker, "markerfacecolor": fill, "markeredgecolor": edge}
+    ax.plot(x, y, linestyle="none", markersize=MARKER, label=name, zorder=2, **look)
+
+
+def _mark_contact_change(ax: Axes, radius: float) -> None:
+    """Draw a vertical dashed line at the first contact change, named above the frame.
+
+    No point can be above the frame.
     """
     ax.axvline(radius, color=ARROW, linewidth=0.8, linestyle=(0, (4, 2)), zorder=1.2)
     low, high = np.log(ax.get_xlim())
-    side = (np.log(radius) - low) / (high - low)
+    place = (np.log(radius) - low) / (high - low)  # from 0 at the left end of the axis to 1
+    # near an end of the axis the name runs toward the middle, so that it stays in the figure
+    if place < 0.25:
+        alignment = "left"
+    elif place > 0.75:
+        alignment = "right"
+    else:
+        alignment = "center"
     ax.annotate(
         "first contact change",
         (radius, 1.0),
         (0, 2),
         xycoords=ax.get_xaxis_transform(),
         textcoords="offset points",
-        ha="left" if side < 0.25 else "right" if side > 0.75 else "center",
+        ha=alignment,
         va="bottom",
         fontsize=FONT,
         color=ARROW,
@@ -190,26 +187,27 @@ def stiffness_spectrum(
     given: Any,
     ax: Axes | None = None,
     *,
-    participation: Any = None,
+    participation: ArrayLike | None = None,
     null: float | None = None,
     title: str | None = None,
 ) -> Axes:
-    """Draw the stiffness of each mode, the eigenvalues of the Hessian in rising order, on a
-    logarithmic axis.
+    """Draw the stiffness of each mode: the Hessian's eigenvalues in rising order, logarithmic axis.
 
-    Modes that cost nothing (translations, rattlers) stand as hollow circles in a band at the
-    bottom, whatever their round-off is; negative ones, which no minimum has, are triangles at their
-    size, pointing down. Nothing is computed: values and participation are what an eigensolver gave.
+    Zero modes (translations, rattlers) are hollow circles in a band at the bottom, whatever value
+    round-off gave them. Negative eigenvalues, which no minimum has, are triangles that point down,
+    at their absolute value. Nothing is computed: eigenvalues and participation are drawn as the
+    eigensolver gave them.
 
     Args:
-      given: a Certificate; or (k,) eigenvalues, all or the lowest, in any order, energy a length
-        squared.
+      given: a Certificate; or (k,) eigenvalues, all or the lowest, in any order, in units of energy
+        over length squared.
       ax: where to draw; None makes a figure of one column with pyplot.
-      participation: (k,) participation ratios p = (sum_i e_i^2)^2 / (n sum_i e_i^4), e_i the size
-        of particle i's part: 1 for a mode that moves all alike, 1/n for one that moves a single
-        particle. They color the modes; a certificate brings its own.
-      null: size up to which a value counts as zero; where None, the certificate's, or 1e-9 of the
-        largest one given.
+      participation: (k,) participation ratios p = (sum_i e_i^2)^2 / (n sum_i e_i^4), where e_i is
+        the length of particle i's displacement in the mode: 1 for a mode that moves all particles
+        alike, 1/n for a mode that moves a single particle. They color the modes. None takes those
+        of a certificate, and colors eigenvalues alike.
+      null: absolute value up to which an eigenvalue counts as zero; None takes the certificate's,
+        or 1e-9 of the largest eigenvalue given.
       title: above the picture.
 
     Returns:
@@ -230,16 +228,21 @@ def stiffness_spectrum(
     if null is not None and not 0 <= null < np.inf:
         raise InputError(f"null is {null}: give a size, 0 or above, or None.")
     ax = _column() if ax is None else ax
-    size, mode = np.abs(rising), np.arange(1, rising.size + 1)
+    size = np.abs(rising)
+    mode = np.arange(1, rising.size + 1)
     zero = size <= (NULL * size.max() if null is None else null)
-    negative, stiff = (rising < 0) & ~zero, (rising > 0) & ~zero
+    negative = (rising < 0) & ~zero
+    stiff = (rising > 0) & ~zero
     real = size[~zero] if (~zero).any() else np.ones(1)
     margin = max(1.5, (12.0 * real.min() / real.max()) ** 0.5)  # an axis of a decade, at least
-    low, top = real.min() / margin, real.max() * margin
+    low = real.min() / margin
+    top = real.max() * margin
+    # the band from bottom to low takes the fraction BAND of the axis in log(value)
     bottom = low * (low / top) ** (BAND / (1.0 - BAND)) if zero.any() else low
-    beside = max(0.7, 0.02 * rising.size)
+    beside = max(0.7, 0.02 * rising.size)  # room left and right of the points, in modes
     ax.set(yscale="log", xlim=(1.0 - beside, rising.size + beside), ylim=(bottom, top))
-    _decades(ax, low, top, np.sqrt(bottom * low) if zero.any() else None)
+    middle_of_band = np.sqrt(bottom * low)
+    _set_ticks(ax, low, top, middle_of_band if zero.any() else None)
     dot = MARKER if rising.size <= MANY else CROWDED
     look: dict[str, Any] = {"markersize": dot, "linestyle": "none"}
     if zero.any():
@@ -249,22 +252,16 @@ def stiffness_spectrum(
             "markeredgecolor": OUTLINE,
             "markeredgewidth": 0.2 * dot,
         }
-        there = np.full(zero.sum(), np.sqrt(bottom * low))
-        ax.plot(mode[zero], there, "o", label=f"{zero.sum()} of no stiffness", **look, **hollow)
+        heights = np.full(zero.sum(), middle_of_band)
+        ax.plot(mode[zero], heights, "o", label=f"{zero.sum()} of no stiffness", **look, **hollow)
     if negative.any():
         name = rf"{negative.sum()} negative, at $|\lambda|$"
-        ax.plot(
-            mode[negative],
-            size[negative],
-            "v",
-            color=BAD,
-            label=name,
-            **{**look, "markersize": dot + 1},
-        )
+        larger = {**look, "markersize": dot + 1}
+        ax.plot(mode[negative], size[negative], "v", color=BAD, label=name, **larger)
     if ratios is None and stiff.any():
         ax.plot(mode[stiff], size[stiff], "o", color=GOOD, label=f"{stiff.sum()} stable", **look)
     elif ratios is not None and stiff.any():
-        _colored(ax, mode[stiff], size[stiff], ratios[stiff], dot)
+        _draw_by_participation(ax, mode[stiff], size[stiff], ratios[stiff], dot)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.set_xlabel("mode", fontsize=FONT)
     ax.set_ylabel(r"stiffness $\lambda$ (energy/length$^2$)", fontsize=FONT)
@@ -272,61 +269,71 @@ def stiffness_spectrum(
     return ax
 
 
-def _decades(ax: Axes, low: float, top: float, zero: float | None) -> None:
-    """Ticks at the decades (and at 2 and 5 of few) between ``low`` and ``top`` alone, and a 0 where
-    the band is.
+def _set_ticks(ax: Axes, low: float, top: float, zero: float | None) -> None:
+    """Set the ticks of the stiffness axis between ``low`` and ``top``, and a 0 at the band.
+
+    Ticks are at the decades; where fewer than two decades are in the range, at 1, 2 and 5 times
+    powers of ten. ``zero`` is the height of the 0; None without a band.
     """
     from matplotlib.ticker import FixedLocator, NullFormatter
 
     powers = np.arange(np.floor(np.log10(low)), np.ceil(np.log10(top)) + 1)
-    every = (10.0 ** powers[:, None] * np.arange(1, 10)).ravel()
-    every = every[(every >= low) & (every <= top)]
-    leading = np.round(every / 10.0 ** np.floor(np.log10(every) + 1e-9))
-    major = every[leading == 1]
-    major = major[:: max(-(-major.size // 8), 1)]
+    minor = (10.0 ** powers[:, None] * np.arange(1, 10)).ravel()
+    minor = minor[(minor >= low) & (minor <= top)]
+    # leading digit; 1e-9, because the logarithm of a power of ten may round below the integer
+    leading = np.round(minor / 10.0 ** np.floor(np.log10(minor) + 1e-9))
+    major = minor[leading == 1]
+    major = major[:: max(-(-major.size // 8), 1)]  # every second, third ... of more than 8 decades
     labels = [rf"$10^{{{np.log10(t):.0f}}}$" for t in major]
     if major.size < 2:
-        major = every[np.isin(leading, (1, 2, 5))]
+        major = minor[np.isin(leading, (1, 2, 5))]
         labels = [f"{t:.0e}" if t < 1e-3 or t >= 1e4 else f"{t:g}" for t in major]
     ticks = [*major]
     if zero is not None:
-        ticks, labels = [zero, *ticks], ["0", *labels]
+        ticks = [zero, *ticks]
+        labels = ["0", *labels]
     ax.set_yticks(ticks, labels)
-    ax.yaxis.set_minor_locator(FixedLocator(list(every)))
+    ax.yaxis.set_minor_locator(FixedLocator(list(minor)))
     ax.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _spectrum(values: Any, participation: Any) -> tuple[np.ndarray, np.ndarray | None]:
-    """Values in rising order and their participation ratios, checked."""
+def _spectrum(
+    values: ArrayLike, participation: ArrayLike | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Check eigenvalues and participation ratios, and put both in the eigenvalues' rising order."""
     try:
-        given = np.asarray(values, float)
+        spectrum = np.asarray(values, float)
     except (TypeError, ValueError) as error:
         raise InputError(
             f"values are of type {type(values).__name__}: give a Certificate, or a vector of"
             " eigenvalues."
         ) from error
-    if given.ndim != 1 or given.size == 0 or not np.isfinite(given).all():
+    if spectrum.ndim != 1 or spectrum.size == 0 or not np.isfinite(spectrum).all():
         raise InputError(
-            f"values have shape {given.shape}: give a vector of eigenvalues, finite, at least one."
+            f"values have shape {spectrum.shape}: give a vector of eigenvalues, finite, at least"
+            " one."
         )
-    order = np.argsort(given, kind="stable")
+    order = np.argsort(spectrum, kind="stable")
     if participation is None:
-        return given[order], None
+        return spectrum[order], None
     ratios = np.asarray(participation, float)
-    if ratios.shape != given.shape:
+    if ratios.shape != spectrum.shape:
         raise InputError(
-            f"participation has shape {ratios.shape} and the values {given.shape}: give one ratio a"
-            " value."
+            f"participation has shape {ratios.shape} and the values {spectrum.shape}: give one"
+            " ratio a value."
         )
+    # 1e-9 above 1: round-off of a mode that moves all particles alike
     if not ((ratios >= 0) & (ratios <= 1 + 1e-9)).all():
         raise InputError(
             "participation has ratios outside 0 to 1: give p = (sum e_i^2)^2 / (n sum e_i^4)."
         )
-    return given[order], ratios[order]
+    return spectrum[order], ratios[order]
 
 
-def _colored(ax: Axes, mode: np.ndarray, size: np.ndarray, ratios: np.ndarray, dot: float) -> None:
-    """The modes in the colors of their participation, with a bar that explains them."""
+def _draw_by_participation(
+    ax: Axes, mode: np.ndarray, size: np.ndarray, ratios: np.ndarray, dot: float
+) -> None:
+    """Draw the modes in the colors of their participation ratios, with a color bar."""
     dots = ax.scatter(
         mode, size, s=dot**2, c=ratios, cmap=MODES, vmin=0.0, vmax=1.0, zorder=2, linewidths=0
     )
@@ -345,11 +352,12 @@ def _column() -> Axes:
     return pyplot.figure(figsize=(COLUMN, HEIGHT), layout="constrained").add_subplot()
 
 
-def _finish(ax: Axes, heading: str, legend: bool, pad: float = 6.0) -> None:
+def _finish(ax: Axes, title: str, legend: bool, pad: float = 6.0) -> None:
+    """Set legend, title and the sizes of ticks and frame; ``pad`` lifts the title, in points."""
     if legend:
         ax.legend(fontsize=FONT, frameon=False, handletextpad=0.1, borderpad=0.2, labelspacing=0.3)
-    if heading:
-        ax.set_title(heading, fontsize=FONT + 1, pad=pad)
+    if title:
+        ax.set_title(title, fontsize=FONT + 1, pad=pad)
     ax.tick_params(labelsize=FONT, width=0.6)
     ax.tick_params(which="minor", width=0.4)
     ax.spines[:].set_linewidth(0.6)

@@ -1,9 +1,9 @@
-"""A design: its history, the configurations before and after, and how independent features are."""
+"""Figures of a design: history, configurations before and after, independence of the features."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,45 +14,54 @@ from mdsens.design import Design, FeatureResponse
 from mdsens.elasticity import Moduli
 from mdsens.mechanics.status import Status
 from mdsens.mechanics.strain import basis, to_mandel
-from mdsens.plots._style import ARROW, COLUMN, FONT, OUTLINE, PAPER
+from mdsens.plots._style import ARROW, COLUMN, FONT, OUTLINE, PAPER, title_with_status
 from mdsens.plots.maps import sensitivity_map
 from mdsens.relaxation.equilibrium import Equilibrium
 from mdsens.sensitivity.derivatives import Linearization
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from numpy.typing import ArrayLike
 
 __all__ = ["before_after", "design_history", "feature_response", "nonaffine_field"]
 
-TAKEN, REFUSED, BAND = "#2f6db3", "#c8553d", "#dbe6f2"
-ROW = 1.1  # inches of one panel
-FEW = 8  # parameters that are drawn one by one; more as their quantiles
+TAKEN = "#2f6db3"  # steps that the design went on from
+REFUSED = "#c8553d"
+BAND = "#dbe6f2"  # tolerance of a target, range of many parameters
+HALF = "#a9c8e8"  # range of the middle half of many parameters
+ROW = 1.1  # inches: height of one panel
+FEW = 8  # as many parameters are drawn one by one; more are drawn as their quantiles
+# colors of the parameters, FEW of them
 SHADES = ("#2f6db3", "#c8553d", "#3d8f5f", "#8d6bb8", "#b8860b", "#4a4a4a", "#d17aa5", "#6aa6a6")
 
 
 def design_history(
     of: Design, axes: Sequence[Axes] | None = None, *, title: str | None = None
-) -> Any:
-    """Draw a design step by step: each feature with its target and tolerance, the parameters, the
-    trust region.
+) -> list[Axes]:
+    """Draw a design step by step: features with their targets, parameters, trust region.
 
-    A line joins the steps that were taken; steps refused are hollow. A square is a step that left
-    its basin, a cross one at which too few members relaxed.
+    A band shows the tolerance of a target. A line joins the accepted steps; refused steps are
+    hollow. A square is a step that left its basin, a cross a step at which too few members of the
+    ensemble relaxed.
 
     Args:
-      of: from ``ms.design.fit``.
+      of: the design, from ``ms.design.fit``.
       axes: one for each feature, one for the parameters and one for the trust region; None makes a
         figure with pyplot.
       title: above the picture; a status that is not good is named there in any case.
 
     Returns:
       the Axes.
+
+    Raises:
+      InputError: something else than a design, or another number of axes.
     """
     if not isinstance(of, Design):
         raise InputError(f"got a {type(of).__name__}: give what ms.design.fit returns.")
     from matplotlib.ticker import LogLocator, MaxNLocator
 
-    m, steps = len(of.names), of.history
+    m = len(of.names)
+    steps = of.history
     if axes is None:
         from matplotlib import pyplot
 
@@ -69,39 +78,43 @@ def design_history(
     left = np.array([bool(np.any(s.left_basin)) for s in steps])
     for k, ax in enumerate(panels[:m]):
         values = np.array([s.values[k] for s in steps])
-        wanted, near = of.wanted[k], of.tolerance[k]
-        ax.axhspan(wanted - near, wanted + near, color=BAND, zorder=0)
+        wanted = of.wanted[k]
+        low, high = wanted - of.tolerance[k], wanted + of.tolerance[k]
+        ax.axhspan(low, high, color=BAND, zorder=0)
         ax.axhline(wanted, color=OUTLINE, linewidth=0.6, linestyle=(0, (4, 2)), zorder=1)
         ax.plot(number[taken], values[taken], color=TAKEN, linewidth=1.0, zorder=2)
         for chosen, color, fill in ((taken, TAKEN, TAKEN), (~taken, REFUSED, PAPER)):
             for basin, marker in ((False, "o"), (True, "s")):
-                some = chosen & (left == basin) & np.isfinite(values)
+                drawn = chosen & (left == basin) & np.isfinite(values)
                 ax.plot(
-                    number[some], values[some], linestyle="none", marker=marker, markersize=3.2, color=color,
-                    markerfacecolor=fill, markeredgewidth=0.8, zorder=3,
-                )  # fmt: skip
-        lost = ~np.isfinite(values)
-        ax.plot(
-            number[lost],
-            np.full(lost.sum(), wanted),
-            linestyle="none",
-            marker="x",
-            color=REFUSED,
-            zorder=3,
-        )
-        shown = np.append(values[taken], [wanted - near, wanted + near])
+                    number[drawn],
+                    values[drawn],
+                    linestyle="none",
+                    marker=marker,
+                    markersize=3.2,
+                    color=color,
+                    markerfacecolor=fill,
+                    markeredgewidth=0.8,
+                    zorder=3,
+                )
+        lost = ~np.isfinite(values)  # too few members relaxed: drawn at the height of the target
+        heights = np.full(lost.sum(), wanted)
+        ax.plot(number[lost], heights, linestyle="none", marker="x", color=REFUSED, zorder=3)
+        shown = np.append(values[taken], [low, high])
         room = 0.25 * float(np.ptp(shown)) or 1.0
-        ax.set_ylim(shown.min() - room, shown.max() + room)  # what was refused may lie outside
+        # the axis spans the accepted steps and the tolerance: refused steps may lie outside
+        ax.set_ylim(shown.min() - room, shown.max() + room)
         ax.set_ylabel(of.names[k].replace("_", " "), fontsize=FONT)
-    _parameters(panels[m], of, number[taken], np.array([s.x for s in steps])[taken])
-    trust, size = (np.array([getattr(s, name) for s in steps[1:]]) for name in ("trust", "size"))
+    _draw_parameters(panels[m], of, number[taken], np.array([s.x for s in steps])[taken])
+    trust = np.array([s.trust for s in steps[1:]])
+    size = np.array([s.size for s in steps[1:]])
     ax = panels[m + 1]
     if len(steps) > 1:
-        if np.any(trust != 1.0):  # optimizers of optax have none
+        if np.any(trust != 1.0):  # optimizers of optax have no trust region: it stays 1
             ax.plot(number[1:], trust, color=OUTLINE, linewidth=1.0, label="trust region")
         ax.plot(
             number[1:],
-            np.maximum(size, 1e-12),
+            np.maximum(size, 1e-12),  # a logarithmic axis has no zero
             linestyle="none",
             marker=".",
             color=ARROW,
@@ -118,18 +131,25 @@ def design_history(
     for ax in panels:
         ax.tick_params(labelsize=FONT)
         ax.grid(linewidth=0.3, alpha=0.6)
-    heading = ", ".join(
-        [*([title] if title else []), *([] if of.status.good else [of.status.name])]
-    )
+    heading = title_with_status(title, of.status)
     if heading:
         panels[0].set_title(heading, fontsize=FONT + 1)
     return panels
 
 
-def _parameters(ax: Axes, of: Design, number: np.ndarray, x: np.ndarray) -> None:
-    """Each parameter over its start, or the quantiles of many."""
+def _draw_parameters(ax: Axes, of: Design, number: np.ndarray, x: np.ndarray) -> None:
+    """Draw the change of each parameter from its start, or of many parameters the quantiles.
+
+    Args:
+      ax: where to draw.
+      of: the design.
+      number: (k,) numbers of the steps.
+      x: (k, p) variables of these steps.
+    """
     start = of.state.history[0].x
-    moved = np.exp(x - start) if np.allclose(start, 0.0) else x - start
+    # Variables that all start at 0 are logarithms of parameter over start: the ratio is drawn.
+    logarithmic = np.allclose(start, 0.0)
+    moved = np.exp(x - start) if logarithmic else x - start
     if x.shape[1] <= FEW:
         for k, label in enumerate(of.labels):
             ax.plot(number, moved[:, k], linewidth=1.0, color=SHADES[k % len(SHADES)], label=label)
@@ -137,13 +157,11 @@ def _parameters(ax: Axes, of: Design, number: np.ndarray, x: np.ndarray) -> None
     else:
         low, below, middle, above, high = np.quantile(moved, (0.0, 0.25, 0.5, 0.75, 1.0), axis=1)
         ax.fill_between(number, low, high, color=BAND, linewidth=0, label="all")
-        ax.fill_between(number, below, above, color="#a9c8e8", linewidth=0, label="half")
+        ax.fill_between(number, below, above, color=HALF, linewidth=0, label="half")
         ax.plot(number, middle, color=TAKEN, linewidth=1.0, label="median")
         ax.legend(fontsize=FONT - 1, frameon=False, ncols=3)
-    ax.set_ylabel(
-        "parameters\nover start" if np.allclose(start, 0.0) else "parameters\nless start",
-        fontsize=FONT,
-    )
+    label = "parameters\nover start" if logarithmic else "parameters\nless start"
+    ax.set_ylabel(label, fontsize=FONT)
 
 
 def before_after(
@@ -153,37 +171,42 @@ def before_after(
     *,
     scale: float | None = None,
 ) -> tuple[Axes, Axes]:
-    """Draw two configurations of the same particles side by side; arrows in the second are how far
-    each has moved.
+    """Draw two configurations of the same particles side by side, with the displacements as arrows.
+
+    The arrows are in the second picture. The median displacement is taken off, so that a
+    translation of all particles does not show.
 
     Args:
-      first, second: minima of the same number of particles, such as ``design.equilibria`` and where
-        they began.
+      first, second: minima of the same particles, such as the start of a design and one of its
+        ``design.equilibria``.
       axes: two Axes; None makes a figure of two columns with pyplot.
-      scale: drawn length of an arrow of length 1; None so that they can be seen, 1 for true to
-        scale.
+      scale: drawn length of an arrow of length 1; None chooses one at which the arrows can be seen,
+        1 draws them true to scale.
 
     Returns:
       the two Axes.
+
+    Raises:
+      InputError: something else than minima, or minima of different shapes.
     """
-    minima = [at.equilibrium if isinstance(at, Linearization) else at for at in (first, second)]
-    for at in minima:
-        if not isinstance(at, Equilibrium):
+    minima = [x.equilibrium if isinstance(x, Linearization) else x for x in (first, second)]
+    for minimum in minima:
+        if not isinstance(minimum, Equilibrium):
             raise InputError(
-                f"got a {type(at).__name__}: give two minima, of ms.minimize or of a design."
+                f"got a {type(minimum).__name__}: give two minima, of ms.minimize or of a design."
             )
-    one, two = minima
-    if one.positions.shape != two.positions.shape:
+    before, after = minima
+    if before.positions.shape != after.positions.shape:
         raise InputError(
-            f"the minima have {one.positions.shape} and {two.positions.shape}: give the same"
-            " particles."
+            f"the minima have positions of shape {before.positions.shape} and"
+            f" {after.positions.shape}: give two minima of the same particles."
         )
     if axes is None:
         from matplotlib import pyplot
 
         _, made = pyplot.subplots(1, 2, figsize=(2 * COLUMN, 1.25 * COLUMN))
         axes = made[0], made[1]
-    moved = np.asarray(nearest_image(two.positions - one.positions, two.system.box))
+    moved = np.asarray(nearest_image(after.positions - before.positions, after.system.box))
     moved = moved - np.median(moved, axis=0)
     sensitivity_map(first, np.zeros_like(moved), axes[0], title="before")
     sensitivity_map(second, moved, axes[1], scale=scale, label=r"$|\Delta R|$", title="after")
@@ -193,32 +216,38 @@ def before_after(
 def nonaffine_field(
     eq: Equilibrium | Linearization,
     moduli: Moduli,
-    strain: Any = None,
+    strain: ArrayLike | None = None,
     ax: Axes | None = None,
     *,
     scale: float | None = None,
     title: str | None = None,
 ) -> Axes:
-    """Draw the non-affine displacements that go with a small strain, for a strain of 1.
+    """Draw the non-affine displacements under a strain, the derivative du/dstrain times the strain.
 
     Args:
       eq: the minimum.
-      moduli: of ``ms.elasticity.moduli`` there.
-      strain: (d, d) symmetric; pure shear, xy = yx = 1/2, where None.
+      moduli: result of ``ms.elasticity.moduli`` at this minimum.
+      strain: (d, d) symmetric; None for pure shear, xy = yx = 1/2.
       ax, scale, title: as in ``sensitivity_map``.
+
+    Returns:
+      the Axes.
+
+    Raises:
+      InputError: something else than Moduli, or a strain of another shape or not symmetric.
     """
     if not isinstance(moduli, Moduli):
         raise InputError(f"got a {type(moduli).__name__}: give what ms.elasticity.moduli returns.")
     d = moduli.stress.shape[0]
     shear = np.zeros((d, d))
     shear[0, 1] = shear[1, 0] = 0.5
-    given = shear if strain is None else np.asarray(strain, float)
-    if given.shape != (d, d) or not np.allclose(given, given.T):
-        raise InputError(f"strain has shape {given.shape}: give a symmetric ({d}, {d}) matrix.")
+    matrix = shear if strain is None else np.asarray(strain, float)
+    if matrix.shape != (d, d) or not np.allclose(matrix, matrix.T):
+        raise InputError(f"strain has shape {matrix.shape}: give a symmetric ({d}, {d}) matrix.")
+    # nonaffine is (m, n, d) by the m Mandel components of the strain
     assert basis(d).shape[0] == moduli.nonaffine.shape[0]
-    field = np.tensordot(
-        np.asarray(to_mandel(jnp.asarray(given))), np.asarray(moduli.nonaffine), axes=1
-    )
+    mandel = np.asarray(to_mandel(jnp.asarray(matrix)))
+    field = np.tensordot(mandel, np.asarray(moduli.nonaffine), axes=1)
     return sensitivity_map(
         eq, field, ax, scale=scale, label=r"$|\mathrm{d}u/\mathrm{d}\epsilon|$", title=title
     )
@@ -227,15 +256,20 @@ def nonaffine_field(
 def feature_response(
     of: FeatureResponse, axes: tuple[Axes, Axes] | None = None
 ) -> tuple[Axes, Axes]:
-    """Draw the singular values of the features' Jacobian, and each feature's susceptibility with
-    the others held.
+    """Draw the singular values of the features' Jacobian, and each feature's susceptibilities.
 
-    The pale bar behind is the susceptibility of the feature alone; a feature without any bar cannot
-    be moved alone.
+    The dark bar is the susceptibility of a feature while the others are held constant, the pale bar
+    behind it that without this condition. A feature without a dark bar cannot be moved alone.
 
     Args:
-      of: from ``ms.design.feature_response``.
+      of: result of ``ms.design.feature_response``.
       axes: two Axes; None makes a figure of two columns with pyplot.
+
+    Returns:
+      the two Axes.
+
+    Raises:
+      InputError: something else than a feature response.
     """
     if not isinstance(of, FeatureResponse):
         raise InputError(
@@ -244,25 +278,29 @@ def feature_response(
     if axes is None:
         from matplotlib import pyplot
 
-        _, made = pyplot.subplots(
-            1, 2, figsize=(2 * COLUMN, 0.28 * len(of.names) + 1.5), layout="constrained"
-        )
+        size = (2 * COLUMN, 0.28 * len(of.names) + 1.5)  # a pair of bars needs 0.28 inches
+        _, made = pyplot.subplots(1, 2, figsize=size, layout="constrained")
         axes = made[0], made[1]
     left, right = axes
     s = of.singular_values
-    kept = np.arange(s.size) < of.rank
-    left.semilogy(
-        np.arange(1, s.size + 1), np.maximum(s, 1e-17), color=OUTLINE, linewidth=0.6, zorder=1
-    )
-    for chosen, fill in ((kept, TAKEN), (~kept, PAPER)):
+    number = np.arange(1, s.size + 1)
+    heights = np.maximum(s, 1e-17)  # a logarithmic axis has no zero
+    in_rank = number <= of.rank  # descending: the singular values that count as non-zero come first
+    left.semilogy(number, heights, color=OUTLINE, linewidth=0.6, zorder=1)
+    for chosen, fill in ((in_rank, TAKEN), (~in_rank, PAPER)):
         left.plot(
-            np.arange(1, s.size + 1)[chosen], np.maximum(s, 1e-17)[chosen], linestyle="none", marker="o", color=TAKEN,
-            markerfacecolor=fill, markersize=4,
-        )  # fmt: skip
-    said = "fully independent" if of.independent else f"rank {of.rank} of {len(of.names)}"
-    left.set_title(f"singular values: {said}", fontsize=FONT + 1)
+            number[chosen],
+            heights[chosen],
+            linestyle="none",
+            marker="o",
+            color=TAKEN,
+            markerfacecolor=fill,
+            markersize=4,
+        )
+    rank = "fully independent" if of.independent else f"rank {of.rank} of {len(of.names)}"
+    left.set_title(f"singular values: {rank}", fontsize=FONT + 1)
     left.set_xlabel("number", fontsize=FONT)
-    left.set_xticks(np.arange(1, s.size + 1))
+    left.set_xticks(number)
     places = np.arange(len(of.names))[::-1]
     right.barh(places, of.free, color=BAND, label="nothing held")
     right.barh(places, of.susceptibility, height=0.45, color=TAKEN, label="others held")

@@ -1,7 +1,8 @@
-"""The sensitivity of every particle, drawn on the configuration."""
+"""Maps of a response: each particle's derivative as an arrow on the configuration."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -11,8 +12,17 @@ from mdsens.mechanics import contacts
 from mdsens.mechanics.status import Status
 from mdsens.model.system import System
 from mdsens.plots._legend import ROW, Foot, legend, rounded
-from mdsens.plots._style import ARROW, COLUMN, FONT, OUTLINE, PAPER
-from mdsens.plots._view import View, corners, extent, images, in_slab, layers, project
+from mdsens.plots._style import ARROW, COLUMN, FONT, OUTLINE, PAPER, title_with_status
+from mdsens.plots._view import (
+    View,
+    corners,
+    extent,
+    image_shifts,
+    images,
+    in_slab,
+    layers,
+    project,
+)
 from mdsens.relaxation.equilibrium import Equilibrium
 from mdsens.sensitivity.linearization import Linearization
 from mdsens.sensitivity.results import Derivative, Displacement
@@ -21,6 +31,9 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.quiver import Quiver
+    from numpy.typing import ArrayLike
+
+    from mdsens.plots._legend import Key
 
 __all__ = ["sensitivity_map"]
 
@@ -30,11 +43,9 @@ SPECIES = ("#a9c8e8", "#f4d6a0", "#b5dcc3", "#e6b8c2", "#c9c2e4", "#dcdcd2")
 DIAMETERS = ("#eef3f7", "#7fa6cc")  # the ends of the color map of many different diameters
 REACH = 1.5  # diameters: length of the arrow at the percentile below
 PERCENTILE = 95.0  # some arrows stay longer; scaling by the longest would shrink all others to dots
-SMALLEST, LARGEST = (
-    0.02,
-    0.35,
-)  # of the picture's width: bounds of the arrow at the percentile and of the longest
-CROWD = 2000  # circles; beyond, thin outlines
+SMALLEST = 0.02  # of the picture's width: the arrow at the percentile is at least that long,
+LARGEST = 0.35  # and the longest arrow at most that long
+CROWD = 2000  # circles or arrows; with more of them, outlines are thin and arrows have no edge
 SHAFT = np.array([0.0016, 0.007])  # of the picture's width: bounds of an arrow's thickness
 KEY = 0.08  # of the picture's width: the scale arrow is about that long or longer
 HAZE = 0.75  # how far the rear of a 3-D picture fades into the paper
@@ -42,7 +53,7 @@ HAZE = 0.75  # how far the rear of a 3-D picture fades into the paper
 
 def sensitivity_map(
     eq: Equilibrium | Linearization,
-    response: Displacement | Any,
+    response: Displacement | ArrayLike,
     ax: Axes | None = None,
     *,
     part: Literal["nonaffine", "value"] = "nonaffine",
@@ -52,28 +63,29 @@ def sensitivity_map(
     slab: tuple[float, float] = (0.0, 1.0),
     title: str | None = None,
 ) -> Axes:
-    """Draw how each particle of a minimum moves with a parameter: circles to scale, dR_i/dtheta as
-    an arrow on each.
+    """Draw how each particle of a minimum moves with a parameter: dR_i/dtheta as an arrow on it.
 
-    The figure of arXiv:2105.15183. Particles stand in their cell, together with the images that
-    reach into it; colors are the species, or the diameters where there are no species. Rattlers are
-    hollow and dashed and carry no arrow. An arrow with its value below the cell gives the scale.
-    Without diameters, circles have the typical distance of nearest neighbors.
+    The figure of arXiv:2105.15183. Circles are drawn to scale, in the cell, together with the
+    images that reach into it. Colors are the species, or the diameters where there are no species.
+    Rattlers are hollow and dashed and carry no arrow. A scale arrow with its value is below the
+    cell. For a potential without diameters, circles have the median distance of nearest neighbors
+    as diameter.
 
     Args:
       eq: the minimum, from ``minimize`` or ``linearize``; not a batch.
-      response: of ``jvp`` or ``response``; or any vectors (n, d), such as
-        ``jacobian(minimum).nonaffine[..., k]``.
+      response: from ``jvp`` or ``response``; or any vectors (n, d), such as
+        ``jacobian(eq).nonaffine[..., k]``.
       ax: where to draw; None makes a figure of one column with pyplot.
-      part: ``"nonaffine"`` draws the motion less that of the box: free of the choice of images, and
-        the same as ``"value"`` where the box does not move. ``"value"`` draws the derivative of the
-        stored positions.
+      part: ``"nonaffine"`` draws the motion less that of the box: independent of the choice of
+        images, and the same as ``"value"`` where the box does not move. ``"value"`` draws the
+        derivative of the stored positions.
       scale: drawn length of an arrow of length 1, in the positions' unit. Give it to compare
         figures; None draws the arrow at the 95th percentile 1.5 diameters long.
       label: the name of an arrow's length; None for |dR/dtheta|, with the index na where the affine
         part was taken off.
-      axis: in 3-D, the cell vector to look along, from its tip; the open system's coordinate. The
-        projection is orthographic: an arrow's part along the view is not seen. What is far fades.
+      axis: in 3-D, the cell vector to look along, from its tip; in an open system, the coordinate.
+        The projection is orthographic: an arrow's component along the view is not visible.
+        Particles fade with their distance.
       slab: in 3-D, the part of the depth to draw, in fractions from the rear to the front.
       title: above the picture. A response whose status is not good is named there in any case.
 
@@ -84,7 +96,7 @@ def sensitivity_map(
       InputError: a batch, a response without one vector a particle (``vjp``, ``gradient``,
         ``jacobian``), bad options.
     """
-    system, vectors, rattlers = _checked(eq, response, part)
+    system, vectors, rattlers = _check_input(eq, response, part)
     if scale is not None and not 0 < scale < np.inf:
         raise InputError(
             f"scale is {scale}: give the drawn length of a unit arrow, above 0, or None."
@@ -95,69 +107,83 @@ def sensitivity_map(
     arrows = vectors @ view.across.T
 
     low, high = extent(view, shown, diameters / 2)
-    width, usual = float((high - low).max()), float(np.median(diameters))
+    width = float((high - low).max())
+    diameter = float(np.median(diameters))
     moving = shown & ~rattlers
     lengths = np.linalg.norm(arrows[moving], axis=1)
     typical = float(np.percentile(lengths[lengths > 0], PERCENTILE)) if lengths.any() else 0.0
-    if scale is None:
+    if scale is None and typical > 0:
         longest = float(lengths.max(initial=0.0))
-        scale = (
-            min(max(REACH * usual, SMALLEST * width) / typical, LARGEST * width / longest)
-            if typical > 0
-            else 1.0
-        )
+        scale = min(max(REACH * diameter, SMALLEST * width) / typical, LARGEST * width / longest)
+    elif scale is None:
+        scale = 1.0  # nothing moves
     arrows = scale * arrows
     if view.cell is None and moving.any():  # nothing cuts an arrow here, so make room for it
         tips = (view.spots + arrows)[moving]
-        low, high = np.minimum(low, tips.min(axis=0)), np.maximum(high, tips.max(axis=0))
+        low = np.minimum(low, tips.min(axis=0))
+        high = np.maximum(high, tips.max(axis=0))
     margin = 0.01 * float((high - low).max())
-    low, high = low - margin, high + margin
+    low = low - margin
+    high = high + margin
     minimum = eq.equilibrium if isinstance(eq, Linearization) else eq
     status = response.status if isinstance(response, Displacement) else Status(int(minimum.status))
-    heading = ", ".join([*([title] if title else []), *([] if status.good else [status.name])])
+    heading = title_with_status(title, status)
     fill, key = _colors(system, diameters)
     if label is None:
-        label = r"$|\mathrm{d}R/\mathrm{d}\theta|$"
-        if part == "nonaffine" and isinstance(response, Displacement):
-            if not np.allclose(
-                response.positions, response.nonaffine, rtol=1e-6, atol=1e-6 * typical
-            ):
-                label = r"$|\mathrm{d}R/\mathrm{d}\theta|_{\mathrm{na}}$"
+        label = _length_label(response, part, typical)
     names = [name for name, _ in key] if isinstance(key, list) else []
     if (shown & rattlers).any():
         names.append("rattler")
+    # the scale arrow: a round number near the typical length, long enough to see and to fit
     span = np.clip(typical, KEY * width / scale, LARGEST * width / scale)
     unit, text = rounded(float(span)) if typical > 0 else (0.0, "")
     foot = Foot(
-        names,
-        0.0 if isinstance(key, list) else 0.44,
-        f"{label} = {text}" if text else "",
-        unit * scale / float(high[0] - low[0]),
+        names=names,
+        bar=0.0 if isinstance(key, list) else 0.44,
+        caption=f"{label} = {text}" if text else "",
+        length=unit * scale / float(high[0] - low[0]),
     )
     if ax is None:
-        ax = _column(low, high, foot, bool(heading))
+        ax = _new_axes(low, high, foot, bool(heading))
     if heading:
         ax.set_title(heading, fontsize=FONT + 1)
-    _frame(ax, view, low, high)
+    _draw_frame(ax, view, low, high)
 
+    # from the rear to the front, each layer with its arrows, so that near circles cover far arrows
     slices = layers(view.depth, shown) if system.dimension == 3 else [shown]
+    shaft = float(np.clip(0.08 * diameter, *SHAFT * width))
     quiver = None
     for k, layer in enumerate(slices):
-        haze = HAZE * (1.0 - (k + 1) / len(slices)) ** 0.8
-        _circles(ax, view, layer & ~rattlers, diameters, fill, haze)
-        _circles(ax, view, layer & rattlers, diameters, None, haze)
+        haze = HAZE * (1.0 - (k + 1) / len(slices)) ** 0.8  # 0 at the front
+        _draw_circles(ax, view, layer & ~rattlers, diameters, fill, haze)
+        _draw_circles(ax, view, layer & rattlers, diameters, None, haze)
         if (layer & moving).any() and typical > 0:
-            quiver = _arrows(
-                ax, view, layer & moving, arrows, float(np.clip(0.08 * usual, *SHAFT * width)), haze
-            )
+            quiver = _draw_arrows(ax, view, layer & moving, arrows, shaft, haze)
     legend(ax, foot, key, quiver)
     return ax
 
 
-def _checked(
-    eq: Equilibrium | Linearization, response: Displacement | Any, part: str
+def _length_label(response: Displacement | ArrayLike, part: str, typical: float) -> str:
+    """The default name of an arrow's length, with the index na where the box moves."""
+    if part == "nonaffine" and isinstance(response, Displacement):
+        # up to 1e-6 of a typical arrow the two are equal: the box does not move
+        atol = 1e-6 * typical
+        if not np.allclose(response.positions, response.nonaffine, rtol=1e-6, atol=atol):
+            return r"$|\mathrm{d}R/\mathrm{d}\theta|_{\mathrm{na}}$"
+    return r"$|\mathrm{d}R/\mathrm{d}\theta|$"
+
+
+def _check_input(
+    eq: Equilibrium | Linearization, response: Displacement | ArrayLike, part: str
 ) -> tuple[System, np.ndarray, np.ndarray]:
-    """The system, the vectors (n, d) and who is a rattler (n,)."""
+    """Check minimum and response.
+
+    Returns:
+      the system, the vectors (n, d) to draw, and a mask (n,) of the rattlers.
+
+    Raises:
+      InputError: as of ``sensitivity_map``.
+    """
     if not isinstance(eq, Equilibrium | Linearization):
         raise InputError(
             f"got a {type(eq).__name__}: give what ms.minimize or ms.linearize returns."
@@ -171,7 +197,7 @@ def _checked(
             f"sensitivity_map draws one minimum and got a batch of {system.batch}: take one member"
             " of it and of the response, as in jax.tree.map(lambda leaf: leaf[0], minimum)."
         )
-    vectors = response
+    vectors: Any = response
     if isinstance(response, Displacement):
         vectors = response.positions if part == "value" else response.nonaffine
     elif isinstance(response, dict | Derivative):
@@ -183,7 +209,7 @@ def _checked(
     if vectors.shape != system.positions.shape:
         raise InputError(
             f"the response has shape {vectors.shape} and the positions {system.positions.shape}:"
-            " give one vector a particle, of jvp, or of a jacobian by one number, jacobian(minimum,"
+            " give one vector a particle, of jvp, or of a jacobian by one number, jacobian(eq,"
             " 'sigma').component('sigma[0]')."
         )
     bad = ~np.isfinite(vectors).all(axis=1)
@@ -193,73 +219,68 @@ def _checked(
         )
     if isinstance(response, Displacement):
         rattlers = response.rattlers
+    elif isinstance(eq, Linearization):
+        rattlers = eq.network.rattlers
     else:
-        net = (
-            eq.network
-            if isinstance(eq, Linearization)
-            else contacts.network(system, minimum.max_force, minimum.contacts_needed)
-        )
-        rattlers = net.rattlers
+        rattlers = contacts.network(system, minimum.max_force, minimum.contacts_needed).rattlers
     return system, vectors, np.asarray(rattlers, bool)
 
 
 def _diameters(system: System) -> np.ndarray:
-    """What circles to draw (n,): sigma, or the median distance of nearest neighbors for potentials
-    without it.
-    """
+    """Diameters of the circles, (n,): sigma, or else the median distance of nearest neighbors."""
     if system.diameters is not None:
         return np.asarray(system.diameters, float)
     from scipy.spatial import KDTree
 
-    distance = 1.0
+    distance = 1.0  # of a single particle, which has no neighbor
     if system.n > 1:
         positions = np.asarray(system.positions, float)
-        distance = float(np.median(KDTree(positions).query(positions, k=2)[0][:, 1]))
+        distances, _ = KDTree(positions).query(positions, k=2)  # column 0: to the particle itself
+        distance = float(np.median(distances[:, 1]))
     return np.full(system.n, distance)
 
 
-def _column(low: np.ndarray, high: np.ndarray, foot: Foot, titled: bool) -> Axes:
-    """A new figure one column wide, as high as the picture, the legend and the title need."""
+def _new_axes(low: np.ndarray, high: np.ndarray, foot: Foot, titled: bool) -> Axes:
+    """The Axes of a new figure one column wide, with room for the picture, legend and title."""
     from matplotlib import pyplot
 
-    wide, tall = high - low
-    picture = COLUMN * min(tall / wide, 1.6)
-    below, head = (foot.rows(72 * COLUMN)[2] + 0.9) * ROW / 72, 0.25 if titled else 0.0
-    total = picture + below + head
-    return pyplot.figure(figsize=(COLUMN, total)).add_axes(
-        (0.0, below / total, 1.0, picture / total)
-    )
+    width, height = high - low
+    # all in inches; the picture is at most 1.6 times as high as wide
+    picture = COLUMN * min(height / width, 1.6)
+    legend_height = (foot.rows(72 * COLUMN)[2] + 0.9) * ROW / 72
+    title_height = 0.25 if titled else 0.0
+    total = picture + legend_height + title_height
+    figure = pyplot.figure(figsize=(COLUMN, total))
+    return figure.add_axes((0.0, legend_height / total, 1.0, picture / total))
 
 
-def _frame(ax: Axes, view: View, low: np.ndarray, high: np.ndarray) -> None:
-    """Limits, equal aspect, and the cell's outline."""
+def _draw_frame(ax: Axes, view: View, low: np.ndarray, high: np.ndarray) -> None:
+    """Set limits and equal aspect, and draw the cell's outline."""
     from matplotlib.patches import Polygon
 
     if view.cell is not None:
-        ax.add_patch(
-            Polygon(
-                corners(view.cell),
-                closed=True,
-                fill=False,
-                edgecolor=OUTLINE,
-                linewidth=0.8,
-                zorder=1.8,
-            )
+        outline = Polygon(
+            corners(view.cell),
+            closed=True,
+            fill=False,
+            edgecolor=OUTLINE,
+            linewidth=0.8,
+            zorder=1.8,  # above circles (1.5) and arrows (at most 1.7)
         )
+        ax.add_patch(outline)
     ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
     ax.set_axis_off()
 
 
-def _faded(colors: Any, haze: float) -> np.ndarray:
+def _faded(colors: Sequence[str] | np.ndarray, haze: float) -> np.ndarray:
+    """Colors (k, 4) mixed with the color of the paper; ``haze`` is the fraction of the paper."""
     from matplotlib.colors import to_rgb, to_rgba_array
 
-    return to_rgba_array(colors) * [1 - haze, 1 - haze, 1 - haze, 1] + [
-        *(haze * np.array(to_rgb(PAPER))),
-        0,
-    ]
+    paper = [*(haze * np.array(to_rgb(PAPER))), 0]  # opacity stays
+    return to_rgba_array(colors) * [1 - haze, 1 - haze, 1 - haze, 1] + paper
 
 
-def _circles(
+def _draw_circles(
     ax: Axes,
     view: View,
     chosen: np.ndarray,
@@ -267,14 +288,14 @@ def _circles(
     fill: np.ndarray | None,
     haze: float,
 ) -> None:
-    """One collection of circles, cut at the cell; hollow and dashed without a fill."""
+    """Draw one collection of circles, clipped at the cell; hollow and dashed without a fill."""
     from matplotlib.collections import EllipseCollection
 
     index, places = images(view, chosen, diameters)
     if index.size == 0:
         return
     size = diameters[index]
-    many = 0.5 if fill is not None and index.size > CROWD else 1.0
+    thinner = 0.5 if fill is not None and index.size > CROWD else 1.0
     circles = EllipseCollection(
         size,
         size,
@@ -284,30 +305,39 @@ def _circles(
         transOffset=ax.transData,
         facecolors=PAPER if fill is None else _faded(fill[index], haze),
         edgecolors=_faded([OUTLINE], haze),
-        linewidths=many * (0.7 if fill is None else 0.5),
+        linewidths=thinner * (0.7 if fill is None else 0.5),
         linestyles=(0, (3, 2)) if fill is None else "solid",
         zorder=1.5,
     )
     ax.add_collection(circles, autolim=False)
-    _cut(ax, view, circles)
+    _clip_at_cell(ax, view, circles)
 
 
-def _arrows(
+def _draw_arrows(
     ax: Axes, view: View, chosen: np.ndarray, arrows: np.ndarray, shaft: float, haze: float
 ) -> Quiver:
-    """Arrows of drawn length, cut at the cell like the circles; what leaves it comes in again at
-    the other side.
+    """Draw arrows, clipped at the cell like the circles.
+
+    An arrow that leaves the cell comes in again at the other side, as that of an image.
+
+    Args:
+      ax: where to draw.
+      view: the projection.
+      chosen: mask (n,) of the particles whose arrows to draw.
+      arrows: (n, 2) in drawn length.
+      shaft: thickness, in the positions' unit.
+      haze: fraction of the color of the paper.
     """
-    tails, arrows = view.spots[chosen], arrows[chosen]
+    tails = view.spots[chosen]
+    arrows = arrows[chosen]
     if view.cell is not None:
         inverse = np.linalg.inv(view.cell)
         ends = [tails @ inverse.T, (tails + arrows) @ inverse.T]
-        shifts = np.stack(np.meshgrid(*[np.arange(-1, 2)] * 2), axis=-1).reshape(-1, 1, 2)
-        seen = np.any(
-            [((end + shifts > 0) & (end + shifts < 1)).all(axis=-1) for end in ends], axis=0
-        )
-        tails = (tails + shifts @ view.cell.T)[seen]
-        arrows = np.broadcast_to(arrows, (len(shifts), *arrows.shape))[seen]
+        shifts = image_shifts(1)
+        inside = [((end + shifts > 0) & (end + shifts < 1)).all(axis=-1) for end in ends]
+        visible = np.any(inside, axis=0)
+        tails = (tails + shifts @ view.cell.T)[visible]
+        arrows = np.broadcast_to(arrows, (len(shifts), *arrows.shape))[visible]
     quiver = ax.quiver(
         *tails.T,
         *arrows.T,
@@ -323,47 +353,53 @@ def _arrows(
         minlength=0.0,  # else quiver draws short arrows as dots of a fixed size
         facecolor=_faded([ARROW], haze),
         edgecolor=PAPER,
-        linewidth=_halo(arrows, shaft),
+        linewidth=_edge_width(arrows, shaft),
         zorder=1.5 if haze else 1.7,
     )
-    _cut(ax, view, quiver)
+    _clip_at_cell(ax, view, quiver)
     return quiver
 
 
-def _halo(arrows: np.ndarray, shaft: float) -> np.ndarray:
-    """Width of the white edge that keeps crossing arrows apart; it would swallow the shortest ones,
-    and small ones.
+def _edge_width(arrows: np.ndarray, shaft: float) -> np.ndarray:
+    """Width in points of the white edge that keeps crossing arrows apart.
+
+    Short arrows have a thinner edge or none, because it would cover them, and so have all arrows in
+    a crowd, which are small.
     """
     room = np.clip(np.linalg.norm(arrows, axis=1) / (6 * shaft) - 0.2, 0.0, 1.0)
     return 0.3 * room * (len(arrows) < CROWD)
 
 
-def _cut(ax: Axes, view: View, artist: Artist) -> None:
+def _clip_at_cell(ax: Axes, view: View, artist: Artist) -> None:
+    """Hide what lies outside of the cell; nothing for open boundaries."""
     from matplotlib.patches import Polygon
 
     if view.cell is not None:
         artist.set_clip_path(Polygon(corners(view.cell), closed=True, transform=ax.transData))
 
 
-def _colors(system: System, diameters: np.ndarray) -> tuple[np.ndarray, Any]:
-    """The fill of every particle (n, 4), and what explains it: names with colors, or a color map
-    with its range.
+def _colors(system: System, diameters: np.ndarray) -> tuple[np.ndarray, Key]:
+    """The colors of the particles, (n, 4), and their key for the legend.
+
+    The key is a list of names with colors, empty for particles all alike or of too many species; or
+    a color map with its range, for more diameters than the palette has colors.
     """
     from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgba_array
 
     palette = to_rgba_array(SPECIES)
     if system.species is not None:
-        kinds, which = np.unique(np.asarray(system.species), return_inverse=True)
+        kinds, kind_of = np.unique(np.asarray(system.species), return_inverse=True)
         names = [f"species {k}" for k in kinds]
-        tints = palette[kinds % len(SPECIES)]
+        colors = palette[kinds % len(SPECIES)]
     else:
-        kinds, which = np.unique(diameters, return_inverse=True)
+        kinds, kind_of = np.unique(diameters, return_inverse=True)
         names = [rf"$\sigma={k:.3g}$" for k in kinds] if len(kinds) > 1 else []
-        tints = palette[np.arange(len(kinds)) % len(SPECIES)]
+        colors = palette[np.arange(len(kinds)) % len(SPECIES)]
     if len(kinds) <= len(SPECIES):
-        return tints[which], list(zip(names, tints, strict=False))
-    if system.species is not None:
-        return tints[which], []
+        # strict=False: a single diameter has a color and no name
+        return colors[kind_of], list(zip(names, colors, strict=False))
+    if system.species is not None:  # more species than colors: the colors repeat, without a legend
+        return colors[kind_of], []
     shades = LinearSegmentedColormap.from_list("diameter", DIAMETERS)
     span = Normalize(diameters.min(), diameters.max())
     return shades(span(diameters)), (shades, span)

@@ -1,8 +1,8 @@
-"""Elastic moduli by direction."""
+"""Polar curves of Young's modulus and Poisson's ratio of a 2-D solid."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["moduli"]
 
-STEPS = 361
-YOUNG, POISSON = "#2f6db3", "#c8553d"
+STEPS = 361  # angles from 0 to 2 pi, both included: one a degree
+YOUNG = "#2f6db3"
+POISSON = "#c8553d"
 
 
 def moduli(
@@ -26,16 +27,16 @@ def moduli(
     *,
     birch: bool = False,
     title: str | None = None,
-) -> Any:
-    """Draw E(angle) and nu(angle) of a 2-D solid as polar curves: circles where it is isotropic.
+) -> tuple[PolarAxes, PolarAxes]:
+    """Draw E(angle) and nu(angle) of a 2-D solid as polar curves, circles for an isotropic solid.
 
-    The thin grey circle is that of the isotropic part. Of Poisson's ratio the radius is |nu|,
-    dashed where nu < 0.
+    The thin gray circle is that of the tensor's isotropic part. For Poisson's ratio the radius is
+    |nu|, and the curve is dashed where nu < 0.
 
     Args:
-      of: from ``ms.elasticity.moduli``, in 2-D.
+      of: the moduli, from ``ms.elasticity.moduli``, in 2-D.
       axes: two polar Axes to draw in; None makes a figure of two columns with pyplot.
-      birch: of Birch's tensor in place of A; the titles say which.
+      birch: draw the moduli of Birch's tensor instead of A; the titles say which.
       title: above the picture.
 
     Returns:
@@ -51,19 +52,20 @@ def moduli(
     if axes is None:
         import matplotlib.pyplot as plt
 
-        look = {"projection": "polar"}
         _, axes = plt.subplots(
-            1, 2, figsize=(2 * COLUMN, 1.15 * COLUMN), subplot_kw=look, layout="constrained"
+            1,
+            2,
+            figsize=(2 * COLUMN, 1.15 * COLUMN),
+            subplot_kw={"projection": "polar"},
+            layout="constrained",
         )
     assert axes is not None
     tensor = of.birch if birch else of.tensor
     from matplotlib.ticker import MaxNLocator
 
     angle = np.linspace(0.0, 2.0 * np.pi, STEPS)
-    curves = [
-        np.asarray(x)
-        for x in directional(tensor, np.stack([np.cos(angle), np.sin(angle)], axis=-1))
-    ]
+    directions = np.stack([np.cos(angle), np.sin(angle)], axis=-1)
+    curves = [np.asarray(curve) for curve in directional(tensor, directions)]
     mean = isotropic_part(tensor, of.round_off)
     convention = "Birch's tensor" if birch else "tensor $A$"
     names = (f"Young's modulus $E$, {convention}", rf"Poisson's ratio $\nu$, {convention}")
@@ -72,14 +74,10 @@ def moduli(
     ):
         ax.plot(angle, np.full(STEPS, abs(float(level))), color=OUTLINE, linewidth=0.8, zorder=1.5)
         for sign, dash in ((1.0, "-"), (-1.0, (0, (3, 2)))):
-            ax.plot(
-                angle,
-                np.where(sign * curve >= 0, np.abs(curve), np.nan),
-                color=color,
-                linestyle=dash,
-                linewidth=1.4,
-            )
-        sizes = np.abs([*curve, float(level)])  # NaN where there is nothing to divide by
+            # NaN breaks the line where the curve has the other sign
+            radius = np.where(sign * curve >= 0, np.abs(curve), np.nan)
+            ax.plot(angle, radius, color=color, linestyle=dash, linewidth=1.4)
+        sizes = np.abs([*curve, float(level)])  # NaN for ratios of moduli that are zero
         ax.set_ylim(0.0, 1.15 * float(np.max(sizes[np.isfinite(sizes)], initial=0.0)) or 1.0)
         ax.set_rlabel_position(22.5)
         ax.yaxis.set_major_locator(MaxNLocator(4, prune="upper"))

@@ -1,4 +1,4 @@
-"""Interaction potentials with named, checked parameters: pair, bonded, many-body, and sums of them."""
+"""Interaction potentials with named, checked parameters: pair, bonded, many-body, and sums."""
 
 from mdsens.potentials.base import BondedPotential, EnergyPotential, PairPotential, SumPotential
 from mdsens.potentials.catalogue import (

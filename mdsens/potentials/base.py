@@ -1,8 +1,7 @@
-"""What an interaction potential is: pair, bonded and many-body records with named, checked parameters,
-and sums of them.
+"""The classes of interaction potentials: pair, bonded and many-body potentials, and their sums.
 
-A potential is a frozen record, equal by value, so that a system built twice compiles once. The catalogue
-of ready ones is in :mod:`mdsens.potentials`.
+A potential is a frozen record with named, checked parameters, and equal by value, so that a system
+built twice compiles once. The ready-made potentials are in :mod:`mdsens.potentials.catalogue`.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -46,16 +45,24 @@ __all__ = [
 ]
 
 Params = Mapping[str, Any]
-Pairs = Any  # two arrays of particle indices that broadcast together, padded with n
+# two arrays of particle indices that broadcast together, padded with n
+Pairs: TypeAlias = jax.Array | tuple[jax.Array, jax.Array]
 Phi = Callable[..., jax.Array]
 Displacement = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class PairTerm(NamedTuple):
-    """The pairs of one potential: particle indices, which entries are real, and phi(r, *values).
+    """The pairs of one potential, and what is needed to evaluate phi(r, *values) for them.
 
     A list of pairs has shape (m,); rows of neighbors have i (1, n) and the rest (capacity, n), each
     pair twice.
+
+    Attributes:
+      i, j: particle indices.
+      mask: True for pairs, False on padding.
+      phi: the pair potential, elementwise.
+      values: each parameter at each pair, or as a scalar.
+      breakpoints: function of the values to the lengths where a derivative jumps or diverges.
     """
 
     i: jax.Array
@@ -65,24 +72,28 @@ class PairTerm(NamedTuple):
     values: tuple[jax.Array, ...]
     breakpoints: Callable[..., tuple[jax.Array, ...]]
 
-    def rows(self, k: Any) -> PairTerm:
-        """The k-th of some chunks of rows, (chunks, rows, n)."""
+    def rows(self, k: int | jax.Array) -> PairTerm:
+        """The k-th chunk of rows, where the arrays have the shape (chunks, rows, n)."""
         values = tuple(v[k] if v.ndim == 3 else v for v in self.values)
         return self._replace(j=self.j[k], mask=self.mask[k], values=values)
 
     def energy(self, r: jax.Array) -> jax.Array:
         """phi of each pair, zero on padding."""
+        # On padding, too, phi and its derivatives must be finite (pair_distances gives r = 1): where()
+        # multiplies them by zero, and zero times NaN is NaN.
         return jnp.where(self.mask, self.phi(r, *self.values), 0.0)
 
     def lengths(self) -> jax.Array:
-        """Lengths at which a derivative of the potential jumps or diverges, (k, m)."""
+        """Lengths at which a derivative of each pair's potential jumps or diverges, (k, m)."""
         points = [jnp.broadcast_to(b, self.mask.shape) for b in self.breakpoints(*self.values)]
         return jnp.stack(points) if points else jnp.zeros((0, *self.mask.shape))
 
 
 class Potential(Protocol):
-    """What a :class:`~mdsens.System` asks of its potential."""
+    """The interface that a :class:`~mdsens.System` needs of its potential."""
 
+    @property
+    def name(self) -> str: ...
     @property
     def parameters(self) -> tuple[str, ...]: ...
     @property
@@ -103,7 +114,7 @@ class Potential(Protocol):
         positions: jax.Array,
         params: Params,
         displacement: Displacement,
-        species: Any,
+        species: jax.Array | None,
         species_count: int,
     ) -> jax.Array: ...
     def at(self, params: Params, differentiated: Sequence[str] = ()) -> Self: ...
@@ -111,6 +122,8 @@ class Potential(Protocol):
 
 
 class _Addable:
+    """Potentials whose sum is a potential."""
+
     def __add__(self, other: Any) -> SumPotential:
         if not isinstance(other, _Addable):
             return NotImplemented
@@ -118,15 +131,17 @@ class _Addable:
 
 
 def _flatten(potential: Any) -> tuple[Any, ...]:
+    """The parts of a potential, so that sums of sums are sums of single potentials."""
     return potential.parts if isinstance(potential, SumPotential) else (potential,)
 
 
 class _NamedPotential(_Addable):
-    """What potentials with parameters of their own share; a potential overrides what it does otherwise."""
+    """Base of the potentials with named parameters: defaults of one without any interaction."""
 
     name: str
     names: tuple[str, ...]
 
+    # True for potentials without attraction alone, see PairPotential
     repulsive = False
 
     @property
@@ -135,7 +150,7 @@ class _NamedPotential(_Addable):
 
     @property
     def pair_parameters(self) -> tuple[str, ...]:
-        """Those of pairs: given as a matrix, one of species pairs, which is symmetric."""
+        """Parameters of pairs: as a matrix they have a value per species pair, symmetric."""
         return ()
 
     @property
@@ -143,9 +158,13 @@ class _NamedPotential(_Addable):
         return True
 
     def renamed(self, names: Mapping[str, str]) -> Self:
-        """The same potential with some parameters renamed, so that two potentials of a sum keep theirs apart."""
-        own: Any = self
-        return dataclasses.replace(own, names=tuple(names.get(n, n) for n in self.names))
+        """The same potential with some parameters renamed, for sums in which names would clash.
+
+        Args:
+          names: new names by the present ones.
+        """
+        record: Any = self
+        return dataclasses.replace(record, names=tuple(names.get(n, n) for n in self.names))
 
     def range(self, params: Params) -> jax.Array:
         return jnp.zeros(())
@@ -165,20 +184,26 @@ class _NamedPotential(_Addable):
         positions: jax.Array,
         params: Params,
         displacement: Displacement,
-        species: Any,
+        species: jax.Array | None,
         species_count: int,
     ) -> jax.Array:
         return jnp.zeros((), positions.dtype)
 
     def check_at(
-        self, positions: jax.Array, box: Any, params: Params, species: Any, species_count: int
+        self,
+        positions: jax.Array,
+        box: jax.Array | None,
+        params: Params,
+        species: jax.Array | None,
+        species_count: int,
     ) -> None:
-        """Refuse a configuration at which the potential has no energy. On the host alone."""
+        """Raise InputError where the potential has no energy at a configuration. Host code."""
 
     def at(self, params: Params, differentiated: Sequence[str] = ()) -> Self:
-        """The potential in its cheapest form at these parameters: the same function of r.
+        """The cheapest form of the potential that is the same function of r at these parameters.
 
-        Its derivatives by the parameters in ``differentiated`` are the potential's; those by others may not be.
+        Its derivatives by the parameters in ``differentiated`` are right; those by others may not
+        be.
         """
         return self
 
@@ -186,8 +211,9 @@ class _NamedPotential(_Addable):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PairPotential(Portable, _NamedPotential):
-    """U = sum over pairs of phi(r_ij, p_ij), phi zero at and beyond a finite cutoff (or of infinite
-    range).
+    """A pair potential, U = sum over pairs of phi(r_ij, p_ij).
+
+    phi is zero at and beyond a finite cutoff, or has infinite range.
 
     Attributes:
       name: shown in messages and tables.
@@ -197,12 +223,13 @@ class PairPotential(Portable, _NamedPotential):
         range.
       breakpoints: function of the pair parameters to the lengths where a derivative jumps or
         diverges.
-      mixing: one function a parameter, of the two particles' values; its result lies between them.
-      above: what each parameter must exceed; -inf for any.
-      repulsive: True where phi only repels and vanishes beyond contact: rattlers are then found
-        from contacts.
-      cases: cheaper forms of phi, each with a parameter's name and the value of it at which it is
-        the same function of r and of the other parameters (a power that is a square).
+      mixing: for each parameter the function that makes a pair's value of the two particles'
+        values; its result lies between them.
+      above: for each parameter the value that it must exceed; -inf for any.
+      repulsive: True where phi only repels and vanishes beyond contact: rattlers are then
+        determined from contacts.
+      cases: cheaper forms of phi, each with the name of a parameter and the value of it at which
+        the form is the same function of r and of the other parameters (a square for a power).
     """
 
     name: str = dataclasses.field(metadata={"static": True})
@@ -222,67 +249,60 @@ class PairPotential(Portable, _NamedPotential):
         return self.names
 
     def range(self, params: Params) -> jax.Array:
-        """The largest length at which a pair can interact, over each parameter's extremes; inf
-        without a cutoff.
+        """The largest length at which any pair can interact; inf without a cutoff.
+
+        The cutoff is monotone in each parameter and mixing stays between two particles' values, so
+        that the largest length is at some combination of the parameters' extremes.
         """
         if self.cutoff is None:
             return jnp.asarray(jnp.inf)
         if not callable(self.cutoff):
             return jnp.asarray(float(self.cutoff))
-        corners = itertools.product(
-            *[
-                (
-                    (params[n],)
-                    if np.ndim(params[n]) == 0
-                    else (jnp.min(params[n]), jnp.max(params[n]))
-                )
-                for n in self.names
-            ]
-        )
-        return jnp.max(jnp.stack([jnp.asarray(self._end(*c)) for c in corners]))
+        extremes = []
+        for name in self.names:
+            value = params[name]
+            extremes.append((value,) if np.ndim(value) == 0 else (jnp.min(value), jnp.max(value)))
+        corners = itertools.product(*extremes)
+        return jnp.max(jnp.stack([jnp.asarray(self._cutoff_at(*corner)) for corner in corners]))
 
-    def _end(self, *values: Any) -> Any:
-        """The cutoff of a pair with these parameters, where it is a function of them."""
+    def _cutoff_at(self, *values: Any) -> Any:
+        """The cutoff of pairs with these parameters, where it is a function of them."""
         assert callable(self.cutoff)
         return Traceable(f"the cutoff of {self.name}", self.cutoff)(*values)
 
     def lengths(
         self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
     ) -> jax.Array | float:
-        """The length beyond which phi of each pair is zero; inf without a cutoff."""
+        """The length beyond which phi is zero, of each pair; inf without a cutoff."""
         if self.cutoff is None:
             return math.inf
         if not callable(self.cutoff):
             return float(self.cutoff)
         (term,) = self.terms(params, pairs, n, species, species_count)
-        return jnp.asarray(self._end(*term.values))
+        return jnp.asarray(self._cutoff_at(*term.values))
 
     def terms(
         self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
     ) -> tuple[PairTerm, ...]:
+        # on padding any index will do that exists; the mask leaves the result out
         i, j = (jnp.where(side < n, side, 0) for side in pairs)
         mask = (pairs[0] < n) & (pairs[1] < n)
-        values = tuple(
-            of_pairs(
-                jnp.asarray(params[name]),
-                i,
-                j,
-                species,
-                species_count,
-                Traceable(f"the mixing of {name}", mix),
-            )
-            for name, mix in zip(self.names, self.mixing, strict=True)
-        )
+        values = []
+        for name, mix in zip(self.names, self.mixing, strict=True):
+            mixing = Traceable(f"the mixing of {name}", mix)
+            value = jnp.asarray(params[name])
+            values.append(of_pairs(value, i, j, species, species_count, mixing))
         points = Traceable(f"the function of breakpoints of {self.name}", self.breakpoints)
-        return (PairTerm(i, j, mask, self._traceable(), values, points),)
+        return (PairTerm(i, j, mask, self._traceable_phi(), tuple(values), points),)
 
     def at(self, params: Params, differentiated: Sequence[str] = ()) -> PairPotential:
         for phi, name, value in self.cases:
-            given = params[name]
+            actual = params[name]
+            # a traced parameter has no value to compare
             if (
                 name not in differentiated
-                and not isinstance(given, Tracer)
-                and np.all(np.asarray(given) == value)
+                and not isinstance(actual, Tracer)
+                and np.all(np.asarray(actual) == value)
             ):
                 return dataclasses.replace(self, phi=phi)
         return self
@@ -292,6 +312,7 @@ class PairPotential(Portable, _NamedPotential):
             value = np.asarray(params[name], float)
             check_pair_shape(name, value, n, species_count)
             check_finite(name, value, above)
+            # a plausible mistake: a cutoff in multiples of sigma, as jax-md takes it
             if (
                 name == "sigma"
                 and isinstance(self.cutoff, float)
@@ -302,9 +323,11 @@ class PairPotential(Portable, _NamedPotential):
                     " cutoff and onset are lengths in the units of the positions, not multiples of"
                     " sigma; give larger ones."
                 )
+            # the range and the neighbor list rest on mixing that stays between the extremes
             if value.ndim == 1 and mix is not arithmetic:
                 low, high = value.min(), value.max()
                 mixed = float(mix(jnp.asarray(low), jnp.asarray(high)))
+                # 1e-6: allowance for round-off, in single precision too
                 if not low * (1 - 1e-6) <= mixed <= high * (1 + 1e-6):
                     raise InputError(
                         f"mixing of {name} gives {mixed} from {low} and {high}: it must lie between"
@@ -313,53 +336,69 @@ class PairPotential(Portable, _NamedPotential):
                     )
         self._check_end(params)
 
-    def _traceable(self) -> Traceable:
-        """phi, called with traced arrays."""
+    def _traceable_phi(self) -> Traceable:
+        """phi with an error message that names it where it does what jax cannot trace."""
         return Traceable(f"phi of {self.name}", self.phi)
 
-    def _tested(self) -> bool:
-        """Whether phi is one of the catalogue's, which tests of this package have tried at every
-        distance.
-        """
-        phi = getattr(self.phi, "phi", self.phi)  # of one that is switched
+    def _is_from_catalogue(self) -> bool:
+        """Whether phi is one of the catalogue's, which the tests try at all distances."""
+        phi = getattr(self.phi, "phi", self.phi)  # the phi inside of a `switched`
         return getattr(phi, "__module__", "").startswith("mdsens.")
 
     def _check_end(self, params: Params) -> None:
-        if self.cutoff is None or self._tested():
+        """Raise InputError where phi is not zero at its cutoff, for the median parameters."""
+        if self.cutoff is None or self._is_from_catalogue():
             return
+        # a single evaluation, at the median of each parameter, however many pairs there are
         values = [jnp.asarray(np.median(np.asarray(params[name], float))) for name in self.names]
-        end = float(self._end(*values) if callable(self.cutoff) else self.cutoff)
-        check_end(self.name, self._traceable(), end, values)
+        end = float(self._cutoff_at(*values) if callable(self.cutoff) else self.cutoff)
+        check_end(self.name, self._traceable_phi(), end, values)
 
     def check_at(
-        self, positions: jax.Array, box: Any, params: Params, species: Any, species_count: int
+        self,
+        positions: jax.Array,
+        box: jax.Array | None,
+        params: Params,
+        species: jax.Array | None,
+        species_count: int,
     ) -> None:
-        if self._tested():
+        if self._is_from_catalogue():
             return
-        few = Few.of(positions, {name: params[name] for name in self.names}, species, species_count)
+        values = {name: params[name] for name in self.names}
+        few = Few.of(positions, values, species, species_count)
         if few is not None:
             check_trial(self.name, self.names, _trial(self, box, few, species_count))
 
 
 @functools.partial(jax.jit, static_argnames="species_count")
-def _trial(potential: PairPotential, box: Any, few: Few, species_count: int) -> Trial:
-    n, (i, j) = few.positions.shape[0], few.pairs
+def _trial(potential: PairPotential, box: jax.Array | None, few: Few, species_count: int) -> Trial:
+    """phi and its derivatives at a few distances of a few pairs of a system."""
+    n = few.positions.shape[0]
+    i, j = few.pairs
     kinds = few.pairs, n, few.species, species_count
     (term,) = potential.terms(few.params, *kinds)
     squared = jnp.sum(nearest_image(few.positions[i] - few.positions[j], box) ** 2, axis=-1)
-    apart = jnp.sqrt(jnp.where(squared > 0, squared, 1.0))  # two in one place are refused as such
-    ends = jnp.broadcast_to(
-        jnp.asarray(potential.lengths(few.params, *kinds), apart.dtype), apart.shape
-    )
+    # two particles at the same point are refused elsewhere, by an error that names them
+    apart = jnp.sqrt(jnp.where(squared > 0, squared, 1.0))
+    ends = jnp.asarray(potential.lengths(few.params, *kinds), apart.dtype)
+    ends = jnp.broadcast_to(ends, apart.shape)
     return trial_of(term.phi, f"phi of {potential.name}", apart, ends, term.lengths(), term.values)
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)  # arrays are compared by hand
+@dataclasses.dataclass(frozen=True, eq=False)  # == of dataclasses fails on arrays: see __eq__
 class BondedPotential(Portable, _NamedPotential):
-    """U = sum over listed bonds of phi(r_ij, p_b); each parameter a scalar or one value a bond."""
+    """A potential of bonds, U = sum over listed bonds of phi(r_ij, p_b).
 
-    bonds: Any  # (m, 2) particle indices
+    Attributes:
+      bonds: (m, 2) particle indices.
+      name: shown in messages and tables.
+      phi: ``phi(r, *parameters)``, elementwise.
+      names: the parameters' names, in phi's order; each a scalar or one value per bond.
+      above: for each parameter the value that it must exceed; -inf for any.
+    """
+
+    bonds: Any
     name: str = dataclasses.field(metadata={"static": True})
     phi: Phi = dataclasses.field(metadata={"static": True})
     names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
@@ -373,6 +412,7 @@ class BondedPotential(Portable, _NamedPotential):
         )
 
     def __hash__(self) -> int:
+        # without the bonds: arrays have no hash, and equal records need equal hashes, no more
         return hash((self.name, self.phi, self.names))
 
     def terms(
@@ -380,6 +420,7 @@ class BondedPotential(Portable, _NamedPotential):
     ) -> tuple[PairTerm, ...]:
         bonds = jnp.asarray(self.bonds)
         values = tuple(jnp.asarray(params[name]) for name in self.names)
+        # all bonds count, whatever the neighbor list holds
         mask = jnp.ones(bonds.shape[0], bool)
         return (PairTerm(bonds[:, 0], bonds[:, 1], mask, self.phi, values, no_breakpoints),)
 
@@ -395,8 +436,8 @@ class BondedPotential(Portable, _NamedPotential):
             value = np.asarray(params[name], float)
             if value.shape not in ((), (m,)):
                 raise InputError(
-                    f"parameter {name} has shape {value.shape}: give a scalar or ({m},), one a"
-                    " bond."
+                    f"parameter {name} has shape {value.shape}: give a scalar, or ({m},) for one"
+                    " value per bond."
                 )
             check_finite(name, value, above)
 
@@ -404,17 +445,23 @@ class BondedPotential(Portable, _NamedPotential):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EnergyPotential(Portable, _NamedPotential):
-    """U = fn(positions, params, displacement): anything, over all pairs, with the scaling its
-    author gives it.
+    """Any energy U = fn(positions, params, displacement), over all pairs.
+
+    Its cost grows with the number of particles as that of fn does.
+
+    Attributes:
+      name: shown in messages and tables.
+      fn: the energy, a scalar.
+      names: the parameters' names in the system.
+      keys: the same parameters' names in fn.
+      shared: names that another potential of a sum has as well.
     """
 
     name: str = dataclasses.field(metadata={"static": True})
     fn: Callable[..., jax.Array] = dataclasses.field(metadata={"static": True})
     names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
-    keys: tuple[str, ...] = dataclasses.field(metadata={"static": True})  # what fn calls them
-    shared: tuple[str, ...] = dataclasses.field(
-        default=(), metadata={"static": True}
-    )  # those of another potential of a sum
+    keys: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    shared: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     @property
     def pairwise(self) -> bool:
@@ -425,14 +472,20 @@ class EnergyPotential(Portable, _NamedPotential):
         positions: jax.Array,
         params: Params,
         displacement: Displacement,
-        species: Any,
+        species: jax.Array | None,
         species_count: int,
     ) -> jax.Array:
-        given = {key: params[name] for key, name in zip(self.keys, self.names, strict=True)}
-        return Traceable(f"the energy {self.name}", self.fn)(positions, given, displacement)
+        # names change by renamed(), keys do not
+        values = {key: params[name] for key, name in zip(self.keys, self.names, strict=True)}
+        return Traceable(f"the energy {self.name}", self.fn)(positions, values, displacement)
 
     def check_at(
-        self, positions: jax.Array, box: Any, params: Params, species: Any, species_count: int
+        self,
+        positions: jax.Array,
+        box: jax.Array | None,
+        params: Params,
+        species: jax.Array | None,
+        species_count: int,
     ) -> None:
         def energy(positions: jax.Array, params: Params) -> jax.Array:
             def displacement(a: jax.Array, b: jax.Array, **_: Any) -> jax.Array:
@@ -442,14 +495,16 @@ class EnergyPotential(Portable, _NamedPotential):
                 self.many_body(positions, params, displacement, species, species_count)
             )
 
-        found = jax.eval_shape(energy, positions, {name: params[name] for name in self.names})
-        if found.shape or not jnp.issubdtype(found.dtype, jnp.floating):
+        # shape and type alone: nothing is computed
+        result = jax.eval_shape(energy, positions, {name: params[name] for name in self.names})
+        if result.shape or not jnp.issubdtype(result.dtype, jnp.floating):
             raise InputError(
-                f"the energy {self.name} returns {found.dtype} of shape {found.shape}: return one"
+                f"the energy {self.name} returns {result.dtype} of shape {result.shape}: return one"
                 " real number, the sum over all particles."
             )
 
     def check(self, params: Params, n: int, species_count: int) -> None:
+        # their shapes are the user's: only fn knows which are right
         for name in self.names:
             check_finite(name, np.asarray(params[name], float), -math.inf)
 
@@ -457,30 +512,29 @@ class EnergyPotential(Portable, _NamedPotential):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SumPotential(_Addable):
-    """The sum of several potentials; each parameter belongs to one of them, and others may declare that
-    they share it.
+    """The sum of several potentials.
+
+    Each parameter belongs to one of them, unless another declares that it shares the parameter.
     """
 
     parts: tuple[Any, ...]
 
     def __post_init__(self) -> None:
         if not all(hasattr(potential, "parameters") for potential in self.parts):
-            return  # a pytree rebuilt with placeholders
-        seen: dict[str, Any] = {}
+            return  # jax rebuilds a pytree with placeholders in place of its parts
+        owners: dict[str, Any] = {}
         for potential in self.parts:
             for name in potential.parameters:
-                if name in seen and name in {
-                    *getattr(potential, "shared", ()),
-                    *getattr(seen[name], "shared", ()),
-                }:
+                if name not in owners:
+                    owners[name] = potential
                     continue
-                if name in seen:
+                owner = owners[name]
+                shared = {*getattr(potential, "shared", ()), *getattr(owner, "shared", ())}
+                if name not in shared:
                     raise InputError(
-                        f"{seen[name].name} and {potential.name} both have a parameter {name!r}: rename"
-                        " one, "
-                        f'potential.renamed({{"{name}": "{name}_2"}}).'
+                        f"{owner.name} and {potential.name} both have a parameter {name!r}: rename"
+                        f' one, potential.renamed({{"{name}": "{name}_2"}}).'
                     )
-                seen[name] = potential
 
     @property
     def name(self) -> str:
@@ -512,18 +566,19 @@ class SumPotential(_Addable):
     def lengths(
         self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
     ) -> jax.Array | float:
-        found = jnp.zeros(())
+        longest = jnp.zeros(())
         for potential in self.parts:
-            found = jnp.maximum(found, potential.lengths(params, pairs, n, species, species_count))
-        return found
+            lengths = potential.lengths(params, pairs, n, species, species_count)
+            longest = jnp.maximum(longest, lengths)
+        return longest
 
     def terms(
         self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
     ) -> tuple[PairTerm, ...]:
         return tuple(
-            t
+            term
             for potential in self.parts
-            for t in potential.terms(params, pairs, n, species, species_count)
+            for term in potential.terms(params, pairs, n, species, species_count)
         )
 
     def many_body(
@@ -531,7 +586,7 @@ class SumPotential(_Addable):
         positions: jax.Array,
         params: Params,
         displacement: Displacement,
-        species: Any,
+        species: jax.Array | None,
         species_count: int,
     ) -> jax.Array:
         total = jnp.zeros((), positions.dtype)
@@ -549,7 +604,12 @@ class SumPotential(_Addable):
             potential.check(params, n, species_count)
 
     def check_at(
-        self, positions: jax.Array, box: Any, params: Params, species: Any, species_count: int
+        self,
+        positions: jax.Array,
+        box: jax.Array | None,
+        params: Params,
+        species: jax.Array | None,
+        species_count: int,
     ) -> None:
         for potential in self.parts:
             if hasattr(potential, "check_at"):
@@ -557,8 +617,9 @@ class SumPotential(_Addable):
 
 
 def check_params(potential: Any, params: Params, n: int, species_count: int) -> None:
-    """Names, shapes and values of ``params`` against ``potential``; raises :class:`InputError`. On the
-    host alone.
+    """Raise InputError where names, shapes or values of ``params`` do not fit ``potential``.
+
+    Host code.
     """
     check_names(params, potential.parameters, potential.name)
     potential.check(params, n, species_count)
@@ -571,7 +632,7 @@ def no_breakpoints(*values: Any) -> tuple[Any, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class FixedLengths:
-    """Fixed breakpoints."""
+    """Breakpoints at fixed lengths, whatever the parameters are."""
 
     lengths: tuple[float, ...]
 

@@ -1,5 +1,6 @@
-"""Dipoles that charges induce, and charges that spread until they are at rest: see
-:mod:`mdsens.potentials.self_consistent`.
+"""Potentials of electrostatics: induced dipoles, and charge equilibration.
+
+Both are minima over inner variables, see :mod:`mdsens.potentials.self_consistent`.
 """
 
 from __future__ import annotations
@@ -26,9 +27,17 @@ from mdsens.potentials.self_consistent import (
 __all__ = ["ChargeEquilibration", "InducedDipoles", "charge_equilibration", "induced_dipoles"]
 
 
-class _Polar(NamedTuple):
-    """Roots of the polarizabilities (n,), the charges' field (n, d), vectors between particles, and
-    T's two parts.
+class _DipoleFunctional(NamedTuple):
+    """The energy W of induced dipoles; its variables are y = mu / sqrt(alpha), (n, d).
+
+    In these all dipoles are equally stiff, however small some polarizabilities are. The interaction
+    of two dipoles is T = across - along v v, with the vector v between them.
+
+    Attributes:
+      root: (n,) square roots of the polarizabilities.
+      field: (n, d) the charges' field at each particle.
+      vectors: (n, n, d) vectors r_i - r_j.
+      across, along: (n, n) the two factors of T.
     """
 
     root: jax.Array
@@ -45,31 +54,33 @@ class _Polar(NamedTuple):
         return jnp.zeros_like(self.field)
 
     def dipoles(self, y: jax.Array) -> jax.Array:
-        """mu, from the mu / sqrt(alpha) in which all dipoles are equally stiff, however little some
-        polarize.
-        """
+        """The dipoles mu (n, d) of variables y."""
         return self.root[:, None] * y
 
     def tensor(self, mu: jax.Array) -> jax.Array:
-        """T mu, minus the field of dipoles (n, d)."""
+        """T mu, minus the field of the dipoles mu, (n, d)."""
+        # i: the particle at which the field is, j: the dipole that it comes from
         share = self.along * jnp.einsum("ijd,jd->ij", self.vectors, mu)
         return self.across @ mu - jnp.einsum("ij,ijd->id", share, self.vectors)
 
     def energy(self, y: jax.Array) -> jax.Array:
+        """W: polarization, interaction of the dipoles, and their energy in the charges' field."""
         mu = self.dipoles(y)
         return 0.5 * jnp.sum(y**2) + jnp.sum(mu * (0.5 * self.tensor(mu) - self.field))
 
     def conditions(self, y: jax.Array) -> jax.Array:
+        """dW/dy, (n, d)."""
         return y + self.root[:, None] * (self.tensor(self.dipoles(y)) - self.field)
 
     def curvature(self) -> tuple[LinearMap, jax.Array]:
+        # the conditions are linear but for a constant, so that any y gives their derivative
         return jax.linearize(self.conditions, self.field)[1], self.field
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class InducedDipoles(SelfConsistentPotential):
-    """See :func:`induced_dipoles`."""
+    """Point charges and induced dipoles; made by :func:`induced_dipoles`."""
 
     names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     solve: Method = dataclasses.field(metadata={"static": True})
@@ -78,25 +89,28 @@ class InducedDipoles(SelfConsistentPotential):
         default=(-math.inf, 0.0, 0.0), metadata={"static": True}
     )
 
-    def functional(self, pairs: AllPairs, *values: jax.Array) -> tuple[_Polar, jax.Array]:
+    def functional(
+        self, pairs: AllPairs, *values: jax.Array
+    ) -> tuple[_DipoleFunctional, jax.Array]:
         charge, alpha, *damping = values
         across = along = pairs.inverse**3
         if damping:
-            both = jnp.sqrt(damping[0][:, None] * damping[0] / (alpha[:, None] * alpha))
-            x = both * pairs.lengths**3
-            across, along = -jnp.expm1(-x) * across, -(jnp.expm1(-x) + x * jnp.exp(-x)) * along
+            # Thole's x = a r^3 / sqrt(alpha_i alpha_j), a the geometric mean of the two dampings
+            rate = jnp.sqrt(damping[0][:, None] * damping[0] / (alpha[:, None] * alpha))
+            x = rate * pairs.lengths**3
+            # expm1, since 1 - exp(-x) loses its digits where x is small
+            across = -jnp.expm1(-x) * across
+            along = -(jnp.expm1(-x) + x * jnp.exp(-x)) * along
+        # at particle i, of the charges j
         field = jnp.einsum("ij,j,ijd->id", across, charge, pairs.vectors)
-        state = _Polar(
-            jnp.sqrt(alpha), field, pairs.vectors, across, 3.0 * along * pairs.inverse**2
-        )
-        return state, 0.5 * charge @ pairs.inverse @ charge
+        along = 3.0 * along * pairs.inverse**2
+        functional = _DipoleFunctional(jnp.sqrt(alpha), field, pairs.vectors, across, along)
+        return functional, 0.5 * charge @ pairs.inverse @ charge
 
     def moments(
         self, positions: jax.Array, params: Params, species: Species, species_count: int
     ) -> tuple[jax.Array, jax.Array]:
-        """The charge (n,) and the dipole (n, d) of each particle; not finite where the inner solve
-        failed.
-        """
+        """Charge (n,) and dipole (n, d) of each particle; not finite where the solve failed."""
         functional, y, status = self.at_rest(positions, params, species, species_count)
         charge, *_ = self.values(params, positions.shape[0], species, species_count)
         return charge, functional.dipoles(y) * nan_where_failed(status)
@@ -107,13 +121,20 @@ class InducedDipoles(SelfConsistentPotential):
         return (
             "polarization catastrophe: at these positions the dipoles have no minimum of energy,"
             " since they attract each other more than polarizing costs. Start farther apart, or"
-            " give smaller polarizabilities or a smaller damping (a smaller one damps more)."
+            " give smaller polarizabilities or a smaller damping (a smaller value damps more)."
         )
 
 
-class _Charged(NamedTuple):
-    """Electronegativities and hardnesses (n,), the Coulomb matrix of the shielded charges (n, n),
-    and their total.
+class _ChargeFunctional(NamedTuple):
+    """The energy W of charges that equilibrate; its variables are (charges, chemical potential).
+
+    The chemical potential is the Lagrange multiplier of the total charge.
+
+    Attributes:
+      electronegativity: (n,).
+      hardness: (n,).
+      coulomb: (n, n) Coulomb matrix of the Gaussian charges, zero on the diagonal.
+      total: the charge of all particles together.
     """
 
     electronegativity: jax.Array
@@ -123,7 +144,7 @@ class _Charged(NamedTuple):
 
     @property
     def definite(self) -> bool:
-        return False
+        return False  # with a Lagrange multiplier the stationary point is a saddle point
 
     def start(self) -> tuple[jax.Array, jax.Array]:
         return jnp.zeros_like(self.hardness), jnp.zeros_like(self.total)
@@ -133,34 +154,33 @@ class _Charged(NamedTuple):
         return self.hardness * q + self.coulomb @ q
 
     def energy(self, y: tuple[jax.Array, jax.Array]) -> jax.Array:
-        """W with the multiplier's part, zero at the minimum: by it a charge too many enters U
-        squared, too.
+        """W with the multiplier's term, which is zero at the minimum.
+
+        With the term, an error of the total charge, too, enters U only as its square.
         """
         q, potential = y
-        return q @ (self.electronegativity + 0.5 * self.field(q)) + potential * (
-            self.total - jnp.sum(q)
-        )
+        energy = q @ (self.electronegativity + 0.5 * self.field(q))
+        return energy + potential * (self.total - jnp.sum(q))
 
     def conditions(self, y: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """dW/dq - potential, and minus the charge too many: the multiplier of the total is the
-        chemical potential.
-        """
+        """dW/dq minus the chemical potential, and the prescribed minus the actual total charge."""
         q, potential = y
         return self.electronegativity + self.field(q) - potential, self.total - jnp.sum(q)
 
     def curvature(self) -> tuple[LinearMap, jax.Array]:
-        def free(q: jax.Array) -> jax.Array:  # of charges that sum to nothing; of others, 1
+        def projected(q: jax.Array) -> jax.Array:
+            """d2W/dq2 on charges that sum to zero; the identity on equal charges."""
             mean = jnp.mean(q)
             field = self.field(q - mean)
             return field - jnp.mean(field) + mean
 
-        return free, self.hardness
+        return projected, self.hardness
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ChargeEquilibration(SelfConsistentPotential):
-    """See :func:`charge_equilibration`."""
+    """Charges that equilibrate; made by :func:`charge_equilibration`."""
 
     names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     total: float = dataclasses.field(metadata={"static": True})
@@ -170,18 +190,24 @@ class ChargeEquilibration(SelfConsistentPotential):
         default=(-math.inf, 0.0, 0.0), metadata={"static": True}
     )
 
-    def functional(self, pairs: AllPairs, *values: jax.Array) -> tuple[_Charged, jax.Array]:
+    def functional(
+        self, pairs: AllPairs, *values: jax.Array
+    ) -> tuple[_ChargeFunctional, jax.Array]:
         electronegativity, hardness, radius = values
+        # the width of the Gaussian that two Gaussian charges make together
         width = jnp.sqrt(2.0 * (radius[:, None] ** 2 + radius**2))
+        # zero on the diagonal, where pairs.inverse is: a charge's own field is in its hardness
         coulomb = jax.scipy.special.erf(pairs.lengths / width) * pairs.inverse
         total = jnp.asarray(self.total, coulomb.dtype)
-        return _Charged(electronegativity, hardness, coulomb, total), jnp.zeros((), coulomb.dtype)
+        functional = _ChargeFunctional(electronegativity, hardness, coulomb, total)
+        return functional, jnp.zeros((), coulomb.dtype)
 
     def moments(
         self, positions: jax.Array, params: Params, species: Species, species_count: int
     ) -> tuple[jax.Array, jax.Array]:
-        """The charge (n,) and the dipole (n, d), none, of each particle; not finite where the inner
-        solve failed.
+        """Charge (n,) of each particle, and dipoles (n, d), which are zero.
+
+        Charges are not finite where the inner solve failed.
         """
         _, (charges, _), status = self.at_rest(positions, params, species, species_count)
         return charges * nan_where_failed(status), jnp.zeros_like(positions)
@@ -189,7 +215,7 @@ class ChargeEquilibration(SelfConsistentPotential):
     def potential(
         self, positions: jax.Array, params: Params, species: Species, species_count: int
     ) -> jax.Array:
-        """The chemical potential of charge, dU / dtotal; not finite where the inner solve failed."""
+        """The chemical potential of charge, dU / dtotal; not finite where the solve failed."""
         _, (_, potential), status = self.at_rest(positions, params, species, species_count)
         return potential * nan_where_failed(status)
 
@@ -199,44 +225,44 @@ class ChargeEquilibration(SelfConsistentPotential):
         return (
             "at these positions the charges have no minimum of energy, since charges of opposite"
             f" sign gain more than their {self.names[1]} costs: give {self.names[1]} above 1 /"
-            f" (sqrt(pi) {self.names[2]}), for which there always is one, or a larger"
+            f" (sqrt(pi) {self.names[2]}), for which there always is a minimum, or a larger"
             f" {self.names[2]}."
         )
 
 
 def induced_dipoles(damped: bool = True, solve: Method = CG(rtol=1e-14)) -> InducedDipoles:
-    """Point charges and the dipoles that they induce, with Thole's damping.
+    """A potential of point charges and the dipoles that they induce, with Thole's damping.
 
         U = sum over pairs of q_i q_j / r + min over mu of
             [sum |mu_i|^2 / (2 alpha_i) - sum mu_i . E_i + sum over pairs of mu_i . T_ij mu_j]
         E_i = sum_j q_j s(r) v / r^3,      T_ij = s(r) / r^3 - 3 t(r) v v / r^5,      v = r_i - r_j
         s = 1 - exp(-x),   t = 1 - (1 + x) exp(-x),   x = a r^3 / sqrt(alpha_i alpha_j)
 
-    Charges are in units in which two of 1 at distance 1 have the energy 1: where lengths are in
-    Angstrom and energies in eV, sqrt(14.4) of them are an elementary charge. Dipoles in a plane are
-    those of space, since nothing drives them
-    out of it. It holds no particles apart: add a potential that does.
+    The unit of charge is such that two unit charges at distance 1 have the energy 1: with lengths
+    in Angstrom and energies in eV, an elementary charge is sqrt(14.4) of these units. In 2-D the
+    dipoles are those of three dimensions, since nothing drives them out of the plane. The potential
+    does not keep particles apart: add one that does.
 
-    Parameters, each a number, one a species or one a particle: ``charge``; ``polarizability``, a
-    volume, positive (1e-9 is nearly none); ``damping``, a pure number, positive: a is the geometric
-    mean of the two particles'. 0.39 is AMOEBA's; smaller damps more. Charges act on each other
-    undamped.
+    Parameters, each a number, one value per species or one per particle: ``charge``;
+    ``polarizability``, a volume, positive (1e-9 is nearly none); ``damping``, a pure number,
+    positive: a is the geometric mean of the two particles' values. 0.39 is AMOEBA's; a smaller
+    value damps more. The interaction of charges with each other is not damped.
 
     Args:
-      damped: False for s = t = 1, without the parameter ``damping``. There is no minimum where two
-        particles come nearer than (4 alpha_i alpha_j)^(1/6), and for clusters sooner: the
-        polarization catastrophe.
-      solve: the solver for the dipoles. CG to round-off takes 20 steps or so; with Direct(), a
+      damped: False for s = t = 1, without the parameter ``damping``. There is then no minimum where
+        two particles come nearer than (4 alpha_i alpha_j)^(1/6), and in clusters already at larger
+        distances: the polarization catastrophe.
+      solve: the solver for the dipoles. CG to round-off takes about 20 steps; with Direct(), a
         Cholesky factorization, a force takes as long for 27 particles and 40 times as long for 216.
-        A larger rtol spoils forces by as much.
+        A larger rtol makes a relative error of forces of about that size.
 
     Raises:
-      InputError: when a System is made with a periodic cell, with two particles in one place, or
-        where there is no minimum; TooLargeError: more particles than fit in memory, at 3.2 KB a
-        pair (0.8 GB for 500).
+      InputError: when a System is made with a periodic cell, with two particles at the same point,
+        or where there is no minimum.
+      TooLargeError: more particles than fit in memory, at 3.2 KB per pair (0.8 GB for 500).
 
     Source: Thole, Chem. Phys. 59, 341 (1981); Ren and Ponder, J. Phys. Chem. B 107, 5933 (2003) for
-      s and t.
+    s and t.
     """
     if not isinstance(damped, bool):
         raise InputError(f"damped is {short(damped)}: give True or False.")
@@ -246,34 +272,34 @@ def induced_dipoles(damped: bool = True, solve: Method = CG(rtol=1e-14)) -> Indu
 
 
 def charge_equilibration(total: float = 0.0, solve: Method = Direct()) -> ChargeEquilibration:
-    """Charges that spread over the particles until their electronegativities are equal.
+    """A potential of charges that spread until all particles have the same electronegativity.
 
         U = min over q with sum q_i = total of [sum chi_i q_i + 1/2 sum J_i q_i^2 + sum over pairs
             of q_i q_j erf(r / sqrt(2 (w_i^2 + w_j^2))) / r]
 
     The Lagrange multiplier of the total is the chemical potential, dU / dtotal, which all particles
     share. Charges are Gaussians of standard deviation w; units are those of
-    :func:`induced_dipoles`, whose charges and these, in a sum, do not see each other. It holds no
-    particles apart: add a potential that does.
+    :func:`induced_dipoles`. In a sum of both potentials, the charges of one do not interact with
+    those of the other. The potential does not keep particles apart: add one that does.
 
-    Parameters, each a number, one a species or one a particle: ``electronegativity`` chi, an energy
-    a charge; ``hardness`` J, an energy a squared charge, positive, the Gaussian's energy in its own
-    field, 1 / (sqrt(pi) w),
-    included: above that, there is a minimum wherever the particles are; ``radius`` w, a length,
-      positive.
+    Parameters, each a number, one value per species or one per particle: ``electronegativity`` chi,
+    an energy per charge; ``hardness`` J, an energy per squared charge, positive, which includes the
+    Gaussian's energy in its own field, 1 / (sqrt(pi) w): above that value there is a minimum
+    wherever the particles are; ``radius`` w, a length, positive.
 
     Args:
       total: the charge of all particles together.
-      solve: the solver of the conditions, symmetric and indefinite: Direct() (LU) for up to some
-        hundred particles, MINRES(rtol=1e-14) for more. A larger rtol spoils forces by as much.
+      solve: the solver of the conditions, whose matrix is symmetric and indefinite: Direct() (LU)
+        for up to some hundred particles, MINRES(rtol=1e-14) for more. A larger rtol makes a
+        relative error of forces of about that size.
 
     Raises:
-      InputError: when a System is made with a periodic cell, with two particles in one place, or
-        where there is no minimum; TooLargeError: more particles than fit in memory, at 3.2 KB a
-        pair (0.8 GB for 500).
+      InputError: when a System is made with a periodic cell, with two particles at the same point,
+        or where there is no minimum.
+      TooLargeError: more particles than fit in memory, at 3.2 KB per pair (0.8 GB for 500).
 
     Source: Rappe and Goddard, J. Phys. Chem. 95, 3358 (1991); the Gaussians of Ko et al., Nat.
-    Commun. 12, 398 (2021), whose hardness leaves the energy in the own field out.
+    Commun. 12, 398 (2021), whose hardness excludes the energy of a charge in its own field.
     """
     check_method(solve)
     charge = real_number("total", total, "give the total charge.")

@@ -1,35 +1,45 @@
-"""A pair potential tried at a few distances: phi and its derivatives up to the third, as the
-package takes them.
+"""Test of a pair potential at a few distances, when a system is made with it.
 
-Where one of them is no number, everything that is made of it ends in one: forces take the first,
-Hessians the second, derivatives of moduli the third. It is told when a system is made, where it
-names the potential and the distance, and not when a minimization ends in NOT_FINITE.
+phi and its derivatives up to the third are evaluated as the package evaluates them. Where one of
+them is NaN or infinite, everything computed from it is, too: forces take the first, Hessians the
+second, derivatives of moduli the third. Tested here, the error names the potential and the
+distance; otherwise a minimization would end in NOT_FINITE.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from mdsens._util.errors import InputError
 
 __all__ = ["NAMES", "Few", "Trial", "check_end", "check_trial", "derivatives", "trial_of"]
 
 NAMES = ("phi", "phi'", "phi''", "phi'''")
-INSIDE = (0.53, 0.71, 0.92)  # of the cutoff; no round numbers, where breakpoints may stand
-BEYOND = (1.07, 1.31)  # of the cutoff: pairs that a list of neighbors holds beside those within it
-END = 1e-6  # of phi inside: what may be left of it at the cutoff
-PADDING = 1.0  # the distance that stands in the empty places of lists
-PARTICLES, PAIRS = 8, 28  # that are tried at most: the pairs of so many particles
+# Distances inside and outside, in units of the cutoff: no round numbers, where breakpoints may be.
+# Outside, because a neighbor list also holds pairs somewhat farther apart than the cutoff.
+INSIDE = (0.53, 0.71, 0.92)
+BEYOND = (1.07, 1.31)
+# What may be left of phi at the cutoff, as a share of its largest value inside.
+END = 1e-6
+# The distance that stands in the empty places of neighbor lists.
+PADDING = 1.0
+# Particles tested at most, and the number of their pairs.
+PARTICLES = 8
+PAIRS = 28
+# The remedies of error messages.
 GUARD = "where() takes derivatives of both its sides, so guard the argument inside of it as well"
 SWITCH = "wrap it, ms.potentials.switched(phi, onset, cutoff)"
 
 
-def derivatives(phi: Any, what: str, r: jax.Array, values: Any) -> jax.Array:
+def derivatives(
+    phi: Callable[..., Any], what: str, r: jax.Array, values: Sequence[ArrayLike]
+) -> jax.Array:
     """phi(r, *values) and its derivatives by r up to the third, (4, *shape of r). Traceable.
 
     Raises:
@@ -37,40 +47,41 @@ def derivatives(phi: Any, what: str, r: jax.Array, values: Any) -> jax.Array:
     """
 
     def energy(r: jax.Array) -> jax.Array:
-        return _real(phi(r, *values), what, r)
+        return _checked_energy(phi(r, *values), what, r)
 
-    # in reverse mode first, as forces are: forward mode is spared the NaN of a where() without a
-    # guard
-    slope, ones = jax.grad(lambda r: jnp.sum(energy(r))), jnp.ones_like(r)
+    # The first derivative in reverse mode, as forces are computed: forward mode does not have the
+    # NaN of a where() without a guard.
+    slope = jax.grad(lambda r: jnp.sum(energy(r)))
+    ones = jnp.ones_like(r)
 
-    def second(r: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def first_and_second(r: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jax.jvp(slope, (r,), (ones,))
 
-    (first, bent), (_, third) = jax.jvp(second, (r,), (ones,))
-    return jnp.stack([energy(r), first, bent, third])
+    (first, second), (_, third) = jax.jvp(first_and_second, (r,), (ones,))
+    return jnp.stack([energy(r), first, second, third])
 
 
-def _real(energy: Any, what: str, r: jax.Array) -> jax.Array:
-    """phi of some distances, or an error where it is not elementwise or not real."""
-    found = jnp.asarray(energy)
-    if found.shape != r.shape:
+def _checked_energy(energy: Any, what: str, r: jax.Array) -> jax.Array:
+    """What phi returns for distances r, or InputError where it is not elementwise or not real."""
+    array = jnp.asarray(energy)
+    if array.shape != r.shape:
         raise InputError(
-            f"{what} returns shape {found.shape} for distances of shape {r.shape}: return one"
+            f"{what} returns shape {array.shape} for distances of shape {r.shape}: return one"
             " number for each."
         )
-    if not jnp.issubdtype(found.dtype, jnp.floating):
-        raise InputError(f"{what} returns {found.dtype}: return real floating-point numbers.")
-    return found
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise InputError(f"{what} returns {array.dtype}: return real floating-point numbers.")
+    return array
 
 
 class Few(NamedTuple):
-    """A few particles of a system, whose pairs have most values of the parameters between them.
+    """A few particles of a system, chosen so that their pairs cover most values of the parameters.
 
     Attributes:
       positions: (PARTICLES, d).
-      species: (PARTICLES,), None without species.
-      params: those of particles for these alone.
-      pairs: (2, PAIRS) different particles among them, some pairs more than once.
+      species: (PARTICLES,); None without species.
+      params: the parameters; those with one value per particle, for these particles alone.
+      pairs: (2, PAIRS) pairs of different particles among them, some of them repeated.
     """
 
     positions: Any
@@ -79,55 +90,62 @@ class Few(NamedTuple):
     pairs: Any
 
     @classmethod
-    def of(cls, positions: Any, params: Any, species: Any, species_count: int) -> Few | None:
-        """Of a system; None of one particle."""
-        n, chosen = positions.shape[0], []
+    def of(
+        cls,
+        positions: jax.Array,
+        params: Mapping[str, Any],
+        species: jax.Array | None,
+        species_count: int,
+    ) -> Few | None:
+        """The few particles of a system; None where it has a single particle."""
+        n = positions.shape[0]
+        chosen = []
         if species is None:
+            # the particles with the least and the largest value of each parameter
             for value in params.values():
                 if np.shape(value) == (n,):
                     chosen += [int(np.argmin(value)), int(np.argmax(value))]
         else:
+            # two particles of each of some species, for the pairs of a species with itself
             kinds = np.asarray(species)
-            there = np.unique(kinds)
-            some = there[np.unique(np.linspace(0, there.size - 1, PARTICLES // 2).astype(int))]
-            for kind in some:  # two of each, for the pairs of a kind with itself
+            present = np.unique(kinds)
+            spread = np.unique(np.linspace(0, present.size - 1, PARTICLES // 2).astype(int))
+            for kind in present[spread]:
                 chosen += np.flatnonzero(kinds == kind)[:2].tolist()
         chosen += np.linspace(0, n - 1, PARTICLES).astype(int).tolist()
-        few = np.array(list(dict.fromkeys(chosen))[:PARTICLES])
-        pairs = np.stack(np.triu_indices(few.size, 1))
+        indices = np.array(list(dict.fromkeys(chosen))[:PARTICLES])
+        pairs = np.stack(np.triu_indices(indices.size, 1))
         if not pairs.size:
             return None
-        # always so many, so that one compilation serves every system; not as many as species, whose
-        # values these would be taken for
+        # Repeated up to a fixed number, so that one compilation serves every system. It must differ
+        # from the number of species, or values per particle would be taken for values per species.
         count = PARTICLES + (species_count == PARTICLES)
-        few = np.resize(few, count)
-        of_particles = (n,) if species is None or n != species_count else ()
+        indices = np.resize(indices, count)
+        # with as many species as particles, (n,) values are per species
+        per_particle = species is None or n != species_count
 
-        def of_few(value: Any) -> Any:
-            return (
-                np.asarray(value)[few]
-                if np.shape(value) == of_particles and of_particles
-                else np.asarray(value)
-            )
+        def of_few(value: Any) -> np.ndarray:
+            array = np.asarray(value)
+            return array[indices] if per_particle and np.shape(value) == (n,) else array
 
         return cls(
-            np.asarray(positions)[few],
-            None if species is None else np.asarray(species)[few],
-            {name: of_few(value) for name, value in params.items()},
-            np.resize(pairs.T, (PAIRS, 2)).T,
+            positions=np.asarray(positions)[indices],
+            species=None if species is None else np.asarray(species)[indices],
+            params={name: of_few(value) for name, value in params.items()},
+            pairs=np.resize(pairs.T, (PAIRS, 2)).T,
         )
 
 
 class Trial(NamedTuple):
-    """A pair potential at a few distances of each of some pairs.
+    """A pair potential evaluated at a few distances for each of k pairs.
 
     Attributes:
-      r: (7, k) within the cutoff, at it, beyond it and of empty places; of a pair without one, its
-        own distance.
+      r: (7, k) distances: three within the cutoff, the cutoff, two beyond it, and PADDING; for a
+        pair without a cutoff, its actual distance in all rows.
       orders: (4, 7, k) phi and its derivatives there.
       ends: (k,) the cutoff; inf for none.
       points: (m, k) the breakpoints.
-      values: (k,) of each parameter.
+      values: each parameter, (k,).
     """
 
     r: Any
@@ -138,26 +156,47 @@ class Trial(NamedTuple):
 
 
 def trial_of(
-    phi: Any, what: str, apart: jax.Array, ends: jax.Array, points: jax.Array, values: Any
+    phi: Callable[..., Any],
+    what: str,
+    apart: jax.Array,
+    ends: jax.Array,
+    points: jax.Array,
+    values: Sequence[jax.Array],
 ) -> Trial:
-    """The trial of pairs with these distances, cutoffs, breakpoints and parameters. Traceable."""
+    """The trial of k pairs. Traceable.
+
+    Args:
+      phi: the pair potential.
+      what: names it in errors.
+      apart: (k,) distances of the pairs.
+      ends: (k,) cutoffs; inf for none.
+      points: (m, k) breakpoints.
+      values: the parameters, each (k,) or a scalar.
+    """
     shares = jnp.array([*INSIDE, 1.0, *BEYOND], apart.dtype)[:, None]
-    some = jnp.where(
-        ends > 0, ends, PADDING
-    )  # a pair that does not interact at all is tried wherever it may stand
-    limited = jnp.concatenate([shares * some, jnp.full((1, apart.size), PADDING, apart.dtype)])
+    # a pair with a cutoff of zero never interacts; it is evaluated as if its cutoff were PADDING
+    lengths = jnp.where(ends > 0, ends, PADDING)
+    limited = jnp.concatenate([shares * lengths, jnp.full((1, apart.size), PADDING, apart.dtype)])
     r = jnp.where(jnp.isinf(ends), apart, limited)
     values = [jnp.broadcast_to(v, apart.shape) for v in values]
     orders = derivatives(phi, what, r, [jnp.broadcast_to(v, r.shape) for v in values])
     return Trial(r, orders, ends, points, values)
 
 
-def check_end(name: str, phi: Callable[..., Any], end: float, values: Any) -> None:
-    """Refuse a potential that is not zero at its cutoff: a jump of the energy is a force that
-    nobody sees.
+def check_end(name: str, phi: Callable[..., Any], end: float, values: Sequence[jax.Array]) -> None:
+    """Raise InputError where a potential is not zero at its cutoff.
+
+    Its energy would jump there, and no derivative would show the force that belongs to the jump.
+
+    Args:
+      name: of the potential.
+      phi: the pair potential.
+      end: its cutoff.
+      values: the parameters, scalars.
     """
     r = end * jnp.array([1.0, *INSIDE])
-    left, *inside = np.asarray(_real(phi(r, *values), f"phi of {name}", r)).tolist()
+    energies = _checked_energy(phi(r, *values), f"phi of {name}", r)
+    left, *inside = np.asarray(energies).tolist()
     if not np.isfinite(left):
         raise InputError(
             f"{name} is {left:.3g} at its cutoff {end:g}, where it must be zero: {GUARD}."
@@ -169,12 +208,17 @@ def check_end(name: str, phi: Callable[..., Any], end: float, values: Any) -> No
         )
 
 
-def check_trial(name: str, names: Any, trial: Trial) -> None:
-    """Refuse a potential that is no number where pairs of particles may stand.
+def check_trial(name: str, names: Sequence[str], trial: Trial) -> None:
+    """Raise InputError where a potential is not finite at distances that pairs may have.
 
-    Within the cutoff it may be infinite, in a steep core; at the cutoff itself derivatives may jump
-    or diverge, so that these are looked at to both sides of it; beyond, they must be finite and phi
-    zero.
+    Within the cutoff it may be infinite, in a steep core, but not NaN. At the cutoff itself
+    derivatives may jump or diverge, so that they are tested on both sides of it. Beyond, they must
+    be finite and phi zero.
+
+    Args:
+      name: of the potential.
+      names: its parameters' names.
+      trial: its values and derivatives.
     """
     r, orders, ends, points, values = jax.tree.map(np.asarray, trial)
     if np.isnan(ends).any() or np.isnan(points).any():
@@ -185,7 +229,7 @@ def check_trial(name: str, names: Any, trial: Trial) -> None:
     limited = np.isfinite(ends)
 
     def refuse(rows: slice, count: int, bad: np.ndarray, where: str, remedy: str) -> None:
-        """Refuse the lowest order that is bad in some rows, at the first place."""
+        """Raise InputError for the lowest of ``count`` orders that is bad in these rows, if any."""
         if bad[:count].any():
             order, row, k = (int(i) for i in np.argwhere(bad[:count])[0])
             shown = ", ".join(f"{n} = {v[k]:.6g}" for n, v in zip(names, values, strict=True))
@@ -195,7 +239,11 @@ def check_trial(name: str, names: Any, trial: Trial) -> None:
                 f"{NAMES[order]} of {name} is {value:.3g} at {place}{where}: {remedy}."
             )
 
-    within, end, beyond, padding = slice(0, 3), slice(3, 4), slice(4, 6), slice(6, 7)
+    # rows of Trial.r
+    within = slice(0, 3)
+    end = slice(3, 4)
+    beyond = slice(4, 6)
+    padding = slice(6, 7)
     infinite = ~np.isfinite(orders) & limited
     nan = np.isnan(orders)
     check = f"check its parameters; {GUARD}"
@@ -205,7 +253,10 @@ def check_trial(name: str, names: Any, trial: Trial) -> None:
     refuse(beyond, 4, infinite[:, beyond], ", beyond its cutoff, where it must be zero", GUARD)
     empty = ", the distance that stands in the empty places of lists of neighbors"
     refuse(padding, 4, infinite[:, padding], empty, f"{GUARD}, or take units of another size")
-    inside, left = np.abs(orders[0, within]), np.abs(orders[0, end])
+    # beyond the cutoff, what is left of phi may be END of its largest value inside, or as much as
+    # is left at the cutoff
+    inside = np.abs(orders[0, within])
+    left = np.abs(orders[0, end])
     most = np.maximum(END * np.max(inside, axis=0, initial=0.0, where=np.isfinite(inside)), left)
     grown = (np.abs(orders[:, beyond]) > most) & limited
     remedy = f"take jnp.where(r < cutoff, ..., 0), or {SWITCH}"

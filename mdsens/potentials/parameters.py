@@ -1,6 +1,4 @@
-"""The parameters of a potential: their names, values and shapes, the numbers that they are, and their
-values at each pair.
-"""
+"""Parameters of a potential: names, shapes, values at each pair, and their single components."""
 
 from __future__ import annotations
 
@@ -37,21 +35,35 @@ Mixing: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def arithmetic(a: jax.Array, b: jax.Array) -> jax.Array:
-    """The mean of two particles' values: how a pair's is made where nothing else is said."""
+    """Arithmetic mixing: a pair's value is the mean of the two particles'. The default."""
     return 0.5 * (a + b)
 
 
 def of_pairs(
-    value: jax.Array, i: jax.Array, j: jax.Array, species: Any, species_count: int, mix: Mixing
+    value: jax.Array,
+    i: jax.Array,
+    j: jax.Array,
+    species: jax.Array | None,
+    species_count: int,
+    mix: Mixing,
 ) -> jax.Array:
-    """One parameter at each pair: a scalar, one a species, one a particle, or a matrix of species
-    pairs.
+    """A parameter's value at each pair; a scalar stays a scalar.
+
+    Args:
+      value: a scalar, one value per species or per particle, or a matrix of species pairs.
+      i, j: the particles of each pair.
+      species: (n,) species of the particles; None without species.
+      species_count: number of species.
+      mix: makes a pair's value of the two particles' values.
     """
     if value.ndim == 0:
         return value
     if value.ndim == 2:
+        assert species is not None
+        # symmetrized, so that (a, b) and (b, a) each get half of a derivative: see Parameter.paired
         value = 0.5 * (value + value.T)
         return value[species[i], species[j]]
+    # first per species: it matters where there are as many species as particles
     if species is not None and value.shape[0] == species_count:
         return mix(value[species[i]], value[species[j]])
     return mix(value[i], value[j])
@@ -59,15 +71,17 @@ def of_pairs(
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """What a derivative is taken by.
+    """A parameter that derivatives are taken by.
+
+    Its components are the independent numbers of its value; each has an index.
 
     Attributes:
-      name: of the parameter.
-      shape: of its value.
-      paired: True of a symmetric matrix of species pairs, whose entries (a, b) and (b, a) are one
-        physical number. Its derivatives have the matrix's shape, and half of the derivative by that
-        number in each of the two entries, so that the sum of their product with a symmetric change
-        is what the change gives.
+      name: the parameter's name.
+      shape: shape of its value.
+      paired: True for a symmetric matrix of species pairs, whose entries (a, b) and (b, a) are the
+        same physical number. A derivative by it has the matrix's shape, with half of the derivative
+        by that number in each of the two entries, so that the sum of its product with a symmetric
+        change is the response to that change.
     """
 
     name: str
@@ -76,134 +90,153 @@ class Parameter:
 
     @property
     def indices(self) -> list[tuple[int, ...]]:
-        """Of the numbers that it consists of; each pair once."""
-        every = itertools.product(*map(range, self.shape))
-        return [index for index in every if not self.paired or index[0] <= index[1]]
+        """Indices of its components; of a paired matrix, each pair once."""
+        entries = itertools.product(*map(range, self.shape))
+        return [index for index in entries if not self.paired or index[0] <= index[1]]
 
     def label(self, index: tuple[int, ...]) -> str:
-        """The name of one of them: ``sigma[0,1]``."""
+        """Label of a component, such as ``sigma[0,1]``."""
         return f"{self.name}[{','.join(map(str, index))}]" if index else self.name
 
     def entries(self, index: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """Where one of them stands in the value: twice, of two species."""
+        """Entries of the value that hold a component: two for a pair of different species."""
+        # a set, since the two entries of a diagonal component are one
         return sorted({index, index[::-1]}) if self.paired else [index]
 
     def unit(self, index: tuple[int, ...]) -> np.ndarray:
-        """The change of the value as one of them grows by 1."""
-        found = np.zeros(self.shape)
+        """The change of the value when a component grows by 1."""
+        change = np.zeros(self.shape)
         for entry in self.entries(index):
-            found[entry] = 1.0
-        return found
+            change[entry] = 1.0
+        return change
 
     def whole(self, derivative: Any, index: tuple[int, ...]) -> Any:
-        """The derivative by one of them, from that by the value, which has its shape last."""
+        """The derivative by a component: the sum over its entries.
+
+        Args:
+          derivative: the derivative by the value; its last axes have the value's shape.
+          index: the component's index.
+        """
         return sum(derivative[(..., *entry)] for entry in self.entries(index))
 
     def size(self, derivative: Any) -> float:
-        """The norm of the derivatives by all of them."""
-        parts = (
-            [self.whole(derivative, index) for index in self.indices]
-            if self.paired
-            else [derivative]
-        )
-        return float(
-            jnp.linalg.norm(jnp.concatenate([jnp.ravel(jnp.asarray(part)) for part in parts]))
-        )
+        """The norm of the derivatives by all components."""
+        parts = [derivative]
+        if self.paired:
+            parts = [self.whole(derivative, index) for index in self.indices]
+        flat = jnp.concatenate([jnp.ravel(jnp.asarray(part)) for part in parts])
+        return float(jnp.linalg.norm(flat))
 
 
 def split_label(text: str) -> tuple[str, tuple[int, ...] | None] | None:
-    """``sigma[0,1]`` as the name and the index; the index None where there is none, all None where
-    it is no label.
+    """Name and index of a label such as ``sigma[0,1]``.
+
+    The index is None where the label has none; the result is None where the text is no label.
     """
-    found = re.fullmatch(r"\s*([^\[\]\s]+)\s*(?:\[\s*(-?\d+(?:\s*,\s*-?\d+)*)\s*\])?\s*", text)
-    if not found:
+    # negative indices match, so that an error can say which ones are allowed
+    pattern = r"\s*([^\[\]\s]+)\s*(?:\[\s*(-?\d+(?:\s*,\s*-?\d+)*)\s*\])?\s*"
+    match = re.fullmatch(pattern, text)
+    if not match:
         return None
-    name, index = found.groups()
+    name, index = match.groups()
     return name, None if index is None else tuple(int(i) for i in index.split(","))
 
 
 def component(parameters: Sequence[Parameter], label: Any) -> tuple[Parameter, tuple[int, ...]]:
-    """The parameter and the index that a label such as ``sigma[0,1]`` names, checked."""
+    """The parameter and the index of the component with a label such as ``sigma[0,1]``, checked."""
     parts = split_label(label) if isinstance(label, str) else None
     if parts is None:
         raise InputError(
             f"component is {short(label)}: give a label, such as 'epsilon', 'sigma[3]' or"
             " 'sigma[0,1]'."
         )
-    (name, index), by_name = parts, {parameter.name: parameter for parameter in parameters}
+    name, index = parts
+    by_name = {parameter.name: parameter for parameter in parameters}
     if name not in by_name:
         raise InputError(
             f"this derivative is by {', '.join(by_name)}, not by {name!r}: give one of these."
         )
-    parameter, given = by_name[name], index or ()
+    parameter = by_name[name]
+    index = index or ()
     shape = parameter.shape
-    if len(given) != len(shape):
+    if len(index) != len(shape):
         form = f"{name}[{','.join('ij'[: len(shape)])}]" if shape else name
         raise InputError(
             f"component {label!r}: {name} has shape {shape}, so that one number of it is {form}."
         )
-    for i, size in zip(given, shape, strict=True):
+    for i, size in zip(index, shape, strict=True):
         if not 0 <= i < size:
             raise InputError(f"component {label!r}: the indices of {name} go from 0 to {size - 1}.")
-    return parameter, given
+    return parameter, index
 
 
 def check_symmetric(what: str, value: Any) -> Any:
-    """A matrix of species pairs as it is, or one in a batch, symmetric to the last bit; refused
-    where it is not.
+    """A matrix of species pairs, or a batch of them, made symmetric to the last bit.
 
-    What is traced has no values to look at, and passes.
+    Traced arrays have no values to check, and pass.
+
+    Raises:
+      InputError: the matrix is not symmetric, beyond round-off; ``what`` names it.
     """
     if isinstance(value, Tracer):
         return value
     array = np.asarray(value)
-    turned = np.swapaxes(array, -1, -2)
+    transposed = np.swapaxes(array, -1, -2)
     eps = float(np.finfo(array.dtype).eps) if np.issubdtype(array.dtype, np.floating) else 0.0
-    off = np.abs(array - turned) > 8.0 * eps * np.max(
-        np.abs(array), initial=0.0
-    )  # round-off of what made it is let be
+    # a few eps of the largest entry are the round-off of the computation that made the matrix
+    off = np.abs(array - transposed) > 8.0 * eps * np.max(np.abs(array), initial=0.0)
     if off.any():
         *_, a, b = (int(k) for k in np.argwhere(off)[0])
-        one, other = (float(x[..., a, b][off[..., a, b]].ravel()[0]) for x in (array, turned))
+        bad = off[..., a, b]  # of a batch, the members that differ there
+        upper, lower = (float(x[..., a, b][bad].ravel()[0]) for x in (array, transposed))
         raise InputError(
-            f"{what} is {one:g} at [{a},{b}] and {other:g} at [{b},{a}], which are one number, that"
-            f" of the species {a} and {b}: give both entries the same."
+            f"{what} is {upper:g} at [{a},{b}] and {lower:g} at [{b},{a}], which are the same"
+            f" number, that of the species {a} and {b}: give both entries the same value."
         )
-    return value if np.array_equal(array, turned) else 0.5 * (array + turned)
+    return value if np.array_equal(array, transposed) else 0.5 * (array + transposed)
 
 
-def check_names(given: Params, valid: Sequence[str], potential: str) -> None:
-    """Refuse names that the potential has not, with the nearest that it has, and names left out."""
-    for name in given:
+def check_names(params: Params, valid: Sequence[str], potential: str) -> None:
+    """Raise InputError for unknown parameter names, with the closest valid name, or missing ones.
+
+    Args:
+      params: parameters that a user gives, by name.
+      valid: the potential's parameter names.
+      potential: the potential's name.
+    """
+    for name in params:
         if name not in valid:
             near = difflib.get_close_matches(str(name), valid, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "remove it."
-            raise InputError(
-                f"{potential} has no parameter {name!r} (it has {', '.join(map(repr, valid))}): {hint}"
-            )
+            names = ", ".join(map(repr, valid))
+            raise InputError(f"{potential} has no parameter {name!r} (it has {names}): {hint}")
     for name in valid:
-        if name not in given:
+        if name not in params:
             raise InputError(f"{potential} needs the parameter {name!r}: give params[{name!r}].")
 
 
 def check_finite(name: str, value: np.ndarray, above: float) -> None:
-    """Refuse what is not finite or not above a bound, and name the entry."""
+    """Raise InputError, naming the entry, where a value is not finite or not above a bound."""
+    # not <=, so that NaN is bad
     bad = ~np.isfinite(value) | ~(value > above)
     if bad.any():
         where = tuple(int(k) for k in np.argwhere(bad)[0])
         label = f"{name}{list(where)}" if where else name
-        need = {0.0: "a positive number", -math.inf: "a finite number"}.get(
-            above, f"a number above {above:g}"
-        )
+        needs = {0.0: "a positive number", -math.inf: "a finite number"}
+        need = needs.get(above, f"a number above {above:g}")
         raise InputError(f"parameter {label} is {value[where]}: give {need}.")
 
 
 def check_pair_shape(name: str, value: np.ndarray, n: int, species_count: int) -> None:
-    """Refuse what is neither a scalar nor one value a particle, a species or a pair of species."""
-    s = species_count
-    if value.ndim == 0 or (
-        value.ndim == 1 and (value.shape[0] == n or (s and value.shape[0] == s))
-    ):
+    """Raise InputError where a parameter of pairs has a shape that none can have.
+
+    It may be a scalar or have one value per particle, per species or per pair of species; a matrix
+    of species pairs must be symmetric.
+    """
+    s = species_count  # 0 without species
+    if value.ndim == 0:
+        return
+    if value.ndim == 1 and (value.shape[0] == n or (s and value.shape[0] == s)):
         return
     if value.ndim == 2 and s and value.shape == (s, s):
         if not np.array_equal(value, value.T):
@@ -212,9 +245,9 @@ def check_pair_shape(name: str, value: np.ndarray, n: int, species_count: int) -
                 " pairs."
             )
         return
-    allowed = f"a scalar, ({n},) for one a particle" + (
-        f", ({s},) for one a species or ({s}, {s}) for species pairs"
-        if s
-        else " (give species= for one a species)"
-    )
+    allowed = f"a scalar, ({n},) for one value per particle"
+    if s:
+        allowed += f", ({s},) for one value per species or ({s}, {s}) for species pairs"
+    else:
+        allowed += " (give species= for one value per species)"
     raise InputError(f"parameter {name} has shape {value.shape}: give {allowed}.")

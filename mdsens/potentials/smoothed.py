@@ -1,12 +1,12 @@
-"""Potentials averaged over a width of r, so that their derivatives say what happens on both sides of a
-breakpoint.
+"""Pair potentials averaged over a width of r, with derivatives that see both sides of a breakpoint.
 
-    phi_w(r) = 1 / 2w  integral from -w to w of phi(r + s) ds,      phi_w'(r) = (phi(r + w) - phi(r - w)) / 2w
+    phi_w(r) = 1 / 2w  integral from -w to w of phi(r + s) ds
+    phi_w'(r) = (phi(r + w) - phi(r - w)) / 2w
 
 The stiffness of a pair of soft discs jumps at contact (alpha = 2), or its slope diverges there
-(2.5): a derivative of the moduli knows nothing of a contact that is about to form, and far too much
-of one that has just formed. Those of phi_w know all contacts within the width alike, and are what
-the moduli change by over steps of that size.
+(2.5): a derivative of the moduli does not contain a contact that is about to form, and overrates
+one that has just formed. The derivatives of phi_w contain all contacts within the width alike, and
+give the change of the moduli over steps of that size.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy as np
 
 from mdsens._util.portable import Portable
 from mdsens.potentials.base import (
+    Displacement,
     PairPotential,
     Pairs,
     PairTerm,
@@ -33,10 +34,12 @@ from mdsens.potentials.base import (
 
 __all__ = ["SmoothedPotential", "smoothed"]
 
+# Gauss-Legendre quadrature on [-1, 1]; exact for polynomials of degree 7 with four nodes.
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(4)
 
 
 def _mean(phi: Phi, r: jax.Array, width: jax.Array, values: tuple[jax.Array, ...]) -> jax.Array:
+    """phi_w by quadrature."""
     total = jnp.zeros_like(r)
     for x, c in zip(NODES, WEIGHTS, strict=True):
         total = total + 0.5 * float(c) * phi(r + float(x) * width, *values)
@@ -45,13 +48,18 @@ def _mean(phi: Phi, r: jax.Array, width: jax.Array, values: tuple[jax.Array, ...
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _average(phi: Phi, r: jax.Array, width: jax.Array, values: tuple[jax.Array, ...]) -> jax.Array:
-    """phi_w by quadrature: only its derivatives by r, which are exact, have to resolve breakpoints."""
+    """phi_w, by quadrature, with a derivative by r that is exact.
+
+    Quadrature does not resolve a breakpoint within the width; only the derivatives by r have to.
+    """
     return _mean(phi, r, width, values)
 
 
 @_average.defjvp
 def _average_jvp(phi: Phi, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    (r, width, values), (dr, _, dvalues) = primals, tangents
+    r, width, values = primals
+    dr, _, dvalues = tangents  # the width is a constant
+    # the derivative of the integral by r is the difference at its ends
     slope = (phi(r + width, *values) - phi(r - width, *values)) / (2.0 * width)
     value, change = jax.jvp(lambda v: _mean(phi, r, width, v), (values,), (dvalues,))
     return value, slope * dr + change
@@ -59,7 +67,7 @@ def _average_jvp(phi: Phi, primals: Any, tangents: Any) -> tuple[jax.Array, jax.
 
 @dataclasses.dataclass(frozen=True)
 class _Averaged:
-    """phi_w(r, *values, w)."""
+    """phi_w as a function (r, *values, w): the width is the last value."""
 
     phi: Phi
 
@@ -70,10 +78,15 @@ class _Averaged:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SmoothedPotential(Portable):
-    """A pair potential averaged over a width, with the potential's own parameters; a potential like any other."""
+    """A pair potential averaged over +-width of r; its parameters are those of the potential.
+
+    Attributes:
+      potential: the pair potential.
+      width: w, a length.
+    """
 
     potential: PairPotential
-    width: Any
+    width: float | jax.Array
 
     @property
     def name(self) -> str:
@@ -101,12 +114,14 @@ class SmoothedPotential(Portable):
     def lengths(
         self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
     ) -> jax.Array | float:
+        # at a distance up to the width beyond the cutoff the average still reaches inside
         return self.potential.lengths(params, pairs, n, species, species_count) + self.width
 
     def terms(
         self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
     ) -> tuple[PairTerm, ...]:
         (term,) = self.potential.terms(params, pairs, n, species, species_count)
+        # an argument of phi rather than a constant in it, so that compiled code serves every width
         values = (*term.values, jnp.asarray(self.width))
         return (term._replace(phi=_Averaged(term.phi), values=values, breakpoints=no_breakpoints),)
 
@@ -114,8 +129,8 @@ class SmoothedPotential(Portable):
         self,
         positions: jax.Array,
         params: Params,
-        displacement: Any,
-        species: Any,
+        displacement: Displacement,
+        species: jax.Array | None,
         species_count: int,
     ) -> jax.Array:
         return self.potential.many_body(positions, params, displacement, species, species_count)
@@ -127,12 +142,13 @@ class SmoothedPotential(Portable):
         self.potential.check(params, n, species_count)
 
 
-def smoothed(potential: Any, width: Any) -> Any:
-    """The potential with every pair potential in it averaged over +-width of r; others, bonds among them, as
-    they are.
+def smoothed(potential: Any, width: float | jax.Array) -> Any:
+    """The potential with every pair potential in it averaged over +-width of r.
+
+    Other potentials, such as those of bonds, stay as they are.
     """
     if isinstance(potential, SumPotential):
-        return SumPotential(tuple(smoothed(one, width) for one in potential.parts))
-    return (
-        SmoothedPotential(potential, width) if isinstance(potential, PairPotential) else potential
-    )
+        return SumPotential(tuple(smoothed(part, width) for part in potential.parts))
+    if isinstance(potential, PairPotential):
+        return SmoothedPotential(potential, width)
+    return potential

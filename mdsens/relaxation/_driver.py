@@ -28,6 +28,7 @@ from mdsens.model.system import System, potential_energy
 from mdsens.relaxation._fire_loop import advance, at_rest, forces_at, status_of
 from mdsens.relaxation._newton import descend
 from mdsens.relaxation.equilibrium import Equilibrium
+from mdsens.relaxation.jax_md import JaxMD
 from mdsens.relaxation.methods import Fire, GradientDescent, Newton
 from mdsens.relaxation.options import Options
 
@@ -124,7 +125,7 @@ class RelaxationState:
 
     system: System
     potential: Any
-    method: Fire | GradientDescent
+    method: Fire | GradientDescent | JaxMD
     length: Any
     limits: Limits
     tolerance: float | None

@@ -30,7 +30,7 @@ SETTLED = 500  # steps on a list of all pairs from one measurement of the stiffn
 @functools.partial(jax.jit, static_argnames=("method",))
 def at_rest(positions: jax.Array, limits: Limits, method: Any) -> Any:
     """The minimizer at rest; its forces are to come."""
-    init, _ = method.minimizer(lambda R, **_: jnp.zeros_like(R), lambda R, dR, **_: R + dR, limits)
+    init, _ = method.functions(lambda R, **_: jnp.zeros_like(R), lambda R, dR, **_: R + dR, limits)
     return init(positions)
 
 
@@ -49,7 +49,7 @@ def _machine(system: System, method: Any, limits: Limits) -> tuple[Any, Any]:
     def shift(R: jax.Array, dR: jax.Array, **_: Any) -> jax.Array:
         return R + shortened(dR, limits.longest)
 
-    return method.minimizer(forces, shift, limits)[1], forces
+    return method.functions(forces, shift, limits)[1], forces
 
 
 def shortened(vectors: jax.Array, longest: jax.Array) -> jax.Array:

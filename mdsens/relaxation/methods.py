@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import importlib.abc
-import importlib.machinery
-import importlib.util
-import sys
-import threading
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +10,7 @@ import jax.numpy as jnp
 
 from mdsens._util.errors import InputError
 from mdsens._util.validation import check_positive, check_whole, short
+from mdsens.relaxation.jax_md import jax_md_minimize
 
 __all__ = ["Fire", "GradientDescent", "Newton"]
 
@@ -23,82 +18,6 @@ __all__ = ["Fire", "GradientDescent", "Newton"]
 # vibration. Measured, of packings in 2-D and 3-D and of Lennard-Jones glasses: steps fall down to
 # here and 10 % below, and rise at 20 %.
 MEASURED = 0.55
-
-
-class _NotKeptError(ImportError):
-    """Ends an import of a package that is not to be kept."""
-
-
-class _MinimizeAlone(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Stands for ``jax_md`` during one import in one thread: a package that runs nothing but
-    imports ``minimize``.
-
-    It ends with an error, so that Python forgets the package. All of it is within Python's own
-    import of ``jax_md``: another thread that imports that package waits, and then gets it whole.
-    """
-
-    module: Any = None
-
-    def __init__(self, package: importlib.machinery.ModuleSpec):
-        self.thread = threading.get_ident()
-        self.spec = importlib.machinery.ModuleSpec(
-            package.name, self, origin=package.origin, is_package=True
-        )
-        self.spec.submodule_search_locations = package.submodule_search_locations
-
-    def find_spec(
-        self, fullname: str, path: Any, target: Any = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        return (
-            self.spec
-            if fullname == self.spec.name and threading.get_ident() == self.thread
-            else None
-        )
-
-    def exec_module(self, module: Any) -> None:
-        try:
-            from jax_md import minimize
-        finally:
-            for name in [
-                name for name in list(sys.modules) if name.startswith(f"{self.spec.name}.")
-            ]:
-                del sys.modules[name]
-        self.module = minimize
-        # Python hands this stand-in to a thread that asked for jax_md while it was being made,
-        # although its import fails: there, it passes on what the whole package has.
-        module.__getattr__ = lambda name: getattr(importlib.import_module("jax_md"), name)
-        raise _NotKeptError
-
-
-_LOADING = threading.Lock()
-
-
-@functools.cache  # the classes of its states must not change
-def _imported() -> Any:
-    if "jax_md" not in sys.modules:
-        package = importlib.util.find_spec("jax_md")
-        if package is None:
-            raise ModuleNotFoundError("mdsens needs jax-md: pip install jax-md.", name="jax_md")
-        alone = _MinimizeAlone(package)
-        sys.meta_path.insert(0, alone)
-        try:
-            importlib.import_module("jax_md")  # returns where another thread has just imported it
-        except _NotKeptError:
-            return alone.module
-        finally:
-            sys.meta_path.remove(alone)
-    from jax_md import minimize
-
-    return minimize
-
-
-def _jax_md_minimize() -> Any:
-    """The module jax_md.minimize. Where nobody has imported jax_md it comes alone, in a tenth of a
-    second: the package as a whole brings neural networks along, for four seconds, and a later
-    ``import jax_md`` still gets all of it.
-    """
-    with _LOADING:
-        return _imported()
 
 
 class FireState(NamedTuple):
@@ -141,7 +60,7 @@ class Fire:
         )
         check_whole(self, "n_min")
 
-    def minimizer(self, forces: Any, shift: Any, limits: Any) -> tuple[Any, Any]:
+    def functions(self, forces: Any, shift: Any, limits: Any) -> tuple[Any, Any]:
         """jax-md's functions (init, apply), with a mass that brings the stiffest vibration to a
         fixed frequency.
 
@@ -153,10 +72,10 @@ class Fire:
         """
         unit = 1.0 / (jnp.finfo(jnp.asarray(limits.strongest).dtype).eps * limits.strongest)
 
-        def scaled(positions: jax.Array, **given: Any) -> jax.Array:
-            return unit * forces(positions, **given)
+        def scaled(positions: jax.Array, **options: Any) -> jax.Array:
+            return unit * forces(positions, **options)
 
-        init, apply = _jax_md_minimize().fire_descent(
+        init, apply = jax_md_minimize().fire_descent(
             scaled,
             shift,
             dt_start=self.dt_start,
@@ -224,18 +143,18 @@ class GradientDescent:
     def __post_init__(self) -> None:
         check_positive(self, ("step_size", "max_step"))
 
-    def minimizer(self, forces: Any, shift: Any, limits: Any) -> tuple[Any, Any]:
+    def functions(self, forces: Any, shift: Any, limits: Any) -> tuple[Any, Any]:
         """A pair of functions (init, apply) on the state (positions, forces)."""
 
-        def given(R: jax.Array, held: jax.Array, **_: Any) -> jax.Array:
-            return held
+        def stored(R: jax.Array, force: jax.Array, **_: Any) -> jax.Array:
+            return force
 
         step_size: Any = self.step_size / limits.stiffness
-        functions: Any = _jax_md_minimize().gradient_descent(given, shift, step_size)
+        functions: Any = jax_md_minimize().gradient_descent(stored, shift, step_size)
         init, apply = functions
 
         def step(state: Any) -> Any:
-            moved = apply(state[0], held=state[1])
+            moved = apply(state[0], force=state[1])
             return moved, forces(moved)
 
         return (lambda R: (init(R), forces(R))), step

@@ -14,11 +14,12 @@ from mdsens._util.errors import InputError, PrecisionError
 from mdsens._util.validation import real_number, short
 from mdsens.mechanics.units import round_off
 from mdsens.model.system import System, require_unconstrained
+from mdsens.relaxation.jax_md import JaxMD
 from mdsens.relaxation.methods import Fire, GradientDescent, Newton
 
 __all__ = ["AtPressure", "CellCondition", "FixedCell", "Method", "Options"]
 
-Method: TypeAlias = Newton | Fire | GradientDescent
+Method: TypeAlias = Newton | Fire | GradientDescent | JaxMD
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,10 +97,10 @@ class Options:
     leave_saddles: bool
 
     def __post_init__(self) -> None:
-        if not isinstance(self.method, Newton | Fire | GradientDescent):
+        if not isinstance(self.method, Method):
             raise InputError(
-                f"method is {short(self.method)}: give Newton(), Fire() or GradientDescent() of"
-                " ms.relaxation."
+                f"method is {short(self.method)}: give Newton(), Fire(), GradientDescent() or"
+                " JaxMD(…) of ms.relaxation."
             )
         if self.tolerance is not None and not (
             isinstance(self.tolerance, Real) and 0 < self.tolerance <= sys.float_info.max
@@ -119,7 +120,7 @@ class Options:
         return self.method if isinstance(self.method, Newton) else None
 
     @property
-    def first(self) -> Fire | GradientDescent:
+    def first(self) -> Fire | GradientDescent | JaxMD:
         """The first-order minimizer."""
         return self.method.first if isinstance(self.method, Newton) else self.method
 

@@ -1,4 +1,4 @@
-"""Saddle points of the energy, and the barriers that they are."""
+"""First-order saddle points of the energy, and the energy barriers that they make."""
 
 from mdsens.saddles._eigenvector_following import EigenvectorFollowing
 from mdsens.saddles._elastic_band import ElasticBand

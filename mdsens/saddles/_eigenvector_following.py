@@ -1,17 +1,17 @@
-"""Walking uphill to a first-order saddle: along the softest mode, down across it, and Newton steps
-on dU/dR = 0.
+"""The search for a first-order saddle by eigenvector following, and Newton steps on dU/dR = 0.
 
-Along the softest mode the energy is climbed, across it the energy falls (Henkelman and Jonsson, J.
-Chem. Phys. 111, 7010 (1999); Munro and Wales, Phys. Rev. B 59, 3969 (1999)); the mode is found by
-Lanczos steps on exact Hessian products. From a minimum the way is uphill along a direction until
-the softest mode turns negative (Malek and Mousseau, Phys. Rev. E 62, 7723 (2000)).
+The energy increases along the softest mode and decreases in all directions across it (Henkelman and
+Jonsson, J. Chem. Phys. 111, 7010 (1999); Munro and Wales, Phys. Rev. B 59, 3969 (1999)). The mode
+comes from Lanczos steps on exact Hessian products. From a minimum the search climbs along a given
+direction until the softest mode becomes negative (Malek and Mousseau, Phys. Rev. E 62, 7723
+(2000)).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -31,29 +31,37 @@ from mdsens.relaxation._newton import steihaug
 
 __all__ = ["ROUND_OFF", "EigenvectorFollowing", "loose_stiffness", "follow_eigenvector"]
 
-FORCING = 0.1  # residual of the step across the mode: Newton steps take over where more would pay
+# Relative residual of the step across the mode. A more accurate step would pay only near the
+# saddle, where Newton steps take over.
+FORCING = 0.1
+# the most Newton steps in one attempt
 NEWTON_STEPS = 30
-ROUND_OFF = 2.0  # forces that the resolution of the positions leaves, of ``round_off``
-MODE_STARTS = (
-    1e-3  # of a chirp in the first vector of a cycle: a mode found once would hide a softer one
-)
-KICKS, OFF_SADDLE = (
-    6,
-    1e-3,
-)  # times that a saddle of higher order is left; the step off it, of the potential's length
-CYCLES = 20  # of Lanczos for one step
-RESOLVED = 0.1  # residual of the mode, of its stiffness
+# forces up to this many times ``round_off`` can be due to the resolution of the positions
+ROUND_OFF = 2.0
+# Share of a chirp in the first vector of the Lanczos cycles. Without it the search would keep the
+# mode of the last step and miss a softer one that has no component along it.
+CHIRP = 1e-3
+# how often a saddle of higher order is left before the search gives up
+KICKS = 6
+# the step off such a saddle, in units of the potential's length
+OFF_SADDLE = 1e-3
+# the most Lanczos cycles in one step
+CYCLES = 20
+# residual of the mode, relative to its stiffness, at which the cycles stop
+RESOLVED = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class EigenvectorFollowing:
-    """Up along the softest mode, down across it, p = s v - (1 - v v^T) (H^-1 g), within a radius of
-    trust.
+    """Steps up the softest mode v and down across it, p = s v - (1 - v v^T) (H^-1 g).
+
+    s is the step along the mode, g the gradient dU/dR. Every step stays within a trust radius.
 
     Attributes:
       max_step: the longest move of a particle in one step, as a fraction of the potential's length.
-        Lower it where the walk jumps over a saddle that is near.
-      vectors: of a Lanczos cycle that finds the softest mode; more for thousands of particles.
+        Lower it where the search jumps over a saddle that is near.
+      vectors: number of vectors in a Lanczos cycle for the softest mode; take more for thousands of
+        particles.
     """
 
     max_step: float = 0.1
@@ -68,42 +76,55 @@ class EigenvectorFollowing:
 
 
 @jax.jit
-def _slope(system: System) -> jax.Array:
+def _compute_gradient(system: System) -> jax.Array:
+    """dU/dR, (n, d)."""
     return energy_gradient(system, used=system.neighbors.used)(system.positions)
 
 
-def _softest(
-    apply: Any, start: jax.Array, direction: jax.Array, vectors: int
+def _softest_mode(
+    apply: Callable[[jax.Array], jax.Array], start: jax.Array, direction: jax.Array, vectors: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The lowest Ritz pair of Lanczos cycles from ``start``: (v, its stiffness, the residual).
+    """The lowest Ritz pair of Lanczos cycles: (v, its stiffness, the residual).
 
-    Of several that are negative, the one that is most along ``direction``: near a saddle of higher order
-    the lowest one leads back up to it.
+    Where several Ritz values are negative, it is the pair most parallel to ``direction``: near a
+    saddle of higher order the lowest one leads back up to it.
+
+    Args:
+      apply: (n d,) -> (n d,), the Hessian.
+      start: (n d,), the first vector.
+      direction: (n d,); zero where none is preferred.
+      vectors: in one cycle.
     """
     size = min(vectors, start.size)
 
-    def grow(k: Any, carry: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
+    def grow(
+        k: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         basis, images, v = carry
-        for _ in range(2):  # once leaves round-off of what is taken out
+        # twice, since one projection leaves round-off of what it removes
+        for _ in range(2):
             v = v - basis.T @ (basis @ v)
         length = jnp.linalg.norm(v)
-        v = jnp.where(
-            length > 1e-10, v / jnp.where(length > 0, length, 1.0), 0.0
-        )  # 0: the space is exhausted
+        # 0 where the vectors so far already span the whole space
+        v = jnp.where(length > 1e-10, v / jnp.where(length > 0, length, 1.0), 0.0)
         image = apply(v)
         scale = jnp.linalg.norm(image)
         return basis.at[k].set(v), images.at[k].set(image), image / jnp.where(scale > 0, scale, 1.0)
 
     def cycle(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         v, _, _, count = carry
-        none = jnp.zeros((size, v.size), v.dtype)
-        basis, images, _ = jax.lax.fori_loop(0, size, grow, (none, none, v))
+        empty = jnp.zeros((size, v.size), v.dtype)
+        basis, images, _ = jax.lax.fori_loop(0, size, grow, (empty, empty, v))
         small = basis @ images.T
+        # rows of zeros get a large positive value, so that they are never the lowest pair
         missing = jnp.where(jnp.sum(basis**2, axis=1) > 0.5, 0.0, 1.0 + jnp.sum(jnp.abs(small)))
-        values, turns = jnp.linalg.eigh(0.5 * (small + small.T) + jnp.diag(missing))
-        along = jnp.where(values < 0, jnp.abs((basis @ direction) @ turns), 0.0)
-        chosen = jnp.argmax(along)  # the first where none is negative, or the way not known
-        v, image, value = turns[:, chosen] @ basis, turns[:, chosen] @ images, values[chosen]
+        values, rotation = jnp.linalg.eigh(0.5 * (small + small.T) + jnp.diag(missing))
+        overlap = jnp.where(values < 0, jnp.abs((basis @ direction) @ rotation), 0.0)
+        # argmax takes the first, the lowest, where no value is negative or the direction is zero
+        chosen = jnp.argmax(overlap)
+        v = rotation[:, chosen] @ basis
+        image = rotation[:, chosen] @ images
+        value = values[chosen]
         return v, value, jnp.linalg.norm(image - value * v), count + 1
 
     def unresolved(carry: tuple[jax.Array, ...]) -> jax.Array:
@@ -111,57 +132,61 @@ def _softest(
         return (residual > RESOLVED * jnp.abs(value)) & (count < CYCLES)
 
     zero = jnp.zeros((), start.dtype)
-    start = (
-        start
-        + MODE_STARTS * apply(jnp.cos(jnp.arange(start.size, dtype=start.dtype) ** 2)) / start.size
-    )
+    chirp = jnp.cos(jnp.arange(start.size, dtype=start.dtype) ** 2)
+    start = start + CHIRP * apply(chirp) / start.size
     first = cycle((start, zero, zero, jnp.int32(0)))
     v, value, residual, _ = jax.lax.while_loop(unresolved, cycle, first)
     return v, value, residual
 
 
 @functools.partial(jax.jit, static_argnames=("vectors",))
-def _proposal(
+def _propose_step(
     system: System,
     null: NullSpace,
     mode: jax.Array,
     direction: jax.Array,
-    radius: Any,
+    radius: float,
     vectors: int,
-) -> tuple[jax.Array, ...]:
-    """A step (n, d): (the step, the slope it predicts, the mode, the way it climbs, whether the
-    radius cut it).
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The next step of the search.
 
     Args:
-      mode: the softest so far.
-      way: where to climb while no mode is negative; zero for the softest mode. It is kept to, since
-        of modes that are equally soft another one comes out of every cycle.
-      radius: of a particle's move.
+      mode: (n, d), the softest mode of the last step.
+      direction: (n, d), where to climb as long as no mode is negative; zero for the softest mode.
+        The search keeps to this direction, because among equally soft modes every Lanczos cycle
+        finds a different one.
+      radius: the longest move of a particle.
+      vectors: in a Lanczos cycle.
+
+    Returns:
+      (the step, the gradient it predicts, the softest mode, the direction in which it climbs, each
+      (n, d); whether the radius limited the step).
     """
     shape = system.positions.shape
 
     def off_null(v: jax.Array) -> jax.Array:
         return null.project(Unknowns(v.reshape(shape))).positions.ravel()
 
-    slope, product = jax.linearize(energy_gradient(system), system.positions)
-    g = off_null(slope)
+    gradient, product = jax.linearize(energy_gradient(system), system.positions)
+    g = off_null(gradient)
 
     def apply(v: jax.Array) -> jax.Array:
         return off_null(product(off_null(v).reshape(shape)))
 
     def longest(v: jax.Array) -> jax.Array:
+        # the largest norm of one particle's row, of a displacement as of a force
         return largest_force(v.reshape(shape))
 
-    v, stiffness, _ = _softest(apply, off_null(mode), off_null(direction), vectors)
+    v, stiffness, _ = _softest_mode(apply, off_null(mode), off_null(direction), vectors)
     guided = (stiffness >= 0) & jnp.any(direction != 0)
     up = jnp.where(guided, off_null(direction), v)
-    up = up / jnp.maximum(
-        jnp.linalg.norm(up), 1e-300
-    )  # zero where nothing has a stiffness: there is no way up
+    # 1e-300 keeps up zero where nothing has a stiffness and no direction leads up
+    up = up / jnp.maximum(jnp.linalg.norm(up), 1e-300)
     along = jnp.vdot(g, up)
     most = radius / jnp.maximum(longest(up), 1e-300)
     newton = jnp.abs(along) / jnp.where(stiffness < 0, -stiffness, 1.0)
     sign = jnp.where(guided | (along >= 0), 1.0, -1.0)
+    # a negative mode has a maximum along it, which the Newton step reaches; a positive one has none
     climb = sign * jnp.where(stiffness < 0, jnp.minimum(newton, most), most)
 
     def across(w: jax.Array) -> jax.Array:
@@ -183,8 +208,10 @@ def _proposal(
 
 
 def loose_stiffness(system: System) -> tuple[HessianFactor, NullSpace]:
-    """H off its null space. On the way particles are out of balance: whatever touches another one
-    counts as held.
+    """The factor of the Hessian and its null space at a configuration that is not yet in balance.
+
+    During the search a particle may be pushed by a single contact, so every particle that touches
+    another one belongs to the backbone.
     """
     backbone, _, null = analyze_rigidity(system, 0.0, 1)
     null = null.simplified()
@@ -194,28 +221,41 @@ def loose_stiffness(system: System) -> tuple[HessianFactor, NullSpace]:
 def _newton(
     system: System, tolerance: float, longest: float, before: int, bar: Decades
 ) -> tuple[System, float, int] | None:
-    """Newton steps on dU/dR = 0: (system, largest force, steps); None where they leave the region
-    of one negative mode or make no headway.
+    """Newton steps on dU/dR = 0.
+
+    Args:
+      tolerance: the largest force to reach.
+      longest: the longest move of a particle in one step.
+      before: number of steps before these.
+      bar: the progress bar.
+
+    Returns:
+      (system, largest force, steps); None where the steps leave the region of exactly one negative
+      mode or stop reducing the force.
     """
-    slope = _slope(system)
-    largest = float(largest_force(slope))
+    gradient = _compute_gradient(system)
+    largest = float(largest_force(gradient))
     for k in range(NEWTON_STEPS):
         stiffness, _ = loose_stiffness(system)
         if stiffness.unstable(2) != 1:
             return None
         if largest <= tolerance:
             return system, largest, before + k
-        step, _, _ = stiffness.solve(-np.asarray(slope))
+        step, _, _ = stiffness.solve(-np.asarray(gradient))
+        # "not <=" refuses NaN as well
         if not float(largest_force(jnp.asarray(step))) <= longest:
             return None
-        there = system.replace(positions=system.positions + step).reallocate(keep=True)
-        its = _slope(there)
-        left = float(largest_force(its))
-        if not left < 0.9 * largest:
-            return (
-                (system, largest, before + k) if largest <= ROUND_OFF * round_off(system) else None
-            )
-        system, slope, largest = there, its, left
+        moved = system.replace(positions=system.positions + step).reallocate(keep=True)
+        moved_gradient = _compute_gradient(moved)
+        moved_largest = float(largest_force(moved_gradient))
+        if not moved_largest < 0.9 * largest:
+            # no further progress: at the saddle if what is left is round-off
+            if largest <= ROUND_OFF * round_off(system):
+                return system, largest, before + k
+            return None
+        system = moved
+        gradient = moved_gradient
+        largest = moved_largest
         bar.show(before + k + 1, largest)
     return None
 
@@ -228,69 +268,91 @@ def follow_eigenvector(
     max_steps: int,
     bar: Decades,
 ) -> tuple[System, float, int]:
-    """Steps up the softest mode and Newton steps: (system, largest force, steps)."""
+    """Climb to a first-order saddle by steps along the softest mode, then by Newton steps.
+
+    Args:
+      system: the start.
+      direction: (n, d), in which to climb until a mode is negative; zero for the softest mode.
+      tolerance: the largest force to reach.
+      method: the options.
+      max_steps: of the search and of Newton's method together.
+      bar: the progress bar.
+
+    Returns:
+      (system, largest force, steps); the force is NaN where a step is not finite.
+    """
     length = float(natural_units(system)[0])
-    longest, steps = method.max_step * length, 0
-    radius, mode, near = (
-        longest,
-        direction,
-        True,
-    )  # at a saddle that is known Newton steps alone lead to the next
+    longest = method.max_step * length
+    radius = longest
+    steps = 0
+    mode = direction
     if not np.any(np.asarray(direction)):
-        mode = jnp.cos(jnp.arange(system.positions.size, dtype=direction.dtype) ** 2).reshape(
-            direction.shape
-        )
-    slope = _slope(system)
-    largest = float(largest_force(slope))
-    tried, kicks = np.inf, 0
+        chirp = jnp.cos(jnp.arange(system.positions.size, dtype=direction.dtype) ** 2)
+        mode = chirp.reshape(direction.shape)
+    # Newton's method is tried at the start as well: from a saddle at other parameters it alone
+    # leads to the saddle at these
+    near = True
+    tried = np.inf  # the largest force at which Newton's method was last tried
+    kicks = 0
+    gradient = _compute_gradient(system)
+    largest = float(largest_force(gradient))
     while steps < max_steps and np.isfinite(largest):
         if near and largest < 0.5 * tried:
             tried = largest
             reached = _newton(system, tolerance, longest, steps, bar)
             if reached is not None:
                 return reached
-            if largest <= tolerance and (off_it := _off_higher(system, length)) is not None:
+            if largest <= tolerance and (kicked := _leave_higher_order(system, length)) is not None:
                 if kicks == KICKS:
                     break
-                (system, mode), kicks, tried = off_it, kicks + 1, np.inf
+                system, mode = kicked
                 direction = mode
-                slope = _slope(system)
-                largest = float(largest_force(slope))
+                kicks += 1
+                tried = np.inf
+                gradient = _compute_gradient(system)
+                largest = float(largest_force(gradient))
         _, null = loose_stiffness(system)
-        step, expected, mode, direction, cut = _proposal(
+        step, expected, mode, direction, limited = _propose_step(
             system, null, mode, direction, radius, method.vectors
         )
         if not np.isfinite(np.asarray(step)).all():
             return system, np.nan, steps
         if not np.any(np.asarray(step)):
             break  # nothing leads up, and nothing down
-        there = system.replace(positions=system.positions + step).reallocate(keep=True)
-        its = _slope(there)
-        off = float(jnp.linalg.norm(its - expected)) / max(
-            float(jnp.linalg.norm(expected - slope)), 1e-300
-        )
+        moved = system.replace(positions=system.positions + step).reallocate(keep=True)
+        moved_gradient = _compute_gradient(moved)
+        # how far the gradient is from its linear prediction, relative to the predicted change
+        predicted = max(float(jnp.linalg.norm(expected - gradient)), 1e-300)
+        error = float(jnp.linalg.norm(moved_gradient - expected)) / predicted
         steps += 1
-        near = not bool(cut)
-        tried = tried if near else np.inf
-        if off < 1.5 or radius < 1e-6 * length:
-            system, slope, largest = there, its, float(largest_force(its))
-        if not off < 0.5:
+        near = not bool(limited)
+        if not near:
+            tried = np.inf
+        # A step with a wrong prediction is rejected. At the smallest radius every step is accepted,
+        # so that the search goes on.
+        if error < 1.5 or radius < 1e-6 * length:
+            system = moved
+            gradient = moved_gradient
+            largest = float(largest_force(gradient))
+        # "not <" reduces the radius for NaN as well
+        if not error < 0.5:
             radius = 0.4 * radius
-        elif off < 0.2:
+        elif error < 0.2:
             radius = min(2.0 * radius, longest)
         bar.show(steps, largest)
     return system, largest, steps
 
 
-def _off_higher(system: System, length: float) -> tuple[System, jax.Array] | None:
-    """A step off a saddle of higher order along its second mode, which no slope points to, and its
-    first mode; None where it is no such saddle.
+def _leave_higher_order(system: System, length: float) -> tuple[System, jax.Array] | None:
+    """A step off a saddle of higher order along its second mode: (system, its first mode).
+
+    The force vanishes at the saddle, so no gradient leads off it. None where fewer than two modes
+    are negative.
     """
-    found, _ = loose_stiffness(system)
-    if found.unstable(2) < 2:
+    stiffness, _ = loose_stiffness(system)
+    if stiffness.unstable(2) < 2:
         return None
-    first, second = found.lowest(2).vectors.T.reshape(2, *system.positions.shape)
+    first, second = stiffness.lowest(2).vectors.T.reshape(2, *system.positions.shape)
     step = OFF_SADDLE * length / np.abs(second).max() * second
-    return system.replace(positions=system.positions + step).reallocate(keep=True), jnp.asarray(
-        first
-    )
+    moved = system.replace(positions=system.positions + step).reallocate(keep=True)
+    return moved, jnp.asarray(first)

@@ -1,12 +1,13 @@
 """A path between two minima: a nudged elastic band whose highest image climbs to the saddle.
 
-Images R_k between the two are pulled across the band by the energy and along it by springs,
+The images R_k between the two minima feel the forces of the energy across the band and those of
+springs along it,
 
-    F_k = - (1 - t t^T) dU/dR_k + s (|R_k+1 - R_k| - |R_k - R_k-1|) t,
+    F_k = - (1 - t t^T) dU/dR_k + s (|R_k+1 - R_k| - |R_k - R_k-1|) t.
 
-and the highest one up along it, F = - (1 - 2 t t^T) dU/dR (Henkelman, Uberuaga and Jonsson, J.
-Chem. Phys. 113, 9901 (2000)); t is the tangent towards the higher neighbor (Henkelman and Jonsson,
-J. Chem. Phys. 113, 9978 (2000)).
+The highest image is driven up along the band instead, F = - (1 - 2 t t^T) dU/dR (Henkelman,
+Uberuaga and Jonsson, J. Chem. Phys. 113, 9901 (2000)). t is the unit tangent, which points to the
+neighboring image of higher energy (Henkelman and Jonsson, J. Chem. Phys. 113, 9978 (2000)).
 """
 
 from __future__ import annotations
@@ -33,8 +34,11 @@ from mdsens.relaxation.methods import Fire
 
 __all__ = ["ElasticBand", "climbing_image_band"]
 
-BESIDE = 1e-3  # of the potential's length: images are moved off the straight line, on which particles may meet
-SAME = 1e-6  # of it: configurations that are no further apart are one
+# The images start this far off the straight line between the minima, in units of the potential's
+# length: on the line two particles may meet.
+OFF_LINE = 1e-3
+# configurations whose coordinates differ by no more than this, in the same units, are the same
+SAME = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +46,12 @@ class ElasticBand:
     """A climbing-image nudged elastic band.
 
     Attributes:
-      images: between the two minima; more for a path that bends.
-      spring: s, of the potential's largest stiffness.
-      stop: the largest force left on the images, of the potential's stiffness times its length; the
-        walk to the saddle begins there.
+      images: number of images between the two minima; more for a path that bends.
+      spring: s, in units of the largest stiffness of the potential.
+      stop: the largest force left on the images, in units of the potential's stiffness times its
+        length. The search for the saddle begins there.
       max_steps: of FIRE.
-      fire: its options.
+      fire: the options of FIRE.
     """
 
     images: int = 7
@@ -67,15 +71,15 @@ class ElasticBand:
 
 
 def climbing_image_band(
-    one: System, other: System, band: ElasticBand = ElasticBand()
+    start: System, end: System, band: ElasticBand = ElasticBand()
 ) -> tuple[System, jax.Array]:
-    """The highest image of a band between two configurations, and the band's direction there.
+    """The highest image of a band between two configurations, and the direction of the band there.
 
     Args:
-      one, other: minima of the same particles at the same parameters and in the same cell; each
-        particle of the second is taken at its image next to where it is in the first, less their
-        common translation and, without a cell, rotation.
-      band: its options.
+      start, end: minima of the same particles at the same parameters and in the same cell. Each
+        particle of the second is taken at the periodic image nearest to its position in the first,
+        after their common translation and, without a cell, their common rotation are removed.
+      band: the options.
 
     Returns:
       the system at the image, and a unit vector (n, d).
@@ -83,89 +87,108 @@ def climbing_image_band(
     Raises:
       InputError: both are the same configuration.
     """
-    first, last = np.asarray(one.positions), _beside(one, other)
+    first = np.asarray(start.positions)
+    last = _align(start, end)
+    dtype = start.positions.dtype
     count = band.images
-    shares = np.arange(1, count + 1)[:, None, None] / (count + 1)
-    length, stiffness = (jnp.asarray(x, one.positions.dtype) for x in natural_units(one))
+    length, stiffness = (jnp.asarray(x, dtype) for x in natural_units(start))
     if np.abs(last - first).max() <= SAME * float(length):
         raise InputError(
             "the other side is the configuration of the start, moved as a whole at most: give"
             " another minimum, or leave it out and give a direction to climb along."
         )
+    shares = np.arange(1, count + 1)[:, None, None] / (count + 1)
     bump = np.cos(np.arange(count * first.size) ** 2.0).reshape(count, *first.shape)
-    chain = jnp.asarray(
-        first + shares * (last - first) + BESIDE * float(length) * bump, one.positions.dtype
-    )
+    chain = jnp.asarray(first + shares * (last - first) + OFF_LINE * float(length) * bump, dtype)
     limits = Limits.of((length, stiffness), band.fire)
-    ends = jnp.stack([one.positions, jnp.asarray(last, one.positions.dtype)])
-    heights = jnp.stack([potential_energy(one), potential_energy(other)])
-    steps, state = 0, band.fire.minimizer(lambda R, **_: jnp.zeros_like(R), None, limits)[0](chain)
+    ends = jnp.stack([start.positions, jnp.asarray(last, dtype)])
+    end_energies = jnp.stack([potential_energy(start), potential_energy(end)])
+    # only the initial state is needed here; the forces come with each call of _advance
+    initialize, _ = band.fire.functions(lambda R, **_: jnp.zeros_like(R), None, limits)
+    state = initialize(chain)
     target = band.stop * length * stiffness
+    steps = 0
     while True:
-        places = band.fire.positions(state)
-        batch = stack([one.replace(positions=R).reallocate() for R in places])
-        state, taken, left, top, tangent = _advance(
-            batch, state, ends, heights, target, band, limits
+        # new neighbor lists at the present positions; _advance stops where they may lose a pair
+        batch = stack([start.replace(positions=R).reallocate() for R in band.fire.positions(state)])
+        state, taken, largest, top, tangent = _advance(
+            batch, state, ends, end_energies, target, band, limits
         )
         steps += int(taken)
-        if steps >= band.max_steps or not float(left) > float(target):
+        if steps >= band.max_steps or not float(largest) > float(target):
             break
-    image = one.replace(positions=band.fire.positions(state)[int(top)]).reallocate()
+    image = start.replace(positions=band.fire.positions(state)[int(top)]).reallocate()
     return image, tangent
 
 
-def _beside(one: System, other: System) -> np.ndarray:
-    """Where the second configuration is, next to the first."""
-    here, box = np.asarray(one.positions), one.box
-    move = np.asarray(nearest_image(other.positions - one.positions, box))
-    move = move - move.mean(axis=0)
+def _align(start: System, end: System) -> np.ndarray:
+    """The positions of the second configuration, moved as a whole to lie next to the first, (n, d).
+
+    The rotation of a cluster without a cell is the one that minimizes the distance (Kabsch).
+    """
+    first = np.asarray(start.positions)
+    box = start.box
+    displacement = np.asarray(nearest_image(end.positions - start.positions, box))
+    displacement = displacement - displacement.mean(axis=0)
     if box is not None:
-        return here + move
-    middle = here.mean(axis=0)
-    arms, turned = here - middle, here + move - middle
+        return first + displacement
+    center = first.mean(axis=0)
+    arms = first - center
+    turned = first + displacement - center
     left, _, right = np.linalg.svd(turned.T @ arms)
-    sign = np.ones(here.shape[1])
-    sign[-1] = np.sign(np.linalg.det(left @ right))  # a rotation, no reflection
-    return middle + turned @ ((left * sign) @ right)
+    # a rotation has determinant 1; a reflection, determinant -1, would be another configuration
+    sign = np.ones(first.shape[1])
+    sign[-1] = np.sign(np.linalg.det(left @ right))
+    return center + turned @ ((left * sign) @ right)
 
 
-def _pulls(
-    batch: System, chain: jax.Array, ends: jax.Array, heights: jax.Array, spring: Any
+def _band_forces(
+    batch: System, chain: jax.Array, ends: jax.Array, end_energies: jax.Array, spring: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The force on each image, which one is the highest, and the tangents."""
+    """The force on each image, the index of the highest image, and the tangents.
 
-    def of_one(system: System, R: jax.Array) -> tuple[jax.Array, jax.Array]:
+    Args:
+      batch: the system at each image, with its neighbor list.
+      chain: (images, n, d), the positions.
+      ends: (2, n, d), those of the two minima.
+      end_energies: (2,), their energies.
+      spring: s, energy per length squared.
+    """
+
+    def evaluate(system: System, R: jax.Array) -> tuple[jax.Array, jax.Array]:
         return potential_energy(system, R), energy_gradient(system)(R)
 
-    def sums(v: jax.Array) -> jax.Array:
+    def total(v: jax.Array) -> jax.Array:
         return jnp.sum(v, axis=(1, 2), keepdims=True)
 
-    energies, slopes = jax.vmap(of_one)(batch, chain)
-    whole = jnp.concatenate([ends[:1], chain, ends[1:]])
-    levels = jnp.concatenate([heights[:1], energies, heights[1:]])
-    apart, rise = jnp.diff(whole, axis=0), jnp.diff(levels)
-    behind, ahead, below, above = apart[:-1], apart[1:], rise[:-1], rise[1:]
-    least, most = (
-        jnp.minimum(jnp.abs(below), jnp.abs(above)),
-        jnp.maximum(jnp.abs(below), jnp.abs(above)),
-    )
-    upward = levels[2:] > levels[:-2]
-    front = jnp.where(
-        (below > 0) & (above > 0), 1.0, jnp.where((below < 0) & (above < 0), 0.0, -1.0)
-    )
-    front = jnp.where(front < 0, jnp.where(upward, most, least), front)
-    back = jnp.where(
-        (below > 0) & (above > 0), 0.0, jnp.where((below < 0) & (above < 0), 1.0, -1.0)
-    )
-    back = jnp.where(back < 0, jnp.where(upward, least, most), back)
+    energies, gradients = jax.vmap(evaluate)(batch, chain)
+    path = jnp.concatenate([ends[:1], chain, ends[1:]])
+    levels = jnp.concatenate([end_energies[:1], energies, end_energies[1:]])
+    segments = jnp.diff(path, axis=0)
+    rises = jnp.diff(levels)
+    # from the previous image to each image, and from it to the next
+    behind, ahead = segments[:-1], segments[1:]
+    below, above = rises[:-1], rises[1:]
+    least = jnp.minimum(jnp.abs(below), jnp.abs(above))
+    most = jnp.maximum(jnp.abs(below), jnp.abs(above))
+    # On a slope the tangent is the segment on the higher side. At an extremum of the energy along
+    # the band it is a weighted sum of both, which changes continuously.
+    uphill = (below > 0) & (above > 0)
+    downhill = (below < 0) & (above < 0)
+    next_higher = levels[2:] > levels[:-2]
+    front = jnp.where(next_higher, most, least)
+    front = jnp.where(uphill, 1.0, jnp.where(downhill, 0.0, front))
+    back = jnp.where(next_higher, least, most)
+    back = jnp.where(uphill, 0.0, jnp.where(downhill, 1.0, back))
     tangent = front[:, None, None] * ahead + back[:, None, None] * behind
-    tangent = tangent / jnp.maximum(jnp.sqrt(sums(tangent**2)), 1e-300)
-    along = sums(slopes * tangent)
-    stretch = jnp.sqrt(sums(ahead**2)) - jnp.sqrt(sums(behind**2))
-    nudged = -slopes + (along + spring * stretch) * tangent
+    tangent = tangent / jnp.maximum(jnp.sqrt(total(tangent**2)), 1e-300)
+    along = total(gradients * tangent)
+    stretch = jnp.sqrt(total(ahead**2)) - jnp.sqrt(total(behind**2))
+    nudged = -gradients + (along + spring * stretch) * tangent
+    climbing = -gradients + 2.0 * along * tangent
     top = jnp.argmax(energies)
-    climbs = (jnp.arange(energies.size) == top)[:, None, None]
-    return jnp.where(climbs, -slopes + 2.0 * along * tangent, nudged), top, tangent
+    is_top = (jnp.arange(energies.size) == top)[:, None, None]
+    return jnp.where(is_top, climbing, nudged), top, tangent
 
 
 @functools.partial(jax.jit, static_argnames=("band",))
@@ -173,36 +196,48 @@ def _advance(
     batch: System,
     state: Any,
     ends: jax.Array,
-    heights: jax.Array,
-    target: Any,
+    end_energies: jax.Array,
+    target: jax.Array,
     band: ElasticBand,
     limits: Limits,
 ) -> tuple[Any, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Steps of FIRE while the images' lists hold: (state, steps, largest force, the highest image,
-    its tangent).
+    """Steps of FIRE as long as the neighbor lists of all images are complete.
+
+    Args:
+      batch: the system at each image, with its neighbor list.
+      state: of jax-md's minimizer, for all images together.
+      ends, end_energies: of the two minima.
+      target: the largest force at which to stop.
+      band: the options.
+      limits: of a step and of a force.
+
+    Returns:
+      (state, steps, largest force, index of the highest image, its tangent (n, d)).
     """
-    method, spring = band.fire, band.spring * limits.stiffness
+    method = band.fire
+    spring = band.spring * limits.stiffness
     anchors, distance = jax.vmap(lambda s: slack(s.neighbors, s.box, s.range))(batch)
 
     def forces(chain: jax.Array, **_: Any) -> jax.Array:
-        return shortened(_pulls(batch, chain, ends, heights, spring)[0], limits.strongest)
+        band_forces = _band_forces(batch, chain, ends, end_energies, spring)[0]
+        return shortened(band_forces, limits.strongest)
 
     def shift(chain: jax.Array, step: jax.Array, **_: Any) -> jax.Array:
         return chain + shortened(step, limits.longest)
 
     def unfinished(carry: tuple[Any, jax.Array, jax.Array]) -> jax.Array:
-        state, steps, left = carry
+        state, steps, largest = carry
         inside = jax.vmap(within)(method.positions(state), anchors, distance)
-        return (steps < band.max_steps) & (left > target) & jnp.all(inside)
+        return (steps < band.max_steps) & (largest > target) & jnp.all(inside)
 
-    def one_more(carry: tuple[Any, jax.Array, jax.Array]) -> tuple[Any, jax.Array, jax.Array]:
+    def take_step(carry: tuple[Any, jax.Array, jax.Array]) -> tuple[Any, jax.Array, jax.Array]:
         state, steps, _ = carry
         state = apply(state)
         return state, steps + 1, jnp.max(jax.vmap(largest_force)(method.forces(state)))
 
-    _, apply = method.minimizer(forces, shift, limits)
+    _, apply = method.functions(forces, shift, limits)
     state = method.with_forces(state, forces(method.positions(state)))
     start = (state, jnp.zeros((), jnp.int32), jnp.asarray(jnp.inf, limits.stiffness.dtype))
-    state, steps, left = jax.lax.while_loop(unfinished, one_more, start)
-    _, top, tangents = _pulls(batch, method.positions(state), ends, heights, spring)
-    return state, steps, left, top, tangents[top]
+    state, steps, largest = jax.lax.while_loop(unfinished, take_step, start)
+    _, top, tangents = _band_forces(batch, method.positions(state), ends, end_energies, spring)
+    return state, steps, largest, top, tangents[top]

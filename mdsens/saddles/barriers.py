@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from numpy.typing import ArrayLike
 
 from mdsens._util.errors import InputError, raise_for_status
 from mdsens._util.portable import Portable
@@ -21,7 +22,7 @@ from mdsens.sensitivity.linearization import full_tangent
 
 __all__ = ["Barrier", "barrier"]
 
-Params = Mapping[str, Any]
+Params = Mapping[str, ArrayLike]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -30,16 +31,16 @@ class Barrier(Portable, Shown):
 
     Attributes:
       value: U(saddle) - U(minimum), energy.
-      gradient: its derivative by every parameter, a dict shaped like them; in a symmetric matrix of
-        species pairs half of the derivative in each of two entries, and the whole in
-        :meth:`component`.
-      second: the derivative of ``gradient`` along the direction that was asked for, likewise; None
-        without one.
-      statuses: of the minimum and of the saddle; where a direction was asked for, the worse of that
-        and of the linear solve's.
-      max_forces: left at the minimum and at the saddle, energy a length. To first order the value
-        does not feel them.
-      wrt: the parameters that the derivatives are by.
+      gradient: derivative of ``value`` by every parameter, a dict shaped like the parameters. In a
+        symmetric matrix of species pairs, each of the two entries of a pair has half of the
+        derivative; :meth:`component` gives the whole.
+      second: derivative of ``gradient`` along the direction ``dparams``, shaped likewise; None
+        without a direction.
+      statuses: of the minimum and of the saddle; with a direction, each is the worse of that and of
+        the status of the linear solve there.
+      max_forces: left at the minimum and at the saddle, energy per length. They change the value
+        only to second order.
+      wrt: the parameters by which the derivatives are taken.
     """
 
     value: float
@@ -51,12 +52,14 @@ class Barrier(Portable, Shown):
 
     @property
     def status(self) -> Status:
-        """The worse of the two."""
+        """The worse of the statuses of minimum and saddle."""
         return Status.worst_of(self.statuses)
 
     def component(self, label: str) -> jax.Array:
-        """The derivative of the height by one number among the parameters, ``"epsilon"`` or
-        ``"sigma[0,1]"``.
+        """The derivative of the height by a single number of the parameters.
+
+        Args:
+          label: names the number, ``"epsilon"`` or ``"sigma[0,1]"``.
         """
         parameter, index = component(self.wrt, label)
         return parameter.whole(self.gradient[parameter.name], index)
@@ -65,36 +68,38 @@ class Barrier(Portable, Shown):
 
     def _rows(self) -> list[tuple[str, str]]:
         rows = [("height", f"{self.value:.8g}")]
+        # a single number is printed, an array by its shape and norm
         for parameter in self.wrt:
             name, change = parameter.name, self.gradient[parameter.name]
-            size = f"shape {change.shape}, norm {parameter.size(change):.6g}"
-            rows.append((f"by {name}", size if change.ndim else f"{float(change):.8g}"))
+            if change.ndim:
+                text = f"shape {change.shape}, norm {parameter.size(change):.6g}"
+            else:
+                text = f"{float(change):.8g}"
+            rows.append((f"by {name}", text))
         if self.second is not None:
             rows += [
                 (f"second, by {p.name}", f"norm {p.size(self.second[p.name]):.6g}")
                 for p in self.wrt
             ]
-        return [
-            *rows,
-            (
-                "max_force",
-                f"{self.max_forces[0]:.1e} at the minimum, {self.max_forces[1]:.1e} at the saddle",
-            ),
-            ("status", f"{self.status.name}: {self.status.sentence}"),
-        ]
+        low, high = self.max_forces
+        rows.append(("max_force", f"{low:.1e} at the minimum, {high:.1e} at the saddle"))
+        rows.append(("status", f"{self.status.name}: {self.status.sentence}"))
+        return rows
 
 
 @jax.jit
-def _partial(system: System) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The energy, and its derivative by the parameters with the particles where they are."""
+def _energy_and_gradient(system: System) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The energy, and its partial derivatives by the parameters at constant positions."""
     return jax.value_and_grad(lambda p: potential_energy(system, params=p))(dict(system.params))
 
 
 @jax.jit
-def _partial_along(system: System, motion: jax.Array, dparams: Params) -> dict[str, jax.Array]:
-    """d/dt of the partial derivative, along R + t motion and params + t dparams."""
+def _gradient_rate(
+    system: System, motion: jax.Array, dparams: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """d/dt of the partial derivatives by the parameters, along R + t motion, params + t dparams."""
 
-    def partial(positions: jax.Array, params: Params) -> dict[str, jax.Array]:
+    def partial(positions: jax.Array, params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         return jax.grad(lambda p: potential_energy(system, positions, p))(dict(params))
 
     return jax.jvp(partial, (system.positions, dict(system.params)), (motion, dict(dparams)))[1]
@@ -103,20 +108,24 @@ def _partial_along(system: System, motion: jax.Array, dparams: Params) -> dict[s
 def barrier(
     minimum: Equilibrium, saddle: Equilibrium, dparams: Params | None = None, *, throw: bool = True
 ) -> Barrier:
-    """The height of a barrier and its derivative by every parameter, in one call.
+    """The height of an energy barrier and its derivatives by all parameters.
 
         B = U(R_s, p) - U(R_m, p),    dB/dp = @U/@p (R_s, p) - @U/@p (R_m, p).
 
-    Both ends are stationary, dU/dR = 0, so how they move does not count to first order (Hellmann
-    and Feynman): no linear solve is needed, and the error is of the second order in the forces left
-    for B, of the first for dB/dp. Second derivatives feel the motion, d2B/dp2 . dp = [@2U/@p2 . dp
-    + @2U/@p@R . dR] at the saddle less that at the
-    minimum, with dR of ``jvp`` at each: that is what ``dparams`` asks for.
+    Both ends are stationary, dU/dR = 0, so their motion with the parameters does not contribute to
+    first order (Hellmann and Feynman). Hence no linear solve is needed. The error is of second
+    order in the remaining forces for B and of first order for dB/dp. The motion does contribute to
+    the second derivatives,
+
+        d2B/dp2 . dp = [@2U/@p2 . dp + @2U/@p@R . dR]_saddle - [the same]_minimum,
+
+    with dR from ``jvp`` at each end. ``dparams`` asks for these.
 
     Args:
       minimum: from ``minimize``, not at a pressure.
       saddle: from ``find_saddle``, of the same system at the same parameters.
-      dparams: the direction of the second derivatives, as in ``jvp``; None for none.
+      dparams: the direction dp of the second derivatives, as in ``jvp``; None for no second
+        derivatives.
       throw: raise unless the status is good.
 
     Returns:
@@ -125,53 +134,65 @@ def barrier(
     Raises:
       InputError: ends of different systems or parameters, a minimum that is a saddle, a saddle that
         is a minimum.
-      ConvergenceError: an end that did not converge, or a solve.
+      ConvergenceError: an end or a linear solve that did not converge.
     """
     _check_ends(minimum, saddle)
-    codes = [Status(int(np.asarray(eq.status))) for eq in (minimum, saddle)]
-    (low, of_low), (high, of_high) = _partial(minimum.system), _partial(saddle.system)
+    statuses = [Status(int(np.asarray(eq.status))) for eq in (minimum, saddle)]
+    low, gradient_low = _energy_and_gradient(minimum.system)
+    high, gradient_high = _energy_and_gradient(saddle.system)
     second = None
     if dparams is not None:
-        tangent, parts = full_tangent(minimum.system, dparams), []
+        tangent = full_tangent(minimum.system, dparams)
+        rates = []
         for k, eq in enumerate((minimum, saddle)):
+            # the status is raised for both ends together, below
             moved = jvp(eq, dparams, throw=False)
-            codes[k] = Status.worst_of([codes[k], moved.status])
-            parts.append(_partial_along(eq.system, moved.value, tangent))
-        second = {name: parts[1][name] - parts[0][name] for name in of_low}
-    found = Barrier(
-        float(high - low),
-        {name: of_high[name] - of_low[name] for name in of_low},
-        second,
-        (codes[0], codes[1]),
-        (float(minimum.max_force), float(saddle.max_force)),
-        parameters_of(minimum.system),
+            statuses[k] = Status.worst_of([statuses[k], moved.status])
+            rates.append(_gradient_rate(eq.system, moved.value, tangent))
+        # saddle minus minimum, as for the value
+        second = {name: rates[1][name] - rates[0][name] for name in gradient_low}
+    result = Barrier(
+        value=float(high - low),
+        gradient={name: gradient_high[name] - gradient_low[name] for name in gradient_low},
+        second=second,
+        statuses=(statuses[0], statuses[1]),
+        max_forces=(float(minimum.max_force), float(saddle.max_force)),
+        wrt=parameters_of(minimum.system),
     )
     if throw:
-        raise_for_status(found.status, "barrier between ends that are not both sound", found)
-    return found
+        message = "barrier between a minimum and a saddle that are not both converged"
+        raise_for_status(result.status, message, result)
+    return result
 
 
 def _check_ends(minimum: Any, saddle: Any) -> None:
+    """Check that the ends are a minimum and a saddle of one system at the same parameters."""
     for name, eq in (("minimum", minimum), ("saddle", saddle)):
         if not isinstance(eq, Equilibrium) or eq.system.batch is not None:
             raise InputError(f"{name} is a {type(eq).__name__}: give one Equilibrium, not a batch.")
         if eq.pressure is not None:
             raise InputError(
-                f"{name} is at a pressure, and barriers are of a given cell: relax it in one."
+                f"{name} was relaxed at a pressure, and a barrier is between configurations in one"
+                " fixed cell: relax it in a fixed cell."
             )
+        # the order is the number of negative modes
         if (eq.order == 0) != (name == "minimum"):
             raise InputError(
                 f"{name} has order {eq.order}: give barrier(minimum, saddle), of order 0 and 1."
             )
-    one, other = minimum.system, saddle.system
-    if one.positions.shape != other.positions.shape or one.params.keys() != other.params.keys():
-        raise InputError("minimum and saddle are of different systems: give the two of one.")
-    boxes = {} if one.box is None or other.box is None else {"the cell": (one.box, other.box)}
-    for name, (here, there) in {
-        **{k: (v, other.params[k]) for k, v in one.params.items()},
-        **boxes,
-    }.items():
-        if not np.array_equal(np.asarray(here), np.asarray(there)):
+    low: System = minimum.system
+    high: System = saddle.system
+    if low.positions.shape != high.positions.shape or low.params.keys() != high.params.keys():
+        raise InputError(
+            "minimum and saddle are of different systems: give a minimum and a saddle of the same"
+            " system."
+        )
+    # exact equality, since parameters and cell of the saddle are copied from its minimum
+    pairs = {name: (value, high.params[name]) for name, value in low.params.items()}
+    if low.box is not None and high.box is not None:
+        pairs["the cell"] = (low.box, high.box)
+    for name, (at_minimum, at_saddle) in pairs.items():
+        if not np.array_equal(np.asarray(at_minimum), np.asarray(at_saddle)):
             raise InputError(
                 f"minimum and saddle differ in {name}: find the saddle from that minimum."
             )

@@ -1,8 +1,7 @@
-"""First-order saddles of the energy: minimum-mode following, then Newton steps on the same F =
-dU/dR = 0.
+"""First-order saddles of the energy: eigenvector following, then Newton steps on F = dU/dR = 0.
 
-A saddle is a root of F like a minimum, so what holds of one holds of the other: H dR = - d2U/dR dp
-. dp, with an H that has one negative eigenvalue. Only the way there differs, see
+A saddle is a root of F as a minimum is, so the derivative of a minimum holds for it too: H dR = -
+d2U/dR dp . dp, where H has one negative eigenvalue. Only the search differs, see
 :mod:`mdsens.saddles._eigenvector_following` and :mod:`mdsens.saddles._elastic_band`.
 """
 
@@ -16,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from mdsens._util.errors import InputError, PrecisionError, raise_for_status
 from mdsens._util.progress import Decades
@@ -36,15 +36,16 @@ from mdsens.saddles._elastic_band import ElasticBand, climbing_image_band
 
 __all__ = ["EigenvectorFollowing", "ElasticBand", "find_saddle", "sides"]
 
-Params = Mapping[str, Any]
-GOAL = 1e-10  # of the mean pair force: the largest force that counts as none at a saddle
+Params = Mapping[str, ArrayLike]
+# default tolerance: the largest force that counts as zero at a saddle, over the mean pair force
+GOAL = 1e-10
 
 
 def find_saddle(
     start: System | Equilibrium,
     params: Params | None = None,
     *,
-    direction: Any = None,
+    direction: ArrayLike | None = None,
     towards: System | Equilibrium | None = None,
     band: ElasticBand = ElasticBand(),
     tolerance: float | None = None,
@@ -53,106 +54,115 @@ def find_saddle(
     throw: bool = True,
     progress: bool | None = None,
 ) -> Equilibrium:
-    """A first-order saddle, dU/dR = 0 with one negative mode: climbed to along the softest mode,
-    then by Newton steps.
+    """Find a first-order saddle of the energy, dU/dR = 0 with one negative mode.
 
-    The derivatives of what comes out, by ``jvp`` and its kin, are those of the saddle, and
-    ``certify`` examines it as one. Its cell is given: it is not relaxed to a pressure.
+    The search climbs along the softest mode and ends with Newton steps. Derivatives of the result,
+    by ``jvp`` and the others, are those of the saddle, and ``certify`` examines it as a saddle. The
+    cell is fixed: it is not relaxed to a pressure.
 
     Args:
       start: a configuration near the saddle, or a minimum.
       params: parameters to change first; the others stay.
-      direction: (n, d), along which to climb from a minimum until a mode turns negative; None for
+      direction: (n, d), along which to climb from a minimum until a mode becomes negative; None for
         the softest mode.
-      towards: the minimum on the other side: the walk begins at the highest image of a ``band``
-        between the two.
-      band: its options.
-      tolerance: the largest force on a particle to reach, in the potential's units; where None,
-        1e-10 of the mean pair force, or what round-off leaves if that is more.
-      method: the options of the walk.
-      max_steps: of the walk and of Newton's method together.
+      towards: the minimum on the other side of the saddle. The search begins at the highest image
+        of an elastic band between ``start`` and this minimum.
+      band: the options of this band.
+      tolerance: the largest force on a particle to reach, in the unit of the potential. None for
+        1e-10 of the mean pair force, or for the force that round-off leaves if that is larger.
+      method: the options of the search.
+      max_steps: of the search and of Newton's method together.
       throw: raise where no saddle is reached; with False the status says so instead.
-      progress: show a progress bar; where None, in a terminal or notebook alone.
+      progress: show a progress bar; None shows it only in a terminal or a notebook.
 
     Returns:
-      an :class:`~mdsens.Equilibrium` whose ``order`` is the number of negative modes found: 1 where
-      the status is good.
+      an :class:`~mdsens.Equilibrium`. Its ``order`` is the number of negative modes that were
+      counted: 1 where the status is good.
 
     Raises:
-      InputError: bad parameters, direction or options. PrecisionError: a tolerance below round-off.
-      ConvergenceError: with the status, MAX_STEPS_REACHED, NOT_FINITE, UNJAMMED where nobody
-      touches anybody, or NOT_A_SADDLE where the forces vanish at a minimum or a saddle of higher
-      order; and what was reached as ``result``.
+      InputError: bad parameters, direction or options.
+      PrecisionError: a tolerance below round-off.
+      ConvergenceError: with the status MAX_STEPS_REACHED, NOT_FINITE, UNJAMMED where no particles
+        touch, or NOT_A_SADDLE where the forces vanish at a minimum or at a saddle of higher order.
+        The last configuration is its ``result``.
     """
     began = time.perf_counter()
-    system, tolerance = _checked(start, params, tolerance, method, max_steps)
+    system, tolerance = _check_arguments(start, params, tolerance, method, max_steps)
     if towards is None:
-        way = _direction(direction, system)
+        climb = _check_direction(direction, system)
     else:
-        system, way = climbing_image_band(
-            system, _other_side(towards, system, direction, band), band
-        )
-    bar, begun = Decades(progress, tolerance), system
+        other_side = _check_other_side(towards, system, direction, band)
+        system, climb = climbing_image_band(system, other_side, band)
+    bar = Decades(progress, tolerance)
+    # a message about NaN looks for the part of the energy at fault at the start of the search
+    initial = system
     try:
         system, largest, steps = follow_eigenvector(
-            system, way, tolerance, method, int(max_steps), bar
+            system, climb, tolerance, method, int(max_steps), bar
         )
     finally:
         bar.close()
     floor = float(force_scale(system, *natural_units(system), largest).floor)
-    system, status, order = _judged(
+    status, order = _judge_saddle(
         system, largest, tolerance, max(floor, ROUND_OFF * round_off(system))
     )
-    found = Equilibrium(
-        system,
-        jnp.asarray(status.value, jnp.int32),
-        jnp.asarray(largest),
-        jnp.asarray(steps),
-        time.perf_counter() - began,
-        tolerance,
+    saddle = Equilibrium(
+        system=system,
+        status=jnp.asarray(status.value, jnp.int32),
+        max_force=jnp.asarray(largest),
+        steps=jnp.asarray(steps),
+        wall_time=time.perf_counter() - began,
+        tolerance=tolerance,
         force_floor=jnp.asarray(floor),
         order=order,
     )
     if throw:
-        what = (
+        message = (
             f"find_saddle stopped after {steps:,} steps at max_force"
-            f" {largest:.3e}{where_not_finite(status, begun)}"
+            f" {largest:.3e}{where_not_finite(status, initial)}"
         )
-        raise_for_status(status, what, found)
-    return found
+        raise_for_status(status, message, saddle)
+    return saddle
 
 
-def _judged(
+def _judge_saddle(
     system: System, largest: float, tolerance: float, floor: float
-) -> tuple[System, Status, int]:
-    """The system, what was reached, and how many of its modes are negative; floor is what round-off
-    may leave.
+) -> tuple[Status, int]:
+    """The status of a configuration as a saddle, and how many of its modes are negative.
+
+    Args:
+      largest: the largest force left on a particle.
+      tolerance: the largest force that was to be reached.
+      floor: the largest force that round-off may leave.
     """
     if not np.isfinite(largest):
-        return system, Status.NOT_FINITE, 0
+        return Status.NOT_FINITE, 0
     stiffness, null = loose_stiffness(system)
     if np.all(np.asarray(null.rattlers)):
-        return system, Status.UNJAMMED, 0
+        return Status.UNJAMMED, 0
+    # where no factor counts the negative modes, at most 3 are computed: more than one is enough
     order = stiffness.unstable(3)
     if largest > max(tolerance, floor):
-        return system, Status.MAX_STEPS_REACHED, order
-    reached = Status.CONVERGED if largest <= tolerance else Status.ROUND_OFF_LIMITED
-    return system, reached if order == 1 else Status.NOT_A_SADDLE, order
+        return Status.MAX_STEPS_REACHED, order
+    if order != 1:
+        return Status.NOT_A_SADDLE, order
+    return Status.CONVERGED if largest <= tolerance else Status.ROUND_OFF_LIMITED, order
 
 
 def sides(
     saddle: Equilibrium, *, step: float = 1e-2, tolerance: float | None = None
 ) -> tuple[Equilibrium, Equilibrium]:
-    """The two minima that a saddle lies between: relaxed from a step to either side along its
-    negative mode.
+    """The two minima that a saddle connects.
+
+    Each is relaxed from a step off the saddle, to either side along its negative mode.
 
     Args:
       saddle: from ``find_saddle``.
       step: the longest move of a particle, as a fraction of the potential's length.
-      tolerance: of the minimizations.
+      tolerance: of the minimizations, as in ``minimize``.
 
     Returns:
-      two minima, particles under the same numbers.
+      two minima; the particles keep their indices.
     """
     if not isinstance(saddle, Equilibrium) or saddle.order != 1:
         raise InputError(
@@ -162,24 +172,22 @@ def sides(
         raise InputError(f"step is {short(step)}: give a positive number.")
     stiffness, _ = loose_stiffness(saddle.system)
     mode = stiffness.lowest(1).vectors[:, 0].reshape(saddle.positions.shape)
-    way = (
-        step
-        * float(natural_units(saddle.system)[0])
-        / np.sqrt(np.max(np.sum(mode**2, axis=1)))
-        * mode
-    )
+    length = float(natural_units(saddle.system)[0])
+    # scaled so that the particle that moves most moves by ``step`` lengths
+    longest = np.sqrt(np.max(np.sum(mode**2, axis=1)))
+    displacement = step * length / longest * mode
 
-    def beside(sign: float) -> Equilibrium:
-        return minimize(
-            saddle.system.replace(positions=saddle.positions + sign * way), tolerance=tolerance
-        )
+    def relax_beside(sign: float) -> Equilibrium:
+        positions = saddle.positions + sign * displacement
+        return minimize(saddle.system.replace(positions=positions), tolerance=tolerance)
 
-    return beside(1.0), beside(-1.0)
+    return relax_beside(1.0), relax_beside(-1.0)
 
 
-def _checked(
+def _check_arguments(
     start: Any, params: Params | None, tolerance: Any, method: Any, max_steps: Any
 ) -> tuple[System, float]:
+    """Validation of user input: the system at the parameters, and the tolerance as a number."""
     system = start.system if isinstance(start, Equilibrium) else start
     if not isinstance(system, System):
         raise InputError(
@@ -192,18 +200,23 @@ def _checked(
         )
     if isinstance(start, Equilibrium) and start.pressure is not None:
         raise InputError(
-            "find_saddle holds the cell, and this minimum is at a pressure: give its system."
+            "find_saddle keeps the cell fixed, and this minimum was relaxed at a pressure: give its"
+            " system."
         )
     if not isinstance(method, EigenvectorFollowing):
         raise InputError(f"method is {short(method)}: give EigenvectorFollowing() of ms.saddles.")
+    # up to the largest float: infinity and NaN are refused
     if tolerance is not None and not 0 < real_number("tolerance", tolerance) <= sys.float_info.max:
         raise InputError(f"tolerance is {short(tolerance)}: give a positive number, or None.")
     if not real_number("max_steps", max_steps) >= 1:
         raise InputError(f"max_steps is {short(max_steps)}: give 1 or more.")
+    # either way the neighbor list is allocated for the configuration at hand
     system = system.reallocate(keep=True) if params is None else system.with_params(params)
     if tolerance is None:
         scale = force_scale(system, *natural_units(system), 0.0)
         return system, max(GOAL * float(scale.mean), float(scale.floor))
+    # minimizations end between a tenth of ``round_off`` and all of it, so half of that tenth is
+    # certainly out of reach
     floor = round_off(system)
     if tolerance < 0.05 * floor:
         raise PrecisionError(
@@ -213,7 +226,10 @@ def _checked(
     return system, tolerance
 
 
-def _other_side(towards: Any, system: System, direction: Any, band: Any) -> System:
+def _check_other_side(
+    towards: System | Equilibrium, system: System, direction: ArrayLike | None, band: ElasticBand
+) -> System:
+    """Validation of ``towards``: the system at the positions of the minimum on the other side."""
     other = towards.system if isinstance(towards, Equilibrium) else towards
     if not isinstance(other, System) or other.positions.shape != system.positions.shape:
         raise InputError(
@@ -224,20 +240,22 @@ def _other_side(towards: Any, system: System, direction: Any, band: Any) -> Syst
         raise InputError("direction and towards are both given: give one of them.")
     if not isinstance(band, ElasticBand):
         raise InputError(f"band is {short(band)}: give ElasticBand() of ms.saddles.")
+    # box and parameters are those of ``start``; only the positions of the other side are taken
     return system.replace(positions=other.positions).reallocate()
 
 
-def _direction(direction: Any, system: System) -> jax.Array:
+def _check_direction(direction: ArrayLike | None, system: System) -> jax.Array:
+    """Validation of ``direction``: a unit vector (n, d), or zeros where it is None."""
     if direction is None:
         return jnp.zeros_like(system.positions)
-    given = jnp.asarray(real_array("direction", direction), system.positions.dtype)
+    vector = jnp.asarray(real_array("direction", direction), system.positions.dtype)
     if (
-        given.shape != system.positions.shape
-        or not np.isfinite(np.asarray(given)).all()
-        or not jnp.any(given != 0)
+        vector.shape != system.positions.shape
+        or not np.isfinite(np.asarray(vector)).all()
+        or not jnp.any(vector != 0)
     ):
         raise InputError(
-            f"direction has shape {given.shape}: give {system.positions.shape}, finite and not zero"
-            " everywhere."
+            f"direction has shape {vector.shape}: give {system.positions.shape}, finite and not"
+            " zero everywhere."
         )
-    return given / jnp.linalg.norm(given)
+    return vector / jnp.linalg.norm(vector)

@@ -21,7 +21,6 @@ from mdsens.mechanics import lagrangian
 from mdsens.mechanics.hessian import Unknowns
 from mdsens.mechanics.not_finite import where_not_finite
 from mdsens.mechanics.status import Status
-from mdsens.mechanics.strain import basis
 from mdsens.model.system import System, parameters_of
 from mdsens.relaxation.equilibrium import Equilibrium
 from mdsens.sensitivity._derivative_solve import (
@@ -32,7 +31,6 @@ from mdsens.sensitivity._derivative_solve import (
     aside,
     dropped_any,
     norms,
-    read,
     solve_derivative,
     solve_derivative_batch,
     status_of_finite,
@@ -207,55 +205,7 @@ def _unfolded(lin: Linearization, cotangent: Any) -> Unknowns:
     """
     given = cotangent if isinstance(cotangent, Unknowns) else Unknowns(cotangent)
     w = _cotangent(lin.system, given.positions, "cotangent")
-    if lin.constraint_status is not None:
-        return _of_constraints(lin, given, w)
-    if lin.cell is None:
-        if given.strain is not None:
-            raise InputError(
-                "the cotangent has a strain, and this cell was given: give (n, d), one vector a"
-                " particle."
-            )
-        return Unknowns(w)
-    along, R = lin.cell.along, lin.system.positions
-    strain = jnp.einsum("nd,kde,ne->k", w, along, R)
-    if given.strain is not None:
-        own, m = (
-            jnp.asarray(real_array("cotangent.strain", given.strain), w.dtype),
-            R.shape[1] * (R.shape[1] + 1) // 2,
-        )
-        if own.shape != (m,):
-            raise InputError(
-                f"cotangent.strain has shape {own.shape}: give ({m},), a Mandel vector."
-            )
-        strain = strain + jnp.einsum("m,mde,kde->k", own, basis(R.shape[1]), along)
-    return Unknowns(w, strain)
-
-
-def _of_constraints(lin: Linearization, given: Unknowns, w: jax.Array) -> Unknowns:
-    """A cotangent of positions, and where given of multipliers and relaxed parameters; zero where
-    not.
-    """
-    shapes = jax.eval_shape(lambda c: read(c, c.unknowns, c.params), lin.traced(()))
-    parts: dict[str, Any] = {}
-    for field in ("multipliers", "params"):
-        own, some = getattr(shapes, field), getattr(given, field) or {}
-        for name, value in some.items():
-            if own is None or name not in own:
-                raise InputError(f"cotangent.{field} has {name!r}: give some of {list(own or ())}.")
-            if jnp.shape(value) != own[name].shape:
-                raise InputError(
-                    f"cotangent.{field}[{name!r}] has shape {jnp.shape(value)}: give"
-                    f" {own[name].shape}."
-                )
-        parts[field] = own and {
-            k: (
-                jnp.asarray(real_array(f"cotangent.{field}[{k!r}]", some[k]), w.dtype)
-                if k in some
-                else jnp.zeros(v.shape, w.dtype)
-            )
-            for k, v in own.items()
-        }
-    return Unknowns(w, None, parts["multipliers"], parts["params"])
+    return lin.structure.cotangent(lin, given, w)
 
 
 def vjp(

@@ -20,11 +20,11 @@ from mdsens._util.errors import InputError, raise_for_status
 from mdsens._util.outcome import is_good
 from mdsens._util.portable import Portable
 from mdsens._util.validation import real_array, require_host
-from mdsens.implicit.linear.operators import Auto, Direct, Method, check_method
+from mdsens.implicit.linear import Auto, Direct, Method, check_method
 from mdsens.mechanics import lagrangian
-from mdsens.mechanics.cell import Cell, deformed, enthalpy_gradient
+from mdsens.mechanics.cell import Cell
 from mdsens.mechanics.contacts import Network
-from mdsens.mechanics.hessian import Unknowns, gradient
+from mdsens.mechanics.hessian import Unknowns
 from mdsens.mechanics.hessian_blocks import BlockRows
 from mdsens.mechanics.hessian_factor import ONE_SOLVE_3D, HessianFactor, factorizes
 from mdsens.mechanics.kkt_factor import KKT
@@ -32,11 +32,16 @@ from mdsens.mechanics.kkt_operator import about_to_switch, constrained_null_spac
 from mdsens.mechanics.null_space import NullSpace
 from mdsens.mechanics.rigidity import analyze_rigidity
 from mdsens.mechanics.status import Status
-from mdsens.mechanics.strain import from_mandel, to_mandel
 from mdsens.mechanics.units import RELAXED, doubtful_stiffness, natural_units, unrelaxed
 from mdsens.model.system import System, parameters_of
 from mdsens.potentials.parameters import check_symmetric
 from mdsens.relaxation.equilibrium import Equilibrium
+from mdsens.sensitivity.structure import (
+    AtPressureStructure,
+    ConstrainedStructure,
+    FixedCellStructure,
+    Structure,
+)
 
 __all__ = [
     "Linearization",
@@ -55,23 +60,24 @@ Params = Mapping[str, Any]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Linearization(Portable, Named):
-    """A minimum ready to be differentiated: every door takes one in place of the Equilibrium.
+    """A minimum ready to be differentiated; every call on a minimum takes one in place of it.
 
     Attributes:
       equilibrium: the minimum.
-      system: its backbone, the rattlers' contacts deleted: the Hessian is this system's.
-      network: contacts, rattlers, clusters.
-      null: the null space.
-      solve: the option record of the linear solver.
-      blocks: the Hessian assembled, for products; None for a potential that is more than pairs.
-      stiffness: the Hessian on the host with its factor, which the first solve makes; None inside
-        traced code.
-      cell: of a minimum at a pressure; None where the cell was given.
-      multipliers: of the equations among the constraints; None where there are none.
-      constraint_status: the constraints' own status; None without constraints.
-      judged: UNCONVERGED where the force left is not small beside the mean pair force,
-        CONTACTS_UNSETTLED where it does not tell whether particles touch, INDEFINITE where a mode
-        of negative stiffness was found; else CONVERGED.
+      system: its backbone, the contacts of rattlers deleted: derivatives are of its energy.
+      network: contacts, clusters and rattlers.
+      null: the null space of the Hessian: translations, rattlers, rotations of free clusters.
+      solve: the linear solver.
+      structure: which unknowns there are and what is zero at the minimum, see
+        :mod:`mdsens.sensitivity.structure`.
+      blocks: the Hessian as blocks of pairs, for compiled products with it; None where it is not
+        assembled.
+      factor: the Hessian on the host with its factor, made when it is first needed; None in traced
+        code and for potentials of more than pairs. Under constraints that of the whole system of
+        equations.
+      force_status: UNCONVERGED where the largest force left is not small beside the mean pair
+        force, CONTACTS_UNSETTLED where it does not tell whether particles touch, INDEFINITE where a
+        mode of negative stiffness was found; else CONVERGED.
     """
 
     equilibrium: Equilibrium
@@ -79,125 +85,74 @@ class Linearization(Portable, Named):
     network: Network
     null: NullSpace
     solve: Method = dataclasses.field(default=Auto(), metadata={"static": True})
+    structure: Structure = FixedCellStructure()
     blocks: BlockRows | None = None
-    stiffness: HessianFactor | None = dataclasses.field(
+    factor: HessianFactor | KKT | None = dataclasses.field(
         default=None, metadata={"static": True}, compare=False
     )
-    cell: Cell | None = None
-    multipliers: dict[str, jax.Array] | None = None
-    constraint_status: jax.Array | None = None
-    judged: jax.Array | None = None
+    force_status: jax.Array | None = None
+
+    @property
+    def cell(self) -> Cell | None:
+        """The cell that responds to the pressure; None where it is fixed."""
+        return getattr(self.structure, "cell", None)
+
+    @property
+    def multipliers(self) -> dict[str, jax.Array] | None:
+        """Of the equations among the constraints; None without any."""
+        return getattr(self.structure, "multipliers", None)
+
+    @property
+    def constrained(self) -> bool:
+        """Whether the system has constraints."""
+        return isinstance(self.structure, ConstrainedStructure)
 
     @property
     def params(self) -> dict[str, Any]:
-        """What derivatives are taken by: the system's parameters but those that constraints relax,
-        and, where the cell is an unknown, the pressure.
+        """The parameters that derivatives are taken by: those of the system that no constraint
+        relaxes and, where the cell is an unknown, the pressure.
         """
-        own = lagrangian.own_params(self.system)
-        return own if self.cell is None else {**own, "pressure": self.cell.pressure}
-
-    def condition(self, x: Unknowns, params: Params) -> Unknowns:
-        """What is zero at the minimum: dU/dR, and where the cell is an unknown the enthalpy's
-        derivative by strain.
-
-        Positions R at a strain are at (1 + strain) R: the slope by R is (1 + strain) times that by
-        where they are. Under constraints dL/dx and g; of what is held, how far it is from where the
-        parameters place it.
-        """
-        if self.system.constraints:
-            slope = lagrangian.lagrangian_gradient(self.system, x, params)
-            off = jax.tree.map(
-                jnp.subtract, _primal(x), lagrangian.constrained_coordinates(self.system, params)
-            )
-            return _at_active_set(
-                self.null, Unknowns(off.positions, None, slope.multipliers, off.params), slope
-            )
-        at = self.moved(self.system, x, params)
-        slope = gradient(at, Unknowns(at.positions), at.params).positions
-        if self.cell is None or x.strain is None:
-            return Unknowns(slope)
-        along = self.cell.along
-        at_strain = self.system.replace(positions=x.positions, params=at.params)
-        of_cell = enthalpy_gradient(at_strain, params["pressure"], along, x.strain)
-        return Unknowns(slope + slope @ jnp.tensordot(x.strain, along, axes=1), of_cell)
-
-    def moved(self, system: System, x: Unknowns, params: Params) -> System:
-        """A system of this configuration at other unknowns and parameters; traceable, its list
-        stays.
-        """
-        if system.constraints:
-            return lagrangian.with_unknowns(system, x, params)
-        at = system.replace(
-            positions=x.positions, params={name: params[name] for name in system.params}
-        )
-        if self.cell is None or x.strain is None:
-            return at
-        return deformed(at, jnp.tensordot(x.strain, self.cell.along, axes=1))
+        return self.structure.params(self.system)
 
     @property
     def unknowns(self) -> Unknowns:
-        """The unknowns at the minimum: positions, no strain where the cell is one, and what
-        constraints add to them.
+        """The unknowns at the minimum: positions, a strain of zero where the cell is an unknown,
+        and what constraints add.
         """
-        if self.system.constraints:
-            return lagrangian.unknowns_of(self.system, self.multipliers)
-        return Unknowns(
-            self.system.positions, None if self.cell is None else jnp.zeros_like(self.cell.slope)
-        )
+        return self.structure.unknowns(self.system)
 
-    def solved(self, side: Unknowns, x: Unknowns) -> Unknowns:
-        """The answer of H x = side for positions alone, as that for positions and cell."""
-        if self.cell is None or side.strain is None:
-            return x
-        positions = x.positions
-        cell = self.cell
-        strain = cell.compliance @ (
-            side.strain + jnp.einsum("knd,nd->k", cell.motion, side.positions)
-        )
-        return Unknowns(positions + jnp.tensordot(strain, cell.motion, axes=1), strain)
-
-    def stored(self, x: Unknowns) -> Any:
-        """A change of the unknowns as the doors give it: of the stored positions (n, d), or of them
-        and of the cell.
+    def condition(self, x: Unknowns, params: Params) -> Unknowns:
+        """F(x, params), zero at the minimum: dU/dR; at a pressure the derivative of the enthalpy by
+        strain as well; under constraints dL/dx and the equations.
         """
-        if self.cell is None or x.strain is None:
-            return x.positions
-        strain = jnp.tensordot(x.strain, self.cell.along, axes=1)
-        return Unknowns(x.positions + self.system.positions @ strain.T, to_mandel(strain))
+        return self.structure.condition(self, x, params)
 
-    def unknown(self, value: Any) -> Unknowns:
-        """A change as the doors give it, as one of the unknowns: the inverse of ``stored``."""
-        if not isinstance(value, Unknowns):
-            return Unknowns(value)
-        if self.cell is None or value.strain is None:
-            return value
-        along, strain = self.cell.along, from_mandel(value.strain)
-        parts = jnp.linalg.solve(
-            jnp.einsum("kde,lde->kl", along, along), jnp.einsum("kde,de->k", along, strain)
-        )
-        return Unknowns(value.positions - self.system.positions @ strain.T, parts)
+    def moved(self, system: System, x: Unknowns, params: Params) -> System:
+        """A system of this configuration at other unknowns and parameters; traceable, its neighbor
+        list stays.
+        """
+        return self.structure.moved(system, x, params)
 
-    def traced(self, moving: Sequence[str]) -> Linearization:
-        """What compiled code takes: without the host's part, and with the cheapest form of the potential.
+    def traced(self, differentiated: Sequence[str]) -> Linearization:
+        """The form that compiled code takes: without the host's factor, and with the potential in
+        its cheapest form.
 
         Args:
-          moving: parameters whose derivatives are to be taken.
+          differentiated: parameters whose derivatives are to be taken.
         """
-        moving = [*moving, *lagrangian.relaxed(self.system)]
-        system = self.system.replace(potential=self.system.potential.at(self.system.params, moving))
-        return dataclasses.replace(self, system=system, stiffness=None)
+        names = [*differentiated, *lagrangian.relaxed(self.system)]
+        potential = self.system.potential.at(self.system.params, names)
+        return dataclasses.replace(
+            self, system=self.system.replace(potential=potential), factor=None
+        )
 
     @property
     def status(self) -> Any:
         """CONVERGED, or why no derivative can be taken here: the minimization's own status,
-        UNJAMMED, or the cell's.
+        UNJAMMED, that of the force left, or the structure's.
         """
         code = _outcome(self.equilibrium.status, self.network.unjammed)
-        for more in (
-            self.judged,
-            self.constraint_status,
-            None if self.cell is None else self.cell.status,
-        ):
+        for more in (self.force_status, self.structure.status):
             xp = jnp if isinstance(code, Tracer) or isinstance(more, Tracer) else np
             code = code if more is None else xp.where(code != Status.CONVERGED.value, code, more)
         return code
@@ -272,53 +227,35 @@ def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Li
     if eq.system.constraints:
         return _constrained(eq, backbone, net, null, solve, throw)
     null = null.simplified()
-    stiffness = HessianFactor(backbone, null, eq.order)
-    if eq.order and stiffness.unstable(eq.order + 1) != eq.order:
+    factor = HessianFactor(backbone, null, eq.order)
+    if eq.order and factor.unstable(eq.order + 1) != eq.order:
         eq = dataclasses.replace(eq, status=jnp.asarray(Status.NOT_A_SADDLE.value, jnp.int32))
-    judged = _force_left_of_one(eq, net)
+    force_status = _force_left_of_one(eq, net)
     # where a factor does not count negative modes at every solve
-    seen = bool(np.all(eq.examined)) or eq.order > 0 or by_factor(backbone, solve)
-    if (
-        int(judged) == Status.CONVERGED
-        and not seen
-        and not bool(net.unjammed)
-        and np.isfinite(np.asarray(eq.positions)).all()
-    ):
-        if (
-            stiffness.negative_mode(doubtful_stiffness(eq.max_force, natural_units(eq.system)[0]))
-            is not None
-        ):
-            judged = jnp.asarray(Status.INDEFINITE.value, jnp.int32)
-    cell = (
-        None
-        if eq.pressure is None
-        else Cell.of(backbone, stiffness, eq.pressure, np.asarray(eq.strains))
-    )
+    examined = bool(np.all(eq.examined)) or eq.order > 0 or by_factor(backbone, solve)
+    rigid = not bool(net.unjammed) and np.isfinite(np.asarray(eq.positions)).all()
+    if int(force_status) == Status.CONVERGED and not examined and rigid:
+        floor = doubtful_stiffness(eq.max_force, natural_units(eq.system)[0])
+        if factor.negative_mode(floor) is not None:
+            force_status = jnp.asarray(Status.INDEFINITE.value, jnp.int32)
+    structure = FixedCellStructure()
+    if eq.pressure is not None:
+        structure = AtPressureStructure(
+            Cell.of(backbone, factor, eq.pressure, np.asarray(eq.strains))
+        )
     lin = Linearization(
-        eq,
-        backbone,
-        net,
-        null,
-        solve,
-        stiffness=stiffness if backbone.potential.pairwise else None,
-        cell=cell,
-        judged=judged,
+        equilibrium=eq,
+        system=backbone,
+        network=net,
+        null=null,
+        solve=solve,
+        structure=structure,
+        factor=factor if backbone.potential.pairwise else None,
+        force_status=force_status,
     )
     if throw:
         raise_for_status(Status(int(lin.status)), "this minimum cannot be differentiated", lin)
     return lin
-
-
-def _primal(x: Unknowns) -> Unknowns:
-    return Unknowns(x.positions, params=x.params)
-
-
-def _at_active_set(null: NullSpace, fixed: Unknowns, free: Unknowns) -> Unknowns:
-    """One where constraints hold, the other where they do not."""
-    mask = null.active_set
-    assert mask is not None
-    whole = Unknowns(mask.positions, None, mask.multipliers, mask.params)
-    return jax.tree.map(jnp.where, whole, fixed, free)
 
 
 def _constrained(
@@ -326,22 +263,20 @@ def _constrained(
 ) -> Linearization:
     multipliers = lagrangian.unknowns_of(backbone, eq.multipliers).multipliers
     null = constrained_null_space(backbone, net, null, multipliers)
-    stiffness = KKT(backbone, null, multipliers)
+    factor = KKT(backbone, null, multipliers)
     code = Status.CONVERGED
     if about_to_switch(eq.system, eq.multipliers, null, float(eq.max_force)):
         code = Status.DEGENERATE_CONSTRAINT
-    if stiffness.redundant:
+    if factor.redundant:
         code = Status.REDUNDANT_CONSTRAINTS
-    constraint_status = jnp.asarray(code.value, jnp.int32)
     lin = Linearization(
-        eq,
-        backbone,
-        net,
-        null,
-        solve,
-        stiffness=stiffness,
-        multipliers=multipliers,
-        constraint_status=constraint_status,
+        equilibrium=eq,
+        system=backbone,
+        network=net,
+        null=null,
+        solve=solve,
+        structure=ConstrainedStructure(multipliers, jnp.asarray(code.value, jnp.int32)),
+        factor=factor,
     )
     if throw:
         raise_for_status(Status(int(lin.status)), "this minimum cannot be differentiated", lin)

@@ -1,7 +1,7 @@
-"""Independent truth: derivatives by minimizing again, the adjoint identity, and a potential's own
-promises.
+"""Independent checks: finite differences, the adjoint identity, properties of a potential.
 
-What checks ours checks a user's own potential.
+The derivatives of this package are checked by minimizing again, and its potentials for what they
+declare of themselves. The same checks serve for a user's own potential.
 """
 
 from mdsens.verify.adjoint_test import AdjointTest, adjoint

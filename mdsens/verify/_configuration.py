@@ -1,5 +1,7 @@
-"""What a potential's energy promises in a configuration: the derivatives of one scalar, whatever pairs
-are listed.
+"""Checks of a potential's energy in one configuration.
+
+Forces, Hessian products and parameter derivatives have to be derivatives of one scalar, the energy,
+and the energy has to be the same whatever pairs beyond the range are listed.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from mdsens._util.errors import InputError
 from mdsens._util.lattice import nearest_image
@@ -24,38 +27,49 @@ from mdsens.verify._findings import Finding
 __all__ = ["all_pairs", "findings", "lattice", "parts", "spread", "system_of"]
 
 Params = Mapping[str, Any]
-ENTRIES = 8  # of a parameter of many particles that are taken, at most
-PARTICLES = 16  # of a configuration made here, at least
-SPACING, JITTER = (
-    0.95,
-    0.1,
-)  # of a configuration made here: of the distance of least energy, of the spacing
-STEP = 1e-5  # of central differences: of the spacing, and a tenth of it of a parameter
-CLEAR = 20.0  # steps between every pair and its breakpoints, so that no difference straddles one
-AGREEMENT = 1e-6  # of analytic derivatives with central differences
-ROUND_OFF = 1e-10  # of what should be equal
-DIRECTIONS = 4  # random ones
+# How many values of a parameter with one value a species the configuration uses at most.
+ENTRIES = 8
+# How many particles a configuration has at least that is made here.
+PARTICLES = 16
+# Lattice spacing of a configuration made here, in units of the distance of least energy, and the
+# amplitude of the random displacements from its sites, in units of the spacing.
+SPACING = 0.95
+JITTER = 0.1
+# Step of central differences: of positions in units of the spacing; of parameters, as a share of
+# their values, a tenth of it.
+STEP = 1e-5
+# Smallest distance of a pair from its breakpoints, in steps, so that no difference straddles one.
+CLEAR = 20.0
+# How many random configurations are tried until all pairs are clear of their breakpoints.
+TRIALS = 100
+# Relative error up to which analytic derivatives and central differences agree.
+AGREEMENT = 1e-6
+# Relative error up to which two numbers that should be equal are.
+ROUND_OFF = 1e-10
+# How many random directions are tried.
+DIRECTIONS = 4
 
 
 # ── configurations ──
 
 
 def parts(potential: Any) -> tuple[Any, ...]:
-    """The potentials that a potential is the sum of."""
+    """The terms of a sum of potentials; of any other potential itself."""
     return potential.parts if isinstance(potential, SumPotential) else (potential,)
 
 
 def lattice(potential: Any, params: Params) -> System:
-    """A system on the sites of a square lattice of spacing 1, in open boundaries; several values
-    are species'.
+    """A system on the sites of a square lattice of spacing 1, in open boundaries.
+
+    A parameter of a pair potential with several values is taken to have one for each species.
     """
     values = {name: np.asarray(value) for name, value in params.items()}
     paired = [
-        p
-        for potential in parts(potential)
-        if isinstance(potential, PairPotential)
-        for p in potential.names
-        if p in values
+        name
+        for part in parts(potential)
+        if isinstance(part, PairPotential)
+        for name in part.names
+        if name in values
     ]
     for name in paired:
         if not values[name].size:
@@ -77,58 +91,70 @@ def lattice(potential: Any, params: Params) -> System:
     sites = np.stack(np.meshgrid(np.arange(side), np.arange(side)), axis=-1).reshape(-1, 2)[:n]
     species = None
     if sizes:
-        few = np.unique(np.linspace(0, max(sizes) - 1, ENTRIES).astype(int))
-        species = np.arange(n) % few.size
+        # The configuration has few particles: of many species, some that are evenly spread.
+        chosen = np.unique(np.linspace(0, max(sizes) - 1, ENTRIES).astype(int))
+        species = np.arange(n) % chosen.size
         for name in paired:
             for axis in range(values[name].ndim):
-                values[name] = np.take(values[name], few, axis=axis)
+                values[name] = np.take(values[name], chosen, axis=axis)
     return system_of(potential, values, sites.astype(float), None, species)
 
 
-def system_of(potential: Any, params: Params, positions: Any, box: Any, species: Any) -> System:
-    """``System.create`` with all its checks but one: a potential that does not end at its cutoff is here
-    to be shown.
+def system_of(
+    potential: Any,
+    params: Params,
+    positions: ArrayLike,
+    box: ArrayLike | None,
+    species: ArrayLike | None,
+) -> System:
+    """``System.create`` without its check that a potential is zero at its cutoff.
+
+    A potential that does not end there is what the checks below are to report.
     """
-    silent = [
-        dataclasses.replace(p, phi=_nothing) if isinstance(p, PairPotential) else p
-        for p in parts(potential)
+    zeroed = [
+        dataclasses.replace(part, phi=_zero) if isinstance(part, PairPotential) else part
+        for part in parts(potential)
     ]
-    stand_in = SumPotential(tuple(silent)) if isinstance(potential, SumPotential) else silent[0]
-    return System.create(np.asarray(positions, float), box, stand_in, params, species).replace(
-        potential=potential
-    )
+    stand_in = SumPotential(tuple(zeroed)) if isinstance(potential, SumPotential) else zeroed[0]
+    system = System.create(np.asarray(positions, float), box, stand_in, params, species)
+    return system.replace(potential=potential)
 
 
-def _nothing(r: jax.Array, *values: Any) -> jax.Array:
+def _zero(r: jax.Array, *values: Any) -> jax.Array:
+    """A pair function that vanishes everywhere."""
     return jnp.zeros_like(r)
 
 
 def spread(sites: System, least: float, rng: np.random.Generator) -> System:
-    """Particles near the sites, at about the distance of least energy, every pair clear of its
-    breakpoints.
+    """Move particles to random positions near the sites, at about the distance of least energy.
+
+    Every pair is clear of its breakpoints, or nearly so where no trial succeeds.
+
+    Args:
+      sites: from :func:`lattice`.
+      least: the distance of least energy.
     """
-    spacing, there = SPACING * least, sites
-    for _ in range(100):
+    spacing = SPACING * least
+    moved = sites
+    for _ in range(TRIALS):
         noise = JITTER * rng.uniform(-1.0, 1.0, sites.positions.shape)
-        there = sites.replace(positions=spacing * (sites.positions + noise)).reallocate()
-        if _clearance(there) > CLEAR * STEP * spacing:
+        moved = sites.replace(positions=spacing * (sites.positions + noise)).reallocate()
+        if _clearance(moved) > CLEAR * STEP * spacing:
             break
-    return there
+    return moved
 
 
 def _clearance(system: System) -> float:
-    """The distance of the nearest pair to a breakpoint of its potential."""
-    gaps = [
-        jnp.where(
-            t.mask, jnp.abs(t.lengths() - pair_distances(t, system.positions, system.box)), jnp.inf
-        )
-        for t in pair_terms(system)
-    ]
+    """Smallest distance of a pair from a breakpoint of its potential; inf without breakpoints."""
+    gaps = []
+    for term in pair_terms(system):
+        distances = pair_distances(term, system.positions, system.box)
+        gaps.append(jnp.where(term.mask, jnp.abs(term.lengths() - distances), jnp.inf))
     return min((float(jnp.min(gap)) for gap in gaps if gap.size), default=math.inf)
 
 
 def all_pairs(n: int) -> jax.Array:
-    """Every pair of particles once, (2, n (n - 1) / 2)."""
+    """(2, n (n - 1) / 2) particle indices of every pair, each once."""
     return jnp.asarray(np.stack(np.triu_indices(n, 1)), jnp.int32)
 
 
@@ -138,131 +164,137 @@ _energy = jax.jit(potential_energy)
 
 
 @jax.jit
-def _slope(system: System, R: jax.Array, params: Params) -> jax.Array:
-    """dU/dR."""
+def _energy_slope(system: System, R: jax.Array, params: Params) -> jax.Array:
+    """dU/dR at positions R, (n, d)."""
     return gradient(system, Unknowns(R), params).positions
 
 
 @jax.jit
-def _push(system: System, v: jax.Array) -> jax.Array:
-    """H v."""
-    return jax.jvp(lambda R: _slope(system, R, system.params), (system.positions,), (v,))[1]
+def _hessian_product(system: System, v: jax.Array) -> jax.Array:
+    """H v, (n, d)."""
+    return jax.jvp(lambda R: _energy_slope(system, R, system.params), (system.positions,), (v,))[1]
 
 
 @jax.jit
-def _pull(system: System, change: Params) -> jax.Array:
-    """d2U/dR dp . change."""
+def _slope_by_parameters(system: System, change: Params) -> jax.Array:
+    """d2U/dR dp . change, (n, d)."""
     return jax.jvp(
-        lambda p: _slope(system, system.positions, p), (dict(system.params),), (dict(change),)
+        lambda p: _energy_slope(system, system.positions, p),
+        (dict(system.params),),
+        (dict(change),),
     )[1]
 
 
-def _central(f: Callable[[float], jax.Array], step: float) -> np.ndarray:
+def _central_difference(f: Callable[[float], jax.Array], step: float) -> np.ndarray:
+    """(f(step) - f(-step)) / (2 step)."""
     return np.asarray((f(step) - f(-step)) / (2.0 * step))
 
 
-def _share(gap: Any, *sizes: Any) -> float:
-    """|gap| over the largest of the sizes; as it is where they all vanish."""
-    size = max(float(np.linalg.norm(s)) for s in sizes)
-    return float(np.linalg.norm(gap)) / size if size > 0 else float(np.linalg.norm(gap))
+def _relative_norm(difference: ArrayLike, *references: ArrayLike) -> float:
+    """Norm of a difference over the largest norm of the references; not divided where that is 0."""
+    size = max(float(np.linalg.norm(reference)) for reference in references)
+    norm = float(np.linalg.norm(difference))
+    return norm / size if size > 0 else norm
 
 
 def _largest(errors: list[float]) -> float:
-    """The largest error; NaN where one is, which Python's ``max`` may pass over."""
+    """The largest error; NaN if one is NaN, which Python's ``max`` may pass over."""
     return float(np.max(errors))
 
 
 def findings(system: System, rng: np.random.Generator) -> Iterator[Finding]:
-    """What the checks of the energy find in one configuration."""
-    slope = _slope(system, system.positions, system.params)
+    """Run every check of the energy in one configuration; a Finding for each."""
+    slope = _energy_slope(system, system.positions, system.params)
     if not bool(jnp.all(jnp.isfinite(slope))) or not bool(jnp.isfinite(_energy(system))):
-        yield Finding(
-            "configuration",
-            False,
-            "its energy or forces are not finite: see above, or give positions.",
-        )
+        sentence = "its energy or forces are not finite: see above, or give positions."
+        yield Finding("configuration", False, sentence)
         return
     if not bool(jnp.any(slope != 0)):
-        yield Finding(
-            "configuration",
-            False,
-            "no force acts, so that it shows nothing: give positions nearer by.",
-        )
+        sentence = "no force acts, so that it shows nothing: give positions nearer by."
+        yield Finding("configuration", False, sentence)
         return
     if system.potential.pairwise and 0 < float(system.range) < math.inf:
         yield _range(system)
     units = rng.uniform(-1.0, 1.0, (DIRECTIONS, *system.positions.shape))
     directions = [jnp.asarray(u / np.abs(u).max()) for u in units]
-    pushed = [np.asarray(_push(system, v)) for v in directions]
+    products = [np.asarray(_hessian_product(system, v)) for v in directions]
     h = STEP * _spacing(system)
     yield _forces(system, slope, directions, h)
-    yield _stiffness(system, directions, pushed, h)
-    yield _symmetry(directions, pushed)
+    yield _stiffness(system, directions, products, h)
+    yield _symmetry(directions, products)
     if system.params:
         yield _parameters(system, slope, rng)
 
 
 def _range(system: System) -> Finding:
-    every_pair, reach = neighbors.all_pairs(system.n), float(system.range)
+    """Check that the energy is that of the pairs within the range, and of the system's own list."""
+    every_pair = neighbors.all_pairs(system.n)
+    reach = float(system.range)
     rows = every_pair.rows
     vectors = nearest_image(system.positions[None] - system.positions[rows], system.box)
     near = jnp.sum(vectors**2, axis=-1) < reach**2
 
-    def on(chosen: jax.Array) -> System:
+    def with_rows(chosen: jax.Array) -> System:
         return system.replace(neighbors=dataclasses.replace(every_pair, rows=chosen))
 
-    within, every = float(_energy(on(jnp.where(near, rows, system.n)))), float(_energy(on(rows)))
-    terms = pair_terms(on(rows))
+    # The index n is padding: it takes the pairs beyond the range out of the list.
+    within = float(_energy(with_rows(jnp.where(near, rows, system.n))))
+    every = float(_energy(with_rows(rows)))
+    listed = float(_energy(system))
+    # The sum of absolute values: pair energies of both signs may cancel in the energy itself.
     size = sum(
         float(jnp.sum(jnp.abs(t.energy(pair_distances(t, system.positions, system.box)))))
-        for t in terms
+        for t in pair_terms(with_rows(rows))
     )
-    listed = float(_energy(system))
     share = max(abs(within - every), abs(listed - every)) / (size or 1.0)
     if share <= ROUND_OFF:
+        # Rows have every pair twice.
         counts = f"{int(near.sum()) // 2:,} of {near.size // 2:,} pairs"
-        return Finding(
-            "range",
-            True,
-            f"{counts} are nearer than the range {reach:.6g} and have the whole energy.",
-        )
+        sentence = f"{counts} are nearer than the range {reach:.6g} and have the whole energy."
+        return Finding("range", True, sentence)
     remedy = (
         "phi must end at the cutoff for every pair, and a cutoff that follows parameters be"
         " monotone in each"
     )
-    return Finding(
-        "range",
-        False,
-        f"pairs beyond the range {reach:.6g} hold {share:.0e} of the energy; {remedy}.",
-    )
+    sentence = f"pairs beyond the range {reach:.6g} hold {share:.0e} of the energy; {remedy}."
+    return Finding("range", False, sentence)
 
 
 def _forces(system: System, slope: jax.Array, directions: list[jax.Array], h: float) -> Finding:
+    """Compare the forces with central differences of the energy."""
     errors = []
     for v in directions:
         exact = np.asarray(slope * v)
-        found = _central(lambda t, v=v: _energy(system, system.positions + t * v), h)
-        errors.append(_share(float(found) - exact.sum(), exact))
+        difference = _central_difference(
+            lambda t, v=v: _energy(system, system.positions + t * v), h
+        )
+        # Relative to the norm of the terms, because their sum may be near zero.
+        errors.append(_relative_norm(float(difference) - exact.sum(), exact))
     return _compared("forces", "forces and central differences of the energy", _largest(errors))
 
 
 def _stiffness(
-    system: System, directions: list[jax.Array], pushed: list[np.ndarray], h: float
+    system: System, directions: list[jax.Array], products: list[np.ndarray], h: float
 ) -> Finding:
+    """Compare Hessian products with central differences of the forces."""
     errors = []
-    for v, exact in zip(directions, pushed, strict=True):
-        found = _central(lambda t, v=v: _slope(system, system.positions + t * v, system.params), h)
-        errors.append(_share(found - exact, exact, found))
+    for v, exact in zip(directions, products, strict=True):
+        difference = _central_difference(
+            lambda t, v=v: _energy_slope(system, system.positions + t * v, system.params), h
+        )
+        errors.append(_relative_norm(difference - exact, exact, difference))
     return _compared(
         "stiffness", "Hessian products and central differences of the forces", _largest(errors)
     )
 
 
-def _symmetry(directions: list[jax.Array], pushed: list[np.ndarray]) -> Finding:
+def _symmetry(directions: list[jax.Array], products: list[np.ndarray]) -> Finding:
+    """Check that the Hessian is symmetric, on each direction and the next."""
     errors = []
-    for u, Hu, v, Hv in zip(directions, pushed, directions[1:], pushed[1:], strict=False):
-        left, right = np.asarray(u) * Hv, np.asarray(v) * Hu
-        errors.append(_share(left.sum() - right.sum(), left, right))
+    for u, Hu, v, Hv in zip(directions, products, directions[1:], products[1:], strict=False):
+        left = np.asarray(u) * Hv
+        right = np.asarray(v) * Hu
+        errors.append(_relative_norm(left.sum() - right.sum(), left, right))
     error = _largest(errors)
     if error <= ROUND_OFF:
         return Finding("symmetry", True, f"<u, H v> and <v, H u> are equal to {error:.0e}.")
@@ -271,23 +303,31 @@ def _symmetry(directions: list[jax.Array], pushed: list[np.ndarray]) -> Finding:
 
 
 def _parameters(system: System, slope: jax.Array, rng: np.random.Generator) -> Finding:
-    R, params, errors = system.positions, dict(system.params), {}
+    """Compare derivatives of the forces by each parameter with central differences."""
+    R = system.positions
+    params = dict(system.params)
+    errors = {}
     for name, value in params.items():
         change = jnp.where(value != 0, value, 1.0) * rng.uniform(0.5, 1.0, value.shape)
-        exact = np.asarray(_pull(system, {**jax.tree.map(jnp.zeros_like, params), name: change}))
-        found = _central(
-            lambda t, k=name, c=change: _slope(system, R, {**params, k: params[k] + t * c}),
+        alone = {**jax.tree.map(jnp.zeros_like, params), name: change}
+        exact = np.asarray(_slope_by_parameters(system, alone))
+        difference = _central_difference(
+            lambda t, k=name, c=change: _energy_slope(system, R, {**params, k: params[k] + t * c}),
             0.1 * STEP,
         )
-        # against the forces as well: what does not depend on a parameter leaves round-off of theirs
-        errors[name] = _share(found - exact, exact, found, 1e-3 * np.asarray(slope))
-    worst = list(errors)[int(np.argmax(list(errors.values())))]  # of a NaN, too
+        # Relative to the forces as well: where they do not depend on the parameter, the difference
+        # is their round-off.
+        errors[name] = _relative_norm(
+            difference - exact, exact, difference, 1e-3 * np.asarray(slope)
+        )
+    worst = list(errors)[int(np.argmax(list(errors.values())))]  # argmax finds a NaN, max may not
     names = ", ".join(errors) if errors[worst] <= AGREEMENT else worst
     what = f"derivatives of the forces by {names} and their central differences"
     return _compared("parameters", what, errors[worst])
 
 
 def _compared(check: str, what: str, error: float) -> Finding:
+    """The Finding on the relative error of a comparison with central differences."""
     if error <= AGREEMENT:
         return Finding(check, True, f"{what} agree to {error:.0e}.")
     remedy = (
@@ -298,10 +338,12 @@ def _compared(check: str, what: str, error: float) -> Finding:
 
 
 def _spacing(system: System) -> float:
-    """The median distance of nearest neighbors."""
+    """The median distance of a particle from its nearest neighbor, in open boundaries."""
+    # Imported here, so that importing this package does not import scipy.spatial.
     from scipy.spatial import KDTree
 
+    if system.n < 2:
+        return 1.0
     positions = np.asarray(system.positions)
-    return (
-        float(np.median(KDTree(positions).query(positions, k=2)[0][:, 1])) if system.n > 1 else 1.0
-    )
+    distances, _ = KDTree(positions).query(positions, k=2)  # the nearest is the particle itself
+    return float(np.median(distances[:, 1]))

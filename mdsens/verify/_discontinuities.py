@@ -1,5 +1,6 @@
-"""Where a function of one length and its derivatives jump: found by bisection against their own
-integrals.
+"""Lengths at which a pair function or one of its derivatives jumps, located by bisection.
+
+Where a derivative jumps, its change over an interval is not the integral of the next derivative.
 """
 
 from __future__ import annotations
@@ -13,21 +14,29 @@ import numpy as np
 
 __all__ = ["APART", "ORDERS", "Break", "edges_of", "find_breaks", "nearby", "with_derivatives"]
 
-ORDERS = 4  # phi, phi', phi'', phi''': a kink of phi'' is a jump of phi'''
-CELLS = 2000  # of the first grid, of equal ratio
-WIDTH = 8192  # lengths evaluated together: one compilation serves every grid
-HALVINGS = 40  # of a cell of a thousandth of r, down to round-off
-JUMP = 1e-5  # of the function's size nearby; what is less is no jump
-NEARBY = 10  # cells to each side that make up a function's size nearby
-APART = 1e-6  # of r: breaks nearer than this are one
-ASIDE = (
-    1e-12,
-    1e-9,
-)  # of r: a jump is taken from so far on both sides, free of what phi does at the very point
-STEADY = (
-    0.05  # by how much a jump may differ between the two: what shrinks is none, what grows diverges
-)
-TINY = 1e-30  # of the function's largest size
+# Orders that are examined: phi, phi', phi'' and phi'''. A kink of phi'' is a jump of phi'''.
+ORDERS = 4
+# Cells of the first grid, each a constant ratio of lengths wide.
+CELLS = 2000
+# Lengths that are evaluated together: with a fixed number, one compilation serves every grid.
+WIDTH = 8192
+# How often a cell is halved: from a thousandth of r down to round-off.
+HALVINGS = 40
+# A smaller change, in units of the function's size nearby, is no jump.
+JUMP = 1e-5
+# How many cells on each side make up the function's size nearby.
+NEARBY = 10
+# Relative distance below which two breaks are one.
+APART = 1e-6
+# The two relative distances from a break at which the function is evaluated on both sides for its
+# jump, so that the value at the very point does not enter.
+ASIDE = (1e-12, 1e-9)
+# Relative difference allowed between the jumps measured at those two distances. A change that is
+# smaller at the nearer one is no jump; one that is larger there diverges.
+STEADY = 0.05
+# In units of the function's largest size: added to its size nearby, so that a function that
+# underflows to zero does not jump there.
+TINY = 1e-30
 
 Evaluate = Callable[..., np.ndarray]
 Derivatives = Callable[[jax.Array], tuple[jax.Array, ...]]
@@ -35,11 +44,12 @@ Derivatives = Callable[[jax.Array], tuple[jax.Array, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Break:
-    """A length at which a derivative jumps or diverges.
+    """A length at which phi or one of its derivatives jumps or diverges.
 
     Attributes:
       length: r.
-      jumps: the jump (right less left) of each order that has one; inf where it diverges.
+      jumps: order -> its jump there (right less left); inf where it diverges. Orders that do not
+        jump are left out.
     """
 
     length: float
@@ -47,27 +57,28 @@ class Break:
 
 
 def with_derivatives(phi: Callable[..., jax.Array]) -> Evaluate:
-    """``(r (m,), *values) -> (ORDERS + 1, m)``: phi, elementwise, and its derivatives by r.
-    Compiled once.
+    """Make the function (r (m,), *values) -> (ORDERS + 1, m): phi and its derivatives by r.
+
+    phi acts elementwise on r. The function is compiled once.
     """
 
-    def raised(f: Derivatives) -> Derivatives:
-        """The same with one derivative more."""
+    def with_next(f: Derivatives) -> Derivatives:
+        """The function that returns what f does, and the derivative of the last."""
 
-        def more(r: jax.Array) -> tuple[jax.Array, ...]:
+        def extended(r: jax.Array) -> tuple[jax.Array, ...]:
             known, slopes = jax.jvp(f, (r,), (jnp.ones_like(r),))
             return *known, slopes[-1]
 
-        return more
+        return extended
 
     @jax.jit
     def compiled(r: jax.Array, *values: jax.Array) -> jax.Array:
-        def alone(r: jax.Array) -> tuple[jax.Array, ...]:
+        def phi_alone(r: jax.Array) -> tuple[jax.Array, ...]:
             return (jnp.broadcast_to(phi(r, *values), r.shape),)
 
-        f: Derivatives = alone
+        f: Derivatives = phi_alone
         for _ in range(ORDERS):
-            f = raised(f)
+            f = with_next(f)
         return jnp.stack(f(r))
 
     def evaluate(r: np.ndarray, *values: float) -> np.ndarray:
@@ -75,30 +86,35 @@ def with_derivatives(phi: Callable[..., jax.Array]) -> Evaluate:
         for start in range(0, r.size, WIDTH):
             part = r[start : start + WIDTH]
             padded = np.concatenate([part, np.full(WIDTH - part.size, part[-1])])
-            parts.append(
-                np.asarray(compiled(jnp.asarray(padded), *map(jnp.asarray, values)))[:, : part.size]
-            )
+            rows = np.asarray(compiled(jnp.asarray(padded), *map(jnp.asarray, values)))
+            parts.append(rows[:, : part.size])
         return np.concatenate(parts, axis=1)
 
     return evaluate
 
 
 def edges_of(low: float, high: float, points: Sequence[float]) -> np.ndarray:
-    """The first grid: equal ratios from ``low`` to ``high``, with a narrow cell of its own around
-    each point.
+    """Edges of the first grid: equal ratios from ``low`` to ``high``, and a narrow cell at points.
+
+    Args:
+      points: the declared breakpoints. Each is alone in its narrow cell, so that it does not hide
+        another break nearby.
     """
-    own = np.array([p * (1.0 + side * APART) for p in points for side in (-1.0, 1.0)])
-    edges = np.unique(np.concatenate([np.geomspace(low, high, CELLS + 1), own]))
+    narrow = np.array([p * (1.0 + side * APART) for p in points for side in (-1.0, 1.0)])
+    edges = np.unique(np.concatenate([np.geomspace(low, high, CELLS + 1), narrow]))
     kept = (edges >= low) & (edges <= high)
-    for p in points:  # the grid's own edges must not split the narrow cells
+    for p in points:  # other edges must not split the narrow cells
         kept &= ~((edges > p * (1.0 - APART)) & (edges < p * (1.0 + APART)))
     return edges[kept]
 
 
 def nearby(f: np.ndarray, r: np.ndarray) -> np.ndarray:
-    """The size of each derivative near each r, (ORDERS, m): that of the lower orders over powers of
-    r included.
+    """(ORDERS, m) the size of phi and its derivatives near each r.
+
+    The largest absolute value among some cells on each side, plus the sizes of the lower orders
+    over powers of r.
     """
+    # Imported here, so that importing this package does not import scipy.ndimage.
     from scipy.ndimage import maximum_filter1d
 
     size = np.nan_to_num(np.abs(f[:ORDERS]), nan=0.0, posinf=0.0)
@@ -111,10 +127,10 @@ def nearby(f: np.ndarray, r: np.ndarray) -> np.ndarray:
 def _excess(
     a: np.ndarray, b: np.ndarray, fa: np.ndarray, fb: np.ndarray, ga: np.ndarray, gb: np.ndarray
 ) -> np.ndarray:
-    """f(b) - f(a) less the trapezoid of its derivative g: the jump, or of third order in b - a
-    where f is smooth.
+    """f(b) - f(a) less the integral of the derivative g of f, by the trapezoidal rule.
 
-    What autodiff calls f' knows nothing of a jump of f.
+    This is the jump of f between a and b; where f is smooth it is of third order in b - a. A
+    derivative by automatic differentiation does not contain the jump.
     """
     return np.nan_to_num(fb - fa - 0.5 * (b - a) * (ga + gb), nan=0.0, posinf=0.0, neginf=0.0)
 
@@ -122,61 +138,68 @@ def _excess(
 def find_breaks(
     evaluate: Evaluate, values: Sequence[float], edges: np.ndarray, f: np.ndarray | None = None
 ) -> list[Break]:
-    """Every jump of phi, phi', phi'' and phi''' between the edges, rising.
+    """Locate every jump of phi, phi', phi'' and phi''' between the edges, in ascending order.
 
-    Each cell is halved, for each order by itself, towards the half whose change is not the integral
-    of the next derivative. Where nothing jumps that difference shrinks to round-off; a jump stays.
-    Of two jumps of one order within a cell, a thousandth of r wide, the larger is found.
+    Each cell is halved, for each order separately, towards the half whose change differs more from
+    the integral of the next derivative. Where nothing jumps that difference shrinks to round-off; a
+    jump stays. Of two jumps of one order within a cell, which is a thousandth of r wide, the larger
+    is located.
 
     Args:
       evaluate: from ``with_derivatives``.
-      values: of phi's parameters.
-      edges: (m,) of the cells.
-      f: (ORDERS + 1, m) what ``evaluate`` gives there, where it is known.
+      values: values of the parameters of phi.
+      edges: (m,) edges of the cells.
+      f: (ORDERS + 1, m) the result of ``evaluate`` at the edges, where it is known already.
     """
     f = evaluate(edges, *values) if f is None else f
     size = nearby(f, edges)
     size = np.maximum(size[:, :-1], size[:, 1:])
+    # The ends of every cell, a row for each order, (ORDERS, m - 1); there the function f of that
+    # order, and its derivative g.
     a, b = (np.repeat(side[None], ORDERS, axis=0) for side in (edges[:-1], edges[1:]))
-    fa, fb, ga, gb = f[:-1, :-1], f[:-1, 1:], f[1:, :-1], f[1:, 1:]
+    fa, fb = f[:-1, :-1], f[:-1, 1:]
+    ga, gb = f[1:, :-1], f[1:, 1:]
 
-    def at(r: np.ndarray, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """At each length the function of one order, and its derivative."""
-        rows, each = evaluate(r.ravel(), *values), np.arange(r.size)
-        which = np.broadcast_to(which, r.shape).ravel()
-        return rows[which, each].reshape(r.shape), rows[which + 1, each].reshape(r.shape)
+    def value_and_slope(r: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The derivative of phi of each order at each length, and the next one."""
+        rows = evaluate(r.ravel(), *values)
+        columns = np.arange(r.size)
+        order = np.broadcast_to(order, r.shape).ravel()
+        return rows[order, columns].reshape(r.shape), rows[order + 1, columns].reshape(r.shape)
 
-    def across(r: np.ndarray, which: np.ndarray, aside: float) -> np.ndarray:
-        """The jump of one order across each length."""
-        before, after = r * (1.0 - aside), r * (1.0 + aside)
-        (fa, ga), (fb, gb) = at(before, which), at(after, which)
-        return _excess(before, after, fa, fb, ga, gb)
+    def jump_across(r: np.ndarray, order: np.ndarray, aside: float) -> np.ndarray:
+        """The jump of each order across each length."""
+        before = r * (1.0 - aside)
+        after = r * (1.0 + aside)
+        f_before, g_before = value_and_slope(before, order)
+        f_after, g_after = value_and_slope(after, order)
+        return _excess(before, after, f_before, f_after, g_before, g_after)
 
     with np.errstate(invalid="ignore", over="ignore"):
         for _ in range(HALVINGS):
             c = 0.5 * (a + b)
-            fc, gc = at(c, np.arange(ORDERS)[:, None])
+            fc, gc = value_and_slope(c, np.arange(ORDERS)[:, None])
             lower = np.abs(_excess(a, c, fa, fc, ga, gc)) >= np.abs(_excess(c, b, fc, fb, gc, gb))
             a, fa, ga = (np.where(lower, old, new) for old, new in ((a, c), (fa, fc), (ga, gc)))
             b, fb, gb = (np.where(lower, new, old) for old, new in ((b, c), (fb, fc), (gb, gc)))
-        # f at its smallest may underflow, and that is no jump
-        rough = np.abs(_excess(a, b, fa, fb, ga, gb)) > JUMP * (
-            size + TINY * size.max(axis=1, keepdims=True)
-        )
+        threshold = JUMP * (size + TINY * size.max(axis=1, keepdims=True))
+        rough = np.abs(_excess(a, b, fa, fb, ga, gb)) > threshold
+        # Transposed: the candidates come by cell first, and so in ascending order of r.
         cell, order = np.nonzero(rough.T)
         if not cell.size:
             return []
         length = b[order, cell]
-        nearer, farther = (across(length, order, aside) for aside in ASIDE)
-    found: list[Break] = []
-    for r, k, near, far, own in zip(length, order, nearer, farther, size[order, cell], strict=True):
-        if not abs(near) > JUMP * own:
+        nearer, farther = (jump_across(length, order, aside) for aside in ASIDE)
+    breaks: list[Break] = []
+    for r, k, near, far, scale in zip(
+        length, order, nearer, farther, size[order, cell], strict=True
+    ):
+        if not abs(near) > JUMP * scale:
             continue  # a value at one point alone, such as the mean that maximum() takes at a tie
         if abs(near) < (1.0 - STEADY) * abs(far):
-            continue  # continuous, of infinite slope: the next order diverges
-        if not found or r - found[-1].length > APART * r:
-            found.append(Break(float(r), {}))
-        found[-1].jumps.setdefault(
-            int(k), np.inf if abs(near) > (1.0 + STEADY) * abs(far) else float(near)
-        )
-    return found
+            continue  # continuous, with an infinite slope: the next order diverges
+        if not breaks or r - breaks[-1].length > APART * r:
+            breaks.append(Break(float(r), {}))
+        diverges = abs(near) > (1.0 + STEADY) * abs(far)
+        breaks[-1].jumps.setdefault(int(k), np.inf if diverges else float(near))
+    return breaks

@@ -1,4 +1,4 @@
-"""What the checks of a potential found: a sentence each."""
+"""Results of the checks of a potential, a sentence for each check."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ __all__ = ["Finding", "PotentialTest"]
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What one check found.
+    """The result of one check.
 
     Attributes:
-      check: its name.
-      good: whether the potential passed.
-      sentence: what was found, and what to do where it is not good.
+      check: name of the check.
+      good: whether the potential passed it.
+      sentence: the result in words; if the potential did not pass, with a remedy.
     """
 
     check: str
@@ -26,11 +26,11 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class PotentialTest(Shown):
-    """What the checks of a potential found.
+    """The results of all checks of a potential.
 
     Attributes:
-      potential: its name.
-      findings: one a check, or one a breakpoint.
+      potential: name of the potential.
+      findings: a Finding for each check, and for each breakpoint.
     """
 
     potential: str
@@ -43,12 +43,13 @@ class PotentialTest(Shown):
 
     @property
     def bad(self) -> tuple[Finding, ...]:
-        """The findings that are not good."""
+        """The findings of checks that the potential did not pass."""
         return tuple(finding for finding in self.findings if not finding.good)
 
     @property
     def _title(self) -> str:  # type: ignore[override]
-        return f"Potential test of {self.potential}: {'good' if self.good else f'{len(self.bad)} not good'}"
+        verdict = "good" if self.good else f"{len(self.bad)} not good"
+        return f"Potential test of {self.potential}: {verdict}"
 
     def _rows(self) -> list[tuple[str, str]]:
         return [(f.check, ("" if f.good else "NOT GOOD: ") + f.sentence) for f in self.findings]

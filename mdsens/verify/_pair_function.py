@@ -1,6 +1,4 @@
-"""What a pair function promises: smooth where it says so, zero where it says so, finite
-derivatives.
-"""
+"""Checks of a pair function: continuity, its end at the cutoff, repulsion, finite derivatives."""
 
 from __future__ import annotations
 
@@ -27,27 +25,34 @@ from mdsens.verify._findings import Finding
 
 __all__ = ["PairFunction"]
 
-# different pairs of a potential that are looked at, at most; and places of a rough one that are told
+# How many different pairs of a potential are examined, and how many undeclared breaks are reported,
+# at most.
 KINDS = 6
-NEAR, FAR = 0.2, 3.0  # of the distance of least energy: where a pair function is looked at
-BEYOND = 1.2  # of the cutoff, likewise
-ROUND_OFF = 1e-10  # of what should be zero
+# The lengths between which a pair function is examined, in units of the distance of least energy.
+NEAR = 0.2
+FAR = 3.0
+# With a cutoff or breakpoints, it is examined up to this multiple of the longest of them.
+BEYOND = 1.2
+# Lengths at which a pair function has to vanish, in units of its cutoff.
+OUTSIDE = np.array([1.0, 1.0 + 1e-9, 1.01, 1.1, 1.25, 1.5, 2.0, 3.0])
+# Relative size up to which a number that should be zero is zero.
+ROUND_OFF = 1e-10
 NAMES = ("phi", "phi'", "phi''", "phi'''")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Kind:
-    """One kind of pair: its parameters' values, and phi with its derivatives along r.
+    """One kind of pair: the values of its parameters, and phi with its derivatives along r.
 
     Attributes:
-      label: the values by name.
-      values: of phi's parameters.
-      points: the declared breakpoints, rising.
-      cutoff: where phi must end; inf where nothing is said.
+      label: the values with their names, for messages.
+      values: values of the parameters of phi.
+      points: the declared breakpoints, ascending.
+      cutoff: length from which on phi must vanish; inf where the potential declares none.
       least: the distance of least energy; 1 where there is none.
-      r: (m,) where phi was looked at.
+      r: (m,) lengths at which phi was evaluated.
       f: (ORDERS + 1, m) phi and its derivatives there.
-      breaks: what was found to jump.
+      breaks: the jumps that were located.
     """
 
     label: str
@@ -59,31 +64,35 @@ class _Kind:
     f: np.ndarray
     breaks: list[Break]
 
-    def declared(self, found: Break) -> bool:
-        """Whether a breakpoint is declared there."""
-        return any(abs(found.length - p) <= APART * p for p in self.points)
+    def declared(self, located: Break) -> bool:
+        """Whether a breakpoint is declared at a jump that was located."""
+        return any(abs(located.length - p) <= APART * p for p in self.points)
 
     def jump(self, point: float, order: int) -> float:
-        """The jump of one order at a declared breakpoint."""
-        return next(
-            (
-                b.jumps.get(order, 0.0)
-                for b in self.breaks
-                if abs(b.length - point) <= APART * point
-            ),
-            0.0,
-        )
+        """The jump of one order at a declared breakpoint; 0 where it has none."""
+        for located in self.breaks:
+            if abs(located.length - point) <= APART * point:
+                return located.jumps.get(order, 0.0)
+        return 0.0
 
 
 class PairFunction:
-    """phi(r) of one potential for its different pairs, and what the checks find of it."""
+    """The pair function phi(r) of one potential, for its different pairs, and its checks.
+
+    Args:
+      potential: a pair potential, or one of bonds.
+      term: its pairs, with the values of their parameters.
+      between: the lengths between which to examine phi; None for the default.
+    """
 
     def __init__(self, potential: Any, term: PairTerm, between: tuple[float, float] | None):
-        self.potential, self.phi = potential, term.phi
+        self.potential = potential
+        self.phi = term.phi
         self.names: tuple[str, ...] = tuple(potential.parameters)
         self.bonded = isinstance(potential, BondedPotential)
         self.evaluate = with_derivatives(term.phi)
         columns = [np.broadcast_to(np.asarray(v, float), term.i.shape) for v in term.values]
+        # A row for each different pair; without parameters all pairs are the same.
         rows = np.unique(np.stack(columns, axis=1), axis=0) if columns else np.zeros((1, 0))
         chosen = np.unique(np.linspace(0, len(rows) - 1, KINDS).astype(int)) if len(rows) else []
         self.kinds = [self._kind(tuple(map(float, rows[k])), term, between) for k in chosen]
@@ -91,212 +100,221 @@ class PairFunction:
     def _kind(
         self, values: tuple[float, ...], term: PairTerm, between: tuple[float, float] | None
     ) -> _Kind:
+        """Evaluate phi along r for one kind of pair, and locate its jumps."""
         arrays = tuple(map(jnp.asarray, values))
         label = ", ".join(f"{name} = {v:.6g}" for name, v in zip(self.names, values, strict=True))
-        points = tuple(
-            sorted({p for p in map(float, term.breakpoints(*arrays)) if 0 < p < math.inf})
-        )
-        cutoff = (
-            math.inf
-            if self.bonded
-            else float(self.potential.range(dict(zip(self.names, arrays, strict=True))))
-        )
-        least = _least(self.evaluate, values, cutoff)
-        low, high = NEAR * least, BEYOND * cutoff if math.isfinite(cutoff) else FAR * least
+        declared = {float(point) for point in term.breakpoints(*arrays)}
+        points = tuple(sorted(point for point in declared if 0 < point < math.inf))
+        if self.bonded:
+            cutoff = math.inf
+        else:
+            cutoff = float(self.potential.range(dict(zip(self.names, arrays, strict=True))))
+        least = _least_energy_distance(self.evaluate, values, cutoff)
+        low = NEAR * least
+        high = BEYOND * cutoff if math.isfinite(cutoff) else FAR * least
         if points:
-            low, high = min(low, 0.5 * points[0]), max(high, BEYOND * points[-1])
+            low = min(low, 0.5 * points[0])
+            high = max(high, BEYOND * points[-1])
         edges = edges_of(*(between or (low, high)), points)
         f = self.evaluate(edges, *values)
-        breaks = find_breaks(self.evaluate, values, edges, f)
         return _Kind(
-            f" with {label}" if label else "", values, points, cutoff, least, edges, f, breaks
+            label=f" with {label}" if label else "",
+            values=values,
+            points=points,
+            cutoff=cutoff,
+            least=least,
+            r=edges,
+            f=f,
+            breaks=find_breaks(self.evaluate, values, edges, f),
         )
 
     def findings(self) -> Iterator[Finding]:
-        """One a declared breakpoint, one or more on what is not declared, then the rest."""
+        """Run the checks: each declared breakpoint, then undeclared ones, then the others."""
         if not self.kinds:
-            yield Finding(
-                "pairs",
-                False,
-                "there is none, so that nothing was looked at: give bonds or more particles.",
-            )
+            sentence = "there is none, so that nothing was looked at: give bonds or more particles."
+            yield Finding("pairs", False, sentence)
             return
         for k in range(max(len(kind.points) for kind in self.kinds)):
             yield self._at_declared(k)
-        yield from self._elsewhere()
+        yield from self._undeclared()
         if any(math.isfinite(kind.cutoff) for kind in self.kinds):
-            yield self._beyond()
+            yield self._vanishing()
         if self.potential.repulsive:
-            yield self._repels()
+            yield self._repulsion()
         yield self._finite()
 
     def _at_declared(self, k: int) -> Finding:
+        """Check that phi and phi' are continuous at the k-th declared breakpoint."""
+        check = f"breakpoint {k + 1}"
         kinds = [kind for kind in self.kinds if len(kind.points) > k]
         where = _span([kind.points[k] for kind in kinds])
         kinds = [kind for kind in kinds if kind.r[0] < kind.points[k] < kind.r[-1]]
         if not kinds:
-            return Finding(
-                f"breakpoint {k + 1}", True, f"declared at {where}, not between the lengths given."
-            )
+            return Finding(check, True, f"declared at {where}, not between the lengths given.")
         largest = [
             max((kind.jump(kind.points[k], order) for kind in kinds), key=abs)
             for order in range(len(NAMES))
         ]
+        # phi''' is not named as continuous: it is the last order that is examined.
         smooth = [name for name, jump in zip(NAMES[:-1], largest, strict=False) if not jump]
         parts = [f"{_listed(smooth)} continuous"] if smooth else []
         parts += [
             f"{name} {_jumps(jump)}" for name, jump in zip(NAMES, largest, strict=True) if jump
         ]
         good = not largest[0] and not largest[1]
-        remedy = (
-            ""
-            if good
-            else "; no minimum can stand there: shift phi, or wrap it in ms.potentials.switched"
-        )
-        return Finding(
-            f"breakpoint {k + 1}", good, f"declared at {where}: {', '.join(parts)}{remedy}."
-        )
+        remedy = ""
+        if not good:
+            remedy = "; no minimum can stand there: shift phi, or wrap it in ms.potentials.switched"
+        return Finding(check, good, f"declared at {where}: {', '.join(parts)}{remedy}.")
 
-    def _elsewhere(self) -> Iterator[Finding]:
-        found = [(kind, b) for kind in self.kinds for b in kind.breaks if not kind.declared(b)]
-        for kind, b in found[:KINDS]:
-            said = ", ".join(
-                f"{NAMES[order]} {_jumps(jump)}" for order, jump in sorted(b.jumps.items())
+    def _undeclared(self) -> Iterator[Finding]:
+        """Check that phi to phi''' jump nowhere but at declared breakpoints."""
+        undeclared = [
+            (kind, located)
+            for kind in self.kinds
+            for located in kind.breaks
+            if not kind.declared(located)
+        ]
+        for kind, located in undeclared[:KINDS]:
+            jumps = ", ".join(
+                f"{NAMES[order]} {_jumps(jump)}" for order, jump in sorted(located.jumps.items())
             )
-            remedy = "declare it in breakpoints=, or the radius of a sensitivity does not see it"
-            if self.bonded:
+            if 0 in located.jumps or 1 in located.jumps:
+                remedy = "no minimum can stand there: make phi and phi' continuous"
+            elif self.bonded:
                 remedy = (
                     "bonds declare no breakpoint, and the radius of a sensitivity does not see it"
                 )
-            if 0 in b.jumps or 1 in b.jumps:
-                remedy = "no minimum can stand there: make phi and phi' continuous"
-            yield Finding(
-                "undeclared", False, f"at r = {b.length:.10g}{kind.label}, {said}; {remedy}."
+            else:
+                remedy = (
+                    "declare it in breakpoints=, or the radius of a sensitivity does not see it"
+                )
+            sentence = f"at r = {located.length:.10g}{kind.label}, {jumps}; {remedy}."
+            yield Finding("undeclared", False, sentence)
+        if len(undeclared) > KINDS:
+            yield Finding("undeclared", False, f"{len(undeclared) - KINDS} more.")
+        if not undeclared:
+            low = min(kind.r[0] for kind in self.kinds)
+            high = max(kind.r[-1] for kind in self.kinds)
+            sentence = (
+                f"from r = {low:.3g} to {high:.3g}, phi to phi''' jump nowhere but at declared"
+                " breakpoints."
             )
-        if len(found) > KINDS:
-            yield Finding("undeclared", False, f"{len(found) - KINDS} more.")
-        if not found:
-            low, high = (
-                min(kind.r[0] for kind in self.kinds),
-                max(kind.r[-1] for kind in self.kinds),
-            )
-            span = f"from r = {low:.3g} to {high:.3g}"
-            yield Finding(
-                "undeclared",
-                True,
-                f"{span}, phi to phi''' jump nowhere but at declared breakpoints.",
-            )
+            yield Finding("undeclared", True, sentence)
 
-    def _beyond(self) -> Finding:
-        worst, place = 0.0, ""
+    def _vanishing(self) -> Finding:
+        """Check that phi and phi' vanish from the cutoff on."""
+        worst = 0.0
+        place = ""
         for kind in self.kinds:
             if not math.isfinite(kind.cutoff):
                 continue
             within = kind.f[:2, (kind.r >= 0.5 * kind.cutoff) & (kind.r <= kind.cutoff)]
-            r = kind.cutoff * np.array([1.0, 1.0 + 1e-9, 1.01, 1.1, 1.25, 1.5, 2.0, 3.0])
-            left = np.abs(self.evaluate(r, *kind.values)[:2])
-            left[1, 0] = 0.0  # the slope may jump at the very end, which is told by its breakpoint
+            r = kind.cutoff * OUTSIDE
+            outside = np.abs(self.evaluate(r, *kind.values)[:2])
+            # phi' may jump at the cutoff itself, which the check of that breakpoint reports.
+            outside[1, 0] = 0.0
             size = np.abs(within).max(axis=1, initial=0.0)[:, None]
-            share = np.nan_to_num(left / np.where(size > 0, size, 1.0), nan=np.inf)
+            share = np.nan_to_num(outside / np.where(size > 0, size, 1.0), nan=np.inf)
             order, k = np.unravel_index(np.argmax(share), share.shape)
             if share[order, k] > max(worst, ROUND_OFF):
                 worst = float(share[order, k])
-                place = f"{NAMES[order]} is {left[order, k]:.3g} at r = {r[k]:.6g}{kind.label}"
+                value = f"{NAMES[order]} is {outside[order, k]:.3g}"
+                place = f"{value} at r = {r[k]:.6g}{kind.label}"
         ends = _span([kind.cutoff for kind in self.kinds])
-        if worst:
-            remedy = (
-                "a list may hold such pairs or not, so make it zero there: ms.potentials.switched"
-            )
-            return Finding(
-                "cutoff", False, f"{place}, where it is to vanish from {ends} on; {remedy}."
-            )
-        return Finding("cutoff", True, f"phi and phi' vanish from {ends} on.")
+        if not worst:
+            return Finding("cutoff", True, f"phi and phi' vanish from {ends} on.")
+        remedy = "a list may hold such pairs or not, so make it zero there: ms.potentials.switched"
+        sentence = f"{place}, where it is to vanish from {ends} on; {remedy}."
+        return Finding("cutoff", False, sentence)
 
-    def _repels(self) -> Finding:
+    def _repulsion(self) -> Finding:
+        """Check that phi' is nowhere positive, for a potential that is declared repulsive."""
         for kind in self.kinds:
-            pull = np.nan_to_num(kind.f[1], nan=0.0)
-            k = int(np.argmax(pull))
-            if pull[k] > ROUND_OFF * nearby(kind.f, kind.r)[1, k]:
+            slope = np.nan_to_num(kind.f[1], nan=0.0)
+            k = int(np.argmax(slope))
+            if slope[k] > ROUND_OFF * nearby(kind.f, kind.r)[1, k]:
                 sentence = (
-                    f"declared repulsive, but phi' is {pull[k]:.3g} at r ="
-                    f" {kind.r[k]:.6g}{kind.label}, a pull"
+                    f"declared repulsive, but phi' is {slope[k]:.3g} at r ="
+                    f" {kind.r[k]:.6g}{kind.label}, a pull: leave repulsive out, or rattlers are"
+                    " misjudged."
                 )
-                return Finding(
-                    "repulsion",
-                    False,
-                    f"{sentence}: leave repulsive out, or rattlers are misjudged.",
-                )
+                return Finding("repulsion", False, sentence)
         return Finding("repulsion", True, "phi' never pulls, as declared.")
 
     def _finite(self) -> Finding:
-        """phi, phi', phi'', and d/dp of phi and phi', on the grid and at and beside every
-        breakpoint.
+        """Check that phi, phi', phi'', and d/dp of phi and phi' are finite.
 
-        In reverse mode, as forces are: forward mode is spared the NaN of a where() without a guard.
+        On the grid, and at and beside every breakpoint. The derivatives are taken in reverse mode,
+        as those of forces are: forward mode does not give the NaN of a where() without a guard.
         """
-        by = tuple(range(1 + len(self.names)))
+        argnums = tuple(range(1 + len(self.names)))  # r and every parameter
 
         @jax.jit
-        def slopes_of(r: jax.Array, values: tuple[jax.Array, ...]) -> Any:
-            both = (jax.grad(f, argnums=by) for f in (self.phi, jax.grad(self.phi)))
-            return tuple(jax.vmap(lambda s, f=f: f(s, *values))(r) for f in both)
+        def slopes_of(
+            r: jax.Array, values: tuple[jax.Array, ...]
+        ) -> tuple[tuple[jax.Array, ...], ...]:
+            """The derivatives of phi and of phi' by r and by every parameter."""
+            gradients = (jax.grad(f, argnums=argnums) for f in (self.phi, jax.grad(self.phi)))
+            return tuple(jax.vmap(lambda s, f=f: f(s, *values))(r) for f in gradients)
 
         for kind in self.kinds:
             special = [
-                x for p in kind.points for x in (np.nextafter(p, 0.0), p, np.nextafter(p, np.inf))
+                r for p in kind.points for r in (np.nextafter(p, 0.0), p, np.nextafter(p, np.inf))
             ]
             special += [kind.cutoff] if math.isfinite(kind.cutoff) else []
             r = np.concatenate([special, kind.r])
-            known = [("phi", self.evaluate(r, *kind.values)[0])]
+            columns: list[tuple[str, Any]] = [("phi", self.evaluate(r, *kind.values)[0])]
             slopes = slopes_of(jnp.asarray(r), tuple(map(jnp.asarray, kind.values)))
             for order, (by_r, *by_parameters) in enumerate(slopes):
-                known.append((NAMES[order + 1], by_r))
-                known += [
-                    (f"d {NAMES[order]} / d {p}", c)
-                    for p, c in zip(self.names, by_parameters, strict=True)
+                columns.append((NAMES[order + 1], by_r))
+                columns += [
+                    (f"d {NAMES[order]} / d {name}", by_parameter)
+                    for name, by_parameter in zip(self.names, by_parameters, strict=True)
                 ]
-            for what, column in known:
-                column = np.asarray(column)
-                if not np.isfinite(column).all():
-                    place = (
-                        f"{what} is not finite at r ="
-                        f" {r[np.argmin(np.isfinite(column))]:.10g}{kind.label}"
+            for what, column in columns:
+                finite = np.isfinite(np.asarray(column))
+                if not finite.all():
+                    sentence = (
+                        f"{what} is not finite at r = {r[np.argmin(finite)]:.10g}{kind.label};"
+                        " where() takes derivatives of both its sides: guard the argument inside as"
+                        " well."
                     )
-                    remedy = (
-                        "where() takes derivatives of both its sides: guard the argument inside as"
-                        " well"
-                    )
-                    return Finding("finite", False, f"{place}; {remedy}.")
-        more = (
-            f", and the derivatives of phi and phi' by {_listed(self.names)}" if self.names else ""
-        )
-        return Finding("finite", True, f"phi, phi' and phi''{more}.")
+                    return Finding("finite", False, sentence)
+        derivatives = ""
+        if self.names:
+            derivatives = f", and the derivatives of phi and phi' by {_listed(self.names)}"
+        return Finding("finite", True, f"phi, phi' and phi''{derivatives}.")
 
 
-def _least(evaluate: Evaluate, values: tuple[float, ...], cutoff: float) -> float:
-    """The distance of least energy: contact, for a potential that only repels up to a cutoff."""
-    r = (
-        cutoff * np.geomspace(1e-2, 1.0, 1000)
-        if math.isfinite(cutoff)
-        else np.geomspace(1e-3, 1e3, 6000)
-    )
+def _least_energy_distance(evaluate: Evaluate, values: tuple[float, ...], cutoff: float) -> float:
+    """The distance of least energy: contact, for a potential that only repels up to a cutoff.
+
+    Without a cutoff it is searched from 1e-3 to 1e3; 1 where there is none.
+    """
+    if math.isfinite(cutoff):
+        r = cutoff * np.geomspace(1e-2, 1.0, 1000)
+    else:
+        r = np.geomspace(1e-3, 1e3, 6000)
     energy = evaluate(r, *values)[0]
     k = int(np.argmin(np.where(np.isfinite(energy), energy, np.inf)))
     if math.isfinite(cutoff):
-        return (
-            float(r[k]) if k > 0 else 0.5 * cutoff
-        )  # a well at the origin has no distance of its own
+        # A well at the origin (k = 0) has no distance of least energy: take half the cutoff.
+        return float(r[k]) if k > 0 else 0.5 * cutoff
     return float(r[k]) if 0 < k and energy[k] < energy[-1] else 1.0
 
 
 def _jumps(jump: float) -> str:
+    """A jump in words."""
     return "diverges" if math.isinf(jump) else f"jumps by {jump:.3g}"
 
 
 def _listed(names: Sequence[str]) -> str:
+    """Names joined by commas, the last two by "and"."""
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _span(lengths: Sequence[float]) -> str:
+    """A length, or the range of several, in words."""
     low, high = min(lengths), max(lengths)
     return f"r = {low:.6g}" if math.isclose(low, high) else f"r = {low:.6g} to {high:.6g}"

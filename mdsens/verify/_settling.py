@@ -1,18 +1,17 @@
-"""A minimum found again, brought down to round-off by Newton steps with the Hessian of the minimum
-it was found from.
+"""Newton steps that bring a minimum down to round-off, with the Hessian of a minimum nearby.
 
 A minimizer stops at a tolerance, and the force that it leaves is in the softest modes. Near jamming
-a force of 1e-14 leaves positions off by 1e-10, which is 1e-4 of a difference over a step of 1e-6,
-and the same of one over half that step, because the minimizer went the same way there. So the force
-left is taken away first. A root of dU/dR = 0 is one whichever matrix the steps were made with: a
-wrong Hessian makes them slow, not their end wrong. The step that is still left at the end is what
-round-off makes of the positions.
+a force of 1e-14 displaces positions by 1e-10, which is 1e-4 of a difference over a step of 1e-6. A
+difference over half that step has the same error, because the minimizer takes the same path there,
+so that comparing the two does not show it. The Newton steps remove that force first. The root of
+dU/dR = 0 does not depend on the matrix of the steps: with a wrong Hessian they converge slowly, but
+to the same positions. The step that remains at the end is the round-off of the positions.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,24 +22,27 @@ from mdsens.mechanics.hessian import Unknowns
 from mdsens.mechanics.hessian_factor import HessianFactor
 from mdsens.model.box import FixedBox
 from mdsens.relaxation.equilibrium import Equilibrium
-from mdsens.sensitivity._derivative_solve import read
 from mdsens.sensitivity.certificate.solution_space import Space
 from mdsens.sensitivity.linearization import Linearization
 
 __all__ = ["Settled", "Settling"]
 
-STEPS = 8  # at most; from a minimizer's tolerance it takes two or three
-FALLS = 0.5  # of the step before: one that is not shorter than that is round-off
-RTOL = 1e-4  # of a solve without a factor: each step is then that much shorter than the one before
+# Largest number of steps; from a minimizer's tolerance it takes two or three.
+STEPS = 8
+# A step that is not shorter than this share of the previous one is round-off.
+FALLS = 0.5
+# Relative tolerance of an iterative solve: each step is then shorter than the previous one by this
+# factor.
+RTOL = 1e-4
 
 
 class Settled(NamedTuple):
-    """A minimum at round-off.
+    """A minimum brought down to round-off.
 
     Attributes:
-      equilibrium: the minimum; status and steps are the minimizer's.
-      rest: the Newton step left, as the doors give changes.
-      force: the largest force left on a particle.
+      equilibrium: the minimum; its status and steps are those of the minimizer.
+      rest: the Newton step that remains, in the form in which ``jvp`` returns changes.
+      force: the largest force that remains on a particle.
     """
 
     equilibrium: Equilibrium
@@ -50,74 +52,81 @@ class Settled(NamedTuple):
 
 @jax.jit
 def _condition(lin: Linearization) -> Unknowns:
+    """The stationarity condition at the configuration of ``lin``, zero at a minimum."""
     return lin.condition(lin.unknowns, lin.params)
 
 
 @jax.jit
 def _public(lin: Linearization, x: Unknowns) -> Unknowns:
-    """A change of the unknowns as the doors give it."""
-    if lin.constraint_status is None:
-        value = lin.stored(x)
+    """A change of the unknowns in the form in which ``jvp`` returns it."""
+    if not lin.constrained:
+        value = lin.structure.stored(lin, x)
         return value if isinstance(value, Unknowns) else Unknowns(value)
-    return jax.jvp(lambda y: read(lin, y, lin.params), (lin.unknowns,), (x,))[1]
+    structure: Any = lin.structure
+    return jax.jvp(lambda y: structure.read(lin, y, lin.params), (lin.unknowns,), (x,))[1]
 
 
 class Settling:
     """Newton steps to a minimum from near it.
 
     Args:
-      lin: a minimum of the same system at nearly the same parameters, whose Hessian, network and
-        null space they take.
+      lin: a minimum of the same system at nearly the same parameters; the steps use its Hessian,
+        network and null space.
     """
 
     def __init__(self, lin: Linearization):
-        stiffness = lin.stiffness
+        stiffness = lin.factor
         if stiffness is None:
             stiffness = HessianFactor(lin.system, lin.null, lin.equilibrium.order)
-        self.lin, self.space = lin, Space(lin, stiffness)
+        self.lin = lin
+        self.space = Space(lin, stiffness)
 
-    def __call__(self, there: Equilibrium) -> Settled:
-        at = self._lin_at(there)
-        step, force = self._newton(at)
+    def __call__(self, near: Equilibrium) -> Settled:
+        """Take Newton steps from a minimum nearby as long as each is at most half the previous."""
+        minimum = near
+        lin = self._lin_at(minimum)
+        step, force = self._newton(lin)
         for _ in range(STEPS):
-            beside = self._moved(there, at, step)
-            its_lin = self._lin_at(beside)
-            its_step, its_force = self._newton(its_lin)
-            before, after = self.space.size(step), self.space.size(its_step)
+            next_minimum = self._moved(minimum, lin, step)
+            next_lin = self._lin_at(next_minimum)
+            next_step, next_force = self._newton(next_lin)
+            before = self.space.size(step)
+            after = self.space.size(next_step)
             if not after < FALLS * before:
-                step = its_step if after > before else step
+                # Both steps count as round-off, and the larger one is returned as its size.
+                step = next_step if after > before else step
                 break
-            there, at, step, force = beside, its_lin, its_step, its_force
-        return Settled(there, _public(at.traced(()), step), force)
+            minimum, lin = next_minimum, next_lin
+            step, force = next_step, next_force
+        return Settled(minimum, _public(lin.traced(()), step), force)
 
-    def _lin_at(self, there: Equilibrium) -> Linearization:
-        """The condition at a configuration, on the network of the minimum between."""
+    def _lin_at(self, near: Equilibrium) -> Linearization:
+        """The linearization ``self.lin`` moved to a minimum nearby: its condition, the old network.
+
+        The minimum keeps its own pressure and multipliers.
+        """
         lin = self.lin
-        backbone = contacts.backbone(there.system, lin.network)
-        cell = None if lin.cell is None else dataclasses.replace(lin.cell, pressure=there.pressure)
-        multipliers = lin.multipliers
-        if multipliers is not None:
-            multipliers = lagrangian.unknowns_of(backbone, there.multipliers).multipliers
-        return dataclasses.replace(lin, system=backbone, cell=cell, multipliers=multipliers)
+        backbone = contacts.backbone(near.system, lin.network)
+        structure = lin.structure.at(near, backbone)
+        return dataclasses.replace(lin, system=backbone, structure=structure)
 
-    def _newton(self, eq: Linearization) -> tuple[Unknowns, float]:
-        """The step to the minimum, and the largest force that is left here."""
-        forces = self.lin.null.free(jax.tree.map(jnp.negative, _condition(eq.traced(()))))
-        loose = np.asarray(self.lin.network.rattlers)[:, None]
-        largest = float(
-            np.max(np.linalg.norm(np.where(loose, 0.0, forces.positions), axis=1), initial=0.0)
-        )
-        return self.space.yields(forces, RTOL)[0], largest
+    def _newton(self, lin: Linearization) -> tuple[Unknowns, float]:
+        """The Newton step from a configuration, and the largest force on a particle there."""
+        forces = self.lin.null.free(jax.tree.map(jnp.negative, _condition(lin.traced(()))))
+        rattlers = np.asarray(self.lin.network.rattlers)[:, None]
+        norms = np.linalg.norm(np.where(rattlers, 0.0, forces.positions), axis=1)
+        return self.space.yields(forces, RTOL)[0], float(np.max(norms, initial=0.0))
 
-    def _moved(self, there: Equilibrium, eq: Linearization, step: Unknowns) -> Equilibrium:
-        x = jax.tree.map(jnp.add, eq.unknowns, step)
-        system = eq.moved(there.system, x, eq.params)
-        if eq.cell is not None:
-            cell = FixedBox(jnp.asarray(system.box), there.system.boundary.orthogonal)
-            return dataclasses.replace(there, system=system.replace(boundary=cell))
-        if eq.constraint_status is None:
-            return dataclasses.replace(there, system=system)
-        own = lagrangian.own_params(system)
+    def _moved(self, minimum: Equilibrium, lin: Linearization, step: Unknowns) -> Equilibrium:
+        """A minimum with its unknowns changed by a step: positions, cell, multipliers."""
+        x = jax.tree.map(jnp.add, lin.unknowns, step)
+        system = lin.moved(minimum.system, x, lin.params)
+        if lin.cell is not None:
+            cell = FixedBox(jnp.asarray(system.box), minimum.system.boundary.orthogonal)
+            return dataclasses.replace(minimum, system=system.replace(boundary=cell))
+        if not lin.constrained:
+            return dataclasses.replace(minimum, system=system)
+        params = lagrangian.own_params(system)
         return dataclasses.replace(
-            there, system=system, multipliers=lagrangian.multipliers_at(system, x, own)
+            minimum, system=system, multipliers=lagrangian.multipliers_at(system, x, params)
         )

@@ -1,13 +1,14 @@
-"""Forward against reverse: one identity that holds for any direction and any cotangent."""
+"""Forward against reverse mode: an identity that holds for any direction and any cotangent."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from mdsens import sensitivity
 from mdsens._util.errors import InputError
@@ -17,8 +18,7 @@ from mdsens.mechanics.hessian import Unknowns
 from mdsens.mechanics.status import Status
 from mdsens.model.system import parameters_of
 from mdsens.relaxation.equilibrium import Equilibrium
-from mdsens.sensitivity.derivatives import Linearization
-from mdsens.sensitivity.linearization import require_sound
+from mdsens.sensitivity.linearization import Linearization, require_sound
 from mdsens.verify.records import relative
 
 __all__ = ["AdjointTest", "adjoint"]
@@ -28,15 +28,16 @@ __all__ = ["AdjointTest", "adjoint"]
 class AdjointTest(Shown):
     """The adjoint identity <w, J v> = <J^T w, v> at a minimum.
 
-    The two sides share no solve, so a solver that stopped too early, a Hessian that is not
-    symmetric or a derivative rule that contradicts itself pulls them apart. It says nothing of an
-    energy that is wrong on both sides: that is for ``derivative_test``.
+    The two sides are computed by different linear solves. They differ if a solver stopped too
+    early, if the Hessian is not symmetric, or if a derivative rule contradicts itself. The identity
+    does not show an error that is the same on both sides, such as a wrong energy:
+    ``derivative_test`` does.
 
     Attributes:
       forward: <w, J v>, by ``jvp``.
       reverse: <J^T w, v>, by ``vjp``.
       gap: their difference relative to the larger one (absolute where that is below 1e-6).
-      status: the worse of the two solves'.
+      status: the worse status of the two solves.
     """
 
     forward: float
@@ -57,26 +58,26 @@ class AdjointTest(Shown):
 
 def adjoint(
     eq: Equilibrium | Linearization,
-    dparams: Mapping[str, Any] | None = None,
-    cotangent: Any = None,
+    dparams: Mapping[str, ArrayLike] | None = None,
+    cotangent: ArrayLike | Unknowns | None = None,
     seed: int = 0,
     *,
     solve: Method | None = None,
 ) -> AdjointTest:
-    """Hold ``jvp`` against ``vjp``: <w, J v> and <J^T w, v>, J the derivative of the minimum by the
-    parameters.
+    """Compare ``jvp`` with ``vjp``: <w, J v> = <J^T w, v>, J the derivative of the minimum.
 
     Args:
       eq: from ``minimize`` or ``linearize``; not a batch.
-      dparams: v, as in ``jvp``; where None, a random change of every parameter, of its own size.
-      cotangent: w, (n, d), or at a pressure ``Unknowns(w, strain)`` as in ``vjp``; where None,
-        random on the particles that are held, without translation, and on the cell that responds.
-      seed: of the random ones.
+      dparams: v, as in ``jvp``; None takes a random change of every parameter, of the parameter's
+        own size.
+      cotangent: w, (n, d), or at a pressure ``Unknowns(w, strain)`` as in ``vjp``. None takes a
+        random one, without its part in the null space (rattlers, translations), and at a pressure
+        with a random strain.
+      seed: of the random directions.
       solve: the linear solver, as in ``jvp``.
 
     Returns:
-      an :class:`AdjointTest`. A solve that does not converge shows in its status and does not
-      raise.
+      an :class:`AdjointTest`. A solve that does not converge gives a bad status and does not raise.
 
     Raises:
       InputError: bad names or shapes. ConvergenceError: an unconverged or unjammed minimum.
@@ -92,35 +93,41 @@ def adjoint(
     rng = np.random.default_rng(seed)
     if dparams is None:
         params = {name: np.asarray(value) for name, value in lin.params.items()}
+        # A parameter that is zero everywhere has no size, and changes by about 1.
         dparams = {
             k: (np.abs(v).max(initial=0.0) or 1.0) * rng.standard_normal(v.shape)
             for k, v in params.items()
         }
         for parameter in parameters_of(lin.system, lin.params):
-            if parameter.paired:
+            if parameter.paired:  # a matrix of species pairs is symmetric, and so is its change
                 dparams[parameter.name] = dparams[parameter.name] + dparams[parameter.name].T
     if cotangent is None:
-        random = rng.standard_normal(lin.system.positions.shape)
-        cotangent = lin.null.project(
-            Unknowns(jnp.asarray(random, lin.system.positions.dtype))
-        ).positions
-        if lin.cell is not None:
-            d = random.shape[1]
-            cotangent = Unknowns(
-                cotangent, jnp.asarray(rng.standard_normal(d * (d + 1) // 2), cotangent.dtype)
-            )
-    ahead, back = (
-        sensitivity.jvp(lin, dparams, throw=False),
-        sensitivity.vjp(lin, cotangent, throw=False),
-    )
+        cotangent = _random_cotangent(lin, rng)
+    tangent = sensitivity.jvp(lin, dparams, throw=False)
+    gradient = sensitivity.vjp(lin, cotangent, throw=False)
+    # After the solves, which check the arguments: a wrong argument is reported first.
     require_sound(lin, eq, throw=True)
-    parts = cotangent if isinstance(cotangent, Unknowns) else Unknowns(cotangent)
-    moved = ahead.value if isinstance(ahead.value, Unknowns) else Unknowns(ahead.value)
-    forward = float(np.sum(np.asarray(parts.positions) * np.asarray(moved.positions)))
-    if parts.strain is not None and moved.strain is not None:
-        forward += float(np.sum(np.asarray(parts.strain) * np.asarray(moved.strain)))
+    if isinstance(cotangent, Unknowns):
+        w, w_strain = cotangent.positions, cotangent.strain
+    else:
+        w, w_strain = cotangent, None
+    # <w, J v> over the positions and, at a pressure, the strain.
+    forward = float(np.sum(np.asarray(w) * np.asarray(tangent.positions)))
+    if w_strain is not None and tangent.strain is not None:
+        forward += float(np.sum(np.asarray(w_strain) * np.asarray(tangent.strain)))
     reverse = float(
-        sum(np.sum(np.asarray(back.value[name]) * np.asarray(v)) for name, v in dparams.items())
+        sum(np.sum(np.asarray(gradient.value[name]) * np.asarray(v)) for name, v in dparams.items())
     )
     gap = relative(abs(forward - reverse), max(abs(forward), abs(reverse)))
-    return AdjointTest(forward, reverse, gap, Status.worst_of([ahead.status, back.status]))
+    return AdjointTest(forward, reverse, gap, Status.worst_of([tangent.status, gradient.status]))
+
+
+def _random_cotangent(lin: Linearization, rng: np.random.Generator) -> jax.Array | Unknowns:
+    """A random cotangent of positions, without its null-space part, and of a cell that responds."""
+    n, d = lin.system.positions.shape
+    dtype = lin.system.positions.dtype
+    random = jnp.asarray(rng.standard_normal((n, d)), dtype)
+    positions = lin.null.project(Unknowns(random)).positions
+    if lin.cell is None:
+        return positions
+    return Unknowns(positions, jnp.asarray(rng.standard_normal(d * (d + 1) // 2), dtype))

@@ -1,4 +1,4 @@
-"""The same derivatives by minimizing again: at one safe step, and over a range of steps."""
+"""Derivatives by finite differences: minimizing again, at one safe step or over many steps."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from mdsens import sensitivity
 from mdsens._util.errors import InputError, PrecisionError, raise_for_status
@@ -31,61 +32,68 @@ from mdsens.verify.records import DerivativeTest, FiniteDifference, gap, relativ
 __all__ = ["DerivativeTest", "FiniteDifference", "derivative_test", "finite_difference"]
 
 Params = Mapping[str, Any]
-# What round-off of the minima may make of a difference, relative to it: the step is as long as that
-# takes. Measured, on packings from a pressure of 0.1 down to 1e-4 and on a glass: truncation is
-# about as small there.
+
+# Round-off of the minima relative to the difference, at the default step: the step is as long as
+# that takes. Measured on packings from a pressure of 0.1 down to 1e-4 and on a glass: there the
+# truncation error is about as small.
 NOISE = 3e-9
-# of the parameters' size: where round-off asks for more, as of a response that is almost none
+# Longest default step, in units of the parameters' size over the direction's. It limits the step
+# where the response almost vanishes, for which round-off alone would ask for more.
 LONGEST = 1e-4
-# of eps: the root mean square of what rounding to the nearest number does to one, of its size
+# Root mean square relative error of rounding a number to the nearest one, in eps.
 ROUNDING = 0.2
-WHOLE = (
-    4.0 / 3.0
-)  # of the difference from half the step: the error of the whole, which goes with its square
-AWAY, FASTER = (
-    1e-2,
-    10.0,
-)  # of the potential's length, and of t times the derivative: a minimum that is further is another
-INSIDE = 0.3  # of the distance to the first contact change, at most
-RANGE = (
-    1e-9,
-    1e-2,
-)  # of the parameters' size: from where round-off rules to where contacts have changed
-COUNT = 22  # three steps a decade
+# The truncation error goes with t^2, so the difference at t less that at t/2 is 3/4 of it.
+WHOLE = 4.0 / 3.0
+# A minimum is another one if a coordinate moved by more than AWAY lengths of the potential plus
+# FASTER times what the derivative predicts.
+AWAY = 1e-2
+FASTER = 10.0
+# Longest default step, in units of the distance to the first contact change.
+INSIDE = 0.3
+# Default steps of a derivative test, in units of the parameters' size over the direction's: from
+# where round-off dominates to where contacts have changed, three steps a decade.
+RANGE = (1e-9, 1e-2)
+COUNT = 22
 
 
 def _interacting(eq: Equilibrium) -> np.ndarray:
-    """Which pairs touch, as rows of particle indices, padding and rattlers left out."""
+    """(k, 2) particle indices of the pairs that touch, without padding and rattlers.
+
+    Pairs nearer than a breakpoint, for each breakpoint of each term.
+    """
     rows = []
-    net = contacts.network(eq.system, eq.max_force, eq.contacts_needed)
-    loose = np.asarray(net.rattlers)
+    network = contacts.network(eq.system, eq.max_force, eq.contacts_needed)
+    rattlers = np.asarray(network.rattlers)
     for term in pair_terms(eq.system):
-        r = pair_distances(term, eq.system.positions, eq.system.box)
-        points = np.asarray(term.lengths())
-        inside = np.asarray(r)[None, :] < points
-        kept = np.asarray(term.mask) & ~loose[np.asarray(term.i)] & ~loose[np.asarray(term.j)]
-        i, j = np.asarray(term.i), np.asarray(term.j)
-        low, high = np.minimum(i, j), np.maximum(i, j)
+        i = np.asarray(term.i)
+        j = np.asarray(term.j)
+        distances = np.asarray(pair_distances(term, eq.system.positions, eq.system.box))
+        inside = distances[None, :] < np.asarray(term.lengths())
+        kept = np.asarray(term.mask) & ~rattlers[i] & ~rattlers[j]
+        pairs = np.stack([np.minimum(i, j), np.maximum(i, j)], axis=1)
         for row in inside:
-            rows.append(np.unique(np.stack([low, high], axis=1)[row & kept], axis=0))
+            rows.append(np.unique(pairs[row & kept], axis=0))
     return np.concatenate(rows) if rows else np.zeros((0, 2), int)
 
 
 def _active_set(eq: Equilibrium) -> np.ndarray:
-    """Which coordinates constraints hold; empty without any."""
+    """True for coordinates that are pinned or at a bound; empty without constraints."""
     return np.asarray(lagrangian.active_set(eq.system).positions if eq.system.constraints else [])
 
 
 class _Difference(NamedTuple):
-    """A central difference, the worst status of its two minimizations, and whether a contact
-    changed within it, or one of the two ended in another minimum.
+    """A central difference of two minima.
 
-    ``nonaffine`` is the positions' part less a cell's motion at a pressure; in a given cell it is
-    the ``value``. ``noise`` is what round-off of minima and parameters may make of it, relative as
-    its error is.
+    Attributes:
+      value: the derivative, without its null-space part.
+      nonaffine: that of the positions less the motion of the cell, at a pressure; else ``value``.
+      noise: error that round-off of minima and parameters may make, relative as in ``gap``.
+      status: the worst of the two minimizations.
+      network_changed: whether a contact changed on one side, or a minimization ended in another
+        minimum.
     """
 
-    value: Any
+    value: jax.Array | Unknowns
     nonaffine: jax.Array
     noise: float
     status: Status
@@ -94,16 +102,17 @@ class _Difference(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Line:
-    """A line params + t dparams through a minimum, on which to minimize again.
+    """The line params + t dparams through a minimum, along which to minimize again.
 
     Attributes:
-      lin: the minimum.
-      settling: what brings a minimum near it down to round-off.
-      tangent: dparams, a full dict.
-      response: the analytic derivative along it.
-      unit: the parameters' size over the direction's.
-      radius: the first change of a contact, to first order.
-      pairs: which pairs touch at the minimum.
+      lin: the minimum at t = 0.
+      settling: brings a minimum near it down to round-off.
+      tangent: dparams, for every parameter.
+      response: the analytic derivative along the line.
+      unit: the size of the parameters over that of the direction: t = unit changes them by about
+        their own size.
+      radius: t of the first change of a contact, to first order.
+      pairs: the pairs that touch at the minimum.
       tolerance: of the minimizations.
     """
 
@@ -118,132 +127,151 @@ class _Line:
 
     @property
     def active_set(self) -> np.ndarray:
-        """Which coordinates are pinned or at a bound at the minimum; empty without constraints."""
+        """True for coordinates that are pinned or at a bound at the minimum; may be empty."""
         return _active_set(self.lin.equilibrium)
 
-    def off_null(self, found: Unknowns) -> tuple[Any, jax.Array]:
-        """A derivative of positions, or of them and the cell, without its part in the null space;
-        and ``nonaffine``.
+    def without_null_part(self, change: Unknowns) -> tuple[jax.Array | Unknowns, jax.Array]:
+        """A derivative without its part in the null space, and its ``nonaffine``.
 
-        Under constraints what is held counts: it is the free motions and rattlers that are left
-          out.
+        Under constraints, constrained coordinates are kept: only free motions and rattlers are left
+        out.
         """
-        positions, strain, null = found.positions, found.strain, self.lin.null
-        if self.lin.constraint_status is not None:
+        positions, strain, null = change.positions, change.strain, self.lin.null
+        if self.lin.constrained:
             kept = jnp.where(null.rattlers[:, None], 0.0, positions)
             motions: Any = null.motions
             kept = kept - jnp.tensordot(jnp.sum(motions * kept, axis=(1, 2)), motions, axes=1)
-            return dataclasses.replace(found, positions=kept), kept
-        cell_moves = (
-            0.0 if strain is None else self.lin.equilibrium.positions @ from_mandel(strain).T
-        )
-        rest = self.lin.null.project(Unknowns(positions - cell_moves)).positions
-        return (rest, rest) if strain is None else (Unknowns(rest + cell_moves, strain), rest)
+            return dataclasses.replace(change, positions=kept), kept
+        if strain is None:
+            rest = null.project(Unknowns(positions)).positions
+            return rest, rest
+        # A motion with the cell is no null motion, but the projection would take part of it away.
+        with_cell = self.lin.equilibrium.positions @ from_mandel(strain).T
+        rest = null.project(Unknowns(positions - with_cell)).positions
+        return Unknowns(rest + with_cell, strain), rest
 
-    def left(self, there: Equilibrium, t: float) -> bool:
-        """Whether a minimization ended further away than the derivative, or what may be found,
-        leads: elsewhere.
-        """
+    def is_elsewhere(self, minimum: Equilibrium, t: float) -> bool:
+        """Whether a minimum at params +- t dparams is farther away than the derivative predicts."""
         value = self.response.value
         rate = np.asarray(value.positions if isinstance(value, Unknowns) else value)
-        held = ~np.asarray(self.lin.network.loose)
-        moved = np.asarray(there.positions - self.lin.equilibrium.positions)
-        if not held.any():  # one rigid body alone, whose turns count
-            held = ~held
-        reach = AWAY * float(natural_units(there.system)[0]) + FASTER * t * np.abs(rate).max(
-            initial=0.0
-        )
-        return bool(np.abs(moved[held]).max(initial=0.0) > reach)
+        counted = ~np.asarray(self.lin.network.loose)
+        moved = np.asarray(minimum.positions - self.lin.equilibrium.positions)
+        if not counted.any():  # a single rigid body, all of whose particles are loose: it may turn
+            counted = ~counted
+        length = float(natural_units(minimum.system)[0])
+        farthest = AWAY * length + FASTER * t * np.abs(rate).max(initial=0.0)
+        return bool(np.abs(moved[counted]).max(initial=0.0) > farthest)
 
-    def end(self, side: float) -> tuple[Settled, Status, bool]:
-        """The minimum at params + side dparams, the status of the way there, and whether it is
-        another one.
+    def minimize_at(self, side: float) -> tuple[Settled, Status, bool]:
+        """Minimize at params + side dparams.
+
+        Returns:
+          the minimum; the status of the minimization; whether its contacts changed, or it is
+          another minimum.
         """
         eq = self.lin.equilibrium
         params = {k: v + side * self.tangent[k] for k, v in eq.params.items() if k in self.tangent}
-        pressure = (
-            None
-            if eq.pressure is None
-            else float(eq.pressure) + side * float(self.tangent["pressure"])
-        )
+        pressure = None
+        if eq.pressure is not None:
+            pressure = float(eq.pressure) + side * float(self.tangent["pressure"])
         shape = eq.pressure is not None and len(eq.strains) > 1
-        how: dict[str, Any] = {"tolerance": self.tolerance, "throw": False, "progress": False}
+        options: dict[str, Any] = {"tolerance": self.tolerance, "throw": False, "progress": False}
         if eq.order:
-            there = find_saddle(eq.system, params, **how)
+            minimum = find_saddle(eq.system, params, **options)
         else:
-            there = minimize(eq.system, params, pressure=pressure, shape=shape, **how)
-        status = Status(int(there.status)) if there.order == eq.order else Status.NOT_A_SADDLE
+            minimum = minimize(eq.system, params, pressure=pressure, shape=shape, **options)
+        same_order = minimum.order == eq.order
+        status = Status(int(minimum.status)) if same_order else Status.NOT_A_SADDLE
+        # The minimizer may stop above the smaller tolerance asked for here, but within that of the
+        # minimum itself: Newton steps then do the rest. At a pressure max_force says nothing of the
+        # cell's stress.
         reached = max(float(eq.tolerance), float(eq.force_floor))
-        fell = (
-            float(there.max_force) <= reached and pressure is None
-        )  # no word of the cell's stress
-        settled = self.settling(there)
-        if status in (Status.MAX_STEPS_REACHED, Status.UNCONVERGED) and fell:
-            status = (
-                Status.CONVERGED if settled.force <= self.tolerance else Status.ROUND_OFF_LIMITED
-            )
-        there = settled.equilibrium
-        changed = not np.array_equal(self.pairs, _interacting(there)) or not np.array_equal(
-            self.active_set, _active_set(there)
+        nearly = float(minimum.max_force) <= reached and pressure is None
+        settled = self.settling(minimum)
+        if status in (Status.MAX_STEPS_REACHED, Status.UNCONVERGED) and nearly:
+            enough = settled.force <= self.tolerance
+            status = Status.CONVERGED if enough else Status.ROUND_OFF_LIMITED
+        minimum = settled.equilibrium
+        changed = not np.array_equal(self.pairs, _interacting(minimum)) or not np.array_equal(
+            self.active_set, _active_set(minimum)
         )
-        return settled, status, changed or self.left(there, abs(side))
+        return settled, status, changed or self.is_elsewhere(minimum, abs(side))
 
     def difference(self, t: float) -> _Difference:
         """(R(t) - R(-t)) / 2t, the null space projected out; at a pressure that of the cell too."""
-        eq, (ahead, status, left), (behind, other, lost) = (
-            self.lin.equilibrium,
-            self.end(t),
-            self.end(-t),
-        )
-        up, down = ahead.equilibrium, behind.equilibrium
-        slope = jax.tree.map(lambda a, b: (a - b) / (2.0 * t), _reached(up), _reached(down))
+        eq = self.lin.equilibrium
+        ahead, status_ahead, changed_ahead = self.minimize_at(t)
+        behind, status_behind, changed_behind = self.minimize_at(-t)
+        up = ahead.equilibrium
+        down = behind.equilibrium
+        slope = jax.tree.map(lambda a, b: (a - b) / (2.0 * t), _unknowns_at(up), _unknowns_at(down))
         if eq.pressure is not None:
             apart = jnp.asarray(up.system.box) - jnp.asarray(down.system.box)
             strain = to_mandel(apart / (2.0 * t) @ inverse(eq.system.box))
             slope = dataclasses.replace(slope, strain=strain)
-        value, nonaffine = self.off_null(slope)
-        noise = self.noise(value, nonaffine, (ahead, behind), t)
-        return _Difference(value, nonaffine, noise, Status.worst_of([status, other]), left or lost)
+        value, nonaffine = self.without_null_part(slope)
+        return _Difference(
+            value,
+            nonaffine,
+            self.noise(value, nonaffine, (ahead, behind), t),
+            Status.worst_of([status_ahead, status_behind]),
+            changed_ahead or changed_behind,
+        )
 
-    def noise(self, value: Any, nonaffine: jax.Array, ends: Sequence[Settled], t: float) -> float:
-        """What round-off may make of a difference over t, relative to its ``value``.
+    def noise(
+        self,
+        value: jax.Array | Unknowns,
+        nonaffine: jax.Array,
+        ends: Sequence[Settled],
+        t: float,
+    ) -> float:
+        """Error of a difference over t that round-off may make, relative to its ``value``.
 
-        Of the parameters on both sides, of the positions there, and by the Newton steps that are
-        left at the ends.
+        From rounding the parameters on both sides, from rounding the positions there, and from the
+        Newton steps that remain at the two ends.
         """
         size, positions = (
             float(jnp.linalg.norm(x)) for x in (nonaffine, self.lin.system.positions)
         )
         rounding = ROUNDING * float(np.finfo(float).eps) / t
-        found = rounding * np.hypot(self.unit, relative(positions / 2.0**0.5, size))
+        error = rounding * np.hypot(self.unit, relative(positions / 2.0**0.5, size))
         for end in ends:
-            rest, _ = self.off_null(jax.tree.map(lambda leaf: leaf / (2.0 * t), end.rest))
-            found = np.hypot(found, gap(jax.tree.map(jnp.add, value, rest), value, nonaffine))
-        return float(found) if np.isfinite(found) else np.inf
+            rest, _ = self.without_null_part(jax.tree.map(lambda leaf: leaf / (2.0 * t), end.rest))
+            error = np.hypot(error, gap(jax.tree.map(jnp.add, value, rest), value, nonaffine))
+        return float(error) if np.isfinite(error) else np.inf
 
     def safe_step(self) -> float:
-        """As long as round-off of this minimum asks for, and inside the first change of a contact."""
-        value, nonaffine = self.off_null(_unknowns(self.response.value))
+        """The default step: above round-off of this minimum, below the first contact change."""
+        value, nonaffine = self.without_null_part(_as_unknowns(self.response.value))
         here = self.settling(self.lin.equilibrium)
         noise = self.noise(value, nonaffine, (here, here), 1.0)
         return min(noise / NOISE, LONGEST * self.unit, INSIDE * self.radius)
 
 
-def _reached(eq: Equilibrium) -> Unknowns:
-    """What the doors differentiate, at a minimum."""
+def _unknowns_at(eq: Equilibrium) -> Unknowns:
+    """The quantities at a minimum that ``jvp`` differentiates."""
     names = lagrangian.relaxed(eq.system)
     return Unknowns(eq.positions, None, eq.multipliers, {k: eq.params[k] for k in names} or None)
 
 
-def _unknowns(value: Any) -> Unknowns:
+def _as_unknowns(value: jax.Array | Unknowns) -> Unknowns:
+    """A derivative as ``Unknowns``, also where it is of positions alone."""
     return value if isinstance(value, Unknowns) else Unknowns(value)
 
 
 def _line(
-    eq: Equilibrium, dparams: Params, tolerance: float | None, steps: Any, value: Any = None
+    eq: Equilibrium,
+    dparams: Params,
+    tolerance: float | None,
+    steps: ArrayLike | None,
+    value: ArrayLike | Unknowns | None = None,
 ) -> _Line:
-    """The line through a minimum; ``steps`` and a ``value`` that is to be tested are looked at,
-    too.
+    """The line through a minimum along dparams; refuses arguments that are wrong.
+
+    Args:
+      tolerance: of the minimizations; None for the default.
+      steps: a step or several, only checked here.
+      value: the derivative to test, only checked here.
     """
     lin = sensitivity.linearize(eq, throw=False)
     if eq.positions.dtype != jnp.float64:
@@ -255,54 +283,72 @@ def _line(
     largest = max((float(jnp.max(jnp.abs(v))) for v in tangent.values() if v.size), default=0.0)
     if largest == 0.0:
         raise InputError("dparams is zero everywhere: give a direction.")
-    if (
-        tolerance is not None
-        and not 0 < real_number("tolerance", tolerance, "give a positive number.") < np.inf
-    ):
-        raise InputError(f"tolerance is {short(tolerance)}: give a positive number.")
+    if tolerance is not None:
+        number = real_number("tolerance", tolerance, "give a positive number.")
+        if not 0 < number < np.inf:
+            raise InputError(f"tolerance is {short(tolerance)}: give a positive number.")
     _check_steps(steps)
     if value is not None:
-        _checked(value, eq)
+        _checked_derivative(value, eq)
+    # After the arguments: one that is wrong is reported before the minimum is.
     require_sound(lin, eq, throw=True)
-    size = max(_size(lin, k) for k, v in tangent.items() if v.size and jnp.any(v != 0))
+    size = max(
+        _parameter_size(lin, name) for name, v in tangent.items() if v.size and jnp.any(v != 0)
+    )
     response = sensitivity.jvp(lin, dparams, throw=False)
-    velocity, strain = response.value, None
-    own, reach = dict(tangent), np.inf
-    if isinstance(velocity, Unknowns) and velocity.strain is not None:
-        velocity, strain = response.nonaffine, from_mandel(velocity.strain)
-    elif isinstance(velocity, Unknowns):
-        own |= velocity.params or {}
-        equations = {k: (velocity.multipliers or {})[k] for k in lin.multipliers or {}} or None
-        rate = dataclasses.replace(velocity, multipliers=equations)
-        times = np.abs(np.asarray(_switches(lin, rate, tangent)))
-        velocity, reach = velocity.positions, float(np.min(times, initial=np.inf))
-    own = {name: own[name] for name in eq.params}
-    crossing = contact_changes.crossings(eq.system, velocity, own, lin.network.rattlers, strain)
+    radius = _first_contact_change(lin, response, tangent)
     if tolerance is None:
+        # A hundredth of the minimum's own, but not below what round-off lets a relaxation reach.
         tolerance = max(
             0.01 * float(eq.tolerance), float(eq.force_floor), 0.1 * float(round_off(eq.system))
         )
     return _Line(
-        lin,
-        Settling(lin),
-        tangent,
-        response,
-        size / largest if size > 0 else 1.0,
-        min(crossing.radius, reach),
-        _interacting(eq),
-        tolerance,
+        lin=lin,
+        settling=Settling(lin),
+        tangent=tangent,
+        response=response,
+        unit=size / largest if size > 0 else 1.0,
+        radius=radius,
+        pairs=_interacting(eq),
+        tolerance=tolerance,
     )
 
 
+def _first_contact_change(
+    lin: Linearization, response: Displacement, tangent: dict[str, jax.Array]
+) -> float:
+    """Smallest |t| at which a contact or an active constraint changes along the response."""
+    eq = lin.equilibrium
+    velocity = response.value
+    strain = None
+    params = dict(tangent)
+    switch = np.inf
+    if isinstance(velocity, Unknowns) and velocity.strain is not None:
+        strain = from_mandel(velocity.strain)
+        velocity = response.nonaffine
+    elif isinstance(velocity, Unknowns):
+        params |= velocity.params or {}
+        # Of the multipliers, those of equations are unknowns; those of pins and bounds are not.
+        equations = {k: (velocity.multipliers or {})[k] for k in lin.multipliers or {}} or None
+        rate = dataclasses.replace(velocity, multipliers=equations)
+        times = np.abs(np.asarray(_switch_times(lin, rate, tangent)))
+        switch = float(np.min(times, initial=np.inf))
+        velocity = velocity.positions
+    params = {name: params[name] for name in eq.params}
+    crossing = contact_changes.crossings(eq.system, velocity, params, lin.network.rattlers, strain)
+    return min(crossing.radius, switch)
+
+
 @jax.jit
-def _switches(lin: Linearization, rate: Unknowns, tangent: Params) -> jax.Array:
+def _switch_times(lin: Linearization, rate: Unknowns, tangent: Params) -> jax.Array:
+    """Times at which constraints become active or inactive along a response, to first order."""
     return lagrangian.switch_times(
         lin.system, (lin.unknowns, lin.params), (rate, dict(tangent)), lin.network.rattlers
     )
 
 
-def _size(lin: Linearization, name: str) -> float:
-    """How large a parameter is; of the pressure what strains the cell by 1, for it may be zero."""
+def _parameter_size(lin: Linearization, name: str) -> float:
+    """The size of a parameter; of the pressure, which may be zero, what strains the cell by 1."""
     if name == "pressure" and lin.cell is not None:
         return float(jnp.max(jnp.abs(lin.cell.stiffness)) / lin.system.volume)
     return float(jnp.max(jnp.abs(lin.params[name])))
@@ -311,27 +357,30 @@ def _size(lin: Linearization, name: str) -> float:
 def finite_difference(
     eq: Equilibrium, dparams: Params, step: float | None = None, *, tolerance: float | None = None
 ) -> FiniteDifference:
-    """dR/dt at params + t dparams by central differences, (R(t) - R(-t)) / 2t, minimizing again
-    from this minimum.
+    """Compute dR/dt at params + t dparams by central differences, (R(t) - R(-t)) / 2t.
 
-    A minimum at a pressure is minimized again at that pressure, or, where ``dparams`` has
-    ``"pressure"``, at those a little to either side; its cell is differentiated with its positions.
-    A saddle is found again by Newton steps.
+    R(t) and R(-t) are minimized again from this minimum. A minimum at a pressure is minimized again
+    at that pressure, or, where ``dparams`` has ``"pressure"``, at pressures a little to either
+    side; its cell is differentiated with its positions. A saddle is located again by Newton steps.
 
     Args:
       eq: a minimum; not a batch.
       dparams: the direction, as in ``jvp``.
-      step: t; where None, as long as it takes for round-off of the positions, which is measured at
-        the minimum, to be 3e-9 of the difference, but inside 0.3 of the distance to the first
-        change of a contact, and not above 1e-4 of the parameters' size a size of the direction (of
-        a pressure's, what strains the cell by 1).
-      tolerance: of the minimizations; where None, 0.01 of the minimum's own, but not below
-        round-off. What force they leave is taken away by Newton steps, see
-        :mod:`mdsens.verify._settling`; where some stays above it, yet within the minimum's own
-        tolerance, it is taken as it is, and ``status`` says so.
+      step: t. None chooses the step at which round-off of the positions, which is measured at the
+        minimum, is 3e-9 of the difference; but at most 0.3 of the distance to the first change of a
+        contact, and at most 1e-4 of the parameters' size over that of the direction (the size of a
+        pressure is what strains the cell by 1).
+      tolerance: of the minimizations. None takes 0.01 of the minimum's own, but not below
+        round-off. Newton steps remove the force that the minimizations leave, see
+        :mod:`mdsens.verify._settling`. If a force above the tolerance remains that is within the
+        minimum's own tolerance, the difference is computed all the same, and ``status`` says so.
 
     Returns:
       a :class:`FiniteDifference`. Compare with ``v.disagreement(r.value)``.
+
+    Raises:
+      InputError: bad names, shapes, step or tolerance; a contact that changes at the minimum itself
+        while ``step`` is None. PrecisionError: single precision. ConvergenceError: no minimum.
     """
     line = _line(eq, dparams, tolerance, step)
     if step is None:
@@ -342,60 +391,69 @@ def finite_difference(
                 " and no step stays on one: move the parameters a little and minimize again, or"
                 " give a step to see them mixed."
             )
-    whole, half = line.difference(step), line.difference(0.5 * step)
+    whole = line.difference(step)
+    half = line.difference(0.5 * step)
     spread = gap(half.value, whole.value, whole.nonaffine)
+    # The noise of the half step is twice that of the whole; the root of their mean square.
     noise = np.hypot(whole.noise, 0.5 * half.noise) / 2.0**0.5
     return FiniteDifference(
-        whole.value,
-        whole.nonaffine,
-        float(np.hypot(WHOLE * spread, noise)),
-        float(step),
-        line.radius,
-        whole.network_changed or half.network_changed,
-        Status.worst_of([whole.status, half.status]),
+        value=whole.value,
+        nonaffine=whole.nonaffine,
+        error=float(np.hypot(WHOLE * spread, noise)),
+        step=float(step),
+        radius=line.radius,
+        network_changed=whole.network_changed or half.network_changed,
+        status=Status.worst_of([whole.status, half.status]),
     )
 
 
-def _check_steps(steps: Any) -> None:
-    """Refuse steps, or a step, that are no positive numbers; None is for the default ones."""
+def _check_steps(steps: ArrayLike | None) -> None:
+    """Refuse steps, or a single step, that are not positive numbers; None is for the default."""
     if steps is None:
         return
-    given = np.asarray(real_array("steps", steps, "give positive numbers."), float)
-    if given.ndim > 1 or given.size == 0 or not (np.isfinite(given).all() and (given > 0).all()):
-        what = f"step is {short(steps)}: give a positive number." if given.ndim == 0 else ""
-        raise InputError(what or f"steps are {short(steps)}: give positive numbers.")
+    array = np.asarray(real_array("steps", steps, "give positive numbers."), float)
+    positive = np.isfinite(array).all() and (array > 0).all()
+    if array.ndim > 1 or array.size == 0 or not positive:
+        if array.ndim == 0:
+            raise InputError(f"step is {short(steps)}: give a positive number.")
+        raise InputError(f"steps are {short(steps)}: give positive numbers.")
 
 
-def _checked(value: Any, eq: Equilibrium) -> Unknowns:
+def _checked_derivative(value: ArrayLike | Unknowns, eq: Equilibrium) -> Unknowns:
     """A derivative that a user gives: of the positions, and at a pressure of the cell."""
     if eq.system.constraints:
         if isinstance(value, Unknowns) and jax.tree.structure(value) == jax.tree.structure(
-            _reached(eq)
+            _unknowns_at(eq)
         ):
             return value
         raise InputError(
             "value is no derivative under constraints: give Unknowns as ms.jvp does, multipliers"
             " included."
         )
-    given, dtype = value if isinstance(value, Unknowns) else Unknowns(value), eq.positions.dtype
-    d = eq.positions.shape[1]
-    wanted = [("value", given.positions, eq.positions.shape, "the derivative of the positions")]
-    if eq.pressure is not None:
-        if given.strain is None:
-            raise InputError(
-                "value has no strain: at a pressure give Unknowns(positions, strain), as ms.jvp"
-                " does."
-            )
-        wanted.append(
-            ("value.strain", given.strain, (d * (d + 1) // 2,), "that of the cell, a Mandel vector")
+    if isinstance(value, Unknowns):
+        positions, strain = value.positions, value.strain
+    else:
+        positions, strain = value, None
+    if eq.pressure is not None and strain is None:
+        raise InputError(
+            "value has no strain: at a pressure give Unknowns(positions, strain), as ms.jvp does."
         )
-    found = []
-    for name, part, shape, what in wanted:
-        array = jnp.asarray(part, dtype)
-        if array.shape != shape or not np.isfinite(np.asarray(array)).all():
-            raise InputError(f"{name} has shape {array.shape}: give {what}, finite and {shape}.")
-        found.append(array)
-    return Unknowns(found[0], found[1] if len(found) > 1 else None)
+    n, d = eq.positions.shape
+    positions = _checked_part("value", positions, eq, (n, d), "the derivative of the positions")
+    if eq.pressure is None or strain is None:
+        return Unknowns(positions)
+    what = "that of the cell, a Mandel vector"
+    return Unknowns(positions, _checked_part("value.strain", strain, eq, (d * (d + 1) // 2,), what))
+
+
+def _checked_part(
+    name: str, part: ArrayLike, eq: Equilibrium, shape: tuple[int, ...], what: str
+) -> jax.Array:
+    """A part of a derivative as an array; refuses another shape and what is not finite."""
+    array = jnp.asarray(part, eq.positions.dtype)
+    if array.shape != shape or not np.isfinite(np.asarray(array)).all():
+        raise InputError(f"{name} has shape {array.shape}: give {what}, finite and {shape}.")
+    return array
 
 
 def derivative_test(
@@ -403,21 +461,21 @@ def derivative_test(
     dparams: Params,
     steps: Sequence[float] | np.ndarray | None = None,
     *,
-    value: Any = None,
+    value: ArrayLike | Unknowns | None = None,
     tolerance: float | None = None,
 ) -> DerivativeTest:
-    """The error of central differences against the derivative, over steps: |(R(t) - R(-t)) / 2t -
-    dR/dt| / |dR/dt|.
+    """Compute the relative error of central differences against a derivative, over many steps.
 
-    Each step minimizes twice again from this minimum, at params + t dparams and params - t dparams.
+    It is |(R(t) - R(-t)) / 2t - dR/dt| / |dR/dt|. For each step the minimum is minimized again
+    twice, at params + t dparams and params - t dparams.
 
     Args:
       eq: a minimum; not a batch.
       dparams: the direction, as in ``jvp``.
-      steps: t, positive; where None, 22 from 1e-9 to 1e-2 of the parameters' size over the
-        direction's.
+      steps: t, positive; None takes 22 from 1e-9 to 1e-2 of the parameters' size over that of the
+        direction.
       value: the derivative to test, (n, d), at a pressure ``Unknowns`` as ``jvp`` gives them, from
-        anywhere; where None, that of ``jvp``. Its part in the null space (translations, rattlers,
+        anywhere; None tests that of ``jvp``. Its part in the null space (translations, rattlers,
         rotations of a free cluster) is left out, as differences have none.
       tolerance: of the minimizations, as in ``finite_difference``.
 
@@ -426,26 +484,23 @@ def derivative_test(
 
     Raises:
       InputError: bad names, shapes or steps. PrecisionError: single precision. ConvergenceError: no
-      minimum, or no derivative by ``jvp`` to test.
+        minimum, or no derivative by ``jvp`` to test.
     """
     line = _line(eq, dparams, tolerance, steps, value)
     if value is None:
-        raise_for_status(
-            line.response.status,
-            "jvp gives no derivative to test: give one as value",
-            line.response,
-        )
-        value = line.response.value
-    exact, nonaffine = line.off_null(_checked(value, eq))
+        problem = "jvp gives no derivative to test: give one as value"
+        raise_for_status(line.response.status, problem, line.response)
+    tested = line.response.value if value is None else value
+    exact, nonaffine = line.without_null_part(_checked_derivative(tested, eq))
     if steps is None:
         chosen = line.unit * np.geomspace(*RANGE, COUNT)
     else:
         chosen = np.sort(np.atleast_1d(np.asarray(steps, float)))
-    found = [line.difference(float(t)) for t in chosen]
+    differences = [line.difference(float(t)) for t in chosen]
     return DerivativeTest(
-        chosen,
-        np.array([gap(d.value, exact, nonaffine) for d in found]),
-        np.array([d.network_changed for d in found]),
-        line.radius,
-        tuple(d.status for d in found),
+        steps=chosen,
+        errors=np.array([gap(d.value, exact, nonaffine) for d in differences]),
+        network_changed=np.array([d.network_changed for d in differences]),
+        radius=line.radius,
+        statuses=tuple(d.status for d in differences),
     )

@@ -1,4 +1,4 @@
-"""Whether a potential keeps its promises: the pair function along r, the energy in a small configuration."""
+"""Checks of a potential: its pair function along r, and its energy in a small configuration."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from mdsens._util.errors import InputError, PrecisionError
 from mdsens.potentials.base import SumPotential
@@ -24,31 +25,29 @@ def potential(
     potential: Any,
     params: Params,
     *,
-    positions: Any = None,
-    box: Any = None,
-    species: Any = None,
+    positions: ArrayLike | None = None,
+    box: ArrayLike | None = None,
+    species: ArrayLike | None = None,
     between: tuple[float, float] | None = None,
     seed: int = 0,
 ) -> PotentialTest:
-    """Check what a potential promises, on its pair function and on a small configuration.
+    """Check a potential: its pair function, and its energy in a small configuration.
 
-    Of a pair potential, for up to six of its different pairs, phi(r) from ``between`` the first to
-    the second length:
+    For a pair potential, for up to six of its different pairs, phi(r) between two lengths:
 
-    - at each declared breakpoint: what jumps. phi'' may; phi and phi' may not, for no minimum can
-      stand there;
-    - elsewhere: nothing of phi, phi', phi'' and phi''' jumps. What is found is located to
-      round-off;
-    - phi and phi' vanish beyond the cutoff; where the potential is declared repulsive, phi' never
-      pulls;
+    - at each declared breakpoint, which orders jump. phi'' may jump; phi and phi' may not, for no
+      minimum can stand there;
+    - elsewhere none of phi, phi', phi'' and phi''' jumps. A jump is located to round-off;
+    - phi and phi' vanish beyond the cutoff; if the potential is declared repulsive, phi' is nowhere
+      positive;
     - phi, phi', phi'' and the derivatives of phi and phi' by every parameter are finite,
       breakpoints included.
 
-    Of any potential, in a configuration of a few particles:
+    For any potential, in a configuration of a few particles:
 
-    - the energy is that of the pairs within the potential's range, whatever the list holds beside
-      them;
-    - forces, Hessian products and derivatives of the forces by every parameter are central
+    - the energy is that of the pairs within the potential's range, whatever pairs beyond it are
+      listed;
+    - forces, Hessian products and derivatives of the forces by every parameter agree with central
       differences;
     - the Hessian is symmetric.
 
@@ -56,20 +55,21 @@ def potential(
       potential: from ``ms.potentials``: any of the catalogue, ``from_pair``, ``from_energy``, sums
         of them.
       params: as for ``System.create``.
-      positions: (n, d); where None, 16 or more particles near the sites of a square lattice at
-        about the distance of least energy, in open boundaries. Needed for many-body potentials,
-        which do not tell their lengths.
+      positions: (n, d); None takes 16 or more particles near the sites of a square lattice at about
+        the distance of least energy, in open boundaries. Needed for many-body potentials, whose
+        lengths cannot be known.
       box, species: of those positions, as for ``System.create``. Without positions, a parameter
-        with several values has one a species.
-      between: the lengths to look between; where None, from 0.2 of the distance of least energy to
-        1.2 of the cutoff, or 3 times that distance where there is none.
+        with several values is taken to have one for each species.
+      between: the two lengths between which phi is examined. None takes 0.2 of the distance of
+        least energy, and 1.2 of the cutoff or without a cutoff 3 times that distance.
       seed: of the random configuration and directions.
 
     Returns:
-      a :class:`PotentialTest`; ``good`` says whether all checks passed, and printing it shows each.
+      a :class:`PotentialTest`; ``good`` is True if all checks passed, and printing it shows each.
 
     Raises:
-      InputError: parameters or positions that no system takes. PrecisionError: single precision.
+      InputError: parameters or positions that ``System.create`` refuses. PrecisionError: single
+        precision.
     """
     if not hasattr(potential, "terms"):
         raise InputError(
@@ -79,6 +79,7 @@ def potential(
         raise InputError(
             f"params is a {type(params).__name__}: give a dict of parameter names and values."
         )
+    # In single precision, central differences at the steps used here are round-off.
     if jnp.zeros(()).dtype != jnp.float64:
         raise PrecisionError("verify.potential needs double precision: call ms.enable_x64() first.")
     if between is not None and not 0 < between[0] < between[1] < math.inf:
@@ -93,7 +94,8 @@ def potential(
         system = _configuration.lattice(potential, params)
     else:
         system = _configuration.system_of(potential, params, positions, box, species)
-    found, distances = [], []
+    findings: list[Finding] = []
+    distances: list[float] = []
     for part in _configuration.parts(potential):
         label = f"{part.name}: " if isinstance(potential, SumPotential) else ""
         pairs = _configuration.all_pairs(system.n)
@@ -102,8 +104,9 @@ def potential(
         ):
             function = PairFunction(part, term, between)
             distances += [kind.least for kind in function.kinds]
-            found += [Finding(label + f.check, f.good, f.sentence) for f in function.findings()]
+            findings += [Finding(label + f.check, f.good, f.sentence) for f in function.findings()]
     if positions is None:
+        # Only now are the distances of least energy known, which set the spacing.
         system = _configuration.spread(system, float(np.median(distances or [1.0])), rng)
-    found += _configuration.findings(system, rng)
-    return PotentialTest(potential.name, tuple(found))
+    findings += _configuration.findings(system, rng)
+    return PotentialTest(potential.name, tuple(findings))

@@ -1,10 +1,9 @@
-"""The derivative through the steps of the minimizer, beside the implicit one: what unrolling gives,
-and what it takes.
+"""Derivatives through the steps of a minimizer (unrolling), compared with the implicit derivative.
 
     R_k+1 = Phi(R_k, p),    T_k+1 = @Phi/@R T_k + @Phi/@p dp,    T_0 = 0.
 
-T_k is the derivative of what k steps return, whether they have come to rest or not. Where they come
-to rest it becomes that of the minimum; before, it grows with the products of @Phi/@R, as
+T_k is the derivative of the positions after k steps, at rest or not. As the run comes to rest, T_k
+becomes the derivative of the minimum. Before that it grows with the products of @Phi/@R, as
 perturbations of the start do (Metz, Freeman, Schoenholz and Kachman, Gradients are Not All You
 Need, arXiv:2111.05803).
 """
@@ -43,36 +42,37 @@ from mdsens.verify.tangent_run import (
 __all__ = ["Unrolled", "unrolled"]
 
 Params = Mapping[str, Any]
+# Default numbers of steps, about two for each decade.
 STEPS = (30, 100, 300, 1000, 3000)
-FORWARD = (
-    3  # states that forward mode holds: the run, the tangent, and the perturbation of the start
-)
-AGREES = 1e-4  # error from which on the unrolled derivative is taken as that of the minimum
+# How many states forward mode keeps: of the run, the tangent, and the perturbation of the start.
+FORWARD = 3
+# Relative error below which the unrolled derivative counts as that of the minimum.
+AGREES = 1e-4
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Unrolled(Shown):
-    """Derivatives through k steps of a minimizer, over k, against the implicit derivative of the
-    minimum they lead to.
+    """Derivatives through k steps of a minimizer, against the implicit derivative of the minimum.
+
+    The null-space parts (translations, rattlers) are left out of all derivatives and displacements.
 
     Attributes:
-      steps: (k,) how many, rising.
-      errors: (k,) |T_k - dR/dp| / |dR/dp|, both without their part in the null space (translations,
-        rattlers).
-      norms: (k,) |T_k|, likewise.
-      max_forces: (k,) the largest force left after so many steps.
-      growth: (k,) log(|d_k| / |d_0|) / k of a small random displacement d_0 of the start, a step,
-        likewise: the largest Lyapunov exponent of the run so far. Above 0 the run is chaotic and
-        T_k explodes, below it forgets its start.
-      tangents: (k, n, d), T_k, likewise.
-      exact: (n, d), the implicit derivative.
-      forward_bytes: that forward mode holds, whatever k is: the state, T and d.
-      reverse_bytes: that reverse mode holds at the last k, a state each step, each recomputed on
-        the way back (computed; what a run without that takes is several times more).
-      reverse: what reverse mode gave and took, measured; None where it was not asked for.
-      minimum: that the last of the steps leads to.
+      steps: (m,) the numbers of steps k, ascending.
+      errors: (m,) |T_k - dR/dp| / |dR/dp|.
+      norms: (m,) |T_k|.
+      max_forces: (m,) the largest force on a particle after k steps.
+      growth: (m,) log(|d_k| / |d_0|) / k of a small random displacement d_0 of the start: the
+        largest Lyapunov exponent of the run so far, per step. Above 0 the run is chaotic and T_k
+        explodes; below 0 the run forgets its start.
+      tangents: (m, n, d) T_k.
+      exact: (n, d) the implicit derivative.
+      forward_bytes: memory of forward mode, whatever k is: the state, T and d.
+      reverse_bytes: memory of reverse mode at the last k: a state for each step, recomputed on the
+        way back (calculated; a run without recomputation takes several times more).
+      reverse: the measured result of reverse mode; None where it was not asked for.
+      minimum: the minimum that the last step leads to.
       status: CONVERGED, or the worse of the minimum's and of the implicit derivative's; NOT_FINITE
-        where T is not.
+        where a T_k is not finite.
     """
 
     steps: np.ndarray
@@ -90,20 +90,18 @@ class Unrolled(Shown):
 
     @property
     def error(self) -> float:
-        """After the last step."""
+        """The error after the last step."""
         return float(self.errors[-1])
 
     @property
     def exponent(self) -> float:
-        """The largest of ``growth``."""
+        """The largest Lyapunov exponent among ``growth``."""
         return float(np.max(self.growth))
 
     def agrees_from(self, tolerance: float = AGREES) -> int | None:
-        """The first number of steps from which on the error stays below ``tolerance``; None where
-        it never does.
-        """
-        late = np.flatnonzero(~(self.errors <= tolerance))
-        first = 0 if late.size == 0 else int(late[-1]) + 1
+        """The number of steps from which on the error stays below ``tolerance``; None if none."""
+        too_large = np.flatnonzero(~(self.errors <= tolerance))  # negated, so that NaN counts
+        first = 0 if too_large.size == 0 else int(too_large[-1]) + 1
         return int(self.steps[first]) if first < self.steps.size else None
 
     _title = "Unrolled derivative"
@@ -117,7 +115,6 @@ class Unrolled(Shown):
             share = norm / exact if exact > 0 else np.nan
             rows.append((f"{k:,}", f"{error:.1e}, {share:.3g}, {force:.1e}, {rate:+.2e}"))
         agrees = self.agrees_from()
-        measured = self.reverse and self.reverse.measured
         rows += [
             ("agrees", "never" if agrees is None else f"to {AGREES:.0e} from {agrees:,} steps on"),
             ("implicit norm", f"{exact:.6g}"),
@@ -128,16 +125,16 @@ class Unrolled(Shown):
             ),
         ]
         if self.reverse is not None:
-            said = (
-                "the compiler does not say"
-                if measured is None
-                else f"{_bytes(measured)} (the compiler's)"
-            )
-            rows.append(("measured, reverse", f"{said}; adjoint gap {self.reverse.gap:.1e}"))
+            if self.reverse.measured is None:
+                memory = "the compiler does not say"
+            else:
+                memory = f"{_bytes(self.reverse.measured)} (the compiler's)"
+            rows.append(("measured, reverse", f"{memory}; adjoint gap {self.reverse.gap:.1e}"))
         return [*rows, ("status", f"{self.status.name}: {self.status.sentence}")]
 
 
 def _bytes(count: float) -> str:
+    """A number of bytes in words, in the largest unit that fits."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:.3g} {unit}"
@@ -152,26 +149,27 @@ def unrolled(
     method: Fire | GradientDescent = Fire(),
     reverse: bool = False,
 ) -> Unrolled:
-    """Differentiate through k steps of a minimizer, and tell how far that is from the derivative of
-    the minimum.
+    """Differentiate through k steps of a minimizer, and compare with the derivative of the minimum.
 
-    Forward mode: T_k is carried along with the run. The first positions, the time steps and the
-    mass do not depend on the parameters. The implicit derivative is taken at the minimum that the
-    last step leads to, so that both are of one basin.
+    By forward mode: T_k is carried along with the run. The starting positions, the time steps and
+    the mass do not depend on the parameters. The implicit derivative is taken at the minimum that
+    the last step leads to, so that both belong to the same basin.
 
     Args:
-      start: where to start, unrelaxed; not a batch.
+      start: the system to start from, not relaxed; not a batch.
       dparams: the direction, as in ``jvp``.
       steps: k, one number or several.
       method: ``Fire(...)`` or ``GradientDescent(...)``, jax-md's.
-      reverse: run reverse mode through the last k, too, and measure its memory. It lists all pairs.
+      reverse: also run reverse mode through the last k, and measure its memory. It needs a list of
+        all pairs.
 
     Returns:
       an :class:`Unrolled`; print it.
 
     Raises:
       InputError: bad names, steps or method. TooLargeError: reverse mode would not fit in memory.
-      ConvergenceError: no minimum, or none that can be differentiated, lies ahead of the last step.
+      ConvergenceError: the run after the last step leads to no minimum, or to one that cannot be
+        differentiated.
     """
     system, counts = _checked(start, steps, method)
     require_unconstrained(system, "verify.unrolled")
@@ -183,53 +181,58 @@ def unrolled(
         leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state_at_rest(system, method))
     )
     if reverse:
+        # Reverse mode keeps one state a step.
         require_memory(
-            counts[-1] * state_bytes / itemsize, itemsize,
+            counts[-1] * state_bytes / itemsize,
+            itemsize,
             f"reverse mode through {counts[-1]:,} steps of {size:,} coordinates",
             "take fewer steps, or forward mode, whose memory does not grow with them.",
-        )  # fmt: skip
+        )
         system = all_pairs(system)
     run = TangentRun(system, method, tangent, limits_of(system, method))
-    rows = []
+    raw_tangents: list[jax.Array] = []
+    displacements: list[jax.Array] = []
+    max_forces: list[float] = []
     for count in counts:
         run.advance(int(count))
-        rows.append(
-            (
-                run.positions,
-                run.tangent,
-                run.perturbation,
-                float(largest_force(method.forces(run.state))),
-            )
-        )
+        raw_tangents.append(run.tangent)
+        displacements.append(run.perturbation)
+        max_forces.append(float(largest_force(method.forces(run.state))))
+    # From where the run ended, so that the minimum is that of the run's basin.
     eq = minimize(run.system.replace(positions=run.positions).reallocate(), progress=False)
     lin = linearize(eq)
     response = jvp(lin, dparams, throw=False)
 
-    def off_null(v: Any) -> np.ndarray:
+    def without_null_part(v: jax.Array) -> np.ndarray:
         return np.asarray(lin.null.project(Unknowns(jnp.asarray(v))).positions)
 
-    exact, tangents = off_null(response.value), np.array([off_null(row[1]) for row in rows])
+    exact = without_null_part(response.value)
+    tangents = np.array([without_null_part(v) for v in raw_tangents])
     scale = float(np.linalg.norm(exact)) or 1.0
-    whole = np.linalg.norm(off_null(run.aside))
-    grown = np.array([np.linalg.norm(off_null(row[2])) / whole for row in rows])
-    growth = np.log(np.maximum(grown, np.finfo(float).tiny)) / counts
+    first = np.linalg.norm(without_null_part(run.aside))
+    ratios = np.array([np.linalg.norm(without_null_part(v)) / first for v in displacements])
+    # A displacement that has decayed to zero has no logarithm.
+    growth = np.log(np.maximum(ratios, np.finfo(float).tiny)) / counts
     return Unrolled(
-        counts,
-        np.linalg.norm(tangents - exact, axis=(1, 2)) / scale,
-        np.linalg.norm(tangents, axis=(1, 2)),
-        np.array([row[3] for row in rows]),
-        growth,
-        tangents,
-        exact,
-        FORWARD * state_bytes,
-        int(counts[-1]) * state_bytes,
-        reversed_run(run, system, tangent, int(counts[-1])) if reverse else None,
-        eq,
-        response.status if np.isfinite(tangents).all() else Status.NOT_FINITE,
+        steps=counts,
+        errors=np.linalg.norm(tangents - exact, axis=(1, 2)) / scale,
+        norms=np.linalg.norm(tangents, axis=(1, 2)),
+        max_forces=np.array(max_forces),
+        growth=growth,
+        tangents=tangents,
+        exact=exact,
+        forward_bytes=FORWARD * state_bytes,
+        reverse_bytes=int(counts[-1]) * state_bytes,
+        reverse=reversed_run(run, system, tangent, int(counts[-1])) if reverse else None,
+        minimum=eq,
+        status=response.status if np.isfinite(tangents).all() else Status.NOT_FINITE,
     )
 
 
-def _checked(start: Any, steps: Any, method: Any) -> tuple[System, np.ndarray]:
+def _checked(
+    start: System | Equilibrium, steps: int | Sequence[int], method: Fire | GradientDescent
+) -> tuple[System, np.ndarray]:
+    """The system to start from and the numbers of steps, ascending; refuses wrong arguments."""
     system = start.system if isinstance(start, Equilibrium) else start
     if not isinstance(system, System) or system.batch is not None:
         raise InputError(f"unrolled got a {type(start).__name__}: give one System, not a batch.")
@@ -237,12 +240,9 @@ def _checked(start: Any, steps: Any, method: Any) -> tuple[System, np.ndarray]:
         raise InputError(
             f"method is {short(method)}: give Fire() or GradientDescent() of ms.relaxation."
         )
+    # Ascending, so that one run passes through all of them.
     counts = np.unique(np.atleast_1d(np.asarray(steps)))
-    if (
-        counts.ndim != 1
-        or not np.issubdtype(counts.dtype, np.integer)
-        or not counts.size
-        or counts[0] < 1
-    ):
+    whole = counts.ndim == 1 and np.issubdtype(counts.dtype, np.integer)
+    if not whole or not counts.size or counts[0] < 1:
         raise InputError(f"steps are {short(steps)}: give whole numbers from 1.")
     return system.reallocate(), counts

@@ -137,7 +137,7 @@ def direction(lin, seed: int = 1) -> dict[str, np.ndarray]:
 def test_derivative_is_that_of_minimizing_again(name):
     eq = minimum(name)
     lin = ms.linearize(eq)
-    system: Any = lin.stiffness
+    system: Any = lin.factor
     assert system.negative[0] == 0 and system.redundant == 0
     change = direction(lin)
     r = ms.jvp(lin, change)
@@ -478,13 +478,13 @@ def test_ase_constraints_become_ours_and_back():
     ([RigidBonds.between([[0, 1]])], {"bond_length": -1.0}, "positive lengths"),
     ([RigidBonds.between([[0, 1]])], {"bond_length": 1.9}, "a length of 1.9 is above half of the cell"),
     ([FixedTotal("epsilon")], {"total_total": 1.0}, "is a scalar, which its total fixes"),
-    ([FixedTotal("mass")], {"total_total": 1.0}, "relaxes 'mass', which the potential has not"),
+    ([FixedTotal("mass")], {"total_total": 1.0}, "relaxes 'mass', which is not a parameter of the potential"),
     ([Pinned.particles([0], 4, 2)], {}, "the mask has shape"),
     ("pins", {}, "give records of mdsens.constraints"),
     (
         [Wall(1, True, clearance=1.0), FixedTotal("sigma")],
         {"wall_position": -1.0, "total_total": 16.0},
-        "wall stands off by 'sigma', which total relaxes",
+        "wall has bounds that depend on 'sigma', which total relaxes",
     ),
     ([FixedTotal("sigma", 2)], {"total_total": -1.0}, "total_total is -1: give a positive number"),
 ])  # fmt: skip

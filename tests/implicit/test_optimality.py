@@ -749,9 +749,9 @@ def test_complementarity() -> None:
 def test_multipliers_that_do_not_fit_are_named() -> None:
     x, theta = jnp.zeros(3), np.array(ANY[0])
     F = opt.kkt(f, lambda x, theta: x[:1], outside)
-    with pytest.raises(InputError, match="equality has constraint but no multipliers"):
+    with pytest.raises(InputError, match="equality has a constraint but no multipliers"):
         F(opt.KKTPoint(x), theta)
-    with pytest.raises(InputError, match=r"inequality\(x, \*args\).*one multiplier a constraint"):
+    with pytest.raises(InputError, match=r"inequality\(x, \*args\).*one multiplier for each constraint"):
         F(opt.KKTPoint(x, jnp.zeros(1), jnp.zeros(6)), theta)
     with pytest.raises(InputError, match="equality has multipliers but no constraint"):
         opt.kkt(f)(opt.KKTPoint(x, jnp.zeros(1)), theta)

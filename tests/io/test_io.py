@@ -497,7 +497,7 @@ def test_symbols_go_through_everything(tmp_path):
         ms.unstack(ms.stack([system, system]))[1], jax.jit(lambda s: s)(system),
     ]  # fmt: skip
     assert [s.species_names for s in kept] == [("Ni", "P")] * len(kept)
-    with pytest.raises(InputError, match="system 1 has other species_names than system 0"):
+    with pytest.raises(InputError, match="system 1 differs from system 0 in species_names"):
         ms.stack([system, system.replace(species_names=("Cu", "Zr"))])
 
 

@@ -198,15 +198,15 @@ def test_energy_maps_over_a_batch():
             np.array_equal(a, b)
             for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(member), strict=True)
         )
-    with pytest.raises(ms.InputError, match="a System that is no batch"):
+    with pytest.raises(ms.InputError, match="a System that is not a batch"):
         ms.unstack(members[0])
 
 
 @pytest.mark.parametrize("other, message", [
-    (lambda: discs(sigma=np.ones(4)), "system 1 has other params than system 0"),
-    (lambda: ms.System.create(PLACES[:3], 3.0, LAW, DISCS), "system 1 has other positions than system 0"),
-    (lambda: ms.System.create(PLACES, 3.0, ms.potentials.morse(0.5, 1.0), DISCS), "system 1 has other potential"),
-    (lambda: ms.System.create(PLACES, 3.0, LAW, DISCS, [0, 1, 0, 1]), "system 1 has other species"),
+    (lambda: discs(sigma=np.ones(4)), "system 1 differs from system 0 in params"),
+    (lambda: ms.System.create(PLACES[:3], 3.0, LAW, DISCS), "system 1 differs from system 0 in positions"),
+    (lambda: ms.System.create(PLACES, 3.0, ms.potentials.morse(0.5, 1.0), DISCS), "system 1 differs from system 0 in potential"),
+    (lambda: ms.System.create(PLACES, 3.0, LAW, DISCS, [0, 1, 0, 1]), "system 1 differs from system 0 in species"),
 ])  # fmt: skip
 def test_batches_of_other_kinds_are_refused(other, message):
     with pytest.raises(ms.InputError, match=message):
@@ -220,7 +220,7 @@ def test_an_empty_batch_is_refused():
 
 def test_a_batch_may_mix_values_not_kinds_of_boxes():
     other = ms.System.create(PLACES, ms.PackingFraction(0.4), LAW, DISCS)
-    with pytest.raises(ms.InputError, match="system 1 has other boundary than system 0"):
+    with pytest.raises(ms.InputError, match="system 1 differs from system 0 in boundary"):
         ms.stack([discs(), other])
     whole = ms.stack([discs(), discs().replace(boundary=FixedBox(4.0 * jnp.eye(2)))])
     np.testing.assert_array_equal(jax.vmap(lambda s: s.volume)(whole).round(9), [9.0, 16.0])

@@ -21,7 +21,7 @@ from matplotlib.quiver import Quiver, QuiverKey
 
 import mdsens as ms
 from mdsens.plots import derivative_test, sensitivity_map, stiffness_spectrum
-from mdsens.sensitivity.results import Displacement
+from mdsens.sensitivity.results import Displacement, ParameterGradient
 from mdsens.verify import DerivativeTest
 
 matplotlib.use("Agg")
@@ -31,6 +31,7 @@ matplotlib.use("Agg")
 def pyplot():
     from matplotlib import pyplot
 
+    pyplot.close("all")  # those that another test left open
     yield pyplot
     pyplot.close("all")
 
@@ -295,7 +296,8 @@ def test_bad_options_are_refused(options: dict[str, Any], says: str):
 def test_bad_inputs_are_refused_and_leave_no_figure(pyplot: Any):
     eq, r = discs(EDGES, 10.0, 1.0), answer(np.ones((3, 2)))
     batch = jax.tree.map(lambda leaf: jnp.stack([jnp.asarray(leaf)] * 2), eq)
-    adjoint = dataclasses.replace(r, value={"sigma": jnp.ones(())}, nonaffine=None)
+    evidence = {"stats": r.stats, "max_force": r.max_force, "rattlers": r.rattlers}
+    adjoint = ParameterGradient(value={"sigma": jnp.ones(())}, **evidence)
     refused: list[tuple[Any, Any, str]] = [
         (batch, r, "batch of 2"),
         (eq.system, r, "got a System"),

@@ -212,7 +212,7 @@ def test_a_change_that_is_not_symmetric_is_refused_in_one_sentence(call):
     message = str(caught.value)
     assert "[0,1]" in message and "[1,0]" in message and "\n" not in message
     assert message.endswith(
-        "which are one number, that of the species 0 and 1: give both entries the same."
+        "which are the same number, that of the species 0 and 1: give both entries the same value."
     )
 
 

@@ -501,7 +501,7 @@ PLACES = [[0.0, 0.0], [0.9, 0.0], [0.0, 0.9], [2.0, 2.0]]
     ({"pressure": 1.0}, None, r"no parameter 'pressure' .*'sigma', 'epsilon', 'alpha'.*remove it"),
     ({"alpha": None}, None, r"needs the parameter 'alpha': give params\['alpha'\]"),
     ({"sigma": [1.0, 2.0]}, None, r"sigma has shape \(2,\): give a scalar, \(4,\).*species"),
-    ({"sigma": [1.0]}, [0, 1, 0, 1], r"sigma has shape \(1,\): give .*\(2,\) for one a species or \(2, 2\)"),
+    ({"sigma": [1.0]}, [0, 1, 0, 1], r"sigma has shape \(1,\): give .*\(2,\) for one value per species or \(2, 2\)"),
     ({"sigma": np.ones((4, 4))}, None, r"sigma has shape \(4, 4\): give a scalar"),
     ({"sigma": np.ones((2, 2, 2))}, [0, 1, 0, 1], r"sigma has shape \(2, 2, 2\): give .*\(2, 2\) for species pairs"),
     ({"sigma": [[1.0, 2.0], [1.5, 1.0]]}, [0, 1, 0, 1], r"sigma is not symmetric: give a symmetric \(2, 2\)"),
@@ -536,7 +536,7 @@ def test_bad_potentials_are_refused_when_made(make, message):
 @pytest.mark.parametrize("bonds, params, message", [
     ([[0, 4]], {}, r"bonds name particle 4 but there are 4: use indices 0 to 3"),
     ([[-1, 2]], {}, r"bonds name particle -1 but there are 4: use indices 0 to 3"),
-    ([[0, 1]], {"stiffness": [1.0, 2.0]}, r"stiffness has shape \(2,\): give a scalar or \(1,\), one a bond"),
+    ([[0, 1]], {"stiffness": [1.0, 2.0]}, r"stiffness has shape \(2,\): give a scalar, or \(1,\) for one value per bond"),
     ([[0, 1]], {"length": -1.0}, r"length is -1.0: give a positive number"),
 ])  # fmt: skip
 def test_bad_bonds_are_refused_with_the_system(bonds, params, message):

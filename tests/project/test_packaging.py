@@ -207,8 +207,8 @@ MINIMIZERS = """
 import sys
 from mdsens.relaxation import Fire
 from mdsens.mechanics.units import Limits
-from mdsens.relaxation.methods import _jax_md_minimize as module
-Fire().minimizer(lambda R: R, lambda R, dR: R + dR, Limits(1.0, 1.0, 1.0))
+from mdsens.relaxation.jax_md import jax_md_minimize as module
+Fire().functions(lambda R: R, lambda R, dR: R + dR, Limits(1.0, 1.0, 1.0))
 assert not [name for name in sys.modules if name.split(".")[0] in ("jax_md", "flax", "haiku")]
 import jax_md
 assert jax_md.energy.soft_sphere and jax_md.minimize.fire_descent and jax_md.__file__

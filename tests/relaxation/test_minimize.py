@@ -4,6 +4,7 @@ lists recover.
 
 from __future__ import annotations
 
+import functools
 import sys
 from functools import cache
 from typing import Any
@@ -101,6 +102,33 @@ def test_gradient_descent_reaches_the_minimum_that_fire_found():
     assert float(ms.observables.energy(eq.system)) == pytest.approx(
         float(ms.observables.energy(start)), rel=1e-12
     )
+
+
+@pytest.mark.parametrize("name", ["fire_descent", "gradient_descent"])
+def test_a_minimizer_of_jax_md_makes_its_own_steps(name):
+    from jax_md import minimize as theirs
+
+    options = {"fire_descent": {"dt_max": 0.2}, "gradient_descent": {"step_size": 2e-3}}[name]
+    minimizer, start, count = getattr(theirs, name), dimer(), 40
+
+    def energy(R: jax.Array, **_: Any) -> jax.Array:
+        return potential_energy(start, R)
+
+    init, apply = minimizer(energy, lambda R, dR, **_: R + dR, **options)
+    # step sizes in double precision, which jax-md makes float16 where they fit
+    state = jax.tree.map(lambda leaf: leaf * np.float64(1), init(start.positions))
+    for _ in range(count):
+        state = apply(state)
+    method = ms.relaxation.JaxMD(functools.partial(minimizer, **options))
+    eq = ms.minimize(start, method=method, max_steps=count, throw=False)
+    assert ms.Status(int(eq.status)) is ms.Status.MAX_STEPS_REACHED and int(eq.steps) == count
+    there = np.asarray(getattr(state, "position", state))
+    moved = np.linalg.norm(there - np.asarray(start.positions))
+    assert np.linalg.norm(np.asarray(eq.positions) - there) < 1e-12 * moved
+    if name == "fire_descent":
+        assert distance(ms.minimize(start, method=method), 0, 1) == pytest.approx(
+            2 ** (1 / 6), rel=1e-12
+        )
 
 
 def test_relaxing_goes_downhill_and_is_reproducible():
@@ -204,6 +232,7 @@ def test_bad_options_are_refused(options, message):
 @pytest.mark.parametrize("make, message", [
     (lambda: Fire(dt_start=0.0), r"Fire\(dt_start=0.0\): give a positive number"),
     (lambda: Fire(dt_max=np.inf), r"Fire\(dt_max=inf\): give a positive number"),
+    (lambda: ms.relaxation.JaxMD(3), r"JaxMD\(minimizer=3\): give a function \(force, shift\)"),  # type: ignore
     (lambda: GradientDescent(step_size=-1.0), r"GradientDescent\(step_size=-1.0\): give a positive number"),
 ])  # fmt: skip
 def test_bad_methods_are_refused(make, message):

@@ -224,7 +224,8 @@ def test_a_cell_that_would_not_stay_is_told():
         stiffness=-lin.cell.stiffness,
         status=jnp.asarray(ms.Status.INDEFINITE.value, jnp.int32),
     )
-    c = ms.certify(dataclasses.replace(lin, cell=cell), {"pressure": 1.0})
+    structure = dataclasses.replace(lin.structure, cell=cell)  # type: ignore[call-arg]
+    c = ms.certify(dataclasses.replace(lin, structure=structure), {"pressure": 1.0})
     assert c.status is ms.Status.INDEFINITE and "of the cell at this pressure" in c.findings[0][1]
     assert c.error == np.inf and c.distance == np.inf and c.negative_modes == 0
     assert ms.certify(dataclasses.replace(eq, pressure=None, strains=None)).cell is None

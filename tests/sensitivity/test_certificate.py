@@ -401,7 +401,7 @@ def test_a_batch_is_taken_by_its_members():
     assert ms.certify(first).stiffness_min == pytest.approx(
         ms.certify(relaxed()).stiffness_min, rel=1e-6
     )
-    with pytest.raises(ms.InputError, match="no batch"):
+    with pytest.raises(ms.InputError, match="not a batch"):
         ms.unstack(first)
 
 

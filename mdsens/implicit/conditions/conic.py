@@ -1,12 +1,13 @@
-"""Conic programs: the residual whose root is a solution, for linear, second-order and semidefinite
-constraints.
+"""Conic programs: linear, second-order and semidefinite ones, as the root of a residual.
 
-    minimize c^T x  subject to  A x + s = b, s in K;    maximize -b^T y  subject to  A^T y + c = 0, y in K*
+    primal:  minimize  c^T x  subject to  A x + s = b, s in K
+    dual:    maximize -b^T y  subject to  A^T y + c = 0, y in K*
 
-A product of cones is a tuple of records, in the order of the rows of A. The derivative of a linear
-program's vertex, of a semidefinite program's matrix: give :func:`mdsens.implicit.root` the
-condition that :func:`conic_residual` makes, and any solver; :func:`embed` makes its unknown of what
-other solvers return, :func:`read` the solution of it.
+K is a cone and K* its dual cone. A product of cones is a tuple of records, in the order of the rows
+of A. To differentiate a solution, such as the vertex of a linear program or the matrix of a
+semidefinite one, give :func:`mdsens.implicit.root` the condition that :func:`conic_residual`
+returns, and any solver. :func:`embed` turns the solution of another solver into the unknown z of
+that condition, :func:`read` turns z into the solution.
 """
 
 from __future__ import annotations
@@ -44,12 +45,13 @@ class Cone(Protocol):
 
     @property
     def size(self) -> int:
-        """Length of its vectors."""
+        """Length of the vectors."""
         ...
 
     def project_dual(self, y: Array) -> Array:
-        """The nearest point of K*, the vectors with no negative product with any of K; shape
-        (size,).
+        """Project y on the dual cone K*: its nearest point there, shape (size,).
+
+        K* is the set of vectors whose inner product with each vector of K is not negative.
         """
         ...
 
@@ -59,21 +61,23 @@ Cones: TypeAlias = Cone | tuple[Cone, ...]
 
 @dataclasses.dataclass(frozen=True)
 class _Sized:
+    """A cone of vectors of length ``size``."""
+
     size: int
 
     def __post_init__(self) -> None:
         if not isinstance(self.size, int) or self.size < 1:
             raise InputError(
-                f"{type(self).__name__}: size={self.size!r} is no length; give a whole number"
-                " from 1"
+                f"{type(self).__name__}: size={self.size!r} is not the length of a vector; give a"
+                " whole number from 1"
             )
 
 
 class Zero(_Sized):
-    """s = 0: equalities A x = b, of any multipliers y."""
+    """s = 0: equalities A x = b, whose multipliers y are not restricted."""
 
     def project_dual(self, y: Array) -> Array:
-        """y itself."""
+        """Return y, since the dual cone is the whole space."""
         return y
 
 
@@ -81,56 +85,61 @@ class NonNegative(_Sized):
     """s >= 0: inequalities A x <= b."""
 
     def project_dual(self, y: Array) -> Array:
-        """max(y, 0)."""
+        """max(y, 0), since the cone is its own dual."""
         return projections.non_negative(y)
 
 
 class SecondOrder(_Sized):
-    """|u| <= t, s = (t, u) of length size."""
+    """|u| <= t for s = (t, u), a vector of length ``size``."""
 
     def project_dual(self, y: Array) -> Array:
-        """As :func:`mdsens.implicit.conditions.projections.second_order_cone`."""
+        """:func:`mdsens.implicit.conditions.projections.second_order_cone`; it is its own dual."""
         return projections.second_order_cone(y)
 
 
 @dataclasses.dataclass(frozen=True)
 class Semidefinite:
-    """Positive semi-definite matrices with ``order`` rows, as vectors: see :func:`vector`."""
+    """Positive semidefinite matrices with ``order`` rows, as vectors: see :func:`vector`."""
 
     order: int
 
     def __post_init__(self) -> None:
         if not isinstance(self.order, int) or self.order < 1:
             raise InputError(
-                f"Semidefinite: order={self.order!r} is no number of rows; give a whole number"
+                f"Semidefinite: order={self.order!r} is not a number of rows; give a whole number"
                 " from 1"
             )
 
     @property
     def size(self) -> int:
-        """order (order + 1) / 2."""
+        """Length of the vectors, order (order + 1) / 2."""
         return self.order * (self.order + 1) // 2
 
     def project_dual(self, y: Array) -> Array:
-        """As :func:`mdsens.implicit.conditions.projections.semidefinite`."""
+        """:func:`mdsens.implicit.conditions.projections.semidefinite`; the cone is its own dual."""
         return vector(projections.semidefinite(matrix(y)))
 
 
 def vector(symmetric: Array) -> Array:
-    """A symmetric matrix (n, n) as a vector of n (n + 1) / 2, with the same inner product.
+    """Write a symmetric matrix (n, n) as a vector of n (n + 1) / 2 entries.
 
-    The lower triangle, column by column, off-diagonal entries times sqrt(2), as SCS has it.
+    The lower triangle, column by column, with off-diagonal entries times sqrt(2), so that inner
+    products are those of the matrices. The solver SCS uses the same order.
     """
+    # The column-major order of the lower triangle is the row-major order of the upper triangle,
+    # with row and column exchanged.
     rows, columns = np.triu_indices(jnp.shape(symmetric)[0])
     return jnp.where(rows == columns, 1.0, np.sqrt(2)) * symmetric[columns, rows]
 
 
 def matrix(entries: Array) -> Array:
-    """The symmetric matrix (n, n) of a vector of n (n + 1) / 2: the inverse of :func:`vector`."""
+    """The symmetric matrix (n, n) of a vector of n (n + 1) / 2 entries; inverts :func:`vector`."""
+    # n from m = n (n + 1) / 2
     order = int((np.sqrt(8 * jnp.size(entries) + 1) - 1) / 2)
     if order * (order + 1) // 2 != jnp.size(entries):
         raise InputError(
-            f"entries has length {jnp.size(entries)}, but a symmetric matrix's is n (n + 1) / 2"
+            f"entries has length {jnp.size(entries)}, but the vector of a symmetric matrix (n, n)"
+            " has length n (n + 1) / 2; give one of length 1, 3, 6, 10, ..."
         )
     rows, columns = np.triu_indices(order)
     scaled = jnp.where(rows == columns, 1.0, np.sqrt(0.5)) * entries
@@ -144,26 +153,26 @@ def matrix(entries: Array) -> Array:
 
 
 def conic_residual(cone: Cones) -> Callable[[Array, Array, Array, Array], Array]:
-    """F(z, c, A, b) of a conic program: the homogeneous self-dual embedding, at scale one.
+    """Make F(z, c, A, b) of a conic program: its homogeneous self-dual embedding, at scale one.
 
         F(z) = (Q - I) P(z) + z + (0, 0, w - 1),   P(z) = (u, P_K*(v), max(w, 0)),   z = (u, v, w)
         Q = [[0, A^T, c], [-A, 0, b], [-c^T, -b^T, 0]]
 
     Where there is a solution the root is z = (x, y - s, 1). Without the last term F is homogeneous,
-    and its Jacobian has the null vector z and the left one P(z). Both end in w, so that the term
-    removes them, and it moves no root: P(z) F(z) = w (w - 1).
+    and its Jacobian has the right null vector z and the left null vector P(z). The last entry of
+    both is w, so that the last term removes the null vectors. It moves no root, since P(z) F(z) =
+    w (w - 1).
 
     Args:
       cone: a cone, or a tuple of cones in the order of the rows of A.
 
     Returns:
-      F on z of shape (n + m + 1,), with c (n,), A (m, n) and b (m,), all of which the root has
-      derivatives by. Its Jacobian is unsymmetric, and regular where primal and dual solution are
-      unique and no kink of P_K* is met, which :func:`mdsens.implicit.conditions.degeneracy.kinked`
-      tells.
+      F on z of shape (n + m + 1,), with c (n,), A (m, n) and b (m,); the root has derivatives by c,
+      A and b. The Jacobian is not symmetric. It is regular where the primal and the dual solution
+      are unique and P_K* has no kink, see :func:`mdsens.implicit.conditions.degeneracy.kinked`.
 
     Raises:
-      InputError: when called, shapes that do not fit.
+      InputError: when F is called with shapes that do not fit.
 
     Busseti, Moursi and Boyd, arXiv:1811.02157; Agrawal et al., arXiv:1904.09043.
     """
@@ -174,8 +183,12 @@ def conic_residual(cone: Cones) -> Callable[[Array, Array, Array, Array], Array]
         _check_shape("b", b, rows)
         _check_shape("the cones' rows", jnp.zeros(sum(part.size for part in _parts(cone))), rows)
         _check_shape("z", z, columns + rows + 1)
-        u, v, w = z[:columns], z[columns:-1], z[-1]
-        y, tau = _project_dual(cone, v), jnp.maximum(w, 0.0)
+        u = z[:columns]
+        v = z[columns:-1]
+        w = z[-1]
+        y = _project_dual(cone, v)
+        tau = jnp.maximum(w, 0.0)
+        # the three block rows of (Q - I) P(z) + z + (0, 0, w - 1), where (I - I) u = 0
         return jnp.concatenate(
             [A.T @ y + c * tau, b * tau - A @ u - y + v, (w - tau - c @ u - b @ y + w - 1)[None]]
         )
@@ -200,13 +213,14 @@ class ConicSolution(Portable):
 
 
 def embed(solution: ConicSolution) -> Array:
-    """z = (x, y - s, 1), the unknown of :func:`conic_residual`, of what another solver returned."""
+    """Turn a solution into z = (x, y - s, 1), the unknown of :func:`conic_residual`."""
     return jnp.concatenate([solution.x, solution.y - solution.s, jnp.ones_like(solution.x[:1])])
 
 
 def read(z: Array, cone: Cones) -> ConicSolution:
-    """The solution that z stands for, at any scale: x = u / w, y = P_K*(v) / w, s = (P_K*(v) - v) /
-    w.
+    """Turn the unknown z of :func:`conic_residual`, at any scale w, into the solution.
+
+    x = u / w,   y = P_K*(v) / w,   s = (P_K*(v) - v) / w,   z = (u, v, w)
     """
     columns = jnp.size(z) - 1 - sum(part.size for part in _parts(cone))
     v = z[columns:-1]
@@ -219,6 +233,8 @@ def _parts(cone: Cones) -> tuple[Cone, ...]:
 
 
 def _project_dual(cone: Cones, v: Array) -> Array:
+    """Project each cone's part of v on its dual cone; v is in the order of the rows of A."""
+    # without the last end, which is the length of v: jnp.split takes the inner ends
     parts = _parts(cone)
     ends = np.cumsum([part.size for part in parts])[:-1]
     return jnp.concatenate(
@@ -228,4 +244,6 @@ def _project_dual(cone: Cones, v: Array) -> Array:
 
 def _check_shape(name: str, array: Array, length: int) -> None:
     if jnp.shape(array) != (length,):
-        raise InputError(f"{name} has shape {jnp.shape(array)}, but A needs ({length},)")
+        raise InputError(
+            f"{name} has shape {jnp.shape(array)}, but A needs ({length},); give shapes that fit"
+        )

@@ -1,8 +1,8 @@
-"""Whether a solution stands where its derivative jumps: a constraint about to open or close.
+"""Degenerate solutions, where the derivative jumps: a constraint is about to open or close.
 
-Almost every solution stands elsewhere; where one does not, the derivative of
-:mod:`mdsens.implicit.conditions.optimality`'s conditions is that of one side at best, and these say
-so.
+Almost no solution is degenerate. At one that is, the derivative that the conditions of
+:mod:`mdsens.implicit.conditions.optimality` give is at best the derivative to one side. The
+functions here detect such solutions.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ __all__ = ["Margin", "complementarity", "kinked"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Margin(Portable):
-    """How far a solution is from where its derivative jumps.
+    """Distance of a solution from a jump of its derivative.
 
     Attributes:
-      status: CONVERGED or DEGENERATE_CONSTRAINT, as an int32 array.
-      value: see the function that made it.
+      status: CONVERGED, DEGENERATE_CONSTRAINT, or NOT_FINITE where the value is NaN; an int32
+        array.
+      value: see :func:`complementarity` and :func:`kinked`.
     """
 
     status: Array
@@ -40,26 +41,25 @@ class Margin(Portable):
 
 def _margin(value: Array, degenerate: Array) -> Margin:
     status = jnp.where(degenerate, int(Result.DEGENERATE_CONSTRAINT), int(Result.CONVERGED))
-    return Margin(
-        jnp.where(jnp.isnan(value), int(Result.NOT_FINITE), status).astype(jnp.int32), value
-    )
+    status = jnp.where(jnp.isnan(value), int(Result.NOT_FINITE), status)
+    return Margin(status.astype(jnp.int32), value)
 
 
 def complementarity(
     inequality: Callable[..., PyTree], x: KKTPoint, *args: PyTree, tolerance: float = 1e-7
 ) -> Margin:
-    """Whether each inequality either holds with a force or has room (strict complementarity).
+    """Check strict complementarity: each inequality has a positive multiplier or a positive slack.
 
         value = min_i max(lambda_i, -g_i(x, *args))
 
-    Where it is zero the Jacobian of :func:`mdsens.implicit.conditions.optimality.kkt` is singular,
-    and the solution has a derivative to each side only.
+    Where the value is zero the Jacobian of :func:`mdsens.implicit.conditions.optimality.kkt` is
+    singular, and the solution has one-sided derivatives only.
 
     Args:
       inequality: g of :func:`mdsens.implicit.conditions.optimality.kkt`.
       x: the solution with its multipliers.
-      tolerance: DEGENERATE_CONSTRAINT from here down, in the units of lambda and g; above the
-        solver's error.
+      tolerance: largest value that is DEGENERATE_CONSTRAINT, in the units of lambda and g; choose
+        it above the error of the solver.
 
     Returns:
       Margin; the value is infinite without inequalities.
@@ -70,40 +70,44 @@ def complementarity(
         x.inequality,
         "inequality(x, *args)",
         "the multipliers x.inequality",
-        "one a constraint",
+        "give one multiplier for each constraint",
     )
-    either = jax.tree.map(lambda force, g: jnp.maximum(force, -g), x.inequality, slack)
-    value = jnp.min(ravel_pytree(either)[0], initial=jnp.inf)
+    margins = jax.tree.map(lambda force, g: jnp.maximum(force, -g), x.inequality, slack)
+    value = jnp.min(ravel_pytree(margins)[0], initial=jnp.inf)
     return _margin(value, value <= tolerance)
 
 
-# Four, because one may lie along the kink: each with entries of every size and sign, no two of them
-# alike.
+# Number of probe directions. More than one, since a direction may lie along the kink and miss it;
+# each has entries of every size and sign, and no two directions are alike.
 _DIRECTIONS = 4
-# Curvature changes the derivative over 2e-6 of a unit, too, though far less than this.
+# Largest relative change of the derivative that does not count as a jump. Curvature alone changes
+# the derivative, too, but far less than this over the 2e-6 of a unit between the two points.
 _JUMP = 1e-3
 
 
 def kinked(F: Callable[..., PyTree], x: PyTree, *args: PyTree, radius: float = 1e-6) -> Margin:
-    """Whether the derivative of a condition F or a map T jumps nearby, as where a projection
-    changes its face.
+    """Probe whether the derivative of a condition F or of a map T jumps near a solution.
 
-        value = max_v |J(p + r v) v - J(p - r v) v| / max(|J(p + r v) v|, |J(p - r v) v|),   p = (x, args)
+    It jumps where a projection changes from one face of its set to another.
 
-    over four fixed directions v that move every unknown and every floating-point argument, by r in
-    units of the root mean square of its leaf (of one, where that is zero). Norms are largest
-    entries.
+        value = max_v |J(p + r v) v - J(p - r v) v| / max(|J(p + r v) v|, |J(p - r v) v|)
+        p = (x, args),  J = dF/dp
+
+    The maximum is over four fixed directions v, which move every unknown and every floating-point
+    argument by about r, in units of the root mean square of its leaf (1 where that is zero). Norms
+    are largest entries.
 
     Args:
       F: ``F(x, *args)`` or ``T(x, *args)`` as :mod:`mdsens.implicit.conditions.optimality` makes
-        them; of ``kkt`` see :func:`complementarity`, since nothing in it jumps.
+        them. For ``kkt`` use :func:`complementarity`, since the derivative of ``kkt`` never jumps.
       x: the solution.
-      args: as the root gets them.
-      radius: how near counts; above the solver's error. Larger radii take a bend for a kink.
+      args: the arguments of the root.
+      radius: r, larger than the error of the solver. A large radius takes curvature for a kink.
 
     Returns:
-      Margin with the largest jump as its value: DEGENERATE_CONSTRAINT where it is above 1e-3. A
-      probe, no proof: a jump is missed where it is smaller, or lies along all four directions.
+      Margin with the largest jump as its value: DEGENERATE_CONSTRAINT where it is above 1e-3. This
+      is a probe and no proof: it misses a jump that is smaller, or whose kink lies along all four
+      directions.
     """
     F = Traceable("F", F)
     leaves, structure = jax.tree.flatten((x, args))
@@ -111,9 +115,8 @@ def kinked(F: Callable[..., PyTree], x: PyTree, *args: PyTree, radius: float = 1
         i for i, leaf in enumerate(leaves) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
     ]
     flat, unravel = ravel_pytree([jnp.asarray(leaves[i]) for i in moved])
-    scale, _ = ravel_pytree(
-        [jnp.full_like(leaves[i], _size(jnp.asarray(leaves[i]))) for i in moved]
-    )
+    sizes = [jnp.full_like(leaves[i], _root_mean_square(jnp.asarray(leaves[i]))) for i in moved]
+    scale, _ = ravel_pytree(sizes)
 
     def image(flat: Array) -> Array:
         whole = list(leaves)
@@ -123,6 +126,7 @@ def kinked(F: Callable[..., PyTree], x: PyTree, *args: PyTree, radius: float = 1
         return ravel_pytree(F(y, *others))[0]
 
     def jump(k: Array) -> Array:
+        """The relative jump of the derivative along the k-th direction."""
         entries = jnp.arange(1, flat.size + 1, dtype=flat.dtype)
         v = scale * jnp.cos((k + 1) * entries**2 + k)
         _, ahead = jax.jvp(image, (flat + radius * v,), (v,))
@@ -134,6 +138,7 @@ def kinked(F: Callable[..., PyTree], x: PyTree, *args: PyTree, radius: float = 1
     return _margin(value, value > _JUMP)
 
 
-def _size(leaf: Array) -> Array:
+def _root_mean_square(leaf: Array) -> Array:
+    """The root mean square of an array; 1 where it is zero."""
     size = jnp.sqrt(jnp.mean(leaf**2))
     return jnp.where(size > 0, size, 1.0)

@@ -1,7 +1,6 @@
-"""The catalogue of optimality conditions: what a solution satisfies, made from the ingredients of
-its problem.
+"""Optimality conditions: the equations that a solution satisfies, made of its problem's functions.
 
-| row | condition | ingredients |
+| function | condition | ingredients |
 | --- | --- | --- |
 | ``stationary`` | grad f = 0 | f |
 | ``kkt`` | grad f + multipliers' forces = 0, h = 0, lambda g = 0 | f, h, g |
@@ -13,15 +12,18 @@ its problem.
 | ``conic_residual`` | the homogeneous self-dual embedding | cones; c, A, b are its args |
 
 A condition F(x, *args) = 0 goes to :func:`mdsens.implicit.root`, a map with x = T(x, *args) to
-:func:`mdsens.implicit.fixed_point`. Every ingredient takes ``(x, *args)`` with the same args, and
-picks what it needs:
+:func:`mdsens.implicit.fixed_point`. Every ingredient is a function of ``(x, *args)`` with the same
+args, and uses those that it needs:
 
-    T = projected_gradient(lambda x, theta: energy(x, theta), lambda x, theta: projections.box(x,
-    0.0, 1.0)) solution = fixed_point(T)(any_solver)
+    def in_box(x, theta):
+        return projections.box(x, 0.0, 1.0)
 
-The step of a fixed point changes neither its solution nor the derivative, only the conditioning of
-the solve. Blondel et al., Efficient and Modular Implicit Differentiation, arXiv:2105.15183, table
-1.
+    T = projected_gradient(energy, in_box)  # of energy(x, theta)
+    solution = fixed_point(T)(any_solver)
+
+The step of a fixed point changes neither the solution nor its derivative, only the conditioning of
+the linear solve. Blondel et al., Efficient and Modular Implicit Differentiation, arXiv:2105.15183,
+table 1.
 """
 
 from __future__ import annotations
@@ -65,9 +67,10 @@ _AUTO = Auto()
 
 
 def stationary(f: Callable[..., Array]) -> Ingredient:
-    """F(x, *args) = grad_x f(x, *args), for a minimum, maximum or saddle of f.
+    """Make F(x, *args) = grad_x f(x, *args), which is zero at a minimum, maximum or saddle of f.
 
-    Declare ``symmetric=True`` to root, at a minimum ``positive_semidefinite=True`` too.
+    Give :func:`mdsens.implicit.root` ``symmetric=True`` with it, and at a minimum
+    ``positive_semidefinite=True`` too.
     """
     return jax.grad(f)
 
@@ -75,12 +78,12 @@ def stationary(f: Callable[..., Array]) -> Ingredient:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KKTPoint(Portable):
-    """The unknowns of a constrained minimum, and the equations that hold there.
+    """The unknowns of a constrained minimum; also the residuals of its equations.
 
     Attributes:
       primal: the minimum, any tree.
-      equality: multipliers, a tree like h(x, *args); None where there are no equalities.
-      inequality: multipliers, a tree like g(x, *args), none negative; None where there are no
+      equality: multipliers, a tree like h(x, *args); None without equalities.
+      inequality: multipliers, a tree like g(x, *args), none of them negative; None without
         inequalities.
     """
 
@@ -94,7 +97,7 @@ def kkt(
     equality: Ingredient | None = None,
     inequality: Ingredient | None = None,
 ) -> Ingredient:
-    """F of a minimum of f subject to h = 0 and g <= 0, with its multipliers (Karush, Kuhn, Tucker).
+    """Make F for a minimum of f subject to h = 0 and g <= 0 (Karush, Kuhn, Tucker).
 
         grad f + (dh/dx)^T nu + (dg/dx)^T lambda = 0,   h = 0,   lambda g = 0
 
@@ -104,19 +107,20 @@ def kkt(
       inequality: ``g(x, *args)``, a tree of arrays, nowhere positive at the solution.
 
     Returns:
-      F on :class:`KKTPoint`: the solver returns the multipliers, and they have derivatives. Its
-      Jacobian is symmetric and indefinite with equalities alone (declare ``symmetric=True``),
-      unsymmetric with inequalities. It is singular where the gradients of what holds depend on each
-      other, and where both lambda and g are zero: see
+      F on :class:`KKTPoint`: the solver returns the multipliers, too, and they have derivatives.
+      The Jacobian is symmetric and indefinite with equalities alone (give ``symmetric=True``), not
+      symmetric with inequalities. It is singular where the gradients of the active constraints are
+      linearly dependent, and where lambda and g of an inequality are both zero: see
       :func:`mdsens.implicit.conditions.degeneracy.complementarity`.
 
     Raises:
-      InputError: when called, multipliers missing, too many, or not shaped like their constraint.
+      InputError: when F is called with multipliers that are missing, too many, or not shaped like
+        their constraint.
     """
 
     def F(x: KKTPoint, *args: PyTree) -> KKTPoint:
-        gap = _held(equality, x.primal, x.equality, args, "equality")
-        slack = _held(inequality, x.primal, x.inequality, args, "inequality")
+        gap = _constraint_value(equality, x.primal, x.equality, args, "equality")
+        slack = _constraint_value(inequality, x.primal, x.inequality, args, "inequality")
 
         def lagrangian(primal: PyTree) -> Array:
             value = f(primal, *args)
@@ -126,6 +130,7 @@ def kkt(
                 value += _dot(x.inequality, inequality(primal, *args))
             return value
 
+        # None is an empty tree to jax: without inequalities the last entry is None, too.
         return KKTPoint(
             jax.grad(lagrangian)(x.primal), gap, jax.tree.map(jnp.multiply, x.inequality, slack)
         )
@@ -133,19 +138,18 @@ def kkt(
     return F
 
 
-def _held(
+def _constraint_value(
     constraint: Ingredient | None,
     x: PyTree,
     multipliers: PyTree,
     args: tuple[PyTree, ...],
     name: str,
 ) -> PyTree:
-    """The constraint's value, with multipliers known to fit it."""
-    if (constraint is None) != (multipliers is None):
-        there, lacks = (
-            ("constraint", "multipliers") if multipliers is None else ("multipliers", "constraint")
-        )
-        raise InputError(f"{name} has {there} but no {lacks}; give both, or None for both")
+    """Evaluate a constraint, and check that its multipliers have the same tree and shapes."""
+    if constraint is not None and multipliers is None:
+        raise InputError(f"{name} has a constraint but no multipliers; give both, or None for both")
+    if constraint is None and multipliers is not None:
+        raise InputError(f"{name} has multipliers but no constraint; give both, or None for both")
     if constraint is None:
         return None
     value = constraint(x, *args)
@@ -154,12 +158,13 @@ def _held(
         multipliers,
         f"{name}(x, *args)",
         f"the multipliers x.{name}",
-        "give one multiplier a constraint",
+        "give one multiplier for each constraint",
     )
     return value
 
 
 def _dot(a: PyTree, b: PyTree) -> Array:
+    """Inner product of two trees."""
     return sum(
         (jnp.sum(u * v) for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)),
         jnp.zeros(()),
@@ -167,20 +172,23 @@ def _dot(a: PyTree, b: PyTree) -> Array:
 
 
 def _descend(x: PyTree, gradient: PyTree, step: Array | float) -> PyTree:
+    """x - step * gradient."""
     return jax.tree.map(lambda x, g: x - step * g, x, gradient)
 
 
 def projected_gradient(
     f: Callable[..., Array], projection: Ingredient, step: Array | float = 1.0
 ) -> Ingredient:
-    """T(x, *args) = projection(x - step grad f(x, *args), *args), for a minimum of f in a convex
-    set.
+    """Make T(x, *args) = projection(x - step grad f(x, *args), *args).
+
+    The fixed point is a minimum of f in the convex set of the projection.
 
     Args:
       f: ``f(x, *args)``, a scalar.
-      projection: ``projection(y, *args)``, such as made of
+      projection: ``projection(y, *args)``, for example with a function of
         :mod:`mdsens.implicit.conditions.projections`.
-      step: positive; about the inverse of f's curvature keeps the linear solve well conditioned.
+      step: positive. About the inverse of the curvature of f keeps the linear solve well
+        conditioned.
     """
     gradient = jax.grad(f)
 
@@ -193,12 +201,14 @@ def projected_gradient(
 def proximal_gradient(
     f: Callable[..., Array], prox: Ingredient, step: Array | float = 1.0
 ) -> Ingredient:
-    """T(x, *args) = prox(x - step grad f(x, *args), step, *args), for a minimum of f + g, g not
-    smooth.
+    """Make T(x, *args) = prox(x - step grad f(x, *args), step, *args).
+
+    The fixed point is a minimum of f + g, where g need not be smooth.
 
     Args:
       f: ``f(x, *args)``, a scalar, smooth.
-      prox: ``prox(y, scaling, *args)``, such as made of :mod:`mdsens.implicit.conditions.proximal`.
+      prox: ``prox(y, scaling, *args)``, the proximal operator of g, for example of
+        :mod:`mdsens.implicit.conditions.proximal`.
       step: as in :func:`projected_gradient`.
     """
     gradient = jax.grad(f)
@@ -212,26 +222,29 @@ def proximal_gradient(
 def block_proximal_gradient(
     f: Callable[..., Array], proxes: PyTree, steps: PyTree = 1.0
 ) -> Ingredient:
-    """T(x, *args)_j = prox_j(x_j - step_j grad_j f(x, *args), step_j, *args), for f + sum_j g_j on
-    blocks of x.
+    """Make T(x, *args)_j = prox_j(x_j - step_j grad_j f(x, *args), step_j, *args), j for blocks.
+
+    The fixed point is a minimum of f + sum_j g_j.
 
     Args:
       f: ``f(x, *args)``, a scalar, smooth.
-      proxes: a tuple, list or dict of ``prox(y, scaling, *args)``, one a block: the outer structure
-        of x, whose blocks may be trees themselves. :func:`mdsens.implicit.conditions.proximal.free`
-        for a block without a penalty.
-      steps: as proxes, or one number for all blocks.
+      proxes: a tuple, list or dict of ``prox(y, scaling, *args)``, one for each block. It has the
+        outer structure of x, whose blocks may be trees themselves.
+        :func:`mdsens.implicit.conditions.proximal.free` for a block without a penalty.
+      steps: positive steps in the structure of proxes, or one number for all blocks.
     """
     gradient = jax.grad(f)
+    # The structure ends at the functions; flatten_up_to leaves the blocks of x whole below it.
     functions, structure = jax.tree.flatten(proxes)
-    alone = jax.tree_util.treedef_is_leaf(jax.tree.structure(steps))
-    lengths = [steps] * len(functions) if alone else structure.flatten_up_to(steps)
+    is_number = jax.tree_util.treedef_is_leaf(jax.tree.structure(steps))
+    lengths = [steps] * len(functions) if is_number else structure.flatten_up_to(steps)
 
     def T(x: PyTree, *args: PyTree) -> PyTree:
-        blocks, slopes = structure.flatten_up_to(x), structure.flatten_up_to(gradient(x, *args))
+        blocks = structure.flatten_up_to(x)
+        gradients = structure.flatten_up_to(gradient(x, *args))
         moved = [
             prox(_descend(block, slope, step), step, *args)
-            for prox, block, slope, step in zip(functions, blocks, slopes, lengths, strict=True)
+            for prox, block, slope, step in zip(functions, blocks, gradients, lengths, strict=True)
         ]
         return jax.tree.unflatten(structure, moved)
 
@@ -244,14 +257,16 @@ def mirror_descent(
     map: Callable[[PyTree], PyTree],
     step: Array | float = 1.0,
 ) -> Ingredient:
-    """T(x, *args) = projection(map(x) - step grad f(x, *args), *args), for a minimum of f in a
-    convex set.
+    """Make T(x, *args) = projection(map(x) - step grad f(x, *args), *args).
+
+    The fixed point is a minimum of f in the convex set of the projection.
 
     Args:
       f: ``f(x, *args)``, a scalar.
-      projection: ``projection(y, *args)`` from the mirror's space back into the set, the map's own:
-        :func:`softmax` belongs to :func:`kl_map`.
-      map: the gradient of the mirror's potential; the identity makes it :func:`projected_gradient`.
+      projection: ``projection(y, *args)`` from the dual space of the mirror map back into the set.
+        It must belong to the map: :func:`softmax` belongs to :func:`kl_map`.
+      map: the mirror map, the gradient of a convex potential. With the identity, T is that of
+        :func:`projected_gradient`.
       step: as in :func:`projected_gradient`.
     """
     gradient = jax.grad(f)
@@ -263,11 +278,14 @@ def mirror_descent(
 
 
 def kl_map(x: PyTree) -> PyTree:
-    """log x, the mirror map of the Kullback-Leibler divergence. An entry of zero has a finite image
-    and stays zero.
+    """log x, the mirror map of the Kullback-Leibler divergence.
+
+    An entry of zero is replaced by the smallest normal number, so that its logarithm is finite; it
+    remains zero, to round-off, after :func:`softmax`.
     """
 
     def log(x: Array) -> Array:
+        # where() before the logarithm, so that its derivative at zero is zero and not NaN
         tiny = jnp.finfo(x.dtype).tiny
         return jnp.log(jnp.where(x > tiny, x, tiny))
 
@@ -275,8 +293,9 @@ def kl_map(x: PyTree) -> PyTree:
 
 
 def softmax(y: PyTree, *args: PyTree) -> PyTree:
-    """The point of the simplex that is nearest to exp(y) by the Kullback-Leibler divergence; args
-    are not read.
+    """Project exp(y) on the simplex by the Kullback-Leibler divergence: exp(y) / sum exp(y).
+
+    The sum is over all leaves of the tree together; args are ignored.
     """
     flat, unravel = ravel_pytree(y)
     return unravel(jax.nn.softmax(flat))
@@ -289,18 +308,18 @@ def newton(
     symmetric: bool = False,
     positive_semidefinite: bool = False,
 ) -> Ingredient:
-    """T(x, *args) = x - step (dF/dx)^-1 F(x, *args): Newton's map, whose derivative costs one solve
-    and nothing third.
+    """Make Newton's map T(x, *args) = x - step (dF/dx)^-1 F(x, *args), with a cheap derivative.
 
         dT = (1 - step) dx - step (dF/dx)^-1 (dF/dargs) dargs
 
-    What is left out multiplies F, which is zero at the fixed point: there, and there alone, this is
-    T's derivative. The fixed point's derivative is that of ``root(F)``, of any order, and I - dT/dx
-    is ``step`` times the identity.
+    The derivative costs one linear solve, and no derivative of dF/dx. The terms that are left out
+    are multiples of F, which is zero at the fixed point: only there dT is the derivative of T. The
+    derivative of the fixed point is that of ``root(F)``, in any order, and I - dT/dx is ``step``
+    times the identity.
 
     Args:
       F: ``F(x, *args)``, with the tree and shapes of x; :func:`stationary` for a minimum.
-      step: between 0 and 1; below one the damped iteration.
+      step: between 0 and 1; below 1 for the damped iteration.
       solve, symmetric, positive_semidefinite: of dF/dx, as in :func:`mdsens.implicit.root`.
     """
 
@@ -311,23 +330,27 @@ def newton(
             x,
             "F(x, *args)",
             "x",
-            "F must give one equation an unknown",
+            "F must give one equation for each unknown",
         )
 
-        def solved(x: PyTree, values: list[Array], b: PyTree) -> PyTree:
+        def solve_jacobian(x: PyTree, values: list[Array], b: PyTree) -> PyTree:
+            """(dF/dx)^-1 b."""
             _, jacobian = jax.linearize(functools.partial(condition, values), x)
             operator = Operator(jacobian, symmetric, positive_semidefinite)
             return linear_solve(operator, b, solve, not_finite=float("nan"))[0]
 
         @jax.custom_jvp
         def move(x: PyTree, values: list[Array]) -> PyTree:
-            return _descend(x, solved(x, values, condition(values, x)), step)
+            return _descend(x, solve_jacobian(x, values, condition(values, x)), step)
 
+        # symbolic_zeros, so that no linear system is solved where only x changes
         @functools.partial(move.defjvp, symbolic_zeros=True)
         def rule(primals: Any, tangents: Any) -> tuple[PyTree, PyTree]:
             x, values = primals
             image = move(x, values)
-            dimage = jax.tree.map(lambda leaf, t: (1 - step) * _filled(leaf, t), x, tangents[0])
+            dimage = jax.tree.map(
+                lambda leaf, t: (1 - step) * _without_symbolic_zero(leaf, t), x, tangents[0]
+            )
             active = [
                 i
                 for i, t in enumerate(tangents[1])
@@ -344,7 +367,7 @@ def newton(
                 _, df = jax.jvp(
                     of_active, ([values[i] for i in active],), ([tangents[1][i] for i in active],)
                 )
-                dimage = _descend(dimage, solved(x, values, df), step)
+                dimage = _descend(dimage, solve_jacobian(x, values, df), step)
             return image, dimage
 
         return move(x, values)
@@ -352,5 +375,6 @@ def newton(
     return T
 
 
-def _filled(leaf: Array, tangent: Any) -> Array:
+def _without_symbolic_zero(leaf: Array, tangent: Array | SymbolicZero) -> Array:
+    """The tangent of a leaf as an array, zeros where jax knows that the leaf is constant."""
     return jnp.zeros_like(leaf) if isinstance(tangent, SymbolicZero) else tangent

@@ -2,15 +2,14 @@
 
     projection(x) = argmin_p |p - x|^2  subject to  p in C
 
-Each is one function of the point and the set's parameters, differentiable by both, forward, reverse
-and again.
+Each projection is a function of the point and of the parameters of the set, and differentiable by
+both, in forward and reverse mode and to higher order.
 
 At a kink, where the nearest point is about to change from one face of C to another, the derivative
-is that of one side, never an average of sides: x counts as held by each constraint that it just
-touches. :func:`mdsens.implicit.conditions.degeneracy.kinked` tells whether a solution stands at
-one.
+is that of one side, never an average of the two: a constraint that x just touches counts as active.
+:func:`mdsens.implicit.conditions.degeneracy.kinked` tells whether a solution is at a kink.
 
-A set for each row of an array: ``jax.vmap`` of the projection.
+For one set for each row of an array, use ``jax.vmap`` of the projection.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from jax.flatten_util import ravel_pytree
 
 from mdsens._util.errors import InputError
 from mdsens._util.pytree import PyTree
-from mdsens.implicit.linear._dense import _one_by_one
+from mdsens.implicit.linear.direct import one_by_one
 from mdsens.implicit.linear.operators import Direct, Operator
 from mdsens.implicit.linear.solution import linear_solve
 
@@ -40,43 +39,40 @@ __all__ = [
 
 
 def non_negative(x: PyTree) -> PyTree:
-    """The nearest point with no negative entry: max(x, 0). Zero at zero, and so is its derivative."""
+    """Project on the set without negative entries: max(x, 0). At zero the derivative is zero."""
     return optax.projections.projection_non_negative(x)
 
 
-# Not optax's: at a bound its jnp.clip has half of each side's derivative, which no side's solution
-# has.
+# Not optax's projection: at a bound, its jnp.clip has the mean of the derivatives to both sides,
+# which is the derivative of neither.
 def box(x: PyTree, lower: PyTree, upper: PyTree) -> PyTree:
-    """The nearest point with lower <= p <= upper; at a bound the derivative is the bound's.
+    """Project on lower <= p <= upper; at a bound the derivative is that of the bound.
 
     Args:
       x: a tree of arrays.
-      lower, upper: bounds, scalars or trees like x whose leaves broadcast to its leaves; may be
-        infinite.
+      lower, upper: bounds, scalars or trees like x, whose leaves broadcast to the leaves of x; may
+        be infinite.
     """
 
     def clip(x: Array, lower: Array, upper: Array) -> Array:
         return jnp.where(x <= lower, lower, jnp.where(x >= upper, upper, x))
 
     def like_x(bound: PyTree) -> PyTree:
-        return (
-            jax.tree.map(lambda _: bound, x)
-            if jax.tree_util.treedef_is_leaf(jax.tree.structure(bound))
-            else bound
-        )
+        is_leaf = jax.tree_util.treedef_is_leaf(jax.tree.structure(bound))
+        return jax.tree.map(lambda _: bound, x) if is_leaf else bound
 
     return jax.tree.map(clip, x, like_x(lower), like_x(upper))
 
 
-# Not optax's (0.2.8), nor its l1_ball: where jax has 64 bits on, they refuse to differentiate
-# 32-bit arrays.
+# Not optax's projections on simplex and l1_ball (0.2.8): where 64-bit arrays are enabled in jax,
+# these cannot differentiate 32-bit arrays.
 def simplex(x: PyTree, scale: Array | float = 1.0) -> PyTree:
-    """The nearest point with p >= 0 and sum p = scale, over all leaves of the tree together.
+    """Project on p >= 0 and sum p = scale, over all leaves of the tree together.
 
-        p = max(x - tau, 0),  tau such that they sum to scale
+        p = max(x - tau, 0),  with tau such that sum p = scale
 
-    The derivative moves the entries that are positive alone: dp = dx - mean(dx) on them, zero off
-      them.
+    The derivative is dp = dx - mean(dx) for the positive entries of p, the mean being over these
+    alone, and zero for the others.
 
     Args:
       x: a tree of arrays.
@@ -87,7 +83,9 @@ def simplex(x: PyTree, scale: Array | float = 1.0) -> PyTree:
 
 
 def _simplex(x: Array, scale: Array) -> Array:
-    x = x - lax.stop_gradient(jnp.max(x))  # digits, where all of it is far from zero
+    """:func:`simplex` of a vector."""
+    # A shift of all entries changes only tau; it saves digits where all of x is far from zero.
+    x = x - lax.stop_gradient(jnp.max(x))
     largest = jnp.sort(x)[::-1]
     bounds = (jnp.cumsum(largest) - scale) / jnp.arange(1, x.size + 1, dtype=x.dtype)
     count = jnp.sum(largest > bounds)
@@ -97,18 +95,17 @@ def _simplex(x: Array, scale: Array) -> Array:
 
 
 def l1_ball(x: PyTree, radius: Array | float = 1.0) -> PyTree:
-    """The nearest point with sum |p| <= radius, over all leaves of the tree together."""
+    """Project on sum |p| <= radius, over all leaves of the tree together."""
     flat, unravel = ravel_pytree(x)
     size = jnp.abs(flat)
     inside = jnp.sum(size) < radius
-    return unravel(
-        jnp.where(inside, flat, jnp.sign(flat) * _simplex(size, jnp.asarray(radius, flat.dtype)))
-    )
+    surface = jnp.sign(flat) * _simplex(size, jnp.asarray(radius, flat.dtype))
+    return unravel(jnp.where(inside, flat, surface))
 
 
-# Not optax's, for the same reason as the box.
+# Not optax's projection, for the same reason as in ``box``.
 def ball(x: PyTree, radius: Array | float = 1.0) -> PyTree:
-    """The nearest point with |p| <= radius, in the 2-norm over all leaves of the tree together."""
+    """Project on |p| <= radius, in the 2-norm over all leaves of the tree together."""
     flat, unravel = ravel_pytree(x)
     square = jnp.sum(flat**2)
     outside = (square >= radius**2) & (square > 0)
@@ -117,14 +114,14 @@ def ball(x: PyTree, radius: Array | float = 1.0) -> PyTree:
 
 
 def affine(x: Array, A: Array, b: Array) -> Array:
-    """The nearest point with A p = b.
+    """Project on the affine set A p = b.
 
         p = x - A^T (A A^T)^-1 (A x - b)
 
     Args:
       x: a point, shape (n,).
-      A: the constraints' normals, shape (m, n). Rows may depend on each other where b does
-        likewise.
+      A: normals of the constraints, shape (m, n). Its rows may be linearly dependent, provided that
+        b has the same dependence.
       b: shape (m,).
     """
     operator = Operator(lambda v: A @ (A.T @ v), positive_semidefinite=True)
@@ -133,21 +130,24 @@ def affine(x: Array, A: Array, b: Array) -> Array:
 
 
 def second_order_cone(x: Array) -> Array:
-    """The nearest point of the cone |u| <= t, x = (t, u).
+    """Project on the cone |u| <= t, x = (t, u).
 
         p = x where |u| <= t;  0 where |u| <= -t;  (t + |u|) / 2 (1, u / |u|) else
 
+    On the surface of the cone the derivative is that of the third case, at the apex and on the
+    polar cone it is zero.
+
     Args:
-      x: shape (1 + d,), t first. On the cone the derivative is that of the last row, at the apex
-        and on the polar cone zero.
+      x: shape (1 + d,), t first.
     """
     if jnp.ndim(x) != 1:
         raise InputError(
-            f"x has shape {jnp.shape(x)}, but a second-order cone holds vectors; use jax.vmap for"
-            " rows"
+            f"x has shape {jnp.shape(x)}, but a second-order cone is a set of vectors; use jax.vmap"
+            " for rows"
         )
     t, u = x[0], x[1:]
     square = jnp.sum(u**2)
+    # The root of zero has no derivative, not even where a later jnp.where leaves it out.
     size = jnp.sqrt(jnp.where(square > 0, square, 1.0))
     direction = u / size
     size = jnp.where(square > 0, size, 0.0)
@@ -156,14 +156,14 @@ def second_order_cone(x: Array) -> Array:
 
 
 def semidefinite(x: Array) -> Array:
-    """The nearest positive semi-definite matrix: the positive part of the symmetric part of x.
+    """Project on the positive semidefinite matrices: the positive part of the symmetric part of x.
 
         P(x) = V max(L, 0) V^T,  x = V L V^T;  |x| dP + dP |x| = P dx + dx P
 
     In the eigenbasis dP_ij = (max(l_i, 0) + max(l_j, 0)) / (|l_i| + |l_j|) dx_ij, the divided
-    differences of the positive part, which equal eigenvalues do not trouble; the derivative of an
-    eigendecomposition is not finite there. Eigenvalues of zero, to round-off, count as held: dP_ij
-    = 0 between two of them.
+    differences of the positive part. These are finite for equal eigenvalues, where the derivative
+    of the eigendecomposition is not. Eigenvalues that are zero to round-off count as active
+    constraints: dP_ij = 0 between two of them.
 
     Args:
       x: shape (n, n).
@@ -171,18 +171,20 @@ def semidefinite(x: Array) -> Array:
     if jnp.ndim(x) != 2 or jnp.shape(x)[0] != jnp.shape(x)[1]:
         raise InputError(
             f"x has shape {jnp.shape(x)}, but a semidefinite matrix is square; use jax.vmap for a"
-            " stack"
+            " stack of matrices"
         )
     return _positive_part((x + x.T) / 2)
 
 
-@_one_by_one
+@one_by_one
 def _eigh(x: Array) -> tuple[Array, Array]:
+    """Eigenvalues and eigenvectors of a symmetric matrix (n, n)."""
     return tuple(jnp.linalg.eigh(x, symmetrize_input=False))
 
 
 @jax.custom_jvp
 def _positive_part(x: Array) -> Array:
+    """V max(L, 0) V^T of a symmetric matrix x = V L V^T."""
     values, vectors = _eigh(x)
     return (vectors * jnp.maximum(values, 0)) @ vectors.T
 
@@ -190,19 +192,22 @@ def _positive_part(x: Array) -> Array:
 @_positive_part.defjvp
 def _positive_part_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     (x,), (dx,) = primals, tangents
-    # By this rule again, so that the coefficients of the equation below have their derivative, too.
+    # A call with this same rule, so that for second derivatives the coefficients of the equation
+    # below have their derivatives, too.
     positive = _positive_part(x)
     values, vectors = _eigh(lax.stop_gradient(x))
-    pairs = jnp.abs(values)[:, None] + jnp.abs(values)
-    held = pairs <= 8 * values.size * jnp.finfo(x.dtype).eps * jnp.max(jnp.abs(values))
+    sums = jnp.abs(values)[:, None] + jnp.abs(values)  # |l_i| + |l_j|
+    # Round-off of the eigenvalues is about n eps of the largest one; 8 times that counts as zero.
+    both_zero = sums <= 8 * values.size * jnp.finfo(x.dtype).eps * jnp.max(jnp.abs(values))
 
     def equation(d: Array) -> Array:
-        size = 2 * positive - x  # |x|
-        return size @ d + d @ size
+        absolute = 2 * positive - x  # |x| = V |L| V^T
+        return absolute @ d + d @ absolute
 
     def solve(_: object, b: Array) -> Array:
-        inside = vectors.T @ b @ vectors
-        return vectors @ jnp.where(held, 0, inside / jnp.where(held, 1, pairs)) @ vectors.T
+        in_eigenbasis = vectors.T @ b @ vectors
+        quotient = jnp.where(both_zero, 0, in_eigenbasis / jnp.where(both_zero, 1, sums))
+        return vectors @ quotient @ vectors.T
 
     return positive, lax.custom_linear_solve(
         equation, positive @ dx + dx @ positive, solve, symmetric=True

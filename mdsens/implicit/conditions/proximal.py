@@ -1,13 +1,13 @@
-"""Proximal operators: one step against a penalty, with derivatives that are finite everywhere.
+"""Proximal operators of common penalties, with derivatives that are finite everywhere.
 
     prox(y, scaling, ...) = argmin_x |x - y|^2 / 2 + scaling g(x, ...)
 
-Arguments are the point, the scaling (the step of
-:func:`mdsens.implicit.conditions.optimality.proximal_gradient`), then what g takes, so that an
-operator may be handed to it as it is where the root's arguments are the penalty's. On trees, leaf
-by leaf; strengths are scalars or broadcast to each leaf. At a kink, where an entry (a group) is
-about to leave zero, the derivative is that of the entry held at zero; without a strength there is
-no kink.
+The arguments are the point y, the scaling (the step of
+:func:`mdsens.implicit.conditions.optimality.proximal_gradient`) and the parameters of the penalty
+g. Where these are the arguments of the root, an operator can be given to ``proximal_gradient`` as
+it is. Trees are treated leaf by leaf; strengths are scalars, or broadcast to each leaf. At a kink,
+where an entry (or a group) is about to leave zero, the derivative is that of an entry that is
+constantly zero; with a strength of zero there is no kink.
 """
 
 from __future__ import annotations
@@ -25,59 +25,67 @@ __all__ = ["elastic_net", "free", "group_lasso", "indicator", "lasso", "non_nega
 
 
 def lasso(y: PyTree, scaling: Array | float, strength: Array | float = 1.0) -> PyTree:
-    """Soft threshold, g = strength sum |x|: each entry is moved towards zero by scaling strength,
-    and not past it.
+    """Soft threshold, for g = strength sum |x|.
+
+    Each entry moves towards zero by scaling * strength, and is zero where it would pass zero.
     """
-    by = scaling * strength
+    threshold = scaling * strength
 
-    def threshold(y: Array) -> Array:
-        return jnp.where((jnp.abs(y) <= by) & (by > 0), 0.0, y - jnp.sign(y) * by)
+    def soften(y: Array) -> Array:
+        # without a threshold an entry of zero is no kink: its derivative is one, not zero
+        is_zero = (jnp.abs(y) <= threshold) & (threshold > 0)
+        return jnp.where(is_zero, 0.0, y - jnp.sign(y) * threshold)
 
-    return jax.tree.map(threshold, y)
+    return jax.tree.map(soften, y)
 
 
 def non_negative(y: PyTree, scaling: Array | float, strength: Array | float = 0.0) -> PyTree:
-    """max(y - scaling strength, 0), g = strength sum x where no entry is negative, and infinite
-    elsewhere.
+    """max(y - scaling strength, 0), for g = strength sum x without negative entries.
+
+    g is infinite where an entry is negative.
     """
     return jax.tree.map(lambda y: jax.nn.relu(y - scaling * strength), y)
 
 
 def ridge(y: PyTree, scaling: Array | float, strength: Array | float = 1.0) -> PyTree:
-    """y / (1 + scaling strength), g = strength / 2 sum x^2."""
+    """y / (1 + scaling strength), for g = strength / 2 sum x^2."""
     return jax.tree.map(lambda y: y / (1 + scaling * strength), y)
 
 
 def elastic_net(
     y: PyTree, scaling: Array | float, lasso_strength: Array | float, ridge_strength: Array | float
 ) -> PyTree:
-    """Soft threshold, then shrinkage: g = lasso_strength sum |x| + ridge_strength / 2 sum x^2."""
+    """Soft threshold, then ridge: g = lasso_strength sum |x| + ridge_strength / 2 sum x^2."""
     return ridge(lasso(y, scaling, lasso_strength), scaling, ridge_strength)
 
 
 def group_lasso(y: PyTree, scaling: Array | float, strength: Array | float = 1.0) -> PyTree:
-    """Soft threshold of a norm, g = strength |x|, over all leaves of the tree together.
+    """Soft threshold of the norm, for g = strength |x| over all leaves of the tree together.
 
         prox = max(1 - scaling strength / |y|, 0) y
 
-    A group for each row of an array: ``jax.vmap(group_lasso, (0, None, None))``.
+    For one group for each row of an array: ``jax.vmap(group_lasso, (0, None, None))``.
     """
     flat, unravel = ravel_pytree(y)
-    by, square = scaling * strength, jnp.sum(flat**2)
-    held = (square <= by**2) & (by > 0)
-    size = jnp.sqrt(jnp.where(held | (square == 0), 1.0, square))
-    return unravel(jnp.where(held, 0.0, 1 - by / size) * flat)
+    threshold = scaling * strength
+    square = jnp.sum(flat**2)
+    is_zero = (square <= threshold**2) & (threshold > 0)
+    # The root of zero has no derivative, not even where a later jnp.where leaves it out.
+    size = jnp.sqrt(jnp.where(is_zero | (square == 0), 1.0, square))
+    return unravel(jnp.where(is_zero, 0.0, 1 - threshold / size) * flat)
 
 
 def free(y: PyTree, scaling: Array | float, *args: PyTree) -> PyTree:
-    """y, g = 0: for a block of
-    :func:`mdsens.implicit.conditions.optimality.block_proximal_gradient` without a penalty.
+    """Return y, for g = 0: the proximal operator of a block without a penalty.
+
+    For :func:`mdsens.implicit.conditions.optimality.block_proximal_gradient`.
     """
     return y
 
 
 def indicator(projection: Callable[..., PyTree]) -> Callable[..., PyTree]:
-    """A projection(y, *args) as the proximal operator of its set: g is zero in it and infinite
-    outside.
+    """Make the proximal operator of a set from its projection(y, *args).
+
+    g is zero in the set and infinite outside.
     """
     return lambda y, scaling, *args: projection(y, *args)

@@ -20,6 +20,7 @@ import scipy.linalg
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh, lobpcg
 
 from mdsens._util.attributes import Named
+from mdsens._util.probe import chirp
 from mdsens.implicit.linear.sparse_ldl import SparseFactor, bound
 
 __all__ = ["DENSE_SIZE", "NULL", "Spectrum", "lanczos", "lowest"]
@@ -121,7 +122,7 @@ def lowest(
         return Spectrum(
             np.zeros(0), np.zeros((size, 0)), np.zeros(0), 0.0, 0, 0, 0, floor, True, "empty range"
         )
-    probe = project(np.cos(np.arange(size, dtype=float) ** 2)[:, None])
+    probe = project(chirp((size, 1), float, np))
     if not np.isfinite(apply(probe)).all():
         nothing = np.full(k, np.nan), np.full((size, k), np.nan), np.full(k, np.nan)
         return Spectrum(*nothing, np.nan, 0, 0, 0, floor, False, "none: the operator is not finite")

@@ -26,8 +26,8 @@ class Result(Outcome):
         1,
         Severity.NOTE,
         (
-            "the residual stands at round-off, above the tolerance asked for; the answer is as good "
-            "as this precision allows"
+            "the residual stands at round-off, above the tolerance asked for; the answer is as "
+            "good as this precision allows"
         ),
     )
     NULL_COMPONENT_DROPPED = (
@@ -42,9 +42,9 @@ class Result(Outcome):
         6,
         Severity.WARNING,
         (
-            "the operator is singular beyond what was declared and the right-hand side lies in its "
-            "range: of the many solutions this is the shortest; where the others matter, state what "
-            "holds the free directions"
+            "the operator is singular beyond what was declared and the right-hand side lies in "
+            "its range: of the many solutions this is the shortest; where the others matter, "
+            "state what holds the free directions"
         ),
     )
     MAX_STEPS_REACHED = (
@@ -56,16 +56,16 @@ class Result(Outcome):
         11,
         Severity.FAILURE,
         (
-            "the residual stopped falling above the tolerance; try a longer restart, another solver "
-            "(Direct where it fits), or check that the null space is complete"
+            "the residual stopped falling above the tolerance; try a longer restart, another "
+            "solver (Direct where it fits), or check that the null space is complete"
         ),
     )
     BREAKDOWN = (
         12,
         Severity.FAILURE,
         (
-            "the recurrence broke down (division by zero, or a preconditioner that is not positive "
-            "definite); use GMRES or Direct"
+            "the recurrence broke down (division by zero, or a preconditioner that is not "
+            "positive definite); use GMRES or Direct"
         ),
     )
     INDEFINITE = (
@@ -93,18 +93,18 @@ class Result(Outcome):
         28,
         Severity.FAILURE,
         (
-            "the operator is singular and the right-hand side lies partly outside its range: this is "
-            "the least-squares solution, not a derivative; state what holds the free directions "
-            "(null_space), or check the condition F"
+            "the operator is singular and the right-hand side lies partly outside its range: "
+            "this is the least-squares solution, not a derivative; state what holds the free "
+            "directions (null_space), or check the condition F"
         ),
     )
     NOT_A_ROOT = (
         32,
         Severity.FAILURE,
         (
-            "Newton's step from here does not lead to a root of the condition: it is far from one, or "
-            "the condition has a kink between; solve more tightly, or check that F is the condition "
-            "that the solver solves"
+            "Newton's step from here does not lead to a root of the condition: it is far from "
+            "one, or the condition has a kink between; solve more tightly, or check that F is "
+            "the condition that the solver solves"
         ),
     )
     DEGENERATE_CONSTRAINT = (
@@ -123,7 +123,8 @@ class SolveStats(Portable, Named):
     """The evidence beside a solution.
 
     Attributes:
-      status: a :class:`Result`, or :class:`mdsens.Status`, as an int32 array (so that jit and vmap carry it).
+      status: a :class:`Result`, or :class:`mdsens.Status`, as an int32 array, which jit and vmap
+        carry.
       residual: norm of ``b - A x``, recomputed from the operator, relative to the norm of ``b``
         (both projected off the null space); for a relaxation, the largest force on a particle.
       iterations: operator applications in the solve, or steps of a relaxation.

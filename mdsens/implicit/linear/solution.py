@@ -21,17 +21,10 @@ from jax.flatten_util import ravel_pytree
 from mdsens._util.errors import InputError
 from mdsens._util.pytree import PyTree, check_same
 from mdsens._util.user_functions import Traceable
-from mdsens.implicit.linear._refinement import solve_flat
-from mdsens.implicit.linear.operators import (
-    CG,
-    MINRES,
-    Auto,
-    LinearMap,
-    Method,
-    Operator,
-    SymmetricScaling,
-    choose,
-)
+from mdsens.implicit.linear._flat_solve import solve_flat
+from mdsens.implicit.linear.auto import Auto, choose
+from mdsens.implicit.linear.method import Method
+from mdsens.implicit.linear.operator import LinearMap, Operator, SymmetricScaling
 from mdsens.implicit.linear.result import SolveStats
 
 __all__ = ["linear_solve", "solve"]
@@ -63,9 +56,7 @@ def solve(
     """
     rhs, unravel = _ravel(b)
     flat = _flatten(operator, rhs, unravel, b)
-    x, stats = solve_flat(
-        flat, rhs, _admit(choose(method, rhs.size, operator), operator), not_finite
-    )
+    x, stats = solve_flat(flat, rhs, choose(method, rhs.size, operator), not_finite)
     return unravel(x), stats
 
 
@@ -83,7 +74,7 @@ def linear_solve(
     """
     rhs, unravel = _ravel(b)
     flat = _flatten(operator, rhs, unravel, b)
-    method = _admit(choose(method, rhs.size, operator), operator)
+    method = choose(method, rhs.size, operator)
 
     def forward(apply: LinearMap, r: Array) -> tuple[Array, SolveStats]:
         return solve_flat(dataclasses.replace(flat, matvec=apply), r, method, not_finite)
@@ -160,17 +151,3 @@ def _scaled_operator(operator: Operator, b: PyTree) -> SymmetricScaling | None:
         lambda v: ravel_pytree(change(unravel(v)))[0],
         lambda w: ravel_pytree(product(unravel_scaled(w)))[0],
     )
-
-
-def _admit(method: Method, operator: Operator) -> Method:
-    if isinstance(method, CG) and not operator.positive_semidefinite:
-        raise InputError(
-            "method=CG on an operator with positive_semidefinite=False may give a wrong answer;"
-            " declare it, or take MINRES (symmetric) or GMRES (any)"
-        )
-    if isinstance(method, MINRES) and not operator.symmetric:
-        raise InputError(
-            "method=MINRES on an operator with symmetric=False gives a wrong answer; declare it"
-            " symmetric, or take GMRES"
-        )
-    return method

@@ -1,4 +1,4 @@
-"""A sparse symmetric factorization on the host, for matrices that have a null space, known or not."""
+"""A sparse symmetric factorization on the host, for matrices with a null space, known or not."""
 
 from __future__ import annotations
 
@@ -193,8 +193,8 @@ class SparseFactor:
 
     @property
     def negative(self) -> int | None:
-        """Number of negative pivots: by Sylvester's potential, of eigenvalues of A below -s; None where
-        they tell nothing.
+        """Number of negative pivots: by Sylvester's law of inertia that of eigenvalues of A below
+        -s; None where the pivots are not known.
         """
         return None if self._pivots is None else int(np.sum(self._pivots < 0))
 

@@ -134,7 +134,7 @@ def _strain(lin: Linearization) -> StrainState:
 
 def _off_motions(lin: Linearization, stiffness: Any) -> Callable[[np.ndarray], np.ndarray]:
     """The projection off rigid motions; what constraints hold is no motion."""
-    if lin.constraint_status is None:
+    if not lin.constrained:
         return stiffness.project
     rows = np.asarray(lin.null.motions)
     rows = rows.reshape(len(rows), lin.system.positions.size)
@@ -215,7 +215,7 @@ def certify(
     if isinstance(eq, Equilibrium) and eq.system.batch is not None:
         raise InputError(
             f"certify takes one minimum and got a batch of {eq.system.batch}: give a member,"
-            " ms.unstack(minimum)[0]."
+            " ms.unstack(eq)[0]."
         )
     if not isinstance(modes, int) or isinstance(modes, bool) or modes < 1:
         raise InputError(f"modes is {short(modes)}: give a whole number from 1.")
@@ -224,7 +224,7 @@ def certify(
     system = minimum.system
     loose = np.asarray(net.rattlers)
     stiffness: Any = (
-        HessianFactor(lin.system, null, minimum.order) if lin.stiffness is None else lin.stiffness
+        HessianFactor(lin.system, null, minimum.order) if lin.factor is None else lin.factor
     )
     finite = bool(np.isfinite(np.asarray(system.positions)).all())
     free, translations, rotations = null.dimensions(system.dimension) if finite else (0, 0, 0)
@@ -277,7 +277,7 @@ def certify(
         str(system.positions.dtype),
         None if lin.cell is None else _cell(lin, step),
         minimum.order,
-        None if lin.constraint_status is None else _constraints(lin, stiffness),
+        None if not lin.constrained else _constraints(lin, stiffness),
         _strain(lin) if _strainable(lin, spectrum) else None,
     )
     findings = _findings(made, lin)
@@ -294,7 +294,7 @@ def _strainable(lin: Linearization, spectrum: Spectrum) -> bool:
     """
     eq, most = lin.equilibrium, len(basis(lin.system.dimension))
     taken = (
-        lin.constraint_status is None
+        not lin.constrained
         and eq.system.box is not None
         and (lin.cell is None or len(lin.cell.along) < most)
     )

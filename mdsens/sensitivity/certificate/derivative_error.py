@@ -109,13 +109,13 @@ def derivative(
     motion = moved * (size / full if full > 0 and size > 0 else 1.0)
     return DerivativeCertificate(
         tangent,
-        jax.tree.map(np.asarray, lin.stored(J)),
+        jax.tree.map(np.asarray, lin.structure.stored(lin, J)),
         norm,
         status,
         residual,
         residual * R / alpha / unit,
         space.size(dJ) / unit,
-        jax.tree.map(np.asarray, lin.stored(on_host(np.add, J, dJ))),
+        jax.tree.map(np.asarray, lin.structure.stored(lin, on_host(np.add, J, dJ))),
         error_bound / unit,
         crossing,
         min(crossing.forward, switch[0]),

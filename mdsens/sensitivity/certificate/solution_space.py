@@ -17,7 +17,6 @@ from mdsens.mechanics.contact_changes import Crossing
 from mdsens.mechanics.hessian import Unknowns, force
 from mdsens.mechanics.kkt_operator import flat
 from mdsens.mechanics.status import Status
-from mdsens.sensitivity._derivative_solve import JVP, constrained_motion
 from mdsens.sensitivity.linearization import Linearization
 
 __all__ = ["Motion", "Space", "on_host"]
@@ -46,7 +45,8 @@ def _condition(lin: Linearization) -> Unknowns:
 
 @jax.jit
 def _constrained_side(lin: Linearization, tangent: Params) -> tuple[Unknowns, Unknowns]:
-    return constrained_motion(lin, tangent), JVP.right_hand_side(lin, tangent)
+    structure: Any = lin.structure
+    return structure.motion(lin, tangent), structure.parameter_side(lin, tangent)
 
 
 @jax.jit
@@ -71,11 +71,12 @@ class Space:
 
     Args:
       lin: the minimum.
-      stiffness: its Hessian in a fixed cell, a Stiffness; under constraints a KKT.
+      factor: of its Hessian in a fixed cell, a HessianFactor; under constraints a KKT.
     """
 
-    def __init__(self, lin: Linearization, stiffness: Any):
-        self.lin, self.stiffness = lin, stiffness
+    def __init__(self, lin: Linearization, factor: Any):
+        self.lin = lin
+        self.factor = factor
         self.core = lin.traced(tuple(lin.system.params))
         n, d = lin.system.positions.shape
         self.length = (
@@ -90,7 +91,7 @@ class Space:
     def forces(self) -> Unknowns:
         """What is left to fall: the forces on the particles, and on the cell."""
         cell = self.lin.cell
-        if self.lin.constraint_status is not None:
+        if self.lin.constrained:
             return on_host(np.negative, self.lin.null.free(_condition(self.core)))
         return Unknowns(force(self.lin.system), None if cell is None else -cell.slope)
 
@@ -105,9 +106,9 @@ class Space:
         """The norm of forces on the unknowns, off the null space; under constraints on the tangent
         space.
         """
-        if self.lin.constraint_status is not None:
+        if self.lin.constrained:
             g = [
-                self.stiffness.unit * np.ravel(np.asarray(leaf))
+                self.factor.unit * np.ravel(np.asarray(leaf))
                 for leaf in jax.tree.leaves(forces.multipliers)
             ]
             return float(np.linalg.norm(np.concatenate([self._tangent(forces), *g])))
@@ -115,8 +116,8 @@ class Space:
 
     def onward(self, forces: Unknowns) -> Unknowns:
         """The change of the unknowns that points where forces do, of a norm that is their strength."""
-        if self.lin.constraint_status is not None:
-            kept = self.stiffness.unflat(self._tangent(forces))
+        if self.lin.constrained:
+            kept = self.factor.unflat(self._tangent(forces))
             return on_host(lambda leaf: leaf.astype(self.lin.system.positions.dtype), kept)
         kept = dataclasses.replace(forces, positions=self._off_null(forces.positions))
         if kept.strain is not None:
@@ -139,10 +140,12 @@ class Space:
 
     def yields(self, forces: Unknowns, rtol: float = 1e-12) -> tuple[Unknowns, float, Status]:
         """The same, with the residual and status of the positions' solve alone."""
-        if self.lin.constraint_status is not None:
-            return self.stiffness.solve_unknowns(self.lin.null.free(forces), rtol)
-        found, residual, status = self.stiffness.solve(np.asarray(forces.positions), rtol)
-        x = self.lin.solved(forces, Unknowns(jnp.asarray(found, self.lin.system.positions.dtype)))
+        if self.lin.constrained:
+            return self.factor.solve_unknowns(self.lin.null.free(forces), rtol)
+        found, residual, status = self.factor.solve(np.asarray(forces.positions), rtol)
+        x = self.lin.structure.solved(
+            forces, Unknowns(jnp.asarray(found, self.lin.system.positions.dtype))
+        )
         return x, residual, status
 
     def response(self, tangent: Params, pull: Unknowns) -> tuple[Unknowns, float, Status]:
@@ -151,7 +154,7 @@ class Space:
         Args:
           pull: the derivative of the condition along it, the unknowns held.
         """
-        if self.lin.constraint_status is None:
+        if not self.lin.constrained:
             return self.solve(on_host(np.negative, pull))
         moves, side = _constrained_side(self.core, tangent)
         x, residual, status = self.solve(side)
@@ -161,7 +164,7 @@ class Space:
         """The first t > 0 and -t > 0 at which a coordinate meets or leaves its bound; inf without
         bounds.
         """
-        if self.lin.constraint_status is None:
+        if not self.lin.constrained:
             return np.inf, np.inf
         times = np.asarray(_switch_times(self.core, x, tangent))
         ahead, behind = times[times >= 0], -times[times <= 0]
@@ -206,11 +209,11 @@ class Space:
         return 1.0 / (1.0 / stiffness + float(yields))
 
     def _tangent(self, forces: Unknowns) -> np.ndarray:
-        return self.stiffness.tangent(flat(dataclasses.replace(forces, multipliers=None)))
+        return self.factor.tangent(flat(dataclasses.replace(forces, multipliers=None)))
 
     def _off_null(self, positions: Any) -> np.ndarray:
         flat = np.asarray(positions).ravel()
-        return self.stiffness.project(flat).reshape(positions.shape)
+        return self.factor.project(flat).reshape(positions.shape)
 
 
 def _norm(positions: Any, strain: Any, length: float) -> float:

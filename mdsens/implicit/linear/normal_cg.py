@@ -1,18 +1,46 @@
-"""Conjugate gradients on the normal equations, on flat vectors, for an operator that may be
-singular or unsymmetric.
-"""
+"""Conjugate gradients on the normal equations, for any operator, singular ones included."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from mdsens.implicit.linear._krylov import CURVATURE_UNITS, Apply, Iterate, dot, norm, safe_divide
+from mdsens.implicit.linear._vectors import CURVATURE_UNITS, Apply, Iterate, dot, norm, safe_divide
+from mdsens.implicit.linear.method import IterativeMethod, Round, projected
+from mdsens.implicit.linear.operator import Operator
 from mdsens.implicit.linear.result import Result
 
-__all__ = ["cgls"]
+__all__ = ["NormalCG", "cgls"]
+
+
+@dataclasses.dataclass(frozen=True)
+class NormalCG(IterativeMethod):
+    """Conjugate gradients on A^T A x = A^T b, for any operator: the shortest of the x that make |b
+    - A x| least.
+
+    In the form that never squares the residual (CGLS; Björck, *Numerical Methods for Least Squares
+    Problems*, 1996, section 7.4). It needs no null space declared. Where b lies outside of A's
+    range, |A^T r| falls to ``rtol`` |A| |r| above a residual r that cannot: status SINGULAR. It
+    cannot tell a unique answer from the shortest of many, which LeastSquares does, and its steps go
+    by the condition number where those of GMRES or MINRES go by less: for an operator that may be
+    singular and is too large to write out.
+
+    Args:
+      rtol: relative residual asked for, as in :class:`CG`. Of a least-squares solution the error is
+        up to the square of the condition number times as large.
+      max_iterations: applications of A and of A^T together (two a step); 10 times the number of
+        unknowns, at least 1,000, where None.
+    """
+
+    def iteration(self, operator: Operator, b: Array) -> tuple[Round, int]:
+        apply, _ = projected(operator)
+        transposed, _ = projected(operator.transpose(b))
+        flat = max(self.rtol, 16 * float(jnp.finfo(b.dtype).eps))
+        definite = operator.positive_semidefinite
+        return lambda r, tol, limit: cgls(apply, transposed, r, tol, limit, flat, definite), 0
 
 
 def cgls(
