@@ -640,7 +640,7 @@ def test_the_figure_draws_both_by_angle():
     for ax, values in zip(
         axes, elasticity.directional(found.birch, np.array([[1.0, 0.0], [0.0, 1.0]])), strict=True
     ):
-        angle, radius = ax.lines[1].get_data()
+        angle, radius = (np.asarray(part) for part in ax.lines[1].get_data())
         np.testing.assert_allclose(radius[[0, 90]], np.abs(values), rtol=1e-10)
         assert angle[90] == pytest.approx(np.pi / 2)
         assert "Birch" in ax.get_title()

@@ -192,7 +192,7 @@ def feature_response(
     finite = np.where(np.isfinite(jacobian), jacobian, 0.0)
     left, s, right = np.linalg.svd(finite, full_matrices=False)
     kept = s > RANK * s.max(initial=0.0)
-    # J^+, (p, m): its column k is the smallest change that comes nearest to changing feature k alone.
+    # J^+, (p, m): column k is the least change that comes nearest to changing feature k alone.
     alone = (right[kept].T / s[kept]) @ left[:, kept].T
     moved = finite @ alone  # the identity matrix if every feature can be changed alone
     able = np.abs(moved - np.eye(len(names))).max(axis=0) < ALONE

@@ -114,8 +114,8 @@ class _Edges(NamedTuple):
       i, j: indices of the two particles.
       active: True where the pair is a contact or bond.
       bonds: components of R_i - R_j, nearest images.
-      strong: True where the pair carries a significant force, more than CARRIES; None where no
-        particle is a rattler for having few contacts.
+      strong: True where the pair carries a significant force, more than CARRIES; None for rigid
+        bonds and for potentials that attract.
     """
 
     i: jax.Array

@@ -79,8 +79,8 @@ class PairTerm(NamedTuple):
 
     def energy(self, r: jax.Array) -> jax.Array:
         """phi of each pair, zero on padding."""
-        # On padding, too, phi and its derivatives must be finite (pair_distances gives r = 1): where()
-        # multiplies them by zero, and zero times NaN is NaN.
+        # On padding phi and its derivatives must be finite, too (pair_distances gives r = 1 there):
+        # where() multiplies them by zero, and zero times NaN is NaN.
         return jnp.where(self.mask, self.phi(r, *self.values), 0.0)
 
     def lengths(self) -> jax.Array:

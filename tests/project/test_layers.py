@@ -187,7 +187,7 @@ def test_jax_md_is_imported_in_two_places():
         if any(i.module.split(".")[0] == "jax_md" for i in found)
     }
     assert users == {
-        "relaxation.methods",
+        "relaxation.jax_md",
         "cli.doctor",
     }  # its minimizers; the check of an installation
 

@@ -91,6 +91,7 @@ def classes() -> Iterator[type]:
                     inspect.isclass(kind)
                     and kind.__module__ == found.name
                     and dataclasses.is_dataclass(kind)
+                    and not inspect.isabstract(kind)
                 ):
                     yield kind
 
