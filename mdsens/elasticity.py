@@ -44,7 +44,7 @@ from mdsens._util.portable import Portable
 from mdsens._util.tables import Shown
 from mdsens._util.user_functions import Traceable
 from mdsens._util.validation import real_array
-from mdsens.implicit.linear.operators import Auto, Method
+from mdsens.implicit.linear import Auto, Method
 from mdsens.implicit.linear.result import SolveStats
 from mdsens.implicit.linear.solution import linear_solve
 from mdsens.mechanics.hessian import Unknowns, hessian_operator, max_force

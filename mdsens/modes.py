@@ -27,8 +27,8 @@ from mdsens._util.errors import InputError, raise_for_status
 from mdsens._util.outcome import worse
 from mdsens._util.tables import Shown
 from mdsens._util.validation import short
+from mdsens.implicit.linear import Method
 from mdsens.implicit.linear.eigen import DENSE_SIZE, NULL, Spectrum
-from mdsens.implicit.linear.operators import Method
 from mdsens.mechanics.hessian import Unknowns, dense_hessian, max_force
 from mdsens.mechanics.hessian_factor import HessianFactor, participation
 from mdsens.mechanics.null_space import NullSpace

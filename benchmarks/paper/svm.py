@@ -51,7 +51,7 @@ from mdsens.implicit.conditions.optimality import (
     projected_gradient,
     softmax,
 )
-from mdsens.implicit.linear.operators import Method
+from mdsens.implicit.linear import Method
 
 CLASSES, LAMBDA = 5, 1.0
 FEATURES = (150, 500, 1500)

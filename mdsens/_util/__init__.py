@@ -1,1 +1,1 @@
-"""What every room uses and no physics: statuses, validation, progress, tables, memory, lattices."""
+"""Helpers of all rooms, without physics: outcomes, validation, progress, tables, lattices."""

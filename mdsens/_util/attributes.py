@@ -1,6 +1,4 @@
-"""A name that a record or the package has not: the error lists the names that it has, and the
-likeliest of them.
-"""
+"""Error messages for missing attributes: they list the existing names and suggest the likeliest."""
 
 from __future__ import annotations
 
@@ -12,34 +10,39 @@ from typing import TYPE_CHECKING, Any
 
 __all__ = ["Named", "missing", "missing_of_package", "near"]
 
-SHORTEST = 3  # letters of a name that may stand for another that it is a part of
+# Smallest number of letters for which a name is suggested because it is a part of the other name.
+# One or two letters are a part of nearly every name.
+SHORTEST = 3
 
 
 class Named:
-    """A record that users read from: an attribute that it has not is answered with those that it
-    has.
-    """
+    """Base of records whose error for a missing attribute lists the attributes that exist."""
 
-    if not TYPE_CHECKING:  # a type checker would take every name as there
+    # Hidden from type checkers, which would otherwise accept any attribute name.
+    if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
             raise missing(self, name)
 
 
-def missing(record: Any, name: str) -> AttributeError:
-    """The error for an attribute that was not found. Raises the error of a property that there is.
+def missing(record: object, name: str) -> AttributeError:
+    """Build the error for an attribute that a record does not have.
 
-    Protocols of Python and jax ask for names with an underscore (copy, pickle, ``__jax_array__``):
-    these are answered at once, as Python does.
+    Where the record has a property of this name which itself raised an AttributeError, the error of
+    the property is raised instead.
     """
-    kind = type(record)
-    message = f"{kind.__name__!r} object has no attribute {name!r}"
+    record_type = type(record)
+    message = f"{record_type.__name__!r} object has no attribute {name!r}"
+    # Protocols of Python and jax probe for names with an underscore (copy, pickle,
+    # ``__jax_array__``). They get the plain error of Python, without a search for suggestions.
     if name.startswith("_"):
         return AttributeError(message, name=name, obj=record)
-    if hasattr(kind, name):  # a property that raised an AttributeError, which would be lost here
+    # Python calls __getattr__ also after a property raised an AttributeError, and drops that error.
+    # Reading the property again raises it.
+    if hasattr(record_type, name):
         object.__getattribute__(record, name)
-    names = _public(record)
-    hint = _within(record, name) or near(name, names)
+    names = _public_names(record)
+    hint = _find_nested(record, name) or near(name, names)
     meant = f"did you mean {hint}? It has" if hint else "it has"
     return AttributeError(f"{message}: {meant} {', '.join(names)}.", name=name, obj=record)
 
@@ -47,38 +50,44 @@ def missing(record: Any, name: str) -> AttributeError:
 def missing_of_package(
     package: str, name: str, names: Iterable[str], rooms: Mapping[str, ModuleType]
 ) -> AttributeError:
-    """The error for a name that a package has not, which points to the module of it that has the
-    name.
+    """Build the error for a name that a package does not have.
+
+    It points to the public module that has the name, or suggests a similar name.
 
     Args:
-      package: its name as users write it.
-      name: what was asked for.
-      names: those that it has.
-      rooms: its public modules, by name.
+      package: name of the package as users write it.
+      name: the name that was asked for.
+      names: the names that the package has.
+      rooms: public modules of the package, by name.
     """
     message = f"module {package!r} has no attribute {name!r}"
     if name.startswith("_"):
         return AttributeError(message, name=name)
-    there = [f"{package}.{room}.{name}" for room, module in rooms.items() if name in module.__all__]
-    if there:
-        return AttributeError(f"{message}: it is {' or '.join(there)}.", name=name)
-    places = {
-        inner: f"{room}.{inner}" for room, module in rooms.items() for inner in module.__all__
-    }
-    places |= {own: own for own in names}
-    hint = near(name, places)
-    remedy = (
-        f"did you mean {package}.{places[hint]}?" if hint else f"dir({package}) lists its names."
-    )
+    exact = [f"{package}.{room}.{name}" for room, module in rooms.items() if name in module.__all__]
+    if exact:
+        return AttributeError(f"{message}: it is {' or '.join(exact)}.", name=name)
+    # Path of every public name inside the package. A name of the package itself comes last, so that
+    # it replaces the same name of a module.
+    paths = {inner: f"{room}.{inner}" for room, module in rooms.items() for inner in module.__all__}
+    paths |= {top: top for top in names}
+    hint = near(name, paths)
+    if hint:
+        remedy = f"did you mean {package}.{paths[hint]}?"
+    else:
+        remedy = f"dir({package}) lists its names."
     return AttributeError(f"{message}: {remedy}", name=name)
 
 
 def near(name: str, names: Iterable[str]) -> str | None:
-    """The name that was probably meant; None where none is like it."""
+    """Return the known name that was probably meant; None where no name is similar.
+
+    Upper and lower case count as equal.
+    """
     known = {n.lower(): n for n in names}
     asked = name.lower()
     close = difflib.get_close_matches(asked, known, n=1)
     if not close:
+        # difflib misses an abbreviation, such as the first word of a long name.
         close = [
             n
             for n in known
@@ -87,25 +96,27 @@ def near(name: str, names: Iterable[str]) -> str | None:
     return known[max(close, key=len)] if close else None
 
 
-def _public(record: Any) -> list[str]:
-    """Fields first, in their order, then properties and methods."""
-    fields = (
-        [field.name for field in dataclasses.fields(record)]
-        if dataclasses.is_dataclass(record)
-        else []
-    )
+def _public_names(record: object) -> list[str]:
+    """List the public attributes: fields in their order, then properties and methods."""
+    fields: list[str] = []
+    if dataclasses.is_dataclass(record):
+        fields += [field.name for field in dataclasses.fields(record)]
     fields += getattr(type(record), "_fields", ())
-    others = set(dir(type(record))) - (set(dir(tuple)) if isinstance(record, tuple) else set())
+    others = set(dir(type(record)))
+    if isinstance(record, tuple):
+        others -= set(dir(tuple))
+    # a dict removes duplicates and keeps the order
     return list(dict.fromkeys(n for n in (*fields, *sorted(others)) if not n.startswith("_")))
 
 
-def _within(record: Any, name: str) -> str | None:
-    """The attribute of one of its own records or dicts that has this name, such as
-    'stats.residual'.
+def _find_nested(record: Any, name: str) -> str | None:
+    """Find the name in a record or dict inside of this record; return its path.
+
+    An example is 'stats.residual'. None where no field has such an attribute or key.
     """
     values = record._asdict() if hasattr(type(record), "_asdict") else vars(record)
     for field, value in values.items():
-        if dataclasses.is_dataclass(value) and name in _public(value):
+        if dataclasses.is_dataclass(value) and name in _public_names(value):
             return f"{field}.{name}"
         if isinstance(value, Mapping) and name in value:
             return f"{field}[{name!r}]"

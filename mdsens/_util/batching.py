@@ -1,4 +1,4 @@
-"""The members of a batch: apart, together, and some at a time on each core."""
+"""Batches: split into members, stacked from members, and processed in chunks on all cores."""
 
 from __future__ import annotations
 
@@ -12,91 +12,106 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import ArrayLike
+
+from mdsens._util.pytree import PyTree
 
 __all__ = ["apart", "in_chunks", "joined", "taken", "together"]
 
 T = TypeVar("T")
-PARTICLES = (
-    4096  # of the members that are served by one call: fewer, and it is Python that takes the time
-)
+# Largest number of particles in the members that one call processes together. With fewer particles
+# a call, the time goes into Python rather than into arithmetic: Python took half the time of a
+# small member, and kept the cores from working side by side.
+PARTICLES = 4096
 
 
-def _traced(tree: Any) -> bool:
+def _has_tracer(tree: PyTree) -> bool:
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 
-def apart(batch: Any, count: int) -> list[Any]:
-    """The trees that a tree of arrays with a leading axis of ``count`` or more holds."""
-    leaves, kind = jax.tree.flatten(batch)
-    if _traced(leaves):
-        return [kind.unflatten([jnp.asarray(leaf)[k] for leaf in leaves]) for k in range(count)]
-    arrays = [np.asarray(leaf) for leaf in leaves]  # slices of them cost next to nothing
-    return [kind.unflatten([jnp.asarray(array[k]) for array in arrays]) for k in range(count)]
+def apart(batch: PyTree, count: int) -> list[Any]:
+    """Split a tree of arrays into the trees of its first ``count`` members.
+
+    The arrays have a leading axis of length ``count`` or more.
+    """
+    leaves, structure = jax.tree.flatten(batch)
+    if _has_tracer(leaves):
+        return [
+            structure.unflatten([jnp.asarray(leaf)[k] for leaf in leaves]) for k in range(count)
+        ]
+    # Slices of numpy arrays cost next to nothing; each slice of a jax array is a dispatch.
+    arrays = [np.asarray(leaf) for leaf in leaves]
+    return [structure.unflatten([jnp.asarray(array[k]) for array in arrays]) for k in range(count)]
 
 
-def together(members: Sequence[Any]) -> Any:
-    """One tree whose arrays have a leading axis, from trees of one kind."""
-    if _traced(members):
+def together(members: Sequence[PyTree]) -> Any:
+    """Stack trees of equal structure into one tree whose arrays have a leading axis."""
+    if _has_tracer(members):
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
-    return jax.tree.map(
-        lambda *leaves: jnp.asarray(np.stack([np.asarray(leaf) for leaf in leaves])), *members
-    )
+
+    def stack(*leaves: Any) -> jax.Array:
+        return jnp.asarray(np.stack([np.asarray(leaf) for leaf in leaves]))
+
+    return jax.tree.map(stack, *members)
 
 
-def joined(parts: Sequence[Any], counts: Sequence[int]) -> Any:
-    """One batch from several of one kind, and of each its first members, so many."""
-    if _traced(parts):
+def joined(parts: Sequence[PyTree], counts: Sequence[int]) -> Any:
+    """Concatenate the first ``counts[i]`` members of each batch ``parts[i]`` into one batch."""
+    if _has_tracer(parts):
         return jax.tree.map(
             lambda *x: jnp.concatenate([a[:k] for a, k in zip(x, counts, strict=True)]), *parts
         )
 
     def join(*leaves: Any) -> jax.Array:
-        return jnp.asarray(
-            np.concatenate([np.asarray(x)[:k] for x, k in zip(leaves, counts, strict=True)])
-        )
+        kept = [np.asarray(x)[:k] for x, k in zip(leaves, counts, strict=True)]
+        return jnp.asarray(np.concatenate(kept))
 
     return jax.tree.map(join, *parts)
 
 
 @jax.jit
-def taken(batch: Any, which: Any) -> Any:
-    """Some members of a batch."""
+def taken(batch: PyTree, which: ArrayLike) -> Any:
+    """Select the members of a batch with the indices ``which``."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf)[which], batch)
 
 
-def _settings() -> tuple[Any, ...]:
-    """What a ``with`` of jax may have set for this thread alone: precision and device."""
+def _thread_settings() -> tuple[Any, ...]:
+    """Return precision and device of this thread, which a ``with`` of jax may set for it alone."""
     array = jnp.zeros(())
     return array.dtype, array.devices()
 
 
-def in_chunks(run: Callable[[Any, int], T], batch: Any, count: int, n: int) -> list[T]:
-    """``run(some, k)`` for some members of a batch at a time, of which the first k count; on all
-    cores.
+def in_chunks(run: Callable[[Any, int], T], batch: PyTree, count: int, n: int) -> list[T]:
+    """Call ``run(chunk, k)`` for the members of a batch, a chunk at a time, on all cores.
 
-    The last ones are made up to the size of the others by repeating a member, so that all are
-    served by the same compiled code. That and factorizations let go of Python's lock; what is
-    traced stays in one thread.
+    Of each chunk the first k members count. The last chunk is filled up to the size of the others
+    by repeating the last member, so that the same compiled code serves all of them. Threads work
+    side by side, since compiled code and factorizations release Python's lock. A batch that jax
+    traces stays in one thread.
 
     Args:
-      batch: a tree of arrays with a leading axis of ``count``.
-      n: particles of a member.
+      run: called for each chunk.
+      batch: a tree of arrays with a leading axis of length ``count``.
+      count: number of members.
+      n: number of particles of a member.
     """
     cores = min(os.cpu_count() or 1, count)
     size = min(math.ceil(count / cores), max(1, PARTICLES // max(n, 1)))
+    # the same number of chunks, of sizes as equal as possible
     size = math.ceil(count / math.ceil(count / size))
 
-    def one(start: int) -> T:
+    def run_chunk(start: int) -> T:
         which = np.minimum(np.arange(start, start + size), count - 1)
         return run(taken(batch, which), min(size, count - start))
 
     starts = range(0, count, size)
-    if cores < 2 or len(starts) < 2 or _traced(batch):
-        return [one(start) for start in starts]
+    if cores < 2 or len(starts) < 2 or _has_tracer(batch):
+        return [run_chunk(start) for start in starts]
     pool = ThreadPoolExecutor(cores)
     try:
-        if pool.submit(_settings).result() != _settings():
-            return [one(start) for start in starts]
-        return list(pool.map(one, starts))
+        # A new thread does not see what a ``with jax.enable_x64(…)`` of this thread has set.
+        if pool.submit(_thread_settings).result() != _thread_settings():
+            return [run_chunk(start) for start in starts]
+        return list(pool.map(run_chunk, starts))
     finally:
         pool.shutdown(cancel_futures=True)

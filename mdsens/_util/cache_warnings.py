@@ -1,10 +1,10 @@
-"""XLA's warnings of compiled code that it loads from jax's cache: silenced while it is loaded, and
-then alone.
+"""Silences XLA's warnings about compiled code from jax's cache, while that code is loaded.
 
-On a CPU every part that jax 0.10 loads is warned of as an error on the process's stderr, a thousand
-characters each: XLA compares the features that it compiled for with those of the processor, and
-takes its own tuning flags (prefer-no-scatter, prefer-no-gather), which no processor lists, for some
-that this one lacks. The code runs right.
+On a CPU, jax 0.10 prints a warning as an error on the process's stderr for each part that it loads,
+a thousand characters long. XLA compares the features that it compiled for with those of the
+processor, and takes its own tuning flags (prefer-no-scatter, prefer-no-gather), which no processor
+lists, for features that this processor lacks. The code runs correctly. All other messages of XLA
+stay as the user has set them.
 """
 
 from __future__ import annotations
@@ -18,24 +18,27 @@ import jax
 
 __all__ = ["silence"]
 
-REQUESTED = (  # before the cache is looked through
-    "/jax/compilation_cache/compile_requests_use_cache"
-)
-COMPILED = "/jax/core/compile/backend_compile_duration"  # after the code was loaded, or compiled
+# Event of jax before it searches the cache.
+REQUESTED = "/jax/compilation_cache/compile_requests_use_cache"
+# Event of jax after the code was loaded from the cache, or compiled.
+COMPILED = "/jax/core/compile/backend_compile_duration"
+# XLA's number for each level of Python's logging, as in TF_CPP_MIN_LOG_LEVEL.
 LEVELS = {"DEBUG": 0, "INFO": 0, "WARNING": 1, "WARN": 1, "ERROR": 2, "FATAL": 3, "CRITICAL": 3}
-NOTHING = 3  # the level of what ends the process
+FATAL_ONLY = 3  # XLA's level at which only messages that end the process are printed
 
-_loading: set[int] = set()  # threads
+# The log level belongs to the whole process, while several threads may load code at a time: the
+# level is raised by the first and restored by the last of them.
+_loading_threads: set[int] = set()
 _lock = threading.Lock()
 
 
-def _usual() -> int:
-    """The level of XLA's log that the user has, by jax's setting or by the environment."""
+def _user_level() -> int:
+    """Return the log level of XLA that the user has set, in jax's config or in the environment."""
     chosen = jax.config.values.get("jax_logging_level")
     if chosen in LEVELS:
         return LEVELS[chosen]
-    given = os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1")
-    return int(given) if given.isdigit() else 1
+    level = os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1")
+    return int(level) if level.isdigit() else 1
 
 
 def _set_level(level: int) -> None:
@@ -43,24 +46,25 @@ def _set_level(level: int) -> None:
     utils.absl_set_min_log_level(level)
 
 
-def _requested(event: str, **_: Any) -> None:
+def _on_event(event: str, **_: object) -> None:
     if event == REQUESTED:
         with _lock:
-            _loading.add(threading.get_ident())
-            _set_level(NOTHING)
+            _loading_threads.add(threading.get_ident())
+            _set_level(FATAL_ONLY)
 
 
-def _compiled(event: str, duration_secs: float, **_: Any) -> None:
-    if event == COMPILED and _loading:
+def _on_duration(event: str, duration_secs: float, **_: object) -> None:
+    if event == COMPILED and _loading_threads:
         with _lock:
-            _loading.discard(threading.get_ident())
-            if not _loading:
-                _set_level(_usual())
+            _loading_threads.discard(threading.get_ident())
+            if not _loading_threads:
+                _set_level(_user_level())
 
 
 def silence() -> None:
-    """From here on, in this process: wherever its cache is, and whoever has set it."""
+    """Silence the warnings from here on, in this process, whatever cache directory jax uses."""
     utils: Any = importlib.import_module("jaxlib.utils")
+    # Not every release of jaxlib has this function.
     if hasattr(utils, "absl_set_min_log_level"):
-        jax.monitoring.register_event_listener(_requested)
-        jax.monitoring.register_event_duration_secs_listener(_compiled)
+        jax.monitoring.register_event_listener(_on_event)
+        jax.monitoring.register_event_duration_secs_listener(_on_duration)

@@ -1,4 +1,4 @@
-"""Releases of jax that compute wrongly, and processes in which jax would hang."""
+"""Refusal of jax releases that compute wrong results, and of processes in which jax would hang."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from mdsens._util.errors import MdsensError, UnsupportedVersionError
 
 __all__ = ["require_sound_jax"]
 
+# Releases of jax with known faults, and what is wrong with each.
 _BAD_JAX = {
     "0.10.2": "miscompiles neighbor lists on CPU and drops pairs in silence (jax issue 39103)",
     "0.11.0": "gives wrong values on some GPUs (jax issue 40633)",
     "0.11.1": "gives wrong values on some GPUs (jax issue 40633)",
 }
-_first_process: int | None = None  # in which jax was first used by us
+_first_process: int | None = None  # id of the process in which mdsens first used jax
 
 
 def require_sound_jax() -> None:
-    """Refuse the releases of jax that are known to compute wrongly, and a process in which it would
-    hang.
+    """Refuse jax releases that compute wrong results, and a process in which jax would hang.
 
     Raises:
       UnsupportedVersionError: with the reason and the remedy.
-      MdsensError: this process was forked from one in which jax was in use, and has none of its
-        threads.
+      MdsensError: this process was forked from one in which jax was in use. It lacks jax's threads,
+        and would wait for them for ever.
     """
     global _first_process
+    # A fork copies this variable, so that the id of the parent process is still in it.
     _first_process = _first_process or os.getpid()
     if os.getpid() != _first_process:
         raise MdsensError(

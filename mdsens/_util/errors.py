@@ -1,4 +1,4 @@
-"""Errors that mdsens raises on purpose, and how values stand in their messages."""
+"""Errors that mdsens raises on purpose, and the short form of values in their messages."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ class InputError(MdsensError, ValueError):
 
 
 class PrecisionError(InputError):
-    """This floating-point precision does not do: for the tolerance asked for, or for what was made
-    in a higher one.
+    """The floating-point precision is too low.
+
+    Either for the requested tolerance, or for data that were made in a higher precision.
     """
 
 
@@ -41,8 +42,11 @@ class UnsupportedVersionError(MdsensError, ImportError):
 
 
 class ConvergenceError(MdsensError, RuntimeError):
-    """A computation ended without a usable number; ``status`` says how, ``result`` holds what there
-    is.
+    """A computation ended without a usable result.
+
+    Attributes:
+      status: the outcome: what failed and what to do.
+      result: the last state of the computation; None where it has none.
     """
 
     def __init__(self, message: str, status: Outcome, result: Any = None):
@@ -50,22 +54,29 @@ class ConvergenceError(MdsensError, RuntimeError):
         self.status = status
         self.result = result
 
-    def __reduce__(self) -> Any:
-        # an exception is made anew from its ``args``, which are the message alone: a pool of
-        # processes would break
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Python's default restores an exception from its ``args``, here the message alone. The
+        # call would lack ``status``, and a pool of processes would break.
         return type(self), (str(self), self.status, self.result)
 
 
 def raise_for_status(status: Outcome, what: str, result: Any = None) -> None:
-    """Raise :class:`ConvergenceError` where ``status`` is not good. Called on the host alone."""
+    """Raise :class:`ConvergenceError` where ``status`` is not good. Host code.
+
+    Args:
+      status: the outcome.
+      what: the computation, for the message.
+      result: the last state of the computation, for the error.
+    """
     if not status.good:
         raise ConvergenceError(f"{what}: {status.sentence}.", status, result)
 
 
-def short(value: Any) -> str:
-    """A value as it may stand in a message: on one line, 60 characters at most."""
+def short(value: object) -> str:
+    """Format a value for a message: on one line, in 60 characters at most."""
     try:
         text = " ".join(repr(value).split())
-    except Exception:  # what cannot be shown must not hide what is wrong with it
+    except Exception:
+        # A value whose repr fails must not replace the error that is being reported.
         text = f"a {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "..."

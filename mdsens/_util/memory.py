@@ -1,34 +1,33 @@
-"""What a large result takes, and what is free: asked before it is made."""
+"""Check that a large result fits into the free memory, before it is computed."""
 
 from __future__ import annotations
 
-import os
+import psutil
 
 from mdsens._util.errors import TooLargeError
 
-__all__ = ["require_memory"]
+__all__ = ["available_memory", "require_memory"]
 
-MEMORY_SHARE = 0.5  # of what is free, at most, for one result
+# Largest part of the free memory that one result may take.
+MEMORY_SHARE = 0.5
 
 
-def _available_memory() -> float:
-    """Bytes free for a new result."""
-    try:
-        with open("/proc/meminfo") as file:
-            for line in file:
-                if line.startswith("MemAvailable"):
-                    return 1024.0 * float(line.split()[1])
-    except OSError:
-        pass
-    try:
-        return 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return float("inf")
+def available_memory() -> float:
+    """Return the free memory in bytes, without what the system would have to swap out."""
+    return float(psutil.virtual_memory().available)
 
 
 def require_memory(entries: float, itemsize: int, what: str, remedy: str) -> None:
-    """Raise TooLargeError where so many entries take more than half of the free memory."""
-    needed, free = float(entries) * itemsize, _available_memory()
+    """Raise TooLargeError where an array would take more than half of the free memory.
+
+    Args:
+      entries: number of entries of the array.
+      itemsize: bytes of an entry.
+      what: the array, for the message.
+      remedy: what the user can do, for the message.
+    """
+    needed = float(entries) * itemsize
+    free = available_memory()
     if needed > MEMORY_SHARE * free:
         raise TooLargeError(
             f"{what} takes {needed / 2**30:.3g} GiB and {free / 2**30:.3g} GiB are free: {remedy}"

@@ -1,8 +1,8 @@
-"""Outcomes of a computation: an integer that jit can carry, how grave it is, and a sentence to act on.
+"""Outcomes of a computation: an integer code for jit, a severity, and a sentence with the remedy.
 
-Each layer lists its own: :class:`mdsens.implicit.Result` those of a linear solve or a root,
-:class:`mdsens.Status` those of relaxations and derivatives, which include the former. The codes of
-both are one set, so that an array of codes passes from one layer to the other.
+:class:`mdsens.implicit.Result` lists the outcomes of a linear solve or a root, and
+:class:`mdsens.Status` those of relaxations and derivatives, which include the former. Both use the
+same codes, so that an array of codes can be passed from one layer to the other.
 """
 
 from __future__ import annotations
@@ -16,24 +16,28 @@ from jax.core import Tracer
 
 __all__ = ["Outcome", "Severity", "is_good", "name_of", "severity_of", "worse", "worst"]
 
-INTEGER_FORMATS = tuple("bcdoxXn")  # what ends the format of a whole number
+# Last letters of Python's format strings for whole numbers, as in f"{status:d}".
+INTEGER_FORMATS = tuple("bcdoxXn")
 
 
 class Severity(IntEnum):
-    """How far the number beside an outcome can be used."""
+    """Whether the result beside an outcome can be used."""
 
     NONE = 0  # converged
     NOTE = 1  # as good as this precision allows
-    WARNING = 2  # usable by one who knows what the sentence says
+    WARNING = 2  # usable with the restriction that the sentence states
     FAILURE = 3  # not usable
 
 
 class Outcome(IntEnum):
-    """Base of the enumerations of outcomes: each member has a ``severity`` and a ``sentence`` that
-    names the cause and the remedy.
+    """Base of the enumerations of outcomes.
 
-    Inside ``jit`` an outcome is an int32 array of its code. Printed, a member is its name and
+    Inside ``jit`` an outcome is an int32 array of its code. A member prints as its name and
     sentence; ``f"{status:d}"``, ``int(status)`` and json give the code.
+
+    Attributes:
+      severity: whether the result can be used.
+      sentence: the cause and the remedy.
     """
 
     severity: Severity
@@ -44,6 +48,7 @@ class Outcome(IntEnum):
         member._value_ = code
         member.severity = severity
         member.sentence = sentence
+        # Both enumerations share their codes, so that a code must have one severity.
         known = _Registry.severities.setdefault(code, severity)
         assert known is severity, f"two severities of outcome {code}"
         return member
@@ -53,48 +58,48 @@ class Outcome(IntEnum):
 
     @property
     def entry(self) -> tuple[int, Severity, str]:
-        """What a layer above lists this outcome by."""
+        """Code, severity and sentence, from which another enumeration repeats this outcome."""
         return int(self), self.severity, self.sentence
 
     @property
     def good(self) -> bool:
-        """True where the number beside this outcome can be used."""
+        """Whether the result can be used."""
         return self.severity is not Severity.FAILURE
 
     @property
     def warning(self) -> bool:
-        """True where the number can be used, and its user should know what the sentence says."""
+        """Whether the result can be used with the restriction that the sentence states."""
         return self.severity is Severity.WARNING
 
     @classmethod
     def worst_of(cls, codes: Any) -> Self:
-        """The gravest of some outcomes, members or an array of codes. Host code."""
+        """Return the most severe of some outcomes, members or an array of codes. Host code."""
         return cls(worst(codes))
 
     def __str__(self) -> str:
         return f"{self.name}: {self.sentence}"
 
     def __format__(self, spec: str) -> str:
-        """As a number where the format is one of whole numbers, else as its text."""
+        """Format the code where ``spec`` is a format of whole numbers, else name and sentence."""
         if spec[-1:] in INTEGER_FORMATS:
             return int.__format__(self, spec)
         return format(str(self), spec)
 
 
 class _Registry:
-    """Severity and name of each code, over all layers."""
+    """Severity and name of each code of all enumerations."""
 
     severities: ClassVar[dict[int, Severity]] = {}
     names: ClassVar[dict[int, str]] = {}
 
 
 def name_of(code: int) -> str:
-    """The name of an outcome, of whichever layer."""
+    """Return the name of the outcome with this code, of any enumeration."""
     return _Registry.names[code]
 
 
 def severity_of(codes: Any) -> Any:
-    """The severities of an array of codes, by a table; traceable."""
+    """Look up the severities of an array of codes; traceable."""
     table = np.zeros(max(_Registry.severities) + 1, np.int32)
     for code, severity in _Registry.severities.items():
         table[code] = severity
@@ -104,20 +109,24 @@ def severity_of(codes: Any) -> Any:
 
 
 def is_good(codes: Any) -> Any:
-    """Whether the number beside each of an array of codes can be used; traceable."""
+    """Whether the result of each of an array of codes can be used; traceable."""
     return severity_of(codes) < Severity.FAILURE
 
 
 def worse(first: Any, second: Any) -> Any:
-    """The graver one of two codes, the first where they are equally grave; traceable."""
+    """Return the more severe of two codes, the first where they are equal; traceable.
+
+    For codes or arrays of codes.
+    """
     traced = isinstance(first, Tracer) or isinstance(second, Tracer)
     xp: Any = jnp if traced else np
     return xp.where(severity_of(second) > severity_of(first), second, first)
 
 
 def worst(codes: Any) -> int:
-    """The gravest of an array of codes, the first of equally grave ones; that of success where
-    there are none. Host code.
+    """Return the most severe of an array of codes, the first of equally severe ones. Host code.
+
+    For an empty array it is 0, the code of success.
     """
     flat = np.ravel(np.asarray(codes))
     return int(flat[np.argmax(severity_of(flat))]) if flat.size else 0

@@ -1,4 +1,4 @@
-"""Records that reach another process as they are: :class:`Portable`."""
+"""Records that keep their values when pickle sends them to another process: :class:`Portable`."""
 
 from __future__ import annotations
 
@@ -17,15 +17,19 @@ __all__ = ["Portable", "array_types", "reduced", "restored"]
 
 
 def array_types(value: Any, seen: frozenset[int] = frozenset()) -> list[str]:
-    """The types of the jax arrays in a field of a record: in dicts, lists, tuples, and in what
-    functions close over.
+    """List the types of the jax arrays in a field of a record.
+
+    Arrays are searched for in dicts, lists, tuples, dataclasses, and in the closures and default
+    arguments of functions.
 
     Args:
-      seen: what it is part of; a function may close over itself.
+      value: the field.
+      seen: ids of the objects that contain ``value``; a function may close over itself.
     """
     if isinstance(value, jax.Array):
         return [str(value.dtype)]
-    if id(value) in seen or isinstance(value, Portable):  # a record tells its own
+    # a Portable record inside of this one checks its arrays itself when it is restored
+    if id(value) in seen or isinstance(value, Portable):
         return []
     parts: list[Any] = []
     if isinstance(value, Mapping):
@@ -33,9 +37,8 @@ def array_types(value: Any, seen: frozenset[int] = frozenset()) -> list[str]:
     elif isinstance(value, list | tuple):
         parts = list(value)
     elif isinstance(value, types.FunctionType):
-        cells = [
-            cell for cell in value.__closure__ or () if cell != types.CellType()
-        ]  # but for empty ones
+        # The cell of a variable that is not yet assigned is empty, and reading it raises an error.
+        cells = [cell for cell in value.__closure__ or () if cell != types.CellType()]
         parts = [*(cell.cell_contents for cell in cells), value.__defaults__, value.__kwdefaults__]
     elif isinstance(value, functools.partial):
         parts = [value.func, value.args, value.keywords]
@@ -44,23 +47,23 @@ def array_types(value: Any, seen: frozenset[int] = frozenset()) -> list[str]:
     return [name for part in parts for name in array_types(part, seen | {id(value)})]
 
 
-def reduced(record: Any, fields: dict[str, Any]) -> Any:
-    """What pickle makes a record anew from, as the ``__reduce__`` of its class: :func:`restored` of
-    its fields.
-    """
-    return restored, (
-        type(record),
-        fields,
-        {name: array_types(value) for name, value in fields.items()},
-    )
+def reduced(record: object, fields: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what the ``__reduce__`` of a record's class must: a call of :func:`restored`."""
+    types_of_fields = {name: array_types(value) for name, value in fields.items()}
+    return restored, (type(record), fields, types_of_fields)
 
 
 def restored(kind: Callable[..., Any], fields: dict[str, Any], had: dict[str, list[str]]) -> Any:
-    """A record out of its unpickled fields, whose arrays must be of the types that they had.
+    """Restore a record from its unpickled fields, and check the types of its arrays.
+
+    Args:
+      kind: the class of the record.
+      fields: its fields.
+      had: types of the arrays in each field when it was pickled.
 
     Raises:
-      PrecisionError: they are not, since jax makes float32 of float64, in silence, in a process
-        without x64.
+      PrecisionError: a type has changed. In a process without x64, jax converts float64 to float32
+        without a warning.
     """
     require_sound_jax()
     for name, value in fields.items():
@@ -75,15 +78,13 @@ def restored(kind: Callable[..., Any], fields: dict[str, Any], had: dict[str, li
 
 
 class Portable:
-    """A frozen record whose arrays come out of pickle, and of ``copy``, as they went in to the last
-    bit, or not at all.
+    """Base of frozen records whose arrays come out of pickle and ``copy`` equal to the last bit.
 
-    A named tuple of arrays cannot inherit it, and calls :func:`reduced` itself.
+    Where that is not possible, unpickling raises an error. A named tuple of arrays cannot inherit
+    from this class, and calls :func:`reduced` itself.
     """
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[Any, ...]:
         record: Any = self
-        return reduced(
-            record,
-            {field.name: getattr(record, field.name) for field in dataclasses.fields(record)},
-        )
+        fields = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+        return reduced(record, fields)

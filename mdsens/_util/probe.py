@@ -1,4 +1,4 @@
-"""A vector to probe an operator with."""
+"""A trial vector for estimates of an operator, such as its norm."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ __all__ = ["chirp"]
 
 
 def chirp(shape: int | tuple[int, ...], dtype: Any = np.float64, xp: Any = jnp) -> Any:
-    """cos(k^2) for k = 0, 1, 2, … in an array of a shape.
+    """Return cos(k^2) for k = 0, 1, 2, … as an array of a shape.
 
-    It holds every wavelength alike, so that no smooth or alternating mode of an operator is missed,
-    and it is the same in every run, which a random vector would be at the price of a key.
+    It contains all wavelengths about equally, so that it has a component along the smooth and the
+    alternating modes of an operator. And it is the same in every run; a random vector would need a
+    key for that.
+
+    Args:
+      shape: of the array.
+      dtype: of the array.
+      xp: numpy or jax.numpy.
     """
     size = shape if isinstance(shape, int) else math.prod(shape)
     return xp.cos(xp.arange(size, dtype=dtype) ** 2).reshape(shape)

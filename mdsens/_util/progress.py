@@ -1,4 +1,4 @@
-"""Progress of long work, where somebody watches: a terminal or a notebook."""
+"""Progress bars of long computations, in a terminal or a notebook."""
 
 from __future__ import annotations
 
@@ -11,20 +11,28 @@ import numpy as np
 __all__ = ["Decades", "Members", "Trials"]
 
 
-def _bar(wanted: bool | None, form: str, **how: Any) -> Any:
-    """A tqdm bar, or None where nobody watches and none is asked for."""
+def _bar(wanted: bool | None, form: str, **options: Any) -> Any:
+    """Make a tqdm bar; None where no bar is wanted.
+
+    Args:
+      wanted: whether to show a bar; where None, only in a terminal or a notebook.
+      form: format of the bar.
+      options: further arguments of tqdm.
+    """
     watched = sys.stderr.isatty() or "ipykernel" in sys.modules
     if not (watched if wanted is None else wanted):
         return None
     if importlib.util.find_spec("ipywidgets"):
         from tqdm.auto import tqdm
-    else:  # without them tqdm.auto warns in a notebook
+    else:
+        # Without ipywidgets, tqdm.auto prints a warning in a notebook.
         from tqdm import tqdm
-    return tqdm(leave=False, delay=0.5, bar_format=form, **how)
+    # The bar shows after 0.5 s, so that short computations show none.
+    return tqdm(leave=False, delay=0.5, bar_format=form, **options)
 
 
 class _Bar:
-    """A progress bar, or none; closed at the end of a ``with`` block."""
+    """A progress bar, or None; it is closed at the end of a ``with`` block."""
 
     bar: Any
 
@@ -40,54 +48,53 @@ class _Bar:
 
 
 class Decades(_Bar):
-    """The decades of force still to go in one relaxation, whose ``tolerance`` is set as it becomes
-    known.
+    """Progress of one relaxation: the share of the decades of force down to ``tolerance``.
+
+    ``tolerance`` may be set later, when it is known.
     """
 
     def __init__(self, wanted: bool | None, tolerance: float = np.inf):
-        self.tolerance, self.first = tolerance, 0.0
+        self.tolerance = tolerance
+        self.first = 0.0  # the largest force so far, where the count of decades starts
         self.bar = _bar(wanted, "{desc} {bar} {elapsed}{postfix}", total=100, desc="relaxing")
 
     def show(self, steps: int, largest: float) -> None:
-        if self.bar is None or not (
-            np.isfinite(largest) and largest > 0 and 0 < self.tolerance < np.inf
-        ):
+        """Show the number of steps and the largest force on a particle."""
+        has_logarithm = np.isfinite(largest) and largest > 0 and 0 < self.tolerance < np.inf
+        if self.bar is None or not has_logarithm:
             return
         self.first = max(largest, self.first)
         decades = np.log(self.first / self.tolerance)
-        done = (
-            100.0 * np.log(self.first / max(largest, self.tolerance)) / decades
-            if decades > 0
-            else 100.0
-        )
-        self.bar.n = int(done)
+        if decades > 0:
+            percent = 100.0 * np.log(self.first / max(largest, self.tolerance)) / decades
+        else:
+            percent = 100.0
+        self.bar.n = int(percent)
         self.bar.set_postfix_str(f"step {steps:,}, max_force {largest:.1e}")
 
 
 class Members(_Bar):
-    """The members of a batch that are done."""
+    """Progress of a batch: the number of members that are relaxed."""
 
     def __init__(self, count: int, wanted: bool | None):
         form = "{desc} {bar} {n_fmt} of {total_fmt}, {elapsed}, {remaining} to go"
         self.bar = _bar(wanted, form, total=count, desc="relaxing")
 
     def advance(self, count: int) -> None:
+        """Count more members as relaxed."""
         if self.bar is not None:
             self.bar.update(count)
 
 
 class Trials(_Bar):
-    """The steps of a design, and how far the worst of its features is from its target."""
+    """Progress of a design: its steps, and the distance of the worst feature from its target."""
 
     def __init__(self, count: int, wanted: bool | None):
-        self.bar = _bar(
-            wanted,
-            "{desc} {bar} {n_fmt} of {total_fmt}, {elapsed}{postfix}",
-            total=count,
-            desc="designing",
-        )
+        form = "{desc} {bar} {n_fmt} of {total_fmt}, {elapsed}{postfix}"
+        self.bar = _bar(wanted, form, total=count, desc="designing")
 
     def show(self, done: int, tolerances: float) -> None:
+        """Show the number of steps, and the distance in units of the target's tolerance."""
         if self.bar is not None:
             self.bar.n = done
             self.bar.set_postfix_str(f"{tolerances:.3g} tolerances to go")

@@ -1,4 +1,4 @@
-"""What trees of arrays must have in common."""
+"""Comparison of trees of arrays: structure and shapes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ PyTree: TypeAlias = Any
 
 
 def check_same(tree: PyTree, like: PyTree, name: str, like_name: str, remedy: str) -> None:
-    """Raise InputError naming both where two trees differ in structure or in the shape of a leaf."""
+    """Raise InputError where two trees differ in structure or in the shape of a leaf.
+
+    Args:
+      tree: the tree to check.
+      like: the tree with the right structure and shapes.
+      name, like_name: names of the two trees, for the message.
+      remedy: what the user can do, for the message.
+    """
     if jax.tree.structure(tree) != jax.tree.structure(like):
         raise InputError(
             f"{name} has the tree {jax.tree.structure(tree)}, but {like_name} has"

@@ -1,10 +1,9 @@
-"""A user's function where jax traces it: what it does that a traced array does not allow is named
-by its line.
+"""Calls of users' functions with traced arrays, with errors that name the line at fault.
 
-jax calls a function with arrays that have a shape and a type and no numbers, and records what is
-done to them. A function that needs the numbers (numpy, ``float``, ``if``) ends in an error that
-names jax's own sources; here it ends in one that names the line of the function, and what to write
-there.
+jax traces a function: it calls it with arrays that have a shape and a type but no values, and
+records the operations on them. A function that needs the values (numpy, ``float``, ``if``) fails
+with an error that names jax's own sources. Here the error names the line of the user's function
+and what to write there.
 """
 
 from __future__ import annotations
@@ -29,36 +28,44 @@ __all__ = ["Traceable"]
 
 
 class _Fault(NamedTuple):
-    """An error of an array of jax, by its type and the beginning of its message; what was done, and
-    what to do.
+    """An operation that a traced array does not allow.
+
+    Attributes:
+      error_type: type of the error that jax raises.
+      begins: first words of its message; empty for any message.
+      fault: what the function does, for our message.
+      remedy: what to write instead, for our message.
     """
 
-    kind: type[Exception]
+    error_type: type[Exception]
     begins: str
-    done: str
+    fault: str
     remedy: str
 
 
 _BRANCH = (
-    "decides by an array that jax traces",
-    "take jnp.where or jax.lax.cond in place of if, while, and, or",
+    "branches on the values of an array that jax traces",
+    "use jnp.where or jax.lax.cond in place of if, while, and, or",
 )
-_INDEX = "counts or indexes by an array that jax traces", "take jnp.take or jax.lax.fori_loop there"
-_NUMPY = "gives numpy an array that jax traces", "take jax.numpy in place of numpy there"
+_INDEX = (
+    "uses an array that jax traces as an index or a count",
+    "use jnp.take or jax.lax.fori_loop there",
+)
+_NUMPY = "passes an array that jax traces to numpy", "use jax.numpy in place of numpy there"
 _NUMBER = (
-    "makes a Python number of an array that jax traces",
-    "take jax.numpy in place of float(), int() and math there",
+    "converts an array that jax traces to a Python number",
+    "use jax.numpy in place of float(), int() and math there",
 )
-# The more special before the more general. Of arrays with several entries jax raises what numpy
-# does.
+# The first entry that fits counts, so a derived class of errors stands before its base class. For
+# arrays with several entries jax raises the same errors as numpy: those are known by their words.
 _FAULTS = (
     _Fault(jax.errors.TracerBoolConversionError, "", *_BRANCH),
     _Fault(ValueError, "The truth value of an array", *_BRANCH),
     _Fault(
         jax.errors.NonConcreteBooleanIndexError,
         "",
-        "selects by an array that jax traces",
-        "take jnp.where(mask, x, 0) in place of x[mask]",
+        "selects entries by a mask that jax traces",
+        "use jnp.where(mask, x, 0) in place of x[mask]",
     ),
     _Fault(jax.errors.TracerIntegerConversionError, "", *_INDEX),
     _Fault(TypeError, "Only integer scalar arrays", *_INDEX),
@@ -71,25 +78,31 @@ _FAULTS = (
         TypeError,
         "JAX arrays are immutable",
         "changes an array of jax in place",
-        "take x = x.at[k].set(value) in place of x[k] = value",
+        "use x = x.at[k].set(value) in place of x[k] = value",
     ),
 )
-_OURS = Path(__file__).parents[1]
-# Frames of these are not the user's: what his line called.
-_OTHERS = tuple(Path(package.__path__[0]) for package in (jax, jaxlib, np, scipy))
+# Folders whose source lines are not the user's: mdsens, the libraries that a line of the user may
+# call, and Python's standard library.
+_MDSENS = Path(__file__).parents[1]
+_LIBRARIES = tuple(Path(package.__path__[0]) for package in (jax, jaxlib, np, scipy))
 _STANDARD = Path(sysconfig.get_path("stdlib"))
+# Other installed packages are in these folders inside of the standard library's; they count as the
+# user's.
 _INSTALLED = {"site-packages", "dist-packages"}
-_SOURCE = 80  # characters of a line that are shown
+_SOURCE_LENGTH = 80  # largest number of characters of the source line in a message
 
 
 @dataclasses.dataclass(frozen=True)
 class Traceable:
-    """A user's function of arrays, called with traced ones. Equal by value, as the function is.
+    """A user's function, to be called with traced arrays.
+
+    Two of them are equal where their fields are, so that jax finds the compiled code of an equal
+    function again.
 
     Attributes:
-      what: names it in the error: "the observable".
-      function: called as it is.
-      otherwise: what else may be done than what the fault asks for; empty for nothing.
+      what: name of the function in the error, such as "the observable".
+      function: the function itself.
+      otherwise: another remedy, beside that of the fault; empty for none.
     """
 
     what: str
@@ -98,62 +111,66 @@ class Traceable:
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
-        """The function, for whoever asks what a callable is made of."""
+        """The function itself, under the name by which ``inspect`` looks for it."""
         return self.function
 
     def __call__(self, *arguments: Any) -> Any:
-        """What the function returns.
+        """Call the function.
 
         Raises:
-          InputError: it does what a traced array does not allow: with the line, and what to write
-            there.
+          InputError: it does what a traced array does not allow. The message has the line, and what
+            to write there.
         """
         try:
             return self.function(*arguments)
         except (TypeError, ValueError, IndexError) as error:
             for fault in _FAULTS:
-                if isinstance(error, fault.kind) and str(error).startswith(fault.begins):
-                    raise InputError(self._explained(fault, error)) from error
+                if isinstance(error, fault.error_type) and str(error).startswith(fault.begins):
+                    raise InputError(self._message(fault, error)) from error
             raise
 
-    def _explained(self, fault: _Fault, error: Exception) -> str:
+    def _message(self, fault: _Fault, error: Exception) -> str:
+        """Describe the fault, the line of the user's code, and the remedy."""
         remedy = f"{fault.remedy}, or {self.otherwise}" if self.otherwise else fault.remedy
-        frames = list(traceback.walk_tb(error.__traceback__))[1:]  # the first is the call above
-        own = [k for k, (frame, _) in enumerate(frames) if _is_users(frame)]
-        if not own:
-            return f"{self.what} {fault.done}: {remedy}."
-        frame, line = frames[own[-1]]
-        inner = next((f for f, _ in frames[own[-1] + 1 :] if _is_ours(f)), None)
-        if inner is not None:  # it is a function of this package that needs numbers
+        # the first frame is that of __call__ above
+        frames = list(traceback.walk_tb(error.__traceback__))[1:]
+        of_user = [k for k, (frame, _) in enumerate(frames) if _is_of_user(frame)]
+        if not of_user:
+            return f"{self.what} {fault.fault}: {remedy}."
+        frame, line = frames[of_user[-1]]
+        called = next((f for f, _ in frames[of_user[-1] + 1 :] if _is_of_mdsens(f)), None)
+        if called is not None:
+            # The user's line calls a function of mdsens that needs values: jax.numpy is no remedy.
             remedy = (
-                f"mdsens's {inner.f_code.co_name} works on numbers, so call it outside of what is"
-                " traced"
+                f"mdsens's {called.f_code.co_name} works on numbers, so call it outside of the"
+                " function that jax traces"
             )
-        return f"{self.what} {fault.done}, in {_place(frame, line)}: {remedy}."
+        return f"{self.what} {fault.fault}, in {_location(frame, line)}: {remedy}."
 
 
-def _within(frame: FrameType, folder: Path) -> bool:
+def _is_within(frame: FrameType, folder: Path) -> bool:
     return Path(frame.f_code.co_filename).is_relative_to(folder)
 
 
-def _is_ours(frame: FrameType) -> bool:
-    return _within(frame, _OURS)
+def _is_of_mdsens(frame: FrameType) -> bool:
+    return _is_within(frame, _MDSENS)
 
 
-def _is_users(frame: FrameType) -> bool:
-    """Whether it is neither ours nor of what it called."""
-    if _is_ours(frame) or any(_within(frame, folder) for folder in _OTHERS):
+def _is_of_user(frame: FrameType) -> bool:
+    """Whether a frame is neither of mdsens, nor of a library, nor of Python itself."""
+    if _is_of_mdsens(frame) or any(_is_within(frame, folder) for folder in _LIBRARIES):
         return False
-    standard = _within(frame, _STANDARD) and not _INSTALLED & set(
-        Path(frame.f_code.co_filename).parts
-    )
-    return not standard and not frame.f_code.co_filename.startswith("<frozen")
+    file = frame.f_code.co_filename
+    standard = _is_within(frame, _STANDARD) and not _INSTALLED & set(Path(file).parts)
+    # Modules that are built into Python have names such as <frozen importlib._bootstrap>.
+    return not standard and not file.startswith("<frozen")
 
 
-def _place(frame: FrameType, line: int) -> str:
-    """The function, the file and the line, and what stands there, where it can be read."""
-    file, name = frame.f_code.co_filename, frame.f_code.co_name
+def _location(frame: FrameType, line: int) -> str:
+    """Describe a line of code: function, file, line number, and the source where it is readable."""
+    file = frame.f_code.co_filename
+    name = frame.f_code.co_name
     source = linecache.getline(file, line, frame.f_globals).strip()
-    if len(source) > _SOURCE:
-        source = source[: _SOURCE - 3] + "..."
+    if len(source) > _SOURCE_LENGTH:
+        source = source[: _SOURCE_LENGTH - 3] + "..."
     return f"{name} ({file}:{line}{f', `{source}`' if source else ''})"

@@ -1,5 +1,7 @@
-"""What a user gives, taken as numbers, or refused in one line that names it, says what it is and
-what to give.
+"""Validation of user input.
+
+A value is converted to numbers, or refused with one line that names the field, its value and the
+remedy.
 """
 
 from __future__ import annotations
@@ -27,23 +29,32 @@ __all__ = [
 ]
 
 
-def is_real(dtype: Any) -> bool:
-    """Whether it is a type of integers or real numbers; truth values are none."""
+def is_real(dtype: np.dtype) -> bool:
+    """Whether a dtype is of integers or real numbers; booleans do not count."""
     return bool(jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating))
 
 
-def real_array(name: str, value: Any, need: str = "give numbers.") -> Any:
-    """``value`` as an array of integers or real numbers, of jax where it is one already (tracers
-    pass).
+def real_array(name: str, value: object, need: str = "give numbers.") -> Any:
+    """Convert ``value`` to an array of integers or real numbers.
 
-    numpy alone would read texts as numbers, drop imaginary parts and forget what is masked.
+    numpy alone would read strings as numbers, drop imaginary parts and drop the mask of a masked
+    array.
+
+    Args:
+      name: of the field, for the message.
+      value: any array-like; an array of jax stays one, traced or not.
+      need: the remedy, for the message.
+
+    Returns:
+      An array of jax where ``value`` is one, else of numpy.
     """
     if isinstance(value, jax.Array):
         array: Any = value
     else:
         try:
             array = np.asarray(value)
-        except Exception as error:  # rows of different lengths, or an object that refuses
+        except Exception as error:
+            # rows of different lengths, or an object that cannot be converted
             raise InputError(f"{name} is no array, {short(value)}: {need}") from error
     if not is_real(array.dtype) or np.ma.is_masked(value):
         what = f"an array of {array.dtype}" if array.ndim else short(value)
@@ -51,8 +62,8 @@ def real_array(name: str, value: Any, need: str = "give numbers.") -> Any:
     return array
 
 
-def real_number(name: str, value: Any, need: str = "give a number.") -> float:
-    """``value`` as a float."""
+def real_number(name: str, value: object, need: str = "give a number.") -> float:
+    """Convert ``value`` to a float, as :func:`real_array`."""
     array = real_array(name, value, need)
     if array.ndim:
         raise InputError(f"{name} has shape {array.shape}: {need}")
@@ -61,35 +72,46 @@ def real_number(name: str, value: Any, need: str = "give a number.") -> float:
 
 @jax.jit
 def _probe() -> jax.Array:
-    """A number that under jit is none, as nothing new is, whatever is given; compiled, it takes a
-    tenth of an array.
+    """Return an array that is a tracer inside of jit, and a number outside of any tracing.
+
+    Inside of jit, every array that is created is a tracer, also where no argument is one. Compiled,
+    this takes a tenth of the time that creating an array takes.
     """
     return jnp.zeros(())
 
 
-def require_host(what: str, remedy: str, *given: Any) -> None:
-    """Refuse to compute on numbers inside of what jax traces, where there are none."""
-    if any(map(_traced, given)) or isinstance(_probe(), Tracer):
+def require_host(what: str, remedy: str, *arguments: object) -> None:
+    """Raise InputError inside of a function that jax traces, where arrays have no values.
+
+    Args:
+      what: the function that needs values, for the message.
+      remedy: what the user can do, for the message.
+      arguments: its arguments, which are searched for tracers: grad and vmap pass tracers, and
+        leave other arrays as they are.
+    """
+    if any(map(_has_tracer, arguments)) or isinstance(_probe(), Tracer):
         raise InputError(
-            f"{what} works on numbers, and is called in what jax traces (grad, jit, vmap):"
-            f" {remedy}."
+            f"{what} works on numbers, and is called inside a function that jax traces (grad, jit,"
+            f" vmap): {remedy}."
         )
 
 
-def _traced(value: Any) -> bool:
-    """Whether there is a traced array in it, a user's own dicts and lists, of whatever they are,
-    included.
+def _has_tracer(value: object) -> bool:
+    """Whether a value is a traced array or contains one.
+
+    Dicts, lists and tuples may contain objects of any kind. Other objects are searched only where
+    they are dataclasses.
     """
     if isinstance(value, Mapping):
-        return any(map(_traced, value.values()))
+        return any(map(_has_tracer, value.values()))
     if isinstance(value, list | tuple):
-        return any(map(_traced, value))
+        return any(map(_has_tracer, value))
     leaves = jax.tree.leaves(value) if dataclasses.is_dataclass(value) else [value]
     return any(isinstance(leaf, Tracer) for leaf in leaves)
 
 
-def check_positive(record: Any, names: tuple[str, ...]) -> None:
-    """Refuse an option record some of whose fields are no positive numbers."""
+def check_positive(record: object, names: tuple[str, ...]) -> None:
+    """Raise InputError unless these fields of an option record are positive finite numbers."""
     for name in names:
         value = getattr(record, name)
         if not (isinstance(value, Real) and 0 < value < np.inf):  # type: ignore[operator]
@@ -98,8 +120,8 @@ def check_positive(record: Any, names: tuple[str, ...]) -> None:
             )
 
 
-def check_whole(record: Any, name: str) -> None:
-    """Refuse an option record whose field is no whole number from 0."""
+def check_whole(record: object, name: str) -> None:
+    """Raise InputError unless this field of an option record is a whole number of at least 0."""
     value = getattr(record, name)
     if not (isinstance(value, int) and value >= 0):
         raise InputError(

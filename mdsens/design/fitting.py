@@ -177,7 +177,8 @@ def _checked_targets(targets: Target | Sequence[Target]) -> tuple[Target, ...]:
     if isinstance(targets, Target):
         return (targets,)
     # A text is a sequence too, of letters: it would be refused letter by letter.
-    several = () if isinstance(targets, str) else tuple(targets or ())
+    known = isinstance(targets, Sequence) and not isinstance(targets, str)
+    several = tuple(targets) if known else ()
     if not several:
         raise InputError(f"targets is {short(targets)}: give at least one Target.")
     for target in several:

@@ -256,8 +256,9 @@ def _bounds(parameter: Parameter, value: np.ndarray, record: Free) -> tuple[np.n
             raise InputError(
                 f"free.{name}: within is {share}: give a positive share, such as 0.3 for 30 %."
             )
-        low = value - share * np.abs(value)
-        high = value + share * np.abs(value)
+        # of a scalar numpy would make a number, into which nothing can be written
+        low = np.asarray(value - share * np.abs(value))
+        high = np.asarray(value + share * np.abs(value))
     for bound, end, narrower in ((record.low, low, np.maximum), (record.high, high, np.minimum)):
         if bound is None:
             continue

@@ -13,7 +13,7 @@ from mdsens._util.errors import (
     raise_for_status,
 )
 from mdsens.implicit.conditions import conic, degeneracy, optimality, projections, proximal
-from mdsens.implicit.linear.operators import (
+from mdsens.implicit.linear import (
     CG,
     GMRES,
     MINRES,

@@ -34,7 +34,7 @@ from mdsens.implicit._closures import (
     without_wrappers,
 )
 from mdsens.implicit._validation import check_functions, unknowns
-from mdsens.implicit.linear.operators import Auto, LinearMap, Method, Operator
+from mdsens.implicit.linear import Auto, LinearMap, Method, Operator
 from mdsens.implicit.linear.result import SolveStats
 from mdsens.implicit.linear.solution import linear_solve
 

@@ -21,7 +21,7 @@ from mdsens._util.portable import Portable
 from mdsens._util.pytree import PyTree
 from mdsens._util.user_functions import Traceable
 from mdsens.implicit._validation import check_functions, unknowns
-from mdsens.implicit.linear.operators import Auto, Method
+from mdsens.implicit.linear import Auto, Method
 from mdsens.implicit.linear.result import Result, SolveStats
 from mdsens.implicit.root import Condition, NullSpace, Preconditioner, tangent
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mdsens._util.errors import InputError
+from mdsens._util.lattice import heights
 from mdsens.io.ase_structures import cell_of, coordinates_of, species_of
 from mdsens.io.files import read_npz
 
@@ -121,15 +123,31 @@ def crystal(
 
 
 def pairs_within(positions: np.ndarray, cell: np.ndarray | None, length: float) -> np.ndarray:
-    """Pairs (m, 2) whose nearest images are closer than ``length``, the smaller index first."""
-    # all pairs at once, so memory grows as n^2
-    i, j = np.triu_indices(len(positions), 1)
-    vectors = positions[i] - positions[j]
+    """Pairs (m, 2) of particles with images closer than ``length``, the smaller index first.
+
+    Args:
+      positions: (n, d).
+      cell: (d, d), columns the cell vectors; None for open boundaries.
+      length: above 0.
+    """
+    # Imported here, so that importing this package does not import scipy.spatial.
+    from scipy.spatial import KDTree
+
+    n, d = positions.shape
+    images = positions
     if cell is not None:
-        # rounding fractions gives the nearest image in cells that are not too skew
-        vectors = vectors - np.round(vectors @ np.linalg.inv(cell).T) @ cell.T
-    near = np.linalg.norm(vectors, axis=1) < length
-    return np.stack([i[near], j[near]], axis=1)
+        fractions = positions @ np.linalg.inv(cell).T
+        positions = (fractions - np.floor(fractions)) @ cell.T
+        # As many copies of the cell to each side as a sphere of this radius can reach into, in
+        # cells of any shape.
+        reach = np.ceil(length / heights(cell)).astype(int)
+        steps = itertools.product(*(range(-k, k + 1) for k in reach))
+        images = (positions[None] + (np.array(list(steps)) @ cell.T)[:, None]).reshape(-1, d)
+    near = KDTree(positions).sparse_distance_matrix(KDTree(images), length, output_type="ndarray")
+    i, j = near["i"], near["j"] % n
+    kept = (i < j) & (near["v"] < length)
+    pairs = np.unique(np.stack([i[kept], j[kept]], axis=1), axis=0)
+    return pairs.reshape(-1, 2)
 
 
 def from_file(path: Path, dimension: int, index: int) -> Start:

@@ -17,7 +17,7 @@ import scipy.sparse as sp
 from jax.core import Tracer
 
 from mdsens._util.lattice import components, nearest_images
-from mdsens.implicit.linear.operators import Operator, SymmetricScaling
+from mdsens.implicit.linear import Operator, SymmetricScaling
 from mdsens.mechanics.forces import energy_gradient, row_terms
 from mdsens.mechanics.hessian_blocks import BlockRows
 from mdsens.mechanics.null_space import NullSpace

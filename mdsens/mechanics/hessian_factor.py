@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from mdsens.implicit.linear import eigen
+from mdsens.implicit.linear import Auto, eigen
 from mdsens.implicit.linear.eigen import Spectrum
-from mdsens.implicit.linear.operators import Auto
 from mdsens.implicit.linear.result import SolveStats
 from mdsens.implicit.linear.solution import solve
 from mdsens.implicit.linear.sparse_ldl import SHIFT, SparseFactor, bounds, ordering, solve_on_range

@@ -24,9 +24,8 @@ from scipy.sparse.linalg import splu
 
 from mdsens._util.lattice import nearest_image
 from mdsens.constraints import RigidBonds
-from mdsens.implicit.linear import eigen
+from mdsens.implicit.linear import Auto, eigen
 from mdsens.implicit.linear.eigen import Spectrum
-from mdsens.implicit.linear.operators import Auto
 from mdsens.implicit.linear.result import SolveStats
 from mdsens.implicit.linear.solution import solve
 from mdsens.implicit.linear.sparse_ldl import SHIFT, SparseFactor, bound

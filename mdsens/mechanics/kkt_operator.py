@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens.constraints import RigidBonds
-from mdsens.implicit.linear.operators import Operator
+from mdsens.implicit.linear import Operator
 from mdsens.implicit.linear.sparse_ldl import SHIFT
 from mdsens.mechanics.contacts import Network
 from mdsens.mechanics.lagrangian import (

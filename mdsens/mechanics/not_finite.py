@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens._util.lattice import nearest_image
+from mdsens._util.probe import chirp
 from mdsens.mechanics.status import Status
 from mdsens.model.system import System, pair_distances
 from mdsens.potentials.base import PairTerm
@@ -101,7 +102,7 @@ def _norms_of_derivatives(potential: Any, system: System) -> jax.Array:
     R = system.positions
     slope = jax.grad(energy)
     # a fixed direction with entries of every size and sign
-    along = jnp.cos(jnp.arange(R.size, dtype=R.dtype) ** 2).reshape(R.shape)
+    along = chirp(R.shape, R.dtype)
 
     def second(R: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jax.jvp(slope, (R,), (along,))

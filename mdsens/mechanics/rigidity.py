@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens._util.probe import chirp
 from mdsens.mechanics import contacts
 from mdsens.mechanics.contacts import Network
 from mdsens.mechanics.hessian import filled_rows, hessian_product
@@ -73,7 +74,7 @@ def _free_motions(system: System) -> jax.Array:
         return product(Unknowns(v.reshape(n, d))).positions.ravel()
 
     # The stiffness against a fixed vector with entries of every size and sign sets the scale.
-    probe = jnp.cos(jnp.arange(n * d, dtype=dtype) ** 2)
+    probe = chirp(n * d, dtype)
     scale = jnp.linalg.norm(image(probe)) / jnp.linalg.norm(probe)
     # Singular values of H on the rigid motions: the norms of the forces that combinations make.
     combinations, costs, _ = jnp.linalg.svd(jax.lax.map(image, rigid), full_matrices=False)

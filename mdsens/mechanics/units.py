@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens._util.lattice import components, nearest_images
+from mdsens._util.probe import chirp
 from mdsens.mechanics.forces import row_terms
 from mdsens.mechanics.hessian import Unknowns, gradient, largest_force
 from mdsens.model.system import System
@@ -148,7 +149,7 @@ def largest_stiffness(
         return w, jnp.sqrt(jnp.sum(w**2))
 
     # A fixed start with entries of every size and sign.
-    start = jnp.cos(jnp.arange(positions.size, dtype=positions.dtype) ** 2).reshape(positions.shape)
+    start = chirp(positions.shape, positions.dtype)
     _, size = jax.lax.fori_loop(0, POWERS, product, (start, jnp.sqrt(jnp.sum(start**2))))
     return jnp.where((size > 0) & jnp.isfinite(size), size, otherwise)
 

@@ -324,8 +324,9 @@ def _skin(
     xp: Any = lattice.__array_namespace__()
     # along a vector with one or two grid cells all are searched: its whole height bounds the skin
     sides = heights(lattice) / np.asarray([m if m > 2 else 1 for m in cells], lattice.dtype)
-    # sides are taken a relative 1e-6 larger than computed
-    skin = xp.minimum(share * range_, xp.min(sides) * (1.0 + 1e-6) - range_)
+    # A side that was divided so as to be the range may come out smaller than it by round-off.
+    above = 1.0 + 8.0 * float(np.finfo(lattice.dtype).eps)
+    skin = xp.minimum(share * range_, xp.min(sides) * above - range_)
     # nearest images are found by rounding, which is right up to half of the smallest height
     return xp.minimum(skin, 0.4999 * xp.min(heights(lattice)) - range_) if periodic else skin
 

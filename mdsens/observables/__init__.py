@@ -9,41 +9,12 @@ they use the neighbor list of the system if the potential reaches as far, else a
 4,000 particles. For more particles give a list made by :func:`pairs_within`.
 """
 
+from mdsens.observables import state, structure
 from mdsens.observables.charges import charges, chemical_potential, dipole, induced_dipoles
 from mdsens.observables.pairs import pairs_within
-from mdsens.observables.state import (
-    coordination,
-    energy,
-    packing_fraction,
-    pressure,
-    smooth_coordination,
-    stress,
-    volume,
-)
-from mdsens.observables.structure import (
-    bond_order,
-    bond_orientation,
-    distance_to,
-    distances,
-    radial_distribution,
-)
+from mdsens.observables.state import *  # noqa: F403 - a new observable is added in one file
+from mdsens.observables.structure import *  # noqa: F403
 
-__all__ = [
-    "bond_order",
-    "bond_orientation",
-    "charges",
-    "chemical_potential",
-    "coordination",
-    "dipole",
-    "distance_to",
-    "distances",
-    "energy",
-    "induced_dipoles",
-    "packing_fraction",
-    "pairs_within",
-    "pressure",
-    "radial_distribution",
-    "smooth_coordination",
-    "stress",
-    "volume",
-]
+__all__ = ["charges", "chemical_potential", "dipole", "induced_dipoles", "pairs_within"]
+__all__ += state.__all__
+__all__ += structure.__all__

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from mdsens._util.errors import InputError
 from mdsens._util.validation import real_number, short
-from mdsens.implicit.linear.operators import CG, Direct, LinearMap, Method, check_method
+from mdsens.implicit.linear import CG, Direct, LinearMap, Method, check_method
 from mdsens.implicit.linear.result import Result
 from mdsens.potentials.base import Params
 from mdsens.potentials.self_consistent import (

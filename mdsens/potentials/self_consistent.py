@@ -38,8 +38,10 @@ import numpy as np
 from mdsens._util.errors import InputError
 from mdsens._util.memory import require_memory
 from mdsens._util.outcome import is_good, worse
-from mdsens.implicit.linear._krylov import cg, norm
-from mdsens.implicit.linear.operators import Direct, LinearMap, Method, Operator, choose
+from mdsens._util.probe import chirp
+from mdsens.implicit.linear import Direct, LinearMap, Method, Operator, choose
+from mdsens.implicit.linear._vectors import norm
+from mdsens.implicit.linear.cg import cg
 from mdsens.implicit.linear.result import Result
 from mdsens.implicit.linear.solution import solve
 from mdsens.implicit.root import root
@@ -160,7 +162,7 @@ def _check_curvature(functional: Functional) -> jax.Array:
     """
     curvature, like = functional.curvature()
     # at most 10 steps per unknown, where exact arithmetic would need one
-    probe = jnp.cos(jnp.arange(like.size, dtype=like.dtype) ** 2)
+    probe = chirp(like.size, like.dtype)
     tol = jnp.asarray(PROBED, like.dtype)
 
     def apply(v: jax.Array) -> jax.Array:

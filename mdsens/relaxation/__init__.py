@@ -1,4 +1,4 @@
-"""Relaxing a system to a minimum of its energy or enthalpy."""
+"""Relaxation of a system to a minimum of its energy or enthalpy."""
 
 from mdsens.relaxation.equilibrium import Equilibrium
 from mdsens.relaxation.jax_md import JaxMD

@@ -1,10 +1,12 @@
-"""The compiled part of a relaxation: jax-md's minimizers in a loop that owns the list and tests the
-tolerance.
+"""The compiled loop of a first-order minimizer: steps, the neighbor list, the test of the force.
+
+The minimizer is jax-md's, or one written like those; see :mod:`mdsens.relaxation.methods`.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,51 +19,57 @@ from mdsens.mechanics.status import Status
 from mdsens.mechanics.units import Limits, largest_stiffness
 from mdsens.model.neighbors import SKIN, Neighbors, slack, within
 from mdsens.model.system import System, listed
+from mdsens.relaxation.methods import Minimizer
 
 __all__ = ["advance", "at_rest", "forces_at", "shortened", "status_of"]
 
-NARROW, SERVES = (
-    0.1,
-    150,
-)  # skin of a slow system's list; steps on one wide list that tell that it is slow
-SETTLED = 500  # steps on a list of all pairs from one measurement of the stiffness to the next
+# Skin of the neighbor list of a slow system, as a share of the range of the interactions.
+NARROW = 0.1
+# Steps on one list with the default skin after which a system counts as slow.
+SERVES = 150
+# Steps on a list of all pairs, which nothing makes incomplete, between two measurements of the
+# stiffness.
+SETTLED = 500
 
 
 @functools.partial(jax.jit, static_argnames=("method",))
-def at_rest(positions: jax.Array, limits: Limits, method: Any) -> Any:
-    """The minimizer at rest; its forces are to come."""
+def at_rest(positions: jax.Array, limits: Limits, method: Minimizer) -> Any:
+    """The minimizer's state at rest, with forces of zero; ``advance`` fills in the forces."""
     init, _ = method.functions(lambda R, **_: jnp.zeros_like(R), lambda R, dR, **_: R + dR, limits)
     return init(positions)
 
 
-def _machine(system: System, method: Any, limits: Limits) -> tuple[Any, Any]:
-    """jax-md's minimizer on this system's list: (apply, forces).
+def _minimizer_on_list(
+    system: System, method: Minimizer, limits: Limits
+) -> tuple[Callable[[Any], Any], Callable[..., jax.Array]]:
+    """The minimizer's step and its forces on the system's neighbor list, (apply, forces).
 
-    Overlaps of a random start make forces of 1e20 in a Lennard-Jones potential, and FIRE never forgets
-    such a momentum. So a particle's force counts up to the size that moves it by the longest step,
-    and its step is cut there too. Neither touches the neighborhood of a minimum.
+    Overlaps of a random start make forces of 1e20 in a Lennard-Jones potential, and FIRE never
+    forgets such a momentum. So the force on a particle is shortened to the size that moves it by
+    the longest step, and its step is shortened, too. Neither changes anything near a minimum.
     """
     slope = energy_gradient(system, used=system.neighbors.used)
 
+    # jax-md passes keyword arguments to both functions; none is used here.
     def forces(R: jax.Array, **_: Any) -> jax.Array:
         return shortened(-slope(R), limits.strongest)
 
     def shift(R: jax.Array, dR: jax.Array, **_: Any) -> jax.Array:
         return R + shortened(dR, limits.longest)
 
-    return method.functions(forces, shift, limits)[1], forces
+    _, apply = method.functions(forces, shift, limits)
+    return apply, forces
 
 
 def shortened(vectors: jax.Array, longest: jax.Array) -> jax.Array:
-    """Each row cut to a length."""
-    # by their largest component, whose square may overflow: a force of 1e200 would come out as none
-    # at all
+    """The rows of an array, shortened to a length where they are longer."""
+    # Rows are divided by their largest component first, since a square may overflow: a force of
+    # 1e200 would come out as zero.
     largest = jnp.max(jnp.abs(vectors), axis=-1, keepdims=True)
     unit = vectors / jnp.where(largest > 0, largest, 1.0)
     squared = jnp.sum(unit**2, axis=-1, keepdims=True)
-    size = largest * jnp.sqrt(
-        jnp.where(squared > 0, squared, 1.0)
-    )  # the root of 0 has no derivative to reverse
+    # where() avoids the square root of 0, whose derivative is infinite in reverse mode
+    size = largest * jnp.sqrt(jnp.where(squared > 0, squared, 1.0))
     return vectors * jnp.minimum(1.0, longest / jnp.where(size > 0, size, 1.0))
 
 
@@ -69,19 +77,31 @@ def advance(
     system: System,
     state: Any,
     pairs: Neighbors,
-    tolerance: Any,
-    budget: Any,
-    method: Any,
+    tolerance: jax.Array | float,
+    budget: jax.Array | int,
+    method: Minimizer,
     limits: Limits,
 ) -> tuple[Any, Neighbors, jax.Array]:
-    """Up to ``budget`` steps; stops at the tolerance, at a list that overflowed, at a force that is
-    not finite.
+    """Take up to ``budget`` steps: (state, neighbor list, number of steps).
 
-    Steps on one list are a loop of their own, in which nothing of the list is touched: it ends
-    where a particle has moved so far that the list may be incomplete, or where a list with a wide
-    skin has served so long that one with less to sum over pays; the minimizer then gets the
-    stiffness measured there, too. The force that is tested against the tolerance comes from a
-    complete list always.
+    Ends early where the largest force is at most ``tolerance`` or not finite, or where the list
+    overflows.
+
+    Steps on one list are an inner loop, which only reads the list. It ends where a particle has
+    moved so far that the list may be incomplete. It also ends where a list with a wide skin has
+    served so long that a narrow one pays, with fewer pairs to sum over; the minimizer then gets the
+    stiffness measured there, too. The force that is compared with the tolerance always comes from a
+    complete list.
+
+    Args:
+      system: defines potential, parameters and cell; positions come from ``state``, and the
+        neighbor list is ``pairs``.
+      state: of the minimizer.
+      pairs: the neighbor list, complete or not.
+      tolerance: the largest force to stop at.
+      budget: number of steps.
+      method: the minimizer.
+      limits: of its steps.
     """
     box, needed = system.box, system.range
 
@@ -94,16 +114,17 @@ def advance(
         pairs, _ = listed(
             system.replace(neighbors=pairs), method.positions(state), skin=skin, anew=slow
         )
-        apply, forces = _machine(system.replace(neighbors=pairs), method, limits)
+        apply, forces = _minimizer_on_list(system.replace(neighbors=pairs), method, limits)
         anchors, distance = slack(pairs, box, needed)
+        # compared with a margin of 10 %
         narrow = pairs.skin <= 1.1 * NARROW * needed
-        # a slow system whose list is not narrow has one of all pairs, which nothing else would ever
-        # end
+        # A slow system whose list is not narrow has a list of all pairs, which never becomes
+        # incomplete: without SETTLED the inner loop would not end for a measurement.
         last = jnp.where(
             narrow, budget, jnp.minimum(budget, step + jnp.where(slow, SETTLED, SERVES))
         )
 
-        def measured(state: Any) -> Any:
+        def with_measured_stiffness(state: Any) -> Any:
             slope = energy_gradient(system.replace(neighbors=pairs), used=pairs.used)
             stiffness = largest_stiffness(slope, method.positions(state), limits.stiffness)
             return method.at_stiffness(state, stiffness)
@@ -112,25 +133,19 @@ def advance(
             _, step, force, complete = carry
             return (step < last) & (force > tolerance) & jnp.isfinite(force) & complete
 
-        def one_more(carry: tuple[Any, jax.Array, jax.Array, jax.Array]) -> Any:
+        def one_step(carry: tuple[Any, jax.Array, jax.Array, jax.Array]) -> Any:
             state, step, _, _ = carry
             state = apply(state)
-            return (
-                state,
-                step + 1,
-                largest(state),
-                within(method.positions(state), anchors, distance),
-            )
+            complete = within(method.positions(state), anchors, distance)
+            return state, step + 1, largest(state), complete
 
+        # The forces in the state come from the list before this one, which may be incomplete.
         state = method.with_forces(state, forces(method.positions(state)))
-        state = jax.lax.cond(slow, measured, lambda state: state, state)
+        state = jax.lax.cond(slow, with_measured_stiffness, lambda state: state, state)
         start = (state, step, largest(state), ~pairs.overflowed)
-        state, step, force, complete = jax.lax.while_loop(unfinished, one_more, start)
-        finished = (
-            pairs.overflowed
-            | ~jnp.isfinite(force)
-            | (complete & ((force <= tolerance) | (step >= budget)))
-        )
+        state, step, force, complete = jax.lax.while_loop(unfinished, one_step, start)
+        stopped = complete & ((force <= tolerance) | (step >= budget))
+        finished = pairs.overflowed | ~jnp.isfinite(force) | stopped
         return state, pairs, step, complete & (step >= last), finished
 
     never = jnp.zeros((), bool)
@@ -139,23 +154,27 @@ def advance(
 
 
 @functools.partial(jax.jit, static_argnames=("method",))
-def forces_at(system: System, method: Any, limits: Limits) -> jax.Array:
-    """The forces that the minimizer works with, at the system's positions."""
-    return _machine(system, method, limits)[1](system.positions)
+def forces_at(system: System, method: Minimizer, limits: Limits) -> jax.Array:
+    """The forces that the minimizer works with, at the system's positions: shortened ones."""
+    _, forces = _minimizer_on_list(system, method, limits)
+    return forces(system.positions)
 
 
 @jax.jit
 def status_of(largest: Any, goal: Any, floor: Any, idle: Any, overflowed: Any) -> jax.Array:
-    """NO_CONTACTS, CONVERGED, ROUND_OFF_LIMITED, MAX_STEPS_REACHED, NOT_FINITE or
-    NEIGHBORS_OVERFLOWED.
+    """Status of a relaxation from the force that is left, as int32 codes.
+
+    One of NO_CONTACTS, CONVERGED, ROUND_OFF_LIMITED, MAX_STEPS_REACHED, NOT_FINITE and
+    NEIGHBORS_OVERFLOWED. The arguments are numbers, or arrays with an entry for each system.
 
     Args:
-      largest: force left.
-      goal: that counts as converged.
-      floor: below which forces are round-off.
+      largest: the largest force left on a particle.
+      goal: the largest force that counts as converged.
+      floor: the force below which forces are round-off.
       idle: whether nothing is in contact.
-      overflowed: whether the list lost pairs.
+      overflowed: whether the neighbor list lost pairs.
     """
+    # A later line takes precedence over an earlier one.
     code = jnp.where(
         largest <= floor, Status.ROUND_OFF_LIMITED.value, Status.MAX_STEPS_REACHED.value
     )

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdsens.implicit.linear._krylov import dot
+from mdsens.implicit.linear._vectors import dot
 from mdsens.implicit.linear.sparse_ldl import SHIFT, SparseFactor, bound, ordering
 from mdsens.mechanics.forces import energy_gradient
 from mdsens.mechanics.hessian import largest_force, sparse_hessian

@@ -1,4 +1,7 @@
-"""Relaxing inside traced code, for ``equilibrate``: one compiled loop, no reallocation, no errors."""
+"""Relaxation inside traced code, for ``equilibrate``.
+
+All of it is one compiled loop, which cannot allocate a larger neighbor list or raise an error.
+"""
 
 from __future__ import annotations
 
@@ -10,57 +13,86 @@ import jax.numpy as jnp
 from mdsens.implicit.linear.result import SolveStats
 from mdsens.mechanics.hessian import largest_force, max_force
 from mdsens.mechanics.units import Limits, force_goal, force_scale, natural_units
+from mdsens.model.neighbors import Neighbors
 from mdsens.model.system import System
 from mdsens.relaxation._fire_loop import advance, at_rest, status_of
 from mdsens.relaxation.equilibrium import Equilibrium
+from mdsens.relaxation.methods import Minimizer
 
 __all__ = ["relax", "solve_stats"]
 
 
-def relax(system: System, tolerance: Any, max_steps: Any, method: Any) -> Equilibrium:
-    """Relax inside traced code: no reallocation, no errors; the status says what happened."""
+def relax(
+    system: System,
+    tolerance: jax.Array | float | None,
+    max_steps: jax.Array | int,
+    method: Minimizer,
+) -> Equilibrium:
+    """Relax a system inside traced code; the status of the result tells of a failure.
+
+    Args:
+      system: where to start, in a fixed cell. Its neighbor list keeps its capacity.
+      tolerance: the largest force to reach; None for 1e-12 of the mean pair force.
+      max_steps: of the minimizer.
+      method: the minimizer.
+    """
     dtype = system.positions.dtype
-    # a fixed cutoff is a double where x64 is on: positions in single precision keep theirs through
-    # the loop
+    # A fixed cutoff is a double where x64 is enabled. Without this conversion, positions in single
+    # precision would change their type in the loop.
     length, stiffness = jax.tree.map(
         lambda x: jax.lax.stop_gradient(x).astype(dtype), natural_units(system)
     )
     limits = Limits.of((length, stiffness), method)
     state = at_rest(system.positions, limits, method)
-    cut = 0.5 * limits.strongest  # what was cut is not small
+    # Forces above ``limits.strongest`` are shortened to it: a force near it may be larger in truth.
+    largest_stop = 0.5 * limits.strongest
 
-    def aim(state: Any, pairs: Any) -> tuple[jax.Array, jax.Array]:
-        at = system.replace(positions=method.positions(state), neighbors=pairs)
+    def goals(state: Any, pairs: Neighbors) -> tuple[jax.Array, jax.Array]:
+        """The force that counts as converged here, and the force to stop at."""
+        here = system.replace(positions=method.positions(state), neighbors=pairs)
         left = largest_force(method.forces(state))
-        goal, stop = force_goal(force_scale(at, length, stiffness, left), tolerance)
-        return jnp.asarray(goal, dtype), jnp.fmin(stop, cut).astype(dtype)
+        goal, stop = force_goal(force_scale(here, length, stiffness, left), tolerance)
+        return jnp.asarray(goal, dtype), jnp.fmin(stop, largest_stop).astype(dtype)
 
     def unfinished(carry: Any) -> jax.Array:
         state, pairs, steps, _, stop = carry
         left = largest_force(method.forces(state))
         return (left > stop) & jnp.isfinite(left) & (steps < max_steps) & ~pairs.overflowed
 
-    def go_on(carry: Any) -> Any:
+    def continue_relaxation(carry: Any) -> Any:
         state, pairs, steps, _, stop = carry
         state, pairs, taken = advance(system, state, pairs, stop, max_steps - steps, method, limits)
-        return state, pairs, steps + taken, *aim(state, pairs)
+        return state, pairs, steps + taken, *goals(state, pairs)
 
-    # what is to be reached depends on the pairs that interact, and they change on the way
-    start = state, system.neighbors, jnp.zeros((), jnp.int32), cut, cut
-    state, pairs, steps, goal, stop = jax.lax.while_loop(unfinished, go_on, go_on(start))
+    # The force to reach depends on the pairs that interact, and these change during the relaxation.
+    # So it is computed again where the last one is reached, until the force is below it.
+    start = (state, system.neighbors, jnp.zeros((), jnp.int32), largest_stop, largest_stop)
+    state, pairs, steps, goal, stop = jax.lax.while_loop(
+        unfinished, continue_relaxation, continue_relaxation(start)
+    )
     relaxed = system.replace(positions=method.positions(state), neighbors=pairs)
-    # the force that met the tolerance, or, where none did, the whole force without its limit
+    # Where the tolerance is not met, the forces of the state may have been shortened. The largest
+    # force that is reported is then the whole one.
     largest = largest_force(method.forces(state))
     largest = jnp.where(largest <= stop, largest, max_force(relaxed))
     scale = force_scale(relaxed, length, stiffness, largest)
-    code = status_of(largest, goal, scale.floor, scale.idle, pairs.overflowed)
     return Equilibrium(
-        relaxed, code, largest, steps, jnp.zeros((), dtype), goal, scale.floor.astype(dtype)
+        system=relaxed,
+        status=status_of(largest, goal, scale.floor, scale.idle, pairs.overflowed),
+        max_force=largest,
+        steps=steps,
+        wall_time=jnp.zeros((), dtype),
+        tolerance=goal,
+        force_floor=scale.floor.astype(dtype),
     )
 
 
-def solve_stats(eq: Equilibrium, method: Any) -> SolveStats:
-    """The relaxation's evidence in the form that a solve has."""
+def solve_stats(eq: Equilibrium, method: Minimizer) -> SolveStats:
+    """Status, largest force and steps of a relaxation, in the form that a linear solve reports."""
     return SolveStats(
-        eq.status, eq.max_force, eq.steps, jnp.zeros_like(eq.max_force), type(method).__name__
+        status=eq.status,
+        residual=eq.max_force,
+        iterations=eq.steps,
+        dropped=jnp.zeros_like(eq.max_force),
+        solver=type(method).__name__,
     )

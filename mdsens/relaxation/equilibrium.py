@@ -1,4 +1,4 @@
-"""A relaxed configuration, with the evidence that it is one."""
+"""Result of a relaxation: the relaxed system, with the evidence that it is at a minimum."""
 
 from __future__ import annotations
 
@@ -22,26 +22,30 @@ __all__ = ["Equilibrium", "batch_of"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Equilibrium(Portable, Shown):
-    """A relaxed system with the evidence. Frozen, and a pytree; of a batch, every array has a
-    leading axis.
+    """A relaxed system, with the evidence that the forces vanish and the energy is at a minimum.
+
+    Frozen, and a pytree. For a batch, every array has a leading axis.
 
     Attributes:
-      system: relaxed.
+      system: the relaxed system.
       status: a :class:`~mdsens.Status`, as an integer array.
-      max_force: the largest norm of a particle's force left (ASE's fmax), in energy a length.
-      steps: of the minimizer.
-      wall_time: seconds, compilation included; 0 inside traced code.
-      tolerance: what max_force was to reach: the one that was asked for, or 1e-12 of the mean pair
-        force.
+      max_force: the largest norm of the force left on a particle (ASE's fmax), in energy per
+        length.
+      steps: number of steps of the minimizer.
+      wall_time: in seconds, compilation included; 0 inside traced code.
+      tolerance: the force that max_force was to reach: the tolerance that was given, or 1e-12 of
+        the mean pair force.
       force_floor: the largest force that round-off of the positions leaves on a particle,
         4 eps sqrt(sum_j (k_ij |R|)^2 + f_ij^2): no relaxation goes below it.
-      saddles: how many saddles were left on the way, each along a mode of negative stiffness.
-      descent: how far down in energy the minimum is from the first of them.
-      examined: whether the Hessian there was looked at for negative stiffness.
-      pressure: at which the cell was relaxed, too; None in a cell that was given.
-      strains: (k, d, d) orthonormal strains that the cell was free to take; None likewise.
-      multipliers: of the system's constraints, by their names; None without constraints.
-      order: how many modes have a negative stiffness: 0 at a minimum, 1 at the saddle of
+      saddles: number of saddles that the relaxation came to and left, each along a mode of negative
+        stiffness.
+      descent: energy of the first of these saddles above the minimum.
+      examined: whether the Hessian at the end was searched for modes of negative stiffness.
+      pressure: pressure at which the cell was relaxed, too; None for a cell that was not relaxed.
+      strains: (k, d, d) orthonormal strains that the cell was free to take; None for a cell that
+        was not relaxed.
+      multipliers: Lagrange multipliers, by the names of the constraints; None without constraints.
+      order: number of modes of negative stiffness: 0 at a minimum, 1 at the saddle of
         ``find_saddle``.
     """
 
@@ -62,67 +66,68 @@ class Equilibrium(Portable, Shown):
 
     @property
     def positions(self) -> jax.Array:
-        """(n, d), the system's."""
+        """Positions of the system, (n, d)."""
         return self.system.positions
 
     @property
     def params(self) -> dict[str, jax.Array]:
-        """The system's."""
+        """Parameters of the system's potential, by name."""
         return self.system.params
 
     @property
     def contacts_needed(self) -> int | None:
-        """How many contacts hold a particle here: at a saddle two that oppose each other; None for
-        what a minimum needs.
+        """Contacts that a particle needs to be mechanically stable.
+
+        2 at a saddle, where two contacts that oppose each other suffice; None for the number that a
+        minimum needs.
         """
         return 2 if self.order else None
 
     _title = "Equilibrium"
 
     def _rows(self) -> list[tuple[str, str]]:
+        """Rows (name, value) of the printed table."""
         s = self.system
         if s.batch is not None:
-            good = int(sum(Status(int(k)).good for k in np.asarray(self.status)))
+            good = sum(Status(int(code)).good for code in np.asarray(self.status))
             return [
                 ("members", f"{s.batch} of n = {s.n}, {s.dimension}-D, {s.potential.name}"),
                 ("converged", f"{good} of {s.batch}"),
                 ("largest max_force", f"{float(jnp.max(self.max_force)):.2e}"),
             ]
-        return [
+        status = Status(int(self.status))
+        limits = f"tolerance {float(self.tolerance):.0e}, round-off {float(self.force_floor):.0e}"
+        rows = [
             ("system", f"n = {s.n}, {s.dimension}-D, {s.potential.name}"),
-            ("status", f"{Status(int(self.status)).name}: {Status(int(self.status)).sentence}"),
-            *([("kind", f"saddle of order {self.order}")] if self.order else []),
-            (
-                "max_force",
-                (
-                    f"{float(self.max_force):.2e} (tolerance {float(self.tolerance):.0e}, round-off"
-                    f" {float(self.force_floor):.0e})"
-                ),
-            ),
-            *([("saddles", self.saddles_in_words())] if int(self.saddles) else []),
-            *([] if self.pressure is None else [("pressure", self.cell_in_words())]),
-            ("steps", f"{int(self.steps):,} in {float(self.wall_time):.2f} s"),
+            ("status", f"{status.name}: {status.sentence}"),
         ]
+        if self.order:
+            rows.append(("kind", f"saddle of order {self.order}"))
+        rows.append(("max_force", f"{float(self.max_force):.2e} ({limits})"))
+        if int(self.saddles):
+            rows.append(("saddles", self.saddles_in_words()))
+        if self.pressure is not None:
+            rows.append(("pressure", self.cell_in_words()))
+        rows.append(("steps", f"{int(self.steps):,} in {float(self.wall_time):.2f} s"))
+        return rows
 
     def saddles_in_words(self) -> str:
-        """How many saddles were left on the way, and how far down."""
-        times = "one was" if int(self.saddles) == 1 else f"{int(self.saddles)} were"
-        return f"{times} left, {float(self.descent):.4g} down in energy"
+        """Text on the saddles that the relaxation left: how many, and the descent in energy."""
+        count = "one was" if int(self.saddles) == 1 else f"{int(self.saddles)} were"
+        return f"{count} left, {float(self.descent):.4g} down in energy"
 
     def cell_in_words(self) -> str:
-        """What the cell was relaxed to, and its volume; of a minimum at a pressure."""
-        free = (
-            "the size of the cell was"
-            if len(self.strains) == 1
-            else "the size and shape of the cell were"
-        )
-        return (
-            f"{float(self.pressure):.6g}, to which {free} relaxed: volume"
-            f" {float(self.system.volume):.8g}"
-        )
+        """Text on a minimum at a pressure: pressure, what of the cell was relaxed, and volume."""
+        if len(self.strains) == 1:
+            relaxed = "the size of the cell was"
+        else:
+            relaxed = "the size and shape of the cell were"
+        volume = float(self.system.volume)
+        return f"{float(self.pressure):.6g}, to which {relaxed} relaxed: volume {volume:.8g}"
 
 
 def batch_of(members: list[Equilibrium]) -> Equilibrium:
-    """One batch of several equilibria of one kind."""
+    """Stack several equilibria of the same shapes into one batch."""
+    # The systems are stacked by ``stack``, since their neighbor lists may differ in capacity.
     arrays = together([dataclasses.replace(member, system=None) for member in members])
     return dataclasses.replace(arrays, system=stack([member.system for member in members]))

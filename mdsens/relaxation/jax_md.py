@@ -1,9 +1,9 @@
-"""The one door to jax-md: its minimizers, loaded without the rest of it, behind one adapter.
+"""The only module that imports jax-md: its minimizers, without the rest of it, and ``JaxMD``.
 
-``import jax_md`` brings neural networks along and takes five seconds; the minimizers alone take a
-tenth of one. So ``jax_md.minimize`` is imported with a stand-in for the package around it, which
-runs nothing, and of which Python forgets everything afterwards: a later ``import jax_md`` gets all
-of it.
+``import jax_md`` also imports libraries of neural networks and takes five seconds; the minimizers
+alone take a tenth of a second. So ``jax_md.minimize`` is imported while a stand-in takes the place
+of the package around it. The stand-in runs nothing, and Python forgets it afterwards, so that a
+later ``import jax_md`` gets the whole package.
 """
 
 from __future__ import annotations
@@ -16,31 +16,38 @@ import importlib.machinery
 import importlib.util
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
 
 from mdsens._util.errors import InputError, short
 from mdsens._util.validation import check_positive
+from mdsens.mechanics.units import Limits
 
 __all__ = ["JaxMD", "jax_md_minimize"]
 
 
 class _NotKeptError(ImportError):
-    """Ends an import of a package that is not to be kept."""
+    """Ends the import of the stand-in, so that Python does not keep it in ``sys.modules``."""
 
 
 class _MinimizeAlone(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Stands for ``jax_md`` during one import in one thread: a package that runs nothing but
-    imports ``minimize``.
+    """Stand-in for ``jax_md`` during one import in one thread.
 
-    It ends with an error, so that Python forgets the package. All of it is within Python's own
-    import of ``jax_md``: another thread that imports that package waits, and then gets it whole.
+    As a package it runs nothing but the import of ``minimize``, and ends with an error, so that
+    Python forgets it. All this happens within Python's own import of ``jax_md``: another thread
+    that imports the package meanwhile waits, and then gets the whole of it.
+
+    Attributes:
+      module: ``jax_md.minimize``; None before the import.
     """
 
-    module: Any = None
+    module: ModuleType | None = None
 
     def __init__(self, package: importlib.machinery.ModuleSpec):
         self.thread = threading.get_ident()
@@ -50,34 +57,34 @@ class _MinimizeAlone(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         self.spec.submodule_search_locations = package.submodule_search_locations
 
     def find_spec(
-        self, fullname: str, path: Any, target: Any = None
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        return (
-            self.spec
-            if fullname == self.spec.name and threading.get_ident() == self.thread
-            else None
-        )
+        # Other threads are not served: they get the whole package.
+        is_here = threading.get_ident() == self.thread
+        return self.spec if is_here and fullname == self.spec.name else None
 
-    def exec_module(self, module: Any) -> None:
+    def exec_module(self, module: ModuleType) -> None:
         try:
             from jax_md import minimize
         finally:
-            for name in [
-                name for name in list(sys.modules) if name.startswith(f"{self.spec.name}.")
-            ]:
+            # Python forgets the package alone: its submodules are removed here.
+            prefix = f"{self.spec.name}."
+            for name in [name for name in list(sys.modules) if name.startswith(prefix)]:
                 del sys.modules[name]
         self.module = minimize
-        # Python hands this stand-in to a thread that asked for jax_md while it was being made,
-        # although its import fails: there, it passes on what the whole package has.
+        # A thread that asks for jax_md while the stand-in is imported gets the stand-in from
+        # Python, although its import fails. There it passes on the attributes of the whole package.
         module.__getattr__ = lambda name: getattr(importlib.import_module("jax_md"), name)
         raise _NotKeptError
 
 
+# Threads that relax at the same time import the minimizers once.
 _LOADING = threading.Lock()
 
 
-@functools.cache  # the classes of its states must not change
-def _imported() -> Any:
+# Cached, since a second import would make other classes of states, and those must not change.
+@functools.cache
+def _imported() -> ModuleType:
     if "jax_md" not in sys.modules:
         package = importlib.util.find_spec("jax_md")
         if package is None:
@@ -85,8 +92,10 @@ def _imported() -> Any:
         alone = _MinimizeAlone(package)
         sys.meta_path.insert(0, alone)
         try:
-            importlib.import_module("jax_md")  # returns where another thread has just imported it
+            # This ends in _NotKeptError, or returns where another thread has just imported jax_md.
+            importlib.import_module("jax_md")
         except _NotKeptError:
+            assert alone.module is not None
             return alone.module
         finally:
             sys.meta_path.remove(alone)
@@ -96,16 +105,18 @@ def _imported() -> Any:
 
 
 def jax_md_minimize() -> Any:
-    """The module jax_md.minimize. Where nobody has imported jax_md it comes alone, in a tenth of a
-    second: the package as a whole brings neural networks along, for four seconds, and a later
-    ``import jax_md`` still gets all of it.
+    """The module jax_md.minimize.
+
+    Where jax_md is not imported yet, this module comes alone, in a tenth of a second: the whole
+    package takes four seconds more, for libraries of neural networks. A later ``import jax_md``
+    still gets the whole package.
     """
     with _LOADING:
         return _imported()
 
 
 class JaxMDState(NamedTuple):
-    """A state of jax-md's minimizer, and the forces at its positions."""
+    """A state of a minimizer of jax-md, and the forces (n, d) at its positions."""
 
     inner: Any
     forces: jax.Array
@@ -117,16 +128,17 @@ class JaxMD:
 
         ms.minimize(system, method=ms.relaxation.JaxMD(jax_md.minimize.fire_descent))
 
-    It makes the steps that it makes in jax-md, on this package's neighbor list, until the tolerance
-    is met: step sizes are in the units of the system, and nothing rescales them. ``Fire()`` is
-    jax-md's FIRE in units of the potential, and serves where units are not those of unit discs.
+    The minimizer makes the same steps as in jax-md, on the neighbor list of mdsens, until the
+    tolerance is met. Its step sizes are in the units of the system, and nothing rescales them.
+    ``Fire()`` is jax-md's FIRE in units of the potential, for systems whose units are not those of
+    unit discs.
 
     Attributes:
       minimizer: ``minimizer(force, shift) -> (init, apply)``, with ``init(positions) -> state`` and
-        ``apply(state) -> state``; options by ``functools.partial``. A state is the positions, or
-        has them as ``position``, and perhaps forces as ``force``.
+        ``apply(state) -> state``. Set its options with ``functools.partial``. A state is the
+        positions, or an object with the attribute ``position`` and perhaps ``force``.
       max_step: the longest move of a particle in one step, as a fraction of the potential's length;
-        longer ones are cut to it.
+        longer moves are shortened to it.
     """
 
     minimizer: Callable[..., tuple[Callable[..., Any], Callable[..., Any]]]
@@ -140,12 +152,24 @@ class JaxMD:
                 " (init, apply), such as jax_md.minimize.fire_descent."
             )
 
-    def functions(self, forces: Any, shift: Any, limits: Any) -> tuple[Any, Any]:
-        """A pair of functions (init, apply) on :class:`JaxMDState`."""
+    def functions(
+        self,
+        forces: Callable[..., jax.Array],
+        shift: Callable[..., jax.Array] | None,
+        limits: Limits,
+    ) -> tuple[Callable[[jax.Array], JaxMDState], Callable[[JaxMDState], JaxMDState]]:
+        """A pair of functions (init, apply) on :class:`JaxMDState`.
+
+        Args:
+          forces: forces (n, d) at positions (n, d).
+          shift: positions after a displacement.
+          limits: not used; the minimizer has its own step sizes.
+        """
         init, apply = self.minimizer(forces, shift)
 
         def start(positions: jax.Array) -> JaxMDState:
-            # jax-md keeps step sizes in float16 where they fit, which a compiled loop cannot carry
+            # jax-md stores step sizes as float16 where they fit. Steps give them another type,
+            # which a compiled loop does not allow.
             inner = jax.tree.map(lambda leaf: _widened(leaf, positions.dtype), init(positions))
             return JaxMDState(inner, jnp.zeros_like(positions))
 
@@ -157,15 +181,20 @@ class JaxMD:
         return start, step
 
     def force_limit(self, longest: jax.Array, stiffness: jax.Array) -> jax.Array:
-        """Larger than any force: the step is cut, not the force, whose use is not known here."""
+        """A force larger than any, so that forces are never shortened: only steps are.
+
+        How a minimizer makes its step from the force is not known here.
+        """
         return 1e20 * longest * stiffness
 
     @staticmethod
     def positions(state: JaxMDState) -> jax.Array:
+        """Positions (n, d) of a state."""
         return _position(state.inner)
 
     @staticmethod
     def with_forces(state: JaxMDState, forces: jax.Array) -> JaxMDState:
+        """The state with other forces, (n, d)."""
         inner = state.inner
         if hasattr(inner, "force"):
             inner = dataclasses.replace(inner, force=forces)
@@ -173,18 +202,21 @@ class JaxMD:
 
     @staticmethod
     def forces(state: JaxMDState) -> jax.Array:
+        """Forces (n, d) of a state."""
         return state.forces
 
     @staticmethod
     def at_stiffness(state: JaxMDState, stiffness: jax.Array) -> JaxMDState:
-        """The same: its steps keep to the options that it was made with."""
+        """The same state: the minimizer keeps its step sizes."""
         return state
 
 
 def _position(inner: Any) -> jax.Array:
+    """Positions of a state of jax-md: its attribute ``position``, or the state itself."""
     return getattr(inner, "position", inner)
 
 
-def _widened(leaf: Any, dtype: Any) -> jax.Array:
+def _widened(leaf: ArrayLike, dtype: np.dtype) -> jax.Array:
+    """A leaf of a state as an array; floating-point numbers as ``dtype``."""
     array = jnp.asarray(leaf)
     return array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array

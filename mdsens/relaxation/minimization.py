@@ -1,13 +1,13 @@
-"""Relaxing a system to a minimum: choose how, run, judge."""
+"""``minimize``: check the options, relax a system or a batch, raise where it did not converge."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
+from jax.typing import ArrayLike
 
 from mdsens._util.environment import require_sound_jax
 from mdsens._util.errors import ConvergenceError, InputError, raise_for_status
@@ -27,7 +27,7 @@ from mdsens.relaxation.options import AtPressure, CellCondition, Method, Options
 
 __all__ = ["minimize"]
 
-Params = Mapping[str, Any]
+Params = Mapping[str, ArrayLike]
 
 
 def minimize(
@@ -46,47 +46,50 @@ def minimize(
 ) -> Equilibrium:
     """Relax a system to a minimum of its energy, dU/dR = 0; at a pressure, of its enthalpy U + P V.
 
-    At a pressure the cell is an unknown like the positions: it is taken from the system to begin
-    with and follows no parameter. A packing is compressed or decompressed to it, from an unjammed
-    start, too. The derivatives of what comes
-    out, by ``jvp`` and its kin, are at that pressure: the cell responds.
+    At a pressure the cell is an unknown like the positions. It starts as that of the system and
+    then depends on no parameter. A packing is compressed or decompressed until it has the pressure,
+    also from an unjammed start. Derivatives of the result, by ``jvp`` and the like, are taken at
+    constant pressure: the cell responds.
 
     Args:
-      system: where to start; a batch made by ``stack`` relaxes member by member.
-      params: parameters to change first; the others stay.
+      system: where to start; the members of a batch made by ``stack`` are relaxed one by one.
+      params: parameters to change first; the others keep their values.
       cell: ``FixedCell()`` of ms.relaxation (the default), or ``AtPressure(P, shape=False)``.
       pressure, shape: short for ``cell=AtPressure(pressure, shape)``.
       tolerance: the largest force on a particle to reach, in the potential's units. The error of
-        every derivative is this over the smallest stiffness. Where None, 1e-12 of the mean force of
-        the pairs that interact, in any units. Where round-off of the positions leaves more than
-        that, the relaxation ends there at once, ROUND_OFF_LIMITED, and ``force_floor`` says where
-        that is.
-      method: ``Newton()`` (the default: FIRE, and Newton steps where it crawls), ``Fire()`` or
-        ``GradientDescent()``.
+        every derivative is this over the smallest stiffness. If None, 1e-12 of the mean force of
+        the pairs that interact, in any units. If round-off of the positions leaves larger forces
+        than that, the relaxation ends as soon as it reaches them, with the status
+        ROUND_OFF_LIMITED; their size is ``force_floor`` of the result.
+      method: ``Newton()`` (the default: FIRE, and Newton steps where FIRE is slow), ``Fire()``,
+        ``GradientDescent()`` or ``JaxMD(...)`` of ms.relaxation.
       max_steps: of the minimizer; at a pressure, of all its relaxations together.
-      leave_saddles: go on downhill from where the forces vanish and a mode has a negative
-        stiffness, as an exactly symmetric start does; ``saddles`` and ``descent`` of the result say
-        how often and how far. With False the relaxation ends wherever the forces vanish. Where no
-        factor tells, a few products with the Hessian look for such a mode, and may miss a weak one.
-      throw: raise where the tolerance is not reached; with False the status says so instead.
-      progress: show a progress bar; where None, in a terminal or notebook alone.
+      leave_saddles: where the forces vanish and a mode has a negative stiffness, as from an exactly
+        symmetric start, go on downhill; ``saddles`` and ``descent`` of the result tell how often
+        and how far. If False, the relaxation ends wherever the forces vanish. Without a factor of
+        the Hessian, a few products with it search for such a mode, and may miss a weak one.
+      throw: raise where the tolerance is not reached; if False, only the status tells.
+      progress: show a progress bar; if None, only in a terminal or a notebook.
 
     Returns:
       an :class:`Equilibrium`.
 
     Raises:
-      InputError: bad parameters or tolerance. PrecisionError: a tolerance below round-off at this
-        precision.
-      ConvergenceError: with the status, and what was reached as ``result``.
+      InputError: bad parameters or options.
+      PrecisionError: a tolerance below round-off at this precision.
+      ConvergenceError: with the status, and the configuration that was reached as ``result``.
     """
     require_sound_jax()
     if not isinstance(system, System):
         raise InputError(
             f"minimize got a {type(system).__name__}: give a System, such as ms.load_system gives."
         )
-    condition = cell_condition(cell, pressure, shape)
     options = Options(
-        condition, tolerance, Newton() if method is None else method, max_steps, leave_saddles
+        cell=cell_condition(cell, pressure, shape),
+        tolerance=tolerance,
+        method=Newton() if method is None else method,
+        max_steps=max_steps,
+        leave_saddles=leave_saddles,
     )
     require_host("minimize", "take ms.equilibrate(system, params) there", system, params)
     if params is not None:
@@ -95,32 +98,38 @@ def minimize(
     if system.batch is not None:
         return _minimize_batch(system, options, throw, progress)
     with Decades(progress) as bar:
-        eq, ended = _relax(system, options, bar)
+        eq, message = _relax(system, options, bar)
     if throw:
         status = Status(int(eq.status))
-        raise_for_status(status, ended + where_not_finite(status, system), eq)
+        raise_for_status(status, message + where_not_finite(status, system), eq)
     return eq
 
 
 def _relax(system: System, options: Options, bar: Decades) -> tuple[Equilibrium, str]:
-    """One system by the relaxation that its constraints and its cell ask for, timed."""
+    """Relax one system as its constraints and its cell require.
+
+    Returns:
+      (equilibrium with the wall time, where the relaxation ended, as text for an error message).
+    """
     began = time.perf_counter()
     if system.constraints:
-        eq, ended = relax_constrained(system, options, bar)
+        eq, message = relax_constrained(system, options, bar)
     elif isinstance(options.cell, AtPressure):
-        eq, ended = relax_at_pressure(system, options, bar)
+        eq, message = relax_at_pressure(system, options, bar)
     else:
-        eq, ended = relax_in_fixed_cell(system, options, bar)
-    return dataclasses.replace(eq, wall_time=time.perf_counter() - began), ended
+        eq, message = relax_in_fixed_cell(system, options, bar)
+    return dataclasses.replace(eq, wall_time=time.perf_counter() - began), message
 
 
 def _minimize_batch(
     batch: System, options: Options, throw: bool, progress: bool | None
 ) -> Equilibrium:
+    """Relax the members of a batch: together in a fixed cell, one by one otherwise."""
     with Members(batch.batch or 0, progress) as bar:
         if batch.constraints or isinstance(options.cell, AtPressure):
+            # The cells, or the sets of active constraints, differ between the members.
             members = []
-            for member in unstack(batch):  # each has a cell, or an active set, of its own
+            for member in unstack(batch):
                 members.append(_relax(member, options, Decades(False))[0])
                 bar.advance(1)
             eq = batch_of(members)
@@ -132,16 +141,23 @@ def _minimize_batch(
 
 
 def _with_params(system: System, params: Params) -> System:
+    """The system, or each member of a batch, with some parameters changed."""
     if system.batch is None:
         return system.with_params(params)
     return stack([member.with_params(params) for member in unstack(system)])
 
 
 def _raise_for_members(eq: Equilibrium, start: System) -> None:
+    """Raise ConvergenceError where members of a batch did not relax, with the first one's status.
+
+    Args:
+      eq: results of all members.
+      start: the batch before its relaxation, where a potential may be not finite.
+    """
     codes = [Status(int(code)) for code in np.asarray(eq.status)]
     bad = [k for k, status in enumerate(codes) if not status.good]
     if bad:
         status = codes[bad[0]]
-        what = f"{len(bad)} of {len(codes)} members did not relax, the first is member {bad[0]}"
-        what += where_not_finite(status, unstack(start)[bad[0]])
-        raise ConvergenceError(f"{what}: {status.sentence}.", status, eq)
+        message = f"{len(bad)} of {len(codes)} members did not relax, the first is member {bad[0]}"
+        message += where_not_finite(status, unstack(start)[bad[0]])
+        raise ConvergenceError(f"{message}: {status.sentence}.", status, eq)

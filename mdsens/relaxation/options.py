@@ -1,4 +1,4 @@
-"""Options of a relaxation: which unknowns relax beside the positions, how, and how far."""
+"""Options of a relaxation: the condition on the cell, the method, and when to stop."""
 
 from __future__ import annotations
 
@@ -14,37 +14,36 @@ from mdsens._util.errors import InputError, PrecisionError
 from mdsens._util.validation import real_number, short
 from mdsens.mechanics.units import round_off
 from mdsens.model.system import System, require_unconstrained
-from mdsens.relaxation.jax_md import JaxMD
-from mdsens.relaxation.methods import Fire, GradientDescent, Newton
+from mdsens.relaxation.methods import Minimizer, Newton
 
 __all__ = ["AtPressure", "CellCondition", "FixedCell", "Method", "Options"]
 
-Method: TypeAlias = Newton | Fire | GradientDescent | JaxMD
+Method: TypeAlias = Newton | Minimizer
 
 
 @dataclasses.dataclass(frozen=True)
 class FixedCell:
-    """The cell stays as it is, or as its rule follows the parameters: U is minimized."""
+    """The cell is fixed, or a given function of the parameters: U is minimized."""
 
     def check(self, system: System) -> None:
-        """Nothing is asked of the system."""
+        """Accept any system."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AtPressure:
-    """The cell relaxes until the stress in it is that of a pressure: U + P V is minimized.
+    """The cell relaxes until its stress is that of a given pressure: U + P V is minimized.
 
     Attributes:
-      pressure: P, energy a volume; positive in compression.
-      shape: relax the cell's shape as well, until no shear stress is left. Without it the cell
-        grows or shrinks alike in all directions, and P is the mean over them.
+      pressure: P, in energy per volume; positive in compression.
+      shape: relax the shape of the cell as well, until no shear stress is left. If False, the cell
+        expands or contracts equally in all directions, and P is the mean over them.
     """
 
     pressure: float
     shape: bool = False
 
     def __post_init__(self) -> None:
-        remedy = "give one number, energy a volume, or None for a cell that stays."
+        remedy = "give one number, in energy per volume, or None for a fixed cell."
         number = real_number("pressure", self.pressure, remedy)
         if not np.isfinite(number):
             raise InputError(f"pressure is {self.pressure}: give a finite number.")
@@ -53,15 +52,15 @@ class AtPressure:
         object.__setattr__(self, "pressure", float(number))
 
     def check(self, system: System) -> None:
-        """Raise InputError where the system has no cell that could relax."""
+        """Raise InputError where the system has no cell that can relax."""
         if system.box is None:
             raise InputError(
                 "pressure needs a cell, and this system has open boundaries: give it a box."
             )
         if "pressure" in system.params:
             raise InputError(
-                "the potential has a parameter 'pressure', which the cell's would hide: give it"
-                " another name."
+                "the potential has a parameter 'pressure', which is also the name of the cell's"
+                " pressure: give the parameter another name."
             )
         require_unconstrained(system, "a cell at a pressure")
 
@@ -69,11 +68,16 @@ class AtPressure:
 CellCondition: TypeAlias = FixedCell | AtPressure
 
 
-def cell_condition(cell: CellCondition | None, pressure: Any, shape: Any) -> CellCondition:
-    """The condition on the cell from the arguments of ``minimize``."""
+def cell_condition(
+    cell: CellCondition | None, pressure: float | None, shape: bool
+) -> CellCondition:
+    """The condition on the cell, from the arguments of ``minimize``; raises InputError."""
     if cell is not None:
         if pressure is not None or shape:
-            raise InputError("cell and pressure are both given: give one of them.")
+            raise InputError(
+                "cell is given together with pressure or shape, which are short for it: give cell"
+                " alone, such as AtPressure(P, shape=True), or pressure and shape."
+            )
         if not isinstance(cell, FixedCell | AtPressure):
             raise InputError(
                 f"cell is {short(cell)}: give FixedCell() or AtPressure(P) of ms.relaxation."
@@ -88,7 +92,7 @@ def cell_condition(cell: CellCondition | None, pressure: Any, shape: Any) -> Cel
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Checked options of one call of ``minimize``; its docstring says what each does."""
+    """Validated options of one call of ``minimize``, whose docstring describes them."""
 
     cell: CellCondition
     tolerance: float | None
@@ -112,32 +116,35 @@ class Options:
             raise InputError(f"max_steps is {short(self.max_steps)}: give 1 or more.")
         if not isinstance(self.leave_saddles, bool):
             raise InputError(f"leave_saddles is {short(self.leave_saddles)}: give True or False.")
+        # max_steps may be a float such as 1e5
         object.__setattr__(self, "max_steps", int(self.max_steps))
 
     @property
     def newton(self) -> Newton | None:
-        """When Newton steps take over from the first-order minimizer; None where they do not."""
+        """Options of the Newton steps; None where the method has none."""
         return self.method if isinstance(self.method, Newton) else None
 
     @property
-    def first(self) -> Fire | GradientDescent | JaxMD:
-        """The first-order minimizer."""
+    def first(self) -> Minimizer:
+        """The first-order method, which runs alone or before Newton steps."""
         return self.method.first if isinstance(self.method, Newton) else self.method
 
     def check(self, system: System) -> None:
-        """Raise where the system cannot be relaxed so: InputError, or PrecisionError for a
-        tolerance below round-off.
+        """Raise where the system cannot be relaxed with these options.
+
+        InputError, or PrecisionError for a tolerance below round-off.
         """
         self.cell.check(system)
         if system.constraints and self.newton is None:
             raise InputError(
-                f"method is {short(self.method)}, which knows no constraints: leave it out, for an"
-                " augmented Lagrangian and Newton steps."
+                f"method is {short(self.method)}, which cannot relax under constraints: leave"
+                " method out, or give Newton(), for an augmented Lagrangian and Newton steps."
             )
         if self.tolerance is None:
             return
         floor = round_off(system)
-        # 0.05: round-off is the largest that may be; most systems get a decade further.
+        # ``round_off`` is an upper bound: most systems reach forces of a tenth of it. 0.05 leaves
+        # another factor of 2.
         if self.tolerance < 0.05 * floor:
             remedy = f"raise it to {floor:.0e} or more"
             if system.positions.dtype != jnp.float64:

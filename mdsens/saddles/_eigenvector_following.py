@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens._util.errors import InputError
+from mdsens._util.probe import chirp
 from mdsens._util.progress import Decades
 from mdsens._util.validation import check_positive, short
 from mdsens.mechanics.forces import energy_gradient
@@ -132,8 +133,8 @@ def _softest_mode(
         return (residual > RESOLVED * jnp.abs(value)) & (count < CYCLES)
 
     zero = jnp.zeros((), start.dtype)
-    chirp = jnp.cos(jnp.arange(start.size, dtype=start.dtype) ** 2)
-    start = start + CHIRP * apply(chirp) / start.size
+    probe = chirp(start.size, start.dtype)
+    start = start + CHIRP * apply(probe) / start.size
     first = cycle((start, zero, zero, jnp.int32(0)))
     v, value, residual, _ = jax.lax.while_loop(unresolved, cycle, first)
     return v, value, residual
@@ -287,8 +288,7 @@ def follow_eigenvector(
     steps = 0
     mode = direction
     if not np.any(np.asarray(direction)):
-        chirp = jnp.cos(jnp.arange(system.positions.size, dtype=direction.dtype) ** 2)
-        mode = chirp.reshape(direction.shape)
+        mode = chirp(direction.shape, direction.dtype)
     # Newton's method is tried at the start as well: from a saddle at other parameters it alone
     # leads to the saddle at these
     near = True

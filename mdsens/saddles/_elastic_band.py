@@ -22,6 +22,7 @@ import numpy as np
 
 from mdsens._util.errors import InputError
 from mdsens._util.lattice import nearest_image
+from mdsens._util.probe import chirp
 from mdsens._util.validation import check_positive, short
 from mdsens.mechanics.forces import energy_gradient
 from mdsens.mechanics.hessian import largest_force
@@ -98,7 +99,7 @@ def climbing_image_band(
             " another minimum, or leave it out and give a direction to climb along."
         )
     shares = np.arange(1, count + 1)[:, None, None] / (count + 1)
-    bump = np.cos(np.arange(count * first.size) ** 2.0).reshape(count, *first.shape)
+    bump = chirp((count, *first.shape), float, np)
     chain = jnp.asarray(first + shares * (last - first) + OFF_LINE * float(length) * bump, dtype)
     limits = Limits.of((length, stiffness), band.fire)
     ends = jnp.stack([start.positions, jnp.asarray(last, dtype)])

@@ -1,4 +1,4 @@
-"""Derivatives of a minimum by the implicit function theorem, and the certificate of their accuracy."""
+"""Derivatives of a minimum by the implicit function theorem, with certificates of accuracy."""
 
 from mdsens.sensitivity.certificate import Certificate, certify
 from mdsens.sensitivity.derivatives import gradient, jacobian, jvp, linearize, response, vjp

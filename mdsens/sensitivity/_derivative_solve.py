@@ -1,7 +1,7 @@
-"""The one linear solve that stands behind every derivative at a minimum.
+"""The linear solve behind every derivative at a minimum.
 
-All of them are one rule, H dR = - d2U/dR dp . dp, at a point where dU/dR = 0; a :class:`DerivativeRule` says
-what stands on the right of it and what is made of the answer.
+All derivatives are solutions of one equation, H dR = - d2U/dR dp . dp, at a point where dU/dR = 0.
+A :class:`DerivativeRule` gives its right-hand side and turns its solution into the result.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import DTypeLike
 
 from mdsens._util.outcome import Severity, is_good, severity_of
+from mdsens._util.probe import chirp
 from mdsens._util.validation import require_host
-from mdsens.implicit.linear.operators import Auto, Direct, Method
+from mdsens.implicit.linear import Auto, Direct, Method
 from mdsens.implicit.linear.result import SolveStats
 from mdsens.implicit.linear.solution import solve as solve_linear
-from mdsens.mechanics.hessian import (
-    Unknowns,
-)
+from mdsens.mechanics.hessian import Unknowns
 from mdsens.mechanics.hessian_factor import HessianFactor
 from mdsens.mechanics.kkt_operator import flat, scaled, unflat
 from mdsens.mechanics.rigidity import analyze_rigidity
@@ -52,43 +52,55 @@ __all__ = [
 ]
 
 Params = Mapping[str, Any]
-ASIDE = 1e-3  # of the potential's length
+# Displacement from the minimum at which a right-hand side is compared with its value there, in
+# units of the potential's length (see ``aside``).
+ASIDE = 1e-3
+# Coarsest machine precision that counts as double precision: eps is 2e-16 in double precision and
+# 1e-7 in single precision.
+DOUBLE_PRECISION_EPS = 1e-10
 
 
 def _with_outcome(lin: Linearization, stats: SolveStats, value: Any) -> SolveStats:
-    """The solve's stats, NOT_FINITE where the value is, under the minimum's own status where that
-    is bad.
+    """The stats of a derivative: those of its solve, with the status of the derivative itself.
+
+    The status is that of the minimum where that is bad, else NOT_FINITE where ``value`` is not
+    finite, else SINGLE_PRECISION where a good solve was done in it, else that of the solve.
 
     In single precision a solve that went well does not make the derivative good: round-off alone
-      leaves a force at
-    which contacts are undecided (16,384 discs, residual 1e-5: an error of a half).
+    leaves a force on the particles at which contacts are undecided (16,384 discs, residual 1e-5:
+    an error of a half).
     """
-    code = lin.status
+    status_of_minimum = lin.status
     stats = status_of_finite(
         stats, jnp.all(jnp.stack([jnp.all(jnp.isfinite(v)) for v in jax.tree.leaves(value)]))
     )
-    ended = stats.status
-    if jnp.finfo(lin.system.positions.dtype).eps > 1e-10:
-        ended = jnp.where(
-            severity_of(ended) < Severity.WARNING, Status.SINGLE_PRECISION.value, ended
+    status = stats.status
+    if jnp.finfo(lin.system.positions.dtype).eps > DOUBLE_PRECISION_EPS:
+        status = jnp.where(
+            severity_of(status) < Severity.WARNING, Status.SINGLE_PRECISION.value, status
         )
-    return dataclasses.replace(stats, status=jnp.where(code != Status.CONVERGED.value, code, ended))
+    unsound = status_of_minimum != Status.CONVERGED.value
+    return dataclasses.replace(stats, status=jnp.where(unsound, status_of_minimum, status))
 
 
 def status_of_finite(stats: SolveStats, finite: jax.Array) -> SolveStats:
-    """A good solve can still meet a derivative of the potential or the observable that is not finite."""
+    """Replace a good status by NOT_FINITE where the derivative is not finite.
+
+    A good solve does not exclude that: the derivative of the potential or of the observable that
+    is combined with its solution may not be finite.
+    """
     good = is_good(stats.status)
     return dataclasses.replace(
         stats, status=jnp.where(good & ~finite, Status.NOT_FINITE.value, stats.status)
     )
 
 
-def _evidence(lin: Linearization) -> dict[str, Any]:
-    """What a derivative says of its minimum."""
+def _fields_of_minimum(lin: Linearization) -> dict[str, Any]:
+    """The fields of a derivative that describe its minimum."""
     return {"max_force": lin.equilibrium.max_force, "rattlers": lin.network.rattlers}
 
 
-def _jvp_side(lin: Linearization, tangent: Params) -> Unknowns:
+def _jvp_right_hand_side(lin: Linearization, tangent: Params) -> Unknowns:
     return lin.structure.parameter_side(lin, tangent)
 
 
@@ -97,10 +109,10 @@ def _jvp_result(
 ) -> Displacement:
     value, nonaffine = lin.structure.displacement(lin, tangent, x)
     stats = _with_outcome(lin, stats, (value, nonaffine))
-    return Displacement(value=value, nonaffine=nonaffine, stats=stats, **_evidence(lin))
+    return Displacement(value=value, nonaffine=nonaffine, stats=stats, **_fields_of_minimum(lin))
 
 
-def _vjp_side(lin: Linearization, cotangent: Unknowns) -> Unknowns:
+def _vjp_right_hand_side(lin: Linearization, cotangent: Unknowns) -> Unknowns:
     return lin.structure.cotangent_side(lin, cotangent)
 
 
@@ -109,36 +121,48 @@ def _vjp_result(
 ) -> ParameterGradient:
     value = lin.structure.parameter_gradient(lin, cotangent, x)
     stats = _with_outcome(lin, stats, value)
-    return ParameterGradient(value=value, stats=stats, **_evidence(lin))
+    return ParameterGradient(value=value, stats=stats, **_fields_of_minimum(lin))
 
 
-def _force_side(lin: Linearization, force: Unknowns) -> Unknowns:
+def _force_right_hand_side(lin: Linearization, force: Unknowns) -> Unknowns:
     return lin.structure.force_side(lin, force)
 
 
 def _force_result(lin: Linearization, force: Any, x: Unknowns, stats: SolveStats) -> Displacement:
+    """The displacement under forces, which are those of a strain under the rule STRAIN."""
     stats = _with_outcome(lin, stats, x.positions)
-    return Displacement(value=x.positions, nonaffine=x.positions, stats=stats, **_evidence(lin))
+    return Displacement(
+        value=x.positions, nonaffine=x.positions, stats=stats, **_fields_of_minimum(lin)
+    )
 
 
-def _strain_side(lin: Linearization, strain: jax.Array) -> Unknowns:
+def _strain_right_hand_side(lin: Linearization, strain: jax.Array) -> Unknowns:
     forces = forces_of_strain(lin.system, strain)
-    # what is round-off has no response
+    # the response to forces that are round-off is zero
     return Unknowns(jnp.where(strain_is_silent(lin.system, forces), 0.0, forces))
 
 
 def strain_is_silent(system: System, forces: jax.Array) -> jax.Array:
-    """Whether the forces that a strain makes (n, d) are round-off, as in a crystal whose atoms are
-    centers of symmetry. Traceable.
+    """Whether the forces (n, d) that a strain causes are round-off; traceable.
+
+    They are in a crystal whose atoms are centers of symmetry. Round-off is what is below 1e4 eps of
+    the force that the potential's stiffness exerts over its length (2e-12 in double precision).
     """
     length, stiffness = natural_units(system)
     return jnp.max(jnp.abs(forces)) <= 1e4 * jnp.finfo(forces.dtype).eps * length * stiffness
 
 
 class DerivativeRule(NamedTuple):
-    """A derivative as the right-hand side of its solve, and as what is made of the answer.
+    """One kind of derivative: the right-hand side of its solve, and its result from the solution.
 
-    ``parameters`` are those by which it is taken, of all of them and of what is given.
+    The argument of a rule is what the derivative is linear in: changes of the parameters (JVP), a
+    cotangent (VJP), an external force (FORCE) or a strain (STRAIN).
+
+    Attributes:
+      right_hand_side: of ``(lin, argument)``.
+      result: the derivative, of ``(lin, argument, solution, stats)``.
+      parameters: names of the parameters that the derivative is taken by, of ``(all parameters,
+        argument)``.
     """
 
     right_hand_side: Callable[[Linearization, Any], Unknowns]
@@ -146,176 +170,213 @@ class DerivativeRule(NamedTuple):
     parameters: Callable[[Params, Any], Sequence[str]]
 
 
-JVP = DerivativeRule(_jvp_side, _jvp_result, lambda params, tangent: tuple(tangent))
-VJP = DerivativeRule(_vjp_side, _vjp_result, lambda params, cotangent: tuple(params))
-FORCE = DerivativeRule(_force_side, _force_result, lambda params, force: ())
-STRAIN = DerivativeRule(_strain_side, _force_result, lambda params, strain: ())
+JVP = DerivativeRule(_jvp_right_hand_side, _jvp_result, lambda params, tangent: tuple(tangent))
+VJP = DerivativeRule(_vjp_right_hand_side, _vjp_result, lambda params, cotangent: tuple(params))
+FORCE = DerivativeRule(_force_right_hand_side, _force_result, lambda params, force: ())
+STRAIN = DerivativeRule(_strain_right_hand_side, _force_result, lambda params, strain: ())
 
 
 def solve_derivative(
-    rule: DerivativeRule, lin: Linearization, given: Any, many: bool = False
+    rule: DerivativeRule, lin: Linearization, argument: Any, many: bool = False
 ) -> Any:
-    """A door's response to what is given, or to each of many; by the factor on the host, or all of
-    it compiled.
+    """The derivative of a rule at its argument, by the factor on the host or in compiled code.
+
+    Args:
+      rule: JVP, VJP, FORCE or STRAIN.
+      lin: the minimum.
+      argument: of the rule; with ``many`` several of them, along a leading axis.
+      many: whether there are several, which share one factor.
     """
-    core = lin.traced(rule.parameters(lin.system.params, given))
+    core = lin.traced(rule.parameters(lin.system.params, argument))
     factor = lin.factor
     if factor is not None and by_factor(lin.system, lin.solve, many):
         assert isinstance(lin.solve, Auto | Direct)
         require_host(
-            "a factor", "take solve=CG() or another iteration of mdsens.implicit there", given
+            "a factor", "take solve=CG() or another iteration of mdsens.implicit there", argument
         )
-        sides = _right_hand_sides(core, given, rule, many)  # while the host factorizes
+        # jax computes these asynchronously, while the host factorizes in ``factor.factor`` below
+        sides = _right_hand_sides(core, argument, rule, many)
         if factor.factor is not None:
             columns = flat(sides, many)
             x, stats = factor.solve_many(columns if many else columns[:, None], lin.solve.rtol)
             stats = jax.tree.map(lambda leaf: leaf[0] if many else leaf[0, 0], stats)
             x = unflat(x if many else x[:, 0], lin.unknowns, many)
-            return _without_round_off(
-                rule, core, given, _results(core, given, sides, x, stats, rule, many), many
-            )
+            derivative = _results(core, argument, sides, x, stats, rule, many)
+            return _without_dropped_round_off(rule, core, argument, derivative, many)
+    # Without a factor the solver takes products, which use the assembled blocks if there are any.
     if isinstance(factor, HessianFactor):
         core = dataclasses.replace(core, blocks=factor.blocks)
-    return _without_round_off(rule, core, given, _compiled(core, given, rule, many), many)
+    derivative = _solve_compiled(core, argument, rule, many)
+    return _without_dropped_round_off(rule, core, argument, derivative, many)
 
 
-def solve_derivative_batch(rule: DerivativeRule, eq: Equilibrium, given: Any, solve: Method) -> Any:
-    """A door's response of each member of a batch to what is given for it, by one factor of all
-    their Hessians.
+def solve_derivative_batch(
+    rule: DerivativeRule, eq: Equilibrium, argument: Any, solve: Method
+) -> Any:
+    """The derivatives of all members of a batch, by one factor of all their Hessians.
 
-    None where there is no such factor: then each goes through by itself.
+    None where there is no such factor: then each member is to be solved by itself.
 
     Args:
-      solve: one of which ``by_factor`` holds.
+      rule: JVP, VJP, FORCE or STRAIN.
+      eq: a batch.
+      argument: of the rule, one for each member, along a leading axis.
+      solve: a method for which :func:`by_factor` is true.
     """
     assert isinstance(solve, Auto | Direct)
     if not np.isfinite(np.asarray(eq.positions)).all():
         return None
     backbone, net, null = analyze_rigidity(eq.system, eq.max_force, eq.contacts_needed)
     factor = HessianFactor(backbone, null.simplified(), eq.order)
-    judged = force_left(eq.system, net, eq.max_force)
-    lin = Linearization(eq, backbone, net, factor.null, solve, force_status=judged)
-    core = lin.traced(rule.parameters(eq.params, given))
-    sides = _right_hand_sides(core, given, rule, False)
+    force_status = force_left(eq.system, net, eq.max_force)
+    lin = Linearization(eq, backbone, net, factor.null, solve, force_status=force_status)
+    core = lin.traced(rule.parameters(eq.params, argument))
+    # started before the host factorizes in ``factor.factor``
+    sides = _right_hand_sides(core, argument, rule, False)
     if factor.factor is None:
         return None
     forces = np.asarray(sides.positions)
     x, stats = factor.solve_many(forces.reshape(-1, 1), solve.rtol)
     stats = jax.tree.map(lambda leaf: leaf[:, 0], stats)
-    found = _results(
-        core, given, sides, Unknowns(jnp.asarray(x.reshape(forces.shape))), stats, rule, False
-    )
-    return _without_round_off(rule, core, given, found, False)
+    solution = Unknowns(jnp.asarray(x.reshape(forces.shape)))
+    derivatives = _results(core, argument, sides, solution, stats, rule, False)
+    return _without_dropped_round_off(rule, core, argument, derivatives, False)
 
 
-def dropped_any(status: Any) -> bool:
-    """Whether one of some statuses says that a part of the right-hand side was dropped; traced ones
-    do not tell.
-    """
+def dropped_any(status: jax.Array) -> bool:
+    """Whether a status says that a part of the right-hand side was dropped; False when traced."""
     return not isinstance(status, Tracer) and bool(
         np.any(np.asarray(status) == Status.NULL_COMPONENT_DROPPED.value)
     )
 
 
 def aside(lin: Linearization) -> Linearization:
-    """The same a little beside the minimum, by a thousandth of the potential's length: there, nothing
-    cancels.
+    """The linearization with its positions moved a little away from the minimum.
+
+    Each coordinate moves by a thousandth of the potential's length times a chirp, which has no
+    symmetry: there the terms of a right-hand side that cancel at the minimum do not cancel.
     """
     system = lin.system
-    length = (
-        natural_units(system)[0]
-        if system.batch is None
-        else jax.vmap(natural_units)(system)[0][:, None, None]
-    )
+    if system.batch is None:
+        length = natural_units(system)[0]
+    else:
+        length = jax.vmap(natural_units)(system)[0][:, None, None]
     R = system.positions
-    wave = jnp.cos(jnp.arange(R.size, dtype=R.dtype) ** 2).reshape(R.shape)
-    return dataclasses.replace(lin, system=system.replace(positions=R + ASIDE * length * wave))
+    moved = R + ASIDE * length * chirp(R.shape, R.dtype)
+    return dataclasses.replace(lin, system=system.replace(positions=moved))
 
 
-def without_round_off(stats: SolveStats, size: Any, beside: Any, dtype: Any) -> SolveStats:
-    """The solve's stats, where what was dropped is measured against what the right-hand side is
-    beside the minimum.
+def without_round_off(
+    stats: SolveStats, size: jax.Array, beside: jax.Array, dtype: DTypeLike
+) -> SolveStats:
+    """The stats of a solve, without a warning where the dropped part is round-off.
 
-    At the minimum that may vanish, as the energy's own gradient does, or that of an atom that is a
-    center of symmetry: what is left is round-off, much of it along translations, and no part of any
-    answer.
+    The dropped part is measured against the right-hand side beside the minimum, if that is larger
+    than the one at the minimum. At the minimum the right-hand side may vanish, as the gradient of
+    the energy itself does, or that of an atom that is a center of symmetry. Its value is then
+    round-off, much of it along translations, and no part of any answer.
 
     Args:
+      stats: of the solve.
       size: norm of the right-hand side.
-      beside: that at :func:`aside`.
+      beside: norm of the right-hand side at :func:`aside`.
       dtype: of the right-hand side.
     """
     eps = float(jnp.finfo(dtype).eps)
-    share = stats.dropped * size / jnp.maximum(jnp.maximum(size, beside), jnp.finfo(dtype).tiny)
-    good = Status.CONVERGED if eps < 1e-10 else Status.SINGLE_PRECISION
-    gone = (stats.status == Status.NULL_COMPONENT_DROPPED.value) & (share <= eps**0.5)
-    status = jnp.where(gone, good.value, stats.status)
-    return dataclasses.replace(stats, status=status, dropped=jnp.where(gone, share, stats.dropped))
-
-
-def _without_round_off(
-    rule: DerivativeRule, core: Linearization, given: Any, found: Any, many: bool
-) -> Any:
-    """For a door whose right-hand side is a derivative at the minimum, and not what was given."""
-    if rule is not JVP or not dropped_any(found.stats.status):
-        return found
-    here, beside = (_sizes(at, given, rule, many) for at in (core, aside(core)))
+    largest = jnp.maximum(jnp.maximum(size, beside), jnp.finfo(dtype).tiny)
+    share = stats.dropped * size / largest
+    good = Status.CONVERGED if eps < DOUBLE_PRECISION_EPS else Status.SINGLE_PRECISION
+    # eps^(1/2), 1.5e-8 in double precision
+    negligible = (stats.status == Status.NULL_COMPONENT_DROPPED.value) & (share <= eps**0.5)
+    status = jnp.where(negligible, good.value, stats.status)
     return dataclasses.replace(
-        found, stats=without_round_off(found.stats, here, beside, core.system.positions.dtype)
+        stats, status=status, dropped=jnp.where(negligible, share, stats.dropped)
+    )
+
+
+def _without_dropped_round_off(
+    rule: DerivativeRule, core: Linearization, argument: Any, derivative: Any, many: bool
+) -> Any:
+    """Apply :func:`without_round_off` to a derivative by the parameters.
+
+    The right-hand side of the rule JVP alone is a derivative at the minimum, and may be round-off.
+    That of the other rules is the user's cotangent or force, or is checked for round-off already.
+    """
+    if rule is not JVP or not dropped_any(derivative.stats.status):
+        return derivative
+    here = _right_hand_side_norms(core, argument, rule, many)
+    beside = _right_hand_side_norms(aside(core), argument, rule, many)
+    stats = without_round_off(derivative.stats, here, beside, core.system.positions.dtype)
+    return dataclasses.replace(derivative, stats=stats)
+
+
+@functools.partial(jax.jit, static_argnames=("rule", "many"))
+def _right_hand_side_norms(
+    lin: Linearization, argument: Any, rule: DerivativeRule, many: bool
+) -> jax.Array:
+    """The norm of the right-hand side of a rule, or those of many."""
+    sides = _right_hand_sides(lin, argument, rule, many)
+    return norms(sides, many or lin.system.batch is not None)
+
+
+def norms(sides: Unknowns, many: bool) -> jax.Array:
+    """The norm of the right-hand side of a solve, or those of many along a leading axis.
+
+    It leaves out the strain: that is computed after the solve, from the small matrix of the cell.
+    """
+    first_axis = 1 if many else 0
+    leaves = jax.tree.leaves(dataclasses.replace(sides, strain=None))
+    return jnp.sqrt(
+        sum(jnp.sum(leaf**2, axis=tuple(range(first_axis, leaf.ndim))) for leaf in leaves)
     )
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "many"))
-def _sizes(lin: Linearization, given: Any, rule: DerivativeRule, many: bool) -> jax.Array:
-    """The norm of a door's right-hand side, or of each of many."""
-    return norms(_right_hand_sides(lin, given, rule, many), many or lin.system.batch is not None)
-
-
-def norms(sides: Unknowns, many: bool) -> jax.Array:
-    """The norm of a solve's right-hand side, or of each of many: of all unknowns but the strain,
-    which comes after.
-    """
-    first, leaves = 1 if many else 0, jax.tree.leaves(dataclasses.replace(sides, strain=None))
-    return jnp.sqrt(sum(jnp.sum(leaf**2, axis=tuple(range(first, leaf.ndim))) for leaf in leaves))
-
-
-@functools.partial(jax.jit, static_argnames=("rule", "many"))
-def _compiled(lin: Linearization, given: Any, rule: DerivativeRule, many: bool) -> Any:
+def _solve_compiled(lin: Linearization, argument: Any, rule: DerivativeRule, many: bool) -> Any:
+    """The derivative of a rule in compiled code, by products with the matrix."""
     operator, unit = lin.structure.operator(lin)
 
-    def one(given: Any) -> Any:
-        side = rule.right_hand_side(lin, given)
+    def derivative(argument: Any) -> Any:
+        side = rule.right_hand_side(lin, argument)
         b = dataclasses.replace(side, strain=None)
         x, stats = solve_linear(operator, b if unit is None else scaled(b, unit), lin.solve)
-        return rule.result(
-            lin, given, lin.structure.solved(side, x if unit is None else scaled(x, unit)), stats
-        )
+        x = lin.structure.solved(side, x if unit is None else scaled(x, unit))
+        return rule.result(lin, argument, x, stats)
 
-    return jax.vmap(one)(given) if many else one(given)
+    return jax.vmap(derivative)(argument) if many else derivative(argument)
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "many"))
-def _right_hand_sides(lin: Linearization, given: Any, rule: DerivativeRule, many: bool) -> Unknowns:
+def _right_hand_sides(
+    lin: Linearization, argument: Any, rule: DerivativeRule, many: bool
+) -> Unknowns:
+    """The right-hand side of a rule: of one argument, of many, or of each member of a batch."""
     if lin.system.batch is not None:
-        return jax.vmap(rule.right_hand_side)(lin, given)
-    side = functools.partial(rule.right_hand_side, lin)
-    return jax.vmap(side)(given) if many else side(given)
+        return jax.vmap(rule.right_hand_side)(lin, argument)
+    right_hand_side = functools.partial(rule.right_hand_side, lin)
+    return jax.vmap(right_hand_side)(argument) if many else right_hand_side(argument)
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "many"))
 def _results(
     lin: Linearization,
-    given: Any,
+    argument: Any,
     sides: Unknowns,
-    x: Any,
+    x: Unknowns,
     stats: SolveStats,
     rule: DerivativeRule,
     many: bool,
 ) -> Any:
-    def response(lin: Linearization, given: Any, side: Unknowns, x: Any, stats: SolveStats) -> Any:
-        return rule.result(lin, given, lin.structure.solved(side, x), stats)
+    """The derivatives of a rule from the solutions ``x`` of the solve."""
+
+    def derivative(
+        lin: Linearization, argument: Any, side: Unknowns, x: Unknowns, stats: SolveStats
+    ) -> Derivative:
+        return rule.result(lin, argument, lin.structure.solved(side, x), stats)
 
     if lin.system.batch is not None:
-        return jax.vmap(response)(lin, given, sides, x, stats)
-    of_one = functools.partial(response, lin)
-    return jax.vmap(of_one)(given, sides, x, stats) if many else of_one(given, sides, x, stats)
+        return jax.vmap(derivative)(lin, argument, sides, x, stats)
+    at_minimum = functools.partial(derivative, lin)
+    if many:
+        return jax.vmap(at_minimum)(argument, sides, x, stats)
+    return at_minimum(argument, sides, x, stats)

@@ -1,4 +1,4 @@
-"""How a minimum moves: jvp, vjp, jacobian, gradient and response at an Equilibrium."""
+"""Derivatives at a minimum: jvp, vjp, jacobian, gradient and response."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import ArrayLike
 
 from mdsens._util.batching import apart, in_chunks, joined, together
 from mdsens._util.errors import InputError, raise_for_status
 from mdsens._util.memory import require_memory
 from mdsens._util.user_functions import Traceable
 from mdsens._util.validation import real_array, short
-from mdsens.implicit.linear.operators import Auto, Method, check_method
+from mdsens.implicit.linear import Auto, Method, check_method
 from mdsens.mechanics import lagrangian
 from mdsens.mechanics.hessian import Unknowns
 from mdsens.mechanics.not_finite import where_not_finite
@@ -58,20 +59,34 @@ __all__ = [
 
 Params = Mapping[str, Any]
 D = TypeVar("D", bound=Derivative)
-CHUNK_BYTES = 2**27  # of right-hand sides solved together
+# Memory in bytes, 128 MiB, for the work arrays of right-hand sides that are solved together. Of
+# each right-hand side 8 vectors are counted.
+CHUNK_BYTES = 2**27
+# Largest number of right-hand sides that are solved together.
+MAX_CHUNK = 256
 
 
-def _judged(result: D, throw: bool, what: str, system: System | None = None) -> D:
+def _chunk_width(itemsize: int, unknowns: int) -> int:
+    """How many right-hand sides of so many unknowns are solved together."""
+    return int(np.clip(CHUNK_BYTES // (itemsize * unknowns * 8), 1, MAX_CHUNK))
+
+
+def _raise_unless_good(result: D, throw: bool, what: str, system: System | None = None) -> D:
+    """The result; or, with ``throw``, an error where the worst status of its solves is not good.
+
+    Args:
+      what: the kind of derivative, for the message.
+      system: names the particles in the message where a derivative is not finite.
+    """
     if throw:
         codes = np.atleast_1d(np.asarray(result.stats.status)).ravel()
         status = Status.worst_of(codes)
         residual = float(np.max(np.asarray(result.stats.residual), initial=0.0))
-        where = (
-            ""
-            if codes.size == 1
-            else f" ({int((codes == status.value).sum())} of {codes.size} solves)"
-        )
-        where += "" if system is None else where_not_finite(status, system)
+        where = ""
+        if codes.size != 1:
+            where = f" ({int((codes == status.value).sum())} of {codes.size} solves)"
+        if system is not None:
+            where += where_not_finite(status, system)
         raise_for_status(
             status,
             f"{what} by {result.stats.solver} ended at residual {residual:.1e}{where}",
@@ -80,33 +95,44 @@ def _judged(result: D, throw: bool, what: str, system: System | None = None) -> 
     return result
 
 
-def _by(
+def _with_parameters(
     result: ParameterGradient, system: System, params: Params | None = None
 ) -> ParameterGradient:
-    """A derivative by all parameters, which knows so."""
-    own = lagrangian.own_params(system) if params is None else params
-    return result if result.wrt else dataclasses.replace(result, wrt=parameters_of(system, own))
+    """The gradient with the parameters that it is taken by in its field ``wrt``."""
+    if result.wrt:
+        return result
+    by = lagrangian.own_params(system) if params is None else params
+    return dataclasses.replace(result, wrt=parameters_of(system, by))
 
 
-def _over_members(function: Callable[[Equilibrium, Any], D], eq: Equilibrium, given: Any = ()) -> D:
-    """A door on each member of a batch and on what is given for it, over the cores."""
+def _over_members(
+    function: Callable[[Equilibrium, Any], D], eq: Equilibrium, argument: Any = ()
+) -> D:
+    """``function`` of each member of a batch and its argument, on all cores.
+
+    Args:
+      argument: arrays whose leading axis is over the members.
+    """
 
     def some(part: tuple[Equilibrium, Any], count: int) -> list[D]:
         return [function(*member) for member in apart(part, count)]
 
-    parts = in_chunks(some, (eq, given), eq.system.batch or 0, eq.system.n)
-    return together([response for part in parts for response in part])
+    parts = in_chunks(some, (eq, argument), eq.system.batch or 0, eq.system.n)
+    return together([derivative for part in parts for derivative in part])
 
 
 def _solve_batch(
     rule: DerivativeRule,
-    alone: Callable[[Equilibrium, Any], Any],
+    for_member: Callable[[Equilibrium, Any], Any],
     eq: Equilibrium,
-    given: Any,
+    argument: Any,
     solve: Method | None,
 ) -> Any:
-    """A door on each member of a batch, with what is given for each, (members, …); ``alone`` on one
-    where need be.
+    """The derivative of each member of a batch, by a factor of several Hessians where possible.
+
+    Args:
+      for_member: computes the derivative of one member, where there is no such factor.
+      argument: of the rule, (members, …).
     """
     method = Auto() if solve is None else solve
     check_method(method)
@@ -116,18 +142,23 @@ def _solve_batch(
 
     if by_factor(eq.system, method) and eq.pressure is None and not eq.system.constraints:
         parts, counts = zip(
-            *in_chunks(some, (eq, given), eq.system.batch or 0, eq.system.n), strict=True
+            *in_chunks(some, (eq, argument), eq.system.batch or 0, eq.system.n), strict=True
         )
         if None not in parts:
             return joined(parts, counts)
-    return _over_members(alone, eq, given)
+    return _over_members(for_member, eq, argument)
 
 
-def _for_members(name: str, given: Any, shape: tuple[int, ...], count: int) -> Any:
-    """What is given for a batch, (members, …): it has a member's own shape and is shared, or a
-    leading axis.
+def _for_members(name: str, value: ArrayLike, shape: tuple[int, ...], count: int) -> jax.Array:
+    """A user's argument for a batch, (members, …).
+
+    Args:
+      name: of the argument, for messages.
+      value: of the shape of one member, which all share, or with a leading axis over the members.
+      shape: of one member.
+      count: number of members.
     """
-    array = real_array(name, given)
+    array = real_array(name, value)
     return jnp.broadcast_to(array, (count, *shape)) if array.shape == shape else array
 
 
@@ -142,70 +173,73 @@ def jvp(
     solve: Method | None = None,
     throw: bool = True,
 ) -> Displacement:
-    """How the minimum moves along one direction in parameter space, dR = - H^+ (d2U/dR dp) dp.
+    """Derivative of the minimum along a direction in parameter space, dR = - H^+ (d2U/dR dp) dp.
 
     Args:
       eq: from ``minimize`` (a batch is done member by member) or ``linearize``.
-      dparams: changes by parameter name, each shaped like the parameter; the others do not change.
-        That of a symmetric matrix of species pairs is symmetric: entries (a, b) and (b, a) are one
-        number, and change together.
+      dparams: the direction: changes by parameter name, each shaped like the parameter; the others
+        do not change. At a pressure it may contain ``"pressure"``. The change of a symmetric matrix
+        of species pairs is symmetric: entries (a, b) and (b, a) are one number, and change
+        together.
       solve: the linear solver; Auto() where None.
-      throw: raise unless the status is good.
+      throw: raise an error unless the status is good.
 
     Returns:
-      a :class:`Displacement` with ``value`` (n, d); at a pressure, whose change ``dparams`` may name,
-      an ``Unknowns`` of ``positions`` (n, d) and of ``strain``, the cell's as a Mandel vector (xx,
-      yy, sqrt(2) xy in 2-D; xx, yy, zz and sqrt(2) times yz, xz, xy in 3-D). Where the box follows
-      the parameters, ``value`` contains the images' motion with the box; ``nonaffine`` does not.
+      a :class:`Displacement` with ``value`` (n, d). At a pressure ``value`` is an ``Unknowns`` with
+      ``positions`` (n, d) and ``strain``, that of the cell as a Mandel vector (xx, yy, sqrt(2) xy
+      in 2-D; xx, yy, zz and sqrt(2) times yz, xz, xy in 3-D). Where the box follows the parameters,
+      ``value`` contains the motion of the periodic images with the box; ``nonaffine`` does not.
 
     Raises:
-      InputError: bad names or shapes. ConvergenceError: an unconverged or unjammed minimum, a
-      saddle, a solve that did not converge.
+      InputError: bad names or shapes.
+      ConvergenceError: an unconverged or unjammed minimum, a saddle, a solve that did not converge.
     """
     if isinstance(dparams, Mapping) and not dparams:
         raise InputError("dparams is empty: give at least one parameter's name and its change.")
     if _batched(eq):
         assert isinstance(eq, Equilibrium)
-        own = lagrangian.own_params(eq.system)
-        own = own if eq.pressure is None else {**own, "pressure": eq.pressure}
+        params = lagrangian.own_params(eq.system)
+        if eq.pressure is not None:
+            params = {**params, "pressure": eq.pressure}
         if isinstance(dparams, Mapping):
-            shapes = {name: value.shape[1:] for name, value in own.items()}
+            shapes = {name: value.shape[1:] for name, value in params.items()}
             dparams = {
                 name: _for_members(
                     f"dparams[{name!r}]", change, shapes.get(name, ()), eq.system.batch or 0
                 )
                 for name, change in dparams.items()
             }
-        given = changes(eq.system, dparams, own)
+        tangent = changes(eq.system, dparams, params)
 
-        def alone(member: Equilibrium, change: Params) -> Displacement:
+        def for_member(member: Equilibrium, change: Params) -> Displacement:
             return jvp(member, change, solve=solve, throw=False)
 
-        return _judged(_solve_batch(JVP, alone, eq, given, solve), throw, "jvp")
+        result = _solve_batch(JVP, for_member, eq, tangent, solve)
+        return _raise_unless_good(result, throw, "jvp")
     lin = linearized(eq, solve)
-    given = changes(lin.system, dparams, lin.params)
+    tangent = changes(lin.system, dparams, lin.params)
     require_sound(lin, eq, throw)
-    return _judged(solve_derivative(JVP, lin, given), throw, "jvp", lin.system)
+    return _raise_unless_good(solve_derivative(JVP, lin, tangent), throw, "jvp", lin.system)
 
 
-def _cotangent(system: System, value: Any, name: str) -> jax.Array:
+def _vectors_of_particles(system: System, value: ArrayLike, name: str) -> jax.Array:
+    """A user's cotangent or force, checked: one vector for each particle."""
     array = jnp.asarray(real_array(name, value), system.positions.dtype)
     if array.shape != system.positions.shape:
         raise InputError(
-            f"{name} has shape {array.shape}: give {system.positions.shape}, one vector a particle."
+            f"{name} has shape {array.shape}: give {system.positions.shape}, one vector for each"
+            " particle."
         )
     if not isinstance(array, Tracer) and not np.isfinite(np.asarray(array)).all():
         raise InputError(f"{name} is not finite: give finite numbers.")
     return array
 
 
-def _unfolded(lin: Linearization, cotangent: Any) -> Unknowns:
-    """A cotangent of stored positions and strain, as ``jvp`` gives them, as one of positions at a
-    strain and of it.
-    """
-    given = cotangent if isinstance(cotangent, Unknowns) else Unknowns(cotangent)
-    w = _cotangent(lin.system, given.positions, "cotangent")
-    return lin.structure.cotangent(lin, given, w)
+def _cotangent_of_unknowns(lin: Linearization, cotangent: Any) -> Unknowns:
+    """A user's cotangent of what ``jvp`` returns, checked, as a cotangent of the unknowns."""
+    value = cotangent if isinstance(cotangent, Unknowns) else Unknowns(cotangent)
+    w = _vectors_of_particles(lin.system, value.positions, "cotangent")
+    return lin.structure.cotangent(lin, value, w)
 
 
 def vjp(
@@ -215,11 +249,11 @@ def vjp(
     solve: Method | None = None,
     throw: bool = True,
 ) -> ParameterGradient:
-    """The adjoint: what a linear functional of the positions owes to every parameter, -(d2U/dR
-    dp)^T H^+ w.
+    """Derivative of w . R, linear in the positions, by all parameters: -(d2U/dR dp)^T H^+ w.
 
-    One solve for all parameters. The part of ``cotangent`` in the null space has no answer; it is
-    dropped, and ``stats.dropped`` and the status say so.
+    This is the adjoint (transpose) of ``jvp``, and takes one solve for all parameters. The equation
+    has no solution for the part of ``cotangent`` in the null space; that part is dropped, and
+    ``stats.dropped`` and the status say so.
 
     Args:
       eq: as in ``jvp``.
@@ -227,62 +261,73 @@ def vjp(
       solve, throw: as in ``jvp``.
 
     Returns:
-      a :class:`ParameterGradient` with ``value`` a dict shaped like the parameters. Of a symmetric matrix of
-      species pairs, entries (a, b) and (b, a) are half each of the derivative by the one number
-      that both are; ``component("sigma[0,1]")`` is the whole.
+      a :class:`ParameterGradient` with ``value`` a dict shaped like the parameters. Of a symmetric
+      matrix of species pairs, entries (a, b) and (b, a) are each half of the derivative by the one
+      number that both are; ``component("sigma[0,1]")`` is the whole derivative.
     """
     if _batched(eq):
         assert isinstance(eq, Equilibrium)
-        given = _for_members("cotangent", cotangent, eq.positions.shape[1:], eq.system.batch or 0)
-        side = Unknowns(_cotangent(eq.system, given, "cotangent"))
+        w = _for_members("cotangent", cotangent, eq.positions.shape[1:], eq.system.batch or 0)
+        cotangents = Unknowns(_vectors_of_particles(eq.system, w, "cotangent"))
 
-        def alone(member: Equilibrium, w: Unknowns) -> ParameterGradient:
+        def for_member(member: Equilibrium, w: Unknowns) -> ParameterGradient:
             return vjp(member, w, solve=solve, throw=False)
 
-        return _judged(_by(_solve_batch(VJP, alone, eq, side, solve), eq.system), throw, "vjp")
+        result = _solve_batch(VJP, for_member, eq, cotangents, solve)
+        return _raise_unless_good(_with_parameters(result, eq.system), throw, "vjp")
     lin = linearized(eq, solve)
-    given = _unfolded(lin, cotangent)
+    checked = _cotangent_of_unknowns(lin, cotangent)
     require_sound(lin, eq, throw)
-    return _judged(
-        _by(solve_derivative(VJP, lin, given), lin.system, lin.params), throw, "vjp", lin.system
-    )
+    result = _with_parameters(solve_derivative(VJP, lin, checked), lin.system, lin.params)
+    return _raise_unless_good(result, throw, "vjp", lin.system)
 
 
 def response(
-    eq: Equilibrium | Linearization, force: Any, *, solve: Method | None = None, throw: bool = True
+    eq: Equilibrium | Linearization,
+    force: ArrayLike,
+    *,
+    solve: Method | None = None,
+    throw: bool = True,
 ) -> Displacement:
     """The displacement under an external force on the particles, H^+ f, to first order.
 
     Args:
       eq: as in ``jvp``.
-      force: f, (n, d), energy a length. Its net part on each cluster and its part on rattlers have
-        no answer and are dropped, as in ``vjp``. The cell is held, at a pressure too.
+      force: f, (n, d), in energy/length. The net force on each cluster and the force on rattlers
+        are balanced by nothing; they are dropped, as in ``vjp``. The cell stays fixed, at a
+        pressure too.
+      solve, throw: as in ``jvp``.
 
     Returns:
       a :class:`Displacement` with ``value`` (n, d).
     """
     if _batched(eq):
         assert isinstance(eq, Equilibrium)
-        given = _for_members("force", force, eq.positions.shape[1:], eq.system.batch or 0)
-        side = Unknowns(_cotangent(eq.system, given, "force"))
+        f = _for_members("force", force, eq.positions.shape[1:], eq.system.batch or 0)
+        forces = Unknowns(_vectors_of_particles(eq.system, f, "force"))
 
-        def alone(member: Equilibrium, f: Unknowns) -> Displacement:
+        def for_member(member: Equilibrium, f: Unknowns) -> Displacement:
             return response(member, f.positions, solve=solve, throw=False)
 
-        return _judged(_solve_batch(FORCE, alone, eq, side, solve), throw, "response")
+        result = _solve_batch(FORCE, for_member, eq, forces, solve)
+        return _raise_unless_good(result, throw, "response")
     lin = linearized(eq, solve)
-    side = Unknowns(_cotangent(lin.system, force, "force"))
+    forces = Unknowns(_vectors_of_particles(lin.system, force, "force"))
     require_sound(lin, eq, throw)
-    return _judged(solve_derivative(FORCE, lin, side), throw, "response", lin.system)
+    return _raise_unless_good(solve_derivative(FORCE, lin, forces), throw, "response", lin.system)
 
 
 def _in_chunks(
     run: Callable[[Any], D], rows: Callable[[int, int], Any], count: int, width: int
 ) -> D:
-    """``run`` on ``count`` right-hand sides, ``width`` at a time; the last chunk is filled up, to
-    compile once.
+    """Solve ``count`` right-hand sides, ``width`` at a time.
 
-    Of no right-hand side, one is run whose answer is dropped: it gives the shapes.
+    The last chunk is filled up to ``width``, so that the code compiles once. Without any right-hand
+    side, one chunk is solved and its results are dropped: it gives their shapes.
+
+    Args:
+      run: solves a chunk.
+      rows: the chunk from ``start`` to ``stop``.
     """
     if count == width:
         return run(rows(0, width))
@@ -294,15 +339,18 @@ def _in_chunks(
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
-def _require_room(system: System, wrt: str, components: int) -> None:
-    """Refuse a Jacobian, or those of a batch, that does not fit."""
-    whose = f" of {system.batch:,} systems" if system.batch else ""
+def _require_memory_of_jacobian(system: System, wrt: str, components: int) -> None:
+    """Raise an error where a Jacobian, or those of a batch, do not fit in memory.
+
+    They are two arrays of derivatives, ``value`` and ``nonaffine``.
+    """
+    of_batch = f" of {system.batch:,} systems" if system.batch else ""
     require_memory(
         2.0 * components * system.positions.size,
         system.positions.dtype.itemsize,
-        f"jacobian by {components:,} components of {wrt}{whose}, with its non-affine part,",
+        f"jacobian by {components:,} components of {wrt}{of_batch}, with its non-affine part,",
         "take ms.vjp or ms.gradient, whose cost does not grow with the number of parameters, or"
-        " ms.jvp by direction.",
+        " ms.jvp, one direction at a time.",
     )
 
 
@@ -319,14 +367,15 @@ def jacobian(
     Args:
       eq: as in ``jvp``.
       wrt: the parameter's name.
-      chunk: right-hand sides solved together; None for what fits in cache-sized memory.
+      chunk: number of right-hand sides solved together; None for up to 256 of them, within 128
+        MiB.
       solve, throw: as in ``jvp``.
 
     Returns:
       a :class:`Displacement` with ``value`` and ``nonaffine`` (n, d, *shape of the parameter), and
-      stats of that shape. Of a symmetric matrix of species pairs, ``value[..., a, b]`` and
-      ``value[..., b, a]`` are half each of the derivative by the one number that both entries are;
-      ``component("sigma[0,1]")`` is the whole, (n, d).
+      stats of the parameter's shape. Of a symmetric matrix of species pairs, ``value[..., a, b]``
+      and ``value[..., b, a]`` are each half of the derivative by the one number that both entries
+      are; ``component("sigma[0,1]")`` is the whole derivative, (n, d).
 
     Raises:
       TooLargeError: with the size, where the result would take more than half of the free memory.
@@ -335,11 +384,13 @@ def jacobian(
     if _batched(eq):
         assert isinstance(eq, Equilibrium)
         if isinstance(wrt, str) and wrt in eq.params:
-            _require_room(eq.system, wrt, eq.params[wrt].size // (eq.system.batch or 1))
-        whole = _over_members(
-            lambda e, _: jacobian(e, wrt, solve=solve, chunk=chunk, throw=False), eq
+            _require_memory_of_jacobian(
+                eq.system, wrt, eq.params[wrt].size // (eq.system.batch or 1)
+            )
+        result = _over_members(
+            lambda member, _: jacobian(member, wrt, solve=solve, chunk=chunk, throw=False), eq
         )
-        return _judged(whole, throw, "jacobian")
+        return _raise_unless_good(result, throw, "jacobian")
     lin = linearized(eq, solve)
     system = lin.system
     if not isinstance(wrt, str):
@@ -348,15 +399,17 @@ def jacobian(
         )
     if chunk is not None and not (isinstance(chunk, int) and chunk >= 1):
         raise InputError(f"chunk is {short(chunk)}: give a whole number of at least 1, or None.")
-    changes(system, {wrt: lin.params.get(wrt, 0.0)}, lin.params)  # the name's check
-    shape, dtype = lin.params[wrt].shape, system.positions.dtype
-    size, unknowns = int(np.prod(shape)), system.positions.size
-    _require_room(system, wrt, lin.params[wrt].size)
+    changes(system, {wrt: lin.params.get(wrt, 0.0)}, lin.params)  # checks the name
+    shape = lin.params[wrt].shape
+    size = int(np.prod(shape))
+    dtype = system.positions.dtype
+    _require_memory_of_jacobian(system, wrt, lin.params[wrt].size)
     require_sound(lin, eq, throw)
-    width = chunk or int(np.clip(CHUNK_BYTES // (dtype.itemsize * unknowns * 8), 1, 256))
+    width = chunk or _chunk_width(dtype.itemsize, system.positions.size)
     width = min(width, max(size, 1))
 
     def directions(start: int, stop: int) -> dict[str, jax.Array]:
+        """Unit changes of the components from start to stop; zero beyond the last component."""
         unit = np.zeros((stop - start, size))
         inside = np.arange(start, min(stop, size))
         unit[inside - start, inside] = 1.0
@@ -365,6 +418,7 @@ def jacobian(
     flat = _in_chunks(lambda t: solve_derivative(JVP, lin, t, many=True), directions, size, width)
 
     def shaped(leaf: jax.Array) -> jax.Array:
+        """Move the axis over components, the first, to the end, in the shape of the parameter."""
         return jnp.moveaxis(leaf, 0, -1).reshape(*leaf.shape[1:], *shape)
 
     result = Displacement(
@@ -375,7 +429,7 @@ def jacobian(
         rattlers=lin.network.rattlers,
         wrt=parameters_of(system, {wrt: lin.params[wrt]}),
     )
-    return _judged(result, throw, f"jacobian by {wrt}", system)
+    return _raise_unless_good(result, throw, f"jacobian by {wrt}", system)
 
 
 def gradient(
@@ -385,8 +439,9 @@ def gradient(
     solve: Method | None = None,
     throw: bool = True,
 ) -> ParameterGradient:
-    """The total derivative of an observable by all parameters, dO/dp = @O/@p + (@O/@R) dR/dp, by
-    one adjoint solve.
+    """Total derivative of an observable by all parameters, dO/dp = @O/@p + (@O/@R) dR/dp.
+
+    It takes one adjoint solve for each number of the observable.
 
     Args:
       observable: a function of a System, traceable, returning a scalar or an array; see
@@ -395,15 +450,17 @@ def gradient(
       solve, throw: as in ``jvp``.
 
     Returns:
-      a :class:`ParameterGradient` with ``value`` a dict: shape of the observable followed by the shape of
-      each parameter. Of a symmetric matrix of species pairs, entries (a, b) and (b, a) are half
-      each of the derivative by the one number that both are; ``component("sigma[0,1]")`` is the
-      whole, of the observable's shape.
+      a :class:`ParameterGradient` with ``value`` a dict: the shape of the observable followed by
+      the shape of each parameter. Of a symmetric matrix of species pairs, entries (a, b) and (b, a)
+      are each half of the derivative by the one number that both are; ``component("sigma[0,1]")``
+      is the whole derivative, of the observable's shape.
     """
     if _batched(eq):
         assert isinstance(eq, Equilibrium)
-        whole = _over_members(lambda e, _: gradient(observable, e, solve=solve, throw=False), eq)
-        return _judged(whole, throw, "gradient")
+        result = _over_members(
+            lambda member, _: gradient(observable, member, solve=solve, throw=False), eq
+        )
+        return _raise_unless_good(result, throw, "gradient")
     return value_and_gradient(observable, eq, solve=solve, throw=throw)[1]
 
 
@@ -414,7 +471,7 @@ def value_and_gradient(
     solve: Method | None = None,
     throw: bool = True,
 ) -> tuple[jax.Array, ParameterGradient]:
-    """What ``gradient`` gives of one minimum, with the observable's value before it."""
+    """The value of an observable at one minimum, and its ``gradient``."""
     of_system = observed(observable)
     lin = linearized(eq, solve)
     system = lin.equilibrium.system
@@ -426,20 +483,22 @@ def value_and_gradient(
     rows = unit_cotangents(lin, value)
     require_sound(lin, eq, throw)
 
-    def pulled(pull: Any) -> tuple[Unknowns, Params]:
-        cotangents, direct = jax.vmap(lambda w: pull(w))(
-            rows
-        )  # named: jax shows a vjp to name a bare one
-        return dataclasses.replace(cotangents, multipliers=None), direct  # of an observable, zero
+    def partial_derivatives(pull: Callable[..., Any]) -> tuple[Unknowns, Params]:
+        """The derivatives of each number of the observable by the unknowns and the parameters."""
+        # vmap of a bare ``pull`` would have jax print the whole vjp to name it
+        cotangents, direct = jax.vmap(lambda w: pull(w))(rows)
+        # an observable does not depend on the multipliers
+        return dataclasses.replace(cotangents, multipliers=None), direct
 
     def beside() -> Unknowns:
-        return pulled(jax.vjp(observe, aside(lin).unknowns, lin.params)[1])[0]
+        return partial_derivatives(jax.vjp(observe, aside(lin).unknowns, lin.params)[1])[0]
 
-    return value, total_derivative(lin, value, *pulled(pull), throw, beside)
+    cotangents, direct = partial_derivatives(pull)
+    return value, total_derivative(lin, value, cotangents, direct, throw, beside)
 
 
 def observed(observable: Any) -> Callable[[System], jax.Array]:
-    """A user's observable as a function that returns an array, or an error that says what to give."""
+    """A user's observable, checked, as a function of a System that returns an array."""
     if not callable(observable):
         raise InputError(
             f"the observable is {short(observable)}: give a function of a System, such as"
@@ -450,7 +509,7 @@ def observed(observable: Any) -> Callable[[System], jax.Array]:
 
 
 def numbers(value: Any) -> jax.Array:
-    """What an observable returns, as an array, or an error that says what to return."""
+    """The value that an observable returns, checked, as an array."""
     try:
         array = jnp.asarray(value)
     except Exception as error:  # a dict, a text, rows of different lengths
@@ -463,7 +522,10 @@ def numbers(value: Any) -> jax.Array:
 
 
 def unit_cotangents(lin: Linearization, value: jax.Array) -> jax.Array:
-    """The unit vectors of an observable's value, (count, *shape), where its gradients have room."""
+    """The unit vectors of an observable's value, (count, *shape).
+
+    An error where the value is no floating-point number, or its gradients do not fit in memory.
+    """
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise InputError(f"the observable returns {value.dtype}: return floating-point numbers.")
     require_memory(
@@ -488,42 +550,42 @@ def total_derivative(
 
     Args:
       value: of the observable.
-      cotangents: its derivatives by the unknowns, each with a leading axis over its numbers.
+      cotangents: its partial derivatives by the unknowns, with a leading axis over its numbers.
       direct: its partial derivatives by the parameters, likewise.
-      beside: gives the cotangents a little beside the minimum, where these here are round-off.
+      beside: computes the cotangents a little beside the minimum, see :func:`aside`. It is called
+        where those at the minimum may be round-off.
     """
     count = value.size
-    width = min(
-        count,
-        int(np.clip(CHUNK_BYTES // (value.dtype.itemsize * lin.system.positions.size * 8), 1, 256)),
-    )
+    width = min(count, _chunk_width(value.dtype.itemsize, lin.system.positions.size))
 
     def rows(start: int, stop: int) -> Unknowns:
-        more = stop - min(stop, count)
-        if not start and not more:
+        """The cotangents from start to stop, with rows of zeros beyond the last."""
+        missing = stop - min(stop, count)
+        if not start and not missing:
             return cotangents
         return jax.tree.map(
-            lambda w: jnp.pad(w[start:stop], [(0, more), *[(0, 0)] * (w.ndim - 1)]), cotangents
+            lambda w: jnp.pad(w[start:stop], [(0, missing), *[(0, 0)] * (w.ndim - 1)]), cotangents
         )
 
     flat = _in_chunks(lambda w: solve_derivative(VJP, lin, w, many=True), rows, count, width)
-    value_of = {
+    total = {
         k: (flat.value[k] + direct[k]).reshape(*value.shape, *direct[k].shape[1:]) for k in direct
     }
     finite = [
-        jnp.all(jnp.isfinite(t), axis=tuple(range(value.ndim, t.ndim))) for t in value_of.values()
+        jnp.all(jnp.isfinite(t), axis=tuple(range(value.ndim, t.ndim))) for t in total.values()
     ]
     stats = flat.stats
     if dropped_any(stats.status):
-        here, there = (norms(w, many=True) for w in (cotangents, beside()))
-        stats = without_round_off(stats, here, there, lin.system.positions.dtype)
+        size = norms(cotangents, many=True)
+        size_beside = norms(beside(), many=True)
+        stats = without_round_off(stats, size, size_beside, lin.system.positions.dtype)
     stats = jax.tree.map(lambda leaf: leaf.reshape(value.shape), stats)
     stats = status_of_finite(stats, jnp.all(jnp.stack(finite), axis=0))
     result = ParameterGradient(
-        value=value_of,
+        value=total,
         stats=stats,
         max_force=lin.equilibrium.max_force,
         rattlers=lin.network.rattlers,
         wrt=parameters_of(lin.system, lin.params),
     )
-    return _judged(result, throw, "gradient", lin.system)
+    return _raise_unless_good(result, throw, "gradient", lin.system)

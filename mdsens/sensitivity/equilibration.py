@@ -1,6 +1,4 @@
-"""The relaxed system as a differentiable function of its parameters: the door for jax.grad,
-hessian, vmap and jit.
-"""
+"""The relaxed system as a function of its parameters, for jax.grad, hessian, vmap and jit."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ from mdsens._util.errors import InputError
 from mdsens._util.outcome import is_good
 from mdsens._util.validation import short
 from mdsens.implicit._closures import refusing_derivative
-from mdsens.implicit.linear.operators import Auto, Method
+from mdsens.implicit.linear import Auto, Method
 from mdsens.implicit.linear.result import SolveStats
 from mdsens.implicit.root import root
 from mdsens.mechanics.hessian import Unknowns
@@ -46,30 +44,31 @@ def equilibrate(
     solve: Method = Auto(),
     has_aux: bool = False,
 ) -> Any:
-    """The relaxed System as a function of the parameters, differentiable in forward and reverse
-    mode, to any order.
+    """Relax a system, as a function of its parameters that jax differentiates.
 
-    For use under jax.grad, jacfwd, jacrev, hessian, vmap and jit: ``jax.grad(lambda p:
+    The function is differentiable in forward and reverse mode, to any order. It is for use under
+    jax.grad, jacfwd, jacrev, hessian, vmap and jit: ``jax.grad(lambda p:
     ms.observables.pressure(ms.equilibrate(system, p)))(params)``. The derivative is that of ``jvp``
     and ``vjp``, with the same treatment of the null space and of rattlers.
 
-    The cell is the system's, or follows the parameters: for one that responds at a pressure take
-    ``gradient`` at ``minimize(system, pressure=P)``.
+    The cell is fixed, or is the system's function of the parameters. For a cell that responds at a
+    constant pressure take ``gradient`` at ``minimize(system, pressure=P)``.
 
-    It cannot raise, since traced code cannot: with ``has_aux`` it returns the relaxation's stats,
-    whose status tells whether it converged. That what it converged to is stable and rigid,
-    ``certify`` tells alone.
-    The status of the linear solve inside a derivative cannot be carried out: where it matters take
-    ``jvp`` or ``gradient``. The neighbor list keeps the capacity that ``system`` brings, so start
-    from a relaxed system (``ms.minimize(...).system``): the list's overflow is in the status.
+    Traced code cannot raise an error. With ``has_aux`` the function returns the statistics of the
+    relaxation, whose status tells whether it converged; only ``certify`` tells whether the result
+    is stable and rigid. The status of the linear solve inside a derivative cannot be returned:
+    where it matters take ``jvp`` or ``gradient``. The neighbor list keeps the capacity of the list
+    of ``system``, so start from a relaxed system (``ms.minimize(...).system``): an overflow of the
+    list is reported in the status.
 
     Args:
-      system: where to start. The derivative by its positions is zero: the minimum stays where it is
-        as the start moves a little. By its cell there is none here: a box that is to be
-        differentiated is a function of the parameters.
-      params: the parameters to relax at, all or some; the system's where None. A matrix of species
-        pairs counts by its symmetric part: of ``jax.grad`` by it, entries (a, b) and (b, a) are
-        half each of the derivative by the one number that both are, and their sum is the whole.
+      system: the start of the relaxation. The derivative by its positions is zero: the minimum
+        stays where it is as the start moves a little. Its cell has no derivative here: a box that
+        is to be differentiated is a function of the parameters.
+      params: the parameters to relax at, all or some; those of the system where None. Only the
+        symmetric part of a matrix of species pairs counts: in ``jax.grad`` by the matrix, entries
+        (a, b) and (b, a) are each half of the derivative by the one number that both are, and their
+        sum is the whole derivative.
       tolerance, method, max_steps: as in ``minimize``.
       solve: the linear solver of the derivative.
       has_aux: return ``(System, SolveStats)``.
@@ -88,27 +87,24 @@ def equilibrate(
         raise InputError(
             f"params is a {type(params).__name__}: give a dict of parameter names and values."
         )
-    given = full_tangent(system, {}) if params is None else params
-    for name in given:
-        full_tangent(
-            system, {name: jnp.zeros_like(jnp.asarray(given[name]))}
-        )  # the name's and shape's check
-    for parameter in parameters_of(system, given):
+    parameters = full_tangent(system, {}) if params is None else params
+    for name in parameters:
+        # checks the name and the shape; the values may be traced
+        full_tangent(system, {name: jnp.zeros_like(jnp.asarray(parameters[name]))})
+    for parameter in parameters_of(system, parameters):
         if parameter.paired:
-            check_symmetric(f"params[{parameter.name!r}]", given[parameter.name])
+            check_symmetric(f"params[{parameter.name!r}]", parameters[parameter.name])
     dtype = system.positions.dtype
-    full = (
-        dict(system.params)
-        if params is None
-        else {**system.params, **{k: jnp.asarray(v, dtype) for k, v in params.items()}}
-    )
+    all_params = dict(system.params)
+    if params is not None:
+        all_params |= {name: jnp.asarray(value, dtype) for name, value in params.items()}
     why = (
-        "equilibrate is differentiated by the parameters alone, and here its cell is what the"
-        " derivative is taken by: give a box that is a function of the parameters,"
+        "equilibrate is differentiated by the parameters alone, and here the derivative is taken by"
+        " its cell: give a box that is a function of the parameters,"
         " System.create(positions, lambda params: ..., ...)."
     )
     system = system.replace(positions=refusing_derivative(system.positions, system.boundary, why))
-    relaxed, stats = _equilibrate(system, full, tolerance, max_steps, method, solve)
+    relaxed, stats = _equilibrate(system, all_params, tolerance, max_steps, method, solve)
     return (relaxed, stats) if has_aux else relaxed
 
 
@@ -116,19 +112,21 @@ def equilibrate(
 def _equilibrate(
     system: System,
     params: dict[str, jax.Array],
-    tolerance: Any,
-    max_steps: Any,
-    method: Any,
+    tolerance: float | jax.Array | None,
+    max_steps: int | jax.Array,
+    method: Fire | GradientDescent,
     solve: Method,
 ) -> tuple[System, SolveStats]:
-    """``equilibrate``, compiled once for each system shape and transformation."""
+    """``equilibrate``, compiled once for each shape of a system and each transformation of jax."""
     start = jax.lax.stop_gradient(system.replace(params=params))
     eq = jax.lax.stop_gradient(relax(start, tolerance, max_steps, method))
-    held, net, null = analyze_rigidity(eq.system, eq.max_force)
+    backbone, net, null = analyze_rigidity(eq.system, eq.max_force)
 
     def condition(x: Unknowns, p: Params) -> Unknowns:
-        return energy_gradient(held, x, p)
+        return energy_gradient(backbone, x, p)
 
+    # The minimum is found above, without a derivative. The decorated function returns it as it is
+    # and has the derivative of the root of ``condition``.
     @root(
         condition,
         solve=solve,
@@ -136,12 +134,13 @@ def _equilibrate(
         positive_semidefinite=True,
         null_space=lambda x, p: null.project,
     )
-    def found(init: Unknowns, p: Params) -> Unknowns:
+    def minimum(init: Unknowns, p: Params) -> Unknowns:
         return init
 
-    x = found(Unknowns(eq.system.positions), params)
+    x = minimum(Unknowns(eq.system.positions), params)
     stats = solve_stats(eq, method)
-    if tolerance is not None:  # one that is small in no unit of the system's
+    # A tolerance of the user may be met by forces that are still large in the system's own units.
+    if tolerance is not None:
         far = unrelaxed(eq.system, eq.max_force, net.mean_force) & (is_good(stats.status))
         stats = dataclasses.replace(
             stats, status=jnp.where(far, Status.UNCONVERGED.value, stats.status)

@@ -1,6 +1,4 @@
-"""A minimum made ready to be differentiated: its condition, null space and, where it responds, its
-cell.
-"""
+"""The linearization of a minimum: its condition, null space and cell, ready for derivatives."""
 
 from __future__ import annotations
 
@@ -51,8 +49,8 @@ __all__ = [
     "full_tangent",
     "linearized",
     "linearize",
+    "require_sound",
 ]
-__all__ += ["require_sound"]
 
 Params = Mapping[str, Any]
 
@@ -60,24 +58,28 @@ Params = Mapping[str, Any]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Linearization(Portable, Named):
-    """A minimum ready to be differentiated; every call on a minimum takes one in place of it.
+    """A minimum with all that its derivatives share.
+
+    Every function that differentiates a minimum takes a Linearization in place of the minimum.
 
     Attributes:
       equilibrium: the minimum.
-      system: its backbone, the contacts of rattlers deleted: derivatives are of its energy.
+      system: its backbone, that is, the system without the contacts of rattlers. Derivatives are
+        those of the backbone's energy.
       network: contacts, clusters and rattlers.
       null: the null space of the Hessian: translations, rattlers, rotations of free clusters.
       solve: the linear solver.
-      structure: which unknowns there are and what is zero at the minimum, see
+      structure: the kind of unknowns and the condition that is zero at the minimum, see
         :mod:`mdsens.sensitivity.structure`.
       blocks: the Hessian as blocks of pairs, for compiled products with it; None where it is not
         assembled.
-      factor: the Hessian on the host with its factor, made when it is first needed; None in traced
-        code and for potentials of more than pairs. Under constraints that of the whole system of
-        equations.
-      force_status: UNCONVERGED where the largest force left is not small beside the mean pair
-        force, CONTACTS_UNSETTLED where it does not tell whether particles touch, INDEFINITE where a
-        mode of negative stiffness was found; else CONVERGED.
+      factor: the Hessian on the host, with a factor that is computed when it is first needed; None
+        in traced code and for potentials that are no sum over pairs. Under constraints, the matrix
+        of the whole system of equations with its factor.
+      force_status: UNCONVERGED where the largest force left on a particle is not small compared
+        with the mean pair force, CONTACTS_UNSETTLED where particles touch and that force leaves
+        open whether they are in contact, INDEFINITE where a mode of negative stiffness exists; else
+        CONVERGED.
     """
 
     equilibrium: Equilibrium
@@ -85,7 +87,7 @@ class Linearization(Portable, Named):
     network: Network
     null: NullSpace
     solve: Method = dataclasses.field(default=Auto(), metadata={"static": True})
-    structure: Structure = FixedCellStructure()
+    structure: Structure = dataclasses.field(default=FixedCellStructure())
     blocks: BlockRows | None = None
     factor: HessianFactor | KKT | None = dataclasses.field(
         default=None, metadata={"static": True}, compare=False
@@ -94,12 +96,12 @@ class Linearization(Portable, Named):
 
     @property
     def cell(self) -> Cell | None:
-        """The cell that responds to the pressure; None where it is fixed."""
+        """The cell of a minimum at a pressure; None where the cell is fixed."""
         return getattr(self.structure, "cell", None)
 
     @property
     def multipliers(self) -> dict[str, jax.Array] | None:
-        """Of the equations among the constraints; None without any."""
+        """Lagrange multipliers of the equations among the constraints; None without equations."""
         return getattr(self.structure, "multipliers", None)
 
     @property
@@ -109,36 +111,39 @@ class Linearization(Portable, Named):
 
     @property
     def params(self) -> dict[str, Any]:
-        """The parameters that derivatives are taken by: those of the system that no constraint
-        relaxes and, where the cell is an unknown, the pressure.
+        """The parameters that derivatives are taken by.
+
+        These are the parameters of the system that no constraint relaxes and, where the cell is an
+        unknown, the pressure.
         """
         return self.structure.params(self.system)
 
     @property
     def unknowns(self) -> Unknowns:
-        """The unknowns at the minimum: positions, a strain of zero where the cell is an unknown,
-        and what constraints add.
+        """The unknowns at the minimum.
+
+        These are the positions, a strain of zero where the cell is an unknown, and under
+        constraints the multipliers and the relaxed parameters.
         """
         return self.structure.unknowns(self.system)
 
     def condition(self, x: Unknowns, params: Params) -> Unknowns:
-        """F(x, params), zero at the minimum: dU/dR; at a pressure the derivative of the enthalpy by
-        strain as well; under constraints dL/dx and the equations.
+        """F(x, params), the condition that is zero at the minimum.
+
+        It is dU/dR; at a pressure, with the derivative of the enthalpy by strain; under
+        constraints, dL/dx and the equations.
         """
         return self.structure.condition(self, x, params)
 
     def moved(self, system: System, x: Unknowns, params: Params) -> System:
-        """A system of this configuration at other unknowns and parameters; traceable, its neighbor
-        list stays.
-        """
+        """The system at other unknowns and parameters, with the same neighbor list; traceable."""
         return self.structure.moved(system, x, params)
 
     def traced(self, differentiated: Sequence[str]) -> Linearization:
-        """The form that compiled code takes: without the host's factor, and with the potential in
-        its cheapest form.
+        """The form for compiled code: no factor, and the potential in its cheapest form.
 
         Args:
-          differentiated: parameters whose derivatives are to be taken.
+          differentiated: names of the parameters that derivatives are to be taken by.
         """
         names = [*differentiated, *lagrangian.relaxed(self.system)]
         potential = self.system.potential.at(self.system.params, names)
@@ -148,19 +153,28 @@ class Linearization(Portable, Named):
 
     @property
     def status(self) -> Any:
-        """CONVERGED, or why no derivative can be taken here: the minimization's own status,
-        UNJAMMED, that of the force left, or the structure's.
+        """CONVERGED, or why no derivative can be taken at this minimum; an int32 array.
+
+        The first bad one of: the status of the minimization, UNJAMMED, ``force_status``, and the
+        status of the structure.
         """
-        code = _outcome(self.equilibrium.status, self.network.unjammed)
-        for more in (self.force_status, self.structure.status):
-            xp = jnp if isinstance(code, Tracer) or isinstance(more, Tracer) else np
-            code = code if more is None else xp.where(code != Status.CONVERGED.value, code, more)
-        return code
+        status = _status_of_minimum(self.equilibrium.status, self.network.unjammed)
+        for other in (self.force_status, self.structure.status):
+            if other is None:
+                continue
+            # numpy on the host, jax in traced code
+            xp = jnp if isinstance(status, Tracer) or isinstance(other, Tracer) else np
+            status = xp.where(status != Status.CONVERGED.value, status, other)
+        return status
 
 
 def by_factor(system: System, solve: Method, many: bool = False) -> bool:
-    """Whether the solver that is asked for takes the sparse factor of H wherever H has one, for one
-    solve or many.
+    """Whether a solver uses the sparse factor of the Hessian, where the Hessian has one.
+
+    Args:
+      solve: the solver. Direct always uses the factor; Auto only on a CPU, and not for a single
+        solve of a large system in 3-D, where the factor fills in.
+      many: whether there are many right-hand sides.
     """
     pays = many or system.dimension == 2 or system.n <= ONE_SOLVE_3D
     wanted = isinstance(solve, Direct) or (
@@ -169,17 +183,19 @@ def by_factor(system: System, solve: Method, many: bool = False) -> bool:
     return wanted and (bool(system.constraints) or factorizes(system))
 
 
-def _outcome(status: Any, unjammed: Any) -> Any:
+def _status_of_minimum(status: Any, unjammed: Any) -> Any:
+    """The status of the minimization where it is bad, else UNJAMMED or CONVERGED."""
     xp = jnp if isinstance(unjammed, Tracer) else np
     code = xp.where(unjammed, Status.UNJAMMED.value, Status.CONVERGED.value)
     return xp.where(is_good(status), code, status)
 
 
 @jax.jit
-def force_left(system: System, net: Network, largest: Any) -> jax.Array:
-    """What the largest force left puts in doubt, of each of a batch: UNCONVERGED where it is not
-    small beside the mean pair force, CONTACTS_UNSETTLED where particles touch and it cannot be told
-    whether they are in contact.
+def force_left(system: System, net: Network, largest: jax.Array) -> jax.Array:
+    """The status that the largest force left on a particle gives a minimum, or each of a batch.
+
+    UNCONVERGED where the force is not small compared with the mean pair force, CONTACTS_UNSETTLED
+    where particles touch and it leaves open whether they are in contact; else CONVERGED.
     """
     if system.batch is not None:
         return jax.vmap(force_left)(system, net, largest)
@@ -190,12 +206,11 @@ def force_left(system: System, net: Network, largest: Any) -> jax.Array:
 
 
 def _force_left_of_one(eq: Equilibrium, net: Network) -> Any:
-    """``force_left`` of one minimum, which needs the potential's own scales where the contacts do not
-    settle it.
-    """
-    left, mean = np.asarray(eq.max_force), np.asarray(net.mean_force)
-    if left <= RELAXED * mean and not np.asarray(net.touching):
+    """``force_left`` of one minimum, on the host where the mean contact force decides it."""
+    mean_force = np.asarray(net.mean_force)
+    if np.asarray(eq.max_force) <= RELAXED * mean_force and not np.asarray(net.touching):
         return np.int32(Status.CONVERGED.value)
+    # else the scales of the potential decide, in compiled code
     return force_left(eq.system, net, eq.max_force)
 
 
@@ -206,8 +221,8 @@ def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Li
       eq: from ``minimize``; not a batch.
       solve: an option record of mdsens.implicit: GMRES(), CG(), MINRES(), BiCGSTAB(), Direct() and
         others, or Auto(), which chooses.
-      throw: raise where the minimum cannot be differentiated; with False every door's status says
-        so.
+      throw: raise where the minimum cannot be differentiated; with False the status of every
+        derivative says so.
 
     Raises:
       ConvergenceError: an unconverged minimum, or one without contacts (UNJAMMED).
@@ -225,13 +240,15 @@ def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Li
         )
     backbone, net, null = analyze_rigidity(eq.system, eq.max_force, eq.contacts_needed)
     if eq.system.constraints:
-        return _constrained(eq, backbone, net, null, solve, throw)
+        return _linearize_constrained(eq, backbone, net, null, solve, throw)
     null = null.simplified()
     factor = HessianFactor(backbone, null, eq.order)
+    # a saddle of order k must have exactly k negative modes
     if eq.order and factor.unstable(eq.order + 1) != eq.order:
         eq = dataclasses.replace(eq, status=jnp.asarray(Status.NOT_A_SADDLE.value, jnp.int32))
     force_status = _force_left_of_one(eq, net)
-    # where a factor does not count negative modes at every solve
+    # Negative modes are looked for here unless the minimization has done so (``examined``), they
+    # are counted above (a saddle), or every solve counts them by a factor.
     examined = bool(np.all(eq.examined)) or eq.order > 0 or by_factor(backbone, solve)
     rigid = not bool(net.unjammed) and np.isfinite(np.asarray(eq.positions)).all()
     if int(force_status) == Status.CONVERGED and not examined and rigid:
@@ -258,24 +275,27 @@ def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Li
     return lin
 
 
-def _constrained(
+def _linearize_constrained(
     eq: Equilibrium, backbone: System, net: Network, null: NullSpace, solve: Method, throw: bool
 ) -> Linearization:
+    """``linearize`` under constraints."""
     multipliers = lagrangian.unknowns_of(backbone, eq.multipliers).multipliers
     null = constrained_null_space(backbone, net, null, multipliers)
     factor = KKT(backbone, null, multipliers)
-    code = Status.CONVERGED
+    status = Status.CONVERGED
+    # a coordinate about to meet or leave its bound: the derivative differs on the two sides
     if about_to_switch(eq.system, eq.multipliers, null, float(eq.max_force)):
-        code = Status.DEGENERATE_CONSTRAINT
+        status = Status.DEGENERATE_CONSTRAINT
+    # the graver status replaces the other
     if factor.redundant:
-        code = Status.REDUNDANT_CONSTRAINTS
+        status = Status.REDUNDANT_CONSTRAINTS
     lin = Linearization(
         equilibrium=eq,
         system=backbone,
         network=net,
         null=null,
         solve=solve,
-        structure=ConstrainedStructure(multipliers, jnp.asarray(code.value, jnp.int32)),
+        structure=ConstrainedStructure(multipliers, jnp.asarray(status.value, jnp.int32)),
         factor=factor,
     )
     if throw:
@@ -284,8 +304,11 @@ def _constrained(
 
 
 def linearized(eq: Equilibrium | Linearization, solve: Method | None) -> Linearization:
-    """What a door is given, as a Linearization with the solver that is asked for; sound or not, see
-    :func:`require_sound`.
+    """The linearization of a minimum with a given solver, or a Linearization as it is.
+
+    Args:
+      eq: the minimum; whether it can be differentiated is checked by :func:`require_sound`.
+      solve: the solver; where None, Auto() or that of the Linearization.
     """
     if solve is not None:
         check_method(solve)
@@ -297,31 +320,42 @@ def linearized(eq: Equilibrium | Linearization, solve: Method | None) -> Lineari
             " Linearization."
         )
     require_host(
-        "what takes an Equilibrium", "call it outside, or differentiate ms.equilibrate there", eq
+        "a function of an Equilibrium", "call it outside, or differentiate ms.equilibrate there", eq
     )
     return linearize(eq, Auto() if solve is None else solve, throw=False)
 
 
 def require_sound(lin: Linearization, eq: Equilibrium | Linearization, throw: bool) -> None:
-    """Raise where the minimum ``eq`` cannot be differentiated, if ``throw``: after the other
-    arguments were looked at, for one who errs in these should not first be told of contacts.
+    """Raise an error where the minimum ``eq`` cannot be differentiated, if ``throw``.
 
-    A Linearization was asked for with or without an error of its own.
+    To be called after the other arguments are checked, so that a user who errs in these reads about
+    them first and not about contacts. A Linearization does not raise here: ``linearize`` has raised
+    or not, as the user chose.
     """
     if throw and isinstance(eq, Equilibrium):
         raise_for_status(Status(int(lin.status)), "this minimum cannot be differentiated", lin)
 
 
 def full_tangent(system: System, dparams: Params, params: Params | None = None) -> dict[str, Any]:
-    """A full dict of parameter changes from a partial one, checked; of a Linearization's ``params``
-    where given.
+    """Changes of all parameters, checked: those of ``dparams``, and zero for the others.
+
+    Args:
+      params: the parameters; those of the system where None. Of a Linearization, its ``params``.
     """
-    given, valid = changes(system, dparams, params), system.params if params is None else params
-    return {k: given[k] if k in given else np.zeros(v.shape, v.dtype) for k, v in valid.items()}
+    partial = changes(system, dparams, params)
+    valid = system.params if params is None else params
+    return {
+        name: partial[name] if name in partial else np.zeros(value.shape, value.dtype)
+        for name, value in valid.items()
+    }
 
 
 def changes(system: System, dparams: Params, params: Params | None = None) -> dict[str, Any]:
-    """Changes of some parameters, checked; of a Linearization's ``params`` where they are given."""
+    """The changes of some parameters, checked and in the type of the parameters.
+
+    Args:
+      params: the parameters; those of the system where None. Of a Linearization, its ``params``.
+    """
     valid = system.params if params is None else params
     paired = {parameter.name for parameter in parameters_of(system, valid) if parameter.paired}
     if not isinstance(dparams, Mapping):
@@ -337,21 +371,23 @@ def changes(system: System, dparams: Params, params: Params | None = None) -> di
             )
             if name == "pressure":
                 hint = (
-                    "this cell is given; one that follows a pressure is relaxed by"
+                    "the cell of this minimum is fixed; relax one that follows a pressure by"
                     " ms.minimize(system, pressure=P)."
                 )
             raise InputError(f"{name!r} is no parameter of {system.potential.name}: {hint}")
-        given = real_array(f"dparams[{name!r}]", change)
-        want, got = valid[name].shape, given.shape
-        if want != got:
+        array = real_array(f"dparams[{name!r}]", change)
+        expected_shape = valid[name].shape
+        if array.shape != expected_shape:
             raise InputError(
-                f"dparams[{name!r}] has shape {got}: the parameter has {want}, give that."
+                f"dparams[{name!r}] has shape {array.shape}: the parameter has {expected_shape},"
+                " give that."
             )
-        if not isinstance(given, Tracer) and not np.isfinite(np.asarray(given, float)).all():
+        if not isinstance(array, Tracer) and not np.isfinite(np.asarray(array, float)).all():
             raise InputError(f"dparams[{name!r}] is not finite: give finite changes.")
-    found = {}
+    checked = {}
     for name, change in dparams.items():
-        given = real_array(f"dparams[{name!r}]", change)
-        given = check_symmetric(f"dparams[{name!r}]", given) if name in paired else given
-        found[name] = given.astype(valid[name].dtype)
-    return found
+        array = real_array(f"dparams[{name!r}]", change)
+        if name in paired:
+            array = check_symmetric(f"dparams[{name!r}]", array)
+        checked[name] = array.astype(valid[name].dtype)
+    return checked

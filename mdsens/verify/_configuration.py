@@ -338,12 +338,16 @@ def _compared(check: str, what: str, error: float) -> Finding:
 
 
 def _spacing(system: System) -> float:
-    """The median distance of a particle from its nearest neighbor, in open boundaries."""
+    """The median distance of a particle from its nearest neighbor, periodic images included."""
     # Imported here, so that importing this package does not import scipy.spatial.
     from scipy.spatial import KDTree
 
     if system.n < 2:
         return 1.0
     positions = np.asarray(system.positions)
+    if system.box is not None:
+        apart = positions[:, None] - positions[None]
+        lengths = np.linalg.norm(np.asarray(nearest_image(jnp.asarray(apart), system.box)), axis=-1)
+        return float(np.median(np.partition(lengths, 1, axis=1)[:, 1]))  # the least is its own, 0
     distances, _ = KDTree(positions).query(positions, k=2)  # the nearest is the particle itself
     return float(np.median(distances[:, 1]))

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from mdsens import sensitivity
 from mdsens._util.errors import InputError
 from mdsens._util.tables import Shown
-from mdsens.implicit.linear.operators import Method, check_method
+from mdsens.implicit.linear import Method, check_method
 from mdsens.mechanics.hessian import Unknowns
 from mdsens.mechanics.status import Status
 from mdsens.model.system import parameters_of

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens._util.probe import chirp
 from mdsens.mechanics.forces import energy_gradient
 from mdsens.mechanics.units import Limits, natural_units
 from mdsens.model import neighbors
@@ -245,10 +246,8 @@ def reversed_run(run: TangentRun, start: System, tangent: Params, count: int) ->
       tangent: its change of the parameters.
       count: the number of steps.
     """
-    # A cotangent without symmetry that is the same in every run: cos(k^2).
-    w = jnp.cos(jnp.arange(start.positions.size, dtype=start.positions.dtype) ** 2).reshape(
-        start.positions.shape
-    )
+    # A cotangent without symmetry that is the same in every run.
+    w = chirp(start.positions.shape, start.positions.dtype)
 
     def weighted_positions(params: Params) -> jax.Array:
         """<w, R> after the steps."""

@@ -144,6 +144,11 @@ def test_bad_variables_are_named(free: Any, bounds: Any, said: str) -> None:
         Variables.of(_glass(), free, bounds)
 
 
+def test_a_share_and_a_bound_of_a_scalar_hold_together() -> None:
+    variables = Variables.of(ms.load_system("dimer"), {"sigma": Free(within=0.05, low=0.99)}, None)
+    np.testing.assert_allclose(np.exp([variables.low[0], variables.high[0]]), [0.99, 1.05])
+
+
 # -- answers that are known
 
 
@@ -532,6 +537,7 @@ def test_bad_design_files_are_named(tmp_path: Path, old: str, new: str, said: st
         (lambda: LevenbergMarquardt(widths=3.0), "widths"),  # type: ignore[arg-type]
         (lambda: Optax("adam"), "optimizer"),
         (lambda: fit([], ms.load_system("dimer"), "sigma"), r"targets is \[\]: give"),
+        (lambda: fit(3, ms.load_system("dimer"), "sigma"), r"targets is 3: give"),  # type: ignore
         (
             lambda: fit(hold("energy"), 3, "sigma"),  # type: ignore[arg-type]
             "system is 3",

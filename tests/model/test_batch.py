@@ -140,7 +140,7 @@ def test_doors_answer_for_each_member(door, solve):
 
 def test_jacobians_that_do_not_fit_are_refused_before_they_are_made(monkeypatch):
     one = 2 * 2 * 96 * 2 * 8  # its non-affine part as well
-    monkeypatch.setattr(memory, "_available_memory", lambda: 6.5 * one)
+    monkeypatch.setattr(memory, "available_memory", lambda: 6.5 * one)
     assert ms.jacobian(ms.unstack(relaxed())[0], "sigma", throw=False).value.shape == (N, 2, 2)
     with pytest.raises(
         ms.TooLargeError, match=r"jacobian by 2 components of sigma of 7 systems, .* take ms.vjp"

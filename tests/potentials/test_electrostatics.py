@@ -493,7 +493,7 @@ def test_is_refused(what):
 
 
 def test_too_many_particles_are_refused(monkeypatch):
-    monkeypatch.setattr(memory, "_available_memory", lambda: 1e3)
+    monkeypatch.setattr(memory, "available_memory", lambda: 1e3)
     with pytest.raises(ms.TooLargeError, match="fewer particles"):
         cluster(potentials.induced_dipoles(), TWO, **PAIR)
 

@@ -265,7 +265,7 @@ def test_warnings_are_off_while_code_is_loaded_and_then_alone(monkeypatch: pytes
     jax.monitoring.record_event(cache_warnings.REQUESTED)
     assert levels == [3]
     jax.monitoring.record_event_duration_secs(cache_warnings.COMPILED, 0.1)
-    assert levels == [3, 1] and not cache_warnings._loading
+    assert levels == [3, 1] and not cache_warnings._loading_threads
     jax.monitoring.record_event_duration_secs(
         cache_warnings.COMPILED, 0.1
     )  # of what no cache was asked for

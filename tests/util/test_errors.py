@@ -240,7 +240,7 @@ def test_a_function_without_a_source_is_named_all_the_same():
         compile("def norm(s):\n    return np.linalg.norm(s.positions)\n", "<typed in>", "exec"),
         names,
     )
-    with pytest.raises(ms.InputError, match=re.escape("in norm (<typed in>:2): take jax.numpy")):
+    with pytest.raises(ms.InputError, match=re.escape("in norm (<typed in>:2): use jax.numpy")):
         ms.gradient(names["norm"], trimer())
 
 
@@ -265,7 +265,7 @@ def test_host_code_in_what_jax_traces_is_named_with_what_goes_there():
             jax.grad(call)(1.0)
         one_line(error)
     with pytest.raises(
-        ms.InputError, match=r"what takes an Equilibrium works on numbers.*call it outside"
+        ms.InputError, match=r"a function of an Equilibrium works on numbers.*call it outside"
     ):
         jax.jit(lambda p: p * ms.elasticity.moduli(eq).bulk)(1.0)
     many = jax.vmap(lambda p: ms.jvp(eq, {"sigma": p}, solve=CG(), throw=False).value)(jnp.ones(2))

@@ -102,7 +102,7 @@ def test_the_curve_tells_the_chaotic_part_apart():
 
 
 def test_reverse_mode_has_to_fit(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(memory, "_available_memory", lambda: 1e4)
+    monkeypatch.setattr(memory, "available_memory", lambda: 1e4)
     with pytest.raises(ms.TooLargeError, match="forward mode"):
         unrolled(pair(), {"sigma": 1.0}, 1000, method=GradientDescent(), reverse=True)
 

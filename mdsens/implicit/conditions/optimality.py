@@ -45,7 +45,7 @@ from mdsens._util.portable import Portable
 from mdsens._util.pytree import PyTree, check_same
 from mdsens.implicit._closures import hoist
 from mdsens.implicit.conditions.conic import conic_residual
-from mdsens.implicit.linear.operators import Auto, Method, Operator
+from mdsens.implicit.linear import Auto, Method, Operator
 from mdsens.implicit.linear.solution import linear_solve
 
 __all__ = [

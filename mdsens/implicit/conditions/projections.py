@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import optax.projections
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from mdsens._util.errors import InputError
 from mdsens._util.pytree import PyTree
+from mdsens.implicit.linear import Direct, Operator
 from mdsens.implicit.linear.direct import one_by_one
-from mdsens.implicit.linear.operators import Direct, Operator
 from mdsens.implicit.linear.solution import linear_solve
 
 __all__ = [
@@ -40,7 +39,9 @@ __all__ = [
 
 def non_negative(x: PyTree) -> PyTree:
     """Project on the set without negative entries: max(x, 0). At zero the derivative is zero."""
-    return optax.projections.projection_non_negative(x)
+    from optax import projections  # slow to import
+
+    return projections.projection_non_negative(x)
 
 
 # Not optax's projection: at a bound, its jnp.clip has the mean of the derivatives to both sides,

@@ -1,4 +1,4 @@
-"""Linear solves with a known null space: Krylov methods, factorizations, eigenvalues."""
+"""Linear systems with a known null space: Krylov methods, factorizations, lowest eigenvalues."""
 
 from mdsens.implicit.linear.auto import Auto, choose
 from mdsens.implicit.linear.bicgstab import BiCGSTAB

@@ -1,4 +1,4 @@
-"""Chebyshev's polynomial of an operator as a preconditioner: products alone, no inner products."""
+"""The Chebyshev polynomial of an operator as a preconditioner, which needs no inner products."""
 
 from __future__ import annotations
 
@@ -14,24 +14,30 @@ from mdsens.implicit.linear.method import Round
 
 __all__ = ["POWER_STEPS", "chebyshev", "smoothed"]
 
+# Steps of the power method in the estimate of the largest eigenvalue.
 POWER_STEPS = 15
+# The power method estimates the largest eigenvalue from below. The polynomial is to cover the whole
+# spectrum: beyond its interval it grows without bound.
+MARGIN = 1.2
 
 
 def chebyshev(apply: Apply, degree: int, like: Array) -> Apply:
-    """r -> p(A) r, which solves A z = r roughly: ``degree - 1`` steps of the Chebyshev iteration,
-    on products alone.
+    """Return the preconditioner r -> p(A) r, which solves A z = r approximately.
 
-    1 - t p(t) is the Chebyshev polynomial of that degree on [a, b], b the largest eigenvalue and a
-    = 4 b / degree^2, and one at zero (Saad, Iterative Methods for Sparse Linear Systems, 2003,
-    section 12.3). So p(A) A has the eigenvalues above a near one, and those below at about degree^2
-    times their share of b: its condition number is that of A over degree^2, and an iteration on it
-    takes as many products as on A, but inner products for one in ``degree``. It has the null space
-    of A, and where A has a negative eigenvalue, a negative one too.
+    It takes ``degree - 1`` steps of the Chebyshev iteration, which needs products with A only.
+
+    1 - t p(t) is the Chebyshev polynomial of that degree on [a, b], scaled to 1 at t = 0, with b
+    the largest eigenvalue of A and a = 4 b / degree^2 (Saad, Iterative Methods for Sparse Linear
+    Systems, 2003, section 12.3). The eigenvalues lambda of A above a become eigenvalues of p(A) A
+    near 1, and those below become about degree^2 lambda / b. So the condition number of p(A) A is
+    that of A divided by degree^2. An iteration on p(A) A takes as many products as one on A, but
+    only one step, with its inner products, for every ``degree`` of them. p(A) A has the null space
+    of A, and it has a negative eigenvalue where A has one.
 
     Args:
-      apply: products with A, symmetric.
+      apply: v -> A v, A symmetric.
       degree: of t p(t).
-      like: an array of the right-hand sides' shape, to find b with.
+      like: an array with the shape of the right-hand sides, for the estimate of b.
     """
 
     def power(_: Any, state: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -41,18 +47,20 @@ def chebyshev(apply: Apply, degree: int, like: Array) -> Apply:
         return safe_divide(w, length), jnp.maximum(size, length)
 
     start = chirp(like.size, like.dtype)
-    _, found = lax.fori_loop(
-        0, POWER_STEPS, power, (start / norm(start), jnp.zeros((), like.dtype))
-    )
-    high = 1.2 * jnp.where(found > 0, found, 1)
+    start = start / norm(start)
+    _, largest = lax.fori_loop(0, POWER_STEPS, power, (start, jnp.zeros((), like.dtype)))
+    # an operator of zeros gets any interval
+    high = MARGIN * jnp.where(largest > 0, largest, 1)
     low = 4.0 * high / degree**2
-    center, half = 0.5 * (high + low), 0.5 * (high - low)
+    center = 0.5 * (high + low)
+    half = 0.5 * (high - low)
     sigma = center / half
 
     def smooth(r: Array) -> Array:
         def step(
             _: Any, state: tuple[Array, Array, Array, Array]
         ) -> tuple[Array, Array, Array, Array]:
+            # z: the solution so far, r: its residual, d: its last change
             z, r, d, rho = state
             r = r - apply(d)
             new = 1.0 / (2.0 * sigma - rho)
@@ -68,26 +76,31 @@ def chebyshev(apply: Apply, degree: int, like: Array) -> Apply:
 def smoothed(
     iterate: Callable[[Apply, Array, Array, Array], Iterate], apply: Apply, degree: int, b: Array
 ) -> Round:
-    """The iteration on p(A) A x = p(A) r, p the Chebyshev polynomial of a degree.
+    """Return a round that solves p(A) A x = p(A) r, with the polynomial p of :func:`chebyshev`.
 
     Args:
-      iterate: ``(apply, b, tol, limit) -> (x, applications, result)``.
+      iterate: the iteration, ``(apply, b, tol, limit) -> (x, applications, result)``.
+      apply: v -> A v, A symmetric.
+      degree: of the polynomial t p(t).
+      b: an array with the shape of the right-hand sides.
     """
     smooth = chebyshev(apply, degree, b)
 
     def inner(r: Array, tol: Array, limit: Array) -> Iterate:
-        side = smooth(r)
-        size = norm(side)
-        unit = safe_divide(side, size)
+        right_side = smooth(r)
+        size = norm(right_side)
+        unit = safe_divide(right_side, size)
         # p is large on soft modes and small on stiff ones, so that the residual of A x is larger
-        # than that of p(A) A x: a tenth was enough in every system of benchmarks.jamming.
-        share = 0.1 * tol
+        # than that of p(A) A x. A tenth of the tolerance was enough in all systems of
+        # benchmarks.jamming.
+        inner_tol = 0.1 * tol
         steps = limit // degree
 
         def product(v: Array) -> Array:
             return smooth(apply(v))
 
-        x, k, ended = iterate(product, unit, share, steps)
+        x, k, ended = iterate(product, unit, inner_tol, steps)
+        # each step, and the right-hand side, took ``degree`` applications of A
         return x * size, degree * (k + 1), ended
 
     return inner

@@ -1,9 +1,9 @@
-"""A linear system on flat vectors, solved in rounds: solve, recompute the residual, solve for what
-is left of it.
+"""Solution of a linear system on flat vectors, with iterative refinement and a status.
 
-The operator's maps take and give one vector here. Whatever the method, the right-hand side is
-projected and scaled to norm one, the answer projected, and the status made from the residual that
-the operator itself gives.
+Here the operator maps one vector to one vector. For every method, the right-hand side is projected
+off the null space and scaled to norm one, the solution is projected, and the status follows from
+the residual that is recomputed with the operator. Each round of the refinement solves for the
+residual of the round before.
 """
 
 from __future__ import annotations
@@ -26,31 +26,29 @@ __all__ = ["solve_flat"]
 def solve_flat(
     operator: Operator, b: Array, method: Method, fill: float
 ) -> tuple[Array, SolveStats]:
-    """:func:`mdsens.implicit.solve` on flat vectors, by a method that is none to be chosen and fits
-    the operator.
+    """Solve A x = b on flat vectors, as :func:`mdsens.implicit.solve`.
 
     Args:
-      operator: its maps take and give arrays (n,).
+      operator: its functions map arrays (n,) to arrays (n,).
       b: right-hand side (n,).
-      method: an option record other than Auto.
-      fill: what x is filled with where the status is NOT_FINITE.
+      method: a method other than Auto, which accepts the operator.
+      fill: value of all entries of x where the status is NOT_FINITE.
     """
     left = operator.left_project
-    size, eps = b.size, jnp.finfo(b.dtype).eps
+    eps = jnp.finfo(b.dtype).eps
     zero = jnp.zeros((), b.dtype)
-    if size == 0:
+    if b.size == 0:
         ended = jnp.asarray(int(Result.CONVERGED), jnp.int32)
         return b, SolveStats(ended, zero, jnp.zeros((), jnp.int32), zero, _name(method))
 
     whole = norm(b)
     unit = b / jnp.where(whole > 0, whole, 1)
-    # Twice, because the first pass leaves round-off of all of b, which is much where b lies mostly
-    # in the null space.
+    # Projected twice, because the first projection leaves round-off in proportion to |b|. Where b
+    # lies mostly in the null space, that is much beside the rest of b.
     kept = unit if left is None else left(left(unit))
     length = norm(kept)
     dropped = zero if left is None else norm(unit - kept)
-    # What is left of a right-hand side in the null space is round-off, and its solution would be
-    # noise.
+    # Of a right-hand side in the null space only round-off is left, whose solution would be noise.
     length = jnp.where(length <= 8 * eps, 0, length)
     kept = jnp.where(length == 0, 0, kept / jnp.where(length == 0, 1, length))
 
@@ -59,21 +57,27 @@ def solve_flat(
     finite = jnp.isfinite(residual) & jnp.all(jnp.isfinite(x)) & (ended != Result.NOT_FINITE)
     needed = finite & (residual > method.rtol)
     round_off, extra = _at_round_off(operator, x, residual, needed)
-    free = ended == Result.NOT_UNIQUE
+    not_unique = ended == Result.NOT_UNIQUE
+    # A part of b in the null space below a root of round-off is taken for round-off.
     good = jnp.where(
         dropped > jnp.sqrt(eps), int(Result.NULL_COMPONENT_DROPPED), int(Result.CONVERGED)
     )
-    status = jnp.where(free, int(Result.SINGULAR), ended)
-    status = jnp.where(round_off, jnp.where(free, ended, int(Result.ROUND_OFF_LIMITED)), status)
-    status = jnp.where(residual <= method.rtol, jnp.where(free, ended, good), status)
+    # From the weakest to the strongest reason: a later line overrides an earlier one. A solution
+    # that is not unique stays so where its residual is small; else there is no solution, SINGULAR.
+    status = jnp.where(not_unique, int(Result.SINGULAR), ended)
+    at_limit = jnp.where(not_unique, ended, int(Result.ROUND_OFF_LIMITED))
+    status = jnp.where(round_off, at_limit, status)
+    status = jnp.where(residual <= method.rtol, jnp.where(not_unique, ended, good), status)
     status = jnp.where(ended == Result.INDEFINITE, int(Result.INDEFINITE), status)
     status = jnp.where(finite, status, int(Result.NOT_FINITE)).astype(jnp.int32)
-    answered = finite & ~((length > 0) & (residual >= 1.0))  # nothing was gained: zero is no answer
+    # A residual of 1 is that of x = 0: the method has gained nothing, and zero is no solution.
+    answered = finite & ~((length > 0) & (residual >= 1.0))
     x = jnp.where(answered, x * length * whole, fill)
     return x, SolveStats(status, residual, applications + extra, dropped, _name(method))
 
 
 def _name(method: Method) -> str:
+    """Name a method with its settings, such as CG(degree=1, rtol=1e-10)."""
     fields = sorted(field.name for field in dataclasses.fields(cast(Any, method)))
     settings = ", ".join(
         f"{f}={getattr(method, f)}" for f in fields if getattr(method, f) is not None
@@ -84,26 +88,34 @@ def _name(method: Method) -> str:
 def _at_round_off(
     operator: Operator, x: Array, residual: Array, needed: Array
 ) -> tuple[Array, Array]:
-    """Whether the normwise backward error |r| / (|A| |x| + |b|) is round-off (|b| = 1), and the
-    applications it took.
+    """Whether the residual r of x is round-off, and the applications of A that this test took.
 
-    |A| from below, by six power steps, so the test errs on the strict side. The residual must be
-    small too: along a null direction that nobody declared |x| grows without bound, and the backward
-    error of that noise looks perfect (seen at residuals from 6e-9, with errors of 1e7). 1e-9 leaves
-    room for condition numbers of 1e6 in float64.
+    It is where the normwise backward error |r| / (|A| |x| + |b|) is at most 16 units of round-off,
+    with |b| = 1. |A| is estimated from below by six steps of the power method, so that the test is
+    on the strict side.
+
+    The residual must be small as well. Along a null direction that is not declared, |x| grows
+    without bound, and the backward error of that noise looks perfect. This was observed at
+    residuals from 6e-9, with errors of 1e7. The limit of 1e-9 for the residual admits condition
+    numbers of 1e6 in float64.
+
+    Args:
+      residual: |r|.
+      needed: whether the test is made; else the result is False.
     """
     eps = jnp.finfo(x.dtype).eps
-    off_right = operator.project or same
+    project = operator.project or same
+    # in float32, 1e-9 is below round-off: there a root of round-off
     small = jnp.where(eps < 1e-12, 1e-9, jnp.sqrt(eps))
     steps = jnp.where(needed & (residual < small), 6, 0).astype(jnp.int32)
 
     def body(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         v, size, k = state
-        w = operator.matvec(off_right(v))
+        w = operator.matvec(project(v))
         length = norm(w)
         return safe_divide(w, length), jnp.maximum(size, length), k + 1
 
-    start = off_right(chirp(x.size, x.dtype))
+    start = project(chirp(x.size, x.dtype))
     start = safe_divide(start, norm(start))
     _, size, _ = lax.while_loop(
         lambda state: state[2] < steps, body, (start, jnp.zeros_like(residual), jnp.int32(0))

@@ -1,4 +1,4 @@
-"""Arithmetic on flat vectors that every iteration shares, and the test for negative curvature."""
+"""Arithmetic on flat vectors for all iterations, and the test for negative curvature."""
 
 from __future__ import annotations
 
@@ -23,26 +23,30 @@ __all__ = [
     "safe_divide",
 ]
 
+# v -> A v on flat vectors.
 Apply: TypeAlias = Callable[[Array], Array]
 
+# What an iteration returns: x, number of applications of the operator, and the result.
 Iterate: TypeAlias = tuple[Array, Array, Array]
 
-
-# Curvature below this many units of round-off of |A| counts as zero. An operator product is wrong
-# by a few units; a packing's softest stiffness stands at 1e-6 of its stiffest, nine decades above.
+# Curvature below this many units of round-off of |A| counts as zero. The error of a product with
+# the operator is a few units; the smallest stiffness of a packing is about 1e-6 of the largest,
+# nine decades above these units.
 CURVATURE_UNITS = 100.0
 
 
 def dot(a: Array, b: Array) -> Array:
-    """Matrix or inner product in full precision: float32 on a GPU would otherwise round to
-    TensorFloat32.
+    """Multiply matrices or vectors in full precision.
+
+    By default, a GPU rounds float32 to TensorFloat32 in products.
     """
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
 def norm(v: Array) -> Array:
-    """Euclidean norm that neither overflows nor underflows: |v| = m |v / m| with m the largest
-    entry.
+    """Compute the Euclidean norm |v| = m |v / m|, with m the largest entry.
+
+    So it neither overflows nor underflows.
     """
     largest = jnp.max(jnp.abs(v))
     unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
@@ -51,13 +55,17 @@ def norm(v: Array) -> Array:
 
 
 def safe_divide(a: Array, b: Array) -> Array:
-    """a / b, and zero where b is zero."""
+    """Divide a by b; zero where b is zero."""
+    # The inner where keeps 0 / 0 out, whose NaN would enter derivatives.
     return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
 
 
 class Pivot(NamedTuple):
-    """The last pivot of the L D L^T of a Lanczos matrix T, and |z|^2 of the z = L^-T e_k with z.Tz
-    = pivot.
+    """The last pivot in the factorization L D L^T of a Lanczos matrix T.
+
+    Attributes:
+      value: the pivot, z.Tz with z = L^-T e_k and e_k the last unit vector.
+      weight: |z|^2.
     """
 
     value: Array
@@ -65,11 +73,17 @@ class Pivot(NamedTuple):
 
 
 def next_pivot(alpha: Array, beta: Array, last: Pivot, size: Array) -> tuple[Pivot, Array]:
-    """The next pivot, and whether it proves negative curvature: what conjugate gradients see in
-    their p.Ap / p.p.
+    """Compute the next pivot, and whether it proves negative curvature.
 
-    The curvature along z is pivot / |z|^2. One that is zero to round-off leaves nothing that later
-    pivots could be computed from: not a number from there on, and no proof.
+    The curvature along z is pivot / |z|^2; conjugate gradients have it as p.Ap / p.p. After a pivot
+    that is zero to round-off the later pivots cannot be computed. They are NaN from there on, and
+    prove nothing.
+
+    Args:
+      alpha: next diagonal entry of T.
+      beta: entry of T beside it, in the row before.
+      last: the pivot before; its value is 0 at the start.
+      size: norm of T.
     """
     zero = CURVATURE_UNITS * jnp.finfo(alpha.dtype).eps * size
     ratio = safe_divide(beta, last.value)
@@ -80,10 +94,11 @@ def next_pivot(alpha: Array, beta: Array, last: Pivot, size: Array) -> tuple[Piv
 
 
 def int32(value: int | Result) -> Array:
+    """Convert a number or an outcome to an int32 array, the type that loops carry."""
     return jnp.asarray(int(value), jnp.int32)
 
 
 def preconditioned(precondition: Apply | None, r: Array) -> tuple[Array, Array]:
-    """M r and r.M r."""
+    """Compute M r and r.M r; M is the identity where ``precondition`` is None."""
     z = r if precondition is None else precondition(r)
     return z, dot(r, z)

@@ -1,4 +1,4 @@
-"""The choice of a linear method by size and by what the operator declares."""
+"""Choice of a linear method by the size and the declared properties of an operator."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from mdsens.implicit.linear.operator import Operator
 
 __all__ = ["Auto", "choose"]
 
-# Measured on spring networks of 5.6 bonds a particle in 2-D, two cores: at 512 unknowns Direct
-# takes 13 ms, 10 of them to write the matrix out; CG 1.6 ms, and in proportion to the root of the
-# condition number; GMRES 9 ms. So up to here the choice is for accuracy: the residual of Direct is
-# 4e-15 whatever the condition number.
+# Largest number of unknowns for which Auto takes Direct. Measured on spring networks of 5.6 bonds
+# a particle in 2-D, on two cores: at 512 unknowns Direct takes 13 ms, 10 of them to write the
+# matrix out; CG takes 1.6 ms, in proportion to the root of the condition number; GMRES 9 ms. So up
+# to this size the choice is for accuracy: the residual of Direct is 4e-15 at any condition number.
 DIRECT_SIZE = 512
 
 
@@ -26,13 +26,14 @@ DIRECT_SIZE = 512
 class Auto(Method):
     """The method chosen by :func:`choose` from the size, symmetry and definiteness of the operator.
 
-    For pair potentials, :mod:`mdsens.sensitivity` takes the sparse factor of the Hessian instead,
-    on a CPU, in double precision and up to 1,500 particles in 3-D, 4,000 for many right-hand sides
-    at once. Both rest on the times and errors of every solver in benchmarks/results/README.md, under
-    "sensitivity" (by size and density) and "jamming" (by pressure).
+    For pair potentials, :mod:`mdsens.sensitivity` uses the sparse factor of the Hessian instead: on
+    a CPU, in double precision, and in 3-D for up to 1,500 particles, or 4,000 with many right-hand
+    sides at once. Both choices follow from the times and errors of all solvers in
+    benchmarks/results/README.md, under "sensitivity" (by size and density) and "jamming" (by
+    pressure).
 
     Args:
-      rtol: relative residual asked for, as in :class:`CG`.
+      rtol: requested relative residual, as in :class:`CG`.
     """
 
     rtol: float = 1e-10
@@ -52,18 +53,19 @@ class Auto(Method):
 
 
 def choose(method: Method, size: int, operator: Operator) -> Method:
-    """The concrete method that ``method`` stands for.
+    """Choose the concrete method for an operator.
 
     Args:
-      method: any option record; all but :class:`Auto` come back as they are.
+      method: any method; all but :class:`Auto` are returned as they are.
       size: number of unknowns.
-      operator: its declared symmetry and definiteness count, nothing is evaluated.
+      operator: only its declared symmetry and definiteness are used; nothing is evaluated.
 
     Returns:
-      Direct up to 512 unknowns; beyond, CG, MINRES or GMRES by what the operator declares.
+      For Auto: Direct up to 512 unknowns; for more unknowns, CG where the operator is declared
+      positive semi-definite, MINRES where it is declared symmetric, else GMRES.
 
     Raises:
-      InputError: ``method`` is no option record, or gives wrong answers for such an operator.
+      InputError: ``method`` is not a linear method, or gives wrong answers for such an operator.
     """
     check_method(method)
     concrete = method.concrete(size, operator)

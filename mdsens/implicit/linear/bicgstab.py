@@ -1,4 +1,4 @@
-"""Stabilized bi-conjugate gradients, for any operator in little memory."""
+"""Stabilized bi-conjugate gradients, for any operator, with little memory."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ __all__ = ["BiCGSTAB", "bicgstab"]
 
 @dataclasses.dataclass(frozen=True)
 class BiCGSTAB(IterativeMethod):
-    """Stabilized bi-conjugate gradients: any operator, little memory, but it may break down; GMRES
-    where it does.
+    """Stabilized bi-conjugate gradients, for any operator, with little memory.
+
+    The recurrence may break down; use GMRES where it does.
 
     Args:
-      rtol: relative residual asked for, as in :class:`CG`.
-      max_iterations: operator applications (two a step); 10 times the number of unknowns, at least
-        1,000, where None.
+      rtol: requested relative residual, as in :class:`CG`.
+      max_iterations: largest number of operator applications, two a step; where None, 10 times the
+        number of unknowns, at least 1,000.
     """
 
     scalable: ClassVar[bool] = True
@@ -51,17 +52,28 @@ def bicgstab(
     definite: bool = False,
     precondition: Apply | None = None,
 ) -> Iterate:
-    """BiCGSTAB (van der Vorst, 1992), for any operator; two applications a step, no memory beyond
-    seven vectors.
+    """Solve A x = b by BiCGSTAB (van der Vorst, 1992).
 
-    Where the operator should be positive semi-definite (``definite``), INDEFINITE at a search
-    direction of negative curvature; it may end without meeting one.
+    It takes two applications of A a step, and memory for seven vectors.
 
-    BREAKDOWN where an inner product that it divides by vanishes to round-off (for a skew-symmetric
-    operator at once).
+    The result is INDEFINITE where the operator should be positive semi-definite (``definite``) and
+    a search direction has negative curvature; the iteration may end before it meets such a
+    direction. It is BREAKDOWN where an inner product in a denominator vanishes to round-off, which
+    happens in the first step for a skew-symmetric operator.
+
+    Args:
+      apply: v -> A v.
+      b: right-hand side (n,).
+      tol: norm of the residual at which to stop.
+      limit: largest number of applications.
+      definite: whether A should be positive semi-definite.
+      precondition: v -> M v, from the right; None for none.
+
+    Returns:
+      (x, applications, result).
     """
     eps = jnp.finfo(b.dtype).eps
-    shadow = b
+    shadow = b  # the fixed second vector of the bi-orthogonal recurrence
     change = precondition or (lambda v: v)
 
     def going(state: tuple[Any, ...]) -> Array:
@@ -79,7 +91,7 @@ def bicgstab(
         s_changed = change(s)
         t = apply(s_changed)
         st, tt = dot(t, s), dot(t, t)
-        # s = 0 is convergence half a step early, and no breakdown.
+        # s = 0 is convergence after half a step, not a breakdown.
         done = dot(s, s) <= tol**2
         broken = broken | (~done & (jnp.abs(st) <= eps * norm(t) * norm(s)))
         omega = safe_divide(st, tt)
@@ -90,6 +102,7 @@ def bicgstab(
         scale = jnp.maximum(
             scale, jnp.sqrt(jnp.maximum(safe_divide(dot(ap, ap), pp), safe_divide(tt, ss)))
         )
+        # ``scale`` is the largest |A v| / |v| so far, an estimate of |A| from below.
         least = -CURVATURE_UNITS * eps * scale
         negative = (dot(p_changed, ap) < least * pp) | (~done & (dot(t, s_changed) < least * ss))
         p = r + safe_divide(rho_new, rho) * safe_divide(alpha, omega) * (p - omega * ap)

@@ -1,4 +1,4 @@
-"""Conjugate gradients, for a positive semi-definite operator."""
+"""Conjugate gradients, for positive semi-definite operators."""
 
 from __future__ import annotations
 
@@ -29,17 +29,18 @@ __all__ = ["CG", "cg"]
 
 @dataclasses.dataclass(frozen=True)
 class CG(IterativeMethod):
-    """Conjugate gradients: the fastest where the operator is positive semi-definite; refuses any
-    other.
+    """Conjugate gradients: the fastest method for a positive semi-definite operator.
+
+    Other operators are refused.
 
     Args:
-      rtol: relative residual asked for. Residual is not error, the condition number stands between:
-        lower it to 1e-13 near unjamming.
-      max_iterations: operator applications; 10 times the number of unknowns, at least 1,000, where
-        None.
-      degree: of the polynomial of the operator that preconditions, see
-        :func:`mdsens.implicit.linear._polynomials.chebyshev`. One is none: it saves inner products,
-        not applications.
+      rtol: requested relative residual. The relative error is up to the condition number times as
+        large: set 1e-13 near unjamming.
+      max_iterations: largest number of operator applications; where None, 10 times the number of
+        unknowns, at least 1,000.
+      degree: degree of the polynomial preconditioner, see
+        :func:`mdsens.implicit.linear._chebyshev.chebyshev`; 1 for no preconditioner. It saves inner
+        products, not applications.
     """
 
     degree: int = 1
@@ -67,21 +68,30 @@ class CG(IterativeMethod):
 def cg(
     apply: Apply, b: Array, tol: Array, limit: Array, precondition: Apply | None = None
 ) -> Iterate:
-    """Conjugate gradients (Hestenes and Stiefel, 1952), for a positive semi-definite operator.
+    """Solve A x = b by conjugate gradients (Hestenes and Stiefel, 1952), A positive semi-definite.
 
-    The curvatures p.Ap are the pivots of the Lanczos matrix, so one of them is negative as soon as
-    the Krylov space holds a direction of negative curvature: status INDEFINITE. One that is zero to
-    round-off is a null direction that the right-hand side excites: STAGNATED. A residual r with r.M
-    r no longer positive: BREAKDOWN.
+    The curvatures p.Ap are the pivots of the Lanczos matrix, so that one of them is negative as
+    soon as the Krylov space contains a direction of negative curvature: the result is INDEFINITE. A
+    curvature that is zero to round-off is a null direction with a component in the right-hand side:
+    STAGNATED. A residual r whose r.M r is not positive means that M is not positive definite:
+    BREAKDOWN.
+
+    Args:
+      apply: v -> A v.
+      b: right-hand side (n,).
+      tol: norm of the residual at which to stop.
+      limit: largest number of applications.
+      precondition: v -> M v, symmetric positive definite; None for the identity.
+
+    Returns:
+      (x, applications, result).
     """
     eps = jnp.finfo(b.dtype).eps
 
     def broken(r: Array, z: Array, rr: Array, rz: Array) -> Array:
-        return (
-            (rr > tol**2) & ~(rz > eps * norm(r) * norm(z))
-            if precondition is not None
-            else jnp.asarray(False)
-        )
+        if precondition is None:
+            return jnp.asarray(False)
+        return (rr > tol**2) & ~(rz > eps * norm(r) * norm(z))
 
     def going(state: tuple[Any, ...]) -> Array:
         _, _, _, rr, _, _, k, status = state
@@ -91,13 +101,11 @@ def cg(
         x, r, p, rr, rz, size, k, _ = state
         ap = apply(p)
         pp, pap = dot(p, p), dot(p, ap)
+        # the largest |A p| / |p| so far, an estimate of |A| from below
         size = jnp.maximum(size, jnp.sqrt(safe_divide(dot(ap, ap), pp)))
         zero = CURVATURE_UNITS * eps * size * pp
-        status = jnp.where(
-            pap < -zero,
-            int32(Result.INDEFINITE),
-            jnp.where(pap > zero, int32(0), int32(Result.STAGNATED)),
-        )
+        status = jnp.where(pap > zero, int32(0), int32(Result.STAGNATED))
+        status = jnp.where(pap < -zero, int32(Result.INDEFINITE), status)
         step = jnp.where(pap > zero, safe_divide(rz, pap), 0)
         x, r = x + step * p, r - step * ap
         rr = dot(r, r)
@@ -109,8 +117,7 @@ def cg(
 
     z, rz = preconditioned(precondition, b)
     rr = dot(b, b)
-    begun = jnp.where(broken(b, z, rr, rz), int32(Result.BREAKDOWN), int32(0))
-    x, *_, k, status = lax.while_loop(
-        going, body, (jnp.zeros_like(b), b, z, rr, rz, jnp.zeros((), b.dtype), int32(0), begun)
-    )
+    status = jnp.where(broken(b, z, rr, rz), int32(Result.BREAKDOWN), int32(0))
+    start = (jnp.zeros_like(b), b, z, rr, rz, jnp.zeros((), b.dtype), int32(0), status)
+    x, *_, k, status = lax.while_loop(going, body, start)
     return x, k, status
