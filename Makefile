@@ -20,11 +20,12 @@ scratch := build/notebooks
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test fuzz bench paper lint notebooks check constraints clean
+.PHONY: help demo test test-as-shipped fuzz bench paper lint notebooks check constraints clean
 
 help:
 	@echo 'make demo         the sensitivity of a packing to the size of half its particles: demo/demo.png'
 	@echo 'make test         the tests; some of them: make test ARGS="-k name"'
+	@echo 'make test-as-shipped  some tests with all of the compiler'"'"'s optimizations on, as in use'
 	@echo 'make fuzz         all of the tests: 3,000 generated systems, all jammed packings, the long ones; hours'
 	@echo 'make bench        the benchmarks, small, beside their peers: benchmarks/results/README.md'
 	@echo 'make paper        the experiments of arXiv:2105.15183, some minutes: benchmarks/paper/README.md'
@@ -42,6 +43,12 @@ demo: $(installed)
 
 test: $(installed)
 	$(bin)/python -m pytest $(ARGS)
+
+# As users run it: the tests compile without most of XLA's optimizations, to be quick, and so leave the code that ships untested.
+# One of each kind here: forces and Hessian, relaxation, forward and reverse, a linear solve, moduli, charges.
+test-as-shipped: export MDSENS_TESTS_OPTIMIZED := 1
+test-as-shipped: $(installed)
+	$(bin)/python -m pytest -m as_shipped $(ARGS)
 
 fuzz: $(installed)
 	MDSENS_FUZZ_CASES=$${MDSENS_FUZZ_CASES:-3000} $(bin)/python -m pytest $(ARGS)

@@ -80,13 +80,6 @@ except _metadata.PackageNotFoundError:
     __version__ = "unknown"
 
 
-# By default a GPU rounds the factors of a product of float32 matrices to TensorFloat32, which has
-# three digits. That suits neural networks, but not the coordinates of a cell or the field of a
-# dipole. A precision that the user has set is kept.
-if _jax.config.values["jax_default_matmul_precision"] is None:
-    _jax.config.update("jax_default_matmul_precision", "highest")
-
-
 _cache_warnings.silence()
 
 

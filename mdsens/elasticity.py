@@ -41,6 +41,7 @@ from numpy.typing import ArrayLike
 from mdsens._util.errors import InputError, raise_for_status
 from mdsens._util.outcome import worse
 from mdsens._util.portable import Portable
+from mdsens._util.precision import full_precision
 from mdsens._util.tables import Shown
 from mdsens._util.user_functions import Traceable
 from mdsens._util.validation import real_array
@@ -121,6 +122,7 @@ def voigt(tensor: jax.Array) -> jax.Array:
     return to_mandel(tensor) / (root[:, None] * root[None])
 
 
+@full_precision
 def directional(tensor: jax.Array, directions: ArrayLike) -> tuple[jax.Array, jax.Array]:
     """Young's modulus E(n) and Poisson's ratio nu(n) under a uniaxial stress along directions n.
 

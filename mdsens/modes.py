@@ -25,6 +25,7 @@ import numpy as np
 
 from mdsens._util.errors import InputError, raise_for_status
 from mdsens._util.outcome import worse
+from mdsens._util.precision import full_precision
 from mdsens._util.tables import Shown
 from mdsens._util.validation import short
 from mdsens.implicit.linear import Method
@@ -415,6 +416,7 @@ def _mean_stiffness_jvp(
 
 # a function with a derivative rule of its own, only in order to refuse the second derivative
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+@full_precision
 def _lowest_modes(
     system: System, null: NullSpace, count: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -20,9 +20,12 @@ jax.config.update("jax_enable_x64", True)
 # on. Without its fusion emitters, and with one module a program, XLA compiles these 2.5 times as
 # fast; later releases than 0.10 have no such switch, and XLA ends the process at a flag that it
 # does not know.
-jax.config.update("jax_disable_most_optimizations", True)
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for the processes that tests start as well
-if jax.__version_info__ < (0, 11):
+# `make test-as-shipped` runs those marked so with all of it on.
+AS_SHIPPED = "MDSENS_TESTS_OPTIMIZED" in os.environ
+if not AS_SHIPPED:
+    jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for the processes that tests start as well
+if not AS_SHIPPED and jax.__version_info__ < (0, 11):
     QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
 
@@ -35,6 +38,23 @@ gc.set_threshold(100_000, 20, 100)
 # What `make fuzz` runs beside: the longest of each kind, of which a shorter one is among the
 # others.
 LONG = pytest.mark.skipif("MDSENS_FUZZ_CASES" not in os.environ, reason="a long run: make fuzz")
+
+
+LONG_TESTS = Path(__file__).with_name("long.txt")  # by name, where no parameter tells them apart
+
+
+def long_tests() -> set[str]:
+    """The names in that file."""
+    lines = LONG_TESTS.read_text().splitlines()
+    return {line for line in lines if line and not line.startswith("#")}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave the long ones to `make fuzz`."""
+    names = long_tests()
+    for item in items:
+        if item.nodeid in names:
+            item.add_marker(LONG)
 
 
 def quick(values: Iterable[Any], *these: Any) -> list[Any]:

@@ -101,6 +101,7 @@ def test_mandel_and_voigt_forms(d):
 # ── an independent code ──
 
 
+@pytest.mark.as_shipped
 @pytest.mark.parametrize("name", PACKINGS)
 @pytest.mark.parametrize("index", range(10))
 def test_elastic_constants_are_those_of_an_independent_code(name, index):
@@ -165,6 +166,7 @@ def lattice_sums(system: ms.System) -> tuple[np.ndarray, np.ndarray]:
     return born + 0.25 * sum(np.einsum(t, stress, unit) for t in terms), stress
 
 
+@pytest.mark.as_shipped
 @pytest.mark.parametrize("constant", [pytest.param(5.267140220637, marks=LONG), 5.1])
 def test_fcc_argon_has_the_constants_of_its_lattice_sums(constant):
     system = fcc(constant)

@@ -103,6 +103,7 @@ def severity_of(codes: Any) -> Any:
     table = np.zeros(max(_Registry.severities) + 1, np.int32)
     for code, severity in _Registry.severities.items():
         table[code] = severity
+    # numpy outside of jit, where indexing an array of jax would be a dispatch
     if isinstance(codes, Tracer):
         return jnp.asarray(table)[codes]
     return table[np.asarray(codes)]

@@ -11,6 +11,7 @@ from mdsens._util.errors import InputError
 
 __all__ = ["PyTree", "check_same"]
 
+# Nested dicts, lists, tuples and registered dataclasses of arrays.
 PyTree: TypeAlias = Any
 
 

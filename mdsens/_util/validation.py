@@ -31,6 +31,7 @@ __all__ = [
 
 def is_real(dtype: np.dtype) -> bool:
     """Whether a dtype is of integers or real numbers; booleans do not count."""
+    # by jax, whose bfloat16 is no floating-point type for numpy
     return bool(jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating))
 
 
@@ -114,6 +115,7 @@ def check_positive(record: object, names: tuple[str, ...]) -> None:
     """Raise InputError unless these fields of an option record are positive finite numbers."""
     for name in names:
         value = getattr(record, name)
+        # Both comparisons are False for NaN.
         if not (isinstance(value, Real) and 0 < value < np.inf):  # type: ignore[operator]
             raise InputError(
                 f"{type(record).__name__}({name}={short(value)}): give a positive number."

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from mdsens._util.errors import InputError
+from mdsens._util.portable import Portable
 from mdsens._util.validation import real_array, real_number, short
 from mdsens.model.system import System, parameters_of
 from mdsens.potentials.parameters import Parameter, check_symmetric
@@ -21,7 +22,7 @@ Bounds: TypeAlias = Mapping[str, tuple[ArrayLike | None, ArrayLike | None]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Free:
+class Free(Portable):
     """How one parameter may change.
 
     Attributes:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens._util.portable import Portable
+from mdsens._util.precision import full_precision
 from mdsens.mechanics.hessian_factor import HessianFactor
 from mdsens.mechanics.stability import resolution
 from mdsens.mechanics.status import Status
@@ -54,6 +55,7 @@ def fixed_cell(system: System) -> System:
     return system.replace(boundary=FixedBox(jnp.asarray(system.box), system.boundary.orthogonal))
 
 
+@full_precision
 def deformed(system: System, strain: jax.Array, positions: jax.Array | None = None) -> System:
     """Deform the positions and the cell of a system by 1 + strain.
 
@@ -69,6 +71,7 @@ def deformed(system: System, strain: jax.Array, positions: jax.Array | None = No
     return system.replace(positions=R + R @ strain.T, boundary=FixedBox(cell))
 
 
+@full_precision
 def enthalpy_gradient(
     system: System,
     pressure: jax.Array | float,
@@ -129,6 +132,7 @@ class Cell(Portable):
     status: jax.Array
 
     @classmethod
+    @full_precision
     def of(
         cls,
         system: System,
@@ -189,6 +193,7 @@ class Cell(Portable):
             status=jnp.asarray(code, jnp.int32),
         )
 
+    @full_precision
     def newton(self) -> np.ndarray:
         """Strain of a Newton step, (k,), that lowers the enthalpy; its norm is at most 2 %.
 
@@ -212,6 +217,7 @@ def _sides(system: System, strains: jax.Array) -> jax.Array:
 
 
 @jax.jit
+@full_precision
 def _slopes(
     system: System, pressure: jax.Array | float, along: jax.Array, motion: jax.Array
 ) -> tuple[jax.Array, jax.Array]:

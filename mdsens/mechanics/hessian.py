@@ -143,7 +143,7 @@ def sparse_hessian(system: System) -> sp.csr_array | None:
     n, d, members = system.n, system.dimension, system.batch
     total = n * (members or 1)
     fixed = system.replace(
-        potential=system.potential.at(system.params), neighbors=filled_rows(system.neighbors)
+        potential=system.potential.specialize(system.params), neighbors=filled_rows(system.neighbors)
     )
     # Empty first entries, so that a system without pairs gives a matrix of zeros.
     firsts = [np.zeros(0, int)]

@@ -1,5 +1,6 @@
-"""The unknowns of a constrained minimum as vectors, and their linear system as products, with what
-is known beforehand: its null space, and which constraints are about to switch.
+"""The linear system at a constrained minimum as an operator, and its null space.
+
+Also the unknowns as flat vectors, and the number of constraints that are about to switch.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
+from mdsens._util.probe import chirp
 from mdsens.constraints import RigidBonds
 from mdsens.implicit.linear import Operator
 from mdsens.implicit.linear.sparse_ldl import SHIFT
@@ -41,17 +44,21 @@ __all__ = [
     "unflat",
 ]
 
-WEAK = 10.0  # times the largest force left: a push on a bound below it is none
+# A force on a bound below this many times the largest force left on a particle counts as zero.
+WEAK = 10.0
 
 
 def parts_of(x: Unknowns) -> list[Any]:
-    """Positions, relaxed parameters, multipliers: in the order of ``flat``."""
+    """List the arrays in the order of ``flat``: positions, relaxed parameters, multipliers."""
     return [x.positions, *jax.tree.leaves(x.params), *jax.tree.leaves(x.multipliers)]
 
 
 def flat(x: Unknowns, many: bool = False) -> np.ndarray:
-    """Positions, relaxed parameters and multipliers as one vector (m,), or as columns (m, c) of
-    many.
+    """Flatten positions, relaxed parameters and multipliers to one vector (m,).
+
+    Args:
+      x: the unknowns.
+      many: whether all arrays have a leading axis of length c; then the result is a matrix (m, c).
     """
     leaves = [np.asarray(leaf) for leaf in parts_of(x)]
     if not many:
@@ -60,80 +67,110 @@ def flat(x: Unknowns, many: bool = False) -> np.ndarray:
 
 
 def unflat(vector: np.ndarray, like: Unknowns, many: bool = False) -> Unknowns:
-    """The inverse of ``flat``; ``like`` has the shapes of one."""
-    rows, parts, start = vector.T if many else vector, [], 0
+    """Restore the unknowns from a vector (m,), or from the columns (m, c) where ``many``.
+
+    The inverse of ``flat``.
+
+    Args:
+      like: unknowns with the shapes and types of the result, without the axis of the columns.
+    """
+    rows = vector.T if many else vector
+    leading_shape = rows.shape[:-1]
+    parts: list[Any] = []
+    start = 0
     for leaf in parts_of(like):
-        size, lead = int(np.size(leaf)), rows.shape[:-1]
-        parts.append(
-            rows[..., start : start + size].reshape((*lead, *np.shape(leaf))).astype(leaf.dtype)
-        )
+        size = int(np.size(leaf))
+        part = rows[..., start : start + size].reshape((*leading_shape, *np.shape(leaf)))
+        parts.append(part.astype(leaf.dtype))
         start += size
-    of_params, of_multipliers = (
-        jax.tree.structure(like.params),
-        jax.tree.structure(like.multipliers),
-    )
-    k = 1 + of_params.num_leaves
+    params_structure = jax.tree.structure(like.params)
+    multipliers_structure = jax.tree.structure(like.multipliers)
+    k = 1 + params_structure.num_leaves
     return Unknowns(
-        parts[0],
-        None,
-        jax.tree.unflatten(of_multipliers, parts[k:]),
-        jax.tree.unflatten(of_params, parts[1:k]),
+        positions=parts[0],
+        multipliers=jax.tree.unflatten(multipliers_structure, parts[k:]),
+        params=jax.tree.unflatten(params_structure, parts[1:k]),
     )
 
 
 def constrained_null_space(
-    system: System, net: Network, null: NullSpace, multipliers: Any
+    system: System, net: Network, null: NullSpace, multipliers: dict[str, jax.Array] | None
 ) -> NullSpace:
-    """The null space of the constrained Hessian: rattlers, and the rigid motions that constraints
-    leave. Host code.
+    """Return the null space of the constrained Hessian. Host code.
 
-    Equations that bind rattlers alone count as held, as the rattlers do.
+    It consists of the rattlers, and of the rigid motions that the constraints allow. Equations
+    between particles of which one is a rattler are dropped with it: their multipliers are fixed.
 
     Args:
-      multipliers: of the equations; a rigid bond's tension is what holds a pendulum.
+      system: the backbone.
+      net: its mechanical network.
+      null: the null space without constraints.
+      multipliers: of the equations. The tension of a rigid bond gives a pendulum its stiffness.
     """
-    mask, loose = active_set(system), np.asarray(null.rattlers)
-    stuck = np.asarray(mask.positions)
-    dropped: dict[str, Any] = {}
+    active = active_set(system)
+    rattlers = np.asarray(null.rattlers)
+    stuck = np.asarray(active.positions)
+    of_rattlers: dict[str, Any] = {}
     for c in system.constraints:
         if isinstance(c, RigidBonds):
             ends = np.asarray(c.bonds)
-            dropped[c.name] = jnp.asarray(loose[ends[:, 0]] | loose[ends[:, 1]])
+            of_rattlers[c.name] = jnp.asarray(rattlers[ends[:, 0]] | rattlers[ends[:, 1]])
+    # By the name of each constraint with equations, which of them are dropped; without evaluating
+    # the equations.
     shapes = jax.eval_shape(lambda s: equations(s, s.positions, s.params), system)
-    drops = {k: dropped.get(k, jnp.zeros(shape.shape, bool)) for k, shape in shapes.items()} or None
-    labels = np.arange(loose.size) * 0 if null.labels is None else np.asarray(net.labels)
-    whole, wraps = np.asarray(net.whole, float), np.asarray(net.wraps)
+    dropped = {
+        name: of_rattlers.get(name, jnp.zeros(shape.shape, bool)) for name, shape in shapes.items()
+    }
+    # without labels, all particles but rattlers are one cluster
+    labels = np.arange(rattlers.size) * 0 if null.labels is None else np.asarray(net.labels)
+    whole = np.asarray(net.whole, float)
+    wraps = np.asarray(net.wraps)
     motions: list[np.ndarray] = []
-    for label in np.unique(labels[~loose]):
-        some = np.flatnonzero((labels == label) & ~loose)
-        motions += left_motions(whole[some], bool(wraps[label]), stuck[some], some, loose.size)
+    for label in np.unique(labels[~rattlers]):
+        members = np.flatnonzero((labels == label) & ~rattlers)
+        motions += left_motions(
+            whole[members], bool(wraps[label]), stuck[members], members, rattlers.size
+        )
     n, d = system.positions.shape
     rows = np.array(motions).reshape(-1, n, d)
     if not system.potential.pairwise and len(rows):
-        rows = _costless(system, rows, multipliers)
-    plain = NullSpace(null.rattlers, jnp.asarray(labels), null.counts)
-    found = jnp.asarray(rows, system.positions.dtype)
-    return dataclasses.replace(
-        plain, motions=found, active_set=Unknowns(mask.positions, None, drops, mask.params)
+        rows = _without_stiffness(system, rows, multipliers)
+    return NullSpace(
+        null.rattlers,
+        jnp.asarray(labels),
+        null.counts,
+        motions=jnp.asarray(rows, system.positions.dtype),
+        active_set=Unknowns(active.positions, multipliers=dropped or None, params=active.params),
     )
 
 
-def _costless(system: System, rows: np.ndarray, multipliers: Any) -> np.ndarray:
-    """Those combinations of orthonormal motions that the Lagrangian's Hessian finds free: a field,
-    or a bond that hangs in one, may hold the others.
+def _without_stiffness(
+    system: System, rows: np.ndarray, multipliers: dict[str, jax.Array] | None
+) -> np.ndarray:
+    """Return the combinations of motions that have no stiffness in the Hessian of the Lagrangian.
+
+    An external field, or a rigid bond under tension in such a field, may give the others a
+    stiffness.
+
+    Args:
+      rows: (k, n, d) orthonormal motions.
     """
-    probe = np.cos(np.arange(rows[0].size) ** 2.0).reshape(1, *rows[0].shape)
-    *images, of_probe = np.asarray(
-        _images(system, multipliers, jnp.asarray(np.concatenate([rows, probe])))
-    )
-    scale = np.linalg.norm(of_probe) / np.linalg.norm(probe)
-    u, costs, _ = np.linalg.svd(np.array(images), full_matrices=False)
-    kept = u[:, costs <= np.finfo(float).eps ** 0.5 * scale]
+    # the norm of H times a trial vector is the scale for zero
+    probe = chirp((1, *rows[0].shape), float, np)
+    trials = jnp.asarray(np.concatenate([rows, probe]))
+    *images, probe_image = np.asarray(_hessian_products(system, multipliers, trials))
+    scale = np.linalg.norm(probe_image) / np.linalg.norm(probe)
+    u, stiffness, _ = np.linalg.svd(np.array(images), full_matrices=False)
+    kept = u[:, stiffness <= np.finfo(float).eps ** 0.5 * scale]
     return np.tensordot(kept.T, rows, axes=1)
 
 
 @jax.jit
-def _images(system: System, multipliers: Any, rows: jax.Array) -> jax.Array:
+def _hessian_products(
+    system: System, multipliers: dict[str, jax.Array] | None, rows: jax.Array
+) -> jax.Array:
+    """Multiply d2L/dR2 with each of the displacements (k, n, d); the results are (k, n d)."""
+
     def slope(R: jax.Array) -> jax.Array:
         x = dataclasses.replace(unknowns_of(system, multipliers), positions=R)
         return lagrangian_gradient(system, x, own_params(system)).positions
@@ -142,59 +179,79 @@ def _images(system: System, multipliers: Any, rows: jax.Array) -> jax.Array:
     return jax.lax.map(lambda v: product(v).ravel(), rows)
 
 
-def scaled(x: Unknowns, by: Any) -> Unknowns:
-    """Multipliers in units of a force a length, so that all rows of the system are alike."""
+def scaled(x: Unknowns, by: ArrayLike) -> Unknowns:
+    """Multiply the multipliers by a factor; positions and parameters stay.
+
+    With multipliers in units of the potential's stiffness, all rows of the linear system have the
+    same scale.
+    """
     return dataclasses.replace(
         x, multipliers=jax.tree.map(lambda leaf: (by * leaf).astype(leaf.dtype), x.multipliers)
     )
 
 
-def kkt_operator(system: System, x: Unknowns, null: NullSpace) -> tuple[Operator, Any]:
-    """The system as products, with multipliers in units of the potential's stiffness, and that unit.
+def kkt_operator(system: System, x: Unknowns, null: NullSpace) -> tuple[Operator, jax.Array]:
+    """Return the linear system at a constrained minimum as an operator, and its unit.
 
-    Positive semi-definite where no constraint is an equation.
+    Multipliers are in units of the potential's stiffness, which is the second result. The operator
+    is declared positive semi-definite where no constraint has equations.
     """
     unit = natural_units(system)[1]
-    own = {k: v for k, v in system.params.items() if k not in (x.params or {})}
-    jacobian = jax.linearize(lambda y: lagrangian_gradient(system, y, own), x)[1]
+    # The relaxed parameters are unknowns; the others are constant here.
+    constant_params = {k: v for k, v in system.params.items() if k not in (x.params or {})}
+    jacobian = jax.linearize(lambda y: lagrangian_gradient(system, y, constant_params), x)[1]
 
     def product(v: Unknowns) -> Unknowns:
         return null.free(scaled(jacobian(scaled(null.free(v), unit)), unit))
 
-    definite = x.multipliers is None
-    return (
-        Operator(product, symmetric=True, positive_semidefinite=definite, project=null.project),
-        unit,
+    operator = Operator(
+        product,
+        symmetric=True,
+        positive_semidefinite=x.multipliers is None,
+        project=null.project,
     )
+    return operator, unit
 
 
-def about_to_switch(system: System, multipliers: Any, null: NullSpace, max_force: float) -> int:
-    """How many coordinates are at a bound that does not push them, or so near to one that the force
-    left could bring them there: on one side of the minimum's parameters they are held, on the other
-    free. And those that several walls hold, by one or by another. Host code.
+def about_to_switch(
+    system: System, multipliers: dict[str, jax.Array] | None, null: NullSpace, max_force: float
+) -> int:
+    """Count the coordinates that are about to meet or to leave a bound. Host code.
+
+    These are coordinates at a bound that exerts no force on them, and coordinates so near to a
+    bound that the force left on a particle could move them there. For a change of the parameters in
+    one direction they are constrained, in the other free. Coordinates that several walls constrain
+    count too, since either wall may be the one that stays.
+
+    Args:
+      system: at the minimum.
+      multipliers: of the equations.
+      null: the null space; rattlers do not count.
+      max_force: the largest force left on a particle.
     """
     low, high = (jax.tree.map(np.asarray, side) for side in bounds(system, system.params))
     at_low, at_high = (jax.tree.map(np.asarray, side) for side in at_bounds(system))
     x = unknowns_of(system, multipliers)
     slope = lagrangian_gradient(system, x, own_params(system))
     length, stiffness = (float(s) for s in natural_units(system))
-    loose = {"positions": np.asarray(null.rattlers)[:, None] | np.asarray(pinned(system))}
+    # Below these a force or a distance counts as zero: from the force left, and from round-off.
+    zero_force = WEAK * max_force + SHIFT * stiffness * length
+    zero_gap = WEAK * max_force / stiffness + SHIFT * length
     count = 0
-    for name, value, along in (
-        ("positions", x.positions, slope.positions),
-        *((k, (x.params or {})[k], (slope.params or {})[k]) for k in x.params or {}),
-    ):
+    for name in ("positions", *(x.params or {})):
 
         def part(side: Unknowns, name: str = name) -> Any:
             return side.positions if name == "positions" else (side.params or {})[name]
 
-        value, along = np.asarray(value, float), np.asarray(along, float)
-        active_set = part(at_low) | part(at_high)
-        weak = active_set & (np.abs(along) <= WEAK * max_force + SHIFT * stiffness * length)
+        value = np.asarray(part(x), float)
+        force = np.asarray(part(slope), float)  # of the bound, for a coordinate at a bound
+        at_bound = part(at_low) | part(at_high)
+        weak = at_bound & (np.abs(force) <= zero_force)
         gap = np.minimum(value - part(low), part(high) - value)
-        close = ~active_set & (gap <= WEAK * max_force / stiffness + SHIFT * length)
-        switching = (
-            weak | close | (np.asarray(between_bounds(system)) if name == "positions" else False)
-        )
-        count += int(np.sum(switching & np.logical_not(loose.get(name, False))))
+        close = ~at_bound & (gap <= zero_gap)
+        switching = weak | close
+        if name == "positions":
+            ignored = np.asarray(null.rattlers)[:, None] | np.asarray(pinned(system))
+            switching = (switching | np.asarray(between_bounds(system))) & ~ignored
+        count += int(np.sum(switching))
     return count

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens._util.portable import Portable
+from mdsens._util.precision import full_precision
 from mdsens.mechanics.unknowns import Unknowns
 
 __all__ = ["NullSpace", "left_motions", "orthonormal", "pseudo_inverse", "turned"]
@@ -75,6 +76,7 @@ class NullSpace(Portable):
             params=zero_fixed(x.params, fixed.params),
         )
 
+    @full_precision
     def project(self, x: Unknowns) -> Unknowns:
         """Project the null space out of ``x``, orthogonally."""
         x = self.free(x)
@@ -239,6 +241,7 @@ def orthonormal(rows: jax.Array, floor: float) -> jax.Array:
     return jnp.where((sizes > floor * sizes[0])[:, None], basis, 0.0)
 
 
+@full_precision
 def left_motions(
     x: np.ndarray, wraps: bool, stuck: np.ndarray, some: np.ndarray, n: int
 ) -> list[np.ndarray]:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens._util.precision import full_precision
 from mdsens._util.probe import chirp
 from mdsens.mechanics import contacts
 from mdsens.mechanics.contacts import Network
@@ -52,6 +53,7 @@ def null_space(system: System, net: Network) -> NullSpace:
     )
 
 
+@full_precision
 def _free_motions(system: System) -> jax.Array:
     """Rigid motions of the whole system that the Hessian has no stiffness against, (k, n, d).
 
@@ -97,7 +99,7 @@ def analyze_rigidity(
     """
     # The potential in its cheapest form at these parameters, and no empty rows of neighbors.
     compact = system.replace(
-        potential=system.potential.at(system.params), neighbors=filled_rows(system.neighbors)
+        potential=system.potential.specialize(system.params), neighbors=filled_rows(system.neighbors)
     )
     left: Any = max_force_left
     if not isinstance(left, jax.Array):

@@ -20,6 +20,7 @@ import numpy as np
 
 from mdsens._util.attributes import Named
 from mdsens._util.portable import reduced
+from mdsens._util.precision import full_precision
 from mdsens.mechanics.status import Status
 from mdsens.mechanics.strain import basis, from_mandel, stiffness_along, strain_gradient, to_mandel
 from mdsens.mechanics.units import MARGIN, natural_units
@@ -139,6 +140,7 @@ def cleared(value: jax.Array, round_off: jax.Array | float) -> jax.Array:
 
 # jit, since a user's function of the moduli is traced at each call, and most of them call this.
 @jax.jit
+@full_precision
 def isotropic_part(tensor: jax.Array, round_off: jax.Array | float = 0.0) -> Isotropic:
     """Isotropic part of a stiffness tensor (d, d, d, d).
 
@@ -157,6 +159,7 @@ def isotropic_part(tensor: jax.Array, round_off: jax.Array | float = 0.0) -> Iso
 
 
 @jax.jit
+@full_precision
 def birch(tensor: jax.Array, stress: jax.Array) -> jax.Array:
     """Birch's tensor B from A and the stress; the equation is in :mod:`mdsens.elasticity`."""
     unit = jnp.eye(stress.shape[0], dtype=stress.dtype)

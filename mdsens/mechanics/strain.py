@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens._util.precision import full_precision
 from mdsens.model.system import System, potential_energy
 
 __all__ = [
@@ -49,6 +50,7 @@ def uniform(dimension: int) -> np.ndarray:
     return np.eye(dimension)[None] / dimension**0.5
 
 
+@full_precision
 def to_mandel(tensor: jax.Array) -> jax.Array:
     """Write a symmetric (d, d) as (m,), or a (d, d, d, d) with minor symmetries as (m, m)."""
     unit = basis(tensor.shape[0])
@@ -57,6 +59,7 @@ def to_mandel(tensor: jax.Array) -> jax.Array:
     return jnp.einsum("aij,ijkl,bkl->ab", unit, tensor, unit)
 
 
+@full_precision
 def from_mandel(vector: jax.Array) -> jax.Array:
     """Write (m,) as a symmetric (d, d), or (m, m) as (d, d, d, d): the inverse of `to_mandel`."""
     unit = basis({3: 2, 6: 3}[vector.shape[0]])  # d from m
@@ -65,6 +68,7 @@ def from_mandel(vector: jax.Array) -> jax.Array:
     return jnp.einsum("aij,ab,bkl->ijkl", unit, vector, unit)
 
 
+@full_precision
 def strain_gradient(system: System, along: jax.Array | np.ndarray) -> jax.Array:
     """dU/dstrain at zero strain along each of some strains (k, d, d), (k,).
 
@@ -91,6 +95,7 @@ def forces_of_strain(system: System, strain: jax.Array) -> jax.Array:
     return -jax.jvp(slope, (jnp.zeros_like(strain),), (strain,))[1]
 
 
+@full_precision
 def stiffness_along(system: System, along: jax.Array | np.ndarray, motion: jax.Array) -> jax.Array:
     """Second derivative of U along strains, with displacements of the particles, (k, k).
 

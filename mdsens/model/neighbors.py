@@ -32,6 +32,7 @@ from jax.typing import ArrayLike, DTypeLike
 from mdsens._util.errors import InputError
 from mdsens._util.lattice import components, heights, inverse, nearest_images
 from mdsens._util.portable import Portable
+from mdsens._util.precision import full_precision
 
 __all__ = [
     "Lengths",
@@ -144,6 +145,7 @@ def _complete_list(rows: jax.Array, dtype: DTypeLike) -> Neighbors:
     )
 
 
+@full_precision
 def _cell_of(positions: A, box: A, cells: tuple[int, ...]) -> A:
     """Index of each particle's grid cell along each cell vector, (d, n)."""
     xp: Any = positions.__array_namespace__()
@@ -338,6 +340,7 @@ def _lattice(neighbors: Neighbors, box: jax.Array | None) -> jax.Array:
     return neighbors.reference_box if box is None else box  # type: ignore[return-value]
 
 
+@full_precision
 def slack(
     neighbors: Neighbors, box: jax.Array | None, range_: jax.Array
 ) -> tuple[jax.Array | None, jax.Array]:

@@ -18,6 +18,7 @@ from mdsens._util.environment import require_sound_jax
 from mdsens._util.errors import InputError
 from mdsens._util.lattice import heights, nearest_image
 from mdsens._util.portable import Portable
+from mdsens._util.precision import full_precision
 from mdsens._util.tables import Shown
 from mdsens._util.validation import real_array, require_host, short
 from mdsens.constraints import Constraint, check_constraints
@@ -504,6 +505,7 @@ def pair_terms(system: System, params: Params | None = None) -> tuple[PairTerm, 
     )
 
 
+@full_precision
 def _deform(vectors: jax.Array, strain: jax.Array | None) -> jax.Array:
     """(1 + strain) r for vectors r (..., d)."""
     # transposed, since the vectors are rows

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mdsens._util.errors import InputError
+from mdsens._util.precision import full_precision
 from mdsens.model.system import System
 from mdsens.observables.pairs import single
 from mdsens.potentials.base import Potential
@@ -40,6 +41,7 @@ def induced_dipoles(system: System) -> jax.Array:
 
 
 @jax.jit
+@full_precision
 def dipole(system: System) -> jax.Array:
     """The total dipole moment, sum_i q_i (r_i - r_c) + mu_i, (d,): charge times length.
 

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 
 from mdsens._util.errors import InputError
 from mdsens._util.lattice import Components, inverse, nearest_image
+from mdsens._util.precision import full_precision
 from mdsens._util.validation import is_real, real_array, short
 from mdsens.model.neighbors import Neighbors
 from mdsens.model.system import System
@@ -307,6 +308,7 @@ def _normalize_weights(weights: ArrayLike, n: int, dtype: np.dtype) -> jax.Array
 
 
 @jax.jit
+@full_precision
 def _distance_to(system: System, target: jax.Array, share: jax.Array) -> jax.Array:
     """:func:`distance_to` with weights that sum to 1, compiled."""
     displacement = system.positions - target

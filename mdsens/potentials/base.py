@@ -117,7 +117,7 @@ class Potential(Protocol):
         species: jax.Array | None,
         species_count: int,
     ) -> jax.Array: ...
-    def at(self, params: Params, differentiated: Sequence[str] = ()) -> Self: ...
+    def specialize(self, params: Params, differentiated: Sequence[str] = ()) -> Self: ...
     def check(self, params: Params, n: int, species_count: int) -> None: ...
 
 
@@ -199,7 +199,7 @@ class _NamedPotential(_Addable):
     ) -> None:
         """Raise InputError where the potential has no energy at a configuration. Host code."""
 
-    def at(self, params: Params, differentiated: Sequence[str] = ()) -> Self:
+    def specialize(self, params: Params, differentiated: Sequence[str] = ()) -> Self:
         """The cheapest form of the potential that is the same function of r at these parameters.
 
         Its derivatives by the parameters in ``differentiated`` are right; those by others may not
@@ -295,7 +295,7 @@ class PairPotential(Portable, _NamedPotential):
         points = Traceable(f"the function of breakpoints of {self.name}", self.breakpoints)
         return (PairTerm(i, j, mask, self._traceable_phi(), tuple(values), points),)
 
-    def at(self, params: Params, differentiated: Sequence[str] = ()) -> PairPotential:
+    def specialize(self, params: Params, differentiated: Sequence[str] = ()) -> PairPotential:
         for phi, name, value in self.cases:
             actual = params[name]
             # a traced parameter has no value to compare
@@ -596,8 +596,8 @@ class SumPotential(_Addable):
             )
         return total
 
-    def at(self, params: Params, differentiated: Sequence[str] = ()) -> SumPotential:
-        return SumPotential(tuple(potential.at(params, differentiated) for potential in self.parts))
+    def specialize(self, params: Params, differentiated: Sequence[str] = ()) -> SumPotential:
+        return SumPotential(tuple(potential.specialize(params, differentiated) for potential in self.parts))
 
     def check(self, params: Params, n: int, species_count: int) -> None:
         for potential in self.parts:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from mdsens._util.errors import InputError
+from mdsens._util.precision import full_precision
 from mdsens._util.validation import real_number, short
 from mdsens.implicit.linear import CG, Direct, LinearMap, Method, check_method
 from mdsens.implicit.linear.result import Result
@@ -57,6 +58,7 @@ class _DipoleFunctional(NamedTuple):
         """The dipoles mu (n, d) of variables y."""
         return self.root[:, None] * y
 
+    @full_precision
     def tensor(self, mu: jax.Array) -> jax.Array:
         """T mu, minus the field of the dipoles mu, (n, d)."""
         # i: the particle at which the field is, j: the dipole that it comes from
@@ -89,6 +91,7 @@ class InducedDipoles(SelfConsistentPotential):
         default=(-math.inf, 0.0, 0.0), metadata={"static": True}
     )
 
+    @full_precision
     def functional(
         self, pairs: AllPairs, *values: jax.Array
     ) -> tuple[_DipoleFunctional, jax.Array]:
@@ -149,10 +152,12 @@ class _ChargeFunctional(NamedTuple):
     def start(self) -> tuple[jax.Array, jax.Array]:
         return jnp.zeros_like(self.hardness), jnp.zeros_like(self.total)
 
+    @full_precision
     def field(self, q: jax.Array) -> jax.Array:
         """The part of dW/dq that is linear in the charges."""
         return self.hardness * q + self.coulomb @ q
 
+    @full_precision
     def energy(self, y: tuple[jax.Array, jax.Array]) -> jax.Array:
         """W with the multiplier's term, which is zero at the minimum.
 

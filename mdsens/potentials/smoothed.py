@@ -135,8 +135,8 @@ class SmoothedPotential(Portable):
     ) -> jax.Array:
         return self.potential.many_body(positions, params, displacement, species, species_count)
 
-    def at(self, params: Params, differentiated: Sequence[str] = ()) -> SmoothedPotential:
-        return dataclasses.replace(self, potential=self.potential.at(params, differentiated))
+    def specialize(self, params: Params, differentiated: Sequence[str] = ()) -> SmoothedPotential:
+        return dataclasses.replace(self, potential=self.potential.specialize(params, differentiated))
 
     def check(self, params: Params, n: int, species_count: int) -> None:
         self.potential.check(params, n, species_count)

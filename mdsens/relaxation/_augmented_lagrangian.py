@@ -1,17 +1,19 @@
-"""Relaxing under constraints: an augmented Lagrangian to get near, Newton steps on the optimality
-condition to arrive.
+"""Relaxation under constraints: an augmented Lagrangian to approach the minimum, then Newton steps.
 
     L_rho = U + sum_k (lambda_k g_k + rho_k g_k^2 / 2),   lower <= x <= upper
 
-scipy's L-BFGS-B finds its minimum in the bounds, lambda grows by rho g, and so on until g is small
-(Nocedal and Wright, Numerical Optimization, 2006, section 17.4). Then what is at a bound and pushed
-against it is held, and Newton steps of x and lambda together square the distance to the minimum.
+scipy's L-BFGS-B minimizes L_rho within the bounds; then lambda grows by rho g. Both are repeated
+until g is small (Nocedal and Wright, Numerical Optimization, 2006, section 17.4). Near the minimum,
+coordinates that are at a bound and pushed against it are fixed there, and Newton steps on the
+optimality condition, of x and lambda together, square the distance to the minimum.
+
+In this module z is the vector of positions and relaxed parameters, in the order of ``flat``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -45,432 +47,569 @@ from mdsens.mechanics.units import (
 )
 from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model.system import System, potential_energy
+from mdsens.relaxation._newton import ENERGY_ROUND_OFF
 from mdsens.relaxation.equilibrium import Equilibrium
 from mdsens.relaxation.options import Options
 
 __all__ = ["relax_constrained"]
 
-ROUNDS = 30  # of the multipliers
-NEAR = 2e-4  # of the potential's length and force: where Newton steps begin
-NEARER = 0.1  # of that, each time that they made no headway
-CLOSE = 1e-2  # of the potential's length and force: a start next to a minimum
-RETURNS = 12  # to the augmented Lagrangian from Newton steps that made no headway
-STEPS, TRIALS, STALLED = (
-    60,
-    8,
-    12,
-)  # Newton steps in a row; shifts of one; of them that do not halve the force
-FIRST, RISEN = (
-    0.1,
-    10.0,
-)  # multiple that shifts start with; what a step may raise the force to that lowers the energy
-LONGEST = 0.1  # step of a coordinate, of the potential's length
-PENALTY, RISE = (
-    1.0,
-    5.0,
-)  # rho of the potential's stiffness to begin with; where g does not fall to a quarter, times this
-UNMET, EPS = (
-    1e-6,
-    1e-14,
-)  # of the potential's length: an equation that is off by more is not met; of a coordinate, none
-SADDLES, OFF_SADDLE, DOWN = (
-    3,
-    1e-2,
-    1e-10,
-)  # times that one is left; the step off it; how far down from there
-ROUND_OFF = 3.0  # times what round-off leaves of forces: nothing is gained from there
-UNSEEN = 4500.0  # units of round-off of the energy: a difference below them tells nothing
-MEMORY = 30  # pairs that L-BFGS-B keeps
+# Forces and lengths below are in units of the potential's: its length l, and l times its stiffness.
+
+# Updates of the multipliers in one descent of the augmented Lagrangian, at most.
+ROUNDS = 30
+# Force and g at which Newton steps begin. An earlier version, without shifts of H_L, had 1e-3.
+NEAR = 2e-4
+# Factor on that, each time that Newton steps made no headway.
+NEARER = 0.1
+# Largest force at a start that counts as next to a minimum.
+CLOSE = 1e-2
+# Times that the augmented Lagrangian goes on after Newton steps that made no headway, at most.
+RETURNS = 12
+# Newton steps in a row at most, shifts that are tried for one step, and steps in a row that do not
+# halve the force, after which no more are made.
+STEPS = 60
+TRIALS = 8
+STALLED = 12
+# Shift of H_L at the start, in units of the force over the potential's length.
+FIRST = 0.1
+# A step that lowers the augmented Lagrangian may raise the force by less than this factor.
+RISEN = 10.0
+# Longest step of a coordinate.
+LONGEST = 0.1
+# rho |grad g|^2 of each equation at the start, in units of the potential's stiffness. An earlier
+# version had 10.
+PENALTY = 1.0
+# Factor on rho where a round does not lower g to a quarter.
+RISE = 5.0
+# An equation that is off by more than this is not met.
+UNMET = 1e-6
+# Round-off of a coordinate, relative.
+EPS = 1e-14
+# Saddles that one relaxation leaves at most.
+SADDLES = 3
+# Displacement of the step off a saddle.
+OFF_SADDLE = 1e-2
+# Force and g to which the augmented Lagrangian is minimized after that step.
+DOWN = 1e-10
+# Force that counts as round-off, in units of ``round_off``: no relaxation goes on from there.
+ROUND_OFF = 3.0
+# Pairs of steps and gradients that L-BFGS-B keeps.
+MEMORY = 30
+
+# Multipliers or values of the equations, by the name of the constraint.
+ByName: TypeAlias = dict[str, jax.Array]
+
+
+class _Trial(NamedTuple):
+    """Where a Newton step ends."""
+
+    system: System
+    multipliers: ByName | None
+    slope: Unknowns
+    z: np.ndarray
+    force: float  # the largest force left, inf where it is not finite
 
 
 @jax.jit
-def _augmented(system: System, multipliers: Any, penalties: Any) -> tuple[jax.Array, Unknowns, Any]:
-    """L_rho, its slope by positions and relaxed parameters, and g."""
+def _augmented(
+    system: System, multipliers: ByName, penalties: ByName
+) -> tuple[jax.Array, Unknowns, ByName]:
+    """L_rho, its derivative by positions and relaxed parameters, and g.
+
+    Args:
+      system: the system.
+      multipliers: lambda.
+      penalties: rho of each equation, a scalar.
+    """
     own = own_params(system)
 
-    def value(x: Unknowns) -> tuple[jax.Array, Any]:
-        at = {**own, **(x.params or {})}
-        g = equations(system, x.positions, at)
+    def value(x: Unknowns) -> tuple[jax.Array, ByName]:
+        params = {**own, **(x.params or {})}
+        g = equations(system, x.positions, params)
         extra = sum(
             (jnp.sum(multipliers[k] * g[k] + 0.5 * penalties[k] * g[k] ** 2) for k in g),
             jnp.zeros(()),
         )
-        return potential_energy(system, x.positions, at) + extra, g
+        return potential_energy(system, x.positions, params) + extra, g
 
-    x = dataclasses.replace(unknowns_of(system), multipliers=None)
-    (energy, g), slope = jax.value_and_grad(value, has_aux=True)(x)
+    (energy, g), slope = jax.value_and_grad(value, has_aux=True)(_primal(system))
     return energy, slope, g
 
 
+def _primal(system: System) -> Unknowns:
+    """Positions and relaxed parameters of a system, without multipliers."""
+    return dataclasses.replace(unknowns_of(system), multipliers=None)
+
+
+def _flat_primal(x: Unknowns) -> np.ndarray:
+    """Positions and relaxed parameters of x as one vector of doubles."""
+    return flat(dataclasses.replace(x, multipliers=None)).astype(float)
+
+
 @jax.jit
-def _slope(system: System, multipliers: Any) -> Unknowns:
+def _slope(system: System, multipliers: ByName | None) -> Unknowns:
+    """dL/dx and g, at the unknowns of a system."""
     return lagrangian_gradient(system, unknowns_of(system, multipliers), own_params(system))
 
 
 @jax.jit
-def _slope_rate(system: System, multipliers: Any, change: Unknowns) -> Unknowns:
-    """How the slope changes with positions and relaxed parameters."""
-    x, own = unknowns_of(system, multipliers), own_params(system)
-    whole = dataclasses.replace(change, multipliers=jax.tree.map(jnp.zeros_like, x.multipliers))
-    return jax.jvp(lambda y: lagrangian_gradient(system, y, own), (x,), (whole,))[1]
+def _slope_rate(system: System, multipliers: ByName | None, change: Unknowns) -> Unknowns:
+    """Change of dL/dx and g with a change of positions and relaxed parameters, to first order."""
+    x = unknowns_of(system, multipliers)
+    own = own_params(system)
+    tangent = dataclasses.replace(change, multipliers=jax.tree.map(jnp.zeros_like, x.multipliers))
+    return jax.jvp(lambda y: lagrangian_gradient(system, y, own), (x,), (tangent,))[1]
 
 
 @jax.jit
 def _limits(system: System) -> tuple[Unknowns, Unknowns]:
+    """Lower and upper bounds of the unknowns; both are the position for a pinned coordinate."""
     low, high = bounds(system, system.params)
     stuck = pinned(system)
-    at = (
-        jnp.where(stuck, system.positions, low.positions),
-        jnp.where(stuck, system.positions, high.positions),
-    )
-    return dataclasses.replace(low, positions=at[0]), dataclasses.replace(high, positions=at[1])
+    lower = jnp.where(stuck, system.positions, low.positions)
+    upper = jnp.where(stuck, system.positions, high.positions)
+    return dataclasses.replace(low, positions=lower), dataclasses.replace(high, positions=upper)
 
 
-class _Descent:
-    """The state of one relaxation: system, multipliers, and how many slopes were taken."""
+class _Relaxation:
+    """State of one relaxation, which its methods change.
 
-    def __init__(self, system: System, asked: float | None, max_steps: int, bar: Decades):
-        self.max_steps, self.asked, self.show, self.bar = max_steps, asked, bar.show, bar
-        self.length, self.stiffness = (float(s) for s in natural_units(system))
+    Attributes:
+      system: the system so far.
+      multipliers: of the equations; None without equations.
+      steps: number of evaluations of the slope so far.
+      requested: the tolerance that the user asked for, or None.
+      tolerance: the force that counts as converged, for the pairs that interact now.
+      round_off: the force that counts as round-off.
+      length, stiffness: of the potential.
+      low, high: bounds of z.
+      like: unknowns with the shapes of z.
+      count: number of entries of z.
+    """
+
+    def __init__(self, system: System, requested: float | None, max_steps: int, bar: Decades):
+        self.max_steps = max_steps
+        self.requested = requested
+        self.bar = bar
+        length, stiffness = natural_units(system)
+        self.length = float(length)
+        self.stiffness = float(stiffness)
+        _check_limits(system)
         low, high = _limits(system)
-        _check_limits(system, low, high)
-        self.low, self.high = flat(low), flat(high)
+        self.low = flat(low)
+        self.high = flat(high)
         self.count = self.low.size
-        self.like = dataclasses.replace(unknowns_of(system), multipliers=None)
-        x = np.clip(flat(self.like), self.low, self.high)
+        self.like = _primal(system)
         self.system = system
         self.round_off = ROUND_OFF * round_off(system)
-        self.system = self.at(x)
+        # Coordinates that are beyond their bounds at the start are put on them.
+        self.system = self.system_at(np.clip(flat(self.like), self.low, self.high))
         self.tolerance = 0.0
         self.aim()
-        self.multipliers = unknowns_of(self.system).multipliers
+        self.multipliers: ByName | None = unknowns_of(self.system).multipliers
         self.steps = 0
 
     def aim(self) -> None:
-        """Set the force that counts as converged by the pairs as they are now."""
+        """Set the force that counts as converged, from the pairs that interact now."""
         dtype = self.system.positions.dtype.type
+        # no force left, so that all pairs with a force count
         scale = force_scale(self.system, dtype(self.length), dtype(self.stiffness), dtype(0.0))
-        self.tolerance = float(
-            np.fmin(force_goal(scale, self.asked)[0], self.stiffness * self.length)
-        )
+        goal, _ = force_goal(scale, self.requested)
+        # at most the potential's own force; fmin takes that also where the goal is not a number
+        self.tolerance = float(np.fmin(goal, self.stiffness * self.length))
         self.bar.tolerance = max(self.tolerance, self.round_off)
 
-    def at(self, z: np.ndarray) -> System:
-        """The system at some unknowns, its list complete."""
-        x = jax.tree.map(
-            lambda leaf: jnp.asarray(leaf, self.system.positions.dtype), unflat(z, self.like)
-        )
+    def system_at(self, z: np.ndarray) -> System:
+        """The system at other unknowns, with a complete neighbor list."""
+        dtype = self.system.positions.dtype
+        x = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), unflat(z, self.like))
         return with_unknowns(self.system, x, own_params(self.system)).reallocate(keep=True)
 
     @property
     def z(self) -> np.ndarray:
-        return flat(dataclasses.replace(unknowns_of(self.system), multipliers=None)).astype(float)
+        """Positions and relaxed parameters of the system, (count,)."""
+        return _flat_primal(unknowns_of(self.system))
 
-    def left(self, slope: Unknowns, z: np.ndarray) -> tuple[np.ndarray, float]:
-        """What of the slope nothing balances, and its size as a force, equations included.
+    @property
+    def slope(self) -> Unknowns:
+        """dL/dx and g at the system."""
+        return _slope(self.system, self.multipliers)
 
-        It is that of a step of projected gradient, k (z - clip(z - slope / k)): zero at a bound
-        that is pushed against, and small where one is near that will be.
+    def force_left(self, slope: Unknowns, z: np.ndarray) -> float:
+        """The largest force that nothing balances, equations included.
+
+        It belongs to the step of a projected gradient, k (z - clip(z - slope / k)), k the
+        potential's stiffness. That is zero at a bound that a coordinate is pushed against, and
+        small near a bound that it will be pushed against. A slope along a relaxed parameter counts
+        as a force, and so does k g of an equation.
         """
-        along = flat(dataclasses.replace(slope, multipliers=None)).astype(float)
-        kept = self.stiffness * (z - np.clip(z - along / self.stiffness, self.low, self.high))
+        along = _flat_primal(slope)
+        left = self.stiffness * (z - np.clip(z - along / self.stiffness, self.low, self.high))
         n, d = self.system.positions.shape
-        forces = np.linalg.norm(kept[: n * d].reshape(n, d), axis=1)
-        others = np.abs(kept[n * d :])
+        forces = np.linalg.norm(left[: n * d].reshape(n, d), axis=1)
+        others = np.abs(left[n * d :])
         g = [
             np.max(np.abs(np.asarray(leaf)), initial=0.0)
             for leaf in jax.tree.leaves(slope.multipliers)
         ]
-        size = max(
-            forces.max(initial=0.0), others.max(initial=0.0), self.stiffness * max(g, default=0.0)
+        return float(
+            max(
+                forces.max(initial=0.0),
+                others.max(initial=0.0),
+                self.stiffness * max(g, default=0.0),
+            )
         )
-        return kept, float(size)
 
-    def conditions(self, stuck: np.ndarray) -> KKT:
-        """The optimality conditions, some unknowns held where they are."""
-        mask = unflat(stuck, self.like)
-        none = jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), bool), self.multipliers)
+    def kkt_system(self, fixed: np.ndarray) -> KKT:
+        """The linear system of the optimality conditions, with some unknowns fixed.
+
+        Args:
+          fixed: (count,) True for those.
+        """
+        mask = jax.tree.map(jnp.asarray, unflat(fixed, self.like))
+        no_equation = jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), bool), self.multipliers)
         n, d = self.system.positions.shape
+        # No rattlers and no free motions: the shift of a Newton step makes the system regular.
         null = NullSpace(
-            jnp.zeros(n, bool), None, jnp.asarray(float(n)), motions=jnp.zeros((0, n, d)),
-            active_set=Unknowns(jnp.asarray(mask.positions), None, none, jax.tree.map(jnp.asarray, mask.params)),
-        )  # fmt: skip
+            jnp.zeros(n, bool),
+            None,
+            jnp.asarray(float(n)),
+            motions=jnp.zeros((0, n, d)),
+            active_set=Unknowns(mask.positions, None, no_equation, mask.params),
+        )
         return KKT(self.system, null, self.multipliers)
 
-    def balance(self) -> None:
-        """Multipliers that balance most of the forces where the descent starts, if it starts next
-        to a minimum.
+    def balance_forces(self) -> None:
+        """Set multipliers that balance most of the forces, if the start is next to a minimum.
 
-        The augmented Lagrangian would find them too, but may leave for another minimum with the
-        forces unbalanced.
+        The augmented Lagrangian would find them, too, but with unbalanced forces it may leave for
+        another minimum.
         """
         if self.multipliers is None:
             return
         z = self.z
-        system = self.conditions((z <= self.low) | (z >= self.high))
+        system = self.kkt_system((z <= self.low) | (z >= self.high))
         if system.equations is None:
             return
-        along = flat(
-            dataclasses.replace(_slope(self.system, self.multipliers), multipliers=None)
-        ).astype(float)
-        pulls = lsqr(
+        # A^T lambda = -dL/dx on the free coordinates, by least squares
+        along = _flat_primal(self.slope)
+        balancing = lsqr(
             system.equations.T,
             -np.where(system.moves[: self.count], along, 0.0),
             atol=EPS,
             btol=EPS,
         )[0]
         like = dataclasses.replace(self.like, multipliers=self.multipliers)
-        found = unflat(np.concatenate([z, system.unit * pulls]), like).multipliers
-        found = jax.tree.map(lambda leaf: jnp.asarray(leaf, self.system.positions.dtype), found)
-        if self.left(_slope(self.system, found), z)[1] <= CLOSE * self.stiffness * self.length:
-            self.multipliers = found
+        multipliers = unflat(np.concatenate([z, system.unit * balancing]), like).multipliers
+        dtype = self.system.positions.dtype
+        multipliers = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), multipliers)
+        force = self.force_left(_slope(self.system, multipliers), z)
+        if force <= CLOSE * self.stiffness * self.length:
+            self.multipliers = multipliers
 
-    def near(self, share: float) -> None:
-        """To where forces and g are a share of the potential's own, by the augmented Lagrangian."""
-        force = share * self.stiffness * self.length
+    def minimize_augmented(self, share: float) -> None:
+        """Minimize the augmented Lagrangian until forces and g are a share of the potential's."""
         penalties = self._penalties()
-        broken = np.inf
+        largest_before = np.inf
         for _ in range(ROUNDS):
-            system = self.system
-
-            last: list[Any] = [0.0, self.z]
-
-            def evaluate(
-                z: np.ndarray, penalties: Any = penalties, last: Any = last
-            ) -> tuple[float, np.ndarray]:
-                self.system = self.at(z)
-                energy, slope, _ = _augmented(self.system, self.multipliers or {}, penalties)
-                self.steps += 1
-                along = flat(slope).astype(float)
-                if self.steps % 50 == 0:
-                    self.show(self.steps, float(np.max(np.abs(along), initial=0.0)))
-                if not (np.isfinite(float(energy)) and np.isfinite(along).all()):
-                    back = z - last[1]  # uphill, so that the line search turns round
-                    steep = 1e3 * self.stiffness
-                    return last[0] + steep * float(back @ back), 2.0 * steep * back
-                last[:] = float(energy), z.copy()
-                return float(energy), along
-
-            budget = max(self.max_steps - self.steps, 1)
-            inside = list(zip(self.low, self.high, strict=True))
-            how = {
-                "maxcor": MEMORY,
-                "maxfun": budget,
-                "maxiter": budget,
-                "ftol": 0.0,
-                "gtol": force,
-                "maxls": 50,
-            }
-            start = self.z
-            found = minimize(
-                evaluate, start, jac=True, method="L-BFGS-B", bounds=inside, options=how
-            )
-            self.system = system
-            self.system = self.at(np.clip(found.x, self.low, self.high))
+            self._minimize_in_bounds(penalties, share * self.stiffness * self.length)
             if self.multipliers is None:
                 return
             _, _, g = _augmented(self.system, self.multipliers, penalties)
             self.multipliers = {k: self.multipliers[k] + penalties[k] * g[k] for k in g}
-            worst = max(
+            largest = max(
                 float(np.max(np.abs(np.asarray(v)), initial=0.0)) for v in jax.tree.leaves(g)
             )
-            if worst <= share * self.length or self.steps >= self.max_steps:
+            if largest <= share * self.length or self.steps >= self.max_steps:
                 return
-            if worst > 0.25 * broken:
+            if largest > 0.25 * largest_before:
                 penalties = {k: RISE * v for k, v in penalties.items()}
-            broken = worst
+            largest_before = largest
 
-    def _penalties(self) -> dict[str, jax.Array]:
-        """rho of each equation, so that rho |grad g|^2 is the potential's stiffness times a number for
-        each.
+    def _minimize_in_bounds(self, penalties: ByName, force: float) -> None:
+        """Minimize L_rho by positions and relaxed parameters, at constant multipliers.
+
+        Args:
+          penalties: rho.
+          force: the largest component of the projected gradient to stop at.
+        """
+        start = self.z
+        system = self.system
+        last_energy = 0.0
+        last_z = start
+
+        def evaluate(z: np.ndarray) -> tuple[float, np.ndarray]:
+            nonlocal last_energy, last_z
+            self.system = self.system_at(z)
+            energy, slope, _ = _augmented(self.system, self.multipliers or {}, penalties)
+            self.steps += 1
+            along = flat(slope).astype(float)
+            if self.steps % 50 == 0:
+                self.bar.show(self.steps, float(np.max(np.abs(along), initial=0.0)))
+            if not (np.isfinite(float(energy)) and np.isfinite(along).all()):
+                # A steep parabola about the last point with a finite energy: the line search turns
+                # round.
+                back = z - last_z
+                steep = 1e3 * self.stiffness
+                return last_energy + steep * float(back @ back), 2.0 * steep * back
+            last_energy = float(energy)
+            last_z = z.copy()
+            return last_energy, along
+
+        budget = max(self.max_steps - self.steps, 1)
+        result = minimize(
+            evaluate,
+            start,
+            jac=True,
+            method="L-BFGS-B",
+            bounds=list(zip(self.low, self.high, strict=True)),
+            options={
+                "maxcor": MEMORY,
+                "maxfun": budget,
+                "maxiter": budget,
+                "ftol": 0.0,  # the gradient alone ends the search
+                "gtol": force,
+                "maxls": 50,
+            },
+        )
+        # The last evaluation need not be at the minimum. The neighbor list is made from the one
+        # before the search.
+        self.system = system
+        self.system = self.system_at(np.clip(result.x, self.low, self.high))
+
+    def _penalties(self) -> ByName:
+        """rho of each equation: rho |grad g|^2 is PENALTY times the potential's stiffness.
+
+        |grad g|^2 is the mean over the components of g.
         """
         own = own_params(self.system)
-        x = dataclasses.replace(unknowns_of(self.system), multipliers=None)
 
-        def sizes(x: Unknowns) -> dict[str, jax.Array]:
+        def values(x: Unknowns) -> ByName:
             return equations(self.system, x.positions, {**own, **(x.params or {})})
 
-        g, pull = jax.vjp(sizes, x)
-        found = {}
+        g, transpose = jax.vjp(values, _primal(self.system))
+        penalties = {}
         for name in g:
-            one = {k: jnp.ones_like(v) if k == name else jnp.zeros_like(v) for k, v in g.items()}
-            squared = sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(pull(one)[0]))
-            each = squared / max(int(np.size(g[name])), 1)
-            found[name] = jnp.asarray(PENALTY * self.stiffness / max(each, 1e-300))
-        return found
+            ones = {k: jnp.ones_like(v) if k == name else jnp.zeros_like(v) for k, v in g.items()}
+            gradient = jax.tree.leaves(transpose(ones)[0])
+            squared = sum(float(jnp.sum(leaf**2)) for leaf in gradient)
+            mean_squared = squared / max(int(np.size(g[name])), 1)
+            # 1e-300 only avoids a division by zero
+            penalties[name] = jnp.asarray(PENALTY * self.stiffness / max(mean_squared, 1e-300))
+        return penalties
 
-    def arrive(self) -> float:
-        """To the tolerance, or as far as it goes; the force that is left."""
+    def relax(self) -> float:
+        """Relax to the tolerance, or as far as possible; the force that is left."""
         share = NEAR
-        size = self.left(_slope(self.system, self.multipliers), self.z)[1]
-        if not size <= NEAR * self.stiffness * self.length:
-            self.near(share)
+        force = self.force_left(self.slope, self.z)
+        # not (<=) rather than >, so that a force that is not a number counts as large
+        if not force <= NEAR * self.stiffness * self.length:
+            self.minimize_augmented(share)
         for _ in range(RETURNS):
-            size = self.newton()
+            force = self.newton()
             self.aim()
-            if size <= max(self.tolerance, self.round_off) or self.steps >= self.max_steps:
+            if force <= max(self.tolerance, self.round_off) or self.steps >= self.max_steps:
                 break
+            # no nearer than a tenth of the tolerance
             share = max(share * NEARER, 0.1 * self.tolerance / (self.stiffness * self.length))
-            self.near(share)
-        return size
+            self.minimize_augmented(share)
+        return force
 
-    def unmet(self) -> str:
-        """The equation that is furthest from being met, in words; empty where all are met as far as
-        forces are.
+    def unmet_equation(self) -> str:
+        """Text on the equation that is off by the most; empty where all are met.
+
+        An equation is met within UNMET, the accuracy to which forces may be left.
         """
-        slope, worst, said = _slope(self.system, self.multipliers), UNMET * self.length, ""
-        for name, g in (slope.multipliers or {}).items():
+        largest = UNMET * self.length
+        message = ""
+        for name, g in (self.slope.multipliers or {}).items():
             off = np.abs(np.atleast_1d(np.asarray(g))).ravel()
-            if off.max(initial=0.0) > worst:
+            if off.max(initial=0.0) > largest:
                 k = int(np.argmax(off))
-                worst, said = float(off[k]), f"{name}[{k}] is off by {off[k]:.3g}"
-        return said
+                largest = float(off[k])
+                message = f"{name}[{k}] is off by {off[k]:.3g}"
+        return message
 
-    def leave_saddle(self, size: float) -> bool:
-        """A step along the lowest mode on the tangent space where it has a negative one; whether
-        there was one.
+    def leave_saddle(self, force: float) -> bool:
+        """Take a step along the lowest mode on the tangent space, if its stiffness is negative.
+
+        Args:
+          force: the largest force left.
+
+        Returns:
+          whether a step was made.
         """
-        backbone, net, null = analyze_rigidity(self.system, size)
-        system = KKT(
-            backbone,
-            constrained_null_space(backbone, net, null, self.multipliers),
-            self.multipliers,
-        )
+        backbone, net, null = analyze_rigidity(self.system, force)
+        constrained = constrained_null_space(backbone, net, null, self.multipliers)
+        system = KKT(backbone, constrained, self.multipliers)
         if not system.negative[0] > 0:
             return False
-        spectrum = system.lowest(1, doubtful_stiffness(size, self.length))
-        if not spectrum.negative:  # the pivot of a free motion may be negative by round-off
+        # The pivot of a free motion may be negative by round-off: the eigenvalue decides.
+        spectrum = system.lowest(1, doubtful_stiffness(force, self.length))
+        if not spectrum.negative:
             return False
         mode = spectrum.vectors[:, 0]
         step = OFF_SADDLE * self.length / np.abs(mode).max() * mode
-        self.system = self.at(np.clip(self.z + step, self.low, self.high))
+        self.system = self.system_at(np.clip(self.z + step, self.low, self.high))
         return True
 
     def newton(self) -> float:
-        """Newton steps on the optimality condition as long as they make headway; the force that is
-        left.
+        """Take Newton steps on the optimality condition, as long as they make headway.
 
-        H_L has a multiple of the force over the potential's length added to it, which grows where a step
-        lowers neither what is left nor the augmented Lagrangian, and falls where it does.
+        A multiple of the force over the potential's length is added to the diagonal of H_L. It
+        grows where a step lowers neither the force that is left nor the augmented Lagrangian, and
+        falls where it does.
+
+        Returns:
+          the force that is left.
         """
-        slope, z, multiple = _slope(self.system, self.multipliers), self.z, FIRST
-        size = self.left(slope, z)[1]
-        best, since, start = size, 0, (size, self.system, self.multipliers)
+        slope = self.slope
+        z = self.z
+        multiple = FIRST
+        force = self.force_left(slope, z)
+        start = (force, self.system, self.multipliers)
+        # the force after the last step that made headway, and the number of steps since
+        best = force
+        since = 0
         penalties = self._penalties() if self.multipliers is not None else {}
         for _ in range(STEPS):
-            if (
-                not (np.isfinite(size) and size > self.tolerance)
-                or self.steps >= self.max_steps
-                or since >= STALLED
-            ):
+            converged = not (np.isfinite(force) and force > self.tolerance)
+            if converged or self.steps >= self.max_steps or since >= STALLED:
                 break
             for _ in range(TRIALS):
-                step = self._step(slope, z, multiple * size / self.length)
-                found = self._try(z, step)
-                if found[-1] < 0.9 * size or (
-                    found[-1] < RISEN * size and self._lower(found, z, penalties)
-                ):
+                trial = self._try(z, self._step(slope, z, multiple * force / self.length))
+                if trial.force < 0.9 * force:
+                    break
+                if trial.force < RISEN * force and self._is_lower(trial, z, penalties):
                     break
                 multiple *= 8.0
             else:
                 break
-            self.system, self.multipliers, slope, z, size = found
+            self.system, self.multipliers, slope, z, force = trial
             multiple = max(0.1 * multiple, 1e-3)
-            best, since = (size, 0) if size < 0.5 * best else (best, since + 1)
-            self.show(self.steps, size)
-        if size > start[0]:
-            size, self.system, self.multipliers = start
-        return size
+            if force < 0.5 * best:
+                best = force
+                since = 0
+            else:
+                since += 1
+            self.bar.show(self.steps, force)
+        if force > start[0]:
+            force, self.system, self.multipliers = start
+        return force
 
-    def _lower(self, found: tuple[Any, ...], z: np.ndarray, penalties: Any) -> bool:
-        """Whether the augmented Lagrangian with a step's multipliers is lower at its end than where
-        it began.
+    def _is_lower(self, trial: _Trial, z: np.ndarray, penalties: ByName) -> bool:
+        """Whether a step lowers the augmented Lagrangian with the multipliers at its end.
 
-        Where the difference is round-off, the slopes at both ends tell.
+        Where the difference is round-off, the slopes at both ends decide.
         """
-        ends = [_augmented(s, found[1] or {}, penalties) for s in (self.system, found[0])]
+        multipliers = trial.multipliers or {}
+        ends = [_augmented(s, multipliers, penalties) for s in (self.system, trial.system)]
         before, after = (float(energy) for energy, *_ in ends)
-        if abs(after - before) > UNSEEN * float(np.finfo(float).eps) * abs(before):
+        if abs(after - before) > ENERGY_ROUND_OFF * float(np.finfo(float).eps) * abs(before):
             return after < before
-        return sum(float(flat(slope) @ (found[3] - z)) for _, slope, _ in ends) < 0.0
+        # twice the difference by the trapezoidal rule
+        return sum(float(flat(slope) @ (trial.z - z)) for _, slope, _ in ends) < 0.0
 
     def _step(self, slope: Unknowns, z: np.ndarray, shift: float) -> np.ndarray:
-        """The change of unknowns and multipliers; what is pushed against a bound goes to it, or
-        stays there.
+        """A Newton step of z and the multipliers, in the order of ``flat``.
+
+        A coordinate that is pushed against a bound goes to the bound, or stays there.
+
+        Args:
+          slope: dL/dx and g at z.
+          z: the unknowns.
+          shift: to add to the diagonal of H_L.
         """
-        along = flat(dataclasses.replace(slope, multipliers=None)).astype(float)
+        along = _flat_primal(slope)
+        # Where a gradient step of size 1 / stiffness ends at a bound or beyond, the coordinate is
+        # taken to be constrained there.
         ahead = z - along / self.stiffness
-        stuck = (self.low == self.high) | (ahead <= self.low) | (ahead >= self.high)
-        onto = np.where(stuck, np.clip(ahead, self.low, self.high) - z, 0.0)
-        rate = _slope_rate(
-            self.system, self.multipliers, jax.tree.map(jnp.asarray, unflat(onto, self.like))
-        )
-        system = self.conditions(stuck)
-        side = -(flat(slope) + flat(rate)).astype(float)
+        fixed = (self.low == self.high) | (ahead <= self.low) | (ahead >= self.high)
+        onto_bounds = np.where(fixed, np.clip(ahead, self.low, self.high) - z, 0.0)
+        # The other unknowns answer to the slope after these coordinates have moved.
+        change = jax.tree.map(jnp.asarray, unflat(onto_bounds, self.like))
+        rate = _slope_rate(self.system, self.multipliers, change)
+        system = self.kkt_system(fixed)
+        right_side = -(flat(slope) + flat(rate)).astype(float)
+        # Equations and multipliers in the units of KKT, where all rows are of similar size.
         units = np.where(np.arange(system.size) < system.primal, 1.0, system.unit)
-        step = units * system.direction(np.where(system.moves, units * side, 0.0), shift)
-        step[: self.count] += onto
+        step = units * system.direction(np.where(system.moves, units * right_side, 0.0), shift)
+        step[: self.count] += onto_bounds
         longest = np.max(np.abs(step[: self.count]), initial=0.0)
         return step * min(1.0, LONGEST * self.length / longest) if longest > 0 else step
 
-    def _try(self, z: np.ndarray, step: np.ndarray) -> tuple[Any, ...]:
-        """Where a step ends: system, multipliers, slope, unknowns, what is left."""
-        there = np.clip(z + step[: self.count], self.low, self.high)
-        system = self.at(there)
+    def _try(self, z: np.ndarray, step: np.ndarray) -> _Trial:
+        """Evaluate the slope at the end of a step."""
+        z_after = np.clip(z + step[: self.count], self.low, self.high)
+        system = self.system_at(z_after)
         multipliers = self.multipliers
         if multipliers is not None:
-            change = unflat(
-                step, dataclasses.replace(self.like, multipliers=multipliers)
-            ).multipliers
+            like = dataclasses.replace(self.like, multipliers=multipliers)
+            change = unflat(step, like).multipliers
             multipliers = jax.tree.map(lambda a, b: a + jnp.asarray(b), multipliers, change)
         slope = _slope(system, multipliers)
         self.steps += 1
-        _, size = self.left(slope, there)
-        return system, multipliers, slope, there, size if np.isfinite(size) else np.inf
+        force = self.force_left(slope, z_after)
+        return _Trial(
+            system=system,
+            multipliers=multipliers,
+            slope=slope,
+            z=z_after,
+            force=force if np.isfinite(force) else np.inf,
+        )
 
 
 def relax_constrained(system: System, options: Options, bar: Decades) -> tuple[Equilibrium, str]:
-    """A minimum under constraints, and where the relaxation ended, in words.
+    """Minimize the energy under constraints.
 
-    ``max_force`` of the result is the largest norm of a particle's force that nothing balances, or
-    what counts as one: the slope along a relaxed parameter, or g times the potential's stiffness.
-    ``steps`` are evaluations of the slope. What is off its bounds at the start is put on them.
+    ``max_force`` of the equilibrium is the largest norm of the force on a particle that nothing
+    balances. The slope along a relaxed parameter counts as such a force, and so does g times the
+    potential's stiffness. ``steps`` are evaluations of the slope. Coordinates that are beyond their
+    bounds at the start are put on them.
+
+    Returns:
+      (equilibrium, where the relaxation ended, as text for an error message).
     """
-    run = _Descent(system, options.tolerance, options.max_steps, bar)
-    run.balance()
-    size = run.arrive()
-    saddles, highest, stuck = 0, 0.0, False
-    while options.leave_saddles and size <= max(run.tolerance, run.round_off):
+    run = _Relaxation(system, options.tolerance, options.max_steps, bar)
+    run.balance_forces()
+    force = run.relax()
+    saddles = 0
+    highest = 0.0  # energy of the first saddle
+    at_saddle = False
+    while options.leave_saddles and force <= max(run.tolerance, run.round_off):
         energy = float(potential_energy(run.system))
-        if not run.leave_saddle(size):
+        if not run.leave_saddle(force):
             break
         if saddles == SADDLES:
-            stuck = True
+            at_saddle = True
             break
         highest = highest if saddles else energy
         saddles += 1
-        run.near(DOWN)
-        size = run.arrive()
-    unmet = run.unmet()
-    if stuck:
+        # The augmented Lagrangian goes down from here; Newton steps on the optimality condition
+        # may return to the saddle.
+        run.minimize_augmented(DOWN)
+        force = run.relax()
+    unmet = run.unmet_equation()
+    if at_saddle:
         status = Status.INDEFINITE
-    elif size <= run.tolerance:
+    elif force <= run.tolerance:
         status = Status.CONVERGED
     elif unmet:
         status = Status.CONSTRAINTS_UNMET
-    elif size <= run.round_off:
+    elif force <= run.round_off:
         status = Status.ROUND_OFF_LIMITED
-    elif not np.isfinite(size):
+    elif not np.isfinite(force):
         status = Status.NOT_FINITE
+    elif run.steps < options.max_steps:
+        status = Status.UNCONVERGED
     else:
-        more = run.steps < options.max_steps
-        status = Status.UNCONVERGED if more else Status.MAX_STEPS_REACHED
+        status = Status.MAX_STEPS_REACHED
     relaxed = run.system
     unknowns = unknowns_of(relaxed, run.multipliers)
     eq = Equilibrium(
         system=relaxed,
         status=jnp.asarray(status.value, jnp.int32),
-        max_force=jnp.asarray(size),
+        max_force=jnp.asarray(force),
         steps=jnp.asarray(run.steps),
         wall_time=0.0,
         tolerance=run.tolerance,
@@ -480,28 +619,31 @@ def relax_constrained(system: System, options: Options, bar: Decades) -> tuple[E
         examined=options.leave_saddles,
         multipliers=multipliers_at(relaxed, unknowns, own_params(relaxed)),
     )
-    ended = f"minimize under constraints stopped after {run.steps:,} steps at max_force {size:.3e}"
-    return eq, f"{ended}; {unmet}" if unmet else ended
-
-
-def _check_limits(system: System, low: Unknowns, high: Unknowns) -> None:
-    """Raise InputError where bounds leave no room, or a pinned coordinate is beyond one."""
-    inside = bounds(system, system.params)
-    lower, upper, at = (
-        np.asarray(x, float) for x in (inside[0].positions, inside[1].positions, system.positions)
+    message = (
+        f"minimize under constraints stopped after {run.steps:,} steps at max_force {force:.3e}"
     )
+    return eq, f"{message}; {unmet}" if unmet else message
+
+
+def _check_limits(system: System) -> None:
+    """Raise InputError where walls leave no room, or a pinned coordinate is beyond a wall."""
+    low, high = bounds(system, system.params)
+    lower = np.asarray(low.positions, float)
+    upper = np.asarray(high.positions, float)
+    positions = np.asarray(system.positions, float)
     if (lower > upper).any():
-        i, a = (int(k) for k in np.argwhere(lower > upper)[0])
+        i, axis = (int(k) for k in np.argwhere(lower > upper)[0])
         raise InputError(
-            f"the walls leave particle {i} no room along axis {a}: it may be from {lower[i, a]:g}"
-            f" to {upper[i, a]:g}; move them apart."
+            f"the walls leave particle {i} no room along axis {axis}: it may be from"
+            f" {lower[i, axis]:g} to {upper[i, axis]:g}; move them apart."
         )
-    beyond = np.asarray(pinned(system)) & (
-        (at < lower - ROUND_OFF * EPS * abs(at)) | (at > upper + ROUND_OFF * EPS * abs(at))
-    )
+    margin = ROUND_OFF * EPS * abs(positions)
+    beyond = (positions < lower - margin) | (positions > upper + margin)
+    beyond &= np.asarray(pinned(system))
     if beyond.any():
-        i, a = (int(k) for k in np.argwhere(beyond)[0])
+        i, axis = (int(k) for k in np.argwhere(beyond)[0])
         raise InputError(
-            f"particle {i} is pinned at {at[i, a]:g} along axis {a}, beyond a wall, which leaves it"
-            f" {lower[i, a]:g} to {upper[i, a]:g}: move the pin or the wall."
+            f"particle {i} is pinned at {positions[i, axis]:g} along axis {axis}, beyond a wall:"
+            f" the walls leave it {lower[i, axis]:g} to {upper[i, axis]:g}; move the pin or the"
+            " wall."
         )

@@ -1,5 +1,7 @@
-"""Relaxing the members of a batch together: calls that serve them all, then each by itself where
-it needs Newton steps, a longer neighbor list, or to leave a saddle.
+"""Relaxation of the members of a batch in a fixed cell.
+
+Compiled calls serve all members together. Then the members that need Newton steps, a longer
+neighbor list, or to leave a saddle, go on one by one.
 """
 
 from __future__ import annotations
@@ -38,194 +40,253 @@ from mdsens.relaxation._driver import (
 )
 from mdsens.relaxation._fire_loop import advance, at_rest, status_of
 from mdsens.relaxation.equilibrium import Equilibrium, batch_of
-from mdsens.relaxation.methods import Newton
+from mdsens.relaxation.methods import Minimizer, Newton
 from mdsens.relaxation.options import Options
 
 __all__ = ["BatchRelaxation", "relax_batch"]
 
-ALONE = 20_000  # steps after which a member that is not at rest goes on by itself
+# Steps after which a member that is not at rest goes on by itself.
+ALONE = 20_000
 
 
 @functools.partial(jax.jit, static_argnames=("method",))
-def _begin(batch: System, method: Any) -> tuple[Any, ...]:
-    """Of each member: the potential's length, the limits, the minimizer at rest."""
+def _start_members(batch: System, method: Minimizer) -> tuple[jax.Array, Limits, Any]:
+    """The potential's length, the limits and the minimizer's state at rest, of each member."""
 
-    def one(system: System) -> tuple[Any, ...]:
+    def start(system: System) -> tuple[jax.Array, Limits, Any]:
         length, stiffness = jax.tree.map(
             lambda x: x.astype(system.positions.dtype), natural_units(system)
         )
         limits = Limits.of((length, stiffness), method)
         return length, limits, at_rest(system.positions, limits, method)
 
-    return jax.vmap(one)(batch)
+    return jax.vmap(start)(batch)
 
 
 @functools.partial(jax.jit, static_argnames=("method",))
 def _advance_each(
-    batch: System, state: Any, target: Any, budget: Any, method: Any, limits: Limits
-) -> tuple[Any, ...]:
-    """Each member's steps: (batch, states, steps, largest forces, which lists overflowed)."""
+    batch: System,
+    state: Any,
+    target: np.ndarray,
+    budget: np.ndarray,
+    method: Minimizer,
+    limits: Limits,
+) -> tuple[System, Any, jax.Array, jax.Array, jax.Array]:
+    """Take steps of each member: (batch, states, steps, largest forces, which lists overflowed)."""
 
-    def one(given: tuple[Any, ...]) -> tuple[Any, ...]:
-        system, state, target, budget, limits = given
+    def advance_one(member: tuple[Any, ...]) -> tuple[Any, ...]:
+        system, state, target, budget, limits = member
         state, pairs, steps = advance(
             system, state, system.neighbors, target, budget, method, limits
         )
         moved = system.replace(positions=method.positions(state), neighbors=pairs)
         return moved, state, steps, largest_force(method.forces(state)), pairs.overflowed
 
-    given = (batch, state, target, budget, limits)
-    # on a CPU one core serves them one after the other, and none waits for the slowest
-    return (
-        jax.lax.map(one, given)
-        if jax.default_backend() == "cpu"
-        else jax.vmap(lambda *g: one(g))(*given)
-    )
+    members = (batch, state, target, budget, limits)
+    # On a CPU one core serves the members one after the other, and none waits for the slowest.
+    if jax.default_backend() == "cpu":
+        return jax.lax.map(advance_one, members)
+    return jax.vmap(lambda *member: advance_one(member))(*members)
 
 
 class BatchRelaxation:
-    """The relaxations of a batch's members, in calls that serve them all; what is left of each is
-    then a :class:`RelaxationState`.
+    """State of the relaxations of a batch's members, which its methods change.
+
+    The relaxation of a member that goes on by itself is a :class:`RelaxationState`, see ``run``.
 
     Attributes:
-      systems: the batch so far, its potential in the cheapest form.
-      steps, largest, tested, goal, scale: of each member, as in :class:`RelaxationState`.
+      systems: the batch so far, with its potential in the form that is cheapest to evaluate.
+      potential: the batch's potential as it was given.
+      steps, largest, pace, tested, goal, scale: as in :class:`RelaxationState`, with an entry for
+        each member.
+      taken: number of steps of each member in the last call that served it.
+      going: which members count, and have neither an overflowed list nor a force that is not
+        finite.
     """
 
     def __init__(
-        self, batch: System, method: Any, tolerance: float | None, max_steps: int, count: int
+        self,
+        batch: System,
+        method: Minimizer,
+        tolerance: float | None,
+        max_steps: int,
+        count: int,
     ):
-        """Of the first ``count`` members; the others stay as they are."""
-        self.potential, self.method, self.max_steps, self.count = (
-            batch.potential,
-            method,
-            max_steps,
-            count,
-        )
+        """Before the first step.
+
+        Args:
+          batch: the systems.
+          method: the first-order minimizer.
+          tolerance: the largest force to reach; None for 1e-12 of the mean pair force.
+          max_steps: of each member.
+          count: number of members that are relaxed, the first ones; the others stay as they are.
+        """
+        self.potential = batch.potential
+        self.method = method
+        self.max_steps = max_steps
+        self.count = count
         self.tolerance = tolerance
-        self.systems = batch.replace(potential=self.potential.at(batch.params))
-        self.length, self.limits, self.state = _begin(self.systems, method)
+        self.systems = batch.replace(potential=self.potential.specialize(batch.params))
+        self.length, self.limits, self.state = _start_members(self.systems, method)
         self.tested = 0.5 * np.asarray(self.limits.strongest)
-        self.goal = np.full(self.tested.size, np.inf)
-        self.steps, self.largest = (
-            np.zeros(self.tested.size, int),
-            np.full(self.tested.size, np.inf),
-        )
-        self.taken = np.zeros(self.tested.size, int)
-        self.going = (
-            np.arange(self.tested.size) < count
-        )  # not those whose list or numbers overflowed
-        self.pace = np.zeros(self.tested.size)
+        size = self.tested.size
+        self.goal = np.full(size, np.inf)
+        self.steps = np.zeros(size, int)
+        self.largest = np.full(size, np.inf)
+        self.taken = np.zeros(size, int)
+        self.going = np.arange(size) < count
+        self.pace = np.zeros(size)
 
     @property
     def unfinished(self) -> np.ndarray:
+        """Which members have a force above the one to stop at, and steps left to lower it."""
         return self.going & (self.largest > self.tested) & (self.steps < self.max_steps)
 
     def aim(self) -> None:
-        """Set the force that each member is to reach by its pairs as they are now."""
+        """Set the force that each member has to reach, from its pairs that interact now."""
         left = jnp.asarray(self.largest, self.systems.positions.dtype)
-        found = force_scales(self.systems, self.length, self.limits.stiffness, left)
-        self.scale = ForceScale(*(np.asarray(x) for x in found))
+        scale = force_scales(self.systems, self.length, self.limits.stiffness, left)
+        self.scale = ForceScale(*(np.asarray(x) for x in scale))
         goal, stop = force_goal(self.scale, self.tolerance)
         self.goal = np.broadcast_to(goal, self.tested.shape)
         self.tested = np.fmin(stop, 0.5 * np.asarray(self.limits.strongest))
 
-    def advance(self, near: Any, until: Any, some: Any = True) -> None:
-        """Steps of some members to a largest force each, or to what it is to reach; or up to a
-        number of steps.
+    def advance(
+        self,
+        near: float | np.ndarray,
+        until: int | np.ndarray,
+        chosen: bool | np.ndarray = True,
+    ) -> None:
+        """Take steps of the minimizer.
+
+        Args:
+          near: the largest force of each member to stop at, where that is above the force to reach.
+          until: number of steps of the whole relaxation at which to stop.
+          chosen: which members take steps.
         """
         while True:
             target = np.maximum(near, self.tested)
-            if np.any(self.going & some & (self.largest <= target) & (near <= self.tested)):
+            if np.any(self.going & chosen & (self.largest <= target) & (near <= self.tested)):
                 self.aim()
                 target = np.maximum(near, self.tested)
             wanted = np.minimum(until, self.max_steps) - self.steps
-            more = self.going & some & ~(self.largest <= target)
-            budget = np.where(more, np.clip(wanted, 0, STEPS_PER_CALL), 0)
+            above = self.going & chosen & ~(self.largest <= target)
+            budget = np.where(above, np.clip(wanted, 0, STEPS_PER_CALL), 0)
             if not budget.any():
                 return
+            # of the type of the positions, lest the call be compiled for another type
             target = target.astype(self.systems.positions.dtype)
-            found = _advance_each(
+            self.systems, self.state, *rest = _advance_each(
                 self.systems, self.state, target, budget, self.method, self.limits
             )
-            self.systems, self.state, *rest = found
-            taken, largest, overflowed = (np.asarray(x) for x in rest)
-            self.taken = np.where(budget > 0, taken, self.taken)
-            self.steps = self.steps + np.where(budget > 0, taken, 0)
-            self.largest = np.where(budget > 0, largest, self.largest)
+            steps, largest, overflowed = (np.asarray(x) for x in rest)
+            # Members with a budget of 0 pass through the call and keep their numbers.
+            served = budget > 0
+            self.taken = np.where(served, steps, self.taken)
+            self.steps = self.steps + np.where(served, steps, 0)
+            self.largest = np.where(served, largest, self.largest)
             self.going = self.going & np.isfinite(self.largest) & ~overflowed
 
     def to_minimum(self, newton: Newton | None) -> None:
-        """Down to the tolerance, or to where each member's relaxation takes a way of its own."""
+        """Relax to the tolerance, or to where a member has to go on by itself.
+
+        Args:
+          newton: options of Newton steps, which a member takes by itself; None for the minimizer
+            alone.
+        """
         self.advance(0.0, newton.patience if newton else ALONE)
         if newton is None or not self.unfinished.any():
             return
         self.aim()
-        self.advance(near_force(newton.begin, self.scale.mean, self.systems.n), self.max_steps)
-        while (
-            fast := self.unfinished
-            & falls_fast(self.pace, self.largest, self.tested, self.systems.n)
-        ).any():
-            before, since = self.largest, self.steps
-            self.advance(0.0, since + at_size(WATCHED, self.systems.n), fast)
+        n = self.systems.n
+        self.advance(near_force(newton.begin, self.scale.mean, n), self.max_steps)
+        # The members for which Newton steps pay stop here; the others go on, as in
+        # RelaxationState.
+        fast = self._fast()
+        while fast.any():
+            before = self.largest
+            since = self.steps
+            self.advance(0.0, since + at_size(WATCHED, n), fast)
             self.pace = np.where(fast, pace_of(before, self.largest, self.steps - since), self.pace)
+            fast = self._fast()
+
+    def _fast(self) -> np.ndarray:
+        """Which unfinished members the minimizer relaxes faster than Newton steps would."""
+        return self.unfinished & falls_fast(self.pace, self.largest, self.tested, self.systems.n)
 
     def examine(self) -> np.ndarray:
-        """Which of the members came to rest where the Hessian has a negative eigenvalue, or where
-        that is not known.
+        """Which members came to rest where the Hessian has a negative eigenvalue.
+
+        Also those of which that is not known.
         """
         none = np.zeros(self.tested.size, bool)
         if not factorizes(self.systems):
             return ~none
-        count = np.minimum(
-            np.arange(none.size), self.count - 1
-        )  # the others, which never moved, have no Hessian
-        relaxed, largest = (
-            taken(self.systems.replace(potential=self.potential), count),
-            jnp.asarray(self.largest[count]),
-        )
-        backbone, _, null = analyze_rigidity(relaxed, largest)
+        # The members beyond ``count`` never moved and have no Hessian: the last one that counts
+        # takes their place.
+        which = np.minimum(np.arange(none.size), self.count - 1)
+        relaxed = taken(self.systems.replace(potential=self.potential), which)
+        backbone, _, null = analyze_rigidity(relaxed, jnp.asarray(self.largest[which]))
         stiffness = HessianFactor(backbone, null.simplified())
+        # One factor serves all Hessians, as the diagonal blocks of one matrix.
         return ~none if stiffness.factor is None else stiffness.negative > 0
 
     def on_their_own(self, leave_saddles: bool) -> list[int]:
-        """The members that have more to do than this: a longer list, Newton steps, a saddle to
-        leave.
+        """The members that have to go on one by one.
+
+        They need a longer neighbor list, Newton steps, or to leave a saddle.
+
+        Args:
+          leave_saddles: whether to search for modes of negative stiffness.
         """
-        whole = np.isfinite(np.asarray(self.systems.positions)).all(axis=(1, 2))
-        wanted = self.unfinished | (np.asarray(self.systems.neighbors.overflowed) & whole)
+        # A longer list does not help where positions are not finite.
+        finite = np.isfinite(np.asarray(self.systems.positions)).all(axis=(1, 2))
+        wanted = self.unfinished | (np.asarray(self.systems.neighbors.overflowed) & finite)
         if leave_saddles:
             wanted = wanted | ((self.largest <= self.tested) & self.examine())
         return [int(k) for k in np.flatnonzero(wanted[: self.count])]
 
     def run(self, k: int) -> RelaxationState:
-        """The relaxation of one member, as far as it is."""
-        given = (self.systems, self.potential, self.state, self.length, self.limits)
+        """The relaxation of member k, as far as it is, to go on by itself."""
+        batched = (self.systems, self.potential, self.state, self.length, self.limits)
         system, potential, state, length, limits = jax.tree.map(
-            lambda leaf: jnp.asarray(np.asarray(leaf)[k]), given
+            lambda leaf: jnp.asarray(np.asarray(leaf)[k]), batched
         )
         run = RelaxationState(
-            system, potential, self.method, length, limits, self.tolerance, self.max_steps
+            system=system,
+            potential=potential,
+            method=self.method,
+            length=length,
+            limits=limits,
+            tolerance=self.tolerance,
+            max_steps=self.max_steps,
+            state=state,
+            steps=int(self.steps[k]),
+            largest=float(self.largest[k]),
+            pace=self.pace[k],
+            # until the pairs are known, as in RelaxationState.of
+            tested=0.5 * float(limits.strongest),
         )
-        run.state, run.steps, run.largest, run.pace = (
-            state,
-            int(self.steps[k]),
-            float(self.largest[k]),
-            self.pace[k],
-        )
-        run.tested = 0.5 * float(limits.strongest)
         if bool(system.neighbors.overflowed):
             run.make_room(int(self.taken[k]))
         return run
 
     def equilibria(self, seconds: float, examined: bool) -> Equilibrium:
-        """What all members reached, as a batch."""
-        relaxed, largest = self.systems.replace(potential=self.potential), self.largest
+        """The configurations of all members with their evidence, as a batch.
+
+        Args:
+          seconds: wall time of a member.
+          examined: whether the Hessians were searched for modes of negative stiffness.
+        """
+        relaxed = self.systems.replace(potential=self.potential)
+        largest = self.largest
+        # Where the tolerance is not met, the forces of the minimizer may have been shortened.
         if np.any(largest > self.tested):
             whole = np.asarray(jax.vmap(max_force)(relaxed))
             self.largest = np.where(largest <= self.tested, largest, whole)
         self.aim()
-        floor, idle, ones = self.scale.floor, self.scale.idle, np.ones(self.tested.size)
+        floor, idle = self.scale.floor, self.scale.idle
+        ones = np.ones(self.tested.size)
         overflowed = relaxed.neighbors.overflowed
         return Equilibrium(
             system=relaxed,
@@ -242,30 +303,32 @@ class BatchRelaxation:
 
 
 def relax_batch(batch: System, options: Options, bar: Members) -> Equilibrium:
-    """The minimum of each member of a batch in a fixed cell, as a batch."""
+    """Minimize the energy of each member of a batch in a fixed cell; the result is a batch."""
 
-    def some(part: System, count: int) -> tuple[Equilibrium, int, dict[int, Equilibrium]]:
+    def relax_some(part: System, count: int) -> tuple[Equilibrium, int, dict[int, Equilibrium]]:
+        """The first ``count`` members of ``part``: (all together, count, those one by one)."""
         began = time.perf_counter()
-        runs = BatchRelaxation(part, options.first, options.tolerance, options.max_steps, count)
-        runs.to_minimum(options.newton)
-        others = {k: runs.run(k) for k in runs.on_their_own(options.leave_saddles)}
-        for run in others.values():
+        together = BatchRelaxation(part, options.first, options.tolerance, options.max_steps, count)
+        together.to_minimum(options.newton)
+        runs = {k: together.run(k) for k in together.on_their_own(options.leave_saddles)}
+        for run in runs.values():
             run.to_minimum(options.newton, options.leave_saddles)
+        # Members that are relaxed together have no time of their own: each gets an equal share.
         seconds = (time.perf_counter() - began) / count
         bar.advance(count)
         alone = {
-            k: dataclasses.replace(run.equilibrium(), wall_time=seconds)
-            for k, run in others.items()
+            k: dataclasses.replace(run.equilibrium(), wall_time=seconds) for k, run in runs.items()
         }
-        return runs.equilibria(seconds, options.leave_saddles), count, alone
+        return together.equilibria(seconds, options.leave_saddles), count, alone
 
-    chunks = in_chunks(some, batch, batch.batch or 0, batch.n)
-    parts, counts, others = zip(*chunks, strict=True)
+    chunks = in_chunks(relax_some, batch, batch.batch or 0, batch.n)
+    parts, counts, alone_in_parts = zip(*chunks, strict=True)
     eq = joined(parts, counts)
-    if not any(others):
+    if not any(alone_in_parts):
         return eq
-    members, start = unstack(eq), 0
-    for alone, count in zip(others, counts, strict=True):
+    members = unstack(eq)
+    start = 0  # index of the part's first member
+    for alone, count in zip(alone_in_parts, counts, strict=True):
         for k, member in alone.items():
             members[start + k] = member
         start += count

@@ -1,12 +1,12 @@
-"""Relaxing a cell with its particles: Newton steps down the enthalpy U + P V, particles relaxed
-after each.
+"""Relaxation of a cell with its particles: Newton steps of the cell down the enthalpy U + P V.
+
+The particles are relaxed in a fixed cell before the first step and after each.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,26 +27,37 @@ from mdsens.relaxation.options import AtPressure, Options
 
 __all__ = ["relax_at_pressure"]
 
-STEPS = 300  # of the cell
-HALVINGS = 12  # of a step
-ROUND_OFF = 1e-14  # of the cell's stiffness: less of a stress than this is none
+# Steps of the cell in one relaxation, at most. A step strains the cell by 2 % at most.
+STEPS = 300
+# Trials of one step of the cell, each half as long as the one before.
+HALVINGS = 12
+# Stress that counts as zero, as a share of the stiffness of the cell.
+ROUND_OFF = 1e-14
+# Rise of the enthalpy that counts as round-off, as a share of the enthalpy.
+ENTHALPY_ROUND_OFF = 1e-12
+
+# Relaxes the particles of a system in its cell, with up to a number of steps.
+RelaxParticles = Callable[[System, int], Equilibrium]
 
 
 @jax.jit
-def _enthalpy(system: System, pressure: Any) -> jax.Array:
+def _enthalpy(system: System, pressure: float | jax.Array) -> jax.Array:
     return potential_energy(system) + pressure * system.volume
 
 
 def relax_at_pressure(system: System, options: Options, bar: Decades) -> tuple[Equilibrium, str]:
-    """The minimum of U + P V by positions and cell, and where the relaxation ended, in words.
+    """Minimize U + P V over positions and cell.
 
-    Newton steps of the cell, with the particles relaxed after each. A step is halved where it
-    raises the enthalpy, where it takes a packing's last contact away though contacts are to bear
-    the pressure, or where its particles do not come to rest.
+    The cell takes Newton steps, and the particles are relaxed after each. A step is halved where it
+    raises the enthalpy, where it removes a packing's last contact although contacts have to carry
+    the pressure, and where its particles do not come to rest.
+
+    Returns:
+      (equilibrium, where the relaxation ended, as text for an error message).
     """
     assert isinstance(options.cell, AtPressure)
-    pressure, shape = options.cell.pressure, options.cell.shape
-    eq, steps, strains, status = _relax(system, pressure, shape, options, bar)
+    pressure = options.cell.pressure
+    eq, steps, strains, status = _relax(system, options.cell, options, bar)
     dtype = system.positions.dtype
     eq = dataclasses.replace(
         eq,
@@ -56,93 +67,116 @@ def relax_at_pressure(system: System, options: Options, bar: Decades) -> tuple[E
         strains=jnp.asarray(strains, dtype),
     )
     volume = float(eq.system.volume)
-    return (
-        eq,
-        f"minimize at pressure {pressure:g} stopped after {steps:,} steps at volume {volume:g}",
+    message = (
+        f"minimize at pressure {pressure:g} stopped after {steps:,} steps at volume {volume:g}"
     )
+    return eq, message
 
 
 def _relax(
-    system: System, pressure: float, shape: bool, options: Options, bar: Decades
+    system: System, condition: AtPressure, options: Options, bar: Decades
 ) -> tuple[Equilibrium, int, np.ndarray, Status]:
-    """(the Equilibrium, steps in all, the free strains, the status of positions and cell)."""
+    """Relax positions and cell.
+
+    Returns:
+      (equilibrium of the particles in the last cell, steps of the minimizer in all, the strains
+      (k, d, d) that the cell is free to take, status of positions and cell).
+    """
+    pressure, shape = condition.pressure, condition.shape
     max_steps = options.max_steps
 
-    def relax(at: System, budget: int) -> Equilibrium:
-        return relax_in_fixed_cell(at, dataclasses.replace(options, max_steps=budget), bar)[0]
+    def relax_particles(system: System, budget: int) -> Equilibrium:
+        eq, _ = relax_in_fixed_cell(system, dataclasses.replace(options, max_steps=budget), bar)
+        return eq
 
-    along = free_strains(system.dimension, shape)
-    eq = relax(fixed_cell(system), max_steps)
+    strains = free_strains(system.dimension, shape)
+    eq = relax_particles(fixed_cell(system), max_steps)
     steps = int(eq.steps)
     if not Status(int(eq.status)).good:
-        return eq, steps, along, Status(int(eq.status))
+        return eq, steps, strains, Status(int(eq.status))
     for _ in range(STEPS):
-        now = eq.system
-        backbone, net, null = analyze_rigidity(now, eq.max_force)
-        loose = bool(net.unjammed)
-        if loose and pressure <= 0:
-            return eq, steps, along, Status.NO_REST
-        cell = Cell.of(backbone, HessianFactor(backbone, null.simplified()), pressure, along)
-        volume, length = float(now.volume), float(natural_units(now)[0])
-        left = float(np.max(np.abs(np.asarray(cell.slope)))) / volume
-        # the stress that the forces left can make, and round-off of the sum that it is
-        goal = float(eq.tolerance) / length ** (now.dimension - 1)
-        floor = max(
-            float(eq.max_force) / length ** (now.dimension - 1),
-            ROUND_OFF * float(np.max(np.abs(np.asarray(cell.stiffness)))) / volume,
-        )
-        if left <= max(goal, floor):
-            code = Status(int(cell.status))
-            return eq, steps, along, code if not code.good else Status(int(eq.status))
-        before, step = float(_enthalpy(now, pressure)), cell.newton()
+        relaxed = eq.system
+        backbone, net, null = analyze_rigidity(relaxed, eq.max_force)
+        unjammed = bool(net.unjammed)
+        # Without contacts nothing opposes an expansion at zero or negative pressure.
+        if unjammed and pressure <= 0:
+            return eq, steps, strains, Status.NO_REST
+        cell = Cell.of(backbone, HessianFactor(backbone, null.simplified()), pressure, strains)
+        stress, goal = _stress_and_goal(eq, cell)
+        if stress <= goal:
+            cell_status = Status(int(cell.status))
+            status = Status(int(eq.status)) if cell_status.good else cell_status
+            return eq, steps, strains, status
+        enthalpy = float(_enthalpy(relaxed, pressure))
+        step = cell.newton()
         for _ in range(HALVINGS):
-            found = _after(now, cell, step, relax, max(max_steps - steps, 1), shape)
-            steps += 0 if found is None else int(found.steps)
+            budget = max(max_steps - steps, 1)
+            trial = _relaxed_after_step(relaxed, cell, step, relax_particles, budget, shape)
+            steps += 0 if trial is None else int(trial.steps)
             if steps >= max_steps:
-                return (
-                    eq,
-                    steps,
-                    along,
-                    Status.NO_REST if pressure < 0 else Status.MAX_STEPS_REACHED,
-                )
-            if found is not None and Status(int(found.status)).good:
-                lost = (
-                    pressure > 0
-                    and not loose
-                    and bool(np.all(_rattlers(found.system, found.max_force)))
-                )
-                if not lost and float(_enthalpy(found.system, pressure)) - before <= 1e-12 * abs(
-                    before
-                ):
-                    break
+                # A negative pressure may have no minimum: the cell expands without end.
+                status = Status.NO_REST if pressure < 0 else Status.MAX_STEPS_REACHED
+                return eq, steps, strains, status
+            if trial is not None and Status(int(trial.status)).good:
+                had_contacts = pressure > 0 and not unjammed
+                lost_contacts = had_contacts and _all_rattlers(trial)
+                if not lost_contacts:
+                    rise = float(_enthalpy(trial.system, pressure)) - enthalpy
+                    if rise <= ENTHALPY_ROUND_OFF * abs(enthalpy):
+                        break
             step = 0.5 * step
         else:
-            return eq, steps, along, Status.NO_REST
-        eq = found
-    return eq, steps, along, Status.NO_REST
+            return eq, steps, strains, Status.NO_REST
+        eq = trial
+    return eq, steps, strains, Status.NO_REST
 
 
-def _after(
-    now: System,
+def _stress_and_goal(eq: Equilibrium, cell: Cell) -> tuple[float, float]:
+    """The largest |stress + P| of a cell, and the stress below which the cell is at rest."""
+    volume = float(eq.system.volume)
+    length = float(natural_units(eq.system)[0])
+    stress = float(np.max(np.abs(np.asarray(cell.slope)))) / volume
+    # the stress of a force per l^(d-1), the cross section of a particle
+    area = length ** (eq.system.dimension - 1)
+    goal = float(eq.tolerance) / area
+    # The forces that are left make a stress, and so does round-off of the sum over the pairs.
+    stiffness = float(np.max(np.abs(np.asarray(cell.stiffness))))
+    floor = max(float(eq.max_force) / area, ROUND_OFF * stiffness / volume)
+    return stress, max(goal, floor)
+
+
+def _relaxed_after_step(
+    system: System,
     cell: Cell,
     step: np.ndarray,
-    relax: Callable[[System, int], Any],
+    relax_particles: RelaxParticles,
     budget: int,
     shape: bool,
-) -> Any:
-    """Relaxed again after a strain, from where its linear response puts the particles; None in a
-    cell too small.
+) -> Equilibrium | None:
+    """Strain the cell and relax the particles again; None where the cell becomes too small.
+
+    Args:
+      system: at rest in its cell.
+      cell: derivatives of the enthalpy by strain there; the particles start from their linear
+        response.
+      step: (k,) amplitudes of the strains.
+      relax_particles: relaxes the particles.
+      budget: of steps of the minimizer.
+      shape: whether the shape of the cell is free.
     """
-    dtype = now.positions.dtype
+    dtype = system.positions.dtype
     strain = np.tensordot(step, np.asarray(cell.along), axes=1)
-    moved = np.asarray(now.positions) + np.tensordot(step, np.asarray(cell.motion), axes=1)
-    there = deformed(now, jnp.asarray(strain, dtype), jnp.asarray(moved, dtype))
-    box = FixedBox(there.box, not shape and now.boundary.orthogonal)
+    moved = np.asarray(system.positions) + np.tensordot(step, np.asarray(cell.motion), axes=1)
+    strained = deformed(system, jnp.asarray(strain, dtype), jnp.asarray(moved, dtype))
+    # A cell that keeps its shape stays orthogonal, which ``deformed`` does not know.
+    box = FixedBox(strained.box, not shape and system.boundary.orthogonal)
     try:
-        return relax(there.replace(boundary=box).reallocate(), budget)
-    except InputError:  # below twice the range of the interactions
+        return relax_particles(strained.replace(boundary=box).reallocate(), budget)
+    except InputError:  # a height of the cell below twice the range of the interactions
         return None
 
 
-def _rattlers(system: System, max_force: Any) -> np.ndarray:
-    return np.asarray(analyze_rigidity(system, max_force)[1].rattlers)
+def _all_rattlers(eq: Equilibrium) -> bool:
+    """Whether no particle is in the contact network."""
+    _, net, _ = analyze_rigidity(eq.system, eq.max_force)
+    return bool(np.all(np.asarray(net.rattlers)))

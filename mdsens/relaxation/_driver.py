@@ -1,4 +1,7 @@
-"""The relaxation of one system in a fixed cell: FIRE, Newton steps where it crawls, off saddles."""
+"""Relaxation of one system in a fixed cell.
+
+A first-order minimizer such as FIRE, Newton steps where it is slow, and steps off saddles.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +27,13 @@ from mdsens.mechanics.units import (
     force_scale,
     natural_units,
 )
+from mdsens.model.neighbors import Neighbors
 from mdsens.model.system import System, potential_energy
+from mdsens.potentials.base import Potential
 from mdsens.relaxation._fire_loop import advance, at_rest, forces_at, status_of
-from mdsens.relaxation._newton import descend
+from mdsens.relaxation._newton import ENERGY_ROUND_OFF, descend
 from mdsens.relaxation.equilibrium import Equilibrium
-from mdsens.relaxation.jax_md import JaxMD
-from mdsens.relaxation.methods import Fire, GradientDescent, Newton
+from mdsens.relaxation.methods import Minimizer, Newton
 from mdsens.relaxation.options import Options
 
 __all__ = [
@@ -43,48 +47,77 @@ __all__ = [
     "relax_in_fixed_cell",
 ]
 
-STEPS_PER_CALL = 500  # between two looks of the host: progress, reallocation, interrupts
-# Steps of FIRE that take as long as Newton's to the minimum, and those that its pace is taken from:
-# so many from 256 particles to 16,384; beyond, where a factor takes more than in proportion to the
-# particles and some part of a packing slips now and then, with the root of their number.
-WORTH, WATCHED, LARGE = 4000, 500, 16384
-RETURNS = 3  # times that FIRE is given back what slipped away while it was watched
-# Times that a saddle is left; the step off it along the mode, of the potential's length; and in any
-# direction beside, of that, so that what is symmetric about the mode does not end on the next
-# saddle.
-SADDLES, OFF_SADDLE, ASIDE = 20, 1e-3, 0.03
-LONGEST = 0.1  # the longest step off a saddle, of the potential's length
-# units of round-off of the energy: a difference below them tells nothing, as in
-# mdsens.relaxation._newton
-UNSEEN = 4500.0
-# A minimizer that within so many calls has not gained a tenth, at a force not far above its floor,
-# stands at round-off that the floor underestimates. FIRE crawls near jamming, too, but loses a
-# tenth within 2,000 steps.
-STANDING, GAINED, NEAR_FLOOR = 4, 0.9, 30.0
+# Steps of the minimizer in one compiled call. Between two calls the host shows the progress,
+# allocates a larger neighbor list where one overflowed, and can be interrupted.
+STEPS_PER_CALL = 500
+# Steps of FIRE that take as long as Newton's method does to the minimum, from 256 to LARGE
+# particles.
+WORTH = 4000
+# Steps in which the pace of FIRE is measured, up to LARGE particles.
+WATCHED = 500
+# Beyond this number of particles WORTH and WATCHED grow with the root of the number: the time of a
+# factor grows faster than the number of particles, and some part of a packing slips now and then.
+LARGE = 16384
+# Times that FIRE continues to the force where Newton steps begin, because the force has risen above
+# it while the pace was measured: some part of the packing slipped.
+RETURNS = 3
+# Saddles that one relaxation leaves at most.
+SADDLES = 20
+# Largest displacement of a coordinate along the mode in the step off a saddle, in units of the
+# potential's length.
+OFF_SADDLE = 1e-3
+# Random displacement beside the mode, as a share of the displacement along it. Without it, a
+# configuration that is symmetric about the mode would come to rest at the next saddle.
+ASIDE = 0.03
+# Longest step off a saddle, in units of the potential's length.
+LONGEST = 0.1
+# If the force does not fall below GAINED of the smallest so far in STANDING calls, the minimizer
+# stands at round-off that the force floor underestimates, provided that the force is at most
+# NEAR_FLOOR times the floor. FIRE is slow near jamming, too, but there the force loses a tenth
+# within 2,000 steps.
+STANDING = 4
+GAINED = 0.9
+NEAR_FLOOR = 30.0
 
 
-def pace_of(before: Any, after: Any, steps: Any) -> Any:
-    """The powers of e that the largest force loses in a step, -inf where it grows."""
-    smallest = np.finfo(float).tiny  # in place of a force of zero, whose logarithm is none
+def pace_of(
+    before: float | np.ndarray, after: float | np.ndarray, steps: int | np.ndarray
+) -> np.ndarray:
+    """Rate at which the largest force falls, log(before / after) per step; -inf where it rises."""
+    smallest = np.finfo(float).tiny  # in place of a force of zero, which has no logarithm
     lost = np.log(np.maximum(before, smallest)) - np.log(np.maximum(after, smallest))
     return np.where(lost > 0, lost / np.maximum(steps, 1), -np.inf)
 
 
 def at_size(steps: int, n: int) -> int:
+    """A number of steps scaled to n particles: unchanged up to LARGE, then growing as sqrt(n)."""
     return math.ceil(steps * max(1.0, n / LARGE) ** 0.5)
 
 
 def near_force(begin: float, contact: Any, n: int) -> Any:
-    """The largest force at which Newton steps are tried. Some contact of many changes sooner: at
-    131,072 discs steps from 3e-4 of the contact force took 36 factors and four times as long as
-    FIRE from an eighth of it.
+    """The largest force at which Newton steps are tried.
+
+    Among many contacts the first one changes at a smaller force. At 131,072 discs Newton steps from
+    3e-4 of the contact force took 36 factors, and four times as long as FIRE from an eighth of it.
+
+    Args:
+      begin: the force in units of the mean force of a contact, for up to LARGE particles.
+      contact: mean force of a contact; or an array, of each member of a batch.
+      n: number of particles.
     """
     return begin * min(1.0, LARGE / n) * contact
 
 
 def falls_fast(pace: Any, largest: Any, tested: Any, n: int) -> Any:
-    """Whether the minimizer, at its pace, is at the minimum before Newton steps would be; so where
-    it is not known.
+    """Whether the minimizer at its pace reaches the minimum before Newton steps would.
+
+    Also True where the pace is not known. For numbers, or arrays over the members of a batch.
+
+    Args:
+      pace: from ``pace_of``; 0 where it is not known.
+      largest: the largest force now.
+      tested: the largest force to stop at.
+      n: number of particles.
     """
     with np.errstate(divide="ignore"):
         return (pace == 0.0) | (np.log(largest / tested) < at_size(WORTH, n) * pace)
@@ -92,40 +125,44 @@ def falls_fast(pace: Any, largest: Any, tested: Any, n: int) -> Any:
 
 @functools.partial(jax.jit, static_argnames=("method",))
 def _advance(
-    system: System, state: Any, target: Any, budget: Any, method: Any, limits: Limits
-) -> tuple[Any, Any, jax.Array, jax.Array]:
-    """Steps on the system's own list: (state, list, how many steps, the largest force)."""
+    system: System, state: Any, target: Any, budget: int, method: Minimizer, limits: Limits
+) -> tuple[Any, Neighbors, jax.Array, jax.Array]:
+    """Steps on the system's own list: (state, list, number of steps, the largest force)."""
     state, pairs, steps = advance(system, state, system.neighbors, target, budget, method, limits)
     return state, pairs, steps, largest_force(method.forces(state))
 
 
 @dataclasses.dataclass
 class RelaxationState:
-    """One relaxation.
+    """State of one relaxation, which its methods change.
 
     Attributes:
-      system: so far, with its potential in the cheapest form.
-      potential: as it was given.
-      method: the minimizer.
-      length, limits: in the potential's own units.
-      tolerance: that was asked for; None for 1e-12 of the mean pair force.
-      state: the minimizer's; None at rest.
-      largest: the largest force left.
+      system: the system so far, with its potential in the form that is cheapest to evaluate.
+      potential: the system's potential as it was given.
+      method: the first-order minimizer.
+      length, limits: the potential's length, and limits of the steps.
+      tolerance: the tolerance that was given; None for 1e-12 of the mean pair force.
+      max_steps: number of steps at most.
+      bar: progress bar, or None.
+      state: of the minimizer; None for one at rest.
+      steps: number of steps so far.
+      largest: the largest force left on a particle; inf where it is not known.
       pace: see :func:`pace_of`; 0 where it is not known.
-      tested: the largest force to stop at, from where the relaxation is now; see ``aim``.
-      goal: the one that counts as converged.
-      scale: what forces are judged against there; None before the first steps.
-      stands: whether the force has stopped falling at round-off.
-      saddles: how many were left.
-      highest, left: energy at the first one, and at the last.
-      touching: whether particles touched there without a force, see ``Network``.
-      examined: whether the Hessian where it ended was looked at for negative curvature.
-      unstable: whether it was found to have some, and was not left.
+      room: capacity of the next neighbor list, as a multiple of what the positions need.
+      tested: the largest force to stop at, for the pairs that interact now; see ``aim``.
+      goal: the largest force that counts as converged.
+      scale: mean pair force and force floor of the pairs that interact now; None before ``aim``.
+      stands: whether the force has stopped falling, at round-off.
+      saddles: number of saddles that were left.
+      highest, left: energy at the first saddle, and at the last.
+      touching: whether particles touched without a force at the last saddle, see ``Network``.
+      examined: whether the Hessian at the end was searched for modes of negative stiffness.
+      unstable: whether it has one that was not left.
     """
 
     system: System
-    potential: Any
-    method: Fire | GradientDescent | JaxMD
+    potential: Potential
+    method: Minimizer
     length: Any
     limits: Limits
     tolerance: float | None
@@ -149,32 +186,48 @@ class RelaxationState:
 
     @classmethod
     def of(
-        cls, system: System, method: Any, tolerance: float | None, max_steps: int, bar: Decades
+        cls,
+        system: System,
+        method: Minimizer,
+        tolerance: float | None,
+        max_steps: int,
+        bar: Decades,
     ) -> RelaxationState:
-        """A relaxation that is to begin."""
+        """The state before the first step."""
         dtype = system.positions.dtype.type
         length, stiffness = (dtype(x) for x in natural_units(system))
         limits = Limits.of((length, stiffness), method)
-        at = system.replace(potential=system.potential.at(system.params)).reallocate(keep=True)
-        tested = 0.5 * float(limits.strongest)  # to begin with; what was cut is not small
+        cheapest = system.potential.specialize(system.params)
         return cls(
-            at, system.potential, method, length, limits, tolerance, max_steps, bar, tested=tested
+            system=system.replace(potential=cheapest).reallocate(keep=True),
+            potential=system.potential,
+            method=method,
+            length=length,
+            limits=limits,
+            tolerance=tolerance,
+            max_steps=max_steps,
+            bar=bar,
+            # Until the pairs are known. Forces above ``strongest`` are shortened to it: a force
+            # near it may be larger in truth.
+            tested=0.5 * float(limits.strongest),
         )
 
     @property
     def unfinished(self) -> bool:
+        """Whether the force is above the one to stop at, and more steps may lower it."""
         more = self.largest > self.tested and self.steps < self.max_steps and not self.stands
         return more and bool(np.isfinite(self.largest))
 
     @property
     def floor(self) -> float:
-        """The force that counts as round-off."""
+        """The force that counts as round-off: all that is left, where the force stands."""
         floor = 0.0 if self.scale is None else float(self.scale.floor)
         return max(floor, self.largest) if self.stands else floor
 
     def equilibrium(self) -> Equilibrium:
-        """What was reached, with its evidence; the caller sets ``wall_time``."""
+        """The configuration so far, with its evidence; the caller sets ``wall_time``."""
         relaxed = self.system.replace(potential=self.potential)
+        # Where the tolerance is not met, the forces of the minimizer may have been shortened.
         if not self.at_rest:
             self.largest = float(max_force(relaxed))
         self.aim()
@@ -198,12 +251,14 @@ class RelaxationState:
         )
 
     def aim(self) -> bool:
-        """Set the force to reach by the pairs as they are now; whether the largest one is still
-        above it.
+        """Set the force to reach from the pairs that interact now.
+
+        Returns:
+          whether the largest force is still above it.
         """
         left = self.limits.stiffness.dtype.type(self.largest)
-        found = force_scale(self.system, self.length, self.limits.stiffness, left)
-        self.scale = ForceScale(*(np.asarray(x) for x in found))
+        scale = force_scale(self.system, self.length, self.limits.stiffness, left)
+        self.scale = ForceScale(*(np.asarray(x) for x in scale))
         goal, stop = force_goal(self.scale, self.tolerance)
         self.goal = float(goal)
         self.tested = float(np.fmin(stop, 0.5 * self.limits.strongest))
@@ -212,7 +267,12 @@ class RelaxationState:
         return self.largest > self.tested
 
     def to_minimum(self, newton: Newton | None, leave_saddles: bool = True) -> None:
-        """Down to the tolerance, or as far as it goes; off the saddles on the way."""
+        """Relax to the tolerance, or as far as possible, leaving the saddles on the way.
+
+        Args:
+          newton: options of the Newton steps; None for the minimizer alone.
+          leave_saddles: whether to search for modes of negative stiffness at the end.
+        """
         self._relax(newton)
         while leave_saddles and self.at_rest and self._leave_saddle():
             self._relax(newton)
@@ -221,22 +281,25 @@ class RelaxationState:
 
     @property
     def at_rest(self) -> bool:
+        """Whether the largest force is small enough to stop, or has stopped falling."""
         return self.largest <= self.tested or self.stands
 
     def _relax(self, newton: Newton | None) -> None:
+        """Relax to where the forces vanish, a minimum or a saddle."""
         self.advance(0.0, self.steps + newton.patience if newton else self.max_steps)
-        begin, returns = newton.begin if newton else 0.0, 0
+        begin = newton.begin if newton else 0.0
+        returns = 0
         while newton and self.unfinished:
             self.aim()
             assert self.scale is not None
             near = near_force(begin, float(self.scale.mean), self.system.n)
             if self.largest > near and self.pace != 0.0:
-                returns, self.pace = returns + 1, 0.0
+                returns += 1
+                self.pace = 0.0
             self.advance(near)
-            while self.unfinished and falls_fast(
-                self.pace, self.largest, self.tested, self.system.n
-            ):
-                before, since = self.largest, self.steps
+            while self.unfinished and self._falls_fast():
+                before = self.largest
+                since = self.steps
                 self.advance(0.0, since + at_size(WATCHED, self.system.n))
                 self.pace = float(pace_of(before, self.largest, self.steps - since))
             if self.unfinished and self.largest > near and returns < RETURNS:
@@ -244,25 +307,35 @@ class RelaxationState:
             if self.unfinished:
                 self._descend()
                 self.aim()
-            begin, self.pace = (
-                0.1 * begin,
-                0.0,
-            )  # where Newton steps made no headway, from nearer by
+            # Where Newton steps made no headway, they begin nearer to the minimum the next time.
+            begin = 0.1 * begin
+            self.pace = 0.0
+
+    def _falls_fast(self) -> bool:
+        """Whether the minimizer is faster than Newton steps, see ``falls_fast``."""
+        return bool(falls_fast(self.pace, self.largest, self.tested, self.system.n))
 
     def advance(self, near: float, until: int | None = None) -> None:
-        """The minimizer's steps to a largest force, or to what it is to reach; or up to a number of
-        steps.
+        """Take steps of the minimizer.
+
+        Args:
+          near: the largest force to stop at, where that is above the force to reach.
+          until: number of steps of the whole relaxation at which to stop; None for ``max_steps``.
         """
         until = self.max_steps if until is None else min(until, self.max_steps)
         method = self.method
         if self.state is None:
             self.state = at_rest(self.system.positions, self.limits, method)
-        best, standing = np.inf, 0
+        # the smallest force so far, and the number of calls since it last fell by a tenth
+        best = np.inf
+        standing = 0
         while self.steps < until and not self.stands:
             target = max(near, self.tested)
             if self.largest <= target and (near > self.tested or not self.aim()):
                 break
-            system, budget = self.system, min(STEPS_PER_CALL, until - self.steps)
+            system = self.system
+            budget = min(STEPS_PER_CALL, until - self.steps)
+            # of the type of the positions, lest the call be compiled for another type
             target = system.positions.dtype.type(max(near, self.tested))
             self.state, pairs, taken, largest = _advance(
                 system, self.state, target, budget, method, self.limits
@@ -282,23 +355,28 @@ class RelaxationState:
                 self.stands = self.tested < self.largest <= NEAR_FLOOR * self.floor
 
     def make_room(self, taken: int) -> None:
-        """A larger list, after some steps on one that lost pairs; and the forces anew, which came
-        from that one.
+        """Allocate a larger neighbor list after one overflowed, and compute the forces again.
+
+        Args:
+          taken: number of steps of the call in which it overflowed. Where that is 1 at most, the
+            list gets more room each time.
         """
         self.room = min(1.25 * self.room, 4.0) if taken <= 1 else 1.25
         self.system = self.system.reallocate(self.room)
-        self.state = self.method.with_forces(
-            self.state, forces_at(self.system, self.method, self.limits)
-        )
+        # The forces of the state come from a list that lost pairs.
+        forces = forces_at(self.system, self.method, self.limits)
+        self.state = self.method.with_forces(self.state, forces)
         self.largest = float(largest_force(self.method.forces(self.state)))
 
     def _show(self, steps: int, largest: float) -> None:
+        """Show the progress, if there is a bar."""
         if self.bar is not None:
             self.bar.show(steps, largest)
 
     def _descend(self) -> None:
-        """Newton steps, as long as they make headway."""
-        before, self.state = self.steps, None
+        """Take Newton steps, as long as they make headway."""
+        before = self.steps
+        self.state = None  # its positions and velocities are those before the Newton steps
         self.system, self.largest, taken = descend(
             self.system,
             self.tested,
@@ -309,44 +387,49 @@ class RelaxationState:
         self.steps += taken
 
     def _leave_saddle(self) -> bool:
-        """A step along a mode of negative stiffness where the Hessian has one; whether a step was
-        made.
+        """Take a step along a mode of negative stiffness, if the Hessian has one.
+
+        Returns:
+          whether a step was made.
         """
         whole = self.system.replace(potential=self.potential)
         backbone, net, null = analyze_rigidity(whole, self.largest)
         if bool(net.unjammed):
             return False
         floor = doubtful_stiffness(self.largest, self.length)
-        found = HessianFactor(backbone, null.simplified()).negative_mode(floor)
-        self.examined, self.unstable = True, found is not None and self.saddles == SADDLES
-        if found is None or self.unstable:
+        negative_mode = HessianFactor(backbone, null.simplified()).negative_mode(floor)
+        self.examined = True
+        self.unstable = negative_mode is not None and self.saddles == SADDLES
+        if negative_mode is None or self.unstable:
             return False
-        value, mode = found
+        stiffness, mode = negative_mode
         self.touching = bool(net.touching)
+        # The seed is the number of the saddle: other directions at each, the same in each run.
         aside = np.random.default_rng(self.saddles).uniform(-ASIDE, ASIDE, mode.shape)
-        # so far that the force is above the one to stop at
-        length = min(
-            max(OFF_SADDLE * float(self.length), 5.0 * self.tested / -value),
-            LONGEST * float(self.length),
-        )
+        # A displacement s along the mode makes a force of about |stiffness| s. It has to be above
+        # the force to stop at, or the relaxation would end where it is.
+        needed = 5.0 * self.tested / -stiffness
+        length = min(max(OFF_SADDLE * float(self.length), needed), LONGEST * float(self.length))
         self.left = float(potential_energy(whole))
         self.highest = self.highest if self.saddles else self.left
         self.saddles += 1
         step = length * (mode / np.abs(mode).max() + aside)
-        self.system = self.system.replace(positions=self.system.positions + step).reallocate(
-            keep=True
-        )
-        self.largest, self.state, self.stands = np.inf, None, False
+        moved = self.system.replace(positions=self.system.positions + step)
+        self.system = moved.reallocate(keep=True)
+        self.largest = np.inf
+        self.state = None
+        self.stands = False
         return True
 
     def _fell(self) -> bool:
-        """Whether the energy fell from the last saddle. Where not, contacts that touch without a
-        force may hold it there, and it was none.
+        """Whether the energy fell from the last saddle.
+
+        If not, contacts that touch without a force may have brought the system back, and the last
+        saddle was none: it does not count.
         """
         energy = float(potential_energy(self.system.replace(potential=self.potential)))
-        fell = energy < self.left - UNSEEN * np.finfo(self.system.positions.dtype).eps * abs(
-            self.left
-        )
+        eps = np.finfo(self.system.positions.dtype).eps
+        fell = energy < self.left - ENERGY_ROUND_OFF * eps * abs(self.left)
         self.saddles -= not fell
         self.examined = self.examined and (fell or not self.touching)
         self.unstable = not (fell or self.touching)
@@ -354,9 +437,13 @@ class RelaxationState:
 
 
 def relax_in_fixed_cell(system: System, options: Options, bar: Decades) -> tuple[Equilibrium, str]:
-    """The minimum of the energy in the cell as it is, and where the relaxation ended, in words."""
+    """Minimize the energy in a fixed cell.
+
+    Returns:
+      (equilibrium, where the relaxation ended, as text for an error message).
+    """
     run = RelaxationState.of(system, options.first, options.tolerance, options.max_steps, bar)
     run.to_minimum(options.newton, options.leave_saddles)
     eq = run.equilibrium()
-    steps, largest = int(eq.steps), float(eq.max_force)
-    return eq, f"minimize stopped after {steps:,} steps at max_force {largest:.3e}"
+    steps = int(eq.steps)
+    return eq, f"minimize stopped after {steps:,} steps at max_force {float(eq.max_force):.3e}"

@@ -1,12 +1,13 @@
-"""Newton steps down the energy under a trust region: by a sparse factor on the host, or by
-conjugate gradients.
+"""Newton steps down the energy under a trust region, by a sparse factor or conjugate gradients.
 
-Both see negative curvature. The factor is of H + mu I, with mu raised where a step does not keep
-its promise or a pivot of the last one is negative (Nocedal and Wright, Numerical Optimization,
-2006, section 4.3). The conjugate gradients leave along the first direction of negative curvature
-(Steihaug, SIAM J. Numer. Anal. 20, 626 (1983)). A step is taken where the energy falls by a tenth
-at least of what the quadratic model promised. Where the factor's steps end at a saddle after all,
-the next one goes along a direction of negative curvature that its pivots give.
+The sparse factor is made on the host. Both methods detect negative curvature. The factor is of
+H + mu I, with mu raised where the energy does not fall as the quadratic model of a step promised,
+or where a pivot of the last factor is negative (Nocedal and Wright, Numerical Optimization, 2006,
+section 4.3). The conjugate gradients leave along the first direction of negative curvature that
+they meet (Steihaug, SIAM J. Numer. Anal. 20, 626 (1983)). A step is accepted where the energy falls
+by at least a tenth of what the quadratic model promised. Where the steps by the factor end at a
+saddle all the same, the next step is along a direction of negative curvature, which the pivots of
+the factor give.
 """
 
 from __future__ import annotations
@@ -27,22 +28,31 @@ from mdsens.model.system import System, potential_energy
 
 __all__ = ["descend", "steihaug"]
 
-LONGEST = 0.1  # step of a particle, of the potential's length
-STEPS = 60  # before the minimizer that brought it here has another go
-TRIALS = 8  # of a shift or radius for one step
-STALLED = 12  # steps that do not halve the force, in a row
-FIRST, SOFTEST = (
-    0.1,
-    1e-6,
-)  # multiple that shifts start with; the softest mode of a packing, of the stiffest
-CG_STEPS = 4000  # of one Newton step, at most
+# Longest step of a particle, in units of the potential's length.
+LONGEST = 0.1
+# Newton steps at most, before the first-order minimizer continues.
+STEPS = 60
+# Shifts mu, or radii of the trust region, that are tried for one step.
+TRIALS = 8
+# Steps in a row that do not halve the largest force, after which no more are made.
+STALLED = 12
+# Shift mu at the start, in units of the largest force over the potential's length.
+FIRST = 0.1
+# Stiffness of the softest mode of a packing, as a share of the stiffest. A factor with a smaller
+# shift tells whether the Hessian has a negative eigenvalue.
+SOFTEST = 1e-6
+# Conjugate-gradient steps of one Newton step at most.
+CG_STEPS = 4000
+# Difference of two energies that may be round-off, in units of eps |energy|: 1e-12 of the energy in
+# double precision.
+ENERGY_ROUND_OFF = 4500.0
 
 
 @jax.jit
 def _energy_and_gradient(system: System) -> tuple[jax.Array, jax.Array]:
-    return potential_energy(system), energy_gradient(system, used=system.neighbors.used)(
-        system.positions
-    )
+    """Energy and dU/dR (n, d) at the system's positions."""
+    gradient = energy_gradient(system, used=system.neighbors.used)
+    return potential_energy(system), gradient(system.positions)
 
 
 def descend(
@@ -52,143 +62,194 @@ def descend(
     show: Callable[[int, float], None],
     round_off: float = 0.0,
 ) -> tuple[System, float, int]:
-    """Newton steps to a minimum: (system, its largest force, steps); short of the tolerance where
-    they make no headway.
+    """Take Newton steps towards a minimum: (system, its largest force, number of steps).
+
+    They end short of the tolerance where they make no headway.
 
     Args:
-      system: near a minimum, its list complete.
-      tolerance: of the largest force.
-      length: the potential's own.
-      show: called with the steps taken and the largest force.
-      round_off: a largest force from which on a step that does not halve it is the last one.
+      system: near a minimum, with a complete neighbor list.
+      tolerance: the largest force to reach.
+      length: of the potential, from ``natural_units``.
+      show: called after each step with the number of steps and the largest force.
+      round_off: a force at which round-off may begin. From there on, the first step that does not
+        halve the largest force is the last one.
     """
-    step_of: Any = _Factorized(length) if factorizes(system) else _Krylov(length)
+    method = _Factorized(length) if factorizes(system) else _Krylov(length)
     energy, slope = _energy_and_gradient(system)
-    largest, taken = float(largest_force(slope)), 0
+    largest = float(largest_force(slope))
+    taken = 0
     if not (np.isfinite(largest) and largest > tolerance):
         return system, largest, taken
-    best, since = largest, 0
+    # the largest force after the last step that made headway, and the number of steps since
+    best = largest
+    since = 0
     while taken < STEPS and since < STALLED:
-        found = _trials(step_of, system, energy, slope) if largest > tolerance else None
-        if found is None and step_of.at_saddle(system):
-            found = _trials(step_of, system, energy, slope)
-        if found is None:
+        trial = _accepted_step(method, system, energy, slope) if largest > tolerance else None
+        # A step may end at a saddle with a force below the tolerance, so this is asked there, too.
+        if trial is None and method.prepare_step_off_saddle(system):
+            trial = _accepted_step(method, system, energy, slope)
+        if trial is None:
             break
-        system, energy, slope = found
-        before, largest, taken = largest, float(largest_force(slope)), taken + 1
-        headway = largest < 0.5 * best or (
-            largest > before and step_of.curved
-        )  # off a saddle the force rises
-        best, since = (largest, 0) if headway else (best, since + 1)
+        before = largest
+        system, energy, slope = trial
+        largest = float(largest_force(slope))
+        taken += 1
+        # On the way down from a saddle the force rises, which is headway.
+        left_saddle = largest > before and method.curved
+        if largest < 0.5 * best or left_saddle:
+            best = largest
+            since = 0
+        else:
+            since += 1
         show(taken, largest)
         if since and tolerance < largest <= round_off:
             break
     return system, largest, taken
 
 
-def _trials(
-    step_of: Any, system: System, energy: jax.Array, slope: jax.Array
-) -> tuple[System, Any, Any] | None:
-    """The first step that keeps its promise: (system, energy, slope) after it; None where none
-    does.
+def _accepted_step(
+    method: _Factorized | _Krylov, system: System, energy: jax.Array, slope: jax.Array
+) -> tuple[System, jax.Array, jax.Array] | None:
+    """Try steps until one lowers the energy as promised: (system, energy, slope) after it.
+
+    None where no step does.
     """
     largest = float(largest_force(slope))
-    # 1e-12 of the energy in double precision: what is gained is too near round-off to see there
-    unseen = 4500.0 * float(jnp.finfo(energy.dtype).eps) * abs(float(energy))
+    unresolved = ENERGY_ROUND_OFF * float(jnp.finfo(energy.dtype).eps) * abs(float(energy))
     for _ in range(TRIALS):
-        step, promised = step_of(system, slope, largest)
+        step, promised = method(system, slope, largest)
         if step is None:
             return None
-        there = system.replace(positions=system.positions + step).reallocate(keep=True)
-        its_energy, its_slope = _energy_and_gradient(there)
-        left, gained = float(largest_force(its_slope)), float(energy - its_energy)
-        risen = np.inf
-        if (
-            promised <= unseen
-        ):  # the forces see it, to the third order of the step, until they are round-off too
-            gained, risen = -0.5 * float(jnp.sum((slope + its_slope) * step)), 2.0 * largest
-        good = gained >= 0.1 * promised > 0.0 and left < risen
-        step_of.judge(gained / promised if good else 0.0)
+        moved = system.replace(positions=system.positions + step).reallocate(keep=True)
+        energy_after, slope_after = _energy_and_gradient(moved)
+        left = float(largest_force(slope_after))
+        gained = float(energy - energy_after)
+        largest_allowed = np.inf
+        if promised <= unresolved:
+            # The difference of the energies is too near to round-off. The forces at both ends give
+            # it, up to the third order of the step, until they are round-off, too: a step that
+            # doubles the largest force is not accepted.
+            gained = -0.5 * float(jnp.sum((slope + slope_after) * step))
+            largest_allowed = 2.0 * largest
+        good = gained >= 0.1 * promised > 0.0 and left < largest_allowed
+        method.adapt(gained / promised if good else 0.0)
         if good:
-            return there, its_energy, its_slope
+            return moved, energy_after, slope_after
     return None
 
 
 class _Factorized:
-    """p = -(H + mu I)^-1 dU/dR, mu a multiple of the largest force over the potential's length.
+    """Steps by a sparse factor, p = -(H + mu I)^-1 dU/dR.
 
-    Twice that is the negative curvature that a loose particle's one contact can have. It falls with
-    the force, so that convergence is as good as quadratic.
+    mu is a multiple of the largest force over the potential's length. Twice that quotient is the
+    negative curvature that a loose particle with a single contact can have. mu falls with the
+    force, so that convergence is as good as quadratic.
+
+    Attributes:
+      length: of the potential.
+      multiple: mu in units of the largest force over the length.
+      shift: mu of the last factor.
+      curved: whether the last step was along negative curvature.
+      assembled_for: the system whose Hessian ``matrix`` is, a scipy sparse matrix.
+      order: of the rows, in which the factor is sparse; None for minimum degree.
+      off_saddle: (n d,) a step along negative curvature to take next; None otherwise.
     """
 
     def __init__(self, length: float):
-        self.length, self.multiple, self.shift, self.curved = length, FIRST, 0.0, False
+        self.length = length
+        self.multiple = FIRST
+        self.shift = 0.0
+        self.curved = False
         self.matrix: Any = None
-        self.order, self.at, self.way_off = None, None, None
+        self.order: np.ndarray | None = None
+        self.assembled_for: System | None = None
+        self.off_saddle: np.ndarray | None = None
 
     def __call__(
         self, system: System, slope: jax.Array, largest: float
     ) -> tuple[jax.Array | None, float]:
+        """A step (n, d) and the fall of the energy that its quadratic model promises.
+
+        The step is None where no shift makes one that goes downhill.
+        """
         self._assemble(system)
         flat = np.asarray(slope).ravel()
-        if self.way_off is None:
-            step = self._shifted(flat, largest)
+        if self.off_saddle is None:
+            step = self._shifted_step(flat, largest)
         else:
-            step = self.way_off if flat @ self.way_off <= 0 else -self.way_off
+            # The curvature is the same in both directions; the slope chooses.
+            step = self.off_saddle if flat @ self.off_saddle <= 0 else -self.off_saddle
         if step is None:
             return None, 0.0
-        along, curvature = float(flat @ step), float(step @ (self.matrix @ step))
+        along = float(flat @ step)
+        curvature = float(step @ (self.matrix @ step))
         self.curved = curvature < 0
         return jnp.asarray(step.reshape(slope.shape)), -(along + 0.5 * curvature)
 
     def _assemble(self, system: System) -> None:
-        if self.at is not system:
-            self.matrix, self.at = sparse_hessian(system), system
-            self.scale, self.dimension = bound(self.matrix) or 1.0, system.dimension
-            if self.order is None:
-                self.order = ordering(self.matrix, system.dimension)
+        """Assemble the Hessian of a system; order its rows, once for all systems."""
+        if self.assembled_for is system:
+            return
+        self.matrix = sparse_hessian(system)
+        self.assembled_for = system
+        self.scale = bound(self.matrix) or 1.0  # 1 for a matrix of zeros
+        self.dimension = system.dimension
+        if self.order is None:
+            self.order = ordering(self.matrix, system.dimension)
 
     def _factorize(self, shift: float) -> bool:
+        """Factorize H + shift I; whether that succeeded."""
         try:
-            self.factor, self.shift = SparseFactor(self.matrix, shift, self.order), shift
-        except RuntimeError:  # singular, shift and all
+            self.factor = SparseFactor(self.matrix, shift, self.order)
+        except RuntimeError:  # exactly singular, in spite of the shift
             return False
+        self.shift = shift
         return True
 
-    def _shifted(self, flat: np.ndarray, largest: float) -> np.ndarray | None:
+    def _shifted_step(self, flat: np.ndarray, largest: float) -> np.ndarray | None:
+        """A Newton step (n d,) downhill, with the smallest of the tried shifts that makes one."""
         for _ in range(TRIALS):
             if self._factorize(max(self.multiple * largest / self.length, SHIFT * self.scale)):
                 step = -self.factor.apply(flat)
-                size = self._size(step)
+                size = self._longest_move(step)
                 if np.isfinite(size) and flat @ step < 0:
                     return step * min(1.0, LONGEST * self.length / size)
-            self.multiple *= 8.0  # uphill: not positive definite
+            # A step uphill shows that H + mu I is not positive definite.
+            self.multiple *= 8.0
         return None
 
-    def _size(self, step: np.ndarray) -> float:
+    def _longest_move(self, step: np.ndarray) -> float:
+        """The longest move of a particle in a step (n d,)."""
         return float(np.sqrt(np.max(np.sum(step.reshape(-1, self.dimension) ** 2, axis=1))))
 
-    def at_saddle(self, system: System) -> bool:
-        """Whether the Hessian has a negative eigenvalue; the next step then goes along negative
-        curvature.
+    def prepare_step_off_saddle(self, system: System) -> bool:
+        """Whether the Hessian has a negative eigenvalue; if so, the next step leaves the saddle.
+
+        That step is along a direction of negative curvature from the pivots of the factor.
         """
-        # the last step's factor tells as well; counting its pivots costs half of factorizing
-        if (
-            self.at is not system
-            and self.shift <= SOFTEST * self.scale
-            and self.factor.negative == 0
-        ):
+        # The factor of the last step tells as well, where its shift is small. Counting its negative
+        # pivots costs half of a factorization.
+        has_last_factor = self.assembled_for is not system and self.shift <= SOFTEST * self.scale
+        if has_last_factor and self.factor.negative == 0:
             return False
         self._assemble(system)
-        way = self.factor.negative_direction() if self._factorize(SHIFT * self.scale) else None
-        if way is None:
+        if not self._factorize(SHIFT * self.scale):
             return False
-        self.way_off, self.multiple = LONGEST * self.length / self._size(way) * way, FIRST
+        direction = self.factor.negative_direction()
+        if direction is None:
+            return False
+        self.off_saddle = LONGEST * self.length / self._longest_move(direction) * direction
+        self.multiple = FIRST
         return True
 
-    def judge(self, ratio: float) -> None:
-        if self.way_off is not None:
-            self.way_off = None if ratio > 0 else 0.25 * self.way_off
+    def adapt(self, ratio: float) -> None:
+        """Adapt the next step to the last one's gain of energy, as a share of the promised gain.
+
+        Args:
+          ratio: that share; 0 for a step that was not accepted.
+        """
+        if self.off_saddle is not None:
+            self.off_saddle = None if ratio > 0 else 0.25 * self.off_saddle
         elif ratio < 0.25:
             self.multiple *= 8.0
         elif ratio > 0.75:
@@ -196,43 +257,63 @@ class _Factorized:
 
 
 class _Krylov:
-    """Conjugate gradients inside a ball, to a residual that falls with the force."""
+    """Steps by conjugate gradients in a ball, the trust region.
+
+    Their residual, relative to the slope, falls with the force.
+
+    Attributes:
+      length: of the potential.
+      radius: of the ball; None before the first step.
+      first: the largest force at the first step; None before.
+      curved: whether the last step met negative curvature.
+      size: norm of the last step.
+    """
 
     def __init__(self, length: float):
-        self.length, self.radius, self.first, self.curved = (
-            length,
-            None,
-            None,
-            False,
-        )  # curved: met negative curvature
+        self.length = length
+        self.radius: float | None = None
+        self.first: float | None = None
+        self.curved = False
+        self.size = 0.0
 
     def __call__(
         self, system: System, slope: jax.Array, largest: float
     ) -> tuple[jax.Array | None, float]:
+        """A step (n, d) and the fall of the energy that its quadratic model promises.
+
+        The step is None where it is not finite.
+        """
         self.first = self.first or largest
         if self.radius is None:
+            # norm of a step in which all particles move by the longest step
             self.radius = LONGEST * self.length * system.n**0.5
         forcing = min(0.1, (largest / self.first) ** 0.5)
         step, promised, curved = _steihaug(system, slope, self.radius, forcing)
         self.curved = bool(curved)
-        size = float(jnp.sqrt(jnp.max(jnp.sum(step**2, axis=1))))
-        if not np.isfinite(size):
+        longest = float(jnp.sqrt(jnp.max(jnp.sum(step**2, axis=1))))
+        if not np.isfinite(longest):
             return None, 0.0
-        if size > LONGEST * self.length:
-            share = LONGEST * self.length / size
+        if longest > LONGEST * self.length:
+            # Of the shortened step s p the model is s g.p + s^2 p.H.p / 2, where
+            # p.H.p / 2 = -(promised + g.p).
+            share = LONGEST * self.length / longest
             along = float(jnp.sum(slope * step))
             promised = -share * along + share**2 * (float(promised) + along)
             step = share * step
-        self.size = float(
-            jnp.linalg.norm(step)
-        )  # of what is left of it: a smaller radius is to shorten that
+        # The norm after shortening: a smaller radius has to shorten the step further.
+        self.size = float(jnp.linalg.norm(step))
         return step, float(promised)
 
-    def at_saddle(self, _: System) -> bool:
-        """Conjugate gradients cannot tell: along a direction without a force they never look."""
+    def prepare_step_off_saddle(self, _: System) -> bool:
+        """False: conjugate gradients cannot tell, since they see no direction without a force."""
         return False
 
-    def judge(self, ratio: float) -> None:
+    def adapt(self, ratio: float) -> None:
+        """Adapt the radius to the last step's gain of energy, as a share of the promised gain.
+
+        Args:
+          ratio: that share; 0 for a step that was not accepted.
+        """
         if ratio < 0.25:
             self.radius = 0.25 * self.size
         elif ratio > 0.75 and self.radius is not None and self.size > 0.9 * self.radius:
@@ -241,33 +322,43 @@ class _Krylov:
 
 @jax.jit
 def _steihaug(
-    system: System, slope: jax.Array, radius: Any, forcing: Any
+    system: System, slope: jax.Array, radius: jax.Array | float, forcing: jax.Array | float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The step of ``steihaug`` for the energy."""
+    """``steihaug`` for the energy of a system, with the slope and the step as (n, d)."""
     shape = slope.shape
     product = jax.linearize(energy_gradient(system), system.positions)[1]
-    found = steihaug(lambda v: product(v.reshape(shape)).ravel(), slope.ravel(), radius, forcing)
-    return found[0].reshape(shape), *found[1:]
+
+    def apply(v: jax.Array) -> jax.Array:
+        return product(v.reshape(shape)).ravel()
+
+    step, promised, curved = steihaug(apply, slope.ravel(), radius, forcing)
+    return step.reshape(shape), promised, curved
 
 
 def steihaug(
-    apply: Callable[[jax.Array], jax.Array], g: jax.Array, radius: Any, forcing: Any
+    apply: Callable[[jax.Array], jax.Array],
+    g: jax.Array,
+    radius: jax.Array | float,
+    forcing: jax.Array | float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The step that conjugate gradients find for a quadratic model in a ball, what it promises, and
-    whether it met negative curvature.
+    """Minimize the quadratic model g.p + p.H.p / 2 in a ball by conjugate gradients.
 
     Args:
-      apply: (m,) -> (m,), the Hessian.
+      apply: (m,) -> (m,), the product with the Hessian H.
       g: (m,), the slope.
       radius: of the ball.
-      forcing: residual to leave, of the slope.
+      forcing: norm of the residual at which to stop, relative to the norm of g.
+
+    Returns:
+      (step p, the fall of the model that it promises, whether it met negative curvature).
     """
     target = forcing * jnp.sqrt(dot(g, g))
 
-    def going(carry: Any) -> jax.Array:
+    def unfinished(carry: Any) -> jax.Array:
         _, _, r, _, k, ended, _ = carry
         return ~ended & (k < CG_STEPS) & (dot(r, r) > target**2)
 
+    # p: step, hp: H p, r: residual -g - H p, d: search direction
     def body(carry: Any) -> Any:
         p, hp, r, d, k, _, _ = carry
         hd = apply(d)
@@ -275,6 +366,7 @@ def steihaug(
         alpha = rr / jnp.where(curvature > 0, curvature, 1.0)
         pd, dd, pp = dot(p, d), dot(d, d), dot(p, p)
         leaves = (curvature <= 0) | (pp + 2.0 * alpha * pd + alpha**2 * dd >= radius**2)
+        # the positive root of |p + alpha d| = radius, where the search direction leaves the ball
         edge = (-pd + jnp.sqrt(pd**2 + dd * (radius**2 - pp))) / dd
         alpha = jnp.where(leaves, edge, alpha)
         p, hp, new = p + alpha * d, hp + alpha * hd, r - alpha * hd
@@ -282,5 +374,5 @@ def steihaug(
 
     never = jnp.zeros((), bool)
     start = (jnp.zeros_like(g), jnp.zeros_like(g), -g, -g, jnp.zeros((), jnp.int32), never, never)
-    p, hp, *_, curved = jax.lax.while_loop(going, body, start)
+    p, hp, *_, curved = jax.lax.while_loop(unfinished, body, start)
     return p, -(dot(g, p) + 0.5 * dot(p, hp)), curved

@@ -53,12 +53,14 @@ class Equilibrium(Portable, Shown):
     status: jax.Array
     max_force: jax.Array
     steps: jax.Array
+    # Numbers, or arrays over the members of a batch: Any, since a union of both has no index.
     wall_time: Any
     tolerance: Any
     force_floor: Any = 0.0
     saddles: Any = 0
     descent: Any = 0.0
     examined: Any = False
+    # Arrays where a cell or constraints were relaxed, else None.
     pressure: Any = None
     strains: Any = None
     multipliers: Any = None

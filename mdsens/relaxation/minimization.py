@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 
 import numpy as np
-from jax.typing import ArrayLike
+from numpy.typing import ArrayLike
 
 from mdsens._util.environment import require_sound_jax
 from mdsens._util.errors import ConvergenceError, InputError, raise_for_status
@@ -79,6 +79,7 @@ def minimize(
       PrecisionError: a tolerance below round-off at this precision.
       ConvergenceError: with the status, and the configuration that was reached as ``result``.
     """
+    # Some versions of jax give wrong neighbor lists or forces without an error.
     require_sound_jax()
     if not isinstance(system, System):
         raise InputError(
@@ -91,6 +92,7 @@ def minimize(
         max_steps=max_steps,
         leave_saddles=leave_saddles,
     )
+    # It reallocates neighbor lists and raises errors, which traced code cannot do.
     require_host("minimize", "take ms.equilibrate(system, params) there", system, params)
     if params is not None:
         system = _with_params(system, params)
@@ -100,6 +102,7 @@ def minimize(
     with Decades(progress) as bar:
         eq, message = _relax(system, options, bar)
     if throw:
+        # of the system at the start, where a potential may be not finite
         status = Status(int(eq.status))
         raise_for_status(status, message + where_not_finite(status, system), eq)
     return eq

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from numbers import Real
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax.numpy as jnp
 import numpy as np

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens._util.errors import InputError
+from mdsens._util.precision import full_precision
 from mdsens._util.probe import chirp
 from mdsens._util.progress import Decades
 from mdsens._util.validation import check_positive, short
@@ -82,6 +83,7 @@ def _compute_gradient(system: System) -> jax.Array:
     return energy_gradient(system, used=system.neighbors.used)(system.positions)
 
 
+@full_precision
 def _softest_mode(
     apply: Callable[[jax.Array], jax.Array], start: jax.Array, direction: jax.Array, vectors: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -141,6 +143,7 @@ def _softest_mode(
 
 
 @functools.partial(jax.jit, static_argnames=("vectors",))
+@full_precision
 def _propose_step(
     system: System,
     null: NullSpace,

@@ -114,10 +114,10 @@ def _over_members(
       argument: arrays whose leading axis is over the members.
     """
 
-    def some(part: tuple[Equilibrium, Any], count: int) -> list[D]:
+    def for_part(part: tuple[Equilibrium, Any], count: int) -> list[D]:
         return [function(*member) for member in apart(part, count)]
 
-    parts = in_chunks(some, (eq, argument), eq.system.batch or 0, eq.system.n)
+    parts = in_chunks(for_part, (eq, argument), eq.system.batch or 0, eq.system.n)
     return together([derivative for part in parts for derivative in part])
 
 
@@ -137,19 +137,21 @@ def _solve_batch(
     method = Auto() if solve is None else solve
     check_method(method)
 
-    def some(part: tuple[Equilibrium, Any], count: int) -> tuple[Any | None, int]:
+    def for_part(part: tuple[Equilibrium, Any], count: int) -> tuple[Any | None, int]:
         return solve_derivative_batch(rule, *part, method), count
 
+    # at a pressure and under constraints each member has further unknowns, and a factor of its own
     if by_factor(eq.system, method) and eq.pressure is None and not eq.system.constraints:
         parts, counts = zip(
-            *in_chunks(some, (eq, argument), eq.system.batch or 0, eq.system.n), strict=True
+            *in_chunks(for_part, (eq, argument), eq.system.batch or 0, eq.system.n), strict=True
         )
+        # None: a part without a factor
         if None not in parts:
             return joined(parts, counts)
     return _over_members(for_member, eq, argument)
 
 
-def _for_members(name: str, value: ArrayLike, shape: tuple[int, ...], count: int) -> jax.Array:
+def _for_members(name: str, value: Any, shape: tuple[int, ...], count: int) -> jax.Array:
     """A user's argument for a batch, (members, …).
 
     Args:
@@ -202,6 +204,7 @@ def jvp(
         if eq.pressure is not None:
             params = {**params, "pressure": eq.pressure}
         if isinstance(dparams, Mapping):
+            # parameters of a batch have a leading axis over the members
             shapes = {name: value.shape[1:] for name, value in params.items()}
             dparams = {
                 name: _for_members(
@@ -216,6 +219,7 @@ def jvp(
 
         result = _solve_batch(JVP, for_member, eq, tangent, solve)
         return _raise_unless_good(result, throw, "jvp")
+    # the arguments are checked before the minimum is: see ``require_sound``
     lin = linearized(eq, solve)
     tangent = changes(lin.system, dparams, lin.params)
     require_sound(lin, eq, throw)
@@ -244,7 +248,7 @@ def _cotangent_of_unknowns(lin: Linearization, cotangent: Any) -> Unknowns:
 
 def vjp(
     eq: Equilibrium | Linearization,
-    cotangent: Any,
+    cotangent: ArrayLike | Unknowns,
     *,
     solve: Method | None = None,
     throw: bool = True,
@@ -329,6 +333,7 @@ def _in_chunks(
       run: solves a chunk.
       rows: the chunk from ``start`` to ``stop``.
     """
+    # the usual case, without padding or concatenation
     if count == width:
         return run(rows(0, width))
     parts = []
@@ -406,6 +411,7 @@ def jacobian(
     _require_memory_of_jacobian(system, wrt, lin.params[wrt].size)
     require_sound(lin, eq, throw)
     width = chunk or _chunk_width(dtype.itemsize, system.positions.size)
+    # a parameter of size zero still has one chunk, see ``_in_chunks``
     width = min(width, max(size, 1))
 
     def directions(start: int, stop: int) -> dict[str, jax.Array]:
@@ -571,6 +577,7 @@ def total_derivative(
     total = {
         k: (flat.value[k] + direct[k]).reshape(*value.shape, *direct[k].shape[1:]) for k in direct
     }
+    # for each number of the observable, over all components of a parameter
     finite = [
         jnp.all(jnp.isfinite(t), axis=tuple(range(value.ndim, t.ndim))) for t in total.values()
     ]

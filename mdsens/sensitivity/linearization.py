@@ -145,8 +145,9 @@ class Linearization(Portable, Named):
         Args:
           differentiated: names of the parameters that derivatives are to be taken by.
         """
+        # parameters that constraints relax are unknowns, and are differentiated too
         names = [*differentiated, *lagrangian.relaxed(self.system)]
-        potential = self.system.potential.at(self.system.params, names)
+        potential = self.system.potential.specialize(self.system.params, names)
         return dataclasses.replace(
             self, system=self.system.replace(potential=potential), factor=None
         )
@@ -250,8 +251,10 @@ def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Li
     # Negative modes are looked for here unless the minimization has done so (``examined``), they
     # are counted above (a saddle), or every solve counts them by a factor.
     examined = bool(np.all(eq.examined)) or eq.order > 0 or by_factor(backbone, solve)
+    # without contacts, or with NaN positions, the status is bad already and modes mean nothing
     rigid = not bool(net.unjammed) and np.isfinite(np.asarray(eq.positions)).all()
     if int(force_status) == Status.CONVERGED and not examined and rigid:
+        # a negative stiffness below what the force left can add is in doubt, and is no saddle yet
         floor = doubtful_stiffness(eq.max_force, natural_units(eq.system)[0])
         if factor.negative_mode(floor) is not None:
             force_status = jnp.asarray(Status.INDEFINITE.value, jnp.int32)
@@ -267,6 +270,7 @@ def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Li
         null=null,
         solve=solve,
         structure=structure,
+        # only the Hessian of a sum over pairs is assembled
         factor=factor if backbone.potential.pairwise else None,
         force_status=force_status,
     )
@@ -280,6 +284,7 @@ def _linearize_constrained(
 ) -> Linearization:
     """``linearize`` under constraints."""
     multipliers = lagrangian.unknowns_of(backbone, eq.multipliers).multipliers
+    # of the motions of the null space, constraints prevent some
     null = constrained_null_space(backbone, net, null, multipliers)
     factor = KKT(backbone, null, multipliers)
     status = Status.CONVERGED
@@ -365,6 +370,7 @@ def changes(system: System, dparams: Params, params: Params | None = None) -> di
         )
     for name, change in dparams.items():
         if name not in valid:
+            # a misspelled name gets the nearest valid one as a hint
             near = difflib.get_close_matches(str(name), valid, n=1)
             hint = (
                 f"did you mean {near[0]!r}?" if near else f"it has {', '.join(map(repr, valid))}."

@@ -1,8 +1,9 @@
-"""Derivatives at a minimum, each with the evidence of its linear solve.
+"""The results of derivatives at a minimum, each with the evidence of its linear solve.
 
-A :class:`Displacement` is the derivative of the unknowns (``jvp``, ``jacobian``, ``response``), a
-:class:`ParameterGradient` that of a number by every parameter (``vjp``, ``gradient``), and a
-:class:`DirectionalDerivative` that of an observable along one direction (``elasticity.jvp``).
+A :class:`Displacement` is the derivative of the unknowns (``jvp``, ``jacobian``, ``response``). A
+:class:`ParameterGradient` is the derivative of an observable by every parameter (``vjp``,
+``gradient``). A :class:`DirectionalDerivative` is the derivative of an observable along one
+direction (``elasticity.jvp``).
 """
 
 from __future__ import annotations
@@ -27,15 +28,16 @@ __all__ = ["Derivative", "DirectionalDerivative", "Displacement", "ParameterGrad
 
 @dataclasses.dataclass(frozen=True, repr=False, kw_only=True)
 class Derivative(Portable, Shown):
-    """Fields that every derivative at a minimum has.
+    """A derivative at a minimum: the fields that all kinds share.
 
     Attributes:
-      value: the derivative; its subclasses give the shape.
+      value: the derivative; the subclasses give its shape.
       stats: of the linear solve: status, relative residual, iterations, norm of the part that was
         dropped, solver.
-      max_force: the largest force on a particle at the minimum, energy a length.
+      max_force: the largest force on a particle at the minimum, in energy/length.
       rattlers: (n,) True for particles with too few contacts to transmit a force; they do not move.
-      wrt: the parameters that ``value`` is by; empty for a derivative along one direction.
+      wrt: the parameters that the derivative is taken by; empty for a derivative along one
+        direction.
     """
 
     value: Any
@@ -46,21 +48,21 @@ class Derivative(Portable, Shown):
 
     @property
     def status(self) -> Status:
-        """The status of the linear solve; of a single derivative."""
+        """The status of a single derivative, from ``stats``."""
         return Status(int(self.stats.status))
 
     def component(self, label: str) -> Any:
         """The derivative by one number among the parameters.
 
         Args:
-          label: as on the command line: ``"epsilon"`` of a scalar, ``"sigma[3]"``, or of a matrix
-            of species pairs ``"sigma[0,1]"``, which is the derivative as that entry and its mirror
-            image change together.
+          label: as on the command line: ``"epsilon"`` for a scalar, ``"sigma[3]"`` for an entry of
+            a vector, or ``"sigma[0,1]"`` for an entry of a matrix of species pairs; that is the
+            derivative as the entry and its mirror image change together.
 
         Returns:
-          of ``vjp`` and ``gradient`` the derivative of the observable, of its shape; of
-          ``jacobian`` that of the positions, (n, d), or ``Unknowns``. Of a batch, with its leading
-          axis.
+          for ``vjp`` and ``gradient`` the derivative of the observable, of its shape; for
+          ``jacobian`` the derivative of the positions, (n, d), or ``Unknowns``. For a batch, with a
+          leading axis over the members.
         """
         if not self.wrt:
             raise InputError(
@@ -71,11 +73,14 @@ class Derivative(Portable, Shown):
         return jax.tree.map(lambda leaf: parameter.whole(leaf, index), derivative)
 
     def _rows(self) -> list[tuple[str, str]]:
+        # a Jacobian and a batch have many solves: their worst status and largest figures are shown
         codes = np.atleast_1d(np.asarray(self.stats.status)).ravel()
         status = Status.worst_of(codes)
         by_name = {parameter.name: parameter for parameter in self.wrt}
         rows = []
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.value):
+            # A gradient has a leaf for each parameter, with its name. The leaves of a Jacobian,
+            # positions or fields of Unknowns, are all by its one parameter.
             key = str(getattr(path[-1], "key", "")) if path else ""
             parameter = by_name.get(key, self.wrt[0]) if self.wrt else Parameter("", ())
             pairs = " by each pair of species once" if parameter.paired else ""
@@ -97,22 +102,22 @@ class Derivative(Portable, Shown):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False, kw_only=True)
 class Displacement(Derivative):
-    """The derivative of a minimum, dR/dt along a direction or dR/dp by a parameter, with its evidence.
+    """The derivative of a minimum: dR/dt along a direction, or dR/dp by a parameter.
 
     Attributes:
-      value: of ``jvp`` and ``response`` the derivative of the stored positions, (n, d), with mean
-        displacement zero and rows of rattlers zero; of ``jacobian`` (n, d, *shape of the
+      value: for ``jvp`` and ``response`` the derivative of the stored positions, (n, d), with mean
+        displacement zero and rows of rattlers zero; for ``jacobian`` (n, d, *shape of the
         parameter). Where the cell is relaxed to a pressure, or under constraints, an ``Unknowns``
         with ``strain`` and ``multipliers`` beside ``positions``.
-      nonaffine: the derivative of the positions less its affine part (d box) box^-1 R, which does
-        not depend on the choice of periodic images; equal to ``positions`` where the box does not
-        move.
+      nonaffine: the derivative of the positions minus its affine part (d box) box^-1 R; it does not
+        depend on the choice of periodic images. Equal to ``positions`` where the box does not
+        change.
       stats, max_force, rattlers, wrt: as in :class:`Derivative`.
 
-    The derivative by a symmetric matrix of species pairs is a symmetric matrix: its entries (a, b)
-    and (b, a) are half each of the derivative by the one physical number that both stand for, so
-    that the sum of its product with a symmetric change is what that change gives. :meth:`component`
-    gives the whole.
+    The derivative by a symmetric matrix of species pairs is a symmetric matrix. Its entries (a, b)
+    and (b, a) are each half of the derivative by the one physical number that both stand for: then
+    the sum over all entries of the derivative times a symmetric change is the displacement under
+    that change. :meth:`component` gives the whole derivative.
     """
 
     nonaffine: Any
@@ -124,14 +129,16 @@ class Displacement(Derivative):
 
     @property
     def strain(self) -> jax.Array | None:
-        """That of the cell, d box = strain box, as a Mandel vector (xx, yy, sqrt(2) xy in 2-D; xx,
-        yy, zz and sqrt(2) times yz, xz, xy in 3-D); None where the cell is fixed.
+        """The strain of the cell, d box = strain box, as a Mandel vector; None in a fixed cell.
+
+        Its components are xx, yy, sqrt(2) xy in 2-D; xx, yy, zz and sqrt(2) times yz, xz, xy in
+        3-D.
         """
         return self.value.strain if isinstance(self.value, Unknowns) else None
 
     @property
     def multipliers(self) -> dict[str, jax.Array] | None:
-        """That of the constraints' multipliers, by name; None without constraints."""
+        """The derivative of the multipliers of constraints, by name; None without constraints."""
         return self.value.multipliers if isinstance(self.value, Unknowns) else None
 
     _title = "Displacement"
@@ -140,15 +147,15 @@ class Displacement(Derivative):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False, kw_only=True)
 class ParameterGradient(Derivative):
-    """The derivative of a function of the minimum by every parameter, with its evidence.
+    """The derivative of a function of the minimum by every parameter.
 
     Attributes:
-      value: a dict: for each parameter an array of the function's shape followed by the
-        parameter's.
+      value: a dict: for each parameter an array, of the shape of the function followed by the shape
+        of the parameter.
       stats, max_force, rattlers, wrt: as in :class:`Derivative`.
 
-    Entries (a, b) and (b, a) of the derivative by a symmetric matrix of species pairs are half each
-    of that by the one number that both stand for; :meth:`component` gives the whole.
+    Entries (a, b) and (b, a) of the derivative by a symmetric matrix of species pairs are each half
+    of the derivative by the one number that both stand for; :meth:`component` gives the whole.
     """
 
     _title = "Gradient"
@@ -157,7 +164,7 @@ class ParameterGradient(Derivative):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False, kw_only=True)
 class DirectionalDerivative(Derivative):
-    """The derivative of an observable along one direction of the parameters, with its evidence.
+    """The derivative of an observable along one direction in parameter space.
 
     Attributes:
       value: an array of the observable's shape.

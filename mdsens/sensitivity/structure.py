@@ -1,8 +1,8 @@
-"""The three kinds of a minimum, behind one protocol: in a fixed cell, at a pressure, under constraints.
+"""The three kinds of minimum: in a fixed cell, at a pressure, and under constraints.
 
-Each says what the unknowns x are, the condition F(x, params) that is zero at the minimum, and how a
-derivative of x is put into a right-hand side of the linear solve and read from its answer. The rest
-of the room is written once for all three.
+Each kind has its unknowns x and its condition F(x, params), which is zero at the minimum. It gives
+the right-hand sides of the linear solves, and computes derivatives from their solutions. All else
+in ``mdsens.sensitivity`` is common to the three.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ Params = Mapping[str, Any]
 
 
 class Structure(Protocol):
-    """What a derivative needs to know of the kind of minimum. ``lin`` is its Linearization."""
+    """The protocol of the three kinds of minimum; ``lin`` is the Linearization of the minimum."""
 
     @property
     def status(self) -> Any:
-        """Why no derivative can be taken, an int32 array; None where nothing is against it."""
+        """Why no derivative can be taken, an int32 array; None where the structure allows it."""
 
     def params(self, system: System) -> dict[str, Any]:
         """The parameters that derivatives are taken by."""
@@ -58,31 +58,41 @@ class Structure(Protocol):
         ...
 
     def moved(self, system: System, x: Unknowns, params: Params) -> System:
-        """The system at other unknowns and parameters; traceable, its neighbor list stays."""
+        """The system at other unknowns and parameters, with the same neighbor list; traceable."""
         ...
 
     def condition(self, lin: Linearization, x: Unknowns, params: Params) -> Unknowns:
         """F(x, params), zero at the minimum."""
         ...
 
-    def operator(self, lin: Linearization) -> tuple[Operator, Unknowns | None]:
-        """dF/dx of the positions (and multipliers), matrix-free, and the unit of each unknown in
-        it; None for units of one.
+    def operator(self, lin: Linearization) -> tuple[Operator, jax.Array | None]:
+        """dF/dx by the positions (and multipliers), matrix-free, and the unit of the multipliers.
+
+        The unit is None where multipliers are no unknowns.
         """
         ...
 
     def solved(self, side: Unknowns, x: Unknowns) -> Unknowns:
-        """The answer for all unknowns, from that of the positions alone."""
+        """The solution for all unknowns, from that of the linear solve.
+
+        At a pressure the linear solve is for the positions alone.
+
+        Args:
+          side: the right-hand side.
+          x: the solution of the linear solve.
+        """
         ...
 
     def stored(self, lin: Linearization, x: Unknowns) -> Any:
-        """A change of the unknowns as users get it: of the stored positions (n, d), or of those
-        and of the cell.
+        """A change of the unknowns in the form that users get.
+
+        It is the change of the stored positions, (n, d); at a pressure an ``Unknowns`` of these and
+        of the strain of the cell, a Mandel vector.
         """
         ...
 
     def unknown(self, lin: Linearization, value: Any) -> Unknowns:
-        """The inverse of ``stored``."""
+        """A change of the unknowns from the form that users get; the inverse of ``stored``."""
         ...
 
     def parameter_side(self, lin: Linearization, tangent: Params) -> Unknowns:
@@ -90,11 +100,16 @@ class Structure(Protocol):
         ...
 
     def displacement(self, lin: Linearization, tangent: Params, x: Unknowns) -> tuple[Any, Any]:
-        """(value, nonaffine) of ``jvp`` from the answer of the solve."""
+        """``(value, nonaffine)`` of ``jvp``, from the solution x."""
         ...
 
     def cotangent(self, lin: Linearization, value: Unknowns, w: jax.Array) -> Unknowns:
-        """A cotangent of what ``jvp`` gives, checked, as one of the unknowns; w that of positions."""
+        """A cotangent of the result of ``jvp``, checked, as a cotangent of the unknowns.
+
+        Args:
+          value: the user's cotangent.
+          w: its positions, checked already.
+        """
         ...
 
     def cotangent_side(self, lin: Linearization, cotangent: Unknowns) -> Unknowns:
@@ -104,15 +119,15 @@ class Structure(Protocol):
     def parameter_gradient(
         self, lin: Linearization, cotangent: Unknowns, x: Unknowns
     ) -> dict[str, Any]:
-        """The value of ``vjp`` from the answer of the solve."""
+        """The value of ``vjp``, from the solution x."""
         ...
 
     def force_side(self, lin: Linearization, force: Unknowns) -> Unknowns:
-        """The right-hand side of ``response``, of an external force on the particles."""
+        """The right-hand side of ``response``, for an external force on the particles."""
         ...
 
     def at(self, minimum: Equilibrium, system: System) -> Self:
-        """The structure of another minimum nearby; ``system`` is its backbone."""
+        """The structure of another minimum nearby, whose backbone is ``system``."""
         ...
 
 
@@ -121,6 +136,7 @@ def _affine(system: System, tangent: Params, positions: jax.Array) -> jax.Array:
     if system.box is None:
         return jnp.zeros_like(positions)
     change = along(lambda p: box_at(system, p), system.params, tangent)
+    # for positions as rows: R box^-T (d box)^T
     return positions @ jnp.linalg.solve(box_at(system, system.params).T, change.T)
 
 
@@ -131,7 +147,7 @@ def _negative(x: Any) -> Any:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FixedCellStructure(Portable):
-    """Positions alone: F = dU/dR."""
+    """A minimum in a fixed cell: the unknowns are the positions, F = dU/dR."""
 
     status = None
 
@@ -147,10 +163,11 @@ class FixedCellStructure(Portable):
         )
 
     def condition(self, lin: Linearization, x: Unknowns, params: Params) -> Unknowns:
-        at = self.moved(lin.system, x, params)
-        return Unknowns(gradient(at, Unknowns(at.positions), at.params).positions)
+        system = self.moved(lin.system, x, params)
+        return Unknowns(gradient(system, Unknowns(system.positions), system.params).positions)
 
-    def operator(self, lin: Linearization) -> tuple[Operator, Unknowns | None]:
+    def operator(self, lin: Linearization) -> tuple[Operator, jax.Array | None]:
+        # at a saddle the Hessian has negative eigenvalues
         definite = not lin.equilibrium.order
         return hessian_operator(lin.system, lin.null, lin.blocks, definite=definite), None
 
@@ -167,14 +184,15 @@ class FixedCellStructure(Portable):
         return _negative(mixed_product(lin.system, tangent))
 
     def displacement(self, lin: Linearization, tangent: Params, x: Unknowns) -> tuple[Any, Any]:
-        rest = x.positions - _affine(lin.system, tangent, lin.system.positions)
-        return x.positions, lin.null.project(Unknowns(rest)).positions
+        nonaffine = x.positions - _affine(lin.system, tangent, lin.system.positions)
+        # the affine part has a mean displacement and moves rattlers
+        return x.positions, lin.null.project(Unknowns(nonaffine)).positions
 
     def cotangent(self, lin: Linearization, value: Unknowns, w: jax.Array) -> Unknowns:
         if value.strain is not None:
             raise InputError(
-                "the cotangent has a strain, and this cell was given: give (n, d), one vector a"
-                " particle."
+                "the cotangent has a strain, and the cell of this minimum is fixed: give an array"
+                " (n, d), one vector for each particle."
             )
         return Unknowns(w)
 
@@ -196,10 +214,15 @@ class FixedCellStructure(Portable):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AtPressureStructure(FixedCellStructure):
-    """Positions R and a strain of the cell: F = (dU/dR, d(U + P V)/dstrain).
+    """A minimum at a pressure: the unknowns are the positions R and a strain of the cell.
 
-    At a strain, positions stand at (1 + strain) R, so that R is fractional in spirit: the
-    derivative by R is (1 + strain) times that by where the particles are.
+    F = (dU/dR, d(U + P V)/dstrain). At a strain the particles are at (1 + strain) R, so that R is
+    similar to fractional coordinates: the derivative by R is (1 + strain) times the derivative by
+    the actual positions of the particles.
+
+    Attributes:
+      cell: with the strains that it can take, ``cell.along``. The strain among the unknowns is
+        given by its components along these.
     """
 
     cell: Cell
@@ -215,24 +238,28 @@ class AtPressureStructure(FixedCellStructure):
         return Unknowns(system.positions, jnp.zeros_like(self.cell.slope))
 
     def moved(self, system: System, x: Unknowns, params: Params) -> System:
-        at = super().moved(system, x, params)
+        moved = super().moved(system, x, params)
         if x.strain is None:
-            return at
-        return deformed(at, jnp.tensordot(x.strain, self.cell.along, axes=1))
+            return moved
+        return deformed(moved, jnp.tensordot(x.strain, self.cell.along, axes=1))
 
     def condition(self, lin: Linearization, x: Unknowns, params: Params) -> Unknowns:
-        slope = super().condition(lin, x, params).positions
+        by_positions = super().condition(lin, x, params).positions
         if x.strain is None:
-            return Unknowns(slope)
+            return Unknowns(by_positions)
         params_of_system = {name: params[name] for name in lin.system.params}
-        at_strain = lin.system.replace(positions=x.positions, params=params_of_system)
-        of_cell = enthalpy_gradient(at_strain, params["pressure"], self.cell.along, x.strain)
+        unstrained = lin.system.replace(positions=x.positions, params=params_of_system)
+        by_strain = enthalpy_gradient(unstrained, params["pressure"], self.cell.along, x.strain)
         strain = jnp.tensordot(x.strain, self.cell.along, axes=1)
-        return Unknowns(slope + slope @ strain, of_cell)
+        # dU/dR = (1 + strain) dU/dr at the actual positions r = (1 + strain) R
+        return Unknowns(by_positions + by_positions @ strain, by_strain)
 
     def solved(self, side: Unknowns, x: Unknowns) -> Unknowns:
+        """Add the strain of the cell, and the motion of the particles with it, to the solution."""
         if side.strain is None:
             return x
+        # The positions are eliminated first: S strain = f_strain + X^T f_R, with the stiffness S of
+        # the cell and the motion X of the particles under each strain (see ``mechanics.cell``).
         cell = self.cell
         strain = cell.compliance @ (
             side.strain + jnp.einsum("knd,nd->k", cell.motion, side.positions)
@@ -248,30 +275,37 @@ class AtPressureStructure(FixedCellStructure):
     def unknown(self, lin: Linearization, value: Any) -> Unknowns:
         if not isinstance(value, Unknowns) or value.strain is None:
             return super().unknown(lin, value)
-        free, strain = self.cell.along, from_mandel(value.strain)
-        parts = jnp.linalg.solve(
-            jnp.einsum("kde,lde->kl", free, free), jnp.einsum("kde,de->k", free, strain)
+        free_strains = self.cell.along
+        strain = from_mandel(value.strain)
+        # components of the strain along the strains that the cell can take, by least squares
+        components = jnp.linalg.solve(
+            jnp.einsum("kde,lde->kl", free_strains, free_strains),
+            jnp.einsum("kde,de->k", free_strains, strain),
         )
-        return Unknowns(value.positions - lin.system.positions @ strain.T, parts)
+        return Unknowns(value.positions - lin.system.positions @ strain.T, components)
 
     def parameter_side(self, lin: Linearization, tangent: Params) -> Unknowns:
         return _negative(along(lambda p: lin.condition(lin.unknowns, p), lin.params, tangent))
 
     def displacement(self, lin: Linearization, tangent: Params, x: Unknowns) -> tuple[Any, Any]:
-        # The cell follows no parameter here: all of the affine part is that of its strain.
+        # No parameter changes the cell directly here: the affine part is due to the strain alone,
+        # and ``x.positions`` leaves it out.
         return self.stored(lin, x), lin.null.project(Unknowns(x.positions)).positions
 
     def cotangent(self, lin: Linearization, value: Unknowns, w: jax.Array) -> Unknowns:
-        free, R = self.cell.along, lin.system.positions
-        strain = jnp.einsum("nd,kde,ne->k", w, free, R)
+        """The transpose of ``stored``."""
+        free_strains = self.cell.along
+        R = lin.system.positions
+        # stored positions move by R strain^T, so that w has a part by the strain
+        strain = jnp.einsum("nd,kde,ne->k", w, free_strains, R)
         if value.strain is not None:
-            of_strain = jnp.asarray(real_array("cotangent.strain", value.strain), w.dtype)
+            mandel = jnp.asarray(real_array("cotangent.strain", value.strain), w.dtype)
             m = R.shape[1] * (R.shape[1] + 1) // 2
-            if of_strain.shape != (m,):
+            if mandel.shape != (m,):
                 raise InputError(
-                    f"cotangent.strain has shape {of_strain.shape}: give ({m},), a Mandel vector."
+                    f"cotangent.strain has shape {mandel.shape}: give ({m},), a Mandel vector."
                 )
-            strain = strain + jnp.einsum("m,mde,kde->k", of_strain, basis(R.shape[1]), free)
+            strain = strain + jnp.einsum("m,mde,kde->k", mandel, basis(R.shape[1]), free_strains)
         return Unknowns(w, strain)
 
     def parameter_gradient(
@@ -287,13 +321,14 @@ class AtPressureStructure(FixedCellStructure):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ConstrainedStructure(Portable):
-    """Positions, relaxed parameters and multipliers: F = (dL/dx, g), L = U + lambda . g.
+    """A minimum under constraints: F = (dL/dx, g), L = U + lambda . g.
 
-    Coordinates at a bound or pinned move with the parameters that place them, dx/dp by themselves;
-    the linear solve is for the others.
+    The unknowns x are the positions, the relaxed parameters and the multipliers lambda of the
+    equations g = 0. Coordinates that are pinned or at a bound are constrained: the parameters alone
+    determine their values, and so their derivatives. The linear solve is for the other coordinates.
 
     Attributes:
-      multipliers: of the equations, by the constraints' names.
+      multipliers: of the equations, by the names of the constraints; None without equations.
       constraint_status: DEGENERATE_CONSTRAINT, REDUNDANT_CONSTRAINTS or CONVERGED.
     """
 
@@ -314,16 +349,16 @@ class ConstrainedStructure(Portable):
         return lagrangian.with_unknowns(system, x, params)
 
     def condition(self, lin: Linearization, x: Unknowns, params: Params) -> Unknowns:
-        """dL/dx and g; of a constrained coordinate its distance from where the parameters put it."""
+        """dL/dx and g; along a constrained coordinate, its distance from its constrained value."""
         slope = lagrangian.lagrangian_gradient(lin.system, x, params)
-        here = Unknowns(x.positions, params=x.params)
-        off = jax.tree.map(
-            jnp.subtract, here, lagrangian.constrained_coordinates(lin.system, params)
+        coordinates = Unknowns(x.positions, params=x.params)
+        distance = jax.tree.map(
+            jnp.subtract, coordinates, lagrangian.constrained_coordinates(lin.system, params)
         )
-        fixed = Unknowns(off.positions, None, slope.multipliers, off.params)
+        fixed = Unknowns(distance.positions, None, slope.multipliers, distance.params)
         return _at_active_set(lin.null, fixed, slope)
 
-    def operator(self, lin: Linearization) -> tuple[Operator, Unknowns | None]:
+    def operator(self, lin: Linearization) -> tuple[Operator, jax.Array | None]:
         return kkt_operator(lin.system, lin.unknowns, lin.null)
 
     def solved(self, side: Unknowns, x: Unknowns) -> Unknowns:
@@ -336,82 +371,76 @@ class ConstrainedStructure(Portable):
         return value if isinstance(value, Unknowns) else Unknowns(value)
 
     def read(self, lin: Linearization, x: Unknowns, params: Params) -> Unknowns:
-        """What users get of the unknowns: positions, relaxed parameters, and the multiplier of every
-        constraint, those of bounds and pins included.
+        """The unknowns in the form that users get.
+
+        These are the positions, the relaxed parameters, and the multipliers of all constraints,
+        those of bounds and pins included.
         """
-        at = {**params, **(x.params or {})}
-        multipliers = lagrangian.multipliers_at(lin.system, x, at)
+        all_params = {**params, **(x.params or {})}
+        multipliers = lagrangian.multipliers_at(lin.system, x, all_params)
         return Unknowns(x.positions, None, multipliers, x.params)
 
     def motion(self, lin: Linearization, tangent: Params) -> Unknowns:
-        """The derivative of the constrained coordinates along a change of the parameters; zero for
-        the others.
+        """The derivative of the constrained coordinates along a change of the parameters.
+
+        It is zero for the other coordinates and for the multipliers.
         """
         rate = along(
             lambda p: lagrangian.constrained_coordinates(lin.system, p), lin.params, tangent
         )
-        still = None
+        # the tree must be that of the unknowns, which has no multipliers without equations
+        no_change = None
         if self.multipliers is not None:
-            still = jax.tree.map(jnp.zeros_like, self.multipliers)
-        return Unknowns(rate.positions, None, still, rate.params)
+            no_change = jax.tree.map(jnp.zeros_like, self.multipliers)
+        return Unknowns(rate.positions, None, no_change, rate.params)
 
     def parameter_side(self, lin: Linearization, tangent: Params) -> Unknowns:
-        place = lin.unknowns, lin.params
-        change = self.motion(lin, tangent), _filled(lin, tangent)
-        rate = jax.jvp(lambda x, p: _slope(lin, x, p), place, change)[1]
+        # dL/dx changes with the parameters, and with the constrained coordinates that they move
+        point = lin.unknowns, lin.params
+        change = self.motion(lin, tangent), _all_changes(lin, tangent)
+        rate = jax.jvp(lambda x, p: _lagrangian_gradient(lin, x, p), point, change)[1]
         return lin.null.free(_negative(rate))
 
     def displacement(self, lin: Linearization, tangent: Params, x: Unknowns) -> tuple[Any, Any]:
-        whole = jax.tree.map(jnp.add, self.motion(lin, tangent), x)
-        place, change = (lin.unknowns, lin.params), (whole, _filled(lin, tangent))
-        value = jax.jvp(lambda x, p: self.read(lin, x, p), place, change)[1]
+        # x is zero along constrained coordinates, their motion is zero along the others
+        motion = jax.tree.map(jnp.add, self.motion(lin, tangent), x)
+        point = lin.unknowns, lin.params
+        change = motion, _all_changes(lin, tangent)
+        value = jax.jvp(lambda x, p: self.read(lin, x, p), point, change)[1]
         return value, value.positions - _affine(lin.system, tangent, lin.system.positions)
 
     def cotangent(self, lin: Linearization, value: Unknowns, w: jax.Array) -> Unknowns:
-        """Zero for the multipliers and relaxed parameters that ``value`` does not name."""
+        """The user's cotangent, zero for multipliers and relaxed parameters that it leaves out."""
+        # ``read`` has multipliers of all constraints, also those that are no unknowns
         shapes = jax.eval_shape(lambda c: self.read(c, c.unknowns, c.params), lin.traced(()))
-        parts: dict[str, Any] = {}
-        for field in ("multipliers", "params"):
-            known, some = getattr(shapes, field), getattr(value, field) or {}
-            for name, array in some.items():
-                if known is None or name not in known:
-                    raise InputError(
-                        f"cotangent.{field} has {name!r}: give some of {list(known or ())}."
-                    )
-                if jnp.shape(array) != known[name].shape:
-                    raise InputError(
-                        f"cotangent.{field}[{name!r}] has shape {jnp.shape(array)}: give"
-                        f" {known[name].shape}."
-                    )
-            parts[field] = known and {
-                name: (
-                    jnp.asarray(real_array(f"cotangent.{field}[{name!r}]", some[name]), w.dtype)
-                    if name in some
-                    else jnp.zeros(shape.shape, w.dtype)
-                )
-                for name, shape in known.items()
-            }
-        return Unknowns(w, None, parts["multipliers"], parts["params"])
+        multipliers = _checked_by_name("multipliers", value.multipliers, shapes.multipliers, w)
+        params = _checked_by_name("params", value.params, shapes.params, w)
+        return Unknowns(w, None, multipliers, params)
 
     def cotangent_side(self, lin: Linearization, cotangent: Unknowns) -> Unknowns:
-        return lin.null.free(self._pulled(lin, cotangent)[0])
+        return lin.null.free(self._pulled_through_read(lin, cotangent)[0])
 
     def parameter_gradient(
         self, lin: Linearization, cotangent: Unknowns, x: Unknowns
     ) -> dict[str, Any]:
-        """The transpose of ``displacement`` after ``parameter_side``, step by step from its end."""
-        of_unknowns, direct = self._pulled(lin, cotangent)
-        pull = jax.vjp(lambda y, p: _slope(lin, y, p), lin.unknowns, lin.params)[1]
-        by_slope, by_params = pull(x)
-        owed = jax.tree.map(jnp.subtract, of_unknowns, by_slope)
-        place = Unknowns(owed.positions, params=owed.params)
+        """The transpose of ``displacement`` after ``parameter_side``, from the last step backwards.
+
+        The parameters act in three ways: directly on what users get, by the right-hand side of the
+        solve, and by the motion of the constrained coordinates.
+        """
+        by_unknowns, direct = self._pulled_through_read(lin, cotangent)
+        pull = jax.vjp(lambda y, p: _lagrangian_gradient(lin, y, p), lin.unknowns, lin.params)[1]
+        through_solve, by_params = pull(x)
+        # cotangent of the motion of the constrained coordinates
+        of_motion = jax.tree.map(jnp.subtract, by_unknowns, through_solve)
+        of_coordinates = Unknowns(of_motion.positions, params=of_motion.params)
         pull = jax.vjp(lambda p: lagrangian.constrained_coordinates(lin.system, p), lin.params)[1]
-        (by_place,) = pull(place)
-        return jax.tree.map(lambda a, b, c: a - b + c, direct, by_params, by_place)
+        (by_coordinates,) = pull(of_coordinates)
+        return jax.tree.map(lambda a, b, c: a - b + c, direct, by_params, by_coordinates)
 
     def force_side(self, lin: Linearization, force: Unknowns) -> Unknowns:
-        none = jax.tree.map(jnp.zeros_like, lin.unknowns)
-        return lin.null.free(dataclasses.replace(none, positions=force.positions))
+        zero = jax.tree.map(jnp.zeros_like, lin.unknowns)
+        return lin.null.free(dataclasses.replace(zero, positions=force.positions))
 
     def at(self, minimum: Equilibrium, system: System) -> Self:
         if self.multipliers is None:
@@ -419,28 +448,58 @@ class ConstrainedStructure(Portable):
         unknowns = lagrangian.unknowns_of(system, minimum.multipliers)
         return dataclasses.replace(self, multipliers=unknowns.multipliers)
 
-    def _pulled(self, lin: Linearization, cotangent: Unknowns) -> tuple[Unknowns, Any]:
-        """A cotangent of what users get, as one of the unknowns and the direct one of the
-        parameters.
-        """
+    def _pulled_through_read(self, lin: Linearization, cotangent: Unknowns) -> tuple[Unknowns, Any]:
+        """The transposed derivative of ``read``: cotangents of the unknowns and the parameters."""
         value, pull = jax.vjp(lambda x, p: self.read(lin, x, p), lin.unknowns, lin.params)
-        none = jax.tree.map(jnp.zeros_like, value)
-        multipliers, params = cotangent.multipliers, cotangent.params
-        return pull(
-            dataclasses.replace(
-                cotangent,
-                multipliers=none.multipliers if multipliers is None else multipliers,
-                params=none.params if params is None else params,
+        zero = jax.tree.map(jnp.zeros_like, value)
+        multipliers = cotangent.multipliers
+        if multipliers is None:
+            multipliers = zero.multipliers
+        params = zero.params if cotangent.params is None else cotangent.params
+        return pull(dataclasses.replace(cotangent, multipliers=multipliers, params=params))
+
+
+def _checked_by_name(
+    field: str,
+    cotangents: Mapping[str, Any] | None,
+    shapes: dict[str, jax.ShapeDtypeStruct] | None,
+    w: jax.Array,
+) -> dict[str, jax.Array] | None:
+    """A user's cotangents by name, checked; zero where a name is missing.
+
+    Args:
+      field: "multipliers" or "params", for messages.
+      cotangents: of the user.
+      shapes: of all names; None or empty where there are none.
+      w: the cotangent of the positions, for its dtype.
+    """
+    named = cotangents or {}
+    for name, array in named.items():
+        if shapes is None or name not in shapes:
+            raise InputError(f"cotangent.{field} has {name!r}: give some of {list(shapes or ())}.")
+        if jnp.shape(array) != shapes[name].shape:
+            raise InputError(
+                f"cotangent.{field}[{name!r}] has shape {jnp.shape(array)}: give"
+                f" {shapes[name].shape}."
             )
-        )
+    if shapes is None:
+        return None
+    checked = {}
+    for name, shape in shapes.items():
+        if name in named:
+            array = real_array(f"cotangent.{field}[{name!r}]", named[name])
+            checked[name] = jnp.asarray(array, w.dtype)
+        else:
+            checked[name] = jnp.zeros(shape.shape, w.dtype)
+    return checked
 
 
-def _slope(lin: Linearization, x: Unknowns, params: Params) -> Unknowns:
+def _lagrangian_gradient(lin: Linearization, x: Unknowns, params: Params) -> Unknowns:
     return lagrangian.lagrangian_gradient(lin.system, x, params)
 
 
-def _filled(lin: Linearization, tangent: Params) -> dict[str, Any]:
-    """A change of all parameters: zero for those that ``tangent`` does not name."""
+def _all_changes(lin: Linearization, tangent: Params) -> dict[str, Any]:
+    """Changes of all parameters: zero for those that ``tangent`` does not name."""
     return {
         name: tangent[name] if name in tangent else jnp.zeros_like(v)
         for name, v in lin.params.items()

@@ -273,6 +273,7 @@ def test_a_ceiling_that_just_touches_is_degenerate():
     assert c.status is ms.Status.DEGENERATE_CONSTRAINT and c.constraints.switching == 1
 
 
+@pytest.mark.as_shipped
 def test_a_rod_between_a_pin_and_a_spring():
     """Tension of a rigid bond of length l, pulled by a spring of length a at distance L: k (L - l -
     a).
@@ -693,7 +694,7 @@ def test_bodies_that_nothing_holds(count):
             ms.jvp(eq, {"sigma": 1.0})
         certificate = ms.certify(eq)
         assert certificate.status is ms.Status.UNJAMMED
-        assert "no rigid body is held by another" in str(certificate)
+        assert "no rigid body is supported by contacts" in str(certificate)
     else:
         moved = np.asarray(ms.jvp(eq, {"bond_length": [1.0]}).value.positions)
         assert np.allclose(moved, [[-0.5, 0.0], [0.5, 0.0]], atol=1e-12)

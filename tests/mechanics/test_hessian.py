@@ -37,6 +37,7 @@ def discs() -> ms.System:
 # ── forces, Hessian and mixed products ──
 
 
+@pytest.mark.as_shipped
 def test_force_is_minus_the_slope_of_the_energy():
     system = discs()
     energy = jax.jit(lambda R: potential_energy(system, R))
@@ -50,6 +51,7 @@ def test_force_is_minus_the_slope_of_the_energy():
     assert float(hessian.max_force(system)) == pytest.approx(largest, rel=1e-15)
 
 
+@pytest.mark.as_shipped
 def test_hessian_products_are_those_of_jax_hessian():
     system = discs()
     hessian = jax.jit(jax.hessian(lambda x: potential_energy(system, x.reshape(12, 2))))
@@ -65,6 +67,7 @@ def test_hessian_products_are_those_of_jax_hessian():
     assert relative(np.asarray(product).ravel(), full @ v.ravel()) < 1e-13
 
 
+@pytest.mark.as_shipped
 def test_mixed_products_are_finite_differences_and_transposes():
     system = discs()
     rng = np.random.default_rng(3)
@@ -89,6 +92,7 @@ def test_mixed_products_are_finite_differences_and_transposes():
 # ── assembled ──
 
 
+@pytest.mark.as_shipped
 @pytest.mark.parametrize("name", ["2-D", "3-D"])
 def test_blocks_make_the_products_of_the_matrix(name):
     """Of particles with rattlers and single contacts, whose own blocks are singular."""

@@ -107,6 +107,7 @@ def test_two_polarizable_particles_in_a_field_are_those_of_silberstein(d):
     )
 
 
+@pytest.mark.as_shipped
 @pytest.mark.parametrize("solve", [Direct(), pytest.param(MINRES(rtol=1e-14), marks=LONG)])
 def test_two_charges_at_rest(solve):
     from scipy.special import erf

@@ -587,13 +587,13 @@ def test_the_cheapest_form_keeps_the_derivatives_that_are_asked_for():
             values[name]
         )
 
-    assert potential.at(values).phi is not potential.phi
-    assert potential.at({**values, "alpha": jnp.asarray(2.2)}) == potential
+    assert potential.specialize(values).phi is not potential.phi
+    assert potential.specialize({**values, "alpha": jnp.asarray(2.2)}) == potential
     for name in values:
         np.testing.assert_allclose(
-            derivative(potential.at(values, (name,)), name), derivative(potential, name), rtol=1e-14
+            derivative(potential.specialize(values, (name,)), name), derivative(potential, name), rtol=1e-14
         )
-    assert not np.any(derivative(potential.at(values), "alpha")) and np.any(
+    assert not np.any(derivative(potential.specialize(values), "alpha")) and np.any(
         derivative(potential, "alpha")
     )
 

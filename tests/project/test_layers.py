@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from conftest import ROOT, long_tests
 
 import mdsens as ms
 
@@ -228,3 +229,13 @@ def test_a_potential_documents_its_equation_and_every_parameter(make):
 def test_every_public_name_of_the_potentials_is_documented():
     for name in ms.potentials.__all__:
         assert inspect.getdoc(getattr(ms.potentials, name)), name
+
+
+# ── the tests themselves ──
+
+
+def test_the_long_tests_are_there():
+    for name in long_tests():
+        path, _, function = name.partition("::")
+        source = (ROOT / path).read_text()
+        assert f"def {function.partition('[')[0]}(" in source, f"tests/long.txt names {name}"

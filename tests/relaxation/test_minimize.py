@@ -41,6 +41,7 @@ def dimer(sigma: float = 1.0, dtype: Any = float) -> ms.System:
     )
 
 
+@pytest.mark.as_shipped
 @pytest.mark.parametrize("sigma", [1.0, 1.15])
 def test_lennard_jones_dimer_rests_at_its_minimum(sigma):
     eq = ms.minimize(dimer(), {"sigma": sigma})
@@ -52,6 +53,7 @@ def test_lennard_jones_dimer_rests_at_its_minimum(sigma):
     assert float(max_force(eq.system)) == pytest.approx(float(eq.max_force), abs=1e-14)
 
 
+@pytest.mark.as_shipped
 def test_stretched_chain_of_springs_shares_the_force():
     # a ring of springs around a periodic cell: k_b (r_b - l_b) = f for all, f = (L - sum l) / sum
     # 1/k
@@ -144,6 +146,7 @@ def test_relaxed_stays_where_it_is():
     assert int(again.steps) == 0 and np.array_equal(again.positions, relaxed().positions)
 
 
+@pytest.mark.as_shipped
 def test_batch_of_three_relaxes_member_by_member():
     sigma = np.asarray(packing().params["sigma"])
     systems = [packing().with_params({"sigma": s * sigma}) for s in (1.0, 1.02, 1.05)]

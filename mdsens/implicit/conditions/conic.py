@@ -23,6 +23,7 @@ from jax import Array
 
 from mdsens._util.errors import InputError
 from mdsens._util.portable import Portable
+from mdsens._util.precision import full_precision
 from mdsens.implicit.conditions import projections
 
 __all__ = [
@@ -177,6 +178,7 @@ def conic_residual(cone: Cones) -> Callable[[Array, Array, Array, Array], Array]
     Busseti, Moursi and Boyd, arXiv:1811.02157; Agrawal et al., arXiv:1904.09043.
     """
 
+    @full_precision
     def F(z: Array, c: Array, A: Array, b: Array) -> Array:
         rows, columns = jnp.shape(A)
         _check_shape("c", c, columns)

@@ -20,6 +20,7 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from mdsens._util.errors import InputError
+from mdsens._util.precision import full_precision
 from mdsens._util.pytree import PyTree
 from mdsens.implicit.linear import Direct, Operator
 from mdsens.implicit.linear.direct import one_by_one
@@ -114,6 +115,7 @@ def ball(x: PyTree, radius: Array | float = 1.0) -> PyTree:
     return unravel(jnp.where(outside, radius / size, 1.0) * flat)
 
 
+@full_precision
 def affine(x: Array, A: Array, b: Array) -> Array:
     """Project on the affine set A p = b.
 
@@ -184,6 +186,7 @@ def _eigh(x: Array) -> tuple[Array, Array]:
 
 
 @jax.custom_jvp
+@full_precision
 def _positive_part(x: Array) -> Array:
     """V max(L, 0) V^T of a symmetric matrix x = V L V^T."""
     values, vectors = _eigh(x)
@@ -191,6 +194,7 @@ def _positive_part(x: Array) -> Array:
 
 
 @_positive_part.defjvp
+@full_precision
 def _positive_part_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     (x,), (dx,) = primals, tangents
     # A call with this same rule, so that for second derivatives the coefficients of the equation

@@ -100,7 +100,7 @@ def smoothed(
             return smooth(apply(v))
 
         x, k, ended = iterate(product, unit, inner_tol, steps)
-        # each step, and the right-hand side, took ``degree`` applications of A
+        # each step, and the right-hand side, counts as ``degree`` applications of A
         return x * size, degree * (k + 1), ended
 
     return inner

@@ -89,6 +89,7 @@ def cg(
     eps = jnp.finfo(b.dtype).eps
 
     def broken(r: Array, z: Array, rr: Array, rz: Array) -> Array:
+        # Written with ~ so that a NaN counts as broken. At convergence r.M r may be round-off.
         if precondition is None:
             return jnp.asarray(False)
         return (rr > tol**2) & ~(rz > eps * norm(r) * norm(z))
@@ -103,6 +104,7 @@ def cg(
         pp, pap = dot(p, p), dot(p, ap)
         # the largest |A p| / |p| so far, an estimate of |A| from below
         size = jnp.maximum(size, jnp.sqrt(safe_divide(dot(ap, ap), pp)))
+        # a curvature p.Ap within this of zero is round-off: its sign proves nothing
         zero = CURVATURE_UNITS * eps * size * pp
         status = jnp.where(pap > zero, int32(0), int32(Result.STAGNATED))
         status = jnp.where(pap < -zero, int32(Result.INDEFINITE), status)

@@ -1,4 +1,4 @@
-"""Dense factorizations of an operator on its range, for up to some thousand unknowns."""
+"""Dense factorizations of an operator on its range, for up to a few thousand unknowns."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from jax import Array, lax
 from jax.custom_batching import sequential_vmap
 
 from mdsens._util.errors import InputError
+from mdsens._util.precision import full_precision
 from mdsens.implicit.linear._vectors import Apply, Iterate, dot
 from mdsens.implicit.linear.method import Method, Round, check_rtol, projected
 from mdsens.implicit.linear.operator import Operator
@@ -24,15 +25,16 @@ __all__ = ["Direct", "LeastSquares", "one_by_one"]
 
 @dataclasses.dataclass(frozen=True)
 class Direct(Method):
-    """A dense factorization: the operator is written out as a matrix, so up to some thousand
-    unknowns.
+    """A dense factorization, for up to a few thousand unknowns.
 
-    Cholesky where positive semi-definite, LU where not, of ``P A P + s (I - P)``; singular values
-    where left and right null space differ, or where LU meets a direction without stiffness that
-    nobody declared: the statuses are then those of LeastSquares.
+    The operator is written out as a matrix, ``P A P + s (I - P)`` with the projector P off the null
+    space and s the largest entry. It is factorized by Cholesky where A is declared positive
+    semi-definite, else by LU. Where the left and right null spaces differ, or where LU finds a null
+    direction that is not declared, singular values are used, and the statuses are those of
+    LeastSquares.
 
     Args:
-      rtol: relative residual that makes the status good; refinement aims at it.
+      rtol: relative residual at which the status is good; refinement stops there.
     """
 
     rtol: float = 1e-10
@@ -40,7 +42,7 @@ class Direct(Method):
     def __post_init__(self) -> None:
         check_rtol("Direct", self.rtol)
 
-    rounds: ClassVar[int] = 8  # each costs next to nothing
+    rounds: ClassVar[int] = 8  # with a factor, each costs next to nothing
 
     def iteration(self, operator: Operator, b: Array) -> tuple[Round, int]:
         apply, _ = projected(operator, both=True)
@@ -52,20 +54,21 @@ class Direct(Method):
 
 @dataclasses.dataclass(frozen=True)
 class LeastSquares(Method):
-    """The dense pseudo-inverse, for an operator that may be singular: the shortest of the x that
-    make |b - A x| least.
+    """The dense pseudo-inverse, for an operator that may be singular.
 
-    By singular values, or eigenvalues where the operator is symmetric: some ten times the work of
-    Direct. NOT_UNIQUE where A is singular beyond the null space declared but has b in its range,
-    and SINGULAR where b lies partly outside, so that the residual cannot vanish. Direct comes to it
-    by itself where LU finds A singular to round-off; this one draws the line at ``rank_tolerance``,
-    and for a positive semi-definite A, too.
+    It gives the shortest x of those that minimize |b - A x|, from singular values, or from
+    eigenvalues where the operator is symmetric. This takes about ten times the work of Direct.
+
+    The status is NOT_UNIQUE where A is singular beyond the declared null space and b lies in its
+    range. It is SINGULAR where b lies partly outside of the range, so that the residual cannot
+    vanish. Direct does the same where LU finds that A is singular to round-off. LeastSquares takes
+    the limit ``rank_tolerance`` instead of round-off, and also for a positive semi-definite A.
 
     Args:
-      rtol: relative residual that makes the status good.
-      rank_tolerance: singular values up to this share of the largest count as zero; the number of
-        unknowns times round-off where None. Raise it to the error of A's entries, where these come
-        from an experiment or a solver.
+      rtol: relative residual at which the status is good.
+      rank_tolerance: singular values up to this part of the largest count as zero; where None, the
+        number of unknowns times round-off. Where the entries of A come from an experiment or a
+        solver, set it to their relative error.
     """
 
     rtol: float = 1e-10
@@ -80,7 +83,7 @@ class LeastSquares(Method):
                 " such as 1e-8"
             )
 
-    rounds: ClassVar[int] = 8  # each costs next to nothing
+    rounds: ClassVar[int] = 8  # with the pseudo-inverse, each costs next to nothing
 
     def iteration(self, operator: Operator, b: Array) -> tuple[Round, int]:
         apply, _ = projected(operator, both=True)
@@ -96,11 +99,11 @@ class LeastSquares(Method):
 
 
 def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Under vmap on a CPU, the function on one member after the other.
+    """Make a function that, under vmap on a CPU, runs on one member after the other.
 
-    There jaxlib shares a batch of matrices out over a pool of threads and waits for them on a
-    thread of that pool: two factorizations that run at the same time on two cores wait for ever
-    (seen with 0.10.1).
+    On a CPU, jaxlib distributes a batch of matrices over a pool of threads, and waits for them on a
+    thread of that pool. Two factorizations that run at the same time on two cores then wait for
+    ever (observed with jaxlib 0.10.1).
     """
     in_sequence = sequential_vmap(function)
 
@@ -138,46 +141,53 @@ def _cholesky_solve(lower: Array, r: Array) -> Array:
 
 @one_by_one
 def _cholesky(matrix: Array, largest: Array) -> Array:
-    """The lower factor of a positive semi-definite matrix; not finite where it has a negative
-    direction.
+    """Compute the lower Cholesky factor of a positive semi-definite matrix.
+
+    The factor is not finite where the matrix has a negative eigenvalue.
+
+    Args:
+      matrix: (n, n).
+      largest: its largest entry.
     """
     n, eps = matrix.shape[0], float(jnp.finfo(matrix.dtype).eps)
 
-    def raised(by: float) -> Array:
-        return jnp.linalg.cholesky(
-            matrix + by * jnp.where(largest > 0, largest, 1) * jnp.eye(n, dtype=matrix.dtype)
-        )
+    def shifted_factor(shift: float) -> Array:
+        scale = jnp.where(largest > 0, largest, 1)
+        return jnp.linalg.cholesky(matrix + shift * scale * jnp.eye(n, dtype=matrix.dtype))
 
     def semidefinite() -> Array:
-        # Cholesky fails on a negative direction and, by round-off, on a null one that nobody
-        # declared. Raised by the round-off of the factorization it fails on the first alone; raised
-        # by sqrt(eps) it leaves little of the second in the answer, and refinement takes the raise
-        # back out of the rest.
-        probe = raised(n * eps)
-        return jnp.where(jnp.all(jnp.isfinite(probe)), raised(eps**0.5), probe)
+        # Cholesky fails where there is a negative eigenvalue and, by round-off, where there is a
+        # null direction that is not declared. With a shift by the round-off of the factorization it
+        # fails only in the first case. With a shift by sqrt(eps) the null direction contributes
+        # little to the solution, and refinement removes the error that the shift makes in the rest.
+        probe = shifted_factor(n * eps)
+        return jnp.where(jnp.all(jnp.isfinite(probe)), shifted_factor(eps**0.5), probe)
 
-    lower = raised(0.0)
+    lower = shifted_factor(0.0)
     return lax.cond(jnp.all(jnp.isfinite(lower)), lambda: lower, semidefinite)
 
 
 def _written_out(apply: Apply, b: Array) -> Array:
-    """The operator's matrix, by columns in chunks: all at once, a product's intermediate arrays
-    would come n times.
-    """
+    """Compute the matrix of the operator, (n, n)."""
+    # 32 columns at a time: with all at once, the intermediate arrays of a product would take n
+    # times their memory.
     return lax.map(apply, jnp.eye(b.size, dtype=b.dtype), batch_size=min(b.size, 32)).T
 
 
-# Of the number of unknowns times round-off: a pivot below is looked at by singular values, which
-# decide.
+# Where a pivot of LU is below this many times n eps of the largest, the singular values decide
+# whether the matrix is singular: a pivot may be larger than the smallest singular value.
 _SUSPECT = 1e3
 
 
 def _by_lu(matrix: Array) -> Callable[[Array], Iterate]:
-    """LU; where a pivot is next to nothing, a null direction that nobody declared perhaps, singular
-    values.
+    """Factorize a matrix by LU, or by singular values where it may be singular.
 
-    Their answer is then the shortest and the status NOT_UNIQUE, as of :func:`pseudo_inverse`, where
-    LU would add any multiple of that direction and leave no trace of it in the residual.
+    A very small pivot may belong to a null direction that is not declared. LU would add an
+    arbitrary multiple of that direction to the solution, which the residual does not show. Singular
+    values give the shortest solution, with the result NOT_UNIQUE, as :func:`pseudo_inverse`.
+
+    Returns:
+      r -> (x, 0 applications, result).
     """
     n, eps = matrix.shape[0], float(jnp.finfo(matrix.dtype).eps)
     lu, pivots = _lu(matrix)
@@ -185,10 +195,9 @@ def _by_lu(matrix: Array) -> Callable[[Array], Iterate]:
     finite = jnp.all(jnp.isfinite(matrix))
     regular = jnp.all(jnp.isfinite(lu)) & (jnp.min(sizes) > _SUSPECT * n * eps * jnp.max(sizes))
     inverse, rank = _inverted(matrix, finite & ~regular)
-    singular = jnp.where(rank < n, int(Result.NOT_UNIQUE), int(Result.CONVERGED))
-    ended = jnp.where(
-        regular, int(Result.CONVERGED), jnp.where(finite, singular, int(Result.NOT_FINITE))
-    )
+    ended = jnp.where(rank < n, int(Result.NOT_UNIQUE), int(Result.CONVERGED))
+    ended = jnp.where(finite, ended, int(Result.NOT_FINITE))
+    ended = jnp.where(regular, int(Result.CONVERGED), ended)
 
     def solution(r: Array) -> Iterate:
         x = jnp.where(regular, _lu_solve(lu, pivots, r), dot(r, inverse))
@@ -198,8 +207,9 @@ def _by_lu(matrix: Array) -> Callable[[Array], Iterate]:
 
 
 @one_by_one
+@full_precision
 def _inverted(matrix: Array, needed: Array) -> tuple[Array, Array]:
-    """The transposed pseudo-inverse and the rank; zeros where not needed."""
+    """Compute the transposed pseudo-inverse and the rank of a matrix; zeros where not needed."""
     n, eps = matrix.shape[0], float(jnp.finfo(matrix.dtype).eps)
 
     def by_values() -> tuple[Array, Array]:
@@ -213,30 +223,40 @@ def _inverted(matrix: Array, needed: Array) -> tuple[Array, Array]:
 def factor(
     apply: Apply, right: Apply | None, left: Apply | None, positive_semidefinite: bool, b: Array
 ) -> Callable[[Array], Iterate]:
-    """A dense factorization of the operator on its range: r -> (x, 0 applications, status)."""
+    """Factorize the operator on its range.
+
+    Args:
+      apply: v -> P_L A P_R v.
+      right, left: projectors off the null spaces; None where there are none. The same object where
+        the null spaces are equal.
+      positive_semidefinite: whether A is declared so.
+      b: an array (n,) with the type of the right-hand sides.
+
+    Returns:
+      r -> (x, 0 applications, result).
+    """
     n = b.size
     if right is not left:
         return pseudo_inverse(apply, right, False, False, b, None)
     matrix = _written_out(apply, b)
     largest = jnp.max(jnp.abs(matrix))
     if right is not None:
+        # The null space gets the stiffness ``largest``, so that the matrix is regular.
         matrix = matrix + jnp.where(largest > 0, largest, 1) * (
             jnp.eye(n, dtype=b.dtype) - _written_out(right, b)
         )
-    none, fine = jnp.int32(0), jnp.int32(Result.CONVERGED)
-
     if not positive_semidefinite:
         return _by_lu(matrix)
 
     lower = _cholesky(matrix, largest)
     definite = jnp.all(jnp.isfinite(lower))
-    negative = jnp.where(
-        jnp.all(jnp.isfinite(matrix)), int(Result.INDEFINITE), int(Result.NOT_FINITE)
-    )
+    finite = jnp.all(jnp.isfinite(matrix))
+    failure = jnp.where(finite, int(Result.INDEFINITE), int(Result.NOT_FINITE))
 
     def by_cholesky(r: Array) -> Iterate:
         x = _cholesky_solve(lower, r)
-        return jnp.where(definite, x, 0), none, jnp.where(definite, fine, negative)
+        ended = jnp.where(definite, jnp.int32(Result.CONVERGED), failure)
+        return jnp.where(definite, x, 0), jnp.int32(0), ended
 
     return by_cholesky
 
@@ -249,26 +269,39 @@ def pseudo_inverse(
     b: Array,
     tolerance: float | None,
 ) -> Callable[[Array], Iterate]:
-    """Least squares by singular values, or eigenvalues where symmetric: r -> (x, 0 applications,
-    status).
+    """Compute the pseudo-inverse by singular values, or by eigenvalues where A is symmetric.
 
-    NOT_UNIQUE where more singular values than ``right`` projects off are at most ``tolerance``
-    times the largest, the number of unknowns times round-off where None; INDEFINITE where
-    ``definite`` and an eigenvalue is below minus that.
+    The result is NOT_UNIQUE where more singular values than ``right`` projects off are at most
+    ``tolerance`` times the largest. It is INDEFINITE where A should be positive semi-definite
+    (``definite``) and an eigenvalue is below minus that.
+
+    Args:
+      apply: v -> P_L A P_R v.
+      right: projector off the right null space; None where there is none.
+      symmetric: whether A is symmetric.
+      definite: whether A should be positive semi-definite.
+      b: an array (n,) with the type of the right-hand sides.
+      tolerance: where None, the number of unknowns times round-off.
+
+    Returns:
+      r -> (x, 0 applications, result).
     """
     n, eps = b.size, float(jnp.finfo(b.dtype).eps)
     matrix = _written_out(apply, b)
     if symmetric:
-        eigenvalues, right_vectors = _eigh(matrix)
-        sizes, left_vectors = jnp.abs(eigenvalues), right_vectors
-        smallest = jnp.min(eigenvalues)
-        values = eigenvalues
+        values, right_vectors = _eigh(matrix)
+        left_vectors = right_vectors
+        sizes = jnp.abs(values)
+        smallest = jnp.min(values)
     else:
         left_vectors, sizes, rows = _svd(matrix)
-        right_vectors, values, smallest = rows.T, sizes, jnp.zeros((), b.dtype)
+        right_vectors = rows.T
+        values = sizes
+        smallest = jnp.zeros((), b.dtype)
     zero = (n * eps if tolerance is None else tolerance) * jnp.max(sizes)
     kept = sizes > zero
     inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
+    # the trace of a projector is its rank
     rank = n if right is None else jnp.trace(_written_out(right, b))
     ended = jnp.where(jnp.sum(kept) < rank - 0.5, int(Result.NOT_UNIQUE), int(Result.CONVERGED))
     ended = jnp.where(definite & (smallest < -zero), int(Result.INDEFINITE), ended)

@@ -1,9 +1,9 @@
-"""The lowest eigenpairs of a symmetric operator off its known null space, each with its residual.
+"""The lowest eigenpairs of a symmetric operator off its known null space, with their residuals.
 
-Three ways, by what there is: all eigenvalues of a dense matrix where it is small; shift-invert
-Lanczos on a sparse factor, whose inertia also counts what lies below (Ericsson and Ruhe, Math.
-Comp. 35, 1251 (1980)); LOBPCG (Knyazev, SIAM J. Sci. Comput. 23, 517 (2001)) where there are
-products alone.
+There are three methods. For a small operator, all eigenvalues of its dense matrix. For a sparse
+matrix, shift-invert Lanczos with a sparse factor, whose inertia also counts the eigenvalues below
+the shift (Ericsson and Ruhe, Math. Comp. 35, 1251 (1980)). For an operator that is known only by
+its products, LOBPCG (Knyazev, SIAM J. Sci. Comput. 23, 517 (2001)).
 """
 
 from __future__ import annotations
@@ -25,19 +25,26 @@ from mdsens.implicit.linear.sparse_ldl import SparseFactor, bound
 
 __all__ = ["DENSE_SIZE", "NULL", "Spectrum", "lanczos", "lowest"]
 
+# Products of a matrix with the columns of an (m, c) array.
 Apply = Callable[[np.ndarray], np.ndarray]
 
-NULL = 1e-12  # of the largest eigenvalue: below it an eigenvalue is zero
-DENSE_SIZE = 1200  # unknowns up to which every eigenvalue is computed: half a second there
-# of the largest: where inertia is taken, clear of round-off of the factor and of soft modes
+# An eigenvalue below this part of the largest one is zero. Near jamming, null eigenvalues are near
+# 1e-16 of the largest, and the others above 2.8e-6 of it down to a pressure of 1e-6.
+NULL = 1e-12
+# Largest number of unknowns for which all eigenvalues are computed; at this size it takes 0.5 s.
+DENSE_SIZE = 1200
+# Shift at which the inertia counts eigenvalues, in units of a bound of the largest eigenvalue:
+# above the round-off of the factor, and below soft modes.
 COUNT_SHIFT = 1e-10
+# Largest relative residual of an eigenpair of LOBPCG, in units of the largest eigenvalue. Above it
+# Lanczos is tried, and an eigenvalue is not counted as zero or hidden.
+LOBPCG_RESIDUAL = 1e-5
+
+_eigsh: Any = eigsh  # the type stubs of scipy accept only integers
 
 
-_eigsh: Any = eigsh  # whose stubs take whole numbers alone
-
-
-def _operator(size: int, apply: Apply) -> Any:
-    make: Any = LinearOperator
+def _linear_operator(size: int, apply: Apply) -> Any:
+    make: Any = LinearOperator  # the type stubs of scipy do not know these arguments
     return make((size, size), matvec=apply, matmat=apply, dtype=float)
 
 
@@ -46,18 +53,20 @@ class Spectrum(Named):
     """The lowest eigenpairs off the known null space.
 
     Attributes:
-      values: (k,) ascending; zero where they are within round-off of it, 1e-12 of the largest.
-      vectors: (m, k), columns of norm one.
-      residuals: (k,) |A v - lambda v|: there is an eigenvalue within that distance of each value.
-      largest: the largest eigenvalue; under LOBPCG and shift-invert to a part in a thousand.
-      negative: how many eigenvalues lie below -1e-12 of the largest and below -floor; of the ones
-        computed, where ``counted`` is False.
-      zero: how many lie within 1e-12 of the largest of zero, beyond the known null space; likewise.
-      hidden: how many of the ones computed are not zero and yet within ``floor`` of it, so that
-        their sign is open.
-      floor: the size down to which eigenvalues mean something.
+      values: (k,) eigenvalues, ascending; set to zero where they are within round-off of it, 1e-12
+        of the largest.
+      vectors: (m, k) eigenvectors, columns of norm one.
+      residuals: (k,) |A v - lambda v|. There is an eigenvalue within that distance of each value.
+      largest: the largest eigenvalue; by LOBPCG and shift-invert to a relative error of 1e-3.
+      negative: number of eigenvalues below -1e-12 of the largest and below -floor; only of the
+        computed ones, where ``counted`` is False.
+      zero: number of eigenvalues within 1e-12 of the largest from zero, beyond the known null
+        space; only of the computed ones, where ``counted`` is False.
+      hidden: number of computed eigenvalues that are not zero but within ``floor`` of it, so that
+        their sign is not known.
+      floor: size below which the sign of an eigenvalue is not known.
       counted: whether ``negative`` and ``zero`` are of the whole spectrum.
-      method: how they were found.
+      method: the method that was used.
     """
 
     values: np.ndarray
@@ -73,12 +82,12 @@ class Spectrum(Named):
 
     @property
     def stable(self) -> np.ndarray:
-        """(k,) which of them are positive."""
+        """(k,) which of the computed eigenvalues are positive."""
         return self.values > max(NULL * self.largest, self.floor)
 
     @property
     def settled(self) -> bool:
-        """Whether the sign of each of them is known."""
+        """Whether the sign of each computed eigenvalue is known."""
         return bool(np.all(np.abs(self.values) > max(NULL * self.largest, self.floor)))
 
 
@@ -95,66 +104,75 @@ def lowest(
     dtype: Any = float,
     floor: float = 0.0,
 ) -> Spectrum:
-    """The ``k`` algebraically lowest eigenpairs of P A P on the range of P.
+    """Compute the ``k`` algebraically lowest eigenpairs of P A P on the range of P.
 
     Args:
       apply: A times the columns of an (m, c) array.
       size: m.
-      k: how many; fewer come back where the range has fewer.
-      project: the orthogonal projector P off the known null space, on the columns of an (m, c)
+      k: number of eigenpairs; the result has fewer where the range has a smaller dimension.
+      project: the orthogonal projector P off the known null space, times the columns of an (m, c)
         array.
       null: dimension of that null space.
       matrix: A as a scipy sparse matrix, for the factor; None for LOBPCG.
-      order: of its rows, for the factor; minimum degree where None.
+      order: order of its rows in the factor; minimum degree where None.
       precondition: for LOBPCG, about A^-1 times the columns of an (m, c) array, symmetric and
         positive.
-      dtype: precision of the products: what counts as zero cannot be under its round-off.
-      floor: eigenvalues that are smaller may be of either sign.
+      dtype: precision of the products. The limit for a zero eigenvalue is not below its round-off.
+      floor: smaller eigenvalues may be of either sign.
 
     Returns:
-      a :class:`Spectrum`, all of it NaN where products with A are not finite.
+      a :class:`Spectrum`, with all values NaN where products with A are not finite.
     """
     k = min(k, size - null)
-    zero = max(
-        NULL, 8.0 * size * float(np.finfo(dtype).eps) if np.finfo(dtype).eps > 1e-10 else 0.0
-    )
+    zero = NULL
+    eps = float(np.finfo(dtype).eps)
+    if eps > 1e-10:  # single precision
+        zero = max(zero, 8.0 * size * eps)
     if k < 1:
-        return Spectrum(
-            np.zeros(0), np.zeros((size, 0)), np.zeros(0), 0.0, 0, 0, 0, floor, True, "empty range"
-        )
+        return _of_zeros(np.zeros((size, 0)), 0, floor, True, "empty range")
     probe = project(chirp((size, 1), float, np))
     if not np.isfinite(apply(probe)).all():
-        nothing = np.full(k, np.nan), np.full((size, k), np.nan), np.full(k, np.nan)
-        return Spectrum(*nothing, np.nan, 0, 0, 0, floor, False, "none: the operator is not finite")
-    found = None
+        return Spectrum(
+            values=np.full(k, np.nan),
+            vectors=np.full((size, k), np.nan),
+            residuals=np.full(k, np.nan),
+            largest=np.nan,
+            negative=0,
+            zero=0,
+            hidden=0,
+            floor=floor,
+            counted=False,
+            method="none: the operator is not finite",
+        )
+    spectrum = None
     if size <= DENSE_SIZE:
-        found = _dense(apply, size, k, project, null, zero, floor)
+        spectrum = _dense(apply, size, k, project, null, zero, floor)
     elif matrix is not None:
-        found = _shift_invert(matrix, order, size, k, project, null, zero, floor)
-    if found is None:
-        found = _lobpcg(apply, size, k, project, zero, floor, precondition)
-    nothing = np.abs(found.values) <= zero * found.largest
-    return dataclasses.replace(found, values=np.where(nothing, 0.0, found.values))
+        spectrum = _shift_invert(matrix, order, size, k, project, null, zero, floor)
+    if spectrum is None:
+        spectrum = _lobpcg(apply, size, k, project, zero, floor, precondition)
+    is_zero = np.abs(spectrum.values) <= zero * spectrum.largest
+    return dataclasses.replace(spectrum, values=np.where(is_zero, 0.0, spectrum.values))
 
 
 def lanczos(
     apply: Callable[[jax.Array], jax.Array], start: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Lanczos' recurrence for a symmetric operator (Golub and Van Loan, Matrix Computations,
-    section 10.1).
+    """Run Lanczos' recurrence for a symmetric operator. Traceable.
 
-    Its vectors are not made orthogonal again: the extreme eigenvalues of the tridiagonal matrix are
-    right all the same, others come several times. None of them is kept, so that a second run, with
-    the eigenvector of the tridiagonal matrix as weights, gives the one of the operator.
+    Source: Golub and Van Loan, Matrix Computations, section 10.1. The Lanczos vectors are not
+    orthogonalized again. The extreme eigenvalues of the tridiagonal matrix are right all the same;
+    others appear several times. The vectors are not stored. To get an eigenvector of the operator,
+    run the recurrence a second time, with the eigenvector of the tridiagonal matrix as weights.
 
     Args:
-      apply: (m,) -> (m,).
-      start: (m,), in the range that is asked about.
-      weights: (k,) of the k vectors in the sum that is returned.
+      apply: products with the operator, (m,) -> (m,).
+      start: (m,), in the range whose eigenvalues are wanted.
+      weights: (k,) weights of the k Lanczos vectors in the sum that is returned.
 
     Returns:
-      (k,) the diagonal of the tridiagonal matrix, (k,) what stands beside it, and the sum (m,).
-      Traceable.
+      the diagonal (k,) of the tridiagonal matrix, the entries (k,) beside it, and the weighted sum
+      (m,) of the Lanczos vectors.
     """
 
     def step(carry: Any, weight: jax.Array) -> tuple[Any, Any]:
@@ -164,24 +182,29 @@ def lanczos(
         alpha = jnp.vdot(v, w)
         w = w - alpha * v
         size = jnp.linalg.norm(w)
+        # a norm of zero: the Krylov space is invariant, and zeros follow
         return (v, w / jnp.where(size > 0, size, 1.0), size, total), (alpha, size)
 
     v = start / jnp.linalg.norm(start)
     carry = (jnp.zeros_like(v), v, jnp.zeros((), v.dtype), jnp.zeros_like(v))
-    (_, _, _, total), (diagonal, beside) = jax.lax.scan(step, carry, weights)
-    return diagonal, beside, total
+    (_, _, _, total), (diagonal, off_diagonal) = jax.lax.scan(step, carry, weights)
+    return diagonal, off_diagonal, total
 
 
 def _counts(values: np.ndarray, largest: float, zero: float, floor: float) -> tuple[int, int, int]:
-    """How many are negative, zero and hidden."""
-    nothing = np.abs(values) <= zero * largest
-    hidden = ~nothing & (np.abs(values) <= floor)
-    return int(np.sum((values < 0) & ~nothing & ~hidden)), int(np.sum(nothing)), int(np.sum(hidden))
+    """Count the negative, the zero and the hidden eigenvalues."""
+    is_zero = np.abs(values) <= zero * largest
+    is_hidden = ~is_zero & (np.abs(values) <= floor)
+    is_negative = (values < 0) & ~is_zero & ~is_hidden
+    return int(np.sum(is_negative)), int(np.sum(is_zero)), int(np.sum(is_hidden))
 
 
-def _pairs(apply: Apply, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rayleigh quotients, as good as the square of their vectors, the vectors and the residuals;
-    the k lowest.
+def _rayleigh(
+    apply: Apply, vectors: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Compute the k lowest Rayleigh quotients of some vectors, these vectors and the residuals.
+
+    The error of a Rayleigh quotient is quadratic in the error of its vector.
     """
     vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=0), 1e-300)
     image = apply(vectors)
@@ -194,32 +217,56 @@ def _pairs(apply: Apply, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.nd
 def _dense(
     apply: Apply, size: int, k: int, project: Apply, null: int, zero: float, floor: float
 ) -> Spectrum:
+    """Compute all eigenvalues of the dense matrix of P A P."""
     identity = np.eye(size)
-    kept = project(identity)
-    matrix = project(apply(kept))
+    projector = project(identity)
+    matrix = project(apply(projector))
     scale = float(np.abs(matrix).sum(axis=0).max())
-    matrix = 0.5 * (matrix + matrix.T) + 2.0 * (scale or 1.0) * (
-        identity - kept
-    )  # the null space goes to the top
+    # The null space gets twice a bound of the largest eigenvalue, so that it comes last.
+    null_part = 2.0 * (scale or 1.0) * (identity - projector)
+    matrix = 0.5 * (matrix + matrix.T) + null_part
     values, vectors = scipy.linalg.eigh(matrix)
-    inside = (
-        values[: size - null] if scale else np.zeros(size - null)
-    )  # of no matrix at all, round-off of the 2 above
-    largest = float(np.abs(inside).max())
-    counts = _counts(inside, largest, zero, floor)
+    values = values[: size - null]
+    if not scale:  # A is zero, and the eigenvalues are round-off of the 2 in ``null_part``
+        values = np.zeros(size - null)
+    largest = float(np.abs(values).max())
+    negative, zeros, hidden = _counts(values, largest, zero, floor)
+    lowest_values, lowest_vectors, residuals = _rayleigh(apply, project(vectors[:, :k]), k)
     return Spectrum(
-        *_pairs(apply, project(vectors[:, :k]), k), largest, *counts, floor, True, "dense"
+        values=lowest_values,
+        vectors=lowest_vectors,
+        residuals=residuals,
+        largest=largest,
+        negative=negative,
+        zero=zeros,
+        hidden=hidden,
+        floor=floor,
+        counted=True,
+        method="dense",
     )
 
 
-def _all_zero(size: int, k: int, project: Apply, zero: int, floor: float, method: str) -> Spectrum:
-    """Of a matrix of zeros, which Lanczos cannot begin with: any vectors of its range, ``zero`` of
-    them counted.
-    """
+def _of_zeros(vectors: np.ndarray, zero: int, floor: float, counted: bool, method: str) -> Spectrum:
+    """Return the spectrum of an operator of zeros, with any orthonormal vectors."""
+    k = vectors.shape[1]
+    return Spectrum(
+        values=np.zeros(k),
+        vectors=vectors,
+        residuals=np.zeros(k),
+        largest=0.0,
+        negative=0,
+        zero=zero,
+        hidden=0,
+        floor=floor,
+        counted=counted,
+        method=method,
+    )
+
+
+def _range_vectors(size: int, k: int, project: Apply) -> np.ndarray:
+    """Return k orthonormal vectors of the range of the projector, (size, k)."""
     vectors, _ = np.linalg.qr(project(np.random.default_rng(0).standard_normal((size, k))))
-    return Spectrum(
-        np.zeros(k), vectors, np.zeros(k), 0.0, 0, zero, 0, floor, method == "shift-invert", method
-    )
+    return vectors
 
 
 def _shift_invert(
@@ -232,51 +279,67 @@ def _shift_invert(
     zero: float,
     floor: float,
 ) -> Spectrum | None:
-    """None where no factor tells how many eigenvalues lie below its shift."""
+    """Compute the lowest eigenpairs by Lanczos on a shifted sparse factor.
+
+    None where a factor does not give the number of eigenvalues below its shift, or Lanczos fails.
+    """
     rng = np.random.default_rng(0)
     start = project(rng.standard_normal((size, 1)))[:, 0]
-    if not matrix.count_nonzero():
-        return _all_zero(size, k, project, size - null, floor, "shift-invert")
+    if not matrix.count_nonzero():  # Lanczos cannot start with a matrix of zeros
+        vectors = _range_vectors(size, k, project)
+        return _of_zeros(vectors, size - null, floor, True, "shift-invert")
     top = _eigsh(matrix, 1, which="LA", tol=1e-3, v0=start, return_eigenvectors=False)
     largest = max(float(top[0]), 1e-300)
     scale = bound(matrix)
+    # The inertia of A + edge I counts the eigenvalues below -edge, that of A - edge I those below
+    # edge. Of the second, the known null space is subtracted: its eigenvalues are zero.
     edge = max(COUNT_SHIFT * scale, floor)
-    below, above = SparseFactor(matrix, edge, order), SparseFactor(matrix, -edge, order)
-    if below.negative is None or above.negative is None:
+    factor = SparseFactor(matrix, edge, order)
+    upper_factor = SparseFactor(matrix, -edge, order)
+    negative = factor.negative
+    if negative is None or upper_factor.negative is None:
         return None
-    # the known null space counts as zero: above the upper shift's side, not below the lower one's
-    negative, small = below.negative, above.negative - below.negative - null
-    shift, factor = edge, below
-    while factor.negative != 0:  # a saddle: go down until nothing is left below
+    small = upper_factor.negative - negative - null
+    # Lanczos with a shift gives the eigenvalues closest to it. They are the lowest ones only if
+    # none is below the shift: at a saddle point it is lowered until that is so.
+    shift = edge
+    while factor.negative != 0:
         shift *= 10.0
         if shift > 10.0 * scale:
             return None
         factor = SparseFactor(matrix, shift, order)
         if factor.negative is None:
             return None
-    inverse = _operator(
-        size, lambda v: project(factor.apply(project(v.reshape(size, -1)))).reshape(v.shape)
-    )
-    ask = min(k + max(small, 0), size - null - 1)
+
+    def solve(v: np.ndarray) -> np.ndarray:
+        return project(factor.apply(project(v.reshape(size, -1)))).reshape(v.shape)
+
+    inverse = _linear_operator(size, solve)
+    # The small eigenvalues are computed too, to see which of them are zero.
+    wanted = min(k + max(small, 0), size - null - 1)
+    basis_size = min(max(2 * wanted + 10, 20), size - 1)
     try:
-        values, vectors = _eigsh(
-            matrix,
-            ask,
-            sigma=-shift,
-            OPinv=inverse,
-            v0=start,
-            ncv=min(max(2 * ask + 10, 20), size - 1),
-        )
+        _, vectors = _eigsh(matrix, wanted, sigma=-shift, OPinv=inverse, v0=start, ncv=basis_size)
     except ArpackNoConvergence as error:
         if error.eigenvalues.size == 0:
             return None
-        values, vectors = error.eigenvalues, error.eigenvectors
-    values, vectors, residuals = _pairs(lambda v: matrix @ v, project(vectors), ask)
-    # inertia counts what is small, the values say which of it is zero
-    _, nulls, hidden = _counts(values, largest, zero, floor)
-    zeros = max(small - hidden, nulls) if nulls else 0
-    found = values[:k], vectors[:, :k], residuals[:k]
-    return Spectrum(*found, largest, negative, zeros, hidden, floor, True, "shift-invert")
+        vectors = error.eigenvectors
+    values, vectors, residuals = _rayleigh(lambda v: matrix @ v, project(vectors), wanted)
+    # The inertia counts the small eigenvalues; the computed ones tell which of them are zero.
+    _, computed_zeros, hidden = _counts(values, largest, zero, floor)
+    zeros = max(small - hidden, computed_zeros) if computed_zeros else 0
+    return Spectrum(
+        values=values[:k],
+        vectors=vectors[:, :k],
+        residuals=residuals[:k],
+        largest=largest,
+        negative=negative,
+        zero=zeros,
+        hidden=hidden,
+        floor=floor,
+        counted=True,
+        method="shift-invert",
+    )
 
 
 def _lobpcg(
@@ -288,58 +351,71 @@ def _lobpcg(
     floor: float,
     precondition: Apply | None,
 ) -> Spectrum:
+    """Compute the lowest eigenpairs from products alone, by LOBPCG, or Lanczos where it fails."""
     rng = np.random.default_rng(0)
 
     def restricted(v: np.ndarray) -> np.ndarray:
-        return project(apply(v.reshape(size, -1))).reshape(
-            v.shape
-        )  # of vectors that are on the range already
+        # Lanczos and LOBPCG pass vectors of the range: one projection, of the product, is enough.
+        return project(apply(v.reshape(size, -1))).reshape(v.shape)
 
-    operator, inverse = _operator(size, restricted), None
-    if precondition is not None:
-        given = precondition
-        inverse = _operator(size, lambda v: project(given(v.reshape(size, -1))).reshape(v.shape))
+    def preconditioned(v: np.ndarray) -> np.ndarray:
+        assert precondition is not None
+        return project(precondition(v.reshape(size, -1))).reshape(v.shape)
+
+    operator = _linear_operator(size, restricted)
+    inverse = None if precondition is None else _linear_operator(size, preconditioned)
     start = project(rng.standard_normal((size, 1)))[:, 0]
-    if not np.any(restricted(start)):
-        return _all_zero(size, k, project, k, floor, "LOBPCG")
-    largest = float(
-        _eigsh(operator, 1, which="LM", tol=1e-3, v0=start, return_eigenvectors=False)[0]
-    )
-    largest = abs(largest)
+    if not np.any(restricted(start)):  # Lanczos cannot start with an operator of zeros
+        return _of_zeros(_range_vectors(size, k, project), k, floor, False, "LOBPCG")
+    top = _eigsh(operator, 1, which="LM", tol=1e-3, v0=start, return_eigenvectors=False)
+    largest = abs(float(top[0]))
+    # A block of a few more vectors than are wanted converges faster.
     vectors = project(rng.standard_normal((size, k if k == 1 else k + min(4, size // 10))))
-    tolerance = 1e-5 * largest
+    tolerance = LOBPCG_RESIDUAL * largest
     for _ in range(2):
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # it warns where the tolerance is not met; the residuals say so
+            # LOBPCG warns where the tolerance is not met; the residuals show that as well.
+            warnings.simplefilter("ignore")
             vectors = lobpcg(
                 operator, vectors, M=inverse, tol=tolerance, maxiter=3000, largest=False
             )[1]
         vectors = project(np.asarray(vectors))
-        found = _pairs(restricted, vectors, k)
-        # a value is as good as the square of its residual over the gap: 1e-4 of the lowest is
-        # plenty
-        tolerance = max(1e-4 * float(np.abs(found[0]).min()), 1e-9 * largest)
-        if found[2].max() <= tolerance:
+        pairs = _rayleigh(restricted, vectors, k)
+        values, _, residuals = pairs
+        # The error of an eigenvalue is the square of its residual over the distance to the next
+        # one: a residual of 1e-4 of the lowest eigenvalue is more than enough.
+        tolerance = max(1e-4 * float(np.abs(values).min()), 1e-9 * largest)
+        if residuals.max() <= tolerance:
             break
-    if not found[2].max() <= 1e-5 * largest:  # it breaks down now and then, and returns what it has
+    # LOBPCG sometimes breaks down and returns what it has, perhaps NaN, for which ``not <=`` holds.
+    if not pairs[2].max() <= LOBPCG_RESIDUAL * largest:
 
         def lifted(v: np.ndarray) -> np.ndarray:
-            on = project(v.reshape(size, -1)).reshape(v.shape)
-            return restricted(on) + 2.0 * largest * (v - on)
+            in_range = project(v.reshape(size, -1)).reshape(v.shape)
+            return restricted(in_range) + 2.0 * largest * (v - in_range)
 
-        more = min(k + 4, size - 1)  # Lanczos may skip one of the last it is asked for
-        above = _operator(size, lifted)  # the known null space at the top: round-off lets it in
+        # Lanczos may skip one of the last eigenvalues, so a few more than are wanted. Round-off
+        # brings the known null space in: ``lifted`` moves it to the top of the spectrum.
+        more = min(k + 4, size - 1)
+        basis_size = min(size - 1, 40 + 2 * more)
         vectors = _eigsh(
-            above, more, which="SA", v0=start, ncv=min(size - 1, 40 + 2 * more), maxiter=500
+            _linear_operator(size, lifted), more, which="SA", v0=start, ncv=basis_size, maxiter=500
         )[1]
-        again = _pairs(restricted, project(vectors), k)
-        found = min(found, again, key=lambda pairs: np.nan_to_num(pairs[2], nan=np.inf).max())
-    values, vectors, residuals = found
-    sure = residuals <= 1e-5 * largest
-    _, zeros, hidden = _counts(values[sure], largest, zero, floor)
+        by_lanczos = _rayleigh(restricted, project(vectors), k)
+        pairs = min(pairs, by_lanczos, key=lambda p: np.nan_to_num(p[2], nan=np.inf).max())
+    values, vectors, residuals = pairs
+    accurate = residuals <= LOBPCG_RESIDUAL * largest
+    _, zeros, hidden = _counts(values[accurate], largest, zero, floor)
     negative = int(np.sum(values < -max(zero * largest, floor) - residuals))
     return Spectrum(
-        values, vectors, residuals, largest, negative, zeros, hidden, floor, False, "LOBPCG"
+        values=values,
+        vectors=vectors,
+        residuals=residuals,
+        largest=largest,
+        negative=negative,
+        zero=zeros,
+        hidden=hidden,
+        floor=floor,
+        counted=False,
+        method="LOBPCG",
     )

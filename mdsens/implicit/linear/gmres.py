@@ -1,4 +1,4 @@
-"""Generalized minimal residuals, restarted, for any operator."""
+"""Generalized minimal residuals with restarts, for any operator."""
 
 from __future__ import annotations
 
@@ -29,24 +29,27 @@ from mdsens.implicit.linear.result import Result
 
 __all__ = ["GMRES", "gmres_cycle"]
 
-BLOCK = 16  # vectors of the basis that GMRES orthogonalizes against at a time
+# Number of basis vectors that a vector is orthogonalized against at a time. Only blocks that are
+# filled are read, which halved the time at 16,384 particles.
+BLOCK = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class GMRES(IterativeMethod):
-    """Generalized minimal residuals, restarted: any operator, on any device.
+    """Generalized minimal residuals with restarts, for any operator, on any device.
 
     Args:
-      rtol: relative residual asked for, as in :class:`CG`.
-      max_iterations: operator applications; 10 times the number of unknowns, at least 1,000, where
-        None.
-      restart: length of a cycle. Memory is (restart + 1) vectors; raise it where the status is
-        STAGNATED, lower it where memory runs out.
-      degree: of the polynomial of the operator that preconditions, see
-        :func:`mdsens.implicit.linear._polynomials.chebyshev`, for an operator declared positive
-        semi-definite; one is none, and what any other gets. A cycle then reaches over ``restart *
-        degree`` applications, of which it orthogonalizes one in ``degree``: near jamming, where
-        restarts stagnate, that is the difference between an answer and none.
+      rtol: requested relative residual, as in :class:`CG`.
+      max_iterations: largest number of operator applications; where None, 10 times the number of
+        unknowns, at least 1,000.
+      restart: steps of a cycle. It takes the memory of (restart + 1) vectors; raise it where the
+        status is STAGNATED, lower it where memory runs out.
+      degree: degree of the polynomial preconditioner, see
+        :func:`mdsens.implicit.linear._chebyshev.chebyshev`; 1 for no preconditioner. It is used
+        only for operators that are declared positive semi-definite. A cycle then extends over
+        ``restart * degree`` applications of the operator, and only one in ``degree`` of them makes
+        a vector to orthogonalize. Near jamming, where restarts stagnate, GMRES converges only with
+        it.
     """
 
     restart: int = 200
@@ -58,8 +61,8 @@ class GMRES(IterativeMethod):
         check_count("GMRES", "degree", self.degree)
 
     scalable: ClassVar[bool] = True
-    # A round is one cycle, so that restarts are rounds, without a bound. A cycle that gains less
-    # than a thousandth would need thousands more.
+    # A round of the refinement is one cycle, so that restarts are rounds, without a limit to their
+    # number. After a cycle that gains less than a thousandth, thousands more would be needed.
     rounds: ClassVar[int] = 2**31 - 1
     gain: ClassVar[float] = 0.999
 
@@ -69,12 +72,11 @@ class GMRES(IterativeMethod):
         if definite and self.degree > 1 and precondition is None:
             cycle = functools.partial(gmres_cycle, restart=restart, definite=True)
             return smoothed(cycle, apply, self.degree, b), 0
-        return (
-            lambda r, tol, limit: gmres_cycle(
-                apply, r, tol, limit, restart, definite, precondition
-            ),
-            0,
-        )
+
+        def cycle_of(r: Array, tol: Array, limit: Array) -> Iterate:
+            return gmres_cycle(apply, r, tol, limit, restart, definite, precondition)
+
+        return cycle_of, 0
 
 
 def gmres_cycle(
@@ -86,24 +88,39 @@ def gmres_cycle(
     definite: bool = False,
     precondition: Apply | None = None,
 ) -> Iterate:
-    """One cycle of GMRES (Saad and Schultz, 1986): the least residual over a Krylov space of at
-    most ``restart``.
+    """Run one cycle of GMRES (Saad and Schultz, 1986).
 
-    Where the operator should be symmetric positive semi-definite (``definite``), the Hessenberg
-    matrix is its Lanczos matrix: INDEFINITE at the first proof that it is not. With a
-    preconditioner only the curvature along its basis is looked at, so that it may end without
-    meeting a negative one.
+    It minimizes the residual over a Krylov space of dimension ``restart`` at most. It ends early
+    where the residual is at ``tol``, or where the Krylov space is invariant. It takes the memory of
+    (restart + 1) n numbers.
 
-    Arnoldi by Gram-Schmidt done twice, which is as orthogonal as Householder, classical within
-    blocks of vectors and modified between them, so that a step reads no more of the basis than is
-    filled. Of a symmetric operator's product nearly all lies along the last two vectors, so that
-    there the first time is theirs alone. The Hessenberg matrix is reduced by Givens rotations kept
-    as one matrix ``q``, so that a step is a product and not a loop over the rotations. Leaves early
-    at ``tol`` or where the Krylov space is invariant. Memory (restart + 1) x n.
+    Where the operator should be symmetric and positive semi-definite (``definite``), the Hessenberg
+    matrix is its Lanczos matrix, and the result is INDEFINITE as soon as that proves a negative
+    curvature. With a preconditioner only the curvatures along the basis vectors are tested, so that
+    a negative one may be missed.
+
+    Arnoldi's vectors are orthogonalized by Gram-Schmidt applied twice, which is as good as
+    Householder. It is classical within blocks of vectors and modified between blocks, so that a
+    step reads only the part of the basis that is filled. For a symmetric operator nearly all of a
+    product lies along the last two vectors, so that the first pass takes these two only. The
+    Hessenberg matrix is reduced by Givens rotations, whose product is kept as one matrix ``q``, so
+    that a step takes one product and no loop over the rotations.
+
+    Args:
+      apply: v -> A v.
+      b: right-hand side (n,).
+      tol: norm of the residual at which to stop.
+      limit: largest number of applications.
+      restart: largest number of steps.
+      definite: whether A should be symmetric and positive semi-definite.
+      precondition: v -> M v, from the right; None for none.
+
+    Returns:
+      (x, applications, result).
     """
     eps = jnp.finfo(b.dtype).eps
     m = min(restart, b.size)
-    at = jnp.arange(m + 1)
+    index = jnp.arange(m + 1)
     lanczos = definite and precondition is None
     change = precondition or (lambda v: v)
 
@@ -120,33 +137,36 @@ def gmres_cycle(
         w, again = _orthogonal(w, basis, j)
         h, again = h[: m + 1], again[: m + 1]
         beyond = norm(w)
+        # written with ~ so that NaN counts as invariant and ends the cycle
         invariant = ~(beyond > 8 * eps * length)
         beyond = jnp.where(invariant, 0, beyond)
         alpha = h[j] + again[j]
         size = jnp.where(done, size, jnp.sqrt(size**2 + alpha**2 + beta**2 + beyond**2))
-        # As the residual falls, the basis is made of what is left: its share of round-off, which
-        # may lie in the null space, is |b| over the residual times as large, and proves nothing.
+        # The basis is built from the residual. As the residual falls, the relative size of its
+        # round-off, which may lie in the null space, grows as |b| over the residual. The limit for
+        # a negative curvature grows with it, since round-off proves nothing.
         lost = safe_divide(norm(b), jnp.abs(g[j]))
         pivot, negative = next_pivot(alpha, beta, pivot, size * lost)
-        # against the largest stretch so far: of a vector of round-off the product is round-off as
-        # well
         if not lanczos:
+            # The limit is relative to the largest |A v| / |v| so far: where v is round-off, so is
+            # its product, whose own norm would be too small a scale.
             scale = jnp.where(done, scale, jnp.maximum(scale, safe_divide(length, norm(v))))
             negative = dot(v, product) < -CURVATURE_UNITS * eps * lost * scale * dot(v, v)
         status = jnp.where(negative & definite & ~done, int32(Result.INDEFINITE), status)
         beta = beyond
-        column = dot(q, h + again + jnp.where(at == j + 1, beyond, 0))
+        column = dot(q, h + again + jnp.where(index == j + 1, beyond, 0))
         rho = jnp.hypot(column[j], column[j + 1])
-        # rho = 0 happens on a singular operator alone: that direction gains nothing. Neither it nor
-        # a member that is done gets a rotation or a column (a row of r, kept transposed). Only
-        # slices are written: a choice between whole arrays would copy them.
+        # rho = 0 happens only for a singular operator: this direction does not reduce the residual.
+        # It gets no rotation and no column of r (r is stored transposed, so a row), and nor does a
+        # member of a batch that is done. Only slices are written, since a where over whole arrays
+        # would copy them.
         useless = rho <= 8 * eps * length
         idle = done | useless
         c = jnp.where(idle, 1, safe_divide(column[j], rho))
         s = jnp.where(idle, 0, safe_divide(column[j + 1], rho))
         q = _write(q, jnp.stack([c * q[j] + s * q[j + 1], -s * q[j] + c * q[j + 1]]), j)
         g = _write(g, jnp.stack([c * g[j], -s * g[j]]), j)
-        upper = jnp.where(at < j, column, 0) + jnp.where(at == j, rho, 0)
+        upper = jnp.where(index < j, column, 0) + jnp.where(index == j, rho, 0)
         r = _write(r, jnp.where(idle, r[j], upper[:m])[None], j)
         basis = _write(basis, jnp.where(idle, 0, safe_divide(w, beyond))[None], j + 1)
         used = jnp.where(idle, used, j + 1)
@@ -165,29 +185,22 @@ def gmres_cycle(
     g = jnp.zeros(m + 1, b.dtype).at[0].set(size)
     idle = ~(size > tol) | (limit < 1)
     zero = jnp.zeros((), b.dtype)
-    square, whole = jnp.eye(m, dtype=b.dtype), jnp.eye(m + 1, dtype=b.dtype)
-    start = (
-        basis,
-        square,
-        whole,
-        g,
-        int32(0),
-        int32(0),
-        idle,
-        Pivot(zero, zero),
-        zero,
-        zero,
-        zero,
-        int32(0),
-    )
+    # r starts as the identity, so that it is regular also where the cycle ends early
+    r = jnp.eye(m, dtype=b.dtype)
+    q = jnp.eye(m + 1, dtype=b.dtype)
+    pivot = Pivot(zero, zero)
+    # basis, r, q, g, j, used, done, pivot, beta, size, scale, status
+    start = (basis, r, q, g, int32(0), int32(0), idle, pivot, zero, zero, zero, int32(0))
     basis, r, _, g, _, used, _, _, _, _, _, status = lax.while_loop(going, body, start)
     y = jax.scipy.linalg.solve_triangular(r.T, jnp.where(jnp.arange(m) < used, g[:m], 0))
     return change(dot(y, basis[:m])), used, status
 
 
 def _orthogonal(w: Array, basis: Array, j: Array) -> tuple[Array, Array]:
-    """What of w is orthogonal to the rows of the basis up to the j-th, and its components along all
-    rows.
+    """Orthogonalize w against the rows of the basis up to row j.
+
+    Returns:
+      the orthogonal part of w, and the components of w along all rows.
     """
 
     def against(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -200,29 +213,33 @@ def _orthogonal(w: Array, basis: Array, j: Array) -> tuple[Array, Array]:
 
 
 def _off_last_two(w: Array, basis: Array, j: Array) -> tuple[Array, Array]:
-    """The same with the j-th row and the one before it alone."""
-    at, h = jnp.arange(basis.shape[0]), jnp.zeros(basis.shape[0], basis.dtype)
+    """Orthogonalize w against row j of the basis and the row before; return as _orthogonal."""
+    index = jnp.arange(basis.shape[0])
+    h = jnp.zeros(basis.shape[0], basis.dtype)
     for k in (j, j - 1):
         row = jnp.where(k < 0, 0, basis[k])
         along = dot(row, w)
-        w, h = w - along * row, h + jnp.where(at == k, along, 0)
+        w = w - along * row
+        h = h + jnp.where(index == k, along, 0)
     return w, h
 
 
 def _write(array: Array, rows: Array, j: Array) -> Array:
-    """The array with ``rows`` in place of those from ``j`` on: as a slice, in place, where ``.at``
-    would scatter.
+    """Replace the rows of an array from row ``j`` on by ``rows``.
+
+    As a slice, which XLA writes in place; ``.at[].set`` would make a scatter.
     """
     return lax.dynamic_update_slice_in_dim(array, rows, j, 0)
 
 
 @custom_vmap
 def _any(flag: Array) -> Array:
-    """The flag; under vmap, whether any member's is set, the same for all.
+    """Return the flag; under vmap, whether the flag of any member of the batch is set.
 
-    A loop whose condition differs between members makes jax copy its whole state at each step, here
-    the basis: five times slower with 32 right-hand sides of 512 unknowns. A loop on this leaves
-    freezing the finished to its body.
+    Where the condition of a loop differs between members, jax copies the whole state of the loop,
+    here the basis, at each step: this is five times slower with 32 right-hand sides of 512
+    unknowns. With this condition, equal for all members, the body of the loop itself must leave
+    the members that are done unchanged.
     """
     return flag
 

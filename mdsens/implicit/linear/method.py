@@ -1,7 +1,7 @@
-"""The base of every linear method: a frozen record of options that knows its own iteration.
+"""The base of all linear methods: a frozen record of options, with the iteration as a method.
 
-Adding a method is adding one class, in one file: its options as fields, checked when it is made,
-and :meth:`Method.iteration`.
+To add a method, write one class in a new file: its options are fields, validated in
+``__post_init__``, and :meth:`Method.iteration` is its algorithm.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeAlias
+from typing import ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -32,23 +32,23 @@ __all__ = [
     "same",
 ]
 
+# Solver of one round of the refinement, (r, tol, limit) -> (x, applications, result).
 Round: TypeAlias = Callable[[Array, Array, Array], Iterate]
 
-
-# Of the tolerance, in scaled unknowns, since |S r| may fall under |r|.
+# Part of the tolerance that is asked for in scaled unknowns, since |S r| may be smaller than |r|.
 SCALED_SHARE = 0.5
 
 
 class Method(abc.ABC):
     """A linear method: its options, and its iteration on flat vectors.
 
-    A solve is done in rounds. In each the right-hand side is what is left of it, scaled to norm
-    one; the residual is then recomputed from the operator.
+    A solve takes several rounds of refinement. In each round the right-hand side is the residual of
+    the round before, scaled to norm one; then the residual is recomputed with the operator.
 
     Attributes:
-      rtol: relative residual asked for.
-      rounds: how many at most.
-      gain: a round must leave less than this part of the residual, or it is the last one.
+      rtol: requested relative residual.
+      rounds: largest number of rounds.
+      gain: a round must reduce the residual below this part of it, or it is the last one.
       scalable: whether the iteration runs on S A S^T where the operator has a scaling S.
     """
 
@@ -59,32 +59,39 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def iteration(self, operator: Operator, b: Array) -> tuple[Round, int]:
-        """The solver of one round, ``(r, tol, limit) -> (x, applications, result)``, and the
-        applications of the operator that setting it up takes.
+        """Return the solver of one round, and the applications that setting it up takes.
 
         Args:
-          operator: its maps take and give arrays (n,).
+          operator: its functions map arrays (n,) to arrays (n,).
           b: the first right-hand side, for its size and type.
+
+        Returns:
+          the solver, ``(r, tol, limit) -> (x, applications, result)``, and the number of
+          applications of the operator.
         """
 
     def check(self, operator: Operator) -> None:  # noqa: B027 - most methods take any operator
         """Raise InputError for an operator that the method gives wrong answers for."""
 
     def concrete(self, size: int, operator: Operator) -> Method:
-        """The method that this one stands for, of an operator on ``size`` unknowns."""
+        """Return the method that is run for an operator on ``size`` unknowns; Auto chooses one."""
         return self
 
     def limit(self, size: int) -> int:
-        """Applications of the operator at most."""
+        """Return the largest number of applications of the operator."""
         return 2**31 - 1
 
     def run(self, operator: Operator, b: Array) -> tuple[Array, Array, Array, Array]:
-        """(x, residual, applications, result) of P A P x = b for b of norm one in its range."""
+        """Solve P A P x = b for a b of norm one in the range of the projector P.
+
+        Returns:
+          (x, residual, applications, result).
+        """
         return refine(self, operator, b)
 
 
-def check_method(solve: Any) -> None:
-    """Refuse what is no option record of a linear solver."""
+def check_method(solve: object) -> None:
+    """Raise InputError unless ``solve`` is a linear method."""
     if not isinstance(solve, Method):
         is_class = isinstance(solve, type)
         value = f"the class {solve.__name__}, without brackets" if is_class else short(solve)
@@ -115,12 +122,12 @@ def check_count(name: str, field: str, value: int | None) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class IterativeMethod(Method):
-    """A method that takes some number of applications of the operator.
+    """Base of the iterative methods, whose number of applications of the operator is not known.
 
     Attributes:
-      rtol: relative residual asked for.
-      max_iterations: operator applications; 10 times the number of unknowns, at least 1,000, where
-        None.
+      rtol: requested relative residual.
+      max_iterations: largest number of operator applications; where None, 10 times the number of
+        unknowns, at least 1,000.
     """
 
     rtol: float = 1e-10
@@ -135,15 +142,21 @@ class IterativeMethod(Method):
 
 
 def same(v: Array) -> Array:
-    """The identity, where an operator has no projector."""
+    """Return v: the projector of an operator without a null space."""
     return v
 
 
 def projected(operator: Operator, both: bool = False) -> tuple[Apply, Apply | None]:
-    """P_L A P_R and P_R M, on vectors that P_L leaves as they are, or on any where ``both``."""
-    right, left = operator.project or same, operator.left_project or same
-    # What an iteration on a symmetric operator applies it to is a sum of projected vectors: one
-    # projection is enough.
+    """Return P_L A P_R, and P_R M where the operator has a preconditioner M, else None.
+
+    Args:
+      both: whether the products are with any vectors; else only with vectors that are projected
+        already.
+    """
+    right = operator.project or same
+    left = operator.left_project or same
+    # For a symmetric operator P_L and P_R are equal, and an iteration applies it only to sums of
+    # projected vectors: the projection on the right changes nothing.
     inside = right if both or not operator.symmetric else same
     precondition = operator.preconditioner
 
@@ -154,16 +167,23 @@ def projected(operator: Operator, both: bool = False) -> tuple[Apply, Apply | No
 
 
 def refine(method: Method, operator: Operator, b: Array) -> tuple[Array, Array, Array, Array]:
-    """Solve, recompute the residual from the operator, solve for it again while that helps.
+    """Solve P A P x = b, recompute the residual, and solve for the residual while it falls.
 
-    A round of GMRES is one cycle, so its restarts are these rounds, without a bound; the other
-    iterations get three more, a factorization, whose rounds cost next to nothing, seven.
+    A round of GMRES is one cycle, so that its restarts are these rounds, without a limit to their
+    number. After the first round, the other iterations have three more, and a factorization, whose
+    rounds cost next to nothing, has seven.
+
+    Returns:
+      (x, residual, applications, result).
     """
     eps = jnp.finfo(b.dtype).eps
     limit = jnp.int32(method.limit(b.size))
-    off_right, left = operator.project or same, operator.left_project
-    scaled = method.scalable and operator.scaling is not None
-    inner, setup = (_scaled(method, operator, b), 0) if scaled else method.iteration(operator, b)
+    project = operator.project or same
+    left = operator.left_project
+    if method.scalable and operator.scaling is not None:
+        inner, setup = _scaled(method, operator, b), 0
+    else:
+        inner, setup = method.iteration(operator, b)
 
     def going(state: tuple[Array, ...]) -> Array:
         _, _, size, k, turn, more, _ = state
@@ -172,49 +192,43 @@ def refine(method: Method, operator: Operator, b: Array) -> tuple[Array, Array, 
     def body(state: tuple[Array, ...]) -> tuple[Array, ...]:
         x, r, size, k, turn, _, _ = state
         unit = jnp.where(size > 0, size, 1)
-        # A little under the target, so that drift of the recursion does not cost another round.
+        # A tenth below the target: the residual that the recursion of an iteration carries drifts
+        # from the true one, and a residual slightly above the target costs another round.
         tol = jnp.clip(0.9 * method.rtol / unit, eps, 0.9)
         step, used, ended = inner((r if left is None else left(r)) / unit, tol, limit - k)
-        x_new = off_right(x + size * step)
-        # With the plain operator: an answer that the projectors do not fit shows here.
+        x_new = project(x + size * step)
+        # The residual is that of the operator without projectors: where these are not those of its
+        # null space, it stays large.
         r_new = b - operator.matvec(x_new)
         size_new = norm(r_new)
         better = size_new < size
         more = better & (size_new < method.gain * size) & (ended != Result.INDEFINITE)
         ended = jnp.where(jnp.isfinite(size_new), ended, int(Result.NOT_FINITE))
-        x, r, size = (
-            jnp.where(better, x_new, x),
-            jnp.where(better, r_new, r),
-            jnp.where(better, size_new, size),
-        )
+        x = jnp.where(better, x_new, x)
+        r = jnp.where(better, r_new, r)
+        size = jnp.where(better, size_new, size)
         return x, r, size, k + used + 1, turn + 1, more, ended
 
-    start = (
-        jnp.zeros_like(b),
-        b,
-        norm(b),
-        jnp.int32(0),
-        jnp.int32(0),
-        jnp.asarray(True),
-        jnp.int32(0),
-    )
+    zero = jnp.int32(0)
+    # x, r, |r|, applications, rounds, whether another round may help, result
+    start = (jnp.zeros_like(b), b, norm(b), zero, zero, jnp.asarray(True), zero)
     x, _, size, k, _, _, ended = lax.while_loop(going, body, start)
     late = jnp.where(k >= limit, int(Result.MAX_STEPS_REACHED), int(Result.STAGNATED))
     return x, size, k + setup, jnp.where(ended == Result.CONVERGED, late, ended)
 
 
 def _scaled(method: Method, operator: Operator, b: Array) -> Round:
-    """The iteration on S A S^T w = S r, x = S^T w, with the operator's scaling S."""
+    """Return a round that solves S A S^T w = S r for x = S^T w, with the operator's scaling S."""
     scaling = operator.scaling
     assert scaling is not None
-    back = jax.linear_transpose(scaling.map, b)
+    transposed_map = jax.linear_transpose(scaling.map, b)
     scaled = Operator(scaling.matvec, operator.symmetric, operator.positive_semidefinite)
     inside, _ = method.iteration(scaled, b)
 
     def inner(r: Array, tol: Array, limit: Array) -> Iterate:
-        side = scaling.map(r)
-        size = norm(side)
-        w, k, ended = inside(safe_divide(side, size), SCALED_SHARE * tol, limit)
-        return back(w)[0] * size, k, ended
+        right_side = scaling.map(r)
+        size = norm(right_side)
+        w, k, ended = inside(safe_divide(right_side, size), SCALED_SHARE * tol, limit)
+        return transposed_map(w)[0] * size, k, ended
 
     return inner

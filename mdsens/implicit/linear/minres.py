@@ -1,9 +1,9 @@
-"""Minimal residuals on the Lanczos recurrence, for a symmetric operator."""
+"""Minimal residuals by the Lanczos recurrence, for symmetric operators."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -29,12 +29,12 @@ __all__ = ["MINRES", "minres"]
 
 @dataclasses.dataclass(frozen=True)
 class MINRES(IterativeMethod):
-    """Minimal residuals on the Lanczos recurrence: for a symmetric operator that may be indefinite.
+    """Minimal residuals by the Lanczos recurrence, for a symmetric operator that may be indefinite.
 
     Args:
-      rtol: relative residual asked for, as in :class:`CG`.
-      max_iterations: operator applications; 10 times the number of unknowns, at least 1,000, where
-        None.
+      rtol: requested relative residual, as in :class:`CG`.
+      max_iterations: largest number of operator applications; where None, 10 times the number of
+        unknowns, at least 1,000.
     """
 
     scalable: ClassVar[bool] = True
@@ -52,6 +52,45 @@ class MINRES(IterativeMethod):
         return lambda r, tol, limit: minres(apply, r, tol, limit, definite, precondition), 0
 
 
+class _State(NamedTuple):
+    """State of the iteration, in the names of Paige and Saunders.
+
+    Attributes:
+      x: solution so far.
+      r_old, r: the last two Lanczos vectors, not scaled to norm one.
+      beta_old, beta: their norms, which are entries beside the diagonal of the Lanczos matrix.
+      d_bar, epsilon: entries of the Lanczos matrix after the last Givens rotation.
+      phi_bar: norm of the residual; with a preconditioner M, the norm by M.
+      cs, sn: cosine and sine of the last Givens rotation.
+      w_old, w: the last two search directions.
+      size: Frobenius norm of the Lanczos matrix.
+      pivot: last pivot of the Lanczos matrix, for the test of its definiteness.
+      z: M r; unused without a preconditioner.
+      rest: the residual b - A x; unused without a preconditioner.
+      k: number of steps.
+      status: the result so far.
+    """
+
+    x: Array
+    r_old: Array
+    r: Array
+    beta: Array
+    beta_old: Array
+    d_bar: Array
+    epsilon: Array
+    phi_bar: Array
+    cs: Array
+    sn: Array
+    w_old: Array
+    w: Array
+    size: Array
+    pivot: Pivot
+    z: Array
+    rest: Array
+    k: Array
+    status: Array
+
+
 def minres(
     apply: Apply,
     b: Array,
@@ -60,130 +99,137 @@ def minres(
     definite: bool = False,
     precondition: Apply | None = None,
 ) -> Iterate:
-    """MINRES (Paige and Saunders, 1975), for a symmetric operator, definite or not.
+    """Solve A x = b by MINRES (Paige and Saunders, 1975), A symmetric, definite or not.
 
-    Where the operator should be positive semi-definite (``definite``), INDEFINITE at the first
-    proof that it is not.
+    Where A should be positive semi-definite (``definite``), the result is INDEFINITE as soon as the
+    Lanczos matrix proves that it is not.
 
-    STAGNATED where |A r| / (|A| |r|) falls under the square root of round-off, which is as low as
-    it was seen to come on singular systems (1e-11 to 6e-9): what is left of the residual lies in
-    the null space. On a soft direction it stands at that stiffness over the largest one, in
-    packings above 1e-6; in float32 the bound must stay under that.
+    It is STAGNATED where |A r| / (|A| |r|) falls below the square root of round-off: the residual r
+    that is left then lies in the null space. On singular systems the ratio was observed to fall to
+    values between 1e-11 and 6e-9, and no lower. On a soft direction it is the stiffness of that
+    direction over the largest one, above 1e-6 in packings; in float32 the limit must stay below
+    that.
 
-    With a preconditioner the residual is least in the norm of M, so that the one asked for is
-    carried along. BREAKDOWN where a Lanczos vector r has r.M r negative.
+    With a preconditioner M, MINRES minimizes the norm of the residual by M, so that the residual
+    itself is computed beside it. The result is BREAKDOWN where a Lanczos vector r has a negative
+    r.M r.
+
+    Args:
+      apply: v -> A v.
+      b: right-hand side (n,).
+      tol: norm of the residual at which to stop.
+      limit: largest number of applications.
+      definite: whether A should be positive semi-definite.
+      precondition: v -> M v, symmetric positive definite; None for the identity.
+
+    Returns:
+      (x, applications, result).
     """
     eps = jnp.finfo(b.dtype).eps
-    null = jnp.minimum(jnp.sqrt(eps), 1e-5)
-    zero, none = jnp.zeros((), b.dtype), jnp.zeros_like(b)
+    null = jnp.minimum(jnp.sqrt(eps), 1e-5)  # 1e-5 counts in float32 only
+    zero = jnp.zeros((), b.dtype)
+    zeros = jnp.zeros_like(b)
     plain = precondition is None
 
-    def going(state: tuple[Any, ...]) -> Array:
-        beta, phi_bar, rest, k, status = state[3], state[7], state[-3], state[-2], state[-1]
-        return (
-            ((phi_bar if plain else norm(rest)) > tol)
-            & (beta > 0)
-            & (k < limit)
-            & (status == Result.CONVERGED)
-        )
+    def going(state: _State) -> Array:
+        residual = state.phi_bar if plain else norm(state.rest)
+        running = (state.k < limit) & (state.status == Result.CONVERGED)
+        return (residual > tol) & (state.beta > 0) & running
 
-    def body(state: tuple[Any, ...]) -> tuple[Any, ...]:
-        (
-            x,
-            r1,
-            r2,
-            beta,
-            beta_old,
-            d_bar,
-            epsilon,
-            phi_bar,
-            cs,
-            sn,
-            w1,
-            w2,
-            size,
-            pivot,
-            z,
-            rest,
-            k,
-            _,
-        ) = state
-        v = (r2 if plain else z) / beta
-        y = apply(v) - safe_divide(beta, beta_old) * r1
+    def body(state: _State) -> _State:
+        beta_old = state.beta
+        v = (state.r if plain else state.z) / beta_old
+        y = apply(v) - safe_divide(beta_old, state.beta_old) * state.r_old
         alpha = dot(v, y)
-        y = y - (alpha / beta) * r2
-        r1, r2, beta_old = r2, y, beta
+        r = y - (alpha / beta_old) * state.r
         if plain:
-            beta, broken = norm(r2), jnp.asarray(False)
+            z = state.z
+            beta = norm(r)
+            broken = jnp.asarray(False)
         else:
-            z, square = preconditioned(precondition, r2)
-            beta, broken = jnp.sqrt(jnp.maximum(square, 0)), square < -eps * norm(r2) * norm(z)
-        size = jnp.sqrt(
-            size**2 + alpha**2 + beta_old**2 * (k > 0) + beta**2
-        )  # Frobenius norm of the Lanczos matrix
-        pivot, negative = next_pivot(alpha, jnp.where(k > 0, beta_old, 0), pivot, size)
-        # A Lanczos vector at round-off has no direction left: the Krylov space is invariant and the
+            z, square = preconditioned(precondition, r)
+            beta = jnp.sqrt(jnp.maximum(square, 0))
+            broken = square < -eps * norm(r) * norm(z)
+        # In the first step ``beta_old`` is the norm of b, and no entry of the Lanczos matrix.
+        size = jnp.sqrt(state.size**2 + alpha**2 + beta_old**2 * (state.k > 0) + beta**2)
+        off_diagonal = jnp.where(state.k > 0, beta_old, 0)
+        pivot, negative = next_pivot(alpha, off_diagonal, state.pivot, size)
+        # A Lanczos vector at round-off has no direction: the Krylov space is invariant, and the
         # loop ends.
         beta = jnp.where(beta > eps * size, beta, 0)
-        epsilon_old, delta, gamma_bar = epsilon, cs * d_bar + sn * alpha, sn * d_bar - cs * alpha
-        epsilon, d_bar = sn * beta, -cs * beta
+        # the last rotation on the new column of the Lanczos matrix
+        delta = state.cs * state.d_bar + state.sn * alpha
+        gamma_bar = state.sn * state.d_bar - state.cs * alpha
+        epsilon = state.sn * beta
+        d_bar = -state.cs * beta
+        # hypot(gamma_bar, d_bar) is |A r| / |r|
         stalled = jnp.hypot(gamma_bar, d_bar) <= null * size
+        # the next rotation
         gamma = jnp.maximum(jnp.hypot(gamma_bar, beta), eps * size)
-        cs, sn = gamma_bar / gamma, beta / gamma
-        phi, phi_bar = cs * phi_bar, sn * phi_bar
-        w1, w2 = w2, (v - epsilon_old * w1 - delta * w2) / gamma
-        # After a stall the step would be a division by round-off along a null direction: leave x as
-        # it is.
-        x = jnp.where(stalled, x, x + phi * w2)
+        cs = gamma_bar / gamma
+        sn = beta / gamma
+        phi = cs * state.phi_bar
+        phi_bar = sn * state.phi_bar
+        w = (v - state.epsilon * state.w_old - delta * state.w) / gamma
+        # After a stall the step would be a division by round-off along a null direction: x stays.
+        x = jnp.where(stalled, state.x, state.x + phi * w)
+        rest = state.rest
         if not plain:
-            rest = sn**2 * rest - safe_divide(phi_bar * cs, beta) * r2
+            rest = sn**2 * rest - safe_divide(phi_bar * cs, beta) * r
         status = jnp.where(stalled, int32(Result.STAGNATED), int32(0))
         status = jnp.where(negative & definite, int32(Result.INDEFINITE), status)
         status = jnp.where(broken, int32(Result.BREAKDOWN), status)
-        return (
-            x,
-            r1,
-            r2,
-            beta,
-            beta_old,
-            d_bar,
-            epsilon,
-            phi_bar,
-            cs,
-            sn,
-            w1,
-            w2,
-            size,
-            pivot,
-            z,
-            rest,
-            k + 1,
-            status,
+        return _State(
+            x=x,
+            r_old=state.r,
+            r=r,
+            beta=beta,
+            beta_old=beta_old,
+            d_bar=d_bar,
+            epsilon=epsilon,
+            phi_bar=phi_bar,
+            cs=cs,
+            sn=sn,
+            w_old=state.w,
+            w=w,
+            size=size,
+            pivot=pivot,
+            z=z,
+            rest=rest,
+            k=state.k + 1,
+            status=status,
         )
 
     if plain:
-        length, z, rest, begun = norm(b), zero, zero, int32(0)
+        length = norm(b)
+        z = zero
+        rest = zero
+        status = int32(0)
     else:
         z, square = preconditioned(precondition, b)
-        length, rest = jnp.sqrt(jnp.maximum(square, 0)), b
-        begun = jnp.where(square < -eps * norm(b) * norm(z), int32(Result.BREAKDOWN), int32(0))
-    start = (
-        none,
-        none,
-        b,
-        length,
-        zero,
-        zero,
-        zero,
-        length,
-        -jnp.ones_like(zero),
-        zero,
-        none,
-        none,
-        zero,
-        Pivot(zero, zero),
-        z,
-        rest,
+        length = jnp.sqrt(jnp.maximum(square, 0))
+        rest = b
+        broken = square < -eps * norm(b) * norm(z)
+        status = jnp.where(broken, int32(Result.BREAKDOWN), int32(0))
+    start = _State(
+        x=zeros,
+        r_old=zeros,
+        r=b,
+        beta=length,
+        beta_old=zero,
+        d_bar=zero,
+        epsilon=zero,
+        phi_bar=length,
+        cs=-jnp.ones_like(zero),
+        sn=zero,
+        w_old=zeros,
+        w=zeros,
+        size=zero,
+        pivot=Pivot(zero, zero),
+        z=z,
+        rest=rest,
+        k=int32(0),
+        status=status,
     )
-    final = lax.while_loop(going, body, (*start, int32(0), begun))
-    return final[0], final[-2], final[-1]
+    final = lax.while_loop(going, body, start)
+    return final.x, final.k, final.status

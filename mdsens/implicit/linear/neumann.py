@@ -1,4 +1,4 @@
-"""Neumann's series, for a fixed point's operator A = I - C with C a contraction."""
+"""Neumann series, for the operator A = I - C of a fixed point, with C a contraction."""
 
 from __future__ import annotations
 
@@ -34,21 +34,22 @@ __all__ = ["Neumann"]
 
 @dataclasses.dataclass(frozen=True)
 class Neumann(IterativeMethod):
-    """Neumann's series, x = sum over k of alpha (I - alpha A)^k b, for A = I - C with C a
-    contraction: a fixed point's.
+    """Neumann series, x = sum over k of alpha (I - alpha A)^k b, for the operator of a fixed point.
 
-    One application a term and two vectors of memory. The rest falls by |I - alpha A| a term, which
-    must be below one; where the series grows or stands the status is STAGNATED.
+    There A = I - C, with C a contraction. The series takes one application of A a term, and memory
+    for two vectors. Each term reduces the residual by the factor |I - alpha A|, which must be below
+    one. Where the series grows, or does not converge, the status is STAGNATED.
 
     Args:
-      rtol: relative residual asked for, as in :class:`CG`.
-      max_iterations: operator applications; 10 times the number of unknowns, at least 1,000, where
-        None.
-      alpha: the step. One suits a fixed point; for a symmetric positive definite A anything below 2
-        over its largest eigenvalue converges, and 2 / (largest + smallest) fastest.
-      terms: sum exactly so many terms, for a cheap and rough answer: where its residual is above
-        ``rtol`` the status says that it is cut off (MAX_STEPS_REACHED), or worse than none
-        (STAGNATED). None for as many as ``rtol`` takes.
+      rtol: requested relative residual, as in :class:`CG`.
+      max_iterations: largest number of operator applications; where None, 10 times the number of
+        unknowns, at least 1,000.
+      alpha: the step. For a fixed point it is 1. For a symmetric positive definite A the series
+        converges with any alpha below 2 over the largest eigenvalue, and fastest with 2 / (largest
+        + smallest eigenvalue).
+      terms: number of terms to sum, for a cheap and rough solution. Where its residual is above
+        ``rtol``, the status is MAX_STEPS_REACHED, or STAGNATED where the residual is larger than
+        that of x = 0. None for as many terms as ``rtol`` takes.
 
     Source: Lorraine, Vicol and Duvenaud, *Optimizing Millions of Hyperparameters by Implicit
     Differentiation*, arXiv:1911.02590.
@@ -79,32 +80,43 @@ class Neumann(IterativeMethod):
         return _cut_off(operator, b, self.terms, self.alpha)
 
 
-# The residual is compared with that at half as many terms, from the 16th on, so that a series that
-# alternates is not taken for one that stands; it stands where it has not fallen by this share.
-FIRST_LOOK = 16
-SMALLEST_FALL = 1e-6
+# The residual is compared with that at half as many terms, at 16 terms, 32, 64 …, so that an
+# alternating series does not count as stagnated.
+FIRST_COMPARISON = 16
+# Smallest relative decrease of the residual between two comparisons; with less the series has
+# stagnated.
+SMALLEST_DECREASE = 1e-6
 
 
 def _step(
-    apply: Apply, alpha: float, precondition: Apply | None, x: Array, r: Array, scale: Any
+    apply: Apply, alpha: float, precondition: Apply | None, x: Array, r: Array, scale: Array | float
 ) -> tuple[Array, Array, Array, Array]:
-    """x with the next term, what is left of b, the largest stretch of a term so far, and whether
-    the curvature along the term is negative beside it.
+    """Add the next term of the series to x.
+
+    Args:
+      r: residual of x.
+      scale: the largest |A v| / |v| of the terms v so far, an estimate of |A| from below.
+
+    Returns:
+      x, r and scale after the term, and whether the curvature along the term is negative beyond
+      round-off.
     """
     term = alpha * (r if precondition is None else precondition(r))
     product = apply(term)
     scale = jnp.maximum(scale, safe_divide(norm(product), norm(term)))
-    negative = dot(term, product) < -CURVATURE_UNITS * jnp.finfo(r.dtype).eps * scale * dot(
-        term, term
-    )
+    zero = CURVATURE_UNITS * jnp.finfo(r.dtype).eps * scale * dot(term, term)
+    negative = dot(term, product) < -zero
     return x + term, r - product, scale, negative
 
 
 def _cut_off(
     operator: Operator, b: Array, terms: int, alpha: float
 ) -> tuple[Array, Array, Array, Array]:
-    """So many terms of Neumann's series: MAX_STEPS_REACHED, or STAGNATED where the residual is
-    larger than b.
+    """Sum a fixed number of terms of the series.
+
+    Returns:
+      (x, residual, applications, result). The result is MAX_STEPS_REACHED, or STAGNATED where the
+      residual is larger than b.
     """
     apply, precondition = projected(operator)
     x = (operator.project or same)(neumann_terms(apply, b, terms, alpha, precondition))
@@ -123,42 +135,50 @@ def neumann(
     definite: bool = False,
     precondition: Apply | None = None,
 ) -> Iterate:
-    """Neumann's series x = sum over k of (I - alpha M A)^k alpha M b, until |b - A x| <= tol; M is
-    one where None.
+    """Sum the Neumann series x = sum over k of (I - alpha M A)^k alpha M b until |b - A x| <= tol.
 
-    STAGNATED where b - A x has not fallen over the second half of the terms, or has grown so far
-    that their sum has lost half its digits. Where the operator should be positive semi-definite
-    (``definite``), INDEFINITE at a term of negative curvature; it may end without meeting one.
+    The result is STAGNATED where the residual b - A x has not decreased over the second half of the
+    terms, or has grown so far that half the digits of the sum are lost. Where A should be positive
+    semi-definite (``definite``), it is INDEFINITE at a term of negative curvature; the series may
+    end before it meets such a term.
+
+    Args:
+      apply: v -> A v.
+      b: right-hand side (n,).
+      tol: norm of the residual at which to stop.
+      limit: largest number of applications.
+      alpha: the step.
+      definite: whether A should be positive semi-definite.
+      precondition: v -> M v; None for the identity.
+
+    Returns:
+      (x, applications, result).
     """
     eps = jnp.finfo(b.dtype).eps
-    most = norm(b) / eps**0.5
+    largest = norm(b) / eps**0.5  # residual at which half the digits are lost
 
     def going(state: tuple[Any, ...]) -> Array:
         _, _, size, _, _, _, k, status = state
         return (size > tol) & (k < limit) & (status == Result.CONVERGED)
 
     def body(state: tuple[Any, ...]) -> tuple[Any, ...]:
-        x, r, _, scale, before, look, k, _ = state
+        x, r, _, scale, earlier, compare_at, k, _ = state
         x, r, scale, negative = _step(apply, alpha, precondition, x, r, scale)
-        size, k = norm(r), k + 1
-        looked = k >= look
-        stands = (looked & (size >= (1 - SMALLEST_FALL) * before)) | ~(size < most)
-        status = jnp.where(stands, jnp.int32(Result.STAGNATED), jnp.int32(0))
+        size = norm(r)
+        k = k + 1
+        compare = k >= compare_at
+        too_large = ~(size < largest)  # also where the norm is NaN
+        stagnated = (compare & (size >= (1 - SMALLEST_DECREASE) * earlier)) | too_large
+        status = jnp.where(stagnated, jnp.int32(Result.STAGNATED), jnp.int32(0))
         status = jnp.where(negative & definite, jnp.int32(Result.INDEFINITE), status)
-        before, look = jnp.where(looked, size, before), jnp.where(looked, 2 * look, look)
-        return x, r, size, scale, before, look, k, status
+        earlier = jnp.where(compare, size, earlier)
+        compare_at = jnp.where(compare, 2 * compare_at, compare_at)
+        return x, r, size, scale, earlier, compare_at, k, status
 
-    zero = jnp.zeros((), b.dtype)
-    start = (
-        jnp.zeros_like(b),
-        b,
-        norm(b),
-        zero,
-        norm(b),
-        jnp.int32(FIRST_LOOK),
-        jnp.int32(0),
-        jnp.int32(0),
-    )
+    scale = jnp.zeros((), b.dtype)
+    compare_at = jnp.int32(FIRST_COMPARISON)
+    # x, r, |r|, scale, |r| at the last comparison, terms at the next one, terms, result
+    start = (jnp.zeros_like(b), b, norm(b), scale, norm(b), compare_at, jnp.int32(0), jnp.int32(0))
     x, *_, k, status = lax.while_loop(going, body, start)
     return x, k, status
 
@@ -166,10 +186,11 @@ def neumann(
 def neumann_terms(
     apply: Apply, b: Array, terms: int, alpha: float, precondition: Apply | None = None
 ) -> Array:
-    """The first ``terms`` terms of the series, by one product fewer."""
+    """Sum the first ``terms`` terms of the series, with ``terms - 1`` products."""
 
     def body(_: Any, state: tuple[Array, Array]) -> tuple[Array, Array]:
         return _step(apply, alpha, precondition, *state, 0.0)[:2]
 
     x, r = lax.fori_loop(0, terms - 1, body, (jnp.zeros_like(b), b))
+    # the last term; the residual after it is not needed
     return x + alpha * (r if precondition is None else precondition(r))

@@ -1,4 +1,4 @@
-"""Conjugate gradients on the normal equations, for any operator, singular ones included."""
+"""Conjugate gradients on the normal equations, for any operator, also a singular one."""
 
 from __future__ import annotations
 
@@ -18,26 +18,28 @@ __all__ = ["NormalCG", "cgls"]
 
 @dataclasses.dataclass(frozen=True)
 class NormalCG(IterativeMethod):
-    """Conjugate gradients on A^T A x = A^T b, for any operator: the shortest of the x that make |b
-    - A x| least.
+    """Conjugate gradients on A^T A x = A^T b, for any operator, also a singular one.
 
-    In the form that never squares the residual (CGLS; Björck, *Numerical Methods for Least Squares
-    Problems*, 1996, section 7.4). It needs no null space declared. Where b lies outside of A's
-    range, |A^T r| falls to ``rtol`` |A| |r| above a residual r that cannot: status SINGULAR. It
-    cannot tell a unique answer from the shortest of many, which LeastSquares does, and its steps go
-    by the condition number where those of GMRES or MINRES go by less: for an operator that may be
-    singular and is too large to write out.
+    It gives the shortest x of those that minimize |b - A x|, in the form CGLS, which does not
+    square the residual (Björck, *Numerical Methods for Least Squares Problems*, 1996, section 7.4).
+    The null space need not be declared. Where b lies outside of the range of A, |A^T r| falls to
+    ``rtol`` |A| |r| while the residual r itself cannot fall: the status is SINGULAR.
+
+    It does not tell whether the solution is unique or the shortest of many; LeastSquares does. The
+    number of its steps is proportional to the condition number; GMRES and MINRES need fewer. So it
+    is for an operator that may be singular and is too large to write out.
 
     Args:
-      rtol: relative residual asked for, as in :class:`CG`. Of a least-squares solution the error is
-        up to the square of the condition number times as large.
-      max_iterations: applications of A and of A^T together (two a step); 10 times the number of
-        unknowns, at least 1,000, where None.
+      rtol: requested relative residual, as in :class:`CG`. The relative error of a least-squares
+        solution is up to the square of the condition number times as large.
+      max_iterations: largest number of applications of A and A^T together, two a step; where None,
+        10 times the number of unknowns, at least 1,000.
     """
 
     def iteration(self, operator: Operator, b: Array) -> tuple[Round, int]:
         apply, _ = projected(operator)
         transposed, _ = projected(operator.transpose(b))
+        # below 16 units of round-off, |A^T r| does not fall any more
         flat = max(self.rtol, 16 * float(jnp.finfo(b.dtype).eps))
         definite = operator.positive_semidefinite
         return lambda r, tol, limit: cgls(apply, transposed, r, tol, limit, flat, definite), 0
@@ -52,18 +54,30 @@ def cgls(
     flat: float,
     definite: bool = False,
 ) -> Iterate:
-    """CGLS (Hestenes and Stiefel, 1952): the least |b - A x| over the Krylov space of A^T A and A^T
-    b, from zero.
+    """Minimize |b - A x| over the Krylov space of A^T A and A^T b by CGLS, from x = 0.
 
-    The residual r is updated by products with A and s = A^T r taken from it, so that A^T A is never
-    applied to x and round-off enters by the condition number of A, not by its square. x lies in the
-    range of A^T: of all least-squares solutions it tends to the shortest.
+    Source: Hestenes and Stiefel, 1952. The residual r is updated by products with A, and s = A^T r
+    is computed from it. So A^T A is never applied to x, and round-off grows with the condition
+    number of A, not with its square. x lies in the range of A^T, so that it converges to the
+    shortest least-squares solution. It takes two applications a step.
 
-    SINGULAR where |s| <= ``flat`` |A| |r|, |A| from below, by the products that were made: r then
-    lies in the null space of A^T and cannot fall, which on a regular operator happens only under a
-    condition number of 1 / ``flat``. Where the operator should be positive semi-definite
-    (``definite``), INDEFINITE at a search direction of negative curvature; it may end without
-    meeting one. Two applications a step.
+    The result is SINGULAR where |s| <= ``flat`` |A| |r|, with |A| estimated from below by the
+    products that were made. Then r lies in the null space of A^T and cannot fall. With a regular
+    operator this happens only where its condition number is 1 / ``flat`` or more. Where A should be
+    positive semi-definite (``definite``), the result is INDEFINITE at a search direction of
+    negative curvature; the iteration may end before it meets one.
+
+    Args:
+      apply: v -> A v.
+      transposed: v -> A^T v.
+      b: right-hand side (n,).
+      tol: norm of the residual at which to stop.
+      limit: largest number of applications.
+      flat: relative size of |A^T r| at which r counts as orthogonal to the range of A.
+      definite: whether A should be positive semi-definite.
+
+    Returns:
+      (x, applications, result).
     """
     eps = jnp.finfo(b.dtype).eps
 
@@ -76,11 +90,12 @@ def cgls(
         q = apply(p)
         length, image = norm(p), norm(q)
         size = jnp.maximum(size, safe_divide(image, length))
-        # Before the step: of a right-hand side outside of the range, the first slope is round-off
-        # already.
+        # Tested before the step: for a right-hand side outside of the range, the first |A^T r| is
+        # already round-off.
         level = slope <= flat * size * norm(r)
         step = jnp.where(level, 0, safe_divide(slope, image) ** 2)
-        x, r = x + step * p, r - step * q
+        x = x + step * p
+        r = r - step * q
         s = transposed(r)
         new = norm(s)
         status = jnp.where(level, jnp.int32(Result.SINGULAR), jnp.int32(0))
@@ -89,6 +104,7 @@ def cgls(
         return x, r, s + safe_divide(new, slope) ** 2 * p, new, size, k + 2, status
 
     s = transposed(b)
+    # x, r, p, |A^T r|, estimate of |A|, applications, result
     start = (jnp.zeros_like(b), b, s, norm(s), jnp.zeros((), b.dtype), jnp.int32(1), jnp.int32(0))
     x, *_, k, status = lax.while_loop(going, body, start)
     return x, k, status

@@ -1,4 +1,4 @@
-"""A square linear map on pytrees, and what is declared of it."""
+"""A square linear map on pytrees, with its declared properties."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ LinearMap: TypeAlias = Callable[[PyTree], PyTree]
 
 
 class SymmetricScaling(NamedTuple):
-    """A symmetric preconditioner, S^T S for A^-1, in a form that needs no product with it in an
-    iteration.
+    """A symmetric preconditioner S^T S, an approximation of A^-1, as a change of unknowns.
+
+    In this form an iteration needs no product with the preconditioner.
 
     Attributes:
-      map: v -> S v, invertible and linear, into a tree of its own: S the inverse of the root of A's
-        diagonal, or of the Cholesky factors of its diagonal blocks.
-      matvec: w -> S A S^T w on that tree. Nothing is projected between two of these: where A has a
-        null space, what this gives must lie off that of S A S^T to round-off, which it does where
-        it is a symmetric matrix to round-off.
+      map: v -> S v, linear and invertible; S v may have another tree than v. S is for example the
+        inverse square root of the diagonal of A, or the inverse of the Cholesky factors of its
+        diagonal blocks.
+      matvec: w -> S A S^T w, on the tree of S v. An iteration does not project between two of these
+        products. So where A has a null space, the product must be orthogonal to the null space of
+        S A S^T to round-off. It is where S A S^T is a symmetric matrix to round-off.
     """
 
     map: LinearMap
@@ -34,29 +36,30 @@ class SymmetricScaling(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Operator:
-    """A square linear map on pytrees, what is known of it, and its null space.
+    """A square linear map A on pytrees, with its declared properties and its null space.
 
     Attributes:
       matvec: v -> A v, both with the tree and shapes of the unknowns; linear in v, traceable.
       symmetric: A equals its transpose. Declared, not checked.
       positive_semidefinite: no direction has negative curvature; implies ``symmetric``.
       project: orthogonal projector off the right null space of A, a symmetric linear map; None
-        where there is none. It must be complete: along a null direction left out, the answer is
-        arbitrary where the right-hand side has next to nothing there, and the solve fails where it
-        has more.
-      left_project: the same for the left null space; ``project`` where None, which is right for a
-        symmetric A.
+        where A has no null space. It must be complete. Along a null direction that is left out, the
+        solution is arbitrary where the right-hand side has almost no component along it, and the
+        solve fails where it has a larger one.
+      left_project: orthogonal projector off the left null space; where None, ``project``, which is
+        right for a symmetric A.
       scaling: a change of unknowns that makes a symmetric A better conditioned; None for none. CG,
-        MINRES, BiCGSTAB and GMRES then run on S A S^T; residuals are of A all the same. For a
-        symmetric A that can be written out scaled, as an assembled Hessian can: no product with a
-        preconditioner is left, and Chebyshev's polynomial goes on top.
-      preconditioner: v -> M v, linear, a rough inverse of A on the unknowns' tree, for an A that is
-        known only by its products or is not symmetric; None for none. It changes the iterations,
-        never the answer: GMRES, BiCGSTAB and Neumann solve A M y = b, x = M y, and the transposed
-        system with the transpose of M; CG and MINRES take their inner products by M, which must be
-        symmetric positive definite (BREAKDOWN where it shows that it is not). Polynomials of A
-        (``degree``) are left out beside it. Direct has no use for it; NormalCG and LeastSquares
-        leave it and ``scaling`` out, since in other unknowns another solution is the shortest.
+        MINRES, BiCGSTAB and GMRES then run on S A S^T; residuals are still those of A. It is for a
+        symmetric A whose scaled matrix can be computed, such as an assembled Hessian. Then no
+        products with a preconditioner are needed, and the Chebyshev polynomial may be used as well.
+      preconditioner: v -> M v, linear, an approximate inverse of A on the tree of the unknowns;
+        None for none. It is for an A that is known only by its products, or is not symmetric. It
+        changes the iterations, not the solution. GMRES, BiCGSTAB and Neumann solve A M y = b for
+        x = M y, and the transposed system with the transpose of M. CG and MINRES use M in their
+        inner products. There M must be symmetric and positive definite; the result is BREAKDOWN
+        where an inner product shows that it is not. Beside M no polynomial of A (``degree``) is
+        used. Direct does not need it. NormalCG and LeastSquares use neither it nor ``scaling``,
+        since in other unknowns another solution is the shortest.
     """
 
     matvec: LinearMap
@@ -68,6 +71,7 @@ class Operator:
     preconditioner: LinearMap | None = None
 
     def __post_init__(self) -> None:
+        # A frozen dataclass sets its fields in ``__post_init__`` by object.__setattr__.
         if self.positive_semidefinite and not self.symmetric:
             object.__setattr__(self, "symmetric", True)
         if self.scaling is not None and not self.symmetric:
@@ -88,10 +92,11 @@ class Operator:
                     " symmetric=False"
                 )
         else:
+            # The same object, by which Direct knows that the two null spaces are equal.
             object.__setattr__(self, "left_project", self.project)
 
     def transpose(self, example: PyTree) -> Operator:
-        """The transposed operator; ``example`` is a tree of arrays or shapes like the unknowns."""
+        """Return the transposed operator; ``example`` is a tree of arrays or shapes like b."""
         if self.symmetric:
             return self
 

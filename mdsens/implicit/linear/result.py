@@ -1,4 +1,4 @@
-"""Results of linear solves and roots, and the evidence beside a solution."""
+"""Outcomes of linear solves and roots, and the statistics of a solve."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ __all__ = ["Result", "SolveStats"]
 
 
 class Result(Outcome):
-    """The outcome of a linear solve, or of a root: see :class:`~mdsens._util.outcome.Outcome`."""
+    """The outcome of a linear solve or a root: see :class:`~mdsens._util.outcome.Outcome`.
+
+    The codes are shared with :class:`mdsens.Status`.
+    """
 
     CONVERGED = (
         0,
@@ -26,31 +29,31 @@ class Result(Outcome):
         1,
         Severity.NOTE,
         (
-            "the residual stands at round-off, above the tolerance asked for; the answer is as "
-            "good as this precision allows"
+            "the residual is at round-off, above the requested tolerance; the solution is as "
+            "accurate as this precision allows"
         ),
     )
     NULL_COMPONENT_DROPPED = (
         2,
         Severity.WARNING,
         (
-            "converged; the part of the right-hand side in the null space has no answer and was "
-            "dropped"
+            "converged; the component of the right-hand side in the null space has no solution and "
+            "was dropped"
         ),
     )
     NOT_UNIQUE = (
         6,
         Severity.WARNING,
         (
-            "the operator is singular beyond what was declared and the right-hand side lies in "
-            "its range: of the many solutions this is the shortest; where the others matter, "
-            "state what holds the free directions"
+            "the operator is singular beyond its declared null space and the right-hand side lies "
+            "in its range: this is the shortest of many solutions; where another one is wanted, "
+            "add conditions that fix the free directions"
         ),
     )
     MAX_STEPS_REACHED = (
         10,
         Severity.FAILURE,
-        "the iteration limit came before the tolerance; raise max_iterations or loosen rtol",
+        "the iteration limit was reached before the tolerance; raise max_iterations or rtol",
     )
     STAGNATED = (
         11,
@@ -94,25 +97,25 @@ class Result(Outcome):
         Severity.FAILURE,
         (
             "the operator is singular and the right-hand side lies partly outside its range: "
-            "this is the least-squares solution, not a derivative; state what holds the free "
-            "directions (null_space), or check the condition F"
+            "this is the least-squares solution, not a derivative; declare the null space "
+            "(null_space), add conditions that fix the free directions, or check the condition F"
         ),
     )
     NOT_A_ROOT = (
         32,
         Severity.FAILURE,
         (
-            "Newton's step from here does not lead to a root of the condition: it is far from "
-            "one, or the condition has a kink between; solve more tightly, or check that F is "
-            "the condition that the solver solves"
+            "a Newton step from the solution does not lead to a root of the condition: the "
+            "solution is far from a root, or the condition has a kink in between; use a smaller "
+            "tolerance in the solver, or check that F is the condition that it solves"
         ),
     )
     DEGENERATE_CONSTRAINT = (
         27,
         Severity.FAILURE,
         (
-            "a constraint is met without a force on it, so it is about to open or close: the "
-            "derivative is that of one side; move the parameters a little"
+            "a constraint is met but exerts no force, so it is about to open or close: the "
+            "derivative is that of one side only; change the parameters slightly"
         ),
     )
 
@@ -120,16 +123,16 @@ class Result(Outcome):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class SolveStats(Portable, Named):
-    """The evidence beside a solution.
+    """The status, residual and cost of a solution.
 
     Attributes:
-      status: a :class:`Result`, or :class:`mdsens.Status`, as an int32 array, which jit and vmap
-        carry.
-      residual: norm of ``b - A x``, recomputed from the operator, relative to the norm of ``b``
-        (both projected off the null space); for a relaxation, the largest force on a particle.
-      iterations: operator applications in the solve, or steps of a relaxation.
+      status: a :class:`Result` or :class:`mdsens.Status` as an int32 array, which passes through
+        jit and vmap.
+      residual: norm of ``b - A x``, recomputed with the operator, relative to the norm of ``b``,
+        both projected off the null space; for a relaxation, the largest force on a particle.
+      iterations: number of operator applications in the solve, or of steps of a relaxation.
       dropped: norm of the part of ``b`` in the left null space relative to the norm of ``b``.
-      solver: the name of the method that ran, with its settings.
+      solver: name of the method that was used, with its settings.
     """
 
     status: jax.Array
@@ -139,6 +142,7 @@ class SolveStats(Portable, Named):
     solver: str = dataclasses.field(default="", metadata={"static": True})
 
     def __repr__(self) -> str:
+        # Of a batch, all statuses and the largest of each number.
         try:
             codes = sorted({int(code) for code in np.ravel(np.asarray(self.status))})
         except jax.errors.TracerArrayConversionError:

@@ -1,11 +1,11 @@
-"""Linear systems ``A x = b`` with a known null space, and the evidence that the answer is one.
+"""Solution of linear systems ``A x = b`` with a known null space, with a residual and a status.
 
     x = P_R (P_L A P_R)^+ P_L b
 
-``A`` is a function on pytrees, never a matrix. ``P_R`` and ``P_L`` project off its right and left
-null space. The right-hand side is projected and scaled to norm one, the system solved on flat
-vectors, the answer projected, and the residual recomputed from the operator: no solver's own word
-is taken for it.
+``A`` is a function on pytrees, not a matrix. ``P_R`` and ``P_L`` project off its right and left
+null space. The right-hand side is projected and scaled to norm one, the system is solved on flat
+vectors, and the solution is projected. The residual is always recomputed with the operator; the
+residual that an iteration carries is not relied on.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ __all__ = ["linear_solve", "solve"]
 def solve(
     operator: Operator, b: PyTree, method: Method = Auto(), *, not_finite: float = 0.0
 ) -> tuple[PyTree, SolveStats]:
-    """Solve A x = b on the range of A: the answer of least norm, and what became of it.
+    """Solve A x = b on the range of A; return the solution of least norm and the statistics.
 
-    Traceable by jit and vmap; for derivatives take :func:`linear_solve`.
+    Traceable by jit and vmap; for derivatives use :func:`linear_solve`.
 
     Args:
-      operator: the map and its null space.
+      operator: the linear map A and its null space.
       b: right-hand side, a tree of real floating-point arrays; A v must have the same tree and
         shapes.
-      method: an option record. Auto() serves unless a benchmark of your own says otherwise.
-      not_finite: what fills x where the status is NOT_FINITE. Zero; a caller without a status to
-        show gives NaN.
+      method: the linear method. Keep Auto() unless your own benchmark shows a better one.
+      not_finite: value of all entries of x where the status is NOT_FINITE. Zero by default; use NaN
+        where the status is not passed on to the user.
 
     Returns:
-      ``(x, stats)``. The status is good (CONVERGED, or a warning such as NULL_COMPONENT_DROPPED) or
-      names what failed; then x is the best iterate. ``stats.residual`` is |P_L b - A x| / |P_L b|,
-      from the operator.
+      ``(x, stats)``. Where the status is not good, x is the best iterate. A good status is
+      CONVERGED or a warning such as NULL_COMPONENT_DROPPED. ``stats.residual`` is
+      |P_L b - A x| / |P_L b|, recomputed with the operator.
 
     Raises:
       InputError: b and A b differ in tree or shape; b is not real floating point of one precision;
@@ -63,12 +63,14 @@ def solve(
 def linear_solve(
     operator: Operator, b: PyTree, method: Method = Auto(), *, not_finite: float = 0.0
 ) -> tuple[PyTree, SolveStats]:
-    """:func:`solve` with derivatives: dx = A^+ (db - dA x), forward, reverse and of any order.
+    """Solve A x = b, as :func:`solve`, with derivatives in forward and reverse mode, of any order.
 
-    By transposing the solve (``lax.custom_linear_solve``), so ``operator.matvec`` must be
-    differentiable in what it closes over and, unless symmetric, transposable. The null space is
-    taken not to move with the parameters: where it does (rotations of a cluster), derivatives of x
-    lack their part in the null space, which nothing invariant sees.
+    The derivative is dx = A^+ (db - dA x). Reverse mode transposes the solve
+    (``lax.custom_linear_solve``). So ``operator.matvec`` must be differentiable by the variables
+    that it closes over and, unless it is symmetric, transposable. The derivative of the null space
+    by the parameters is left out. Where the null space depends on them, as for the rotations of a
+    cluster, the derivative of x lacks its component in the null space, which does not affect
+    invariant quantities.
 
     Args, returns and raises as :func:`solve`. ``stats`` have no derivative.
     """
@@ -91,6 +93,7 @@ def linear_solve(
 
 
 def _ravel(b: PyTree) -> tuple[Array, Callable[[Array], PyTree]]:
+    """Validate the right-hand side and flatten it; return it with the inverse of the flattening."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(b):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise InputError(
@@ -98,9 +101,9 @@ def _ravel(b: PyTree) -> tuple[Array, Callable[[Array], PyTree]]:
                 f" {jnp.result_type(leaf)}; give real floating-point arrays"
             )
     precisions = sorted({str(jnp.result_type(leaf)) for leaf in jax.tree.leaves(b)})
-    if (
-        len(precisions) > 1
-    ):  # the coarsest would bound the residual, while the finest sets what counts as round-off
+    # Of two precisions, the lower would limit the residual, while the higher would set the unit of
+    # round-off, after the flattening: the solve could not converge.
+    if len(precisions) > 1:
         raise InputError(
             f"the right-hand side b mixes {' and '.join(precisions)}; give all of it in one"
             " precision"
@@ -111,7 +114,15 @@ def _ravel(b: PyTree) -> tuple[Array, Callable[[Array], PyTree]]:
 def _flatten(
     operator: Operator, flat: Array, unravel: Callable[[Array], PyTree], b: PyTree
 ) -> Operator:
-    """The operator on flat vectors."""
+    """Return the operator on flat vectors.
+
+    Args:
+      operator: on trees.
+      flat: the flat right-hand side.
+      unravel: from a flat vector to a tree.
+      b: the right-hand side as a tree.
+    """
+    # Shapes are compared by tracing alone; no product is computed.
     shapes = jax.eval_shape(lambda: b)
     remedy = "the operator must map the unknowns' space into itself"
     product = Traceable("the operator's matvec", operator.matvec)
@@ -123,24 +134,26 @@ def _flatten(
     def flattened(f: LinearMap) -> LinearMap:
         return lambda v: ravel_pytree(f(unravel(v)))[0].astype(flat.dtype)
 
-    def each(f: LinearMap | None) -> LinearMap | None:
+    def flattened_or_none(f: LinearMap | None) -> LinearMap | None:
         return None if f is None else flattened(f)
 
-    right = each(operator.project)
+    # Equal projectors stay the same object, by which they are known to be equal.
+    right = flattened_or_none(operator.project)
+    left = right
+    if operator.left_project is not operator.project:
+        left = flattened_or_none(operator.left_project)
     return dataclasses.replace(
         operator,
         matvec=flattened(product),
         project=right,
-        left_project=(
-            right if operator.left_project is operator.project else each(operator.left_project)
-        ),
-        scaling=_scaled_operator(operator, b),
-        preconditioner=each(operator.preconditioner),
+        left_project=left,
+        scaling=_flatten_scaling(operator, b),
+        preconditioner=flattened_or_none(operator.preconditioner),
     )
 
 
-def _scaled_operator(operator: Operator, b: PyTree) -> SymmetricScaling | None:
-    """The change of unknowns on flat vectors."""
+def _flatten_scaling(operator: Operator, b: PyTree) -> SymmetricScaling | None:
+    """Return the change of unknowns on flat vectors; None where the operator has none."""
     if operator.scaling is None:
         return None
     change, product = operator.scaling

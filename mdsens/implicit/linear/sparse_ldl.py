@@ -1,4 +1,4 @@
-"""A sparse symmetric factorization on the host, for matrices with a null space, known or not."""
+"""A sparse symmetric factorization on the host, also for singular matrices."""
 
 from __future__ import annotations
 
@@ -14,90 +14,104 @@ from scipy.sparse.linalg import splu
 
 __all__ = ["SparseFactor", "bound", "bounds", "dissection", "ordering", "solve_on_range"]
 
+# A projection of columns, (m, k) -> (m, k).
 Project: TypeAlias = Callable[[np.ndarray], np.ndarray]
 
-# The matrix is factorized as A + s |A| I with this s. Softer than the softest mode of a packing
-# (1e-6 of the stiffest), so that refinement gains three digits a round; far above round-off, so
-# that a null direction does no harm.
+# The matrix is factorized as A + s |A| I with this s. It is smaller than the lowest stiffness of a
+# packing, 1e-6 of the largest, so that refinement gains three digits a round. It is far above
+# round-off, so that a null direction does no harm.
 SHIFT = 1e-9
+# Largest number of rounds of refinement. It ends earlier, where a round gains less than half.
 ROUNDS = 30
-PLANAR = 20_000  # unknowns up to which two-dimensional networks are small
-MANY = 16  # right-hand sides from which on threads pay
+# Largest number of unknowns of a two-dimensional network for which minimum degree is the faster
+# ordering, see ``ordering``.
+PLANAR = 20_000
+# Smallest number of right-hand sides for which several threads are faster than one.
+MANY = 16
 
 
 def bound(matrix: Any) -> float:
-    """The largest row sum of |A|: no eigenvalue is larger, and the largest is seldom under a third
-    of it.
+    """Compute an upper bound of the eigenvalues: the largest sum of |A| over a row.
+
+    The largest eigenvalue is rarely below a third of it.
     """
     return float(bounds(matrix, 1)[0])
 
 
 def bounds(matrix: Any, parts: int) -> np.ndarray:
-    """The same of each of the equal diagonal blocks that A is made of, (parts,)."""
+    """Compute the bound of each of the ``parts`` equal diagonal blocks of A, (parts,)."""
     sizes = sp.csr_array((np.abs(matrix.data), matrix.indices, matrix.indptr), shape=matrix.shape)
     return np.max((sizes @ np.ones(matrix.shape[1])).reshape(parts, -1), axis=1, initial=0.0)
 
 
 def ordering(matrix: Any, block: int) -> np.ndarray | None:
-    """The order in which to factorize the stiffness of particles; None where minimum degree is as
-    good.
+    """Choose the order of rows in which a Hessian is factorized.
 
-    Measured, of discs: minimum degree and QDLDL take 0.6 of the time of METIS and SuperLU at 1,024,
-    0.8 at 8,192 and 1.1 at 16,384. In 3-D they take more from 500 particles on, and ten times as
-    much at 4,000.
+    Measured for discs: minimum degree and QDLDL take 0.6 of the time of METIS and SuperLU at 1,024
+    particles, 0.8 at 8,192 and 1.1 at 16,384. For spheres in 3-D they take more time from 500
+    particles on, and ten times as much at 4,000.
 
     Args:
       matrix: symmetric, (m, m).
-      block: unknowns of a particle, its dimension.
+      block: number of unknowns of a particle, which is the dimension of space.
+
+    Returns:
+      (m,) the order; None for minimum degree, where that is as fast.
     """
     return None if block == 2 and matrix.shape[0] <= PLANAR else dissection(matrix, block)
 
 
 def dissection(matrix: Any, block: int = 1) -> np.ndarray:
-    """An ordering of a symmetric matrix's rows that keeps its factor sparse: nested dissection, by
-    METIS.
+    """Order the rows of a symmetric matrix by nested dissection, which keeps its factor sparse.
 
-    Karypis and Kumar, SIAM J. Sci. Comput. 20, 359 (1998). For a planar network of m nodes the
-    factor has m log m entries and takes m^1.5 operations: of 130,000 discs a quarter of the time
-    that minimum degree takes.
+    By METIS (Karypis and Kumar, SIAM J. Sci. Comput. 20, 359 (1998)). For a planar network of m
+    nodes the factor has m log m entries and takes m^1.5 operations. For 130,000 discs this takes a
+    quarter of the time of minimum degree.
 
     Args:
-      matrix: symmetric, (m, m), of any scipy format.
-      block: unknowns that belong together, neighboring rows; they stay neighbors.
+      matrix: symmetric, (m, m), in any format of scipy.
+      block: number of neighboring rows that belong together, and stay neighbors in the order.
+
+    Returns:
+      (m,) the order.
     """
     import pymetis
 
     size = matrix.shape[0] // block
     graph = matrix.tobsr((block, block)) if block > 1 else matrix.tocsr()
     rows = np.repeat(np.arange(size), np.diff(graph.indptr))
-    others = rows != graph.indices
-    starts = np.concatenate([[0], np.cumsum(np.bincount(rows[others], minlength=size))])
-    if not starts[-1]:
+    off_diagonal = rows != graph.indices
+    starts = np.concatenate([[0], np.cumsum(np.bincount(rows[off_diagonal], minlength=size))])
+    if not starts[-1]:  # a diagonal matrix, whose graph has no edges
         return np.arange(matrix.shape[0])
-    order, _ = pymetis.nested_dissection(pymetis.CSRAdjacency(starts, graph.indices[others]))
+    graph_of_metis = pymetis.CSRAdjacency(starts, graph.indices[off_diagonal])
+    order, _ = pymetis.nested_dissection(graph_of_metis)
     return (np.asarray(order)[:, None] * block + np.arange(block)).ravel()
 
 
 def _shifted(matrix: Any, shift: np.ndarray) -> Any:
-    """A compressed matrix plus a diagonal."""
+    """Add a diagonal to a matrix in compressed rows.
+
+    Where all entries of the diagonal are stored, they are changed in a copy of the data, which is
+    faster than adding two sparse matrices.
+    """
     size = matrix.shape[0]
-    own = matrix.indices == np.repeat(np.arange(size), np.diff(matrix.indptr))
-    if np.count_nonzero(own) != size:  # not all of its diagonal is there
+    on_diagonal = matrix.indices == np.repeat(np.arange(size), np.diff(matrix.indptr))
+    if np.count_nonzero(on_diagonal) != size:
         return (matrix + sp.dia_array((shift[None], [0]), shape=matrix.shape).tocsr()).tocsr()
     data = matrix.data.copy()
-    data[own] += shift
+    data[on_diagonal] += shift
     return sp.csr_array((data, matrix.indices, matrix.indptr), shape=matrix.shape)
 
 
 class _Parts(NamedTuple):
-    """A factorization L D L^T as its library gives it, with rows and columns in the order of the
-    matrix.
+    """A factorization L D L^T of one of the libraries, with rows in the order of the matrix.
 
     Attributes:
-      solve: (m,) -> (m,).
-      pivots: () -> (m,) the pivot of each row; None where rows had to be exchanged, so that they
-        tell nothing.
-      image: k -> (m,) L D e, e the unit vector of row k.
+      solve: b -> x, (m,) -> (m,).
+      pivots: () -> (m,) the pivot of each row; None where rows were exchanged, since then the signs
+        of the pivots are not those of the eigenvalues.
+      image: k -> (m,) L D e, with e the unit vector of row k.
     """
 
     solve: Callable[[np.ndarray], np.ndarray]
@@ -106,42 +120,49 @@ class _Parts(NamedTuple):
 
 
 def _by_qdldl(matrix: Any) -> _Parts:
-    """Ordered by minimum degree, row by row: the fastest for a small matrix."""
+    """Factorize with QDLDL, ordered by minimum degree: the fastest for a small matrix."""
     import qdldl  # type: ignore[import-not-found]
 
-    size, starts = matrix.shape[0], matrix.indptr
+    size = matrix.shape[0]
+    starts = matrix.indptr
     rows = np.repeat(np.arange(size, dtype=np.int32), np.diff(starts))
-    kept = matrix.indices <= rows  # the rows of its lower triangle are the columns of its upper one
-    ends = np.concatenate([[0], np.cumsum(kept)])[starts].astype(np.int32)
+    # QDLDL takes the columns of the upper triangle, which are the rows of the lower one.
+    in_lower = matrix.indices <= rows
+    ends = np.concatenate([[0], np.cumsum(in_lower)])[starts].astype(np.int32)
     upper = sp.csc_matrix(
-        (matrix.data[kept], matrix.indices[kept].astype(np.int32), ends), shape=matrix.shape
+        (matrix.data[in_lower], matrix.indices[in_lower].astype(np.int32), ends),
+        shape=matrix.shape,
     )
     solver = qdldl.Solver(upper, upper=True)
 
     def pivots() -> np.ndarray:
         _, diagonal, order = solver.factors()
-        found = np.empty(diagonal.size)
-        found[order] = diagonal
-        return found
+        in_matrix_order = np.empty(diagonal.size)
+        in_matrix_order[order] = diagonal
+        return in_matrix_order
 
     def image(k: int) -> np.ndarray:
-        below, diagonal, order = solver.factors()
-        at = int(np.flatnonzero(order == k)[0])
-        found = np.zeros(diagonal.size)
-        column = below[:, [at]].tocoo()
-        found[order[column.row]] = diagonal[at] * column.data
-        found[k] = diagonal[at]
-        return found
+        # QDLDL stores L without its diagonal of ones.
+        strict_lower, diagonal, order = solver.factors()
+        position = int(np.flatnonzero(order == k)[0])
+        column = strict_lower[:, [position]].tocoo()
+        in_matrix_order = np.zeros(diagonal.size)
+        in_matrix_order[order[column.row]] = diagonal[position] * column.data
+        in_matrix_order[k] = diagonal[position]
+        return in_matrix_order
 
     return _Parts(solver.solve, pivots, image)
 
 
 def _by_superlu(matrix: Any, order: np.ndarray) -> _Parts:
-    """In a given order, in dense blocks, which pay where the matrix is large."""
+    """Factorize with SuperLU in a given order: faster for a large matrix, by dense blocks."""
     permuted = matrix[order][:, order]
     permuted.sort_indices()
-    lu = splu(  # of a symmetric matrix, the rows are the columns
-        sp.csc_array((permuted.data, permuted.indices, permuted.indptr), shape=permuted.shape),
+    # SuperLU takes columns; those of a symmetric matrix are its rows. The threshold of zero keeps
+    # the pivots on the diagonal, as in L D L^T.
+    columns = sp.csc_array((permuted.data, permuted.indices, permuted.indptr), shape=permuted.shape)
+    lu = splu(
+        columns,
         permc_spec="NATURAL",
         diag_pivot_thresh=0.0,
         options={"SymmetricMode": True},
@@ -152,32 +173,34 @@ def _by_superlu(matrix: Any, order: np.ndarray) -> _Parts:
         x[order] = lu.solve(b[order])
         return x
 
-    def pivots() -> np.ndarray | None:  # takes as long as half the factorization
+    def pivots() -> np.ndarray | None:
+        # Reading U takes half as long as the factorization, so only when the pivots are needed.
         if not np.array_equal(lu.perm_r, lu.perm_c):
             return None
-        found = np.empty(order.size)
-        found[order] = lu.U.diagonal()[lu.perm_c]
-        return found
+        in_matrix_order = np.empty(order.size)
+        in_matrix_order[order] = lu.U.diagonal()[lu.perm_c]
+        return in_matrix_order
 
     def image(k: int) -> np.ndarray:
-        at = int(lu.perm_c[np.flatnonzero(order == k)[0]])
-        column, right = lu.L[:, [at]].tocoo(), np.zeros(order.size)
-        right[column.row] = lu.U[at, at] * column.data
-        found = np.empty(order.size)
-        found[order] = right[lu.perm_r]
-        return found
+        position = int(lu.perm_c[np.flatnonzero(order == k)[0]])
+        column = lu.L[:, [position]].tocoo()
+        in_factor_order = np.zeros(order.size)
+        in_factor_order[column.row] = lu.U[position, position] * column.data
+        in_matrix_order = np.empty(order.size)
+        in_matrix_order[order] = in_factor_order[lu.perm_r]
+        return in_matrix_order
 
     return _Parts(solve, pivots, image)
 
 
 class SparseFactor:
-    """L D L^T of a symmetric matrix plus a shift, without row exchanges.
+    """The factorization L D L^T of a symmetric matrix plus a shift, without row exchanges.
 
     Args:
-      matrix: symmetric, (m, m).
-      shift: s in A + s I; or (m,) of a diagonal.
-      order: of the rows, from :func:`dissection` of this matrix or of one much like it, for a large
-        matrix; None for a small one.
+      matrix: A, symmetric, (m, m).
+      shift: s in A + s I, a number; or (m,) the diagonal to add.
+      order: order of the rows, from :func:`dissection` of this matrix or a similar one, for a large
+        matrix; None for a small one, which is ordered by minimum degree.
 
     Raises:
       RuntimeError: a pivot is zero.
@@ -193,47 +216,50 @@ class SparseFactor:
 
     @property
     def negative(self) -> int | None:
-        """Number of negative pivots: by Sylvester's law of inertia that of eigenvalues of A below
-        -s; None where the pivots are not known.
+        """Number of eigenvalues of A below -s; None where the pivots are not known.
+
+        By Sylvester's law of inertia it is the number of negative pivots.
         """
         return None if self._pivots is None else int(np.sum(self._pivots < 0))
 
     def negatives(self, parts: int) -> np.ndarray:
-        """The same of each of the equal diagonal blocks that A is made of, (parts,); -1 where they
-        tell nothing.
+        """Count the eigenvalues below -s of each of the ``parts`` equal diagonal blocks of A.
+
+        Returns:
+          (parts,) numbers, -1 where the pivots are not known.
         """
         if self._pivots is None:
             return np.full(parts, -1)
         return np.sum(self._pivots.reshape(parts, -1) < 0, axis=1)
 
     def negative_direction(self) -> np.ndarray | None:
-        """v with v^T (A + s I) v the most negative pivot; None where none is negative, or pivots
-        tell nothing.
+        """Compute a vector v for which v^T (A + s I) v is the most negative pivot.
+
+        None where no pivot is negative, or the pivots are not known.
         """
         if self._pivots is None or not self.negative:
             return None
-        # L D L^T v = L D e, so that v = L^-T e and v^T L D L^T v is the pivot
+        # It solves L D L^T v = L D e, so that v = L^-T e, and v^T L D L^T v is the pivot.
         return self._parts.solve(self._parts.image(int(np.argmin(self._pivots))))
 
     def apply(self, b: np.ndarray) -> np.ndarray:
-        """(A + s I)^-1 b, (m,) or (m, k)."""
+        """Compute (A + s I)^-1 b for b of shape (m,) or (m, k)."""
         if b.ndim == 1:
             return self._parts.solve(b)
         columns = np.empty(b.shape, order="F")
 
-        def solve(some: range) -> None:
-            for k in (
-                some
-            ):  # SuperLU takes ten times as long for many at once as for one after the other
+        def solve(indices: range) -> None:
+            # One column after the other: SuperLU takes ten times as long for many at once.
+            for k in indices:
                 columns[:, k] = self._parts.solve(np.ascontiguousarray(b[:, k]))
 
-        count, cores = b.shape[1], os.cpu_count() or 1
+        count = b.shape[1]
+        cores = os.cpu_count() or 1
         if count < MANY:
             solve(range(count))
         else:
-            with ThreadPoolExecutor(
-                cores
-            ) as pool:  # both libraries let go of Python while they solve
+            # Both libraries release Python's lock while they solve.
+            with ThreadPoolExecutor(cores) as pool:
                 list(pool.map(solve, [range(k, count, cores) for k in range(cores)]))
         return columns
 
@@ -246,42 +272,50 @@ def solve_on_range(
     rtol: float = 1e-15,
     parts: int = 1,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A x = b by refinement with a factor of A + s I: ``(x, |b - A x| / |b|, rounds)``, x on the
-    range of P as b is.
+    """Solve A x = b by iterative refinement with a factor of A + s I, on the range of P.
 
-    Each round leaves s / (lambda + s) of the error along a mode of stiffness lambda; what the
-    factor makes of round-off along a null direction is projected out. A column stops where a round
-    gains less than half.
+    Each round reduces the error along a mode of stiffness lambda by the factor s / (lambda + s).
+    The projector P removes what the factor makes of round-off along a null direction. The
+    refinement of a right-hand side ends where a round gains less than half.
 
     Args:
-      b: (m, k), k right-hand sides.
-      parts: equal diagonal blocks that A is made of. Each part of each right-hand side has its own
-        residual and number of rounds, (parts, k).
+      matrix: A, sparse, (m, m).
+      factor: of A + s I.
+      project: the projector P off the null space of A, on columns.
+      b: (m, k), k right-hand sides in the range of P.
+      rtol: relative residual at which to stop.
+      parts: number of equal diagonal blocks of A. Each block of each right-hand side has its own
+        residual and number of rounds.
+
+    Returns:
+      x (m, k); the relative residuals |b - A x| / |b| (parts, k); the number of rounds (parts, k).
     """
 
-    def sizes(columns: np.ndarray) -> np.ndarray:
+    def norms(columns: np.ndarray) -> np.ndarray:
         return np.asarray(np.linalg.norm(columns.reshape(parts, -1, columns.shape[1]), axis=1))
 
-    def where(found: np.ndarray, columns: np.ndarray, others: np.ndarray) -> np.ndarray:
-        return np.where(np.repeat(found, len(columns) // parts, axis=0), columns, others)
+    def where(mask: np.ndarray, columns: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """Select by a mask (parts, k)."""
+        return np.where(np.repeat(mask, len(columns) // parts, axis=0), columns, others)
 
-    size = sizes(b)
-    x, left, best = np.zeros_like(b), b, np.where(np.isfinite(size), 1.0, np.inf)
+    size = norms(b)
+    x = np.zeros_like(b)
+    residual = b
+    best = np.where(np.isfinite(size), 1.0, np.inf)
     best = np.where(size == 0.0, 0.0, best)
     going = np.isfinite(size) & (size > 0.0)
     rounds = np.zeros(size.shape, np.int32)
     while going.any() and rounds.max() < ROUNDS:
         rounds += going
-        some = going.any(axis=0)
-        trial, rest = x.copy(), left.copy()
-        trial[:, some] += project(factor.apply(left[:, some]))
-        rest[:, some] = b[:, some] - project(matrix @ trial[:, some])
-        now = sizes(rest) / np.where(size > 0.0, size, 1.0)
-        better = going & (now < best)
-        going = better & (now < 0.5 * best) & (now > rtol)
-        x, left, best = (
-            where(better, trial, x),
-            where(better, rest, left),
-            np.where(better, now, best),
-        )
+        active = going.any(axis=0)  # columns with a block that is not done
+        x_new = x.copy()
+        residual_new = residual.copy()
+        x_new[:, active] += project(factor.apply(residual[:, active]))
+        residual_new[:, active] = b[:, active] - project(matrix @ x_new[:, active])
+        relative = norms(residual_new) / np.where(size > 0.0, size, 1.0)
+        better = going & (relative < best)
+        going = better & (relative < 0.5 * best) & (relative > rtol)
+        x = where(better, x_new, x)
+        residual = where(better, residual_new, residual)
+        best = np.where(better, relative, best)
     return x, best, rounds

@@ -1,8 +1,11 @@
-"""Whether a sensitivity can be trusted: is the minimum one, is it stable, how wrong can its
-derivative be, how far does it reach.
+"""Whether a sensitivity can be trusted.
 
-Every figure is computed at the minimum as it is. The bounds of the error are estimates: the
-constants in them hold along the way to the true minimum, and are taken where it starts.
+A certificate tells whether a configuration is a minimum, whether it is stable, how large the error
+of its derivative can be, and over which range of the parameters the derivative is valid.
+
+Every figure is computed at the point where the relaxation ended. So the bounds of the error are
+estimates: their constants should bound derivatives all along the way to the true minimum, and are
+evaluated at its start.
 """
 
 from mdsens.sensitivity.certificate.certification import certify

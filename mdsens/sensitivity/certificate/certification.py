@@ -1,6 +1,4 @@
-"""Is the minimum one, or the saddle, is it stable, and what is in doubt: the examination behind a
-certificate.
-"""
+"""The examination of a configuration: whether it is a minimum or saddle, and what is in doubt."""
 
 from __future__ import annotations
 
@@ -13,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens._util.errors import ConvergenceError, InputError
+from mdsens._util.probe import chirp
 from mdsens._util.validation import short
 from mdsens.implicit.linear.eigen import Spectrum
 from mdsens.mechanics import lagrangian
@@ -27,7 +26,12 @@ from mdsens.mechanics.strain import basis
 from mdsens.mechanics.units import doubtful_stiffness, natural_units, round_off
 from mdsens.model.system import System
 from mdsens.relaxation.equilibrium import Equilibrium
-from mdsens.sensitivity._derivative_solve import STRAIN, solve_derivative
+from mdsens.sensitivity._derivative_solve import (
+    ASIDE,
+    DOUBLE_PRECISION_EPS,
+    STRAIN,
+    solve_derivative,
+)
 from mdsens.sensitivity.certificate.derivative_error import ESTIMATE, derivative
 from mdsens.sensitivity.certificate.parts import CellState, ConstraintState, StrainState
 from mdsens.sensitivity.certificate.record import Certificate, count
@@ -38,20 +42,28 @@ from mdsens.sensitivity.linearization import Linearization, full_tangent, linear
 __all__ = ["certify"]
 
 Params = Mapping[str, Any]
-RESOLVED = 10.0  # of round-off: motion below it is not resolved
-INACCURATE = 0.1  # of the derivative: where its error is larger, no digit is known
+# Displacements that positions resolve, in units of their round-off.
+RESOLVED = 10.0
+# Relative error of a derivative above which no digit of it is known.
+INACCURATE = 0.1
 
 
-def _in_doubt(space: Space, step: Unknowns) -> tuple[int, float]:
-    """How many pairs cross a breakpoint along the Newton step, or hold a particle that counts as a
-    rattler; and how many such steps it takes until the first one crosses.
+def _contacts_in_doubt(space: Space, step: Unknowns) -> tuple[int, float]:
+    """Contact changes on the way to the minimum: ``(pairs in doubt, steps to the first change)``.
+
+    Pairs are in doubt where they cross a breakpoint along the Newton step, or hold a particle that
+    counts as a rattler. The second number is how many such steps it takes until the first pair
+    crosses a breakpoint.
     """
-    eq, net = space.lin.equilibrium, space.lin.network
-    none = {name: jnp.zeros_like(value) for name, value in space.lin.params.items()}
-    times = np.asarray(space.crossings(step, none).times)
+    eq = space.lin.equilibrium
+    net = space.lin.network
+    no_change = {name: jnp.zeros_like(value) for name, value in space.lin.params.items()}
+    times = np.asarray(space.crossings(step, no_change).times)
     ahead = times[times >= 0]
     crossed = int(np.sum(ahead <= 1.0))
     if eq.system.potential.repulsive:
+        # At the force left, weak contacts may not count, so that a particle appears as a rattler.
+        # The network at the round-off of the forces shows whether it is one.
         _, finest, _ = analyze_rigidity(
             eq.system, jnp.minimum(eq.max_force, round_off(eq.system)), eq.contacts_needed
         )
@@ -59,11 +71,18 @@ def _in_doubt(space: Space, step: Unknowns) -> tuple[int, float]:
     return crossed, float(np.min(ahead, initial=np.inf))
 
 
-def _touched(
-    observable: Callable[[System], Any], lin: Linearization, project: Any
+def _parts_without_derivative(
+    observable: Callable[[System], Any],
+    lin: Linearization,
+    project: Callable[[np.ndarray], np.ndarray],
 ) -> dict[str, float]:
-    """Shares of the observable's gradient by positions on rattlers and on rigid motions."""
-    system, of_system = lin.equilibrium.system, observed(observable)
+    """Shares of the observable's gradient by positions on rattlers and on rigid motions.
+
+    Args:
+      project: removes rigid motions from a vector of all coordinates.
+    """
+    system = lin.equilibrium.system
+    of_system = observed(observable)
 
     def observe(R: jax.Array) -> jax.Array:
         return of_system(system.replace(positions=R))
@@ -71,102 +90,109 @@ def _touched(
     value, pull = jax.vjp(observe, system.positions)
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise InputError(f"the observable returns {value.dtype}: return floating-point numbers.")
-    # of an array the sum of its components would let them cancel
-    weights = jnp.cos(jnp.arange(value.size, dtype=value.dtype) ** 2).reshape(value.shape)
+    # Of an array, the derivative of a weighted sum: in the plain sum components could cancel.
+    weights = chirp(value.shape, value.dtype)
     slope = np.asarray(pull(weights)[0])
-    loose = np.asarray(lin.network.rattlers)
-    # at a minimum the energy's is round-off of what it is a little beside
-    aside = (
-        1e-3
-        * natural_units(system)[0]
-        * jnp.cos(jnp.arange(slope.size, dtype=slope.dtype) ** 2).reshape(slope.shape)
-    )
-    _, pull = jax.vjp(observe, system.positions + aside)
-    whole = (
-        max(float(np.linalg.norm(slope)), float(np.linalg.norm(np.asarray(pull(weights)[0]))))
-        or 1.0
-    )
-    held = np.where(loose[:, None], 0.0, slope)
-    rigid = float(np.linalg.norm(held.ravel() - project(held.ravel()))) / whole
-    return {"rattlers": float(np.linalg.norm(slope[loose])) / whole, "rigid motions": rigid}
+    rattlers = np.asarray(lin.network.rattlers)
+    # The gradient of the energy is round-off at a minimum. So shares are relative to the gradient
+    # a little beside the minimum where that is larger.
+    displacement = ASIDE * natural_units(system)[0] * chirp(slope.shape, slope.dtype)
+    _, pull = jax.vjp(observe, system.positions + displacement)
+    norm_here = float(np.linalg.norm(slope))
+    norm_beside = float(np.linalg.norm(np.asarray(pull(weights)[0])))
+    scale = max(norm_here, norm_beside) or 1.0
+    on_backbone = np.where(rattlers[:, None], 0.0, slope).ravel()
+    rigid = float(np.linalg.norm(on_backbone - project(on_backbone))) / scale
+    return {"rattlers": float(np.linalg.norm(slope[rattlers])) / scale, "rigid motions": rigid}
 
 
-def _cell(lin: Linearization, step: Unknowns) -> CellState:
-    """What is known of the cell of a minimum at a pressure."""
-    cell, volume, d = lin.cell, float(lin.system.volume), lin.system.dimension
+def _examine_cell(lin: Linearization, step: Unknowns) -> CellState:
+    """The state of the cell of a minimum at a pressure; ``step`` is the Newton step."""
+    cell = lin.cell
+    volume = float(lin.system.volume)
+    d = lin.system.dimension
     assert cell is not None and step.strain is not None
     along = np.asarray(cell.along, float)
-    left = np.tensordot(
-        np.asarray(cell.slope, float) / volume, along, axes=1
-    )  # stress + P, as far as the cell is free
-    shear = left - np.trace(left) / d * np.eye(d)
-    matrix = np.asarray(cell.stiffness, float) / volume
-    finite = bool(np.isfinite(matrix).all())
+    # stress + P, in the space of the strains that the cell can take
+    stress_left = np.tensordot(np.asarray(cell.slope, float) / volume, along, axes=1)
+    shear_left = stress_left - np.trace(stress_left) / d * np.eye(d)
+    stiffness = np.asarray(cell.stiffness, float) / volume
+    finite = bool(np.isfinite(stiffness).all())
+    shape_is_free = len(along) > 1
     return CellState(
-        float(cell.pressure),
-        len(along) > 1,
-        -float(np.trace(left)) / d,
-        float(np.linalg.norm(shear, 2)) if len(along) > 1 and finite else np.nan,
-        np.linalg.eigvalsh(matrix) if finite else np.full(len(along), np.nan),
-        Status(int(cell.status)).good,
-        float(np.linalg.norm(np.asarray(step.strain))),
+        pressure=float(cell.pressure),
+        shape=shape_is_free,
+        pressure_left=-float(np.trace(stress_left)) / d,
+        shear_left=float(np.linalg.norm(shear_left, 2)) if shape_is_free and finite else np.nan,
+        stiffness=np.linalg.eigvalsh(stiffness) if finite else np.full(len(along), np.nan),
+        stable=Status(int(cell.status)).good,
+        strain=float(np.linalg.norm(np.asarray(step.strain))),
     )
 
 
-def _strain(lin: Linearization) -> StrainState:
-    """How stiff a stable minimum is against strains, d (d + 1) / 2 solves, and what that makes of
-    it.
-    """
+def _examine_strain(lin: Linearization) -> StrainState:
+    """Stiffness of a stable minimum against strain, from d (d + 1) / 2 solves, and its status."""
     system = lin.system
-    strained = solve_derivative(
-        STRAIN, lin, jnp.asarray(basis(system.dimension), system.positions.dtype), many=True
-    )
+    strains = jnp.asarray(basis(system.dimension), system.positions.dtype)
+    strained = solve_derivative(STRAIN, lin, strains, many=True)
     worst = Status.worst_of(strained.stats.status)
     if not worst.good:
-        return StrainState(np.nan, np.nan, np.nan, worst)
-    found = solid(
+        return StrainState(bulk=np.nan, shear=np.nan, smallest=np.nan, status=worst)
+    stiffness = solid(
         system, strained.value, lin.equilibrium.max_force, jnp.max(strained.stats.residual)
     )
-    seen = cleared(birch(found.tensor, found.stress), found.round_off)
-    bulk, shear, *_ = (float(x) for x in isotropic_part(seen, found.round_off))
-    return StrainState(bulk, shear, float(softest_strain(seen)), Status(int(found.status)))
+    birch_tensor = cleared(birch(stiffness.tensor, stiffness.stress), stiffness.round_off)
+    bulk, shear, *_ = (float(x) for x in isotropic_part(birch_tensor, stiffness.round_off))
+    return StrainState(
+        bulk=bulk,
+        shear=shear,
+        smallest=float(softest_strain(birch_tensor)),
+        status=Status(int(stiffness.status)),
+    )
 
 
-def _off_motions(lin: Linearization, stiffness: Any) -> Callable[[np.ndarray], np.ndarray]:
-    """The projection off rigid motions; what constraints hold is no motion."""
+def _projection_off_motions(
+    lin: Linearization, factor: HessianFactor
+) -> Callable[[np.ndarray], np.ndarray]:
+    """The projection that removes rigid motions.
+
+    Motions that constraints prevent are no rigid motions.
+    """
     if not lin.constrained:
-        return stiffness.project
-    rows = np.asarray(lin.null.motions)
-    rows = rows.reshape(len(rows), lin.system.positions.size)
-    return lambda v: v - rows.T @ (rows @ v)
+        return factor.project
+    motions = np.asarray(lin.null.motions)
+    motions = motions.reshape(len(motions), lin.system.positions.size)
+    return lambda v: v - motions.T @ (motions @ v)
 
 
-def _constraints(lin: Linearization, stiffness: KKT) -> ConstraintState:
-    """What is known of the constraints of a minimum."""
-    eq, mask = lin.equilibrium, lin.null.active_set
+def _examine_constraints(lin: Linearization, factor: KKT) -> ConstraintState:
+    """The state of the constraints of a minimum."""
+    eq = lin.equilibrium
+    mask = lin.null.active_set
     assert mask is not None
-    stuck = np.asarray(lagrangian.pinned(eq.system))
-    held = int(np.sum(np.asarray(mask.positions))) + sum(
+    pinned = int(np.asarray(lagrangian.pinned(eq.system)).sum())
+    constrained = int(np.sum(np.asarray(mask.positions))) + sum(
         int(np.sum(v)) for v in jax.tree.leaves(mask.params)
     )
-    g = jax.tree.leaves(_violations(eq.system))
+    g = jax.tree.leaves(_values_of_equations(eq.system))
     largest = {
         name: float(np.max(np.abs(np.asarray(v)), initial=0.0))
         for name, v in eq.multipliers.items()
     }
     return ConstraintState(
-        int(stuck.sum()),
-        held - int(stuck.sum()),
-        sum(int(np.size(v)) for v in g),
-        stiffness.redundant,
-        about_to_switch(eq.system, eq.multipliers, lin.null, float(eq.max_force)),
-        max((float(np.max(np.abs(np.asarray(v)), initial=0.0)) for v in g), default=0.0),
-        largest,
+        pinned=pinned,
+        bound=constrained - pinned,
+        equations=sum(int(np.size(v)) for v in g),
+        redundant=factor.redundant,
+        switching=about_to_switch(eq.system, eq.multipliers, lin.null, float(eq.max_force)),
+        violation=max((float(np.max(np.abs(np.asarray(v)), initial=0.0)) for v in g), default=0.0),
+        largest=largest,
     )
 
 
 @jax.jit
-def _violations(system: System) -> dict[str, jax.Array]:
+def _values_of_equations(system: System) -> dict[str, jax.Array]:
+    """The values g of the equations, zero where they hold."""
     return lagrangian.equations(system, system.positions, system.params)
 
 
@@ -178,33 +204,33 @@ def certify(
     observable: Callable[[System], Any] | None = None,
     throw: bool = False,
 ) -> Certificate:
-    """Examine a minimum, and along ``dparams`` the derivative that ``jvp`` gives there.
+    """Examine a minimum, and the derivative that ``jvp`` computes there along ``dparams``.
 
-    At a pressure the unknowns are positions and cell: the minimum is one of the enthalpy, the step
-    to it and the response move the cell too, and the ``cell`` of the certificate tells its stress
-    and its stiffness.
+    At a pressure the unknowns are positions and cell: the minimum is a minimum of the enthalpy, the
+    Newton step to it and the response change the cell too, and the certificate's ``cell`` gives its
+    stress and its stiffness.
 
-    At a saddle of order k exactly k modes of negative stiffness are right, and the smallest
-    stiffness that stands in the estimates is the smallest in size.
+    A saddle of order k must have exactly k modes of negative stiffness. The estimates use the
+    smallest stiffness in absolute value.
 
-    A minimum in a cell is held by it against every strain that it is not free to take. Where the
-    configuration would not keep its shape, or its size, without that, the certificate says so by
-    its stiffness against strain (:func:`mdsens.mechanics.stability.verdict`): UNSTABLE where a
-    modulus is negative; SHAPE_HELD, a warning, where only some strain lowers the enthalpy.
-    Derivatives in the cell hold either way.
+    The cell prevents every strain that it is not free to take. Where the configuration would not
+    keep its shape or its size without the cell, the certificate says so by its stiffness against
+    strain (:func:`mdsens.mechanics.stability.verdict`): UNSTABLE where a modulus is negative;
+    SHAPE_HELD, a warning, where the moduli are positive and yet some strain lowers the enthalpy.
+    Derivatives in the cell are valid in both cases.
 
-    It costs an eigenvalue and a few linear solves on one factor of the Hessian, d (d + 1) / 2 of
-    them for the strains: about a tenth of the relaxation.
+    The cost is that of an eigenvalue and a few linear solves with one factor of the Hessian,
+    d (d + 1) / 2 of them for the strains: about a tenth of the relaxation.
 
     Args:
       eq: from ``minimize`` or ``linearize``; not a batch. An unconverged minimum is examined too.
-      dparams: the direction, as in ``jvp``, at a pressure also of the ``"pressure"``; without it
-        there is nothing about a derivative.
-      modes: how many of the lowest modes to find.
-      observable: a function of a System, as in ``gradient``: the parts of it that have no
-        derivative are reported.
-      throw: raise :class:`ConvergenceError` where the status is not good; the certificate is its
-        ``result``.
+      dparams: the direction, as in ``jvp``; at a pressure it may contain ``"pressure"``. Without it
+        no derivative is examined.
+      modes: number of the lowest modes to compute.
+      observable: a function of a System, as in ``gradient``: the parts of its gradient for which
+        there is no derivative are reported.
+      throw: raise :class:`ConvergenceError` where the status is not good; the error's ``result`` is
+        the certificate.
 
     Returns:
       a :class:`Certificate`.
@@ -220,108 +246,148 @@ def certify(
     if not isinstance(modes, int) or isinstance(modes, bool) or modes < 1:
         raise InputError(f"modes is {short(modes)}: give a whole number from 1.")
     lin = eq if isinstance(eq, Linearization) else linearize(eq, throw=False)
-    minimum, net, null = lin.equilibrium, lin.network, lin.null
+    minimum = lin.equilibrium
+    net = lin.network
+    null = lin.null
     system = minimum.system
-    loose = np.asarray(net.rattlers)
-    stiffness: Any = (
-        HessianFactor(lin.system, null, minimum.order) if lin.factor is None else lin.factor
-    )
+    rattlers = np.asarray(net.rattlers)
+    factor: Any = lin.factor
+    if factor is None:
+        factor = HessianFactor(lin.system, null, minimum.order)
     finite = bool(np.isfinite(np.asarray(system.positions)).all())
     free, translations, rotations = null.dimensions(system.dimension) if finite else (0, 0, 0)
-    if finite and not loose.all():
-        spectrum = stiffness.lowest(
+    if finite and not rattlers.all():
+        # at a saddle of order k, the lowest k modes and the softest positive one
+        spectrum = factor.lowest(
             max(modes, minimum.order + 1),
             doubtful_stiffness(minimum.max_force, natural_units(system)[0]),
         )
     else:
-        nothing = np.zeros(0), np.zeros((system.positions.size, 0)), np.zeros(0)
-        spectrum = Spectrum(*nothing, 0.0, 0, 0, 0, 0.0, True, "none")
-    lowest = float(spectrum.values[0]) if spectrum.values.size else np.nan
-    space = Space(lin, stiffness)
+        spectrum = _empty_spectrum(system.positions.size)
+    has_modes = bool(spectrum.values.size)
+    space = Space(lin, factor)
     forces = space.forces()
-    total, soft = space.strength(forces), 0.0
-    if spectrum.values.size and spectrum.settled and spectrum.negative == minimum.order:
-        soft = space.least(float(np.abs(spectrum.values).min()))
-    step, along, doubt = space.still, None, (0, np.inf)
-    if spectrum.values.size:
+    residual_force = space.strength(forces)
+    # stays zero where it is not known to be positive, so that no estimate uses it
+    smallest_stiffness = 0.0
+    if has_modes and spectrum.settled and spectrum.negative == minimum.order:
+        smallest_stiffness = space.least(float(np.abs(spectrum.values).min()))
+    step = space.still
+    if has_modes:
         step, _, _ = space.solve(forces, ESTIMATE)
+    crossed_to_minimum, steps_to_crossing = 0, np.inf
     if finite:
-        doubt = _in_doubt(space, step)
+        crossed_to_minimum, steps_to_crossing = _contacts_in_doubt(space, step)
+    derivative_certificate = None
     if dparams is not None:
-        full_tangent(system, dparams, lin.params)
-        if spectrum.values.size:
-            along = derivative(space, dparams, step, soft)
-    mean, largest = float(net.mean_force), float(minimum.max_force)
-    made = Certificate(
-        Status.CONVERGED,
-        (),
-        largest,
-        largest / mean if mean > 0 and system.potential.repulsive else np.nan,
-        mean,
-        total / soft if soft > 0 else np.inf,
-        space.size(step) if spectrum.values.size else np.nan,
-        lowest,
-        spectrum.largest,
-        spectrum,
-        participation(spectrum.vectors[: system.positions.size], system.dimension),
-        spectrum.negative,
-        spectrum.zero,
-        spectrum.hidden,
-        free + translations + rotations + spectrum.zero,
-        translations,
-        rotations,
-        loose,
-        *doubt,
-        along,
-        None if observable is None else _touched(observable, lin, _off_motions(lin, stiffness)),
-        str(system.positions.dtype),
-        None if lin.cell is None else _cell(lin, step),
-        minimum.order,
-        None if not lin.constrained else _constraints(lin, stiffness),
-        _strain(lin) if _strainable(lin, spectrum) else None,
+        full_tangent(system, dparams, lin.params)  # checks the names and shapes
+        if has_modes:
+            derivative_certificate = derivative(space, dparams, step, smallest_stiffness)
+    mean_force = float(net.mean_force)
+    max_force = float(minimum.max_force)
+    relative_force = np.nan
+    if mean_force > 0 and system.potential.repulsive:
+        relative_force = max_force / mean_force
+    parts_without_derivative = None
+    if observable is not None:
+        project = _projection_off_motions(lin, factor)
+        parts_without_derivative = _parts_without_derivative(observable, lin, project)
+    examined = Certificate(
+        # of the findings, which are known below
+        status=Status.CONVERGED,
+        findings=(),
+        max_force=max_force,
+        relative_force=relative_force,
+        mean_force=mean_force,
+        distance=residual_force / smallest_stiffness if smallest_stiffness > 0 else np.inf,
+        newton_step_norm=space.size(step) if has_modes else np.nan,
+        stiffness_min=float(spectrum.values[0]) if has_modes else np.nan,
+        stiffness_max=spectrum.largest,
+        spectrum=spectrum,
+        # under constraints the modes have components of relaxed parameters after the positions
+        participation=participation(spectrum.vectors[: system.positions.size], system.dimension),
+        negative_modes=spectrum.negative,
+        floppy_modes=spectrum.zero,
+        unsettled_modes=spectrum.hidden,
+        zero_modes=free + translations + rotations + spectrum.zero,
+        translations=translations,
+        rotations=rotations,
+        rattlers=rattlers,
+        crossed_to_minimum=crossed_to_minimum,
+        steps_to_crossing=steps_to_crossing,
+        derivative=derivative_certificate,
+        observable=parts_without_derivative,
+        precision=str(system.positions.dtype),
+        cell=None if lin.cell is None else _examine_cell(lin, step),
+        order=minimum.order,
+        constraints=_examine_constraints(lin, factor) if lin.constrained else None,
+        strain=_examine_strain(lin) if _is_strain_examined(lin, spectrum) else None,
     )
-    findings = _findings(made, lin)
+    findings = _findings(examined, lin)
     status = findings[0][0] if findings else Status.CONVERGED
-    certificate = dataclasses.replace(made, status=status, findings=tuple(findings))
+    certificate = dataclasses.replace(examined, status=status, findings=tuple(findings))
     if throw and not status.good:
         raise ConvergenceError(f"certify: {findings[0][1]}.", status, certificate)
     return certificate
 
 
-def _strainable(lin: Linearization, spectrum: Spectrum) -> bool:
-    """Whether it is a stable minimum in a cell that takes some strain, which S does not tell of
-    already.
+def _empty_spectrum(size: int) -> Spectrum:
+    """The spectrum of a minimum where nothing can move, or whose positions are not finite."""
+    return Spectrum(
+        values=np.zeros(0),
+        vectors=np.zeros((size, 0)),
+        residuals=np.zeros(0),
+        largest=0.0,
+        negative=0,
+        zero=0,
+        hidden=0,
+        floor=0.0,
+        counted=True,
+        method="none",
+    )
+
+
+def _is_strain_examined(lin: Linearization, spectrum: Spectrum) -> bool:
+    """Whether the stiffness against strain is examined.
+
+    It is for a stable minimum whose cell prevents some strain. Where the cell is free to take all
+    strains, the stiffness S of the cell already contains the answer.
     """
-    eq, most = lin.equilibrium, len(basis(lin.system.dimension))
-    taken = (
+    eq = lin.equilibrium
+    all_strains = len(basis(lin.system.dimension))
+    prevents_strain = (
         not lin.constrained
         and eq.system.box is not None
-        and (lin.cell is None or len(lin.cell.along) < most)
+        and (lin.cell is None or len(lin.cell.along) < all_strains)
     )
-    rigid = spectrum.values.size and spectrum.settled and not (spectrum.negative or eq.order)
-    return bool(taken and rigid and Status(int(eq.status)).good and not bool(lin.network.unjammed))
+    stable = spectrum.values.size and spectrum.settled and not (spectrum.negative or eq.order)
+    converged = Status(int(eq.status)).good
+    return bool(prevents_strain and stable and converged and not bool(lin.network.unjammed))
 
 
 def _findings(c: Certificate, lin: Linearization) -> list[tuple[Status, str]]:
-    """Everything that is not as it should be, gravest first, with its figures."""
-    found: list[tuple[Status, str]] = []
+    """All that is not as it should be, gravest first: statuses with sentences and figures."""
+    findings: list[tuple[Status, str]] = []
 
     def add(status: Status, figures: str = "") -> None:
-        found.append((status, f"{status.sentence}{f' ({figures})' if figures else ''}"))
+        findings.append((status, f"{status.sentence}{f' ({figures})' if figures else ''}"))
 
-    system, d = lin.equilibrium.system, c.derivative
-    before = Status(int(lin.equilibrium.status))
-    if not before.good:
-        add(before, f"max_force {c.max_force:.1e}")
+    system = lin.equilibrium.system
+    d = c.derivative
+    status_of_relaxation = Status(int(lin.equilibrium.status))
+    if not status_of_relaxation.good:
+        add(status_of_relaxation, f"max_force {c.max_force:.1e}")
     if bool(lin.network.unjammed) and not c.crossed_to_minimum:
-        every = f"{c.rattlers.size} of {c.rattlers.size} particles are held by nothing"
-        add(Status.UNJAMMED, every if np.all(c.rattlers) else "no rigid body is held by another")
+        figures = "no rigid body is supported by contacts"
+        if np.all(c.rattlers):
+            figures = f"{c.rattlers.size} of {c.rattlers.size} particles are rattlers"
+        add(Status.UNJAMMED, figures)
     if not np.isfinite(c.spectrum.values).all():
         add(Status.NOT_FINITE, "the Hessian")
     elif bool(lin.network.touching):
         add(
             Status.CONTACTS_UNSETTLED,
-            "some particles touch without a force: no stiffness is known to be of one sign",
+            "some particles touch without a force: the sign of no stiffness is known",
         )
     elif c.negative_modes != c.order:
         add(
@@ -338,9 +404,12 @@ def _findings(c: Certificate, lin: Linearization) -> list[tuple[Status, str]]:
     if constraints is not None and constraints.switching:
         add(Status.DEGENERATE_CONSTRAINT, count(constraints.switching, "coordinate"))
     floppy = lin.cell is not None and int(lin.cell.status) == Status.FLOPPY
+    # ``not ... > 0`` rather than ``<= 0``: a stiffness that is NaN counts as well
     if c.cell is not None and not c.cell.stable and (floppy or not c.cell.stiffness_min > 0):
-        code = Status.FLOPPY if floppy else Status.INDEFINITE
-        add(code, f"of the cell at this pressure, whose stiffness is {c.cell.stiffness_min:.3g}")
+        add(
+            Status.FLOPPY if floppy else Status.INDEFINITE,
+            f"of the cell at this pressure, whose stiffness is {c.cell.stiffness_min:.3g}",
+        )
     if c.floppy_modes:
         add(Status.FLOPPY, count(c.floppy_modes, "floppy mode"))
     if c.unsettled_modes:
@@ -349,16 +418,18 @@ def _findings(c: Certificate, lin: Linearization) -> list[tuple[Status, str]]:
             f"{count(c.unsettled_modes, 'mode')} below {c.spectrum.floor:.0e}, max_force"
             f" {c.max_force:.1e}",
         )
-    if c.crossed_to_minimum and before.good and not lin.network.touching:
+    # already reported above where particles touch without a force
+    if c.crossed_to_minimum and status_of_relaxation.good and not lin.network.touching:
         add(
             Status.CONTACTS_UNSETTLED,
             f"{count(c.crossed_to_minimum, 'pair')} in doubt, max_force {c.max_force:.1e}",
         )
-    s = c.strain
-    if s is not None and s.status is Status.UNSTABLE:
+    strain = c.strain
+    if strain is not None and strain.status is Status.UNSTABLE:
         add(
-            s.status,
-            f"bulk modulus {s.bulk:.3g}, shear modulus {s.shear:.3g} in Birch's convention",
+            strain.status,
+            f"bulk modulus {strain.bulk:.3g}, shear modulus {strain.shear:.3g} in Birch's"
+            " convention",
         )
     if d is not None and not d.status.good:
         add(d.status, f"residual {d.residual:.1e}")
@@ -367,26 +438,26 @@ def _findings(c: Certificate, lin: Linearization) -> list[tuple[Status, str]]:
     eps = float(np.finfo(system.positions.dtype).eps)
     if d is not None and not d.vanishes:
         resolution = eps * float(np.abs(np.asarray(system.positions)).max())
-        if (
-            np.isfinite(d.radius)
-            and d.radius * float(np.abs(d.positions).max()) < RESOLVED * resolution
-        ):
+        motion_in_radius = d.radius * float(np.abs(d.positions).max())
+        if np.isfinite(d.radius) and motion_in_radius < RESOLVED * resolution:
             add(Status.RADIUS_BELOW_ROUND_OFF, f"radius {d.radius:.1e}")
-    if eps > 1e-10:
+    if eps > DOUBLE_PRECISION_EPS:
+        # relative error of a solve: round-off times the condition number
         softest = abs(c.stiffness_min) if c.order else c.stiffness_min
-        left = eps * c.stiffness_max / softest if softest > 0 else np.inf
-        add(Status.SINGLE_PRECISION, f"{left:.0e} here")
+        error = eps * c.stiffness_max / softest if softest > 0 else np.inf
+        add(Status.SINGLE_PRECISION, f"{error:.0e} here")
     if c.observable is not None and not np.isfinite(list(c.observable.values())).all():
         add(Status.NOT_FINITE, "the observable's gradient")
-    parts = (
-        []
-        if c.observable is None
-        else [f"{v:.1e} of it on {k}" for k, v in c.observable.items() if v > eps**0.5]
-    )
+    # shares below eps^(1/2), 1.5e-8 in double precision, are taken for round-off
+    parts = [
+        f"{share:.1e} of it on {name}"
+        for name, share in (c.observable or {}).items()
+        if share > eps**0.5
+    ]
     if parts:
         add(Status.NULL_COMPONENT_DROPPED, f"the observable's gradient: {', '.join(parts)}")
     if d is not None and d.on_rattlers > 0:
         add(Status.NULL_COMPONENT_DROPPED, f"{d.on_rattlers:.1e} of the direction is on rattlers")
-    if s is not None and s.status is Status.SHAPE_HELD:
-        add(s.status, f"the smallest eigenvalue of Birch's tensor is {s.smallest:.3g}")
-    return found
+    if strain is not None and strain.status is Status.SHAPE_HELD:
+        add(strain.status, f"the smallest eigenvalue of Birch's tensor is {strain.smallest:.3g}")
+    return findings

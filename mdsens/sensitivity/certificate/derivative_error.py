@@ -1,5 +1,9 @@
-"""How wrong the derivative along a direction can be, and how far it reaches: Newton step and second
-derivatives.
+"""Error and range of the derivative along a direction, from the Newton step and derivatives of F.
+
+F(x, p) is the condition that is zero at the minimum x*, H = dF/dx and B = dF/dp. The response J
+solves H J = - B dp. The error of J at the point x, where the relaxation ended, is estimated by its
+change along the Newton step from x to x*. The range is the distance along the direction at which
+the first pair crosses a breakpoint of the potential.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens._util.probe import chirp
 from mdsens.mechanics.hessian import Unknowns, along
 from mdsens.mechanics.units import natural_units
 from mdsens.model.system import System, pair_terms, parameters_of
@@ -22,148 +27,178 @@ from mdsens.sensitivity.linearization import Linearization, full_tangent
 __all__ = ["ESTIMATE", "derivative"]
 
 Params = Mapping[str, Any]
-ESTIMATE = 1e-4  # residual of what stands in an estimate
-NOTHING = 1e-6  # of the potential's length: less, while the parameters change by their own size, is no response
-POWER_STEPS = 30  # for the norm of dH: a few per cent, and it stands in an estimate
+# Relative residual of the solves whose solutions are parts of an estimate only.
+ESTIMATE = 1e-4
+# Largest motion that counts as no response, in units of the potential's length, while the
+# parameters change by their size.
+NOTHING = 1e-6
+# Steps of the power iteration for the norm of dH. They give it to a few per cent, enough for an
+# estimate.
+POWER_STEPS = 30
 
 
-def _spread(space: Space, unit: Motion) -> float:
-    """|dH|, how fast the Hessian changes along a unit direction, off the null space: by power
-    iteration.
+def _norm_of_hessian_change(space: Space, unit: Motion) -> float:
+    """|dH|, the norm of the derivative of the Hessian along a unit direction, off the null space.
+
+    By power iteration, from a chirp.
     """
-    start, size = space.still, 0.0
-    v = space.onward(
-        on_host(lambda leaf: np.cos(np.arange(leaf.size) ** 2.0).reshape(leaf.shape), start)
-    )
+    size = 0.0
+    v = space.onward(on_host(lambda leaf: chirp(leaf.shape, xp=np), space.still))
     for _ in range(POWER_STEPS):
         v = on_host(lambda leaf, by=space.size(v) or 1.0: (leaf / by).astype(leaf.dtype), v)
-        turned = space.second(unit, (v, unit[1]))
-        v, size = space.onward(turned), space.strength(turned)
+        product = space.second(unit, (v, unit[1]))
+        v = space.onward(product)
+        size = space.strength(product)
     return size
 
 
 @jax.jit
 def _third_diverges(system: System) -> jax.Array:
-    """Whether the potential's third derivative grows without bound as a pair nears a breakpoint from
-    within (Hertzian).
+    """Whether the third derivative of the potential diverges at a breakpoint, from the inside.
 
-    Told by its size at a thousandth, a millionth and a billionth of the length away.
+    It does for Hertzian contacts. It is evaluated at relative distances of 1e-3, 1e-6 and 1e-9 from
+    the breakpoint, and counts as divergent where it grows by more than a half from each to the
+    next.
     """
-    found = jnp.zeros((), bool)
+    diverges = jnp.zeros((), bool)
     for term in pair_terms(system):
         for b in term.lengths():
-
-            def third(away: float, term: PairTerm = term, b: jax.Array = b) -> jax.Array:
-                slope = term.energy
+            # the arguments with defaults bind the values of this turn of the loop
+            def third(distance: float, term: PairTerm = term, b: jax.Array = b) -> jax.Array:
+                derivative = term.energy
                 for _ in range(3):
-                    slope = jax.grad(lambda r, f=slope: jnp.sum(f(r)))
-                return jnp.abs(slope(jnp.where(term.mask, b * (1.0 - away), 1.0)))
+                    derivative = jax.grad(lambda r, f=derivative: jnp.sum(f(r)))
+                # masked pairs get a length of 1, where the potential is finite
+                return jnp.abs(derivative(jnp.where(term.mask, b * (1.0 - distance), 1.0)))
 
-            far, near, beside = third(1e-3), third(1e-6), third(1e-9)
-            found |= jnp.any(term.mask & (near > 1.5 * far) & (beside > 1.5 * near))
-    return found
+            far = third(1e-3)
+            near = third(1e-6)
+            nearest = third(1e-9)
+            diverges |= jnp.any(term.mask & (near > 1.5 * far) & (nearest > 1.5 * near))
+    return diverges
 
 
 def derivative(
     space: Space, dparams: Params, step: Unknowns, least: float
 ) -> DerivativeCertificate:
-    """What the certificate says of a direction.
+    """Examine the derivative along a direction.
 
     Args:
-      space: of the minimum's unknowns.
+      space: of the unknowns of the minimum.
       dparams: the direction.
       step: the Newton step.
       least: the smallest stiffness of all unknowns; 0 where it is not known to be positive.
     """
-    lin, system, loose = space.lin, space.lin.system, np.asarray(space.lin.network.rattlers)
+    lin = space.lin
+    system = lin.system
     tangent = full_tangent(system, dparams, lin.params)
-    still = {name: np.zeros_like(value) for name, value in tangent.items()}
-    pull = _mixed(space.core, tangent)
+    no_change = {name: np.zeros_like(value) for name, value in tangent.items()}
+
+    # the response J, and its norm; NaN makes ratios to a norm of zero NaN, without a warning
+    pull = _derivative_by_params(space.core, tangent)
     J, residual, status = space.response(tangent, pull)
-    norm, way = space.size(J), space.size(step)
+    norm = space.size(J)
+    norm_or_nan = norm or np.nan
     path = J, tangent
-    onward = on_host(lambda leaf: (leaf / (way or 1.0)).astype(leaf.dtype), step), still
-    dJ, _, _ = space.solve(_minus(space.second((step, still), path)), ESTIMATE)
-    J2, _, _ = space.solve(_minus(space.second(path, path)), ESTIMATE)
-    beta = space.strength(space.second(onward, (space.still, tangent)))
-    gamma, R = _spread(space, onward), space.strength(pull)
-    unit = norm or np.nan
+
+    # dJ, the change of J along the Newton step, and J2 = d2x/dt2, the curvature of the path:
+    # H dJ = - d(H J + B dp) along (step, 0), and H J2 = - d(H J + B dp) along (J, dp)
+    dJ, _, _ = space.solve(_negative(space.second((step, no_change), path)), ESTIMATE)
+    J2, _, _ = space.solve(_negative(space.second(path, path)), ESTIMATE)
+    curvature = space.size(J2)
+
+    # Theorem 1 of arXiv:2105.15183
+    step_norm = space.size(step)
+    unit_step = on_host(lambda leaf: (leaf / (step_norm or 1.0)).astype(leaf.dtype), step)
+    along_step = unit_step, no_change
+    beta = space.strength(space.second(along_step, (space.still, tangent)))
+    gamma = _norm_of_hessian_change(space, along_step)
+    R = space.strength(pull)
     alpha = least or np.nan
-    error_bound = (beta / alpha + gamma * R / alpha**2) * way
+    error_bound = (beta / alpha + gamma * R / alpha**2) * step_norm
     if _third_diverges(system):
         error_bound = np.nan
+
     crossing = space.crossings(J, tangent)
     switch = space.switches(J, tangent)
-    on, whole = (
-        _on_rattlers(lin.equilibrium.system, tangent, loose),
-        _on_rattlers(system, tangent, None),
-    )
-    curved = space.size(J2)
-    full = max(float(np.max(np.abs(v), initial=0.0)) for v in tangent.values())
+
+    rattlers = np.asarray(lin.network.rattlers)
+    on_rattlers = _square_on_rattlers(lin.equilibrium.system, tangent, rattlers)
+    on_all = _square_on_rattlers(system, tangent, None)
+
+    # The largest motion while the parameters change by their size, that is, by the largest entry of
+    # those that change.
+    change = max(float(np.max(np.abs(v), initial=0.0)) for v in tangent.values())
     size = max(
         (float(jnp.max(jnp.abs(lin.params[k]))) for k, v in tangent.items() if np.any(v != 0)),
         default=0.0,
     )
     length = float(natural_units(system)[0])
-    moved = max(float(np.abs(x).max(initial=0.0)) for x in _lengths(J, length))
-    motion = moved * (size / full if full > 0 and size > 0 else 1.0)
+    largest = max(float(np.abs(x).max(initial=0.0)) for x in _motions(J, length))
+    motion = largest * (size / change if change > 0 and size > 0 else 1.0)
     return DerivativeCertificate(
-        tangent,
-        jax.tree.map(np.asarray, lin.structure.stored(lin, J)),
-        norm,
-        status,
-        residual,
-        residual * R / alpha / unit,
-        space.size(dJ) / unit,
-        jax.tree.map(np.asarray, lin.structure.stored(lin, on_host(np.add, J, dJ))),
-        error_bound / unit,
-        crossing,
-        min(crossing.forward, switch[0]),
-        min(crossing.backward, switch[1]),
-        np.inf if curved <= 1e-8 * norm else 2.0 * norm / curved,  # below it is round-off
-        float(np.sqrt(on / whole)) if whole else 0.0,
-        motion <= NOTHING * length,
-        switch,
+        dparams=tangent,
+        response=jax.tree.map(np.asarray, lin.structure.stored(lin, J)),
+        norm=norm,
+        status=status,
+        residual=residual,
+        linear_error=residual * R / alpha / norm_or_nan,
+        error=space.size(dJ) / norm_or_nan,
+        corrected=jax.tree.map(np.asarray, lin.structure.stored(lin, on_host(np.add, J, dJ))),
+        error_bound=error_bound / norm_or_nan,
+        crossing=crossing,
+        forward=min(crossing.forward, switch[0]),
+        backward=min(crossing.backward, switch[1]),
+        # a curvature below 1e-8 of the slope is round-off
+        curvature_scale=np.inf if curvature <= 1e-8 * norm else 2.0 * norm / curvature,
+        on_rattlers=float(np.sqrt(on_rattlers / on_all)) if on_all else 0.0,
+        vanishes=motion <= NOTHING * length,
+        switch=switch,
     )
 
 
 @jax.jit
-def _mixed(lin: Linearization, tangent: Params) -> Unknowns:
+def _derivative_by_params(lin: Linearization, tangent: Params) -> Unknowns:
+    """B dp, the derivative of the condition along a change of the parameters."""
     return along(lambda p: lin.condition(lin.unknowns, p), lin.params, tangent)
 
 
-def _minus(forces: Unknowns) -> Unknowns:
+def _negative(forces: Unknowns) -> Unknowns:
     return on_host(np.negative, forces)
 
 
-def _lengths(x: Unknowns, length: float) -> tuple[np.ndarray, ...]:
-    """A change of the unknowns as motions: of particles, and of what the cell strains by the potential's
-    length.
-    """
+def _motions(x: Unknowns, length: float) -> tuple[np.ndarray, ...]:
+    """A change of the unknowns as lengths: motion of the particles, and strain times ``length``."""
     positions = np.asarray(x.positions)
     return (positions,) if x.strain is None else (positions, length * np.asarray(x.strain))
 
 
-def _on_rattlers(system: System, tangent: Params, loose: np.ndarray | None) -> float:
-    """Sum of squares of a direction's components that belong to rattlers alone; of all, where
-    ``loose`` is None.
+def _square_on_rattlers(system: System, tangent: Params, rattlers: np.ndarray | None) -> float:
+    """Sum of squares of the components of a direction that belong to rattlers alone.
+
+    Args:
+      rattlers: (n,) which particles are rattlers; where None, the sum is over all components.
     """
     total = 0.0
     for parameter in parameters_of(system, tangent):
         v = np.asarray(tangent[parameter.name])
-        kind = np.ones(v.shape[0] if v.ndim else 0, bool)  # which particles or species are rattlers
-        if loose is not None and v.shape == (system.n,):
-            kind = loose
-        elif (
-            loose is not None
-            and system.species is not None
-            and v.ndim
-            and v.shape[0] == system.species_count
-        ):
-            held = np.bincount(np.asarray(system.species)[~loose], minlength=system.species_count)
-            kind = held == 0
-        elif loose is not None:
-            continue
-        mask = np.triu(kind[:, None] | kind) if parameter.paired else kind  # a pair is one number
+        # rows of the parameter, particles or species, that are rattlers only
+        chosen = np.ones(v.shape[0] if v.ndim else 0, bool)
+        if rattlers is not None:
+            of_species = (
+                system.species is not None and v.ndim and v.shape[0] == system.species_count
+            )
+            if v.shape == (system.n,):
+                chosen = rattlers
+            elif of_species:
+                counts = np.bincount(
+                    np.asarray(system.species)[~rattlers], minlength=system.species_count
+                )
+                chosen = counts == 0
+            else:
+                continue
+        # Of a matrix of pairs the upper triangle counts: (a, b) and (b, a) are one number. It
+        # belongs to rattlers if either species does.
+        mask = np.triu(chosen[:, None] | chosen) if parameter.paired else chosen
         total += float(np.sum(v[mask] ** 2)) if v.ndim else float(v**2)
     return total

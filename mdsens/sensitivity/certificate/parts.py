@@ -1,6 +1,4 @@
-"""The parts of a certificate: what is known of a cell, of constraints, and of the derivative along
-a direction.
-"""
+"""The parts of a certificate: on the cell, the constraints, and the derivative in a direction."""
 
 from __future__ import annotations
 
@@ -22,18 +20,19 @@ __all__ = ["CellState", "ConstraintState", "DerivativeCertificate", "StrainState
 
 @dataclasses.dataclass(frozen=True)
 class CellState(Named):
-    """What is known of a cell that was relaxed to a pressure.
+    """Stress and stiffness of a cell that was relaxed to a pressure.
 
     Attributes:
-      pressure: P, energy a volume.
+      pressure: P, in energy/volume.
       shape: True where the cell's shape was relaxed, not its size alone.
-      pressure_left: the pressure less P.
-      shear_left: the largest shear stress left; nan where the shape was not free.
-      stiffness: (k,) eigenvalues of S / V, rising, S the second derivative of the enthalpy by the k
-        strains that the cell is free to take, particles relaxed; energy a volume. Where its size
-        alone is free there is one, d times Birch's bulk modulus. Positions and cell are stable
-        together where the Hessian in the fixed cell and S are.
-      stable: whether S is positive definite, and could be found.
+      pressure_left: the actual pressure minus P.
+      shear_left: the largest shear stress left; NaN where the shape was not free.
+      stiffness: (k,) eigenvalues of S / V in ascending order, in energy/volume. S is the second
+        derivative of the enthalpy by the k strains that the cell is free to take, with relaxed
+        particles. Where only the size is free, k = 1 and the eigenvalue is d times Birch's bulk
+        modulus. Positions and cell together are stable where the Hessian in the fixed cell and S
+        are both positive definite.
+      stable: whether S could be computed and is positive definite.
       strain: norm of the strain in the Newton step.
     """
 
@@ -53,16 +52,18 @@ class CellState(Named):
 
 @dataclasses.dataclass(frozen=True)
 class StrainState(Named):
-    """What is known of the stiffness against strain of a minimum in a cell that takes it: of
-    Birch's tensor, particles relaxed, energy a volume.
+    """Stiffness against strain of a minimum whose cell prevents strain.
+
+    It is Birch's tensor with relaxed particles, in energy/volume.
 
     Attributes:
-      bulk, shear: the moduli, -V dP/dV and the average over directions; zero where they are
-        round-off.
-      smallest: the smallest eigenvalue of the symmetrized tensor: positive where no strain lowers
+      bulk: bulk modulus -V dP/dV; zero where it is round-off.
+      shear: shear modulus, averaged over all directions; zero where it is round-off.
+      smallest: the smallest eigenvalue of the symmetrized tensor; positive where no strain lowers
         the enthalpy (Born).
-      status: what that makes of it, see :func:`mdsens.mechanics.stability.verdict`; or of the
-        solves. FLOPPY is a cluster that meets no image of itself as well, however rigid.
+      status: the stability that follows, see :func:`mdsens.mechanics.stability.verdict`; or that of
+        the linear solves where they failed. A cluster that does not meet its periodic image is
+        FLOPPY too, however rigid it is.
     """
 
     bulk: float
@@ -73,40 +74,38 @@ class StrainState(Named):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class DerivativeCertificate(Portable, Shown):
-    """What is known of the derivative of the minimum along one direction in parameter space.
+    """Error and range of the derivative of the minimum along a direction in parameter space.
 
-    Errors are relative to the norm of the response; nan where there is none to be relative to. At a
-    pressure norms are of positions and cell, as the certificate's lengths are.
+    Errors are relative to the norm of the response; NaN where that is zero. At a pressure norms are
+    of positions and cell together, like the lengths of the certificate.
 
     Attributes:
       dparams: the direction.
-      response: J = dR/dt (n, d), as ``jvp`` gives it; at a pressure ``Unknowns``, of positions and
-        cell.
-      norm: |J|; at a pressure of the motion from the affine places and of the strain.
+      response: J = dR/dt (n, d), as ``jvp`` returns it; at a pressure ``Unknowns`` with the strain
+        of the cell.
+      norm: |J|; at a pressure that of the strain and of the motion relative to affine positions.
       status: of the linear solve.
-      residual: of the linear solve, relative.
-      linear_error: |H^-1 r| <= |r| / lambda_min: the residual's share of the error, relative to
-        |J|.
-      error: the sharp estimate |dJ| / |J|, dJ the derivative of J along the Newton step to the
-        minimum.
+      residual: relative residual of the linear solve.
+      linear_error: bound of the error due to the residual r of the linear solve, |H^-1 r| <= |r| /
+        lambda_min, relative to |J|.
+      error: the sharp estimate of the error, |dJ| / |J|, where dJ is the derivative of J along the
+        Newton step to the minimum.
       corrected: J + dJ, more accurate than J where the estimates hold.
-      theorem: the estimate after Theorem 1 of arXiv:2105.15183, (beta / alpha + gamma R / alpha^2)
-        |x - x*|, relative: alpha the smallest stiffness (at a pressure a lower bound of that of
-        positions and cell together), R = |B dp|, beta and gamma how fast B dp and H change along
-        the Newton step. nan where the potential's third derivative diverges at a breakpoint
-        (Hertzian contacts), so that gamma has no bound there: ``steps_to_crossing`` of the
-        certificate takes its place.
-      crossing: when pairs cross breakpoints along the path.
-      radius: the largest |t| along params + t dparams within which no pair crosses a breakpoint and
-        no coordinate meets or leaves its bound, to first order.
-      forward, backward: the same for t > 0 and t < 0.
-      bend: |t| at which the path's curvature moves the particles as far as its slope does, 2 |J| /
-        |d2R/dt2|: the scale on which a smooth potential's response changes.
-      on_rattlers: the part of dparams' norm in components of particles that are rattlers: they have
-        no effect.
+      error_bound: the estimate by Theorem 1 of arXiv:2105.15183, (beta / alpha + gamma R / alpha^2)
+        |x - x*|, relative to |J|. alpha is the smallest stiffness (at a pressure a lower bound of
+        that of positions and cell together), R = |B dp|, and beta and gamma are the rates at which
+        B dp and H change along the Newton step. NaN where the potential's third derivative diverges
+        at a breakpoint (Hertzian contacts), so that gamma has no bound there; use
+        ``steps_to_crossing`` of the certificate instead.
+      crossing: the values of t at which pairs cross breakpoints along the path.
+      forward, backward: the largest t, and -t, along params + t dparams up to which no pair crosses
+        a breakpoint and no coordinate meets or leaves its bound, to first order.
+      curvature_scale: |t| at which the curvature of the path moves the particles as far as its
+        slope does, 2 |J| / |d2R/dt2|: the scale on which the response of a smooth potential
+        changes.
+      on_rattlers: share of the norm of ``dparams`` in components of rattlers, which have no effect.
       vanishes: True where nothing moves: less than 1e-6 of the potential's length while the
-        parameters change by their size. Errors relative to it, and the reach, are of no meaning
-        then.
+        parameters change by their size. The relative errors and the range have no meaning then.
       switch: under constraints the first t > 0 and the first -t > 0 at which a coordinate meets or
         leaves its bound.
     """
@@ -130,19 +129,22 @@ class DerivativeCertificate(Portable, Shown):
 
     @property
     def radius(self) -> float:
+        """The largest |t| within which no pair crosses a breakpoint, see ``forward``."""
         return min(self.forward, self.backward)
 
     @property
     def positions(self) -> np.ndarray:
-        """(n, d), the response of the stored positions."""
+        """The response of the stored positions, (n, d)."""
+        # at a pressure and under constraints the response has further parts
         return np.asarray(
             self.response.positions if isinstance(self.response, Unknowns) else self.response
         )
 
     def crossed(self, change: float) -> int:
-        """How many pairs cross a breakpoint within |t| <= change, to first order.
+        """Number of pairs that cross a breakpoint within |t| <= change, to first order.
 
-        Bulk properties of many particles survive single crossings; positions do not.
+        Beyond single crossings, linear predictions of bulk properties of many particles remain
+        valid; those of positions do not.
         """
         return self.crossing.within(change)
 
@@ -153,7 +155,7 @@ class DerivativeCertificate(Portable, Shown):
             ("norm of the response", f"{self.norm:.6g}; linear solve: {self.status.name}"),
             (
                 "error, sharp estimate",
-                f"{self.error:.1e}, relative; where it holds, the certificate says",
+                f"{self.error:.1e}, relative; the certificate says whether it holds",
             ),
             ("radius", f"-{self.backward:.2e} < t < {self.forward:.2e}"),
         ]
@@ -161,17 +163,17 @@ class DerivativeCertificate(Portable, Shown):
 
 @dataclasses.dataclass(frozen=True)
 class ConstraintState(Named):
-    """What is known of the constraints at a minimum.
+    """The constraints at a minimum.
 
     Attributes:
-      pinned: coordinates that never move.
-      bound: coordinates, and parameters that constraints relax, that are at a bound and pushed
-        against it.
-      equations: how many.
-      redundant: of these, how many repeat others.
-      switching: coordinates that are about to meet or to leave their bound.
+      pinned: number of coordinates that are pinned.
+      bound: number of coordinates, and of parameters that constraints relax, that are at a bound
+        and pushed against it.
+      equations: number of equations.
+      redundant: number of equations that repeat others.
+      switching: number of coordinates that are about to meet or to leave their bound.
       violation: the largest |g| of the equations.
-      largest: the largest multiplier by the constraint's name, in size.
+      largest: the largest absolute multiplier, by the name of the constraint.
     """
 
     pinned: int

@@ -1,6 +1,4 @@
-"""What is known of a minimum and of its derivative: the figures, and the page that a physicist
-reads.
-"""
+"""The certificate of a minimum and of its derivative: all figures, and the page printed of them."""
 
 from __future__ import annotations
 
@@ -22,51 +20,60 @@ from mdsens.sensitivity.certificate.parts import (
 
 __all__ = ["Certificate", "count"]
 
+# Multiples of the validity radius for which the number of crossing pairs is reported.
+RADII_SHOWN = (3, 10, 100)
+
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Certificate(Shown):
-    """What is known of a minimum and, where a direction was given, of its derivative. Print it.
+    """The figures on a minimum and, where a direction was given, on its derivative. Print it.
 
     Attributes:
       status: the gravest of ``findings``.
       findings: every status that is not CONVERGED, with a sentence and its figures, gravest first.
-      max_force: the largest net force on a particle, energy a length.
-      relative_force: the same over the mean force of a contact; nan where the potential attracts
-        too, or nothing touches.
-      mean_force: that mean.
-      distance: |F|_2 / lambda_min, off the null space: |x - x*| is no longer, to first order (the
-        stiffness is taken here, not along the way); a length. inf where not all modes are stable.
-      newton: length of the Newton step H^+ F: the estimate of that distance; nan where nothing is
-        held.
-      stiffness_min, stiffness_max: extreme eigenvalues of the Hessian off its null space, energy a
-        length squared.
+      max_force: the largest net force on a particle, in energy/length.
+      relative_force: ``max_force`` over ``mean_force``; NaN where the potential attracts too, or
+        where there are no contacts.
+      mean_force: the mean force of a contact.
+      distance: |F|_2 / lambda_min, off the null space, a length: to first order an upper bound of
+        |x - x*|, with the stiffness at x and not along the way to x*. Infinite where not all modes
+        are stable.
+      newton_step_norm: norm of the Newton step H^+ F, the estimate of |x - x*|; NaN where nothing
+        can move.
+      stiffness_min, stiffness_max: extreme eigenvalues of the Hessian off its null space, in
+        energy/length^2.
       spectrum: the lowest modes, each with its residual.
-      participation: (k,) of those modes: 1 where all particles move alike, 1/n where one does.
-      negative_modes: how many modes have a stiffness below -1e-12 of the largest.
-      floppy_modes: how many have none (below 1e-12 of the largest) beyond the known null space.
-      unsettled_modes: how many of the ones computed have less than the force left can make or take,
-        10 max_force over the potential's length, so that it is not known which they are.
+      participation: (k,) participation ratio of those modes: 1 where all particles move alike, 1/n
+        where a single particle moves.
+      negative_modes: number of modes whose stiffness is below -1e-12 of the largest.
+      floppy_modes: number of modes beyond the known null space whose stiffness is zero (below 1e-12
+        of the largest).
+      unsettled_modes: number of the computed modes whose stiffness is smaller than what the force
+        left on the particles can add or remove, 10 max_force over the potential's length. It is not
+        known whether these modes are stable.
       zero_modes: dimension of the null space, floppy modes included.
-      translations, rotations: how many of these each are.
-      rattlers: (n,) particles that nothing holds.
-      crossed_to_minimum: how many pairs cross a breakpoint along the Newton step, or are in doubt.
-      steps_to_crossing: how many times the Newton step until the first pair crosses one, to first
-        order.
-      derivative: of the direction that was asked for; None without one.
+      translations, rotations: number of translations and of rotations among these.
+      rattlers: (n,) True for particles with too few contacts to be part of the network.
+      crossed_to_minimum: number of pairs that cross a breakpoint along the Newton step, or for
+        which that is in doubt.
+      steps_to_crossing: to first order, the number of Newton steps of this length until the first
+        pair crosses a breakpoint.
+      derivative: the certificate of the derivative along ``dparams``; None without a direction.
       observable: shares of the observable's gradient by positions on ``rattlers`` and on ``rigid
         motions``, which have no derivative; None without an observable.
-      precision: of the positions.
-      cell: of a minimum at a pressure; None in a given cell. Lengths are then of positions and cell
-        together: a strain counts as the motion that it gives to n particles spread evenly over the
-        cell, n^(1/2) V^(1/d) / 12^(1/2) times its norm. The stiffness of modes stays that in the
-        fixed cell.
-      constraints: what is known of them; None without. Stiffness and modes are then those on the
-        tangent space: what is held stays, and the equations hold to first order.
-      order: of the saddle that was examined, the number of negative modes that it is to have; 0 of
-        a minimum. What is said of a minimum is then said of the saddle.
-      strain: how stiff the configuration is against strains that its cell takes, the size's or all;
-        None without a cell, where its shape was relaxed too (``cell`` says it then), under
-        constraints, and where it is no stable minimum to begin with.
+      precision: dtype of the positions.
+      cell: the cell of a minimum at a pressure; None in a fixed cell. At a pressure lengths are of
+        positions and cell together: a strain counts as the motion that it causes in n particles
+        spread evenly over the cell, n^(1/2) V^(1/d) / 12^(1/2) times its norm. The stiffness of
+        modes is still that in the fixed cell.
+      order: of the saddle, the number of negative modes that it must have; 0 for a minimum. At a
+        saddle, all that is said here of a minimum is said of the saddle.
+      constraints: the constraints; None without any. Under constraints, stiffness and modes are
+        those on the tangent space: constrained coordinates are fixed, and the equations hold to
+        first order.
+      strain: stiffness against all strains, for a minimum whose cell prevents some of them. None
+        without a cell, where the cell's shape was relaxed too (``cell`` contains it then), under
+        constraints, and where the configuration is no stable minimum.
     """
 
     status: Status
@@ -99,47 +106,54 @@ class Certificate(Shown):
 
     @property
     def estimates_hold(self) -> bool:
-        """Whether the way to the minimum lies within one contact network, and leads to a minimum."""
-        loose = self.negative_modes != self.order or self.floppy_modes or self.unsettled_modes
-        return not (self.crossed_to_minimum or loose) and (self.cell is None or self.cell.stable)
+        """Whether the Newton step leads to a stable minimum, without any change of contacts."""
+        # unsettled modes count as unstable: any of them may have a negative stiffness
+        unstable = self.negative_modes != self.order or self.floppy_modes or self.unsettled_modes
+        cell_is_stable = self.cell is None or self.cell.stable
+        return not (self.crossed_to_minimum or unstable) and cell_is_stable
 
+    # As attributes of the certificate the estimates are infinite where they do not hold, so that no
+    # comparison takes them for small; ``derivative`` has the plain figures.
     @property
     def error(self) -> float:
-        """Relative error of the derivative, the sharp estimate; inf where it does not hold, nan
-        without a direction.
+        """The sharp estimate of the derivative's relative error.
+
+        Infinite where it does not hold, NaN without a direction.
         """
-        return self._of_direction("error")
+        return self._estimate("error")
 
     @property
     def bound(self) -> float:
-        """The estimate after Theorem 1, relative; inf where it does not hold, nan without a
-        direction.
-        """
-        return self._of_direction("error_bound")
+        """The estimate of the relative error by Theorem 1, see ``DerivativeCertificate``.
 
-    def _of_direction(self, name: str) -> float:
+        Infinite where it does not hold, NaN without a direction.
+        """
+        return self._estimate("error_bound")
+
+    def _estimate(self, name: str) -> float:
+        """An estimate of ``derivative`` by its name; infinite where the estimates do not hold."""
         if self.derivative is None:
             return float("nan")
         return getattr(self.derivative, name) if self.estimates_hold else float("inf")
 
     @property
     def radius(self) -> float:
-        """The validity radius along the direction; nan without one."""
+        """The validity radius along the direction; NaN without a direction."""
         return self.derivative.radius if self.derivative else float("nan")
 
     @property
     def warnings(self) -> tuple[tuple[Status, str], ...]:
-        """The findings that leave the numbers usable."""
-        return tuple(f for f in self.findings if f[0].warning)
+        """The findings that are warnings: the numbers can be used."""
+        return tuple(finding for finding in self.findings if finding[0].warning)
 
     def as_dict(self) -> dict[str, Any]:
-        """Every figure as plain numbers and texts, for JSON: None stands for what is infinite or
-        not a number.
+        """Every figure as plain numbers and texts, for JSON.
 
-        Units are the potential's: forces in energy/length, distances in length, stiffness in
-        energy/length^2; errors are relative, and radii changes of t in params + t dparams.
+        None replaces numbers that are infinite or NaN. Units are those of the potential: forces in
+        energy/length, distances in length, stiffness in energy/length^2. Errors are relative, and
+        radii are changes of t in params + t dparams.
         """
-        keys = (
+        numbers = (
             "max_force",
             "relative_force",
             "mean_force",
@@ -147,8 +161,8 @@ class Certificate(Shown):
             "newton_step_norm",
             "stiffness_min",
             "stiffness_max",
+            "steps_to_crossing",
         )
-        keys += ("steps_to_crossing",)
         counts = (
             "negative_modes",
             "floppy_modes",
@@ -156,89 +170,96 @@ class Certificate(Shown):
             "zero_modes",
             "translations",
             "rotations",
+            "crossed_to_minimum",
+            "order",
         )
-        counts += ("crossed_to_minimum", "order")
-        found: dict[str, Any] = {"status": self.status.name, "precision": self.precision}
-        found["findings"] = [
-            {"status": code.name, "sentence": said} for code, said in self.findings
+        figures: dict[str, Any] = {"status": self.status.name, "precision": self.precision}
+        figures["findings"] = [
+            {"status": status.name, "sentence": sentence} for status, sentence in self.findings
         ]
-        found |= {key: float(getattr(self, key)) for key in keys} | {
-            key: int(getattr(self, key)) for key in counts
-        }
-        found["rattlers"] = np.flatnonzero(self.rattlers).tolist()
-        found["modes"] = {
+        figures |= {name: float(getattr(self, name)) for name in numbers}
+        figures |= {name: int(getattr(self, name)) for name in counts}
+        figures["rattlers"] = np.flatnonzero(self.rattlers).tolist()
+        figures["modes"] = {
             "stiffness": self.spectrum.values.tolist(),
             "residual": self.spectrum.residuals.tolist(),
             "participation": self.participation.tolist(),
             "method": self.spectrum.method,
         }
         if self.cell is not None:
-            given = dataclasses.asdict(self.cell)
-            found["cell"] = {
-                name: v.tolist() if isinstance(v, np.ndarray) else v for name, v in given.items()
+            figures["cell"] = {
+                name: value.tolist() if isinstance(value, np.ndarray) else value
+                for name, value in dataclasses.asdict(self.cell).items()
             }
         if self.constraints is not None:
-            found["constraints"] = dataclasses.asdict(self.constraints)
+            figures["constraints"] = dataclasses.asdict(self.constraints)
         if self.strain is not None:
-            found["strain"] = dataclasses.asdict(self.strain) | {"status": self.strain.status.name}
+            strain = dataclasses.asdict(self.strain)
+            figures["strain"] = strain | {"status": self.strain.status.name}
         if self.derivative is not None:
-            d = self.derivative
-            names = (
-                "norm",
-                "residual",
-                "linear_error",
-                "radius",
-                "forward",
-                "backward",
-                "curvature_scale",
-                "on_rattlers",
-            )
-            derivative: dict[str, Any] = {name: float(getattr(d, name)) for name in names}
-            derivative |= {
-                "error": self.error,
-                "error_bound": self.bound,
-                "estimates_hold": self.estimates_hold,
-            }
-            derivative |= {"status": d.status.name, "vanishes": d.vanishes}
-            derivative["dparams"] = {
-                name: np.asarray(change).tolist() for name, change in d.dparams.items()
-            }
-            for side, ahead in (
-                ("pair_forward", d.crossing.first(True)),
-                ("pair_backward", d.crossing.first(False)),
-            ):
-                pair = ahead and dict(
-                    zip(
-                        ("particles", "opens", "distance"),
-                        (list(ahead[0]), *ahead[1:]),
-                        strict=True,
-                    )
-                )
-                derivative[side] = pair
-            finite = d.radius if 0 < d.radius < np.inf else 0.0
-            derivative["pairs_crossed"] = [
-                {"within": f * finite, "pairs": d.crossed(f * finite)} for f in (3, 10, 100)
-            ]
-            found["derivative"] = derivative
+            figures["derivative"] = self._figures_of_derivative(self.derivative)
         if self.observable is not None:
-            found["observable"] = dict(self.observable)
-        return _plain(found)
+            figures["observable"] = dict(self.observable)
+        return _without_nan(figures)
+
+    def _figures_of_derivative(self, d: DerivativeCertificate) -> dict[str, Any]:
+        names = (
+            "norm",
+            "residual",
+            "linear_error",
+            "radius",
+            "forward",
+            "backward",
+            "curvature_scale",
+            "on_rattlers",
+        )
+        figures: dict[str, Any] = {name: float(getattr(d, name)) for name in names}
+        figures |= {
+            "error": self.error,
+            "error_bound": self.bound,
+            "estimates_hold": self.estimates_hold,
+            "status": d.status.name,
+            "vanishes": d.vanishes,
+        }
+        figures["dparams"] = {
+            name: np.asarray(change).tolist() for name, change in d.dparams.items()
+        }
+        for name, forward in (("pair_forward", True), ("pair_backward", False)):
+            crossing = d.crossing.first(forward)
+            figures[name] = None
+            if crossing is not None:
+                particles, opens, distance = crossing
+                figures[name] = {
+                    "particles": list(particles),
+                    "opens": opens,
+                    "distance": distance,
+                }
+        # without a finite radius the list has zeros
+        radius = d.radius if 0 < d.radius < np.inf else 0.0
+        figures["pairs_crossed"] = [
+            {"within": factor * radius, "pairs": d.crossed(factor * radius)}
+            for factor in RADII_SHOWN
+        ]
+        return figures
 
     _title = "Certificate"
 
     def _sections(self) -> list[tuple[str, Rows]]:
-        said = [(code.name, sentence) for code, sentence in self.findings]
-        if said and self.derivative is None and not self.spectrum.values.size:
-            said.append(("derivative", self._loose))
-        verdict = [("status", f"{self.status.name}: {self.status.sentence}")] if not said else said
+        """The page as sections: a title, and rows of a name and a text."""
+        verdict = [(status.name, sentence) for status, sentence in self.findings]
+        if verdict and self.derivative is None and not self.spectrum.values.size:
+            verdict.append(("derivative", self._why_nothing_moves))
+        if not verdict:
+            verdict = [("status", f"{self.status.name}: {self.status.sentence}")]
         sections: list[tuple[str, Rows]] = [
             ("Certificate", verdict),
-            (f"Is it a {self._place}?", self._of_minimum()),
+            (f"Is it a {self._kind}?", self._rows_of_minimum()),
+            ("Is it stable?", self._rows_of_stability()),
         ]
-        sections.append(("Is it stable?", self._of_stability()))
         if self.derivative is not None:
-            sections.append(("How wrong can the derivative be?", self._of_error(self.derivative)))
-            sections.append(("How far does it reach?", self._of_reach(self.derivative)))
+            error = self._rows_of_error(self.derivative)
+            sections.append(("How wrong can the derivative be?", error))
+            sections.append(("How far does it reach?", self._rows_of_range(self.derivative)))
         if self.observable is not None:
             parts = [
                 ("on rattlers", self.observable["rattlers"]),
@@ -248,7 +269,7 @@ class Certificate(Shown):
                 (name, f"{share:.1e} of the observable's gradient by positions")
                 for name, share in parts
             ]
-            sections.append(("What of the observable has no answer?", rows))
+            sections.append(("Which part of the observable has no derivative?", rows))
         return sections
 
     def _rows(self) -> list[tuple[str, str]]:
@@ -259,16 +280,19 @@ class Certificate(Shown):
         return self.page()
 
     def page(self, derivative_only: bool = False) -> str:
-        """What ``print`` shows; or of it what belongs to the direction alone, where several share a
-        minimum.
+        """The text that ``print`` shows.
+
+        Args:
+          derivative_only: leave out the sections on the minimum, which the certificates of several
+            directions share.
         """
         sections = self._sections()
         if derivative_only:
+            of_minimum = (f"Is it a {self._kind}?", "Is it stable?")
             sections = [
-                s
-                for s in sections
-                if s[1] and s[0] not in (f"Is it a {self._place}?", "Is it stable?")
+                (title, rows) for title, rows in sections if rows and title not in of_minimum
             ]
+        # one width for all sections, so that their columns align
         width = max((len(name) for _, rows in sections for name, _ in rows), default=0)
         return "\n\n".join(
             tables.text(title, [(f"{name:<{width}}", value) for name, value in rows])
@@ -276,99 +300,86 @@ class Certificate(Shown):
         )
 
     @property
-    def _place(self) -> str:
+    def _kind(self) -> str:
+        """The kind of stationary point that the configuration should be."""
         return f"saddle of order {self.order}" if self.order else "minimum"
 
     @property
-    def _no_place(self) -> str:
-        return f"this is no {self._place} of a rigid state"
+    def _not_of_this_kind(self) -> str:
+        return f"this is no {self._kind} of a rigid state"
 
     @property
-    def _loose(self) -> str:
-        """Why there is no figure where nothing can move: every particle is a rattler, or
-        constraints hold them all.
-        """
+    def _why_nothing_moves(self) -> str:
+        """Why there are no figures: all particles are rattlers, or constraints fix the others."""
         if self.constraints is not None and not np.all(self.rattlers):
             return "none: the constraints leave nothing to move"
-        doubt = "not known: no contact carries 10 times the force left"
-        return doubt if self.crossed_to_minimum else "none: nothing is held"
+        if self.crossed_to_minimum:
+            # contacts are pairs whose force is above 10 times the largest net force on a particle
+            return "not known: no contact carries 10 times the force left"
+        return "none: nothing here resists a displacement"
 
-    def _of_minimum(self) -> Rows:
-        steps, cell = self.steps_to_crossing, self.cell
-        strained = "" if cell is None else f", in which the cell strains by {cell.strain:.1e}"
-        ahead = f"; the first changes after {steps:.0e} such steps" if 1.0 < steps < np.inf else ""
-        relative = (
-            ""
-            if np.isnan(self.relative_force)
-            else f", {self.relative_force:.1e} of the mean contact force"
-        )
-        distance = (
-            f"length {self.newton_step_norm:.1e} (Newton step{strained}), at most {self.distance:.1e} to"
-            " first order"
-        )
-        if not np.isfinite(self.distance):
+    def _rows_of_minimum(self) -> Rows:
+        steps = self.steps_to_crossing
+        cell = self.cell
+        ahead = ""
+        if 1.0 < steps < np.inf:
+            ahead = f"; the first changes after {steps:.0e} such steps"
+        relative = ""
+        if not np.isnan(self.relative_force):
+            relative = f", {self.relative_force:.1e} of the mean contact force"
+        if np.isfinite(self.distance):
+            strained = "" if cell is None else f", in which the cell strains by {cell.strain:.1e}"
             distance = (
-                self._loose if np.isnan(self.newton_step_norm) else f"not known: {self._no_place}"
+                f"length {self.newton_step_norm:.1e} (Newton step{strained}), at most"
+                f" {self.distance:.1e} to first order"
             )
+        elif np.isnan(self.newton_step_norm):
+            distance = self._why_nothing_moves
+        else:
+            distance = f"not known: {self._not_of_this_kind}"
+        rows = [
+            ("largest net force", f"{self.max_force:.2e} energy/length, on a particle{relative}")
+        ]
+        if cell is not None:
+            rows.append(("stress left", _stress_left(cell)))
+        if self.constraints is not None:
+            rows += _constraint_rows(self.constraints)
         return [
-            ("largest net force", f"{self.max_force:.2e} energy/length, on a particle{relative}"),
-            *([] if cell is None else [("stress left", _stress_left(cell))]),
-            *([] if self.constraints is None else _constraint_rows(self.constraints)),
-            (f"distance to the {self._place}", distance),
+            *rows,
+            (f"distance to the {self._kind}", distance),
             ("contacts on that way", f"{self.crossed_to_minimum or 'none'} in doubt{ahead}"),
         ]
 
-    def _of_stability(self) -> Rows:
+    def _rows_of_stability(self) -> Rows:
         s = self.spectrum
         if not s.values.size:
-            return [("smallest stiffness", self._loose)]
+            return [("smallest stiffness", self._why_nothing_moves)]
+        # without any stiffness, as in a floppy network without stress, there is no ratio to it
         share = ", as all the others have"
         if self.stiffness_max:
             share = (
                 f", {self.stiffness_min / self.stiffness_max:.1e} of the largest"
                 f" ({self.stiffness_max:.4g})"
             )
-        unsure = "" if s.counted else ", of the modes computed"
-        kinds = (
-            (self.translations, "translation"),
-            (self.rotations, "rotation"),
-            (self.floppy_modes, "floppy mode"),
-        )
-        loose = int(self.rattlers.sum())
-        parts = [count(number, name) for number, name in kinds if number]
-        if loose:
-            parts.append(
-                f"{count(self.zero_modes - sum(c for c, _ in kinds), 'motion')} of"
-                f" {count(loose, 'rattler')}"
-            )
-        unsettled = (
-            f"; {self.unsettled_modes} in doubt, below {s.floor:.0e}"
-            if self.unsettled_modes
-            else ""
-        )
         rows = [
-            (
-                "smallest stiffness",
-                f"{self.stiffness_min:.6g} energy/length^2{share}",
-            ),
+            ("smallest stiffness", f"{self.stiffness_min:.6g} energy/length^2{share}"),
             (
                 "how it was found",
-                (
-                    f"eigenvalue residual {s.residuals[0]:.0e}, {s.method}; participation"
-                    f" {self.participation[0]:.2f}"
-                ),
+                f"eigenvalue residual {s.residuals[0]:.0e}, {s.method}; participation"
+                f" {self.participation[0]:.2f}",
             ),
             (
                 "negative, floppy modes",
-                (
-                    f"{self.negative_modes or 'none'},"
-                    f" {self.floppy_modes or 'none'}{unsure}{unsettled}"
-                ),
+                f"{self.negative_modes or 'none'}, {self.floppy_modes or 'none'}"
+                f"{'' if s.counted else ', of the modes computed'}"
+                f"{self._unsettled_modes_in_words()}",
             ),
-            *([] if self.cell is None else [("stiffness of the cell", _cell_stiffness(self.cell))]),
-            *([] if self.strain is None else [("against strain", _strain_stiffness(self.strain))]),
-            ("zero modes", f"{self.zero_modes}: {', '.join(parts) or 'none'}"),
         ]
+        if self.cell is not None:
+            rows.append(("stiffness of the cell", _cell_stiffness(self.cell)))
+        if self.strain is not None:
+            rows.append(("against strain", _strain_stiffness(self.strain)))
+        rows.append(("zero modes", f"{self.zero_modes}: {self._zero_modes_in_words() or 'none'}"))
         if s.values.size > 1:
             modes = [
                 f"{v:.4g} ({p:.2f})" for v, p in zip(s.values, self.participation, strict=True)
@@ -376,53 +387,71 @@ class Certificate(Shown):
             rows.append(("lowest modes", "stiffness (participation): " + ", ".join(modes)))
         return rows
 
-    def _of_error(self, d: DerivativeCertificate) -> Rows:
+    def _unsettled_modes_in_words(self) -> str:
+        if not self.unsettled_modes:
+            return ""
+        return f"; {self.unsettled_modes} in doubt, below {self.spectrum.floor:.0e}"
+
+    def _zero_modes_in_words(self) -> str:
+        kinds = (
+            (self.translations, "translation"),
+            (self.rotations, "rotation"),
+            (self.floppy_modes, "floppy mode"),
+        )
+        parts = [count(number, name) for number, name in kinds if number]
+        rattlers = int(self.rattlers.sum())
+        if rattlers:
+            # all other zero modes are motions of rattlers
+            motions = self.zero_modes - sum(number for number, _ in kinds)
+            parts.append(f"{count(motions, 'motion')} of {count(rattlers, 'rattler')}")
+        return ", ".join(parts)
+
+    def _rows_of_error(self, d: DerivativeCertificate) -> Rows:
+        solve = f"linear solve: {d.status.name}"
         if d.vanishes:
-            return [
-                (
-                    "response",
-                    f"none: nothing moves (norm {d.norm:.1e}; linear solve: {d.status.name})",
-                )
-            ]
-        unsettled = self.crossed_to_minimum > 0
-        why = f"a contact changes on the way to the {self._place}" if unsettled else self._no_place
-        void = f"no estimate holds: {why}"
-        error_bound = f"{d.error_bound:.1e} (an estimate: its constants are taken at this point)"
-        if not d.error_bound < 1.0:
-            error_bound = f"not informative: {d.error_bound:.1e}"
-        if np.isnan(d.error_bound):
-            error_bound = "none: the potential's third derivative diverges at a contact; see when the first changes"
+            return [("response", f"none: nothing moves (norm {d.norm:.1e}; {solve})")]
+        if self.estimates_hold:
+            error = f"{d.error:.1e}, relative"
+            error_bound = self._error_bound_in_words(d)
+        else:
+            why = self._not_of_this_kind
+            if self.crossed_to_minimum > 0:
+                why = f"a contact changes on the way to the {self._kind}"
+            error = f"no estimate holds: {why}"
+            error_bound = error
         share = f"at most {d.linear_error:.1e}" if np.isfinite(d.linear_error) else "not known"
         rows = [
-            ("norm of the response", f"{d.norm:.6g}; linear solve: {d.status.name}"),
-            ("error, sharp estimate", f"{d.error:.1e}, relative" if self.estimates_hold else void),
-            ("error, Theorem 1", error_bound if self.estimates_hold else void),
+            ("norm of the response", f"{d.norm:.6g}; {solve}"),
+            ("error, sharp estimate", error),
+            ("error, Theorem 1", error_bound),
             ("share of the linear solve", f"{share} (residual {d.residual:.1e})"),
         ]
         if d.on_rattlers > 0:
             rows.append(("direction on rattlers", f"{d.on_rattlers:.1e} of it, without effect"))
         return rows
 
-    def _of_reach(self, d: DerivativeCertificate) -> Rows:
+    def _error_bound_in_words(self, d: DerivativeCertificate) -> str:
+        if np.isnan(d.error_bound):
+            return (
+                "none: the potential's third derivative diverges at a contact; see when the first"
+                " changes"
+            )
+        # an error above the response itself says nothing
+        if not d.error_bound < 1.0:
+            return f"not informative: {d.error_bound:.1e}"
+        return f"{d.error_bound:.1e} (an estimate: its constants are taken at this point)"
+
+    def _rows_of_range(self, d: DerivativeCertificate) -> Rows:
         if d.vanishes:
             return [("change", "none has an effect")]
-        rows = []
-        for name, value, forward in (
-            ("forward, t < ", d.forward, True),
-            ("backward, t > -", d.backward, False),
-        ):
-            ahead = d.crossing.first(forward)
-            if value == d.switch[0 if forward else 1] < np.inf:
-                rows.append((f"{name}{value:.2e}", "then a coordinate meets or leaves its bound"))
-            elif ahead is None:
-                rows.append((name.split(",")[0], "no pair crosses a breakpoint of its potential"))
-            else:
-                (i, j), opens, length = ahead
-                way = f"{'opens' if opens else 'closes'}, at distance {length:.4g}"
-                rows.append((f"{name}{value:.2e}", f"then pair {i}-{j} {way}"))
+        rows = [
+            _range_row("forward, t < ", d.forward, d.switch[0], d.crossing.first(True)),
+            _range_row("backward, t > -", d.backward, d.switch[1], d.crossing.first(False)),
+        ]
         if np.isfinite(d.radius) and d.radius > 0:
             counts = ", ".join(
-                f"{d.crossed(f * d.radius)} within {f * d.radius:.1e}" for f in (3, 10, 100)
+                f"{d.crossed(factor * d.radius)} within {factor * d.radius:.1e}"
+                for factor in RADII_SHOWN
             )
             rows.append(
                 (
@@ -440,41 +469,75 @@ class Certificate(Shown):
         return rows
 
 
+def _range_row(
+    name: str,
+    value: float,
+    switch: float,
+    crossing: tuple[tuple[int, int], bool, float] | None,
+) -> tuple[str, str]:
+    """The row on the range of t on one side.
+
+    Args:
+      name: of the row, to be followed by ``value``.
+      value: the range, |t| of the first event on this side.
+      switch: |t| at which the first coordinate meets or leaves its bound.
+      crossing: the first pair that crosses a breakpoint, whether it opens, and at which distance.
+    """
+    # ``value`` is the smaller of the two times, so that equality tells which event comes first
+    if value == switch < np.inf:
+        return f"{name}{value:.2e}", "then a coordinate meets or leaves its bound"
+    if crossing is None:
+        return name.split(",")[0], "no pair crosses a breakpoint of its potential"
+    (i, j), opens, distance = crossing
+    event = "opens" if opens else "closes"
+    return f"{name}{value:.2e}", f"then pair {i}-{j} {event}, at distance {distance:.4g}"
+
+
 def _stress_left(cell: CellState) -> str:
+    """The stress left in a cell, in words."""
     share = f", {abs(cell.pressure_left / cell.pressure):.1e} of it" if cell.pressure else ""
-    shear = f"; a shear stress of {cell.shear_left:.1e}" if cell.shape else "; the shape was given"
+    shear = f"; a shear stress of {cell.shear_left:.1e}" if cell.shape else "; the shape is fixed"
     return (
         f"the pressure is off {cell.pressure:.6g} by {cell.pressure_left:.1e}"
         f" energy/volume{share}{shear}"
     )
 
 
-def _constraint_rows(c: ConstraintState) -> Rows:
-    parts = [count(c.pinned, "pinned coordinate")] if c.pinned else []
-    parts += [f"{c.bound} at a bound"] if c.bound or c.switching else []
-    parts += [f"{c.switching} of these about to meet or leave it"] if c.switching else []
-    parts += [f"{count(c.equations, 'equation')}, met to {c.violation:.1e}"] if c.equations else []
-    parts += [f"{c.redundant} of them redundant"] if c.redundant else []
+def _constraint_rows(c: ConstraintState) -> list[tuple[str, str]]:
+    parts = []
+    if c.pinned:
+        parts.append(count(c.pinned, "pinned coordinate"))
+    if c.bound or c.switching:
+        parts.append(f"{c.bound} at a bound")
+    if c.switching:
+        parts.append(f"{c.switching} of these about to meet or leave it")
+    if c.equations:
+        parts.append(f"{count(c.equations, 'equation')}, met to {c.violation:.1e}")
+    if c.redundant:
+        parts.append(f"{c.redundant} of them redundant")
     largest = ", ".join(f"{name} {value:.4g}" for name, value in c.largest.items())
     return [
-        ("constraints", ", ".join(parts) or "none holds anything"),
+        ("constraints", ", ".join(parts) or "none is active"),
         ("largest multipliers", largest),
     ]
 
 
 def _cell_stiffness(cell: CellState) -> str:
-    which = (
-        f"the smallest of {len(cell.stiffness)}" if cell.shape else "against a change of its size"
-    )
+    """The stiffness of a cell at a pressure, in words."""
+    which = "against a change of its size"
+    if cell.shape:
+        which = f"the smallest of {len(cell.stiffness)}"
     return f"{cell.stiffness_min:.6g} energy/volume at this pressure, particles relaxed, {which}"
 
 
 def _strain_stiffness(strain: StrainState) -> str:
+    """The stiffness against strain, in words."""
+    # NaN only where the linear solves failed
     if np.isnan(strain.smallest):
         return f"not known: {strain.status.name} in the linear solves"
     doubt = {
-        Status.FLOPPY: "; nothing, to round-off",
-        Status.STIFFNESS_UNSETTLED: "; of either sign, for the force left",
+        Status.FLOPPY: "; zero to round-off",
+        Status.STIFFNESS_UNSETTLED: "; of unknown sign, because of the force left",
     }
     return (
         f"bulk modulus {strain.bulk:.4g}, shear modulus {strain.shear:.4g}, smallest eigenvalue"
@@ -483,14 +546,14 @@ def _strain_stiffness(strain: StrainState) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """A number of things, in words."""
+    """A number and its noun, in the plural where it is not 1."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _plain(value: Any) -> Any:
-    """The same with None for numbers that JSON has no word for."""
+def _without_nan(value: Any) -> Any:
+    """Nested dicts and lists with None for infinite numbers and NaN, which JSON lacks."""
     if isinstance(value, dict):
-        return {key: _plain(v) for key, v in value.items()}
+        return {key: _without_nan(v) for key, v in value.items()}
     if isinstance(value, list):
-        return [_plain(v) for v in value]
+        return [_without_nan(v) for v in value]
     return None if isinstance(value, float) and not np.isfinite(value) else value
