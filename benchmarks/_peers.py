@@ -1,5 +1,5 @@
-"""The peers' side: the energy as a user without mdsens would write it, and other packages' solvers
-of H x = b.
+"""The peers' side: the energy as a user without mdsens would write it,
+and other packages' solvers of H x = b.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Solver = Callable[[Any, jax.Array], tuple[jax.Array, Any]]
 
 
 def energy_of(system: ms.System) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """The energy of harmonic particles, U(R, sigma), over the pairs that are near each other here."""
+    """The energy of harmonic particles, U(R, sigma), over the pairs that are near here."""
     i, j = (np.asarray(side) for side in system.neighbors.pairs)
     i, j = (jnp.asarray(side[i < system.n]) for side in (i, j))
     kinds = jnp.arange(system.n) if system.species is None else jnp.asarray(system.species)
@@ -36,8 +36,8 @@ def energy_of(system: ms.System) -> Callable[[jax.Array, jax.Array], jax.Array]:
 
 
 def solvers(rtol: float, limit: int) -> dict[str, Solver]:
-    """Name -> solve(A, b), giving x and whether the package says that it solved; None where it says
-    nothing.
+    """Name -> solve(A, b), giving x and whether the package says that it solved;
+    None where it says nothing.
 
     Args:
       limit: products with A, of which a step of CG takes one, of BiCGSTAB and of CG on the normal
@@ -73,13 +73,12 @@ def solvers(rtol: float, limit: int) -> dict[str, Solver]:
 
             return solve
 
-        # its tolerance is one of each component: with atol = 0 a component of b that is zero is
-        # never reached
+        # its tolerance is one of each component:
+        # with atol = 0 a component of b that is zero is never reached
         same: dict[str, Any] = {"rtol": rtol, "atol": rtol, "norm": jnp.linalg.norm}
         found["lineax CG"] = by_lineax(lx.CG(**same, max_steps=limit))
-        found["lineax GMRES(30)"] = by_lineax(
-            lx.GMRES(**same, restart=30, max_steps=cycles + 1)
-        )  # the first is none
+        # of these cycles the first is none
+        found["lineax GMRES(30)"] = by_lineax(lx.GMRES(**same, restart=30, max_steps=cycles + 1))
     if importlib.util.find_spec("jaxopt"):
         from jaxopt import linear_solve
 

@@ -1,18 +1,17 @@
-"""How many packings can be designed to another Poisson's ratio by their diameters, in how many
-relaxations?
+"""How many packings can be designed to another Poisson's ratio by their diameters,
+in how many relaxations?
 
 ``python -m benchmarks.design --seeds 10``: 256 polydisperse Hertzian discs at a pressure of 0.1,
 Poisson's ratio (of A) 0.1 above and 0.1 below where it starts, to 2e-3, diameters within 30 % of
-theirs, in 60 relaxations. Three
-problems: the pressure held to 1 % in a cell that stays; the shear modulus held to 1 % as well; and
-the shear modulus held to 1 % in a cell that is relaxed to the pressure. Each answer is relaxed
-again from beside it, for the error.
-``poisson_bound`` is what no packing exceeds with pressure and shear modulus held in its cell: nu =
-(K - G) / (K + G), and K is at most what it were if discs followed the strain, 1 / 4V sum of k r^2
-over the contacts. With an overlap d, k r^2 = 3/2 d^(1/2) (1 - d)^2 is a concave function of f r =
-d^(3/2) (1 - d), whose sum is 2 P V, so that the sum is
-largest where all contacts are alike, and as many as they can be: three a disc, as in any planar
-  network.
+theirs, in 60 relaxations. Three problems: the pressure held to 1 % in a cell that stays; the shear
+modulus held to 1 % as well; and the shear modulus held to 1 % in a cell that is relaxed to the
+pressure. Each answer is relaxed again from beside it, for the error.
+
+``poisson_bound`` is what no packing exceeds with pressure and shear modulus held in its cell:
+nu = (K - G) / (K + G), and K is at most what it were if discs followed the strain, 1 / 4V sum of
+k r^2 over the contacts. With an overlap d, k r^2 = 3/2 d^(1/2) (1 - d)^2 is a concave function of
+f r = d^(3/2) (1 - d), whose sum is 2 P V, so that the sum is largest where all contacts are alike,
+and as many as they can be: three a disc, as in any planar network.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ PROBLEMS = {
 
 
 def methods(rates: list[float], steps: int) -> dict[str, LevenbergMarquardt | Optax]:
-    """Ours, and RMSProp as arXiv:2404.15101 takes it, at some learning rates, constant and with
-    cosine decay.
+    """Ours, and RMSProp as arXiv:2404.15101 takes it, at some learning rates,
+    constant and with cosine decay.
     """
     found: dict[str, LevenbergMarquardt | Optax] = {"Levenberg-Marquardt": LevenbergMarquardt()}
     for rate in rates:
@@ -48,8 +47,8 @@ def methods(rates: list[float], steps: int) -> dict[str, LevenbergMarquardt | Op
 
 
 def error_of(design: Design) -> float:
-    """Of the features, relaxing again in the cell found from a little beside the positions: the
-    largest, relative.
+    """Of the features, relaxing again in the cell found from a little beside the positions:
+    the largest, relative.
     """
     found_at = design.equilibrium.system
     aside = 1e-5 * np.random.default_rng(0).standard_normal(found_at.positions.shape)
@@ -65,8 +64,8 @@ def error_of(design: Design) -> float:
 
 
 def poisson_bound(start: ms.System) -> float:
-    """The largest Poisson's ratio at 1 % more pressure and 1 % less shear modulus, in the same
-    cell.
+    """The largest Poisson's ratio at 1 % more pressure and 1 % less shear modulus,
+    in the same cell.
     """
     moduli, volume = ms.elasticity.moduli(ms.minimize(start, progress=False)), float(start.volume)
     overlap = np.linspace(0.0, 0.4, 400_001)

@@ -1,5 +1,5 @@
-"""What does the gradient of Poisson's ratio by every diameter take, in evaluations of the relaxed
-moduli?
+"""What does the gradient of Poisson's ratio by every diameter take,
+in evaluations of the relaxed moduli?
 
 ``python -m benchmarks.elasticity --sizes 1024``: both from the minimum on, with the contact
 network, the assembly and the factor of each. The error is that of the gradient along a random
@@ -17,17 +17,13 @@ import mdsens as ms
 from benchmarks._common import arguments, discs, report, timed
 from mdsens.elasticity import gradient, moduli
 
-STEPS = (
-    1e-4,
-    3e-5,
-    1e-5,
-    3e-6,
-)  # of which the best counts: round-off on one side, a contact that changes on the other
+# the best of them counts: round-off on one side, a contact that changes on the other
+STEPS = (1e-4, 3e-5, 1e-5, 3e-6)
 
 
 def error_of(eq: ms.Equilibrium, slope: np.ndarray) -> float:
-    """Of the derivative along a random direction, relative to differences at the step that fits
-    best.
+    """Of the derivative along a random direction,
+    relative to differences at the step that fits best.
     """
     direction = np.random.default_rng(0).normal(size=slope.size)
     direction /= np.linalg.norm(direction)

@@ -17,10 +17,8 @@ import mdsens as ms
 from benchmarks._common import arguments, report
 from mdsens.design import Free, LevenbergMarquardt, Target, fit
 
-FREE = {
-    "sigma": Free(within=0.3),
-    "epsilon": Free(low=0.01, high=0.25),
-}  # wells of 0.3 tear the solid
+# wells of 0.3 tear the solid
+FREE = {"sigma": Free(within=0.3), "epsilon": Free(low=0.01, high=0.25)}
 FRESH = 1000  # the first seed of the packings that the design never saw
 
 
@@ -52,9 +50,14 @@ def main() -> None:
         for change in (asked.change, -asked.change):
             began = time.perf_counter()
             design = fit(
-                Target("poisson", change, 0.01, from_start=True), members, FREE, anew=True, steps=asked.steps,
-                method=LevenbergMarquardt(trust=asked.trust, largest=0.3), progress=False,
-            )  # fmt: skip
+                Target("poisson", change, 0.01, from_start=True),
+                members,
+                FREE,
+                restart=True,
+                steps=asked.steps,
+                method=LevenbergMarquardt(trust=asked.trust, largest=0.3),
+                progress=False,
+            )
             seconds = time.perf_counter() - began
             fresh, lost = ratios(dict(design.params), asked.members, n)
             row = {

@@ -1,8 +1,8 @@
-"""What does the device give: bandwidth of a Hessian product, solves a second, packings at once, in
-float32 and float64?
+"""What does the device give: bandwidth of a Hessian product, solves a second, packings at once,
+in float32 and float64?
 
-``python -m benchmarks.gpu --sizes 1024 16384 131072 1000000 --members 1000``: on whatever device
-  jax has, a CPU too.
+``python -m benchmarks.gpu --sizes 1024 16384 131072 1000000 --members 1000``:
+on whatever device jax has, a CPU too.
 
 The bytes of a product are those that must move once: rows of neighbors, positions or blocks, the
 vector, the output; beside them stands the device's own bandwidth, x + 1 on a large array in the
@@ -74,13 +74,13 @@ def copying(dtype: str, megabytes: int, runs: int) -> dict[str, Any]:
 
 def products(lin: ms.Linearization, exact: ms.Linearization, runs: int) -> list[dict[str, Any]]:
     """Products with the Hessian, from the positions and from its blocks, of ``lin``'s precision."""
-    assert exact.stiffness is not None
+    assert exact.factor is not None
     system = lin.system
     v = jnp.asarray(
         np.random.default_rng(0).standard_normal(system.positions.shape), system.positions.dtype
     )
-    truth = (exact.stiffness.matrix @ np.asarray(v, float).ravel()).reshape(v.shape)
-    blocks = exact.stiffness.blocks
+    truth = (exact.factor.matrix @ np.asarray(v, float).ravel()).reshape(v.shape)
+    blocks = exact.factor.blocks
     blocks = jax.tree.map(
         lambda x: x.astype(v.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, blocks
     )
@@ -205,8 +205,8 @@ def measured(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    """The record is written anew with each row: hours of a large size must not take the small ones
-    with them.
+    """The record is written anew with each row:
+    hours of a large size must not take the small ones with them.
     """
     asked = arguments(
         __doc__ or "", [1024, 4096], members=100, small=64, megabytes=128, steps=200_000

@@ -1,5 +1,5 @@
-"""How often does a solve that failed say so? Packings towards unjamming, limits too small, forces
-with a null part.
+"""How often does a solve that failed say so?
+Packings towards unjamming, limits too small, forces with a null part.
 
 ``python -m benchmarks.honesty --sizes 256 --seeds 2 --limits 50 500 5000``
 
@@ -29,7 +29,7 @@ RIGHT, RTOL = 1e-6, 1e-10
 
 
 def sides(eq: ms.Equilibrium, held: np.ndarray, draws: int) -> Iterator[tuple[str, Any]]:
-    """(name, right-hand side): of the parameters a change of them, else a force on the particles."""
+    """(name, right-hand side): a change of the parameters, else a force on the particles."""
     rng = np.random.default_rng(0)
     for _ in range(draws):
         force = rng.standard_normal(eq.positions.shape)
@@ -53,8 +53,8 @@ def ours(limits: list[int]) -> list[tuple[str, Any]]:
 def answers(
     eq: ms.Equilibrium, draws: int, limits: list[int], peers: dict[str, list[Any]]
 ) -> Iterator[tuple[Any, ...]]:
-    """(right-hand side, by, x, truth, whether it was called good, in what word) for every solver on
-    one packing.
+    """(right-hand side, by, x, truth, whether it was called good, in what word)
+    for every solver on one packing.
     """
     lin = ms.linearize(eq)
     held = ~np.asarray(lin.network.rattlers)[:, None]

@@ -1,5 +1,5 @@
-"""How long does the derivative of every position by every diameter take, beside vmapped BiCGSTAB as
-the paper had it?
+"""How long does the derivative of every position by every diameter take,
+beside vmapped BiCGSTAB as the paper had it?
 
 ``python -m benchmarks.jacobian --sizes 1024``
 """
@@ -46,9 +46,17 @@ def main() -> None:
             held = ~np.asarray(ms.linearize(eq).network.rattlers)
             some = np.random.default_rng(0).choice(np.flatnonzero(held), 8, replace=False)
             truth = np.stack(
-                [ms.jvp(eq, {"sigma": jnp.zeros(n).at[k].set(1.0)}, solve=ms.implicit.CG(rtol=1e-14), throw=False).value
-                 for k in some], axis=-1,
-            )  # fmt: skip
+                [
+                    ms.jvp(
+                        eq,
+                        {"sigma": jnp.zeros(n).at[k].set(1.0)},
+                        solve=ms.implicit.CG(rtol=1e-14),
+                        throw=False,
+                    ).value
+                    for k in some
+                ],
+                axis=-1,
+            )
             ways: dict[str, Any] = {
                 "mdsens jacobian": lambda eq=eq: ms.jacobian(eq, "sigma", throw=False)
             }

@@ -1,7 +1,7 @@
 """What does a solve take as a packing nears unjamming? Each solver, pressure 1e-1 to 1e-6.
 
-``python -m benchmarks.jamming --sizes 1024``: one packing, compressed or decompressed to each
-  pressure in turn.
+``python -m benchmarks.jamming --sizes 1024``: one packing,
+compressed or decompressed to each pressure in turn.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from mdsens.implicit import CG, GMRES, MINRES, Auto, BiCGSTAB
 
 
 def at_pressure(start: ms.System, pressure: float) -> ms.Equilibrium:
-    """The packing with its diameters scaled until the pressure is within a tenth: steps along its
-    compliance.
+    """The packing with its diameters scaled until the pressure is within a tenth:
+    steps along its compliance.
     """
     eq, scale = ms.minimize(start, progress=False), 1.0
     for _ in range(60):
@@ -42,9 +42,14 @@ def main() -> None:
     """Each pressure by each solver."""
     asked = arguments(__doc__ or "", [1024], pressures=[1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
     solvers = {
-        "Auto": Auto(), "CG": CG(), "CG(degree=20)": CG(degree=20), "MINRES": MINRES(), "BiCGSTAB": BiCGSTAB(),
-        "GMRES": GMRES(), "GMRES(degree=1)": GMRES(degree=1),
-    }  # fmt: skip
+        "Auto": Auto(),
+        "CG": CG(),
+        "CG(degree=20)": CG(degree=20),
+        "MINRES": MINRES(),
+        "BiCGSTAB": BiCGSTAB(),
+        "GMRES": GMRES(),
+        "GMRES(degree=1)": GMRES(degree=1),
+    }
     rows = []
     for n in asked.sizes:
         system = discs(n, 0.95)

@@ -1,5 +1,5 @@
-"""What came out? A figure a question and a table of all records: ``python -m benchmarks.plots
-[--folder DIR]``.
+"""What came out? A figure a question and a table of all records:
+``python -m benchmarks.plots [--folder DIR]``.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def mark_failed(ax: Axes, points: Iterable[tuple[float, float]]) -> None:
 
 
 def relaxation(rows: list[Row]) -> Figure:
-    """Bars: time over that of the fastest peer; whiskers over the seeds; what was reached beside
-    them.
+    """Bars: time over that of the fastest peer; whiskers over the seeds;
+    what was reached beside them.
     """
     cases = groups(rows, "n", "fraction")
     figure, axes = panels(len(cases), 4.8, 2.6)
@@ -177,8 +177,13 @@ def scaling(rows: list[Row]) -> Figure:
         times = np.array([r[key] for r in sizes])
         if key in powers:
             label += f": $n^{{{powers[key]:.2f}}}$"
-            ax.loglog(n, np.exp(np.mean(np.log(times))) * (n / np.exp(np.mean(np.log(n)))) ** powers[key], "--",
-                      color=COLORS[2 * k], lw=0.8)  # fmt: skip
+            ax.loglog(
+                n,
+                np.exp(np.mean(np.log(times))) * (n / np.exp(np.mean(np.log(n)))) ** powers[key],
+                "--",
+                color=COLORS[2 * k],
+                lw=0.8,
+            )
         ax.loglog(n, times, "o", color=COLORS[2 * k], label=label)
         mark_failed(ax, [(r["n"], r[key]) for r in sizes if failed(r)])
     ax.legend(fontsize=8)
@@ -214,15 +219,17 @@ def jamming(rows: list[Row]) -> Figure:
 
 
 def honesty(rows: list[Row]) -> Figure:
-    """Shares of the answers of each solver: right, refused, wrong and said so, wrong without a
-    word.
+    """Shares of the answers of each solver: right, refused,
+    wrong and said so, wrong without a word.
     """
     cases = groups(rows, "side")
     figure, axes = panels(len(cases), 2.6, 4.0)
     kinds = {
-        "right": ("right", "#009e73"), "right_refused": ("right, refused", "#a6d854"),
-        "wrong_said": ("wrong, said so", "#cccccc"), "wrong_unsaid": ("wrong, not a word", FAILED),
-    }  # fmt: skip
+        "right": ("right", "#009e73"),
+        "right_refused": ("right, refused", "#a6d854"),
+        "wrong_said": ("wrong, said so", "#cccccc"),
+        "wrong_unsaid": ("wrong, not a word", FAILED),
+    }
     solvers = sorted({r["by"] for r in rows}, key=lambda by: (not by.startswith("mdsens"), by))
     for ax, ((side,), some) in zip(axes, cases.items(), strict=True):
         left = np.zeros(len(solvers))
@@ -325,16 +332,21 @@ def design(rows: list[Row]) -> Figure:
 
 
 FIGURES: dict[str, Callable[[list[Row]], Figure]] = {
-    "relaxation": relaxation, "sensitivity": sensitivity, "scaling": scaling, "jamming": jamming, "honesty": honesty,
-    "gpu": gpu, "design": design,
-}  # fmt: skip
+    "relaxation": relaxation,
+    "sensitivity": sensitivity,
+    "scaling": scaling,
+    "jamming": jamming,
+    "honesty": honesty,
+    "gpu": gpu,
+    "design": design,
+}
 
 
 def section(name: str, record: dict[str, Any], pictured: bool) -> str:
     """The question, where it was answered, the figure, the rows of the record ``name``.json."""
     machine, rows = record["machine"], record["rows"]
     words = (importlib.import_module(f"benchmarks.{record['question']}").__doc__ or "").strip()
-    question = words.splitlines()[0]
+    question = " ".join(words.split("\n\n")[0].split())  # its first paragraph, in one line
     versions = ", ".join(f"{package} {version}" for package, version in record["versions"].items())
     where = (
         f"{machine['processor']}, {machine['cores']} cores, jax on {machine['device']}; Python"

@@ -1,5 +1,5 @@
-"""How long does relaxing take, from a random start to a largest force of 1e-12, beside jax-md's
-FIRE and LAMMPS?
+"""How long does relaxing take, from a random start to a largest force of 1e-12,
+beside jax-md's FIRE and LAMMPS?
 
 ``python -m benchmarks.relaxation --sizes 1024 16384 --fractions 0.95 0.86 --seeds 9``
 """
@@ -22,8 +22,8 @@ ENOUGH = 60.0  # seconds, after which a minimizer gets no further seed
 
 
 def by_jax_md(system: ms.System, runs: int, max_steps: int = 60_000) -> dict[str, Any]:
-    """jax-md's FIRE, its list updated in each step and allocated anew where it overflows; the first
-    run compiles.
+    """jax-md's FIRE, its list updated in each step and allocated anew where it overflows;
+    the first run compiles.
     """
     from jax_md import energy, minimize, partition, space
 
@@ -32,9 +32,15 @@ def by_jax_md(system: ms.System, runs: int, max_steps: int = 60_000) -> dict[str
     sigma = np.asarray(system.params["sigma"])
     matrix = jnp.asarray(0.5 * (sigma[:, None] + sigma[None]))
     list_of, energy_fn = energy.soft_sphere_neighbor_list(
-        displacement, length, species=system.species, sigma=matrix, epsilon=jnp.asarray(1.0), alpha=jnp.asarray(2.0),
-        dr_threshold=0.3, format=partition.OrderedSparse,
-    )  # fmt: skip
+        displacement,
+        length,
+        species=system.species,
+        sigma=matrix,
+        epsilon=jnp.asarray(1.0),
+        alpha=jnp.asarray(2.0),
+        dr_threshold=0.3,
+        format=partition.OrderedSparse,
+    )
     descent: Any = minimize.fire_descent(energy_fn, shift)
     init, apply = descent
     start = jnp.mod(system.positions, length)
@@ -55,8 +61,8 @@ def by_jax_md(system: ms.System, runs: int, max_steps: int = 60_000) -> dict[str
 
     times, steps, largest, pairs = [], 0, np.inf, None
     for _ in range(1 + runs):
-        # the extra is for each cell and particle; an allocation compiles all anew, so the second
-        # run takes the first's
+        # the extra is for each cell and particle; an allocation compiles all anew,
+        # so the second run takes the first's
         pairs = list_of.allocate(start, extra_capacity=4) if pairs is None else pairs.update(start)
         state = init(start, neighbor=pairs)
         # it keeps step sizes in float16 where they fit, which a loop cannot carry
@@ -100,8 +106,8 @@ def by_lammps(system: ms.System, runs: int, style: str) -> dict[str, Any]:
 
 
 def _of_seeds(name: str, way: Any, starts: list[ms.System], runs: int) -> list[dict[str, Any]]:
-    """One result a start, the median of some runs; of large systems one run, and no more starts
-    where it takes long.
+    """One result a start, the median of some runs; of large systems one run,
+    and no more starts where it takes long.
     """
     small = starts[0].n <= 4096
     if name == "LAMMPS fire" and not small:
@@ -114,8 +120,8 @@ def _of_seeds(name: str, way: Any, starts: list[ms.System], runs: int) -> list[d
 
 
 def main() -> None:
-    """Each size, fraction and seed by every minimizer; medians over seeds, and of ratios to ours on
-    the same seeds.
+    """Each size, fraction and seed by every minimizer; medians over seeds,
+    and of ratios to ours on the same seeds.
     """
     asked = arguments(__doc__ or "", [1024, 16384], fractions=[0.95, 0.86], seeds=9, peers=1)
     ways: dict[str, Any] = {

@@ -1,5 +1,5 @@
-"""How do time and memory grow with the number of particles? Relaxing, one jvp, and a gradient by
-every diameter.
+"""How do time and memory grow with the number of particles?
+Relaxing, one jvp, and a gradient by every diameter.
 
 ``python -m benchmarks.scaling --sizes 4096 16384 65536 131072``
 """
@@ -33,8 +33,8 @@ def main() -> None:
         jvp = timed(lambda eq=eq, d=dparams: ms.jvp(eq, d), asked.runs)
         gradient = timed(lambda eq=eq: ms.gradient(ms.observables.pressure, eq), asked.runs)
         answer = jvp["answer"]
-        # the two directions of one derivative have to agree: sum of dR_i . dR by the tangent and by
-        # the adjoint
+        # the two directions of one derivative have to agree:
+        # sum of dR_i . dR by the tangent and by the adjoint
         left = float(jnp.sum(answer.value**2))
         right = float(jnp.sum(ms.vjp(eq, answer.value).value["sigma"] * dparams["sigma"]))
         row |= {

@@ -1,5 +1,5 @@
-"""How long does one jvp take, to a true error of 1e-8, beside what else solves the same linear
-system?
+"""How long does one jvp take, to a true error of 1e-8,
+beside what else solves the same linear system?
 
 ``python -m benchmarks.sensitivity --sizes 1024 16384 --fractions 0.95 0.86 --spheres 8192``
 
@@ -26,8 +26,8 @@ RTOL = 1e-10
 
 
 def peers(eq: ms.Equilibrium, tangent: Any) -> dict[str, Callable[[], Any]]:
-    """Name -> a function of nothing that solves for the derivative; jaxopt by its own rule, the
-    others by ours.
+    """Name -> a function of nothing that solves for the derivative;
+    jaxopt by its own rule, the others by ours.
     """
     force, sigma = jax.grad(_peers.energy_of(eq.system)), eq.params["sigma"]
 
@@ -47,9 +47,8 @@ def peers(eq: ms.Equilibrium, tangent: Any) -> dict[str, Callable[[], Any]]:
         return lambda: run(eq.positions, sigma)
 
     solvers = _peers.solvers(RTOL, 40_000)
-    if (
-        eq.system.n > 4096
-    ):  # half a minute each, where CG takes a second; the normal equations' answer is wrong as well
+    # half a minute each, where CG takes a second; the normal equations' answer is wrong as well
+    if eq.system.n > 4096:
         solvers = {
             name: f
             for name, f in solvers.items()

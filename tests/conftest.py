@@ -1,5 +1,5 @@
-"""Double precision for every test; the packings with independently computed values; the seed's
-system.
+"""Double precision for every test; the packings with independently computed values;
+the seed's system.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ import mdsens as ms  # noqa: E402
 # among them takes 7% of the time of the tests.
 gc.set_threshold(100_000, 20, 100)
 
-# What `make fuzz` runs beside: the longest of each kind, of which a shorter one is among the
-# others.
+# What `make fuzz` runs beside: the longest of each kind,
+# of which a shorter one is among the others.
 LONG = pytest.mark.skipif("MDSENS_FUZZ_CASES" not in os.environ, reason="a long run: make fuzz")
 
 
@@ -92,8 +92,8 @@ def relaxed_packing(name: str, index: int) -> ms.Equilibrium:
 
 @cache
 def ring(pulled: float = 0.0, dtype: Any = np.float64) -> ms.System:
-    """Thirty springs in a closed ring within a periodic cell, at rest or stretched: it has no
-    modulus whatever.
+    """Thirty springs in a closed ring within a periodic cell, at rest or stretched:
+    it has no modulus whatever.
     """
     angle = 2.0 * np.pi * np.arange(30) / 30
     places = 10.0 + (3.0 + pulled) * np.stack([np.cos(angle), np.sin(angle)], axis=1)
@@ -106,8 +106,8 @@ def ring(pulled: float = 0.0, dtype: Any = np.float64) -> ms.System:
 
 @cache
 def square_lattice(diagonals: float) -> ms.System:
-    """25 nodes on a square lattice, a spring of stiffness 1 to each neighbor and one across each
-    square, at rest.
+    """25 nodes on a square lattice, a spring of stiffness 1 to each neighbor
+    and one across each square, at rest.
 
     C11 = 1 + k, C12 = C44 = k, the stiffness of the diagonals; each node is a center of symmetry,
     and follows a strain.
@@ -150,8 +150,8 @@ def packing_name(request: pytest.FixtureRequest) -> str:
 
 
 def forget_compiled_code() -> None:
-    """Drop it where there is much: each program maps memory, and at 65,530 maps the kernel ends the
-    process.
+    """Drop it where there is much: each program maps memory,
+    and at 65,530 maps the kernel ends the process.
     """
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
@@ -175,7 +175,7 @@ def relative(a, b) -> float:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """The figures of the generated cases, where a number of them was asked for: see test_fuzz.py."""
+    """The figures of the generated cases, where some were asked for: see test_fuzz.py."""
     if "MDSENS_FUZZ_CASES" not in os.environ:
         return
     from generated import figures

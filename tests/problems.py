@@ -151,16 +151,15 @@ def _ridge() -> RootProblem:
 
 def _singular_quadratic() -> RootProblem:
     difference = jnp.asarray(np.eye(5) - np.roll(np.eye(5), 1, axis=0))
-    load = jnp.array(
-        [1.0, -2.0, 0.5, 1.5, -1.0]
-    )  # sums to zero: it pulls, it does not push off balance
+    # sums to zero: it pulls, it does not push off balance
+    load = jnp.array([1.0, -2.0, 0.5, 1.5, -1.0])
 
     def F(x: Array, theta: Array) -> Array:
         return difference.T @ (theta * (difference @ x)) - theta[0] * load
 
     def answer(theta: Array) -> Array:
-        # The pseudo-inverse of a ring's Laplacian, whose derivative has no trouble with equal
-        # singular values.
+        # The pseudo-inverse of a ring's Laplacian,
+        # whose derivative has no trouble with equal singular values.
         laplacian = difference.T @ (theta[:, None] * difference) + jnp.ones((5, 5)) / 5
         return jnp.linalg.solve(laplacian, theta[0] * load)
 
@@ -255,8 +254,8 @@ def _host_solver() -> RootProblem:
 
 
 def _spring_chain() -> RootProblem:
-    """Springs in series, one end held, the other pulled: theta holds three stiffnesses, a rest
-    length and the pull.
+    """Springs in series, one end held, the other pulled:
+    theta holds three stiffnesses, a rest length and the pull.
     """
 
     def energy(x: Array, theta: Array) -> Array:

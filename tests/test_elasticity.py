@@ -135,8 +135,8 @@ def fcc(constant: float) -> ms.System:
 
 
 def lattice_sums(system: ms.System) -> tuple[np.ndarray, np.ndarray]:
-    """(A, sigma) of a crystal whose atoms are centers of symmetry, from one atom's neighbors, in
-    numpy.
+    """(A, sigma) of a crystal whose atoms are centers of symmetry,
+    from one atom's neighbors, in numpy.
 
     C = (phi'' - phi'/r) r r r r / r^2 and sigma = phi' r r / r, summed over neighbors and halved, a
     volume; A from C by the stress.
@@ -181,9 +181,8 @@ def test_fcc_argon_has_the_constants_of_its_lattice_sums(constant):
         float(found.pressure),
     )
     size = 1e-8 * float(jnp.max(jnp.abs(a)))
-    assert a[0, 1] - a[3, 3] == pytest.approx(
-        pressure / 2, abs=size
-    )  # Cauchy's relation, under pressure
+    # Cauchy's relation, under pressure
+    assert a[0, 1] - a[3, 3] == pytest.approx(pressure / 2, abs=size)
     assert b[0, 1] - b[3, 3] == pytest.approx(2 * pressure, abs=size)
     assert (
         abs(pressure) < 1e-6 * float(a[0, 0])
@@ -191,9 +190,8 @@ def test_fcc_argon_has_the_constants_of_its_lattice_sums(constant):
         else pressure > 0.01 * float(a[0, 0])
     )
     assert float(found.stability) > 0
-    assert np.all(
-        np.asarray(found.stats.status) == ms.Status.CONVERGED
-    )  # round-off has no null part to drop
+    # round-off has no null part to drop
+    assert np.all(np.asarray(found.stats.status) == ms.Status.CONVERGED)
 
 
 # ── minimizing again ──
@@ -265,9 +263,8 @@ def test_gradients_of_moduli_are_finite_differences_of_minimizing_again(which):
 
     found = elasticity.gradient(features, lin).value
     rows = {name: np.asarray(v).reshape(v.shape[0], -1) for name, v in found.items()}
-    scale = np.max(
-        [np.abs(rows[name]).max(axis=1) for name in ("sigma", "epsilon")], axis=0
-    )  # nu knows no epsilon
+    # nu knows no epsilon
+    scale = np.max([np.abs(rows[name]).max(axis=1) for name in ("sigma", "epsilon")], axis=0)
     some = range(0, eq.params["sigma"].size, 8) if which != "growing box" else range(2)
     for name, ks in {"sigma": some, "epsilon": [0]}.items():
         flat = np.asarray(eq.params[name]).ravel()
@@ -311,9 +308,8 @@ def test_gradients_of_moduli_on_every_packing_are_finite_differences_within_the_
             eq.system, jacobian[..., k], unit, lin.network.rattlers
         ).radius
         errors = []
-        for h in np.minimum(
-            [1e-5, 1e-6, 1e-7], np.multiply([0.8, 0.3, 0.1], radius)
-        ):  # a contact, or round-off
+        # what limits a step is a contact, or round-off
+        for h in np.minimum([1e-5, 1e-6, 1e-7], np.multiply([0.8, 0.3, 0.1], radius)):
             ends = []
             for t in (h, -h, 0.5 * h, -0.5 * h):
                 change = {"sigma": eq.params["sigma"] + t * unit["sigma"]}
@@ -427,9 +423,8 @@ def test_a_ring_in_single_precision_has_none_either_and_one_with_tension_left_ma
     single = ms.minimize(ring(dtype=np.float32), tolerance=1e-5)
     found = moduli(single, throw=False)
     assert found.status is ms.Status.FLOPPY and float(found.bulk) == 0.0 and np.isnan(found.poisson)
-    pulled = ms.minimize(
-        ring(pulled=1e-10), tolerance=1e-10
-    )  # a thousand times round-off is left of its tension
+    # a thousand times round-off is left of its tension
+    pulled = ms.minimize(ring(pulled=1e-10), tolerance=1e-10)
     doubtful = moduli(pulled, throw=False)
     assert doubtful.status is ms.Status.STIFFNESS_UNSETTLED and not doubtful.status.good
     assert float(jnp.max(jnp.abs(doubtful.tensor))) > float(doubtful.round_off)
@@ -437,8 +432,8 @@ def test_a_ring_in_single_precision_has_none_either_and_one_with_tension_left_ma
 
 @pytest.mark.parametrize("diagonals", [0.0, 1e-9, 0.3])
 def test_a_square_lattice_has_its_constants_however_small(diagonals):
-    """K = (1 + 2 k) / 2, G = (1 + 2 k) / 4: a strain may cost nothing, or next to it, and the
-    moduli stay.
+    """K = (1 + 2 k) / 2, G = (1 + 2 k) / 4: a strain may cost nothing,
+    or next to it, and the moduli stay.
     """
     found = moduli(ms.minimize(square_lattice(diagonals)))
     assert found.status is (ms.Status.CONVERGED if diagonals else ms.Status.SHAPE_HELD)
@@ -450,17 +445,22 @@ def test_a_square_lattice_has_its_constants_however_small(diagonals):
         0.25 + 0.5 * diagonals
     )
     young, poisson = elasticity.directional(found.tensor, [[1.0, 0.0], [1.0, 1.0]])
-    ratio = diagonals / (
-        1.0 + diagonals
-    )  # along the axis; across the squares K and C44 alone yield
-    np.testing.assert_allclose(young, [1.0 + diagonals - diagonals * ratio, 1.0 / (0.5 / (1.0 + 2.0 * diagonals)
-        + 0.25 / diagonals) if diagonals else 0.0], rtol=1e-6)  # fmt: skip
+    # along the axis; across the squares K and C44 alone yield
+    ratio = diagonals / (1.0 + diagonals)
+    np.testing.assert_allclose(
+        young,
+        [
+            1.0 + diagonals - diagonals * ratio,
+            1.0 / (0.5 / (1.0 + 2.0 * diagonals) + 0.25 / diagonals) if diagonals else 0.0,
+        ],
+        rtol=1e-6,
+    )
     assert poisson[0] == pytest.approx(ratio) and bool(np.isnan(poisson[1])) is not bool(diagonals)
 
 
 def test_a_strain_that_costs_nothing_leaves_the_derivatives():
-    """Longer springs of a square lattice in its cell are under pressure, and A44 is half their
-    tension each: -1/2.
+    """Longer springs of a square lattice in its cell are under pressure,
+    and A44 is half their tension each: -1/2.
     """
     slope = elasticity.gradient(lambda m: m.tensor[0, 1, 0, 1], ms.minimize(square_lattice(0.0)))
     assert slope.status is ms.Status.SHAPE_HELD
@@ -468,8 +468,8 @@ def test_a_strain_that_costs_nothing_leaves_the_derivatives():
 
 
 def dense_tensor(system: ms.System) -> np.ndarray:
-    """A in Mandel's form, by all second derivatives of the energy at once and numpy's
-    pseudo-inverse.
+    """A in Mandel's form, by all second derivatives of the energy
+    at once and numpy's pseudo-inverse.
     """
     size, units = system.positions.size, jnp.asarray(basis(2))
 
@@ -525,28 +525,30 @@ def test_a_negative_shear_modulus_is_refused_with_its_figures_by_every_door():
             call()
         assert raised.value.status is ms.Status.UNSTABLE and "\n" not in str(raised.value)
         assert call(throw=False).status is ms.Status.UNSTABLE
-    assert np.isnan(found.poisson) and np.isnan(
-        found.young
-    )  # ratios of no solid, also where no status goes with them
+    # ratios of no solid, also where no status goes with them
+    assert np.isnan(found.poisson) and np.isnan(found.young)
     assert ms.gradient(lambda s: moduli(s).poisson, eq, throw=False).status is ms.Status.NOT_FINITE
     slope, h = calls[1](throw=False).value["sigma"], 1e-6
-    ends = [ms.minimize(eq.system, {"sigma": eq.params["sigma"] + s * np.array([0.0, 1.0])}, tolerance=1e-13)
-            for s in (h, -h)]  # fmt: skip
+    ends = [
+        ms.minimize(
+            eq.system, {"sigma": eq.params["sigma"] + s * np.array([0.0, 1.0])}, tolerance=1e-13
+        )
+        for s in (h, -h)
+    ]
     bulk = [float(moduli(end, throw=False).bulk) for end in ends]
-    assert float(slope[1]) == pytest.approx(
-        (bulk[0] - bulk[1]) / (2 * h), rel=1e-4
-    )  # the number is what it is
+    # the number is what it is
+    assert float(slope[1]) == pytest.approx((bulk[0] - bulk[1]) / (2 * h), rel=1e-4)
 
 
 def test_a_strain_that_lowers_the_enthalpy_is_a_warning():
-    """Moduli of a packing next to unjamming are averages over directions, in some of which it gives
-    way.
+    """Moduli of a packing next to unjamming are averages over directions,
+    in some of which it gives way.
     """
     found = moduli(discs_at_rest("sheared away"))
     assert found.status is ms.Status.SHAPE_HELD and found.status.good and found.status.warning
     assert found.bulk > 0 and found.shear > 0 > found.stability
-    # Birch's tensor decides: of this one of the data A is positive definite, and at its pressure it
-    # gives way
+    # Birch's tensor decides: of this one of the data A is positive definite,
+    # and at its pressure it gives way
     eq = relaxed_packing(PACKINGS[0], 3)
     here = moduli(eq)
     assert (
@@ -656,8 +658,8 @@ def test_the_figure_draws_both_by_angle():
 
 
 def test_moduli_in_an_observable_compile_once_and_serve_a_batch():
-    """``ms.gradient`` of a function of a System that takes its moduli: the numbers of
-    ``elasticity.gradient``.
+    """``ms.gradient`` of a function of a System that takes its moduli:
+    the numbers of ``elasticity.gradient``.
     """
     sizes = np.where(np.arange(12) % 3, 1.0, 0.7)
 

@@ -22,8 +22,8 @@ LAW = ms.potentials.soft_sphere()
 
 @cache
 def crystal(larger: float = 0.0) -> ms.Equilibrium:
-    """64 discs in a triangular lattice, overlapping by 5 %, one of them larger; of the shape of the
-    packing.
+    """64 discs in a triangular lattice, overlapping by 5 %, one of them larger;
+    of the shape of the packing.
     """
     j, i = np.divmod(np.arange(64), 8)
     places = 0.95 * np.stack([i + 0.5 * (j % 2), 0.75**0.5 * j], axis=1)
@@ -89,9 +89,8 @@ def test_the_gradient_is_finite_differences_of_minimizing_again():
     eq, h = relaxed_packing(PACKINGS[0], 0), 1e-6
     found = modes.gradient(eq)
     assert found.status is ms.Status.CONVERGED
-    assert float(found.value["epsilon"]) == pytest.approx(
-        smallest_stiffness(eq).value, rel=1e-9
-    )  # of degree one
+    # the stiffness is of degree one in energy
+    assert float(found.value["epsilon"]) == pytest.approx(smallest_stiffness(eq).value, rel=1e-9)
     slope = np.asarray(found.value["sigma"])
     for k in np.argsort(-np.abs(slope))[:3]:
         values = []
@@ -130,8 +129,8 @@ def test_at_a_pressure_the_cell_moves_too():
         for t in (h, -h)
     ]
     assert float(found["pressure"]) == pytest.approx((values[0] - values[1]) / (2 * h), rel=1e-5)
-    # lengths and energies: lambda has degree -2 in length, pressure -d; and one in energy, as
-    # pressure
+    # lengths and energies: lambda has degree -2 in length, pressure -d;
+    # and one in energy, as pressure
     value = smallest_stiffness(eq).value
     by_length = float(found["sigma"] @ eq.params["sigma"]) - 2 * 0.1 * float(found["pressure"])
     assert by_length == pytest.approx(-2 * value, rel=1e-8)
@@ -168,9 +167,8 @@ def test_a_gap_below_what_the_force_left_can_change_is_said():
         modes.gradient(loose)
     assert caught.value.status is ms.Status.UNRESOLVED and caught.value.result.mixing > 1e-3
     assert modes.gradient(loose, throw=False).status is ms.Status.UNRESOLVED
-    assert (
-        smallest_stiffness(loose, 2).status is ms.Status.CONVERGED
-    )  # the two together stand apart
+    # the two together stand apart
+    assert smallest_stiffness(loose, 2).status is ms.Status.CONVERGED
 
 
 def test_the_status_of_a_system_is_carried_out():
@@ -193,8 +191,8 @@ def test_the_status_of_a_system_is_carried_out():
 
 
 def test_what_is_zero_to_round_off_is_zero():
-    """A ring of 30 springs at rest has 60 coordinates, 30 springs and 3 rigid motions: 27 modes
-    without stiffness.
+    """A ring of 30 springs at rest has 60 coordinates, 30 springs and 3 rigid motions:
+    27 modes without stiffness.
     """
     eq = ms.minimize(ring())
     found = smallest_stiffness(eq, throw=False)

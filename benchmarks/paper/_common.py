@@ -1,5 +1,5 @@
-"""What the paper's experiments share: the command line, clock and memory of a compiled function,
-table and figure.
+"""What the paper's experiments share: the command line,
+clock and memory of a compiled function, table and figure.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ class FeatureValues:
 def measured(
     f: Callable[..., Any], *args: Any, runs: int, most: float = float("inf")
 ) -> FeatureValues:
-    """Compile f for these arguments, call it once, then ``runs`` times by the clock; oftener where
-    that takes no time.
+    """Compile f for these arguments, call it once, then ``runs`` times by the clock;
+    oftener where that takes no time.
 
     Args:
       most: MB of temporaries above which it is compiled and not called; the answer is None then.

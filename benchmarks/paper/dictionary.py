@@ -1,18 +1,19 @@
-"""Does a dictionary that knows its task beat one that does not? Task-driven dictionary learning,
-section 4.3.
+"""Does a dictionary that knows its task beat one that does not?
+Task-driven dictionary learning, section 4.3.
 
 ``python -m benchmarks.paper.dictionary``
 
-    x*(D) = argmin_x |x D - A|^2 / 2 + l1 |x|_1 + l2 |x|^2 / 2,      sparse codes of the rows of A over the atoms D
+    x*(D) = argmin_x |x D - A|^2 / 2 + l1 |x|_1 + l2 |x|^2 / 2
     min over D, w, b  of  mean log(1 + exp(-y (x*(D) w + b))) + decay |w|^2 / 2,   y = +-1
 
-A is scikit-learn's breast cancer data, 569 patients with 30 features, standardized; half of them
-train and half judge, over five splits, with ten atoms and with two. Codes come by k steps of FISTA,
-and have the derivative of the fixed point of proximal gradient; Adam (optax) moves D, w and b from
-the unsupervised dictionary, which minimizes the reconstruction alone, its atoms of norm 1. Beside
-it: a logistic regression on the codes of the unsupervised dictionary, and one on the 30 features,
-with the same decay. The score is the area under the ROC curve on the half that judges. The paper's
-own data, the expression of 7,399 genes in 299 patients, does not come with scikit-learn.
+x* are sparse codes of the rows of A over the atoms D. A is scikit-learn's breast cancer data, 569
+patients with 30 features, standardized; half of them train and half judge, over five splits, with
+ten atoms and with two. Codes come by k steps of FISTA, and have the derivative of the fixed point
+of proximal gradient; Adam (optax) moves D, w and b from the unsupervised dictionary, which
+minimizes the reconstruction alone, its atoms of norm 1. Beside it: a logistic regression on the
+codes of the unsupervised dictionary, and one on the 30 features, with the same decay. The score is
+the area under the ROC curve on the half that judges. The paper's own data, the expression of 7,399
+genes in 299 patients, does not come with scikit-learn.
 
 The gradient by D of k steps, implicit and unrolled in reverse mode, is held against the closed form
 of the codes on their support, x_S = (D_S D_S^T + l2)^-1 (D_S a - l1 sign x_S), differentiated as it
@@ -156,8 +157,8 @@ def area(score: np.ndarray, y: np.ndarray) -> float:
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def unsupervised(D: Array, A: Array, coding: int, steps: int) -> Array:
-    """The dictionary of least reconstruction error, atoms of norm 1; codes minimize, and pass on no
-    derivative.
+    """The dictionary of least reconstruction error, atoms of norm 1;
+    codes minimize, and pass on no derivative.
     """
     adam = optax.adam(RATE)
 
@@ -273,8 +274,8 @@ def score_rows(
 def gradient_rows(
     split: Split, counts: Sequence[int], runs: int
 ) -> tuple[list[Row], dict[int, Slope]]:
-    """A row a number of FISTA's steps and way to differentiate, and the implicit gradients,
-    compiled.
+    """A row a number of FISTA's steps and way to differentiate,
+    and the implicit gradients, compiled.
 
     Times and memory are of the whole gradient by (D, w, b); errors of the codes and of dL/dD.
     """
@@ -360,8 +361,8 @@ def figure(record: Row) -> Figure:
 
 
 def main(argv: Sequence[str] | None = None) -> Row:
-    """Each number of atoms: the gradient on the first split, then all splits; the table, the
-    figure.
+    """Each number of atoms: the gradient on the first split, then all splits;
+    the table, the figure.
     """
     wanted = asked("dictionary", __doc__, argv)
     A, y = data(wanted.smoke)

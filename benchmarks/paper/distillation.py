@@ -1,9 +1,10 @@
-"""What does a gradient through a training cost, implicit or unrolled? Section 4.2 of the paper:
-dataset distillation.
+"""What does a gradient through a training cost, implicit or unrolled?
+Section 4.2 of the paper: dataset distillation.
 
 ``python -m benchmarks.paper.distillation``
 
-    min_theta loss(x*(theta); training set),    x*(theta) = argmin_x loss(x; theta, [0 .. 9]) + EPSILON |x|^2
+    min_theta loss(x*(theta); training set)
+    x*(theta) = argmin_x loss(x; theta, [0 .. 9]) + EPSILON |x|^2
 
 theta holds ten images, one a digit, so that a multinomial logistic regression trained on them alone
 does well on all: scikit-learn's digits, 8 x 8, in place of the paper's MNIST. loss is the mean
@@ -70,8 +71,8 @@ class Digits:
 
 
 def problem(smoke: bool) -> Digits:
-    """The 1,797 digits that scikit-learn ships, 1,297 to train on; made ones where it is not
-    needed.
+    """The 1,797 digits that scikit-learn ships, 1,297 to train on;
+    made ones where it is not needed.
     """
     rng = np.random.default_rng(0)
     if smoke:
@@ -100,8 +101,8 @@ def training(labels: Array) -> Callable[[Array, Array], Array]:
 def shortened(
     f: Callable[[Array], Array], x: Array, slope: Array, towards: Array, length: Array
 ) -> Array:
-    """Half the length until the slope at the step's end is uphill by half of what it was downhill,
-    at most.
+    """Half the length until the slope at the step's end is uphill
+    by half of what it was downhill, at most.
 
     Where f is convex that is a bound on f too, and near the minimum, where f no longer changes in
     double precision, it still tells steps apart. The answer is constant by pieces.
@@ -133,8 +134,8 @@ def descent(f: Callable[[Array, Array], Array], steps: int) -> Solver:
 
 
 def newton(f: Callable[[Array, Array], Array], tolerance: float) -> Solver:
-    """Newton's method, its systems by conjugate gradients, until the gradient is under the
-    tolerance.
+    """Newton's method, its systems by conjugate gradients,
+    until the gradient is under the tolerance.
     """
 
     def solver(init: Array, theta: Array) -> Array:
@@ -158,8 +159,8 @@ def newton(f: Callable[[Array, Array], Array], tolerance: float) -> Solver:
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """A way to the outer gradient: its name, how it differentiates, how it solves, and the inner
-    solver.
+    """A way to the outer gradient: its name, how it differentiates,
+    how it solves, and the inner solver.
     """
 
     method: str
@@ -202,8 +203,8 @@ def distilled(
 
 
 def central(value: Callable[[Array], Array], theta: Array, g: Array) -> float:
-    """The worst of three random directions: central differences against the gradient, relative to
-    its norm.
+    """The worst of three random directions:
+    central differences against the gradient, relative to its norm.
     """
     rng, worst, h = np.random.default_rng(1), 0.0, 1e-4
     for _ in range(3):

@@ -1,5 +1,5 @@
-"""How far is a packing's sensitivity to a diameter from the truth, after so many steps? The paper's
-molecular dynamics.
+"""How far is a packing's sensitivity to a diameter from the truth, after so many steps?
+The paper's molecular dynamics.
 
 ``python -m benchmarks.paper.dynamics``
 
@@ -8,7 +8,8 @@ the packing fraction at 0.98 whatever theta is, from random places
 (``ms.load_system("seed_packing_2d", seed=k)``), relaxed by jax-md's FIRE.
 
     implicit at k   H(R_k) dR = - d2U/dR dtheta, at where FIRE stands after k steps
-    unrolled        forward: a tangent through the k steps; reverse: of <w, R_k>, every step kept, or made anew
+    unrolled        forward: a tangent through the k steps;
+                    reverse: of <w, R_k>, every step kept, or made anew
 
 Truth is ``ms.jvp`` at the minimum that the same run of FIRE reaches at a largest force of 1e-12,
 itself held against finite differences of minimizing again. An error is that of the whole vector,
@@ -92,7 +93,7 @@ class Discs:
         return FIRE.positions(lax.fori_loop(0, steps, lambda _, state: step(state), init(start)))
 
     def scanned(self, steps: int, start: Array, theta: Array, again: bool) -> Array:
-        """R_k for reverse mode: all of each step kept, or its state alone and the rest made again."""
+        """R_k for reverse mode: all of each step kept, or its state alone, the rest made again."""
         init, step = self.fire(theta)
         one = jax.checkpoint(step) if again else step
         return FIRE.positions(
@@ -189,8 +190,8 @@ def _distance(a: np.ndarray, b: np.ndarray) -> float:
 def reverse_rows(
     discs: Discs, start: Array, theta: Array, counts: Sequence[int], truth: Truth, runs: int
 ) -> list[Row]:
-    """Reverse mode on one packing: of <w, R>, implicit and unrolled; errors are those of <w,
-    dR/dtheta>.
+    """Reverse mode on one packing: of <w, R>, implicit and unrolled;
+    errors are those of <w, dR/dtheta>.
     """
     w = truth.held(np.random.default_rng(0).normal(size=start.shape))
     wanted = float(np.sum(w * truth.value))
@@ -316,9 +317,11 @@ def figure(record: Row) -> Figure:
     middle.axhline(1.0, color="black", lw=0.7, ls=":")
     middle.set_ylabel("L1 norm of dR/dθ over that of the truth")
     curves = {
-        "implicit, forward": IMPLICIT, "unrolled, forward": UNROLLED, "unrolled, reverse": FOURTH,
+        "implicit, forward": IMPLICIT,
+        "unrolled, forward": UNROLLED,
+        "unrolled, reverse": FOURTH,
         "unrolled, reverse, steps made anew": THIRD,
-    }  # fmt: skip
+    }
     for by, color in curves.items():
         some = [row for row in rows if row["by"] == by and row.get("MB") is not None]
         right.loglog(

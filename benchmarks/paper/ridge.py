@@ -1,9 +1,10 @@
-"""How wrong is the Jacobian at a solution that is not exact? The paper's theorem 1 and figure 3, on
-ridge regression.
+"""How wrong is the Jacobian at a solution that is not exact?
+The paper's theorem 1 and figure 3, on ridge regression.
 
 ``python -m benchmarks.paper.ridge``
 
-    x*(theta) = argmin_x |A x - y|^2 / 2 + sum_i theta_i x_i^2 / 2,    J = dx*/dtheta = -(A^T A + diag theta)^-1 diag x*
+    x*(theta) = argmin_x |A x - y|^2 / 2 + sum_i theta_i x_i^2 / 2
+    J = dx*/dtheta = -(A^T A + diag theta)^-1 diag x*
 
 one strength a feature, by k steps of gradient descent. The implicit Jacobian is the theorem's
 J(x_k): the linear system at x_k, exact or not. Theorem 1 bounds its error by that of x_k. Here
@@ -35,8 +36,8 @@ STEPS = (10, 30, 100, 300, 600, 1000, 2000, 3000)
 
 
 def problem(smoke: bool) -> tuple[Array, Array]:
-    """A (m, p) and y (m,): the diabetes data that scikit-learn ships, 442 patients; or small ones,
-    made here.
+    """A (m, p) and y (m,): the diabetes data that scikit-learn ships,
+    442 patients; or small ones, made here.
     """
     if smoke:
         rng = np.random.default_rng(0)
@@ -53,8 +54,8 @@ def loss(x: Array, theta: Array, A: Array, y: Array) -> Array:
 
 
 def descent(steps: int) -> Callable[..., Array]:
-    """k steps of gradient descent from ``init``, each as long as the inverse of the largest
-    curvature.
+    """k steps of gradient descent from ``init``,
+    each as long as the inverse of the largest curvature.
     """
 
     def solver(init: Array, theta: Array, A: Array, y: Array) -> Array:
@@ -68,8 +69,8 @@ def descent(steps: int) -> Callable[..., Array]:
 
 
 def rows_of(A: Array, y: Array, counts: Sequence[int], runs: int) -> list[Row]:
-    """A row a number of steps: errors of the solution and of each Jacobian, the bound, time and
-    memory.
+    """A row a number of steps: errors of the solution and of each Jacobian,
+    the bound, time and memory.
     """
     theta, init = jnp.full(A.shape[1], STRENGTH), jnp.zeros(A.shape[1])
     curved = A.T @ A + jnp.diag(theta)

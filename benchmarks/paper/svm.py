@@ -1,19 +1,21 @@
-"""May the solver and the derivative be chosen apart? The paper's multiclass support vector machine,
-section 4.1.
+"""May the solver and the derivative be chosen apart?
+The paper's multiclass support vector machine, section 4.1.
 
 ``python -m benchmarks.paper.svm``
 
-    x*(theta) = argmin_x |V(x)|^2 / (2 theta) + <x, Y>,   each row of x in the simplex,   V(x) = X^T (Y - x)
+    x*(theta) = argmin_x |V(x)|^2 / (2 theta) + <x, Y>,   each row of x in the simplex
+    V(x) = X^T (Y - x)
     L(lambda) = |X_val W - Y_val|^2 / 2,   W = V(x*) / theta,   theta = exp lambda
 
 m samples, p features, 5 classes one-hot in Y: the dual of the machine, W its weights, L the loss on
-  50 more samples,
-and dL/dlambda the hypergradient. Solvers: mirror descent with the Kullback-Leibler map, projected
-gradient, and block coordinate descent over rows. Each is differentiated three ways:
+50 more samples, and dL/dlambda the hypergradient. Solvers: mirror descent with the Kullback-Leibler
+map, projected gradient, and block coordinate descent over rows. Each is differentiated three ways:
 
-    implicit PG    x = P(x - s grad f),                the fixed point of projected gradient, s = theta / |X X^T|
+    implicit PG    x = P(x - s grad f),                the fixed point of projected gradient
     implicit MD    x = softmax(log x - 2 s grad f),    that of mirror descent, whatever the solver
     unrolled       reverse mode through every step
+
+with s = theta / |X X^T|.
 
 Truth is the dense implicit derivative at a solution to 1e-13, itself held against central
 differences of solving again. Rows of X are scaled by 1 / sqrt(p), so that one lambda suits every p:
@@ -103,8 +105,8 @@ class Machine:
         return T(x, theta)
 
     def mirrored(self, x: Array, theta: Array) -> Array:
-        """One step of mirror descent. Between points of a simplex |d|_1^2 >= 2 |d|^2: the step may
-        be twice as long.
+        """One step of mirror descent. Between points of a simplex |d|_1^2 >= 2 |d|^2:
+        the step may be twice as long.
         """
         T = mirror_descent(
             self.f, lambda y, theta: jax.vmap(softmax)(y), kl_map, 2 * theta / self.curvature

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -12,11 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.custom_batching import sequential_vmap
 from jax.typing import ArrayLike
 
 from mdsens._util.pytree import PyTree
 
-__all__ = ["apart", "in_chunks", "joined", "taken", "together"]
+__all__ = [
+    "concatenate_trees",
+    "in_chunks",
+    "one_by_one",
+    "stack_trees",
+    "take_members",
+    "unstack_tree",
+]
 
 T = TypeVar("T")
 # Largest number of particles in the members that one call processes together. With fewer particles
@@ -29,7 +38,7 @@ def _has_tracer(tree: PyTree) -> bool:
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 
-def apart(batch: PyTree, count: int) -> list[Any]:
+def unstack_tree(batch: PyTree, count: int) -> list[Any]:
     """Split a tree of arrays into the trees of its first ``count`` members.
 
     The arrays have a leading axis of length ``count`` or more.
@@ -44,7 +53,7 @@ def apart(batch: PyTree, count: int) -> list[Any]:
     return [structure.unflatten([jnp.asarray(array[k]) for array in arrays]) for k in range(count)]
 
 
-def together(members: Sequence[PyTree]) -> Any:
+def stack_trees(members: Sequence[PyTree]) -> Any:
     """Stack trees of equal structure into one tree whose arrays have a leading axis."""
     if _has_tracer(members):
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
@@ -55,7 +64,7 @@ def together(members: Sequence[PyTree]) -> Any:
     return jax.tree.map(stack, *members)
 
 
-def joined(parts: Sequence[PyTree], counts: Sequence[int]) -> Any:
+def concatenate_trees(parts: Sequence[PyTree], counts: Sequence[int]) -> Any:
     """Concatenate the first ``counts[i]`` members of each batch ``parts[i]`` into one batch."""
     if _has_tracer(parts):
         return jax.tree.map(
@@ -70,7 +79,7 @@ def joined(parts: Sequence[PyTree], counts: Sequence[int]) -> Any:
 
 
 @jax.jit
-def taken(batch: PyTree, which: ArrayLike) -> Any:
+def take_members(batch: PyTree, which: ArrayLike) -> Any:
     """Select the members of a batch with the indices ``which``."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf)[which], batch)
 
@@ -102,7 +111,7 @@ def in_chunks(run: Callable[[Any, int], T], batch: PyTree, count: int, n: int) -
 
     def run_chunk(start: int) -> T:
         which = np.minimum(np.arange(start, start + size), count - 1)
-        return run(taken(batch, which), min(size, count - start))
+        return run(take_members(batch, which), min(size, count - start))
 
     starts = range(0, count, size)
     if cores < 2 or len(starts) < 2 or _has_tracer(batch):
@@ -115,3 +124,19 @@ def in_chunks(run: Callable[[Any, int], T], batch: PyTree, count: int, n: int) -
         return list(pool.map(run_chunk, starts))
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a function that, under vmap on a CPU, runs on one member after the other.
+
+    On a CPU, jaxlib distributes a batch of matrices over a pool of threads, and waits for them on a
+    thread of that pool. Two factorizations that run at the same time on two cores then wait for
+    ever (observed with jaxlib 0.10.1).
+    """
+    in_sequence = sequential_vmap(function)
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Any:
+        return (in_sequence if jax.default_backend() == "cpu" else function)(*arguments)
+
+    return run

@@ -49,10 +49,10 @@ class ConvergenceError(MdsensError, RuntimeError):
       result: the last state of the computation; None where it has none.
     """
 
-    def __init__(self, message: str, status: Outcome, result: Any = None):
+    def __init__(self, message: str, status: Outcome, result: object = None):
         super().__init__(message)
         self.status = status
-        self.result = result
+        self.result: Any = result
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Python's default restores an exception from its ``args``, here the message alone. The
@@ -60,7 +60,7 @@ class ConvergenceError(MdsensError, RuntimeError):
         return type(self), (str(self), self.status, self.result)
 
 
-def raise_for_status(status: Outcome, what: str, result: Any = None) -> None:
+def raise_for_status(status: Outcome, what: str, result: object = None) -> None:
     """Raise :class:`ConvergenceError` where ``status`` is not good. Host code.
 
     Args:

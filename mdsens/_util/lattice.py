@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 __all__ = ["Components", "components", "nearest_images", "nearest_image", "inverse", "heights"]
 
@@ -64,7 +65,7 @@ def nearest_image(difference: jax.Array, box: jax.Array | None) -> jax.Array:
     return jnp.stack(nearest_images(box)(components(difference)), axis=-1)
 
 
-def inverse(box: Any) -> Any:
+def inverse(box: np.ndarray | jax.Array) -> Any:
     """Invert a cell (d, d), d = 2 or 3, of numpy or jax.
 
     Written out, since this compiles at once, unlike the general inverse of a matrix.
@@ -78,7 +79,7 @@ def inverse(box: Any) -> Any:
     return faces / xp.sum(faces[0] * box[:, 0])
 
 
-def heights(box: Any) -> Any:
+def heights(box: np.ndarray | jax.Array) -> Any:
     """Compute the distances between opposite faces of a cell, (d,).
 
     For a numpy array nothing is compiled.

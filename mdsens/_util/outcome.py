@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from numpy.typing import ArrayLike
 
 __all__ = ["Outcome", "Severity", "is_good", "name_of", "severity_of", "worse", "worst"]
 
@@ -72,7 +73,7 @@ class Outcome(IntEnum):
         return self.severity is Severity.WARNING
 
     @classmethod
-    def worst_of(cls, codes: Any) -> Self:
+    def worst_of(cls, codes: ArrayLike) -> Self:
         """Return the most severe of some outcomes, members or an array of codes. Host code."""
         return cls(worst(codes))
 
@@ -98,7 +99,7 @@ def name_of(code: int) -> str:
     return _Registry.names[code]
 
 
-def severity_of(codes: Any) -> Any:
+def severity_of(codes: ArrayLike) -> Any:
     """Look up the severities of an array of codes; traceable."""
     table = np.zeros(max(_Registry.severities) + 1, np.int32)
     for code, severity in _Registry.severities.items():
@@ -109,12 +110,12 @@ def severity_of(codes: Any) -> Any:
     return table[np.asarray(codes)]
 
 
-def is_good(codes: Any) -> Any:
+def is_good(codes: ArrayLike) -> Any:
     """Whether the result of each of an array of codes can be used; traceable."""
     return severity_of(codes) < Severity.FAILURE
 
 
-def worse(first: Any, second: Any) -> Any:
+def worse(first: ArrayLike, second: ArrayLike) -> Any:
     """Return the more severe of two codes, the first where they are equal; traceable.
 
     For codes or arrays of codes.
@@ -124,7 +125,7 @@ def worse(first: Any, second: Any) -> Any:
     return xp.where(severity_of(second) > severity_of(first), second, first)
 
 
-def worst(codes: Any) -> int:
+def worst(codes: ArrayLike) -> int:
     """Return the most severe of an array of codes, the first of equally severe ones. Host code.
 
     For an empty array it is 0, the code of success.

@@ -16,7 +16,7 @@ from mdsens._util.errors import PrecisionError
 __all__ = ["Portable", "array_types", "reduced", "restored"]
 
 
-def array_types(value: Any, seen: frozenset[int] = frozenset()) -> list[str]:
+def array_types(value: object, seen: frozenset[int] = frozenset()) -> list[str]:
     """List the types of the jax arrays in a field of a record.
 
     Arrays are searched for in dicts, lists, tuples, dataclasses, and in the closures and default

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from types import ModuleType
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 __all__ = ["chirp"]
 
 
-def chirp(shape: int | tuple[int, ...], dtype: Any = np.float64, xp: Any = jnp) -> Any:
+def chirp(shape: int | tuple[int, ...], dtype: DTypeLike = np.float64, xp: ModuleType = jnp) -> Any:
     """Return cos(k^2) for k = 0, 1, 2, … as an array of a shape.
 
     It contains all wavelengths about equally, so that it has a component along the smooth and the

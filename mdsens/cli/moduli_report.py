@@ -76,7 +76,7 @@ def as_dict(
 ) -> dict[str, Any]:
     """Tensors and derivatives as plain numbers for JSON; None stands for NaN and infinity."""
 
-    def plain(value: Any) -> Any:  # JSON has no NaN and no infinity
+    def plain(value: list[Any] | float) -> Any:  # JSON has no NaN and no infinity
         if isinstance(value, list):
             return [plain(v) for v in value]
         return float(value) if np.isfinite(value) else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -72,14 +72,18 @@ class Constraint:
         return None
 
 
-def check_name(kind: str, name: Any) -> None:
+def check_name(kind: str, name: object) -> None:
     """Raise InputError where a constraint's name is not an identifier."""
     if not isinstance(name, str) or not name.isidentifier():
         raise InputError(f"{kind}: name is {short(name)}: give a word, such as {kind.lower()!r}.")
 
 
 def check_constraints(
-    constraints: Any, params: Params, law_parameters: Sequence[str], n: int, d: int
+    constraints: Constraint | Iterable[Constraint],
+    params: Params,
+    law_parameters: Sequence[str],
+    n: int,
+    d: int,
 ) -> tuple[Constraint, ...]:
     """The constraints as a tuple, checked against a system. Host code.
 

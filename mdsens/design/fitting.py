@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +32,7 @@ from mdsens.design.proposal import (
     of_optimizer,
     remembered,
 )
-from mdsens.design.targets import Target
+from mdsens.design.targets import Feature, Target
 from mdsens.design.variables import Bounds, Free, Variables
 from mdsens.mechanics.status import Status
 from mdsens.model.batch import stack, unstack
@@ -52,7 +51,7 @@ SMALLEST_TRUST = 1e-6
 SMALLEST_STEP = 1e-9
 
 
-def hold(of: Any, share: float = 0.01, name: str = "") -> Target:
+def hold(of: str | Feature, share: float = 0.01, name: str = "") -> Target:
     """The target to keep a feature at its starting value, within a share of that value."""
     return Target(of, 0.0, share, name, from_start=True, share=True)
 
@@ -248,9 +247,11 @@ def _initial(problem: Problem, members: list[System]) -> tuple[State, Measuremen
                 f"target {target.name}: a share of the value {value:.1g}, zero to round-off, is no"
                 " tolerance: give one with share=False."
             )
-    x, method = problem.variables.x, problem.method
+    x = problem.variables.x
+    method = problem.method
     if isinstance(method, Optax):
-        trust, optimizer = 1.0, leaves(method.optimizer.init(jnp.asarray(x)))
+        trust = 1.0
+        optimizer = leaves(method.optimizer.init(jnp.asarray(x)))
     else:
         trust, optimizer = np.nan, ()  # nan: the first step determines the radius
     first = Step(
@@ -321,7 +322,9 @@ def _advanced(
     problem: Problem, state: State, measurement: Measurement
 ) -> tuple[State, Measurement]:
     """Take one step: propose it, relax the members at it, and accept or refuse it."""
-    method, variables, x = problem.method, problem.variables, state.x
+    method = problem.method
+    variables = problem.variables
+    x = state.x
     if isinstance(method, LevenbergMarquardt):
         if not np.isfinite(state.trust):
             state = dataclasses.replace(state, trust=first_trust(problem, state, measurement))
@@ -355,7 +358,8 @@ def _advanced(
         memory_x, memory = remembered(state, method, model)
     else:
         accepted = now.enough
-        memory_x, memory = state.memory_x, state.memory
+        memory_x = state.memory_x
+        memory = state.memory
         # Every step of an optimizer is taken; it is halved only while too few members count.
         trust = min(1.0, 2.0 * state.trust) if accepted else 0.5 * state.trust
     record = Step(

@@ -148,7 +148,8 @@ class Design(Shown):
     _title = "Design"
 
     def _rows(self) -> list[tuple[str, str]]:
-        start, last = self.history[0], self.reached
+        start = self.history[0]
+        last = self.reached
         rows = [("status", f"{self.status.name}: {self.status.sentence}")]
         for k, name in enumerate(self.names):
             # In tolerances, the unit in which fit decides whether a target is met.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mdsens._util.errors import InputError
+from mdsens._util.pytree import PyTree
 from mdsens.design.ensemble import (
     Measurement,
     Problem,
@@ -152,7 +152,8 @@ def _least_step(
       models: Jacobians (m, p) of the features.
       radius: of the trust region: the largest change of a variable.
     """
-    method, variables = problem.method, problem.variables
+    method = problem.method
+    variables = problem.variables
     assert isinstance(method, LevenbergMarquardt)
     bands = bands_of(state, measurement.values, method.loosened)
     left = state.wanted - measurement.values
@@ -214,6 +215,6 @@ def of_optimizer(
     return moved - state.x, leaves(memory)
 
 
-def leaves(tree: Any) -> tuple[np.ndarray, ...]:
+def leaves(tree: PyTree) -> tuple[np.ndarray, ...]:
     """The arrays of an optimizer's state (a pytree), which ``io.save`` stores."""
     return tuple(np.asarray(leaf) for leaf in jax.tree.leaves(tree))

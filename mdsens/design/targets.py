@@ -87,7 +87,7 @@ FEATURES: dict[str, Feature] = {
 }
 
 
-def named(feature: Any) -> tuple[str, Feature]:
+def named(feature: str | Feature) -> tuple[str, Feature]:
     """The name of a feature and the feature, from a name in ``FEATURES`` or the feature itself."""
     if isinstance(feature, str):
         if feature not in FEATURES:

@@ -224,7 +224,8 @@ def _index(parameter: Parameter, record: Free) -> np.ndarray:
 
     Counted from 0 within the parameter.
     """
-    name, shape = parameter.name, parameter.shape
+    name = parameter.name
+    shape = parameter.shape
     only = np.ones(shape, bool)
     if record.only is not None:
         only = np.asarray(record.only)

@@ -65,7 +65,7 @@ def without_derivative(tree: PyTree) -> PyTree:
     Leaves that cannot have a derivative, such as numpy arrays and other objects, pass unchanged.
     """
 
-    def strip(leaf: Any) -> Any:
+    def strip(leaf: object) -> Any:
         if isinstance(leaf, Array) and jnp.issubdtype(leaf.dtype, jnp.inexact):
             return lax.stop_gradient(leaf)
         return leaf

@@ -45,7 +45,7 @@ def unknowns(x: PyTree, where: str) -> PyTree:
     return jax.tree.map(functools.partial(_as_unknown, where), x)
 
 
-def _as_unknown(where: str, leaf: Any) -> Array:
+def _as_unknown(where: str, leaf: object) -> Array:
     """Convert one leaf of the unknowns to an array; an error begins with ``where``."""
     try:
         array = jnp.asarray(leaf)

@@ -21,6 +21,7 @@ from jax import Array
 from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 from jax.dtypes import float0
+from jax.typing import ArrayLike
 
 from mdsens._util.environment import require_sound_jax
 from mdsens._util.errors import InputError, short
@@ -472,7 +473,7 @@ def _check_equations(image: PyTree, x: PyTree) -> None:
             )
 
 
-def _is_nonzero(change: Any) -> bool:
+def _is_nonzero(change: ArrayLike) -> bool:
     """Whether a change is a floating-point number other than zero; False where jax traces it."""
     # a traced array has no values to look at yet
     if isinstance(change, Tracer) or not jnp.issubdtype(jnp.result_type(change), jnp.floating):
@@ -480,7 +481,7 @@ def _is_nonzero(change: Any) -> bool:
     return bool(np.any(np.asarray(change) != 0))
 
 
-def _check_preprocessed(result: Any) -> tuple[PyTree, tuple[PyTree, ...]]:
+def _check_preprocessed(result: object) -> tuple[PyTree, tuple[PyTree, ...]]:
     """Return the result of ``preprocess``, or raise InputError where it is not (init, args)."""
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], tuple)):
         raise InputError(

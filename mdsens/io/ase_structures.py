@@ -22,9 +22,12 @@ from mdsens.model.batch import unstack
 from mdsens.model.system import System
 
 if TYPE_CHECKING:
+    from ase import Atoms
     from numpy.typing import ArrayLike
 
     from mdsens.potentials.base import Potential
+    from mdsens.relaxation.equilibrium import Equilibrium
+    from mdsens.sensitivity.results import Displacement
 
 __all__ = [
     "cell_of",
@@ -44,7 +47,7 @@ FLAT = 1e-6
 
 
 def from_ase(
-    atoms: Any,
+    atoms: Atoms,
     potential: Potential,
     params: Mapping[str, Any],
     species: Mapping[str, int] | ArrayLike | None = None,
@@ -74,7 +77,8 @@ def from_ase(
     Raises:
       InputError: with the field, the value and the remedy.
     """
-    positions, cell = coordinates_of(atoms, dimension), cell_of(atoms, dimension)
+    positions = coordinates_of(atoms, dimension)
+    cell = cell_of(atoms, dimension)
     kinds, names = species_of(atoms, species)
     dtype = jnp.result_type(float)  # jax's precision: float32 unless x64 is enabled
     constraints_of_atoms, lengths = _constraints_of(atoms, positions)
@@ -90,7 +94,7 @@ def from_ase(
 
 
 def _constraints_of(
-    atoms: Any, positions: np.ndarray
+    atoms: Atoms, positions: np.ndarray
 ) -> tuple[tuple[Constraint, ...], dict[str, np.ndarray]]:
     """The constraints of an ASE ``Atoms``, and the lengths of its rigid bonds as parameters."""
     from ase.constraints import FixAtoms, FixBondLengths, FixCartesian
@@ -122,7 +126,7 @@ def _constraints_of(
 
 
 def species_of(
-    atoms: Any, species: Mapping[str, int] | ArrayLike | None = None
+    atoms: Atoms, species: Mapping[str, int] | ArrayLike | None = None
 ) -> tuple[ArrayLike | None, tuple[str, ...]]:
     """The species of an ASE ``Atoms`` and their chemical symbols.
 
@@ -191,7 +195,7 @@ def numbered(
     return np.array([int(numbers[str(symbol)]) for symbol in symbols], int), names
 
 
-def coordinates_of(atoms: Any, dimension: int) -> np.ndarray:
+def coordinates_of(atoms: Atoms, dimension: int) -> np.ndarray:
     """Positions (n, d) of an ASE ``Atoms``; in 2-D, x and y of a planar structure."""
     # by attributes and not by class, so that ASE need not be imported for it
     if not hasattr(atoms, "get_positions") or not hasattr(atoms, "pbc"):
@@ -209,7 +213,7 @@ def coordinates_of(atoms: Any, dimension: int) -> np.ndarray:
     return positions[:, :2]
 
 
-def cell_of(atoms: Any, dimension: int) -> np.ndarray | None:
+def cell_of(atoms: Atoms, dimension: int) -> np.ndarray | None:
     """The cell (d, d) of an ASE ``Atoms``, columns the cell vectors; None for open boundaries."""
     periodic = [bool(p) for p in atoms.pbc[:dimension]]
     if not any(periodic):
@@ -330,7 +334,9 @@ def _constraints_to_ase(system: System) -> list[Any]:
     return constraints
 
 
-def write_extxyz(path: str | Path, eq: Any, response: Any = None) -> None:
+def write_extxyz(
+    path: str | Path, eq: System | Equilibrium, response: Displacement | ArrayLike | None = None
+) -> None:
     """Write extended XYZ, which OVITO draws and ASE reads, with every digit of the numbers.
 
     ASE's own writer keeps 8 decimals; the numbers here are the shortest that read back as the same
@@ -360,7 +366,7 @@ def write_extxyz(path: str | Path, eq: Any, response: Any = None) -> None:
         file.write(text.encode())
 
 
-def _frame(system: System, response: Any) -> str:
+def _frame(system: System, response: Displacement | ArrayLike | None) -> str:
     """The text of one frame: the number of atoms, a line of properties, and a row for each atom."""
     atoms = to_ase(system)
     n = system.n
@@ -398,7 +404,7 @@ def _frame(system: System, response: Any) -> str:
     return head + "".join(" ".join(row) + "\n" for row in rows)
 
 
-def _cell_text(value: Any) -> str:
+def _cell_text(value: np.ndarray | np.generic) -> str:
     """The text of one particle's value: a vector, a truth value, a number or a string.
 
     The ``repr`` of a float is the shortest text that reads back as the same float64.

@@ -144,7 +144,8 @@ def pairs_within(positions: np.ndarray, cell: np.ndarray | None, length: float) 
         steps = itertools.product(*(range(-k, k + 1) for k in reach))
         images = (positions[None] + (np.array(list(steps)) @ cell.T)[:, None]).reshape(-1, d)
     near = KDTree(positions).sparse_distance_matrix(KDTree(images), length, output_type="ndarray")
-    i, j = near["i"], near["j"] % n
+    i = near["i"]
+    j = near["j"] % n
     kept = (i < j) & (near["v"] < length)
     pairs = np.unique(np.stack([i[kept], j[kept]], axis=1), axis=0)
     return pairs.reshape(-1, 2)

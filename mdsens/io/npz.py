@@ -13,7 +13,7 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,10 @@ __all__ = ["load", "read_header", "save"]
 
 FORMAT = "mdsens"
 VERSION = 2  # of the format; files of another version are refused
-# results that can be stored
+# Results that can be stored; the two lists are the same.
+Stored: TypeAlias = (
+    DirectionalDerivative | Displacement | Equilibrium | ParameterGradient | State | System
+)
 KINDS = (
     DirectionalDerivative,
     Displacement,
@@ -76,7 +79,7 @@ _RECORDS: dict[str, type] = {
 }
 
 
-def save(path: str | Path, result: Any, *, provenance: Mapping[str, Any] | None = None) -> None:
+def save(path: str | Path, result: Stored, *, provenance: Mapping[str, Any] | None = None) -> None:
     """Store a System, an Equilibrium, a derivative or a design's State in full precision.
 
     The header also records the versions of the packages, the device and the precision.
@@ -125,7 +128,7 @@ def save(path: str | Path, result: Any, *, provenance: Mapping[str, Any] | None 
 def load(
     path: str | Path,
     *,
-    potential: Any = None,
+    potential: Potential | None = None,
     box: Callable[[Mapping[str, Any]], jax.Array] | None = None,
 ) -> Any:
     """Read a result that ``save`` stored, bit for bit.
@@ -189,7 +192,7 @@ def _read_contents(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarr
 # -- entries of the header
 
 
-def _status_names(result: Any) -> str | list[str] | None:
+def _status_names(result: Stored) -> str | list[str] | None:
     """The name of a result's status, a list of names for a batch, None without a status."""
     if isinstance(result, Equilibrium):
         codes = np.asarray(result.status)
@@ -201,7 +204,7 @@ def _status_names(result: Any) -> str | list[str] | None:
     return names[0] if codes.ndim == 0 else names
 
 
-def _parameters(result: Any) -> dict[str, Any] | None:
+def _parameters(result: Stored) -> dict[str, Any] | None:
     """Values of the parameters of up to 16 numbers, shapes of the others; for reading by people."""
     system = getattr(result, "system", result)
     if not isinstance(system, System):
@@ -223,7 +226,7 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _machine(result: Any) -> dict[str, str]:
+def _machine(result: Stored) -> dict[str, str]:
     """Device and precision of the largest array of floats, which stands for all."""
     leaves = [
         x
@@ -240,7 +243,7 @@ def _machine(result: Any) -> dict[str, str]:
 # -- values as JSON, with their arrays apart
 
 
-def _encode(value: Any, where: str, arrays: dict[str, np.ndarray]) -> Any:
+def _encode(value: object, where: str, arrays: dict[str, np.ndarray]) -> Any:
     """A value as JSON; its arrays go into ``arrays``.
 
     Args:
@@ -282,7 +285,9 @@ def _encode(value: Any, where: str, arrays: dict[str, np.ndarray]) -> Any:
     )
 
 
-def _encode_potential(potential: Any, where: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+def _encode_potential(
+    potential: Potential, where: str, arrays: dict[str, np.ndarray]
+) -> dict[str, Any]:
     """A potential of mdsens by its name and options, another by its name and parameters."""
     options = _describe_potential(potential, where, arrays)
     if options is None:
@@ -295,7 +300,7 @@ def _encode_potential(potential: Any, where: str, arrays: dict[str, np.ndarray])
 
 
 def _describe_potential(
-    potential: Any, where: str, arrays: dict[str, np.ndarray]
+    potential: Potential, where: str, arrays: dict[str, np.ndarray]
 ) -> dict[str, Any] | None:
     """Name and options from which ``_build_potential`` builds an equal potential.
 
@@ -429,7 +434,7 @@ class _Source:
         return jnp.asarray(stored)
 
 
-def _decode(node: Any, source: _Source | None) -> Any:
+def _decode(node: object, source: _Source | None) -> Any:
     """The value of a node of the tree; the inverse of ``_encode``."""
     if not isinstance(node, Mapping) or source is None:
         return node

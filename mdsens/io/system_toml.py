@@ -338,7 +338,7 @@ def _read_species(
 
 
 def _read_parameter(
-    name: str, value: Any, size: int, rng: np.random.Generator, start: initial_positions.Start
+    name: str, value: object, size: int, rng: np.random.Generator, start: initial_positions.Start
 ) -> np.ndarray:
     """The values of a parameter.
 

@@ -36,7 +36,7 @@ class TomlTable:
     values: Mapping[str, Any]
 
     @classmethod
-    def of(cls, name: str, value: Any, keys: Sequence[str]) -> TomlTable:
+    def of(cls, name: str, value: object, keys: Sequence[str]) -> TomlTable:
         """``value`` as a table, checked to have no other keys than these."""
         if not isinstance(value, Mapping):
             raise InputError(
@@ -60,7 +60,7 @@ class TomlTable:
         """Whether the table has the key."""
         return key in self.values
 
-    def raw(self, key: str, default: Any = _MISSING) -> Any:
+    def raw(self, key: str, default: object = _MISSING) -> Any:
         """The value of a key, unchecked."""
         if key in self.values:
             return self.values[key]
@@ -68,27 +68,27 @@ class TomlTable:
             raise InputError(f"{self.label(key)} is missing: give it, systems/README.md says how.")
         return default
 
-    def _checked(self, key: str, default: Any, good: Callable[[Any], bool], need: str) -> Any:
+    def _checked(self, key: str, default: object, good: Callable[[Any], bool], need: str) -> Any:
         """The value of a key if ``good`` accepts it; the default is not checked."""
         value = self.raw(key, default)
         if key in self.values and not good(value):
             raise InputError(f"{self.label(key)} is {value!r}: give {need}.")
         return value
 
-    def text(self, key: str, default: Any = _MISSING, choices: Sequence[str] = ()) -> str:
+    def text(self, key: str, default: str = _MISSING, choices: Sequence[str] = ()) -> str:
         """A string; if there are ``choices``, one of them."""
         value = self._checked(key, default, lambda v: isinstance(v, str), "a text")
         if choices and value not in choices:
             raise InputError(f"{self.label(key)} is {value!r}: {nearest(value, choices)}")
         return value
 
-    def integer(self, key: str, default: Any = _MISSING, least: int = 0) -> int:
+    def integer(self, key: str, default: int = _MISSING, least: int = 0) -> int:
         """An integer not below ``least``."""
         return self._checked(
             key, default, lambda v: is_integer(v) and v >= least, f"an integer from {least}"
         )
 
-    def number(self, key: str, default: Any = _MISSING, positive: bool = True) -> float:
+    def number(self, key: str, default: float = _MISSING, positive: bool = True) -> float:
         """A finite number above 0, or not below 0 if ``positive`` is False."""
 
         def good(value: Any) -> bool:
@@ -104,18 +104,18 @@ class TomlTable:
         return array_of(self.label(key), self.raw(key), shape, integers)
 
 
-def is_integer(value: Any) -> bool:
+def is_integer(value: object) -> bool:
     """Whether it is an integer; a truth value, which Python counts as an int, is none."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> bool:
     """Whether it is a real number; a truth value, which Python counts as an int, is none."""
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
 def array_of(
-    name: str, value: Any, shape: tuple[int | None, ...] | None, integers: bool = False
+    name: str, value: object, shape: tuple[int | None, ...] | None, integers: bool = False
 ) -> np.ndarray:
     """An array of finite numbers, checked.
 

@@ -87,7 +87,9 @@ def _gaps(
     Positive where the pair is nearer than the breakpoint b.
     """
 
-    def gaps(positions: jax.Array, params: Any, strain: Any) -> list[jax.Array]:
+    def gaps(
+        positions: jax.Array, params: Mapping[str, Any], strain: jax.Array | None
+    ) -> list[jax.Array]:
         # Breakpoints depend on the parameters, and the cell may depend on them, too.
         box = box_at(system, params)
         return [

@@ -312,7 +312,8 @@ def network(system: System, max_force: jax.Array | float, least: int | None = No
       a :class:`Network`. Traceable; it has no derivative.
     """
     system = jax.lax.stop_gradient(system)
-    n, potential = system.n, system.potential
+    n = system.n
+    potential = system.potential
     if not potential.pairwise:
         # Without pairs there are no contacts: all particles are one cluster without rattlers.
         zeros = jnp.zeros(n, jnp.int32)

@@ -24,6 +24,7 @@ from mdsens.mechanics.null_space import NullSpace
 from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model.neighbors import Neighbors
 from mdsens.model.system import System
+from mdsens.potentials.base import PairTerm
 
 __all__ = [
     "Unknowns",
@@ -116,7 +117,7 @@ def _pair_blocks(system: System) -> list[tuple[jax.Array, jax.Array, jax.Array]]
         apart = images(tuple(c[term.i] - c[term.j] for c in x))
         r = jnp.sqrt(jnp.where(term.mask, sum(v * v for v in apart), 1.0))
 
-        def slope(r: jax.Array, term: Any = term) -> jax.Array:
+        def slope(r: jax.Array, term: PairTerm = term) -> jax.Array:
             return jax.grad(lambda s: jnp.sum(term.energy(s)))(r)
 
         first, second = jax.jvp(slope, (r,), (jnp.ones_like(r),))
@@ -140,10 +141,13 @@ def sparse_hessian(system: System) -> sp.csr_array | None:
     """
     if not system.potential.pairwise:
         return None
-    n, d, members = system.n, system.dimension, system.batch
+    n = system.n
+    d = system.dimension
+    members = system.batch
     total = n * (members or 1)
     fixed = system.replace(
-        potential=system.potential.specialize(system.params), neighbors=filled_rows(system.neighbors)
+        potential=system.potential.specialize(system.params),
+        neighbors=filled_rows(system.neighbors),
     )
     # Empty first entries, so that a system without pairs gives a matrix of zeros.
     firsts = [np.zeros(0, int)]

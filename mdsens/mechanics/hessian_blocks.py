@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.sparse as sp
+from jax.typing import DTypeLike
 
 from mdsens._util.lattice import components
 from mdsens._util.portable import Portable
@@ -22,7 +23,7 @@ __all__ = ["BlockRows", "block_cholesky"]
 SOFTEST = 1e-3
 
 
-def block_cholesky(blocked: Any) -> tuple[np.ndarray, np.ndarray]:
+def block_cholesky(blocked: sp.bsr_array) -> tuple[np.ndarray, np.ndarray]:
     """Factors S and C = S^-1 of each particle's diagonal block D of H: S D S^T = 1.
 
     By Cholesky's method, D = C C^T, written out for all particles at once. A particle without
@@ -84,7 +85,7 @@ class BlockRows(Portable):
     unscaling: jax.Array
 
     @classmethod
-    def of(cls, matrix: Any, d: int, dtype: Any = np.float64) -> BlockRows:
+    def of(cls, matrix: sp.csr_array, d: int, dtype: DTypeLike = np.float64) -> BlockRows:
         """Convert a symmetric scipy sparse matrix (n d, n d).
 
         There are as many rows as the particle with the most neighbors needs, rounded up to a

@@ -111,7 +111,9 @@ class _Factor:
         and subtracted on the diagonal of the multipliers.
     """
 
-    def __init__(self, matrix: Any, motions: np.ndarray, primal: int, shift: float, scale: float):
+    def __init__(
+        self, matrix: sp.csr_array, motions: np.ndarray, primal: int, shift: float, scale: float
+    ):
         self.size = matrix.shape[0]
         small_shift = SHIFT * scale
         # With opposite signs the matrix is regular where H_L is positive semi-definite, for any

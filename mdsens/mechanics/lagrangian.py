@@ -93,7 +93,8 @@ def pinned(system: System) -> jax.Array:
 
 def bounds(system: System, params: Params) -> tuple[Unknowns, Unknowns]:
     """The lower and upper bounds of positions and relaxed parameters; infinite without a bound."""
-    shape, dtype = system.positions.shape, system.positions.dtype
+    shape = system.positions.shape
+    dtype = system.positions.dtype
     low = jnp.full(shape, -jnp.inf, dtype)
     high = jnp.full(shape, jnp.inf, dtype)
     least = {name: jnp.full_like(system.params[name], -jnp.inf) for name in relaxed(system)}
@@ -263,9 +264,11 @@ def _is_tightest(system: System, wall: Wall) -> jax.Array:
     wall_bounds = wall.bounds(system.params, diameters, system.positions.shape)
     low, high = bounds(system, system.params)
     if wall.above:
-        bound, tightest = wall_bounds.lower, low.positions
+        bound = wall_bounds.lower
+        tightest = low.positions
     else:
-        bound, tightest = wall_bounds.upper, high.positions
+        bound = wall_bounds.upper
+        tightest = high.positions
     return jnp.isfinite(bound) & (bound == tightest)
 
 

@@ -12,7 +12,7 @@ from mdsens._util.lattice import nearest_image
 from mdsens._util.probe import chirp
 from mdsens.mechanics.status import Status
 from mdsens.model.system import System, pair_distances
-from mdsens.potentials.base import PairTerm
+from mdsens.potentials.base import PairTerm, Potential
 from mdsens.potentials.pair_trial import NAMES, derivatives
 
 __all__ = ["where_not_finite"]
@@ -73,7 +73,7 @@ def _describe_pair(name: str, term: PairTerm, system: System) -> str:
     )
 
 
-def _describe_potential(potential: Any, system: System) -> str:
+def _describe_potential(potential: Potential, system: System) -> str:
     """The lowest derivative of a many-body energy that is not finite; empty if none."""
     for order, size in enumerate(np.asarray(_norms_of_derivatives(potential, system))):
         if not np.isfinite(size):
@@ -83,7 +83,7 @@ def _describe_potential(potential: Any, system: System) -> str:
 
 
 @jax.jit
-def _norms_of_derivatives(potential: Any, system: System) -> jax.Array:
+def _norms_of_derivatives(potential: Potential, system: System) -> jax.Array:
     """The energy, and the norms of forces, a Hessian product and its derivative, (4,).
 
     The last two are along one fixed direction, by jvp as in the rest of the package: an energy can

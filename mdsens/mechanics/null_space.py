@@ -7,6 +7,7 @@ fix are removed by the same projection.
 from __future__ import annotations
 
 import dataclasses
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -63,7 +64,9 @@ class NullSpace(Portable):
         if self.active_set is None:
             return x
 
-        def zero_fixed(part: Any, fixed: Any) -> Any:
+        def zero_fixed(
+            part: dict[str, jax.Array] | None, fixed: dict[str, jax.Array] | None
+        ) -> Any:
             if part is None:
                 return None
             return jax.tree.map(lambda leaf, mask: jnp.where(mask, 0.0, leaf), part, fixed)
@@ -105,7 +108,7 @@ class NullSpace(Portable):
             return np.asarray(_projections(self, columns))
         return self._centered(columns.reshape(*self.rattlers.shape, -1), np).reshape(columns.shape)
 
-    def _centered(self, v: Any, xp: Any) -> Any:
+    def _centered(self, v: np.ndarray | jax.Array, xp: ModuleType) -> Any:
         """Subtract the mean of v (…, n, k) over the particles that are no rattlers.
 
         This is the projection where these particles are one cluster that cannot rotate.

@@ -99,7 +99,8 @@ def analyze_rigidity(
     """
     # The potential in its cheapest form at these parameters, and no empty rows of neighbors.
     compact = system.replace(
-        potential=system.potential.specialize(system.params), neighbors=filled_rows(system.neighbors)
+        potential=system.potential.specialize(system.params),
+        neighbors=filled_rows(system.neighbors),
     )
     left: Any = max_force_left
     if not isinstance(left, jax.Array):

@@ -6,7 +6,7 @@ Step sizes of minimizers and tolerances of forces are set in these units.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from mdsens._util.probe import chirp
 from mdsens.mechanics.forces import row_terms
 from mdsens.mechanics.hessian import Unknowns, gradient, largest_force
 from mdsens.model.system import System
+from mdsens.potentials.base import PairTerm
 
 __all__ = [
     "RELAXED",
@@ -97,7 +98,9 @@ def natural_units(system: System) -> tuple[jax.Array, jax.Array]:
         r = longest * jnp.linspace(0.05, 1.0, 400)[:, None] * jnp.ones(chosen.shape[0])
 
         # The arguments with defaults bind the values of this turn of the loop.
-        def phi(r: jax.Array, term: Any = term, values: Any = values) -> jax.Array:
+        def phi(
+            r: jax.Array, term: PairTerm = term, values: tuple[jax.Array, ...] = values
+        ) -> jax.Array:
             return term.phi(r, *values)
 
         energies = phi(r)
@@ -292,7 +295,9 @@ def _measured_round_off(system: System) -> jax.Array:
     return 2.0 * jnp.max(jax.lax.map(probe, keys))
 
 
-def force_goal(scale: ForceScale, tolerance: Any) -> tuple[Any, Any]:
+def force_goal(
+    scale: ForceScale, tolerance: float | np.ndarray | jax.Array | None
+) -> tuple[Any, Any]:
     """Largest force that counts as converged, and the force to stop at.
 
     The first is the tolerance, or 1e-12 of the mean pair force where that is None. The second is
@@ -303,6 +308,14 @@ def force_goal(scale: ForceScale, tolerance: Any) -> tuple[Any, Any]:
     return goal, xp.maximum(goal, scale.floor)
 
 
+class _Stepping(Protocol):
+    """What limits the steps of a method of :mod:`mdsens.relaxation`."""
+
+    @property
+    def max_step(self) -> float: ...
+    def force_limit(self, longest: jax.Array, stiffness: jax.Array) -> jax.Array: ...
+
+
 class Limits(NamedTuple):
     """Limits of a minimizer's steps, from the natural units of the system."""
 
@@ -311,7 +324,7 @@ class Limits(NamedTuple):
     stiffness: Any  # largest stiffness of the potential
 
     @classmethod
-    def of(cls, scale: tuple[Any, Any], method: Any) -> Limits:
+    def of(cls, scale: tuple[Any, Any], method: _Stepping) -> Limits:
         """Limits for a method of :mod:`mdsens.relaxation`, from ``natural_units`` (l, k)."""
         length, stiffness = scale
         longest = method.max_step * length

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 import jax
 import jax.numpy as jnp
 
-from mdsens._util.batching import apart, together
+from mdsens._util.batching import stack_trees, unstack_tree
 from mdsens._util.errors import InputError
 from mdsens.model import neighbors
 from mdsens.model.box import FixedBox
@@ -77,7 +77,7 @@ def stack(systems: list[System] | tuple[System, ...]) -> System:
     kinds = {(s.neighbors.rows.shape, s.neighbors.cells, s.neighbors.run_capacity) for s in systems}
     if not any(complete) and len(kinds) > 1:
         systems = _with_equal_lists(systems)
-    return together(systems)
+    return stack_trees(systems)
 
 
 def _comparable(system: System, field: str) -> Any:
@@ -119,4 +119,4 @@ def unstack(batch: T) -> list[T]:
             f"unstack got a {type(batch).__name__} that is not a batch: give the result of"
             " ms.stack, or of ms.minimize on it."
         )
-    return apart(batch, count)
+    return unstack_tree(batch, count)

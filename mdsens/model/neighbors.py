@@ -384,7 +384,7 @@ def _still_complete(
     return complete
 
 
-def _too_small(range_: float | jax.Array, box: Any, times: float) -> Any:
+def _too_small(range_: float | jax.Array, box: np.ndarray | jax.Array | None, times: float) -> Any:
     """Whether a cell's smallest height is less than twice the range, beyond round-off.
 
     ``times`` is the tolerance in units of a height's round-off. Compiled code rounds differently

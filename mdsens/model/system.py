@@ -133,11 +133,11 @@ class System(Portable, Shown):
         cls,
         positions: ArrayLike,
         box: ArrayLike | BoxRule | Callable[[Params], jax.Array] | None,
-        potential: Any,
+        potential: Potential,
         params: Params,
         species: ArrayLike | None = None,
         *,
-        constraints: Any = (),
+        constraints: Constraint | Iterable[Constraint] = (),
     ) -> System:
         """A system with a neighbor list, from input that is checked in full.
 
@@ -274,7 +274,9 @@ class System(Portable, Shown):
           keep: keep the present list where it is still complete, and its capacity where it is not.
         """
         old = self.neighbors
-        box, lengths, range_ = self.box, pair_lengths(self), self.range
+        box = self.box
+        lengths = pair_lengths(self)
+        range_ = self.range
         if keep and bool(neighbors.serves(old, self.positions, box, lengths, range_)):
             return self
         # of the old capacities, so that code compiled for them can be used again

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import ArrayLike
 
+    from mdsens.sensitivity.certificate.record import Certificate
+
 __all__ = ["derivative_test", "stiffness_spectrum", "unrolled"]
 
 HEIGHT = 2.5  # inches
@@ -184,7 +186,7 @@ def _mark_contact_change(ax: Axes, radius: float) -> None:
 
 
 def stiffness_spectrum(
-    given: Any,
+    given: Certificate | ArrayLike,
     ax: Axes | None = None,
     *,
     participation: ArrayLike | None = None,

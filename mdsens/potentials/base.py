@@ -124,13 +124,13 @@ class Potential(Protocol):
 class _Addable:
     """Potentials whose sum is a potential."""
 
-    def __add__(self, other: Any) -> SumPotential:
+    def __add__(self, other: object) -> SumPotential:
         if not isinstance(other, _Addable):
             return NotImplemented
         return SumPotential(_flatten(self) + _flatten(other))
 
 
-def _flatten(potential: Any) -> tuple[Any, ...]:
+def _flatten(potential: _Addable) -> tuple[Any, ...]:
     """The parts of a potential, so that sums of sums are sums of single potentials."""
     return potential.parts if isinstance(potential, SumPotential) else (potential,)
 
@@ -325,7 +325,8 @@ class PairPotential(Portable, _NamedPotential):
                 )
             # the range and the neighbor list rest on mixing that stays between the extremes
             if value.ndim == 1 and mix is not arithmetic:
-                low, high = value.min(), value.max()
+                low = value.min()
+                high = value.max()
                 mixed = float(mix(jnp.asarray(low), jnp.asarray(high)))
                 # 1e-6: allowance for round-off, in single precision too
                 if not low * (1 - 1e-6) <= mixed <= high * (1 + 1e-6):
@@ -597,7 +598,9 @@ class SumPotential(_Addable):
         return total
 
     def specialize(self, params: Params, differentiated: Sequence[str] = ()) -> SumPotential:
-        return SumPotential(tuple(potential.specialize(params, differentiated) for potential in self.parts))
+        return SumPotential(
+            tuple(potential.specialize(params, differentiated) for potential in self.parts)
+        )
 
     def check(self, params: Params, n: int, species_count: int) -> None:
         for potential in self.parts:
@@ -616,7 +619,7 @@ class SumPotential(_Addable):
                 potential.check_at(positions, box, params, species, species_count)
 
 
-def check_params(potential: Any, params: Params, n: int, species_count: int) -> None:
+def check_params(potential: Potential, params: Params, n: int, species_count: int) -> None:
     """Raise InputError where names, shapes or values of ``params`` do not fit ``potential``.
 
     Host code.

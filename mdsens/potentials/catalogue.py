@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -334,7 +334,7 @@ def from_pair(
     )
 
 
-def _checked_names(parameters: Any) -> tuple[str, ...]:
+def _checked_names(parameters: Iterable[str]) -> tuple[str, ...]:
     """Parameter names that a user gives, as a tuple of strings."""
     if isinstance(parameters, str | bytes) or not np.iterable(parameters):
         raise InputError(f"parameters is {short(parameters)}: give a tuple of names.")

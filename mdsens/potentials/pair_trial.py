@@ -61,7 +61,7 @@ def derivatives(
     return jnp.stack([energy(r), first, second, third])
 
 
-def _checked_energy(energy: Any, what: str, r: jax.Array) -> jax.Array:
+def _checked_energy(energy: ArrayLike, what: str, r: jax.Array) -> jax.Array:
     """What phi returns for distances r, or InputError where it is not elementwise or not real."""
     array = jnp.asarray(energy)
     if array.shape != r.shape:
@@ -124,7 +124,7 @@ class Few(NamedTuple):
         # with as many species as particles, (n,) values are per species
         per_particle = species is None or n != species_count
 
-        def of_few(value: Any) -> np.ndarray:
+        def of_few(value: ArrayLike) -> np.ndarray:
             array = np.asarray(value)
             return array[indices] if per_particle and np.shape(value) == (n,) else array
 

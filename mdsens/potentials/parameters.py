@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from numpy.typing import ArrayLike
 
 from mdsens._util.errors import InputError, short
 
@@ -110,7 +111,7 @@ class Parameter:
             change[entry] = 1.0
         return change
 
-    def whole(self, derivative: Any, index: tuple[int, ...]) -> Any:
+    def whole(self, derivative: np.ndarray | jax.Array, index: tuple[int, ...]) -> Any:
         """The derivative by a component: the sum over its entries.
 
         Args:
@@ -119,7 +120,7 @@ class Parameter:
         """
         return sum(derivative[(..., *entry)] for entry in self.entries(index))
 
-    def size(self, derivative: Any) -> float:
+    def size(self, derivative: np.ndarray | jax.Array) -> float:
         """The norm of the derivatives by all components."""
         parts = [derivative]
         if self.paired:
@@ -142,7 +143,7 @@ def split_label(text: str) -> tuple[str, tuple[int, ...] | None] | None:
     return name, None if index is None else tuple(int(i) for i in index.split(","))
 
 
-def component(parameters: Sequence[Parameter], label: Any) -> tuple[Parameter, tuple[int, ...]]:
+def component(parameters: Sequence[Parameter], label: object) -> tuple[Parameter, tuple[int, ...]]:
     """The parameter and the index of the component with a label such as ``sigma[0,1]``, checked."""
     parts = split_label(label) if isinstance(label, str) else None
     if parts is None:
@@ -170,7 +171,7 @@ def component(parameters: Sequence[Parameter], label: Any) -> tuple[Parameter, t
     return parameter, index
 
 
-def check_symmetric(what: str, value: Any) -> Any:
+def check_symmetric(what: str, value: ArrayLike) -> Any:
     """A matrix of species pairs, or a batch of them, made symmetric to the last bit.
 
     Traced arrays have no values to check, and pass.

@@ -39,6 +39,7 @@ from mdsens._util.errors import InputError
 from mdsens._util.memory import require_memory
 from mdsens._util.outcome import is_good, worse
 from mdsens._util.probe import chirp
+from mdsens._util.pytree import PyTree
 from mdsens.implicit.linear import Direct, LinearMap, Method, Operator, choose
 from mdsens.implicit.linear._vectors import norm
 from mdsens.implicit.linear.cg import cg
@@ -107,11 +108,11 @@ class Functional(Protocol):
         """Zero variables of the shape of y, where the inner solve starts."""
         ...
 
-    def energy(self, y: Any) -> jax.Array:
+    def energy(self, y: PyTree) -> jax.Array:
         """W."""
         ...
 
-    def conditions(self, y: Any) -> Any:
+    def conditions(self, y: PyTree) -> Any:
         """The residuals that are zero at the minimum; their derivative by y is symmetric."""
         ...
 
@@ -133,7 +134,7 @@ def minimum(functional: Functional, method: Method) -> tuple[Any, jax.Array]:
         positive_semidefinite=functional.definite,
         has_aux=True,
     )
-    def solution(start: Any, W: Functional) -> tuple[Any, jax.Array]:
+    def solution(start: PyTree, W: Functional) -> tuple[Any, jax.Array]:
         return _solve_conditions(W, start, method)
 
     return solution(functional.start(), functional)
@@ -141,7 +142,9 @@ def minimum(functional: Functional, method: Method) -> tuple[Any, jax.Array]:
 
 # compiled by itself, so that all derivatives that need it trace it once
 @functools.partial(jax.jit, static_argnames="method")
-def _solve_conditions(functional: Functional, start: Any, method: Method) -> tuple[Any, jax.Array]:
+def _solve_conditions(
+    functional: Functional, start: PyTree, method: Method
+) -> tuple[Any, jax.Array]:
     """The y at which the conditions, which are linear in y, are zero, and the solve's status."""
     residual, product = jax.linearize(functional.conditions, start)
     operator = Operator(product, symmetric=True, positive_semidefinite=functional.definite)
@@ -173,14 +176,16 @@ def _check_curvature(functional: Functional) -> jax.Array:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _minimal_energy(functional: Any, method: Method) -> jax.Array:
+def _minimal_energy(functional: Functional, method: Method) -> jax.Array:
     """min over y of W."""
     y, status = minimum(functional, method)
     return functional.energy(y) + _failure_energy(status)
 
 
 @_minimal_energy.defjvp
-def _minimal_energy_jvp(method: Method, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+def _minimal_energy_jvp(
+    method: Method, primals: tuple[Functional], tangents: tuple[PyTree]
+) -> tuple[jax.Array, jax.Array]:
     """dU = dW at fixed y, since dW/dy = 0."""
     (functional,) = primals
     (change,) = tangents

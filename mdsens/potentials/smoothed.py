@@ -28,6 +28,7 @@ from mdsens.potentials.base import (
     PairTerm,
     Params,
     Phi,
+    Potential,
     SumPotential,
     no_breakpoints,
 )
@@ -56,7 +57,11 @@ def _average(phi: Phi, r: jax.Array, width: jax.Array, values: tuple[jax.Array, 
 
 
 @_average.defjvp
-def _average_jvp(phi: Phi, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+def _average_jvp(
+    phi: Phi,
+    primals: tuple[jax.Array, jax.Array, tuple[jax.Array, ...]],
+    tangents: tuple[jax.Array, jax.Array, tuple[jax.Array, ...]],
+) -> tuple[jax.Array, jax.Array]:
     r, width, values = primals
     dr, _, dvalues = tangents  # the width is a constant
     # the derivative of the integral by r is the difference at its ends
@@ -136,13 +141,15 @@ class SmoothedPotential(Portable):
         return self.potential.many_body(positions, params, displacement, species, species_count)
 
     def specialize(self, params: Params, differentiated: Sequence[str] = ()) -> SmoothedPotential:
-        return dataclasses.replace(self, potential=self.potential.specialize(params, differentiated))
+        return dataclasses.replace(
+            self, potential=self.potential.specialize(params, differentiated)
+        )
 
     def check(self, params: Params, n: int, species_count: int) -> None:
         self.potential.check(params, n, species_count)
 
 
-def smoothed(potential: Any, width: float | jax.Array) -> Any:
+def smoothed(potential: Potential, width: float | jax.Array) -> Any:
     """The potential with every pair potential in it averaged over +-width of r.
 
     Other potentials, such as those of bonds, stay as they are.

@@ -18,7 +18,6 @@ from typing import NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.optimize import minimize
 from scipy.sparse.linalg import lsqr
 
 from mdsens._util.errors import InputError
@@ -356,6 +355,9 @@ class _Relaxation:
             last_z = z.copy()
             return last_energy, along
 
+        # Imported here, so that importing mdsens does not import scipy.optimize.
+        from scipy.optimize import minimize
+
         budget = max(self.max_steps - self.steps, 1)
         result = minimize(
             evaluate,
@@ -578,10 +580,12 @@ def relax_constrained(system: System, options: Options, bar: Decades) -> tuple[E
     at_saddle = False
     while options.leave_saddles and force <= max(run.tolerance, run.round_off):
         energy = float(potential_energy(run.system))
+        here = run.system
         if not run.leave_saddle(force):
             break
         if saddles == SADDLES:
             at_saddle = True
+            run.system = here  # where ``force`` is the force that is left
             break
         highest = highest if saddles else energy
         saddles += 1

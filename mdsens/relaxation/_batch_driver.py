@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdsens._util.batching import in_chunks, joined, taken
+from mdsens._util.batching import concatenate_trees, in_chunks, take_members
 from mdsens._util.progress import Members
+from mdsens._util.pytree import PyTree
 from mdsens.mechanics.hessian import largest_force, max_force
 from mdsens.mechanics.hessian_factor import HessianFactor, factorizes
 from mdsens.mechanics.rigidity import analyze_rigidity
@@ -66,7 +67,7 @@ def _start_members(batch: System, method: Minimizer) -> tuple[jax.Array, Limits,
 @functools.partial(jax.jit, static_argnames=("method",))
 def _advance_each(
     batch: System,
-    state: Any,
+    state: PyTree,
     target: np.ndarray,
     budget: np.ndarray,
     method: Minimizer,
@@ -225,7 +226,7 @@ class BatchRelaxation:
         # The members beyond ``count`` never moved and have no Hessian: the last one that counts
         # takes their place.
         which = np.minimum(np.arange(none.size), self.count - 1)
-        relaxed = taken(self.systems.replace(potential=self.potential), which)
+        relaxed = take_members(self.systems.replace(potential=self.potential), which)
         backbone, _, null = analyze_rigidity(relaxed, jnp.asarray(self.largest[which]))
         stiffness = HessianFactor(backbone, null.simplified())
         # One factor serves all Hessians, as the diagonal blocks of one matrix.
@@ -285,7 +286,8 @@ class BatchRelaxation:
             whole = np.asarray(jax.vmap(max_force)(relaxed))
             self.largest = np.where(largest <= self.tested, largest, whole)
         self.aim()
-        floor, idle = self.scale.floor, self.scale.idle
+        floor = self.scale.floor
+        idle = self.scale.idle
         ones = np.ones(self.tested.size)
         overflowed = relaxed.neighbors.overflowed
         return Equilibrium(
@@ -323,7 +325,7 @@ def relax_batch(batch: System, options: Options, bar: Members) -> Equilibrium:
 
     chunks = in_chunks(relax_some, batch, batch.batch or 0, batch.n)
     parts, counts, alone_in_parts = zip(*chunks, strict=True)
-    eq = joined(parts, counts)
+    eq = concatenate_trees(parts, counts)
     if not any(alone_in_parts):
         return eq
     members = unstack(eq)

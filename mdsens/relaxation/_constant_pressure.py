@@ -82,7 +82,8 @@ def _relax(
       (equilibrium of the particles in the last cell, steps of the minimizer in all, the strains
       (k, d, d) that the cell is free to take, status of positions and cell).
     """
-    pressure, shape = condition.pressure, condition.shape
+    pressure = condition.pressure
+    shape = condition.shape
     max_steps = options.max_steps
 
     def relax_particles(system: System, budget: int) -> Equilibrium:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens._util.progress import Decades
+from mdsens._util.pytree import PyTree
 from mdsens.mechanics.hessian import largest_force, max_force
 from mdsens.mechanics.hessian_factor import HessianFactor
 from mdsens.mechanics.rigidity import analyze_rigidity
@@ -94,7 +95,7 @@ def at_size(steps: int, n: int) -> int:
     return math.ceil(steps * max(1.0, n / LARGE) ** 0.5)
 
 
-def near_force(begin: float, contact: Any, n: int) -> Any:
+def near_force(begin: float, contact: float | np.ndarray, n: int) -> Any:
     """The largest force at which Newton steps are tried.
 
     Among many contacts the first one changes at a smaller force. At 131,072 discs Newton steps from
@@ -108,7 +109,9 @@ def near_force(begin: float, contact: Any, n: int) -> Any:
     return begin * min(1.0, LARGE / n) * contact
 
 
-def falls_fast(pace: Any, largest: Any, tested: Any, n: int) -> Any:
+def falls_fast(
+    pace: float | np.ndarray, largest: float | np.ndarray, tested: float | np.ndarray, n: int
+) -> Any:
     """Whether the minimizer at its pace reaches the minimum before Newton steps would.
 
     Also True where the pace is not known. For numbers, or arrays over the members of a batch.
@@ -125,7 +128,12 @@ def falls_fast(pace: Any, largest: Any, tested: Any, n: int) -> Any:
 
 @functools.partial(jax.jit, static_argnames=("method",))
 def _advance(
-    system: System, state: Any, target: Any, budget: int, method: Minimizer, limits: Limits
+    system: System,
+    state: PyTree,
+    target: float | np.ndarray,
+    budget: int,
+    method: Minimizer,
+    limits: Limits,
 ) -> tuple[Any, Neighbors, jax.Array, jax.Array]:
     """Steps on the system's own list: (state, list, number of steps, the largest force)."""
     state, pairs, steps = advance(system, state, system.neighbors, target, budget, method, limits)

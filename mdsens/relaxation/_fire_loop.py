@@ -11,8 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mdsens._util.outcome import is_good
+from mdsens._util.pytree import PyTree
 from mdsens.mechanics.forces import energy_gradient
 from mdsens.mechanics.hessian import largest_force
 from mdsens.mechanics.status import Status
@@ -75,7 +77,7 @@ def shortened(vectors: jax.Array, longest: jax.Array) -> jax.Array:
 
 def advance(
     system: System,
-    state: Any,
+    state: PyTree,
     pairs: Neighbors,
     tolerance: jax.Array | float,
     budget: jax.Array | int,
@@ -103,9 +105,10 @@ def advance(
       method: the minimizer.
       limits: of its steps.
     """
-    box, needed = system.box, system.range
+    box = system.box
+    needed = system.range
 
-    def largest(state: Any) -> jax.Array:
+    def largest(state: PyTree) -> jax.Array:
         return largest_force(method.forces(state))
 
     def steps_on_a_list(carry: tuple[Any, Neighbors, jax.Array, jax.Array, jax.Array]) -> Any:
@@ -124,7 +127,7 @@ def advance(
             narrow, budget, jnp.minimum(budget, step + jnp.where(slow, SETTLED, SERVES))
         )
 
-        def with_measured_stiffness(state: Any) -> Any:
+        def with_measured_stiffness(state: PyTree) -> Any:
             slope = energy_gradient(system.replace(neighbors=pairs), used=pairs.used)
             stiffness = largest_stiffness(slope, method.positions(state), limits.stiffness)
             return method.at_stiffness(state, stiffness)
@@ -161,7 +164,13 @@ def forces_at(system: System, method: Minimizer, limits: Limits) -> jax.Array:
 
 
 @jax.jit
-def status_of(largest: Any, goal: Any, floor: Any, idle: Any, overflowed: Any) -> jax.Array:
+def status_of(
+    largest: float | np.ndarray | jax.Array,
+    goal: float | np.ndarray | jax.Array,
+    floor: float | np.ndarray | jax.Array,
+    idle: bool | np.ndarray | jax.Array,
+    overflowed: bool | np.ndarray | jax.Array,
+) -> jax.Array:
     """Status of a relaxation from the force that is left, as int32 codes.
 
     One of NO_CONTACTS, CONVERGED, ROUND_OFF_LIMITED, MAX_STEPS_REACHED, NOT_FINITE and

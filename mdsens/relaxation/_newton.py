@@ -354,12 +354,12 @@ def steihaug(
     """
     target = forcing * jnp.sqrt(dot(g, g))
 
-    def unfinished(carry: Any) -> jax.Array:
+    def unfinished(carry: tuple[jax.Array, ...]) -> jax.Array:
         _, _, r, _, k, ended, _ = carry
         return ~ended & (k < CG_STEPS) & (dot(r, r) > target**2)
 
     # p: step, hp: H p, r: residual -g - H p, d: search direction
-    def body(carry: Any) -> Any:
+    def body(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         p, hp, r, d, k, _, _ = carry
         hd = apply(d)
         curvature, rr = dot(d, hd), dot(r, r)

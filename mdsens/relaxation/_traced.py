@@ -5,11 +5,12 @@ All of it is one compiled loop, which cannot allocate a larger neighbor list or 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 
+from mdsens._util.pytree import PyTree
 from mdsens.implicit.linear.result import SolveStats
 from mdsens.mechanics.hessian import largest_force, max_force
 from mdsens.mechanics.units import Limits, force_goal, force_scale, natural_units
@@ -20,6 +21,10 @@ from mdsens.relaxation.equilibrium import Equilibrium
 from mdsens.relaxation.methods import Minimizer
 
 __all__ = ["relax", "solve_stats"]
+
+# The minimizer's state, the neighbor list, the number of steps, the force that counts as converged,
+# and the force to stop at.
+Carry: TypeAlias = tuple[PyTree, Neighbors, jax.Array, jax.Array, jax.Array]
 
 
 def relax(
@@ -47,19 +52,19 @@ def relax(
     # Forces above ``limits.strongest`` are shortened to it: a force near it may be larger in truth.
     largest_stop = 0.5 * limits.strongest
 
-    def goals(state: Any, pairs: Neighbors) -> tuple[jax.Array, jax.Array]:
+    def goals(state: PyTree, pairs: Neighbors) -> tuple[jax.Array, jax.Array]:
         """The force that counts as converged here, and the force to stop at."""
         here = system.replace(positions=method.positions(state), neighbors=pairs)
         left = largest_force(method.forces(state))
         goal, stop = force_goal(force_scale(here, length, stiffness, left), tolerance)
         return jnp.asarray(goal, dtype), jnp.fmin(stop, largest_stop).astype(dtype)
 
-    def unfinished(carry: Any) -> jax.Array:
+    def unfinished(carry: Carry) -> jax.Array:
         state, pairs, steps, _, stop = carry
         left = largest_force(method.forces(state))
         return (left > stop) & jnp.isfinite(left) & (steps < max_steps) & ~pairs.overflowed
 
-    def continue_relaxation(carry: Any) -> Any:
+    def continue_relaxation(carry: Carry) -> Carry:
         state, pairs, steps, _, stop = carry
         state, pairs, taken = advance(system, state, pairs, stop, max_steps - steps, method, limits)
         return state, pairs, steps + taken, *goals(state, pairs)

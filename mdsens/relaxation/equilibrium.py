@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdsens._util.batching import together
+from mdsens._util.batching import stack_trees
 from mdsens._util.portable import Portable
 from mdsens._util.tables import Shown
 from mdsens.mechanics.status import Status
@@ -131,5 +131,5 @@ class Equilibrium(Portable, Shown):
 def batch_of(members: list[Equilibrium]) -> Equilibrium:
     """Stack several equilibria of the same shapes into one batch."""
     # The systems are stacked by ``stack``, since their neighbor lists may differ in capacity.
-    arrays = together([dataclasses.replace(member, system=None) for member in members])
+    arrays = stack_trees([dataclasses.replace(member, system=None) for member in members])
     return dataclasses.replace(arrays, system=stack([member.system for member in members]))

@@ -26,6 +26,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from mdsens._util.errors import InputError, short
+from mdsens._util.pytree import PyTree
 from mdsens._util.validation import check_positive
 from mdsens.mechanics.units import Limits
 
@@ -211,7 +212,7 @@ class JaxMD:
         return state
 
 
-def _position(inner: Any) -> jax.Array:
+def _position(inner: PyTree) -> jax.Array:
     """Positions of a state of jax-md: its attribute ``position``, or the state itself."""
     return getattr(inner, "position", inner)
 

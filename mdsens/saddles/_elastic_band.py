@@ -23,6 +23,7 @@ import numpy as np
 from mdsens._util.errors import InputError
 from mdsens._util.lattice import nearest_image
 from mdsens._util.probe import chirp
+from mdsens._util.pytree import PyTree
 from mdsens._util.validation import check_positive, short
 from mdsens.mechanics.forces import energy_gradient
 from mdsens.mechanics.hessian import largest_force
@@ -195,7 +196,7 @@ def _band_forces(
 @functools.partial(jax.jit, static_argnames=("band",))
 def _advance(
     batch: System,
-    state: Any,
+    state: PyTree,
     ends: jax.Array,
     end_energies: jax.Array,
     target: jax.Array,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import numpy as np
@@ -70,7 +69,8 @@ class Barrier(Portable, Shown):
         rows = [("height", f"{self.value:.8g}")]
         # a single number is printed, an array by its shape and norm
         for parameter in self.wrt:
-            name, change = parameter.name, self.gradient[parameter.name]
+            name = parameter.name
+            change = self.gradient[parameter.name]
             if change.ndim:
                 text = f"shape {change.shape}, norm {parameter.size(change):.6g}"
             else:
@@ -165,7 +165,7 @@ def barrier(
     return result
 
 
-def _check_ends(minimum: Any, saddle: Any) -> None:
+def _check_ends(minimum: Equilibrium, saddle: Equilibrium) -> None:
     """Check that the ends are a minimum and a saddle of one system at the same parameters."""
     for name, eq in (("minimum", minimum), ("saddle", saddle)):
         if not isinstance(eq, Equilibrium) or eq.system.batch is not None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -185,7 +184,11 @@ def sides(
 
 
 def _check_arguments(
-    start: Any, params: Params | None, tolerance: Any, method: Any, max_steps: Any
+    start: System | Equilibrium,
+    params: Params | None,
+    tolerance: float | None,
+    method: object,
+    max_steps: object,
 ) -> tuple[System, float]:
     """Validation of user input: the system at the parameters, and the tolerance as a number."""
     system = start.system if isinstance(start, Equilibrium) else start

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 
 from mdsens._util.outcome import Severity, is_good, severity_of
 from mdsens._util.probe import chirp
+from mdsens._util.pytree import PyTree
 from mdsens._util.validation import require_host
 from mdsens.implicit.linear import Auto, Direct, Method
 from mdsens.implicit.linear.result import SolveStats
@@ -52,6 +53,8 @@ __all__ = [
 ]
 
 Params = Mapping[str, Any]
+# Of a rule: changes of the parameters (JVP), a cotangent (VJP), forces (FORCE), a strain (STRAIN).
+Argument: TypeAlias = Params | Unknowns | jax.Array
 # Displacement from the minimum at which a right-hand side is compared with its value there, in
 # units of the potential's length (see ``aside``).
 ASIDE = 1e-3
@@ -60,7 +63,7 @@ ASIDE = 1e-3
 DOUBLE_PRECISION_EPS = 1e-10
 
 
-def _with_outcome(lin: Linearization, stats: SolveStats, value: Any) -> SolveStats:
+def _with_outcome(lin: Linearization, stats: SolveStats, value: PyTree) -> SolveStats:
     """The stats of a derivative: those of its solve, with the status of the derivative itself.
 
     The status is that of the minimum where that is bad, else NOT_FINITE where ``value`` is not
@@ -128,7 +131,9 @@ def _force_right_hand_side(lin: Linearization, force: Unknowns) -> Unknowns:
     return lin.structure.force_side(lin, force)
 
 
-def _force_result(lin: Linearization, force: Any, x: Unknowns, stats: SolveStats) -> Displacement:
+def _force_result(
+    lin: Linearization, force: Unknowns | jax.Array, x: Unknowns, stats: SolveStats
+) -> Displacement:
     """The displacement under forces, which are those of a strain under the rule STRAIN."""
     stats = _with_outcome(lin, stats, x.positions)
     return Displacement(
@@ -177,7 +182,7 @@ STRAIN = DerivativeRule(_strain_right_hand_side, _force_result, lambda params, s
 
 
 def solve_derivative(
-    rule: DerivativeRule, lin: Linearization, argument: Any, many: bool = False
+    rule: DerivativeRule, lin: Linearization, argument: Argument, many: bool = False
 ) -> Any:
     """The derivative of a rule at its argument, by the factor on the host or in compiled code.
 
@@ -211,7 +216,7 @@ def solve_derivative(
 
 
 def solve_derivative_batch(
-    rule: DerivativeRule, eq: Equilibrium, argument: Any, solve: Method
+    rule: DerivativeRule, eq: Equilibrium, argument: Argument, solve: Method
 ) -> Any:
     """The derivatives of all members of a batch, by one factor of all their Hessians.
 
@@ -295,7 +300,11 @@ def without_round_off(
 
 
 def _without_dropped_round_off(
-    rule: DerivativeRule, core: Linearization, argument: Any, derivative: Any, many: bool
+    rule: DerivativeRule,
+    core: Linearization,
+    argument: Argument,
+    derivative: Derivative,
+    many: bool,
 ) -> Any:
     """Apply :func:`without_round_off` to a derivative by the parameters.
 
@@ -312,7 +321,7 @@ def _without_dropped_round_off(
 
 @functools.partial(jax.jit, static_argnames=("rule", "many"))
 def _right_hand_side_norms(
-    lin: Linearization, argument: Any, rule: DerivativeRule, many: bool
+    lin: Linearization, argument: Argument, rule: DerivativeRule, many: bool
 ) -> jax.Array:
     """The norm of the right-hand side of a rule, or those of many."""
     sides = _right_hand_sides(lin, argument, rule, many)
@@ -332,11 +341,13 @@ def norms(sides: Unknowns, many: bool) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "many"))
-def _solve_compiled(lin: Linearization, argument: Any, rule: DerivativeRule, many: bool) -> Any:
+def _solve_compiled(
+    lin: Linearization, argument: Argument, rule: DerivativeRule, many: bool
+) -> Any:
     """The derivative of a rule in compiled code, by products with the matrix."""
     operator, unit = lin.structure.operator(lin)
 
-    def derivative(argument: Any) -> Any:
+    def derivative(argument: Argument) -> Any:
         side = rule.right_hand_side(lin, argument)
         b = dataclasses.replace(side, strain=None)
         x, stats = solve_linear(operator, b if unit is None else scaled(b, unit), lin.solve)
@@ -348,7 +359,7 @@ def _solve_compiled(lin: Linearization, argument: Any, rule: DerivativeRule, man
 
 @functools.partial(jax.jit, static_argnames=("rule", "many"))
 def _right_hand_sides(
-    lin: Linearization, argument: Any, rule: DerivativeRule, many: bool
+    lin: Linearization, argument: Argument, rule: DerivativeRule, many: bool
 ) -> Unknowns:
     """The right-hand side of a rule: of one argument, of many, or of each member of a batch."""
     if lin.system.batch is not None:
@@ -360,7 +371,7 @@ def _right_hand_sides(
 @functools.partial(jax.jit, static_argnames=("rule", "many"))
 def _results(
     lin: Linearization,
-    argument: Any,
+    argument: Argument,
     sides: Unknowns,
     x: Unknowns,
     stats: SolveStats,
@@ -370,7 +381,7 @@ def _results(
     """The derivatives of a rule from the solutions ``x`` of the solve."""
 
     def derivative(
-        lin: Linearization, argument: Any, side: Unknowns, x: Unknowns, stats: SolveStats
+        lin: Linearization, argument: Argument, side: Unknowns, x: Unknowns, stats: SolveStats
     ) -> Derivative:
         return rule.result(lin, argument, lin.structure.solved(side, x), stats)
 

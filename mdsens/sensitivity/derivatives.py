@@ -12,9 +12,10 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from mdsens._util.batching import apart, in_chunks, joined, together
+from mdsens._util.batching import concatenate_trees, in_chunks, stack_trees, unstack_tree
 from mdsens._util.errors import InputError, raise_for_status
 from mdsens._util.memory import require_memory
+from mdsens._util.pytree import PyTree
 from mdsens._util.user_functions import Traceable
 from mdsens._util.validation import real_array, short
 from mdsens.implicit.linear import Auto, Method, check_method
@@ -106,7 +107,7 @@ def _with_parameters(
 
 
 def _over_members(
-    function: Callable[[Equilibrium, Any], D], eq: Equilibrium, argument: Any = ()
+    function: Callable[[Equilibrium, Any], D], eq: Equilibrium, argument: PyTree = ()
 ) -> D:
     """``function`` of each member of a batch and its argument, on all cores.
 
@@ -115,17 +116,17 @@ def _over_members(
     """
 
     def for_part(part: tuple[Equilibrium, Any], count: int) -> list[D]:
-        return [function(*member) for member in apart(part, count)]
+        return [function(*member) for member in unstack_tree(part, count)]
 
     parts = in_chunks(for_part, (eq, argument), eq.system.batch or 0, eq.system.n)
-    return together([derivative for part in parts for derivative in part])
+    return stack_trees([derivative for part in parts for derivative in part])
 
 
 def _solve_batch(
     rule: DerivativeRule,
     for_member: Callable[[Equilibrium, Any], Any],
     eq: Equilibrium,
-    argument: Any,
+    argument: PyTree,
     solve: Method | None,
 ) -> Any:
     """The derivative of each member of a batch, by a factor of several Hessians where possible.
@@ -147,11 +148,11 @@ def _solve_batch(
         )
         # None: a part without a factor
         if None not in parts:
-            return joined(parts, counts)
+            return concatenate_trees(parts, counts)
     return _over_members(for_member, eq, argument)
 
 
-def _for_members(name: str, value: Any, shape: tuple[int, ...], count: int) -> jax.Array:
+def _for_members(name: str, value: ArrayLike, shape: tuple[int, ...], count: int) -> jax.Array:
     """A user's argument for a batch, (members, …).
 
     Args:
@@ -164,7 +165,7 @@ def _for_members(name: str, value: Any, shape: tuple[int, ...], count: int) -> j
     return jnp.broadcast_to(array, (count, *shape)) if array.shape == shape else array
 
 
-def _batched(eq: Any) -> bool:
+def _batched(eq: object) -> bool:
     return isinstance(eq, Equilibrium) and eq.system.batch is not None
 
 
@@ -239,7 +240,7 @@ def _vectors_of_particles(system: System, value: ArrayLike, name: str) -> jax.Ar
     return array
 
 
-def _cotangent_of_unknowns(lin: Linearization, cotangent: Any) -> Unknowns:
+def _cotangent_of_unknowns(lin: Linearization, cotangent: ArrayLike | Unknowns) -> Unknowns:
     """A user's cotangent of what ``jvp`` returns, checked, as a cotangent of the unknowns."""
     value = cotangent if isinstance(cotangent, Unknowns) else Unknowns(cotangent)
     w = _vectors_of_particles(lin.system, value.positions, "cotangent")
@@ -503,7 +504,7 @@ def value_and_gradient(
     return value, total_derivative(lin, value, cotangents, direct, throw, beside)
 
 
-def observed(observable: Any) -> Callable[[System], jax.Array]:
+def observed(observable: Callable[[System], ArrayLike]) -> Callable[[System], jax.Array]:
     """A user's observable, checked, as a function of a System that returns an array."""
     if not callable(observable):
         raise InputError(
@@ -514,7 +515,7 @@ def observed(observable: Any) -> Callable[[System], jax.Array]:
     return lambda system: numbers(function(system))
 
 
-def numbers(value: Any) -> jax.Array:
+def numbers(value: object) -> jax.Array:
     """The value that an observable returns, checked, as an array."""
     try:
         array = jnp.asarray(value)

@@ -184,7 +184,7 @@ def by_factor(system: System, solve: Method, many: bool = False) -> bool:
     return wanted and (bool(system.constraints) or factorizes(system))
 
 
-def _status_of_minimum(status: Any, unjammed: Any) -> Any:
+def _status_of_minimum(status: np.ndarray | jax.Array, unjammed: np.ndarray | jax.Array) -> Any:
     """The status of the minimization where it is bad, else UNJAMMED or CONVERGED."""
     xp = jnp if isinstance(unjammed, Tracer) else np
     code = xp.where(unjammed, Status.UNJAMMED.value, Status.CONVERGED.value)

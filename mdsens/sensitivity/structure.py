@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from mdsens._util.errors import InputError
 from mdsens._util.portable import Portable
+from mdsens._util.precision import full_precision
 from mdsens._util.validation import real_array
 from mdsens.implicit.linear.operator import Operator
 from mdsens.mechanics import lagrangian
@@ -91,7 +92,7 @@ class Structure(Protocol):
         """
         ...
 
-    def unknown(self, lin: Linearization, value: Any) -> Unknowns:
+    def unknown(self, lin: Linearization, value: jax.Array | Unknowns) -> Unknowns:
         """A change of the unknowns from the form that users get; the inverse of ``stored``."""
         ...
 
@@ -131,6 +132,7 @@ class Structure(Protocol):
         ...
 
 
+@full_precision
 def _affine(system: System, tangent: Params, positions: jax.Array) -> jax.Array:
     """(d box / dp . dp) box^-1 R, (n, d): the motion of particles that follow the box."""
     if system.box is None:
@@ -140,7 +142,7 @@ def _affine(system: System, tangent: Params, positions: jax.Array) -> jax.Array:
     return positions @ jnp.linalg.solve(box_at(system, system.params).T, change.T)
 
 
-def _negative(x: Any) -> Any:
+def _negative(x: Unknowns) -> Unknowns:
     return jax.tree.map(jnp.negative, x)
 
 
@@ -177,7 +179,7 @@ class FixedCellStructure(Portable):
     def stored(self, lin: Linearization, x: Unknowns) -> Any:
         return x.positions
 
-    def unknown(self, lin: Linearization, value: Any) -> Unknowns:
+    def unknown(self, lin: Linearization, value: jax.Array | Unknowns) -> Unknowns:
         return value if isinstance(value, Unknowns) else Unknowns(value)
 
     def parameter_side(self, lin: Linearization, tangent: Params) -> Unknowns:
@@ -237,12 +239,14 @@ class AtPressureStructure(FixedCellStructure):
     def unknowns(self, system: System) -> Unknowns:
         return Unknowns(system.positions, jnp.zeros_like(self.cell.slope))
 
+    @full_precision
     def moved(self, system: System, x: Unknowns, params: Params) -> System:
         moved = super().moved(system, x, params)
         if x.strain is None:
             return moved
         return deformed(moved, jnp.tensordot(x.strain, self.cell.along, axes=1))
 
+    @full_precision
     def condition(self, lin: Linearization, x: Unknowns, params: Params) -> Unknowns:
         by_positions = super().condition(lin, x, params).positions
         if x.strain is None:
@@ -254,6 +258,7 @@ class AtPressureStructure(FixedCellStructure):
         # dU/dR = (1 + strain) dU/dr at the actual positions r = (1 + strain) R
         return Unknowns(by_positions + by_positions @ strain, by_strain)
 
+    @full_precision
     def solved(self, side: Unknowns, x: Unknowns) -> Unknowns:
         """Add the strain of the cell, and the motion of the particles with it, to the solution."""
         if side.strain is None:
@@ -266,13 +271,15 @@ class AtPressureStructure(FixedCellStructure):
         )
         return Unknowns(x.positions + jnp.tensordot(strain, cell.motion, axes=1), strain)
 
+    @full_precision
     def stored(self, lin: Linearization, x: Unknowns) -> Any:
         if x.strain is None:
             return x.positions
         strain = jnp.tensordot(x.strain, self.cell.along, axes=1)
         return Unknowns(x.positions + lin.system.positions @ strain.T, to_mandel(strain))
 
-    def unknown(self, lin: Linearization, value: Any) -> Unknowns:
+    @full_precision
+    def unknown(self, lin: Linearization, value: jax.Array | Unknowns) -> Unknowns:
         if not isinstance(value, Unknowns) or value.strain is None:
             return super().unknown(lin, value)
         free_strains = self.cell.along
@@ -292,6 +299,7 @@ class AtPressureStructure(FixedCellStructure):
         # and ``x.positions`` leaves it out.
         return self.stored(lin, x), lin.null.project(Unknowns(x.positions)).positions
 
+    @full_precision
     def cotangent(self, lin: Linearization, value: Unknowns, w: jax.Array) -> Unknowns:
         """The transpose of ``stored``."""
         free_strains = self.cell.along
@@ -367,7 +375,7 @@ class ConstrainedStructure(Portable):
     def stored(self, lin: Linearization, x: Unknowns) -> Any:
         return x.positions
 
-    def unknown(self, lin: Linearization, value: Any) -> Unknowns:
+    def unknown(self, lin: Linearization, value: jax.Array | Unknowns) -> Unknowns:
         return value if isinstance(value, Unknowns) else Unknowns(value)
 
     def read(self, lin: Linearization, x: Unknowns, params: Params) -> Unknowns:

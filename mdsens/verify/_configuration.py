@@ -21,7 +21,7 @@ from mdsens._util.lattice import nearest_image
 from mdsens.mechanics.hessian import Unknowns, gradient
 from mdsens.model import neighbors
 from mdsens.model.system import System, pair_distances, pair_terms, potential_energy
-from mdsens.potentials.base import BondedPotential, PairPotential, SumPotential
+from mdsens.potentials.base import BondedPotential, PairPotential, Potential, SumPotential
 from mdsens.verify._findings import Finding
 
 __all__ = ["all_pairs", "findings", "lattice", "parts", "spread", "system_of"]
@@ -53,12 +53,12 @@ DIRECTIONS = 4
 # ── configurations ──
 
 
-def parts(potential: Any) -> tuple[Any, ...]:
+def parts(potential: Potential) -> tuple[Any, ...]:
     """The terms of a sum of potentials; of any other potential itself."""
     return potential.parts if isinstance(potential, SumPotential) else (potential,)
 
 
-def lattice(potential: Any, params: Params) -> System:
+def lattice(potential: Potential, params: Params) -> System:
     """A system on the sites of a square lattice of spacing 1, in open boundaries.
 
     A parameter of a pair potential with several values is taken to have one for each species.
@@ -101,7 +101,7 @@ def lattice(potential: Any, params: Params) -> System:
 
 
 def system_of(
-    potential: Any,
+    potential: Potential,
     params: Params,
     positions: ArrayLike,
     box: ArrayLike | None,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdsens.potentials.base import BondedPotential, PairTerm
+from mdsens.potentials.base import BondedPotential, PairTerm, Potential
 from mdsens.verify._discontinuities import (
     APART,
     Break,
@@ -85,7 +85,7 @@ class PairFunction:
       between: the lengths between which to examine phi; None for the default.
     """
 
-    def __init__(self, potential: Any, term: PairTerm, between: tuple[float, float] | None):
+    def __init__(self, potential: Potential, term: PairTerm, between: tuple[float, float] | None):
         self.potential = potential
         self.phi = term.phi
         self.names: tuple[str, ...] = tuple(potential.parameters)
@@ -316,5 +316,6 @@ def _listed(names: Sequence[str]) -> str:
 
 def _span(lengths: Sequence[float]) -> str:
     """A length, or the range of several, in words."""
-    low, high = min(lengths), max(lengths)
+    low = min(lengths)
+    high = max(lengths)
     return f"r = {low:.6g}" if math.isclose(low, high) else f"r = {low:.6g} to {high:.6g}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -104,13 +105,15 @@ def adjoint(
     if cotangent is None:
         cotangent = _random_cotangent(lin, rng)
     tangent = sensitivity.jvp(lin, dparams, throw=False)
-    gradient = sensitivity.vjp(lin, cotangent, throw=False)
+    gradient = sensitivity.vjp(lin, cast(Any, cotangent), throw=False)
     # After the solves, which check the arguments: a wrong argument is reported first.
     require_sound(lin, eq, throw=True)
     if isinstance(cotangent, Unknowns):
-        w, w_strain = cotangent.positions, cotangent.strain
+        w = cotangent.positions
+        w_strain = cotangent.strain
     else:
-        w, w_strain = cotangent, None
+        w = cotangent
+        w_strain = None
     # <w, J v> over the positions and, at a pressure, the strain.
     forward = float(np.sum(np.asarray(w) * np.asarray(tangent.positions)))
     if w_strain is not None and tangent.strain is not None:

@@ -136,7 +136,9 @@ class _Line:
         Under constraints, constrained coordinates are kept: only free motions and rattlers are left
         out.
         """
-        positions, strain, null = change.positions, change.strain, self.lin.null
+        positions = change.positions
+        strain = change.strain
+        null = self.lin.null
         if self.lin.constrained:
             kept = jnp.where(null.rattlers[:, None], 0.0, positions)
             motions: Any = null.motions
@@ -431,9 +433,11 @@ def _checked_derivative(value: ArrayLike | Unknowns, eq: Equilibrium) -> Unknown
             " included."
         )
     if isinstance(value, Unknowns):
-        positions, strain = value.positions, value.strain
+        positions = value.positions
+        strain = value.strain
     else:
-        positions, strain = value, None
+        positions = value
+        strain = None
     if eq.pressure is not None and strain is None:
         raise InputError(
             "value has no strain: at a pressure give Unknowns(positions, strain), as ms.jvp does."

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from mdsens._util.errors import InputError, PrecisionError
-from mdsens.potentials.base import SumPotential
+from mdsens.potentials.base import Potential, SumPotential
 from mdsens.verify import _configuration
 from mdsens.verify._findings import Finding, PotentialTest
 from mdsens.verify._pair_function import PairFunction
@@ -22,7 +22,7 @@ Params = Mapping[str, Any]
 
 
 def potential(
-    potential: Any,
+    potential: Potential,
     params: Params,
     *,
     positions: ArrayLike | None = None,

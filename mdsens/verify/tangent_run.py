@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens._util.probe import chirp
+from mdsens._util.pytree import PyTree
 from mdsens.mechanics.forces import energy_gradient
 from mdsens.mechanics.units import Limits, natural_units
 from mdsens.model import neighbors
@@ -82,12 +83,12 @@ def _functions(
     return method.functions(forces, shift, limits)
 
 
-def _floats(state: Any) -> list[jax.Array]:
+def _floats(state: PyTree) -> list[jax.Array]:
     """The floating-point arrays of a minimizer's state; counters among it have no derivative."""
     return [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
 
-def _with_floats(state: Any, floats: Sequence[jax.Array]) -> Any:
+def _with_floats(state: PyTree, floats: Sequence[jax.Array]) -> Any:
     """A minimizer's state with its floating-point arrays replaced."""
     leaves, structure = jax.tree.flatten(state)
     replacements = iter(floats)
@@ -131,7 +132,7 @@ def _first(
 @functools.partial(jax.jit, static_argnames=("method",))
 def _advance(
     system: System,
-    state: Any,
+    state: PyTree,
     changes: list[jax.Array],
     dparams: Params,
     count: jax.Array | int,

@@ -176,7 +176,8 @@ def unrolled(
     tangent = {k: jnp.asarray(v) for k, v in full_tangent(system, dparams).items()}
     if not any(bool(jnp.any(v != 0)) for v in tangent.values()):
         raise InputError("dparams is zero everywhere: give a direction.")
-    size, itemsize = system.positions.size, system.positions.dtype.itemsize
+    size = system.positions.size
+    itemsize = system.positions.dtype.itemsize
     state_bytes = sum(
         leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state_at_rest(system, method))
     )

@@ -56,9 +56,8 @@ class Outcome:
             self.code = stop.code
         self.out, self.err = capsys.readouterr()
         assert "Traceback" not in self.out + self.err
-        assert (
-            max(map(len, self.out.splitlines()[:-1]), default=0) <= 100
-        )  # the verdict is one line
+        # all but the verdict, which is one line
+        assert max(map(len, self.out.splitlines()[:-1]), default=0) <= 100
         if self.code == cli.BAD_INPUT and "usage:" not in self.err:
             assert len(self.err.splitlines()) == 1, self.err
 
@@ -88,9 +87,8 @@ def test_sensitivity_of_the_dimer_as_a_process(tmp_path: Path):
     )
     assert "lennard_jones" in done.stdout and done.stderr == ""
     assert [path.name for path in tmp_path.iterdir()] == ["r.npz"]
-    with np.load(
-        tmp_path / "r.npz"
-    ) as file:  # 2^(1/6) sigma apart: each end moves half of that, along the line
+    # 2^(1/6) sigma apart: each end moves half of that, along the line
+    with np.load(tmp_path / "r.npz") as file:
         apart = file["value"][0, 1] - file["value"][0, 0]
         np.testing.assert_allclose(np.linalg.norm(apart), 2 ** (1 / 6), rtol=1e-10)
         assert file["wrt"].tolist() == ["sigma"] and file["status"].tolist() == ["CONVERGED"]
@@ -148,9 +146,8 @@ def test_components_of_one_value_a_particle_are_ranked(
 
     ms.enable_x64()
     eq = ms.minimize(ms.load_system(system, seed=2), tolerance=1e-12)
-    moved = np.asarray(
-        ms.jacobian(eq, "sigma").nonaffine
-    )  # (n, d, n): of particle i by the diameter of k
+    # (n, d, n): of particle i by the diameter of k
+    moved = np.asarray(ms.jacobian(eq, "sigma").nonaffine)
     others = np.array([np.linalg.norm(np.delete(moved[:, :, k], k, axis=0)) for k in range(16)])
     assert f"sigma[{others.argmax()}]" == rows[0][0]
     assert norms[0] == pytest.approx(others.max(), rel=1e-4)
@@ -547,8 +544,8 @@ length = {length}
 
 
 def test_moduli_say_what_they_are_of(tmp_path: Path, capsys):
-    """Of a ring at rest there are none; of discs of a negative shear modulus no ratio means
-    anything.
+    """Of a ring at rest there are none;
+    of discs of a negative shear modulus no ratio means anything.
     """
     rest, path, table = ring(), tmp_path / "ring.toml", tmp_path / "m.json"
     bonds = [[k, (k + 1) % 30] for k in range(30)]

@@ -1,5 +1,5 @@
-"""Constraints against closed forms, minimizing again under them, and the catalogue's own
-conditions.
+"""Constraints against closed forms, minimizing again under them,
+and the catalogue's own conditions.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def _breathing(R, p, displacement):
 
 
 def _alloy(R, p, displacement):
-    """Mean field of a binary alloy whose sites relax: pairs by the weights on both, and mixing
-    entropy.
+    """Mean field of a binary alloy whose sites relax:
+    pairs by the weights on both, and mixing entropy.
     """
     i, j = np.triu_indices(R.shape[0], 1)
     r = jnp.sqrt(jnp.sum(jax.vmap(displacement)(R[i], R[j]) ** 2, axis=-1))
@@ -91,9 +91,12 @@ def system(name: str) -> ms.System:
             given = {"weights": weights, "size": np.array([0.9, 1.4]), "temperature": 0.4}
             place = np.stack(np.meshgrid(np.arange(3.0), np.arange(2.0)), -1).reshape(-1, 2)
             return ms.System.create(
-                place + rng.uniform(-0.1, 0.1, (6, 2)), 8.0, potential, given,
+                place + rng.uniform(-0.1, 0.1, (6, 2)),
+                8.0,
+                potential,
+                given,
                 constraints=[Simplex("weights"), Pinned.particles([0, 5], 6, 2)],
-            )  # fmt: skip
+            )
         case "rigid bodies in 3-D":
             rng = np.random.default_rng(1)
             corners = (
@@ -143,9 +146,8 @@ def test_derivative_is_that_of_minimizing_again(name):
     r = ms.jvp(lin, change)
     again = ms.verify.finite_difference(eq, change)
     assert again.status.good and not again.network_changed
-    assert (
-        again.disagreement(r.value) < 1e-6
-    )  # positions, multipliers and relaxed parameters, each relative
+    # positions, multipliers and relaxed parameters, each relative
+    assert again.disagreement(r.value) < 1e-6
     assert set(r.value.multipliers) == {c.name for c in eq.system.constraints}
 
 
@@ -210,8 +212,8 @@ def test_certificate(name):
 
 
 def test_radius_ends_where_the_wall_lets_go():
-    """Pushed out of reach, a wall loses its particles one by one: the first goes where the
-    certificate says.
+    """Pushed out of reach, a wall loses its particles one by one:
+    the first goes where the certificate says.
     """
     eq = minimum("bonds and pins in a slit")
     lin = ms.linearize(eq)
@@ -275,8 +277,8 @@ def test_a_ceiling_that_just_touches_is_degenerate():
 
 @pytest.mark.as_shipped
 def test_a_rod_between_a_pin_and_a_spring():
-    """Tension of a rigid bond of length l, pulled by a spring of length a at distance L: k (L - l -
-    a).
+    """Tension of a rigid bond of length l, pulled by a spring of length a at distance L:
+    k (L - l - a).
     """
     potential = ms.potentials.harmonic_bonds([[1, 2]])
     held = [Pinned.particles([0, 2], 3, 2), RigidBonds.between([[0, 1]])]
@@ -314,9 +316,8 @@ def test_redundant_constraints_are_reported():
     )
     assert len(RigidBonds.bodies(x, [range(4)]).bonds) == 5
     r = ms.jvp(lin, {"sigma": 1.0}, throw=False)
-    assert (
-        r.status is ms.Status.REDUNDANT_CONSTRAINTS and np.abs(r.value.positions).max() < 1e-8
-    )  # it is rigid
+    # it is rigid
+    assert r.status is ms.Status.REDUNDANT_CONSTRAINTS and np.abs(r.value.positions).max() < 1e-8
 
 
 @pytest.mark.parametrize("count, d", [(2, 2), (3, 2), (6, 2), (2, 3), (3, 3), (4, 3), (7, 3)])
@@ -349,8 +350,8 @@ def test_relaxed_weights_are_a_softmax():
     eq = ms.minimize(s)
     expected = np.exp(-energies / 0.4) / np.exp(-energies / 0.4).sum()
     assert np.allclose(eq.params["weights"], expected, rtol=0, atol=1e-11)
-    # the multiplier is T log Z - T, and its slope by a level minus that level's weight with the
-    # other sign
+    # the multiplier is T log Z - T, and its slope by a level minus
+    # that level's weight with the other sign
     jacobian = ms.jvp(eq, {"levels": np.array([1.0, 0.0, 0.0])})
     slope = -(np.diag(expected) - np.outer(expected, expected))[0] / 0.4
     assert np.allclose(jacobian.value.params["weights"], slope, rtol=0, atol=1e-10)
@@ -372,8 +373,8 @@ def test_relaxed_weights_are_a_softmax():
 
 @pytest.mark.parametrize("levels, degenerate", [([0.9, 0.5, -0.3], False), ([0.9, 0.5, 0.2], True)])
 def test_a_weight_at_the_edge_of_the_simplex(levels, degenerate):
-    """sum (w - a)^2 / 2 is least where a is projected onto the simplex; at (0.9, 0.5, 0.2) a weight
-    is just zero.
+    """sum (w - a)^2 / 2 is least where a is projected onto the simplex;
+    at (0.9, 0.5, 0.2) a weight is just zero.
     """
 
     def energy(R, p, displacement):
@@ -395,8 +396,8 @@ def test_a_weight_at_the_edge_of_the_simplex(levels, degenerate):
 
 
 def test_the_catalogue_gives_the_same_derivative():
-    """Projected gradient on the box, behind root, at the container's minimum: no line of this
-    module in it.
+    """Projected gradient on the box, behind root, at the container's minimum:
+    no line of this module in it.
     """
     from mdsens.implicit import fixed_point
     from mdsens.implicit.conditions import optimality, projections
@@ -470,25 +471,44 @@ def test_ase_constraints_become_ours_and_back():
         ms.io.from_ase(atoms, potential, params)
 
 
-@pytest.mark.parametrize("constraints, extra, said", [
-    ([Wall(1, True)], {}, "needs the parameter 'wall_position'"),
-    ([Wall(2, True)], {"wall_position": 0.0}, "axis is 2 in 2 dimensions"),
-    ([Wall(1, True), Wall(0, True)], {"wall_position": 0.0}, "two constraints are named 'wall'"),
-    ([RigidBonds.between([[0, 20]])], {"bond_length": 1.0}, "go up to particle 20 of 16"),
-    ([RigidBonds.between([[0, 1]])], {"bond_length": [1.0, 2.0]}, "give a scalar, or \\(1,\\)"),
-    ([RigidBonds.between([[0, 1]])], {"bond_length": -1.0}, "positive lengths"),
-    ([RigidBonds.between([[0, 1]])], {"bond_length": 1.9}, "a length of 1.9 is above half of the cell"),
-    ([FixedTotal("epsilon")], {"total_total": 1.0}, "is a scalar, which its total fixes"),
-    ([FixedTotal("mass")], {"total_total": 1.0}, "relaxes 'mass', which is not a parameter of the potential"),
-    ([Pinned.particles([0], 4, 2)], {}, "the mask has shape"),
-    ("pins", {}, "give records of mdsens.constraints"),
-    (
-        [Wall(1, True, clearance=1.0), FixedTotal("sigma")],
-        {"wall_position": -1.0, "total_total": 16.0},
-        "wall has bounds that depend on 'sigma', which total relaxes",
-    ),
-    ([FixedTotal("sigma", 2)], {"total_total": -1.0}, "total_total is -1: give a positive number"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "constraints, extra, said",
+    [
+        ([Wall(1, True)], {}, "needs the parameter 'wall_position'"),
+        ([Wall(2, True)], {"wall_position": 0.0}, "axis is 2 in 2 dimensions"),
+        (
+            [Wall(1, True), Wall(0, True)],
+            {"wall_position": 0.0},
+            "two constraints are named 'wall'",
+        ),
+        ([RigidBonds.between([[0, 20]])], {"bond_length": 1.0}, "go up to particle 20 of 16"),
+        ([RigidBonds.between([[0, 1]])], {"bond_length": [1.0, 2.0]}, "give a scalar, or \\(1,\\)"),
+        ([RigidBonds.between([[0, 1]])], {"bond_length": -1.0}, "positive lengths"),
+        (
+            [RigidBonds.between([[0, 1]])],
+            {"bond_length": 1.9},
+            "a length of 1.9 is above half of the cell",
+        ),
+        ([FixedTotal("epsilon")], {"total_total": 1.0}, "is a scalar, which its total fixes"),
+        (
+            [FixedTotal("mass")],
+            {"total_total": 1.0},
+            "relaxes 'mass', which is not a parameter of the potential",
+        ),
+        ([Pinned.particles([0], 4, 2)], {}, "the mask has shape"),
+        ("pins", {}, "give records of mdsens.constraints"),
+        (
+            [Wall(1, True, clearance=1.0), FixedTotal("sigma")],
+            {"wall_position": -1.0, "total_total": 16.0},
+            "wall has bounds that depend on 'sigma', which total relaxes",
+        ),
+        (
+            [FixedTotal("sigma", 2)],
+            {"total_total": -1.0},
+            "total_total is -1: give a positive number",
+        ),
+    ],
+)
 def test_bad_constraints_are_refused(constraints, extra, said):
     x, params = _discs()
     with pytest.raises(ms.InputError, match=said):
@@ -497,33 +517,57 @@ def test_bad_constraints_are_refused(constraints, extra, said):
         )
 
 
-@pytest.mark.parametrize("make, said", [
-    (lambda: Wall(3, True), "axis is 3"),
-    (lambda: Wall(0, cast(Any, 1)), "above is 1"),
-    (lambda: Wall(0, True, clearance=-1.0), "clearance is -1.0"),
-    (lambda: Pinned.particles([9], 4, 2), "give numbers from 0 to 3"),
-    (lambda: Pinned.particles([0], 4, 2, axes=[2]), "axes is"),
-    (lambda: Pinned.coordinates([[1, 0]]), "booleans"),
-    (lambda: RigidBonds.between([[1, 1]]), "to itself"),
-    (lambda: RigidBonds.between([0, 1]), "particle numbers"),
-    (lambda: RigidBonds.between([[0, 1], [1, 2], [1, 0]]), "bond of particles 0 and 1 is given 2 times"),
-    (lambda: RigidBonds.bodies([[0.0, 0], [1, 0], [2, 0]], [[0, 1, 2]]), "lie on a line"),
-    (lambda: RigidBonds.bodies([[0.0, 0], [1, 0]], [[0]]), "two or more"),
-    (lambda: RigidBonds.bodies([[0.0, 0], [1, 0]], cast(Any, None)), "give a list of bodies"),
-    (lambda: RigidBonds.bodies([[0.0, 0], [1, 0]], cast(Any, [0, 1])), "body 0 is .0.: give two or more"),
-    (lambda: RigidBonds.bodies([0.0, 0.0], [[0, 1]]), "positions has shape"),
-    (lambda: FixedTotal("sigma", -1.0), "exponent"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, said",
+    [
+        (lambda: Wall(3, True), "axis is 3"),
+        (lambda: Wall(0, cast(Any, 1)), "above is 1"),
+        (lambda: Wall(0, True, clearance=-1.0), "clearance is -1.0"),
+        (lambda: Pinned.particles([9], 4, 2), "give numbers from 0 to 3"),
+        (lambda: Pinned.particles([0], 4, 2, axes=[2]), "axes is"),
+        (lambda: Pinned.coordinates([[1, 0]]), "booleans"),
+        (lambda: RigidBonds.between([[1, 1]]), "to itself"),
+        (lambda: RigidBonds.between([0, 1]), "particle numbers"),
+        (
+            lambda: RigidBonds.between([[0, 1], [1, 2], [1, 0]]),
+            "bond of particles 0 and 1 is given 2 times",
+        ),
+        (lambda: RigidBonds.bodies([[0.0, 0], [1, 0], [2, 0]], [[0, 1, 2]]), "lie on a line"),
+        (lambda: RigidBonds.bodies([[0.0, 0], [1, 0]], [[0]]), "two or more"),
+        (lambda: RigidBonds.bodies([[0.0, 0], [1, 0]], cast(Any, None)), "give a list of bodies"),
+        (
+            lambda: RigidBonds.bodies([[0.0, 0], [1, 0]], cast(Any, [0, 1])),
+            "body 0 is .0.: give two or more",
+        ),
+        (lambda: RigidBonds.bodies([0.0, 0.0], [[0, 1]]), "positions has shape"),
+        (lambda: FixedTotal("sigma", -1.0), "exponent"),
+    ],
+)
 def test_bad_records_are_refused(make, said):
     with pytest.raises(ms.InputError, match=said):
         make()
 
 
-@pytest.mark.parametrize("make, error, said", [
-    (lambda low: [Wall(1, True, "floor"), Wall(1, False, "lid")], ms.InputError, "no room along axis 1"),
-    (lambda low: [Wall(1, True, "floor"), Pinned.particles([low], N, 2)], ms.InputError, "beyond a wall"),
-    (lambda low: [Pinned.particles([0, 1], N, 2), RigidBonds.between([[0, 1]])], ms.ConvergenceError, "is off by"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, error, said",
+    [
+        (
+            lambda low: [Wall(1, True, "floor"), Wall(1, False, "lid")],
+            ms.InputError,
+            "no room along axis 1",
+        ),
+        (
+            lambda low: [Wall(1, True, "floor"), Pinned.particles([low], N, 2)],
+            ms.InputError,
+            "beyond a wall",
+        ),
+        (
+            lambda low: [Pinned.particles([0, 1], N, 2), RigidBonds.between([[0, 1]])],
+            ms.ConvergenceError,
+            "is off by",
+        ),
+    ],
+)
 def test_constraints_that_cannot_be_met_are_named(make, error, said):
     x, params = _discs()
     given = {**params, "floor_position": 2.0, "lid_position": 1.0, "bond_length": 0.9}
@@ -540,8 +584,8 @@ GRAVITY = ms.potentials.from_energy(
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_a_chain_hangs_along_gravity(n):
-    """Of one link or two: R_k = l_1 + … + l_k along g, tensions the weight below; the bonds alone
-    hold its swing.
+    """Of one link or two: R_k = l_1 + … + l_k along g, tensions the weight below;
+    the bonds alone hold its swing.
     """
     g, links = np.array([0.2, -1.0]), np.array([1.0, 0.8])[: n - 1]
     chain = [Pinned.particles([0], n, 2), RigidBonds.between([[k, k + 1] for k in range(n - 1)])]
@@ -680,8 +724,8 @@ def test_what_knows_no_constraints_says_so():
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_bodies_that_nothing_holds(count):
-    """Two far apart have no place of rest, as discs without contacts; one alone has the shape of
-    its bond.
+    """Two far apart have no place of rest, as discs without contacts;
+    one alone has the shape of its bond.
     """
     places = np.array([[0.0, 0], [0.7, 0], [5, 0], [5.5, 0.5]])[: 2 * count]
     rods = RigidBonds.between(np.arange(2 * count).reshape(count, 2))
@@ -702,8 +746,8 @@ def test_bodies_that_nothing_holds(count):
 
 @LONG
 def test_differences_of_another_minimum_say_so(monkeypatch):
-    """A rod that turns round when it is relaxed again: each end is as good a minimum, and their
-    difference reversed.
+    """A rod that turns round when it is relaxed again:
+    each end is as good a minimum, and their difference reversed.
     """
     places = np.array([[0.0, 0], [0.7, 0]])
     rod = RigidBonds.between([[0, 1]])

@@ -1,5 +1,5 @@
-"""Inverse design: its steps against another solver, its answers against closed forms and relaxing
-again.
+"""Inverse design: its steps against another solver,
+its answers against closed forms and relaxing again.
 """
 
 from __future__ import annotations
@@ -242,8 +242,12 @@ def test_members_share_what_is_free() -> None:
 
 def test_members_relaxed_anew_come_from_their_starts(packing: ms.System) -> None:
     rng = np.random.default_rng(7)
-    starts = [packing.replace(positions=jnp.asarray(rng.random((64, 2)) @ np.asarray(packing.box).T)).reallocate()
-              for _ in range(2)]  # fmt: skip
+    starts = [
+        packing.replace(
+            positions=jnp.asarray(rng.random((64, 2)) @ np.asarray(packing.box).T)
+        ).reallocate()
+        for _ in range(2)
+    ]
     wanted, free = Target("pressure", 0.003, 1e-9, from_start=True), {"sigma": Free(within=0.1)}
     found = fit(wanted, starts, free, restart=True, steps=1)
     step = found.history[1]
@@ -376,8 +380,8 @@ def test_a_design_killed_at_any_moment_resumes_to_the_same_history(tmp_path: Pat
 
 @pytest.mark.parametrize("wanted", [0.0, pytest.param(0.1, marks=LONG)], ids=["held", "impossible"])
 def test_a_feature_that_nothing_free_moves_does_not_rule_the_step(wanted: float) -> None:
-    """A common factor of all energies scales the pressure and leaves Poisson's ratio: its
-    derivatives are round-off.
+    """A common factor of all energies scales the pressure and leaves Poisson's ratio:
+    its derivatives are round-off.
     """
     start = ms.minimize(ms.load_system("polydisperse_2d", count=64), progress=False).system
     targets = [Target("pressure", 0.1, 1e-4), Target("poisson", wanted, 1e-3, from_start=True)]
@@ -392,8 +396,8 @@ def test_a_feature_that_nothing_free_moves_does_not_rule_the_step(wanted: float)
 
 @LONG
 def test_a_member_on_the_verge_of_rearranging_does_not_count() -> None:
-    """Of the sixteen, one has a negative shear modulus and a Poisson's ratio of -77, which would
-    rule the mean.
+    """Of the sixteen, one has a negative shear modulus and a Poisson's ratio of -77,
+    which would rule the mean.
     """
     box, potential = {"packing_fraction": 1.0, "follows": "nothing"}, {"alpha": 2.5}
     members = [
@@ -417,8 +421,8 @@ def test_a_member_on_the_verge_of_rearranging_does_not_count() -> None:
 
 
 def test_a_member_of_a_negative_modulus_does_not_count() -> None:
-    """Poisson's ratios of 0.51, none and 0.80: the second is no solid, the third one that its cell
-    holds.
+    """Poisson's ratios of 0.51, none and 0.80: the second is no solid,
+    the third one that its cell holds.
     """
     members = [sixteen_discs(kind) for kind in ("stable", "unstable", "sheared away")]
     ratios = [
@@ -453,8 +457,8 @@ def test_a_feature_without_a_value_is_refused() -> None:
 
 
 def test_a_value_that_is_round_off_is_no_scale() -> None:
-    """Springs at rest are under no pressure: what is computed of it would otherwise be what others
-    are measured in.
+    """Springs at rest are under no pressure:
+    what is computed of it would otherwise be what others are measured in.
     """
     braced = square_lattice(0.3)
     rounded = 2.0**-52 * np.random.default_rng(0).choice([-1.0, 1.0], 100)
@@ -572,8 +576,17 @@ def test_features_that_are_independent_can_be_moved_alone(packing: ms.System) ->
     np.testing.assert_allclose(found.jacobian @ found.alone.T, np.eye(3), atol=1e-8)
     assert (found.susceptibility <= found.free * (1 + 1e-12)).all()
     change = found.change("shear", 1e-6)
-    ends = [ms.elasticity.moduli(ms.minimize(eq.system, {"sigma": eq.params["sigma"] + s * change["sigma"]},
-                                             tolerance=3e-14, throw=False)) for s in (1.0, -1.0)]  # fmt: skip
+    ends = [
+        ms.elasticity.moduli(
+            ms.minimize(
+                eq.system,
+                {"sigma": eq.params["sigma"] + s * change["sigma"]},
+                tolerance=3e-14,
+                throw=False,
+            )
+        )
+        for s in (1.0, -1.0)
+    ]
     moved = np.array([[float(m.poisson), float(m.pressure), float(m.shear)] for m in ends])
     np.testing.assert_allclose(0.5 * (moved[0] - moved[1]), [0.0, 0.0, 1e-6], atol=1e-9)
 

@@ -1,5 +1,5 @@
-"""Generated systems, the answers that dense linear algebra gives for them, and what is wrong with
-those of mdsens.
+"""Generated systems, the answers that dense linear algebra gives for them,
+and what is wrong with those of mdsens.
 
 A case is a handful of numbers, so that it prints in a few lines and a smaller one is easily found.
 All cases of one :class:`Shape` share their compilations.
@@ -69,8 +69,8 @@ class Shape:
 
     @property
     def long_solvers(self) -> tuple[str, ...]:
-        """Every other solver, and the other ones for the next shape: each pair of them compiles for
-        seconds.
+        """Every other solver, and the other ones for the next shape:
+        each pair of them compiles for seconds.
         """
         return tuple(SOLVERS)[LONG_SHAPES.index(self) % 2 :: 2]
 
@@ -236,8 +236,8 @@ def cases(shape: Shape, long: bool) -> st.SearchStrategy[Case]:
     scaled = all(potential in SCALED for potential in shape.potential.split(" + "))
     lengths = usual([0.0, 0.0, -3.0, 1.0, 3.0, -10.0, 10.0])
     energies = usual([0.0, 0.0, -3.0, 1.0, 3.0, -9.0, -20.0, 10.0])
-    # what a cell at a pressure is held to is another oracle's: these cases are judged by their
-    # statuses and moduli
+    # what a cell at a pressure is held to is another oracle's:
+    # these cases are judged by their statuses and moduli
     pressed = "soft_sphere" in shape.potential.split(" + ") and shape.box in ("cube", "triclinic")
     return st.builds(
         Case,
@@ -394,9 +394,8 @@ def inputs(case: Case) -> Inputs:
         cell = np.asarray(_cell(params))
     positions = _fractions(case, rng) @ cell.T
     parts = [LAWS[name] for name in names if name not in ("springs", "ring")]
-    if (
-        "ring" in names
-    ):  # each particle next to the one before it, and the last one next to the first one's image
+    # each particle next to the one before it, and the last one next to the first one's image
+    if "ring" in names:
         positions = (
             np.stack([(np.arange(n) + 0.5) / n, *[np.full(n, 0.5)] * (d - 1)], axis=1)
         ) @ cell.T
@@ -459,7 +458,7 @@ def _nearest(vectors: np.ndarray, box: np.ndarray | None) -> np.ndarray:
 def _in_one_piece(
     places: np.ndarray, joined: np.ndarray, box: np.ndarray | None
 ) -> tuple[np.ndarray, bool]:
-    """A cluster's positions with images chosen along its bonds, and whether it meets its own image."""
+    """A cluster's positions, images chosen along its bonds; whether it meets its own image."""
     whole, done, queue = places.copy(), {0}, [0]
     for i in queue:
         for j in np.flatnonzero(joined[i]):
@@ -725,7 +724,7 @@ class Record:
 
 
 def attempt(record: Record, what: str, call: Callable[[], Any]) -> Any:
-    """The call's result; None where it was refused in words or failed, which the record then says."""
+    """The call's result; None where it was refused in words or failed, as the record says."""
     try:
         return call()
     except ms.MdsensError as error:
@@ -803,8 +802,8 @@ def judge(case: Case, max_steps: int = 3000) -> Record:
 
 
 def _settled(oracle: Oracle) -> bool:
-    """Whether the sign of the lowest eigenvalue is beyond doubt, of round-off and of what the force
-    left can do.
+    """Whether the sign of the lowest eigenvalue is beyond doubt,
+    of round-off and of what the force left can do.
     """
     return bool(
         oracle.values.size and abs(oracle.values[0]) > max(1e-8 * oracle.largest, oracle.doubtful)
@@ -875,18 +874,16 @@ def _certified(record: Record, eq: ms.Equilibrium, oracle: Oracle | None) -> Non
     named = {status for status, _ in c.findings}
     if record.outcome == "unconverged" and c.status.good:
         record.complaints.append(f"certify: {c.status.name} on an unconverged minimum")
-    if (
-        oracle is None or {ms.Status.CONTACTS_UNSETTLED, ms.Status.STIFFNESS_UNSETTLED} & named
-    ):  # it says itself so
+    # it says itself so
+    if oracle is None or {ms.Status.CONTACTS_UNSETTLED, ms.Status.STIFFNESS_UNSETTLED} & named:
         return
     expected = {
         "saddle": ms.Status.INDEFINITE,
         "floppy": ms.Status.FLOPPY,
         "unjammed": ms.Status.UNJAMMED,
     }
-    also = (
-        {ms.Status.FLOPPY} if oracle.state == "saddle" else set()
-    )  # one can have modes of no stiffness beside
+    # a saddle can have modes of no stiffness beside
+    also = {ms.Status.FLOPPY} if oracle.state == "saddle" else set()
     wanted = {expected[oracle.state]} if oracle.state in expected else set()
     if not _on_edge(oracle) and (named - also) & set(expected.values()) != wanted:
         said = ", ".join(s.name for s in named) or "nothing against it"
@@ -1010,7 +1007,7 @@ def _must_raise(record: Record, door: str, call: Any) -> None:
 def _compare(
     oracle: Oracle, door: str, result: Any, dparams: dict[str, np.ndarray], w: np.ndarray
 ) -> tuple[float, float]:
-    """The worst (error, what is allowed for it), both relative to the size of the oracle's value."""
+    """The worst (error, what is allowed), both relative to the size of the oracle's value."""
     residual = float(np.max(result.stats.residual))
     if door == "jvp":
         b = oracle.right_hand_side(door, dparams, w)
@@ -1044,9 +1041,8 @@ def _compare(
             + np.linalg.norm(mixed) * most
             + np.linalg.norm(given)
         )
-        if (
-            door == "gradient of energy"
-        ):  # whose parts may all be round-off, as by the lengths of pairs at rest
+        # its parts may all be round-off, as by the lengths of pairs at rest
+        if door == "gradient of energy":
             noise += oracle.natural(k) * oracle.extent
         amplified = (
             residual
@@ -1083,8 +1079,8 @@ def figures(found: list[dict[str, Any]]) -> Iterator[str]:
     yield f"{sum(record['failed'] for record in found):,} with something wrong"
     yield ""
     yield (
-        "solver     stable, answered   beyond reach   worst error   saddles with a good status  "
-        " floppy ones"
+        "solver     stable, answered   beyond reach   worst error   "
+        "saddles with a good status   floppy ones"
     )
     for solver in (*SOLVERS, ""):
 
@@ -1101,8 +1097,9 @@ def figures(found: list[dict[str, Any]]) -> Iterator[str]:
         good, beyond = [a for a in stable if a[1]], sum(not a[1] and not a[2] for a in stable)
         saddles, floppy = ([a[1] for a in answers(state)] for state in ("saddle", "floppy"))
         yield (
-            f"{solver or 'all':<11}{f'{len(good):,} of {len(stable) - beyond:,}':<19}{beyond:<15,}{max((a[3] for a in good), default=0.0):<14.1e}{f'{sum(saddles)} of {len(saddles)}':<29}{sum(floppy)}"
-            f" of {len(floppy)}"
+            f"{solver or 'all':<11}{f'{len(good):,} of {len(stable) - beyond:,}':<19}"
+            f"{beyond:<15,}{max((a[3] for a in good), default=0.0):<14.1e}"
+            f"{f'{sum(saddles)} of {len(saddles)}':<29}{sum(floppy)} of {len(floppy)}"
         )
 
 

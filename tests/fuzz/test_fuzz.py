@@ -1,5 +1,5 @@
-"""Generated systems: a clear error, a number that dense linear algebra confirms, or a status that
-says why not.
+"""Generated systems: a clear error, a number that dense linear algebra confirms,
+or a status that says why not.
 
     make fuzz                          3,000 cases, and every packing of test_jammed.py
     MDSENS_FUZZ_CASES=500 make fuzz    as many as wanted
@@ -25,9 +25,8 @@ import mdsens as ms
 
 LONG = "MDSENS_FUZZ_CASES" in os.environ
 CASES = int(os.environ.get("MDSENS_FUZZ_CASES", "27"))
-RUN = (
-    LONG_SHAPES if LONG else [shape for shape in SHAPES if shape.n in (2, 9)]
-)  # each compiles its own
+# each shape compiles its own
+RUN = LONG_SHAPES if LONG else [shape for shape in SHAPES if shape.n in (2, 9)]
 TOTAL_SHARE = sum(shape.share for shape in RUN)
 
 ANSWERED = 0.95  # of the solves at stable minima, where what is asked for can be reached
@@ -71,12 +70,24 @@ def test_no_wrong_number_has_a_good_status(
 
 
 def test_gmres_takes_no_round_off_for_a_negative_curvature():
-    """Asked for more digits than there are, its last vectors lie in the null space, where the
-    polynomial is largest.
+    """Asked for more digits than there are, its last vectors lie in the null space,
+    where the polynomial is largest.
     """
     shape = Shape(8, 2, "springs", "open")
-    record = judge(Case(shape=shape, solver="GMRES", seed=60, start="rows", jitter=1e-6, fill=1.2, alpha=3.0,
-                        bond_strain=-0.3, rtol=1e-13, cotangent="translation"))  # fmt: skip
+    record = judge(
+        Case(
+            shape=shape,
+            solver="GMRES",
+            seed=60,
+            start="rows",
+            jitter=1e-6,
+            fill=1.2,
+            alpha=3.0,
+            bond_strain=-0.3,
+            rtol=1e-13,
+            cotangent="translation",
+        )
+    )
     assert record.outcome == "stable" and not record.complaints
     assert {answer.status.name for answer in record.answers} <= {
         "CONVERGED",

@@ -1,5 +1,5 @@
-"""The lowest eigenpairs against a dense oracle, by each of the three ways; saddles, floppy modes
-and their counts.
+"""The lowest eigenpairs against a dense oracle, by each of the three ways;
+saddles, floppy modes and their counts.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def test_lowest_modes_are_the_dense_ones(way, monkeypatch):
     matrix = chain(300)
     values, vectors = np.linalg.eigh(matrix.toarray())
     spectrum = found(matrix, 4, way, monkeypatch)
-    # LOBPCG stops at a residual of 1e-4 of the value, whose square over the gap is the value's
-    # error
+    # LOBPCG stops at a residual of 1e-4 of the value,
+    # whose square over the gap is the value's error
     np.testing.assert_allclose(spectrum.values, values[1:5], rtol=1e-7 if way == "LOBPCG" else 1e-9)
     assert np.abs(spectrum.vectors[:, 0] @ vectors[:, 1]) == pytest.approx(
         1, abs=1e-6 if way == "LOBPCG" else 1e-8
@@ -86,9 +86,8 @@ def test_saddles_are_counted(way, monkeypatch):
 @pytest.mark.parametrize("way", WAYS)
 def test_modes_without_stiffness_are_counted(way, monkeypatch):
     one = chain(150)
-    matrix = sp.csc_array(
-        sp.block_diag([one, chain(150, seed=3)])
-    )  # two rings: one more zero mode than is known
+    # two rings: one more zero mode than is known
+    matrix = sp.csc_array(sp.block_diag([one, chain(150, seed=3)]))
     spectrum = found(matrix, 3, way, monkeypatch)
     assert spectrum.zero == 1 and spectrum.negative == 0
     assert abs(spectrum.values[0]) < 1e-11

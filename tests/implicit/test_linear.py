@@ -97,8 +97,8 @@ def test_answer_is_the_pseudo_inverse(problem: LinearProblem, method: Method) ->
     assert status == (Result.NULL_COMPONENT_DROPPED if singular else Result.CONVERGED)
     assert stats.residual <= 1e-10
     assert stats.residual == pytest.approx(true_residual(problem, x), rel=1e-3, abs=1e-14)
-    # The residual is bounded by 1e-10, so the error by the condition number (1e3 at most) times
-    # that.
+    # The residual is bounded by 1e-10,
+    # so the error by the condition number (1e3 at most) times that.
     np.testing.assert_allclose(
         x, problem.answer(), rtol=0, atol=1e-7 * float(np.linalg.norm(problem.answer()))
     )
@@ -310,18 +310,16 @@ def test_a_good_status_is_true(method: Method) -> None:
 def test_batch_equals_loop(method: Method) -> None:
     """Members that need 0, 1, few and many steps side by side: none disturbs another."""
     if isinstance(method, GMRES):
-        method = GMRES(
-            rtol=method.rtol, degree=1
-        )  # alone it is told that the operator is positive definite
+        # alone it is told that the operator is positive definite
+        method = GMRES(rtol=method.rtol, degree=1)
     problem = BY_NAME["positive definite"]
     _, q = spectral(np.geomspace(1e-3, 1, SIZE), 0)
     bs = np.stack([np.zeros(SIZE), q[:, 4], q[:, 2] - q[:, 9], problem.b, np.full(SIZE, np.nan)])
     eye = np.eye(SIZE)
     kind = "two null spaces" if isinstance(method, GMRES | BiCGSTAB) else "positive"
     batched = jax.vmap(lambda b: solve_dense(problem.matrix, b, eye, eye, kind, method))
-    nested = isinstance(
-        method, GMRES
-    )  # whose loop condition is shared by hand, at every level of vmap
+    # GMRES's loop condition is shared by hand, at every level of vmap
+    nested = isinstance(method, GMRES)
     x, stats = (
         jax.tree.map(lambda leaf: leaf[0], jax.vmap(batched)(bs[None])) if nested else batched(bs)
     )
@@ -333,8 +331,8 @@ def test_batch_equals_loop(method: Method) -> None:
             x[i], alone, rtol=0, atol=2e-7 * max(1.0, float(np.linalg.norm(alone)))
         )
         if not isinstance(method, Direct):  # whose factorization is shared
-            # Compiled for a batch it rounds otherwise, and BiCGSTAB's number of steps hangs on
-            # that.
+            # Compiled for a batch it rounds otherwise,
+            # and BiCGSTAB's number of steps hangs on that.
             assert (
                 abs(int(stats.iterations[i]) - int(single.iterations))
                 <= 2 + int(single.iterations) // 10
@@ -508,8 +506,8 @@ def test_positive_semidefinite_implies_symmetric() -> None:
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="of the CPU alone")
 def test_factorizations_of_a_batch_are_one_by_one_on_a_cpu():
-    """Two batched ones at the same time wait for each other for ever on two cores, in jaxlib
-    0.10.1.
+    """Two batched ones at the same time wait for each other
+    for ever on two cores, in jaxlib 0.10.1.
     """
     matrices = jnp.stack([jnp.diag(jnp.arange(1.0, 6.0) + k) for k in range(7)])
 
@@ -536,8 +534,8 @@ def test_factorizations_of_a_batch_are_one_by_one_on_a_cpu():
     "method", [CG(), MINRES(), BiCGSTAB(), GMRES(), CG(degree=10), GMRES(degree=1)]
 )
 def test_a_change_of_unknowns_is_left_without_a_trace(method):
-    """A graph's Laplacian with weights over four decades; its null space is not that of the scaled
-    one.
+    """A graph's Laplacian with weights over four decades;
+    its null space is not that of the scaled one.
     """
     rng = np.random.default_rng(0)
     n = 120
@@ -738,9 +736,8 @@ def test_neumann_cut_off_says_so(terms: int) -> None:
     assert float(stats.residual) == pytest.approx(want, rel=1e-10)
     error = np.linalg.norm(x - np.linalg.solve(matrix, OUTSIDE))
     assert error <= 0.5**terms / (1 - 0.5) * np.linalg.norm(OUTSIDE)
-    assert (
-        alone(-2 * np.eye(SIZE), OUTSIDE, Neumann(terms=terms))[1] == Result.STAGNATED
-    )  # worse than no answer
+    # worse than no answer
+    assert alone(-2 * np.eye(SIZE), OUTSIDE, Neumann(terms=terms))[1] == Result.STAGNATED
     assert alone(np.eye(SIZE), OUTSIDE, Neumann(terms=terms))[1] == Result.CONVERGED
 
 
@@ -762,8 +759,8 @@ DIAGONAL = np.geomspace(1, 1e3, WIDE)
 _LOW, _RANK = 0.7 * _rng.normal(size=(2, WIDE, 3))
 ILL = {"positive": np.diag(DIAGONAL) + _LOW @ _LOW.T, "general": np.diag(DIAGONAL) + _LOW @ _RANK.T}
 _SHEAR = np.triu(0.02 * _rng.normal(size=(WIDE, WIDE)), 1)
-# Rough inverses: symmetric for the symmetric operator, unsymmetric for the other, so that its
-# transpose matters.
+# Rough inverses: symmetric for the symmetric operator, unsymmetric for the other,
+# so that its transpose matters.
 ROUGH = {
     "positive": np.diag(1 / DIAGONAL),
     "general": np.diag(1 / DIAGONAL) @ (np.eye(WIDE) + _SHEAR),
@@ -773,8 +770,8 @@ FORCE, FIELD = _rng.normal(size=(2, WIDE))
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def preconditioned(rough: Any, kind: str, method: Method) -> Any:
-    """The answer and its evidence, and the answer's derivatives forward and back; ``rough`` may be
-    left out.
+    """The answer and its evidence, and the answer's derivatives forward and back;
+    ``rough`` may be left out.
     """
     matrix = jnp.asarray(ILL[kind])
     by = None if rough is None else (lambda v: {"v": rough @ v["v"]})
@@ -844,8 +841,8 @@ def test_a_preconditioner_that_is_not_positive_definite(method: Method) -> None:
 
 
 def test_a_preconditioner_beside_a_null_space_and_negative_curvature() -> None:
-    """The springs of a ring of uneven stiffness; its preconditioner knows nothing of the null
-    space.
+    """The springs of a ring of uneven stiffness;
+    its preconditioner knows nothing of the null space.
     """
     stiffness = np.geomspace(1, 1e3, SIZE)
     first = np.eye(SIZE) - np.roll(np.eye(SIZE), 1, axis=0)
@@ -899,8 +896,8 @@ def test_derivatives_forward_and_back(matrix: np.ndarray, method: Method) -> Non
 
 
 def test_preconditioned_minres_knows_its_residual() -> None:
-    """It minimizes another norm; it ends with the first step whose residual itself is under the
-    tolerance.
+    """It minimizes another norm;
+    it ends with the first step whose residual itself is under the tolerance.
     """
     matrix, rough = (
         jnp.asarray(ILL["positive"]),

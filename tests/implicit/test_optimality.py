@@ -1,5 +1,5 @@
-"""Each row of the catalogue against closed forms, differences of solutions found anew, and the
-other rows.
+"""Each row of the catalogue against closed forms,
+differences of solutions found anew, and the other rows.
 """
 
 from __future__ import annotations
@@ -35,14 +35,13 @@ from mdsens.implicit.conditions.conic import (
     vector,
 )
 
-# f(x, theta) = x H x / 2 - c x, theta = (c, p): p is the size of the set, or the strength of the
-# penalty
+# f(x, theta) = x H x / 2 - c x, theta = (c, p):
+# p is the size of the set, or the strength of the penalty
 H = np.array([[2.0, 0.3, -0.5], [0.3, 1.5, 0.2], [-0.5, 0.2, 1.0]])
 NORMAL = np.array([1.0, 2.0, -1.0])
 LOWER, RIDGE, STEP = -0.3, 0.4, 0.3
-Solution = tuple[
-    np.ndarray, np.ndarray
-]  # x, and dx/dtheta by the equations of the constraints that hold
+# x, and dx/dtheta by the equations of the constraints that hold
+Solution = tuple[np.ndarray, np.ndarray]
 
 
 def f(x: Array, theta: Array) -> Array:
@@ -264,11 +263,8 @@ def nearest_on_plane(x: Array, theta: Array) -> Array:
 
 symmetric = functools.partial(root, symmetric=True)
 definite = functools.partial(root, positive_semidefinite=True)
-IN_BOX = (
-    [0.5, -2.0, 1.0, 0.6],
-    [0.2, 0.1, 0.3, 2.0],
-    [3.0, 3.0, -4.0, 0.6],
-)  # both bounds; none; all at bounds
+# both bounds; none; all at bounds
+IN_BOX = ([0.5, -2.0, 1.0, 0.6], [0.2, 0.1, 0.3, 2.0], [3.0, 3.0, -4.0, 0.6])
 IN_SIMPLEX = ([0.5, 0.6, 0.9, 1.3], [0.5, -2.0, 1.0, 0.6], [5.0, 0.0, 0.0, 1.0])  # support 3, 2, 1
 LASSO = ([0.5, -2.0, 1.0, 0.6], [3.0, 2.0, 1.0, 0.1], [0.2, 0.1, 0.3, 0.9])
 ANY = ([0.5, -2.0, 1.0, 0.6],)
@@ -395,8 +391,8 @@ BEHIND: list[Callable[[Any, np.ndarray], Any]] = [lambda init, theta: init]
 
 
 def given(init: Any, theta: Array) -> Any:
-    """What stands in BEHIND when it is called, on the host: a closed form's solution as it is, or
-    any solver.
+    """What stands in BEHIND when it is called, on the host:
+    a closed form's solution as it is, or any solver.
     """
     return jax.pure_callback(
         lambda z, theta: BEHIND[0](z, theta), jax.eval_shape(lambda z: z, init), init, theta
@@ -406,8 +402,8 @@ def given(init: Any, theta: Array) -> Any:
 SOLVERS = [given, projected_steps, accelerated_steps, on_the_host]
 
 
-# The maps on plain vectors without a solve of their own, as one: compiling the linear solve is
-# nearly all the time.
+# The maps on plain vectors without a solve of their own, as one:
+# compiling the linear solve is nearly all the time.
 NESTED = ("newton", "projected_gradient, plane")
 MAPS = [
     row
@@ -426,8 +422,8 @@ def any_solver(init: Array, theta: Array, which: Array, by: Array) -> Array:
 
 @functools.cache
 def compiled(name: str | None) -> Any:
-    """(init, theta) -> x, residual, forward and reverse Jacobian; None for any of MAPS by any of
-    SOLVERS.
+    """(init, theta) -> x, residual, forward and reverse Jacobian;
+    None for any of MAPS by any of SOLVERS.
     """
     row = BY_NAME[name] if name else Row("any", any_map, boxed, ())
     solver = row.attach(row.condition)(given if name else any_solver)
@@ -483,8 +479,8 @@ def test_each_row_has_the_derivative_of_the_closed_form(name: str) -> None:
 
 @LONG
 def test_second_derivatives() -> None:
-    """Of Newton's map, whose first derivative leaves out a term: against differences of the closed
-    form's Jacobian.
+    """Of Newton's map, whose first derivative leaves out a term:
+    against differences of the closed form's Jacobian.
     """
     row, theta, h = BY_NAME["newton"], np.array(ANY[0]), 1e-5
     solver = row.attach(row.condition)(given)
@@ -558,9 +554,8 @@ def test_three_solvers_behind_one_condition_give_one_derivative(name: str) -> No
     x, slope = row.exact(theta)
     exact = jax.tree.map(jnp.asarray, row.lift(x, theta))
     vector, back = ravel_pytree(exact)
-    start = back(
-        vector * (1.0 + 1e-3 * np.cos(np.arange(vector.size) ** 2.0))
-    )  # what is zero stays zero
+    # what is zero stays zero
+    start = back(vector * (1.0 + 1e-3 * np.cos(np.arange(vector.size) ** 2.0)))
     for solver in (host.newton, host.powell, host.iteration):
         asked = []
 
@@ -662,8 +657,8 @@ def test_conic_programs(name: str) -> None:
     pulled = sum(np.sum(np.asarray(part) * move) for part, move in zip(reverse, moves, strict=True))
     assert float(pulled) == pytest.approx(float(weights @ forward), rel=1e-11)
 
-    # The residual without its last term, by least squares, as Agrawal et al. have it; its two null
-    # vectors.
+    # The residual without its last term, by least squares, as Agrawal et al. have it;
+    # its two null vectors.
     plain = np.array(jacobian)
     plain[-1, -1] -= 1
     found = read(z, cones)
@@ -751,7 +746,9 @@ def test_multipliers_that_do_not_fit_are_named() -> None:
     F = opt.kkt(f, lambda x, theta: x[:1], outside)
     with pytest.raises(InputError, match="equality has a constraint but no multipliers"):
         F(opt.KKTPoint(x), theta)
-    with pytest.raises(InputError, match=r"inequality\(x, \*args\).*one multiplier for each constraint"):
+    with pytest.raises(
+        InputError, match=r"inequality\(x, \*args\).*one multiplier for each constraint"
+    ):
         F(opt.KKTPoint(x, jnp.zeros(1), jnp.zeros(6)), theta)
     with pytest.raises(InputError, match="equality has multipliers but no constraint"):
         opt.kkt(f)(opt.KKTPoint(x, jnp.zeros(1)), theta)

@@ -27,9 +27,8 @@ def rotated(*values: float) -> list[list[float]]:
 
 
 OFF = np.eye(3) - np.outer(Q[:, 0], Q[:, 0])
-HALF = (
-    np.eye(9) + np.eye(9)[[3 * j + i for i in range(3) for j in range(3)]]
-) / 2  # a matrix to its symmetric part
+# a matrix to its symmetric part
+HALF = (np.eye(9) + np.eye(9)[[3 * j + i for i in range(3) for j in range(3)]]) / 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,41 +50,102 @@ class Case:
 SCALING = 0.7
 HALVES = [[0.5, -0.5, 0.0], [-0.5, 0.5, 0.0], [0.0, 0.0, 0.0]]
 CASES = [
-    Case("non_negative", lambda x, p: projections.non_negative(x), kinks=(([0.0, 1.0, -1.0], np.diag([0, 1, 0])),)),
-    Case("box", lambda x, p: projections.box(x, -0.4, p), kinks=(([1.0, -0.4, 0.2], np.diag([0, 0, 1])),)),
+    Case(
+        "non_negative",
+        lambda x, p: projections.non_negative(x),
+        kinks=(([0.0, 1.0, -1.0], np.diag([0, 1, 0])),),
+    ),
+    Case(
+        "box",
+        lambda x, p: projections.box(x, -0.4, p),
+        kinks=(([1.0, -0.4, 0.2], np.diag([0, 0, 1])),),
+    ),
     Case("simplex", projections.simplex, kinks=(([0.5, 0.5, 0.0], HALVES),)),
     Case("l1_ball", projections.l1_ball, kinks=(([0.5, -0.5, 0.0], np.abs(HALVES)),)),
     Case(
         "ball",
         projections.ball,
-        kinks=(([0.6, 0.0, 0.8], np.eye(3) - np.outer([0.6, 0, 0.8], [0.6, 0, 0.8])), ([0.0] * 3, np.eye(3))),
+        kinks=(
+            ([0.6, 0.0, 0.8], np.eye(3) - np.outer([0.6, 0, 0.8], [0.6, 0, 0.8])),
+            ([0.0] * 3, np.eye(3)),
+        ),
     ),
     Case("affine", lambda x, p: projections.affine(x, NORMALS * p, 2 * p[None])),
     Case(
         "second_order_cone",
         lambda x, p: p * projections.second_order_cone(x),
-        regular=([0.2, 0.9, -0.4], [2.0, 0.3, 0.4], [-3.0, 0.3, 0.4], [0.0, 0.3, 0.1], [2.0, 0.0, 0.0]),
-        kinks=(([1.0, 1.0, 0.0], [[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 1]]), ([0.0] * 3, np.zeros((3, 3)))),
+        regular=(
+            [0.2, 0.9, -0.4],
+            [2.0, 0.3, 0.4],
+            [-3.0, 0.3, 0.4],
+            [0.0, 0.3, 0.1],
+            [2.0, 0.0, 0.0],
+        ),
+        kinks=(
+            ([1.0, 1.0, 0.0], [[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 1]]),
+            ([0.0] * 3, np.zeros((3, 3))),
+        ),
     ),
     Case(
         "semidefinite",
         lambda x, p: p * projections.semidefinite(x),
         # all eigenvalues apart; equal ones on both sides; all equal
-        regular=(rotated(2.0, 0.3, -1.0), rotated(1.0, 1.0, -0.5), np.eye(3), -np.eye(3), rotated(1.0, -0.5, -0.5)),
-        kinks=((np.zeros((3, 3)), np.zeros((9, 9))), (rotated(1.0, 0.0, 0.0), (np.eye(9) - np.kron(OFF, OFF)) @ HALF)),
+        regular=(
+            rotated(2.0, 0.3, -1.0),
+            rotated(1.0, 1.0, -0.5),
+            np.eye(3),
+            -np.eye(3),
+            rotated(1.0, -0.5, -0.5),
+        ),
+        kinks=(
+            (np.zeros((3, 3)), np.zeros((9, 9))),
+            (rotated(1.0, 0.0, 0.0), (np.eye(9) - np.kron(OFF, OFF)) @ HALF),
+        ),
     ),
-    Case("lasso", lambda y, p: proximal.lasso(y, SCALING, p), 0.5, g=lambda x, p: p * np.abs(x).sum(),
-         kinks=(([0.35, -0.35, 1.0], np.diag([0, 0, 1])),)),
-    Case("proximal.non_negative", lambda y, p: proximal.non_negative(y, SCALING, p), 0.3,
-         g=lambda x, p: p * x.sum() if x.min() >= 0 else np.inf, kinks=(([0.21, 1.0, 0.0], np.diag([0, 1, 0])),)),
-    Case("ridge", lambda y, p: proximal.ridge(y, SCALING, p), 0.5, g=lambda x, p: p / 2 * (x**2).sum()),
-    Case("elastic_net", lambda y, p: proximal.elastic_net(y, SCALING, p, 2 * p), 0.3,
-         g=lambda x, p: p * np.abs(x).sum() + p * (x**2).sum(), kinks=(([0.21, 0.0, 1.0], np.diag([0, 0, 1]) / 1.42),)),
-    Case("group_lasso", lambda y, p: proximal.group_lasso(y, SCALING, p), 0.5, g=lambda x, p: p * np.linalg.norm(x),
-         regular=(*REGULAR, [0.0, 0.0, 0.0]), kinks=(([0.35, 0.0, 0.0], np.zeros((3, 3))),)),
-    Case("lasso without strength", lambda y, p: proximal.lasso(y, p, 0.0), regular=([0.0, 0.0, 0.0],)),
-    Case("group_lasso without strength", lambda y, p: proximal.group_lasso(y, p, 0.0), regular=([0.0, 0.0, 0.0],)),
-]  # fmt: skip
+    Case(
+        "lasso",
+        lambda y, p: proximal.lasso(y, SCALING, p),
+        0.5,
+        g=lambda x, p: p * np.abs(x).sum(),
+        kinks=(([0.35, -0.35, 1.0], np.diag([0, 0, 1])),),
+    ),
+    Case(
+        "proximal.non_negative",
+        lambda y, p: proximal.non_negative(y, SCALING, p),
+        0.3,
+        g=lambda x, p: p * x.sum() if x.min() >= 0 else np.inf,
+        kinks=(([0.21, 1.0, 0.0], np.diag([0, 1, 0])),),
+    ),
+    Case(
+        "ridge",
+        lambda y, p: proximal.ridge(y, SCALING, p),
+        0.5,
+        g=lambda x, p: p / 2 * (x**2).sum(),
+    ),
+    Case(
+        "elastic_net",
+        lambda y, p: proximal.elastic_net(y, SCALING, p, 2 * p),
+        0.3,
+        g=lambda x, p: p * np.abs(x).sum() + p * (x**2).sum(),
+        kinks=(([0.21, 0.0, 1.0], np.diag([0, 0, 1]) / 1.42),),
+    ),
+    Case(
+        "group_lasso",
+        lambda y, p: proximal.group_lasso(y, SCALING, p),
+        0.5,
+        g=lambda x, p: p * np.linalg.norm(x),
+        regular=(*REGULAR, [0.0, 0.0, 0.0]),
+        kinks=(([0.35, 0.0, 0.0], np.zeros((3, 3))),),
+    ),
+    Case(
+        "lasso without strength", lambda y, p: proximal.lasso(y, p, 0.0), regular=([0.0, 0.0, 0.0],)
+    ),
+    Case(
+        "group_lasso without strength",
+        lambda y, p: proximal.group_lasso(y, p, 0.0),
+        regular=([0.0, 0.0, 0.0],),
+    ),
+]
 BY_NAME = {case.name: case for case in CASES}
 over_cases = pytest.mark.parametrize("name", list(BY_NAME))
 
@@ -95,8 +155,8 @@ OWN_RULES = ("semidefinite",)  # derivatives not left to jax, so that each order
 
 @functools.cache
 def derivatives(name: str) -> Any:
-    """(x, p) -> value, forward, reverse, and of a scalar of it the gradient and second derivatives
-    in two orders.
+    """(x, p) -> value, forward, reverse, and of a scalar of it the gradient
+    and second derivatives in two orders.
 
     On x and p in one flat vector: x first.
     """
@@ -154,8 +214,8 @@ def test_the_derivative_at_a_kink_is_that_of_one_side(name: str) -> None:
         np.testing.assert_allclose(found[1][:, :-1], slope, atol=2e-15)
 
 
-# Where p is not the size of a set or the strength of a penalty, the decomposition below is the
-# check.
+# Where p is not the size of a set or the strength of a penalty,
+# the decomposition below is the check.
 SIZED = [
     case.name
     for case in CASES
@@ -188,8 +248,8 @@ def test_no_other_point_is_nearer(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["second_order_cone", "semidefinite"])
 def test_a_point_is_the_sum_of_its_nearest_in_the_cone_and_in_the_polar_cone(name: str) -> None:
-    """Moreau's decomposition: what is left is orthogonal, and has no positive product with the
-    cone.
+    """Moreau's decomposition: what is left is orthogonal,
+    and has no positive product with the cone.
     """
     f = {
         "second_order_cone": projections.second_order_cone,

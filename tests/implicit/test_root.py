@@ -345,8 +345,8 @@ def test_a_root_within_a_root() -> None:
 
 @pytest.mark.parametrize("n", [3, 10])
 def test_directions_that_nobody_declared_free_are_told(n: int) -> None:
-    """F = A x - theta b with A singular: the shortest answer where there is one, and a status in
-    either case.
+    """F = A x - theta b with A singular: the shortest answer where there is one,
+    and a status in either case.
     """
     rng = np.random.default_rng(n)
     A = rng.normal(size=(n, n))
@@ -364,8 +364,8 @@ def test_directions_that_nobody_declared_free_are_told(n: int) -> None:
 
 
 def test_a_free_cluster_is_told_and_has_its_shortest_answer() -> None:
-    """A Lennard-Jones tetrahedron, its motions as a whole not declared: dR/dsigma = R / sigma about
-    the center.
+    """A Lennard-Jones tetrahedron, its motions as a whole not declared:
+    dR/dsigma = R / sigma about the center.
     """
 
     def energy(R: Array, sigma: Array) -> Array:
@@ -392,8 +392,8 @@ def test_inside_scan_and_checkpoint() -> None:
 
 
 def test_two_null_spaces() -> None:
-    """F = L(theta) (x0 + x1 - theta) (1, -2): singular, and unsymmetric, so that left and right
-    null space differ.
+    """F = L(theta) (x0 + x1 - theta) (1, -2): singular, and unsymmetric,
+    so that left and right null space differ.
     """
     right, left = jnp.array([1.0, 1.0]) / jnp.sqrt(2.0), jnp.array([1.0, -2.0]) / jnp.sqrt(5.0)
 
@@ -581,8 +581,8 @@ def test_bad_input_is_named(call: Any, words: list[str]) -> None:
 
 
 def logarithmic(has_aux: bool) -> Any:
-    """x^3 + x = theta in the unknown u = log x and the parameter log theta, back in x + theta, and
-    twice of each.
+    """x^3 + x = theta in the unknown u = log x and the parameter log theta,
+    back in x + theta, and twice of each.
     """
 
     @root(
@@ -796,8 +796,8 @@ def test_tangent_is_the_forward_derivative_with_its_status() -> None:
     "method", [LeastSquares(), NormalCG(), Direct()], ids=lambda m: type(m).__name__
 )
 def test_tangent_tells_of_a_root_that_is_not_unique(method: Any) -> None:
-    """x0 + x1 = theta0 twice over: one equation for two unknowns, and for none of them where the
-    two thetas differ.
+    """x0 + x1 = theta0 twice over: one equation for two unknowns,
+    and for none of them where the two thetas differ.
     """
 
     def F(x: Array, theta: Array) -> Array:

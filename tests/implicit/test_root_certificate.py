@@ -31,8 +31,8 @@ def condition(problem: RootProblem):
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
 def test_the_error_is_the_one_there_is(problem: RootProblem) -> None:
-    """At 1e-5 from a root known in closed form: distance and error to 1 %, and the corrected value
-    far better.
+    """At 1e-5 from a root known in closed form: distance and error to 1 %,
+    and the corrected value far better.
     """
     change = jnp.cos(2.0 * jnp.arange(problem.theta.size) + 1).reshape(problem.theta.shape)
     root, slope = jax.jvp(problem.answer, (problem.theta,), (change,))
@@ -77,8 +77,8 @@ def test_at_the_root_nothing_is_off() -> None:
 
 
 def test_round_off_at_a_root_next_to_zero_is_no_distance() -> None:
-    """A residual that is a sum of terms of order one: what a step leaves is noise, and x itself no
-    measure of it.
+    """A residual that is a sum of terms of order one:
+    what a step leaves is noise, and x itself no measure of it.
     """
     terms = jnp.asarray(np.random.default_rng(0).normal(size=1000))
 
@@ -95,8 +95,8 @@ def test_round_off_at_a_root_next_to_zero_is_no_distance() -> None:
 
 
 def test_far_from_a_root_it_is_none() -> None:
-    """A step from 0.5 lands at 11 for a root of 2; at 1.8 it leads there, and the derivative is
-    still a quarter off.
+    """A step from 0.5 lands at 11 for a root of 2; at 1.8 it leads there,
+    and the derivative is still a quarter off.
     """
     assert int(of_cubic(0.5).status) == Result.NOT_A_ROOT
     near = of_cubic(1.8)
@@ -106,8 +106,8 @@ def test_far_from_a_root_it_is_none() -> None:
 
 
 def test_a_face_that_the_solver_has_not_reached_is_no_root() -> None:
-    """min (x - 1.2)^2 / 2 in [0, 1]: at 0.7 the map does not see the wall yet, and its derivative
-    is 1, not 0.
+    """min (x - 1.2)^2 / 2 in [0, 1]: at 0.7 the map does not see the wall yet,
+    and its derivative is 1, not 0.
     """
     mapped = optimality.projected_gradient(
         lambda x, theta: 0.5 * (x - theta) ** 2,
@@ -175,8 +175,8 @@ def test_what_was_declared_is_used() -> None:
 
 
 def test_the_free_directions_are_left_alone() -> None:
-    """A dimer on a line, whose center nothing holds: the step opens the bond to its length and does
-    not move it.
+    """A dimer on a line, whose center nothing holds:
+    the step opens the bond to its length and does not move it.
     """
 
     def force(x, length):

@@ -1,5 +1,5 @@
-"""Every bundled system builds, relaxes with the defaults, and has the derivative that minimizing
-again gives.
+"""Every bundled system builds, relaxes with the defaults,
+and has the derivative that minimizing again gives.
 """
 
 import tomllib
@@ -98,9 +98,8 @@ def test_dimer_rests_at_its_known_distance():
 
 def test_argon_is_at_zero_pressure():
     system = ms.load_system("fcc_argon")
-    assert (
-        abs(float(ms.observables.pressure(system))) < 1e-12
-    )  # eV / Å^3; its bulk modulus is about 0.02
+    # in eV / Å^3; its bulk modulus is about 0.02
+    assert abs(float(ms.observables.pressure(system))) < 1e-12
     assert ms.load_system("argon_vacancy").n == system.n - 1
 
 
@@ -113,9 +112,8 @@ def test_glass_has_the_parameters_of_kob_and_andersen():
 def test_harmonic_morse_discs_are_those_of_the_paper():
     system = ms.load_system("harmonic_morse_2d")
     assert np.bincount(np.asarray(system.species)).tolist() == [184, 184]
-    assert float(system.volume) == pytest.approx(
-        15.1657508881031013**2, rel=1e-14
-    )  # of its stored configuration
+    # the volume of its stored configuration
+    assert float(system.volume) == pytest.approx(15.1657508881031013**2, rel=1e-14)
 
 
 def test_polydisperse_discs_have_a_diameter_each_in_a_box_that_stays():
@@ -139,10 +137,8 @@ def test_spring_network_is_over_constrained():
 def test_stored_packings_are_minima_with_the_energy_of_the_other_code(file):
     dimension = int(file[0])
     stored = np.load(systems_folder() / "data" / f"{file}.npz", allow_pickle=False)
-    for ending, force, close in [
-        ("npz", 1e-12, 1e-9),
-        ("extxyz", 1e-7, 1e-4),
-    ]:  # the latter has 8 decimals
+    # extxyz has 8 decimals
+    for ending, force, close in [("npz", 1e-12, 1e-9), ("extxyz", 1e-7, 1e-4)]:
         place = {"file": f"data/{file}.{ending}", "index": 3}
         system = ms.load_system("packing_from_file", dimension=dimension, positions=place)
         eq = ms.minimize(system, tolerance=force)

@@ -1,5 +1,5 @@
-"""What is read is checked key by key, what is written comes back bit for bit, and files that lie
-are found out.
+"""What is read is checked key by key, what is written comes back bit for bit,
+and files that lie are found out.
 """
 
 import json
@@ -429,14 +429,17 @@ def glass(symbols: str = "Ni6P2") -> ase.Atoms:
     return ase.Atoms(symbols, positions=places, cell=[9.0] * 3, pbc=True)
 
 
-@pytest.mark.parametrize(("symbols", "species", "names", "first"), [
-    ("Ni6P2", None, ("Ni", "P"), 0),  # Ni is 28, P is 15: not the order of the atomic number
-    ("P2Ni6", None, ("P", "Ni"), 0),
-    ("Ni6P2", {"Ni": 0, "P": 1}, ("Ni", "P"), 0),
-    ("Ni6P2", {"P": 0, "Ni": 1}, ("P", "Ni"), 1),
-    ("P2Ni6", {"Ni": np.int64(0), "P": 1}, ("Ni", "P"), 1),
-    ("Ni6P2", {"Ni": 0, "P": 1, "B": 2}, ("Ni", "P", "B"), 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("symbols", "species", "names", "first"),
+    [
+        ("Ni6P2", None, ("Ni", "P"), 0),  # Ni is 28, P is 15: not the order of the atomic number
+        ("P2Ni6", None, ("P", "Ni"), 0),
+        ("Ni6P2", {"Ni": 0, "P": 1}, ("Ni", "P"), 0),
+        ("Ni6P2", {"P": 0, "Ni": 1}, ("P", "Ni"), 1),
+        ("P2Ni6", {"Ni": np.int64(0), "P": 1}, ("Ni", "P"), 1),
+        ("Ni6P2", {"Ni": 0, "P": 1, "B": 2}, ("Ni", "P", "B"), 0),
+    ],
+)
 def test_elements_are_numbered_as_they_come_or_as_they_are_told(symbols, species, names, first):
     system = ms.io.from_ase(glass(symbols), LJ, {"sigma": 2.0, "epsilon": 1.0}, species)
     assert system.species_names == names
@@ -452,27 +455,29 @@ def test_each_element_has_the_parameters_of_its_species():
         float(ms.observables.energy(ms.io.from_ase(glass(symbols), LJ, GLASS, {"Ni": 0, "P": 1})))
         for symbols in ("Ni6P2", "P2Ni6")
     ]
-    assert energies[0] == pytest.approx(
-        energies[1], rel=1e-14
-    )  # the corners of a cube are all alike
+    # the corners of a cube are all alike
+    assert energies[0] == pytest.approx(energies[1], rel=1e-14)
     swapped = float(ms.observables.energy(ms.io.from_ase(glass(), LJ, GLASS, {"P": 0, "Ni": 1})))
     assert swapped != pytest.approx(energies[0], rel=1e-2)
     system = ms.io.from_ase(glass(), LJ, GLASS)
     np.testing.assert_array_equal(np.asarray(system.diameters), [2.2] * 6 + [1.8] * 2)
 
 
-@pytest.mark.parametrize(("species", "words"), [
-    ({"Ni": 0}, r"species is {'Ni': 0}, without P: name all, such as {'Ni': 0, 'P': 1}"),
-    ({"Ni": 0, "P": 2}, r"species is .*: number its 2 symbols from 0, each with its own"),
-    ({"Ni": 0, "P": 0}, "number its 2 symbols from 0"),
-    ({"Ni": 0, "P": -1}, "number its 2 symbols from 0"),
-    ({"Ni": 0, "P": "1"}, "number its 2 symbols from 0"),
-    ({"Ni": 0, "P": 1.5}, "number its 2 symbols from 0"),
-    ({"Ni": False, "P": True}, "number its 2 symbols from 0"),
-    ({}, r"species is {}, without Ni, P: name all"),
-    ([0, 1], r"species has shape \(2,\) and type int64: give \(8,\) integers from 0"),
-    ("Ni", "species is 'Ni'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("species", "words"),
+    [
+        ({"Ni": 0}, r"species is {'Ni': 0}, without P: name all, such as {'Ni': 0, 'P': 1}"),
+        ({"Ni": 0, "P": 2}, r"species is .*: number its 2 symbols from 0, each with its own"),
+        ({"Ni": 0, "P": 0}, "number its 2 symbols from 0"),
+        ({"Ni": 0, "P": -1}, "number its 2 symbols from 0"),
+        ({"Ni": 0, "P": "1"}, "number its 2 symbols from 0"),
+        ({"Ni": 0, "P": 1.5}, "number its 2 symbols from 0"),
+        ({"Ni": False, "P": True}, "number its 2 symbols from 0"),
+        ({}, r"species is {}, without Ni, P: name all"),
+        ([0, 1], r"species has shape \(2,\) and type int64: give \(8,\) integers from 0"),
+        ("Ni", "species is 'Ni'"),
+    ],
+)
 def test_numbers_of_elements_are_checked(species, words):
     with pytest.raises(InputError, match=words) as caught:
         ms.io.from_ase(glass(), LJ, GLASS, species)
@@ -492,10 +497,15 @@ def test_symbols_go_through_everything(tmp_path):
     written: Any = ase.io.read(xyz)
     assert written.get_chemical_symbols() == glass().get_chemical_symbols()
     kept = [
-        ms.io.load(path), pickle.loads(pickle.dumps(system)), system.replace(positions=system.positions + 0.1),
-        system.with_params({"epsilon": 1.0}), system.reallocate(), ms.stack([system, system]),
-        ms.unstack(ms.stack([system, system]))[1], jax.jit(lambda s: s)(system),
-    ]  # fmt: skip
+        ms.io.load(path),
+        pickle.loads(pickle.dumps(system)),
+        system.replace(positions=system.positions + 0.1),
+        system.with_params({"epsilon": 1.0}),
+        system.reallocate(),
+        ms.stack([system, system]),
+        ms.unstack(ms.stack([system, system]))[1],
+        jax.jit(lambda s: s)(system),
+    ]
     assert [s.species_names for s in kept] == [("Ni", "P")] * len(kept)
     with pytest.raises(InputError, match="system 1 differs from system 0 in species_names"):
         ms.stack([system, system.replace(species_names=("Cu", "Zr"))])
@@ -788,8 +798,12 @@ def test_functions_of_the_user_are_asked_for(tmp_path):
     with pytest.raises(InputError, match="other parameters than the sigma"):
         ms.io.load(path, potential=ms.potentials.soft_sphere(), box=growing)
     same(ms.io.load(path, potential=potential, box=growing), system)
-    both = ms.System.create(system.positions, 9.0, potential + ms.potentials.harmonic_bonds(BONDS),
-                            {"sigma": 1.2, "stiffness": 1.0, "length": 1.0})  # fmt: skip
+    both = ms.System.create(
+        system.positions,
+        9.0,
+        potential + ms.potentials.harmonic_bonds(BONDS),
+        {"sigma": 1.2, "stiffness": 1.0, "length": 1.0},
+    )
     ms.io.save(path, both)
     with pytest.raises(InputError, match="potential="):
         ms.io.load(path)
@@ -797,8 +811,15 @@ def test_functions_of_the_user_are_asked_for(tmp_path):
 
 
 def test_a_look_alike_of_a_built_in_potential_is_the_users(tmp_path):
-    mine = ms.potentials.from_pair(ms.potentials.lennard_jones().phi, ("sigma", "epsilon"), 2.5, (2.0, 2.5), {
-        "epsilon": ms.potentials.geometric}, name="lennard_jones", positive=True)  # fmt: skip
+    mine = ms.potentials.from_pair(
+        ms.potentials.lennard_jones().phi,
+        ("sigma", "epsilon"),
+        2.5,
+        (2.0, 2.5),
+        {"epsilon": ms.potentials.geometric},
+        name="lennard_jones",
+        positive=True,
+    )
     system = ms.System.create([[0, 0], [1, 0.1]], 9.0, mine, {"sigma": 1.0, "epsilon": 1.0})
     ms.io.save(tmp_path / "a.npz", system)
     with pytest.raises(InputError, match="potential="):

@@ -1,5 +1,5 @@
-"""Rattlers, clusters and coordination on hand-made configurations and packings; the first
-breakpoint along a path.
+"""Rattlers, clusters and coordination on hand-made configurations and packings;
+the first breakpoint along a path.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def discs(positions, sigma: Any = 1.0, box=None) -> ms.System:
 
 
 def net_of(points, max_force=0.0) -> contacts.Network:
-    """The network of unit discs, with loners far away that make them nine: one compilation for all."""
+    """The network of unit discs, with loners far away to make nine: one compilation for all."""
     loners = np.array([[50.0 + 3.0 * k, 50.0] for k in range(9 - len(points))]).reshape(-1, 2)
     net = contacts.network(discs(np.concatenate([points, loners])), max_force)
     assert np.all(net.rattlers[len(points) :]) and not np.any(net.contacts[len(points) :])
@@ -39,9 +39,8 @@ def net_of(points, max_force=0.0) -> contacts.Network:
 
 # Two overlapping discs do not hold each other (1 contact each: fewer than d + 1, so rattlers both);
 # four in a complete graph, overlapping across the diagonals as well, have 3 each.
-FOUR = 0.6 * np.array(
-    [[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]]
-)  # diagonals 0.85 < 1: every pair touches
+# diagonals 0.85 < 1: every pair touches
+FOUR = 0.6 * np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
 
 
 def test_a_complete_square_is_a_network_and_a_pair_is_none():
@@ -87,8 +86,8 @@ def test_a_contact_carries_ten_times_the_largest_net_force():
 
 
 def test_what_carries_force_between_two_contacts_is_no_rattler():
-    """A row of discs that presses on itself through the cell: each has two contacts, where three
-    would hold it.
+    """A row of discs that presses on itself through the cell:
+    each has two contacts, where three would hold it.
     """
     row = np.stack([np.arange(12) * (20.0 / 24.0), np.full(12, 10.0)], axis=1)
     net = contacts.network(discs(row, box=10.0), 1e-14)
@@ -143,8 +142,8 @@ def test_a_particle_that_nothing_attracts_is_a_rattler_and_an_unstressed_bond_is
 
 @cache
 def spectrum(name: str, index: int) -> tuple[np.ndarray, np.ndarray, contacts.Network]:
-    """Zero modes of the dense Hessian with the rattlers' contacts deleted, and of the Hessian as it
-    is.
+    """Zero modes of the dense Hessian with the rattlers' contacts deleted,
+    and of the Hessian as it is.
     """
     eq = relaxed_packing(name, index)
     net = contacts.network(eq.system, eq.max_force)
@@ -161,9 +160,8 @@ def test_zero_modes_are_translations_and_rattlers(name, index):
     expected = d + d * int(net.rattlers.sum())
     assert np.sum(np.abs(held) < 1e-12 * held[-1]) == expected
     assert held[expected] > 1e-7 * held[-1]  # a gap, not a slope
-    if (
-        index == 7
-    ):  # two of the eight rattlers touch, with an overlap of 1e-14: a spring between rattlers
+    # two of the eight rattlers touch, with an overlap of 1e-14: a spring between rattlers
+    if index == 7:
         assert expected == 27
         assert np.sum(np.abs(whole) < 1e-12 * whole[-1]) == 25
 
@@ -187,17 +185,16 @@ def test_contacts_of_a_packing_are_its_overlapping_pairs(name):
     assert float(ms.observables.coordination(system)) == pytest.approx(
         touching.sum() / backbone, rel=1e-14
     )
-    assert (
-        touching.sum() / backbone >= 2 * system.dimension - 2 * system.dimension / backbone
-    )  # isostatic or above
+    # isostatic or above
+    assert touching.sum() / backbone >= 2 * system.dimension - 2 * system.dimension / backbone
 
 
 # ── the first breakpoint along a path ──
 
 
 def test_first_crossing_of_a_hand_made_pair():
-    # contact at (sigma_0 + sigma_1) / 2 = 1; r = 0.9, so the gap of 0.1 is crossed when sigma_0
-    # shrinks by 0.2
+    # contact at (sigma_0 + sigma_1) / 2 = 1;
+    # r = 0.9, so the gap of 0.1 is crossed when sigma_0 shrinks by 0.2
     system = discs([[0.0, 0.0], [0.9, 0.0], [0.0, 1.5]], sigma=np.ones(3))
     still = jnp.zeros((3, 2))
     change = {"sigma": jnp.array([1.0, 0.0, 0.0]), "epsilon": jnp.zeros(()), "alpha": jnp.zeros(())}
@@ -206,9 +203,8 @@ def test_first_crossing_of_a_hand_made_pair():
     assert crossing.first(False)[:2] == ((0, 1), True)
     assert float(crossing.forward) == pytest.approx(1.0, rel=1e-13)  # 0 and 2, 1.5 apart
     assert crossing.first()[:2] == ((0, 2), False)
-    away = still.at[1, 0].set(
-        2.0
-    )  # dr/dt = 2 against d sigma / dt = 1/2: the pair opens after 0.1 / 1.5
+    # dr/dt = 2 against d sigma / dt = 1/2: the pair opens after 0.1 / 1.5
+    away = still.at[1, 0].set(2.0)
     crossing = contact_changes.crossings(system, away, change)
     assert float(crossing.forward) == pytest.approx(0.1 / 1.5, rel=1e-13)
     left_out = contact_changes.crossings(system, away, change, jnp.array([False, True, False]))
@@ -242,8 +238,8 @@ def test_onset_and_cutoff_are_breakpoints():
 
 
 def test_first_crossing_of_a_packing_is_where_its_contacts_change():
-    """Moving by the derivative itself: the contacts are those of the minimum up to the crossing,
-    and others beyond.
+    """Moving by the derivative itself:
+    the contacts are those of the minimum up to the crossing, and others beyond.
     """
     eq = relaxed_packing(PACKINGS[0], 0)
     direction = np.random.default_rng(0).uniform(-1, 1, eq.system.n) * np.asarray(

@@ -1,5 +1,5 @@
-"""Hessian and mixed products against jax, finite differences and transposes; the null space against
-the Hessian.
+"""Hessian and mixed products against jax, finite differences and transposes;
+the null space against the Hessian.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ LAW = ms.potentials.soft_sphere()
 
 @cache
 def discs() -> ms.System:
-    """Twelve Hertzian discs in a moving, skewed cell: smooth, every kind of parameter, not at a
-    minimum.
+    """Twelve Hertzian discs in a moving, skewed cell:
+    smooth, every kind of parameter, not at a minimum.
     """
     rng = np.random.default_rng(0)
     rule = ms.PackingFraction(1.3, np.array([[1.0, 0.2], [-0.1, 1.1]]))
@@ -161,8 +161,8 @@ def test_null_space_of_a_packing_is_all_of_its_zero_modes(name, index):
 
 
 def cluster(points) -> ms.System:
-    """Morse particles, bonded at their rest length where they are a bond apart: a minimum by
-    construction.
+    """Morse particles, bonded at their rest length where they are a bond apart:
+    a minimum by construction.
     """
     return ms.System.create(
         points, None, ms.potentials.morse(1.3, 1.6), {"sigma": 1.0, "epsilon": 1.0, "alpha": 6.0}
@@ -203,8 +203,8 @@ def test_a_cluster_that_is_free_in_a_periodic_cell_rotates_as_well():
 
 
 def trap(positions, params, displacement):
-    """A harmonic trap about the origin, stiff along x, soft along y, with a repulsion between the
-    two particles.
+    """A harmonic trap about the origin, stiff along x, soft along y,
+    with a repulsion between the two particles.
     """
     apart = displacement(positions[0], positions[1])
     return jnp.sum(jnp.asarray([3.0, 1.0]) * positions**2) + params["push"] / jnp.sqrt(
@@ -238,8 +238,8 @@ def test_a_field_along_one_axis_leaves_the_other_translation():
 
 
 def ring(positions, params, displacement):
-    """A round gutter about the origin and a spring: they turn about the origin, not about their
-    centroid.
+    """A round gutter about the origin and a spring:
+    they turn about the origin, not about their centroid.
     """
     apart = displacement(positions[0], positions[1])
     gutter = jnp.sum((jnp.sum(positions**2, axis=1) - 1.0) ** 2)

@@ -1,5 +1,5 @@
-"""The assembled Hessian against the written-out one, the null space's dimension, solves and
-participation ratios.
+"""The assembled Hessian against the written-out one, the null space's dimension,
+solves and participation ratios.
 """
 
 from __future__ import annotations

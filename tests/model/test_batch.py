@@ -28,8 +28,8 @@ SPECIES = np.arange(N) % 2
 
 
 def discs(fraction: float, seed: int, epsilon: float = 1.0, spread: float = 1.0) -> ms.System:
-    """Half of the discs have 0.6 of the others' diameter; ``spread`` is the part of the cell that
-    they start in.
+    """Half of the discs have 0.6 of the others' diameter;
+    ``spread`` is the part of the cell that they start in.
     """
     sigma = np.array([1.0, 0.6])
     side = float(np.sqrt(np.pi / 4 * np.sum(sigma[SPECIES] ** 2) / fraction))
@@ -46,8 +46,8 @@ def members() -> tuple[ms.System, ...]:
 
 
 def crowded(system: ms.System) -> ms.System:
-    """The same list, the particles in a third of the cell: there are more near by than the list has
-    room for.
+    """The same list, the particles in a third of the cell:
+    there are more near by than the list has room for.
     """
     return system.replace(positions=0.33 * system.positions)
 
@@ -79,9 +79,8 @@ def test_members_end_where_they_end_alone():
         want = alone(k)
         assert ms.Status(int(member.status)) is ms.Status(int(want.status))
         assert float(member.max_force) <= max(float(eq.tolerance[k]), float(eq.force_floor[k]))
-        assert int(member.steps) == pytest.approx(
-            int(want.steps), rel=0.02
-        )  # another program, another round-off
+        # another program, another round-off
+        assert int(member.steps) == pytest.approx(int(want.steps), rel=0.02)
         np.testing.assert_allclose(member.positions, want.positions, rtol=0, atol=1e-8)
 
 
@@ -91,9 +90,8 @@ def test_the_starts_are_what_they_are_meant_to_be():
     runs.advance(runs.tested, 200)
     lost = np.asarray(runs.systems.neighbors.overflowed)
     assert lost[4] and not np.any(np.delete(lost, 4))
-    assert runs.steps[-1] == 0 and np.array_equal(
-        runs.systems.positions[-1], batch.positions[-1]
-    )  # it does not count
+    # it does not count
+    assert runs.steps[-1] == 0 and np.array_equal(runs.systems.positions[-1], batch.positions[-1])
     assert 4 in runs.on_their_own(False)
     assert bool(np.all(ms.linearize(alone(3), throw=False).network.rattlers))
 
@@ -189,7 +187,7 @@ def test_parameters_for_a_batch_are_for_each_member():
 
 
 def row(off: float) -> ms.System:
-    """Three Lennard-Jones particles, the middle one off the line of the others, which is a saddle."""
+    """Three Lennard-Jones particles, the middle one off the line of the others, a saddle."""
     places = 2 ** (1 / 6) * np.array([[0.0, 0.0], [1.0, off], [2.0, 0.0]])
     return ms.System.create(
         places, None, ms.potentials.lennard_jones(), {"sigma": 1.0, "epsilon": 1.0}
@@ -209,7 +207,7 @@ def test_saddles_of_members_are_left():
 
 
 def test_members_at_once_are_members_one_after_the_other(monkeypatch):
-    """Off a CPU the members of a chunk step side by side; those that are done stay where they are."""
+    """Off a CPU the members of a chunk step side by side; those done stay where they are."""
     batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members()[:3])
     want = ms.minimize(batch, method=Fire())
     with monkeypatch.context() as patch:
@@ -221,9 +219,8 @@ def test_members_at_once_are_members_one_after_the_other(monkeypatch):
     assert np.all(eq.max_force <= np.maximum(eq.tolerance, eq.force_floor)) and np.all(
         eq.force_floor < 1e-12
     )
-    held = ~np.stack(
-        [network(m, 1e-12).rattlers for m in ms.unstack(want.system)]
-    )  # rattlers rest anywhere
+    # rattlers rest anywhere
+    held = ~np.stack([network(m, 1e-12).rattlers for m in ms.unstack(want.system)])
     assert 0.9 < held.mean() < 1.0
     for k in range(3):  # but for a drift of all particles, which no force opposes
         moved = np.asarray(eq.positions[k] - want.positions[k])[held[k]]

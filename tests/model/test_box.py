@@ -1,5 +1,5 @@
-"""Nearest images against brute force, the derivative by a moving cell, the packing fraction; bad
-boxes refused.
+"""Nearest images against brute force, the derivative by a moving cell,
+the packing fraction; bad boxes refused.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def test_open_boundaries_have_no_images():
 
 @pytest.mark.parametrize("name", CELLS)
 def test_derivative_by_the_cell_is_the_finite_difference(name):
-    # jax-md's periodic_general in Cartesian coordinates gets this one wrong: its custom transform
-    # leaves the box out
+    # jax-md's periodic_general in Cartesian coordinates gets this one wrong:
+    # its custom transform leaves the box out
     cell = jnp.asarray(CELLS[name])
     rng = np.random.default_rng(1)
     differences = jnp.asarray(rng.uniform(-1.4, 1.4, (6, len(cell))) @ cell.T)
@@ -185,21 +185,38 @@ def test_box_as_a_function_of_the_parameters():
 # ── bad input ──
 
 
-@pytest.mark.parametrize("box, message", [
-    (np.ones((2, 3)), r"box has shape \(2, 3\) in 2 dimensions: give a length, 2 lengths, or a \(2, 2\) matrix"),
-    ([3.0, 3.0, 3.0], r"box has shape \(3,\) in 2 dimensions"),
-    (np.ones((2, 2)), r"box \[\[1.0, 1.0\], \[1.0, 1.0\]\] has no volume: give independent"),
-    (0.0, r"box .* has no volume"),
-    (np.nan, r"box .*nan.* has no volume: give independent, finite cell vectors"),
-    ("large", r"box is 'large': give"),
-    (1.5, r"smallest height is 1.5, under twice the interaction range 1, .*repeat the cell, or shorten the cutoff"),
-    (ms.PackingFraction(-0.5), r"packing fraction is -0.5: give a positive number"),
-    (ms.PackingFraction(np.nan), r"packing fraction is nan: give a positive number"),
-    (ms.PackingFraction(0.1, np.ones((2, 2))), r"has no volume"),
-    (lambda params: jnp.eye(3), r"box function returns shape \(3, 3\) in 2 dimensions: return a \(2, 2\)"),
-    (lambda params: 5.0 * params["sigma"], r"box function returns shape \(\) in 2 dimensions: return a \(2, 2\)"),
-    (lambda params: jnp.ones((2, 2)), r"has no volume"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "box, message",
+    [
+        (
+            np.ones((2, 3)),
+            r"box has shape \(2, 3\) in 2 dimensions: "
+            r"give a length, 2 lengths, or a \(2, 2\) matrix",
+        ),
+        ([3.0, 3.0, 3.0], r"box has shape \(3,\) in 2 dimensions"),
+        (np.ones((2, 2)), r"box \[\[1.0, 1.0\], \[1.0, 1.0\]\] has no volume: give independent"),
+        (0.0, r"box .* has no volume"),
+        (np.nan, r"box .*nan.* has no volume: give independent, finite cell vectors"),
+        ("large", r"box is 'large': give"),
+        (
+            1.5,
+            r"smallest height is 1.5, under twice the interaction range 1, "
+            r".*repeat the cell, or shorten the cutoff",
+        ),
+        (ms.PackingFraction(-0.5), r"packing fraction is -0.5: give a positive number"),
+        (ms.PackingFraction(np.nan), r"packing fraction is nan: give a positive number"),
+        (ms.PackingFraction(0.1, np.ones((2, 2))), r"has no volume"),
+        (
+            lambda params: jnp.eye(3),
+            r"box function returns shape \(3, 3\) in 2 dimensions: return a \(2, 2\)",
+        ),
+        (
+            lambda params: 5.0 * params["sigma"],
+            r"box function returns shape \(\) in 2 dimensions: return a \(2, 2\)",
+        ),
+        (lambda params: jnp.ones((2, 2)), r"has no volume"),
+    ],
+)
 def test_bad_boxes_are_refused(box, message):
     with pytest.raises(ms.InputError, match=message):
         ms.System.create([[0.0, 0.0], [0.5, 0.0]], box, ms.potentials.soft_sphere(), DISCS)

@@ -1,5 +1,5 @@
-"""A list never loses a pair in silence: against brute force, after moves and deformations, at every
-overflow.
+"""A list never loses a pair in silence: against brute force,
+after moves and deformations, at every overflow.
 """
 
 from __future__ import annotations
@@ -64,16 +64,18 @@ def brute_force(s: ms.System):
     """Energy and its gradient over all pairs of harmonic spheres, in numpy."""
     assert s.diameters is not None
     sigma = np.asarray(s.diameters)
-    apart = vectors(s.positions, s.box)
-    r = np.linalg.norm(apart, axis=2) + np.eye(s.n) * 1e9
+    unstack_tree = vectors(s.positions, s.box)
+    r = np.linalg.norm(unstack_tree, axis=2) + np.eye(s.n) * 1e9
     mean = 0.5 * (sigma[:, None] + sigma[None])
     overlap = np.maximum(1 - r / mean, 0)
-    return 0.25 * np.sum(overlap**2), -np.sum((overlap / mean / r)[:, :, None] * apart, axis=1)
+    return 0.25 * np.sum(overlap**2), -np.sum(
+        (overlap / mean / r)[:, :, None] * unstack_tree, axis=1
+    )
 
 
 def lost(s: ms.System, found: neighbors.Neighbors, positions, box, skin=0.0) -> int:
-    """How many pairs nearer than the length they interact at, and a skin, are not in the rows of
-    both.
+    """How many pairs nearer than the length they interact at,
+    and a skin, are not in the rows of both.
     """
     r = np.linalg.norm(vectors(positions, box), axis=2)
     i, j = np.nonzero(~np.eye(s.n, dtype=bool) & (r < lengths(s) + skin))
@@ -90,8 +92,8 @@ def lengths(s: ms.System) -> np.ndarray:
 
 
 def update(s: ms.System, found=None, positions=None, box=None, **how):
-    """The list ``found`` brought up to date, in the system's cell and at its positions where not
-    given.
+    """The list ``found`` brought up to date, in the system's cell
+    and at its positions where not given.
     """
     at = s.positions if positions is None else positions
     cell = s.box if box is None else box
@@ -105,8 +107,8 @@ def agrees(s: ms.System) -> None:
     energy, slope = energy_and_slope(s.positions, s)
     expected = brute_force(s)
     assert float(energy) == pytest.approx(expected[0], rel=1e-12)
-    # the round-off of positions times the stiffness of a pair, 1, bounds it at a minimum, where
-    # forces cancel
+    # the round-off of positions times the stiffness of a pair, 1,
+    # bounds it at a minimum, where forces cancel
     assert np.abs(slope - expected[1]).max() < 1e-13 * max(np.abs(expected[1]).max(), 1.0)
 
 
@@ -128,8 +130,8 @@ def test_each_pair_is_listed_once(name):
 
 
 def test_single_precision_loses_no_pair():
-    """In a cell of many ranges, where a change to its coordinates at less than full precision would
-    misplace many.
+    """In a cell of many ranges, where a change to its coordinates
+    at less than full precision would misplace many.
     """
     n, angle = 20_000, 0.3
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
@@ -296,11 +298,8 @@ def test_overflow_stays_until_the_host_allocates_again():
 
 def test_other_lengths_are_a_new_list_in_traced_code_and_on_the_host():
     s = system("random 2-D")
-    for factor, overflowed in (
-        (1.0, False),
-        (1.1, False),
-        (1.6, True),
-    ):  # larger than the cells of the grid
+    # at 1.6 larger than the cells of the grid
+    for factor, overflowed in ((1.0, False), (1.1, False), (1.6, True)):
         grown = s.replace(params={**s.params, "sigma": factor * s.params["sigma"]})
         after, rebuilt = listed(grown)
         assert bool(rebuilt) == (factor > 1) and bool(after.overflowed) == overflowed
@@ -337,11 +336,8 @@ def test_small_systems_and_tight_cells_list_all_pairs():
 def batch() -> tuple[list[ms.System], ms.System]:
     rng = np.random.default_rng(3)
     members = []
-    for length, spread in (
-        (12.0, 1.0),
-        (9.0, 1.0),
-        (12.0, 0.7),
-    ):  # loose, dense, clumped: other cells and capacities
+    # loose, dense, clumped: other cells and capacities
+    for length, spread in ((12.0, 1.0), (9.0, 1.0), (12.0, 0.7)):
         params = {"sigma": rng.uniform(0.9, 1.1, N), "epsilon": 1.0, "alpha": 2.0}
         places = length * spread * rng.random((N, 2))
         members.append(ms.System.create(places, length, ms.potentials.soft_sphere(), params))
@@ -366,11 +362,8 @@ def test_a_batch_makes_room_where_the_coarsest_grid_has_fuller_cells():
     corner = np.where(
         np.arange(N)[:, None] < 60, 0.6 + 0.07 * (rng.random((N, 2)) - 0.5), rng.random((N, 2))
     )
-    params = {
-        "sigma": 1.0,
-        "epsilon": 1.0,
-        "alpha": 2.0,
-    }  # five cells, and a clump where four of them meet
+    # five cells, and a clump where four of them meet
+    params = {"sigma": 1.0, "epsilon": 1.0, "alpha": 2.0}
     members = [
         ms.System.create(places, length, ms.potentials.soft_sphere(), params)
         for places, length in ((loose, 6.2), (7.45 * corner, 7.45))
@@ -392,8 +385,8 @@ def test_a_batch_updates_under_vmap_and_marks_the_member_that_overflows():
 
 
 def test_a_cell_of_just_twice_the_range_is_taken_alike_by_host_and_compiled_code():
-    """They round heights differently; where compiled code refused such a cell, minimize asked for a
-    list for ever.
+    """They round heights differently; where compiled code refused such a cell,
+    minimize asked for a list for ever.
     """
     points = jnp.asarray(np.random.default_rng(0).random((3, 2)))
     for side in np.linspace(2.0, 8.0, 49):

@@ -1,5 +1,5 @@
-"""A system is checked when made, frozen afterwards, and its energy under strain is that of the
-deformed system.
+"""A system is checked when made, frozen afterwards,
+and its energy under strain is that of the deformed system.
 """
 
 from __future__ import annotations
@@ -33,23 +33,56 @@ def places(k, value):
     return changed
 
 
-@pytest.mark.parametrize("positions, box, species, message", [
-    (PLACES.ravel(), 3.0, None, r"positions have shape \(8,\): give \(n, 2\) or \(n, 3\)"),
-    (np.zeros((4, 1)), 3.0, None, r"positions have shape \(4, 1\): give"),
-    (np.zeros((4, 4)), 3.0, None, r"positions have shape \(4, 4\): give"),
-    (np.zeros((0, 2)), 3.0, None, r"positions have shape \(0, 2\): give"),
-    (PLACES[None], 3.0, None, r"positions have shape \(1, 4, 2\): give"),
-    ([["a", "b"]], 3.0, None, r"positions have type <U1: give .* real numbers"),
-    ([[0.0, 1.0], [2.0]], 3.0, None, r"positions are no array, .*give"),
-    (PLACES + 1j, 3.0, None, r"positions have type complex128: give .* real numbers"),
-    (places(2, [np.nan, 1.0]), 3.0, None, r"positions\[2\] is \[nan, 1.0\]: every coordinate must be finite"),
-    (places(3, [0.0, -np.inf]), 3.0, None, r"positions\[3\] is \[0.0, -inf\]: every coordinate must be finite"),
-    (places(3, PLACES[1]), 3.0, None, r"positions\[1\] and positions\[3\] are the same point: move one of them"),
-    (PLACES, 1.9, None, r"smallest height is 1.9, under twice the interaction range 1, .*repeat the cell"),
-    (PLACES, 3.0, [0, 1, 0], r"species has shape \(3,\) and type int64: give \(4,\) integers from 0"),
-    (PLACES, 3.0, [0.0, 1.0, 0.0, 1.0], r"species has shape \(4,\) and type float64: give \(4,\) integers"),
-    (PLACES, 3.0, [0, -1, 0, 1], r"species .*give \(4,\) integers from 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "positions, box, species, message",
+    [
+        (PLACES.ravel(), 3.0, None, r"positions have shape \(8,\): give \(n, 2\) or \(n, 3\)"),
+        (np.zeros((4, 1)), 3.0, None, r"positions have shape \(4, 1\): give"),
+        (np.zeros((4, 4)), 3.0, None, r"positions have shape \(4, 4\): give"),
+        (np.zeros((0, 2)), 3.0, None, r"positions have shape \(0, 2\): give"),
+        (PLACES[None], 3.0, None, r"positions have shape \(1, 4, 2\): give"),
+        ([["a", "b"]], 3.0, None, r"positions have type <U1: give .* real numbers"),
+        ([[0.0, 1.0], [2.0]], 3.0, None, r"positions are no array, .*give"),
+        (PLACES + 1j, 3.0, None, r"positions have type complex128: give .* real numbers"),
+        (
+            places(2, [np.nan, 1.0]),
+            3.0,
+            None,
+            r"positions\[2\] is \[nan, 1.0\]: every coordinate must be finite",
+        ),
+        (
+            places(3, [0.0, -np.inf]),
+            3.0,
+            None,
+            r"positions\[3\] is \[0.0, -inf\]: every coordinate must be finite",
+        ),
+        (
+            places(3, PLACES[1]),
+            3.0,
+            None,
+            r"positions\[1\] and positions\[3\] are the same point: move one of them",
+        ),
+        (
+            PLACES,
+            1.9,
+            None,
+            r"smallest height is 1.9, under twice the interaction range 1, .*repeat the cell",
+        ),
+        (
+            PLACES,
+            3.0,
+            [0, 1, 0],
+            r"species has shape \(3,\) and type int64: give \(4,\) integers from 0",
+        ),
+        (
+            PLACES,
+            3.0,
+            [0.0, 1.0, 0.0, 1.0],
+            r"species has shape \(4,\) and type float64: give \(4,\) integers",
+        ),
+        (PLACES, 3.0, [0, -1, 0, 1], r"species .*give \(4,\) integers from 0"),
+    ],
+)
 def test_create_refuses_and_names_what_is_wrong(positions, box, species, message):
     with pytest.raises(ms.InputError, match=message):
         ms.System.create(positions, box, LAW, DISCS, species)
@@ -117,12 +150,15 @@ def test_with_params_changes_some_and_leaves_the_original():
     )
 
 
-@pytest.mark.parametrize("params, message", [
-    ({"sgima": 1.0}, r"no parameter 'sgima' .*did you mean 'sigma'"),
-    ({"sigma": -1.0}, r"sigma is -1.0: give a positive number"),
-    ({"sigma": [1.0, 2.0, 3.0]}, r"sigma has shape \(3,\): give a scalar, \(4,\)"),
-    ({"sigma": 1.6}, r"smallest height is 3, under twice the interaction range 1.6"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "params, message",
+    [
+        ({"sgima": 1.0}, r"no parameter 'sgima' .*did you mean 'sigma'"),
+        ({"sigma": -1.0}, r"sigma is -1.0: give a positive number"),
+        ({"sigma": [1.0, 2.0, 3.0]}, r"sigma has shape \(3,\): give a scalar, \(4,\)"),
+        ({"sigma": 1.6}, r"smallest height is 3, under twice the interaction range 1.6"),
+    ],
+)
 def test_with_params_checks_as_create_does(params, message):
     with pytest.raises(ms.InputError, match=message):
         discs().with_params(params)
@@ -202,12 +238,24 @@ def test_energy_maps_over_a_batch():
         ms.unstack(members[0])
 
 
-@pytest.mark.parametrize("other, message", [
-    (lambda: discs(sigma=np.ones(4)), "system 1 differs from system 0 in params"),
-    (lambda: ms.System.create(PLACES[:3], 3.0, LAW, DISCS), "system 1 differs from system 0 in positions"),
-    (lambda: ms.System.create(PLACES, 3.0, ms.potentials.morse(0.5, 1.0), DISCS), "system 1 differs from system 0 in potential"),
-    (lambda: ms.System.create(PLACES, 3.0, LAW, DISCS, [0, 1, 0, 1]), "system 1 differs from system 0 in species"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        (lambda: discs(sigma=np.ones(4)), "system 1 differs from system 0 in params"),
+        (
+            lambda: ms.System.create(PLACES[:3], 3.0, LAW, DISCS),
+            "system 1 differs from system 0 in positions",
+        ),
+        (
+            lambda: ms.System.create(PLACES, 3.0, ms.potentials.morse(0.5, 1.0), DISCS),
+            "system 1 differs from system 0 in potential",
+        ),
+        (
+            lambda: ms.System.create(PLACES, 3.0, LAW, DISCS, [0, 1, 0, 1]),
+            "system 1 differs from system 0 in species",
+        ),
+    ],
+)
 def test_batches_of_other_kinds_are_refused(other, message):
     with pytest.raises(ms.InputError, match=message):
         ms.stack([discs(), other()])

@@ -1,5 +1,5 @@
-"""Pressure and stress against finite differences by volume and strain, closed forms, and another
-code's values.
+"""Pressure and stress against finite differences by volume and strain,
+closed forms, and another code's values.
 """
 
 from __future__ import annotations
@@ -39,9 +39,8 @@ def discs() -> ms.System:
 def test_pressure_is_minus_the_slope_of_the_energy_by_volume():
     system = discs()
     h = 1e-5
-    ahead, behind = (
-        deformed(system, ((1 + s * h) ** 0.5 - 1) * np.eye(2)) for s in (1, -1)
-    )  # V (1 ± h)
+    # at volumes V (1 ± h)
+    ahead, behind = (deformed(system, ((1 + s * h) ** 0.5 - 1) * np.eye(2)) for s in (1, -1))
     central = -(ahead - behind) / (2 * h * float(system.volume))
     assert float(ms.observables.pressure(system)) == pytest.approx(central, rel=1e-7)
     assert central > 0.01  # repulsion pushes outwards
@@ -252,8 +251,8 @@ def test_the_last_neighbor_leaves_without_a_jump():
 def test_an_ideal_gas_has_no_structure(d):
     places = np.random.default_rng(d).random((1200, d))
     system = ms.System.create(places, 1.0, LAW, UNIT | {"sigma": 0.01})
-    # of pairs within the shells, 1 / sqrt of their number is below a hundredth, and at r = 0 of 2-D
-    # 0.02
+    # of pairs within the shells, 1 / sqrt of their number is below a hundredth,
+    # and at r = 0 of 2-D 0.02
     found = observables.radial_distribution(
         system, [0.0, 0.1, 0.2, 0.35] if d == 2 else [0.1, 0.2, 0.35], 0.02
     )
@@ -349,9 +348,8 @@ def test_many_particles_take_the_list_of_the_potential_or_a_list_of_pairs(monkey
     potential = ms.potentials.lennard_jones()
     lj = ms.System.create(glass.positions, glass.box, potential, {"sigma": 1.0, "epsilon": 1.0})
     monkeypatch.setattr(pairs, "ALL_PAIRS", 100)
-    assert float(observables.bond_order(lj, 6, 1.6)) == pytest.approx(
-        1.0
-    )  # the potential reaches 2.5
+    # the potential reaches 2.5
+    assert float(observables.bond_order(lj, 6, 1.6)) == pytest.approx(1.0)
     assert observables.bond_order(
         soft, 6, 1.4, observables.pairs_within(soft, 1.4)
     ) == pytest.approx(bonds)

@@ -1,5 +1,5 @@
-"""Figures: what is drawn where. How they look is for the eye; these hold the geometry and the
-refusals.
+"""Figures: what is drawn where. How they look is for the eye;
+these hold the geometry and the refusals.
 """
 
 import dataclasses
@@ -352,8 +352,8 @@ def test_twenty_thousand_particles_are_drawn_by_few_artists():
 
 
 def vee(radius: float = 2e-4, failed: int = 0) -> DerivativeTest:
-    """Round-off 1e-15 / t and truncation 1e5 t^2; contacts change beyond the radius; the first
-    steps did not relax.
+    """Round-off 1e-15 / t and truncation 1e5 t^2; contacts change beyond the radius;
+    the first steps did not relax.
     """
     t = np.geomspace(1e-9, 1e-2, 15)
     errors = np.where(t > radius, 0.5, 1e-13 / t + 1e5 * t**2)

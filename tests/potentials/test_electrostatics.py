@@ -1,5 +1,5 @@
-"""Induced dipoles and equalized charges: closed forms, a dense explicit solve, and minimizing
-again.
+"""Induced dipoles and equalized charges: closed forms,
+a dense explicit solve, and minimizing again.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def test_a_charge_and_a_polarizable_particle(damped):
 
 
 def _own(alpha, r, x):
-    """What the second dipole gets back of its own field from the first one: (alpha (3 t - s) /
-    r^3)^2.
+    """What the second dipole gets back of its own field from the first one:
+    (alpha (3 t - s) / r^3)^2.
     """
     s, t = (1 - np.exp(-x), 1 - (1 + x) * np.exp(-x)) if np.isfinite(x) else (1.0, 1.0)
     return (alpha * (3 * t - s) / r**3) ** 2
@@ -279,7 +279,7 @@ def relaxed(name: str) -> ms.Equilibrium:
 
 @jax.jit
 def measured(system: ms.System) -> jax.Array:
-    """The energy and the squared dipole: what is left of it in open space, where it turns freely."""
+    """The energy and the squared dipole: what is left of it in open space, turning freely."""
     return jnp.stack([observables.energy(system), jnp.sum(observables.dipole(system) ** 2)])
 
 
@@ -416,8 +416,8 @@ def test_a_polarization_catastrophe_is_no_energy():
     near = (4 * 0.2**2) ** (1 / 6)
     system = collapsing([[0, 0, 0], [1.01 * near, 0, 0]], charge=1.0)
     assert np.isfinite(energy_and_slope(system)[0])
-    # equal charges polarize the two against each other, and so see nothing of the mode that
-    # collapses
+    # equal charges polarize the two against each other,
+    # and so see nothing of the mode that collapses
     inside = system.replace(positions=system.positions.at[1, 0].set(0.99 * near))
     energy, slope = energy_and_slope(inside)
     assert float(energy) == -np.inf
@@ -509,10 +509,13 @@ def test_documents_its_equation_and_every_parameter(potential):
         assert f"``{name}``" in text
 
 
-@pytest.mark.parametrize("potential", [
-    potentials.induced_dipoles() + potentials.charge_equilibration(-1.5),
-    potentials.induced_dipoles(damped=False).renamed({"charge": "valence"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "potential",
+    [
+        potentials.induced_dipoles() + potentials.charge_equilibration(-1.5),
+        potentials.induced_dipoles(damped=False).renamed({"charge": "valence"}),
+    ],
+)
 def test_comes_back_from_a_file(potential, tmp_path):
     params = {"charge": 1.0, "valence": 1.0, "polarizability": 0.1, "damping": 0.4}
     params |= {"electronegativity": 1.0, "hardness": 2.0, "radius": 0.5}

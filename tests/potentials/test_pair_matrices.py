@@ -1,5 +1,5 @@
-"""A symmetric matrix of species pairs: an entry and its mirror image are one number, by which every
-figure is meant.
+"""A symmetric matrix of species pairs: an entry and its mirror image are one number,
+by which every figure is meant.
 
 The truth is minimizing again with that number a little larger and smaller.
 """
@@ -145,8 +145,8 @@ def test_other_parameters_are_named_by_their_components():
 
 
 def pulls(R: jax.Array, params: Any, displacement: Any) -> jax.Array:
-    """Springs to the origin and a force on each coordinate: (3, 2) numbers, a matrix of no species
-    pairs.
+    """Springs to the origin and a force on each coordinate:
+    (3, 2) numbers, a matrix of no species pairs.
     """
     return 0.5 * jnp.sum(R**2) - jnp.sum(params["k"] * R)
 
@@ -193,19 +193,22 @@ def _free(**bounds: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("call", [
-    lambda: ms.jvp(lin(), LOPSIDED),
-    lambda: ms.jvp(relaxed(), LOPSIDED),
-    lambda: ms.certify(relaxed(), LOPSIDED),
-    lambda: ms.elasticity.jvp(bulk, lin(), LOPSIDED),
-    lambda: ms.verify.finite_difference(relaxed(), LOPSIDED),
-    lambda: ms.verify.derivative_test(relaxed(), LOPSIDED),
-    lambda: ms.verify.adjoint(lin(), LOPSIDED),
-    lambda: ms.verify.unrolled(discs(), LOPSIDED, 3),
-    lambda: ms.equilibrate(discs(), LOPSIDED),
-    _free(low=[[0.5, 1e-3], [0.0, 0.5]]),
-    _free(high=[[2.0, 2.0], [0.0, 2.0]]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: ms.jvp(lin(), LOPSIDED),
+        lambda: ms.jvp(relaxed(), LOPSIDED),
+        lambda: ms.certify(relaxed(), LOPSIDED),
+        lambda: ms.elasticity.jvp(bulk, lin(), LOPSIDED),
+        lambda: ms.verify.finite_difference(relaxed(), LOPSIDED),
+        lambda: ms.verify.derivative_test(relaxed(), LOPSIDED),
+        lambda: ms.verify.adjoint(lin(), LOPSIDED),
+        lambda: ms.verify.unrolled(discs(), LOPSIDED, 3),
+        lambda: ms.equilibrate(discs(), LOPSIDED),
+        _free(low=[[0.5, 1e-3], [0.0, 0.5]]),
+        _free(high=[[2.0, 2.0], [0.0, 2.0]]),
+    ],
+)
 def test_a_change_that_is_not_symmetric_is_refused_in_one_sentence(call):
     with pytest.raises(ms.InputError) as caught:
         call()
@@ -233,16 +236,19 @@ def test_the_adjoint_identity_takes_symmetric_directions():
     assert ms.verify.adjoint(lin()).gap < 1e-9
 
 
-@pytest.mark.parametrize("label, message", [
-    ("sigma", r"sigma has shape \(2, 2\), so that one number of it is sigma\[i,j\]"),
-    ("sigma[0]", r"'sigma\[0\]': sigma has shape \(2, 2\)"),
-    ("sigma[0,2]", "the indices of sigma go from 0 to 1"),
-    ("sigma[-1,0]", "the indices of sigma go from 0 to 1"),
-    ("epsilon[0]", r"epsilon has shape \(\), so that one number of it is epsilon"),
-    ("sgima[0,1]", "this derivative is by .*, not by 'sgima': give one of these"),
-    ("sigma[0,1", "give a label, such as"),
-    (3, "component is 3: give a label"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "label, message",
+    [
+        ("sigma", r"sigma has shape \(2, 2\), so that one number of it is sigma\[i,j\]"),
+        ("sigma[0]", r"'sigma\[0\]': sigma has shape \(2, 2\)"),
+        ("sigma[0,2]", "the indices of sigma go from 0 to 1"),
+        ("sigma[-1,0]", "the indices of sigma go from 0 to 1"),
+        ("epsilon[0]", r"epsilon has shape \(\), so that one number of it is epsilon"),
+        ("sgima[0,1]", "this derivative is by .*, not by 'sgima': give one of these"),
+        ("sigma[0,1", "give a label, such as"),
+        (3, "component is 3: give a label"),
+    ],
+)
 def test_a_bad_label_is_named(label, message):
     with pytest.raises(ms.InputError, match=message):
         ms.vjp(lin(), COTANGENT).component(label)

@@ -1,5 +1,5 @@
-"""Each potential against its closed form and jax-md's; kinds of parameters, sums, mixing; every bad input
-refused by name.
+"""Each potential against its closed form and jax-md's; kinds of parameters, sums, mixing;
+every bad input refused by name.
 """
 
 from __future__ import annotations
@@ -123,10 +123,13 @@ def test_alpha_of_the_soft_sphere_has_both_derivatives_at_and_beyond_contact():
     assert float(hessian[0, 3]) == pytest.approx(-e / s * x ** (a - 1) * np.log(x), rel=1e-13)
 
 
-@pytest.mark.parametrize("potential, bare, values", [
-    (potentials.lennard_jones(1.3, 1.7), lennard_jones_form, (1.1, 0.7)),
-    (potentials.morse(1.3, 1.7), morse_form, (1.2, 0.7, 3.0)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "potential, bare, values",
+    [
+        (potentials.lennard_jones(1.3, 1.7), lennard_jones_form, (1.1, 0.7)),
+        (potentials.morse(1.3, 1.7), morse_form, (1.2, 0.7, 3.0)),
+    ],
+)
 def test_switch_is_twice_continuously_differentiable(potential, bare, values):
     onset, cutoff = 1.3, 1.7
     around = [np.nextafter(onset, 0), onset, np.nextafter(onset, 2)]
@@ -173,9 +176,8 @@ def test_harmonic_morse_is_its_equations_on_both_sides_of_every_breakpoint():
     got, expected = derivatives(potential.phi, r, *WELL), harmonic_morse_form(r, *WELL).T
     np.testing.assert_allclose(got, expected, rtol=1e-11, atol=1e-13)
     jumps = np.abs(got[-3:] - got[-6:-3])
-    assert jumps[0, 2] == pytest.approx(
-        abs(2 * a**2 * e - k)
-    )  # of the second derivative at contact, and nothing else
+    # a jump of the second derivative at contact, and of nothing else
+    assert jumps[0, 2] == pytest.approx(abs(2 * a**2 * e - k))
     assert jumps[0, :2].max() < 1e-13 and jumps[1:].max() < 1e-11
     assert not np.any(derivatives(potential.phi, [points[2] * (1 + 1e-15), 9.0], *WELL))
 
@@ -240,8 +242,8 @@ SPECIES = np.arange(N) % 3
 
 @cache
 def gas():
-    """80 discs with three species, by a list and by all pairs; Hertzian, so that energies are
-    smooth.
+    """80 discs with three species, by a list and by all pairs;
+    Hertzian, so that energies are smooth.
     """
     positions = BOX * np.random.default_rng(3).random((N, 2))
     potential, params = potentials.soft_sphere(), {"sigma": 1.0, "epsilon": 1.0, "alpha": 2.5}
@@ -355,9 +357,8 @@ def test_own_pair_potential_with_geometric_mixing():
     of_pair = {(int(a), int(b)): length for a, b, length in zip(i, j, mean, strict=True)}
     listed = zip(term.i[term.mask], term.j[term.mask], term.lengths()[0, term.mask], strict=True)
     assert {(int(a), int(b)): pytest.approx(float(length)) for a, b, length in listed} == of_pair
-    assert (
-        float(system.range) == 1.4
-    )  # of the largest value, which no pair of different particles exceeds
+    # the range of the largest value, which no pair of different particles exceeds
+    assert float(system.range) == 1.4
 
 
 def test_breakpoints_as_lengths():
@@ -436,9 +437,8 @@ def test_many_body_potential_of_jax_md():
         dict(system.params)
     )
     assert float(energy_) == pytest.approx(float(theirs), rel=1e-13)
-    assert float(slope["well"]) == pytest.approx(
-        float(theirs) / 2.0, rel=1e-12
-    )  # the energy is linear in it
+    # the energy is linear in it
+    assert float(slope["well"]) == pytest.approx(float(theirs) / 2.0, rel=1e-12)
 
 
 # ── potentials are values ──
@@ -496,49 +496,102 @@ DISCS = {"sigma": 1.0, "epsilon": 1.0, "alpha": 2.0}
 PLACES = [[0.0, 0.0], [0.9, 0.0], [0.0, 0.9], [2.0, 2.0]]
 
 
-@pytest.mark.parametrize("changes, species, message", [
-    ({"sgima": 1.0}, None, r"no parameter 'sgima' .*did you mean 'sigma'\?"),
-    ({"pressure": 1.0}, None, r"no parameter 'pressure' .*'sigma', 'epsilon', 'alpha'.*remove it"),
-    ({"alpha": None}, None, r"needs the parameter 'alpha': give params\['alpha'\]"),
-    ({"sigma": [1.0, 2.0]}, None, r"sigma has shape \(2,\): give a scalar, \(4,\).*species"),
-    ({"sigma": [1.0]}, [0, 1, 0, 1], r"sigma has shape \(1,\): give .*\(2,\) for one value per species or \(2, 2\)"),
-    ({"sigma": np.ones((4, 4))}, None, r"sigma has shape \(4, 4\): give a scalar"),
-    ({"sigma": np.ones((2, 2, 2))}, [0, 1, 0, 1], r"sigma has shape \(2, 2, 2\): give .*\(2, 2\) for species pairs"),
-    ({"sigma": [[1.0, 2.0], [1.5, 1.0]]}, [0, 1, 0, 1], r"sigma is not symmetric: give a symmetric \(2, 2\)"),
-    ({"sigma": [1.0, np.nan, 1.0, 1.0]}, None, r"sigma\[1\] is nan: give a positive number"),
-    ({"epsilon": np.inf}, None, r"epsilon is inf: give a positive number"),
-    ({"sigma": [1.0, 1.0, -0.5, 1.0]}, None, r"sigma\[2\] is -0.5: give a positive number"),
-    ({"sigma": 0.0}, None, r"sigma is 0.0: give a positive number"),
-    ({"sigma": "large"}, None, r"sigma is 'large': give numbers"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, species, message",
+    [
+        ({"sgima": 1.0}, None, r"no parameter 'sgima' .*did you mean 'sigma'\?"),
+        (
+            {"pressure": 1.0},
+            None,
+            r"no parameter 'pressure' .*'sigma', 'epsilon', 'alpha'.*remove it",
+        ),
+        ({"alpha": None}, None, r"needs the parameter 'alpha': give params\['alpha'\]"),
+        ({"sigma": [1.0, 2.0]}, None, r"sigma has shape \(2,\): give a scalar, \(4,\).*species"),
+        (
+            {"sigma": [1.0]},
+            [0, 1, 0, 1],
+            r"sigma has shape \(1,\): give .*\(2,\) for one value per species or \(2, 2\)",
+        ),
+        ({"sigma": np.ones((4, 4))}, None, r"sigma has shape \(4, 4\): give a scalar"),
+        (
+            {"sigma": np.ones((2, 2, 2))},
+            [0, 1, 0, 1],
+            r"sigma has shape \(2, 2, 2\): give .*\(2, 2\) for species pairs",
+        ),
+        (
+            {"sigma": [[1.0, 2.0], [1.5, 1.0]]},
+            [0, 1, 0, 1],
+            r"sigma is not symmetric: give a symmetric \(2, 2\)",
+        ),
+        ({"sigma": [1.0, np.nan, 1.0, 1.0]}, None, r"sigma\[1\] is nan: give a positive number"),
+        ({"epsilon": np.inf}, None, r"epsilon is inf: give a positive number"),
+        ({"sigma": [1.0, 1.0, -0.5, 1.0]}, None, r"sigma\[2\] is -0.5: give a positive number"),
+        ({"sigma": 0.0}, None, r"sigma is 0.0: give a positive number"),
+        ({"sigma": "large"}, None, r"sigma is 'large': give numbers"),
+    ],
+)
 def test_bad_parameters_are_refused_by_name_value_and_remedy(changes, species, message):
     params = {k: v for k, v in {**DISCS, **changes}.items() if v is not None}
     with pytest.raises(ms.InputError, match=message):
         ms.System.create(PLACES, None, potentials.soft_sphere(), params, species)
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: potentials.lennard_jones(2.5, 2.5), r"onset 2.5 and cutoff 2.5: give 0 < onset < cutoff"),
-    (lambda: potentials.morse(0.0, 2.5), r"onset 0.0 and cutoff 2.5: give 0 < onset < cutoff"),
-    (lambda: potentials.lennard_jones(2.0, np.inf), r"onset 2.0 and cutoff inf: give 0 < onset < cutoff"),
-    (lambda: potentials.switched(power, 3.0, 2.0), r"onset 3.0 and cutoff 2.0: give 0 < onset < cutoff"),
-    (lambda: potentials.from_pair(power, ("sigma", "epsilon"), cutoff=-1.0), r"cutoff is -1.0: give a positive length"),
-    (lambda: own_potential({"epsillon": potentials.geometric}), r"'epsillon', which is no parameter: use one of sigma"),
-    (lambda: potentials.harmonic_bonds([[0, 1, 2]]), r"bonds have shape \(1, 3\).*give integers of shape \(m, 2\)"),
-    (lambda: potentials.harmonic_bonds([[0.0, 1.0]]), r"bonds have shape \(1, 2\) and type float64: give integers"),
-    (lambda: potentials.harmonic_bonds([[0, 1], [2, 2]]), r"bond 1 joins a particle to itself: remove it"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (
+            lambda: potentials.lennard_jones(2.5, 2.5),
+            r"onset 2.5 and cutoff 2.5: give 0 < onset < cutoff",
+        ),
+        (lambda: potentials.morse(0.0, 2.5), r"onset 0.0 and cutoff 2.5: give 0 < onset < cutoff"),
+        (
+            lambda: potentials.lennard_jones(2.0, np.inf),
+            r"onset 2.0 and cutoff inf: give 0 < onset < cutoff",
+        ),
+        (
+            lambda: potentials.switched(power, 3.0, 2.0),
+            r"onset 3.0 and cutoff 2.0: give 0 < onset < cutoff",
+        ),
+        (
+            lambda: potentials.from_pair(power, ("sigma", "epsilon"), cutoff=-1.0),
+            r"cutoff is -1.0: give a positive length",
+        ),
+        (
+            lambda: own_potential({"epsillon": potentials.geometric}),
+            r"'epsillon', which is no parameter: use one of sigma",
+        ),
+        (
+            lambda: potentials.harmonic_bonds([[0, 1, 2]]),
+            r"bonds have shape \(1, 3\).*give integers of shape \(m, 2\)",
+        ),
+        (
+            lambda: potentials.harmonic_bonds([[0.0, 1.0]]),
+            r"bonds have shape \(1, 2\) and type float64: give integers",
+        ),
+        (
+            lambda: potentials.harmonic_bonds([[0, 1], [2, 2]]),
+            r"bond 1 joins a particle to itself: remove it",
+        ),
+    ],
+)
 def test_bad_potentials_are_refused_when_made(make, message):
     with pytest.raises(ms.InputError, match=message):
         make()
 
 
-@pytest.mark.parametrize("bonds, params, message", [
-    ([[0, 4]], {}, r"bonds name particle 4 but there are 4: use indices 0 to 3"),
-    ([[-1, 2]], {}, r"bonds name particle -1 but there are 4: use indices 0 to 3"),
-    ([[0, 1]], {"stiffness": [1.0, 2.0]}, r"stiffness has shape \(2,\): give a scalar, or \(1,\) for one value per bond"),
-    ([[0, 1]], {"length": -1.0}, r"length is -1.0: give a positive number"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "bonds, params, message",
+    [
+        ([[0, 4]], {}, r"bonds name particle 4 but there are 4: use indices 0 to 3"),
+        ([[-1, 2]], {}, r"bonds name particle -1 but there are 4: use indices 0 to 3"),
+        (
+            [[0, 1]],
+            {"stiffness": [1.0, 2.0]},
+            r"stiffness has shape \(2,\): give a scalar, or \(1,\) for one value per bond",
+        ),
+        ([[0, 1]], {"length": -1.0}, r"length is -1.0: give a positive number"),
+    ],
+)
 def test_bad_bonds_are_refused_with_the_system(bonds, params, message):
     with pytest.raises(ms.InputError, match=message):
         ms.System.create(
@@ -591,7 +644,9 @@ def test_the_cheapest_form_keeps_the_derivatives_that_are_asked_for():
     assert potential.specialize({**values, "alpha": jnp.asarray(2.2)}) == potential
     for name in values:
         np.testing.assert_allclose(
-            derivative(potential.specialize(values, (name,)), name), derivative(potential, name), rtol=1e-14
+            derivative(potential.specialize(values, (name,)), name),
+            derivative(potential, name),
+            rtol=1e-14,
         )
     assert not np.any(derivative(potential.specialize(values), "alpha")) and np.any(
         derivative(potential, "alpha")
@@ -705,8 +760,8 @@ def test_a_pair_potential_that_is_no_number_is_refused_with_the_system(phi):
     "phi, sigma", [(hertzian, 1.0), (hertzian, 1.2), (bump, 1.2), (steep, 1.2), (stepped, 1.0)]
 )
 def test_what_a_pair_potential_may_do_is_taken(phi, sigma):
-    """A third derivative that diverges at contact, a core that overflows, kinks, a slope at the
-    end.
+    """A third derivative that diverges at contact, a core that overflows,
+    kinks, a slope at the end.
     """
     on_points(
         potentials.from_pair(phi, ("sigma",), first, lambda s: (0.71 * s, s)), {"sigma": sigma}
@@ -714,7 +769,7 @@ def test_what_a_pair_potential_may_do_is_taken(phi, sigma):
 
 
 def test_every_kind_of_pair_is_tried():
-    """Of species one by one: a potential that is no number for one kind alone is refused for that kind."""
+    """Of species one by one: what is no number for one kind alone is refused for that kind."""
     potential = potentials.from_pair(
         lambda r, a: jnp.maximum(1.0 - r, 0.0) ** 4 * jnp.sqrt(a), ("a",), 1.0, name="mine"
     )
@@ -768,10 +823,19 @@ def test_lengths_that_are_no_numbers_are_refused():
             make()
 
 
-@pytest.mark.parametrize("fn, message", [
-    (lambda R, p, d: jnp.sum(R**2, axis=1), "the energy mine returns float64 of shape (3,): return one real number"),
-    (lambda R, p, d: jnp.sum(jnp.sqrt(R + 0j)), "the energy mine returns complex128 of shape (): return one real"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "fn, message",
+    [
+        (
+            lambda R, p, d: jnp.sum(R**2, axis=1),
+            "the energy mine returns float64 of shape (3,): return one real number",
+        ),
+        (
+            lambda R, p, d: jnp.sum(jnp.sqrt(R + 0j)),
+            "the energy mine returns complex128 of shape (): return one real",
+        ),
+    ],
+)
 def test_an_energy_that_is_no_number_is_refused_with_the_system(fn, message):
     with pytest.raises(ms.InputError, match=re.escape(message)):
         on_points(potentials.from_energy(fn, (), name="mine"), {})

@@ -1,4 +1,4 @@
-"""Potentials averaged over a width of r: their derivatives against quadrature of the potential's own."""
+"""Potentials averaged over a width of r: derivatives against quadrature of the potential's own."""
 
 from __future__ import annotations
 
@@ -114,8 +114,8 @@ def test_a_narrow_average_has_the_derivatives_of_the_potential() -> None:
 
 
 def test_a_contact_that_is_about_to_form_has_a_derivative() -> None:
-    """At alpha = 2 the energy of a pair a hair beyond contact knows nothing of the other; averaged,
-    it stiffens.
+    """At alpha = 2 the energy of a pair a hair beyond contact knows nothing of the other;
+    averaged, it stiffens.
     """
     potential, params = LAWS["harmonic"]
 
@@ -134,8 +134,8 @@ def test_a_contact_that_is_about_to_form_has_a_derivative() -> None:
 
 
 def test_what_barely_touches_holds_nothing() -> None:
-    """Pairs that only the width brings together are no contacts, so that no rattler turns into a
-    soft mode.
+    """Pairs that only the width brings together are no contacts,
+    so that no rattler turns into a soft mode.
     """
     eq = ms.minimize(
         ms.load_system("seed_packing_2d", seed=2, box={"packing_fraction": 0.87}), progress=False

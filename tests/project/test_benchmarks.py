@@ -1,5 +1,5 @@
-"""Each benchmark runs on a small system without its peers, and its record says how exact each time
-was.
+"""Each benchmark runs on a small system without its peers,
+and its record says how exact each time was.
 """
 
 from __future__ import annotations
@@ -51,15 +51,8 @@ SMALL = {
 }
 
 
-LONGER = (
-    "sensitivity",
-    "jacobian",
-    "batch",
-    "jamming",
-    "design",
-    "honesty",
-    "elasticity",
-)  # they compile for longest
+# they compile for longest
+LONGER = ("sensitivity", "jacobian", "batch", "jamming", "design", "honesty", "elasticity")
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
-"""A module imports from above itself and never from below: read from the sources, function bodies
-included.
+"""A module imports from above itself and never from below:
+read from the sources, function bodies included.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 MODULES["mdsens"] = MODULES.pop("__init__")
-# The names that a package promises come from all of its parts, those of the rooms within it as
-# well.
+# The names that a package promises come from all of its parts,
+# those of the rooms within it as well.
 NAMES_ONLY = {name for name, path in MODULES.items() if path.name == "__init__.py"}
 
 
@@ -187,10 +187,8 @@ def test_jax_md_is_imported_in_two_places():
         for name, found in IMPORTS.items()
         if any(i.module.split(".")[0] == "jax_md" for i in found)
     }
-    assert users == {
-        "relaxation.jax_md",
-        "cli.doctor",
-    }  # its minimizers; the check of an installation
+    # its minimizers; the check of an installation
+    assert users == {"relaxation.jax_md", "cli.doctor"}
 
 
 def test_these_checks_can_fail():
@@ -211,13 +209,16 @@ def test_these_checks_can_fail():
 # ── what a potential's documentation says ──
 
 
-@pytest.mark.parametrize("make", [
-    ms.potentials.soft_sphere,
-    ms.potentials.lennard_jones,
-    ms.potentials.morse,
-    ms.potentials.harmonic_morse,
-    lambda: ms.potentials.harmonic_bonds([[0, 1]]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        ms.potentials.soft_sphere,
+        ms.potentials.lennard_jones,
+        ms.potentials.morse,
+        ms.potentials.harmonic_morse,
+        lambda: ms.potentials.harmonic_bonds([[0, 1]]),
+    ],
+)
 def test_a_potential_documents_its_equation_and_every_parameter(make):
     potential = make()
     text = inspect.getdoc(getattr(ms.potentials, potential.name)) or ""

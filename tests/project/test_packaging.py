@@ -1,5 +1,5 @@
-"""What a user installs: the wheel holds the systems, the package finds them there, and importing it
-is cheap.
+"""What a user installs: the wheel holds the systems,
+the package finds them there, and importing it is cheap.
 """
 
 import json
@@ -23,8 +23,8 @@ SYSTEMS = ROOT / "systems"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS_INSTALLED_BY_MAKE = ("test", "dev")
 
-# jax_md takes seconds to import and starts the backend; the other two are slow and belong to the
-# edges.
+# jax_md takes seconds to import and starts the backend;
+# the other two are slow and belong to the edges.
 HEAVY = ("jax_md", "ase", "matplotlib")
 REPORT = f"""
 import json, sys
@@ -40,8 +40,8 @@ print(json.dumps({{
 
 
 def run(*command: str | Path, **environment: str) -> str:
-    """The standard output of a command, away from the checkout; what it says on failure is in the
-    assertion.
+    """The standard output of a command, away from the checkout;
+    what it says on failure is in the assertion.
     """
     done = subprocess.run(
         [str(part) for part in command],
@@ -75,8 +75,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the wheel's content alone; as PYTHONPATH it comes before the checkout of an
-    editable install.
+    """A folder with the wheel's content alone;
+    as PYTHONPATH it comes before the checkout of an editable install.
     """
     folder = tmp_path_factory.mktemp("installed")
     run(sys.executable, "-m", "pip", "install", "-qq", "--no-deps", "--target", folder, wheel)
@@ -237,8 +237,8 @@ for script in sys.argv[2:]:
 
 
 def test_compilation_cache_serves_the_next_process(tmp_path: Path):
-    """In silence, in a process and in one that it starts: XLA alone warns of each part that it
-    loads.
+    """In silence, in a process and in one that it starts:
+    XLA alone warns of each part that it loads.
     """
     folder = tmp_path / "cache"
     variables = {
@@ -254,9 +254,8 @@ def test_compilation_cache_serves_the_next_process(tmp_path: Path):
         ).stderr
 
     assert minimize() == ""
-    kept = sorted(
-        folder.glob("jit__advance-*-cache")
-    )  # what compiles in an instant is kept now and again
+    # what compiles in an instant is kept now and again
+    kept = sorted(folder.glob("jit__advance-*-cache"))
     assert minimize(CACHED) == ""
     assert kept and sorted(folder.glob("jit__advance-*-cache")) == kept
 
@@ -269,7 +268,6 @@ def test_warnings_are_off_while_code_is_loaded_and_then_alone(monkeypatch: pytes
     assert levels == [3]
     jax.monitoring.record_event_duration_secs(cache_warnings.COMPILED, 0.1)
     assert levels == [3, 1] and not cache_warnings._loading_threads
-    jax.monitoring.record_event_duration_secs(
-        cache_warnings.COMPILED, 0.1
-    )  # of what no cache was asked for
+    # of what no cache was asked for, this sets nothing
+    jax.monitoring.record_event_duration_secs(cache_warnings.COMPILED, 0.1)
     assert levels == [3, 1]

@@ -1,5 +1,5 @@
-"""The paper's experiments at smoke size: records have their fields, and the implicit result is what
-they say it is.
+"""The paper's experiments at smoke size: records have their fields,
+and the implicit result is what they say it is.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def ridge(record: Record) -> None:
 
 
 def dynamics(record: Record) -> None:
-    """At rest implicit, ``ms.jvp`` of another code path, and unrolled agree; before, unrolling is
-    further off.
+    """At rest implicit, ``ms.jvp`` of another code path, and unrolled agree;
+    before, unrolling is further off.
     """
     rows = {(row["steps"], row["by"]): row for row in record["rows"]}
     early, late = record["counts"]
@@ -47,8 +47,8 @@ def dynamics(record: Record) -> None:
 
 
 def svm(record: Record) -> None:
-    """Finite differences stand behind the truth; either fixed point gives the same derivative, near
-    it as x is.
+    """Finite differences stand behind the truth;
+    either fixed point gives the same derivative, near it as x is.
     """
     rows = {row["way"]: row for row in record["rows"]}
     assert all(row["differences"] < 1e-6 for row in rows.values())
@@ -57,8 +57,8 @@ def svm(record: Record) -> None:
 
 
 def distillation(record: Record) -> None:
-    """Finite differences stand behind the implicit gradient at a solution; both are wrong where the
-    solver stops.
+    """Finite differences stand behind the implicit gradient at a solution;
+    both are wrong where the solver stops.
     """
     newton, descent, unrolled = record["rows"][:3]
     assert max(newton["error_start"], newton["error_later"]) < 1e-6
@@ -77,8 +77,12 @@ def dictionary(record: Record) -> None:
 
 
 CLAIMS: dict[str, Callable[[Record], None]] = {
-    "ridge": ridge, "dynamics": dynamics, "svm": svm, "distillation": distillation, "dictionary": dictionary,
-}  # fmt: skip
+    "ridge": ridge,
+    "dynamics": dynamics,
+    "svm": svm,
+    "distillation": distillation,
+    "dictionary": dictionary,
+}
 
 
 @pytest.fixture(autouse=True)

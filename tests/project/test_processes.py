@@ -1,8 +1,8 @@
-"""Systems, results and potentials in other processes and threads: the same to the last bit, or an error
-that says what to do.
+"""Systems, results and potentials in other processes and threads:
+the same to the last bit, or an error that says what to do.
 
-One child process does all the checks that need one. It must not import conftest, which sets x64:
-  neither does this.
+One child process does all the checks that need one.
+It must not import conftest, which sets x64: neither does this.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def relaxed() -> ms.Equilibrium:
 
 
 def bits(tree: Any) -> list[tuple[Any, ...]]:
-    """The leaves to the last bit, with what decides how they are computed with; of objects the
-    kind.
+    """The leaves to the last bit, with what decides how they are computed with;
+    of objects the kind.
     """
     found = []
     for leaf in jax.tree.leaves(tree):
@@ -97,7 +97,7 @@ def classes() -> Iterator[type]:
 
 
 def filled(kind: Any, value: Any) -> Any:
-    """One with ``value`` in every field, but for those that are static, which have their own name."""
+    """One with ``value`` in every field, but for static ones, which have their own name."""
     made = object.__new__(kind)
     for f in dataclasses.fields(kind):
         object.__setattr__(made, f.name, f.name if f.metadata.get("static") else value)
@@ -115,7 +115,8 @@ def holds_arrays(kind: Any) -> bool:
     return bool(named) or (bool(leaves) and not dataclasses.is_dataclass(leaves[0]))
 
 
-# Sums hold potentials, which are records; the others live within one call, and hold functions or tracers.
+# Sums hold potentials, which are records;
+# the others live within one call, and hold functions or tracers.
 WITHIN = {"SumPotential", "PairLengths", "_Range", "_Line", "Operator", "Held"}
 KINDS = [kind for kind in classes() if kind.__name__ not in WITHIN and holds_arrays(kind)]
 
@@ -131,8 +132,8 @@ def stand_ins(value: Any) -> dict[str, Any]:
 
 
 def of_the_host() -> dict[str, Any]:
-    """Results whose arrays are numpy's: a certificate, a spectrum, the steps and the state of a
-    design, …
+    """Results whose arrays are numpy's: a certificate, a spectrum,
+    the steps and the state of a design, …
     """
     kinds = [kind for kind in classes() if issubclass(kind, Shown) and kind not in KINDS] + [
         Step,
@@ -190,9 +191,8 @@ LAWS = {
 def test_a_potential_of_the_catalogue_is_the_same_potential_again(name):
     potential = LAWS[name]
     for again in (pickle.loads(pickle.dumps(potential)), copy.deepcopy(potential)):
-        assert again == potential and hash(again) == hash(
-            potential
-        )  # so that nothing compiles anew
+        # so that nothing compiles anew
+        assert again == potential and hash(again) == hash(potential)
 
 
 def test_errors_keep_what_they_carry():

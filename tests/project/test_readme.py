@@ -26,9 +26,8 @@ def test_examples_run(
     assert names["v"].disagreement(names["r"].value) < 1e-6
     assert (tmp_path / "response.png").stat().st_size > 10_000
     slopes = names["slopes"]["sigma"]
-    assert (
-        slopes.shape == (32,) and float(slopes.sum()) > 0
-    )  # larger discs in the same box press harder
+    # larger discs in the same box press harder
+    assert slopes.shape == (32,) and float(slopes.sum()) > 0
     assert names["by_diameter"].shape == (32,)
     assert names["design"].status.name == "CONVERGED"
     assert names["softer"][:2].sum() < 0  # more pressure, a smaller cell
@@ -36,9 +35,8 @@ def test_examples_run(
         np.asarray(names["rest"].multipliers[k]) for k in ("bond", "floor", "pinned")
     )
     assert bond.shape == (2,) and np.abs(bond).max() > 1e-3  # they show something
-    assert floor.sum() > 1e-2 and np.allclose(
-        pinned[0], [0.0, -floor.sum()], atol=1e-12
-    )  # nothing else holds it
+    # nothing else holds it
+    assert floor.sum() > 1e-2 and np.allclose(pinned[0], [0.0, -floor.sum()], atol=1e-12)
     assert set(names["tighter"].multipliers) == {"pinned", "bond", "floor"}
     assert "CONVERGED" in capsys.readouterr().out
 

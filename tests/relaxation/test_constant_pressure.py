@@ -1,5 +1,5 @@
-"""Minima at a pressure: the cell comes to rest, and responds, as minimizing again at other
-parameters says.
+"""Minima at a pressure: the cell comes to rest, and responds,
+as minimizing again at other parameters says.
 """
 
 from __future__ import annotations
@@ -37,9 +37,8 @@ def at_rest(kind: str) -> ms.Equilibrium:
         return ms.minimize(discs(64, 0.9), pressure=0.05, tolerance=3e-14)
     if kind == "shape":
         return ms.minimize(discs(64, 0.9), pressure=0.05, shape=True, tolerance=3e-14)
-    return ms.minimize(
-        packing(PACKINGS[1], 2), pressure=1e-3, tolerance=3e-14
-    )  # spheres, with rattlers
+    # spheres, with rattlers
+    return ms.minimize(packing(PACKINGS[1], 2), pressure=1e-3, tolerance=3e-14)
 
 
 KINDS = ("size", "shape", "spheres")
@@ -62,9 +61,8 @@ def test_the_stress_is_the_pressure_asked_for(kind):
     if kind == "shape":
         np.testing.assert_allclose(stress, -0.05 * np.eye(2), atol=1e-12)
     else:
-        assert (
-            np.abs(stress - np.diag(np.diag(stress))).max() > 1e-7
-        )  # what no shape relaxed is left
+        # what no shape relaxed is left
+        assert np.abs(stress - np.diag(np.diag(stress))).max() > 1e-7
     assert str(eq).count("pressure") == 1
 
 
@@ -85,9 +83,8 @@ def small(seed: int) -> ms.System:
 
 @pytest.mark.parametrize("pressure", quick([1e-4, 1e-7], 1e-7))
 def test_packings_are_decompressed_to_next_to_nothing(pressure):
-    for seed in range(
-        4
-    ):  # a Newton step of the cell may take the last contact away: it is shortened
+    # a Newton step of the cell may take the last contact away: it is shortened
+    for seed in range(4):
         eq = ms.minimize(small(seed), pressure=pressure)
         assert float(ms.observables.pressure(eq.system)) == pytest.approx(pressure, rel=1e-4)
         assert not ms.linearize(eq).network.rattlers.all()
@@ -107,15 +104,14 @@ def test_the_step_limit_is_of_all_relaxations_together():
 
 
 def test_a_strain_of_the_cell_that_costs_nothing_is_told():
-    """Springs on a square lattice do not resist a shear: of a cell free to take it the compliance
-    has no part there.
+    """Springs on a square lattice do not resist a shear:
+    of a cell free to take it the compliance has no part there.
     """
     eq = ms.minimize(square_lattice(0.0), pressure=0.0, shape=True, throw=False)
     lin = ms.linearize(eq, throw=False)
     assert lin.cell is not None and ms.Status(int(lin.cell.status)) is ms.Status.FLOPPY
-    np.testing.assert_allclose(
-        lin.cell.stiffness, 25.0 * np.diag([1.0, 1.0, 0.0]), atol=1e-12
-    )  # of C11, a volume
+    # C11 = 1 along each axis, times the volume
+    np.testing.assert_allclose(lin.cell.stiffness, 25.0 * np.diag([1.0, 1.0, 0.0]), atol=1e-12)
     np.testing.assert_allclose(lin.cell.compliance, np.diag([0.04, 0.04, 0.0]), rtol=1e-12)
     assert (
         ms.Status(int(eq.status)) is ms.Status.FLOPPY and ms.certify(eq).status is ms.Status.FLOPPY
@@ -138,9 +134,8 @@ def test_the_cell_follows_no_parameter_any_more():
     assert not isinstance(start.boundary, FixedBox)
     eq = ms.minimize(start, pressure=0.05, tolerance=3e-14)
     assert isinstance(eq.system.boundary, FixedBox)
-    assert (
-        relative(eq.system.box, at_rest("size").system.box) < 1e-9
-    )  # as if the cell had been given
+    # as if the cell had been given
+    assert relative(eq.system.box, at_rest("size").system.box) < 1e-9
 
 
 def test_members_of_a_batch_come_to_rest_each_and_respond_each():

@@ -1,5 +1,5 @@
-"""Relaxed minima against closed forms; solvers agree; every way of not converging has its status;
-lists recover.
+"""Relaxed minima against closed forms; solvers agree;
+every way of not converging has its status; lists recover.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def test_lennard_jones_dimer_rests_at_its_minimum(sigma):
 
 @pytest.mark.as_shipped
 def test_stretched_chain_of_springs_shares_the_force():
-    # a ring of springs around a periodic cell: k_b (r_b - l_b) = f for all, f = (L - sum l) / sum
-    # 1/k
+    # a ring of springs around a periodic cell:
+    # k_b (r_b - l_b) = f for all, f = (L - sum l) / sum 1/k
     n, length = 5, 7.0
     rng = np.random.default_rng(0)
     stiffness, rest = rng.uniform(0.5, 3.0, n), rng.uniform(0.8, 1.2, n)
@@ -219,25 +219,34 @@ def test_single_precision_refuses_what_round_off_keeps_out_of_reach():
     assert distance(eq, 0, 1) == pytest.approx(2 ** (1 / 6), rel=1e-5)
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"tolerance": 0.0}, r"tolerance is 0.0: give a positive number"),
-    ({"tolerance": np.nan}, r"tolerance is nan: give a positive number"),
-    ({"tolerance": 1e-12 + 1e-12j}, r"tolerance is .*1e-12j.*: give a positive number"),
-    ({"tolerance": "tight"}, r"tolerance is 'tight': give a positive number"),
-    ({"max_steps": 0}, r"max_steps is 0: give 1 or more"),
-    ({"params": {"sgima": 1.0}}, r"no parameter 'sgima' .*did you mean 'sigma'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"tolerance": 0.0}, r"tolerance is 0.0: give a positive number"),
+        ({"tolerance": np.nan}, r"tolerance is nan: give a positive number"),
+        ({"tolerance": 1e-12 + 1e-12j}, r"tolerance is .*1e-12j.*: give a positive number"),
+        ({"tolerance": "tight"}, r"tolerance is 'tight': give a positive number"),
+        ({"max_steps": 0}, r"max_steps is 0: give 1 or more"),
+        ({"params": {"sgima": 1.0}}, r"no parameter 'sgima' .*did you mean 'sigma'"),
+    ],
+)
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ms.InputError, match=message):
         ms.minimize(packing(), **options)
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: Fire(dt_start=0.0), r"Fire\(dt_start=0.0\): give a positive number"),
-    (lambda: Fire(dt_max=np.inf), r"Fire\(dt_max=inf\): give a positive number"),
-    (lambda: ms.relaxation.JaxMD(3), r"JaxMD\(minimizer=3\): give a function \(force, shift\)"),  # type: ignore
-    (lambda: GradientDescent(step_size=-1.0), r"GradientDescent\(step_size=-1.0\): give a positive number"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Fire(dt_start=0.0), r"Fire\(dt_start=0.0\): give a positive number"),
+        (lambda: Fire(dt_max=np.inf), r"Fire\(dt_max=inf\): give a positive number"),
+        (lambda: ms.relaxation.JaxMD(3), r"JaxMD\(minimizer=3\): give a function \(force, shift\)"),  # type: ignore
+        (
+            lambda: GradientDescent(step_size=-1.0),
+            r"GradientDescent\(step_size=-1.0\): give a positive number",
+        ),
+    ],
+)
 def test_bad_methods_are_refused(make, message):
     with pytest.raises(ms.InputError, match=message):
         make()
@@ -270,8 +279,8 @@ def short_lists_as_well():
 
 @cache
 def condensed() -> tuple[ms.Equilibrium, ms.System, int]:
-    """Kob-Andersen discs from a random start with overlaps, loose enough to condense: more pairs
-    than at the start.
+    """Kob-Andersen discs from a random start with overlaps, loose enough to condense:
+    more pairs than at the start.
     """
     rng = np.random.default_rng(4)
     n, length = 70, 12.0
@@ -281,9 +290,8 @@ def condensed() -> tuple[ms.Equilibrium, ms.System, int]:
     start = ms.System.create(
         length * rng.random((n, 2)), length, potential, params, (np.arange(n) % 5 == 0).astype(int)
     )
-    start = start.replace(
-        neighbors=start.neighbors.resized(int(start.neighbors.used))
-    )  # no room to spare
+    # no room to spare
+    start = start.replace(neighbors=start.neighbors.resized(int(start.neighbors.used)))
     with mock.patch.object(neighbors, "allocate", wraps=neighbors.allocate) as allocate:
         eq = ms.minimize(start, tolerance=1e-10, throw=False)
     return eq, start, allocate.call_count
@@ -311,9 +319,8 @@ def test_traced_relaxing_marks_the_overflow_that_it_cannot_mend():
     _, start, _ = condensed()
     eq = relax(start, 1e-10, 2_000, Fire())
     assert ms.Status(int(eq.status)) is ms.Status.NEIGHBORS_OVERFLOWED
-    stopped = ms.minimize(
-        start, tolerance=1e-10, max_steps=int(eq.steps), throw=False
-    )  # in the very step
+    # stopped in the very step of the overflow
+    stopped = ms.minimize(start, tolerance=1e-10, max_steps=int(eq.steps), throw=False)
     assert ms.Status(int(stopped.status)) is ms.Status.MAX_STEPS_REACHED
     assert not bool(stopped.system.neighbors.overflowed)
     assert float(stopped.max_force) == pytest.approx(float(max_force(stopped.system)), rel=1e-12)
@@ -349,8 +356,8 @@ def test_largest_force_is_that_of_one_particle():
 
 @pytest.mark.parametrize("unit", [1e-3, 1.0, 1e3])
 def test_a_force_that_was_cut_is_not_small(unit):
-    """A many-body potential in units where its forces are far above the tolerance at any step that the
-    minimizer takes.
+    """A many-body potential in units where its forces are far above the tolerance
+    at any step that the minimizer takes.
     """
 
     def embedded(positions, params, displacement):
@@ -370,8 +377,8 @@ def test_a_force_that_was_cut_is_not_small(unit):
 
 
 def hertzian(n: int) -> ms.System:
-    """Discs near jamming, where contacts are several times softer than the potential's own stiffness
-    says.
+    """Discs near jamming, where contacts are several times softer
+    than the potential's own stiffness says.
     """
     rng = np.random.default_rng(0)
     sigma = np.where(np.arange(n) < n // 2, 1.0, 0.6)
@@ -382,9 +389,8 @@ def hertzian(n: int) -> ms.System:
     )
 
 
-@pytest.mark.parametrize(
-    "n", quick([32, 256], 32)
-)  # a list of all pairs, and one that becomes narrow
+# a list of all pairs, and one that becomes narrow
+@pytest.mark.parametrize("n", quick([32, 256], 32))
 def test_fire_takes_its_mass_from_the_stiffness_that_it_meets(n):
     start = hertzian(n)
     limits = Limits.of(natural_units(start), Fire())

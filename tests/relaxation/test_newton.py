@@ -1,5 +1,5 @@
-"""Newton steps: they end at FIRE's minimum, leave saddles, never go uphill, and stop where there is
-no headway.
+"""Newton steps: they end at FIRE's minimum, leave saddles, never go uphill,
+and stop where there is no headway.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ WAYS = ("factor", "conjugate gradients")
 
 @dataclasses.dataclass
 class Descent:
-    """What came of Newton steps: the system, the force that they claim, and after each step energy
-    and positions.
+    """What came of Newton steps: the system, the force that they claim,
+    and after each step energy and positions.
     """
 
     system: ms.System
@@ -109,9 +109,8 @@ STARTS = {  # well above jamming: no rattlers
 
 @cache
 def near(name: str) -> ms.System:
-    force = {"3-D packing": 2e-4}.get(
-        name, 1e-4
-    )  # so that three Newton steps are left above round-off
+    # so that three Newton steps are left above round-off
+    force = {"3-D packing": 2e-4}.get(name, 1e-4)
     return ms.minimize(STARTS[name](), tolerance=force, method=Fire(), leave_saddles=False).system
 
 
@@ -159,9 +158,8 @@ def test_the_factor_squares_the_force_at_each_step(name):
     forces = [f for f in descended(name, "factor").forces if f > 1e-14]  # above round-off
     gains = np.diff(np.log([float(max_force(near(name))), *forces]))
     assert descended(name, "factor").taken <= 5
-    assert gains.size >= 3 and gains[0] < 0 and np.all(gains[1:] / gains[:-1] > 1.6), (
-        gains
-    )  # the order of convergence
+    # the order of convergence
+    assert gains.size >= 3 and gains[0] < 0 and np.all(gains[1:] / gains[:-1] > 1.6), gains
 
 
 @pytest.mark.parametrize("name, way", [case for case in EASY if case[1] != "factor"])
@@ -180,8 +178,8 @@ def test_a_potential_of_many_bodies_takes_conjugate_gradients():
 
 
 def test_single_precision_takes_conjugate_gradients_down_to_round_off():
-    """Of an energy near 1, of which single precision sees no gain below 1e-7: those of forces from
-    1e-4 on.
+    """Of an energy near 1, of which single precision sees no gain below 1e-7:
+    those of forces from 1e-4 on.
     """
     double = ms.minimize(spheres(2, 40, 1.4), tolerance=1e-3, method=Fire()).system
     params = {name: np.asarray(value, np.float32) for name, value in double.params.items()}
@@ -196,8 +194,8 @@ def test_single_precision_takes_conjugate_gradients_down_to_round_off():
 
 
 def row(off: float, stretch: float = 1.0, n: int = 3, d: int = 2) -> ms.System:
-    """Lennard-Jones particles in a row, every second one off it: a saddle at 0, from which the row
-    buckles.
+    """Lennard-Jones particles in a row, every second one off it:
+    a saddle at 0, from which the row buckles.
     """
     places = np.zeros((n, d))
     places[:, 0] = stretch * 2 ** (1 / 6) * np.arange(n)
@@ -262,13 +260,11 @@ def test_no_step_raises_the_energy(way):
     runs += [buckled(off, stretch, way) for off in OFF for stretch in STRETCH]
     for found in runs:
         energies = np.asarray(found.energies)
-        assert np.all(np.diff(energies) <= 1e-14 * np.abs(energies[:-1])), (
-            energies
-        )  # all but round-off
+        # none rises, all but round-off
+        assert np.all(np.diff(energies) <= 1e-14 * np.abs(energies[:-1])), energies
         assert energies[-1] < energies[0]
-    assert any(
-        np.any(np.diff(found.forces) > 0) for found in runs
-    )  # where the force rises, that says something
+    # where the force rises, that says something
+    assert any(np.any(np.diff(found.forces) > 0) for found in runs)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -1,5 +1,5 @@
-"""Starts whose symmetry keeps the forces from leaving a saddle: every one ends in a minimum, or
-says that it does not.
+"""Starts whose symmetry keeps the forces from leaving a saddle:
+every one ends in a minimum, or says that it does not.
 
 Checked by all eigenvalues of the dense Hessian, or, of large systems, by Lanczos on the assembled
 one.

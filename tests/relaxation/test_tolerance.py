@@ -1,5 +1,5 @@
-"""What counts as converged: relative to the forces of the pairs, in any units, and never below
-round-off.
+"""What counts as converged: relative to the forces of the pairs,
+in any units, and never below round-off.
 """
 
 from __future__ import annotations
@@ -35,13 +35,22 @@ def discs(epsilon: float = 1.0, unit: float = 1.0) -> ms.System:
 
 # Dimension of each parameter: powers of a length and of an energy.
 UNITS = {
-    "sigma": (1, 0), "epsilon": (0, 1), "alpha": (0, 0), "length": (1, 0), "stiffness": (-2, 1), "charge": (0.5, 0.5),
-    "polarizability": (3, 0), "damping": (0, 0),
-}  # fmt: skip
+    "sigma": (1, 0),
+    "epsilon": (0, 1),
+    "alpha": (0, 0),
+    "length": (1, 0),
+    "stiffness": (-2, 1),
+    "charge": (0.5, 0.5),
+    "polarizability": (3, 0),
+    "damping": (0, 0),
+}
 CUTOFFS = {
-    "dimer": (2.0, 2.5), "fcc_argon": (6.8, 8.5), "argon_vacancy": (6.8, 8.5), "binary_lj_glass": (2.0, 2.5),
+    "dimer": (2.0, 2.5),
+    "fcc_argon": (6.8, 8.5),
+    "argon_vacancy": (6.8, 8.5),
+    "binary_lj_glass": (2.0, 2.5),
     "polarizable_cluster": (5.0, 6.0),
-}  # fmt: skip
+}
 BUNDLED = {
     "seed_packing_2d": "sigma",
     "polydisperse_2d": "sigma",
@@ -55,17 +64,15 @@ BUNDLED = {
     "binary_lj_glass": "sigma",
     "polarizable_cluster": "epsilon",
 }
-PLAIN = (
-    "seed_packing_2d",
-    "spring_network",
-)  # which compile once for all units: no length in them is fixed
+# these compile once for all units: no length in them is fixed
+PLAIN = ("seed_packing_2d", "spring_network")
 SCALES = [(length, energy) for length in (1e-10, 1.0, 1e10) for energy in (1e-20, 1.0, 1e10)]
 
 
 @cache
 def near(name: str) -> ms.System:
-    """A bundled system next to a minimum: from farther off, round-off decides which minimum is
-    found.
+    """A bundled system next to a minimum: from farther off,
+    round-off decides which minimum is found.
     """
     start = ms.load_system(name)
     eq = ms.minimize(start)
@@ -113,18 +120,25 @@ def plain(name: str) -> dict[str, Any]:
     return answers(name, 1.0, 1.0)
 
 
-@pytest.mark.parametrize("name, scale", [
-    *[(name, scale) for name in PLAIN for scale in ((1e-10, 1.0), (1e10, 1e10))],
-    *[pytest.param(name, scale, marks=LONG) for name in BUNDLED for scale in SCALES if scale != (1.0, 1.0)],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, scale",
+    [
+        *[(name, scale) for name in PLAIN for scale in ((1e-10, 1.0), (1e10, 1e10))],
+        *[
+            pytest.param(name, scale, marks=LONG)
+            for name in BUNDLED
+            for scale in SCALES
+            if scale != (1.0, 1.0)
+        ],
+    ],
+)
 def test_a_bundled_system_has_the_same_answer_in_any_units(name: str, scale: tuple[float, float]):
     got, want = answers(name, *scale), plain(name)
     relaxed = [Status[answer["statuses"][0]] for answer in (got, want)]
     assert all(status.good for status in relaxed)
     tolerance, floor = want["forces"]
-    if (
-        not 0.5 < floor / tolerance < 2.0
-    ):  # else round-off decides which of two a relaxation comes to
+    # else round-off decides which of two a relaxation comes to
+    if not 0.5 < floor / tolerance < 2.0:
         assert relaxed[0] is relaxed[1]
     assert got["statuses"][1:] == want["statuses"][1:]
     np.testing.assert_allclose(
@@ -141,8 +155,8 @@ def test_a_bundled_system_has_the_same_answer_in_any_units(name: str, scale: tup
 
 
 def test_units_of_powers_of_two_change_no_digit():
-    """They scale every intermediate number exactly, so that anything absolute in the code would
-    show.
+    """They scale every intermediate number exactly,
+    so that anything absolute in the code would show.
     """
     length, energy = 2.0**-33, 2.0**-66
     eq, small = ms.minimize(discs()), ms.minimize(discs(energy, length))
@@ -153,8 +167,8 @@ def test_units_of_powers_of_two_change_no_digit():
 
 
 def test_a_crowded_start_of_many_bodies_has_no_part_in_the_floor():
-    """Its stiffness is 1e6 times that of the minimum, and round-off there is no measure of
-    round-off here.
+    """Its stiffness is 1e6 times that of the minimum,
+    and round-off there is no measure of round-off here.
     """
 
     def energy(positions: jax.Array, params: Any, displacement: Any) -> jax.Array:

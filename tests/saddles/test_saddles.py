@@ -38,8 +38,8 @@ def discs(positions: np.ndarray) -> ms.System:
 
 @cache
 def cluster() -> ms.Equilibrium:
-    """The seven discs of Dellago, Bolhuis and Chandler, J. Chem. Phys. 108, 9236 (1998), at their
-    hexagon.
+    """The seven discs of Dellago, Bolhuis and Chandler,
+    J. Chem. Phys. 108, 9236 (1998), at their hexagon.
     """
     return ms.minimize(discs(np.concatenate([np.zeros((1, 2)), ring(6, 1.12)])), tolerance=TIGHT)
 
@@ -54,8 +54,8 @@ def over(seed: int) -> ms.Equilibrium:
 
 @cache
 def vacancy() -> tuple[ms.Equilibrium, ms.Equilibrium]:
-    """A triangular crystal of Lennard-Jones discs without one of them, in a cell; and the hop of a
-    neighbor.
+    """A triangular crystal of Lennard-Jones discs without one of them, in a cell;
+    and the hop of a neighbor.
     """
     grid = (
         np.stack(np.meshgrid(np.arange(6), np.arange(6), indexing="ij"), axis=-1).reshape(-1, 2) / 6
@@ -75,8 +75,8 @@ def energy(at: ms.Equilibrium) -> float:
     return float(ms.observables.energy(at.system))
 
 
-# climbed to from the hexagon: the saddle's energy, and those of its two minima, of the four that
-# the cluster has
+# climbed to from the hexagon: the saddle's energy, and those of its two minima,
+# of the four that the cluster has
 PASSES = {1: (-11.04025, (-12.53487, -11.47691)), 5: (-11.03733, (-12.53487, -11.50129))}
 
 
@@ -97,8 +97,8 @@ def test_the_passes_out_of_the_hexagon_are_found(seed: int):
 
 
 def test_the_softest_mode_leads_to_a_saddle_too():
-    """Of the hexagon it is one of two, equally soft: which of its passes they lead to is left to
-    round-off.
+    """Of the hexagon it is one of two, equally soft:
+    which of its passes they lead to is left to round-off.
     """
     saddle = find_saddle(cluster())
     assert (
@@ -112,8 +112,8 @@ def test_the_softest_mode_leads_to_a_saddle_too():
 
 
 def test_a_saddle_of_higher_order_is_left():
-    """A ring of seven has forces along its radii alone, and leads to a saddle of order 4; no slope
-    points off it.
+    """A ring of seven has forces along its radii alone, and leads to a saddle of order 4;
+    no slope points off it.
     """
     saddle = find_saddle(discs(ring(7, 1.25)))
     assert saddle.order == 1 and energy(saddle) < -10.0 and ms.certify(saddle).negative_modes == 1
@@ -147,8 +147,8 @@ def test_another_code_finds_the_same_saddle():
 
 
 def test_positions_of_a_saddle_follow_the_diameter():
-    """Without a cutoff sigma is the only length: R = sigma R(1) and dR/dsigma = R / sigma; energies
-    leave R alone.
+    """Without a cutoff sigma is the only length: R = sigma R(1) and dR/dsigma = R / sigma;
+    energies leave R alone.
     """
     saddle = over(1)
     centered = np.asarray(saddle.positions - saddle.positions.mean(axis=0))
@@ -172,9 +172,14 @@ def test_an_iteration_has_to_be_one_for_indefinite_matrices():
         ms.jvp(over(1), {"sigma": 1.0}, solve=ms.implicit.CG())
 
 
-@pytest.mark.parametrize(("where", "order", "status"), [
-    ("saddle", 0, ms.Status.INDEFINITE), ("saddle", 2, ms.Status.NOT_A_SADDLE), ("minimum", 1, ms.Status.NOT_A_SADDLE),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("where", "order", "status"),
+    [
+        ("saddle", 0, ms.Status.INDEFINITE),
+        ("saddle", 2, ms.Status.NOT_A_SADDLE),
+        ("minimum", 1, ms.Status.NOT_A_SADDLE),
+    ],
+)
 def test_a_wrong_order_is_an_error(where: str, order: int, status: ms.Status):
     eq = dataclasses.replace(over(1) if where == "saddle" else cluster(), order=order)
     with pytest.raises(ms.ConvergenceError) as caught:
@@ -191,8 +196,8 @@ def test_the_certificate_is_of_a_saddle():
         c.status is ms.Status.CONVERGED and c.negative_modes == c.order == 1 and c.stiffness_min < 0
     )
     assert "Is it a saddle of order 1?" in str(c) and c.as_dict()["order"] == 1
-    # beside the saddle the Newton step is the distance to it, and the estimate is the error of the
-    # derivative there
+    # beside the saddle the Newton step is the distance to it,
+    # and the estimate is the error of the derivative there
     away = 1e-5 * np.random.default_rng(0).normal(size=(7, 2))
     system = saddle.system.replace(positions=saddle.positions + away)
     beside = dataclasses.replace(saddle, system=system, max_force=max_force(system))
@@ -209,8 +214,8 @@ def test_the_certificate_is_of_a_saddle():
 
 @pytest.mark.parametrize("name", quick(["sigma", "epsilon"], "epsilon"))
 def test_the_hop_of_a_vacancy_moves_as_differences_say(name: str):
-    """Barrier, its derivatives to the second and the saddle's positions, against finding both ends
-    again.
+    """Barrier, its derivatives to the second and the saddle's positions,
+    against finding both ends again.
     """
     minimum, saddle = vacancy()
     found = ms.barrier(minimum, saddle, {name: 1.0})
@@ -240,9 +245,8 @@ def test_the_hop_of_a_vacancy_moves_as_differences_say(name: str):
 def test_a_barrier_without_a_cutoff_is_a_multiple_of_epsilon():
     b = ms.barrier(cluster(), over(1), {"sigma": 1.0})
     assert b.value == pytest.approx(PASSES[1][0] - PASSES[1][1][0], abs=2e-5)
-    assert float(b.gradient["epsilon"]) == pytest.approx(
-        b.value, rel=1e-12
-    )  # d ln B / d ln epsilon = 1
+    # d ln B / d ln epsilon = 1
+    assert float(b.gradient["epsilon"]) == pytest.approx(b.value, rel=1e-12)
     assert abs(float(b.gradient["sigma"])) < 1e-10
     assert (
         b.second is not None

@@ -1,5 +1,5 @@
-"""Certificates and checks of minima at a pressure: against dense truth, and against minimizing
-again there.
+"""Certificates and checks of minima at a pressure:
+against dense truth, and against minimizing again there.
 """
 
 from __future__ import annotations
@@ -66,8 +66,7 @@ def again(
     )
 
 
-# --- the certificate
-# ------------------------------------------------------------------------------------------------
+# ── the certificate ──
 
 
 @jax.jit
@@ -84,8 +83,8 @@ def joint_hessian(system: ms.System) -> jax.Array:
 
 
 def test_the_energy_has_a_slope_by_the_strain_alone():
-    """At a pressure, -P V: the forces on the particles are round-off, and no part of the gradient
-    worth a warning.
+    """At a pressure, -P V: the forces on the particles are round-off,
+    and no part of the gradient worth a warning.
     """
     g = ms.gradient(ms.observables.energy, linearized("shape"))
     assert g.status is ms.Status.CONVERGED and float(g.stats.dropped) < 1e-8
@@ -115,11 +114,10 @@ def test_the_figures_are_those_of_the_dense_joint_hessian(kind):
         c.cell.stiffness, np.linalg.eigvalsh(relaxed) / float(system.volume), rtol=1e-9
     )
     assert c.stiffness_min == pytest.approx(np.linalg.eigvalsh(particles)[2], rel=1e-9)
-    assert (
-        np.linalg.eigvalsh(joint) > 1e-10
-    ).sum() == size + k - 2  # both are positive, and so is the whole
-    # what a strain counts for: the bound of the smallest stiffness of both together, and |F| over
-    # it
+    # both are positive, and so is the whole
+    assert (np.linalg.eigvalsh(joint) > 1e-10).sum() == size + k - 2
+    # what a strain counts for: the bound of the smallest stiffness
+    # of both together, and |F| over it
     weight = np.concatenate([np.ones(size), np.full(k, length)])
     least = np.linalg.eigvalsh(joint / np.outer(weight, weight))[2]
     assert (
@@ -185,8 +183,8 @@ def test_the_sharp_estimate_is_the_error_and_the_correction_takes_it_off(kind):
     assert told.pressure_left == pytest.approx(-float(jnp.trace(stress)) / 2 - PRESSURE, rel=1e-9)
 
     def parts(r: Unknowns, at: ms.Equilibrium) -> np.ndarray:
-        """A response as it counts: motion from the affine places, without translation, and the
-        strain.
+        """A response as it counts: motion from the affine places,
+        without translation, and the strain.
         """
         strain = np.asarray(from_mandel(jnp.asarray(r.strain)))
         rest = np.asarray(r.positions) - np.asarray(at.positions) @ strain.T
@@ -214,9 +212,8 @@ def test_it_says_what_the_cell_is_and_is_json():
 
 
 def test_a_cell_that_would_not_stay_is_told():
-    eq = at_rest(
-        "size"
-    )  # free to change its size alone; under a shape that is free too, it may shear
+    # free to change its size alone; under a shape that is free too, it may shear
+    eq = at_rest("size")
     lin = linearized("size")
     assert lin.cell is not None
     cell = dataclasses.replace(
@@ -237,8 +234,7 @@ def test_what_did_not_come_to_rest_is_examined_too():
     assert c.status is ms.Status.NO_REST and not c.status.good
 
 
-# --- minimizing again
-# -----------------------------------------------------------------------------------------------
+# ── minimizing again ──
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -250,9 +246,8 @@ def test_finite_differences_are_the_response(kind, dparams):
     assert v.status.good and not v.network_changed and v.disagreement(r.value) < 1e-6
     assert v.radius == pytest.approx(ms.certify(linearized(kind), dparams).radius, rel=1e-9)
     off = dataclasses.replace(r.value, strain=1.01 * r.value.strain)
-    assert v.disagreement(off) == pytest.approx(
-        0.01, rel=1e-3
-    )  # a wrong cell is seen beside right positions
+    # a wrong cell is seen beside right positions
+    assert v.disagreement(off) == pytest.approx(0.01, rel=1e-3)
     assert "of its strain" in str(v)
 
 

@@ -1,5 +1,5 @@
-"""The certificate: its figures against dense truth and minimizing again, and each state that it
-must tell by name.
+"""The certificate: its figures against dense truth and minimizing again,
+and each state that it must tell by name.
 """
 
 from __future__ import annotations
@@ -131,8 +131,7 @@ def test_it_prints_as_a_page_a_table_and_a_dict():
     assert "Is it stable?" not in c.page(derivative_only=True)
 
 
-# --- states that must be told
-# ---------------------------------------------------------------------------------------
+# ── states that must be told ──
 
 
 def code(c):
@@ -171,9 +170,8 @@ def test_a_saddle():
 
 
 def test_a_floppy_network():
-    square = np.array(
-        [[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]]
-    )  # four rods without a diagonal
+    # four rods without a diagonal
+    square = np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
     potential = ms.potentials.harmonic_bonds([[0, 1], [1, 2], [2, 3], [3, 0]])
     eq = ms.minimize(ms.System.create(square, None, potential, {"stiffness": 1.0, "length": 1.0}))
     c = ms.certify(eq, {"length": 1.0})
@@ -182,8 +180,8 @@ def test_a_floppy_network():
 
 
 def test_a_minimum_that_its_cell_alone_holds():
-    """Its shear modulus is negative: what is stable in the cell falls in enthalpy as the cell
-    shears.
+    """Its shear modulus is negative:
+    what is stable in the cell falls in enthalpy as the cell shears.
     """
     eq = discs_at_rest("unstable")
     c, m = ms.certify(eq, THETA), ms.elasticity.moduli(eq, throw=False)
@@ -197,11 +195,14 @@ def test_a_minimum_that_its_cell_alone_holds():
     want = [float(birch.bulk), float(birch.shear), float(m.stability)]
     np.testing.assert_allclose([c.strain.bulk, c.strain.shear, c.strain.smallest], want, rtol=1e-9)
     assert f"shear modulus {want[1]:.3g}" in c.findings[0][1] and "against strain" in str(c)
-    assert c.as_dict()["strain"] == {"bulk": c.strain.bulk, "shear": c.strain.shear, "smallest": c.strain.smallest,
-                                     "status": "UNSTABLE"}  # fmt: skip
-    assert (
-        c.error < 1e-8 and c.derivative is not None and c.derivative.status.good
-    )  # which in the cell holds
+    assert c.as_dict()["strain"] == {
+        "bulk": c.strain.bulk,
+        "shear": c.strain.shear,
+        "smallest": c.strain.smallest,
+        "status": "UNSTABLE",
+    }
+    # the derivative holds in the cell
+    assert c.error < 1e-8 and c.derivative is not None and c.derivative.status.good
     with pytest.raises(ms.ConvergenceError, match="only the cell holds this configuration"):
         ms.certify(eq, throw=True)
     birches = np.asarray(ms.elasticity.mandel(m.birch))
@@ -229,10 +230,8 @@ def test_a_minimum_that_some_strain_lowers_is_good_in_its_cell_with_a_warning():
     assert c.strain is not None and c.strain.shear > 0 > c.strain.smallest and c.error < 1e-8
     d = ms.certify(discs_at_rest("stable"), THETA)
     assert d.status is ms.Status.CONVERGED and d.strain is not None and d.strain.smallest > 0
-    for kind in (
-        "unstable",
-        "sheared away",
-    ):  # at its pressure, with its size free, its shape is still held
+    # at its pressure, with its size free, its shape is still held
+    for kind in ("unstable", "sheared away"):
         eq = ms.minimize(
             discs_at_rest(kind).system,
             pressure=float(ms.observables.pressure(discs_at_rest(kind).system)),
@@ -370,9 +369,8 @@ def test_modes_and_saddles_give_the_same_verdict():
         c = ms.certify(eq, {"sigma": 1.0}, modes=modes)
         assert c.status is ms.Status.INDEFINITE and c.distance == np.inf
         assert c.derivative is not None and np.isnan(c.derivative.linear_error)
-        assert (
-            c.derivative.crossed(100.0) == 3
-        )  # pairs, each of which crosses the switch's onset and its end
+        # three pairs, each of which crosses the switch's onset and its end
+        assert c.derivative.crossed(100.0) == 3
 
 
 def test_the_energy_touches_no_rigid_motion():

@@ -1,5 +1,5 @@
-"""Sensitivities against closed forms, minimizing again, the adjoint identity, the pseudo-inverse
-and each other.
+"""Sensitivities against closed forms, minimizing again, the adjoint identity,
+the pseudo-inverse and each other.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def test_dimer_follows_its_closed_form():
 
 @pytest.mark.as_shipped
 def test_triangle_of_springs_follows_its_closed_form():
-    # a triangle without prestress takes the rest lengths as they are: d|r_b| / dl_b = 1, the other
-    # sides stay
+    # a triangle without prestress takes the rest lengths as they are:
+    # d|r_b| / dl_b = 1, the other sides stay
     points = np.array([[0.0, 0.0], [1.0, 0.1], [0.4, 0.9]])
     bonds = np.array([[0, 1], [1, 2], [2, 0]])
     lengths = np.linalg.norm(points[bonds[:, 0]] - points[bonds[:, 1]], axis=1)
@@ -83,9 +83,8 @@ def test_jvp_equals_minimizing_again(held):
     r, v = ms.jvp(eq, THETA), ms.verify.finite_difference(eq, THETA)
     assert not v.network_changed
     assert v.disagreement(r.value) < 1e-5
-    assert (
-        ms.verify.finite_difference(eq, {"sigma": [1.0, -0.5]}).disagreement(r.value) > 1e-2
-    )  # the check can fail
+    # the check can fail
+    assert ms.verify.finite_difference(eq, {"sigma": [1.0, -0.5]}).disagreement(r.value) > 1e-2
 
 
 def _pseudo_inverse(lin: ms.Linearization) -> np.ndarray:
@@ -178,8 +177,7 @@ def test_nonaffine_part_does_not_depend_on_the_images():
     assert relative(there.value, here.value) > 1e-2
 
 
-# --- the composable door
-# ------------------------------------------------------------------------------------------
+# ── the composable door ──
 
 
 def relaxed_positions(system: ms.System, free: str = "sigma"):
@@ -291,8 +289,7 @@ def test_equilibrate_says_when_it_failed():
     assert ms.Status(int(stats.status)) is ms.Status.MAX_STEPS_REACHED
 
 
-# --- batches
-# ------------------------------------------------------------------------------------------------------
+# ── batches ──
 
 
 def test_a_batch_is_done_member_by_member():
@@ -311,8 +308,7 @@ def test_a_batch_is_done_member_by_member():
     np.testing.assert_allclose(g.value["sigma"][1], single, rtol=1e-6)
 
 
-# --- what must be refused
-# -----------------------------------------------------------------------------------------
+# ── what must be refused ──
 
 
 def test_an_early_stop_says_so():
@@ -432,8 +428,8 @@ SOLVERS = (None, CG(), MINRES(), GMRES(), BiCGSTAB(), Direct(), NormalCG(), Leas
     "solve", quick(SOLVERS, None, CG(), GMRES(), Direct()), ids=lambda solve: type(solve).__name__
 )
 def test_what_is_round_off_has_no_part_worth_a_warning(solve):
-    """The energy's own gradient vanishes at a minimum, and is not what a translation of the
-    positions' is.
+    """The energy's own gradient vanishes at a minimum,
+    and is not what a translation of the positions' is.
     """
     eq = dimer()
 
@@ -446,16 +442,15 @@ def test_what_is_round_off_has_no_part_worth_a_warning(solve):
     good, dropped = ms.Status.CONVERGED, ms.Status.NULL_COMPONENT_DROPPED
     assert r.stats.status.tolist() == [good, dropped, good]
     assert float(r.stats.dropped[0]) < 1e-8 and float(r.stats.dropped[1]) > 0.1
-    # -epsilon at the bottom of the well, at 2^(1/6) sigma, whatever sigma: dU/depsilon = -1,
-    # dU/dsigma = 0
+    # -epsilon at the bottom of the well, at 2^(1/6) sigma, whatever sigma:
+    # dU/depsilon = -1, dU/dsigma = 0
     assert (
         r.value["epsilon"][0] == pytest.approx(-1.0, abs=1e-10)
         and abs(float(r.value["sigma"][0])) < 1e-10
     )
     assert r.value["sigma"][2] == pytest.approx(2 ** (1 / 6), abs=1e-8)
-    assert (
-        ms.jvp(eq, {"epsilon": 1.0}, solve=solve).status is good
-    )  # by it the force changes as much as there is of it
+    # by it the force changes as much as there is of it
+    assert ms.jvp(eq, {"epsilon": 1.0}, solve=solve).status is good
 
 
 def test_a_crystal_answers_no_diameter_and_no_strain_and_says_nothing_of_translations():

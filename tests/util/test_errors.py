@@ -1,5 +1,5 @@
-"""What a user gets wrong is named in one line: functions that jax cannot trace, names that are not
-there, arguments.
+"""What a user gets wrong is named in one line: functions that jax cannot trace,
+names that are not there, arguments.
 """
 
 from __future__ import annotations
@@ -269,9 +269,8 @@ def test_host_code_in_what_jax_traces_is_named_with_what_goes_there():
     ):
         jax.jit(lambda p: p * ms.elasticity.moduli(eq).bulk)(1.0)
     many = jax.vmap(lambda p: ms.jvp(eq, {"sigma": p}, solve=CG(), throw=False).value)(jnp.ones(2))
-    assert np.allclose(
-        many[0], ms.jvp(eq, {"sigma": 1.0}).value, atol=1e-8
-    )  # an iteration goes there
+    # an iteration goes there
+    assert np.allclose(many[0], ms.jvp(eq, {"sigma": 1.0}).value, atol=1e-8)
 
 
 def test_other_errors_of_a_function_stay_as_they_are():
@@ -354,9 +353,8 @@ def test_the_name_that_was_meant():
         with pytest.raises(AttributeError) as error:
             getattr(record, name)
         assert f"has no attribute {name!r}: did you mean {meant}? It has " in one_line(error)
-    with pytest.raises(
-        AttributeError, match=r"it has bulk, shear, young, poisson\.$"
-    ):  # and nothing of a tuple
+    # and nothing of a tuple
+    with pytest.raises(AttributeError, match=r"it has bulk, shear, young, poisson\.$"):
         _ = isotropic.nu
     for record in (eq, r, moduli, eq.system):
         for twin in (copy.copy(record), copy.deepcopy(record), pickle.loads(pickle.dumps(record))):
@@ -369,14 +367,17 @@ def test_the_error_of_a_property_is_not_hidden():
         _ = response.status
 
 
-@pytest.mark.parametrize(("name", "remedy"), [
-    ("pressure", "it is mdsens.observables.pressure."),
-    ("moduli", "it is mdsens.elasticity.moduli or mdsens.plots.moduli."),
-    ("gmres", "did you mean mdsens.implicit.GMRES?"),
-    ("minimise", "did you mean mdsens.minimize?"),
-    ("presure", "did you mean mdsens.observables.pressure?"),
-    ("xyzzy", "dir(mdsens) lists its names."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("pressure", "it is mdsens.observables.pressure."),
+        ("moduli", "it is mdsens.elasticity.moduli or mdsens.plots.moduli."),
+        ("gmres", "did you mean mdsens.implicit.GMRES?"),
+        ("minimise", "did you mean mdsens.minimize?"),
+        ("presure", "did you mean mdsens.observables.pressure?"),
+        ("xyzzy", "dir(mdsens) lists its names."),
+    ],
+)
 def test_a_name_that_the_package_has_elsewhere(name: str, remedy: str):
     assert not hasattr(ms, name)
     with pytest.raises(
@@ -427,48 +428,98 @@ ARGUMENTS: dict[Any, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
         {"cotangent": np.ones((8, 2))},
         {"cotangent": {"shape": np.ones(8), "nan": np.full((8, 2), np.nan)}, **SOLVE},
     ),
-    ms.response: ({"force": np.ones((8, 2))}, {"force": {"shape": np.ones(8), "text": "a"}, **SOLVE}),
-    ms.jacobian: ({"wrt": "sigma"}, {"wrt": {"no such name": "diameter", "kind": 3}, "chunk": {"zero": 0}, **SOLVE}),
+    ms.response: (
+        {"force": np.ones((8, 2))},
+        {"force": {"shape": np.ones(8), "text": "a"}, **SOLVE},
+    ),
+    ms.jacobian: (
+        {"wrt": "sigma"},
+        {"wrt": {"no such name": "diameter", "kind": 3}, "chunk": {"zero": 0}, **SOLVE},
+    ),
     ms.gradient: (
         {"observable": ms.observables.energy},
-        {"observable": {"kind": 3, "returns nothing": nothing, "returns integers": whole, "numpy": length}, **SOLVE},
+        {
+            "observable": {
+                "kind": 3,
+                "returns nothing": nothing,
+                "returns integers": whole,
+                "numpy": length,
+            },
+            **SOLVE,
+        },
     ),
     ms.linearize: ({}, {"solve": {"text": "cg"}}),
     ms.elasticity.moduli: ({}, SOLVE),
     ms.elasticity.gradient: (
         {"observable": pressure_of},
-        {"observable": {"kind": 3, "returns nothing": nothing, "returns integers": whole, "float": poisson}, **SOLVE},
+        {
+            "observable": {
+                "kind": 3,
+                "returns nothing": nothing,
+                "returns integers": whole,
+                "float": poisson,
+            },
+            **SOLVE,
+        },
     ),
-    ms.elasticity.value_and_gradient: ({"observable": pressure_of}, {"observable": {"kind": 3, "returns nothing": nothing}, **SOLVE}),
+    ms.elasticity.value_and_gradient: (
+        {"observable": pressure_of},
+        {"observable": {"kind": 3, "returns nothing": nothing}, **SOLVE},
+    ),
     ms.elasticity.jvp: (
         {"observable": pressure_of, "dparams": DIRECTION},
         {"observable": {"kind": 3, "returns nothing": nothing}, "dparams": ALONG, **SOLVE},
     ),
     ms.modes.smallest_stiffness: ({}, {"count": {"zero": 0}, "accuracy": {"two": 2.0}}),
     ms.modes.gradient: ({}, {"count": {"zero": 0}, "accuracy": {"two": 2.0}, **SOLVE}),
-    ms.certify: ({"throw": True}, {
-        "dparams": ALONG,
-        "modes": {"zero": 0},
-        "observable": {"kind": 3, "returns nothing": nothing, "returns integers": whole, "numpy": length},
-    }),
-    ms.verify.finite_difference: ({"dparams": DIRECTION}, {
-        "dparams": {**ALONG, "zero": {"sigma": 0.0}},
-        "step": {"negative": -1.0, "text": "a"},
-        "tolerance": {"zero": 0.0},
-    }),
-    ms.verify.derivative_test: ({"dparams": DIRECTION}, {
-        "dparams": ALONG,
-        "steps": {"negative": [-1.0], "none": []},
-        "value": {"shape": np.ones(3)},
-        "tolerance": {"nan": np.nan},
-    }),
-    ms.verify.adjoint: ({"dparams": DIRECTION}, {"dparams": ALONG, "cotangent": {"shape": np.ones(8)}, **SOLVE}),
-    ms.design.feature_response: ({"features": ["pressure"]}, {
-        "features": {"no such name": ["pressur"], "none": [], "nothing": [nothing], "float": [Elastic(poisson)]},
-        "wrt": {"no such name": "diameter"},
-        "scales": {"zero": [0.0]},
-    }),
-}  # fmt: skip
+    ms.certify: (
+        {"throw": True},
+        {
+            "dparams": ALONG,
+            "modes": {"zero": 0},
+            "observable": {
+                "kind": 3,
+                "returns nothing": nothing,
+                "returns integers": whole,
+                "numpy": length,
+            },
+        },
+    ),
+    ms.verify.finite_difference: (
+        {"dparams": DIRECTION},
+        {
+            "dparams": {**ALONG, "zero": {"sigma": 0.0}},
+            "step": {"negative": -1.0, "text": "a"},
+            "tolerance": {"zero": 0.0},
+        },
+    ),
+    ms.verify.derivative_test: (
+        {"dparams": DIRECTION},
+        {
+            "dparams": ALONG,
+            "steps": {"negative": [-1.0], "none": []},
+            "value": {"shape": np.ones(3)},
+            "tolerance": {"nan": np.nan},
+        },
+    ),
+    ms.verify.adjoint: (
+        {"dparams": DIRECTION},
+        {"dparams": ALONG, "cotangent": {"shape": np.ones(8)}, **SOLVE},
+    ),
+    ms.design.feature_response: (
+        {"features": ["pressure"]},
+        {
+            "features": {
+                "no such name": ["pressur"],
+                "none": [],
+                "nothing": [nothing],
+                "float": [Elastic(poisson)],
+            },
+            "wrt": {"no such name": "diameter"},
+            "scales": {"zero": [0.0]},
+        },
+    ),
+}
 
 
 def test_every_call_on_a_minimum_is_looked_at():
@@ -487,17 +538,14 @@ def test_every_call_on_a_minimum_is_looked_at():
 @pytest.mark.parametrize("call", ARGUMENTS, ids=lambda call: f"{call.__module__}.{call.__name__}")
 def test_arguments_are_looked_at_before_contacts(call: Any):
     right, wrong = ARGUMENTS[call]
-    names = inspect.signature(call).parameters
-    minimum = "eq"
     for name, values in wrong.items():
         for label, value in values.items():
             with pytest.raises(ms.InputError) as error:
-                call(**{minimum: gas(), **right, name: value})
+                call(**{"eq": gas(), **right, name: value})
             assert len(one_line(error)) > 10, (name, label)
-    with pytest.raises(
-        ms.ConvergenceError, match="no contact carries force"
-    ):  # all of it right but the minimum
-        call(**{minimum: gas(), **right})
+    # all of it right but the minimum
+    with pytest.raises(ms.ConvergenceError, match="no contact carries force"):
+        call(**{"eq": gas(), **right})
 
 
 # ── what a status looks like ──
@@ -554,8 +602,8 @@ def test_what_counts_contacts_is_refused_a_derivative_by_name():
 
 
 def test_every_observable_has_a_derivative_or_says_that_it_has_none():
-    """None is zero in silence where it changes as the particles do: a small random move changes
-    each, but the count.
+    """None is zero in silence where it changes as the particles do:
+    a small random move changes each, but the count.
     """
     eq, away = packing(), jnp.asarray(np.random.default_rng(1).normal(size=(16, 2)))
     of = ms.observables

@@ -1,5 +1,5 @@
-"""Packings just above jamming, held by hardly more contacts than they need: the data, and
-sensitivities on them.
+"""Packings just above jamming, held by hardly more contacts than they need:
+the data, and sensitivities on them.
 """
 
 from __future__ import annotations
@@ -20,17 +20,16 @@ from mdsens.model.box import FixedBox
 
 FOLDER = Path(__file__).parent / "jammed"
 PRESSURES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
-LONG = (
-    "MDSENS_FUZZ_CASES" in os.environ
-)  # as `make fuzz` has it: each file compiles for half a minute
+# as `make fuzz` has it: each file compiles for half a minute
+LONG = "MDSENS_FUZZ_CASES" in os.environ
 SMALL = ["2d_n64_seed0", "3d_n64_seed0"]
 SMALL += ["2d_n64_seed1", "3d_n64_seed1", "2d_n256", "3d_n256"] if LONG else []
 NAMES = [*SMALL, "2d_n1024", *(["3d_n1024"] if LONG else [])]
 LARGER = {"sigma": [0.0, 1.0]}  # the larger species grows
 
 members = pytest.mark.parametrize("member", range(5), ids=[f"P={P:g}" for P in PRESSURES])
-# A scope, so that all tests of one file run after each other, in one process: each size compiles
-# anew.
+# A scope, so that all tests of one file run after each other,
+# in one process: each size compiles anew.
 every_file = pytest.mark.parametrize("name", NAMES, scope="module")
 small_files = pytest.mark.parametrize("name", SMALL, scope="module")
 
@@ -52,8 +51,8 @@ def _densest(name: str) -> ms.System:
 
 
 def jammed(name: str, member: int) -> ms.System:
-    """A packing at its stored positions, with a list of the capacity that the densest of its file
-    needs.
+    """A packing at its stored positions, with a list of the capacity
+    that the densest of its file needs.
     """
     file, dense = packings(name), _densest(name)
     box = FixedBox(jnp.asarray(file["length"][member] * np.eye(dense.dimension)))
@@ -118,8 +117,8 @@ def response_in_closed_form(name: str, member: int, rattlers: np.ndarray) -> np.
 @every_file
 @members
 def test_packing_is_what_its_file_says(name, member):
-    """At rest to round-off, at its pressure, with its rattlers, and between isostatic and a little
-    above.
+    """At rest to round-off, at its pressure, with its rattlers,
+    and between isostatic and a little above.
     """
     file, lin = packings(name), minimum(name, member)
     system, net = lin.equilibrium.system, lin.network
@@ -132,8 +131,8 @@ def test_packing_is_what_its_file_says(name, member):
     assert int(net.pairs) == file["contacts"][member]
     d, z = system.dimension, float(ms.observables.coordination(system))
     moving = system.n - int(net.rattlers.sum())
-    # one contact more than the degrees of freedom is the least that carries pressure; the rest
-    # opens as the root of it
+    # one contact more than the degrees of freedom is the least that carries pressure;
+    # the rest opens as the root of it
     assert z >= 2 * d - 2 * (d - 1) / moving - 1e-12
     assert z - 2 * d < (8, 20)[d - 2] * PRESSURES[member] ** 0.5
 
@@ -168,8 +167,8 @@ def test_jvp_is_the_pseudo_inverse_on_the_backbone(name, member):
 @every_file
 @members
 def test_certificate_is_the_dense_truth(name, member):
-    """Rattlers, zero modes and the smallest stiffness are those of the dense Hessian (computed
-    once, in the file).
+    """Rattlers, zero modes and the smallest stiffness are those
+    of the dense Hessian (computed once, in the file).
     """
     file, lin = packings(name), minimum(name, member)
     c = ms.certify(lin, LARGER)

@@ -1,5 +1,5 @@
-"""Relaxed elastic constants of a glass against matscipy's, with the same potential, in Birch's
-convention.
+"""Relaxed elastic constants of a glass against matscipy's,
+with the same potential, in Birch's convention.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from mdsens.elasticity import moduli
 
 
 def interaction(sigma: float, epsilon: float, onset: float, cutoff: float) -> Any:
-    """The potential of the bundled glass as an interaction of matscipy, with derivatives of its own: 4
-    eps (x^12 - x^6) S.
+    """The potential of the bundled glass as an interaction of matscipy,
+    with derivatives of its own: 4 eps (x^12 - x^6) S.
     """
 
     def polynomial(r):  # S and its first two derivatives
@@ -63,9 +63,8 @@ def test_birchs_constants_of_a_lennard_jones_glass_are_matscipys():
         for a, b in ((0, 0), (0, 1), (1, 1))
     }
     atoms.calc = pair_potential.PairPotential(parts)
-    assert (
-        np.linalg.norm(atoms.get_forces(), axis=1).max() < 1e-9
-    )  # the same minimum, by their forces
+    # the same minimum, by their forces
+    assert np.linalg.norm(atoms.get_forces(), axis=1).max() < 1e-9
     assert float(ms.observables.energy(eq.system)) == pytest.approx(
         atoms.get_potential_energy(), rel=1e-10
     )

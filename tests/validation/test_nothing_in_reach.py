@@ -1,4 +1,4 @@
-"""Systems in which nobody is near anybody: an answer or a sentence, never an error from inside jax."""
+"""Systems in which nobody is near anybody: an answer or a sentence, never an error inside jax."""
 
 from __future__ import annotations
 
@@ -200,14 +200,13 @@ OTHERS: dict[str, Callable[[str], Any]] = {
     ),
     "distances": lambda name: observables.distances(MORE[name](), np.zeros((0, 2), int)),
 }
-NOT_ALONE = {
-    "no pairs"
-}  # of a potential that tells no pairs nobody is known to be loose: it is floppy where it is looked at
+# of a potential that tells no pairs nobody is known to be loose: it is floppy where it is looked at
+NOT_ALONE = {"no pairs"}
 
 
 def answered(call: Callable[[], Any]) -> Any:
-    """What a call gives, with every number a number, or the error that it is refused with, in one
-    line.
+    """What a call gives, with every number a number,
+    or the error that it is refused with, in one line.
     """
     try:
         found = call()

@@ -1,5 +1,5 @@
-"""The published case and another code: 40 seeds of the packing of arXiv:2105.15183, 20 packings of
-that code.
+"""The published case and another code:
+40 seeds of the packing of arXiv:2105.15183, 20 packings of that code.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ ITERATIVE = (CG(1e-13), MINRES(1e-13), BiCGSTAB(1e-13), GMRES(1e-13))
 
 @LONG
 def test_a_dozen_seeds():
-    """L1 norms of dR/dtheta in the published range, and minimizing again on some; the box follows
-    theta or is held.
+    """L1 norms of dR/dtheta in the published range, and minimizing again on some;
+    the box follows theta or is held.
 
     The first notebook takes forty.
     """
@@ -67,8 +67,8 @@ def test_energy_and_stress_of_another_code(packing_name, index):
 
 @pytest.mark.parametrize("index", MEMBERS)
 def test_sensitivities_of_every_packing(packing_name, index):
-    """The adjoint identity, the dense pseudo-inverse on the backbone, zero on the rattlers; every
-    solver on some.
+    """The adjoint identity, the dense pseudo-inverse on the backbone,
+    zero on the rattlers; every solver on some.
     """
     lin = ms.linearize(relaxed_packing(packing_name, index))
     rng = np.random.default_rng(index)

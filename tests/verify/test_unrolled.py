@@ -1,5 +1,5 @@
-"""Unrolled derivatives: closed forms, the implicit answer, what reverse mode takes; and where they
-mislead.
+"""Unrolled derivatives: closed forms, the implicit answer, what reverse mode takes;
+and where they mislead.
 """
 
 from __future__ import annotations
@@ -107,13 +107,16 @@ def test_reverse_mode_has_to_fit(monkeypatch: pytest.MonkeyPatch):
         unrolled(pair(), {"sigma": 1.0}, 1000, method=GradientDescent(), reverse=True)
 
 
-@pytest.mark.parametrize(("start", "options", "says"), [
-    (ms.relaxation.Fire(), {}, "one System"),
-    (None, {"method": ms.relaxation.Newton()}, "Fire"),
-    (None, {"steps": 0}, "whole numbers"),
-    (None, {"steps": [1.5]}, "whole numbers"),
-    (None, {"dparams": {"sgima": 1.0}}, "did you mean"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("start", "options", "says"),
+    [
+        (ms.relaxation.Fire(), {}, "one System"),
+        (None, {"method": ms.relaxation.Newton()}, "Fire"),
+        (None, {"steps": 0}, "whole numbers"),
+        (None, {"steps": [1.5]}, "whole numbers"),
+        (None, {"dparams": {"sgima": 1.0}}, "did you mean"),
+    ],
+)
 def test_bad_input_is_refused(start, options, says):
     given = {"dparams": {"sigma": 1.0}, **options}
     with pytest.raises(ms.InputError, match=says):

@@ -1,4 +1,4 @@
-"""The user's own checks: each passes on what is right, and each is made to fail on what is wrong."""
+"""The user's own checks: each passes on what is right, and is made to fail on what is wrong."""
 
 from __future__ import annotations
 
@@ -91,9 +91,8 @@ def test_the_two_kinds_of_differences_are_one():
 def test_where_nothing_moves_errors_are_absolute():
     test = verify.derivative_test(dimer(), {"epsilon": 1.0}, [1e-3, 1e-4])
     assert (test.steps == [1e-4, 1e-3]).all()
-    assert (
-        0.0 < test.best < 1e-6
-    )  # relative to the round-off that jvp gives, it would be of order 1
+    # relative to the round-off that jvp gives, it would be of order 1
+    assert 0.0 < test.best < 1e-6
     assert test.slope is None
 
 
@@ -159,8 +158,8 @@ def diameters(eq: ms.Equilibrium) -> dict[str, np.ndarray]:
 
 @cache
 def at_the_minimum() -> tuple[ms.System, np.ndarray]:
-    """The packing near jamming by two Newton steps, and the pseudo-inverse of its Hessian, by dense
-    linear algebra.
+    """The packing near jamming by two Newton steps, and the pseudo-inverse
+    of its Hessian, by dense linear algebra.
     """
     system, inverse = ms.linearize(relaxed_packing(NEAR_JAMMING, 0)).system, np.zeros(())
     for _ in range(2):
@@ -223,8 +222,8 @@ def stiffer(r, k, length):
 
 
 def test_a_wrong_hessian_makes_no_wrong_difference():
-    """A triangle of springs: it goes where the lengths say whatever the Hessian, which makes the
-    response too small.
+    """A triangle of springs: it goes where the lengths say whatever the Hessian,
+    which makes the response too small.
     """
     potential = dataclasses.replace(
         potentials.harmonic_bonds([[0, 1], [1, 2], [2, 0]]), phi=stiffer
@@ -272,8 +271,8 @@ def _lennard_jones() -> list[ms.Equilibrium]:
 
 @LONG
 def test_the_truth_lies_within_the_stated_error_in_nearly_all_directions(record_property):
-    """200 directions and more: diameters, depths and pressures, in 2-D and 3-D, from 1e-1 down to
-    1e-4 of pressure.
+    """200 directions and more: diameters, depths and pressures, in 2-D and 3-D,
+    from 1e-1 down to 1e-4 of pressure.
 
     The truth is the certificate's corrected derivative, which is that at the minimum itself to
     second order.
@@ -373,8 +372,8 @@ def test_what_is_no_minimum_is_refused():
 
 
 def broken(r, at, c0, c1, c2, c3):
-    """Smooth, but for a jump of 1 c0 of phi, -c1 of phi', 2 c2 of phi'' and -6 c3 of phi''' at one
-    length.
+    """Smooth, but for a jump of 1 c0 of phi, -c1 of phi',
+    2 c2 of phi'' and -6 c3 of phi''' at one length.
     """
     short = jnp.maximum(at - r, 0.0)
     smooth = jnp.exp(-r) / r + jnp.cos(3.0 * r)
@@ -477,9 +476,8 @@ def test_our_potentials_keep_their_promises(name):
 def test_what_is_declared_is_told_with_its_jump():
     test = verify.potential(*OURS["harmonic discs"])
     (told,) = [f.sentence for f in test.findings if f.check == "breakpoint 1"]
-    assert (
-        told == "declared at r = 0.6 to 1: phi and phi' continuous, phi'' jumps by -2.78."
-    )  # -epsilon / sigma^2
+    # the jump is -epsilon / sigma^2
+    assert told == "declared at r = 0.6 to 1: phi and phi' continuous, phi'' jumps by -2.78."
     assert str(test).startswith("Potential test of soft_sphere: good")
 
 
@@ -508,7 +506,7 @@ def test_a_many_body_potential_needs_its_configuration():
 
 
 def quadratic(r, k, sigma):
-    """Harmonic contact with a second, stiffer shell inside 0.7123456789 sigma that nobody declares."""
+    """Harmonic contact with a stiffer second shell inside 0.7123456789 sigma, undeclared."""
     return (
         0.5
         * k
@@ -702,8 +700,8 @@ def test_single_precision_is_refused():
 
 
 def test_a_contact_that_changes_at_the_minimum_leaves_no_step():
-    """Discs on rods at rest, two of them exactly touching: a larger diameter pushes them, a smaller
-    one does not.
+    """Discs on rods at rest, two of them exactly touching:
+    a larger diameter pushes them, a smaller one does not.
     """
     potential = ms.potentials.soft_sphere() + ms.potentials.harmonic_bonds([[0, 1], [1, 2]])
     params = {"sigma": 1.0, "epsilon": 1.0, "alpha": 2.0, "length": [1.5, 1.0], "stiffness": 1.0}

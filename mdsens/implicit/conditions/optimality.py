@@ -345,7 +345,9 @@ def newton(
 
         # symbolic_zeros, so that no linear system is solved where only x changes
         @functools.partial(move.defjvp, symbolic_zeros=True)
-        def rule(primals: Any, tangents: Any) -> tuple[PyTree, PyTree]:
+        def rule(
+            primals: tuple[PyTree, list[Any]], tangents: tuple[PyTree, list[Any]]
+        ) -> tuple[PyTree, PyTree]:
             x, values = primals
             image = move(x, values)
             dimage = jax.tree.map(

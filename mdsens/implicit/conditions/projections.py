@@ -19,11 +19,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
+from mdsens._util.batching import one_by_one
 from mdsens._util.errors import InputError
 from mdsens._util.precision import full_precision
 from mdsens._util.pytree import PyTree
 from mdsens.implicit.linear import Direct, Operator
-from mdsens.implicit.linear.direct import one_by_one
 from mdsens.implicit.linear.solution import linear_solve
 
 __all__ = [

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 from jax import Array, lax
-from jax.custom_batching import sequential_vmap
 
+from mdsens._util.batching import one_by_one
 from mdsens._util.errors import InputError
 from mdsens._util.precision import full_precision
 from mdsens.implicit.linear._vectors import Apply, Iterate, dot
@@ -20,7 +18,7 @@ from mdsens.implicit.linear.method import Method, Round, check_rtol, projected
 from mdsens.implicit.linear.operator import Operator
 from mdsens.implicit.linear.result import Result
 
-__all__ = ["Direct", "LeastSquares", "one_by_one"]
+__all__ = ["Direct", "LeastSquares"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,22 +96,6 @@ class LeastSquares(Method):
         return lambda r, tol, limit: inverse(r), b.size
 
 
-def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a function that, under vmap on a CPU, runs on one member after the other.
-
-    On a CPU, jaxlib distributes a batch of matrices over a pool of threads, and waits for them on a
-    thread of that pool. Two factorizations that run at the same time on two cores then wait for
-    ever (observed with jaxlib 0.10.1).
-    """
-    in_sequence = sequential_vmap(function)
-
-    @functools.wraps(function)
-    def run(*arguments: Any) -> Any:
-        return (in_sequence if jax.default_backend() == "cpu" else function)(*arguments)
-
-    return run
-
-
 @one_by_one
 def _lu(matrix: Array) -> tuple[Array, Array]:
     return jsl.lu_factor(matrix)
@@ -149,7 +131,8 @@ def _cholesky(matrix: Array, largest: Array) -> Array:
       matrix: (n, n).
       largest: its largest entry.
     """
-    n, eps = matrix.shape[0], float(jnp.finfo(matrix.dtype).eps)
+    n = matrix.shape[0]
+    eps = float(jnp.finfo(matrix.dtype).eps)
 
     def shifted_factor(shift: float) -> Array:
         scale = jnp.where(largest > 0, largest, 1)
@@ -189,7 +172,8 @@ def _by_lu(matrix: Array) -> Callable[[Array], Iterate]:
     Returns:
       r -> (x, 0 applications, result).
     """
-    n, eps = matrix.shape[0], float(jnp.finfo(matrix.dtype).eps)
+    n = matrix.shape[0]
+    eps = float(jnp.finfo(matrix.dtype).eps)
     lu, pivots = _lu(matrix)
     sizes = jnp.abs(jnp.diagonal(lu))
     finite = jnp.all(jnp.isfinite(matrix))
@@ -210,7 +194,8 @@ def _by_lu(matrix: Array) -> Callable[[Array], Iterate]:
 @full_precision
 def _inverted(matrix: Array, needed: Array) -> tuple[Array, Array]:
     """Compute the transposed pseudo-inverse and the rank of a matrix; zeros where not needed."""
-    n, eps = matrix.shape[0], float(jnp.finfo(matrix.dtype).eps)
+    n = matrix.shape[0]
+    eps = float(jnp.finfo(matrix.dtype).eps)
 
     def by_values() -> tuple[Array, Array]:
         left, sizes, rows = jnp.linalg.svd(matrix, full_matrices=False)
@@ -286,7 +271,8 @@ def pseudo_inverse(
     Returns:
       r -> (x, 0 applications, result).
     """
-    n, eps = b.size, float(jnp.finfo(b.dtype).eps)
+    n = b.size
+    eps = float(jnp.finfo(b.dtype).eps)
     matrix = _written_out(apply, b)
     if symmetric:
         values, right_vectors = _eigh(matrix)

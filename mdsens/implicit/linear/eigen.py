@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
+import scipy.sparse as sp
+from jax.typing import DTypeLike
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh, lobpcg
 
 from mdsens._util.attributes import Named
@@ -98,10 +100,10 @@ def lowest(
     *,
     project: Apply,
     null: int,
-    matrix: Any = None,
+    matrix: sp.csr_array | None = None,
     order: np.ndarray | None = None,
     precondition: Apply | None = None,
-    dtype: Any = float,
+    dtype: DTypeLike = float,
     floor: float = 0.0,
 ) -> Spectrum:
     """Compute the ``k`` algebraically lowest eigenpairs of P A P on the range of P.
@@ -175,7 +177,9 @@ def lanczos(
       (m,) of the Lanczos vectors.
     """
 
-    def step(carry: Any, weight: jax.Array) -> tuple[Any, Any]:
+    def step(
+        carry: tuple[jax.Array, jax.Array, jax.Array, jax.Array], weight: jax.Array
+    ) -> tuple[Any, Any]:
         before, v, beta, total = carry
         total = total + weight * v
         w = apply(v) - beta * before
@@ -270,7 +274,7 @@ def _range_vectors(size: int, k: int, project: Apply) -> np.ndarray:
 
 
 def _shift_invert(
-    matrix: Any,
+    matrix: sp.csr_array,
     order: np.ndarray | None,
     size: int,
     k: int,

@@ -68,7 +68,8 @@ class GMRES(IterativeMethod):
 
     def iteration(self, operator: Operator, b: Array) -> tuple[Round, int]:
         apply, precondition = projected(operator)
-        definite, restart = operator.positive_semidefinite, self.restart
+        definite = operator.positive_semidefinite
+        restart = self.restart
         if definite and self.degree > 1 and precondition is None:
             cycle = functools.partial(gmres_cycle, restart=restart, definite=True)
             return smoothed(cycle, apply, self.degree, b), 0

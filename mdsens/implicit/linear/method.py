@@ -181,7 +181,8 @@ def refine(method: Method, operator: Operator, b: Array) -> tuple[Array, Array, 
     project = operator.project or same
     left = operator.left_project
     if method.scalable and operator.scaling is not None:
-        inner, setup = _scaled(method, operator, b), 0
+        inner = _scaled(method, operator, b)
+        setup = 0
     else:
         inner, setup = method.iteration(operator, b)
 

@@ -71,7 +71,8 @@ class Neumann(IterativeMethod):
 
     def iteration(self, operator: Operator, b: Array) -> tuple[Round, int]:
         apply, precondition = projected(operator)
-        definite, alpha = operator.positive_semidefinite, self.alpha
+        definite = operator.positive_semidefinite
+        alpha = self.alpha
         return lambda r, tol, limit: neumann(apply, r, tol, limit, alpha, definite, precondition), 0
 
     def run(self, operator: Operator, b: Array) -> tuple[Array, Array, Array, Array]:

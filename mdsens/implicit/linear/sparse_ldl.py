@@ -30,7 +30,7 @@ PLANAR = 20_000
 MANY = 16
 
 
-def bound(matrix: Any) -> float:
+def bound(matrix: sp.csr_array) -> float:
     """Compute an upper bound of the eigenvalues: the largest sum of |A| over a row.
 
     The largest eigenvalue is rarely below a third of it.
@@ -38,13 +38,13 @@ def bound(matrix: Any) -> float:
     return float(bounds(matrix, 1)[0])
 
 
-def bounds(matrix: Any, parts: int) -> np.ndarray:
+def bounds(matrix: sp.csr_array, parts: int) -> np.ndarray:
     """Compute the bound of each of the ``parts`` equal diagonal blocks of A, (parts,)."""
     sizes = sp.csr_array((np.abs(matrix.data), matrix.indices, matrix.indptr), shape=matrix.shape)
     return np.max((sizes @ np.ones(matrix.shape[1])).reshape(parts, -1), axis=1, initial=0.0)
 
 
-def ordering(matrix: Any, block: int) -> np.ndarray | None:
+def ordering(matrix: sp.csr_array, block: int) -> np.ndarray | None:
     """Choose the order of rows in which a Hessian is factorized.
 
     Measured for discs: minimum degree and QDLDL take 0.6 of the time of METIS and SuperLU at 1,024
@@ -61,7 +61,7 @@ def ordering(matrix: Any, block: int) -> np.ndarray | None:
     return None if block == 2 and matrix.shape[0] <= PLANAR else dissection(matrix, block)
 
 
-def dissection(matrix: Any, block: int = 1) -> np.ndarray:
+def dissection(matrix: sp.csr_array, block: int = 1) -> np.ndarray:
     """Order the rows of a symmetric matrix by nested dissection, which keeps its factor sparse.
 
     By METIS (Karypis and Kumar, SIAM J. Sci. Comput. 20, 359 (1998)). For a planar network of m
@@ -89,7 +89,7 @@ def dissection(matrix: Any, block: int = 1) -> np.ndarray:
     return (np.asarray(order)[:, None] * block + np.arange(block)).ravel()
 
 
-def _shifted(matrix: Any, shift: np.ndarray) -> Any:
+def _shifted(matrix: sp.csr_array, shift: np.ndarray) -> Any:
     """Add a diagonal to a matrix in compressed rows.
 
     Where all entries of the diagonal are stored, they are changed in a copy of the data, which is
@@ -119,7 +119,7 @@ class _Parts(NamedTuple):
     image: Callable[[int], np.ndarray]
 
 
-def _by_qdldl(matrix: Any) -> _Parts:
+def _by_qdldl(matrix: sp.csr_array) -> _Parts:
     """Factorize with QDLDL, ordered by minimum degree: the fastest for a small matrix."""
     import qdldl  # type: ignore[import-not-found]
 
@@ -154,7 +154,7 @@ def _by_qdldl(matrix: Any) -> _Parts:
     return _Parts(solver.solve, pivots, image)
 
 
-def _by_superlu(matrix: Any, order: np.ndarray) -> _Parts:
+def _by_superlu(matrix: sp.csr_array, order: np.ndarray) -> _Parts:
     """Factorize with SuperLU in a given order: faster for a large matrix, by dense blocks."""
     permuted = matrix[order][:, order]
     permuted.sort_indices()
@@ -206,7 +206,9 @@ class SparseFactor:
       RuntimeError: a pivot is zero.
     """
 
-    def __init__(self, matrix: Any, shift: float | np.ndarray, order: np.ndarray | None = None):
+    def __init__(
+        self, matrix: sp.csr_array, shift: float | np.ndarray, order: np.ndarray | None = None
+    ):
         shifted = _shifted(matrix.tocsr(), np.broadcast_to(shift, matrix.shape[:1]))
         self._parts = _by_qdldl(shifted) if order is None else _by_superlu(shifted, order)
 
@@ -265,7 +267,7 @@ class SparseFactor:
 
 
 def solve_on_range(
-    matrix: Any,
+    matrix: sp.csr_array,
     factor: SparseFactor,
     project: Project,
     b: np.ndarray,

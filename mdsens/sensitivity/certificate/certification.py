@@ -275,7 +275,8 @@ def certify(
     step = space.still
     if has_modes:
         step, _, _ = space.solve(forces, ESTIMATE)
-    crossed_to_minimum, steps_to_crossing = 0, np.inf
+    crossed_to_minimum = 0
+    steps_to_crossing = np.inf
     if finite:
         crossed_to_minimum, steps_to_crossing = _contacts_in_doubt(space, step)
     derivative_certificate = None

@@ -550,7 +550,7 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _without_nan(value: Any) -> Any:
+def _without_nan(value: object) -> Any:
     """Nested dicts and lists with None for infinite numbers and NaN, which JSON lacks."""
     if isinstance(value, dict):
         return {key: _without_nan(v) for key, v in value.items()}

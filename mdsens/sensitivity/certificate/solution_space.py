@@ -14,6 +14,8 @@ from jax.typing import ArrayLike
 from mdsens.mechanics import contact_changes, lagrangian
 from mdsens.mechanics.contact_changes import Crossing
 from mdsens.mechanics.hessian import Unknowns, force
+from mdsens.mechanics.hessian_factor import HessianFactor
+from mdsens.mechanics.kkt_factor import KKT
 from mdsens.mechanics.kkt_operator import flat
 from mdsens.mechanics.status import Status
 from mdsens.sensitivity.linearization import Linearization
@@ -78,9 +80,9 @@ class Space:
     """
 
     # A KKT has methods that a HessianFactor lacks; ``lin.constrained`` decides which are used.
-    def __init__(self, lin: Linearization, factor: Any):
+    def __init__(self, lin: Linearization, factor: HessianFactor | KKT):
         self.lin = lin
-        self.factor = factor
+        self.factor: Any = factor
         # the form for compiled code, where all parameters may be differentiated
         self.core = lin.traced(tuple(lin.system.params))
         n, d = lin.system.positions.shape

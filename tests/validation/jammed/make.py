@@ -1,5 +1,5 @@
-"""Makes the packings of this folder: bidisperse harmonic spheres, decompressed towards jamming,
-relaxed to round-off.
+"""Makes the packings of this folder: bidisperse harmonic spheres,
+decompressed towards jamming, relaxed to round-off.
 
 A random start is relaxed well above jamming. The box is then widened step by step, the particles
 going with it, and the packing relaxed after each step, down to each of the pressures in turn.
@@ -28,10 +28,8 @@ from mdsens.mechanics.hessian import max_force
 HERE = Path(__file__).parent
 PRESSURES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 SIGMA = np.array([1.0, 1.4])  # half of the particles each
-START = {
-    2: 1.0,
-    3: 0.8,
-}  # packing fraction of the random start: P is about 0.1 there, jamming at 0.84 and 0.65
+# packing fraction of the random start: P is about 0.1 there, jamming at 0.84 and 0.65
+START = {2: 1.0, 3: 0.8}
 NAMES = (
     "2d_n64_seed0",
     "2d_n64_seed1",
@@ -141,8 +139,8 @@ def backbone(c: Contacts) -> tuple[np.ndarray, np.ndarray]:
 
 
 def hessian(c: Contacts, use: np.ndarray, prestressed: np.ndarray) -> sp.csc_matrix:
-    """The sum over the contacts in ``use`` of k n n' - (f / r) (1 - n n'), the second term of some
-    alone.
+    """The sum over the contacts in ``use`` of k n n' - (f / r) (1 - n n'),
+    the second term of some alone.
     """
     n, d = c.net.shape
     outer = c.normal[use, :, None] * c.normal[use, None, :]
@@ -175,8 +173,8 @@ def newton_step(packing: Packing, c: Contacts, damping: float) -> Packing:
 
 
 def newton(packing: Packing, target: float) -> Packing:
-    """Damped Newton steps, each accepted only if the largest force falls; ends at the target or
-    where none does.
+    """Damped Newton steps, each accepted only if the largest force falls;
+    ends at the target or where none does.
     """
     damping, c = DAMPING, contacts(packing)
     while c.largest > target and damping < 1e-2:
@@ -196,11 +194,11 @@ def centered(packing: Packing) -> Packing:
 
 
 def relaxed(packing: Packing, scale: float, target: float) -> Packing:
-    """FIRE to a fraction of the forces, then Newton to ``target``; further FIRE where Newton stops
-    too early.
+    """FIRE to a fraction of the forces, then Newton to ``target``;
+    further FIRE where Newton stops too early.
 
-    It does where a contact opens or closes within a step: the Hessian jumps there, and only a small
-      step helps.
+    It does where a contact opens or closes within a step: the Hessian jumps there,
+    and only a small step helps.
     """
     for fraction in np.geomspace(1e-2, 1e-8, 7):
         tolerance = max(float(fraction) * scale, FLOOR)
@@ -215,8 +213,8 @@ def relaxed(packing: Packing, scale: float, target: float) -> Packing:
 
 
 def polished(packing: Packing, seed: int, tries: int = 20) -> Packing:
-    """Newton steps at round-off from shifted origins; the one that leaves the smallest largest
-    force.
+    """Newton steps at round-off from shifted origins;
+    the one that leaves the smallest largest force.
     """
     rng = np.random.default_rng(seed)
     best, least = packing, contacts(packing).largest
@@ -233,8 +231,8 @@ def polished(packing: Packing, seed: int, tries: int = 20) -> Packing:
 def decompressed(
     packing: Packing, target: float, accuracy: float, slope: float
 ) -> tuple[Packing, float]:
-    """Widen the box until the pressure is ``target``, by secants; also d P / d ln(length) for the
-    next call.
+    """Widen the box until the pressure is ``target``, by secants;
+    also d P / d ln(length) for the next call.
     """
     P = pressure(packing)
     while abs(P / target - 1.0) > accuracy:
