@@ -17,11 +17,11 @@ average: a cell whose shape may change as well, as under ``minimize(pressure=P, 
 little softer.) Its shear modulus is P / 2 below that of A (Barron and Klein, Proc. Phys. Soc. 85,
 523, 1965; Wallace, Thermodynamics of Crystals, 1972).
 
-At imposed strain A is defined whatever its sign. The moduli are those of a solid where the bulk and
-the shear modulus are positive, both of A and of B. Otherwise the status is FLOPPY where one of them
-is zero to round-off and UNSTABLE where one is negative; both statuses raise. Where the moduli are
-positive but B is not positive definite, some strain still lowers the enthalpy: the moduli remain
-averages over directions, and the status SHAPE_HELD is a warning. See
+At imposed strain A is defined also where it has negative eigenvalues. The moduli are those of a
+solid where the bulk and the shear modulus are positive, both of A and of B. Otherwise the status is
+FLOPPY where one of them is zero to round-off and UNSTABLE where one is negative; both statuses
+raise. Where the moduli are positive but B is not positive definite, some strain still lowers the
+enthalpy: the moduli remain averages over directions, and the status SHAPE_HELD is a warning. See
 :mod:`mdsens.mechanics.stability`.
 """
 
@@ -188,10 +188,10 @@ class Moduli(Portable, Shown):
       stress: (d, d) Cauchy stress, positive in tension.
       nonaffine: (m, n, d) displacements from the affine positions, for each Mandel component of the
         strain; zero for rattlers.
-      stats: of the m linear solves. The error of the tensor is of the order of the residual
-        squared. Where the solves are good, the status says what the tensor describes: FLOPPY,
-        STIFFNESS_UNSETTLED or UNSTABLE where its moduli are not those of a solid, SHAPE_HELD as a
-        warning; see :func:`mdsens.mechanics.stability.verdict`.
+      stats: statistics of the m linear solves, as arrays (m,). The error of the tensor is of the
+        order of the residual squared. Where the solves are good, the status says what the tensor
+        describes: FLOPPY, STIFFNESS_UNSETTLED or UNSTABLE where its moduli are not those of a
+        solid, SHAPE_HELD as a warning; see :func:`mdsens.mechanics.stability.verdict`.
       round_off: stiffnesses up to this size count as zero; see
         :func:`mdsens.mechanics.stability.resolution`.
 
@@ -209,7 +209,7 @@ class Moduli(Portable, Shown):
 
     @property
     def status(self) -> Status:
-        """The worst status in ``stats``; of concrete moduli, not of traced ones."""
+        """The worst status in ``stats``; not available inside compiled code."""
         return Status.worst_of(self.stats.status)
 
     @property
@@ -283,21 +283,21 @@ def moduli(
 ) -> Moduli:
     """Elastic moduli at imposed strain.
 
-    The cheapest way to their derivative by the parameters is :func:`gradient`, which takes one more
-    linear solve. ``ms.gradient`` of a function of a System that calls ``moduli`` takes several
+    The cheapest derivative of the moduli by the parameters is :func:`gradient`, which takes one
+    more linear solve. ``ms.gradient`` of a function of a System that calls ``moduli`` takes several
     solves and twice the compilation, but also works for a batch.
 
     Args:
-      eq: an Equilibrium or a Linearization, for the moduli with their status, by one factor for all
-        strains; or a relaxed System, traceable and differentiable to any order, for ``jax.grad``
-        through ``equilibrate``.
+      eq: an Equilibrium or a Linearization, whose moduli are computed with one factorization for
+        all strains; or a relaxed System, traceable and differentiable to any order, for
+        ``jax.grad`` through ``equilibrate``.
       solve: the linear solver; Auto() where None.
       throw: raise unless the status is good. For a System nothing is raised: read ``stats``. A
         function of a System that returns only a number hides them, and ``ms.gradient`` of it
         detects only NaN (NOT_FINITE), which E and nu are where no solid has them.
 
     Returns:
-      :class:`Moduli`.
+    :class:`Moduli`.
 
     Raises:
       InputError: open boundaries, a batch.
@@ -326,7 +326,7 @@ def moduli(
 
 
 def _describe_moduli(result: Moduli) -> str:
-    """The moduli in words, for the error where the solves are good but there is no solid."""
+    """Describe the moduli in words, for the error that the configuration is no solid."""
     if result.status not in (Status.FLOPPY, Status.STIFFNESS_UNSETTLED, Status.UNSTABLE):
         return ""
     return (
@@ -345,7 +345,7 @@ def gradient(
 ) -> ParameterGradient:
     """The total derivative of a function of the moduli by all parameters.
 
-    It takes the linear solves of ``moduli`` and one adjoint solve for each number that
+    The cost is that of the linear solves of ``moduli``, and one adjoint solve for each number that
     ``observable`` returns. The relaxed energy is stationary in the non-affine displacements, so
     they may be kept constant while the tensor is differentiated. What is left is the motion of the
     minimum, which is the adjoint solve.
@@ -444,9 +444,10 @@ def value_and_gradient(
 
 
 def _with_status_of_moduli(elastic: Moduli, result: D) -> D:
-    """A derivative of the moduli, with the worse of its own status and that of the moduli.
+    """Give a derivative of the moduli the worse of the statuses of its solve and of the moduli.
 
-    Where the moduli are not good, their status replaces that of the derivative: it names the cause.
+    Where the status of the moduli is not good, it replaces that of the derivative, because it names
+    the cause.
     """
     worst = elastic.status
     # the status of the derivative is an array with one entry for each solve
@@ -461,7 +462,7 @@ def _prepare_observable(
     eq: Equilibrium | Linearization,
     solve: Method | None,
 ) -> tuple[Linearization, Callable[[Moduli], jax.Array]]:
-    """The linearization at a minimum, and the user's function of its moduli, checked.
+    """Return the linearization at a minimum, and the user's function of its moduli, checked.
 
     The function is checked on shapes alone, before any linear solve.
     """
@@ -527,7 +528,7 @@ def _tensors_of_unknowns(
 def _push_tensors(
     lin: Linearization, elastic: Moduli, x: Unknowns, params: Mapping[str, jax.Array]
 ) -> tuple[jax.Array, ...]:
-    """Directional derivatives of the tensors along changes of the unknowns and the parameters."""
+    """Differentiate (tensor, affine, stress) along a change of the unknowns and parameters."""
     primals = (lin.unknowns, dict(lin.params))
     return jax.jvp(_tensors_of_unknowns(lin, elastic), primals, (x, dict(params)))[1]
 
@@ -536,10 +537,11 @@ def _push_tensors(
 def _pull_tensors(
     lin: Linearization, elastic: Moduli, weights: tuple[jax.Array, ...]
 ) -> tuple[Unknowns, dict[str, jax.Array]]:
-    """Derivatives of linear combinations of the tensors by the unknowns and by the parameters.
+    """Differentiate linear combinations of the tensors by the unknowns and by the parameters.
 
     Args:
-      weights: of (tensor, affine, stress) in each combination, with a leading axis over these.
+      weights: weights of the entries of (tensor, affine, stress) in each linear combination, with a
+        leading axis over the combinations.
     """
     pull = jax.vjp(_tensors_of_unknowns(lin, elastic), lin.unknowns, lin.params)[1]
     return jax.vmap(lambda w: pull(w))(weights)
@@ -563,12 +565,12 @@ def _check_cell(system: System) -> None:
 def _assemble_moduli(
     system: System, motion: jax.Array, stats: SolveStats, max_force: jax.Array
 ) -> Moduli:
-    """Moduli of a backbone from its non-affine displacements, with the worse status of the two.
+    """Compute the moduli of a backbone from its non-affine displacements, with the worst status.
 
     Args:
       system: the backbone.
       motion: (m, n, d), the non-affine displacements of each Mandel strain.
-      stats: of the solves for ``motion``.
+      stats: statistics of the linear solves for ``motion``.
       max_force: the largest force left on a particle.
     """
     response = solid(system, motion, max_force, jnp.max(stats.residual))

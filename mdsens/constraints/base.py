@@ -18,14 +18,14 @@ Displacement = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Bounds(NamedTuple):
-    """Bounds of the coordinates, broadcastable to (n, d); infinite where there is none."""
+    """Bounds of the coordinates, broadcastable to (n, d); infinite where unbounded."""
 
     lower: jax.Array
     upper: jax.Array
 
 
 class Constraint:
-    """Base of all constraints: one that constrains nothing. Each kind overrides what it needs."""
+    """Base class of all constraints, which constrains nothing. Each kind overrides some methods."""
 
     name: str
 
@@ -36,39 +36,39 @@ class Constraint:
 
     @property
     def relaxes(self) -> tuple[str, ...]:
-        """The potential's parameters that become unknowns, relaxed with the positions."""
+        """Names of the potential's parameters that the constraint relaxes with the positions."""
         return ()
 
     @property
     def bounded_by(self) -> tuple[str, ...]:
-        """The potential's parameters that the constraint's bounds depend on."""
+        """The names of the potential's parameters that the constraint's bounds depend on."""
         return ()
 
     def check(self, params: Params, n: int, d: int) -> None:
-        """Raise InputError where it does not fit a system of n particles in d dimensions."""
+        """Raise InputError if the constraint does not fit a system of n particles in d dimensions."""
 
     def pinned(self) -> jax.Array | None:
-        """(n, d) mask of the coordinates that never move; None for none."""
+        """Mask (n, d) of the coordinates that never move; None where all may move."""
         return None
 
     def bounds(
         self, params: Params, diameters: jax.Array | None, shape: tuple[int, ...]
     ) -> Bounds | None:
-        """Bounds of the coordinates; None for none."""
+        """Return the bounds of the coordinates; None without bounds."""
         return None
 
     def least(self) -> float | None:
-        """The lower bound of the parameters that it relaxes; None for none."""
+        """The lower bound of the parameters that the constraint relaxes; None without a bound."""
         return None
 
     def reach(self, params: Params) -> float:
-        """The longest distance between nearest images that it fixes; 0 for none. Host code."""
+        """Return the longest distance between nearest images that is fixed; 0 where none is."""
         return 0.0
 
     def residuals(
         self, positions: jax.Array, params: Params, displacement: Displacement
     ) -> jax.Array | None:
-        """g, of the multiplier's shape, zero where the constraint holds; None without equations."""
+        """Return g, of the multiplier's shape, zero if the constraint holds; None without equations."""
         return None
 
 
@@ -85,7 +85,7 @@ def check_constraints(
     n: int,
     d: int,
 ) -> tuple[Constraint, ...]:
-    """The constraints as a tuple, checked against a system. Host code.
+    """Return the constraints as a tuple, checked against a system. Not for compiled code.
 
     Args:
       constraints: a constraint or an iterable of them.
@@ -94,7 +94,7 @@ def check_constraints(
       n, d: particles and dimensions of the system.
 
     Raises:
-      InputError: naming the constraint that does not fit, and why.
+      InputError: a constraint does not fit; the message says which and why.
     """
     if isinstance(constraints, Constraint):
         constraints = (constraints,)

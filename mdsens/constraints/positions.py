@@ -25,7 +25,7 @@ FLAT = 1e-6
 
 
 def _indices(name: str, value: ArrayLike, remedy: str) -> np.ndarray:
-    """Particle numbers that a user gives, as a non-empty array of integers."""
+    """Convert particle numbers that a user gives to a non-empty array of integers."""
     array = np.asarray(real_array(name, value, remedy))
     if array.size == 0 or not np.issubdtype(array.dtype, np.integer):
         raise InputError(f"{name} has shape {array.shape} and type {array.dtype}: {remedy}")
@@ -35,9 +35,9 @@ def _indices(name: str, value: ArrayLike, remedy: str) -> np.ndarray:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pinned(Portable, Constraint):
-    """Coordinates that stay at their values in the system's positions.
+    """Constraint that keeps coordinates at their values in the system's positions.
 
-    Its multiplier is the force (n, d) that the support exerts: dL/dR at the pinned coordinates,
+    The multiplier is the force (n, d) that the support exerts: dL/dR at the pinned coordinates,
     zero at the others. Make it with :meth:`particles` or :meth:`coordinates`.
 
     Attributes:
@@ -58,31 +58,31 @@ class Pinned(Portable, Constraint):
         axes: Sequence[int] | None = None,
         name: str = "pinned",
     ) -> Pinned:
-        """A constraint that pins some particles, in all their coordinates or along some axes.
+        """Pin some particles, in all their coordinates or along some axes.
 
         Args:
           indices: which particles; integers from 0.
           n, d: particles and dimensions of the system.
-          axes: along which they are pinned; all where None.
+          axes: the axes along which the particles are pinned; None for all axes.
           name: name of its multiplier.
         """
         remedy = "give the numbers of some particles, from 0."
         which = _indices("Pinned: indices", indices, remedy).ravel()
         if which.min() < 0 or which.max() >= n:
             raise InputError(
-                f"Pinned: indices has {which.min()} to {which.max()}: give numbers from 0 to"
+                f"Pinned: `indices` has {which.min()} to {which.max()}: give numbers from 0 to"
                 f" {n - 1}."
             )
         along = list(range(d)) if axes is None else np.ravel(np.asarray(axes)).tolist()
         if not along or any(a not in range(d) for a in along):
-            raise InputError(f"Pinned: axes is {axes!r}: give some of 0 to {d - 1}, or None.")
+            raise InputError(f"Pinned: `axes` is {axes!r}: give some of 0 to {d - 1}, or None.")
         mask = np.zeros((n, d), bool)
         mask[which[:, None], along] = True  # every particle with every axis
         return cls.coordinates(mask, name=name)
 
     @classmethod
     def coordinates(cls, mask: ArrayLike, *, name: str = "pinned") -> Pinned:
-        """A constraint that pins the coordinates where an (n, d) array of booleans is True."""
+        """Pin the coordinates where an (n, d) array of booleans is True."""
         check_name("Pinned", name)
         array = np.asarray(mask)
         if array.dtype != bool or array.ndim != 2 or array.shape[1] not in (2, 3):
@@ -108,8 +108,8 @@ class Wall(Constraint):
         x >= w + c sigma / 2  (above),      x <= w - c sigma / 2  (below)
 
     w is the parameter ``<name>_position``, a scalar or one value per particle, so that any bounds
-    on coordinates can be given. Its multiplier is the force (n,) with which the wall pushes each
-    particle, zero or more; walls at the same place share it.
+    on coordinates can be given. The multiplier of a wall is the force (n,) with which the wall
+    pushes each particle, zero or more; walls at the same place share it.
 
     Attributes:
       axis: 0, 1 or 2.
@@ -131,11 +131,12 @@ class Wall(Constraint):
             raise InputError(f"Wall: axis is {short(self.axis)}: give 0, 1 or 2.")
         if not isinstance(self.above, bool):
             raise InputError(
-                f"Wall: above is {short(self.above)}: give True where particles are above the wall."
+                f"Wall: `above` is {short(self.above)}: give True if particles are above the wall,"
+                " else False."
             )
         if not (isinstance(self.clearance, int | float) and 0.0 <= self.clearance < np.inf):
             raise InputError(
-                f"Wall: clearance is {short(self.clearance)}: give 0 or more, in radii."
+                f"Wall: `clearance` is {short(self.clearance)}: give 0 or more, in radii."
             )
 
     @property
@@ -163,8 +164,8 @@ class Wall(Constraint):
             )
         if self.clearance and "sigma" not in params:
             raise InputError(
-                f"{self.name}: clearance needs the parameter 'sigma', which the potential does not"
-                " have: leave it 0."
+                f"{self.name}: `clearance` needs the parameter 'sigma', which the potential lacks:"
+                " leave `clearance` 0."
             )
 
     def bounds(self, params: Params, diameters: jax.Array | None, shape: tuple[int, ...]) -> Bounds:
@@ -183,9 +184,9 @@ class Wall(Constraint):
 class RigidBonds(Portable, Constraint):
     """Fixed distances: r_ij = l_ij between nearest images, for each bond of a list.
 
-    l is the parameter ``<name>_length``, a scalar or one value per bond. Its multiplier is the
-    tension (m,) of each bond, positive where it pulls its ends together: the derivative of the
-    minimum's energy by a bond's length is -tension.
+    l is the parameter ``<name>_length``, a scalar or one value per bond. The multiplier is the
+    tension (m,) of each bond, positive where the bond pulls its ends together: the derivative of
+    the minimum's energy by a bond's length is -tension.
 
     Attributes:
       bonds: (m, 2) particle numbers.
@@ -261,7 +262,7 @@ class RigidBonds(Portable, Constraint):
         return (self.length,)
 
     def lengths_of(self, positions: ArrayLike) -> np.ndarray:
-        """(m,) the bonds' lengths at ``positions``, a valid value of ``<name>_length``.
+        """Compute the bonds' lengths at ``positions``, (m,), a valid value of ``<name>_length``.
 
         Each bond must be in one piece, not split by the periodic boundary.
         """
@@ -299,9 +300,9 @@ class RigidBonds(Portable, Constraint):
 
 
 def _isostatic_bonds(x: np.ndarray, body: list[int], k: int) -> list[tuple[int, int]]:
-    """The bonds that make a body rigid without a redundant one.
+    """Choose the bonds that make a body rigid without a redundant bond.
 
-    They are all bonds of a simplex of d + 1 particles (corners), and d bonds from each further
+    These are all bonds of a simplex of d + 1 particles (corners), and d bonds from each further
     particle, to the corners from which its position is determined best.
 
     Args:
@@ -328,7 +329,7 @@ def _isostatic_bonds(x: np.ndarray, body: list[int], k: int) -> list[tuple[int, 
     for i in others:
 
         def conditioning(ends: tuple[int, ...], i: int = i) -> float:
-            """Least singular value of the unit vectors to these corners: 0 where dependent."""
+            """Return the least singular value of the unit vectors to some corners; 0 if dependent."""
             arms = x[list(ends)] - x[i]
             directions = arms / np.linalg.norm(arms, axis=1)[:, None]
             return float(np.linalg.svd(directions, compute_uv=False)[-1])

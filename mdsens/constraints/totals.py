@@ -25,7 +25,7 @@ UNIT_BALL = {2: np.pi / 4.0, 3: np.pi / 6.0}
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FixedTotal(Constraint):
-    """A parameter of particles that relaxes with the positions while its total is fixed.
+    """Constraint that relaxes a parameter of the particles with the positions, at a fixed total.
 
         sum_i c p_i^e = T
 
@@ -38,7 +38,7 @@ class FixedTotal(Constraint):
     Attributes:
       parameter: name of a parameter of the potential with one value per particle or species; the
         constraint makes it an unknown.
-      exponent: e.
+      exponent: the exponent e.
       name: name of its multiplier, and beginning of its parameter's name.
     """
 
@@ -88,7 +88,7 @@ class FixedTotal(Constraint):
             )
 
     def total_of(self, values: ArrayLike, d: int) -> jax.Array:
-        """The total sum_i c p_i^e of these values of the parameter in d dimensions."""
+        """Compute the total sum_i c p_i^e for given values of the parameter in d dimensions."""
         # only for diameters to the power d is the total a volume
         unit = UNIT_BALL[d] if self.parameter == "sigma" and self.exponent == d else 1.0
         return unit * jnp.sum(jnp.asarray(values) ** self.exponent)
@@ -102,7 +102,7 @@ class FixedTotal(Constraint):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Simplex(Constraint):
-    """Weights of species that relax with the positions: not negative, each row with the sum 1.
+    """Constraint that relaxes weights of species with the positions: not negative, rows sum to 1.
 
     The multiplier has one value per row, a chemical potential: minus the derivative of the energy
     by the row's sum.

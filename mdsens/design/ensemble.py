@@ -1,4 +1,4 @@
-"""The members of a design: measuring their features, predicting their motion, relaxing them."""
+"""The systems of a design, its members: measuring features, predicting motion, relaxing them."""
 
 from __future__ import annotations
 
@@ -52,9 +52,10 @@ class Problem(NamedTuple):
       targets: the targets.
       features: (m,) the feature of each target.
       variables: the free parameters as a vector within bounds.
-      method: how a step is chosen.
-      relax: relaxes systems, one minimum for each.
-      about: description of the design, which ``resume`` compares with that of a stored state.
+      method: method that chooses a step.
+      relax: function that relaxes systems and returns one minimum for each.
+      about: description of the design, which ``resume`` compares with the description in a stored
+        state.
       initial: with ``restart`` the systems from which every step relaxes; else None.
     """
 
@@ -71,7 +72,7 @@ class Measurement(NamedTuple):
     """The features at one point x, averaged over the members that count.
 
     Attributes:
-      lins: the linearized minimum of each member; None where it does not count.
+      lins: the linearized minimum of each member; None for a member that does not count.
       values: (m,) mean of the features; nan where no member counts.
       round_off: (m,) mean of the features' round-off.
       jacobian: (m, p) mean of the features' derivatives by the variables; with ``restart`` the
@@ -100,8 +101,8 @@ def measure(
     """Measure the features and their Jacobian on the members that count.
 
     Args:
-      minima: of each member; one that is linearized already is used as it is.
-      x: (p,) the variables there.
+      minima: the minimum of each member; a linearized minimum is used as it is.
+      x: (p,) the variables at these minima.
       counts: (members,) False for a member to leave out.
     """
     lins: list[Linearization | None] = []
@@ -150,9 +151,9 @@ def measure(
 def moves(
     state: State, measurement: Measurement, tangent: Mapping[str, np.ndarray]
 ) -> list[Unknowns]:
-    """Linear response of each member's particles and cell to a change of the parameters.
+    """Compute the linear response of each member's particles and cell to a parameter change.
 
-    Zero for a member that does not count, or whose solve fails.
+    The response is zero for a member that does not count, or whose solve fails.
     """
     responses = []
     for eq, lin in zip(state.equilibria, measurement.lins, strict=True):
@@ -169,10 +170,10 @@ def moves(
 def crossings(
     measurement: Measurement, moves: Sequence[Unknowns], tangent: Mapping[str, np.ndarray]
 ) -> tuple[float, int]:
-    """Fraction of the step at which the first pair crosses a breakpoint, and how many cross in all.
+    """Predict the fraction of the step at which the first pair crosses a breakpoint, and how many do.
 
-    To first order. The fraction is that of the member where a crossing comes first, the number that
-    of the member with most.
+    The prediction is to first order. The fraction is the smallest over the members, the number of
+    pairs the largest.
     """
     times = [
         crossing_times(lin, move, tangent)
@@ -186,9 +187,10 @@ def crossings(
 def crossing_times(
     lin: Linearization, move: Unknowns, tangent: Mapping[str, np.ndarray]
 ) -> np.ndarray:
-    """Times at which pairs reach a breakpoint along the step, to first order; the step ends at 1.
+    """Compute the times at which pairs reach a breakpoint along the step, which ends at time 1.
 
-    Pairs that move away from their breakpoints, or along with them, are left out.
+    The times are to first order. Pairs whose distance moves away from the breakpoint, or does not
+    change relative to it, are left out.
     """
     times = np.asarray(contact_changes.crossings(*_contact_path(lin, move, tangent)).times)
     return times[(times >= 0) & np.isfinite(times)]
@@ -197,7 +199,7 @@ def crossing_times(
 def _contact_path(
     lin: Linearization, move: Unknowns, tangent: Mapping[str, np.ndarray]
 ) -> tuple[System, jax.Array, dict[str, Any], jax.Array, jax.Array | None]:
-    """A step as ``contact_changes`` takes it: system, velocity, parameters, rattlers, strain."""
+    """Return a step for ``contact_changes``: system, velocity, parameters, rattlers, strain."""
     system = lin.equilibrium.system
     full = full_tangent(system, tangent)
     if move.strain is None:
@@ -211,9 +213,9 @@ def _contact_path(
 def pair_motion(
     measurement: Measurement, moves: Sequence[Unknowns], tangent: Mapping[str, np.ndarray]
 ) -> float:
-    """Root mean square change in a step of the distances of pairs to their breakpoints, a length.
+    """Compute by how much pairs approach or leave their breakpoints in a step (root mean square).
 
-    The median over the members; zero where none counts.
+    The result is a length, the median over the members; zero where no member counts.
     """
     rates = [
         float(contact_changes.gap_rate(*_contact_path(lin, move, tangent)))
@@ -230,11 +232,11 @@ def softened(eq: Equilibrium, widths: Sequence[float], widest: float) -> list[Li
     derivatives are those of an energy landscape without the kinks that are narrower than the width.
 
     Args:
-      widths: of the averages, lengths.
-      widest: the largest width: pairs that far beyond their range are listed.
+      widths: widths of the averages, lengths.
+      widest: the largest width; pairs up to this length beyond their range are listed.
 
     Raises:
-      InputError: the cell has no room for pairs as far apart as ``widest`` makes them.
+      InputError: the cell is too small for pairs at their range plus ``widest``.
     """
     potential = eq.system.potential
     # One neighbor list for all widths: its shape is then the same, and nothing compiles again.
@@ -256,9 +258,10 @@ def softened(eq: Equilibrium, widths: Sequence[float], widest: float) -> list[Li
 
 @jax.jit
 def _force_at_contact(system: System) -> jax.Array:
-    """Largest force of a smoothed pair at the range of its unsmoothed potential; summed over terms.
+    """Compute the largest force of a smoothed pair at the range of its unsmoothed potential.
 
-    A weaker pair is no contact of the unsmoothed potential. Zero where it does not only repel.
+    The forces of several terms are added. A pair with a smaller force is no contact of the
+    unsmoothed potential. Zero for a potential that also attracts.
     """
     total = jnp.zeros(())
     if not system.potential.repulsive:
@@ -276,9 +279,9 @@ def _force_at_contact(system: System) -> jax.Array:
 def relaxed(
     problem: Problem, state: State, moves: Sequence[Unknowns], params: Mapping[str, np.ndarray]
 ) -> tuple[list[Equilibrium], np.ndarray, np.ndarray]:
-    """Relax the members at other parameters, each from where linear response puts it.
+    """Relax the members at other parameters, each from the positions that linear response predicts.
 
-    With ``restart`` each starts from where it began instead.
+    With ``restart`` each starts from its initial positions instead.
 
     Returns:
       the minima; (members,) whether each was relaxed, False for all where the cell is too small for
@@ -303,7 +306,7 @@ def relaxed(
 
 
 def _predicted(eq: Equilibrium, move: Unknowns) -> System:
-    """The system of a minimum with its particles and its cell moved."""
+    """Return the system of a minimum with particles and cell moved."""
     moved = eq.positions + move.positions
     if move.strain is None:
         return eq.system.replace(positions=moved)
@@ -312,7 +315,7 @@ def _predicted(eq: Equilibrium, move: Unknowns) -> System:
 
 
 def _max_displacement_error(start: System, eq: Equilibrium) -> float:
-    """Largest distance between a particle's predicted and relaxed positions, in potential lengths.
+    """Compute the largest distance between predicted and relaxed position, in potential lengths.
 
     A common translation, which costs no energy, is taken off as the median over the particles: the
     few that rearrange do not shift it.

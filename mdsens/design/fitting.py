@@ -77,24 +77,28 @@ def fit(
     """Change parameters until relaxed systems have the properties that are wanted.
 
     Args:
-      targets: a :class:`Target` for each property that is wanted, and ``hold`` for each one that is
-        to stay.
+      targets: a :class:`Target` for each property that is to reach a value, and ``hold`` for each
+        property that is to keep its value.
       system: the system to start from, relaxed or not. A batch made by ``stack``, or a list of
         systems that share the free parameters, is an ensemble, and the targets are for its mean. A
-        member that is no rigid minimum does not count in a mean, nor, where a feature is made of
-        moduli, one whose bulk or shear modulus is not positive.
+        system of the ensemble that does not relax to a rigid minimum is left out of the mean; where
+        a feature is computed from moduli, so is a system whose bulk or shear modulus is not
+        positive.
       free: the parameters that may change: names, or a dict of :class:`Free` with their bounds.
-      bounds: name -> (low, high), in place of those in ``free``.
+      bounds: dict of names and (low, high), in place of the bounds in ``free``.
       method: ``LevenbergMarquardt()``, the default, or ``Optax(optimizer)`` with an optimizer of
         optax, such as ``optax.rmsprop(0.002)``.
-      steps: how many times each member is relaxed at most, the start not counted.
-      restart: relax every member from its initial positions at every step, instead of from those
-        that its linear response predicts. For parameters that are to give the property to an
-        ensemble, fresh packings included, and not to these packings alone. Most members then relax
-        to other minima than those that their derivatives belong to. The Jacobian is therefore the
-        median over the members, which the few that are near an instability do not dominate.
-      pressure, shape: as in ``minimize``: the cell is an unknown, and the pressure is exactly this.
-      tolerance, max_steps: of each relaxation, as in ``minimize``.
+      steps: the largest number of steps of the design, with one relaxation of each system in each;
+        the relaxation at the start is not counted.
+      restart: relax every system from its initial positions at every step, instead of from the
+        positions that its linear response predicts. Set it where the parameters are to give the
+        property to an ensemble, fresh packings included, and not to these packings alone. Most
+        systems then relax to other minima than those at which their derivatives were taken. The
+        Jacobian is therefore the median over the systems, which a few systems near an instability
+        do not dominate.
+      pressure, shape: as in ``minimize``: the cell is relaxed too, to this pressure.
+      tolerance, max_steps: tolerance of the forces and largest number of steps of each relaxation,
+        as in ``minimize``.
       resume: the :class:`State` after some step of a design of the same targets, parameters and
         method.
       callback: called with the State after each step: ``lambda s: ms.io.save("design.npz", s)``
@@ -172,7 +176,7 @@ def fit(
 
 
 def _checked_targets(targets: Target | Sequence[Target]) -> tuple[Target, ...]:
-    """The targets as a tuple; refuses what is none, and two of the same name."""
+    """Return the targets as a tuple; refuse other objects, and two targets of the same name."""
     if isinstance(targets, Target):
         return (targets,)
     # A text is a sequence too, of letters: it would be refused letter by letter.
@@ -183,7 +187,7 @@ def _checked_targets(targets: Target | Sequence[Target]) -> tuple[Target, ...]:
     for target in several:
         if not isinstance(target, Target):
             raise InputError(
-                f"targets has {short(target)} among them: give ms.design.Target(...) each."
+                f"targets contains {short(target)}: give ms.design.Target(...) for each target."
             )
     names = [t.name for t in several]
     for name in names:
@@ -193,7 +197,7 @@ def _checked_targets(targets: Target | Sequence[Target]) -> tuple[Target, ...]:
 
 
 def _checked_members(system: System | Sequence[System]) -> list[System]:
-    """The systems of a design, a batch taken apart."""
+    """Return the systems of a design as a list; a batch is taken apart."""
     if isinstance(system, System):
         return [system] if system.batch is None else unstack(system)
     if isinstance(system, Equilibrium):
@@ -208,7 +212,7 @@ def _checked_members(system: System | Sequence[System]) -> list[System]:
 
 
 def _check_shared(members: Sequence[System], variables: Variables) -> None:
-    """Refuse members whose free parameters differ from those of the first."""
+    """Refuse systems whose free parameters differ from those of the first system."""
     for k, member in enumerate(members):
         for name, value in variables.start.items():
             shared = name in member.params and np.array_equal(
@@ -222,7 +226,7 @@ def _check_shared(members: Sequence[System], variables: Variables) -> None:
 
 
 def _initial(problem: Problem, members: list[System]) -> tuple[State, Measurement]:
-    """The starting state: every member relaxed as it is, and the targets as numbers."""
+    """Make the starting state: the relaxed systems, and the targets as numbers."""
     equilibria = problem.relax(members)
     measurement = measure(problem, equilibria, problem.variables.x, np.ones(len(members), bool))
     good = measurement.status == Status.CONVERGED.value
@@ -284,7 +288,7 @@ def _initial(problem: Problem, members: list[System]) -> tuple[State, Measuremen
 
 
 def _resumed(problem: Problem, state: State) -> tuple[State, Measurement]:
-    """A stored state, checked to be of the same design, and the features measured there again."""
+    """Check that a stored state is of the same design, and measure its features again."""
     for key, value in problem.about.items():
         if state.about.get(key) != value:
             raise InputError(
@@ -303,13 +307,16 @@ def _resumed(problem: Problem, state: State) -> tuple[State, Measurement]:
 
 
 def _distance(state: State) -> float:
-    """Largest distance of a feature from its target, in tolerances, at the last accepted step."""
+    """Compute the largest distance of a feature from its target at the last accepted step.
+
+    The distance is in units of the target's tolerance.
+    """
     last = next(step for step in reversed(state.history) if step.accepted)
     return float(np.max(np.abs(last.values - state.wanted) / state.tolerance))
 
 
 def _verdict(state: State, steps: int) -> Status | None:
-    """How the design ended; None where it goes on."""
+    """Return how the design ended; None where it goes on."""
     if _distance(state) <= 1.0:
         return Status.CONVERGED
     no_step = len(state.history) > 1 and state.history[-1].size < SMALLEST_STEP
@@ -321,7 +328,7 @@ def _verdict(state: State, steps: int) -> Status | None:
 def _advanced(
     problem: Problem, state: State, measurement: Measurement
 ) -> tuple[State, Measurement]:
-    """Take one step: propose it, relax the members at it, and accept or refuse it."""
+    """Take one step of the design: propose it, relax the systems at it, and accept or refuse it."""
     method = problem.method
     variables = problem.variables
     x = state.x

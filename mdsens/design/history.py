@@ -23,21 +23,23 @@ class Step(Named):
 
     Attributes:
       x: (p,) the variables tried.
-      values: (m,) the features there, mean over the members that count; nan where none counts.
+      values: (m,) the features at x, mean over the members that count; nan where none counts.
       predicted: (m,) the features that the linear model at the previous x predicted.
-      status: (members,) CONVERGED, or the code of why a member does not count.
-      accepted: whether the design continued from there.
-      size: the largest change of a variable.
+      status: for each system of the ensemble (member) CONVERGED, or the code of the reason why it
+        does not count in the means.
+      accepted: whether the design continued from x.
+      size: the largest change of a variable (a variable is a free component of a parameter, or its
+        logarithm).
       trust: the radius of the trust region for this step.
       reach: fraction of the step at which the first pair was predicted to cross a breakpoint, to
         first order, in the member where that comes first. Above 1 the step lies within the
         certificate's radius.
-      crossed: how many pairs were predicted to cross one, in the member with most.
+      crossed: how many pairs were predicted to cross a breakpoint, in the member with most.
       max_displacement_error: the largest distance of a relaxed particle from the position that
         linear response predicted, in units of the potential's length.
-      left_basin: (members,) whether that distance is more than a tenth. It is then a rearrangement:
-        if accepted, the design continued from another minimum than the one that its derivatives
-        belong to.
+      left_basin: for each member whether ``max_displacement_error`` is more than 0.1, so that
+        particles have rearranged. If such a step was accepted, the design continued from another
+        minimum than that of the derivatives.
     """
 
     x: np.ndarray
@@ -58,18 +60,18 @@ class State(Named):
     """A design between two steps, as stored by ``ms.io.save`` and resumed by ``fit(resume=state)``.
 
     Attributes:
-      x: (p,) the variables.
+      x: (p,) the variables: the free components of the parameters, or their logarithms.
       equilibria: for each member its minimum at x, or its last minimum where it has none at x.
       counts: (members,) whether the member has a minimum at x, and counts in the means.
       trust: radius of the trust region; nan before the first step has determined it.
       memory_x: (k, p) the points at which earlier Jacobians were computed.
-      memory: (k, m, p) those Jacobians.
+      memory: (k, m, p) the Jacobians at ``memory_x``.
       optimizer: the arrays of an optax optimizer's state.
       wanted: (m,) the target values as numbers.
-      tolerance: (m,) their tolerances as numbers.
+      tolerance: (m,) the tolerances of the targets as numbers.
       history: a tuple of :class:`Step`, the start first.
       about: description of the design: targets, variables, bounds, method, relaxation. ``resume``
-        refuses a state in which it differs.
+        refuses a state with another description.
     """
 
     x: np.ndarray
@@ -87,13 +89,13 @@ class State(Named):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Design(Shown):
-    """The result of a design, with all its steps. Print it.
+    """The result of a design, with all its steps; ``print`` shows a summary.
 
     Attributes:
       status: CONVERGED where every target is met, else DESIGN_STAGNATED or BUDGET_SPENT.
       params: values of the free parameters, by name.
       names: (m,) names of the targets.
-      labels: (p,) labels of the variables.
+      labels: (p,) labels of the variables, such as ``sigma[1]``.
       state: the state after the last step, from which the design can be resumed.
     """
 
@@ -110,7 +112,7 @@ class Design(Shown):
 
     @property
     def equilibria(self) -> tuple[Equilibrium, ...]:
-        """The members' minima."""
+        """The minima of the systems of the ensemble, a list."""
         return self.state.equilibria
 
     @property

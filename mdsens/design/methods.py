@@ -30,8 +30,8 @@ class LevenbergMarquardt:
 
     - the Jacobian at x;
     - Jacobians computed near x a few steps ago, at refused steps too. The features of a packing
-      have a kink or a jump where a contact changes, so the Jacobian on one side says nothing of the
-      other. A step that the Jacobians of both sides agree on moves along the kink. Steps by one
+      have a kink or a jump where a contact changes, so the Jacobian on one side does not describe
+      the other. A step that the Jacobians of both sides agree on moves along the kink. Steps by one
       Jacobian alone are refused on both sides in turn until the trust region has shrunk to nothing;
     - Jacobians at x, of the same particles, with potentials averaged over a width of r
       (:mod:`mdsens.potentials.smoothed`), for pairs just within and just beyond contact alike. They
@@ -42,17 +42,18 @@ class LevenbergMarquardt:
         that is a logarithm, a relative change of the parameter). None chooses the radius at which
         the share ``changes`` of the contacts changes, by the same crossings that the certificate's
         radius is computed from.
-      changes: that share of the contacts.
-      largest: the largest radius.
+      changes: the share of the contacts that may change in the first step where ``trust`` is None.
+      largest: the largest radius of the trust region.
       memory: how many earlier Jacobians are kept beside the one at x.
-      reach: how far from x they may have been computed, in radii.
+      reach: the largest distance from x at which earlier Jacobians are used, in units of the radius
+        of the trust region.
       damping: the square root of mu: at 0.03 a contradiction between two models of less than 3 % of
         a row does not hold the step back.
       loosened: features that are met may leave their tolerance while others are far off, by this
         share of the distance that the farthest one still has to go, each in tolerances. Features
         that are kept too tightly on the way stop the design.
-      widths: of the averages, each a multiple of how far the pairs move (root mean square) in a
-        step as long as the radius; () uses no averaged potentials.
+      widths: widths of the averages of the potentials, each a multiple of the root mean square
+        motion of pairs in a step as long as the radius; () uses no averaged potentials.
     """
 
     trust: float | None = None
@@ -89,9 +90,9 @@ class Optax:
     Every step is taken.
 
     Attributes:
-      optimizer: such as ``optax.rmsprop(0.002)``; its learning rate is a change of the variables
-        (see ``Free.log``).
-      name: for tables and figures.
+      optimizer: an optimizer of optax, such as ``optax.rmsprop(0.002)``; its learning rate is a
+        change of the variables (the parameters, or their logarithms: see ``Free.log``).
+      name: name of the optimizer in tables and figures.
     """
 
     optimizer: Any
@@ -102,7 +103,7 @@ class Optax:
         functions = (getattr(self.optimizer, name, None) for name in ("init", "update"))
         if not all(callable(function) for function in functions):
             raise InputError(
-                f"optimizer is {short(self.optimizer)}: give one of optax, such as"
+                f"optimizer is {short(self.optimizer)}: give an optimizer of optax, such as"
                 " optax.rmsprop(0.002)."
             )
 
@@ -111,7 +112,7 @@ class Optax:
 
 
 def check_method(method: object) -> None:
-    """Refuse an object that is no method of a design."""
+    """Raise InputError for an object that is not a method of a design."""
     if not isinstance(method, LevenbergMarquardt | Optax):
         raise InputError(
             f"method is {short(method)}: give LevenbergMarquardt() or Optax(optimizer) of"

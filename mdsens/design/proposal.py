@@ -1,4 +1,4 @@
-"""The next step of a design, from the Jacobian at its present point and those of earlier points."""
+"""The next step of a design, from the Jacobian at its present point and at earlier points."""
 
 from __future__ import annotations
 
@@ -50,9 +50,10 @@ SMALLEST_FIRST = 1e-4
 
 
 def bands_of(state: State, values: np.ndarray, loosened: float) -> np.ndarray:
-    """(m,) the scale of each feature in the sum of squares that a step is to reduce.
+    """Compute the scale of each feature in the sum of squares that a step is to reduce, (m,).
 
-    It is the feature's tolerance, or wider where the feature is met and others are far off.
+    The scale is the feature's tolerance, or larger where the target of the feature is met and
+    others are far off.
     """
     off = np.abs(values - state.wanted) / state.tolerance
     wide = max(1.0, loosened * float(off.max()))
@@ -60,7 +61,7 @@ def bands_of(state: State, values: np.ndarray, loosened: float) -> np.ndarray:
 
 
 def first_trust(problem: Problem, state: State, measurement: Measurement) -> float:
-    """The radius at which a share of the contacts changes along the first step, to first order."""
+    """Compute the radius at which a share of the contacts changes along the first step."""
     method = problem.method
     assert isinstance(method, LevenbergMarquardt)
     if method.trust is not None:
@@ -81,10 +82,10 @@ def first_trust(problem: Problem, state: State, measurement: Measurement) -> flo
 def next_trust(
     trust: float, method: LevenbergMarquardt, enough: bool, accepted: bool, ratio: float
 ) -> float:
-    """The radius of the trust region after a step.
+    """Compute the radius of the trust region after a step.
 
     Args:
-      trust: the radius before.
+      trust: the radius before the step.
       enough: whether enough members count at the new point.
       accepted: whether the step was accepted.
       ratio: the decrease of the sum of squares over the decrease that the linear model predicted.
@@ -100,7 +101,7 @@ def next_trust(
 
 
 def gauss_newton(problem: Problem, state: State, measurement: Measurement) -> np.ndarray:
-    """(p,) the step of :class:`LevenbergMarquardt`."""
+    """Compute the step (p,) of :class:`LevenbergMarquardt`."""
     method = problem.method
     assert isinstance(method, LevenbergMarquardt)
     distances = np.max(np.abs(state.memory_x - state.x), axis=1, initial=0.0)
@@ -122,7 +123,7 @@ def gauss_newton(problem: Problem, state: State, measurement: Measurement) -> np
 def _softened(
     problem: Problem, state: State, measurement: Measurement, step: np.ndarray
 ) -> list[tuple[Linearization, ...]]:
-    """The members' minima with averaged potentials: for each width, one minimum for each member.
+    """Return the minima with averaged potentials: for each width, one minimum for each system.
 
     The widths are multiples of how far pairs move in a step as long as the trust region's radius.
     """
@@ -146,11 +147,11 @@ def _least_step(
     models: Sequence[np.ndarray],
     radius: float,
 ) -> np.ndarray:
-    """The least step that the models agree on, as far towards the targets as the radius allows.
+    """Compute the least step that the models agree on, within the radius of the trust region.
 
     Args:
       models: Jacobians (m, p) of the features.
-      radius: of the trust region: the largest change of a variable.
+      radius: radius of the trust region, the largest change of a variable.
     """
     method = problem.method
     variables = problem.variables
@@ -184,9 +185,9 @@ def _least_step(
 def remembered(
     state: State, method: LevenbergMarquardt, one: tuple[np.ndarray, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Add a Jacobian and its point, (x, J), to those of the state; the oldest is dropped.
+    """Add a Jacobian J and its point x to those of the state, and drop the oldest.
 
-    One that is not finite is not added.
+    A Jacobian that is not finite is not added.
 
     Returns:
       (k, p) the points and (k, m, p) their Jacobians.
@@ -204,7 +205,7 @@ def remembered(
 def of_optimizer(
     method: Optax, variables: Variables, state: State, measurement: Measurement
 ) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-    """The step of an optax optimizer within the bounds, and its new state as :func:`leaves`."""
+    """Compute the step of an optax optimizer within the bounds, and its new state's arrays."""
     x = jnp.asarray(state.x)
     # The stored state is a flat list of arrays; a new one tells its structure.
     structure = jax.tree.structure(method.optimizer.init(x))
@@ -216,5 +217,5 @@ def of_optimizer(
 
 
 def leaves(tree: PyTree) -> tuple[np.ndarray, ...]:
-    """The arrays of an optimizer's state (a pytree), which ``io.save`` stores."""
+    """Return the arrays of an optimizer's state (a pytree), which ``io.save`` stores."""
     return tuple(np.asarray(leaf) for leaf in jax.tree.leaves(tree))

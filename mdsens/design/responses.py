@@ -40,25 +40,27 @@ ALONE = 1e-6
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class FeatureResponse(Shown):
-    """The response of several features at one minimum to the parameters. Print it.
+    """The response of several features at one minimum to the parameters; ``print`` shows a table.
 
     Attributes:
       names: (m,) names of the features.
-      labels: (p,) labels of the variables, such as ``sigma[1]``.
+      labels: (p,) labels of the variables (components of parameters, or their logarithms), such as
+        ``sigma[1]``.
       values: (m,) values of the features.
       scales: (m,) the unit of each feature.
-      jacobian: (m, p) derivatives by the variables, over the scales.
-      singular_values: (min(m, p),) of the Jacobian, descending.
-      directions: (min(m, p), m) the singular vectors in the space of the features, over their
+      jacobian: (m, p) derivatives of the features by the variables, divided by the scales.
+      singular_values: (min(m, p),) singular values of the Jacobian, descending.
+      directions: (min(m, p), m) the singular vectors in the space of the features, in units of the
         scales.
       rank: how many singular values are above 1e-8 of the largest.
       alone: (m, p) the smallest change of the variables that changes one feature by its scale and
         leaves the others as they are; rows are nan where no change does.
       susceptibility: (m,) 1 / |alone|: change of a feature, in its scales, for a change of the
         variables of length 1 that leaves the others as they are; 0 where no change does.
-      free: (m,) |row of the Jacobian|: the same if the other features may change. susceptibility /
-        free is the sine of the angle between a feature's gradient and those of the others.
-      status: the worst of the solves.
+      free: (m,) |row of the Jacobian|: the susceptibility if the other features may change.
+        susceptibility / free is the sine of the angle between a feature's gradient and those of the
+        others.
+      status: the worst status of the solves.
       variables: the variables, from which ``change`` computes changes of the parameters.
     """
 
@@ -78,27 +80,27 @@ class FeatureResponse(Shown):
 
     @property
     def independent(self) -> bool:
-        """Whether every feature can be changed alone: rank m."""
+        """Whether every feature can be changed alone, which is so where the rank is m."""
         return self.rank == len(self.names)
 
     def change(self, name: str, by: float = 1.0) -> dict[str, np.ndarray]:
-        """The change of the parameters that changes one feature alone, as ``jvp`` takes it.
+        """Compute the change of the parameters that changes one feature alone, as ``jvp`` takes it.
 
         To first order, the other features stay as they are.
 
         Args:
           name: the name of the feature.
-          by: its change, in the feature's own units.
+          by: the change of the feature, in units of the feature.
 
         Raises:
           InputError: no such feature, or one that cannot be changed alone.
         """
         if name not in self.names:
-            raise InputError(f"there is no feature {name!r}: it has {', '.join(self.names)}.")
+            raise InputError(f"there is no feature {name!r}: give one of {', '.join(self.names)}.")
         k = self.names.index(name)
         if not np.isfinite(self.alone[k]).all():
             raise InputError(
-                f"{name} cannot be moved alone: its gradient is made up of the others'."
+                f"{name!r} cannot be changed alone: its gradient is a combination of the others'."
             )
         return self.variables.tangent(self.variables.x, by / self.scales[k] * self.alone[k])
 
@@ -124,11 +126,11 @@ class FeatureResponse(Shown):
 
 
 def _checked_scales(scales: ArrayLike, count: int) -> np.ndarray:
-    """The scales that a user gives, as (m,) positive numbers."""
+    """Check the scales that a user gives, and return them as (m,) positive numbers."""
     units = np.asarray(real_array("scales", scales, "give one positive number a feature."), float)
     if units.shape != (count,) or not (np.isfinite(units) & (units > 0)).all():
         raise InputError(
-            f"scales is {short(scales)}: give {count} positive numbers, one a feature."
+            f"scales is {short(scales)}: give {count} positive numbers, one for each feature."
         )
     return units
 
@@ -146,8 +148,9 @@ def feature_response(
     Args:
       features: names of ``ms.design.FEATURES``, functions of a System, ``Elastic(f)``; a dict gives
         them names.
-      eq: from ``minimize`` or ``linearize``.
-      wrt: parameters, as ``free`` of ``fit``: positive ones are varied by their logarithms.
+      eq: a minimum, from ``minimize`` or ``linearize``.
+      wrt: parameters, as the argument ``free`` of ``fit``: positive parameters are varied by their
+        logarithms.
       scales: (m,) the unit of each feature; None takes the absolute value of the feature (1 where
         that is 0 to round-off).
       throw: raise where a solve did not converge.

@@ -48,7 +48,7 @@ class Elastic:
     calls ``moduli`` inside costs several.
 
     Attributes:
-      of: the function of the :class:`~mdsens.elasticity.Moduli`; returns one number.
+      of: a function of the :class:`~mdsens.elasticity.Moduli` that returns one number.
     """
 
     of: Callable[[Moduli], Any]
@@ -59,7 +59,7 @@ class Softest:
     """The smallest stiffness: the lowest eigenvalue of the Hessian outside its null space.
 
     Attributes:
-      count: of how many of the lowest eigenvalues to take the mean.
+      count: number of the lowest eigenvalues of which to take the mean.
     """
 
     count: int = 1
@@ -88,7 +88,7 @@ FEATURES: dict[str, Feature] = {
 
 
 def named(feature: str | Feature) -> tuple[str, Feature]:
-    """The name of a feature and the feature, from a name in ``FEATURES`` or the feature itself."""
+    """Return a feature with its name, from a name in ``FEATURES`` or the feature itself."""
     if isinstance(feature, str):
         if feature not in FEATURES:
             near = difflib.get_close_matches(feature, FEATURES, n=1)
@@ -111,18 +111,20 @@ def named(feature: str | Feature) -> tuple[str, Feature]:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A feature, the value that it is to have, and a tolerance.
+    """A feature, the value that the design is to give it, and a tolerance.
 
     Attributes:
-      of: a name of ``ms.design.FEATURES``, a function of a System (``ms.observables.pressure``), or
-        ``Elastic(lambda m: m.poisson)``.
+      of: the feature: a name in ``ms.design.FEATURES``, a function of a System
+        (``ms.observables.pressure``), or ``Elastic(lambda m: m.poisson)``.
       value: the wanted value; with ``from_start`` the wanted change from the starting value.
       tolerance: the target is met within this distance, in the feature's units; with ``share`` a
-        share of the wanted value.
-      name: for tables and figures; if empty, the name of the feature.
-      from_start: ``Target("poisson", -0.1, 2e-3, from_start=True)`` lowers Poisson's ratio by 0.1.
-      share: ``Target("pressure", 0.0, 0.01, from_start=True, share=True)``, or ``hold("pressure",
-        0.01)``, keeps the pressure within 1 %.
+        share of the wanted value. name: name of the target in tables and figures; if empty, the
+        name of the feature.
+      from_start: whether ``value`` is a change from the starting value: ``Target("poisson", -0.1,
+        2e-3, from_start=True)`` lowers Poisson's ratio by 0.1.
+      share: whether ``tolerance`` is a share of the wanted value: ``Target("pressure", 0.0, 0.01,
+        from_start=True, share=True)``, or ``hold("pressure", 0.01)``, keeps the pressure within 1
+        %.
     """
 
     of: Any
@@ -153,7 +155,7 @@ class Target:
         return named(self.of)[1]
 
     def resolved(self, start: float) -> tuple[float, float]:
-        """The wanted value and the tolerance as numbers, for the feature's value at the start."""
+        """Return the wanted value and the tolerance as numbers, given the value at the start."""
         value = self.value + (start if self.from_start else 0.0)
         return value, self.tolerance * (abs(value) if self.share else 1.0)
 
@@ -163,11 +165,13 @@ class FeatureValues(NamedTuple):
 
     Attributes:
       values: (m,) the features.
-      slopes: derivatives by each parameter, name -> (m, *shape of the parameter).
-      round_off: (m,) the error of the values from rounding the parameters; a smaller value is zero.
-      status: the worst of the solves. It is bad where a feature is computed from the moduli of a
-        configuration that is no solid (FLOPPY, UNSTABLE): near an instability their derivatives are
-        so large that they would dominate any mean.
+      slopes: derivatives of the features by each parameter, a dict of arrays (m, *shape of the
+        parameter).
+      round_off: (m,) the error of the values from rounding the parameters; a smaller value counts
+        as zero.
+      status: the worst status of the solves. The status is bad where a feature is computed from the
+        moduli of a configuration that is no solid (FLOPPY, UNSTABLE): near an instability their
+        derivatives are so large that they would dominate any mean.
     """
 
     values: np.ndarray
@@ -179,14 +183,14 @@ class FeatureValues(NamedTuple):
 def evaluate_features(features: Sequence[Feature], lin: Linearization) -> FeatureValues:
     """Measure every feature with its derivatives by all parameters.
 
-    One factorization serves all, with one adjoint solve for each feature.
+    One factorization serves all features; each feature takes one adjoint solve.
     """
     values = np.full(len(features), np.nan)
     slopes: dict[str, np.ndarray] = {}
     codes = [int(lin.status)]
 
     def stacked(which: Sequence[int]) -> Callable[[Any], jax.Array]:
-        """Several features as one function of the moduli, or of the system, to (k,) numbers."""
+        """Combine features into one function of the moduli, or of the system, to (k,) numbers."""
         chosen: list[Any] = [getattr(features[k], "of", features[k]) for k in which]
         functions = [Traceable("a feature", f) for f in chosen]
         return lambda argument: jnp.stack([_scalar(f(argument)) for f in functions])
@@ -226,17 +230,17 @@ def evaluate_features(features: Sequence[Feature], lin: Linearization) -> Featur
 
 
 def _with_leading_axis(response: ParameterGradient) -> ParameterGradient:
-    """The gradient of a number as the gradient of an array of shape (1,)."""
+    """Return the gradient of a number as the gradient of an array of shape (1,)."""
     return dataclasses.replace(
         response, value={name: slope[None] for name, slope in response.value.items()}
     )
 
 
 def _scalar(value: ArrayLike) -> jax.Array:
-    """The value of a feature as an array of shape (), traceable; refuses several numbers."""
+    """Return the value of a feature as an array of shape (), traceable; refuse several numbers."""
     array = numbers(value)
     if array.size != 1:
         raise InputError(
-            f"a feature has shape {array.shape}: give one number a feature, a target for each."
+            f"a feature has shape {array.shape}: give one number for each feature."
         )
     return array.reshape(())

@@ -32,8 +32,8 @@ class Free(Portable):
         ``low`` and ``high``, the narrower bounds count.
       log: whether to vary the logarithm, so that steps are relative changes; None varies the
         logarithm if all starting values are positive.
-      only: (shape of the parameter) True where a component may change; None if all may. A matrix of
-        species pairs stays symmetric: an entry and its mirror image are one variable.
+      only: array of the parameter's shape, True where a component may change; None if all may. A
+        matrix of species pairs stays symmetric: an entry and its mirror image are one variable.
     """
 
     low: ArrayLike | None = None
@@ -48,11 +48,13 @@ class Variables:
     """Free parameters as a dimensionless vector x: p = s exp(x) or p = s x, and back.
 
     Attributes:
-      start: starting value of each parameter, name -> array; components that are not free keep it.
-      index: name -> (shape of the parameter) index of the variable that a component follows; -1 for
-        a component that is not free.
+      start: starting value of each parameter, an array by name; components that are not free keep
+        their starting values.
+      index: for each parameter an array of its shape with the index, in x, of the variable that
+        each component follows; -1 for a component that is not free.
       log: (p,) whether the variable is a logarithm.
-      scale: (p,) s: of a logarithm the starting value, else the parameter's largest absolute value.
+      scale: (p,) the scale s: for a logarithm the starting value, else the parameter's largest
+        absolute value.
       low, high: (p,) bounds of x.
       labels: (p,) names of the variables, such as ``sigma[1]``.
     """
@@ -75,8 +77,8 @@ class Variables:
         """Make the variables from the free parameters of a system.
 
         Args:
-          free: a name, several, or a dict of names and :class:`Free`.
-          bounds: name -> (low, high), in place of those in ``free``.
+          free: a parameter's name, several names, or a dict of names and :class:`Free`.
+          bounds: dict of names and (low, high), in place of the bounds in ``free``.
 
         Raises:
           InputError: unknown names, bad bounds, or nothing that is free.
@@ -102,7 +104,7 @@ class Variables:
             is_log = bool((values > 0).all()) if record.log is None else record.log
             if is_log and not (values > 0).all():
                 raise InputError(
-                    f"free.{name}: log needs positive values, and {name} has {values.min():g}:"
+                    f"free.{name}: `log` needs positive values, and {name} has {values.min():g}:"
                     " give log=False."
                 )
             below, above = _bounds(parameter, value, record)
@@ -118,7 +120,7 @@ class Variables:
             log += [is_log] * len(places)
             scale += list(sizes)
         if not labels:
-            raise InputError("free names no component that may change: set one to True in only.")
+            raise InputError("free names no component that may change: set one to True in `only`.")
         return cls(
             start,
             index,
@@ -131,43 +133,43 @@ class Variables:
 
     @property
     def x(self) -> np.ndarray:
-        """(p,) the variables at the start: 0 for a logarithm."""
+        """The variables at the start, (p,): 0 for a logarithm."""
         return np.where(self.log, 0.0, self._free_components(self.start) / self.scale)
 
     def _free_components(self, params: Mapping[str, np.ndarray]) -> np.ndarray:
-        """(p,) the free components of parameters."""
+        """Collect the free components of parameters in a vector (p,)."""
         components = np.zeros(len(self.labels))
         for name, index in self.index.items():
             components[index[index >= 0]] = np.asarray(params[name])[index >= 0]
         return components
 
     def values(self, x: np.ndarray) -> np.ndarray:
-        """(p,) the free components of the parameters at x."""
+        """Return the free components of the parameters at x, (p,)."""
         # The inner where() keeps exp from overflowing for variables that are no logarithms.
         return self.scale * np.where(self.log, np.exp(np.where(self.log, x, 0.0)), x)
 
     def params(self, x: np.ndarray) -> dict[str, np.ndarray]:
-        """The parameters at x, by name."""
+        """Return the parameters at x, by name."""
         return self._spread(self.values(x), self.start)
 
     def _spread(self, values: np.ndarray, base: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Put (p,) values in their components of the parameters; the others are those of base."""
+        """Write values (p,) into the free components of the parameters of ``base``."""
         return {
             name: np.where(index >= 0, values[np.maximum(index, 0)], base[name])
             for name, index in self.index.items()
         }
 
     def slope(self, x: np.ndarray) -> np.ndarray:
-        """(p,) the derivative of each free component by its variable, at x."""
+        """Return the derivative of each free component by its variable at x, (p,)."""
         return np.where(self.log, self.values(x), self.scale)
 
     def tangent(self, x: np.ndarray, step: np.ndarray) -> dict[str, np.ndarray]:
-        """The change of the parameters, to first order, for a step from x."""
+        """Return the change of the parameters, to first order, for a step of the variables at x."""
         zeros = {name: np.zeros_like(value) for name, value in self.start.items()}
         return self._spread(self.slope(x) * step, zeros)
 
     def pulled(self, x: np.ndarray, slopes: Mapping[str, np.ndarray]) -> np.ndarray:
-        """(m, p) derivatives by the variables, from those by the parameters, (m, *shape) each."""
+        """Convert derivatives by parameters, (m, *shape) each, to those by variables, (m, p)."""
         count = next(iter(slopes.values())).shape[0]
         by_components = np.zeros((count, len(self.labels)))
         for name, index in self.index.items():
@@ -180,7 +182,7 @@ class Variables:
 
 
 def _bound_of_variable(bound: float, scale: float, is_log: bool) -> float:
-    """The bound of a variable that corresponds to a bound of its parameter."""
+    """Return the bound of a variable that corresponds to a bound of its parameter."""
     if not is_log:
         return bound / scale
     # No bound below, or one that is not positive, becomes log 0 = -inf: no bound of the logarithm.
@@ -191,7 +193,7 @@ def _bound_of_variable(bound: float, scale: float, is_log: bool) -> float:
 def _checked_records(
     system: System, free: str | Sequence[str] | Mapping[str, Free], bounds: Bounds | None
 ) -> dict[str, Free]:
-    """The free parameters as name -> Free, with ``bounds`` put in; refuses unknown names."""
+    """Return the free parameters as a dict of Free, with ``bounds`` put in; check the names."""
     if isinstance(free, str):
         free = [free]
     if isinstance(free, Mapping):
@@ -220,9 +222,10 @@ def _checked_records(
 
 
 def _index(parameter: Parameter, record: Free) -> np.ndarray:
-    """(shape of the parameter) index of the variable of each component; -1 where it is not free.
+    """Number the free components of a parameter; -1 for components that are not free.
 
-    Counted from 0 within the parameter.
+    The numbers start from 0 in each parameter and are an array of the parameter's shape. An entry
+    of a matrix of species pairs and its mirror image have the same number.
     """
     name = parameter.name
     shape = parameter.shape
@@ -231,11 +234,12 @@ def _index(parameter: Parameter, record: Free) -> np.ndarray:
         only = np.asarray(record.only)
         if only.dtype != bool or only.shape != shape:
             raise InputError(
-                f"free.{name}: only has shape {only.shape}: give truth values of shape {shape}."
+                f"free.{name}: `only` has shape {only.shape}: give booleans of shape {shape}."
             )
     if parameter.paired and not np.array_equal(only, only.T):
         raise InputError(
-            f"free.{name}: only is not symmetric: free an entry of the matrix and its mirror image."
+            f"free.{name}: `only` is not symmetric: set True for an entry of the matrix of"
+            " species pairs and for its mirror image."
         )
     numbers = np.full(shape, -1)
     count = 0
@@ -248,15 +252,15 @@ def _index(parameter: Parameter, record: Free) -> np.ndarray:
 
 
 def _bounds(parameter: Parameter, value: np.ndarray, record: Free) -> tuple[np.ndarray, np.ndarray]:
-    """Lower and upper bounds of a parameter, each of its shape; infinite where it has none."""
+    """Return lower and upper bounds as arrays of the parameter's shape; infinite without bounds."""
     name = parameter.name
     low = np.full(value.shape, -np.inf)
     high = np.full(value.shape, np.inf)
     if record.within is not None:
-        share = real_number(f"free.{name}: within", record.within, "give a share such as 0.3.")
+        share = real_number(f"free.{name}: `within`", record.within, "give a share such as 0.3.")
         if not share > 0:
             raise InputError(
-                f"free.{name}: within is {share}: give a positive share, such as 0.3 for 30 %."
+                f"free.{name}: `within` is {share}: give a positive share, such as 0.3 for 30 %."
             )
         # of a scalar numpy would make a number, into which nothing can be written
         low = np.asarray(value - share * np.abs(value))

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from mdsens.potentials.base import Potential
-    from mdsens.relaxation.equilibrium import Equilibrium
-    from mdsens.sensitivity.results import Displacement
 
 __all__ = [
     "cell_of",
@@ -47,7 +45,7 @@ FLAT = 1e-6
 
 
 def from_ase(
-    atoms: Atoms,
+    atoms: Any,
     potential: Potential,
     params: Mapping[str, Any],
     species: Mapping[str, int] | ArrayLike | None = None,
@@ -225,7 +223,7 @@ def cell_of(atoms: Atoms, dimension: int) -> np.ndarray | None:
         raise InputError(
             f"atoms.pbc is {[bool(p) for p in atoms.pbc]}, periodic along some axes only: {hint}."
         )
-    rows = np.array(atoms.cell[:], float)
+    rows = np.array(atoms.cell.array, float)
     if dimension == 2:
         if np.any(rows[:2, 2]) or np.any(rows[2, :2]):
             raise InputError(
@@ -334,9 +332,7 @@ def _constraints_to_ase(system: System) -> list[Any]:
     return constraints
 
 
-def write_extxyz(
-    path: str | Path, eq: System | Equilibrium, response: Displacement | ArrayLike | None = None
-) -> None:
+def write_extxyz(path: str | Path, eq: object, response: object = None) -> None:
     """Write extended XYZ, which OVITO draws and ASE reads, with every digit of the numbers.
 
     ASE's own writer keeps 8 decimals; the numbers here are the shortest that read back as the same
@@ -366,7 +362,7 @@ def write_extxyz(
         file.write(text.encode())
 
 
-def _frame(system: System, response: Displacement | ArrayLike | None) -> str:
+def _frame(system: System, response: object) -> str:
     """The text of one frame: the number of atoms, a line of properties, and a row for each atom."""
     atoms = to_ase(system)
     n = system.n
@@ -379,7 +375,7 @@ def _frame(system: System, response: Displacement | ArrayLike | None) -> str:
         columns["radius"] = 0.5 * atoms.arrays["diameter"]  # the size of spheres in OVITO
     columns |= {k: v for k, v in atoms.arrays.items() if k not in ("numbers", "positions")}
     if response is not None:
-        value = getattr(response, "value", response)
+        value: Any = getattr(response, "value", response)
         value = value.positions if isinstance(value, Unknowns) else value
         if not hasattr(value, "shape") or value.shape != (n, d):
             shape = getattr(value, "shape", type(value).__name__)
@@ -388,8 +384,9 @@ def _frame(system: System, response: Displacement | ArrayLike | None) -> str:
             )
         columns["response"] = np.zeros((n, 3))
         columns["response"][:, :d] = np.asarray(value)
-        if hasattr(response, "rattlers"):
-            columns["rattler"] = np.asarray(response.rattlers, bool)
+        rattlers = getattr(response, "rattlers", None)
+        if rattlers is not None:
+            columns["rattler"] = np.asarray(rattlers, bool)
     # numpy's kind of a dtype -> extended XYZ's letter: string, real, integer, logical
     letters = {"U": "S", "f": "R", "i": "I", "b": "L"}
     properties = ":".join(

@@ -41,10 +41,10 @@ class DesignSpecification(NamedTuple):
     ``fit(spec.targets, spec.systems, spec.free, **spec.options)`` runs the design.
 
     Attributes:
-      targets: of the features.
-      systems: members of the ensemble, one for each seed.
+      targets: the :class:`~mdsens.design.Target` of each feature, a tuple or list.
+      systems: the systems of the ensemble, one for each seed.
       free: the parameters that may change, by name.
-      options: keywords of ``fit``: method, steps, restart, and those of the relaxations.
+      options: keywords of ``fit``: method, steps, restart, and the options of the relaxations.
       system: the name of the system.
     """
 
@@ -71,7 +71,7 @@ def load_design(path: str | Path) -> DesignSpecification:
 
 
 def _build_specification(top: TomlTable, folder: Path) -> DesignSpecification:
-    """The design of a checked top-level table; a system's path may be relative to ``folder``."""
+    """Build the design from a checked table; a system's path may be relative to ``folder``."""
     top.text("description", "")
     name = top.text("system")
     beside = folder / name
@@ -108,7 +108,7 @@ def _build_specification(top: TomlTable, folder: Path) -> DesignSpecification:
 
 
 def _read_relaxation(top: TomlTable) -> dict[str, Any]:
-    """The table ``relaxation`` as keywords of ``fit``, those alone that the file has."""
+    """Read the table ``relaxation`` as keywords of ``fit``, without keys that the file lacks."""
     table = TomlTable.of(
         "relaxation", top.raw("relaxation", {}), ("pressure", "shape", "tolerance", "max_steps")
     )
@@ -129,7 +129,7 @@ def _read_relaxation(top: TomlTable) -> dict[str, Any]:
 
 
 def _read_targets(top: TomlTable) -> list[Target]:
-    """The targets of the array of tables ``target``, one a feature."""
+    """Read the targets from the array of tables ``target``, one table for each feature."""
     entries = top.raw("target")
     if not isinstance(entries, list) or not entries:
         raise InputError("target is no list of tables: give [[target]] for each feature.")
@@ -169,7 +169,7 @@ def _read_targets(top: TomlTable) -> list[Target]:
 
 
 def _read_free_parameters(top: TomlTable, system: System) -> dict[str, Free]:
-    """The parameters that may change, of the tables ``free.NAME``; ``system`` has all names."""
+    """Read the parameters that may change from the tables ``free.NAME``."""
     entries = top.raw("free")
     if not isinstance(entries, Mapping) or not entries:
         raise InputError("free is no table: give [free.sigma], for example, with its bounds.")
@@ -191,7 +191,7 @@ def _read_free_parameters(top: TomlTable, system: System) -> dict[str, Free]:
         only = np.asarray(table.raw("only")) if table.has("only") else None
         if only is not None and only.dtype != bool:
             raise InputError(
-                f"free.{name}.only is {table.raw('only')!r}: give true and false, one a component."
+                f"free.{name}.only is {table.raw('only')!r}: give true or false for each component."
             )
         within = table.number("within") if table.has("within") else None
         free[name] = Free(
@@ -205,7 +205,7 @@ def _read_free_parameters(top: TomlTable, system: System) -> dict[str, Free]:
 
 
 def _read_method(top: TomlTable, steps: int) -> LevenbergMarquardt | Optax:
-    """The method of the design; ``steps`` is the length of a decay of the learning rate."""
+    """Read the method of the design; ``steps`` is the length of a decay of the learning rate."""
     entry = top.raw("method", {"kind": "levenberg_marquardt"})
     kinds = ("levenberg_marquardt", *OPTIMIZERS)
     # The kind first: it decides which other keys are allowed. What is no table is refused below.

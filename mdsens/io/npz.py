@@ -79,7 +79,7 @@ _RECORDS: dict[str, type] = {
 }
 
 
-def save(path: str | Path, result: Stored, *, provenance: Mapping[str, Any] | None = None) -> None:
+def save(path: str | Path, result: object, *, provenance: Mapping[str, Any] | None = None) -> None:
     """Store a System, an Equilibrium, a derivative or a design's State in full precision.
 
     The header also records the versions of the packages, the device and the precision.
@@ -243,7 +243,7 @@ def _machine(result: Stored) -> dict[str, str]:
 # -- values as JSON, with their arrays apart
 
 
-def _encode(value: object, where: str, arrays: dict[str, np.ndarray]) -> Any:
+def _encode(value: Any, where: str, arrays: dict[str, np.ndarray]) -> Any:
     """A value as JSON; its arrays go into ``arrays``.
 
     Args:

@@ -37,7 +37,7 @@ def block_cholesky(blocked: sp.bsr_array) -> tuple[np.ndarray, np.ndarray]:
       (S, C), lower triangular, (d, d, n) each.
     """
     d = blocked.blocksize[0]
-    n = blocked.shape[0] // d
+    n = len(blocked.indptr) - 1
     is_diagonal = blocked.indices == np.repeat(np.arange(n), np.diff(blocked.indptr))
     diagonal = np.zeros((d, d, n))
     diagonal[:, :, blocked.indices[is_diagonal]] = np.moveaxis(blocked.data[is_diagonal], 0, -1)
@@ -92,7 +92,7 @@ class BlockRows(Portable):
         multiple of 4. Blocks are scaled in double precision, and rounded to ``dtype`` at the end.
         """
         blocked = matrix.tobsr((d, d))
-        n = matrix.shape[0] // d
+        n = len(blocked.indptr) - 1
         counts = np.diff(blocked.indptr)
         row = np.arange(blocked.indices.size) - np.repeat(blocked.indptr[:-1], counts)
         i = np.repeat(np.arange(n), counts)

@@ -114,7 +114,7 @@ class _Factor:
     def __init__(
         self, matrix: sp.csr_array, motions: np.ndarray, primal: int, shift: float, scale: float
     ):
-        self.size = matrix.shape[0]
+        self.size = len(matrix.indptr) - 1
         small_shift = SHIFT * scale
         # With opposite signs the matrix is regular where H_L is positive semi-definite, for any
         # equations.

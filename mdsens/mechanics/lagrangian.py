@@ -190,7 +190,11 @@ def equations(system: System, positions: jax.Array, params: Params) -> dict[str,
 
 
 def lagrangian_gradient(system: System, x: Unknowns, params: Params) -> Unknowns:
-    """dL/dR, dL/dp of the relaxed parameters p, and g; along free and constrained coordinates."""
+    """Compute dL/dR and dL/dp by all coordinates, constrained ones too, and the residuals g.
+
+    p are the parameters that constraints relax with the positions; g = 0 are the equations of the
+    constraints.
+    """
     all_params = {**params, **(x.params or {})}
     by_positions = energy_gradient(system, all_params)(x.positions)
     by_params = None

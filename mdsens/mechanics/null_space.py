@@ -136,6 +136,7 @@ class NullSpace(Portable):
             total = round(float(np.sum(rows**2)))  # rows are of norm one or zero
             # Cosines of the angles between the span of the motions and that of the translations.
             cosines = np.linalg.svd(rows.sum(axis=1) / np.sqrt(rows.shape[1]), compute_uv=False)
+            # the cosine of a translation among the motions is 1 up to round-off
             translations = int(np.sum(cosines > 1 - 1e-6))
             return free, translations, total - translations
         clusters = np.unique(np.asarray(self.labels)[~rattlers])

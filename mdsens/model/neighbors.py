@@ -351,6 +351,8 @@ def slack(
     """
     if neighbors.complete:
         return None, jnp.asarray(jnp.inf, neighbors.skin.dtype)
+    # only the list of all pairs has no reference, and it is complete
+    assert neighbors.reference is not None and neighbors.reference_box is not None
     lattice = _lattice(neighbors, box)
     deformation = lattice @ inverse(neighbors.reference_box)
     # 1 - |M - 1| in the Frobenius norm: a lower bound of lambda_min(M)

@@ -169,9 +169,10 @@ class System(Portable, Shown):
                 " ms.potentials.soft_sphere()."
             )
         # () is the default; what else is empty may still be of a wrong type
+        records: tuple[Constraint, ...] = ()
         if constraints != ():
-            constraints = check_constraints(constraints, values, potential.parameters, n, dimension)
-        potential_params = _params_of_potential(values, constraints)
+            records = check_constraints(constraints, values, potential.parameters, n, dimension)
+        potential_params = _params_of_potential(values, records)
         kinds = None
         count = 0
         if species is not None:
@@ -188,13 +189,14 @@ class System(Portable, Shown):
             species=kinds,
             neighbors=neighbors.no_pairs(n),  # until reallocate() below builds the list
             species_count=count,
-            constraints=constraints,
+            constraints=records,
         )
         if isinstance(rule, BoxFunction):  # a function of the user: check the cell that it returns
             _check_box_function(rule, values, dimension, coordinates.dtype)
         # not every potential has a check of a configuration: SmoothedPotential has none
-        if hasattr(potential, "check_at"):
-            potential.check_at(system.positions, system.box, values, kinds, count)
+        check_at = getattr(potential, "check_at", None)
+        if check_at is not None:
+            check_at(system.positions, system.box, values, kinds, count)
         system = system.reallocate()
         _check_coincident(system)  # on the list, so that it costs no loop over all pairs
         _check_reach(system)

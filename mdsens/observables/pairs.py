@@ -113,8 +113,9 @@ def pairs_within(system: System, range: float) -> Neighbors:
         least = _smallest_height(box)
         if LISTED * length > least:
             raise InputError(
-                f"range is {length:g}, nearly half the smallest height of the cell, {least:g},"
-                f" where a list contains all pairs of {system.n:,} particles: give a shorter range."
+                f"`range` is {length:g}, nearly half the smallest height of the cell, which is"
+                f" {least:g}: a list of this range would contain all pairs of the {system.n:,}"
+                " particles, too many to store; give a shorter range."
             )
     range_of_pair = _Range(jnp.asarray(length, system.positions.dtype))
     return neighbors.allocate(system.positions, box, range_of_pair, length)

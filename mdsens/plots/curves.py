@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import ArrayLike
 
-    from mdsens.sensitivity.certificate.record import Certificate
 
 __all__ = ["derivative_test", "stiffness_spectrum", "unrolled"]
 
@@ -186,7 +185,7 @@ def _mark_contact_change(ax: Axes, radius: float) -> None:
 
 
 def stiffness_spectrum(
-    given: Certificate | ArrayLike,
+    given: Any,
     ax: Axes | None = None,
     *,
     participation: ArrayLike | None = None,
@@ -228,7 +227,10 @@ def stiffness_spectrum(
         null = max(values.floor, 1e-12 * values.largest)
     rising, ratios = _spectrum(getattr(values, "values", values), participation)
     if null is not None and not 0 <= null < np.inf:
-        raise InputError(f"null is {null}: give a size, 0 or above, or None.")
+        raise InputError(
+            f"`null` is {null}: give the absolute value up to which an eigenvalue counts as zero, 0"
+            " or above, or None."
+        )
     ax = _column() if ax is None else ax
     size = np.abs(rising)
     mode = np.arange(1, rising.size + 1)

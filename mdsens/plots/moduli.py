@@ -28,16 +28,19 @@ def moduli(
     birch: bool = False,
     title: str | None = None,
 ) -> tuple[PolarAxes, PolarAxes]:
-    """Draw E(angle) and nu(angle) of a 2-D solid as polar curves, circles for an isotropic solid.
+    """Draw Young's modulus and Poisson's ratio of a 2-D solid by angle, as two polar curves.
 
-    The thin gray circle is that of the tensor's isotropic part. For Poisson's ratio the radius is
-    |nu|, and the curve is dashed where nu < 0.
+    The curves are circles for an isotropic solid. The thin gray circle has the value of the
+    tensor's isotropic part. For Poisson's ratio nu the radius is |nu|, and the curve is dashed
+    where nu < 0.
 
     Args:
       of: the moduli, from ``ms.elasticity.moduli``, in 2-D.
       axes: two polar Axes to draw in; None makes a figure of two columns with pyplot.
-      birch: draw the moduli of Birch's tensor instead of A; the titles say which.
-      title: above the picture.
+      birch: draw the moduli of Birch's tensor, the derivative of the stress by the strain, instead
+        of those of ``moduli.tensor``, the second derivative of the energy by strain; the titles say
+        which. The two tensors differ under a stress, see :mod:`mdsens.elasticity`.
+      title: text above the picture.
 
     Returns:
       the two Axes.

@@ -48,14 +48,14 @@ def of_pairs(
     species_count: int,
     mix: Mixing,
 ) -> jax.Array:
-    """A parameter's value at each pair; a scalar stays a scalar.
+    """Compute a parameter's value at each pair; a scalar stays a scalar.
 
     Args:
       value: a scalar, one value per species or per particle, or a matrix of species pairs.
       i, j: the particles of each pair.
       species: (n,) species of the particles; None without species.
       species_count: number of species.
-      mix: makes a pair's value of the two particles' values.
+      mix: function that computes a pair's value from the values of the two particles.
     """
     if value.ndim == 0:
         return value
@@ -74,7 +74,7 @@ def of_pairs(
 class Parameter:
     """A parameter that derivatives are taken by.
 
-    Its components are the independent numbers of its value; each has an index.
+    The components of a parameter are the independent numbers in its value; each has an index.
 
     Attributes:
       name: the parameter's name.
@@ -91,28 +91,28 @@ class Parameter:
 
     @property
     def indices(self) -> list[tuple[int, ...]]:
-        """Indices of its components; of a paired matrix, each pair once."""
+        """Indices of the parameter's components; in a matrix of species pairs, each pair once."""
         entries = itertools.product(*map(range, self.shape))
         return [index for index in entries if not self.paired or index[0] <= index[1]]
 
     def label(self, index: tuple[int, ...]) -> str:
-        """Label of a component, such as ``sigma[0,1]``."""
+        """Return the label of the component with this index, such as ``sigma[0,1]``."""
         return f"{self.name}[{','.join(map(str, index))}]" if index else self.name
 
     def entries(self, index: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """Entries of the value that hold a component: two for a pair of different species."""
+        """Return the entries of the value for a component: two for a pair of different species."""
         # a set, since the two entries of a diagonal component are one
         return sorted({index, index[::-1]}) if self.paired else [index]
 
     def unit(self, index: tuple[int, ...]) -> np.ndarray:
-        """The change of the value when a component grows by 1."""
+        """Return the change of the value when the component with this index grows by 1."""
         change = np.zeros(self.shape)
         for entry in self.entries(index):
             change[entry] = 1.0
         return change
 
     def whole(self, derivative: np.ndarray | jax.Array, index: tuple[int, ...]) -> Any:
-        """The derivative by a component: the sum over its entries.
+        """Return the derivative by a component: the sum over the entries for this component.
 
         Args:
           derivative: the derivative by the value; its last axes have the value's shape.
@@ -130,7 +130,7 @@ class Parameter:
 
 
 def split_label(text: str) -> tuple[str, tuple[int, ...] | None] | None:
-    """Name and index of a label such as ``sigma[0,1]``.
+    """Split a label such as ``sigma[0,1]`` into name and index.
 
     The index is None where the label has none; the result is None where the text is no label.
     """
@@ -144,7 +144,7 @@ def split_label(text: str) -> tuple[str, tuple[int, ...] | None] | None:
 
 
 def component(parameters: Sequence[Parameter], label: object) -> tuple[Parameter, tuple[int, ...]]:
-    """The parameter and the index of the component with a label such as ``sigma[0,1]``, checked."""
+    """Return the parameter and the index that a label such as ``sigma[0,1]`` names, checked."""
     parts = split_label(label) if isinstance(label, str) else None
     if parts is None:
         raise InputError(
@@ -172,7 +172,7 @@ def component(parameters: Sequence[Parameter], label: object) -> tuple[Parameter
 
 
 def check_symmetric(what: str, value: ArrayLike) -> Any:
-    """A matrix of species pairs, or a batch of them, made symmetric to the last bit.
+    """Make a matrix of species pairs, or a batch of them, symmetric to the last bit.
 
     Traced arrays have no values to check, and pass.
 
@@ -229,10 +229,10 @@ def check_finite(name: str, value: np.ndarray, above: float) -> None:
 
 
 def check_pair_shape(name: str, value: np.ndarray, n: int, species_count: int) -> None:
-    """Raise InputError where a parameter of pairs has a shape that none can have.
+    """Raise InputError where a parameter of pairs has a shape that is not allowed.
 
-    It may be a scalar or have one value per particle, per species or per pair of species; a matrix
-    of species pairs must be symmetric.
+    A parameter of pairs may be a scalar or have one value per particle, per species or per pair of
+    species; a matrix of species pairs must be symmetric.
     """
     s = species_count  # 0 without species
     if value.ndim == 0:

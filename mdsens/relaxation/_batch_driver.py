@@ -52,7 +52,7 @@ ALONE = 20_000
 
 @functools.partial(jax.jit, static_argnames=("method",))
 def _start_members(batch: System, method: Minimizer) -> tuple[jax.Array, Limits, Any]:
-    """The potential's length, the limits and the minimizer's state at rest, of each member."""
+    """Return length of the potential, limits of steps and minimizer's state of each system."""
 
     def start(system: System) -> tuple[jax.Array, Limits, Any]:
         length, stiffness = jax.tree.map(
@@ -73,7 +73,7 @@ def _advance_each(
     method: Minimizer,
     limits: Limits,
 ) -> tuple[System, Any, jax.Array, jax.Array, jax.Array]:
-    """Take steps of each member: (batch, states, steps, largest forces, which lists overflowed)."""
+    """Take steps of each system: (batch, states, steps, largest forces, which lists overflowed)."""
 
     def advance_one(member: tuple[Any, ...]) -> tuple[Any, ...]:
         system, state, target, budget, limits = member
@@ -119,7 +119,7 @@ class BatchRelaxation:
           batch: the systems.
           method: the first-order minimizer.
           tolerance: the largest force to reach; None for 1e-12 of the mean pair force.
-          max_steps: of each member.
+          max_steps: largest number of steps of each system.
           count: number of members that are relaxed, the first ones; the others stay as they are.
         """
         self.potential = batch.potential
@@ -140,11 +140,11 @@ class BatchRelaxation:
 
     @property
     def unfinished(self) -> np.ndarray:
-        """Which members have a force above the one to stop at, and steps left to lower it."""
+        """Return a mask of the systems whose force is too large and that have steps left."""
         return self.going & (self.largest > self.tested) & (self.steps < self.max_steps)
 
     def aim(self) -> None:
-        """Set the force that each member has to reach, from its pairs that interact now."""
+        """Set the force that each system has to reach, from its pairs that interact now."""
         left = jnp.asarray(self.largest, self.systems.positions.dtype)
         scale = force_scales(self.systems, self.length, self.limits.stiffness, left)
         self.scale = ForceScale(*(np.asarray(x) for x in scale))
@@ -163,7 +163,7 @@ class BatchRelaxation:
         Args:
           near: the largest force of each member to stop at, where that is above the force to reach.
           until: number of steps of the whole relaxation at which to stop.
-          chosen: which members take steps.
+          chosen: mask of the systems that take steps.
         """
         while True:
             target = np.maximum(near, self.tested)
@@ -189,11 +189,14 @@ class BatchRelaxation:
             self.going = self.going & np.isfinite(self.largest) & ~overflowed
 
     def to_minimum(self, newton: Newton | None) -> None:
-        """Relax to the tolerance, or to where a member has to go on by itself.
+        """Relax all systems together, to the tolerance or as far as that is efficient.
+
+        Systems that need Newton steps, a longer neighbor list, or to leave a saddle stop here;
+        their relaxation is continued one by one, see ``on_their_own``.
 
         Args:
-          newton: options of Newton steps, which a member takes by itself; None for the minimizer
-            alone.
+          newton: options of the Newton steps, which are taken later for one system at a time; None
+            to use the minimizer alone.
         """
         self.advance(0.0, newton.patience if newton else ALONE)
         if newton is None or not self.unfinished.any():
@@ -212,13 +215,13 @@ class BatchRelaxation:
             fast = self._fast()
 
     def _fast(self) -> np.ndarray:
-        """Which unfinished members the minimizer relaxes faster than Newton steps would."""
+        """Return a mask of the systems that the minimizer relaxes faster than Newton steps."""
         return self.unfinished & falls_fast(self.pace, self.largest, self.tested, self.systems.n)
 
     def examine(self) -> np.ndarray:
-        """Which members came to rest where the Hessian has a negative eigenvalue.
+        """Return a mask of the systems at saddles, where the Hessian has a negative eigenvalue.
 
-        Also those of which that is not known.
+        Also True where the number of negative eigenvalues is not known.
         """
         none = np.zeros(self.tested.size, bool)
         if not factorizes(self.systems):
@@ -233,9 +236,9 @@ class BatchRelaxation:
         return ~none if stiffness.factor is None else stiffness.negative > 0
 
     def on_their_own(self, leave_saddles: bool) -> list[int]:
-        """The members that have to go on one by one.
+        """Return the indices of the systems whose relaxation has to be continued one by one.
 
-        They need a longer neighbor list, Newton steps, or to leave a saddle.
+        These systems need a longer neighbor list, Newton steps, or to leave a saddle.
 
         Args:
           leave_saddles: whether to search for modes of negative stiffness.
@@ -248,7 +251,7 @@ class BatchRelaxation:
         return [int(k) for k in np.flatnonzero(wanted[: self.count])]
 
     def run(self, k: int) -> RelaxationState:
-        """The relaxation of member k, as far as it is, to go on by itself."""
+        """Return the relaxation of system k in its present state, to be continued alone."""
         batched = (self.systems, self.potential, self.state, self.length, self.limits)
         system, potential, state, length, limits = jax.tree.map(
             lambda leaf: jnp.asarray(np.asarray(leaf)[k]), batched
@@ -273,10 +276,10 @@ class BatchRelaxation:
         return run
 
     def equilibria(self, seconds: float, examined: bool) -> Equilibrium:
-        """The configurations of all members with their evidence, as a batch.
+        """Return the relaxed systems with status, forces left and number of steps, as a batch.
 
         Args:
-          seconds: wall time of a member.
+          seconds: wall time of the relaxation of one system.
           examined: whether the Hessians were searched for modes of negative stiffness.
         """
         relaxed = self.systems.replace(potential=self.potential)
@@ -308,7 +311,7 @@ def relax_batch(batch: System, options: Options, bar: Members) -> Equilibrium:
     """Minimize the energy of each member of a batch in a fixed cell; the result is a batch."""
 
     def relax_some(part: System, count: int) -> tuple[Equilibrium, int, dict[int, Equilibrium]]:
-        """The first ``count`` members of ``part``: (all together, count, those one by one)."""
+        """Relax the first ``count`` systems of ``part``: (batch of results, count, single results)."""
         began = time.perf_counter()
         together = BatchRelaxation(part, options.first, options.tolerance, options.max_steps, count)
         together.to_minimum(options.newton)

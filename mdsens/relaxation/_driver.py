@@ -130,7 +130,7 @@ def falls_fast(
 def _advance(
     system: System,
     state: PyTree,
-    target: float | np.ndarray,
+    target: float | jax.Array,
     budget: int,
     method: Minimizer,
     limits: Limits,

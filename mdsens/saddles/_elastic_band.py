@@ -49,10 +49,11 @@ class ElasticBand:
 
     Attributes:
       images: number of images between the two minima; more for a path that bends.
-      spring: s, in units of the largest stiffness of the potential.
+      spring: stiffness s of the springs between images, in units of the largest stiffness of the
+        potential.
       stop: the largest force left on the images, in units of the potential's stiffness times its
         length. The search for the saddle begins there.
-      max_steps: of FIRE.
+      max_steps: largest number of steps of FIRE.
       fire: the options of FIRE.
     """
 
@@ -65,7 +66,7 @@ class ElasticBand:
     def __post_init__(self) -> None:
         check_positive(self, ("spring", "stop"))
         if not isinstance(self.fire, Fire):
-            raise InputError(f"ElasticBand(fire={short(self.fire)}): give Fire().")
+            raise InputError(f"ElasticBand(fire={short(self.fire)}): give Fire() of ms.relaxation.")
         for name in ("images", "max_steps"):
             value = getattr(self, name)
             if not (isinstance(value, int) and value >= 1):
@@ -75,7 +76,7 @@ class ElasticBand:
 def climbing_image_band(
     start: System, end: System, band: ElasticBand = ElasticBand()
 ) -> tuple[System, jax.Array]:
-    """The highest image of a band between two configurations, and the direction of the band there.
+    """Find the highest image of a band between two configurations, and the band's direction there.
 
     Args:
       start, end: minima of the same particles at the same parameters and in the same cell. Each
@@ -84,7 +85,7 @@ def climbing_image_band(
       band: the options.
 
     Returns:
-      the system at the image, and a unit vector (n, d).
+      the system at the highest image, and a unit vector (n, d) along the band.
 
     Raises:
       InputError: both are the same configuration.
@@ -96,8 +97,9 @@ def climbing_image_band(
     length, stiffness = (jnp.asarray(x, dtype) for x in natural_units(start))
     if np.abs(last - first).max() <= SAME * float(length):
         raise InputError(
-            "the other side is the configuration of the start, moved as a whole at most: give"
-            " another minimum, or leave it out and give a direction to climb along."
+            "`towards` is the same configuration as `start`, at most moved as a whole: give another"
+            " minimum for `towards`, or leave `towards` out and give `direction`, along which to"
+            " climb."
         )
     shares = np.arange(1, count + 1)[:, None, None] / (count + 1)
     bump = chirp((count, *first.shape), float, np)
@@ -124,7 +126,7 @@ def climbing_image_band(
 
 
 def _align(start: System, end: System) -> np.ndarray:
-    """The positions of the second configuration, moved as a whole to lie next to the first, (n, d).
+    """Move the second configuration as a whole to lie next to the first; its positions (n, d).
 
     The rotation of a cluster without a cell is the one that minimizes the distance (Kabsch).
     """
@@ -147,14 +149,14 @@ def _align(start: System, end: System) -> np.ndarray:
 def _band_forces(
     batch: System, chain: jax.Array, ends: jax.Array, end_energies: jax.Array, spring: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The force on each image, the index of the highest image, and the tangents.
+    """Compute the force on each image, the index of the highest image, and the tangents.
 
     Args:
       batch: the system at each image, with its neighbor list.
       chain: (images, n, d), the positions.
-      ends: (2, n, d), those of the two minima.
-      end_energies: (2,), their energies.
-      spring: s, energy per length squared.
+      ends: (2, n, d), positions of the two minima.
+      end_energies: (2,), energies of the two minima.
+      spring: stiffness s of the springs between images, energy per length squared.
     """
 
     def evaluate(system: System, R: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -203,15 +205,15 @@ def _advance(
     band: ElasticBand,
     limits: Limits,
 ) -> tuple[Any, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Steps of FIRE as long as the neighbor lists of all images are complete.
+    """Take steps of FIRE as long as the neighbor lists of all images are complete.
 
     Args:
       batch: the system at each image, with its neighbor list.
-      state: of jax-md's minimizer, for all images together.
-      ends, end_energies: of the two minima.
+      state: state of jax-md's minimizer, for all images together.
+      ends, end_energies: positions (2, n, d) and energies (2,) of the two minima.
       target: the largest force at which to stop.
       band: the options.
-      limits: of a step and of a force.
+      limits: the longest step and the largest force of a particle.
 
     Returns:
       (state, steps, largest force, index of the highest image, its tangent (n, d)).

@@ -1,8 +1,8 @@
 """First-order saddles of the energy: eigenvector following, then Newton steps on F = dU/dR = 0.
 
-A saddle is a root of F as a minimum is, so the derivative of a minimum holds for it too: H dR = -
-d2U/dR dp . dp, where H has one negative eigenvalue. Only the search differs, see
-:mod:`mdsens.saddles._eigenvector_following` and :mod:`mdsens.saddles._elastic_band`.
+A saddle is a root of F as a minimum is, so the equation for the derivative of a minimum applies to
+a saddle too: H dR = - d2U/dR dp . dp, where H has one negative eigenvalue. Only the search differs,
+see :mod:`mdsens.saddles._eigenvector_following` and :mod:`mdsens.saddles._elastic_band`.
 """
 
 from __future__ import annotations
@@ -61,16 +61,16 @@ def find_saddle(
 
     Args:
       start: a configuration near the saddle, or a minimum.
-      params: parameters to change first; the others stay.
+      params: parameters to change before the search; the others keep their values.
       direction: (n, d), along which to climb from a minimum until a mode becomes negative; None for
         the softest mode.
       towards: the minimum on the other side of the saddle. The search begins at the highest image
         of an elastic band between ``start`` and this minimum.
-      band: the options of this band.
+      band: options of the elastic band, an :class:`ElasticBand`.
       tolerance: the largest force on a particle to reach, in the unit of the potential. None for
         1e-10 of the mean pair force, or for the force that round-off leaves if that is larger.
-      method: the options of the search.
-      max_steps: of the search and of Newton's method together.
+      method: options of the search, an :class:`EigenvectorFollowing`.
+      max_steps: largest number of steps of the search and of Newton's method together.
       throw: raise where no saddle is reached; with False the status says so instead.
       progress: show a progress bar; None shows it only in a terminal or a notebook.
 
@@ -127,7 +127,7 @@ def find_saddle(
 def _judge_saddle(
     system: System, largest: float, tolerance: float, floor: float
 ) -> tuple[Status, int]:
-    """The status of a configuration as a saddle, and how many of its modes are negative.
+    """Judge a configuration as a saddle: its status, and how many of its modes are negative.
 
     Args:
       largest: the largest force left on a particle.
@@ -151,14 +151,14 @@ def _judge_saddle(
 def sides(
     saddle: Equilibrium, *, step: float = 1e-2, tolerance: float | None = None
 ) -> tuple[Equilibrium, Equilibrium]:
-    """The two minima that a saddle connects.
+    """Find the two minima that a saddle connects.
 
-    Each is relaxed from a step off the saddle, to either side along its negative mode.
+    Each minimum is relaxed from a step off the saddle, to either side along its negative mode.
 
     Args:
       saddle: from ``find_saddle``.
       step: the longest move of a particle, as a fraction of the potential's length.
-      tolerance: of the minimizations, as in ``minimize``.
+      tolerance: the largest force that the minimizations leave, as in ``minimize``.
 
     Returns:
       two minima; the particles keep their indices.
@@ -199,12 +199,13 @@ def _check_arguments(
     require_unconstrained(system, "find_saddle")
     if system.batch is not None:
         raise InputError(
-            f"find_saddle takes one system and got a batch of {system.batch}: give a member."
+            f"find_saddle takes one system and got a batch of {system.batch}: give one system of"
+            " it, ms.unstack(batch)[0]."
         )
     if isinstance(start, Equilibrium) and start.pressure is not None:
         raise InputError(
             "find_saddle keeps the cell fixed, and this minimum was relaxed at a pressure: give its"
-            " system."
+            " system, eq.system."
         )
     if not isinstance(method, EigenvectorFollowing):
         raise InputError(f"method is {short(method)}: give EigenvectorFollowing() of ms.saddles.")
@@ -236,11 +237,11 @@ def _check_other_side(
     other = towards.system if isinstance(towards, Equilibrium) else towards
     if not isinstance(other, System) or other.positions.shape != system.positions.shape:
         raise InputError(
-            f"towards is {short(towards)}: give the minimum on the other side, of the same"
-            " particles."
+            f"`towards` is {short(towards)}: give the minimum on the other side of the saddle, an"
+            " Equilibrium or a System with the same particles as `start`."
         )
     if direction is not None:
-        raise InputError("direction and towards are both given: give one of them.")
+        raise InputError("`direction` and `towards` are both given: give one of them.")
     if not isinstance(band, ElasticBand):
         raise InputError(f"band is {short(band)}: give ElasticBand() of ms.saddles.")
     # box and parameters are those of ``start``; only the positions of the other side are taken

@@ -64,14 +64,16 @@ DOUBLE_PRECISION_EPS = 1e-10
 
 
 def _with_outcome(lin: Linearization, stats: SolveStats, value: PyTree) -> SolveStats:
-    """The stats of a derivative: those of its solve, with the status of the derivative itself.
+    """Return the statistics of a derivative's solve, with the status of the derivative itself.
 
     The status is that of the minimum where that is bad, else NOT_FINITE where ``value`` is not
-    finite, else SINGLE_PRECISION where a good solve was done in it, else that of the solve.
+    finite, else SINGLE_PRECISION where a good solve was done in single precision, else that of the
+    solve.
 
     In single precision a solve that went well does not make the derivative good: round-off alone
-    leaves a force on the particles at which contacts are undecided (16,384 discs, residual 1e-5:
-    an error of a half).
+    leaves a force on the particles, so that it is not known which of the weakest pairs are in
+    contact. (In a packing of 16,384 discs the residual of the solve was 1e-5, and the relative
+    error of the derivative 0.5.)
     """
     status_of_minimum = lin.status
     stats = status_of_finite(
@@ -89,8 +91,8 @@ def _with_outcome(lin: Linearization, stats: SolveStats, value: PyTree) -> Solve
 def status_of_finite(stats: SolveStats, finite: jax.Array) -> SolveStats:
     """Replace a good status by NOT_FINITE where the derivative is not finite.
 
-    A good solve does not exclude that: the derivative of the potential or of the observable that
-    is combined with its solution may not be finite.
+    The derivative may be NaN or infinite after a good solve: the derivative of the potential or of
+    the observable that is combined with the solution may not be finite.
     """
     good = is_good(stats.status)
     return dataclasses.replace(
@@ -99,7 +101,7 @@ def status_of_finite(stats: SolveStats, finite: jax.Array) -> SolveStats:
 
 
 def _fields_of_minimum(lin: Linearization) -> dict[str, Any]:
-    """The fields of a derivative that describe its minimum."""
+    """Return the fields of a derivative that describe its minimum."""
     return {"max_force": lin.equilibrium.max_force, "rattlers": lin.network.rattlers}
 
 
@@ -134,7 +136,7 @@ def _force_right_hand_side(lin: Linearization, force: Unknowns) -> Unknowns:
 def _force_result(
     lin: Linearization, force: Unknowns | jax.Array, x: Unknowns, stats: SolveStats
 ) -> Displacement:
-    """The displacement under forces, which are those of a strain under the rule STRAIN."""
+    """Make the result for a displacement under forces; under STRAIN a strain causes them."""
     stats = _with_outcome(lin, stats, x.positions)
     return Displacement(
         value=x.positions, nonaffine=x.positions, stats=stats, **_fields_of_minimum(lin)
@@ -150,8 +152,9 @@ def _strain_right_hand_side(lin: Linearization, strain: jax.Array) -> Unknowns:
 def strain_is_silent(system: System, forces: jax.Array) -> jax.Array:
     """Whether the forces (n, d) that a strain causes are round-off; traceable.
 
-    They are in a crystal whose atoms are centers of symmetry. Round-off is what is below 1e4 eps of
-    the force that the potential's stiffness exerts over its length (2e-12 in double precision).
+    The forces are round-off in a crystal whose atoms are centers of symmetry. A force counts as
+    round-off where it is below 1e4 eps of the force that the potential's stiffness exerts over its
+    length (2e-12 in double precision).
     """
     length, stiffness = natural_units(system)
     return jnp.max(jnp.abs(forces)) <= 1e4 * jnp.finfo(forces.dtype).eps * length * stiffness
@@ -164,10 +167,10 @@ class DerivativeRule(NamedTuple):
     cotangent (VJP), an external force (FORCE) or a strain (STRAIN).
 
     Attributes:
-      right_hand_side: of ``(lin, argument)``.
-      result: the derivative, of ``(lin, argument, solution, stats)``.
-      parameters: names of the parameters that the derivative is taken by, of ``(all parameters,
-        argument)``.
+      right_hand_side: function of ``(lin, argument)`` that returns the right-hand side.
+      result: function of ``(lin, argument, solution, stats)`` that returns the derivative.
+      parameters: function of ``(all parameters, argument)`` that returns the names of the
+        parameters that the derivative is taken by.
     """
 
     right_hand_side: Callable[[Linearization, Any], Unknowns]
@@ -184,13 +187,13 @@ STRAIN = DerivativeRule(_strain_right_hand_side, _force_result, lambda params, s
 def solve_derivative(
     rule: DerivativeRule, lin: Linearization, argument: Argument, many: bool = False
 ) -> Any:
-    """The derivative of a rule at its argument, by the factor on the host or in compiled code.
+    """Compute the derivative of a rule at its argument, by a sparse factor or in compiled code.
 
     Args:
       rule: JVP, VJP, FORCE or STRAIN.
       lin: the minimum.
-      argument: of the rule; with ``many`` several of them, along a leading axis.
-      many: whether there are several, which share one factor.
+      argument: argument of the rule; with ``many`` several arguments, along a leading axis.
+      many: whether there are several arguments, which share one factor.
     """
     core = lin.traced(rule.parameters(lin.system.params, argument))
     factor = lin.factor
@@ -218,14 +221,14 @@ def solve_derivative(
 def solve_derivative_batch(
     rule: DerivativeRule, eq: Equilibrium, argument: Argument, solve: Method
 ) -> Any:
-    """The derivatives of all members of a batch, by one factor of all their Hessians.
+    """Compute the derivatives of all systems of a batch, by one factor of all their Hessians.
 
-    None where there is no such factor: then each member is to be solved by itself.
+    None where there is no such factor: then each system is to be solved alone.
 
     Args:
       rule: JVP, VJP, FORCE or STRAIN.
       eq: a batch.
-      argument: of the rule, one for each member, along a leading axis.
+      argument: arguments of the rule, one for each system, along a leading axis.
       solve: a method for which :func:`by_factor` is true.
     """
     assert isinstance(solve, Auto | Direct)
@@ -256,7 +259,7 @@ def dropped_any(status: jax.Array) -> bool:
 
 
 def aside(lin: Linearization) -> Linearization:
-    """The linearization with its positions moved a little away from the minimum.
+    """Return the linearization with its positions moved a little away from the minimum.
 
     Each coordinate moves by a thousandth of the potential's length times a chirp, which has no
     symmetry: there the terms of a right-hand side that cancel at the minimum do not cancel.
@@ -274,7 +277,7 @@ def aside(lin: Linearization) -> Linearization:
 def without_round_off(
     stats: SolveStats, size: jax.Array, beside: jax.Array, dtype: DTypeLike
 ) -> SolveStats:
-    """The stats of a solve, without a warning where the dropped part is round-off.
+    """Remove from the statistics of a solve the warning of a dropped part that is round-off.
 
     The dropped part is measured against the right-hand side beside the minimum, if that is larger
     than the one at the minimum. At the minimum the right-hand side may vanish, as the gradient of
@@ -282,10 +285,10 @@ def without_round_off(
     round-off, much of it along translations, and no part of any answer.
 
     Args:
-      stats: of the solve.
+      stats: statistics of the solve.
       size: norm of the right-hand side.
       beside: norm of the right-hand side at :func:`aside`.
-      dtype: of the right-hand side.
+      dtype: floating-point type of the right-hand side.
     """
     eps = float(jnp.finfo(dtype).eps)
     largest = jnp.maximum(jnp.maximum(size, beside), jnp.finfo(dtype).tiny)
@@ -331,7 +334,8 @@ def _right_hand_side_norms(
 def norms(sides: Unknowns, many: bool) -> jax.Array:
     """The norm of the right-hand side of a solve, or those of many along a leading axis.
 
-    It leaves out the strain: that is computed after the solve, from the small matrix of the cell.
+    The strain is left out of the norm: it is computed after the solve, from the small matrix of the
+    cell.
     """
     first_axis = 1 if many else 0
     leaves = jax.tree.leaves(dataclasses.replace(sides, strain=None))

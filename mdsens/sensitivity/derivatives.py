@@ -152,7 +152,7 @@ def _solve_batch(
     return _over_members(for_member, eq, argument)
 
 
-def _for_members(name: str, value: ArrayLike, shape: tuple[int, ...], count: int) -> jax.Array:
+def _for_members(name: str, value: object, shape: tuple[int, ...], count: int) -> jax.Array:
     """A user's argument for a batch, (members, …).
 
     Args:
@@ -240,7 +240,7 @@ def _vectors_of_particles(system: System, value: ArrayLike, name: str) -> jax.Ar
     return array
 
 
-def _cotangent_of_unknowns(lin: Linearization, cotangent: ArrayLike | Unknowns) -> Unknowns:
+def _cotangent_of_unknowns(lin: Linearization, cotangent: Any) -> Unknowns:
     """A user's cotangent of what ``jvp`` returns, checked, as a cotangent of the unknowns."""
     value = cotangent if isinstance(cotangent, Unknowns) else Unknowns(cotangent)
     w = _vectors_of_particles(lin.system, value.positions, "cotangent")

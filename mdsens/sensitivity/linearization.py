@@ -58,7 +58,7 @@ Params = Mapping[str, Any]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Linearization(Portable, Named):
-    """A minimum with all that its derivatives share.
+    """A minimum with what all its derivatives have in common: null space, contact network, factor.
 
     Every function that differentiates a minimum takes a Linearization in place of the minimum.
 
@@ -73,9 +73,9 @@ class Linearization(Portable, Named):
         :mod:`mdsens.sensitivity.structure`.
       blocks: the Hessian as blocks of pairs, for compiled products with it; None where it is not
         assembled.
-      factor: the Hessian on the host, with a factor that is computed when it is first needed; None
-        in traced code and for potentials that are no sum over pairs. Under constraints, the matrix
-        of the whole system of equations with its factor.
+      factor: the Hessian as a sparse matrix outside of compiled code, with a factor that is
+        computed when it is first needed; None in traced code and for potentials that are no sum
+        over pairs. Under constraints, the matrix of the whole system of equations with its factor.
       force_status: UNCONVERGED where the largest force left on a particle is not small compared
         with the mean pair force, CONTACTS_UNSETTLED where particles touch and that force leaves
         open whether they are in contact, INDEFINITE where a mode of negative stiffness exists; else
@@ -130,7 +130,7 @@ class Linearization(Portable, Named):
     def condition(self, x: Unknowns, params: Params) -> Unknowns:
         """F(x, params), the condition that is zero at the minimum.
 
-        It is dU/dR; at a pressure, with the derivative of the enthalpy by strain; under
+        F is dU/dR; at a pressure, dU/dR and the derivative of the enthalpy by strain; under
         constraints, dL/dx and the equations.
         """
         return self.structure.condition(self, x, params)
@@ -140,7 +140,7 @@ class Linearization(Portable, Named):
         return self.structure.moved(system, x, params)
 
     def traced(self, differentiated: Sequence[str]) -> Linearization:
-        """The form for compiled code: no factor, and the potential in its cheapest form.
+        """Return the form for compiled code: no factor, and the potential in its cheapest form.
 
         Args:
           differentiated: names of the parameters that derivatives are to be taken by.
@@ -156,8 +156,8 @@ class Linearization(Portable, Named):
     def status(self) -> Any:
         """CONVERGED, or why no derivative can be taken at this minimum; an int32 array.
 
-        The first bad one of: the status of the minimization, UNJAMMED, ``force_status``, and the
-        status of the structure.
+        This is the first bad status of: the minimization, UNJAMMED, ``force_status``, and the
+        structure.
         """
         status = _status_of_minimum(self.equilibrium.status, self.network.unjammed)
         for other in (self.force_status, self.structure.status):
@@ -185,7 +185,7 @@ def by_factor(system: System, solve: Method, many: bool = False) -> bool:
 
 
 def _status_of_minimum(status: np.ndarray | jax.Array, unjammed: np.ndarray | jax.Array) -> Any:
-    """The status of the minimization where it is bad, else UNJAMMED or CONVERGED."""
+    """Return the status of the minimization where it is bad, else UNJAMMED or CONVERGED."""
     xp = jnp if isinstance(unjammed, Tracer) else np
     code = xp.where(unjammed, Status.UNJAMMED.value, Status.CONVERGED.value)
     return xp.where(is_good(status), code, status)
@@ -193,10 +193,11 @@ def _status_of_minimum(status: np.ndarray | jax.Array, unjammed: np.ndarray | ja
 
 @jax.jit
 def force_left(system: System, net: Network, largest: jax.Array) -> jax.Array:
-    """The status that the largest force left on a particle gives a minimum, or each of a batch.
+    """Judge a minimum, or each of a batch, by the largest force left: return a status.
 
     UNCONVERGED where the force is not small compared with the mean pair force, CONTACTS_UNSETTLED
-    where particles touch and it leaves open whether they are in contact; else CONVERGED.
+    where particles touch and the force left is so large that it is not known whether they are in
+    contact; else CONVERGED.
     """
     if system.batch is not None:
         return jax.vmap(force_left)(system, net, largest)
@@ -207,7 +208,7 @@ def force_left(system: System, net: Network, largest: jax.Array) -> jax.Array:
 
 
 def _force_left_of_one(eq: Equilibrium, net: Network) -> Any:
-    """``force_left`` of one minimum, on the host where the mean contact force decides it."""
+    """Return ``force_left`` of one minimum, by numpy where the mean contact force decides."""
     mean_force = np.asarray(net.mean_force)
     if np.asarray(eq.max_force) <= RELAXED * mean_force and not np.asarray(net.touching):
         return np.int32(Status.CONVERGED.value)
@@ -282,7 +283,7 @@ def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Li
 def _linearize_constrained(
     eq: Equilibrium, backbone: System, net: Network, null: NullSpace, solve: Method, throw: bool
 ) -> Linearization:
-    """``linearize`` under constraints."""
+    """Linearize a minimum under constraints."""
     multipliers = lagrangian.unknowns_of(backbone, eq.multipliers).multipliers
     # of the motions of the null space, constraints prevent some
     null = constrained_null_space(backbone, net, null, multipliers)
@@ -309,11 +310,11 @@ def _linearize_constrained(
 
 
 def linearized(eq: Equilibrium | Linearization, solve: Method | None) -> Linearization:
-    """The linearization of a minimum with a given solver, or a Linearization as it is.
+    """Linearize a minimum with a given solver; a Linearization is returned as it is.
 
     Args:
       eq: the minimum; whether it can be differentiated is checked by :func:`require_sound`.
-      solve: the solver; where None, Auto() or that of the Linearization.
+      solve: the solver; where None, Auto() or the solver of the Linearization.
     """
     if solve is not None:
         check_method(solve)
@@ -342,7 +343,7 @@ def require_sound(lin: Linearization, eq: Equilibrium | Linearization, throw: bo
 
 
 def full_tangent(system: System, dparams: Params, params: Params | None = None) -> dict[str, Any]:
-    """Changes of all parameters, checked: those of ``dparams``, and zero for the others.
+    """Return changes of all parameters, checked: those in ``dparams``, and zero for the others.
 
     Args:
       params: the parameters; those of the system where None. Of a Linearization, its ``params``.
@@ -356,7 +357,7 @@ def full_tangent(system: System, dparams: Params, params: Params | None = None) 
 
 
 def changes(system: System, dparams: Params, params: Params | None = None) -> dict[str, Any]:
-    """The changes of some parameters, checked and in the type of the parameters.
+    """Check the changes of some parameters, and convert them to the type of the parameters.
 
     Args:
       params: the parameters; those of the system where None. Of a Linearization, its ``params``.

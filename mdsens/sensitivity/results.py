@@ -1,4 +1,4 @@
-"""The results of derivatives at a minimum, each with the evidence of its linear solve.
+"""The results of derivatives at a minimum, each with status and residual of its linear solve.
 
 A :class:`Displacement` is the derivative of the unknowns (``jvp``, ``jacobian``, ``response``). A
 :class:`ParameterGradient` is the derivative of an observable by every parameter (``vjp``,
@@ -32,8 +32,8 @@ class Derivative(Portable, Shown):
 
     Attributes:
       value: the derivative; the subclasses give its shape.
-      stats: of the linear solve: status, relative residual, iterations, norm of the part that was
-        dropped, solver.
+      stats: statistics of the linear solve: status, relative residual, number of iterations, norm
+        of the part of the right-hand side that was dropped, name of the solver.
       max_force: the largest force on a particle at the minimum, in energy/length.
       rattlers: (n,) True for particles with too few contacts to transmit a force; they do not move.
       wrt: the parameters that the derivative is taken by; empty for a derivative along one
@@ -48,16 +48,16 @@ class Derivative(Portable, Shown):
 
     @property
     def status(self) -> Status:
-        """The status of a single derivative, from ``stats``."""
+        """The status in ``stats``, as a member of Status; not for a batch."""
         return Status(int(self.stats.status))
 
     def component(self, label: str) -> Any:
         """The derivative by one number among the parameters.
 
         Args:
-          label: as on the command line: ``"epsilon"`` for a scalar, ``"sigma[3]"`` for an entry of
-            a vector, or ``"sigma[0,1]"`` for an entry of a matrix of species pairs; that is the
-            derivative as the entry and its mirror image change together.
+          label: name of the number: ``"epsilon"`` for a scalar, ``"sigma[3]"`` for an entry of a
+            vector, or ``"sigma[0,1]"`` for an entry of a matrix of species pairs, where the
+            derivative is that of a change of the entry and its mirror image together.
 
         Returns:
           for ``vjp`` and ``gradient`` the derivative of the observable, of its shape; for
@@ -105,7 +105,8 @@ class Displacement(Derivative):
     """The derivative of a minimum: dR/dt along a direction, or dR/dp by a parameter.
 
     Attributes:
-      value: for ``jvp`` and ``response`` the derivative of the stored positions, (n, d), with mean
+      value: for ``jvp`` and ``response`` the derivative of the Cartesian positions in
+        ``system.positions``, which includes the motion with the cell, (n, d), with mean
         displacement zero and rows of rattlers zero; for ``jacobian`` (n, d, *shape of the
         parameter). Where the cell is relaxed to a pressure, or under constraints, an ``Unknowns``
         with ``strain`` and ``multipliers`` beside ``positions``.
@@ -124,7 +125,7 @@ class Displacement(Derivative):
 
     @property
     def positions(self) -> jax.Array:
-        """The derivative of the stored positions, (n, d)."""
+        """The derivative of the Cartesian positions R by t or by a parameter; see ``value``."""
         return self.value.positions if isinstance(self.value, Unknowns) else self.value
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["AtPressureStructure", "ConstrainedStructure", "FixedCellStructure", "Structure"]
 
 Params = Mapping[str, Any]
+Tree = TypeVar("Tree", Unknowns, dict[str, jax.Array])
 
 
 class Structure(Protocol):
@@ -142,7 +143,7 @@ def _affine(system: System, tangent: Params, positions: jax.Array) -> jax.Array:
     return positions @ jnp.linalg.solve(box_at(system, system.params).T, change.T)
 
 
-def _negative(x: Unknowns) -> Unknowns:
+def _negative(x: Tree) -> Tree:
     return jax.tree.map(jnp.negative, x)
 
 

@@ -59,7 +59,7 @@ COUNT = 22
 def _interacting(eq: Equilibrium) -> np.ndarray:
     """(k, 2) particle indices of the pairs that touch, without padding and rattlers.
 
-    Pairs nearer than a breakpoint, for each breakpoint of each term.
+    These are the pairs nearer than a breakpoint, for each breakpoint of each term.
     """
     rows = []
     network = contacts.network(eq.system, eq.max_force, eq.contacts_needed)
@@ -109,12 +109,11 @@ class _Line:
       settling: brings a minimum near it down to round-off.
       tangent: dparams, for every parameter.
       response: the analytic derivative along the line.
-      unit: the size of the parameters over that of the direction: t = unit changes them by about
-        their own size.
+      unit: the norm of the parameters over that of the direction: a step t = unit changes the
+        parameters by about as much as their values.
       radius: t of the first change of a contact, to first order.
       pairs: the pairs that touch at the minimum.
-      tolerance: of the minimizations.
-    """
+      tolerance: the largest force that the minimizations leave."""
 
     lin: Linearization
     settling: Settling
@@ -209,7 +208,7 @@ class _Line:
         slope = jax.tree.map(lambda a, b: (a - b) / (2.0 * t), _unknowns_at(up), _unknowns_at(down))
         if eq.pressure is not None:
             apart = jnp.asarray(up.system.box) - jnp.asarray(down.system.box)
-            strain = to_mandel(apart / (2.0 * t) @ inverse(eq.system.box))
+            strain = to_mandel(apart / (2.0 * t) @ inverse(jnp.asarray(eq.system.box)))
             slope = dataclasses.replace(slope, strain=strain)
         value, nonaffine = self.without_null_part(slope)
         return _Difference(
@@ -229,8 +228,8 @@ class _Line:
     ) -> float:
         """Error of a difference over t that round-off may make, relative to its ``value``.
 
-        From rounding the parameters on both sides, from rounding the positions there, and from the
-        Newton steps that remain at the two ends.
+        The error comes from rounding the parameters on both sides, from rounding the positions
+        there, and from the Newton steps that remain at the two ends.
         """
         size, positions = (
             float(jnp.linalg.norm(x)) for x in (nonaffine, self.lin.system.positions)
@@ -271,7 +270,7 @@ def _line(
     """The line through a minimum along dparams; refuses arguments that are wrong.
 
     Args:
-      tolerance: of the minimizations; None for the default.
+      tolerance: the largest force that the minimizations leave; None for the default.
       steps: a step or several, only checked here.
       value: the derivative to test, only checked here.
     """
@@ -368,17 +367,19 @@ def finite_difference(
     Args:
       eq: a minimum; not a batch.
       dparams: the direction, as in ``jvp``.
-      step: t. None chooses the step at which round-off of the positions, which is measured at the
-        minimum, is 3e-9 of the difference; but at most 0.3 of the distance to the first change of a
-        contact, and at most 1e-4 of the parameters' size over that of the direction (the size of a
-        pressure is what strains the cell by 1).
-      tolerance: of the minimizations. None takes 0.01 of the minimum's own, but not below
-        round-off. Newton steps remove the force that the minimizations leave, see
-        :mod:`mdsens.verify._settling`. If a force above the tolerance remains that is within the
-        minimum's own tolerance, the difference is computed all the same, and ``status`` says so.
+      step: the step t. None chooses the step at which round-off of the positions, which is measured
+        at the minimum, is 3e-9 of the difference; but at most 0.3 of the distance to the first
+        change of a contact, and at most 1e-4 of the norm of the parameters over that of the
+        direction (for a pressure, the change that strains the cell by 1 stands for the norm).
+      tolerance: the largest force that the minimizations leave. None takes 0.01 of the tolerance of
+        the minimum, but not below round-off. Newton steps remove the force that the minimizations
+        leave, see :mod:`mdsens.verify._settling`. If the force that remains is above this tolerance
+        but within that of the minimum, the difference is computed all the same, and ``status`` says
+        so.
 
     Returns:
-      a :class:`FiniteDifference`. Compare with ``v.disagreement(r.value)``.
+      a :class:`FiniteDifference` v. To compare it with a derivative r that ``jvp`` returned, take
+      ``v.disagreement(r.value)``.
 
     Raises:
       InputError: bad names, shapes, step or tolerance; a contact that changes at the minimum itself
@@ -470,18 +471,19 @@ def derivative_test(
 ) -> DerivativeTest:
     """Compute the relative error of central differences against a derivative, over many steps.
 
-    It is |(R(t) - R(-t)) / 2t - dR/dt| / |dR/dt|. For each step the minimum is minimized again
-    twice, at params + t dparams and params - t dparams.
+    The error is |(R(t) - R(-t)) / 2t - dR/dt| / |dR/dt|. For each step the minimum is minimized
+    again twice, at params + t dparams and params - t dparams.
 
     Args:
       eq: a minimum; not a batch.
       dparams: the direction, as in ``jvp``.
-      steps: t, positive; None takes 22 from 1e-9 to 1e-2 of the parameters' size over that of the
-        direction.
+      steps: the steps t, positive; None takes 22 steps from 1e-9 to 1e-2 of the norm of the
+        parameters over that of the direction.
       value: the derivative to test, (n, d), at a pressure ``Unknowns`` as ``jvp`` gives them, from
-        anywhere; None tests that of ``jvp``. Its part in the null space (translations, rattlers,
-        rotations of a free cluster) is left out, as differences have none.
-      tolerance: of the minimizations, as in ``finite_difference``.
+        anywhere; None tests that of ``jvp``. The part of the derivative in the null space
+        (translations, rattlers, rotations of a free cluster) is left out, because differences have
+        no such part.
+      tolerance: the largest force that the minimizations leave, as in ``finite_difference``.
 
     Returns:
       a :class:`DerivativeTest`; :func:`mdsens.plots.derivative_test` draws it.

@@ -17,9 +17,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bad_inputs import bad_values
 from conftest import forget_compiled_code
-from generated import LONG_SHAPES, SHAPES, Case, Record, Shape, bad_values, cases, judge, summary
 from hypothesis import HealthCheck, given, settings
+from judge import Record, judge, summary
+from strategies import LONG_SHAPES, SHAPES, Case, Shape, cases
 
 import mdsens as ms
 

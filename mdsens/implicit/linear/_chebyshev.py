@@ -24,7 +24,8 @@ MARGIN = 1.2
 def chebyshev(apply: Apply, degree: int, like: Array) -> Apply:
     """Return the preconditioner r -> p(A) r, which solves A z = r approximately.
 
-    It takes ``degree - 1`` steps of the Chebyshev iteration, which needs products with A only.
+    The preconditioner takes ``degree - 1`` steps of the Chebyshev iteration, which needs products
+    with A only.
 
     1 - t p(t) is the Chebyshev polynomial of that degree on [a, b], scaled to 1 at t = 0, with b
     the largest eigenvalue of A and a = 4 b / degree^2 (Saad, Iterative Methods for Sparse Linear
@@ -36,7 +37,7 @@ def chebyshev(apply: Apply, degree: int, like: Array) -> Apply:
 
     Args:
       apply: v -> A v, A symmetric.
-      degree: of t p(t).
+      degree: degree of the polynomial t p(t) in the eigenvalue t of A.
       like: an array with the shape of the right-hand sides, for the estimate of b.
     """
 
@@ -76,12 +77,15 @@ def chebyshev(apply: Apply, degree: int, like: Array) -> Apply:
 def smoothed(
     iterate: Callable[[Apply, Array, Array, Array], Iterate], apply: Apply, degree: int, b: Array
 ) -> Round:
-    """Return a round that solves p(A) A x = p(A) r, with the polynomial p of :func:`chebyshev`.
+    """Return a function that solves A x = r by an iteration on p(A) A x = p(A) r.
+
+    p is the polynomial of :func:`chebyshev`. The function does one round of the refinement in
+    :mod:`mdsens.implicit.linear.method`: r is the residual that the previous round left.
 
     Args:
       iterate: the iteration, ``(apply, b, tol, limit) -> (x, applications, result)``.
-      apply: v -> A v, A symmetric.
-      degree: of the polynomial t p(t).
+      apply: the product v -> A v, A symmetric.
+      degree: degree of the polynomial t p(t) in the eigenvalue t of A.
       b: an array with the shape of the right-hand sides.
     """
     smooth = chebyshev(apply, degree, b)

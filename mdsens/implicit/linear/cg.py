@@ -55,7 +55,8 @@ class CG(IterativeMethod):
         if not operator.positive_semidefinite:
             raise InputError(
                 "method=CG on an operator with positive_semidefinite=False may give a wrong answer;"
-                " declare it, or take MINRES (symmetric) or GMRES (any)"
+                " set positive_semidefinite=True if the operator is positive semi-definite, or take"
+                " MINRES (for a symmetric operator) or GMRES (for any)"
             )
 
     def iteration(self, operator: Operator, b: Array) -> tuple[Round, int]:

@@ -210,6 +210,7 @@ def _rayleigh(
 
     The error of a Rayleigh quotient is quadratic in the error of its vector.
     """
+    # a vector that the projector made zero stays zero instead of NaN
     vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=0), 1e-300)
     image = apply(vectors)
     values = np.einsum("mk,mk->k", vectors, image)
@@ -269,6 +270,7 @@ def _of_zeros(vectors: np.ndarray, zero: int, floor: float, counted: bool, metho
 
 def _range_vectors(size: int, k: int, project: Apply) -> np.ndarray:
     """Return k orthonormal vectors of the range of the projector, (size, k)."""
+    # random, so that the projector leaves k independent ones; the same in every run
     vectors, _ = np.linalg.qr(project(np.random.default_rng(0).standard_normal((size, k))))
     return vectors
 
@@ -287,11 +289,13 @@ def _shift_invert(
 
     None where a factor does not give the number of eigenvalues below its shift, or Lanczos fails.
     """
+    # a fixed seed: the same start, and the same digits, in every run
     rng = np.random.default_rng(0)
     start = project(rng.standard_normal((size, 1)))[:, 0]
     if not matrix.count_nonzero():  # Lanczos cannot start with a matrix of zeros
         vectors = _range_vectors(size, k, project)
         return _of_zeros(vectors, size - null, floor, True, "shift-invert")
+    # three digits are enough: it only sets the scale of what counts as zero
     top = _eigsh(matrix, 1, which="LA", tol=1e-3, v0=start, return_eigenvectors=False)
     largest = max(float(top[0]), 1e-300)
     scale = bound(matrix)
@@ -356,6 +360,7 @@ def _lobpcg(
     precondition: Apply | None,
 ) -> Spectrum:
     """Compute the lowest eigenpairs from products alone, by LOBPCG, or Lanczos where it fails."""
+    # a fixed seed: the same start, and the same digits, in every run
     rng = np.random.default_rng(0)
 
     def restricted(v: np.ndarray) -> np.ndarray:
@@ -371,6 +376,7 @@ def _lobpcg(
     start = project(rng.standard_normal((size, 1)))[:, 0]
     if not np.any(restricted(start)):  # Lanczos cannot start with an operator of zeros
         return _of_zeros(_range_vectors(size, k, project), k, floor, False, "LOBPCG")
+    # three digits are enough: it only sets the scale of what counts as zero
     top = _eigsh(operator, 1, which="LM", tol=1e-3, v0=start, return_eigenvectors=False)
     largest = abs(float(top[0]))
     # A block of a few more vectors than are wanted converges faster.
@@ -406,6 +412,7 @@ def _lobpcg(
             _linear_operator(size, lifted), more, which="SA", v0=start, ncv=basis_size, maxiter=500
         )[1]
         by_lanczos = _rayleigh(restricted, project(vectors), k)
+        # a NaN compares false with anything: as infinity it loses
         pairs = min(pairs, by_lanczos, key=lambda p: np.nan_to_num(p[2], nan=np.inf).max())
     values, vectors, residuals = pairs
     accurate = residuals <= LOBPCG_RESIDUAL * largest

@@ -42,8 +42,8 @@ class MINRES(IterativeMethod):
     def check(self, operator: Operator) -> None:
         if not operator.symmetric:
             raise InputError(
-                "method=MINRES on an operator with symmetric=False gives a wrong answer; declare it"
-                " symmetric, or take GMRES"
+                "method=MINRES on an operator with symmetric=False gives a wrong answer; set"
+                " symmetric=True if the operator is symmetric, or take GMRES"
             )
 
     def iteration(self, operator: Operator, b: Array) -> tuple[Round, int]:

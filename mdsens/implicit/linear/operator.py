@@ -40,7 +40,7 @@ class Operator:
 
     Attributes:
       matvec: v -> A v, both with the tree and shapes of the unknowns; linear in v, traceable.
-      symmetric: A equals its transpose. Declared, not checked.
+      symmetric: A equals its transpose. This is declared by the user and not checked.
       positive_semidefinite: no direction has negative curvature; implies ``symmetric``.
       project: orthogonal projector off the right null space of A, a symmetric linear map; None
         where A has no null space. It must be complete. Along a null direction that is left out, the

@@ -41,7 +41,7 @@ def bound(matrix: sp.csr_array) -> float:
 def bounds(matrix: sp.csr_array, parts: int) -> np.ndarray:
     """Compute the bound of each of the ``parts`` equal diagonal blocks of A, (parts,)."""
     sizes = sp.csr_array((np.abs(matrix.data), matrix.indices, matrix.indptr), shape=matrix.shape)
-    return np.max((sizes @ np.ones(matrix.shape[1])).reshape(parts, -1), axis=1, initial=0.0)
+    return np.max((sizes @ np.ones(len(matrix.indptr) - 1)).reshape(parts, -1), axis=1, initial=0.0)
 
 
 def ordering(matrix: sp.csr_array, block: int) -> np.ndarray | None:
@@ -58,7 +58,7 @@ def ordering(matrix: sp.csr_array, block: int) -> np.ndarray | None:
     Returns:
       (m,) the order; None for minimum degree, where that is as fast.
     """
-    return None if block == 2 and matrix.shape[0] <= PLANAR else dissection(matrix, block)
+    return None if block == 2 and len(matrix.indptr) <= PLANAR + 1 else dissection(matrix, block)
 
 
 def dissection(matrix: sp.csr_array, block: int = 1) -> np.ndarray:
@@ -77,13 +77,13 @@ def dissection(matrix: sp.csr_array, block: int = 1) -> np.ndarray:
     """
     import pymetis
 
-    size = matrix.shape[0] // block
     graph = matrix.tobsr((block, block)) if block > 1 else matrix.tocsr()
+    size = len(graph.indptr) - 1
     rows = np.repeat(np.arange(size), np.diff(graph.indptr))
     off_diagonal = rows != graph.indices
     starts = np.concatenate([[0], np.cumsum(np.bincount(rows[off_diagonal], minlength=size))])
     if not starts[-1]:  # a diagonal matrix, whose graph has no edges
-        return np.arange(matrix.shape[0])
+        return np.arange(size * block)
     graph_of_metis = pymetis.CSRAdjacency(starts, graph.indices[off_diagonal])
     order, _ = pymetis.nested_dissection(graph_of_metis)
     return (np.asarray(order)[:, None] * block + np.arange(block)).ravel()
@@ -95,7 +95,7 @@ def _shifted(matrix: sp.csr_array, shift: np.ndarray) -> Any:
     Where all entries of the diagonal are stored, they are changed in a copy of the data, which is
     faster than adding two sparse matrices.
     """
-    size = matrix.shape[0]
+    size = len(matrix.indptr) - 1
     on_diagonal = matrix.indices == np.repeat(np.arange(size), np.diff(matrix.indptr))
     if np.count_nonzero(on_diagonal) != size:
         return (matrix + sp.dia_array((shift[None], [0]), shape=matrix.shape).tocsr()).tocsr()
@@ -123,8 +123,8 @@ def _by_qdldl(matrix: sp.csr_array) -> _Parts:
     """Factorize with QDLDL, ordered by minimum degree: the fastest for a small matrix."""
     import qdldl  # type: ignore[import-not-found]
 
-    size = matrix.shape[0]
     starts = matrix.indptr
+    size = len(starts) - 1
     rows = np.repeat(np.arange(size, dtype=np.int32), np.diff(starts))
     # QDLDL takes the columns of the upper triangle, which are the rows of the lower one.
     in_lower = matrix.indices <= rows
@@ -209,7 +209,8 @@ class SparseFactor:
     def __init__(
         self, matrix: sp.csr_array, shift: float | np.ndarray, order: np.ndarray | None = None
     ):
-        shifted = _shifted(matrix.tocsr(), np.broadcast_to(shift, matrix.shape[:1]))
+        rows = matrix.tocsr()
+        shifted = _shifted(rows, np.broadcast_to(shift, len(rows.indptr) - 1))
         self._parts = _by_qdldl(shifted) if order is None else _by_superlu(shifted, order)
 
     @functools.cached_property

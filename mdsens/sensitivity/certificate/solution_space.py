@@ -29,7 +29,7 @@ Motion: TypeAlias = tuple[Unknowns, Params]
 
 @jax.jit
 def _product(lin: Linearization, x: Unknowns) -> Unknowns:
-    """dF/dx x."""
+    """Multiply dF/dx, the derivative of the condition F by the unknowns, with x."""
     return jax.jvp(lambda y: lin.condition(y, lin.params), (lin.unknowns,), (x,))[1]
 
 
@@ -43,13 +43,13 @@ def _second_derivative(lin: Linearization, first: Motion, second: Motion) -> Unk
 
 @jax.jit
 def _condition(lin: Linearization) -> Unknowns:
-    """F at the unknowns and parameters of ``lin``; zero at a minimum."""
+    """Evaluate the condition F at the unknowns and parameters of ``lin``; zero at a minimum."""
     return lin.condition(lin.unknowns, lin.params)
 
 
 @jax.jit
 def _constrained_side(lin: Linearization, tangent: Params) -> tuple[Unknowns, Unknowns]:
-    """The motion of the constrained coordinates, and the right-hand side of the solve."""
+    """Compute the motion of the constrained coordinates, and the right-hand side of the solve."""
     structure: Any = lin.structure
     return structure.motion(lin, tangent), structure.parameter_side(lin, tangent)
 
@@ -62,7 +62,7 @@ def _switch_times(lin: Linearization, x: Unknowns, tangent: Params) -> jax.Array
 
 
 def on_host(f: Callable[..., np.ndarray], *changes: Unknowns) -> Unknowns:
-    """Apply f to each array of some Unknowns by numpy; to compile it by jax would take longer."""
+    """Apply f to each array of some Unknowns by numpy; compiling f by jax would take longer."""
     return jax.tree.map(lambda *leaves: f(*(np.asarray(leaf) for leaf in leaves)), *changes)
 
 
@@ -92,28 +92,29 @@ class Space:
 
     @property
     def still(self) -> Unknowns:
-        """A change of the unknowns that is zero."""
+        """Return a change of the unknowns that is zero."""
         return on_host(np.zeros_like, self.lin.unknowns)
 
     def forces(self) -> Unknowns:
-        """-F, the forces left on the particles and on the cell; zero at the exact minimum."""
+        """The forces -F left on the particles and on the cell; zero at the exact minimum."""
         cell = self.lin.cell
         if self.lin.constrained:
             return on_host(np.negative, self.lin.null.free(_condition(self.core)))
         return Unknowns(force(self.lin.system), None if cell is None else -cell.slope)
 
     def size(self, x: Unknowns) -> float:
-        """The norm of a change of the unknowns.
+        """Compute the norm of a change of the unknowns.
 
-        It contains parameters that constraints relax, and no multipliers.
+        The norm includes the parameters that constraints relax, and no multipliers.
         """
         of_params = sum(float(np.sum(np.asarray(v) ** 2)) for v in jax.tree.leaves(x.params))
         return float(np.hypot(_norm(x.positions, x.strain, self.length), of_params**0.5))
 
     def strength(self, forces: Unknowns) -> float:
-        """The norm of forces on the unknowns, off the null space.
+        """Compute the norm of forces on the unknowns, without their part in the null space.
 
-        Under constraints, of their part along the tangent space and of the equations' residuals.
+        Under constraints the norm is that of the forces' part along the tangent space and of the
+        residuals of the equations together.
         """
         if self.lin.constrained:
             # times the potential's stiffness, the residuals g of the equations are forces
@@ -125,7 +126,11 @@ class Space:
         return _norm(self._off_null(forces.positions), forces.strain, 1.0 / self.length)
 
     def onward(self, forces: Unknowns) -> Unknowns:
-        """The change of the unknowns along forces, whose ``size`` is the ``strength`` of these."""
+        """Return the change of the unknowns parallel to given forces, of the same norm.
+
+        The norm ``size`` of the change equals the norm ``strength`` of the forces. Parts of the
+        forces in the null space or along constraints are left out.
+        """
         dtype = self.lin.system.positions.dtype
         if self.lin.constrained:
             change = self.factor.unflat(self._tangent(forces))
@@ -137,7 +142,7 @@ class Space:
         return on_host(lambda leaf: leaf.astype(dtype), change)
 
     def solve(self, forces: Unknowns, rtol: float = 1e-12) -> tuple[Unknowns, float, Status]:
-        """The change x of the unknowns under forces: ``(x, relative residual, status)``.
+        """Solve for the change x of the unknowns under forces: ``(x, relative residual, status)``.
 
         At a pressure the residual is that of positions and cell together.
         """
@@ -150,7 +155,7 @@ class Space:
         return x, residual, Status.worst_of([status, int(self.lin.cell.status)])
 
     def yields(self, forces: Unknowns, rtol: float = 1e-12) -> tuple[Unknowns, float, Status]:
-        """``solve``, with residual and status of the linear solve for the positions alone."""
+        """Solve as ``solve``, with residual and status of the solve for positions alone."""
         if self.lin.constrained:
             return self.factor.solve_unknowns(self.lin.null.free(forces), rtol)
         dR, residual, status = self.factor.solve(np.asarray(forces.positions), rtol)
@@ -160,7 +165,9 @@ class Space:
         return x, residual, status
 
     def response(self, tangent: Params, pull: Unknowns) -> tuple[Unknowns, float, Status]:
-        """The derivative x of the unknowns along a direction: ``(x, relative residual, status)``.
+        """Solve for the derivative x of the unknowns along a direction: ``(x, residual, status)``.
+
+        The residual is relative to the right-hand side.
 
         Args:
           tangent: the direction, changes of all parameters.
@@ -173,9 +180,9 @@ class Space:
         return on_host(np.add, motion, x), residual, status
 
     def switches(self, x: Unknowns, tangent: Params) -> tuple[float, float]:
-        """The first t > 0 and the first -t > 0 at which a coordinate meets or leaves its bound.
+        """Compute the first t > 0 and -t > 0 at which a coordinate meets or leaves its bound.
 
-        Infinite without bounds.
+        Both are infinite without bounds.
         """
         if not self.lin.constrained:
             return np.inf, np.inf
@@ -186,11 +193,11 @@ class Space:
         return float(np.min(ahead, initial=np.inf)), float(np.min(behind, initial=np.inf))
 
     def second(self, first: Motion, second: Motion) -> Unknowns:
-        """The second derivative of the condition by (unknowns, params) along two directions."""
+        """Differentiate the condition F(unknowns, params) along two directions in turn."""
         return _second_derivative(self.core, first, second)
 
     def crossings(self, x: Unknowns, tangent: Params) -> Crossing:
-        """Where pairs cross a breakpoint along a change of the unknowns and of the parameters.
+        """Compute when pairs cross a breakpoint along a change of unknowns and parameters.
 
         The pairs are those of the whole system, not of the backbone alone; pairs of rattlers are
         left out by the list of rattlers.
@@ -208,11 +215,11 @@ class Space:
         )
 
     def least(self, stiffness: float) -> float:
-        """The smallest stiffness of all unknowns together; 0 where it is not positive.
+        """Compute the smallest stiffness of all unknowns together; 0 where it is not positive.
 
-        At a pressure it is a lower bound, within a factor of 2. The inverse of the stiffness matrix
-        is H^+ + Y S^-1 Y^T, Y = (X, 1). Both terms are positive semidefinite, so that its norm is
-        at most the sum of their norms and at least the larger of them.
+        At a pressure the result is a lower bound, within a factor of 2. The inverse of the
+        stiffness matrix is H^+ + Y S^-1 Y^T, Y = (X, 1). Both terms are positive semidefinite, so
+        that its norm is at most the sum of their norms and at least the larger of them.
 
         Args:
           stiffness: the smallest stiffness of the positions in the fixed cell.
@@ -229,17 +236,17 @@ class Space:
         return 1.0 / (1.0 / stiffness + float(compliance))
 
     def _tangent(self, forces: Unknowns) -> np.ndarray:
-        """The part of forces along the tangent space of the constraints, as a vector."""
+        """Return the part of forces along the tangent space of the constraints, as a vector."""
         return self.factor.tangent(flat(dataclasses.replace(forces, multipliers=None)))
 
     def _off_null(self, positions: ArrayLike) -> np.ndarray:
-        """Forces on the particles, (n, d), without their part in the null space."""
+        """Return forces on the particles, (n, d), without their part in the null space."""
         forces = np.asarray(positions)
         return self.factor.project(forces.ravel()).reshape(forces.shape)
 
 
 def _norm(positions: ArrayLike, strain: ArrayLike | None, length: float) -> float:
-    """The norm of positions and strain together; a strain counts ``length`` times."""
+    """Compute the norm of positions and strain together, the strain multiplied by ``length``."""
     size = float(np.linalg.norm(np.asarray(positions)))
     if strain is None:
         return size
