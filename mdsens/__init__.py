@@ -1,6 +1,6 @@
 """mdsens: exact sensitivities of relaxed particle configurations, by implicit differentiation.
 
-Every derivative comes with the evidence for it, a status and a residual.
+Every derivative comes with a status and a residual, which show whether it can be trusted.
 
     import mdsens as ms
 

@@ -462,7 +462,7 @@ def _prepare_observable(
     eq: Equilibrium | Linearization,
     solve: Method | None,
 ) -> tuple[Linearization, Callable[[Moduli], jax.Array]]:
-    """Return the linearization at a minimum, and the user's function of its moduli, checked.
+    """Return the linearization at a minimum, and the user's function of the moduli, checked.
 
     The function is checked on shapes alone, before any linear solve.
     """

@@ -66,14 +66,14 @@ class Softest(Shown):
         where the last of these is equal to the next, as many more as are equal to it.
       vectors: (k, n, d) the modes, orthonormal; rows of rattlers are zero.
       residuals: (k,) |H v - lambda v|.
-      gap: from the last of these eigenvalues to the next; inf where there is no next one.
-      mixing: about the largest share of the modes beyond the gap that these modes may contain: the
-        residual plus the change of H that the remaining force can make, over the gap. It is the
-        relative size of the error of the derivative.
+      gap: distance from the last of these eigenvalues to the next; inf without a next eigenvalue.
+      mixing: estimate of the largest share that modes beyond the gap may have in these modes: the
+        residual plus the change of H that the remaining force can make, over the gap. The relative
+        error of the derivative is about as large as ``mixing``.
       participation: (k,) participation ratio of each mode: 1 where all particles move alike, 1/n
         where only one moves.
       status: DEGENERATE where k is more than was asked for, UNRESOLVED where ``mixing`` is above
-        the accuracy; or what is wrong with the minimum.
+        the accuracy; or the status of the minimum where it is bad.
       method: the eigenvalue solver that was used.
     """
 
@@ -113,14 +113,14 @@ class Softest(Shown):
 def smallest_stiffness(
     eq: Equilibrium | Linearization, count: int = 1, *, accuracy: float = 1e-3, throw: bool = True
 ) -> Softest:
-    """The lowest eigenvalue of the Hessian off its null space, its mode and the gap to the next.
+    """Compute the lowest eigenvalue of the Hessian off its null space, its mode and the next gap.
 
     Args:
-      eq: from ``minimize`` or ``linearize``; at a pressure, the Hessian is that by positions in the
-        present cell.
+      eq: a minimum, from ``minimize`` or ``linearize``; at a pressure, the Hessian is the second
+        derivative by positions in the present cell.
       count: how many of the lowest eigenvalues are taken together.
-      accuracy: of the derivative, relative. Where the modes may contain more than this of the next
-        ones, the status is UNRESOLVED.
+      accuracy: relative accuracy of the derivative. Where ``mixing`` with the next modes is above
+        this, the status is UNRESOLVED.
       throw: raise unless the status is good.
 
     Returns:
@@ -148,13 +148,13 @@ def gradient(
     solve: Method | None = None,
     throw: bool = True,
 ) -> ParameterGradient:
-    """The total derivative of the smallest stiffness by all parameters.
+    """Compute the total derivative of the smallest stiffness by all parameters.
 
-    It takes the lowest eigenvalue with its mode, and one adjoint solve. It is the derivative of
-    ``smallest_stiffness(eq, count).value``. Where there are several modes, because they were asked
-    for or because they are equally stiff, it is the derivative of their mean. It is valid as long
-    as these modes do not cross the next ones, that is for changes of the eigenvalues small against
-    the gap.
+    The result is the derivative of ``smallest_stiffness(eq, count).value``, from the lowest
+    eigenvalue with its mode, and one adjoint solve. For several modes, because they were requested
+    or because they are equally stiff, it is the derivative of their mean stiffness. It is valid as
+    long as these modes do not cross the next ones, that is for changes of the eigenvalues small
+    against the gap.
 
     Args:
       eq, count, accuracy: as in :func:`smallest_stiffness`.
@@ -270,16 +270,16 @@ def _without_modes(
 
 
 def _count_with_equal(values: np.ndarray, count: int) -> int:
-    """``count``, and as many more eigenvalues as are equal to the last of these."""
+    """Return ``count`` plus the number of further eigenvalues that are equal to the last."""
     last = values[count - 1]
     return int(np.sum(values <= last + EQUAL * abs(last)))
 
 
 def _all_below_gap(stiffness: HessianFactor, spectrum: Spectrum, k: int) -> bool:
-    """Whether the k eigenvalues computed below the gap are all that are there.
+    """Return whether no eigenvalue below the gap is missing from the k computed ones.
 
     Lanczos may miss some of several equal eigenvalues. The inertia of a factor shifted into the gap
-    counts them; where no factor tells, the answer is True.
+    counts them; without such a factor, the answer is True.
     """
     if spectrum.method != "shift-invert":
         return True
@@ -288,7 +288,7 @@ def _all_below_gap(stiffness: HessianFactor, spectrum: Spectrum, k: int) -> bool
 
 
 def _judge_modes(spectrum: Spectrum, k: int, count: int, mixing: float, accuracy: float) -> Status:
-    """The status of modes at a sound minimum, the worst fault first."""
+    """Judge the modes at a good minimum; return the status of the worst fault."""
     if spectrum.negative:
         return Status.INDEFINITE
     if spectrum.zero:
@@ -302,7 +302,7 @@ def _judge_modes(spectrum: Spectrum, k: int, count: int, mixing: float, accuracy
 
 
 def _stiffness_along(system: System, vectors: jax.Array) -> jax.Array:
-    """v^T H v of modes (k, n, d), which are kept constant in derivatives, (k,)."""
+    """Compute v^T H v, (k,), of modes v (k, n, d), which are kept constant in derivatives."""
     R = system.positions
 
     def along(v: jax.Array) -> jax.Array:
@@ -321,7 +321,7 @@ def _stiffness_along(system: System, vectors: jax.Array) -> jax.Array:
 def _pull_mean_stiffness(
     lin: Linearization, vectors: jax.Array
 ) -> tuple[jax.Array, Unknowns, dict[str, jax.Array]]:
-    """The mean stiffness of modes, and its derivatives by the unknowns and by the parameters.
+    """Compute the mean stiffness of modes, and its derivatives by unknowns and parameters.
 
     Each derivative has a leading axis of length one, as ``total_derivative`` expects of one number.
     """
@@ -338,22 +338,23 @@ def _pull_mean_stiffness(
 
 
 def stiffness(system: System, count: int = 1, *, has_aux: bool = False) -> Any:
-    """The smallest stiffness of a relaxed System; traceable, for jax.grad through ``equilibrate``.
+    """Compute the smallest stiffness of a relaxed System, for jax.grad through ``equilibrate``.
 
-    It is ``smallest_stiffness(eq, count).value``, from all eigenvalues of the dense Hessian. The
-    time grows with the cube of the number of unknowns, so this is for small systems. The modes are
-    kept constant in the derivative, which is exact for the first derivative; a second is refused.
+    The result is ``smallest_stiffness(eq, count).value``; the function is traceable. It is computed
+    from all eigenvalues of the dense Hessian. The time grows with the cube of the number of
+    unknowns, so this is for small systems. The modes are kept constant in the derivative, which is
+    exact for the first derivative; a second is refused.
 
     Args:
-      system: relaxed, of up to 1,200 unknowns.
+      system: a relaxed system of up to 1,200 unknowns.
       count: how many of the lowest eigenvalues are taken together.
       has_aux: return ``(stiffness, status)``, the status as an int32 array, since traced code
         cannot raise: UNCONVERGED where the system is not relaxed, UNJAMMED, INDEFINITE, FLOPPY,
-        DEGENERATE for a mean over more than were asked for, UNRESOLVED where more than 48 are
-        equal.
+        DEGENERATE for a mean over more modes than requested, UNRESOLVED where more than 48
+        eigenvalues are equal.
 
     Raises:
-      InputError: more unknowns, where ``ms.modes.gradient`` works instead; a second derivative.
+      InputError: more unknowns (use ``ms.modes.gradient`` instead); a second derivative.
     """
     if not isinstance(system, System):
         raise InputError(
@@ -377,12 +378,13 @@ def stiffness(system: System, count: int = 1, *, has_aux: bool = False) -> Any:
 
 @functools.partial(jax.jit, static_argnames=("count", "has_aux"))
 def _stiffness_of_system(system: System, count: int, has_aux: bool) -> Any:
-    """The mean stiffness of the lowest modes, with the status where ``has_aux``."""
+    """Compute the mean stiffness of the lowest modes, with the status where ``has_aux``."""
     constant = jax.lax.stop_gradient(system)
     force_left = max_force(constant)
     backbone, net, null = analyze_rigidity(system, force_left)
     if not has_aux:
         return _mean_stiffness(backbone, null, count)
+    # a status is an integer, which has no derivative
     status = _lowest_modes(jax.lax.stop_gradient(backbone), null, count)[2]
     status = jnp.where(net.unjammed, Status.UNJAMMED.value, status)
     status = jnp.where(
@@ -393,10 +395,11 @@ def _stiffness_of_system(system: System, count: int, has_aux: bool) -> Any:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _mean_stiffness(system: System, null: NullSpace, count: int) -> jax.Array:
-    """The mean stiffness of the lowest modes of a backbone.
+    """Compute the mean stiffness of the lowest modes of a backbone.
 
-    Its derivative rule keeps the modes constant (Hellmann and Feynman). The derivative of
-    ``jnp.linalg.eigh`` would divide by differences of eigenvalues, which may be equal.
+    The derivative rule of this function keeps the modes constant (Hellmann and Feynman). The
+    derivative of ``jnp.linalg.eigh`` would divide by differences of eigenvalues, which may be
+    equal.
     """
     vectors, weights, _ = _lowest_modes(system, null, count)
     return jnp.sum(weights * _stiffness_along(system, vectors))
@@ -420,7 +423,7 @@ def _mean_stiffness_jvp(
 def _lowest_modes(
     system: System, null: NullSpace, count: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The lowest modes (k, n, d), the weight of each in the mean (k,), and the status."""
+    """Compute the lowest modes (k, n, d), their weights in the mean (k,), and the status."""
     n, d = system.positions.shape
     unit = jnp.eye(n * d, dtype=system.positions.dtype)
 

@@ -43,22 +43,23 @@ def compress(
     fraction, use ``minimize(system, pressure=P)``.
 
     Args:
-      start: a System, relaxed or not, or an Equilibrium; with a cell, and with a parameter
+      start: a System, relaxed or not, or an Equilibrium; it must have a cell, and a parameter
         ``sigma`` that gives the diameters of the particles.
       packing_fraction: the target, the volume of all particles over that of the cell; overlaps
         count twice.
       step: the largest relative change of the packing fraction in one step.
-      tolerance, method, max_steps: of each relaxation, as in ``minimize``.
+      tolerance, method, max_steps: tolerance of the forces, method and largest number of steps of
+        each relaxation, as in ``minimize``.
       throw: raise where a relaxation does not reach the tolerance; with False the status says so,
         and the last configuration is returned.
       progress: show a progress bar; None shows it only in a terminal or a notebook.
 
     Returns:
-      the Equilibrium at that packing fraction, in a fixed cell that depends on no parameter.
+      the Equilibrium at the target packing fraction, in a fixed cell that depends on no parameter.
 
     Raises:
       InputError: open boundaries, no ``sigma``, a batch, numbers that are not positive.
-      ConvergenceError: see ``throw``.
+      ConvergenceError: a relaxation did not reach the tolerance, with ``throw``.
     """
     system = start.system if isinstance(start, Equilibrium) else start
     if not isinstance(system, System):

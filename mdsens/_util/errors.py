@@ -29,7 +29,7 @@ class InputError(MdsensError, ValueError):
 class PrecisionError(InputError):
     """The floating-point precision is too low.
 
-    Either for the requested tolerance, or for data that were made in a higher precision.
+    It is too low for the requested tolerance, or for data that were made in a higher precision.
     """
 
 
@@ -45,8 +45,8 @@ class ConvergenceError(MdsensError, RuntimeError):
     """A computation ended without a usable result.
 
     Attributes:
-      status: the outcome: what failed and what to do.
-      result: the last state of the computation; None where it has none.
+      status: the outcome, whose sentence says what failed and what to do.
+      result: the last state of the computation; None where there is no state.
     """
 
     def __init__(self, message: str, status: Outcome, result: object = None):
@@ -61,7 +61,7 @@ class ConvergenceError(MdsensError, RuntimeError):
 
 
 def raise_for_status(status: Outcome, what: str, result: object = None) -> None:
-    """Raise :class:`ConvergenceError` where ``status`` is not good. Host code.
+    """Raise :class:`ConvergenceError` where ``status`` is not good. Not for compiled code.
 
     Args:
       status: the outcome.

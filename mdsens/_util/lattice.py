@@ -42,6 +42,7 @@ def nearest_images(
         return lambda vectors: vectors
     if orthogonal:
         # The diagonal of the box is enough, which takes half the arithmetic.
+        # the rate is only rounded, which has no derivative, so that none is carried
         sides = [(box[a, a], jax.lax.stop_gradient(1.0 / box[a, a])) for a in range(box.shape[0])]
         return lambda vectors: tuple(
             v - side * jnp.round(rate * jax.lax.stop_gradient(v))

@@ -74,7 +74,7 @@ class Outcome(IntEnum):
 
     @classmethod
     def worst_of(cls, codes: ArrayLike) -> Self:
-        """Return the most severe of some outcomes, members or an array of codes. Host code."""
+        """Return the most severe of some outcomes or codes. Not for compiled code."""
         return cls(worst(codes))
 
     def __str__(self) -> str:
@@ -126,9 +126,9 @@ def worse(first: ArrayLike, second: ArrayLike) -> Any:
 
 
 def worst(codes: ArrayLike) -> int:
-    """Return the most severe of an array of codes, the first of equally severe ones. Host code.
+    """Return the most severe of an array of codes, the first if equal. Not for compiled code.
 
-    For an empty array it is 0, the code of success.
+    For an empty array the result is 0, the code of success.
     """
     flat = np.ravel(np.asarray(codes))
     return int(flat[np.argmax(severity_of(flat))]) if flat.size else 0

@@ -96,7 +96,7 @@ _SOURCE_LENGTH = 80  # largest number of characters of the source line in a mess
 class Traceable:
     """A user's function, to be called with traced arrays.
 
-    Two of them are equal where their fields are, so that jax finds the compiled code of an equal
+    Two records are equal where their fields are, so that jax finds the compiled code of an equal
     function again.
 
     Attributes:
@@ -118,8 +118,8 @@ class Traceable:
         """Call the function.
 
         Raises:
-          InputError: it does what a traced array does not allow. The message has the line, and what
-            to write there.
+          InputError: the function does what a traced array does not allow. The message has the
+            line, and what to write in its place.
         """
         try:
             return self.function(*arguments)

@@ -19,8 +19,11 @@ from jax.core import Tracer
 from mdsens._util.errors import InputError, short
 
 __all__ = [
+    "check_count",
     "check_positive",
     "check_whole",
+    "is_integer",
+    "is_number",
     "is_real",
     "real_array",
     "real_number",
@@ -42,7 +45,7 @@ def real_array(name: str, value: object, need: str = "give numbers.") -> Any:
     array.
 
     Args:
-      name: of the field, for the message.
+      name: name of the field, for the message.
       value: any array-like; an array of jax stays one, traced or not.
       need: the remedy, for the message.
 
@@ -87,8 +90,8 @@ def require_host(what: str, remedy: str, *arguments: object) -> None:
     Args:
       what: the function that needs values, for the message.
       remedy: what the user can do, for the message.
-      arguments: its arguments, which are searched for tracers: grad and vmap pass tracers, and
-        leave other arrays as they are.
+      arguments: arguments of this function, which are searched for tracers: grad and vmap pass
+        tracers, and leave other arrays as they are.
     """
     if any(map(_has_tracer, arguments)) or isinstance(_probe(), Tracer):
         raise InputError(
@@ -128,4 +131,24 @@ def check_whole(record: object, name: str) -> None:
     if not (isinstance(value, int) and value >= 0):
         raise InputError(
             f"{type(record).__name__}({name}={short(value)}): give a whole number from 0."
+        )
+
+
+def is_integer(value: object) -> bool:
+    """Return whether a value is an integer; True and False, ints in Python, do not count."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Return whether a value is a real number; True and False, ints in Python, do not count."""
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
+def check_count(name: str, field: str, value: int | None) -> None:
+    """Raise InputError unless ``value`` is None or a positive whole number."""
+    if value is not None and not (
+        isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    ):
+        raise InputError(
+            f"{name}: {field}={value!r} is no count; give a whole number of at least 1"
         )

@@ -127,7 +127,7 @@ def parser(
         "--out",
         type=Path,
         metavar="FILE.npz",
-        help="store positions, responses and their evidence, for numpy.load",
+        help="store positions, responses, statuses and errors, for numpy.load",
     )
     sensitivity.add_argument(
         "--plot",
@@ -266,7 +266,7 @@ def parser(
 
 
 def _positive(text: str) -> float:
-    """A finite number above 0."""
+    """Read an option's value as a finite number above 0."""
     with contextlib.suppress(ValueError):
         if 0.0 < float(text) < math.inf:
             return float(text)
@@ -274,14 +274,14 @@ def _positive(text: str) -> float:
 
 
 def _count(text: str) -> int:
-    """An integer from 1."""
+    """Read an option's value as an integer from 1."""
     if text.isdecimal() and int(text) >= 1:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
 
 
 def _number(text: str) -> float:
-    """A finite number."""
+    """Read an option's value as a finite number."""
     with contextlib.suppress(ValueError):
         if math.isfinite(float(text)):
             return float(text)
@@ -289,7 +289,7 @@ def _number(text: str) -> float:
 
 
 def _wrt(text: str) -> tuple[str, tuple[int, ...] | None]:
-    """Name and index of a component; the index is None for a whole parameter."""
+    """Read name and index of a component; the index is None for a whole parameter."""
     label = split_label(text)
     if label is None:
         raise argparse.ArgumentTypeError(

@@ -91,7 +91,7 @@ class _Version(argparse.Action):
 
 
 def _check_writable(option: str, path: Path | None, suffixes: Sequence[str] = ()) -> None:
-    """Refuse an output path before the computation whose result could not be written there."""
+    """Check, before a computation, that its result can be written to a path."""
     if path is None:
         return
     if suffixes and path.suffix.lower() not in suffixes:
@@ -353,10 +353,10 @@ def _print_verdict(
     """Print the last line, whether the results can be trusted, and return the exit code.
 
     Args:
-      findings: those with a ``reason`` are not to be trusted.
-      praise: text of the line where all can be.
-      warned: warnings; under ``strict`` they count as reasons.
-      strict: whether they do.
+      findings: the checked results; a result with a ``reason`` is not to be trusted.
+      praise: text of the line where all results can be trusted.
+      warned: warnings; under ``strict`` they count as reasons not to trust the results.
+      strict: whether warnings count as reasons.
     """
     bad = [f"{finding.part.label}: {finding.reason}" for finding in findings if finding.reason]
     bad += warned if strict else []
@@ -369,7 +369,7 @@ def _print_verdict(
 
 
 def _store(path: Path, lin: Linearization, findings: Sequence[Finding]) -> None:
-    """Store the responses and their evidence as plain arrays, which ``numpy.load`` reads."""
+    """Store the responses, statuses and errors as plain arrays, which ``numpy.load`` reads."""
     import numpy as np
 
     from mdsens.io.files import replacing

@@ -15,11 +15,11 @@ WIDTH = 12  # of a column, at least: a number of six digits with sign and expone
 
 
 def lines(names: tuple[str, ...], say: Callable[[str], None]) -> Callable[[State], None]:
-    """A callback of ``ms.design.fit`` that prints each step as one line of a table.
+    """Make a callback of ``ms.design.fit`` that prints each step as one line of a table.
 
     Args:
-      names: of the targets, one column each.
-      say: prints a line.
+      names: names of the targets, with one column each.
+      say: function that prints a line.
     """
     widths = [max(WIDTH, len(name)) for name in names]
 
@@ -58,7 +58,7 @@ def lines(names: tuple[str, ...], say: Callable[[str], None]) -> Callable[[State
 
 
 def as_dict(design: Design) -> dict[str, Any]:
-    """A design as plain numbers and strings for JSON; None stands for NaN and infinity."""
+    """Convert a design to numbers and strings for JSON; None stands for NaN and infinity."""
 
     def plain(value: float) -> float | None:  # JSON has no NaN and no infinity
         return float(value) if np.isfinite(value) else None

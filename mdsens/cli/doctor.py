@@ -21,7 +21,7 @@ N = 150
 
 
 def versions() -> list[tuple[str, str]]:
-    """Names and versions of Python and of the packages, read without importing them."""
+    """Return names and versions of Python and of the packages, without importing them."""
     rows = [("python", platform.python_version())]
     for name in PACKAGES:
         try:
@@ -32,7 +32,9 @@ def versions() -> list[tuple[str, str]]:
 
 
 def energies() -> list[tuple[str, float, float]]:
-    """One energy by several methods: (method, energy, relative error against numpy's all pairs).
+    """Compute one energy by several methods: (method, energy, relative error).
+
+    The error is relative to the sum over all pairs by numpy.
 
     The system is random overlapping spheres in a sheared periodic cell in 3-D, and the methods
     differ in the neighbor list that compiled code builds. In jax 0.10.2 on CPU such lists lose
@@ -48,6 +50,7 @@ def energies() -> list[tuple[str, float, float]]:
 
     length = (N * np.pi / 6 / 0.6) ** (1 / 3)  # packing fraction 0.6 of spheres of diameter 1
     box = length * np.array([[1.0, 0.2, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    # a fixed seed, so that the check is the same on every machine
     fractions = np.random.default_rng(0).random((N, 3))
     # all pairs: harmonic soft spheres, (1 - r)^2 / 2 for each overlapping one
     separations = fractions[:, None] - fractions[None]

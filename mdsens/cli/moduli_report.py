@@ -22,7 +22,7 @@ MODULI = {"K": "bulk", "G": "shear", "E": "young", "nu": "poisson"}
 
 
 def page(moduli: Moduli) -> str:
-    """The page of the moduli in both conventions, A and Birch's B, with both tensors."""
+    """Format the moduli of both tensors: A, the second derivative of the energy, and Birch's B."""
     # the axes of each Mandel index: the first non-zero entry of its unit strain
     entries = [np.argwhere(unit)[0] for unit in basis(moduli.stress.shape[0])]
     axes = [f"{AXES[i]}{AXES[j]}" for i, j in entries]
@@ -39,11 +39,11 @@ def page(moduli: Moduli) -> str:
 
 
 def slopes_of(lin: Linearization, parts: Sequence[Component]) -> dict[str, np.ndarray]:
-    """Derivatives of the pressure and of each modulus by each component.
+    """Compute the derivatives of the pressure and of each modulus by each component.
 
     Returns:
-      arrays (components,) by name: P, those of :data:`MODULI`, and the same of Birch's tensor with
-      _B behind the name.
+      arrays (components,) by name: P, the names in :data:`MODULI`, and the same names with the
+      suffix _B for Birch's tensor.
     """
 
     def features(m: Moduli) -> jax.Array:
@@ -74,7 +74,7 @@ def slopes_of(lin: Linearization, parts: Sequence[Component]) -> dict[str, np.nd
 def as_dict(
     moduli: Moduli, parts: Sequence[Component], slopes: dict[str, np.ndarray]
 ) -> dict[str, Any]:
-    """Tensors and derivatives as plain numbers for JSON; None stands for NaN and infinity."""
+    """Convert tensors and derivatives to numbers for JSON; None stands for NaN and infinity."""
 
     def plain(value: list[Any] | float) -> Any:  # JSON has no NaN and no infinity
         if isinstance(value, list):
@@ -93,7 +93,7 @@ def as_dict(
 
 
 def verdict(moduli: Moduli) -> str:
-    """The last line: whether the moduli can be trusted."""
+    """Format the last line, which says whether the moduli can be trusted."""
     status = moduli.status
     if not status.good:
         return f"not to be trusted: {status.sentence}"
@@ -103,9 +103,10 @@ def verdict(moduli: Moduli) -> str:
 
 
 def derivatives(parts: Sequence[Component], slopes: dict[str, np.ndarray], count: int) -> str:
-    """The table of derivatives, one row for each component.
+    """Format the table of derivatives, one row for each component.
 
-    Of more than ``count`` components it shows the ``count`` that Poisson's ratio depends on most.
+    Of more than ``count`` components, the table shows the ``count`` components that Poisson's ratio
+    depends on most.
     """
     title = "Derivatives, those of Birch's tensor with _B"
     order = np.arange(len(parts))

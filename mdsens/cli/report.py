@@ -60,8 +60,8 @@ class Component(NamedTuple):
     """One component of a parameter, by which a minimum is differentiated.
 
     Attributes:
-      label: its name, such as sigma[1].
-      direction: the change of the parameters for a unit change of it, by parameter name.
+      label: the component's name, such as sigma[1].
+      direction: the change of the parameters, by name, when the component changes by 1.
     """
 
     label: str
@@ -71,12 +71,12 @@ class Component(NamedTuple):
 def components(
     system: System, name: str, index: tuple[int, ...] | None, pressure: float | None = None
 ) -> list[Component]:
-    """The components that ``name[index]`` refers to.
+    """Return the components that ``name[index]`` refers to.
 
     Args:
       system: the system with the parameter.
-      name: of the parameter.
-      index: of one component; None for all components, of a symmetric matrix each pair once.
+      name: name of the parameter.
+      index: index of one component; None for all components, in a symmetric matrix each pair once.
       pressure: the pressure that the cell is relaxed to, a parameter as well; None at fixed cell.
 
     Raises:
@@ -109,17 +109,17 @@ def components(
 
 
 def _component(parameter: Parameter, index: tuple[int, ...]) -> Component:
-    """A component of a parameter; of a symmetric matrix, both entries of the pair change."""
+    """Make a component of a parameter; in a symmetric matrix, both entries of the pair change."""
     return Component(parameter.label(index), {parameter.name: parameter.unit(index)})
 
 
 def system(name: str, system: System, content: dict[str, Any]) -> str:
-    """The table of a system: particles, potential, parameters, cell.
+    """Format the table of a system: particles, potential, parameters, cell.
 
     Args:
-      name: of the system, for the title.
+      name: name of the system, for the title.
       system: the system.
-      content: of its TOML file; its ``description`` and ``units`` are shown.
+      content: content of the system's TOML file, of which ``description`` and ``units`` are shown.
     """
     d = system.dimension
     species = "all alike"
@@ -155,12 +155,12 @@ def system(name: str, system: System, content: dict[str, Any]) -> str:
 
 
 def _folded(title: str) -> str:
-    """A title folded to the width of a terminal."""
+    """Fold a title to the width of a terminal."""
     return "\n".join(tables.textwrap.wrap(title, tables.WIDTH, subsequent_indent="  "))
 
 
 def _values(value: np.ndarray) -> str:
-    """Values of a parameter: up to 6 numbers or a matrix in full, more numbers as their range."""
+    """Format a parameter's value: up to 6 numbers or a matrix in full, more numbers as a range."""
     if value.ndim == 0:
         return f"{value:.6g}"
     if value.ndim == 1 and value.size > 6:
@@ -170,12 +170,12 @@ def _values(value: np.ndarray) -> str:
 
 
 def relaxation(eq: Equilibrium, net: Network, more: tables.Rows = ()) -> str:
-    """The table of a relaxation: status, forces, pressure, contacts and rattlers.
+    """Format the table of a relaxation: status, forces, pressure, contacts and rattlers.
 
     Args:
       eq: the minimum.
-      net: its network of contacts.
-      more: rows to append.
+      net: contact network of the minimum.
+      more: rows to append to the table.
     """
     system = eq.system
     status = Status(int(eq.status))
@@ -229,10 +229,10 @@ def parts_of(value: jax.Array | np.ndarray | Unknowns) -> tuple[np.ndarray, np.n
 
 
 def spacing(system: System, component: Component) -> float:
-    """Scale of a response: one particle spacing for a relative parameter change of 1.
+    """Compute the scale of a response: one particle spacing for a relative parameter change of 1.
 
-    That is the particle spacing divided by the parameter's value (its largest among the entries
-    that the component changes), or the spacing alone where the value is zero.
+    The scale is the particle spacing divided by the parameter's value (its largest among the
+    entries that the component changes), or the spacing alone where the value is zero.
     """
     name, direction = next(iter(component.direction.items()))
     d = system.dimension
@@ -250,7 +250,7 @@ def spacing(system: System, component: Component) -> float:
 
 
 def negligible(system: System, component: Component, response: Displacement) -> bool:
-    """Whether the non-affine response is zero to within the resolution of finite differences."""
+    """Return whether the non-affine response is too small to be resolved by finite differences."""
     largest = np.linalg.norm(np.asarray(response.nonaffine), axis=1).max()
     return bool(largest < NEGLIGIBLE * spacing(system, component))
 
@@ -261,9 +261,9 @@ def scale(
     response: Displacement,
     value: jax.Array | np.ndarray | Unknowns,
 ) -> float:
-    """The norm that errors are relative to: that of the positions' part of ``value``.
+    """Compute the norm that errors are relative to, that of the positions in ``value``.
 
-    Where nothing moves it is the norm of one :func:`spacing` for each particle.
+    Where nothing moves, the norm is that of one :func:`spacing` for each particle.
     """
     if negligible(system, component, response):
         return spacing(system, component) * system.n**0.5
@@ -278,9 +278,9 @@ class Finding(NamedTuple):
       system: the relaxed system.
       response: the derivative.
       differences: finite differences; None where they were not taken.
-      error: difference of the response from them, relative to the norm of the non-affine part;
-        where the cell responds too, the larger of this and of the error of the strain relative to
-        the strain's norm. nan without finite differences.
+      error: difference between the response and the finite differences, relative to the norm of the
+        non-affine part; where the cell responds too, the larger of this error and of the error of
+        the strain relative to the strain's norm. nan without finite differences.
       own: estimated error of the finite differences themselves, relative to the norm of the
         non-affine part. nan without them.
       forward: <w, J v>; nan where no adjoint was asked for.
@@ -323,7 +323,7 @@ def examined(
     Args:
       eq: the minimum.
       lin: its linearization.
-      part: what to differentiate by.
+      part: the component to differentiate by.
       check: whether to take finite differences.
       adjoint: a cotangent w (n, d) and its ``vjp``; None for no comparison with the adjoint.
     """
@@ -410,7 +410,7 @@ def random_cotangent(system: System) -> np.ndarray:
 
 
 def verification(findings: Sequence[Finding]) -> str:
-    """The table of ``mdsens verify``: each response against finite differences and the adjoint."""
+    """Format the table of ``mdsens verify``: responses against finite differences and adjoint."""
     rows = []
     for finding in findings:
         step = change = "-"
@@ -444,7 +444,7 @@ def verification(findings: Sequence[Finding]) -> str:
 
 
 def _first_contact_change(differences: FiniteDifference) -> str:
-    """The parameter change at which the first contact changes; empty where it is too far to matter.
+    """Describe the parameter change at which the first contact changes; empty if it is very large.
 
     1e9 steps are a change by about a thousand times the parameter, with steps of 1e-6 of it.
     """
@@ -453,7 +453,7 @@ def _first_contact_change(differences: FiniteDifference) -> str:
 
 
 def box_moves(response: Displacement) -> bool:
-    """Whether the response contains affine motion of the box."""
+    """Return whether the response contains affine motion of the box."""
     value = parts_of(response.value)[0]
     nonaffine = np.asarray(response.nonaffine)
     # equal up to round-off, of which 1e-9 leaves plenty
@@ -462,7 +462,7 @@ def box_moves(response: Displacement) -> bool:
 
 
 def sensitivity(finding: Finding) -> str:
-    """The table of one response: status, solver, norms, error, and the particles that move most."""
+    """Format the table of one response: status, solver, norms, error, largest displacements."""
     response = finding.response
     stats = response.stats
     affine = box_moves(response)
@@ -506,7 +506,7 @@ def sensitivity(finding: Finding) -> str:
 
 
 def _largest_displacements(finding: Finding, affine: bool, count: int = 5) -> str:
-    """The table of the ``count`` particles with the largest non-affine displacement.
+    """Format the table of the ``count`` particles with the largest non-affine displacement.
 
     ``affine`` says whether the box moves, so that the title says what the displacement is.
     """
@@ -529,7 +529,7 @@ def _largest_displacements(finding: Finding, affine: bool, count: int = 5) -> st
 
 
 def _species_label(system: System, i: int) -> list[str]:
-    """The species of particle i as a list of one cell; an empty list without species."""
+    """Return the species of particle i as a list with one entry; an empty list without species."""
     if system.species is None:
         return []
     return [system.species_label(int(np.asarray(system.species)[i]))]

@@ -45,7 +45,7 @@ class Constraint:
         return ()
 
     def check(self, params: Params, n: int, d: int) -> None:
-        """Raise InputError if the constraint does not fit a system of n particles in d dimensions."""
+        """Raise InputError if the constraint does not fit n particles in d dimensions."""
 
     def pinned(self) -> jax.Array | None:
         """Mask (n, d) of the coordinates that never move; None where all may move."""
@@ -68,7 +68,10 @@ class Constraint:
     def residuals(
         self, positions: jax.Array, params: Params, displacement: Displacement
     ) -> jax.Array | None:
-        """Return g, of the multiplier's shape, zero if the constraint holds; None without equations."""
+        """Return the residuals g, zero where the constraint holds; None without equations.
+
+        g has the shape of the multiplier.
+        """
         return None
 
 

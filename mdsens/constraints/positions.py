@@ -329,7 +329,7 @@ def _isostatic_bonds(x: np.ndarray, body: list[int], k: int) -> list[tuple[int, 
     for i in others:
 
         def conditioning(ends: tuple[int, ...], i: int = i) -> float:
-            """Return the least singular value of the unit vectors to some corners; 0 if dependent."""
+            """Return the least singular value of the unit vectors to these corners."""
             arms = x[list(ends)] - x[i]
             directions = arms / np.linalg.norm(arms, axis=1)[:, None]
             return float(np.linalg.svd(directions, compute_uv=False)[-1])

@@ -1,10 +1,10 @@
 """Inverse design: parameters that give a relaxed system the properties that are wanted."""
 
-from mdsens.design.fitting import fit, hold
+from mdsens.design.fitting import fit
 from mdsens.design.history import Design, State, Step
 from mdsens.design.methods import LevenbergMarquardt, Optax
 from mdsens.design.responses import FeatureResponse, feature_response
-from mdsens.design.targets import FEATURES, Elastic, Softest, Target
+from mdsens.design.targets import FEATURES, Elastic, Softest, Target, hold
 from mdsens.design.variables import Free
 
 __all__ = [

@@ -170,7 +170,7 @@ def moves(
 def crossings(
     measurement: Measurement, moves: Sequence[Unknowns], tangent: Mapping[str, np.ndarray]
 ) -> tuple[float, int]:
-    """Predict the fraction of the step at which the first pair crosses a breakpoint, and how many do.
+    """Predict at which fraction of a step the first pair crosses a breakpoint, and how many cross.
 
     The prediction is to first order. The fraction is the smallest over the members, the number of
     pairs the largest.

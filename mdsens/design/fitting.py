@@ -32,7 +32,7 @@ from mdsens.design.proposal import (
     of_optimizer,
     remembered,
 )
-from mdsens.design.targets import Feature, Target
+from mdsens.design.targets import Target
 from mdsens.design.variables import Bounds, Free, Variables
 from mdsens.mechanics.status import Status
 from mdsens.model.batch import stack, unstack
@@ -40,7 +40,7 @@ from mdsens.model.system import System
 from mdsens.relaxation.equilibrium import Equilibrium
 from mdsens.relaxation.minimization import minimize
 
-__all__ = ["fit", "hold"]
+__all__ = ["fit"]
 
 # In units of the potential's length: a particle that relaxes farther than this from its predicted
 # position has taken part in a rearrangement, and the member is in another basin.
@@ -49,11 +49,6 @@ REARRANGED = 0.1
 SMALLEST_TRUST = 1e-6
 # Largest change of a variable below which a step is none: the bounds leave no room.
 SMALLEST_STEP = 1e-9
-
-
-def hold(of: str | Feature, share: float = 0.01, name: str = "") -> Target:
-    """The target to keep a feature at its starting value, within a share of that value."""
-    return Target(of, 0.0, share, name, from_start=True, share=True)
 
 
 def fit(

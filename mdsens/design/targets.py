@@ -24,13 +24,14 @@ from mdsens.sensitivity.linearization import Linearization
 from mdsens.sensitivity.results import ParameterGradient
 
 __all__ = [
-    "FEATURES",
     "Elastic",
+    "FEATURES",
     "Feature",
     "FeatureValues",
     "Softest",
     "Target",
     "evaluate_features",
+    "hold",
     "named",
 ]
 
@@ -118,8 +119,8 @@ class Target:
         (``ms.observables.pressure``), or ``Elastic(lambda m: m.poisson)``.
       value: the wanted value; with ``from_start`` the wanted change from the starting value.
       tolerance: the target is met within this distance, in the feature's units; with ``share`` a
-        share of the wanted value. name: name of the target in tables and figures; if empty, the
-        name of the feature.
+        share of the wanted value.
+      name: name of the target in tables and figures; if empty, the name of the feature.
       from_start: whether ``value`` is a change from the starting value: ``Target("poisson", -0.1,
         2e-3, from_start=True)`` lowers Poisson's ratio by 0.1.
       share: whether ``tolerance`` is a share of the wanted value: ``Target("pressure", 0.0, 0.01,
@@ -240,7 +241,10 @@ def _scalar(value: ArrayLike) -> jax.Array:
     """Return the value of a feature as an array of shape (), traceable; refuse several numbers."""
     array = numbers(value)
     if array.size != 1:
-        raise InputError(
-            f"a feature has shape {array.shape}: give one number for each feature."
-        )
+        raise InputError(f"a feature has shape {array.shape}: give one number for each feature.")
     return array.reshape(())
+
+
+def hold(of: str | Feature, share: float = 0.01, name: str = "") -> Target:
+    """The target to keep a feature at its starting value, within a share of that value."""
+    return Target(of, 0.0, share, name, from_start=True, share=True)

@@ -169,7 +169,7 @@ class Variables:
         return self._spread(self.slope(x) * step, zeros)
 
     def pulled(self, x: np.ndarray, slopes: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Convert derivatives by parameters, (m, *shape) each, to those by variables, (m, p)."""
+        """Convert derivatives by the parameters, (m, *shape) each, to (m, p) by the variables."""
         count = next(iter(slopes.values())).shape[0]
         by_components = np.zeros((count, len(self.labels)))
         for name, index in self.index.items():

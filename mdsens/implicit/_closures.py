@@ -40,7 +40,7 @@ def hoist(f: Callable[..., PyTree], *examples: PyTree) -> tuple[Callable[..., Py
     value is taken, and f is traced again at each call.
 
     Args:
-      f: traceable function of trees.
+      f: a traceable function of trees of arrays.
       examples: inputs with the shapes and types that g will be called with.
 
     Returns:
@@ -76,12 +76,13 @@ def without_derivative(tree: PyTree) -> PyTree:
 def refusing_derivative(tree: PyTree, of: PyTree, why: str) -> PyTree:
     """Return ``tree`` such that differentiating it by ``of`` raises an InputError.
 
-    For results that are piecewise constant: jax would give a derivative of zero, which is wrong.
+    This is for results that are piecewise constant: jax would give a derivative of zero, which is
+    wrong.
 
     Args:
       tree: the result.
-      of: the input that ``tree`` was computed from, before any derivative was stopped.
-      why: the error message.
+      of: the input from which ``tree`` was computed, before any derivative was stopped.
+      why: the text of the error message.
     """
 
     @jax.custom_jvp
@@ -144,9 +145,9 @@ def call_without_derivative(f: Callable[..., Any], arguments: tuple[PyTree, ...]
 def _reaches_tracer(objects: list[Any]) -> bool:
     """Whether any of the objects refers to a tracer.
 
-    Searched are closures, default arguments, partials, ``self``, dataclasses and containers. The
-    answer only decides on a shortcut: the derivative by a tracer that is not found here is stopped
-    at the result.
+    The search covers closures, default arguments, partials, ``self``, dataclasses and containers.
+    The answer only decides on a shortcut: the derivative by a tracer that is not found here is
+    stopped at the result.
     """
     pending = list(objects)
     visited = set()

@@ -67,15 +67,15 @@ def root(
         dx = - (dF/dx)^-1 (dF/dargs) dargs
 
     The decorated solver composes with jvp, vjp, jacfwd, jacrev, hessian, vmap and jit. The solver
-    is only called, never differentiated: it may be a ``while_loop``, run on the host behind
-    ``jax.pure_callback``, or, outside jit and vmap, be plain Python. Where F closes over a traced
-    value, the root has a derivative by that value as by an argument.
+    is only called, never differentiated: it may be a ``while_loop``, run outside of compiled code
+    behind ``jax.pure_callback``, or, outside jit and vmap, be plain Python. Where F closes over a
+    traced value, the root has a derivative by that value as by an argument.
 
     Args:
       F: ``F(x, *args)``, with the tree and shapes of x; traceable, and twice differentiable for
         second derivatives.
-      solve: method for the linear systems; an option record of
-        :mod:`mdsens.implicit.linear.operators`.
+      solve: method for the linear systems: Auto(), Direct(), GMRES() and the others of
+        :mod:`mdsens.implicit`.
       symmetric: whether dF/dx is symmetric, as it is where F is a gradient. Halves the work of
         reverse mode and allows MINRES.
       positive_semidefinite: whether dF/dx is also positive semidefinite, as at a minimum. Allows
@@ -85,13 +85,15 @@ def root(
         and the left null space. None where dF/dx is regular.
       has_aux: whether the solver returns ``(x, aux)``; ``aux`` is passed on without a derivative.
       preconditioner: ``preconditioner(x, *args)`` returns a rough inverse of dF/dx, a linear
-        function on trees like x; see :class:`~mdsens.implicit.Operator`. It has no derivative, and
-        the derivative of the root does not depend on it.
-      preprocess: ``preprocess(init, *args)`` returns ``(init, args)``. Its args, a tuple, replace
-        those of the call for the solver and for all other functions here. It is differentiated:
-        this is the place to convert units, or to map parameters that must stay positive.
-      postprocess: ``postprocess(x, *args)`` is returned in place of x. It is differentiated by
-        jax: for an F whose unknown is log x, or for a function of the root.
+        function on trees like x; see :class:`~mdsens.implicit.Operator`. The preconditioner has no
+        derivative, and the derivative of the root does not depend on it.
+      preprocess: ``preprocess(init, *args)`` returns ``(init, args)``. The tuple args that it
+        returns replaces the arguments of the call for the solver and for all other functions here.
+        The function ``preprocess`` is differentiated: use it to convert units, or to map parameters
+        that must stay positive.
+      postprocess: ``postprocess(x, *args)`` is returned in place of x. The function ``postprocess``
+        is differentiated by jax: use it for an F whose unknown is log x, or for a function of the
+        root.
       static_argnums: positions in ``F(x, *args)``, x being 0, of arguments that are passed on as
         the objects they are and never taken apart as trees: records, logs that the solver writes
         to, dicts with keys of mixed types. Functions, strings and other objects that are no trees
@@ -239,23 +241,23 @@ def tangent(
 
         (dF/dx) dx = - (dF/dargs) dargs
 
-    The same derivative as that of :func:`root` in forward mode, by the same code, with the status
-    and the residual of the linear solve, for which a derivative of jax has no place. Traceable by
-    jit and vmap.
+    The result is the derivative of :func:`root` in forward mode, computed by the same code, with
+    the status and the residual of the linear solve, for which a derivative of jax has no place.
+    Traceable by jit and vmap.
 
     Args:
       F: ``F(x, *args)``; for a fixed point x - T(x, *args).
-      x: the root. Whether F is zero there is not checked here, but by
+      x: the root. Whether F is zero at x is not checked here, but by
         :func:`~mdsens.implicit.certify`.
-      args: the arguments.
-      dargs: the change of each argument, with its tree and shapes; None for an argument that is
-        constant. A leaf that is not floating point cannot change: give zero, or any value of the
-        type of the leaf.
+      args: the other arguments of F, a tuple.
+      dargs: the change of each argument, with the tree and shapes of the argument; None for an
+        argument that is constant. A leaf that is not floating point cannot change: give zero, or
+        any value of the type of the leaf.
       solve, symmetric, positive_semidefinite, null_space, preconditioner: as in :func:`root`.
 
     Returns:
-      ``(dx, stats)`` as :func:`mdsens.implicit.solve`; dx has the tree of x. Under a status that is
-      not good, dx is the best iterate, or zero where that is not finite.
+      ``(dx, stats)`` as :func:`mdsens.implicit.solve`; dx has the tree of x. Where the status is
+      not good, dx is the best iterate, or zero where the iterate is not finite.
 
     Raises:
       InputError: args and dargs, or F(x, *args) and x, differ in number, tree, shape or precision;
@@ -292,7 +294,7 @@ def tangent(
             )
 
     def condition(values: list[Array], y: PyTree) -> PyTree:
-        """F at y, with other values of the floating-point leaves of the arguments that change."""
+        """Evaluate F at y, with other values of the arguments that change."""
         merged = list(leaves)
         full = list(args)
         for k, value in zip(floats, values, strict=True):
@@ -379,9 +381,10 @@ def _response(
     """Solve for dx at a root of condition(values, x) when the values change.
 
     Args:
-      changes: change of each of the values.
-      to_operator: makes the operator of the linear system of the Jacobian's products.
-      not_finite: what stands in dx where the solve gives a number that is not finite.
+      changes: changes of the values.
+      to_operator: function that makes the operator of the linear system from products with the
+        Jacobian.
+      not_finite: value of the entries of dx where the solve gives a number that is not finite.
     """
     _, df = jax.jvp(lambda v: condition(v, x), (values,), (changes,))
     # linearize, not jvp: F is evaluated once, and each product of the solver is linear work only
@@ -399,7 +402,8 @@ def _operator_of(
     """Return a function from the products of a Jacobian to an operator with its known properties.
 
     Args:
-      projectors: none, one for both null spaces, or two: for the right and the left null space.
+      projectors: no projector, one projector for both null spaces, or two, for the right and the
+        left null space.
     """
     # A single projector serves both sides: left = None means the same as right.
     right, left = (*projectors, None, None)[:2]
@@ -409,7 +413,7 @@ def _operator_of(
 
 
 def _as_tuple(maps: LinearMap | tuple[LinearMap, ...] | None) -> tuple[LinearMap, ...]:
-    """No map, a single map or a tuple of maps, as a tuple."""
+    """Return no map, a single map or a tuple of maps as a tuple."""
     if maps is None:
         return ()
     return maps if isinstance(maps, tuple) else (maps,)
@@ -421,8 +425,9 @@ def _hoist_maps(
     """Turn the arrays that the linear maps of ``make(x, *args)`` close over into an argument.
 
     Args:
-      make: returns a linear map on trees like x, or a tuple of them; None for no map.
-      name: of the maps, for error messages.
+      make: function that returns a linear map on trees like x, or a tuple of such maps; None for no
+        map.
+      name: name of the maps, for error messages.
 
     Returns:
       ``(maps, values)``, where ``maps(values, x)`` is the list of the linear maps. None of them has

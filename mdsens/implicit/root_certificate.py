@@ -1,6 +1,7 @@
-"""Error estimate for the derivative of a root: how far x is from the root, and what that changes.
+"""Error estimate for the derivative of a root, from the distance of x to the root.
 
-For any condition F and any solver of it. For a relaxed system :func:`mdsens.certify` checks more.
+The estimate works for any condition F and any solver. For a relaxed system :func:`mdsens.certify`
+checks more.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ class RootCertificate(Portable, Named):
     """The derivative of a root, with estimates of its error and of the distance to the root.
 
     Attributes:
-      status: a :class:`~mdsens.implicit.Result` as an int32 array. Not good: NOT_A_ROOT where
+      status: a :class:`~mdsens.implicit.Result` as an int32 array. The status is NOT_A_ROOT where
         Newton's step does not lead to a root, so that no number below is an estimate; INACCURATE
-        where ``error`` is above a tenth; else that of the linear solves.
+        where ``error`` is above a tenth; else the status of the linear solves.
       value: dx, the derivative at x along dargs.
       error: |dx' e| / |dx|, the sharp estimate of the relative error of dx; dx' e is the change of
-        dx along the step e. |dx' e| where dx is zero.
+        dx along the step e. Where dx is zero, the error is |dx' e|.
       corrected: dx + dx' e, more accurate than dx where ``error`` is small: its error is
         proportional to the square of the step.
       step: e = - (dF/dx)^-1 F(x), the step from x to the root, to first order.
@@ -102,22 +103,22 @@ def certify(
 
     A solver stops before it reaches the root, but :func:`root` and :func:`tangent` differentiate as
     if x were the root. To first order, the Newton step e leads to the root, and the derivative of
-    dx along e is the error of dx. Costs four linear solves. The projector of ``null_space`` is
-    computed at x alone and used at all points. An x where F has a part along the null space is not
-    a root. Traceable by jit and vmap.
+    dx along e is the error of dx. The function takes four linear solves. The projector of
+    ``null_space`` is computed at x alone and used at all points. An x where F has a part along the
+    null space is not a root. Traceable by jit and vmap.
 
     Args:
       F: ``F(x, *args)``, twice differentiable along the step; for a fixed point x - T(x, *args).
       x: the unknowns that the solver returned.
-      args: the arguments.
+      args: the other arguments of F, a tuple.
       dargs: the change of each argument; None for an argument that is constant.
       solve, symmetric, positive_semidefinite, null_space, preconditioner: as in :func:`root`.
 
     Returns:
       RootCertificate. Where a projection or another kink of F lies between x and the root, Newton's
       step does not lead to the root, and the status is NOT_A_ROOT. Whether the root itself is at a
-      kink, :func:`mdsens.implicit.conditions.degeneracy.kinked` tells. It takes seconds to compile,
-      at every call outside of jit.
+      kink, :func:`mdsens.implicit.conditions.degeneracy.kinked` tells. The function takes seconds
+      to compile, at every call outside of jit.
 
     Raises:
       InputError: as :func:`tangent`.
@@ -204,7 +205,7 @@ def _has_failed(stats: SolveStats) -> Array:
 
 
 def _size_over_change(args: Sequence[PyTree], dargs: Sequence[PyTree]) -> Array:
-    """The norm of the arguments that change, over the norm of their change; 0 without a change."""
+    """Compute the norm of the changing arguments over the norm of their change; 0 without any."""
     moving = [(arg, change) for arg, change in zip(args, dargs, strict=True) if change is not None]
     size = _norm(_floats([arg for arg, _ in moving]))
     change = _norm(_floats([change for _, change in moving]))

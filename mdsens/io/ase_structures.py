@@ -53,7 +53,7 @@ def from_ase(
     dimension: int = 3,
     constraints: Sequence[Constraint] = (),
 ) -> System:
-    """A system with the positions, cell, species and constraints of an ASE ``Atoms``.
+    """Make a system with the positions, cell, species and constraints of an ASE ``Atoms``.
 
     ``FixAtoms`` and ``FixCartesian`` become pinned coordinates with the name ``fixed``;
     ``FixBondLengths`` becomes rigid bonds with the name ``fixed_bond``, whose lengths are added to
@@ -63,17 +63,17 @@ def from_ase(
       atoms: periodic along all three axes, or along none (open boundaries). Lengths are not
         converted: if they are in Å, give the potential's lengths in Å and its energies in eV.
       potential: a potential of :mod:`mdsens.potentials`.
-      params: its parameters, as in ``System.create``.
+      params: the potential's parameters, as in ``System.create``.
       species: the species of each atom: a dict that numbers the elements from 0, ``{"Ni": 0, "P":
         1}``, or (n,) integers from 0. None takes the atoms' array ``species_index`` if they have
-        it; else, if there are two or more elements, these in the order in which they first appear.
-        ``print(system)`` shows the number of each element.
+        it; else, if there are two or more elements, the elements are numbered in the order in which
+        they first appear. ``print(system)`` shows the number of each element.
       dimension: 2 takes x and y of a planar structure: z must be the same for all atoms, and a
         third cell vector along z; the periodicity along z is ignored.
       constraints: further constraints, see :mod:`mdsens.constraints`.
 
     Raises:
-      InputError: with the field, the value and the remedy.
+      InputError: bad input; the message gives the field, the value and the remedy.
     """
     positions = coordinates_of(atoms, dimension)
     cell = cell_of(atoms, dimension)
@@ -94,7 +94,7 @@ def from_ase(
 def _constraints_of(
     atoms: Atoms, positions: np.ndarray
 ) -> tuple[tuple[Constraint, ...], dict[str, np.ndarray]]:
-    """The constraints of an ASE ``Atoms``, and the lengths of its rigid bonds as parameters."""
+    """Convert the constraints of an ASE ``Atoms``, with lengths of rigid bonds as parameters."""
     from ase.constraints import FixAtoms, FixBondLengths, FixCartesian
 
     mask = np.zeros(positions.shape, bool)
@@ -115,7 +115,7 @@ def _constraints_of(
                 constraints.append(bonds)
             case _:
                 raise InputError(
-                    f"atoms have the constraint {type(c).__name__}, for which there is none here:"
+                    f"atoms have the constraint {type(c).__name__}, which mdsens lacks:"
                     " take it off, atoms.set_constraint(), and give one of mdsens.constraints."
                 )
     if mask.any():
@@ -126,7 +126,7 @@ def _constraints_of(
 def species_of(
     atoms: Atoms, species: Mapping[str, int] | ArrayLike | None = None
 ) -> tuple[ArrayLike | None, tuple[str, ...]]:
-    """The species of an ASE ``Atoms`` and their chemical symbols.
+    """Return the species of an ASE ``Atoms`` and their chemical symbols.
 
     Args:
       atoms: the atoms.
@@ -134,7 +134,8 @@ def species_of(
 
     Returns:
       the species (n,), None for atoms of a single element; and the symbols of species 0, 1, …,
-      empty where nobody chose any: for atoms ``X``, and for the stand-ins of ``to_ase``.
+      empty where the user has chosen none: for atoms ``X``, and for the substitute symbols of
+      ``to_ase``.
     """
     symbols = np.array(atoms.get_chemical_symbols())
     if isinstance(species, Mapping) or (species is None and SPECIES not in atoms.arrays):
@@ -157,7 +158,7 @@ def species_of(
 def numbered(
     symbols: Sequence[str] | np.ndarray, species: Mapping[str, int] | None = None
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """The species (n,) of particles by their symbols, and the symbols of species 0, 1, ….
+    """Number the species (n,) of particles by their symbols; return also the symbols in order.
 
     Args:
       symbols: (n,) chemical symbols.
@@ -194,7 +195,7 @@ def numbered(
 
 
 def coordinates_of(atoms: Atoms, dimension: int) -> np.ndarray:
-    """Positions (n, d) of an ASE ``Atoms``; in 2-D, x and y of a planar structure."""
+    """Return the positions (n, d) of an ASE ``Atoms``; in 2-D, x and y of a planar structure."""
     # by attributes and not by class, so that ASE need not be imported for it
     if not hasattr(atoms, "get_positions") or not hasattr(atoms, "pbc"):
         raise InputError(f"atoms is a {type(atoms).__name__}: give an ase.Atoms.")
@@ -212,7 +213,7 @@ def coordinates_of(atoms: Atoms, dimension: int) -> np.ndarray:
 
 
 def cell_of(atoms: Atoms, dimension: int) -> np.ndarray | None:
-    """The cell (d, d) of an ASE ``Atoms``, columns the cell vectors; None for open boundaries."""
+    """Return the cell (d, d) of an ASE ``Atoms``, columns the cell vectors; None if open."""
     periodic = [bool(p) for p in atoms.pbc[:dimension]]
     if not any(periodic):
         return None
@@ -240,13 +241,13 @@ def cell_of(atoms: Atoms, dimension: int) -> np.ndarray | None:
 
 
 def to_ase(system: System, *, symbols: Sequence[str] | None = None) -> Any:
-    """The system as an ASE ``Atoms``, in full precision.
+    """Convert a system to an ASE ``Atoms``, in full precision.
 
     Args:
       system: a system that is not a batch, such as ``eq.system`` of an Equilibrium.
       symbols: a chemical symbol for each species; a single one for a system without species. None
         takes the system's ``species_names``. If it has none, species 0, 1, … become H, He, …, and
-        particles without species X: stand-ins that give viewers a color for each species.
+        particles without species X: substitutes from which viewers choose a color for each species.
 
     Returns:
       Atoms with the arrays ``species_index`` if there are species, ``diameter`` if the potential
@@ -281,7 +282,7 @@ def to_ase(system: System, *, symbols: Sequence[str] | None = None) -> Any:
         unknown = [s for s in symbols if s not in atomic_numbers]
         if unknown or len(symbols) != kinds:
             raise InputError(
-                f"symbols is {list(symbols)!r}: give {kinds} chemical symbol(s), one a species."
+                f"symbols is {list(symbols)!r}: give {kinds} chemical symbol(s), one per species."
             )
         index = np.zeros(n, int) if species is None else species
         numbers = np.array([atomic_numbers[s] for s in symbols])[index]
@@ -311,7 +312,7 @@ def to_ase(system: System, *, symbols: Sequence[str] | None = None) -> Any:
 
 
 def _constraints_to_ase(system: System) -> list[Any]:
-    """The system's constraints as ASE's, without those that ASE does not have."""
+    """Convert the system's constraints to ASE's, without those that ASE does not have."""
     from ase.constraints import FixAtoms, FixBondLengths, FixCartesian
 
     constraints: list[Any] = []
@@ -363,7 +364,7 @@ def write_extxyz(path: str | Path, eq: object, response: object = None) -> None:
 
 
 def _frame(system: System, response: object) -> str:
-    """The text of one frame: the number of atoms, a line of properties, and a row for each atom."""
+    """Format one frame: the number of atoms, a line of properties, and a row for each atom."""
     atoms = to_ase(system)
     n = system.n
     d = system.dimension
@@ -380,7 +381,7 @@ def _frame(system: System, response: object) -> str:
         if not hasattr(value, "shape") or value.shape != (n, d):
             shape = getattr(value, "shape", type(value).__name__)
             raise InputError(
-                f"response has shape {shape}: give one vector a particle, ({n}, {d}), as jvp does."
+                f"response has shape {shape}: give one vector per particle, ({n}, {d})."
             )
         columns["response"] = np.zeros((n, 3))
         columns["response"][:, :d] = np.asarray(value)
@@ -402,7 +403,7 @@ def _frame(system: System, response: object) -> str:
 
 
 def _cell_text(value: np.ndarray | np.generic) -> str:
-    """The text of one particle's value: a vector, a truth value, a number or a string.
+    """Format one particle's value: a vector, a truth value, a number or a string.
 
     The ``repr`` of a float is the shortest text that reads back as the same float64.
     """

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mdsens._util.errors import InputError
+from mdsens._util.validation import is_number
 from mdsens.design import FEATURES, Free, LevenbergMarquardt, Optax, Target
 from mdsens.io.system_toml import load_system, locate, read
-from mdsens.io.toml_table import TomlTable, array_of, is_number, nearest
+from mdsens.io.toml_table import TomlTable, array_of, nearest
 from mdsens.model.system import System
 
 __all__ = ["DesignSpecification", "load_design"]

@@ -32,7 +32,8 @@ DAMAGE = (
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """Open a file to write that takes its name only when it is complete.
 
-    A file of that name is replaced, and stays as it was if writing fails or is interrupted.
+    An existing file of this name is replaced; it stays unchanged if writing fails or is
+    interrupted.
     """
     path = Path(path)
     if path.is_dir():
@@ -57,11 +58,11 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def read_npz(path: str | Path) -> dict[str, np.ndarray]:
-    """All arrays of a .npz file by name.
+    """Read all arrays of a .npz file, by name.
 
     Raises:
-      InputError: no such file, a file that is damaged or no .npz, or Python objects in it, which
-        are not read because that would execute code.
+      InputError: no such file, a file that is damaged or no .npz, or a file with Python objects,
+        which are not read because reading them would execute code.
     """
     try:
         with np.load(path, allow_pickle=False) as archive:

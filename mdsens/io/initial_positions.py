@@ -30,7 +30,7 @@ _CELLS: dict[str, tuple[list[float], list[list[float]]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Positions before relaxing, and the other contents of the file that they are from.
+    """Positions before the relaxation, and the other contents of the file with the positions.
 
     Attributes:
       positions: (n, d), Cartesian, or fractions of a cell that is still to be chosen.
@@ -51,11 +51,11 @@ class Start:
     species_names: tuple[str, ...] = ()
 
     def array(self, name: str, wanted_by: str) -> np.ndarray:
-        """An array of the file.
+        """Return an array of the file.
 
         Args:
-          name: of the array.
-          wanted_by: the key that asks for it, for messages.
+          name: name of the array.
+          wanted_by: the key that asks for the array, for messages.
 
         Raises:
           InputError: the file has no such array (the message lists those it has), or the positions
@@ -65,8 +65,8 @@ class Start:
             return self.arrays[name]
         if not self.file:
             raise InputError(
-                f"{wanted_by} asks for the array {name!r}, but the positions are no file: give"
-                " numbers."
+                f"{wanted_by} asks for the array {name!r}, but the positions are not from a file:"
+                " give numbers."
             )
         names = ", ".join(sorted(self.arrays)) or "none"
         raise InputError(
@@ -76,12 +76,12 @@ class Start:
 
 
 def lattices(dimension: int) -> tuple[str, ...]:
-    """The names of the lattices of a dimension."""
+    """Return the names of the lattices of a dimension."""
     return tuple(name for name, (edges, _) in _CELLS.items() if len(edges) == dimension)
 
 
 def random(dimension: int, n: int, seed: int) -> Start:
-    """Fractions uniform in the cell, ``numpy.random.default_rng(seed).random((n, d))``."""
+    """Draw fractions uniform in the cell, ``numpy.random.default_rng(seed).random((n, d))``."""
     return Start(np.random.default_rng(seed).random((n, dimension)), fractional=True)
 
 
@@ -94,16 +94,16 @@ def crystal(
     noise: float,
     seed: int,
 ) -> Start:
-    """A lattice in a rectangular cell, some sites empty, the others displaced at random.
+    """Make a lattice in a rectangular cell, some sites empty, the others displaced at random.
 
     Args:
       lattice: one of ``lattices(dimension)``.
-      constant: the lattice constant; of the triangular lattice, the distance of nearest neighbors.
+      constant: the lattice constant; for the triangular lattice, the distance of nearest neighbors.
       dimension: 2 or 3.
       repeats: (d,) numbers of conventional cells along each axis.
       vacancies: indices of the sites left empty.
       noise: standard deviation of each coordinate's Gaussian displacement.
-      seed: of the displacements.
+      seed: seed of the random displacements.
     """
     edges, basis = _CELLS[lattice]
     # corners of the conventional cells (cells, 1, d) + sites in a cell (sites, d)
@@ -123,12 +123,12 @@ def crystal(
 
 
 def pairs_within(positions: np.ndarray, cell: np.ndarray | None, length: float) -> np.ndarray:
-    """Pairs (m, 2) of particles with images closer than ``length``, the smaller index first.
+    """Find pairs (m, 2) of particles with images closer than ``length``, smaller index first.
 
     Args:
       positions: (n, d).
       cell: (d, d), columns the cell vectors; None for open boundaries.
-      length: above 0.
+      length: largest distance of a pair, above 0.
     """
     # Imported here, so that importing this package does not import scipy.spatial.
     from scipy.spatial import KDTree
@@ -159,7 +159,7 @@ def from_file(path: Path, dimension: int, index: int) -> Start:
         d, d) with the cell vectors as columns, and other arrays, with a leading axis of frames if
         the positions have one; or an .extxyz or .xyz, whose Lattice has the cell vectors as rows.
       dimension: 2 or 3; 2 takes x and y of a planar extended XYZ file.
-      index: of the frame.
+      index: index of the frame, from 0.
 
     Raises:
       InputError: no such file, a file that is damaged or of another kind, or no such frame.
@@ -174,12 +174,12 @@ def from_file(path: Path, dimension: int, index: int) -> Start:
     if path.suffix in (".extxyz", ".xyz"):
         return _read_extxyz_frame(path, dimension, index)
     raise InputError(
-        f"positions.file {path} is of no kind that is read: give .npz, .extxyz or .xyz."
+        f"positions.file {path} has an unknown suffix: give a .npz, .extxyz or .xyz file."
     )
 
 
 def _read_npz_frame(path: Path, dimension: int, index: int) -> Start:
-    """One frame of a .npz file; arguments as in ``from_file``."""
+    """Read one frame of a .npz file; arguments as in ``from_file``."""
     arrays = read_npz(path)
     if "positions" not in arrays:
         raise InputError(
@@ -209,12 +209,12 @@ def _read_npz_frame(path: Path, dimension: int, index: int) -> Start:
 
 
 def _is_real(array: np.ndarray) -> bool:
-    """Whether an array is of integers or real numbers."""
+    """Return whether an array contains integers or real numbers."""
     return bool(np.issubdtype(array.dtype, np.number)) and not np.iscomplexobj(array)
 
 
 def _check_index(path: Path, index: int, frames: int) -> None:
-    """Refuse the index of a frame that the file does not have."""
+    """Raise InputError for the index of a frame that the file does not have."""
     if not 0 <= index < frames:
         raise InputError(
             f"positions.index is {index}, but {path} has {frames} frames: give 0 to {frames - 1}."
@@ -222,7 +222,7 @@ def _check_index(path: Path, index: int, frames: int) -> None:
 
 
 def _read_extxyz_frame(path: Path, dimension: int, index: int) -> Start:
-    """One frame of an extended XYZ file, read by ASE; arguments as in ``from_file``."""
+    """Read one frame of an extended XYZ file by ASE; arguments as in ``from_file``."""
     import ase.io
 
     _check_extxyz_whole(path)
@@ -251,7 +251,8 @@ def _read_extxyz_frame(path: Path, dimension: int, index: int) -> Start:
 def _check_extxyz_whole(path: Path) -> None:
     """Refuse an extended XYZ file that is cut short.
 
-    ASE's reader accepts a number that is cut off, and at times a frame that is, without an error.
+    ASE's reader accepts a number that is cut off, and in some files a frame that is cut off,
+    without an error.
     """
     try:
         text = path.read_text(encoding="utf-8")

@@ -118,7 +118,7 @@ def save(path: str | Path, result: object, *, provenance: Mapping[str, Any] | No
         text = json.dumps(header, ensure_ascii=False)
     except (TypeError, ValueError) as error:
         raise InputError(
-            f"provenance is {provenance!r}: give what JSON can represent, numbers, texts, lists."
+            f"provenance is {provenance!r}: give numbers, strings, lists and dicts, as in JSON."
         ) from error
     # the header as an array of one string, which numpy stores without pickle
     with replacing(path) as file:
@@ -135,8 +135,8 @@ def load(
 
     Args:
       path: the file.
-      potential: the potential, needed if it is a function of your own. Given for another potential,
-        it replaces that if it has the same parameters.
+      potential: the potential, needed if it is a function of your own. A potential given here
+        replaces that of the file if it has the same parameters.
       box: the function of the parameters that returns the cell, needed if the box is such a
         function.
 
@@ -158,16 +158,17 @@ def load(
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
-    """The header of a stored file, without its arrays.
+    """Read the header of a stored file, without the arrays.
 
-    It has the kind of the result, status, parameters, provenance, versions, device and precision.
+    The header has the kind of the result, status, parameters, provenance, versions, device and
+    precision.
     """
     header, _ = _read_contents(path)
     return {key: value for key, value in header.items() if key != "tree"}
 
 
 def _read_contents(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The header and the arrays of a file, checked to be of this format and version."""
+    """Read the header and the arrays of a file, checked to be of this format and version."""
     arrays = read_npz(path)
     not_by_save = f"{path} was not written by mdsens.io.save: give a file that was."
     try:
@@ -193,7 +194,7 @@ def _read_contents(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarr
 
 
 def _status_names(result: Stored) -> str | list[str] | None:
-    """The name of a result's status, a list of names for a batch, None without a status."""
+    """Return the name of a result's status, a list of names for a batch, None without a status."""
     if isinstance(result, Equilibrium):
         codes = np.asarray(result.status)
     elif isinstance(result, Derivative):
@@ -205,7 +206,7 @@ def _status_names(result: Stored) -> str | list[str] | None:
 
 
 def _parameters(result: Stored) -> dict[str, Any] | None:
-    """Values of the parameters of up to 16 numbers, shapes of the others; for reading by people."""
+    """Return values of parameters of up to 16 numbers, shapes of the others; for human readers."""
     system = getattr(result, "system", result)
     if not isinstance(system, System):
         return None
@@ -216,7 +217,7 @@ def _parameters(result: Stored) -> dict[str, Any] | None:
 
 
 def _versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result depends on."""
+    """Return versions of Python and of the packages that a result depends on."""
     versions = {"python": platform.python_version()}
     for name in ("mdsens", "jax", "jaxlib", "jax-md", "numpy"):
         try:
@@ -227,7 +228,7 @@ def _versions() -> dict[str, str]:
 
 
 def _machine(result: Stored) -> dict[str, str]:
-    """Device and precision of the largest array of floats, which stands for all."""
+    """Return device and precision of the largest array of floats, recorded for the whole result."""
     leaves = [
         x
         for x in jax.tree.leaves(result)
@@ -244,12 +245,12 @@ def _machine(result: Stored) -> dict[str, str]:
 
 
 def _encode(value: Any, where: str, arrays: dict[str, np.ndarray]) -> Any:
-    """A value as JSON; its arrays go into ``arrays``.
+    """Encode a value as JSON, and put the arrays in it into ``arrays``.
 
     Args:
-      value: to encode.
+      value: the value to encode.
       where: path of the value in the result, such as system.params.sigma; names its array.
-      arrays: arrays by name, to which those of the value are added.
+      arrays: dict of arrays by name, to which the arrays of the value are added.
     """
     # numpy's float64 is a float, but counts as an array, so that it comes back as one
     if value is None or (
@@ -288,7 +289,7 @@ def _encode(value: Any, where: str, arrays: dict[str, np.ndarray]) -> Any:
 def _encode_potential(
     potential: Potential, where: str, arrays: dict[str, np.ndarray]
 ) -> dict[str, Any]:
-    """A potential of mdsens by its name and options, another by its name and parameters."""
+    """Encode a potential of mdsens by name and options, another by name and parameters."""
     options = _describe_potential(potential, where, arrays)
     if options is None:
         return {
@@ -302,7 +303,7 @@ def _encode_potential(
 def _describe_potential(
     potential: Potential, where: str, arrays: dict[str, np.ndarray]
 ) -> dict[str, Any] | None:
-    """Name and options from which ``_build_potential`` builds an equal potential.
+    """Return name and options from which ``_build_potential`` builds an equal potential.
 
     None for a potential that is not one of mdsens.
     """
@@ -346,7 +347,7 @@ def _describe_potential(
 
 
 def _renaming(old: Sequence[str], new: Sequence[str]) -> dict[str, str]:
-    """New names of parameters by the old ones; empty where their numbers differ."""
+    """Return new names of parameters by old names; empty where the numbers of names differ."""
     if len(old) != len(new):
         return {}
     return dict(zip(old, new, strict=True))
@@ -355,7 +356,7 @@ def _renaming(old: Sequence[str], new: Sequence[str]) -> dict[str, str]:
 def _unrenamed_potential(
     options: Mapping[str, Any],
 ) -> PairPotential | InducedDipoles | ChargeEquilibration:
-    """A potential from its name and options, with the default names of its parameters."""
+    """Make a potential from name and options, with the default names of the parameters."""
     if options["name"] == "induced_dipoles":
         return potentials.induced_dipoles(options["damped"])
     if options["name"] == "charge_equilibration":
@@ -367,7 +368,7 @@ def _unrenamed_potential(
 
 
 def _build_potential(options: Mapping[str, Any], source: _Source | None) -> Any:
-    """A potential from the options of ``_describe_potential``; ``source`` has its arrays."""
+    """Make a potential from the options of ``_describe_potential`` and arrays of ``source``."""
     if options["name"] == "sum":
         return SumPotential(tuple(_build_potential(part, source) for part in options["parts"]))
     if options["name"] == "harmonic_bonds":
@@ -381,12 +382,12 @@ def _build_potential(options: Mapping[str, Any], source: _Source | None) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """Arrays of a file and arguments of ``load``, with which its tree is decoded.
+    """Arrays of a file and arguments of ``load``, with which the file's tree is decoded.
 
     Attributes:
-      path: of the file, for messages.
-      arrays: by name.
-      potential: given to ``load``; None for that of the file.
+      path: path of the file, for messages.
+      arrays: the arrays by name.
+      potential: potential given to ``load``; None to take that of the file.
       box: function given to ``load``, or None.
     """
 
@@ -396,7 +397,7 @@ class _Source:
     box: Callable[[Mapping[str, Any]], jax.Array] | None
 
     def potential_of(self, node: Mapping[str, Any]) -> Any:
-        """The potential given to ``load``, checked against the file's, or else that of the file."""
+        """Return the potential given to ``load``, checked against the file, or that of the file."""
         options = node.get("potential")
         stored = None if options is None else _build_potential(options, self)
         names = tuple(node["parameters"]) if stored is None else tuple(stored.parameters)
@@ -416,7 +417,7 @@ class _Source:
         return potential
 
     def array(self, node: Mapping[str, Any]) -> jax.Array | np.ndarray:
-        """The array of a node, of jax if it was one when it was stored, else of numpy."""
+        """Return the array of a node, as a jax array if it was stored as one, else of numpy."""
         name = node["array"]
         if name not in self.arrays:
             raise InputError(
@@ -435,7 +436,7 @@ class _Source:
 
 
 def _decode(node: object, source: _Source | None) -> Any:
-    """The value of a node of the tree; the inverse of ``_encode``."""
+    """Decode a node of the tree; the inverse of ``_encode``."""
     if not isinstance(node, Mapping) or source is None:
         return node
     if "array" in node:

@@ -17,9 +17,10 @@ import numpy as np
 
 from mdsens import potentials
 from mdsens._util.errors import InputError
+from mdsens._util.validation import is_integer
 from mdsens.io import initial_positions
 from mdsens.io.ase_structures import numbered
-from mdsens.io.toml_table import TomlTable, array_of, is_integer, nearest, short
+from mdsens.io.toml_table import TomlTable, array_of, nearest, short
 from mdsens.model.box import PackingFraction
 from mdsens.model.system import System
 from mdsens.potentials.base import Potential
@@ -56,9 +57,9 @@ MERGED = {"positions": "kind", "potential": "kind", "parameters": None, "relaxat
 
 
 def systems_folder() -> Path:
-    """The folder of the bundled systems and their data.
+    """Return the folder of the bundled systems and their data.
 
-    It is inside the installed package, and beside the package in a checkout.
+    The folder is inside the installed package, and beside the package in a checkout.
     """
     package = Path(__file__).resolve().parents[1]
     inside = package / "_systems"
@@ -66,7 +67,7 @@ def systems_folder() -> Path:
 
 
 def bundled_systems() -> dict[str, str]:
-    """Names and one-line descriptions of the systems that come with mdsens."""
+    """Return names and one-line descriptions of the systems that come with mdsens."""
     return {
         path.stem: str(read(path).get("description", "")).strip()
         for path in sorted(systems_folder().glob("*.toml"))
@@ -74,7 +75,7 @@ def bundled_systems() -> dict[str, str]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The content of a TOML file; keys and values are not checked."""
+    """Read the content of a TOML file; keys and values are not checked."""
     try:
         return tomllib.loads(path.read_bytes().decode("utf-8"))
     except OSError as error:
@@ -86,7 +87,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def locate(name: str | Path) -> Path:
-    """The path of a system's TOML file, from the name of a bundled system or a path."""
+    """Return the path of a system's TOML file, from the name of a bundled system or a path."""
     if not isinstance(name, (str, Path)) or not str(name):
         raise InputError(
             f"the system is {name!r}: give a bundled name or the path of a .toml file."
@@ -109,7 +110,7 @@ def locate(name: str | Path) -> Path:
 
 
 def merged(content: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a file with keywords of ``load_system`` merged into it; see ``MERGED``."""
+    """Merge keywords of ``load_system`` into the content of a file; see ``MERGED``."""
     result = dict(content)
     for key, value in fields.items():
         table = result.get(key)
@@ -121,7 +122,7 @@ def merged(content: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, A
 
 
 def _read_and_merge(path: Path, fields: Mapping[str, Any]) -> TomlTable:
-    """The top-level table of a file with keywords merged into it, its keys checked."""
+    """Read the top-level table of a file, merge keywords into it, and check the keys."""
     fields = dict(fields)
     positions = fields.get("positions")
     if isinstance(positions, Mapping) and isinstance(positions.get("file"), (str, Path)):
@@ -149,7 +150,7 @@ def load_system(name: str | Path, **fields: Any) -> System:
       the system with its initial positions, not relaxed. Numbers are in the file's ``units``.
 
     Raises:
-      InputError: with the key, its value and the remedy.
+      InputError: bad content; the message gives the key, its value and the remedy.
     """
     path = locate(name)
     try:
@@ -161,7 +162,7 @@ def load_system(name: str | Path, **fields: Any) -> System:
 
 
 def relaxation_options(name: str | Path, **fields: Any) -> dict[str, Any]:
-    """The ``[relaxation]`` table of a system as keywords of ``minimize``; empty without the table.
+    """Return the ``[relaxation]`` table of a system as keywords of ``minimize``; may be empty.
 
     >>> options = ms.io.relaxation_options("fcc_argon")  # doctest: +SKIP
     >>> ms.minimize(ms.load_system("fcc_argon"), **options)  # doctest: +SKIP
@@ -177,7 +178,7 @@ def relaxation_options(name: str | Path, **fields: Any) -> dict[str, Any]:
 
 
 def _read_relaxation(top: TomlTable) -> dict[str, Any]:
-    """The table ``relaxation`` as keywords of ``minimize``, those alone that the file has."""
+    """Read the table ``relaxation`` as keywords of ``minimize``, without missing keys."""
     fire = ("dt_start", "dt_max", "max_step")
     table = TomlTable.of("relaxation", top.raw("relaxation", {}), ("tolerance", "max_steps", *fire))
     options: dict[str, Any] = {}
@@ -192,7 +193,7 @@ def _read_relaxation(top: TomlTable) -> dict[str, Any]:
 
 
 def build(top: TomlTable, folder: Path) -> System:
-    """The system of a checked top-level table; relative paths of files start from ``folder``."""
+    """Build the system from a checked table; relative paths of files start from ``folder``."""
     # These three are not part of the system, but a mistake in them is reported here as well.
     top.text("description")
     top.text("units", "")
@@ -242,7 +243,7 @@ def build(top: TomlTable, folder: Path) -> System:
 def _read_positions(
     top: TomlTable, dimension: int, seed: int, folder: Path
 ) -> initial_positions.Start:
-    """The initial positions; the keys allowed in the table depend on its kind."""
+    """Read the initial positions; the keys allowed in the table depend on its key ``kind``."""
     table = TomlTable("positions", _table_of(top, "positions"))
     kind = table.text("kind", choices=("random", "list", "lattice", "file"))
     if kind == "random":
@@ -282,7 +283,7 @@ def _read_positions(
 
 
 def _table_of(top: TomlTable, key: str) -> Mapping[str, Any]:
-    """The value of a key, checked to be a table; its keys are not checked."""
+    """Return the value of a key, checked to be a table; the keys in it are not checked."""
     value = top.raw(key)
     if not isinstance(value, Mapping):
         raise InputError(f"{key} is {short(value)}: give a table.")
@@ -292,10 +293,11 @@ def _table_of(top: TomlTable, key: str) -> Mapping[str, Any]:
 def _read_species(
     top: TomlTable, n: int, start: initial_positions.Start
 ) -> tuple[np.ndarray | None, tuple[str, ...]]:
-    """The species (n,) of the particles, and the symbols of the species where they are known.
+    """Read the species (n,) of the particles, and the symbols of the species where known.
 
-    From counts or fractions, the particles of species 0 come first. From the file of the positions,
-    species are its array, or its chemical symbols by the numbers that the key gives them.
+    With counts or fractions, the particles of species 0 come first. With a file of positions, the
+    species are the file's array of species, or follow from the file's chemical symbols and the
+    numbers that the key ``species`` gives them.
     """
     value = top.raw("species", None)
     if value is None:
@@ -340,12 +342,12 @@ def _read_species(
 def _read_parameter(
     name: str, value: object, size: int, rng: np.random.Generator, start: initial_positions.Start
 ) -> np.ndarray:
-    """The values of a parameter.
+    """Read the values of a parameter.
 
     Args:
-      name: of the parameter.
+      name: name of the parameter.
       value: a number, numbers, ``{array = "name in the file"}``, or ``{uniform = [low, high]}``.
-      size: how many values are drawn from the uniform distribution, one a particle or bond.
+      size: number of values to draw from the uniform distribution, one for each particle or bond.
       rng: generator of the random values.
       start: positions whose file has the arrays.
     """
@@ -354,7 +356,7 @@ def _read_parameter(
         return array_of(label, value, None)
     table = TomlTable.of(label, value, ("array", "uniform"))
     if len(value) != 1:
-        raise InputError(f"{label} is {short(value)}: give one of array and uniform.")
+        raise InputError(f"{label} is {short(value)}: give either `array` or `uniform`.")
     if table.has("array"):
         return array_of(label, start.array(table.text("array"), label), None)
     low, high = table.array("uniform", (2,))
@@ -368,7 +370,7 @@ def _read_parameter(
 def _diameters(
     sigma: np.ndarray | None, n: int, species: np.ndarray | None, remedy: str
 ) -> np.ndarray:
-    """The diameter of each particle, (n,), from sigma; ``remedy`` is for where it is missing."""
+    """Compute the diameter of each particle, (n,); ``remedy`` is used if sigma is missing."""
     if sigma is None:
         raise InputError(f"box.packing_fraction needs parameters.sigma, which is missing: {remedy}")
     # of a matrix of species pairs, the pairs of a species with itself
@@ -379,7 +381,7 @@ def _diameters(
         return values[species]
     if values.shape != (n,):
         raise InputError(
-            f"parameters.sigma has shape {sigma.shape}: give one number, one a species, or {n}."
+            f"parameters.sigma has shape {sigma.shape}: give 1 or {n} numbers, or one per species."
         )
     return values
 
@@ -392,7 +394,7 @@ def _read_box(
     sigma: np.ndarray | None,
     start: initial_positions.Start,
 ) -> tuple[Any, np.ndarray | None]:
-    """The box for ``System.create``, and the cell (d, d) at the file's parameters.
+    """Read the box for ``System.create``, and the cell (d, d) at the file's parameters.
 
     The two differ for a box that follows the parameters. Both are None for open boundaries.
     """
@@ -433,8 +435,7 @@ def _read_box(
         return (rule if follows == "parameters" else cell), cell
     if table.has("follows"):
         raise InputError(
-            "box.follows belongs to packing_fraction alone, any other box stays as it is:"
-            " remove it."
+            "box.follows belongs to packing_fraction alone, other boxes do not change: remove it."
         )
     if table.has("number_density"):
         cell = np.eye(dimension) * (n / table.number("number_density")) ** (1.0 / dimension)
@@ -449,7 +450,7 @@ def _read_box(
 def _read_potential(
     top: TomlTable, positions: np.ndarray, cell: np.ndarray | None, start: initial_positions.Start
 ) -> tuple[Potential, dict[str, int]]:
-    """The potential, and for each parameter of bonds the number of the bonds."""
+    """Read the potential, and for each parameter of bonds the number of bonds."""
     value = top.raw("potential")
     tables = list(value) if isinstance(value, (list, tuple)) else [value]
     if not tables:
@@ -500,10 +501,10 @@ def _read_potential(
 def _read_bonds(
     table: TomlTable, positions: np.ndarray, cell: np.ndarray | None, start: initial_positions.Start
 ) -> np.ndarray:
-    """The bonds, (m, 2) particle indices.
+    """Read the bonds, (m, 2) particle indices.
 
-    From a list; from an array of the file of the positions, ``{array = "bonds"}``; or from
-    ``{within = length}``, all pairs that are closer than the length at the initial positions.
+    The bonds are a list; an array in the file of the positions, ``{array = "bonds"}``; or with
+    ``{within = length}`` all pairs that are closer than the length at the initial positions.
     """
     value = table.raw("bonds")
     label = table.label("bonds")
@@ -511,7 +512,7 @@ def _read_bonds(
         return table.array("bonds", (None, 2), integers=True)
     rule = TomlTable.of(label, value, ("within", "array"))
     if len(value) != 1:
-        raise InputError(f"{label} is {short(value)}: give one of within and array.")
+        raise InputError(f"{label} is {short(value)}: give either `within` or `array`.")
     if rule.has("array"):
         return array_of(label, start.array(rule.text("array"), label), (None, 2), integers=True)
     pairs = initial_positions.pairs_within(positions, cell, rule.number("within"))

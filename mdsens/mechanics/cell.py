@@ -41,17 +41,17 @@ LONGEST = 0.02  # largest norm of the strain in one Newton step
 
 
 def free_strains(dimension: int, shape: bool) -> np.ndarray:
-    """Orthonormal strains (k, d, d) that the cell can take: of its size, or of its shape as well.
+    """Return orthonormal strains (k, d, d) that change the cell's size, or its shape as well.
 
     Args:
-      dimension: d.
-      shape: whether the shape is free; else the cell only changes its size, and k = 1.
+      dimension: the dimension d.
+      shape: whether the cell's shape may change; if False only its size changes, and k = 1.
     """
     return basis(dimension) if shape else uniform(dimension)
 
 
 def fixed_cell(system: System) -> System:
-    """The system in a fixed cell: its present box, which depends on no parameter."""
+    """Return the system in a fixed cell, its present box, which depends on no parameter."""
     return system.replace(boundary=FixedBox(jnp.asarray(system.box), system.boundary.orthogonal))
 
 
@@ -62,7 +62,7 @@ def deformed(system: System, strain: jax.Array, positions: jax.Array | None = No
     Traceable. The result has a fixed cell and the neighbor list of ``system``.
 
     Args:
-      strain: (d, d).
+      strain: the strain, (d, d).
       positions: (n, d) before the deformation; those of the system where None.
     """
     R = system.positions if positions is None else positions
@@ -78,13 +78,13 @@ def enthalpy_gradient(
     along: jax.Array | np.ndarray,
     strain: jax.Array | None = None,
 ) -> jax.Array:
-    """Derivative of the enthalpy by strain, dh/de, (k,).
+    """Compute the derivative of the enthalpy by strain, dh/de, (k,).
 
     Args:
-      pressure: P.
-      along: (k, d, d) strains E that the derivative is taken along.
-      strain: (k,) amplitudes of these strains at which the derivative is taken; zero where None,
-        and then the result is V (stress + P) : E.
+      pressure: the pressure P.
+      along: (k, d, d) the strains E along which the derivative is taken.
+      strain: (k,) amplitudes of the strains E at which the derivative is taken; None for zero,
+        where the result is V (stress + P) : E.
     """
     volume = system.volume
     if strain is None:
@@ -119,7 +119,7 @@ class Cell(Portable):
       slope: (k,) dh/de.
       stiffness: (k, k) S, the second derivative of the enthalpy with relaxed particles.
       compliance: (k, k) S^-1; zero along strains whose stiffness is zero to round-off.
-      status: of the solves for X, an int32 array; FLOPPY where an eigenvalue of S is zero to
+      status: status of the solves for X, an int32 array; FLOPPY where an eigenvalue of S is zero to
         round-off, INDEFINITE where one is negative.
     """
 
@@ -141,14 +141,16 @@ class Cell(Portable):
         along: np.ndarray,
         rtol: float = 1e-10,
     ) -> Cell:
-        """Compute the cell's derivatives from the Hessian in a fixed cell. Host code: k solves.
+        """Compute the cell's derivatives from the Hessian in a fixed cell, by k solves.
+
+        Not for compiled code.
 
         Args:
           system: the backbone, in a fixed cell.
-          stiffness: its Hessian.
+          stiffness: the Hessian of the backbone.
           pressure: P.
           along: (k, d, d) the strains that the cell can take.
-          rtol: of the solves for X, relative.
+          rtol: relative residual to which the solves for X are carried.
         """
         dtype = system.positions.dtype
         strains = jnp.asarray(along, dtype)
@@ -195,7 +197,7 @@ class Cell(Portable):
 
     @full_precision
     def newton(self) -> np.ndarray:
-        """Strain of a Newton step, (k,), that lowers the enthalpy; its norm is at most 2 %.
+        """Compute the strain (k,) of a Newton step down the enthalpy, with norm 2 % at most.
 
         Each eigenvalue of S counts with its absolute value, so that the step goes downhill also
         where the curvature is negative.
@@ -212,7 +214,7 @@ class Cell(Portable):
 
 @jax.jit
 def _sides(system: System, strains: jax.Array) -> jax.Array:
-    """Forces (k, n, d) that each of the strains (k, d, d) puts on the particles."""
+    """Compute the forces (k, n, d) that strains (k, d, d) put on the particles."""
     return jax.vmap(lambda e: forces_of_strain(system, e))(strains)
 
 
@@ -221,7 +223,7 @@ def _sides(system: System, strains: jax.Array) -> jax.Array:
 def _slopes(
     system: System, pressure: jax.Array | float, along: jax.Array, motion: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """dh/de, (k,), and the second derivative of h by e with relaxed particles, (k, k)."""
+    """Compute dh/de, (k,), and the second derivative of h by e with relaxed particles, (k, k)."""
     trace = jnp.einsum("kii->k", along)
     # the second derivative of det(1 + e) at e = 0
     of_volume = trace[:, None] * trace[None] - jnp.einsum("kij,lij->kl", along, along)

@@ -1,4 +1,4 @@
-"""Where contacts open and close: when each pair crosses a breakpoint along a path of parameters.
+"""Opening and closing of contacts: when pairs cross a breakpoint along a path of parameters.
 
 A breakpoint is a distance at which a derivative of the pair potential jumps or diverges: contact,
 the onset of a smooth cutoff, the cutoff.
@@ -20,7 +20,7 @@ __all__ = ["Crossing", "crossings", "gap_rate"]
 
 
 class Crossing(NamedTuple):
-    """When each pair crosses each breakpoint of its potential along a path, to first order.
+    """Crossings of breakpoints of the potential by pairs along a path, to first order.
 
     Attributes:
       times: (k,) path parameter t of the crossing; negative on the part of the path behind, inf
@@ -41,13 +41,13 @@ class Crossing(NamedTuple):
 
     @property
     def forward(self) -> float:
-        """The smallest t >= 0; inf where no pair crosses."""
+        """The smallest t >= 0 at which a pair crosses a breakpoint; inf where no pair does."""
         times = np.asarray(self.times)
         return float(np.min(times[times >= 0], initial=np.inf))
 
     @property
     def backward(self) -> float:
-        """The smallest -t >= 0; inf where no pair crosses."""
+        """The smallest -t >= 0 at which a pair crosses a breakpoint; inf where no pair does."""
         times = np.asarray(self.times)
         return float(np.min(-times[times <= 0], initial=np.inf))
 
@@ -57,18 +57,18 @@ class Crossing(NamedTuple):
         return min(self.forward, self.backward)
 
     def within(self, change: float) -> int:
-        """Number of pairs that cross a breakpoint in |t| <= change. Host code."""
+        """Count the pairs that cross a breakpoint in |t| <= change. Not for compiled code."""
         crossed = np.abs(np.asarray(self.times)) <= change
         # A pair counts once, whatever the number of terms and breakpoints that it crosses.
         return np.unique(np.sort(np.asarray(self.pairs)[crossed], axis=1), axis=0).shape[0]
 
     def first(self, forward: bool = True) -> tuple[tuple[int, int], bool, float] | None:
-        """The pair that crosses first, whether it opens, and the length of the breakpoint.
+        """Return the pair that crosses first, whether it opens, and the length of the breakpoint.
 
-        None where no pair crosses. Host code.
+        None where no pair crosses. Not for compiled code.
 
         Args:
-          forward: the direction along the path, t > 0 or t < 0.
+          forward: whether to follow the path to t > 0; if False to t < 0.
         """
         times = np.asarray(self.times) * (1.0 if forward else -1.0)
         ahead = np.where(times >= 0, times, np.inf)
@@ -82,9 +82,9 @@ class Crossing(NamedTuple):
 def _gaps(
     system: System, velocity: jax.Array, dparams: Mapping[str, Any], strain: jax.Array | None
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """b - r for the k breakpoints of the m pairs of each term, (k, m), and its rate of change.
+    """Compute b - r, (k, m), for k breakpoints b of m pairs of each term, and its rate of change.
 
-    Positive where the pair is nearer than the breakpoint b.
+    b - r is positive where the distance r of the pair is below b.
     """
 
     def gaps(
@@ -110,12 +110,13 @@ def crossings(
     rattlers: jax.Array | None = None,
     strain: jax.Array | None = None,
 ) -> Crossing:
-    """When pairs cross a breakpoint (contact, onset, cutoff) along params + t dparams.
+    """Compute when pairs cross a breakpoint (contact, onset, cutoff) along params + t dparams.
 
-    To first order in t: t = -(r - b) / d(r - b)/dt, for all pairs and breakpoints b.
+    The time of the crossing is, to first order in t, t = -(r - b) / d(r - b)/dt, for all pairs and
+    breakpoints b.
 
     Args:
-      system: relaxed; its neighbor list must reach beyond the breakpoints, as the lists of
+      system: a relaxed system, whose neighbor list reaches beyond the breakpoints, as the lists of
         minimized systems do.
       velocity: (n, d) derivative of the positions along the path.
       dparams: the direction of the path, a dict of all parameters.
@@ -153,10 +154,10 @@ def gap_rate(
     rattlers: jax.Array,
     strain: jax.Array | None = None,
 ) -> jax.Array:
-    """Root mean square rate at which interacting pairs approach or leave their breakpoints.
+    """Compute the root mean square rate at which pairs approach or leave their breakpoints.
 
     The rate is d(r - b)/dt, over the pairs nearer than a breakpoint b. The arguments are those of
-    :func:`crossings`. 0 for a potential without breakpoints.
+    :func:`crossings`. The result is 0 for a potential without breakpoints.
     """
     gaps, rates = _gaps(system, velocity, dparams, strain)
     total = jnp.zeros(())

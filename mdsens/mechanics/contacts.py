@@ -8,9 +8,9 @@ A particle with fewer contacts is no rattler if at least two of them carry a sig
 single contact is never balanced): it is squeezed along a line or in a plane. Such a particle
 buckles, and the Hessian shows that the configuration is a saddle.
 
-For potentials that attract, contacts are not counted: there a rattler is a particle that no pair
-holds with any stiffness. Rigid bonds join particles to rigid bodies. A body with too few contacts
-is cut off from the other particles as a whole, and is a cluster by itself. Walls count as contacts.
+For potentials that attract, contacts are not counted: in such systems a rattler is a particle whose
+pairs have no stiffness. Rigid bonds join particles to rigid bodies. A body with too few contacts is
+cut off from the other particles as a whole, and is a cluster by itself. Walls count as contacts.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ class Network(Portable, Named):
       mean_force: mean force of the contacts, 0 without contacts.
       pairs: total number of contacts.
       touching: whether two particles that are no rattlers touch with a force so small that it may
-        be zero, as the rows of some symmetric packings do. They may or may not be in contact, and
-        so the Hessian, its negative modes and all derivatives are not known. A gap that the largest
-        force left on a particle could close counts as touching.
+        be zero, as the rows of some symmetric packings do. It is not known whether they are in
+        contact, and so the Hessian, its negative modes and all derivatives are not known. A gap
+        that the largest force left on a particle could close counts as touching.
     """
 
     rattlers: jax.Array
@@ -93,12 +93,12 @@ class Network(Portable, Named):
 
 
 def pair_forces(term: PairTerm, distances: jax.Array) -> jax.Array:
-    """-phi'(r) of each pair (m,), positive in repulsion."""
+    """Compute the force -phi'(r) of each pair (m,), positive in repulsion."""
     return -jax.grad(lambda r: jnp.sum(term.energy(r)))(distances)
 
 
 def _stiffness(term: PairTerm, r: jax.Array) -> jax.Array:
-    """|phi''| + |phi'| / r of each pair, the sum of its longitudinal and transverse stiffness."""
+    """Compute |phi''| + |phi'| / r of each pair, the longitudinal plus the transverse stiffness."""
     slope = jax.grad(lambda s: jnp.sum(term.energy(s)))
     first, second = jax.jvp(slope, (r,), (jnp.ones_like(r),))
     return jnp.abs(second) + jnp.abs(first) / r
@@ -107,8 +107,8 @@ def _stiffness(term: PairTerm, r: jax.Array) -> jax.Array:
 class _Edges(NamedTuple):
     """Pairs of particles that may be contacts or bonds.
 
-    Either rows of each particle's neighbors, with i (1, n), all else (k, n), and each pair twice;
-    or a list of pairs, all (m,), with each pair once.
+    The arrays are either rows of each particle's neighbors, with i (1, n), the others (k, n), and
+    each pair twice; or a list of pairs, all (m,), with each pair once.
 
     Attributes:
       i, j: indices of the two particles.
@@ -136,7 +136,7 @@ class _Edges(NamedTuple):
 
 
 def _count_contacts(edges: list[_Edges], n: int) -> jax.Array:
-    """Number of active pairs of each particle, (n,)."""
+    """Count the active pairs of each particle, (n,)."""
     count = jnp.zeros(n, jnp.int32)
     for e in edges:
         active = e.active.astype(jnp.int32)
@@ -148,7 +148,7 @@ def _count_contacts(edges: list[_Edges], n: int) -> jax.Array:
 
 
 def _count_strong_contacts(edges: list[_Edges], n: int) -> jax.Array:
-    """Number of contacts of each particle that carry a significant force, (n,)."""
+    """Count the contacts of each particle that carry a significant force, (n,)."""
     return _count_contacts(
         [e._replace(active=e.active & e.strong) for e in edges if e.strong is not None], n
     )
@@ -157,7 +157,7 @@ def _count_strong_contacts(edges: list[_Edges], n: int) -> jax.Array:
 def _nearest_root(
     edges: list[_Edges], labels: jax.Array, whole: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Lowest label among each particle and its neighbors, and the displacement from its root.
+    """Find the lowest label of each particle and its neighbors, and the displacement from the root.
 
     Args:
       labels: (n,) label of each particle so far, the index of its root particle.
@@ -199,12 +199,13 @@ def _nearest_root(
 
 
 def _clusters(edges: list[_Edges], n: int, d: int, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
-    """Clusters of connected particles: the lowest index in each, and displacements from it.
+    """Find clusters of connected particles: the lowest index in each, and displacements from it.
 
-    Each particle points to a root, with the displacement from it. In each round a root takes over
-    the lowest label that a bond of one of its particles leads to, and pointers are then shortened
-    ("pointer jumping"). The number of rounds is the logarithm of the size of a cluster, where
-    passing labels from neighbor to neighbor would take as many rounds as its diameter.
+    Each particle points to a root particle, with the displacement from the root. In each round a
+    root takes over the lowest label that a bond of one of its particles leads to, and pointers are
+    then shortened ("pointer jumping"). The number of rounds is the logarithm of the size of a
+    cluster, where passing labels from neighbor to neighbor would take as many rounds as its
+    diameter.
 
     Returns:
       (labels, displacements along bonds from the particle that the label names), (n,) and (n, d).
@@ -236,10 +237,10 @@ def _clusters(edges: list[_Edges], n: int, d: int, dtype: np.dtype) -> tuple[jax
 def _rigid_edges(
     system: System, images: Callable[[Components], Components], x: Components
 ) -> list[_Edges]:
-    """The rigid bonds of the system's constraints, all active.
+    """Return the rigid bonds of the system's constraints, all active.
 
     Args:
-      images: brings components of vectors to their nearest image.
+      images: function that maps components of vectors to their nearest image.
       x: components of the positions.
     """
     edges = []
@@ -302,14 +303,14 @@ def network(system: System, max_force: jax.Array | float, least: int | None = No
     """Find the contacts, rattlers and clusters of a relaxed configuration.
 
     Args:
-      system: relaxed, with a complete neighbor list.
+      system: a relaxed system with a complete neighbor list.
       max_force: the largest net force left on a particle.
-      least: smallest number of contacts that holds a particle. Where None, the number that a
-        minimum needs: d + 1 for a potential that only repels, 1 for others. At a saddle, two
+      least: smallest number of contacts that keeps a particle in place. Where None, the number that
+        a minimum needs: d + 1 for a potential that only repels, 1 for others. At a saddle, two
         contacts that oppose each other are enough.
 
     Returns:
-      a :class:`Network`. Traceable; it has no derivative.
+      a :class:`Network`. The function is traceable; the result has no derivative.
     """
     system = jax.lax.stop_gradient(system)
     n = system.n
@@ -421,10 +422,11 @@ def network(system: System, max_force: jax.Array | float, least: int | None = No
 def _may_touch(
     terms: tuple[PairTerm, ...], r: jax.Array, force: jax.Array, max_force: jax.Array | float
 ) -> jax.Array:
-    """Pairs that may or may not be in contact, given the largest net force left on a particle.
+    """Return a mask of the pairs that may or may not be in contact, given the force left.
 
-    For potentials that only repel. True where the pair's force is within the margin of the force
-    left, and would be positive if the pair were nearer by the distance that this force can close.
+    The test is for potentials that only repel. True where the pair's force is within the margin of
+    the force left, and would be positive if the pair were nearer by the distance that this force
+    can close.
     """
     # stiffness in contact, from below: the secant from r, where the force is small, to r (1 - 1e-3)
     force_nearer = sum(jnp.abs(pair_forces(t, r * (1.0 - NEARLY))) for t in terms)
@@ -452,10 +454,11 @@ def backbone(system: System, net: Network) -> System:
 
 
 def coordination(system: System, net: Network | None = None) -> jax.Array:
-    """Mean number of contacts of the particles that are no rattlers, z = 2 N_c / (n - n_rattlers).
+    """Compute the mean number of contacts of non-rattlers, z = 2 N_c / (n - n_rattlers).
 
-    0 where all particles are rattlers. A contact is a pair whose force is above 10 times the
-    largest net force on a particle of the system, so that z has a meaning only at a minimum.
+    The result is 0 where all particles are rattlers. A contact is a pair whose force is above 10
+    times the largest net force on a particle of the system, so that z has a meaning only at a
+    minimum.
 
     Args:
       net: the contact network; computed where None.

@@ -19,10 +19,10 @@ ROWS = 2  # rows of the neighbor list that are summed in one step of the loop
 
 
 def row_terms(system: System, params: Params | None = None) -> tuple[PairTerm, ...]:
-    """The pair terms of the potential, with the neighbor list as rows of each particle's neighbors.
+    """Return the pair terms of the potential, with neighbors as one column for each particle.
 
-    In these terms i is (1, n) and all else (capacity, n), and each pair appears twice. Bonds remain
-    a list of pairs, (m,).
+    In these terms the array i is (1, n) and all others are (capacity, n), and each pair appears
+    twice. Bonds remain a list of pairs, (m,).
 
     Args:
       params: parameters; those of the system where None.
@@ -49,7 +49,7 @@ def energy_gradient(
     every pair to two particles.
 
     Args:
-      system: its neighbor list is assumed to be complete.
+      system: a system whose neighbor list is assumed to be complete.
       params: parameters; those of the system where None.
       used: number of rows of the list that are not empty. The other rows are left out; most rows
         are empty once a random start has relaxed. None for all rows, which reverse mode needs,
@@ -102,9 +102,9 @@ def _in_chunks(term: PairTerm) -> PairTerm:
 
 
 def _row_gradients(term: PairTerm, apart: Components) -> Components:
-    """d phi(|v|) / dv of each pair, by components, as phi'(r) v / r.
+    """Compute d phi(|v|) / dv of each pair, by components, as phi'(r) v / r.
 
-    Written out, since XLA takes a third longer for the chain rule through the root.
+    The formula is written out, since XLA takes a third longer for the chain rule through the root.
 
     Args:
       apart: components of the vectors v between the two particles.

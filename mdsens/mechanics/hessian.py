@@ -5,8 +5,6 @@ At a minimum F = 0; its derivatives by x and by the parameters p give the respon
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,15 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
-from jax.core import Tracer
 
 from mdsens._util.lattice import components, nearest_images
+from mdsens._util.probe import chirp
 from mdsens.implicit.linear import Operator, SymmetricScaling
 from mdsens.mechanics.forces import energy_gradient, row_terms
 from mdsens.mechanics.hessian_blocks import BlockRows
 from mdsens.mechanics.null_space import NullSpace
 from mdsens.mechanics.unknowns import Unknowns
-from mdsens.model.neighbors import Neighbors
+from mdsens.model.neighbors import filled_rows
 from mdsens.model.system import System
 from mdsens.potentials.base import PairTerm
 
@@ -34,6 +32,7 @@ __all__ = [
     "gradient",
     "hessian_operator",
     "largest_force",
+    "largest_stiffness",
     "max_force",
     "mixed_product",
     "mixed_transpose",
@@ -44,25 +43,25 @@ Params = Mapping[str, Any]
 
 
 def gradient(system: System, x: Unknowns, params: Params) -> Unknowns:
-    """F(x, params) = dU/dx."""
+    """Compute F(x, params) = dU/dx."""
     return Unknowns(energy_gradient(system, params)(x.positions))
 
 
 @jax.jit
 def force(system: System) -> jax.Array:
-    """Forces -dU/dR on the particles, (n, d)."""
+    """Compute the forces -dU/dR on the particles, (n, d)."""
     return -gradient(system, Unknowns(system.positions), system.params).positions
 
 
 @jax.jit
 def largest_force(forces: jax.Array) -> jax.Array:
-    """The largest norm of the force on one particle, which ASE calls fmax; forces are (n, d)."""
+    """Return the largest norm of a force on one particle, ASE's fmax; forces are (n, d)."""
     return jnp.sqrt(jnp.max(jnp.sum(forces**2, axis=-1), initial=0.0))
 
 
 @jax.jit
 def max_force(system: System) -> jax.Array:
-    """The largest norm of the force on one particle of a system."""
+    """Compute the largest norm of the force on one particle of a system."""
     return largest_force(force(system))
 
 
@@ -75,7 +74,7 @@ def hessian_product(system: System) -> Callable[[Unknowns], Unknowns]:
 def hessian_operator(
     system: System, null: NullSpace, blocks: BlockRows | None = None, definite: bool = True
 ) -> Operator:
-    """H = d2U/dx2 at the system's positions as an operator of products, with its null space.
+    """Return H = d2U/dx2 at the system's positions as an operator of products, with its null space.
 
     Args:
       null: the null space of H.
@@ -95,7 +94,7 @@ def hessian_operator(
 
 @jax.jit
 def dense_hessian(system: System) -> jax.Array:
-    """H as a dense matrix (n d, n d), for checks and for small systems."""
+    """Return H = d2U/dx2 as a dense matrix (n d, n d), for checks and for small systems."""
     n, d = system.positions.shape
     product = hessian_product(system)
     # The k-th row is H e_k, e_k being the k-th unit vector: H is symmetric.
@@ -104,7 +103,7 @@ def dense_hessian(system: System) -> jax.Array:
 
 @jax.jit
 def _pair_blocks(system: System) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
-    """Block d2phi/dv2 of each pair of each term, v being the vector between the two particles.
+    """Compute the block d2phi/dv2 of each pair of each term, v the vector between two particles.
 
     Returns:
       For each term (i, j, blocks (d, d, …)). A pair of the neighbor list appears twice, in the rows
@@ -117,6 +116,7 @@ def _pair_blocks(system: System) -> list[tuple[jax.Array, jax.Array, jax.Array]]
         apart = images(tuple(c[term.i] - c[term.j] for c in x))
         r = jnp.sqrt(jnp.where(term.mask, sum(v * v for v in apart), 1.0))
 
+        # the default binds the term of this turn of the loop
         def slope(r: jax.Array, term: PairTerm = term) -> jax.Array:
             return jax.grad(lambda s: jnp.sum(term.energy(s)))(r)
 
@@ -134,10 +134,10 @@ _pair_blocks_each = jax.jit(jax.vmap(_pair_blocks))
 
 
 def sparse_hessian(system: System) -> sp.csr_array | None:
-    """Assemble H as a scipy sparse matrix (n d, n d) from the pairs that interact.
+    """Assemble H = d2U/dx2 as a scipy sparse matrix (n d, n d) from the pairs that interact.
 
-    None for potentials that are not sums over pairs. For a batch, a block-diagonal matrix
-    (members n d, members n d), with a block for each member. Host code.
+    None for potentials that are not sums over pairs. For a batch, a block-diagonal matrix (members
+    n d, members n d), with a block for each of its systems. Not for compiled code.
     """
     if not system.potential.pairwise:
         return None
@@ -191,27 +191,11 @@ def sparse_hessian(system: System) -> sp.csr_array | None:
     return matrix
 
 
-def filled_rows(listed: Neighbors) -> Neighbors:
-    """Remove empty rows from a neighbor list, down to a multiple of 4 rows. Host code.
-
-    The multiple of 4 limits the number of shapes for which functions are compiled.
-    """
-    if isinstance(listed.rows, Tracer):
-        return listed
-    rows = np.asarray(listed.rows)
-    filled = np.any(rows < rows.shape[-1], axis=(*range(rows.ndim - 2), -1))
-    used = int(np.max(np.flatnonzero(filled), initial=-1)) + 1
-    fewer = 4 * math.ceil(used / 4)
-    if fewer >= rows.shape[-2]:
-        return listed
-    return dataclasses.replace(listed, rows=rows[..., :fewer, :])
-
-
 def along(f: Callable[[dict[str, Any]], Any], params: Params, dparams: Params) -> Any:
-    """Derivative of f(params) along a change of some of the parameters.
+    """Differentiate f(params) along a change of some of the parameters.
 
     Args:
-      dparams: the change; parameters that are not in it are constant.
+      dparams: the change by parameter name; parameters that are not named are constant.
     """
     moving = {name: params[name] for name in dparams}
     return jax.jvp(lambda changed: f({**params, **changed}), (moving,), (dict(dparams),))[1]
@@ -219,12 +203,42 @@ def along(f: Callable[[dict[str, Any]], Any], params: Params, dparams: Params) -
 
 @jax.jit
 def mixed_product(system: System, dparams: Params) -> Unknowns:
-    """d2U/dx dp . dp, the change of the gradient along a change dp of some parameters."""
+    """Compute d2U/dx dp . dp, the change of the gradient along a change dp of some parameters."""
     x = Unknowns(system.positions)
     return along(lambda p: gradient(system, x, p), system.params, dparams)
 
 
 def mixed_transpose(system: System, cotangent: Unknowns) -> dict[str, jax.Array]:
-    """(d2U/dx dp)^T w of a cotangent w, a dict shaped like the parameters."""
+    """Compute (d2U/dx dp)^T w of a cotangent w, a dict shaped like the parameters."""
     x = Unknowns(system.positions)
     return jax.vjp(lambda p: gradient(system, x, p), dict(system.params))[1](cotangent)[0]
+
+
+# Products with the Hessian in a power iteration.
+POWERS = 20
+
+
+def largest_stiffness(
+    slope: Callable[[jax.Array], jax.Array],
+    positions: jax.Array,
+    otherwise: jax.Array | float,
+) -> jax.Array:
+    """Compute the largest eigenvalue of the Hessian by power iteration.
+
+    In packings and glasses the result is 0.94 to 1 times the eigenvalue.
+
+    Args:
+      slope: the gradient of the energy, R -> dU/dR.
+      positions: (n, d) R at which the Hessian is taken.
+      otherwise: the result where the eigenvalue is zero or not finite.
+    """
+
+    def product(_: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        v, size = carry
+        w = jax.jvp(slope, (positions,), (v / jnp.where(size > 0, size, 1.0),))[1]
+        return w, jnp.sqrt(jnp.sum(w**2))
+
+    # A fixed start with entries of every size and sign.
+    start = chirp(positions.shape, positions.dtype)
+    _, size = jax.lax.fori_loop(0, POWERS, product, (start, jnp.sqrt(jnp.sum(start**2))))
+    return jnp.where((size > 0) & jnp.isfinite(size), size, otherwise)

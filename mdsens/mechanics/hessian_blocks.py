@@ -24,14 +24,15 @@ SOFTEST = 1e-3
 
 
 def block_cholesky(blocked: sp.bsr_array) -> tuple[np.ndarray, np.ndarray]:
-    """Factors S and C = S^-1 of each particle's diagonal block D of H: S D S^T = 1.
+    """Compute factors S and C = S^-1 of each particle's diagonal block D of H: S D S^T = 1.
 
-    By Cholesky's method, D = C C^T, written out for all particles at once. A particle without
-    stiffness in some direction, or away from a minimum, has no such factor, or one that would lose
-    digits. For it, C is the identity times the root of the largest diagonal entry of D.
+    The factors are those of Cholesky's method, D = C C^T, written out for all particles at once. A
+    particle without stiffness in some direction, or away from a minimum, has no such factor, or a
+    factor that would lose digits. For such a particle, C is the identity times the root of the
+    largest diagonal entry of D.
 
     Args:
-      blocked: H as a scipy BSR matrix with blocks of (d, d).
+      blocked: the Hessian H as a scipy BSR matrix with blocks of (d, d).
 
     Returns:
       (S, C), lower triangular, (d, d, n) each.
@@ -65,8 +66,8 @@ def block_cholesky(blocked: sp.bsr_array) -> tuple[np.ndarray, np.ndarray]:
 class BlockRows(Portable):
     """The scaled Hessian S H S^T in rows of blocks, one column of blocks for each particle.
 
-    Its product with w = S^-T v is sum_k B[:, :, k, i] w[:, others[k, i]] at particle i, B being
-    ``blocks`` and w the components (d, n).
+    The product of this matrix with w = S^-T v is sum_k B[:, :, k, i] w[:, others[k, i]] at particle
+    i, where B is the array ``blocks`` and w has the components (d, n).
 
     The diagonal blocks of S H S^T are identity matrices, which saves conjugate gradients a quarter
     of their steps. The blocks are scaled once, beforehand, and vectors are (d, n) in between: each

@@ -1,4 +1,4 @@
-"""The Hessian at one configuration, on the host: its matrix, factor, solves and lowest modes."""
+"""The Hessian at one configuration, by numpy and scipy: matrix, factor, solves, lowest modes."""
 
 from __future__ import annotations
 
@@ -43,9 +43,10 @@ NEGATIVE = 1e-9
 
 
 def factorizes(system: System) -> bool:
-    """Whether the Hessian is assembled and factorized.
+    """Return whether the Hessian is assembled and factorized.
 
-    It is for pair potentials, in double precision, in 2-D or up to FACTOR_PARTICLES_3D particles.
+    This is done for pair potentials, in double precision, in 2-D or up to FACTOR_PARTICLES_3D
+    particles.
     """
     small = system.dimension == 2 or system.n <= FACTOR_PARTICLES_3D
     return small and system.potential.pairwise and system.positions.dtype == jnp.float64
@@ -79,14 +80,15 @@ def _solve(
 def _lanczos(
     system: System, null: NullSpace, start: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Lanczos' method on H with its null space projected out.
+    """Run Lanczos' method on H with its null space projected out.
 
     Args:
       start: (n d,) first vector.
       weights: (steps,) coefficients of a sum of the Lanczos vectors.
 
     Returns:
-      The diagonal and off-diagonal of the tridiagonal matrix, that sum, and H times it.
+      the diagonal and off-diagonal of the tridiagonal matrix, the sum of the Lanczos vectors, and H
+      times this sum.
     """
     operator = hessian_operator(system, null)
 
@@ -103,10 +105,10 @@ class HessianFactor:
     """The Hessian H of a backbone with its null space projected out; factorized where that pays.
 
     Args:
-      system: the backbone (the system without the contacts of rattlers). Or a batch, whose H has a
-        block for each member. For a batch, the columns of the members are concatenated, and only
-        ``project``, ``solve_many`` and ``negative`` are available.
-      null: the null space of H, simplified.
+      system: the backbone (the system without the contacts of rattlers); or a batch, whose H has a
+        diagonal block for each of its systems. For a batch, the columns of the systems are
+        concatenated, and only ``project``, ``solve_many`` and ``negative`` are available.
+      null: the null space of H, simplified by its method ``simplified``.
       index: the expected number of negative eigenvalues: 0 at a minimum, the order of a saddle.
     """
 
@@ -147,7 +149,7 @@ class HessianFactor:
     def factor(self) -> SparseFactor | None:
         """Factor of H with springs or a shift that make it regular; None where H is not factorized.
 
-        Also None where the sum is exactly singular all the same.
+        It is also None where the matrix is exactly singular in spite of the springs or the shift.
         """
         if self.matrix is None or not self._factorize:
             return None
@@ -158,15 +160,16 @@ class HessianFactor:
 
     @functools.cached_property
     def _bounds(self) -> np.ndarray:
-        """The largest row sum of |H| for each member, (members,)."""
+        """The largest row sum of |H| for each system of a batch, (members,)."""
         return bounds(self.matrix, self.members)
 
     def _diagonal_springs(self) -> np.ndarray:
         """Stiffnesses to add to the diagonal of H, so that it can be factorized, (m,).
 
-        Where no cluster can rotate: springs on the rattlers and on one particle of each cluster.
-        They do not change the solution for a right-hand side without a part in the null space,
-        except by a null vector. Where a cluster can rotate: a small shift of the whole diagonal.
+        Where no cluster can rotate, these are springs on the rattlers and on one particle of each
+        cluster. They do not change the solution for a right-hand side without a part in the null
+        space, except by a null vector. Where a cluster can rotate, they are a small shift of the
+        whole diagonal.
         """
         scale = np.where(self._bounds > 0, self._bounds, 1.0)[:, None]
         null = self.null
@@ -195,9 +198,9 @@ class HessianFactor:
 
     @property
     def negative(self) -> np.ndarray:
-        """Number of negative eigenvalues of H for each member, (members,).
+        """Number of negative eigenvalues of H for each system of a batch, (members,).
 
-        By the signs of the factor's pivots; -1 where these do not tell.
+        The number follows from the signs of the factor's pivots; -1 where the pivots are not known.
         """
         assert self.factor is not None
         return self.factor.negatives(self.members)
@@ -278,7 +281,7 @@ class HessianFactor:
         return x, SolveStats(*numbers, "sparse factor")
 
     def _precondition(self) -> Callable[[np.ndarray], np.ndarray] | None:
-        """Preconditioner: the inverse of the diagonal block of each particle, made positive.
+        """Return the preconditioner: the inverse of each particle's diagonal block, made positive.
 
         None where H is not assembled.
         """
@@ -290,7 +293,7 @@ class HessianFactor:
         return lambda v: np.einsum("nij,njk->nik", inverse, v.reshape(n, d, -1)).reshape(v.shape)
 
     def lowest(self, k: int = 1, floor: float = 0.0) -> Spectrum:
-        """The k lowest modes outside the null space.
+        """Compute the k lowest modes outside the null space.
 
         Args:
           floor: a stiffness below this may be of either sign.
@@ -309,10 +312,11 @@ class HessianFactor:
         )
 
     def unstable(self, most: int) -> int:
-        """Number of negative eigenvalues.
+        """Count the negative eigenvalues.
 
         Args:
-          most: where no factor counts them, only this many of the lowest are computed.
+          most: number of the lowest eigenvalues to compute where no factor counts the negative
+            ones.
         """
         count = -1 if self.factor is None else int(self.negative[0])
         return count if count >= 0 else self.lowest(most).negative
@@ -320,9 +324,9 @@ class HessianFactor:
     def negative_mode(self, floor: float = 0.0) -> tuple[float, np.ndarray] | None:
         """Search a mode of negative stiffness: (stiffness, mode (n, d) of norm one), or None.
 
-        By the factor where that pays, which misses no such mode. Else by all eigenvalues of a small
-        system. Else by Lanczos' method, which may miss a mode whose stiffness is small beside that
-        of the others.
+        The search uses the factor where there is one, and then misses no such mode; for a small
+        system, all eigenvalues; else Lanczos' method, which may miss a mode whose stiffness is
+        small beside that of the others.
 
         Args:
           floor: a stiffness below this may be of either sign.
@@ -338,6 +342,7 @@ class HessianFactor:
                 return None
             return float(spectrum.values[0]), spectrum.vectors[:, 0].reshape(n, d)
         dtype = self.system.positions.dtype
+        # a fixed seed: the same start in every run
         start = np.random.default_rng(0).standard_normal(n * d).astype(dtype)
         # The Lanczos vectors are not stored. A first run gives the tridiagonal matrix, whose lowest
         # eigenvector holds the weights with which a second run sums them.
@@ -359,10 +364,10 @@ class HessianFactor:
         return value, (vector / np.linalg.norm(vector)).reshape(n, d)
 
     def below(self, value: float) -> int | None:
-        """Number of modes outside the null space with a stiffness below ``value`` > 0.
+        """Count the modes outside the null space with a stiffness below ``value`` > 0.
 
-        It is the number of negative eigenvalues of H - value, less the null space. None where no
-        factor tells.
+        The count is the number of negative eigenvalues of H - value, less the null space. None
+        where there is no factor that gives this number.
         """
         if self.matrix is None or not self._factorize:
             return None
@@ -376,7 +381,7 @@ class HessianFactor:
 
 
 def participation(vectors: np.ndarray, dimension: int) -> np.ndarray:
-    """Participation ratio of modes, (sum_i |e_i|^2)^2 / (n sum_i |e_i|^4), (k,).
+    """Compute the participation ratio of modes, (sum_i |e_i|^2)^2 / (n sum_i |e_i|^4), (k,).
 
     1 where all particles move by the same distance, 1/n where a single particle moves.
 

@@ -1,4 +1,4 @@
-"""The linear system at a constrained minimum, on the host: matrix, factor, solves, redundancies.
+"""The linear system at a constrained minimum, by numpy and scipy: matrix, factor, solves.
 
     [ H_L  A^T ] [ dx      ]   [ -d2L/dx dp . dp ]
     [ A    0   ] [ dlambda ] = [ -dg/dp . dp     ]
@@ -100,13 +100,13 @@ def _spans(x: Unknowns, ends: np.ndarray) -> list[tuple[int, int]]:
 class _Factor:
     """LU factor of the linear system, with a small shift and a border that make it regular.
 
-    It is regular also where equations are redundant, or motions cost no energy.
+    The factorized matrix is regular also where equations are redundant, or motions cost no energy.
 
     Args:
       matrix: the linear system, sparse, (m, m).
       motions: (k, n, d) rigid motions without stiffness, which get a row and a column each.
       primal: number of unknowns that are no multipliers.
-      shift: added to the diagonal of H_L.
+      shift: number added to the diagonal of H_L.
       scale: a bound of the eigenvalues of H_L. SHIFT times it is added to the diagonal of H_L too,
         and subtracted on the diagonal of the multipliers.
     """
@@ -138,8 +138,8 @@ class _Factor:
 class KKT(HessianFactor):
     """The linear system at a constrained minimum.
 
-    Its unknowns are positions, relaxed parameters and multipliers, in the order of ``flat``. In
-    vectors and in the matrix, multipliers are in units of ``unit``.
+    The unknowns of the system are positions, relaxed parameters and multipliers, in the order of
+    ``flat``. In vectors and in the matrix, multipliers are in units of ``unit``.
 
     Attributes:
       x: the unknowns at the minimum.
@@ -150,8 +150,8 @@ class KKT(HessianFactor):
 
     Args:
       system: the backbone.
-      null: from :func:`constrained_null_space`.
-      multipliers: of the equations.
+      null: the null space, from :func:`constrained_null_space`.
+      multipliers: multipliers of the equations.
     """
 
     _factors = ("factor", "_normal")

@@ -1,6 +1,7 @@
 """The linear system at a constrained minimum as an operator, and its null space.
 
-Also the unknowns as flat vectors, and the number of constraints that are about to switch.
+The module also converts unknowns to flat vectors, and counts the constraints that are about to
+switch.
 """
 
 from __future__ import annotations
@@ -96,16 +97,18 @@ def unflat(vector: np.ndarray, like: Unknowns, many: bool = False) -> Unknowns:
 def constrained_null_space(
     system: System, net: Network, null: NullSpace, multipliers: dict[str, jax.Array] | None
 ) -> NullSpace:
-    """Return the null space of the constrained Hessian. Host code.
+    """Return the null space of the constrained Hessian. Not for compiled code.
 
-    It consists of the rattlers, and of the rigid motions that the constraints allow. Equations
-    between particles of which one is a rattler are dropped with it: their multipliers are fixed.
+    The null space consists of the displacements of rattlers and of the rigid motions that the
+    constraints allow. Equations between particles of which one is a rattler are dropped: their
+    multipliers are fixed.
 
     Args:
       system: the backbone.
-      net: its mechanical network.
+      net: the contact network of the system.
       null: the null space without constraints.
-      multipliers: of the equations. The tension of a rigid bond gives a pendulum its stiffness.
+      multipliers: multipliers of the equations. The tension of a rigid bond gives a pendulum its
+        stiffness.
     """
     active = active_set(system)
     rattlers = np.asarray(null.rattlers)
@@ -216,7 +219,9 @@ def kkt_operator(system: System, x: Unknowns, null: NullSpace) -> tuple[Operator
 def about_to_switch(
     system: System, multipliers: dict[str, jax.Array] | None, null: NullSpace, max_force: float
 ) -> int:
-    """Count the coordinates that are about to meet or to leave a bound. Host code.
+    """Count the coordinates that are about to meet or to leave a bound.
+
+    Not for compiled code.
 
     These are coordinates at a bound that exerts no force on them, and coordinates so near to a
     bound that the force left on a particle could move them there. For a change of the parameters in
@@ -224,8 +229,8 @@ def about_to_switch(
     count too, since either wall may be the one that stays.
 
     Args:
-      system: at the minimum.
-      multipliers: of the equations.
+      system: the system at the minimum.
+      multipliers: multipliers of the equations.
       null: the null space; rattlers do not count.
       max_force: the largest force left on a particle.
     """

@@ -44,22 +44,23 @@ TOUCHING = 64.0
 
 
 def relaxed(system: System) -> tuple[str, ...]:
-    """Names of the potential's parameters that are unknowns: constraints relax them."""
+    """Return the names of the potential's parameters that constraints relax, which are unknowns."""
     # a dict removes duplicates and keeps the order
     return tuple(dict.fromkeys(name for c in system.constraints for name in c.relaxes))
 
 
 def own_params(system: System) -> dict[str, jax.Array]:
-    """The parameters that derivatives can be taken by: those that are no unknowns."""
+    """Return the parameters by which derivatives can be taken: those that are no unknowns."""
     unknown = relaxed(system)
     return {name: value for name, value in system.params.items() if name not in unknown}
 
 
 def unknowns_of(system: System, multipliers: dict[str, jax.Array] | None = None) -> Unknowns:
-    """The system's positions and relaxed parameters, with the multipliers of its equations.
+    """Return the system's positions and relaxed parameters, with the multipliers of its equations.
 
     Args:
-      multipliers: by the name of the constraint; zero where a name is missing, or all where None.
+      multipliers: multipliers by the name of the constraint; zero for names that are missing; None
+        for all zero.
     """
     x = _primal(system)
     g = equations(system, system.positions, system.params)
@@ -72,18 +73,18 @@ def unknowns_of(system: System, multipliers: dict[str, jax.Array] | None = None)
 
 
 def _primal(system: System) -> Unknowns:
-    """The system's positions and relaxed parameters, without multipliers."""
+    """Return the system's positions and relaxed parameters, without multipliers."""
     names = relaxed(system)
     return Unknowns(system.positions, params={name: system.params[name] for name in names} or None)
 
 
 def with_unknowns(system: System, x: Unknowns, params: Params) -> System:
-    """The system at other unknowns and parameters, with the same neighbor list. Traceable."""
+    """Return the system at other unknowns and parameters, with the same neighbors. Traceable."""
     return system.replace(positions=x.positions, params={**params, **(x.params or {})})
 
 
 def pinned(system: System) -> jax.Array:
-    """Which coordinates are pinned, so that they never move, (n, d)."""
+    """Return a mask (n, d) of the coordinates that are pinned, so that they never move."""
     mask = jnp.zeros(system.positions.shape, bool)
     for c in system.constraints:
         constraint_mask = c.pinned()
@@ -92,7 +93,7 @@ def pinned(system: System) -> jax.Array:
 
 
 def bounds(system: System, params: Params) -> tuple[Unknowns, Unknowns]:
-    """The lower and upper bounds of positions and relaxed parameters; infinite without a bound."""
+    """Return lower and upper bounds of positions and relaxed parameters; infinite if unbounded."""
     shape = system.positions.shape
     dtype = system.positions.dtype
     low = jnp.full(shape, -jnp.inf, dtype)
@@ -112,7 +113,7 @@ def bounds(system: System, params: Params) -> tuple[Unknowns, Unknowns]:
 
 
 def at_bounds(system: System) -> tuple[Unknowns, Unknowns]:
-    """Which positions and relaxed parameters are at their lower, which at their upper bound."""
+    """Return masks of positions and relaxed parameters at their lower and at their upper bound."""
     low, high = bounds(system, system.params)
     x = _primal(system)
     at_low = jax.tree.map(lambda a, b: _meets(a, b, 1.0), x, low)
@@ -128,7 +129,7 @@ def _meets(x: jax.Array, bound: jax.Array, side: float) -> jax.Array:
 
 
 def between_bounds(system: System) -> jax.Array:
-    """Which coordinates more than one wall constrains, (n, d).
+    """Return a mask (n, d) of the coordinates that more than one wall constrains.
 
     How the force is shared between these walls is not determined.
     """
@@ -143,14 +144,14 @@ def between_bounds(system: System) -> jax.Array:
 
 
 def active_set(system: System) -> Unknowns:
-    """Which coordinates and relaxed parameters are constrained: pinned, or at a bound."""
+    """Return masks of the coordinates and relaxed parameters that are pinned or at a bound."""
     low, high = at_bounds(system)
     both = jax.tree.map(jnp.logical_or, low, high)
     return Unknowns(both.positions | pinned(system), params=both.params)
 
 
 def constrained_coordinates(system: System, params: Params) -> Unknowns:
-    """Values of the constrained coordinates at other parameters; free ones are unchanged.
+    """Compute the constrained coordinates at other parameters; free coordinates are unchanged.
 
     A coordinate at a bound moves with the bound, a pinned one is constant. The active set is that
     of the system as it is. Differentiable by ``params``.
@@ -175,7 +176,7 @@ def constrained_coordinates(system: System, params: Params) -> Unknowns:
 
 
 def equations(system: System, positions: jax.Array, params: Params) -> dict[str, jax.Array]:
-    """Values g of the constraints that have equations g = 0, by the name of the constraint."""
+    """Compute the values g of the constraints that have equations g = 0, by constraint name."""
     box = box_at(system, params)
     values = {}
 
@@ -221,13 +222,13 @@ def lagrangian_gradient(system: System, x: Unknowns, params: Params) -> Unknowns
 
 
 def multipliers_at(system: System, x: Unknowns, params: Params) -> dict[str, jax.Array]:
-    """Multiplier of each constraint, by its name; zero where a wall or a pin exerts no force.
+    """Compute the multiplier of each constraint by name; zero where a wall or pin exerts no force.
 
     Walls at the same position share the force equally. Of two opposite walls that touch the same
     particle, the one that can push in the direction of the force takes all of it.
 
     Args:
-      system: defines which coordinates are at their bounds.
+      system: the system, from which follows which coordinates are at their bounds.
       x: the unknowns.
       params: the parameters.
     """
@@ -263,7 +264,7 @@ def multipliers_at(system: System, x: Unknowns, params: Params) -> dict[str, jax
 
 
 def _is_tightest(system: System, wall: Wall) -> jax.Array:
-    """Where this wall is the tightest bound of the walls on its side, (n, d)."""
+    """Return a mask (n, d), True where this wall is the tightest bound of the walls on its side."""
     diameters = diameters_at(system, system.params)
     wall_bounds = wall.bounds(system.params, diameters, system.positions.shape)
     low, high = bounds(system, system.params)
@@ -282,13 +283,13 @@ def switch_times(
     rate: tuple[Unknowns, Params],
     loose: jax.Array | np.ndarray,
 ) -> jax.Array:
-    """When each coordinate meets its bound, or loses the force of it, along a path.
+    """Compute when each coordinate meets its bound, or loses the force of it, along a path.
 
-    The path parameter t of each such event to first order; inf where there is none.
+    The result is the path parameter t of each such event to first order; inf without an event.
 
     Args:
       place: unknowns and parameters at t = 0.
-      rate: their derivatives by t.
+      rate: derivatives of unknowns and parameters by t.
       loose: (n,) True for particles that are left out.
     """
     low, high = at_bounds(jax.lax.stop_gradient(system))
@@ -334,7 +335,7 @@ def switch_times(
 
 
 def supports(system: System) -> tuple[jax.Array, jax.Array]:
-    """Supports of each particle beside pairs and bonds: pinned coordinates, and walls it touches.
+    """Count the pinned coordinates of each particle, and the walls that it touches.
 
     Returns:
       (number of pinned coordinates, number of walls), (n,) each.

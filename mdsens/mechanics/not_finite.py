@@ -28,12 +28,12 @@ OF_A_ROOT = (
 
 
 def where_not_finite(status: Status, system: System) -> str:
-    """Text to append to the message of NOT_FINITE: ", where" and what is not finite.
+    """Return text for the message of NOT_FINITE: ", where" and what is not finite.
 
-    It names the potential, the pair and the lowest derivative that is not finite. Empty for other
-    statuses, for batches, where everything is finite at the system's positions, and where the
-    positions themselves are not finite. Host code, and as slow as compiling each potential: for
-    errors alone.
+    The text names the potential, the pair and the lowest derivative that is not finite. Empty for
+    other statuses, for batches, where everything is finite at the system's positions, and where the
+    positions themselves are not finite. Not for compiled code, and as slow as compiling each
+    potential: to be used for errors only.
     """
     positions = np.asarray(system.positions)
     if (

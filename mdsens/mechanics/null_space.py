@@ -30,10 +30,11 @@ ROD = 1e-9
 class NullSpace(Portable):
     """Directions that cost no energy to second order, known beforehand.
 
-    They are the displacements of rattlers, the translations of each cluster, and the rotations of
-    each cluster that does not meet its periodic image. Where the energy is not a sum over pairs,
-    they are those combinations of the translations and rotations of the whole system that have no
-    stiffness in the Hessian: an external field may fix the others.
+    For a potential of pairs these are the displacements of rattlers, the translations of each
+    cluster, and the rotations of each cluster that does not meet its periodic image. Where the
+    energy is not a sum over pairs, they are the combinations of translations and rotations of the
+    whole system that have no stiffness in the Hessian: an external field may give other motions a
+    stiffness.
 
     Attributes:
       rattlers: (n,) True for rattlers.
@@ -100,9 +101,9 @@ class NullSpace(Portable):
         return dataclasses.replace(x, positions=v)
 
     def project_columns(self, columns: np.ndarray) -> np.ndarray:
-        """Project the null space out of each column of a matrix (n d, c). Host code.
+        """Project the null space out of each column of a matrix (n d, c), by numpy.
 
-        For a batch, the columns of its members are concatenated: (members n d, c).
+        For a batch, the columns of its systems are concatenated: (members n d, c).
         """
         if self.labels is not None:
             return np.asarray(_projections(self, columns))
@@ -122,7 +123,7 @@ class NullSpace(Portable):
         return xp.where(rattlers, 0.0, v - mean)
 
     def dimensions(self, d: int) -> tuple[int, int, int]:
-        """Number of null directions: of rattlers, translations and rotations. Host code.
+        """Count the null directions: of rattlers, translations, rotations. Not for compiled code.
 
         Args:
           d: dimension of space.
@@ -148,9 +149,10 @@ class NullSpace(Portable):
         return free, d * clusters.size, rotations
 
     def simplified(self) -> NullSpace:
-        """Drop arms where no cluster can rotate, and labels where there is one cluster. Host code.
+        """Drop arms where no cluster can rotate, and labels where there is only one cluster.
 
-        This makes projections cheaper. A batch is simplified as far as all of its members can be.
+        This makes projections cheaper. A batch is simplified as far as all of its systems allow.
+        Not for compiled code.
         """
         if self.active_set is not None:
             return self
@@ -172,13 +174,13 @@ class NullSpace(Portable):
         return dataclasses.replace(without_arms, labels=None, counts=counts)
 
     def _total(self, v: jax.Array) -> jax.Array:
-        """Sum of v over the particles of each cluster, at the index of its label."""
+        """Sum v over the particles of each cluster, at the index of the cluster's label."""
         return jnp.zeros_like(v).at[self.labels].add(v)
 
 
 @jax.jit
 def _projections(null: NullSpace, columns: jax.Array) -> jax.Array:
-    """Project each column of a matrix; of a batch, each column of each member."""
+    """Project each column of a matrix; for a batch, each column of each system."""
 
     def of_member(null: NullSpace, columns: jax.Array) -> jax.Array:
         def project(v: jax.Array) -> jax.Array:
@@ -195,14 +197,14 @@ def _projections(null: NullSpace, columns: jax.Array) -> jax.Array:
 
 
 def _cross(arms: jax.Array, v: jax.Array) -> jax.Array:
-    """Angular momentum of v about the centroid, (n, 1) in 2-D and (n, 3) in 3-D."""
+    """Compute the angular momentum of v about the centroid, (n, 1) in 2-D and (n, 3) in 3-D."""
     if arms.shape[1] == 2:
         return (arms[:, 0] * v[:, 1] - arms[:, 1] * v[:, 0])[:, None]
     return jnp.cross(arms, v)
 
 
 def turned(turn: jax.Array, arms: jax.Array) -> jax.Array:
-    """Displacements (n, d) of a rotation about the centroid, to first order.
+    """Compute the displacements (n, d) of a rotation about the centroid, to first order.
 
     Args:
       turn: (n, 1) angle in 2-D, (n, 3) rotation vector in 3-D.
@@ -214,11 +216,11 @@ def turned(turn: jax.Array, arms: jax.Array) -> jax.Array:
 
 
 def pseudo_inverse(inertia: jax.Array) -> jax.Array:
-    """Pseudo-inverse of inertia tensors, (n, 1, 1) or (n, 3, 3).
+    """Compute the pseudo-inverse of inertia tensors, (n, 1, 1) or (n, 3, 3).
 
     A tensor in 3-D is regular, or that of a rod (two equal moments and a third of zero), or zero.
-    Written out, since XLA on a CPU may wait for ever where two threads let LAPACK factorize batches
-    of matrices.
+    The formula is written out, since XLA on a CPU may wait for ever where two threads let LAPACK
+    factorize batches of matrices.
     """
     if inertia.shape[1] == 1:
         return jnp.where(inertia > 0, 1.0 / jnp.where(inertia > 0, inertia, 1.0), 0.0)
@@ -236,7 +238,7 @@ def pseudo_inverse(inertia: jax.Array) -> jax.Array:
 
 
 def orthonormal(rows: jax.Array, floor: float) -> jax.Array:
-    """Orthonormal rows with the span of the given rows, and rows of zeros for the rest.
+    """Return orthonormal rows with the span of the given rows, and rows of zeros for the rest.
 
     Args:
       floor: a singular value below this part of the largest one counts as zero.
@@ -249,11 +251,12 @@ def orthonormal(rows: jax.Array, floor: float) -> jax.Array:
 def left_motions(
     x: np.ndarray, wraps: bool, stuck: np.ndarray, some: np.ndarray, n: int
 ) -> list[np.ndarray]:
-    """Rigid motions of some particles that leave their pinned coordinates where they are.
+    """Return the rigid motions of some particles that do not move their pinned coordinates.
 
     Args:
       x: (count, d) positions of these particles.
-      wraps: whether they meet their periodic image, so that they cannot rotate.
+      wraps: whether the particles are connected to their periodic image, so that they cannot
+        rotate.
       stuck: (count, d) True for pinned coordinates.
       some: indices of these particles, or a mask.
       n: number of particles of the system.
@@ -279,6 +282,8 @@ def left_motions(
     if at_stuck.shape[1]:
         # the combinations that vanish at the pinned coordinates: null vectors of a small matrix
         values, vectors = np.linalg.eigh(at_stuck @ at_stuck.T)
+        # eigenvalues are squares, and rows have norm 1: at most 1e-6 of a motion is
+        # at these coordinates
         rows = vectors[:, values < 1e-12].T @ rows
     motions = []
     for row in rows:

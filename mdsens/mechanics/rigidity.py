@@ -14,20 +14,21 @@ from mdsens._util.precision import full_precision
 from mdsens._util.probe import chirp
 from mdsens.mechanics import contacts
 from mdsens.mechanics.contacts import Network
-from mdsens.mechanics.hessian import filled_rows, hessian_product
+from mdsens.mechanics.hessian import hessian_product
 from mdsens.mechanics.null_space import NullSpace, orthonormal, pseudo_inverse, turned
 from mdsens.mechanics.unknowns import Unknowns
+from mdsens.model.neighbors import filled_rows
 from mdsens.model.system import System
 
 __all__ = ["null_space", "analyze_rigidity"]
 
 
 def null_space(system: System, net: Network) -> NullSpace:
-    """Null space of the Hessian that follows from symmetry and the contact network.
+    """Compute the null space of the Hessian that follows from symmetry and the contact network.
 
     Args:
-      system: at a minimum.
-      net: its mechanical network.
+      system: the system at a minimum.
+      net: the contact network of the system.
     """
     n, d = system.positions.shape
     positions = jax.lax.stop_gradient(system.positions)
@@ -55,10 +56,10 @@ def null_space(system: System, net: Network) -> NullSpace:
 
 @full_precision
 def _free_motions(system: System) -> jax.Array:
-    """Rigid motions of the whole system that the Hessian has no stiffness against, (k, n, d).
+    """Compute the rigid motions (k, n, d) of the whole system that have no stiffness.
 
-    Combinations of the translations and, without a cell, the rotations; orthonormal, or zeros. For
-    energies that are not sums over pairs, such as those with an external field.
+    They are combinations of the translations and, without a cell, the rotations; orthonormal, or
+    zeros. This is for energies that are not sums over pairs, such as those with an external field.
     """
     n, d = system.positions.shape
     dtype = system.positions.dtype
@@ -68,6 +69,8 @@ def _free_motions(system: System) -> jax.Array:
         size = jnp.sqrt(jnp.mean(arms**2))
         axes = jnp.eye(1 if d == 2 else 3, dtype=dtype)
         turns = jax.vmap(lambda axis: turned(jnp.broadcast_to(axis, (n, axis.size)), arms))(axes)
+        # over the extent, so that a rotation is compared with translations independently of the
+        # unit
         basis = jnp.concatenate([basis, turns / jnp.where(size > 0, size, 1.0)])
     rigid = orthonormal(basis.reshape(-1, n * d), 1e-9)
     product = hessian_product(system)
@@ -89,10 +92,10 @@ def analyze_rigidity(
 ) -> tuple[System, Network, NullSpace]:
     """Find the backbone, the contact network and the null space, for each member of a batch.
 
-    Every derivative at a minimum needs them.
+    Every derivative at a minimum needs these three.
 
     Args:
-      system: relaxed, or a batch.
+      system: a relaxed system, or a batch of them.
       max_force_left: the largest net force left on a particle.
       least: smallest number of contacts that holds a particle, see
         :func:`mdsens.mechanics.contacts.network`.
@@ -114,7 +117,7 @@ def analyze_rigidity(
 def _analyze_rigidity(
     system: System, max_force_left: jax.Array, least: int | None
 ) -> tuple[System, Network, NullSpace]:
-    """:func:`analyze_rigidity`, compiled."""
+    """Compiled part of :func:`analyze_rigidity`."""
     if system.batch is not None:
         return jax.vmap(functools.partial(_analyze_rigidity, least=least))(system, max_force_left)
     net = contacts.network(system, max_force_left, least)

@@ -76,9 +76,10 @@ class Solid(NamedTuple):
       tensor: (d, d, d, d) A, energy per volume; zero where all of it is round-off.
       affine: (d, d, d, d) A if particles followed the strain affinely.
       stress: (d, d) Cauchy stress, positive in tension.
-      round_off: a stiffness up to this size counts as zero; see :func:`resolution`. Where A is
-        zero it is the doubt, so that a stress due to the force left makes no stiffness either.
-      status: of :func:`verdict`, an int32 array.
+      round_off: a stiffness up to this size counts as zero; see :func:`resolution`. Where A is zero
+        this is the uncertainty ``doubt`` of :func:`resolution`, so that a stress due to the force
+        left on the particles counts as no stiffness.
+      status: the result of :func:`verdict`, an int32 array.
     """
 
     tensor: jax.Array
@@ -90,7 +91,7 @@ class Solid(NamedTuple):
 
 @jax.jit
 def tensors(system: System, motion: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Relaxed and affine stiffness tensor, and the stress, of a backbone.
+    """Compute the relaxed and the affine stiffness tensor, and the stress, of a backbone.
 
     Args:
       system: the backbone.
@@ -115,13 +116,13 @@ def solid(
     max_force: jax.Array | float,
     residual: jax.Array | float,
 ) -> Solid:
-    """Stiffness and stability of a backbone against strain. Traceable.
+    """Compute stiffness and stability of a backbone against strain. Traceable.
 
     Args:
       system: the backbone.
       motion: (m, n, d) as in :func:`tensors`.
       max_force: largest force left on a particle.
-      residual: of the solves for the motion, relative.
+      residual: relative residual of the solves for the motion.
     """
     tensor, affine, stress = tensors(system, motion)
     round_off, doubt = resolution(system, affine, motion, max_force, residual)
@@ -133,7 +134,7 @@ def solid(
 def cleared(value: jax.Array, round_off: jax.Array | float) -> jax.Array:
     """Return the value, or zeros where none of its entries is above round-off.
 
-    By a factor of one or zero, so that a later 0 / 0 is NaN in derivatives, too.
+    The value is multiplied by one or zero, so that a later 0 / 0 is NaN in derivatives, too.
     """
     return value * jnp.where(jnp.max(jnp.abs(value)) <= round_off, 0.0, 1.0)
 
@@ -142,7 +143,7 @@ def cleared(value: jax.Array, round_off: jax.Array | float) -> jax.Array:
 @jax.jit
 @full_precision
 def isotropic_part(tensor: jax.Array, round_off: jax.Array | float = 0.0) -> Isotropic:
-    """Isotropic part of a stiffness tensor (d, d, d, d).
+    """Compute the isotropic part of a stiffness tensor (d, d, d, d).
 
     Args:
       round_off: K and G are zero where they are not above this.
@@ -161,7 +162,7 @@ def isotropic_part(tensor: jax.Array, round_off: jax.Array | float = 0.0) -> Iso
 @jax.jit
 @full_precision
 def birch(tensor: jax.Array, stress: jax.Array) -> jax.Array:
-    """Birch's tensor B from A and the stress; the equation is in :mod:`mdsens.elasticity`."""
+    """Compute Birch's tensor B from A and the stress by the formula in :mod:`mdsens.elasticity`."""
     unit = jnp.eye(stress.shape[0], dtype=stress.dtype)
     # the sum of stress_ik delta_jl over the exchanges of i with j and of k with l
     crossed = jnp.einsum("ik,jl->ijkl", stress, unit)
@@ -172,7 +173,7 @@ def birch(tensor: jax.Array, stress: jax.Array) -> jax.Array:
 
 @jax.jit
 def softest_strain(tensor: jax.Array) -> jax.Array:
-    """Smallest eigenvalue of the symmetrized tensor: the stiffness against the softest strain."""
+    """Return the smallest eigenvalue of the symmetrized tensor: the least stiffness to strain."""
     symmetrized = 0.5 * (tensor + jnp.transpose(tensor, (2, 3, 0, 1)))
     return jnp.min(jnp.linalg.eigvalsh(to_mandel(symmetrized)))
 
@@ -211,9 +212,9 @@ def resolution(
     Args:
       system: the backbone.
       affine: (d, d, d, d) or (m, m) affine stiffness.
-      motion: (m, n, d) X of each strain.
+      motion: (m, n, d) the displacements X of each strain.
       max_force: largest force left on a particle.
-      residual: of the solves for X, relative.
+      residual: relative residual of the solves for X.
 
     Returns:
       (round-off, doubt) in energy per volume, the second never below the first. Traceable; they
@@ -234,7 +235,7 @@ def _levels(
     max_force: jax.Array | float,
     residual: jax.Array | float,
 ) -> tuple[jax.Array, jax.Array]:
-    """The two formulas of :func:`resolution`."""
+    """Evaluate the two formulas of :func:`resolution`."""
     n = positions.shape[0]
     eps = jnp.finfo(positions.dtype).eps
     nonaffine = 1.0 + jnp.max(jnp.sum(motion**2, axis=(1, 2))) / (n * length**2)

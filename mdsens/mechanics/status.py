@@ -12,9 +12,9 @@ class Status(Outcome):
     """The outcome of a relaxation, a derivative or a design.
 
     Each member has a sentence that names the cause and the remedy. ``good`` is True where the
-    number beside a status can be used, ``warning`` where its user should also read the sentence.
-    Inside ``jit`` a status is an int32 array; ``Status(int(value))`` turns it back into a member.
-    A status prints as its name and sentence; ``f"{status:d}"``, ``int(status)`` and json give the
+    number beside a status can be used, ``warning`` where the user should also read the sentence.
+    Inside ``jit`` a status is an int32 array; ``Status(int(value))`` turns it back into a member. A
+    status prints as its name and sentence; ``f"{status:d}"``, ``int(status)`` and json give the
     code.
     """
 

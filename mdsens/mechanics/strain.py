@@ -31,22 +31,23 @@ __all__ = [
 
 @functools.cache
 def basis(dimension: int) -> np.ndarray:
-    """Orthonormal basis of the symmetric matrices, (m, d, d) with m = d (d + 1) / 2.
+    """Return an orthonormal basis of the symmetric matrices, (m, d, d) with m = d (d + 1) / 2.
 
-    In Voigt's order: xx, yy, xy in 2-D and xx, yy, zz, yz, xz, xy in 3-D.
+    The order is Voigt's: xx, yy, xy in 2-D and xx, yy, zz, yz, xz, xy in 3-D.
     """
     # cached: all callers share the array, and none may write to it
     pairs = [(k, k) for k in range(dimension)]
     pairs += [(0, 1)] if dimension == 2 else [(1, 2), (0, 2), (0, 1)]
     matrices = np.zeros((len(pairs), dimension, dimension))
     for matrix, (i, j) in zip(matrices, pairs, strict=True):
+        # a shear stands in the matrix twice, so that 1/sqrt(2) gives it norm 1
         matrix[i, j] = matrix[j, i] = 1.0 if i == j else 0.5**0.5
     return matrices
 
 
 @functools.cache
 def uniform(dimension: int) -> np.ndarray:
-    """The isotropic strain of norm 1, (1, d, d)."""
+    """Return the isotropic strain of norm 1, (1, d, d)."""
     return np.eye(dimension)[None] / dimension**0.5
 
 
@@ -70,9 +71,9 @@ def from_mandel(vector: jax.Array) -> jax.Array:
 
 @full_precision
 def strain_gradient(system: System, along: jax.Array | np.ndarray) -> jax.Array:
-    """dU/dstrain at zero strain along each of some strains (k, d, d), (k,).
+    """Compute dU/dstrain at zero strain along each of the strains (k, d, d), (k,).
 
-    The volume times the components of the stress along these strains.
+    This is the volume times the components of the stress along these strains.
     """
 
     def energy(s: jax.Array) -> jax.Array:
@@ -82,10 +83,10 @@ def strain_gradient(system: System, along: jax.Array | np.ndarray) -> jax.Array:
 
 
 def forces_of_strain(system: System, strain: jax.Array) -> jax.Array:
-    """Forces on the particles due to a small affine strain, -d2U/dR dstrain . strain, (n, d).
+    """Compute the forces (n, d) due to a small affine strain, -d2U/dR dstrain . strain.
 
     Args:
-      strain: (d, d).
+      strain: the strain, (d, d).
     """
 
     def slope(e: jax.Array) -> jax.Array:
@@ -97,12 +98,13 @@ def forces_of_strain(system: System, strain: jax.Array) -> jax.Array:
 
 @full_precision
 def stiffness_along(system: System, along: jax.Array | np.ndarray, motion: jax.Array) -> jax.Array:
-    """Second derivative of U along strains, with displacements of the particles, (k, k).
+    """Compute the second derivative of U along strains with displacements of particles, (k, k).
 
-    With zero displacements it is the affine stiffness. With the displacements that bring the forces
-    back to zero, H^+ f with f of :func:`forces_of_strain`, it is the relaxed stiffness. That is
-    stationary in the displacements: an error of the displacements changes it to second order only,
-    and its derivative by parameters can be taken at constant displacements.
+    With zero displacements the result is the affine stiffness. With the displacements that bring
+    the forces back to zero, H^+ f with f of :func:`forces_of_strain`, it is the relaxed stiffness.
+    The relaxed stiffness is stationary in the displacements: an error of the displacements changes
+    it to second order only, and its derivative by parameters can be taken at constant
+    displacements.
 
     Args:
       along: (k, d, d) strains.

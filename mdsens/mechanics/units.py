@@ -5,7 +5,6 @@ Step sizes of minimizers and tolerances of forces are set in these units.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -13,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens._util.lattice import components, nearest_images
-from mdsens._util.probe import chirp
 from mdsens.mechanics.forces import row_terms
-from mdsens.mechanics.hessian import Unknowns, gradient, largest_force
+from mdsens.mechanics.hessian import Unknowns, gradient, largest_force, largest_stiffness
 from mdsens.model.system import System
 from mdsens.potentials.base import PairTerm
 
@@ -27,14 +25,11 @@ __all__ = [
     "force_goal",
     "force_scale",
     "force_scales",
-    "largest_stiffness",
     "round_off",
     "natural_units",
     "unrelaxed",
 ]
 
-# Products with the Hessian in a power iteration.
-POWERS = 20
 # Stiffness that the largest force left on a particle can add to a mode, or take from it, in units
 # of that force over the potential's length. It also tells contacts from round-off: their forces
 # are larger than the force left by this factor.
@@ -61,14 +56,15 @@ PROBES = 4
 
 @jax.jit
 def natural_units(system: System) -> tuple[jax.Array, jax.Array]:
-    """Length and largest stiffness of the potential, (l, k).
+    """Return length l and largest stiffness k of the potential, (l, k).
 
-    They make the minimizer's steps independent of the units. l is the distance of least pair
-    energy (contact, for a potential that only repels). k is the curvature there (at 0.9 l, for a
-    potential that only repels) times 2^(d+1), the factor of a dense packing of such pairs: k is 10
-    for harmonic discs and 900 for a Lennard-Jones crystal, where the largest eigenvalues of the
-    Hessian are 10 and 850. Both are medians over some pairs. For a potential without pairs, l is
-    the spacing of the particles, and k the largest curvature of the energy at their positions.
+    The steps of minimizers are set in units of l and k, so that they do not depend on the units of
+    the user. l is the distance of least pair energy (contact, for a potential that only repels). k
+    is the curvature there (at 0.9 l, for a potential that only repels) times 2^(d+1), the factor of
+    a dense packing of such pairs: k is 10 for harmonic discs and 900 for a Lennard-Jones crystal,
+    where the largest eigenvalues of the Hessian are 10 and 850. Both are medians over some pairs.
+    For a potential without pairs, l is the spacing of the particles, and k the largest curvature of
+    the energy at their positions.
     """
     lengths = []
     curvatures = []
@@ -123,7 +119,7 @@ _natural_units_each = jax.jit(jax.vmap(natural_units))
 
 
 def _curvature(system: System) -> jax.Array:
-    """Largest eigenvalue of the Hessian at the system's positions; 1 where it is zero."""
+    """Compute the largest eigenvalue of the Hessian at the system's positions; 1 if zero."""
 
     def slope(positions: jax.Array) -> jax.Array:
         return gradient(system, Unknowns(positions), system.params).positions
@@ -131,38 +127,12 @@ def _curvature(system: System) -> jax.Array:
     return largest_stiffness(slope, system.positions, 1.0)
 
 
-def largest_stiffness(
-    slope: Callable[[jax.Array], jax.Array],
-    positions: jax.Array,
-    otherwise: jax.Array | float,
-) -> jax.Array:
-    """Largest eigenvalue of the Hessian by power iteration.
-
-    In packings and glasses the result is 0.94 to 1 times the eigenvalue.
-
-    Args:
-      slope: the gradient of the energy, R -> dU/dR.
-      positions: (n, d) R at which the Hessian is taken.
-      otherwise: the result where the eigenvalue is zero or not finite.
-    """
-
-    def product(_: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        v, size = carry
-        w = jax.jvp(slope, (positions,), (v / jnp.where(size > 0, size, 1.0),))[1]
-        return w, jnp.sqrt(jnp.sum(w**2))
-
-    # A fixed start with entries of every size and sign.
-    start = chirp(positions.shape, positions.dtype)
-    _, size = jax.lax.fori_loop(0, POWERS, product, (start, jnp.sqrt(jnp.sum(start**2))))
-    return jnp.where((size > 0) & jnp.isfinite(size), size, otherwise)
-
-
 def round_off(system: System) -> float:
-    """Largest force that the round-off of the positions alone can leave on a particle, eps |R| k.
+    """Estimate the largest force eps |R| k that round-off of the positions leaves on a particle.
 
     |R| is the largest coordinate and k the largest stiffness of the potential. The largest force
-    that minimizations reach is between a tenth of this and all of it. For a batch, the value of the
-    largest member. Host code.
+    that minimizations reach is between a tenth of this and all of it. For a batch, the result is
+    the largest over its systems. Not for compiled code.
     """
     extent = np.max(np.abs(np.asarray(system.positions)), initial=0.0)
     resolution = np.finfo(system.positions.dtype).eps * extent
@@ -183,7 +153,7 @@ class ForceScale(NamedTuple):
       floor: the largest force that round-off of the positions leaves on a particle, see
         ``force_scale``.
       idle: whether nothing is in contact. For a potential that only repels: no pair has a force
-        above 10 times the largest force left on a particle, and that is at most 1e-8 of the
+        above 10 times the largest force left on a particle, and this force is at most 1e-8 of the
         potential's stiffness times its length. For other pair potentials: no pair has a force or a
         stiffness.
     """
@@ -197,7 +167,7 @@ class ForceScale(NamedTuple):
 def force_scale(
     system: System, length: jax.Array, stiffness: jax.Array, left: jax.Array | float
 ) -> ForceScale:
-    """Mean pair force and force floor of a configuration.
+    """Compute the mean pair force and the force floor (round-off) of a configuration.
 
     A coordinate is stored to eps |R|, and so is the vector between two particles. So the force on
     particle i is uncertain by
@@ -211,9 +181,10 @@ def force_scale(
     is never below eps times the length and stiffness of a pair, a force that counts as zero.
 
     Args:
-      system: with a complete neighbor list.
-      length, stiffness: from ``natural_units``.
-      left: the largest force left on a particle, which tells contacts from round-off.
+      system: a system with a complete neighbor list.
+      length, stiffness: length and stiffness of the potential, from ``natural_units``.
+      left: the largest force left on a particle, by which contacts are distinguished from
+        round-off.
 
     Traceable. The results have no derivative.
     """
@@ -234,6 +205,7 @@ def force_scale(
             continue
         apart = images(tuple(c[term.i] - c[term.j] for c in x))
         r = jnp.sqrt(jnp.where(term.mask, sum(v * v for v in apart), 1.0))
+        # the default binds the term of this turn of the loop
         slope = jax.grad(lambda s, term=term: jnp.sum(term.energy(s)))
         force, curvature = jax.jvp(slope, (r,), (jnp.ones_like(r),))
         pair_stiffness = jnp.maximum(jnp.abs(curvature), jnp.abs(force) / r)
@@ -274,11 +246,11 @@ force_scales = jax.jit(jax.vmap(force_scale))
 
 
 def _measured_round_off(system: System) -> jax.Array:
-    """Round-off of the forces, measured by random changes of the last digits of the positions.
+    """Measure the round-off of the forces by random changes of the last digits of the positions.
 
-    Twice the largest change of the force on a particle in a few trials. All particles are displaced
-    together, and the whole vector of a force counts: the displacements are random, and the worst
-    particle shows its largest change in few of them.
+    The result is twice the largest change of the force on a particle in a few trials. All particles
+    are displaced together, and the whole vector of a force counts: the displacements are random,
+    and the worst particle shows its largest change in few of them.
     """
     eps = jnp.finfo(system.positions.dtype).eps
     n, d = system.positions.shape
@@ -291,6 +263,7 @@ def _measured_round_off(system: System) -> jax.Array:
         displacement = eps * jnp.abs(system.positions) * noise
         return largest_force(force(system.positions + displacement) - force(system.positions))
 
+    # a fixed key: the same displacements, and the same status, in every run
     keys = jax.random.split(jax.random.PRNGKey(0), PROBES)
     return 2.0 * jnp.max(jax.lax.map(probe, keys))
 
@@ -298,7 +271,7 @@ def _measured_round_off(system: System) -> jax.Array:
 def force_goal(
     scale: ForceScale, tolerance: float | np.ndarray | jax.Array | None
 ) -> tuple[Any, Any]:
-    """Largest force that counts as converged, and the force to stop at.
+    """Compute the largest force that counts as converged, and the force to stop at.
 
     The first is the tolerance, or 1e-12 of the mean pair force where that is None. The second is
     the larger of the first and the force floor. For arrays of numpy or jax.
@@ -309,7 +282,7 @@ def force_goal(
 
 
 class _Stepping(Protocol):
-    """What limits the steps of a method of :mod:`mdsens.relaxation`."""
+    """Protocol of the options that limit the steps of a method of :mod:`mdsens.relaxation`."""
 
     @property
     def max_step(self) -> float: ...
@@ -332,12 +305,12 @@ class Limits(NamedTuple):
 
 
 def unrelaxed(system: System, left: jax.Array, mean_force: jax.Array) -> jax.Array:
-    """Whether the largest force left is too large for a minimum. Traceable.
+    """Return whether the largest force left is too large for a minimum. Traceable.
 
-    It is compared with the mean force of the contacts. Where nothing is in contact, it is compared
-    with the potential's length times its stiffness. In single precision only a force that is not
-    finite is too large, since round-off alone leaves forces of this size; the status of a
-    derivative then tells how accurate it is.
+    The force is compared with the mean force of the contacts; where nothing is in contact, with the
+    potential's length times its stiffness. In single precision only a force that is not finite is
+    too large, since round-off alone leaves forces of this size; the status of a derivative then
+    tells how accurate it is.
 
     Args:
       left: the largest force left on a particle.
@@ -345,31 +318,32 @@ def unrelaxed(system: System, left: jax.Array, mean_force: jax.Array) -> jax.Arr
     """
     length, stiffness = natural_units(system)
     mean = jnp.maximum(mean_force, _strained_pair_force(system, length, stiffness))
+    # eps is 2e-16 in double precision and 1e-7 in single precision
     double_precision = jnp.finfo(system.positions.dtype).eps < 1e-10
     limit = RELAXED * jnp.where(mean > 0, mean, length * stiffness)
     return ~jnp.isfinite(left) | (double_precision & (left > limit))
 
 
 def _strained_pair_force(system: System, length: jax.Array, stiffness: jax.Array) -> jax.Array:
-    """Force of a pair strained by 1 %; 0 for a potential that only repels."""
+    """Compute the force of a pair strained by 1 %; 0 for a potential that only repels."""
     if system.potential.repulsive:
         return jnp.zeros_like(length)
     return BENT * _pair_stiffness(system, stiffness) * length
 
 
 def _pair_stiffness(system: System, stiffness: jax.Array) -> jax.Array:
-    """Stiffness of a single pair, from that of a dense packing which ``natural_units`` gives.
+    """Compute the stiffness of one pair from that of a dense packing, as in ``natural_units``.
 
-    For a potential without pairs, the stiffness itself.
+    For a potential without pairs, the stiffness itself is returned.
     """
     return stiffness / 2.0 ** (system.dimension + 1) if system.potential.pairwise else stiffness
 
 
 def doubtful_stiffness(left: jax.Array | float, length: jax.Array | float) -> float:
-    """Stiffness below which the sign of a mode's stiffness is not known, because of the force left.
+    """Compute the stiffness below which a mode's sign is not known, because of the force left.
 
     Args:
       left: the largest force left on a particle.
-      length: of the potential, from ``natural_units``.
+      length: length of the potential, from ``natural_units``.
     """
     return MARGIN * float(left) / float(length)

@@ -19,8 +19,9 @@ class Unknowns(Portable, Named):
 
     Attributes:
       positions: (n, d) positions of the particles.
-      strain: strain of the cell where it is relaxed too, else None. Its components (k,) along the
-        strains that the cell can take; for a free shape a Mandel vector, k = d (d + 1) / 2.
+      strain: strain of the cell where the cell is relaxed too, else None. It is given by its
+        components (k,) along the strains that the cell can take; for a free shape a Mandel vector,
+        k = d (d + 1) / 2.
       multipliers: Lagrange multipliers by the name of the constraint; None without constraints that
         have equations.
       params: parameters that constraints relax with the positions, by name; None if there are none.

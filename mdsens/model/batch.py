@@ -33,14 +33,14 @@ FIELDS = (
 
 
 def stack(systems: list[System] | tuple[System, ...]) -> System:
-    """A batch: one System whose arrays have a leading axis over the members.
+    """Stack systems into a batch: one System whose arrays have a leading axis over the systems.
 
-    It is what ``vmap`` and the batch loops of ``minimize`` and ``jvp`` take. All members need the
-    same number of particles, potential, kind of box and parameter shapes; their neighbor lists get
-    the largest member's capacity.
+    The systems in a batch are called its members. A batch is for ``vmap`` and for the loops of
+    ``minimize`` and ``jvp`` over batches. All members need the same number of particles, potential,
+    kind of box and parameter shapes; their neighbor lists get the largest member's capacity.
 
     Raises:
-      InputError: naming the first member that differs.
+      InputError: systems that differ; the message names the first system that does.
     """
     if not isinstance(systems, list | tuple):
         raise InputError(f"stack got a {type(systems).__name__}: give a list of systems.")
@@ -81,7 +81,7 @@ def stack(systems: list[System] | tuple[System, ...]) -> System:
 
 
 def _comparable(system: System, field: str) -> Any:
-    """A field in the form in which members are compared: its array shapes.
+    """Return a field in the form in which systems are compared: its array shapes.
 
     The species' count and names hold no arrays and are compared by value.
     """
@@ -90,7 +90,7 @@ def _comparable(system: System, field: str) -> Any:
 
 
 def _with_equal_lists(systems: list[System]) -> list[System]:
-    """The systems with neighbor lists of one shape, each with every pair of its own system."""
+    """Give the systems neighbor lists of one shape, each with every pair of its own system."""
     # the coarsest grid, whose cells are wide enough for the range of every member
     cells = tuple(min(along) for along in zip(*(s.neighbors.cells for s in systems), strict=True))
     lists = []
@@ -109,9 +109,9 @@ def _with_equal_lists(systems: list[System]) -> list[System]:
 
 
 def unstack(batch: T) -> list[T]:
-    """The members of a batch: a System made by ``stack``, or the Equilibrium of one.
+    """Split a batch into its members: a System made by ``stack``, or the Equilibrium of a batch.
 
-    An Equilibrium is what ``minimize`` returns for such a batch.
+    An Equilibrium of a batch is what ``minimize`` returns for a batch.
     """
     count = getattr(getattr(batch, "system", batch), "batch", None)
     if count is None:

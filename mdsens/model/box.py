@@ -42,7 +42,7 @@ class OpenBox:
     follows = ""
 
     def matrix(self, params: Params, diameters: Diameters, dimension: int) -> None:
-        """None, since there is no cell."""
+        """Return None, since there is no cell."""
         return None
 
 
@@ -53,7 +53,7 @@ class FixedBox(Portable):
 
     Attributes:
       cell: the matrix.
-      orthogonal: whether it is known to be diagonal.
+      orthogonal: whether the matrix is known to be diagonal.
     """
 
     cell: Any
@@ -62,7 +62,7 @@ class FixedBox(Portable):
     follows = ""
 
     def matrix(self, params: Params, diameters: Diameters, dimension: int) -> jax.Array:
-        """The cell (d, d)."""
+        """Return the cell (d, d), which does not depend on the parameters."""
         return jnp.asarray(self.cell)
 
 
@@ -78,8 +78,8 @@ class PackingFraction(Portable):
 
     Attributes:
       fraction: the packing fraction phi, above 0.
-      shape: a (d, d) matrix whose columns give the cell's shape; its size is rescaled. None for a
-        square or cube.
+      shape: a (d, d) matrix whose columns give the cell's shape; it is rescaled to the volume V.
+        None for a square or cube.
     """
 
     fraction: float | jax.Array
@@ -87,7 +87,7 @@ class PackingFraction(Portable):
 
     @property
     def follows(self) -> str:
-        """What the cell depends on, in words."""
+        """Text that says what the cell depends on."""
         return f", follows the diameters at a packing fraction of {float(self.fraction):.6g}"
 
     @property
@@ -96,7 +96,7 @@ class PackingFraction(Portable):
         return self.shape is None
 
     def matrix(self, params: Params, diameters: Diameters, dimension: int) -> jax.Array:
-        """The cell (d, d) of the volume that ``diameters`` (n,) and the fraction give."""
+        """Return the cell (d, d) of the volume that ``diameters`` (n,) and the fraction give."""
         if diameters is None:
             raise InputError(
                 "a box that follows the packing fraction needs the parameter 'sigma': give a box"
@@ -122,7 +122,7 @@ class BoxFunction(Portable):
     function: Callable[[Params], jax.Array] = dataclasses.field(metadata={"static": True})
 
     def matrix(self, params: Params, diameters: Diameters, dimension: int) -> jax.Array:
-        """The cell (d, d) that the function returns at ``params``."""
+        """Return the cell (d, d) that the function returns at ``params``."""
         return Traceable("the box function", self.function)(params)
 
 
@@ -134,12 +134,12 @@ def box_rule(
     dimension: int,
     dtype: np.dtype,
 ) -> BoxRule:
-    """The checked box rule for the ``box`` that a user gives.
+    """Return the checked box rule for the ``box`` that a user gives.
 
     Args:
       box: None, a length, d lengths, a (d, d) matrix, a box rule, or a function of the parameters.
       dimension: 2 or 3.
-      dtype: of the cell's entries.
+      dtype: floating-point type of the cell's entries.
     """
     if box is None:
         return OpenBox()
@@ -158,7 +158,7 @@ def box_rule(
 
 
 def _cell(box: ArrayLike, dimension: int) -> np.ndarray:
-    """The checked cell matrix (d, d) of a length, d lengths, or a matrix."""
+    """Return the checked cell matrix (d, d) of a length, d lengths, or a matrix."""
     need = f"give a length, {dimension} lengths, or a ({dimension}, {dimension}) matrix."
     cell = np.asarray(real_array("box", box, need), float)
     if cell.ndim < 2 and (cell < 0).any():
@@ -186,7 +186,7 @@ def _cell(box: ArrayLike, dimension: int) -> np.ndarray:
 
 
 def described(cell: jax.Array | np.ndarray | None) -> str:
-    """A cell matrix in words: lengths of its vectors, and angles that are not right angles."""
+    """Describe a cell matrix: lengths of its vectors, and angles that are not right angles."""
     if cell is None:
         return "open boundaries"
     matrix = np.asarray(cell)

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from mdsens._util.errors import InputError
@@ -39,6 +40,7 @@ __all__ = [
     "Neighbors",
     "all_pairs",
     "allocate",
+    "filled_rows",
     "fitted",
     "no_pairs",
     "serves",
@@ -76,9 +78,9 @@ class Neighbors(Portable):
     Attributes:
       rows: (capacity, n) particle indices; rows[:, i] are those near i, padded with n.
       reference: (n, d) Cartesian positions when the list was built; None for all pairs.
-      reference_box: (d, d) cell at that time (an enclosing one for open boundaries); None for all
-        pairs.
-      given: the parameter arrays that determined l_ij at that time; None for all pairs.
+      reference_box: (d, d) cell when the list was built (an enclosing cell for open boundaries);
+        None for all pairs.
+      given: the parameter arrays that determined l_ij when the list was built; None for all pairs.
       skin: pairs nearer than l_ij + skin at the reference are listed; inf for all pairs.
       overflowed: True where pairs were lost.
       cells: number of grid cells along each cell vector; empty for all pairs.
@@ -116,25 +118,25 @@ class Neighbors(Portable):
         return jnp.max(filled * jnp.arange(1, self.rows.shape[0] + 1, dtype=jnp.int32), initial=0)
 
     def resized(self, capacity: int) -> Neighbors:
-        """The same list with another number of rows, at least as many as are used."""
+        """Return the list with another number of rows, at least as many as are used."""
         more = max(capacity - self.rows.shape[0], 0)
         rows = jnp.pad(self.rows, ((0, more), (0, 0)), constant_values=self.rows.shape[1])
         return dataclasses.replace(self, rows=rows[:capacity])
 
 
 def no_pairs(n: int, dtype: DTypeLike = float) -> Neighbors:
-    """The empty list, for potentials without pairs; complete as long as the range is zero."""
+    """Return the empty list, for potentials without pairs; complete while the range is zero."""
     return _complete_list(jnp.zeros((0, n), jnp.int32), dtype)
 
 
 def all_pairs(n: int, dtype: DTypeLike = float) -> Neighbors:
-    """The list of all pairs, which stays complete wherever the particles move."""
+    """Return the list of all pairs, which stays complete wherever the particles move."""
     rows = jnp.asarray((np.arange(n)[None] + np.arange(1, n)[:, None]) % max(n, 1), jnp.int32)
     return _complete_list(rows, dtype)
 
 
 def _complete_list(rows: jax.Array, dtype: DTypeLike) -> Neighbors:
-    """A list of these rows that never needs an update."""
+    """Return a list of these rows that never needs an update."""
     return Neighbors(
         rows=rows,
         reference=None,
@@ -229,7 +231,7 @@ def _search(
     run_capacity: int,
     capacity: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """All pairs nearer than l_ij + skin.
+    """Find all pairs nearer than l_ij + skin.
 
     First the candidates near each particle are marked, one bit each, line of cells by line; then
     the marks are taken off one at a time and written as rows of particle indices.
@@ -314,14 +316,14 @@ def _skin(
     periodic: bool,
     share: ArrayLike = SKIN,
 ) -> jax.Array:
-    """The skin that the grid and the cell leave room for; negative where they are too small.
+    """Compute the largest skin that grid and cell allow; negative where they are too small.
 
     Args:
       range_: the largest l_ij.
       lattice: (d, d) the cell that the grid divides.
       cells: grid cells along each cell vector.
       periodic: whether the cell is periodic, or encloses a system with open boundaries.
-      share: the skin asked for, as a share of the range.
+      share: the requested skin, as a share of the range.
     """
     xp: Any = lattice.__array_namespace__()
     # along a vector with one or two grid cells all are searched: its whole height bounds the skin
@@ -334,7 +336,7 @@ def _skin(
 
 
 def _lattice(neighbors: Neighbors, box: jax.Array | None) -> jax.Array:
-    """The cell that the grid divides: the box, or the enclosing cell for open boundaries."""
+    """Return the cell that the grid divides: the box, or the enclosing cell if open."""
     # Open boundaries keep the enclosing cell they have: its images only add candidates, which lie
     # beyond the range in open space.
     return neighbors.reference_box if box is None else box  # type: ignore[return-value]
@@ -344,10 +346,11 @@ def _lattice(neighbors: Neighbors, box: jax.Array | None) -> jax.Array:
 def slack(
     neighbors: Neighbors, box: jax.Array | None, range_: jax.Array
 ) -> tuple[jax.Array | None, jax.Array]:
-    """How far each particle may move before pairs could be lost: (anchors, distance).
+    """Compute how far each particle may move before pairs could be lost: (anchors, distance).
 
     The anchors (n, d) are the reference positions, deformed with the cell. The list is complete
-    while no particle is farther than ``distance`` from its anchor; below zero, it is not.
+    while no particle is farther than ``distance`` from its anchor; where ``distance`` is below
+    zero, the list is not complete.
     """
     if neighbors.complete:
         return None, jnp.asarray(jnp.inf, neighbors.skin.dtype)
@@ -362,7 +365,7 @@ def slack(
 
 
 def within(positions: jax.Array, anchors: jax.Array | None, distance: jax.Array) -> jax.Array:
-    """Whether no particle is farther than ``distance`` from its anchor."""
+    """Return whether no particle is farther than ``distance`` from its anchor."""
     if anchors is None:
         return jnp.ones((), bool)
     # a negative distance fails, although its square would pass
@@ -376,7 +379,7 @@ def _still_complete(
     lengths: Lengths,
     range_: jax.Array,
 ) -> jax.Array:
-    """Whether motion and parameters since the list was built cannot have made it lose a pair."""
+    """Return whether the list is still complete after particles and parameters have changed."""
     complete = within(positions, *slack(neighbors, box, range_))
     leaves = jax.tree.leaves(lengths)
     if neighbors.given is not None and len(neighbors.given) != len(leaves):
@@ -387,7 +390,7 @@ def _still_complete(
 
 
 def _too_small(range_: float | jax.Array, box: np.ndarray | jax.Array | None, times: float) -> Any:
-    """Whether a cell's smallest height is less than twice the range, beyond round-off.
+    """Return whether a cell's smallest height is less than twice the range, beyond round-off.
 
     ``times`` is the tolerance in units of a height's round-off. Compiled code rounds differently
     from the host and must not refuse a cell of just that size which the host accepted: it would ask
@@ -407,7 +410,7 @@ def serves(
     lengths: Lengths,
     range_: jax.Array,
 ) -> jax.Array:
-    """Whether the list, as it is, holds every pair that interacts at ``positions``."""
+    """Return whether the list contains every pair that interacts at ``positions``."""
     if neighbors.complete:
         return (range_ > 0) & ~_too_small(range_, box, 2.0)
     return ~neighbors.overflowed & _still_complete(neighbors, positions, box, lengths, range_)
@@ -423,7 +426,7 @@ def update(
     skin: ArrayLike = SKIN,
     anew: ArrayLike = False,
 ) -> tuple[Neighbors, jax.Array]:
-    """A list that is complete at ``positions`` or marked as overflowed, and whether it was rebuilt.
+    """Return a list complete at ``positions`` or marked as overflowed, and whether it was rebuilt.
 
     Args:
       neighbors: the list so far.
@@ -431,10 +434,10 @@ def update(
       box: the cell; None for open boundaries.
       lengths: l_ij at the present parameters.
       range_: the largest l_ij.
-      skin: of a list that is rebuilt, as a share of the range.
+      skin: the skin of a list that is rebuilt, as a share of the range.
       anew: whether to rebuild even a list that is still complete.
 
-    Traceable. Nothing of it is differentiated.
+    The function is traceable. The list has no derivative.
     """
     positions, box, lengths, range_ = jax.lax.stop_gradient((positions, box, lengths, range_))
     too_small = _too_small(range_, box, 2.0)
@@ -472,7 +475,7 @@ def allocate(
     room: float = 1.25,
     like: Neighbors | None = None,
 ) -> Neighbors:
-    """A new list at ``positions``. Host code.
+    """Build a new list at ``positions``. Not for compiled code.
 
     Args:
       positions: (n, d).
@@ -480,7 +483,8 @@ def allocate(
       lengths: l_ij.
       range_: the largest l_ij; inf for all pairs, 0 where the potential has no neighbor pairs.
       room: capacity as a multiple of what the positions need.
-      like: take at least this list's capacities, so that compiled code can be used again.
+      like: an earlier list; the new list gets at least its capacities, so that compiled code can be
+        used again.
     """
     n = positions.shape[0]
     dtype = positions.dtype
@@ -522,6 +526,7 @@ def _cells(across: np.ndarray, reach: float, n: int) -> tuple[int, ...]:
 
     Cells are wider in a gas so dilute that the grid would fill memory: at most CELLS per particle.
     """
+    # the upper limit keeps the count finite where the reach is next to nothing
     count = np.clip(np.floor(across / reach), 1.0, 2.0**20)
     while np.prod(count) > CELLS * n:
         count = np.where(count == np.max(count), np.ceil(0.5 * count), count)
@@ -538,13 +543,15 @@ def fitted(
     room: float = 1.25,
     like: Neighbors | None = None,
 ) -> Neighbors:
-    """A new list on a given grid, with the capacities that the positions need. Host code.
+    """Build a new list on a given grid, with the capacities that the positions need.
+
+    Not for compiled code.
 
     Args:
       positions, box, lengths, range_, room: as in :func:`allocate`.
       lattice: (d, d) the cell that the grid divides; an enclosing one for open boundaries.
       cells: grid cells along each cell vector.
-      like: take this list's capacities where they are larger.
+      like: an earlier list, whose capacities are taken where they are larger.
     """
     n, d = positions.shape
     sides = np.asarray(lattice)
@@ -591,3 +598,21 @@ def _enclosing(positions: jax.Array, reach: float) -> jax.Array:
 def _eights(count: float) -> int:
     """``count`` rounded up to a multiple of 8, so that random starts share compiled shapes."""
     return 8 * math.ceil(count / 8)
+
+
+def filled_rows(listed: Neighbors) -> Neighbors:
+    """Remove empty rows from a neighbor list, down to a multiple of 4 rows.
+
+    Not for compiled code.
+
+    The multiple of 4 limits the number of shapes for which functions are compiled.
+    """
+    if isinstance(listed.rows, Tracer):
+        return listed
+    rows = np.asarray(listed.rows)
+    filled = np.any(rows < rows.shape[-1], axis=(*range(rows.ndim - 2), -1))
+    used = int(np.max(np.flatnonzero(filled), initial=-1)) + 1
+    fewer = 4 * math.ceil(used / 4)
+    if fewer >= rows.shape[-2]:
+        return listed
+    return dataclasses.replace(listed, rows=rows[..., :fewer, :])

@@ -82,7 +82,7 @@ class System(Portable, Shown):
     _title = "System"  # heading of the printed table
 
     def _rows(self) -> list[tuple[str, str]]:
-        """The lines of the printed table: (name, text)."""
+        """Return the lines of the printed table: (name, text)."""
         many = f"batch of {self.batch}, each " if self.batch else ""
         alike = ""
         if self.species is None and self.species_names:
@@ -103,11 +103,11 @@ class System(Portable, Shown):
         return rows
 
     def species_label(self, k: int) -> str:
-        """Species k as text: its name, or its number where it has none."""
+        """Return the name of species k, or its number as text where it has no name."""
         return self.species_names[k] if k < len(self.species_names) else str(k)
 
     def _describe_species(self) -> str:
-        """The number of particles of each species, in words."""
+        """Describe the number of particles of each species."""
         members = np.atleast_2d(np.asarray(self.species))
         counts = np.array([np.bincount(kinds, minlength=self.species_count) for kinds in members])
         # too many to list, or a batch whose members differ: only the number of species
@@ -122,7 +122,7 @@ class System(Portable, Shown):
         return ", ".join(words)
 
     def _describe_box(self) -> str:
-        """The cell in words; of a batch, that of its first member."""
+        """Describe the cell; for a batch, the cell of the first system."""
         # boxes of a batch may differ, and each rule expects the arrays of a single system
         first = self if self.batch is None else jax.tree.map(lambda leaf: leaf[0], self)
         of_first = "" if self.batch is None or first.box is None else "; that of the first"
@@ -139,7 +139,7 @@ class System(Portable, Shown):
         *,
         constraints: Constraint | Iterable[Constraint] = (),
     ) -> System:
-        """A system with a neighbor list, from input that is checked in full.
+        """Make a system with a neighbor list, from input that is checked in full.
 
         Args:
           positions: (n, d) Cartesian.
@@ -152,7 +152,7 @@ class System(Portable, Shown):
           constraints: records of :mod:`mdsens.constraints`, each with a different name.
 
         Raises:
-          InputError: with the field, the value and the remedy.
+          InputError: bad input; the message gives the field, the value and the remedy.
         """
         require_sound_jax()
         remedy = (
@@ -209,7 +209,7 @@ class System(Portable, Shown):
 
     @property
     def dimension(self) -> int:
-        """2 or 3."""
+        """The dimension of space, 2 or 3."""
         return self.positions.shape[-1]
 
     @property
@@ -251,11 +251,14 @@ class System(Portable, Shown):
         return self.potential.range(self.params)
 
     def replace(self, **changes: Any) -> System:
-        """A copy with some fields changed, unchecked; the neighbor list stays unless replaced."""
+        """Return a copy with some fields changed, unchecked, and with the same neighbor list."""
         return dataclasses.replace(self, **changes)
 
     def with_params(self, params: Params) -> System:
-        """A copy with some parameters changed, checked, and a complete neighbor list. Host code."""
+        """Return a copy with some parameters changed, checked, and a complete neighbor list.
+
+        Not for compiled code.
+        """
         remedy = "take system.replace(params=...) there, whose list of neighbors stays as it is"
         require_host("with_params", remedy, self, params)
         merged = {**self.params, **_as_params(params, self.positions.dtype)}
@@ -269,7 +272,7 @@ class System(Portable, Shown):
         return changed
 
     def reallocate(self, room: float = 1.25, keep: bool = False) -> System:
-        """A copy with a neighbor list that fits the present positions. Host code.
+        """Return a copy with a neighbor list that fits the positions. Not for compiled code.
 
         Args:
           room: capacity as a multiple of what the positions need.
@@ -288,7 +291,7 @@ class System(Portable, Shown):
 
 
 def _checked_positions(positions: ArrayLike) -> jax.Array:
-    """Positions that a user gives, as a finite array (n, d) in single or double precision."""
+    """Convert a user's positions to a finite array (n, d) in single or double precision."""
     try:
         array = np.asarray(positions)
     except Exception as error:  # rows of different lengths, or an object that refuses
@@ -318,7 +321,7 @@ def _checked_positions(positions: ArrayLike) -> jax.Array:
 
 
 def _checked_species(species: ArrayLike, n: int) -> np.ndarray:
-    """Species that a user gives, as (n,) integers from 0."""
+    """Convert species that a user gives to (n,) integers from 0."""
     kinds = np.asarray(real_array("species", species, f"give ({n},) integers from 0."))
     if (
         kinds.shape != (n,)
@@ -353,7 +356,7 @@ def _check_box_function(
 def _params_of_potential(
     params: dict[str, jax.Array], constraints: tuple[Constraint, ...]
 ) -> dict[str, jax.Array]:
-    """The parameters without those of the constraints."""
+    """Return the parameters without those of the constraints."""
     others = {name for c in constraints for name in c.parameters}
     return {name: value for name, value in params.items() if name not in others}
 
@@ -375,7 +378,7 @@ def _check_reach(system: System) -> None:
 
 
 def parameters_of(system: System, params: Params | None = None) -> tuple[Parameter, ...]:
-    """The parameters that derivatives are taken by; of a batch, those of a single member.
+    """Return the parameters by which derivatives are taken; for a batch, those of one system.
 
     Args:
       params: some of the system's parameters, which may include a pressure; all of the system's
@@ -420,7 +423,7 @@ class PairLengths:
 
 @jax.jit
 def pair_lengths(system: System) -> PairLengths:
-    """The lengths l_ij at the system's parameters."""
+    """Return the lengths l_ij at the system's parameters."""
     count = system.species_count
     species = system.species
     params = dict(system.params)
@@ -435,7 +438,7 @@ def pair_lengths(system: System) -> PairLengths:
 def listed(
     system: System, positions: jax.Array | None = None, **how: Any
 ) -> tuple[Neighbors, jax.Array]:
-    """The neighbor list brought up to date at ``positions``, and whether it was rebuilt. Traceable.
+    """Update the neighbor list at ``positions``; return also whether it was rebuilt. Traceable.
 
     Args:
       positions: (n, d); the system's where None.
@@ -450,7 +453,7 @@ def listed(
 
 
 def _as_params(params: Params, dtype: np.dtype) -> dict[str, jax.Array]:
-    """Parameters that a user gives, as arrays of real numbers."""
+    """Convert parameters that a user gives to arrays of real numbers."""
     if not isinstance(params, Mapping):
         raise InputError(
             f"params is a {type(params).__name__}: give a dict of parameter names and values."
@@ -462,9 +465,9 @@ def _as_params(params: Params, dtype: np.dtype) -> dict[str, jax.Array]:
 
 
 def _species_count(kinds: np.ndarray, params: Params) -> int:
-    """S, the number of species.
+    """Return the number of species S.
 
-    It follows from the largest species number, or, where some species has no particle, from the
+    S follows from the largest species number, or, where some species has no particle, from the
     shapes of the parameters.
     """
     least = int(kinds.max()) + 1 if kinds.size else 0
@@ -475,9 +478,10 @@ def _species_count(kinds: np.ndarray, params: Params) -> int:
 
 
 def diameters_at(system: System, params: Params) -> jax.Array | None:
-    """``sigma`` of each particle (n,) at ``params``; None where particles have no sigma.
+    """Return ``sigma`` of each particle (n,) at ``params``; None where particles have no sigma.
 
-    Of a matrix of species pairs the diagonal counts. A sigma of any other shape gives None.
+    In a matrix of species pairs the diagonal has the values of the particles. A sigma of any other
+    shape gives None.
     """
     sigma = params.get("sigma")
     if sigma is None:
@@ -494,12 +498,12 @@ def diameters_at(system: System, params: Params) -> jax.Array | None:
 
 @jax.jit
 def box_at(system: System, params: Params) -> jax.Array | None:
-    """The cell (d, d) at ``params``; None for open boundaries."""
+    """Return the cell (d, d) at ``params``; None for open boundaries."""
     return system.boundary.matrix(params, diameters_at(system, params), system.dimension)
 
 
 def pair_terms(system: System, params: Params | None = None) -> tuple[PairTerm, ...]:
-    """The parts of the energy that are sums over pairs, with the pairs of the neighbor list."""
+    """Return the parts of the energy that are sums over pairs, with the pairs to sum over."""
     return system.potential.terms(
         system.params if params is None else params,
         system.neighbors.pairs,
@@ -511,7 +515,7 @@ def pair_terms(system: System, params: Params | None = None) -> tuple[PairTerm, 
 
 @full_precision
 def _deform(vectors: jax.Array, strain: jax.Array | None) -> jax.Array:
-    """(1 + strain) r for vectors r (..., d)."""
+    """Compute (1 + strain) r for vectors r (..., d)."""
     # transposed, since the vectors are rows
     return vectors if strain is None else vectors + vectors @ strain.T
 
@@ -519,7 +523,7 @@ def _deform(vectors: jax.Array, strain: jax.Array | None) -> jax.Array:
 def pair_distances(
     term: PairTerm, positions: jax.Array, box: jax.Array | None, strain: jax.Array | None = None
 ) -> jax.Array:
-    """Distance of each pair of a term, (m,); 1 on padding.
+    """Compute the distance of each pair of a term, (m,); 1 on padding.
 
     Nearest images are those of the undeformed cell; ``strain`` deforms the vector between them.
     """
@@ -535,13 +539,13 @@ def potential_energy(
     params: Params | None = None,
     strain: jax.Array | None = None,
 ) -> jax.Array:
-    """The energy U(positions, params, strain), of which every other quantity is a derivative.
+    """Compute the energy U(positions, params, strain); all other quantities are derivatives of U.
 
     Args:
       system: gives the potential, the box rule, the species and the neighbor list, which is taken
         to be complete.
-      positions: (n, d); the system's where None.
-      params: the system's where None. The box follows them.
+      positions: (n, d); those of the system where None.
+      params: the parameters, which the box follows; those of the system where None.
       strain: (d, d) symmetric; every vector between particles becomes (1 + strain) r.
     """
     positions = system.positions if positions is None else positions
@@ -558,7 +562,7 @@ def energy_of(
     box: jax.Array | None,
     strain: jax.Array | None = None,
 ) -> jax.Array:
-    """The energy of the given pair terms and of the many-body part of the system's potential."""
+    """Compute the energy of given pair terms and of the many-body part of the potential."""
     total = jnp.zeros((), positions.dtype)
     for term in terms:
         total = total + jnp.sum(term.energy(pair_distances(term, positions, box, strain)))
@@ -583,7 +587,7 @@ def _check_coincident(system: System) -> None:
 
 @jax.jit
 def _nearest_pairs(system: System) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
-    """The nearest pair of each term: (r, i, j)."""
+    """Return the nearest pair of each term: (r, i, j)."""
     nearest = []
     for term in pair_terms(system):
         if term.i.shape[0]:  # argmin of nothing raises

@@ -1,12 +1,13 @@
 """Observables of a configuration: functions of a System, traceable and differentiable.
 
-Each is a function of a ``System`` and of settings. ``ms.gradient(lambda s:
-ms.observables.bond_order(s, 6, 1.5), eq)`` is its total derivative by all parameters, and
-``jax.grad`` through ``ms.equilibrate`` gives the same.
+Each observable is a function of a ``System`` and of settings. For example ``ms.gradient(lambda s:
+ms.observables.bond_order(s, 6, 1.5), eq)``, with a minimum eq from ``ms.minimize``, is the total
+derivative of the bond order by all parameters; ``jax.grad`` through ``ms.equilibrate`` gives the
+same.
 
-Observables of pairs beyond the range of the potential have an argument ``pairs``. Where it is None,
-they use the neighbor list of the system if the potential reaches as far, else all pairs of up to
-4,000 particles. For more particles give a list made by :func:`pairs_within`.
+Observables of pairs beyond the range of the potential have an argument ``pairs``. Where ``pairs``
+is None, they use the neighbor list of the system if the potential reaches as far, else all pairs of
+up to 4,000 particles. For more particles give a list made by :func:`pairs_within`.
 """
 
 from mdsens.observables import state, structure

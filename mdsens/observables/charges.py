@@ -17,10 +17,10 @@ __all__ = ["charges", "chemical_potential", "dipole", "induced_dipoles"]
 
 @jax.jit
 def charges(system: System) -> jax.Array:
-    """The charge q of each particle, (n,).
+    """Return the charge q of each particle, (n,).
 
     For induced dipoles these are the fixed charges among the parameters, for charge equilibration
-    those that minimize the energy.
+    the charges that minimize the energy.
 
     Raises:
       InputError: a potential without charges.
@@ -30,9 +30,9 @@ def charges(system: System) -> jax.Array:
 
 @jax.jit
 def induced_dipoles(system: System) -> jax.Array:
-    """The induced dipole mu of each particle, (n, d), charge times length.
+    """Return the induced dipole mu of each particle, (n, d), charge times length.
 
-    It is zero for charge equilibration.
+    The dipoles are zero for charge equilibration.
 
     Raises:
       InputError: a potential without charges.
@@ -43,7 +43,7 @@ def induced_dipoles(system: System) -> jax.Array:
 @jax.jit
 @full_precision
 def dipole(system: System) -> jax.Array:
-    """The total dipole moment, sum_i q_i (r_i - r_c) + mu_i, (d,): charge times length.
+    """Compute the total dipole moment, sum_i q_i (r_i - r_c) + mu_i, (d,), charge times length.
 
     r_c is the centroid; for a neutral cluster every origin gives the same dipole. Without a cell
     the orientation of a relaxed cluster is arbitrary, so only rotation-invariant functions of the
@@ -61,7 +61,7 @@ def dipole(system: System) -> jax.Array:
 
 @jax.jit
 def chemical_potential(system: System) -> jax.Array:
-    """The electronegativity that all particles share, dU / dtotal, energy per charge.
+    """Compute the electronegativity that all particles share, dU / dtotal, energy per charge.
 
     ``total`` is the total charge.
 
@@ -82,13 +82,13 @@ def chemical_potential(system: System) -> jax.Array:
 
 
 def _parts(system: System) -> tuple[Potential, ...]:
-    """The terms of the potential if it is a sum, else the potential itself."""
+    """Return the terms of the potential if it is a sum, else the potential itself."""
     potential = single(system).potential
     return getattr(potential, "parts", (potential,))
 
 
 def _moments(system: System) -> tuple[jax.Array, jax.Array]:
-    """Charges (n,) and dipoles (n, d), summed over all potentials that have them."""
+    """Return charges (n,) and dipoles (n, d), summed over all potentials that have them."""
     parts = [
         potential
         for potential in _parts(system)

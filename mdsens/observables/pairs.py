@@ -61,7 +61,7 @@ def positive(name: str, value: ArrayLike) -> float:
 def rise(x: jax.Array) -> jax.Array:
     """A smooth step: 0 up to x = 0, x^3 (10 - 15 x + 6 x^2) up to x = 1, and 1 beyond.
 
-    It is twice continuously differentiable.
+    This function is twice continuously differentiable.
     """
     x = jnp.clip(x, 0.0, 1.0)
     return x**3 * (10.0 - 15.0 * x + 6.0 * x**2)
@@ -79,20 +79,21 @@ class _Range:
 
 
 def pairs_within(system: System, range: float) -> Neighbors:
-    """The list of pairs nearer than a range, for the argument ``pairs`` of observables. Host code.
+    """List the pairs nearer than a range, for the argument ``pairs`` of observables.
 
-    Observables that reach beyond the potential use it. It is made by the cell search of the
-    neighbor lists, in a time proportional to the number of particles. Make it outside of the
-    observable, and let the function that is differentiated capture it:
+    The list is for observables that reach beyond the potential. It is made by the cell search of
+    the neighbor lists, in a time proportional to the number of particles. This function cannot run
+    in compiled code: call it outside of the observable, and let the function that is differentiated
+    use the list, as in this example with a minimum eq from ``ms.minimize``:
 
         near = ms.observables.pairs_within(eq.system, 1.5)
         ms.gradient(lambda s: ms.observables.bond_order(s, 6, 1.5, near), eq)
 
-    It also contains pairs up to a skin (``pairs.skin``) beyond the range, 0.3 of the range or what
-    the cell leaves room for. The list is complete as long as no particle has moved by more than
-    half the skin relative to the cell. For a derivative at one configuration it is always complete;
-    along a path of minimizations it may not be. On the host an observable refuses a list that is no
-    longer complete; traced code cannot.
+    The list also contains pairs up to a skin (``pairs.skin``) beyond the range, 0.3 of the range or
+    what the cell leaves room for. The list is complete as long as no particle has moved by more
+    than half the skin relative to the cell. For a derivative at one configuration the list is
+    always complete; along a path of minimizations it may not be. Outside of compiled code an
+    observable refuses a list that is no longer complete; inside, no check is possible.
 
     Args:
       system: one system.
@@ -106,8 +107,8 @@ def pairs_within(system: System, range: float) -> Neighbors:
     box = system.box
     if isinstance(system.positions, Tracer) or isinstance(box, Tracer):
         raise InputError(
-            "pairs_within is host code: call it outside of what is traced, and capture what it"
-            " returns."
+            "pairs_within cannot run inside a function that jax traces (grad, jit, vmap): call it"
+            " outside, and use the list in that function."
         )
     if box is not None and system.n > ALL_PAIRS:
         least = _smallest_height(box)
@@ -135,17 +136,19 @@ def _check_height(system: System, length: float) -> None:
     # exactly half the height is allowed, to round-off
     if 2.0 * length > least * (1.0 + 1e-12):
         raise InputError(
-            f"pairs are looked at up to {length:g}, beyond half the smallest height of the cell,"
-            f" {least:g}, where a particle meets two images of another: give a shorter range, or a"
-            " larger cell."
+            f"the observable needs pairs up to {length:g}, beyond half the smallest height of the"
+            f" cell, {least:g}, where a particle meets two images of another: give a shorter range,"
+            " or a larger cell."
         )
 
 
 def rows_within(system: System, length: float, pairs: Neighbors | None) -> jax.Array:
-    """Rows of neighbors (capacity, n), padded with n, with every pair nearer than ``length`` twice.
+    """Return rows of neighbors (capacity, n) with each pair nearer than ``length`` twice.
 
-    They come from ``pairs``; where that is None, from the neighbor list of the system if it reaches
-    as far, else from all pairs of a small system.
+    The rows are padded with n.
+
+    The rows come from ``pairs``; where this is None, from the neighbor list of the system if it
+    reaches as far, else from all pairs of a small system.
     """
     _check_height(system, length)
     n = system.n
@@ -188,7 +191,7 @@ def _check_pairs(system: System, length: float, pairs: Neighbors) -> jax.Array:
     # 1e-6, because the range may be stored in single precision
     if not isinstance(reach, Tracer) and length > float(reach) * (1.0 + 1e-6):
         raise InputError(
-            f"pairs reach {float(reach):g}, and this looks at pairs up to {length:g}: give "
+            f"`pairs` reaches {float(reach):g}, and the observable needs {length:g}: give "
             f"ms.observables.pairs_within(system, {length:g})."
         )
     complete = neighbors.within(system.positions, *neighbors.slack(pairs, system.box, reach))
@@ -201,7 +204,7 @@ def _check_pairs(system: System, length: float, pairs: Neighbors) -> jax.Array:
 
 
 def summed(system: System, rows: jax.Array, each: Each) -> tuple[jax.Array, ...]:
-    """Sums of pair quantities over the neighbors of each particle, (n,) each, or over all pairs.
+    """Sum pair quantities over the neighbors of each particle, (n,) each, or over all pairs.
 
     The rows are summed in chunks. A derivative recomputes each chunk, so that the memory is that of
     one chunk.

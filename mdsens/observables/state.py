@@ -26,16 +26,16 @@ __all__ = [
 
 @jax.jit
 def energy(system: System) -> jax.Array:
-    """U, the potential energy, in the potential's unit of energy."""
+    """Return the potential energy U, in the potential's unit of energy."""
     return potential_energy(single(system))
 
 
 @jax.jit
 def stress(system: System) -> jax.Array:
-    """The Cauchy stress sigma = V^-1 dU/dstrain at strain 0, positive in tension.
+    """Compute the Cauchy stress sigma = V^-1 dU/dstrain at strain 0, positive in tension.
 
-    It is that of the configuration as it is, at constant fractional coordinates, without the motion
-    of particles in response to the strain.
+    The derivative is taken at constant fractional coordinates, without the motion of particles in
+    response to the strain.
 
     Returns:
       (d, d), symmetric, energy per volume (per area in 2-D).
@@ -58,13 +58,13 @@ def stress(system: System) -> jax.Array:
 
 @jax.jit
 def pressure(system: System) -> jax.Array:
-    """P = -tr(stress) / d, positive in compression."""
+    """Compute the pressure P = -tr(stress) / d, positive in compression."""
     return -jnp.trace(stress(single(system))) / system.dimension
 
 
 @jax.jit
 def volume(system: System) -> jax.Array:
-    """V, the volume of the cell, an area in 2-D.
+    """Return the volume V of the cell, an area in 2-D.
 
     Raises:
       InputError: open boundaries.
@@ -78,18 +78,20 @@ def volume(system: System) -> jax.Array:
 
 @jax.jit
 def packing_fraction(system: System) -> jax.Array:
-    """The packing fraction phi = sum_i v(sigma_i) / V; overlaps count twice.
+    """Compute the packing fraction phi = sum_i v(sigma_i) / V; overlaps count twice.
 
     v is the volume of a particle, pi/4 sigma^2 in 2-D and pi/6 sigma^3 in 3-D.
 
     Raises:
-      InputError: open boundaries, or a potential whose ``sigma`` is not the particles'.
+      InputError: open boundaries, or a potential whose ``sigma`` does not give diameters of
+        particles.
     """
     cell_volume = volume(system)
     if system.diameters is None:
         raise InputError(
             f"a packing fraction needs the diameters of the particles, and {system.potential.name}"
-            " has no parameter 'sigma' of each: divide their volumes by ms.observables.volume."
+            " has no parameter 'sigma' for each particle: divide the volume of the particles by"
+            " ms.observables.volume."
         )
     of_unit_diameter = {2: np.pi / 4, 3: np.pi / 6}[system.dimension]
     return jnp.sum(of_unit_diameter * system.diameters**system.dimension) / cell_volume
@@ -97,27 +99,28 @@ def packing_fraction(system: System) -> jax.Array:
 
 @jax.jit
 def coordination(system: System) -> jax.Array:
-    """Mean number of contacts of the particles that are not rattlers, z = 2 N_c / (n - n_rattlers).
+    """Compute the mean number of contacts of non-rattlers, z = 2 N_c / (n - n_rattlers).
 
-    Piecewise constant: differentiating it raises InputError, which names
-      :func:`smooth_coordination`.
+    N_c is the number of contacts. z is piecewise constant: differentiating it raises InputError,
+      which names :func:`smooth_coordination`.
     """
     return contacts.coordination(single(system)).astype(system.positions.dtype)
 
 
 def smooth_coordination(system: System, width: float) -> jax.Array:
-    """Mean number of contacts of a particle, each contact weighted by its overlap.
+    """Compute the mean number of contacts of a particle, each contact weighted by its overlap.
 
         z = 2 / n sum_pairs S((l_ij - r_ij) / width),    S(x) = x^3 (10 - 15 x + 6 x^2),
 
     where S is 0 below x = 0 and 1 above x = 1. l_ij is the distance beyond which the potential of
     the pair is zero: sigma_ij of soft spheres, the cutoff of Lennard-Jones.
 
-    It is not the contact number of a packing, which ``coordination`` gives. It depends on the
-    width. It lies below that number, since contacts with overlaps below the width count in part,
-    and it is a mean over all particles, rattlers included. Its derivative comes only from contacts
-    with overlaps below the width, which are those about to open: there is none where the width is
-    below every overlap, while a width of about the mean overlap includes most of them.
+    This smooth z is not the contact number of a packing, which ``coordination`` gives. It depends
+    on the width. It lies below the contact number, since contacts with overlaps below the width
+    count in part, and it is a mean over all particles, rattlers included. The derivative comes only
+    from contacts with overlaps below the width, which are about to open: the derivative is zero
+    where the width is below every overlap, while a width of about the mean overlap includes most of
+    them.
 
     Args:
       system: one system, its neighbor list complete.
@@ -144,7 +147,7 @@ def smooth_coordination(system: System, width: float) -> jax.Array:
 
 @jax.jit
 def _smooth_coordination(system: System, width: float) -> jax.Array:
-    """:func:`smooth_coordination` by one sum over the neighbor list, compiled."""
+    """Compute :func:`smooth_coordination` by one sum over the neighbor list, compiled."""
     # (1, n), to go with the rows (ROWS, n) of neighbors j
     i = jnp.arange(system.n, dtype=jnp.int32)[None]
     lengths = pair_lengths(system)

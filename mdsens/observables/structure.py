@@ -27,14 +27,14 @@ REACH = 6.0
 
 
 def distances(system: System, pairs: ArrayLike) -> jax.Array:
-    """Distances r_ij = |R_i - R_j| of the given pairs, between nearest images.
+    """Compute the distances r_ij = |R_i - R_j| of given pairs, between nearest images.
 
-    Exact up to half the smallest height of the cell; beyond, an image that is not the nearest may
-    be taken.
+    The distances are exact up to half the smallest height of the cell; beyond, an image that is not
+    the nearest may be taken.
 
     Args:
       system: one system.
-      pairs: (m, 2) particle indices, the two of a pair different.
+      pairs: (m, 2) particle indices, two different particles in each pair.
 
     Returns:
       (m,), a length.
@@ -66,7 +66,7 @@ def distances(system: System, pairs: ArrayLike) -> jax.Array:
 
 @jax.jit
 def _distances(system: System, pairs: jax.Array) -> jax.Array:
-    """:func:`distances` of checked pairs, compiled."""
+    """Compute :func:`distances` of checked pairs, compiled."""
     i, j = pairs[:, 0], pairs[:, 1]
     vectors = nearest_image(system.positions[i] - system.positions[j], system.box)
     return jnp.sqrt(jnp.sum(vectors**2, axis=-1))
@@ -75,7 +75,7 @@ def _distances(system: System, pairs: jax.Array) -> jax.Array:
 def bond_orientation(
     system: System, m: int, range: float, pairs: Neighbors | None = None
 ) -> jax.Array:
-    """psi_m of each particle in 2-D, the weighted mean of exp(i m theta) over its neighbors.
+    """Compute psi_m of each particle in 2-D, the weighted mean of exp(i m theta) over neighbors.
 
         psi_i = sum_j w(r_ij) exp(i m theta_ij) / h(sum_j w(r_ij))
 
@@ -90,8 +90,8 @@ def bond_orientation(
       m: the order, a whole number from 1: 6 for triangular, 4 for square.
       range: a length that lies between the first and the second shell of neighbors, 1.4 diameters
         or so.
-      pairs: from ``pairs_within``; None for the system's own list or all pairs, see
-        :mod:`mdsens.observables`.
+      pairs: list of pairs from ``pairs_within``; None for the system's neighbor list or all pairs,
+        see :mod:`mdsens.observables`.
 
     Returns:
       (n, 2), the real and the imaginary part. ``jnp.sum(psi**2, axis=1)`` is the local order of
@@ -118,7 +118,7 @@ def bond_orientation(
 
 @functools.partial(jax.jit, static_argnames=("m",))
 def _bond_orientation(system: System, rows: jax.Array, range_: float, m: int) -> jax.Array:
-    """:func:`bond_orientation` by one sum over rows of neighbors, compiled."""
+    """Compute :func:`bond_orientation` by one sum over rows of neighbors, compiled."""
 
     def each(
         vectors: Components, r: jax.Array, j: jax.Array, real: jax.Array
@@ -139,7 +139,7 @@ def _bond_orientation(system: System, rows: jax.Array, range_: float, m: int) ->
 
 
 def _multiply_angle(cosine: jax.Array, sine: jax.Array, m: int) -> tuple[jax.Array, jax.Array]:
-    """cos(m theta) and sin(m theta) from cos(theta) and sin(theta).
+    """Compute cos(m theta) and sin(m theta) from cos(theta) and sin(theta).
 
     They are the m-th power of cos(theta) + i sin(theta), by repeated squaring. The angle itself is
     not computed, because it jumps at its branch cut.
@@ -158,11 +158,11 @@ def _multiply_angle(cosine: jax.Array, sine: jax.Array, m: int) -> tuple[jax.Arr
 
 
 def bond_order(system: System, m: int, range: float, pairs: Neighbors | None = None) -> jax.Array:
-    """Bond-orientational order of a 2-D configuration: the mean over particles of |psi_m|^2.
+    """Compute the bond-orientational order in 2-D: the mean over particles of |psi_m|^2.
 
-    It lies between 0 and 1. It is 1 where the angles between the bonds of every particle are
+    The order lies between 0 and 1. It is 1 where the angles between the bonds of every particle are
     multiples of 2 pi / m, as in a perfect lattice, whatever the orientation of the lattice or of
-    its grains. It is about 1 / z for z neighbors in random directions. It is a mean of squares
+    its grains. It is about 1 / z for z neighbors in random directions. The mean is over squares
     because |psi|^2 is smooth where psi is zero, and |psi| is not. Particles without neighbors count
     as 0.
 
@@ -180,25 +180,25 @@ def bond_order(system: System, m: int, range: float, pairs: Neighbors | None = N
 def radial_distribution(
     system: System, r: ArrayLike, width: float, pairs: Neighbors | None = None
 ) -> jax.Array:
-    """The radial distribution function g(r), smoothed by a Gaussian.
+    """Compute the radial distribution function g(r), smoothed by a Gaussian.
 
         g(r) = V / (n (n - 1)) sum_{i != j} G(r - r_ij) / integral_0^inf S(s) G(r - s) ds
 
-    It is the density of particles at distance r from another particle, over the mean density. G is
-    the normalized Gaussian of ``width``, S(s) = 2 pi s in 2-D or 4 pi s^2 in 3-D the size of a
+    g(r) is the density of particles at distance r from another particle, over the mean density. G
+    is the normalized Gaussian of ``width``, S(s) = 2 pi s in 2-D or 4 pi s^2 in 3-D the size of a
     shell. Because of the division by the smoothed shell and by n (n - 1), an ideal gas has g = 1 at
     every r down to 0 and for any width. Particles of all species count alike.
 
     Args:
       system: one system, in a cell.
       r: (k,) radii, not negative.
-      width: of the Gaussian, a length. No peak is narrower. The smaller it is, the smaller are the
-        changes for which a derivative holds.
-      pairs: from ``pairs_within(system, max(r) + 6 * width)``; None for the system's own list or
-        all pairs, see :mod:`mdsens.observables`.
+      width: standard deviation of the Gaussian, a length. No peak of g is narrower. The smaller the
+        width, the smaller are the parameter changes over which a derivative is valid.
+      pairs: list of pairs from ``pairs_within(system, max(r) + 6 * width)``; None for the system's
+        neighbor list or all pairs, see :mod:`mdsens.observables`.
 
     Returns:
-      (k,), a number at each radius.
+      g at each radius, (k,), a number without unit.
 
     Raises:
       InputError: open boundaries; radii whose Gaussians reach, at 6 widths, beyond half the
@@ -231,7 +231,7 @@ def radial_distribution(
 def _radial_distribution(
     system: System, rows: jax.Array, radii: jax.Array, width: jax.Array
 ) -> jax.Array:
-    """:func:`radial_distribution` by one sum over rows of neighbors, compiled."""
+    """Compute :func:`radial_distribution` by one sum over rows of neighbors, compiled."""
 
     def gaussian(x: jax.Array) -> jax.Array:
         return jnp.exp(-0.5 * (x / width) ** 2) / (width * (2.0 * np.pi) ** 0.5)
@@ -257,13 +257,13 @@ def _radial_distribution(
 
 
 def distance_to(system: System, target: ArrayLike, weights: ArrayLike | None = None) -> jax.Array:
-    """The root mean square displacement of a configuration from a target, up to a translation.
+    """Compute the root mean square displacement from a target configuration, up to a translation.
 
         D = sqrt(sum_i w_i |u_i - u|^2 / sum_i w_i),    u = sum_i w_i u_i / sum_i w_i,
 
     with u_i = R_i - T_i between nearest images. Particle i is compared with target i. A common
     translation of all particles, also through the faces of the cell, does not count. At the target
-    itself, to round-off of the positions, D has a cusp; there D and its derivative are returned as
+    itself, to round-off of the positions, D has a cusp, where D and its derivative are returned as
     0. D**2 is smooth, and the better objective near the target.
 
     The positions of rattlers are those at which the minimization left them, so their contribution
@@ -273,7 +273,7 @@ def distance_to(system: System, target: ArrayLike, weights: ArrayLike | None = N
     Args:
       system: one system.
       target: (n, d) positions, in the same cell.
-      weights: (n,) not negative; equal where None.
+      weights: (n,) weights w_i, not negative; equal weights where None.
 
     Returns:
       a length.
@@ -310,7 +310,7 @@ def _normalize_weights(weights: ArrayLike, n: int, dtype: np.dtype) -> jax.Array
 @jax.jit
 @full_precision
 def _distance_to(system: System, target: jax.Array, share: jax.Array) -> jax.Array:
-    """:func:`distance_to` with weights that sum to 1, compiled."""
+    """Compute :func:`distance_to` with weights that sum to 1, compiled."""
     displacement = system.positions - target
     box = system.box
     if box is not None:

@@ -1,6 +1,6 @@
 """Figures of sensitivities, derivative tests, softest modes, moduli and designs.
 
-They draw results that were computed before, and compute little themselves.
+The functions draw results that were computed before, and compute little themselves.
 """
 
 from mdsens.plots.curves import derivative_test, stiffness_spectrum, unrolled

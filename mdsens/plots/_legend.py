@@ -38,7 +38,7 @@ class Foot(NamedTuple):
     length: float
 
     def rows(self, width: float) -> tuple[int, int, int]:
-        """How to arrange the legend in a width given in points.
+        """Arrange the legend in a width given in points.
 
         Widths of texts are estimates: measuring them takes a renderer, which a figure has only when
         it is drawn.
@@ -66,7 +66,7 @@ def legend(ax: Axes, foot: Foot, key: Key, quiver: Quiver | None) -> None:
     """Draw the legend below the picture.
 
     Args:
-      ax: with the picture and its final limits.
+      ax: the Axes with the picture and its final limits.
       foot: the contents of the legend.
       key: the kinds of circles with their colors; or a color map and its range, for a color bar.
       quiver: arrows of the picture, which the scale arrow belongs to; None without arrows.
@@ -145,7 +145,7 @@ def legend(ax: Axes, foot: Foot, key: Key, quiver: Quiver | None) -> None:
 
 
 def rounded(longest: float) -> tuple[float, str]:
-    """The largest 1, 2 or 5 times a power of ten up to ``longest``, and its text in mathtext."""
+    """Return the largest 1, 2 or 5 times a power of ten up to ``longest``, and its text."""
     power = int(np.floor(np.log10(longest)))
     # 1e-9: so that 5 is found for 5, despite round-off
     digit = max(m for m in (1, 2, 5) if m == 1 or m * 10.0**power <= longest * (1 + 1e-9))

@@ -14,5 +14,5 @@ COLUMN = 3.4  # inches: the width of a figure of one column
 
 
 def title_with_status(title: str | None, status: Status) -> str:
-    """The title of a figure, with the name of a status that is not good; empty without both."""
+    """Return the title of a figure, with the name of the status if that is not good."""
     return ", ".join([*([title] if title else []), *([] if status.good else [status.name])])

@@ -39,7 +39,7 @@ def project(system: System, axis: int) -> View:
     positions = np.asarray(system.positions, float)
     box = None if system.box is None else np.asarray(system.box, float)
     if system.dimension == 3 and axis not in (0, 1, 2):
-        raise InputError(f"axis is {axis!r}: give 0, 1 or 2, the cell vector to look along.")
+        raise InputError(f"`axis` is {axis!r}: give 0, 1 or 2, the cell vector to look along.")
     fractions = positions  # without a box: the coordinates
     if box is not None:
         fractions = (positions @ np.linalg.inv(box).T) % 1.0
@@ -61,7 +61,7 @@ def project(system: System, axis: int) -> View:
 
 
 def in_slab(system: System, depth: np.ndarray, slab: tuple[float, float]) -> np.ndarray:
-    """Mask (n,) of the particles in a slab of the depth; in 2-D, all particles.
+    """Return a mask (n,) of the particles in a slab of the depth; in 2-D, all particles.
 
     Raises:
       InputError: the slab is no range within 0 to 1, or empty, or given in 2-D.
@@ -69,11 +69,11 @@ def in_slab(system: System, depth: np.ndarray, slab: tuple[float, float]) -> np.
     low, high = slab
     if not 0.0 <= low < high <= 1.0:
         raise InputError(
-            f"slab is {slab}: give two fractions of the depth, 0 <= rear < front <= 1."
+            f"`slab` is {slab}: give two fractions of the depth, 0 <= rear < front <= 1."
         )
     if system.dimension == 2:
         if (low, high) != (0.0, 1.0):
-            raise InputError("slab is for 3-D: a 2-D system has no depth, leave it out.")
+            raise InputError("`slab` is for 3-D: a 2-D system has no depth, leave `slab` out.")
         return np.ones(system.n, bool)
     shown = (depth >= low) & (depth <= high)
     if not shown.any():
@@ -82,17 +82,20 @@ def in_slab(system: System, depth: np.ndarray, slab: tuple[float, float]) -> np.
 
 
 def layers(depth: np.ndarray, shown: np.ndarray) -> list[np.ndarray]:
-    """Masks (n,) of the particles shown in each layer, from rear to front, in equal depth steps."""
+    """Return masks (n,) of the particles shown in each layer, from rear to front.
+
+    The layers have equal depth.
+    """
     edges = np.linspace(depth[shown].min(), depth[shown].max(), LAYERS + 1)
     step = np.clip(np.searchsorted(edges, depth, side="right") - 1, 0, LAYERS - 1)
     return [shown & (step == k) for k in range(LAYERS)]
 
 
 def images(view: View, chosen: np.ndarray, diameters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Particle index and center of every circle that reaches into the cell, images included.
+    """Return index and center of every circle that reaches into the cell, images included.
 
-    A circle counts if it reaches into the cell along both cell vectors. At a corner two or three
-    that do lie just outside of it; the clipping at the cell hides them.
+    A circle counts if it reaches into the cell along both cell vectors. At a corner of the cell,
+    two or three such circles lie just outside of the cell; the clipping at the cell hides them.
     """
     (index,) = np.nonzero(chosen)
     if view.cell is None:
@@ -108,13 +111,13 @@ def images(view: View, chosen: np.ndarray, diameters: np.ndarray) -> tuple[np.nd
 
 
 def image_shifts(reach: int) -> np.ndarray:
-    """Shifts of the periodic images in fractions of the cell, (images, 1, 2), up to ``reach``."""
+    """Return shifts (images, 1, 2) of periodic images up to ``reach``, in fractions of the cell."""
     steps = np.arange(-reach, reach + 1)
     return np.stack(np.meshgrid(steps, steps), axis=-1).reshape(-1, 1, 2)
 
 
 def extent(view: View, shown: np.ndarray, radii: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lower left and upper right corner of the picture: of the cell, or else of the circles."""
+    """Return two opposite corners of the picture: of the cell, or without a cell of the circles."""
     if view.cell is not None:
         four = corners(view.cell)
         return four.min(axis=0), four.max(axis=0)
@@ -123,5 +126,5 @@ def extent(view: View, shown: np.ndarray, radii: np.ndarray) -> tuple[np.ndarray
 
 
 def corners(cell: np.ndarray) -> np.ndarray:
-    """The four corners (4, 2) of a cell in the plane, in the order of its outline."""
+    """Return the four corners (4, 2) of a cell in the plane, in the order of its outline."""
     return np.array([[0, 0], [1, 0], [1, 1], [0, 1]]) @ cell.T

@@ -42,19 +42,20 @@ def derivative_test(
     For a right derivative the curve is a V. Its left arm is round-off of the minima, error ~ 1/t;
     its right arm is truncation, error ~ t^2, labeled with the fitted exponent where enough of the
     arm is visible. A wrong derivative shows as a floor. The dashed line is the first change of a
-    contact, to first order: beyond it a difference quotient is no test of the derivative. Steps
-    within which a contact changed are hollow, steps that did not relax are crosses.
+    contact, to first order: beyond it a difference quotient is no test of the derivative. Points
+    are hollow where a contact changed within the step, and crosses where a minimization did not
+    converge.
 
     Args:
-      test: result of ``ms.verify.derivative_test``.
-      ax: where to draw; None makes a figure of one column with pyplot.
-      title: above the picture. A status that is not good is named there in any case.
+      test: the result of ``ms.verify.derivative_test``.
+      ax: the Axes to draw in; None makes a figure of one column with pyplot.
+      title: title of the figure. The name of a status that is not good is added to it in any case.
 
     Returns:
       the Axes.
 
     Raises:
-      InputError: something else than a test.
+      InputError: an argument that is not the result of ``ms.verify.derivative_test``.
     """
     if not isinstance(test, DerivativeTest):
         raise InputError(
@@ -62,6 +63,7 @@ def derivative_test(
         )
     ax = _column() if ax is None else ax
     steps = test.steps
+    # a NaN would leave no point in the picture; it is drawn as an error of all of the value
     errors = np.nan_to_num(np.clip(test.errors, FLOOR, None), nan=1.0, posinf=1.0)
     relaxed = np.array([status.good for status in test.statuses])
     ax.set(xscale="log", yscale="log", xlim=(steps.min() / 2, steps.max() * 2))
@@ -106,20 +108,21 @@ def unrolled(found: Unrolled, ax: Axes | None = None, *, title: str | None = Non
     to that step: small displacements grew, so that their growth rate was above 0.
 
     Args:
-      found: result of ``ms.verify.unrolled``.
-      ax: where to draw; None makes a figure of one column with pyplot.
-      title: above the picture. A status that is not good is named there in any case.
+      found: the result of ``ms.verify.unrolled``.
+      ax: the Axes to draw in; None makes a figure of one column with pyplot.
+      title: title of the figure. The name of a status that is not good is added to it in any case.
 
     Returns:
       the Axes.
 
     Raises:
-      InputError: something else than what ``ms.verify.unrolled`` returns.
+      InputError: an argument that is not the result of ``ms.verify.unrolled``.
     """
     if not isinstance(found, Unrolled):
         raise InputError(f"got a {type(found).__name__}: give what ms.verify.unrolled returns.")
     ax = _column() if ax is None else ax
     steps = found.steps
+    # a NaN would leave no point in the picture; it is drawn as an error of all of the value
     errors = np.nan_to_num(np.clip(found.errors, FLOOR, None), nan=1.0, posinf=1.0)
     chaotic = found.growth > 0
     ax.set(xscale="log", yscale="log", xlim=(steps.min() / 1.5, steps.max() * 1.5))
@@ -200,23 +203,23 @@ def stiffness_spectrum(
     eigensolver gave them.
 
     Args:
-      given: a Certificate; or (k,) eigenvalues, all or the lowest, in any order, in units of energy
-        over length squared.
-      ax: where to draw; None makes a figure of one column with pyplot.
+      given: a Certificate of ``ms.certify``; or (k,) eigenvalues, all or the lowest, in any order,
+        in units of energy over length squared.
+      ax: the Axes to draw in; None makes a figure of one column with pyplot.
       participation: (k,) participation ratios p = (sum_i e_i^2)^2 / (n sum_i e_i^4), where e_i is
         the length of particle i's displacement in the mode: 1 for a mode that moves all particles
-        alike, 1/n for a mode that moves a single particle. They color the modes. None takes those
-        of a certificate, and colors eigenvalues alike.
+        alike, 1/n for a mode that moves a single particle. The ratios color the modes. None takes
+        the ratios of a certificate; eigenvalues without ratios have one color.
       null: absolute value up to which an eigenvalue counts as zero; None takes the certificate's,
         or 1e-9 of the largest eigenvalue given.
-      title: above the picture.
+      title: title of the figure.
 
     Returns:
       the Axes.
 
     Raises:
-      InputError: values that are no finite vector, participation of another shape or outside 0 to
-        1, null below 0.
+      InputError: values that are no finite vector, ``participation`` of another shape or outside 0
+        to 1, ``null`` below 0.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -329,7 +332,8 @@ def _spectrum(
     # 1e-9 above 1: round-off of a mode that moves all particles alike
     if not ((ratios >= 0) & (ratios <= 1 + 1e-9)).all():
         raise InputError(
-            "participation has ratios outside 0 to 1: give p = (sum e_i^2)^2 / (n sum e_i^4)."
+            "`participation` has ratios outside 0 to 1: give (sum_i e_i^2)^2 / (n sum_i e_i^4),"
+            " with e_i the displacement of particle i in the mode."
         )
     return spectrum[order], ratios[order]
 
@@ -350,7 +354,7 @@ def _draw_by_participation(
 
 
 def _column() -> Axes:
-    """A new figure one column wide."""
+    """Make a figure one column wide, and return its Axes."""
     from matplotlib import pyplot
 
     return pyplot.figure(figsize=(COLUMN, HEIGHT), layout="constrained").add_subplot()

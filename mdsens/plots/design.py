@@ -41,20 +41,20 @@ def design_history(
     """Draw a design step by step: features with their targets, parameters, trust region.
 
     A band shows the tolerance of a target. A line joins the accepted steps; refused steps are
-    hollow. A square is a step that left its basin, a cross a step at which too few members of the
-    ensemble relaxed.
+    hollow. A square is a step at which particles rearranged, so that the minimum is in another
+    basin; a cross is a step at which too few systems of the ensemble relaxed.
 
     Args:
-      of: the design, from ``ms.design.fit``.
-      axes: one for each feature, one for the parameters and one for the trust region; None makes a
-        figure with pyplot.
-      title: above the picture; a status that is not good is named there in any case.
+      of: the design that ``ms.design.fit`` returned.
+      axes: Axes, one for each feature, one for the parameters and one for the trust region; None
+        makes a figure with pyplot.
+      title: title of the figure; the name of a status that is not good is added to it in any case.
 
     Returns:
       the Axes.
 
     Raises:
-      InputError: something else than a design, or another number of axes.
+      InputError: ``of`` is not a design, or the number of axes is wrong.
     """
     if not isinstance(of, Design):
         raise InputError(f"got a {type(of).__name__}: give what ms.design.fit returns.")
@@ -70,8 +70,8 @@ def design_history(
     panels = list(axes)  # type: ignore[arg-type]
     if len(panels) != m + 2:
         raise InputError(
-            f"axes are {len(panels)}: give {m + 2}, one a feature, one of parameters, one of the"
-            " trust region."
+            f"`axes` has {len(panels)} Axes: give {m + 2}, one per feature, one for parameters,"
+            " one for the trust region."
         )
     number = np.arange(len(steps))
     taken = np.array([s.accepted for s in steps])
@@ -141,10 +141,10 @@ def _draw_parameters(ax: Axes, of: Design, number: np.ndarray, x: np.ndarray) ->
     """Draw the change of each parameter from its start, or of many parameters the quantiles.
 
     Args:
-      ax: where to draw.
+      ax: the Axes to draw in.
       of: the design.
       number: (k,) numbers of the steps.
-      x: (k, p) variables of these steps.
+      x: (k, p) variables of the design (parameters or their logarithms) at these steps.
     """
     start = of.state.history[0].x
     # Variables that all start at 0 are logarithms of parameter over start: the ratio is drawn.
@@ -187,7 +187,7 @@ def before_after(
       the two Axes.
 
     Raises:
-      InputError: something else than minima, or minima of different shapes.
+      InputError: arguments that are not minima, or minima of different shapes.
     """
     minima = [x.equilibrium if isinstance(x, Linearization) else x for x in (first, second)]
     for minimum in minima:
@@ -226,7 +226,7 @@ def nonaffine_field(
 
     Args:
       eq: the minimum.
-      moduli: result of ``ms.elasticity.moduli`` at this minimum.
+      moduli: the result of ``ms.elasticity.moduli`` at this minimum.
       strain: (d, d) symmetric; None for pure shear, xy = yx = 1/2.
       ax, scale, title: as in ``sensitivity_map``.
 
@@ -234,7 +234,8 @@ def nonaffine_field(
       the Axes.
 
     Raises:
-      InputError: something else than Moduli, or a strain of another shape or not symmetric.
+      InputError: ``moduli`` is not the result of ``ms.elasticity.moduli``, or the strain has
+        another shape or is not symmetric.
     """
     if not isinstance(moduli, Moduli):
         raise InputError(f"got a {type(moduli).__name__}: give what ms.elasticity.moduli returns.")
@@ -258,18 +259,19 @@ def feature_response(
 ) -> tuple[Axes, Axes]:
     """Draw the singular values of the features' Jacobian, and each feature's susceptibilities.
 
-    The dark bar is the susceptibility of a feature while the others are held constant, the pale bar
-    behind it that without this condition. A feature without a dark bar cannot be moved alone.
+    The dark bar is the susceptibility of a feature (its change for a parameter change of norm 1)
+    while the other features are kept constant; the pale bar behind it is the susceptibility without
+    this condition. A feature without a dark bar cannot be changed alone.
 
     Args:
-      of: result of ``ms.design.feature_response``.
+      of: the result of ``ms.design.feature_response``.
       axes: two Axes; None makes a figure of two columns with pyplot.
 
     Returns:
       the two Axes.
 
     Raises:
-      InputError: something else than a feature response.
+      InputError: ``of`` is not the result of ``ms.design.feature_response``.
     """
     if not isinstance(of, FeatureResponse):
         raise InputError(

@@ -65,7 +65,7 @@ def sensitivity_map(
 ) -> Axes:
     """Draw how each particle of a minimum moves with a parameter: dR_i/dtheta as an arrow on it.
 
-    The figure of arXiv:2105.15183. Circles are drawn to scale, in the cell, together with the
+    The figure follows arXiv:2105.15183. Circles are drawn to scale, in the cell, together with the
     images that reach into it. Colors are the species, or the diameters where there are no species.
     Rattlers are hollow and dashed and carry no arrow. A scale arrow with its value is below the
     cell. For a potential without diameters, circles have the median distance of nearest neighbors
@@ -73,27 +73,28 @@ def sensitivity_map(
 
     Args:
       eq: the minimum, from ``minimize`` or ``linearize``; not a batch.
-      response: from ``jvp`` or ``response``; or any vectors (n, d), such as
+      response: a derivative from ``jvp`` or ``response``; or any vectors (n, d), such as
         ``jacobian(eq).nonaffine[..., k]``.
-      ax: where to draw; None makes a figure of one column with pyplot.
-      part: ``"nonaffine"`` draws the motion less that of the box: independent of the choice of
-        images, and the same as ``"value"`` where the box does not move. ``"value"`` draws the
-        derivative of the stored positions.
+      ax: the Axes to draw in; None makes a figure of one column with pyplot.
+      part: ``"nonaffine"`` draws the motion minus the affine motion with the box; it does not
+        depend on the choice of periodic images, and is the same as ``"value"`` where the box does
+        not move. ``"value"`` draws the derivative of the Cartesian positions, which includes the
+        motion with the box.
       scale: drawn length of an arrow of length 1, in the positions' unit. Give it to compare
         figures; None draws the arrow at the 95th percentile 1.5 diameters long.
-      label: the name of an arrow's length; None for |dR/dtheta|, with the index na where the affine
-        part was taken off.
+      label: the name of an arrow's length beside the scale arrow; None for |dR/dtheta|, with the
+        index na (non-affine) where the affine part was subtracted.
       axis: in 3-D, the cell vector to look along, from its tip; in an open system, the coordinate.
         The projection is orthographic: an arrow's component along the view is not visible.
         Particles fade with their distance.
       slab: in 3-D, the part of the depth to draw, in fractions from the rear to the front.
-      title: above the picture. A response whose status is not good is named there in any case.
+      title: title of the figure. The name of a status that is not good is added to it in any case.
 
     Returns:
       the Axes.
 
     Raises:
-      InputError: a batch, a response without one vector a particle (``vjp``, ``gradient``,
+      InputError: a batch, a response without one vector for each particle (``vjp``, ``gradient``,
         ``jacobian``), bad options.
     """
     system, vectors, rattlers = _check_input(eq, response, part)
@@ -164,7 +165,7 @@ def sensitivity_map(
 
 
 def _length_label(response: Displacement | ArrayLike, part: str, typical: float) -> str:
-    """The default name of an arrow's length, with the index na where the box moves."""
+    """Return the default name of an arrow's length, with the index na where the box moves."""
     if part == "nonaffine" and isinstance(response, Displacement):
         # up to 1e-6 of a typical arrow the two are equal: the box does not move
         atol = 1e-6 * typical
@@ -182,7 +183,7 @@ def _check_input(
       the system, the vectors (n, d) to draw, and a mask (n,) of the rattlers.
 
     Raises:
-      InputError: as of ``sensitivity_map``.
+      InputError: the errors listed in ``sensitivity_map``.
     """
     if not isinstance(eq, Equilibrium | Linearization):
         raise InputError(
@@ -202,14 +203,14 @@ def _check_input(
         vectors = response.positions if part == "value" else response.nonaffine
     elif isinstance(response, dict | Derivative):
         raise InputError(
-            "the response is a derivative by parameters (vjp, gradient): give one of jvp or"
+            "the response is a derivative by parameters (vjp, gradient): give that of jvp or"
             " response."
         )
     vectors = np.asarray(vectors, float)
     if vectors.shape != system.positions.shape:
         raise InputError(
             f"the response has shape {vectors.shape} and the positions {system.positions.shape}:"
-            " give one vector a particle, of jvp, or of a jacobian by one number, jacobian(eq,"
+            " give one vector per particle, from jvp or from one component, jacobian(eq,"
             " 'sigma').component('sigma[0]')."
         )
     bad = ~np.isfinite(vectors).all(axis=1)
@@ -227,7 +228,7 @@ def _check_input(
 
 
 def _diameters(system: System) -> np.ndarray:
-    """Diameters of the circles, (n,): sigma, or else the median distance of nearest neighbors."""
+    """Return diameters of the circles, (n,): sigma, or the median distance of nearest neighbors."""
     if system.diameters is not None:
         return np.asarray(system.diameters, float)
     from scipy.spatial import KDTree
@@ -241,7 +242,7 @@ def _diameters(system: System) -> np.ndarray:
 
 
 def _new_axes(low: np.ndarray, high: np.ndarray, foot: Foot, titled: bool) -> Axes:
-    """The Axes of a new figure one column wide, with room for the picture, legend and title."""
+    """Make a figure one column wide, with room for picture, legend and title; return the Axes."""
     from matplotlib import pyplot
 
     width, height = high - low
@@ -273,7 +274,7 @@ def _draw_frame(ax: Axes, view: View, low: np.ndarray, high: np.ndarray) -> None
 
 
 def _faded(colors: Sequence[str] | np.ndarray, haze: float) -> np.ndarray:
-    """Colors (k, 4) mixed with the color of the paper; ``haze`` is the fraction of the paper."""
+    """Mix colors (k, 4) with the color of the paper; ``haze`` is the fraction of the paper."""
     from matplotlib.colors import to_rgb, to_rgba_array
 
     paper = [*(haze * np.array(to_rgb(PAPER))), 0]  # opacity stays
@@ -318,10 +319,10 @@ def _draw_arrows(
 ) -> Quiver:
     """Draw arrows, clipped at the cell like the circles.
 
-    An arrow that leaves the cell comes in again at the other side, as that of an image.
+    An arrow that leaves the cell enters again at the opposite side, as the arrow of an image.
 
     Args:
-      ax: where to draw.
+      ax: the Axes to draw in.
       view: the projection.
       chosen: mask (n,) of the particles whose arrows to draw.
       arrows: (n, 2) in drawn length.
@@ -361,10 +362,10 @@ def _draw_arrows(
 
 
 def _edge_width(arrows: np.ndarray, shaft: float) -> np.ndarray:
-    """Width in points of the white edge that keeps crossing arrows apart.
+    """Compute the width in points of the white edge that separates crossing arrows.
 
-    Short arrows have a thinner edge or none, because it would cover them, and so have all arrows in
-    a crowd, which are small.
+    Short arrows have a thinner edge or none, because an edge would cover them; the same holds for
+    all arrows where there are very many, because they are small.
     """
     room = np.clip(np.linalg.norm(arrows, axis=1) / (6 * shaft) - 0.2, 0.0, 1.0)
     return 0.3 * room * (len(arrows) < CROWD)
@@ -379,10 +380,10 @@ def _clip_at_cell(ax: Axes, view: View, artist: Artist) -> None:
 
 
 def _colors(system: System, diameters: np.ndarray) -> tuple[np.ndarray, Key]:
-    """The colors of the particles, (n, 4), and their key for the legend.
+    """Return the colors of the particles, (n, 4), and their key for the legend.
 
-    The key is a list of names with colors, empty for particles all alike or of too many species; or
-    a color map with its range, for more diameters than the palette has colors.
+    The key is a list of names with colors, empty if all particles are alike or if there are too
+    many species; or a color map with its range, for more diameters than the palette has colors.
     """
     from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgba_array
 

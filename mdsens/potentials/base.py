@@ -54,15 +54,16 @@ Displacement = Callable[[jax.Array, jax.Array], jax.Array]
 class PairTerm(NamedTuple):
     """The pairs of one potential, and what is needed to evaluate phi(r, *values) for them.
 
-    A list of pairs has shape (m,); rows of neighbors have i (1, n) and the rest (capacity, n), each
-    pair twice.
+    Arrays of a list of pairs have shape (m,); with rows of neighbors, i is (1, n) and the others
+    are (capacity, n), each pair twice.
 
     Attributes:
       i, j: particle indices.
       mask: True for pairs, False on padding.
       phi: the pair potential, elementwise.
-      values: each parameter at each pair, or as a scalar.
-      breakpoints: function of the values to the lengths where a derivative jumps or diverges.
+      values: the parameters, each with a value for each pair, or as a scalar.
+      breakpoints: function that maps the values to the lengths where a derivative jumps or
+        diverges.
     """
 
     i: jax.Array
@@ -73,18 +74,18 @@ class PairTerm(NamedTuple):
     breakpoints: Callable[..., tuple[jax.Array, ...]]
 
     def rows(self, k: int | jax.Array) -> PairTerm:
-        """The k-th chunk of rows, where the arrays have the shape (chunks, rows, n)."""
+        """Return the k-th chunk of rows, where the arrays have the shape (chunks, rows, n)."""
         values = tuple(v[k] if v.ndim == 3 else v for v in self.values)
         return self._replace(j=self.j[k], mask=self.mask[k], values=values)
 
     def energy(self, r: jax.Array) -> jax.Array:
-        """phi of each pair, zero on padding."""
+        """Compute phi of each pair, zero on padding."""
         # On padding phi and its derivatives must be finite, too (pair_distances gives r = 1 there):
         # where() multiplies them by zero, and zero times NaN is NaN.
         return jnp.where(self.mask, self.phi(r, *self.values), 0.0)
 
     def lengths(self) -> jax.Array:
-        """Lengths at which a derivative of each pair's potential jumps or diverges, (k, m)."""
+        """Compute lengths at which a derivative of a pair's potential jumps or diverges, (k, m)."""
         points = [jnp.broadcast_to(b, self.mask.shape) for b in self.breakpoints(*self.values)]
         return jnp.stack(points) if points else jnp.zeros((0, *self.mask.shape))
 
@@ -122,7 +123,7 @@ class Potential(Protocol):
 
 
 class _Addable:
-    """Potentials whose sum is a potential."""
+    """Base of potentials that can be added with +."""
 
     def __add__(self, other: object) -> SumPotential:
         if not isinstance(other, _Addable):
@@ -131,12 +132,12 @@ class _Addable:
 
 
 def _flatten(potential: _Addable) -> tuple[Any, ...]:
-    """The parts of a potential, so that sums of sums are sums of single potentials."""
+    """Return the terms of a potential, so that sums of sums are sums of single potentials."""
     return potential.parts if isinstance(potential, SumPotential) else (potential,)
 
 
 class _NamedPotential(_Addable):
-    """Base of the potentials with named parameters: defaults of one without any interaction."""
+    """Base of the potentials with named parameters; by default without any interaction."""
 
     name: str
     names: tuple[str, ...]
@@ -150,7 +151,7 @@ class _NamedPotential(_Addable):
 
     @property
     def pair_parameters(self) -> tuple[str, ...]:
-        """Parameters of pairs: as a matrix they have a value per species pair, symmetric."""
+        """Names of the parameters of pairs, which may be symmetric matrices of species pairs."""
         return ()
 
     @property
@@ -158,10 +159,10 @@ class _NamedPotential(_Addable):
         return True
 
     def renamed(self, names: Mapping[str, str]) -> Self:
-        """The same potential with some parameters renamed, for sums in which names would clash.
+        """Return the potential with some parameters renamed, for sums in which names would clash.
 
         Args:
-          names: new names by the present ones.
+          names: a dict of new names by present names.
         """
         record: Any = self
         return dataclasses.replace(record, names=tuple(names.get(n, n) for n in self.names))
@@ -197,13 +198,16 @@ class _NamedPotential(_Addable):
         species: jax.Array | None,
         species_count: int,
     ) -> None:
-        """Raise InputError where the potential has no energy at a configuration. Host code."""
+        """Raise InputError where the potential has no energy at a configuration.
+
+        Not for compiled code.
+        """
 
     def specialize(self, params: Params, differentiated: Sequence[str] = ()) -> Self:
-        """The cheapest form of the potential that is the same function of r at these parameters.
+        """Return the cheapest form of the potential that is equal at these parameters for all r.
 
-        Its derivatives by the parameters in ``differentiated`` are right; those by others may not
-        be.
+        Derivatives by the parameters in ``differentiated`` are right; derivatives by others may be
+        wrong.
         """
         return self
 
@@ -216,20 +220,20 @@ class PairPotential(Portable, _NamedPotential):
     phi is zero at and beyond a finite cutoff, or has infinite range.
 
     Attributes:
-      name: shown in messages and tables.
+      name: name of the potential in messages and tables.
       phi: ``phi(r, *pair_parameters)``, elementwise.
       names: the parameters' names, in phi's order.
       cutoff: a length, or a function of the pair parameters, monotone in each; None for infinite
         range.
-      breakpoints: function of the pair parameters to the lengths where a derivative jumps or
+      breakpoints: function that maps the pair parameters to the lengths where a derivative jumps or
         diverges.
-      mixing: for each parameter the function that makes a pair's value of the two particles'
-        values; its result lies between them.
-      above: for each parameter the value that it must exceed; -inf for any.
+      mixing: for each parameter the function that computes a pair's value from the two particles'
+        values; its result must lie between the two.
+      above: for each parameter the value that it must exceed; -inf if any value is allowed.
       repulsive: True where phi only repels and vanishes beyond contact: rattlers are then
         determined from contacts.
-      cases: cheaper forms of phi, each with the name of a parameter and the value of it at which
-        the form is the same function of r and of the other parameters (a square for a power).
+      cases: cheaper forms of phi, such as a square for a power, each with the name and the value of
+        a parameter: at this value the form is the same function of r and of the other parameters.
     """
 
     name: str = dataclasses.field(metadata={"static": True})
@@ -249,7 +253,7 @@ class PairPotential(Portable, _NamedPotential):
         return self.names
 
     def range(self, params: Params) -> jax.Array:
-        """The largest length at which any pair can interact; inf without a cutoff.
+        """Return the largest length at which any pair can interact; inf without a cutoff.
 
         The cutoff is monotone in each parameter and mixing stays between two particles' values, so
         that the largest length is at some combination of the parameters' extremes.
@@ -266,14 +270,14 @@ class PairPotential(Portable, _NamedPotential):
         return jnp.max(jnp.stack([jnp.asarray(self._cutoff_at(*corner)) for corner in corners]))
 
     def _cutoff_at(self, *values: Any) -> Any:
-        """The cutoff of pairs with these parameters, where it is a function of them."""
+        """The function that returns the cutoff of a pair from its parameters."""
         assert callable(self.cutoff)
         return Traceable(f"the cutoff of {self.name}", self.cutoff)(*values)
 
     def lengths(
         self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
     ) -> jax.Array | float:
-        """The length beyond which phi is zero, of each pair; inf without a cutoff."""
+        """Return for each pair the length beyond which phi is zero; inf without a cutoff."""
         if self.cutoff is None:
             return math.inf
         if not callable(self.cutoff):
@@ -338,11 +342,11 @@ class PairPotential(Portable, _NamedPotential):
         self._check_end(params)
 
     def _traceable_phi(self) -> Traceable:
-        """phi with an error message that names it where it does what jax cannot trace."""
+        """Return phi with an error message that names it where jax cannot trace it."""
         return Traceable(f"phi of {self.name}", self.phi)
 
     def _is_from_catalogue(self) -> bool:
-        """Whether phi is one of the catalogue's, which the tests try at all distances."""
+        """Return whether phi is from the catalogue, which tests examine at all distances."""
         phi = getattr(self.phi, "phi", self.phi)  # the phi inside of a `switched`
         return getattr(phi, "__module__", "").startswith("mdsens.")
 
@@ -373,7 +377,7 @@ class PairPotential(Portable, _NamedPotential):
 
 @functools.partial(jax.jit, static_argnames="species_count")
 def _trial(potential: PairPotential, box: jax.Array | None, few: Few, species_count: int) -> Trial:
-    """phi and its derivatives at a few distances of a few pairs of a system."""
+    """Evaluate phi and its derivatives at a few distances of a few pairs of a system."""
     n = few.positions.shape[0]
     i, j = few.pairs
     kinds = few.pairs, n, few.species, species_count
@@ -393,10 +397,10 @@ class BondedPotential(Portable, _NamedPotential):
 
     Attributes:
       bonds: (m, 2) particle indices.
-      name: shown in messages and tables.
+      name: name of the potential in messages and tables.
       phi: ``phi(r, *parameters)``, elementwise.
       names: the parameters' names, in phi's order; each a scalar or one value per bond.
-      above: for each parameter the value that it must exceed; -inf for any.
+      above: for each parameter the value that it must exceed; -inf if any value is allowed.
     """
 
     bonds: Any
@@ -448,11 +452,11 @@ class BondedPotential(Portable, _NamedPotential):
 class EnergyPotential(Portable, _NamedPotential):
     """Any energy U = fn(positions, params, displacement), over all pairs.
 
-    Its cost grows with the number of particles as that of fn does.
+    The cost grows with the number of particles as the cost of fn does.
 
     Attributes:
-      name: shown in messages and tables.
-      fn: the energy, a scalar.
+      name: name of the potential in messages and tables.
+      fn: function that returns the energy, a scalar.
       names: the parameters' names in the system.
       keys: the same parameters' names in fn.
       shared: names that another potential of a sum has as well.
@@ -515,7 +519,7 @@ class EnergyPotential(Portable, _NamedPotential):
 class SumPotential(_Addable):
     """The sum of several potentials.
 
-    Each parameter belongs to one of them, unless another declares that it shares the parameter.
+    Each parameter belongs to one term of the sum, unless another term declares that it shares it.
     """
 
     parts: tuple[Any, ...]
@@ -622,7 +626,7 @@ class SumPotential(_Addable):
 def check_params(potential: Potential, params: Params, n: int, species_count: int) -> None:
     """Raise InputError where names, shapes or values of ``params`` do not fit ``potential``.
 
-    Host code.
+    Not for compiled code.
     """
     check_names(params, potential.parameters, potential.name)
     potential.check(params, n, species_count)

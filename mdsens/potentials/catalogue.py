@@ -49,7 +49,7 @@ def geometric(a: jax.Array, b: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class switched:  # noqa: N801 - used as a function
-    """phi times a C2 switch S, which is 1 up to ``onset`` and 0 from ``cutoff`` on.
+    """A pair potential phi multiplied by a C2 switch S, 1 up to ``onset`` and 0 from ``cutoff`` on.
 
         S(x) = 1 - x^3 (10 - 15 x + 6 x^2),     x = (r - onset) / (cutoff - onset),     in between
 
@@ -81,7 +81,7 @@ def _switch(x: jax.Array) -> jax.Array:
 
 
 def _soft_sphere(r: jax.Array, sigma: jax.Array, epsilon: jax.Array, alpha: jax.Array) -> jax.Array:
-    """phi of soft spheres for any exponent alpha."""
+    """Compute phi of soft spheres for any exponent alpha."""
     overlap = 1.0 - r / sigma
     inside = overlap > 0
     # where() inside the power: 0**alpha has a NaN tangent by alpha
@@ -91,7 +91,7 @@ def _soft_sphere(r: jax.Array, sigma: jax.Array, epsilon: jax.Array, alpha: jax.
 def _harmonic_sphere(
     r: jax.Array, sigma: jax.Array, epsilon: jax.Array, alpha: jax.Array
 ) -> jax.Array:
-    """phi of soft spheres for alpha = 2: a square in place of a power."""
+    """Compute phi of soft spheres for alpha = 2, with a square in place of a power."""
     overlap = 1.0 - r * (1.0 / sigma)  # one division, where the derivative by r / sigma has two
     overlap = jnp.where(overlap > 0, overlap, 0.0)
     return 0.5 * epsilon * overlap * overlap
@@ -100,7 +100,7 @@ def _harmonic_sphere(
 def _hertzian_sphere(
     r: jax.Array, sigma: jax.Array, epsilon: jax.Array, alpha: jax.Array
 ) -> jax.Array:
-    """phi of soft spheres for alpha = 2.5: a square and a root in place of a power."""
+    """Compute phi of soft spheres for alpha = 2.5, with a square and a root for the power."""
     overlap = 1.0 - r / sigma
     # where() inside the root: its slope at zero is infinite, which times zero is NaN
     root = jnp.sqrt(jnp.where(overlap > 0, overlap, 1.0))
@@ -108,12 +108,12 @@ def _hertzian_sphere(
 
 
 def _contact(sigma: jax.Array, *rest: jax.Array) -> jax.Array:
-    """The cutoff of soft spheres, where their surfaces touch."""
+    """Return the cutoff of soft spheres, r = sigma, where their surfaces touch."""
     return sigma
 
 
 def _contact_breakpoint(sigma: jax.Array, *rest: jax.Array) -> tuple[jax.Array, ...]:
-    """The breakpoint of soft spheres, where their surfaces touch."""
+    """Return the breakpoint of soft spheres, r = sigma, where their surfaces touch."""
     return (sigma,)
 
 
@@ -148,7 +148,7 @@ def _harmonic_morse(
 def _harmonic_morse_breakpoints(
     sigma: jax.Array, epsilon: jax.Array, alpha: jax.Array, stiffness: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Contact, and the onset and cutoff of the well's switch."""
+    """Return the contact distance, and the onset and cutoff of the well's switch."""
     onset, cutoff = HARMONIC_MORSE_ENDS
     return sigma, sigma + onset / alpha, sigma + cutoff / alpha
 
@@ -282,7 +282,7 @@ def from_pair(
     positive: bool = False,
     repulsive: bool = False,
 ) -> PairPotential:
-    """A pair potential of a user's function, U = sum over pairs of phi(r_ij, p_ij).
+    """Make a pair potential of a user's function, U = sum over pairs of phi(r_ij, p_ij).
 
     Args:
       phi: ``phi(r, *parameters)``, elementwise in jax.numpy, at least twice differentiable away
@@ -290,19 +290,20 @@ def from_pair(
         make it so). ``System.create`` evaluates it, and its derivatives up to the third, within
         the cutoff and beyond. A module-level function compiles once, and pickle takes it to other
         processes; a lambda that is defined again for each system compiles again, and only
-        cloudpickle takes it there.
+        cloudpickle can send it to other processes.
       parameters: the parameters' names, in phi's order.
-      cutoff: a length, or a function of the pair parameters (monotone in each) where the potential
-        ties it to them; None for infinite range: all pairs, which suits up to a few thousand
-        particles, open boundaries only.
+      cutoff: a length, or a function of the pair parameters (monotone in each) that returns it;
+        None for infinite range: all pairs, which suits up to a few thousand particles, open
+        boundaries only.
       breakpoints: lengths, or a function of the pair parameters returning them, where a derivative
-        of phi jumps or diverges. The validity radius of a sensitivity rests on them.
-      mixing: functions that make a pair's value of two particles' values, by the parameter's name;
-        the arithmetic mean for parameters not named.
-      name: shown in messages and tables; the name of phi where None.
-      positive: refuse parameters that are not positive.
-      repulsive: declare that phi only repels and vanishes beyond its cutoff, so that rattlers are
-        determined by counting contacts.
+        of phi jumps or diverges. The range over which a sensitivity is valid is computed from these
+        lengths.
+      mixing: dict of functions by parameter name, each of which computes a pair's value from the
+        two particles' values; the arithmetic mean for parameters that are not named.
+      name: name of the potential in messages and tables; the name of phi where None.
+      positive: whether to refuse parameters that are not positive.
+      repulsive: whether to declare that phi only repels and vanishes beyond its cutoff, so that
+        rattlers are determined by counting contacts.
     """
     names = _checked_names(parameters)
     _check_arguments(phi, names)
@@ -335,18 +336,18 @@ def from_pair(
 
 
 def _checked_names(parameters: Iterable[str]) -> tuple[str, ...]:
-    """Parameter names that a user gives, as a tuple of strings."""
+    """Check parameter names that a user gives, and return them as a tuple of strings."""
     if isinstance(parameters, str | bytes) or not np.iterable(parameters):
         raise InputError(f"parameters is {short(parameters)}: give a tuple of names.")
     names = tuple(parameters)
     for name in names:
         if not isinstance(name, str):
-            raise InputError(f"parameters has {short(name)} among them: give a tuple of names.")
+            raise InputError(f"parameters contains {short(name)}: give a tuple of names.")
     return names
 
 
 def _checked_lengths(breakpoints: ArrayLike) -> tuple[float, ...]:
-    """Breakpoints that a user gives, as a tuple of finite lengths."""
+    """Check breakpoints that a user gives, and return them as a tuple of finite lengths."""
     array = np.asarray(real_array("breakpoints", breakpoints, "give lengths."), float)
     if array.ndim != 1 or not np.isfinite(array).all():
         raise InputError(f"breakpoints is {short(breakpoints)}: give lengths, in a tuple.")
@@ -376,7 +377,7 @@ def from_energy(
     shared: Sequence[str] = (),
     name: str | None = None,
 ) -> EnergyPotential:
-    """A potential of any energy function ``fn(positions, params, displacement) -> scalar``.
+    """Make a potential of any energy function ``fn(positions, params, displacement) -> scalar``.
 
     Args:
       fn: takes ``positions`` (n, d); ``params`` a dict of the named parameters;
@@ -384,8 +385,9 @@ def from_energy(
         sums over all pairs itself. The many-body potentials of jax-md fit:
         ``lambda R, p, d: jax_md.energy.stillinger_weber(d, epsilon=p["epsilon"])(R)``.
       parameters: the parameters' names; their values may have any shape.
-      shared: names among them that another potential of a sum has as well: one value serves both.
-      name: shown in messages and tables; the name of fn where None.
+      shared: names of parameters that another potential of a sum has as well: both use the same
+        value.
+      name: name of the potential in messages and tables; the name of fn where None.
     """
     if not callable(fn):
         raise InputError(

@@ -31,8 +31,8 @@ __all__ = ["ChargeEquilibration", "InducedDipoles", "charge_equilibration", "ind
 class _DipoleFunctional(NamedTuple):
     """The energy W of induced dipoles; its variables are y = mu / sqrt(alpha), (n, d).
 
-    In these all dipoles are equally stiff, however small some polarizabilities are. The interaction
-    of two dipoles is T = across - along v v, with the vector v between them.
+    In these variables all dipoles are equally stiff, however small some polarizabilities are. The
+    interaction of two dipoles is T = across - along v v, with the vector v between them.
 
     Attributes:
       root: (n,) square roots of the polarizabilities.
@@ -55,23 +55,23 @@ class _DipoleFunctional(NamedTuple):
         return jnp.zeros_like(self.field)
 
     def dipoles(self, y: jax.Array) -> jax.Array:
-        """The dipoles mu (n, d) of variables y."""
+        """Compute the dipoles mu (n, d) from the variables y."""
         return self.root[:, None] * y
 
     @full_precision
     def tensor(self, mu: jax.Array) -> jax.Array:
-        """T mu, minus the field of the dipoles mu, (n, d)."""
+        """Compute T mu, minus the field of the dipoles mu, (n, d)."""
         # i: the particle at which the field is, j: the dipole that it comes from
         share = self.along * jnp.einsum("ijd,jd->ij", self.vectors, mu)
         return self.across @ mu - jnp.einsum("ij,ijd->id", share, self.vectors)
 
     def energy(self, y: jax.Array) -> jax.Array:
-        """W: polarization, interaction of the dipoles, and their energy in the charges' field."""
+        """Compute W: polarization, interaction of the dipoles, and energy in the charges' field."""
         mu = self.dipoles(y)
         return 0.5 * jnp.sum(y**2) + jnp.sum(mu * (0.5 * self.tensor(mu) - self.field))
 
     def conditions(self, y: jax.Array) -> jax.Array:
-        """dW/dy, (n, d)."""
+        """Compute dW/dy, (n, d)."""
         return y + self.root[:, None] * (self.tensor(self.dipoles(y)) - self.field)
 
     def curvature(self) -> tuple[LinearMap, jax.Array]:
@@ -113,7 +113,7 @@ class InducedDipoles(SelfConsistentPotential):
     def moments(
         self, positions: jax.Array, params: Params, species: Species, species_count: int
     ) -> tuple[jax.Array, jax.Array]:
-        """Charge (n,) and dipole (n, d) of each particle; not finite where the solve failed."""
+        """Return the particles' charges (n,) and dipoles (n, d); not finite if the solve failed."""
         functional, y, status = self.at_rest(positions, params, species, species_count)
         charge, *_ = self.values(params, positions.shape[0], species, species_count)
         return charge, functional.dipoles(y) * nan_where_failed(status)
@@ -134,8 +134,8 @@ class _ChargeFunctional(NamedTuple):
     The chemical potential is the Lagrange multiplier of the total charge.
 
     Attributes:
-      electronegativity: (n,).
-      hardness: (n,).
+      electronegativity: (n,) electronegativities chi, energy per charge.
+      hardness: (n,) hardnesses J, energy per squared charge.
       coulomb: (n, n) Coulomb matrix of the Gaussian charges, zero on the diagonal.
       total: the charge of all particles together.
     """
@@ -154,14 +154,14 @@ class _ChargeFunctional(NamedTuple):
 
     @full_precision
     def field(self, q: jax.Array) -> jax.Array:
-        """The part of dW/dq that is linear in the charges."""
+        """Compute the part of dW/dq that is linear in the charges."""
         return self.hardness * q + self.coulomb @ q
 
     @full_precision
     def energy(self, y: tuple[jax.Array, jax.Array]) -> jax.Array:
-        """W with the multiplier's term, which is zero at the minimum.
+        """Compute W with the term of the multiplier, which is zero at the minimum.
 
-        With the term, an error of the total charge, too, enters U only as its square.
+        With this term, an error of the total charge enters U only as its square.
         """
         q, potential = y
         energy = q @ (self.electronegativity + 0.5 * self.field(q))
@@ -210,7 +210,7 @@ class ChargeEquilibration(SelfConsistentPotential):
     def moments(
         self, positions: jax.Array, params: Params, species: Species, species_count: int
     ) -> tuple[jax.Array, jax.Array]:
-        """Charge (n,) of each particle, and dipoles (n, d), which are zero.
+        """Return the charge (n,) of each particle, and dipoles (n, d), which are zero.
 
         Charges are not finite where the inner solve failed.
         """
@@ -220,7 +220,7 @@ class ChargeEquilibration(SelfConsistentPotential):
     def potential(
         self, positions: jax.Array, params: Params, species: Species, species_count: int
     ) -> jax.Array:
-        """The chemical potential of charge, dU / dtotal; not finite where the solve failed."""
+        """Return the chemical potential of charge, dU / dtotal; not finite if the solve failed."""
         _, (_, potential), status = self.at_rest(positions, params, species, species_count)
         return potential * nan_where_failed(status)
 
@@ -236,7 +236,7 @@ class ChargeEquilibration(SelfConsistentPotential):
 
 
 def induced_dipoles(damped: bool = True, solve: Method = CG(rtol=1e-14)) -> InducedDipoles:
-    """A potential of point charges and the dipoles that they induce, with Thole's damping.
+    """Make a potential of point charges and the dipoles that they induce, with Thole's damping.
 
         U = sum over pairs of q_i q_j / r + min over mu of
             [sum |mu_i|^2 / (2 alpha_i) - sum mu_i . E_i + sum over pairs of mu_i . T_ij mu_j]
@@ -246,12 +246,11 @@ def induced_dipoles(damped: bool = True, solve: Method = CG(rtol=1e-14)) -> Indu
     The unit of charge is such that two unit charges at distance 1 have the energy 1: with lengths
     in Angstrom and energies in eV, an elementary charge is sqrt(14.4) of these units. In 2-D the
     dipoles are those of three dimensions, since nothing drives them out of the plane. The potential
-    does not keep particles apart: add one that does.
-
-    Parameters, each a number, one value per species or one per particle: ``charge``;
-    ``polarizability``, a volume, positive (1e-9 is nearly none); ``damping``, a pure number,
-    positive: a is the geometric mean of the two particles' values. 0.39 is AMOEBA's; a smaller
-    value damps more. The interaction of charges with each other is not damped.
+    does not keep particles apart: add a repulsive potential. Parameters, each a number, one value
+    per species or one per particle: ``charge``; ``polarizability``, a volume, positive (1e-9 is
+    nearly none); ``damping``, a pure number, positive: a is the geometric mean of the two
+    particles' values. 0.39 is AMOEBA's; a smaller value damps more. The interaction of charges with
+    each other is not damped.
 
     Args:
       damped: False for s = t = 1, without the parameter ``damping``. There is then no minimum where
@@ -277,7 +276,7 @@ def induced_dipoles(damped: bool = True, solve: Method = CG(rtol=1e-14)) -> Indu
 
 
 def charge_equilibration(total: float = 0.0, solve: Method = Direct()) -> ChargeEquilibration:
-    """A potential of charges that spread until all particles have the same electronegativity.
+    """Make a potential of charges that spread until all particles have equal electronegativity.
 
         U = min over q with sum q_i = total of [sum chi_i q_i + 1/2 sum J_i q_i^2 + sum over pairs
             of q_i q_j erf(r / sqrt(2 (w_i^2 + w_j^2))) / r]

@@ -40,7 +40,9 @@ SWITCH = "wrap it, ms.potentials.switched(phi, onset, cutoff)"
 def derivatives(
     phi: Callable[..., Any], what: str, r: jax.Array, values: Sequence[ArrayLike]
 ) -> jax.Array:
-    """phi(r, *values) and its derivatives by r up to the third, (4, *shape of r). Traceable.
+    """Compute phi(r, *values) and its derivatives by r up to the third, (4, *shape of r).
+
+    The function is traceable.
 
     Raises:
       InputError: phi is not elementwise, or not real; ``what`` names it.
@@ -62,7 +64,7 @@ def derivatives(
 
 
 def _checked_energy(energy: ArrayLike, what: str, r: jax.Array) -> jax.Array:
-    """What phi returns for distances r, or InputError where it is not elementwise or not real."""
+    """Return phi for distances r; raise InputError where phi is not elementwise or not real."""
     array = jnp.asarray(energy)
     if array.shape != r.shape:
         raise InputError(
@@ -97,7 +99,7 @@ class Few(NamedTuple):
         species: jax.Array | None,
         species_count: int,
     ) -> Few | None:
-        """The few particles of a system; None where it has a single particle."""
+        """Choose a few particles of a system; None where it has a single particle."""
         n = positions.shape[0]
         chosen = []
         if species is None:
@@ -142,10 +144,10 @@ class Trial(NamedTuple):
     Attributes:
       r: (7, k) distances: three within the cutoff, the cutoff, two beyond it, and PADDING; for a
         pair without a cutoff, its actual distance in all rows.
-      orders: (4, 7, k) phi and its derivatives there.
-      ends: (k,) the cutoff; inf for none.
+      orders: (4, 7, k) phi and its first three derivatives at these distances.
+      ends: (k,) the cutoff; inf without a cutoff.
       points: (m, k) the breakpoints.
-      values: each parameter, (k,).
+      values: the parameters, each (k,).
     """
 
     r: Any
@@ -163,11 +165,11 @@ def trial_of(
     points: jax.Array,
     values: Sequence[jax.Array],
 ) -> Trial:
-    """The trial of k pairs. Traceable.
+    """Evaluate the trial of k pairs. Traceable.
 
     Args:
       phi: the pair potential.
-      what: names it in errors.
+      what: name of the potential in errors.
       apart: (k,) distances of the pairs.
       ends: (k,) cutoffs; inf for none.
       points: (m, k) breakpoints.
@@ -189,9 +191,9 @@ def check_end(name: str, phi: Callable[..., Any], end: float, values: Sequence[j
     Its energy would jump there, and no derivative would show the force that belongs to the jump.
 
     Args:
-      name: of the potential.
+      name: name of the potential.
       phi: the pair potential.
-      end: its cutoff.
+      end: the cutoff of the potential.
       values: the parameters, scalars.
     """
     r = end * jnp.array([1.0, *INSIDE])
@@ -216,9 +218,9 @@ def check_trial(name: str, names: Sequence[str], trial: Trial) -> None:
     be finite and phi zero.
 
     Args:
-      name: of the potential.
-      names: its parameters' names.
-      trial: its values and derivatives.
+      name: name of the potential.
+      names: names of the potential's parameters.
+      trial: values and derivatives of the potential.
     """
     r, orders, ends, points, values = jax.tree.map(np.asarray, trial)
     if np.isnan(ends).any() or np.isnan(points).any():

@@ -83,7 +83,7 @@ class AllPairs(NamedTuple):
 
 
 def _failure_energy(status: jax.Array) -> jax.Array:
-    """The term of U for a failed inner solve: -inf without a minimum, inf otherwise, 0 if good."""
+    """Return the term of U for an inner solve: -inf without a minimum, inf if failed, else 0."""
     failed = jnp.where(status == Result.INDEFINITE.value, -jnp.inf, jnp.inf)
     return jnp.where(is_good(status), 0.0, failed)
 
@@ -109,7 +109,7 @@ class Functional(Protocol):
         ...
 
     def energy(self, y: PyTree) -> jax.Array:
-        """W."""
+        """Compute W."""
         ...
 
     def conditions(self, y: PyTree) -> Any:
@@ -117,15 +117,15 @@ class Functional(Protocol):
         ...
 
     def curvature(self) -> tuple[LinearMap, jax.Array]:
-        """d2W/dy2 on the changes that constraints allow, and an array of the shape of these.
+        """Return d2W/dy2 on the changes that constraints allow, and an array shaped like a change.
 
-        On other changes it may be anything that is positive definite.
+        On other changes the operator may be anything that is positive definite.
         """
         ...
 
 
 def minimum(functional: Functional, method: Method) -> tuple[Any, jax.Array]:
-    """The y of the minimum, differentiable by all that W depends on, and the solve's status."""
+    """Compute the y of the minimum, differentiable by all that W depends on, and the status."""
 
     @root(
         lambda y, W: W.conditions(y),
@@ -145,7 +145,7 @@ def minimum(functional: Functional, method: Method) -> tuple[Any, jax.Array]:
 def _solve_conditions(
     functional: Functional, start: PyTree, method: Method
 ) -> tuple[Any, jax.Array]:
-    """The y at which the conditions, which are linear in y, are zero, and the solve's status."""
+    """Compute the y at which the conditions, linear in y, are zero, and the solve's status."""
     residual, product = jax.linearize(functional.conditions, start)
     operator = Operator(product, symmetric=True, positive_semidefinite=functional.definite)
     chosen = choose(method, sum(leaf.size for leaf in jax.tree.leaves(start)), operator)
@@ -157,7 +157,7 @@ def _solve_conditions(
 
 
 def _check_curvature(functional: Functional) -> jax.Array:
-    """INDEFINITE where the curvature of W is negative in some direction, else CONVERGED.
+    """Return INDEFINITE where the curvature of W is negative in some direction, else CONVERGED.
 
     The solve itself may not show it: where the configuration is symmetric, the right-hand side may
     have no component along that direction. Conjugate gradients here start from a chirp, which has a
@@ -202,7 +202,7 @@ class SelfConsistentPotential(_NamedPotential):
 
     Attributes:
       solve: the method of the inner solve.
-      above: for each parameter the value that it must exceed; -inf for any.
+      above: for each parameter the value that it must exceed; -inf if any value is allowed.
     """
 
     solve: Method
@@ -213,13 +213,13 @@ class SelfConsistentPotential(_NamedPotential):
         return False
 
     def functional(self, pairs: AllPairs, *values: jax.Array) -> tuple[Any, jax.Array]:
-        """W at the parameters of each particle, and the energy that does not depend on y."""
+        """Return W at the parameters of each particle, and the energy that does not depend on y."""
         raise NotImplementedError
 
     def at_rest(
         self, positions: jax.Array, params: Params, species: Species, count: int
     ) -> tuple[Any, Any, jax.Array]:
-        """W with open boundaries, the y of its minimum, and the status of the solve."""
+        """Return W with open boundaries, the y of its minimum, and the status of the solve."""
         values = self.values(params, positions.shape[0], species, count)
         functional, _ = self.functional(AllPairs.of(positions, _difference), *values)
         return functional, *minimum(functional, self.solve)
@@ -227,7 +227,7 @@ class SelfConsistentPotential(_NamedPotential):
     def values(
         self, params: Params, n: int, species: Species, species_count: int
     ) -> list[jax.Array]:
-        """The parameters, each as one value per particle, (n,)."""
+        """Return the parameters, each as one value per particle, (n,)."""
         values = []
         for name in self.names:
             value = jnp.asarray(params[name])
@@ -272,7 +272,7 @@ class SelfConsistentPotential(_NamedPotential):
     ) -> None:
         """Raise InputError for a periodic cell, coincident particles, or no inner minimum.
 
-        TooLargeError where a Hessian product would not fit in memory.
+        It raises TooLargeError where a Hessian product would not fit in memory.
         """
         if box is not None:
             raise InputError(
@@ -297,7 +297,7 @@ class SelfConsistentPotential(_NamedPotential):
             raise InputError(self._without_minimum(status))
 
     def _without_minimum(self, status: Result) -> str:
-        """The error message for an inner solve that ended with this status."""
+        """Return the error message for an inner solve that ended with this status."""
         return (
             f"the inner solve of {self.name} failed at these positions and parameters"
             f" ({status.sentence}): give solve=Direct() of mdsens.implicit, or look for values that"

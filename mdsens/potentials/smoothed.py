@@ -6,7 +6,7 @@
 The stiffness of a pair of soft discs jumps at contact (alpha = 2), or its slope diverges there
 (2.5): a derivative of the moduli does not contain a contact that is about to form, and overrates
 one that has just formed. The derivatives of phi_w contain all contacts within the width alike, and
-give the change of the moduli over steps of that size.
+give the change of the moduli over steps of the size of the width.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _mean(phi: Phi, r: jax.Array, width: jax.Array, values: tuple[jax.Array, ...
 def _average(phi: Phi, r: jax.Array, width: jax.Array, values: tuple[jax.Array, ...]) -> jax.Array:
     """phi_w, by quadrature, with a derivative by r that is exact.
 
-    Quadrature does not resolve a breakpoint within the width; only the derivatives by r have to.
+    Quadrature does not resolve a breakpoint within the width; only derivatives by r must be exact.
     """
     return _mean(phi, r, width, values)
 
@@ -150,7 +150,7 @@ class SmoothedPotential(Portable):
 
 
 def smoothed(potential: Potential, width: float | jax.Array) -> Any:
-    """The potential with every pair potential in it averaged over +-width of r.
+    """Return the potential with every pair potential in it averaged over +-width of r.
 
     Other potentials, such as those of bonds, stay as they are.
     """

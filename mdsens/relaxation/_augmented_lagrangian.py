@@ -100,7 +100,7 @@ ByName: TypeAlias = dict[str, jax.Array]
 
 
 class _Trial(NamedTuple):
-    """Where a Newton step ends."""
+    """The state at the end of a Newton step."""
 
     system: System
     multipliers: ByName | None
@@ -113,12 +113,12 @@ class _Trial(NamedTuple):
 def _augmented(
     system: System, multipliers: ByName, penalties: ByName
 ) -> tuple[jax.Array, Unknowns, ByName]:
-    """L_rho, its derivative by positions and relaxed parameters, and g.
+    """Compute L_rho, its derivative by positions and relaxed parameters, and g.
 
     Args:
       system: the system.
-      multipliers: lambda.
-      penalties: rho of each equation, a scalar.
+      multipliers: the multipliers lambda.
+      penalties: the penalty rho of each equation, a scalar.
     """
     own = own_params(system)
 
@@ -136,24 +136,24 @@ def _augmented(
 
 
 def _primal(system: System) -> Unknowns:
-    """Positions and relaxed parameters of a system, without multipliers."""
+    """Return positions and relaxed parameters of a system, without multipliers."""
     return dataclasses.replace(unknowns_of(system), multipliers=None)
 
 
 def _flat_primal(x: Unknowns) -> np.ndarray:
-    """Positions and relaxed parameters of x as one vector of doubles."""
+    """Return positions and relaxed parameters of x as one vector of doubles."""
     return flat(dataclasses.replace(x, multipliers=None)).astype(float)
 
 
 @jax.jit
 def _slope(system: System, multipliers: ByName | None) -> Unknowns:
-    """dL/dx and g, at the unknowns of a system."""
+    """Compute dL/dx and g at the unknowns of a system."""
     return lagrangian_gradient(system, unknowns_of(system, multipliers), own_params(system))
 
 
 @jax.jit
 def _slope_rate(system: System, multipliers: ByName | None, change: Unknowns) -> Unknowns:
-    """Change of dL/dx and g with a change of positions and relaxed parameters, to first order."""
+    """Compute the change of dL/dx and g along a change of positions and relaxed parameters."""
     x = unknowns_of(system, multipliers)
     own = own_params(system)
     tangent = dataclasses.replace(change, multipliers=jax.tree.map(jnp.zeros_like, x.multipliers))
@@ -162,7 +162,7 @@ def _slope_rate(system: System, multipliers: ByName | None, change: Unknowns) ->
 
 @jax.jit
 def _limits(system: System) -> tuple[Unknowns, Unknowns]:
-    """Lower and upper bounds of the unknowns; both are the position for a pinned coordinate."""
+    """Return bounds of the unknowns; for a pinned coordinate both are its position."""
     low, high = bounds(system, system.params)
     stuck = pinned(system)
     lower = jnp.where(stuck, system.positions, low.positions)
@@ -175,12 +175,12 @@ class _Relaxation:
 
     Attributes:
       system: the system so far.
-      multipliers: of the equations; None without equations.
+      multipliers: multipliers of the equations; None without equations.
       steps: number of evaluations of the slope so far.
       requested: the tolerance that the user asked for, or None.
       tolerance: the force that counts as converged, for the pairs that interact now.
       round_off: the force that counts as round-off.
-      length, stiffness: of the potential.
+      length, stiffness: length and stiffness of the potential.
       low, high: bounds of z.
       like: unknowns with the shapes of z.
       count: number of entries of z.
@@ -219,7 +219,7 @@ class _Relaxation:
         self.bar.tolerance = max(self.tolerance, self.round_off)
 
     def system_at(self, z: np.ndarray) -> System:
-        """The system at other unknowns, with a complete neighbor list."""
+        """Return the system at other unknowns, with a complete neighbor list."""
         dtype = self.system.positions.dtype
         x = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), unflat(z, self.like))
         return with_unknowns(self.system, x, own_params(self.system)).reallocate(keep=True)
@@ -231,14 +231,14 @@ class _Relaxation:
 
     @property
     def slope(self) -> Unknowns:
-        """dL/dx and g at the system."""
+        """Compute dL/dx and g at the system."""
         return _slope(self.system, self.multipliers)
 
     def force_left(self, slope: Unknowns, z: np.ndarray) -> float:
-        """The largest force that nothing balances, equations included.
+        """Compute the largest unbalanced force, the residuals of equations included.
 
-        It belongs to the step of a projected gradient, k (z - clip(z - slope / k)), k the
-        potential's stiffness. That is zero at a bound that a coordinate is pushed against, and
+        The force belongs to the step of a projected gradient, k (z - clip(z - slope / k)), k the
+        potential's stiffness. This step is zero at a bound that a coordinate is pushed against, and
         small near a bound that it will be pushed against. A slope along a relaxed parameter counts
         as a force, and so does k g of an equation.
         """
@@ -260,10 +260,10 @@ class _Relaxation:
         )
 
     def kkt_system(self, fixed: np.ndarray) -> KKT:
-        """The linear system of the optimality conditions, with some unknowns fixed.
+        """Return the linear system of the optimality conditions, with some unknowns fixed.
 
         Args:
-          fixed: (count,) True for those.
+          fixed: (count,) True for the fixed unknowns.
         """
         mask = jax.tree.map(jnp.asarray, unflat(fixed, self.like))
         no_equation = jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), bool), self.multipliers)
@@ -281,8 +281,8 @@ class _Relaxation:
     def balance_forces(self) -> None:
         """Set multipliers that balance most of the forces, if the start is next to a minimum.
 
-        The augmented Lagrangian would find them, too, but with unbalanced forces it may leave for
-        another minimum.
+        The augmented Lagrangian would find these multipliers, too, but with unbalanced forces it
+        may go to another minimum.
         """
         if self.multipliers is None:
             return
@@ -329,7 +329,7 @@ class _Relaxation:
         """Minimize L_rho by positions and relaxed parameters, at constant multipliers.
 
         Args:
-          penalties: rho.
+          penalties: the penalties rho.
           force: the largest component of the projected gradient to stop at.
         """
         start = self.z
@@ -380,7 +380,7 @@ class _Relaxation:
         self.system = self.system_at(np.clip(result.x, self.low, self.high))
 
     def _penalties(self) -> ByName:
-        """rho of each equation: rho |grad g|^2 is PENALTY times the potential's stiffness.
+        """Choose rho of each equation: rho |grad g|^2 is PENALTY times the potential's stiffness.
 
         |grad g|^2 is the mean over the components of g.
         """
@@ -401,7 +401,7 @@ class _Relaxation:
         return penalties
 
     def relax(self) -> float:
-        """Relax to the tolerance, or as far as possible; the force that is left."""
+        """Relax to the tolerance, or as far as possible; return the force that is left."""
         share = NEAR
         force = self.force_left(self.slope, self.z)
         # not (<=) rather than >, so that a force that is not a number counts as large
@@ -418,7 +418,7 @@ class _Relaxation:
         return force
 
     def unmet_equation(self) -> str:
-        """Text on the equation that is off by the most; empty where all are met.
+        """Return text on the equation with the largest residual; empty where all are met.
 
         An equation is met within UNMET, the accuracy to which forces may be left.
         """
@@ -458,9 +458,9 @@ class _Relaxation:
     def newton(self) -> float:
         """Take Newton steps on the optimality condition, as long as they make headway.
 
-        A multiple of the force over the potential's length is added to the diagonal of H_L. It
-        grows where a step lowers neither the force that is left nor the augmented Lagrangian, and
-        falls where it does.
+        A multiple of the force over the potential's length is added to the diagonal of H_L. The
+        multiple grows where a step lowers neither the force that is left nor the augmented
+        Lagrangian, and falls otherwise.
 
         Returns:
           the force that is left.
@@ -500,7 +500,7 @@ class _Relaxation:
         return force
 
     def _is_lower(self, trial: _Trial, z: np.ndarray, penalties: ByName) -> bool:
-        """Whether a step lowers the augmented Lagrangian with the multipliers at its end.
+        """Return whether a step lowers the augmented Lagrangian with the multipliers at its end.
 
         Where the difference is round-off, the slopes at both ends decide.
         """
@@ -513,14 +513,14 @@ class _Relaxation:
         return sum(float(flat(slope) @ (trial.z - z)) for _, slope, _ in ends) < 0.0
 
     def _step(self, slope: Unknowns, z: np.ndarray, shift: float) -> np.ndarray:
-        """A Newton step of z and the multipliers, in the order of ``flat``.
+        """Compute a Newton step of z and the multipliers, in the order of ``flat``.
 
         A coordinate that is pushed against a bound goes to the bound, or stays there.
 
         Args:
           slope: dL/dx and g at z.
           z: the unknowns.
-          shift: to add to the diagonal of H_L.
+          shift: number to add to the diagonal of H_L.
         """
         along = _flat_primal(slope)
         # Where a gradient step of size 1 / stiffness ends at a bound or beyond, the coordinate is
@@ -541,7 +541,7 @@ class _Relaxation:
         return step * min(1.0, LONGEST * self.length / longest) if longest > 0 else step
 
     def _try(self, z: np.ndarray, step: np.ndarray) -> _Trial:
-        """Evaluate the slope at the end of a step."""
+        """Evaluate dL/dx, g and the force left at the end of a step."""
         z_after = np.clip(z + step[: self.count], self.low, self.high)
         system = self.system_at(z_after)
         multipliers = self.multipliers
@@ -564,10 +564,10 @@ class _Relaxation:
 def relax_constrained(system: System, options: Options, bar: Decades) -> tuple[Equilibrium, str]:
     """Minimize the energy under constraints.
 
-    ``max_force`` of the equilibrium is the largest norm of the force on a particle that nothing
-    balances. The slope along a relaxed parameter counts as such a force, and so does g times the
-    potential's stiffness. ``steps`` are evaluations of the slope. Coordinates that are beyond their
-    bounds at the start are put on them.
+    ``max_force`` of the equilibrium is the largest norm of the unbalanced force on a particle. The
+    slope along a relaxed parameter counts as such a force, and so does g times the potential's
+    stiffness. ``steps`` are evaluations of the slope. Coordinates that are beyond their bounds at
+    the start are put on them.
 
     Returns:
       (equilibrium, where the relaxation ended, as text for an error message).

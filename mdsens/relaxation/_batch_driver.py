@@ -311,7 +311,7 @@ def relax_batch(batch: System, options: Options, bar: Members) -> Equilibrium:
     """Minimize the energy of each member of a batch in a fixed cell; the result is a batch."""
 
     def relax_some(part: System, count: int) -> tuple[Equilibrium, int, dict[int, Equilibrium]]:
-        """Relax the first ``count`` systems of ``part``: (batch of results, count, single results)."""
+        """Relax the first ``count`` systems of ``part``: (batch, count, single results)."""
         began = time.perf_counter()
         together = BatchRelaxation(part, options.first, options.tolerance, options.max_steps, count)
         together.to_minimum(options.newton)

@@ -133,7 +133,7 @@ def _relax(
 
 
 def _stress_and_goal(eq: Equilibrium, cell: Cell) -> tuple[float, float]:
-    """The largest |stress + P| of a cell, and the stress below which the cell is at rest."""
+    """Compute the largest |stress + P| of a cell, and the limit below which the cell is at rest."""
     volume = float(eq.system.volume)
     length = float(natural_units(eq.system)[0])
     stress = float(np.max(np.abs(np.asarray(cell.slope)))) / volume
@@ -157,12 +157,12 @@ def _relaxed_after_step(
     """Strain the cell and relax the particles again; None where the cell becomes too small.
 
     Args:
-      system: at rest in its cell.
-      cell: derivatives of the enthalpy by strain there; the particles start from their linear
-        response.
+      system: the system, with particles at rest in the cell.
+      cell: derivatives of the enthalpy by strain at this state; the particles start from their
+        linear response.
       step: (k,) amplitudes of the strains.
-      relax_particles: relaxes the particles.
-      budget: of steps of the minimizer.
+      relax_particles: function that relaxes the particles in a fixed cell.
+      budget: largest number of steps of the minimizer.
       shape: whether the shape of the cell is free.
     """
     dtype = system.positions.dtype
@@ -178,6 +178,6 @@ def _relaxed_after_step(
 
 
 def _all_rattlers(eq: Equilibrium) -> bool:
-    """Whether no particle is in the contact network."""
+    """Return whether no particle is in the contact network."""
     _, net, _ = analyze_rigidity(eq.system, eq.max_force)
     return bool(np.all(np.asarray(net.rattlers)))

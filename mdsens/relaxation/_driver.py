@@ -84,26 +84,26 @@ NEAR_FLOOR = 30.0
 def pace_of(
     before: float | np.ndarray, after: float | np.ndarray, steps: int | np.ndarray
 ) -> np.ndarray:
-    """Rate at which the largest force falls, log(before / after) per step; -inf where it rises."""
+    """Compute the rate at which the force falls, log(before / after) per step; -inf if it rises."""
     smallest = np.finfo(float).tiny  # in place of a force of zero, which has no logarithm
     lost = np.log(np.maximum(before, smallest)) - np.log(np.maximum(after, smallest))
     return np.where(lost > 0, lost / np.maximum(steps, 1), -np.inf)
 
 
 def at_size(steps: int, n: int) -> int:
-    """A number of steps scaled to n particles: unchanged up to LARGE, then growing as sqrt(n)."""
+    """Scale a number of steps to n particles: unchanged up to LARGE, then growing as sqrt(n)."""
     return math.ceil(steps * max(1.0, n / LARGE) ** 0.5)
 
 
 def near_force(begin: float, contact: float | np.ndarray, n: int) -> Any:
-    """The largest force at which Newton steps are tried.
+    """Compute the largest force at which Newton steps are tried.
 
     Among many contacts the first one changes at a smaller force. At 131,072 discs Newton steps from
     3e-4 of the contact force took 36 factors, and four times as long as FIRE from an eighth of it.
 
     Args:
       begin: the force in units of the mean force of a contact, for up to LARGE particles.
-      contact: mean force of a contact; or an array, of each member of a batch.
+      contact: mean force of a contact, or an array with a value for each system of a batch.
       n: number of particles.
     """
     return begin * min(1.0, LARGE / n) * contact
@@ -112,12 +112,13 @@ def near_force(begin: float, contact: float | np.ndarray, n: int) -> Any:
 def falls_fast(
     pace: float | np.ndarray, largest: float | np.ndarray, tested: float | np.ndarray, n: int
 ) -> Any:
-    """Whether the minimizer at its pace reaches the minimum before Newton steps would.
+    """Return whether the minimizer reaches the minimum faster than Newton steps would.
 
-    Also True where the pace is not known. For numbers, or arrays over the members of a batch.
+    Also True where the pace of the minimizer is not known. The arguments are numbers, or arrays
+    over the systems of a batch.
 
     Args:
-      pace: from ``pace_of``; 0 where it is not known.
+      pace: rate at which the force falls, from ``pace_of``; 0 where it is not known.
       largest: the largest force now.
       tested: the largest force to stop at.
       n: number of particles.
@@ -135,7 +136,7 @@ def _advance(
     method: Minimizer,
     limits: Limits,
 ) -> tuple[Any, Neighbors, jax.Array, jax.Array]:
-    """Steps on the system's own list: (state, list, number of steps, the largest force)."""
+    """Take steps on the system's neighbor list: (state, list, number of steps, largest force)."""
     state, pairs, steps = advance(system, state, system.neighbors, target, budget, method, limits)
     return state, pairs, steps, largest_force(method.forces(state))
 
@@ -150,9 +151,9 @@ class RelaxationState:
       method: the first-order minimizer.
       length, limits: the potential's length, and limits of the steps.
       tolerance: the tolerance that was given; None for 1e-12 of the mean pair force.
-      max_steps: number of steps at most.
+      max_steps: largest number of steps.
       bar: progress bar, or None.
-      state: of the minimizer; None for one at rest.
+      state: state of the minimizer; None for a state at rest.
       steps: number of steps so far.
       largest: the largest force left on a particle; inf where it is not known.
       pace: see :func:`pace_of`; 0 where it is not known.
@@ -161,11 +162,12 @@ class RelaxationState:
       goal: the largest force that counts as converged.
       scale: mean pair force and force floor of the pairs that interact now; None before ``aim``.
       stands: whether the force has stopped falling, at round-off.
-      saddles: number of saddles that were left.
-      highest, left: energy at the first saddle, and at the last.
+      saddles: number of saddles that the relaxation came to and left.
+      highest, left: energy at the first saddle that was left, and at the last one.
       touching: whether particles touched without a force at the last saddle, see ``Network``.
       examined: whether the Hessian at the end was searched for modes of negative stiffness.
-      unstable: whether it has one that was not left.
+      unstable: whether the Hessian at the end has a mode of negative stiffness that was not
+        followed.
     """
 
     system: System
@@ -222,18 +224,18 @@ class RelaxationState:
 
     @property
     def unfinished(self) -> bool:
-        """Whether the force is above the one to stop at, and more steps may lower it."""
+        """Whether the force is above the force to stop at, and more steps may lower it."""
         more = self.largest > self.tested and self.steps < self.max_steps and not self.stands
         return more and bool(np.isfinite(self.largest))
 
     @property
     def floor(self) -> float:
-        """The force that counts as round-off: all that is left, where the force stands."""
+        """The force that counts as round-off; all the force left, once it has stopped falling."""
         floor = 0.0 if self.scale is None else float(self.scale.floor)
         return max(floor, self.largest) if self.stands else floor
 
     def equilibrium(self) -> Equilibrium:
-        """The configuration so far, with its evidence; the caller sets ``wall_time``."""
+        """Return the configuration with status, forces and steps; the caller sets ``wall_time``."""
         relaxed = self.system.replace(potential=self.potential)
         # Where the tolerance is not met, the forces of the minimizer may have been shortened.
         if not self.at_rest:
@@ -289,7 +291,7 @@ class RelaxationState:
 
     @property
     def at_rest(self) -> bool:
-        """Whether the largest force is small enough to stop, or has stopped falling."""
+        """Return whether the largest force is small enough to stop, or has stopped falling."""
         return self.largest <= self.tested or self.stands
 
     def _relax(self, newton: Newton | None) -> None:
@@ -320,7 +322,7 @@ class RelaxationState:
             self.pace = 0.0
 
     def _falls_fast(self) -> bool:
-        """Whether the minimizer is faster than Newton steps, see ``falls_fast``."""
+        """Return whether the minimizer is faster than Newton steps, see ``falls_fast``."""
         return bool(falls_fast(self.pace, self.largest, self.tested, self.system.n))
 
     def advance(self, near: float, until: int | None = None) -> None:
@@ -366,8 +368,8 @@ class RelaxationState:
         """Allocate a larger neighbor list after one overflowed, and compute the forces again.
 
         Args:
-          taken: number of steps of the call in which it overflowed. Where that is 1 at most, the
-            list gets more room each time.
+          taken: number of steps of the call in which the list overflowed. Where this is at most 1,
+            the list gets more room each time.
         """
         self.room = min(1.25 * self.room, 4.0) if taken <= 1 else 1.25
         self.system = self.system.reallocate(self.room)
@@ -430,10 +432,10 @@ class RelaxationState:
         return True
 
     def _fell(self) -> bool:
-        """Whether the energy fell from the last saddle.
+        """Return whether the energy has fallen since the last saddle.
 
-        If not, contacts that touch without a force may have brought the system back, and the last
-        saddle was none: it does not count.
+        If not, contacts that touch without a force may have brought the system back, so that the
+        last configuration was no saddle and does not count.
         """
         energy = float(potential_energy(self.system.replace(potential=self.potential)))
         eps = np.finfo(self.system.positions.dtype).eps

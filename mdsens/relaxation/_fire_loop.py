@@ -16,9 +16,9 @@ import numpy as np
 from mdsens._util.outcome import is_good
 from mdsens._util.pytree import PyTree
 from mdsens.mechanics.forces import energy_gradient
-from mdsens.mechanics.hessian import largest_force
+from mdsens.mechanics.hessian import largest_force, largest_stiffness
 from mdsens.mechanics.status import Status
-from mdsens.mechanics.units import Limits, largest_stiffness
+from mdsens.mechanics.units import Limits
 from mdsens.model.neighbors import SKIN, Neighbors, slack, within
 from mdsens.model.system import System, listed
 from mdsens.relaxation.methods import Minimizer
@@ -36,7 +36,7 @@ SETTLED = 500
 
 @functools.partial(jax.jit, static_argnames=("method",))
 def at_rest(positions: jax.Array, limits: Limits, method: Minimizer) -> Any:
-    """The minimizer's state at rest, with forces of zero; ``advance`` fills in the forces."""
+    """Return the minimizer's state at rest, with zero forces; ``advance`` computes the forces."""
     init, _ = method.functions(lambda R, **_: jnp.zeros_like(R), lambda R, dR, **_: R + dR, limits)
     return init(positions)
 
@@ -44,7 +44,7 @@ def at_rest(positions: jax.Array, limits: Limits, method: Minimizer) -> Any:
 def _minimizer_on_list(
     system: System, method: Minimizer, limits: Limits
 ) -> tuple[Callable[[Any], Any], Callable[..., jax.Array]]:
-    """The minimizer's step and its forces on the system's neighbor list, (apply, forces).
+    """Return the minimizer's step and forces on the system's neighbor list, (apply, forces).
 
     Overlaps of a random start make forces of 1e20 in a Lennard-Jones potential, and FIRE never
     forgets such a momentum. So the force on a particle is shortened to the size that moves it by
@@ -64,7 +64,7 @@ def _minimizer_on_list(
 
 
 def shortened(vectors: jax.Array, longest: jax.Array) -> jax.Array:
-    """The rows of an array, shortened to a length where they are longer."""
+    """Shorten the rows of an array to a length where they are longer."""
     # Rows are divided by their largest component first, since a square may overflow: a force of
     # 1e200 would come out as zero.
     largest = jnp.max(jnp.abs(vectors), axis=-1, keepdims=True)
@@ -86,8 +86,8 @@ def advance(
 ) -> tuple[Any, Neighbors, jax.Array]:
     """Take up to ``budget`` steps: (state, neighbor list, number of steps).
 
-    Ends early where the largest force is at most ``tolerance`` or not finite, or where the list
-    overflows.
+    The loop ends early where the largest force is at most ``tolerance`` or not finite, or where the
+    list overflows.
 
     Steps on one list are an inner loop, which only reads the list. It ends where a particle has
     moved so far that the list may be incomplete. It also ends where a list with a wide skin has
@@ -98,12 +98,12 @@ def advance(
     Args:
       system: defines potential, parameters and cell; positions come from ``state``, and the
         neighbor list is ``pairs``.
-      state: of the minimizer.
+      state: state of the minimizer.
       pairs: the neighbor list, complete or not.
       tolerance: the largest force to stop at.
-      budget: number of steps.
+      budget: largest number of steps.
       method: the minimizer.
-      limits: of its steps.
+      limits: limits of the minimizer's steps.
     """
     box = system.box
     needed = system.range
@@ -158,7 +158,7 @@ def advance(
 
 @functools.partial(jax.jit, static_argnames=("method",))
 def forces_at(system: System, method: Minimizer, limits: Limits) -> jax.Array:
-    """The forces that the minimizer works with, at the system's positions: shortened ones."""
+    """Compute the forces at the system's positions, shortened as the minimizer uses them."""
     _, forces = _minimizer_on_list(system, method, limits)
     return forces(system.positions)
 
@@ -171,10 +171,10 @@ def status_of(
     idle: bool | np.ndarray | jax.Array,
     overflowed: bool | np.ndarray | jax.Array,
 ) -> jax.Array:
-    """Status of a relaxation from the force that is left, as int32 codes.
+    """Determine the status of a relaxation from the force that is left, as int32 codes.
 
-    One of NO_CONTACTS, CONVERGED, ROUND_OFF_LIMITED, MAX_STEPS_REACHED, NOT_FINITE and
-    NEIGHBORS_OVERFLOWED. The arguments are numbers, or arrays with an entry for each system.
+    The status is one of NO_CONTACTS, CONVERGED, ROUND_OFF_LIMITED, MAX_STEPS_REACHED, NOT_FINITE
+    and NEIGHBORS_OVERFLOWED. The arguments are numbers, or arrays with an entry for each system.
 
     Args:
       largest: the largest force left on a particle.

@@ -1,13 +1,13 @@
 """Newton steps down the energy under a trust region, by a sparse factor or conjugate gradients.
 
-The sparse factor is made on the host. Both methods detect negative curvature. The factor is of
-H + mu I, with mu raised where the energy does not fall as the quadratic model of a step promised,
-or where a pivot of the last factor is negative (Nocedal and Wright, Numerical Optimization, 2006,
-section 4.3). The conjugate gradients leave along the first direction of negative curvature that
-they meet (Steihaug, SIAM J. Numer. Anal. 20, 626 (1983)). A step is accepted where the energy falls
-by at least a tenth of what the quadratic model promised. Where the steps by the factor end at a
-saddle all the same, the next step is along a direction of negative curvature, which the pivots of
-the factor give.
+The sparse factor is made outside of compiled code. Both methods detect negative curvature. The
+factor is of H + mu I, with mu raised where the energy does not fall as the quadratic model of a
+step promised, or where a pivot of the last factor is negative (Nocedal and Wright, Numerical
+Optimization, 2006, section 4.3). The conjugate gradients leave along the first direction of
+negative curvature that they meet (Steihaug, SIAM J. Numer. Anal. 20, 626 (1983)). A step is
+accepted where the energy falls by at least a tenth of what the quadratic model promised. Where the
+steps by the factor end at a saddle all the same, the next step is along a direction of negative
+curvature, which the pivots of the factor give.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ ENERGY_ROUND_OFF = 4500.0
 
 @jax.jit
 def _energy_and_gradient(system: System) -> tuple[jax.Array, jax.Array]:
-    """Energy and dU/dR (n, d) at the system's positions."""
+    """Compute energy and dU/dR (n, d) at the system's positions."""
     gradient = energy_gradient(system, used=system.neighbors.used)
     return potential_energy(system), gradient(system.positions)
 
@@ -64,13 +64,13 @@ def descend(
 ) -> tuple[System, float, int]:
     """Take Newton steps towards a minimum: (system, its largest force, number of steps).
 
-    They end short of the tolerance where they make no headway.
+    The steps end before the tolerance is reached where they make no progress.
 
     Args:
-      system: near a minimum, with a complete neighbor list.
+      system: a system near a minimum, with a complete neighbor list.
       tolerance: the largest force to reach.
-      length: of the potential, from ``natural_units``.
-      show: called after each step with the number of steps and the largest force.
+      length: length of the potential, from ``natural_units``.
+      show: function to call after each step with the number of steps and the largest force.
       round_off: a force at which round-off may begin. From there on, the first step that does not
         halve the largest force is the last one.
     """
@@ -146,12 +146,12 @@ class _Factorized:
     force, so that convergence is as good as quadratic.
 
     Attributes:
-      length: of the potential.
+      length: length of the potential.
       multiple: mu in units of the largest force over the length.
       shift: mu of the last factor.
       curved: whether the last step was along negative curvature.
       assembled_for: the system whose Hessian ``matrix`` is, a scipy sparse matrix.
-      order: of the rows, in which the factor is sparse; None for minimum degree.
+      order: order of the rows in which the factor is sparse; None for minimum degree.
       off_saddle: (n d,) a step along negative curvature to take next; None otherwise.
     """
 
@@ -168,9 +168,9 @@ class _Factorized:
     def __call__(
         self, system: System, slope: jax.Array, largest: float
     ) -> tuple[jax.Array | None, float]:
-        """A step (n, d) and the fall of the energy that its quadratic model promises.
+        """Compute a step (n, d) and the decrease of the energy that its quadratic model predicts.
 
-        The step is None where no shift makes one that goes downhill.
+        The step is None where no shift makes a step that goes downhill.
         """
         self._assemble(system)
         flat = np.asarray(slope).ravel()
@@ -198,7 +198,7 @@ class _Factorized:
             self.order = ordering(self.matrix, system.dimension)
 
     def _factorize(self, shift: float) -> bool:
-        """Factorize H + shift I; whether that succeeded."""
+        """Factorize H + shift I; return whether this succeeded."""
         try:
             self.factor = SparseFactor(self.matrix, shift, self.order)
         except RuntimeError:  # exactly singular, in spite of the shift
@@ -207,7 +207,7 @@ class _Factorized:
         return True
 
     def _shifted_step(self, flat: np.ndarray, largest: float) -> np.ndarray | None:
-        """A Newton step (n d,) downhill, with the smallest of the tried shifts that makes one."""
+        """Compute a Newton step (n d,), with the smallest tried shift that makes it go downhill."""
         for _ in range(TRIALS):
             if self._factorize(max(self.multiple * largest / self.length, SHIFT * self.scale)):
                 step = -self.factor.apply(flat)
@@ -219,13 +219,13 @@ class _Factorized:
         return None
 
     def _longest_move(self, step: np.ndarray) -> float:
-        """The longest move of a particle in a step (n d,)."""
+        """Return the longest displacement of a particle in a step (n d,)."""
         return float(np.sqrt(np.max(np.sum(step.reshape(-1, self.dimension) ** 2, axis=1))))
 
     def prepare_step_off_saddle(self, system: System) -> bool:
-        """Whether the Hessian has a negative eigenvalue; if so, the next step leaves the saddle.
+        """Prepare a step off a saddle; return whether the Hessian has a negative eigenvalue.
 
-        That step is along a direction of negative curvature from the pivots of the factor.
+        The step is along a direction of negative curvature from the pivots of the factor.
         """
         # The factor of the last step tells as well, where its shift is small. Counting its negative
         # pivots costs half of a factorization.
@@ -262,9 +262,9 @@ class _Krylov:
     Their residual, relative to the slope, falls with the force.
 
     Attributes:
-      length: of the potential.
-      radius: of the ball; None before the first step.
-      first: the largest force at the first step; None before.
+      length: length of the potential.
+      radius: radius of the ball; None before the first step.
+      first: the largest force at the first step; None before the first step.
       curved: whether the last step met negative curvature.
       size: norm of the last step.
     """
@@ -279,7 +279,7 @@ class _Krylov:
     def __call__(
         self, system: System, slope: jax.Array, largest: float
     ) -> tuple[jax.Array | None, float]:
-        """A step (n, d) and the fall of the energy that its quadratic model promises.
+        """Compute a step (n, d) and the decrease of the energy that its quadratic model predicts.
 
         The step is None where it is not finite.
         """
@@ -287,6 +287,7 @@ class _Krylov:
         if self.radius is None:
             # norm of a step in which all particles move by the longest step
             self.radius = LONGEST * self.length * system.n**0.5
+        # goes to zero with the force, which makes the convergence of Newton steps superlinear
         forcing = min(0.1, (largest / self.first) ** 0.5)
         step, promised, curved = _steihaug(system, slope, self.radius, forcing)
         self.curved = bool(curved)
@@ -305,7 +306,7 @@ class _Krylov:
         return step, float(promised)
 
     def prepare_step_off_saddle(self, _: System) -> bool:
-        """False: conjugate gradients cannot tell, since they see no direction without a force."""
+        """Return False: conjugate gradients explore no direction without a force along it."""
         return False
 
     def adapt(self, ratio: float) -> None:
@@ -324,7 +325,7 @@ class _Krylov:
 def _steihaug(
     system: System, slope: jax.Array, radius: jax.Array | float, forcing: jax.Array | float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``steihaug`` for the energy of a system, with the slope and the step as (n, d)."""
+    """Run ``steihaug`` for the energy of a system, with gradient and step as (n, d)."""
     shape = slope.shape
     product = jax.linearize(energy_gradient(system), system.positions)[1]
 
@@ -345,8 +346,8 @@ def steihaug(
 
     Args:
       apply: (m,) -> (m,), the product with the Hessian H.
-      g: (m,), the slope.
-      radius: of the ball.
+      g: (m,), the gradient of the model at p = 0.
+      radius: radius of the ball.
       forcing: norm of the residual at which to stop, relative to the norm of g.
 
     Returns:

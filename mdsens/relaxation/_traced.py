@@ -36,9 +36,9 @@ def relax(
     """Relax a system inside traced code; the status of the result tells of a failure.
 
     Args:
-      system: where to start, in a fixed cell. Its neighbor list keeps its capacity.
+      system: the start, in a fixed cell. The neighbor list of the system keeps its capacity.
       tolerance: the largest force to reach; None for 1e-12 of the mean pair force.
-      max_steps: of the minimizer.
+      max_steps: largest number of steps of the minimizer.
       method: the minimizer.
     """
     dtype = system.positions.dtype
@@ -53,7 +53,7 @@ def relax(
     largest_stop = 0.5 * limits.strongest
 
     def goals(state: PyTree, pairs: Neighbors) -> tuple[jax.Array, jax.Array]:
-        """The force that counts as converged here, and the force to stop at."""
+        """Return the force that counts as converged, and the force to stop at."""
         here = system.replace(positions=method.positions(state), neighbors=pairs)
         left = largest_force(method.forces(state))
         goal, stop = force_goal(force_scale(here, length, stiffness, left), tolerance)
@@ -93,7 +93,7 @@ def relax(
 
 
 def solve_stats(eq: Equilibrium, method: Minimizer) -> SolveStats:
-    """Status, largest force and steps of a relaxation, in the form that a linear solve reports."""
+    """Return status, largest force and steps of a relaxation in the form of a linear solve's."""
     return SolveStats(
         status=eq.status,
         residual=eq.max_force,

@@ -1,4 +1,4 @@
-"""Result of a relaxation: the relaxed system, with the evidence that it is at a minimum."""
+"""Result of a relaxation: the relaxed system, with the forces left and the status."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["Equilibrium", "batch_of"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Equilibrium(Portable, Shown):
-    """A relaxed system, with the evidence that the forces vanish and the energy is at a minimum.
+    """A relaxed system, with numbers that show how well it is relaxed: status, forces left, steps.
 
     Frozen, and a pytree. For a batch, every array has a leading axis.
 
@@ -32,16 +32,16 @@ class Equilibrium(Portable, Shown):
       max_force: the largest norm of the force left on a particle (ASE's fmax), in energy per
         length.
       steps: number of steps of the minimizer.
-      wall_time: in seconds, compilation included; 0 inside traced code.
-      tolerance: the force that max_force was to reach: the tolerance that was given, or 1e-12 of
-        the mean pair force.
+      wall_time: wall time in seconds, compilation included; 0 inside traced code.
+      tolerance: the force at or below which ``max_force`` counts as converged: the tolerance that
+        was given, or 1e-12 of the mean pair force.
       force_floor: the largest force that round-off of the positions leaves on a particle,
-        4 eps sqrt(sum_j (k_ij |R|)^2 + f_ij^2): no relaxation goes below it.
+        4 eps sqrt(sum_j (k_ij |R|)^2 + f_ij^2): no relaxation reaches smaller forces.
       saddles: number of saddles that the relaxation came to and left, each along a mode of negative
         stiffness.
-      descent: energy of the first of these saddles above the minimum.
+      descent: energy of the first of these saddles minus that of the minimum.
       examined: whether the Hessian at the end was searched for modes of negative stiffness.
-      pressure: pressure at which the cell was relaxed, too; None for a cell that was not relaxed.
+      pressure: pressure P at which the cell was relaxed, too; None for a cell that was not relaxed.
       strains: (k, d, d) orthonormal strains that the cell was free to take; None for a cell that
         was not relaxed.
       multipliers: Lagrange multipliers, by the names of the constraints; None without constraints.

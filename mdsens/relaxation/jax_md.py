@@ -106,11 +106,11 @@ def _imported() -> ModuleType:
 
 
 def jax_md_minimize() -> Any:
-    """The module jax_md.minimize.
+    """Return the module jax_md.minimize.
 
-    Where jax_md is not imported yet, this module comes alone, in a tenth of a second: the whole
-    package takes four seconds more, for libraries of neural networks. A later ``import jax_md``
-    still gets the whole package.
+    Where jax_md is not imported yet, this module alone is imported, in a tenth of a second: the
+    whole package takes four seconds more, for libraries of neural networks. A later ``import
+    jax_md`` still gets the whole package.
     """
     with _LOADING:
         return _imported()
@@ -130,7 +130,7 @@ class JaxMD:
         ms.minimize(system, method=ms.relaxation.JaxMD(jax_md.minimize.fire_descent))
 
     The minimizer makes the same steps as in jax-md, on the neighbor list of mdsens, until the
-    tolerance is met. Its step sizes are in the units of the system, and nothing rescales them.
+    tolerance is met. The step sizes are in the units of the system, and are not rescaled.
     ``Fire()`` is jax-md's FIRE in units of the potential, for systems whose units are not those of
     unit discs.
 
@@ -159,7 +159,7 @@ class JaxMD:
         shift: Callable[..., jax.Array] | None,
         limits: Limits,
     ) -> tuple[Callable[[jax.Array], JaxMDState], Callable[[JaxMDState], JaxMDState]]:
-        """A pair of functions (init, apply) on :class:`JaxMDState`.
+        """Return the pair of functions (init, apply) on :class:`JaxMDState`.
 
         Args:
           forces: forces (n, d) at positions (n, d).
@@ -182,9 +182,9 @@ class JaxMD:
         return start, step
 
     def force_limit(self, longest: jax.Array, stiffness: jax.Array) -> jax.Array:
-        """A force larger than any, so that forces are never shortened: only steps are.
+        """Return the largest float, so that forces are never shortened, only steps.
 
-        How a minimizer makes its step from the force is not known here.
+        How a minimizer of jax-md computes its step from the force is not known here.
         """
         return 1e20 * longest * stiffness
 
@@ -208,7 +208,7 @@ class JaxMD:
 
     @staticmethod
     def at_stiffness(state: JaxMDState, stiffness: jax.Array) -> JaxMDState:
-        """The same state: the minimizer keeps its step sizes."""
+        """Return the state unchanged: the minimizer keeps its step sizes."""
         return state
 
 

@@ -57,7 +57,7 @@ class Fire:
       max_step: the longest move of a particle in one step, as a fraction of the potential's length
         (contact, or the minimum of the pair energy); it limits the first steps from starts where
         particles overlap.
-      n_min, f_inc, f_dec, alpha_start, f_alpha: as in the paper.
+      n_min, f_inc, f_dec, alpha_start, f_alpha: parameters of FIRE, as in the paper.
     """
 
     dt_start: float = 0.1
@@ -81,20 +81,20 @@ class Fire:
         shift: Callable[..., jax.Array] | None,
         limits: Limits,
     ) -> tuple[Callable[[jax.Array], FireState], Callable[[FireState], FireState]]:
-        """jax-md's functions (init, apply) on :class:`FireState`.
+        """Return jax-md's functions (init, apply) on :class:`FireState`.
 
         The mass k / 10 brings the stiffest vibration to a fixed frequency, sqrt(10).
 
         jax-md adds 1e-6 to the square of the forces' norm, whatever their unit: below a norm of
         1e-3 its velocities no longer turn towards the forces, and with forces in newtons they never
-        do. So forces, momenta and masses are multiplied by a number before jax-md gets them. It
-        changes nothing in the trajectory and makes the 1e-6 negligible: in these units, round-off
-        of the largest force that a particle may have is 1.
+        do. So forces, momenta and masses are multiplied by a number before jax-md gets them. This
+        factor changes nothing in the trajectory and makes the 1e-6 negligible: in these units,
+        round-off of the largest force that a particle may have is 1.
 
         Args:
           forces: forces (n, d) at positions (n, d).
           shift: positions after a displacement; None where ``apply`` is not called.
-          limits: of the steps.
+          limits: limits of the steps.
         """
         unit = 1.0 / (jnp.finfo(jnp.asarray(limits.strongest).dtype).eps * limits.strongest)
 
@@ -165,10 +165,12 @@ DescentState: TypeAlias = tuple[jax.Array, jax.Array]
 class GradientDescent:
     """jax-md's gradient descent.
 
-    It is slow, and shows that the derivative does not depend on the method that found the minimum.
+    The method is slow. It serves to show that the derivative does not depend on the method that
+    found the minimum.
 
     Attributes:
-      step_size: in units of 1 / k, k the potential's largest stiffness; it diverges above 2.
+      step_size: step size in units of 1 / k, k the potential's largest stiffness; the method
+        diverges above 2.
       max_step: as in :class:`Fire`.
     """
 
@@ -227,7 +229,7 @@ class GradientDescent:
 
     @staticmethod
     def at_stiffness(state: DescentState, stiffness: jax.Array) -> DescentState:
-        """The same state: the step size stays that of the potential's stiffness."""
+        """Return the state unchanged: the step size stays that of the potential's stiffness."""
         return state
 
 
@@ -251,8 +253,8 @@ class Newton:
         lower it where another minimum is reached than by FIRE alone. Beyond 16,384 particles the
         force is smaller, in inverse proportion to their number.
       patience: steps of FIRE before Newton steps are tried. A quick relaxation ends before, without
-        compiling them. Nor are they tried where the force falls so fast that FIRE reaches the
-        minimum in the time that they take.
+        compiling them. Newton steps are not tried either where the force falls so fast that FIRE
+        reaches the minimum in the time that they take.
     """
 
     first: Fire = Fire()

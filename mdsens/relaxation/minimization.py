@@ -46,30 +46,34 @@ def minimize(
 ) -> Equilibrium:
     """Relax a system to a minimum of its energy, dU/dR = 0; at a pressure, of its enthalpy U + P V.
 
-    At a pressure the cell is an unknown like the positions. It starts as that of the system and
-    then depends on no parameter. A packing is compressed or decompressed until it has the pressure,
-    also from an unjammed start. Derivatives of the result, by ``jvp`` and the like, are taken at
-    constant pressure: the cell responds.
+    At a pressure the cell is an unknown like the positions. The cell starts as that of the system
+    and then depends on no parameter. A packing is compressed or decompressed until it has this
+    pressure, also from an unjammed start. Derivatives of the result, by ``jvp`` and the like, are
+    taken at constant pressure: the cell responds.
 
     Args:
-      system: where to start; the members of a batch made by ``stack`` are relaxed one by one.
-      params: parameters to change first; the others keep their values.
+      system: the system at the start; the systems of a batch made by ``stack`` are relaxed one by
+        one.
+      params: parameters to change before the relaxation; the others keep their values.
       cell: ``FixedCell()`` of ms.relaxation (the default), or ``AtPressure(P, shape=False)``.
-      pressure, shape: short for ``cell=AtPressure(pressure, shape)``.
+      pressure, shape: a short form of ``cell=AtPressure(pressure, shape)``.
       tolerance: the largest force on a particle to reach, in the potential's units. The error of
-        every derivative is this over the smallest stiffness. If None, 1e-12 of the mean force of
-        the pairs that interact, in any units. If round-off of the positions leaves larger forces
-        than that, the relaxation ends as soon as it reaches them, with the status
-        ROUND_OFF_LIMITED; their size is ``force_floor`` of the result.
+        every derivative is about the tolerance over the smallest stiffness. If None, 1e-12 of the
+        mean force of the pairs that interact, in any units. If round-off of the positions leaves
+        larger forces than the tolerance, the relaxation ends as soon as it reaches these forces,
+        with the status ROUND_OFF_LIMITED; their size is ``force_floor`` of the result.
       method: ``Newton()`` (the default: FIRE, and Newton steps where FIRE is slow), ``Fire()``,
         ``GradientDescent()`` or ``JaxMD(...)`` of ms.relaxation.
-      max_steps: of the minimizer; at a pressure, of all its relaxations together.
-      leave_saddles: where the forces vanish and a mode has a negative stiffness, as from an exactly
-        symmetric start, go on downhill; ``saddles`` and ``descent`` of the result tell how often
-        and how far. If False, the relaxation ends wherever the forces vanish. Without a factor of
-        the Hessian, a few products with it search for such a mode, and may miss a weak one.
-      throw: raise where the tolerance is not reached; if False, only the status tells.
-      progress: show a progress bar; if None, only in a terminal or a notebook.
+      max_steps: largest number of steps of the minimizer; at a pressure, of all relaxations
+        together.
+      leave_saddles: whether to continue downhill where the forces vanish and a mode has a negative
+        stiffness, as from an exactly symmetric start; ``saddles`` and ``descent`` of the result
+        give how often and by how much energy. If False, the relaxation ends wherever the forces
+        vanish. Without a factor of the Hessian, a few products with it search for such a mode, and
+        may miss a mode of small stiffness.
+      throw: whether to raise an error where the tolerance is not reached; if False, only the status
+        shows this.
+      progress: whether to show a progress bar; if None, only in a terminal or a notebook.
 
     Returns:
       an :class:`Equilibrium`.
@@ -77,7 +81,8 @@ def minimize(
     Raises:
       InputError: bad parameters or options.
       PrecisionError: a tolerance below round-off at this precision.
-      ConvergenceError: with the status, and the configuration that was reached as ``result``.
+      ConvergenceError: the tolerance was not reached; the error has the status, and the
+        configuration that was reached as ``result``.
     """
     # Some versions of jax give wrong neighbor lists or forces without an error.
     require_sound_jax()
@@ -144,7 +149,7 @@ def _minimize_batch(
 
 
 def _with_params(system: System, params: Params) -> System:
-    """The system, or each member of a batch, with some parameters changed."""
+    """Return the system, or each system of a batch, with some parameters changed."""
     if system.batch is None:
         return system.with_params(params)
     return stack([member.with_params(params) for member in unstack(system)])
@@ -155,7 +160,7 @@ def _raise_for_members(eq: Equilibrium, start: System) -> None:
 
     Args:
       eq: results of all members.
-      start: the batch before its relaxation, where a potential may be not finite.
+      start: the batch before its relaxation, in which a potential may be not finite.
     """
     codes = [Status(int(code)) for code in np.asarray(eq.status)]
     bad = [k for k, status in enumerate(codes) if not status.good]

@@ -36,7 +36,7 @@ class AtPressure:
     Attributes:
       pressure: P, in energy per volume; positive in compression.
       shape: relax the shape of the cell as well, until no shear stress is left. If False, the cell
-        expands or contracts equally in all directions, and P is the mean over them.
+        expands or contracts equally in all directions, and P is the mean over these directions.
     """
 
     pressure: float
@@ -48,7 +48,7 @@ class AtPressure:
         if not np.isfinite(number):
             raise InputError(f"pressure is {self.pressure}: give a finite number.")
         if not isinstance(self.shape, bool):
-            raise InputError(f"shape is {short(self.shape)}: give True or False.")
+            raise InputError(f"`shape` is {short(self.shape)}: give True or False.")
         object.__setattr__(self, "pressure", float(number))
 
     def check(self, system: System) -> None:
@@ -71,11 +71,11 @@ CellCondition: TypeAlias = FixedCell | AtPressure
 def cell_condition(
     cell: CellCondition | None, pressure: float | None, shape: bool
 ) -> CellCondition:
-    """The condition on the cell, from the arguments of ``minimize``; raises InputError."""
+    """Return the condition on the cell from the arguments of ``minimize``; may raise InputError."""
     if cell is not None:
         if pressure is not None or shape:
             raise InputError(
-                "cell is given together with pressure or shape, which are short for it: give cell"
+                "`cell` is given with `pressure` or `shape`, a short form of the same: give `cell`"
                 " alone, such as AtPressure(P, shape=True), or pressure and shape."
             )
         if not isinstance(cell, FixedCell | AtPressure):
@@ -86,7 +86,7 @@ def cell_condition(
     if pressure is not None:
         return AtPressure(pressure, shape)
     if shape:
-        raise InputError("shape=True goes with a pressure: give the pressure to relax the cell to.")
+        raise InputError("shape=True needs `pressure`: give the pressure to relax the cell to.")
     return FixedCell()
 
 
@@ -130,9 +130,9 @@ class Options:
         return self.method.first if isinstance(self.method, Newton) else self.method
 
     def check(self, system: System) -> None:
-        """Raise where the system cannot be relaxed with these options.
+        """Raise an error where the system cannot be relaxed with these options.
 
-        InputError, or PrecisionError for a tolerance below round-off.
+        The error is an InputError, or a PrecisionError for a tolerance below round-off.
         """
         self.cell.check(system)
         if system.constraints and self.newton is None:

@@ -79,7 +79,7 @@ class EigenvectorFollowing:
 
 @jax.jit
 def _compute_gradient(system: System) -> jax.Array:
-    """dU/dR, (n, d)."""
+    """Compute dU/dR, (n, d)."""
     return energy_gradient(system, used=system.neighbors.used)(system.positions)
 
 
@@ -87,16 +87,16 @@ def _compute_gradient(system: System) -> jax.Array:
 def _softest_mode(
     apply: Callable[[jax.Array], jax.Array], start: jax.Array, direction: jax.Array, vectors: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The lowest Ritz pair of Lanczos cycles: (v, its stiffness, the residual).
+    """Compute the lowest Ritz pair of Lanczos cycles: (v, stiffness along v, residual).
 
-    Where several Ritz values are negative, it is the pair most parallel to ``direction``: near a
-    saddle of higher order the lowest one leads back up to it.
+    Where several Ritz values are negative, the result is the pair most parallel to ``direction``:
+    near a saddle of higher order the lowest pair leads back up to this saddle.
 
     Args:
       apply: (n d,) -> (n d,), the Hessian.
       start: (n d,), the first vector.
-      direction: (n d,); zero where none is preferred.
-      vectors: in one cycle.
+      direction: (n d,) the preferred direction; zero without a preference.
+      vectors: number of Lanczos vectors in one cycle.
     """
     size = min(vectors, start.size)
 
@@ -152,18 +152,18 @@ def _propose_step(
     radius: float,
     vectors: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The next step of the search.
+    """Compute the next step of the search.
 
     Args:
       mode: (n, d), the softest mode of the last step.
-      direction: (n, d), where to climb as long as no mode is negative; zero for the softest mode.
-        The search keeps to this direction, because among equally soft modes every Lanczos cycle
-        finds a different one.
+      direction: (n, d), the direction in which to climb as long as no mode is negative; zero for
+        the softest mode. The search keeps to this direction, because among equally soft modes every
+        Lanczos cycle finds a different one.
       radius: the longest move of a particle.
-      vectors: in a Lanczos cycle.
+      vectors: number of vectors in a Lanczos cycle.
 
     Returns:
-      (the step, the gradient it predicts, the softest mode, the direction in which it climbs, each
+      (the step, the gradient predicted after it, the softest mode, the direction of climbing, each
       (n, d); whether the radius limited the step).
     """
     shape = system.positions.shape
@@ -212,7 +212,7 @@ def _propose_step(
 
 
 def loose_stiffness(system: System) -> tuple[HessianFactor, NullSpace]:
-    """The factor of the Hessian and its null space at a configuration that is not yet in balance.
+    """Compute the factor of the Hessian and its null space at an unbalanced configuration.
 
     During the search a particle may be pushed by a single contact, so every particle that touches
     another one belongs to the backbone.
@@ -225,12 +225,12 @@ def loose_stiffness(system: System) -> tuple[HessianFactor, NullSpace]:
 def _newton(
     system: System, tolerance: float, longest: float, before: int, bar: Decades
 ) -> tuple[System, float, int] | None:
-    """Newton steps on dU/dR = 0.
+    """Take Newton steps on dU/dR = 0.
 
     Args:
       tolerance: the largest force to reach.
       longest: the longest move of a particle in one step.
-      before: number of steps before these.
+      before: number of steps that were taken before.
       bar: the progress bar.
 
     Returns:
@@ -275,11 +275,12 @@ def follow_eigenvector(
     """Climb to a first-order saddle by steps along the softest mode, then by Newton steps.
 
     Args:
-      system: the start.
-      direction: (n, d), in which to climb until a mode is negative; zero for the softest mode.
+      system: the system at the start.
+      direction: (n, d), the direction in which to climb until a mode is negative; zero for the
+        softest mode.
       tolerance: the largest force to reach.
       method: the options.
-      max_steps: of the search and of Newton's method together.
+      max_steps: largest number of steps of the search and of Newton's method together.
       bar: the progress bar.
 
     Returns:
@@ -347,7 +348,7 @@ def follow_eigenvector(
 
 
 def _leave_higher_order(system: System, length: float) -> tuple[System, jax.Array] | None:
-    """A step off a saddle of higher order along its second mode: (system, its first mode).
+    """Take a step off a saddle of higher order along its second mode: (system, first mode).
 
     The force vanishes at the saddle, so no gradient leads off it. None where fewer than two modes
     are negative.

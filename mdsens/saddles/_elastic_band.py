@@ -185,6 +185,7 @@ def _band_forces(
     back = jnp.where(next_higher, least, most)
     back = jnp.where(uphill, 0.0, jnp.where(downhill, 1.0, back))
     tangent = front[:, None, None] * ahead + back[:, None, None] * behind
+    # 1e-300 keeps a tangent of zero, where images coincide, from becoming NaN
     tangent = tangent / jnp.maximum(jnp.sqrt(total(tangent**2)), 1e-300)
     along = total(gradients * tangent)
     stretch = jnp.sqrt(total(ahead**2)) - jnp.sqrt(total(behind**2))

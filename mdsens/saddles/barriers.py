@@ -29,16 +29,16 @@ class Barrier(Portable, Shown):
     """The energy from a minimum up to a saddle, and its derivatives.
 
     Attributes:
-      value: U(saddle) - U(minimum), energy.
+      value: the barrier U(saddle) - U(minimum), an energy.
       gradient: derivative of ``value`` by every parameter, a dict shaped like the parameters. In a
         symmetric matrix of species pairs, each of the two entries of a pair has half of the
         derivative; :meth:`component` gives the whole.
       second: derivative of ``gradient`` along the direction ``dparams``, shaped likewise; None
         without a direction.
-      statuses: of the minimum and of the saddle; with a direction, each is the worse of that and of
-        the status of the linear solve there.
-      max_forces: left at the minimum and at the saddle, energy per length. They change the value
-        only to second order.
+      statuses: statuses of the minimum and of the saddle; with a direction, each is the worse of
+        this status and of that of the linear solve at this end.
+      max_forces: the largest forces left at the minimum and at the saddle, energy per length. These
+        forces change the value only to second order.
       wrt: the parameters by which the derivatives are taken.
     """
 
@@ -58,7 +58,7 @@ class Barrier(Portable, Shown):
         """The derivative of the height by a single number of the parameters.
 
         Args:
-          label: names the number, ``"epsilon"`` or ``"sigma[0,1]"``.
+          label: name of the number, such as ``"epsilon"`` or ``"sigma[0,1]"``.
         """
         parameter, index = component(self.wrt, label)
         return parameter.whole(self.gradient[parameter.name], index)
@@ -89,7 +89,7 @@ class Barrier(Portable, Shown):
 
 @jax.jit
 def _energy_and_gradient(system: System) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The energy, and its partial derivatives by the parameters at constant positions."""
+    """Compute the energy, and its partial derivatives by the parameters at constant positions."""
     return jax.value_and_grad(lambda p: potential_energy(system, params=p))(dict(system.params))
 
 
@@ -97,7 +97,7 @@ def _energy_and_gradient(system: System) -> tuple[jax.Array, dict[str, jax.Array
 def _gradient_rate(
     system: System, motion: jax.Array, dparams: Mapping[str, jax.Array]
 ) -> dict[str, jax.Array]:
-    """d/dt of the partial derivatives by the parameters, along R + t motion, params + t dparams."""
+    """Compute d/dt of the derivatives by the parameters, along R + t motion, params + t dparams."""
 
     def partial(positions: jax.Array, params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         return jax.grad(lambda p: potential_energy(system, positions, p))(dict(params))
@@ -108,22 +108,22 @@ def _gradient_rate(
 def barrier(
     minimum: Equilibrium, saddle: Equilibrium, dparams: Params | None = None, *, throw: bool = True
 ) -> Barrier:
-    """The height of an energy barrier and its derivatives by all parameters.
+    """Compute the height B of an energy barrier and its derivatives by all parameters p.
 
         B = U(R_s, p) - U(R_m, p),    dB/dp = @U/@p (R_s, p) - @U/@p (R_m, p).
 
-    Both ends are stationary, dU/dR = 0, so their motion with the parameters does not contribute to
-    first order (Hellmann and Feynman). Hence no linear solve is needed. The error is of second
-    order in the remaining forces for B and of first order for dB/dp. The motion does contribute to
-    the second derivatives,
+    R_m are the positions at the minimum and R_s those at the saddle. Both are stationary, dU/dR =
+    0, so their motion with the parameters does not contribute to first order (Hellmann and
+    Feynman). Hence no linear solve is needed. The error is of second order in the remaining forces
+    for B and of first order for dB/dp. The motion does contribute to the second derivatives,
 
         d2B/dp2 . dp = [@2U/@p2 . dp + @2U/@p@R . dR]_saddle - [the same]_minimum,
 
-    with dR from ``jvp`` at each end. ``dparams`` asks for these.
+    with dR from ``jvp`` at each end. They are computed where ``dparams`` is given.
 
     Args:
-      minimum: from ``minimize``, not at a pressure.
-      saddle: from ``find_saddle``, of the same system at the same parameters.
+      minimum: a minimum from ``minimize``, not at a pressure.
+      saddle: a saddle from ``find_saddle``, of the same system at the same parameters.
       dparams: the direction dp of the second derivatives, as in ``jvp``; None for no second
         derivatives.
       throw: raise unless the status is good.

@@ -62,8 +62,8 @@ def find_saddle(
     Args:
       start: a configuration near the saddle, or a minimum.
       params: parameters to change before the search; the others keep their values.
-      direction: (n, d), along which to climb from a minimum until a mode becomes negative; None for
-        the softest mode.
+      direction: (n, d), the direction in which to climb from a minimum until the stiffness of a
+        mode becomes negative; None for the direction of the softest mode.
       towards: the minimum on the other side of the saddle. The search begins at the highest image
         of an elastic band between ``start`` and this minimum.
       band: options of the elastic band, an :class:`ElasticBand`.
@@ -71,7 +71,8 @@ def find_saddle(
         1e-10 of the mean pair force, or for the force that round-off leaves if that is larger.
       method: options of the search, an :class:`EigenvectorFollowing`.
       max_steps: largest number of steps of the search and of Newton's method together.
-      throw: raise where no saddle is reached; with False the status says so instead.
+      throw: whether to raise an error where no saddle is reached; with False only the status shows
+        this.
       progress: show a progress bar; None shows it only in a terminal or a notebook.
 
     Returns:
@@ -156,7 +157,7 @@ def sides(
     Each minimum is relaxed from a step off the saddle, to either side along its negative mode.
 
     Args:
-      saddle: from ``find_saddle``.
+      saddle: a saddle from ``find_saddle``.
       step: the longest move of a particle, as a fraction of the potential's length.
       tolerance: the largest force that the minimizations leave, as in ``minimize``.
 

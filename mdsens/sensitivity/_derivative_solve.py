@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from mdsens._util.outcome import Severity, is_good, severity_of
@@ -22,7 +21,7 @@ from mdsens._util.probe import chirp
 from mdsens._util.pytree import PyTree
 from mdsens._util.validation import require_host
 from mdsens.implicit.linear import Auto, Direct, Method
-from mdsens.implicit.linear.result import SolveStats
+from mdsens.implicit.linear.result import SolveStats, dropped_any
 from mdsens.implicit.linear.solution import solve as solve_linear
 from mdsens.mechanics.hessian import Unknowns
 from mdsens.mechanics.hessian_factor import HessianFactor
@@ -43,7 +42,6 @@ __all__ = [
     "VJP",
     "DerivativeRule",
     "aside",
-    "dropped_any",
     "status_of_finite",
     "norms",
     "strain_is_silent",
@@ -249,13 +247,6 @@ def solve_derivative_batch(
     solution = Unknowns(jnp.asarray(x.reshape(forces.shape)))
     derivatives = _results(core, argument, sides, solution, stats, rule, False)
     return _without_dropped_round_off(rule, core, argument, derivatives, False)
-
-
-def dropped_any(status: jax.Array) -> bool:
-    """Whether a status says that a part of the right-hand side was dropped; False when traced."""
-    return not isinstance(status, Tracer) and bool(
-        np.any(np.asarray(status) == Status.NULL_COMPONENT_DROPPED.value)
-    )
 
 
 def aside(lin: Linearization) -> Linearization:

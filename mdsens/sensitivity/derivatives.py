@@ -19,6 +19,7 @@ from mdsens._util.pytree import PyTree
 from mdsens._util.user_functions import Traceable
 from mdsens._util.validation import real_array, short
 from mdsens.implicit.linear import Auto, Method, check_method
+from mdsens.implicit.linear.result import dropped_any
 from mdsens.mechanics import lagrangian
 from mdsens.mechanics.hessian import Unknowns
 from mdsens.mechanics.not_finite import where_not_finite
@@ -31,7 +32,6 @@ from mdsens.sensitivity._derivative_solve import (
     VJP,
     DerivativeRule,
     aside,
-    dropped_any,
     norms,
     solve_derivative,
     solve_derivative_batch,
@@ -68,12 +68,12 @@ MAX_CHUNK = 256
 
 
 def _chunk_width(itemsize: int, unknowns: int) -> int:
-    """How many right-hand sides of so many unknowns are solved together."""
+    """Return how many right-hand sides are solved together."""
     return int(np.clip(CHUNK_BYTES // (itemsize * unknowns * 8), 1, MAX_CHUNK))
 
 
 def _raise_unless_good(result: D, throw: bool, what: str, system: System | None = None) -> D:
-    """The result; or, with ``throw``, an error where the worst status of its solves is not good.
+    """Return the result; with ``throw``, raise an error where the worst status is not good.
 
     Args:
       what: the kind of derivative, for the message.
@@ -99,7 +99,7 @@ def _raise_unless_good(result: D, throw: bool, what: str, system: System | None 
 def _with_parameters(
     result: ParameterGradient, system: System, params: Params | None = None
 ) -> ParameterGradient:
-    """The gradient with the parameters that it is taken by in its field ``wrt``."""
+    """Put the parameters by which a gradient is taken into its field ``wrt``."""
     if result.wrt:
         return result
     by = lagrangian.own_params(system) if params is None else params
@@ -109,7 +109,7 @@ def _with_parameters(
 def _over_members(
     function: Callable[[Equilibrium, Any], D], eq: Equilibrium, argument: PyTree = ()
 ) -> D:
-    """``function`` of each member of a batch and its argument, on all cores.
+    """Call ``function`` for each system of a batch with its argument, on all cores.
 
     Args:
       argument: arrays whose leading axis is over the members.
@@ -132,8 +132,9 @@ def _solve_batch(
     """The derivative of each member of a batch, by a factor of several Hessians where possible.
 
     Args:
-      for_member: computes the derivative of one member, where there is no such factor.
-      argument: of the rule, (members, …).
+      for_member: function that computes the derivative of one system, where there is no such
+        factor.
+      argument: arguments of the rule, one for each system, (members, …).
     """
     method = Auto() if solve is None else solve
     check_method(method)
@@ -153,12 +154,13 @@ def _solve_batch(
 
 
 def _for_members(name: str, value: object, shape: tuple[int, ...], count: int) -> jax.Array:
-    """A user's argument for a batch, (members, …).
+    """Return a user's argument for a batch with a leading axis over the systems, (members, …).
 
     Args:
-      name: of the argument, for messages.
-      value: of the shape of one member, which all share, or with a leading axis over the members.
-      shape: of one member.
+      name: name of the argument, for messages.
+      value: the argument, either shaped for one system and shared by all, or with a leading axis
+        over the systems.
+      shape: shape of the argument for one system.
       count: number of members.
     """
     array = real_array(name, value)
@@ -176,22 +178,24 @@ def jvp(
     solve: Method | None = None,
     throw: bool = True,
 ) -> Displacement:
-    """Derivative of the minimum along a direction in parameter space, dR = - H^+ (d2U/dR dp) dp.
+    """Differentiate a minimum along a direction in parameter space, dR = - H^+ (d2U/dR dp) dp.
 
     Args:
-      eq: from ``minimize`` (a batch is done member by member) or ``linearize``.
-      dparams: the direction: changes by parameter name, each shaped like the parameter; the others
-        do not change. At a pressure it may contain ``"pressure"``. The change of a symmetric matrix
-        of species pairs is symmetric: entries (a, b) and (b, a) are one number, and change
-        together.
+      eq: a minimum, from ``minimize`` (for a batch, the derivative of each system is computed) or
+        ``linearize``.
+      dparams: the direction: changes by parameter name, each shaped like the parameter; parameters
+        that are not named do not change. At a pressure it may contain ``"pressure"``. The change of
+        a symmetric matrix of species pairs is symmetric: entries (a, b) and (b, a) are one number,
+        and change together.
       solve: the linear solver; Auto() where None.
-      throw: raise an error unless the status is good.
+      throw: whether to raise an error unless the status is good.
 
     Returns:
       a :class:`Displacement` with ``value`` (n, d). At a pressure ``value`` is an ``Unknowns`` with
-      ``positions`` (n, d) and ``strain``, that of the cell as a Mandel vector (xx, yy, sqrt(2) xy
-      in 2-D; xx, yy, zz and sqrt(2) times yz, xz, xy in 3-D). Where the box follows the parameters,
-      ``value`` contains the motion of the periodic images with the box; ``nonaffine`` does not.
+      ``positions`` (n, d) and ``strain``, the strain of the cell as a Mandel vector (xx, yy,
+      sqrt(2) xy in 2-D; xx, yy, zz and sqrt(2) times yz, xz, xy in 3-D). Where the box follows the
+      parameters, ``value`` contains the motion of the periodic images with the box; ``nonaffine``
+      does not.
 
     Raises:
       InputError: bad names or shapes.
@@ -228,7 +232,7 @@ def jvp(
 
 
 def _vectors_of_particles(system: System, value: ArrayLike, name: str) -> jax.Array:
-    """A user's cotangent or force, checked: one vector for each particle."""
+    """Check a user's cotangent or force, one vector for each particle."""
     array = jnp.asarray(real_array(name, value), system.positions.dtype)
     if array.shape != system.positions.shape:
         raise InputError(
@@ -241,7 +245,7 @@ def _vectors_of_particles(system: System, value: ArrayLike, name: str) -> jax.Ar
 
 
 def _cotangent_of_unknowns(lin: Linearization, cotangent: Any) -> Unknowns:
-    """A user's cotangent of what ``jvp`` returns, checked, as a cotangent of the unknowns."""
+    """Check a user's cotangent of the result of ``jvp``; return a cotangent of the unknowns."""
     value = cotangent if isinstance(cotangent, Unknowns) else Unknowns(cotangent)
     w = _vectors_of_particles(lin.system, value.positions, "cotangent")
     return lin.structure.cotangent(lin, value, w)
@@ -254,16 +258,17 @@ def vjp(
     solve: Method | None = None,
     throw: bool = True,
 ) -> ParameterGradient:
-    """Derivative of w . R, linear in the positions, by all parameters: -(d2U/dR dp)^T H^+ w.
+    """Differentiate w . R by all parameters: -(d2U/dR dp)^T H^+ w.
 
-    This is the adjoint (transpose) of ``jvp``, and takes one solve for all parameters. The equation
-    has no solution for the part of ``cotangent`` in the null space; that part is dropped, and
-    ``stats.dropped`` and the status say so.
+    R are the relaxed positions and w is constant. This is the adjoint (transpose) of ``jvp``, and
+    takes one solve for all parameters. The equation has no solution for the part of ``cotangent``
+    in the null space; that part is dropped, and ``stats.dropped`` and the status say so.
 
     Args:
-      eq: as in ``jvp``.
-      cotangent: w, (n, d); at a pressure also ``Unknowns(w, strain)``, strain a Mandel vector.
-      solve, throw: as in ``jvp``.
+      eq: the minimum, as in ``jvp``.
+      cotangent: the weights w of the positions, (n, d); at a pressure also ``Unknowns(w, strain)``,
+        where strain is a Mandel vector.
+      solve, throw: the linear solver, and whether to raise an error, as in ``jvp``.
 
     Returns:
       a :class:`ParameterGradient` with ``value`` a dict shaped like the parameters. Of a symmetric
@@ -294,14 +299,14 @@ def response(
     solve: Method | None = None,
     throw: bool = True,
 ) -> Displacement:
-    """The displacement under an external force on the particles, H^+ f, to first order.
+    """Compute the displacement under an external force on the particles, H^+ f, to first order.
 
     Args:
-      eq: as in ``jvp``.
-      force: f, (n, d), in energy/length. The net force on each cluster and the force on rattlers
-        are balanced by nothing; they are dropped, as in ``vjp``. The cell stays fixed, at a
-        pressure too.
-      solve, throw: as in ``jvp``.
+      eq: the minimum, as in ``jvp``.
+      force: the force f on each particle, (n, d), in energy/length. Nothing balances the net force
+        on a cluster and the force on rattlers; these parts are dropped, as in ``vjp``. The cell
+        stays fixed, at a pressure too.
+      solve, throw: the linear solver, and whether to raise an error, as in ``jvp``.
 
     Returns:
       a :class:`Displacement` with ``value`` (n, d).
@@ -331,8 +336,8 @@ def _in_chunks(
     side, one chunk is solved and its results are dropped: it gives their shapes.
 
     Args:
-      run: solves a chunk.
-      rows: the chunk from ``start`` to ``stop``.
+      run: function that solves a chunk.
+      rows: function that returns the right-hand sides from ``start`` to ``stop``.
     """
     # the usual case, without padding or concatenation
     if count == width:
@@ -348,7 +353,7 @@ def _in_chunks(
 def _require_memory_of_jacobian(system: System, wrt: str, components: int) -> None:
     """Raise an error where a Jacobian, or those of a batch, do not fit in memory.
 
-    They are two arrays of derivatives, ``value`` and ``nonaffine``.
+    A Jacobian has two arrays of derivatives, ``value`` and ``nonaffine``.
     """
     of_batch = f" of {system.batch:,} systems" if system.batch else ""
     require_memory(
@@ -368,14 +373,14 @@ def jacobian(
     chunk: int | None = None,
     throw: bool = True,
 ) -> Displacement:
-    """The derivative of every coordinate by every component of one parameter.
+    """Compute the derivative of every coordinate by every component of one parameter.
 
     Args:
-      eq: as in ``jvp``.
+      eq: the minimum, as in ``jvp``.
       wrt: the parameter's name.
       chunk: number of right-hand sides solved together; None for up to 256 of them, within 128
         MiB.
-      solve, throw: as in ``jvp``.
+      solve, throw: the linear solver, and whether to raise an error, as in ``jvp``.
 
     Returns:
       a :class:`Displacement` with ``value`` and ``nonaffine`` (n, d, *shape of the parameter), and
@@ -446,15 +451,15 @@ def gradient(
     solve: Method | None = None,
     throw: bool = True,
 ) -> ParameterGradient:
-    """Total derivative of an observable by all parameters, dO/dp = @O/@p + (@O/@R) dR/dp.
+    """Compute the total derivative of an observable O, dO/dp = @O/@p + (@O/@R) dR/dp.
 
-    It takes one adjoint solve for each number of the observable.
+    This takes one adjoint solve for each number of the observable.
 
     Args:
       observable: a function of a System, traceable, returning a scalar or an array; see
         :mod:`mdsens.observables`.
-      eq: as in ``jvp``.
-      solve, throw: as in ``jvp``.
+      eq: the minimum, as in ``jvp``.
+      solve, throw: the linear solver, and whether to raise an error, as in ``jvp``.
 
     Returns:
       a :class:`ParameterGradient` with ``value`` a dict: the shape of the observable followed by
@@ -478,7 +483,7 @@ def value_and_gradient(
     solve: Method | None = None,
     throw: bool = True,
 ) -> tuple[jax.Array, ParameterGradient]:
-    """The value of an observable at one minimum, and its ``gradient``."""
+    """Compute the value of an observable at one minimum, and its ``gradient``."""
     of_system = observed(observable)
     lin = linearized(eq, solve)
     system = lin.equilibrium.system
@@ -491,7 +496,7 @@ def value_and_gradient(
     require_sound(lin, eq, throw)
 
     def partial_derivatives(pull: Callable[..., Any]) -> tuple[Unknowns, Params]:
-        """The derivatives of each number of the observable by the unknowns and the parameters."""
+        """Differentiate each number of the observable by the unknowns and the parameters."""
         # vmap of a bare ``pull`` would have jax print the whole vjp to name it
         cotangents, direct = jax.vmap(lambda w: pull(w))(rows)
         # an observable does not depend on the multipliers
@@ -505,7 +510,7 @@ def value_and_gradient(
 
 
 def observed(observable: Callable[[System], ArrayLike]) -> Callable[[System], jax.Array]:
-    """A user's observable, checked, as a function of a System that returns an array."""
+    """Check a user's observable; return a function of a System that returns an array."""
     if not callable(observable):
         raise InputError(
             f"the observable is {short(observable)}: give a function of a System, such as"
@@ -516,7 +521,7 @@ def observed(observable: Callable[[System], ArrayLike]) -> Callable[[System], ja
 
 
 def numbers(value: object) -> jax.Array:
-    """The value that an observable returns, checked, as an array."""
+    """Check the value that an observable returns; return it as an array."""
     try:
         array = jnp.asarray(value)
     except Exception as error:  # a dict, a text, rows of different lengths
@@ -529,9 +534,10 @@ def numbers(value: object) -> jax.Array:
 
 
 def unit_cotangents(lin: Linearization, value: jax.Array) -> jax.Array:
-    """The unit vectors of an observable's value, (count, *shape).
+    """Return the unit vectors of an observable's value, (count, *shape).
 
-    An error where the value is no floating-point number, or its gradients do not fit in memory.
+    Raises an error where the value is no floating-point number, or its gradients do not fit in
+    memory.
     """
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise InputError(f"the observable returns {value.dtype}: return floating-point numbers.")
@@ -553,14 +559,15 @@ def total_derivative(
     throw: bool,
     beside: Callable[[], Unknowns],
 ) -> ParameterGradient:
-    """The total derivative of an observable, by one adjoint solve for each of its numbers.
+    """Compute the total derivative of an observable, by one adjoint solve for each number.
 
     Args:
-      value: of the observable.
-      cotangents: its partial derivatives by the unknowns, with a leading axis over its numbers.
-      direct: its partial derivatives by the parameters, likewise.
-      beside: computes the cotangents a little beside the minimum, see :func:`aside`. It is called
-        where those at the minimum may be round-off.
+      value: value of the observable.
+      cotangents: partial derivatives of the observable by the unknowns, with a leading axis over
+        the numbers of the observable.
+      direct: partial derivatives of the observable by the parameters, likewise.
+      beside: function that computes the cotangents a little beside the minimum, see :func:`aside`.
+        It is called where those at the minimum may be round-off.
     """
     count = value.size
     width = min(count, _chunk_width(value.dtype.itemsize, lin.system.positions.size))

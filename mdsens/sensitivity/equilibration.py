@@ -46,8 +46,8 @@ def equilibrate(
 ) -> Any:
     """Relax a system, as a function of its parameters that jax differentiates.
 
-    The function is differentiable in forward and reverse mode, to any order. It is for use under
-    jax.grad, jacfwd, jacrev, hessian, vmap and jit: ``jax.grad(lambda p:
+    The function is differentiable in forward and reverse mode, to any order. Use it under jax.grad,
+    jacfwd, jacrev, hessian, vmap and jit: ``jax.grad(lambda p:
     ms.observables.pressure(ms.equilibrate(system, p)))(params)``. The derivative is that of ``jvp``
     and ``vjp``, with the same treatment of the null space and of rattlers.
 
@@ -63,15 +63,15 @@ def equilibrate(
 
     Args:
       system: the start of the relaxation. The derivative by its positions is zero: the minimum
-        stays where it is as the start moves a little. Its cell has no derivative here: a box that
-        is to be differentiated is a function of the parameters.
+        stays where it is as the start moves a little. The cell of ``system`` has no derivative
+        here: to differentiate a box, make it a function of the parameters.
       params: the parameters to relax at, all or some; those of the system where None. Only the
         symmetric part of a matrix of species pairs counts: in ``jax.grad`` by the matrix, entries
         (a, b) and (b, a) are each half of the derivative by the one number that both are, and their
         sum is the whole derivative.
       tolerance, method, max_steps: as in ``minimize``.
       solve: the linear solver of the derivative.
-      has_aux: return ``(System, SolveStats)``.
+      has_aux: whether to return ``(System, SolveStats)`` instead of the System alone.
     """
     if not isinstance(system, System):
         raise InputError(f"equilibrate got a {type(system).__name__}: give a System.")
@@ -117,7 +117,7 @@ def _equilibrate(
     method: Fire | GradientDescent,
     solve: Method,
 ) -> tuple[System, SolveStats]:
-    """``equilibrate``, compiled once for each shape of a system and each transformation of jax."""
+    """Compiled part of ``equilibrate``, for each shape of a system and transformation of jax."""
     start = jax.lax.stop_gradient(system.replace(params=params))
     eq = jax.lax.stop_gradient(relax(start, tolerance, max_steps, method))
     backbone, net, null = analyze_rigidity(eq.system, eq.max_force)

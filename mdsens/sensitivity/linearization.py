@@ -220,7 +220,7 @@ def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Li
     """Find the network, the rattlers and the null space of a minimum, once for many derivatives.
 
     Args:
-      eq: from ``minimize``; not a batch.
+      eq: a minimum, from ``minimize``; not a batch.
       solve: an option record of mdsens.implicit: GMRES(), CG(), MINRES(), BiCGSTAB(), Direct() and
         others, or Auto(), which chooses.
       throw: raise where the minimum cannot be differentiated; with False the status of every
@@ -237,7 +237,7 @@ def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Li
     check_method(solve)
     if eq.system.batch is not None:
         raise InputError(
-            f"linearize takes one minimum and got a batch of {eq.system.batch}: give a member,"
+            f"linearize takes one minimum and got a batch of {eq.system.batch}: give one of them,"
             " ms.unstack(eq)[0]."
         )
     backbone, net, null = analyze_rigidity(eq.system, eq.max_force, eq.contacts_needed)

@@ -49,33 +49,33 @@ class Structure(Protocol):
 
     @property
     def status(self) -> Any:
-        """Why no derivative can be taken, an int32 array; None where the structure allows it."""
+        """Return the status that says why no derivative can be taken; None where it can."""
 
     def params(self, system: System) -> dict[str, Any]:
-        """The parameters that derivatives are taken by."""
+        """Return the parameters by which derivatives are taken."""
         ...
 
     def unknowns(self, system: System) -> Unknowns:
-        """The unknowns at the minimum."""
+        """Return the unknowns at the minimum."""
         ...
 
     def moved(self, system: System, x: Unknowns, params: Params) -> System:
-        """The system at other unknowns and parameters, with the same neighbor list; traceable."""
+        """Return the system at other unknowns and parameters, with the same neighbor list."""
         ...
 
     def condition(self, lin: Linearization, x: Unknowns, params: Params) -> Unknowns:
-        """F(x, params), zero at the minimum."""
+        """Evaluate the condition F(x, params), which is zero at the minimum."""
         ...
 
     def operator(self, lin: Linearization) -> tuple[Operator, jax.Array | None]:
-        """dF/dx by the positions (and multipliers), matrix-free, and the unit of the multipliers.
+        """Return dF/dx by positions (and multipliers), matrix-free, and the multipliers' unit.
 
         The unit is None where multipliers are no unknowns.
         """
         ...
 
     def solved(self, side: Unknowns, x: Unknowns) -> Unknowns:
-        """The solution for all unknowns, from that of the linear solve.
+        """Return the solution for all unknowns, from that of the linear solve.
 
         At a pressure the linear solve is for the positions alone.
 
@@ -86,56 +86,56 @@ class Structure(Protocol):
         ...
 
     def stored(self, lin: Linearization, x: Unknowns) -> Any:
-        """A change of the unknowns in the form that users get.
+        """Convert a change of the unknowns to the form that users get.
 
-        It is the change of the stored positions, (n, d); at a pressure an ``Unknowns`` of these and
-        of the strain of the cell, a Mandel vector.
+        This is the change of the Cartesian positions, (n, d), motion with the cell included; at a
+        pressure an ``Unknowns`` of this change and of the strain of the cell, a Mandel vector.
         """
         ...
 
     def unknown(self, lin: Linearization, value: jax.Array | Unknowns) -> Unknowns:
-        """A change of the unknowns from the form that users get; the inverse of ``stored``."""
+        """Convert a change of the unknowns from the form that users get; inverts ``stored``."""
         ...
 
     def parameter_side(self, lin: Linearization, tangent: Params) -> Unknowns:
-        """- dF/dp . dp, the right-hand side of ``jvp``."""
+        """Compute - dF/dp . dp, the right-hand side of ``jvp``."""
         ...
 
     def displacement(self, lin: Linearization, tangent: Params, x: Unknowns) -> tuple[Any, Any]:
-        """``(value, nonaffine)`` of ``jvp``, from the solution x."""
+        """Compute ``(value, nonaffine)`` of ``jvp`` from the solution x."""
         ...
 
     def cotangent(self, lin: Linearization, value: Unknowns, w: jax.Array) -> Unknowns:
-        """A cotangent of the result of ``jvp``, checked, as a cotangent of the unknowns.
+        """Check a cotangent of the result of ``jvp``; return a cotangent of the unknowns.
 
         Args:
           value: the user's cotangent.
-          w: its positions, checked already.
+          w: the part of the cotangent for the positions, checked already.
         """
         ...
 
     def cotangent_side(self, lin: Linearization, cotangent: Unknowns) -> Unknowns:
-        """The right-hand side of ``vjp``."""
+        """Compute the right-hand side of ``vjp``."""
         ...
 
     def parameter_gradient(
         self, lin: Linearization, cotangent: Unknowns, x: Unknowns
     ) -> dict[str, Any]:
-        """The value of ``vjp``, from the solution x."""
+        """Compute the value of ``vjp`` from the solution x."""
         ...
 
     def force_side(self, lin: Linearization, force: Unknowns) -> Unknowns:
-        """The right-hand side of ``response``, for an external force on the particles."""
+        """Compute the right-hand side of ``response``, for an external force on the particles."""
         ...
 
     def at(self, minimum: Equilibrium, system: System) -> Self:
-        """The structure of another minimum nearby, whose backbone is ``system``."""
+        """Return the structure of another minimum nearby, whose backbone is ``system``."""
         ...
 
 
 @full_precision
 def _affine(system: System, tangent: Params, positions: jax.Array) -> jax.Array:
-    """(d box / dp . dp) box^-1 R, (n, d): the motion of particles that follow the box."""
+    """Compute (d box / dp . dp) box^-1 R, (n, d), the motion of particles that follow the box."""
     if system.box is None:
         return jnp.zeros_like(positions)
     change = along(lambda p: box_at(system, p), system.params, tangent)
@@ -224,8 +224,8 @@ class AtPressureStructure(FixedCellStructure):
     the actual positions of the particles.
 
     Attributes:
-      cell: with the strains that it can take, ``cell.along``. The strain among the unknowns is
-        given by its components along these.
+      cell: the cell, with the strains ``cell.along`` that it can take. The strain among the
+        unknowns is given by its components along these strains.
     """
 
     cell: Cell
@@ -337,7 +337,8 @@ class ConstrainedStructure(Portable):
     determine their values, and so their derivatives. The linear solve is for the other coordinates.
 
     Attributes:
-      multipliers: of the equations, by the names of the constraints; None without equations.
+      multipliers: multipliers of the equations, by the names of the constraints; None without
+        equations.
       constraint_status: DEGENERATE_CONSTRAINT, REDUNDANT_CONSTRAINTS or CONVERGED.
     """
 
@@ -358,7 +359,7 @@ class ConstrainedStructure(Portable):
         return lagrangian.with_unknowns(system, x, params)
 
     def condition(self, lin: Linearization, x: Unknowns, params: Params) -> Unknowns:
-        """dL/dx and g; along a constrained coordinate, its distance from its constrained value."""
+        """Compute dL/dx and g; for a constrained coordinate, its distance from the fixed value."""
         slope = lagrangian.lagrangian_gradient(lin.system, x, params)
         coordinates = Unknowns(x.positions, params=x.params)
         distance = jax.tree.map(
@@ -380,7 +381,7 @@ class ConstrainedStructure(Portable):
         return value if isinstance(value, Unknowns) else Unknowns(value)
 
     def read(self, lin: Linearization, x: Unknowns, params: Params) -> Unknowns:
-        """The unknowns in the form that users get.
+        """Convert the unknowns to the form that users get.
 
         These are the positions, the relaxed parameters, and the multipliers of all constraints,
         those of bounds and pins included.
@@ -390,9 +391,9 @@ class ConstrainedStructure(Portable):
         return Unknowns(x.positions, None, multipliers, x.params)
 
     def motion(self, lin: Linearization, tangent: Params) -> Unknowns:
-        """The derivative of the constrained coordinates along a change of the parameters.
+        """Differentiate the constrained coordinates along a change of the parameters.
 
-        It is zero for the other coordinates and for the multipliers.
+        The derivative is zero for the other coordinates and for the multipliers.
         """
         rate = along(
             lambda p: lagrangian.constrained_coordinates(lin.system, p), lin.params, tangent
@@ -419,7 +420,7 @@ class ConstrainedStructure(Portable):
         return value, value.positions - _affine(lin.system, tangent, lin.system.positions)
 
     def cotangent(self, lin: Linearization, value: Unknowns, w: jax.Array) -> Unknowns:
-        """The user's cotangent, zero for multipliers and relaxed parameters that it leaves out."""
+        """Return the user's cotangent, zero for multipliers and parameters that are not named."""
         # ``read`` has multipliers of all constraints, also those that are no unknowns
         shapes = jax.eval_shape(lambda c: self.read(c, c.unknowns, c.params), lin.traced(()))
         multipliers = _checked_by_name("multipliers", value.multipliers, shapes.multipliers, w)
@@ -432,7 +433,7 @@ class ConstrainedStructure(Portable):
     def parameter_gradient(
         self, lin: Linearization, cotangent: Unknowns, x: Unknowns
     ) -> dict[str, Any]:
-        """The transpose of ``displacement`` after ``parameter_side``, from the last step backwards.
+        """Apply the transpose of ``displacement`` after ``parameter_side``, the last step first.
 
         The parameters act in three ways: directly on what users get, by the right-hand side of the
         solve, and by the motion of the constrained coordinates.
@@ -458,7 +459,7 @@ class ConstrainedStructure(Portable):
         return dataclasses.replace(self, multipliers=unknowns.multipliers)
 
     def _pulled_through_read(self, lin: Linearization, cotangent: Unknowns) -> tuple[Unknowns, Any]:
-        """The transposed derivative of ``read``: cotangents of the unknowns and the parameters."""
+        """Apply the transposed derivative of ``read``: cotangents of unknowns and parameters."""
         value, pull = jax.vjp(lambda x, p: self.read(lin, x, p), lin.unknowns, lin.params)
         zero = jax.tree.map(jnp.zeros_like, value)
         multipliers = cotangent.multipliers
@@ -474,12 +475,12 @@ def _checked_by_name(
     shapes: dict[str, jax.ShapeDtypeStruct] | None,
     w: jax.Array,
 ) -> dict[str, jax.Array] | None:
-    """A user's cotangents by name, checked; zero where a name is missing.
+    """Check a user's cotangents by name; zero where a name is missing.
 
     Args:
       field: "multipliers" or "params", for messages.
-      cotangents: of the user.
-      shapes: of all names; None or empty where there are none.
+      cotangents: cotangents that the user gave.
+      shapes: shapes by name; None or empty without names.
       w: the cotangent of the positions, for its dtype.
     """
     named = cotangents or {}
@@ -508,7 +509,7 @@ def _lagrangian_gradient(lin: Linearization, x: Unknowns, params: Params) -> Unk
 
 
 def _all_changes(lin: Linearization, tangent: Params) -> dict[str, Any]:
-    """Changes of all parameters: zero for those that ``tangent`` does not name."""
+    """Return changes of all parameters: zero for those that ``tangent`` does not name."""
     return {
         name: tangent[name] if name in tangent else jnp.zeros_like(v)
         for name, v in lin.params.items()
@@ -516,7 +517,7 @@ def _all_changes(lin: Linearization, tangent: Params) -> dict[str, Any]:
 
 
 def _at_active_set(null: NullSpace, fixed: Unknowns, free: Unknowns) -> Unknowns:
-    """``fixed`` where constraints fix a coordinate, ``free`` elsewhere."""
+    """Return ``fixed`` where constraints fix a coordinate, ``free`` elsewhere."""
     mask = null.active_set
     assert mask is not None
     whole = Unknowns(mask.positions, None, mask.multipliers, mask.params)

@@ -1,7 +1,8 @@
 """Independent checks: finite differences, the adjoint identity, properties of a potential.
 
-The derivatives of this package are checked by minimizing again, and its potentials for what they
-declare of themselves. The same checks serve for a user's own potential.
+The derivatives of this package are checked by minimizing again, and its potentials are tested for
+the properties that they declare, such as breakpoints. The same checks serve for a user's own
+potential.
 """
 
 from mdsens.verify.adjoint_test import AdjointTest, adjoint

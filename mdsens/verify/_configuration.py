@@ -54,12 +54,12 @@ DIRECTIONS = 4
 
 
 def parts(potential: Potential) -> tuple[Any, ...]:
-    """The terms of a sum of potentials; of any other potential itself."""
+    """Return the terms of a sum of potentials; for any other potential the potential itself."""
     return potential.parts if isinstance(potential, SumPotential) else (potential,)
 
 
 def lattice(potential: Potential, params: Params) -> System:
-    """A system on the sites of a square lattice of spacing 1, in open boundaries.
+    """Make a system on the sites of a square lattice of spacing 1, in open boundaries.
 
     A parameter of a pair potential with several values is taken to have one for each species.
     """
@@ -109,7 +109,7 @@ def system_of(
 ) -> System:
     """``System.create`` without its check that a potential is zero at its cutoff.
 
-    A potential that does not end there is what the checks below are to report.
+    The checks below report a potential that is not zero at its cutoff.
     """
     zeroed = [
         dataclasses.replace(part, phi=_zero) if isinstance(part, PairPotential) else part
@@ -131,7 +131,7 @@ def spread(sites: System, least: float, rng: np.random.Generator) -> System:
     Every pair is clear of its breakpoints, or nearly so where no trial succeeds.
 
     Args:
-      sites: from :func:`lattice`.
+      sites: the system from :func:`lattice`.
       least: the distance of least energy.
     """
     spacing = SPACING * least
@@ -145,7 +145,7 @@ def spread(sites: System, least: float, rng: np.random.Generator) -> System:
 
 
 def _clearance(system: System) -> float:
-    """Smallest distance of a pair from a breakpoint of its potential; inf without breakpoints."""
+    """Compute the least distance of a pair from a breakpoint; inf without breakpoints."""
     gaps = []
     for term in pair_terms(system):
         distances = pair_distances(term, system.positions, system.box)
@@ -191,7 +191,7 @@ def _central_difference(f: Callable[[float], jax.Array], step: float) -> np.ndar
 
 
 def _relative_norm(difference: ArrayLike, *references: ArrayLike) -> float:
-    """Norm of a difference over the largest norm of the references; not divided where that is 0."""
+    """Divide the norm of a difference by the largest norm of the references, unless that is 0."""
     size = max(float(np.linalg.norm(reference)) for reference in references)
     norm = float(np.linalg.norm(difference))
     return norm / size if size > 0 else norm

@@ -48,8 +48,8 @@ class Break:
 
     Attributes:
       length: r.
-      jumps: order -> its jump there (right less left); inf where it diverges. Orders that do not
-        jump are left out.
+      jumps: dict by order of the derivative: its jump at r (right minus left); inf where it
+        diverges. Orders that do not jump are left out.
     """
 
     length: float
@@ -94,7 +94,7 @@ def with_derivatives(phi: Callable[..., jax.Array]) -> Evaluate:
 
 
 def edges_of(low: float, high: float, points: Sequence[float]) -> np.ndarray:
-    """Edges of the first grid: equal ratios from ``low`` to ``high``, and a narrow cell at points.
+    """Make the edges of the first grid: equal ratios, and a narrow cell at each breakpoint.
 
     Args:
       points: the declared breakpoints. Each is alone in its narrow cell, so that it does not hide
@@ -109,10 +109,10 @@ def edges_of(low: float, high: float, points: Sequence[float]) -> np.ndarray:
 
 
 def nearby(f: np.ndarray, r: np.ndarray) -> np.ndarray:
-    """(ORDERS, m) the size of phi and its derivatives near each r.
+    """Estimate the magnitude of phi and its derivatives near each r, (ORDERS, m).
 
-    The largest absolute value among some cells on each side, plus the sizes of the lower orders
-    over powers of r.
+    The estimate is the largest absolute value among some cells on each side, plus the magnitudes of
+    the lower orders over powers of r.
     """
     # Imported here, so that importing this package does not import scipy.ndimage.
     from scipy.ndimage import maximum_filter1d
@@ -127,7 +127,7 @@ def nearby(f: np.ndarray, r: np.ndarray) -> np.ndarray:
 def _excess(
     a: np.ndarray, b: np.ndarray, fa: np.ndarray, fb: np.ndarray, ga: np.ndarray, gb: np.ndarray
 ) -> np.ndarray:
-    """f(b) - f(a) less the integral of the derivative g of f, by the trapezoidal rule.
+    """Compute f(b) - f(a) minus the integral of the derivative g of f, by the trapezoidal rule.
 
     This is the jump of f between a and b; where f is smooth it is of third order in b - a. A
     derivative by automatic differentiation does not contain the jump.
@@ -146,7 +146,7 @@ def find_breaks(
     is located.
 
     Args:
-      evaluate: from ``with_derivatives``.
+      evaluate: function from ``with_derivatives``.
       values: values of the parameters of phi.
       edges: (m,) edges of the cells.
       f: (ORDERS + 1, m) the result of ``evaluate`` at the edges, where it is known already.

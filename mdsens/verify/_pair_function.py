@@ -48,10 +48,10 @@ class _Kind:
       label: the values with their names, for messages.
       values: values of the parameters of phi.
       points: the declared breakpoints, ascending.
-      cutoff: length from which on phi must vanish; inf where the potential declares none.
-      least: the distance of least energy; 1 where there is none.
+      cutoff: length from which on phi must vanish; inf where the potential declares no cutoff.
+      least: the distance of least energy; 1 where the energy has no minimum.
       r: (m,) lengths at which phi was evaluated.
-      f: (ORDERS + 1, m) phi and its derivatives there.
+      f: (ORDERS + 1, m) phi and its derivatives at these lengths.
       breaks: the jumps that were located.
     """
 
@@ -65,11 +65,11 @@ class _Kind:
     breaks: list[Break]
 
     def declared(self, located: Break) -> bool:
-        """Whether a breakpoint is declared at a jump that was located."""
+        """Return whether a breakpoint is declared at a jump that was located."""
         return any(abs(located.length - p) <= APART * p for p in self.points)
 
     def jump(self, point: float, order: int) -> float:
-        """The jump of one order at a declared breakpoint; 0 where it has none."""
+        """Return the jump of one order at a declared breakpoint; 0 where it does not jump."""
         for located in self.breaks:
             if abs(located.length - point) <= APART * point:
                 return located.jumps.get(order, 0.0)
@@ -81,7 +81,7 @@ class PairFunction:
 
     Args:
       potential: a pair potential, or one of bonds.
-      term: its pairs, with the values of their parameters.
+      term: the pairs of the potential, with the values of their parameters.
       between: the lengths between which to examine phi; None for the default.
     """
 
@@ -215,6 +215,7 @@ class PairFunction:
             # phi' may jump at the cutoff itself, which the check of that breakpoint reports.
             outside[1, 0] = 0.0
             size = np.abs(within).max(axis=1, initial=0.0)[:, None]
+            # argmax would find a NaN, but every comparison with it below is false
             share = np.nan_to_num(outside / np.where(size > 0, size, 1.0), nan=np.inf)
             order, k = np.unravel_index(np.argmax(share), share.shape)
             if share[order, k] > max(worst, ROUND_OFF):
@@ -245,8 +246,9 @@ class PairFunction:
     def _finite(self) -> Finding:
         """Check that phi, phi', phi'', and d/dp of phi and phi' are finite.
 
-        On the grid, and at and beside every breakpoint. The derivatives are taken in reverse mode,
-        as those of forces are: forward mode does not give the NaN of a where() without a guard.
+        The test is made on the grid, and at and beside every breakpoint. The derivatives are taken
+        in reverse mode, as the derivatives of forces are: forward mode does not give the NaN of a
+        where() without a guard.
         """
         argnums = tuple(range(1 + len(self.names)))  # r and every parameter
 
@@ -288,9 +290,10 @@ class PairFunction:
 
 
 def _least_energy_distance(evaluate: Evaluate, values: tuple[float, ...], cutoff: float) -> float:
-    """The distance of least energy: contact, for a potential that only repels up to a cutoff.
+    """Return the distance of least energy; for a repulsive potential with a cutoff, contact.
 
-    Without a cutoff it is searched from 1e-3 to 1e3; 1 where there is none.
+    Without a cutoff the distance is searched from 1e-3 to 1e3; it is 1 where the energy has no
+    minimum.
     """
     if math.isfinite(cutoff):
         r = cutoff * np.geomspace(1e-2, 1.0, 1000)
@@ -305,17 +308,17 @@ def _least_energy_distance(evaluate: Evaluate, values: tuple[float, ...], cutoff
 
 
 def _jumps(jump: float) -> str:
-    """A jump in words."""
+    """Describe a jump."""
     return "diverges" if math.isinf(jump) else f"jumps by {jump:.3g}"
 
 
 def _listed(names: Sequence[str]) -> str:
-    """Names joined by commas, the last two by "and"."""
+    """Join names by commas, the last two by "and"."""
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _span(lengths: Sequence[float]) -> str:
-    """A length, or the range of several, in words."""
+    """Describe a length, or the range of several lengths."""
     low = min(lengths)
     high = max(lengths)
     return f"r = {low:.6g}" if math.isclose(low, high) else f"r = {low:.6g} to {high:.6g}"

@@ -1,11 +1,12 @@
 """Newton steps that bring a minimum down to round-off, with the Hessian of a minimum nearby.
 
 A minimizer stops at a tolerance, and the force that it leaves is in the softest modes. Near jamming
-a force of 1e-14 displaces positions by 1e-10, which is 1e-4 of a difference over a step of 1e-6. A
-difference over half that step has the same error, because the minimizer takes the same path there,
-so that comparing the two does not show it. The Newton steps remove that force first. The root of
-dU/dR = 0 does not depend on the matrix of the steps: with a wrong Hessian they converge slowly, but
-to the same positions. The step that remains at the end is the round-off of the positions.
+a force of 1e-14 displaces positions by 1e-10, which is 1e-4 of the difference of positions over a
+step of 1e-6. A difference over half that step has the same error, because the minimizer takes the
+same path there, so that comparing the two does not show it. The Newton steps remove that force
+first. The root of dU/dR = 0 does not depend on the matrix of the steps: with a wrong Hessian they
+converge slowly, but to the same positions. The step that remains at the end is the round-off of the
+positions.
 """
 
 from __future__ import annotations
@@ -52,13 +53,13 @@ class Settled(NamedTuple):
 
 @jax.jit
 def _condition(lin: Linearization) -> Unknowns:
-    """The stationarity condition at the configuration of ``lin``, zero at a minimum."""
+    """Evaluate the stationarity condition at the configuration of ``lin``, zero at a minimum."""
     return lin.condition(lin.unknowns, lin.params)
 
 
 @jax.jit
 def _public(lin: Linearization, x: Unknowns) -> Unknowns:
-    """A change of the unknowns in the form in which ``jvp`` returns it."""
+    """Convert a change of the unknowns to the form in which ``jvp`` returns it."""
     if not lin.constrained:
         value = lin.structure.stored(lin, x)
         return value if isinstance(value, Unknowns) else Unknowns(value)
@@ -67,7 +68,7 @@ def _public(lin: Linearization, x: Unknowns) -> Unknowns:
 
 
 class Settling:
-    """Newton steps to a minimum from near it.
+    """Newton steps from a configuration near a minimum to the minimum.
 
     Args:
       lin: a minimum of the same system at nearly the same parameters; the steps use its Hessian,
@@ -101,7 +102,7 @@ class Settling:
         return Settled(minimum, _public(lin.traced(()), step), force)
 
     def _lin_at(self, near: Equilibrium) -> Linearization:
-        """The linearization ``self.lin`` moved to a minimum nearby: its condition, the old network.
+        """Move the linearization ``self.lin`` to a minimum nearby, with the old contact network.
 
         The minimum keeps its own pressure and multipliers.
         """
@@ -111,14 +112,14 @@ class Settling:
         return dataclasses.replace(lin, system=backbone, structure=structure)
 
     def _newton(self, lin: Linearization) -> tuple[Unknowns, float]:
-        """The Newton step from a configuration, and the largest force on a particle there."""
+        """Compute the Newton step from a configuration, and the largest force on a particle."""
         forces = self.lin.null.free(jax.tree.map(jnp.negative, _condition(lin.traced(()))))
         rattlers = np.asarray(self.lin.network.rattlers)[:, None]
         norms = np.linalg.norm(np.where(rattlers, 0.0, forces.positions), axis=1)
         return self.space.yields(forces, RTOL)[0], float(np.max(norms, initial=0.0))
 
     def _moved(self, minimum: Equilibrium, lin: Linearization, step: Unknowns) -> Equilibrium:
-        """A minimum with its unknowns changed by a step: positions, cell, multipliers."""
+        """Change the unknowns of a minimum by a step: positions, cell, multipliers."""
         x = jax.tree.map(jnp.add, lin.unknowns, step)
         system = lin.moved(minimum.system, x, lin.params)
         if lin.cell is not None:

@@ -27,17 +27,18 @@ __all__ = ["AdjointTest", "adjoint"]
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class AdjointTest(Shown):
-    """The adjoint identity <w, J v> = <J^T w, v> at a minimum.
+    """The adjoint identity <w, J v> = <J^T w, v> at a minimum, J the derivative of the positions.
 
     The two sides are computed by different linear solves. They differ if a solver stopped too
-    early, if the Hessian is not symmetric, or if a derivative rule contradicts itself. The identity
-    does not show an error that is the same on both sides, such as a wrong energy:
-    ``derivative_test`` does.
+    early, if the Hessian is not symmetric, or if a derivative rule contradicts itself. An error
+    that is the same on both sides, such as a wrong energy, does not violate the identity;
+    ``derivative_test`` detects it.
 
     Attributes:
       forward: <w, J v>, by ``jvp``.
       reverse: <J^T w, v>, by ``vjp``.
-      gap: their difference relative to the larger one (absolute where that is below 1e-6).
+      gap: difference of ``forward`` and ``reverse`` relative to the larger one (absolute where that
+        is below 1e-6).
       status: the worse status of the two solves.
     """
 
@@ -68,13 +69,13 @@ def adjoint(
     """Compare ``jvp`` with ``vjp``: <w, J v> = <J^T w, v>, J the derivative of the minimum.
 
     Args:
-      eq: from ``minimize`` or ``linearize``; not a batch.
-      dparams: v, as in ``jvp``; None takes a random change of every parameter, of the parameter's
-        own size.
-      cotangent: w, (n, d), or at a pressure ``Unknowns(w, strain)`` as in ``vjp``. None takes a
-        random one, without its part in the null space (rattlers, translations), and at a pressure
-        with a random strain.
-      seed: of the random directions.
+      eq: a minimum, from ``minimize`` or ``linearize``; not a batch.
+      dparams: the direction v, as in ``jvp``; None takes a random change of every parameter, about
+        as large as its value.
+      cotangent: the cotangent w, (n, d), or at a pressure ``Unknowns(w, strain)`` as in ``vjp``.
+        None takes a random cotangent, without the part in the null space (rattlers, translations),
+        and at a pressure with a random strain.
+      seed: seed of the random directions.
       solve: the linear solver, as in ``jvp``.
 
     Returns:
@@ -126,7 +127,7 @@ def adjoint(
 
 
 def _random_cotangent(lin: Linearization, rng: np.random.Generator) -> jax.Array | Unknowns:
-    """A random cotangent of positions, without its null-space part, and of a cell that responds."""
+    """Make a random cotangent of positions, without null-space part, and of a relaxed cell."""
     n, d = lin.system.positions.shape
     dtype = lin.system.positions.dtype
     random = jnp.asarray(rng.standard_normal((n, d)), dtype)

@@ -113,7 +113,8 @@ class _Line:
         parameters by about as much as their values.
       radius: t of the first change of a contact, to first order.
       pairs: the pairs that touch at the minimum.
-      tolerance: the largest force that the minimizations leave."""
+      tolerance: the largest force that the minimizations leave.
+    """
 
     lin: Linearization
     settling: Settling

@@ -35,8 +35,8 @@ def potential(
 
     For a pair potential, for up to six of its different pairs, phi(r) between two lengths:
 
-    - at each declared breakpoint, which orders jump. phi'' may jump; phi and phi' may not, for no
-      minimum can stand there;
+    - at each declared breakpoint, which derivatives jump. phi'' may jump; phi and phi' may not,
+    because no minimum can exist at such a jump;
     - elsewhere none of phi, phi', phi'' and phi''' jumps. A jump is located to round-off;
     - phi and phi' vanish beyond the cutoff; if the potential is declared repulsive, phi' is nowhere
       positive;
@@ -52,17 +52,18 @@ def potential(
     - the Hessian is symmetric.
 
     Args:
-      potential: from ``ms.potentials``: any of the catalogue, ``from_pair``, ``from_energy``, sums
-        of them.
-      params: as for ``System.create``.
+      potential: a potential of ``ms.potentials``: from the catalogue, by ``from_pair`` or
+        ``from_energy``, or a sum of these.
+      params: parameters by name, as for ``System.create``.
       positions: (n, d); None takes 16 or more particles near the sites of a square lattice at about
         the distance of least energy, in open boundaries. Needed for many-body potentials, whose
         lengths cannot be known.
-      box, species: of those positions, as for ``System.create``. Without positions, a parameter
-        with several values is taken to have one for each species.
+      box, species: cell and species for ``positions``, as for ``System.create``. Without positions,
+        a parameter with several values is taken to have one for each species.
       between: the two lengths between which phi is examined. None takes 0.2 of the distance of
-        least energy, and 1.2 of the cutoff or without a cutoff 3 times that distance.
-      seed: of the random configuration and directions.
+        least energy, and 1.2 of the cutoff, or without a cutoff 3 times the distance of least
+        energy.
+      seed: seed of the random configuration and directions.
 
     Returns:
       a :class:`PotentialTest`; ``good`` is True if all checks passed, and printing it shows each.
@@ -83,7 +84,7 @@ def potential(
     if jnp.zeros(()).dtype != jnp.float64:
         raise PrecisionError("verify.potential needs double precision: call ms.enable_x64() first.")
     if between is not None and not 0 < between[0] < between[1] < math.inf:
-        raise InputError(f"between is {between}: give two lengths, 0 < low < high.")
+        raise InputError(f"`between` is {between}: give two lengths, 0 < low < high.")
     if positions is None and not potential.pairwise:
         raise InputError(
             f"positions is None and {potential.name} acts on more than pairs, so nothing tells its"

@@ -28,15 +28,16 @@ BRANCH = (3.0, 0.1)
 
 
 def relative(off: float, size: float) -> float:
-    """``off`` divided by ``size``; undivided where the size is round-off of the differences."""
+    """Divide ``off`` by ``size``; do not divide where ``size`` is round-off of the differences."""
     return off / size if size > NOTHING else off
 
 
 def gap(value: ArrayLike | Unknowns, exact: jax.Array | Unknowns, nonaffine: jax.Array) -> float:
-    """The relative difference of two derivatives of a minimum.
+    """Compute the relative difference of two derivatives of a minimum.
 
-    Of the positions relative to ``nonaffine``, of the cell relative to its strain, of multipliers
-    and of relaxed parameters relative to theirs; the largest of these.
+    The result is the largest of these: the difference of positions relative to ``nonaffine``, of
+    strains relative to the strain, of multipliers and of relaxed parameters relative to their own
+    norms.
     """
     if not isinstance(exact, Unknowns):
         return relative(_norm(jnp.asarray(value) - exact), _norm(nonaffine))
@@ -78,9 +79,9 @@ class FiniteDifference(Portable, Shown):
         Mandel vector.
       nonaffine: at a pressure (n, d), the derivative of the positions less the motion of the cell;
         else equal to ``value``.
-      error: estimate of the error of ``value``, relative as a ``disagreement`` is. It combines the
-        truncation error, from the difference to half the step, with the round-off of positions and
-        parameters, which is measured.
+      error: estimate of the relative error of ``value``, defined as in ``disagreement``. It
+        combines the truncation error, from the difference to half the step, with the round-off of
+        positions and parameters, which is measured.
       step: t of the steps params +- t dparams.
       radius: t of the first change of a contact along the direction, to first order (the smaller of
         the two sides).
@@ -98,11 +99,11 @@ class FiniteDifference(Portable, Shown):
     status: Status
 
     def disagreement(self, value: ArrayLike | Unknowns) -> float:
-        """|value - self.value| / |self.value|; undivided if |self.value| is round-off.
+        """Return |value - self.value| / |self.value|; undivided if |self.value| is round-off.
 
-        At a pressure the larger of the disagreements of the strain and of the positions. That of
-        the positions is relative to ``nonaffine``: relative to the motion with the cell any error
-        would look small.
+        At a pressure this is the larger of the disagreements of the strain and of the positions.
+        The disagreement of the positions is relative to ``nonaffine``: relative to the motion with
+        the cell any error would look small.
         """
         return gap(value, self.value, self.nonaffine)
 
@@ -127,9 +128,9 @@ class DerivativeTest(Shown):
     """The error of central differences against a derivative, over a range of steps.
 
     On logarithmic axes the errors of a right derivative form a V. Round-off of the minima makes an
-    error that falls as 1/t, truncation one that grows as t^2. At the first change of a contact the
-    difference quotient breaks: beyond it there is no derivative to agree with. The errors of a
-    wrong derivative do not fall below a floor at any step.
+    error that falls as 1/t, truncation one that grows as t^2. Beyond the first change of a contact
+    the difference quotient is no approximation of the derivative. The errors of a wrong derivative
+    do not fall below a floor at any step.
 
     Attributes:
       steps: (k,) t of the steps params +- t dparams, ascending.
@@ -160,7 +161,7 @@ class DerivativeTest(Shown):
 
     @property
     def best(self) -> float:
-        """The smallest error of a sound step; inf where there is none."""
+        """The smallest error among the steps in ``sound``; inf where no step is sound."""
         return float(np.min(self.errors[self.sound], initial=np.inf))
 
     @property

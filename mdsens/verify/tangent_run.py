@@ -173,16 +173,17 @@ class TangentRun:
     displacement of the starting positions, which gives ``perturbation``.
 
     Args:
-      system: where to start.
+      system: the system at the start.
       method: the minimizer.
       tangent: the change of every parameter.
-      limits: from :func:`limits_of`.
+      limits: limits of the steps, from :func:`limits_of`.
     """
 
     def __init__(self, system: System, method: Minimizer, tangent: Params, limits: Limits):
         self.method = method
         self.limits = limits
         self.steps = 0
+        # a fixed seed: the same start in every run
         aside = jnp.asarray(
             np.random.default_rng(0).normal(size=system.positions.shape), system.positions.dtype
         )
@@ -229,29 +230,29 @@ class TangentRun:
 
     @property
     def tangent(self) -> jax.Array:
-        """T, the derivative of the positions along the change of the parameters, (n, d)."""
+        """The derivative T of the positions along the change of the parameters, (n, d)."""
         return self.method.positions(_with_floats(self.state, [c[0] for c in self.changes]))
 
     @property
     def perturbation(self) -> jax.Array:
-        """d, the derivative of the positions along the displacement of the start, (n, d)."""
+        """The derivative d of the positions along the displacement of the start, (n, d)."""
         return self.method.positions(_with_floats(self.state, [c[1] for c in self.changes]))
 
 
 def reversed_run(run: TangentRun, start: System, tangent: Params, count: int) -> Reverse:
-    """Reverse mode through ``count`` steps, each recomputed from its state on the way back.
+    """Run reverse mode through ``count`` steps, each recomputed from its state on the way back.
 
     Args:
-      run: a forward run of as many steps, whose T the result is compared with.
-      start: where that run started, with a list of all pairs.
-      tangent: its change of the parameters.
+      run: a forward run of as many steps, with whose derivative T the result is compared.
+      start: the system at the start of that run, with a list of all pairs.
+      tangent: the change of the parameters in that run.
       count: the number of steps.
     """
     # A cotangent without symmetry that is the same in every run.
     w = chirp(start.positions.shape, start.positions.dtype)
 
     def weighted_positions(params: Params) -> jax.Array:
-        """<w, R> after the steps."""
+        """Compute <w, R>, with the positions R after the steps and the cotangent w."""
         init, apply = _functions(start, params, run.method, run.limits)
         step = jax.checkpoint(lambda state, _: (apply(state), None))
         state, _ = jax.lax.scan(step, init(start.positions), None, length=count)

@@ -2,10 +2,10 @@
 
     R_k+1 = Phi(R_k, p),    T_k+1 = @Phi/@R T_k + @Phi/@p dp,    T_0 = 0.
 
-T_k is the derivative of the positions after k steps, at rest or not. As the run comes to rest, T_k
-becomes the derivative of the minimum. Before that it grows with the products of @Phi/@R, as
-perturbations of the start do (Metz, Freeman, Schoenholz and Kachman, Gradients are Not All You
-Need, arXiv:2111.05803).
+Phi is one step of the minimizer, and T_k the derivative of the positions after k steps along the
+parameter change dp, at rest or not. As the run comes to rest, T_k becomes the derivative of the
+minimum. Before that it grows with the products of @Phi/@R, as perturbations of the start do (Metz,
+Freeman, Schoenholz and Kachman, Gradients are Not All You Need, arXiv:2111.05803).
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class Unrolled(Shown):
       tangents: (m, n, d) T_k.
       exact: (n, d) the implicit derivative.
       forward_bytes: memory of forward mode, whatever k is: the state, T and d.
-      reverse_bytes: memory of reverse mode at the last k: a state for each step, recomputed on the
-        way back (calculated; a run without recomputation takes several times more).
+      reverse_bytes: memory of reverse mode at the last k, calculated: one state for each step; the
+        steps are recomputed on the way back, and without this the memory is several times larger.
       reverse: the measured result of reverse mode; None where it was not asked for.
       minimum: the minimum that the last step leads to.
       status: CONVERGED, or the worse of the minimum's and of the implicit derivative's; NOT_FINITE
@@ -151,20 +151,20 @@ def unrolled(
 ) -> Unrolled:
     """Differentiate through k steps of a minimizer, and compare with the derivative of the minimum.
 
-    By forward mode: T_k is carried along with the run. The starting positions, the time steps and
-    the mass do not depend on the parameters. The implicit derivative is taken at the minimum that
-    the last step leads to, so that both belong to the same basin.
+    The derivative T_k is computed in forward mode, along with the run. The starting positions, the
+    time steps and the mass do not depend on the parameters. The implicit derivative is taken at the
+    minimum that the last step leads to, so that both belong to the same basin.
 
     Args:
       start: the system to start from, not relaxed; not a batch.
       dparams: the direction, as in ``jvp``.
-      steps: k, one number or several.
-      method: ``Fire(...)`` or ``GradientDescent(...)``, jax-md's.
-      reverse: also run reverse mode through the last k, and measure its memory. It needs a list of
-        all pairs.
+      steps: the numbers of steps k, one number or several.
+      method: ``Fire(...)`` or ``GradientDescent(...)`` of ms.relaxation, which are jax-md's.
+      reverse: whether to run reverse mode through the last k steps as well, and measure its memory.
+        Reverse mode needs a list of all pairs.
 
     Returns:
-      an :class:`Unrolled`; print it.
+      an :class:`Unrolled`; ``print`` shows a table.
 
     Raises:
       InputError: bad names, steps or method. TooLargeError: reverse mode would not fit in memory.

@@ -521,10 +521,10 @@ def test_bad_constraints_are_refused(constraints, extra, said):
     "make, said",
     [
         (lambda: Wall(3, True), "axis is 3"),
-        (lambda: Wall(0, cast(Any, 1)), "above is 1"),
-        (lambda: Wall(0, True, clearance=-1.0), "clearance is -1.0"),
+        (lambda: Wall(0, cast(Any, 1)), "`above` is 1"),
+        (lambda: Wall(0, True, clearance=-1.0), "`clearance` is -1.0"),
         (lambda: Pinned.particles([9], 4, 2), "give numbers from 0 to 3"),
-        (lambda: Pinned.particles([0], 4, 2, axes=[2]), "axes is"),
+        (lambda: Pinned.particles([0], 4, 2, axes=[2]), "`axes` is"),
         (lambda: Pinned.coordinates([[1, 0]]), "booleans"),
         (lambda: RigidBonds.between([[1, 1]]), "to itself"),
         (lambda: RigidBonds.between([0, 1]), "particle numbers"),

@@ -132,7 +132,7 @@ def test_a_matrix_of_pairs_stays_symmetric_and_its_derivative_counts_both_entrie
         ({"sigma": Free(within=-1.0)}, None, "positive share"),
         ({"sigma": Free(low=2.0)}, None, "do not hold the start"),
         ({"sigma": Free(low=np.nan)}, None, "do not hold the start"),
-        ({"sigma": Free(only=np.array([True]))}, None, "truth values"),
+        ({"sigma": Free(only=np.array([True]))}, None, "booleans of shape"),
         ({"epsilon": Free(only=np.array([[False, True], [False, True]]))}, None, "mirror"),
         ({"sigma": Free(only=np.zeros(2, bool))}, None, "no component"),
         ("sigma", {"epsilon": (0.0, 1.0)}, "not free"),
@@ -283,7 +283,7 @@ def test_figures_are_drawn_on_the_axes_given(packing: ms.System) -> None:
         figure.canvas.draw()
     finally:
         pyplot.close(figure)
-    with pytest.raises(ms.InputError, match="give 3, one a"):
+    with pytest.raises(ms.InputError, match="give 3, one per feature"):
         ms.plots.design_history(design, axes[:2, 0])
     with pytest.raises(ms.InputError, match="fit returns"):
         ms.plots.design_history(eq)  # type: ignore[arg-type]
@@ -557,7 +557,7 @@ def test_bad_design_files_are_named(tmp_path: Path, old: str, new: str, said: st
         ),
         (
             lambda: fit(Target(lambda s: s.positions, 0.0, 1.0), ms.load_system("dimer"), "sigma"),
-            "one number a",
+            "one number for each",
         ),
     ],
 )
@@ -597,7 +597,7 @@ def test_features_that_say_the_same_are_told(packing: ms.System) -> None:
     assert found.rank == 2 and not found.independent
     assert list(found.susceptibility > 0) == [False, False, True]
     assert "rank 2" in str(found)
-    with pytest.raises(ms.InputError, match="cannot be moved alone"):
+    with pytest.raises(ms.InputError, match="cannot be changed alone"):
         found.change("P")
     with pytest.raises(ms.InputError, match="give 3 positive numbers"):
         feature_response(twice, ms.minimize(packing), scales=[1.0])

@@ -37,8 +37,8 @@ class Shape:
 
     Attributes:
       n, d: particles and dimension.
-      potential: a key of ``POTENTIALS``, or "springs" (a chain and random bonds), or "ring" (a chain
-        through the cell that closes on its own image), or a sum of keys with " + ".
+      potential: a key of ``POTENTIALS``, or "springs" (a chain and random bonds), or "ring" (a
+        chain through the cell that closes on its own image), or a sum of keys with " + ".
       box: "open", "cube", "triclinic", "fraction" (follows the packing fraction), "tilted
         fraction", "function".
       sigma, epsilon: "scalar", "species" (two), "particle" or "matrix" (of two species).

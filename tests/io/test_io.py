@@ -158,7 +158,7 @@ def test_relaxation_options_are_keywords_of_minimize(toml):
         ({"description": 3}, "description is 3.*text"),
         ({"species": [3, 4]}, "species is .*7 in all.*6 particles"),
         ({"species": [0.3, 0.3]}, "species is .*sum to 1"),
-        ({"species": "positions"}, "species asks for the array 'species'.*no file"),
+        ({"species": "positions"}, "species asks for the array 'species'.*not from a file"),
         ({"species": 6}, "species is 6.*counts"),
         ({"species": [-3, 9]}, "species is .*0 or more"),
         (
@@ -217,7 +217,7 @@ def test_relaxation_options_are_keywords_of_minimize(toml):
             "positions.vacancies is .*0 to 3",
         ),
         ({"positions": {"kind": "file", "file": "nothing.npz"}}, "nothing.npz does not exist"),
-        ({"positions": {"kind": "file", "file": "discs.toml"}}, "of no kind that is read.*extxyz"),
+        ({"positions": {"kind": "file", "file": "discs.toml"}}, "unknown suffix.*extxyz"),
         (
             {"potential": {"kind": "soft_spheres"}},
             "potential.kind is 'soft_spheres'.*did you mean 'soft_sphere'",
@@ -238,7 +238,7 @@ def test_relaxation_options_are_keywords_of_minimize(toml):
         ({"parameters": {"sigma": [1.0]}}, "parameters.sigma has shape"),
         ({"parameters": {"sigma": -1.0}}, "parameters.sigma is .*positive"),
         ({"parameters": {"sigma": "big"}}, "parameters.sigma is 'big'.*numbers"),
-        ({"parameters": {"sigma": {"array": "diameter"}}}, "the positions are no file"),
+        ({"parameters": {"sigma": {"array": "diameter"}}}, "the positions are not from a file"),
         (
             {"parameters": {"sigma": {"uniform": [2.0, 1.0]}}},
             "parameters.sigma.uniform.*low below high",

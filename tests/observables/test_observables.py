@@ -365,7 +365,7 @@ def test_lists_of_pairs_that_do_not_serve_are_refused():
     system = seed()
     near = observables.pairs_within(system, 1.4)
     with pytest.raises(
-        ms.InputError, match=r"pairs reach 1\.4, and this looks at pairs up to 1\.5"
+        ms.InputError, match=r"`pairs` reaches 1\.4, and the observable needs 1\.5"
     ):
         observables.bond_order(system, 6, 1.5, near)
     with pytest.raises(ms.InputError, match="moved by more than half the skin"):
@@ -395,12 +395,12 @@ def test_bad_settings_are_refused_with_the_remedy():
         (lambda: o.bond_order(system, 6, 5.0), "beyond half the smallest height"),
         (
             lambda: o.radial_distribution(system, [4.0], 0.1),
-            r"pairs are looked at up to 4\.6, beyond half",
+            r"the observable needs pairs up to 4\.6, beyond half",
         ),
         (lambda: o.radial_distribution(system, [-1.0], 0.1), "radii that are not negative"),
         (lambda: o.radial_distribution(free, [1.0], 0.1), "open boundaries: give it a box"),
         (lambda: o.volume(free), "open boundaries: give it a box"),
-        (lambda: o.packing_fraction(bonds), "has no parameter 'sigma' of each"),
+        (lambda: o.packing_fraction(bonds), "no parameter 'sigma' for each particle"),
         (
             lambda: o.smooth_coordination(bonds, 0.1),
             "no length at which neighbors begin to interact",

@@ -284,7 +284,7 @@ def test_a_bad_status_stands_in_the_title():
     [
         ({"part": "affine"}, "part is 'affine'"),
         ({"scale": 0.0}, "scale is 0.0"),
-        ({"slab": (0.0, 0.5)}, "slab is for 3-D"),
+        ({"slab": (0.0, 0.5)}, "`slab` is for 3-D"),
         ({"slab": (0.5, 0.5)}, "two fractions"),
     ],
 )
@@ -311,7 +311,7 @@ def test_bad_inputs_are_refused_and_leave_no_figure(pyplot: Any):
             sensitivity_map(at, given)
     in_space = discs([[2.0, 3.0, 1.0]], 10.0, 1.0)
     views: list[tuple[dict[str, Any], str]] = [
-        ({"axis": 3}, "axis is 3"),
+        ({"axis": 3}, "`axis` is 3"),
         ({"slab": (0.5, 1.0)}, "no particle"),
     ]
     for options, says in views:
@@ -505,7 +505,7 @@ def test_every_spectrum_has_a_decade_and_named_ticks(values: Any):
         ([1.0, np.nan], {}, "finite"),
         ([1.0, 2.0], {"participation": [0.5]}, r"participation has shape \(1,\)"),
         ([1.0], {"participation": [1.5]}, "outside 0 to 1"),
-        ([1.0], {"null": -1.0}, "null is -1.0"),
+        ([1.0], {"null": -1.0}, "`null` is -1.0"),
     ],
 )
 def test_bad_spectra_are_refused_and_leave_no_figure(

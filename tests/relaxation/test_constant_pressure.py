@@ -299,9 +299,9 @@ def test_bad_input_is_refused():
         ms.minimize(system, pressure="high")  # type: ignore[arg-type]
     with pytest.raises(ms.InputError, match="pressure is nan: give a finite number"):
         ms.minimize(system, pressure=np.nan)
-    with pytest.raises(ms.InputError, match="shape is 1: give True or False"):
+    with pytest.raises(ms.InputError, match="`shape` is 1: give True or False"):
         ms.minimize(system, pressure=1.0, shape=1)  # type: ignore[arg-type]
-    with pytest.raises(ms.InputError, match="shape=True goes with a pressure"):
+    with pytest.raises(ms.InputError, match="shape=True needs `pressure`"):
         ms.minimize(system, shape=True)
     with pytest.raises(ms.InputError, match=r"pressure has shape \(2,\): give one number"):
         ms.minimize(ms.stack([small(0), small(1)]), pressure=[0.1, 0.2])  # type: ignore[arg-type]

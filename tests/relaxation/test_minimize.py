@@ -18,8 +18,8 @@ from conftest import quick, relative
 
 import mdsens as ms
 from mdsens._util.progress import Decades
-from mdsens.mechanics.hessian import dense_hessian, largest_force, max_force
-from mdsens.mechanics.units import Limits, largest_stiffness, natural_units
+from mdsens.mechanics.hessian import dense_hessian, largest_force, largest_stiffness, max_force
+from mdsens.mechanics.units import Limits, natural_units
 from mdsens.model import neighbors
 from mdsens.model.system import potential_energy
 from mdsens.relaxation._fire_loop import advance, at_rest

@@ -50,7 +50,7 @@ class Cone(Protocol):
         ...
 
     def project_dual(self, y: Array) -> Array:
-        """Project y on the dual cone K*: its nearest point there, shape (size,).
+        """Project y on the dual cone K*: the point of K* nearest to y, shape (size,).
 
         K* is the set of vectors whose inner product with each vector of K is not negative.
         """
@@ -75,7 +75,7 @@ class _Sized:
 
 
 class Zero(_Sized):
-    """s = 0: equalities A x = b, whose multipliers y are not restricted."""
+    """The cone of zeros, s = 0: equalities A x = b, whose multipliers y are not restricted."""
 
     def project_dual(self, y: Array) -> Array:
         """Return y, since the dual cone is the whole space."""
@@ -83,18 +83,18 @@ class Zero(_Sized):
 
 
 class NonNegative(_Sized):
-    """s >= 0: inequalities A x <= b."""
+    """The cone of vectors without negative entries, s >= 0: inequalities A x <= b."""
 
     def project_dual(self, y: Array) -> Array:
-        """max(y, 0), since the cone is its own dual."""
+        """Return max(y, 0), the projection on the cone, which is its own dual."""
         return projections.non_negative(y)
 
 
 class SecondOrder(_Sized):
-    """|u| <= t for s = (t, u), a vector of length ``size``."""
+    """The second-order cone: vectors s = (t, u) of length ``size`` with |u| <= t."""
 
     def project_dual(self, y: Array) -> Array:
-        """:func:`mdsens.implicit.conditions.projections.second_order_cone`; it is its own dual."""
+        """Project y on the cone, which is its own dual; see ``projections.second_order_cone``."""
         return projections.second_order_cone(y)
 
 
@@ -117,15 +117,15 @@ class Semidefinite:
         return self.order * (self.order + 1) // 2
 
     def project_dual(self, y: Array) -> Array:
-        """:func:`mdsens.implicit.conditions.projections.semidefinite`; the cone is its own dual."""
+        """Project y on the cone, which is its own dual; see ``projections.semidefinite``."""
         return vector(projections.semidefinite(matrix(y)))
 
 
 def vector(symmetric: Array) -> Array:
     """Write a symmetric matrix (n, n) as a vector of n (n + 1) / 2 entries.
 
-    The lower triangle, column by column, with off-diagonal entries times sqrt(2), so that inner
-    products are those of the matrices. The solver SCS uses the same order.
+    The entries are the lower triangle, column by column, with off-diagonal entries times sqrt(2),
+    so that inner products of vectors are those of the matrices. The solver SCS uses the same order.
     """
     # The column-major order of the lower triangle is the row-major order of the upper triangle,
     # with row and column exchanged.
@@ -134,7 +134,7 @@ def vector(symmetric: Array) -> Array:
 
 
 def matrix(entries: Array) -> Array:
-    """The symmetric matrix (n, n) of a vector of n (n + 1) / 2 entries; inverts :func:`vector`."""
+    """Write a vector of n (n + 1) / 2 entries as a symmetric matrix; inverts :func:`vector`."""
     # n from m = n (n + 1) / 2
     order = int((np.sqrt(8 * jnp.size(entries) + 1) - 1) / 2)
     if order * (order + 1) // 2 != jnp.size(entries):

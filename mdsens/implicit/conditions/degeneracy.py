@@ -1,6 +1,6 @@
 """Degenerate solutions, where the derivative jumps: a constraint is about to open or close.
 
-Almost no solution is degenerate. At one that is, the derivative that the conditions of
+Almost no solution is degenerate. At a degenerate solution, the derivative that the conditions of
 :mod:`mdsens.implicit.conditions.optimality` give is at best the derivative to one side. The
 functions here detect such solutions.
 """
@@ -32,7 +32,7 @@ class Margin(Portable):
     Attributes:
       status: CONVERGED, DEGENERATE_CONSTRAINT, or NOT_FINITE where the value is NaN; an int32
         array.
-      value: see :func:`complementarity` and :func:`kinked`.
+      value: the measure of the distance, defined in :func:`complementarity` and :func:`kinked`.
     """
 
     status: Array
@@ -88,7 +88,7 @@ _JUMP = 1e-3
 def kinked(F: Callable[..., PyTree], x: PyTree, *args: PyTree, radius: float = 1e-6) -> Margin:
     """Probe whether the derivative of a condition F or of a map T jumps near a solution.
 
-    It jumps where a projection changes from one face of its set to another.
+    The derivative jumps where a projection changes from one face of its set to another.
 
         value = max_v |J(p + r v) v - J(p - r v) v| / max(|J(p + r v) v|, |J(p - r v) v|)
         p = (x, args),  J = dF/dp
@@ -102,7 +102,8 @@ def kinked(F: Callable[..., PyTree], x: PyTree, *args: PyTree, radius: float = 1
         them. For ``kkt`` use :func:`complementarity`, since the derivative of ``kkt`` never jumps.
       x: the solution.
       args: the arguments of the root.
-      radius: r, larger than the error of the solver. A large radius takes curvature for a kink.
+      radius: the radius r, larger than the error of the solver. With a large radius, curvature is
+        mistaken for a kink.
 
     Returns:
       Margin with the largest jump as its value: DEGENERATE_CONSTRAINT where it is above 1e-3. This

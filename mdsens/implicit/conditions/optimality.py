@@ -13,7 +13,7 @@
 
 A condition F(x, *args) = 0 goes to :func:`mdsens.implicit.root`, a map with x = T(x, *args) to
 :func:`mdsens.implicit.fixed_point`. Every ingredient is a function of ``(x, *args)`` with the same
-args, and uses those that it needs:
+args, and may ignore some of them:
 
     def in_box(x, theta):
         return projections.box(x, 0.0, 1.0)
@@ -78,7 +78,7 @@ def stationary(f: Callable[..., Array]) -> Ingredient:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KKTPoint(Portable):
-    """The unknowns of a constrained minimum; also the residuals of its equations.
+    """The unknowns of a constrained minimum; also the residuals of the equations that determine it.
 
     Attributes:
       primal: the minimum, any tree.
@@ -187,8 +187,8 @@ def projected_gradient(
       f: ``f(x, *args)``, a scalar.
       projection: ``projection(y, *args)``, for example with a function of
         :mod:`mdsens.implicit.conditions.projections`.
-      step: positive. About the inverse of the curvature of f keeps the linear solve well
-        conditioned.
+      step: the step, a positive number. With about the inverse of the curvature of f the linear
+        solve is well conditioned.
     """
     gradient = jax.grad(f)
 
@@ -222,16 +222,17 @@ def proximal_gradient(
 def block_proximal_gradient(
     f: Callable[..., Array], proxes: PyTree, steps: PyTree = 1.0
 ) -> Ingredient:
-    """Make T(x, *args)_j = prox_j(x_j - step_j grad_j f(x, *args), step_j, *args), j for blocks.
+    """Make T(x, *args)_j = prox_j(x_j - step_j grad_j f(x, *args), step_j, *args), j a block.
 
     The fixed point is a minimum of f + sum_j g_j.
 
     Args:
       f: ``f(x, *args)``, a scalar, smooth.
-      proxes: a tuple, list or dict of ``prox(y, scaling, *args)``, one for each block. It has the
-        outer structure of x, whose blocks may be trees themselves.
+      proxes: a tuple, list or dict of ``prox(y, scaling, *args)``, one for each block. This tuple,
+        list or dict has the outer structure of x, whose blocks may be trees. Use
         :func:`mdsens.implicit.conditions.proximal.free` for a block without a penalty.
-      steps: positive steps in the structure of proxes, or one number for all blocks.
+      steps: the steps, positive numbers in the structure of ``proxes``, or one number for all
+        blocks.
     """
     gradient = jax.grad(f)
     # The structure ends at the functions; flatten_up_to leaves the blocks of x whole below it.
@@ -264,7 +265,7 @@ def mirror_descent(
     Args:
       f: ``f(x, *args)``, a scalar.
       projection: ``projection(y, *args)`` from the dual space of the mirror map back into the set.
-        It must belong to the map: :func:`softmax` belongs to :func:`kl_map`.
+        The projection must belong to the mirror map: :func:`softmax` belongs to :func:`kl_map`.
       map: the mirror map, the gradient of a convex potential. With the identity, T is that of
         :func:`projected_gradient`.
       step: as in :func:`projected_gradient`.
@@ -319,8 +320,9 @@ def newton(
 
     Args:
       F: ``F(x, *args)``, with the tree and shapes of x; :func:`stationary` for a minimum.
-      step: between 0 and 1; below 1 for the damped iteration.
-      solve, symmetric, positive_semidefinite: of dF/dx, as in :func:`mdsens.implicit.root`.
+      step: the step s, between 0 and 1; below 1 for the damped iteration.
+      solve, symmetric, positive_semidefinite: linear method and properties of dF/dx, as in
+        :func:`mdsens.implicit.root`.
     """
 
     def T(x: PyTree, *args: PyTree) -> PyTree:
@@ -334,7 +336,7 @@ def newton(
         )
 
         def solve_jacobian(x: PyTree, values: list[Array], b: PyTree) -> PyTree:
-            """(dF/dx)^-1 b."""
+            """Solve dF/dx y = b for y."""
             _, jacobian = jax.linearize(functools.partial(condition, values), x)
             operator = Operator(jacobian, symmetric, positive_semidefinite)
             return linear_solve(operator, b, solve, not_finite=float("nan"))[0]
@@ -378,5 +380,5 @@ def newton(
 
 
 def _without_symbolic_zero(leaf: Array, tangent: Array | SymbolicZero) -> Array:
-    """The tangent of a leaf as an array, zeros where jax knows that the leaf is constant."""
+    """Return the tangent of a leaf as an array, zeros where jax knows that the leaf is constant."""
     return jnp.zeros_like(leaf) if isinstance(tangent, SymbolicZero) else tangent

@@ -48,7 +48,7 @@ def non_negative(x: PyTree) -> PyTree:
 # Not optax's projection: at a bound, its jnp.clip has the mean of the derivatives to both sides,
 # which is the derivative of neither.
 def box(x: PyTree, lower: PyTree, upper: PyTree) -> PyTree:
-    """Project on lower <= p <= upper; at a bound the derivative is that of the bound.
+    """Project on lower <= p <= upper; at a bound the derivative is the derivative of the bound.
 
     Args:
       x: a tree of arrays.
@@ -73,19 +73,19 @@ def simplex(x: PyTree, scale: Array | float = 1.0) -> PyTree:
 
         p = max(x - tau, 0),  with tau such that sum p = scale
 
-    The derivative is dp = dx - mean(dx) for the positive entries of p, the mean being over these
-    alone, and zero for the others.
+    The derivative is dp = dx - mean(dx) for the positive entries of p, the mean being over the
+    positive entries alone, and zero for the other entries.
 
     Args:
       x: a tree of arrays.
-      scale: positive.
+      scale: the sum of the entries of p, a positive number.
     """
     flat, unravel = ravel_pytree(x)
     return unravel(_simplex(flat, jnp.asarray(scale, flat.dtype)))
 
 
 def _simplex(x: Array, scale: Array) -> Array:
-    """:func:`simplex` of a vector."""
+    """Project a vector on the simplex, see :func:`simplex`."""
     # A shift of all entries changes only tau; it saves digits where all of x is far from zero.
     x = x - lax.stop_gradient(jnp.max(x))
     largest = jnp.sort(x)[::-1]
@@ -125,7 +125,7 @@ def affine(x: Array, A: Array, b: Array) -> Array:
       x: a point, shape (n,).
       A: normals of the constraints, shape (m, n). Its rows may be linearly dependent, provided that
         b has the same dependence.
-      b: shape (m,).
+      b: right-hand sides of the constraints, shape (m,).
     """
     operator = Operator(lambda v: A @ (A.T @ v), positive_semidefinite=True)
     forces, _ = linear_solve(operator, A @ x - b, Direct(rtol=1e-13), not_finite=float("nan"))
@@ -141,7 +141,7 @@ def second_order_cone(x: Array) -> Array:
     polar cone it is zero.
 
     Args:
-      x: shape (1 + d,), t first.
+      x: the vector (t, u) to project, shape (1 + d,).
     """
     if jnp.ndim(x) != 1:
         raise InputError(
@@ -169,7 +169,7 @@ def semidefinite(x: Array) -> Array:
     constraints: dP_ij = 0 between two of them.
 
     Args:
-      x: shape (n, n).
+      x: the matrix to project, shape (n, n).
     """
     if jnp.ndim(x) != 2 or jnp.shape(x)[0] != jnp.shape(x)[1]:
         raise InputError(

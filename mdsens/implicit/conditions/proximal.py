@@ -4,10 +4,11 @@
 
 The arguments are the point y, the scaling (the step of
 :func:`mdsens.implicit.conditions.optimality.proximal_gradient`) and the parameters of the penalty
-g. Where these are the arguments of the root, an operator can be given to ``proximal_gradient`` as
-it is. Trees are treated leaf by leaf; strengths are scalars, or broadcast to each leaf. At a kink,
-where an entry (or a group) is about to leave zero, the derivative is that of an entry that is
-constantly zero; with a strength of zero there is no kink.
+g. Where the parameters of the penalty are the arguments of the root, an operator can be given to
+``proximal_gradient`` as it is. Trees are treated leaf by leaf; strengths, the factors of the
+penalties, are scalars, or broadcast to each leaf. At a kink, where an entry (or a group) is about
+to leave zero, the derivative is that of an entry that is constantly zero; with a strength of zero
+there is no kink.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def group_lasso(y: PyTree, scaling: Array | float, strength: Array | float = 1.0
 def free(y: PyTree, scaling: Array | float, *args: PyTree) -> PyTree:
     """Return y, for g = 0: the proximal operator of a block without a penalty.
 
-    For :func:`mdsens.implicit.conditions.optimality.block_proximal_gradient`.
+    It is meant for :func:`mdsens.implicit.conditions.optimality.block_proximal_gradient`.
     """
     return y
 

@@ -2,8 +2,8 @@
 
 Here the operator maps one vector to one vector. For every method, the right-hand side is projected
 off the null space and scaled to norm one, the solution is projected, and the status follows from
-the residual that is recomputed with the operator. Each round of the refinement solves for the
-residual of the round before.
+the residual that is recomputed with the operator. The refinement repeats the solve: each round
+solves for the residual of the round before, and adds the result to the solution.
 """
 
 from __future__ import annotations
@@ -88,11 +88,11 @@ def _name(method: Method) -> str:
 def _at_round_off(
     operator: Operator, x: Array, residual: Array, needed: Array
 ) -> tuple[Array, Array]:
-    """Whether the residual r of x is round-off, and the applications of A that this test took.
+    """Test whether the residual r of x is round-off; return also the applications of A it took.
 
-    It is where the normwise backward error |r| / (|A| |x| + |b|) is at most 16 units of round-off,
-    with |b| = 1. |A| is estimated from below by six steps of the power method, so that the test is
-    on the strict side.
+    The residual is round-off where the normwise backward error |r| / (|A| |x| + |b|) is at most 16
+    units of round-off, with |b| = 1. |A| is estimated from below by six steps of the power method,
+    so that the test is on the strict side.
 
     The residual must be small as well. Along a null direction that is not declared, |x| grows
     without bound, and the backward error of that noise looks perfect. This was observed at
@@ -101,7 +101,7 @@ def _at_round_off(
 
     Args:
       residual: |r|.
-      needed: whether the test is made; else the result is False.
+      needed: whether to make the test; where False, the result is False.
     """
     eps = jnp.finfo(x.dtype).eps
     project = operator.project or same

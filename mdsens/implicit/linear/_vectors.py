@@ -46,7 +46,7 @@ def dot(a: Array, b: Array) -> Array:
 def norm(v: Array) -> Array:
     """Compute the Euclidean norm |v| = m |v / m|, with m the largest entry.
 
-    So it neither overflows nor underflows.
+    Computed in this form, the norm neither overflows nor underflows.
     """
     largest = jnp.max(jnp.abs(v))
     unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
@@ -75,7 +75,7 @@ class Pivot(NamedTuple):
 def next_pivot(alpha: Array, beta: Array, last: Pivot, size: Array) -> tuple[Pivot, Array]:
     """Compute the next pivot, and whether it proves negative curvature.
 
-    The curvature along z is pivot / |z|^2; conjugate gradients have it as p.Ap / p.p. After a pivot
+    The curvature along z is pivot / |z|^2; in conjugate gradients it is p.Ap / p.p. After a pivot
     that is zero to round-off the later pivots cannot be computed. They are NaN from there on, and
     prove nothing.
 
@@ -83,7 +83,7 @@ def next_pivot(alpha: Array, beta: Array, last: Pivot, size: Array) -> tuple[Piv
       alpha: next diagonal entry of T.
       beta: entry of T beside it, in the row before.
       last: the pivot before; its value is 0 at the start.
-      size: norm of T.
+      size: the norm of T.
     """
     zero = CURVATURE_UNITS * jnp.finfo(alpha.dtype).eps * size
     ratio = safe_divide(beta, last.value)

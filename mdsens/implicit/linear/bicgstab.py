@@ -54,7 +54,7 @@ def bicgstab(
 ) -> Iterate:
     """Solve A x = b by BiCGSTAB (van der Vorst, 1992).
 
-    It takes two applications of A a step, and memory for seven vectors.
+    The iteration takes two applications of A for each step, and memory for seven vectors.
 
     The result is INDEFINITE where the operator should be positive semi-definite (``definite``) and
     a search direction has negative curvature; the iteration may end before it meets such a

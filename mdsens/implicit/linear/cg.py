@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from mdsens._util.errors import InputError
+from mdsens._util.validation import check_count
 from mdsens.implicit.linear._chebyshev import smoothed
 from mdsens.implicit.linear._vectors import (
     CURVATURE_UNITS,
@@ -20,7 +21,7 @@ from mdsens.implicit.linear._vectors import (
     preconditioned,
     safe_divide,
 )
-from mdsens.implicit.linear.method import IterativeMethod, Round, check_count, projected
+from mdsens.implicit.linear.method import IterativeMethod, Round, projected
 from mdsens.implicit.linear.operator import Operator
 from mdsens.implicit.linear.result import Result
 

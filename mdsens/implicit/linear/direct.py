@@ -199,6 +199,7 @@ def _inverted(matrix: Array, needed: Array) -> tuple[Array, Array]:
 
     def by_values() -> tuple[Array, Array]:
         left, sizes, rows = jnp.linalg.svd(matrix, full_matrices=False)
+        # the threshold of numpy.linalg.matrix_rank
         kept = sizes > n * eps * jnp.max(sizes)
         return (left * jnp.where(kept, 1 / jnp.where(kept, sizes, 1), 0)) @ rows, jnp.sum(kept)
 
@@ -266,7 +267,8 @@ def pseudo_inverse(
       symmetric: whether A is symmetric.
       definite: whether A should be positive semi-definite.
       b: an array (n,) with the type of the right-hand sides.
-      tolerance: where None, the number of unknowns times round-off.
+      tolerance: singular values up to this part of the largest count as zero; where None, the
+        number of unknowns times round-off.
 
     Returns:
       r -> (x, 0 applications, result).

@@ -58,7 +58,8 @@ class Spectrum(Named):
       values: (k,) eigenvalues, ascending; set to zero where they are within round-off of it, 1e-12
         of the largest.
       vectors: (m, k) eigenvectors, columns of norm one.
-      residuals: (k,) |A v - lambda v|. There is an eigenvalue within that distance of each value.
+      residuals: (k,) |A v - lambda v|. An eigenvalue of the operator lies within this distance of
+        each value.
       largest: the largest eigenvalue; by LOBPCG and shift-invert to a relative error of 1e-3.
       negative: number of eigenvalues below -1e-12 of the largest and below -floor; only of the
         computed ones, where ``counted`` is False.
@@ -66,7 +67,7 @@ class Spectrum(Named):
         space; only of the computed ones, where ``counted`` is False.
       hidden: number of computed eigenvalues that are not zero but within ``floor`` of it, so that
         their sign is not known.
-      floor: size below which the sign of an eigenvalue is not known.
+      floor: absolute value below which the sign of an eigenvalue is not known.
       counted: whether ``negative`` and ``zero`` are of the whole spectrum.
       method: the method that was used.
     """
@@ -84,7 +85,7 @@ class Spectrum(Named):
 
     @property
     def stable(self) -> np.ndarray:
-        """(k,) which of the computed eigenvalues are positive."""
+        """Mask (k,) of the computed eigenvalues that are positive."""
         return self.values > max(NULL * self.largest, self.floor)
 
     @property
@@ -110,17 +111,18 @@ def lowest(
 
     Args:
       apply: A times the columns of an (m, c) array.
-      size: m.
+      size: number m of unknowns.
       k: number of eigenpairs; the result has fewer where the range has a smaller dimension.
       project: the orthogonal projector P off the known null space, times the columns of an (m, c)
         array.
-      null: dimension of that null space.
+      null: dimension of the known null space.
       matrix: A as a scipy sparse matrix, for the factor; None for LOBPCG.
       order: order of its rows in the factor; minimum degree where None.
       precondition: for LOBPCG, about A^-1 times the columns of an (m, c) array, symmetric and
         positive.
-      dtype: precision of the products. The limit for a zero eigenvalue is not below its round-off.
-      floor: smaller eigenvalues may be of either sign.
+      dtype: floating-point type of the products, whose round-off limits what counts as a zero
+        eigenvalue.
+      floor: absolute value below which the sign of an eigenvalue is not known.
 
     Returns:
       a :class:`Spectrum`, with all values NaN where products with A are not finite.
@@ -163,18 +165,19 @@ def lanczos(
     """Run Lanczos' recurrence for a symmetric operator. Traceable.
 
     Source: Golub and Van Loan, Matrix Computations, section 10.1. The Lanczos vectors are not
-    orthogonalized again. The extreme eigenvalues of the tridiagonal matrix are right all the same;
-    others appear several times. The vectors are not stored. To get an eigenvector of the operator,
-    run the recurrence a second time, with the eigenvector of the tridiagonal matrix as weights.
+    orthogonalized again: the extreme eigenvalues of the tridiagonal matrix are accurate without
+    this, and the other eigenvalues appear several times. The vectors are not stored. To get an
+    eigenvector of the operator, run the recurrence a second time, with the eigenvector of the
+    tridiagonal matrix as weights.
 
     Args:
       apply: products with the operator, (m,) -> (m,).
-      start: (m,), in the range whose eigenvalues are wanted.
+      start: the first vector (m,), in the subspace whose eigenvalues are wanted.
       weights: (k,) weights of the k Lanczos vectors in the sum that is returned.
 
     Returns:
-      the diagonal (k,) of the tridiagonal matrix, the entries (k,) beside it, and the weighted sum
-      (m,) of the Lanczos vectors.
+      the diagonal (k,) of the tridiagonal matrix, the off-diagonal (k,), and the weighted sum (m,)
+      of the Lanczos vectors.
     """
 
     def step(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_batching import custom_vmap
 
+from mdsens._util.validation import check_count
 from mdsens.implicit.linear._chebyshev import smoothed
 from mdsens.implicit.linear._vectors import (
     CURVATURE_UNITS,
@@ -23,7 +24,7 @@ from mdsens.implicit.linear._vectors import (
     norm,
     safe_divide,
 )
-from mdsens.implicit.linear.method import IterativeMethod, Round, check_count, projected
+from mdsens.implicit.linear.method import IterativeMethod, Round, projected
 from mdsens.implicit.linear.operator import Operator
 from mdsens.implicit.linear.result import Result
 
@@ -42,8 +43,8 @@ class GMRES(IterativeMethod):
       rtol: requested relative residual, as in :class:`CG`.
       max_iterations: largest number of operator applications; where None, 10 times the number of
         unknowns, at least 1,000.
-      restart: steps of a cycle. It takes the memory of (restart + 1) vectors; raise it where the
-        status is STAGNATED, lower it where memory runs out.
+      restart: number of steps of a cycle. A cycle takes the memory of (restart + 1) vectors; raise
+        the number where the status is STAGNATED, lower it where memory runs out.
       degree: degree of the polynomial preconditioner, see
         :func:`mdsens.implicit.linear._chebyshev.chebyshev`; 1 for no preconditioner. It is used
         only for operators that are declared positive semi-definite. A cycle then extends over

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from mdsens._util.errors import InputError, short
+from mdsens._util.validation import check_count
 from mdsens.implicit.linear._vectors import Apply, Iterate, norm, safe_divide
 from mdsens.implicit.linear.operator import Operator
 from mdsens.implicit.linear.result import Result
@@ -24,7 +25,6 @@ __all__ = [
     "IterativeMethod",
     "Method",
     "Round",
-    "check_count",
     "check_method",
     "check_rtol",
     "projected",
@@ -42,13 +42,14 @@ SCALED_SHARE = 0.5
 class Method(abc.ABC):
     """A linear method: its options, and its iteration on flat vectors.
 
-    A solve takes several rounds of refinement. In each round the right-hand side is the residual of
-    the round before, scaled to norm one; then the residual is recomputed with the operator.
+    A solve takes several rounds of iterative refinement. In each round the right-hand side is the
+    residual of the round before, scaled to norm one; then the residual is recomputed with the
+    operator.
 
     Attributes:
       rtol: requested relative residual.
       rounds: largest number of rounds.
-      gain: a round must reduce the residual below this part of it, or it is the last one.
+      gain: the refinement ends after a round that leaves more than this share of the residual.
       scalable: whether the iteration runs on S A S^T where the operator has a scaling S.
     """
 
@@ -59,11 +60,11 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def iteration(self, operator: Operator, b: Array) -> tuple[Round, int]:
-        """Return the solver of one round, and the applications that setting it up takes.
+        """Return the solver of one round of refinement, and the applications that its setup takes.
 
         Args:
-          operator: its functions map arrays (n,) to arrays (n,).
-          b: the first right-hand side, for its size and type.
+          operator: an operator on flat vectors, whose functions map arrays (n,) to arrays (n,).
+          b: the first right-hand side, which gives size and type.
 
         Returns:
           the solver, ``(r, tol, limit) -> (x, applications, result)``, and the number of
@@ -71,10 +72,10 @@ class Method(abc.ABC):
         """
 
     def check(self, operator: Operator) -> None:  # noqa: B027 - most methods take any operator
-        """Raise InputError for an operator that the method gives wrong answers for."""
+        """Raise InputError for an operator for which the method gives wrong answers."""
 
     def concrete(self, size: int, operator: Operator) -> Method:
-        """Return the method that is run for an operator on ``size`` unknowns; Auto chooses one."""
+        """Return the method to run for an operator on ``size`` unknowns; Auto chooses here."""
         return self
 
     def limit(self, size: int) -> int:
@@ -82,7 +83,9 @@ class Method(abc.ABC):
         return 2**31 - 1
 
     def run(self, operator: Operator, b: Array) -> tuple[Array, Array, Array, Array]:
-        """Solve P A P x = b for a b of norm one in the range of the projector P.
+        """Solve P A P x = b for a b of norm one in the range of P.
+
+        P is the projector off the null space of A.
 
         Returns:
           (x, residual, applications, result).
@@ -107,16 +110,6 @@ def check_rtol(name: str, rtol: float) -> None:
         raise InputError(
             f"{name}: rtol={rtol!r} is no relative residual; give a number between 0 and 1, such as"
             " 1e-10"
-        )
-
-
-def check_count(name: str, field: str, value: int | None) -> None:
-    """Raise InputError unless ``value`` is None or a positive whole number."""
-    if value is not None and not (
-        isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    ):
-        raise InputError(
-            f"{name}: {field}={value!r} is no count; give a whole number of at least 1"
         )
 
 
@@ -169,9 +162,9 @@ def projected(operator: Operator, both: bool = False) -> tuple[Apply, Apply | No
 def refine(method: Method, operator: Operator, b: Array) -> tuple[Array, Array, Array, Array]:
     """Solve P A P x = b, recompute the residual, and solve for the residual while it falls.
 
-    A round of GMRES is one cycle, so that its restarts are these rounds, without a limit to their
-    number. After the first round, the other iterations have three more, and a factorization, whose
-    rounds cost next to nothing, has seven.
+    For GMRES a round of the refinement is one cycle, so that the restarts are these rounds, without
+    a limit to their number. The other iterations have up to three more rounds after the first, and
+    a factorization, whose rounds cost next to nothing, has up to seven.
 
     Returns:
       (x, residual, applications, result).
@@ -219,7 +212,7 @@ def refine(method: Method, operator: Operator, b: Array) -> tuple[Array, Array, 
 
 
 def _scaled(method: Method, operator: Operator, b: Array) -> Round:
-    """Return a round that solves S A S^T w = S r for x = S^T w, with the operator's scaling S."""
+    """Return the solver of one round of S A S^T w = S r, x = S^T w, with the scaling S."""
     scaling = operator.scaling
     assert scaling is not None
     transposed_map = jax.linear_transpose(scaling.map, b)

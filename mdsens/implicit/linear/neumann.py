@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from mdsens._util.errors import InputError
+from mdsens._util.validation import check_count
 from mdsens.implicit.linear._vectors import (
     CURVATURE_UNITS,
     Apply,
@@ -18,14 +19,7 @@ from mdsens.implicit.linear._vectors import (
     norm,
     safe_divide,
 )
-from mdsens.implicit.linear.method import (
-    IterativeMethod,
-    Round,
-    check_count,
-    projected,
-    refine,
-    same,
-)
+from mdsens.implicit.linear.method import IterativeMethod, Round, projected, refine, same
 from mdsens.implicit.linear.operator import Operator
 from mdsens.implicit.linear.result import Result
 
@@ -36,9 +30,9 @@ __all__ = ["Neumann"]
 class Neumann(IterativeMethod):
     """Neumann series, x = sum over k of alpha (I - alpha A)^k b, for the operator of a fixed point.
 
-    There A = I - C, with C a contraction. The series takes one application of A a term, and memory
-    for two vectors. Each term reduces the residual by the factor |I - alpha A|, which must be below
-    one. Where the series grows, or does not converge, the status is STAGNATED.
+    For a fixed point A = I - C, with C a contraction. The series takes one application of A a term,
+    and memory for two vectors. Each term reduces the residual by the factor |I - alpha A|, which
+    must be below one. Where the series grows, or does not converge, the status is STAGNATED.
 
     Args:
       rtol: requested relative residual, as in :class:`CG`.
@@ -95,7 +89,7 @@ def _step(
     """Add the next term of the series to x.
 
     Args:
-      r: residual of x.
+      r: residual b - A x of x.
       scale: the largest |A v| / |v| of the terms v so far, an estimate of |A| from below.
 
     Returns:

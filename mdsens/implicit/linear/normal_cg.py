@@ -20,14 +20,14 @@ __all__ = ["NormalCG", "cgls"]
 class NormalCG(IterativeMethod):
     """Conjugate gradients on A^T A x = A^T b, for any operator, also a singular one.
 
-    It gives the shortest x of those that minimize |b - A x|, in the form CGLS, which does not
-    square the residual (Björck, *Numerical Methods for Least Squares Problems*, 1996, section 7.4).
-    The null space need not be declared. Where b lies outside of the range of A, |A^T r| falls to
-    ``rtol`` |A| |r| while the residual r itself cannot fall: the status is SINGULAR.
+    The method gives the shortest x of those that minimize |b - A x|, in the form CGLS, which does
+    not square the residual (Björck, *Numerical Methods for Least Squares Problems*, 1996, section
+    7.4). The null space need not be declared. Where b lies outside of the range of A, |A^T r| falls
+    to ``rtol`` |A| |r| while the residual r itself cannot fall: the status is SINGULAR.
 
-    It does not tell whether the solution is unique or the shortest of many; LeastSquares does. The
-    number of its steps is proportional to the condition number; GMRES and MINRES need fewer. So it
-    is for an operator that may be singular and is too large to write out.
+    NormalCG does not tell whether the solution is unique or the shortest of many; LeastSquares
+    does. The number of steps is proportional to the condition number; GMRES and MINRES need fewer.
+    So NormalCG is for an operator that may be singular and is too large to write out.
 
     Args:
       rtol: requested relative residual, as in :class:`CG`. The relative error of a least-squares

@@ -19,15 +19,15 @@ LinearMap: TypeAlias = Callable[[PyTree], PyTree]
 class SymmetricScaling(NamedTuple):
     """A symmetric preconditioner S^T S, an approximation of A^-1, as a change of unknowns.
 
-    In this form an iteration needs no product with the preconditioner.
+    With this form an iteration needs no product with the preconditioner.
 
     Attributes:
-      map: v -> S v, linear and invertible; S v may have another tree than v. S is for example the
-        inverse square root of the diagonal of A, or the inverse of the Cholesky factors of its
-        diagonal blocks.
-      matvec: w -> S A S^T w, on the tree of S v. An iteration does not project between two of these
-        products. So where A has a null space, the product must be orthogonal to the null space of
-        S A S^T to round-off. It is where S A S^T is a symmetric matrix to round-off.
+      map: function v -> S v, linear and invertible; S v may have another tree than v. S is for
+        example the inverse square root of the diagonal of A, or the inverse of the Cholesky factors
+        of its diagonal blocks.
+      matvec: function w -> S A S^T w, on the tree of S v. An iteration does not project between two
+        of these products. So where A has a null space, the product must be orthogonal to the null
+        space of S A S^T to round-off. This is so where S A S^T is a symmetric matrix to round-off.
     """
 
     map: LinearMap
@@ -43,23 +43,23 @@ class Operator:
       symmetric: A equals its transpose. This is declared by the user and not checked.
       positive_semidefinite: no direction has negative curvature; implies ``symmetric``.
       project: orthogonal projector off the right null space of A, a symmetric linear map; None
-        where A has no null space. It must be complete. Along a null direction that is left out, the
-        solution is arbitrary where the right-hand side has almost no component along it, and the
-        solve fails where it has a larger one.
+        where A has no null space. The projector must remove the whole null space. Along a null
+        direction that it leaves in, the solution is arbitrary where the right-hand side has almost
+        no component along this direction, and the solve fails where the component is larger.
       left_project: orthogonal projector off the left null space; where None, ``project``, which is
         right for a symmetric A.
       scaling: a change of unknowns that makes a symmetric A better conditioned; None for none. CG,
-        MINRES, BiCGSTAB and GMRES then run on S A S^T; residuals are still those of A. It is for a
-        symmetric A whose scaled matrix can be computed, such as an assembled Hessian. Then no
+        MINRES, BiCGSTAB and GMRES then run on S A S^T; residuals are still those of A. A scaling is
+        for a symmetric A whose scaled matrix can be computed, such as an assembled Hessian. Then no
         products with a preconditioner are needed, and the Chebyshev polynomial may be used as well.
       preconditioner: v -> M v, linear, an approximate inverse of A on the tree of the unknowns;
-        None for none. It is for an A that is known only by its products, or is not symmetric. It
-        changes the iterations, not the solution. GMRES, BiCGSTAB and Neumann solve A M y = b for
-        x = M y, and the transposed system with the transpose of M. CG and MINRES use M in their
-        inner products. There M must be symmetric and positive definite; the result is BREAKDOWN
-        where an inner product shows that it is not. Beside M no polynomial of A (``degree``) is
-        used. Direct does not need it. NormalCG and LeastSquares use neither it nor ``scaling``,
-        since in other unknowns another solution is the shortest.
+        None for none. A preconditioner is for an A that is known only by its products, or is not
+        symmetric. It changes the iterations, not the solution. GMRES, BiCGSTAB and Neumann solve A
+        M y = b for x = M y, and the transposed system with the transpose of M. CG and MINRES use M
+        in their inner products. There M must be symmetric and positive definite; the result is
+        BREAKDOWN where an inner product shows that it is not. Beside M no polynomial of A
+        (``degree``) is used. Direct does not need it. NormalCG and LeastSquares use neither it nor
+        ``scaling``, since in other unknowns another solution is the shortest.
     """
 
     matvec: LinearMap
@@ -82,7 +82,7 @@ class Operator:
         if self.scaling is not None and self.preconditioner is not None:
             raise InputError(
                 f"scaling={self.scaling!r} and preconditioner={self.preconditioner!r} both"
-                " precondition; leave one out"
+                " precondition; leave one of them out"
             )
         if self.left_project is not None and self.left_project is not self.project:
             if self.symmetric:

@@ -6,12 +6,17 @@ import dataclasses
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from mdsens._util.attributes import Named
 from mdsens._util.outcome import Outcome, Severity, name_of
 from mdsens._util.portable import Portable
 
-__all__ = ["Result", "SolveStats"]
+__all__ = [
+    "Result",
+    "SolveStats",
+    "dropped_any",
+]
 
 
 class Result(Outcome):
@@ -132,7 +137,7 @@ class SolveStats(Portable, Named):
         both projected off the null space; for a relaxation, the largest force on a particle.
       iterations: number of operator applications in the solve, or of steps of a relaxation.
       dropped: norm of the part of ``b`` in the left null space relative to the norm of ``b``.
-      solver: name of the method that was used, with its settings.
+      solver: name of the linear method that was used, with its settings.
     """
 
     status: jax.Array
@@ -153,3 +158,10 @@ class SolveStats(Portable, Named):
             f" iterations={np.max(self.iterations, initial=0)},"
             f" dropped={np.max(self.dropped, initial=0.0):.1e}, solver={self.solver!r})"
         )
+
+
+def dropped_any(status: jax.Array) -> bool:
+    """Whether a status says that a part of the right-hand side was dropped; False when traced."""
+    return not isinstance(status, Tracer) and bool(
+        np.any(np.asarray(status) == Result.NULL_COMPONENT_DROPPED.value)
+    )

@@ -119,7 +119,7 @@ def _flatten(
     Args:
       operator: on trees.
       flat: the flat right-hand side.
-      unravel: from a flat vector to a tree.
+      unravel: function from a flat vector to a tree.
       b: the right-hand side as a tree.
     """
     # Shapes are compared by tracing alone; no product is computed.

@@ -1,4 +1,4 @@
-"""A sparse symmetric factorization on the host, also for singular matrices."""
+"""A sparse symmetric factorization by scipy and QDLDL, also for singular matrices."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MANY = 16
 def bound(matrix: sp.csr_array) -> float:
     """Compute an upper bound of the eigenvalues: the largest sum of |A| over a row.
 
-    The largest eigenvalue is rarely below a third of it.
+    The largest eigenvalue is rarely below a third of this bound.
     """
     return float(bounds(matrix, 1)[0])
 
@@ -52,11 +52,11 @@ def ordering(matrix: sp.csr_array, block: int) -> np.ndarray | None:
     particles on, and ten times as much at 4,000.
 
     Args:
-      matrix: symmetric, (m, m).
+      matrix: the symmetric matrix, (m, m).
       block: number of unknowns of a particle, which is the dimension of space.
 
     Returns:
-      (m,) the order; None for minimum degree, where that is as fast.
+      the order (m,); None for minimum degree, where minimum degree is as fast.
     """
     return None if block == 2 and len(matrix.indptr) <= PLANAR + 1 else dissection(matrix, block)
 
@@ -64,12 +64,12 @@ def ordering(matrix: sp.csr_array, block: int) -> np.ndarray | None:
 def dissection(matrix: sp.csr_array, block: int = 1) -> np.ndarray:
     """Order the rows of a symmetric matrix by nested dissection, which keeps its factor sparse.
 
-    By METIS (Karypis and Kumar, SIAM J. Sci. Comput. 20, 359 (1998)). For a planar network of m
-    nodes the factor has m log m entries and takes m^1.5 operations. For 130,000 discs this takes a
-    quarter of the time of minimum degree.
+    The order is computed by METIS (Karypis and Kumar, SIAM J. Sci. Comput. 20, 359 (1998)). For a
+    planar network of m nodes the factor has m log m entries and takes m^1.5 operations. For 130,000
+    discs this takes a quarter of the time of minimum degree.
 
     Args:
-      matrix: symmetric, (m, m), in any format of scipy.
+      matrix: the symmetric matrix, (m, m), in any format of scipy.
       block: number of neighboring rows that belong together, and stay neighbors in the order.
 
     Returns:
@@ -198,7 +198,7 @@ class SparseFactor:
 
     Args:
       matrix: A, symmetric, (m, m).
-      shift: s in A + s I, a number; or (m,) the diagonal to add.
+      shift: the number s in A + s I; or (m,) the diagonal to add.
       order: order of the rows, from :func:`dissection` of this matrix or a similar one, for a large
         matrix; None for a small one, which is ordered by minimum degree.
 
@@ -221,7 +221,7 @@ class SparseFactor:
     def negative(self) -> int | None:
         """Number of eigenvalues of A below -s; None where the pivots are not known.
 
-        By Sylvester's law of inertia it is the number of negative pivots.
+        By Sylvester's law of inertia this is the number of negative pivots.
         """
         return None if self._pivots is None else int(np.sum(self._pivots < 0))
 
@@ -283,7 +283,7 @@ def solve_on_range(
 
     Args:
       matrix: A, sparse, (m, m).
-      factor: of A + s I.
+      factor: the factorization of A + s I.
       project: the projector P off the null space of A, on columns.
       b: (m, k), k right-hand sides in the range of P.
       rtol: relative residual at which to stop.

@@ -4,8 +4,8 @@ A certificate tells whether a configuration is a minimum, whether it is stable, 
 of its derivative can be, and over which range of the parameters the derivative is valid.
 
 Every figure is computed at the point where the relaxation ended. So the bounds of the error are
-estimates: their constants should bound derivatives all along the way to the true minimum, and are
-evaluated at its start.
+estimates: the constants in them should bound derivatives all along the way from that point to the
+true minimum, and are evaluated at that point only.
 """
 
 from mdsens.sensitivity.certificate.certification import certify

@@ -49,10 +49,10 @@ INACCURATE = 0.1
 
 
 def _contacts_in_doubt(space: Space, step: Unknowns) -> tuple[int, float]:
-    """Contact changes on the way to the minimum: ``(pairs in doubt, steps to the first change)``.
+    """Count contact changes on the way to the minimum: ``(pairs in doubt, steps to the first)``.
 
     Pairs are in doubt where they cross a breakpoint along the Newton step, or hold a particle that
-    counts as a rattler. The second number is how many such steps it takes until the first pair
+    counts as a rattler. The second number says after how many steps of this length the first pair
     crosses a breakpoint.
     """
     eq = space.lin.equilibrium
@@ -76,10 +76,10 @@ def _parts_without_derivative(
     lin: Linearization,
     project: Callable[[np.ndarray], np.ndarray],
 ) -> dict[str, float]:
-    """Shares of the observable's gradient by positions on rattlers and on rigid motions.
+    """Compute the shares of the observable's gradient on rattlers and on rigid motions.
 
     Args:
-      project: removes rigid motions from a vector of all coordinates.
+      project: function that removes rigid motions from a vector of all coordinates.
     """
     system = lin.equilibrium.system
     of_system = observed(observable)
@@ -107,7 +107,7 @@ def _parts_without_derivative(
 
 
 def _examine_cell(lin: Linearization, step: Unknowns) -> CellState:
-    """The state of the cell of a minimum at a pressure; ``step`` is the Newton step."""
+    """Examine the cell of a minimum at a pressure; ``step`` is the Newton step."""
     cell = lin.cell
     volume = float(lin.system.volume)
     d = lin.system.dimension
@@ -131,7 +131,7 @@ def _examine_cell(lin: Linearization, step: Unknowns) -> CellState:
 
 
 def _examine_strain(lin: Linearization) -> StrainState:
-    """Stiffness of a stable minimum against strain, from d (d + 1) / 2 solves, and its status."""
+    """Compute the stiffness of a stable minimum against strain, by d (d + 1) / 2 solves."""
     system = lin.system
     strains = jnp.asarray(basis(system.dimension), system.positions.dtype)
     strained = solve_derivative(STRAIN, lin, strains, many=True)
@@ -154,9 +154,9 @@ def _examine_strain(lin: Linearization) -> StrainState:
 def _projection_off_motions(
     lin: Linearization, factor: HessianFactor
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """The projection that removes rigid motions.
+    """Return the projection that removes rigid motions.
 
-    Motions that constraints prevent are no rigid motions.
+    Motions that constraints prevent do not count as rigid motions.
     """
     if not lin.constrained:
         return factor.project
@@ -166,7 +166,7 @@ def _projection_off_motions(
 
 
 def _examine_constraints(lin: Linearization, factor: KKT) -> ConstraintState:
-    """The state of the constraints of a minimum."""
+    """Examine the constraints of a minimum."""
     eq = lin.equilibrium
     mask = lin.null.active_set
     assert mask is not None
@@ -192,7 +192,7 @@ def _examine_constraints(lin: Linearization, factor: KKT) -> ConstraintState:
 
 @jax.jit
 def _values_of_equations(system: System) -> dict[str, jax.Array]:
-    """The values g of the equations, zero where they hold."""
+    """Compute the values g of the equations, zero where they hold."""
     return lagrangian.equations(system, system.positions, system.params)
 
 
@@ -214,18 +214,19 @@ def certify(
     smallest stiffness in absolute value.
 
     The cell prevents every strain that it is not free to take. Where the configuration would not
-    keep its shape or its size without the cell, the certificate says so by its stiffness against
-    strain (:func:`mdsens.mechanics.stability.verdict`): UNSTABLE where a modulus is negative;
-    SHAPE_HELD, a warning, where the moduli are positive and yet some strain lowers the enthalpy.
-    Derivatives in the cell are valid in both cases.
+    keep its shape or its size without the cell, the status that follows from the stiffness against
+    strain says so (:func:`mdsens.mechanics.stability.verdict`): UNSTABLE where a modulus is
+    negative; SHAPE_HELD, a warning, where the moduli are positive and yet some strain lowers the
+    enthalpy. Derivatives in the cell are valid in both cases.
 
     The cost is that of an eigenvalue and a few linear solves with one factor of the Hessian,
     d (d + 1) / 2 of them for the strains: about a tenth of the relaxation.
 
     Args:
-      eq: from ``minimize`` or ``linearize``; not a batch. An unconverged minimum is examined too.
-      dparams: the direction, as in ``jvp``; at a pressure it may contain ``"pressure"``. Without it
-        no derivative is examined.
+      eq: a minimum or saddle, from ``minimize``, ``find_saddle`` or ``linearize``; not a batch. An
+        unconverged minimum is examined too.
+      dparams: the direction in parameter space, as in ``jvp``; at a pressure it may contain
+        ``"pressure"``. Where None, no derivative is examined.
       modes: number of the lowest modes to compute.
       observable: a function of a System, as in ``gradient``: the parts of its gradient for which
         there is no derivative are reported.
@@ -240,7 +241,7 @@ def certify(
     """
     if isinstance(eq, Equilibrium) and eq.system.batch is not None:
         raise InputError(
-            f"certify takes one minimum and got a batch of {eq.system.batch}: give a member,"
+            f"certify takes one minimum and got a batch of {eq.system.batch}: give one of them,"
             " ms.unstack(eq)[0]."
         )
     if not isinstance(modes, int) or isinstance(modes, bool) or modes < 1:
@@ -333,7 +334,7 @@ def certify(
 
 
 def _empty_spectrum(size: int) -> Spectrum:
-    """The spectrum of a minimum where nothing can move, or whose positions are not finite."""
+    """Return the spectrum of a minimum where nothing can move, or with positions not finite."""
     return Spectrum(
         values=np.zeros(0),
         vectors=np.zeros((size, 0)),
@@ -349,10 +350,10 @@ def _empty_spectrum(size: int) -> Spectrum:
 
 
 def _is_strain_examined(lin: Linearization, spectrum: Spectrum) -> bool:
-    """Whether the stiffness against strain is examined.
+    """Return whether to examine the stiffness against strain.
 
-    It is for a stable minimum whose cell prevents some strain. Where the cell is free to take all
-    strains, the stiffness S of the cell already contains the answer.
+    It is examined for a stable minimum whose cell prevents some strain. Where the cell is free to
+    take all strains, the stiffness S of the cell already contains the answer.
     """
     eq = lin.equilibrium
     all_strains = len(basis(lin.system.dimension))
@@ -367,7 +368,7 @@ def _is_strain_examined(lin: Linearization, spectrum: Spectrum) -> bool:
 
 
 def _findings(c: Certificate, lin: Linearization) -> list[tuple[Status, str]]:
-    """All that is not as it should be, gravest first: statuses with sentences and figures."""
+    """List all faults, gravest first: statuses with sentences and figures."""
     findings: list[tuple[Status, str]] = []
 
     def add(status: Status, figures: str = "") -> None:

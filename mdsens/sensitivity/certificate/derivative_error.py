@@ -38,9 +38,9 @@ POWER_STEPS = 30
 
 
 def _norm_of_hessian_change(space: Space, unit: Motion) -> float:
-    """|dH|, the norm of the derivative of the Hessian along a unit direction, off the null space.
+    """Compute the norm of the Hessian's derivative along a unit direction, off the null space.
 
-    By power iteration, from a chirp.
+    The norm is computed by power iteration, from a vector that contains all wavelengths.
     """
     size = 0.0
     v = space.onward(on_host(lambda leaf: chirp(leaf.shape, xp=np), space.still))
@@ -54,11 +54,11 @@ def _norm_of_hessian_change(space: Space, unit: Motion) -> float:
 
 @jax.jit
 def _third_diverges(system: System) -> jax.Array:
-    """Whether the third derivative of the potential diverges at a breakpoint, from the inside.
+    """Return whether the third derivative of the potential diverges at a breakpoint, from inside.
 
-    It does for Hertzian contacts. It is evaluated at relative distances of 1e-3, 1e-6 and 1e-9 from
-    the breakpoint, and counts as divergent where it grows by more than a half from each to the
-    next.
+    This is so for Hertzian contacts. The derivative is evaluated at relative distances of 1e-3,
+    1e-6 and 1e-9 from the breakpoint, and counts as divergent where it grows by more than a half
+    from each to the next.
     """
     diverges = jnp.zeros((), bool)
     for term in pair_terms(system):
@@ -84,7 +84,7 @@ def derivative(
     """Examine the derivative along a direction.
 
     Args:
-      space: of the unknowns of the minimum.
+      space: the space of the unknowns of the minimum.
       dparams: the direction.
       step: the Newton step.
       least: the smallest stiffness of all unknowns; 0 where it is not known to be positive.
@@ -159,7 +159,7 @@ def derivative(
 
 @jax.jit
 def _derivative_by_params(lin: Linearization, tangent: Params) -> Unknowns:
-    """B dp, the derivative of the condition along a change of the parameters."""
+    """Compute B dp, the derivative of the condition F along a change of the parameters."""
     return along(lambda p: lin.condition(lin.unknowns, p), lin.params, tangent)
 
 
@@ -168,13 +168,13 @@ def _negative(forces: Unknowns) -> Unknowns:
 
 
 def _motions(x: Unknowns, length: float) -> tuple[np.ndarray, ...]:
-    """A change of the unknowns as lengths: motion of the particles, and strain times ``length``."""
+    """Return a change of the unknowns as lengths: motions, and strain times ``length``."""
     positions = np.asarray(x.positions)
     return (positions,) if x.strain is None else (positions, length * np.asarray(x.strain))
 
 
 def _square_on_rattlers(system: System, tangent: Params, rattlers: np.ndarray | None) -> float:
-    """Sum of squares of the components of a direction that belong to rattlers alone.
+    """Sum the squares of the components of a direction that belong to rattlers alone.
 
     Args:
       rattlers: (n,) which particles are rattlers; where None, the sum is over all components.

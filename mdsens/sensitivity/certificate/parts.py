@@ -23,7 +23,7 @@ class CellState(Named):
     """Stress and stiffness of a cell that was relaxed to a pressure.
 
     Attributes:
-      pressure: P, in energy/volume.
+      pressure: the pressure P to which the cell was relaxed, in energy/volume.
       shape: True where the cell's shape was relaxed, not its size alone.
       pressure_left: the actual pressure minus P.
       shear_left: the largest shear stress left; NaN where the shape was not free.
@@ -46,7 +46,7 @@ class CellState(Named):
 
     @property
     def stiffness_min(self) -> float:
-        """The smallest eigenvalue of S / V."""
+        """The smallest eigenvalue of S / V, see ``stiffness``."""
         return float(self.stiffness[0])
 
 
@@ -54,16 +54,18 @@ class CellState(Named):
 class StrainState(Named):
     """Stiffness against strain of a minimum whose cell prevents strain.
 
-    It is Birch's tensor with relaxed particles, in energy/volume.
+    The stiffness is Birch's tensor (the derivative of the stress by the strain) with relaxed
+    particles, in energy/volume.
 
     Attributes:
       bulk: bulk modulus -V dP/dV; zero where it is round-off.
       shear: shear modulus, averaged over all directions; zero where it is round-off.
       smallest: the smallest eigenvalue of the symmetrized tensor; positive where no strain lowers
         the enthalpy (Born).
-      status: the stability that follows, see :func:`mdsens.mechanics.stability.verdict`; or that of
-        the linear solves where they failed. A cluster that does not meet its periodic image is
-        FLOPPY too, however rigid it is.
+      status: the stability that follows from the moduli, see
+        :func:`mdsens.mechanics.stability.verdict`; or the status of the linear solves where they
+        failed. A cluster that is not connected to its periodic image is FLOPPY too, however rigid
+        it is.
     """
 
     bulk: float
@@ -80,32 +82,35 @@ class DerivativeCertificate(Portable, Shown):
     of positions and cell together, like the lengths of the certificate.
 
     Attributes:
-      dparams: the direction.
-      response: J = dR/dt (n, d), as ``jvp`` returns it; at a pressure ``Unknowns`` with the strain
-        of the cell.
-      norm: |J|; at a pressure that of the strain and of the motion relative to affine positions.
-      status: of the linear solve.
+      dparams: the direction in parameter space, by parameter name.
+      response: the response J = dR/dt (n, d), as ``jvp`` returns it; at a pressure ``Unknowns``
+        with the strain of the cell.
+      norm: the norm |J|; at a pressure that of the strain and of the motion relative to affine
+        positions.
+      status: status of the linear solve.
       residual: relative residual of the linear solve.
       linear_error: bound of the error due to the residual r of the linear solve, |H^-1 r| <= |r| /
-        lambda_min, relative to |J|.
+        lambda_min, relative to |J|. lambda_min is the smallest stiffness.
       error: the sharp estimate of the error, |dJ| / |J|, where dJ is the derivative of J along the
         Newton step to the minimum.
       corrected: J + dJ, more accurate than J where the estimates hold.
       error_bound: the estimate by Theorem 1 of arXiv:2105.15183, (beta / alpha + gamma R / alpha^2)
-        |x - x*|, relative to |J|. alpha is the smallest stiffness (at a pressure a lower bound of
-        that of positions and cell together), R = |B dp|, and beta and gamma are the rates at which
-        B dp and H change along the Newton step. NaN where the potential's third derivative diverges
-        at a breakpoint (Hertzian contacts), so that gamma has no bound there; use
-        ``steps_to_crossing`` of the certificate instead.
+        |x - x*|, relative to |J|. Here x is where the relaxation ended, x* the minimum, H the
+        Hessian, B dp the derivative of the condition along ``dparams``, and R = |B dp|. alpha is
+        the smallest stiffness (at a pressure a lower bound of that of positions and cell together),
+        and beta and gamma are the rates at which B dp and H change along the Newton step. NaN where
+        the potential's third derivative diverges at a breakpoint (Hertzian contacts), so that gamma
+        has no bound there; use ``steps_to_crossing`` of the certificate instead.
       crossing: the values of t at which pairs cross breakpoints along the path.
       forward, backward: the largest t, and -t, along params + t dparams up to which no pair crosses
         a breakpoint and no coordinate meets or leaves its bound, to first order.
       curvature_scale: |t| at which the curvature of the path moves the particles as far as its
         slope does, 2 |J| / |d2R/dt2|: the scale on which the response of a smooth potential
         changes.
-      on_rattlers: share of the norm of ``dparams`` in components of rattlers, which have no effect.
+      on_rattlers: share of the norm of ``dparams`` in parameters of rattlers, which have no effect.
       vanishes: True where nothing moves: less than 1e-6 of the potential's length while the
-        parameters change by their size. The relative errors and the range have no meaning then.
+        parameters change by as much as their values. The relative errors and the range have no
+        meaning then.
       switch: under constraints the first t > 0 and the first -t > 0 at which a coordinate meets or
         leaves its bound.
     """
@@ -134,17 +139,17 @@ class DerivativeCertificate(Portable, Shown):
 
     @property
     def positions(self) -> np.ndarray:
-        """The response of the stored positions, (n, d)."""
+        """The response of the Cartesian positions, (n, d), motion with the cell included."""
         # at a pressure and under constraints the response has further parts
         return np.asarray(
             self.response.positions if isinstance(self.response, Unknowns) else self.response
         )
 
     def crossed(self, change: float) -> int:
-        """Number of pairs that cross a breakpoint within |t| <= change, to first order.
+        """Count the pairs that cross a breakpoint within |t| <= change, to first order.
 
         Beyond single crossings, linear predictions of bulk properties of many particles remain
-        valid; those of positions do not.
+        valid; predictions of positions do not.
         """
         return self.crossing.within(change)
 

@@ -26,7 +26,10 @@ RADII_SHOWN = (3, 10, 100)
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Certificate(Shown):
-    """The figures on a minimum and, where a direction was given, on its derivative. Print it.
+    """The figures on a minimum and, where a direction was given, on its derivative.
+
+    ``print`` shows them on one page. x is where the relaxation ended and x* the exact minimum, F =
+    dU/dR the condition that is zero at x*, H the Hessian, and lambda_min its smallest stiffness.
 
     Attributes:
       status: the gravest of ``findings``.
@@ -52,25 +55,25 @@ class Certificate(Shown):
         left on the particles can add or remove, 10 max_force over the potential's length. It is not
         known whether these modes are stable.
       zero_modes: dimension of the null space, floppy modes included.
-      translations, rotations: number of translations and of rotations among these.
+      translations, rotations: number of translations and of rotations in the null space.
       rattlers: (n,) True for particles with too few contacts to be part of the network.
       crossed_to_minimum: number of pairs that cross a breakpoint along the Newton step, or for
-        which that is in doubt.
-      steps_to_crossing: to first order, the number of Newton steps of this length until the first
-        pair crosses a breakpoint.
+        which it is not known whether they do.
+      steps_to_crossing: to first order, the number of Newton steps of length ``newton_step_norm``
+        until the first pair crosses a breakpoint.
       derivative: the certificate of the derivative along ``dparams``; None without a direction.
       observable: shares of the observable's gradient by positions on ``rattlers`` and on ``rigid
         motions``, which have no derivative; None without an observable.
       precision: dtype of the positions.
-      cell: the cell of a minimum at a pressure; None in a fixed cell. At a pressure lengths are of
-        positions and cell together: a strain counts as the motion that it causes in n particles
-        spread evenly over the cell, n^(1/2) V^(1/d) / 12^(1/2) times its norm. The stiffness of
-        modes is still that in the fixed cell.
-      order: of the saddle, the number of negative modes that it must have; 0 for a minimum. At a
-        saddle, all that is said here of a minimum is said of the saddle.
-      constraints: the constraints; None without any. Under constraints, stiffness and modes are
-        those on the tangent space: constrained coordinates are fixed, and the equations hold to
-        first order.
+      cell: the cell of a minimum at a pressure; None in a fixed cell. At a pressure, lengths such
+        as ``distance`` are norms of positions and cell together: a strain counts as the motion that
+        it causes in n particles spread evenly over the cell, n^(1/2) V^(1/d) / 12^(1/2) times its
+        norm. The stiffness of modes is still that in the fixed cell.
+      order: order of a saddle, the number of negative modes that it must have; 0 for a minimum. At
+        a saddle, what is written here on a minimum applies to the saddle.
+      constraints: the state of the constraints; None without constraints. Under constraints,
+        stiffness and modes are those on the tangent space: constrained coordinates are fixed, and
+        the equations hold to first order.
       strain: stiffness against all strains, for a minimum whose cell prevents some of them. None
         without a cell, where the cell's shape was relaxed too (``cell`` contains it then), under
         constraints, and where the configuration is no stable minimum.
@@ -131,7 +134,7 @@ class Certificate(Shown):
         return self._estimate("error_bound")
 
     def _estimate(self, name: str) -> float:
-        """An estimate of ``derivative`` by its name; infinite where the estimates do not hold."""
+        """Return an estimate of ``derivative`` by name; infinite if the estimates do not hold."""
         if self.derivative is None:
             return float("nan")
         return getattr(self.derivative, name) if self.estimates_hold else float("inf")
@@ -147,7 +150,7 @@ class Certificate(Shown):
         return tuple(finding for finding in self.findings if finding[0].warning)
 
     def as_dict(self) -> dict[str, Any]:
-        """Every figure as plain numbers and texts, for JSON.
+        """Return every figure as plain numbers and texts, for JSON.
 
         None replaces numbers that are infinite or NaN. Units are those of the potential: forces in
         energy/length, distances in length, stiffness in energy/length^2. Errors are relative, and
@@ -245,7 +248,7 @@ class Certificate(Shown):
     _title = "Certificate"
 
     def _sections(self) -> list[tuple[str, Rows]]:
-        """The page as sections: a title, and rows of a name and a text."""
+        """Return the page as sections: a title, and rows of a name and a text."""
         verdict = [(status.name, sentence) for status, sentence in self.findings]
         if verdict and self.derivative is None and not self.spectrum.values.size:
             verdict.append(("derivative", self._why_nothing_moves))
@@ -280,7 +283,7 @@ class Certificate(Shown):
         return self.page()
 
     def page(self, derivative_only: bool = False) -> str:
-        """The text that ``print`` shows.
+        """Return the text that ``print`` shows.
 
         Args:
           derivative_only: leave out the sections on the minimum, which the certificates of several
@@ -301,7 +304,7 @@ class Certificate(Shown):
 
     @property
     def _kind(self) -> str:
-        """The kind of stationary point that the configuration should be."""
+        """The kind of stationary point that was examined: "minimum", or the saddle by its order."""
         return f"saddle of order {self.order}" if self.order else "minimum"
 
     @property
@@ -310,7 +313,7 @@ class Certificate(Shown):
 
     @property
     def _why_nothing_moves(self) -> str:
-        """Why there are no figures: all particles are rattlers, or constraints fix the others."""
+        """Text that says why nothing moves: particles are rattlers, or fixed by constraints."""
         if self.constraints is not None and not np.all(self.rattlers):
             return "none: the constraints leave nothing to move"
         if self.crossed_to_minimum:
@@ -475,10 +478,10 @@ def _range_row(
     switch: float,
     crossing: tuple[tuple[int, int], bool, float] | None,
 ) -> tuple[str, str]:
-    """The row on the range of t on one side.
+    """Format the row on the range of t on one side.
 
     Args:
-      name: of the row, to be followed by ``value``.
+      name: name of the row, to be followed by ``value``.
       value: the range, |t| of the first event on this side.
       switch: |t| at which the first coordinate meets or leaves its bound.
       crossing: the first pair that crosses a breakpoint, whether it opens, and at which distance.
@@ -494,7 +497,7 @@ def _range_row(
 
 
 def _stress_left(cell: CellState) -> str:
-    """The stress left in a cell, in words."""
+    """Describe the stress left in a cell."""
     share = f", {abs(cell.pressure_left / cell.pressure):.1e} of it" if cell.pressure else ""
     shear = f"; a shear stress of {cell.shear_left:.1e}" if cell.shape else "; the shape is fixed"
     return (
@@ -523,7 +526,7 @@ def _constraint_rows(c: ConstraintState) -> list[tuple[str, str]]:
 
 
 def _cell_stiffness(cell: CellState) -> str:
-    """The stiffness of a cell at a pressure, in words."""
+    """Describe the stiffness of a cell at a pressure."""
     which = "against a change of its size"
     if cell.shape:
         which = f"the smallest of {len(cell.stiffness)}"
@@ -531,7 +534,7 @@ def _cell_stiffness(cell: CellState) -> str:
 
 
 def _strain_stiffness(strain: StrainState) -> str:
-    """The stiffness against strain, in words."""
+    """Describe the stiffness against strain."""
     # NaN only where the linear solves failed
     if np.isnan(strain.smallest):
         return f"not known: {strain.status.name} in the linear solves"
@@ -546,12 +549,12 @@ def _strain_stiffness(strain: StrainState) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """A number and its noun, in the plural where it is not 1."""
+    """Format a number and a noun, in the plural where the number is not 1."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _without_nan(value: object) -> Any:
-    """Nested dicts and lists with None for infinite numbers and NaN, which JSON lacks."""
+    """Replace infinite numbers and NaN, which JSON lacks, by None in nested dicts and lists."""
     if isinstance(value, dict):
         return {key: _without_nan(v) for key, v in value.items()}
     if isinstance(value, list):
