@@ -364,9 +364,7 @@ def test_many_particles_take_the_list_of_the_potential_or_a_list_of_pairs(monkey
 def test_lists_of_pairs_that_do_not_serve_are_refused():
     system = seed()
     near = observables.pairs_within(system, 1.4)
-    with pytest.raises(
-        ms.InputError, match=r"`pairs` reaches 1\.4, and the observable needs 1\.5"
-    ):
+    with pytest.raises(ms.InputError, match=r"`pairs` reaches 1\.4, and the observable needs 1\.5"):
         observables.bond_order(system, 6, 1.5, near)
     with pytest.raises(ms.InputError, match="moved by more than half the skin"):
         observables.bond_order(
