@@ -293,8 +293,9 @@ def moduli(
         ``jax.grad`` through ``equilibrate``.
       solve: the linear solver; Auto() where None.
       throw: raise unless the status is good. For a System nothing is raised: read ``stats``. A
-        function of a System that returns only a number hides them, and ``ms.gradient`` of it
-        detects only NaN (NOT_FINITE), which E and nu are where no solid has them.
+        function of a System that returns only a number hides them, and ``ms.gradient`` of that
+        function detects only NaN (NOT_FINITE). Young's modulus E and Poisson's ratio nu are NaN
+        where the bulk and shear moduli are both zero or one of them is negative, as in no solid.
 
     Returns:
     :class:`Moduli`.

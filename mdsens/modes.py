@@ -235,7 +235,7 @@ def _compute_softest(lin: Linearization, count: int, accuracy: float) -> Softest
     residuals = spectrum.residuals[:k]
     gap = float(spectrum.values[k] - values[-1]) if k < len(spectrum.values) else np.inf
     # The force left means that the minimum is |F| / lambda away, and there H differs by its size
-    # times that distance over the potential's length.
+    # times that distance over the potential's length scale.
     distance = largest_force / max(abs(float(values[0])), floor, 1e-300)
     error = float(residuals.max()) + spectrum.largest * min(distance / length, 1.0)
     mixing = error / gap if gap_known and gap > 0 else np.inf

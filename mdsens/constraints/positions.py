@@ -42,7 +42,7 @@ class Pinned(Portable, Constraint):
 
     Attributes:
       mask: (n, d), True where pinned.
-      name: name of its multiplier.
+      name: name of the multiplier of the constraint.
     """
 
     mask: jax.Array
@@ -64,7 +64,7 @@ class Pinned(Portable, Constraint):
           indices: which particles; integers from 0.
           n, d: particles and dimensions of the system.
           axes: the axes along which the particles are pinned; None for all axes.
-          name: name of its multiplier.
+          name: name of the multiplier of the constraint.
         """
         remedy = "give the numbers of some particles, from 0."
         which = _indices("Pinned: indices", indices, remedy).ravel()
@@ -114,7 +114,7 @@ class Wall(Constraint):
     Attributes:
       axis: 0, 1 or 2.
       above: True where particles are above the wall, at larger coordinates.
-      name: name of its multiplier, and beginning of its parameter's name.
+      name: name of the constraint's multiplier, and beginning of its parameter's name.
       clearance: c, in units of a particle's radius sigma / 2: 1 for a wall that stops surfaces, 0
         for one that stops centers. It must be 0 where :class:`FixedTotal` relaxes sigma.
     """
@@ -190,7 +190,7 @@ class RigidBonds(Portable, Constraint):
 
     Attributes:
       bonds: (m, 2) particle numbers.
-      name: name of its multiplier, and beginning of its parameter's name.
+      name: name of the constraint's multiplier, and beginning of its parameter's name.
     """
 
     bonds: jax.Array

@@ -39,7 +39,7 @@ class FixedTotal(Constraint):
       parameter: name of a parameter of the potential with one value per particle or species; the
         constraint makes it an unknown.
       exponent: the exponent e.
-      name: name of its multiplier, and beginning of its parameter's name.
+      name: name of the constraint's multiplier, and beginning of its parameter's name.
     """
 
     parameter: str = dataclasses.field(metadata={"static": True})
@@ -108,9 +108,9 @@ class Simplex(Constraint):
     by the row's sum.
 
     Attributes:
-      parameter: name of a parameter of the potential, of shape (S,) or (rows, S); the constraint
-        makes it an unknown.
-      name: name of its multiplier.
+      parameter: name of a parameter of the potential, of shape (S,) or (rows, S) for S species; the
+        constraint makes it an unknown.
+      name: name of the multiplier of the constraint.
     """
 
     parameter: str = dataclasses.field(metadata={"static": True})

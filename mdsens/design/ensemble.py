@@ -172,8 +172,9 @@ def crossings(
 ) -> tuple[float, int]:
     """Predict at which fraction of a step the first pair crosses a breakpoint, and how many cross.
 
-    The prediction is to first order. The fraction is the smallest over the members, the number of
-    pairs the largest.
+    A breakpoint is a distance at which a derivative of the potential jumps or diverges. The
+    prediction is to first order. The fraction is the smallest over the members, the number of pairs
+    the largest.
     """
     times = [
         crossing_times(lin, move, tangent)
@@ -189,8 +190,9 @@ def crossing_times(
 ) -> np.ndarray:
     """Compute the times at which pairs reach a breakpoint along the step, which ends at time 1.
 
-    The times are to first order. Pairs whose distance moves away from the breakpoint, or does not
-    change relative to it, are left out.
+    A breakpoint is a distance at which a derivative of the potential jumps or diverges. The times
+    are to first order. Pairs whose distance moves away from the breakpoint, or does not change
+    relative to it, are left out.
     """
     times = np.asarray(contact_changes.crossings(*_contact_path(lin, move, tangent)).times)
     return times[(times >= 0) & np.isfinite(times)]
@@ -215,7 +217,8 @@ def pair_motion(
 ) -> float:
     """Compute by how much pairs approach or leave their breakpoints in a step (root mean square).
 
-    The result is a length, the median over the members; zero where no member counts.
+    A breakpoint is a distance at which a derivative of the potential jumps or diverges. The result
+    is a length, the median over the members; zero where no member counts.
     """
     rates = [
         float(contact_changes.gap_rate(*_contact_path(lin, move, tangent)))
@@ -261,7 +264,7 @@ def _force_at_contact(system: System) -> jax.Array:
     """Compute the largest force of a smoothed pair at the range of its unsmoothed potential.
 
     The forces of several terms are added. A pair with a smaller force is no contact of the
-    unsmoothed potential. Zero for a potential that also attracts.
+    unsmoothed potential. The result is zero for a potential that also attracts.
     """
     total = jnp.zeros(())
     if not system.potential.repulsive:
@@ -286,7 +289,8 @@ def relaxed(
     Returns:
       the minima; (members,) whether each was relaxed, False for all where the cell is too small for
       the range at these parameters; (members,) how far each ended from its start, in units of the
-      potential's length, nan with ``restart``.
+      length scale of the potential (contact distance, or the distance of the minimum of the pair
+      energy), nan with ``restart``.
     """
     starts: list[System] = []
     try:

@@ -42,8 +42,8 @@ from mdsens.relaxation.minimization import minimize
 
 __all__ = ["fit"]
 
-# In units of the potential's length: a particle that relaxes farther than this from its predicted
-# position has taken part in a rearrangement, and the member is in another basin.
+# In units of the potential's length scale: a particle that relaxes farther than this from its
+# predicted position has taken part in a rearrangement, and the member is in another basin.
 REARRANGED = 0.1
 # Radius of the trust region below which the design has stagnated.
 SMALLEST_TRUST = 1e-6

@@ -34,9 +34,11 @@ class Step(Named):
       reach: fraction of the step at which the first pair was predicted to cross a breakpoint, to
         first order, in the member where that comes first. Above 1 the step lies within the
         certificate's radius.
-      crossed: how many pairs were predicted to cross a breakpoint, in the member with most.
+      crossed: how many pairs were predicted to cross a breakpoint, in the member with most. A
+        breakpoint is a distance at which a derivative of the potential jumps or diverges.
       max_displacement_error: the largest distance of a relaxed particle from the position that
-        linear response predicted, in units of the potential's length.
+        linear response predicted, in units of the length scale of the potential (contact distance,
+        or the distance of the minimum of the pair energy).
       left_basin: for each member whether ``max_displacement_error`` is more than 0.1, so that
         particles have rearranged. If such a step was accepted, the design continued from another
         minimum than that of the derivatives.

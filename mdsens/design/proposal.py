@@ -35,7 +35,7 @@ __all__ = [
     "remembered",
 ]
 
-# Largest width of an averaged potential, in units of the potential's length.
+# Largest width of an averaged potential, in units of the potential's length scale.
 WIDEST = 0.2
 # Factors of the trust region's radius after a step that went well, and after a refused one.
 GROW = 1.7

@@ -199,8 +199,8 @@ class Cell(Portable):
     def newton(self) -> np.ndarray:
         """Compute the strain (k,) of a Newton step down the enthalpy, with norm 2 % at most.
 
-        Each eigenvalue of S counts with its absolute value, so that the step goes downhill also
-        where the curvature is negative.
+        Each eigenvalue of ``stiffness`` counts with its absolute value, so that the step goes
+        downhill also where the curvature is negative.
         """
         values, vectors = np.linalg.eigh(np.asarray(self.stiffness, float))
         # Eigenvalues next to zero are raised to 1e-12 of the largest, lest the step be infinite.

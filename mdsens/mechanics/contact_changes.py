@@ -20,11 +20,14 @@ __all__ = ["Crossing", "crossings", "gap_rate"]
 
 
 class Crossing(NamedTuple):
-    """Crossings of breakpoints of the potential by pairs along a path, to first order.
+    """Values of t at which pairs cross breakpoints of the potential, to first order in t.
+
+    A breakpoint is a distance at which a derivative of the potential jumps or diverges. Positions
+    and parameters change linearly with t, as given to :func:`crossings`.
 
     Attributes:
-      times: (k,) path parameter t of the crossing; negative on the part of the path behind, inf
-        where the distance of the pair to the breakpoint does not change.
+      times: (k,) value of t at the crossing; negative where the pair crosses at t < 0, inf where
+        the distance of the pair to the breakpoint does not change.
       pairs: (k, 2) indices of the two particles.
       inside: (k,) True where the pair is now nearer than the breakpoint, so that it opens at the
         crossing; else it closes.
@@ -63,12 +66,17 @@ class Crossing(NamedTuple):
         return np.unique(np.sort(np.asarray(self.pairs)[crossed], axis=1), axis=0).shape[0]
 
     def first(self, forward: bool = True) -> tuple[tuple[int, int], bool, float] | None:
-        """Return the pair that crosses first, whether it opens, and the length of the breakpoint.
+        """Return the pair whose distance is the first to cross a breakpoint of the potential.
 
-        None where no pair crosses. Not for compiled code.
+        A breakpoint is a distance at which a derivative of the potential jumps or diverges, such as
+        contact. t is that of ``times``. Not for compiled code.
 
         Args:
-          forward: whether to follow the path to t > 0; if False to t < 0.
+          forward: whether t grows from 0; if False, t falls from 0.
+
+        Returns:
+          the pair, whether its contact opens, and the distance of the breakpoint; None where no
+          pair crosses a breakpoint.
         """
         times = np.asarray(self.times) * (1.0 if forward else -1.0)
         ahead = np.where(times >= 0, times, np.inf)
@@ -84,7 +92,8 @@ def _gaps(
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Compute b - r, (k, m), for k breakpoints b of m pairs of each term, and its rate of change.
 
-    b - r is positive where the distance r of the pair is below b.
+    r is the distance of the pair, and b a distance at which a derivative of the potential jumps or
+    diverges.
     """
 
     def gaps(
@@ -112,14 +121,14 @@ def crossings(
 ) -> Crossing:
     """Compute when pairs cross a breakpoint (contact, onset, cutoff) along params + t dparams.
 
-    The time of the crossing is, to first order in t, t = -(r - b) / d(r - b)/dt, for all pairs and
-    breakpoints b.
+    A breakpoint b is a distance at which a derivative of the potential jumps or diverges. A pair at
+    distance r crosses it, to first order, at t = -(r - b) / d(r - b)/dt.
 
     Args:
       system: a relaxed system, whose neighbor list reaches beyond the breakpoints, as the lists of
         minimized systems do.
-      velocity: (n, d) derivative of the positions along the path.
-      dparams: the direction of the path, a dict of all parameters.
+      velocity: (n, d) derivative of the positions by t.
+      dparams: the direction, a dict of all parameters.
       rattlers: (n,) True for particles whose pairs are left out.
       strain: (d, d) strain rate of the cell and, affinely, of its particles; ``velocity`` is then
         relative to the affine motion.
@@ -156,8 +165,9 @@ def gap_rate(
 ) -> jax.Array:
     """Compute the root mean square rate at which pairs approach or leave their breakpoints.
 
-    The rate is d(r - b)/dt, over the pairs nearer than a breakpoint b. The arguments are those of
-    :func:`crossings`. The result is 0 for a potential without breakpoints.
+    A breakpoint b is a distance at which a derivative of the potential jumps or diverges. The rate
+    is d(r - b)/dt, with r the distance of the pair; the mean is over the pairs with r < b. The
+    arguments are those of :func:`crossings`. The result is 0 for a potential without breakpoints.
     """
     gaps, rates = _gaps(system, velocity, dparams, strain)
     total = jnp.zeros(())

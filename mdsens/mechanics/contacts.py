@@ -237,7 +237,7 @@ def _clusters(edges: list[_Edges], n: int, d: int, dtype: np.dtype) -> tuple[jax
 def _rigid_edges(
     system: System, images: Callable[[Components], Components], x: Components
 ) -> list[_Edges]:
-    """Return the rigid bonds of the system's constraints, all active.
+    """Return the rigid bonds of the system's constraints, each of which counts as a contact.
 
     Args:
       images: function that maps components of vectors to their nearest image.

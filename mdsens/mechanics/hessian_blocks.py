@@ -139,16 +139,17 @@ class BlockRows(Portable):
         )
 
     def scaled(self, v: jax.Array) -> jax.Array:
-        """S v, (n, d) -> (d, n)."""
+        """Compute S v, (n, d) -> (d, n), with the factors S of :func:`block_cholesky`."""
         x = components(v)
         return jnp.stack(
             [sum(self.scaling[a, b] * x[b] for b in range(a + 1)) for a in range(len(x))]
         )
 
     def scaled_product(self, w: jax.Array) -> jax.Array:
-        """S H S^T w, both (d, n), by gathers alone.
+        """Compute S H S^T w, both (d, n), by gathers alone.
 
-        Rows are summed a few at a time, as in :mod:`mdsens.mechanics.forces`.
+        S are the factors of :func:`block_cholesky`, and H is the Hessian. Rows are summed a
+        few at a time, as in :mod:`mdsens.mechanics.forces`.
         """
         d = w.shape[0]
         total = [jnp.zeros_like(c) for c in w]

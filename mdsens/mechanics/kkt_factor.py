@@ -143,7 +143,7 @@ class KKT(HessianFactor):
 
     Attributes:
       x: the unknowns at the minimum.
-      unit: the potential's stiffness.
+      unit: the stiffness of the potential, see ``natural_units``.
       primal: number of unknowns that are no multipliers.
       size: number m of all unknowns.
       moves: (m,) True for free unknowns: not constrained, and not of a rattler.
@@ -255,7 +255,8 @@ class KKT(HessianFactor):
     def equations(self) -> Any:
         """The derivative A of the equations by the free unknowns, sparse, (equations, primal).
 
-        In units of the potential's stiffness; None where the matrix is too large.
+        A is in units of the stiffness of the potential, see ``natural_units``; the result is None
+        where the matrix is too large.
         """
         if self.matrix is None:
             return None
@@ -357,7 +358,8 @@ class KKT(HessianFactor):
     def direction(self, b: np.ndarray, shift: float) -> np.ndarray:
         """Compute a Newton step, about K^-1 b, (m,).
 
-        Multipliers, and right-hand sides of equations, are in units of the potential's stiffness.
+        K is the matrix of the linear system. Multipliers, and right-hand sides of equations, are in
+        units of the stiffness of the potential, see ``natural_units``.
 
         Args:
           b: (m,) right-hand side.

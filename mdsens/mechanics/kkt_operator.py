@@ -185,8 +185,8 @@ def _hessian_products(
 def scaled(x: Unknowns, by: ArrayLike) -> Unknowns:
     """Multiply the multipliers by a factor; positions and parameters stay.
 
-    With multipliers in units of the potential's stiffness, all rows of the linear system have the
-    same scale.
+    With multipliers in units of the stiffness of the potential (see ``natural_units``), all rows of
+    the linear system have the same scale.
     """
     return dataclasses.replace(
         x, multipliers=jax.tree.map(lambda leaf: (by * leaf).astype(leaf.dtype), x.multipliers)
@@ -196,8 +196,9 @@ def scaled(x: Unknowns, by: ArrayLike) -> Unknowns:
 def kkt_operator(system: System, x: Unknowns, null: NullSpace) -> tuple[Operator, jax.Array]:
     """Return the linear system at a constrained minimum as an operator, and its unit.
 
-    Multipliers are in units of the potential's stiffness, which is the second result. The operator
-    is declared positive semi-definite where no constraint has equations.
+    Multipliers are in units of the stiffness of the potential (see ``natural_units``), which is the
+    second result. The operator is declared positive semi-definite where no constraint has
+    equations.
     """
     unit = natural_units(system)[1]
     # The relaxed parameters are unknowns; the others are constant here.

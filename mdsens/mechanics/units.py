@@ -56,7 +56,7 @@ PROBES = 4
 
 @jax.jit
 def natural_units(system: System) -> tuple[jax.Array, jax.Array]:
-    """Return length l and largest stiffness k of the potential, (l, k).
+    """Return the length scale l and the largest stiffness k of the potential, (l, k).
 
     The steps of minimizers are set in units of l and k, so that they do not depend on the units of
     the user. l is the distance of least pair energy (contact, for a potential that only repels). k
@@ -153,9 +153,9 @@ class ForceScale(NamedTuple):
       floor: the largest force that round-off of the positions leaves on a particle, see
         ``force_scale``.
       idle: whether nothing is in contact. For a potential that only repels: no pair has a force
-        above 10 times the largest force left on a particle, and this force is at most 1e-8 of the
-        potential's stiffness times its length. For other pair potentials: no pair has a force or a
-        stiffness.
+        above 10 times the largest force left on a particle, and this force is at most 1e-8 of l k,
+        length scale times stiffness of the potential from :func:`natural_units`. For other pair
+        potentials: no pair has a force or a stiffness.
     """
 
     mean: Any
@@ -307,10 +307,11 @@ class Limits(NamedTuple):
 def unrelaxed(system: System, left: jax.Array, mean_force: jax.Array) -> jax.Array:
     """Return whether the largest force left is too large for a minimum. Traceable.
 
-    The force is compared with the mean force of the contacts; where nothing is in contact, with the
-    potential's length times its stiffness. In single precision only a force that is not finite is
-    too large, since round-off alone leaves forces of this size; the status of a derivative then
-    tells how accurate it is.
+    A force is too large above 1e-4 of the mean force of the contacts. Where nothing is in contact,
+    it is too large above 1e-4 of l k: l is the length scale of the potential and k its stiffness,
+    both from :func:`natural_units`. In single precision round-off alone can leave forces above this
+    limit, so only a force that is not finite counts as too large. The status of a derivative then
+    tells how accurate the derivative is.
 
     Args:
       left: the largest force left on a particle.

@@ -122,7 +122,7 @@ class BoxFunction(Portable):
     function: Callable[[Params], jax.Array] = dataclasses.field(metadata={"static": True})
 
     def matrix(self, params: Params, diameters: Diameters, dimension: int) -> jax.Array:
-        """Return the cell (d, d) that the function returns at ``params``."""
+        """Return the cell (d, d) that the user's function of the parameters gives at ``params``."""
         return Traceable("the box function", self.function)(params)
 
 

@@ -231,7 +231,7 @@ def _search(
     run_capacity: int,
     capacity: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Find all pairs nearer than l_ij + skin.
+    """Find all pairs nearer than l_ij + skin; the pair energy of i and j ends at l_ij.
 
     First the candidates near each particle are marked, one bit each, line of cells by line; then
     the marks are taken off one at a time and written as rows of particle indices.
@@ -432,7 +432,8 @@ def update(
       neighbors: the list so far.
       positions: (n, d).
       box: the cell; None for open boundaries.
-      lengths: l_ij at the present parameters.
+      lengths: l_ij, the distance at which the pair energy of i and j ends, at the present
+        parameters.
       range_: the largest l_ij.
       skin: the skin of a list that is rebuilt, as a share of the range.
       anew: whether to rebuild even a list that is still complete.
@@ -480,7 +481,7 @@ def allocate(
     Args:
       positions: (n, d).
       box: the cell; None for open boundaries.
-      lengths: l_ij.
+      lengths: l_ij, the distance at which the pair energy of i and j ends.
       range_: the largest l_ij; inf for all pairs, 0 where the potential has no neighbor pairs.
       room: capacity as a multiple of what the positions need.
       like: an earlier list; the new list gets at least its capacities, so that compiled code can be

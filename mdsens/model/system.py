@@ -408,7 +408,7 @@ def require_unconstrained(system: System, what: str) -> None:
 class PairLengths:
     """(i, j) -> l_ij, the length beyond which particles i and j do not interact.
 
-    A pytree whose leaves are the parameters.
+    The record is a pytree whose leaves are the parameters.
     """
 
     potential: Potential
@@ -423,7 +423,7 @@ class PairLengths:
 
 @jax.jit
 def pair_lengths(system: System) -> PairLengths:
-    """Return the lengths l_ij at the system's parameters."""
+    """Return l_ij at the system's parameters, the length at which the pair energy of i, j ends."""
     count = system.species_count
     species = system.species
     params = dict(system.params)

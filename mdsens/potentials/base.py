@@ -633,7 +633,7 @@ def check_params(potential: Potential, params: Params, n: int, species_count: in
 
 
 def no_breakpoints(*values: Any) -> tuple[Any, ...]:
-    """The breakpoints of a potential that is smooth everywhere."""
+    """Return no breakpoints, for a potential whose derivatives jump at no distance."""
     return ()
 
 

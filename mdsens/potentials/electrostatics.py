@@ -66,12 +66,16 @@ class _DipoleFunctional(NamedTuple):
         return self.across @ mu - jnp.einsum("ij,ijd->id", share, self.vectors)
 
     def energy(self, y: jax.Array) -> jax.Array:
-        """Compute W: polarization, interaction of the dipoles, and energy in the charges' field."""
+        """Compute the energy W of the dipoles.
+
+        W is the sum of the energy of polarization, the interaction of the dipoles, and their energy
+        in the charges' field.
+        """
         mu = self.dipoles(y)
         return 0.5 * jnp.sum(y**2) + jnp.sum(mu * (0.5 * self.tensor(mu) - self.field))
 
     def conditions(self, y: jax.Array) -> jax.Array:
-        """Compute dW/dy, (n, d)."""
+        """Compute the derivative of the energy W of the dipoles by the variables y, (n, d)."""
         return y + self.root[:, None] * (self.tensor(self.dipoles(y)) - self.field)
 
     def curvature(self) -> tuple[LinearMap, jax.Array]:
@@ -159,7 +163,7 @@ class _ChargeFunctional(NamedTuple):
 
     @full_precision
     def energy(self, y: tuple[jax.Array, jax.Array]) -> jax.Array:
-        """Compute W with the term of the multiplier, which is zero at the minimum.
+        """Compute the energy W with the term of the multiplier, which is zero at the minimum.
 
         With this term, an error of the total charge enters U only as its square.
         """
@@ -168,13 +172,17 @@ class _ChargeFunctional(NamedTuple):
         return energy + potential * (self.total - jnp.sum(q))
 
     def conditions(self, y: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """dW/dq minus the chemical potential, and the prescribed minus the actual total charge."""
+        """Compute the two residuals that are zero at equilibrium.
+
+        They are dW/dq minus the chemical potential, with W the energy of the charges q, and the
+        prescribed minus the actual total charge.
+        """
         q, potential = y
         return self.electronegativity + self.field(q) - potential, self.total - jnp.sum(q)
 
     def curvature(self) -> tuple[LinearMap, jax.Array]:
         def projected(q: jax.Array) -> jax.Array:
-            """d2W/dq2 on charges that sum to zero; the identity on equal charges."""
+            """Apply d2W/dq2 (W the energy) to charges q of sum zero; leave equal charges as is."""
             mean = jnp.mean(q)
             field = self.field(q - mean)
             return field - jnp.mean(field) + mean

@@ -142,11 +142,13 @@ class Trial(NamedTuple):
     """A pair potential evaluated at a few distances for each of k pairs.
 
     Attributes:
-      r: (7, k) distances: three within the cutoff, the cutoff, two beyond it, and PADDING; for a
-        pair without a cutoff, its actual distance in all rows.
+      r: (7, k) distances: three within the cutoff, the cutoff, two beyond it, and PADDING, the
+        distance in those places of a neighbor list that hold no pair; for a pair without a cutoff,
+        its actual distance in all rows.
       orders: (4, 7, k) phi and its first three derivatives at these distances.
       ends: (k,) the cutoff; inf without a cutoff.
-      points: (m, k) the breakpoints.
+      points: (m, k) the breakpoints, distances at which a derivative of the potential jumps or
+        diverges.
       values: the parameters, each (k,).
     """
 

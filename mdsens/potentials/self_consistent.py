@@ -89,9 +89,11 @@ def _failure_energy(status: jax.Array) -> jax.Array:
 
 
 def nan_where_failed(status: jax.Array) -> jax.Array:
-    """The factor of derivatives for the inner solve's status: 1 where it is good, else inf.
+    """Return the factor by which derivatives are multiplied: 1 where y was found, else inf.
 
-    A factor and not a term, since a derivative must stay linear in its direction.
+    y are the inner variables, such as charges or dipoles, and ``status`` is that of the inner
+    solve, which finds them. The result is a factor and not a term, since a derivative must stay
+    linear in the direction it is taken along.
     """
     return jnp.where(_failure_energy(status) == 0.0, 1.0, jnp.inf)
 
@@ -109,7 +111,7 @@ class Functional(Protocol):
         ...
 
     def energy(self, y: PyTree) -> jax.Array:
-        """Compute W."""
+        """Compute the energy W."""
         ...
 
     def conditions(self, y: PyTree) -> Any:

@@ -69,7 +69,7 @@ RETURNS = 12
 STEPS = 60
 TRIALS = 8
 STALLED = 12
-# Shift of H_L at the start, in units of the force over the potential's length.
+# Shift of H_L at the start, in units of the force over the potential's length scale.
 FIRST = 0.1
 # A step that lowers the augmented Lagrangian may raise the force by less than this factor.
 RISEN = 10.0
@@ -147,13 +147,13 @@ def _flat_primal(x: Unknowns) -> np.ndarray:
 
 @jax.jit
 def _slope(system: System, multipliers: ByName | None) -> Unknowns:
-    """Compute dL/dx and g at the unknowns of a system."""
+    """Compute dL/dx (L the Lagrangian) and the residuals g of the equations g = 0."""
     return lagrangian_gradient(system, unknowns_of(system, multipliers), own_params(system))
 
 
 @jax.jit
 def _slope_rate(system: System, multipliers: ByName | None, change: Unknowns) -> Unknowns:
-    """Compute the change of dL/dx and g along a change of positions and relaxed parameters."""
+    """Compute the change of ``_slope`` along a change of positions and relaxed parameters."""
     x = unknowns_of(system, multipliers)
     own = own_params(system)
     tangent = dataclasses.replace(change, multipliers=jax.tree.map(jnp.zeros_like, x.multipliers))
@@ -231,16 +231,18 @@ class _Relaxation:
 
     @property
     def slope(self) -> Unknowns:
-        """Compute dL/dx and g at the system."""
+        """Compute dL/dx (L the Lagrangian) and the residuals g of the equations at the system."""
         return _slope(self.system, self.multipliers)
 
     def force_left(self, slope: Unknowns, z: np.ndarray) -> float:
         """Compute the largest unbalanced force, the residuals of equations included.
 
-        The force belongs to the step of a projected gradient, k (z - clip(z - slope / k)), k the
-        potential's stiffness. This step is zero at a bound that a coordinate is pushed against, and
-        small near a bound that it will be pushed against. A slope along a relaxed parameter counts
-        as a force, and so does k g of an equation.
+        z are the positions and relaxed parameters, k is the stiffness of the potential from
+        ``natural_units``, and clip moves coordinates beyond a bound to that bound. The unbalanced
+        force is k times a step of projected gradient descent, k (z - clip(z - slope / k)). It is
+        zero at a bound that a coordinate is pushed against, and small near a bound that the
+        coordinate will be pushed against. A slope along a relaxed parameter counts as a force, and
+        so does k g for a constraint with an equation g = 0.
         """
         along = _flat_primal(slope)
         left = self.stiffness * (z - np.clip(z - along / self.stiffness, self.low, self.high))
@@ -382,7 +384,9 @@ class _Relaxation:
     def _penalties(self) -> ByName:
         """Choose rho of each equation: rho |grad g|^2 is PENALTY times the potential's stiffness.
 
-        |grad g|^2 is the mean over the components of g.
+        g is zero where the equation is met. The potential's stiffness is an estimate of the largest
+        eigenvalue of the Hessian, see ``natural_units``. |grad g|^2 is the mean over the components
+        of g.
         """
         own = own_params(self.system)
 
@@ -458,9 +462,10 @@ class _Relaxation:
     def newton(self) -> float:
         """Take Newton steps on the optimality condition, as long as they make headway.
 
-        A multiple of the force over the potential's length is added to the diagonal of H_L. The
-        multiple grows where a step lowers neither the force that is left nor the augmented
-        Lagrangian, and falls otherwise.
+        The Newton steps use H_L, the second derivative of the Lagrangian. A multiple of the force
+        over the length scale of the potential (contact distance, or the distance of the minimum of
+        the pair energy) is added to the diagonal of H_L. The multiple grows where a step lowers
+        neither the force that is left nor the augmented Lagrangian, and falls otherwise.
 
         Returns:
           the force that is left.
@@ -541,7 +546,7 @@ class _Relaxation:
         return step * min(1.0, LONGEST * self.length / longest) if longest > 0 else step
 
     def _try(self, z: np.ndarray, step: np.ndarray) -> _Trial:
-        """Evaluate dL/dx, g and the force left at the end of a step."""
+        """Evaluate dL/dx, the residuals g of equations and the force left at the end of a step."""
         z_after = np.clip(z + step[: self.count], self.low, self.high)
         system = self.system_at(z_after)
         multipliers = self.multipliers

@@ -65,12 +65,12 @@ RETURNS = 3
 # Saddles that one relaxation leaves at most.
 SADDLES = 20
 # Largest displacement of a coordinate along the mode in the step off a saddle, in units of the
-# potential's length.
+# potential's length scale.
 OFF_SADDLE = 1e-3
 # Random displacement beside the mode, as a share of the displacement along it. Without it, a
 # configuration that is symmetric about the mode would come to rest at the next saddle.
 ASIDE = 0.03
-# Longest step off a saddle, in units of the potential's length.
+# Longest step off a saddle, in units of the potential's length scale.
 LONGEST = 0.1
 # If the force does not fall below GAINED of the smallest so far in STANDING calls, the minimizer
 # stands at round-off that the force floor underestimates, provided that the force is at most
@@ -136,7 +136,11 @@ def _advance(
     method: Minimizer,
     limits: Limits,
 ) -> tuple[Any, Neighbors, jax.Array, jax.Array]:
-    """Take steps on the system's neighbor list: (state, list, number of steps, largest force)."""
+    """Let the minimizer take steps, with the neighbor list of the system.
+
+    Returns:
+      (state of the minimizer, neighbor list, number of steps taken, largest force on a particle).
+    """
     state, pairs, steps = advance(system, state, system.neighbors, target, budget, method, limits)
     return state, pairs, steps, largest_force(method.forces(state))
 
@@ -149,7 +153,8 @@ class RelaxationState:
       system: the system so far, with its potential in the form that is cheapest to evaluate.
       potential: the system's potential as it was given.
       method: the first-order minimizer.
-      length, limits: the potential's length, and limits of the steps.
+      length, limits: the length scale of the potential (contact distance, or the distance of the
+        minimum of the pair energy), and limits of the steps.
       tolerance: the tolerance that was given; None for 1e-12 of the mean pair force.
       max_steps: largest number of steps.
       bar: progress bar, or None.

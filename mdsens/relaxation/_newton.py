@@ -28,7 +28,7 @@ from mdsens.model.system import System, potential_energy
 
 __all__ = ["descend", "steihaug"]
 
-# Longest step of a particle, in units of the potential's length.
+# Longest step of a particle, in units of the potential's length scale.
 LONGEST = 0.1
 # Newton steps at most, before the first-order minimizer continues.
 STEPS = 60
@@ -36,7 +36,7 @@ STEPS = 60
 TRIALS = 8
 # Steps in a row that do not halve the largest force, after which no more are made.
 STALLED = 12
-# Shift mu at the start, in units of the largest force over the potential's length.
+# Shift mu at the start, in units of the largest force over the potential's length scale.
 FIRST = 0.1
 # Stiffness of the softest mode of a packing, as a share of the stiffest. A factor with a smaller
 # shift tells whether the Hessian has a negative eigenvalue.
@@ -112,7 +112,7 @@ def _accepted_step(
 ) -> tuple[System, jax.Array, jax.Array] | None:
     """Try steps until one lowers the energy as promised: (system, energy, slope) after it.
 
-    None where no step does.
+    The result is None where no step does.
     """
     largest = float(largest_force(slope))
     unresolved = ENERGY_ROUND_OFF * float(jnp.finfo(energy.dtype).eps) * abs(float(energy))
@@ -141,9 +141,10 @@ def _accepted_step(
 class _Factorized:
     """Steps by a sparse factor, p = -(H + mu I)^-1 dU/dR.
 
-    mu is a multiple of the largest force over the potential's length. Twice that quotient is the
-    negative curvature that a loose particle with a single contact can have. mu falls with the
-    force, so that convergence is as good as quadratic.
+    mu is a multiple of the largest force over the length scale of the potential (contact distance,
+    or the distance of the minimum of the pair energy). Twice that quotient is the negative
+    curvature that a loose particle with a single contact can have. mu falls with the force, so that
+    convergence is as good as quadratic.
 
     Attributes:
       length: length of the potential.

@@ -131,15 +131,16 @@ class JaxMD:
 
     The minimizer makes the same steps as in jax-md, on the neighbor list of mdsens, until the
     tolerance is met. The step sizes are in the units of the system, and are not rescaled.
-    ``Fire()`` is jax-md's FIRE in units of the potential, for systems whose units are not those of
-    unit discs.
+    ``Fire()`` is jax-md's FIRE with step sizes in units of the potential, for systems whose
+    particles do not have diameters and energies of about 1.
 
     Attributes:
       minimizer: ``minimizer(force, shift) -> (init, apply)``, with ``init(positions) -> state`` and
         ``apply(state) -> state``. Set its options with ``functools.partial``. A state is the
         positions, or an object with the attribute ``position`` and perhaps ``force``.
-      max_step: the longest move of a particle in one step, as a fraction of the potential's length;
-        longer moves are shortened to it.
+      max_step: the longest move of a particle in one step, as a fraction of the length scale of the
+        potential (contact distance, or the distance of the minimum of the pair energy); longer
+        moves are shortened to it.
     """
 
     minimizer: Callable[..., tuple[Callable[..., Any], Callable[..., Any]]]

@@ -54,9 +54,9 @@ class Fire:
         the largest eigenvalue of the Hessian is measured, and 0.4 is 1.7 rad of its vibration: this
         takes between half the steps (Hertzian discs near jamming) and as many as before (a
         Lennard-Jones glass).
-      max_step: the longest move of a particle in one step, as a fraction of the potential's length
-        (contact, or the minimum of the pair energy); it limits the first steps from starts where
-        particles overlap.
+      max_step: the longest move of a particle in one step, as a fraction of the length scale of the
+        potential (contact distance, or the distance of the minimum of the pair energy); it limits
+        the first steps from starts where particles overlap.
       n_min, f_inc, f_dec, alpha_start, f_alpha: parameters of FIRE, as in the paper.
     """
 
@@ -229,7 +229,7 @@ class GradientDescent:
 
     @staticmethod
     def at_stiffness(state: DescentState, stiffness: jax.Array) -> DescentState:
-        """Return the state unchanged: the step size stays that of the potential's stiffness."""
+        """Return the state unchanged: the step size does not follow the measured stiffness."""
         return state
 
 

@@ -45,7 +45,7 @@ ROUND_OFF = 2.0
 CHIRP = 1e-3
 # how often a saddle of higher order is left before the search gives up
 KICKS = 6
-# the step off such a saddle, in units of the potential's length
+# the step off such a saddle, in units of the potential's length scale
 OFF_SADDLE = 1e-3
 # the most Lanczos cycles in one step
 CYCLES = 20
@@ -60,8 +60,9 @@ class EigenvectorFollowing:
     s is the step along the mode, g the gradient dU/dR. Every step stays within a trust radius.
 
     Attributes:
-      max_step: the longest move of a particle in one step, as a fraction of the potential's length.
-        Lower it where the search jumps over a saddle that is near.
+      max_step: the longest move of a particle in one step, as a fraction of the length scale of the
+        potential (contact distance, or the distance of the minimum of the pair energy). Lower it
+        where the search jumps over a saddle that is near.
       vectors: number of vectors in a Lanczos cycle for the softest mode; take more for thousands of
         particles.
     """

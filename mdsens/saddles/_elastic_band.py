@@ -51,8 +51,9 @@ class ElasticBand:
       images: number of images between the two minima; more for a path that bends.
       spring: stiffness s of the springs between images, in units of the largest stiffness of the
         potential.
-      stop: the largest force left on the images, in units of the potential's stiffness times its
-        length. The search for the saddle begins there.
+      stop: the largest force left on the images, in units of the largest stiffness of the potential
+        times its length scale (contact distance, or the distance of the minimum of the pair
+        energy). The search for the saddle begins there.
       max_steps: largest number of steps of FIRE.
       fire: the options of FIRE.
     """

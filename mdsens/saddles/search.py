@@ -158,7 +158,8 @@ def sides(
 
     Args:
       saddle: a saddle from ``find_saddle``.
-      step: the longest move of a particle, as a fraction of the potential's length.
+      step: the longest move of a particle, as a fraction of the length scale of the potential
+        (contact distance, or the distance of the minimum of the pair energy).
       tolerance: the largest force that the minimizations leave, as in ``minimize``.
 
     Returns:

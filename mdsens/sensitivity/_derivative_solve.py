@@ -54,7 +54,7 @@ Params = Mapping[str, Any]
 # Of a rule: changes of the parameters (JVP), a cotangent (VJP), forces (FORCE), a strain (STRAIN).
 Argument: TypeAlias = Params | Unknowns | jax.Array
 # Displacement from the minimum at which a right-hand side is compared with its value there, in
-# units of the potential's length (see ``aside``).
+# units of the potential's length scale (see ``aside``).
 ASIDE = 1e-3
 # Coarsest machine precision that counts as double precision: eps is 2e-16 in double precision and
 # 1e-7 in single precision.
@@ -151,8 +151,8 @@ def strain_is_silent(system: System, forces: jax.Array) -> jax.Array:
     """Whether the forces (n, d) that a strain causes are round-off; traceable.
 
     The forces are round-off in a crystal whose atoms are centers of symmetry. A force counts as
-    round-off where it is below 1e4 eps of the force that the potential's stiffness exerts over its
-    length (2e-12 in double precision).
+    round-off where it is below 1e4 eps (2e-12 in double precision) of l k: l is the length scale of
+    the potential and k its stiffness, both from ``natural_units``.
     """
     length, stiffness = natural_units(system)
     return jnp.max(jnp.abs(forces)) <= 1e4 * jnp.finfo(forces.dtype).eps * length * stiffness
@@ -221,7 +221,7 @@ def solve_derivative_batch(
 ) -> Any:
     """Compute the derivatives of all systems of a batch, by one factor of all their Hessians.
 
-    None where there is no such factor: then each system is to be solved alone.
+    The result is None where there is no such factor: then each system is to be solved alone.
 
     Args:
       rule: JVP, VJP, FORCE or STRAIN.
@@ -252,8 +252,9 @@ def solve_derivative_batch(
 def aside(lin: Linearization) -> Linearization:
     """Return the linearization with its positions moved a little away from the minimum.
 
-    Each coordinate moves by a thousandth of the potential's length times a chirp, which has no
-    symmetry: there the terms of a right-hand side that cancel at the minimum do not cancel.
+    Each coordinate moves by a thousandth of the length scale of the potential (contact distance, or
+    the distance of the minimum of the pair energy) times a chirp, which has no symmetry: there the
+    terms of a right-hand side that cancel at the minimum do not cancel.
     """
     system = lin.system
     if system.batch is None:

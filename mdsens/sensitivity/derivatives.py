@@ -129,11 +129,14 @@ def _solve_batch(
     argument: PyTree,
     solve: Method | None,
 ) -> Any:
-    """The derivative of each member of a batch, by a factor of several Hessians where possible.
+    """Compute the derivative of each member of a batch, with several members factorized at once.
+
+    Where possible, the block-diagonal matrix of the Hessians of several members is factorized once
+    for all of them.
 
     Args:
-      for_member: function that computes the derivative of one system, where there is no such
-        factor.
+      for_member: function that computes the derivative of one system, where members cannot be
+        factorized together.
       argument: arguments of the rule, one for each system, (members, …).
     """
     method = Auto() if solve is None else solve

@@ -128,7 +128,8 @@ def _zero(r: jax.Array, *values: Any) -> jax.Array:
 def spread(sites: System, least: float, rng: np.random.Generator) -> System:
     """Move particles to random positions near the sites, at about the distance of least energy.
 
-    Every pair is clear of its breakpoints, or nearly so where no trial succeeds.
+    Every pair is clear of its breakpoints, the distances at which a derivative of the potential
+    jumps or diverges, or nearly so where no trial succeeds.
 
     Args:
       sites: the system from :func:`lattice`.
@@ -145,7 +146,10 @@ def spread(sites: System, least: float, rng: np.random.Generator) -> System:
 
 
 def _clearance(system: System) -> float:
-    """Compute the least distance of a pair from a breakpoint; inf without breakpoints."""
+    """Compute the least distance of a pair from a breakpoint; inf without breakpoints.
+
+    A breakpoint is a distance at which a derivative of the potential jumps or diverges.
+    """
     gaps = []
     for term in pair_terms(system):
         distances = pair_distances(term, system.positions, system.box)

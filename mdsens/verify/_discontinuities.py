@@ -47,7 +47,7 @@ class Break:
     """A length at which phi or one of its derivatives jumps or diverges.
 
     Attributes:
-      length: r.
+      length: the distance r of the break.
       jumps: dict by order of the derivative: its jump at r (right minus left); inf where it
         diverges. Orders that do not jump are left out.
     """
@@ -97,8 +97,8 @@ def edges_of(low: float, high: float, points: Sequence[float]) -> np.ndarray:
     """Make the edges of the first grid: equal ratios, and a narrow cell at each breakpoint.
 
     Args:
-      points: the declared breakpoints. Each is alone in its narrow cell, so that it does not hide
-        another break nearby.
+      points: the declared breakpoints, distances at which a derivative jumps or diverges. Each is
+        alone in its narrow cell, so that it does not hide another break nearby.
     """
     narrow = np.array([p * (1.0 + side * APART) for p in points for side in (-1.0, 1.0)])
     edges = np.unique(np.concatenate([np.geomspace(low, high, CELLS + 1), narrow]))

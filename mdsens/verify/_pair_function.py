@@ -47,7 +47,8 @@ class _Kind:
     Attributes:
       label: the values with their names, for messages.
       values: values of the parameters of phi.
-      points: the declared breakpoints, ascending.
+      points: the declared breakpoints, distances at which a derivative of the potential jumps or
+        diverges, ascending.
       cutoff: length from which on phi must vanish; inf where the potential declares no cutoff.
       least: the distance of least energy; 1 where the energy has no minimum.
       r: (m,) lengths at which phi was evaluated.

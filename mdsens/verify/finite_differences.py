@@ -59,7 +59,8 @@ COUNT = 22
 def _interacting(eq: Equilibrium) -> np.ndarray:
     """(k, 2) particle indices of the pairs that touch, without padding and rattlers.
 
-    These are the pairs nearer than a breakpoint, for each breakpoint of each term.
+    These are the pairs nearer than a breakpoint, for each breakpoint of each term. A breakpoint is
+    a distance at which a derivative of the potential jumps or diverges.
     """
     rows = []
     network = contacts.network(eq.system, eq.max_force, eq.contacts_needed)
@@ -472,18 +473,19 @@ def derivative_test(
 ) -> DerivativeTest:
     """Compute the relative error of central differences against a derivative, over many steps.
 
-    The error is |(R(t) - R(-t)) / 2t - dR/dt| / |dR/dt|. For each step the minimum is minimized
-    again twice, at params + t dparams and params - t dparams.
+    The error is |(R(t) - R(-t)) / 2t - dR/dt| / |dR/dt|. R(t) are the positions relaxed at
+    params + t dparams, and dR/dt is the derivative under test. For each step t two minimizations
+    are run, both from the given minimum: at params + t dparams and at params - t dparams.
 
     Args:
       eq: a minimum; not a batch.
       dparams: the direction, as in ``jvp``.
       steps: the steps t, positive; None takes 22 steps from 1e-9 to 1e-2 of the norm of the
         parameters over that of the direction.
-      value: the derivative to test, (n, d), at a pressure ``Unknowns`` as ``jvp`` gives them, from
-        anywhere; None tests that of ``jvp``. The part of the derivative in the null space
-        (translations, rattlers, rotations of a free cluster) is left out, because differences have
-        no such part.
+      value: the derivative to test, (n, d), however it was computed; at a pressure ``Unknowns``, as
+        ``jvp`` gives them. None tests the derivative by ``jvp``. The part of the derivative in the
+        null space (translations, rattlers, rotations of a free cluster) is left out, because
+        differences have no such part.
       tolerance: the largest force that the minimizations leave, as in ``finite_difference``.
 
     Returns:

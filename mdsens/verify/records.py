@@ -80,8 +80,8 @@ class FiniteDifference(Portable, Shown):
       nonaffine: at a pressure (n, d), the derivative of the positions less the motion of the cell;
         else equal to ``value``.
       error: estimate of the relative error of ``value``, defined as in ``disagreement``. It
-        combines the truncation error, from the difference to half the step, with the round-off of
-        positions and parameters, which is measured.
+        combines the truncation error, taken from the difference between the results at step t and
+        at half that step, with the round-off of positions and parameters, which is measured.
       step: t of the steps params +- t dparams.
       radius: t of the first change of a contact along the direction, to first order (the smaller of
         the two sides).

@@ -26,7 +26,7 @@ __all__ = ["elastic_net", "free", "group_lasso", "indicator", "lasso", "non_nega
 
 
 def lasso(y: PyTree, scaling: Array | float, strength: Array | float = 1.0) -> PyTree:
-    """Soft threshold, for g = strength sum |x|.
+    """Soft threshold: the proximal operator of the penalty g = strength sum |x|.
 
     Each entry moves towards zero by scaling * strength, and is zero where it would pass zero.
     """
@@ -41,7 +41,7 @@ def lasso(y: PyTree, scaling: Array | float, strength: Array | float = 1.0) -> P
 
 
 def non_negative(y: PyTree, scaling: Array | float, strength: Array | float = 0.0) -> PyTree:
-    """max(y - scaling strength, 0), for g = strength sum x without negative entries.
+    """max(y - scaling strength, 0), for the penalty g = strength sum x without negative entries.
 
     g is infinite where an entry is negative.
     """
@@ -49,7 +49,7 @@ def non_negative(y: PyTree, scaling: Array | float, strength: Array | float = 0.
 
 
 def ridge(y: PyTree, scaling: Array | float, strength: Array | float = 1.0) -> PyTree:
-    """y / (1 + scaling strength), for g = strength / 2 sum x^2."""
+    """y / (1 + scaling strength), for the penalty g = strength / 2 sum x^2."""
     return jax.tree.map(lambda y: y / (1 + scaling * strength), y)
 
 
@@ -77,7 +77,7 @@ def group_lasso(y: PyTree, scaling: Array | float, strength: Array | float = 1.0
 
 
 def free(y: PyTree, scaling: Array | float, *args: PyTree) -> PyTree:
-    """Return y, for g = 0: the proximal operator of a block without a penalty.
+    """Return y, for the penalty g = 0: the proximal operator of a block without a penalty.
 
     It is meant for :func:`mdsens.implicit.conditions.optimality.block_proximal_gradient`.
     """
@@ -87,6 +87,6 @@ def free(y: PyTree, scaling: Array | float, *args: PyTree) -> PyTree:
 def indicator(projection: Callable[..., PyTree]) -> Callable[..., PyTree]:
     """Make the proximal operator of a set from its projection(y, *args).
 
-    g is zero in the set and infinite outside.
+    The function g whose proximal operator is returned is zero in the set and infinite outside.
     """
     return lambda y, scaling, *args: projection(y, *args)

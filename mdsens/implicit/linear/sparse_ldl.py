@@ -238,7 +238,7 @@ class SparseFactor:
     def negative_direction(self) -> np.ndarray | None:
         """Compute a vector v for which v^T (A + s I) v is the most negative pivot.
 
-        None where no pivot is negative, or the pivots are not known.
+        The result is None where no pivot is negative, or the pivots are not known.
         """
         if self._pivots is None or not self.negative:
             return None

@@ -192,7 +192,7 @@ def _examine_constraints(lin: Linearization, factor: KKT) -> ConstraintState:
 
 @jax.jit
 def _values_of_equations(system: System) -> dict[str, jax.Array]:
-    """Compute the values g of the equations, zero where they hold."""
+    """Compute the values g of the constraints' equations, zero where they hold."""
     return lagrangian.equations(system, system.positions, system.params)
 
 

@@ -3,7 +3,8 @@
 F(x, p) is the condition that is zero at the minimum x*, H = dF/dx and B = dF/dp. The response J
 solves H J = - B dp. The error of J at the point x, where the relaxation ended, is estimated by its
 change along the Newton step from x to x*. The range is the distance along the direction at which
-the first pair crosses a breakpoint of the potential.
+the first pair crosses a breakpoint of the potential, a distance at which a derivative of the
+potential jumps or diverges.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ __all__ = ["ESTIMATE", "derivative"]
 Params = Mapping[str, Any]
 # Relative residual of the solves whose solutions are parts of an estimate only.
 ESTIMATE = 1e-4
-# Largest motion that counts as no response, in units of the potential's length, while the
-# parameters change by their size.
+# Largest motion that counts as no response, in units of the potential's length scale, while the
+# parameters change by as much as their values.
 NOTHING = 1e-6
 # Steps of the power iteration for the norm of dH. They give it to a few per cent, enough for an
 # estimate.

@@ -101,16 +101,17 @@ class DerivativeCertificate(Portable, Shown):
         and beta and gamma are the rates at which B dp and H change along the Newton step. NaN where
         the potential's third derivative diverges at a breakpoint (Hertzian contacts), so that gamma
         has no bound there; use ``steps_to_crossing`` of the certificate instead.
-      crossing: the values of t at which pairs cross breakpoints along the path.
+      crossing: the values of t at which pairs cross breakpoints along params + t dparams. A
+        breakpoint is a distance at which a derivative of the potential jumps or diverges.
       forward, backward: the largest t, and -t, along params + t dparams up to which no pair crosses
         a breakpoint and no coordinate meets or leaves its bound, to first order.
-      curvature_scale: |t| at which the curvature of the path moves the particles as far as its
-        slope does, 2 |J| / |d2R/dt2|: the scale on which the response of a smooth potential
-        changes.
+      curvature_scale: |t| at which the curvature of the relaxed positions R(t) moves the particles
+        as far as their slope does, 2 |J| / |d2R/dt2|: the scale on which the response of a smooth
+        potential changes.
       on_rattlers: share of the norm of ``dparams`` in parameters of rattlers, which have no effect.
-      vanishes: True where nothing moves: less than 1e-6 of the potential's length while the
-        parameters change by as much as their values. The relative errors and the range have no
-        meaning then.
+      vanishes: True where nothing moves: less than 1e-6 of the length scale of the potential
+        (contact distance, or the distance of the minimum of the pair energy) while the parameters
+        change by as much as their values. The relative errors and the range have no meaning then.
       switch: under constraints the first t > 0 and the first -t > 0 at which a coordinate meets or
         leaves its bound.
     """
@@ -148,8 +149,9 @@ class DerivativeCertificate(Portable, Shown):
     def crossed(self, change: float) -> int:
         """Count the pairs that cross a breakpoint within |t| <= change, to first order.
 
-        Beyond single crossings, linear predictions of bulk properties of many particles remain
-        valid; predictions of positions do not.
+        A breakpoint is a distance at which a derivative of the potential jumps or diverges. Beyond
+        single crossings, linear predictions of bulk properties of many particles remain valid;
+        predictions of positions do not.
         """
         return self.crossing.within(change)
 

@@ -52,15 +52,17 @@ class Certificate(Shown):
       floppy_modes: number of modes beyond the known null space whose stiffness is zero (below 1e-12
         of the largest).
       unsettled_modes: number of the computed modes whose stiffness is smaller than what the force
-        left on the particles can add or remove, 10 max_force over the potential's length. It is not
-        known whether these modes are stable.
+        left on the particles can add or remove, 10 max_force over the length scale of the potential
+        (contact distance, or the distance of the minimum of the pair energy). It is not known
+        whether these modes are stable.
       zero_modes: dimension of the null space, floppy modes included.
       translations, rotations: number of translations and of rotations in the null space.
       rattlers: (n,) True for particles with too few contacts to be part of the network.
       crossed_to_minimum: number of pairs that cross a breakpoint along the Newton step, or for
         which it is not known whether they do.
       steps_to_crossing: to first order, the number of Newton steps of length ``newton_step_norm``
-        until the first pair crosses a breakpoint.
+        until the first pair crosses a breakpoint, a distance at which a derivative of the potential
+        jumps or diverges.
       derivative: the certificate of the derivative along ``dparams``; None without a direction.
       observable: shares of the observable's gradient by positions on ``rattlers`` and on ``rigid
         motions``, which have no derivative; None without an observable.
