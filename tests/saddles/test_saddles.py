@@ -276,7 +276,7 @@ REFUSED: list[tuple[Any, str]] = [
     (lambda: find_saddle(cluster(), direction=np.ones((6, 2))), r"shape \(6, 2\)"),
     (lambda: find_saddle(cluster(), direction=np.ones((7, 2)), towards=over(1)), "one of them"),
     (lambda: find_saddle(cluster(), towards=discs(ring(5, 1.0))), "same particles"),
-    (lambda: find_saddle(cluster(), towards=cluster()), "configuration of the start"),
+    (lambda: find_saddle(cluster(), towards=cluster()), "same configuration as `start`"),
     (lambda: find_saddle(cluster(), tolerance=0.0), "tolerance"),
     (lambda: find_saddle(cluster(), tolerance=1e-17), "out of reach"),
     (lambda: find_saddle(cluster(), max_steps=0), "max_steps"),
