@@ -275,7 +275,6 @@ def test_a_ceiling_that_just_touches_is_degenerate():
     assert c.status is ms.Status.DEGENERATE_CONSTRAINT and c.constraints.switching == 1
 
 
-@pytest.mark.as_shipped
 def test_a_rod_between_a_pin_and_a_spring():
     """Tension of a rigid bond of length l, pulled by a spring of length a at distance L:
     k (L - l - a).

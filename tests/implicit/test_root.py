@@ -69,7 +69,6 @@ def close(a: Any, b: Any, rtol: float = 1e-9) -> None:
     np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * (1e-3 + np.abs(np.asarray(b)).max()))
 
 
-@pytest.mark.as_shipped
 @over_problems
 def test_first_derivatives(problem: RootProblem) -> None:
     f, exact = decorated(problem), closed_form(problem)

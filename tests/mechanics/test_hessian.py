@@ -67,7 +67,6 @@ def test_hessian_products_are_those_of_jax_hessian():
     assert relative(np.asarray(product).ravel(), full @ v.ravel()) < 1e-13
 
 
-@pytest.mark.as_shipped
 def test_mixed_products_are_finite_differences_and_transposes():
     system = discs()
     rng = np.random.default_rng(3)
@@ -92,7 +91,6 @@ def test_mixed_products_are_finite_differences_and_transposes():
 # ── assembled ──
 
 
-@pytest.mark.as_shipped
 @pytest.mark.parametrize("name", ["2-D", "3-D"])
 def test_blocks_make_the_products_of_the_matrix(name):
     """Of particles with rattlers and single contacts, whose own blocks are singular."""

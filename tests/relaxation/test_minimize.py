@@ -146,7 +146,6 @@ def test_relaxed_stays_where_it_is():
     assert int(again.steps) == 0 and np.array_equal(again.positions, relaxed().positions)
 
 
-@pytest.mark.as_shipped
 def test_batch_of_three_relaxes_member_by_member():
     sigma = np.asarray(packing().params["sigma"])
     systems = [packing().with_params({"sigma": s * sigma}) for s in (1.0, 1.02, 1.05)]

@@ -139,7 +139,6 @@ EASY = [(name, way) for name in ("2-D packing", "3-D packing") for way in WAYS] 
 ]
 
 
-@pytest.mark.as_shipped
 @pytest.mark.parametrize("name, way", EASY)
 def test_newton_steps_end_at_the_minimum_that_fire_finds(name, way):
     start, found, alone = near(name), descended(name, way), relaxed(name)

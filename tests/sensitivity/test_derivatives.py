@@ -56,7 +56,6 @@ def test_dimer_follows_its_closed_form():
     assert float(jnp.abs(ms.jvp(eq, {"epsilon": 1.0}).value).max()) < 1e-11
 
 
-@pytest.mark.as_shipped
 def test_triangle_of_springs_follows_its_closed_form():
     # a triangle without prestress takes the rest lengths as they are:
     # d|r_b| / dl_b = 1, the other sides stay
@@ -130,7 +129,6 @@ def test_jacobian_refuses_what_cannot_fit(monkeypatch):
         ms.jacobian(relaxed_packing("2d_polydisperse_N64_p1e-1", 0), "sigma")
 
 
-@pytest.mark.as_shipped
 def test_gradient_of_the_pressure_equals_minimizing_again():
     eq = seed(3)
     g = ms.gradient(ms.observables.pressure, eq).value["sigma"]
@@ -164,7 +162,6 @@ def test_gradient_of_an_array_has_its_shape():
     )
 
 
-@pytest.mark.as_shipped
 def test_nonaffine_part_does_not_depend_on_the_images():
     eq = seed(3)
     box = np.asarray(eq.system.box)
