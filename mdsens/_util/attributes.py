@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["Named", "missing", "missing_of_package", "near"]
+from mdsens._util.suggestions import similar_name
 
-# Smallest number of letters for which a name is suggested because it is a part of the other name.
-# One or two letters are a part of nearly every name.
-SHORTEST = 3
+__all__ = ["Named", "missing", "missing_of_package"]
 
 
 class Named:
@@ -42,7 +39,7 @@ def missing(record: object, name: str) -> AttributeError:
     if hasattr(record_type, name):
         object.__getattribute__(record, name)
     names = _public_names(record)
-    hint = _find_nested(record, name) or near(name, names)
+    hint = _find_nested(record, name) or similar_name(name, names)
     meant = f"did you mean {hint}? It has" if hint else "it has"
     return AttributeError(f"{message}: {meant} {', '.join(names)}.", name=name, obj=record)
 
@@ -70,30 +67,12 @@ def missing_of_package(
     # it replaces the same name of a module.
     paths = {inner: f"{room}.{inner}" for room, module in rooms.items() for inner in module.__all__}
     paths |= {top: top for top in names}
-    hint = near(name, paths)
+    hint = similar_name(name, paths)
     if hint:
         remedy = f"did you mean {package}.{paths[hint]}?"
     else:
         remedy = f"dir({package}) lists its names."
     return AttributeError(f"{message}: {remedy}", name=name)
-
-
-def near(name: str, names: Iterable[str]) -> str | None:
-    """Return the known name that was probably meant; None where no name is similar.
-
-    Upper and lower case count as equal.
-    """
-    known = {n.lower(): n for n in names}
-    asked = name.lower()
-    close = difflib.get_close_matches(asked, known, n=1)
-    if not close:
-        # difflib misses an abbreviation, such as the first word of a long name.
-        close = [
-            n
-            for n in known
-            if len(min(n, asked, key=len)) >= SHORTEST and (n in asked or asked in n)
-        ]
-    return known[max(close, key=len)] if close else None
 
 
 def _public_names(record: object) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from mdsens._util import tables
 from mdsens._util.errors import InputError
-from mdsens.io.system_toml import nearest
+from mdsens._util.suggestions import did_you_mean
 from mdsens.mechanics.contacts import Network
 from mdsens.mechanics.hessian import Unknowns
 from mdsens.mechanics.status import Status
@@ -87,7 +87,7 @@ def components(
     if name not in system.params:
         raise InputError(
             f"--wrt {name}: {system.potential.name} has no such parameter,"
-            f" {nearest(name, list(system.params))}"
+            f" {did_you_mean(name, system.params)}"
         )
     (parameter,) = parameters_of(system, {name: system.params[name]})
     shape = parameter.shape

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -14,6 +13,7 @@ from numpy.typing import ArrayLike
 
 from mdsens import elasticity, modes, observables
 from mdsens._util.errors import InputError
+from mdsens._util.suggestions import did_you_mean
 from mdsens._util.user_functions import Traceable
 from mdsens._util.validation import real_number, short
 from mdsens.elasticity import Moduli
@@ -92,11 +92,7 @@ def named(feature: str | Feature) -> tuple[str, Feature]:
     """Return a feature with its name, from a name in ``FEATURES`` or the feature itself."""
     if isinstance(feature, str):
         if feature not in FEATURES:
-            near = difflib.get_close_matches(feature, FEATURES, n=1)
-            if near:
-                hint = f"did you mean {near[0]!r}?"
-            else:
-                hint = f"give one of {', '.join(sorted(FEATURES))}."
+            hint = did_you_mean(feature, sorted(FEATURES))
             raise InputError(f"there is no feature {feature!r}: {hint}")
         return feature, FEATURES[feature]
     if not (isinstance(feature, Elastic | Softest) or callable(feature)):

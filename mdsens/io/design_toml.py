@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mdsens._util.errors import InputError
+from mdsens._util.suggestions import did_you_mean
 from mdsens._util.validation import is_number
 from mdsens.design import FEATURES, Free, LevenbergMarquardt, Optax, Target
 from mdsens.io.system_toml import load_system, locate, read
-from mdsens.io.toml_table import TomlTable, array_of, nearest
+from mdsens.io.toml_table import TomlTable, array_of
 from mdsens.model.system import System
 
 __all__ = ["DesignSpecification", "load_design"]
@@ -178,7 +179,7 @@ def _read_free_parameters(top: TomlTable, system: System) -> dict[str, Free]:
     for name, entry in entries.items():
         if name not in system.params:
             raise InputError(
-                f"free.{name} is no parameter of the system: {nearest(name, list(system.params))}"
+                f"free.{name} is no parameter of the system: {did_you_mean(name, system.params)}"
             )
         table = TomlTable.of(f"free.{name}", entry, ("low", "high", "within", "log", "only"))
         bounds = {

@@ -6,7 +6,6 @@ systems/README.md documents every key, value and unit.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,10 +16,11 @@ import numpy as np
 
 from mdsens import potentials
 from mdsens._util.errors import InputError
+from mdsens._util.suggestions import did_you_mean, similar_name
 from mdsens._util.validation import is_integer
 from mdsens.io import initial_positions
 from mdsens.io.ase_structures import numbered
-from mdsens.io.toml_table import TomlTable, array_of, nearest, short
+from mdsens.io.toml_table import TomlTable, array_of, short
 from mdsens.model.box import PackingFraction
 from mdsens.model.system import System
 from mdsens.potentials.base import Potential
@@ -99,10 +99,10 @@ def locate(name: str | Path) -> Path:
     if path.is_file():
         return path
     names = [p.stem for p in sorted(systems_folder().glob("*.toml"))]
-    near = difflib.get_close_matches(path.stem, names, n=1)
+    similar = similar_name(path.stem, names)
     hint = "give one of these or the path of a .toml file."
-    if near:
-        hint = f"did you mean {near[0]!r}?"
+    if similar:
+        hint = f"did you mean {similar!r}?"
     raise InputError(
         f"there is no file and no bundled system {str(name)!r} (bundled: {', '.join(names)}):"
         f" {hint}"
@@ -421,8 +421,8 @@ def _read_box(
         follows = table.text("follows", "parameters", choices=("parameters", "nothing"))
         rule = PackingFraction(float(table.number("packing_fraction")))
         # a misspelt sigma is noticed here, before the potential can refuse the name
-        near = difflib.get_close_matches("sigma", top.raw("parameters"), n=1)
-        remedy = f"did you write {near[0]!r} for it?" if near else "give the diameters."
+        similar = similar_name("sigma", top.raw("parameters"))
+        remedy = f"did you write {similar!r} for it?" if similar else "give the diameters."
         diameters = _diameters(sigma, n, species, remedy)
         if not (diameters > 0).all():
             raise InputError(
@@ -488,9 +488,8 @@ def _read_potential(
             )
         for old in rename:
             if old not in potential.parameters:
-                raise InputError(
-                    f"{label}.rename.{old} is no parameter: {nearest(old, potential.parameters)}"
-                )
+                hint = did_you_mean(old, potential.parameters)
+                raise InputError(f"{label}.rename.{old} is no parameter: {hint}")
         potential = potential.renamed(rename) if rename else potential
         if kind == "harmonic_bonds":  # uniform = [low, high] draws one value a bond
             sizes.update(dict.fromkeys(potential.parameters, len(potential.bonds)))

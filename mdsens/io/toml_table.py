@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from mdsens._util.errors import InputError
+from mdsens._util.suggestions import did_you_mean
 from mdsens._util.validation import is_integer, is_number, short
 
-__all__ = ["TomlTable", "array_of", "nearest", "short"]
+__all__ = ["TomlTable", "array_of", "short"]
 
 _MISSING: Any = object()  # the default of a key that must be present; None may be a value
-
-
-def nearest(name: str, valid: Sequence[str]) -> str:
-    """Return the remedy for an unknown name: the most similar valid name, or all valid names."""
-    near = difflib.get_close_matches(name, valid, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(valid)}."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +43,7 @@ class TomlTable:
         for key in value:
             if key not in keys:
                 raise InputError(
-                    f"{table.label(str(key))} is no key of the format: {nearest(str(key), keys)}"
+                    f"{table.label(str(key))} is no key of the format: {did_you_mean(key, keys)}"
                 )
         return table
 
@@ -80,7 +74,7 @@ class TomlTable:
         """Return a string; with ``choices``, it must be one of them."""
         value = self._checked(key, default, lambda v: isinstance(v, str), "a text")
         if choices and value not in choices:
-            raise InputError(f"{self.label(key)} is {value!r}: {nearest(value, choices)}")
+            raise InputError(f"{self.label(key)} is {value!r}: {did_you_mean(value, choices)}")
         return value
 
     def integer(self, key: str, default: int = _MISSING, least: int = 0) -> int:

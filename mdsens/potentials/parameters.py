@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
 import math
 import re
@@ -17,6 +16,7 @@ from jax.core import Tracer
 from numpy.typing import ArrayLike
 
 from mdsens._util.errors import InputError, short
+from mdsens._util.suggestions import similar_name
 
 __all__ = [
     "Mixing",
@@ -207,8 +207,8 @@ def check_names(params: Params, valid: Sequence[str], potential: str) -> None:
     """
     for name in params:
         if name not in valid:
-            near = difflib.get_close_matches(str(name), valid, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "remove it."
+            similar = similar_name(str(name), valid)
+            hint = f"did you mean {similar!r}?" if similar else "remove it."
             names = ", ".join(map(repr, valid))
             raise InputError(f"{potential} has no parameter {name!r} (it has {names}): {hint}")
     for name in valid:

@@ -1,7 +1,9 @@
 """The linear solve behind every derivative at a minimum.
 
-All derivatives are solutions of one equation, H dR = - d2U/dR dp . dp, at a point where dU/dR = 0.
-A :class:`DerivativeRule` gives its right-hand side and turns its solution into the result.
+Every derivative at a minimum of the energy U follows from one linear system H x = b, with the
+Hessian H = d2U/dR2 by the positions R. For the change x = dR of the relaxed positions with the
+parameters p, the right-hand side is b = - d2U/dR dp . dp. A :class:`DerivativeRule` computes the
+right-hand side b of one kind of derivative, and that derivative from the solution x.
 """
 
 from __future__ import annotations
@@ -62,16 +64,17 @@ DOUBLE_PRECISION_EPS = 1e-10
 
 
 def _with_outcome(lin: Linearization, stats: SolveStats, value: PyTree) -> SolveStats:
-    """Return the statistics of a derivative's solve, with the status of the derivative itself.
+    """Return the statistics of a linear solve, with the status of the derivative computed from it.
 
-    The status is that of the minimum where that is bad, else NOT_FINITE where ``value`` is not
-    finite, else SINGLE_PRECISION where a good solve was done in single precision, else that of the
+    The status becomes the first of these that applies: the status of the minimum where that is not
+    CONVERGED; NOT_FINITE where the solve is good and the derivative ``value`` is not finite;
+    SINGLE_PRECISION where the solve is good and was done in single precision; the status of the
     solve.
 
-    In single precision a solve that went well does not make the derivative good: round-off alone
-    leaves a force on the particles, so that it is not known which of the weakest pairs are in
-    contact. (In a packing of 16,384 discs the residual of the solve was 1e-5, and the relative
-    error of the derivative 0.5.)
+    In single precision a good solve does not make the derivative good: round-off alone leaves a
+    force on the particles, so that it is not known which of the weakest pairs are in contact. (In a
+    packing of 16,384 discs the relative residual of the solve was 1e-5, and the relative error of
+    the derivative 0.5.)
     """
     status_of_minimum = lin.status
     stats = status_of_finite(
@@ -87,10 +90,14 @@ def _with_outcome(lin: Linearization, stats: SolveStats, value: PyTree) -> Solve
 
 
 def status_of_finite(stats: SolveStats, finite: jax.Array) -> SolveStats:
-    """Replace a good status by NOT_FINITE where the derivative is not finite.
+    """Replace a good status of a linear solve by NOT_FINITE where the derivative is not finite.
 
-    The derivative may be NaN or infinite after a good solve: the derivative of the potential or of
-    the observable that is combined with the solution may not be finite.
+    The derivative may be NaN or infinite after a good solve: the solution of the solve is combined
+    with a derivative of the potential or of the observable, which may not be finite.
+
+    Args:
+      stats: statistics of the solve, with its status.
+      finite: whether the derivative is finite.
     """
     good = is_good(stats.status)
     return dataclasses.replace(
@@ -99,7 +106,7 @@ def status_of_finite(stats: SolveStats, finite: jax.Array) -> SolveStats:
 
 
 def _fields_of_minimum(lin: Linearization) -> dict[str, Any]:
-    """Return the fields of a derivative that describe its minimum."""
+    """Return the largest force and the rattlers of a minimum, which each derivative reports."""
     return {"max_force": lin.equilibrium.max_force, "rattlers": lin.network.rattlers}
 
 
@@ -134,7 +141,16 @@ def _force_right_hand_side(lin: Linearization, force: Unknowns) -> Unknowns:
 def _force_result(
     lin: Linearization, force: Unknowns | jax.Array, x: Unknowns, stats: SolveStats
 ) -> Displacement:
-    """Make the result for a displacement under forces; under STRAIN a strain causes them."""
+    """Return the displacement of the particles under forces as a result with status and statistics.
+
+    The forces are external ones (the rule FORCE), or those that a strain causes (the rule STRAIN).
+
+    Args:
+      lin: the linearization of the minimum.
+      force: the forces, or the strain; not used.
+      x: the displacement, the solution of the linear solve.
+      stats: statistics of the linear solve.
+    """
     stats = _with_outcome(lin, stats, x.positions)
     return Displacement(
         value=x.positions, nonaffine=x.positions, stats=stats, **_fields_of_minimum(lin)
@@ -148,25 +164,30 @@ def _strain_right_hand_side(lin: Linearization, strain: jax.Array) -> Unknowns:
 
 
 def strain_is_silent(system: System, forces: jax.Array) -> jax.Array:
-    """Whether the forces (n, d) that a strain causes are round-off; traceable.
+    """Return whether the forces (n, d) that a strain causes on the particles are only round-off.
 
     The forces are round-off in a crystal whose atoms are centers of symmetry. A force counts as
-    round-off where it is below 1e4 eps (2e-12 in double precision) of l k: l is the length scale of
-    the potential and k its stiffness, both from ``natural_units``.
+    round-off where it is below 1e4 eps l k, with the machine precision eps (1e4 eps is 2e-12 in
+    double precision), the length scale l of the potential and its stiffness k, both from
+    ``natural_units``. This function can be traced by jax.
     """
     length, stiffness = natural_units(system)
     return jnp.max(jnp.abs(forces)) <= 1e4 * jnp.finfo(forces.dtype).eps * length * stiffness
 
 
 class DerivativeRule(NamedTuple):
-    """One kind of derivative: the right-hand side of its solve, and its result from the solution.
+    """One kind of derivative: how its linear system H x = b is set up, and its result read from x.
 
-    The argument of a rule is what the derivative is linear in: changes of the parameters (JVP), a
-    cotangent (VJP), an external force (FORCE) or a strain (STRAIN).
+    There are four rules, each named after the argument in which the derivative is linear: JVP
+    (changes of the parameters), VJP (a cotangent, that is, weights w of the positions R whose sum
+    w . R is differentiated by all parameters), FORCE (external forces) and STRAIN (a strain of the
+    cell).
 
     Attributes:
-      right_hand_side: function of ``(lin, argument)`` that returns the right-hand side.
-      result: function of ``(lin, argument, solution, stats)`` that returns the derivative.
+      right_hand_side: function of ``(lin, argument)`` that returns the right-hand side b; ``lin``
+        is the linearization of the minimum.
+      result: function of ``(lin, argument, solution, stats)`` that returns the derivative, from the
+        solution x and the statistics of the linear solve.
       parameters: function of ``(all parameters, argument)`` that returns the names of the
         parameters that the derivative is taken by.
     """
@@ -185,13 +206,17 @@ STRAIN = DerivativeRule(_strain_right_hand_side, _force_result, lambda params, s
 def solve_derivative(
     rule: DerivativeRule, lin: Linearization, argument: Argument, many: bool = False
 ) -> Any:
-    """Compute the derivative of a rule at its argument, by a sparse factor or in compiled code.
+    """Compute one kind of derivative at a minimum, by a factor of the Hessian or by iteration.
+
+    A sparse factor is computed on the CPU, outside compiled code. Without a factor, a linear solver
+    in compiled code multiplies vectors with the Hessian.
 
     Args:
-      rule: JVP, VJP, FORCE or STRAIN.
-      lin: the minimum.
-      argument: argument of the rule; with ``many`` several arguments, along a leading axis.
-      many: whether there are several arguments, which share one factor.
+      rule: the kind of derivative: JVP, VJP, FORCE or STRAIN, see :class:`DerivativeRule`.
+      lin: the linearization of the minimum.
+      argument: what the derivative is linear in, see the rule; with ``many`` several arguments,
+        along a leading axis.
+      many: whether there are several arguments, which share one factor of the Hessian.
     """
     core = lin.traced(rule.parameters(lin.system.params, argument))
     factor = lin.factor
@@ -219,15 +244,17 @@ def solve_derivative(
 def solve_derivative_batch(
     rule: DerivativeRule, eq: Equilibrium, argument: Argument, solve: Method
 ) -> Any:
-    """Compute the derivatives of all systems of a batch, by one factor of all their Hessians.
+    """Compute one kind of derivative of every system of a batch, with all Hessians factorized at
+    once.
 
-    The result is None where there is no such factor: then each system is to be solved alone.
+    The result is None where no such factor exists or a position is not finite; the caller must then
+    solve for each system alone.
 
     Args:
-      rule: JVP, VJP, FORCE or STRAIN.
-      eq: a batch.
-      argument: arguments of the rule, one for each system, along a leading axis.
-      solve: a method for which :func:`by_factor` is true.
+      rule: the kind of derivative: JVP, VJP, FORCE or STRAIN, see :class:`DerivativeRule`.
+      eq: the minima of the batch.
+      argument: what the derivative is linear in, for each system, along a leading axis.
+      solve: a linear solver for which :func:`by_factor` is true.
     """
     assert isinstance(solve, Auto | Direct)
     if not np.isfinite(np.asarray(eq.positions)).all():
@@ -250,11 +277,12 @@ def solve_derivative_batch(
 
 
 def aside(lin: Linearization) -> Linearization:
-    """Return the linearization with its positions moved a little away from the minimum.
+    """Return the linearization at positions moved slightly away from the minimum.
 
-    Each coordinate moves by a thousandth of the length scale of the potential (contact distance, or
-    the distance of the minimum of the pair energy) times a chirp, which has no symmetry: there the
-    terms of a right-hand side that cancel at the minimum do not cancel.
+    Each coordinate moves by at most a thousandth of the length scale of the potential (contact
+    distance, or the distance of the minimum of the pair energy). The displacements cos(k^2), k = 0,
+    1, 2, …, have no symmetry, so that terms of a right-hand side that cancel at the minimum do not
+    cancel at the moved positions.
     """
     system = lin.system
     if system.batch is None:
@@ -269,17 +297,19 @@ def aside(lin: Linearization) -> Linearization:
 def without_round_off(
     stats: SolveStats, size: jax.Array, beside: jax.Array, dtype: DTypeLike
 ) -> SolveStats:
-    """Remove from the statistics of a solve the warning of a dropped part that is round-off.
+    """Remove the warning that a part of a right-hand side was dropped, if that part is round-off.
 
-    The dropped part is measured against the right-hand side beside the minimum, if that is larger
-    than the one at the minimum. At the minimum the right-hand side may vanish, as the gradient of
-    the energy itself does, or that of an atom that is a center of symmetry. Its value is then
-    round-off, much of it along translations, and no part of any answer.
+    A linear solve drops the part of its right-hand side in the null space of the Hessian, and warns
+    by the status NULL_COMPONENT_DROPPED. At the minimum the right-hand side may vanish: for the
+    energy as an observable it is the net force, and on an atom at a center of symmetry it is zero
+    by symmetry. Its value is then round-off, much of it along translations. So the norm of the
+    dropped part is compared with the norm of the right-hand side at the minimum or, if that is
+    larger, slightly beside the minimum.
 
     Args:
       stats: statistics of the solve.
-      size: norm of the right-hand side.
-      beside: norm of the right-hand side at :func:`aside`.
+      size: norm of the right-hand side at the minimum.
+      beside: norm of the right-hand side slightly beside the minimum, see :func:`aside`.
       dtype: floating-point type of the right-hand side.
     """
     eps = float(jnp.finfo(dtype).eps)
@@ -301,10 +331,12 @@ def _without_dropped_round_off(
     derivative: Derivative,
     many: bool,
 ) -> Any:
-    """Apply :func:`without_round_off` to a derivative by the parameters.
+    """Remove the warning of a dropped part from a derivative, if that part is round-off.
 
-    The right-hand side of the rule JVP alone is a derivative at the minimum, and may be round-off.
-    That of the other rules is the user's cotangent or force, or is checked for round-off already.
+    The test is that of :func:`without_round_off`. It is done for the rule JVP alone, whose
+    right-hand side is a derivative at the minimum and may vanish there up to round-off. The
+    right-hand side of the rules VJP and FORCE is the user's own, and that of STRAIN has been
+    checked for round-off before.
     """
     if rule is not JVP or not dropped_any(derivative.stats.status):
         return derivative
@@ -318,16 +350,21 @@ def _without_dropped_round_off(
 def _right_hand_side_norms(
     lin: Linearization, argument: Argument, rule: DerivativeRule, many: bool
 ) -> jax.Array:
-    """The norm of the right-hand side of a rule, or those of many."""
+    """Compute the norm of the right-hand side of a linear solve, or of each of many.
+
+    The right-hand side is that of the kind of derivative ``rule`` for its ``argument``.
+    """
     sides = _right_hand_sides(lin, argument, rule, many)
     return norms(sides, many or lin.system.batch is not None)
 
 
 def norms(sides: Unknowns, many: bool) -> jax.Array:
-    """The norm of the right-hand side of a solve, or those of many along a leading axis.
+    """Compute the Euclidean norm of the right-hand side of a linear solve.
 
-    The strain is left out of the norm: it is computed after the solve, from the small matrix of the
-    cell.
+    With ``many`` there are several right-hand sides along a leading axis, and the result is an
+    array of their norms. At a pressure the part of a right-hand side that belongs to the strain of
+    the cell is left out: the strain is computed after the solve, from the small stiffness matrix of
+    the cell.
     """
     first_axis = 1 if many else 0
     leaves = jax.tree.leaves(dataclasses.replace(sides, strain=None))
@@ -340,7 +377,10 @@ def norms(sides: Unknowns, many: bool) -> jax.Array:
 def _solve_compiled(
     lin: Linearization, argument: Argument, rule: DerivativeRule, many: bool
 ) -> Any:
-    """The derivative of a rule in compiled code, by products with the matrix."""
+    """Compute one kind of derivative in compiled code, by products with the Hessian.
+
+    Under constraints the matrix is that of the whole system of equations.
+    """
     operator, unit = lin.structure.operator(lin)
 
     def derivative(argument: Argument) -> Any:
@@ -357,7 +397,11 @@ def _solve_compiled(
 def _right_hand_sides(
     lin: Linearization, argument: Argument, rule: DerivativeRule, many: bool
 ) -> Unknowns:
-    """The right-hand side of a rule: of one argument, of many, or of each member of a batch."""
+    """Compute the right-hand side of the linear solve for one kind of derivative.
+
+    The result has a leading axis if there are several arguments (``many``), or several systems in a
+    batch.
+    """
     if lin.system.batch is not None:
         return jax.vmap(rule.right_hand_side)(lin, argument)
     right_hand_side = functools.partial(rule.right_hand_side, lin)
@@ -374,7 +418,7 @@ def _results(
     rule: DerivativeRule,
     many: bool,
 ) -> Any:
-    """The derivatives of a rule from the solutions ``x`` of the solve."""
+    """Compute derivatives of one kind (``rule``) from the solutions ``x`` of linear solves."""
 
     def derivative(
         lin: Linearization, argument: Argument, side: Unknowns, x: Unknowns, stats: SolveStats

@@ -1,9 +1,8 @@
-"""The linearization of a minimum: its condition, null space and cell, ready for derivatives."""
+"""The linearization of a minimum: the Hessian, its null space and the cell, for derivatives."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from mdsens._util.environment import require_sound_jax
 from mdsens._util.errors import InputError, raise_for_status
 from mdsens._util.outcome import is_good
 from mdsens._util.portable import Portable
+from mdsens._util.suggestions import did_you_mean
 from mdsens._util.validation import real_array, require_host
 from mdsens.implicit.linear import Auto, Direct, Method, check_method
 from mdsens.mechanics import lagrangian
@@ -64,22 +64,24 @@ class Linearization(Portable, Named):
 
     Attributes:
       equilibrium: the minimum.
-      system: its backbone, that is, the system without the contacts of rattlers. Derivatives are
-        those of the backbone's energy.
+      system: the backbone of the configuration, that is, the system without the contacts of
+        rattlers. Derivatives are those of the backbone's energy.
       network: contacts, clusters and rattlers.
-      null: the null space of the Hessian: translations, rattlers, rotations of free clusters.
+      null: the null space of the Hessian: translations, motions of rattlers, rotations of free
+        clusters.
       solve: the linear solver.
-      structure: the kind of unknowns and the condition that is zero at the minimum, see
+      structure: the kind of minimum (in a fixed cell, at a pressure, or under constraints), which
+        says what the unknowns are and which condition is zero at the minimum; see
         :mod:`mdsens.sensitivity.structure`.
-      blocks: the Hessian as blocks of pairs, for compiled products with it; None where it is not
-        assembled.
+      blocks: the Hessian as d x d blocks of pairs, for compiled products with it; None where it is
+        not assembled.
       factor: the Hessian as a sparse matrix outside of compiled code, with a factor that is
         computed when it is first needed; None in traced code and for potentials that are no sum
         over pairs. Under constraints, the matrix of the whole system of equations with its factor.
       force_status: UNCONVERGED where the largest force left on a particle is not small compared
-        with the mean pair force, CONTACTS_UNSETTLED where particles touch and that force leaves
-        open whether they are in contact, INDEFINITE where a mode of negative stiffness exists; else
-        CONVERGED.
+        with the mean pair force; CONTACTS_UNSETTLED where particles just touch, and the largest
+        force left on a particle leaves open whether they are in contact; INDEFINITE where a mode
+        has negative stiffness; else CONVERGED.
     """
 
     equilibrium: Equilibrium
@@ -96,12 +98,12 @@ class Linearization(Portable, Named):
 
     @property
     def cell(self) -> Cell | None:
-        """The cell of a minimum at a pressure; None where the cell is fixed."""
+        """The cell of a minimum at a pressure, with its stiffness; None where the cell is fixed."""
         return getattr(self.structure, "cell", None)
 
     @property
     def multipliers(self) -> dict[str, jax.Array] | None:
-        """Lagrange multipliers of the equations among the constraints; None without equations."""
+        """Lagrange multipliers of the constraints g = 0, by name; None without such constraints."""
         return getattr(self.structure, "multipliers", None)
 
     @property
@@ -111,36 +113,52 @@ class Linearization(Portable, Named):
 
     @property
     def params(self) -> dict[str, Any]:
-        """The parameters that derivatives are taken by.
+        """The parameters, by name, by which the minimum can be differentiated.
 
-        These are the parameters of the system that no constraint relaxes and, where the cell is an
-        unknown, the pressure.
+        They are the parameters of the system except those that relax under constraints. Where the
+        cell is relaxed at a pressure, the pressure is one of them.
         """
         return self.structure.params(self.system)
 
     @property
     def unknowns(self) -> Unknowns:
-        """The unknowns at the minimum.
+        """The values at the minimum of the unknowns of its equations.
 
-        These are the positions, a strain of zero where the cell is an unknown, and under
-        constraints the multipliers and the relaxed parameters.
+        They are the positions; at a pressure also the strain of the cell, zero at the minimum;
+        under constraints also the multipliers and the parameters that relax.
         """
         return self.structure.unknowns(self.system)
 
     def condition(self, x: Unknowns, params: Params) -> Unknowns:
-        """F(x, params), the condition that is zero at the minimum.
+        """Evaluate F(x, params), the condition that is zero at the minimum.
 
-        F is dU/dR; at a pressure, dU/dR and the derivative of the enthalpy by strain; under
-        constraints, dL/dx and the equations.
+        In a fixed cell F is dU/dR, the derivative of the energy by the positions. At a pressure F
+        also contains the derivative of the enthalpy by the strain of the cell. Under constraints F
+        is dL/dx, the derivative of the Lagrangian L = U + lambda . g, and the values g of the
+        constraints' equations.
+
+        Args:
+          x: the unknowns: positions, and strain of the cell or multipliers where there are any.
+          params: all parameters by name.
         """
         return self.structure.condition(self, x, params)
 
     def moved(self, system: System, x: Unknowns, params: Params) -> System:
-        """The system at other unknowns and parameters, with the same neighbor list; traceable."""
+        """Return the system with other unknowns and other parameters, and the same neighbor list.
+
+        This function can be traced by jax.
+
+        Args:
+          system: the system.
+          x: the unknowns: positions, and strain of the cell or parameters that relax, if there are
+            any.
+          params: the other parameters, by name.
+        """
         return self.structure.moved(system, x, params)
 
     def traced(self, differentiated: Sequence[str]) -> Linearization:
-        """Return the form for compiled code: no factor, and the potential in its cheapest form.
+        """Return the linearization for compiled code: no factor, and the potential in its cheapest
+        form.
 
         Args:
           differentiated: names of the parameters that derivatives are to be taken by.
@@ -154,10 +172,11 @@ class Linearization(Portable, Named):
 
     @property
     def status(self) -> Any:
-        """CONVERGED, or why no derivative can be taken at this minimum; an int32 array.
+        """CONVERGED, or the reason why no derivative can be taken at this minimum; an int32 array.
 
-        This is the first bad status of: the minimization, UNJAMMED, ``force_status``, and the
-        structure.
+        The status is the first bad one of four: that of the minimization; UNJAMMED where no contact
+        network carries force; ``force_status``, on the force left and on negative modes; and that
+        of the cell or of the constraints.
         """
         status = _status_of_minimum(self.equilibrium.status, self.network.unjammed)
         for other in (self.force_status, self.structure.status):
@@ -170,11 +189,15 @@ class Linearization(Portable, Named):
 
 
 def by_factor(system: System, solve: Method, many: bool = False) -> bool:
-    """Whether a solver uses the sparse factor of the Hessian, where the Hessian has one.
+    """Return whether a linear solver is to use the sparse factor of the Hessian of a system.
+
+    The result is False where the Hessian of the system cannot be factorized.
 
     Args:
-      solve: the solver. Direct always uses the factor; Auto only on a CPU, and not for a single
-        solve of a large system in 3-D, where the factor fills in.
+      system: the system.
+      solve: the solver. Direct always uses the factor; Auto uses the factor only on a CPU, and not
+        for a single solve of a large system in 3-D, where the factor has many entries that are zero
+        in the Hessian.
       many: whether there are many right-hand sides.
     """
     pays = many or system.dimension == 2 or system.n <= ONE_SOLVE_3D
@@ -185,7 +208,12 @@ def by_factor(system: System, solve: Method, many: bool = False) -> bool:
 
 
 def _status_of_minimum(status: np.ndarray | jax.Array, unjammed: np.ndarray | jax.Array) -> Any:
-    """Return the status of the minimization where it is bad, else UNJAMMED or CONVERGED."""
+    """Return the status of the minimization where it is bad, else UNJAMMED or CONVERGED.
+
+    Args:
+      status: the status of the minimization.
+      unjammed: True where no contact network carries force.
+    """
     xp = jnp if isinstance(unjammed, Tracer) else np
     code = xp.where(unjammed, Status.UNJAMMED.value, Status.CONVERGED.value)
     return xp.where(is_good(status), code, status)
@@ -193,11 +221,17 @@ def _status_of_minimum(status: np.ndarray | jax.Array, unjammed: np.ndarray | ja
 
 @jax.jit
 def force_left(system: System, net: Network, largest: jax.Array) -> jax.Array:
-    """Judge a minimum, or each of a batch, by the largest force left: return a status.
+    """Judge a minimum by the largest force left on a particle; return a status.
 
-    UNCONVERGED where the force is not small compared with the mean pair force, CONTACTS_UNSETTLED
-    where particles touch and the force left is so large that it is not known whether they are in
-    contact; else CONVERGED.
+    The status is UNCONVERGED where the force is not small compared with the mean pair force. It is
+    CONTACTS_UNSETTLED where particles just touch and the force is so large that it is not known
+    whether they are in contact. Else it is CONVERGED. For a batch, the result is an array with the
+    status of each minimum.
+
+    Args:
+      system: the configuration.
+      net: its contact network.
+      largest: the largest force left on a particle.
     """
     if system.batch is not None:
         return jax.vmap(force_left)(system, net, largest)
@@ -208,7 +242,15 @@ def force_left(system: System, net: Network, largest: jax.Array) -> jax.Array:
 
 
 def _force_left_of_one(eq: Equilibrium, net: Network) -> Any:
-    """Return ``force_left`` of one minimum, by numpy where the mean contact force decides."""
+    """Return the status ``force_left`` of one minimum, without compiled code where possible.
+
+    Where the force is small compared with the mean contact force, the minimum is CONVERGED. Else
+    the length scale and the stiffness of the potential decide, in compiled code.
+
+    Args:
+      eq: the minimum.
+      net: its contact network.
+    """
     mean_force = np.asarray(net.mean_force)
     if np.asarray(eq.max_force) <= RELAXED * mean_force and not np.asarray(net.touching):
         return np.int32(Status.CONVERGED.value)
@@ -217,17 +259,21 @@ def _force_left_of_one(eq: Equilibrium, net: Network) -> Any:
 
 
 def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Linearization:
-    """Find the network, the rattlers and the null space of a minimum, once for many derivatives.
+    """Find contact network, rattlers and null space of a minimum, once for many derivatives.
 
     Args:
       eq: a minimum, from ``minimize``; not a batch.
-      solve: an option record of mdsens.implicit: GMRES(), CG(), MINRES(), BiCGSTAB(), Direct() and
-        others, or Auto(), which chooses.
-      throw: raise where the minimum cannot be differentiated; with False the status of every
-        derivative says so.
+      solve: the linear solver, with its options: GMRES(), CG(), MINRES(), BiCGSTAB(), Direct() and
+        others of mdsens.implicit, or Auto(), which chooses one.
+      throw: whether to raise an error where the minimum cannot be differentiated; with False, the
+        status of every derivative gives the reason.
+
+    Returns:
+      a :class:`Linearization`, which functions such as ``jvp`` take in place of the minimum.
 
     Raises:
-      ConvergenceError: an unconverged minimum, or one without contacts (UNJAMMED).
+      ConvergenceError: the minimum is not converged, has no contacts (UNJAMMED), or cannot be
+        differentiated for another reason, which the message gives.
     """
     require_sound_jax()
     if not isinstance(eq, Equilibrium):
@@ -283,7 +329,16 @@ def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Li
 def _linearize_constrained(
     eq: Equilibrium, backbone: System, net: Network, null: NullSpace, solve: Method, throw: bool
 ) -> Linearization:
-    """Linearize a minimum under constraints."""
+    """Linearize a minimum under constraints.
+
+    Args:
+      eq: the minimum.
+      backbone: the system without the contacts of rattlers.
+      net: the contact network.
+      null: the null space of the Hessian without constraints.
+      solve: the linear solver.
+      throw: whether to raise an error where the minimum cannot be differentiated.
+    """
     multipliers = lagrangian.unknowns_of(backbone, eq.multipliers).multipliers
     # of the motions of the null space, constraints prevent some
     null = constrained_null_space(backbone, net, null, multipliers)
@@ -310,10 +365,11 @@ def _linearize_constrained(
 
 
 def linearized(eq: Equilibrium | Linearization, solve: Method | None) -> Linearization:
-    """Linearize a minimum with a given solver; a Linearization is returned as it is.
+    """Linearize a minimum for a given linear solver.
 
     Args:
-      eq: the minimum; whether it can be differentiated is checked by :func:`require_sound`.
+      eq: the minimum; :func:`require_sound` checks whether it can be differentiated. A
+        Linearization is returned as it is, with ``solve`` as its solver.
       solve: the solver; where None, Auto() or the solver of the Linearization.
     """
     if solve is not None:
@@ -332,21 +388,29 @@ def linearized(eq: Equilibrium | Linearization, solve: Method | None) -> Lineari
 
 
 def require_sound(lin: Linearization, eq: Equilibrium | Linearization, throw: bool) -> None:
-    """Raise an error where the minimum ``eq`` cannot be differentiated, if ``throw``.
+    """Raise an error where a minimum cannot be differentiated, if ``throw`` is True.
 
-    To be called after the other arguments are checked, so that a user who errs in these reads about
-    them first and not about contacts. A Linearization does not raise here: ``linearize`` has raised
-    or not, as the user chose.
+    Call this function after the other arguments of the user are checked, so that errors in the
+    arguments are reported first.
+
+    Args:
+      lin: the linearization of the minimum.
+      eq: what the user gave, the minimum or its Linearization. For a Linearization no error is
+        raised, since the user has already chosen in ``linearize`` whether to raise.
+      throw: whether to raise.
     """
     if throw and isinstance(eq, Equilibrium):
         raise_for_status(Status(int(lin.status)), "this minimum cannot be differentiated", lin)
 
 
 def full_tangent(system: System, dparams: Params, params: Params | None = None) -> dict[str, Any]:
-    """Return changes of all parameters, checked: those in ``dparams``, and zero for the others.
+    """Return changes of all parameters by name: the given ones, checked, and zeros for the others.
 
     Args:
-      params: the parameters; those of the system where None. Of a Linearization, its ``params``.
+      system: the system.
+      dparams: the given changes by parameter name.
+      params: all parameters by name; where None, those of the system. For a Linearization give its
+        ``params``, which may contain the pressure.
     """
     partial = changes(system, dparams, params)
     valid = system.params if params is None else params
@@ -360,7 +424,10 @@ def changes(system: System, dparams: Params, params: Params | None = None) -> di
     """Check the changes of some parameters, and convert them to the type of the parameters.
 
     Args:
-      params: the parameters; those of the system where None. Of a Linearization, its ``params``.
+      system: the system.
+      dparams: the changes by parameter name.
+      params: all parameters by name; where None, those of the system. For a Linearization give its
+        ``params``, which may contain the pressure.
     """
     valid = system.params if params is None else params
     paired = {parameter.name for parameter in parameters_of(system, valid) if parameter.paired}
@@ -371,11 +438,7 @@ def changes(system: System, dparams: Params, params: Params | None = None) -> di
         )
     for name, change in dparams.items():
         if name not in valid:
-            # a misspelled name gets the nearest valid one as a hint
-            near = difflib.get_close_matches(str(name), valid, n=1)
-            hint = (
-                f"did you mean {near[0]!r}?" if near else f"it has {', '.join(map(repr, valid))}."
-            )
+            hint = did_you_mean(name, valid)
             if name == "pressure":
                 hint = (
                     "the cell of this minimum is fixed; relax one that follows a pressure by"
