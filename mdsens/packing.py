@@ -1,4 +1,4 @@
-"""Preparation of packings: compression or decompression to a packing fraction, in small steps."""
+"""Prepare packings: compress or decompress them to a given packing fraction, in small steps."""
 
 from __future__ import annotations
 
@@ -35,31 +35,35 @@ def compress(
     throw: bool = True,
     progress: bool | None = None,
 ) -> Equilibrium:
-    """Compress or decompress a packing to a packing fraction, relaxing it after every step.
+    """Compress or decompress a packing to a packing fraction, relaxing it after every small step.
 
-    The cell keeps its shape. In a step the particles keep their fractional coordinates; then they
-    are relaxed. So the final packing continues the history of the initial one, whereas a random
-    start at the final packing fraction has no history. For a target pressure in place of a packing
-    fraction, use ``minimize(system, pressure=P)``.
+    The cell keeps its shape. In each step the cell is rescaled with the particles, which keep their
+    fractional coordinates, and then the particles are relaxed. So the final packing depends on the
+    initial one, unlike a packing that is relaxed from random positions at the final packing
+    fraction. For a target pressure in place of a packing fraction, use ``minimize(system,
+    pressure=P)``.
 
     Args:
-      start: a System, relaxed or not, or an Equilibrium; it must have a cell, and a parameter
-        ``sigma`` that gives the diameters of the particles.
-      packing_fraction: the target, the volume of all particles over that of the cell; overlaps
-        count twice.
+      start: a System, relaxed or not, or an Equilibrium, which is the result of ``minimize``. The
+        system must have a cell, and a parameter ``sigma`` that gives the diameters of the
+        particles.
+      packing_fraction: the target, the total volume of the particles divided by the volume of the
+        cell; overlaps count twice.
       step: the largest relative change of the packing fraction in one step.
       tolerance, method, max_steps: tolerance of the forces, method and largest number of steps of
         each relaxation, as in ``minimize``.
-      throw: raise where a relaxation does not reach the tolerance; with False the status says so,
-        and the last configuration is returned.
-      progress: show a progress bar; None shows it only in a terminal or a notebook.
+      throw: whether to raise an error where a relaxation does not reach the tolerance; if False,
+        the last configuration is returned, and its ``status`` tells that it did not.
+      progress: whether to show a progress bar; None shows it only in a terminal or a notebook.
 
     Returns:
-      the Equilibrium at the target packing fraction, in a fixed cell that depends on no parameter.
+      the relaxed packing at the target packing fraction, an Equilibrium. Its cell is fixed, and
+      does not change with the parameters of the potential.
 
     Raises:
-      InputError: open boundaries, no ``sigma``, a batch, numbers that are not positive.
-      ConvergenceError: a relaxation did not reach the tolerance, with ``throw``.
+      InputError: the system has open boundaries, has no ``sigma`` or is a batch, or an argument is
+        not a positive number.
+      ConvergenceError: a relaxation did not reach the tolerance, and ``throw`` is True.
     """
     system = start.system if isinstance(start, Equilibrium) else start
     if not isinstance(system, System):

@@ -1,1 +1,1 @@
-"""Helpers of all rooms, without physics: outcomes, validation, progress, tables, lattices."""
+"""Helpers for the whole package: outcomes of computations, validation, progress, tables, cells."""

@@ -1,4 +1,4 @@
-"""Error messages for missing attributes: they list the existing names and suggest the likeliest."""
+"""Errors for attributes that do not exist: they list the existing names and suggest one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Named", "missing", "missing_of_package"]
 
 
 class Named:
-    """Base of records whose error for a missing attribute lists the attributes that exist."""
+    """Base class of result records; the error for a missing attribute lists those that exist."""
 
     # Hidden from type checkers, which would otherwise accept any attribute name.
     if not TYPE_CHECKING:
@@ -23,9 +23,10 @@ class Named:
 
 
 def missing(record: object, name: str) -> AttributeError:
-    """Build the error for an attribute that a record does not have.
+    """Build the error for reading an attribute that an object does not have.
 
-    Where the record has a property of this name which itself raised an AttributeError, the error of
+    The message lists the attributes of the object and suggests the one that was probably meant.
+    Where the object has a property of this name which itself raised an AttributeError, the error of
     the property is raised instead.
     """
     record_type = type(record)
@@ -49,7 +50,7 @@ def missing_of_package(
 ) -> AttributeError:
     """Build the error for a name that a package does not have.
 
-    It points to the public module that has the name, or suggests a similar name.
+    The message points to the public module that has the name, or suggests a similar name.
 
     Args:
       package: name of the package as users write it.
@@ -76,7 +77,7 @@ def missing_of_package(
 
 
 def _public_names(record: object) -> list[str]:
-    """List the public attributes: fields in their order, then properties and methods."""
+    """List the public attributes of an object: fields in order, then properties and methods."""
     fields: list[str] = []
     if dataclasses.is_dataclass(record):
         fields += [field.name for field in dataclasses.fields(record)]
@@ -89,9 +90,9 @@ def _public_names(record: object) -> list[str]:
 
 
 def _find_nested(record: Any, name: str) -> str | None:
-    """Find the name in a record or dict inside of this record; return its path.
+    """Find an attribute or key in the objects and dicts that an object has as fields.
 
-    An example is 'stats.residual'. None where no field has such an attribute or key.
+    Return the path to the attribute, such as 'stats.residual'; None where no field has it.
     """
     values = record._asdict() if hasattr(type(record), "_asdict") else vars(record)
     for field, value in values.items():

@@ -1,4 +1,4 @@
-"""Batches: split into members, stacked from members, and processed in chunks on all cores."""
+"""Batches of configurations, split into members, stacked, and processed in chunks on all cores."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ def _has_tracer(tree: PyTree) -> bool:
 
 
 def unstack_tree(batch: PyTree, count: int) -> list[Any]:
-    """Split a tree of arrays into the trees of its first ``count`` members.
+    """Split a batch into a list of its first ``count`` members.
 
-    The arrays have a leading axis of length ``count`` or more.
+    A batch is a nested structure of arrays that all have a leading axis, one entry for each member,
+    here of length ``count`` or more.
     """
     leaves, structure = jax.tree.flatten(batch)
     if _has_tracer(leaves):
@@ -54,7 +55,7 @@ def unstack_tree(batch: PyTree, count: int) -> list[Any]:
 
 
 def stack_trees(members: Sequence[PyTree]) -> Any:
-    """Stack trees of equal structure into one tree whose arrays have a leading axis."""
+    """Stack the members of a batch, nested structures of arrays, along a new leading axis."""
     if _has_tracer(members):
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
 
@@ -65,7 +66,7 @@ def stack_trees(members: Sequence[PyTree]) -> Any:
 
 
 def concatenate_trees(parts: Sequence[PyTree], counts: Sequence[int]) -> Any:
-    """Concatenate the first ``counts[i]`` members of each batch ``parts[i]`` into one batch."""
+    """Join several batches into one, taking the first ``counts[i]`` members of ``parts[i]``."""
     if _has_tracer(parts):
         return jax.tree.map(
             lambda *x: jnp.concatenate([a[:k] for a, k in zip(x, counts, strict=True)]), *parts
@@ -80,27 +81,30 @@ def concatenate_trees(parts: Sequence[PyTree], counts: Sequence[int]) -> Any:
 
 @jax.jit
 def take_members(batch: PyTree, which: ArrayLike) -> Any:
-    """Select the members of a batch with the indices ``which``."""
+    """Return the batch of those members of ``batch`` whose indices are in ``which``."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf)[which], batch)
 
 
 def _thread_settings() -> tuple[Any, ...]:
-    """Return precision and device of this thread, which a ``with`` of jax may set for it alone."""
+    """Return the floating-point type and the device that jax uses in the current thread.
+
+    Both can differ between threads, because a ``with`` statement of jax sets them for one thread.
+    """
     array = jnp.zeros(())
     return array.dtype, array.devices()
 
 
 def in_chunks(run: Callable[[Any, int], T], batch: PyTree, count: int, n: int) -> list[T]:
-    """Call ``run(chunk, k)`` for the members of a batch, a chunk at a time, on all cores.
+    """Process a batch in chunks of members, on all cores, and return the result of each chunk.
 
-    Of each chunk the first k members count. The last chunk is filled up to the size of the others
-    by repeating the last member, so that the same compiled code serves all of them. Threads work
-    side by side, since compiled code and factorizations release Python's lock. A batch that jax
-    traces stays in one thread.
+    All chunks have the same size, so that the same compiled code serves every chunk: the last chunk
+    is filled up by repeating the last member. Threads work side by side, since compiled code and
+    factorizations release Python's lock. A batch that jax traces is processed in one thread.
 
     Args:
-      run: called for each chunk.
-      batch: a tree of arrays with a leading axis of length ``count``.
+      run: function that is called as ``run(chunk, k)`` for each chunk; only the first k members of
+        the chunk are to be used, the others are repetitions.
+      batch: a nested structure of arrays with a leading axis of length ``count``.
       count: number of members.
       n: number of particles of a member.
     """
@@ -127,11 +131,11 @@ def in_chunks(run: Callable[[Any, int], T], batch: PyTree, count: int, n: int) -
 
 
 def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a function that, under vmap on a CPU, runs on one member after the other.
+    """Wrap a function so that ``jax.vmap`` on a CPU calls it for one member after the other.
 
-    On a CPU, jaxlib distributes a batch of matrices over a pool of threads, and waits for them on a
-    thread of that pool. Two factorizations that run at the same time on two cores then wait for
-    ever (observed with jaxlib 0.10.1).
+    On a CPU, jaxlib factorizes a batch of matrices in a pool of threads, and waits for the results
+    on a thread of the same pool. Two such factorizations that run at the same time on two cores
+    then wait forever (observed with jaxlib 0.10.1).
     """
     in_sequence = sequential_vmap(function)
 

@@ -1,10 +1,11 @@
-"""Silences XLA's warnings about compiled code from jax's cache, while that code is loaded.
+"""Suppression of the warnings that XLA prints while jax loads compiled code from its cache.
 
-On a CPU, jax 0.10 prints a warning as an error on the process's stderr for each part that it loads,
-a thousand characters long. XLA compares the features that it compiled for with those of the
-processor, and takes its own tuning flags (prefer-no-scatter, prefer-no-gather), which no processor
-lists, for features that this processor lacks. The code runs correctly. All other messages of XLA
-stay as the user has set them.
+On a CPU, jax 0.10 prints a warning of a thousand characters, marked as an error, on stderr for each
+piece of compiled code that it loads. XLA, jax's compiler, compares the processor features that the
+code was compiled for with the features of the present processor. The list that it compiled for
+contains its own tuning flags (prefer-no-scatter, prefer-no-gather), which no processor lists, so
+that they seem to be missing. The code runs correctly. At all other times XLA's messages are printed
+as the user has chosen.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _lock = threading.Lock()
 
 
 def _user_level() -> int:
-    """Return the log level of XLA that the user has set, in jax's config or in the environment."""
+    """Return XLA's log level as the user has set it, in jax's configuration or the environment."""
     chosen = jax.config.values.get("jax_logging_level")
     if chosen in LEVELS:
         return LEVELS[chosen]
@@ -62,7 +63,7 @@ def _on_duration(event: str, duration_secs: float, **_: object) -> None:
 
 
 def silence() -> None:
-    """Silence the warnings from here on, in this process, whatever cache directory jax uses."""
+    """Silence XLA's warnings about cached code in this process, whatever cache folder jax uses."""
     utils: Any = importlib.import_module("jaxlib.utils")
     # Not every release of jaxlib has this function.
     if hasattr(utils, "absl_set_min_log_level"):

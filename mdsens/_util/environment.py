@@ -1,4 +1,4 @@
-"""Refusal of jax releases that compute wrong results, and of processes in which jax would hang."""
+"""Check for releases of jax that compute wrong results, and processes in which jax would hang."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ _first_process: int | None = None  # id of the process in which mdsens first use
 
 
 def require_sound_jax() -> None:
-    """Refuse jax releases that compute wrong results, and a process in which jax would hang.
+    """Raise an error if this release of jax computes wrong results, or if jax would hang here.
 
     Raises:
-      UnsupportedVersionError: with the reason and the remedy.
-      MdsensError: this process was forked from one in which jax was in use. It lacks jax's threads,
-        and would wait for them for ever.
+      UnsupportedVersionError: the installed release of jax has a known fault; the message gives the
+        fault and the remedy.
+      MdsensError: this process was forked from one in which jax was in use. A fork does not copy
+        threads, so that jax would wait forever for threads that do not exist.
     """
     global _first_process
     # A fork copies this variable, so that the id of the parent process is still in it.

@@ -19,22 +19,22 @@ __all__ = [
 
 
 class MdsensError(Exception):
-    """Base of every error that mdsens raises on purpose."""
+    """Base class of every error that mdsens raises on purpose."""
 
 
 class InputError(MdsensError, ValueError):
-    """Bad input: the message names the field, the value and the remedy."""
+    """An input is invalid; the message names the field, its value and the remedy."""
 
 
 class PrecisionError(InputError):
-    """The floating-point precision is too low.
+    """The floating-point precision in use is too low.
 
     It is too low for the requested tolerance, or for data that were made in a higher precision.
     """
 
 
 class TooLargeError(MdsensError, MemoryError):
-    """The result would not fit in memory; the message gives the size."""
+    """A result would not fit in memory; the message gives the size of the result."""
 
 
 class UnsupportedVersionError(MdsensError, ImportError):
@@ -42,10 +42,10 @@ class UnsupportedVersionError(MdsensError, ImportError):
 
 
 class ConvergenceError(MdsensError, RuntimeError):
-    """A computation ended without a usable result.
+    """A computation, such as a relaxation or a linear solve, ended without a usable result.
 
     Attributes:
-      status: the outcome, whose sentence says what failed and what to do.
+      status: the outcome of the computation, whose sentence says what failed and what to do.
       result: the last state of the computation; None where there is no state.
     """
 
@@ -61,19 +61,19 @@ class ConvergenceError(MdsensError, RuntimeError):
 
 
 def raise_for_status(status: Outcome, what: str, result: object = None) -> None:
-    """Raise :class:`ConvergenceError` where ``status`` is not good. Not for compiled code.
+    """Raise :class:`ConvergenceError` if a computation failed. Not for use inside ``jit``.
 
     Args:
-      status: the outcome.
-      what: the computation, for the message.
-      result: the last state of the computation, for the error.
+      status: the outcome of the computation; ``status.good`` is False for a failure.
+      what: name of the computation, for the message.
+      result: the last state of the computation, stored in the error.
     """
     if not status.good:
         raise ConvergenceError(f"{what}: {status.sentence}.", status, result)
 
 
 def short(value: object) -> str:
-    """Format a value for a message: on one line, in 60 characters at most."""
+    """Format a value for an error message: on one line, in at most 60 characters."""
     try:
         text = " ".join(repr(value).split())
     except Exception:

@@ -1,4 +1,4 @@
-"""Nearest images of vectors in a periodic lattice; inverse and heights of the cell."""
+"""Geometry of a periodic cell: nearest images, inverse matrix, heights; volumes of spheres."""
 
 from __future__ import annotations
 
@@ -9,27 +9,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Components", "components", "nearest_images", "nearest_image", "inverse", "heights"]
+__all__ = [
+    "BALL_OF_UNIT_DIAMETER",
+    "Components",
+    "components",
+    "heights",
+    "inverse",
+    "nearest_image",
+    "nearest_images",
+]
+
+# Area of a disc of diameter 1 in two dimensions, volume of a sphere of diameter 1 in three.
+BALL_OF_UNIT_DIAMETER = {2: np.pi / 4.0, 3: np.pi / 6.0}
 
 # Vectors as d arrays, one for each Cartesian component.
 Components: TypeAlias = tuple[Any, ...]
 
 
 def components(vectors: jax.Array) -> Components:
-    """Split vectors (…, d) into d arrays (…), the form in which arithmetic on them is fastest."""
+    """Split vectors (…, d) into d arrays (…) of components, on which arithmetic is fastest."""
     return tuple(vectors[..., a] for a in range(vectors.shape[-1]))
 
 
 def nearest_images(
     box: jax.Array | None, orthogonal: bool = False
 ) -> Callable[[Components], Components]:
-    """Return the function that maps vectors to their periodic image nearest to zero.
+    """Return a function that maps each vector to its periodic image nearest to zero.
 
-    It rounds the fractional components of a vector to an integer shift and subtracts box @ shift.
-    The result is the nearest image where it is shorter than half the smallest height of the cell.
-    The integer shift has no derivative, so the derivative by the box is -d(box) @ shift. jax-md's
-    ``periodic_general`` in Cartesian coordinates gets this derivative wrong: its custom transform
-    drops the box from the tangent of the inverse.
+    The function rounds the fractional components of a vector to an integer shift and subtracts
+    box @ shift. The image is the nearest one where it is shorter than half the smallest height of
+    the cell. The integer shift has no derivative, so that a change d(box) of the box changes the
+    image by -d(box) @ shift. jax-md's ``periodic_general`` in Cartesian coordinates gets this
+    derivative wrong: its rule for the derivative of box @ R leaves out the box in box @ dR.
 
     Args:
       box: (d, d), its columns are the lattice vectors; None for an infinite system.
@@ -60,16 +71,19 @@ def nearest_images(
 
 
 def nearest_image(difference: jax.Array, box: jax.Array | None) -> jax.Array:
-    """Map vectors (…, d) to their periodic image nearest to zero, as :func:`nearest_images`."""
+    """Map vectors (…, d) to their periodic images nearest to zero.
+
+    The box is the cell matrix (d, d), columns the lattice vectors, or None for an infinite system.
+    """
     if box is None:
         return difference
     return jnp.stack(nearest_images(box)(components(difference)), axis=-1)
 
 
 def inverse(box: np.ndarray | jax.Array) -> Any:
-    """Invert a cell (d, d), d = 2 or 3, of numpy or jax.
+    """Invert a cell matrix (d, d), d = 2 or 3, an array of numpy or jax.
 
-    Written out, since this compiles at once, unlike the general inverse of a matrix.
+    The formula is written out, because it compiles at once, unlike a general matrix inverse.
     """
     xp: Any = box.__array_namespace__()
     if box.shape[0] == 2:
@@ -81,9 +95,9 @@ def inverse(box: np.ndarray | jax.Array) -> Any:
 
 
 def heights(box: np.ndarray | jax.Array) -> Any:
-    """Compute the distances between opposite faces of a cell, (d,).
+    """Compute the d distances between opposite faces of a cell (d, d), columns the cell vectors.
 
-    For a numpy array nothing is compiled.
+    With a numpy array, jax is not used, so that nothing is compiled.
     """
     # Row k of the inverse is normal to the faces that the other lattice vectors span, and its norm
     # is the inverse of the distance of these faces.

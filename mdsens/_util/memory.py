@@ -13,7 +13,7 @@ MEMORY_SHARE = 0.5
 
 
 def available_memory() -> float:
-    """Return the free memory in bytes, without what the system would have to swap out."""
+    """Return the free memory in bytes that can be used without swapping to disk."""
     return float(psutil.virtual_memory().available)
 
 
@@ -22,8 +22,8 @@ def require_memory(entries: float, itemsize: int, what: str, remedy: str) -> Non
 
     Args:
       entries: number of entries of the array.
-      itemsize: bytes of an entry.
-      what: the array, for the message.
+      itemsize: number of bytes of an entry.
+      what: description of the array, for the message.
       remedy: what the user can do, for the message.
     """
     needed = float(entries) * itemsize

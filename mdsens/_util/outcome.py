@@ -1,8 +1,8 @@
-"""Outcomes of a computation: an integer code for jit, a severity, and a sentence with the remedy.
+"""Outcomes of computations: each has an integer code, a severity, and a sentence with the remedy.
 
-:class:`mdsens.implicit.Result` lists the outcomes of a linear solve or a root, and
-:class:`mdsens.Status` those of relaxations and derivatives, which include the former. Both use the
-same codes, so that an array of codes can be passed from one layer to the other.
+:class:`mdsens.implicit.Result` lists the outcomes of a linear solve or a root search.
+:class:`mdsens.Status` lists the same outcomes, under the same codes, and in addition those of
+relaxations and derivatives.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ INTEGER_FORMATS = tuple("bcdoxXn")
 
 
 class Severity(IntEnum):
-    """Whether the result beside an outcome can be used."""
+    """How far the result of a computation can be used: fully, with a restriction, or not at all."""
 
     NONE = 0  # converged
     NOTE = 1  # as good as this precision allows
@@ -31,14 +31,14 @@ class Severity(IntEnum):
 
 
 class Outcome(IntEnum):
-    """Base of the enumerations of outcomes.
+    """Base class of enumerations of the outcomes of a computation, such as ``mdsens.Status``.
 
-    Inside ``jit`` an outcome is an int32 array of its code. A member prints as its name and
+    Inside ``jit`` an outcome is an int32 array with its code. An outcome prints as its name and
     sentence; ``f"{status:d}"``, ``int(status)`` and json give the code.
 
     Attributes:
-      severity: whether the result can be used.
-      sentence: the cause and the remedy.
+      severity: how far the result of the computation can be used.
+      sentence: the cause of the outcome and the remedy.
     """
 
     severity: Severity
@@ -59,48 +59,48 @@ class Outcome(IntEnum):
 
     @property
     def entry(self) -> tuple[int, Severity, str]:
-        """Code, severity and sentence, from which another enumeration repeats this outcome."""
+        """Code, severity and sentence of this outcome, to repeat it in another enumeration."""
         return int(self), self.severity, self.sentence
 
     @property
     def good(self) -> bool:
-        """Whether the result can be used."""
+        """Whether the result of the computation can be used."""
         return self.severity is not Severity.FAILURE
 
     @property
     def warning(self) -> bool:
-        """Whether the result can be used with the restriction that the sentence states."""
+        """Whether the result can be used only with the restriction that ``sentence`` states."""
         return self.severity is Severity.WARNING
 
     @classmethod
     def worst_of(cls, codes: ArrayLike) -> Self:
-        """Return the most severe of some outcomes or codes. Not for compiled code."""
+        """Return the most severe of an array of outcomes or codes. Not for use inside ``jit``."""
         return cls(worst(codes))
 
     def __str__(self) -> str:
         return f"{self.name}: {self.sentence}"
 
     def __format__(self, spec: str) -> str:
-        """Format the code where ``spec`` is a format of whole numbers, else name and sentence."""
+        """Format an outcome: as its code if ``spec`` is for whole numbers, else as name and sentence."""
         if spec[-1:] in INTEGER_FORMATS:
             return int.__format__(self, spec)
         return format(str(self), spec)
 
 
 class _Registry:
-    """Severity and name of each code of all enumerations."""
+    """Severity and name of every outcome of a computation, by the outcome's integer code."""
 
     severities: ClassVar[dict[int, Severity]] = {}
     names: ClassVar[dict[int, str]] = {}
 
 
 def name_of(code: int) -> str:
-    """Return the name of the outcome with this code, of any enumeration."""
+    """Return the name of the outcome of a computation that has this integer code."""
     return _Registry.names[code]
 
 
 def severity_of(codes: ArrayLike) -> Any:
-    """Look up the severities of an array of codes; traceable."""
+    """Look up the severity of each outcome in an array of their codes; works inside ``jit``."""
     table = np.zeros(max(_Registry.severities) + 1, np.int32)
     for code, severity in _Registry.severities.items():
         table[code] = severity
@@ -111,14 +111,15 @@ def severity_of(codes: ArrayLike) -> Any:
 
 
 def is_good(codes: ArrayLike) -> Any:
-    """Whether the result of each of an array of codes can be used; traceable."""
+    """Return for each outcome in an array of codes whether its result can be used; for ``jit`` too."""
     return severity_of(codes) < Severity.FAILURE
 
 
 def worse(first: ArrayLike, second: ArrayLike) -> Any:
-    """Return the more severe of two codes, the first where they are equal; traceable.
+    """Return the more severe of two outcomes of a computation, the first if equally severe.
 
-    For codes or arrays of codes.
+    The arguments are codes of outcomes, or arrays of codes that are compared entry by entry. Works
+    inside ``jit``.
     """
     traced = isinstance(first, Tracer) or isinstance(second, Tracer)
     xp: Any = jnp if traced else np
@@ -126,9 +127,10 @@ def worse(first: ArrayLike, second: ArrayLike) -> Any:
 
 
 def worst(codes: ArrayLike) -> int:
-    """Return the most severe of an array of codes, the first if equal. Not for compiled code.
+    """Return the code of the most severe outcome in an array of codes of outcomes.
 
-    For an empty array the result is 0, the code of success.
+    Of equally severe outcomes the first one counts. For an empty array the result is 0, the code of
+    success. Not for use inside ``jit``.
     """
     flat = np.ravel(np.asarray(codes))
     return int(flat[np.argmax(severity_of(flat))]) if flat.size else 0

@@ -17,14 +17,15 @@ __all__ = ["Portable", "array_types", "reduced", "restored"]
 
 
 def array_types(value: object, seen: frozenset[int] = frozenset()) -> list[str]:
-    """List the types of the jax arrays in a field of a record.
+    """List the dtypes of all jax arrays that a field of an object contains.
 
     Arrays are searched for in dicts, lists, tuples, dataclasses, and in the closures and default
     arguments of functions.
 
     Args:
       value: the field.
-      seen: ids of the objects that contain ``value``; a function may close over itself.
+      seen: ids of the objects that contain ``value``, which are not searched again: a function may
+        refer to itself.
     """
     if isinstance(value, jax.Array):
         return [str(value.dtype)]
@@ -48,21 +49,21 @@ def array_types(value: object, seen: frozenset[int] = frozenset()) -> list[str]:
 
 
 def reduced(record: object, fields: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what the ``__reduce__`` of a record's class must: a call of :func:`restored`."""
+    """Describe an object for pickle, as ``__reduce__`` must: as a call of :func:`restored`."""
     types_of_fields = {name: array_types(value) for name, value in fields.items()}
     return restored, (type(record), fields, types_of_fields)
 
 
 def restored(kind: Callable[..., Any], fields: dict[str, Any], had: dict[str, list[str]]) -> Any:
-    """Restore a record from its unpickled fields, and check the types of its arrays.
+    """Restore an object from its unpickled fields, and check the dtypes of its arrays.
 
     Args:
-      kind: the class of the record.
-      fields: its fields.
-      had: types of the arrays in each field when it was pickled.
+      kind: the class of the object.
+      fields: the fields of the object, by name.
+      had: dtypes of the arrays in each field when the object was pickled, by the field's name.
 
     Raises:
-      PrecisionError: a type has changed. In a process without x64, jax converts float64 to float32
+      PrecisionError: a dtype has changed. In a process without x64, jax converts float64 to float32
         without a warning.
     """
     require_sound_jax()
@@ -78,10 +79,11 @@ def restored(kind: Callable[..., Any], fields: dict[str, Any], had: dict[str, li
 
 
 class Portable:
-    """Base of frozen records whose arrays come out of pickle and ``copy`` equal to the last bit.
+    """Base class of records whose arrays come out of pickle and ``copy`` equal to the last bit.
 
-    Where that is not possible, unpickling raises an error. A named tuple of arrays cannot inherit
-    from this class, and calls :func:`reduced` itself.
+    Where equality is not possible, because the other process computes in a lower precision,
+    unpickling raises a PrecisionError. A class of named tuples cannot inherit from this class; its
+    ``__reduce__`` calls :func:`reduced`.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Matrix products in full precision."""
+"""Matrix products in the full precision of their factors, on a GPU too."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ T = TypeVar("T")
 
 
 def full_precision(function: Callable[P, T]) -> Callable[P, T]:
-    """Compute the matrix products of a function in the precision of their factors.
+    """Wrap a function so that its matrix products are computed in the precision of their factors.
 
     By default a GPU rounds the factors of a product of float32 matrices to TensorFloat32, which
-    has three digits: too few for a change of coordinates or a field of dipoles. The setting is that
-    of these products alone, not of the user's own; derivatives and batches keep it.
+    has three digits: too few for a change of coordinates or a field of dipoles. Derivatives and
+    batches of the function keep the full precision; the user's own matrix products do not change.
     """
 
     @functools.wraps(function)

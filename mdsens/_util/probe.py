@@ -1,4 +1,4 @@
-"""A trial vector for estimates of an operator, such as its norm."""
+"""A trial vector, by which properties of a matrix, such as the norm, are estimated."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ __all__ = ["chirp"]
 
 
 def chirp(shape: int | tuple[int, ...], dtype: DTypeLike = np.float64, xp: ModuleType = jnp) -> Any:
-    """Return cos(k^2) for k = 0, 1, 2, … as an array of a shape.
+    """Return cos(k^2) for k = 0, 1, 2, … as an array of the given shape.
 
     The array contains all wavelengths about equally, so that it has a component along the smooth
-    and the alternating modes of an operator. And it is the same in every run; a random vector would
-    need a key for that.
+    and along the alternating modes of a matrix. Unlike a random vector, the array is the same in
+    every run.
 
     Args:
       shape: shape of the array.
       dtype: floating-point type of the array.
-      xp: numpy or jax.numpy.
+      xp: the module that makes the array, numpy or jax.numpy.
     """
     size = shape if isinstance(shape, int) else math.prod(shape)
     return xp.cos(xp.arange(size, dtype=dtype) ** 2).reshape(shape)

@@ -12,10 +12,10 @@ __all__ = ["Decades", "Members", "Trials"]
 
 
 def _bar(wanted: bool | None, form: str, **options: Any) -> Any:
-    """Make a tqdm bar; None where no bar is wanted.
+    """Make a progress bar of tqdm; return None where no bar is to be shown.
 
     Args:
-      wanted: whether to show a bar; where None, only in a terminal or a notebook.
+      wanted: whether to show a bar; None shows one only in a terminal or a notebook.
       form: format of the bar.
       options: further arguments of tqdm.
     """
@@ -32,7 +32,7 @@ def _bar(wanted: bool | None, form: str, **options: Any) -> Any:
 
 
 class _Bar:
-    """A progress bar, or None; it is closed at the end of a ``with`` block."""
+    """Base class of progress bars for a ``with`` block, at whose end the bar is closed."""
 
     bar: Any
 
@@ -48,9 +48,10 @@ class _Bar:
 
 
 class Decades(_Bar):
-    """Progress of one relaxation: the share of the decades of force down to ``tolerance``.
+    """Progress bar of one relaxation, on a logarithmic scale of the largest net force.
 
-    ``tolerance`` may be set later, when it is known.
+    The scale goes from the largest force met so far down to ``tolerance``, the force to relax to,
+    which may be set later.
     """
 
     def __init__(self, wanted: bool | None, tolerance: float = np.inf):
@@ -59,7 +60,7 @@ class Decades(_Bar):
         self.bar = _bar(wanted, "{desc} {bar} {elapsed}{postfix}", total=100, desc="relaxing")
 
     def show(self, steps: int, largest: float) -> None:
-        """Show the number of steps and the largest force on a particle."""
+        """Update the bar with the relaxation steps done and the largest net force on a particle."""
         has_logarithm = np.isfinite(largest) and largest > 0 and 0 < self.tolerance < np.inf
         if self.bar is None or not has_logarithm:
             return
@@ -74,27 +75,27 @@ class Decades(_Bar):
 
 
 class Members(_Bar):
-    """Progress of a batch: the number of members that are relaxed."""
+    """Progress bar of a batch of configurations: how many of them are relaxed."""
 
     def __init__(self, count: int, wanted: bool | None):
         form = "{desc} {bar} {n_fmt} of {total_fmt}, {elapsed}, {remaining} to go"
         self.bar = _bar(wanted, form, total=count, desc="relaxing")
 
     def advance(self, count: int) -> None:
-        """Count more members as relaxed."""
+        """Add ``count`` to the number of relaxed configurations that the bar shows."""
         if self.bar is not None:
             self.bar.update(count)
 
 
 class Trials(_Bar):
-    """Progress of a design: its steps, and the distance of the worst feature from its target."""
+    """Progress bar of a search for parameters: steps, and the largest distance from a target."""
 
     def __init__(self, count: int, wanted: bool | None):
         form = "{desc} {bar} {n_fmt} of {total_fmt}, {elapsed}{postfix}"
         self.bar = _bar(wanted, form, total=count, desc="designing")
 
     def show(self, done: int, tolerances: float) -> None:
-        """Show the number of steps, and the distance in units of the target's tolerance."""
+        """Update the bar with the steps done and the distance from the target, in tolerances."""
         if self.bar is not None:
             self.bar.n = done
             self.bar.set_postfix_str(f"{tolerances:.3g} tolerances to go")

@@ -1,4 +1,4 @@
-"""Comparison of trees of arrays: structure and shapes."""
+"""Comparison of trees (nested dicts, lists and tuples) of arrays, by structure and shapes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ PyTree: TypeAlias = Any
 
 
 def check_same(tree: PyTree, like: PyTree, name: str, like_name: str, remedy: str) -> None:
-    """Raise InputError where two trees differ in structure or in the shape of a leaf.
+    """Raise InputError if two nested structures of arrays differ in structure or in a shape.
 
     Args:
-      tree: the tree to check.
-      like: the tree with the right structure and shapes.
-      name, like_name: names of the two trees, for the message.
+      tree: the nested dicts, lists and tuples of arrays to check.
+      like: a tree with the right structure and shapes.
+      name, like_name: names of ``tree`` and ``like``, for the message.
       remedy: what the user can do, for the message.
     """
     if jax.tree.structure(tree) != jax.tree.structure(like):

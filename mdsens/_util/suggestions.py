@@ -13,7 +13,7 @@ SHORTEST = 3
 
 
 def similar_name(name: str, names: Iterable[str]) -> str | None:
-    """Return the valid name that was probably meant; None where no name is similar.
+    """Return the one of ``names`` that ``name`` probably means; None where no name is similar.
 
     Upper and lower case count as equal.
     """
@@ -31,7 +31,7 @@ def similar_name(name: str, names: Iterable[str]) -> str | None:
 
 
 def did_you_mean(name: object, valid: Iterable[str]) -> str:
-    """Return the remedy for an unknown name: the most similar valid name, or all valid names."""
+    """Word the remedy for an unknown name: name the most similar valid name, or all valid names."""
     names = list(valid)
     similar = similar_name(str(name), names)
     return f"did you mean {similar!r}?" if similar else f"use one of {', '.join(names)}."

@@ -1,4 +1,4 @@
-"""Small tables for terminals and notebooks, and the base of results that print as a table."""
+"""Small tables for terminals and notebooks, and the base class of results that print as a table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WIDTH = 100  # characters, at which lines for a terminal are wrapped
 
 
 def text(title: str, rows: Rows, width: int = WIDTH) -> str:
-    """Format two aligned columns under a title; a value that is too long is wrapped."""
+    """Format rows of a name and a value as two aligned columns; values are wrapped to ``width``."""
     names = max((len(k) for k, _ in rows), default=0)
     lines = [title]
     for key, value in rows:
@@ -32,7 +32,7 @@ def text(title: str, rows: Rows, width: int = WIDTH) -> str:
 
 
 def columns(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Format a table under a title: a header, then the rows, with all columns aligned right."""
+    """Format a title, a header and rows of cells as a table with all columns aligned right."""
     widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
     lines = [
         "  " + "  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True))
@@ -42,9 +42,9 @@ def columns(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) ->
 
 
 def numbers(values: Iterable[float], digits: int = 5) -> list[str]:
-    """Format the numbers of a column with equal decimals: ``digits`` digits for the largest one.
+    """Format numbers with the same number of decimals: ``digits`` digits for the largest number.
 
-    In scientific notation where the largest one is below 1e-3, or 1e6 or more.
+    The notation is scientific where the largest magnitude is below 1e-3, or 1e6 or more.
     """
     column = [float(v) for v in values]
     largest = max((abs(v) for v in column if math.isfinite(v)), default=0.0)
@@ -56,7 +56,7 @@ def numbers(values: Iterable[float], digits: int = 5) -> list[str]:
 
 
 def html(title: str, rows: Rows) -> str:
-    """Format two columns as a small HTML table; a row without a value is a heading."""
+    """Format rows of a name and a value as an HTML table; a name without a value is a heading."""
     left = "style='text-align:left'"
     body = ""
     for key, value in rows:
@@ -69,9 +69,9 @@ def html(title: str, rows: Rows) -> str:
 
 
 class Shown(Named):
-    """Base of results that print as a table, also in Jupyter.
+    """Base class of results that print as a table, also in Jupyter.
 
-    Subclasses define ``_title`` and ``_rows``.
+    Subclasses define ``_title``, the heading, and ``_rows``, the lines as pairs of name and value.
     """
 
     _title = ""

@@ -1,9 +1,9 @@
-"""Calls of users' functions with traced arrays, with errors that name the line at fault.
+"""Calls of functions of the user, with errors that name the line that jax cannot trace.
 
-jax traces a function: it calls it with arrays that have a shape and a type but no values, and
-records the operations on them. A function that needs the values (numpy, ``float``, ``if``) fails
-with an error that names jax's own sources. Here the error names the line of the user's function
-and what to write there.
+To trace a function, jax calls the function with arrays that have a shape and a type but no values,
+and records the operations on them. A function that needs the values (numpy, ``float``, ``if``)
+fails with an error that names jax's own sources. This module raises an error that names the line
+of the user's function instead, and what to write there.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ __all__ = ["Traceable"]
 
 
 class _Fault(NamedTuple):
-    """An operation that a traced array does not allow.
+    """A kind of operation that is impossible on an array without values, and the message for it.
 
     Attributes:
-      error_type: type of the error that jax raises.
-      begins: first words of its message; empty for any message.
-      fault: what the function does, for our message.
-      remedy: what to write instead, for our message.
+      error_type: type of the error that jax or numpy raises.
+      begins: first words of that error's message; empty for any message.
+      fault: what the user's function does, for the message of mdsens.
+      remedy: what to write instead, for the message of mdsens.
     """
 
     error_type: type[Exception]
@@ -94,15 +94,15 @@ _SOURCE_LENGTH = 80  # largest number of characters of the source line in a mess
 
 @dataclasses.dataclass(frozen=True)
 class Traceable:
-    """A user's function, to be called with traced arrays.
+    """A function of the user that jax will trace, that is, call with arrays without values.
 
-    Two records are equal where their fields are, so that jax finds the compiled code of an equal
-    function again.
+    Two records with equal fields are equal, so that jax reuses the compiled code of an equal
+    function.
 
     Attributes:
-      what: name of the function in the error, such as "the observable".
+      what: name of the function in an error message, such as "the observable".
       function: the function itself.
-      otherwise: another remedy, beside that of the fault; empty for none.
+      otherwise: a second remedy that every error message adds; empty for none.
     """
 
     what: str
@@ -111,15 +111,15 @@ class Traceable:
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
-        """The function itself, under the name by which ``inspect`` looks for it."""
+        """The user's function, under the name by which Python's ``inspect`` looks for it."""
         return self.function
 
     def __call__(self, *arguments: Any) -> Any:
-        """Call the function.
+        """Call the user's function.
 
         Raises:
-          InputError: the function does what a traced array does not allow. The message has the
-            line, and what to write in its place.
+          InputError: the function needs the values of an array that jax traces. The message gives
+            the line of the function, and what to write there.
         """
         try:
             return self.function(*arguments)
@@ -130,7 +130,7 @@ class Traceable:
             raise
 
     def _message(self, fault: _Fault, error: Exception) -> str:
-        """Describe the fault, the line of the user's code, and the remedy."""
+        """Compose the error message: the fault, the line of the user's code, and the remedy."""
         remedy = f"{fault.remedy}, or {self.otherwise}" if self.otherwise else fault.remedy
         # the first frame is that of __call__ above
         frames = list(traceback.walk_tb(error.__traceback__))[1:]
@@ -157,7 +157,7 @@ def _is_of_mdsens(frame: FrameType) -> bool:
 
 
 def _is_of_user(frame: FrameType) -> bool:
-    """Whether a frame is neither of mdsens, nor of a library, nor of Python itself."""
+    """Return whether a stack frame is of the user's code: not of mdsens, a library or Python."""
     if _is_of_mdsens(frame) or any(_is_within(frame, folder) for folder in _LIBRARIES):
         return False
     file = frame.f_code.co_filename
@@ -167,7 +167,7 @@ def _is_of_user(frame: FrameType) -> bool:
 
 
 def _location(frame: FrameType, line: int) -> str:
-    """Describe a line of code: function, file, line number, and the source where it is readable."""
+    """Describe a line of code: function, file, line number, and the source text if available."""
     file = frame.f_code.co_filename
     name = frame.f_code.co_name
     source = linecache.getline(file, line, frame.f_globals).strip()

@@ -1,7 +1,7 @@
 """Validation of user input.
 
-A value is converted to numbers, or refused with one line that names the field, its value and the
-remedy.
+A value is converted to numbers, or refused with an error of one line that names the field, its
+value and the remedy.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
 
 
 def is_real(dtype: np.dtype) -> bool:
-    """Whether a dtype is of integers or real numbers; booleans do not count."""
+    """Return whether a dtype is of integers or real numbers; booleans do not count."""
     # by jax, whose bfloat16 is no floating-point type for numpy
     return bool(jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating))
 
@@ -46,11 +46,11 @@ def real_array(name: str, value: object, need: str = "give numbers.") -> Any:
 
     Args:
       name: name of the field, for the message.
-      value: any array-like; an array of jax stays one, traced or not.
+      value: anything that converts to an array, also an array that jax traces.
       need: the remedy, for the message.
 
     Returns:
-      An array of jax where ``value`` is one, else of numpy.
+      ``value`` itself if it is an array of jax, else an array of numpy.
     """
     if isinstance(value, jax.Array):
         array: Any = value
@@ -67,7 +67,10 @@ def real_array(name: str, value: object, need: str = "give numbers.") -> Any:
 
 
 def real_number(name: str, value: object, need: str = "give a number.") -> float:
-    """Convert ``value`` to a float, as :func:`real_array`."""
+    """Convert ``value`` to a float, or raise InputError if it is not one real number.
+
+    ``name`` is the name of the field and ``need`` the remedy, for the message.
+    """
     array = real_array(name, value, need)
     if array.ndim:
         raise InputError(f"{name} has shape {array.shape}: {need}")
@@ -76,22 +79,22 @@ def real_number(name: str, value: object, need: str = "give a number.") -> float
 
 @jax.jit
 def _probe() -> jax.Array:
-    """Return an array that is a tracer inside of jit, and a number outside of any tracing.
+    """Return an array whose type tells whether jax is tracing a function with ``jit``.
 
-    Inside of jit, every array that is created is a tracer, also where no argument is one. Compiled,
-    this takes a tenth of the time that creating an array takes.
+    Inside of jit, every array that is created is a tracer (an array without values), also where no
+    argument is a tracer. This compiled function takes a tenth of the time of creating an array.
     """
     return jnp.zeros(())
 
 
 def require_host(what: str, remedy: str, *arguments: object) -> None:
-    """Raise InputError inside of a function that jax traces, where arrays have no values.
+    """Raise InputError if called while jax traces a function, when arrays have no values.
 
     Args:
-      what: the function that needs values, for the message.
+      what: name of the function that needs values, for the message.
       remedy: what the user can do, for the message.
-      arguments: arguments of this function, which are searched for tracers: grad and vmap pass
-        tracers, and leave other arrays as they are.
+      arguments: arguments of the function that needs values, which are searched for traced arrays:
+        grad and vmap trace only the arrays that they differentiate by or map over.
     """
     if any(map(_has_tracer, arguments)) or isinstance(_probe(), Tracer):
         raise InputError(
@@ -101,7 +104,7 @@ def require_host(what: str, remedy: str, *arguments: object) -> None:
 
 
 def _has_tracer(value: object) -> bool:
-    """Whether a value is a traced array or contains one.
+    """Return whether a value is an array that jax traces, or contains one.
 
     Dicts, lists and tuples may contain objects of any kind. Other objects are searched only where
     they are dataclasses.
@@ -115,7 +118,7 @@ def _has_tracer(value: object) -> bool:
 
 
 def check_positive(record: object, names: tuple[str, ...]) -> None:
-    """Raise InputError unless these fields of an option record are positive finite numbers."""
+    """Raise InputError unless the fields ``names`` of a record are positive finite numbers."""
     for name in names:
         value = getattr(record, name)
         # Both comparisons are False for NaN.
@@ -126,7 +129,7 @@ def check_positive(record: object, names: tuple[str, ...]) -> None:
 
 
 def check_whole(record: object, name: str) -> None:
-    """Raise InputError unless this field of an option record is a whole number of at least 0."""
+    """Raise InputError unless the field ``name`` of a record is a whole number of at least 0."""
     value = getattr(record, name)
     if not (isinstance(value, int) and value >= 0):
         raise InputError(
@@ -145,7 +148,10 @@ def is_number(value: object) -> bool:
 
 
 def check_count(name: str, field: str, value: int | None) -> None:
-    """Raise InputError unless ``value`` is None or a positive whole number."""
+    """Raise InputError unless ``value`` is None or a positive whole number.
+
+    The message begins with ``name`` and calls the value ``field``.
+    """
     if value is not None and not (
         isinstance(value, int) and not isinstance(value, bool) and value >= 1
     ):

@@ -17,7 +17,7 @@ from mdsens.mechanics.hessian import Unknowns
 from mdsens.mechanics.status import Status
 from mdsens.model.box import PackingFraction, described
 from mdsens.model.system import System, parameters_of
-from mdsens.observables import pressure
+from mdsens.observables import packing_fraction, pressure
 from mdsens.potentials.base import BondedPotential
 from mdsens.potentials.parameters import Parameter
 from mdsens.relaxation.equilibrium import Equilibrium
@@ -141,8 +141,7 @@ def system(name: str, system: System, content: dict[str, Any]) -> str:
         ("box", described(system.box)),
     ]
     if system.box is not None and system.diameters is not None and system.potential.repulsive:
-        unit = {2: np.pi / 4, 3: np.pi / 6}[d]  # area or volume of a particle of diameter 1
-        fraction = unit * float(np.sum(np.asarray(system.diameters) ** d)) / float(system.volume)
+        fraction = float(packing_fraction(system))
         follows = isinstance(system.boundary, PackingFraction)
         remark = "; the box follows the diameters" if follows else ""
         rows.append(("packing fraction", f"{fraction:.6g}{remark}"))

@@ -12,14 +12,13 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from mdsens._util.errors import InputError
+from mdsens._util.lattice import BALL_OF_UNIT_DIAMETER
 from mdsens._util.validation import short
 from mdsens.constraints.base import Constraint, Displacement, check_name
 
 __all__ = ["FixedTotal", "Simplex"]
 
 Params = Mapping[str, Any]
-# Area of a disc, volume of a sphere of diameter 1, by the number of dimensions.
-UNIT_BALL = {2: np.pi / 4.0, 3: np.pi / 6.0}
 
 
 @jax.tree_util.register_dataclass
@@ -90,7 +89,7 @@ class FixedTotal(Constraint):
     def total_of(self, values: ArrayLike, d: int) -> jax.Array:
         """Compute the total sum_i c p_i^e for given values of the parameter in d dimensions."""
         # only for diameters to the power d is the total a volume
-        unit = UNIT_BALL[d] if self.parameter == "sigma" and self.exponent == d else 1.0
+        unit = BALL_OF_UNIT_DIAMETER[d] if self.parameter == "sigma" and self.exponent == d else 1.0
         return unit * jnp.sum(jnp.asarray(values) ** self.exponent)
 
     def residuals(

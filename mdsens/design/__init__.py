@@ -1,4 +1,4 @@
-"""Inverse design: parameters that give a relaxed system the properties that are wanted."""
+"""Inverse design: find the parameters that give a relaxed system the wanted properties."""
 
 from mdsens.design.fitting import fit
 from mdsens.design.history import Design, State, Step

@@ -1,4 +1,8 @@
-"""The systems of a design, its members: measuring features, predicting motion, relaxing them."""
+"""Measure, predict and relax the systems of an ensemble whose parameters a design changes.
+
+A design changes parameters, such as particle diameters, until properties of the relaxed systems
+(features) have wanted values. A member is one system of the ensemble.
+"""
 
 from __future__ import annotations
 
@@ -46,17 +50,18 @@ ENOUGH = 0.5
 
 
 class Problem(NamedTuple):
-    """Everything about a design that stays the same from step to step.
+    """The task of an inverse design: targets, variables and method, the same at every step.
 
     Attributes:
-      targets: the targets.
-      features: (m,) the feature of each target.
+      targets: m targets, each a property of the relaxed systems with its wanted value.
+      features: (m,) the feature of each target, that is, the property itself.
       variables: the free parameters as a vector within bounds.
-      method: method that chooses a step.
+      method: method that chooses each step, Levenberg-Marquardt or an optimizer of optax.
       relax: function that relaxes systems and returns one minimum for each.
-      about: description of the design, which ``resume`` compares with the description in a stored
-        state.
-      initial: with ``restart`` the systems from which every step relaxes; else None.
+      about: description of the design. A design is resumed from a stored state only if the state
+        holds the same description.
+      initial: the systems from which every step relaxes, if ``fit`` was called with ``restart``;
+        else None.
     """
 
     targets: tuple[Target, ...]
@@ -69,15 +74,20 @@ class Problem(NamedTuple):
 
 
 class Measurement(NamedTuple):
-    """The features at one point x, averaged over the members that count.
+    """The m features at given values of the p variables of a design, averaged over the ensemble.
+
+    A feature is a property of a relaxed system, such as the pressure; a variable is a free
+    component of a parameter, or its logarithm. A system of the ensemble counts in the mean if its
+    minimum is rigid and all its features could be computed.
 
     Attributes:
-      lins: the linearized minimum of each member; None for a member that does not count.
-      values: (m,) mean of the features; nan where no member counts.
-      round_off: (m,) mean of the features' round-off.
-      jacobian: (m, p) mean of the features' derivatives by the variables; with ``restart`` the
-        median.
-      status: (members,) CONVERGED, or the code of why a member does not count.
+      lins: the linearized minimum of each system; None for a system that does not count.
+      values: (m,) mean of each feature; nan where no system counts.
+      round_off: (m,) mean round-off error of each feature.
+      jacobian: (m, p) mean of the derivatives of the features by the variables; the median instead
+        of the mean if ``fit`` was called with ``restart``.
+      status: (members,) CONVERGED for each system that counts, else the code of the reason why the
+        system does not count.
     """
 
     lins: list[Linearization | None]
@@ -88,7 +98,7 @@ class Measurement(NamedTuple):
 
     @property
     def enough(self) -> bool:
-        """Whether at least half of the members count."""
+        """Whether the features could be computed for at least half of the systems of the ensemble."""
         return bool(np.mean(self.status == Status.CONVERGED.value) >= ENOUGH)
 
 
@@ -98,12 +108,16 @@ def measure(
     x: np.ndarray,
     counts: np.ndarray,
 ) -> Measurement:
-    """Measure the features and their Jacobian on the members that count.
+    """Compute the features of each system of an ensemble and their Jacobian, and average both.
+
+    A feature is a property of a relaxed system, such as the pressure. Systems whose minimum is not
+    rigid, or whose features are not finite, are left out of the average.
 
     Args:
-      minima: the minimum of each member; a linearized minimum is used as it is.
-      x: (p,) the variables at these minima.
-      counts: (members,) False for a member to leave out.
+      problem: the task of the design, with the features.
+      minima: the minimum of each system; a minimum that is linearized already is used as it is.
+      x: (p,) the variables of the design at these minima.
+      counts: (members,) False for each system to leave out.
     """
     lins: list[Linearization | None] = []
     measured: list[FeatureValues] = []
@@ -151,9 +165,14 @@ def measure(
 def moves(
     state: State, measurement: Measurement, tangent: Mapping[str, np.ndarray]
 ) -> list[Unknowns]:
-    """Compute the linear response of each member's particles and cell to a parameter change.
+    """Compute the linear response of particles and cell to a change of the parameters, by system.
 
-    The response is zero for a member that does not count, or whose solve fails.
+    The response is zero for a system without a linearized minimum, or whose linear solve fails.
+
+    Args:
+      state: the state of the design, with the minimum of each system.
+      measurement: the linearized minimum of each system.
+      tangent: the change of the parameters, arrays by name.
     """
     responses = []
     for eq, lin in zip(state.equilibria, measurement.lins, strict=True):
@@ -172,9 +191,13 @@ def crossings(
 ) -> tuple[float, int]:
     """Predict at which fraction of a step the first pair crosses a breakpoint, and how many cross.
 
-    A breakpoint is a distance at which a derivative of the potential jumps or diverges. The
-    prediction is to first order. The fraction is the smallest over the members, the number of pairs
-    the largest.
+    A step is a change ``tangent`` of the parameters with the linear response ``moves`` of each
+    system. A breakpoint is a distance at which a derivative of the potential jumps or diverges. The
+    prediction is to first order.
+
+    Returns:
+      the smallest fraction over the systems of the ensemble, and the largest number of pairs that
+      cross in one system.
     """
     times = [
         crossing_times(lin, move, tangent)
@@ -188,11 +211,16 @@ def crossings(
 def crossing_times(
     lin: Linearization, move: Unknowns, tangent: Mapping[str, np.ndarray]
 ) -> np.ndarray:
-    """Compute the times at which pairs reach a breakpoint along the step, which ends at time 1.
+    """Compute the times at which pairs reach a breakpoint along a step, which ends at time 1.
 
     A breakpoint is a distance at which a derivative of the potential jumps or diverges. The times
     are to first order. Pairs whose distance moves away from the breakpoint, or does not change
-    relative to it, are left out.
+    relative to the breakpoint, are left out.
+
+    Args:
+      lin: the linearized minimum at time 0.
+      move: the linear response of particles and cell in the step.
+      tangent: the change of the parameters in the step, arrays by name.
     """
     times = np.asarray(contact_changes.crossings(*_contact_path(lin, move, tangent)).times)
     return times[(times >= 0) & np.isfinite(times)]
@@ -201,7 +229,13 @@ def crossing_times(
 def _contact_path(
     lin: Linearization, move: Unknowns, tangent: Mapping[str, np.ndarray]
 ) -> tuple[System, jax.Array, dict[str, Any], jax.Array, jax.Array | None]:
-    """Return a step for ``contact_changes``: system, velocity, parameters, rattlers, strain."""
+    """Return a parameter step with its linear response as arguments of ``contact_changes``.
+
+    Returns:
+      the system; the linear response (n, d) of the positions, less the motion with the cell; the
+      change of all parameters; a mask (n,) of the rattlers; the strain of the cell, or None for a
+      fixed cell.
+    """
     system = lin.equilibrium.system
     full = full_tangent(system, tangent)
     if move.strain is None:
@@ -215,10 +249,11 @@ def _contact_path(
 def pair_motion(
     measurement: Measurement, moves: Sequence[Unknowns], tangent: Mapping[str, np.ndarray]
 ) -> float:
-    """Compute by how much pairs approach or leave their breakpoints in a step (root mean square).
+    """Compute the root mean square change of the distance between pairs and breakpoints in a step.
 
-    A breakpoint is a distance at which a derivative of the potential jumps or diverges. The result
-    is a length, the median over the members; zero where no member counts.
+    The change is that of r - b, to first order: r is the distance of a pair, and b a breakpoint, a
+    distance at which a derivative of the potential jumps or diverges. The result is a length, the
+    median over the systems of the ensemble; zero where no system has a linearized minimum.
     """
     rates = [
         float(contact_changes.gap_rate(*_contact_path(lin, move, tangent)))
@@ -229,14 +264,16 @@ def pair_motion(
 
 
 def softened(eq: Equilibrium, widths: Sequence[float], widest: float) -> list[Linearization]:
-    """Linearize a minimum with its pair potentials averaged over each width.
+    """Linearize a minimum with its pair potentials averaged over a width of r, for several widths.
 
     The particles stay where they are, and the averaged potentials leave a force on them. The
     derivatives are those of an energy landscape without the kinks that are narrower than the width.
 
     Args:
+      eq: the minimum of the potentials without averages.
       widths: widths of the averages, lengths.
-      widest: the largest width; pairs up to this length beyond their range are listed.
+      widest: the largest width; the neighbor list holds pairs up to this length beyond the range of
+        the potential.
 
     Raises:
       InputError: the cell is too small for pairs at their range plus ``widest``.
@@ -261,10 +298,11 @@ def softened(eq: Equilibrium, widths: Sequence[float], widest: float) -> list[Li
 
 @jax.jit
 def _force_at_contact(system: System) -> jax.Array:
-    """Compute the largest force of a smoothed pair at the range of its unsmoothed potential.
+    """Compute the force of the smoothed pair potential at the range of the unsmoothed potential.
 
-    The forces of several terms are added. A pair with a smaller force is no contact of the
-    unsmoothed potential. The result is zero for a potential that also attracts.
+    The result is the largest such force over all pairs, summed over the terms of the potential. A
+    pair with a smaller force is not in contact under the unsmoothed potential. For a potential that
+    also attracts, the result is zero.
     """
     total = jnp.zeros(())
     if not system.potential.repulsive:
@@ -282,15 +320,22 @@ def _force_at_contact(system: System) -> jax.Array:
 def relaxed(
     problem: Problem, state: State, moves: Sequence[Unknowns], params: Mapping[str, np.ndarray]
 ) -> tuple[list[Equilibrium], np.ndarray, np.ndarray]:
-    """Relax the members at other parameters, each from the positions that linear response predicts.
+    """Relax every system at new parameters, from the positions that linear response predicts.
 
-    With ``restart`` each starts from its initial positions instead.
+    If ``fit`` was called with ``restart``, each system starts from its initial positions instead.
+
+    Args:
+      problem: the task of the design.
+      state: the state of the design, with the minimum of each system at the old parameters.
+      moves: the linear response of particles and cell of each system.
+      params: the new parameters, by name.
 
     Returns:
-      the minima; (members,) whether each was relaxed, False for all where the cell is too small for
-      the range at these parameters; (members,) how far each ended from its start, in units of the
-      length scale of the potential (contact distance, or the distance of the minimum of the pair
-      energy), nan with ``restart``.
+      the minima; (members,) whether each system was relaxed, False for all systems where the cell
+      is too small for the range of the potential at these parameters; (members,) the largest
+      distance of a relaxed particle of each system from its start, in units of the length scale of
+      the potential (contact distance, or the distance of the minimum of the pair energy), nan with
+      ``restart``.
     """
     starts: list[System] = []
     try:
@@ -310,7 +355,7 @@ def relaxed(
 
 
 def _predicted(eq: Equilibrium, move: Unknowns) -> System:
-    """Return the system of a minimum with particles and cell moved."""
+    """Return the system of a minimum, with particles and cell moved by their linear response."""
     moved = eq.positions + move.positions
     if move.strain is None:
         return eq.system.replace(positions=moved)
@@ -319,10 +364,11 @@ def _predicted(eq: Equilibrium, move: Unknowns) -> System:
 
 
 def _max_displacement_error(start: System, eq: Equilibrium) -> float:
-    """Compute the largest distance between predicted and relaxed position, in potential lengths.
+    """Compute the largest distance of a relaxed particle from its predicted position.
 
-    A common translation, which costs no energy, is taken off as the median over the particles: the
-    few that rearrange do not shift it.
+    The distance is in units of the length scale of the potential. A translation of all particles,
+    which costs no energy, is removed: it is the median of the displacements, which the few
+    particles that rearrange do not shift.
     """
     apart = np.asarray(nearest_image(eq.positions - start.positions, eq.system.box))
     farthest = float(np.max(np.linalg.norm(apart - np.median(apart, axis=0), axis=1)))

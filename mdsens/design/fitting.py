@@ -1,12 +1,14 @@
-"""Inverse design: parameters that give a relaxed system the properties that are wanted.
+"""Inverse design: change parameters until a relaxed system has the wanted properties.
 
     wanted = [Target("poisson", 0.1, 2e-3, from_start=True), hold("pressure")]
     design = ms.design.fit(wanted, system, free={"sigma": Free(within=0.3)})
 
-Each step solves for a change of the parameters that meets the targets to first order, by the
-Jacobian of the features. It moves the particles by their linear response to that change and relaxes
-them from there. The features measured are compared with those that the linear model predicted, and
-the trust region grows or shrinks accordingly.
+A feature is a property of the relaxed system, such as Poisson's ratio; a target is a feature with
+its wanted value. Each step of the design uses the Jacobian of the features by the parameters. It
+solves for a change of the parameters that meets the targets to first order, moves the particles by
+their linear response to this change, and relaxes the system from there. The features of the relaxed
+system are compared with the prediction of the linear model, and the trust region grows or shrinks
+accordingly.
 """
 
 from __future__ import annotations
@@ -76,38 +78,38 @@ def fit(
         property that is to keep its value.
       system: the system to start from, relaxed or not. A batch made by ``stack``, or a list of
         systems that share the free parameters, is an ensemble, and the targets are for its mean. A
-        system of the ensemble that does not relax to a rigid minimum is left out of the mean; where
-        a feature is computed from moduli, so is a system whose bulk or shear modulus is not
-        positive.
+        system of the ensemble that does not relax to a rigid minimum is left out of the mean. Where
+        a feature (the property of a target) is computed from moduli, a system whose bulk or shear
+        modulus is not positive is left out, too.
       free: the parameters that may change: names, or a dict of :class:`Free` with their bounds.
       bounds: dict of names and (low, high), in place of the bounds in ``free``.
       method: ``LevenbergMarquardt()``, the default, or ``Optax(optimizer)`` with an optimizer of
         optax, such as ``optax.rmsprop(0.002)``.
       steps: the largest number of steps of the design, with one relaxation of each system in each;
         the relaxation at the start is not counted.
-      restart: relax every system from its initial positions at every step, instead of from the
-        positions that its linear response predicts. Set it where the parameters are to give the
-        property to an ensemble, fresh packings included, and not to these packings alone. Most
-        systems then relax to other minima than those at which their derivatives were taken. The
-        Jacobian is therefore the median over the systems, which a few systems near an instability
-        do not dominate.
-      pressure, shape: as in ``minimize``: the cell is relaxed too, to this pressure.
+      restart: whether to relax every system from its initial positions at every step, instead of
+        from the positions that its linear response predicts. Use ``restart=True`` where the
+        parameters are to give the property to any packing of an ensemble, also to fresh ones, and
+        not to these packings alone. Most systems then relax to other minima than those at which
+        their derivatives were taken. The Jacobian is therefore the median over the systems, which a
+        few systems near an instability do not dominate.
+      pressure, shape: as in ``minimize``: with a pressure, the cell is relaxed, too.
       tolerance, max_steps: tolerance of the forces and largest number of steps of each relaxation,
         as in ``minimize``.
-      resume: the :class:`State` after some step of a design of the same targets, parameters and
-        method.
-      callback: called with the State after each step: ``lambda s: ms.io.save("design.npz", s)``
-        keeps it.
+      resume: the :class:`State` from which to continue an earlier design of the same targets,
+        parameters and method; None begins a new design.
+      callback: function that is called with the State after each step. For example,
+        ``lambda state: ms.io.save("design.npz", state)`` stores the State in a file.
       progress: whether to show a progress bar; None shows it only in a terminal or notebook.
-      throw: raise where the targets are not met.
+      throw: whether to raise an error where the targets are not met.
 
     Returns:
       a :class:`Design`.
 
     Raises:
       InputError: bad targets, parameters or bounds; a state of another design.
-      ConvergenceError: no member is a rigid minimum to begin with; with ``throw``, targets that are
-        not met.
+      ConvergenceError: more than half of the systems do not relax to a rigid minimum at the start;
+        with ``throw``, targets that are not met.
     """
     method = LevenbergMarquardt() if method is None else method
     check_method(method)
@@ -171,7 +173,7 @@ def fit(
 
 
 def _checked_targets(targets: Target | Sequence[Target]) -> tuple[Target, ...]:
-    """Return the targets as a tuple; refuse other objects, and two targets of the same name."""
+    """Return a user's targets as a tuple; raise InputError if two of the targets share a name."""
     if isinstance(targets, Target):
         return (targets,)
     # A text is a sequence too, of letters: it would be refused letter by letter.
@@ -192,7 +194,7 @@ def _checked_targets(targets: Target | Sequence[Target]) -> tuple[Target, ...]:
 
 
 def _checked_members(system: System | Sequence[System]) -> list[System]:
-    """Return the systems of a design as a list; a batch is taken apart."""
+    """Return the systems that a user gave to a design as a list; a batch is split into systems."""
     if isinstance(system, System):
         return [system] if system.batch is None else unstack(system)
     if isinstance(system, Equilibrium):
@@ -207,7 +209,7 @@ def _checked_members(system: System | Sequence[System]) -> list[System]:
 
 
 def _check_shared(members: Sequence[System], variables: Variables) -> None:
-    """Refuse systems whose free parameters differ from those of the first system."""
+    """Raise InputError if the free parameters of a system differ from those of the first system."""
     for k, member in enumerate(members):
         for name, value in variables.start.items():
             shared = name in member.params and np.array_equal(
@@ -221,7 +223,11 @@ def _check_shared(members: Sequence[System], variables: Variables) -> None:
 
 
 def _initial(problem: Problem, members: list[System]) -> tuple[State, Measurement]:
-    """Make the starting state: the relaxed systems, and the targets as numbers."""
+    """Make the starting state of a design: relax the systems, and convert the targets to numbers.
+
+    Returns:
+      the state, and the features measured on the relaxed systems.
+    """
     equilibria = problem.relax(members)
     measurement = measure(problem, equilibria, problem.variables.x, np.ones(len(members), bool))
     good = measurement.status == Status.CONVERGED.value
@@ -283,7 +289,11 @@ def _initial(problem: Problem, members: list[System]) -> tuple[State, Measuremen
 
 
 def _resumed(problem: Problem, state: State) -> tuple[State, Measurement]:
-    """Check that a stored state is of the same design, and measure its features again."""
+    """Check that a stored state belongs to this design, and measure the features of its minima.
+
+    Returns:
+      the state, and the features measured on its minima.
+    """
     for key, value in problem.about.items():
         if state.about.get(key) != value:
             raise InputError(
@@ -311,7 +321,7 @@ def _distance(state: State) -> float:
 
 
 def _verdict(state: State, steps: int) -> Status | None:
-    """Return how the design ended; None where it goes on."""
+    """Return the status with which a design ends, or None if the design must take another step."""
     if _distance(state) <= 1.0:
         return Status.CONVERGED
     no_step = len(state.history) > 1 and state.history[-1].size < SMALLEST_STEP
@@ -323,7 +333,11 @@ def _verdict(state: State, steps: int) -> Status | None:
 def _advanced(
     problem: Problem, state: State, measurement: Measurement
 ) -> tuple[State, Measurement]:
-    """Take one step of the design: propose it, relax the systems at it, and accept or refuse it."""
+    """Take one step of a design: propose new parameters, relax the systems, accept or refuse.
+
+    Returns:
+      the state of the design after the step, and the features at its parameters.
+    """
     method = problem.method
     variables = problem.variables
     x = state.x

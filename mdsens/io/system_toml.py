@@ -16,6 +16,7 @@ import numpy as np
 
 from mdsens import potentials
 from mdsens._util.errors import InputError
+from mdsens._util.lattice import BALL_OF_UNIT_DIAMETER
 from mdsens._util.suggestions import did_you_mean, similar_name
 from mdsens._util.validation import is_integer
 from mdsens.io import initial_positions
@@ -429,8 +430,8 @@ def _read_box(
                 f"parameters.sigma is {short(np.asarray(sigma).tolist())}: every diameter must be"
                 " positive."
             )
-        unit = {2: np.pi / 4, 3: np.pi / 6}[dimension]  # area or volume for diameter 1
-        volume = np.sum(unit * diameters**dimension) / rule.fraction
+        ball = BALL_OF_UNIT_DIAMETER[dimension]
+        volume = np.sum(ball * diameters**dimension) / rule.fraction
         cell = np.eye(dimension) * volume ** (1.0 / dimension)
         return (rule if follows == "parameters" else cell), cell
     if table.has("follows"):

@@ -1,4 +1,7 @@
-"""Derivatives of the energy at a configuration: forces, Hessian, contact network, null space."""
+"""This package computes the forces, the Hessian and the contact network of a configuration.
+
+It also computes the null space of the Hessian, and the mechanical stability of the configuration.
+"""
 
 from mdsens.mechanics.contacts import Network, coordination, network, pair_forces
 from mdsens.mechanics.hessian import dense_hessian, force, max_force, sparse_hessian

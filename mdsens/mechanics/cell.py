@@ -1,15 +1,17 @@
-"""A cell that relaxes with its particles: the enthalpy U + P V and its derivatives by strain.
+"""This module relaxes the cell with its particles, by the enthalpy U + P V and its derivatives.
 
-At a pressure P the unknowns are the positions R and a strain e of the cell, and the enthalpy is
-stationary:
+U is the energy, P the pressure, and V = V_0 det(1 + e) the volume under a symmetric strain e of the
+cell. The strain has k independent components, its unknowns: k = 1 where the cell keeps its shape,
+and k = d (d + 1) / 2 in d dimensions where its shape is free. The other unknowns are the positions
+R of the particles. At a minimum the enthalpy h is stationary:
 
     h(R, e) = U(R, e) + P V_0 det(1 + e),    dh/dR = 0,    dh/de = V (stress + P) = 0.
 
 The particles are eliminated first. Under a strain e they move by X e relative to their affine
-positions, X = -H^+ d2U/dR de. A small matrix is left, the stiffness of the cell with relaxed
-particles, S = d2h/de2 + (d2U/de dR) X. So a computation at constant pressure needs the factor of
-the Hessian in a fixed cell and k more right-hand sides: k = 1 where the cell keeps its shape, and
-k = d (d + 1) / 2 where its shape is free.
+positions, with X = -H^+ d2U/dR de and H^+ the pseudo-inverse of the Hessian H = d2U/dR2. A small
+matrix (k, k) is left, the stiffness of the cell with relaxed particles, S = d2h/de2 + (d2U/de dR)
+X. So a computation at constant pressure needs the factor of the Hessian in a fixed cell, and k
+linear solves with this factor.
 """
 
 from __future__ import annotations
@@ -41,29 +43,32 @@ LONGEST = 0.02  # largest norm of the strain in one Newton step
 
 
 def free_strains(dimension: int, shape: bool) -> np.ndarray:
-    """Return orthonormal strains (k, d, d) that change the cell's size, or its shape as well.
+    """Return an orthonormal basis (k, d, d) of the strains that a cell can take.
 
     Args:
-      dimension: the dimension d.
-      shape: whether the cell's shape may change; if False only its size changes, and k = 1.
+      dimension: the dimension d of space.
+      shape: if True, the cell may change its size and its shape, and k = d (d + 1) / 2; if False,
+        it may change its size alone, and k = 1.
     """
     return basis(dimension) if shape else uniform(dimension)
 
 
 def fixed_cell(system: System) -> System:
-    """Return the system in a fixed cell, its present box, which depends on no parameter."""
+    """Return the system in a fixed cell: its present box, which then depends on no parameter."""
     return system.replace(boundary=FixedBox(jnp.asarray(system.box), system.boundary.orthogonal))
 
 
 @full_precision
 def deformed(system: System, strain: jax.Array, positions: jax.Array | None = None) -> System:
-    """Deform the positions and the cell of a system by 1 + strain.
+    """Return the system with its positions and its cell deformed by the matrix 1 + strain.
 
-    Traceable. The result has a fixed cell and the neighbor list of ``system``.
+    The result has a fixed cell and the neighbor list of ``system``. The function works inside
+    ``jax.jit``.
 
     Args:
-      strain: the strain, (d, d).
-      positions: (n, d) before the deformation; those of the system where None.
+      strain: the strain, (d, d) in d dimensions.
+      positions: (n, d) positions of the n particles before the deformation; None for the positions
+        of ``system``.
     """
     R = system.positions if positions is None else positions
     box = jnp.asarray(system.box)
@@ -78,13 +83,15 @@ def enthalpy_gradient(
     along: jax.Array | np.ndarray,
     strain: jax.Array | None = None,
 ) -> jax.Array:
-    """Compute the derivative of the enthalpy by strain, dh/de, (k,).
+    """Compute the derivative of the enthalpy U + P V by the amplitudes of k strains, (k,).
+
+    U is the energy of the system and V the volume of its cell, which is strained.
 
     Args:
       pressure: the pressure P.
-      along: (k, d, d) the strains E along which the derivative is taken.
-      strain: (k,) amplitudes of the strains E at which the derivative is taken; None for zero,
-        where the result is V (stress + P) : E.
+      along: (k, d, d) the strains E along which the derivative is taken, in d dimensions.
+      strain: (k,) amplitudes of the strains E at which the derivative is taken; None for zero
+        amplitudes, where the result is V (stress + P) : E.
     """
     volume = system.volume
     if strain is None:
@@ -100,7 +107,10 @@ def enthalpy_gradient(
 
 
 def _stretch(strain: jax.Array) -> jax.Array:
-    """det(1 + strain), written out, since ``jnp.linalg.det`` takes long to compile."""
+    """Compute the relative volume det(1 + strain) of a strained cell, from its strain (d, d).
+
+    The determinant is written out, since ``jnp.linalg.det`` takes long to compile.
+    """
     rows = jnp.eye(strain.shape[0], dtype=strain.dtype) + strain
     if strain.shape[0] == 2:
         return rows[0, 0] * rows[1, 1] - rows[0, 1] * rows[1, 0]
@@ -110,17 +120,22 @@ def _stretch(strain: jax.Array) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cell(Portable):
-    """The cell of a relaxed configuration as an unknown.
+    """The linear response of the cell of a relaxed configuration to its strain, at a pressure P.
+
+    The strain of the cell is an unknown with k components, next to the positions of the n particles
+    in d dimensions. The enthalpy is h = U + P V, with the energy U and the volume V.
 
     Attributes:
       along: (k, d, d) the strains that the cell can take.
-      pressure: P.
-      motion: (k, n, d) X, the displacements from the affine positions under each strain.
-      slope: (k,) dh/de.
-      stiffness: (k, k) S, the second derivative of the enthalpy with relaxed particles.
-      compliance: (k, k) S^-1; zero along strains whose stiffness is zero to round-off.
-      status: status of the solves for X, an int32 array; FLOPPY where an eigenvalue of S is zero to
-        round-off, INDEFINITE where one is negative.
+      pressure: the pressure P.
+      motion: (k, n, d) displacements of the particles, relative to their affine positions, under
+        each of the strains.
+      slope: (k,) derivative of the enthalpy h by the amplitude of each strain.
+      stiffness: (k, k) second derivative of h by these amplitudes, with relaxed particles.
+      compliance: (k, k) inverse of ``stiffness``; zero along strains whose stiffness is zero to
+        round-off.
+      status: status of the linear solves for ``motion``, an int32 array; FLOPPY where an eigenvalue
+        of ``stiffness`` is zero to round-off, INDEFINITE where an eigenvalue is negative.
     """
 
     along: jax.Array
@@ -141,16 +156,17 @@ class Cell(Portable):
         along: np.ndarray,
         rtol: float = 1e-10,
     ) -> Cell:
-        """Compute the cell's derivatives from the Hessian in a fixed cell, by k solves.
+        """Compute the response of the cell to k strains from the Hessian in a fixed cell.
 
-        Not for compiled code.
+        There is one linear solve for each strain. The function does not work inside ``jax.jit``.
 
         Args:
-          system: the backbone, in a fixed cell.
-          stiffness: the Hessian of the backbone.
-          pressure: P.
-          along: (k, d, d) the strains that the cell can take.
-          rtol: relative residual to which the solves for X are carried.
+          system: the backbone (the system without the contacts of rattlers), in a fixed cell.
+          stiffness: the Hessian of the backbone, with its factor.
+          pressure: the pressure of the enthalpy.
+          along: (k, d, d) the k strains that the cell can take, in d dimensions.
+          rtol: relative residual to which the linear solves for the displacements of the particles
+            are carried.
         """
         dtype = system.positions.dtype
         strains = jnp.asarray(along, dtype)
@@ -197,10 +213,12 @@ class Cell(Portable):
 
     @full_precision
     def newton(self) -> np.ndarray:
-        """Compute the strain (k,) of a Newton step down the enthalpy, with norm 2 % at most.
+        """Compute a Newton step of the cell's strain down the enthalpy, of norm 0.02 at most.
 
-        Each eigenvalue of ``stiffness`` counts with its absolute value, so that the step goes
-        downhill also where the curvature is negative.
+        The result (k,) holds the amplitudes of the k strains that the cell can take. Each
+        eigenvalue of the stiffness of the cell (the second derivative of the enthalpy by strain)
+        counts with its absolute value, so that the step goes downhill also where the curvature is
+        negative.
         """
         values, vectors = np.linalg.eigh(np.asarray(self.stiffness, float))
         # Eigenvalues next to zero are raised to 1e-12 of the largest, lest the step be infinite.
@@ -214,7 +232,7 @@ class Cell(Portable):
 
 @jax.jit
 def _sides(system: System, strains: jax.Array) -> jax.Array:
-    """Compute the forces (k, n, d) that strains (k, d, d) put on the particles."""
+    """Compute the forces (k, n, d) on the particles due to k affine strains (k, d, d)."""
     return jax.vmap(lambda e: forces_of_strain(system, e))(strains)
 
 
@@ -223,7 +241,16 @@ def _sides(system: System, strains: jax.Array) -> jax.Array:
 def _slopes(
     system: System, pressure: jax.Array | float, along: jax.Array, motion: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Compute dh/de, (k,), and the second derivative of h by e with relaxed particles, (k, k)."""
+    """Compute the first and second derivative of the enthalpy U + P V by strain, (k,) and (k, k).
+
+    U is the energy, P the pressure and V the volume. The particles are relaxed in the second
+    derivative: they move by ``motion``.
+
+    Args:
+      along: (k, d, d) the strains of the cell along which the derivatives are taken.
+      motion: (k, n, d) displacements of the particles, relative to their affine positions, under
+        each of the strains.
+    """
     trace = jnp.einsum("kii->k", along)
     # the second derivative of det(1 + e) at e = 0
     of_volume = trace[:, None] * trace[None] - jnp.einsum("kij,lij->kl", along, along)

@@ -1,12 +1,14 @@
-"""The contact network of a relaxed configuration: contacts, rattlers, clusters, coordination.
+"""This module finds the contacts, rattlers and clusters of a relaxed configuration.
 
 A contact is a pair whose force is above 10 times the largest net force on a particle: a smaller
-force cannot be told from round-off. A rattler is a particle with fewer than d + 1 contacts. Its
-contacts are deleted, and this is repeated until no rattler is left.
+force cannot be distinguished from round-off. A rattler is a particle with fewer than d + 1 contacts
+in d dimensions. The contacts of rattlers are deleted, and this is repeated until no rattler has a
+contact.
 
-A particle with fewer contacts is no rattler if at least two of them carry a significant force (a
-single contact is never balanced): it is squeezed along a line or in a plane. Such a particle
-buckles, and the Hessian shows that the configuration is a saddle.
+A particle with fewer than d + 1 contacts is nevertheless no rattler if at least two of its contacts
+carry a significant force (a single contact is never balanced): the particle is squeezed along a
+line or in a plane. Such a particle buckles, and the Hessian shows that the configuration is a
+saddle.
 
 For potentials that attract, contacts are not counted: in such systems a rattler is a particle whose
 pairs have no stiffness. Rigid bonds join particles to rigid bodies. A body with too few contacts is
@@ -52,23 +54,23 @@ STIFFNESS_FLOOR = 1e-12
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Network(Portable, Named):
-    """The mechanical network of a relaxed configuration.
+    """The contact network of a relaxed configuration of n particles in d dimensions.
 
     Attributes:
-      rattlers: (n,) True where the particle is not part of the network.
-      loose: (n,) rattlers, and the particles of rigid bodies with too few contacts; their pairs
-        with other bodies are not part of the network.
+      rattlers: (n,) True where the particle is a rattler, and so no part of the network.
+      loose: (n,) True for rattlers and for the particles of rigid bodies with too few contacts; the
+        pairs of these particles with other bodies are not part of the network.
       contacts: (n,) number of contacts of each particle within the network.
-      labels: (n,) the cluster of each particle, named by its lowest particle index; a rattler is a
-        cluster by itself.
-      whole: (n, d) positions with each cluster in one piece: images chosen along its bonds.
-      wraps: (n,) by label, True where the cluster meets its periodic image, so that it cannot
-        rotate.
+      labels: (n,) the cluster of each particle, named by the lowest particle index in the cluster;
+        a rattler is a cluster by itself.
+      whole: (n, d) positions of the periodic images that put each cluster in one piece.
+      wraps: (n,) entry c is True where the cluster with the label c is connected to its own
+        periodic image, so that it cannot rotate.
       mean_force: mean force of the contacts, 0 without contacts.
       pairs: total number of contacts.
       touching: whether two particles that are no rattlers touch with a force so small that it may
-        be zero, as the rows of some symmetric packings do. It is not known whether they are in
-        contact, and so the Hessian, its negative modes and all derivatives are not known. A gap
+        be zero, as in some symmetric packings. It is then not known whether the two particles are
+        in contact, and so the Hessian, its negative modes and all derivatives are not known. A gap
         that the largest force left on a particle could close counts as touching.
     """
 
@@ -84,21 +86,28 @@ class Network(Portable, Named):
 
     @property
     def unjammed(self) -> jax.Array:
-        """True where no particle, and none of several rigid bodies, has enough contacts.
+        """Whether no particle and no rigid body has enough contacts to be held in place.
 
-        A single rigid body of all particles is not unjammed, since its bonds fix its shape.
+        The value is False where all particles form a single rigid body, since its bonds fix its
+        shape.
         """
         several = (self.labels != self.labels[:1]).any()
         return self.rattlers.all() | (self.loose.all() & several)
 
 
 def pair_forces(term: PairTerm, distances: jax.Array) -> jax.Array:
-    """Compute the force -phi'(r) of each pair (m,), positive in repulsion."""
+    """Compute the pair forces -phi'(r) of a pair potential phi at given distances r.
+
+    The result has the shape of ``distances``. A repulsive force is positive.
+    """
     return -jax.grad(lambda r: jnp.sum(term.energy(r)))(distances)
 
 
 def _stiffness(term: PairTerm, r: jax.Array) -> jax.Array:
-    """Compute |phi''| + |phi'| / r of each pair, the longitudinal plus the transverse stiffness."""
+    """Compute the stiffness |phi''| + |phi'| / r of each pair, of potential phi and distance r.
+
+    The first term is the longitudinal, the second the transverse stiffness.
+    """
     slope = jax.grad(lambda s: jnp.sum(term.energy(s)))
     first, second = jax.jvp(slope, (r,), (jnp.ones_like(r),))
     return jnp.abs(second) + jnp.abs(first) / r
@@ -107,15 +116,16 @@ def _stiffness(term: PairTerm, r: jax.Array) -> jax.Array:
 class _Edges(NamedTuple):
     """Pairs of particles that may be contacts or bonds.
 
-    The arrays are either rows of each particle's neighbors, with i (1, n), the others (k, n), and
-    each pair twice; or a list of pairs, all (m,), with each pair once.
+    The arrays have one of two layouts. Either they hold the neighbors of each of n particles in a
+    column: then i is (1, n), the other arrays are (k, n), and each pair appears twice. Or they hold
+    a list of m pairs: then all arrays are (m,), and each pair appears once.
 
     Attributes:
       i, j: indices of the two particles.
       active: True where the pair is a contact or bond.
-      bonds: components of R_i - R_j, nearest images.
-      strong: True where the pair carries a significant force, more than CARRIES; None for rigid
-        bonds and for potentials that attract.
+      bonds: the components of the vector R_i - R_j between the nearest images of the two particles.
+      strong: True where the pair carries a significant force, above 1e-6 of the mean contact force;
+        None for rigid bonds and for potentials that attract.
     """
 
     i: jax.Array
@@ -126,17 +136,17 @@ class _Edges(NamedTuple):
 
     @property
     def rows(self) -> bool:
-        """Whether the pairs are rows of neighbors."""
+        """Whether the pairs are stored as a column of neighbors for each particle, not a list."""
         return self.j.ndim == 2
 
     @property
     def share(self) -> float:
-        """Weight of one entry in a sum over pairs: 1/2 where each pair has two entries."""
+        """Weight of one entry in a sum over pairs: 1/2 if each pair has two entries, else 1."""
         return 0.5 if self.rows else 1.0
 
 
 def _count_contacts(edges: list[_Edges], n: int) -> jax.Array:
-    """Count the active pairs of each particle, (n,)."""
+    """Count the active pairs (contacts or bonds) of each of the n particles, (n,)."""
     count = jnp.zeros(n, jnp.int32)
     for e in edges:
         active = e.active.astype(jnp.int32)
@@ -148,7 +158,10 @@ def _count_contacts(edges: list[_Edges], n: int) -> jax.Array:
 
 
 def _count_strong_contacts(edges: list[_Edges], n: int) -> jax.Array:
-    """Count the contacts of each particle that carry a significant force, (n,)."""
+    """Count the contacts of each of the n particles that carry a significant force, (n,).
+
+    A force is significant above 1e-6 of the mean contact force.
+    """
     return _count_contacts(
         [e._replace(active=e.active & e.strong) for e in edges if e.strong is not None], n
     )
@@ -157,14 +170,19 @@ def _count_strong_contacts(edges: list[_Edges], n: int) -> jax.Array:
 def _nearest_root(
     edges: list[_Edges], labels: jax.Array, whole: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Find the lowest label of each particle and its neighbors, and the displacement from the root.
+    """Find the lowest cluster label among each particle and its neighbors: one step of a search.
+
+    The label of a particle is the index of its root, the particle that stands for its cluster so
+    far.
 
     Args:
-      labels: (n,) label of each particle so far, the index of its root particle.
-      whole: (n, d) displacement of each particle from its root, along bonds.
+      edges: the pairs of particles; only active pairs (contacts or bonds) connect neighbors.
+      labels: (n,) label of each particle so far.
+      whole: (n, d) displacement of each particle from its root, summed along bonds.
 
     Returns:
-      (lowest label, displacement from the root of that label), (n,) and (n, d).
+      the lowest label, (n,), and the displacement of each particle from the root of that label, (n,
+        d).
     """
     n = labels.shape[0]
     lowest = labels
@@ -199,16 +217,22 @@ def _nearest_root(
 
 
 def _clusters(edges: list[_Edges], n: int, d: int, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
-    """Find clusters of connected particles: the lowest index in each, and displacements from it.
+    """Find the clusters of particles that are connected by contacts or bonds.
 
-    Each particle points to a root particle, with the displacement from the root. In each round a
-    root takes over the lowest label that a bond of one of its particles leads to, and pointers are
-    then shortened ("pointer jumping"). The number of rounds is the logarithm of the size of a
-    cluster, where passing labels from neighbor to neighbor would take as many rounds as its
-    diameter.
+    Each particle points to a root particle, and stores its displacement from the root. In each
+    iteration a root takes over the lowest label that a bond of one of its particles leads to, and
+    pointers are then shortened ("pointer jumping"). The number of iterations is the logarithm of
+    the size of a cluster, whereas passing labels from neighbor to neighbor would take as many
+    iterations as the cluster's diameter.
+
+    Args:
+      edges: the pairs; only active pairs connect particles.
+      n: number of particles.
+      d: dimension of space.
 
     Returns:
-      (labels, displacements along bonds from the particle that the label names), (n,) and (n, d).
+      labels, (n,): the lowest particle index in the cluster of each particle; and displacements (n,
+        d), along bonds, from the particle with that index.
     """
     index = jnp.arange(n, dtype=jnp.int32)
 
@@ -237,7 +261,9 @@ def _clusters(edges: list[_Edges], n: int, d: int, dtype: np.dtype) -> tuple[jax
 def _rigid_edges(
     system: System, images: Callable[[Components], Components], x: Components
 ) -> list[_Edges]:
-    """Return the rigid bonds of the system's constraints, each of which counts as a contact.
+    """Return the pairs of particles that rigid bonds connect, one set of pairs for each constraint.
+
+    All of these pairs are marked as active, like contacts.
 
     Args:
       images: function that maps components of vectors to their nearest image.
@@ -253,7 +279,11 @@ def _rigid_edges(
 
 
 def _loose_of_particles(n: int, least: int) -> Callable[[list[_Edges]], jax.Array]:
-    """Return a function that finds the particles with too few contacts, (n,)."""
+    """Return a function that maps the pairs to a mask of the particles with too few contacts.
+
+    The mask is (n,) for n particles. A particle has too few contacts if it has fewer than
+    ``least``, and fewer than two with a significant force.
+    """
 
     def loose(edges: list[_Edges]) -> jax.Array:
         return (_count_contacts(edges, n) < least) & (_count_strong_contacts(edges, n) < 2)
@@ -264,16 +294,18 @@ def _loose_of_particles(n: int, least: int) -> Callable[[list[_Edges]], jax.Arra
 def _loose_of_bodies(
     system: System, bonds: list[_Edges], labels: jax.Array, least: int
 ) -> Callable[[list[_Edges]], jax.Array]:
-    """Return a function that finds the particles of rigid bodies with too few contacts, (n,).
+    """Return a function that maps the pairs to a mask of the bodies with too few contacts.
 
-    A body with f degrees of freedom needs f + 1 contacts with other bodies and walls, as a single
-    particle needs d + 1. Pairs within the body do not count. A body that is pinned, f = 0, needs
-    none.
+    The mask is (n,), True for each of the n particles that belongs to such a rigid body.
+
+    A rigid body with f degrees of freedom needs f + 1 contacts with other bodies and walls, as a
+    single particle needs d + 1 in d dimensions. Pairs within the body do not count. A body that is
+    pinned, f = 0, needs no contact.
 
     Args:
       bonds: the rigid bonds.
-      labels: (n,) the body of each particle.
-      least: contacts that a single particle needs.
+      labels: (n,) the body of each particle, as an index.
+      least: number of contacts that a single particle needs.
     """
     n, d = system.positions.shape
     pinned, walls = lagrangian.supports(system)
@@ -304,13 +336,13 @@ def network(system: System, max_force: jax.Array | float, least: int | None = No
 
     Args:
       system: a relaxed system with a complete neighbor list.
-      max_force: the largest net force left on a particle.
+      max_force: the largest net force on a particle that the relaxation left.
       least: smallest number of contacts that keeps a particle in place. Where None, the number that
-        a minimum needs: d + 1 for a potential that only repels, 1 for others. At a saddle, two
-        contacts that oppose each other are enough.
+        a minimum needs: d + 1 in d dimensions for a potential that only repels, 1 for other
+        potentials. At a saddle, two contacts that oppose each other are enough.
 
     Returns:
-      a :class:`Network`. The function is traceable; the result has no derivative.
+      a :class:`Network`. The function works inside ``jax.jit``; the result has no derivative.
     """
     system = jax.lax.stop_gradient(system)
     n = system.n
@@ -367,7 +399,14 @@ def network(system: System, max_force: jax.Array | float, least: int | None = No
         edges = edges + rigid
 
     def prune(carry: tuple[list[jax.Array], jax.Array]) -> tuple[list[jax.Array], jax.Array]:
-        """Delete the contacts of loose particles, except within a body; and whether any were."""
+        """Deactivate the contacts of particles with too few of them, except within a rigid body.
+
+        Args:
+          carry: masks of the active contacts, and a flag that is not used.
+
+        Returns:
+          masks of the contacts that remain active, and whether any contact was deactivated.
+        """
         now = [e._replace(active=a) for e, a in zip(edges, carry[0], strict=True)]
         loose = find_loose(now[:pair_count])
         left = [e.active & (~(loose[e.i] | loose[e.j]) | (bodies[e.i] == bodies[e.j])) for e in now]
@@ -422,11 +461,15 @@ def network(system: System, max_force: jax.Array | float, least: int | None = No
 def _may_touch(
     terms: tuple[PairTerm, ...], r: jax.Array, force: jax.Array, max_force: jax.Array | float
 ) -> jax.Array:
-    """Return a mask of the pairs that may or may not be in contact, given the force left.
+    """Return a mask of the pairs for which the forces do not decide whether they are in contact.
 
-    The test is for potentials that only repel. True where the pair's force is within the margin of
-    the force left, and would be positive if the pair were nearer by the distance that this force
-    can close.
+    The mask is for potentials that only repel. It is True where the force of the pair is at most 10
+    times the largest net force left on a particle, ``max_force``, and where the pair would repel if
+    it were nearer by the distance over which such a force can move the two particles.
+
+    Args:
+      r: distances of the pairs.
+      force: forces of the pairs, at these distances.
     """
     # stiffness in contact, from below: the secant from r, where the force is small, to r (1 - 1e-3)
     force_nearer = sum(jnp.abs(pair_forces(t, r * (1.0 - NEARLY))) for t in terms)
@@ -439,10 +482,15 @@ def _may_touch(
 
 
 def backbone(system: System, net: Network) -> System:
-    """Remove the pairs of rattlers and loose bodies from the neighbor list of a system.
+    """Return the backbone: the system without the contacts of rattlers and of loose rigid bodies.
 
-    Deleting their rows and columns of the Hessian instead would leave springs that pin their
-    neighbors.
+    A body is loose if it has too few contacts to be held in place. The contacts are removed from
+    the neighbor list: deleting the rows and columns of rattlers in the Hessian instead would leave
+    springs that pin the neighbors of the rattlers. A system whose potential attracts is returned as
+    it is.
+
+    Args:
+      net: the contact network of the system.
     """
     if not system.potential.repulsive:
         return system  # a rattler of an attractive potential has no stiffness to delete
@@ -456,12 +504,12 @@ def backbone(system: System, net: Network) -> System:
 def coordination(system: System, net: Network | None = None) -> jax.Array:
     """Compute the mean number of contacts of non-rattlers, z = 2 N_c / (n - n_rattlers).
 
-    The result is 0 where all particles are rattlers. A contact is a pair whose force is above 10
-    times the largest net force on a particle of the system, so that z has a meaning only at a
-    minimum.
+    N_c is the number of contacts, n that of all particles. The result is 0 where all particles are
+    rattlers. A contact is a pair whose force is above 10 times the largest net force on a particle
+    of the system, so that z has a meaning only at a minimum.
 
     Args:
-      net: the contact network; computed where None.
+      net: the contact network of the system; None to compute the network here.
     """
     contact_network = net
     if contact_network is None:

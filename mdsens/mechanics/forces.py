@@ -1,4 +1,7 @@
-"""The gradient of the energy, dU/dR, as sums over each particle's row of neighbors."""
+"""This module computes the gradient of the energy by the positions, dU/dR.
+
+The contribution of the pairs is a sum over the neighbors of each particle.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,15 @@ ROWS = 2  # rows of the neighbor list that are summed in one step of the loop
 
 
 def row_terms(system: System, params: Params | None = None) -> tuple[PairTerm, ...]:
-    """Return the pair terms of the potential, with neighbors as one column for each particle.
+    """Return the terms of the potential with their pairs listed as the neighbors of each particle.
 
-    In these terms the array i is (1, n) and all others are (capacity, n), and each pair appears
-    twice. Bonds remain a list of pairs, (m,).
+    A term holds a pair potential, its parameters and its pairs i, j. In the result, the neighbors
+    of a particle stand in one column: the array i is (1, n) for n particles, and all other arrays
+    are (capacity, n), with space for ``capacity`` neighbors; each pair appears twice. Bonds remain
+    a list of m pairs, with arrays (m,).
 
     Args:
-      params: parameters; those of the system where None.
+      params: parameters of the potential by name; None for the parameters of the system.
     """
     return system.potential.terms(
         system.params if params is None else params,
@@ -39,21 +44,22 @@ def row_terms(system: System, params: Params | None = None) -> tuple[PairTerm, .
 def energy_gradient(
     system: System, params: Params | None = None, used: jax.Array | None = None
 ) -> Callable[[jax.Array], jax.Array]:
-    """Return the function R -> dU/dR, both (n, d).
+    """Return the function that maps positions R (n, d) to the gradient of the energy dU/dR (n, d).
 
-    Make it once before a loop over R: then everything that does not depend on R is computed before
-    the loop.
+    Make this function once before a loop over R: then everything that does not depend on R is
+    computed before the loop.
 
-    The contributions of the neighbor list are summed over each particle's row, dU/dR_i =
-    sum_k d phi(|v_ik|) / d v_ik. Automatic differentiation of U would instead scatter the force of
-    every pair to two particles.
+    The contributions of the neighbor list are summed over the neighbors k of each particle i,
+    dU/dR_i = sum_k d phi(|v_ik|) / d v_ik, with the pair potential phi and v_ik = R_i - R_k.
+    Automatic differentiation of U would instead add the force of every pair to two particles.
 
     Args:
       system: a system whose neighbor list is assumed to be complete.
-      params: parameters; those of the system where None.
-      used: number of rows of the list that are not empty. The other rows are left out; most rows
-        are empty once a random start has relaxed. None for all rows, which reverse mode needs,
-        since it must know the number of rows before it runs.
+      params: parameters of the potential by name; None for the parameters of the system.
+      used: number of rows of the neighbor list that are not empty, where row k holds the k-th
+        neighbor of every particle. The other rows are left out; most rows are empty once a random
+        start has relaxed. None for all rows; reverse-mode differentiation needs None, since the
+        number of rows must then be known before the computation runs.
     """
     params = system.params if params is None else params
     box = box_at(system, params)
@@ -85,9 +91,11 @@ def energy_gradient(
 
 
 def _in_chunks(term: PairTerm) -> PairTerm:
-    """Reshape the rows of a term from (K, n) to (K / ROWS, ROWS, n), for a loop over chunks.
+    """Reshape the arrays of a pair term from (K, n) to (K / ROWS, ROWS, n), for a loop over chunks.
 
-    Where K is no multiple of ROWS, the last row is repeated, and masked.
+    Each of the K rows holds one neighbor of each of the n particles; ROWS rows are summed in one
+    step of the loop. Where K is no multiple of ROWS, the last row is repeated, and the copies are
+    masked.
     """
     padding = -term.j.shape[0] % ROWS
 
@@ -102,12 +110,17 @@ def _in_chunks(term: PairTerm) -> PairTerm:
 
 
 def _row_gradients(term: PairTerm, apart: Components) -> Components:
-    """Compute d phi(|v|) / dv of each pair, by components, as phi'(r) v / r.
+    """Compute the gradient d phi(|v|)/dv = phi'(r) v / r of the potential phi of each pair.
 
-    The formula is written out, since XLA takes a third longer for the chain rule through the root.
+    v is the vector between the two particles, and r = |v|. The formula is written out, since
+    automatic differentiation of the square root takes a third longer.
 
     Args:
-      apart: components of the vectors v between the two particles.
+      term: the pairs and their potential.
+      apart: components of the vectors v.
+
+    Returns:
+      components of the gradients.
     """
     # 1 on padding: a distance of zero there would make NaN
     r = jnp.sqrt(jnp.where(term.mask, sum(v * v for v in apart), 1.0))

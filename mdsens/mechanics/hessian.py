@@ -1,6 +1,7 @@
-"""The gradient of the energy F = dU/dx and its derivatives: the Hessian and mixed derivatives.
+"""This module computes the gradient F = dU/dx of the energy, the Hessian and mixed derivatives.
 
-At a minimum F = 0; its derivatives by x and by the parameters p give the response dx/dp.
+x are the unknowns that relax, the positions, and p the parameters. At a minimum F = 0, so that the
+derivatives of F by x (the Hessian) and by p (mixed derivatives) give the response dx/dp.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ Params = Mapping[str, Any]
 
 
 def gradient(system: System, x: Unknowns, params: Params) -> Unknowns:
-    """Compute F(x, params) = dU/dx."""
+    """Compute the gradient dU/dx of the energy U by the positions x, at the given parameters."""
     return Unknowns(energy_gradient(system, params)(x.positions))
 
 
@@ -55,18 +56,21 @@ def force(system: System) -> jax.Array:
 
 @jax.jit
 def largest_force(forces: jax.Array) -> jax.Array:
-    """Return the largest norm of a force on one particle, ASE's fmax; forces are (n, d)."""
+    """Return the largest norm among the forces (n, d) on n particles, called fmax in ASE."""
     return jnp.sqrt(jnp.max(jnp.sum(forces**2, axis=-1), initial=0.0))
 
 
 @jax.jit
 def max_force(system: System) -> jax.Array:
-    """Compute the largest norm of the force on one particle of a system."""
+    """Compute the largest norm among the net forces on the particles of a system."""
     return largest_force(force(system))
 
 
 def hessian_product(system: System) -> Callable[[Unknowns], Unknowns]:
-    """Return the function v -> H v at the system's positions, linearized once."""
+    """Return the function v -> H v that multiplies displacements v by the Hessian H of the energy.
+
+    H is taken at the positions of the system. The gradient of the energy is linearized once, here.
+    """
     x = Unknowns(system.positions)
     return jax.linearize(lambda y: gradient(system, y, system.params), x)[1]
 
@@ -74,11 +78,14 @@ def hessian_product(system: System) -> Callable[[Unknowns], Unknowns]:
 def hessian_operator(
     system: System, null: NullSpace, blocks: BlockRows | None = None, definite: bool = True
 ) -> Operator:
-    """Return H = d2U/dx2 at the system's positions as an operator of products, with its null space.
+    """Return the Hessian H of the energy, at the positions of the system, as a linear operator.
+
+    The operator multiplies vectors by H, and knows the projection that removes the null space of H.
 
     Args:
       null: the null space of H.
-      blocks: H assembled as blocks; where None, products are those of the linearized gradient.
+      blocks: H assembled as a (d, d) block for each pair; None to compute products with H by the
+        linearized gradient of the energy.
       definite: whether H is positive semidefinite, as at a minimum; False at a saddle.
     """
     properties: dict[str, Any] = {"symmetric": True, "positive_semidefinite": definite}
@@ -94,7 +101,10 @@ def hessian_operator(
 
 @jax.jit
 def dense_hessian(system: System) -> jax.Array:
-    """Return H = d2U/dx2 as a dense matrix (n d, n d), for checks and for small systems."""
+    """Return the Hessian of the energy as a dense matrix (n d, n d), for checks and small systems.
+
+    The system has n particles in d dimensions.
+    """
     n, d = system.positions.shape
     product = hessian_product(system)
     # The k-th row is H e_k, e_k being the k-th unit vector: H is symmetric.
@@ -103,11 +113,15 @@ def dense_hessian(system: System) -> jax.Array:
 
 @jax.jit
 def _pair_blocks(system: System) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
-    """Compute the block d2phi/dv2 of each pair of each term, v the vector between two particles.
+    """Compute the second derivative d2phi/dv2 of each pair potential phi by the pair vector v.
+
+    v is the vector between the two particles of a pair; there is a (d, d) block for each pair of
+    each term of the potential, in d dimensions.
 
     Returns:
-      For each term (i, j, blocks (d, d, …)). A pair of the neighbor list appears twice, in the rows
-      of both particles; a bond appears once.
+      for each term (i, j, blocks), with particle indices i and j, and blocks (d, d, …) whose last
+        axes are those of j. A pair of the neighbor list appears twice, as a neighbor of both
+        particles; a bond appears once.
     """
     images = nearest_images(system.box)
     x = components(system.positions)
@@ -134,10 +148,11 @@ _pair_blocks_each = jax.jit(jax.vmap(_pair_blocks))
 
 
 def sparse_hessian(system: System) -> sp.csr_array | None:
-    """Assemble H = d2U/dx2 as a scipy sparse matrix (n d, n d) from the pairs that interact.
+    """Assemble the Hessian as a scipy sparse matrix (n d, n d) from the pairs that interact.
 
-    None for potentials that are not sums over pairs. For a batch, a block-diagonal matrix (members
-    n d, members n d), with a block for each of its systems. Not for compiled code.
+    The result is None for a potential that is not a sum over pairs. For a batch of systems the
+    result is a block-diagonal matrix, with a block (n d, n d) for each system, of n particles in d
+    dimensions. The function does not work inside ``jax.jit``.
     """
     if not system.potential.pairwise:
         return None
@@ -192,9 +207,11 @@ def sparse_hessian(system: System) -> sp.csr_array | None:
 
 
 def along(f: Callable[[dict[str, Any]], Any], params: Params, dparams: Params) -> Any:
-    """Differentiate f(params) along a change of some of the parameters.
+    """Compute the derivative of f(params) along a given change of some of the parameters.
 
     Args:
+      f: a function of a dict of parameters.
+      params: the parameters by name at which the derivative is taken.
       dparams: the change by parameter name; parameters that are not named are constant.
     """
     moving = {name: params[name] for name in dparams}
@@ -203,13 +220,26 @@ def along(f: Callable[[dict[str, Any]], Any], params: Params, dparams: Params) -
 
 @jax.jit
 def mixed_product(system: System, dparams: Params) -> Unknowns:
-    """Compute d2U/dx dp . dp, the change of the gradient along a change dp of some parameters."""
+    """Compute the change of the energy gradient dU/dx under a change of some parameters.
+
+    The positions x stay. For the parameters p, the result is the mixed derivative d2U/dx dp times
+    the change dp.
+
+    Args:
+      dparams: dp by parameter name; parameters that are not named are constant.
+    """
     x = Unknowns(system.positions)
     return along(lambda p: gradient(system, x, p), system.params, dparams)
 
 
 def mixed_transpose(system: System, cotangent: Unknowns) -> dict[str, jax.Array]:
-    """Compute (d2U/dx dp)^T w of a cotangent w, a dict shaped like the parameters."""
+    """Compute (d2U/dx dp)^T w: the mixed derivative of the energy U, transposed, times a vector w.
+
+    x are the positions and p the parameters. The result is a dict shaped like p.
+
+    Args:
+      cotangent: the vector w, shaped like x.
+    """
     x = Unknowns(system.positions)
     return jax.vjp(lambda p: gradient(system, x, p), dict(system.params))[1](cotangent)[0]
 
@@ -225,11 +255,11 @@ def largest_stiffness(
 ) -> jax.Array:
     """Compute the largest eigenvalue of the Hessian by power iteration.
 
-    In packings and glasses the result is 0.94 to 1 times the eigenvalue.
+    In packings and glasses the result is 0.94 to 1 times the true eigenvalue.
 
     Args:
-      slope: the gradient of the energy, R -> dU/dR.
-      positions: (n, d) R at which the Hessian is taken.
+      slope: the function that maps positions R to the gradient of the energy dU/dR.
+      positions: (n, d) the positions R at which the Hessian is taken.
       otherwise: the result where the eigenvalue is zero or not finite.
     """
 

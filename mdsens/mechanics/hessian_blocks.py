@@ -1,4 +1,7 @@
-"""The Hessian as (d, d) blocks of interacting pairs, scaled by particle, for compiled products."""
+"""This module stores the Hessian as scaled (d, d) blocks of interacting pairs, for fast products.
+
+The products are compiled by JAX. Each particle has its own scaling.
+"""
 
 from __future__ import annotations
 
@@ -24,18 +27,19 @@ SOFTEST = 1e-3
 
 
 def block_cholesky(blocked: sp.bsr_array) -> tuple[np.ndarray, np.ndarray]:
-    """Compute factors S and C = S^-1 of each particle's diagonal block D of H: S D S^T = 1.
+    """Compute the Cholesky factor C, and its inverse S, of each particle's block of the Hessian.
 
-    The factors are those of Cholesky's method, D = C C^T, written out for all particles at once. A
-    particle without stiffness in some direction, or away from a minimum, has no such factor, or a
-    factor that would lose digits. For such a particle, C is the identity times the root of the
-    largest diagonal entry of D.
+    The block is the diagonal block D (d, d) of the particle, with D = C C^T and S D S^T = 1. The
+    method is written out for all particles at once. A block that is singular or not positive has no
+    such factor, or a factor that would lose digits: this happens where a particle has no stiffness
+    in some direction, or away from a minimum. For such a particle, C is the identity times the
+    square root of the largest diagonal entry of D.
 
     Args:
-      blocked: the Hessian H as a scipy BSR matrix with blocks of (d, d).
+      blocked: the Hessian as a scipy BSR matrix with blocks of (d, d).
 
     Returns:
-      (S, C), lower triangular, (d, d, n) each.
+      (S, C), lower triangular, stored as (d, d, n) each, for n particles.
     """
     d = blocked.blocksize[0]
     n = len(blocked.indptr) - 1
@@ -64,20 +68,22 @@ def block_cholesky(blocked: sp.bsr_array) -> tuple[np.ndarray, np.ndarray]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockRows(Portable):
-    """The scaled Hessian S H S^T in rows of blocks, one column of blocks for each particle.
+    """The scaled Hessian S H S^T of n particles, stored as a (d, d) block for each pair.
 
-    The product of this matrix with w = S^-T v is sum_k B[:, :, k, i] w[:, others[k, i]] at particle
-    i, where B is the array ``blocks`` and w has the components (d, n).
+    H is the Hessian in d dimensions. S scales the components of each particle, by a lower
+    triangular matrix (d, d), such that the diagonal blocks of S H S^T are identity matrices. This
+    saves conjugate gradients a quarter of their steps. The blocks are scaled once, beforehand, and
+    vectors are stored as (d, n): each of these two choices halves the time of a step in 3-D.
 
-    The diagonal blocks of S H S^T are identity matrices, which saves conjugate gradients a quarter
-    of their steps. The blocks are scaled once, beforehand, and vectors are (d, n) in between: each
-    of the two halves the time of a step in 3-D.
+    The product of S H S^T with a vector w (d, n) is sum_k B[:, :, k, i] w[:, others[k, i]] at
+    particle i, where B is the array ``blocks``. For the product of H itself with v, w = S^-T v.
 
     Attributes:
-      others: (k, n) the particles j that i interacts with, and i itself.
-      blocks: (d, d, k, n), zero on padding.
-      scaling: (d, d, n) S of each particle, lower triangular: see :func:`block_cholesky`.
-      unscaling: (d, d, n) S^-1.
+      others: (k, n) indices of the at most k particles that each particle i interacts with, i
+        included.
+      blocks: (d, d, k, n) the scaled blocks of these pairs, zero on padding.
+      scaling: (d, d, n) S of each particle, see :func:`block_cholesky`.
+      unscaling: (d, d, n) S^-1 of each particle.
     """
 
     others: jax.Array
@@ -87,10 +93,11 @@ class BlockRows(Portable):
 
     @classmethod
     def of(cls, matrix: sp.csr_array, d: int, dtype: DTypeLike = np.float64) -> BlockRows:
-        """Convert a symmetric scipy sparse matrix (n d, n d).
+        """Convert the Hessian, a symmetric scipy sparse matrix (n d, n d), to scaled blocks (d, d).
 
-        There are as many rows as the particle with the most neighbors needs, rounded up to a
-        multiple of 4. Blocks are scaled in double precision, and rounded to ``dtype`` at the end.
+        Space is left for as many blocks per particle as the particle with the most neighbors needs,
+        rounded up to a multiple of 4. The blocks are scaled in double precision, and rounded to
+        ``dtype`` at the end.
         """
         blocked = matrix.tobsr((d, d))
         n = len(blocked.indptr) - 1
@@ -120,12 +127,15 @@ class BlockRows(Portable):
         )
 
     def product(self, v: jax.Array) -> jax.Array:
-        """H v, both (n, d)."""
+        """Multiply the Hessian by displacements v (n, d) of n particles; the result is (n, d)."""
         d = self.scaling.shape[0]
         x = components(v)
 
         def unscaled(_: jax.Array, w: jax.Array) -> jax.Array:
-            """w = S^-T v."""
+            """Compute w = S^-T v, (d, n), from a vector v (n, d) and the scaling S.
+
+            S is a lower triangular matrix (d, d) for each of n particles.
+            """
             return jnp.stack(
                 [sum(self.unscaling[b, a] * x[b] for b in range(a, d)) for a in range(d)]
             )
@@ -139,17 +149,22 @@ class BlockRows(Portable):
         )
 
     def scaled(self, v: jax.Array) -> jax.Array:
-        """Compute S v, (n, d) -> (d, n), with the factors S of :func:`block_cholesky`."""
+        """Multiply the components of each particle by its scaling S, from v (n, d) to S v (d, n).
+
+        S is the inverse Cholesky factor of the particle's diagonal block of the Hessian, see
+        :func:`block_cholesky`.
+        """
         x = components(v)
         return jnp.stack(
             [sum(self.scaling[a, b] * x[b] for b in range(a + 1)) for a in range(len(x))]
         )
 
     def scaled_product(self, w: jax.Array) -> jax.Array:
-        """Compute S H S^T w, both (d, n), by gathers alone.
+        """Multiply the scaled Hessian S H S^T by a vector w (d, n); the result is (d, n).
 
-        S are the factors of :func:`block_cholesky`, and H is the Hessian. Rows are summed a
-        few at a time, as in :mod:`mdsens.mechanics.forces`.
+        H is the Hessian, and S the scaling of each particle, from :func:`block_cholesky`. For every
+        particle the entries of its neighbors are read and summed, a few neighbors at a time, as in
+        :mod:`mdsens.mechanics.forces`.
         """
         d = w.shape[0]
         total = [jnp.zeros_like(c) for c in w]

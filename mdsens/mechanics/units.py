@@ -25,8 +25,9 @@ __all__ = [
     "force_goal",
     "force_scale",
     "force_scales",
-    "round_off",
     "natural_units",
+    "round_off",
+    "step_off_saddle",
     "unrelaxed",
 ]
 
@@ -34,6 +35,9 @@ __all__ = [
 # of that force over the potential's length. It also tells contacts from round-off: their forces
 # are larger than the force left by this factor.
 MARGIN = 10.0
+# Largest displacement of a coordinate along the mode in a step off a saddle, in units of the
+# potential's length: far below the distance between neighbors, far above round-off.
+OFF_SADDLE = 1e-3
 # Largest force left at a minimum, in units of the mean pair force.
 RELAXED = 1e-4
 # Force at which a relaxation without a given tolerance ends, in units of the mean pair force.
@@ -348,3 +352,17 @@ def doubtful_stiffness(left: jax.Array | float, length: jax.Array | float) -> fl
       length: length of the potential, from ``natural_units``.
     """
     return MARGIN * float(left) / float(length)
+
+
+def step_off_saddle(
+    mode: np.ndarray | jax.Array, length: float, least: float = 0.0
+) -> np.ndarray | jax.Array:
+    """Scale a mode of negative stiffness to a small step, which leaves the saddle.
+
+    Args:
+      mode: the mode, of any shape and size.
+      length: length of the potential, from ``natural_units``.
+      least: smallest displacement of the coordinate that moves most; a thousandth of ``length``
+        where that is larger.
+    """
+    return max(OFF_SADDLE * length, least) / abs(mode).max() * mode

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from mdsens._util.errors import InputError
+from mdsens._util.lattice import BALL_OF_UNIT_DIAMETER
 from mdsens._util.portable import Portable
 from mdsens._util.user_functions import Traceable
 from mdsens._util.validation import real_array, real_number
@@ -102,8 +103,7 @@ class PackingFraction(Portable):
                 "a box that follows the packing fraction needs the parameter 'sigma': give a box"
                 " matrix instead."
             )
-        unit = {2: np.pi / 4, 3: np.pi / 6}[dimension]  # area or volume at diameter 1
-        volume = jnp.sum(unit * diameters**dimension) / self.fraction
+        volume = jnp.sum(BALL_OF_UNIT_DIAMETER[dimension] * diameters**dimension) / self.fraction
         # only the ratios of the shape's entries count, and abs() lets it be left-handed
         if self.shape is None:
             shape = jnp.eye(dimension, dtype=volume.dtype)

@@ -31,7 +31,13 @@ from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from mdsens._util.errors import InputError
-from mdsens._util.lattice import components, heights, inverse, nearest_images
+from mdsens._util.lattice import (
+    BALL_OF_UNIT_DIAMETER,
+    components,
+    heights,
+    inverse,
+    nearest_images,
+)
 from mdsens._util.portable import Portable
 from mdsens._util.precision import full_precision
 
@@ -561,7 +567,7 @@ def fitted(
     if like is not None and like.cells == cells:
         run_capacity = max(run_capacity, like.run_capacity)
     # first guess of the rows: neighbors at the mean density, and three standard deviations more
-    ball = {2: math.pi, 3: 4.0 / 3.0 * math.pi}[d] * (range_ + float(skin)) ** d
+    ball = BALL_OF_UNIT_DIAMETER[d] * (2.0 * (range_ + float(skin))) ** d
     mean = n * min(1.0, ball / abs(float(np.linalg.det(sides))))
     guess = _eights(mean + 3.0 * math.sqrt(mean))
     while True:

@@ -8,7 +8,7 @@ import numpy as np
 from jax.core import Tracer
 
 from mdsens._util.errors import InputError
-from mdsens._util.lattice import Components
+from mdsens._util.lattice import BALL_OF_UNIT_DIAMETER, Components
 from mdsens.mechanics import contacts
 from mdsens.model.system import System, pair_lengths, potential_energy
 from mdsens.observables.pairs import positive, rise, single, summed
@@ -93,8 +93,8 @@ def packing_fraction(system: System) -> jax.Array:
             " has no parameter 'sigma' for each particle: divide the volume of the particles by"
             " ms.observables.volume."
         )
-    of_unit_diameter = {2: np.pi / 4, 3: np.pi / 6}[system.dimension]
-    return jnp.sum(of_unit_diameter * system.diameters**system.dimension) / cell_volume
+    d = system.dimension
+    return jnp.sum(BALL_OF_UNIT_DIAMETER[d] * system.diameters**d) / cell_volume
 
 
 @jax.jit

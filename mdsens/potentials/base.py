@@ -1,7 +1,8 @@
 """The classes of interaction potentials: pair, bonded and many-body potentials, and their sums.
 
-A potential is a frozen record with named, checked parameters, and equal by value, so that a system
-built twice compiles once. The ready-made potentials are in :mod:`mdsens.potentials.catalogue`.
+A potential is an immutable object with named, checked parameters. Two potentials with the same
+content are equal, so that the code for a system that is built twice is compiled once. The
+ready-made potentials are in :mod:`mdsens.potentials.catalogue`.
 """
 
 from __future__ import annotations
@@ -52,18 +53,19 @@ Displacement = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class PairTerm(NamedTuple):
-    """The pairs of one potential, and what is needed to evaluate phi(r, *values) for them.
+    """The pairs over which a potential sums its pair energy phi(r, *values), r the distance.
 
-    Arrays of a list of pairs have shape (m,); with rows of neighbors, i is (1, n) and the others
-    are (capacity, n), each pair twice.
+    For a plain list of m pairs, the arrays have the shape (m,). For a neighbor list with up to
+    ``capacity`` neighbors of each of n particles, i has the shape (1, n) and the other arrays have
+    the shape (capacity, n); every pair is then there twice.
 
     Attributes:
-      i, j: particle indices.
-      mask: True for pairs, False on padding.
-      phi: the pair potential, elementwise.
-      values: the parameters, each with a value for each pair, or as a scalar.
-      breakpoints: function that maps the values to the lengths where a derivative jumps or
-        diverges.
+      i, j: indices of the two particles of each pair.
+      mask: True for a pair, False for a place of the arrays that holds no pair (padding).
+      phi: the pair energy, an elementwise function.
+      values: the parameters of phi, each an array with a value for each pair, or a scalar.
+      breakpoints: function of the values that returns the distances where a derivative of phi jumps
+        or diverges.
     """
 
     i: jax.Array
@@ -74,24 +76,30 @@ class PairTerm(NamedTuple):
     breakpoints: Callable[..., tuple[jax.Array, ...]]
 
     def rows(self, k: int | jax.Array) -> PairTerm:
-        """Return the k-th chunk of rows, where the arrays have the shape (chunks, rows, n)."""
+        """Return the pairs of one chunk of a neighbor list that is divided into chunks.
+
+        The arrays have the shape (chunks, rows, n) with n particles; ``k`` is the chunk's number.
+        """
         values = tuple(v[k] if v.ndim == 3 else v for v in self.values)
         return self._replace(j=self.j[k], mask=self.mask[k], values=values)
 
     def energy(self, r: jax.Array) -> jax.Array:
-        """Compute phi of each pair, zero on padding."""
+        """Compute the energy of each pair at the distances r; zero where the arrays hold no pair."""
         # On padding phi and its derivatives must be finite, too (pair_distances gives r = 1 there):
         # where() multiplies them by zero, and zero times NaN is NaN.
         return jnp.where(self.mask, self.phi(r, *self.values), 0.0)
 
     def lengths(self) -> jax.Array:
-        """Compute lengths at which a derivative of a pair's potential jumps or diverges, (k, m)."""
+        """Compute the k distances at which a derivative of a pair's energy jumps or diverges.
+
+        The shape is (k, m) for m pairs.
+        """
         points = [jnp.broadcast_to(b, self.mask.shape) for b in self.breakpoints(*self.values)]
         return jnp.stack(points) if points else jnp.zeros((0, *self.mask.shape))
 
 
 class Potential(Protocol):
-    """The interface that a :class:`~mdsens.System` needs of its potential."""
+    """The properties and methods that a :class:`~mdsens.System` needs of its potential."""
 
     @property
     def name(self) -> str: ...
@@ -123,7 +131,7 @@ class Potential(Protocol):
 
 
 class _Addable:
-    """Base of potentials that can be added with +."""
+    """Base class of the potentials, which can be added with the operator +."""
 
     def __add__(self, other: object) -> SumPotential:
         if not isinstance(other, _Addable):
@@ -132,12 +140,15 @@ class _Addable:
 
 
 def _flatten(potential: _Addable) -> tuple[Any, ...]:
-    """Return the terms of a potential, so that sums of sums are sums of single potentials."""
+    """Return the single potentials of a sum, or a potential that is no sum in a tuple of one."""
     return potential.parts if isinstance(potential, SumPotential) else (potential,)
 
 
 class _NamedPotential(_Addable):
-    """Base of the potentials with named parameters; by default without any interaction."""
+    """Base class of the potentials with named parameters.
+
+    The energy of this class is zero; subclasses override the methods that return terms of it.
+    """
 
     name: str
     names: tuple[str, ...]
@@ -151,7 +162,10 @@ class _NamedPotential(_Addable):
 
     @property
     def pair_parameters(self) -> tuple[str, ...]:
-        """Names of the parameters of pairs, which may be symmetric matrices of species pairs."""
+        """Names of the parameters that have a value for each pair of particles.
+
+        Such a parameter may be given as a symmetric matrix of species pairs.
+        """
         return ()
 
     @property
@@ -159,10 +173,12 @@ class _NamedPotential(_Addable):
         return True
 
     def renamed(self, names: Mapping[str, str]) -> Self:
-        """Return the potential with some parameters renamed, for sums in which names would clash.
+        """Return the potential with some parameters renamed.
+
+        Potentials that are added may need this, since each parameter name may occur only once.
 
         Args:
-          names: a dict of new names by present names.
+          names: dict from the present to the new names.
         """
         record: Any = self
         return dataclasses.replace(record, names=tuple(names.get(n, n) for n in self.names))
@@ -198,16 +214,16 @@ class _NamedPotential(_Addable):
         species: jax.Array | None,
         species_count: int,
     ) -> None:
-        """Raise InputError where the potential has no energy at a configuration.
+        """Raise InputError if the energy of the potential is not defined at a configuration.
 
-        Not for compiled code.
+        This method cannot run in compiled code.
         """
 
     def specialize(self, params: Params, differentiated: Sequence[str] = ()) -> Self:
-        """Return the cheapest form of the potential that is equal at these parameters for all r.
+        """Return the cheapest form of the potential with the same energy at these parameters.
 
-        Derivatives by the parameters in ``differentiated`` are right; derivatives by others may be
-        wrong.
+        The energy is the same at all positions. Derivatives by the parameters in ``differentiated``
+        are right; derivatives by other parameters may be wrong.
         """
         return self
 
@@ -217,23 +233,24 @@ class _NamedPotential(_Addable):
 class PairPotential(Portable, _NamedPotential):
     """A pair potential, U = sum over pairs of phi(r_ij, p_ij).
 
-    phi is zero at and beyond a finite cutoff, or has infinite range.
+    r_ij is the distance of two particles, and p_ij are the parameters of the pair. phi is zero at
+    and beyond a finite cutoff, or has infinite range.
 
     Attributes:
       name: name of the potential in messages and tables.
-      phi: ``phi(r, *pair_parameters)``, elementwise.
+      phi: the pair energy ``phi(r, *pair_parameters)``, an elementwise function.
       names: the parameters' names, in phi's order.
       cutoff: a length, or a function of the pair parameters, monotone in each; None for infinite
         range.
-      breakpoints: function that maps the pair parameters to the lengths where a derivative jumps or
-        diverges.
+      breakpoints: function of the pair parameters that returns the distances where a derivative of
+        phi jumps or diverges.
       mixing: for each parameter the function that computes a pair's value from the two particles'
-        values; its result must lie between the two.
+        values; the pair's value must lie between the two.
       above: for each parameter the value that it must exceed; -inf if any value is allowed.
-      repulsive: True where phi only repels and vanishes beyond contact: rattlers are then
-        determined from contacts.
-      cases: cheaper forms of phi, such as a square for a power, each with the name and the value of
-        a parameter: at this value the form is the same function of r and of the other parameters.
+      repulsive: True if phi only repels and vanishes beyond contact; rattlers are then determined
+        from contacts.
+      cases: cheaper forms of phi, such as a square in place of a power, each a tuple (form, name,
+        value). The form is equal to phi where the parameter with this name has this value.
     """
 
     name: str = dataclasses.field(metadata={"static": True})
@@ -253,10 +270,11 @@ class PairPotential(Portable, _NamedPotential):
         return self.names
 
     def range(self, params: Params) -> jax.Array:
-        """Return the largest length at which any pair can interact; inf without a cutoff.
+        """Return the largest distance at which any pair can interact; inf without a cutoff.
 
-        The cutoff is monotone in each parameter and mixing stays between two particles' values, so
-        that the largest length is at some combination of the parameters' extremes.
+        The cutoff is monotone in each parameter, and a pair's parameter lies between the values of
+        the two particles. The largest cutoff is therefore that of some combination of the smallest
+        and largest values of the parameters.
         """
         if self.cutoff is None:
             return jnp.asarray(jnp.inf)
@@ -270,14 +288,14 @@ class PairPotential(Portable, _NamedPotential):
         return jnp.max(jnp.stack([jnp.asarray(self._cutoff_at(*corner)) for corner in corners]))
 
     def _cutoff_at(self, *values: Any) -> Any:
-        """The function that returns the cutoff of a pair from its parameters."""
+        """Compute the cutoff distance of a pair from the parameters of the pair."""
         assert callable(self.cutoff)
         return Traceable(f"the cutoff of {self.name}", self.cutoff)(*values)
 
     def lengths(
         self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
     ) -> jax.Array | float:
-        """Return for each pair the length beyond which phi is zero; inf without a cutoff."""
+        """Return the distance beyond which each pair's energy is zero; inf without a cutoff."""
         if self.cutoff is None:
             return math.inf
         if not callable(self.cutoff):
@@ -342,16 +360,22 @@ class PairPotential(Portable, _NamedPotential):
         self._check_end(params)
 
     def _traceable_phi(self) -> Traceable:
-        """Return phi with an error message that names it where jax cannot trace it."""
+        """Return the pair energy phi, with an error that names phi where jax cannot trace it."""
         return Traceable(f"phi of {self.name}", self.phi)
 
     def _is_from_catalogue(self) -> bool:
-        """Return whether phi is from the catalogue, which tests examine at all distances."""
+        """Return whether the pair energy phi is one that mdsens provides.
+
+        The package's tests examine these pair energies, so that they are not checked again.
+        """
         phi = getattr(self.phi, "phi", self.phi)  # the phi inside of a `switched`
         return getattr(phi, "__module__", "").startswith("mdsens.")
 
     def _check_end(self, params: Params) -> None:
-        """Raise InputError where phi is not zero at its cutoff, for the median parameters."""
+        """Raise InputError if the pair energy phi is not zero at its cutoff distance.
+
+        phi is evaluated once, with the median of each parameter.
+        """
         if self.cutoff is None or self._is_from_catalogue():
             return
         # a single evaluation, at the median of each parameter, however many pairs there are
@@ -377,7 +401,7 @@ class PairPotential(Portable, _NamedPotential):
 
 @functools.partial(jax.jit, static_argnames="species_count")
 def _trial(potential: PairPotential, box: jax.Array | None, few: Few, species_count: int) -> Trial:
-    """Evaluate phi and its derivatives at a few distances of a few pairs of a system."""
+    """Evaluate a pair energy and its derivatives at a few distances, for a few pairs of a system."""
     n = few.positions.shape[0]
     i, j = few.pairs
     kinds = few.pairs, n, few.species, species_count
@@ -393,12 +417,14 @@ def _trial(potential: PairPotential, box: jax.Array | None, few: Few, species_co
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)  # == of dataclasses fails on arrays: see __eq__
 class BondedPotential(Portable, _NamedPotential):
-    """A potential of bonds, U = sum over listed bonds of phi(r_ij, p_b).
+    """A potential of bonds, U = sum over listed bonds of phi(r_b, p_b).
+
+    r_b is the length of bond b, and p_b are the parameters of the bond.
 
     Attributes:
-      bonds: (m, 2) particle indices.
+      bonds: (m, 2) indices of the particles that each bond joins.
       name: name of the potential in messages and tables.
-      phi: ``phi(r, *parameters)``, elementwise.
+      phi: the energy of a bond ``phi(r, *parameters)``, an elementwise function.
       names: the parameters' names, in phi's order; each a scalar or one value per bond.
       above: for each parameter the value that it must exceed; -inf if any value is allowed.
     """
@@ -450,16 +476,17 @@ class BondedPotential(Portable, _NamedPotential):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EnergyPotential(Portable, _NamedPotential):
-    """Any energy U = fn(positions, params, displacement), over all pairs.
+    """A potential whose energy is a user's function, U = fn(positions, params, displacement).
 
-    The cost grows with the number of particles as the cost of fn does.
+    fn gets the positions of all particles, not a neighbor list, so that the cost grows with the
+    number of particles as the cost of fn does.
 
     Attributes:
       name: name of the potential in messages and tables.
       fn: function that returns the energy, a scalar.
       names: the parameters' names in the system.
-      keys: the same parameters' names in fn.
-      shared: names that another potential of a sum has as well.
+      keys: the names of the same parameters in the ``params`` of fn, in the same order.
+      shared: names of parameters that another potential in a sum has as well; both use one value.
     """
 
     name: str = dataclasses.field(metadata={"static": True})
@@ -519,7 +546,8 @@ class EnergyPotential(Portable, _NamedPotential):
 class SumPotential(_Addable):
     """The sum of several potentials.
 
-    Each parameter belongs to one term of the sum, unless another term declares that it shares it.
+    A parameter name may occur in two potentials only if one of them declares the parameter as
+    shared.
     """
 
     parts: tuple[Any, ...]
@@ -624,22 +652,28 @@ class SumPotential(_Addable):
 
 
 def check_params(potential: Potential, params: Params, n: int, species_count: int) -> None:
-    """Raise InputError where names, shapes or values of ``params`` do not fit ``potential``.
+    """Raise InputError if names, shapes or values of the parameters do not fit the potential.
 
-    Not for compiled code.
+    This function cannot run in compiled code.
     """
     check_names(params, potential.parameters, potential.name)
     potential.check(params, n, species_count)
 
 
 def no_breakpoints(*values: Any) -> tuple[Any, ...]:
-    """Return no breakpoints, for a potential whose derivatives jump at no distance."""
+    """Return an empty tuple: there is no distance at which a derivative of the potential jumps.
+
+    This is the function of breakpoints of potentials that are smooth.
+    """
     return ()
 
 
 @dataclasses.dataclass(frozen=True)
 class FixedLengths:
-    """Breakpoints at fixed lengths, whatever the parameters are."""
+    """Distances where a derivative of a pair potential jumps or diverges, the same for all pairs.
+
+    The distances do not depend on the parameters.
+    """
 
     lengths: tuple[float, ...]
 

@@ -1,6 +1,7 @@
 """Potentials of electrostatics: induced dipoles, and charge equilibration.
 
-Both are minima over inner variables, see :mod:`mdsens.potentials.self_consistent`.
+Each energy is a minimum over inner variables, the dipoles or the charges of the particles: see
+:mod:`mdsens.potentials.self_consistent`.
 """
 
 from __future__ import annotations
@@ -29,16 +30,17 @@ __all__ = ["ChargeEquilibration", "InducedDipoles", "charge_equilibration", "ind
 
 
 class _DipoleFunctional(NamedTuple):
-    """The energy W of induced dipoles; its variables are y = mu / sqrt(alpha), (n, d).
+    """The energy W of induced dipoles mu as a function of y = mu / sqrt(alpha), (n, d).
 
-    In these variables all dipoles are equally stiff, however small some polarizabilities are. The
-    interaction of two dipoles is T = across - along v v, with the vector v between them.
+    alpha are the polarizabilities. In the variables y all dipoles are equally stiff, however small
+    some polarizabilities are. Two dipoles with the vector v between them interact by the energy
+    mu_i . T mu_j with the tensor T = across - along v v.
 
     Attributes:
-      root: (n,) square roots of the polarizabilities.
-      field: (n, d) the charges' field at each particle.
-      vectors: (n, n, d) vectors r_i - r_j.
-      across, along: (n, n) the two factors of T.
+      root: (n,) sqrt(alpha) of each particle.
+      field: (n, d) the electric field of the charges at each particle.
+      vectors: (n, n, d) vectors v = r_i - r_j between the particles.
+      across, along: (n, n) the two factors of T for each pair.
     """
 
     root: jax.Array
@@ -55,27 +57,33 @@ class _DipoleFunctional(NamedTuple):
         return jnp.zeros_like(self.field)
 
     def dipoles(self, y: jax.Array) -> jax.Array:
-        """Compute the dipoles mu (n, d) from the variables y."""
+        """Compute the dipoles mu = sqrt(alpha) y, (n, d); alpha are the polarizabilities."""
         return self.root[:, None] * y
 
     @full_precision
     def tensor(self, mu: jax.Array) -> jax.Array:
-        """Compute T mu, minus the field of the dipoles mu, (n, d)."""
+        """Compute T mu, (n, d), which is minus the electric field of the dipoles mu.
+
+        T is the matrix of the interactions between dipoles.
+        """
         # i: the particle at which the field is, j: the dipole that it comes from
         share = self.along * jnp.einsum("ijd,jd->ij", self.vectors, mu)
         return self.across @ mu - jnp.einsum("ij,ijd->id", share, self.vectors)
 
     def energy(self, y: jax.Array) -> jax.Array:
-        """Compute the energy W of the dipoles.
+        """Compute the energy W of induced dipoles mu = sqrt(alpha) y.
 
-        W is the sum of the energy of polarization, the interaction of the dipoles, and their energy
-        in the charges' field.
+        alpha are the polarizabilities. W is the sum of the energy of polarization, y^2 / 2, the
+        interaction of the dipoles with each other, and their energy in the field of the charges.
         """
         mu = self.dipoles(y)
         return 0.5 * jnp.sum(y**2) + jnp.sum(mu * (0.5 * self.tensor(mu) - self.field))
 
     def conditions(self, y: jax.Array) -> jax.Array:
-        """Compute the derivative of the energy W of the dipoles by the variables y, (n, d)."""
+        """Compute dW/dy (n, d), the derivative of the energy W of induced dipoles mu.
+
+        y = mu / sqrt(alpha), and alpha are the polarizabilities.
+        """
         return y + self.root[:, None] * (self.tensor(self.dipoles(y)) - self.field)
 
     def curvature(self) -> tuple[LinearMap, jax.Array]:
@@ -86,7 +94,7 @@ class _DipoleFunctional(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class InducedDipoles(SelfConsistentPotential):
-    """Point charges and induced dipoles; made by :func:`induced_dipoles`."""
+    """The potential of point charges and induced dipoles; made by :func:`induced_dipoles`."""
 
     names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     solve: Method = dataclasses.field(metadata={"static": True})
@@ -117,7 +125,10 @@ class InducedDipoles(SelfConsistentPotential):
     def moments(
         self, positions: jax.Array, params: Params, species: Species, species_count: int
     ) -> tuple[jax.Array, jax.Array]:
-        """Return the particles' charges (n,) and dipoles (n, d); not finite if the solve failed."""
+        """Return the charges (n,) and the induced dipoles (n, d) of the particles.
+
+        The dipoles are not finite if the linear solve for them failed.
+        """
         functional, y, status = self.at_rest(positions, params, species, species_count)
         charge, *_ = self.values(params, positions.shape[0], species, species_count)
         return charge, functional.dipoles(y) * nan_where_failed(status)
@@ -133,15 +144,16 @@ class InducedDipoles(SelfConsistentPotential):
 
 
 class _ChargeFunctional(NamedTuple):
-    """The energy W of charges that equilibrate; its variables are (charges, chemical potential).
+    """The energy W of charges that equilibrate, and the conditions for its minimum.
 
-    The chemical potential is the Lagrange multiplier of the total charge.
+    The variables are the charges and the chemical potential, which is the Lagrange multiplier that
+    keeps the total charge at its prescribed value.
 
     Attributes:
       electronegativity: (n,) electronegativities chi, energy per charge.
       hardness: (n,) hardnesses J, energy per squared charge.
       coulomb: (n, n) Coulomb matrix of the Gaussian charges, zero on the diagonal.
-      total: the charge of all particles together.
+      total: the prescribed charge of all particles together.
     """
 
     electronegativity: jax.Array
@@ -158,31 +170,38 @@ class _ChargeFunctional(NamedTuple):
 
     @full_precision
     def field(self, q: jax.Array) -> jax.Array:
-        """Compute the part of dW/dq that is linear in the charges."""
+        """Compute J_i q_i + sum_j C_ij q_j (n,), the part of dW/dq linear in the charges q.
+
+        W is the energy of the charges, J are the hardnesses and C is the Coulomb matrix.
+        """
         return self.hardness * q + self.coulomb @ q
 
     @full_precision
     def energy(self, y: tuple[jax.Array, jax.Array]) -> jax.Array:
-        """Compute the energy W with the term of the multiplier, which is zero at the minimum.
+        """Compute the energy W of the charges plus mu times (prescribed - actual total charge).
 
-        With this term, an error of the total charge enters U only as its square.
+        mu is the chemical potential, and the added term is zero at the minimum. Because of this
+        term, an error of the total charge changes the minimal energy only by its square.
         """
         q, potential = y
         energy = q @ (self.electronegativity + 0.5 * self.field(q))
         return energy + potential * (self.total - jnp.sum(q))
 
     def conditions(self, y: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """Compute the two residuals that are zero at equilibrium.
+        """Compute the two residuals that are zero when the charges q are in equilibrium.
 
-        They are dW/dq minus the chemical potential, with W the energy of the charges q, and the
-        prescribed minus the actual total charge.
+        The first is dW/dq (n,) minus the chemical potential, with W the energy of the charges. The
+        second is the prescribed minus the actual total charge.
         """
         q, potential = y
         return self.electronegativity + self.field(q) - potential, self.total - jnp.sum(q)
 
     def curvature(self) -> tuple[LinearMap, jax.Array]:
         def projected(q: jax.Array) -> jax.Array:
-            """Apply d2W/dq2 (W the energy) to charges q of sum zero; leave equal charges as is."""
+            """Multiply charges q (n,) of sum zero by d2W/dq2, and make the sum of the result zero.
+
+            W is the energy of the charges. Charges that are all equal are returned unchanged.
+            """
             mean = jnp.mean(q)
             field = self.field(q - mean)
             return field - jnp.mean(field) + mean
@@ -193,7 +212,7 @@ class _ChargeFunctional(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ChargeEquilibration(SelfConsistentPotential):
-    """Charges that equilibrate; made by :func:`charge_equilibration`."""
+    """The potential of charges that equilibrate; made by :func:`charge_equilibration`."""
 
     names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     total: float = dataclasses.field(metadata={"static": True})
@@ -218,9 +237,9 @@ class ChargeEquilibration(SelfConsistentPotential):
     def moments(
         self, positions: jax.Array, params: Params, species: Species, species_count: int
     ) -> tuple[jax.Array, jax.Array]:
-        """Return the charge (n,) of each particle, and dipoles (n, d), which are zero.
+        """Return the charge (n,) of each particle, and zero dipoles (n, d).
 
-        Charges are not finite where the inner solve failed.
+        The charges are not finite if the solve for the equilibrium charges failed.
         """
         _, (charges, _), status = self.at_rest(positions, params, species, species_count)
         return charges * nan_where_failed(status), jnp.zeros_like(positions)
@@ -228,7 +247,10 @@ class ChargeEquilibration(SelfConsistentPotential):
     def potential(
         self, positions: jax.Array, params: Params, species: Species, species_count: int
     ) -> jax.Array:
-        """Return the chemical potential of charge, dU / dtotal; not finite if the solve failed."""
+        """Return the chemical potential dU / dtotal, with U the energy and the total charge.
+
+        The value is not finite if the solve for the equilibrium charges failed.
+        """
         _, (_, potential), status = self.at_rest(positions, params, species, species_count)
         return potential * nan_where_failed(status)
 
@@ -244,34 +266,39 @@ class ChargeEquilibration(SelfConsistentPotential):
 
 
 def induced_dipoles(damped: bool = True, solve: Method = CG(rtol=1e-14)) -> InducedDipoles:
-    """Make a potential of point charges and the dipoles that they induce, with Thole's damping.
+    """Make a potential of point charges q and the dipoles mu they induce, with Thole's damping.
 
         U = sum over pairs of q_i q_j / r + min over mu of
             [sum |mu_i|^2 / (2 alpha_i) - sum mu_i . E_i + sum over pairs of mu_i . T_ij mu_j]
         E_i = sum_j q_j s(r) v / r^3,      T_ij = s(r) / r^3 - 3 t(r) v v / r^5,      v = r_i - r_j
         s = 1 - exp(-x),   t = 1 - (1 + x) exp(-x),   x = a r^3 / sqrt(alpha_i alpha_j)
 
-    The unit of charge is such that two unit charges at distance 1 have the energy 1: with lengths
-    in Angstrom and energies in eV, an elementary charge is sqrt(14.4) of these units. In 2-D the
+    E_i is the field of the charges at particle i, T_ij the interaction of two dipoles, s and t are
+    the factors of the damping. Two unit charges at distance 1 have the energy 1: with lengths in
+    Angstrom and energies in eV, an elementary charge is sqrt(14.4) of these units. In 2-D the
     dipoles are those of three dimensions, since nothing drives them out of the plane. The potential
-    does not keep particles apart: add a repulsive potential. Parameters, each a number, one value
-    per species or one per particle: ``charge``; ``polarizability``, a volume, positive (1e-9 is
-    nearly none); ``damping``, a pure number, positive: a is the geometric mean of the two
-    particles' values. 0.39 is AMOEBA's; a smaller value damps more. The interaction of charges with
-    each other is not damped.
+    does not keep particles apart: add a repulsive potential.
+
+    Parameters, each a number, one value per species or one per particle: ``charge`` q;
+    ``polarizability`` alpha, a volume, positive (1e-9 is nearly none); ``damping``, a pure number,
+    positive: a is the geometric mean of the two particles' values. The force field AMOEBA has 0.39;
+    a smaller value damps more. The interaction of charges with each other is not damped.
 
     Args:
-      damped: False for s = t = 1, without the parameter ``damping``. There is then no minimum where
-        two particles come nearer than (4 alpha_i alpha_j)^(1/6), and in clusters already at larger
-        distances: the polarization catastrophe.
-      solve: the solver for the dipoles. CG to round-off takes about 20 steps; with Direct(), a
-        Cholesky factorization, a force takes as long for 27 particles and 40 times as long for 216.
-        A larger rtol makes a relative error of forces of about that size.
+      damped: whether to damp. With False, s = t = 1, and there is no parameter ``damping``; the
+        energy then has no minimum over mu where two particles come nearer than
+        (4 alpha_i alpha_j)^(1/6), in clusters already at larger distances: the polarization
+        catastrophe.
+      solve: the solver for the dipoles. CG (conjugate gradients) to round-off takes about 20 steps.
+        With Direct(), a Cholesky factorization, computing the forces takes as long as with CG for
+        27 particles and 40 times as long for 216. A larger ``rtol`` of the solver makes a relative
+        error of the forces of about the size of ``rtol``.
 
     Raises:
       InputError: when a System is made with a periodic cell, with two particles at the same point,
-        or where there is no minimum.
-      TooLargeError: more particles than fit in memory, at 3.2 KB per pair (0.8 GB for 500).
+        or at positions where the energy has no minimum over mu.
+      TooLargeError: more particles than fit in memory, at 3.2 KB per pair of particles (0.8 GB for
+        500 particles).
 
     Source: Thole, Chem. Phys. 59, 341 (1981); Ren and Ponder, J. Phys. Chem. B 107, 5933 (2003) for
     s and t.
@@ -289,29 +316,33 @@ def charge_equilibration(total: float = 0.0, solve: Method = Direct()) -> Charge
         U = min over q with sum q_i = total of [sum chi_i q_i + 1/2 sum J_i q_i^2 + sum over pairs
             of q_i q_j erf(r / sqrt(2 (w_i^2 + w_j^2))) / r]
 
-    The Lagrange multiplier of the total is the chemical potential, dU / dtotal, which all particles
-    share. Charges are Gaussians of standard deviation w; units are those of
-    :func:`induced_dipoles`. In a sum of both potentials, the charges of one do not interact with
-    those of the other. The potential does not keep particles apart: add one that does.
+    q are the charges. The Lagrange multiplier of the total charge is the chemical potential,
+    dU / dtotal, which all particles share. Charges are Gaussians of standard deviation w. Units are
+    those of :func:`induced_dipoles`; if the two potentials are added, the charges of one do not
+    interact with the charges and dipoles of the other. The potential does not keep particles apart:
+    add a repulsive potential.
 
     Parameters, each a number, one value per species or one per particle: ``electronegativity`` chi,
-    an energy per charge; ``hardness`` J, an energy per squared charge, positive, which includes the
-    Gaussian's energy in its own field, 1 / (sqrt(pi) w): above that value there is a minimum
-    wherever the particles are; ``radius`` w, a length, positive.
+    an energy per charge; ``hardness`` J, an energy per squared charge, positive; ``radius`` w, a
+    length, positive. J includes the energy of the Gaussian in its own field, 1 / (sqrt(pi) w). For
+    J above this energy, U has a minimum over q wherever the particles are.
 
     Args:
       total: the charge of all particles together.
-      solve: the solver of the conditions, whose matrix is symmetric and indefinite: Direct() (LU)
-        for up to some hundred particles, MINRES(rtol=1e-14) for more. A larger rtol makes a
-        relative error of forces of about that size.
+      solve: the solver of the linear equations for the charges, whose matrix is symmetric and
+        indefinite: Direct(), an LU factorization, for up to some hundred particles, or
+        MINRES(rtol=1e-14) for more. A larger ``rtol`` makes a relative error of the forces of about
+        the size of ``rtol``.
 
     Raises:
       InputError: when a System is made with a periodic cell, with two particles at the same point,
-        or where there is no minimum.
-      TooLargeError: more particles than fit in memory, at 3.2 KB per pair (0.8 GB for 500).
+        or at positions where the energy has no minimum over q.
+      TooLargeError: more particles than fit in memory, at 3.2 KB per pair of particles (0.8 GB for
+        500 particles).
 
-    Source: Rappe and Goddard, J. Phys. Chem. 95, 3358 (1991); the Gaussians of Ko et al., Nat.
-    Commun. 12, 398 (2021), whose hardness excludes the energy of a charge in its own field.
+    Source: Rappe and Goddard, J. Phys. Chem. 95, 3358 (1991). The Gaussians are those of Ko et al.,
+    Nat. Commun. 12, 398 (2021), where the hardness excludes the energy of a charge in its own
+    field.
     """
     check_method(solve)
     charge = real_number("total", total, "give the total charge.")

@@ -1,9 +1,10 @@
-"""Test of a pair potential at a few distances, when a system is made with it.
+"""Test of a pair potential phi(r) at a few distances r, made when a system is created.
 
-phi and its derivatives up to the third are evaluated as the package evaluates them. Where one of
-them is NaN or infinite, everything computed from it is, too: forces take the first, Hessians the
-second, derivatives of moduli the third. Tested here, the error names the potential and the
-distance; otherwise a minimization would end in NOT_FINITE.
+phi and its first three derivatives are evaluated as the package evaluates them. A value that is NaN
+or infinite would spoil everything computed from it: forces are computed from the first derivative,
+Hessians from the second, derivatives of the moduli from the third. The test raises an error that
+names the potential and the distance. Without the test, a minimization would only end with the
+status NOT_FINITE.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ SWITCH = "wrap it, ms.potentials.switched(phi, onset, cutoff)"
 def derivatives(
     phi: Callable[..., Any], what: str, r: jax.Array, values: Sequence[ArrayLike]
 ) -> jax.Array:
-    """Compute phi(r, *values) and its derivatives by r up to the third, (4, *shape of r).
+    """Compute a pair energy phi(r, *values) and its first three derivatives by the distance r.
 
-    The function is traceable.
+    The result has the shape (4, *shape of r). This function can be traced by jax.
 
     Raises:
-      InputError: phi is not elementwise, or not real; ``what`` names it.
+      InputError: phi is not elementwise, or not real; the message calls phi ``what``.
     """
 
     def energy(r: jax.Array) -> jax.Array:
@@ -64,7 +65,12 @@ def derivatives(
 
 
 def _checked_energy(energy: ArrayLike, what: str, r: jax.Array) -> jax.Array:
-    """Return phi for distances r; raise InputError where phi is not elementwise or not real."""
+    """Return the values of a pair energy at distances r as an array.
+
+    Raises:
+      InputError: there is not one real number for each distance; the message calls the pair energy
+        ``what``.
+    """
     array = jnp.asarray(energy)
     if array.shape != r.shape:
         raise InputError(
@@ -80,10 +86,12 @@ class Few(NamedTuple):
     """A few particles of a system, chosen so that their pairs cover most values of the parameters.
 
     Attributes:
-      positions: (PARTICLES, d).
-      species: (PARTICLES,); None without species.
-      params: the parameters; those with one value per particle, for these particles alone.
-      pairs: (2, PAIRS) pairs of different particles among them, some of them repeated.
+      positions: (k, d) positions of the k chosen particles.
+      species: (k,) species of the chosen particles; None without species.
+      params: the parameters of the potential; a parameter with one value per particle has only the
+        values of the chosen particles.
+      pairs: (2, m) pairs of different particles, each particle given by its number from 0 to k - 1
+        among the chosen; some pairs are repeated.
     """
 
     positions: Any
@@ -99,7 +107,7 @@ class Few(NamedTuple):
         species: jax.Array | None,
         species_count: int,
     ) -> Few | None:
-        """Choose a few particles of a system; None where it has a single particle."""
+        """Choose a few particles of a system and pairs of them; None for a system of one particle."""
         n = positions.shape[0]
         chosen = []
         if species is None:
@@ -142,14 +150,14 @@ class Trial(NamedTuple):
     """A pair potential evaluated at a few distances for each of k pairs.
 
     Attributes:
-      r: (7, k) distances: three within the cutoff, the cutoff, two beyond it, and PADDING, the
-        distance in those places of a neighbor list that hold no pair; for a pair without a cutoff,
-        its actual distance in all rows.
-      orders: (4, 7, k) phi and its first three derivatives at these distances.
-      ends: (k,) the cutoff; inf without a cutoff.
-      points: (m, k) the breakpoints, distances at which a derivative of the potential jumps or
-        diverges.
-      values: the parameters, each (k,).
+      r: (7, k) distances: three within the cutoff, the cutoff, two beyond the cutoff, and 1, the
+        distance in those places of a neighbor list that hold no pair. For a pair without a cutoff,
+        all seven are the actual distance of the pair.
+      orders: (4, 7, k) the pair energy and its first three derivatives at these distances.
+      ends: (k,) the cutoff of each pair; inf without a cutoff.
+      points: (m, k) m breakpoints of each pair, distances at which a derivative of the potential
+        jumps or diverges.
+      values: the parameters, each an array (k,) of the pairs' values.
     """
 
     r: Any
@@ -167,14 +175,16 @@ def trial_of(
     points: jax.Array,
     values: Sequence[jax.Array],
 ) -> Trial:
-    """Evaluate the trial of k pairs. Traceable.
+    """Evaluate a pair potential and its first three derivatives at seven distances for k pairs.
+
+    This function can be traced by jax.
 
     Args:
       phi: the pair potential.
       what: name of the potential in errors.
       apart: (k,) distances of the pairs.
-      ends: (k,) cutoffs; inf for none.
-      points: (m, k) breakpoints.
+      ends: (k,) cutoffs of the pairs; inf without a cutoff.
+      points: (m, k) breakpoints, distances where a derivative of the potential jumps or diverges.
       values: the parameters, each (k,) or a scalar.
     """
     shares = jnp.array([*INSIDE, 1.0, *BEYOND], apart.dtype)[:, None]
@@ -188,15 +198,16 @@ def trial_of(
 
 
 def check_end(name: str, phi: Callable[..., Any], end: float, values: Sequence[jax.Array]) -> None:
-    """Raise InputError where a potential is not zero at its cutoff.
+    """Raise InputError if a pair potential is not zero at its cutoff.
 
-    Its energy would jump there, and no derivative would show the force that belongs to the jump.
+    The energy would jump at the cutoff, and no derivative would show the force that belongs to the
+    jump.
 
     Args:
       name: name of the potential.
       phi: the pair potential.
       end: the cutoff of the potential.
-      values: the parameters, scalars.
+      values: the parameters of phi, scalars.
     """
     r = end * jnp.array([1.0, *INSIDE])
     energies = _checked_energy(phi(r, *values), f"phi of {name}", r)
@@ -213,16 +224,17 @@ def check_end(name: str, phi: Callable[..., Any], end: float, values: Sequence[j
 
 
 def check_trial(name: str, names: Sequence[str], trial: Trial) -> None:
-    """Raise InputError where a potential is not finite at distances that pairs may have.
+    """Raise InputError if a pair potential is not finite at distances that pairs may have.
 
-    Within the cutoff it may be infinite, in a steep core, but not NaN. At the cutoff itself
-    derivatives may jump or diverge, so that they are tested on both sides of it. Beyond, they must
-    be finite and phi zero.
+    Within the cutoff the potential and its derivatives may be infinite, in a steep core, but not
+    NaN. At the cutoff derivatives may jump or diverge, so that the derivatives are tested only on
+    both sides of the cutoff. Beyond the cutoff the derivatives must be finite and the potential
+    zero.
 
     Args:
       name: name of the potential.
       names: names of the potential's parameters.
-      trial: values and derivatives of the potential.
+      trial: values and derivatives of the potential at the tested distances.
     """
     r, orders, ends, points, values = jax.tree.map(np.asarray, trial)
     if np.isnan(ends).any() or np.isnan(points).any():
@@ -233,7 +245,15 @@ def check_trial(name: str, names: Sequence[str], trial: Trial) -> None:
     limited = np.isfinite(ends)
 
     def refuse(rows: slice, count: int, bad: np.ndarray, where: str, remedy: str) -> None:
-        """Raise InputError for the lowest of ``count`` orders that is bad in these rows, if any."""
+        """Raise InputError if the potential or a low derivative is bad at the distances ``rows``.
+
+        Args:
+          rows: which of the seven tested distances ``bad`` is about.
+          count: how many orders are tested, from the potential itself (order 0) upward.
+          bad: True where the derivative of an order is bad, (order, distance, pair).
+          where: words of the message that say where the distance lies.
+          remedy: words of the message that say what to do.
+        """
         if bad[:count].any():
             order, row, k = (int(i) for i in np.argwhere(bad[:count])[0])
             shown = ", ".join(f"{n} = {v[k]:.6g}" for n, v in zip(names, values, strict=True))

@@ -1,4 +1,4 @@
-"""Parameters of a potential: names, shapes, values at each pair, and their single components."""
+"""Parameters of a potential: names, shapes, values for each pair, and independent numbers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Mixing: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def arithmetic(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Arithmetic mixing: a pair's value is the mean of the two particles'. The default."""
+    """Return the arithmetic mean of two particles' values of a parameter, for their pair."""
     return 0.5 * (a + b)
 
 
@@ -48,11 +48,12 @@ def of_pairs(
     species_count: int,
     mix: Mixing,
 ) -> jax.Array:
-    """Compute a parameter's value at each pair; a scalar stays a scalar.
+    """Compute the value of a parameter for each pair of particles; a scalar stays a scalar.
 
     Args:
-      value: a scalar, one value per species or per particle, or a matrix of species pairs.
-      i, j: the particles of each pair.
+      value: the parameter as the user gives it: a scalar, one value per species or per particle, or
+        a matrix of species pairs.
+      i, j: indices of the two particles of each pair.
       species: (n,) species of the particles; None without species.
       species_count: number of species.
       mix: function that computes a pair's value from the values of the two particles.
@@ -72,7 +73,7 @@ def of_pairs(
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """A parameter that derivatives are taken by.
+    """A parameter of a system by which derivatives are taken.
 
     The components of a parameter are the independent numbers in its value; each has an index.
 
@@ -80,9 +81,9 @@ class Parameter:
       name: the parameter's name.
       shape: shape of its value.
       paired: True for a symmetric matrix of species pairs, whose entries (a, b) and (b, a) are the
-        same physical number. A derivative by it has the matrix's shape, with half of the derivative
-        by that number in each of the two entries, so that the sum of its product with a symmetric
-        change is the response to that change.
+        same physical number. A derivative by the parameter has the matrix's shape, and each of the
+        two entries holds half of the derivative by that number: the elementwise product of this
+        derivative and a symmetric change of the matrix, summed, is the response to the change.
     """
 
     name: str
@@ -91,37 +92,49 @@ class Parameter:
 
     @property
     def indices(self) -> list[tuple[int, ...]]:
-        """Indices of the parameter's components; in a matrix of species pairs, each pair once."""
+        """The index of each independent number in the parameter's value.
+
+        In a symmetric matrix of species pairs the indices are (a, b) with a <= b.
+        """
         entries = itertools.product(*map(range, self.shape))
         return [index for index in entries if not self.paired or index[0] <= index[1]]
 
     def label(self, index: tuple[int, ...]) -> str:
-        """Return the label of the component with this index, such as ``sigma[0,1]``."""
+        """Return the name of the number at an index of the parameter, such as ``sigma[0,1]``."""
         return f"{self.name}[{','.join(map(str, index))}]" if index else self.name
 
     def entries(self, index: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """Return the entries of the value for a component: two for a pair of different species."""
+        """Return where in the parameter's value the independent number with this index is stored.
+
+        A symmetric matrix of species pairs holds the number at (a, b) and at (b, a).
+        """
         # a set, since the two entries of a diagonal component are one
         return sorted({index, index[::-1]}) if self.paired else [index]
 
     def unit(self, index: tuple[int, ...]) -> np.ndarray:
-        """Return the change of the value when the component with this index grows by 1."""
+        """Return the change of the parameter's value when the number at this index grows by 1.
+
+        In a symmetric matrix of species pairs the entries (a, b) and (b, a) both grow.
+        """
         change = np.zeros(self.shape)
         for entry in self.entries(index):
             change[entry] = 1.0
         return change
 
     def whole(self, derivative: np.ndarray | jax.Array, index: tuple[int, ...]) -> Any:
-        """Return the derivative by a component: the sum over the entries for this component.
+        """Return the derivative by one independent number of the parameter.
+
+        For a symmetric matrix of species pairs this derivative is the sum of the entries (a, b) and
+        (b, a) of ``derivative``.
 
         Args:
-          derivative: the derivative by the value; its last axes have the value's shape.
-          index: the component's index.
+          derivative: the derivative by the parameter; its last axes have the parameter's shape.
+          index: the index of the number.
         """
         return sum(derivative[(..., *entry)] for entry in self.entries(index))
 
     def size(self, derivative: np.ndarray | jax.Array) -> float:
-        """The norm of the derivatives by all components."""
+        """Compute the norm of the derivatives by all independent numbers of the parameter."""
         parts = [derivative]
         if self.paired:
             parts = [self.whole(derivative, index) for index in self.indices]
@@ -130,9 +143,9 @@ class Parameter:
 
 
 def split_label(text: str) -> tuple[str, tuple[int, ...] | None] | None:
-    """Split a label such as ``sigma[0,1]`` into name and index.
+    """Split a label such as ``sigma[0,1]`` into the parameter's name and the index (0, 1).
 
-    The index is None where the label has none; the result is None where the text is no label.
+    The index is None for a label without brackets. The result is None for a text that is no label.
     """
     # negative indices match, so that an error can say which ones are allowed
     pattern = r"\s*([^\[\]\s]+)\s*(?:\[\s*(-?\d+(?:\s*,\s*-?\d+)*)\s*\])?\s*"
@@ -144,7 +157,11 @@ def split_label(text: str) -> tuple[str, tuple[int, ...] | None] | None:
 
 
 def component(parameters: Sequence[Parameter], label: object) -> tuple[Parameter, tuple[int, ...]]:
-    """Return the parameter and the index that a label such as ``sigma[0,1]`` names, checked."""
+    """Return the parameter and the index that a label such as ``sigma[0,1]`` names.
+
+    Raises:
+      InputError: the label names none of ``parameters``, or an index outside of its shape.
+    """
     parts = split_label(label) if isinstance(label, str) else None
     if parts is None:
         raise InputError(
@@ -172,12 +189,13 @@ def component(parameters: Sequence[Parameter], label: object) -> tuple[Parameter
 
 
 def check_symmetric(what: str, value: ArrayLike) -> Any:
-    """Make a matrix of species pairs, or a batch of them, symmetric to the last bit.
+    """Make a matrix of species pairs, or each of a batch of matrices, symmetric to the last bit.
 
-    Traced arrays have no values to check, and pass.
+    Arrays that jax traces have no values to check, and are returned as they are.
 
     Raises:
-      InputError: the matrix is not symmetric, beyond round-off; ``what`` names it.
+      InputError: the matrix is not symmetric, beyond round-off; the error calls the matrix
+        ``what``.
     """
     if isinstance(value, Tracer):
         return value
@@ -198,7 +216,7 @@ def check_symmetric(what: str, value: ArrayLike) -> Any:
 
 
 def check_names(params: Params, valid: Sequence[str], potential: str) -> None:
-    """Raise InputError for unknown parameter names, with the closest valid name, or missing ones.
+    """Raise InputError if a parameter name is unknown or missing, and suggest the closest name.
 
     Args:
       params: parameters that a user gives, by name.
@@ -217,7 +235,10 @@ def check_names(params: Params, valid: Sequence[str], potential: str) -> None:
 
 
 def check_finite(name: str, value: np.ndarray, above: float) -> None:
-    """Raise InputError, naming the entry, where a value is not finite or not above a bound."""
+    """Raise InputError if a parameter has an entry that is not finite or not above a bound.
+
+    The message names the entry.
+    """
     # not <=, so that NaN is bad
     bad = ~np.isfinite(value) | ~(value > above)
     if bad.any():
@@ -229,9 +250,9 @@ def check_finite(name: str, value: np.ndarray, above: float) -> None:
 
 
 def check_pair_shape(name: str, value: np.ndarray, n: int, species_count: int) -> None:
-    """Raise InputError where a parameter of pairs has a shape that is not allowed.
+    """Raise InputError if a parameter of a pair potential has a shape that is not allowed.
 
-    A parameter of pairs may be a scalar or have one value per particle, per species or per pair of
+    The parameter may be a scalar or have one value per particle, per species or per pair of
     species; a matrix of species pairs must be symmetric.
     """
     s = species_count  # 0 without species

@@ -1,12 +1,13 @@
-"""Pair potentials averaged over a width of r, with derivatives that see both sides of a breakpoint.
+"""Pair potentials phi(r), each replaced by its average phi_w over distances from r - w to r + w.
 
     phi_w(r) = 1 / 2w  integral from -w to w of phi(r + s) ds
     phi_w'(r) = (phi(r + w) - phi(r - w)) / 2w
 
-The stiffness of a pair of soft discs jumps at contact (alpha = 2), or its slope diverges there
-(2.5): a derivative of the moduli does not contain a contact that is about to form, and overrates
-one that has just formed. The derivatives of phi_w contain all contacts within the width alike, and
-give the change of the moduli over steps of the size of the width.
+The stiffness phi'' of a pair of soft discs jumps at contact (for the exponent alpha = 2), or the
+slope of phi'' diverges there (alpha = 2.5). A derivative of the elastic moduli therefore misses a
+contact that is about to form and overrates a contact that has just formed. With phi_w, a derivative
+of the moduli counts all pairs within w of contact alike, and gives the change of the moduli over
+steps of the size of w.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ NODES, WEIGHTS = np.polynomial.legendre.leggauss(4)
 
 
 def _mean(phi: Phi, r: jax.Array, width: jax.Array, values: tuple[jax.Array, ...]) -> jax.Array:
-    """phi_w by quadrature."""
+    """Compute the mean of phi over distances from r - width to r + width by Gauss quadrature."""
     total = jnp.zeros_like(r)
     for x, c in zip(NODES, WEIGHTS, strict=True):
         total = total + 0.5 * float(c) * phi(r + float(x) * width, *values)
@@ -49,9 +50,11 @@ def _mean(phi: Phi, r: jax.Array, width: jax.Array, values: tuple[jax.Array, ...
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _average(phi: Phi, r: jax.Array, width: jax.Array, values: tuple[jax.Array, ...]) -> jax.Array:
-    """phi_w, by quadrature, with a derivative by r that is exact.
+    """Compute the mean of phi over distances from r - width to r + width, a function of r.
 
-    Quadrature does not resolve a breakpoint within the width; only derivatives by r must be exact.
+    The mean is computed by Gauss quadrature, which does not resolve a jump of a derivative of phi
+    between these distances. The derivative of the mean by r is exact nevertheless, since this
+    derivative is (phi(r + width) - phi(r - width)) / (2 width).
     """
     return _mean(phi, r, width, values)
 
@@ -72,7 +75,10 @@ def _average_jvp(
 
 @dataclasses.dataclass(frozen=True)
 class _Averaged:
-    """phi_w as a function (r, *values, w): the width is the last value."""
+    """The mean of phi over distances from r - w to r + w, as a function (r, *values, w).
+
+    phi is a pair potential and ``values`` are its parameters.
+    """
 
     phi: Phi
 
@@ -83,10 +89,12 @@ class _Averaged:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SmoothedPotential(Portable):
-    """A pair potential averaged over +-width of r; its parameters are those of the potential.
+    """A pair potential phi(r) averaged over distances from r - w to r + w.
+
+    The parameters of the averaged potential are those of phi.
 
     Attributes:
-      potential: the pair potential.
+      potential: the pair potential phi.
       width: w, a length.
     """
 
@@ -150,9 +158,10 @@ class SmoothedPotential(Portable):
 
 
 def smoothed(potential: Potential, width: float | jax.Array) -> Any:
-    """Return the potential with every pair potential in it averaged over +-width of r.
+    """Return a potential with each of its pair potentials phi(r) averaged over r +- width.
 
-    Other potentials, such as those of bonds, stay as they are.
+    In a sum of potentials, those that are no pair potentials, such as those of bonds, stay as they
+    are.
     """
     if isinstance(potential, SumPotential):
         return SumPotential(tuple(smoothed(part, width) for part in potential.parts))

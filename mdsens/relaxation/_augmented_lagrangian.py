@@ -43,6 +43,7 @@ from mdsens.mechanics.units import (
     force_scale,
     natural_units,
     round_off,
+    step_off_saddle,
 )
 from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model.system import System, potential_energy
@@ -86,8 +87,6 @@ UNMET = 1e-6
 EPS = 1e-14
 # Saddles that one relaxation leaves at most.
 SADDLES = 3
-# Displacement of the step off a saddle.
-OFF_SADDLE = 1e-2
 # Force and g to which the augmented Lagrangian is minimized after that step.
 DOWN = 1e-10
 # Force that counts as round-off, in units of ``round_off``: no relaxation goes on from there.
@@ -454,8 +453,7 @@ class _Relaxation:
         spectrum = system.lowest(1, doubtful_stiffness(force, self.length))
         if not spectrum.negative:
             return False
-        mode = spectrum.vectors[:, 0]
-        step = OFF_SADDLE * self.length / np.abs(mode).max() * mode
+        step = step_off_saddle(spectrum.vectors[:, 0], self.length)
         self.system = self.system_at(np.clip(self.z + step, self.low, self.high))
         return True
 

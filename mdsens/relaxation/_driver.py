@@ -27,6 +27,7 @@ from mdsens.mechanics.units import (
     force_goal,
     force_scale,
     natural_units,
+    step_off_saddle,
 )
 from mdsens.model.neighbors import Neighbors
 from mdsens.model.system import System, potential_energy
@@ -64,9 +65,6 @@ LARGE = 16384
 RETURNS = 3
 # Saddles that one relaxation leaves at most.
 SADDLES = 20
-# Largest displacement of a coordinate along the mode in the step off a saddle, in units of the
-# potential's length scale.
-OFF_SADDLE = 1e-3
 # Random displacement beside the mode, as a share of the displacement along it. Without it, a
 # configuration that is symmetric about the mode would come to rest at the next saddle.
 ASIDE = 0.03
@@ -424,13 +422,13 @@ class RelaxationState:
         # A displacement s along the mode makes a force of about |stiffness| s. It has to be above
         # the force to stop at, or the relaxation would end where it is.
         needed = 5.0 * self.tested / -stiffness
-        length = min(max(OFF_SADDLE * float(self.length), needed), LONGEST * float(self.length))
+        length = float(self.length)
+        step = step_off_saddle(mode, length, min(needed, LONGEST * length))
         self.left = float(potential_energy(whole))
         self.highest = self.highest if self.saddles else self.left
         self.saddles += 1
-        step = length * (mode / np.abs(mode).max() + aside)
-        moved = self.system.replace(positions=self.system.positions + step)
-        self.system = moved.reallocate(keep=True)
+        positions = self.system.positions + step + aside * abs(step).max()
+        self.system = self.system.replace(positions=positions).reallocate(keep=True)
         self.largest = np.inf
         self.state = None
         self.stands = False

@@ -23,7 +23,7 @@ from mdsens.model.neighbors import SKIN, Neighbors, slack, within
 from mdsens.model.system import System, listed
 from mdsens.relaxation.methods import Minimizer
 
-__all__ = ["advance", "at_rest", "forces_at", "shortened", "status_of"]
+__all__ = ["advance", "at_rest", "forces_at", "limited_minimizer", "status_of"]
 
 # Skin of the neighbor list of a slow system, as a share of the range of the interactions.
 NARROW = 0.1
@@ -37,33 +37,50 @@ SETTLED = 500
 @functools.partial(jax.jit, static_argnames=("method",))
 def at_rest(positions: jax.Array, limits: Limits, method: Minimizer) -> Any:
     """Return the minimizer's state at rest, with zero forces; ``advance`` computes the forces."""
-    init, _ = method.functions(lambda R, **_: jnp.zeros_like(R), lambda R, dR, **_: R + dR, limits)
-    return init(positions)
+    initialize, _, _ = limited_minimizer(method, jnp.zeros_like, limits)
+    return initialize(positions)
+
+
+def limited_minimizer(
+    method: Minimizer, forces: Callable[[jax.Array], jax.Array], limits: Limits
+) -> tuple[Callable[..., Any], Callable[..., Any], Callable[[jax.Array], jax.Array]]:
+    """Give jax-md's minimizer the forces and steps of the particles, limited in size.
+
+    Overlaps of a random start make forces of 1e20 in a Lennard-Jones potential, and FIRE never
+    forgets such a momentum. So the force on a particle is shortened to the size that moves it by
+    the longest step, and its step is shortened, too. Neither changes anything near a minimum.
+
+    Args:
+      method: the minimizer.
+      forces: the forces (…, n, d) as a function of the positions (…, n, d).
+      limits: the longest step of a particle and the strongest force on it.
+
+    Returns:
+      three functions: from positions to the first state of the minimizer, from a state to the next
+      one, and from positions to the limited forces.
+    """
+
+    # jax-md passes keyword arguments to both functions; none is used here.
+    def limited_forces(R: jax.Array, **_: Any) -> jax.Array:
+        return _shortened(forces(R), limits.strongest)
+
+    def shift(R: jax.Array, dR: jax.Array, **_: Any) -> jax.Array:
+        return R + _shortened(dR, limits.longest)
+
+    initialize, apply = method.functions(limited_forces, shift, limits)
+    return initialize, apply, limited_forces
 
 
 def _minimizer_on_list(
     system: System, method: Minimizer, limits: Limits
 ) -> tuple[Callable[[Any], Any], Callable[..., jax.Array]]:
-    """Return the minimizer's step and forces on the system's neighbor list, (apply, forces).
-
-    Overlaps of a random start make forces of 1e20 in a Lennard-Jones potential, and FIRE never
-    forgets such a momentum. So the force on a particle is shortened to the size that moves it by
-    the longest step, and its step is shortened, too. Neither changes anything near a minimum.
-    """
+    """Return the minimizer's step and forces on the system's neighbor list, (apply, forces)."""
     slope = energy_gradient(system, used=system.neighbors.used)
-
-    # jax-md passes keyword arguments to both functions; none is used here.
-    def forces(R: jax.Array, **_: Any) -> jax.Array:
-        return shortened(-slope(R), limits.strongest)
-
-    def shift(R: jax.Array, dR: jax.Array, **_: Any) -> jax.Array:
-        return R + shortened(dR, limits.longest)
-
-    _, apply = method.functions(forces, shift, limits)
+    _, apply, forces = limited_minimizer(method, lambda R: -slope(R), limits)
     return apply, forces
 
 
-def shortened(vectors: jax.Array, longest: jax.Array) -> jax.Array:
+def _shortened(vectors: jax.Array, longest: jax.Array) -> jax.Array:
     """Shorten the rows of an array to a length where they are longer."""
     # Rows are divided by their largest component first, since a square may overflow: a force of
     # 1e200 would come out as zero.

@@ -1,6 +1,7 @@
-"""Relaxation inside traced code, for ``equilibrate``.
+"""Relaxation of a system inside code that jax traces, for ``equilibrate``.
 
-All of it is one compiled loop, which cannot allocate a larger neighbor list or raise an error.
+The whole relaxation is one compiled loop, which cannot allocate a larger neighbor list or raise an
+error.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ def relax(
     max_steps: jax.Array | int,
     method: Minimizer,
 ) -> Equilibrium:
-    """Relax a system inside traced code; the status of the result tells of a failure.
+    """Relax a system inside code that jax traces; the status of the result reports a failure.
 
     Args:
-      system: the start, in a fixed cell. The neighbor list of the system keeps its capacity.
+      system: the system at the start, in a fixed cell. Its neighbor list keeps its capacity.
       tolerance: the largest force to reach; None for 1e-12 of the mean pair force.
       max_steps: largest number of steps of the minimizer.
       method: the minimizer.
@@ -53,7 +54,12 @@ def relax(
     largest_stop = 0.5 * limits.strongest
 
     def goals(state: PyTree, pairs: Neighbors) -> tuple[jax.Array, jax.Array]:
-        """Return the force that counts as converged, and the force to stop at."""
+        """Compute the force that counts as converged and the force at which the minimizer stops.
+
+        Both follow from the pairs that interact at the positions of the minimizer's ``state``, with
+        the neighbor list ``pairs``. The minimizer stops at the larger force where round-off leaves
+        more than the force that counts as converged.
+        """
         here = system.replace(positions=method.positions(state), neighbors=pairs)
         left = largest_force(method.forces(state))
         goal, stop = force_goal(force_scale(here, length, stiffness, left), tolerance)
@@ -93,7 +99,10 @@ def relax(
 
 
 def solve_stats(eq: Equilibrium, method: Minimizer) -> SolveStats:
-    """Return status, largest force and steps of a relaxation in the form of a linear solve's."""
+    """Return the status, largest force and number of steps of a relaxation as a SolveStats.
+
+    SolveStats is the class that reports a linear solve.
+    """
     return SolveStats(
         status=eq.status,
         residual=eq.max_force,

@@ -22,9 +22,10 @@ __all__ = ["Equilibrium", "batch_of"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Equilibrium(Portable, Shown):
-    """A relaxed system, with numbers that show how well it is relaxed: status, forces left, steps.
+    """A relaxed system, with the quality of the relaxation: status, forces left, number of steps.
 
-    Frozen, and a pytree. For a batch, every array has a leading axis.
+    The class is a frozen dataclass and a jax pytree. For a batch of systems, every array has a
+    leading axis over the systems.
 
     Attributes:
       system: the relaxed system.
@@ -35,15 +36,17 @@ class Equilibrium(Portable, Shown):
       wall_time: wall time in seconds, compilation included; 0 inside traced code.
       tolerance: the force at or below which ``max_force`` counts as converged: the tolerance that
         was given, or 1e-12 of the mean pair force.
-      force_floor: the largest force that round-off of the positions leaves on a particle,
-        4 eps sqrt(sum_j (k_ij |R|)^2 + f_ij^2): no relaxation reaches smaller forces.
-      saddles: number of saddles that the relaxation came to and left, each along a mode of negative
+      force_floor: the largest force that round-off of the positions leaves on a particle, 4 eps
+        sqrt(sum_j (k_ij |R|)^2 + f_ij^2), with eps the precision of a number, k_ij and f_ij the
+        stiffness and the force of a pair, and |R| the size of its positions. No relaxation reaches
+        smaller forces.
+      saddles: number of saddles that the relaxation reached and left, each along a mode of negative
         stiffness.
-      descent: energy of the first of these saddles minus that of the minimum.
+      descent: energy of the first of these saddles minus the energy of the minimum.
       examined: whether the Hessian at the end was searched for modes of negative stiffness.
-      pressure: pressure P at which the cell was relaxed, too; None for a cell that was not relaxed.
-      strains: (k, d, d) orthonormal strains that the cell was free to take; None for a cell that
-        was not relaxed.
+      pressure: pressure P at which the cell was relaxed as well; None if the cell was not relaxed.
+      strains: the orthonormal strains (k, d, d) by which the cell could deform in the relaxation;
+        None if the cell was not relaxed.
       multipliers: Lagrange multipliers, by the names of the constraints; None without constraints.
       order: number of modes of negative stiffness: 0 at a minimum, 1 at the saddle of
         ``find_saddle``.
@@ -68,27 +71,28 @@ class Equilibrium(Portable, Shown):
 
     @property
     def positions(self) -> jax.Array:
-        """Positions of the system, (n, d)."""
+        """Return the positions of the relaxed particles, (n, d)."""
         return self.system.positions
 
     @property
     def params(self) -> dict[str, jax.Array]:
-        """Parameters of the system's potential, by name."""
+        """Return the parameters of the relaxed system's potential, by name."""
         return self.system.params
 
     @property
     def contacts_needed(self) -> int | None:
-        """Contacts that a particle needs to be mechanically stable.
+        """Return the number of contacts that keep a particle in place; fewer make it a rattler.
 
-        2 at a saddle, where two contacts that oppose each other suffice; None for the number that a
-        minimum needs.
+        The number is 2 at a saddle, where two contacts that oppose each other are enough. At a
+        minimum the result is None, which stands for d + 1 for a potential that only repels, and for
+        1 otherwise.
         """
         return 2 if self.order else None
 
     _title = "Equilibrium"
 
     def _rows(self) -> list[tuple[str, str]]:
-        """Rows (name, value) of the printed table."""
+        """Return the rows (name, value) of the table that describes the result of a relaxation."""
         s = self.system
         if s.batch is not None:
             good = sum(Status(int(code)).good for code in np.asarray(self.status))
@@ -114,12 +118,16 @@ class Equilibrium(Portable, Shown):
         return rows
 
     def saddles_in_words(self) -> str:
-        """Text on the saddles that the relaxation left: how many, and the descent in energy."""
+        """Describe the saddles that a relaxation left: their number, and the fall in energy."""
         count = "one was" if int(self.saddles) == 1 else f"{int(self.saddles)} were"
         return f"{count} left, {float(self.descent):.4g} down in energy"
 
     def cell_in_words(self) -> str:
-        """Text on a minimum at a pressure: pressure, what of the cell was relaxed, and volume."""
+        """Describe a cell that was relaxed at a pressure, in words.
+
+        The text gives the pressure, the volume, and whether only the size or the shape, too,
+        relaxed.
+        """
         if len(self.strains) == 1:
             relaxed = "the size of the cell was"
         else:
@@ -129,7 +137,7 @@ class Equilibrium(Portable, Shown):
 
 
 def batch_of(members: list[Equilibrium]) -> Equilibrium:
-    """Stack several equilibria of the same shapes into one batch."""
+    """Stack several relaxed systems (Equilibrium) of equal shapes into one batch."""
     # The systems are stacked by ``stack``, since their neighbor lists may differ in capacity.
     arrays = stack_trees([dataclasses.replace(member, system=None) for member in members])
     return dataclasses.replace(arrays, system=stack([member.system for member in members]))

@@ -1,8 +1,10 @@
-"""Methods of ``minimize`` as records of options: FIRE, gradient descent, Newton steps after FIRE.
+"""Methods of ``minimize``, each a class of options: FIRE, gradient descent, and Newton steps.
 
-A first-order method (:data:`Minimizer`) has the same functions in each record, which
-:mod:`mdsens.relaxation._fire_loop` calls: ``functions`` (the minimizer's init and apply),
-``force_limit``, ``positions`` and ``forces`` of a state, ``with_forces`` and ``at_stiffness``.
+Each first-order minimizer (:data:`Minimizer`) has the same functions, which
+:mod:`mdsens.relaxation._fire_loop` calls. ``functions`` returns two functions: init makes a state
+of the minimizer from positions, and apply takes one step. ``force_limit`` returns the largest force
+that is not shortened. ``positions`` and ``forces`` return those of a state; ``with_forces`` and
+``at_stiffness`` return a state with other forces, or with steps for another stiffness.
 """
 
 from __future__ import annotations
@@ -29,11 +31,12 @@ MEASURED = 0.55
 
 
 class FireState(NamedTuple):
-    """State of FIRE.
+    """State of the FIRE minimizer between two steps.
 
     Attributes:
-      inner: jax-md's state. Its forces, momenta and masses are multiplied by ``unit``.
-      unit: a scalar, see ``Fire.functions``.
+      inner: the state in jax-md's FIRE, whose forces, momenta and masses are multiplied by
+        ``unit``.
+      unit: the scalar factor, which is explained in ``Fire.functions``.
     """
 
     inner: Any
@@ -42,22 +45,23 @@ class FireState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Fire:
-    """jax-md's FIRE, with steps in the units of length and time of the system's potential.
+    """The FIRE minimizer, as implemented in jax-md, with steps in units of the potential.
 
     Bitzek et al., Phys. Rev. Lett. 97, 170201 (2006).
 
     Attributes:
-      dt_start, dt_max: time step at the start and at most, in units of sqrt(10 m / k), k the
-        potential's largest stiffness, so that the fastest vibration advances by dt sqrt(10): 0.4
-        is 1.3 rad, where velocity Verlet becomes unstable at 2 rad. In a packing of unit harmonic
-        discs k is about 10, and this is the time unit of jax-md. Once the particles have settled,
-        the largest eigenvalue of the Hessian is measured, and 0.4 is 1.7 rad of its vibration: this
-        takes between half the steps (Hertzian discs near jamming) and as many as before (a
-        Lennard-Jones glass).
+      dt_start, dt_max: the first and the largest time step, in units of sqrt(10 m / k), with m the
+        mass of a particle and k the largest stiffness of the potential. In one step the phase of
+        the fastest vibration advances by dt sqrt(10): by 1.3 rad for dt = 0.4, where velocity
+        Verlet becomes unstable at 2 rad. In a packing of unit harmonic discs k is about 10, so that
+        this time unit is that of jax-md. Once the particles move slowly, the largest eigenvalue of
+        the Hessian is measured, and dt = 0.4 becomes 1.7 rad of the vibration with this stiffness.
+        With the measurement FIRE takes between half as many steps (Hertzian discs near jamming) and
+        equally many (a Lennard-Jones glass).
       max_step: the longest move of a particle in one step, as a fraction of the length scale of the
-        potential (contact distance, or the distance of the minimum of the pair energy); it limits
-        the first steps from starts where particles overlap.
-      n_min, f_inc, f_dec, alpha_start, f_alpha: parameters of FIRE, as in the paper.
+        potential (contact distance, or the distance of the minimum of the pair energy). It limits
+        the first steps from a configuration in which particles overlap.
+      n_min, f_inc, f_dec, alpha_start, f_alpha: parameters of FIRE, named as in the paper.
     """
 
     dt_start: float = 0.1
@@ -81,20 +85,25 @@ class Fire:
         shift: Callable[..., jax.Array] | None,
         limits: Limits,
     ) -> tuple[Callable[[jax.Array], FireState], Callable[[FireState], FireState]]:
-        """Return jax-md's functions (init, apply) on :class:`FireState`.
+        """Return the functions (init, apply) of jax-md's FIRE, on states :class:`FireState`.
 
-        The mass k / 10 brings the stiffest vibration to a fixed frequency, sqrt(10).
+        ``init`` makes a state from positions (n, d), and ``apply`` takes one step. Particles have
+        the mass k / 10, with k the largest stiffness of the potential, so that the stiffest
+        vibration has the frequency sqrt(10).
 
-        jax-md adds 1e-6 to the square of the forces' norm, whatever their unit: below a norm of
-        1e-3 its velocities no longer turn towards the forces, and with forces in newtons they never
-        do. So forces, momenta and masses are multiplied by a number before jax-md gets them. This
-        factor changes nothing in the trajectory and makes the 1e-6 negligible: in these units,
-        round-off of the largest force that a particle may have is 1.
+        jax-md adds 1e-6 to the squared norm of the forces, whatever their unit. Where the norm is
+        below 1e-3, the velocities in jax-md therefore no longer turn towards the forces; with
+        forces in newtons they never do. So forces, momenta and masses are multiplied by one factor
+        before jax-md gets them. The factor does not change the trajectory, and it makes the 1e-6
+        negligible: in the multiplied units, round-off of the largest force that a particle may have
+        is 1.
 
         Args:
-          forces: forces (n, d) at positions (n, d).
-          shift: positions after a displacement; None where ``apply`` is not called.
-          limits: limits of the steps.
+          forces: function from positions (n, d) to forces (n, d).
+          shift: function from positions and displacements to the displaced positions; None where
+            ``apply`` is not called.
+          limits: the longest step and the largest force of a particle, and the potential's
+            stiffness.
         """
         unit = 1.0 / (jnp.finfo(jnp.asarray(limits.strongest).dtype).eps * limits.strongest)
 
@@ -130,28 +139,34 @@ class Fire:
         return start, step
 
     def force_limit(self, longest: jax.Array, stiffness: jax.Array) -> jax.Array:
-        """The force that moves a particle by ``longest`` in one time step of ``dt_max``."""
+        """Return the force that moves a particle by ``longest`` in one FIRE step of ``dt_max``.
+
+        ``stiffness`` is the largest stiffness of the potential, which sets the mass of a particle.
+        """
         # dt^2 f / m with the mass k / 10
         return longest * stiffness / (10.0 * self.dt_max**2)
 
     @staticmethod
     def positions(state: FireState) -> jax.Array:
-        """Positions (n, d) of a state."""
+        """Return the positions (n, d) in a state of FIRE."""
         return state.inner.position
 
     @staticmethod
     def with_forces(state: FireState, forces: jax.Array) -> FireState:
-        """The state with other forces, (n, d)."""
+        """Return a state of FIRE with its forces replaced by ``forces``, (n, d)."""
         return FireState(dataclasses.replace(state.inner, force=state.unit * forces), state.unit)
 
     @staticmethod
     def forces(state: FireState) -> jax.Array:
-        """Forces (n, d) of a state, in the system's units."""
+        """Return the forces (n, d) in a state of FIRE, in the system's units."""
         return state.inner.force / state.unit
 
     @staticmethod
     def at_stiffness(state: FireState, stiffness: jax.Array) -> FireState:
-        """The state with the mass that belongs to a measured largest stiffness."""
+        """Return a state of FIRE with the particle mass set from a measured stiffness.
+
+        ``stiffness`` is the largest eigenvalue of the Hessian, in the system's units.
+        """
         mass = state.unit * MEASURED * stiffness / 10.0
         inner = dataclasses.replace(state.inner, mass=jnp.full_like(state.inner.mass, mass))
         return FireState(inner, state.unit)
@@ -163,15 +178,16 @@ DescentState: TypeAlias = tuple[jax.Array, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class GradientDescent:
-    """jax-md's gradient descent.
+    """Gradient descent, as implemented in jax-md.
 
-    The method is slow. It serves to show that the derivative does not depend on the method that
-    found the minimum.
+    Gradient descent is slow. With this method one can show that the derivative of a minimum does
+    not depend on how the minimum was found.
 
     Attributes:
-      step_size: step size in units of 1 / k, k the potential's largest stiffness; the method
-        diverges above 2.
-      max_step: as in :class:`Fire`.
+      step_size: step size in units of 1 / k, with k the largest stiffness of the potential;
+        gradient descent diverges above 2.
+      max_step: the longest move of a particle in one step, as a fraction of the length scale of the
+        potential (contact distance, or the distance of the minimum of the pair energy).
     """
 
     step_size: float = 1.0
@@ -186,9 +202,15 @@ class GradientDescent:
         shift: Callable[..., jax.Array] | None,
         limits: Limits,
     ) -> tuple[Callable[[jax.Array], DescentState], Callable[[DescentState], DescentState]]:
-        """A pair of functions (init, apply) on the state (positions, forces).
+        """Return the functions (init, apply) of gradient descent on states (positions, forces).
 
-        The arguments are those of ``Fire.functions``.
+        ``init`` makes a state from positions (n, d), and ``apply`` takes one step.
+
+        Args:
+          forces: function from positions (n, d) to forces (n, d).
+          shift: function from positions and displacements to the displaced positions; None where
+            ``apply`` is not called.
+          limits: limits of the steps, of which the stiffness of the potential is used.
         """
 
         # jax-md's state is the positions alone, and it would compute the forces of each step twice,
@@ -209,27 +231,30 @@ class GradientDescent:
         return start, step
 
     def force_limit(self, longest: jax.Array, stiffness: jax.Array) -> jax.Array:
-        """The force that moves a particle by ``longest`` in one step."""
+        """Return the force that moves a particle by ``longest`` in one step of gradient descent.
+
+        ``stiffness`` is the largest stiffness of the potential, which sets the step size.
+        """
         return longest * stiffness / self.step_size
 
     @staticmethod
     def positions(state: DescentState) -> jax.Array:
-        """Positions (n, d) of a state."""
+        """Return the positions (n, d) in a state of gradient descent."""
         return state[0]
 
     @staticmethod
     def with_forces(state: DescentState, forces: jax.Array) -> DescentState:
-        """The state with other forces, (n, d)."""
+        """Return a state of gradient descent with its forces replaced by ``forces``, (n, d)."""
         return state[0], forces
 
     @staticmethod
     def forces(state: DescentState) -> jax.Array:
-        """Forces (n, d) of a state."""
+        """Return the forces (n, d) in a state of gradient descent."""
         return state[1]
 
     @staticmethod
     def at_stiffness(state: DescentState, stiffness: jax.Array) -> DescentState:
-        """Return the state unchanged: the step size does not follow the measured stiffness."""
+        """Return the state unchanged: gradient descent ignores a measured stiffness."""
         return state
 
 
@@ -239,22 +264,24 @@ Minimizer: TypeAlias = Fire | GradientDescent | JaxMD
 
 @dataclasses.dataclass(frozen=True)
 class Newton:
-    """FIRE until the minimum is near, and Newton steps under a trust region where FIRE is slow.
+    """Relaxation by FIRE until the minimum is near, and by Newton steps where FIRE is slow.
 
-    Near jamming the softest modes make FIRE slow and in the end stall, while a Newton step squares
-    the distance to the minimum. Steps that do not lower the energy as their quadratic model
-    promised are shortened. Where shortening does not help, FIRE goes on to a tenth of ``begin``
-    before Newton steps are tried again. See :mod:`mdsens.relaxation._newton`.
+    Near jamming the softest modes make FIRE slow, and FIRE may stall in the end, while a Newton
+    step squares the distance to the minimum. The Newton steps have a trust region: a step is
+    shortened where the energy does not fall as the quadratic model of the step predicted. Where
+    shortening does not help, FIRE continues until the force is a tenth of ``begin``, and then
+    Newton steps are tried again. See :mod:`mdsens.relaxation._newton`.
 
     Attributes:
-      first: the FIRE that finds the basin of the minimum.
-      begin: largest force, relative to the mean force of a contact, at which Newton steps are
-        tried. Far above 1e-3 contacts change with each step and Newton steps make little headway;
-        lower it where another minimum is reached than by FIRE alone. Beyond 16,384 particles the
-        force is smaller, in inverse proportion to their number.
-      patience: steps of FIRE before Newton steps are tried. A quick relaxation ends before, without
-        compiling them. Newton steps are not tried either where the force falls so fast that FIRE
-        reaches the minimum in the time that they take.
+      first: options of FIRE, which finds the basin of the minimum.
+      begin: the largest force on a particle at which Newton steps are tried, in units of the mean
+        force of a contact. Far above 1e-3, contacts change with each step and Newton steps make
+        little progress. Lower this number where Newton steps lead to another minimum than FIRE
+        alone. Beyond 16,384 particles, Newton steps are tried at a force that is smaller in inverse
+        proportion to the number of particles.
+      patience: number of steps of FIRE before Newton steps are tried. A relaxation that ends within
+        these steps does not compile the Newton steps. Nor are Newton steps tried where the force
+        falls so fast that FIRE reaches the minimum in less time than the Newton steps.
     """
 
     first: Fire = Fire()

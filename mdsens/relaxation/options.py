@@ -23,20 +23,27 @@ Method: TypeAlias = Newton | Minimizer
 
 @dataclasses.dataclass(frozen=True)
 class FixedCell:
-    """The cell is fixed, or a given function of the parameters: U is minimized."""
+    """Condition of a relaxation in a fixed cell, which minimizes the potential energy U.
+
+    The cell is constant, or a given function of the potential's parameters.
+    """
 
     def check(self, system: System) -> None:
-        """Accept any system."""
+        """Accept any system, since every system can be relaxed in a fixed cell."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AtPressure:
-    """The cell relaxes until its stress is that of a given pressure: U + P V is minimized.
+    """Condition of a relaxation at a given pressure P, which minimizes the enthalpy U + P V.
+
+    The cell relaxes with the particles until its stress is that of the pressure. U is the potential
+    energy and V the volume of the cell.
 
     Attributes:
       pressure: P, in energy per volume; positive in compression.
-      shape: relax the shape of the cell as well, until no shear stress is left. If False, the cell
-        expands or contracts equally in all directions, and P is the mean over these directions.
+      shape: whether the shape of the cell relaxes as well, until no shear stress is left. If False,
+        the cell expands or contracts equally in all directions, and P is the mean of the pressures
+        along these directions.
     """
 
     pressure: float
@@ -52,7 +59,11 @@ class AtPressure:
         object.__setattr__(self, "pressure", float(number))
 
     def check(self, system: System) -> None:
-        """Raise InputError where the system has no cell that can relax."""
+        """Raise InputError if a system cannot be relaxed at a pressure.
+
+        This is so for open boundaries, for constraints, and for a potential with a parameter named
+        ``pressure``.
+        """
         if system.box is None:
             raise InputError(
                 "pressure needs a cell, and this system has open boundaries: give it a box."
@@ -71,7 +82,11 @@ CellCondition: TypeAlias = FixedCell | AtPressure
 def cell_condition(
     cell: CellCondition | None, pressure: float | None, shape: bool
 ) -> CellCondition:
-    """Return the condition on the cell from the arguments of ``minimize``; may raise InputError."""
+    """Return the condition on the cell that the arguments of ``minimize`` describe.
+
+    The result is a FixedCell or an AtPressure. Arguments that contradict each other raise an
+    InputError.
+    """
     if cell is not None:
         if pressure is not None or shape:
             raise InputError(
@@ -92,7 +107,7 @@ def cell_condition(
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Validated options of one call of ``minimize``, whose docstring describes them."""
+    """Validated options of one call of ``minimize``; see the docstring of ``minimize``."""
 
     cell: CellCondition
     tolerance: float | None
@@ -121,18 +136,18 @@ class Options:
 
     @property
     def newton(self) -> Newton | None:
-        """Options of the Newton steps; None where the method has none."""
+        """Return the options of the Newton steps; None for a method without Newton steps."""
         return self.method if isinstance(self.method, Newton) else None
 
     @property
     def first(self) -> Minimizer:
-        """The first-order method, which runs alone or before Newton steps."""
+        """Return the first-order minimizer, such as FIRE; it runs alone or before Newton steps."""
         return self.method.first if isinstance(self.method, Newton) else self.method
 
     def check(self, system: System) -> None:
-        """Raise an error where the system cannot be relaxed with these options.
+        """Raise an error if a system cannot be relaxed with the options that the user chose.
 
-        The error is an InputError, or a PrecisionError for a tolerance below round-off.
+        The error is a PrecisionError for a tolerance below round-off, and otherwise an InputError.
         """
         self.cell.check(system)
         if system.constraints and self.newton is None:

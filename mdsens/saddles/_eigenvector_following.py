@@ -27,7 +27,7 @@ from mdsens.mechanics.hessian import Unknowns, largest_force
 from mdsens.mechanics.hessian_factor import HessianFactor
 from mdsens.mechanics.null_space import NullSpace
 from mdsens.mechanics.rigidity import analyze_rigidity
-from mdsens.mechanics.units import natural_units, round_off
+from mdsens.mechanics.units import natural_units, round_off, step_off_saddle
 from mdsens.model.system import System
 from mdsens.relaxation._newton import steihaug
 
@@ -45,8 +45,6 @@ ROUND_OFF = 2.0
 CHIRP = 1e-3
 # how often a saddle of higher order is left before the search gives up
 KICKS = 6
-# the step off such a saddle, in units of the potential's length scale
-OFF_SADDLE = 1e-3
 # the most Lanczos cycles in one step
 CYCLES = 20
 # residual of the mode, relative to its stiffness, at which the cycles stop
@@ -358,6 +356,6 @@ def _leave_higher_order(system: System, length: float) -> tuple[System, jax.Arra
     if stiffness.unstable(2) < 2:
         return None
     first, second = stiffness.lowest(2).vectors.T.reshape(2, *system.positions.shape)
-    step = OFF_SADDLE * length / np.abs(second).max() * second
-    moved = system.replace(positions=system.positions + step).reallocate(keep=True)
+    positions = system.positions + step_off_saddle(second, length)
+    moved = system.replace(positions=positions).reallocate(keep=True)
     return moved, jnp.asarray(first)

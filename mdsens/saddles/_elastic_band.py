@@ -31,7 +31,7 @@ from mdsens.mechanics.units import Limits, natural_units
 from mdsens.model.batch import stack
 from mdsens.model.neighbors import slack, within
 from mdsens.model.system import System, potential_energy
-from mdsens.relaxation._fire_loop import shortened
+from mdsens.relaxation._fire_loop import at_rest, limited_minimizer
 from mdsens.relaxation.methods import Fire
 
 __all__ = ["ElasticBand", "climbing_image_band"]
@@ -109,8 +109,7 @@ def climbing_image_band(
     ends = jnp.stack([start.positions, jnp.asarray(last, dtype)])
     end_energies = jnp.stack([potential_energy(start), potential_energy(end)])
     # only the initial state is needed here; the forces come with each call of _advance
-    initialize, _ = band.fire.functions(lambda R, **_: jnp.zeros_like(R), None, limits)
-    state = initialize(chain)
+    state = at_rest(chain, limits, band.fire)
     target = band.stop * length * stiffness
     steps = 0
     while True:
@@ -224,12 +223,8 @@ def _advance(
     spring = band.spring * limits.stiffness
     anchors, distance = jax.vmap(lambda s: slack(s.neighbors, s.box, s.range))(batch)
 
-    def forces(chain: jax.Array, **_: Any) -> jax.Array:
-        band_forces = _band_forces(batch, chain, ends, end_energies, spring)[0]
-        return shortened(band_forces, limits.strongest)
-
-    def shift(chain: jax.Array, step: jax.Array, **_: Any) -> jax.Array:
-        return chain + shortened(step, limits.longest)
+    def forces(chain: jax.Array) -> jax.Array:
+        return _band_forces(batch, chain, ends, end_energies, spring)[0]
 
     def unfinished(carry: tuple[Any, jax.Array, jax.Array]) -> jax.Array:
         state, steps, largest = carry
@@ -241,8 +236,8 @@ def _advance(
         state = apply(state)
         return state, steps + 1, jnp.max(jax.vmap(largest_force)(method.forces(state)))
 
-    _, apply = method.functions(forces, shift, limits)
-    state = method.with_forces(state, forces(method.positions(state)))
+    _, apply, limited_forces = limited_minimizer(method, forces, limits)
+    state = method.with_forces(state, limited_forces(method.positions(state)))
     start = (state, jnp.zeros((), jnp.int32), jnp.asarray(jnp.inf, limits.stiffness.dtype))
     state, steps, largest = jax.lax.while_loop(unfinished, take_step, start)
     _, top, tangents = _band_forces(batch, method.positions(state), ends, end_energies, spring)

@@ -244,7 +244,7 @@ def solve_derivative(
 def solve_derivative_batch(
     rule: DerivativeRule, eq: Equilibrium, argument: Argument, solve: Method
 ) -> Any:
-    """Compute one kind of derivative of every system of a batch, with all Hessians factorized at
+    """Compute one kind of derivative of all systems of a batch, with their Hessians factorized at
     once.
 
     The result is None where no such factor exists or a position is not finite; the caller must then

@@ -1,4 +1,4 @@
-"""Derivatives at a minimum: jvp, vjp, jacobian, gradient and response."""
+"""Derivatives of a relaxed configuration and of its observables by the model's parameters."""
 
 from __future__ import annotations
 
@@ -68,16 +68,23 @@ MAX_CHUNK = 256
 
 
 def _chunk_width(itemsize: int, unknowns: int) -> int:
-    """Return how many right-hand sides are solved together."""
+    """Return how many right-hand sides are solved together, within a bound on memory.
+
+    Args:
+      itemsize: bytes of one number.
+      unknowns: number of coordinates, n d.
+    """
     return int(np.clip(CHUNK_BYTES // (itemsize * unknowns * 8), 1, MAX_CHUNK))
 
 
 def _raise_unless_good(result: D, throw: bool, what: str, system: System | None = None) -> D:
-    """Return the result; with ``throw``, raise an error where the worst status is not good.
+    """Return a derivative; raise an error if ``throw`` is True and its worst status is not good.
 
     Args:
+      result: the derivative.
+      throw: whether to raise.
       what: the kind of derivative, for the message.
-      system: names the particles in the message where a derivative is not finite.
+      system: the system, for naming particles in the message where a derivative is not finite.
     """
     if throw:
         codes = np.atleast_1d(np.asarray(result.stats.status)).ravel()
@@ -99,7 +106,13 @@ def _raise_unless_good(result: D, throw: bool, what: str, system: System | None 
 def _with_parameters(
     result: ParameterGradient, system: System, params: Params | None = None
 ) -> ParameterGradient:
-    """Put the parameters by which a gradient is taken into its field ``wrt``."""
+    """Record in a gradient by which parameters it is taken, in the field ``wrt``.
+
+    Args:
+      result: the gradient; returned as it is if the field is filled already.
+      system: the system.
+      params: the parameters by name; those of the system where None.
+    """
     if result.wrt:
         return result
     by = lagrangian.own_params(system) if params is None else params
@@ -109,10 +122,12 @@ def _with_parameters(
 def _over_members(
     function: Callable[[Equilibrium, Any], D], eq: Equilibrium, argument: PyTree = ()
 ) -> D:
-    """Call ``function`` for each system of a batch with its argument, on all cores.
+    """Compute a derivative for each system of a batch by itself, on all cores.
 
     Args:
-      argument: arrays whose leading axis is over the members.
+      function: function of one minimum and of its part of ``argument`` that returns the derivative.
+      eq: the minima of the batch.
+      argument: arrays whose leading axis is over the systems.
     """
 
     def for_part(part: tuple[Equilibrium, Any], count: int) -> list[D]:
@@ -129,15 +144,19 @@ def _solve_batch(
     argument: PyTree,
     solve: Method | None,
 ) -> Any:
-    """Compute the derivative of each member of a batch, with several members factorized at once.
+    """Compute the derivative of each system of a batch, several systems at a time if possible.
 
-    Where possible, the block-diagonal matrix of the Hessians of several members is factorized once
-    for all of them.
+    Where possible, the block-diagonal matrix of the Hessians of several systems is factorized at
+    once.
 
     Args:
-      for_member: function that computes the derivative of one system, where members cannot be
-        factorized together.
-      argument: arguments of the rule, one for each system, (members, …).
+      rule: the kind of derivative.
+      for_member: function that computes the derivative of one system, for use where systems cannot
+        be factorized together.
+      eq: the minima of the batch.
+      argument: what the derivative is linear in (a change of the parameters, a cotangent or a
+        force), for each system, along a leading axis.
+      solve: the linear solver; Auto() where None.
     """
     method = Auto() if solve is None else solve
     check_method(method)
@@ -157,14 +176,14 @@ def _solve_batch(
 
 
 def _for_members(name: str, value: object, shape: tuple[int, ...], count: int) -> jax.Array:
-    """Return a user's argument for a batch with a leading axis over the systems, (members, …).
+    """Give a user's argument a leading axis over the systems of a batch, if it has none.
 
     Args:
       name: name of the argument, for messages.
       value: the argument, either shaped for one system and shared by all, or with a leading axis
         over the systems.
       shape: shape of the argument for one system.
-      count: number of members.
+      count: number of systems.
     """
     array = real_array(name, value)
     return jnp.broadcast_to(array, (count, *shape)) if array.shape == shape else array
@@ -181,15 +200,18 @@ def jvp(
     solve: Method | None = None,
     throw: bool = True,
 ) -> Displacement:
-    """Differentiate a minimum along a direction in parameter space, dR = - H^+ (d2U/dR dp) dp.
+    """Differentiate the relaxed positions along a direction in parameter space.
+
+    The derivative is dR = - H^+ (d2U/dR dp) dp, with the energy U, the positions R, the parameters
+    p, and the pseudo-inverse H^+ of the Hessian H = d2U/dR2.
 
     Args:
       eq: a minimum, from ``minimize`` (for a batch, the derivative of each system is computed) or
         ``linearize``.
-      dparams: the direction: changes by parameter name, each shaped like the parameter; parameters
-        that are not named do not change. At a pressure it may contain ``"pressure"``. The change of
-        a symmetric matrix of species pairs is symmetric: entries (a, b) and (b, a) are one number,
-        and change together.
+      dparams: the direction: changes dp by parameter name, each shaped like the parameter;
+        parameters that are not named do not change. At a pressure ``dparams`` may contain
+        ``"pressure"``. The change of a symmetric matrix of species pairs is symmetric: entries
+        (a, b) and (b, a) are one number, and change together.
       solve: the linear solver; Auto() where None.
       throw: whether to raise an error unless the status is good.
 
@@ -201,8 +223,9 @@ def jvp(
       does not.
 
     Raises:
-      InputError: bad names or shapes.
-      ConvergenceError: an unconverged or unjammed minimum, a saddle, a solve that did not converge.
+      InputError: a name is no parameter's, or a shape is wrong.
+      ConvergenceError: the minimum is unconverged, unjammed or a saddle, or the solve did not
+        converge.
     """
     if isinstance(dparams, Mapping) and not dparams:
         raise InputError("dparams is empty: give at least one parameter's name and its change.")
@@ -235,7 +258,13 @@ def jvp(
 
 
 def _vectors_of_particles(system: System, value: ArrayLike, name: str) -> jax.Array:
-    """Check a user's cotangent or force, one vector for each particle."""
+    """Check a user's cotangent or force, which has one vector for each particle.
+
+    Args:
+      system: the system, or a batch of systems.
+      value: the vectors, (n, d).
+      name: name of the argument, for messages.
+    """
     array = jnp.asarray(real_array(name, value), system.positions.dtype)
     if array.shape != system.positions.shape:
         raise InputError(
@@ -248,7 +277,16 @@ def _vectors_of_particles(system: System, value: ArrayLike, name: str) -> jax.Ar
 
 
 def _cotangent_of_unknowns(lin: Linearization, cotangent: Any) -> Unknowns:
-    """Check a user's cotangent of the result of ``jvp``; return a cotangent of the unknowns."""
+    """Check the weights of the sum of relaxed positions that ``vjp`` differentiates.
+
+    Args:
+      lin: the linearization of the minimum.
+      cotangent: the weights that the user gave: (n, d), or ``Unknowns`` with further weights.
+
+    Returns:
+      the weights of the unknowns of the linear solve, for the same sum. At a pressure they differ
+      from the user's, since the positions move with the cell.
+    """
     value = cotangent if isinstance(cotangent, Unknowns) else Unknowns(cotangent)
     w = _vectors_of_particles(lin.system, value.positions, "cotangent")
     return lin.structure.cotangent(lin, value, w)
@@ -261,22 +299,24 @@ def vjp(
     solve: Method | None = None,
     throw: bool = True,
 ) -> ParameterGradient:
-    """Differentiate w . R by all parameters: -(d2U/dR dp)^T H^+ w.
+    """Differentiate w . R by all parameters, for relaxed positions R and constant weights w.
 
-    R are the relaxed positions and w is constant. This is the adjoint (transpose) of ``jvp``, and
-    takes one solve for all parameters. The equation has no solution for the part of ``cotangent``
-    in the null space; that part is dropped, and ``stats.dropped`` and the status say so.
+    The derivative is -(d2U/dR dp)^T H^+ w, with the energy U, the parameters p, and the
+    pseudo-inverse H^+ of the Hessian. This is the adjoint (transpose) of ``jvp``, and takes one
+    linear solve for all parameters. The linear system has no solution for the part of w in the null
+    space of the Hessian (translations, rattlers); that part is dropped, and ``stats.dropped`` and
+    the status report it.
 
     Args:
       eq: the minimum, as in ``jvp``.
       cotangent: the weights w of the positions, (n, d); at a pressure also ``Unknowns(w, strain)``,
-        where strain is a Mandel vector.
+        where ``strain`` holds weights of the cell's strain, as a Mandel vector.
       solve, throw: the linear solver, and whether to raise an error, as in ``jvp``.
 
     Returns:
-      a :class:`ParameterGradient` with ``value`` a dict shaped like the parameters. Of a symmetric
-      matrix of species pairs, entries (a, b) and (b, a) are each half of the derivative by the one
-      number that both are; ``component("sigma[0,1]")`` is the whole derivative.
+      a :class:`ParameterGradient` with ``value`` a dict shaped like the parameters. In a symmetric
+      matrix of species pairs, entries (a, b) and (b, a) are one physical number, and each has half
+      of the derivative by that number; ``component("sigma[0,1]")`` is the whole derivative.
     """
     if _batched(eq):
         assert isinstance(eq, Equilibrium)
@@ -302,13 +342,15 @@ def response(
     solve: Method | None = None,
     throw: bool = True,
 ) -> Displacement:
-    """Compute the displacement under an external force on the particles, H^+ f, to first order.
+    """Compute the displacement H^+ f under external forces f on the particles, to first order.
+
+    H^+ is the pseudo-inverse of the Hessian H.
 
     Args:
       eq: the minimum, as in ``jvp``.
       force: the force f on each particle, (n, d), in energy/length. Nothing balances the net force
-        on a cluster and the force on rattlers; these parts are dropped, as in ``vjp``. The cell
-        stays fixed, at a pressure too.
+        on a cluster, or the force on rattlers; these parts are dropped, and ``stats.dropped`` and
+        the status report them. The cell stays fixed, at a pressure too.
       solve, throw: the linear solver, and whether to raise an error, as in ``jvp``.
 
     Returns:
@@ -333,14 +375,18 @@ def response(
 def _in_chunks(
     run: Callable[[Any], D], rows: Callable[[int, int], Any], count: int, width: int
 ) -> D:
-    """Solve ``count`` right-hand sides, ``width`` at a time.
+    """Solve linear systems for ``count`` right-hand sides, ``width`` of them at a time.
 
-    The last chunk is filled up to ``width``, so that the code compiles once. Without any right-hand
-    side, one chunk is solved and its results are dropped: it gives their shapes.
+    The last chunk is filled up to ``width``, so that the code compiles once. If ``count`` is 0, one
+    chunk is solved and its results are dropped, since the solve gives the shapes of the empty
+    result.
 
     Args:
-      run: function that solves a chunk.
-      rows: function that returns the right-hand sides from ``start`` to ``stop``.
+      run: function that solves for the right-hand sides of one chunk.
+      rows: function that returns the right-hand sides from ``start`` to ``stop``, its two
+        arguments.
+      count: number of right-hand sides.
+      width: number of right-hand sides in a chunk.
     """
     # the usual case, without padding or concatenation
     if count == width:
@@ -354,9 +400,14 @@ def _in_chunks(
 
 
 def _require_memory_of_jacobian(system: System, wrt: str, components: int) -> None:
-    """Raise an error where a Jacobian, or those of a batch, do not fit in memory.
+    """Raise an error where the Jacobian of a system or a batch does not fit in memory.
 
     A Jacobian has two arrays of derivatives, ``value`` and ``nonaffine``.
+
+    Args:
+      system: the system, or the batch.
+      wrt: the parameter by which the positions are differentiated.
+      components: the number of components of the parameter in one system.
     """
     of_batch = f" of {system.batch:,} systems" if system.batch else ""
     require_memory(
@@ -381,19 +432,18 @@ def jacobian(
     Args:
       eq: the minimum, as in ``jvp``.
       wrt: the parameter's name.
-      chunk: number of right-hand sides solved together; None for up to 256 of them, within 128
-        MiB.
+      chunk: number of right-hand sides solved together; None for up to 256 of them, within 128 MiB.
       solve, throw: the linear solver, and whether to raise an error, as in ``jvp``.
 
     Returns:
       a :class:`Displacement` with ``value`` and ``nonaffine`` (n, d, *shape of the parameter), and
-      stats of the parameter's shape. Of a symmetric matrix of species pairs, ``value[..., a, b]``
-      and ``value[..., b, a]`` are each half of the derivative by the one number that both entries
-      are; ``component("sigma[0,1]")`` is the whole derivative, (n, d).
+      stats of the parameter's shape. In a symmetric matrix of species pairs, the two entries of a
+      pair are one physical number, and ``value[..., a, b]`` and ``value[..., b, a]`` are each half
+      of the derivative by that number; ``component("sigma[0,1]")`` is the whole derivative, (n, d).
 
     Raises:
-      TooLargeError: with the size, where the result would take more than half of the free memory.
-        Take ``vjp`` then: its cost does not grow with the number of parameters.
+      TooLargeError: the result would take more than half of the free memory; the message gives the
+        size. Take ``vjp`` then, whose cost does not grow with the number of parameters.
     """
     if _batched(eq):
         assert isinstance(eq, Equilibrium)
@@ -424,7 +474,10 @@ def jacobian(
     width = min(width, max(size, 1))
 
     def directions(start: int, stop: int) -> dict[str, jax.Array]:
-        """Unit changes of the components from start to stop; zero beyond the last component."""
+        """Return unit changes of the parameter's components from ``start`` to ``stop``.
+
+        Beyond the last component the changes are zero.
+        """
         unit = np.zeros((stop - start, size))
         inside = np.arange(start, min(stop, size))
         unit[inside - start, inside] = 1.0
@@ -433,7 +486,7 @@ def jacobian(
     flat = _in_chunks(lambda t: solve_derivative(JVP, lin, t, many=True), directions, size, width)
 
     def shaped(leaf: jax.Array) -> jax.Array:
-        """Move the axis over components, the first, to the end, in the shape of the parameter."""
+        """Turn the leading axis over the parameter's components into trailing axes of its shape."""
         return jnp.moveaxis(leaf, 0, -1).reshape(*leaf.shape[1:], *shape)
 
     result = Displacement(
@@ -454,21 +507,24 @@ def gradient(
     solve: Method | None = None,
     throw: bool = True,
 ) -> ParameterGradient:
-    """Compute the total derivative of an observable O, dO/dp = @O/@p + (@O/@R) dR/dp.
+    """Compute the total derivative of an observable O by all parameters p of the system.
 
-    This takes one adjoint solve for each number of the observable.
+    The derivative is dO/dp = @O/@p + (@O/@R) dR/dp, with @ for partial derivatives and the relaxed
+    positions R. This takes one linear solve (of the adjoint equation) for each number of the
+    observable, for all parameters.
 
     Args:
-      observable: a function of a System, traceable, returning a scalar or an array; see
+      observable: a function of a System that jax can trace, which returns a scalar or an array; see
         :mod:`mdsens.observables`.
       eq: the minimum, as in ``jvp``.
       solve, throw: the linear solver, and whether to raise an error, as in ``jvp``.
 
     Returns:
-      a :class:`ParameterGradient` with ``value`` a dict: the shape of the observable followed by
-      the shape of each parameter. Of a symmetric matrix of species pairs, entries (a, b) and (b, a)
-      are each half of the derivative by the one number that both are; ``component("sigma[0,1]")``
-      is the whole derivative, of the observable's shape.
+      a :class:`ParameterGradient` with ``value`` a dict: for each parameter an array with the shape
+      of the observable followed by the shape of the parameter. In a symmetric matrix of species
+      pairs, entries (a, b) and (b, a) are one physical number, and each has half of the derivative
+      by that number; ``component("sigma[0,1]")`` is the whole derivative, of the observable's
+      shape.
     """
     if _batched(eq):
         assert isinstance(eq, Equilibrium)
@@ -486,7 +542,10 @@ def value_and_gradient(
     solve: Method | None = None,
     throw: bool = True,
 ) -> tuple[jax.Array, ParameterGradient]:
-    """Compute the value of an observable at one minimum, and its ``gradient``."""
+    """Compute the value of an observable at one minimum, and its derivative by all parameters.
+
+    The arguments and the derivative are those of ``gradient``.
+    """
     of_system = observed(observable)
     lin = linearized(eq, solve)
     system = lin.equilibrium.system
@@ -499,7 +558,12 @@ def value_and_gradient(
     require_sound(lin, eq, throw)
 
     def partial_derivatives(pull: Callable[..., Any]) -> tuple[Unknowns, Params]:
-        """Differentiate each number of the observable by the unknowns and the parameters."""
+        """Differentiate each number of the observable by the unknowns and by the parameters.
+
+        Args:
+          pull: function that maps a weight of each number of the observable to the derivative of
+            the weighted sum.
+        """
         # vmap of a bare ``pull`` would have jax print the whole vjp to name it
         cotangents, direct = jax.vmap(lambda w: pull(w))(rows)
         # an observable does not depend on the multipliers
@@ -513,7 +577,7 @@ def value_and_gradient(
 
 
 def observed(observable: Callable[[System], ArrayLike]) -> Callable[[System], jax.Array]:
-    """Check a user's observable; return a function of a System that returns an array."""
+    """Check a user's observable, and return it as a function of a System that returns an array."""
     if not callable(observable):
         raise InputError(
             f"the observable is {short(observable)}: give a function of a System, such as"
@@ -524,7 +588,7 @@ def observed(observable: Callable[[System], ArrayLike]) -> Callable[[System], ja
 
 
 def numbers(value: object) -> jax.Array:
-    """Check the value that an observable returns; return it as an array."""
+    """Check the value that a user's observable returns, and convert it to an array."""
     try:
         array = jnp.asarray(value)
     except Exception as error:  # a dict, a text, rows of different lengths
@@ -537,10 +601,14 @@ def numbers(value: object) -> jax.Array:
 
 
 def unit_cotangents(lin: Linearization, value: jax.Array) -> jax.Array:
-    """Return the unit vectors of an observable's value, (count, *shape).
+    """Return a unit vector for each of an observable's N numbers, (N, *shape of the observable).
 
-    Raises an error where the value is no floating-point number, or its gradients do not fit in
-    memory.
+    Each unit vector selects one number for differentiation. An error is raised where the
+    observable is not of floating-point numbers, or its gradients do not fit in memory.
+
+    Args:
+      lin: the linearization of the minimum.
+      value: value of the observable, or its shape and type.
     """
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise InputError(f"the observable returns {value.dtype}: return floating-point numbers.")
@@ -562,21 +630,26 @@ def total_derivative(
     throw: bool,
     beside: Callable[[], Unknowns],
 ) -> ParameterGradient:
-    """Compute the total derivative of an observable, by one adjoint solve for each number.
+    """Compute the total derivative of an observable by the parameters from its partial derivatives.
+
+    For each number of the observable, one linear solve (of the adjoint equation) gives the part due
+    to the motion of the minimum.
 
     Args:
+      lin: the linearization of the minimum.
       value: value of the observable.
-      cotangents: partial derivatives of the observable by the unknowns, with a leading axis over
-        the numbers of the observable.
-      direct: partial derivatives of the observable by the parameters, likewise.
-      beside: function that computes the cotangents a little beside the minimum, see :func:`aside`.
+      cotangents: partial derivatives of the observable by the positions and other unknowns of the
+        minimum, with a leading axis over the numbers of the observable.
+      direct: partial derivatives of the observable by the parameters, with the same leading axis.
+      throw: whether to raise an error where a status is not good.
+      beside: function that computes ``cotangents`` slightly beside the minimum, see :func:`aside`.
         It is called where those at the minimum may be round-off.
     """
     count = value.size
     width = min(count, _chunk_width(value.dtype.itemsize, lin.system.positions.size))
 
     def rows(start: int, stop: int) -> Unknowns:
-        """The cotangents from start to stop, with rows of zeros beyond the last."""
+        """Return ``cotangents`` from index ``start`` to ``stop``, padded with zeros at the end."""
         missing = stop - min(stop, count)
         if not start and not missing:
             return cotangents

@@ -1,4 +1,4 @@
-"""The relaxed system as a function of its parameters, for jax.grad, hessian, vmap and jit."""
+"""The relaxed system as a function of its parameters, which jax.grad and jax.jit can take."""
 
 from __future__ import annotations
 
@@ -55,21 +55,22 @@ def equilibrate(
     constant pressure take ``gradient`` at ``minimize(system, pressure=P)``.
 
     Traced code cannot raise an error. With ``has_aux`` the function returns the statistics of the
-    relaxation, whose status tells whether it converged; only ``certify`` tells whether the result
-    is stable and rigid. The status of the linear solve inside a derivative cannot be returned:
-    where it matters take ``jvp`` or ``gradient``. The neighbor list keeps the capacity of the list
-    of ``system``, so start from a relaxed system (``ms.minimize(...).system``): an overflow of the
-    list is reported in the status.
+    relaxation, whose status tells whether the relaxation converged; only ``certify`` tells whether
+    the relaxed configuration is stable and rigid. The status of the linear solve inside a
+    derivative cannot be returned: where that status matters take ``jvp`` or ``gradient``. The
+    neighbor list keeps the capacity of the list of ``system``, so start from a relaxed system
+    (``ms.minimize(...).system``): an overflow of the list is reported in the status.
 
     Args:
       system: the start of the relaxation. The derivative by its positions is zero: the minimum
         stays where it is as the start moves a little. The cell of ``system`` has no derivative
         here: to differentiate a box, make it a function of the parameters.
-      params: the parameters to relax at, all or some; those of the system where None. Only the
-        symmetric part of a matrix of species pairs counts: in ``jax.grad`` by the matrix, entries
-        (a, b) and (b, a) are each half of the derivative by the one number that both are, and their
-        sum is the whole derivative.
-      tolerance, method, max_steps: as in ``minimize``.
+      params: the parameters at which to relax, all or some; those of the system where None. Only
+        the symmetric part of a matrix of species pairs counts: in ``jax.grad`` by the matrix,
+        entries (a, b) and (b, a) are each half of the derivative by the one physical number that
+        both stand for, and their sum is the whole derivative.
+      tolerance, method, max_steps: the force at which the relaxation ends, the algorithm and the
+        largest number of steps, as in ``minimize``.
       solve: the linear solver of the derivative.
       has_aux: whether to return ``(System, SolveStats)`` instead of the System alone.
     """
@@ -117,7 +118,11 @@ def _equilibrate(
     method: Fire | GradientDescent,
     solve: Method,
 ) -> tuple[System, SolveStats]:
-    """Compiled part of ``equilibrate``, for each shape of a system and transformation of jax."""
+    """Relax a system at given parameters in compiled code, with the derivative by the parameters.
+
+    Returns the relaxed system and the statistics of the relaxation; the arguments are those of
+    ``equilibrate``.
+    """
     start = jax.lax.stop_gradient(system.replace(params=params))
     eq = jax.lax.stop_gradient(relax(start, tolerance, max_steps, method))
     backbone, net, null = analyze_rigidity(eq.system, eq.max_force)

@@ -174,9 +174,9 @@ class Linearization(Portable, Named):
     def status(self) -> Any:
         """CONVERGED, or the reason why no derivative can be taken at this minimum; an int32 array.
 
-        The status is the first bad one of four: that of the minimization; UNJAMMED where no contact
-        network carries force; ``force_status``, on the force left and on negative modes; and that
-        of the cell or of the constraints.
+        The status is the first bad one of four: that of the minimization; UNJAMMED where no
+        particle has enough contacts; ``force_status``, on the force left and on negative modes; and
+        that of the cell or of the constraints.
         """
         status = _status_of_minimum(self.equilibrium.status, self.network.unjammed)
         for other in (self.force_status, self.structure.status):
@@ -212,7 +212,7 @@ def _status_of_minimum(status: np.ndarray | jax.Array, unjammed: np.ndarray | ja
 
     Args:
       status: the status of the minimization.
-      unjammed: True where no contact network carries force.
+      unjammed: True where no particle has enough contacts.
     """
     xp = jnp if isinstance(unjammed, Tracer) else np
     code = xp.where(unjammed, Status.UNJAMMED.value, Status.CONVERGED.value)

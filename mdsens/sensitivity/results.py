@@ -1,9 +1,9 @@
 """The results of derivatives at a minimum, each with status and residual of its linear solve.
 
-A :class:`Displacement` is the derivative of the unknowns (``jvp``, ``jacobian``, ``response``). A
-:class:`ParameterGradient` is the derivative of an observable by every parameter (``vjp``,
-``gradient``). A :class:`DirectionalDerivative` is the derivative of an observable along one
-direction (``elasticity.jvp``).
+A :class:`Displacement` is the derivative of the relaxed positions, with strain and multipliers if
+any (``jvp``, ``jacobian``, ``response``). A :class:`ParameterGradient` is the derivative of an
+observable by every parameter (``vjp``, ``gradient``). A :class:`DirectionalDerivative` is the
+derivative of an observable along one direction in parameter space (``elasticity.jvp``).
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ __all__ = ["Derivative", "DirectionalDerivative", "Displacement", "ParameterGrad
 
 @dataclasses.dataclass(frozen=True, repr=False, kw_only=True)
 class Derivative(Portable, Shown):
-    """A derivative at a minimum: the fields that all kinds share.
+    """The fields that all kinds of derivatives at a minimum share.
 
     Attributes:
-      value: the derivative; the subclasses give its shape.
+      value: the derivative; each kind of derivative has its own shape.
       stats: statistics of the linear solve: status, relative residual, number of iterations, norm
-        of the part of the right-hand side that was dropped, name of the solver.
+        of the dropped part of the right-hand side (the part in the null space of the Hessian)
+        relative to its whole norm, name of the solver.
       max_force: the largest force on a particle at the minimum, in energy/length.
       rattlers: (n,) True for particles with too few contacts to transmit a force; they do not move.
       wrt: the parameters that the derivative is taken by; empty for a derivative along one
@@ -48,21 +49,21 @@ class Derivative(Portable, Shown):
 
     @property
     def status(self) -> Status:
-        """The status in ``stats``, as a member of Status; not for a batch."""
+        """The status of the linear solve as a member of Status; not available for a batch."""
         return Status(int(self.stats.status))
 
     def component(self, label: str) -> Any:
-        """The derivative by one number among the parameters.
+        """Return the derivative by a single number among the parameters.
 
         Args:
           label: name of the number: ``"epsilon"`` for a scalar, ``"sigma[3]"`` for an entry of a
             vector, or ``"sigma[0,1]"`` for an entry of a matrix of species pairs, where the
-            derivative is that of a change of the entry and its mirror image together.
+            derivative is by a change of the entry and its mirror image together.
 
         Returns:
-          for ``vjp`` and ``gradient`` the derivative of the observable, of its shape; for
-          ``jacobian`` the derivative of the positions, (n, d), or ``Unknowns``. For a batch, with a
-          leading axis over the members.
+          for a result of ``vjp`` and ``gradient`` the derivative of the observable, in the shape of
+          the observable; for a result of ``jacobian`` the derivative of the positions, (n, d), or
+          ``Unknowns`` with further derivatives. For a batch, with a leading axis over the systems.
         """
         if not self.wrt:
             raise InputError(
@@ -102,30 +103,34 @@ class Derivative(Portable, Shown):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False, kw_only=True)
 class Displacement(Derivative):
-    """The derivative of a minimum: dR/dt along a direction, or dR/dp by a parameter.
+    """The derivative of the relaxed positions R, along a direction or by a parameter.
 
     Attributes:
-      value: for ``jvp`` and ``response`` the derivative of the Cartesian positions in
-        ``system.positions``, which includes the motion with the cell, (n, d), with mean
-        displacement zero and rows of rattlers zero; for ``jacobian`` (n, d, *shape of the
+      value: for ``jvp`` and ``response`` the derivative of the Cartesian positions
+        ``system.positions``, (n, d), which includes the motion with the cell; its mean over the
+        particles is zero, and so are the rows of rattlers. For ``jacobian`` (n, d, *shape of the
         parameter). Where the cell is relaxed to a pressure, or under constraints, an ``Unknowns``
         with ``strain`` and ``multipliers`` beside ``positions``.
       nonaffine: the derivative of the positions minus its affine part (d box) box^-1 R; it does not
         depend on the choice of periodic images. Equal to ``positions`` where the box does not
         change.
-      stats, max_force, rattlers, wrt: as in :class:`Derivative`.
+      stats, max_force, rattlers, wrt: statistics of the solve, largest force, rattlers and
+        parameters, as in :class:`Derivative`.
 
     The derivative by a symmetric matrix of species pairs is a symmetric matrix. Its entries (a, b)
-    and (b, a) are each half of the derivative by the one physical number that both stand for: then
-    the sum over all entries of the derivative times a symmetric change is the displacement under
-    that change. :meth:`component` gives the whole derivative.
+    and (b, a) are each half of the derivative by the one physical number that both stand for. So
+    the displacement under a symmetric change is the sum, over all entries, of derivative times
+    change. :meth:`component` gives the whole derivative by the number.
     """
 
     nonaffine: Any
 
     @property
     def positions(self) -> jax.Array:
-        """The derivative of the Cartesian positions R by t or by a parameter; see ``value``."""
+        """The derivative of the Cartesian positions, which includes their motion with the cell.
+
+        It is (n, d) along a direction, and (n, d, *shape of the parameter) by a parameter.
+        """
         return self.value.positions if isinstance(self.value, Unknowns) else self.value
 
     @property
@@ -139,7 +144,7 @@ class Displacement(Derivative):
 
     @property
     def multipliers(self) -> dict[str, jax.Array] | None:
-        """The derivative of the multipliers of constraints, by name; None without constraints."""
+        """Derivatives of the Lagrange multipliers, by constraint name; None without constraints."""
         return self.value.multipliers if isinstance(self.value, Unknowns) else None
 
     _title = "Displacement"
@@ -148,15 +153,17 @@ class Displacement(Derivative):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False, kw_only=True)
 class ParameterGradient(Derivative):
-    """The derivative of a function of the minimum by every parameter.
+    """The derivative of an observable at a minimum by every parameter.
 
     Attributes:
-      value: a dict: for each parameter an array, of the shape of the function followed by the shape
-        of the parameter.
-      stats, max_force, rattlers, wrt: as in :class:`Derivative`.
+      value: a dict: for each parameter an array, of the shape of the observable followed by the
+        shape of the parameter.
+      stats, max_force, rattlers, wrt: statistics of the solve, largest force, rattlers and
+        parameters, as in :class:`Derivative`.
 
-    Entries (a, b) and (b, a) of the derivative by a symmetric matrix of species pairs are each half
-    of the derivative by the one number that both stand for; :meth:`component` gives the whole.
+    In the derivative by a symmetric matrix of species pairs, entries (a, b) and (b, a) are each
+    half of the derivative by the one physical number that both stand for; :meth:`component` gives
+    the whole.
     """
 
     _title = "Gradient"
@@ -169,7 +176,9 @@ class DirectionalDerivative(Derivative):
 
     Attributes:
       value: an array of the observable's shape.
-      stats, max_force, rattlers, wrt: as in :class:`Derivative`; ``wrt`` is empty.
+      stats, max_force, rattlers: statistics of the solve, largest force and rattlers, as in
+        :class:`Derivative`.
+      wrt: empty, since the derivative is along one direction.
     """
 
     _title = "Directional derivative"

@@ -1,8 +1,9 @@
 """The three kinds of minimum: in a fixed cell, at a pressure, and under constraints.
 
-Each kind has its unknowns x and its condition F(x, params), which is zero at the minimum. It gives
-the right-hand sides of the linear solves, and computes derivatives from their solutions. All else
-in ``mdsens.sensitivity`` is common to the three.
+Each kind has its unknowns x (the positions; also the strain of a cell at a pressure, or the
+multipliers of constraints) and its condition F(x, params), which is zero at the minimum. Each kind
+sets up the right-hand sides of the linear solves with dF/dx, and computes derivatives from their
+solutions. All else in ``mdsens.sensitivity`` is common to the three.
 """
 
 from __future__ import annotations
@@ -45,97 +46,153 @@ Tree = TypeVar("Tree", Unknowns, dict[str, jax.Array])
 
 
 class Structure(Protocol):
-    """The protocol of the three kinds of minimum; ``lin`` is the Linearization of the minimum."""
+    """The three kinds of minimum as a protocol: in a fixed cell, at a pressure, under constraints.
+
+    A structure says what the unknowns x are, which condition F(x, params) is zero at the minimum,
+    and how derivatives follow from linear solves with dF/dx. In its methods, ``lin`` is the
+    linearization of the minimum and ``params`` are the parameters by name.
+    """
 
     @property
     def status(self) -> Any:
-        """Return the status that says why no derivative can be taken; None where it can."""
+        """Return a status that says why the minimum cannot be differentiated.
+
+        It is the status of the cell or of the constraints; CONVERGED or None where there is no
+        obstacle.
+        """
 
     def params(self, system: System) -> dict[str, Any]:
-        """Return the parameters by which derivatives are taken."""
+        """Return the parameters by which a minimum can be differentiated, by name."""
         ...
 
     def unknowns(self, system: System) -> Unknowns:
-        """Return the unknowns at the minimum."""
+        """Return the unknowns at the minimum: positions, and strain or multipliers if any."""
         ...
 
     def moved(self, system: System, x: Unknowns, params: Params) -> System:
-        """Return the system at other unknowns and parameters, with the same neighbor list."""
+        """Return a system with unknowns x and parameters ``params``, and the same neighbor list.
+
+        Args:
+          system: the system.
+          x: the unknowns: positions, and strain of the cell or parameters that relax, if any.
+          params: the other parameters by name.
+        """
         ...
 
     def condition(self, lin: Linearization, x: Unknowns, params: Params) -> Unknowns:
-        """Evaluate the condition F(x, params), which is zero at the minimum."""
+        """Evaluate the condition F(x, params), which is zero at the minimum.
+
+        F contains the derivatives of the energy (or enthalpy, or Lagrangian) by the unknowns x.
+        """
         ...
 
     def operator(self, lin: Linearization) -> tuple[Operator, jax.Array | None]:
-        """Return dF/dx by positions (and multipliers), matrix-free, and the multipliers' unit.
+        """Return the matrix of the linear solves as an operator, which multiplies it with vectors.
 
-        The unit is None where multipliers are no unknowns.
+        The matrix is the Hessian d2U/dR2; under constraints it is bordered by the derivatives of
+        their equations. The second result is the stiffness in whose units the multipliers are
+        measured; it is None where multipliers are no unknowns.
         """
         ...
 
     def solved(self, side: Unknowns, x: Unknowns) -> Unknowns:
-        """Return the solution for all unknowns, from that of the linear solve.
+        """Complete the solution of a linear solve to a solution for all unknowns.
 
-        At a pressure the linear solve is for the positions alone.
+        At a pressure the linear solve is for the positions alone, and the strain of the cell is
+        computed here.
 
         Args:
-          side: the right-hand side.
+          side: the right-hand side, for all unknowns.
           x: the solution of the linear solve.
         """
         ...
 
     def stored(self, lin: Linearization, x: Unknowns) -> Any:
-        """Convert a change of the unknowns to the form that users get.
+        """Convert a change x of the unknowns of the linear solve to the form that users get.
 
-        This is the change of the Cartesian positions, (n, d), motion with the cell included; at a
-        pressure an ``Unknowns`` of this change and of the strain of the cell, a Mandel vector.
+        Users get the change of the Cartesian positions, (n, d), which includes the motion of the
+        particles with the cell. At a pressure they get an ``Unknowns`` of this change and of the
+        strain of the cell, a Mandel vector.
         """
         ...
 
     def unknown(self, lin: Linearization, value: jax.Array | Unknowns) -> Unknowns:
-        """Convert a change of the unknowns from the form that users get; inverts ``stored``."""
+        """Convert a change of positions and strain from the form that users get; inverse of
+        ``stored``.
+
+        The result is the change of the unknowns of the linear solve; at a pressure its positions
+        leave out the motion of the particles with the cell.
+        """
         ...
 
     def parameter_side(self, lin: Linearization, tangent: Params) -> Unknowns:
-        """Compute - dF/dp . dp, the right-hand side of ``jvp``."""
+        """Compute - dF/dp . dp, the right-hand side of ``jvp``, for changes dp of the parameters.
+
+        F is the condition that is zero at the minimum, and ``tangent`` holds dp by parameter name.
+        """
         ...
 
     def displacement(self, lin: Linearization, tangent: Params, x: Unknowns) -> tuple[Any, Any]:
-        """Compute ``(value, nonaffine)`` of ``jvp`` from the solution x."""
+        """Compute the two results of ``jvp``, ``(value, nonaffine)``, from the solution x of its
+        solve.
+
+        ``value`` is the derivative of the positions (and of strain or multipliers), and
+        ``nonaffine`` that of the positions without the affine motion with the box. ``tangent``
+        holds the changes of the parameters by name.
+        """
         ...
 
     def cotangent(self, lin: Linearization, value: Unknowns, w: jax.Array) -> Unknowns:
-        """Check a cotangent of the result of ``jvp``; return a cotangent of the unknowns.
+        """Check the weights w of the sum w . R that ``vjp`` differentiates; R are the positions.
+
+        The sum may also contain strain, multipliers and relaxed parameters with weights of their
+        own.
 
         Args:
-          value: the user's cotangent.
-          w: the part of the cotangent for the positions, checked already.
+          lin: the linearization of the minimum.
+          value: all the weights, as the user gave them.
+          w: the weights of the positions, (n, d), checked already.
+
+        Returns:
+          weights of the unknowns of the linear solve, for the same sum.
         """
         ...
 
     def cotangent_side(self, lin: Linearization, cotangent: Unknowns) -> Unknowns:
-        """Compute the right-hand side of ``vjp``."""
+        """Compute the right-hand side of ``vjp`` from weights of the unknowns (``cotangent``)."""
         ...
 
     def parameter_gradient(
         self, lin: Linearization, cotangent: Unknowns, x: Unknowns
     ) -> dict[str, Any]:
-        """Compute the value of ``vjp`` from the solution x."""
+        """Compute the result of ``vjp``, a dict over the parameters, from the solution x of the
+        solve.
+
+        ``cotangent`` holds the weights of the unknowns, whose weighted sum ``vjp`` differentiates.
+        """
         ...
 
     def force_side(self, lin: Linearization, force: Unknowns) -> Unknowns:
-        """Compute the right-hand side of ``response``, for an external force on the particles."""
+        """Compute the right-hand side of ``response`` for external forces (n, d) on particles."""
         ...
 
     def at(self, minimum: Equilibrium, system: System) -> Self:
-        """Return the structure of another minimum nearby, whose backbone is ``system``."""
+        """Return the structure for another minimum nearby.
+
+        Args:
+          minimum: the other minimum.
+          system: the backbone of ``minimum``, that is, the system without the contacts of rattlers.
+        """
         ...
 
 
 @full_precision
 def _affine(system: System, tangent: Params, positions: jax.Array) -> jax.Array:
-    """Compute (d box / dp . dp) box^-1 R, (n, d), the motion of particles that follow the box."""
+    """Compute the motion (n, d) of particles that follow the box, for a change of the parameters.
+
+    The motion is (d box / dp . dp) box^-1 R, with the positions R and the changes dp by name in
+    ``tangent``; zero without a box.
+    """
     if system.box is None:
         return jnp.zeros_like(positions)
     change = along(lambda p: box_at(system, p), system.params, tangent)
@@ -150,7 +207,7 @@ def _negative(x: Tree) -> Tree:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FixedCellStructure(Portable):
-    """A minimum in a fixed cell: the unknowns are the positions, F = dU/dR."""
+    """A minimum in a fixed cell: the unknowns are the positions R, and dU/dR is zero."""
 
     status = None
 
@@ -217,11 +274,12 @@ class FixedCellStructure(Portable):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AtPressureStructure(FixedCellStructure):
-    """A minimum at a pressure: the unknowns are the positions R and a strain of the cell.
+    """A minimum at a pressure P: the unknowns are the positions R and a strain of the cell.
 
-    F = (dU/dR, d(U + P V)/dstrain). At a strain the particles are at (1 + strain) R, so that R is
-    similar to fractional coordinates: the derivative by R is (1 + strain) times the derivative by
-    the actual positions of the particles.
+    The condition is that F = (dU/dR, d(U + P V)/dstrain) is zero, with the energy U and the volume
+    V. At a strain the particles are at (1 + strain) R, so that R plays the role of fractional
+    coordinates: the derivative by R is (1 + strain) times the derivative by the actual positions of
+    the particles.
 
     Attributes:
       cell: the cell, with the strains ``cell.along`` that it can take. The strain among the
@@ -261,7 +319,12 @@ class AtPressureStructure(FixedCellStructure):
 
     @full_precision
     def solved(self, side: Unknowns, x: Unknowns) -> Unknowns:
-        """Add the strain of the cell, and the motion of the particles with it, to the solution."""
+        """Compute the strain of the cell, and add the motion that it causes in the particles.
+
+        Args:
+          side: the right-hand side, for positions and strain.
+          x: the solution of the linear solve for the positions, at a strain of zero.
+        """
         if side.strain is None:
             return x
         # The positions are eliminated first: S strain = f_strain + X^T f_R, with the stiffness S of
@@ -302,7 +365,17 @@ class AtPressureStructure(FixedCellStructure):
 
     @full_precision
     def cotangent(self, lin: Linearization, value: Unknowns, w: jax.Array) -> Unknowns:
-        """The transpose of ``stored``."""
+        """Convert weights w of the positions R in a sum w . R to weights of the unknowns.
+
+        The unknowns are the positions at constant cell, and the strain of the cell. Since R moves
+        with the cell, w contributes to the weights of the strain. This is the transpose of
+        ``stored``.
+
+        Args:
+          lin: the linearization of the minimum.
+          value: the user's weights of positions and, if given, strain (a Mandel vector).
+          w: the weights of the positions, (n, d), checked already.
+        """
         free_strains = self.cell.along
         R = lin.system.positions
         # stored positions move by R strain^T, so that w has a part by the strain
@@ -330,11 +403,12 @@ class AtPressureStructure(FixedCellStructure):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ConstrainedStructure(Portable):
-    """A minimum under constraints: F = (dL/dx, g), L = U + lambda . g.
+    """A minimum under constraints: F = (dL/dx, g) is zero, with the Lagrangian L = U + lambda . g.
 
-    The unknowns x are the positions, the relaxed parameters and the multipliers lambda of the
-    equations g = 0. Coordinates that are pinned or at a bound are constrained: the parameters alone
-    determine their values, and so their derivatives. The linear solve is for the other coordinates.
+    U is the energy. The unknowns x are the positions, the parameters that constraints relax, and
+    the multipliers lambda of the equations g = 0. Coordinates that are pinned or at a bound are
+    constrained: the parameters alone determine their values, and so their derivatives. The linear
+    solve is for the other coordinates.
 
     Attributes:
       multipliers: multipliers of the equations, by the names of the constraints; None without
@@ -359,7 +433,12 @@ class ConstrainedStructure(Portable):
         return lagrangian.with_unknowns(system, x, params)
 
     def condition(self, lin: Linearization, x: Unknowns, params: Params) -> Unknowns:
-        """Compute dL/dx and g; for a constrained coordinate, its distance from the fixed value."""
+        """Compute F(x, params), which is zero at a minimum under constraints.
+
+        F contains the derivatives of the Lagrangian by the free coordinates, the distance of each
+        pinned coordinate or coordinate at a bound from its prescribed value, and the values of the
+        constraints' equations.
+        """
         slope = lagrangian.lagrangian_gradient(lin.system, x, params)
         coordinates = Unknowns(x.positions, params=x.params)
         distance = jax.tree.map(
@@ -381,19 +460,25 @@ class ConstrainedStructure(Portable):
         return value if isinstance(value, Unknowns) else Unknowns(value)
 
     def read(self, lin: Linearization, x: Unknowns, params: Params) -> Unknowns:
-        """Convert the unknowns to the form that users get.
+        """Convert the unknowns x to the form that users get.
 
-        These are the positions, the relaxed parameters, and the multipliers of all constraints,
-        those of bounds and pins included.
+        Users get the positions, the parameters that constraints relax, and the multipliers of all
+        constraints, those of bounds and pins included.
+
+        Args:
+          lin: the linearization of the minimum.
+          x: the unknowns.
+          params: the other parameters by name.
         """
         all_params = {**params, **(x.params or {})}
         multipliers = lagrangian.multipliers_at(lin.system, x, all_params)
         return Unknowns(x.positions, None, multipliers, x.params)
 
     def motion(self, lin: Linearization, tangent: Params) -> Unknowns:
-        """Differentiate the constrained coordinates along a change of the parameters.
+        """Compute how pinned coordinates and those at a bound move with the parameters.
 
-        The derivative is zero for the other coordinates and for the multipliers.
+        The result is the derivative along the changes of the parameters in ``tangent``; it is zero
+        for the other coordinates and for the multipliers.
         """
         rate = along(
             lambda p: lagrangian.constrained_coordinates(lin.system, p), lin.params, tangent
@@ -420,7 +505,17 @@ class ConstrainedStructure(Portable):
         return value, value.positions - _affine(lin.system, tangent, lin.system.positions)
 
     def cotangent(self, lin: Linearization, value: Unknowns, w: jax.Array) -> Unknowns:
-        """Return the user's cotangent, zero for multipliers and parameters that are not named."""
+        """Complete the weights w of a sum w . x that ``vjp`` differentiates, with zeros where not
+        given.
+
+        The results x in the sum are the positions, the multipliers of all constraints, and the
+        parameters that constraints relax.
+
+        Args:
+          lin: the linearization of the minimum.
+          value: the user's weights; those of multipliers and relaxed parameters are dicts by name.
+          w: the weights of the positions, (n, d), checked already.
+        """
         # ``read`` has multipliers of all constraints, also those that are no unknowns
         shapes = jax.eval_shape(lambda c: self.read(c, c.unknowns, c.params), lin.traced(()))
         multipliers = _checked_by_name("multipliers", value.multipliers, shapes.multipliers, w)
@@ -433,10 +528,16 @@ class ConstrainedStructure(Portable):
     def parameter_gradient(
         self, lin: Linearization, cotangent: Unknowns, x: Unknowns
     ) -> dict[str, Any]:
-        """Apply the transpose of ``displacement`` after ``parameter_side``, the last step first.
+        """Compute the derivative by all parameters of a weighted sum of positions and multipliers.
 
-        The parameters act in three ways: directly on what users get, by the right-hand side of the
-        solve, and by the motion of the constrained coordinates.
+        The parameters act in three ways: directly on the multipliers that users get, by the
+        right-hand side of the linear solve, and by the motion of coordinates that are pinned or at
+        a bound.
+
+        Args:
+          lin: the linearization of the minimum.
+          cotangent: the weights in the sum.
+          x: the solution of the linear solve that has the weights as its right-hand side.
         """
         by_unknowns, direct = self._pulled_through_read(lin, cotangent)
         pull = jax.vjp(lambda y, p: _lagrangian_gradient(lin, y, p), lin.unknowns, lin.params)[1]
@@ -459,7 +560,12 @@ class ConstrainedStructure(Portable):
         return dataclasses.replace(self, multipliers=unknowns.multipliers)
 
     def _pulled_through_read(self, lin: Linearization, cotangent: Unknowns) -> tuple[Unknowns, Any]:
-        """Apply the transposed derivative of ``read``: cotangents of unknowns and parameters."""
+        """Differentiate a weighted sum of the results that users get by the unknowns and the
+        parameters.
+
+        The results are those of ``read``: positions, relaxed parameters, and the multipliers of all
+        constraints. ``cotangent`` holds the weights.
+        """
         value, pull = jax.vjp(lambda x, p: self.read(lin, x, p), lin.unknowns, lin.params)
         zero = jax.tree.map(jnp.zeros_like, value)
         multipliers = cotangent.multipliers
@@ -475,13 +581,15 @@ def _checked_by_name(
     shapes: dict[str, jax.ShapeDtypeStruct] | None,
     w: jax.Array,
 ) -> dict[str, jax.Array] | None:
-    """Check a user's cotangents by name; zero where a name is missing.
+    """Check a user's weights of multipliers or of parameters; a missing name gets zeros.
+
+    The weights are those of a sum that ``vjp`` differentiates.
 
     Args:
       field: "multipliers" or "params", for messages.
-      cotangents: cotangents that the user gave.
-      shapes: shapes by name; None or empty without names.
-      w: the cotangent of the positions, for its dtype.
+      cotangents: weights that the user gave, by name.
+      shapes: the shapes that the weights must have, by name; None or empty without names.
+      w: the weights of the positions, for their floating-point type.
     """
     named = cotangents or {}
     for name, array in named.items():
@@ -509,7 +617,7 @@ def _lagrangian_gradient(lin: Linearization, x: Unknowns, params: Params) -> Unk
 
 
 def _all_changes(lin: Linearization, tangent: Params) -> dict[str, Any]:
-    """Return changes of all parameters: zero for those that ``tangent`` does not name."""
+    """Return changes of all parameters: those in ``tangent``, and zeros for the others."""
     return {
         name: tangent[name] if name in tangent else jnp.zeros_like(v)
         for name, v in lin.params.items()
@@ -517,7 +625,12 @@ def _all_changes(lin: Linearization, tangent: Params) -> dict[str, Any]:
 
 
 def _at_active_set(null: NullSpace, fixed: Unknowns, free: Unknowns) -> Unknowns:
-    """Return ``fixed`` where constraints fix a coordinate, ``free`` elsewhere."""
+    """Return entries of ``fixed`` where constraints fix a coordinate, of ``free`` elsewhere.
+
+    Args:
+      null: the null space, which records which coordinates are pinned or at a bound.
+      fixed, free: values for all unknowns.
+    """
     mask = null.active_set
     assert mask is not None
     whole = Unknowns(mask.positions, None, mask.multipliers, mask.params)

@@ -21,7 +21,7 @@ from mdsens.mechanics.units import Limits, natural_units
 from mdsens.model import neighbors
 from mdsens.model.neighbors import slack, within
 from mdsens.model.system import System
-from mdsens.relaxation._fire_loop import shortened
+from mdsens.relaxation._fire_loop import limited_minimizer
 from mdsens.relaxation.methods import Fire, GradientDescent
 
 __all__ = ["Reverse", "TangentRun", "all_pairs", "limits_of", "reversed_run", "state_at_rest"]
@@ -73,14 +73,8 @@ def _functions(
     The energy gradient sums every row of the neighbor list, which reverse mode needs.
     """
     slope = energy_gradient(system, params)
-
-    def forces(R: jax.Array, **_: Any) -> jax.Array:
-        return shortened(-slope(R), limits.strongest)
-
-    def shift(R: jax.Array, dR: jax.Array, **_: Any) -> jax.Array:
-        return R + shortened(dR, limits.longest)
-
-    return method.functions(forces, shift, limits)
+    initialize, apply, _ = limited_minimizer(method, lambda R: -slope(R), limits)
+    return initialize, apply
 
 
 def _floats(state: PyTree) -> list[jax.Array]:

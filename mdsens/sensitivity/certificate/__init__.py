@@ -1,11 +1,11 @@
-"""Whether a sensitivity can be trusted.
+"""Certificates: whether a derivative of a relaxed configuration can be trusted.
 
 A certificate tells whether a configuration is a minimum, whether it is stable, how large the error
 of its derivative can be, and over which range of the parameters the derivative is valid.
 
 Every figure is computed at the point where the relaxation ended. So the bounds of the error are
-estimates: the constants in them should bound derivatives all along the way from that point to the
-true minimum, and are evaluated at that point only.
+estimates: the constants in a rigorous bound would have to hold on the whole way from that point to
+the true minimum, and are evaluated at that point only.
 """
 
 from mdsens.sensitivity.certificate.certification import certify

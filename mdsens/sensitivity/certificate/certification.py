@@ -49,11 +49,19 @@ INACCURATE = 0.1
 
 
 def _contacts_in_doubt(space: Space, step: Unknowns) -> tuple[int, float]:
-    """Count contact changes on the way to the minimum: ``(pairs in doubt, steps to the first)``.
+    """Count the pairs whose contact may change on the way from the configuration to the minimum.
 
-    Pairs are in doubt where they cross a breakpoint along the Newton step, or hold a particle that
-    counts as a rattler. The second number says after how many steps of this length the first pair
-    crosses a breakpoint.
+    A pair is in doubt where it crosses a breakpoint along the Newton step to the minimum, or holds
+    a particle that is a rattler only at the present force tolerance. A breakpoint is a distance at
+    which a derivative of the potential jumps or diverges, such as the contact distance.
+
+    Args:
+      space: norms and linear solves at the configuration.
+      step: the Newton step.
+
+    Returns:
+      the number of pairs in doubt, and the number of such steps after which the first pair crosses
+      a breakpoint (infinite if none does).
     """
     eq = space.lin.equilibrium
     net = space.lin.network
@@ -76,9 +84,14 @@ def _parts_without_derivative(
     lin: Linearization,
     project: Callable[[np.ndarray], np.ndarray],
 ) -> dict[str, float]:
-    """Compute the shares of the observable's gradient on rattlers and on rigid motions.
+    """Compute the shares of the observable's gradient by positions that have no derivative.
+
+    These are the shares of the norm on the positions of rattlers and along rigid motions, such as
+    translations.
 
     Args:
+      observable: function of a System.
+      lin: the linearization of the minimum.
       project: function that removes rigid motions from a vector of all coordinates.
     """
     system = lin.equilibrium.system
@@ -107,7 +120,12 @@ def _parts_without_derivative(
 
 
 def _examine_cell(lin: Linearization, step: Unknowns) -> CellState:
-    """Examine the cell of a minimum at a pressure; ``step`` is the Newton step."""
+    """Compute the stress left in the cell of a minimum at a pressure, and the cell's stiffness.
+
+    Args:
+      lin: the linearization of the minimum.
+      step: the Newton step of positions and cell to the exact minimum.
+    """
     cell = lin.cell
     volume = float(lin.system.volume)
     d = lin.system.dimension
@@ -131,7 +149,7 @@ def _examine_cell(lin: Linearization, step: Unknowns) -> CellState:
 
 
 def _examine_strain(lin: Linearization) -> StrainState:
-    """Compute the stiffness of a stable minimum against strain, by d (d + 1) / 2 solves."""
+    """Compute the stiffness of a stable minimum against strain, by d (d + 1) / 2 linear solves."""
     system = lin.system
     strains = jnp.asarray(basis(system.dimension), system.positions.dtype)
     strained = solve_derivative(STRAIN, lin, strains, many=True)
@@ -154,9 +172,9 @@ def _examine_strain(lin: Linearization) -> StrainState:
 def _projection_off_motions(
     lin: Linearization, factor: HessianFactor
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """Return the projection that removes rigid motions.
+    """Return a function that projects rigid motions out of a vector of all coordinates.
 
-    Motions that constraints prevent do not count as rigid motions.
+    Rigid motions that constraints prevent are kept in the vector.
     """
     if not lin.constrained:
         return factor.project
@@ -166,7 +184,7 @@ def _projection_off_motions(
 
 
 def _examine_constraints(lin: Linearization, factor: KKT) -> ConstraintState:
-    """Examine the constraints of a minimum."""
+    """Count the constraints of a minimum by kind, and check its equations and multipliers."""
     eq = lin.equilibrium
     mask = lin.null.active_set
     assert mask is not None
@@ -192,7 +210,7 @@ def _examine_constraints(lin: Linearization, factor: KKT) -> ConstraintState:
 
 @jax.jit
 def _values_of_equations(system: System) -> dict[str, jax.Array]:
-    """Compute the values g of the constraints' equations, zero where they hold."""
+    """Compute the values g of the constraints' equations g = 0, by name of the constraint."""
     return lagrangian.equations(system, system.positions, system.params)
 
 
@@ -206,21 +224,21 @@ def certify(
 ) -> Certificate:
     """Examine a minimum, and the derivative that ``jvp`` computes there along ``dparams``.
 
-    At a pressure the unknowns are positions and cell: the minimum is a minimum of the enthalpy, the
-    Newton step to it and the response change the cell too, and the certificate's ``cell`` gives its
-    stress and its stiffness.
+    At a pressure the unknowns are the positions and the strain of the cell: the minimum is a
+    minimum of the enthalpy, the Newton step to the minimum and the response change the cell too,
+    and the certificate's ``cell`` gives the stress and the stiffness of the cell.
 
-    A saddle of order k must have exactly k modes of negative stiffness. The estimates use the
-    smallest stiffness in absolute value.
+    A saddle of order k must have exactly k modes of negative stiffness. The estimates of errors use
+    the smallest stiffness in absolute value.
 
-    The cell prevents every strain that it is not free to take. Where the configuration would not
-    keep its shape or its size without the cell, the status that follows from the stiffness against
-    strain says so (:func:`mdsens.mechanics.stability.verdict`): UNSTABLE where a modulus is
-    negative; SHAPE_HELD, a warning, where the moduli are positive and yet some strain lowers the
-    enthalpy. Derivatives in the cell are valid in both cases.
+    A cell that is fixed, in size or in shape, prevents the particles from relaxing by a strain.
+    Where the configuration would not keep its shape or its size without the cell, the status tells
+    it from the stiffness against strain (:func:`mdsens.mechanics.stability.verdict`): UNSTABLE
+    where a modulus is negative; SHAPE_HELD, a warning, where the moduli are positive and yet some
+    strain lowers the enthalpy. Derivatives in the cell are valid in both cases.
 
-    The cost is that of an eigenvalue and a few linear solves with one factor of the Hessian,
-    d (d + 1) / 2 of them for the strains: about a tenth of the relaxation.
+    The cost is that of an eigenvalue and a few linear solves with one factor of the Hessian, d (d +
+    1) / 2 of them for the strains: about a tenth of the relaxation.
 
     Args:
       eq: a minimum or saddle, from ``minimize``, ``find_saddle`` or ``linearize``; not a batch. An
@@ -228,8 +246,8 @@ def certify(
       dparams: the direction in parameter space, as in ``jvp``; at a pressure it may contain
         ``"pressure"``. Where None, no derivative is examined.
       modes: number of the lowest modes to compute.
-      observable: a function of a System, as in ``gradient``: the parts of its gradient for which
-        there is no derivative are reported.
+      observable: a function of a System, as in ``gradient``. The certificate reports how much of
+        the observable's gradient lies on rattlers and rigid motions, which have no derivative.
       throw: raise :class:`ConvergenceError` where the status is not good; the error's ``result`` is
         the certificate.
 
@@ -237,7 +255,7 @@ def certify(
       a :class:`Certificate`.
 
     Raises:
-      InputError: bad names or shapes.
+      InputError: a name is no parameter's, or a shape is wrong.
     """
     if isinstance(eq, Equilibrium) and eq.system.batch is not None:
         raise InputError(
@@ -334,7 +352,8 @@ def certify(
 
 
 def _empty_spectrum(size: int) -> Spectrum:
-    """Return the spectrum of a minimum where nothing can move, or with positions not finite."""
+    """Return a spectrum without modes, for a minimum where nothing can move or with NaN positions.
+    """
     return Spectrum(
         values=np.zeros(0),
         vectors=np.zeros((size, 0)),
@@ -350,10 +369,14 @@ def _empty_spectrum(size: int) -> Spectrum:
 
 
 def _is_strain_examined(lin: Linearization, spectrum: Spectrum) -> bool:
-    """Return whether to examine the stiffness against strain.
+    """Return whether the certificate is to contain the stiffness against strain.
 
-    It is examined for a stable minimum whose cell prevents some strain. Where the cell is free to
-    take all strains, the stiffness S of the cell already contains the answer.
+    It contains this stiffness for a stable minimum in a cell that prevents some strain. Where the
+    cell is free to take all strains, the stiffness of the cell already contains the answer.
+
+    Args:
+      lin: the linearization of the minimum.
+      spectrum: the lowest modes of the Hessian.
     """
     eq = lin.equilibrium
     all_strains = len(basis(lin.system.dimension))
@@ -368,7 +391,14 @@ def _is_strain_examined(lin: Linearization, spectrum: Spectrum) -> bool:
 
 
 def _findings(c: Certificate, lin: Linearization) -> list[tuple[Status, str]]:
-    """List all faults, gravest first: statuses with sentences and figures."""
+    """List all faults and warnings of a certificate, gravest first.
+
+    Each is a status with a sentence that contains its figures.
+
+    Args:
+      c: the certificate, without findings so far.
+      lin: the linearization of the minimum.
+    """
     findings: list[tuple[Status, str]] = []
 
     def add(status: Status, figures: str = "") -> None:

@@ -1,10 +1,11 @@
-"""Error and range of the derivative along a direction, from the Newton step and derivatives of F.
+"""Error and range of the derivative of a minimum along a direction in parameter space.
 
-F(x, p) is the condition that is zero at the minimum x*, H = dF/dx and B = dF/dp. The response J
-solves H J = - B dp. The error of J at the point x, where the relaxation ended, is estimated by its
-change along the Newton step from x to x*. The range is the distance along the direction at which
-the first pair crosses a breakpoint of the potential, a distance at which a derivative of the
-potential jumps or diverges.
+F(x, p) is the condition that is zero at the minimum x* for the parameters p, H = dF/dx and B =
+dF/dp. The response J = dx/dt, for parameters p + t dp, solves H J = - B dp. The error of J at the
+point x, where the relaxation ended, is estimated by the change of J along the Newton step from x to
+x*. The range is the distance t along the direction at which the first pair crosses a breakpoint of
+the potential, a distance between particles at which a derivative of the potential jumps or
+diverges.
 """
 
 from __future__ import annotations
@@ -39,9 +40,13 @@ POWER_STEPS = 30
 
 
 def _norm_of_hessian_change(space: Space, unit: Motion) -> float:
-    """Compute the norm of the Hessian's derivative along a unit direction, off the null space.
+    """Compute the norm of the Hessian's derivative along a direction, outside of the null space.
 
     The norm is computed by power iteration, from a vector that contains all wavelengths.
+
+    Args:
+      space: norms and products with derivatives at the minimum.
+      unit: the direction, a change of the unknowns of norm one with a change of the parameters.
     """
     size = 0.0
     v = space.onward(on_host(lambda leaf: chirp(leaf.shape, xp=np), space.still))
@@ -55,11 +60,11 @@ def _norm_of_hessian_change(space: Space, unit: Motion) -> float:
 
 @jax.jit
 def _third_diverges(system: System) -> jax.Array:
-    """Return whether the third derivative of the potential diverges at a breakpoint, from inside.
+    """Return whether the third derivative of the pair potential diverges at a breakpoint.
 
-    This is so for Hertzian contacts. The derivative is evaluated at relative distances of 1e-3,
-    1e-6 and 1e-9 from the breakpoint, and counts as divergent where it grows by more than a half
-    from each to the next.
+    It diverges for Hertzian contacts, as the contact distance is approached from below. The
+    derivative is evaluated at relative distances of 1e-3, 1e-6 and 1e-9 below the breakpoint, and
+    counts as divergent where it grows by more than a half from each of these distances to the next.
     """
     diverges = jnp.zeros((), bool)
     for term in pair_terms(system):
@@ -82,12 +87,12 @@ def _third_diverges(system: System) -> jax.Array:
 def derivative(
     space: Space, dparams: Params, step: Unknowns, least: float
 ) -> DerivativeCertificate:
-    """Examine the derivative along a direction.
+    """Estimate the error and the range of the derivative of a minimum along a direction.
 
     Args:
-      space: the space of the unknowns of the minimum.
-      dparams: the direction.
-      step: the Newton step.
+      space: norms and linear solves for the unknowns of the minimum.
+      dparams: the direction, changes by parameter name.
+      step: the Newton step from the present positions to the exact minimum.
       least: the smallest stiffness of all unknowns; 0 where it is not known to be positive.
     """
     lin = space.lin
@@ -160,7 +165,12 @@ def derivative(
 
 @jax.jit
 def _derivative_by_params(lin: Linearization, tangent: Params) -> Unknowns:
-    """Compute B dp, the derivative of the condition F along a change of the parameters."""
+    """Compute (dF/dp) dp, the derivative by the parameters p of the condition F = 0 of the minimum.
+
+    Args:
+      lin: the linearization of the minimum.
+      tangent: the changes dp by parameter name.
+    """
     return along(lambda p: lin.condition(lin.unknowns, p), lin.params, tangent)
 
 
@@ -169,16 +179,19 @@ def _negative(forces: Unknowns) -> Unknowns:
 
 
 def _motions(x: Unknowns, length: float) -> tuple[np.ndarray, ...]:
-    """Return a change of the unknowns as lengths: motions, and strain times ``length``."""
+    """Convert a change of positions and strain to lengths, by multiplying the strain by ``length``.
+    """
     positions = np.asarray(x.positions)
     return (positions,) if x.strain is None else (positions, length * np.asarray(x.strain))
 
 
 def _square_on_rattlers(system: System, tangent: Params, rattlers: np.ndarray | None) -> float:
-    """Sum the squares of the components of a direction that belong to rattlers alone.
+    """Sum the squares of the changes of parameters that belong to rattlers alone.
 
     Args:
-      rattlers: (n,) which particles are rattlers; where None, the sum is over all components.
+      system: the system.
+      tangent: the changes by parameter name.
+      rattlers: (n,) True for rattlers; where None, the sum is over all parameters.
     """
     total = 0.0
     for parameter in parameters_of(system, tangent):
