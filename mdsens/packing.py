@@ -40,8 +40,7 @@ def compress(
     The cell keeps its shape. In each step the cell is rescaled with the particles, which keep their
     fractional coordinates, and then the particles are relaxed. So the final packing depends on the
     initial one, unlike a packing that is relaxed from random positions at the final packing
-    fraction. For a target pressure in place of a packing fraction, use ``minimize(system,
-    pressure=P)``.
+    fraction. To reach a target pressure instead, use ``minimize(system, pressure=P)``.
 
     Args:
       start: a System, relaxed or not, or an Equilibrium, which is the result of ``minimize``. The
@@ -53,7 +52,8 @@ def compress(
       tolerance, method, max_steps: tolerance of the forces, method and largest number of steps of
         each relaxation, as in ``minimize``.
       throw: whether to raise an error where a relaxation does not reach the tolerance; if False,
-        the last configuration is returned, and its ``status`` tells that it did not.
+        the last configuration is returned, and its ``status`` tells that the tolerance was not
+        reached.
       progress: whether to show a progress bar; None shows it only in a terminal or a notebook.
 
     Returns:

@@ -81,7 +81,7 @@ class Outcome(IntEnum):
         return f"{self.name}: {self.sentence}"
 
     def __format__(self, spec: str) -> str:
-        """Format an outcome: as its code if ``spec`` is for whole numbers, else as name and sentence."""
+        """Format the code if ``spec`` is a format of whole numbers, else name and sentence."""
         if spec[-1:] in INTEGER_FORMATS:
             return int.__format__(self, spec)
         return format(str(self), spec)
@@ -111,7 +111,7 @@ def severity_of(codes: ArrayLike) -> Any:
 
 
 def is_good(codes: ArrayLike) -> Any:
-    """Return for each outcome in an array of codes whether its result can be used; for ``jit`` too."""
+    """Return whether a result can be used, for each outcome code in an array; works in ``jit``."""
     return severity_of(codes) < Severity.FAILURE
 
 

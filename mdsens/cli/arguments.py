@@ -1,4 +1,4 @@
-"""Commands and options of the command line, checked before anything heavy is imported."""
+"""The parser of the command line ``mdsens``: commands, options, and checks of their values."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ WRT = (
 def parser(
     runs: Mapping[str, Callable[[argparse.Namespace], int]], version: type[argparse.Action]
 ) -> argparse.ArgumentParser:
-    """Build the parser of the command line.
+    """Build the parser of the command line ``mdsens``, with all commands and options.
 
     Args:
-      runs: the function that runs a command, by the command's name; it returns the exit code.
-      version: the action of ``--version``.
+      runs: for each command, by name, the function that runs the command and returns an exit code.
+      version: argparse action that prints the version, for the option ``--version``.
     """
     top = argparse.ArgumentParser(
         prog="mdsens",
@@ -266,33 +266,33 @@ def parser(
 
 
 def _positive(text: str) -> float:
-    """Read an option's value as a finite number above 0."""
+    """Convert the text of a command-line option to a finite number above 0."""
     with contextlib.suppress(ValueError):
         if 0.0 < float(text) < math.inf:
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a positive number: give a number above 0")
 
 
 def _count(text: str) -> int:
-    """Read an option's value as an integer from 1."""
+    """Convert the text of a command-line option to an integer of at least 1."""
     if text.isdecimal() and int(text) >= 1:
         return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number: give 1 or more")
 
 
 def _number(text: str) -> float:
-    """Read an option's value as a finite number."""
+    """Convert the text of a command-line option to a finite number."""
     with contextlib.suppress(ValueError):
         if math.isfinite(float(text)):
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no number")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a finite number: give one, such as 0.05")
 
 
 def _wrt(text: str) -> tuple[str, tuple[int, ...] | None]:
-    """Read name and index of a component; the index is None for a whole parameter."""
+    """Split a text such as "sigma[1]" into a parameter's name and index; "sigma" has index None."""
     label = split_label(text)
     if label is None:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no component: write sigma, sigma[1] or sigma[0,1]"
+            f"{text!r} is not the form of a component: write sigma, sigma[1] or sigma[0,1]"
         )
     return label

@@ -1,6 +1,7 @@
 """The commands of ``mdsens``; their exit codes say whether a result can be trusted.
 
-Heavy imports are inside functions, so that ``mdsens --help`` answers at once and starts no backend.
+Several imports are inside functions, so that ``mdsens --help`` answers fast and starts no backend
+of jax.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code.
+    """Run the command line ``mdsens`` with the arguments ``argv`` and return the exit code.
 
-    argparse itself exits, with 0 after --help and --version and with 2 after bad usage.
+    After --help and --version (code 0) and after bad usage (code 2), argparse ends the process.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report_failure(code: int, message: str) -> int:
-    """Print the message as one line on stderr and return the exit code."""
+    """Print an error message as one line on stderr, and return the exit code ``code``."""
     sys.stdout.flush()  # so that the message comes after what was printed before
     print("mdsens:", " ".join(message.split()), file=sys.stderr)
     return code
@@ -91,7 +92,7 @@ class _Version(argparse.Action):
 
 
 def _check_writable(option: str, path: Path | None, suffixes: Sequence[str] = ()) -> None:
-    """Check, before a computation, that its result can be written to a path."""
+    """Raise InputError, before a computation, if the result could not be written to ``path``."""
     if path is None:
         return
     if suffixes and path.suffix.lower() not in suffixes:
@@ -103,10 +104,13 @@ def _check_writable(option: str, path: Path | None, suffixes: Sequence[str] = ()
 
 
 def _relax_system(args: argparse.Namespace) -> tuple[Equilibrium, Linearization, list[Component]]:
-    """Load the system, check the options against it, relax it, and print system and relaxation.
+    """Load the system that a command names, check the command's options, and relax the system.
+
+    The system and its relaxation are printed as tables.
 
     Returns:
-      the minimum, its linearization, and the components that ``--wrt`` names (none without it).
+      the minimum, the linearization at the minimum (Hessian and solver), and the parameter
+      components that ``--wrt`` names (an empty list without ``--wrt``).
     """
     import mdsens as ms
     from mdsens.io import system_toml
@@ -160,7 +164,7 @@ def _relax_system(args: argparse.Namespace) -> tuple[Equilibrium, Linearization,
 
 
 def _relax(args: argparse.Namespace) -> int:
-    """Relax a system and store the minimum."""
+    """Run ``mdsens relax``: relax a system and store the minimum."""
     import mdsens as ms
 
     _check_writable("--out", args.out, (".npz",))
@@ -178,7 +182,7 @@ def _relax(args: argparse.Namespace) -> int:
 
 
 def _sensitivity(args: argparse.Namespace) -> int:
-    """Differentiate a minimum by each component, and check and certify each response."""
+    """Run ``mdsens sensitivity``: compute, check and certify the response to each component."""
     import mdsens as ms
 
     _check_writable("--out", args.out, (".npz",))
@@ -228,7 +232,7 @@ def _sensitivity(args: argparse.Namespace) -> int:
 
 
 def _certify(args: argparse.Namespace) -> int:
-    """Certify a minimum, and its derivative by one component."""
+    """Run ``mdsens certify``: examine a minimum, and its derivative by one parameter component."""
     import json
 
     import mdsens as ms
@@ -268,7 +272,7 @@ def _certify(args: argparse.Namespace) -> int:
 
 
 def _moduli(args: argparse.Namespace) -> int:
-    """Compute elastic moduli and their derivatives."""
+    """Run ``mdsens moduli``: compute elastic moduli and their derivatives by parameters."""
     import json
 
     import mdsens as ms
@@ -296,7 +300,7 @@ def _moduli(args: argparse.Namespace) -> int:
 
 
 def _design(args: argparse.Namespace) -> int:
-    """Run a design, and store its state after each step."""
+    """Run ``mdsens design``: search for parameters, and store the search's state at each step."""
     import json
 
     import mdsens as ms
@@ -350,13 +354,13 @@ def _design(args: argparse.Namespace) -> int:
 def _print_verdict(
     findings: Sequence[Finding], praise: str, warned: Sequence[str] = (), strict: bool = False
 ) -> int:
-    """Print the last line, whether the results can be trusted, and return the exit code.
+    """Print a line that says whether the results can be trusted, and return the exit code.
 
     Args:
       findings: the checked results; a result with a ``reason`` is not to be trusted.
-      praise: text of the line where all results can be trusted.
-      warned: warnings; under ``strict`` they count as reasons not to trust the results.
-      strict: whether warnings count as reasons.
+      praise: text of the line if all results can be trusted.
+      warned: warnings to report.
+      strict: whether a warning is a reason not to trust the results.
     """
     bad = [f"{finding.part.label}: {finding.reason}" for finding in findings if finding.reason]
     bad += warned if strict else []
@@ -369,7 +373,7 @@ def _print_verdict(
 
 
 def _store(path: Path, lin: Linearization, findings: Sequence[Finding]) -> None:
-    """Store the responses, statuses and errors as plain arrays, which ``numpy.load`` reads."""
+    """Store responses, their statuses and their errors as plain arrays, for ``numpy.load``."""
     import numpy as np
 
     from mdsens.io.files import replacing
@@ -402,7 +406,7 @@ def _store(path: Path, lin: Linearization, findings: Sequence[Finding]) -> None:
 
 
 def _plot(path: Path, lin: Linearization, finding: Finding) -> None:
-    """Draw a response on the configuration."""
+    """Draw the particles' displacements in response to a parameter, and write the figure."""
     import mdsens as ms
 
     label = finding.part.label
@@ -411,7 +415,7 @@ def _plot(path: Path, lin: Linearization, finding: Finding) -> None:
 
 
 def _figure(path: Path, draw: Callable[[], Any]) -> None:
-    """Draw a figure without a display and write it; ``draw`` returns one of its Axes."""
+    """Write the figure that ``draw`` makes to a file; ``draw`` returns one Axes of the figure."""
     import matplotlib
 
     from mdsens.io.files import replacing
@@ -424,7 +428,7 @@ def _figure(path: Path, draw: Callable[[], Any]) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    """Compare responses with finite differences and with the adjoint."""
+    """Run ``mdsens verify``: compare responses with finite differences and with the adjoint."""
     import mdsens as ms
 
     eq, lin, parts = _relax_system(args)
@@ -442,7 +446,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _systems(args: argparse.Namespace) -> int:
-    """List the bundled systems."""
+    """Run ``mdsens systems``: list the systems that come with mdsens."""
     import mdsens as ms
 
     title = "Systems: give the name, or the path of a .toml file of your own"

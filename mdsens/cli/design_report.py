@@ -1,4 +1,4 @@
-"""Lines that ``mdsens design`` prints at each step, and its result as JSON."""
+"""Output of ``mdsens design``: one printed line for each step, and the result as JSON."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ WIDTH = 12  # of a column, at least: a number of six digits with sign and expone
 
 
 def lines(names: tuple[str, ...], say: Callable[[str], None]) -> Callable[[State], None]:
-    """Make a callback of ``ms.design.fit`` that prints each step as one line of a table.
+    """Make a callback for ``ms.design.fit`` that prints each step of the search as a table row.
 
     Args:
-      names: names of the targets, with one column each.
-      say: function that prints a line.
+      names: names of the targets, one for each column of the table.
+      say: function that prints a line of text.
     """
     widths = [max(WIDTH, len(name)) for name in names]
 

@@ -1,4 +1,4 @@
-"""Installed versions, and a check that neighbor lists are compiled right, for ``mdsens doctor``."""
+"""For ``mdsens doctor``: installed versions, and a check that neighbor lists compile correctly."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ N = 150
 
 
 def versions() -> list[tuple[str, str]]:
-    """Return names and versions of Python and of the packages, without importing them."""
+    """Return names and versions of Python and of packages, without importing these packages."""
     rows = [("python", platform.python_version())]
     for name in PACKAGES:
         try:
@@ -32,14 +32,15 @@ def versions() -> list[tuple[str, str]]:
 
 
 def energies() -> list[tuple[str, float, float]]:
-    """Compute one energy by several methods: (method, energy, relative error).
-
-    The error is relative to the sum over all pairs by numpy.
+    """Compute the energy of one system by several methods, to find neighbor lists that lose pairs.
 
     The system is random overlapping spheres in a sheared periodic cell in 3-D, and the methods
-    differ in the neighbor list that compiled code builds. In jax 0.10.2 on CPU such lists lose
-    pairs without setting a flag (jax issue 39103), and the energy is far too small; the check
-    finds the next compiler that does so.
+    differ in the neighbor list that compiled code builds. With jax 0.10.2 on CPU such lists lose
+    pairs without setting a flag (jax issue 39103), and the energy is far too small. This check
+    finds other releases of jax with such a fault.
+
+    Returns:
+      (method, energy, error) for each method; the error is relative to numpy's sum over all pairs.
     """
     import jax
     import jax.numpy as jnp

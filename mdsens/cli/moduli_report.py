@@ -1,4 +1,4 @@
-"""Tables and JSON of elastic moduli and of their derivatives, for ``mdsens moduli``."""
+"""Output of ``mdsens moduli``: elastic moduli and their derivatives, as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MODULI = {"K": "bulk", "G": "shear", "E": "young", "nu": "poisson"}
 
 
 def page(moduli: Moduli) -> str:
-    """Format the moduli of both tensors: A, the second derivative of the energy, and Birch's B."""
+    """Format elastic moduli and tensors: A, the energy's second derivative by strain; Birch's B."""
     # the axes of each Mandel index: the first non-zero entry of its unit strain
     entries = [np.argwhere(unit)[0] for unit in basis(moduli.stress.shape[0])]
     axes = [f"{AXES[i]}{AXES[j]}" for i, j in entries]
@@ -39,11 +39,11 @@ def page(moduli: Moduli) -> str:
 
 
 def slopes_of(lin: Linearization, parts: Sequence[Component]) -> dict[str, np.ndarray]:
-    """Compute the derivatives of the pressure and of each modulus by each component.
+    """Compute the derivatives of the pressure and the elastic moduli by each parameter component.
 
     Returns:
-      arrays (components,) by name: P, the names in :data:`MODULI`, and the same names with the
-      suffix _B for Birch's tensor.
+      arrays (components,) by name: P for the pressure; K, G, E and nu for the moduli of the tensor
+      A; and K_B, G_B, E_B and nu_B for those of Birch's tensor.
     """
 
     def features(m: Moduli) -> jax.Array:
@@ -74,7 +74,10 @@ def slopes_of(lin: Linearization, parts: Sequence[Component]) -> dict[str, np.nd
 def as_dict(
     moduli: Moduli, parts: Sequence[Component], slopes: dict[str, np.ndarray]
 ) -> dict[str, Any]:
-    """Convert tensors and derivatives to numbers for JSON; None stands for NaN and infinity."""
+    """Convert elastic tensors and derivatives of the moduli to a dict for JSON.
+
+    None stands for NaN and infinity.
+    """
 
     def plain(value: list[Any] | float) -> Any:  # JSON has no NaN and no infinity
         if isinstance(value, list):
@@ -93,7 +96,7 @@ def as_dict(
 
 
 def verdict(moduli: Moduli) -> str:
-    """Format the last line, which says whether the moduli can be trusted."""
+    """Format the last line of ``mdsens moduli``, which says whether the moduli can be trusted."""
     status = moduli.status
     if not status.good:
         return f"not to be trusted: {status.sentence}"
@@ -103,7 +106,7 @@ def verdict(moduli: Moduli) -> str:
 
 
 def derivatives(parts: Sequence[Component], slopes: dict[str, np.ndarray], count: int) -> str:
-    """Format the table of derivatives, one row for each component.
+    """Format the derivatives of elastic moduli as a table, one row for each parameter component.
 
     Of more than ``count`` components, the table shows the ``count`` components that Poisson's ratio
     depends on most.

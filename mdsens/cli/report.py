@@ -1,4 +1,4 @@
-"""Tables of a system, a minimum and its sensitivities, and the checks of a sensitivity."""
+"""Tables of a system, a relaxation and its sensitivities, and the checks of a sensitivity."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ NEGLIGIBLE = 1e-6
 
 
 class Component(NamedTuple):
-    """One component of a parameter, by which a minimum is differentiated.
+    """One component of a parameter, such as sigma[1], by which a minimum is differentiated.
 
     Attributes:
-      label: the component's name, such as sigma[1].
-      direction: the change of the parameters, by name, when the component changes by 1.
+      label: the component's name.
+      direction: the change of the parameter, by its name, when the component changes by 1.
     """
 
     label: str
@@ -71,13 +71,15 @@ class Component(NamedTuple):
 def components(
     system: System, name: str, index: tuple[int, ...] | None, pressure: float | None = None
 ) -> list[Component]:
-    """Return the components that ``name[index]`` refers to.
+    """Return the components of a parameter that the text ``name[index]`` refers to.
 
     Args:
       system: the system with the parameter.
       name: name of the parameter.
-      index: index of one component; None for all components, in a symmetric matrix each pair once.
-      pressure: the pressure that the cell is relaxed to, a parameter as well; None at fixed cell.
+      index: index of one component; None for all components, where each pair of off-diagonal
+        entries of a symmetric matrix counts once.
+      pressure: pressure that the cell is relaxed to, which is a parameter too; None if the cell is
+        fixed.
 
     Raises:
       InputError: no such parameter or component.
@@ -109,7 +111,10 @@ def components(
 
 
 def _component(parameter: Parameter, index: tuple[int, ...]) -> Component:
-    """Make a component of a parameter; in a symmetric matrix, both entries of the pair change."""
+    """Make the component of a parameter that has this index, as a direction of unit change.
+
+    In a symmetric matrix, both entries of a pair change.
+    """
     return Component(parameter.label(index), {parameter.name: parameter.unit(index)})
 
 
@@ -154,12 +159,12 @@ def system(name: str, system: System, content: dict[str, Any]) -> str:
 
 
 def _folded(title: str) -> str:
-    """Fold a title to the width of a terminal."""
+    """Wrap a title into lines that fit into a terminal."""
     return "\n".join(tables.textwrap.wrap(title, tables.WIDTH, subsequent_indent="  "))
 
 
 def _values(value: np.ndarray) -> str:
-    """Format a parameter's value: up to 6 numbers or a matrix in full, more numbers as a range."""
+    """Format a parameter's value: up to 6 numbers and matrices in full, more numbers as a range."""
     if value.ndim == 0:
         return f"{value:.6g}"
     if value.ndim == 1 and value.size > 6:
@@ -172,9 +177,9 @@ def relaxation(eq: Equilibrium, net: Network, more: tables.Rows = ()) -> str:
     """Format the table of a relaxation: status, forces, pressure, contacts and rattlers.
 
     Args:
-      eq: the minimum.
+      eq: the minimum that the relaxation found.
       net: contact network of the minimum.
-      more: rows to append to the table.
+      more: rows to append to the table, each a name and a value.
     """
     system = eq.system
     status = Status(int(eq.status))
@@ -218,9 +223,9 @@ def relaxation(eq: Equilibrium, net: Network, more: tables.Rows = ()) -> str:
 
 
 def parts_of(value: jax.Array | np.ndarray | Unknowns) -> tuple[np.ndarray, np.ndarray | None]:
-    """Split a response into that of the positions, (n, d), and the strain of the cell.
+    """Split a response into the displacements of the particles, (n, d), and the strain of the cell.
 
-    The strain is a Mandel vector, and None where the cell is fixed.
+    The strain is a vector of Mandel components, or None where the cell is fixed.
     """
     if not isinstance(value, Unknowns):
         return np.asarray(value), None
@@ -228,10 +233,10 @@ def parts_of(value: jax.Array | np.ndarray | Unknowns) -> tuple[np.ndarray, np.n
 
 
 def spacing(system: System, component: Component) -> float:
-    """Compute the scale of a response: one particle spacing for a relative parameter change of 1.
+    """Compute a unit for responses: one particle spacing for a relative parameter change of 1.
 
-    The scale is the particle spacing divided by the parameter's value (its largest among the
-    entries that the component changes), or the spacing alone where the value is zero.
+    The unit is the particle spacing divided by the parameter's largest value among the entries that
+    the component changes. Where this value is zero, the unit is the spacing.
     """
     name, direction = next(iter(component.direction.items()))
     d = system.dimension
@@ -249,7 +254,7 @@ def spacing(system: System, component: Component) -> float:
 
 
 def negligible(system: System, component: Component, response: Displacement) -> bool:
-    """Return whether the non-affine response is too small to be resolved by finite differences."""
+    """Return whether the non-affine displacements are too small to check by finite differences."""
     largest = np.linalg.norm(np.asarray(response.nonaffine), axis=1).max()
     return bool(largest < NEGLIGIBLE * spacing(system, component))
 
@@ -260,9 +265,10 @@ def scale(
     response: Displacement,
     value: jax.Array | np.ndarray | Unknowns,
 ) -> float:
-    """Compute the norm that errors are relative to, that of the positions in ``value``.
+    """Compute the norm by which errors of a response are divided to become relative errors.
 
-    Where nothing moves, the norm is that of one :func:`spacing` for each particle.
+    This is the norm of the displacements in ``value``. Where the non-affine displacements are
+    negligible, it is the norm that one :func:`spacing` for each particle has.
     """
     if negligible(system, component, response):
         return spacing(system, component) * system.n**0.5
@@ -270,21 +276,24 @@ def scale(
 
 
 class Finding(NamedTuple):
-    """A response with the results of its checks.
+    """The response of a minimum to one parameter component, with the results of its checks.
+
+    The response is J v: J is the Jacobian of the positions by the parameters, and v the change of
+    the parameters. The adjoint J^T is compared by a random vector w, (n, d).
 
     Attributes:
-      part: the component that the minimum is differentiated by.
+      part: the component v that the minimum is differentiated by.
       system: the relaxed system.
-      response: the derivative.
-      differences: finite differences; None where they were not taken.
+      response: the derivative of the minimum by the component.
+      differences: the derivative by finite differences; None where they were not taken.
       error: difference between the response and the finite differences, relative to the norm of the
-        non-affine part; where the cell responds too, the larger of this error and of the error of
-        the strain relative to the strain's norm. nan without finite differences.
+        non-affine displacements. Where the cell responds too, the larger one of this error and the
+        error of the strain relative to the strain's norm. NaN without finite differences.
       own: estimated error of the finite differences themselves, relative to the norm of the
-        non-affine part. nan without them.
-      forward: <w, J v>; nan where no adjoint was asked for.
-      reverse: <J^T w, v>; nan where no adjoint was asked for.
-      reason: why the response is not to be trusted; empty where nothing speaks against it.
+        non-affine displacements. NaN without finite differences.
+      forward: <w, J v>; NaN if the adjoint was not computed.
+      reverse: <J^T w, v>; NaN if the adjoint was not computed.
+      reason: why the response is not to be trusted; empty if it passes all checks.
     """
 
     part: Component
@@ -299,7 +308,7 @@ class Finding(NamedTuple):
 
     @property
     def size(self) -> float:
-        """Norm of the non-affine part."""
+        """Euclidean norm of the non-affine displacements of the particles."""
         return float(np.linalg.norm(np.asarray(self.response.nonaffine)))
 
     @property
@@ -317,14 +326,17 @@ def examined(
     check: bool = True,
     adjoint: tuple[Any, ParameterGradient] | None = None,
 ) -> Finding:
-    """Solve for one response, and compare it with finite differences and an adjoint.
+    """Compute the response of a minimum to one parameter component, and check the response.
+
+    The checks are a comparison with finite differences and one with the adjoint J^T of J, the
+    Jacobian of the positions by the parameters.
 
     Args:
       eq: the minimum.
-      lin: its linearization.
+      lin: the linearization at the minimum (Hessian and solver).
       part: the component to differentiate by.
       check: whether to take finite differences.
-      adjoint: a cotangent w (n, d) and its ``vjp``; None for no comparison with the adjoint.
+      adjoint: a vector w (n, d) and J^T w, as ``vjp`` computes it; None for no such comparison.
     """
     response = jvp(lin, part.direction, throw=False)
     differences = None
@@ -366,7 +378,7 @@ def examined(
 
 
 def _reason_for_doubt(finding: Finding) -> str:
-    """Why the response is not to be trusted; empty where nothing speaks against it."""
+    """Return the reason why a response is not to be trusted; empty if it passes all checks."""
     status = finding.response.status
     differences = finding.differences
     error = finding.error
@@ -396,7 +408,7 @@ def _reason_for_doubt(finding: Finding) -> str:
 
 
 def random_direction(parts: Sequence[Component]) -> Component:
-    """A random unit direction through all components of one parameter, the same in every run."""
+    """Draw a random unit direction of all components of one parameter, the same in every run."""
     (name,) = parts[0].direction
     rng = np.random.default_rng(0)
     v = np.sum([rng.standard_normal() * part.direction[name] for part in parts], axis=0)
@@ -404,12 +416,12 @@ def random_direction(parts: Sequence[Component]) -> Component:
 
 
 def random_cotangent(system: System) -> np.ndarray:
-    """A random vector on each particle, (n, d), the same in every run."""
+    """Draw a random vector for each particle, (n, d), the same in every run, to test adjoints."""
     return np.random.default_rng(1).standard_normal(system.positions.shape)
 
 
 def verification(findings: Sequence[Finding]) -> str:
-    """Format the table of ``mdsens verify``: responses against finite differences and adjoint."""
+    """Format the table in which responses are compared with finite differences and the adjoint."""
     rows = []
     for finding in findings:
         step = change = "-"
@@ -443,16 +455,17 @@ def verification(findings: Sequence[Finding]) -> str:
 
 
 def _first_contact_change(differences: FiniteDifference) -> str:
-    """Describe the parameter change at which the first contact changes; empty if it is very large.
+    """Format the parameter change at which the first contact opens or closes.
 
-    1e9 steps are a change by about a thousand times the parameter, with steps of 1e-6 of it.
+    The text is empty if that change is above 1e9 steps of the finite differences. With steps of
+    1e-6 of the parameter, this is about a thousand times the parameter.
     """
     near = differences.radius < 1e9 * differences.step
     return f"{differences.radius:.1e}" if near else ""
 
 
 def box_moves(response: Displacement) -> bool:
-    """Return whether the response contains affine motion of the box."""
+    """Return whether a response contains the affine motion of the particles with the box."""
     value = parts_of(response.value)[0]
     nonaffine = np.asarray(response.nonaffine)
     # equal up to round-off, of which 1e-9 leaves plenty
@@ -461,7 +474,7 @@ def box_moves(response: Displacement) -> bool:
 
 
 def sensitivity(finding: Finding) -> str:
-    """Format the table of one response: status, solver, norms, error, largest displacements."""
+    """Format the response to one parameter: status, solver, norms, error, largest displacements."""
     response = finding.response
     stats = response.stats
     affine = box_moves(response)
@@ -505,9 +518,9 @@ def sensitivity(finding: Finding) -> str:
 
 
 def _largest_displacements(finding: Finding, affine: bool, count: int = 5) -> str:
-    """Format the table of the ``count`` particles with the largest non-affine displacement.
+    """Format the table of the ``count`` particles with the largest non-affine displacements.
 
-    ``affine`` says whether the box moves, so that the title says what the displacement is.
+    ``affine`` says whether the box moves; the title then names the displacements non-affine.
     """
     system = finding.system
     d = system.dimension
@@ -537,19 +550,19 @@ def _species_label(system: System, i: int) -> list[str]:
 def ranking(
     lin: Linearization, parts: Sequence[Component], whole: Displacement, count: int
 ) -> tuple[str, int]:
-    """Rank the components of a parameter by how far they move the particles.
+    """Rank the components of a parameter by the norm of the displacements that they cause.
 
-    The displacement is the non-affine one. Where the parameter has one value a particle, the motion
-    of that particle itself does not count.
+    Displacements are non-affine ones. Where the parameter has one value for each particle, the
+    motion of the particle that a value belongs to does not count.
 
     Args:
-      lin: the linearized minimum.
+      lin: the linearization at the minimum.
       parts: all components of the parameter.
-      whole: the jacobian by the parameter.
+      whole: the Jacobian of the minimum by the parameter.
       count: how many components to list.
 
     Returns:
-      the table, and the index in ``parts`` of the first component of the ranking.
+      the table, and the index in ``parts`` of the component that ranks first.
     """
     system = lin.system
     (name,) = parts[0].direction

@@ -98,7 +98,7 @@ class Measurement(NamedTuple):
 
     @property
     def enough(self) -> bool:
-        """Whether the features could be computed for at least half of the systems of the ensemble."""
+        """Whether the features could be computed for at least half of the ensemble's systems."""
         return bool(np.mean(self.status == Status.CONVERGED.value) >= ENOUGH)
 
 
@@ -165,7 +165,7 @@ def measure(
 def moves(
     state: State, measurement: Measurement, tangent: Mapping[str, np.ndarray]
 ) -> list[Unknowns]:
-    """Compute the linear response of particles and cell to a change of the parameters, by system.
+    """Compute each system's linear response, of particles and cell, to a change of the parameters.
 
     The response is zero for a system without a linearized minimum, or whose linear solve fails.
 

@@ -89,10 +89,10 @@ def fit(
         the relaxation at the start is not counted.
       restart: whether to relax every system from its initial positions at every step, instead of
         from the positions that its linear response predicts. Use ``restart=True`` where the
-        parameters are to give the property to any packing of an ensemble, also to fresh ones, and
-        not to these packings alone. Most systems then relax to other minima than those at which
-        their derivatives were taken. The Jacobian is therefore the median over the systems, which a
-        few systems near an instability do not dominate.
+        parameters are to give the property to any packing of an ensemble, fresh packings included,
+        and not only to the packings of ``system``. Most systems then relax to other minima than
+        those at which their derivatives were taken. The Jacobian is therefore the median over the
+        systems, which a few systems near an instability do not dominate.
       pressure, shape: as in ``minimize``: with a pressure, the cell is relaxed, too.
       tolerance, max_steps: tolerance of the forces and largest number of steps of each relaxation,
         as in ``minimize``.

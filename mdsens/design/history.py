@@ -1,4 +1,4 @@
-"""The records of a design: its steps, the state that it can resume from, and its result."""
+"""Data classes of an inverse design: one step, the state to resume from, and the result."""
 
 from __future__ import annotations
 
@@ -19,29 +19,34 @@ __all__ = ["Design", "State", "Step"]
 
 @dataclasses.dataclass(frozen=True)
 class Step(Named):
-    """One step of a design: the parameters that were tried, and the outcome.
+    """One step of an inverse design: the parameters that were tried, and the outcome.
+
+    The design changes p variables until m features of the relaxed systems have wanted values. A
+    feature is a property, such as the pressure; a variable is a free component of a parameter, or
+    its logarithm. A member is one system of the ensemble.
 
     Attributes:
       x: (p,) the variables tried.
-      values: (m,) the features at x, mean over the members that count; nan where none counts.
+      values: (m,) the features at x: the mean over the members whose features could be computed;
+        nan where there is no such member.
       predicted: (m,) the features that the linear model at the previous x predicted.
-      status: for each system of the ensemble (member) CONVERGED, or the code of the reason why it
-        does not count in the means.
+      status: (members,) CONVERGED, or the code of the reason why the member is left out of the
+        mean.
       accepted: whether the design continued from x.
-      size: the largest change of a variable (a variable is a free component of a parameter, or its
-        logarithm).
+      size: the largest change of a variable.
       trust: the radius of the trust region for this step.
-      reach: fraction of the step at which the first pair was predicted to cross a breakpoint, to
-        first order, in the member where that comes first. Above 1 the step lies within the
-        certificate's radius.
-      crossed: how many pairs were predicted to cross a breakpoint, in the member with most. A
-        breakpoint is a distance at which a derivative of the potential jumps or diverges.
+      reach: the fraction of the step at which the first pair was predicted to cross a breakpoint,
+        to first order; the smallest such fraction over the members. A breakpoint is a distance at
+        which a derivative of the potential jumps or diverges. If the fraction is above 1, the step
+        lies within the radius that the certificate of the sensitivity gives.
+      crossed: how many pairs were predicted to cross a breakpoint in the step; the largest such
+        number over the members.
       max_displacement_error: the largest distance of a relaxed particle from the position that
         linear response predicted, in units of the length scale of the potential (contact distance,
         or the distance of the minimum of the pair energy).
-      left_basin: for each member whether ``max_displacement_error`` is more than 0.1, so that
-        particles have rearranged. If such a step was accepted, the design continued from another
-        minimum than that of the derivatives.
+      left_basin: (members,) whether the ``max_displacement_error`` of the member is more than 0.1,
+        so that particles have rearranged. If such a step was accepted, the design continued from
+        another minimum than the one at which the derivatives were taken.
     """
 
     x: np.ndarray
@@ -61,19 +66,23 @@ class Step(Named):
 class State(Named):
     """A design between two steps, as stored by ``ms.io.save`` and resumed by ``fit(resume=state)``.
 
+    The design changes p variables until m features of the relaxed systems have wanted values. A
+    feature is a property, such as the pressure. A member is one system of the ensemble.
+
     Attributes:
       x: (p,) the variables: the free components of the parameters, or their logarithms.
-      equilibria: for each member its minimum at x, or its last minimum where it has none at x.
-      counts: (members,) whether the member has a minimum at x, and counts in the means.
-      trust: radius of the trust region; nan before the first step has determined it.
-      memory_x: (k, p) the points at which earlier Jacobians were computed.
-      memory: (k, m, p) the Jacobians at ``memory_x``.
-      optimizer: the arrays of an optax optimizer's state.
-      wanted: (m,) the target values as numbers.
-      tolerance: (m,) the tolerances of the targets as numbers.
-      history: a tuple of :class:`Step`, the start first.
-      about: description of the design: targets, variables, bounds, method, relaxation. ``resume``
-        refuses a state with another description.
+      equilibria: for each member the minimum at x; its latest minimum if it has none at x.
+      counts: (members,) whether the member has a minimum at x, and counts in means over the
+        ensemble.
+      trust: radius of the trust region; nan before the first step determines the radius.
+      memory_x: (k, p) the values of the variables at which the k earlier Jacobians were computed.
+      memory: (k, m, p) the Jacobians of the features at ``memory_x``.
+      optimizer: the arrays of an optax optimizer's state; empty for Levenberg-Marquardt.
+      wanted: (m,) the target value of each feature.
+      tolerance: (m,) the tolerance of each target, in the feature's units.
+      history: a tuple of :class:`Step`, in order; the first entry is the start.
+      about: description of the design: targets, variables, bounds, method, relaxation.
+        ``fit(resume=state)`` refuses a state with another description.
     """
 
     x: np.ndarray
@@ -91,13 +100,13 @@ class State(Named):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Design(Shown):
-    """The result of a design, with all its steps; ``print`` shows a summary.
+    """The result of an inverse design, with all steps; ``print`` shows a summary.
 
     Attributes:
       status: CONVERGED where every target is met, else DESIGN_STAGNATED or BUDGET_SPENT.
-      params: values of the free parameters, by name.
-      names: (m,) names of the targets.
-      labels: (p,) labels of the variables, such as ``sigma[1]``.
+      params: values of the free parameters at the end, by name.
+      names: (m,) names of the m targets.
+      labels: (p,) labels of the p variables (free components of parameters), such as ``sigma[1]``.
       state: the state after the last step, from which the design can be resumed.
     """
 
@@ -109,44 +118,44 @@ class Design(Shown):
 
     @property
     def history(self) -> tuple[Step, ...]:
-        """The steps, the start first."""
+        """The steps of the design in order, a tuple; the first entry is the start."""
         return self.state.history
 
     @property
     def equilibria(self) -> tuple[Equilibrium, ...]:
-        """The minima of the systems of the ensemble, a list."""
+        """The energy minimum of each system of the ensemble at the end of the design, a tuple."""
         return self.state.equilibria
 
     @property
     def equilibrium(self) -> Equilibrium:
-        """The minimum of a design of one system."""
+        """The energy minimum at the end of the design, for a design of a single system."""
         (minimum,) = self.state.equilibria
         return minimum
 
     @property
     def reached(self) -> Step:
-        """The last step that was accepted."""
+        """The last accepted step of the design; the start counts as accepted."""
         # The start counts as accepted, so that there is always one.
         return next(step for step in reversed(self.history) if step.accepted)
 
     @property
     def values(self) -> np.ndarray:
-        """(m,) the features at the last accepted step."""
+        """The values (m,) of the m features of the design at the last accepted step."""
         return self.reached.values
 
     @property
     def wanted(self) -> np.ndarray:
-        """(m,) the target values."""
+        """The target values (m,) of the m features of the design."""
         return self.state.wanted
 
     @property
     def tolerance(self) -> np.ndarray:
-        """(m,) the tolerances of the targets."""
+        """The tolerances (m,) of the m targets of the design, in the units of the features."""
         return self.state.tolerance
 
     @property
     def relaxations(self) -> int:
-        """How many times each member was relaxed, the start not counted."""
+        """How many times each system of the ensemble was relaxed, without the start."""
         return len(self.history) - 1
 
     _title = "Design"
@@ -179,7 +188,7 @@ class Design(Shown):
         return rows
 
     def table(self) -> str:
-        """The history as a table in text, one line for each step."""
+        """Return a text table of the steps of the design, one line for each step."""
         header = ["step", *self.names, "trust", "crossed", "max_displacement_error", "members", ""]
         rows = []
         for k, step in enumerate(self.history):

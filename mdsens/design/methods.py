@@ -1,4 +1,4 @@
-"""The methods of a design, and the bounded least step on which Levenberg-Marquardt is built."""
+"""Methods that choose the steps of a design: Levenberg-Marquardt within bounds, and optax."""
 
 from __future__ import annotations
 
@@ -20,38 +20,45 @@ NUMBERS = "give a tuple of positive numbers, or ()."
 class LevenbergMarquardt:
     """Damped Gauss-Newton steps in a trust region, from several Jacobians of the features at once.
 
-    A step s of the variables x is the least one that every linear model of the features nearby
-    agrees on,
+    A feature is a property of the relaxed systems with a target value. A variable is a free
+    component of a parameter, or its logarithm. A step s from the variables x is the shortest one
+    with which several linear models of the features f approach the targets together,
 
-        min |s|^2 / 2 + sum_k |J_k s - t (target - f)|^2 / (2 mu),   low <= x + s <= high,
+        min |s|^2 / 2 + sum_k |J_k s - t (target - f)|^2 / (2 mu),   low <= x + s <= high.
 
-    each row divided by its norm, with the largest t up to 1 for which no variable changes by more
-    than the radius of the trust region. The J_k are of three kinds:
+    J_k is the Jacobian of the features in model k; each of its rows, and the component of
+    t (target - f) in this row, is divided by the norm of the row. low and high are the bounds of
+    the variables, and t is the largest number up to 1 for which no variable changes by more than
+    the radius of the trust region. The Jacobians J_k are of three kinds:
 
     - the Jacobian at x;
-    - Jacobians computed near x a few steps ago, at refused steps too. The features of a packing
-      have a kink or a jump where a contact changes, so the Jacobian on one side does not describe
-      the other. A step that the Jacobians of both sides agree on moves along the kink. Steps by one
-      Jacobian alone are refused on both sides in turn until the trust region has shrunk to nothing;
-    - Jacobians at x, of the same particles, with potentials averaged over a width of r
-      (:mod:`mdsens.potentials.smoothed`), for pairs just within and just beyond contact alike. They
-      prevent steps that follow what a single contact that has just formed seems to promise.
+    - Jacobians computed near x in earlier steps, refused steps included. The features of a packing
+      have a kink or a jump where a contact opens or closes, so that the Jacobian on one side does
+      not describe the other side. A step from the Jacobians of both sides moves along the kink.
+      With the Jacobian of one side alone, steps are refused on both sides in turn, until the trust
+      region has shrunk to nothing;
+    - Jacobians at x for the same particle positions, with pair potentials averaged over a width of
+      the distance r (:mod:`mdsens.potentials.smoothed`). The average treats pairs just within and
+      just beyond contact alike. These Jacobians prevent steps that rely on the derivative due to a
+      single contact that has just formed.
 
     Attributes:
       trust: the first radius of the trust region: the largest change of a variable (for a variable
         that is a logarithm, a relative change of the parameter). None chooses the radius at which
-        the share ``changes`` of the contacts changes, by the same crossings that the certificate's
-        radius is computed from.
-      changes: the share of the contacts that may change in the first step where ``trust`` is None.
+        the fraction ``changes`` of the contacts opens or closes. These contact changes are
+        predicted as for the radius of a certificate.
+      changes: the fraction of the contacts that may open or close in the first step, where
+        ``trust`` is None.
       largest: the largest radius of the trust region.
-      memory: how many earlier Jacobians are kept beside the one at x.
+      memory: how many earlier Jacobians are kept in addition to the Jacobian at x.
       reach: the largest distance from x at which earlier Jacobians are used, in units of the radius
         of the trust region.
-      damping: the square root of mu: at 0.03 a contradiction between two models of less than 3 % of
-        a row does not hold the step back.
-      loosened: features that are met may leave their tolerance while others are far off, by this
-        share of the distance that the farthest one still has to go, each in tolerances. Features
-        that are kept too tightly on the way stop the design.
+      damping: the square root of mu. At 0.03, two models that contradict each other by less than
+        3 % of a row do not shorten the step.
+      loosened: how far features that have met their targets may leave them again while others are
+        far from theirs: this fraction of the largest distance of a feature from its target. Each
+        distance is in units of the tolerance of its target. Without this freedom, features that
+        have met their targets can stop the design.
       widths: widths of the averages of the potentials, each a multiple of the root mean square
         motion of pairs in a step as long as the radius; () uses no averaged potentials.
     """
@@ -87,7 +94,9 @@ class LevenbergMarquardt:
 class Optax:
     """Any optimizer of optax, applied to half the sum of ((feature - target) / tolerance)^2.
 
-    Every step is taken.
+    The sum is over the features, that is, the properties that the design is to bring to target
+    values. Every step is accepted, even if the sum grows; a step is refused, and later steps are
+    halved, only where less than half of the systems relax.
 
     Attributes:
       optimizer: an optimizer of optax, such as ``optax.rmsprop(0.002)``; its learning rate is a
@@ -112,7 +121,7 @@ class Optax:
 
 
 def check_method(method: object) -> None:
-    """Raise InputError for an object that is not a method of a design."""
+    """Raise InputError unless ``method`` is a ``LevenbergMarquardt`` or an ``Optax``."""
     if not isinstance(method, LevenbergMarquardt | Optax):
         raise InputError(
             f"method is {short(method)}: give LevenbergMarquardt() or Optax(optimizer) of"
@@ -123,11 +132,12 @@ def check_method(method: object) -> None:
 def bounded_step(
     A: np.ndarray, b: np.ndarray, low: np.ndarray, high: np.ndarray, mu: float
 ) -> np.ndarray:
-    """Solve min |s|^2 / 2 + |A s - b|^2 / (2 mu) with low <= s <= high: (p,).
+    """Return the vector s that minimizes |s|^2 / 2 + |A s - b|^2 / (2 mu) with low <= s <= high.
 
-    With few rows and many columns it is solved in its dual, s = clip(A^T y, low, high), with one
-    multiplier y for each row: with 3 rows and 1,000 columns in 0.6 ms, for which
-    ``scipy.optimize.lsq_linear`` takes 2.6 s and gives the same to 1e-13.
+    The matrix A has few rows and many columns. The solution therefore uses the dual problem,
+    s = clip(A^T y, low, high), whose unknowns y are one multiplier for each row of A. For 3 rows
+    and 1,000 columns this takes 0.6 ms; ``scipy.optimize.lsq_linear`` takes 2.6 s and gives the
+    same s to 1e-13.
     """
     # Imported here, so that importing mdsens does not import scipy.optimize.
     from scipy.optimize import minimize
@@ -135,13 +145,16 @@ def bounded_step(
     unit = np.eye(len(b))
 
     def value(y: np.ndarray) -> tuple[float, np.ndarray]:
-        """The dual function and its gradient."""
+        """Return the dual function at the multipliers y, a number to minimize, and its gradient."""
         free = A.T @ y
         s = np.clip(free, low, high)
         return float(free @ s - 0.5 * s @ s + 0.5 * mu * y @ y - b @ y), A @ s + mu * y - b
 
     def curvature(y: np.ndarray) -> np.ndarray:
-        """The Hessian of the dual: only variables strictly inside their bounds contribute."""
+        """Return the Hessian of the dual function at the multipliers y.
+
+        Only components of the step that are strictly inside their bounds contribute to the Hessian.
+        """
         free = A.T @ y
         inside = A[:, (free > low) & (free < high)]
         return inside @ inside.T + mu * unit

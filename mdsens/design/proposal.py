@@ -1,4 +1,4 @@
-"""The next step of a design, from the Jacobian at its present point and at earlier points."""
+"""Compute the next step of a design from Jacobians of the features, present and earlier ones."""
 
 from __future__ import annotations
 
@@ -50,10 +50,17 @@ SMALLEST_FIRST = 1e-4
 
 
 def bands_of(state: State, values: np.ndarray, loosened: float) -> np.ndarray:
-    """Compute the scale of each feature in the sum of squares that a step is to reduce, (m,).
+    """Compute the unit (m,) of each feature's distance from its target, in the sum to be reduced.
 
-    The scale is the feature's tolerance, or larger where the target of the feature is met and
-    others are far off.
+    A step of the design is to reduce the sum of the squares of these distances. The unit is the
+    tolerance of the target; it is larger for a feature that has met its target while others are far
+    from theirs.
+
+    Args:
+      state: the state of the design, with the target values and tolerances.
+      values: (m,) the features.
+      loosened: how far a feature that has met its target may leave the target again, as a fraction
+        of the largest distance of a feature from its target.
     """
     off = np.abs(values - state.wanted) / state.tolerance
     wide = max(1.0, loosened * float(off.max()))
@@ -61,7 +68,11 @@ def bands_of(state: State, values: np.ndarray, loosened: float) -> np.ndarray:
 
 
 def first_trust(problem: Problem, state: State, measurement: Measurement) -> float:
-    """Compute the radius at which a share of the contacts changes along the first step."""
+    """Compute the first radius of the trust region, the largest change of a variable of the design.
+
+    At this radius a given fraction of the contacts opens or closes along the first step, to first
+    order. A radius that the user has given is returned as it is.
+    """
     method = problem.method
     assert isinstance(method, LevenbergMarquardt)
     if method.trust is not None:
@@ -86,9 +97,12 @@ def next_trust(
 
     Args:
       trust: the radius before the step.
-      enough: whether enough members count at the new point.
+      method: the method of the design, which gives the largest radius.
+      enough: whether the features could be computed for at least half of the systems after the
+        step.
       accepted: whether the step was accepted.
-      ratio: the decrease of the sum of squares over the decrease that the linear model predicted.
+      ratio: the decrease of the sum of squares of (feature - target), divided by the decrease that
+        the linear model predicted.
     """
     if not enough:
         return 0.5 * trust
@@ -101,7 +115,11 @@ def next_trust(
 
 
 def gauss_newton(problem: Problem, state: State, measurement: Measurement) -> np.ndarray:
-    """Compute the step (p,) of :class:`LevenbergMarquardt`."""
+    """Compute the next step (p,) of the p variables of a design, as ``LevenbergMarquardt`` tells.
+
+    The step is a damped Gauss-Newton step from several Jacobians of the features: the present one,
+    earlier ones nearby, and those for averaged pair potentials.
+    """
     method = problem.method
     assert isinstance(method, LevenbergMarquardt)
     distances = np.max(np.abs(state.memory_x - state.x), axis=1, initial=0.0)
@@ -123,9 +141,13 @@ def gauss_newton(problem: Problem, state: State, measurement: Measurement) -> np
 def _softened(
     problem: Problem, state: State, measurement: Measurement, step: np.ndarray
 ) -> list[tuple[Linearization, ...]]:
-    """Return the minima with averaged potentials: for each width, one minimum for each system.
+    """Linearize the minimum of each system with its pair potentials averaged over several widths.
 
-    The widths are multiples of how far pairs move in a step as long as the trust region's radius.
+    The widths are multiples of the root mean square motion of pairs in a step as long as the radius
+    of the trust region. ``step`` is a step of the variables of the design.
+
+    Returns:
+      for each width a tuple of the linearized minima, one for each system.
     """
     method = problem.method
     assert isinstance(method, LevenbergMarquardt)
@@ -147,10 +169,12 @@ def _least_step(
     models: Sequence[np.ndarray],
     radius: float,
 ) -> np.ndarray:
-    """Compute the least step that the models agree on, within the radius of the trust region.
+    """Compute the shortest step with which several linear models of the features meet the targets.
+
+    Where this step is longer than ``radius``, the step goes only part of the way to the targets.
 
     Args:
-      models: Jacobians (m, p) of the features.
+      models: for each linear model the Jacobian (m, p) of the m features by the p variables.
       radius: radius of the trust region, the largest change of a variable.
     """
     method = problem.method
@@ -185,12 +209,18 @@ def _least_step(
 def remembered(
     state: State, method: LevenbergMarquardt, one: tuple[np.ndarray, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Add a Jacobian J and its point x to those of the state, and drop the oldest.
+    """Add a Jacobian of the features to the earlier Jacobians of a design, and drop the oldest.
 
     A Jacobian that is not finite is not added.
 
+    Args:
+      state: the state of the design, with the earlier Jacobians.
+      method: the method of the design, which gives the number of Jacobians to keep.
+      one: (x, J), the variables x (p,) at which the Jacobian J (m, p) was computed, and J.
+
     Returns:
-      (k, p) the points and (k, m, p) their Jacobians.
+      (k, p) the variables at which the k Jacobians that are kept were computed, and (k, m, p) the
+      Jacobians.
     """
     x, jacobian = one
     if not np.isfinite(jacobian).all() or method.memory == 0:
@@ -205,7 +235,11 @@ def remembered(
 def of_optimizer(
     method: Optax, variables: Variables, state: State, measurement: Measurement
 ) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-    """Compute the step of an optax optimizer within the bounds, and its new state's arrays."""
+    """Compute the next step (p,) of an optax optimizer, cut at the bounds of the p variables.
+
+    Returns:
+      the step, and the arrays of the optimizer's new state.
+    """
     x = jnp.asarray(state.x)
     # The stored state is a flat list of arrays; a new one tells its structure.
     structure = jax.tree.structure(method.optimizer.init(x))
@@ -217,5 +251,5 @@ def of_optimizer(
 
 
 def leaves(tree: PyTree) -> tuple[np.ndarray, ...]:
-    """Return the arrays of an optimizer's state (a pytree), which ``io.save`` stores."""
+    """Return the arrays in the state of an optax optimizer (a pytree), for ``ms.io.save``."""
     return tuple(np.asarray(leaf) for leaf in jax.tree.leaves(tree))

@@ -25,6 +25,7 @@ from mdsens._util.tables import Shown
 from mdsens._util.validation import real_array, short
 from mdsens.design.targets import evaluate_features, named
 from mdsens.design.variables import Free, Variables
+from mdsens.implicit.linear import Method
 from mdsens.mechanics.status import Status
 from mdsens.relaxation.equilibrium import Equilibrium
 from mdsens.sensitivity.linearization import Linearization, linearized, require_sound
@@ -141,6 +142,7 @@ def feature_response(
     wrt: str | Sequence[str] | Mapping[str, Free] = "sigma",
     *,
     scales: ArrayLike | None = None,
+    solve: Method | None = None,
     throw: bool = True,
 ) -> FeatureResponse:
     """Compute the Jacobian of several features by the parameters, and analyze their independence.
@@ -153,6 +155,7 @@ def feature_response(
         logarithms.
       scales: (m,) the unit of each feature; None takes the absolute value of the feature (1 where
         that is 0 to round-off).
+      solve: the linear solver, as in ``jvp``.
       throw: raise where a solve did not converge.
 
     Returns:
@@ -179,7 +182,7 @@ def feature_response(
             raise InputError(
                 f"two features are called {name!r}: give a dict of names and features."
             )
-    lin = linearized(eq, None)
+    lin = linearized(eq, solve)
     variables = Variables.of(lin.equilibrium.system, wrt)
     # The scales are checked before the features are measured, which takes time.
     units = None if scales is None else _checked_scales(scales, len(names))

@@ -1,6 +1,6 @@
-"""Implicit differentiation of the root that any solver returns, and the linear solves behind it.
+"""Derivatives of a root of F(x, theta) = 0 that any solver returns, and the linear solves for them.
 
-This is the mathematics alone: nothing in here knows of particles.
+The modules of this package are mathematics alone: nothing in them is about particles.
 """
 
 from mdsens._util.errors import (

@@ -1,6 +1,6 @@
-"""Functions whose closed-over arrays become arguments, so that jax can see and differentiate them.
+"""Turn arrays that a function closes over into arguments, by which jax can differentiate.
 
-A function *closes over* a value where it uses it without receiving it as an argument.
+A function *closes over* a value that it uses without receiving this value as an argument.
 """
 
 from __future__ import annotations
@@ -33,18 +33,19 @@ __all__ = [
 
 
 def hoist(f: Callable[..., PyTree], *examples: PyTree) -> tuple[Callable[..., PyTree], list[Array]]:
-    """Rewrite f(*inputs) as g(values, *inputs), ``values`` being all the arrays that f closes over.
+    """Rewrite f(*inputs) as g(values, *inputs), where ``values`` are all arrays that f closes over.
 
-    ``jax.closure_convert`` leaves out the values that it believes to have no derivative, and
-    remembers f by identity, so that a second call may get the tracers of the first. Here every
-    value is taken, and f is traced again at each call.
+    f closes over an array that it uses without receiving this array as an argument. The function
+    ``jax.closure_convert`` leaves out arrays that it believes to have no derivative. It also
+    remembers f by identity, so that a second call may get tracers (jax's stand-ins for arrays) of
+    the first call. Here every array is taken, and jax traces f again at each call.
 
     Args:
-      f: a traceable function of trees of arrays.
-      examples: inputs with the shapes and types that g will be called with.
+      f: a function of trees (nested containers) of arrays, traceable by jax.
+      examples: inputs with the shapes and types of the inputs of later calls of g.
 
     Returns:
-      (g, values).
+      the function g and the list ``values``.
     """
     closed, shape = jax.make_jaxpr(lambda *a: f(*a), return_shape=True)(*examples)
     # The constants are replaced by None: a derivative rule that keeps g would otherwise keep, and
@@ -60,9 +61,10 @@ def hoist(f: Callable[..., PyTree], *examples: PyTree) -> tuple[Callable[..., Py
 
 
 def without_derivative(tree: PyTree) -> PyTree:
-    """Stop derivatives at every floating-point or complex jax array of a tree.
+    """Return a tree (nested containers) of arrays as constants, by which jax has no derivative.
 
-    Leaves that cannot have a derivative, such as numpy arrays and other objects, pass unchanged.
+    The derivative is stopped at every floating-point or complex jax array. Numpy arrays and other
+    objects, which cannot have a derivative, are returned unchanged.
     """
 
     def strip(leaf: object) -> Any:
@@ -74,13 +76,13 @@ def without_derivative(tree: PyTree) -> PyTree:
 
 
 def refusing_derivative(tree: PyTree, of: PyTree, why: str) -> PyTree:
-    """Return ``tree`` such that differentiating it by ``of`` raises an InputError.
+    """Return ``tree`` unchanged, but raise InputError when jax differentiates ``tree`` by ``of``.
 
-    This is for results that are piecewise constant: jax would give a derivative of zero, which is
-    wrong.
+    This is for a result that is piecewise constant, such as a number of contacts: jax would give a
+    derivative of zero, which is wrong.
 
     Args:
-      tree: the result.
+      tree: the result, an array or nested containers of arrays.
       of: the input from which ``tree`` was computed, before any derivative was stopped.
       why: the text of the error message.
     """
@@ -110,13 +112,19 @@ def refusing_derivative(tree: PyTree, of: PyTree, why: str) -> PyTree:
 
 @dataclasses.dataclass(frozen=True)
 class StaticArgument:
-    """A wrapper that makes any object one leaf to jax, so that it is not taken apart as a tree."""
+    """A wrapper around any object, which jax then passes on whole.
+
+    Without the wrapper, jax would take a container such as a dict apart into the arrays in it.
+    """
 
     value: Any
 
 
 def without_wrappers(f: Callable[..., Any]) -> Callable[..., Any]:
-    """Let f receive the value of each StaticArgument among its arguments, not the wrapper."""
+    """Return a function that unwraps each StaticArgument among its arguments and then calls f.
+
+    A :class:`StaticArgument` is the wrapper of an argument that jax must not take apart.
+    """
 
     def call(*arguments: Any) -> Any:
         return f(*(a.value if isinstance(a, StaticArgument) else a for a in arguments))
@@ -125,12 +133,12 @@ def without_wrappers(f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def call_without_derivative(f: Callable[..., Any], arguments: tuple[PyTree, ...]) -> Any:
-    """Call f(*arguments) with all derivatives stopped, including those of closed-over values.
+    """Call f(*arguments), and let jax differentiate f neither by arguments nor closed-over values.
 
-    Closed-over values are those of f and of every function among the arguments. Stopping the
-    derivative of the result would be enough for the result itself. But jax would still
-    differentiate f by the values that it closes over. That costs time, fails behind
-    ``pure_callback`` and, for a second derivative over a ``while_loop``, raises a TypeError
+    Closed-over values are those that f, or a function among the arguments, uses without receiving
+    them as arguments. Stopping the derivative at the result would be enough for the result itself,
+    but jax would still differentiate f by the closed-over values. That work costs time, fails
+    behind ``pure_callback`` and, for a second derivative over a ``while_loop``, raises a TypeError
     (jax 0.10.1).
     """
     stopped = without_derivative(arguments)
@@ -143,11 +151,11 @@ def call_without_derivative(f: Callable[..., Any], arguments: tuple[PyTree, ...]
 
 
 def _reaches_tracer(objects: list[Any]) -> bool:
-    """Whether any of the objects refers to a tracer.
+    """Return whether any of the objects refers to a tracer, jax's stand-in for an array.
 
     The search covers closures, default arguments, partials, ``self``, dataclasses and containers.
-    The answer only decides on a shortcut: the derivative by a tracer that is not found here is
-    stopped at the result.
+    The answer only decides whether a function can be called directly, as a shortcut. Where the
+    search misses a tracer, the derivative by this tracer is stopped at the result of the function.
     """
     pending = list(objects)
     visited = set()
@@ -178,7 +186,7 @@ def _reaches_tracer(objects: list[Any]) -> bool:
 
 
 def _is_filled(cell: CellType) -> bool:
-    """Whether a cell of a closure contains a value other than None."""
+    """Return whether a closure cell (the slot of one captured variable) is set and not None."""
     try:
         return cell.cell_contents is not None
     except ValueError:  # the closed-over name has not been assigned yet

@@ -1,11 +1,12 @@
-"""The derivative of a root of F(x, theta) = 0, for any solver that computes the root.
+"""The derivative of a root x of F(x, theta) = 0, for any solver that computes the root.
 
     F(x, theta) = 0   =>   dF/dx dx = - dF/dtheta dtheta
 
-Only the rule of forward mode is written here. Reverse mode is its transpose, since the linear solve
-in it can be transposed. Higher orders are its derivatives, since the root that enters the rule is
-the value of the decorated function, which has the same rule. Blondel et al., Efficient and Modular
-Implicit Differentiation, arXiv:2105.15183, equation 2.
+Only the rule of forward mode (dx from dtheta) is written here. jax makes reverse mode by
+transposing this rule, which is possible since the linear solve in the rule can be transposed. jax
+makes higher orders by differentiating the rule: the root that enters the rule is the value of the
+decorated function, which has the same rule. Source: Blondel et al., Efficient and Modular Implicit
+Differentiation, arXiv:2105.15183, equation 2.
 """
 
 from __future__ import annotations
@@ -66,56 +67,62 @@ def root(
 
         dx = - (dF/dx)^-1 (dF/dargs) dargs
 
-    The decorated solver composes with jvp, vjp, jacfwd, jacrev, hessian, vmap and jit. The solver
-    is only called, never differentiated: it may be a ``while_loop``, run outside of compiled code
-    behind ``jax.pure_callback``, or, outside jit and vmap, be plain Python. Where F closes over a
-    traced value, the root has a derivative by that value as by an argument.
+    x are the unknowns, an array or nested containers (a tree) of arrays. The decorated solver
+    composes with jvp, vjp, jacfwd, jacrev, hessian, vmap and jit of jax. The solver is only called,
+    never differentiated: it may be a ``while_loop``, run outside of compiled code behind
+    ``jax.pure_callback``, or, outside jit and vmap, be plain Python. Where F uses a value that jax
+    traces without receiving this value as an argument, the root has a derivative by the value, too.
 
     Args:
-      F: ``F(x, *args)``, with the tree and shapes of x; traceable, and twice differentiable for
-        second derivatives.
+      F: the function ``F(x, *args)``, whose values have the tree and shapes of x; traceable by jax,
+        and twice differentiable for second derivatives.
       solve: method for the linear systems: Auto(), Direct(), GMRES() and the others of
         :mod:`mdsens.implicit`.
-      symmetric: whether dF/dx is symmetric, as it is where F is a gradient. Halves the work of
-        reverse mode and allows MINRES.
-      positive_semidefinite: whether dF/dx is also positive semidefinite, as at a minimum. Allows
-        CG.
+      symmetric: whether dF/dx is symmetric, as it is where F is a gradient. Symmetry halves the work
+        of reverse mode and allows the method MINRES.
+      positive_semidefinite: whether dF/dx is also positive semidefinite, as at a minimum. This
+        allows the method CG.
       null_space: ``null_space(x, *args)`` returns the orthogonal projector that removes the null
         space of dF/dx, a linear function on trees like x; or a pair of projectors, for the right
         and the left null space. None where dF/dx is regular.
-      has_aux: whether the solver returns ``(x, aux)``; ``aux`` is passed on without a derivative.
+      has_aux: whether the solver returns ``(x, aux)``; the auxiliary output ``aux`` is passed on
+        without a derivative.
       preconditioner: ``preconditioner(x, *args)`` returns a rough inverse of dF/dx, a linear
         function on trees like x; see :class:`~mdsens.implicit.Operator`. The preconditioner has no
         derivative, and the derivative of the root does not depend on it.
-      preprocess: ``preprocess(init, *args)`` returns ``(init, args)``. The tuple args that it
-        returns replaces the arguments of the call for the solver and for all other functions here.
-        The function ``preprocess`` is differentiated: use it to convert units, or to map parameters
-        that must stay positive.
-      postprocess: ``postprocess(x, *args)`` is returned in place of x. The function ``postprocess``
-        is differentiated by jax: use it for an F whose unknown is log x, or for a function of the
-        root.
+      preprocess: ``preprocess(init, *args)`` returns the pair ``(init, args)``. The tuple args in
+        this pair replaces the arguments of the call for the solver and for all other functions
+        here. jax differentiates ``preprocess``: use this function to convert units, or to map
+        parameters that must stay positive.
+      postprocess: the value of ``postprocess(x, *args)`` is returned in place of x. jax
+        differentiates ``postprocess``: use this function for an F whose unknown is log x, or for a
+        function of the root.
       static_argnums: positions in ``F(x, *args)``, x being 0, of arguments that are passed on as
-        the objects they are and never taken apart as trees: records, logs that the solver writes
-        to, dicts with keys of mixed types. Functions, strings and other objects that are no trees
-        need not be listed. Under jit, list the same arguments in ``static_argnums`` of jit as well.
+        the objects they are and never taken apart into arrays: dataclasses, logs that the solver
+        writes to, dicts with keys of mixed types. Functions, strings and other objects that are not
+        containers need not be listed. Under jit, list the same arguments in ``static_argnums`` of
+        jit as well.
 
     Returns:
-      A decorator for ``solver(init, *args)``. args are any trees. There is no derivative by
-      ``init``, nor by leaves that are not floating point (integers, booleans, None).
+      A decorator for ``solver(init, *args)``, with the initial guess ``init`` and any trees of
+      arrays as args. The decorated solver has no derivative by ``init``, nor by entries of args
+      that are not floating point (integers, booleans, None).
 
     Raises:
       InputError: F(x, *args) and x differ in tree or shape; x contains anything but real
-        floating-point arrays; a keyword argument; a static argument that is traced or missing;
-        ``preprocess`` returns anything but (init, args).
+        floating-point arrays; the solver is called with a keyword argument; an argument that
+        ``static_argnums`` lists is traced by jax or missing; ``preprocess`` returns anything but
+        (init, args).
 
-    A derivative of jax has no place for a status. Where the linear solve fails the derivative is
-    its best iterate; NaN where there is no iterate (a singular matrix that was factorized) or where
-    a number in it is not finite. :func:`tangent` solves the same system and returns its status,
-    :func:`~mdsens.implicit.certify` estimates how far the solver stopped from the root.
+    A derivative that jax computes cannot carry a status. Where the linear solve fails, the
+    derivative is the best iterate of the solve. The derivative is NaN where there is no iterate (a
+    singular matrix was factorized), or where the iterate is not finite. :func:`tangent` solves the
+    same linear system and returns its status; :func:`~mdsens.implicit.certify` estimates how far
+    from the root the solver stopped.
 
     Example:
-      x^3 = theta + 1, with log theta as the argument, log x as the result, and the number of steps
-      as auxiliary output::
+      The equation x^3 = theta + 1 is solved, with log theta as the argument, log x as the result,
+      and the number of steps as auxiliary output::
 
         @root(
             lambda x, theta: x**3 - theta - 1,
@@ -141,8 +148,9 @@ def root(
         # bool is a subclass of int: True would otherwise pass as position 1
         if not (isinstance(position, int) and not isinstance(position, bool) and position >= 1):
             raise InputError(
-                f"static_argnums={static_argnums!r}: {position!r} is not the position of an"
-                " argument; give whole numbers from 1, the first argument after x in F(x, *args)"
+                f"static_argnums={static_argnums!r} contains {position!r}, which is not the"
+                " position of an argument; give whole numbers from 1, where 1 is the first argument"
+                " after x in F(x, *args)"
             )
     F = without_wrappers(Traceable("the condition F", F))
     null_space = _without_wrappers_or_none(null_space)
@@ -157,7 +165,8 @@ def root(
             if keywords:
                 raise InputError(
                     f"the keyword arguments {sorted(keywords)} have no place in F(x, *args); pass"
-                    " them by position, or bind them with functools.partial before decorating"
+                    " these arguments by position, or bind them to the solver with"
+                    " functools.partial before decorating the solver"
                 )
             if preprocess is not None:
                 init, args = _check_preprocessed(Traceable("preprocess", preprocess)(init, *args))
@@ -165,7 +174,8 @@ def root(
             solution = call_without_derivative(without_wrappers(solving), (init, *args))
             if has_aux and not (isinstance(solution, tuple) and len(solution) == 2):
                 raise InputError(
-                    f"the solver returned {short(solution)} and has_aux is True: return (x, aux)"
+                    f"the solver returned {short(solution)}, but has_aux=True needs a pair; return"
+                    " (x, aux) from the solver, or set has_aux=False"
                 )
             x, aux = solution if has_aux else (solution, None)
             # The derivative comes from F alone, never from the steps of the solver.
@@ -199,17 +209,18 @@ def fixed_point(
 
         dx = (I - dT/dx)^-1 (dT/dargs) dargs
 
-    This is :func:`root` of x - T(x, *args), with the same args, returns and raises. ``symmetric``,
-    ``positive_semidefinite``, ``null_space`` and ``preconditioner`` describe I - dT/dx, which is
-    positive definite where T is a contraction with a symmetric derivative. For a contraction,
-    ``solve=Neumann()`` needs the least memory.
+    This is :func:`root` with F(x, *args) = x - T(x, *args): the other arguments, the result and the
+    errors are those of :func:`root`. ``symmetric``, ``positive_semidefinite``, ``null_space`` and
+    ``preconditioner`` describe I - dT/dx, which is positive definite where T is a contraction with
+    a symmetric derivative. For a contraction, the Neumann series ``solve=Neumann()`` needs the
+    least memory.
     """
     check_functions(T=T)
     T = Traceable("the map T", T)
 
     def F(x: PyTree, *args: PyTree) -> PyTree:
         image = T(x, *args)
-        check_same(image, x, "T(x, *args)", "x", "T must map the unknowns' space into itself")
+        check_same(image, x, "T(x, *args)", "x", "return from T a tree with the shapes of x")
         return jax.tree.map(jnp.subtract, x, image)
 
     return root(
@@ -237,27 +248,28 @@ def tangent(
     null_space: NullSpace | None = None,
     preconditioner: Preconditioner | None = None,
 ) -> tuple[PyTree, SolveStats]:
-    """Solve for the change of a root by a change of its arguments, with status and residual.
+    """Compute the change dx of a root of F(x, *args) = 0 from the changes dargs of its arguments.
 
         (dF/dx) dx = - (dF/dargs) dargs
 
-    The result is the derivative of :func:`root` in forward mode, computed by the same code, with
-    the status and the residual of the linear solve, for which a derivative of jax has no place.
-    Traceable by jit and vmap.
+    The change dx is the derivative, in forward mode, of a solver that :func:`root` decorates, by
+    the same code. In addition, the status and the residual of the linear solve are returned, which
+    a derivative of jax cannot carry. The function is traceable by jit and vmap.
 
     Args:
-      F: ``F(x, *args)``; for a fixed point x - T(x, *args).
+      F: the function ``F(x, *args)``; for a fixed point of T, the function x - T(x, *args).
       x: the root. Whether F is zero at x is not checked here, but by
         :func:`~mdsens.implicit.certify`.
       args: the other arguments of F, a tuple.
       dargs: the change of each argument, with the tree and shapes of the argument; None for an
-        argument that is constant. A leaf that is not floating point cannot change: give zero, or
-        any value of the type of the leaf.
+        argument that is constant. An entry that is not floating point cannot change: give zero, or
+        any value of the type of the entry, as its change.
       solve, symmetric, positive_semidefinite, null_space, preconditioner: as in :func:`root`.
 
     Returns:
-      ``(dx, stats)`` as :func:`mdsens.implicit.solve`; dx has the tree of x. Where the status is
-      not good, dx is the best iterate, or zero where the iterate is not finite.
+      ``(dx, stats)``: dx with the tree and shapes of x, and the
+      :class:`~mdsens.implicit.SolveStats` of the linear solve. Where the status of the solve is not
+      good, dx is the best iterate, or zero where the iterate is not finite.
 
     Raises:
       InputError: args and dargs, or F(x, *args) and x, differ in number, tree, shape or precision;
@@ -268,13 +280,13 @@ def tangent(
     x = unknowns(x, "x is")
     if not isinstance(args, list | tuple) or not isinstance(dargs, list | tuple):
         raise InputError(
-            f"args is a {type(args).__name__} and dargs a {type(dargs).__name__}; give tuples with"
-            " one entry for each argument"
+            f"`args` is a {type(args).__name__} and `dargs` is a {type(dargs).__name__}; give each"
+            " as a tuple with one entry for each argument of F after x"
         )
     if len(args) != len(dargs):
         raise InputError(
-            f"dargs has {len(dargs)} changes for {len(args)} args; give one change for each"
-            " argument, None for an argument that is constant"
+            f"`dargs` has {len(dargs)} entries, but `args` has {len(args)}; give one change for"
+            " each argument, None for an argument that is constant"
         )
     moving = [i for i, change in enumerate(dargs) if change is not None]
     for i in moving:
@@ -289,12 +301,13 @@ def tangent(
     for k, (leaf, change) in enumerate(zip(leaves, changes, strict=True)):
         if k not in floats and _is_nonzero(change):
             raise InputError(
-                f"dargs changes {leaf!r} of args, of type {jnp.result_type(leaf)}, which has no"
-                " derivative; give it as a floating-point number, or a change of None"
+                f"`dargs` changes the entry {leaf!r} of `args`, whose type"
+                f" {jnp.result_type(leaf)} has no derivative; give this entry as a floating-point"
+                " number, or give None as the change of the argument"
             )
 
     def condition(values: list[Array], y: PyTree) -> PyTree:
-        """Evaluate F at y, with other values of the arguments that change."""
+        """Evaluate F(y, *args) with ``values`` in place of the arrays in args that change."""
         merged = list(leaves)
         full = list(args)
         for k, value in zip(floats, values, strict=True):
@@ -324,7 +337,11 @@ def _attach(
     null_space: NullSpace | None,
     preconditioner: Preconditioner | None,
 ) -> PyTree:
-    """Return x unchanged, but with the derivative of the root of F by all that F depends on."""
+    """Return the root x of F(x, *args) = 0 unchanged, but with a derivative that jax can use.
+
+    The derivative of the root is by args and by every array that F uses without receiving this
+    array as an argument.
+    """
     # ``params`` are all arrays that F depends on besides x: args, and arrays that F closes over.
     condition, params = hoist(lambda y: F(y, *args), x)
     _check_equations(jax.eval_shape(condition, params, x), x)
@@ -378,12 +395,14 @@ def _response(
     solve: Method,
     not_finite: float,
 ) -> tuple[PyTree, SolveStats]:
-    """Solve for dx at a root of condition(values, x) when the values change.
+    """Compute the change dx of a root x of condition(values, x) = 0 from changes of the values.
 
     Args:
-      changes: changes of the values.
-      to_operator: function that makes the operator of the linear system from products with the
-        Jacobian.
+      condition: the function whose root is x.
+      values: the arrays, besides x, on which the condition depends.
+      changes: the change of each array in values.
+      to_operator: function that makes the operator of the linear system from the function v -> J v,
+        with J the Jacobian of the condition by x.
       not_finite: value of the entries of dx where the solve gives a number that is not finite.
     """
     _, df = jax.jvp(lambda v: condition(v, x), (values,), (changes,))
@@ -399,11 +418,13 @@ def _operator_of(
     projectors: Sequence[LinearMap],
     rough_inverse: LinearMap | None,
 ) -> Callable[[LinearMap], Operator]:
-    """Return a function from the products of a Jacobian to an operator with its known properties.
+    """Return a function that makes an :class:`Operator` from the products v -> J v of a Jacobian J.
 
     Args:
-      projectors: no projector, one projector for both null spaces, or two, for the right and the
-        left null space.
+      symmetric, positive_semidefinite: whether J is so.
+      projectors: projectors that remove the null space of J: none, one for both null spaces, or
+        two, for the right and the left null space.
+      rough_inverse: the products v -> M v with an approximate inverse M of J; None for none.
     """
     # A single projector serves both sides: left = None means the same as right.
     right, left = (*projectors, None, None)[:2]
@@ -413,7 +434,7 @@ def _operator_of(
 
 
 def _as_tuple(maps: LinearMap | tuple[LinearMap, ...] | None) -> tuple[LinearMap, ...]:
-    """Return no map, a single map or a tuple of maps as a tuple."""
+    """Return linear maps as a tuple: an empty one for None, a single map as its only entry."""
     if maps is None:
         return ()
     return maps if isinstance(maps, tuple) else (maps,)
@@ -422,16 +443,19 @@ def _as_tuple(maps: LinearMap | tuple[LinearMap, ...] | None) -> tuple[LinearMap
 def _hoist_maps(
     make: Callable[..., Any] | None, name: str, x: PyTree, args: tuple[PyTree, ...]
 ) -> tuple[Callable[[MapValues, PyTree], list[LinearMap]], MapValues]:
-    """Turn the arrays that the linear maps of ``make(x, *args)`` close over into an argument.
+    """Turn the arrays that linear maps (projectors, a preconditioner) close over into an argument.
+
+    A map closes over an array that it uses without receiving this array as an argument.
 
     Args:
-      make: function that returns a linear map on trees like x, or a tuple of such maps; None for no
-        map.
+      make: a function; ``make(x, *args)`` is a linear map on trees of arrays like x, or a tuple of
+        such maps. None for no map.
       name: name of the maps, for error messages.
+      x, args: the unknowns and the other arguments, as in F(x, *args) = 0.
 
     Returns:
-      ``(maps, values)``, where ``maps(values, x)`` is the list of the linear maps. None of them has
-      a derivative by x or args.
+      ``(maps, values)``: ``values`` are the arrays, and ``maps(values, x)`` is the list of the
+      linear maps. No map has a derivative by x or args.
     """
 
     if make is None:
@@ -451,7 +475,7 @@ def _hoist_maps(
     map_values = [values for _, values in hoisted]
     for g, values in hoisted:
         check_same(
-            jax.eval_shape(g, values, x, x), x, name, "x", "it must map x's space into itself"
+            jax.eval_shape(g, values, x, x), x, name, "x", "return a tree with the shapes of x"
         )
 
     def maps(map_values: MapValues, x: PyTree) -> list[LinearMap]:
@@ -466,20 +490,26 @@ def _without_wrappers_or_none(f: Callable[..., Any] | None) -> Callable[..., Any
 
 
 def _check_equations(image: PyTree, x: PyTree) -> None:
-    """Raise InputError unless F gives one equation for each unknown, in the precision of x."""
+    """Raise InputError unless F(x, *args), given as ``image``, has the shapes and precision of x.
+
+    F(x, *args) = 0 then has one equation for each unknown in x.
+    """
     check_same(image, x, "F(x, *args)", "x", "F must give one equation for each unknown")
     for (path, leaf), unknown in zip(
         jax.tree_util.tree_leaves_with_path(image), jax.tree.leaves(x), strict=True
     ):
         if leaf.dtype != unknown.dtype:
             raise InputError(
-                f"F(x, *args){jax.tree_util.keystr(path)} is of {leaf.dtype}, but x of"
-                f" {unknown.dtype}; give x and args in one precision"
+                f"F(x, *args){jax.tree_util.keystr(path)} has dtype {leaf.dtype}, but x has dtype"
+                f" {unknown.dtype}; give x and args in the same precision"
             )
 
 
 def _is_nonzero(change: ArrayLike) -> bool:
-    """Whether a change is a floating-point number other than zero; False where jax traces it."""
+    """Return whether the change of an argument is floating point, with an entry other than zero.
+
+    The result is False for an array that jax traces, whose values are not known.
+    """
     # a traced array has no values to look at yet
     if isinstance(change, Tracer) or not jnp.issubdtype(jnp.result_type(change), jnp.floating):
         return False
@@ -487,26 +517,34 @@ def _is_nonzero(change: ArrayLike) -> bool:
 
 
 def _check_preprocessed(result: object) -> tuple[PyTree, tuple[PyTree, ...]]:
-    """Return the result of ``preprocess``, or raise InputError where it is not (init, args)."""
+    """Return the result of the user's function ``preprocess``, or raise InputError.
+
+    The result must be a pair (init, args): an initial guess and a tuple of arguments.
+    """
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], tuple)):
         raise InputError(
-            f"preprocess gave a {type(result).__name__} that is not (init, args); return a pair,"
-            " args as a tuple"
+            f"`preprocess` returned a {type(result).__name__} that is not a pair (init, args);"
+            " return such a pair, with args as a tuple"
         )
     return result
 
 
 def _wrap_static(args: tuple[PyTree, ...], positions: tuple[int, ...]) -> tuple[PyTree, ...]:
-    """Wrap the arguments at ``positions``, counted from 1, so that jax takes each for one leaf."""
+    """Wrap the arguments at the given positions, so that jax does not take them apart into arrays.
+
+    Position 1 is the first entry of args.
+    """
     for position in positions:
         if position > len(args):
             raise InputError(
-                f"static_argnums={positions!r} has {position}, but this call of F(x, *args) has"
-                f" {len(args)} args after x; pass that argument, or leave its position out"
+                f"static_argnums={positions!r} contains {position}, but this call of F(x, *args)"
+                f" has {len(args)} arguments after x; pass argument {position}, or remove"
+                f" {position} from static_argnums"
             )
         if isinstance(args[position - 1], Tracer):
             raise InputError(
-                f"the argument {position} is in static_argnums={positions!r} and is traced by jax;"
-                " leave it out there, or name it to jax.jit as static, too"
+                f"argument {position} is in static_argnums={positions!r}, but jax traces this"
+                f" argument; remove {position} from static_argnums, or list the argument in"
+                " static_argnums of jax.jit as well"
             )
     return tuple(StaticArgument(arg) if i + 1 in positions else arg for i, arg in enumerate(args))

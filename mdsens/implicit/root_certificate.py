@@ -1,7 +1,7 @@
-"""Error estimate for the derivative of a root, from the distance of x to the root.
+"""Estimate the error in the derivative of a root that is due to the distance of x from the root.
 
-The estimate works for any condition F and any solver. For a relaxed system :func:`mdsens.certify`
-checks more.
+The estimate works for any condition F(x, *args) = 0 and any solver of this condition. For a relaxed
+configuration of particles :func:`mdsens.certify` checks more.
 """
 
 from __future__ import annotations
@@ -41,25 +41,27 @@ _INACCURATE = 0.1
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class RootCertificate(Portable, Named):
-    """The derivative of a root, with estimates of its error and of the distance to the root.
+    """The derivative dx of a root of F(x, *args) = 0, with estimates of the errors of dx and of x.
+
+    x is the point where a solver stopped, near the root. e is the Newton step from x.
 
     Attributes:
       status: a :class:`~mdsens.implicit.Result` as an int32 array. The status is NOT_A_ROOT where
-        Newton's step does not lead to a root, so that no number below is an estimate; INACCURATE
+        the Newton step does not lead to a root, so that no number below is an estimate; INACCURATE
         where ``error`` is above a tenth; else the status of the linear solves.
-      value: dx, the derivative at x along dargs.
-      error: |dx' e| / |dx|, the sharp estimate of the relative error of dx; dx' e is the change of
-        dx along the step e. Where dx is zero, the error is |dx' e|.
-      corrected: dx + dx' e, more accurate than dx where ``error`` is small: its error is
-        proportional to the square of the step.
+      value: dx, the change of the root when the arguments change by dargs, computed at x.
+      error: |dx' e| / |dx|, the sharp estimate of the relative error of dx. Here dx' e is the change
+        of dx when x moves by the step e. Where dx is zero, the error is |dx' e|.
+      corrected: dx + dx' e. This is more accurate than dx where ``error`` is small, with an error
+        that is proportional to the square of the step.
       step: e = - (dF/dx)^-1 F(x), the step from x to the root, to first order.
       distance: |e| / |x|, or |e| where x is zero.
       residual: |F(x)|.
-      step_error: |(dF/dx)^-1 F(x + e)| / |e|, the distance left after the step, in units of the
-        step: about |e| times the curvature of F.
-      solve: :class:`~mdsens.implicit.SolveStats` of the solve for dx.
+      step_error: |(dF/dx)^-1 F(x + e)| / |e|, the distance to the root that is left after the step,
+        in units of the step: about |e| times the curvature of F.
+      solve: :class:`~mdsens.implicit.SolveStats` of the linear solve for dx.
 
-    All norms are 2-norms over all leaves.
+    |v| is the 2-norm over all entries of all arrays in v.
     """
 
     status: Array
@@ -97,36 +99,37 @@ def certify(
     null_space: NullSpace | None = None,
     preconditioner: Preconditioner | None = None,
 ) -> RootCertificate:
-    """Solve for the change of a root, and estimate its error from the distance of x to the root.
+    """Compute the derivative dx of a root of F(x, *args) = 0, and estimate the error of dx.
 
         (dF/dx) dx = - (dF/dargs) dargs,    (dF/dx) e = - F(x),    error = |dx' e| / |dx|
 
     A solver stops before it reaches the root, but :func:`root` and :func:`tangent` differentiate as
-    if x were the root. To first order, the Newton step e leads to the root, and the derivative of
-    dx along e is the error of dx. The function takes four linear solves. The projector of
-    ``null_space`` is computed at x alone and used at all points. An x where F has a part along the
-    null space is not a root. Traceable by jit and vmap.
+    if x were the root. To first order, the Newton step e leads from x to the root, and the
+    derivative dx' e of dx along e is the error of dx. The function takes four linear solves and is
+    traceable by jit and vmap. The projector of ``null_space`` is computed at x alone and used at
+    all points. An x where F has a component along the null space is not a root.
 
     Args:
-      F: ``F(x, *args)``, twice differentiable along the step; for a fixed point x - T(x, *args).
+      F: the function ``F(x, *args)``, twice differentiable along the step e; for a fixed point of
+        T, the function x - T(x, *args).
       x: the unknowns that the solver returned.
       args: the other arguments of F, a tuple.
       dargs: the change of each argument; None for an argument that is constant.
       solve, symmetric, positive_semidefinite, null_space, preconditioner: as in :func:`root`.
 
     Returns:
-      RootCertificate. Where a projection or another kink of F lies between x and the root, Newton's
-      step does not lead to the root, and the status is NOT_A_ROOT. Whether the root itself is at a
-      kink, :func:`mdsens.implicit.conditions.degeneracy.kinked` tells. The function takes seconds
-      to compile, at every call outside of jit.
+      a :class:`RootCertificate`. Where a projection or another kink of F lies between x and the
+      root, the Newton step does not lead to the root, and the status is NOT_A_ROOT. The function
+      :func:`mdsens.implicit.conditions.degeneracy.kinked` tells whether the root itself is at a
+      kink. Outside of jit, ``certify`` compiles for seconds at every call.
 
     Raises:
-      InputError: as :func:`tangent`.
+      InputError: in the same cases as :func:`tangent`.
 
-    Source: The bound by distance is Theorem 1 of Blondel et al., arXiv:2105.15183; in place of its
-      constants the estimate has the derivative along the step itself. ``step_error``: Kantorovich's
-      condition in its affine-invariant form, Deuflhard, Newton Methods for Nonlinear Problems,
-      Springer 2004, section 2.1.
+    Source: Theorem 1 of Blondel et al., arXiv:2105.15183, bounds the error by the distance; the
+      estimate replaces the constants of the theorem by the derivative along the step. ``step_error``
+      is Kantorovich's condition in affine-invariant form: Deuflhard, Newton Methods for Nonlinear
+      Problems, Springer 2004, section 2.1.
     """
     check_functions(F=F, null_space=null_space, preconditioner=preconditioner)
     F = Traceable("the condition F", F)
@@ -149,7 +152,10 @@ def certify(
     residual = F(x, *args)
 
     def newton_step(vector: PyTree) -> tuple[PyTree, SolveStats]:
-        """- (dF/dx)^-1 times the vector, at x: the tangent of F(y) + part * vector by the part."""
+        """Return - (dF/dx)^-1 times the vector, at x, and the statistics of the linear solve.
+
+        This is the derivative, by the number ``part``, of the root y of F(y) + part * vector = 0.
+        """
 
         def with_part(y: PyTree, part: Array) -> PyTree:
             return jax.tree.map(lambda f, v: f + part * v, F(y, *args), vector)
@@ -205,7 +211,10 @@ def _has_failed(stats: SolveStats) -> Array:
 
 
 def _size_over_change(args: Sequence[PyTree], dargs: Sequence[PyTree]) -> Array:
-    """Compute the norm of the changing arguments over the norm of their change; 0 without any."""
+    """Compute |args| / |dargs|, the norm of the arguments of F over the norm of their changes.
+
+    Arguments without a change (None in dargs) are left out; the ratio is zero where none changes.
+    """
     moving = [(arg, change) for arg, change in zip(args, dargs, strict=True) if change is not None]
     size = _norm(_floats([arg for arg, _ in moving]))
     change = _norm(_floats([change for _, change in moving]))
@@ -213,11 +222,11 @@ def _size_over_change(args: Sequence[PyTree], dargs: Sequence[PyTree]) -> Array:
 
 
 def _floats(tree: PyTree) -> list[Any]:
-    """The floating-point leaves of a tree."""
+    """List the floating-point arrays and numbers in a tree (nested containers)."""
     leaves = jax.tree.leaves(tree)
     return [leaf for leaf in leaves if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)]
 
 
 def _norm(tree: PyTree) -> Array:
-    """2-norm over all leaves of a tree."""
+    """Compute the 2-norm over all entries of all arrays in a tree (nested containers)."""
     return jnp.linalg.norm(ravel_pytree(tree)[0])

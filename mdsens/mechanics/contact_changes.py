@@ -1,7 +1,8 @@
-"""Opening and closing of contacts: when pairs cross a breakpoint along a path of parameters.
+"""This module finds when pairs of particles cross a breakpoint, as when a contact opens or closes.
 
-A breakpoint is a distance at which a derivative of the pair potential jumps or diverges: contact,
-the onset of a smooth cutoff, the cutoff.
+The parameters and the positions change along a straight path. A breakpoint is a distance at which a
+derivative of the pair potential jumps or diverges: contact, the onset of a smooth cutoff, the
+cutoff.
 """
 
 from __future__ import annotations
@@ -20,18 +21,20 @@ __all__ = ["Crossing", "crossings", "gap_rate"]
 
 
 class Crossing(NamedTuple):
-    """Values of t at which pairs cross breakpoints of the potential, to first order in t.
+    """The pairs that cross breakpoints of the potential along a path, and the place on the path.
 
-    A breakpoint is a distance at which a derivative of the potential jumps or diverges. Positions
-    and parameters change linearly with t, as given to :func:`crossings`.
+    A breakpoint is a distance at which a derivative of the pair potential jumps or diverges, such
+    as contact. Positions and parameters change linearly with the path parameter t, as given to
+    :func:`crossings`; the distances of the pairs are taken to first order in t. There are k
+    entries, one for each pair and each breakpoint of its potential.
 
     Attributes:
       times: (k,) value of t at the crossing; negative where the pair crosses at t < 0, inf where
         the distance of the pair to the breakpoint does not change.
       pairs: (k, 2) indices of the two particles.
-      inside: (k,) True where the pair is now nearer than the breakpoint, so that it opens at the
-        crossing; else it closes.
-      lengths: (k,) distance at the breakpoint.
+      inside: (k,) True where the pair is nearer than the breakpoint at t = 0, so that the pair
+        opens at the crossing; False where it closes.
+      lengths: (k,) the breakpoint, a distance.
     """
 
     times: jax.Array
@@ -44,39 +47,57 @@ class Crossing(NamedTuple):
 
     @property
     def forward(self) -> float:
-        """The smallest t >= 0 at which a pair crosses a breakpoint; inf where no pair does."""
+        """The smallest path parameter t >= 0 at which a pair crosses a breakpoint.
+
+        The value is inf where no pair crosses. A breakpoint is a distance at which a derivative of
+        the pair potential jumps, such as contact.
+        """
         times = np.asarray(self.times)
         return float(np.min(times[times >= 0], initial=np.inf))
 
     @property
     def backward(self) -> float:
-        """The smallest -t >= 0 at which a pair crosses a breakpoint; inf where no pair does."""
+        """The smallest -t >= 0 such that a pair crosses a breakpoint at the path parameter t.
+
+        The value is inf where no pair crosses. A breakpoint is a distance at which a derivative of
+        the pair potential jumps, such as contact. The path of positions and parameters begins at t
+        = 0; t < 0 is the opposite direction.
+        """
         times = np.asarray(self.times)
         return float(np.min(-times[times <= 0], initial=np.inf))
 
     @property
     def radius(self) -> float:
-        """The smaller of ``forward`` and ``backward``."""
+        """The smallest |t| such that a pair crosses a breakpoint at the path parameter t.
+
+        The value is inf where no pair crosses. A breakpoint is a distance at which a derivative of
+        the pair potential jumps, such as contact.
+        """
         return min(self.forward, self.backward)
 
     def within(self, change: float) -> int:
-        """Count the pairs that cross a breakpoint in |t| <= change. Not for compiled code."""
+        """Count the pairs that cross a breakpoint at a path parameter |t| <= ``change``.
+
+        A breakpoint is a distance at which a derivative of the pair potential jumps, such as
+        contact. The function does not work inside ``jax.jit``.
+        """
         crossed = np.abs(np.asarray(self.times)) <= change
         # A pair counts once, whatever the number of terms and breakpoints that it crosses.
         return np.unique(np.sort(np.asarray(self.pairs)[crossed], axis=1), axis=0).shape[0]
 
     def first(self, forward: bool = True) -> tuple[tuple[int, int], bool, float] | None:
-        """Return the pair whose distance is the first to cross a breakpoint of the potential.
+        """Return the pair that is the first to cross a breakpoint of its potential along a path.
 
         A breakpoint is a distance at which a derivative of the potential jumps or diverges, such as
-        contact. t is that of ``times``. Not for compiled code.
+        contact. Positions and parameters change along the path with the parameter t. The function
+        does not work inside ``jax.jit``.
 
         Args:
           forward: whether t grows from 0; if False, t falls from 0.
 
         Returns:
-          the pair, whether its contact opens, and the distance of the breakpoint; None where no
-          pair crosses a breakpoint.
+          the pair, whether its contact opens, and the breakpoint, a distance; None where no pair
+            crosses a breakpoint.
         """
         times = np.asarray(self.times) * (1.0 if forward else -1.0)
         ahead = np.where(times >= 0, times, np.inf)
@@ -90,10 +111,19 @@ class Crossing(NamedTuple):
 def _gaps(
     system: System, velocity: jax.Array, dparams: Mapping[str, Any], strain: jax.Array | None
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Compute b - r, (k, m), for k breakpoints b of m pairs of each term, and its rate of change.
+    """Compute the gap b - r of each pair to each breakpoint, and its rate of change on a path.
 
-    r is the distance of the pair, and b a distance at which a derivative of the potential jumps or
-    diverges.
+    r is the distance of the pair, and b a breakpoint: a distance at which a derivative of the
+    potential jumps or diverges.
+
+    Args:
+      velocity: (n, d) derivative of the positions by the path parameter.
+      dparams: derivatives of all parameters by the path parameter, by parameter name.
+      strain: (d, d) derivative of the cell's strain by the path parameter; None for a fixed cell.
+
+    Returns:
+      the gaps and their rates: for each term of the potential two arrays (k, m), for the k
+        breakpoints of each of its m pairs.
     """
 
     def gaps(
@@ -119,19 +149,21 @@ def crossings(
     rattlers: jax.Array | None = None,
     strain: jax.Array | None = None,
 ) -> Crossing:
-    """Compute when pairs cross a breakpoint (contact, onset, cutoff) along params + t dparams.
+    """Compute at which path parameters t pairs cross a breakpoint of their potential.
 
-    A breakpoint b is a distance at which a derivative of the potential jumps or diverges. A pair at
-    distance r crosses it, to first order, at t = -(r - b) / d(r - b)/dt.
+    The parameters of the system change along the path as params + t dparams, and its positions with
+    them. A breakpoint b is a distance at which a derivative of the potential jumps or diverges:
+    contact, the onset of a smooth cutoff, the cutoff. A pair at distance r crosses b, to first
+    order, at t = -(r - b) / d(r - b)/dt.
 
     Args:
       system: a relaxed system, whose neighbor list reaches beyond the breakpoints, as the lists of
         minimized systems do.
       velocity: (n, d) derivative of the positions by t.
-      dparams: the direction, a dict of all parameters.
+      dparams: derivatives of all parameters by t, by parameter name.
       rattlers: (n,) True for particles whose pairs are left out.
-      strain: (d, d) strain rate of the cell and, affinely, of its particles; ``velocity`` is then
-        relative to the affine motion.
+      strain: (d, d) derivative by t of the strain of the cell, which the particles follow affinely;
+        ``velocity`` is then relative to this affine motion. None for a fixed cell.
     """
     gaps, rates = _gaps(system, velocity, dparams, strain)
     # Empty first entries, so that a potential without pairs gives arrays of length zero.
@@ -165,9 +197,10 @@ def gap_rate(
 ) -> jax.Array:
     """Compute the root mean square rate at which pairs approach or leave their breakpoints.
 
-    A breakpoint b is a distance at which a derivative of the potential jumps or diverges. The rate
-    is d(r - b)/dt, with r the distance of the pair; the mean is over the pairs with r < b. The
-    arguments are those of :func:`crossings`. The result is 0 for a potential without breakpoints.
+    A breakpoint b is a distance at which a derivative of the potential jumps or diverges, such as
+    contact. The rate is d(r - b)/dt, with r the distance of the pair and t the parameter of a path
+    of positions and parameters; the mean is over the pairs with r < b. The arguments are those of
+    :func:`crossings`. The result is 0 for a potential without breakpoints.
     """
     gaps, rates = _gaps(system, velocity, dparams, strain)
     total = jnp.zeros(())

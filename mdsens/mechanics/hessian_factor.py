@@ -1,4 +1,8 @@
-"""The Hessian at one configuration, by numpy and scipy: matrix, factor, solves, lowest modes."""
+"""This module solves linear systems with the Hessian of one configuration, and finds its modes.
+
+The Hessian is assembled as a matrix of scipy, and factorized where this is faster than an iterative
+solver.
+"""
 
 from __future__ import annotations
 
@@ -43,10 +47,10 @@ NEGATIVE = 1e-9
 
 
 def factorizes(system: System) -> bool:
-    """Return whether the Hessian is assembled and factorized.
+    """Return whether the Hessian of a system is assembled and factorized.
 
-    This is done for pair potentials, in double precision, in 2-D or up to FACTOR_PARTICLES_3D
-    particles.
+    This is done for pair potentials in double precision, in 2-D for any number of particles and in
+    3-D up to ``FACTOR_PARTICLES_3D`` particles.
     """
     small = system.dimension == 2 or system.n <= FACTOR_PARTICLES_3D
     return small and system.potential.pairwise and system.positions.dtype == jnp.float64
@@ -54,7 +58,7 @@ def factorizes(system: System) -> bool:
 
 @jax.jit
 def _products(system: System, null: NullSpace, columns: jax.Array) -> jax.Array:
-    """H times the columns of a matrix (m, c)."""
+    """Multiply the Hessian of the system by each of the c columns of a matrix (n d, c)."""
     operator = hessian_operator(system, null)
     n, d = system.positions.shape
 
@@ -69,7 +73,17 @@ def _products(system: System, null: NullSpace, columns: jax.Array) -> jax.Array:
 def _solve(
     system: System, null: NullSpace, b: jax.Array, rtol: float, definite: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Solve H x = b iteratively, b (n, d): (x, relative residual, status)."""
+    """Solve H x = b for the displacements x by an iterative method, with the Hessian H.
+
+    Args:
+      null: the null space of H.
+      b: (n, d) right-hand side.
+      rtol: relative residual at which the method stops.
+      definite: whether H is positive semidefinite, as at a minimum.
+
+    Returns:
+      (x, relative residual, status), with x (n, d).
+    """
     x, stats = solve(
         hessian_operator(system, null, definite=definite), Unknowns(b), Auto(rtol=rtol)
     )
@@ -80,15 +94,17 @@ def _solve(
 def _lanczos(
     system: System, null: NullSpace, start: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Run Lanczos' method on H with its null space projected out.
+    """Run Lanczos' method on the Hessian H of the system, with the null space of H projected out.
 
     Args:
+      null: the null space of H.
       start: (n d,) first vector.
-      weights: (steps,) coefficients of a sum of the Lanczos vectors.
+      weights: (steps,) coefficients of a sum of the Lanczos vectors, one for each step of the
+        method.
 
     Returns:
       the diagonal and off-diagonal of the tridiagonal matrix, the sum of the Lanczos vectors, and H
-      times this sum.
+        times this sum.
     """
     operator = hessian_operator(system, null)
 
@@ -102,14 +118,18 @@ def _lanczos(
 
 
 class HessianFactor:
-    """The Hessian H of a backbone with its null space projected out; factorized where that pays.
+    """The Hessian H of a backbone with its null space projected out, and its factor if that pays.
+
+    H is factorized where this makes solves faster.
 
     Args:
-      system: the backbone (the system without the contacts of rattlers); or a batch, whose H has a
-        diagonal block for each of its systems. For a batch, the columns of the systems are
-        concatenated, and only ``project``, ``solve_many`` and ``negative`` are available.
+      system: the backbone (the system without the contacts of rattlers); or a batch of systems,
+        where H has a diagonal block for each system. For a batch, vectors and matrices have the
+        rows of all systems one after the other, and only ``project``, ``solve_many`` and
+        ``negative`` are available.
       null: the null space of H, simplified by its method ``simplified``.
-      index: the expected number of negative eigenvalues: 0 at a minimum, the order of a saddle.
+      index: the expected number of negative eigenvalues of H: 0 at a minimum, the order of a
+        saddle.
     """
 
     _factors = ("factor",)  # attributes that a pickled copy computes again
@@ -122,34 +142,39 @@ class HessianFactor:
         self._factorize = factorizes(system)
 
     def __getstate__(self) -> dict[str, Any]:
-        """The attributes without the factors, which are in the memory of other libraries.
+        """Return the attributes for a pickled copy, without the factors of the Hessian.
 
-        A copy factorizes again at its first solve.
+        Factors are in the memory of other libraries. A copy factorizes the Hessian again at its
+        first solve.
         """
         return {name: value for name, value in vars(self).items() if name not in self._factors}
 
     @functools.cached_property
     def matrix(self) -> Any:
-        """H as a scipy sparse matrix; None where the potential is not a sum over pairs."""
+        """The Hessian as a scipy sparse matrix; None if the potential is not a sum over pairs."""
         return sparse_hessian(self.system)
 
     @functools.cached_property
     def blocks(self) -> BlockRows | None:
-        """H as blocks for products on the device; None where H is not assembled."""
+        """The Hessian as (d, d) blocks of pairs, for products in JAX; None if not assembled."""
         if self.matrix is None:
             return None
         return BlockRows.of(self.matrix, self.system.dimension, self.system.positions.dtype)
 
     @functools.cached_property
     def order(self) -> np.ndarray | None:
-        """Order of the rows of H in which its factor is sparse; None for minimum degree."""
+        """The order of the rows of the Hessian in which its factor is sparse.
+
+        None stands for the order that minimum degree gives during the factorization.
+        """
         return ordering(self.matrix, self.system.dimension)
 
     @functools.cached_property
     def factor(self) -> SparseFactor | None:
-        """Factor of H with springs or a shift that make it regular; None where H is not factorized.
+        """Sparse factor of the Hessian, made regular by springs or a shift on the diagonal.
 
-        It is also None where the matrix is exactly singular in spite of the springs or the shift.
+        The value is None where the Hessian is not factorized, and where the matrix is exactly
+        singular in spite of the springs or the shift.
         """
         if self.matrix is None or not self._factorize:
             return None
@@ -160,16 +185,20 @@ class HessianFactor:
 
     @functools.cached_property
     def _bounds(self) -> np.ndarray:
-        """The largest row sum of |H| for each system of a batch, (members,)."""
+        """The largest row sum of |H| for each system of a batch, (systems,), H being the Hessian.
+
+        It is an upper bound of the eigenvalues of H.
+        """
         return bounds(self.matrix, self.members)
 
     def _diagonal_springs(self) -> np.ndarray:
-        """Stiffnesses to add to the diagonal of H, so that it can be factorized, (m,).
+        """Compute stiffnesses (m,) that are added to the diagonal of the Hessian to factorize it.
 
-        Where no cluster can rotate, these are springs on the rattlers and on one particle of each
-        cluster. They do not change the solution for a right-hand side without a part in the null
-        space, except by a null vector. Where a cluster can rotate, they are a small shift of the
-        whole diagonal.
+        m is the number of rows of the Hessian. Where no cluster of particles can rotate, the
+        stiffnesses are springs on the rattlers and on one particle of each cluster. These springs
+        do not change the solution for a right-hand side without a part in the null space, except by
+        a null vector. Where a cluster can rotate, the stiffnesses are a small shift of the whole
+        diagonal.
         """
         scale = np.where(self._bounds > 0, self._bounds, 1.0)[:, None]
         null = self.null
@@ -186,31 +215,39 @@ class HessianFactor:
         return np.repeat(np.where(has_spring, scale, 0.0).ravel(), self.system.dimension)
 
     def project(self, columns: np.ndarray) -> np.ndarray:
-        """Project the null space out of the columns of a matrix (m, c), or of a vector (m,)."""
+        """Project the null space of the Hessian out of a vector (m,), or out of the columns (m, c).
+
+        m is the number of rows of the Hessian, and c that of the columns of a matrix.
+        """
         matrix = columns.reshape(columns.shape[0], -1)
         return self.null.project_columns(matrix).reshape(columns.shape)
 
     def products(self, columns: np.ndarray) -> np.ndarray:
-        """H times the columns of a matrix (m, c)."""
+        """Multiply the Hessian (m, m) by the c columns of a matrix (m, c)."""
         if self.matrix is not None:
             return self.matrix @ columns
         return np.asarray(_products(self.system, self.null, columns))
 
     @property
     def negative(self) -> np.ndarray:
-        """Number of negative eigenvalues of H for each system of a batch, (members,).
+        """Number of negative eigenvalues of the Hessian for each system of a batch, (systems,).
 
-        The number follows from the signs of the factor's pivots; -1 where the pivots are not known.
+        The number follows from the signs of the pivots of the factor; it is -1 where the pivots are
+        not known.
         """
         assert self.factor is not None
         return self.factor.negatives(self.members)
 
     def solve(self, b: np.ndarray, rtol: float = 1e-12) -> tuple[np.ndarray, float, Status]:
-        """Solve H x = b on the range of H, for b (n, d): ``(x, relative residual, status)``.
+        """Solve H x = b for the displacements x, with the Hessian H and without its null space.
 
         Args:
-          rtol: relative residual. With a factor the solution is refined to round-off, and is
-            converged at a residual of 1e-10, or ``rtol`` where that is larger.
+          b: (n, d) right-hand side.
+          rtol: relative residual. Where H is factorized, the solution is refined to round-off, and
+            counts as converged at a residual of 1e-10, or ``rtol`` where that is larger.
+
+        Returns:
+          (x, relative residual, status), with x (n, d).
         """
         if self.factor is not None:
             x, stats = self.solve_many(
@@ -223,26 +260,26 @@ class HessianFactor:
     def solve_many(
         self, columns: np.ndarray, rtol: float, to: float = 1e-12
     ) -> tuple[np.ndarray, SolveStats]:
-        """Solve H x = b by the factor, for the columns b of a matrix (m, c).
+        """Solve H x = b by the factor of the Hessian H, for the columns b of a matrix (m, c).
 
         The status is INDEFINITE where H has a negative eigenvalue and the system should be a
-        minimum, and NOT_A_SADDLE where a saddle has more or fewer of them than its order, whatever
-        the right-hand side.
+        minimum. It is NOT_A_SADDLE where the system should be a saddle and the number of negative
+        eigenvalues is not the order of the saddle, whatever the right-hand side.
 
         Args:
-          columns: right-hand sides.
+          columns: (m, c) right-hand sides.
           rtol: largest relative residual of a converged solution.
           to: relative residual to which the solution is refined.
 
         Returns:
-          ``(x, stats)``, x (m, c) and the statistics (members, c); ``iterations`` counts the
-          refinements, with one product each.
+          ``(x, stats)``: the solutions x (m, c), and statistics whose entries are (systems, c), for
+            each system of a batch; ``iterations`` counts the refinements, with one product each.
         """
         assert self.matrix is not None and self.factor is not None
         eps = float(jnp.finfo(self.system.positions.dtype).eps)  # the precision of the projections
 
         def norms(matrix: np.ndarray) -> np.ndarray:
-            """Norm of each column of each member, (members, c)."""
+            """Compute the norm of each of c columns, for each system of a batch, (systems, c)."""
             by_member = matrix.reshape(self.members, -1, matrix.shape[1])
             return np.asarray(np.linalg.norm(by_member, axis=1))
 
@@ -281,9 +318,10 @@ class HessianFactor:
         return x, SolveStats(*numbers, "sparse factor")
 
     def _precondition(self) -> Callable[[np.ndarray], np.ndarray] | None:
-        """Return the preconditioner: the inverse of each particle's diagonal block, made positive.
+        """Return a preconditioner, a function of vectors; None where the Hessian is not assembled.
 
-        None where H is not assembled.
+        The function multiplies the components of each particle by the inverse of its diagonal block
+        of the Hessian; the block is made positive where it is not.
         """
         if self.matrix is None:
             return None
@@ -293,10 +331,11 @@ class HessianFactor:
         return lambda v: np.einsum("nij,njk->nik", inverse, v.reshape(n, d, -1)).reshape(v.shape)
 
     def lowest(self, k: int = 1, floor: float = 0.0) -> Spectrum:
-        """Compute the k lowest modes outside the null space.
+        """Compute the k modes of the Hessian with the lowest eigenvalues, outside its null space.
 
         Args:
-          floor: a stiffness below this may be of either sign.
+          k: number of modes.
+          floor: the sign of an eigenvalue is not known where its absolute value is below ``floor``.
         """
         return eigen.lowest(
             self.products,
@@ -312,24 +351,28 @@ class HessianFactor:
         )
 
     def unstable(self, most: int) -> int:
-        """Count the negative eigenvalues.
+        """Count the negative eigenvalues of the Hessian.
 
         Args:
-          most: number of the lowest eigenvalues to compute where no factor counts the negative
-            ones.
+          most: number of the lowest eigenvalues that are computed where no factor of the Hessian
+            gives the count.
         """
         count = -1 if self.factor is None else int(self.negative[0])
         return count if count >= 0 else self.lowest(most).negative
 
     def negative_mode(self, floor: float = 0.0) -> tuple[float, np.ndarray] | None:
-        """Search a mode of negative stiffness: (stiffness, mode (n, d) of norm one), or None.
+        """Search for a mode of the Hessian with a negative stiffness (eigenvalue).
 
-        The search uses the factor where there is one, and then misses no such mode; for a small
-        system, all eigenvalues; else Lanczos' method, which may miss a mode whose stiffness is
-        small beside that of the others.
+        Where the Hessian is factorized, the search counts negative eigenvalues by the factor, and
+        misses no such mode. Otherwise, all eigenvalues of a small system are computed. For a larger
+        system Lanczos' method is used, which may miss a mode whose stiffness is small beside that
+        of other modes.
 
         Args:
-          floor: a stiffness below this may be of either sign.
+          floor: the sign of a stiffness is not known where its absolute value is below ``floor``.
+
+        Returns:
+          (stiffness, mode), with the mode (n, d) of norm one; None where no such mode is found.
         """
         n, d = self.system.positions.shape
         pays = d == 2 or n <= ONE_SOLVE_3D
@@ -364,10 +407,11 @@ class HessianFactor:
         return value, (vector / np.linalg.norm(vector)).reshape(n, d)
 
     def below(self, value: float) -> int | None:
-        """Count the modes outside the null space with a stiffness below ``value`` > 0.
+        """Count the modes whose stiffness, an eigenvalue of the Hessian, is below ``value`` > 0.
 
-        The count is the number of negative eigenvalues of H - value, less the null space. None
-        where there is no factor that gives this number.
+        The null space of the Hessian H is not counted: the count is the number of negative
+        eigenvalues of H - ``value``, minus the dimension of the null space. The result is None
+        where no factor of H - ``value`` gives this number.
         """
         if self.matrix is None or not self._factorize:
             return None
@@ -381,13 +425,14 @@ class HessianFactor:
 
 
 def participation(vectors: np.ndarray, dimension: int) -> np.ndarray:
-    """Compute the participation ratio of modes, (sum_i |e_i|^2)^2 / (n sum_i |e_i|^4), (k,).
+    """Compute the participation ratio (sum_i |e_i|^2)^2 / (n sum_i |e_i|^4) of k modes, (k,).
 
-    1 where all particles move by the same distance, 1/n where a single particle moves.
+    e_i is the displacement of particle i in a mode, and n the number of particles. The ratio is 1
+    where all particles move by the same distance, 1/n where a single particle moves.
 
     Args:
       vectors: (n d, k) modes in columns.
-      dimension: d.
+      dimension: the dimension d of space.
     """
     n = vectors.shape[0] // dimension
     squares = np.sum(vectors.reshape(n, dimension, vectors.shape[1]) ** 2, axis=1)

@@ -1,7 +1,7 @@
-"""The linear system at a constrained minimum as an operator, and its null space.
+"""This module provides the linear system at a constrained minimum, as an operator.
 
-The module also converts unknowns to flat vectors, and counts the constraints that are about to
-switch.
+The module also finds the null space of the Hessian there, converts unknowns (positions, relaxed
+parameters, multipliers) to vectors, and counts the constraints that are about to switch on or off.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ WEAK = 10.0
 
 
 def parts_of(x: Unknowns) -> list[Any]:
-    """List the arrays in the order of ``flat``: positions, relaxed parameters, multipliers."""
+    """List the arrays of the unknowns: positions, then relaxed parameters, then multipliers."""
     return [x.positions, *jax.tree.leaves(x.params), *jax.tree.leaves(x.multipliers)]
 
 
 def flat(x: Unknowns, many: bool = False) -> np.ndarray:
-    """Flatten positions, relaxed parameters and multipliers to one vector (m,).
+    """Flatten positions, relaxed parameters and multipliers to one vector of all m numbers, (m,).
 
     Args:
-      x: the unknowns.
+      x: the positions, relaxed parameters and multipliers.
       many: whether all arrays have a leading axis of length c; then the result is a matrix (m, c).
     """
     leaves = [np.asarray(leaf) for leaf in parts_of(x)]
@@ -68,12 +68,14 @@ def flat(x: Unknowns, many: bool = False) -> np.ndarray:
 
 
 def unflat(vector: np.ndarray, like: Unknowns, many: bool = False) -> Unknowns:
-    """Restore the unknowns from a vector (m,), or from the columns (m, c) where ``many``.
+    """Restore positions, relaxed parameters and multipliers from a vector (m,) of all m numbers.
 
-    The inverse of ``flat``.
+    This is the inverse of ``flat``.
 
     Args:
-      like: unknowns with the shapes and types of the result, without the axis of the columns.
+      vector: (m,); or a matrix (m, c), whose c columns give arrays with a leading axis of length c.
+      like: unknowns whose arrays have the shapes and types of the result, without the leading axis.
+      many: whether ``vector`` is a matrix.
     """
     rows = vector.T if many else vector
     leading_shape = rows.shape[:-1]
@@ -97,18 +99,18 @@ def unflat(vector: np.ndarray, like: Unknowns, many: bool = False) -> Unknowns:
 def constrained_null_space(
     system: System, net: Network, null: NullSpace, multipliers: dict[str, jax.Array] | None
 ) -> NullSpace:
-    """Return the null space of the constrained Hessian. Not for compiled code.
+    """Return the null space of the Hessian at a constrained minimum.
 
-    The null space consists of the displacements of rattlers and of the rigid motions that the
+    The null space consists of the displacements of rattlers, and of the rigid motions that the
     constraints allow. Equations between particles of which one is a rattler are dropped: their
-    multipliers are fixed.
+    multipliers are fixed. The function does not work inside ``jax.jit``.
 
     Args:
-      system: the backbone.
+      system: the backbone (the system without the contacts of rattlers).
       net: the contact network of the system.
       null: the null space without constraints.
-      multipliers: multipliers of the equations. The tension of a rigid bond gives a pendulum its
-        stiffness.
+      multipliers: multipliers of the equations, by constraint name. The tension of a rigid bond, a
+        multiplier, gives a pendulum its stiffness.
     """
     active = active_set(system)
     rattlers = np.asarray(null.rattlers)
@@ -150,13 +152,14 @@ def constrained_null_space(
 def _without_stiffness(
     system: System, rows: np.ndarray, multipliers: dict[str, jax.Array] | None
 ) -> np.ndarray:
-    """Return the combinations of motions that have no stiffness in the Hessian of the Lagrangian.
+    """Return the combinations of rigid motions that have no stiffness under the constraints.
 
-    An external field, or a rigid bond under tension in such a field, may give the others a
-    stiffness.
+    The stiffness is that of the Hessian of the Lagrangian. An external field, or a rigid bond under
+    tension in such a field, may give other combinations a stiffness.
 
     Args:
-      rows: (k, n, d) orthonormal motions.
+      rows: (k, n, d) orthonormal rigid motions of the n particles.
+      multipliers: multipliers of the constraint equations, by constraint name.
     """
     # the norm of H times a trial vector is the scale for zero
     probe = chirp((1, *rows[0].shape), float, np)
@@ -172,7 +175,12 @@ def _without_stiffness(
 def _hessian_products(
     system: System, multipliers: dict[str, jax.Array] | None, rows: jax.Array
 ) -> jax.Array:
-    """Multiply d2L/dR2 with each of the displacements (k, n, d); the results are (k, n d)."""
+    """Multiply the Hessian of the Lagrangian, d2L/dR2, by each of k displacements, (k, n d).
+
+    Args:
+      multipliers: multipliers of the constraint equations, by constraint name.
+      rows: (k, n, d) the displacements.
+    """
 
     def slope(R: jax.Array) -> jax.Array:
         x = dataclasses.replace(unknowns_of(system, multipliers), positions=R)
@@ -183,10 +191,14 @@ def _hessian_products(
 
 
 def scaled(x: Unknowns, by: ArrayLike) -> Unknowns:
-    """Multiply the multipliers by a factor; positions and parameters stay.
+    """Multiply the Lagrange multipliers in ``x`` by a factor; positions and parameters stay.
 
     With multipliers in units of the stiffness of the potential (see ``natural_units``), all rows of
-    the linear system have the same scale.
+    the linear system at a constrained minimum have the same scale.
+
+    Args:
+      x: positions, relaxed parameters and multipliers.
+      by: the factor.
     """
     return dataclasses.replace(
         x, multipliers=jax.tree.map(lambda leaf: (by * leaf).astype(leaf.dtype), x.multipliers)
@@ -196,9 +208,14 @@ def scaled(x: Unknowns, by: ArrayLike) -> Unknowns:
 def kkt_operator(system: System, x: Unknowns, null: NullSpace) -> tuple[Operator, jax.Array]:
     """Return the linear system at a constrained minimum as an operator, and its unit.
 
-    Multipliers are in units of the stiffness of the potential (see ``natural_units``), which is the
-    second result. The operator is declared positive semi-definite where no constraint has
+    The operator maps changes of positions, relaxed parameters and multipliers to changes of the
+    derivatives of the Lagrangian. The unit of the multipliers is the stiffness of the potential
+    (see ``natural_units``). The operator is declared positive semidefinite where no constraint has
     equations.
+
+    Args:
+      x: positions, relaxed parameters and multipliers at the minimum.
+      null: the null space, whose fixed coordinates are left out.
     """
     unit = natural_units(system)[1]
     # The relaxed parameters are unknowns; the others are constant here.
@@ -220,20 +237,19 @@ def kkt_operator(system: System, x: Unknowns, null: NullSpace) -> tuple[Operator
 def about_to_switch(
     system: System, multipliers: dict[str, jax.Array] | None, null: NullSpace, max_force: float
 ) -> int:
-    """Count the coordinates that are about to meet or to leave a bound.
+    """Count the coordinates that are about to meet or to leave a bound, such as a wall.
 
-    Not for compiled code.
-
-    These are coordinates at a bound that exerts no force on them, and coordinates so near to a
-    bound that the force left on a particle could move them there. For a change of the parameters in
-    one direction they are constrained, in the other free. Coordinates that several walls constrain
-    count too, since either wall may be the one that stays.
+    The count includes coordinates at a bound that exerts no force on them, and coordinates so near
+    to a bound that the force left on a particle could move them there. Such a coordinate is
+    constrained for a change of the parameters in one direction, and free in the opposite direction.
+    The count also includes coordinates that several walls constrain, since either wall may be the
+    one that stays. The function does not work inside ``jax.jit``.
 
     Args:
       system: the system at the minimum.
-      multipliers: multipliers of the equations.
-      null: the null space; rattlers do not count.
-      max_force: the largest force left on a particle.
+      multipliers: multipliers of the constraint equations, by constraint name.
+      null: the null space, which tells the rattlers; rattlers do not count.
+      max_force: the largest force that is left on a particle.
     """
     low, high = (jax.tree.map(np.asarray, side) for side in bounds(system, system.params))
     at_low, at_high = (jax.tree.map(np.asarray, side) for side in at_bounds(system))

@@ -84,7 +84,7 @@ class PairTerm(NamedTuple):
         return self._replace(j=self.j[k], mask=self.mask[k], values=values)
 
     def energy(self, r: jax.Array) -> jax.Array:
-        """Compute the energy of each pair at the distances r; zero where the arrays hold no pair."""
+        """Compute the energy of each pair at the distances r; zero where a place holds no pair."""
         # On padding phi and its derivatives must be finite, too (pair_distances gives r = 1 there):
         # where() multiplies them by zero, and zero times NaN is NaN.
         return jnp.where(self.mask, self.phi(r, *self.values), 0.0)
@@ -99,7 +99,13 @@ class PairTerm(NamedTuple):
 
 
 class Potential(Protocol):
-    """The properties and methods that a :class:`~mdsens.System` needs of its potential."""
+    """The properties and methods that a :class:`~mdsens.System` needs of its potential.
+
+    ``range`` returns the largest distance at which a pair interacts, ``lengths`` this distance for
+    each pair, ``terms`` the energies that are sums over pairs, ``many_body`` the rest of the
+    energy, and ``specialize`` the cheapest equal form of the potential. ``check`` raises InputError
+    if the parameters do not fit the potential.
+    """
 
     @property
     def name(self) -> str: ...
@@ -401,7 +407,7 @@ class PairPotential(Portable, _NamedPotential):
 
 @functools.partial(jax.jit, static_argnames="species_count")
 def _trial(potential: PairPotential, box: jax.Array | None, few: Few, species_count: int) -> Trial:
-    """Evaluate a pair energy and its derivatives at a few distances, for a few pairs of a system."""
+    """Evaluate a pair energy and its derivatives at a few distances, for a few of the pairs."""
     n = few.positions.shape[0]
     i, j = few.pairs
     kinds = few.pairs, n, few.species, species_count

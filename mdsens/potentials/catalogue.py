@@ -1,9 +1,10 @@
-"""Ready-made interaction potentials, and functions that make potentials of a user's energies.
+"""Ready-made interaction potentials, and functions that make a potential of a user's energy.
 
-The pair potentials are written here and not taken from ``jax_md.energy``: its soft sphere has NaN
-derivatives by ``alpha`` at contact, and its Lennard-Jones switch is C1 only and moves with
-``sigma``, so that Hessians jump and derivatives by ``sigma`` move the cutoff. Many-body potentials
-of ``jax_md.energy`` come in through :func:`from_energy`.
+The pair potentials are written here and not taken from ``jax_md.energy``. The soft sphere of jax-md
+has NaN derivatives by ``alpha`` at contact. Its Lennard-Jones potential has a switch that is only
+once continuously differentiable, so that Hessians jump, and that moves with ``sigma``, so that
+derivatives by ``sigma`` move the cutoff. Many-body potentials of ``jax_md.energy`` can be used by
+:func:`from_energy`.
 """
 
 from __future__ import annotations
@@ -43,17 +44,21 @@ __all__ = [
 
 
 def geometric(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Geometric mixing, sqrt(a b), for ``from_pair(..., mixing={"epsilon": geometric})``."""
+    """Return sqrt(a b), the geometric mean of two particles' values, for a parameter of their pair.
+
+    For use as ``from_pair(..., mixing={"epsilon": geometric})``.
+    """
     return jnp.sqrt(a * b)
 
 
 @dataclasses.dataclass(frozen=True)
 class switched:  # noqa: N801 - used as a function
-    """A pair potential phi multiplied by a C2 switch S, 1 up to ``onset`` and 0 from ``cutoff`` on.
+    """A pair potential phi(r) times a switch S, which is 1 up to ``onset``, 0 from ``cutoff`` on.
 
         S(x) = 1 - x^3 (10 - 15 x + 6 x^2),     x = (r - onset) / (cutoff - onset),     in between
 
-    Onset and cutoff are lengths in the units of r, so they do not move with the parameters.
+    S is twice continuously differentiable. Onset and cutoff are lengths in the units of r, so that
+    they do not move with the parameters.
     """
 
     phi: Phi
@@ -74,14 +79,20 @@ class switched:  # noqa: N801 - used as a function
 
 
 def _switch(x: jax.Array) -> jax.Array:
-    """The C2 switch: 1 for x < 0, 0 for x > 1, with two zero derivatives at both ends."""
+    """Compute the switch 1 - x^3 (10 - 15 x + 6 x^2), with x limited to 0 <= x <= 1.
+
+    The switch falls from 1 to 0, and its first two derivatives are zero at x = 0 and x = 1.
+    """
     # outside of 0 to 1 the polynomial would grow again
     x = jnp.clip(x, 0.0, 1.0)
     return 1.0 - x**3 * (10.0 - 15.0 * x + 6.0 * x**2)
 
 
 def _soft_sphere(r: jax.Array, sigma: jax.Array, epsilon: jax.Array, alpha: jax.Array) -> jax.Array:
-    """Compute phi of soft spheres for any exponent alpha."""
+    """Compute the pair energy of soft spheres, epsilon / alpha (1 - r / sigma)^alpha for r < sigma.
+
+    The energy is 0 beyond sigma.
+    """
     overlap = 1.0 - r / sigma
     inside = overlap > 0
     # where() inside the power: 0**alpha has a NaN tangent by alpha
@@ -91,7 +102,7 @@ def _soft_sphere(r: jax.Array, sigma: jax.Array, epsilon: jax.Array, alpha: jax.
 def _harmonic_sphere(
     r: jax.Array, sigma: jax.Array, epsilon: jax.Array, alpha: jax.Array
 ) -> jax.Array:
-    """Compute phi of soft spheres for alpha = 2, with a square in place of a power."""
+    """Compute the pair energy of soft spheres for the exponent alpha = 2, with a square."""
     overlap = 1.0 - r * (1.0 / sigma)  # one division, where the derivative by r / sigma has two
     overlap = jnp.where(overlap > 0, overlap, 0.0)
     return 0.5 * epsilon * overlap * overlap
@@ -100,7 +111,7 @@ def _harmonic_sphere(
 def _hertzian_sphere(
     r: jax.Array, sigma: jax.Array, epsilon: jax.Array, alpha: jax.Array
 ) -> jax.Array:
-    """Compute phi of soft spheres for alpha = 2.5, with a square and a root for the power."""
+    """Compute the pair energy of soft spheres for the exponent alpha = 2.5, with a square root."""
     overlap = 1.0 - r / sigma
     # where() inside the root: its slope at zero is infinite, which times zero is NaN
     root = jnp.sqrt(jnp.where(overlap > 0, overlap, 1.0))
@@ -113,7 +124,7 @@ def _contact(sigma: jax.Array, *rest: jax.Array) -> jax.Array:
 
 
 def _contact_breakpoint(sigma: jax.Array, *rest: jax.Array) -> tuple[jax.Array, ...]:
-    """Return the breakpoint of soft spheres, r = sigma, where their surfaces touch."""
+    """Return r = sigma, contact, where a derivative of the energy of soft spheres jumps."""
     return (sigma,)
 
 
@@ -148,7 +159,10 @@ def _harmonic_morse(
 def _harmonic_morse_breakpoints(
     sigma: jax.Array, epsilon: jax.Array, alpha: jax.Array, stiffness: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Return the contact distance, and the onset and cutoff of the well's switch."""
+    """Return the distances where a derivative of the harmonic-Morse potential jumps.
+
+    These are contact, sigma, and the onset and the cutoff of the switch of the well.
+    """
     onset, cutoff = HARMONIC_MORSE_ENDS
     return sigma, sigma + onset / alpha, sigma + cutoff / alpha
 
@@ -164,16 +178,16 @@ def _spring(r: jax.Array, stiffness: jax.Array, length: jax.Array) -> jax.Array:
 
 
 def soft_sphere() -> PairPotential:
-    """Repulsive soft spheres: discs or spheres with an energy of their overlap.
+    """Make the potential of repulsive soft spheres or discs, with an energy for their overlap.
 
         phi(r) = epsilon / alpha (1 - r / sigma)^alpha,     r < sigma;     0 beyond.
 
     Parameters: ``sigma`` the sum of the two radii (a particle's value is its diameter), ``epsilon``
     an energy, ``alpha`` the exponent, above 1: 2 harmonic, 2.5 Hertzian.
 
-    The cutoff is sigma, by the potential's definition, and so follows the parameters. Breakpoint:
-    contact, r = sigma, where the second derivative jumps for alpha = 2 and the third diverges for
-    2.5. Source: O'Hern et al., Phys. Rev. E 68, 011306 (2003); the same as
+    The cutoff is sigma by definition, so that the cutoff follows the parameters. At contact,
+    r = sigma, the second derivative of phi jumps for alpha = 2, and the third diverges for
+    alpha = 2.5. Source: O'Hern et al., Phys. Rev. E 68, 011306 (2003); phi is the same as that of
     ``jax_md.energy.soft_sphere``.
     """
     names = ("sigma", "epsilon", "alpha")
@@ -191,11 +205,12 @@ def soft_sphere() -> PairPotential:
 
 
 def lennard_jones(onset: float = 2.0, cutoff: float = 2.5) -> PairPotential:
-    """The Lennard-Jones potential, phi(r) = 4 epsilon ((sigma/r)^12 - (sigma/r)^6) S(r).
+    """Make the Lennard-Jones potential, phi(r) = 4 epsilon ((sigma/r)^12 - (sigma/r)^6) S(r).
 
-    S is the C2 switch of :class:`switched`. Parameters: ``sigma``, ``epsilon``. ``onset`` and
-    ``cutoff`` are lengths in the units of r, not multiples of sigma: they stay where they are when
-    sigma changes. The defaults are for sigma = 1; scale them for another sigma.
+    S is the smooth switch of :class:`switched`, 1 up to ``onset`` and 0 from ``cutoff`` on.
+    Parameters: ``sigma``, ``epsilon``. ``onset`` and ``cutoff`` are lengths in the units of r, not
+    multiples of sigma: they stay where they are when sigma changes. Their defaults are for
+    sigma = 1; scale them for another sigma.
     """
     phi = switched(_lennard_jones, onset, cutoff)
     return from_pair(
@@ -204,12 +219,14 @@ def lennard_jones(onset: float = 2.0, cutoff: float = 2.5) -> PairPotential:
 
 
 def morse(onset: float = 2.0, cutoff: float = 2.5) -> PairPotential:
-    """The Morse potential, with the C2 switch S of :class:`switched`.
+    """Make the Morse potential.
 
         phi(r) = epsilon (exp(-2 alpha (r - sigma)) - 2 exp(-alpha (r - sigma))) S(r)
 
-    Parameters: ``sigma`` the distance of the minimum, ``epsilon`` its depth, ``alpha`` an inverse
-    width. ``onset`` and ``cutoff`` are lengths in the units of r, as in :func:`lennard_jones`.
+    S is the smooth switch of :class:`switched`, 1 up to ``onset`` and 0 from ``cutoff`` on.
+    Parameters: ``sigma`` the distance of the minimum, ``epsilon`` the depth of the minimum,
+    ``alpha`` an inverse width. ``onset`` and ``cutoff`` are lengths in the units of r, as in
+    :func:`lennard_jones`.
     """
     phi = switched(_morse, onset, cutoff)
     return from_pair(
@@ -218,20 +235,21 @@ def morse(onset: float = 2.0, cutoff: float = 2.5) -> PairPotential:
 
 
 def harmonic_morse() -> PairPotential:
-    """Harmonic-Morse discs or spheres: a spring within contact, a Morse well beyond it.
+    """Make the potential of harmonic-Morse spheres: a spring in contact, a Morse well beyond.
 
         phi(r) = stiffness / 2 (sigma - r)^2 - epsilon,                                   r < sigma,
         phi(r) = epsilon (exp(-2 alpha (r - sigma)) - 2 exp(-alpha (r - sigma))) S(r),    r >= sigma
 
     Parameters: ``sigma`` the sum of the two radii (a particle's value is its diameter), ``epsilon``
     the depth of the well, ``alpha`` an inverse width, ``stiffness`` an energy per squared length. S
-    is the C2 switch of :class:`switched` from sigma + 5 / alpha, where 1.3 % of the depth are left,
-    to sigma + 9.9 / alpha: by the potential's definition onset and cutoff follow the parameters.
+    is the smooth switch of :class:`switched`. It falls from 1 at the onset, sigma + 5 / alpha,
+    where 1.3 % of the depth are left, to 0 at the cutoff, sigma + 9.9 / alpha: by the potential's
+    definition onset and cutoff follow the parameters.
 
-    Breakpoints: contact, r = sigma, where the second derivative jumps
-    from ``stiffness`` to 2 alpha^2 epsilon; the onset; the cutoff. Source: Zu and Goodrich,
-    arXiv:2404.15101, who switch by a C1 polynomial in r^2, so that their second derivatives jump at
-    onset and cutoff as well.
+    At contact, r = sigma, the second derivative of phi jumps from ``stiffness`` to
+    2 alpha^2 epsilon. At the onset and at the cutoff the third derivative jumps. Source: Zu and
+    Goodrich, arXiv:2404.15101. Their switch is a polynomial in r^2 that is only once continuously
+    differentiable, so that their second derivatives jump at onset and cutoff as well.
     """
     names = ("sigma", "epsilon", "alpha", "stiffness")
     return from_pair(
@@ -245,10 +263,10 @@ def harmonic_morse() -> PairPotential:
 
 
 def harmonic_bonds(bonds: ArrayLike) -> BondedPotential:
-    """Springs between listed pairs, phi(r) = stiffness / 2 (r - length)^2.
+    """Make a potential of springs between listed pairs, phi(r) = stiffness / 2 (r - length)^2.
 
     Args:
-      bonds: (m, 2) particle indices.
+      bonds: (m, 2) indices of the particles that each spring joins.
 
     Parameters: ``stiffness`` and ``length`` (rest length), each a scalar or one value per bond. A
     bond joins the nearest images of its two particles, so it must stay shorter than half the
@@ -282,27 +300,29 @@ def from_pair(
     positive: bool = False,
     repulsive: bool = False,
 ) -> PairPotential:
-    """Make a pair potential of a user's function, U = sum over pairs of phi(r_ij, p_ij).
+    """Make a pair potential of a user's function phi, U = sum over pairs of phi(r_ij, p_ij).
+
+    r_ij is the distance of two particles, and p_ij are the parameters of the pair.
 
     Args:
       phi: ``phi(r, *parameters)``, elementwise in jax.numpy, at least twice differentiable away
-        from the breakpoints, and zero at and beyond the cutoff (wrap it in :class:`switched` to
-        make it so). ``System.create`` evaluates it, and its derivatives up to the third, within
-        the cutoff and beyond. A module-level function compiles once, and pickle takes it to other
-        processes; a lambda that is defined again for each system compiles again, and only
-        cloudpickle can send it to other processes.
+        from the breakpoints, and zero at and beyond the cutoff (wrap phi in :class:`switched` to
+        make it zero there). ``System.create`` evaluates phi and its first three derivatives within
+        the cutoff and beyond. A module-level function compiles once, and pickle can send it to
+        other processes; a lambda that is defined again for each system compiles again, and only
+        cloudpickle can send it.
       parameters: the parameters' names, in phi's order.
-      cutoff: a length, or a function of the pair parameters (monotone in each) that returns it;
-        None for infinite range: all pairs, which suits up to a few thousand particles, open
-        boundaries only.
-      breakpoints: lengths, or a function of the pair parameters returning them, where a derivative
-        of phi jumps or diverges. The range over which a sensitivity is valid is computed from these
-        lengths.
-      mixing: dict of functions by parameter name, each of which computes a pair's value from the
-        two particles' values; the arithmetic mean for parameters that are not named.
+      cutoff: a length, or a function of the pair parameters (monotone in each) that returns the
+        length; None for infinite range. All pairs then interact, which is feasible for up to a few
+        thousand particles, with open boundaries only.
+      breakpoints: distances where a derivative of phi jumps or diverges, or a function of the pair
+        parameters that returns these distances. The range over which a sensitivity is valid is
+        computed from them.
+      mixing: dict from parameter names to functions that compute a pair's value from the two
+        particles' values; parameters that are not named take the arithmetic mean.
       name: name of the potential in messages and tables; the name of phi where None.
-      positive: whether to refuse parameters that are not positive.
-      repulsive: whether to declare that phi only repels and vanishes beyond its cutoff, so that
+      positive: True to refuse parameters that are not positive.
+      repulsive: True to declare that phi only repels and vanishes beyond its cutoff, so that
         rattlers are determined by counting contacts.
     """
     names = _checked_names(parameters)
@@ -355,7 +375,7 @@ def _checked_lengths(breakpoints: ArrayLike) -> tuple[float, ...]:
 
 
 def _check_arguments(phi: Phi, names: tuple[str, ...]) -> None:
-    """Raise InputError where phi does not take r and as many parameters as there are names."""
+    """Raise InputError if phi does not take a distance r and one argument per parameter name."""
     if not callable(phi):
         raise InputError(f"phi is {short(phi)}: give a function of r and the parameters.")
     try:
@@ -380,12 +400,13 @@ def from_energy(
     """Make a potential of any energy function ``fn(positions, params, displacement) -> scalar``.
 
     Args:
-      fn: takes ``positions`` (n, d); ``params`` a dict of the named parameters;
-        ``displacement(a, b)`` the (deformed, nearest image) vector a - b of two points (d,); and
-        sums over all pairs itself. The many-body potentials of jax-md fit:
+      fn: function that returns the energy, summed over all pairs or particles. Its arguments are
+        ``positions`` (n, d); ``params``, a dict of the named parameters; and ``displacement``, a
+        function of two points a and b (d,) that returns the vector a - b between nearest images,
+        deformed by the strain. The many-body potentials of jax-md can be used:
         ``lambda R, p, d: jax_md.energy.stillinger_weber(d, epsilon=p["epsilon"])(R)``.
       parameters: the parameters' names; their values may have any shape.
-      shared: names of parameters that another potential of a sum has as well: both use the same
+      shared: names of parameters that another potential in a sum has as well; both use the same
         value.
       name: name of the potential in messages and tables; the name of fn where None.
     """

@@ -107,7 +107,7 @@ class Few(NamedTuple):
         species: jax.Array | None,
         species_count: int,
     ) -> Few | None:
-        """Choose a few particles of a system and pairs of them; None for a system of one particle."""
+        """Choose a few particles of a system and some of their pairs; None for one particle."""
         n = positions.shape[0]
         chosen = []
         if species is None:

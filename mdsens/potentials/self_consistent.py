@@ -1,16 +1,18 @@
 """Potentials whose energy is a minimum over inner variables: dipoles or charges.
 
-    U(R, p) = min over y of W(y, R, p),      dU = dW at the y of the minimum,      d2U by dy as well
+    U(R, p) = min over y of W(y, R, p)
 
-The inner variables y, dipoles or charges, solve a linear system, and their derivative follows from
-the implicit function theorem. A first derivative of U does not need dy, since dW/dy = 0 (the 2n + 1
-theorem). Hessians and mixed derivatives do, and with them a relaxed configuration is differentiated
-through both minimizations.
+R are the positions and p the parameters. The inner variables y, dipoles or charges, solve a linear
+system of equations, and the derivative of y by R and p follows from the implicit function theorem.
+A first derivative of U does not need the derivative of y, since dW/dy = 0 (the 2n + 1 theorem): it
+is the derivative of W at constant y. Hessians and mixed derivatives of U need the derivative of y,
+so that a relaxed configuration is differentiated through both minimizations, over R and over y.
 
-A residual d of the inner solve, relative to the right-hand side, enters U as d^2, and forces,
-Hessians and what is derived from them as d: forces of size f have an error of about d f, and
-``ms.minimize`` cannot reach a tolerance below that. The defaults solve to round-off. Measured
-errors, all relative, for 64 particles (H v: a product with the Hessian):
+If the solve for y leaves a residual d, relative to the right-hand side of the equations, the error
+of U is of the order d^2, while forces, Hessians and everything derived from them have errors of the
+order d: forces of size f have an error of about d f, and ``ms.minimize`` cannot reach a tolerance
+below d f. The default solvers go to round-off. Measured errors, all relative, for 64 particles (H v
+is a product with the Hessian):
 
             dipoles, CG                             charges, MINRES
     rtol    d        U      forces   H v            d        U      forces   H v
@@ -20,10 +22,10 @@ errors, all relative, for 64 particles (H v: a product with the Hessian):
     1e-10   2.3e-11  0      6.8e-12  1.1e-11        8.8e-11  2e-16  1.9e-10  1.3e-10
     1e-14   6.3e-15  0      1.8e-15  3.3e-15        5.5e-15  0      2.5e-14  1.6e-14
 
-Where there is no minimum over y (a polarization catastrophe), U is -inf; where the inner solve
-fails otherwise, U is +inf. The forces are not finite in either case: ``System.create`` refuses such
-a start, and ``ms.minimize`` ends with ``Status.NOT_FINITE`` if it runs into one. All pairs interact
-and boundaries must be open: in a periodic cell the sums would have to be Ewald's.
+Where W has no minimum over y (a polarization catastrophe), U is -inf; where the solve for y fails
+otherwise, U is +inf. The forces are not finite in either case: ``System.create`` refuses such
+positions, and ``ms.minimize`` ends with ``Status.NOT_FINITE`` if it comes to such positions. All
+pairs interact, and boundaries must be open: a periodic cell would need Ewald sums.
 """
 
 from __future__ import annotations
@@ -61,12 +63,12 @@ PROBED = 1e-6
 
 
 class AllPairs(NamedTuple):
-    """Vectors between all pairs of particles.
+    """Vectors and distances between all pairs of particles.
 
     Attributes:
       vectors: (n, n, d) r_i - r_j.
-      lengths: (n, n) their lengths; 1 on the diagonal.
-      inverse: (n, n) their inverse lengths; 0 on the diagonal.
+      lengths: (n, n) lengths of the vectors; 1 on the diagonal.
+      inverse: (n, n) inverse lengths of the vectors; 0 on the diagonal.
     """
 
     vectors: jax.Array
@@ -83,51 +85,67 @@ class AllPairs(NamedTuple):
 
 
 def _failure_energy(status: jax.Array) -> jax.Array:
-    """Return the term of U for an inner solve: -inf without a minimum, inf if failed, else 0."""
+    """Return what is added to the energy for the status of the solve for dipoles or charges.
+
+    The value is 0 if the solve succeeded, -inf if the energy has no minimum over the dipoles or
+    charges, and inf if the solve failed otherwise.
+    """
     failed = jnp.where(status == Result.INDEFINITE.value, -jnp.inf, jnp.inf)
     return jnp.where(is_good(status), 0.0, failed)
 
 
 def nan_where_failed(status: jax.Array) -> jax.Array:
-    """Return the factor by which derivatives are multiplied: 1 where y was found, else inf.
+    """Return the factor that spoils the derivatives of the energy if a solve has failed.
 
-    y are the inner variables, such as charges or dipoles, and ``status`` is that of the inner
-    solve, which finds them. The result is a factor and not a term, since a derivative must stay
-    linear in the direction it is taken along.
+    The factor is 1 if ``status``, that of the solve for the dipoles or charges, is a success, and
+    inf otherwise. It is a factor and not a term, since a derivative along a direction must stay
+    linear in this direction.
     """
     return jnp.where(_failure_energy(status) == 0.0, 1.0, jnp.inf)
 
 
 class Functional(Protocol):
-    """The energy W of the inner variables y, quadratic; a pytree of all that it depends on."""
+    """The energy W(y) of the inner variables y (dipoles or charges), a quadratic function of y.
+
+    An object of this class is a pytree of the arrays that W depends on.
+    """
 
     @property
     def definite(self) -> bool:
-        """Whether the derivative of the conditions is positive definite at a minimum."""
+        """Whether the linear equations for y have a positive definite matrix at a minimum."""
         ...
 
     def start(self) -> Any:
-        """Zero variables of the shape of y, where the inner solve starts."""
+        """Return zeros in the shape of the dipoles or charges, at which their solve starts."""
         ...
 
     def energy(self, y: PyTree) -> jax.Array:
-        """Compute the energy W."""
+        """Return the energy W at the inner variables y, the dipoles or charges."""
         ...
 
     def conditions(self, y: PyTree) -> Any:
-        """The residuals that are zero at the minimum; their derivative by y is symmetric."""
+        """Return the residuals that are zero at the minimum of the energy over y.
+
+        y are the inner variables, dipoles or charges. The derivative of the residuals by y is a
+        symmetric matrix.
+        """
         ...
 
     def curvature(self) -> tuple[LinearMap, jax.Array]:
-        """Return d2W/dy2 on the changes that constraints allow, and an array shaped like a change.
+        """Return the product with d2W/dy2, and an array of the shape that the product takes.
 
-        On other changes the operator may be anything that is positive definite.
+        W is the energy and y the dipoles or charges. The product must be right for changes of y
+        that keep the constraints, such as a fixed total charge; for other changes any positive
+        definite product will do.
         """
         ...
 
 
 def minimum(functional: Functional, method: Method) -> tuple[Any, jax.Array]:
-    """Compute the y of the minimum, differentiable by all that W depends on, and the status."""
+    """Compute the dipoles or charges y that minimize an energy W, and the status of the solve.
+
+    y can be differentiated by everything that W depends on.
+    """
 
     @root(
         lambda y, W: W.conditions(y),
@@ -147,7 +165,7 @@ def minimum(functional: Functional, method: Method) -> tuple[Any, jax.Array]:
 def _solve_conditions(
     functional: Functional, start: PyTree, method: Method
 ) -> tuple[Any, jax.Array]:
-    """Compute the y at which the conditions, linear in y, are zero, and the solve's status."""
+    """Solve the linear equations for the dipoles or charges; return these and the status."""
     residual, product = jax.linearize(functional.conditions, start)
     operator = Operator(product, symmetric=True, positive_semidefinite=functional.definite)
     chosen = choose(method, sum(leaf.size for leaf in jax.tree.leaves(start)), operator)
@@ -159,11 +177,13 @@ def _solve_conditions(
 
 
 def _check_curvature(functional: Functional) -> jax.Array:
-    """Return INDEFINITE where the curvature of W is negative in some direction, else CONVERGED.
+    """Return the status INDEFINITE if an energy has a direction of negative curvature.
 
-    The solve itself may not show it: where the configuration is symmetric, the right-hand side may
-    have no component along that direction. Conjugate gradients here start from a chirp, which has a
-    component along every mode, so that they cannot converge without meeting the negative curvature.
+    The energy is a function of dipoles or charges. Without negative curvature the status is
+    CONVERGED. The solve for the dipoles or charges may not meet the negative curvature: in a
+    symmetric configuration the right-hand side may have no component along its direction.
+    Conjugate gradients are therefore run here with a right-hand side cos(k^2), k = 0, 1, 2, ...,
+    which has a component along every mode.
     """
     curvature, like = functional.curvature()
     # at most 10 steps per unknown, where exact arithmetic would need one
@@ -179,7 +199,7 @@ def _check_curvature(functional: Functional) -> jax.Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _minimal_energy(functional: Functional, method: Method) -> jax.Array:
-    """min over y of W."""
+    """Compute the minimum of the energy over the dipoles or charges, by a solve with ``method``."""
     y, status = minimum(functional, method)
     return functional.energy(y) + _failure_energy(status)
 
@@ -188,7 +208,11 @@ def _minimal_energy(functional: Functional, method: Method) -> jax.Array:
 def _minimal_energy_jvp(
     method: Method, primals: tuple[Functional], tangents: tuple[PyTree]
 ) -> tuple[jax.Array, jax.Array]:
-    """dU = dW at fixed y, since dW/dy = 0."""
+    """Compute the minimal energy U and its derivative along a direction.
+
+    U is the minimum over y of W, where y are the dipoles or charges. The derivative is that of W at
+    constant y, since dW/dy = 0 at the minimum.
+    """
     (functional,) = primals
     (change,) = tangents
     # a second derivative of U takes the derivative of this y
@@ -198,12 +222,13 @@ def _minimal_energy_jvp(
 
 
 class SelfConsistentPotential(_NamedPotential):
-    """Base of the potentials with an inner minimum: open boundaries, all pairs interact.
+    """Base class of the potentials whose energy is a minimum over dipoles or charges.
 
-    Parameters are scalars or have one value per particle or per species.
+    Boundaries must be open, and all pairs interact. Parameters are scalars or have one value per
+    particle or per species.
 
     Attributes:
-      solve: the method of the inner solve.
+      solve: the method by which the linear equations for the dipoles or charges are solved.
       above: for each parameter the value that it must exceed; -inf if any value is allowed.
     """
 
@@ -215,13 +240,22 @@ class SelfConsistentPotential(_NamedPotential):
         return False
 
     def functional(self, pairs: AllPairs, *values: jax.Array) -> tuple[Any, jax.Array]:
-        """Return W at the parameters of each particle, and the energy that does not depend on y."""
+        """Return the energy W(y) of the dipoles or charges y, and the energy not depending on y.
+
+        Args:
+          pairs: the vectors and distances of all pairs.
+          values: the parameters, each (n,).
+        """
         raise NotImplementedError
 
     def at_rest(
         self, positions: jax.Array, params: Params, species: Species, count: int
     ) -> tuple[Any, Any, jax.Array]:
-        """Return W with open boundaries, the y of its minimum, and the status of the solve."""
+        """Compute the dipoles or charges y of minimal energy at given positions.
+
+        Returns:
+          (the energy W(y) as an object, y at its minimum, the status of the solve).
+        """
         values = self.values(params, positions.shape[0], species, count)
         functional, _ = self.functional(AllPairs.of(positions, _difference), *values)
         return functional, *minimum(functional, self.solve)
@@ -229,7 +263,7 @@ class SelfConsistentPotential(_NamedPotential):
     def values(
         self, params: Params, n: int, species: Species, species_count: int
     ) -> list[jax.Array]:
-        """Return the parameters, each as one value per particle, (n,)."""
+        """Return the potential's parameters as arrays (n,), each with one value per particle."""
         values = []
         for name in self.names:
             value = jnp.asarray(params[name])
@@ -272,9 +306,12 @@ class SelfConsistentPotential(_NamedPotential):
         species: Species,
         species_count: int,
     ) -> None:
-        """Raise InputError for a periodic cell, coincident particles, or no inner minimum.
+        """Raise an error if the potential cannot be used for a configuration.
 
-        It raises TooLargeError where a Hessian product would not fit in memory.
+        Raises:
+          InputError: a periodic cell, two particles at the same point, or no minimum of the energy
+            over the dipoles or charges.
+          TooLargeError: a product with the Hessian would not fit in memory.
         """
         if box is not None:
             raise InputError(
@@ -299,7 +336,7 @@ class SelfConsistentPotential(_NamedPotential):
             raise InputError(self._without_minimum(status))
 
     def _without_minimum(self, status: Result) -> str:
-        """Return the error message for an inner solve that ended with this status."""
+        """Return the error message for a solve for dipoles or charges that failed with a status."""
         return (
             f"the inner solve of {self.name} failed at these positions and parameters"
             f" ({status.sentence}): give solve=Direct() of mdsens.implicit, or look for values that"
@@ -308,7 +345,7 @@ class SelfConsistentPotential(_NamedPotential):
 
 
 def _difference(a: jax.Array, b: jax.Array) -> jax.Array:
-    """The vector from b to a with open boundaries."""
+    """Return the vector a - b from point b to point a, for open boundaries."""
     return a - b
 
 
@@ -320,5 +357,5 @@ def _solve_status(
     species: Species,
     species_count: int,
 ) -> jax.Array:
-    """The status of the inner solve at these positions."""
+    """Return the status of the solve for dipoles or charges at given positions."""
     return potential.at_rest(positions, params, species, species_count)[2]

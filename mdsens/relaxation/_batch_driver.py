@@ -1,7 +1,7 @@
-"""Relaxation of the members of a batch in a fixed cell.
+"""Relaxation of the systems of a batch in fixed cells.
 
-Compiled calls serve all members together. Then the members that need Newton steps, a longer
-neighbor list, or to leave a saddle, go on one by one.
+Compiled calls take steps of all systems together. The systems that then need Newton steps, a longer
+neighbor list, or a step off a saddle are relaxed further one by one.
 """
 
 from __future__ import annotations
@@ -52,7 +52,11 @@ ALONE = 20_000
 
 @functools.partial(jax.jit, static_argnames=("method",))
 def _start_members(batch: System, method: Minimizer) -> tuple[jax.Array, Limits, Any]:
-    """Return length of the potential, limits of steps and minimizer's state of each system."""
+    """Prepare the relaxation of each system of a batch.
+
+    Returns:
+      (length scales of the potential, limits of the steps, first states of the minimizer).
+    """
 
     def start(system: System) -> tuple[jax.Array, Limits, Any]:
         length, stiffness = jax.tree.map(
@@ -73,7 +77,12 @@ def _advance_each(
     method: Minimizer,
     limits: Limits,
 ) -> tuple[System, Any, jax.Array, jax.Array, jax.Array]:
-    """Take steps of each system: (batch, states, steps, largest forces, which lists overflowed)."""
+    """Take steps of the minimizer for each system of a batch.
+
+    Returns:
+      (batch, states of the minimizer, numbers of steps taken, largest forces on a particle, which
+      neighbor lists overflowed).
+    """
 
     def advance_one(member: tuple[Any, ...]) -> tuple[Any, ...]:
         system, state, target, budget, limits = member
@@ -91,18 +100,18 @@ def _advance_each(
 
 
 class BatchRelaxation:
-    """State of the relaxations of a batch's members, which its methods change.
+    """State of the relaxation of all systems of a batch; its methods continue the relaxation.
 
-    The relaxation of a member that goes on by itself is a :class:`RelaxationState`, see ``run``.
+    The relaxation of a system that is continued alone is a :class:`RelaxationState`, see ``run``.
 
     Attributes:
       systems: the batch so far, with its potential in the form that is cheapest to evaluate.
       potential: the batch's potential as it was given.
       steps, largest, pace, tested, goal, scale: as in :class:`RelaxationState`, with an entry for
-        each member.
-      taken: number of steps of each member in the last call that served it.
-      going: which members count, and have neither an overflowed list nor a force that is not
-        finite.
+        each system.
+      taken: number of steps of each system in the last call that advanced this system.
+      going: mask of the systems that are relaxed here, and have neither an overflowed neighbor list
+        nor a force that is not finite.
     """
 
     def __init__(
@@ -113,14 +122,14 @@ class BatchRelaxation:
         max_steps: int,
         count: int,
     ):
-        """Before the first step.
+        """Prepare the relaxation of the systems of a batch, before the first step.
 
         Args:
           batch: the systems.
           method: the first-order minimizer.
           tolerance: the largest force to reach; None for 1e-12 of the mean pair force.
           max_steps: largest number of steps of each system.
-          count: number of members that are relaxed, the first ones; the others stay as they are.
+          count: number of systems to relax, from the first one on; the others stay as they are.
         """
         self.potential = batch.potential
         self.method = method
@@ -144,7 +153,7 @@ class BatchRelaxation:
         return self.going & (self.largest > self.tested) & (self.steps < self.max_steps)
 
     def aim(self) -> None:
-        """Set the force that each system has to reach, from its pairs that interact now."""
+        """Set the largest force at which each system stops, from its pairs that interact now."""
         left = jnp.asarray(self.largest, self.systems.positions.dtype)
         scale = force_scales(self.systems, self.length, self.limits.stiffness, left)
         self.scale = ForceScale(*(np.asarray(x) for x in scale))
@@ -158,11 +167,12 @@ class BatchRelaxation:
         until: int | np.ndarray,
         chosen: bool | np.ndarray = True,
     ) -> None:
-        """Take steps of the minimizer.
+        """Take steps of the minimizer for some systems, down to a force or up to a number of steps.
 
         Args:
-          near: the largest force of each member to stop at, where that is above the force to reach.
-          until: number of steps of the whole relaxation at which to stop.
+          near: the largest force at which each system stops; without effect where it is below the
+            force at which the relaxation ends.
+          until: total number of steps of the relaxation at which to stop.
           chosen: mask of the systems that take steps.
         """
         while True:
@@ -189,9 +199,9 @@ class BatchRelaxation:
             self.going = self.going & np.isfinite(self.largest) & ~overflowed
 
     def to_minimum(self, newton: Newton | None) -> None:
-        """Relax all systems together, to the tolerance or as far as that is efficient.
+        """Relax all systems together, to the tolerance or as far as this is efficient.
 
-        Systems that need Newton steps, a longer neighbor list, or to leave a saddle stop here;
+        Systems that need Newton steps, a longer neighbor list, or a step off a saddle stop here;
         their relaxation is continued one by one, see ``on_their_own``.
 
         Args:
@@ -221,7 +231,7 @@ class BatchRelaxation:
     def examine(self) -> np.ndarray:
         """Return a mask of the systems at saddles, where the Hessian has a negative eigenvalue.
 
-        Also True where the number of negative eigenvalues is not known.
+        The mask is also True where the number of negative eigenvalues is not known.
         """
         none = np.zeros(self.tested.size, bool)
         if not factorizes(self.systems):
@@ -238,7 +248,7 @@ class BatchRelaxation:
     def on_their_own(self, leave_saddles: bool) -> list[int]:
         """Return the indices of the systems whose relaxation has to be continued one by one.
 
-        These systems need a longer neighbor list, Newton steps, or to leave a saddle.
+        These systems need a longer neighbor list, Newton steps, or a step off a saddle.
 
         Args:
           leave_saddles: whether to search for modes of negative stiffness.
@@ -251,7 +261,7 @@ class BatchRelaxation:
         return [int(k) for k in np.flatnonzero(wanted[: self.count])]
 
     def run(self, k: int) -> RelaxationState:
-        """Return the relaxation of system k in its present state, to be continued alone."""
+        """Return the relaxation of system k of the batch so far, to be continued alone."""
         batched = (self.systems, self.potential, self.state, self.length, self.limits)
         system, potential, state, length, limits = jax.tree.map(
             lambda leaf: jnp.asarray(np.asarray(leaf)[k]), batched
@@ -276,7 +286,7 @@ class BatchRelaxation:
         return run
 
     def equilibria(self, seconds: float, examined: bool) -> Equilibrium:
-        """Return the relaxed systems with status, forces left and number of steps, as a batch.
+        """Return the relaxed systems as a batch, with status, forces left and number of steps.
 
         Args:
           seconds: wall time of the relaxation of one system.
@@ -308,10 +318,14 @@ class BatchRelaxation:
 
 
 def relax_batch(batch: System, options: Options, bar: Members) -> Equilibrium:
-    """Minimize the energy of each member of a batch in a fixed cell; the result is a batch."""
+    """Minimize the energy of each system of a batch in its fixed cell; return the relaxed batch."""
 
     def relax_some(part: System, count: int) -> tuple[Equilibrium, int, dict[int, Equilibrium]]:
-        """Relax the first ``count`` systems of ``part``: (batch, count, single results)."""
+        """Relax the first ``count`` systems of the batch ``part``.
+
+        Returns:
+          (relaxed batch, count, results by index of the systems that were continued alone).
+        """
         began = time.perf_counter()
         together = BatchRelaxation(part, options.first, options.tolerance, options.max_steps, count)
         together.to_minimum(options.newton)

@@ -1,6 +1,6 @@
-"""Relaxation of a cell with its particles: Newton steps of the cell down the enthalpy U + P V.
+"""Relaxation of a cell and its particles: Newton steps of the cell lower the enthalpy U + P V.
 
-The particles are relaxed in a fixed cell before the first step and after each.
+The particles are relaxed in a fixed cell before the first Newton step and after each.
 """
 
 from __future__ import annotations
@@ -46,14 +46,15 @@ def _enthalpy(system: System, pressure: float | jax.Array) -> jax.Array:
 
 
 def relax_at_pressure(system: System, options: Options, bar: Decades) -> tuple[Equilibrium, str]:
-    """Minimize U + P V over positions and cell.
+    """Minimize the enthalpy U + P V over the positions and the cell.
 
-    The cell takes Newton steps, and the particles are relaxed after each. A step is halved where it
-    raises the enthalpy, where it removes a packing's last contact although contacts have to carry
-    the pressure, and where its particles do not come to rest.
+    U is the energy, P the pressure and V the volume. The cell takes Newton steps, and the particles
+    are relaxed after each. A step is halved where it raises the enthalpy, where it removes a
+    packing's last contact although contacts have to carry the pressure, and where the particles do
+    not come to rest after it.
 
     Returns:
-      (equilibrium, where the relaxation ended, as text for an error message).
+      (the relaxed system, text for an error message that tells where the relaxation ended).
     """
     assert isinstance(options.cell, AtPressure)
     pressure = options.cell.pressure
@@ -76,11 +77,11 @@ def relax_at_pressure(system: System, options: Options, bar: Decades) -> tuple[E
 def _relax(
     system: System, condition: AtPressure, options: Options, bar: Decades
 ) -> tuple[Equilibrium, int, np.ndarray, Status]:
-    """Relax positions and cell.
+    """Minimize the enthalpy over the positions and the cell, by Newton steps of the cell.
 
     Returns:
-      (equilibrium of the particles in the last cell, steps of the minimizer in all, the strains
-      (k, d, d) that the cell is free to take, status of positions and cell).
+      (relaxed particles in the last cell, total number of steps of the minimizer, the strains (k,
+      d, d) by which the cell can deform, status of the relaxation of positions and cell).
     """
     pressure = condition.pressure
     shape = condition.shape
@@ -133,7 +134,11 @@ def _relax(
 
 
 def _stress_and_goal(eq: Equilibrium, cell: Cell) -> tuple[float, float]:
-    """Compute the largest |stress + P| of a cell, and the limit below which the cell is at rest."""
+    """Compute the largest component of |stress + P|, and the limit at which the cell is at rest.
+
+    P is the pressure on the cell. The limit follows from the tolerance of the forces and from the
+    round-off of the stress.
+    """
     volume = float(eq.system.volume)
     length = float(natural_units(eq.system)[0])
     stress = float(np.max(np.abs(np.asarray(cell.slope)))) / volume
@@ -154,16 +159,18 @@ def _relaxed_after_step(
     budget: int,
     shape: bool,
 ) -> Equilibrium | None:
-    """Strain the cell and relax the particles again; None where the cell becomes too small.
+    """Strain the cell by a Newton step and relax the particles; None if the cell becomes too small.
+
+    A cell is too small if its height is below twice the range of the interactions.
 
     Args:
       system: the system, with particles at rest in the cell.
-      cell: derivatives of the enthalpy by strain at this state; the particles start from their
-        linear response.
-      step: (k,) amplitudes of the strains.
+      cell: derivatives of the enthalpy by strain in this system, and the linear response of the
+        positions to strain, with which the relaxation starts.
+      step: (k,) amplitudes of the k strains by which the cell can deform.
       relax_particles: function that relaxes the particles in a fixed cell.
       budget: largest number of steps of the minimizer.
-      shape: whether the shape of the cell is free.
+      shape: whether the shape of the cell may change.
     """
     dtype = system.positions.dtype
     strain = np.tensordot(step, np.asarray(cell.along), axes=1)
@@ -178,6 +185,6 @@ def _relaxed_after_step(
 
 
 def _all_rattlers(eq: Equilibrium) -> bool:
-    """Return whether no particle is in the contact network."""
+    """Return whether all particles are rattlers, so that no particle is in the contact network."""
     _, net, _ = analyze_rigidity(eq.system, eq.max_force)
     return bool(np.all(np.asarray(net.rattlers)))

@@ -1,6 +1,8 @@
 """Relaxation of one system in a fixed cell.
 
-A first-order minimizer such as FIRE, Newton steps where it is slow, and steps off saddles.
+A first-order minimizer such as FIRE lowers the forces, and Newton steps take over where the
+minimizer is slow. Where a relaxation ends at a saddle, a step along a mode of negative stiffness
+leaves the saddle.
 """
 
 from __future__ import annotations
@@ -82,25 +84,32 @@ NEAR_FLOOR = 30.0
 def pace_of(
     before: float | np.ndarray, after: float | np.ndarray, steps: int | np.ndarray
 ) -> np.ndarray:
-    """Compute the rate at which the force falls, log(before / after) per step; -inf if it rises."""
+    """Compute the rate log(before / after) / steps at which a force falls; -inf if it rises.
+
+    Args:
+      before, after: the largest force on a particle before and after the steps.
+      steps: number of steps.
+    """
     smallest = np.finfo(float).tiny  # in place of a force of zero, which has no logarithm
     lost = np.log(np.maximum(before, smallest)) - np.log(np.maximum(after, smallest))
     return np.where(lost > 0, lost / np.maximum(steps, 1), -np.inf)
 
 
 def at_size(steps: int, n: int) -> int:
-    """Scale a number of steps to n particles: unchanged up to LARGE, then growing as sqrt(n)."""
+    """Scale a number of steps to n particles: unchanged up to 16,384, then growing as sqrt(n)."""
     return math.ceil(steps * max(1.0, n / LARGE) ** 0.5)
 
 
 def near_force(begin: float, contact: float | np.ndarray, n: int) -> Any:
-    """Compute the largest force at which Newton steps are tried.
+    """Compute the largest force on a particle at which Newton steps are tried.
 
-    Among many contacts the first one changes at a smaller force. At 131,072 discs Newton steps from
-    3e-4 of the contact force took 36 factors, and four times as long as FIRE from an eighth of it.
+    Beyond 16,384 particles this force falls as 1 / n, because among more contacts the first one
+    opens or closes at a smaller force. For 131,072 discs, Newton steps from 3e-4 of the mean
+    contact force needed 36 factorizations, and four times as long as FIRE down to an eighth of this
+    force.
 
     Args:
-      begin: the force in units of the mean force of a contact, for up to LARGE particles.
+      begin: the force for fewer particles, in units of the mean force of a contact.
       contact: mean force of a contact, or an array with a value for each system of a batch.
       n: number of particles.
     """
@@ -112,13 +121,13 @@ def falls_fast(
 ) -> Any:
     """Return whether the minimizer reaches the minimum faster than Newton steps would.
 
-    Also True where the pace of the minimizer is not known. The arguments are numbers, or arrays
-    over the systems of a batch.
+    The result is also True where the speed of the minimizer is not known. The arguments are
+    numbers, or arrays over the systems of a batch.
 
     Args:
       pace: rate at which the force falls, from ``pace_of``; 0 where it is not known.
-      largest: the largest force now.
-      tested: the largest force to stop at.
+      largest: the largest force on a particle now.
+      tested: the largest force at which the relaxation stops.
       n: number of particles.
     """
     with np.errstate(divide="ignore"):
@@ -134,7 +143,7 @@ def _advance(
     method: Minimizer,
     limits: Limits,
 ) -> tuple[Any, Neighbors, jax.Array, jax.Array]:
-    """Let the minimizer take steps, with the neighbor list of the system.
+    """Take steps of the minimizer with the neighbor list of the system.
 
     Returns:
       (state of the minimizer, neighbor list, number of steps taken, largest force on a particle).
@@ -145,32 +154,34 @@ def _advance(
 
 @dataclasses.dataclass
 class RelaxationState:
-    """State of one relaxation, which its methods change.
+    """State of the relaxation of one system in a fixed cell; its methods continue the relaxation.
 
     Attributes:
       system: the system so far, with its potential in the form that is cheapest to evaluate.
       potential: the system's potential as it was given.
       method: the first-order minimizer.
       length, limits: the length scale of the potential (contact distance, or the distance of the
-        minimum of the pair energy), and limits of the steps.
+        minimum of the pair energy), and the limits of the minimizer's steps.
       tolerance: the tolerance that was given; None for 1e-12 of the mean pair force.
       max_steps: largest number of steps.
       bar: progress bar, or None.
-      state: state of the minimizer; None for a state at rest.
+      state: state of the minimizer; None for particles at rest.
       steps: number of steps so far.
       largest: the largest force left on a particle; inf where it is not known.
-      pace: see :func:`pace_of`; 0 where it is not known.
+      pace: rate at which the force falls, from :func:`pace_of`; 0 where it is not known.
       room: capacity of the next neighbor list, as a multiple of what the positions need.
-      tested: the largest force to stop at, for the pairs that interact now; see ``aim``.
+      tested: the largest force at which the relaxation stops, for the pairs that interact now; see
+        ``aim``.
       goal: the largest force that counts as converged.
-      scale: mean pair force and force floor of the pairs that interact now; None before ``aim``.
+      scale: mean pair force and round-off of the forces, for the pairs that interact now; None
+        before ``aim``.
       stands: whether the force has stopped falling, at round-off.
-      saddles: number of saddles that the relaxation came to and left.
-      highest, left: energy at the first saddle that was left, and at the last one.
+      saddles: number of saddles that the relaxation reached and left.
+      highest, left: energy at the first and at the last saddle that the relaxation left.
       touching: whether particles touched without a force at the last saddle, see ``Network``.
       examined: whether the Hessian at the end was searched for modes of negative stiffness.
-      unstable: whether the Hessian at the end has a mode of negative stiffness that was not
-        followed.
+      unstable: whether the Hessian at the end has a mode of negative stiffness along which no step
+        was taken.
     """
 
     system: System
@@ -206,7 +217,7 @@ class RelaxationState:
         max_steps: int,
         bar: Decades,
     ) -> RelaxationState:
-        """The state before the first step."""
+        """Make the state of the relaxation of a system, before the first step of the minimizer."""
         dtype = system.positions.dtype.type
         length, stiffness = (dtype(x) for x in natural_units(system))
         limits = Limits.of((length, stiffness), method)
@@ -227,18 +238,24 @@ class RelaxationState:
 
     @property
     def unfinished(self) -> bool:
-        """Whether the force is above the force to stop at, and more steps may lower it."""
+        """Return whether the largest force is too large and more steps may lower this force."""
         more = self.largest > self.tested and self.steps < self.max_steps and not self.stands
         return more and bool(np.isfinite(self.largest))
 
     @property
     def floor(self) -> float:
-        """The force that counts as round-off; all the force left, once it has stopped falling."""
+        """Return the largest force that counts as round-off.
+
+        Once the forces have stopped falling, this is the largest force left.
+        """
         floor = 0.0 if self.scale is None else float(self.scale.floor)
         return max(floor, self.largest) if self.stands else floor
 
     def equilibrium(self) -> Equilibrium:
-        """Return the configuration with status, forces and steps; the caller sets ``wall_time``."""
+        """Return the relaxed system with status, forces and steps as an Equilibrium.
+
+        The caller sets its ``wall_time``.
+        """
         relaxed = self.system.replace(potential=self.potential)
         # Where the tolerance is not met, the forces of the minimizer may have been shortened.
         if not self.at_rest:
@@ -264,10 +281,10 @@ class RelaxationState:
         )
 
     def aim(self) -> bool:
-        """Set the force to reach from the pairs that interact now.
+        """Set the largest force at which the relaxation stops, from the pairs that interact now.
 
         Returns:
-          whether the largest force is still above it.
+          whether the largest force on a particle is still above this limit.
         """
         left = self.limits.stiffness.dtype.type(self.largest)
         scale = force_scale(self.system, self.length, self.limits.stiffness, left)
@@ -280,7 +297,9 @@ class RelaxationState:
         return self.largest > self.tested
 
     def to_minimum(self, newton: Newton | None, leave_saddles: bool = True) -> None:
-        """Relax to the tolerance, or as far as possible, leaving the saddles on the way.
+        """Relax the system to the tolerance of the forces, or as far as possible.
+
+        Saddles on the way are left by steps along modes of negative stiffness.
 
         Args:
           newton: options of the Newton steps; None for the minimizer alone.
@@ -298,7 +317,7 @@ class RelaxationState:
         return self.largest <= self.tested or self.stands
 
     def _relax(self, newton: Newton | None) -> None:
-        """Relax to where the forces vanish, a minimum or a saddle."""
+        """Relax the system until its forces vanish, at a minimum or at a saddle."""
         self.advance(0.0, self.steps + newton.patience if newton else self.max_steps)
         begin = newton.begin if newton else 0.0
         returns = 0
@@ -325,15 +344,16 @@ class RelaxationState:
             self.pace = 0.0
 
     def _falls_fast(self) -> bool:
-        """Return whether the minimizer is faster than Newton steps, see ``falls_fast``."""
+        """Return whether the minimizer reaches the minimum faster than Newton steps would."""
         return bool(falls_fast(self.pace, self.largest, self.tested, self.system.n))
 
     def advance(self, near: float, until: int | None = None) -> None:
-        """Take steps of the minimizer.
+        """Take steps of the minimizer down to a force, or up to a number of steps.
 
         Args:
-          near: the largest force to stop at, where that is above the force to reach.
-          until: number of steps of the whole relaxation at which to stop; None for ``max_steps``.
+          near: the largest force at which to stop; without effect where it is below the force at
+            which the relaxation ends.
+          until: total number of steps of the relaxation at which to stop; None for ``max_steps``.
         """
         until = self.max_steps if until is None else min(until, self.max_steps)
         method = self.method
@@ -368,11 +388,11 @@ class RelaxationState:
                 self.stands = self.tested < self.largest <= NEAR_FLOOR * self.floor
 
     def make_room(self, taken: int) -> None:
-        """Allocate a larger neighbor list after one overflowed, and compute the forces again.
+        """Allocate a larger neighbor list after an overflow, and compute the forces again.
 
         Args:
-          taken: number of steps of the call in which the list overflowed. Where this is at most 1,
-            the list gets more room each time.
+          taken: number of steps of the call in which the list overflowed. If it is at most 1, the
+            list gets more room each time.
         """
         self.room = min(1.25 * self.room, 4.0) if taken <= 1 else 1.25
         self.system = self.system.reallocate(self.room)
@@ -382,12 +402,12 @@ class RelaxationState:
         self.largest = float(largest_force(self.method.forces(self.state)))
 
     def _show(self, steps: int, largest: float) -> None:
-        """Show the progress, if there is a bar."""
+        """Show the number of steps and the largest force in the progress bar, if there is a bar."""
         if self.bar is not None:
             self.bar.show(steps, largest)
 
     def _descend(self) -> None:
-        """Take Newton steps, as long as they make headway."""
+        """Take Newton steps towards the minimum, as long as they make progress."""
         before = self.steps
         self.state = None  # its positions and velocities are those before the Newton steps
         self.system, self.largest, taken = descend(
@@ -400,10 +420,10 @@ class RelaxationState:
         self.steps += taken
 
     def _leave_saddle(self) -> bool:
-        """Take a step along a mode of negative stiffness, if the Hessian has one.
+        """Take a step along a mode of negative stiffness, if the Hessian has such a mode.
 
         Returns:
-          whether a step was made.
+          whether a step was taken.
         """
         whole = self.system.replace(potential=self.potential)
         backbone, net, null = analyze_rigidity(whole, self.largest)
@@ -435,10 +455,10 @@ class RelaxationState:
         return True
 
     def _fell(self) -> bool:
-        """Return whether the energy has fallen since the last saddle.
+        """Return whether the energy is lower than at the last saddle.
 
-        If not, contacts that touch without a force may have brought the system back, so that the
-        last configuration was no saddle and does not count.
+        If the energy is not lower, particles that touch without a force may have pushed the system
+        back. Then the last configuration was no saddle, and is not counted as one.
         """
         energy = float(potential_energy(self.system.replace(potential=self.potential)))
         eps = np.finfo(self.system.positions.dtype).eps
@@ -450,10 +470,10 @@ class RelaxationState:
 
 
 def relax_in_fixed_cell(system: System, options: Options, bar: Decades) -> tuple[Equilibrium, str]:
-    """Minimize the energy in a fixed cell.
+    """Minimize the energy of a system over the positions, in a fixed cell.
 
     Returns:
-      (equilibrium, where the relaxation ended, as text for an error message).
+      (the relaxed system, text for an error message that tells where the relaxation ended).
     """
     run = RelaxationState.of(system, options.first, options.tolerance, options.max_steps, bar)
     run.to_minimum(options.newton, options.leave_saddles)

@@ -1,6 +1,7 @@
-"""The compiled loop of a first-order minimizer: steps, the neighbor list, the test of the force.
+"""The compiled loop of a first-order minimizer, with neighbor lists and the test of the force.
 
-The minimizer is jax-md's, or one written like those; see :mod:`mdsens.relaxation.methods`.
+The minimizer is one of jax-md, or one with the same interface; see
+:mod:`mdsens.relaxation.methods`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ SETTLED = 500
 
 @functools.partial(jax.jit, static_argnames=("method",))
 def at_rest(positions: jax.Array, limits: Limits, method: Minimizer) -> Any:
-    """Return the minimizer's state at rest, with zero forces; ``advance`` computes the forces."""
+    """Return a minimizer's first state, with the particles at rest and zero forces.
+
+    ``advance`` computes the forces before the first step.
+    """
     initialize, _, _ = limited_minimizer(method, jnp.zeros_like, limits)
     return initialize(positions)
 
@@ -44,16 +48,17 @@ def at_rest(positions: jax.Array, limits: Limits, method: Minimizer) -> Any:
 def limited_minimizer(
     method: Minimizer, forces: Callable[[jax.Array], jax.Array], limits: Limits
 ) -> tuple[Callable[..., Any], Callable[..., Any], Callable[[jax.Array], jax.Array]]:
-    """Give jax-md's minimizer the forces and steps of the particles, limited in size.
+    """Make the functions of a minimizer that limits the force on a particle and its step.
 
-    Overlaps of a random start make forces of 1e20 in a Lennard-Jones potential, and FIRE never
-    forgets such a momentum. So the force on a particle is shortened to the size that moves it by
-    the longest step, and its step is shortened, too. Neither changes anything near a minimum.
+    Overlaps of a random start make forces of 1e20 in a Lennard-Jones potential, and in FIRE the
+    momentum of such a force would persist. So the force on a particle is shortened to the size that
+    moves the particle by the longest step, and the step is shortened to the longest one, too.
+    Neither changes anything near a minimum.
 
     Args:
       method: the minimizer.
-      forces: the forces (…, n, d) as a function of the positions (…, n, d).
-      limits: the longest step of a particle and the strongest force on it.
+      forces: function from positions (…, n, d) to forces (…, n, d).
+      limits: the longest step of a particle and the largest force on a particle.
 
     Returns:
       three functions: from positions to the first state of the minimizer, from a state to the next
@@ -74,14 +79,18 @@ def limited_minimizer(
 def _minimizer_on_list(
     system: System, method: Minimizer, limits: Limits
 ) -> tuple[Callable[[Any], Any], Callable[..., jax.Array]]:
-    """Return the minimizer's step and forces on the system's neighbor list, (apply, forces)."""
+    """Return functions (apply, forces) that use the neighbor list of a system.
+
+    ``apply`` takes one step of the minimizer, from a state to the next one. ``forces`` computes the
+    limited forces (n, d) at positions (n, d).
+    """
     slope = energy_gradient(system, used=system.neighbors.used)
     _, apply, forces = limited_minimizer(method, lambda R: -slope(R), limits)
     return apply, forces
 
 
 def _shortened(vectors: jax.Array, longest: jax.Array) -> jax.Array:
-    """Shorten the rows of an array to a length where they are longer."""
+    """Shorten each of the vectors (..., d) that is longer than ``longest`` to this length."""
     # Rows are divided by their largest component first, since a square may overflow: a force of
     # 1e200 would come out as zero.
     largest = jnp.max(jnp.abs(vectors), axis=-1, keepdims=True)
@@ -101,26 +110,26 @@ def advance(
     method: Minimizer,
     limits: Limits,
 ) -> tuple[Any, Neighbors, jax.Array]:
-    """Take up to ``budget`` steps: (state, neighbor list, number of steps).
+    """Take up to ``budget`` steps of a minimizer: (state, neighbor list, number of steps taken).
 
     The loop ends early where the largest force is at most ``tolerance`` or not finite, or where the
-    list overflows.
+    neighbor list has too little room for all pairs.
 
-    Steps on one list are an inner loop, which only reads the list. It ends where a particle has
-    moved so far that the list may be incomplete. It also ends where a list with a wide skin has
-    served so long that a narrow one pays, with fewer pairs to sum over; the minimizer then gets the
-    stiffness measured there, too. The force that is compared with the tolerance always comes from a
-    complete list.
+    Steps with the same neighbor list are an inner loop, which only reads the list. The inner loop
+    ends where a particle has moved so far that a pair may be missing from the list. A list with a
+    wide skin also ends when it has served so long that a list with a narrow skin pays, with fewer
+    pairs to sum over; the largest stiffness is then measured, too, and sets the minimizer's steps.
+    The force that is compared with the tolerance always comes from a complete list.
 
     Args:
       system: defines potential, parameters and cell; positions come from ``state``, and the
         neighbor list is ``pairs``.
       state: state of the minimizer.
       pairs: the neighbor list, complete or not.
-      tolerance: the largest force to stop at.
+      tolerance: the largest force at which to stop.
       budget: largest number of steps.
       method: the minimizer.
-      limits: limits of the minimizer's steps.
+      limits: the longest step and the largest force of a particle, and the potential's stiffness.
     """
     box = system.box
     needed = system.range
@@ -175,7 +184,7 @@ def advance(
 
 @functools.partial(jax.jit, static_argnames=("method",))
 def forces_at(system: System, method: Minimizer, limits: Limits) -> jax.Array:
-    """Compute the forces at the system's positions, shortened as the minimizer uses them."""
+    """Compute the forces (n, d) at the system's positions, limited in size as in the minimizer."""
     _, forces = _minimizer_on_list(system, method, limits)
     return forces(system.positions)
 
@@ -188,7 +197,7 @@ def status_of(
     idle: bool | np.ndarray | jax.Array,
     overflowed: bool | np.ndarray | jax.Array,
 ) -> jax.Array:
-    """Determine the status of a relaxation from the force that is left, as int32 codes.
+    """Determine the status of a relaxation from the largest force that is left, as an int32 code.
 
     The status is one of NO_CONTACTS, CONVERGED, ROUND_OFF_LIMITED, MAX_STEPS_REACHED, NOT_FINITE
     and NEIGHBORS_OVERFLOWED. The arguments are numbers, or arrays with an entry for each system.
@@ -196,8 +205,8 @@ def status_of(
     Args:
       largest: the largest force left on a particle.
       goal: the largest force that counts as converged.
-      floor: the force below which forces are round-off.
-      idle: whether nothing is in contact.
+      floor: the largest force that counts as round-off.
+      idle: whether no particles are in contact.
       overflowed: whether the neighbor list lost pairs.
     """
     # A later line takes precedence over an earlier one.

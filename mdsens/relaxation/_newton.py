@@ -1,13 +1,14 @@
-"""Newton steps down the energy under a trust region, by a sparse factor or conjugate gradients.
+"""Newton steps towards a minimum of the energy, with a sparse factor or conjugate gradients.
 
-The sparse factor is made outside of compiled code. Both methods detect negative curvature. The
-factor is of H + mu I, with mu raised where the energy does not fall as the quadratic model of a
-step promised, or where a pivot of the last factor is negative (Nocedal and Wright, Numerical
-Optimization, 2006, section 4.3). The conjugate gradients leave along the first direction of
-negative curvature that they meet (Steihaug, SIAM J. Numer. Anal. 20, 626 (1983)). A step is
-accepted where the energy falls by at least a tenth of what the quadratic model promised. Where the
-steps by the factor end at a saddle all the same, the next step is along a direction of negative
-curvature, which the pivots of the factor give.
+The steps stay within a trust region, and both methods detect negative curvature of the energy. The
+sparse factor, made outside of compiled code, is that of H + mu I, with H the Hessian, I the
+identity and mu a shift. mu is raised where the energy does not fall as the quadratic model of a
+step predicted, or where a pivot of the last factor is negative (Nocedal and Wright, Numerical
+Optimization, 2006, section 4.3). Conjugate gradients go to the edge of the trust region along the
+first direction of negative curvature that they meet (Steihaug, SIAM J. Numer. Anal. 20, 626
+(1983)). A step is accepted where the energy falls by at least a tenth of the prediction of the
+quadratic model. If the steps with the factor end at a saddle nevertheless, the next step is along a
+direction of negative curvature, which the pivots of the factor give.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ ENERGY_ROUND_OFF = 4500.0
 
 @jax.jit
 def _energy_and_gradient(system: System) -> tuple[jax.Array, jax.Array]:
-    """Compute energy and dU/dR (n, d) at the system's positions."""
+    """Compute the energy U and its gradient dU/dR (n, d) at the positions of a system."""
     gradient = energy_gradient(system, used=system.neighbors.used)
     return potential_energy(system), gradient(system.positions)
 
@@ -62,17 +63,21 @@ def descend(
     show: Callable[[int, float], None],
     round_off: float = 0.0,
 ) -> tuple[System, float, int]:
-    """Take Newton steps towards a minimum: (system, its largest force, number of steps).
+    """Take Newton steps towards a minimum of the energy.
 
-    The steps end before the tolerance is reached where they make no progress.
+    The steps end before the tolerance is reached if they make no progress.
 
     Args:
       system: a system near a minimum, with a complete neighbor list.
       tolerance: the largest force to reach.
-      length: length of the potential, from ``natural_units``.
+      length: length scale of the potential (contact distance, or the distance of the minimum of the
+        pair energy), from ``natural_units``.
       show: function to call after each step with the number of steps and the largest force.
-      round_off: a force at which round-off may begin. From there on, the first step that does not
-        halve the largest force is the last one.
+      round_off: a force at which round-off may begin. Once the largest force is below it, the first
+        step that does not halve the largest force is the last one.
+
+    Returns:
+      (system after the last step, largest force on a particle, number of steps).
     """
     method = _Factorized(length) if factorizes(system) else _Krylov(length)
     energy, slope = _energy_and_gradient(system)
@@ -110,9 +115,10 @@ def descend(
 def _accepted_step(
     method: _Factorized | _Krylov, system: System, energy: jax.Array, slope: jax.Array
 ) -> tuple[System, jax.Array, jax.Array] | None:
-    """Try steps until one lowers the energy as promised: (system, energy, slope) after it.
+    """Try Newton steps until one lowers the energy enough: (system, energy, dU/dR) after this step.
 
-    The result is None where no step does.
+    A step is accepted if the energy falls by at least a tenth of the prediction of its quadratic
+    model. The result is None if no step is accepted.
     """
     largest = float(largest_force(slope))
     unresolved = ENERGY_ROUND_OFF * float(jnp.finfo(energy.dtype).eps) * abs(float(energy))
@@ -139,21 +145,23 @@ def _accepted_step(
 
 
 class _Factorized:
-    """Steps by a sparse factor, p = -(H + mu I)^-1 dU/dR.
+    """Newton steps p = -(H + mu I)^-1 dU/dR by a sparse factor, with H the Hessian, I the identity.
 
-    mu is a multiple of the largest force over the length scale of the potential (contact distance,
-    or the distance of the minimum of the pair energy). Twice that quotient is the negative
-    curvature that a loose particle with a single contact can have. mu falls with the force, so that
-    convergence is as good as quadratic.
+    The shift mu is a multiple of the largest force divided by the length scale of the potential
+    (contact distance, or the distance of the minimum of the pair energy). Twice that quotient is
+    the negative curvature that a loose particle with a single contact can have. mu falls with the
+    force, so that convergence is as good as quadratic.
 
     Attributes:
-      length: length of the potential.
-      multiple: mu in units of the largest force over the length.
+      length: length scale of the potential.
+      multiple: mu in units of the largest force divided by ``length``.
       shift: mu of the last factor.
-      curved: whether the last step was along negative curvature.
-      assembled_for: the system whose Hessian ``matrix`` is, a scipy sparse matrix.
-      order: order of the rows in which the factor is sparse; None for minimum degree.
-      off_saddle: (n d,) a step along negative curvature to take next; None otherwise.
+      curved: whether the last step was along a direction of negative curvature.
+      assembled_for: the system whose Hessian is stored in ``matrix``, a scipy sparse matrix.
+      order: order of the rows of H in which the factor is sparse; None for the order of minimum
+        degree.
+      off_saddle: (n d,) the next step, along a direction of negative curvature; None for a Newton
+        step.
     """
 
     def __init__(self, length: float):
@@ -169,9 +177,10 @@ class _Factorized:
     def __call__(
         self, system: System, slope: jax.Array, largest: float
     ) -> tuple[jax.Array | None, float]:
-        """Compute a step (n, d) and the decrease of the energy that its quadratic model predicts.
+        """Compute a Newton step (n, d) and the decrease of the energy that its model predicts.
 
-        The step is None where no shift makes a step that goes downhill.
+        The model is quadratic in the step. The step is None if no shift of the Hessian that was
+        tried gives a step downhill.
         """
         self._assemble(system)
         flat = np.asarray(slope).ravel()
@@ -188,7 +197,7 @@ class _Factorized:
         return jnp.asarray(step.reshape(slope.shape)), -(along + 0.5 * curvature)
 
     def _assemble(self, system: System) -> None:
-        """Assemble the Hessian of a system; order its rows, once for all systems."""
+        """Assemble the sparse Hessian of a system; the first call chooses the order of its rows."""
         if self.assembled_for is system:
             return
         self.matrix = sparse_hessian(system)
@@ -199,7 +208,7 @@ class _Factorized:
             self.order = ordering(self.matrix, system.dimension)
 
     def _factorize(self, shift: float) -> bool:
-        """Factorize H + shift I; return whether this succeeded."""
+        """Factorize H + shift I, with H the Hessian and I the identity; return whether it succeeded."""
         try:
             self.factor = SparseFactor(self.matrix, shift, self.order)
         except RuntimeError:  # exactly singular, in spite of the shift
@@ -208,7 +217,14 @@ class _Factorized:
         return True
 
     def _shifted_step(self, flat: np.ndarray, largest: float) -> np.ndarray | None:
-        """Compute a Newton step (n d,), with the smallest tried shift that makes it go downhill."""
+        """Compute a Newton step (n d,), raising the shift of the Hessian until the step is downhill.
+
+        The result is None if no shift that was tried is large enough.
+
+        Args:
+          flat: the gradient dU/dR of the energy, (n d,).
+          largest: the largest force on a particle.
+        """
         for _ in range(TRIALS):
             if self._factorize(max(self.multiple * largest / self.length, SHIFT * self.scale)):
                 step = -self.factor.apply(flat)
@@ -220,13 +236,14 @@ class _Factorized:
         return None
 
     def _longest_move(self, step: np.ndarray) -> float:
-        """Return the longest displacement of a particle in a step (n d,)."""
+        """Return the longest displacement of a single particle in a step (n d,)."""
         return float(np.sqrt(np.max(np.sum(step.reshape(-1, self.dimension) ** 2, axis=1))))
 
     def prepare_step_off_saddle(self, system: System) -> bool:
         """Prepare a step off a saddle; return whether the Hessian has a negative eigenvalue.
 
-        The step is along a direction of negative curvature from the pivots of the factor.
+        The step is along a direction of negative curvature, from the pivots of the Hessian's
+        factor.
         """
         # The factor of the last step tells as well, where its shift is small. Counting its negative
         # pivots costs half of a factorization.
@@ -244,10 +261,11 @@ class _Factorized:
         return True
 
     def adapt(self, ratio: float) -> None:
-        """Adapt the next step to the last one's gain of energy, as a share of the promised gain.
+        """Adapt the shift of the Hessian to how well the last Newton step lowered the energy.
 
         Args:
-          ratio: that share; 0 for a step that was not accepted.
+          ratio: the decrease of the energy as a share of the predicted decrease; 0 for a step that
+            was not accepted.
         """
         if self.off_saddle is not None:
             self.off_saddle = None if ratio > 0 else 0.25 * self.off_saddle
@@ -258,15 +276,16 @@ class _Factorized:
 
 
 class _Krylov:
-    """Steps by conjugate gradients in a ball, the trust region.
+    """Newton steps by conjugate gradients within a ball, the trust region.
 
-    Their residual, relative to the slope, falls with the force.
+    The smaller the force, the more accurately the Newton equation H p = -dU/dR is solved for the
+    step p, with H the Hessian.
 
     Attributes:
-      length: length of the potential.
-      radius: radius of the ball; None before the first step.
-      first: the largest force at the first step; None before the first step.
-      curved: whether the last step met negative curvature.
+      length: length scale of the potential.
+      radius: radius of the trust region; None before the first step.
+      first: the largest force on a particle at the first step; None before the first step.
+      curved: whether conjugate gradients met negative curvature in the last step.
       size: norm of the last step.
     """
 
@@ -280,9 +299,9 @@ class _Krylov:
     def __call__(
         self, system: System, slope: jax.Array, largest: float
     ) -> tuple[jax.Array | None, float]:
-        """Compute a step (n, d) and the decrease of the energy that its quadratic model predicts.
+        """Compute a Newton step (n, d) and the decrease of the energy that its model predicts.
 
-        The step is None where it is not finite.
+        The model is quadratic in the step. The step is None if it is not finite.
         """
         self.first = self.first or largest
         if self.radius is None:
@@ -307,14 +326,18 @@ class _Krylov:
         return step, float(promised)
 
     def prepare_step_off_saddle(self, _: System) -> bool:
-        """Return False: conjugate gradients explore no direction without a force along it."""
+        """Return False, for no step off a saddle.
+
+        Conjugate gradients explore no direction without a force along it.
+        """
         return False
 
     def adapt(self, ratio: float) -> None:
-        """Adapt the radius to the last step's gain of energy, as a share of the promised gain.
+        """Adapt the radius of the trust region to how well the last Newton step lowered the energy.
 
         Args:
-          ratio: that share; 0 for a step that was not accepted.
+          ratio: the decrease of the energy as a share of the predicted decrease; 0 for a step that
+            was not accepted.
         """
         if ratio < 0.25:
             self.radius = 0.25 * self.size
@@ -326,7 +349,16 @@ class _Krylov:
 def _steihaug(
     system: System, slope: jax.Array, radius: jax.Array | float, forcing: jax.Array | float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Run ``steihaug`` for the energy of a system, with gradient and step as (n, d)."""
+    """Minimize the quadratic model of a system's energy in a ball, by ``steihaug``.
+
+    Args:
+      slope: the gradient dU/dR of the energy, (n, d).
+      radius: radius of the ball.
+      forcing: norm of the residual at which to stop, relative to the norm of the gradient.
+
+    Returns:
+      (step (n, d), predicted decrease of the energy, whether negative curvature was met).
+    """
     shape = slope.shape
     product = jax.linearize(energy_gradient(system), system.positions)[1]
 
@@ -343,16 +375,16 @@ def steihaug(
     radius: jax.Array | float,
     forcing: jax.Array | float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Minimize the quadratic model g.p + p.H.p / 2 in a ball by conjugate gradients.
+    """Minimize the quadratic model g.p + p.H.p / 2 over p in a ball, by conjugate gradients.
 
     Args:
-      apply: (m,) -> (m,), the product with the Hessian H.
+      apply: function from a vector (m,) to its product with the Hessian H, (m,).
       g: (m,), the gradient of the model at p = 0.
       radius: radius of the ball.
       forcing: norm of the residual at which to stop, relative to the norm of g.
 
     Returns:
-      (step p, the fall of the model that it promises, whether it met negative curvature).
+      (step p, decrease of the model from 0 to p, whether negative curvature was met).
     """
     target = forcing * jnp.sqrt(dot(g, g))
 

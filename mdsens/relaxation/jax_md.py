@@ -1,9 +1,10 @@
-"""The only module that imports jax-md: its minimizers, without the rest of it, and ``JaxMD``.
+"""Import the minimizers of jax-md without the rest of jax-md; the relaxation method ``JaxMD``.
 
-``import jax_md`` also imports libraries of neural networks and takes five seconds; the minimizers
-alone take a tenth of a second. So ``jax_md.minimize`` is imported while a stand-in takes the place
-of the package around it. The stand-in runs nothing, and Python forgets it afterwards, so that a
-later ``import jax_md`` gets the whole package.
+Only this module imports jax-md. ``import jax_md`` also imports libraries of neural networks and
+takes five seconds; the minimizers alone take a tenth of a second. So ``jax_md.minimize`` is
+imported while a stand-in takes the place of the package ``jax_md``. The stand-in runs none of the
+package's own code, and Python forgets the stand-in afterwards, so that a later ``import jax_md``
+gets the whole package.
 """
 
 from __future__ import annotations
@@ -34,15 +35,18 @@ __all__ = ["JaxMD", "jax_md_minimize"]
 
 
 class _NotKeptError(ImportError):
-    """Ends the import of the stand-in, so that Python does not keep it in ``sys.modules``."""
+    """Error that ends the import of the stand-in for ``jax_md``.
+
+    A module whose import fails is not kept in ``sys.modules``.
+    """
 
 
 class _MinimizeAlone(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Stand-in for ``jax_md`` during one import in one thread.
+    """Import hook that puts a stand-in in the place of ``jax_md``, during one import in one thread.
 
-    As a package it runs nothing but the import of ``minimize``, and ends with an error, so that
-    Python forgets it. All this happens within Python's own import of ``jax_md``: another thread
-    that imports the package meanwhile waits, and then gets the whole of it.
+    The stand-in, as a package, only imports ``jax_md.minimize`` and then ends with an error, so
+    that Python forgets the stand-in. All this happens within Python's own import of ``jax_md``:
+    another thread that imports ``jax_md`` meanwhile waits, and then gets the whole package.
 
     Attributes:
       module: ``jax_md.minimize``; None before the import.
@@ -108,7 +112,7 @@ def _imported() -> ModuleType:
 def jax_md_minimize() -> Any:
     """Return the module jax_md.minimize.
 
-    Where jax_md is not imported yet, this module alone is imported, in a tenth of a second: the
+    If jax_md is not imported yet, only jax_md.minimize is imported, in a tenth of a second. The
     whole package takes four seconds more, for libraries of neural networks. A later ``import
     jax_md`` still gets the whole package.
     """
@@ -117,7 +121,7 @@ def jax_md_minimize() -> Any:
 
 
 class JaxMDState(NamedTuple):
-    """A state of a minimizer of jax-md, and the forces (n, d) at its positions."""
+    """State of a minimizer of jax-md, ``inner``, and the forces (n, d) at its positions."""
 
     inner: Any
     forces: jax.Array
@@ -125,14 +129,14 @@ class JaxMDState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class JaxMD:
-    """Any minimizer of jax-md, or one written like them, as a method of ``minimize``.
+    """Method of ``minimize`` that runs any minimizer of jax-md, or one with the same interface.
 
         ms.minimize(system, method=ms.relaxation.JaxMD(jax_md.minimize.fire_descent))
 
-    The minimizer makes the same steps as in jax-md, on the neighbor list of mdsens, until the
-    tolerance is met. The step sizes are in the units of the system, and are not rescaled.
-    ``Fire()`` is jax-md's FIRE with step sizes in units of the potential, for systems whose
-    particles do not have diameters and energies of about 1.
+    The minimizer takes the same steps as in jax-md, with the neighbor list of mdsens, until the
+    tolerance of ``minimize`` is met. The step sizes are in the units of the system, and are not
+    rescaled. ``Fire()`` is jax-md's FIRE with step sizes in units of the potential, for systems
+    whose particles do not have diameters and energies of about 1.
 
     Attributes:
       minimizer: ``minimizer(force, shift) -> (init, apply)``, with ``init(positions) -> state`` and
@@ -140,7 +144,7 @@ class JaxMD:
         positions, or an object with the attribute ``position`` and perhaps ``force``.
       max_step: the longest move of a particle in one step, as a fraction of the length scale of the
         potential (contact distance, or the distance of the minimum of the pair energy); longer
-        moves are shortened to it.
+        moves are shortened to this length.
     """
 
     minimizer: Callable[..., tuple[Callable[..., Any], Callable[..., Any]]]
@@ -160,11 +164,13 @@ class JaxMD:
         shift: Callable[..., jax.Array] | None,
         limits: Limits,
     ) -> tuple[Callable[[jax.Array], JaxMDState], Callable[[JaxMDState], JaxMDState]]:
-        """Return the pair of functions (init, apply) on :class:`JaxMDState`.
+        """Return the functions (init, apply) of the minimizer, on states :class:`JaxMDState`.
+
+        ``init`` makes a state from positions (n, d), and ``apply`` takes one step.
 
         Args:
-          forces: forces (n, d) at positions (n, d).
-          shift: positions after a displacement.
+          forces: function from positions (n, d) to forces (n, d).
+          shift: function from positions and displacements to the displaced positions.
           limits: not used; the minimizer has its own step sizes.
         """
         init, apply = self.minimizer(forces, shift)
@@ -183,20 +189,21 @@ class JaxMD:
         return start, step
 
     def force_limit(self, longest: jax.Array, stiffness: jax.Array) -> jax.Array:
-        """Return the largest float, so that forces are never shortened, only steps.
+        """Return a force so large that only steps are shortened, and never forces.
 
-        How a minimizer of jax-md computes its step from the force is not known here.
+        How a minimizer of jax-md computes its step from the force is not known, so the force that
+        belongs to the longest step is not known either.
         """
         return 1e20 * longest * stiffness
 
     @staticmethod
     def positions(state: JaxMDState) -> jax.Array:
-        """Positions (n, d) of a state."""
+        """Return the positions (n, d) in a state of a jax-md minimizer."""
         return _position(state.inner)
 
     @staticmethod
     def with_forces(state: JaxMDState, forces: jax.Array) -> JaxMDState:
-        """The state with other forces, (n, d)."""
+        """Return a state of a jax-md minimizer with its forces replaced by ``forces``, (n, d)."""
         inner = state.inner
         if hasattr(inner, "force"):
             inner = dataclasses.replace(inner, force=forces)
@@ -204,21 +211,21 @@ class JaxMD:
 
     @staticmethod
     def forces(state: JaxMDState) -> jax.Array:
-        """Forces (n, d) of a state."""
+        """Return the forces (n, d) in a state of a jax-md minimizer."""
         return state.forces
 
     @staticmethod
     def at_stiffness(state: JaxMDState, stiffness: jax.Array) -> JaxMDState:
-        """Return the state unchanged: the minimizer keeps its step sizes."""
+        """Return the state unchanged: a jax-md minimizer ignores a measured stiffness."""
         return state
 
 
 def _position(inner: PyTree) -> jax.Array:
-    """Positions of a state of jax-md: its attribute ``position``, or the state itself."""
+    """Return the positions in a jax-md state: its attribute ``position``, or the state itself."""
     return getattr(inner, "position", inner)
 
 
 def _widened(leaf: ArrayLike, dtype: np.dtype) -> jax.Array:
-    """A leaf of a state as an array; floating-point numbers as ``dtype``."""
+    """Convert an array of a minimizer's state to jax; floating-point numbers become ``dtype``."""
     array = jnp.asarray(leaf)
     return array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array

@@ -50,14 +50,14 @@ class Fire:
     Bitzek et al., Phys. Rev. Lett. 97, 170201 (2006).
 
     Attributes:
-      dt_start, dt_max: the first and the largest time step, in units of sqrt(10 m / k), with m the
-        mass of a particle and k the largest stiffness of the potential. In one step the phase of
-        the fastest vibration advances by dt sqrt(10): by 1.3 rad for dt = 0.4, where velocity
+      dt_start, dt_max: the first and the largest time step dt, in units of sqrt(10 m / k), with m
+        the mass of a particle and k the largest stiffness of the potential. In one step the phase
+        of the fastest vibration advances by dt sqrt(10): by 1.3 rad for dt = 0.4, where velocity
         Verlet becomes unstable at 2 rad. In a packing of unit harmonic discs k is about 10, so that
         this time unit is that of jax-md. Once the particles move slowly, the largest eigenvalue of
         the Hessian is measured, and dt = 0.4 becomes 1.7 rad of the vibration with this stiffness.
-        With the measurement FIRE takes between half as many steps (Hertzian discs near jamming) and
-        equally many (a Lennard-Jones glass).
+        The measurement halves the number of steps for Hertzian discs near jamming, and does not
+        change the number for a Lennard-Jones glass.
       max_step: the longest move of a particle in one step, as a fraction of the length scale of the
         potential (contact distance, or the distance of the minimum of the pair energy). It limits
         the first steps from a configuration in which particles overlap.

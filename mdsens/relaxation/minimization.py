@@ -1,4 +1,4 @@
-"""``minimize``: check the options, relax a system or a batch, raise where it did not converge."""
+"""``minimize``: check the options, relax a system or a batch, and raise errors of convergence."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ def minimize(
 ) -> Equilibrium:
     """Relax a system to a minimum of its energy, dU/dR = 0; at a pressure, of its enthalpy U + P V.
 
-    At a pressure the cell is an unknown like the positions. The cell starts as that of the system
-    and then depends on no parameter. A packing is compressed or decompressed until it has this
-    pressure, also from an unjammed start. Derivatives of the result, by ``jvp`` and the like, are
-    taken at constant pressure: the cell responds.
+    U is the energy, R the positions, P the pressure and V the volume. At a pressure the cell
+    relaxes with the positions, from the cell of the system; the relaxed cell is no function of the
+    parameters any more. A packing is compressed or decompressed until it has this pressure, also
+    from an unjammed start. Derivatives of the result, by ``jvp`` and the like, are taken at
+    constant pressure, so that the cell responds to the parameters.
 
     Args:
-      system: the system at the start; the systems of a batch made by ``stack`` are relaxed one by
-        one.
+      system: the system at the start. The systems of a batch made by ``stack`` are each relaxed.
       params: parameters to change before the relaxation; the others keep their values.
       cell: ``FixedCell()`` of ms.relaxation (the default), or ``AtPressure(P, shape=False)``.
       pressure, shape: a short form of ``cell=AtPressure(pressure, shape)``.
       tolerance: the largest force on a particle to reach, in the potential's units. The error of
-        every derivative is about the tolerance over the smallest stiffness. If None, 1e-12 of the
+        every derivative is about the tolerance over the smallest stiffness. None for 1e-12 of the
         mean force of the pairs that interact, in any units. If round-off of the positions leaves
         larger forces than the tolerance, the relaxation ends as soon as it reaches these forces,
         with the status ROUND_OFF_LIMITED; their size is ``force_floor`` of the result.
@@ -69,18 +69,18 @@ def minimize(
       leave_saddles: whether to continue downhill where the forces vanish and a mode has a negative
         stiffness, as from an exactly symmetric start; ``saddles`` and ``descent`` of the result
         give how often and by how much energy. If False, the relaxation ends wherever the forces
-        vanish. Without a factor of the Hessian, a few products with it search for such a mode, and
-        may miss a mode of small stiffness.
+        vanish. Where the Hessian is not factorized, such a mode is searched with a few products of
+        the Hessian and vectors, which may miss a mode of small stiffness.
       throw: whether to raise an error where the tolerance is not reached; if False, only the status
         shows this.
       progress: whether to show a progress bar; if None, only in a terminal or a notebook.
 
     Returns:
-      an :class:`Equilibrium`.
+      the relaxed system with its status, an :class:`Equilibrium`.
 
     Raises:
-      InputError: bad parameters or options.
-      PrecisionError: a tolerance below round-off at this precision.
+      InputError: the parameters or options are not valid.
+      PrecisionError: the tolerance is below round-off in the precision of the positions.
       ConvergenceError: the tolerance was not reached; the error has the status, and the
         configuration that was reached as ``result``.
     """
@@ -114,10 +114,11 @@ def minimize(
 
 
 def _relax(system: System, options: Options, bar: Decades) -> tuple[Equilibrium, str]:
-    """Relax one system as its constraints and its cell require.
+    """Relax one system: under its constraints, at a pressure, or in a fixed cell.
 
     Returns:
-      (equilibrium with the wall time, where the relaxation ended, as text for an error message).
+      (the relaxed system with its wall time, text for an error message that tells where the
+      relaxation ended).
     """
     began = time.perf_counter()
     if system.constraints:
@@ -132,7 +133,10 @@ def _relax(system: System, options: Options, bar: Decades) -> tuple[Equilibrium,
 def _minimize_batch(
     batch: System, options: Options, throw: bool, progress: bool | None
 ) -> Equilibrium:
-    """Relax the members of a batch: together in a fixed cell, one by one otherwise."""
+    """Relax the systems of a batch, each to its own minimum.
+
+    Unconstrained systems in fixed cells are relaxed together, other systems one by one.
+    """
     with Members(batch.batch or 0, progress) as bar:
         if batch.constraints or isinstance(options.cell, AtPressure):
             # The cells, or the sets of active constraints, differ between the members.
@@ -156,11 +160,11 @@ def _with_params(system: System, params: Params) -> System:
 
 
 def _raise_for_members(eq: Equilibrium, start: System) -> None:
-    """Raise ConvergenceError where members of a batch did not relax, with the first one's status.
+    """Raise ConvergenceError if systems of a batch did not relax, with the status of the first one.
 
     Args:
-      eq: results of all members.
-      start: the batch before its relaxation, in which a potential may be not finite.
+      eq: the results for all systems of the batch.
+      start: the batch before its relaxation, which is searched for an energy that is not finite.
     """
     codes = [Status(int(code)) for code in np.asarray(eq.status)]
     bad = [k for k, status in enumerate(codes) if not status.good]

@@ -61,7 +61,7 @@ class AtPressure:
     def check(self, system: System) -> None:
         """Raise InputError if a system cannot be relaxed at a pressure.
 
-        This is so for open boundaries, for constraints, and for a potential with a parameter named
+        Refused are open boundaries, constraints, and a potential with a parameter named
         ``pressure``.
         """
         if system.box is None:

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 from mdsens._util.errors import InputError, raise_for_status
 from mdsens._util.portable import Portable
 from mdsens._util.tables import Shown
+from mdsens.implicit.linear import Method
 from mdsens.mechanics.status import Status
 from mdsens.model.system import System, parameters_of, potential_energy
 from mdsens.potentials.parameters import Parameter, component
@@ -106,7 +107,12 @@ def _gradient_rate(
 
 
 def barrier(
-    minimum: Equilibrium, saddle: Equilibrium, dparams: Params | None = None, *, throw: bool = True
+    minimum: Equilibrium,
+    saddle: Equilibrium,
+    dparams: Params | None = None,
+    *,
+    solve: Method | None = None,
+    throw: bool = True,
 ) -> Barrier:
     """Compute the height B of an energy barrier and its derivatives by all parameters p.
 
@@ -126,6 +132,7 @@ def barrier(
       saddle: a saddle from ``find_saddle``, of the same system at the same parameters.
       dparams: the direction dp of the second derivatives, as in ``jvp``; None for no second
         derivatives.
+      solve: the linear solver of the second derivatives, as in ``jvp``.
       throw: raise unless the status is good.
 
     Returns:
@@ -146,7 +153,7 @@ def barrier(
         rates = []
         for k, eq in enumerate((minimum, saddle)):
             # the status is raised for both ends together, below
-            moved = jvp(eq, dparams, throw=False)
+            moved = jvp(eq, dparams, solve=solve, throw=False)
             statuses[k] = Status.worst_of([statuses[k], moved.status])
             rates.append(_gradient_rate(eq.system, moved.value, tangent))
         # saddle minus minimum, as for the value

@@ -12,14 +12,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from mdsens import sensitivity
-from mdsens._util.errors import InputError
+from mdsens._util.errors import raise_for_status
 from mdsens._util.tables import Shown
-from mdsens.implicit.linear import Method, check_method
+from mdsens.implicit.linear import Method
 from mdsens.mechanics.hessian import Unknowns
 from mdsens.mechanics.status import Status
 from mdsens.model.system import parameters_of
 from mdsens.relaxation.equilibrium import Equilibrium
-from mdsens.sensitivity.linearization import Linearization, require_sound
+from mdsens.sensitivity.linearization import Linearization, linearized, require_sound
 from mdsens.verify.records import relative
 
 __all__ = ["AdjointTest", "adjoint"]
@@ -65,6 +65,7 @@ def adjoint(
     seed: int = 0,
     *,
     solve: Method | None = None,
+    throw: bool = False,
 ) -> AdjointTest:
     """Compare ``jvp`` with ``vjp``: <w, J v> = <J^T w, v>, J the derivative of the minimum.
 
@@ -77,21 +78,15 @@ def adjoint(
         and at a pressure with a random strain.
       seed: seed of the random directions.
       solve: the linear solver, as in ``jvp``.
+      throw: raise ConvergenceError where one of the two solves did not converge.
 
     Returns:
-      an :class:`AdjointTest`. A solve that does not converge gives a bad status and does not raise.
+      an :class:`AdjointTest`, with a bad status where a solve did not converge.
 
     Raises:
       InputError: bad names or shapes. ConvergenceError: an unconverged or unjammed minimum.
     """
-    if not isinstance(eq, Equilibrium | Linearization):
-        raise InputError(
-            f"got a {type(eq).__name__}: give what ms.minimize or ms.linearize returns."
-        )
-    lin = eq if isinstance(eq, Linearization) else sensitivity.linearize(eq, throw=False)
-    if solve is not None:
-        check_method(solve)
-        lin = dataclasses.replace(lin, solve=solve)
+    lin = linearized(eq, solve)
     rng = np.random.default_rng(seed)
     if dparams is None:
         params = {name: np.asarray(value) for name, value in lin.params.items()}
@@ -123,7 +118,10 @@ def adjoint(
         sum(np.sum(np.asarray(gradient.value[name]) * np.asarray(v)) for name, v in dparams.items())
     )
     gap = relative(abs(forward - reverse), max(abs(forward), abs(reverse)))
-    return AdjointTest(forward, reverse, gap, Status.worst_of([tangent.status, gradient.status]))
+    result = AdjointTest(forward, reverse, gap, Status.worst_of([tangent.status, gradient.status]))
+    if throw:
+        raise_for_status(result.status, "the two sides of the adjoint identity", result)
+    return result
 
 
 def _random_cotangent(lin: Linearization, rng: np.random.Generator) -> jax.Array | Unknowns:

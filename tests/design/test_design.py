@@ -34,6 +34,7 @@ from mdsens.design import (
 )
 from mdsens.design.methods import bounded_step
 from mdsens.design.variables import Variables
+from mdsens.implicit import CG
 from mdsens.io.design_toml import load_design
 
 RISE = 2.0 ** (1.0 / 6.0)  # of a Lennard-Jones pair's distance by sigma
@@ -601,6 +602,15 @@ def test_features_that_say_the_same_are_told(packing: ms.System) -> None:
         found.change("P")
     with pytest.raises(ms.InputError, match="give 3 positive numbers"):
         feature_response(twice, ms.minimize(packing), scales=[1.0])
+
+
+def test_the_jacobian_of_features_takes_a_solver(packing: ms.System) -> None:
+    eq = ms.minimize(packing)
+    default = feature_response(["pressure"], eq)
+    chosen = feature_response(["pressure"], eq, solve=CG(rtol=1e-12))
+    np.testing.assert_allclose(chosen.jacobian, default.jacobian, rtol=1e-8, atol=1e-12)
+    with pytest.raises(ms.ConvergenceError):
+        feature_response(["pressure"], eq, solve=CG(max_iterations=2))
 
 
 def test_features_of_every_kind_have_the_gradients_of_their_modules(packing: ms.System) -> None:

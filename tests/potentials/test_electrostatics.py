@@ -473,7 +473,7 @@ REFUSED = {
         "no parameter 'damping'",
     ),
     "damped": (lambda: potentials.induced_dipoles(0.39), "damped is 0.39"),  # type: ignore[arg-type]
-    "a solver": (lambda: potentials.charge_equilibration(solve="lu"), "solve is 'lu'"),  # type: ignore[arg-type]
+    "a solver": (lambda: potentials.charge_equilibration(solve="lu"), "solve='lu'"),  # type: ignore[arg-type]
     "a total": (lambda: potentials.charge_equilibration(total=np.nan), "total is nan"),
     "no charges": (
         lambda: observables.dipole(ms.load_system("dimer")),

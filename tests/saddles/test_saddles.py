@@ -13,6 +13,7 @@ import pytest
 from conftest import quick
 
 import mdsens as ms
+from mdsens.implicit import MINRES, Direct
 from mdsens.mechanics.hessian import Unknowns, max_force
 from mdsens.saddles.search import EigenvectorFollowing, ElasticBand, find_saddle, sides
 
@@ -255,6 +256,17 @@ def test_a_barrier_without_a_cutoff_is_a_multiple_of_epsilon():
     )
     assert b.status is ms.Status.CONVERGED
     assert "by epsilon" in str(b)
+
+
+def test_second_derivatives_of_a_barrier_take_a_solver() -> None:
+    minimum, saddle = cluster(), over(1)
+    default = ms.barrier(minimum, saddle, {"sigma": 1.0})
+    chosen = ms.barrier(minimum, saddle, {"sigma": 1.0}, solve=Direct())
+    assert default.second is not None and chosen.second is not None
+    # Both are zero: a barrier without a cutoff does not depend on sigma.
+    assert abs(float(chosen.second["sigma"]) - float(default.second["sigma"])) < 1e-9
+    with pytest.raises(ms.ConvergenceError):
+        ms.barrier(minimum, saddle, {"sigma": 1.0}, solve=MINRES(max_iterations=1))
 
 
 def test_a_walk_that_is_cut_short_says_so():

@@ -13,7 +13,7 @@ from conftest import LONG, packing_file, relaxed_packing
 
 import mdsens as ms
 from mdsens import potentials, verify
-from mdsens.implicit import GMRES
+from mdsens.implicit import CG, GMRES
 from mdsens.mechanics.hessian import force, mixed_product, sparse_hessian
 from mdsens.verify import _discontinuities, _settling, finite_differences
 
@@ -336,6 +336,13 @@ def test_the_adjoint_identity_holds_for_random_and_for_given_vectors():
 def test_a_solver_that_stops_too_early_breaks_the_identity():
     loose = verify.adjoint(discs(), solve=GMRES(rtol=1e-2, restart=64))
     assert verify.adjoint(discs()).gap < ADJOINT < 1e-6 < loose.gap
+
+
+def test_the_adjoint_test_raises_for_a_failed_solve_where_asked():
+    two_steps = CG(max_iterations=2)
+    assert not verify.adjoint(discs(), solve=two_steps).status.good
+    with pytest.raises(ms.ConvergenceError, match="adjoint identity"):
+        verify.adjoint(discs(), solve=two_steps, throw=True)
 
 
 @jax.custom_jvp

@@ -49,11 +49,12 @@ INACCURATE = 0.1
 
 
 def _contacts_in_doubt(space: Space, step: Unknowns) -> tuple[int, float]:
-    """Count the pairs whose contact may change on the way from the configuration to the minimum.
+    """Count the contacts that may change on the way from the configuration to the minimum.
 
-    A pair is in doubt where it crosses a breakpoint along the Newton step to the minimum, or holds
-    a particle that is a rattler only at the present force tolerance. A breakpoint is a distance at
-    which a derivative of the potential jumps or diverges, such as the contact distance.
+    A pair is in doubt where it crosses a breakpoint along the Newton step to the minimum. A
+    breakpoint is a distance at which a derivative of the potential jumps or diverges, such as the
+    contact distance. A particle that is a rattler only as long as its weakest contacts are not
+    counted adds one to the pairs in doubt.
 
     Args:
       space: norms and linear solves at the configuration.
@@ -231,11 +232,11 @@ def certify(
     A saddle of order k must have exactly k modes of negative stiffness. The estimates of errors use
     the smallest stiffness in absolute value.
 
-    A cell that is fixed, in size or in shape, prevents the particles from relaxing by a strain.
-    Where the configuration would not keep its shape or its size without the cell, the status tells
-    it from the stiffness against strain (:func:`mdsens.mechanics.stability.verdict`): UNSTABLE
-    where a modulus is negative; SHAPE_HELD, a warning, where the moduli are positive and yet some
-    strain lowers the enthalpy. Derivatives in the cell are valid in both cases.
+    A cell of fixed size or fixed shape prevents some strains. Where the configuration would not
+    keep its shape or its size without the cell, the status says so, from the stiffness against
+    strain (:func:`mdsens.mechanics.stability.verdict`): UNSTABLE where a modulus is negative;
+    SHAPE_HELD, a warning, where the moduli are positive and yet some strain lowers the enthalpy.
+    Derivatives in the cell are valid in both cases.
 
     The cost is that of an eigenvalue and a few linear solves with one factor of the Hessian, d (d +
     1) / 2 of them for the strains: about a tenth of the relaxation.
@@ -352,8 +353,7 @@ def certify(
 
 
 def _empty_spectrum(size: int) -> Spectrum:
-    """Return a spectrum without modes, for a minimum where nothing can move or with NaN positions.
-    """
+    """Return a spectrum without modes, for a minimum that cannot move or has NaN positions."""
     return Spectrum(
         values=np.zeros(0),
         vectors=np.zeros((size, 0)),

@@ -179,8 +179,7 @@ def _negative(forces: Unknowns) -> Unknowns:
 
 
 def _motions(x: Unknowns, length: float) -> tuple[np.ndarray, ...]:
-    """Convert a change of positions and strain to lengths, by multiplying the strain by ``length``.
-    """
+    """Return a change of positions and strain as lengths, with the strain times ``length``."""
     positions = np.asarray(x.positions)
     return (positions,) if x.strain is None else (positions, length * np.asarray(x.strain))
 

@@ -1,4 +1,4 @@
-"""The parts of a certificate: on the cell, the constraints, and the derivative in a direction."""
+"""Parts of a certificate: the state of cell, constraints and strain, and the derivative's error."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class CellState(Named):
 
     Attributes:
       pressure: the pressure P to which the cell was relaxed, in energy/volume.
-      shape: True where the cell's shape was relaxed, not its size alone.
+      shape: True where the cell's shape was relaxed as well as its size.
       pressure_left: the actual pressure minus P.
       shear_left: the largest shear stress left; NaN where the shape was not free.
-      stiffness: (k,) eigenvalues of S / V in ascending order, in energy/volume. S is the second
-        derivative of the enthalpy by the k strains that the cell is free to take, with relaxed
-        particles. Where only the size is free, k = 1 and the eigenvalue is d times Birch's bulk
-        modulus. Positions and cell together are stable where the Hessian in the fixed cell and S
-        are both positive definite.
+      stiffness: (k,) eigenvalues of S / V in ascending order, in energy/volume. V is the volume,
+        and S the second derivative of the enthalpy by the k strains that the cell is free to take,
+        with relaxed particles. Where only the size is free, k = 1 and the eigenvalue is d times
+        Birch's bulk modulus, in dimension d. Positions and cell together are stable where the
+        Hessian in the fixed cell and S are both positive definite.
       stable: whether S could be computed and is positive definite.
-      strain: norm of the strain in the Newton step.
+      strain: norm of the cell's strain in the Newton step to the exact minimum.
     """
 
     pressure: float
@@ -46,7 +46,8 @@ class CellState(Named):
 
     @property
     def stiffness_min(self) -> float:
-        """The smallest eigenvalue of S / V, see ``stiffness``."""
+        """The cell's smallest stiffness at its pressure, with relaxed particles, in energy/volume.
+        """
         return float(self.stiffness[0])
 
 
@@ -64,8 +65,8 @@ class StrainState(Named):
         the enthalpy (Born).
       status: the stability that follows from the moduli, see
         :func:`mdsens.mechanics.stability.verdict`; or the status of the linear solves where they
-        failed. A cluster that is not connected to its periodic image is FLOPPY too, however rigid
-        it is.
+        failed. A cluster that is not connected to its periodic image is FLOPPY too, even if the
+        cluster itself is rigid.
     """
 
     bulk: float
@@ -78,29 +79,30 @@ class StrainState(Named):
 class DerivativeCertificate(Portable, Shown):
     """Error and range of the derivative of the minimum along a direction in parameter space.
 
-    Errors are relative to the norm of the response; NaN where that is zero. At a pressure norms are
-    of positions and cell together, like the lengths of the certificate.
+    Errors are relative to the norm of the response; they are NaN where that norm is zero. At a
+    pressure all norms are of positions and cell together.
 
     Attributes:
       dparams: the direction in parameter space, by parameter name.
-      response: the response J = dR/dt (n, d), as ``jvp`` returns it; at a pressure ``Unknowns``
-        with the strain of the cell.
+      response: the response J = dR/dt of the positions (n, d) to parameters params + t dparams, as
+        ``jvp`` returns it; at a pressure ``Unknowns`` with the strain of the cell.
       norm: the norm |J|; at a pressure that of the strain and of the motion relative to affine
         positions.
       status: status of the linear solve.
       residual: relative residual of the linear solve.
       linear_error: bound of the error due to the residual r of the linear solve, |H^-1 r| <= |r| /
-        lambda_min, relative to |J|. lambda_min is the smallest stiffness.
+        lambda_min, relative to |J|. H is the Hessian, and lambda_min its smallest stiffness.
       error: the sharp estimate of the error, |dJ| / |J|, where dJ is the derivative of J along the
         Newton step to the minimum.
       corrected: J + dJ, more accurate than J where the estimates hold.
       error_bound: the estimate by Theorem 1 of arXiv:2105.15183, (beta / alpha + gamma R / alpha^2)
-        |x - x*|, relative to |J|. Here x is where the relaxation ended, x* the minimum, H the
-        Hessian, B dp the derivative of the condition along ``dparams``, and R = |B dp|. alpha is
-        the smallest stiffness (at a pressure a lower bound of that of positions and cell together),
-        and beta and gamma are the rates at which B dp and H change along the Newton step. NaN where
-        the potential's third derivative diverges at a breakpoint (Hertzian contacts), so that gamma
-        has no bound there; use ``steps_to_crossing`` of the certificate instead.
+        |x - x*|, relative to |J|. Here x is where the relaxation ended, x* the minimum, B dp the
+        derivative of the condition F = 0 of the minimum along ``dparams``, and R = |B dp|. alpha is
+        the smallest stiffness (at a pressure a lower bound of the stiffness of positions and cell
+        together), and beta and gamma are the rates at which B dp and H change along the Newton
+        step. NaN where the potential's third derivative diverges at a breakpoint (Hertzian
+        contacts), so that gamma has no bound there; use ``steps_to_crossing`` of the certificate
+        instead.
       crossing: the values of t at which pairs cross breakpoints along params + t dparams. A
         breakpoint is a distance at which a derivative of the potential jumps or diverges.
       forward, backward: the largest t, and -t, along params + t dparams up to which no pair crosses
@@ -108,7 +110,8 @@ class DerivativeCertificate(Portable, Shown):
       curvature_scale: |t| at which the curvature of the relaxed positions R(t) moves the particles
         as far as their slope does, 2 |J| / |d2R/dt2|: the scale on which the response of a smooth
         potential changes.
-      on_rattlers: share of the norm of ``dparams`` in parameters of rattlers, which have no effect.
+      on_rattlers: norm of the part of ``dparams`` in parameters of rattlers, which have no effect,
+        relative to the norm of ``dparams``.
       vanishes: True where nothing moves: less than 1e-6 of the length scale of the potential
         (contact distance, or the distance of the minimum of the pair energy) while the parameters
         change by as much as their values. The relative errors and the range have no meaning then.
@@ -135,23 +138,27 @@ class DerivativeCertificate(Portable, Shown):
 
     @property
     def radius(self) -> float:
-        """The largest |t| within which no pair crosses a breakpoint, see ``forward``."""
+        """The largest |t| along params + t dparams up to which no pair crosses a breakpoint.
+
+        A breakpoint is a distance at which a derivative of the potential jumps or diverges. Bounds
+        of coordinates count as well, see ``forward``.
+        """
         return min(self.forward, self.backward)
 
     @property
     def positions(self) -> np.ndarray:
-        """The response of the Cartesian positions, (n, d), motion with the cell included."""
+        """The response of the Cartesian positions, (n, d), including their motion with the cell."""
         # at a pressure and under constraints the response has further parts
         return np.asarray(
             self.response.positions if isinstance(self.response, Unknowns) else self.response
         )
 
     def crossed(self, change: float) -> int:
-        """Count the pairs that cross a breakpoint within |t| <= change, to first order.
+        """Count the pairs that cross a breakpoint within |t| <= change along params + t dparams.
 
-        A breakpoint is a distance at which a derivative of the potential jumps or diverges. Beyond
-        single crossings, linear predictions of bulk properties of many particles remain valid;
-        predictions of positions do not.
+        The count is to first order. A breakpoint is a distance at which a derivative of the
+        potential jumps or diverges. Beyond single crossings, linear predictions of bulk properties
+        of many particles remain valid; predictions of positions do not.
         """
         return self.crossing.within(change)
 
@@ -170,17 +177,17 @@ class DerivativeCertificate(Portable, Shown):
 
 @dataclasses.dataclass(frozen=True)
 class ConstraintState(Named):
-    """The constraints at a minimum.
+    """The state of the constraints at a minimum.
 
     Attributes:
       pinned: number of coordinates that are pinned.
       bound: number of coordinates, and of parameters that constraints relax, that are at a bound
-        and pushed against it.
-      equations: number of equations.
+        and pushed against the bound.
+      equations: number of equations g = 0.
       redundant: number of equations that repeat others.
       switching: number of coordinates that are about to meet or to leave their bound.
-      violation: the largest |g| of the equations.
-      largest: the largest absolute multiplier, by the name of the constraint.
+      violation: the largest |g| of the equations g = 0.
+      largest: the largest absolute multiplier of each constraint, by constraint name.
     """
 
     pinned: int

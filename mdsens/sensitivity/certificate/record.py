@@ -1,4 +1,4 @@
-"""The certificate of a minimum and of its derivative: all figures, and the page printed of them."""
+"""The certificate of a minimum and of its derivative: all figures, and the text printed of them."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ RADII_SHOWN = (3, 10, 100)
 class Certificate(Shown):
     """The figures on a minimum and, where a direction was given, on its derivative.
 
-    ``print`` shows them on one page. x is where the relaxation ended and x* the exact minimum, F =
-    dU/dR the condition that is zero at x*, H the Hessian, and lambda_min its smallest stiffness.
+    ``print`` shows the figures on one page. x is where the relaxation ended and x* the exact
+    minimum, F = dU/dR the condition that is zero at x*, H the Hessian, and lambda_min its smallest
+    stiffness.
 
     Attributes:
       status: the gravest of ``findings``.
@@ -38,16 +39,16 @@ class Certificate(Shown):
       relative_force: ``max_force`` over ``mean_force``; NaN where the potential attracts too, or
         where there are no contacts.
       mean_force: the mean force of a contact.
-      distance: |F|_2 / lambda_min, off the null space, a length: to first order an upper bound of
-        |x - x*|, with the stiffness at x and not along the way to x*. Infinite where not all modes
-        are stable.
+      distance: |F|_2 / lambda_min, outside of the null space, a length: to first order an upper
+        bound of |x - x*|, with the stiffness at x and not along the way to x*. Infinite where not
+        all modes are stable.
       newton_step_norm: norm of the Newton step H^+ F, the estimate of |x - x*|; NaN where nothing
         can move.
-      stiffness_min, stiffness_max: extreme eigenvalues of the Hessian off its null space, in
+      stiffness_min, stiffness_max: extreme eigenvalues of the Hessian outside of its null space, in
         energy/length^2.
       spectrum: the lowest modes, each with its residual.
-      participation: (k,) participation ratio of those modes: 1 where all particles move alike, 1/n
-        where a single particle moves.
+      participation: (k,) participation ratio of each of the k lowest modes: 1 where all particles
+        move alike, 1/n where a single particle moves.
       negative_modes: number of modes whose stiffness is below -1e-12 of the largest.
       floppy_modes: number of modes beyond the known null space whose stiffness is zero (below 1e-12
         of the largest).
@@ -59,26 +60,27 @@ class Certificate(Shown):
       translations, rotations: number of translations and of rotations in the null space.
       rattlers: (n,) True for particles with too few contacts to be part of the network.
       crossed_to_minimum: number of pairs that cross a breakpoint along the Newton step, or for
-        which it is not known whether they do.
+        which it is not known whether they do. A breakpoint is a distance at which a derivative of
+        the potential jumps or diverges.
       steps_to_crossing: to first order, the number of Newton steps of length ``newton_step_norm``
-        until the first pair crosses a breakpoint, a distance at which a derivative of the potential
-        jumps or diverges.
+        until the first pair crosses a breakpoint.
       derivative: the certificate of the derivative along ``dparams``; None without a direction.
       observable: shares of the observable's gradient by positions on ``rattlers`` and on ``rigid
         motions``, which have no derivative; None without an observable.
       precision: dtype of the positions.
       cell: the cell of a minimum at a pressure; None in a fixed cell. At a pressure, lengths such
         as ``distance`` are norms of positions and cell together: a strain counts as the motion that
-        it causes in n particles spread evenly over the cell, n^(1/2) V^(1/d) / 12^(1/2) times its
-        norm. The stiffness of modes is still that in the fixed cell.
+        it causes in n particles spread evenly over the cell, n^(1/2) V^(1/d) / 12^(1/2) times the
+        norm of the strain, with the volume V in dimension d. The stiffness of modes is still that
+        in the fixed cell.
       order: order of a saddle, the number of negative modes that it must have; 0 for a minimum. At
         a saddle, what is written here on a minimum applies to the saddle.
       constraints: the state of the constraints; None without constraints. Under constraints,
-        stiffness and modes are those on the tangent space: constrained coordinates are fixed, and
-        the equations hold to first order.
+        stiffness and modes are those on the tangent space: coordinates that are pinned or at a
+        bound are fixed, and the constraints' equations hold to first order.
       strain: stiffness against all strains, for a minimum whose cell prevents some of them. None
-        without a cell, where the cell's shape was relaxed too (``cell`` contains it then), under
-        constraints, and where the configuration is no stable minimum.
+        without a cell, where the cell's shape was relaxed too (``cell`` contains the stiffness
+        then), under constraints, and where the configuration is no stable minimum.
     """
 
     status: Status
@@ -111,7 +113,10 @@ class Certificate(Shown):
 
     @property
     def estimates_hold(self) -> bool:
-        """Whether the Newton step leads to a stable minimum, without any change of contacts."""
+        """Whether the Newton step leads to a stable minimum without any change of contacts.
+
+        Only then do the estimates of the error of the derivative hold.
+        """
         # unsettled modes count as unstable: any of them may have a negative stiffness
         unstable = self.negative_modes != self.order or self.floppy_modes or self.unsettled_modes
         cell_is_stable = self.cell is None or self.cell.stable
@@ -123,32 +128,43 @@ class Certificate(Shown):
     def error(self) -> float:
         """The sharp estimate of the derivative's relative error.
 
-        Infinite where it does not hold, NaN without a direction.
+        The value is infinite where the estimate does not hold, and NaN without a direction.
         """
         return self._estimate("error")
 
     @property
     def bound(self) -> float:
-        """The estimate of the relative error by Theorem 1, see ``DerivativeCertificate``.
+        """The estimate of the derivative's relative error by Theorem 1 of arXiv:2105.15183.
 
-        Infinite where it does not hold, NaN without a direction.
+        The value is infinite where the estimate does not hold, and NaN without a direction. The
+        formula is in :class:`DerivativeCertificate`, under ``error_bound``.
         """
         return self._estimate("error_bound")
 
     def _estimate(self, name: str) -> float:
-        """Return an estimate of ``derivative`` by name; infinite if the estimates do not hold."""
+        """Return an estimate of the derivative's error; infinite if the estimates do not hold.
+
+        The value is NaN where no derivative was examined.
+
+        Args:
+          name: field of ``derivative``: "error" or "error_bound".
+        """
         if self.derivative is None:
             return float("nan")
         return getattr(self.derivative, name) if self.estimates_hold else float("inf")
 
     @property
     def radius(self) -> float:
-        """The validity radius along the direction; NaN without a direction."""
+        """The largest |t| along params + t dparams up to which the derivative is valid.
+
+        Up to this |t| no pair crosses a breakpoint of its potential; NaN where no direction
+        ``dparams`` was given.
+        """
         return self.derivative.radius if self.derivative else float("nan")
 
     @property
     def warnings(self) -> tuple[tuple[Status, str], ...]:
-        """The findings that are warnings: the numbers can be used."""
+        """The findings that are warnings only: the results can be used in spite of them."""
         return tuple(finding for finding in self.findings if finding[0].warning)
 
     def as_dict(self) -> dict[str, Any]:
@@ -250,7 +266,7 @@ class Certificate(Shown):
     _title = "Certificate"
 
     def _sections(self) -> list[tuple[str, Rows]]:
-        """Return the page as sections: a title, and rows of a name and a text."""
+        """Return the text to print as sections, each a title with rows of a name and a text."""
         verdict = [(status.name, sentence) for status, sentence in self.findings]
         if verdict and self.derivative is None and not self.spectrum.values.size:
             verdict.append(("derivative", self._why_nothing_moves))
@@ -285,11 +301,11 @@ class Certificate(Shown):
         return self.page()
 
     def page(self, derivative_only: bool = False) -> str:
-        """Return the text that ``print`` shows.
+        """Return the text that ``print`` shows for the certificate.
 
         Args:
-          derivative_only: leave out the sections on the minimum, which the certificates of several
-            directions share.
+          derivative_only: whether to leave out the sections on the minimum, which the certificates
+            of several directions share.
         """
         sections = self._sections()
         if derivative_only:
@@ -306,7 +322,9 @@ class Certificate(Shown):
 
     @property
     def _kind(self) -> str:
-        """The kind of stationary point that was examined: "minimum", or the saddle by its order."""
+        """The kind of stationary point that was examined, in words: "minimum" or "saddle of order
+        1".
+        """
         return f"saddle of order {self.order}" if self.order else "minimum"
 
     @property
@@ -480,13 +498,14 @@ def _range_row(
     switch: float,
     crossing: tuple[tuple[int, int], bool, float] | None,
 ) -> tuple[str, str]:
-    """Format the row on the range of t on one side.
+    """Format the row of the certificate on the range of t > 0 or t < 0 along params + t dparams.
 
     Args:
       name: name of the row, to be followed by ``value``.
-      value: the range, |t| of the first event on this side.
+      value: the range, |t| of the first event on this side of t = 0.
       switch: |t| at which the first coordinate meets or leaves its bound.
-      crossing: the first pair that crosses a breakpoint, whether it opens, and at which distance.
+      crossing: the first pair that crosses a breakpoint, whether the pair opens, and the distance
+        of the breakpoint.
     """
     # ``value`` is the smaller of the two times, so that equality tells which event comes first
     if value == switch < np.inf:
@@ -499,7 +518,7 @@ def _range_row(
 
 
 def _stress_left(cell: CellState) -> str:
-    """Describe the stress left in a cell."""
+    """Describe in words the stress that the relaxation has left in a cell."""
     share = f", {abs(cell.pressure_left / cell.pressure):.1e} of it" if cell.pressure else ""
     shear = f"; a shear stress of {cell.shear_left:.1e}" if cell.shape else "; the shape is fixed"
     return (
@@ -528,7 +547,7 @@ def _constraint_rows(c: ConstraintState) -> list[tuple[str, str]]:
 
 
 def _cell_stiffness(cell: CellState) -> str:
-    """Describe the stiffness of a cell at a pressure."""
+    """Describe in words the stiffness of a cell at a pressure."""
     which = "against a change of its size"
     if cell.shape:
         which = f"the smallest of {len(cell.stiffness)}"
@@ -536,7 +555,7 @@ def _cell_stiffness(cell: CellState) -> str:
 
 
 def _strain_stiffness(strain: StrainState) -> str:
-    """Describe the stiffness against strain."""
+    """Describe in words the stiffness of a configuration against strain."""
     # NaN only where the linear solves failed
     if np.isnan(strain.smallest):
         return f"not known: {strain.status.name} in the linear solves"

@@ -1,4 +1,4 @@
-"""The unknowns of a certificate, positions and strain of the cell, with one norm and one solve."""
+"""The space of the unknowns of a minimum, with a norm and linear solves, for certificates."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ Motion: TypeAlias = tuple[Unknowns, Params]
 
 @jax.jit
 def _product(lin: Linearization, x: Unknowns) -> Unknowns:
-    """Multiply dF/dx, the derivative of the condition F by the unknowns, with x."""
+    """Multiply dF/dx with a change x of the unknowns; F is the condition that is zero at the
+    minimum.
+    """
     return jax.jvp(lambda y: lin.condition(y, lin.params), (lin.unknowns,), (x,))[1]
 
 
@@ -43,13 +45,18 @@ def _second_derivative(lin: Linearization, first: Motion, second: Motion) -> Unk
 
 @jax.jit
 def _condition(lin: Linearization) -> Unknowns:
-    """Evaluate the condition F at the unknowns and parameters of ``lin``; zero at a minimum."""
+    """Evaluate the condition F of a minimum, such as dU/dR; it is zero at the exact minimum."""
     return lin.condition(lin.unknowns, lin.params)
 
 
 @jax.jit
 def _constrained_side(lin: Linearization, tangent: Params) -> tuple[Unknowns, Unknowns]:
-    """Compute the motion of the constrained coordinates, and the right-hand side of the solve."""
+    """Compute the motion of the constrained coordinates, and the right-hand side for the others.
+
+    Constrained coordinates are pinned or at a bound, and follow the parameters alone; the others
+    follow from a linear solve with this right-hand side. ``tangent`` holds the changes of the
+    parameters by name.
+    """
     structure: Any = lin.structure
     return structure.motion(lin, tangent), structure.parameter_side(lin, tangent)
 
@@ -62,21 +69,27 @@ def _switch_times(lin: Linearization, x: Unknowns, tangent: Params) -> jax.Array
 
 
 def on_host(f: Callable[..., np.ndarray], *changes: Unknowns) -> Unknowns:
-    """Apply f to each array of some Unknowns by numpy; compiling f by jax would take longer."""
+    """Apply ``f`` to each array of ``changes`` by numpy, since compiling ``f`` by jax takes longer.
+
+    Each of ``changes`` holds positions, strain, multipliers and parameters; ``f`` gets one array of
+    each.
+    """
     return jax.tree.map(lambda *leaves: f(*(np.asarray(leaf) for leaf in leaves)), *changes)
 
 
 class Space:
-    """The space of the unknowns of a minimum: norms of their changes and of forces, and solves.
+    """Norms of changes of the unknowns of a minimum and of forces on them, and linear solves.
 
-    In a fixed cell the unknowns are the positions. At a pressure they contain a strain, which
-    counts as the motion that it causes in n particles spread evenly over the cell: |x|^2 = |dR|^2 +
-    l^2 |strain|^2, l^2 = n V^(2/d) / 12. (V^(2/d) / 12 is the variance of one coordinate over a
-    cube of volume V.)
+    In a fixed cell the unknowns are the positions R. At a pressure they contain a strain of the
+    cell, which counts as the motion that it causes in n particles spread evenly over the cell: a
+    change x of the unknowns has the norm |x|^2 = |dR|^2 + l^2 |strain|^2, l^2 = n V^(2/d) / 12,
+    with the volume V in dimension d. (V^(2/d) / 12 is the variance of one coordinate over a cube of
+    volume V.)
 
     Args:
-      lin: the minimum.
-      factor: a HessianFactor of the Hessian in a fixed cell; under constraints a KKT.
+      lin: the linearization of the minimum.
+      factor: a factor of the Hessian in a fixed cell; under constraints, of the whole system of
+        equations.
     """
 
     # A KKT has methods that a HessianFactor lacks; ``lin.constrained`` decides which are used.
@@ -96,7 +109,7 @@ class Space:
         return on_host(np.zeros_like, self.lin.unknowns)
 
     def forces(self) -> Unknowns:
-        """The forces -F left on the particles and on the cell; zero at the exact minimum."""
+        """Compute the forces left on the particles and on the cell; zero at the exact minimum."""
         cell = self.lin.cell
         if self.lin.constrained:
             return on_host(np.negative, self.lin.null.free(_condition(self.core)))
@@ -105,7 +118,8 @@ class Space:
     def size(self, x: Unknowns) -> float:
         """Compute the norm of a change of the unknowns.
 
-        The norm includes the parameters that constraints relax, and no multipliers.
+        The norm contains positions, strain, and the parameters that constraints relax, but no
+        multipliers.
         """
         of_params = sum(float(np.sum(np.asarray(v) ** 2)) for v in jax.tree.leaves(x.params))
         return float(np.hypot(_norm(x.positions, x.strain, self.length), of_params**0.5))
@@ -114,7 +128,7 @@ class Space:
         """Compute the norm of forces on the unknowns, without their part in the null space.
 
         Under constraints the norm is that of the forces' part along the tangent space and of the
-        residuals of the equations together.
+        residuals of the constraints' equations together.
         """
         if self.lin.constrained:
             # times the potential's stiffness, the residuals g of the equations are forces
@@ -126,10 +140,10 @@ class Space:
         return _norm(self._off_null(forces.positions), forces.strain, 1.0 / self.length)
 
     def onward(self, forces: Unknowns) -> Unknowns:
-        """Return the change of the unknowns parallel to given forces, of the same norm.
+        """Return a change of the unknowns parallel to given forces, with the norm of the forces.
 
-        The norm ``size`` of the change equals the norm ``strength`` of the forces. Parts of the
-        forces in the null space or along constraints are left out.
+        The norm of the change is that of ``size``, and the norm of the forces that of ``strength``.
+        Parts of the forces in the null space or along constraints are left out.
         """
         dtype = self.lin.system.positions.dtype
         if self.lin.constrained:
@@ -142,9 +156,15 @@ class Space:
         return on_host(lambda leaf: leaf.astype(dtype), change)
 
     def solve(self, forces: Unknowns, rtol: float = 1e-12) -> tuple[Unknowns, float, Status]:
-        """Solve for the change x of the unknowns under forces: ``(x, relative residual, status)``.
+        """Compute the change of the unknowns under forces, by a linear solve.
 
-        At a pressure the residual is that of positions and cell together.
+        Args:
+          forces: forces on the unknowns.
+          rtol: relative residual to which the solve is carried.
+
+        Returns:
+          the change, the relative residual and the status. At a pressure the residual is that of
+          positions and cell together.
         """
         x, residual, status = self.yields(forces, rtol)
         if self.lin.cell is None:
@@ -155,7 +175,18 @@ class Space:
         return x, residual, Status.worst_of([status, int(self.lin.cell.status)])
 
     def yields(self, forces: Unknowns, rtol: float = 1e-12) -> tuple[Unknowns, float, Status]:
-        """Solve as ``solve``, with residual and status of the solve for positions alone."""
+        """Compute the change of the unknowns under forces, by a linear solve.
+
+        In contrast to ``solve``, the relative residual and the status are those of the solve for
+        the positions alone.
+
+        Args:
+          forces: forces on the unknowns.
+          rtol: relative residual to which the solve is carried.
+
+        Returns:
+          the change, the relative residual and the status.
+        """
         if self.lin.constrained:
             return self.factor.solve_unknowns(self.lin.null.free(forces), rtol)
         dR, residual, status = self.factor.solve(np.asarray(forces.positions), rtol)
@@ -165,13 +196,16 @@ class Space:
         return x, residual, status
 
     def response(self, tangent: Params, pull: Unknowns) -> tuple[Unknowns, float, Status]:
-        """Solve for the derivative x of the unknowns along a direction: ``(x, residual, status)``.
-
-        The residual is relative to the right-hand side.
+        """Compute the derivative of the unknowns along a direction in parameter space.
 
         Args:
-          tangent: the direction, changes of all parameters.
-          pull: the derivative of the condition along the direction at constant unknowns.
+          tangent: the direction, changes of all parameters by name.
+          pull: the derivative of the minimum's condition F = 0 along the direction at constant
+            unknowns.
+
+        Returns:
+          the derivative, the residual of the linear solve relative to the right-hand side, and the
+          status.
         """
         if not self.lin.constrained:
             return self.solve(on_host(np.negative, pull))
@@ -182,7 +216,8 @@ class Space:
     def switches(self, x: Unknowns, tangent: Params) -> tuple[float, float]:
         """Compute the first t > 0 and -t > 0 at which a coordinate meets or leaves its bound.
 
-        Both are infinite without bounds.
+        Unknowns and parameters change by t ``x`` and t ``tangent``. Both results are infinite
+        without bounds.
         """
         if not self.lin.constrained:
             return np.inf, np.inf
@@ -193,14 +228,24 @@ class Space:
         return float(np.min(ahead, initial=np.inf)), float(np.min(behind, initial=np.inf))
 
     def second(self, first: Motion, second: Motion) -> Unknowns:
-        """Differentiate the condition F(unknowns, params) along two directions in turn."""
+        """Compute the second derivative of F(unknowns, params), the condition that is zero at a
+        minimum.
+
+        Args:
+          first, second: the two directions of differentiation, each a change of the unknowns and of
+            the parameters.
+        """
         return _second_derivative(self.core, first, second)
 
     def crossings(self, x: Unknowns, tangent: Params) -> Crossing:
         """Compute when pairs cross a breakpoint along a change of unknowns and parameters.
 
-        The pairs are those of the whole system, not of the backbone alone; pairs of rattlers are
-        left out by the list of rattlers.
+        A breakpoint is a distance at which a derivative of the potential jumps or diverges. The
+        pairs are those of the whole system, except pairs of rattlers.
+
+        Args:
+          x: the change of the unknowns.
+          tangent: the change of the parameters by name.
         """
         eq = self.lin.equilibrium
         cell = self.lin.cell
@@ -217,9 +262,11 @@ class Space:
     def least(self, stiffness: float) -> float:
         """Compute the smallest stiffness of all unknowns together; 0 where it is not positive.
 
-        At a pressure the result is a lower bound, within a factor of 2. The inverse of the
-        stiffness matrix is H^+ + Y S^-1 Y^T, Y = (X, 1). Both terms are positive semidefinite, so
-        that its norm is at most the sum of their norms and at least the larger of them.
+        At a pressure the result is a lower bound of the stiffness of positions and cell together,
+        within a factor of 2. The inverse of their stiffness matrix is H^+ + Y S^-1 Y^T, with the
+        Hessian H, the stiffness S of the cell, and Y = (X, 1), where X is the non-affine motion of
+        the particles under each strain. Both terms are positive semidefinite, so that the norm of
+        the inverse is at most the sum of the terms' norms and at least the larger norm.
 
         Args:
           stiffness: the smallest stiffness of the positions in the fixed cell.
@@ -240,7 +287,8 @@ class Space:
         return self.factor.tangent(flat(dataclasses.replace(forces, multipliers=None)))
 
     def _off_null(self, positions: ArrayLike) -> np.ndarray:
-        """Return forces on the particles, (n, d), without their part in the null space."""
+        """Return forces on the particles, (n, d), without their part in the Hessian's null space.
+        """
         forces = np.asarray(positions)
         return self.factor.project(forces.ravel()).reshape(forces.shape)
 
