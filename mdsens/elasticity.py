@@ -3,26 +3,28 @@
     A_ijkl = V^-1 d2 min_R U / dstrain_ij dstrain_kl
            = V^-1 (d2U/dstrain dstrain - d2U/dstrain dR  H^+  d2U/dR dstrain)
 
-with F = 1 + strain symmetric. The first term is the affine stiffness. The second term is what the
-stiffness loses because particles leave their affine positions, by the non-affine displacements
--H^+ d2U/dR dstrain. This is the convention of jax-md and of the packing literature. Under a stress
-sigma, A is not what an experiment measures. An experiment measures Birch's tensor, the derivative
-of the stress by the strain,
+with the energy U, the volume V, the positions R, the pseudo-inverse H^+ of the Hessian, and a
+symmetric deformation gradient 1 + strain. The first term is the affine stiffness. The second term
+is what the stiffness loses because particles leave their affine positions, by the non-affine
+displacements -H^+ d2U/dR dstrain. This is the convention of jax-md and of the packing literature.
+Under a stress sigma, A is not what an experiment measures. An experiment measures Birch's tensor,
+the derivative of the stress by the strain,
 
     B_ijkl = A_ijkl - sigma_ij d_kl
-             + (sigma_ik d_jl + sigma_il d_jk + sigma_jk d_il + sigma_jl d_ik) / 4.
+             + (sigma_ik d_jl + sigma_il d_jk + sigma_jk d_il + sigma_jl d_ik) / 4,
 
-Its bulk modulus is -V dP/dV at constant shape, P (d - 1) / d above that of A. (That is Voigt's
-average: a cell whose shape may change as well, as under ``minimize(pressure=P, shape=True)``, is a
-little softer.) Its shear modulus is P / 2 below that of A (Barron and Klein, Proc. Phys. Soc. 85,
+where d_ij is one for i = j, else zero. The bulk modulus of B is -V dP/dV at constant shape, which
+is P (d - 1) / d above that of A, with the pressure P in dimension d. (That is Voigt's average: a
+cell whose shape may change as well, as under ``minimize(pressure=P, shape=True)``, is a little
+softer.) The shear modulus of B is P / 2 below that of A (Barron and Klein, Proc. Phys. Soc. 85,
 523, 1965; Wallace, Thermodynamics of Crystals, 1972).
 
 At imposed strain A is defined also where it has negative eigenvalues. The moduli are those of a
 solid where the bulk and the shear modulus are positive, both of A and of B. Otherwise the status is
-FLOPPY where one of them is zero to round-off and UNSTABLE where one is negative; both statuses
-raise. Where the moduli are positive but B is not positive definite, some strain still lowers the
-enthalpy: the moduli remain averages over directions, and the status SHAPE_HELD is a warning. See
-:mod:`mdsens.mechanics.stability`.
+FLOPPY where one of these moduli is zero to round-off and UNSTABLE where one is negative; with both
+statuses an error is raised. Where the moduli are positive but B is not positive definite, some
+strain still lowers the enthalpy: the moduli remain averages over directions, and the status
+SHAPE_HELD is a warning. See :mod:`mdsens.mechanics.stability`.
 """
 
 from __future__ import annotations
@@ -86,35 +88,44 @@ D = TypeVar("D", bound=Derivative)
 def _check_tensor(tensor: ArrayLike | Moduli) -> jax.Array:
     """Check that the user gave a stiffness tensor (d, d, d, d), and return it as an array."""
     if isinstance(tensor, Moduli):
-        raise InputError("got Moduli: give one of its tensors, moduli.tensor or moduli.birch.")
+        raise InputError("the tensor is a Moduli: give moduli.tensor or moduli.birch.")
     array = jnp.asarray(real_array("the tensor", tensor))
     if array.shape not in ((2, 2, 2, 2), (3, 3, 3, 3)):
         raise InputError(
-            f"the tensor has shape {array.shape}: give (d, d, d, d), such as moduli.tensor."
+            f"the tensor has shape {array.shape}: give an array (d, d, d, d), such as"
+            " moduli.tensor."
         )
     return array
 
 
 def isotropic(tensor: jax.Array) -> Isotropic:
-    """The isotropic part of a stiffness tensor; see :class:`Isotropic`.
+    """Compute bulk, shear and Young's modulus and Poisson's ratio of a stiffness tensor.
+
+    These describe the isotropic part of the tensor, its average over all directions; see
+    :class:`Isotropic`.
 
     Args:
-      tensor: (d, d, d, d), of either convention, A or B.
+      tensor: (d, d, d, d), either A (second derivative of the energy by strain) or Birch's B
+        (derivative of the stress by strain).
     """
     return isotropic_part(_check_tensor(tensor))
 
 
 def mandel(tensor: jax.Array) -> jax.Array:
-    """A stiffness tensor as the (m, m) matrix of Mandel's notation.
+    """Return a stiffness tensor (d, d, d, d) as the matrix (m, m) of Mandel's notation.
 
-    Rows and columns are xx, yy, (zz, yz, xz,) xy. The eigenvalues of the matrix are those of the
-    tensor.
+    Rows and columns are xx, yy, (zz, yz, xz,) xy; m = d (d + 1) / 2. The eigenvalues of the matrix
+    are those of the tensor.
     """
     return to_mandel(_check_tensor(tensor))
 
 
 def voigt(tensor: jax.Array) -> jax.Array:
-    """A stiffness tensor as (m, m) in Voigt's notation, C_ab = C_ijkl: xx, yy, (zz, yz, xz,) xy."""
+    """Return a stiffness tensor C (d, d, d, d) as the matrix (m, m) of Voigt's notation.
+
+    The entries of the matrix are C_ab = C_ijkl, where a and b each stand for one pair of xx, yy,
+    (zz, yz, xz,) xy; m = d (d + 1) / 2.
+    """
     tensor = _check_tensor(tensor)
     d = tensor.shape[0]
     # Mandel's notation weights each shear component by sqrt(2), Voigt's by 1
@@ -124,19 +135,21 @@ def voigt(tensor: jax.Array) -> jax.Array:
 
 @full_precision
 def directional(tensor: jax.Array, directions: ArrayLike) -> tuple[jax.Array, jax.Array]:
-    """Young's modulus E(n) and Poisson's ratio nu(n) under a uniaxial stress along directions n.
+    """Compute Young's modulus and Poisson's ratio for uniaxial stress along given directions.
 
-    With the compliance S, the inverse of the tensor,
+    With a unit vector n along the direction and the compliance S, the inverse of the tensor,
 
-        E = 1 / (nn:S:nn),    nu = -E nn:S:(1 - nn) / (d - 1),
+        E = 1 / (nn:S:nn),    nu = -E nn:S:(1 - nn) / (d - 1)
 
-    where nu in 3-D is the mean over the transverse directions. Where a strain along n costs no
-    energy, no stress along n can be in equilibrium: E is zero and nu NaN. A singular value of the
-    tensor counts as zero where it is below 100 eps of the largest.
+    are Young's modulus and Poisson's ratio; in 3-D nu is the mean over the transverse directions.
+    Where a strain along n costs no energy, no stress along n can be in equilibrium: E is zero and
+    nu NaN. A singular value of the tensor counts as zero where it is below 100 eps of the largest,
+    with the machine precision eps.
 
     Args:
-      tensor: (d, d, d, d), of either convention; take Birch's for what a tensile test measures.
-      directions: (…, d), of any length but zero.
+      tensor: (d, d, d, d), either A (second derivative of the energy by strain) or Birch's B
+        (derivative of the stress by strain); B is what a tensile test measures.
+      directions: (…, d), vectors of any length but zero.
 
     Returns:
       (E, nu), each of shape (…).
@@ -145,7 +158,7 @@ def directional(tensor: jax.Array, directions: ArrayLike) -> tuple[jax.Array, ja
     d = tensor.shape[0]
     vectors = jnp.asarray(real_array("directions", directions), tensor.dtype)
     if vectors.ndim < 1 or vectors.shape[-1] != d:
-        raise InputError(f"directions have shape {vectors.shape}: give (…, {d}).")
+        raise InputError(f"directions have shape {vectors.shape}: give an array (…, {d}).")
     # divided by the largest component first, so that the squares neither overflow nor underflow
     largest = jnp.max(jnp.abs(vectors), axis=-1, keepdims=True)
     if not isinstance(vectors, Tracer):
@@ -178,16 +191,18 @@ def directional(tensor: jax.Array, directions: ArrayLike) -> tuple[jax.Array, ja
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Moduli(Portable, Shown):
-    """Elastic moduli with the residuals and the status of their solves. Frozen, and a pytree.
+    """Elastic moduli of a relaxed configuration, with the status of the linear solves behind them.
+
+    A frozen dataclass and a jax pytree.
 
     Attributes:
-      tensor: (d, d, d, d) A, relaxed, at imposed strain; energy per volume; zero where all of it is
-        round-off. ``bulk``, ``shear``, ``young`` and ``poisson`` are those of this tensor: zero
-        where they are round-off, and ratios of zeros are NaN.
-      affine: (d, d, d, d) what A would be if particles followed the strain.
+      tensor: (d, d, d, d) the stiffness tensor A, with relaxed particles at imposed strain, in
+        energy per volume; zero where all of it is round-off. ``bulk``, ``shear``, ``young`` and
+        ``poisson`` are those of A: zero where they are round-off, and ratios of zeros are NaN.
+      affine: (d, d, d, d) what A would be if particles followed the strain affinely.
       stress: (d, d) Cauchy stress, positive in tension.
-      nonaffine: (m, n, d) displacements from the affine positions, for each Mandel component of the
-        strain; zero for rattlers.
+      nonaffine: (m, n, d) displacements from the affine positions, for each of the
+        m = d (d + 1) / 2 Mandel components of the strain; zero for rattlers.
       stats: statistics of the m linear solves, as arrays (m,). The error of the tensor is of the
         order of the residual squared. Where the solves are good, the status says what the tensor
         describes: FLOPPY, STIFFNESS_UNSETTLED or UNSTABLE where its moduli are not those of a
@@ -195,9 +210,9 @@ class Moduli(Portable, Shown):
       round_off: stiffnesses up to this size count as zero; see
         :func:`mdsens.mechanics.stability.resolution`.
 
-    Properties computed from these: ``bulk``, ``shear``, ``young``, ``poisson``, ``pressure``,
-    ``birch`` (d, d, d, d), ``stability``, which is the smallest eigenvalue of the symmetrized Birch
-    tensor, and ``status``, the worst status of the solves.
+    The properties ``bulk``, ``shear``, ``young``, ``poisson``, ``pressure``, ``birch`` (Birch's
+    tensor, (d, d, d, d)), ``stability`` (the smallest eigenvalue of the symmetrized Birch tensor)
+    and ``status`` (the worst status of the solves) are computed from these fields.
     """
 
     tensor: jax.Array
@@ -209,47 +224,51 @@ class Moduli(Portable, Shown):
 
     @property
     def status(self) -> Status:
-        """The worst status in ``stats``; not available inside compiled code."""
+        """The worst status of the linear solves and of the moduli; not in compiled code."""
         return Status.worst_of(self.stats.status)
 
     @property
     def birch(self) -> jax.Array:
-        """(d, d, d, d) B, derivative of the Cauchy stress by the strain, relaxed as A is.
+        """Birch's tensor B (d, d, d, d), the derivative of the Cauchy stress by the strain.
 
-        The equation is in the docstring of the module.
+        The particles are relaxed, as in the stiffness tensor A. The module :mod:`mdsens.elasticity`
+        gives the equation of B in terms of A and the stress.
         """
         return cleared(birch(self.tensor, self.stress), self.round_off)
 
     @property
     def pressure(self) -> jax.Array:
-        """P = -tr(stress) / d."""
+        """The pressure P = -tr(stress) / d."""
         return -jnp.trace(self.stress) / self.stress.shape[0]
 
     @property
     def bulk(self) -> jax.Array:
-        """Bulk modulus K of A; -V dP/dV is ``isotropic(moduli.birch).bulk``."""
+        """Bulk modulus K of the stiffness tensor A (second derivative of the energy by strain).
+
+        The modulus -V dP/dV is that of Birch's tensor, ``isotropic(moduli.birch).bulk``.
+        """
         return isotropic_part(self.tensor, self.round_off).bulk
 
     @property
     def shear(self) -> jax.Array:
-        """Shear modulus G of A, averaged over directions."""
+        """Shear modulus G of the stiffness tensor A, averaged over directions."""
         return isotropic_part(self.tensor, self.round_off).shear
 
     @property
     def young(self) -> jax.Array:
-        """Young's modulus E of A."""
+        """Young's modulus E of the isotropic part of the stiffness tensor A."""
         return isotropic_part(self.tensor, self.round_off).young
 
     @property
     def poisson(self) -> jax.Array:
-        """Poisson's ratio nu of A."""
+        """Poisson's ratio nu of the isotropic part of the stiffness tensor A."""
         return isotropic_part(self.tensor, self.round_off).poisson
 
     @property
     def stability(self) -> jax.Array:
-        """The smallest eigenvalue of the symmetrized B.
+        """The smallest eigenvalue of Birch's tensor, symmetrized.
 
-        Positive where no strain lowers the free enthalpy (Born's criterion).
+        It is positive where no strain lowers the free enthalpy (Born's criterion).
         """
         return softest_strain(self.birch)
 
@@ -281,7 +300,7 @@ class Moduli(Portable, Shown):
 def moduli(
     eq: Equilibrium | Linearization | System, *, solve: Method | None = None, throw: bool = True
 ) -> Moduli:
-    """Elastic moduli at imposed strain.
+    """Compute the elastic moduli of a relaxed configuration at imposed strain.
 
     The cheapest derivative of the moduli by the parameters is :func:`gradient`, which takes one
     more linear solve. ``ms.gradient`` of a function of a System that calls ``moduli`` takes several
@@ -289,23 +308,23 @@ def moduli(
 
     Args:
       eq: an Equilibrium or a Linearization, whose moduli are computed with one factorization for
-        all strains; or a relaxed System, traceable and differentiable to any order, for
+        all strains; or a relaxed System, which jax can trace and differentiate to any order, for
         ``jax.grad`` through ``equilibrate``.
       solve: the linear solver; Auto() where None.
       throw: raise unless the status is good. For a System nothing is raised: read ``stats``. A
-        function of a System that returns only a number hides them, and ``ms.gradient`` of that
+        function of a System that returns only a number hides ``stats``, and ``ms.gradient`` of that
         function detects only NaN (NOT_FINITE). Young's modulus E and Poisson's ratio nu are NaN
         where the bulk and shear moduli are both zero or one of them is negative, as in no solid.
 
     Returns:
-    :class:`Moduli`.
+      :class:`Moduli`.
 
     Raises:
-      InputError: open boundaries, a batch.
-      ConvergenceError: no minimum; a solve that did not converge; a bulk or shear modulus that is
-        zero to round-off (FLOPPY), in doubt (STIFFNESS_UNSETTLED) or negative (UNSTABLE). The
-        message gives both moduli, and ``throw=False`` returns the tensor, whose entries are valid
-        all the same.
+      InputError: the boundaries are open, or ``eq`` is a batch or has constraints.
+      ConvergenceError: ``eq`` is no minimum; a solve did not converge; the bulk or the shear
+        modulus is zero to round-off (FLOPPY), in doubt (STIFFNESS_UNSETTLED) or negative
+        (UNSTABLE). The message gives both moduli, and ``throw=False`` returns the tensor, whose
+        entries are valid all the same.
     """
     if isinstance(eq, System):
         _check_cell(eq)
@@ -344,23 +363,25 @@ def gradient(
     solve: Method | None = None,
     throw: bool = True,
 ) -> ParameterGradient:
-    """The total derivative of a function of the moduli by all parameters.
+    """Compute the total derivative of a function of the elastic moduli by all parameters.
 
     The cost is that of the linear solves of ``moduli``, and one adjoint solve for each number that
     ``observable`` returns. The relaxed energy is stationary in the non-affine displacements, so
-    they may be kept constant while the tensor is differentiated. What is left is the motion of the
-    minimum, which is the adjoint solve.
+    they may be kept constant while the tensor is differentiated. The remaining part of the
+    derivative is due to the motion of the minimum, which the adjoint solve gives.
 
     Args:
-      observable: Moduli -> number or array, traceable: ``lambda m: m.poisson``. It may use the
-        tensors and the stress; the non-affine displacements have no derivative here. ``moduli`` of
-        a System differentiates them too.
-      eq, solve, throw: as in ``ms.gradient``.
+      observable: function of Moduli that returns a number or an array, such as
+        ``lambda m: m.poisson``; jax must be able to trace the function. It may use the tensors and
+        the stress; the non-affine displacements have no derivative here. To differentiate them too,
+        take ``moduli`` of a System.
+      eq, solve, throw: the minimum, the linear solver, and whether to raise an error, as in
+        ``ms.gradient``.
 
     Returns:
-      a :class:`~mdsens.ParameterGradient`, its value a dict shaped like the parameters, as that of
-      ``ms.gradient``. In a symmetric matrix of species pairs, each of the two entries of a pair has
-      half of the derivative; ``component`` gives the whole.
+      a :class:`~mdsens.ParameterGradient`, whose ``value`` is a dict shaped like the parameters, as
+      that of ``ms.gradient``. In a symmetric matrix of species pairs, each of the two entries of a
+      pair has half of the derivative; ``component`` gives the whole.
     """
     return value_and_gradient(observable, eq, solve=solve, throw=throw)[1]
 
@@ -373,19 +394,21 @@ def jvp(
     solve: Method | None = None,
     throw: bool = True,
 ) -> DirectionalDerivative:
-    """The total derivative of a function of the moduli along one direction of the parameters.
+    """Compute the total derivative of a function of the elastic moduli along one direction.
 
-    This is the forward mode of ``gradient``: it takes the linear solves of ``moduli`` and one more,
-    however many numbers ``observable`` returns. At a pressure the cell responds, and ``dparams``
-    may name the pressure.
+    The direction is one in parameter space. This is the forward mode of ``gradient``: it takes the
+    linear solves of ``moduli`` and one more, however many numbers ``observable`` returns. At a
+    pressure the cell responds, and ``dparams`` may name the pressure.
 
     Args:
-      observable, eq, solve, throw: as in ``gradient``.
-      dparams: changes by parameter name, as in ``ms.jvp``; that of a matrix of species pairs must
-        be symmetric.
+      observable, eq, solve, throw: the function of the moduli, the minimum, the linear solver, and
+        whether to raise an error, as in ``gradient``.
+      dparams: the direction, changes by parameter name, as in ``ms.jvp``; the change of a matrix of
+        species pairs must be symmetric.
 
     Returns:
-      a :class:`~mdsens.DirectionalDerivative`, its value shaped like what ``observable`` returns.
+      a :class:`~mdsens.DirectionalDerivative`, whose ``value`` has the shape of what ``observable``
+      returns.
     """
     lin, observe = _prepare_observable(observable, eq, solve)
     tangent = full_tangent(lin.system, dparams, lin.params)
@@ -422,7 +445,10 @@ def value_and_gradient(
     solve: Method | None = None,
     throw: bool = True,
 ) -> tuple[jax.Array, ParameterGradient]:
-    """The value of a function of the moduli, and its :func:`gradient` with the same arguments."""
+    """Compute the value of a function of the elastic moduli, and its derivative by all parameters.
+
+    The arguments and the derivative are those of :func:`gradient`.
+    """
     lin, observe = _prepare_observable(observable, eq, solve)
     require_sound(lin, eq, throw)
     elastic = moduli(lin, throw=throw)
@@ -445,10 +471,14 @@ def value_and_gradient(
 
 
 def _with_status_of_moduli(elastic: Moduli, result: D) -> D:
-    """Give a derivative of the moduli the worse of the statuses of its solve and of the moduli.
+    """Give a derivative of the elastic moduli the worse of two statuses: its own and the moduli's.
 
     Where the status of the moduli is not good, it replaces that of the derivative, because it names
     the cause.
+
+    Args:
+      elastic: the moduli.
+      result: the derivative.
     """
     worst = elastic.status
     # the status of the derivative is an array with one entry for each solve
@@ -463,13 +493,19 @@ def _prepare_observable(
     eq: Equilibrium | Linearization,
     solve: Method | None,
 ) -> tuple[Linearization, Callable[[Moduli], jax.Array]]:
-    """Return the linearization at a minimum, and the user's function of the moduli, checked.
+    """Linearize a minimum, and check the user's function of the elastic moduli.
 
-    The function is checked on shapes alone, before any linear solve.
+    The function is checked on the shapes of the moduli alone, before any linear solve. Both the
+    linearization and the function are returned.
+
+    Args:
+      observable: the user's function.
+      eq: the minimum.
+      solve: the linear solver; the default one where None.
     """
     if not callable(observable):
         raise InputError(
-            "the first argument is not a function: give a function of Moduli, such as"
+            "`observable` is not a function: give a function of Moduli, such as"
             " lambda m: m.poisson."
         )
     if isinstance(eq, Equilibrium):
@@ -486,7 +522,10 @@ def _prepare_observable(
 
 
 def _abstract_moduli(system: System) -> Moduli:
-    """Moduli with the shapes and types of their arrays, and no values."""
+    """Return elastic moduli with the shapes and types of their arrays, but without values.
+
+    A user's function of the moduli is checked on them before anything is computed.
+    """
     n, d = system.positions.shape
     dtype = system.positions.dtype
     m = d * (d + 1) // 2
@@ -501,7 +540,16 @@ def _abstract_moduli(system: System) -> Moduli:
 def _function_of_tensors(
     observe: Callable[[Moduli], jax.Array], elastic: Moduli
 ) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
-    """The observable as a function of (tensor, affine, stress), all else of the moduli constant."""
+    """Turn a function of the elastic moduli into a function of their three tensors alone.
+
+    The tensors are (tensor, affine, stress): the relaxed and the affine stiffness tensor, and the
+    stress. All other fields of the moduli, such as the non-affine displacements, are constants of
+    the function.
+
+    Args:
+      observe: the function of the moduli.
+      elastic: the moduli.
+    """
 
     def observe_tensors(tensor: jax.Array, affine: jax.Array, stress: jax.Array) -> jax.Array:
         return observe(dataclasses.replace(elastic, tensor=tensor, affine=affine, stress=stress))
@@ -512,9 +560,14 @@ def _function_of_tensors(
 def _tensors_of_unknowns(
     lin: Linearization, elastic: Moduli
 ) -> Callable[[Unknowns, Mapping[str, jax.Array]], tuple[jax.Array, ...]]:
-    """(tensor, affine, stress) as functions of the unknowns and the parameters.
+    """Return a function of positions, strain and parameters that computes (tensor, affine, stress).
 
-    The non-affine displacements are kept constant: the energy is stationary in them.
+    These are the relaxed and the affine stiffness tensor and the stress. The non-affine
+    displacements are kept constant in the function, since the relaxed energy is stationary in them.
+
+    Args:
+      lin: the linearization of the minimum.
+      elastic: the moduli at the minimum.
     """
 
     def tensors_at(x: Unknowns, params: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
@@ -529,7 +582,14 @@ def _tensors_of_unknowns(
 def _push_tensors(
     lin: Linearization, elastic: Moduli, x: Unknowns, params: Mapping[str, jax.Array]
 ) -> tuple[jax.Array, ...]:
-    """Differentiate (tensor, affine, stress) along a change of the unknowns and parameters."""
+    """Differentiate stiffness tensor, affine tensor and stress along a displacement.
+
+    Args:
+      lin: the linearization of the minimum.
+      elastic: the moduli at the minimum.
+      x: the displacement of the particles, with a strain of the cell at a pressure.
+      params: the change of the parameters that goes with the displacement, by name.
+    """
     primals = (lin.unknowns, dict(lin.params))
     return jax.jvp(_tensors_of_unknowns(lin, elastic), primals, (x, dict(params)))[1]
 
@@ -538,9 +598,14 @@ def _push_tensors(
 def _pull_tensors(
     lin: Linearization, elastic: Moduli, weights: tuple[jax.Array, ...]
 ) -> tuple[Unknowns, dict[str, jax.Array]]:
-    """Differentiate linear combinations of the tensors by the unknowns and by the parameters.
+    """Differentiate linear combinations of the stiffness tensors and of the stress.
+
+    The derivatives are those by the unknowns (positions, and strain of the cell at a pressure) and
+    by the parameters.
 
     Args:
+      lin: the linearization of the minimum.
+      elastic: the moduli at the minimum.
       weights: weights of the entries of (tensor, affine, stress) in each linear combination, with a
         leading axis over the combinations.
     """
@@ -549,7 +614,7 @@ def _pull_tensors(
 
 
 def _check_cell(system: System) -> None:
-    """Refuse systems without elastic moduli: constraints, open boundaries, a batch."""
+    """Raise an error for a system without elastic moduli: under constraints, open, or a batch."""
     require_unconstrained(system, "elasticity")
     if system.box is None:
         raise InputError(
@@ -558,19 +623,21 @@ def _check_cell(system: System) -> None:
     if system.batch is not None:
         raise InputError(
             f"moduli are of one system, and this is a batch of {system.batch}: loop over"
-            " ms.unstack, or take ms.gradient(lambda s: ms.elasticity.moduli(s).bulk, batch) for a"
-            " derivative, jax.vmap for values."
+            " ms.unstack(batch), or use jax.vmap for the moduli; for a derivative, take"
+            " ms.gradient(lambda s: ms.elasticity.moduli(s).bulk, batch)."
         )
 
 
 def _assemble_moduli(
     system: System, motion: jax.Array, stats: SolveStats, max_force: jax.Array
 ) -> Moduli:
-    """Compute the moduli of a backbone from its non-affine displacements, with the worst status.
+    """Compute the elastic moduli of a configuration from its non-affine displacements.
+
+    The status of the moduli is the worst of that of the linear solves and that of the stiffness.
 
     Args:
-      system: the backbone.
-      motion: (m, n, d), the non-affine displacements of each Mandel strain.
+      system: the backbone, that is, the system without the contacts of rattlers.
+      motion: (m, n, d), the non-affine displacements under each of the m Mandel strains.
       stats: statistics of the linear solves for ``motion``.
       max_force: the largest force left on a particle.
     """
@@ -589,7 +656,10 @@ def _assemble_moduli(
 # ms.gradient of the moduli of a batch did not end
 @functools.partial(jax.jit, static_argnames="solve")
 def _moduli_of_system(system: System, solve: Method) -> Moduli:
-    """Moduli of a relaxed System, traceable, with its status as an array in ``stats``."""
+    """Compute the elastic moduli of a relaxed System in code that jax can trace and differentiate.
+
+    The status is an array in ``stats``, since traced code cannot raise an error.
+    """
     constant = jax.lax.stop_gradient(system)
     force_left = max_force(constant)
     backbone, net, null = analyze_rigidity(system, force_left)

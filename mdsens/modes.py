@@ -1,15 +1,16 @@
-"""The softest modes of a relaxed configuration, and the derivative of their stiffness by the
-parameters.
+"""The softest modes of a relaxed configuration, and the derivative of their stiffness.
 
     H v = lambda v,    d lambda / dp = v^T (@H/@p) v + v^T (@H/@R) v . dR/dp
 
-H is the Hessian d2U/dR2 by positions in the present cell, off its null space, and lambda is its
-lowest eigenvalue there. v has norm one and is kept constant while H changes, because its own change
-contributes only to second order (Hellmann and Feynman). The last term is the motion of the minimum,
+H is the Hessian d2U/dR2 of the energy U by positions R in the present cell, outside of its null
+space (translations, rattlers), lambda is the lowest eigenvalue there, and p are the parameters. The
+mode v has norm one and is kept constant while H changes, because the change of v contributes only
+to second order (Hellmann and Feynman). The last term is due to the motion of the minimum, and takes
 one adjoint solve; at a pressure it contains the motion of the cell.
 
 Where eigenvalues are equal, as in a crystal, a single one of them has no derivative, but their mean
-has one: it is the trace of H on the space that their modes span, over the dimension of that space.
+has one: the mean is the trace of H on the space that the modes of these eigenvalues span, over the
+dimension of that space.
 """
 
 from __future__ import annotations
@@ -59,13 +60,14 @@ MOST_EXTRA_TRACED = 48
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Softest(Shown):
-    """The lowest modes of the Hessian off its null space; modes of equal stiffness stay together.
+    """The lowest modes of the Hessian H outside of its null space, with their stiffness.
 
     Attributes:
-      values: (k,) eigenvalues, ascending, energy per length squared. k is the number asked for or,
-        where the last of these is equal to the next, as many more as are equal to it.
+      values: (k,) eigenvalues, ascending, energy per length squared. k is the number asked for;
+        where the last of these eigenvalues is equal to the next ones, k includes all that are
+        equal.
       vectors: (k, n, d) the modes, orthonormal; rows of rattlers are zero.
-      residuals: (k,) |H v - lambda v|.
+      residuals: (k,) |H v - lambda v| of each mode v with eigenvalue lambda.
       gap: distance from the last of these eigenvalues to the next; inf without a next eigenvalue.
       mixing: estimate of the largest share that modes beyond the gap may have in these modes: the
         residual plus the change of H that the remaining force can make, over the gap. The relative
@@ -73,7 +75,7 @@ class Softest(Shown):
       participation: (k,) participation ratio of each mode: 1 where all particles move alike, 1/n
         where only one moves.
       status: DEGENERATE where k is more than was asked for, UNRESOLVED where ``mixing`` is above
-        the accuracy; or the status of the minimum where it is bad.
+        the accuracy; or the status of the minimum where that is bad.
       method: the eigenvalue solver that was used.
     """
 
@@ -88,7 +90,7 @@ class Softest(Shown):
 
     @property
     def value(self) -> float:
-        """The smallest stiffness; the mean of ``values`` where there are several."""
+        """The smallest stiffness; the mean of ``values`` where there are several eigenvalues."""
         return float(np.mean(self.values))
 
     _title = "Softest modes"
@@ -113,22 +115,26 @@ class Softest(Shown):
 def smallest_stiffness(
     eq: Equilibrium | Linearization, count: int = 1, *, accuracy: float = 1e-3, throw: bool = True
 ) -> Softest:
-    """Compute the lowest eigenvalue of the Hessian off its null space, its mode and the next gap.
+    """Compute the lowest eigenvalue of the Hessian outside of its null space, its mode and the gap.
+
+    The null space contains translations and rattlers, and the gap is the distance to the next
+    eigenvalue.
 
     Args:
       eq: a minimum, from ``minimize`` or ``linearize``; at a pressure, the Hessian is the second
         derivative by positions in the present cell.
       count: how many of the lowest eigenvalues are taken together.
       accuracy: relative accuracy of the derivative. Where ``mixing`` with the next modes is above
-        this, the status is UNRESOLVED.
+        ``accuracy``, the status is UNRESOLVED.
       throw: raise unless the status is good.
 
     Returns:
       :class:`Softest`.
 
     Raises:
-      InputError: a batch.
-      ConvergenceError: no minimum, a saddle, a floppy mode, modes that cannot be told apart.
+      InputError: ``eq`` is a batch or has constraints, or another argument is invalid.
+      ConvergenceError: ``eq`` is no minimum or is a saddle, has a floppy mode, or its modes cannot
+        be told apart.
     """
     count = _check_arguments(count, accuracy)
     lin = linearized(eq, None)
@@ -152,20 +158,21 @@ def gradient(
 
     The result is the derivative of ``smallest_stiffness(eq, count).value``, from the lowest
     eigenvalue with its mode, and one adjoint solve. For several modes, because they were requested
-    or because they are equally stiff, it is the derivative of their mean stiffness. It is valid as
-    long as these modes do not cross the next ones, that is for changes of the eigenvalues small
-    against the gap.
+    or because they are equally stiff, it is the derivative of their mean stiffness. This derivative
+    is valid as long as these modes do not cross the next ones, that is, for changes of the
+    eigenvalues small against the gap.
 
     Args:
-      eq, count, accuracy: as in :func:`smallest_stiffness`.
-      solve, throw: as in ``ms.gradient``.
+      eq, count, accuracy: the minimum, the number of eigenvalues and the relative accuracy, as in
+        :func:`smallest_stiffness`.
+      solve, throw: the linear solver, and whether to raise an error, as in ``ms.gradient``.
 
     Returns:
-      a :class:`~mdsens.ParameterGradient`, its value a dict shaped like the parameters, as that of
-      ``ms.gradient``. In a symmetric matrix of species pairs, each of the two entries of a pair has
-      half of the derivative; ``component`` gives the whole. Its status is that of the solve or,
-      where that is good, that of the modes: DEGENERATE says that the mean is over more modes than
-      were asked for.
+      a :class:`~mdsens.ParameterGradient`, whose ``value`` is a dict shaped like the parameters, as
+      that of ``ms.gradient``. In a symmetric matrix of species pairs, each of the two entries of a
+      pair has half of the derivative; ``component`` gives the whole. The status of the result is
+      that of the solve or, where that is good, that of the modes: DEGENERATE says that the mean is
+      over more modes than were asked for.
     """
     count = _check_arguments(count, accuracy)
     lin = linearized(eq, solve)
@@ -184,21 +191,30 @@ def gradient(
 
 
 def _check_arguments(count: int, accuracy: float) -> int:
-    """Check count and accuracy; returns the count as a Python int."""
+    """Check the arguments ``count`` and ``accuracy``; return the count as a Python int."""
     if not isinstance(accuracy, int | float) or not 0 < accuracy < 1:
         raise InputError(f"accuracy is {short(accuracy)}: give a number between 0 and 1.")
     return _check_count(count)
 
 
 def _check_count(count: int) -> int:
-    """Check the number of modes; returns it as a Python int. True and False are refused."""
+    """Check the number of modes, and return it as a Python int; True and False are refused."""
     if not isinstance(count, int | np.integer) or isinstance(count, bool) or count < 1:
         raise InputError(f"count is {short(count)}: give a whole number from 1.")
     return int(count)
 
 
 def _compute_softest(lin: Linearization, count: int, accuracy: float) -> Softest:
-    """Compute the lowest modes, as many as are equal, and judge them; see :class:`Softest`."""
+    """Compute the lowest modes of the Hessian, and judge whether they are reliable.
+
+    Modes that are as stiff as the last one are included.
+
+    Args:
+      lin: the linearization of the minimum.
+      count: the number of modes asked for.
+      accuracy: largest ``mixing`` with further modes for which the status is good, see
+        :class:`Softest`.
+    """
     system = lin.system
     d = system.dimension
     require_unconstrained(system, "modes")
@@ -256,7 +272,11 @@ def _compute_softest(lin: Linearization, count: int, accuracy: float) -> Softest
 def _without_modes(
     system: System, value: float, *, gap: float, mixing: float, status: Status, method: str
 ) -> Softest:
-    """A result where no mode can be computed: one mode, filled with ``value`` (0 or NaN)."""
+    """Return a result for a minimum whose modes cannot be computed: one mode, without meaning.
+
+    The stiffness, the mode, its residual and its participation are filled with ``value``, which is
+    0 or NaN.
+    """
     return Softest(
         values=np.full(1, value),
         vectors=np.full((1, *system.positions.shape), value),
@@ -270,16 +290,22 @@ def _without_modes(
 
 
 def _count_with_equal(values: np.ndarray, count: int) -> int:
-    """Return ``count`` plus the number of further eigenvalues that are equal to the last."""
+    """Return ``count`` plus the number of further eigenvalues equal to the last of them.
+
+    Args:
+      values: ascending eigenvalues.
+      count: number of the lowest eigenvalues.
+    """
     last = values[count - 1]
     return int(np.sum(values <= last + EQUAL * abs(last)))
 
 
 def _all_below_gap(stiffness: HessianFactor, spectrum: Spectrum, k: int) -> bool:
-    """Return whether no eigenvalue below the gap is missing from the k computed ones.
+    """Return whether the k computed eigenvalues are all that lie below the gap after them.
 
-    Lanczos may miss some of several equal eigenvalues. The inertia of a factor shifted into the gap
-    counts them; without such a factor, the answer is True.
+    Lanczos may miss some of several equal eigenvalues. A factor of the Hessian, shifted by a value
+    in the gap, counts the eigenvalues below the gap (by its inertia); without such a factor, the
+    answer is True.
     """
     if spectrum.method != "shift-invert":
         return True
@@ -288,7 +314,15 @@ def _all_below_gap(stiffness: HessianFactor, spectrum: Spectrum, k: int) -> bool
 
 
 def _judge_modes(spectrum: Spectrum, k: int, count: int, mixing: float, accuracy: float) -> Status:
-    """Judge the modes at a good minimum; return the status of the worst fault."""
+    """Return the status of the lowest modes at a good minimum, CONVERGED or the worst fault.
+
+    Args:
+      spectrum: the lowest modes.
+      k: the number of modes, with those that are equally stiff.
+      count: the number of modes asked for.
+      mixing: estimated share of further modes in these modes.
+      accuracy: largest ``mixing`` that is good.
+    """
     if spectrum.negative:
         return Status.INDEFINITE
     if spectrum.zero:
@@ -302,7 +336,10 @@ def _judge_modes(spectrum: Spectrum, k: int, count: int, mixing: float, accuracy
 
 
 def _stiffness_along(system: System, vectors: jax.Array) -> jax.Array:
-    """Compute v^T H v, (k,), of modes v (k, n, d), which are kept constant in derivatives."""
+    """Compute v^T H v, (k,), of modes v (k, n, d), with the Hessian H of a system.
+
+    Derivatives of the result keep the modes constant.
+    """
     R = system.positions
 
     def along(v: jax.Array) -> jax.Array:
@@ -321,9 +358,14 @@ def _stiffness_along(system: System, vectors: jax.Array) -> jax.Array:
 def _pull_mean_stiffness(
     lin: Linearization, vectors: jax.Array
 ) -> tuple[jax.Array, Unknowns, dict[str, jax.Array]]:
-    """Compute the mean stiffness of modes, and its derivatives by unknowns and parameters.
+    """Compute the mean stiffness of modes, and its derivatives by unknowns and by parameters.
 
-    Each derivative has a leading axis of length one, as ``total_derivative`` expects of one number.
+    The unknowns are the positions, and the strain of the cell at a pressure. Each derivative has a
+    leading axis of length one, as ``total_derivative`` expects for an observable of one number.
+
+    Args:
+      lin: the linearization of the minimum.
+      vectors: (k, n, d) the modes, which are kept constant.
     """
 
     def observe(x: Unknowns, params: Mapping[str, jax.Array]) -> jax.Array:
@@ -340,45 +382,47 @@ def _pull_mean_stiffness(
 def stiffness(system: System, count: int = 1, *, has_aux: bool = False) -> Any:
     """Compute the smallest stiffness of a relaxed System, for jax.grad through ``equilibrate``.
 
-    The result is ``smallest_stiffness(eq, count).value``; the function is traceable. It is computed
-    from all eigenvalues of the dense Hessian. The time grows with the cube of the number of
-    unknowns, so this is for small systems. The modes are kept constant in the derivative, which is
-    exact for the first derivative; a second is refused.
+    The result is ``smallest_stiffness(eq, count).value``, computed from all eigenvalues of the
+    dense Hessian, in code that jax can trace. The time grows with the cube of the number of
+    coordinates n d, so this function is for small systems. The modes are kept constant in the
+    derivative, which is exact for the first derivative; a second derivative is refused.
 
     Args:
-      system: a relaxed system of up to 1,200 unknowns.
+      system: a relaxed system of up to 1,200 coordinates n d.
       count: how many of the lowest eigenvalues are taken together.
-      has_aux: return ``(stiffness, status)``, the status as an int32 array, since traced code
-        cannot raise: UNCONVERGED where the system is not relaxed, UNJAMMED, INDEFINITE, FLOPPY,
-        DEGENERATE for a mean over more modes than requested, UNRESOLVED where more than 48
+      has_aux: whether to return ``(stiffness, status)``, with the status as an int32 array, since
+        traced code cannot raise: UNCONVERGED where the system is not relaxed, UNJAMMED, INDEFINITE,
+        FLOPPY, DEGENERATE for a mean over more modes than requested, UNRESOLVED where more than 48
         eigenvalues are equal.
 
     Raises:
-      InputError: more unknowns (use ``ms.modes.gradient`` instead); a second derivative.
+      InputError: the system has more coordinates (use ``ms.modes.gradient`` instead), is a batch or
+        has constraints; or a second derivative is taken.
     """
     if not isinstance(system, System):
         raise InputError(
-            f"got a {type(system).__name__}: give a System, or take smallest_stiffness of an"
-            " Equilibrium."
+            f"stiffness got a {type(system).__name__}: give a System, or take smallest_stiffness"
+            " of an Equilibrium."
         )
     if system.batch is not None:
         raise InputError(
-            f"the stiffness is of one system: use jax.vmap(...)(batch) for these {system.batch}."
+            f"the stiffness is of one system, and this is a batch of {system.batch}: use"
+            " jax.vmap(ms.modes.stiffness)(batch)."
         )
     require_unconstrained(system, "modes")
     n, d = system.positions.shape
     if n * d > DENSE_SIZE:
         raise InputError(
-            f"the system has {n * d:,} unknowns, and this function computes all eigenvalues, of up"
-            f" to {DENSE_SIZE:,} unknowns: take ms.modes.gradient(eq), which computes only the"
-            " lowest."
+            f"the system has {n * d:,} coordinates, and this function computes all eigenvalues,"
+            f" for up to {DENSE_SIZE:,} coordinates: take ms.modes.gradient(eq), which computes"
+            " only the lowest eigenvalues."
         )
     return _stiffness_of_system(system, min(_check_count(count), n * d), has_aux)
 
 
 @functools.partial(jax.jit, static_argnames=("count", "has_aux"))
 def _stiffness_of_system(system: System, count: int, has_aux: bool) -> Any:
-    """Compute the mean stiffness of the lowest modes, with the status where ``has_aux``."""
+    """Compute the mean stiffness of a system's lowest modes, with the status if ``has_aux``."""
     constant = jax.lax.stop_gradient(system)
     force_left = max_force(constant)
     backbone, net, null = analyze_rigidity(system, force_left)
@@ -395,11 +439,15 @@ def _stiffness_of_system(system: System, count: int, has_aux: bool) -> Any:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _mean_stiffness(system: System, null: NullSpace, count: int) -> jax.Array:
-    """Compute the mean stiffness of the lowest modes of a backbone.
+    """Compute the mean stiffness of the lowest modes of a system without contacts of rattlers.
 
-    The derivative rule of this function keeps the modes constant (Hellmann and Feynman). The
-    derivative of ``jnp.linalg.eigh`` would divide by differences of eigenvalues, which may be
-    equal.
+    The derivative of this function keeps the modes constant (Hellmann and Feynman). The derivative
+    of ``jnp.linalg.eigh`` would divide by differences of eigenvalues, which may be zero.
+
+    Args:
+      system: the system.
+      null: the null space of its Hessian, which is left out.
+      count: the number of modes; equally stiff ones are added.
     """
     vectors, weights, _ = _lowest_modes(system, null, count)
     return jnp.sum(weights * _stiffness_along(system, vectors))
@@ -423,7 +471,17 @@ def _mean_stiffness_jvp(
 def _lowest_modes(
     system: System, null: NullSpace, count: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Compute the lowest modes (k, n, d), their weights in the mean (k,), and the status."""
+    """Compute the lowest modes of the Hessian of a system, in code that jax can trace.
+
+    Args:
+      system: the system.
+      null: the null space of the Hessian, which is left out.
+      count: the number of modes asked for; equally stiff ones are added.
+
+    Returns:
+      the modes (k, n, d), with k fixed by ``count``; the weight (k,) of each in the mean stiffness,
+      zero for modes that do not belong to it; and the status.
+    """
     n, d = system.positions.shape
     unit = jnp.eye(n * d, dtype=system.positions.dtype)
 

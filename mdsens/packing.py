@@ -67,14 +67,14 @@ def compress(
     """
     system = start.system if isinstance(start, Equilibrium) else start
     if not isinstance(system, System):
-        raise InputError(f"start is a {type(start).__name__}: give a System or an Equilibrium.")
+        raise InputError(f"`start` is a {type(start).__name__}: give a System or an Equilibrium.")
     require_unconstrained(system, "compress")
     # this also refuses a batch, open boundaries and a potential without sigma
     initial = float(observables.packing_fraction(system))
     for name, value in (("packing_fraction", packing_fraction), ("step", step)):
         number = real_number(name, value, "give a positive number.")
         if not (np.isfinite(number) and number > 0):
-            raise InputError(f"{name} is {short(value)}: give a positive number.")
+            raise InputError(f"`{name}` is {short(value)}: give a positive number.")
     # equal ratios, so that every step has the same relative change, of at most ``step``
     ratio = packing_fraction / initial
     count = max(1, int(np.ceil(abs(np.log(ratio)) / np.log1p(step))))

@@ -232,7 +232,7 @@ def test_an_unjammed_system_and_bad_input_are_refused():
         ),
         (
             lambda: modes.stiffness(ms.load_system("binary_lj_glass")),
-            r"the system has 1,500 unknowns",
+            r"the system has 1,500 coordinates",
         ),
     ]:
         with pytest.raises(ms.InputError, match=message):

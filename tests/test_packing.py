@@ -47,9 +47,9 @@ def test_a_relaxation_that_stops_short_says_where(discs: ms.Equilibrium) -> None
 
 
 def test_bad_input_is_named(discs: ms.Equilibrium) -> None:
-    with pytest.raises(ms.InputError, match="packing_fraction is -1"):
+    with pytest.raises(ms.InputError, match="`packing_fraction` is -1"):
         ms.packing.compress(discs, -1.0)
-    with pytest.raises(ms.InputError, match="step is 0"):
+    with pytest.raises(ms.InputError, match="`step` is 0"):
         ms.packing.compress(discs, 0.97, step=0.0)
     with pytest.raises(ms.InputError, match="give a System"):
         ms.packing.compress(3, 0.9)  # type: ignore[arg-type]

@@ -33,8 +33,8 @@ def require_sound_jax() -> None:
     _first_process = _first_process or os.getpid()
     if os.getpid() != _first_process:
         raise MdsensError(
-            "this process was forked from one in which jax was in use, where any computation of jax"
-            ' hangs: start processes with multiprocessing.get_context("spawn").'
+            "this process was forked from one in which jax was in use, so that any computation of"
+            ' jax would hang: start processes with multiprocessing.get_context("spawn").'
         )
     if jax.__version__ in _BAD_JAX:
         raise UnsupportedVersionError(

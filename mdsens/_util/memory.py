@@ -30,5 +30,6 @@ def require_memory(entries: float, itemsize: int, what: str, remedy: str) -> Non
     free = available_memory()
     if needed > MEMORY_SHARE * free:
         raise TooLargeError(
-            f"{what} takes {needed / 2**30:.3g} GiB and {free / 2**30:.3g} GiB are free: {remedy}"
+            f"{what} takes {needed / 2**30:.3g} GiB, more than half of the free memory of"
+            f" {free / 2**30:.3g} GiB: {remedy}"
         )

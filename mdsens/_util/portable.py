@@ -72,8 +72,8 @@ def restored(kind: Callable[..., Any], fields: dict[str, Any], had: dict[str, li
             if then != now:
                 raise PrecisionError(
                     f"{getattr(kind, '__name__', kind)}.{name} is {then}, and this process computes"
-                    f" in {now}: call ms.enable_x64() in it before unpickling, in a pool of"
-                    " processes by initializer=ms.enable_x64."
+                    f" in {now}: call ms.enable_x64() in this process before unpickling; for a pool"
+                    " of processes, give initializer=ms.enable_x64."
                 )
     return kind(**fields)
 

@@ -26,7 +26,7 @@ def check_same(tree: PyTree, like: PyTree, name: str, like_name: str, remedy: st
     """
     if jax.tree.structure(tree) != jax.tree.structure(like):
         raise InputError(
-            f"{name} has the tree {jax.tree.structure(tree)}, but {like_name} has"
+            f"{name} has the structure {jax.tree.structure(tree)}, but {like_name} has"
             f" {jax.tree.structure(like)}; {remedy}"
         )
     for (path, leaf), other in zip(

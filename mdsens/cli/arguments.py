@@ -293,6 +293,6 @@ def _wrt(text: str) -> tuple[str, tuple[int, ...] | None]:
     label = split_label(text)
     if label is None:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not the form of a component: write sigma, sigma[1] or sigma[0,1]"
+            f"{text!r} names no parameter component: write sigma, sigma[1] or sigma[0,1]"
         )
     return label

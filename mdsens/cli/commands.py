@@ -98,9 +98,11 @@ def _check_writable(option: str, path: Path | None, suffixes: Sequence[str] = ()
     if suffixes and path.suffix.lower() not in suffixes:
         raise InputError(f"{option} {path}: give a name that ends in {', '.join(suffixes)}.")
     if not path.parent.is_dir():
-        raise InputError(f"{option} {path}: there is no folder {path.parent}, make it first.")
+        raise InputError(
+            f"{option} {path}: there is no folder {path.parent}, make this folder first."
+        )
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise InputError(f"{option} {path}: cannot be written, give another name.")
+        raise InputError(f"{option} {path}: this file cannot be written, give another name.")
 
 
 def _relax_system(args: argparse.Namespace) -> tuple[Equilibrium, Linearization, list[Component]]:
@@ -455,7 +457,7 @@ def _systems(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    """Show versions and the device, and check that neighbor lists find every pair."""
+    """Run ``mdsens doctor``: show versions and device, and check neighbor lists for lost pairs."""
     import jax
 
     import mdsens as ms

@@ -58,7 +58,10 @@ def lines(names: tuple[str, ...], say: Callable[[str], None]) -> Callable[[State
 
 
 def as_dict(design: Design) -> dict[str, Any]:
-    """Convert a design to numbers and strings for JSON; None stands for NaN and infinity."""
+    """Convert the result of a search for parameters to a dict for JSON.
+
+    None stands for NaN and infinity.
+    """
 
     def plain(value: float) -> float | None:  # JSON has no NaN and no infinity
         return float(value) if np.isfinite(value) else None

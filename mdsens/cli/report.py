@@ -111,7 +111,7 @@ def components(
 
 
 def _component(parameter: Parameter, index: tuple[int, ...]) -> Component:
-    """Make the component of a parameter that has this index, as a direction of unit change.
+    """Describe a parameter component, given by its index, by a label and a change of the parameter.
 
     In a symmetric matrix, both entries of a pair change.
     """
@@ -267,8 +267,8 @@ def scale(
 ) -> float:
     """Compute the norm by which errors of a response are divided to become relative errors.
 
-    This is the norm of the displacements in ``value``. Where the non-affine displacements are
-    negligible, it is the norm that one :func:`spacing` for each particle has.
+    The norm is that of the displacements in ``value``. Where the non-affine displacements are
+    negligible, the norm is that of displacements by one :func:`spacing` for each particle.
     """
     if negligible(system, component, response):
         return spacing(system, component) * system.n**0.5
@@ -279,13 +279,13 @@ class Finding(NamedTuple):
     """The response of a minimum to one parameter component, with the results of its checks.
 
     The response is J v: J is the Jacobian of the positions by the parameters, and v the change of
-    the parameters. The adjoint J^T is compared by a random vector w, (n, d).
+    the parameters. The adjoint J^T is right if <w, J v> = <J^T w, v> for a random vector w, (n, d).
 
     Attributes:
       part: the component v that the minimum is differentiated by.
       system: the relaxed system.
       response: the derivative of the minimum by the component.
-      differences: the derivative by finite differences; None where they were not taken.
+      differences: the derivative by finite differences; None if none were taken.
       error: difference between the response and the finite differences, relative to the norm of the
         non-affine displacements. Where the cell responds too, the larger one of this error and the
         error of the strain relative to the strain's norm. NaN without finite differences.
@@ -313,7 +313,7 @@ class Finding(NamedTuple):
 
     @property
     def gap(self) -> float:
-        """Relative difference of forward and adjoint."""
+        """Relative difference of <w, J v> and <J^T w, v>, which are equal for a correct adjoint."""
         return abs(self.forward - self.reverse) / scale(
             self.system, self.part, self.response, self.response.value
         )
@@ -474,7 +474,10 @@ def box_moves(response: Displacement) -> bool:
 
 
 def sensitivity(finding: Finding) -> str:
-    """Format the response to one parameter: status, solver, norms, error, largest displacements."""
+    """Format the table of a response: status, solver, norms, error, largest displacements.
+
+    The response is the derivative of the positions by one parameter component.
+    """
     response = finding.response
     stats = response.stats
     affine = box_moves(response)
@@ -520,7 +523,7 @@ def sensitivity(finding: Finding) -> str:
 def _largest_displacements(finding: Finding, affine: bool, count: int = 5) -> str:
     """Format the table of the ``count`` particles with the largest non-affine displacements.
 
-    ``affine`` says whether the box moves; the title then names the displacements non-affine.
+    ``affine`` says whether the box moves; if so, the title calls the displacements non-affine.
     """
     system = finding.system
     d = system.dimension

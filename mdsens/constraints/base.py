@@ -18,14 +18,17 @@ Displacement = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Bounds(NamedTuple):
-    """Bounds of the coordinates, broadcastable to (n, d); infinite where unbounded."""
+    """Lower and upper bounds of the coordinates, broadcastable to (n, d); inf where unbounded."""
 
     lower: jax.Array
     upper: jax.Array
 
 
 class Constraint:
-    """Base class of all constraints, which constrains nothing. Each kind overrides some methods."""
+    """Base class of all constraints; each kind of constraint overrides some of its methods.
+
+    The base class alone constrains nothing.
+    """
 
     name: str
 
@@ -36,47 +39,51 @@ class Constraint:
 
     @property
     def relaxes(self) -> tuple[str, ...]:
-        """Names of the potential's parameters that the constraint relaxes with the positions."""
+        """Names of the potential's parameters that are relaxed together with the positions.
+
+        The constraint restricts these parameters, for example to a fixed total.
+        """
         return ()
 
     @property
     def bounded_by(self) -> tuple[str, ...]:
-        """The names of the potential's parameters that the constraint's bounds depend on."""
+        """Names of the potential's parameters on which the constraint's bounds depend."""
         return ()
 
     def check(self, params: Params, n: int, d: int) -> None:
         """Raise InputError if the constraint does not fit n particles in d dimensions."""
 
     def pinned(self) -> jax.Array | None:
-        """Mask (n, d) of the coordinates that never move; None where all may move."""
+        """Return an array (n, d), True for coordinates that never move; None if all may move."""
         return None
 
     def bounds(
         self, params: Params, diameters: jax.Array | None, shape: tuple[int, ...]
     ) -> Bounds | None:
-        """Return the bounds of the coordinates; None without bounds."""
+        """Return the bounds that a constraint sets to the coordinates; None if it sets none."""
         return None
 
     def least(self) -> float | None:
-        """The lower bound of the parameters that the constraint relaxes; None without a bound."""
+        """Return the lower bound of the parameters that a constraint relaxes; None without one."""
         return None
 
     def reach(self, params: Params) -> float:
-        """Return the longest distance between nearest images that is fixed; 0 where none is."""
+        """Return the longest distance between particles that a constraint fixes; 0 if none."""
         return 0.0
 
     def residuals(
         self, positions: jax.Array, params: Params, displacement: Displacement
     ) -> jax.Array | None:
-        """Return the residuals g, zero where the constraint holds; None without equations.
+        """Return the residuals of a constraint, which are zero where the constraint holds.
 
-        g has the shape of the multiplier.
+        The residuals have the shape of the constraint's Lagrange multiplier. The result is None for
+        a constraint without equations.
         """
         return None
 
 
 def check_name(kind: str, name: object) -> None:
-    """Raise InputError where a constraint's name is not an identifier."""
+    """Raise InputError if the name of a constraint is not a valid identifier of Python."""
     if not isinstance(name, str) or not name.isidentifier():
         raise InputError(f"{kind}: name is {short(name)}: give a word, such as {kind.lower()!r}.")
 
@@ -88,16 +95,18 @@ def check_constraints(
     n: int,
     d: int,
 ) -> tuple[Constraint, ...]:
-    """Return the constraints as a tuple, checked against a system. Not for compiled code.
+    """Check the constraints that a user gives for a system, and return them as a tuple.
+
+    This function cannot run in compiled code.
 
     Args:
-      constraints: a constraint or an iterable of them.
+      constraints: a constraint or an iterable of constraints.
       params: the parameters of the potential and of the constraints.
       law_parameters: names of the potential's parameters.
-      n, d: particles and dimensions of the system.
+      n, d: numbers of particles and of dimensions.
 
     Raises:
-      InputError: a constraint does not fit; the message says which and why.
+      InputError: a constraint does not fit the system; the message says which and why.
     """
     if isinstance(constraints, Constraint):
         constraints = (constraints,)

@@ -25,7 +25,7 @@ FLAT = 1e-6
 
 
 def _indices(name: str, value: ArrayLike, remedy: str) -> np.ndarray:
-    """Convert particle numbers that a user gives to a non-empty array of integers."""
+    """Check the particle indices that a user gives, and return them as an array of integers."""
     array = np.asarray(real_array(name, value, remedy))
     if array.size == 0 or not np.issubdtype(array.dtype, np.integer):
         raise InputError(f"{name} has shape {array.shape} and type {array.dtype}: {remedy}")
@@ -37,12 +37,13 @@ def _indices(name: str, value: ArrayLike, remedy: str) -> np.ndarray:
 class Pinned(Portable, Constraint):
     """Constraint that keeps coordinates at their values in the system's positions.
 
-    The multiplier is the force (n, d) that the support exerts: dL/dR at the pinned coordinates,
-    zero at the others. Make it with :meth:`particles` or :meth:`coordinates`.
+    The Lagrange multiplier is the force (n, d) that the support exerts. It is the derivative of the
+    energy, and of the terms of the other constraints, by the pinned coordinates, and zero for the
+    other coordinates. Make the constraint with ``Pinned.particles`` or ``Pinned.coordinates``.
 
     Attributes:
-      mask: (n, d), True where pinned.
-      name: name of the multiplier of the constraint.
+      mask: (n, d), True where a coordinate is pinned.
+      name: name under which the multiplier is stored.
     """
 
     mask: jax.Array
@@ -61,10 +62,10 @@ class Pinned(Portable, Constraint):
         """Pin some particles, in all their coordinates or along some axes.
 
         Args:
-          indices: which particles; integers from 0.
-          n, d: particles and dimensions of the system.
+          indices: indices of the particles, integers from 0.
+          n, d: numbers of particles and of dimensions of the system.
           axes: the axes along which the particles are pinned; None for all axes.
-          name: name of the multiplier of the constraint.
+          name: name under which the multiplier is stored.
         """
         remedy = "give the numbers of some particles, from 0."
         which = _indices("Pinned: indices", indices, remedy).ravel()
@@ -82,7 +83,7 @@ class Pinned(Portable, Constraint):
 
     @classmethod
     def coordinates(cls, mask: ArrayLike, *, name: str = "pinned") -> Pinned:
-        """Pin the coordinates where an (n, d) array of booleans is True."""
+        """Pin the coordinates for which ``mask``, an (n, d) array of booleans, is True."""
         check_name("Pinned", name)
         array = np.asarray(mask)
         if array.dtype != bool or array.ndim != 2 or array.shape[1] not in (2, 3):
@@ -107,16 +108,18 @@ class Wall(Constraint):
 
         x >= w + c sigma / 2  (above),      x <= w - c sigma / 2  (below)
 
-    w is the parameter ``<name>_position``, a scalar or one value per particle, so that any bounds
-    on coordinates can be given. The multiplier of a wall is the force (n,) with which the wall
-    pushes each particle, zero or more; walls at the same place share it.
+    x is the coordinate of a particle along the axis, and sigma the diameter of the particle. The
+    position w of the wall is the parameter ``<name>_position``, a scalar or one value per particle,
+    so that any bounds on coordinates can be given. The Lagrange multiplier of a wall is the force
+    (n,) with which the wall pushes each particle, zero or more; walls at the same place share this
+    force.
 
     Attributes:
-      axis: 0, 1 or 2.
-      above: True where particles are above the wall, at larger coordinates.
-      name: name of the constraint's multiplier, and beginning of its parameter's name.
+      axis: the axis perpendicular to the wall, 0, 1 or 2.
+      above: True if particles are above the wall, at larger coordinates.
+      name: name under which the multiplier is stored, and beginning of the parameter's name.
       clearance: c, in units of a particle's radius sigma / 2: 1 for a wall that stops surfaces, 0
-        for one that stops centers. It must be 0 where :class:`FixedTotal` relaxes sigma.
+        for one that stops centers. c must be 0 if :class:`FixedTotal` relaxes sigma.
     """
 
     axis: int = dataclasses.field(metadata={"static": True})
@@ -141,7 +144,7 @@ class Wall(Constraint):
 
     @property
     def position(self) -> str:
-        """The name of the constraint's parameter."""
+        """Name of the parameter that gives the position of the wall."""
         return f"{self.name}_position"
 
     @property
@@ -182,15 +185,16 @@ class Wall(Constraint):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RigidBonds(Portable, Constraint):
-    """Fixed distances: r_ij = l_ij between nearest images, for each bond of a list.
+    """Constraint that fixes the distance of two particles, r_ij = l_ij, for each bond of a list.
 
-    l is the parameter ``<name>_length``, a scalar or one value per bond. The multiplier is the
-    tension (m,) of each bond, positive where the bond pulls its ends together: the derivative of
-    the minimum's energy by a bond's length is -tension.
+    r_ij is the distance between nearest images. The lengths l_ij are the parameter
+    ``<name>_length``, a scalar or one value per bond. The Lagrange multiplier is the tension of
+    each bond, (m,), positive if the bond pulls the two particles together: the derivative of the
+    relaxed energy by a bond's length is -tension.
 
     Attributes:
-      bonds: (m, 2) particle numbers.
-      name: name of the constraint's multiplier, and beginning of its parameter's name.
+      bonds: (m, 2) indices of the two particles of each bond.
+      name: name under which the multiplier is stored, and beginning of the parameter's name.
     """
 
     bonds: jax.Array
@@ -198,7 +202,7 @@ class RigidBonds(Portable, Constraint):
 
     @classmethod
     def between(cls, bonds: ArrayLike, *, name: str = "bond") -> RigidBonds:
-        """Rigid bonds between the pairs of a list (m, 2) of particle numbers from 0, checked."""
+        """Make rigid bonds between listed pairs (m, 2) of particle indices from 0."""
         check_name("RigidBonds", name)
         pairs = _indices("RigidBonds: bonds", bonds, "give (m, 2) particle numbers from 0.")
         if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.min() < 0:
@@ -227,15 +231,16 @@ class RigidBonds(Portable, Constraint):
     def bodies(
         cls, positions: ArrayLike, members: Sequence[Sequence[int]], *, name: str = "bond"
     ) -> RigidBonds:
-        """The smallest set of bonds that makes each group of particles a rigid body.
+        """Make the smallest set of rigid bonds that makes each group of particles a rigid body.
 
-        The first d + 1 particles that span a body are bonded all to all, each further particle to
-        d of them: in all d m - d (d + 1) / 2 bonds for m particles, so that no bond is redundant.
+        The first d + 1 particles that span a body are bonded all to all, and each further particle
+        to d of these. A body of m particles gets d m - d (d + 1) / 2 bonds, none of them redundant.
 
         Args:
-          positions: (n, d), with each body in one piece, not split by the periodic boundary.
-          members: the particles of each body, at least two.
-          name: name of the multiplier, and beginning of the parameter's name.
+          positions: (n, d) positions, with each body in one piece, not split by the periodic
+            boundary.
+          members: the indices of the particles of each body, at least two.
+          name: name under which the multiplier is stored, and beginning of the parameter's name.
         """
         x = np.asarray(real_array("positions", positions, "give (n, d) numbers."), float)
         bonds: list[tuple[int, int]] = []
@@ -254,7 +259,7 @@ class RigidBonds(Portable, Constraint):
 
     @property
     def length(self) -> str:
-        """The name of the constraint's parameter."""
+        """Name of the parameter that gives the lengths of the bonds."""
         return f"{self.name}_length"
 
     @property
@@ -262,9 +267,10 @@ class RigidBonds(Portable, Constraint):
         return (self.length,)
 
     def lengths_of(self, positions: ArrayLike) -> np.ndarray:
-        """Compute the bonds' lengths at ``positions``, (m,), a valid value of ``<name>_length``.
+        """Compute the length of each rigid bond at ``positions`` (n, d), as an array (m,).
 
-        Each bond must be in one piece, not split by the periodic boundary.
+        The array can be given as the parameter of the bond lengths. Each bond must be in one piece,
+        not split by the periodic boundary.
         """
         x = np.asarray(positions, float)
         bonds = np.asarray(self.bonds)
@@ -300,14 +306,14 @@ class RigidBonds(Portable, Constraint):
 
 
 def _isostatic_bonds(x: np.ndarray, body: list[int], k: int) -> list[tuple[int, int]]:
-    """Choose the bonds that make a body rigid without a redundant bond.
+    """Choose the bonds that make a group of particles a rigid body, none of them redundant.
 
-    These are all bonds of a simplex of d + 1 particles (corners), and d bonds from each further
-    particle, to the corners from which its position is determined best.
+    The first d + 1 particles that span the body, its corners, are bonded all to all. Each further
+    particle is bonded to the d corners that determine its position best.
 
     Args:
       x: (n, d) positions.
-      body: the particles of the body.
+      body: indices of the particles of the body.
       k: number of the body, for the error message.
     """
     d = x.shape[1]
@@ -329,7 +335,11 @@ def _isostatic_bonds(x: np.ndarray, body: list[int], k: int) -> list[tuple[int, 
     for i in others:
 
         def conditioning(ends: tuple[int, ...], i: int = i) -> float:
-            """Return the least singular value of the unit vectors to these corners."""
+            """Return the least singular value of the unit vectors from particle i to ``ends``.
+
+            The larger the value, the better do bonds to these particles determine the position of
+            particle i.
+            """
             arms = x[list(ends)] - x[i]
             directions = arms / np.linalg.norm(arms, axis=1)[:, None]
             return float(np.linalg.svd(directions, compute_uv=False)[-1])

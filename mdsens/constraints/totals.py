@@ -28,17 +28,18 @@ class FixedTotal(Constraint):
 
         sum_i c p_i^e = T
 
-    For diameters and the exponent d the total is the particles' area or volume, c = pi/4 or pi/6;
-    otherwise c is 1. The sum is over the parameter's values: where there is one value per species,
-    each counts once, however many particles have it. T is the parameter ``<name>_total``. The
-    multiplier is the scalar -dU/dT, an energy per area or volume: negative where a larger total
-    costs energy.
+    p_i are the values of the relaxed parameter, and the total T is the parameter ``<name>_total``.
+    If p_i are the diameters and e is the dimension d, then T is the area or volume of the
+    particles, with c = pi/4 in 2-D and pi/6 in 3-D; otherwise c is 1. If there is one value per
+    species, each value counts once in the sum, however many particles have it. The Lagrange
+    multiplier is the scalar -dU/dT, with U the relaxed energy: negative if a larger total costs
+    energy. For diameters its unit is energy per area or volume.
 
     Attributes:
-      parameter: name of a parameter of the potential with one value per particle or species; the
-        constraint makes it an unknown.
+      parameter: name of the parameter of the potential that is relaxed, with one value per particle
+        or species.
       exponent: the exponent e.
-      name: name of the constraint's multiplier, and beginning of its parameter's name.
+      name: name under which the multiplier is stored, and beginning of the total's name.
     """
 
     parameter: str = dataclasses.field(metadata={"static": True})
@@ -58,7 +59,7 @@ class FixedTotal(Constraint):
 
     @property
     def total(self) -> str:
-        """The name of the constraint's parameter."""
+        """Name of the parameter that gives the fixed total."""
         return f"{self.name}_total"
 
     @property
@@ -87,7 +88,11 @@ class FixedTotal(Constraint):
             )
 
     def total_of(self, values: ArrayLike, d: int) -> jax.Array:
-        """Compute the total sum_i c p_i^e for given values of the parameter in d dimensions."""
+        """Compute the total of given parameter values p_i, sum_i c p_i^e, in d dimensions.
+
+        c is pi/4 or pi/6 for the area or volume of particles with diameters p_i, if e = d;
+        otherwise c is 1.
+        """
         # only for diameters to the power d is the total a volume
         unit = BALL_OF_UNIT_DIAMETER[d] if self.parameter == "sigma" and self.exponent == d else 1.0
         return unit * jnp.sum(jnp.asarray(values) ** self.exponent)
@@ -101,15 +106,16 @@ class FixedTotal(Constraint):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Simplex(Constraint):
-    """Constraint that relaxes weights of species with the positions: not negative, rows sum to 1.
+    """Constraint that relaxes weights of species together with the positions.
 
-    The multiplier has one value per row, a chemical potential: minus the derivative of the energy
-    by the row's sum.
+    The weights are not negative, and each row of weights has the sum 1. The Lagrange multiplier has
+    one value per row, a chemical potential: minus the derivative of the relaxed energy by the row's
+    sum.
 
     Attributes:
-      parameter: name of a parameter of the potential, of shape (S,) or (rows, S) for S species; the
-        constraint makes it an unknown.
-      name: name of the multiplier of the constraint.
+      parameter: name of the parameter of the potential that is relaxed, the weights of S species,
+        (S,) for a single row or (rows, S).
+      name: name under which the multiplier is stored.
     """
 
     parameter: str = dataclasses.field(metadata={"static": True})

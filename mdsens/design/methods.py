@@ -95,8 +95,8 @@ class Optax:
     """Any optimizer of optax, applied to half the sum of ((feature - target) / tolerance)^2.
 
     The sum is over the features, that is, the properties that the design is to bring to target
-    values. Every step is accepted, even if the sum grows; a step is refused, and later steps are
-    halved, only where less than half of the systems relax.
+    values. Steps are accepted even if the sum grows. A step is refused, and the next one halved,
+    only where the features could be computed for less than half of the systems.
 
     Attributes:
       optimizer: an optimizer of optax, such as ``optax.rmsprop(0.002)``; its learning rate is a

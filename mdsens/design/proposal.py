@@ -115,10 +115,10 @@ def next_trust(
 
 
 def gauss_newton(problem: Problem, state: State, measurement: Measurement) -> np.ndarray:
-    """Compute the next step (p,) of the p variables of a design, as ``LevenbergMarquardt`` tells.
+    """Compute the next step (p,) of the p variables of a design, by ``LevenbergMarquardt``.
 
-    The step is a damped Gauss-Newton step from several Jacobians of the features: the present one,
-    earlier ones nearby, and those for averaged pair potentials.
+    The step is a damped Gauss-Newton step from several Jacobians of the features: the present
+    Jacobian, earlier ones nearby, and those for averaged pair potentials.
     """
     method = problem.method
     assert isinstance(method, LevenbergMarquardt)

@@ -1,14 +1,15 @@
-"""Whether several features can be changed independently of each other by the parameters.
+"""Determine whether parameters can change several features independently of each other.
 
-The (m, p) Jacobian of the features by the parameters, features in units of their scales, has the
-singular value decomposition
+A feature is a property of a relaxed system, such as the pressure. The Jacobian J of m features by p
+parameters, (m, p), with each feature in units of a scale, has the singular value decomposition
 
     J = U diag(s) V^T.
 
-The features are fully independent if none of the m singular values is zero. For each feature there
-is then a change of the parameters that changes it by one scale and leaves the others as they are,
-to first order; the smallest such change is J^+ e_k. After Zu, Desai and Goodrich, *Fully
-independent response in disordered solids* (arXiv:2412.05031).
+The features are fully independent if none of the m singular values s is zero. For each feature k
+there is then a change of the parameters that changes the feature by one scale and leaves the other
+features as they are, to first order. The smallest such change is J^+ e_k, with the pseudo-inverse
+J^+ of J and the unit vector e_k. After Zu, Desai and Goodrich, *Fully independent response in
+disordered solids* (arXiv:2412.05031).
 """
 
 from __future__ import annotations
@@ -41,27 +42,30 @@ ALONE = 1e-6
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class FeatureResponse(Shown):
-    """The response of several features at one minimum to the parameters; ``print`` shows a table.
+    """The response of m features of one minimum to p variables; ``print`` shows a table.
+
+    A feature is a property of the relaxed system, such as the pressure. A variable is a component
+    of a parameter, or its logarithm.
 
     Attributes:
       names: (m,) names of the features.
-      labels: (p,) labels of the variables (components of parameters, or their logarithms), such as
-        ``sigma[1]``.
+      labels: (p,) labels of the variables, such as ``sigma[1]``.
       values: (m,) values of the features.
-      scales: (m,) the unit of each feature.
+      scales: (m,) the scale of each feature, that is, its unit in the Jacobian.
       jacobian: (m, p) derivatives of the features by the variables, divided by the scales.
       singular_values: (min(m, p),) singular values of the Jacobian, descending.
       directions: (min(m, p), m) the singular vectors in the space of the features, in units of the
         scales.
       rank: how many singular values are above 1e-8 of the largest.
-      alone: (m, p) the smallest change of the variables that changes one feature by its scale and
-        leaves the others as they are; rows are nan where no change does.
-      susceptibility: (m,) 1 / |alone|: change of a feature, in its scales, for a change of the
-        variables of length 1 that leaves the others as they are; 0 where no change does.
-      free: (m,) |row of the Jacobian|: the susceptibility if the other features may change.
-        susceptibility / free is the sine of the angle between a feature's gradient and those of the
-        others.
-      status: the worst status of the solves.
+      alone: (m, p) row k is the smallest change of the variables that changes feature k by its
+        scale and leaves the other features as they are; nan if no change does this.
+      susceptibility: (m,) 1 / norm of each row of ``alone``: the change of a feature, in units of
+        its scale, for a change of the variables of length 1 that leaves the other features as they
+        are; 0 if no change does this.
+      free: (m,) norm of each row of the Jacobian: the susceptibility of a feature if the other
+        features may change. susceptibility / free is the sine of the angle between the gradient of
+        a feature and the space spanned by the gradients of the others.
+      status: the worst status of the linear solves.
       variables: the variables, from which ``change`` computes changes of the parameters.
     """
 
@@ -81,20 +85,21 @@ class FeatureResponse(Shown):
 
     @property
     def independent(self) -> bool:
-        """Whether every feature can be changed alone, which is so where the rank is m."""
+        """Whether every feature can be changed alone, while the other features stay as they are."""
         return self.rank == len(self.names)
 
     def change(self, name: str, by: float = 1.0) -> dict[str, np.ndarray]:
-        """Compute the change of the parameters that changes one feature alone, as ``jvp`` takes it.
+        """Compute a change of the parameters that changes one feature and leaves the others alone.
 
-        To first order, the other features stay as they are.
+        The other features stay as they are to first order. The change is a dict of arrays by the
+        names of the parameters, which ``jvp`` takes as a direction.
 
         Args:
           name: the name of the feature.
-          by: the change of the feature, in units of the feature.
+          by: the change of the feature, in the feature's own unit.
 
         Raises:
-          InputError: no such feature, or one that cannot be changed alone.
+          InputError: there is no feature of this name, or it cannot be changed alone.
         """
         if name not in self.names:
             raise InputError(f"there is no feature {name!r}: give one of {', '.join(self.names)}.")
@@ -127,7 +132,7 @@ class FeatureResponse(Shown):
 
 
 def _checked_scales(scales: ArrayLike, count: int) -> np.ndarray:
-    """Check the scales that a user gives, and return them as (m,) positive numbers."""
+    """Check the scale that a user gives for each feature, and return the scales as an array."""
     units = np.asarray(real_array("scales", scales, "give one positive number a feature."), float)
     if units.shape != (count,) or not (np.isfinite(units) & (units > 0)).all():
         raise InputError(
@@ -148,15 +153,16 @@ def feature_response(
     """Compute the Jacobian of several features by the parameters, and analyze their independence.
 
     Args:
-      features: names of ``ms.design.FEATURES``, functions of a System, ``Elastic(f)``; a dict gives
-        them names.
+      features: a sequence of m features, or a dict of names and features. A feature is a name in
+        ``ms.design.FEATURES``, a function of a System, or ``Elastic(f)`` with a function f of the
+        elastic moduli.
       eq: a minimum, from ``minimize`` or ``linearize``.
-      wrt: parameters, as the argument ``free`` of ``fit``: positive parameters are varied by their
-        logarithms.
+      wrt: the parameters by which to differentiate, as the argument ``free`` of ``fit``: positive
+        parameters are varied by their logarithms.
       scales: (m,) the unit of each feature; None takes the absolute value of the feature (1 where
-        that is 0 to round-off).
+        this value is 0 to round-off).
       solve: the linear solver, as in ``jvp``.
-      throw: raise where a solve did not converge.
+      throw: whether to raise an error where a linear solve did not converge.
 
     Returns:
       a :class:`FeatureResponse`.

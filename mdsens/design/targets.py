@@ -1,4 +1,7 @@
-"""Features of a minimum with their total derivatives by the parameters, and targets for them."""
+"""Features of a minimum with their total derivatives by the parameters, and targets of a design.
+
+A feature is a number that a relaxed configuration determines, such as the pressure.
+"""
 
 from __future__ import annotations
 
@@ -43,10 +46,11 @@ ROUNDED = 1e3
 
 @dataclasses.dataclass(frozen=True)
 class Elastic:
-    """A feature computed from the elastic moduli, such as ``Elastic(lambda m: m.poisson)``.
+    """A feature of a design computed from elastic moduli, such as ``Elastic(lambda m: m.poisson)``.
 
-    Its gradient costs one solve more than the moduli. The gradient of a function of a System that
-    calls ``moduli`` inside costs several.
+    A feature is a number that a relaxed configuration determines. The gradient of this feature
+    costs one linear solve in addition to those for the moduli. The gradient of a function of a
+    System that calls ``moduli`` inside costs several more.
 
     Attributes:
       of: a function of the :class:`~mdsens.elasticity.Moduli` that returns one number.
@@ -57,7 +61,9 @@ class Elastic:
 
 @dataclasses.dataclass(frozen=True)
 class Softest:
-    """The smallest stiffness: the lowest eigenvalue of the Hessian outside its null space.
+    """The smallest stiffness, as a feature of a design: the lowest eigenvalue of the Hessian.
+
+    Eigenvalues of the null space (translations, rattlers) are left out.
 
     Attributes:
       count: number of the lowest eigenvalues of which to take the mean.
@@ -89,7 +95,12 @@ FEATURES: dict[str, Feature] = {
 
 
 def named(feature: str | Feature) -> tuple[str, Feature]:
-    """Return a feature with its name, from a name in ``FEATURES`` or the feature itself."""
+    """Return the name and the definition of a feature of a design.
+
+    Args:
+      feature: a name in ``FEATURES``, or the definition: a function of a System, ``Elastic``, or
+        ``Softest``.
+    """
     if isinstance(feature, str):
         if feature not in FEATURES:
             hint = did_you_mean(feature, sorted(FEATURES))
@@ -108,7 +119,7 @@ def named(feature: str | Feature) -> tuple[str, Feature]:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A feature, the value that the design is to give it, and a tolerance.
+    """A feature (a property of a relaxed system), its wanted value in a design, and a tolerance.
 
     Attributes:
       of: the feature: a name in ``ms.design.FEATURES``, a function of a System
@@ -148,27 +159,31 @@ class Target:
 
     @property
     def feature(self) -> Feature:
-        """The feature itself, also where ``of`` is its name."""
+        """The feature as a function, ``Elastic`` or ``Softest``, also if ``of`` is its name."""
         return named(self.of)[1]
 
     def resolved(self, start: float) -> tuple[float, float]:
-        """Return the wanted value and the tolerance as numbers, given the value at the start."""
+        """Return the wanted value of the feature and the tolerance, both in the feature's unit.
+
+        Args:
+          start: the value of the feature at the start of the design.
+        """
         value = self.value + (start if self.from_start else 0.0)
         return value, self.tolerance * (abs(value) if self.share else 1.0)
 
 
 class FeatureValues(NamedTuple):
-    """The features of one minimum, with their derivatives.
+    """The values of m features of one minimum, such as its pressure, with their derivatives.
 
     Attributes:
-      values: (m,) the features.
+      values: (m,) the values of the features.
       slopes: derivatives of the features by each parameter, a dict of arrays (m, *shape of the
         parameter).
-      round_off: (m,) the error of the values from rounding the parameters; a smaller value counts
-        as zero.
-      status: the worst status of the solves. The status is bad where a feature is computed from the
-        moduli of a configuration that is no solid (FLOPPY, UNSTABLE): near an instability their
-        derivatives are so large that they would dominate any mean.
+      round_off: (m,) the error of each value from rounding the parameters. A value below this error
+        counts as zero.
+      status: the worst status of the linear solves. The status is bad where a feature is computed
+        from the moduli of a configuration that is no solid (FLOPPY, UNSTABLE). Near an instability
+        the derivatives of the moduli are so large that they would dominate any mean.
     """
 
     values: np.ndarray
@@ -178,22 +193,28 @@ class FeatureValues(NamedTuple):
 
 
 def evaluate_features(features: Sequence[Feature], lin: Linearization) -> FeatureValues:
-    """Measure every feature with its derivatives by all parameters.
+    """Compute features of a linearized minimum, and their derivatives by all parameters.
 
-    One factorization serves all features; each feature takes one adjoint solve.
+    One factorization of the Hessian serves all features; each feature takes one adjoint solve.
     """
     values = np.full(len(features), np.nan)
     slopes: dict[str, np.ndarray] = {}
     codes = [int(lin.status)]
 
     def stacked(which: Sequence[int]) -> Callable[[Any], jax.Array]:
-        """Combine features into one function of the moduli, or of the system, to (k,) numbers."""
+        """Combine k features into one function that returns their values as an array (k,).
+
+        The argument of the function is that of the features: the elastic moduli, or the system.
+
+        Args:
+          which: indices of the features.
+        """
         chosen: list[Any] = [getattr(features[k], "of", features[k]) for k in which]
         functions = [Traceable("a feature", f) for f in chosen]
         return lambda argument: jnp.stack([_scalar(f(argument)) for f in functions])
 
     def keep(which: Sequence[int], value: ArrayLike, response: ParameterGradient) -> None:
-        """Store the values and derivatives of some of the features."""
+        """Write the values and derivatives of the features ``which`` (indices) into the results."""
         values[which] = np.asarray(value)
         codes.append(Status.worst_of(response.stats.status))
         for name, slope in response.value.items():
@@ -227,14 +248,17 @@ def evaluate_features(features: Sequence[Feature], lin: Linearization) -> Featur
 
 
 def _with_leading_axis(response: ParameterGradient) -> ParameterGradient:
-    """Return the gradient of a number as the gradient of an array of shape (1,)."""
+    """Return the gradient of a scalar as the gradient of an array with one element, shape (1,)."""
     return dataclasses.replace(
         response, value={name: slope[None] for name, slope in response.value.items()}
     )
 
 
 def _scalar(value: ArrayLike) -> jax.Array:
-    """Return the value of a feature as an array of shape (), traceable; refuse several numbers."""
+    """Return the value of a feature as a scalar array; raise InputError for several numbers.
+
+    Traceable.
+    """
     array = numbers(value)
     if array.size != 1:
         raise InputError(f"a feature has shape {array.shape}: give one number for each feature.")
@@ -242,5 +266,11 @@ def _scalar(value: ArrayLike) -> jax.Array:
 
 
 def hold(of: str | Feature, share: float = 0.01, name: str = "") -> Target:
-    """The target to keep a feature at its starting value, within a share of that value."""
+    """Return a target that keeps a feature at its starting value, within a fraction of this value.
+
+    Args:
+      of: the feature, such as ``"pressure"``; as in :class:`Target`.
+      share: the fraction, 0.01 for 1 %.
+      name: name of the target in tables and figures; if empty, the name of the feature.
+    """
     return Target(of, 0.0, share, name, from_start=True, share=True)

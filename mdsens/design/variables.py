@@ -23,17 +23,19 @@ Bounds: TypeAlias = Mapping[str, tuple[ArrayLike | None, ArrayLike | None]]
 
 @dataclasses.dataclass(frozen=True)
 class Free(Portable):
-    """How one parameter may change.
+    """How one parameter may change in a design: its bounds, and which of its components.
 
     Attributes:
-      low, high: bounds: one number, or one for each component, symmetric for a matrix of species
-        pairs; None for no bound (positive parameters stay positive).
-      within: bounds as a share of the starting value: 0.3 allows changes within 30 % of it. Beside
-        ``low`` and ``high``, the narrower bounds count.
-      log: whether to vary the logarithm, so that steps are relative changes; None varies the
-        logarithm if all starting values are positive.
-      only: array of the parameter's shape, True where a component may change; None if all may. A
-        matrix of species pairs stays symmetric: an entry and its mirror image are one variable.
+      low, high: bounds of the parameter: one number, or an array with one number for each
+        component, symmetric for a matrix of species pairs; None for no bound (positive parameters
+        stay positive).
+      within: bounds as a fraction of the starting value: 0.3 allows changes by up to 30 % of the
+        starting value. Where ``low`` or ``high`` is given as well, the narrower bound holds.
+      log: whether to vary the logarithm of the parameter, so that steps are relative changes; None
+        varies the logarithm if all starting values are positive.
+      only: array of the parameter's shape, True where a component may change; None if all
+        components may change. A matrix of species pairs stays symmetric: an entry and its mirror
+        image are one variable.
     """
 
     low: ArrayLike | None = None
@@ -45,15 +47,19 @@ class Free(Portable):
 
 @dataclasses.dataclass(frozen=True)
 class Variables:
-    """Free parameters as a dimensionless vector x: p = s exp(x) or p = s x, and back.
+    """The free parameters of a design as one vector x of p dimensionless variables.
+
+    Each variable x_i stands for one free component of a parameter, a number that the design may
+    change. The component is s_i exp(x_i) if the variable is a logarithm, else s_i x_i, with the
+    scale s_i.
 
     Attributes:
       start: starting value of each parameter, an array by name; components that are not free keep
         their starting values.
-      index: for each parameter an array of its shape with the index, in x, of the variable that
-        each component follows; -1 for a component that is not free.
+      index: for each parameter an array of its shape: for each component the index, in x, of the
+        variable that the component follows; -1 for a component that is not free.
       log: (p,) whether the variable is a logarithm.
-      scale: (p,) the scale s: for a logarithm the starting value, else the parameter's largest
+      scale: (p,) the scales s_i: for a logarithm the starting value, else the parameter's largest
         absolute value.
       low, high: (p,) bounds of x.
       labels: (p,) names of the variables, such as ``sigma[1]``.
@@ -74,14 +80,15 @@ class Variables:
         free: str | Sequence[str] | Mapping[str, Free],
         bounds: Bounds | None = None,
     ) -> Variables:
-        """Make the variables from the free parameters of a system.
+        """Make the vector of variables from the parameters of a system that a design may change.
 
         Args:
+          system: the system at the start, with the starting values.
           free: a parameter's name, several names, or a dict of names and :class:`Free`.
           bounds: dict of names and (low, high), in place of the bounds in ``free``.
 
         Raises:
-          InputError: unknown names, bad bounds, or nothing that is free.
+          InputError: unknown names, bad bounds, or no component that may change.
         """
         records = _checked_records(system, free, bounds)
         start: dict[str, np.ndarray] = {}
@@ -133,43 +140,63 @@ class Variables:
 
     @property
     def x(self) -> np.ndarray:
-        """The variables at the start, (p,): 0 for a logarithm."""
+        """The variables (p,) of the design at the start; a variable that is a logarithm is 0."""
         return np.where(self.log, 0.0, self._free_components(self.start) / self.scale)
 
     def _free_components(self, params: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Collect the free components of parameters in a vector (p,)."""
+        """Collect the p components of the parameters that a design may change in a vector (p,)."""
         components = np.zeros(len(self.labels))
         for name, index in self.index.items():
             components[index[index >= 0]] = np.asarray(params[name])[index >= 0]
         return components
 
     def values(self, x: np.ndarray) -> np.ndarray:
-        """Return the free components of the parameters at x, (p,)."""
+        """Convert the variables x (p,) of a design to the components of parameters they stand for.
+
+        The components are numbers in the units of the parameters, (p,).
+        """
         # The inner where() keeps exp from overflowing for variables that are no logarithms.
         return self.scale * np.where(self.log, np.exp(np.where(self.log, x, 0.0)), x)
 
     def params(self, x: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the parameters at x, by name."""
+        """Convert the variables x (p,) of a design to parameters, arrays by name.
+
+        Components that the design may not change keep their starting values.
+        """
         return self._spread(self.values(x), self.start)
 
     def _spread(self, values: np.ndarray, base: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Write values (p,) into the free components of the parameters of ``base``."""
+        """Return the parameters ``base`` with their free components replaced by ``values`` (p,).
+
+        The free components are those that the design may change.
+        """
         return {
             name: np.where(index >= 0, values[np.maximum(index, 0)], base[name])
             for name, index in self.index.items()
         }
 
     def slope(self, x: np.ndarray) -> np.ndarray:
-        """Return the derivative of each free component by its variable at x, (p,)."""
+        """Return the derivative of each free parameter component by its variable, (p,).
+
+        The derivatives are taken at the variables x (p,) of the design.
+        """
         return np.where(self.log, self.values(x), self.scale)
 
     def tangent(self, x: np.ndarray, step: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the change of the parameters, to first order, for a step of the variables at x."""
+        """Convert a step (p,) of the variables x of a design to a change of the parameters.
+
+        The change is to first order in the step, and a dict of arrays by name.
+        """
         zeros = {name: np.zeros_like(value) for name, value in self.start.items()}
         return self._spread(self.slope(x) * step, zeros)
 
     def pulled(self, x: np.ndarray, slopes: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Convert derivatives by the parameters, (m, *shape) each, to (m, p) by the variables."""
+        """Convert derivatives of m features by the parameters to those by the variables, (m, p).
+
+        Args:
+          x: (p,) the variables of the design at which the derivatives are taken.
+          slopes: the derivatives by each parameter, (m, *shape of the parameter).
+        """
         count = next(iter(slopes.values())).shape[0]
         by_components = np.zeros((count, len(self.labels)))
         for name, index in self.index.items():
@@ -182,7 +209,13 @@ class Variables:
 
 
 def _bound_of_variable(bound: float, scale: float, is_log: bool) -> float:
-    """Return the bound of a variable that corresponds to a bound of its parameter."""
+    """Convert the bound of a parameter to the bound of its variable in a design.
+
+    Args:
+      bound: the bound of the parameter; may be infinite.
+      scale: the scale s: the parameter is s exp(x) or s x, with the variable x.
+      is_log: whether the variable is a logarithm, s exp(x).
+    """
     if not is_log:
         return bound / scale
     # No bound below, or one that is not positive, becomes log 0 = -inf: no bound of the logarithm.
@@ -193,7 +226,10 @@ def _bound_of_variable(bound: float, scale: float, is_log: bool) -> float:
 def _checked_records(
     system: System, free: str | Sequence[str] | Mapping[str, Free], bounds: Bounds | None
 ) -> dict[str, Free]:
-    """Return the free parameters as a dict of Free, with ``bounds`` put in; check the names."""
+    """Check which parameters a user lets a design change, and return a ``Free`` for each, by name.
+
+    Bounds in the argument ``bounds`` replace those in ``free``.
+    """
     if isinstance(free, str):
         free = [free]
     if isinstance(free, Mapping):
@@ -222,10 +258,10 @@ def _checked_records(
 
 
 def _index(parameter: Parameter, record: Free) -> np.ndarray:
-    """Number the free components of a parameter; -1 for components that are not free.
+    """Number the components of one parameter that a design may change, from 0.
 
-    The numbers start from 0 in each parameter and are an array of the parameter's shape. An entry
-    of a matrix of species pairs and its mirror image have the same number.
+    The numbers are an array of the parameter's shape, with -1 for components that may not change.
+    An entry of a matrix of species pairs and its mirror image have the same number.
     """
     name = parameter.name
     shape = parameter.shape
@@ -252,7 +288,10 @@ def _index(parameter: Parameter, record: Free) -> np.ndarray:
 
 
 def _bounds(parameter: Parameter, value: np.ndarray, record: Free) -> tuple[np.ndarray, np.ndarray]:
-    """Return lower and upper bounds as arrays of the parameter's shape; infinite without bounds."""
+    """Return the lower and the upper bound of each component of a parameter, as two arrays.
+
+    Where there is no bound, the arrays are infinite.
+    """
     name = parameter.name
     low = np.full(value.shape, -np.inf)
     high = np.full(value.shape, np.inf)

@@ -78,8 +78,8 @@ def root(
         and twice differentiable for second derivatives.
       solve: method for the linear systems: Auto(), Direct(), GMRES() and the others of
         :mod:`mdsens.implicit`.
-      symmetric: whether dF/dx is symmetric, as it is where F is a gradient. Symmetry halves the work
-        of reverse mode and allows the method MINRES.
+      symmetric: whether dF/dx is symmetric, as it is where F is a gradient. Symmetry halves the
+        work of reverse mode and allows the method MINRES.
       positive_semidefinite: whether dF/dx is also positive semidefinite, as at a minimum. This
         allows the method CG.
       null_space: ``null_space(x, *args)`` returns the orthogonal projector that removes the null

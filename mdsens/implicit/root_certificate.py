@@ -50,8 +50,8 @@ class RootCertificate(Portable, Named):
         the Newton step does not lead to a root, so that no number below is an estimate; INACCURATE
         where ``error`` is above a tenth; else the status of the linear solves.
       value: dx, the change of the root when the arguments change by dargs, computed at x.
-      error: |dx' e| / |dx|, the sharp estimate of the relative error of dx. Here dx' e is the change
-        of dx when x moves by the step e. Where dx is zero, the error is |dx' e|.
+      error: |dx' e| / |dx|, the sharp estimate of the relative error of dx. dx' e is the change of
+        dx when x moves by the step e. Where dx is zero, the error is |dx' e|.
       corrected: dx + dx' e. This is more accurate than dx where ``error`` is small, with an error
         that is proportional to the square of the step.
       step: e = - (dF/dx)^-1 F(x), the step from x to the root, to first order.
@@ -127,9 +127,9 @@ def certify(
       InputError: in the same cases as :func:`tangent`.
 
     Source: Theorem 1 of Blondel et al., arXiv:2105.15183, bounds the error by the distance; the
-      estimate replaces the constants of the theorem by the derivative along the step. ``step_error``
-      is Kantorovich's condition in affine-invariant form: Deuflhard, Newton Methods for Nonlinear
-      Problems, Springer 2004, section 2.1.
+      estimate replaces the constants of the theorem by the derivative along the step.
+      ``step_error`` is Kantorovich's condition in affine-invariant form: Deuflhard, Newton Methods
+      for Nonlinear Problems, Springer 2004, section 2.1.
     """
     check_functions(F=F, null_space=null_space, preconditioner=preconditioner)
     F = Traceable("the condition F", F)

@@ -1,7 +1,7 @@
 """Conversion of systems to and from ASE, and writing of extended XYZ files.
 
-ASE's cell vectors are the rows of a matrix, those of mdsens the columns; the transposition is in
-this module alone.
+The cell vectors are the rows of a matrix in ASE, and the columns in mdsens; only this module
+transposes one into the other.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ def from_ase(
       params: the potential's parameters, as in ``System.create``.
       species: the species of each atom: a dict that numbers the elements from 0, ``{"Ni": 0, "P":
         1}``, or (n,) integers from 0. None takes the atoms' array ``species_index`` if they have
-        it; else, if there are two or more elements, the elements are numbered in the order in which
-        they first appear. ``print(system)`` shows the number of each element.
+        this array; else, if there are two or more elements, numbers the elements in the order in
+        which the elements first appear. ``print(system)`` shows the number of each element.
       dimension: 2 takes x and y of a planar structure: z must be the same for all atoms, and a
-        third cell vector along z; the periodicity along z is ignored.
+        third cell vector must be along z; the periodicity along z is ignored.
       constraints: further constraints, see :mod:`mdsens.constraints`.
 
     Raises:
-      InputError: bad input; the message gives the field, the value and the remedy.
+      InputError: an input is invalid; the message gives the field, the value and the remedy.
     """
     positions = coordinates_of(atoms, dimension)
     cell = cell_of(atoms, dimension)
@@ -94,7 +94,10 @@ def from_ase(
 def _constraints_of(
     atoms: Atoms, positions: np.ndarray
 ) -> tuple[tuple[Constraint, ...], dict[str, np.ndarray]]:
-    """Convert the constraints of an ASE ``Atoms``, with lengths of rigid bonds as parameters."""
+    """Convert the constraints of an ASE ``Atoms`` to those of mdsens.
+
+    Return the constraints, and the lengths of the rigid bonds by the name of their parameter.
+    """
     from ase.constraints import FixAtoms, FixBondLengths, FixCartesian
 
     mask = np.zeros(positions.shape, bool)
@@ -115,8 +118,8 @@ def _constraints_of(
                 constraints.append(bonds)
             case _:
                 raise InputError(
-                    f"atoms have the constraint {type(c).__name__}, which mdsens lacks:"
-                    " take it off, atoms.set_constraint(), and give one of mdsens.constraints."
+                    f"atoms have the constraint {type(c).__name__}, which mdsens lacks: remove all"
+                    " by atoms.set_constraint(), and give constraints=[...] of mdsens.constraints."
                 )
     if mask.any():
         constraints.insert(0, Pinned.coordinates(mask, name="fixed"))
@@ -130,12 +133,13 @@ def species_of(
 
     Args:
       atoms: the atoms.
-      species: as in ``from_ase``.
+      species: a dict that numbers the elements from 0, or (n,) integers from 0; None takes the
+        atoms' array ``species_index``, or numbers the elements in the order of appearance.
 
     Returns:
-      the species (n,), None for atoms of a single element; and the symbols of species 0, 1, …,
-      empty where the user has chosen none: for atoms ``X``, and for the substitute symbols of
-      ``to_ase``.
+      the species (n,), None for atoms of a single element; and the chemical symbols of species 0,
+      1, …. The symbols are empty for atoms ``X``, and where ``to_ase`` has chosen the symbols as
+      substitutes because the system had none.
     """
     symbols = np.array(atoms.get_chemical_symbols())
     if isinstance(species, Mapping) or (species is None and SPECIES not in atoms.arrays):
@@ -158,15 +162,18 @@ def species_of(
 def numbered(
     symbols: Sequence[str] | np.ndarray, species: Mapping[str, int] | None = None
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Number the species (n,) of particles by their symbols; return also the symbols in order.
+    """Number the species of n particles by their chemical symbols.
 
     Args:
       symbols: (n,) chemical symbols.
-      species: a dict that numbers them from 0; None numbers them in the order in which they first
-        appear.
+      species: a dict that numbers the symbols from 0; None numbers the symbols in the order in
+        which they first appear.
+
+    Returns:
+      the species (n,) of the particles, and the symbols of species 0, 1, ….
 
     Raises:
-      InputError: numbers that are not 0, 1, …, or a symbol without a number.
+      InputError: the numbers are not 0, 1, …, or a symbol has no number.
     """
     distinct = list(dict.fromkeys(map(str, symbols)))  # in the order of appearance
     if species is None:
@@ -179,7 +186,7 @@ def numbered(
     if not whole or sorted(map(int, numbers.values())) != list(range(len(numbers))):
         raise InputError(
             f"species is {short(species)}: number its {len(numbers)} symbols from 0, each with its"
-            " own."
+            " own number."
         )
     missing = [symbol for symbol in distinct if symbol not in numbers]
     if missing:
@@ -207,13 +214,16 @@ def coordinates_of(atoms: Atoms, dimension: int) -> np.ndarray:
     spread = np.ptp(positions, axis=0)
     if spread[2] > FLAT * max(spread[0], spread[1]):
         raise InputError(
-            f"atoms are {spread[2]:.3g} apart along z, so not planar: give dimension=3, or equal z."
+            f"atoms differ by {spread[2]:.3g} in z, so not planar: give dimension=3, or equal z."
         )
     return positions[:, :2]
 
 
 def cell_of(atoms: Atoms, dimension: int) -> np.ndarray | None:
-    """Return the cell (d, d) of an ASE ``Atoms``, columns the cell vectors; None if open."""
+    """Return the cell (d, d) of an ASE ``Atoms``, with the cell vectors as columns.
+
+    Return None if the atoms are not periodic.
+    """
     periodic = [bool(p) for p in atoms.pbc[:dimension]]
     if not any(periodic):
         return None
@@ -228,14 +238,14 @@ def cell_of(atoms: Atoms, dimension: int) -> np.ndarray | None:
     if dimension == 2:
         if np.any(rows[:2, 2]) or np.any(rows[2, :2]):
             raise InputError(
-                f"atoms.cell is {rows.tolist()}, not planar: keep two vectors in x, y and the third"
-                " along z."
+                f"atoms.cell is {rows.tolist()}, not planar: give two vectors in the x-y plane and"
+                " the third along z."
             )
         rows = rows[:2, :2]
     if not abs(np.linalg.det(rows)) > 0:  # "not above", so that NaN is refused too
         raise InputError(
-            f"atoms.cell is {rows.tolist()} without a volume, but periodic: set the cell, or"
-            " pbc=False."
+            f"atoms.cell is {rows.tolist()} without a volume, but atoms.pbc is periodic: set"
+            " atoms.cell, or atoms.pbc = False."
         )
     return rows.T
 
@@ -246,8 +256,9 @@ def to_ase(system: System, *, symbols: Sequence[str] | None = None) -> Any:
     Args:
       system: a system that is not a batch, such as ``eq.system`` of an Equilibrium.
       symbols: a chemical symbol for each species; a single one for a system without species. None
-        takes the system's ``species_names``. If it has none, species 0, 1, … become H, He, …, and
-        particles without species X: substitutes from which viewers choose a color for each species.
+        takes the system's ``species_names``. If the system has no such names, species 0, 1, …
+        become H, He, …, and particles without species become X: substitutes by which viewers choose
+        a color for each species.
 
     Returns:
       Atoms with the arrays ``species_index`` if there are species, ``diameter`` if the potential
@@ -257,8 +268,8 @@ def to_ase(system: System, *, symbols: Sequence[str] | None = None) -> Any:
       as long as the largest diameter (1 without diameters).
 
     Raises:
-      InputError: something else than a System, a batch, or symbols that are unknown or not one for
-        each species.
+      InputError: ``system`` is not a System or is a batch, a symbol is unknown, or their number is
+        not that of the species.
     """
     from ase import Atoms
     from ase.data import atomic_numbers
@@ -312,7 +323,10 @@ def to_ase(system: System, *, symbols: Sequence[str] | None = None) -> Any:
 
 
 def _constraints_to_ase(system: System) -> list[Any]:
-    """Convert the system's constraints to ASE's, without those that ASE does not have."""
+    """Convert a system's pinned coordinates and rigid bonds to constraints of ASE.
+
+    Other constraints have no counterpart in ASE and are left out.
+    """
     from ase.constraints import FixAtoms, FixBondLengths, FixCartesian
 
     constraints: list[Any] = []
@@ -334,28 +348,30 @@ def _constraints_to_ase(system: System) -> list[Any]:
 
 
 def write_extxyz(path: str | Path, eq: object, response: object = None) -> None:
-    """Write extended XYZ, which OVITO draws and ASE reads, with every digit of the numbers.
+    """Write a configuration as extended XYZ, which OVITO draws and ASE reads, in full precision.
 
-    ASE's own writer keeps 8 decimals; the numbers here are the shortest that read back as the same
-    float64. The format has no place for the potential and for a box that follows the parameters:
-    only ``save`` keeps these.
+    ASE's own writer keeps 8 decimals; here each number is written as the shortest text that reads
+    back as the same float64. The format has no place for the potential, nor for the rule of a box
+    that follows the parameters: only ``save`` stores these.
 
     Args:
       path: the file to write or replace; it is never left half-written.
       eq: a System or an Equilibrium; a batch is written as one frame for each member.
-      response: a Displacement of ``jvp`` or ``response``, or an array (n, d), for the vector column
-        ``response``; a Displacement also gives the column ``rattler``. Not with a batch.
+      response: a vector for each particle, written as the column ``response``: a Displacement of
+        ``jvp`` or ``response``, which also gives the column ``rattler``, or an array (n, d). Not
+        possible with a batch.
 
     Raises:
-      InputError: another type or shape, a response with a batch, a path that cannot be written.
+      InputError: an argument has another type or shape, a response is given with a batch, or the
+        path cannot be written.
     """
     system = getattr(eq, "system", eq)
     if not isinstance(system, System):
         raise InputError(f"eq is a {type(eq).__name__}: give a System or an Equilibrium.")
     if system.batch is not None and response is not None:
         raise InputError(
-            "response with a batch: write each member with its own response,"
-            " mdsens.unstack(system)."
+            "response is given, but eq is a batch: write each member of mdsens.unstack(system) with"
+            " its own response."
         )
     members = [system] if system.batch is None else unstack(system)
     text = "".join(_frame(member, response) for member in members)
@@ -364,7 +380,7 @@ def write_extxyz(path: str | Path, eq: object, response: object = None) -> None:
 
 
 def _frame(system: System, response: object) -> str:
-    """Format one frame: the number of atoms, a line of properties, and a row for each atom."""
+    """Format a configuration as extended XYZ: atom count, properties, and a row for each atom."""
     atoms = to_ase(system)
     n = system.n
     d = system.dimension
@@ -403,7 +419,7 @@ def _frame(system: System, response: object) -> str:
 
 
 def _cell_text(value: np.ndarray | np.generic) -> str:
-    """Format one particle's value: a vector, a truth value, a number or a string.
+    """Format a particle's value for extended XYZ: a vector, truth value, number or string.
 
     The ``repr`` of a float is the shortest text that reads back as the same float64.
     """

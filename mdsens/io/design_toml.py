@@ -1,4 +1,4 @@
-"""Reading of designs from TOML files, with a check of every key.
+"""Reading of designs (searches for parameters) from TOML files, with a check of every key.
 
 systems/README.md documents the format.
 """
@@ -38,14 +38,16 @@ OPTIMIZERS = ("adam", "rmsprop", "sgd")  # functions of optax
 
 
 class DesignSpecification(NamedTuple):
-    """The content of a design file as arguments of ``ms.design.fit``.
+    """The content of a design file, as arguments of ``ms.design.fit``.
 
-    ``fit(spec.targets, spec.systems, spec.free, **spec.options)`` runs the design.
+    With ``spec`` such a specification, ``fit(spec.targets, spec.systems, spec.free,
+    **spec.options)`` searches for the parameters.
 
     Attributes:
-      targets: the :class:`~mdsens.design.Target` of each feature, a tuple or list.
-      systems: the systems of the ensemble, one for each seed.
-      free: the parameters that may change, by name.
+      targets: a :class:`~mdsens.design.Target` for each feature: the value to reach, and a
+        tolerance.
+      systems: the systems that the parameters are fitted for, one for each seed.
+      free: the parameters that may change, by name, with their bounds.
       options: keywords of ``fit``: method, steps, restart, and the options of the relaxations.
       system: the name of the system.
     """
@@ -58,10 +60,12 @@ class DesignSpecification(NamedTuple):
 
 
 def load_design(path: str | Path) -> DesignSpecification:
-    """Read a design from a TOML file; nothing in it is executed.
+    """Read a design (targets, and parameters that may change) from a TOML file.
+
+    Nothing in the file is executed.
 
     Raises:
-      InputError: with the file, the key, its value and the remedy.
+      InputError: bad content; the message gives the file, the key, its value and the remedy.
     """
     path = Path(path)
     try:
@@ -73,7 +77,10 @@ def load_design(path: str | Path) -> DesignSpecification:
 
 
 def _build_specification(top: TomlTable, folder: Path) -> DesignSpecification:
-    """Build the design from a checked table; a system's path may be relative to ``folder``."""
+    """Build a design from the top-level table ``top`` of its TOML file.
+
+    A path of the system in the table may be relative to ``folder``.
+    """
     top.text("description", "")
     name = top.text("system")
     beside = folder / name
@@ -110,7 +117,7 @@ def _build_specification(top: TomlTable, folder: Path) -> DesignSpecification:
 
 
 def _read_relaxation(top: TomlTable) -> dict[str, Any]:
-    """Read the table ``relaxation`` as keywords of ``fit``, without keys that the file lacks."""
+    """Read the table ``relaxation`` of a design file as keywords of ``ms.design.fit``."""
     table = TomlTable.of(
         "relaxation", top.raw("relaxation", {}), ("pressure", "shape", "tolerance", "max_steps")
     )
@@ -131,10 +138,10 @@ def _read_relaxation(top: TomlTable) -> dict[str, Any]:
 
 
 def _read_targets(top: TomlTable) -> list[Target]:
-    """Read the targets from the array of tables ``target``, one table for each feature."""
+    """Read the targets of a design from the tables ``[[target]]``, one for each feature."""
     entries = top.raw("target")
     if not isinstance(entries, list) or not entries:
-        raise InputError("target is no list of tables: give [[target]] for each feature.")
+        raise InputError("target is not a list of tables: give [[target]] for each feature.")
     targets = []
     for k, entry in enumerate(entries):
         keys = ("feature", "value", "change", "hold", "tolerance", "share", "name")
@@ -143,12 +150,12 @@ def _read_targets(top: TomlTable) -> list[Target]:
         aims = [key for key in ("value", "change", "hold") if table.has(key)]
         if len(aims) != 1:
             raise InputError(
-                f"target[{k}] has {len(aims)} of value, change and hold: give one of them."
+                f"target[{k}] has {len(aims)} of value, change and hold: give one of these keys."
             )
         aim = aims[0]
         if table.has("hold") and table.raw("hold") is not True:
             raise InputError(
-                f"target[{k}].hold is {table.raw('hold')!r}: give true, or leave the target out."
+                f"target[{k}].hold is {table.raw('hold')!r}: give true, or leave out the target."
             )
         value = 0.0 if aim == "hold" else table.raw(aim)  # hold: a change of 0 from the start
         if not (is_number(value) and np.isfinite(value)):
@@ -156,7 +163,7 @@ def _read_targets(top: TomlTable) -> list[Target]:
         widths = [key for key in ("tolerance", "share") if table.has(key)]
         if len(widths) != 1:
             raise InputError(
-                f"target[{k}] has {len(widths)} of tolerance and share: give one of them."
+                f"target[{k}] has {len(widths)} of tolerance and share: give one of these keys."
             )
         target = Target(
             feature,
@@ -171,10 +178,10 @@ def _read_targets(top: TomlTable) -> list[Target]:
 
 
 def _read_free_parameters(top: TomlTable, system: System) -> dict[str, Free]:
-    """Read the parameters that may change from the tables ``free.NAME``."""
+    """Read the parameters that may change, with their bounds, from the tables ``[free.NAME]``."""
     entries = top.raw("free")
     if not isinstance(entries, Mapping) or not entries:
-        raise InputError("free is no table: give [free.sigma], for example, with its bounds.")
+        raise InputError("free is not a table: give, for example, [free.sigma] with bounds.")
     free = {}
     for name, entry in entries.items():
         if name not in system.params:
@@ -207,7 +214,10 @@ def _read_free_parameters(top: TomlTable, system: System) -> dict[str, Free]:
 
 
 def _read_method(top: TomlTable, steps: int) -> LevenbergMarquardt | Optax:
-    """Read the method of the design; ``steps`` is the length of a decay of the learning rate."""
+    """Read the optimization method of a design from the table ``method``.
+
+    ``steps`` is the number of steps over which a learning rate decays.
+    """
     entry = top.raw("method", {"kind": "levenberg_marquardt"})
     kinds = ("levenberg_marquardt", *OPTIMIZERS)
     # The kind first: it decides which other keys are allowed. What is no table is refused below.
@@ -224,7 +234,7 @@ def _read_method(top: TomlTable, steps: int) -> LevenbergMarquardt | Optax:
     if table.has("decay"):
         if table.text("decay") != "cosine":
             raise InputError(
-                f'method.decay is {table.raw("decay")!r}: give "cosine", or leave it out.'
+                f'method.decay is {table.raw("decay")!r}: give "cosine", or leave out the key.'
             )
         rate = optax.cosine_decay_schedule(rate, steps)
     label = f"{kind}, learning rate {table.number('learning_rate'):g}"

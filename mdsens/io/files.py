@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, and reading .npz files without executing code."""
+"""Writing of files that are never left half-written, and reading of .npz without executing code."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ DAMAGE = (
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a file to write that takes its name only when it is complete.
+    """Open a file for writing that appears under the name ``path`` only when it is complete.
 
-    An existing file of this name is replaced; it stays unchanged if writing fails or is
-    interrupted.
+    An existing file of this name is replaced. The existing file stays unchanged if writing fails or
+    is interrupted.
     """
     path = Path(path)
     if path.is_dir():
         raise InputError(f"{path} is a folder: give the name of a file.")
     if not path.parent.is_dir():
-        raise InputError(f"{path.parent} is no folder: make it first, or correct the path.")
+        raise InputError(f"{path.parent} is no folder: make the folder, or correct the path.")
     # beside it, because os.replace is atomic only within one file system; the number of the process
     # keeps two writers apart
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -61,8 +61,8 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
     """Read all arrays of a .npz file, by name.
 
     Raises:
-      InputError: no such file, a file that is damaged or no .npz, or a file with Python objects,
-        which are not read because reading them would execute code.
+      InputError: the file does not exist, is damaged or is not a .npz, or contains Python objects,
+        which are not read because reading Python objects can execute code.
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -75,13 +75,13 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
         # numpy takes a file that is no archive for a pickle: its message alone does not tell
         if archive and "pickle" in str(error):
             raise InputError(
-                f"{path} holds Python objects, which are not read: store plain arrays."
+                f"{path} holds Python objects, which are not read: store arrays of numbers."
             ) from error
         reason = str(error) if archive else "it does not begin like one"
         raise InputError(
-            f"{path} is no whole .npz file ({reason}): write or fetch it again."
+            f"{path} is no whole .npz file ({reason}): write or download the file again."
         ) from error
     except DAMAGE as error:
         raise InputError(
-            f"{path} is no whole .npz file ({error}): write or fetch it again."
+            f"{path} is no whole .npz file ({error}): write or download the file again."
         ) from error

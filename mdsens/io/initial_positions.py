@@ -1,4 +1,4 @@
-"""Initial positions: at random, on a lattice, or from a file."""
+"""Initial positions of particles: at random, on a lattice, or from a file."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ _CELLS: dict[str, tuple[list[float], list[list[float]]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Positions before the relaxation, and the other contents of the file with the positions.
+    """Positions of particles before a relaxation, with the other contents of their file, if any.
 
     Attributes:
-      positions: (n, d), Cartesian, or fractions of a cell that is still to be chosen.
+      positions: (n, d), Cartesian, or fractional coordinates in a cell that is chosen later.
       cell: (d, d), columns the cell vectors; None where no cell comes with the positions.
-      fractional: whether the positions are fractions.
+      fractional: whether the positions are fractional coordinates.
       arrays: other arrays of the file, by name.
       file: path of the file, for messages; empty where the positions are from no file.
       symbols: (n,) chemical symbols; None where none come with the positions.
-      species_names: the symbols of the species in ``arrays``.
+      species_names: chemical symbols of species 0, 1, …; empty where none are known.
     """
 
     positions: np.ndarray
@@ -51,15 +51,15 @@ class Start:
     species_names: tuple[str, ...] = ()
 
     def array(self, name: str, wanted_by: str) -> np.ndarray:
-        """Return an array of the file.
+        """Return an array of the file from which the initial positions come.
 
         Args:
           name: name of the array.
-          wanted_by: the key that asks for the array, for messages.
+          wanted_by: the TOML key that asks for the array, for messages.
 
         Raises:
-          InputError: the file has no such array (the message lists those it has), or the positions
-            are from no file.
+          InputError: the file has no such array (the message lists the arrays of the file), or the
+            positions are not from a file.
         """
         if name in self.arrays:
             return self.arrays[name]
@@ -76,12 +76,15 @@ class Start:
 
 
 def lattices(dimension: int) -> tuple[str, ...]:
-    """Return the names of the lattices of a dimension."""
+    """Return the names of the lattices in two or three dimensions, such as fcc."""
     return tuple(name for name, (edges, _) in _CELLS.items() if len(edges) == dimension)
 
 
 def random(dimension: int, n: int, seed: int) -> Start:
-    """Draw fractions uniform in the cell, ``numpy.random.default_rng(seed).random((n, d))``."""
+    """Draw n uniform random positions, as fractional coordinates.
+
+    With d the dimension, the positions are ``numpy.random.default_rng(seed).random((n, d))``.
+    """
     return Start(np.random.default_rng(seed).random((n, dimension)), fractional=True)
 
 
@@ -94,15 +97,17 @@ def crystal(
     noise: float,
     seed: int,
 ) -> Start:
-    """Make a lattice in a rectangular cell, some sites empty, the others displaced at random.
+    """Place particles on the sites of a lattice in a rectangular cell.
+
+    Some sites may be left empty, and the particles may be displaced at random.
 
     Args:
-      lattice: one of ``lattices(dimension)``.
+      lattice: name of the lattice: square or triangular in 2-D; sc, bcc or fcc in 3-D.
       constant: the lattice constant; for the triangular lattice, the distance of nearest neighbors.
       dimension: 2 or 3.
       repeats: (d,) numbers of conventional cells along each axis.
-      vacancies: indices of the sites left empty.
-      noise: standard deviation of each coordinate's Gaussian displacement.
+      vacancies: indices of the sites that are left empty.
+      noise: standard deviation of the Gaussian displacement of each coordinate.
       seed: seed of the random displacements.
     """
     edges, basis = _CELLS[lattice]
@@ -113,7 +118,7 @@ def crystal(
     sites = sites.reshape(-1, dimension)
     if len(vacancies) and (vacancies.min() < 0 or vacancies.max() >= len(sites)):
         raise InputError(
-            f"positions.vacancies is {vacancies.tolist()}: name sites from 0 to {len(sites) - 1}."
+            f"positions.vacancies is {vacancies.tolist()}: give sites from 0 to {len(sites) - 1}."
         )
     if noise:
         # drawn for the empty sites too: a vacancy leaves the displacements of the others unchanged
@@ -123,7 +128,9 @@ def crystal(
 
 
 def pairs_within(positions: np.ndarray, cell: np.ndarray | None, length: float) -> np.ndarray:
-    """Find pairs (m, 2) of particles with images closer than ``length``, smaller index first.
+    """Find the pairs of particles that are closer than ``length``, also across periodic boundaries.
+
+    Return their indices (m, 2), the smaller index first.
 
     Args:
       positions: (n, d).
@@ -152,17 +159,20 @@ def pairs_within(positions: np.ndarray, cell: np.ndarray | None, length: float) 
 
 
 def from_file(path: Path, dimension: int, index: int) -> Start:
-    """Read one frame of a .npz or extended XYZ file; nothing in it is executed.
+    """Read the initial positions from one frame of a .npz or extended XYZ file.
+
+    Nothing in the file is executed.
 
     Args:
-      path: a .npz with ``positions`` (n, d) or (frames, n, d), perhaps ``box`` (d, d) or (frames,
-        d, d) with the cell vectors as columns, and other arrays, with a leading axis of frames if
-        the positions have one; or an .extxyz or .xyz, whose Lattice has the cell vectors as rows.
+      path: a .npz with the array ``positions`` (n, d) or (frames, n, d). The array ``box``, (d, d)
+        or (frames, d, d) with the cell vectors as columns, is optional, and so are other arrays; if
+        the positions have a leading axis of frames, arrays without this axis are ignored. Or an
+        .extxyz or .xyz, whose Lattice has the cell vectors as rows.
       dimension: 2 or 3; 2 takes x and y of a planar extended XYZ file.
       index: index of the frame, from 0.
 
     Raises:
-      InputError: no such file, a file that is damaged or of another kind, or no such frame.
+      InputError: the file does not exist, is damaged or is of another kind, or has no such frame.
     """
     if not path.is_file():
         readable = [p for p in path.parent.glob("*") if p.suffix in (".npz", ".extxyz", ".xyz")]
@@ -179,7 +189,7 @@ def from_file(path: Path, dimension: int, index: int) -> Start:
 
 
 def _read_npz_frame(path: Path, dimension: int, index: int) -> Start:
-    """Read one frame of a .npz file; arguments as in ``from_file``."""
+    """Read the positions and other arrays of one frame of a .npz file; ``index`` counts from 0."""
     arrays = read_npz(path)
     if "positions" not in arrays:
         raise InputError(
@@ -202,8 +212,8 @@ def _read_npz_frame(path: Path, dimension: int, index: int) -> Start:
     cell = arrays.get("box")
     if cell is not None and (cell.shape != (dimension, dimension) or not _is_real(cell)):
         raise InputError(
-            f"{path}: box has shape {cell.shape}: give ({dimension}, {dimension}), columns the"
-            " vectors."
+            f"{path}: box has shape {cell.shape}: give ({dimension}, {dimension}), with the"
+            " cell vectors as columns."
         )
     return Start(arrays["positions"].astype(float), cell, arrays=arrays, file=str(path))
 
@@ -214,7 +224,7 @@ def _is_real(array: np.ndarray) -> bool:
 
 
 def _check_index(path: Path, index: int, frames: int) -> None:
-    """Raise InputError for the index of a frame that the file does not have."""
+    """Raise InputError if the file has no frame of this index; ``frames`` is their number."""
     if not 0 <= index < frames:
         raise InputError(
             f"positions.index is {index}, but {path} has {frames} frames: give 0 to {frames - 1}."
@@ -222,7 +232,7 @@ def _check_index(path: Path, index: int, frames: int) -> None:
 
 
 def _read_extxyz_frame(path: Path, dimension: int, index: int) -> Start:
-    """Read one frame of an extended XYZ file by ASE; arguments as in ``from_file``."""
+    """Read the positions and other arrays of one frame of an extended XYZ file, by ASE's reader."""
     import ase.io
 
     _check_extxyz_whole(path)
@@ -230,7 +240,7 @@ def _read_extxyz_frame(path: Path, dimension: int, index: int) -> Start:
         frames: Any = ase.io.read(path, index=":", format="extxyz")
     except Exception as error:  # ASE's reader lets through any exception that the text provokes
         raise InputError(
-            f"{path} is no whole extended XYZ file ({error}): write or fetch it again."
+            f"{path} is no whole extended XYZ file ({error}): write or download it again."
         ) from error
     _check_index(path, index, len(frames))
     atoms = frames[index]
@@ -249,21 +259,21 @@ def _read_extxyz_frame(path: Path, dimension: int, index: int) -> Start:
 
 
 def _check_extxyz_whole(path: Path) -> None:
-    """Refuse an extended XYZ file that is cut short.
+    """Raise InputError if an extended XYZ file is cut short.
 
-    ASE's reader accepts a number that is cut off, and in some files a frame that is cut off,
-    without an error.
+    ASE's reader accepts without an error a number that is cut off, and in some files a frame that
+    is cut off.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"{path} is no whole extended XYZ file ({error}): write or fetch it again."
+            f"{path} is no whole extended XYZ file ({error}): write or download it again."
         ) from error
     if not text.endswith("\n"):
         raise InputError(
-            f"{path} is no whole extended XYZ file (its last line has no end): write or fetch it"
-            " again."
+            f"{path} is no whole extended XYZ file (its last line has no end): write or"
+            " download it again."
         )
     lines = text.rstrip().split("\n")
     k = 0  # index of the first line of a frame: the number of particles, then a line of properties
@@ -276,6 +286,6 @@ def _check_extxyz_whole(path: Path) -> None:
             reason = f"line {k + 1} promises {count} particles"
         if reason:
             raise InputError(
-                f"{path} is no whole extended XYZ file ({reason}): write or fetch it again."
+                f"{path} is no whole extended XYZ file ({reason}): write or download it again."
             )
         k += 2 + int(count)

@@ -1,7 +1,7 @@
 """Storing of results, bit for bit, as a .npz of plain arrays with a header in JSON.
 
-Reading a file executes nothing that is in it. The header describes the result as a tree of records,
-dicts, lists and tuples, in which an array is given by its name in the file.
+Reading a file executes nothing in the file. The header describes the result as nested records,
+dicts, lists and tuples, in which an array is represented by its name in the file.
 """
 
 from __future__ import annotations
@@ -80,20 +80,20 @@ _RECORDS: dict[str, type] = {
 
 
 def save(path: str | Path, result: object, *, provenance: Mapping[str, Any] | None = None) -> None:
-    """Store a System, an Equilibrium, a derivative or a design's State in full precision.
+    """Store a System, an Equilibrium, a derivative or the State of a design in full precision.
 
     The header also records the versions of the packages, the device and the precision.
 
     Args:
       path: the file to write or replace, usually with the suffix ``.npz``; it is never left
         half-written.
-      result: may be a batch. A potential or a box that is a function of your own cannot be stored,
-        because it is Python code: ``load`` asks for it again.
+      result: the result to store; may be a batch. A potential or a box that is a function of your
+        own is Python code and cannot be stored: give this function to ``load`` again.
       provenance: anything else worth recording that JSON can represent, such as ``{"seed": 3}``.
 
     Raises:
-      InputError: a result of another type or with a part that cannot be stored, or a provenance
-        that is not JSON.
+      InputError: ``result`` has another type or a part that cannot be stored, or ``provenance``
+        cannot be represented in JSON.
     """
     if not isinstance(result, KINDS):
         raise InputError(
@@ -134,15 +134,15 @@ def load(
     """Read a result that ``save`` stored, bit for bit.
 
     Args:
-      path: the file.
-      potential: the potential, needed if it is a function of your own. A potential given here
-        replaces that of the file if it has the same parameters.
-      box: the function of the parameters that returns the cell, needed if the box is such a
-        function.
+      path: the file that ``save`` wrote.
+      potential: needed if the potential of the result is a function of your own, which the file
+        does not contain. Any potential with the same parameters replaces that of the file.
+      box: needed if the cell of the result is a function of your own: this function of the
+        parameters.
 
     Raises:
-      InputError: the file is missing, cut short, or not of this format; the potential or the box is
-        needed and not given.
+      InputError: the file is missing, cut short, or not of this format; or the potential or the box
+        is needed and not given.
       PrecisionError: the file contains float64 and jax computes in float32.
     """
     require_sound_jax()
@@ -158,9 +158,9 @@ def load(
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
-    """Read the header of a stored file, without the arrays.
+    """Read the description of a result that ``save`` stored, without the arrays.
 
-    The header has the kind of the result, status, parameters, provenance, versions, device and
+    The description has the kind of the result, status, parameters, provenance, versions, device and
     precision.
     """
     header, _ = _read_contents(path)
@@ -168,7 +168,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
 
 
 def _read_contents(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Read the header and the arrays of a file, checked to be of this format and version."""
+    """Read the header and the arrays of a file written by ``save``; check the format version."""
     arrays = read_npz(path)
     not_by_save = f"{path} was not written by mdsens.io.save: give a file that was."
     try:
@@ -194,7 +194,7 @@ def _read_contents(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarr
 
 
 def _status_names(result: Stored) -> str | list[str] | None:
-    """Return the name of a result's status, a list of names for a batch, None without a status."""
+    """Return the name of a result's status: a list of names for a batch, None without a status."""
     if isinstance(result, Equilibrium):
         codes = np.asarray(result.status)
     elif isinstance(result, Derivative):
@@ -206,7 +206,7 @@ def _status_names(result: Stored) -> str | list[str] | None:
 
 
 def _parameters(result: Stored) -> dict[str, Any] | None:
-    """Return values of parameters of up to 16 numbers, shapes of the others; for human readers."""
+    """Return a result's parameters for human readers: the shape alone of more than 16 numbers."""
     system = getattr(result, "system", result)
     if not isinstance(system, System):
         return None
@@ -217,7 +217,7 @@ def _parameters(result: Stored) -> dict[str, Any] | None:
 
 
 def _versions() -> dict[str, str]:
-    """Return versions of Python and of the packages that a result depends on."""
+    """Return the versions of Python and of the packages that a result depends on, by name."""
     versions = {"python": platform.python_version()}
     for name in ("mdsens", "jax", "jaxlib", "jax-md", "numpy"):
         try:
@@ -228,7 +228,7 @@ def _versions() -> dict[str, str]:
 
 
 def _machine(result: Stored) -> dict[str, str]:
-    """Return device and precision of the largest array of floats, recorded for the whole result."""
+    """Return the device and the precision of a result: those of its largest array of floats."""
     leaves = [
         x
         for x in jax.tree.leaves(result)
@@ -245,12 +245,13 @@ def _machine(result: Stored) -> dict[str, str]:
 
 
 def _encode(value: Any, where: str, arrays: dict[str, np.ndarray]) -> Any:
-    """Encode a value as JSON, and put the arrays in it into ``arrays``.
+    """Convert a part of a result to JSON, and put the arrays in this part into ``arrays``.
 
     Args:
-      value: the value to encode.
-      where: path of the value in the result, such as system.params.sigma; names its array.
-      arrays: dict of arrays by name, to which the arrays of the value are added.
+      value: the part to convert.
+      where: path of the part in the result, such as system.params.sigma, which becomes the name of
+        an array.
+      arrays: dict of arrays by name, to which the arrays of the part are added.
     """
     # numpy's float64 is a float, but counts as an array, so that it comes back as one
     if value is None or (
@@ -281,15 +282,15 @@ def _encode(value: Any, where: str, arrays: dict[str, np.ndarray]) -> Any:
             fields[field.name] = encode(getattr(value, field.name), inside(field.name), arrays)
         return {"record": type(value).__name__, "fields": fields}
     raise InputError(
-        f"{where or 'result'} is a {type(value).__name__}, which cannot be stored: use mdsens' own"
-        " records."
+        f"{where or 'result'} is a {type(value).__name__}, which cannot be stored: build"
+        " the result of arrays and types of mdsens."
     )
 
 
 def _encode_potential(
     potential: Potential, where: str, arrays: dict[str, np.ndarray]
 ) -> dict[str, Any]:
-    """Encode a potential of mdsens by name and options, another by name and parameters."""
+    """Convert a potential to JSON: name and options, or name and parameters if it is the user's."""
     options = _describe_potential(potential, where, arrays)
     if options is None:
         return {
@@ -303,9 +304,9 @@ def _encode_potential(
 def _describe_potential(
     potential: Potential, where: str, arrays: dict[str, np.ndarray]
 ) -> dict[str, Any] | None:
-    """Return name and options from which ``_build_potential`` builds an equal potential.
+    """Return name and options of a potential, from which ``_build_potential`` builds an equal one.
 
-    None for a potential that is not one of mdsens.
+    Return None for a potential that is not one of mdsens.
     """
     if isinstance(potential, SumPotential):
         parts = [
@@ -347,7 +348,7 @@ def _describe_potential(
 
 
 def _renaming(old: Sequence[str], new: Sequence[str]) -> dict[str, str]:
-    """Return new names of parameters by old names; empty where the numbers of names differ."""
+    """Return a dict from old to new parameter names; empty if the lists differ in length."""
     if len(old) != len(new):
         return {}
     return dict(zip(old, new, strict=True))
@@ -356,7 +357,7 @@ def _renaming(old: Sequence[str], new: Sequence[str]) -> dict[str, str]:
 def _unrenamed_potential(
     options: Mapping[str, Any],
 ) -> PairPotential | InducedDipoles | ChargeEquilibration:
-    """Make a potential from name and options, with the default names of the parameters."""
+    """Make a potential from its name and options, with the default names of the parameters."""
     if options["name"] == "induced_dipoles":
         return potentials.induced_dipoles(options["damped"])
     if options["name"] == "charge_equilibration":
@@ -368,7 +369,7 @@ def _unrenamed_potential(
 
 
 def _build_potential(options: Mapping[str, Any], source: _Source | None) -> Any:
-    """Make a potential from the options of ``_describe_potential`` and arrays of ``source``."""
+    """Make a potential from stored name and options; ``source`` has the arrays of the file."""
     if options["name"] == "sum":
         return SumPotential(tuple(_build_potential(part, source) for part in options["parts"]))
     if options["name"] == "harmonic_bonds":
@@ -382,13 +383,13 @@ def _build_potential(options: Mapping[str, Any], source: _Source | None) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """Arrays of a file and arguments of ``load``, with which the file's tree is decoded.
+    """What ``load`` rebuilds a result from: the arrays of the file, and the user's arguments.
 
     Attributes:
       path: path of the file, for messages.
       arrays: the arrays by name.
-      potential: potential given to ``load``; None to take that of the file.
-      box: function given to ``load``, or None.
+      potential: potential given to ``load``; None takes the potential of the file.
+      box: function of the parameters that returns the cell, given to ``load``; or None.
     """
 
     path: str
@@ -397,7 +398,10 @@ class _Source:
     box: Callable[[Mapping[str, Any]], jax.Array] | None
 
     def potential_of(self, node: Mapping[str, Any]) -> Any:
-        """Return the potential given to ``load``, checked against the file, or that of the file."""
+        """Return the potential of the result: the one given to ``load``, or else that of the file.
+
+        A given potential must have the parameters that the file names.
+        """
         options = node.get("potential")
         stored = None if options is None else _build_potential(options, self)
         names = tuple(node["parameters"]) if stored is None else tuple(stored.parameters)
@@ -406,22 +410,25 @@ class _Source:
                 return stored
             raise InputError(
                 f"{self.path} was made with the potential {node['name']!r}, a function of your own"
-                f" (parameters {', '.join(names)}): give it, load(path, potential=...)."
+                f" (parameters {', '.join(names)}): call load(path, potential=...)."
             )
         potential = self.potential
         if set(getattr(potential, "parameters", ())) != set(names):
             raise InputError(
                 f"potential {getattr(potential, 'name', potential)!r} has other parameters than the"
-                f" {', '.join(names)} of {self.path}: give the potential it was made with."
+                f" {', '.join(names)} of {self.path}: give the potential of that file."
             )
         return potential
 
     def array(self, node: Mapping[str, Any]) -> jax.Array | np.ndarray:
-        """Return the array of a node, as a jax array if it was stored as one, else of numpy."""
+        """Return the array that an entry of the header names, as an array of jax or numpy.
+
+        The array is of jax if it was of jax when it was stored.
+        """
         name = node["array"]
         if name not in self.arrays:
             raise InputError(
-                f"{self.path} lacks the array {name!r} that its header names: write it again."
+                f"{self.path} lacks the array {name!r} of its header: write the file again."
             )
         stored = self.arrays[name]
         if node["on"] != "device":
@@ -429,14 +436,14 @@ class _Source:
         # without x64, jnp.asarray would turn float64 into float32 with no more than a warning
         if jax.dtypes.canonicalize_dtype(stored.dtype) != stored.dtype:
             raise PrecisionError(
-                f"{self.path} holds {stored.dtype}, which jax would cut short: call ms.enable_x64()"
+                f"{self.path} holds {stored.dtype}, which jax would round: call ms.enable_x64()"
                 " before load."
             )
         return jnp.asarray(stored)
 
 
 def _decode(node: object, source: _Source | None) -> Any:
-    """Decode a node of the tree; the inverse of ``_encode``."""
+    """Rebuild a part of a stored result from JSON and arrays; the inverse of ``_encode``."""
     if not isinstance(node, Mapping) or source is None:
         return node
     if "array" in node:
@@ -450,7 +457,7 @@ def _decode(node: object, source: _Source | None) -> Any:
     if node.get("user") == "box":
         if source.box is None:
             raise InputError(
-                f"{source.path} was made with a box that is a function of your own: give it,"
+                f"{source.path} was made with a box that is a function of your own: call"
                 " load(path, box=...)."
             )
         return BoxFunction(source.box)

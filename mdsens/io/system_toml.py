@@ -76,19 +76,19 @@ def bundled_systems() -> dict[str, str]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read the content of a TOML file; keys and values are not checked."""
+    """Read the content of a TOML file as a dict; keys and values are not checked."""
     try:
         return tomllib.loads(path.read_bytes().decode("utf-8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): check the path.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(
-            f"{path} is no whole TOML file ({error}): mend it, or fetch it again."
+            f"{path} is no whole TOML file ({error}): correct or download it again."
         ) from error
 
 
 def locate(name: str | Path) -> Path:
-    """Return the path of a system's TOML file, from the name of a bundled system or a path."""
+    """Return the path of a system's TOML file, given the name of a bundled system or a path."""
     if not isinstance(name, (str, Path)) or not str(name):
         raise InputError(
             f"the system is {name!r}: give a bundled name or the path of a .toml file."
@@ -111,7 +111,11 @@ def locate(name: str | Path) -> Path:
 
 
 def merged(content: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge keywords of ``load_system`` into the content of a file; see ``MERGED``."""
+    """Replace keys of a system file's content by keywords of ``load_system``.
+
+    The tables positions, potential, parameters and relaxation are merged key by key instead; but
+    positions or potential given with a ``kind`` replace the whole table.
+    """
     result = dict(content)
     for key, value in fields.items():
         table = result.get(key)
@@ -123,7 +127,7 @@ def merged(content: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, A
 
 
 def _read_and_merge(path: Path, fields: Mapping[str, Any]) -> TomlTable:
-    """Read the top-level table of a file, merge keywords into it, and check the keys."""
+    """Read a system's TOML file, replace keys by ``fields``, and check the names of the keys."""
     fields = dict(fields)
     positions = fields.get("positions")
     if isinstance(positions, Mapping) and isinstance(positions.get("file"), (str, Path)):
@@ -137,18 +141,17 @@ def _read_and_merge(path: Path, fields: Mapping[str, Any]) -> TomlTable:
 
 
 def load_system(name: str | Path, **fields: Any) -> System:
-    """Build a system from its description in TOML.
+    """Build a system from its description in a TOML file.
 
     Args:
       name: a bundled system (``bundled_systems()`` lists them) or the path of a .toml file.
       fields: top-level keys of the format that replace those of the file: ``seed=3``,
         ``count=1024``, ``box={"packing_fraction": 0.9}``. The tables ``parameters``, ``positions``,
         ``potential`` and ``relaxation`` are merged key by key, ``parameters={"sigma": [1.0,
-        0.7]}``; but ``positions`` with a ``kind`` and ``potential`` with a ``kind`` replace the
-        whole table.
+        0.7]}``; but ``positions`` or ``potential`` given with a ``kind`` replace the whole table.
 
     Returns:
-      the system with its initial positions, not relaxed. Numbers are in the file's ``units``.
+      the system with its initial positions, not relaxed, in the units of the file.
 
     Raises:
       InputError: bad content; the message gives the key, its value and the remedy.
@@ -163,7 +166,9 @@ def load_system(name: str | Path, **fields: Any) -> System:
 
 
 def relaxation_options(name: str | Path, **fields: Any) -> dict[str, Any]:
-    """Return the ``[relaxation]`` table of a system as keywords of ``minimize``; may be empty.
+    """Return the table ``[relaxation]`` of a system's file as keywords of ``minimize``.
+
+    The result is empty for a file without such a table.
 
     >>> options = ms.io.relaxation_options("fcc_argon")  # doctest: +SKIP
     >>> ms.minimize(ms.load_system("fcc_argon"), **options)  # doctest: +SKIP
@@ -179,7 +184,7 @@ def relaxation_options(name: str | Path, **fields: Any) -> dict[str, Any]:
 
 
 def _read_relaxation(top: TomlTable) -> dict[str, Any]:
-    """Read the table ``relaxation`` as keywords of ``minimize``, without missing keys."""
+    """Read the table ``relaxation`` of a system's file as keywords of ``minimize``."""
     fire = ("dt_start", "dt_max", "max_step")
     table = TomlTable.of("relaxation", top.raw("relaxation", {}), ("tolerance", "max_steps", *fire))
     options: dict[str, Any] = {}
@@ -194,7 +199,10 @@ def _read_relaxation(top: TomlTable) -> dict[str, Any]:
 
 
 def build(top: TomlTable, folder: Path) -> System:
-    """Build the system from a checked table; relative paths of files start from ``folder``."""
+    """Build a system from the top-level table ``top`` of its TOML file.
+
+    Relative paths of files in the table start from ``folder``.
+    """
     # These three are not part of the system, but a mistake in them is reported here as well.
     top.text("description")
     top.text("units", "")
@@ -230,7 +238,7 @@ def build(top: TomlTable, folder: Path) -> System:
     if start.fractional:
         if cell is None:
             raise InputError(
-                "box is 'open', but random positions need a cell to be spread in: give lengths."
+                "box is 'open', but random positions need a cell to fill: give box.lengths."
             )
         positions = positions @ cell.T
     potential, sizes = _read_potential(top, positions, cell, start)
@@ -244,7 +252,10 @@ def build(top: TomlTable, folder: Path) -> System:
 def _read_positions(
     top: TomlTable, dimension: int, seed: int, folder: Path
 ) -> initial_positions.Start:
-    """Read the initial positions; the keys allowed in the table depend on its key ``kind``."""
+    """Read the initial positions of the particles from the table ``positions`` of a system's file.
+
+    The key ``kind`` of the table (random, list, lattice, file) decides which other keys are valid.
+    """
     table = TomlTable("positions", _table_of(top, "positions"))
     kind = table.text("kind", choices=("random", "list", "lattice", "file"))
     if kind == "random":
@@ -284,7 +295,7 @@ def _read_positions(
 
 
 def _table_of(top: TomlTable, key: str) -> Mapping[str, Any]:
-    """Return the value of a key, checked to be a table; the keys in it are not checked."""
+    """Return the value of a key of a TOML file; raise InputError if the value is not a table."""
     value = top.raw(key)
     if not isinstance(value, Mapping):
         raise InputError(f"{key} is {short(value)}: give a table.")
@@ -294,11 +305,11 @@ def _table_of(top: TomlTable, key: str) -> Mapping[str, Any]:
 def _read_species(
     top: TomlTable, n: int, start: initial_positions.Start
 ) -> tuple[np.ndarray | None, tuple[str, ...]]:
-    """Read the species (n,) of the particles, and the symbols of the species where known.
+    """Read the species (n,) of the particles, and the chemical symbols of the species where known.
 
-    With counts or fractions, the particles of species 0 come first. With a file of positions, the
-    species are the file's array of species, or follow from the file's chemical symbols and the
-    numbers that the key ``species`` gives them.
+    The key ``species`` gives counts or fractions, with the particles of species 0 first. Where the
+    positions are from a file, the species are an array of this file, or follow from the chemical
+    symbols in the file and a number for each symbol.
     """
     value = top.raw("species", None)
     if value is None:
@@ -325,8 +336,8 @@ def _read_species(
     if all(is_integer(v) for v in value):
         if amounts.sum() != n:
             raise InputError(
-                f"species is {short(value)}, {int(amounts.sum())} in all: make them the {n}"
-                " particles."
+                f"species is {short(value)}, {int(amounts.sum())} in all: give counts of {n}"
+                " particles in all."
             )
         counts = amounts.astype(int)
     else:
@@ -343,14 +354,14 @@ def _read_species(
 def _read_parameter(
     name: str, value: object, size: int, rng: np.random.Generator, start: initial_positions.Start
 ) -> np.ndarray:
-    """Read the values of a parameter.
+    """Read the values of a parameter of the potential from the table ``parameters``.
 
     Args:
       name: name of the parameter.
       value: a number, numbers, ``{array = "name in the file"}``, or ``{uniform = [low, high]}``.
       size: number of values to draw from the uniform distribution, one for each particle or bond.
       rng: generator of the random values.
-      start: positions whose file has the arrays.
+      start: the initial positions, with the arrays of their file.
     """
     label = f"parameters.{name}"
     if not isinstance(value, Mapping):
@@ -371,7 +382,11 @@ def _read_parameter(
 def _diameters(
     sigma: np.ndarray | None, n: int, species: np.ndarray | None, remedy: str
 ) -> np.ndarray:
-    """Compute the diameter of each particle, (n,); ``remedy`` is used if sigma is missing."""
+    """Compute the diameter of each particle, (n,), from the parameter sigma.
+
+    ``sigma`` has one value, one value for each species or particle, or a matrix of species pairs.
+    ``remedy`` ends the message if sigma is None, that is, missing.
+    """
     if sigma is None:
         raise InputError(f"box.packing_fraction needs parameters.sigma, which is missing: {remedy}")
     # of a matrix of species pairs, the pairs of a species with itself
@@ -395,9 +410,10 @@ def _read_box(
     sigma: np.ndarray | None,
     start: initial_positions.Start,
 ) -> tuple[Any, np.ndarray | None]:
-    """Read the box for ``System.create``, and the cell (d, d) at the file's parameters.
+    """Read the box for ``System.create``, and the cell matrix (d, d) at the file's parameters.
 
-    The two differ for a box that follows the parameters. Both are None for open boundaries.
+    The box is the cell matrix itself, or a rule by which the cell follows the parameters. Both are
+    None for open boundaries.
     """
     keys = ("packing_fraction", "follows", "lengths", "vectors", "number_density")
     value = top.raw("box")
@@ -407,8 +423,8 @@ def _read_box(
             return None, None
         if start.cell is None:
             raise InputError(
-                "box is 'positions', but the positions come without a cell: give lengths or"
-                " vectors."
+                "box is 'positions', but the positions come without a cell: give box.lengths"
+                " or box.vectors."
             )
         return start.cell, start.cell
     table = TomlTable.of("box", value, keys)
@@ -451,7 +467,10 @@ def _read_box(
 def _read_potential(
     top: TomlTable, positions: np.ndarray, cell: np.ndarray | None, start: initial_positions.Start
 ) -> tuple[Potential, dict[str, int]]:
-    """Read the potential, and for each parameter of bonds the number of bonds."""
+    """Read the potential from the table ``potential`` of a system's file.
+
+    Return the potential, and the number of bonds for each parameter that belongs to bonds.
+    """
     value = top.raw("potential")
     tables = list(value) if isinstance(value, (list, tuple)) else [value]
     if not tables:
@@ -501,10 +520,10 @@ def _read_potential(
 def _read_bonds(
     table: TomlTable, positions: np.ndarray, cell: np.ndarray | None, start: initial_positions.Start
 ) -> np.ndarray:
-    """Read the bonds, (m, 2) particle indices.
+    """Read the bonds of a potential as (m, 2) particle indices.
 
     The bonds are a list; an array in the file of the positions, ``{array = "bonds"}``; or with
-    ``{within = length}`` all pairs that are closer than the length at the initial positions.
+    ``{within = length}`` all pairs that are closer than ``length`` at the initial positions.
     """
     value = table.raw("bonds")
     label = table.label("bonds")

@@ -1,4 +1,4 @@
-"""Reading of checked values from TOML tables; errors name the key, its value and the remedy."""
+"""Reading of checked values from TOML tables; an error names the key, its value and the remedy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MISSING: Any = object()  # the default of a key that must be present; None may 
 
 @dataclasses.dataclass(frozen=True)
 class TomlTable:
-    """A table of a TOML file with its name, so that error messages give the full key.
+    """A table of a TOML file, with its name, so that error messages give the full key.
 
     Attributes:
       name: name of the table, which stands before the key in a message; empty for the top level of
@@ -32,7 +32,7 @@ class TomlTable:
 
     @classmethod
     def of(cls, name: str, value: object, keys: Sequence[str]) -> TomlTable:
-        """Make a table of ``value``, checked to have no other keys than ``keys``."""
+        """Make a TomlTable of ``value``; raise InputError if it has other keys than ``keys``."""
         if not isinstance(value, Mapping):
             raise InputError(
                 f"{name or 'the file'} is {value!r}: give a table with keys among"
@@ -48,43 +48,47 @@ class TomlTable:
         return table
 
     def label(self, key: str) -> str:
-        """Return the full key for messages, such as box.lengths."""
+        """Return the key with the name of its table, such as box.lengths, for messages."""
         return f"{self.name}.{key}" if self.name else key
 
     def has(self, key: str) -> bool:
-        """Return whether the table has the key."""
+        """Return whether this table of a TOML file has the key."""
         return key in self.values
 
     def raw(self, key: str, default: object = _MISSING) -> Any:
-        """Return the value of a key, unchecked."""
+        """Return the unchecked value of a key of the table, or ``default`` if it lacks the key."""
         if key in self.values:
             return self.values[key]
         if default is _MISSING:
-            raise InputError(f"{self.label(key)} is missing: add it, systems/README.md says how.")
+            raise InputError(f"{self.label(key)} is missing: add this key, see systems/README.md.")
         return default
 
     def _checked(self, key: str, default: object, good: Callable[[Any], bool], need: str) -> Any:
-        """Return the value of a key if ``good`` accepts it; the default is not checked."""
+        """Return the value of a key if the test ``good`` is True for it, else raise InputError.
+
+        If the key is missing, return ``default``, which is not tested. ``need`` says in the message
+        what to give.
+        """
         value = self.raw(key, default)
         if key in self.values and not good(value):
             raise InputError(f"{self.label(key)} is {value!r}: give {need}.")
         return value
 
     def text(self, key: str, default: str = _MISSING, choices: Sequence[str] = ()) -> str:
-        """Return a string; with ``choices``, it must be one of them."""
+        """Return the string that is the value of a key, one of ``choices`` if these are given."""
         value = self._checked(key, default, lambda v: isinstance(v, str), "a text")
         if choices and value not in choices:
             raise InputError(f"{self.label(key)} is {value!r}: {did_you_mean(value, choices)}")
         return value
 
     def integer(self, key: str, default: int = _MISSING, least: int = 0) -> int:
-        """Return an integer that is not below ``least``."""
+        """Return the integer that is the value of a key; it must be at least ``least``."""
         return self._checked(
             key, default, lambda v: is_integer(v) and v >= least, f"an integer from {least}"
         )
 
     def number(self, key: str, default: float = _MISSING, positive: bool = True) -> float:
-        """Return a finite number above 0, or not below 0 if ``positive`` is False."""
+        """Return the number that is the value of a key: above 0, or also 0 if not ``positive``."""
 
         def good(value: Any) -> bool:
             if not is_number(value) or not np.isfinite(value):
@@ -95,14 +99,17 @@ class TomlTable:
         return self._checked(key, default, good, need)
 
     def array(self, key: str, shape: tuple[int | None, ...], integers: bool = False) -> np.ndarray:
-        """Return an array of numbers of this shape; None in the shape stands for any length."""
+        """Return the array of numbers that is the value of a key, checked to have ``shape``.
+
+        None in ``shape`` stands for any length.
+        """
         return array_of(self.label(key), self.raw(key), shape, integers)
 
 
 def array_of(
     name: str, value: object, shape: tuple[int | None, ...] | None, integers: bool = False
 ) -> np.ndarray:
-    """Convert a value to an array of finite numbers, and check it.
+    """Convert a value to an array of finite numbers, and check the shape and the numbers.
 
     Args:
       name: name of the value, for messages.
@@ -111,7 +118,7 @@ def array_of(
       integers: whether integers are required.
 
     Returns:
-      an array of integers if these are required, else of floats.
+      an array of integers if integers are required, else of floats.
     """
     need = "integers" if integers else "numbers"
     if shape is not None:
@@ -133,7 +140,7 @@ def array_of(
 
 
 def _has_shape(array: np.ndarray, shape: tuple[int | None, ...]) -> bool:
-    """Return whether an array has this shape, in which None stands for any length."""
+    """Return whether an array has the shape ``shape``, in which None stands for any length."""
     if array.ndim != len(shape):
         return False
     return all(length in (None, actual) for length, actual in zip(shape, array.shape, strict=True))

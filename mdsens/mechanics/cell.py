@@ -120,10 +120,11 @@ def _stretch(strain: jax.Array) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cell(Portable):
-    """The linear response of the cell of a relaxed configuration to its strain, at a pressure P.
+    """The derivatives of the enthalpy by the strain of the cell, for a relaxed configuration.
 
     The strain of the cell is an unknown with k components, next to the positions of the n particles
-    in d dimensions. The enthalpy is h = U + P V, with the energy U and the volume V.
+    in d dimensions. The enthalpy is h = U + P V, with the energy U, the pressure P and the volume
+    V.
 
     Attributes:
       along: (k, d, d) the strains that the cell can take.
@@ -156,14 +157,15 @@ class Cell(Portable):
         along: np.ndarray,
         rtol: float = 1e-10,
     ) -> Cell:
-        """Compute the response of the cell to k strains from the Hessian in a fixed cell.
+        """Compute the derivatives of the enthalpy by k strains of the cell, by one solve for each.
 
-        There is one linear solve for each strain. The function does not work inside ``jax.jit``.
+        Each strain needs one linear solve with the Hessian in a fixed cell. The function does not
+        work inside ``jax.jit``.
 
         Args:
           system: the backbone (the system without the contacts of rattlers), in a fixed cell.
           stiffness: the Hessian of the backbone, with its factor.
-          pressure: the pressure of the enthalpy.
+          pressure: the pressure in the enthalpy.
           along: (k, d, d) the k strains that the cell can take, in d dimensions.
           rtol: relative residual to which the linear solves for the displacements of the particles
             are carried.

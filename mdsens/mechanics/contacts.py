@@ -117,8 +117,9 @@ class _Edges(NamedTuple):
     """Pairs of particles that may be contacts or bonds.
 
     The arrays have one of two layouts. Either they hold the neighbors of each of n particles in a
-    column: then i is (1, n), the other arrays are (k, n), and each pair appears twice. Or they hold
-    a list of m pairs: then all arrays are (m,), and each pair appears once.
+    column: then i is (1, n), the other arrays are (k, n) for up to k neighbors, and each pair
+    appears twice. Or they hold a list of m pairs: then all arrays are (m,), and each pair appears
+    once.
 
     Attributes:
       i, j: indices of the two particles.
@@ -136,7 +137,7 @@ class _Edges(NamedTuple):
 
     @property
     def rows(self) -> bool:
-        """Whether the pairs are stored as a column of neighbors for each particle, not a list."""
+        """Whether each particle has a column of its neighbors; if not, there is a list of pairs."""
         return self.j.ndim == 2
 
     @property
@@ -281,8 +282,8 @@ def _rigid_edges(
 def _loose_of_particles(n: int, least: int) -> Callable[[list[_Edges]], jax.Array]:
     """Return a function that maps the pairs to a mask of the particles with too few contacts.
 
-    The mask is (n,) for n particles. A particle has too few contacts if it has fewer than
-    ``least``, and fewer than two with a significant force.
+    The mask is (n,) for n particles. A particle has too few contacts if it has fewer than ``least``
+    contacts, and fewer than two with a force above 1e-6 of the mean contact force.
     """
 
     def loose(edges: list[_Edges]) -> jax.Array:
@@ -399,7 +400,9 @@ def network(system: System, max_force: jax.Array | float, least: int | None = No
         edges = edges + rigid
 
     def prune(carry: tuple[list[jax.Array], jax.Array]) -> tuple[list[jax.Array], jax.Array]:
-        """Deactivate the contacts of particles with too few of them, except within a rigid body.
+        """Deactivate the contacts of particles that have too few contacts to be held in place.
+
+        Contacts within a rigid body stay active.
 
         Args:
           carry: masks of the active contacts, and a flag that is not used.
@@ -504,9 +507,10 @@ def backbone(system: System, net: Network) -> System:
 def coordination(system: System, net: Network | None = None) -> jax.Array:
     """Compute the mean number of contacts of non-rattlers, z = 2 N_c / (n - n_rattlers).
 
-    N_c is the number of contacts, n that of all particles. The result is 0 where all particles are
-    rattlers. A contact is a pair whose force is above 10 times the largest net force on a particle
-    of the system, so that z has a meaning only at a minimum.
+    N_c is the number of contacts, n the number of particles, and n_rattlers the number of rattlers.
+    The result is 0 where all particles are rattlers. A contact is a pair whose force is above 10
+    times the largest net force on a particle of the system, so that z has a meaning only at a
+    minimum.
 
     Args:
       net: the contact network of the system; None to compute the network here.
@@ -518,8 +522,8 @@ def coordination(system: System, net: Network | None = None) -> jax.Array:
     particles = jnp.maximum(jnp.sum(~contact_network.rattlers), 1)
     count = 2.0 * contact_network.pairs / particles
     why = (
-        "coordination counts contacts, so that it is piecewise constant and has no derivative: take"
-        " ms.observables.smooth_coordination(system, width), or give it"
-        " jax.lax.stop_gradient(system) where it is to count as a constant."
+        "`coordination` counts contacts, so that the result is piecewise constant and has no"
+        " derivative: take ms.observables.smooth_coordination(system, width), or call"
+        " coordination(jax.lax.stop_gradient(system)) where the result is to count as a constant."
     )
     return refusing_derivative(count, system, why)

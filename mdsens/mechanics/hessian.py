@@ -1,6 +1,6 @@
 """This module computes the gradient F = dU/dx of the energy, the Hessian and mixed derivatives.
 
-x are the unknowns that relax, the positions, and p the parameters. At a minimum F = 0, so that the
+U is the energy, x are the positions and p the parameters. At a minimum F = 0, so that the
 derivatives of F by x (the Hessian) and by p (mixed derivatives) give the response dx/dp.
 """
 
@@ -50,7 +50,7 @@ def gradient(system: System, x: Unknowns, params: Params) -> Unknowns:
 
 @jax.jit
 def force(system: System) -> jax.Array:
-    """Compute the forces -dU/dR on the particles, (n, d)."""
+    """Compute the forces -dU/dR on the particles of a system with the energy U, (n, d)."""
     return -gradient(system, Unknowns(system.positions), system.params).positions
 
 

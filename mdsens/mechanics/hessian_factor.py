@@ -165,7 +165,8 @@ class HessianFactor:
     def order(self) -> np.ndarray | None:
         """The order of the rows of the Hessian in which its factor is sparse.
 
-        None stands for the order that minimum degree gives during the factorization.
+        The value is None where the order is left to the minimum degree algorithm of the
+        factorization.
         """
         return ordering(self.matrix, self.system.dimension)
 
@@ -187,7 +188,7 @@ class HessianFactor:
     def _bounds(self) -> np.ndarray:
         """The largest row sum of |H| for each system of a batch, (systems,), H being the Hessian.
 
-        It is an upper bound of the eigenvalues of H.
+        The sum is an upper bound of the eigenvalues of H.
         """
         return bounds(self.matrix, self.members)
 

@@ -1,14 +1,16 @@
-"""The linear system at a constrained minimum, by numpy and scipy: matrix, factor, solves.
+"""This module solves the linear system for the response of a constrained minimum, by scipy.
 
     [ H_L  A^T ] [ dx      ]   [ -d2L/dx dp . dp ]
     [ A    0   ] [ dlambda ] = [ -dg/dp . dp     ]
 
     H_L = d2L/dx2,  A = dg/dx,  L = U + lambda . g
 
-The unknowns are the free coordinates of x; those that are pinned or at a bound have no row. The
+U is the energy, and g = 0 are the equations of the constraints, with multipliers lambda. dp is the
+change of the parameters p. x are the positions, and the parameters that relax with them. Only
+coordinates of x that are free are unknowns; those that are pinned or at a bound have no row. The
 matrix is symmetric, and indefinite where there are equations. The minimum is stable where H_L is
-positive on the tangent space A v = 0. Source: Nocedal and Wright, Numerical Optimization, 2006,
-sections 12.3 and 16.1.
+positive on the tangent space of the equations, A v = 0. Source: Nocedal and Wright, Numerical
+Optimization, 2006, sections 12.3 and 16.1.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
+from jax.flatten_util import ravel_pytree
 from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import splu
 
@@ -33,7 +36,7 @@ from mdsens.implicit.linear.solution import solve
 from mdsens.implicit.linear.sparse_ldl import SHIFT, SparseFactor, bound
 from mdsens.mechanics.hessian import sparse_hessian
 from mdsens.mechanics.hessian_factor import HessianFactor
-from mdsens.mechanics.kkt_operator import flat, kkt_operator, parts_of, scaled, unflat
+from mdsens.mechanics.kkt_operator import flat, kkt_operator, scaled, unflat
 from mdsens.mechanics.lagrangian import relaxed, unknowns_of
 from mdsens.mechanics.null_space import NullSpace
 from mdsens.mechanics.status import Status
@@ -45,6 +48,8 @@ __all__ = ["KKT"]
 
 # Largest number of unknowns for which the matrix is written out where its sparsity is not known.
 DENSE = 2500
+# Rows of A, one for each equation, that are computed together and then stored as a sparse matrix.
+ROWS = 32
 # A singular value of A below this part of the largest one is zero: its equation repeats others.
 # Some equations repeat others in a single configuration only, as the bonds of a chain drawn
 # straight; there the configuration is accurate to a root of round-off.
@@ -56,59 +61,42 @@ STIFF = 1e6
 
 @jax.jit
 def _dense_matrix(system: System, x: Unknowns, null: NullSpace) -> jax.Array:
-    """Compute the matrix of the linear system, with rows and columns in the order of ``flat``."""
+    """Compute the dense matrix of the linear system at a constrained minimum.
+
+    Rows and columns are in the order of ``flat``: positions, relaxed parameters, multipliers.
+    """
     operator, _ = kkt_operator(system, x, null)
-    leaves, structure = jax.tree.flatten(x)
-    ends = np.cumsum([0, *[leaf.size for leaf in leaves]])
-    size = int(ends[-1])
+    vector, unravel = ravel_pytree(x)
 
     def column(e: jax.Array) -> jax.Array:
-        parts = [
-            e[a:b].reshape(leaf.shape)
-            for a, b, leaf in zip(ends[:-1], ends[1:], leaves, strict=True)
-        ]
-        image = operator.matvec(jax.tree.unflatten(structure, parts))
-        return jnp.concatenate([leaf.ravel() for leaf in parts_of(image)])
+        return ravel_pytree(operator.matvec(unravel(e)))[0]
 
-    # ``flat`` has the leaves in another order than the tree
-    order = np.concatenate([np.arange(a, b) for a, b in _spans(x, ends)])
-    identity = jnp.eye(size, dtype=x.positions.dtype)[order]
+    identity = jnp.eye(vector.size, dtype=vector.dtype)
     # 32 columns at a time, which bounds the memory
-    return jax.lax.map(column, identity, batch_size=min(32, size))
+    return jax.lax.map(column, identity, batch_size=min(32, vector.size))
 
 
 def _block_diagonal(blocks: np.ndarray) -> sp.bsr_array:
-    """Return the sparse matrix (m p, m q) with the blocks (m, p, q) on its diagonal."""
+    """Return the sparse matrix (m p, m q) with the given blocks (m, p, q) on its diagonal."""
     m, p, q = blocks.shape
     return sp.bsr_array((blocks, np.arange(m), np.arange(m + 1)), (m * p, m * q))
 
 
-def _spans(x: Unknowns, ends: np.ndarray) -> list[tuple[int, int]]:
-    """Find the entries of each leaf in a vector in the order of the tree.
-
-    The leaves are listed in the order of ``flat``: positions, parameters, multipliers. In the tree
-    multipliers come before parameters.
-
-    Args:
-      ends: end of each leaf in the vector, after a leading 0.
-    """
-    spans = list(zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True))
-    first_param = 1 + len(jax.tree.leaves(x.multipliers))
-    return [spans[0], *spans[first_param:], *spans[1:first_param]]
-
-
 class _Factor:
-    """LU factor of the linear system, with a small shift and a border that make it regular.
+    """LU factor of the linear system at a constrained minimum, regularized by a shift and a border.
 
-    The factorized matrix is regular also where equations are redundant, or motions cost no energy.
+    The shift is a small change of the diagonal. The border consists of a row and a column for each
+    rigid motion without stiffness. So the factorized matrix is regular also where equations are
+    redundant, or motions cost no energy. H_L is the Hessian of the Lagrangian, the upper left block
+    of the matrix.
 
     Args:
-      matrix: the linear system, sparse, (m, m).
-      motions: (k, n, d) rigid motions without stiffness, which get a row and a column each.
+      matrix: the matrix of the linear system, sparse, (m, m).
+      motions: (k, n, d) rigid motions of the n particles without stiffness.
       primal: number of unknowns that are no multipliers.
       shift: number added to the diagonal of H_L.
-      scale: a bound of the eigenvalues of H_L. SHIFT times it is added to the diagonal of H_L too,
-        and subtracted on the diagonal of the multipliers.
+      scale: a bound of the eigenvalues of H_L. SHIFT times ``scale`` is added to the diagonal of
+        H_L too, and subtracted on the diagonal of the multipliers.
     """
 
     def __init__(
@@ -129,29 +117,33 @@ class _Factor:
         self._lu = splu(sp.csc_array(whole))
 
     def apply(self, b: np.ndarray) -> np.ndarray:
-        """Solve for a right-hand side (m,) or (m, c), with zeros for the border."""
+        """Solve the factorized linear system for a right-hand side (m,), or for c of them, (m, c).
+
+        In the rows of the border, which regularize the matrix, the right-hand side is zero.
+        """
         more = self._lu.shape[0] - self.size
         padded = np.pad(b, [(0, more), *[(0, 0)] * (b.ndim - 1)])
         return self._lu.solve(np.ascontiguousarray(padded))[: self.size]
 
 
 class KKT(HessianFactor):
-    """The linear system at a constrained minimum.
+    """The linear system for the response of a constrained minimum (Karush, Kuhn and Tucker).
 
-    The unknowns of the system are positions, relaxed parameters and multipliers, in the order of
-    ``flat``. In vectors and in the matrix, multipliers are in units of ``unit``.
+    The unknowns are the positions of the particles, the parameters that relax with them, and the
+    multipliers of the equations, in this order (``flat``). In vectors and in the matrix,
+    multipliers are in units of ``unit``.
 
     Attributes:
       x: the unknowns at the minimum.
       unit: the stiffness of the potential, see ``natural_units``.
       primal: number of unknowns that are no multipliers.
       size: number m of all unknowns.
-      moves: (m,) True for free unknowns: not constrained, and not of a rattler.
+      moves: (m,) True for unknowns that are free: not fixed by a constraint, and not of a rattler.
 
     Args:
-      system: the backbone.
+      system: the backbone (the system without the contacts of rattlers).
       null: the null space, from :func:`constrained_null_space`.
-      multipliers: multipliers of the equations.
+      multipliers: multipliers of the equations, by constraint name.
     """
 
     _factors = ("factor", "_normal")
@@ -179,10 +171,10 @@ class KKT(HessianFactor):
 
     @functools.cached_property
     def matrix(self) -> Any:
-        """The linear system as a sparse matrix (m, m); None where it is too large.
+        """Sparse matrix (m, m) of the linear system at a constrained minimum; None if too large.
 
-        The row of an unknown that is not free has its diagonal entry only, a bound of the
-        eigenvalues of H_L.
+        An unknown that is fixed (by a constraint, or as the coordinate of a rattler) has a row with
+        a diagonal entry only: a bound of the eigenvalues of the Hessian of the Lagrangian.
         """
         if not self._factorize and not self._sparse:
             return None
@@ -196,10 +188,11 @@ class KKT(HessianFactor):
         return (free_part + sp.diags_array(np.where(self.moves, 0.0, scale))).tocsr()
 
     def _assembled(self) -> Any:
-        """Assemble the sparse matrix of a pair potential with rigid bonds.
+        """Assemble the sparse matrix of the linear system for a pair potential with rigid bonds.
 
-        A bond of length r along the unit vector e, with tension t, adds (t / r) (1 - e e^T) to the
-        second derivative of L by the vector R_i - R_j. Its row of A is e by R_i and -e by R_j.
+        A bond of length r between particles i and j, along the unit vector e and with tension t,
+        adds (t / r) (1 - e e^T) to the second derivative of the Lagrangian L by the vector R_i -
+        R_j. The derivative of its length is a row of the matrix A: e by R_i and -e by R_j.
         """
         system = self.system
         n = system.n
@@ -237,12 +230,15 @@ class KKT(HessianFactor):
 
     @functools.cached_property
     def _bounds(self) -> np.ndarray:
-        """(1,) a bound of the eigenvalues of the matrix."""
+        """An upper bound of the eigenvalues of the matrix of the linear system, (1,)."""
         return np.array([bound(self.matrix)])
 
     @functools.cached_property
     def factor(self) -> Any:
-        """Factor of the linear system; None where it is not factorized, or exactly singular."""
+        """Factor of the linear system at a constrained minimum.
+
+        The value is None where the matrix is not factorized, and where it is exactly singular.
+        """
         if self.matrix is None or not self._factorize:
             return None
         scale = float(self._bounds[0]) or 1.0
@@ -253,20 +249,39 @@ class KKT(HessianFactor):
 
     @functools.cached_property
     def equations(self) -> Any:
-        """The derivative A of the equations by the free unknowns, sparse, (equations, primal).
+        """Derivative A of the constraint equations by the unknowns, sparse, (equations, primal).
 
-        A is in units of the stiffness of the potential, see ``natural_units``; the result is None
-        where the matrix is too large.
+        ``primal`` is the number of unknowns that are no multipliers; columns of fixed unknowns are
+        zero. A is in units of the stiffness of the potential, see ``natural_units``.
         """
-        if self.matrix is None:
-            return None
-        return self.matrix[self.primal :, : self.primal].tocsr()
+        if self.matrix is not None:
+            return self.matrix[self.primal :, : self.primal].tocsr()
+        count = self.size - self.primal
+        blocks = [sp.csr_array((0, self.primal))]
+        for begin in range(0, count, ROWS):
+            # the last block is padded with repeated rows, so that one program serves all blocks
+            numbers = np.minimum(np.arange(begin, begin + ROWS), count - 1)
+            rows = np.asarray(_equation_rows(self.system, self.x, self.null, numbers), float)
+            blocks.append(sp.csr_array(rows[: count - begin]))
+        return sp.vstack(blocks).tocsr()
+
+    def _stiffness_times(self, columns: np.ndarray) -> np.ndarray:
+        """Multiply the Hessian of the Lagrangian by the c columns of a matrix (primal, c).
+
+        ``primal`` is the number of unknowns that are no multipliers. Only free unknowns count:
+        those that neither constraints nor rattlers take out.
+        """
+        if self.matrix is not None:
+            return self.matrix[: self.primal, : self.primal] @ columns
+        flat_columns = columns.reshape(self.primal, -1)
+        product = np.asarray(_stiffness_products(self.system, self.x, self.null, flat_columns.T))
+        return product.T.reshape(columns.shape).astype(float)
 
     @functools.cached_property
     def redundant(self) -> int:
-        """Number of equations that follow from others to first order."""
+        """Number of constraint equations that follow from other equations to first order."""
         A = self.equations
-        if A is None or not A.shape[0]:
+        if not A.shape[0]:
             return 0
         A = A[self.moves[self.primal :]]
         if not A.shape[0]:
@@ -287,7 +302,10 @@ class KKT(HessianFactor):
 
     @functools.cached_property
     def negative(self) -> np.ndarray:
-        """(1,) number of negative eigenvalues of H_L on the tangent space; -1 if not known."""
+        """Number of negative eigenvalues of the constrained Hessian, (1,); -1 where not known.
+
+        This is the Hessian of the Lagrangian on the tangent space of the constraint equations.
+        """
         if self.matrix is None:
             return np.array([-1])
         H = self.matrix[: self.primal, : self.primal].tocsr()
@@ -305,10 +323,13 @@ class KKT(HessianFactor):
         return np.array([-1 if count is None else count])
 
     def project(self, columns: np.ndarray) -> np.ndarray:
-        """Project columns on the free unknowns, and off the rigid motions without stiffness.
+        """Set fixed unknowns to zero in columns, and project out rigid motions without stiffness.
+
+        Unknowns are fixed by a constraint, or as the coordinates of a rattler.
 
         Args:
-          columns: (m, c) or (primal, c), or one column.
+          columns: (m, c) for all m unknowns, or (primal, c) without the multipliers; or a single
+            column.
         """
         matrix = columns.reshape(columns.shape[0], -1)
         projected = np.where(self.moves[: len(matrix), None], matrix, 0.0)
@@ -322,16 +343,21 @@ class KKT(HessianFactor):
     def solve_many(
         self, columns: np.ndarray, rtol: float, to: float = 1e-12
     ) -> tuple[np.ndarray, SolveStats]:
-        """Solve K x = b for the columns b of a matrix (m, c), as the base class.
+        """Solve K x = b for the columns b of a matrix (m, c), by the factor of the KKT matrix K.
 
-        Here multipliers, and right-hand sides of equations, are in their natural units.
+        K is the matrix of the linear system at a constrained minimum. Here multipliers, and
+        right-hand sides of equations, are in their natural units. The other arguments, and the
+        results, are those of ``HessianFactor.solve_many``.
         """
         units = np.where(np.arange(self.size) < self.primal, 1.0, self.unit)[:, None]
         x, stats = super().solve_many(units * columns, rtol, to)
         return units * x, dataclasses.replace(stats, solver="sparse KKT factor")
 
     def unflat(self, vector: np.ndarray) -> Unknowns:
-        """Restore the unknowns from a vector (m,), or from (primal,) with multipliers of zero."""
+        """Restore positions, relaxed parameters and multipliers from a vector that holds all.
+
+        The vector is (m,); a shorter vector without the multipliers gives multipliers of zero.
+        """
         if vector.size == self.size:
             return unflat(vector, self.x)
         unknowns = unflat(vector, dataclasses.replace(self.x, multipliers=None))
@@ -339,14 +365,18 @@ class KKT(HessianFactor):
         return dataclasses.replace(unknowns, multipliers=zeros)
 
     def solve_unknowns(self, b: Unknowns, rtol: float) -> tuple[Unknowns, float, Status]:
-        """Solve K x = b for unknowns instead of vectors: ``(x, relative residual, status)``.
+        """Solve K x = b for unknowns x: positions, relaxed parameters and multipliers.
 
-        Multipliers are in their natural units.
+        K is the matrix of the linear system at the constrained minimum. Multipliers are in their
+        natural units.
 
         Args:
-          b: the right-hand side.
-          rtol: relative residual. With a factor the solution is refined to round-off, and is
-            converged at a residual of 1e-10, or ``rtol`` where that is larger.
+          b: the right-hand side, with the structure of the unknowns.
+          rtol: relative residual. Where K is factorized, the solution is refined to round-off, and
+            counts as converged at a residual of 1e-10, or ``rtol`` where that is larger.
+
+        Returns:
+          (x, relative residual, status).
         """
         if self.factor is None:
             b = jax.tree.map(jnp.asarray, b)
@@ -356,14 +386,15 @@ class KKT(HessianFactor):
         return self.unflat(x[:, 0]), float(stats.residual[0, 0]), Status(int(stats.status[0, 0]))
 
     def direction(self, b: np.ndarray, shift: float) -> np.ndarray:
-        """Compute a Newton step, about K^-1 b, (m,).
+        """Compute a Newton step of the unknowns, approximately K^-1 b, from a right-hand side b.
 
-        K is the matrix of the linear system. Multipliers, and right-hand sides of equations, are in
-        units of the stiffness of the potential, see ``natural_units``.
+        K is the matrix of the linear system for positions, relaxed parameters and multipliers.
+        Multipliers, and right-hand sides of equations, are in units of the stiffness of the
+        potential, see ``natural_units``.
 
         Args:
           b: (m,) right-hand side.
-          shift: added to the diagonal of H_L; ignored where the system is not factorized.
+          shift: number added to the diagonal of the Hessian of the Lagrangian, a block of K.
         """
         if self.matrix is not None and self._factorize:
             scale = float(self._bounds[0]) or 1.0
@@ -371,12 +402,16 @@ class KKT(HessianFactor):
         right_side = scaled(unflat(b, self.x), 1.0 / self.unit)
         right_side = jax.tree.map(jnp.asarray, right_side)
         # a step needs less accuracy than a derivative
-        step, *_ = _solve_iteratively(self.system, self.x, self.null, right_side, 1e-6)
+        step, *_ = _solve_iteratively(self.system, self.x, self.null, right_side, 1e-6, shift)
         return flat(scaled(step, 1.0 / self.unit))
 
     @functools.cached_property
     def _normal(self) -> Any:
-        """Factor of A A^T for the projection on the tangent space; None without equations."""
+        """Factor of A A^T, with the derivative A of the constraint equations by the unknowns.
+
+        The factor serves for projections on the tangent space A v = 0. The value is None without
+        equations.
+        """
         A = self.equations
         if not A.shape[0]:
             return None
@@ -389,10 +424,14 @@ class KKT(HessianFactor):
         return splu(sp.csc_array(normal + dropped + shift))
 
     def tangent(self, columns: np.ndarray) -> np.ndarray:
-        """Project columns on the tangent space A v = 0, and by ``project``.
+        """Project columns on the tangent space A v = 0 of the constraints, and by ``project``.
+
+        A is the derivative of the constraint equations by the unknowns. ``project`` removes fixed
+        unknowns, and rigid motions without stiffness.
 
         Args:
-          columns: (primal, c), or one column.
+          columns: (primal, c), for the ``primal`` unknowns that are no multipliers; or a single
+            column.
         """
         projected = self.project(columns.reshape(columns.shape[0], -1))
         A = self.equations
@@ -403,13 +442,14 @@ class KKT(HessianFactor):
         return projected.reshape(columns.shape)
 
     def lowest(self, k: int = 1, floor: float = 0.0) -> Spectrum:
-        """Compute the k lowest modes of H_L on the tangent space.
+        """Compute the k lowest modes of the Hessian on the tangent space of the constraints.
+
+        The Hessian is that of the Lagrangian.
 
         Args:
           k: number of modes.
-          floor: a stiffness below this may be of either sign.
+          floor: the sign of an eigenvalue is not known where its absolute value is below ``floor``.
         """
-        H = self.matrix[: self.primal, : self.primal]
         # dimension of the complement of the tangent space
         independent = int(self.moves[self.primal :].sum()) - self.redundant
         constrained = int((~self.moves[: self.primal]).sum())
@@ -421,7 +461,7 @@ class KKT(HessianFactor):
 
         has_inverse = self.factor is not None and self.negative[0] == 0
         return eigen.lowest(
-            lambda v: self.tangent(H @ v),
+            lambda v: self.tangent(self._stiffness_times(v)),
             self.primal,
             k,
             project=self.tangent,
@@ -435,12 +475,77 @@ class KKT(HessianFactor):
 
 @functools.partial(jax.jit, static_argnames=("rtol",))
 def _solve_iteratively(
-    system: System, x: Unknowns, null: NullSpace, b: Unknowns, rtol: float
+    system: System,
+    x: Unknowns,
+    null: NullSpace,
+    b: Unknowns,
+    rtol: float,
+    shift: jax.Array | float = 0.0,
 ) -> tuple[Unknowns, jax.Array, jax.Array]:
-    """Solve K dx = b without a factor: (dx, relative residual, status).
+    """Solve K dx = b by an iterative method, with the matrix K of a constrained minimum.
 
+    dx is a change of positions, relaxed parameters and multipliers, and b has the same structure.
     Multipliers are in their natural units.
+
+    Args:
+      x: the unknowns at the minimum.
+      null: the null space.
+      rtol: relative residual at which the method stops.
+      shift: number added to the diagonal of the Hessian of the Lagrangian, a block of K.
+
+    Returns:
+      (dx, relative residual, status).
     """
-    operator, unit = kkt_operator(system, x, null)
+    operator, unit = kkt_operator(system, x, null, shift)
     solution, stats = solve(operator, scaled(b, unit), Auto(rtol=rtol))
     return scaled(solution, unit), stats.residual, stats.status
+
+
+@jax.jit
+def _equation_rows(
+    system: System, x: Unknowns, null: NullSpace, numbers: jax.Array | np.ndarray
+) -> jax.Array:
+    """Compute some rows of the derivative A of the constraint equations, (rows, primal).
+
+    The derivative is by the ``primal`` unknowns that are no multipliers.
+
+    Args:
+      x: positions, relaxed parameters and multipliers.
+      null: the null space, whose fixed coordinates have columns of zero.
+      numbers: (rows,) numbers of the equations, in the order of the multipliers.
+    """
+    operator, _ = kkt_operator(system, x, null)
+    multipliers, unravel = ravel_pytree(x.multipliers)
+    zeros = jax.tree.map(jnp.zeros_like, x)
+
+    def row(k: jax.Array) -> jax.Array:
+        unit_vector = jnp.zeros_like(multipliers).at[k].set(1.0)
+        # K (0, e) = (A^T e, 0)
+        image = operator.matvec(dataclasses.replace(zeros, multipliers=unravel(unit_vector)))
+        return ravel_pytree(dataclasses.replace(image, multipliers=None))[0]
+
+    return jax.lax.map(row, jnp.asarray(numbers))
+
+
+@jax.jit
+def _stiffness_products(
+    system: System, x: Unknowns, null: NullSpace, vectors: jax.Array | np.ndarray
+) -> jax.Array:
+    """Multiply the Hessian of the Lagrangian by each of c vectors (c, primal).
+
+    ``primal`` is the number of unknowns that are no multipliers. Entries of fixed unknowns are zero
+    in the result.
+
+    Args:
+      x: positions, relaxed parameters and multipliers.
+      null: the null space, which holds the fixed unknowns.
+    """
+    operator, _ = kkt_operator(system, x, null)
+    _, unravel = ravel_pytree(dataclasses.replace(x, multipliers=None))
+    zeros = jax.tree.map(jnp.zeros_like, x.multipliers)
+
+    def product(v: jax.Array) -> jax.Array:
+        image = operator.matvec(dataclasses.replace(unravel(v), multipliers=zeros))
+        return ravel_pytree(dataclasses.replace(image, multipliers=None))[0]
+
+    return jax.lax.map(product, jnp.asarray(vectors, x.positions.dtype))

@@ -40,18 +40,12 @@ __all__ = [
     "constrained_null_space",
     "flat",
     "kkt_operator",
-    "parts_of",
     "scaled",
     "unflat",
 ]
 
 # A force on a bound below this many times the largest force left on a particle counts as zero.
 WEAK = 10.0
-
-
-def parts_of(x: Unknowns) -> list[Any]:
-    """List the arrays of the unknowns: positions, then relaxed parameters, then multipliers."""
-    return [x.positions, *jax.tree.leaves(x.params), *jax.tree.leaves(x.multipliers)]
 
 
 def flat(x: Unknowns, many: bool = False) -> np.ndarray:
@@ -61,7 +55,7 @@ def flat(x: Unknowns, many: bool = False) -> np.ndarray:
       x: the positions, relaxed parameters and multipliers.
       many: whether all arrays have a leading axis of length c; then the result is a matrix (m, c).
     """
-    leaves = [np.asarray(leaf) for leaf in parts_of(x)]
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(x)]
     if not many:
         return np.concatenate([leaf.ravel() for leaf in leaves])
     return np.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], axis=1).T
@@ -79,21 +73,15 @@ def unflat(vector: np.ndarray, like: Unknowns, many: bool = False) -> Unknowns:
     """
     rows = vector.T if many else vector
     leading_shape = rows.shape[:-1]
+    leaves, structure = jax.tree.flatten(like)
     parts: list[Any] = []
     start = 0
-    for leaf in parts_of(like):
+    for leaf in leaves:
         size = int(np.size(leaf))
         part = rows[..., start : start + size].reshape((*leading_shape, *np.shape(leaf)))
         parts.append(part.astype(leaf.dtype))
         start += size
-    params_structure = jax.tree.structure(like.params)
-    multipliers_structure = jax.tree.structure(like.multipliers)
-    k = 1 + params_structure.num_leaves
-    return Unknowns(
-        positions=parts[0],
-        multipliers=jax.tree.unflatten(multipliers_structure, parts[k:]),
-        params=jax.tree.unflatten(params_structure, parts[1:k]),
-    )
+    return jax.tree.unflatten(structure, parts)
 
 
 def constrained_null_space(
@@ -205,7 +193,9 @@ def scaled(x: Unknowns, by: ArrayLike) -> Unknowns:
     )
 
 
-def kkt_operator(system: System, x: Unknowns, null: NullSpace) -> tuple[Operator, jax.Array]:
+def kkt_operator(
+    system: System, x: Unknowns, null: NullSpace, shift: jax.Array | float = 0.0
+) -> tuple[Operator, jax.Array]:
     """Return the linear system at a constrained minimum as an operator, and its unit.
 
     The operator maps changes of positions, relaxed parameters and multipliers to changes of the
@@ -216,6 +206,8 @@ def kkt_operator(system: System, x: Unknowns, null: NullSpace) -> tuple[Operator
     Args:
       x: positions, relaxed parameters and multipliers at the minimum.
       null: the null space, whose fixed coordinates are left out.
+      shift: a positive number that is added to the diagonal of the second derivative H_L of the
+        Lagrangian by positions and relaxed parameters; 0 for the derivative itself.
     """
     unit = natural_units(system)[1]
     # The relaxed parameters are unknowns; the others are constant here.
@@ -223,7 +215,10 @@ def kkt_operator(system: System, x: Unknowns, null: NullSpace) -> tuple[Operator
     jacobian = jax.linearize(lambda y: lagrangian_gradient(system, y, constant_params), x)[1]
 
     def product(v: Unknowns) -> Unknowns:
-        return null.free(scaled(jacobian(scaled(null.free(v), unit)), unit))
+        free = null.free(v)
+        image = scaled(jacobian(scaled(free, unit)), unit)
+        diagonal = scaled(jax.tree.map(lambda leaf: shift * leaf, free), 0.0)
+        return null.free(jax.tree.map(jnp.add, image, diagonal))
 
     operator = Operator(
         product,

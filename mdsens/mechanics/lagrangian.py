@@ -1,8 +1,11 @@
-"""The energy under constraints: active set, equations g = 0, and dL/dx of L = U + lambda . g.
+"""This module computes the energy under constraints, by the Lagrangian L = U + lambda . g.
 
-At a constrained minimum a coordinate is either free, and dL/dx is zero along it, or constrained:
-pinned, or at a bound. The value of a constrained coordinate depends on the parameters through its
-constraint alone; dL/dx along it is the force of the constraint.
+U is the energy, g = 0 are the equations of the constraints, with multipliers lambda, and x are the
+positions and the parameters that relax with them. At a constrained minimum a coordinate of x is
+either free, and dL/dx is zero along it, or constrained: pinned, or at a bound such as a wall. The
+value of a constrained coordinate depends on the parameters through its constraint alone; dL/dx
+along this coordinate is the force of the constraint. The active set is the set of all constrained
+coordinates.
 """
 
 from __future__ import annotations
@@ -44,23 +47,29 @@ TOUCHING = 64.0
 
 
 def relaxed(system: System) -> tuple[str, ...]:
-    """Return the names of the potential's parameters that constraints relax, which are unknowns."""
+    """Return the names of the potential's parameters that relax together with the positions.
+
+    A constraint makes a parameter relax, so that the parameter is an unknown.
+    """
     # a dict removes duplicates and keeps the order
     return tuple(dict.fromkeys(name for c in system.constraints for name in c.relaxes))
 
 
 def own_params(system: System) -> dict[str, jax.Array]:
-    """Return the parameters by which derivatives can be taken: those that are no unknowns."""
+    """Return the parameters that do not relax, by which derivatives can be taken."""
     unknown = relaxed(system)
     return {name: value for name, value in system.params.items() if name not in unknown}
 
 
 def unknowns_of(system: System, multipliers: dict[str, jax.Array] | None = None) -> Unknowns:
-    """Return the system's positions and relaxed parameters, with the multipliers of its equations.
+    """Return the unknowns of a system: its positions, relaxed parameters and Lagrange multipliers.
+
+    Relaxed parameters are those that relax with the positions; multipliers belong to the equations
+    of the constraints.
 
     Args:
-      multipliers: multipliers by the name of the constraint; zero for names that are missing; None
-        for all zero.
+      multipliers: multipliers by the name of the constraint. A multiplier is zero where its name is
+        missing; all are zero for None.
     """
     x = _primal(system)
     g = equations(system, system.positions, system.params)
@@ -69,22 +78,29 @@ def unknowns_of(system: System, multipliers: dict[str, jax.Array] | None = None)
         name: jnp.asarray(known[name], value.dtype) if name in known else jnp.zeros_like(value)
         for name, value in g.items()
     }
-    return Unknowns(x.positions, None, all_multipliers or None, x.params)
+    return Unknowns(x.positions, params=x.params, multipliers=all_multipliers or None)
 
 
 def _primal(system: System) -> Unknowns:
-    """Return the system's positions and relaxed parameters, without multipliers."""
+    """Return the positions of a system and the parameters that relax with the positions."""
     names = relaxed(system)
     return Unknowns(system.positions, params={name: system.params[name] for name in names} or None)
 
 
 def with_unknowns(system: System, x: Unknowns, params: Params) -> System:
-    """Return the system at other unknowns and parameters, with the same neighbors. Traceable."""
+    """Return the system with other positions and parameters, and with the same neighbor list.
+
+    The function works inside ``jax.jit``.
+
+    Args:
+      x: the new unknowns: the positions, and the parameters that relax with them.
+      params: the other new parameters, by name.
+    """
     return system.replace(positions=x.positions, params={**params, **(x.params or {})})
 
 
 def pinned(system: System) -> jax.Array:
-    """Return a mask (n, d) of the coordinates that are pinned, so that they never move."""
+    """Return a mask (n, d) of the particle coordinates that are pinned: they never move."""
     mask = jnp.zeros(system.positions.shape, bool)
     for c in system.constraints:
         constraint_mask = c.pinned()
@@ -93,7 +109,10 @@ def pinned(system: System) -> jax.Array:
 
 
 def bounds(system: System, params: Params) -> tuple[Unknowns, Unknowns]:
-    """Return lower and upper bounds of positions and relaxed parameters; infinite if unbounded."""
+    """Return the lower and the upper bounds of the positions and of the parameters that relax.
+
+    Walls are bounds of positions. A bound is infinite where there is none.
+    """
     shape = system.positions.shape
     dtype = system.positions.dtype
     low = jnp.full(shape, -jnp.inf, dtype)
@@ -113,7 +132,10 @@ def bounds(system: System, params: Params) -> tuple[Unknowns, Unknowns]:
 
 
 def at_bounds(system: System) -> tuple[Unknowns, Unknowns]:
-    """Return masks of positions and relaxed parameters at their lower and at their upper bound."""
+    """Return masks of the coordinates at their lower bound, and of those at their upper bound.
+
+    The coordinates are the positions, and the parameters that relax with them.
+    """
     low, high = bounds(system, system.params)
     x = _primal(system)
     at_low = jax.tree.map(lambda a, b: _meets(a, b, 1.0), x, low)
@@ -122,16 +144,22 @@ def at_bounds(system: System) -> tuple[Unknowns, Unknowns]:
 
 
 def _meets(x: jax.Array, bound: jax.Array, side: float) -> jax.Array:
-    """Whether coordinates are at a bound or beyond: side = 1 for a lower, -1 for an upper bound."""
+    """Return a mask of the coordinates x that are at their bound or beyond, up to round-off.
+
+    Args:
+      x: the coordinates.
+      bound: the bound of each coordinate; infinite where there is none.
+      side: 1 for lower bounds, -1 for upper bounds.
+    """
     # An infinite bound is never met, though its tolerance would be infinite, too.
     near = TOUCHING * jnp.finfo(x.dtype).eps * jnp.maximum(jnp.abs(bound), jnp.abs(x))
     return jnp.isfinite(bound) & (side * (x - bound) <= jnp.where(jnp.isfinite(bound), near, 0.0))
 
 
 def between_bounds(system: System) -> jax.Array:
-    """Return a mask (n, d) of the coordinates that more than one wall constrains.
+    """Return a mask (n, d) of the coordinates of n particles that more than one wall constrains.
 
-    How the force is shared between these walls is not determined.
+    Then it is not determined how these walls share the force on the coordinate.
     """
     walls = jnp.zeros(system.positions.shape, int)
     for c in system.constraints:
@@ -144,17 +172,27 @@ def between_bounds(system: System) -> jax.Array:
 
 
 def active_set(system: System) -> Unknowns:
-    """Return masks of the coordinates and relaxed parameters that are pinned or at a bound."""
+    """Return masks of the coordinates that constraints fix: those that are pinned or at a bound.
+
+    The coordinates are the positions, and the parameters that relax with them.
+    """
     low, high = at_bounds(system)
     both = jax.tree.map(jnp.logical_or, low, high)
     return Unknowns(both.positions | pinned(system), params=both.params)
 
 
 def constrained_coordinates(system: System, params: Params) -> Unknowns:
-    """Compute the constrained coordinates at other parameters; free coordinates are unchanged.
+    """Compute where the coordinates that constraints fix are at other parameters.
 
-    A coordinate at a bound moves with the bound, a pinned one is constant. The active set is that
-    of the system as it is. Differentiable by ``params``.
+    A coordinate at a bound moves with the bound, a pinned coordinate is constant, and free
+    coordinates are unchanged. Which coordinates are fixed is decided at the present state of the
+    system. The result can be differentiated by ``params``.
+
+    Args:
+      params: the other parameters, by name.
+
+    Returns:
+      the positions, and the parameters that relax with them.
     """
     low, high = bounds(system, {**system.params, **params})
     # Which coordinates are at a bound is a comparison, and has no derivative.
@@ -176,7 +214,7 @@ def constrained_coordinates(system: System, params: Params) -> Unknowns:
 
 
 def equations(system: System, positions: jax.Array, params: Params) -> dict[str, jax.Array]:
-    """Compute the values g of the constraints that have equations g = 0, by constraint name."""
+    """Compute the residuals g of the constraints that have equations g = 0, by constraint name."""
     box = box_at(system, params)
     values = {}
 
@@ -191,10 +229,18 @@ def equations(system: System, positions: jax.Array, params: Params) -> dict[str,
 
 
 def lagrangian_gradient(system: System, x: Unknowns, params: Params) -> Unknowns:
-    """Compute dL/dR and dL/dp by all coordinates, constrained ones too, and the residuals g.
+    """Compute the derivatives of the Lagrangian L = U + lambda . g by all coordinates, and g.
 
-    p are the parameters that constraints relax with the positions; g = 0 are the equations of the
-    constraints.
+    U is the energy; g = 0 are the equations of the constraints, with multipliers lambda. The
+    coordinates are the positions R and the parameters p that relax with them, with dL/dR and dL/dp;
+    coordinates that constraints fix are included.
+
+    Args:
+      x: the values of R, p and lambda.
+      params: the parameters that do not relax, by name.
+
+    Returns:
+      dL/dR and dL/dp in the places of R and p, and the residuals g in the place of the multipliers.
     """
     all_params = {**params, **(x.params or {})}
     by_positions = energy_gradient(system, all_params)(x.positions)
@@ -218,19 +264,20 @@ def lagrangian_gradient(system: System, x: Unknowns, params: Params) -> Unknowns
     of_positions, of_params = transpose(x.multipliers)
     if by_params is not None:
         by_params = jax.tree.map(jnp.add, by_params, of_params)
-    return Unknowns(by_positions + of_positions, None, g, by_params)
+    return Unknowns(by_positions + of_positions, params=by_params, multipliers=g)
 
 
 def multipliers_at(system: System, x: Unknowns, params: Params) -> dict[str, jax.Array]:
-    """Compute the multiplier of each constraint by name; zero where a wall or pin exerts no force.
+    """Compute the Lagrange multiplier, the force, of each constraint of the system, by name.
 
-    Walls at the same position share the force equally. Of two opposite walls that touch the same
-    particle, the one that can push in the direction of the force takes all of it.
+    The multiplier of a wall or of a pinned coordinate is zero where no force acts on it. Walls at
+    the same position share the force equally. Of two opposite walls that touch the same particle,
+    the wall that can push in the direction of the force takes all of it.
 
     Args:
-      system: the system, from which follows which coordinates are at their bounds.
-      x: the unknowns.
-      params: the parameters.
+      system: the system, which decides which coordinates are at their bounds.
+      x: the unknowns: positions, relaxed parameters and the multipliers of equations.
+      params: the parameters that do not relax, by name.
     """
     constant = jax.lax.stop_gradient(system)
     low, high = (side.positions for side in at_bounds(constant))
@@ -264,7 +311,10 @@ def multipliers_at(system: System, x: Unknowns, params: Params) -> dict[str, jax
 
 
 def _is_tightest(system: System, wall: Wall) -> jax.Array:
-    """Return a mask (n, d), True where this wall is the tightest bound of the walls on its side."""
+    """Return a mask (n, d) of the coordinates for which ``wall`` is the tightest bound.
+
+    The other bounds are the walls that bound the coordinates from the same side.
+    """
     diameters = diameters_at(system, system.params)
     wall_bounds = wall.bounds(system.params, diameters, system.positions.shape)
     low, high = bounds(system, system.params)
@@ -283,12 +333,13 @@ def switch_times(
     rate: tuple[Unknowns, Params],
     loose: jax.Array | np.ndarray,
 ) -> jax.Array:
-    """Compute when each coordinate meets its bound, or loses the force of it, along a path.
+    """Compute when each coordinate meets its bound, or loses the force of its bound, along a path.
 
-    The result is the path parameter t of each such event to first order; inf without an event.
+    A bound is a wall for example. The result is the path parameter t of each such event, to first
+    order; inf without an event.
 
     Args:
-      place: unknowns and parameters at t = 0.
+      place: unknowns (positions, relaxed parameters, multipliers) and parameters at t = 0.
       rate: derivatives of unknowns and parameters by t.
       loose: (n,) True for particles that are left out.
     """
@@ -296,7 +347,11 @@ def switch_times(
     stuck = pinned(system) | jnp.asarray(loose)[:, None]
 
     def margins(x: Unknowns, params: Params) -> tuple[Unknowns, Unknowns, Unknowns]:
-        """Distances above the lower and below the upper bounds, and the forces of the bounds."""
+        """Compute the distances of coordinates from their bounds, and the forces of the bounds.
+
+        Returns:
+          the distance above the lower bound, that below the upper bound, and the force.
+        """
         lower, upper = bounds(system, {**system.params, **params})
         slope = lagrangian_gradient(system, x, params)
         here = Unknowns(x.positions, params=x.params)
@@ -312,7 +367,11 @@ def switch_times(
     values, rates = jax.jvp(margins, place, rate)
 
     def when(value: jax.Array, speed: jax.Array, counts: jax.Array) -> jax.Array:
-        """Time at which a value becomes zero; inf where it is constant or does not count."""
+        """Compute the path parameter at which ``value``, linear in it, becomes zero.
+
+        The result is inf where ``value`` is constant (``speed`` is zero), or where ``counts`` is
+        False.
+        """
         return jnp.where(counts & (speed != 0), -value / jnp.where(speed == 0, 1.0, speed), jnp.inf)
 
     lower, upper = bounds(system, system.params)
@@ -335,10 +394,10 @@ def switch_times(
 
 
 def supports(system: System) -> tuple[jax.Array, jax.Array]:
-    """Count the pinned coordinates of each particle, and the walls that it touches.
+    """Count the pinned coordinates of each particle, and the walls that each particle touches.
 
     Returns:
-      (number of pinned coordinates, number of walls), (n,) each.
+      (number of pinned coordinates, number of walls), (n,) each, for n particles.
     """
     low, high = at_bounds(system)
     stuck = pinned(system)

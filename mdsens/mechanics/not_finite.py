@@ -1,4 +1,7 @@
-"""Which part of the energy is NaN or infinite where a computation ended in NOT_FINITE, in words."""
+"""This module finds which part of the energy is NaN or infinite after a computation failed.
+
+The result is a part of the message for the status NOT_FINITE, in words.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +31,17 @@ OF_A_ROOT = (
 
 
 def where_not_finite(status: Status, system: System) -> str:
-    """Return text for the message of NOT_FINITE: ", where" and what is not finite.
+    """Return words that tell which derivative of the energy is NaN or infinite.
 
-    The text names the potential, the pair and the lowest derivative that is not finite. Empty for
-    other statuses, for batches, where everything is finite at the system's positions, and where the
-    positions themselves are not finite. Not for compiled code, and as slow as compiling each
-    potential: to be used for errors only.
+    The words are part of an error message. They begin with ", where" and name the potential, the
+    pair and the lowest derivative that is not finite. The text is empty for a status other than
+    NOT_FINITE, for a batch, and where all derivatives are finite or the positions themselves are
+    not. The function does not work inside ``jax.jit``, and compiles each potential, which is slow:
+    it is meant for errors only.
+
+    Args:
+      status: the status of the computation that failed.
+      system: the system at the positions where the computation failed.
     """
     positions = np.asarray(system.positions)
     if (
@@ -56,7 +64,15 @@ def where_not_finite(status: Status, system: System) -> str:
 
 
 def _describe_pair(name: str, term: PairTerm, system: System) -> str:
-    """The lowest derivative of a pair potential that is not finite, and a pair; empty if none."""
+    """Describe the lowest derivative of a pair potential that is NaN or infinite, and a pair.
+
+    The text is empty where all derivatives, up to the third, are finite.
+
+    Args:
+      name: name of the potential.
+      term: the potential with its pairs.
+      system: the system with the positions.
+    """
     r = pair_distances(term, system.positions, system.box)
     values = [jnp.broadcast_to(v, r.shape) for v in term.values]
     # phi and its derivatives, (orders, pairs)
@@ -74,7 +90,10 @@ def _describe_pair(name: str, term: PairTerm, system: System) -> str:
 
 
 def _describe_potential(potential: Potential, system: System) -> str:
-    """The lowest derivative of a many-body energy that is not finite; empty if none."""
+    """Describe the lowest derivative of a many-body energy that is NaN or infinite, in words.
+
+    The text is empty where all derivatives, up to the third, are finite.
+    """
     for order, size in enumerate(np.asarray(_norms_of_derivatives(potential, system))):
         if not np.isfinite(size):
             message = f"{OF_ENERGY[order]} of {potential.name} is {size:.3g} at these positions"
@@ -84,10 +103,11 @@ def _describe_potential(potential: Potential, system: System) -> str:
 
 @jax.jit
 def _norms_of_derivatives(potential: Potential, system: System) -> jax.Array:
-    """The energy, and the norms of forces, a Hessian product and its derivative, (4,).
+    """Compute a many-body energy and the norms of its first three derivatives, (4,).
 
-    The last two are along one fixed direction, by jvp as in the rest of the package: an energy can
-    be finite where such a derivative is not.
+    The second and third derivatives are taken along one fixed direction (a Hessian product and its
+    derivative), in forward mode as in the rest of the package: an energy can be finite where such a
+    derivative is not.
     """
     box = system.box
 

@@ -1,7 +1,7 @@
-"""The null space of the Hessian that is known beforehand, and projections on its complement.
+"""This module projects out the null space of the Hessian, as far as it is known beforehand.
 
-Rattlers and rigid motions of clusters cost no energy to second order. Coordinates that constraints
-fix are removed by the same projection.
+Displacements of rattlers and rigid motions of clusters cost no energy to second order. Coordinates
+that constraints fix are removed by the same projection.
 """
 
 from __future__ import annotations
@@ -28,28 +28,29 @@ ROD = 1e-9
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NullSpace(Portable):
-    """Directions that cost no energy to second order, known beforehand.
+    """Directions that cost no energy to second order, and are known without solving for them.
 
     For a potential of pairs these are the displacements of rattlers, the translations of each
-    cluster, and the rotations of each cluster that does not meet its periodic image. Where the
-    energy is not a sum over pairs, they are the combinations of translations and rotations of the
-    whole system that have no stiffness in the Hessian: an external field may give other motions a
-    stiffness.
+    cluster, and the rotations of each cluster that is not connected to its periodic image. Where
+    the energy is not a sum over pairs, they are the combinations of translations and rotations of
+    the whole system that have no stiffness in the Hessian: an external field may give other motions
+    a stiffness. There are n particles in d dimensions.
 
     Attributes:
       rattlers: (n,) True for rattlers.
-      labels: (n,) cluster of each particle; None where all particles but rattlers are one cluster
-        that cannot rotate.
-      counts: (n,) number of particles in the cluster of each label, at least 1; a single number
-        where labels is None.
-      arms: (n, d) positions relative to the centroid of the cluster, zero where it cannot rotate;
-        None where no cluster can.
-      inverse_inertia: (n, k, k) pseudo-inverse of the inertia tensor of the cluster of each label,
-        k = 1 in 2-D and 3 in 3-D; None where no cluster can rotate.
-      motions: (k, n, d) orthonormal motions or zeros, which replace those of clusters where the
-        energy is not a sum over pairs; else None.
-      active_set: True where constraints fix a coordinate: of positions, of relaxed parameters and,
-        for equations on rattlers alone, of multipliers; None without constraints.
+      labels: (n,) cluster of each particle, as an index; None where all particles but rattlers are
+        one cluster that cannot rotate.
+      counts: (n,) entry c is the number of particles in the cluster with label c, or 1 where there
+        is no such cluster; a single number where ``labels`` is None.
+      arms: (n, d) positions relative to the centroid of the cluster, zero where the cluster cannot
+        rotate; None where no cluster can.
+      inverse_inertia: (n, k, k) entry c is the pseudo-inverse of the inertia tensor of the cluster
+        with label c, k = 1 in 2-D and 3 in 3-D; None where no cluster can rotate.
+      motions: (k, n, d) orthonormal motions or zeros, which replace the motions of clusters where
+        the energy is not a sum over pairs, or where there are constraints; else None.
+      active_set: masks that are True where constraints fix a coordinate of the positions or a
+        relaxed parameter, or a multiplier, for equations on rattlers alone; None without
+        constraints.
     """
 
     rattlers: jax.Array
@@ -61,7 +62,12 @@ class NullSpace(Portable):
     active_set: Unknowns | None = None
 
     def free(self, x: Unknowns) -> Unknowns:
-        """Replace the entries of ``x`` that constraints fix by zeros."""
+        """Replace the coordinates that constraints fix by zeros in ``x``.
+
+        Args:
+          x: a vector of displacements, with changes of relaxed parameters and of multipliers where
+            there are any.
+        """
         if self.active_set is None:
             return x
 
@@ -82,7 +88,12 @@ class NullSpace(Portable):
 
     @full_precision
     def project(self, x: Unknowns) -> Unknowns:
-        """Project the null space out of ``x``, orthogonally."""
+        """Project the null space of the Hessian out of ``x``, orthogonally.
+
+        Args:
+          x: a vector of displacements, with changes of relaxed parameters and of multipliers where
+            there are any.
+        """
         x = self.free(x)
         if self.labels is None:
             return dataclasses.replace(x, positions=self._centered(x.positions, jnp))
@@ -101,21 +112,24 @@ class NullSpace(Portable):
         return dataclasses.replace(x, positions=v)
 
     def project_columns(self, columns: np.ndarray) -> np.ndarray:
-        """Project the null space out of each column of a matrix (n d, c), by numpy.
+        """Project the null space of the Hessian out of each of the c columns of a matrix (n d, c).
 
-        For a batch, the columns of its systems are concatenated: (members n d, c).
+        The matrix is an array of numpy. For a batch, the rows of its systems stand one after the
+        other, (systems n d, c).
         """
         if self.labels is not None:
             return np.asarray(_projections(self, columns))
         return self._centered(columns.reshape(*self.rattlers.shape, -1), np).reshape(columns.shape)
 
     def _centered(self, v: np.ndarray | jax.Array, xp: ModuleType) -> Any:
-        """Subtract the mean of v (…, n, k) over the particles that are no rattlers.
+        """Subtract from displacements v their mean over the particles that are no rattlers.
 
-        This is the projection where these particles are one cluster that cannot rotate.
+        The result is zero for rattlers. This projects out the null space where all other particles
+        are one cluster that cannot rotate.
 
         Args:
-          xp: numpy, or jax.numpy, according to v.
+          v: (…, n, k) the displacements, of n particles.
+          xp: numpy, or jax.numpy, according to the type of v.
         """
         rattlers = xp.asarray(self.rattlers)[..., None]
         v = xp.where(rattlers, 0.0, v)
@@ -123,7 +137,9 @@ class NullSpace(Portable):
         return xp.where(rattlers, 0.0, v - mean)
 
     def dimensions(self, d: int) -> tuple[int, int, int]:
-        """Count the null directions: of rattlers, translations, rotations. Not for compiled code.
+        """Count the directions without stiffness: of rattlers, of translations and of rotations.
+
+        The function does not work inside ``jax.jit``.
 
         Args:
           d: dimension of space.
@@ -149,10 +165,11 @@ class NullSpace(Portable):
         return free, d * clusters.size, rotations
 
     def simplified(self) -> NullSpace:
-        """Drop arms where no cluster can rotate, and labels where there is only one cluster.
+        """Return this null space of a Hessian without the data that its projections do not need.
 
-        This makes projections cheaper. A batch is simplified as far as all of its systems allow.
-        Not for compiled code.
+        Projections are then cheaper. The data of rotations is dropped where no cluster can rotate,
+        and cluster labels where there is only one cluster. A batch is simplified as far as all of
+        its systems allow. The function does not work inside ``jax.jit``.
         """
         if self.active_set is not None:
             return self
@@ -174,13 +191,20 @@ class NullSpace(Portable):
         return dataclasses.replace(without_arms, labels=None, counts=counts)
 
     def _total(self, v: jax.Array) -> jax.Array:
-        """Sum v over the particles of each cluster, at the index of the cluster's label."""
+        """Sum the vectors v of the particles over each cluster of particles.
+
+        The sum stands in the row whose index is the label of the cluster.
+        """
         return jnp.zeros_like(v).at[self.labels].add(v)
 
 
 @jax.jit
 def _projections(null: NullSpace, columns: jax.Array) -> jax.Array:
-    """Project each column of a matrix; for a batch, each column of each system."""
+    """Project the null space of the Hessian out of each column of a matrix (m, c).
+
+    The rows are the coordinates of the particles; for a batch, those of its systems one after the
+    other, and each system has its own null space.
+    """
 
     def of_member(null: NullSpace, columns: jax.Array) -> jax.Array:
         def project(v: jax.Array) -> jax.Array:
@@ -197,17 +221,21 @@ def _projections(null: NullSpace, columns: jax.Array) -> jax.Array:
 
 
 def _cross(arms: jax.Array, v: jax.Array) -> jax.Array:
-    """Compute the angular momentum of v about the centroid, (n, 1) in 2-D and (n, 3) in 3-D."""
+    """Compute the angular momentum of each particle with velocity v about the centroid.
+
+    The result is (n, 1) in 2-D and (n, 3) in 3-D, for n particles of mass 1. ``arms`` are their
+    positions relative to the centroid.
+    """
     if arms.shape[1] == 2:
         return (arms[:, 0] * v[:, 1] - arms[:, 1] * v[:, 0])[:, None]
     return jnp.cross(arms, v)
 
 
 def turned(turn: jax.Array, arms: jax.Array) -> jax.Array:
-    """Compute the displacements (n, d) of a rotation about the centroid, to first order.
+    """Compute the displacements (n, d) of a small rotation about the centroid, to first order.
 
     Args:
-      turn: (n, 1) angle in 2-D, (n, 3) rotation vector in 3-D.
+      turn: (n, 1) angle in 2-D, (n, 3) rotation vector in 3-D, for each of n particles.
       arms: (n, d) positions relative to the centroid.
     """
     if arms.shape[1] == 2:
@@ -216,11 +244,11 @@ def turned(turn: jax.Array, arms: jax.Array) -> jax.Array:
 
 
 def pseudo_inverse(inertia: jax.Array) -> jax.Array:
-    """Compute the pseudo-inverse of inertia tensors, (n, 1, 1) or (n, 3, 3).
+    """Compute the pseudo-inverse of n inertia tensors, (n, 1, 1) in 2-D or (n, 3, 3) in 3-D.
 
-    A tensor in 3-D is regular, or that of a rod (two equal moments and a third of zero), or zero.
-    The formula is written out, since XLA on a CPU may wait for ever where two threads let LAPACK
-    factorize batches of matrices.
+    A tensor in 3-D is regular, or belongs to a rod (two equal moments and a third of zero), or is
+    zero. The formula is written out: LAPACK called from two threads may make XLA on a CPU wait for
+    ever.
     """
     if inertia.shape[1] == 1:
         return jnp.where(inertia > 0, 1.0 / jnp.where(inertia > 0, inertia, 1.0), 0.0)
@@ -238,9 +266,12 @@ def pseudo_inverse(inertia: jax.Array) -> jax.Array:
 
 
 def orthonormal(rows: jax.Array, floor: float) -> jax.Array:
-    """Return orthonormal rows with the span of the given rows, and rows of zeros for the rest.
+    """Return orthonormal rows that span the same space as given rows.
+
+    Rows of zeros fill the place where the given rows are linearly dependent.
 
     Args:
+      rows: (k, m) the given rows.
       floor: a singular value below this part of the largest one counts as zero.
     """
     _, sizes, basis = jnp.linalg.svd(rows, full_matrices=False)
@@ -251,18 +282,18 @@ def orthonormal(rows: jax.Array, floor: float) -> jax.Array:
 def left_motions(
     x: np.ndarray, wraps: bool, stuck: np.ndarray, some: np.ndarray, n: int
 ) -> list[np.ndarray]:
-    """Return the rigid motions of some particles that do not move their pinned coordinates.
+    """Return the rigid motions of some particles that leave their pinned coordinates in place.
 
     Args:
       x: (count, d) positions of these particles.
       wraps: whether the particles are connected to their periodic image, so that they cannot
         rotate.
       stuck: (count, d) True for pinned coordinates.
-      some: indices of these particles, or a mask.
-      n: number of particles of the system.
+      some: indices of these particles among all, or a mask.
+      n: number of all particles of the system.
 
     Returns:
-      Orthonormal motions, (n, d) each, zero for the other particles.
+      orthonormal motions, (n, d) each, zero for the other particles.
     """
     count, d = x.shape
     basis = [np.broadcast_to(np.eye(d)[k], (count, d)) for k in range(d)]

@@ -1,4 +1,7 @@
-"""Rigidity of a relaxed configuration: contact network, backbone and null space of the Hessian."""
+"""This module finds the contacts, the backbone and the null space of the Hessian at a minimum.
+
+The backbone is the system without the contacts of rattlers.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,8 @@ __all__ = ["null_space", "analyze_rigidity"]
 
 def null_space(system: System, net: Network) -> NullSpace:
     """Compute the null space of the Hessian that follows from symmetry and the contact network.
+
+    It consists of displacements of rattlers and of rigid motions that cost no energy.
 
     Args:
       system: the system at a minimum.
@@ -59,7 +64,8 @@ def _free_motions(system: System) -> jax.Array:
     """Compute the rigid motions (k, n, d) of the whole system that have no stiffness.
 
     They are combinations of the translations and, without a cell, the rotations; orthonormal, or
-    zeros. This is for energies that are not sums over pairs, such as those with an external field.
+    zeros. The function is for energies that are not sums over pairs, such as those with an external
+    field. There are n particles in d dimensions.
     """
     n, d = system.positions.shape
     dtype = system.positions.dtype
@@ -90,13 +96,14 @@ def _free_motions(system: System) -> jax.Array:
 def analyze_rigidity(
     system: System, max_force_left: jax.Array | float, least: int | None = None
 ) -> tuple[System, Network, NullSpace]:
-    """Find the backbone, the contact network and the null space, for each member of a batch.
+    """Find the backbone, the contact network and the null space of the Hessian of a relaxed system.
 
-    Every derivative at a minimum needs these three.
+    The backbone is the system without the contacts of rattlers. Every derivative at a minimum needs
+    these three. For a batch, they are found for each of its systems.
 
     Args:
       system: a relaxed system, or a batch of them.
-      max_force_left: the largest net force left on a particle.
+      max_force_left: the largest net force that the relaxation left on a particle.
       least: smallest number of contacts that holds a particle, see
         :func:`mdsens.mechanics.contacts.network`.
     """
@@ -117,7 +124,7 @@ def analyze_rigidity(
 def _analyze_rigidity(
     system: System, max_force_left: jax.Array, least: int | None
 ) -> tuple[System, Network, NullSpace]:
-    """Compiled part of :func:`analyze_rigidity`."""
+    """Find backbone, contact network and null space: the compiled part of `analyze_rigidity`."""
     if system.batch is not None:
         return jax.vmap(functools.partial(_analyze_rigidity, least=least))(system, max_force_left)
     net = contacts.network(system, max_force_left, least)

@@ -1,8 +1,9 @@
-"""Mechanical stability: the stiffness against strain, its resolution, and Born's criterion.
+"""This module judges mechanical stability, by the stiffness to strain and Born's criterion.
 
-A is the second derivative of the energy by strain with relaxed particles, per volume, and sigma the
-stress (:mod:`mdsens.elasticity`). Birch's tensor is B = dsigma/dstrain; under a pressure P it is
-also the second derivative of the enthalpy U + P V, per volume.
+The stiffness tensor A is the second derivative of the energy by strain with relaxed particles, per
+volume, and sigma the stress (:mod:`mdsens.elasticity`). Birch's tensor is B = dsigma/dstrain; under
+a pressure P it is also the second derivative of the enthalpy U + P V, per volume, with the energy U
+and the volume V. The module also estimates the round-off of A and B.
 
 A configuration that is relaxed in a fixed cell is a minimum for any A and B, since the cell keeps
 its shape. In a free cell under the same stress it is stable where the symmetrized B is positive
@@ -43,9 +44,10 @@ ROUND_OFF = 10.0
 
 
 class Isotropic(NamedTuple):
-    """Moduli of the isotropic solid nearest to a stiffness tensor, its average over all directions.
+    """Moduli of the isotropic solid nearest to a stiffness tensor C: its average over directions.
 
-    In units of energy per volume, except Poisson's ratio, a number.
+    The moduli are in units of energy per volume; Poisson's ratio is a number. d is the dimension of
+    space.
 
     Attributes:
       bulk: K = C_iijj / d^2.
@@ -73,12 +75,13 @@ class Solid(NamedTuple):
     """Stiffness and stability of a relaxed configuration against strain.
 
     Attributes:
-      tensor: (d, d, d, d) A, energy per volume; zero where all of it is round-off.
+      tensor: (d, d, d, d) A, the second derivative of the energy by strain with relaxed particles,
+        in energy per volume; zero where all of it is round-off.
       affine: (d, d, d, d) A if particles followed the strain affinely.
       stress: (d, d) Cauchy stress, positive in tension.
       round_off: a stiffness up to this size counts as zero; see :func:`resolution`. Where A is zero
-        this is the uncertainty ``doubt`` of :func:`resolution`, so that a stress due to the force
-        left on the particles counts as no stiffness.
+        this is the larger uncertainty ``doubt`` of :func:`resolution`, so that a stress due to the
+        force left on the particles counts as no stiffness.
       status: the result of :func:`verdict`, an int32 array.
     """
 
@@ -93,13 +96,16 @@ class Solid(NamedTuple):
 def tensors(system: System, motion: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Compute the relaxed and the affine stiffness tensor, and the stress, of a backbone.
 
+    The affine stiffness A has particles that follow the strain affinely; in the relaxed stiffness
+    they also move by ``motion``.
+
     Args:
-      system: the backbone.
-      motion: (m, n, d) displacements of the particles, relative to the affine ones, under each
-        strain of :func:`mdsens.mechanics.strain.basis`.
+      system: the backbone (the system without the contacts of rattlers).
+      motion: (m, n, d) displacements of the n particles, relative to the affine ones, under each of
+        the m strains of :func:`mdsens.mechanics.strain.basis`.
 
     Returns:
-      (A, affine A, stress).
+      (relaxed A, affine A, stress).
     """
     unit = jnp.asarray(basis(system.dimension), system.positions.dtype)
     volume = system.volume
@@ -116,13 +122,16 @@ def solid(
     max_force: jax.Array | float,
     residual: jax.Array | float,
 ) -> Solid:
-    """Compute stiffness and stability of a backbone against strain. Traceable.
+    """Compute the stiffness and stability of a backbone against strain.
+
+    The function works inside ``jax.jit``.
 
     Args:
-      system: the backbone.
-      motion: (m, n, d) as in :func:`tensors`.
-      max_force: largest force left on a particle.
-      residual: relative residual of the solves for the motion.
+      system: the backbone (the system without the contacts of rattlers).
+      motion: (m, n, d) displacements of the n particles, relative to the affine ones, under each of
+        the m independent strains, see :func:`tensors`.
+      max_force: largest force that is left on a particle.
+      residual: relative residual of the linear solves for ``motion``.
     """
     tensor, affine, stress = tensors(system, motion)
     round_off, doubt = resolution(system, affine, motion, max_force, residual)
@@ -132,9 +141,13 @@ def solid(
 
 
 def cleared(value: jax.Array, round_off: jax.Array | float) -> jax.Array:
-    """Return the value, or zeros where none of its entries is above round-off.
+    """Return an array as it is, or as zeros where none of its entries is above round-off.
 
-    The value is multiplied by one or zero, so that a later 0 / 0 is NaN in derivatives, too.
+    The array is multiplied by one or zero, so that a later 0 / 0 is NaN in derivatives, too.
+
+    Args:
+      value: the array.
+      round_off: the largest absolute value of an entry that counts as zero.
     """
     return value * jnp.where(jnp.max(jnp.abs(value)) <= round_off, 0.0, 1.0)
 
@@ -143,10 +156,13 @@ def cleared(value: jax.Array, round_off: jax.Array | float) -> jax.Array:
 @jax.jit
 @full_precision
 def isotropic_part(tensor: jax.Array, round_off: jax.Array | float = 0.0) -> Isotropic:
-    """Compute the isotropic part of a stiffness tensor (d, d, d, d).
+    """Compute the moduli of a stiffness tensor (d, d, d, d), averaged over directions.
+
+    These are the bulk and the shear modulus, Young's modulus and Poisson's ratio.
 
     Args:
-      round_off: K and G are zero where they are not above this.
+      round_off: the bulk modulus, and likewise the shear modulus, is set to zero where its absolute
+        value is not above this.
     """
     d = tensor.shape[0]
     iijj, ijij = jnp.einsum("iijj->", tensor), jnp.einsum("ijij->", tensor)
@@ -162,7 +178,14 @@ def isotropic_part(tensor: jax.Array, round_off: jax.Array | float = 0.0) -> Iso
 @jax.jit
 @full_precision
 def birch(tensor: jax.Array, stress: jax.Array) -> jax.Array:
-    """Compute Birch's tensor B from A and the stress by the formula in :mod:`mdsens.elasticity`."""
+    """Compute Birch's tensor B from the stiffness tensor A and the stress.
+
+    B is the derivative of the stress by strain. The formula is in :mod:`mdsens.elasticity`.
+
+    Args:
+      tensor: (d, d, d, d) A, the second derivative of the energy by strain, per volume.
+      stress: (d, d) the stress, positive in tension.
+    """
     unit = jnp.eye(stress.shape[0], dtype=stress.dtype)
     # the sum of stress_ik delta_jl over the exchanges of i with j and of k with l
     crossed = jnp.einsum("ik,jl->ijkl", stress, unit)
@@ -173,7 +196,11 @@ def birch(tensor: jax.Array, stress: jax.Array) -> jax.Array:
 
 @jax.jit
 def softest_strain(tensor: jax.Array) -> jax.Array:
-    """Return the smallest eigenvalue of the symmetrized tensor: the least stiffness to strain."""
+    """Return the least stiffness to strain: the smallest eigenvalue of a symmetrized tensor.
+
+    Args:
+      tensor: (d, d, d, d) the stiffness tensor.
+    """
     symmetrized = 0.5 * (tensor + jnp.transpose(tensor, (2, 3, 0, 1)))
     return jnp.min(jnp.linalg.eigvalsh(to_mandel(symmetrized)))
 
@@ -185,40 +212,44 @@ def resolution(
     max_force: jax.Array | float,
     residual: jax.Array | float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Estimate the round-off of a stiffness, and its uncertainty by the force left.
+    """Estimate the round-off of a stiffness tensor, and its uncertainty due to the remaining force.
 
     *Round-off.* The relaxed tensor is a difference of two tensors that can be equal, the affine one
-    and the relaxation. Positions are stored to eps |R|, so that the force of a pair of stiffness k
-    is known to eps |R| k; when the pair is displaced by u across its bond, such a force adds
-    force / l u^2 to the energy. The affine tensor is about n k l^2 / V. So
+    and the relaxation. Positions are stored to eps |R|, with the machine precision eps, so that the
+    force of a pair of stiffness k is known to eps |R| k; when the pair is displaced by u across its
+    bond, such a force adds force / l u^2 to the energy. The affine tensor is about n k l^2 / V, for
+    n particles in the volume V. So
 
         round-off = 10 eps |R| / l (1 + |X|^2 / (n l^2)) affine
 
     with l the length of the potential, |R| the largest coordinate, and X the displacements relative
     to the affine ones under a strain of norm one. X is small where particles follow the strain, and
-    100 l for each of them next to unjamming. In a packing of 64 discs the round-off is 1e-13 of the
-    affine tensor, next to unjamming 1e-12 to 1e-11: 20 times and more what moving all particles by
-    the same vector makes. In networks of springs at rest without stiffness, rings and random ones
-    of 12 to 300 nodes, the computed tensor is at most 0.014 of it.
+    100 l for each particle next to unjamming. In a packing of 64 discs the round-off is 1e-13 of
+    the affine tensor, next to unjamming 1e-12 to 1e-11: this is 20 times and more the change of the
+    tensor when all particles are moved by the same vector. In networks of springs at rest without
+    stiffness, rings and random networks of 12 to 300 nodes, the computed tensor is at most 0.014 of
+    the round-off.
 
     *Doubt.* The force left on the particles has the same effect, as if each contact carried ten
-    times as much. The error of the solves is at most the residual times the affine tensor.
+    times as much. The error of the linear solves for X is at most their residual times the affine
+    tensor.
 
         doubt = 10 max_force l (1 + |X|^2 / (n l^2)) n / V + residual affine
 
     In packings stopped at 1e-3 to 1e-6 of the mean contact force, the error of the tensor was 0.02
-    to 0.9 of the doubt; in packings stopped before their contacts were settled it was larger.
+    to 0.9 of the doubt; in packings stopped before their contacts were settled the error was
+    larger.
 
     Args:
-      system: the backbone.
+      system: the backbone (the system without the contacts of rattlers).
       affine: (d, d, d, d) or (m, m) affine stiffness.
-      motion: (m, n, d) the displacements X of each strain.
-      max_force: largest force left on a particle.
+      motion: (m, n, d) the displacements X under each of m strains.
+      max_force: largest force that is left on a particle.
       residual: relative residual of the solves for X.
 
     Returns:
-      (round-off, doubt) in energy per volume, the second never below the first. Traceable; they
-      have no derivative.
+      (round-off, doubt) in energy per volume, the second never below the first. They have no
+        derivative. The function works inside ``jax.jit``.
     """
     system, affine, motion = jax.lax.stop_gradient((system, affine, motion))
     length, _ = natural_units(system)
@@ -235,7 +266,10 @@ def _levels(
     max_force: jax.Array | float,
     residual: jax.Array | float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Evaluate the two formulas of :func:`resolution`."""
+    """Evaluate the formulas of :func:`resolution` for the round-off of a stiffness and its doubt.
+
+    The doubt is the uncertainty due to the force left on the particles.
+    """
     n = positions.shape[0]
     eps = jnp.finfo(positions.dtype).eps
     nonaffine = 1.0 + jnp.max(jnp.sum(motion**2, axis=(1, 2))) / (n * length**2)
@@ -254,14 +288,17 @@ def verdict(
     round_off: jax.Array | float,
     doubt: jax.Array | float,
 ) -> jax.Array:
-    """Classify a relaxed stiffness tensor A under a stress, as a status (an int32 array).
+    """Decide whether a relaxed stiffness tensor A under a stress is stable.
 
-    FLOPPY where a bulk or a shear modulus, of A or of B, is zero to round-off; STIFFNESS_UNSETTLED
-    where its sign is in doubt; UNSTABLE where it is negative. Ratios of the moduli have no meaning
-    in these cases. SHAPE_HELD, a warning, where the moduli are positive and yet some strain costs
-    nothing or lowers the enthalpy, the smallest eigenvalue of B not being above the doubt. The
-    moduli, which are averages over directions, remain valid then. Most small packings near
-    unjamming are of this kind (Dagois-Bohy et al., Phys. Rev. Lett. 109, 095703, 2012).
+    The result is a status, an int32 array. B is Birch's tensor, the derivative of the stress by
+    strain; ``round_off`` and ``doubt`` are those of :func:`resolution`. The status is FLOPPY where
+    a bulk or a shear modulus, of A or of B, is zero to round-off; STIFFNESS_UNSETTLED where the
+    sign of a modulus is in doubt; UNSTABLE where a modulus is negative. Ratios of the moduli have
+    no meaning in these cases. The status is SHAPE_HELD, a warning, where the moduli are positive
+    and yet some strain costs nothing or lowers the enthalpy, the smallest eigenvalue of B not being
+    above the doubt. The moduli, which are averages over directions, remain valid then. Most small
+    packings near unjamming are of this kind (Dagois-Bohy et al., Phys. Rev. Lett. 109, 095703,
+    2012).
     """
     tensor, stress, round_off, doubt = jax.lax.stop_gradient((tensor, stress, round_off, doubt))
     B = birch(tensor, stress)

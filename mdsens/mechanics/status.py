@@ -1,4 +1,7 @@
-"""Outcomes of relaxations, derivatives and designs: those of linear solves and physical ones."""
+"""This module lists the outcomes of relaxations, derivatives and designs.
+
+They include the outcomes of linear solves.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,13 @@ __all__ = ["Status"]
 
 
 class Status(Outcome):
-    """The outcome of a relaxation, a derivative or a design.
+    """The outcome of a relaxation, of a derivative or of a design.
 
-    Each member has a sentence that names the cause and the remedy. ``good`` is True where the
-    number beside a status can be used, ``warning`` where the user should also read the sentence.
-    Inside ``jit`` a status is an int32 array; ``Status(int(value))`` turns it back into a member. A
-    status prints as its name and sentence; ``f"{status:d}"``, ``int(status)`` and json give the
-    code.
+    Each outcome has a sentence that names the cause and the remedy. ``good`` is True where the
+    result that comes with the outcome can be used, ``warning`` where the user should also read the
+    sentence. Inside ``jax.jit`` a status is an int32 array; ``Status(int(value))`` turns such an
+    array ``value`` back into an outcome. A status prints as its name and sentence;
+    ``f"{status:d}"``, ``int(status)`` and json give the code.
     """
 
     # An ``entry`` of Result has the same code, severity and sentence here, so that the status of a

@@ -1,10 +1,10 @@
-"""Symmetric strains as vectors, and derivatives of the energy by them: stress, forces, stiffness.
+"""This module writes strains as vectors, and computes derivatives of the energy by strain.
 
-A strain is applied at fixed fractional coordinates: every vector r between particles becomes
-(1 + strain) r, with a symmetric deformation gradient F = 1 + strain. As a vector a strain is in
-Mandel's form, its components along an orthonormal basis of the symmetric matrices: the diagonal,
-then sqrt(2) times yz, xz, xy (in 2-D xy). Lengths and inner products are then those of the
-matrices.
+The derivatives are the stress, the forces of a strain on the particles, and the stiffness. A strain
+is applied at fixed fractional coordinates: every vector r between particles becomes (1 + strain) r,
+with a symmetric deformation gradient F = 1 + strain. As a vector a strain is in Mandel's form, its
+components along an orthonormal basis of the symmetric matrices: the diagonal, then sqrt(2) times
+yz, xz, xy (in 2-D xy). Lengths and inner products of these vectors are then those of the matrices.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ __all__ = [
 
 @functools.cache
 def basis(dimension: int) -> np.ndarray:
-    """Return an orthonormal basis of the symmetric matrices, (m, d, d) with m = d (d + 1) / 2.
+    """Return an orthonormal basis (m, d, d) of the symmetric matrices in d dimensions.
 
-    The order is Voigt's: xx, yy, xy in 2-D and xx, yy, zz, yz, xz, xy in 3-D.
+    It has m = d (d + 1) / 2 matrices in Voigt's order: xx, yy, xy in 2-D and xx, yy, zz, yz, xz, xy
+    in 3-D.
     """
     # cached: all callers share the array, and none may write to it
     pairs = [(k, k) for k in range(dimension)]
@@ -47,13 +48,17 @@ def basis(dimension: int) -> np.ndarray:
 
 @functools.cache
 def uniform(dimension: int) -> np.ndarray:
-    """Return the isotropic strain of norm 1, (1, d, d)."""
+    """Return the isotropic strain of norm 1 in d dimensions, (1, d, d)."""
     return np.eye(dimension)[None] / dimension**0.5
 
 
 @full_precision
 def to_mandel(tensor: jax.Array) -> jax.Array:
-    """Write a symmetric (d, d) as (m,), or a (d, d, d, d) with minor symmetries as (m, m)."""
+    """Write a symmetric matrix (d, d) as a vector (m,), or a stiffness tensor as a matrix (m, m).
+
+    The form is Mandel's, with m = d (d + 1) / 2 components in an orthonormal basis. The tensor is
+    (d, d, d, d) with minor symmetries.
+    """
     unit = basis(tensor.shape[0])
     if tensor.ndim == 2:
         return jnp.einsum("aij,ij->a", unit, tensor)
@@ -62,7 +67,10 @@ def to_mandel(tensor: jax.Array) -> jax.Array:
 
 @full_precision
 def from_mandel(vector: jax.Array) -> jax.Array:
-    """Write (m,) as a symmetric (d, d), or (m, m) as (d, d, d, d): the inverse of `to_mandel`."""
+    """Write a vector (m,) as a symmetric matrix (d, d), or (m, m) as a tensor (d, d, d, d).
+
+    This is the inverse of `to_mandel`, with m = d (d + 1) / 2.
+    """
     unit = basis({3: 2, 6: 3}[vector.shape[0]])  # d from m
     if vector.ndim == 1:
         return jnp.einsum("a,aij->ij", vector, unit)
@@ -71,9 +79,13 @@ def from_mandel(vector: jax.Array) -> jax.Array:
 
 @full_precision
 def strain_gradient(system: System, along: jax.Array | np.ndarray) -> jax.Array:
-    """Compute dU/dstrain at zero strain along each of the strains (k, d, d), (k,).
+    """Compute the derivative of the energy by strain along each of k strains, (k,).
 
-    This is the volume times the components of the stress along these strains.
+    The derivative is taken at zero strain. It is the volume times the components of the stress
+    along the strains.
+
+    Args:
+      along: (k, d, d) the strains.
     """
 
     def energy(s: jax.Array) -> jax.Array:
@@ -83,7 +95,9 @@ def strain_gradient(system: System, along: jax.Array | np.ndarray) -> jax.Array:
 
 
 def forces_of_strain(system: System, strain: jax.Array) -> jax.Array:
-    """Compute the forces (n, d) due to a small affine strain, -d2U/dR dstrain . strain.
+    """Compute the forces (n, d) on the particles due to a small affine strain.
+
+    The forces are -d2U/dR dstrain times the strain, with the energy U and the positions R.
 
     Args:
       strain: the strain, (d, d).
@@ -98,13 +112,14 @@ def forces_of_strain(system: System, strain: jax.Array) -> jax.Array:
 
 @full_precision
 def stiffness_along(system: System, along: jax.Array | np.ndarray, motion: jax.Array) -> jax.Array:
-    """Compute the second derivative of U along strains with displacements of particles, (k, k).
+    """Compute the second derivative of the energy by k strains of the system, (k, k).
 
-    With zero displacements the result is the affine stiffness. With the displacements that bring
-    the forces back to zero, H^+ f with f of :func:`forces_of_strain`, it is the relaxed stiffness.
-    The relaxed stiffness is stationary in the displacements: an error of the displacements changes
-    it to second order only, and its derivative by parameters can be taken at constant
-    displacements.
+    The particles follow each strain affinely, and are displaced by ``motion`` in addition. With
+    zero displacements the result is the affine stiffness. The relaxed stiffness is the result with
+    the displacements H^+ f that bring the forces f of :func:`forces_of_strain` back to zero, H^+
+    being the pseudo-inverse of the Hessian. The relaxed stiffness is stationary in the
+    displacements: an error of the displacements changes the stiffness to second order only, and its
+    derivative by parameters can be taken at constant displacements.
 
     Args:
       along: (k, d, d) strains.

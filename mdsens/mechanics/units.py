@@ -1,6 +1,7 @@
-"""Natural units of a system: the length and stiffness of its potential, and force scales.
+"""This module computes the natural units of a system: length and stiffness of its potential.
 
-Step sizes of minimizers and tolerances of forces are set in these units.
+It also computes the scales of the forces. Step sizes of minimizers and tolerances of forces are set
+in these units.
 """
 
 from __future__ import annotations
@@ -64,11 +65,11 @@ def natural_units(system: System) -> tuple[jax.Array, jax.Array]:
 
     The steps of minimizers are set in units of l and k, so that they do not depend on the units of
     the user. l is the distance of least pair energy (contact, for a potential that only repels). k
-    is the curvature there (at 0.9 l, for a potential that only repels) times 2^(d+1), the factor of
-    a dense packing of such pairs: k is 10 for harmonic discs and 900 for a Lennard-Jones crystal,
-    where the largest eigenvalues of the Hessian are 10 and 850. Both are medians over some pairs.
-    For a potential without pairs, l is the spacing of the particles, and k the largest curvature of
-    the energy at their positions.
+    is the curvature there (at 0.9 l, for a potential that only repels) times 2^(d+1) in d
+    dimensions, the factor of a dense packing of such pairs: k is 10 for harmonic discs and 900 for
+    a Lennard-Jones crystal, where the largest eigenvalues of the Hessian are 10 and 850. Both l and
+    k are medians over some pairs. For a potential without pairs, l is the spacing of the particles,
+    and k the largest curvature of the energy at their positions.
     """
     lengths = []
     curvatures = []
@@ -123,7 +124,7 @@ _natural_units_each = jax.jit(jax.vmap(natural_units))
 
 
 def _curvature(system: System) -> jax.Array:
-    """Compute the largest eigenvalue of the Hessian at the system's positions; 1 if zero."""
+    """Compute the largest eigenvalue of the Hessian at the system's positions; 1 if it is zero."""
 
     def slope(positions: jax.Array) -> jax.Array:
         return gradient(system, Unknowns(positions), system.params).positions
@@ -132,11 +133,12 @@ def _curvature(system: System) -> jax.Array:
 
 
 def round_off(system: System) -> float:
-    """Estimate the largest force eps |R| k that round-off of the positions leaves on a particle.
+    """Estimate the largest force on a particle that is due to round-off of the positions.
 
-    |R| is the largest coordinate and k the largest stiffness of the potential. The largest force
-    that minimizations reach is between a tenth of this and all of it. For a batch, the result is
-    the largest over its systems. Not for compiled code.
+    The estimate is eps |R| k. eps is the machine precision, |R| the largest coordinate and k the
+    largest stiffness of the potential. The largest force that minimizations reach is between a
+    tenth of this estimate and all of it. For a batch, the result is the largest over its systems.
+    The function does not work inside ``jax.jit``.
     """
     extent = np.max(np.abs(np.asarray(system.positions)), initial=0.0)
     resolution = np.finfo(system.positions.dtype).eps * extent
@@ -153,7 +155,7 @@ class ForceScale(NamedTuple):
     Attributes:
       mean: mean force of the pairs that interact. For a potential that attracts, at least the force
         of a pair strained by 1 %, since pair forces may cancel or be zero at a minimum. For a
-        potential without pairs, the force of 1 % strain by its stiffness.
+        potential without pairs, the force of 1 % strain by the stiffness of the potential.
       floor: the largest force that round-off of the positions leaves on a particle, see
         ``force_scale``.
       idle: whether nothing is in contact. For a potential that only repels: no pair has a force
@@ -171,18 +173,20 @@ class ForceScale(NamedTuple):
 def force_scale(
     system: System, length: jax.Array, stiffness: jax.Array, left: jax.Array | float
 ) -> ForceScale:
-    """Compute the mean pair force and the force floor (round-off) of a configuration.
+    """Compute the mean pair force of a configuration, and the floor that round-off sets.
 
-    A coordinate is stored to eps |R|, and so is the vector between two particles. So the force on
-    particle i is uncertain by
+    The floor is the largest force on a particle that is due to round-off. A coordinate is stored to
+    eps |R|, with the machine precision eps, and so is the vector between two particles. So the
+    force on particle i is uncertain by
 
         floor_i = 4 eps sqrt(sum_j (k_ij |R_ij|)^2 + f_ij^2),
 
-    with k_ij the stiffness of a pair, the larger of |phi''| and |phi'| / r, |R_ij| the root mean
-    square size of the two positions, and f_ij the force of the pair. No minimization reaches a
-    force below that of the worst particle. For a potential that is not a sum over pairs the floor
-    is measured, as the change of the forces when the last digits of the positions change. The floor
-    is never below eps times the length and stiffness of a pair, a force that counts as zero.
+    with k_ij the stiffness of a pair, the larger of |phi''| and |phi'| / r for the pair potential
+    phi at the distance r, |R_ij| the root mean square size of the two positions, and f_ij the force
+    of the pair. The floor is that of the worst particle, since no minimization reaches a force
+    below it. For a potential that is not a sum over pairs the floor is measured, as the change of
+    the forces when the last digits of the positions change. The floor is never below eps times the
+    length and stiffness of a pair, a force that counts as zero.
 
     Args:
       system: a system with a complete neighbor list.
@@ -190,7 +194,7 @@ def force_scale(
       left: the largest force left on a particle, by which contacts are distinguished from
         round-off.
 
-    Traceable. The results have no derivative.
+    The function works inside ``jax.jit``. The results have no derivative.
     """
     system, length, stiffness = jax.lax.stop_gradient((system, length, stiffness))
     n = system.n
@@ -252,9 +256,10 @@ force_scales = jax.jit(jax.vmap(force_scale))
 def _measured_round_off(system: System) -> jax.Array:
     """Measure the round-off of the forces by random changes of the last digits of the positions.
 
-    The result is twice the largest change of the force on a particle in a few trials. All particles
-    are displaced together, and the whole vector of a force counts: the displacements are random,
-    and the worst particle shows its largest change in few of them.
+    The result is twice the largest change of the force on a particle in a few trials. In each trial
+    all particles are displaced together, and the norm of the change of a force counts. The
+    displacements are random, and the particle with the largest round-off shows its largest change
+    in few trials.
     """
     eps = jnp.finfo(system.positions.dtype).eps
     n, d = system.positions.shape
@@ -275,10 +280,15 @@ def _measured_round_off(system: System) -> jax.Array:
 def force_goal(
     scale: ForceScale, tolerance: float | np.ndarray | jax.Array | None
 ) -> tuple[Any, Any]:
-    """Compute the largest force that counts as converged, and the force to stop at.
+    """Compute the largest force that counts as converged, and the force at which to stop.
 
-    The first is the tolerance, or 1e-12 of the mean pair force where that is None. The second is
-    the larger of the first and the force floor. For arrays of numpy or jax.
+    The first is the tolerance, or 1e-12 of the mean pair force where ``tolerance`` is None. The
+    second is the larger of the first and the floor, the force that round-off leaves. The function
+    is for arrays of numpy or jax.
+
+    Args:
+      scale: the mean pair force and the floor.
+      tolerance: the largest force on a particle that the user accepts.
     """
     goal = GOAL * scale.mean if tolerance is None else tolerance
     xp = jnp if isinstance(scale.floor, jax.Array) else np
@@ -286,7 +296,11 @@ def force_goal(
 
 
 class _Stepping(Protocol):
-    """Protocol of the options that limit the steps of a method of :mod:`mdsens.relaxation`."""
+    """Protocol of the options that limit the steps of a minimizer of :mod:`mdsens.relaxation`.
+
+    ``max_step`` is the longest step of a particle, in units of the length of the potential.
+    ``force_limit`` returns the force that moves a particle by the length ``longest`` in one step.
+    """
 
     @property
     def max_step(self) -> float: ...
@@ -294,7 +308,7 @@ class _Stepping(Protocol):
 
 
 class Limits(NamedTuple):
-    """Limits of a minimizer's steps, from the natural units of the system."""
+    """Limits of the steps of a minimizer, from the natural units of the system."""
 
     longest: Any  # longest step of a particle
     strongest: Any  # largest force on a particle; larger ones are shortened to it
@@ -302,20 +316,25 @@ class Limits(NamedTuple):
 
     @classmethod
     def of(cls, scale: tuple[Any, Any], method: _Stepping) -> Limits:
-        """Limits for a method of :mod:`mdsens.relaxation`, from ``natural_units`` (l, k)."""
+        """Compute the limits of the steps for a method of :mod:`mdsens.relaxation`.
+
+        Args:
+          scale: length and stiffness of the potential, from ``natural_units``.
+          method: the method, which gives its longest step in units of this length.
+        """
         length, stiffness = scale
         longest = method.max_step * length
         return cls(longest, method.force_limit(longest, stiffness), stiffness)
 
 
 def unrelaxed(system: System, left: jax.Array, mean_force: jax.Array) -> jax.Array:
-    """Return whether the largest force left is too large for a minimum. Traceable.
+    """Return whether the largest force left on a particle is too large for a minimum.
 
     A force is too large above 1e-4 of the mean force of the contacts. Where nothing is in contact,
     it is too large above 1e-4 of l k: l is the length scale of the potential and k its stiffness,
     both from :func:`natural_units`. In single precision round-off alone can leave forces above this
     limit, so only a force that is not finite counts as too large. The status of a derivative then
-    tells how accurate the derivative is.
+    tells how accurate the derivative is. The function works inside ``jax.jit``.
 
     Args:
       left: the largest force left on a particle.
@@ -330,22 +349,31 @@ def unrelaxed(system: System, left: jax.Array, mean_force: jax.Array) -> jax.Arr
 
 
 def _strained_pair_force(system: System, length: jax.Array, stiffness: jax.Array) -> jax.Array:
-    """Compute the force of a pair strained by 1 %; 0 for a potential that only repels."""
+    """Compute the force of a pair that is strained by 1 %; 0 for a potential that only repels.
+
+    Args:
+      length, stiffness: length and stiffness of the potential, from ``natural_units``.
+    """
     if system.potential.repulsive:
         return jnp.zeros_like(length)
     return BENT * _pair_stiffness(system, stiffness) * length
 
 
 def _pair_stiffness(system: System, stiffness: jax.Array) -> jax.Array:
-    """Compute the stiffness of one pair from that of a dense packing, as in ``natural_units``.
+    """Compute the stiffness of one pair from the stiffness of a dense packing of such pairs.
 
     For a potential without pairs, the stiffness itself is returned.
+
+    Args:
+      stiffness: stiffness of the potential, from ``natural_units``.
     """
     return stiffness / 2.0 ** (system.dimension + 1) if system.potential.pairwise else stiffness
 
 
 def doubtful_stiffness(left: jax.Array | float, length: jax.Array | float) -> float:
-    """Compute the stiffness below which a mode's sign is not known, because of the force left.
+    """Compute the stiffness below which the sign of a mode's stiffness is in doubt.
+
+    The doubt comes from the force that the relaxation left on the particles.
 
     Args:
       left: the largest force left on a particle.
@@ -357,12 +385,14 @@ def doubtful_stiffness(left: jax.Array | float, length: jax.Array | float) -> fl
 def step_off_saddle(
     mode: np.ndarray | jax.Array, length: float, least: float = 0.0
 ) -> np.ndarray | jax.Array:
-    """Scale a mode of negative stiffness to a small step, which leaves the saddle.
+    """Return a small displacement that leaves a saddle along its mode of negative stiffness.
+
+    The mode is scaled such that the coordinate that moves most moves by a thousandth of ``length``
+    or by ``least``, whichever is larger.
 
     Args:
       mode: the mode, of any shape and size.
       length: length of the potential, from ``natural_units``.
-      least: smallest displacement of the coordinate that moves most; a thousandth of ``length``
-        where that is larger.
+      least: smallest displacement of the coordinate that moves most.
     """
     return max(OFF_SADDLE * length, least) / abs(mode).max() * mode

@@ -35,12 +35,12 @@ FIELDS = (
 def stack(systems: list[System] | tuple[System, ...]) -> System:
     """Stack systems into a batch: one System whose arrays have a leading axis over the systems.
 
-    The systems in a batch are called its members. A batch is for ``vmap`` and for the loops of
-    ``minimize`` and ``jvp`` over batches. All members need the same number of particles, potential,
-    kind of box and parameter shapes; their neighbor lists get the largest member's capacity.
+    The systems in a batch are called its members. A batch can be given to ``jax.vmap``,
+    ``minimize`` and ``jvp``. All members need the same number of particles, potential, kind of box
+    and parameter shapes; all neighbor lists get the capacity of the largest one.
 
     Raises:
-      InputError: systems that differ; the message names the first system that does.
+      InputError: a system differs from the first one in such a property; the message names both.
     """
     if not isinstance(systems, list | tuple):
         raise InputError(f"stack got a {type(systems).__name__}: give a list of systems.")
@@ -81,16 +81,19 @@ def stack(systems: list[System] | tuple[System, ...]) -> System:
 
 
 def _comparable(system: System, field: str) -> Any:
-    """Return a field in the form in which systems are compared: its array shapes.
+    """Return what the systems of a batch must have in common in a field: the shapes of its arrays.
 
-    The species' count and names hold no arrays and are compared by value.
+    The number of species and the species' names must be equal, so that their values are returned.
     """
     value = getattr(system, field)
     return value if field.startswith("species_") else jax.tree.map(jnp.shape, value)
 
 
 def _with_equal_lists(systems: list[System]) -> list[System]:
-    """Give the systems neighbor lists of one shape, each with every pair of its own system."""
+    """Build new neighbor lists of one common shape, so that the systems can form a batch.
+
+    Each list contains every interacting pair of its own system.
+    """
     # the coarsest grid, whose cells are wide enough for the range of every member
     cells = tuple(min(along) for along in zip(*(s.neighbors.cells for s in systems), strict=True))
     lists = []
@@ -109,9 +112,10 @@ def _with_equal_lists(systems: list[System]) -> list[System]:
 
 
 def unstack(batch: T) -> list[T]:
-    """Split a batch into its members: a System made by ``stack``, or the Equilibrium of a batch.
+    """Split a batch into the list of its members.
 
-    An Equilibrium of a batch is what ``minimize`` returns for a batch.
+    The batch is a System made by ``stack``, or the Equilibrium that ``minimize`` returns for
+    such a System.
     """
     count = getattr(getattr(batch, "system", batch), "batch", None)
     if count is None:

@@ -1,4 +1,4 @@
-"""Periodic cells: a fixed matrix, a rule that follows the parameters, or open boundaries."""
+"""The cell of a system: a fixed matrix, a matrix that follows the parameters, or no cell."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ class OpenBox:
     follows = ""
 
     def matrix(self, params: Params, diameters: Diameters, dimension: int) -> None:
-        """Return None, since there is no cell."""
+        """Return None, since open boundaries have no cell matrix."""
         return None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FixedBox(Portable):
-    """A cell matrix (d, d), its columns the cell vectors, that does not depend on parameters.
+    """A periodic cell that does not depend on the parameters of the system.
 
     Attributes:
-      cell: the matrix.
+      cell: the matrix (d, d) whose columns are the cell vectors.
       orthogonal: whether the matrix is known to be diagonal.
     """
 
@@ -63,7 +63,7 @@ class FixedBox(Portable):
     follows = ""
 
     def matrix(self, params: Params, diameters: Diameters, dimension: int) -> jax.Array:
-        """Return the cell (d, d), which does not depend on the parameters."""
+        """Return the cell matrix (d, d), which does not depend on the parameters."""
         return jnp.asarray(self.cell)
 
 
@@ -74,8 +74,9 @@ class PackingFraction(Portable):
 
         V(params) = sum_i v(sigma_i) / fraction,     v = pi/4 sigma^2 (2-D) or pi/6 sigma^3 (3-D)
 
+    V is the volume (in 2-D the area) of the cell, and sigma are the diameters of the particles.
     Overlaps are counted twice, as is usual in the field. The cell follows the diameters, and
-    derivatives include that dependence.
+    derivatives by the diameters include this dependence.
 
     Attributes:
       fraction: the packing fraction phi, above 0.
@@ -88,16 +89,19 @@ class PackingFraction(Portable):
 
     @property
     def follows(self) -> str:
-        """Text that says what the cell depends on."""
+        """Words for a printed table that say what the cell depends on."""
         return f", follows the diameters at a packing fraction of {float(self.fraction):.6g}"
 
     @property
     def orthogonal(self) -> bool:
-        """Whether the matrix is known to be diagonal."""
+        """Whether the cell matrix is known to be diagonal."""
         return self.shape is None
 
     def matrix(self, params: Params, diameters: Diameters, dimension: int) -> jax.Array:
-        """Return the cell (d, d) of the volume that ``diameters`` (n,) and the fraction give."""
+        """Compute the cell matrix (d, d) in which particles have the prescribed packing fraction.
+
+        ``diameters`` (n,) are the diameters of the particles.
+        """
         if diameters is None:
             raise InputError(
                 "a box that follows the packing fraction needs the parameter 'sigma': give a box"
@@ -115,14 +119,18 @@ class PackingFraction(Portable):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BoxFunction(Portable):
-    """A cell given by a function of the parameters, ``function(params) -> (d, d)``."""
+    """A cell given by a user's function, which computes the matrix (d, d) from the parameters.
+
+    Attributes:
+      function: ``function(params)``, with a dict of the parameters.
+    """
 
     orthogonal = False
     follows = ", a function of the parameters"
     function: Callable[[Params], jax.Array] = dataclasses.field(metadata={"static": True})
 
     def matrix(self, params: Params, diameters: Diameters, dimension: int) -> jax.Array:
-        """Return the cell (d, d) that the user's function of the parameters gives at ``params``."""
+        """Return the cell matrix (d, d) that the user's function computes from ``params``."""
         return Traceable("the box function", self.function)(params)
 
 
@@ -134,10 +142,13 @@ def box_rule(
     dimension: int,
     dtype: np.dtype,
 ) -> BoxRule:
-    """Return the checked box rule for the ``box`` that a user gives.
+    """Convert the ``box`` that a user gives to a box rule, and check the values.
+
+    A box rule is an object that computes the cell matrix from the parameters and the diameters.
 
     Args:
-      box: None, a length, d lengths, a (d, d) matrix, a box rule, or a function of the parameters.
+      box: None for open boundaries, a length, d lengths, a (d, d) matrix, a box rule, or a function
+        of the parameters that returns a matrix.
       dimension: 2 or 3.
       dtype: floating-point type of the cell's entries.
     """
@@ -158,7 +169,7 @@ def box_rule(
 
 
 def _cell(box: ArrayLike, dimension: int) -> np.ndarray:
-    """Return the checked cell matrix (d, d) of a length, d lengths, or a matrix."""
+    """Make the cell matrix (d, d) of a length, d lengths, or a matrix, and check the matrix."""
     need = f"give a length, {dimension} lengths, or a ({dimension}, {dimension}) matrix."
     cell = np.asarray(real_array("box", box, need), float)
     if cell.ndim < 2 and (cell < 0).any():
@@ -186,7 +197,7 @@ def _cell(box: ArrayLike, dimension: int) -> np.ndarray:
 
 
 def described(cell: jax.Array | np.ndarray | None) -> str:
-    """Describe a cell matrix: lengths of its vectors, and angles that are not right angles."""
+    """Describe a cell in words: the lengths of the cell vectors, and their angles if oblique."""
     if cell is None:
         return "open boundaries"
     matrix = np.asarray(cell)

@@ -1,18 +1,21 @@
 """Neighbor lists: for each particle, the particles that it can interact with.
 
-A cell search builds the list; a test of its completeness makes sure that no pair is lost unnoticed.
+A search over grid cells builds the list. A test of the list's completeness makes sure that no pair
+is lost unnoticed.
 
-rows[:, i] lists the particles j that were nearer to i than l_ij + skin at the ``reference``
-positions, where l_ij is the length beyond which the potential of the two is zero. A pair stands in
-the rows of both its particles, so that a force is a sum over rows, gathered and never scattered:
-half the time of a list of pairs on one core, and the same sum on every run. Once the particles have
-moved by d_i, in a cell deformed by M, all interacting pairs are still listed while
+The array ``rows`` of a list has in column i the particles j that were nearer to particle i than
+l_ij + skin when the list was built; l_ij is the distance beyond which the potential of the pair is
+zero. A pair is in the columns of both its particles. The force on a particle is therefore a sum
+over its own column, which takes half the time of a list of pairs on one core, and gives the same
+sum on every run. After the particles have moved by d_i, in a cell deformed by M, the list still
+contains all interacting pairs if
 
     skin lambda_min(M) - (1 - lambda_min(M)) max l_ij - 2 max |d_i| >= 0
 
 (lambda_min(M) is the least factor by which M stretches a vector) and the parameters that determine
-l_ij are unchanged; otherwise the list is rebuilt. A rebuild that does not fit the static capacities
-sets ``overflowed``: code on the host then allocates a larger list, traced code reports it.
+l_ij are unchanged; otherwise the list is rebuilt. The list has a fixed capacity. If the neighbors
+do not fit in, the list is marked as ``overflowed``: a larger list is then allocated outside of
+compiled code, while compiled code only reports the overflow.
 """
 
 from __future__ import annotations
@@ -79,19 +82,24 @@ A = TypeVar("A", jax.Array, np.ndarray)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Neighbors(Portable):
-    """The particles that each particle may interact with.
+    """A neighbor list: for each of n particles, the particles with which it may interact.
+
+    l_ij is the distance beyond which particles i and j do not interact.
 
     Attributes:
-      rows: (capacity, n) particle indices; rows[:, i] are those near i, padded with n.
-      reference: (n, d) Cartesian positions when the list was built; None for all pairs.
+      rows: (capacity, n) particle indices; rows[:, i] are the particles near particle i, and n in
+        places that are not used.
+      reference: (n, d) Cartesian positions when the list was built; None for a list of all pairs.
       reference_box: (d, d) cell when the list was built (an enclosing cell for open boundaries);
-        None for all pairs.
-      given: the parameter arrays that determined l_ij when the list was built; None for all pairs.
-      skin: pairs nearer than l_ij + skin at the reference are listed; inf for all pairs.
-      overflowed: True where pairs were lost.
-      cells: number of grid cells along each cell vector; empty for all pairs.
-      run_capacity: capacity for the particles in a run of three grid cells along the last cell
-        vector.
+        None for a list of all pairs.
+      given: the parameter arrays that determined l_ij when the list was built; None for a list of
+        all pairs.
+      skin: pairs nearer than l_ij + skin were listed when the list was built; inf for all pairs.
+      overflowed: True if pairs were lost because the list was too small.
+      cells: number of cells along each cell vector of the grid by which neighbors are searched;
+        empty for a list of all pairs.
+      run_capacity: number of particles that the search allows in three grid cells that follow each
+        other along the last cell vector.
     """
 
     rows: jax.Array
@@ -105,12 +113,15 @@ class Neighbors(Portable):
 
     @property
     def complete(self) -> bool:
-        """True for a list of all pairs, which never needs an update."""
+        """True if the neighbor list never needs an update, such as a list of all pairs."""
         return self.reference is None
 
     @property
     def pairs(self) -> jax.Array:
-        """(2, capacity n) particle indices, each pair once, padded with n."""
+        """Particle indices of the pairs in the neighbor list, (2, m), each pair once.
+
+        Places that hold no pair have the index n, which is the number of particles.
+        """
         n = self.rows.shape[1]
         once = (self.rows > jnp.arange(n, dtype=self.rows.dtype)) & (self.rows < n)
         first = jnp.broadcast_to(jnp.arange(n, dtype=self.rows.dtype), self.rows.shape)
@@ -119,30 +130,33 @@ class Neighbors(Portable):
     @property
     @jax.jit
     def used(self) -> jax.Array:
-        """Number of rows up to the last one that is not empty."""
+        """Number of rows of the neighbor list that are in use, up to the last that is not empty."""
         filled = jnp.any(self.rows < self.rows.shape[1], axis=1)
         return jnp.max(filled * jnp.arange(1, self.rows.shape[0] + 1, dtype=jnp.int32), initial=0)
 
     def resized(self, capacity: int) -> Neighbors:
-        """Return the list with another number of rows, at least as many as are used."""
+        """Return the neighbor list with ``capacity`` rows, at least as many as are in use."""
         more = max(capacity - self.rows.shape[0], 0)
         rows = jnp.pad(self.rows, ((0, more), (0, 0)), constant_values=self.rows.shape[1])
         return dataclasses.replace(self, rows=rows[:capacity])
 
 
 def no_pairs(n: int, dtype: DTypeLike = float) -> Neighbors:
-    """Return the empty list, for potentials without pairs; complete while the range is zero."""
+    """Return an empty neighbor list of n particles, for potentials without pair interactions.
+
+    The list is complete while the range of the interactions is zero.
+    """
     return _complete_list(jnp.zeros((0, n), jnp.int32), dtype)
 
 
 def all_pairs(n: int, dtype: DTypeLike = float) -> Neighbors:
-    """Return the list of all pairs, which stays complete wherever the particles move."""
+    """Return the list of all pairs of n particles, complete wherever the particles move."""
     rows = jnp.asarray((np.arange(n)[None] + np.arange(1, n)[:, None]) % max(n, 1), jnp.int32)
     return _complete_list(rows, dtype)
 
 
 def _complete_list(rows: jax.Array, dtype: DTypeLike) -> Neighbors:
-    """Return a list of these rows that never needs an update."""
+    """Return a neighbor list, with given rows of particle indices, that never needs an update."""
     return Neighbors(
         rows=rows,
         reference=None,
@@ -155,7 +169,10 @@ def _complete_list(rows: jax.Array, dtype: DTypeLike) -> Neighbors:
 
 @full_precision
 def _cell_of(positions: A, box: A, cells: tuple[int, ...]) -> A:
-    """Index of each particle's grid cell along each cell vector, (d, n)."""
+    """Compute the index of each particle's grid cell along each of the d cell vectors, (d, n).
+
+    ``cells`` are the numbers of grid cells along the cell vectors.
+    """
     xp: Any = positions.__array_namespace__()
     fractional = positions @ inverse(box).T
     fractional = fractional - xp.floor(fractional)
@@ -164,7 +181,10 @@ def _cell_of(positions: A, box: A, cells: tuple[int, ...]) -> A:
 
 
 def _fullest_run(positions: np.ndarray, box: np.ndarray, cells: tuple[int, ...]) -> int:
-    """Particles in the fullest run of three grid cells along the last cell vector."""
+    """Return the largest number of particles in three successive grid cells.
+
+    The three grid cells follow each other along the last cell vector.
+    """
     counts = np.zeros(cells, int)
     np.add.at(counts, tuple(_cell_of(positions, box, cells)), 1)
     if cells[-1] > 2:
@@ -175,9 +195,11 @@ def _fullest_run(positions: np.ndarray, box: np.ndarray, cells: tuple[int, ...])
 
 
 class _Grid(NamedTuple):
-    """Particles sorted by their grid cells.
+    """The particles sorted by grid cell, for a search of neighbors.
 
-    A run of cells along the last cell vector is a range of ``order``; a line is all cells along it.
+    A line of grid cells is all of them along the last cell vector. A run is a grid cell with the
+    one before and the one after it in its line; the line closes on itself. The particles of a run
+    follow each other in the sorted array ``order``.
     """
 
     order: jax.Array  # (n,) particle indices, those of one cell together
@@ -189,11 +211,11 @@ class _Grid(NamedTuple):
 
 
 def _order(index: jax.Array, count: int) -> jax.Array:
-    """The particles sorted by cell, those of one cell by their own number.
+    """Return the particle indices (n,) sorted by grid cell, and by index within a grid cell.
 
     Args:
-      index: (n,) cell of each particle.
-      count: number of cells.
+      index: (n,) number of each particle's grid cell.
+      count: number of grid cells.
     """
     n = index.shape[0]
     wide = jax.dtypes.canonicalize_dtype(jnp.int64)
@@ -204,7 +226,7 @@ def _order(index: jax.Array, count: int) -> jax.Array:
 
 
 def _grid(positions: jax.Array, box: jax.Array, cells: tuple[int, ...]) -> _Grid:
-    """The particles sorted into a grid of cells."""
+    """Sort the particles by the cells of a grid, ``cells`` of them along each cell vector."""
     where = _cell_of(positions, box, cells)
     last = cells[-1]
     # number of each particle's cell; neighbors along the last cell vector follow each other
@@ -237,14 +259,16 @@ def _search(
     run_capacity: int,
     capacity: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Find all pairs nearer than l_ij + skin; the pair energy of i and j ends at l_ij.
+    """Find all pairs nearer than l_ij + skin, where the pair energy of i and j is zero beyond l_ij.
 
-    First the candidates near each particle are marked, one bit each, line of cells by line; then
-    the marks are taken off one at a time and written as rows of particle indices.
+    The particles in nearby grid cells are candidates. First the candidates that are near enough are
+    marked, by one bit for each. Then the marks are taken off one at a time, and the marked
+    particles written as rows of particle indices.
 
     Returns:
-      (rows, most neighbors of one particle, particles in the fullest run). Pairs are lost where the
-      last two exceed ``capacity`` and ``run_capacity``.
+      (rows of particle indices (capacity, n), the most neighbors of one particle, the most
+      particles in three successive grid cells). Pairs are lost where the second number exceeds
+      ``capacity`` or the third ``run_capacity``.
     """
     n = positions.shape[0]
     words = -(-run_capacity // WORD)  # integers that hold one mark per candidate, rounded up
@@ -256,7 +280,10 @@ def _search(
     longest = jnp.max(grid.length)
 
     def place(line: jax.Array, k: jax.Array) -> jax.Array:
-        """Index in grid.order of the k-th candidate of each particle on a line of cells, (n,)."""
+        """Find the k-th candidate neighbor of each particle in a line of grid cells.
+
+        The result (n,) gives its place in the array of particles sorted by grid cell.
+        """
         first = grid.first[line * cells[-1] + grid.where[-1]]
         end = grid.line_end[line]
         index = first + k
@@ -265,7 +292,14 @@ def _search(
         return jnp.minimum(wrapped, n - 1)
 
     def search_line(offset: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The line at this offset from each particle's line (n,), and its marks (words, n)."""
+        """Mark the particles near each particle in one line of grid cells.
+
+        The line is at ``offset`` from the particle's own line of grid cells.
+
+        Returns:
+          (number of the line for each particle (n,), marks as integers (words, n)). Each bit of the
+          integers in column i is the mark of one candidate neighbor of particle i.
+        """
         line = jnp.zeros(n, jnp.int32)
         # offsets are along all cell vectors but the last, along which the line runs
         for along, by, m in zip(grid.where, offset, cells, strict=False):
@@ -273,7 +307,7 @@ def _search(
         length = grid.length[line * cells[-1] + grid.where[-1]]
 
         def mark(k: jax.Array, marks: jax.Array) -> jax.Array:
-            """Sets the bit of the k-th candidate where it is near."""
+            """Set a bit for the k-th candidate neighbor of each particle, if it is near enough."""
             index = place(line, k)
             apart = images(tuple(c - s[index] for c, s in zip(x, sorted_x, strict=True)))
             j = grid.order[index]
@@ -297,7 +331,7 @@ def _search(
     numbers = jnp.arange(marks.shape[0], dtype=jnp.int32)[:, None]
 
     def take(r: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """Writes row r from the first mark left for each particle, and takes that mark off."""
+        """Write row r of the list from the first mark left for each particle; remove this mark."""
         rows, marks = carry
         which = jnp.argmax(marks != 0, axis=0).astype(jnp.int32)  # the first word with a mark left
         word = jnp.max(jnp.where(numbers == which, marks, 0), axis=0)
@@ -322,14 +356,17 @@ def _skin(
     periodic: bool,
     share: ArrayLike = SKIN,
 ) -> jax.Array:
-    """Compute the largest skin that grid and cell allow; negative where they are too small.
+    """Compute the skin of a neighbor list: the requested one, or less if the cell is too small.
+
+    The skin is the distance beyond the interaction range up to which pairs are listed. It is
+    negative if the cell or its grid cells are too small for the range.
 
     Args:
-      range_: the largest l_ij.
+      range_: the largest distance at which two particles interact.
       lattice: (d, d) the cell that the grid divides.
-      cells: grid cells along each cell vector.
-      periodic: whether the cell is periodic, or encloses a system with open boundaries.
-      share: the requested skin, as a share of the range.
+      cells: number of grid cells along each cell vector.
+      periodic: True if the cell is periodic, False if it encloses a system with open boundaries.
+      share: the requested skin, as a fraction of the range.
     """
     xp: Any = lattice.__array_namespace__()
     # along a vector with one or two grid cells all are searched: its whole height bounds the skin
@@ -342,7 +379,10 @@ def _skin(
 
 
 def _lattice(neighbors: Neighbors, box: jax.Array | None) -> jax.Array:
-    """Return the cell that the grid divides: the box, or the enclosing cell if open."""
+    """Return the cell (d, d) that the grid of the neighbor search divides.
+
+    It is the periodic box, or for open boundaries the cell that encloses the system.
+    """
     # Open boundaries keep the enclosing cell they have: its images only add candidates, which lie
     # beyond the range in open space.
     return neighbors.reference_box if box is None else box  # type: ignore[return-value]
@@ -352,11 +392,14 @@ def _lattice(neighbors: Neighbors, box: jax.Array | None) -> jax.Array:
 def slack(
     neighbors: Neighbors, box: jax.Array | None, range_: jax.Array
 ) -> tuple[jax.Array | None, jax.Array]:
-    """Compute how far each particle may move before pairs could be lost: (anchors, distance).
+    """Compute how far particles may move before a neighbor list could miss a pair.
 
-    The anchors (n, d) are the reference positions, deformed with the cell. The list is complete
-    while no particle is farther than ``distance`` from its anchor; where ``distance`` is below
-    zero, the list is not complete.
+    The list contains all interacting pairs while no particle is farther than ``distance`` from its
+    anchor, which is its position when the list was built, deformed with the cell.
+
+    Returns:
+      (anchors (n, d), distance). The anchors are None for a list of all pairs. A distance below
+      zero means that the list is not complete.
     """
     if neighbors.complete:
         return None, jnp.asarray(jnp.inf, neighbors.skin.dtype)
@@ -371,7 +414,11 @@ def slack(
 
 
 def within(positions: jax.Array, anchors: jax.Array | None, distance: jax.Array) -> jax.Array:
-    """Return whether no particle is farther than ``distance`` from its anchor."""
+    """Return whether no particle is farther than ``distance`` from its anchor.
+
+    The anchors (n, d) are the positions at which a neighbor list was built; None for a list of all
+    pairs, which allows any distance.
+    """
     if anchors is None:
         return jnp.ones((), bool)
     # a negative distance fails, although its square would pass
@@ -385,7 +432,7 @@ def _still_complete(
     lengths: Lengths,
     range_: jax.Array,
 ) -> jax.Array:
-    """Return whether the list is still complete after particles and parameters have changed."""
+    """Return whether a neighbor list is complete after a change of positions or parameters."""
     complete = within(positions, *slack(neighbors, box, range_))
     leaves = jax.tree.leaves(lengths)
     if neighbors.given is not None and len(neighbors.given) != len(leaves):
@@ -396,11 +443,11 @@ def _still_complete(
 
 
 def _too_small(range_: float | jax.Array, box: np.ndarray | jax.Array | None, times: float) -> Any:
-    """Return whether a cell's smallest height is less than twice the range, beyond round-off.
+    """Return whether a cell's smallest height is less than twice the interaction range.
 
-    ``times`` is the tolerance in units of a height's round-off. Compiled code rounds differently
-    from the host and must not refuse a cell of just that size which the host accepted: it would ask
-    for a larger list for ever.
+    ``times`` is the tolerance in units of the round-off of a height. Compiled code rounds
+    differently from other code and needs a larger tolerance: if it refused a cell of just twice the
+    range that other code accepts, it would ask for a larger list forever.
     """
     if box is None:
         return jnp.zeros((), bool)
@@ -416,7 +463,7 @@ def serves(
     lengths: Lengths,
     range_: jax.Array,
 ) -> jax.Array:
-    """Return whether the list contains every pair that interacts at ``positions``."""
+    """Return whether a neighbor list contains every pair that interacts at ``positions``."""
     if neighbors.complete:
         return (range_ > 0) & ~_too_small(range_, box, 2.0)
     return ~neighbors.overflowed & _still_complete(neighbors, positions, box, lengths, range_)
@@ -432,19 +479,21 @@ def update(
     skin: ArrayLike = SKIN,
     anew: ArrayLike = False,
 ) -> tuple[Neighbors, jax.Array]:
-    """Return a list complete at ``positions`` or marked as overflowed, and whether it was rebuilt.
+    """Update a neighbor list; return the list and whether it was rebuilt.
+
+    The list returned is complete at ``positions``, or marked as overflowed if it was too small.
+    This function can be traced by jax. The list has no derivative.
 
     Args:
       neighbors: the list so far.
-      positions: (n, d).
+      positions: (n, d) positions of the particles.
       box: the cell; None for open boundaries.
-      lengths: l_ij, the distance at which the pair energy of i and j ends, at the present
-        parameters.
+      lengths: the function (i, j) -> l_ij, the distance beyond which the pair energy of particles i
+        and j is zero, at the present parameters.
       range_: the largest l_ij.
-      skin: the skin of a list that is rebuilt, as a share of the range.
-      anew: whether to rebuild even a list that is still complete.
-
-    The function is traceable. The list has no derivative.
+      skin: the skin of a list that is rebuilt, as a fraction of the range: pairs up to this
+        distance beyond l_ij are listed.
+      anew: True to rebuild even a list that is still complete.
     """
     positions, box, lengths, range_ = jax.lax.stop_gradient((positions, box, lengths, range_))
     too_small = _too_small(range_, box, 2.0)
@@ -482,16 +531,20 @@ def allocate(
     room: float = 1.25,
     like: Neighbors | None = None,
 ) -> Neighbors:
-    """Build a new list at ``positions``. Not for compiled code.
+    """Build a new neighbor list for the particles at ``positions``.
+
+    This function cannot run in compiled code.
 
     Args:
-      positions: (n, d).
+      positions: (n, d) positions of the particles.
       box: the cell; None for open boundaries.
-      lengths: l_ij, the distance at which the pair energy of i and j ends.
-      range_: the largest l_ij; inf for all pairs, 0 where the potential has no neighbor pairs.
-      room: capacity as a multiple of what the positions need.
-      like: an earlier list; the new list gets at least its capacities, so that compiled code can be
-        used again.
+      lengths: the function (i, j) -> l_ij, the distance beyond which the pair energy of particles i
+        and j is zero.
+      range_: the largest l_ij; inf for a list of all pairs, 0 if the potential has no pair
+        interactions.
+      room: capacity of the list as a multiple of what the positions need.
+      like: an earlier list or None; the new list gets at least the capacity of the earlier one, so
+        that compiled code can be used again.
     """
     n = positions.shape[0]
     dtype = positions.dtype
@@ -529,9 +582,15 @@ def allocate(
 
 
 def _cells(across: np.ndarray, reach: float, n: int) -> tuple[int, ...]:
-    """Number of grid cells along each cell vector, each cell no narrower than ``reach``.
+    """Choose the number of grid cells along each cell vector for a search of neighbors.
 
-    Cells are wider in a gas so dilute that the grid would fill memory: at most CELLS per particle.
+    No grid cell is narrower than ``reach``, the interaction range with the skin. In a very dilute
+    gas, where the grid would fill the memory, the grid cells are wider.
+
+    Args:
+      across: (d,) heights of the cell, the distances between opposite faces.
+      reach: the least width of a grid cell.
+      n: number of particles.
     """
     # the upper limit keeps the count finite where the reach is next to nothing
     count = np.clip(np.floor(across / reach), 1.0, 2.0**20)
@@ -550,15 +609,16 @@ def fitted(
     room: float = 1.25,
     like: Neighbors | None = None,
 ) -> Neighbors:
-    """Build a new list on a given grid, with the capacities that the positions need.
+    """Build a new neighbor list by a search on a given grid of cells.
 
-    Not for compiled code.
+    The capacity of the list is what the positions need. This function cannot run in compiled code.
 
     Args:
       positions, box, lengths, range_, room: as in :func:`allocate`.
-      lattice: (d, d) the cell that the grid divides; an enclosing one for open boundaries.
-      cells: grid cells along each cell vector.
-      like: an earlier list, whose capacities are taken where they are larger.
+      lattice: (d, d) the cell that the grid divides; for open boundaries, a cell that encloses the
+        system.
+      cells: number of grid cells along each cell vector.
+      like: an earlier list or None; the new list gets at least the capacity of the earlier one.
     """
     n, d = positions.shape
     sides = np.asarray(lattice)
@@ -593,26 +653,26 @@ def fitted(
 
 
 def _enclosing(positions: jax.Array, reach: float) -> jax.Array:
-    """A rectangular cell (d, d) around a system with open boundaries, with room to spread.
+    """Return a rectangular cell (d, d) that encloses a system with open boundaries.
 
-    Its sides are 1.5 times the extent of the particles with ``reach`` on both sides, and at least
-    3 ``reach``, so that the grid has three cells or more along each.
+    Each side is 1.5 times the extent of the particles plus ``reach`` at both ends, so that the
+    system may expand, and at least 3 ``reach``, so that the grid of the neighbor search has at
+    least three cells along each side. ``reach`` is the interaction range with the skin.
     """
     span = np.ptp(np.asarray(positions), axis=0) + 2.0 * reach
     return jnp.diag(jnp.asarray(np.maximum(1.5 * span, 3.0 * reach), positions.dtype))
 
 
 def _eights(count: float) -> int:
-    """``count`` rounded up to a multiple of 8, so that random starts share compiled shapes."""
+    """Round ``count`` up to a multiple of 8, so that similar systems can use one compiled code."""
     return 8 * math.ceil(count / 8)
 
 
 def filled_rows(listed: Neighbors) -> Neighbors:
-    """Remove empty rows from a neighbor list, down to a multiple of 4 rows.
+    """Remove unused rows at the end of a neighbor list, down to a multiple of 4 rows.
 
-    Not for compiled code.
-
-    The multiple of 4 limits the number of shapes for which functions are compiled.
+    The multiple of 4 limits the number of shapes for which functions are compiled. A list that jax
+    traces is returned unchanged.
     """
     if isinstance(listed.rows, Tracer):
         return listed

@@ -1,6 +1,7 @@
-"""A system: particles, box, potential, parameters; and its energy U(positions, params, strain).
+"""A system of particles, with its box, potential and parameters, and the energy of the system.
 
-Every other quantity is a derivative of that energy.
+Forces, stresses, Hessians and sensitivities are derivatives of this energy by the positions, the
+parameters and a strain.
 """
 
 from __future__ import annotations
@@ -50,23 +51,22 @@ Params = Mapping[str, Any]
 class System(Portable, Shown):
     """A configuration of particles and everything that its energy depends on.
 
-    Frozen, and a pytree. Make it with ``create``.
+    A System is immutable, and a pytree of jax. Make a System with ``System.create``.
 
     Attributes:
-      positions: (n, d) Cartesian, d = 2 or 3; a batch has a leading axis here and on every other
-        array.
+      positions: (n, d) Cartesian coordinates, d = 2 or 3; in a batch this and every other array has
+        a leading axis over the systems.
       params: dict of float arrays. A pair parameter is a scalar, (S,) with one value per species,
         (n,) with one value per particle, or (S, S) with one value per pair of species.
-      boundary: the rule that gives the cell: fixed, following the packing fraction, a function, or
-        open.
+      boundary: the rule that gives the cell: a fixed cell, a cell that follows the packing
+        fraction, a function of the parameters, or open boundaries.
       potential: the potential, see :mod:`mdsens.potentials`.
-      species: (n,) integers from 0, or None.
+      species: (n,) the species of each particle, an integer from 0; None without species.
       neighbors: the neighbor list.
       species_count: S, the number of species; 0 without species.
-      constraints: records of :mod:`mdsens.constraints`; the numbers that they need are in
-        ``params`` too.
-      species_names: names of species 0, 1, …, such as chemical symbols; a single name where there
-        are no species; empty where none were given. They serve printed tables and ``to_ase``.
+      constraints: constraints of :mod:`mdsens.constraints`, whose parameters are in ``params`` too.
+      species_names: names of species 0, 1, …, such as chemical symbols, for printed tables and
+        ``to_ase``; a single name where there are no species; empty where no names were given.
     """
 
     positions: jax.Array
@@ -82,7 +82,7 @@ class System(Portable, Shown):
     _title = "System"  # heading of the printed table
 
     def _rows(self) -> list[tuple[str, str]]:
-        """Return the lines of the printed table: (name, text)."""
+        """Return the lines of the table that describes the system: pairs (name, text)."""
         many = f"batch of {self.batch}, each " if self.batch else ""
         alike = ""
         if self.species is None and self.species_names:
@@ -107,7 +107,7 @@ class System(Portable, Shown):
         return self.species_names[k] if k < len(self.species_names) else str(k)
 
     def _describe_species(self) -> str:
-        """Describe the number of particles of each species."""
+        """Return a text with the number of particles of each species."""
         members = np.atleast_2d(np.asarray(self.species))
         counts = np.array([np.bincount(kinds, minlength=self.species_count) for kinds in members])
         # too many to list, or a batch whose members differ: only the number of species
@@ -122,7 +122,7 @@ class System(Portable, Shown):
         return ", ".join(words)
 
     def _describe_box(self) -> str:
-        """Describe the cell; for a batch, the cell of the first system."""
+        """Return a text that describes the cell; for a batch, the cell of the first system."""
         # boxes of a batch may differ, and each rule expects the arrays of a single system
         first = self if self.batch is None else jax.tree.map(lambda leaf: leaf[0], self)
         of_first = "" if self.batch is None or first.box is None else "; that of the first"
@@ -139,17 +139,18 @@ class System(Portable, Shown):
         *,
         constraints: Constraint | Iterable[Constraint] = (),
     ) -> System:
-        """Make a system with a neighbor list, from input that is checked in full.
+        """Make a System, with its neighbor list, from input that is checked.
 
         Args:
-          positions: (n, d) Cartesian.
-          box: a length, d lengths, a (d, d) matrix whose columns are the cell vectors (ASE's are
-            rows), a ``PackingFraction``, a function of the parameters that returns the matrix, or
-            None for open boundaries.
+          positions: (n, d) Cartesian coordinates.
+          box: a length, d lengths, a (d, d) matrix whose columns are the cell vectors (in ASE they
+            are the rows), a ``PackingFraction``, a function of the parameters that returns the
+            matrix, or None for open boundaries.
           potential: a potential of :mod:`mdsens.potentials`.
-          params: the potential's parameters by name, and those of the constraints.
-          species: (n,) integers from 0; needed where a parameter has one value per species.
-          constraints: records of :mod:`mdsens.constraints`, each with a different name.
+          params: dict of the parameters of the potential and of the constraints by name.
+          species: (n,) the species of each particle, an integer from 0; needed where a parameter
+            has one value per species.
+          constraints: a constraint of :mod:`mdsens.constraints`, or several with different names.
 
         Raises:
           InputError: bad input; the message gives the field, the value and the remedy.
@@ -214,28 +215,31 @@ class System(Portable, Shown):
 
     @property
     def batch(self) -> int | None:
-        """Number of members of a batch made by ``stack``; None for a single system."""
+        """Number of systems in a batch that ``stack`` has made; None for a single system."""
         return self.positions.shape[0] if self.positions.ndim == 3 else None
 
     @property
     def diameters(self) -> jax.Array | None:
-        """``sigma`` of each particle (n,); None where particles have no sigma."""
+        """Diameter of each particle, (n,), from the parameter ``sigma``; None without sigma."""
         return diameters_at(self, self.params)
 
     @property
     def box(self) -> jax.Array | None:
-        """The cell (d, d) at the present parameters, columns the cell vectors; None if open."""
+        """Cell matrix (d, d) at the present parameters; its columns are the cell vectors.
+
+        The matrix is None for open boundaries.
+        """
         return box_at(self, self.params)
 
     @property
     def volume(self) -> jax.Array:
-        """Volume (area in 2-D) of the cell; inf for open boundaries."""
+        """Volume of the cell, in 2-D the area; inf for open boundaries."""
         box = self.box
         return jnp.asarray(jnp.inf) if box is None else jnp.abs(jnp.linalg.det(box))
 
     @property
     def symbols(self) -> np.ndarray | None:
-        """(n,) the name of each particle's species; None where species have no names."""
+        """Name of each particle's species, (n,); None where the species have no names."""
         if not self.species_names:
             return None
         if self.species is None:
@@ -251,13 +255,17 @@ class System(Portable, Shown):
         return self.potential.range(self.params)
 
     def replace(self, **changes: Any) -> System:
-        """Return a copy with some fields changed, unchecked, and with the same neighbor list."""
+        """Return a copy of the system with some fields changed.
+
+        The new values are not checked, and the neighbor list is not updated.
+        """
         return dataclasses.replace(self, **changes)
 
     def with_params(self, params: Params) -> System:
-        """Return a copy with some parameters changed, checked, and a complete neighbor list.
+        """Return a copy of the system with some parameters changed.
 
-        Not for compiled code.
+        The new parameters are checked, and the neighbor list is updated. This method cannot run in
+        compiled code.
         """
         remedy = "take system.replace(params=...) there, whose list of neighbors stays as it is"
         require_host("with_params", remedy, self, params)
@@ -272,11 +280,14 @@ class System(Portable, Shown):
         return changed
 
     def reallocate(self, room: float = 1.25, keep: bool = False) -> System:
-        """Return a copy with a neighbor list that fits the positions. Not for compiled code.
+        """Return a copy of the system with a neighbor list that fits its positions.
+
+        This method cannot run in compiled code.
 
         Args:
-          room: capacity as a multiple of what the positions need.
-          keep: keep the present list where it is still complete, and its capacity where it is not.
+          room: capacity of the list as a multiple of what the positions need.
+          keep: True to keep the present list if it is still complete, and otherwise to give the new
+            list at least the capacity of the present one.
         """
         old = self.neighbors
         box = self.box
@@ -321,7 +332,7 @@ def _checked_positions(positions: ArrayLike) -> jax.Array:
 
 
 def _checked_species(species: ArrayLike, n: int) -> np.ndarray:
-    """Convert species that a user gives to (n,) integers from 0."""
+    """Check the species of the particles that a user gives: (n,) integers from 0."""
     kinds = np.asarray(real_array("species", species, f"give ({n},) integers from 0."))
     if (
         kinds.shape != (n,)
@@ -340,7 +351,7 @@ def _checked_species(species: ArrayLike, n: int) -> np.ndarray:
 def _check_box_function(
     rule: BoxFunction, params: dict[str, jax.Array], dimension: int, dtype: np.dtype
 ) -> None:
-    """Raise InputError where a user's box function does not return a cell matrix (d, d)."""
+    """Raise InputError if a user's function of the box does not return a cell matrix (d, d)."""
     returned = rule.function(params)
     need = "return a matrix of numbers."
     cell = np.asarray(real_array("what the box function returns", returned, need))
@@ -356,13 +367,16 @@ def _check_box_function(
 def _params_of_potential(
     params: dict[str, jax.Array], constraints: tuple[Constraint, ...]
 ) -> dict[str, jax.Array]:
-    """Return the parameters without those of the constraints."""
+    """Return the parameters of the potential: all parameters but those of the constraints."""
     others = {name for c in constraints for name in c.parameters}
     return {name: value for name, value in params.items() if name not in others}
 
 
 def _check_reach(system: System) -> None:
-    """Raise InputError where a constraint fixes a distance longer than nearest images reach."""
+    """Raise InputError if a constraint fixes a distance above half the cell's smallest height.
+
+    For a longer distance the nearest periodic image may be a different one.
+    """
     if not system.constraints or system.box is None:
         return
     smallest = float(np.min(heights(np.asarray(system.box))))
@@ -378,11 +392,13 @@ def _check_reach(system: System) -> None:
 
 
 def parameters_of(system: System, params: Params | None = None) -> tuple[Parameter, ...]:
-    """Return the parameters by which derivatives are taken; for a batch, those of one system.
+    """List the parameters by which derivatives are taken, with the shape of each.
+
+    For a batch, the shapes are those of one system.
 
     Args:
-      params: some of the system's parameters, which may include a pressure; all of the system's
-        where None.
+      params: dict of some of the system's parameters, which may include a pressure; None for all
+        parameters of the system.
     """
     pair_names = system.potential.pair_parameters
     parameters = []
@@ -394,7 +410,10 @@ def parameters_of(system: System, params: Params | None = None) -> tuple[Paramet
 
 
 def require_unconstrained(system: System, what: str) -> None:
-    """Raise InputError where a system has constraints, which ``what`` would ignore."""
+    """Raise InputError if a system has constraints.
+
+    ``what`` names the function that does not support constraints, for the message.
+    """
     if system.constraints:
         names = ", ".join(c.name for c in system.constraints)
         raise InputError(
@@ -406,9 +425,9 @@ def require_unconstrained(system: System, what: str) -> None:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PairLengths:
-    """(i, j) -> l_ij, the length beyond which particles i and j do not interact.
+    """The function (i, j) -> l_ij, the distance beyond which particles i and j do not interact.
 
-    The record is a pytree whose leaves are the parameters.
+    The object is a pytree whose arrays are the parameters that determine l_ij.
     """
 
     potential: Potential
@@ -423,7 +442,10 @@ class PairLengths:
 
 @jax.jit
 def pair_lengths(system: System) -> PairLengths:
-    """Return l_ij at the system's parameters, the length at which the pair energy of i, j ends."""
+    """Return the function (i, j) -> l_ij at the parameters of a system.
+
+    l_ij is the distance beyond which the pair energy of particles i and j is zero.
+    """
     count = system.species_count
     species = system.species
     params = dict(system.params)
@@ -438,13 +460,15 @@ def pair_lengths(system: System) -> PairLengths:
 def listed(
     system: System, positions: jax.Array | None = None, **how: Any
 ) -> tuple[Neighbors, jax.Array]:
-    """Update the neighbor list at ``positions``; return also whether it was rebuilt. Traceable.
+    """Update the neighbor list of a system; return the list and whether it was rebuilt.
+
+    This function can be traced by jax.
 
     Args:
-      positions: (n, d); the system's where None.
-      how: options of :func:`mdsens.model.neighbors.update`. They are passed on as they come, since
-        an option that is passed is an argument of the compiled code, and one that is not, a
-        constant in it.
+      positions: (n, d) positions at which the list must be complete; those of the system where
+        None.
+      how: options of :func:`mdsens.model.neighbors.update`. An option that is given is an argument
+        of the compiled code; the default of any other option is a constant in this code.
     """
     positions = system.positions if positions is None else positions
     return neighbors.update(
@@ -467,8 +491,8 @@ def _as_params(params: Params, dtype: np.dtype) -> dict[str, jax.Array]:
 def _species_count(kinds: np.ndarray, params: Params) -> int:
     """Return the number of species S.
 
-    S follows from the largest species number, or, where some species has no particle, from the
-    shapes of the parameters.
+    S is the largest species number plus 1, or more where a parameter has values for more species
+    than have particles.
     """
     least = int(kinds.max()) + 1 if kinds.size else 0
     # a vector with n values is taken to have one per particle, and does not tell S
@@ -478,10 +502,10 @@ def _species_count(kinds: np.ndarray, params: Params) -> int:
 
 
 def diameters_at(system: System, params: Params) -> jax.Array | None:
-    """Return ``sigma`` of each particle (n,) at ``params``; None where particles have no sigma.
+    """Return the diameter of each particle, (n,), which is the parameter ``sigma`` in ``params``.
 
-    In a matrix of species pairs the diagonal has the values of the particles. A sigma of any other
-    shape gives None.
+    If sigma is a matrix of species pairs, its diagonal has the diameters of the species. The result
+    is None without a sigma, and for a sigma of any other shape.
     """
     sigma = params.get("sigma")
     if sigma is None:
@@ -498,12 +522,12 @@ def diameters_at(system: System, params: Params) -> jax.Array | None:
 
 @jax.jit
 def box_at(system: System, params: Params) -> jax.Array | None:
-    """Return the cell (d, d) at ``params``; None for open boundaries."""
+    """Compute the cell matrix (d, d) at the parameters ``params``; None for open boundaries."""
     return system.boundary.matrix(params, diameters_at(system, params), system.dimension)
 
 
 def pair_terms(system: System, params: Params | None = None) -> tuple[PairTerm, ...]:
-    """Return the parts of the energy that are sums over pairs, with the pairs to sum over."""
+    """Return the terms of a system's energy that are sums over pairs, each with its pairs."""
     return system.potential.terms(
         system.params if params is None else params,
         system.neighbors.pairs,
@@ -515,7 +539,7 @@ def pair_terms(system: System, params: Params | None = None) -> tuple[PairTerm, 
 
 @full_precision
 def _deform(vectors: jax.Array, strain: jax.Array | None) -> jax.Array:
-    """Compute (1 + strain) r for vectors r (..., d)."""
+    """Deform vectors r (..., d) by a strain (d, d), to (1 + strain) r; None leaves r unchanged."""
     # transposed, since the vectors are rows
     return vectors if strain is None else vectors + vectors @ strain.T
 
@@ -523,9 +547,10 @@ def _deform(vectors: jax.Array, strain: jax.Array | None) -> jax.Array:
 def pair_distances(
     term: PairTerm, positions: jax.Array, box: jax.Array | None, strain: jax.Array | None = None
 ) -> jax.Array:
-    """Compute the distance of each pair of a term, (m,); 1 on padding.
+    """Compute the distance of each pair in a term of the energy; 1 where a place holds no pair.
 
-    Nearest images are those of the undeformed cell; ``strain`` deforms the vector between them.
+    The vector between the two particles is that between nearest images in the undeformed cell;
+    ``strain`` (d, d) then deforms this vector.
     """
     vectors = _deform(nearest_image(positions[term.i] - positions[term.j], box), strain)
     squared = jnp.sum(vectors**2, axis=-1)
@@ -539,14 +564,13 @@ def potential_energy(
     params: Params | None = None,
     strain: jax.Array | None = None,
 ) -> jax.Array:
-    """Compute the energy U(positions, params, strain); all other quantities are derivatives of U.
+    """Compute the potential energy U of a system at given positions, parameters and strain.
 
     Args:
-      system: gives the potential, the box rule, the species and the neighbor list, which is taken
-        to be complete.
+      system: the system, whose neighbor list must contain all pairs that interact at ``positions``.
       positions: (n, d); those of the system where None.
-      params: the parameters, which the box follows; those of the system where None.
-      strain: (d, d) symmetric; every vector between particles becomes (1 + strain) r.
+      params: the parameters, which also determine the box; those of the system where None.
+      strain: (d, d) symmetric; every vector r between particles becomes (1 + strain) r.
     """
     positions = system.positions if positions is None else positions
     params = system.params if params is None else params
@@ -562,7 +586,7 @@ def energy_of(
     box: jax.Array | None,
     strain: jax.Array | None = None,
 ) -> jax.Array:
-    """Compute the energy of given pair terms and of the many-body part of the potential."""
+    """Compute the energy of a system: given pair terms plus the potential's many-body energy."""
     total = jnp.zeros((), positions.dtype)
     for term in terms:
         total = total + jnp.sum(term.energy(pair_distances(term, positions, box, strain)))
@@ -577,7 +601,7 @@ def energy_of(
 
 
 def _check_coincident(system: System) -> None:
-    """Raise InputError where two interacting particles are at the same point."""
+    """Raise InputError if two interacting particles are at the same point."""
     for r, i, j in _nearest_pairs(system):
         if r == 0.0:
             raise InputError(
@@ -587,7 +611,7 @@ def _check_coincident(system: System) -> None:
 
 @jax.jit
 def _nearest_pairs(system: System) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
-    """Return the nearest pair of each term: (r, i, j)."""
+    """Find the nearest pair in each pair term of the energy, as (distance, index i, index j)."""
     nearest = []
     for term in pair_terms(system):
         if term.i.shape[0]:  # argmin of nothing raises

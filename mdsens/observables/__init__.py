@@ -1,9 +1,9 @@
-"""Observables of a configuration: functions of a System, traceable and differentiable.
+"""Observables of a configuration: functions of a System that jax can differentiate and compile.
 
 Each observable is a function of a ``System`` and of settings. For example ``ms.gradient(lambda s:
 ms.observables.bond_order(s, 6, 1.5), eq)``, with a minimum eq from ``ms.minimize``, is the total
 derivative of the bond order by all parameters; ``jax.grad`` through ``ms.equilibrate`` gives the
-same.
+same derivative.
 
 Observables of pairs beyond the range of the potential have an argument ``pairs``. Where ``pairs``
 is None, they use the neighbor list of the system if the potential reaches as far, else all pairs of

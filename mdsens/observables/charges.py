@@ -19,23 +19,23 @@ __all__ = ["charges", "chemical_potential", "dipole", "induced_dipoles"]
 def charges(system: System) -> jax.Array:
     """Return the charge q of each particle, (n,).
 
-    For induced dipoles these are the fixed charges among the parameters, for charge equilibration
-    the charges that minimize the energy.
+    For a potential of induced dipoles these are the fixed charges among the parameters; for a
+    potential of charge equilibration they are the charges that minimize the energy.
 
     Raises:
-      InputError: a potential without charges.
+      InputError: the system's potential has no charges.
     """
     return _moments(system)[0]
 
 
 @jax.jit
 def induced_dipoles(system: System) -> jax.Array:
-    """Return the induced dipole mu of each particle, (n, d), charge times length.
+    """Return the induced dipole of each particle, (n, d), in units of charge times length.
 
-    The dipoles are zero for charge equilibration.
+    The dipoles are zero for a potential of charge equilibration.
 
     Raises:
-      InputError: a potential without charges.
+      InputError: the system's potential has no charges.
     """
     return _moments(system)[1]
 
@@ -43,14 +43,16 @@ def induced_dipoles(system: System) -> jax.Array:
 @jax.jit
 @full_precision
 def dipole(system: System) -> jax.Array:
-    """Compute the total dipole moment, sum_i q_i (r_i - r_c) + mu_i, (d,), charge times length.
+    """Compute the total dipole moment (d,), sum over particles of q_i (r_i - r_c) + mu_i.
 
-    r_c is the centroid; for a neutral cluster every origin gives the same dipole. Without a cell
-    the orientation of a relaxed cluster is arbitrary, so only rotation-invariant functions of the
-    dipole have a derivative: take ``jnp.sum(dipole**2)``, not a component.
+    q_i are the charges, mu_i the induced dipoles, r_i the positions and r_c their mean; for a
+    neutral cluster the dipole moment does not depend on r_c. The unit is charge times length.
+    Without a cell the orientation of a relaxed cluster is arbitrary, so that only
+    rotation-invariant functions of the dipole moment have a derivative: take
+    ``jnp.sum(dipole**2)``, not a component.
 
     Raises:
-      InputError: a potential without charges.
+      InputError: the system's potential has no charges.
     """
     charge, induced = _moments(system)
     # relative to the centroid, so that the dipole of a charged cluster does not change with a
@@ -61,12 +63,13 @@ def dipole(system: System) -> jax.Array:
 
 @jax.jit
 def chemical_potential(system: System) -> jax.Array:
-    """Compute the electronegativity that all particles share, dU / dtotal, energy per charge.
+    """Compute the chemical potential of charge, the derivative of the energy by the total charge.
 
-    ``total`` is the total charge.
+    It is the electronegativity that all particles share at equilibrium, an energy per charge.
 
     Raises:
-      InputError: a potential without charge equilibration, or a sum with two of them.
+      InputError: the system's potential has no charge equilibration, or it is a sum with two of
+        them.
     """
     # each charge equilibration in a sum has a total charge and a multiplier of its own
     parts = [
@@ -82,13 +85,16 @@ def chemical_potential(system: System) -> jax.Array:
 
 
 def _parts(system: System) -> tuple[Potential, ...]:
-    """Return the terms of the potential if it is a sum, else the potential itself."""
+    """Return the terms of a system's potential if this is a sum, else the potential in a tuple."""
     potential = single(system).potential
     return getattr(potential, "parts", (potential,))
 
 
 def _moments(system: System) -> tuple[jax.Array, jax.Array]:
-    """Return charges (n,) and dipoles (n, d), summed over all potentials that have them."""
+    """Return the charges (n,) and the induced dipoles (n, d) of the particles.
+
+    If the system's potential is a sum, the charges and dipoles of all its terms are added.
+    """
     parts = [
         potential
         for potential in _parts(system)

@@ -1,4 +1,4 @@
-"""Pairs of an observable: rows of neighbors within a range, and sums over them in little memory."""
+"""Pairs of particles within a range, for observables, and sums over these pairs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Each = Callable[[Components, jax.Array, jax.Array, jax.Array], tuple[jax.Array, 
 
 
 def single(system: System) -> System:
-    """Check that the argument is one System, not a batch, and return it."""
+    """Check that the argument of an observable is one System, not a batch, and return it."""
     if not isinstance(system, System):
         raise InputError(
             f"an observable takes a System and got a {type(system).__name__}: give eq.system."
@@ -46,7 +46,7 @@ def single(system: System) -> System:
 
 
 def positive(name: str, value: ArrayLike) -> float:
-    """Check a length that is a setting of an observable, and return it as a float."""
+    """Check that a setting of an observable is a positive length, and return it as a float."""
     need = "give a positive length."
     array = real_array(name, value, need)
     if isinstance(array, Tracer):
@@ -59,9 +59,9 @@ def positive(name: str, value: ArrayLike) -> float:
 
 
 def rise(x: jax.Array) -> jax.Array:
-    """A smooth step: 0 up to x = 0, x^3 (10 - 15 x + 6 x^2) up to x = 1, and 1 beyond.
+    """Compute a smooth step of x: 0 for x < 0, x^3 (10 - 15 x + 6 x^2) up to x = 1, then 1.
 
-    This function is twice continuously differentiable.
+    The step is twice continuously differentiable.
     """
     x = jnp.clip(x, 0.0, 1.0)
     return x**3 * (10.0 - 15.0 * x + 6.0 * x**2)
@@ -70,7 +70,10 @@ def rise(x: jax.Array) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Range:
-    """The function (i, j) -> range of the pair that neighbor lists take; here the same for all."""
+    """The range of particles i and j as a function of (i, j), for a neighbor list.
+
+    The range is the same length for all pairs.
+    """
 
     length: jax.Array
 
@@ -81,26 +84,26 @@ class _Range:
 def pairs_within(system: System, range: float) -> Neighbors:
     """List the pairs nearer than a range, for the argument ``pairs`` of observables.
 
-    The list is for observables that reach beyond the potential. It is made by the cell search of
-    the neighbor lists, in a time proportional to the number of particles. This function cannot run
-    in compiled code: call it outside of the observable, and let the function that is differentiated
-    use the list, as in this example with a minimum eq from ``ms.minimize``:
+    Observables of pairs at distances where the potential is zero need such a list. The list is made
+    by a search over grid cells, in a time proportional to the number of particles. This function
+    cannot run in compiled code: make the list outside, and use it in the function that is
+    differentiated, as in this example with a minimum eq from ``ms.minimize``:
 
         near = ms.observables.pairs_within(eq.system, 1.5)
         ms.gradient(lambda s: ms.observables.bond_order(s, 6, 1.5, near), eq)
 
-    The list also contains pairs up to a skin (``pairs.skin``) beyond the range, 0.3 of the range or
-    what the cell leaves room for. The list is complete as long as no particle has moved by more
-    than half the skin relative to the cell. For a derivative at one configuration the list is
-    always complete; along a path of minimizations it may not be. Outside of compiled code an
-    observable refuses a list that is no longer complete; inside, no check is possible.
+    The list also contains pairs up to a skin (``pairs.skin``) beyond the range. The skin is 0.3 of
+    the range, or less in a small cell. The list is complete as long as no particle has moved by
+    more than half the skin relative to the cell. For a derivative at one configuration the list is
+    always complete; along a path of minimizations it may become incomplete. Outside of compiled
+    code an observable refuses an incomplete list; in compiled code no check is possible.
 
     Args:
       system: one system.
       range: a length, at most half the smallest height of the cell.
 
     Raises:
-      InputError: a range that is too long for the cell.
+      InputError: the range is too long for the cell.
     """
     length = positive("range", range)
     _check_height(single(system), length)
@@ -123,12 +126,16 @@ def pairs_within(system: System, range: float) -> Neighbors:
 
 
 def _smallest_height(box: jax.Array) -> float:
-    """The smallest distance between opposite faces of a cell."""
+    """Return the smallest distance between opposite faces of a cell with the matrix (d, d)."""
     return float(np.min(heights(np.asarray(box))))
 
 
 def _check_height(system: System, length: float) -> None:
-    """Refuse a range in which a particle meets two images of another; a traced cell passes."""
+    """Raise InputError if the range of an observable is above half the smallest height of the cell.
+
+    Within such a range a particle would meet two images of another. A cell that jax traces is not
+    checked.
+    """
     box = system.box
     if box is None or isinstance(box, Tracer):
         return
@@ -143,12 +150,12 @@ def _check_height(system: System, length: float) -> None:
 
 
 def rows_within(system: System, length: float, pairs: Neighbors | None) -> jax.Array:
-    """Return rows of neighbors (capacity, n) with each pair nearer than ``length`` twice.
+    """Return an array (capacity, n) whose column i has the particles within a range of particle i.
 
-    The rows are padded with n.
-
-    The rows come from ``pairs``; where this is None, from the neighbor list of the system if it
-    reaches as far, else from all pairs of a small system.
+    The array may also hold particles beyond the range ``length``. Places that are not used have the
+    index n. The array is that of the list ``pairs``. If ``pairs`` is None, the array is that of the
+    system's neighbor list if this list covers the range, and else that of all pairs of a system
+    that is not too large.
     """
     _check_height(system, length)
     n = system.n
@@ -173,7 +180,10 @@ def rows_within(system: System, length: float, pairs: Neighbors | None) -> jax.A
 
 
 def _check_pairs(system: System, length: float, pairs: Neighbors) -> jax.Array:
-    """Check that the user's list is of this system and complete, and return its rows."""
+    """Check a user's list of pairs, and return its array of particle indices.
+
+    The list must be of this system, complete, and cover the range ``length``.
+    """
     if not isinstance(pairs, Neighbors):
         raise InputError(
             f"pairs is {short(pairs)}: give what ms.observables.pairs_within(system, range)"
@@ -204,16 +214,18 @@ def _check_pairs(system: System, length: float, pairs: Neighbors) -> jax.Array:
 
 
 def summed(system: System, rows: jax.Array, each: Each) -> tuple[jax.Array, ...]:
-    """Sum pair quantities over the neighbors of each particle, (n,) each, or over all pairs.
+    """Sum quantities of pairs over the neighbors of each particle, or over all pairs.
 
-    The rows are summed in chunks. A derivative recomputes each chunk, so that the memory is that of
-    one chunk.
+    The sum is taken over chunks of the rows of a neighbor list. A derivative recomputes each chunk,
+    so that the memory is that of one chunk.
 
     Args:
       system: one system.
-      rows: (capacity, n), padded with n.
-      each: (vectors R_j - R_i as components, distances r, indices j, whether it is a pair), each of
-        shape (ROWS, n), -> the quantities, already summed over the rows of the chunk.
+      rows: (capacity, n) particle indices; column i has the neighbors j of particle i, and n in
+        places that are not used.
+      each: function that returns the quantities of one chunk, summed over its rows. The arguments
+        are the vectors R_j - R_i as a tuple of components, the distances, the indices j, and True
+        for pairs, False for unused places; each array has the shape (rows of a chunk, n).
     """
     n = system.n
     padding = -rows.shape[0] % ROWS

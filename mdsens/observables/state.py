@@ -26,22 +26,22 @@ __all__ = [
 
 @jax.jit
 def energy(system: System) -> jax.Array:
-    """Return the potential energy U, in the potential's unit of energy."""
+    """Return the potential energy of a system, in the potential's unit of energy."""
     return potential_energy(single(system))
 
 
 @jax.jit
 def stress(system: System) -> jax.Array:
-    """Compute the Cauchy stress sigma = V^-1 dU/dstrain at strain 0, positive in tension.
+    """Compute the Cauchy stress (dU/dstrain) / V at strain 0, positive in tension.
 
-    The derivative is taken at constant fractional coordinates, without the motion of particles in
-    response to the strain.
+    U is the energy and V the volume of the cell. The derivative is taken at constant fractional
+    coordinates, without the motion of particles in response to the strain.
 
     Returns:
       (d, d), symmetric, energy per volume (per area in 2-D).
 
     Raises:
-      InputError: open boundaries, which have no volume.
+      InputError: the system has open boundaries, and so no volume.
     """
     if single(system).box is None:
         raise InputError(
@@ -58,16 +58,16 @@ def stress(system: System) -> jax.Array:
 
 @jax.jit
 def pressure(system: System) -> jax.Array:
-    """Compute the pressure P = -tr(stress) / d, positive in compression."""
+    """Compute the pressure -tr(stress) / d in d dimensions, positive in compression."""
     return -jnp.trace(stress(single(system))) / system.dimension
 
 
 @jax.jit
 def volume(system: System) -> jax.Array:
-    """Return the volume V of the cell, an area in 2-D.
+    """Return the volume of the cell, an area in 2-D.
 
     Raises:
-      InputError: open boundaries.
+      InputError: the system has open boundaries.
     """
     if single(system).box is None:
         raise InputError(
@@ -80,11 +80,12 @@ def volume(system: System) -> jax.Array:
 def packing_fraction(system: System) -> jax.Array:
     """Compute the packing fraction phi = sum_i v(sigma_i) / V; overlaps count twice.
 
-    v is the volume of a particle, pi/4 sigma^2 in 2-D and pi/6 sigma^3 in 3-D.
+    V is the volume of the cell, and v the volume of a particle of diameter sigma: pi/4 sigma^2 in
+    2-D and pi/6 sigma^3 in 3-D.
 
     Raises:
-      InputError: open boundaries, or a potential whose ``sigma`` does not give diameters of
-        particles.
+      InputError: the system has open boundaries, or its potential has no parameter ``sigma`` that
+        gives the diameters of the particles.
     """
     cell_volume = volume(system)
     if system.diameters is None:
@@ -101,8 +102,8 @@ def packing_fraction(system: System) -> jax.Array:
 def coordination(system: System) -> jax.Array:
     """Compute the mean number of contacts of non-rattlers, z = 2 N_c / (n - n_rattlers).
 
-    N_c is the number of contacts. z is piecewise constant: differentiating it raises InputError,
-      which names :func:`smooth_coordination`.
+    N_c is the number of contacts, n that of particles. z is piecewise constant, so that its
+    derivative raises InputError, which recommends :func:`smooth_coordination`.
     """
     return contacts.coordination(single(system)).astype(system.positions.dtype)
 
@@ -112,25 +113,26 @@ def smooth_coordination(system: System, width: float) -> jax.Array:
 
         z = 2 / n sum_pairs S((l_ij - r_ij) / width),    S(x) = x^3 (10 - 15 x + 6 x^2),
 
-    where S is 0 below x = 0 and 1 above x = 1. l_ij is the distance beyond which the potential of
-    the pair is zero: sigma_ij of soft spheres, the cutoff of Lennard-Jones.
+    where S is 0 below x = 0 and 1 above x = 1. r_ij is the distance of a pair, and l_ij the
+    distance beyond which the potential of the pair is zero: sigma_ij of soft spheres, the cutoff of
+    Lennard-Jones.
 
-    This smooth z is not the contact number of a packing, which ``coordination`` gives. It depends
-    on the width. It lies below the contact number, since contacts with overlaps below the width
-    count in part, and it is a mean over all particles, rattlers included. The derivative comes only
-    from contacts with overlaps below the width, which are about to open: the derivative is zero
-    where the width is below every overlap, while a width of about the mean overlap includes most of
-    them.
+    This smooth z depends on the width, and is not the contact number of a packing, which
+    ``coordination`` gives. z lies below the contact number, since contacts with overlaps below the
+    width count only in part, and since z is a mean over all particles, rattlers included. The
+    derivative of z comes only from contacts with overlaps below the width, which are about to open.
+    The derivative is zero if the width is below every overlap; a width of about the mean overlap
+    includes most contacts in the derivative.
 
     Args:
       system: one system, its neighbor list complete.
       width: the overlap from which a contact counts fully; a length.
 
     Returns:
-      a number.
+      The mean number z.
 
     Raises:
-      InputError: a potential without pairs, or of infinite range.
+      InputError: the potential is not a sum over neighboring pairs, or has infinite range.
     """
     full_overlap = positive("width", width)
     potential = single(system).potential
@@ -147,7 +149,10 @@ def smooth_coordination(system: System, width: float) -> jax.Array:
 
 @jax.jit
 def _smooth_coordination(system: System, width: float) -> jax.Array:
-    """Compute :func:`smooth_coordination` by one sum over the neighbor list, compiled."""
+    """Compute the mean number of contacts of a particle, each contact weighted by its overlap.
+
+    This is the compiled part of :func:`smooth_coordination`, a sum over the neighbor list.
+    """
     # (1, n), to go with the rows (ROWS, n) of neighbors j
     i = jnp.arange(system.n, dtype=jnp.int32)[None]
     lengths = pair_lengths(system)

@@ -1,4 +1,4 @@
-"""Structure of a configuration: distances, bond order, g(r), distance to a target."""
+"""Structure of a configuration: pair distances, bond order, g(r), distance to a target."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ REACH = 6.0
 def distances(system: System, pairs: ArrayLike) -> jax.Array:
     """Compute the distances r_ij = |R_i - R_j| of given pairs, between nearest images.
 
-    The distances are exact up to half the smallest height of the cell; beyond, an image that is not
-    the nearest may be taken.
+    R_i are the positions. The distances are exact up to half the smallest height of the cell; for
+    longer ones, an image that is not the nearest may be taken.
 
     Args:
       system: one system.
       pairs: (m, 2) particle indices, two different particles in each pair.
 
     Returns:
-      (m,), a length.
+      The distances of the m pairs, (m,).
 
     Raises:
-      InputError: an index out of range, a particle paired with itself.
+      InputError: an index is out of range, or a particle is paired with itself.
     """
     n = single(system).n
     need = f"give (m, 2) whole numbers from 0 to {n - 1}."
@@ -66,7 +66,7 @@ def distances(system: System, pairs: ArrayLike) -> jax.Array:
 
 @jax.jit
 def _distances(system: System, pairs: jax.Array) -> jax.Array:
-    """Compute :func:`distances` of checked pairs, compiled."""
+    """Compute the distances of given pairs (m, 2) between nearest images, in compiled code."""
     i, j = pairs[:, 0], pairs[:, 1]
     vectors = nearest_image(system.positions[i] - system.positions[j], system.box)
     return jnp.sqrt(jnp.sum(vectors**2, axis=-1))
@@ -75,15 +75,16 @@ def _distances(system: System, pairs: jax.Array) -> jax.Array:
 def bond_orientation(
     system: System, m: int, range: float, pairs: Neighbors | None = None
 ) -> jax.Array:
-    """Compute psi_m of each particle in 2-D, the weighted mean of exp(i m theta) over neighbors.
+    """Compute the bond-orientational order psi_m of each particle in 2-D.
 
         psi_i = sum_j w(r_ij) exp(i m theta_ij) / h(sum_j w(r_ij))
 
-    theta_ij is the angle of R_j - R_i. The weight w is 1 up to 0.75 of the range and falls to 0 at
-    the range by the switch 1 - x^3 (10 - 15 x + 6 x^2), twice continuously differentiable. For s of
-    at least 1, h(s) = s, so that psi is the weighted mean. Below, h(s) = s + (1 - s)^3 / 3, so that
-    psi goes to 0 as the last neighbor leaves and is 0 without neighbors, with all derivatives
-    finite.
+    The sum is over the neighbors j of particle i, r_ij is the distance and theta_ij the angle of
+    the vector from i to j. The weight w is 1 up to 0.75 of the range and falls to 0 at
+    the range by the switch 1 - x^3 (10 - 15 x + 6 x^2), twice continuously differentiable. For a
+    sum of weights s of at least 1, h(s) = s, so that psi is the weighted mean of exp(i m theta).
+    For smaller s, h(s) = s + (1 - s)^3 / 3, so that psi goes to 0 as the last neighbor leaves and
+    is 0 without neighbors, with all derivatives finite.
 
     Args:
       system: one system, in 2-D.
@@ -99,8 +100,9 @@ def bond_orientation(
       where grains have different orientations.
 
     Raises:
-      InputError: a system in 3-D, whose bond order is Steinhardt's, which mdsens does not have;
-        more than 4,000 particles whose neighbor list is too short, without ``pairs``.
+      InputError: the system is 3-D, for which mdsens has no bond order; or ``pairs`` is None, the
+        system's neighbor list is not known to cover the range, and there are more than 4,000
+        particles.
     """
     if single(system).dimension != 2:
         raise InputError(
@@ -118,7 +120,7 @@ def bond_orientation(
 
 @functools.partial(jax.jit, static_argnames=("m",))
 def _bond_orientation(system: System, rows: jax.Array, range_: float, m: int) -> jax.Array:
-    """Compute :func:`bond_orientation` by one sum over rows of neighbors, compiled."""
+    """Compute psi_m of each particle (n, 2) by one sum over a neighbor list, in compiled code."""
 
     def each(
         vectors: Components, r: jax.Array, j: jax.Array, real: jax.Array
@@ -141,8 +143,9 @@ def _bond_orientation(system: System, rows: jax.Array, range_: float, m: int) ->
 def _multiply_angle(cosine: jax.Array, sine: jax.Array, m: int) -> tuple[jax.Array, jax.Array]:
     """Compute cos(m theta) and sin(m theta) from cos(theta) and sin(theta).
 
-    They are the m-th power of cos(theta) + i sin(theta), by repeated squaring. The angle itself is
-    not computed, because it jumps at its branch cut.
+    They are the real and the imaginary part of (cos(theta) + i sin(theta))^m, computed by repeated
+    squaring. The angle theta is not computed, because an angle jumps by 2 pi at some
+    direction.
     """
     real_part = jnp.ones_like(cosine)
     imaginary_part = jnp.zeros_like(sine)
@@ -160,18 +163,18 @@ def _multiply_angle(cosine: jax.Array, sine: jax.Array, m: int) -> tuple[jax.Arr
 def bond_order(system: System, m: int, range: float, pairs: Neighbors | None = None) -> jax.Array:
     """Compute the bond-orientational order in 2-D: the mean over particles of |psi_m|^2.
 
-    The order lies between 0 and 1. It is 1 where the angles between the bonds of every particle are
-    multiples of 2 pi / m, as in a perfect lattice, whatever the orientation of the lattice or of
-    its grains. It is about 1 / z for z neighbors in random directions. The mean is over squares
-    because |psi|^2 is smooth where psi is zero, and |psi| is not. Particles without neighbors count
-    as 0.
+    The order lies between 0 and 1. The order is 1 if the angles between the bonds of every particle
+    are multiples of 2 pi / m, as in a perfect lattice, whatever the orientation of the lattice or
+    of its grains. The order is about 1 / z for z neighbors in random directions. The mean is over
+    squares because |psi_m|^2 is smooth where psi_m is zero, while |psi_m| is not. Particles without
+    neighbors count as 0.
 
     Args:
       system, m, range, pairs: as in :func:`bond_orientation`, which defines psi_m and the weights
         of the neighbors.
 
     Returns:
-      a number.
+      The order, a number.
     """
     psi = bond_orientation(system, m, range, pairs)
     return jnp.mean(jnp.sum(psi**2, axis=1))
@@ -184,10 +187,12 @@ def radial_distribution(
 
         g(r) = V / (n (n - 1)) sum_{i != j} G(r - r_ij) / integral_0^inf S(s) G(r - s) ds
 
-    g(r) is the density of particles at distance r from another particle, over the mean density. G
-    is the normalized Gaussian of ``width``, S(s) = 2 pi s in 2-D or 4 pi s^2 in 3-D the size of a
-    shell. Because of the division by the smoothed shell and by n (n - 1), an ideal gas has g = 1 at
-    every r down to 0 and for any width. Particles of all species count alike.
+    g(r) is the density of particles at distance r from another particle, over the mean density. V
+    is the volume of the cell, n the number of particles and r_ij the distance of two particles. G
+    is the normalized Gaussian of standard deviation ``width``, and S(s) is the size of a shell of
+    radius s: 2 pi s in 2-D, 4 pi s^2 in 3-D. Because of the division by the integral and by
+    n (n - 1), an ideal gas has g = 1 at every r down to 0 and for any width. Particles of all
+    species count alike.
 
     Args:
       system: one system, in a cell.
@@ -201,10 +206,10 @@ def radial_distribution(
       g at each radius, (k,), a number without unit.
 
     Raises:
-      InputError: open boundaries; radii whose Gaussians reach, at 6 widths, beyond half the
-        smallest height of the cell, where nearest images are not all the images that count; more
-        than 4,000 particles without ``pairs``. The cell is checked where it is known, that is
-        outside of compiled code.
+      InputError: the system has open boundaries; or max(r) + 6 * width is above half the smallest
+        height of the cell, where more than one image of a particle would count; or ``pairs`` is
+        None, the system's neighbor list is not known to cover this distance, and there are more
+        than 4,000 particles. The cell is not checked in compiled code.
     """
     if single(system).box is None:
         raise InputError(
@@ -231,7 +236,7 @@ def radial_distribution(
 def _radial_distribution(
     system: System, rows: jax.Array, radii: jax.Array, width: jax.Array
 ) -> jax.Array:
-    """Compute :func:`radial_distribution` by one sum over rows of neighbors, compiled."""
+    """Compute g(r) at each radius (k,) by one sum over a neighbor list, in compiled code."""
 
     def gaussian(x: jax.Array) -> jax.Array:
         return jnp.exp(-0.5 * (x / width) ** 2) / (width * (2.0 * np.pi) ** 0.5)
@@ -261,10 +266,11 @@ def distance_to(system: System, target: ArrayLike, weights: ArrayLike | None = N
 
         D = sqrt(sum_i w_i |u_i - u|^2 / sum_i w_i),    u = sum_i w_i u_i / sum_i w_i,
 
-    with u_i = R_i - T_i between nearest images. Particle i is compared with target i. A common
-    translation of all particles, also through the faces of the cell, does not count. At the target
-    itself, to round-off of the positions, D has a cusp, where D and its derivative are returned as
-    0. D**2 is smooth, and the better objective near the target.
+    with u_i = R_i - T_i between nearest images, R_i the position of particle i, T_i that of
+    particle i in the target, and w_i its weight. A common translation of all particles, also
+    through the faces of the cell, does not count. D has a cusp at the target; there, to round-off
+    of the positions, D and its derivative are returned as 0. D**2 is smooth, and the better
+    objective near the target.
 
     The positions of rattlers are those at which the minimization left them, so their contribution
     to D is arbitrary and has no derivative: give them the weight 0,
@@ -276,7 +282,7 @@ def distance_to(system: System, target: ArrayLike, weights: ArrayLike | None = N
       weights: (n,) weights w_i, not negative; equal weights where None.
 
     Returns:
-      a length.
+      The distance D, a length.
     """
     n = single(system).n
     need = f"give {system.positions.shape}, a position for each particle."
@@ -310,7 +316,7 @@ def _normalize_weights(weights: ArrayLike, n: int, dtype: np.dtype) -> jax.Array
 @jax.jit
 @full_precision
 def _distance_to(system: System, target: jax.Array, share: jax.Array) -> jax.Array:
-    """Compute :func:`distance_to` with weights that sum to 1, compiled."""
+    """Compute the distance to a target (n, d) with weights of sum 1, in compiled code."""
     displacement = system.positions - target
     box = system.box
     if box is not None:

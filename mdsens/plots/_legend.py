@@ -23,10 +23,10 @@ ROW = 11.0  # points from one row of the legend to the next
 
 
 class Foot(NamedTuple):
-    """The contents of the legend, from which its number of rows follows.
+    """The contents of the legend below the picture of a configuration.
 
     Attributes:
-      names: names of the kinds of circles.
+      names: names of the kinds of particles, which are drawn as circles.
       bar: width of the color bar, as a fraction of the picture's; 0 without a color bar.
       caption: text of the scale arrow; empty without arrows.
       length: length of the scale arrow, as a fraction of the picture's width.
@@ -38,10 +38,10 @@ class Foot(NamedTuple):
     length: float
 
     def rows(self, width: float) -> tuple[int, int, int]:
-        """Arrange the legend in a width given in points.
+        """Arrange the entries of the legend in rows of a given width, in points.
 
-        Widths of texts are estimates: measuring them takes a renderer, which a figure has only when
-        it is drawn.
+        The widths of texts are estimates: to measure a text takes a renderer, which a figure has
+        only when it is drawn.
 
         Returns:
           the number of columns of names, the row of the scale arrow, and the number of rows.
@@ -63,13 +63,13 @@ class Foot(NamedTuple):
 
 
 def legend(ax: Axes, foot: Foot, key: Key, quiver: Quiver | None) -> None:
-    """Draw the legend below the picture.
+    """Draw the legend below the picture of a configuration.
 
     Args:
       ax: the Axes with the picture and its final limits.
       foot: the contents of the legend.
-      key: the kinds of circles with their colors; or a color map and its range, for a color bar.
-      quiver: arrows of the picture, which the scale arrow belongs to; None without arrows.
+      key: the kinds of particles with their colors; or a color map and its range, for a color bar.
+      quiver: the arrows of the picture, whose scale the scale arrow shows; None without arrows.
     """
     from matplotlib.legend_handler import HandlerPatch
     from matplotlib.patches import Circle
@@ -145,7 +145,10 @@ def legend(ax: Axes, foot: Foot, key: Key, quiver: Quiver | None) -> None:
 
 
 def rounded(longest: float) -> tuple[float, str]:
-    """Return the largest 1, 2 or 5 times a power of ten up to ``longest``, and its text."""
+    """Return the largest number up to ``longest`` that is 1, 2 or 5 times a power of ten, and text.
+
+    The text is this number as it appears in the legend.
+    """
     power = int(np.floor(np.log10(longest)))
     # 1e-9: so that 5 is found for 5, despite round-off
     digit = max(m for m in (1, 2, 5) if m == 1 or m * 10.0**power <= longest * (1 + 1e-9))

@@ -1,4 +1,4 @@
-"""Colors, sizes and the form of titles that all figures share."""
+"""Colors, sizes and the form of titles, which are the same in all figures."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ COLUMN = 3.4  # inches: the width of a figure of one column
 
 
 def title_with_status(title: str | None, status: Status) -> str:
-    """Return the title of a figure, with the name of the status if that is not good."""
+    """Return the title of a figure; the name of the status is added if the status is not good."""
     return ", ".join([*([title] if title else []), *([] if status.good else [status.name])])

@@ -19,8 +19,8 @@ class View(NamedTuple):
 
     Attributes:
       spots: (n, 2) centers of the particles in the plane, wrapped into the cell.
-      depth: (n,) from 0 at the rear to 1 at the front; 1 in 2-D.
-      cell: (2, 2), columns the projected cell vectors; None for open boundaries.
+      depth: (n,) depth of each particle, from 0 at the rear to 1 at the front; 1 in 2-D.
+      cell: (2, 2) matrix whose columns are the projected cell vectors; None for open boundaries.
       across: (2, d) matrix that projects a vector to the plane.
     """
 
@@ -33,8 +33,12 @@ class View(NamedTuple):
 def project(system: System, axis: int) -> View:
     """Wrap the particles into the cell and project them along one of the cell vectors.
 
-    Along a cell vector the projected cell is a parallelogram, also where it is triclinic. Without a
-    cell, ``axis`` is a coordinate. In 2-D nothing is projected.
+    Seen along a cell vector, the cell is a parallelogram in the picture, also if it is triclinic.
+
+    Args:
+      system: the configuration.
+      axis: index of the cell vector to look along, in 3-D; without a cell, of the coordinate. In
+        2-D nothing is projected.
     """
     positions = np.asarray(system.positions, float)
     box = None if system.box is None else np.asarray(system.box, float)
@@ -61,7 +65,12 @@ def project(system: System, axis: int) -> View:
 
 
 def in_slab(system: System, depth: np.ndarray, slab: tuple[float, float]) -> np.ndarray:
-    """Return a mask (n,) of the particles in a slab of the depth; in 2-D, all particles.
+    """Return a mask (n,) of the particles between two depths; in 2-D, of all particles.
+
+    Args:
+      system: the configuration.
+      depth: (n,) depth of each particle, from 0 at the rear to 1 at the front.
+      slab: the two depths.
 
     Raises:
       InputError: the slab is no range within 0 to 1, or empty, or given in 2-D.
@@ -82,9 +91,14 @@ def in_slab(system: System, depth: np.ndarray, slab: tuple[float, float]) -> np.
 
 
 def layers(depth: np.ndarray, shown: np.ndarray) -> list[np.ndarray]:
-    """Return masks (n,) of the particles shown in each layer, from rear to front.
+    """Divide a configuration into layers of equal depth; return a mask of particles for each.
 
-    The layers have equal depth.
+    Args:
+      depth: (n,) depth of each particle, from 0 at the rear to 1 at the front.
+      shown: (n,) mask of the particles to draw.
+
+    Returns:
+      masks (n,) of the particles to draw in each layer, from rear to front.
     """
     edges = np.linspace(depth[shown].min(), depth[shown].max(), LAYERS + 1)
     step = np.clip(np.searchsorted(edges, depth, side="right") - 1, 0, LAYERS - 1)
@@ -92,10 +106,19 @@ def layers(depth: np.ndarray, shown: np.ndarray) -> list[np.ndarray]:
 
 
 def images(view: View, chosen: np.ndarray, diameters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return index and center of every circle that reaches into the cell, images included.
+    """Find the circles to draw: particles and those periodic images that reach into the cell.
 
-    A circle counts if it reaches into the cell along both cell vectors. At a corner of the cell,
-    two or three such circles lie just outside of the cell; the clipping at the cell hides them.
+    A circle is included if it reaches into the cell along both cell vectors. At a corner of the
+    cell, two or three such circles lie just outside of the cell; they are hidden because the
+    picture is clipped at the cell.
+
+    Args:
+      view: the projected configuration.
+      chosen: (n,) mask of the particles.
+      diameters: (n,) diameters of the particles.
+
+    Returns:
+      the index of the particle of each circle, and the center (2,) of each circle.
     """
     (index,) = np.nonzero(chosen)
     if view.cell is None:
@@ -111,13 +134,16 @@ def images(view: View, chosen: np.ndarray, diameters: np.ndarray) -> tuple[np.nd
 
 
 def image_shifts(reach: int) -> np.ndarray:
-    """Return shifts (images, 1, 2) of periodic images up to ``reach``, in fractions of the cell."""
+    """Return shifts (images, 1, 2) to periodic images up to ``reach`` cells away, in cell vectors."""
     steps = np.arange(-reach, reach + 1)
     return np.stack(np.meshgrid(steps, steps), axis=-1).reshape(-1, 1, 2)
 
 
 def extent(view: View, shown: np.ndarray, radii: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return two opposite corners of the picture: of the cell, or without a cell of the circles."""
+    """Return two opposite corners of the picture, which encloses the cell.
+
+    Without a cell, the picture encloses the circles of the particles ``shown``, a mask (n,).
+    """
     if view.cell is not None:
         four = corners(view.cell)
         return four.min(axis=0), four.max(axis=0)
@@ -126,5 +152,5 @@ def extent(view: View, shown: np.ndarray, radii: np.ndarray) -> tuple[np.ndarray
 
 
 def corners(cell: np.ndarray) -> np.ndarray:
-    """Return the four corners (4, 2) of a cell in the plane, in the order of its outline."""
+    """Return the four corners (4, 2) of a projected cell, in order along the cell's outline."""
     return np.array([[0, 0], [1, 0], [1, 1], [0, 1]]) @ cell.T

@@ -153,7 +153,8 @@ def _flatten(potential: _Addable) -> tuple[Any, ...]:
 class _NamedPotential(_Addable):
     """Base class of the potentials with named parameters.
 
-    The energy of this class is zero; subclasses override the methods that return terms of it.
+    The energy of this class is zero; subclasses override the methods that return terms of the
+    energy.
     """
 
     name: str
@@ -366,7 +367,7 @@ class PairPotential(Portable, _NamedPotential):
         self._check_end(params)
 
     def _traceable_phi(self) -> Traceable:
-        """Return the pair energy phi, with an error that names phi where jax cannot trace it."""
+        """Return the pair energy phi, wrapped so that errors in tracing it name the potential."""
         return Traceable(f"phi of {self.name}", self.phi)
 
     def _is_from_catalogue(self) -> bool:

@@ -34,7 +34,7 @@ class _DipoleFunctional(NamedTuple):
 
     alpha are the polarizabilities. In the variables y all dipoles are equally stiff, however small
     some polarizabilities are. Two dipoles with the vector v between them interact by the energy
-    mu_i . T mu_j with the tensor T = across - along v v.
+    mu_i . T mu_j with the tensor T = across 1 - along v v.
 
     Attributes:
       root: (n,) sqrt(alpha) of each particle.
@@ -57,7 +57,10 @@ class _DipoleFunctional(NamedTuple):
         return jnp.zeros_like(self.field)
 
     def dipoles(self, y: jax.Array) -> jax.Array:
-        """Compute the dipoles mu = sqrt(alpha) y, (n, d); alpha are the polarizabilities."""
+        """Compute the dipoles mu = sqrt(alpha) y, (n, d), from the scaled dipoles y.
+
+        alpha are the polarizabilities.
+        """
         return self.root[:, None] * y
 
     @full_precision
@@ -71,7 +74,7 @@ class _DipoleFunctional(NamedTuple):
         return self.across @ mu - jnp.einsum("ij,ijd->id", share, self.vectors)
 
     def energy(self, y: jax.Array) -> jax.Array:
-        """Compute the energy W of induced dipoles mu = sqrt(alpha) y.
+        """Compute the energy W of induced dipoles mu = sqrt(alpha) y as a function of y, (n, d).
 
         alpha are the polarizabilities. W is the sum of the energy of polarization, y^2 / 2, the
         interaction of the dipoles with each other, and their energy in the field of the charges.
@@ -82,7 +85,7 @@ class _DipoleFunctional(NamedTuple):
     def conditions(self, y: jax.Array) -> jax.Array:
         """Compute dW/dy (n, d), the derivative of the energy W of induced dipoles mu.
 
-        y = mu / sqrt(alpha), and alpha are the polarizabilities.
+        y = mu / sqrt(alpha) are scaled dipoles, and alpha are the polarizabilities.
         """
         return y + self.root[:, None] * (self.tensor(self.dipoles(y)) - self.field)
 

@@ -245,7 +245,7 @@ def check_trial(name: str, names: Sequence[str], trial: Trial) -> None:
     limited = np.isfinite(ends)
 
     def refuse(rows: slice, count: int, bad: np.ndarray, where: str, remedy: str) -> None:
-        """Raise InputError if the potential or a low derivative is bad at the distances ``rows``.
+        """Raise InputError if the potential or one of its derivatives is bad at some distances.
 
         Args:
           rows: which of the seven tested distances ``bad`` is about.

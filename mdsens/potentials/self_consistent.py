@@ -112,7 +112,7 @@ class Functional(Protocol):
 
     @property
     def definite(self) -> bool:
-        """Whether the linear equations for y have a positive definite matrix at a minimum."""
+        """Whether the equations for dipoles or charges have a positive definite matrix."""
         ...
 
     def start(self) -> Any:
@@ -132,11 +132,11 @@ class Functional(Protocol):
         ...
 
     def curvature(self) -> tuple[LinearMap, jax.Array]:
-        """Return the product with d2W/dy2, and an array of the shape that the product takes.
+        """Return a function that multiplies by d2W/dy2, and an array of the shape it multiplies.
 
-        W is the energy and y the dipoles or charges. The product must be right for changes of y
-        that keep the constraints, such as a fixed total charge; for other changes any positive
-        definite product will do.
+        W is the energy and y the dipoles or charges. The function must be right for changes of
+        y that keep the constraints, such as a fixed total charge. For other changes any positive
+        definite matrix will do.
         """
         ...
 

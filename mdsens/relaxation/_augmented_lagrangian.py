@@ -2,10 +2,13 @@
 
     L_rho = U + sum_k (lambda_k g_k + rho_k g_k^2 / 2),   lower <= x <= upper
 
-scipy's L-BFGS-B minimizes L_rho within the bounds; then lambda grows by rho g. Both are repeated
-until g is small (Nocedal and Wright, Numerical Optimization, 2006, section 17.4). Near the minimum,
-coordinates that are at a bound and pushed against it are fixed there, and Newton steps on the
-optimality condition, of x and lambda together, square the distance to the minimum.
+U is the energy, and x are the positions and the parameters that constraints relax with the
+positions. The equations g_k = 0 of the constraints have the multipliers lambda_k and the penalties
+rho_k. scipy's L-BFGS-B minimizes L_rho within the bounds of x; then lambda_k grows by rho_k g_k.
+Both are repeated until g is small (Nocedal and Wright, Numerical Optimization, 2006, section 17.4).
+Near the minimum, coordinates that are at a bound and pushed against this bound are fixed there.
+Then Newton steps solve the optimality condition for x and lambda together; each Newton step squares
+the distance to the minimum.
 
 In this module z is the vector of positions and relaxed parameters, in the order of ``flat``.
 """
@@ -99,7 +102,7 @@ ByName: TypeAlias = dict[str, jax.Array]
 
 
 class _Trial(NamedTuple):
-    """The state at the end of a Newton step."""
+    """State of a relaxation under constraints at the end of a Newton step that is tried."""
 
     system: System
     multipliers: ByName | None
@@ -112,11 +115,16 @@ class _Trial(NamedTuple):
 def _augmented(
     system: System, multipliers: ByName, penalties: ByName
 ) -> tuple[jax.Array, Unknowns, ByName]:
-    """Compute L_rho, its derivative by positions and relaxed parameters, and g.
+    """Compute the augmented Lagrangian L_rho, its gradient, and the residuals g of equations g = 0.
+
+        L_rho = U + sum_k (lambda_k g_k + rho_k g_k^2 / 2)
+
+    The gradient is by the positions and by the parameters that constraints relax with the
+    positions.
 
     Args:
-      system: the system.
-      multipliers: the multipliers lambda.
+      system: the system, with the energy U.
+      multipliers: the Lagrange multipliers lambda.
       penalties: the penalty rho of each equation, a scalar.
     """
     own = own_params(system)
@@ -135,24 +143,34 @@ def _augmented(
 
 
 def _primal(system: System) -> Unknowns:
-    """Return positions and relaxed parameters of a system, without multipliers."""
+    """Return the positions of a system and the parameters that relax with the positions."""
     return dataclasses.replace(unknowns_of(system), multipliers=None)
 
 
 def _flat_primal(x: Unknowns) -> np.ndarray:
-    """Return positions and relaxed parameters of x as one vector of doubles."""
+    """Return the positions and the relaxed parameters in ``x`` as one vector of doubles.
+
+    Lagrange multipliers in ``x`` are left out.
+    """
     return flat(dataclasses.replace(x, multipliers=None)).astype(float)
 
 
 @jax.jit
 def _slope(system: System, multipliers: ByName | None) -> Unknowns:
-    """Compute dL/dx (L the Lagrangian) and the residuals g of the equations g = 0."""
+    """Compute the gradient dL/dx of the Lagrangian and the residuals g of the equations g = 0.
+
+    x are the positions and the parameters that constraints relax with the positions.
+    """
     return lagrangian_gradient(system, unknowns_of(system, multipliers), own_params(system))
 
 
 @jax.jit
 def _slope_rate(system: System, multipliers: ByName | None, change: Unknowns) -> Unknowns:
-    """Compute the change of ``_slope`` along a change of positions and relaxed parameters."""
+    """Compute the change of dL/dx and g for a change of x, at constant Lagrange multipliers.
+
+    L is the Lagrangian, x are the positions and the parameters that constraints relax with the
+    positions, and g are the residuals of the equations g = 0. ``change`` is the change of x.
+    """
     x = unknowns_of(system, multipliers)
     own = own_params(system)
     tangent = dataclasses.replace(change, multipliers=jax.tree.map(jnp.zeros_like, x.multipliers))
@@ -161,7 +179,10 @@ def _slope_rate(system: System, multipliers: ByName | None, change: Unknowns) ->
 
 @jax.jit
 def _limits(system: System) -> tuple[Unknowns, Unknowns]:
-    """Return bounds of the unknowns; for a pinned coordinate both are its position."""
+    """Return lower and upper bounds of the positions and the relaxed parameters.
+
+    Both bounds of a pinned coordinate are its position.
+    """
     low, high = bounds(system, system.params)
     stuck = pinned(system)
     lower = jnp.where(stuck, system.positions, low.positions)
@@ -170,18 +191,20 @@ def _limits(system: System) -> tuple[Unknowns, Unknowns]:
 
 
 class _Relaxation:
-    """State of one relaxation, which its methods change.
+    """State of one relaxation under constraints; its methods continue the relaxation.
+
+    z is the vector of positions and of the parameters that constraints relax with the positions.
 
     Attributes:
       system: the system so far.
-      multipliers: multipliers of the equations; None without equations.
-      steps: number of evaluations of the slope so far.
+      multipliers: Lagrange multipliers of the equations; None without equations.
+      steps: number of evaluations of the gradient of the Lagrangian so far.
       requested: the tolerance that the user asked for, or None.
-      tolerance: the force that counts as converged, for the pairs that interact now.
-      round_off: the force that counts as round-off.
-      length, stiffness: length and stiffness of the potential.
+      tolerance: the largest force that counts as converged, for the pairs that interact now.
+      round_off: the largest force that counts as round-off.
+      length, stiffness: length scale and stiffness of the potential, from ``natural_units``.
       low, high: bounds of z.
-      like: unknowns with the shapes of z.
+      like: positions and relaxed parameters as arrays, with the shapes that z is divided into.
       count: number of entries of z.
     """
 
@@ -208,7 +231,11 @@ class _Relaxation:
         self.steps = 0
 
     def aim(self) -> None:
-        """Set the force that counts as converged, from the pairs that interact now."""
+        """Set the largest force that counts as converged.
+
+        This force is the tolerance of the user, or else 1e-12 of the mean force of the pairs that
+        interact now.
+        """
         dtype = self.system.positions.dtype.type
         # no force left, so that all pairs with a force count
         scale = force_scale(self.system, dtype(self.length), dtype(self.stiffness), dtype(0.0))
@@ -218,30 +245,34 @@ class _Relaxation:
         self.bar.tolerance = max(self.tolerance, self.round_off)
 
     def system_at(self, z: np.ndarray) -> System:
-        """Return the system at other unknowns, with a complete neighbor list."""
+        """Return the system at other positions and relaxed parameters, the vector ``z``.
+
+        The neighbor list of the result is complete.
+        """
         dtype = self.system.positions.dtype
         x = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), unflat(z, self.like))
         return with_unknowns(self.system, x, own_params(self.system)).reallocate(keep=True)
 
     @property
     def z(self) -> np.ndarray:
-        """Positions and relaxed parameters of the system, (count,)."""
+        """Return the positions and the relaxed parameters of the system as one vector."""
         return _flat_primal(unknowns_of(self.system))
 
     @property
     def slope(self) -> Unknowns:
-        """Compute dL/dx (L the Lagrangian) and the residuals g of the equations at the system."""
+        """Compute the gradient of the Lagrangian and the residuals g of the equations g = 0."""
         return _slope(self.system, self.multipliers)
 
     def force_left(self, slope: Unknowns, z: np.ndarray) -> float:
         """Compute the largest unbalanced force, the residuals of equations included.
 
-        z are the positions and relaxed parameters, k is the stiffness of the potential from
-        ``natural_units``, and clip moves coordinates beyond a bound to that bound. The unbalanced
-        force is k times a step of projected gradient descent, k (z - clip(z - slope / k)). It is
-        zero at a bound that a coordinate is pushed against, and small near a bound that the
-        coordinate will be pushed against. A slope along a relaxed parameter counts as a force, and
-        so does k g for a constraint with an equation g = 0.
+        The unbalanced force is k (z - clip(z - slope / k)), which is k times a step of projected
+        gradient descent. Here z are the positions and relaxed parameters, the slope is the gradient
+        of the Lagrangian by z, k is the stiffness of the potential from ``natural_units``, and clip
+        moves coordinates beyond a bound to that bound. The unbalanced force is zero at a bound that
+        a coordinate is pushed against, and small near a bound that the coordinate will be pushed
+        against. A slope along a relaxed parameter counts as a force, and so does k g for a
+        constraint with an equation g = 0.
         """
         along = _flat_primal(slope)
         left = self.stiffness * (z - np.clip(z - along / self.stiffness, self.low, self.high))
@@ -261,10 +292,11 @@ class _Relaxation:
         )
 
     def kkt_system(self, fixed: np.ndarray) -> KKT:
-        """Return the linear system of the optimality conditions, with some unknowns fixed.
+        """Return the linear system of a Newton step on the optimality conditions.
 
         Args:
-          fixed: (count,) True for the fixed unknowns.
+          fixed: (count,) True for the positions and relaxed parameters that the step does not
+            change.
         """
         mask = jax.tree.map(jnp.asarray, unflat(fixed, self.like))
         no_equation = jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), bool), self.multipliers)
@@ -275,12 +307,12 @@ class _Relaxation:
             None,
             jnp.asarray(float(n)),
             motions=jnp.zeros((0, n, d)),
-            active_set=Unknowns(mask.positions, None, no_equation, mask.params),
+            active_set=Unknowns(mask.positions, params=mask.params, multipliers=no_equation),
         )
         return KKT(self.system, null, self.multipliers)
 
     def balance_forces(self) -> None:
-        """Set multipliers that balance most of the forces, if the start is next to a minimum.
+        """Set Lagrange multipliers that balance most of the forces, if a minimum is near the start.
 
         The augmented Lagrangian would find these multipliers, too, but with unbalanced forces it
         may go to another minimum.
@@ -289,8 +321,6 @@ class _Relaxation:
             return
         z = self.z
         system = self.kkt_system((z <= self.low) | (z >= self.high))
-        if system.equations is None:
-            return
         # A^T lambda = -dL/dx on the free coordinates, by least squares
         along = _flat_primal(self.slope)
         balancing = lsqr(
@@ -308,7 +338,12 @@ class _Relaxation:
             self.multipliers = multipliers
 
     def minimize_augmented(self, share: float) -> None:
-        """Minimize the augmented Lagrangian until forces and g are a share of the potential's."""
+        """Minimize the augmented Lagrangian until forces and residuals of equations are small.
+
+        Args:
+          share: the largest residual of an equation in units of the potential's length l, and the
+            largest force in units of l times the potential's stiffness.
+        """
         penalties = self._penalties()
         largest_before = np.inf
         for _ in range(ROUNDS):
@@ -327,11 +362,14 @@ class _Relaxation:
             largest_before = largest
 
     def _minimize_in_bounds(self, penalties: ByName, force: float) -> None:
-        """Minimize L_rho by positions and relaxed parameters, at constant multipliers.
+        """Minimize the augmented Lagrangian within the bounds, at constant Lagrange multipliers.
+
+        The variables are the positions and the parameters that constraints relax with the
+        positions.
 
         Args:
-          penalties: the penalties rho.
-          force: the largest component of the projected gradient to stop at.
+          penalties: the penalty rho of each equation.
+          force: the largest component of the projected gradient at which to stop.
         """
         start = self.z
         system = self.system
@@ -381,11 +419,11 @@ class _Relaxation:
         self.system = self.system_at(np.clip(result.x, self.low, self.high))
 
     def _penalties(self) -> ByName:
-        """Choose rho of each equation: rho |grad g|^2 is PENALTY times the potential's stiffness.
+        """Choose the penalty rho of each equation g = 0 of the augmented Lagrangian.
 
-        g is zero where the equation is met. The potential's stiffness is an estimate of the largest
-        eigenvalue of the Hessian, see ``natural_units``. |grad g|^2 is the mean over the components
-        of g.
+        rho |grad g|^2 is PENALTY times the potential's stiffness, which is an estimate of the
+        largest eigenvalue of the Hessian, see ``natural_units``. |grad g|^2 is the mean over the
+        components of g.
         """
         own = own_params(self.system)
 
@@ -404,7 +442,10 @@ class _Relaxation:
         return penalties
 
     def relax(self) -> float:
-        """Relax to the tolerance, or as far as possible; return the force that is left."""
+        """Relax the system to the tolerance, or as far as possible; return the force left.
+
+        The force is the largest unbalanced force on a particle.
+        """
         share = NEAR
         force = self.force_left(self.slope, self.z)
         # not (<=) rather than >, so that a force that is not a number counts as large
@@ -421,9 +462,10 @@ class _Relaxation:
         return force
 
     def unmet_equation(self) -> str:
-        """Return text on the equation with the largest residual; empty where all are met.
+        """Describe the equation with the largest residual; the text is empty where all are met.
 
-        An equation is met within UNMET, the accuracy to which forces may be left.
+        An equation of a constraint is met if its residual is at most UNMET times the potential's
+        length scale.
         """
         largest = UNMET * self.length
         message = ""
@@ -436,20 +478,23 @@ class _Relaxation:
         return message
 
     def leave_saddle(self, force: float) -> bool:
-        """Take a step along the lowest mode on the tangent space, if its stiffness is negative.
+        """Take a step along the mode of lowest stiffness, if this stiffness is negative.
+
+        The mode is the lowest among the displacements that the equations of the constraints allow.
 
         Args:
           force: the largest force left.
 
         Returns:
-          whether a step was made.
+          whether a step was taken.
         """
         backbone, net, null = analyze_rigidity(self.system, force)
         constrained = constrained_null_space(backbone, net, null, self.multipliers)
         system = KKT(backbone, constrained, self.multipliers)
-        if not system.negative[0] > 0:
+        if system.negative[0] == 0:
             return False
-        # The pivot of a free motion may be negative by round-off: the eigenvalue decides.
+        # The pivot of a free motion may be negative by round-off, and without a factor the pivots
+        # are not known: the eigenvalue decides.
         spectrum = system.lowest(1, doubtful_stiffness(force, self.length))
         if not spectrum.negative:
             return False
@@ -458,15 +503,15 @@ class _Relaxation:
         return True
 
     def newton(self) -> float:
-        """Take Newton steps on the optimality condition, as long as they make headway.
+        """Take Newton steps on the optimality condition, as long as they make progress.
 
-        The Newton steps use H_L, the second derivative of the Lagrangian. A multiple of the force
-        over the length scale of the potential (contact distance, or the distance of the minimum of
-        the pair energy) is added to the diagonal of H_L. The multiple grows where a step lowers
-        neither the force that is left nor the augmented Lagrangian, and falls otherwise.
+        The Newton steps use H_L, the second derivative of the Lagrangian. A multiple of the largest
+        force divided by the length scale of the potential (contact distance, or the distance of the
+        minimum of the pair energy) is added to the diagonal of H_L. The multiple grows where a step
+        lowers neither the largest force left nor the augmented Lagrangian, and falls otherwise.
 
         Returns:
-          the force that is left.
+          the largest force that is left.
         """
         slope = self.slope
         z = self.z
@@ -503,9 +548,10 @@ class _Relaxation:
         return force
 
     def _is_lower(self, trial: _Trial, z: np.ndarray, penalties: ByName) -> bool:
-        """Return whether a step lowers the augmented Lagrangian with the multipliers at its end.
+        """Return whether a Newton step from ``z`` to ``trial`` lowers the augmented Lagrangian.
 
-        Where the difference is round-off, the slopes at both ends decide.
+        Both values have the multipliers at the end of the step. Where their difference is
+        round-off, the gradients at both ends decide.
         """
         multipliers = trial.multipliers or {}
         ends = [_augmented(s, multipliers, penalties) for s in (self.system, trial.system)]
@@ -516,14 +562,15 @@ class _Relaxation:
         return sum(float(flat(slope) @ (trial.z - z)) for _, slope, _ in ends) < 0.0
 
     def _step(self, slope: Unknowns, z: np.ndarray, shift: float) -> np.ndarray:
-        """Compute a Newton step of z and the multipliers, in the order of ``flat``.
+        """Compute a Newton step of positions, relaxed parameters and Lagrange multipliers.
 
-        A coordinate that is pushed against a bound goes to the bound, or stays there.
+        The entries are in the order of ``flat``. A coordinate that is pushed against a bound goes
+        to the bound, or stays there.
 
         Args:
-          slope: dL/dx and g at z.
-          z: the unknowns.
-          shift: number to add to the diagonal of H_L.
+          slope: the gradient of the Lagrangian at z, and the residuals g of the equations g = 0.
+          z: the positions and relaxed parameters as one vector.
+          shift: number to add to the diagonal of H_L, the second derivative of the Lagrangian.
         """
         along = _flat_primal(slope)
         # Where a gradient step of size 1 / stiffness ends at a bound or beyond, the coordinate is
@@ -544,7 +591,7 @@ class _Relaxation:
         return step * min(1.0, LONGEST * self.length / longest) if longest > 0 else step
 
     def _try(self, z: np.ndarray, step: np.ndarray) -> _Trial:
-        """Evaluate dL/dx, the residuals g of equations and the force left at the end of a step."""
+        """Evaluate the gradient of the Lagrangian and the force left at the end of a step."""
         z_after = np.clip(z + step[: self.count], self.low, self.high)
         system = self.system_at(z_after)
         multipliers = self.multipliers
@@ -565,15 +612,15 @@ class _Relaxation:
 
 
 def relax_constrained(system: System, options: Options, bar: Decades) -> tuple[Equilibrium, str]:
-    """Minimize the energy under constraints.
+    """Minimize the energy of a system under its constraints.
 
-    ``max_force`` of the equilibrium is the largest norm of the unbalanced force on a particle. The
-    slope along a relaxed parameter counts as such a force, and so does g times the potential's
-    stiffness. ``steps`` are evaluations of the slope. Coordinates that are beyond their bounds at
-    the start are put on them.
+    ``max_force`` of the result is the largest norm of the unbalanced force on a particle. The slope
+    along a parameter that a constraint relaxes counts as such a force. So does g times the
+    potential's stiffness, for a constraint with an equation g = 0. ``steps`` are evaluations of the
+    slope. Coordinates that are beyond their bounds at the start are put on these bounds.
 
     Returns:
-      (equilibrium, where the relaxation ended, as text for an error message).
+      (the relaxed system, text for an error message that tells where the relaxation ended).
     """
     run = _Relaxation(system, options.tolerance, options.max_steps, bar)
     run.balance_forces()
@@ -633,7 +680,7 @@ def relax_constrained(system: System, options: Options, bar: Decades) -> tuple[E
 
 
 def _check_limits(system: System) -> None:
-    """Raise InputError where walls leave no room, or a pinned coordinate is beyond a wall."""
+    """Raise InputError if walls leave a particle no room or a pinned particle is beyond a wall."""
     low, high = bounds(system, system.params)
     lower = np.asarray(low.positions, float)
     upper = np.asarray(high.positions, float)
@@ -641,8 +688,9 @@ def _check_limits(system: System) -> None:
     if (lower > upper).any():
         i, axis = (int(k) for k in np.argwhere(lower > upper)[0])
         raise InputError(
-            f"the walls leave particle {i} no room along axis {axis}: it may be from"
-            f" {lower[i, axis]:g} to {upper[i, axis]:g}; move them apart."
+            f"the walls leave particle {i} no room along axis {axis}: its lower bound"
+            f" {lower[i, axis]:g} is above its upper bound {upper[i, axis]:g}; move the walls"
+            " apart."
         )
     margin = ROUND_OFF * EPS * abs(positions)
     beyond = (positions < lower - margin) | (positions > upper + margin)
@@ -651,6 +699,6 @@ def _check_limits(system: System) -> None:
         i, axis = (int(k) for k in np.argwhere(beyond)[0])
         raise InputError(
             f"particle {i} is pinned at {positions[i, axis]:g} along axis {axis}, beyond a wall:"
-            f" the walls leave it {lower[i, axis]:g} to {upper[i, axis]:g}; move the pin or the"
+            f" the walls allow {lower[i, axis]:g} to {upper[i, axis]:g}; move the particle or the"
             " wall."
         )

@@ -153,7 +153,12 @@ class BatchRelaxation:
         return self.going & (self.largest > self.tested) & (self.steps < self.max_steps)
 
     def aim(self) -> None:
-        """Set the largest force at which each system stops, from its pairs that interact now."""
+        """Set the largest force at which each system of the batch stops.
+
+        This force is the tolerance, or the force that round-off leaves where that is larger.
+        Without a tolerance of the user, 1e-12 of the mean force of the pairs that interact now
+        takes its place.
+        """
         left = jnp.asarray(self.largest, self.systems.positions.dtype)
         scale = force_scales(self.systems, self.length, self.limits.stiffness, left)
         self.scale = ForceScale(*(np.asarray(x) for x in scale))
@@ -167,7 +172,7 @@ class BatchRelaxation:
         until: int | np.ndarray,
         chosen: bool | np.ndarray = True,
     ) -> None:
-        """Take steps of the minimizer for some systems, down to a force or up to a number of steps.
+        """Take steps of the minimizer until a given force or a given number of steps is reached.
 
         Args:
           near: the largest force at which each system stops; without effect where it is below the

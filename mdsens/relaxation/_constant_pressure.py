@@ -80,8 +80,8 @@ def _relax(
     """Minimize the enthalpy over the positions and the cell, by Newton steps of the cell.
 
     Returns:
-      (relaxed particles in the last cell, total number of steps of the minimizer, the strains (k,
-      d, d) by which the cell can deform, status of the relaxation of positions and cell).
+      (relaxed particles in the last cell, total number of steps of the minimizer, the strains
+      (k, d, d) by which the cell can deform, status of the relaxation of positions and cell).
     """
     pressure = condition.pressure
     shape = condition.shape
@@ -134,10 +134,10 @@ def _relax(
 
 
 def _stress_and_goal(eq: Equilibrium, cell: Cell) -> tuple[float, float]:
-    """Compute the largest component of |stress + P|, and the limit at which the cell is at rest.
+    """Compute the largest component of |stress + P| of a cell, and the value that counts as zero.
 
-    P is the pressure on the cell. The limit follows from the tolerance of the forces and from the
-    round-off of the stress.
+    P is the pressure at which the cell relaxes. The value that counts as zero follows from the
+    tolerance of the forces and from the round-off of the stress.
     """
     volume = float(eq.system.volume)
     length = float(natural_units(eq.system)[0])

@@ -96,7 +96,10 @@ def pace_of(
 
 
 def at_size(steps: int, n: int) -> int:
-    """Scale a number of steps to n particles: unchanged up to 16,384, then growing as sqrt(n)."""
+    """Scale a number of steps of a relaxation to a system of n particles.
+
+    The number is unchanged up to 16,384 particles, and grows as sqrt(n) beyond.
+    """
     return math.ceil(steps * max(1.0, n / LARGE) ** 0.5)
 
 
@@ -104,9 +107,9 @@ def near_force(begin: float, contact: float | np.ndarray, n: int) -> Any:
     """Compute the largest force on a particle at which Newton steps are tried.
 
     Beyond 16,384 particles this force falls as 1 / n, because among more contacts the first one
-    opens or closes at a smaller force. For 131,072 discs, Newton steps from 3e-4 of the mean
-    contact force needed 36 factorizations, and four times as long as FIRE down to an eighth of this
-    force.
+    opens or closes at a smaller force. For 131,072 discs, a relaxation with Newton steps from 3e-4
+    of the mean contact force needed 36 factorizations, and four times the time of a relaxation with
+    FIRE down to an eighth of this force.
 
     Args:
       begin: the force for fewer particles, in units of the mean force of a contact.
@@ -246,15 +249,15 @@ class RelaxationState:
     def floor(self) -> float:
         """Return the largest force that counts as round-off.
 
-        Once the forces have stopped falling, this is the largest force left.
+        Once the forces have stopped falling, the result is the largest force left.
         """
         floor = 0.0 if self.scale is None else float(self.scale.floor)
         return max(floor, self.largest) if self.stands else floor
 
     def equilibrium(self) -> Equilibrium:
-        """Return the relaxed system with status, forces and steps as an Equilibrium.
+        """Return the relaxed system with status, forces and steps, as an Equilibrium.
 
-        The caller sets its ``wall_time``.
+        The caller sets the wall time of the result.
         """
         relaxed = self.system.replace(potential=self.potential)
         # Where the tolerance is not met, the forces of the minimizer may have been shortened.
@@ -281,7 +284,11 @@ class RelaxationState:
         )
 
     def aim(self) -> bool:
-        """Set the largest force at which the relaxation stops, from the pairs that interact now.
+        """Set the largest force at which the relaxation stops.
+
+        This force is the tolerance, or the force that round-off leaves where that is larger.
+        Without a tolerance of the user, 1e-12 of the mean force of the pairs that interact now
+        takes its place.
 
         Returns:
           whether the largest force on a particle is still above this limit.
@@ -348,7 +355,7 @@ class RelaxationState:
         return bool(falls_fast(self.pace, self.largest, self.tested, self.system.n))
 
     def advance(self, near: float, until: int | None = None) -> None:
-        """Take steps of the minimizer down to a force, or up to a number of steps.
+        """Take steps of the minimizer until a given force or a given number of steps is reached.
 
         Args:
           near: the largest force at which to stop; without effect where it is below the force at
@@ -391,8 +398,8 @@ class RelaxationState:
         """Allocate a larger neighbor list after an overflow, and compute the forces again.
 
         Args:
-          taken: number of steps of the call in which the list overflowed. If it is at most 1, the
-            list gets more room each time.
+          taken: number of steps of the call in which the list overflowed. If this number is at most
+            1, the list gets more room each time.
         """
         self.room = min(1.25 * self.room, 4.0) if taken <= 1 else 1.25
         self.system = self.system.reallocate(self.room)

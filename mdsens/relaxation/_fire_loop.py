@@ -48,12 +48,12 @@ def at_rest(positions: jax.Array, limits: Limits, method: Minimizer) -> Any:
 def limited_minimizer(
     method: Minimizer, forces: Callable[[jax.Array], jax.Array], limits: Limits
 ) -> tuple[Callable[..., Any], Callable[..., Any], Callable[[jax.Array], jax.Array]]:
-    """Make the functions of a minimizer that limits the force on a particle and its step.
+    """Make the functions of a minimizer in which forces and steps of the particles are limited.
 
     Overlaps of a random start make forces of 1e20 in a Lennard-Jones potential, and in FIRE the
     momentum of such a force would persist. So the force on a particle is shortened to the size that
-    moves the particle by the longest step, and the step is shortened to the longest one, too.
-    Neither changes anything near a minimum.
+    moves the particle by the longest step, and the step is shortened to the longest one, too. Near
+    a minimum the limits have no effect.
 
     Args:
       method: the minimizer.
@@ -79,10 +79,10 @@ def limited_minimizer(
 def _minimizer_on_list(
     system: System, method: Minimizer, limits: Limits
 ) -> tuple[Callable[[Any], Any], Callable[..., jax.Array]]:
-    """Return functions (apply, forces) that use the neighbor list of a system.
+    """Return functions (apply, forces) of a minimizer that use the neighbor list of a system.
 
     ``apply`` takes one step of the minimizer, from a state to the next one. ``forces`` computes the
-    limited forces (n, d) at positions (n, d).
+    forces (n, d) at positions (n, d), and shortens those that are too large for a step.
     """
     slope = energy_gradient(system, used=system.neighbors.used)
     _, apply, forces = limited_minimizer(method, lambda R: -slope(R), limits)
@@ -116,9 +116,9 @@ def advance(
     neighbor list has too little room for all pairs.
 
     Steps with the same neighbor list are an inner loop, which only reads the list. The inner loop
-    ends where a particle has moved so far that a pair may be missing from the list. A list with a
-    wide skin also ends when it has served so long that a list with a narrow skin pays, with fewer
-    pairs to sum over; the largest stiffness is then measured, too, and sets the minimizer's steps.
+    ends where a particle has moved so far that a pair may be missing from the list. It also ends
+    where a list with a wide skin has served so long that a list with a narrow skin, and fewer pairs
+    to sum over, pays; the largest stiffness is then measured, too, and sets the minimizer's steps.
     The force that is compared with the tolerance always comes from a complete list.
 
     Args:
@@ -184,7 +184,10 @@ def advance(
 
 @functools.partial(jax.jit, static_argnames=("method",))
 def forces_at(system: System, method: Minimizer, limits: Limits) -> jax.Array:
-    """Compute the forces (n, d) at the system's positions, limited in size as in the minimizer."""
+    """Compute the forces (n, d) at the system's positions, shortened as in the minimizer.
+
+    The minimizer shortens forces that would move a particle by more than the longest step.
+    """
     _, forces = _minimizer_on_list(system, method, limits)
     return forces(system.positions)
 

@@ -1,14 +1,14 @@
-"""Newton steps towards a minimum of the energy, with a sparse factor or conjugate gradients.
+"""Newton steps towards a minimum of the energy, by a sparse factorization or conjugate gradients.
 
 The steps stay within a trust region, and both methods detect negative curvature of the energy. The
-sparse factor, made outside of compiled code, is that of H + mu I, with H the Hessian, I the
-identity and mu a shift. mu is raised where the energy does not fall as the quadratic model of a
-step predicted, or where a pivot of the last factor is negative (Nocedal and Wright, Numerical
-Optimization, 2006, section 4.3). Conjugate gradients go to the edge of the trust region along the
-first direction of negative curvature that they meet (Steihaug, SIAM J. Numer. Anal. 20, 626
-(1983)). A step is accepted where the energy falls by at least a tenth of the prediction of the
-quadratic model. If the steps with the factor end at a saddle nevertheless, the next step is along a
-direction of negative curvature, which the pivots of the factor give.
+factorization, made outside of compiled code, is of H + mu I, with H the Hessian, I the identity and
+mu a shift. mu is raised where the energy does not fall as the quadratic model of a step predicted,
+or where a pivot of the last factorization is negative (Nocedal and Wright, Numerical Optimization,
+2006, section 4.3). Conjugate gradients go to the edge of the trust region along the first direction
+of negative curvature that they meet (Steihaug, SIAM J. Numer. Anal. 20, 626 (1983)). A step is
+accepted where the energy falls by at least a tenth of the prediction of the quadratic model. If the
+steps by factorization end at a saddle nevertheless, the next step is along a direction of negative
+curvature, which the pivots give.
 """
 
 from __future__ import annotations
@@ -115,10 +115,13 @@ def descend(
 def _accepted_step(
     method: _Factorized | _Krylov, system: System, energy: jax.Array, slope: jax.Array
 ) -> tuple[System, jax.Array, jax.Array] | None:
-    """Try Newton steps until one lowers the energy enough: (system, energy, dU/dR) after this step.
+    """Try Newton steps until one lowers the energy enough; return the system after this step.
 
-    A step is accepted if the energy falls by at least a tenth of the prediction of its quadratic
-    model. The result is None if no step is accepted.
+    A step is accepted if the energy falls by at least a tenth of the decrease that a quadratic
+    model of the energy predicts.
+
+    Returns:
+      (system, energy, gradient dU/dR of the energy) after the step; None if no step is accepted.
     """
     largest = float(largest_force(slope))
     unresolved = ENERGY_ROUND_OFF * float(jnp.finfo(energy.dtype).eps) * abs(float(energy))
@@ -145,21 +148,21 @@ def _accepted_step(
 
 
 class _Factorized:
-    """Newton steps p = -(H + mu I)^-1 dU/dR by a sparse factor, with H the Hessian, I the identity.
+    """Newton steps p = -(H + mu I)^-1 dU/dR, with H the Hessian, by a sparse factorization.
 
-    The shift mu is a multiple of the largest force divided by the length scale of the potential
-    (contact distance, or the distance of the minimum of the pair energy). Twice that quotient is
-    the negative curvature that a loose particle with a single contact can have. mu falls with the
-    force, so that convergence is as good as quadratic.
+    I is the identity, and the shift mu is a multiple of the largest force divided by the length
+    scale of the potential (contact distance, or the distance of the minimum of the pair energy).
+    Twice that quotient is the negative curvature that a loose particle with a single contact can
+    have. mu falls with the force, so that convergence is as good as quadratic.
 
     Attributes:
       length: length scale of the potential.
       multiple: mu in units of the largest force divided by ``length``.
-      shift: mu of the last factor.
+      shift: mu of the last factorization.
       curved: whether the last step was along a direction of negative curvature.
       assembled_for: the system whose Hessian is stored in ``matrix``, a scipy sparse matrix.
-      order: order of the rows of H in which the factor is sparse; None for the order of minimum
-        degree.
+      order: the order of the rows of H in the factorization, chosen for few nonzero entries; None
+        for the order of minimum degree.
       off_saddle: (n d,) the next step, along a direction of negative curvature; None for a Newton
         step.
     """
@@ -177,10 +180,10 @@ class _Factorized:
     def __call__(
         self, system: System, slope: jax.Array, largest: float
     ) -> tuple[jax.Array | None, float]:
-        """Compute a Newton step (n, d) and the decrease of the energy that its model predicts.
+        """Compute a Newton step (n, d), and the decrease of the energy predicted for it.
 
-        The model is quadratic in the step. The step is None if no shift of the Hessian that was
-        tried gives a step downhill.
+        The prediction is that of a quadratic model of the energy. The step is None if no shift of
+        the Hessian that was tried gives a step downhill.
         """
         self._assemble(system)
         flat = np.asarray(slope).ravel()
@@ -208,7 +211,7 @@ class _Factorized:
             self.order = ordering(self.matrix, system.dimension)
 
     def _factorize(self, shift: float) -> bool:
-        """Factorize H + shift I, with H the Hessian and I the identity; return whether it succeeded."""
+        """Factorize H + shift I (H the Hessian, I the identity); return whether this succeeded."""
         try:
             self.factor = SparseFactor(self.matrix, shift, self.order)
         except RuntimeError:  # exactly singular, in spite of the shift
@@ -217,7 +220,7 @@ class _Factorized:
         return True
 
     def _shifted_step(self, flat: np.ndarray, largest: float) -> np.ndarray | None:
-        """Compute a Newton step (n d,), raising the shift of the Hessian until the step is downhill.
+        """Compute a Newton step (n d,), raising the shift of the Hessian until it leads downhill.
 
         The result is None if no shift that was tried is large enough.
 
@@ -242,8 +245,8 @@ class _Factorized:
     def prepare_step_off_saddle(self, system: System) -> bool:
         """Prepare a step off a saddle; return whether the Hessian has a negative eigenvalue.
 
-        The step is along a direction of negative curvature, from the pivots of the Hessian's
-        factor.
+        The step is along a direction of negative curvature, from the pivots of the factorized
+        Hessian.
         """
         # The factor of the last step tells as well, where its shift is small. Counting its negative
         # pivots costs half of a factorization.
@@ -299,9 +302,10 @@ class _Krylov:
     def __call__(
         self, system: System, slope: jax.Array, largest: float
     ) -> tuple[jax.Array | None, float]:
-        """Compute a Newton step (n, d) and the decrease of the energy that its model predicts.
+        """Compute a Newton step (n, d), and the decrease of the energy predicted for it.
 
-        The model is quadratic in the step. The step is None if it is not finite.
+        The prediction is that of a quadratic model of the energy. The step is None if it is not
+        finite.
         """
         self.first = self.first or largest
         if self.radius is None:
@@ -326,9 +330,9 @@ class _Krylov:
         return step, float(promised)
 
     def prepare_step_off_saddle(self, _: System) -> bool:
-        """Return False, for no step off a saddle.
+        """Return False: conjugate gradients prepare no step off a saddle.
 
-        Conjugate gradients explore no direction without a force along it.
+        Conjugate gradients explore no direction without a force along this direction.
         """
         return False
 

@@ -57,8 +57,8 @@ def relax(
         """Compute the force that counts as converged and the force at which the minimizer stops.
 
         Both follow from the pairs that interact at the positions of the minimizer's ``state``, with
-        the neighbor list ``pairs``. The minimizer stops at the larger force where round-off leaves
-        more than the force that counts as converged.
+        the neighbor list ``pairs``. The minimizer already stops at the force that round-off leaves,
+        if this force is larger than the one that counts as converged.
         """
         here = system.replace(positions=method.positions(state), neighbors=pairs)
         left = largest_force(method.forces(state))

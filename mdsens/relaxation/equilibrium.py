@@ -125,8 +125,7 @@ class Equilibrium(Portable, Shown):
     def cell_in_words(self) -> str:
         """Describe a cell that was relaxed at a pressure, in words.
 
-        The text gives the pressure, the volume, and whether only the size or the shape, too,
-        relaxed.
+        The text gives the pressure, the volume, and whether the shape of the cell relaxed.
         """
         if len(self.strains) == 1:
             relaxed = "the size of the cell was"

@@ -1,4 +1,4 @@
-"""Import the minimizers of jax-md without the rest of jax-md; the relaxation method ``JaxMD``.
+"""Minimizers of jax-md, imported without the rest of jax-md, and the relaxation method ``JaxMD``.
 
 Only this module imports jax-md. ``import jax_md`` also imports libraries of neural networks and
 takes five seconds; the minimizers alone take a tenth of a second. So ``jax_md.minimize`` is
@@ -93,7 +93,9 @@ def _imported() -> ModuleType:
     if "jax_md" not in sys.modules:
         package = importlib.util.find_spec("jax_md")
         if package is None:
-            raise ModuleNotFoundError("mdsens needs jax-md: pip install jax-md.", name="jax_md")
+            raise ModuleNotFoundError(
+                "mdsens needs the package jax-md: run `pip install jax-md`.", name="jax_md"
+            )
         alone = _MinimizeAlone(package)
         sys.meta_path.insert(0, alone)
         try:
@@ -110,11 +112,11 @@ def _imported() -> ModuleType:
 
 
 def jax_md_minimize() -> Any:
-    """Return the module jax_md.minimize.
+    """Return the module ``jax_md.minimize``.
 
-    If jax_md is not imported yet, only jax_md.minimize is imported, in a tenth of a second. The
-    whole package takes four seconds more, for libraries of neural networks. A later ``import
-    jax_md`` still gets the whole package.
+    If jax_md is not imported yet, only ``jax_md.minimize`` is imported, in a tenth of a second. The
+    whole package takes four seconds more, for libraries of neural networks. A later
+    ``import jax_md`` still gets the whole package.
     """
     with _LOADING:
         return _imported()
@@ -216,7 +218,7 @@ class JaxMD:
 
     @staticmethod
     def at_stiffness(state: JaxMDState, stiffness: jax.Array) -> JaxMDState:
-        """Return the state unchanged: a jax-md minimizer ignores a measured stiffness."""
+        """Return the state unchanged, since a jax-md minimizer does not use a measured stiffness."""
         return state
 
 

@@ -59,8 +59,8 @@ class Fire:
         The measurement halves the number of steps for Hertzian discs near jamming, and does not
         change the number for a Lennard-Jones glass.
       max_step: the longest move of a particle in one step, as a fraction of the length scale of the
-        potential (contact distance, or the distance of the minimum of the pair energy). It limits
-        the first steps from a configuration in which particles overlap.
+        potential (contact distance, or the distance of the minimum of the pair energy). This limit
+        matters in the first steps from a configuration in which particles overlap.
       n_min, f_inc, f_dec, alpha_start, f_alpha: parameters of FIRE, named as in the paper.
     """
 
@@ -254,7 +254,7 @@ class GradientDescent:
 
     @staticmethod
     def at_stiffness(state: DescentState, stiffness: jax.Array) -> DescentState:
-        """Return the state unchanged: gradient descent ignores a measured stiffness."""
+        """Return the state unchanged, since gradient descent does not use a measured stiffness."""
         return state
 
 
@@ -292,4 +292,4 @@ class Newton:
         check_positive(self, ("begin",))
         check_whole(self, "patience")
         if not isinstance(self.first, Fire):
-            raise InputError(f"Newton(first={short(self.first)}): give Fire().")
+            raise InputError(f"Newton(first={short(self.first)}): give Fire() of ms.relaxation.")

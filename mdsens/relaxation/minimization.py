@@ -1,4 +1,4 @@
-"""``minimize``: check the options, relax a system or a batch, and raise errors of convergence."""
+"""The function ``minimize``, which relaxes a system or a batch and raises errors of convergence."""
 
 from __future__ import annotations
 
@@ -47,21 +47,21 @@ def minimize(
     """Relax a system to a minimum of its energy, dU/dR = 0; at a pressure, of its enthalpy U + P V.
 
     U is the energy, R the positions, P the pressure and V the volume. At a pressure the cell
-    relaxes with the positions, from the cell of the system; the relaxed cell is no function of the
-    parameters any more. A packing is compressed or decompressed until it has this pressure, also
-    from an unjammed start. Derivatives of the result, by ``jvp`` and the like, are taken at
-    constant pressure, so that the cell responds to the parameters.
+    relaxes with the positions, starting from the cell of the system. If that cell is a given
+    function of the parameters, the relaxed cell is not: derivatives of the result, by ``jvp`` and
+    the like, are taken at constant pressure, where the cell responds to the parameters. A packing
+    is compressed or decompressed until it has this pressure, also from an unjammed start.
 
     Args:
-      system: the system at the start. The systems of a batch made by ``stack`` are each relaxed.
+      system: the system at the start. Each system of a batch made by ``stack`` is relaxed.
       params: parameters to change before the relaxation; the others keep their values.
       cell: ``FixedCell()`` of ms.relaxation (the default), or ``AtPressure(P, shape=False)``.
       pressure, shape: a short form of ``cell=AtPressure(pressure, shape)``.
-      tolerance: the largest force on a particle to reach, in the potential's units. The error of
-        every derivative is about the tolerance over the smallest stiffness. None for 1e-12 of the
-        mean force of the pairs that interact, in any units. If round-off of the positions leaves
-        larger forces than the tolerance, the relaxation ends as soon as it reaches these forces,
-        with the status ROUND_OFF_LIMITED; their size is ``force_floor`` of the result.
+      tolerance: the largest force on a particle to reach, in the potential's units. None for 1e-12
+        of the mean force of the pairs that interact, in any units. The error of every derivative is
+        about the tolerance over the smallest stiffness. If round-off of the positions leaves larger
+        forces than the tolerance, the relaxation ends as soon as it reaches these forces, with the
+        status ROUND_OFF_LIMITED; their size is ``force_floor`` of the result.
       method: ``Newton()`` (the default: FIRE, and Newton steps where FIRE is slow), ``Fire()``,
         ``GradientDescent()`` or ``JaxMD(...)`` of ms.relaxation.
       max_steps: largest number of steps of the minimizer; at a pressure, of all relaxations
@@ -69,11 +69,11 @@ def minimize(
       leave_saddles: whether to continue downhill where the forces vanish and a mode has a negative
         stiffness, as from an exactly symmetric start; ``saddles`` and ``descent`` of the result
         give how often and by how much energy. If False, the relaxation ends wherever the forces
-        vanish. Where the Hessian is not factorized, such a mode is searched with a few products of
-        the Hessian and vectors, which may miss a mode of small stiffness.
+        vanish. Where the Hessian is not factorized, the search for such a mode uses a few products
+        of the Hessian and vectors, and may miss a mode of small stiffness.
       throw: whether to raise an error where the tolerance is not reached; if False, only the status
         shows this.
-      progress: whether to show a progress bar; if None, only in a terminal or a notebook.
+      progress: whether to show a progress bar; None shows it only in a terminal or a notebook.
 
     Returns:
       the relaxed system with its status, an :class:`Equilibrium`.
@@ -88,7 +88,7 @@ def minimize(
     require_sound_jax()
     if not isinstance(system, System):
         raise InputError(
-            f"minimize got a {type(system).__name__}: give a System, such as ms.load_system gives."
+            f"`system` is a {type(system).__name__}: give a System, such as ms.load_system returns."
         )
     options = Options(
         cell=cell_condition(cell, pressure, shape),
@@ -170,6 +170,8 @@ def _raise_for_members(eq: Equilibrium, start: System) -> None:
     bad = [k for k, status in enumerate(codes) if not status.good]
     if bad:
         status = codes[bad[0]]
-        message = f"{len(bad)} of {len(codes)} members did not relax, the first is member {bad[0]}"
+        message = (
+            f"{len(bad)} of the {len(codes)} systems did not relax, the first is system {bad[0]}"
+        )
         message += where_not_finite(status, unstack(start)[bad[0]])
         raise ConvergenceError(f"{message}: {status.sentence}.", status, eq)

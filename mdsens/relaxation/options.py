@@ -36,7 +36,7 @@ class FixedCell:
 class AtPressure:
     """Condition of a relaxation at a given pressure P, which minimizes the enthalpy U + P V.
 
-    The cell relaxes with the particles until its stress is that of the pressure. U is the potential
+    The cell relaxes with the particles until its stress balances the pressure. U is the potential
     energy and V the volume of the cell.
 
     Attributes:
@@ -53,7 +53,7 @@ class AtPressure:
         remedy = "give one number, in energy per volume, or None for a fixed cell."
         number = real_number("pressure", self.pressure, remedy)
         if not np.isfinite(number):
-            raise InputError(f"pressure is {self.pressure}: give a finite number.")
+            raise InputError(f"`pressure` is {self.pressure}: give a finite number.")
         if not isinstance(self.shape, bool):
             raise InputError(f"`shape` is {short(self.shape)}: give True or False.")
         object.__setattr__(self, "pressure", float(number))
@@ -61,12 +61,12 @@ class AtPressure:
     def check(self, system: System) -> None:
         """Raise InputError if a system cannot be relaxed at a pressure.
 
-        Refused are open boundaries, constraints, and a potential with a parameter named
-        ``pressure``.
+        Open boundaries, constraints, and a potential with a parameter named ``pressure`` are
+        refused.
         """
         if system.box is None:
             raise InputError(
-                "pressure needs a cell, and this system has open boundaries: give it a box."
+                "`pressure` needs a cell, and this system has open boundaries: give it a box."
             )
         if "pressure" in system.params:
             raise InputError(
@@ -90,18 +90,21 @@ def cell_condition(
     if cell is not None:
         if pressure is not None or shape:
             raise InputError(
-                "`cell` is given with `pressure` or `shape`, a short form of the same: give `cell`"
-                " alone, such as AtPressure(P, shape=True), or pressure and shape."
+                "`cell` is given together with `pressure` or `shape`, which are a short form of"
+                " `cell`: give `cell` alone, such as cell=AtPressure(P, shape=True), or give"
+                " `pressure` and `shape` alone."
             )
         if not isinstance(cell, FixedCell | AtPressure):
             raise InputError(
-                f"cell is {short(cell)}: give FixedCell() or AtPressure(P) of ms.relaxation."
+                f"`cell` is {short(cell)}: give FixedCell() or AtPressure(P) of ms.relaxation."
             )
         return cell
     if pressure is not None:
         return AtPressure(pressure, shape)
     if shape:
-        raise InputError("shape=True needs `pressure`: give the pressure to relax the cell to.")
+        raise InputError(
+            "shape=True needs `pressure`: give the pressure at which the cell is to relax."
+        )
     return FixedCell()
 
 
@@ -118,19 +121,19 @@ class Options:
     def __post_init__(self) -> None:
         if not isinstance(self.method, Method):
             raise InputError(
-                f"method is {short(self.method)}: give Newton(), Fire(), GradientDescent() or"
+                f"`method` is {short(self.method)}: give Newton(), Fire(), GradientDescent() or"
                 " JaxMD(…) of ms.relaxation."
             )
         if self.tolerance is not None and not (
             isinstance(self.tolerance, Real) and 0 < self.tolerance <= sys.float_info.max
         ):
             raise InputError(
-                f"tolerance is {short(self.tolerance)}: give a positive number, or None."
+                f"`tolerance` is {short(self.tolerance)}: give a positive number, or None."
             )
         if not (isinstance(self.max_steps, Real) and self.max_steps >= 1):
-            raise InputError(f"max_steps is {short(self.max_steps)}: give 1 or more.")
+            raise InputError(f"`max_steps` is {short(self.max_steps)}: give 1 or more.")
         if not isinstance(self.leave_saddles, bool):
-            raise InputError(f"leave_saddles is {short(self.leave_saddles)}: give True or False.")
+            raise InputError(f"`leave_saddles` is {short(self.leave_saddles)}: give True or False.")
         # max_steps may be a float such as 1e5
         object.__setattr__(self, "max_steps", int(self.max_steps))
 
@@ -152,8 +155,9 @@ class Options:
         self.cell.check(system)
         if system.constraints and self.newton is None:
             raise InputError(
-                f"method is {short(self.method)}, which cannot relax under constraints: leave"
-                " method out, or give Newton(), for an augmented Lagrangian and Newton steps."
+                f"`method` is {short(self.method)}, which cannot relax a system under constraints:"
+                " leave `method` out, or give method=Newton(), which then uses an augmented"
+                " Lagrangian and Newton steps."
             )
         if self.tolerance is None:
             return
@@ -161,13 +165,13 @@ class Options:
         # ``round_off`` is an upper bound: most systems reach forces of a tenth of it. 0.05 leaves
         # another factor of 2.
         if self.tolerance < 0.05 * floor:
-            remedy = f"raise it to {floor:.0e} or more"
+            remedy = f"raise `tolerance` to {floor:.0e} or more"
             if system.positions.dtype != jnp.float64:
                 remedy += (
                     ", or work in double precision (in Python, ms.enable_x64() before making the"
                     " system)"
                 )
             raise PrecisionError(
-                f"tolerance {self.tolerance:.0e} is out of reach in {system.positions.dtype}, where"
+                f"tolerance={self.tolerance:.0e} is out of reach in {system.positions.dtype}, where"
                 f" round-off of the positions leaves forces of about {floor:.0e}: {remedy}."
             )

@@ -1,4 +1,4 @@
-"""First-order saddle points of the energy, and the energy barriers that they make."""
+"""First-order saddle points of the energy, and the energy barriers from minima to saddles."""
 
 from mdsens.saddles._eigenvector_following import EigenvectorFollowing
 from mdsens.saddles._elastic_band import ElasticBand

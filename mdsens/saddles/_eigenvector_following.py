@@ -1,10 +1,10 @@
 """The search for a first-order saddle by eigenvector following, and Newton steps on dU/dR = 0.
 
-The energy increases along the softest mode and decreases in all directions across it (Henkelman and
-Jonsson, J. Chem. Phys. 111, 7010 (1999); Munro and Wales, Phys. Rev. B 59, 3969 (1999)). The mode
-comes from Lanczos steps on exact Hessian products. From a minimum the search climbs along a given
-direction until the softest mode becomes negative (Malek and Mousseau, Phys. Rev. E 62, 7723
-(2000)).
+Each step of the search goes up in energy U along the softest mode, and down in all directions
+perpendicular to this mode (Henkelman and Jonsson, J. Chem. Phys. 111, 7010 (1999); Munro and Wales,
+Phys. Rev. B 59, 3969 (1999)). The mode comes from Lanczos steps on exact Hessian products. From a
+minimum the search climbs along a given direction until the softest mode becomes negative (Malek and
+Mousseau, Phys. Rev. E 62, 7723 (2000)).
 """
 
 from __future__ import annotations
@@ -53,9 +53,10 @@ RESOLVED = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class EigenvectorFollowing:
-    """Steps up the softest mode v and down across it, p = s v - (1 - v v^T) (H^-1 g).
+    """Search for a saddle by steps up along the softest mode and down perpendicular to this mode.
 
-    s is the step along the mode, g the gradient dU/dR. Every step stays within a trust radius.
+    A step is p = s v - (1 - v v^T) H^-1 g, with v the softest mode, s the step along v, g = dU/dR
+    the gradient of the energy and H the Hessian. Every step stays within a trust radius.
 
     Attributes:
       max_step: the longest move of a particle in one step, as a fraction of the length scale of the
@@ -78,7 +79,7 @@ class EigenvectorFollowing:
 
 @jax.jit
 def _compute_gradient(system: System) -> jax.Array:
-    """Compute dU/dR, (n, d)."""
+    """Compute the gradient dU/dR of the energy at the positions of a system, (n, d)."""
     return energy_gradient(system, used=system.neighbors.used)(system.positions)
 
 
@@ -86,15 +87,16 @@ def _compute_gradient(system: System) -> jax.Array:
 def _softest_mode(
     apply: Callable[[jax.Array], jax.Array], start: jax.Array, direction: jax.Array, vectors: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Compute the lowest Ritz pair of Lanczos cycles: (v, stiffness along v, residual).
+    """Compute the softest mode v of a Hessian by Lanczos cycles: (v, stiffness along v, residual).
 
-    Where several Ritz values are negative, the result is the pair most parallel to ``direction``:
-    near a saddle of higher order the lowest pair leads back up to this saddle.
+    v is the Ritz vector of the lowest Ritz value. Where several Ritz values are negative, v is the
+    Ritz vector most parallel to ``direction``: near a saddle of higher order the lowest one leads
+    back up to this saddle.
 
     Args:
-      apply: (n d,) -> (n d,), the Hessian.
-      start: (n d,), the first vector.
-      direction: (n d,) the preferred direction; zero without a preference.
+      apply: function from a vector (n d,) to its product with the Hessian, (n d,).
+      start: (n d,), the first Lanczos vector.
+      direction: (n d,), the preferred direction; zero without a preference.
       vectors: number of Lanczos vectors in one cycle.
     """
     size = min(vectors, start.size)
@@ -151,9 +153,11 @@ def _propose_step(
     radius: float,
     vectors: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Compute the next step of the search.
+    """Compute the next step of the search for a saddle.
 
     Args:
+      system: the system at its present positions.
+      null: the null space of the Hessian, along which no step goes.
       mode: (n, d), the softest mode of the last step.
       direction: (n, d), the direction in which to climb as long as no mode is negative; zero for
         the softest mode. The search keeps to this direction, because among equally soft modes every
@@ -162,8 +166,8 @@ def _propose_step(
       vectors: number of vectors in a Lanczos cycle.
 
     Returns:
-      (the step, the gradient predicted after it, the softest mode, the direction of climbing, each
-      (n, d); whether the radius limited the step).
+      (the step, the gradient of the energy that is predicted after the step, the softest mode, the
+      direction of climbing, each (n, d); whether the radius limited the step).
     """
     shape = system.positions.shape
 
@@ -211,10 +215,10 @@ def _propose_step(
 
 
 def loose_stiffness(system: System) -> tuple[HessianFactor, NullSpace]:
-    """Compute the factor of the Hessian and its null space at an unbalanced configuration.
+    """Compute the factorized Hessian and its null space at a configuration with unbalanced forces.
 
-    During the search a particle may be pushed by a single contact, so every particle that touches
-    another one belongs to the backbone.
+    During the search for a saddle a particle may be pushed by a single contact. So no particle that
+    touches another one is left out of the Hessian as a rattler.
     """
     backbone, _, null = analyze_rigidity(system, 0.0, 1)
     null = null.simplified()
@@ -224,17 +228,18 @@ def loose_stiffness(system: System) -> tuple[HessianFactor, NullSpace]:
 def _newton(
     system: System, tolerance: float, longest: float, before: int, bar: Decades
 ) -> tuple[System, float, int] | None:
-    """Take Newton steps on dU/dR = 0.
+    """Take Newton steps on dU/dR = 0 to a first-order saddle.
 
     Args:
+      system: the system, near a saddle.
       tolerance: the largest force to reach.
       longest: the longest move of a particle in one step.
-      before: number of steps that were taken before.
+      before: number of steps of the search before.
       bar: the progress bar.
 
     Returns:
-      (system, largest force, steps); None where the steps leave the region of exactly one negative
-      mode or stop reducing the force.
+      (system, largest force, total number of steps); None where the steps leave the region of
+      exactly one negative mode or stop reducing the force.
     """
     gradient = _compute_gradient(system)
     largest = float(largest_force(gradient))
@@ -278,7 +283,7 @@ def follow_eigenvector(
       direction: (n, d), the direction in which to climb until a mode is negative; zero for the
         softest mode.
       tolerance: the largest force to reach.
-      method: the options.
+      method: the options of the search.
       max_steps: largest number of steps of the search and of Newton's method together.
       bar: the progress bar.
 
@@ -347,10 +352,13 @@ def follow_eigenvector(
 
 
 def _leave_higher_order(system: System, length: float) -> tuple[System, jax.Array] | None:
-    """Take a step off a saddle of higher order along its second mode: (system, first mode).
+    """Take a step off a saddle of higher order, along the mode of second lowest stiffness.
 
-    The force vanishes at the saddle, so no gradient leads off it. None where fewer than two modes
-    are negative.
+    At the saddle the forces vanish, so that no gradient leads away.
+
+    Returns:
+      (the displaced system, the mode of lowest stiffness (n, d)); None where fewer than two modes
+      have a negative stiffness.
     """
     stiffness, _ = loose_stiffness(system)
     if stiffness.unstable(2) < 2:

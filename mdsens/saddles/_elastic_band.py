@@ -1,13 +1,14 @@
 """A path between two minima: a nudged elastic band whose highest image climbs to the saddle.
 
-The images R_k between the two minima feel the forces of the energy across the band and those of
-springs along it,
+The images R_k are configurations between the two minima. The forces of the energy U act on them
+perpendicular to the band, and the forces of springs with stiffness s act along the band,
 
     F_k = - (1 - t t^T) dU/dR_k + s (|R_k+1 - R_k| - |R_k - R_k-1|) t.
 
-The highest image is driven up along the band instead, F = - (1 - 2 t t^T) dU/dR (Henkelman,
-Uberuaga and Jonsson, J. Chem. Phys. 113, 9901 (2000)). t is the unit tangent, which points to the
-neighboring image of higher energy (Henkelman and Jonsson, J. Chem. Phys. 113, 9978 (2000)).
+The image of highest energy is driven up along the band instead, F = - (1 - 2 t t^T) dU/dR
+(Henkelman, Uberuaga and Jonsson, J. Chem. Phys. 113, 9901 (2000)). t is the unit tangent, which
+points to the neighboring image of higher energy (Henkelman and Jonsson, J. Chem. Phys. 113, 9978
+(2000)).
 """
 
 from __future__ import annotations
@@ -45,17 +46,17 @@ SAME = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class ElasticBand:
-    """A climbing-image nudged elastic band.
+    """Options of a nudged elastic band between two minima, whose highest image climbs to a saddle.
 
     Attributes:
-      images: number of images between the two minima; more for a path that bends.
-      spring: stiffness s of the springs between images, in units of the largest stiffness of the
+      images: number of images (configurations) between the two minima; more for a path that bends.
+      spring: stiffness of the springs between images, in units of the largest stiffness of the
         potential.
-      stop: the largest force left on the images, in units of the largest stiffness of the potential
-        times its length scale (contact distance, or the distance of the minimum of the pair
-        energy). The search for the saddle begins there.
+      stop: the largest force on the images at which the band is left and the search for the saddle
+        begins at the highest image. The unit is the largest stiffness of the potential times its
+        length scale (contact distance, or the distance of the minimum of the pair energy).
       max_steps: largest number of steps of FIRE.
-      fire: the options of FIRE.
+      fire: the options of FIRE, which relaxes the band.
     """
 
     images: int = 7
@@ -77,19 +78,20 @@ class ElasticBand:
 def climbing_image_band(
     start: System, end: System, band: ElasticBand = ElasticBand()
 ) -> tuple[System, jax.Array]:
-    """Find the highest image of a band between two configurations, and the band's direction there.
+    """Find the image of highest energy of an elastic band, and the direction of the band there.
 
     Args:
-      start, end: minima of the same particles at the same parameters and in the same cell. Each
-        particle of the second is taken at the periodic image nearest to its position in the first,
-        after their common translation and, without a cell, their common rotation are removed.
-      band: the options.
+      start, end: minima of the same particles at the same parameters and in the same cell, between
+        which the band runs. First a common translation of all particles of ``end`` and, without a
+        cell, a common rotation are removed. Then each of these particles is taken at the periodic
+        image nearest to its position in ``start``.
+      band: the options of the band.
 
     Returns:
-      the system at the highest image, and a unit vector (n, d) along the band.
+      (the system at the highest image, a unit vector (n, d) along the band).
 
     Raises:
-      InputError: both are the same configuration.
+      InputError: ``start`` and ``end`` are the same configuration.
     """
     first = np.asarray(start.positions)
     last = _align(start, end)
@@ -98,9 +100,9 @@ def climbing_image_band(
     length, stiffness = (jnp.asarray(x, dtype) for x in natural_units(start))
     if np.abs(last - first).max() <= SAME * float(length):
         raise InputError(
-            "`towards` is the same configuration as `start`, at most moved as a whole: give another"
-            " minimum for `towards`, or leave `towards` out and give `direction`, along which to"
-            " climb."
+            "`towards` is the same configuration as `start`, or `start` moved as a whole: give"
+            " another minimum for `towards`, or leave `towards` out and give `direction`, the"
+            " direction in which to climb."
         )
     shares = np.arange(1, count + 1)[:, None, None] / (count + 1)
     bump = chirp((count, *first.shape), float, np)
@@ -126,9 +128,10 @@ def climbing_image_band(
 
 
 def _align(start: System, end: System) -> np.ndarray:
-    """Move the second configuration as a whole to lie next to the first; its positions (n, d).
+    """Move the configuration ``end`` as a whole next to ``start``; return its positions (n, d).
 
-    The rotation of a cluster without a cell is the one that minimizes the distance (Kabsch).
+    Without a cell the particles are rotated together, too, by the rotation that minimizes the
+    distance from ``start`` (Kabsch).
     """
     first = np.asarray(start.positions)
     box = start.box
@@ -149,14 +152,17 @@ def _align(start: System, end: System) -> np.ndarray:
 def _band_forces(
     batch: System, chain: jax.Array, ends: jax.Array, end_energies: jax.Array, spring: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Compute the force on each image, the index of the highest image, and the tangents.
+    """Compute the force on each image of an elastic band, and the tangents of the band.
 
     Args:
       batch: the system at each image, with its neighbor list.
-      chain: (images, n, d), the positions.
+      chain: (images, n, d), the positions of the images.
       ends: (2, n, d), positions of the two minima.
       end_energies: (2,), energies of the two minima.
-      spring: stiffness s of the springs between images, energy per length squared.
+      spring: stiffness of the springs between images, energy per length squared.
+
+    Returns:
+      (forces (images, n, d), index of the image of highest energy, unit tangents (images, n, d)).
     """
 
     def evaluate(system: System, R: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -206,18 +212,19 @@ def _advance(
     band: ElasticBand,
     limits: Limits,
 ) -> tuple[Any, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Take steps of FIRE as long as the neighbor lists of all images are complete.
+    """Take steps of FIRE for an elastic band, as long as all neighbor lists are complete.
 
     Args:
       batch: the system at each image, with its neighbor list.
       state: state of jax-md's minimizer, for all images together.
       ends, end_energies: positions (2, n, d) and energies (2,) of the two minima.
       target: the largest force at which to stop.
-      band: the options.
+      band: the options of the band.
       limits: the longest step and the largest force of a particle.
 
     Returns:
-      (state, steps, largest force, index of the highest image, its tangent (n, d)).
+      (state, number of steps, largest force, index of the image of highest energy, unit tangent (n,
+      d) of the band there).
     """
     method = band.fire
     spring = band.spring * limits.stiffness

@@ -27,19 +27,19 @@ Params = Mapping[str, ArrayLike]
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Barrier(Portable, Shown):
-    """The energy from a minimum up to a saddle, and its derivatives.
+    """The energy barrier from a minimum up to a saddle, and its derivatives by the parameters.
 
     Attributes:
       value: the barrier U(saddle) - U(minimum), an energy.
       gradient: derivative of ``value`` by every parameter, a dict shaped like the parameters. In a
         symmetric matrix of species pairs, each of the two entries of a pair has half of the
-        derivative; :meth:`component` gives the whole.
-      second: derivative of ``gradient`` along the direction ``dparams``, shaped likewise; None
-        without a direction.
-      statuses: statuses of the minimum and of the saddle; with a direction, each is the worse of
-        this status and of that of the linear solve at this end.
+        derivative; :meth:`component` gives the whole derivative.
+      second: derivative of ``gradient`` along the direction ``dparams`` of the parameters, a dict
+        of the same shapes; None without a direction.
+      statuses: statuses of the minimum and of the saddle. With a direction, each is the worse of
+        the status of the configuration and the status of the linear solve there.
       max_forces: the largest forces left at the minimum and at the saddle, energy per length. These
-        forces change the value only to second order.
+        forces change the barrier only to second order.
       wrt: the parameters by which the derivatives are taken.
     """
 
@@ -52,11 +52,11 @@ class Barrier(Portable, Shown):
 
     @property
     def status(self) -> Status:
-        """The worse of the statuses of minimum and saddle."""
+        """Return the worse of the statuses of the minimum and of the saddle."""
         return Status.worst_of(self.statuses)
 
     def component(self, label: str) -> jax.Array:
-        """The derivative of the height by a single number of the parameters.
+        """Return the derivative of an energy barrier by a single number of the parameters.
 
         Args:
           label: name of the number, such as ``"epsilon"`` or ``"sigma[0,1]"``.
@@ -98,7 +98,11 @@ def _energy_and_gradient(system: System) -> tuple[jax.Array, dict[str, jax.Array
 def _gradient_rate(
     system: System, motion: jax.Array, dparams: Mapping[str, jax.Array]
 ) -> dict[str, jax.Array]:
-    """Compute d/dt of the derivatives by the parameters, along R + t motion, params + t dparams."""
+    """Compute the rate of change of the energy's partial derivatives by the parameters.
+
+    The rate is d/dt at t = 0, for positions R + t ``motion`` and parameters that change by t
+    ``dparams``.
+    """
 
     def partial(positions: jax.Array, params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         return jax.grad(lambda p: potential_energy(system, positions, p))(dict(params))
@@ -118,30 +122,31 @@ def barrier(
 
         B = U(R_s, p) - U(R_m, p),    dB/dp = @U/@p (R_s, p) - @U/@p (R_m, p).
 
-    R_m are the positions at the minimum and R_s those at the saddle. Both are stationary, dU/dR =
-    0, so their motion with the parameters does not contribute to first order (Hellmann and
-    Feynman). Hence no linear solve is needed. The error is of second order in the remaining forces
-    for B and of first order for dB/dp. The motion does contribute to the second derivatives,
+    U is the energy, R_m are the positions at the minimum and R_s those at the saddle; @ marks
+    partial derivatives. Both configurations are stationary, dU/dR = 0, so that their motion with
+    the parameters does not contribute to first order (Hellmann and Feynman). Hence no linear solve
+    is needed. The error is of second order in the remaining forces for B and of first order for
+    dB/dp. The motion does contribute to the second derivatives,
 
         d2B/dp2 . dp = [@2U/@p2 . dp + @2U/@p@R . dR]_saddle - [the same]_minimum,
 
-    with dR from ``jvp`` at each end. They are computed where ``dparams`` is given.
+    with dR, the motion of the positions, from ``jvp`` at the saddle and at the minimum. The second
+    derivatives are computed where ``dparams`` is given.
 
     Args:
       minimum: a minimum from ``minimize``, not at a pressure.
       saddle: a saddle from ``find_saddle``, of the same system at the same parameters.
       dparams: the direction dp of the second derivatives, as in ``jvp``; None for no second
         derivatives.
-      solve: the linear solver of the second derivatives, as in ``jvp``.
-      throw: raise unless the status is good.
+      throw: whether to raise an error if the status is not good.
 
     Returns:
       a :class:`Barrier`.
 
     Raises:
-      InputError: ends of different systems or parameters, a minimum that is a saddle, a saddle that
-        is a minimum.
-      ConvergenceError: an end or a linear solve that did not converge.
+      InputError: ``minimum`` and ``saddle`` differ in system or parameters, ``minimum`` is no
+        minimum, or ``saddle`` is no first-order saddle.
+      ConvergenceError: the minimum, the saddle or a linear solve did not converge.
     """
     _check_ends(minimum, saddle)
     statuses = [Status(int(np.asarray(eq.status))) for eq in (minimum, saddle)]
@@ -173,26 +178,29 @@ def barrier(
 
 
 def _check_ends(minimum: Equilibrium, saddle: Equilibrium) -> None:
-    """Check that the ends are a minimum and a saddle of one system at the same parameters."""
+    """Raise InputError unless a minimum and a saddle of one system have the same parameters."""
     for name, eq in (("minimum", minimum), ("saddle", saddle)):
         if not isinstance(eq, Equilibrium) or eq.system.batch is not None:
-            raise InputError(f"{name} is a {type(eq).__name__}: give one Equilibrium, not a batch.")
+            raise InputError(
+                f"`{name}` is a {type(eq).__name__}: give one Equilibrium, not a batch."
+            )
         if eq.pressure is not None:
             raise InputError(
-                f"{name} was relaxed at a pressure, and a barrier is between configurations in one"
-                " fixed cell: relax it in a fixed cell."
+                f"`{name}` was relaxed at a pressure, and a barrier is between configurations in"
+                f" one fixed cell: relax `{name}` in a fixed cell."
             )
         # the order is the number of negative modes
         if (eq.order == 0) != (name == "minimum"):
             raise InputError(
-                f"{name} has order {eq.order}: give barrier(minimum, saddle), of order 0 and 1."
+                f"`{name}` has order {eq.order}, the number of modes of negative stiffness: give"
+                " barrier(minimum, saddle) a minimum of order 0 and a saddle of order 1."
             )
     low: System = minimum.system
     high: System = saddle.system
     if low.positions.shape != high.positions.shape or low.params.keys() != high.params.keys():
         raise InputError(
-            "minimum and saddle are of different systems: give a minimum and a saddle of the same"
-            " system."
+            "`minimum` and `saddle` are of different systems: give a minimum and a saddle of the"
+            " same system."
         )
     # exact equality, since parameters and cell of the saddle are copied from its minimum
     pairs = {name: (value, high.params[name]) for name, value in low.params.items()}
@@ -201,5 +209,5 @@ def _check_ends(minimum: Equilibrium, saddle: Equilibrium) -> None:
     for name, (at_minimum, at_saddle) in pairs.items():
         if not np.array_equal(np.asarray(at_minimum), np.asarray(at_saddle)):
             raise InputError(
-                f"minimum and saddle differ in {name}: find the saddle from that minimum."
+                f"`minimum` and `saddle` differ in {name}: give a saddle found from this minimum."
             )

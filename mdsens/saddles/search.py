@@ -1,8 +1,10 @@
-"""First-order saddles of the energy: eigenvector following, then Newton steps on F = dU/dR = 0.
+"""First-order saddles of the energy: eigenvector following, then Newton steps on dU/dR = 0.
 
-A saddle is a root of F as a minimum is, so the equation for the derivative of a minimum applies to
-a saddle too: H dR = - d2U/dR dp . dp, where H has one negative eigenvalue. Only the search differs,
-see :mod:`mdsens.saddles._eigenvector_following` and :mod:`mdsens.saddles._elastic_band`.
+The forces vanish at a saddle as at a minimum. So a saddle moves with the parameters p by the same
+equation as a minimum, H dR = - d2U/dR dp . dp, with U the energy and dR the change of the
+positions. The Hessian H has one negative eigenvalue at a saddle. Only the search for the
+configuration differs, see :mod:`mdsens.saddles._eigenvector_following` and
+:mod:`mdsens.saddles._elastic_band`.
 """
 
 from __future__ import annotations
@@ -53,38 +55,39 @@ def find_saddle(
     throw: bool = True,
     progress: bool | None = None,
 ) -> Equilibrium:
-    """Find a first-order saddle of the energy, dU/dR = 0 with one negative mode.
+    """Find a first-order saddle of the energy, dU/dR = 0 with one mode of negative stiffness.
 
     The search climbs along the softest mode and ends with Newton steps. Derivatives of the result,
-    by ``jvp`` and the others, are those of the saddle, and ``certify`` examines it as a saddle. The
-    cell is fixed: it is not relaxed to a pressure.
+    by ``jvp`` and the like, are those of the saddle, and ``certify`` examines the result as a
+    saddle. The cell is fixed: it is not relaxed to a pressure.
 
     Args:
       start: a configuration near the saddle, or a minimum.
       params: parameters to change before the search; the others keep their values.
       direction: (n, d), the direction in which to climb from a minimum until the stiffness of a
         mode becomes negative; None for the direction of the softest mode.
-      towards: the minimum on the other side of the saddle. The search begins at the highest image
-        of an elastic band between ``start`` and this minimum.
+      towards: the minimum on the other side of the saddle. If given, the search begins at the
+        highest image of an elastic band between ``start`` and this minimum.
       band: options of the elastic band, an :class:`ElasticBand`.
       tolerance: the largest force on a particle to reach, in the unit of the potential. None for
         1e-10 of the mean pair force, or for the force that round-off leaves if that is larger.
       method: options of the search, an :class:`EigenvectorFollowing`.
       max_steps: largest number of steps of the search and of Newton's method together.
-      throw: whether to raise an error where no saddle is reached; with False only the status shows
+      throw: whether to raise an error where no saddle is reached; if False, only the status shows
         this.
-      progress: show a progress bar; None shows it only in a terminal or a notebook.
+      progress: whether to show a progress bar; None shows it only in a terminal or a notebook.
 
     Returns:
       an :class:`~mdsens.Equilibrium`. Its ``order`` is the number of negative modes that were
-      counted: 1 where the status is good.
+      counted:
+      1 where the status is good.
 
     Raises:
-      InputError: bad parameters, direction or options.
-      PrecisionError: a tolerance below round-off.
-      ConvergenceError: with the status MAX_STEPS_REACHED, NOT_FINITE, UNJAMMED where no particles
-        touch, or NOT_A_SADDLE where the forces vanish at a minimum or at a saddle of higher order.
-        The last configuration is its ``result``.
+      InputError: the parameters, the direction or the options are not valid.
+      PrecisionError: the tolerance is below round-off.
+      ConvergenceError: no saddle was reached. The status is MAX_STEPS_REACHED, NOT_FINITE, UNJAMMED
+        where no particles touch, or NOT_A_SADDLE where the forces vanish at a minimum or at a
+        saddle of higher order. The last configuration is the ``result`` of the error.
     """
     began = time.perf_counter()
     system, tolerance = _check_arguments(start, params, tolerance, method, max_steps)
@@ -128,9 +131,10 @@ def find_saddle(
 def _judge_saddle(
     system: System, largest: float, tolerance: float, floor: float
 ) -> tuple[Status, int]:
-    """Judge a configuration as a saddle: its status, and how many of its modes are negative.
+    """Return the status of a search for a saddle, and the number of negative modes at its end.
 
     Args:
+      system: the system at the end of the search.
       largest: the largest force left on a particle.
       tolerance: the largest force that was to be reached.
       floor: the largest force that round-off may leave.
@@ -154,12 +158,14 @@ def sides(
 ) -> tuple[Equilibrium, Equilibrium]:
     """Find the two minima that a saddle connects.
 
-    Each minimum is relaxed from a step off the saddle, to either side along its negative mode.
+    The energy is minimized from two configurations, displaced from the saddle to either side along
+    the mode of negative stiffness.
 
     Args:
       saddle: a saddle from ``find_saddle``.
-      step: the longest move of a particle, as a fraction of the length scale of the potential
-        (contact distance, or the distance of the minimum of the pair energy).
+      step: the longest displacement of a particle from the saddle, as a fraction of the length
+        scale of the potential (contact distance, or the distance of the minimum of the pair
+        energy).
       tolerance: the largest force that the minimizations leave, as in ``minimize``.
 
     Returns:
@@ -167,10 +173,10 @@ def sides(
     """
     if not isinstance(saddle, Equilibrium) or saddle.order != 1:
         raise InputError(
-            f"saddle is {short(saddle)}: give the Equilibrium of order 1 that find_saddle returns."
+            f"`saddle` is {short(saddle)}: give the Equilibrium of order 1 from find_saddle."
         )
     if not 0 < real_number("step", step, "give a positive number.") < np.inf:
-        raise InputError(f"step is {short(step)}: give a positive number.")
+        raise InputError(f"`step` is {short(step)}: give a positive number.")
     stiffness, _ = loose_stiffness(saddle.system)
     mode = stiffness.lowest(1).vectors[:, 0].reshape(saddle.positions.shape)
     length = float(natural_units(saddle.system)[0])
@@ -192,30 +198,32 @@ def _check_arguments(
     method: object,
     max_steps: object,
 ) -> tuple[System, float]:
-    """Validation of user input: the system at the parameters, and the tolerance as a number."""
+    """Validate the arguments of ``find_saddle``.
+
+    Returns:
+      (the system at the given parameters, the tolerance as a number).
+    """
     system = start.system if isinstance(start, Equilibrium) else start
     if not isinstance(system, System):
-        raise InputError(
-            f"find_saddle got a {type(start).__name__}: give a System or an Equilibrium."
-        )
+        raise InputError(f"`start` is a {type(start).__name__}: give a System or an Equilibrium.")
     require_unconstrained(system, "find_saddle")
     if system.batch is not None:
         raise InputError(
-            f"find_saddle takes one system and got a batch of {system.batch}: give one system of"
-            " it, ms.unstack(batch)[0]."
+            f"`start` is a batch of {system.batch} systems, and find_saddle takes one system: give"
+            " one system of the batch, such as ms.unstack(batch)[0]."
         )
     if isinstance(start, Equilibrium) and start.pressure is not None:
         raise InputError(
-            "find_saddle keeps the cell fixed, and this minimum was relaxed at a pressure: give its"
-            " system, eq.system."
+            "`start` is a minimum that was relaxed at a pressure, and find_saddle keeps the cell"
+            " fixed: give the system of the minimum, start.system."
         )
     if not isinstance(method, EigenvectorFollowing):
-        raise InputError(f"method is {short(method)}: give EigenvectorFollowing() of ms.saddles.")
+        raise InputError(f"`method` is {short(method)}: give EigenvectorFollowing() of ms.saddles.")
     # up to the largest float: infinity and NaN are refused
     if tolerance is not None and not 0 < real_number("tolerance", tolerance) <= sys.float_info.max:
-        raise InputError(f"tolerance is {short(tolerance)}: give a positive number, or None.")
+        raise InputError(f"`tolerance` is {short(tolerance)}: give a positive number, or None.")
     if not real_number("max_steps", max_steps) >= 1:
-        raise InputError(f"max_steps is {short(max_steps)}: give 1 or more.")
+        raise InputError(f"`max_steps` is {short(max_steps)}: give 1 or more.")
     # either way the neighbor list is allocated for the configuration at hand
     system = system.reallocate(keep=True) if params is None else system.with_params(params)
     if tolerance is None:
@@ -226,8 +234,8 @@ def _check_arguments(
     floor = round_off(system)
     if tolerance < 0.05 * floor:
         raise PrecisionError(
-            f"tolerance {tolerance:.0e} is out of reach in {system.positions.dtype}: raise it to"
-            f" {floor:.0e} or more."
+            f"tolerance={tolerance:.0e} is out of reach in {system.positions.dtype}: raise"
+            f" `tolerance` to {floor:.0e} or more."
         )
     return system, tolerance
 
@@ -235,7 +243,11 @@ def _check_arguments(
 def _check_other_side(
     towards: System | Equilibrium, system: System, direction: ArrayLike | None, band: ElasticBand
 ) -> System:
-    """Validation of ``towards``: the system at the positions of the minimum on the other side."""
+    """Validate ``towards`` of ``find_saddle``, the minimum on the other side of the saddle.
+
+    Returns:
+      the system at the positions of this minimum.
+    """
     other = towards.system if isinstance(towards, Equilibrium) else towards
     if not isinstance(other, System) or other.positions.shape != system.positions.shape:
         raise InputError(
@@ -245,13 +257,13 @@ def _check_other_side(
     if direction is not None:
         raise InputError("`direction` and `towards` are both given: give one of them.")
     if not isinstance(band, ElasticBand):
-        raise InputError(f"band is {short(band)}: give ElasticBand() of ms.saddles.")
+        raise InputError(f"`band` is {short(band)}: give ElasticBand() of ms.saddles.")
     # box and parameters are those of ``start``; only the positions of the other side are taken
     return system.replace(positions=other.positions).reallocate()
 
 
 def _check_direction(direction: ArrayLike | None, system: System) -> jax.Array:
-    """Validation of ``direction``: a unit vector (n, d), or zeros where it is None."""
+    """Validate ``direction`` of ``find_saddle``; return a unit vector (n, d), or zeros for None."""
     if direction is None:
         return jnp.zeros_like(system.positions)
     vector = jnp.asarray(real_array("direction", direction), system.positions.dtype)
@@ -261,7 +273,7 @@ def _check_direction(direction: ArrayLike | None, system: System) -> jax.Array:
         or not jnp.any(vector != 0)
     ):
         raise InputError(
-            f"direction has shape {vector.shape}: give {system.positions.shape}, finite and not"
-            " zero everywhere."
+            f"`direction` has shape {vector.shape}: give an array of shape"
+            f" {system.positions.shape}, finite and not zero everywhere."
         )
     return vector / jnp.linalg.norm(vector)

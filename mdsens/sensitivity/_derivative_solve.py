@@ -244,11 +244,11 @@ def solve_derivative(
 def solve_derivative_batch(
     rule: DerivativeRule, eq: Equilibrium, argument: Argument, solve: Method
 ) -> Any:
-    """Compute one kind of derivative of all systems of a batch, with their Hessians factorized at
-    once.
+    """Compute one kind of derivative of all systems of a batch, with one factorization.
 
-    The result is None where no such factor exists or a position is not finite; the caller must then
-    solve for each system alone.
+    The Hessians of all systems are factorized as one block-diagonal matrix. The result is None
+    where no such factor exists or a position is not finite; the caller must then solve for each
+    system alone.
 
     Args:
       rule: the kind of derivative: JVP, VJP, FORCE or STRAIN, see :class:`DerivativeRule`.
@@ -379,7 +379,7 @@ def _solve_compiled(
 ) -> Any:
     """Compute one kind of derivative in compiled code, by products with the Hessian.
 
-    Under constraints the matrix is that of the whole system of equations.
+    Under constraints the products are with the matrix of the whole system of equations.
     """
     operator, unit = lin.structure.operator(lin)
 

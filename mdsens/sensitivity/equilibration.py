@@ -80,8 +80,8 @@ def equilibrate(
         raise InputError(f"tolerance is {short(tolerance)}: give a positive number, or None.")
     if system.batch is not None:
         raise InputError(
-            "equilibrate takes one system: use jax.vmap(lambda s, p: ms.equilibrate(s, p))(batch,"
-            " params)."
+            f"equilibrate takes one system and got a batch of {system.batch}: use"
+            " jax.vmap(lambda s, p: ms.equilibrate(s, p))(batch, params)."
         )
     require_unconstrained(system, "equilibrate")
     if params is not None and not isinstance(params, Mapping):

@@ -157,8 +157,9 @@ class Linearization(Portable, Named):
         return self.structure.moved(system, x, params)
 
     def traced(self, differentiated: Sequence[str]) -> Linearization:
-        """Return the linearization for compiled code: no factor, and the potential in its cheapest
-        form.
+        """Return the linearization for compiled code, without the factor of the Hessian.
+
+        The potential is in its cheapest form for the derivatives.
 
         Args:
           differentiated: names of the parameters that derivatives are to be taken by.
@@ -242,10 +243,11 @@ def force_left(system: System, net: Network, largest: jax.Array) -> jax.Array:
 
 
 def _force_left_of_one(eq: Equilibrium, net: Network) -> Any:
-    """Return the status ``force_left`` of one minimum, without compiled code where possible.
+    """Judge one minimum by the largest force left on a particle; return a status.
 
-    Where the force is small compared with the mean contact force, the minimum is CONVERGED. Else
-    the length scale and the stiffness of the potential decide, in compiled code.
+    The status is that of ``force_left``. It is CONVERGED where the force is small compared with the
+    mean contact force; else the length scale and the stiffness of the potential decide, in compiled
+    code.
 
     Args:
       eq: the minimum.
@@ -278,13 +280,13 @@ def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Li
     require_sound_jax()
     if not isinstance(eq, Equilibrium):
         raise InputError(
-            f"got a {type(eq).__name__}: give the Equilibrium that ms.minimize returns."
+            f"linearize got a {type(eq).__name__}: give the Equilibrium that ms.minimize returns."
         )
     check_method(solve)
     if eq.system.batch is not None:
         raise InputError(
-            f"linearize takes one minimum and got a batch of {eq.system.batch}: give one of them,"
-            " ms.unstack(eq)[0]."
+            f"linearize takes one minimum and got a batch of {eq.system.batch}: give one minimum"
+            " of the batch, ms.unstack(eq)[0]."
         )
     backbone, net, null = analyze_rigidity(eq.system, eq.max_force, eq.contacts_needed)
     if eq.system.constraints:
@@ -368,8 +370,8 @@ def linearized(eq: Equilibrium | Linearization, solve: Method | None) -> Lineari
     """Linearize a minimum for a given linear solver.
 
     Args:
-      eq: the minimum; :func:`require_sound` checks whether it can be differentiated. A
-        Linearization is returned as it is, with ``solve`` as its solver.
+      eq: the minimum; :func:`require_sound` checks whether it can be differentiated. If ``eq`` is a
+        Linearization, it is returned with ``solve`` as its solver.
       solve: the solver; where None, Auto() or the solver of the Linearization.
     """
     if solve is not None:
@@ -378,11 +380,13 @@ def linearized(eq: Equilibrium | Linearization, solve: Method | None) -> Lineari
         return eq if solve is None else dataclasses.replace(eq, solve=solve)
     if not isinstance(eq, Equilibrium):
         raise InputError(
-            f"got a {type(eq).__name__}: give the Equilibrium that ms.minimize returns, or a"
-            " Linearization."
+            f"for the minimum, got a {type(eq).__name__}: give the Equilibrium that ms.minimize"
+            " returns, or a Linearization."
         )
     require_host(
-        "a function of an Equilibrium", "call it outside, or differentiate ms.equilibrate there", eq
+        "a function of an Equilibrium",
+        "call it outside of the traced function, or differentiate ms.equilibrate there",
+        eq,
     )
     return linearize(eq, Auto() if solve is None else solve, throw=False)
 
@@ -421,7 +425,9 @@ def full_tangent(system: System, dparams: Params, params: Params | None = None) 
 
 
 def changes(system: System, dparams: Params, params: Params | None = None) -> dict[str, Any]:
-    """Check the changes of some parameters, and convert them to the type of the parameters.
+    """Check a user's changes of some parameters, and convert them to the parameters' type.
+
+    Names, shapes and symmetry are checked, and that the changes are finite.
 
     Args:
       system: the system.
@@ -441,7 +447,7 @@ def changes(system: System, dparams: Params, params: Params | None = None) -> di
             hint = did_you_mean(name, valid)
             if name == "pressure":
                 hint = (
-                    "the cell of this minimum is fixed; relax one that follows a pressure by"
+                    "the cell of this minimum is fixed; relax a cell that follows a pressure by"
                     " ms.minimize(system, pressure=P)."
                 )
             raise InputError(f"{name!r} is no parameter of {system.potential.name}: {hint}")
@@ -449,8 +455,8 @@ def changes(system: System, dparams: Params, params: Params | None = None) -> di
         expected_shape = valid[name].shape
         if array.shape != expected_shape:
             raise InputError(
-                f"dparams[{name!r}] has shape {array.shape}: the parameter has {expected_shape},"
-                " give that."
+                f"dparams[{name!r}] has shape {array.shape}: the parameter has {expected_shape};"
+                " give a change of that shape."
             )
         if not isinstance(array, Tracer) and not np.isfinite(np.asarray(array, float)).all():
             raise InputError(f"dparams[{name!r}] is not finite: give finite changes.")

@@ -137,7 +137,7 @@ class Displacement(Derivative):
     def strain(self) -> jax.Array | None:
         """The strain of the cell, d box = strain box, as a Mandel vector; None in a fixed cell.
 
-        Its components are xx, yy, sqrt(2) xy in 2-D; xx, yy, zz and sqrt(2) times yz, xz, xy in
+        The components are xx, yy, sqrt(2) xy in 2-D; xx, yy, zz and sqrt(2) times yz, xz, xy in
         3-D.
         """
         return self.value.strain if isinstance(self.value, Unknowns) else None

@@ -96,19 +96,19 @@ class Structure(Protocol):
         ...
 
     def solved(self, side: Unknowns, x: Unknowns) -> Unknowns:
-        """Complete the solution of a linear solve to a solution for all unknowns.
+        """Complete the solution x of a linear solve by the strain of the cell, if the cell relaxes.
 
         At a pressure the linear solve is for the positions alone, and the strain of the cell is
         computed here.
 
         Args:
-          side: the right-hand side, for all unknowns.
+          side: the right-hand side, for positions and strain.
           x: the solution of the linear solve.
         """
         ...
 
     def stored(self, lin: Linearization, x: Unknowns) -> Any:
-        """Convert a change x of the unknowns of the linear solve to the form that users get.
+        """Convert the solution x of a linear solve to the displacement that users get.
 
         Users get the change of the Cartesian positions, (n, d), which includes the motion of the
         particles with the cell. At a pressure they get an ``Unknowns`` of this change and of the
@@ -117,8 +117,7 @@ class Structure(Protocol):
         ...
 
     def unknown(self, lin: Linearization, value: jax.Array | Unknowns) -> Unknowns:
-        """Convert a change of positions and strain from the form that users get; inverse of
-        ``stored``.
+        """Convert a change of positions and strain from the form that users get; undoes ``stored``.
 
         The result is the change of the unknowns of the linear solve; at a pressure its positions
         leave out the motion of the particles with the cell.
@@ -133,8 +132,7 @@ class Structure(Protocol):
         ...
 
     def displacement(self, lin: Linearization, tangent: Params, x: Unknowns) -> tuple[Any, Any]:
-        """Compute the two results of ``jvp``, ``(value, nonaffine)``, from the solution x of its
-        solve.
+        """Compute the results ``(value, nonaffine)`` of ``jvp`` from the solution x of its solve.
 
         ``value`` is the derivative of the positions (and of strain or multipliers), and
         ``nonaffine`` that of the positions without the affine motion with the box. ``tangent``
@@ -159,16 +157,19 @@ class Structure(Protocol):
         ...
 
     def cotangent_side(self, lin: Linearization, cotangent: Unknowns) -> Unknowns:
-        """Compute the right-hand side of ``vjp`` from weights of the unknowns (``cotangent``)."""
+        """Compute the right-hand side of the linear solve of ``vjp``.
+
+        ``cotangent`` holds the weights of the unknowns, whose weighted sum ``vjp`` differentiates.
+        """
         ...
 
     def parameter_gradient(
         self, lin: Linearization, cotangent: Unknowns, x: Unknowns
     ) -> dict[str, Any]:
-        """Compute the result of ``vjp``, a dict over the parameters, from the solution x of the
-        solve.
+        """Compute the result of ``vjp``, a dict over the parameters, from the solution x.
 
-        ``cotangent`` holds the weights of the unknowns, whose weighted sum ``vjp`` differentiates.
+        x solves the linear system of ``vjp``, and ``cotangent`` holds the weights of the unknowns,
+        whose weighted sum ``vjp`` differentiates.
         """
         ...
 
@@ -177,7 +178,7 @@ class Structure(Protocol):
         ...
 
     def at(self, minimum: Equilibrium, system: System) -> Self:
-        """Return the structure for another minimum nearby.
+        """Return the structure (unknowns, condition and linear system) for another minimum nearby.
 
         Args:
           minimum: the other minimum.
@@ -207,7 +208,10 @@ def _negative(x: Tree) -> Tree:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FixedCellStructure(Portable):
-    """A minimum in a fixed cell: the unknowns are the positions R, and dU/dR is zero."""
+    """A minimum in a fixed cell: the unknowns are the positions R, and F = dU/dR is zero.
+
+    U is the potential energy.
+    """
 
     status = None
 
@@ -385,7 +389,7 @@ class AtPressureStructure(FixedCellStructure):
             m = R.shape[1] * (R.shape[1] + 1) // 2
             if mandel.shape != (m,):
                 raise InputError(
-                    f"cotangent.strain has shape {mandel.shape}: give ({m},), a Mandel vector."
+                    f"cotangent.strain has shape {mandel.shape}: give a Mandel vector ({m},)."
                 )
             strain = strain + jnp.einsum("m,mde,kde->k", mandel, basis(R.shape[1]), free_strains)
         return Unknowns(w, strain)
@@ -444,7 +448,7 @@ class ConstrainedStructure(Portable):
         distance = jax.tree.map(
             jnp.subtract, coordinates, lagrangian.constrained_coordinates(lin.system, params)
         )
-        fixed = Unknowns(distance.positions, None, slope.multipliers, distance.params)
+        fixed = Unknowns(distance.positions, params=distance.params, multipliers=slope.multipliers)
         return _at_active_set(lin.null, fixed, slope)
 
     def operator(self, lin: Linearization) -> tuple[Operator, jax.Array | None]:
@@ -460,19 +464,20 @@ class ConstrainedStructure(Portable):
         return value if isinstance(value, Unknowns) else Unknowns(value)
 
     def read(self, lin: Linearization, x: Unknowns, params: Params) -> Unknowns:
-        """Convert the unknowns x to the form that users get.
+        """Return the positions, relaxed parameters and multipliers that users get.
 
-        Users get the positions, the parameters that constraints relax, and the multipliers of all
-        constraints, those of bounds and pins included.
+        The multipliers are those of all constraints, bounds and pins included; the parameters are
+        those that constraints relax.
 
         Args:
           lin: the linearization of the minimum.
-          x: the unknowns.
+          x: the unknowns: positions, relaxed parameters, and multipliers of the constraints'
+            equations.
           params: the other parameters by name.
         """
         all_params = {**params, **(x.params or {})}
         multipliers = lagrangian.multipliers_at(lin.system, x, all_params)
-        return Unknowns(x.positions, None, multipliers, x.params)
+        return Unknowns(x.positions, params=x.params, multipliers=multipliers)
 
     def motion(self, lin: Linearization, tangent: Params) -> Unknowns:
         """Compute how pinned coordinates and those at a bound move with the parameters.
@@ -487,7 +492,7 @@ class ConstrainedStructure(Portable):
         no_change = None
         if self.multipliers is not None:
             no_change = jax.tree.map(jnp.zeros_like, self.multipliers)
-        return Unknowns(rate.positions, None, no_change, rate.params)
+        return Unknowns(rate.positions, params=rate.params, multipliers=no_change)
 
     def parameter_side(self, lin: Linearization, tangent: Params) -> Unknowns:
         # dL/dx changes with the parameters, and with the constrained coordinates that they move
@@ -505,11 +510,10 @@ class ConstrainedStructure(Portable):
         return value, value.positions - _affine(lin.system, tangent, lin.system.positions)
 
     def cotangent(self, lin: Linearization, value: Unknowns, w: jax.Array) -> Unknowns:
-        """Complete the weights w of a sum w . x that ``vjp`` differentiates, with zeros where not
-        given.
+        """Complete the weights of a sum that ``vjp`` differentiates, by zeros where none is given.
 
-        The results x in the sum are the positions, the multipliers of all constraints, and the
-        parameters that constraints relax.
+        The sum is over the positions, the multipliers of all constraints, and the parameters that
+        constraints relax.
 
         Args:
           lin: the linearization of the minimum.
@@ -520,7 +524,7 @@ class ConstrainedStructure(Portable):
         shapes = jax.eval_shape(lambda c: self.read(c, c.unknowns, c.params), lin.traced(()))
         multipliers = _checked_by_name("multipliers", value.multipliers, shapes.multipliers, w)
         params = _checked_by_name("params", value.params, shapes.params, w)
-        return Unknowns(w, None, multipliers, params)
+        return Unknowns(w, params=params, multipliers=multipliers)
 
     def cotangent_side(self, lin: Linearization, cotangent: Unknowns) -> Unknowns:
         return lin.null.free(self._pulled_through_read(lin, cotangent)[0])
@@ -560,11 +564,10 @@ class ConstrainedStructure(Portable):
         return dataclasses.replace(self, multipliers=unknowns.multipliers)
 
     def _pulled_through_read(self, lin: Linearization, cotangent: Unknowns) -> tuple[Unknowns, Any]:
-        """Differentiate a weighted sum of the results that users get by the unknowns and the
-        parameters.
+        """Differentiate a weighted sum of results by the unknowns and by the parameters.
 
-        The results are those of ``read``: positions, relaxed parameters, and the multipliers of all
-        constraints. ``cotangent`` holds the weights.
+        The results are those that users get from ``read``: positions, relaxed parameters, and the
+        multipliers of all constraints. ``cotangent`` holds the weights.
         """
         value, pull = jax.vjp(lambda x, p: self.read(lin, x, p), lin.unknowns, lin.params)
         zero = jax.tree.map(jnp.zeros_like, value)
@@ -594,11 +597,13 @@ def _checked_by_name(
     named = cotangents or {}
     for name, array in named.items():
         if shapes is None or name not in shapes:
-            raise InputError(f"cotangent.{field} has {name!r}: give some of {list(shapes or ())}.")
+            raise InputError(
+                f"cotangent.{field} has the name {name!r}: give some of {list(shapes or ())}."
+            )
         if jnp.shape(array) != shapes[name].shape:
             raise InputError(
-                f"cotangent.{field}[{name!r}] has shape {jnp.shape(array)}: give"
-                f" {shapes[name].shape}."
+                f"cotangent.{field}[{name!r}] has shape {jnp.shape(array)}: give an"
+                f" array of shape {shapes[name].shape}."
             )
     if shapes is None:
         return None
@@ -633,5 +638,5 @@ def _at_active_set(null: NullSpace, fixed: Unknowns, free: Unknowns) -> Unknowns
     """
     mask = null.active_set
     assert mask is not None
-    whole = Unknowns(mask.positions, None, mask.multipliers, mask.params)
+    whole = Unknowns(mask.positions, params=mask.params, multipliers=mask.multipliers)
     return jax.tree.map(jnp.where, whole, fixed, free)

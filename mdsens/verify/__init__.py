@@ -1,8 +1,8 @@
-"""Independent checks: finite differences, the adjoint identity, properties of a potential.
+"""Independent checks of derivatives and potentials: finite differences, adjoint identity, others.
 
-The derivatives of this package are checked by minimizing again, and its potentials are tested for
-the properties that they declare, such as breakpoints. The same checks serve for a user's own
-potential.
+Derivatives of relaxed positions are checked by minimizing again at changed parameters. Potentials,
+a user's own included, are tested for the properties that they declare, such as breakpoints (the
+distances at which a derivative of the potential jumps or diverges).
 """
 
 from mdsens.verify.adjoint_test import AdjointTest, adjoint

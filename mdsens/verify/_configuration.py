@@ -1,7 +1,8 @@
 """Checks of a potential's energy in one configuration.
 
-Forces, Hessian products and parameter derivatives have to be derivatives of one scalar, the energy,
-and the energy has to be the same whatever pairs beyond the range are listed.
+Forces, products of the Hessian with vectors, and parameter derivatives have to be derivatives of
+one scalar, the energy. The energy must not depend on which pairs beyond the range of the potential
+are in the neighbor list.
 """
 
 from __future__ import annotations
@@ -54,14 +55,17 @@ DIRECTIONS = 4
 
 
 def parts(potential: Potential) -> tuple[Any, ...]:
-    """Return the terms of a sum of potentials; for any other potential the potential itself."""
+    """Return the potentials of which a sum of potentials consists; any other potential as it is.
+
+    The result is a tuple of potentials.
+    """
     return potential.parts if isinstance(potential, SumPotential) else (potential,)
 
 
 def lattice(potential: Potential, params: Params) -> System:
-    """Make a system on the sites of a square lattice of spacing 1, in open boundaries.
+    """Make a system with particles on a square lattice of spacing 1, in open boundaries.
 
-    A parameter of a pair potential with several values is taken to have one for each species.
+    A parameter of a pair potential with several values is taken to have one value for each species.
     """
     values = {name: np.asarray(value) for name, value in params.items()}
     paired = [
@@ -107,9 +111,10 @@ def system_of(
     box: ArrayLike | None,
     species: ArrayLike | None,
 ) -> System:
-    """``System.create`` without its check that a potential is zero at its cutoff.
+    """Make a System from potential, parameters and positions, with any potential at the cutoff.
 
-    The checks below report a potential that is not zero at its cutoff.
+    ``System.create`` would refuse a potential that is not zero at its cutoff. ``verify.potential``
+    reports it as the result of a check instead.
     """
     zeroed = [
         dataclasses.replace(part, phi=_zero) if isinstance(part, PairPotential) else part
@@ -121,19 +126,20 @@ def system_of(
 
 
 def _zero(r: jax.Array, *values: Any) -> jax.Array:
-    """A pair function that vanishes everywhere."""
+    """Return the energy 0 for every pair distance r; stands in for the energy of a potential."""
     return jnp.zeros_like(r)
 
 
 def spread(sites: System, least: float, rng: np.random.Generator) -> System:
-    """Move particles to random positions near the sites, at about the distance of least energy.
+    """Move particles to random positions near lattice sites, at about the distance of least energy.
 
-    Every pair is clear of its breakpoints, the distances at which a derivative of the potential
-    jumps or diverges, or nearly so where no trial succeeds.
+    Positions are drawn until no pair distance is close to a breakpoint, a distance at which a
+    derivative of the potential jumps or diverges. After 100 trials the last positions are taken.
 
     Args:
-      sites: the system from :func:`lattice`.
-      least: the distance of least energy.
+      sites: the system from :func:`lattice`, on a square lattice of spacing 1.
+      least: the distance of least pair energy.
+      rng: random generator for the displacements from the sites.
     """
     spacing = SPACING * least
     moved = sites
@@ -146,9 +152,10 @@ def spread(sites: System, least: float, rng: np.random.Generator) -> System:
 
 
 def _clearance(system: System) -> float:
-    """Compute the least distance of a pair from a breakpoint; inf without breakpoints.
+    """Compute the smallest difference |r - b| of a pair distance r and a breakpoint b of its pair.
 
-    A breakpoint is a distance at which a derivative of the potential jumps or diverges.
+    A breakpoint is a distance at which a derivative of the potential jumps or diverges. The result
+    is infinite for a potential without breakpoints.
     """
     gaps = []
     for term in pair_terms(system):
@@ -158,7 +165,7 @@ def _clearance(system: System) -> float:
 
 
 def all_pairs(n: int) -> jax.Array:
-    """(2, n (n - 1) / 2) particle indices of every pair, each once."""
+    """Return the indices (2, n (n - 1) / 2) of both particles of every pair of n particles."""
     return jnp.asarray(np.stack(np.triu_indices(n, 1)), jnp.int32)
 
 
@@ -169,19 +176,23 @@ _energy = jax.jit(potential_energy)
 
 @jax.jit
 def _energy_slope(system: System, R: jax.Array, params: Params) -> jax.Array:
-    """dU/dR at positions R, (n, d)."""
+    """Compute the gradient dU/dR (n, d) of the energy U at the positions R (n, d)."""
     return gradient(system, Unknowns(R), params).positions
 
 
 @jax.jit
 def _hessian_product(system: System, v: jax.Array) -> jax.Array:
-    """H v, (n, d)."""
+    """Compute the product H v (n, d) of the Hessian H of the energy with displacements v (n, d)."""
     return jax.jvp(lambda R: _energy_slope(system, R, system.params), (system.positions,), (v,))[1]
 
 
 @jax.jit
 def _slope_by_parameters(system: System, change: Params) -> jax.Array:
-    """d2U/dR dp . change, (n, d)."""
+    """Compute the derivative (n, d) of the energy gradient dU/dR along a change of parameters.
+
+    The derivative is d2U/dR dp . dp, with the energy U, the positions R and the change dp of the
+    parameters p.
+    """
     return jax.jvp(
         lambda p: _energy_slope(system, system.positions, p),
         (dict(system.params),),
@@ -190,24 +201,24 @@ def _slope_by_parameters(system: System, change: Params) -> jax.Array:
 
 
 def _central_difference(f: Callable[[float], jax.Array], step: float) -> np.ndarray:
-    """(f(step) - f(-step)) / (2 step)."""
+    """Compute the central difference (f(step) - f(-step)) / (2 step) of a function f."""
     return np.asarray((f(step) - f(-step)) / (2.0 * step))
 
 
 def _relative_norm(difference: ArrayLike, *references: ArrayLike) -> float:
-    """Divide the norm of a difference by the largest norm of the references, unless that is 0."""
+    """Divide the norm of a difference by the largest norm of reference arrays, unless this is 0."""
     size = max(float(np.linalg.norm(reference)) for reference in references)
     norm = float(np.linalg.norm(difference))
     return norm / size if size > 0 else norm
 
 
 def _largest(errors: list[float]) -> float:
-    """The largest error; NaN if one is NaN, which Python's ``max`` may pass over."""
+    """Return the largest of several errors, or NaN if one is NaN (which ``max`` may pass over)."""
     return float(np.max(errors))
 
 
 def findings(system: System, rng: np.random.Generator) -> Iterator[Finding]:
-    """Run every check of the energy in one configuration; a Finding for each."""
+    """Run every check of a potential's energy in one configuration; yield the result of each."""
     slope = _energy_slope(system, system.positions, system.params)
     if not bool(jnp.all(jnp.isfinite(slope))) or not bool(jnp.isfinite(_energy(system))):
         sentence = "its energy or forces are not finite: see above, or give positions."
@@ -231,7 +242,10 @@ def findings(system: System, rng: np.random.Generator) -> Iterator[Finding]:
 
 
 def _range(system: System) -> Finding:
-    """Check that the energy is that of the pairs within the range, and of the system's own list."""
+    """Check that the energy of all pairs is that of the pairs within the range of the potential.
+
+    The energy of the pairs in the system's own neighbor list must be the same, too.
+    """
     every_pair = neighbors.all_pairs(system.n)
     reach = float(system.range)
     rows = every_pair.rows
@@ -265,7 +279,14 @@ def _range(system: System) -> Finding:
 
 
 def _forces(system: System, slope: jax.Array, directions: list[jax.Array], h: float) -> Finding:
-    """Compare the forces with central differences of the energy."""
+    """Compare the forces with central differences of the energy along several directions.
+
+    Args:
+      system: the configuration.
+      slope: (n, d) the gradient of the energy, minus the forces.
+      directions: displacements (n, d).
+      h: the step of the differences.
+    """
     errors = []
     for v in directions:
         exact = np.asarray(slope * v)
@@ -280,7 +301,14 @@ def _forces(system: System, slope: jax.Array, directions: list[jax.Array], h: fl
 def _stiffness(
     system: System, directions: list[jax.Array], products: list[np.ndarray], h: float
 ) -> Finding:
-    """Compare Hessian products with central differences of the forces."""
+    """Compare products of the Hessian with central differences of the forces.
+
+    Args:
+      system: the configuration.
+      directions: displacements v (n, d).
+      products: H v for each displacement, with the Hessian H.
+      h: the step of the differences.
+    """
     errors = []
     for v, exact in zip(directions, products, strict=True):
         difference = _central_difference(
@@ -293,7 +321,12 @@ def _stiffness(
 
 
 def _symmetry(directions: list[jax.Array], products: list[np.ndarray]) -> Finding:
-    """Check that the Hessian is symmetric, on each direction and the next."""
+    """Check that the Hessian H is symmetric: <u, H v> = <v, H u> for pairs of displacements u, v.
+
+    Args:
+      directions: displacements (n, d); each is paired with the next.
+      products: the product of H with each displacement.
+    """
     errors = []
     for u, Hu, v, Hv in zip(directions, products, directions[1:], products[1:], strict=False):
         left = np.asarray(u) * Hv
@@ -307,7 +340,10 @@ def _symmetry(directions: list[jax.Array], products: list[np.ndarray]) -> Findin
 
 
 def _parameters(system: System, slope: jax.Array, rng: np.random.Generator) -> Finding:
-    """Compare derivatives of the forces by each parameter with central differences."""
+    """Compare derivatives of the forces by each parameter with central differences of the forces.
+
+    ``slope`` is the gradient of the energy, (n, d).
+    """
     R = system.positions
     params = dict(system.params)
     errors = {}
@@ -331,7 +367,13 @@ def _parameters(system: System, slope: jax.Array, rng: np.random.Generator) -> F
 
 
 def _compared(check: str, what: str, error: float) -> Finding:
-    """The Finding on the relative error of a comparison with central differences."""
+    """Return the result of a check that compares derivatives with central differences.
+
+    Args:
+      check: name of the check.
+      what: the quantities compared, in words.
+      error: their relative difference; the check is passed up to 1e-6.
+    """
     if error <= AGREEMENT:
         return Finding(check, True, f"{what} agree to {error:.0e}.")
     remedy = (
@@ -342,7 +384,10 @@ def _compared(check: str, what: str, error: float) -> Finding:
 
 
 def _spacing(system: System) -> float:
-    """The median distance of a particle from its nearest neighbor, periodic images included."""
+    """Compute the median distance of particles from their nearest neighbors.
+
+    Periodic images count as neighbors. The result is 1 for a single particle.
+    """
     # Imported here, so that importing this package does not import scipy.spatial.
     from scipy.spatial import KDTree
 

@@ -1,6 +1,7 @@
-"""Lengths at which a pair function or one of its derivatives jumps, located by bisection.
+"""Locate by bisection the distances at which a pair function or a derivative of it jumps.
 
-Where a derivative jumps, its change over an interval is not the integral of the next derivative.
+Where a derivative jumps, the change of this derivative over an interval is not the integral of the
+next derivative.
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ Derivatives = Callable[[jax.Array], tuple[jax.Array, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Break:
-    """A length at which phi or one of its derivatives jumps or diverges.
+    """A distance r at which a pair function phi(r) or a derivative of phi jumps or diverges.
 
     Attributes:
-      length: the distance r of the break.
-      jumps: dict by order of the derivative: its jump at r (right minus left); inf where it
-        diverges. Orders that do not jump are left out.
+      length: the distance r.
+      jumps: dict of derivatives that jump at r, by their order (0 is phi itself): the size of the
+        jump, right minus left; inf for a derivative that diverges.
     """
 
     length: float
@@ -57,13 +58,17 @@ class Break:
 
 
 def with_derivatives(phi: Callable[..., jax.Array]) -> Evaluate:
-    """Make the function (r (m,), *values) -> (ORDERS + 1, m): phi and its derivatives by r.
+    """Make a function that evaluates a pair function phi and its first four derivatives by r.
 
-    phi acts elementwise on r. The function is compiled once.
+    The function takes distances r (m,) and the values of the parameters of phi, and returns an
+    array (5, m) with phi in the first row. It is compiled once.
+
+    Args:
+      phi: function of r and its parameters, which acts elementwise on r.
     """
 
     def with_next(f: Derivatives) -> Derivatives:
-        """The function that returns what f does, and the derivative of the last."""
+        """Return the function of r that returns the values of f and the derivative of the last."""
 
         def extended(r: jax.Array) -> tuple[jax.Array, ...]:
             known, slopes = jax.jvp(f, (r,), (jnp.ones_like(r),))
@@ -94,11 +99,18 @@ def with_derivatives(phi: Callable[..., jax.Array]) -> Evaluate:
 
 
 def edges_of(low: float, high: float, points: Sequence[float]) -> np.ndarray:
-    """Make the edges of the first grid: equal ratios, and a narrow cell at each breakpoint.
+    """Divide the distances from ``low`` to ``high`` into cells, in which to search for jumps.
+
+    The edges of the cells have equal ratios. Each breakpoint has a narrow cell for itself alone, so
+    that it does not hide a jump nearby.
 
     Args:
-      points: the declared breakpoints, distances at which a derivative jumps or diverges. Each is
-        alone in its narrow cell, so that it does not hide another break nearby.
+      low, high: the smallest and the largest distance.
+      points: the declared breakpoints, distances at which a derivative of the potential jumps or
+        diverges.
+
+    Returns:
+      the edges of the cells, ascending.
     """
     narrow = np.array([p * (1.0 + side * APART) for p in points for side in (-1.0, 1.0)])
     edges = np.unique(np.concatenate([np.geomspace(low, high, CELLS + 1), narrow]))
@@ -109,10 +121,17 @@ def edges_of(low: float, high: float, points: Sequence[float]) -> np.ndarray:
 
 
 def nearby(f: np.ndarray, r: np.ndarray) -> np.ndarray:
-    """Estimate the magnitude of phi and its derivatives near each r, (ORDERS, m).
+    """Estimate the magnitude of a pair function phi and of its derivatives near each distance r.
 
-    The estimate is the largest absolute value among some cells on each side, plus the magnitudes of
-    the lower orders over powers of r.
+    The estimate is the largest absolute value among the ten nearest distances on each side, plus
+    the magnitudes of the lower derivatives divided by powers of r.
+
+    Args:
+      f: (5, m) phi and its first four derivatives at r.
+      r: (m,) the distances, ascending.
+
+    Returns:
+      (4, m) the magnitudes of phi and of its first three derivatives.
     """
     # Imported here, so that importing this package does not import scipy.ndimage.
     from scipy.ndimage import maximum_filter1d
@@ -127,10 +146,16 @@ def nearby(f: np.ndarray, r: np.ndarray) -> np.ndarray:
 def _excess(
     a: np.ndarray, b: np.ndarray, fa: np.ndarray, fb: np.ndarray, ga: np.ndarray, gb: np.ndarray
 ) -> np.ndarray:
-    """Compute f(b) - f(a) minus the integral of the derivative g of f, by the trapezoidal rule.
+    """Compute the jump of a function f between a and b, from f and its derivative g at both ends.
 
-    This is the jump of f between a and b; where f is smooth it is of third order in b - a. A
-    derivative by automatic differentiation does not contain the jump.
+    The jump is f(b) - f(a) minus the integral of g by the trapezoidal rule; g is a derivative by
+    automatic differentiation, which does not contain the jump. Where f is smooth, the result is of
+    third order in b - a.
+
+    Args:
+      a, b: the ends.
+      fa, fb: f at the ends.
+      ga, gb: g at the ends.
     """
     return np.nan_to_num(fb - fa - 0.5 * (b - a) * (ga + gb), nan=0.0, posinf=0.0, neginf=0.0)
 
@@ -138,18 +163,22 @@ def _excess(
 def find_breaks(
     evaluate: Evaluate, values: Sequence[float], edges: np.ndarray, f: np.ndarray | None = None
 ) -> list[Break]:
-    """Locate every jump of phi, phi', phi'' and phi''' between the edges, in ascending order.
+    """Locate every jump of a pair function phi and of its first three derivatives, by bisection.
 
-    Each cell is halved, for each order separately, towards the half whose change differs more from
-    the integral of the next derivative. Where nothing jumps that difference shrinks to round-off; a
-    jump stays. Of two jumps of one order within a cell, which is a thousandth of r wide, the larger
-    is located.
+    The distances are divided into cells, a thousandth of the distance wide. Each cell is halved
+    repeatedly, separately for phi and each derivative. Of two halves, the one is kept in which the
+    change of the function differs more from the integral of the next derivative. Without a jump
+    this difference shrinks to round-off; a jump remains. Of two jumps of the same function within a
+    cell, the larger is located.
 
     Args:
-      evaluate: function from ``with_derivatives``.
+      evaluate: function from ``with_derivatives``, which evaluates phi and its derivatives.
       values: values of the parameters of phi.
-      edges: (m,) edges of the cells.
-      f: (ORDERS + 1, m) the result of ``evaluate`` at the edges, where it is known already.
+      edges: (m,) edges of the cells, ascending distances.
+      f: (5, m) the result of ``evaluate`` at the edges, if it is known already.
+
+    Returns:
+      the jumps, in ascending order of the distance.
     """
     f = evaluate(edges, *values) if f is None else f
     size = nearby(f, edges)
@@ -161,14 +190,17 @@ def find_breaks(
     ga, gb = f[1:, :-1], f[1:, 1:]
 
     def value_and_slope(r: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The derivative of phi of each order at each length, and the next one."""
+        """Return the derivative of phi of a given order at each distance r, and the next higher."""
         rows = evaluate(r.ravel(), *values)
         columns = np.arange(r.size)
         order = np.broadcast_to(order, r.shape).ravel()
         return rows[order, columns].reshape(r.shape), rows[order + 1, columns].reshape(r.shape)
 
     def jump_across(r: np.ndarray, order: np.ndarray, aside: float) -> np.ndarray:
-        """The jump of each order across each length."""
+        """Compute the jump of the derivative of phi of a given order at each distance r.
+
+        The derivative is evaluated on both sides of r, at the relative distance ``aside``.
+        """
         before = r * (1.0 - aside)
         after = r * (1.0 + aside)
         f_before, g_before = value_and_slope(before, order)

@@ -11,7 +11,7 @@ __all__ = ["Finding", "PotentialTest"]
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """The result of one check.
+    """The result of one check of a potential.
 
     Attributes:
       check: name of the check.
@@ -30,7 +30,8 @@ class PotentialTest(Shown):
 
     Attributes:
       potential: name of the potential.
-      findings: a Finding for each check, and for each breakpoint.
+      findings: the result of each check, and of the check of each declared breakpoint (a distance
+        at which a derivative of the potential jumps or diverges).
     """
 
     potential: str
@@ -38,12 +39,12 @@ class PotentialTest(Shown):
 
     @property
     def good(self) -> bool:
-        """Whether every check passed."""
+        """Whether the potential passed every check."""
         return all(finding.good for finding in self.findings)
 
     @property
     def bad(self) -> tuple[Finding, ...]:
-        """The findings of checks that the potential did not pass."""
+        """The results of the checks that the potential did not pass."""
         return tuple(finding for finding in self.findings if not finding.good)
 
     @property

@@ -1,4 +1,4 @@
-"""Checks of a pair function: continuity, its end at the cutoff, repulsion, finite derivatives."""
+"""Checks of a pair function phi(r): continuity, zero at the cutoff, repulsion, finite values."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ NAMES = ("phi", "phi'", "phi''", "phi'''")
 
 @dataclasses.dataclass(frozen=True)
 class _Kind:
-    """One kind of pair: the values of its parameters, and phi with its derivatives along r.
+    """Pairs with the same parameters: their pair function phi(r) and its derivatives, tabulated.
 
     Attributes:
-      label: the values with their names, for messages.
+      label: the values of the parameters with their names, for messages.
       values: values of the parameters of phi.
       points: the declared breakpoints, distances at which a derivative of the potential jumps or
         diverges, ascending.
-      cutoff: length from which on phi must vanish; inf where the potential declares no cutoff.
+      cutoff: distance from which on phi must vanish; inf where the potential declares no cutoff.
       least: the distance of least energy; 1 where the energy has no minimum.
-      r: (m,) lengths at which phi was evaluated.
-      f: (ORDERS + 1, m) phi and its derivatives at these lengths.
-      breaks: the jumps that were located.
+      r: (m,) distances at which phi was evaluated.
+      f: (5, m) phi and its first four derivatives at these distances.
+      breaks: the jumps of phi and of its derivatives that were found.
     """
 
     label: str
@@ -66,11 +66,14 @@ class _Kind:
     breaks: list[Break]
 
     def declared(self, located: Break) -> bool:
-        """Return whether a breakpoint is declared at a jump that was located."""
+        """Return whether the potential declares a breakpoint at the distance of a jump found."""
         return any(abs(located.length - p) <= APART * p for p in self.points)
 
     def jump(self, point: float, order: int) -> float:
-        """Return the jump of one order at a declared breakpoint; 0 where it does not jump."""
+        """Return the jump of the derivative of a given order at a declared breakpoint.
+
+        Order 0 is the pair function itself. The result is 0 where the derivative does not jump.
+        """
         for located in self.breaks:
             if abs(located.length - point) <= APART * point:
                 return located.jumps.get(order, 0.0)
@@ -78,12 +81,12 @@ class _Kind:
 
 
 class PairFunction:
-    """The pair function phi(r) of one potential, for its different pairs, and its checks.
+    """Checks of the pair function phi(r) of one potential, for pairs with different parameters.
 
     Args:
-      potential: a pair potential, or one of bonds.
+      potential: a pair potential, or a potential of bonds.
       term: the pairs of the potential, with the values of their parameters.
-      between: the lengths between which to examine phi; None for the default.
+      between: the two distances between which to examine phi; None for the default.
     """
 
     def __init__(self, potential: Potential, term: PairTerm, between: tuple[float, float] | None):
@@ -101,7 +104,13 @@ class PairFunction:
     def _kind(
         self, values: tuple[float, ...], term: PairTerm, between: tuple[float, float] | None
     ) -> _Kind:
-        """Evaluate phi along r for one kind of pair, and locate its jumps."""
+        """Tabulate the pair function phi(r) for one set of parameters, and locate its jumps.
+
+        Args:
+          values: values of the parameters of phi.
+          term: the pairs of the potential.
+          between: the two distances between which to examine phi; None for the default.
+        """
         arrays = tuple(map(jnp.asarray, values))
         label = ", ".join(f"{name} = {v:.6g}" for name, v in zip(self.names, values, strict=True))
         declared = {float(point) for point in term.breakpoints(*arrays)}
@@ -130,7 +139,11 @@ class PairFunction:
         )
 
     def findings(self) -> Iterator[Finding]:
-        """Run the checks: each declared breakpoint, then undeclared ones, then the others."""
+        """Run all checks of the pair function, and yield the result of each.
+
+        The first checks are of each declared breakpoint, a distance at which a derivative of the
+        potential jumps or diverges.
+        """
         if not self.kinds:
             sentence = "there is none, so that nothing was looked at: give bonds or more particles."
             yield Finding("pairs", False, sentence)
@@ -145,7 +158,11 @@ class PairFunction:
         yield self._finite()
 
     def _at_declared(self, k: int) -> Finding:
-        """Check that phi and phi' are continuous at the k-th declared breakpoint."""
+        """Check that the pair function phi and phi' are continuous at the declared breakpoint k.
+
+        A breakpoint is a distance at which a derivative of the potential jumps or diverges; k
+        counts from 0, in the order of the distances.
+        """
         check = f"breakpoint {k + 1}"
         kinds = [kind for kind in self.kinds if len(kind.points) > k]
         where = _span([kind.points[k] for kind in kinds])
@@ -169,7 +186,7 @@ class PairFunction:
         return Finding(check, good, f"declared at {where}: {', '.join(parts)}{remedy}.")
 
     def _undeclared(self) -> Iterator[Finding]:
-        """Check that phi to phi''' jump nowhere but at declared breakpoints."""
+        """Check that the pair function phi and phi' to phi''' jump only at declared breakpoints."""
         undeclared = [
             (kind, located)
             for kind in self.kinds
@@ -204,7 +221,7 @@ class PairFunction:
             yield Finding("undeclared", True, sentence)
 
     def _vanishing(self) -> Finding:
-        """Check that phi and phi' vanish from the cutoff on."""
+        """Check that the pair function phi(r) and phi' vanish from the cutoff on."""
         worst = 0.0
         place = ""
         for kind in self.kinds:
@@ -231,7 +248,7 @@ class PairFunction:
         return Finding("cutoff", False, sentence)
 
     def _repulsion(self) -> Finding:
-        """Check that phi' is nowhere positive, for a potential that is declared repulsive."""
+        """Check that the derivative phi' of the pair function of a repulsive potential is <= 0."""
         for kind in self.kinds:
             slope = np.nan_to_num(kind.f[1], nan=0.0)
             k = int(np.argmax(slope))
@@ -245,11 +262,12 @@ class PairFunction:
         return Finding("repulsion", True, "phi' never pulls, as declared.")
 
     def _finite(self) -> Finding:
-        """Check that phi, phi', phi'', and d/dp of phi and phi' are finite.
+        """Check that the pair function phi(r), its derivatives by r and by parameters are finite.
 
-        The test is made on the grid, and at and beside every breakpoint. The derivatives are taken
-        in reverse mode, as the derivatives of forces are: forward mode does not give the NaN of a
-        where() without a guard.
+        These are phi, phi', phi'', and the derivatives of phi and phi' by every parameter. They are
+        evaluated on a grid of distances r, and at and beside every breakpoint (a distance at which
+        a derivative of the potential jumps or diverges). The derivatives are taken in reverse mode,
+        as for the forces: forward mode does not give the NaN of a ``where()`` without a guard.
         """
         argnums = tuple(range(1 + len(self.names)))  # r and every parameter
 
@@ -257,7 +275,7 @@ class PairFunction:
         def slopes_of(
             r: jax.Array, values: tuple[jax.Array, ...]
         ) -> tuple[tuple[jax.Array, ...], ...]:
-            """The derivatives of phi and of phi' by r and by every parameter."""
+            """Return the derivatives of phi and of phi' by r and by every parameter of phi."""
             gradients = (jax.grad(f, argnums=argnums) for f in (self.phi, jax.grad(self.phi)))
             return tuple(jax.vmap(lambda s, f=f: f(s, *values))(r) for f in gradients)
 
@@ -291,10 +309,15 @@ class PairFunction:
 
 
 def _least_energy_distance(evaluate: Evaluate, values: tuple[float, ...], cutoff: float) -> float:
-    """Return the distance of least energy; for a repulsive potential with a cutoff, contact.
+    """Return the distance of least pair energy; the cutoff for a repulsive potential that has one.
 
-    Without a cutoff the distance is searched from 1e-3 to 1e3; it is 1 where the energy has no
-    minimum.
+    Without a cutoff the distance is searched from 1e-3 to 1e3; the result is 1 where the energy has
+    no minimum there. With a cutoff, the result is half the cutoff if the energy is least at r = 0.
+
+    Args:
+      evaluate: function of r and of the parameters that returns the pair energy in its first row.
+      values: values of the parameters.
+      cutoff: the cutoff; may be infinite.
     """
     if math.isfinite(cutoff):
         r = cutoff * np.geomspace(1e-2, 1.0, 1000)
@@ -309,7 +332,7 @@ def _least_energy_distance(evaluate: Evaluate, values: tuple[float, ...], cutoff
 
 
 def _jumps(jump: float) -> str:
-    """Describe a jump."""
+    """Describe the jump of a function in words: its size, or that the function diverges."""
     return "diverges" if math.isinf(jump) else f"jumps by {jump:.3g}"
 
 
@@ -319,7 +342,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _span(lengths: Sequence[float]) -> str:
-    """Describe a length, or the range of several lengths."""
+    """Describe distances in words, as "r = 1", or as "r = 1 to 2" if they differ."""
     low = min(lengths)
     high = max(lengths)
     return f"r = {low:.6g}" if math.isclose(low, high) else f"r = {low:.6g} to {high:.6g}"

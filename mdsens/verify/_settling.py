@@ -1,12 +1,13 @@
-"""Newton steps that bring a minimum down to round-off, with the Hessian of a minimum nearby.
+"""Newton steps that reduce the force left at a minimum to round-off, before finite differences.
 
 A minimizer stops at a tolerance, and the force that it leaves is in the softest modes. Near jamming
-a force of 1e-14 displaces positions by 1e-10, which is 1e-4 of the difference of positions over a
-step of 1e-6. A difference over half that step has the same error, because the minimizer takes the
-same path there, so that comparing the two does not show it. The Newton steps remove that force
-first. The root of dU/dR = 0 does not depend on the matrix of the steps: with a wrong Hessian they
-converge slowly, but to the same positions. The step that remains at the end is the round-off of the
-positions.
+a force of 1e-14 displaces positions by 1e-10. This is 1e-4 of the change of the positions over a
+parameter step of 1e-6. A finite difference over half that step has the same error, because the
+minimizer takes the same path, so that a comparison of the two differences does not show the error.
+The Newton steps remove the force first. They use the Hessian of a minimum nearby. The positions at
+which dU/dR = 0 (U is the energy, R the positions) do not depend on the matrix of the steps: with a
+wrong Hessian the steps converge slowly, but to the same positions. The step that remains at the end
+is the round-off of the positions.
 """
 
 from __future__ import annotations
@@ -38,11 +39,14 @@ RTOL = 1e-4
 
 
 class Settled(NamedTuple):
-    """A minimum brought down to round-off.
+    """An energy minimum at which Newton steps have reduced the forces to round-off.
 
     Attributes:
-      equilibrium: the minimum; its status and steps are those of the minimizer.
-      rest: the Newton step that remains, in the form in which ``jvp`` returns changes.
+      equilibrium: the minimum; its ``status`` and ``steps`` describe the minimizer's run before the
+        Newton steps.
+      rest: the Newton step that remains, as large as the round-off of the positions. It has the
+        form of a derivative by ``jvp``: positions (n, d), and the strain of the cell, multipliers
+        and parameters where these are relaxed, too.
       force: the largest force that remains on a particle.
     """
 
@@ -53,13 +57,22 @@ class Settled(NamedTuple):
 
 @jax.jit
 def _condition(lin: Linearization) -> Unknowns:
-    """Evaluate the stationarity condition at the configuration of ``lin``, zero at a minimum."""
+    """Evaluate the stationarity condition, such as dU/dR, at the configuration of ``lin``.
+
+    The condition is zero at a minimum. Without constraints in a fixed cell it is the gradient
+    dU/dR of the energy U by the positions R.
+    """
     return lin.condition(lin.unknowns, lin.params)
 
 
 @jax.jit
 def _public(lin: Linearization, x: Unknowns) -> Unknowns:
-    """Convert a change of the unknowns to the form in which ``jvp`` returns it."""
+    """Convert a change x of the unknowns of a minimum to the form in which ``jvp`` returns changes.
+
+    The unknowns are the positions, and the strain of the cell or the multipliers and parameters
+    that are relaxed with the positions. In the form of ``jvp``, the change of the positions
+    includes the motion with the cell.
+    """
     if not lin.constrained:
         value = lin.structure.stored(lin, x)
         return value if isinstance(value, Unknowns) else Unknowns(value)
@@ -68,11 +81,11 @@ def _public(lin: Linearization, x: Unknowns) -> Unknowns:
 
 
 class Settling:
-    """Newton steps from a configuration near a minimum to the minimum.
+    """Function that takes Newton steps from a configuration near a minimum to the minimum.
 
     Args:
-      lin: a minimum of the same system at nearly the same parameters; the steps use its Hessian,
-        network and null space.
+      lin: a linearized minimum of the same system at nearly the same parameters. The steps use the
+        Hessian, the contact network and the null space of this minimum.
     """
 
     def __init__(self, lin: Linearization):
@@ -83,7 +96,13 @@ class Settling:
         self.space = Space(lin, stiffness)
 
     def __call__(self, near: Equilibrium) -> Settled:
-        """Take Newton steps from a minimum nearby as long as each is at most half the previous."""
+        """Take Newton steps from the configuration ``near`` until they no longer get shorter.
+
+        The steps end when one is more than half as long as the step before it.
+
+        Args:
+          near: a minimum at which a minimizer has left small forces.
+        """
         minimum = near
         lin = self._lin_at(minimum)
         step, force = self._newton(lin)
@@ -102,9 +121,10 @@ class Settling:
         return Settled(minimum, _public(lin.traced(()), step), force)
 
     def _lin_at(self, near: Equilibrium) -> Linearization:
-        """Move the linearization ``self.lin`` to a minimum nearby, with the old contact network.
+        """Return the linearization of the stored minimum, moved to the minimum ``near``.
 
-        The minimum keeps its own pressure and multipliers.
+        The contact network is that of the stored minimum. The pressure and the multipliers of
+        constraints are those of ``near``.
         """
         lin = self.lin
         backbone = contacts.backbone(near.system, lin.network)
@@ -112,14 +132,24 @@ class Settling:
         return dataclasses.replace(lin, system=backbone, structure=structure)
 
     def _newton(self, lin: Linearization) -> tuple[Unknowns, float]:
-        """Compute the Newton step from a configuration, and the largest force on a particle."""
+        """Compute the Newton step from the configuration of ``lin`` to a minimum.
+
+        Returns:
+          the step, and the largest force on a particle that is not a rattler.
+        """
         forces = self.lin.null.free(jax.tree.map(jnp.negative, _condition(lin.traced(()))))
         rattlers = np.asarray(self.lin.network.rattlers)[:, None]
         norms = np.linalg.norm(np.where(rattlers, 0.0, forces.positions), axis=1)
         return self.space.yields(forces, RTOL)[0], float(np.max(norms, initial=0.0))
 
     def _moved(self, minimum: Equilibrium, lin: Linearization, step: Unknowns) -> Equilibrium:
-        """Change the unknowns of a minimum by a step: positions, cell, multipliers."""
+        """Add a step to the positions of a minimum, and to its cell or multipliers if relaxed.
+
+        Args:
+          minimum: the minimum.
+          lin: the linearization at this minimum.
+          step: the change of the unknowns: positions, and strain of the cell or multipliers.
+        """
         x = jax.tree.map(jnp.add, lin.unknowns, step)
         system = lin.moved(minimum.system, x, lin.params)
         if lin.cell is not None:

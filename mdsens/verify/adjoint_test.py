@@ -1,4 +1,4 @@
-"""Forward against reverse mode: an identity that holds for any direction and any cotangent."""
+"""Compare forward-mode with reverse-mode derivatives by the adjoint identity of the two."""
 
 from __future__ import annotations
 
@@ -27,19 +27,21 @@ __all__ = ["AdjointTest", "adjoint"]
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class AdjointTest(Shown):
-    """The adjoint identity <w, J v> = <J^T w, v> at a minimum, J the derivative of the positions.
+    """Result of a test of the adjoint identity <w, J v> = <J^T w, v> at an energy minimum.
 
-    The two sides are computed by different linear solves. They differ if a solver stopped too
-    early, if the Hessian is not symmetric, or if a derivative rule contradicts itself. An error
-    that is the same on both sides, such as a wrong energy, does not violate the identity;
-    ``derivative_test`` detects it.
+    J is the derivative of the relaxed positions by the parameters, v a change of the parameters,
+    and w a cotangent, that is, weights of the positions. The two sides are computed by different
+    linear solves. They differ if a solver stopped too early, if the Hessian is not symmetric, or if
+    the forward and the reverse rule of a derivative contradict each other. An error that is the
+    same on both sides, such as a wrong energy, does not violate the identity; ``derivative_test``
+    detects such an error.
 
     Attributes:
       forward: <w, J v>, by ``jvp``.
       reverse: <J^T w, v>, by ``vjp``.
-      gap: difference of ``forward`` and ``reverse`` relative to the larger one (absolute where that
-        is below 1e-6).
-      status: the worse status of the two solves.
+      gap: difference of ``forward`` and ``reverse`` relative to the larger of the two (absolute
+        where the larger one is below 1e-6).
+      status: the worse status of the two linear solves.
     """
 
     forward: float
@@ -67,15 +69,18 @@ def adjoint(
     solve: Method | None = None,
     throw: bool = False,
 ) -> AdjointTest:
-    """Compare ``jvp`` with ``vjp``: <w, J v> = <J^T w, v>, J the derivative of the minimum.
+    """Compare ``jvp`` with ``vjp`` at a minimum by the adjoint identity <w, J v> = <J^T w, v>.
+
+    J is the derivative of the relaxed positions (at a pressure, also of the cell) by the
+    parameters.
 
     Args:
       eq: a minimum, from ``minimize`` or ``linearize``; not a batch.
-      dparams: the direction v, as in ``jvp``; None takes a random change of every parameter, about
-        as large as its value.
-      cotangent: the cotangent w, (n, d), or at a pressure ``Unknowns(w, strain)`` as in ``vjp``.
-        None takes a random cotangent, without the part in the null space (rattlers, translations),
-        and at a pressure with a random strain.
+      dparams: the change v of the parameters, as in ``jvp``; None takes a random change of every
+        parameter, about as large as its value.
+      cotangent: the cotangent w, weights (n, d) of the positions; at a pressure
+        ``Unknowns(w, strain)`` as in ``vjp``. None takes a random cotangent, without the part in
+        the null space (rattlers, translations), and at a pressure with a random strain.
       seed: seed of the random directions.
       solve: the linear solver, as in ``jvp``.
       throw: raise ConvergenceError where one of the two solves did not converge.
@@ -125,7 +130,11 @@ def adjoint(
 
 
 def _random_cotangent(lin: Linearization, rng: np.random.Generator) -> jax.Array | Unknowns:
-    """Make a random cotangent of positions, without null-space part, and of a relaxed cell."""
+    """Make a random cotangent: weights (n, d) of the positions, and of the strain if it is relaxed.
+
+    The weights of the positions have no part in the null space of the Hessian (rattlers,
+    translations).
+    """
     n, d = lin.system.positions.shape
     dtype = lin.system.positions.dtype
     random = jnp.asarray(rng.standard_normal((n, d)), dtype)

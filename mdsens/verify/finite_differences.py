@@ -1,4 +1,7 @@
-"""Derivatives by finite differences: minimizing again, at one safe step or over many steps."""
+"""Derivatives of a minimum by finite differences, at one safe step or over many step sizes.
+
+For each finite difference the system is minimized again at changed parameters.
+"""
 
 from __future__ import annotations
 
@@ -57,10 +60,11 @@ COUNT = 22
 
 
 def _interacting(eq: Equilibrium) -> np.ndarray:
-    """(k, 2) particle indices of the pairs that touch, without padding and rattlers.
+    """Return the particle indices (k, 2) of the k pairs in contact at a minimum, without rattlers.
 
-    These are the pairs nearer than a breakpoint, for each breakpoint of each term. A breakpoint is
-    a distance at which a derivative of the potential jumps or diverges.
+    A pair is in contact if it is nearer than a breakpoint, a distance at which a derivative of the
+    potential jumps or diverges. A pair is listed once for each such breakpoint of each term of the
+    potential.
     """
     rows = []
     network = contacts.network(eq.system, eq.max_force, eq.contacts_needed)
@@ -78,18 +82,20 @@ def _interacting(eq: Equilibrium) -> np.ndarray:
 
 
 def _active_set(eq: Equilibrium) -> np.ndarray:
-    """True for coordinates that are pinned or at a bound; empty without constraints."""
+    """Return a mask of the coordinates that are pinned or at a bound; empty without constraints."""
     return np.asarray(lagrangian.active_set(eq.system).positions if eq.system.constraints else [])
 
 
 class _Difference(NamedTuple):
-    """A central difference of two minima.
+    """A central difference of two minima, at parameters on both sides of those of a given minimum.
 
     Attributes:
-      value: the derivative, without its null-space part.
-      nonaffine: that of the positions less the motion of the cell, at a pressure; else ``value``.
-      noise: error that round-off of minima and parameters may make, relative as in ``gap``.
-      status: the worst of the two minimizations.
+      value: the derivative of the relaxed positions, without its part in the null space (rattlers,
+        translations); ``Unknowns`` where strain or multipliers are relaxed, too.
+      nonaffine: (n, d) the derivative of the positions; at a pressure less the motion with the
+        cell.
+      noise: relative error of ``value`` that may come from round-off of minima and parameters.
+      status: the worse status of the two minimizations.
       network_changed: whether a contact changed on one side, or a minimization ended in another
         minimum.
     """
@@ -103,17 +109,19 @@ class _Difference(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Line:
-    """The line params + t dparams through a minimum, along which to minimize again.
+    """Minima along the line params + t dparams of parameters, and finite differences of them.
+
+    The line goes through the parameters ``params`` of a given minimum, at t = 0.
 
     Attributes:
-      lin: the minimum at t = 0.
-      settling: brings a minimum near it down to round-off.
-      tangent: dparams, for every parameter.
-      response: the analytic derivative along the line.
-      unit: the norm of the parameters over that of the direction: a step t = unit changes the
+      lin: the given minimum, linearized.
+      settling: function that reduces the forces left at a minimum near the given one to round-off.
+      tangent: dparams for every parameter, arrays by name.
+      response: the analytic derivative of the minimum by t.
+      unit: the norm of the parameters over the norm of dparams: a step t = unit changes the
         parameters by about as much as their values.
-      radius: t of the first change of a contact, to first order.
-      pairs: the pairs that touch at the minimum.
+      radius: the smallest |t| at which a contact changes, to first order.
+      pairs: (k, 2) the pairs in contact at the given minimum.
       tolerance: the largest force that the minimizations leave.
     """
 
@@ -128,14 +136,21 @@ class _Line:
 
     @property
     def active_set(self) -> np.ndarray:
-        """True for coordinates that are pinned or at a bound at the minimum; may be empty."""
+        """Mask of the coordinates pinned or at a bound at t = 0; empty without constraints."""
         return _active_set(self.lin.equilibrium)
 
     def without_null_part(self, change: Unknowns) -> tuple[jax.Array | Unknowns, jax.Array]:
-        """A derivative without its part in the null space, and its ``nonaffine``.
+        """Remove the part of a derivative that is in the null space, as translations and rattlers.
 
-        Under constraints, constrained coordinates are kept: only free motions and rattlers are left
-        out.
+        Under constraints, the derivatives of constrained coordinates are kept: only motions that
+        the constraints leave free and rattlers are removed.
+
+        Args:
+          change: the derivative of positions (n, d) and, if relaxed, of strain and multipliers.
+
+        Returns:
+          the derivative without this part; and the derivative of the positions, (n, d), at a
+          pressure less the motion with the cell.
         """
         positions = change.positions
         strain = change.strain
@@ -154,7 +169,11 @@ class _Line:
         return Unknowns(rest + with_cell, strain), rest
 
     def is_elsewhere(self, minimum: Equilibrium, t: float) -> bool:
-        """Whether a minimum at params +- t dparams is farther away than the derivative predicts."""
+        """Return whether a minimum at params +- t dparams is another one than expected.
+
+        This is so if a coordinate has moved from t = 0 by more than 0.01 of the length scale of the
+        potential plus 10 times the largest motion that the derivative predicts.
+        """
         value = self.response.value
         rate = np.asarray(value.positions if isinstance(value, Unknowns) else value)
         counted = ~np.asarray(self.lin.network.loose)
@@ -166,11 +185,11 @@ class _Line:
         return bool(np.abs(moved[counted]).max(initial=0.0) > farthest)
 
     def minimize_at(self, side: float) -> tuple[Settled, Status, bool]:
-        """Minimize at params + side dparams.
+        """Minimize again at the parameters params + side dparams, with ``side`` of either sign.
 
         Returns:
-          the minimum; the status of the minimization; whether its contacts changed, or it is
-          another minimum.
+          the minimum; the status of the minimization; whether contacts changed on the way or the
+          minimization ended in another minimum.
         """
         eq = self.lin.equilibrium
         params = {k: v + side * self.tangent[k] for k, v in eq.params.items() if k in self.tangent}
@@ -201,7 +220,11 @@ class _Line:
         return settled, status, changed or self.is_elsewhere(minimum, abs(side))
 
     def difference(self, t: float) -> _Difference:
-        """(R(t) - R(-t)) / 2t, the null space projected out; at a pressure that of the cell too."""
+        """Compute (R(t) - R(-t)) / 2t, with the relaxed positions R(t) at params + t dparams.
+
+        The part in the null space (rattlers, translations) is removed. What is relaxed with the
+        positions, such as the cell at a pressure, is differentiated in the same way.
+        """
         eq = self.lin.equilibrium
         ahead, status_ahead, changed_ahead = self.minimize_at(t)
         behind, status_behind, changed_behind = self.minimize_at(-t)
@@ -228,10 +251,16 @@ class _Line:
         ends: Sequence[Settled],
         t: float,
     ) -> float:
-        """Error of a difference over t that round-off may make, relative to its ``value``.
+        """Estimate the relative error of a finite difference with step t that is due to round-off.
 
-        The error comes from rounding the parameters on both sides, from rounding the positions
-        there, and from the Newton steps that remain at the two ends.
+        The error comes from rounding the parameters and the positions at params +- t dparams, and
+        from the Newton steps that remain there.
+
+        Args:
+          value: the finite difference.
+          nonaffine: (n, d) its positions, at a pressure less the motion with the cell.
+          ends: the minima at params +- t dparams.
+          t: the step.
         """
         size, positions = (
             float(jnp.linalg.norm(x)) for x in (nonaffine, self.lin.system.positions)
@@ -244,7 +273,11 @@ class _Line:
         return float(error) if np.isfinite(error) else np.inf
 
     def safe_step(self) -> float:
-        """The default step: above round-off of this minimum, below the first contact change."""
+        """Choose the default step t of finite differences, from round-off and contact changes.
+
+        The step is so long that round-off of this minimum is a small part of the difference, but
+        shorter than the t at which the first contact changes.
+        """
         value, nonaffine = self.without_null_part(_as_unknowns(self.response.value))
         here = self.settling(self.lin.equilibrium)
         noise = self.noise(value, nonaffine, (here, here), 1.0)
@@ -252,13 +285,18 @@ class _Line:
 
 
 def _unknowns_at(eq: Equilibrium) -> Unknowns:
-    """The quantities at a minimum that ``jvp`` differentiates."""
+    """Return the quantities of a minimum that ``jvp`` differentiates, other than the strain.
+
+    These are the positions, the multipliers, and the parameters that constraints relax.
+    """
     names = lagrangian.relaxed(eq.system)
-    return Unknowns(eq.positions, None, eq.multipliers, {k: eq.params[k] for k in names} or None)
+    relaxed_params = {k: eq.params[k] for k in names}
+    return Unknowns(eq.positions, params=relaxed_params or None, multipliers=eq.multipliers)
 
 
 def _as_unknowns(value: jax.Array | Unknowns) -> Unknowns:
-    """A derivative as ``Unknowns``, also where it is of positions alone."""
+    """Return a derivative of a minimum as ``Unknowns``, also if it is an array for positions alone.
+    """
     return value if isinstance(value, Unknowns) else Unknowns(value)
 
 
@@ -269,11 +307,13 @@ def _line(
     steps: ArrayLike | None,
     value: ArrayLike | Unknowns | None = None,
 ) -> _Line:
-    """The line through a minimum along dparams; refuses arguments that are wrong.
+    """Prepare finite differences of a minimum along a change of the parameters; check arguments.
 
     Args:
+      eq: the minimum.
+      dparams: the change of the parameters, as in ``jvp``.
       tolerance: the largest force that the minimizations leave; None for the default.
-      steps: a step or several, only checked here.
+      steps: one step size or several, only checked here.
       value: the derivative to test, only checked here.
     """
     lin = sensitivity.linearize(eq, throw=False)
@@ -320,7 +360,13 @@ def _line(
 def _first_contact_change(
     lin: Linearization, response: Displacement, tangent: dict[str, jax.Array]
 ) -> float:
-    """Smallest |t| at which a contact or an active constraint changes along the response."""
+    """Compute the smallest |t| at which a contact or an active constraint changes, to first order.
+
+    Args:
+      lin: the linearized minimum at t = 0.
+      response: the derivative of the minimum by t.
+      tangent: the derivative of the parameters by t, arrays by name.
+    """
     eq = lin.equilibrium
     velocity = response.value
     strain = None
@@ -344,14 +390,23 @@ def _first_contact_change(
 
 @jax.jit
 def _switch_times(lin: Linearization, rate: Unknowns, tangent: Params) -> jax.Array:
-    """Times at which constraints become active or inactive along a response, to first order."""
+    """Compute the times t at which constraints become active or inactive, to first order.
+
+    Args:
+      lin: the linearized minimum at t = 0.
+      rate: the derivative of positions and multipliers by t.
+      tangent: the derivative of the parameters by t, arrays by name.
+    """
     return lagrangian.switch_times(
         lin.system, (lin.unknowns, lin.params), (rate, dict(tangent)), lin.network.rattlers
     )
 
 
 def _parameter_size(lin: Linearization, name: str) -> float:
-    """The size of a parameter; of the pressure, which may be zero, what strains the cell by 1."""
+    """Return the largest absolute value of a parameter, as the unit of steps along the parameter.
+
+    The pressure may be zero, so its unit is the change of pressure that strains the cell by 1.
+    """
     if name == "pressure" and lin.cell is not None:
         return float(jnp.max(jnp.abs(lin.cell.stiffness)) / lin.system.volume)
     return float(jnp.max(jnp.abs(lin.params[name])))
@@ -360,19 +415,21 @@ def _parameter_size(lin: Linearization, name: str) -> float:
 def finite_difference(
     eq: Equilibrium, dparams: Params, step: float | None = None, *, tolerance: float | None = None
 ) -> FiniteDifference:
-    """Compute dR/dt at params + t dparams by central differences, (R(t) - R(-t)) / 2t.
+    """Compute the derivative dR/dt of relaxed positions R by central differences.
 
-    R(t) and R(-t) are minimized again from this minimum. A minimum at a pressure is minimized again
-    at that pressure, or, where ``dparams`` has ``"pressure"``, at pressures a little to either
-    side; its cell is differentiated with its positions. A saddle is located again by Newton steps.
+    The difference is (R(t) - R(-t)) / 2t. R(t) and R(-t) are found by minimizing again from this
+    minimum, at the parameters params + t dparams and params - t dparams. A minimum at a pressure is
+    minimized again at that pressure, or, where ``dparams`` has ``"pressure"``, at pressures a
+    little to either side; the cell is differentiated with the positions. A saddle is located again
+    by Newton steps.
 
     Args:
       eq: a minimum; not a batch.
-      dparams: the direction, as in ``jvp``.
+      dparams: the change of the parameters along which to differentiate, as in ``jvp``.
       step: the step t. None chooses the step at which round-off of the positions, which is measured
-        at the minimum, is 3e-9 of the difference; but at most 0.3 of the distance to the first
-        change of a contact, and at most 1e-4 of the norm of the parameters over that of the
-        direction (for a pressure, the change that strains the cell by 1 stands for the norm).
+        at the minimum, is 3e-9 of the difference. It is at most 0.3 of the t at which the first
+        contact changes, and at most 1e-4 of the norm of the parameters over the norm of ``dparams``
+        (for a pressure, the change that strains the cell by 1 stands for the norm).
       tolerance: the largest force that the minimizations leave. None takes 0.01 of the tolerance of
         the minimum, but not below round-off. Newton steps remove the force that the minimizations
         leave, see :mod:`mdsens.verify._settling`. If the force that remains is above this tolerance
@@ -413,7 +470,10 @@ def finite_difference(
 
 
 def _check_steps(steps: ArrayLike | None) -> None:
-    """Refuse steps, or a single step, that are not positive numbers; None is for the default."""
+    """Raise InputError unless all step sizes of finite differences, one or several, are positive.
+
+    None, which stands for the default, is accepted.
+    """
     if steps is None:
         return
     array = np.asarray(real_array("steps", steps, "give positive numbers."), float)
@@ -425,7 +485,11 @@ def _check_steps(steps: ArrayLike | None) -> None:
 
 
 def _checked_derivative(value: ArrayLike | Unknowns, eq: Equilibrium) -> Unknowns:
-    """A derivative that a user gives: of the positions, and at a pressure of the cell."""
+    """Check the shape of a derivative of a minimum that a user gives; return it as ``Unknowns``.
+
+    It must have a derivative of the positions, (n, d); at a pressure also of the strain of the
+    cell; and under constraints also of the multipliers.
+    """
     if eq.system.constraints:
         if isinstance(value, Unknowns) and jax.tree.structure(value) == jax.tree.structure(
             _unknowns_at(eq)
@@ -456,7 +520,15 @@ def _checked_derivative(value: ArrayLike | Unknowns, eq: Equilibrium) -> Unknown
 def _checked_part(
     name: str, part: ArrayLike, eq: Equilibrium, shape: tuple[int, ...], what: str
 ) -> jax.Array:
-    """A part of a derivative as an array; refuses another shape and what is not finite."""
+    """Return one part of a user's derivative as an array; raise InputError if it is not valid.
+
+    Args:
+      name: name of the part in the error message.
+      part: the part.
+      eq: the minimum that is differentiated.
+      shape: the shape that the part must have; its values must be finite.
+      what: the part in words, for the error message.
+    """
     array = jnp.asarray(part, eq.positions.dtype)
     if array.shape != shape or not np.isfinite(np.asarray(array)).all():
         raise InputError(f"{name} has shape {array.shape}: give {what}, finite and {shape}.")
@@ -479,11 +551,11 @@ def derivative_test(
 
     Args:
       eq: a minimum; not a batch.
-      dparams: the direction, as in ``jvp``.
+      dparams: the change of the parameters along which to differentiate, as in ``jvp``.
       steps: the steps t, positive; None takes 22 steps from 1e-9 to 1e-2 of the norm of the
-        parameters over that of the direction.
+        parameters over the norm of ``dparams``.
       value: the derivative to test, (n, d), however it was computed; at a pressure ``Unknowns``, as
-        ``jvp`` gives them. None tests the derivative by ``jvp``. The part of the derivative in the
+        ``jvp`` returns. None tests the derivative by ``jvp``. The part of the derivative in the
         null space (translations, rattlers, rotations of a free cluster) is left out, because
         differences have no such part.
       tolerance: the largest force that the minimizations leave, as in ``finite_difference``.

@@ -33,40 +33,43 @@ def potential(
 ) -> PotentialTest:
     """Check a potential: its pair function, and its energy in a small configuration.
 
-    For a pair potential, for up to six of its different pairs, phi(r) between two lengths:
+    For a pair potential, the pair function phi(r) is examined between two distances r, for up to
+    six pairs with different parameters. A breakpoint is a distance at which a derivative of the
+    potential jumps or diverges. The checks are:
 
     - at each declared breakpoint, which derivatives jump. phi'' may jump; phi and phi' may not,
-    because no minimum can exist at such a jump;
+      because no minimum can exist at such a jump;
     - elsewhere none of phi, phi', phi'' and phi''' jumps. A jump is located to round-off;
     - phi and phi' vanish beyond the cutoff; if the potential is declared repulsive, phi' is nowhere
       positive;
     - phi, phi', phi'' and the derivatives of phi and phi' by every parameter are finite,
       breakpoints included.
 
-    For any potential, in a configuration of a few particles:
+    For any potential, the checks in a configuration of a few particles are:
 
-    - the energy is that of the pairs within the potential's range, whatever pairs beyond it are
-      listed;
-    - forces, Hessian products and derivatives of the forces by every parameter agree with central
-      differences;
+    - the energy is that of the pairs within the range of the potential, whichever pairs beyond the
+      range are in the neighbor list;
+    - forces, products of the Hessian with vectors, and derivatives of the forces by every parameter
+      agree with central differences;
     - the Hessian is symmetric.
 
     Args:
       potential: a potential of ``ms.potentials``: from the catalogue, by ``from_pair`` or
         ``from_energy``, or a sum of these.
       params: parameters by name, as for ``System.create``.
-      positions: (n, d); None takes 16 or more particles near the sites of a square lattice at about
-        the distance of least energy, in open boundaries. Needed for many-body potentials, whose
-        lengths cannot be known.
+      positions: (n, d) positions of a few particles; None takes 16 or more particles near the sites
+        of a square lattice at about the distance of least energy, in open boundaries. A many-body
+        potential needs ``positions``, because its length scale cannot be known.
       box, species: cell and species for ``positions``, as for ``System.create``. Without positions,
         a parameter with several values is taken to have one for each species.
-      between: the two lengths between which phi is examined. None takes 0.2 of the distance of
-        least energy, and 1.2 of the cutoff, or without a cutoff 3 times the distance of least
+      between: the two distances between which phi is examined. None takes 0.2 of the distance of
+        least energy and 1.2 times the cutoff; without a cutoff, 3 times the distance of least
         energy.
       seed: seed of the random configuration and directions.
 
     Returns:
-      a :class:`PotentialTest`; ``good`` is True if all checks passed, and printing it shows each.
+      a :class:`PotentialTest`. Its ``good`` is True if all checks passed; ``print`` shows the
+      result of each check.
 
     Raises:
       InputError: parameters or positions that ``System.create`` refuses. PrecisionError: single

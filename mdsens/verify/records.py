@@ -1,4 +1,4 @@
-"""Results of finite differences: at one step, and over a range of steps."""
+"""Results of derivatives by finite differences: with one step size, and over a range of sizes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ BRANCH = (3.0, 0.1)
 
 
 def relative(off: float, size: float) -> float:
-    """Divide ``off`` by ``size``; do not divide where ``size`` is round-off of the differences."""
+    """Return the error ``off`` of a quantity relative to its ``size``.
+
+    The error is not divided where ``size`` is at most 1e-6, which is round-off of finite
+    differences.
+    """
     return off / size if size > NOTHING else off
 
 
@@ -38,6 +42,12 @@ def gap(value: ArrayLike | Unknowns, exact: jax.Array | Unknowns, nonaffine: jax
     The result is the largest of these: the difference of positions relative to ``nonaffine``, of
     strains relative to the strain, of multipliers and of relaxed parameters relative to their own
     norms.
+
+    Args:
+      value: the derivative to compare: of positions (n, d), or ``Unknowns`` where the cell,
+        multipliers or parameters are relaxed, too.
+      exact: the derivative that is taken as right, in the same form.
+      nonaffine: (n, d) the positions of ``exact``, at a pressure less the motion with the cell.
     """
     if not isinstance(exact, Unknowns):
         return relative(_norm(jnp.asarray(value) - exact), _norm(nonaffine))
@@ -65,29 +75,32 @@ def gap(value: ArrayLike | Unknowns, exact: jax.Array | Unknowns, nonaffine: jax
 
 
 def _norm(x: jax.Array) -> float:
-    """The norm of an array, over all its elements."""
+    """Compute the norm of an array: the root of the sum of the squares of all its elements."""
     return float(jnp.linalg.norm(x))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class FiniteDifference(Portable, Shown):
-    """A derivative by finite differences: minimizing again on both sides.
+    """The derivative of relaxed positions by finite differences, from minimizing again.
+
+    The minimizations are at the parameters params + t dparams and params - t dparams, on both sides
+    of the parameters of a given minimum.
 
     Attributes:
-      value: (n, d), central differences of the relaxed positions, null space projected out; at a
-        pressure, of positions and cell as ``jvp`` gives them: ``Unknowns``, with ``strain`` a
-        Mandel vector.
-      nonaffine: at a pressure (n, d), the derivative of the positions less the motion of the cell;
-        else equal to ``value``.
+      value: (n, d) central differences of the relaxed positions, without their part in the null
+        space (rattlers, translations). At a pressure, ``Unknowns`` of positions and cell as ``jvp``
+        returns them, with ``strain`` a Mandel vector.
+      nonaffine: (n, d) the derivative of the positions, at a pressure less the motion with the
+        cell.
       error: estimate of the relative error of ``value``, defined as in ``disagreement``. It
         combines the truncation error, taken from the difference between the results at step t and
         at half that step, with the round-off of positions and parameters, which is measured.
-      step: t of the steps params +- t dparams.
-      radius: t of the first change of a contact along the direction, to first order (the smaller of
-        the two sides).
-      network_changed: True where the contacts on one side differ from the minimum's, or the
-        minimization there ended in another minimum. The differences are then no derivative.
-      status: CONVERGED, or the worst of the minimizations.
+      step: the step t.
+      radius: the smallest |t| at which a contact changes, to first order.
+      network_changed: True where the contacts on one side differ from those of the given minimum,
+        or the minimization on one side ended in another minimum. The differences are then no
+        derivative.
+      status: CONVERGED, or the worst status of the minimizations.
     """
 
     value: jax.Array | Unknowns
@@ -99,11 +112,12 @@ class FiniteDifference(Portable, Shown):
     status: Status
 
     def disagreement(self, value: ArrayLike | Unknowns) -> float:
-        """Return |value - self.value| / |self.value|; undivided if |self.value| is round-off.
+        """Return the relative difference of a derivative ``value`` from these finite differences.
 
-        At a pressure this is the larger of the disagreements of the strain and of the positions.
-        The disagreement of the positions is relative to ``nonaffine``: relative to the motion with
-        the cell any error would look small.
+        It is |value - differences| / |differences|; it is not divided where |differences| is
+        round-off. At a pressure it is the larger of the relative differences of the strain and of
+        the positions. The difference of the positions is divided by the norm of their derivative
+        less the motion with the cell, because relative to this motion any error would look small.
         """
         return gap(value, self.value, self.nonaffine)
 
@@ -125,22 +139,22 @@ class FiniteDifference(Portable, Shown):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class DerivativeTest(Shown):
-    """The error of central differences against a derivative, over a range of steps.
+    """The error of central differences against a derivative of a minimum, for k step sizes t.
 
-    On logarithmic axes the errors of a right derivative form a V. Round-off of the minima makes an
-    error that falls as 1/t, truncation one that grows as t^2. Beyond the first change of a contact
-    the difference quotient is no approximation of the derivative. The errors of a wrong derivative
-    do not fall below a floor at any step.
+    The differences are of minima at the parameters params + t dparams and params - t dparams. On
+    logarithmic axes the errors of a right derivative form a V over the step t. Round-off of the
+    minima makes an error that falls as 1/t, and truncation makes an error that grows as t^2. Beyond
+    the first change of a contact the difference quotient is no approximation of the derivative. The
+    error of a wrong derivative is large at every step.
 
     Attributes:
-      steps: (k,) t of the steps params +- t dparams, ascending.
+      steps: (k,) the steps t, ascending.
       errors: (k,) norm of the central difference less the derivative, relative to the norm of the
-        derivative (absolute where that is below 1e-6, which is round-off of the differences).
+        derivative (absolute where this norm is below 1e-6, which is round-off of the differences).
       network_changed: (k,) True where on one side a contact opened or closed within the step, or
         the minimization ended in another minimum.
-      radius: t of the first change of a contact along the direction, to first order (the smaller of
-        the two sides).
-      statuses: (k,) CONVERGED, or the worst of a step's two minimizations.
+      radius: the smallest |t| at which a contact changes, to first order.
+      statuses: (k,) CONVERGED, or the worse status of the two minimizations of a step.
     """
 
     steps: np.ndarray
@@ -151,24 +165,28 @@ class DerivativeTest(Shown):
 
     @property
     def status(self) -> Status:
-        """The worst status of all steps."""
+        """The worst status of the minimizations of all steps."""
         return Status.worst_of(self.statuses)
 
     @property
     def sound(self) -> np.ndarray:
-        """(k,) True for steps that relaxed on both sides, with the contacts of the minimum."""
+        """Mask (k,) of the steps at which both minimizations converged and no contact changed."""
         return ~self.network_changed & np.array([status.good for status in self.statuses])
 
     @property
     def best(self) -> float:
-        """The smallest error among the steps in ``sound``; inf where no step is sound."""
+        """The smallest error among the steps without a contact change; inf without such a step.
+
+        Both minimizations of the step must have converged, too.
+        """
         return float(np.min(self.errors[self.sound], initial=np.inf))
 
     @property
     def branch(self) -> np.ndarray:
-        """(k,) True on the truncation branch of the V.
+        """Mask (k,) of the steps whose error is due to truncation, which grows with the step.
 
-        Sound steps longer than the best one, with errors from 3 times that of the best to a tenth.
+        These are the steps longer than the step of least error, with errors between 3 times the
+        least error and 0.1. Both minimizations must have converged, and no contact changed.
         """
         sound = self.sound
         low, high = BRANCH
@@ -180,9 +198,10 @@ class DerivativeTest(Shown):
 
     @property
     def slope(self) -> float | None:
-        """Exponent of the truncation branch, error ~ t^slope: 2 for a smooth energy.
+        """Exponent with which the truncation error grows with the step t, error ~ t^slope.
 
-        None with fewer than 3 steps on the branch.
+        It is 2 for a smooth energy, and None if truncation dominates the error of fewer than 3
+        steps.
         """
         branch = self.branch
         if branch.sum() < 3:

@@ -1,7 +1,7 @@
-"""Forward and reverse mode through the steps of a minimizer.
+"""Differentiate through the steps of a minimizer, in forward and in reverse mode.
 
-In forward mode the run carries along the derivative of its state by the parameters, and by its
-starting positions.
+In forward mode, the derivatives of the minimizer's state by the parameters and by the starting
+positions are computed along with the steps.
 """
 
 from __future__ import annotations
@@ -31,11 +31,14 @@ Minimizer: TypeAlias = Fire | GradientDescent
 
 
 class Reverse(NamedTuple):
-    """Result of reverse mode through the same steps as forward mode.
+    """Result of reverse-mode differentiation through the steps of a minimizer.
 
     Attributes:
-      gap: |<w, T> - <T^T w, dp>| / |<w, T>|, T the derivative by forward mode and w a cotangent:
-        zero if both modes give the same derivative.
+      gap: relative difference from forward mode through the same steps,
+        |<w, T> - <g, dp>| / |<w, T>|: T is the derivative of the positions along the change dp of
+        the parameters by forward mode, w a fixed cotangent, and g the derivative of <w, R> by the
+        parameters by reverse mode, with the positions R. The gap is zero if both modes give the
+        same derivative.
       measured: bytes of temporary memory of the compiled program; None if the compiler does not
         report it.
     """
@@ -45,20 +48,23 @@ class Reverse(NamedTuple):
 
 
 def all_pairs(system: System) -> System:
-    """The system with a list of all pairs, which no step can make incomplete."""
+    """Return the system with a neighbor list of all pairs, which is complete after any step."""
     if system.neighbors.complete:
         return system
     return system.replace(neighbors=neighbors.all_pairs(system.n, system.positions.dtype))
 
 
 def limits_of(system: System, method: Minimizer) -> Limits:
-    """The longest step and the strongest force of a particle, in the potential's units."""
+    """Compute the longest step and the largest force that a minimizer allows for a particle.
+
+    Both are multiples of the length scale and the stiffness of the potential.
+    """
     length, stiffness = (jnp.asarray(x, system.positions.dtype) for x in natural_units(system))
     return Limits.of((length, stiffness), method)
 
 
 def state_at_rest(system: System, method: Minimizer) -> Any:
-    """Shapes and types of the minimizer's state, without computing it."""
+    """Return the shapes and types of the arrays in a minimizer's state, without computing them."""
     limits = limits_of(system, method)
     return jax.eval_shape(
         lambda R: _functions(system, system.params, method, limits)[0](R), system.positions
@@ -68,9 +74,11 @@ def state_at_rest(system: System, method: Minimizer) -> Any:
 def _functions(
     system: System, params: Params, method: Minimizer, limits: Limits
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The minimizer at given parameters as functions: positions to state, and state to next state.
+    """Return the minimizer at given parameters as two functions, for the first and the next state.
 
-    The energy gradient sums every row of the neighbor list, which reverse mode needs.
+    The first function takes positions to the minimizer's state, the second a state to the state
+    after one step. The energy gradient is summed over a fixed number of neighbors, empty entries of
+    the neighbor list included, because reverse mode needs a fixed number.
     """
     slope = energy_gradient(system, params)
     initialize, apply, _ = limited_minimizer(method, lambda R: -slope(R), limits)
@@ -78,12 +86,15 @@ def _functions(
 
 
 def _floats(state: PyTree) -> list[jax.Array]:
-    """The floating-point arrays of a minimizer's state; counters among it have no derivative."""
+    """Return the floating-point arrays of a minimizer's state, which have derivatives.
+
+    Integers in the state, such as counters, are left out.
+    """
     return [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
 
 def _with_floats(state: PyTree, floats: Sequence[jax.Array]) -> Any:
-    """A minimizer's state with its floating-point arrays replaced."""
+    """Return a minimizer's state with its floating-point arrays replaced by ``floats``."""
     leaves, structure = jax.tree.flatten(state)
     replacements = iter(floats)
     return structure.unflatten(
@@ -97,7 +108,16 @@ def _with_floats(state: PyTree, floats: Sequence[jax.Array]) -> Any:
 def _state_and_changes(
     f: Callable[..., Any], arguments: tuple[Any, Any], directions: tuple[Any, Any]
 ) -> tuple[Any, list[jax.Array]]:
-    """A state f(*arguments), and its derivatives along several directions, stacked."""
+    """Compute a minimizer's state f(*arguments), and its derivatives along several directions.
+
+    Args:
+      f: function that returns the state.
+      arguments: the arguments of f.
+      directions: changes of the arguments, with the directions along a leading axis.
+
+    Returns:
+      the state, and the derivatives of its floating-point arrays, with the same leading axis.
+    """
 
     def floats_and_state(*arguments: Any) -> tuple[list[jax.Array], Any]:
         state = f(*arguments)
@@ -115,7 +135,10 @@ def _state_and_changes(
 def _first(
     system: System, directions: tuple[jax.Array, Params], method: Minimizer, limits: Limits
 ) -> tuple[Any, list[jax.Array]]:
-    """The first state, and its derivatives along directions of the positions and parameters."""
+    """Compute the first state of a minimizer, and its derivatives along several directions.
+
+    Each direction is a change of the starting positions and of the parameters.
+    """
     return _state_and_changes(
         lambda R, params: _functions(system, params, method, limits)[0](R),
         (system.positions, dict(system.params)),
@@ -133,7 +156,9 @@ def _advance(
     method: Minimizer,
     limits: Limits,
 ) -> tuple[Any, list[jax.Array], jax.Array]:
-    """Take up to ``count`` steps, as long as the neighbor list is complete.
+    """Take up to ``count`` steps of a minimizer, as long as the neighbor list stays complete.
+
+    The derivatives ``changes`` of the state along several directions are updated in each step.
 
     Returns:
       the state, its derivatives along the directions, and how many steps were taken.
@@ -161,10 +186,11 @@ def _advance(
 
 
 class TangentRun:
-    """A run of a minimizer with its derivatives along two directions, by forward mode.
+    """A run of a minimizer, with the derivatives of its positions along two directions.
 
-    The first direction is a change of the parameters, which gives ``tangent``; the second a random
-    displacement of the starting positions, which gives ``perturbation``.
+    The derivatives are by forward mode. The first direction is a change of the parameters; the
+    derivative along it is ``tangent``. The second direction is a random displacement of the
+    starting positions; the derivative along it is ``perturbation``.
 
     Args:
       system: the system at the start.
@@ -188,7 +214,7 @@ class TangentRun:
         self.state, self.changes = _first(self.system, directions, method, self.limits)
 
     def _with_list(self, system: System) -> System:
-        """The system with a neighbor list that stays complete for one step at least."""
+        """Return the system with a neighbor list that is complete for at least one more step."""
         listed = system.reallocate(keep=True)
         anchors, distance = slack(listed.neighbors, listed.box, listed.range)
         if bool(within(listed.positions, anchors, distance - self.limits.longest)):
@@ -199,7 +225,7 @@ class TangentRun:
         return listed if bool(distance > 1.01 * self.limits.longest) else all_pairs(listed)
 
     def advance(self, until: int) -> None:
-        """Continue the run until it has taken ``until`` steps in all."""
+        """Continue the minimizer's run until ``until`` steps have been taken in all."""
         while self.steps < until:
             self.state, self.changes, taken = _advance(
                 self.system,
@@ -219,34 +245,36 @@ class TangentRun:
 
     @property
     def positions(self) -> jax.Array:
-        """The positions after the last step, (n, d)."""
+        """The positions (n, d) after the minimizer's last step."""
         return self.method.positions(self.state)
 
     @property
     def tangent(self) -> jax.Array:
-        """The derivative T of the positions along the change of the parameters, (n, d)."""
+        """The derivative (n, d) of the present positions along the change of the parameters."""
         return self.method.positions(_with_floats(self.state, [c[0] for c in self.changes]))
 
     @property
     def perturbation(self) -> jax.Array:
-        """The derivative d of the positions along the displacement of the start, (n, d)."""
+        """The derivative (n, d) of the present positions along the displacement of the start."""
         return self.method.positions(_with_floats(self.state, [c[1] for c in self.changes]))
 
 
 def reversed_run(run: TangentRun, start: System, tangent: Params, count: int) -> Reverse:
-    """Run reverse mode through ``count`` steps, each recomputed from its state on the way back.
+    """Differentiate through ``count`` steps of a minimizer in reverse mode; compare with forward.
+
+    On the way back, each step is computed again from its state.
 
     Args:
-      run: a forward run of as many steps, with whose derivative T the result is compared.
-      start: the system at the start of that run, with a list of all pairs.
-      tangent: the change of the parameters in that run.
+      run: a run of as many steps in forward mode, with which the derivative is compared.
+      start: the system at the start of that run, with a neighbor list of all pairs.
+      tangent: the change of the parameters in that run, arrays by name.
       count: the number of steps.
     """
     # A cotangent without symmetry that is the same in every run.
     w = chirp(start.positions.shape, start.positions.dtype)
 
     def weighted_positions(params: Params) -> jax.Array:
-        """Compute <w, R>, with the positions R after the steps and the cotangent w."""
+        """Compute <w, R>, with the positions R after the minimizer's steps and fixed weights w."""
         init, apply = _functions(start, params, run.method, run.limits)
         step = jax.checkpoint(lambda state, _: (apply(state), None))
         state, _ = jax.lax.scan(step, init(start.positions), None, length=count)

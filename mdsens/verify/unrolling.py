@@ -1,11 +1,12 @@
 """Derivatives through the steps of a minimizer (unrolling), compared with the implicit derivative.
 
-    R_k+1 = Phi(R_k, p),    T_k+1 = @Phi/@R T_k + @Phi/@p dp,    T_0 = 0.
+    R_k+1 = Phi(R_k, p),    T_k+1 = dPhi/dR T_k + dPhi/dp dp,    T_0 = 0.
 
-Phi is one step of the minimizer, and T_k the derivative of the positions after k steps along the
-parameter change dp, at rest or not. As the run comes to rest, T_k becomes the derivative of the
-minimum. Before that it grows with the products of @Phi/@R, as perturbations of the start do (Metz,
-Freeman, Schoenholz and Kachman, Gradients are Not All You Need, arXiv:2111.05803).
+Phi is one step of the minimizer, R_k are the positions after k steps, p the parameters, and T_k is
+the derivative of R_k along the parameter change dp; dPhi/dR and dPhi/dp are partial derivatives. As
+the run comes to rest, T_k becomes the derivative of the minimum. Before the run comes to rest, T_k
+grows with the products of the matrices dPhi/dR, as perturbations of the start do (Metz, Freeman,
+Schoenholz and Kachman, Gradients are Not All You Need, arXiv:2111.05803).
 """
 
 from __future__ import annotations
@@ -54,24 +55,28 @@ AGREES = 1e-4
 class Unrolled(Shown):
     """Derivatives through k steps of a minimizer, against the implicit derivative of the minimum.
 
-    The null-space parts (translations, rattlers) are left out of all derivatives and displacements.
+    T_k is the derivative of the positions after k steps along a change of the parameters; dR/dp is
+    the implicit derivative, of the positions R at the minimum, along the same change. The parts in
+    the null space (translations, rattlers) are left out of all derivatives and displacements.
 
     Attributes:
       steps: (m,) the numbers of steps k, ascending.
       errors: (m,) |T_k - dR/dp| / |dR/dp|.
       norms: (m,) |T_k|.
       max_forces: (m,) the largest force on a particle after k steps.
-      growth: (m,) log(|d_k| / |d_0|) / k of a small random displacement d_0 of the start: the
-        largest Lyapunov exponent of the run so far, per step. Above 0 the run is chaotic and T_k
-        explodes; below 0 the run forgets its start.
+      growth: (m,) log(|d_k| / |d_0|) / k, where d_0 is a small random displacement of the start and
+        d_k the displacement after k steps: the largest Lyapunov exponent of the run so far, per
+        step. Above 0 the run is chaotic and T_k explodes; below 0 the run forgets its start.
       tangents: (m, n, d) T_k.
-      exact: (n, d) the implicit derivative.
-      forward_bytes: memory of forward mode, whatever k is: the state, T and d.
-      reverse_bytes: memory of reverse mode at the last k, calculated: one state for each step; the
-        steps are recomputed on the way back, and without this the memory is several times larger.
-      reverse: the measured result of reverse mode; None where it was not asked for.
+      exact: (n, d) the implicit derivative dR/dp.
+      forward_bytes: memory of forward mode in bytes, the same for every k: the minimizer's state,
+        T_k and d_k.
+      reverse_bytes: memory of reverse mode at the last k in bytes, calculated: one state for each
+        step. The steps are computed again on the way back; otherwise the memory would be several
+        times larger.
+      reverse: the measured result of reverse mode; None where reverse mode was not asked for.
       minimum: the minimum that the last step leads to.
-      status: CONVERGED, or the worse of the minimum's and of the implicit derivative's; NOT_FINITE
+      status: CONVERGED, or the worse status of the minimum and the implicit derivative; NOT_FINITE
         where a T_k is not finite.
     """
 
@@ -90,16 +95,20 @@ class Unrolled(Shown):
 
     @property
     def error(self) -> float:
-        """The error after the last step."""
+        """The relative error of the derivative through the largest number of steps."""
         return float(self.errors[-1])
 
     @property
     def exponent(self) -> float:
-        """The largest Lyapunov exponent among ``growth``."""
+        """The largest Lyapunov exponent of the minimizer's run, per step; above 0 it is chaotic."""
         return float(np.max(self.growth))
 
     def agrees_from(self, tolerance: float = AGREES) -> int | None:
-        """The number of steps from which on the error stays below ``tolerance``; None if none."""
+        """Return the number of steps from which on the error is at most ``tolerance``.
+
+        The error is that of the derivative through the minimizer's steps, relative to the implicit
+        derivative. The result is None if the error after the last step is still larger.
+        """
         too_large = np.flatnonzero(~(self.errors <= tolerance))  # negated, so that NaN counts
         first = 0 if too_large.size == 0 else int(too_large[-1]) + 1
         return int(self.steps[first]) if first < self.steps.size else None
@@ -134,7 +143,7 @@ class Unrolled(Shown):
 
 
 def _bytes(count: float) -> str:
-    """A number of bytes in words, in the largest unit that fits."""
+    """Return a number of bytes as text, in the largest unit that fits (GiB, MiB, KiB, bytes)."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:.3g} {unit}"
@@ -151,17 +160,19 @@ def unrolled(
 ) -> Unrolled:
     """Differentiate through k steps of a minimizer, and compare with the derivative of the minimum.
 
-    The derivative T_k is computed in forward mode, along with the run. The starting positions, the
-    time steps and the mass do not depend on the parameters. The implicit derivative is taken at the
-    minimum that the last step leads to, so that both belong to the same basin.
+    The derivative of the positions after k steps is computed in forward mode, along with the steps.
+    The starting positions, the time steps and the mass do not depend on the parameters. The
+    implicit derivative is taken at the minimum that the last step leads to, so that both
+    derivatives belong to the same basin.
 
     Args:
       start: the system to start from, not relaxed; not a batch.
-      dparams: the direction, as in ``jvp``.
+      dparams: the change of the parameters along which to differentiate, as in ``jvp``.
       steps: the numbers of steps k, one number or several.
-      method: ``Fire(...)`` or ``GradientDescent(...)`` of ms.relaxation, which are jax-md's.
-      reverse: whether to run reverse mode through the last k steps as well, and measure its memory.
-        Reverse mode needs a list of all pairs.
+      method: the minimizer, ``Fire(...)`` or ``GradientDescent(...)`` of ms.relaxation, which are
+        those of jax-md.
+      reverse: whether to run reverse mode through the largest number of steps as well, and measure
+        its memory. The neighbor list then holds all pairs.
 
     Returns:
       an :class:`Unrolled`; ``print`` shows a table.
@@ -233,7 +244,7 @@ def unrolled(
 def _checked(
     start: System | Equilibrium, steps: int | Sequence[int], method: Fire | GradientDescent
 ) -> tuple[System, np.ndarray]:
-    """The system to start from and the numbers of steps, ascending; refuses wrong arguments."""
+    """Check the arguments of ``unrolled``; return the start and the numbers of steps, ascending."""
     system = start.system if isinstance(start, Equilibrium) else start
     if not isinstance(system, System) or system.batch is not None:
         raise InputError(f"unrolled got a {type(start).__name__}: give one System, not a batch.")

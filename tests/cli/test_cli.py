@@ -350,7 +350,7 @@ def test_a_system_that_does_not_relax_is_not_trusted(
             "sigma is 2 numbers: write sigma[i]",
         ),
         (["verify", "dimer", "--wrt", "sigma[0]"], "sigma is one number: write sigma."),
-        (["sensitivity", "dimer", "--wrt", "sigma[a]"], "'sigma[a]' is no component"),
+        (["sensitivity", "dimer", "--wrt", "sigma[a]"], "'sigma[a]' names no parameter component"),
         (["sensitivity", "dimer", "--wrt", "sigma", "--plot", "a.txt"], "ends in .png"),
         (["sensitivity", "dimer", "--wrt", "sigma", "--out", "a.txt"], "ends in .npz"),
         (
@@ -358,7 +358,7 @@ def test_a_system_that_does_not_relax_is_not_trusted(
             "there is no folder nowhere",
         ),
         (["relax", "dimer", "--extxyz", "nowhere/a.xyz"], "there is no folder nowhere"),
-        (["relax", "dimer", "--tolerance", "0"], "no positive number"),
+        (["relax", "dimer", "--tolerance", "0"], "not a positive number"),
         (["relax", "dimer", "--seed", "-1"], "seed is -1"),
         (["relax", "dimer", "--seed", "x"], "invalid int value"),
         (["sensitivity", "dimer"], "required: --wrt"),

@@ -16,6 +16,7 @@ from conftest import LONG, quick
 
 import mdsens as ms
 from mdsens.constraints import FixedTotal, Pinned, RigidBonds, Simplex, Wall
+from mdsens.mechanics import kkt_factor
 from mdsens.mechanics.hessian import Unknowns
 from mdsens.verify import finite_differences as differences
 
@@ -630,6 +631,30 @@ def test_a_free_cluster_with_a_bond_turns_freely_whatever_its_potential_is():
     apart = np.zeros((4, 2))
     apart[0], apart[3] = eq.positions[0] - eq.positions[3], eq.positions[3] - eq.positions[0]
     assert ms.vjp(eq, apart).status is ms.Status.CONVERGED
+
+
+@pytest.mark.parametrize("name", ["breathing discs", "an alloy"])
+def test_a_system_too_large_for_a_matrix_is_certified_by_products(name, monkeypatch):
+    """Lowest modes, redundant equations and Newton steps: with the matrix, and without it."""
+    eq = minimum(name)
+    with_matrix = ms.certify(eq)
+    factored = ms.linearize(eq).factor
+    rng = np.random.default_rng(2)
+    b = factored.project(rng.normal(size=factored.size))
+    monkeypatch.setattr(kkt_factor, "DENSE", 0)
+    lin = ms.linearize(eq)
+    assert lin.factor.matrix is None and factored.matrix is not None
+    without = ms.certify(lin)
+    assert without.stiffness_min == pytest.approx(with_matrix.stiffness_min, rel=1e-6)
+    assert without.constraints.redundant == with_matrix.constraints.redundant
+    assert without.status.good
+    equations = factored.equations.toarray()
+    np.testing.assert_allclose(lin.factor.equations.toarray(), equations, atol=1e-12)
+    shift = 0.1 * factored.unit
+    steps = [kkt.direction(b, shift) for kkt in (factored, lin.factor)]
+    np.testing.assert_allclose(steps[1], steps[0], atol=1e-5 * np.abs(steps[0]).max())
+    unshifted = factored.direction(b, 0.0)
+    assert np.abs(steps[0] - unshifted).max() > 1e-3 * np.abs(steps[0]).max()
 
 
 def test_walls_at_one_place_are_degenerate_and_share_the_push():

@@ -313,7 +313,7 @@ def test_not_finite_numbers_come_out(name: str) -> None:
 
 
 def test_shapes_that_do_not_fit_are_named() -> None:
-    with pytest.raises(InputError, match="vmap for rows"):
+    with pytest.raises(InputError, match="vmap for the rows"):
         projections.second_order_cone(jnp.ones((2, 3)))
     with pytest.raises(InputError, match="square"):
         projections.semidefinite(jnp.ones((2, 3)))

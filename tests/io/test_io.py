@@ -592,7 +592,7 @@ def test_a_system_shows_its_species_and_its_cell():
     [
         (lambda a: a.set_pbc([True, False, True]), 3, "periodic along some axes only"),
         (lambda a: a.set_pbc([True, True, False]), 3, "give dimension=2"),
-        (lambda a: None, 2, "apart along z"),
+        (lambda a: None, 2, "differ by .* in z"),
         (lambda a: a.set_cell(np.zeros((3, 3))), 3, "without a volume"),
         (lambda a: a.set_cell(np.eye(3)), 3, "twice the interaction range"),
         (lambda a: a.positions.__setitem__((0, 0), np.nan), 3, "positions.*finite"),

@@ -297,7 +297,7 @@ def test_bad_input_is_refused():
     system = discs(16, 0.9)
     with pytest.raises(ms.InputError, match="pressure is 'high'"):
         ms.minimize(system, pressure="high")  # type: ignore[arg-type]
-    with pytest.raises(ms.InputError, match="pressure is nan: give a finite number"):
+    with pytest.raises(ms.InputError, match="`pressure` is nan: give a finite number"):
         ms.minimize(system, pressure=np.nan)
     with pytest.raises(ms.InputError, match="`shape` is 1: give True or False"):
         ms.minimize(system, pressure=1.0, shape=1)  # type: ignore[arg-type]

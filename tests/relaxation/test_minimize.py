@@ -156,7 +156,7 @@ def test_batch_of_three_relaxes_member_by_member():
         want = shape_of(ms.minimize(alone).positions)
         np.testing.assert_allclose(shape_of(member.positions), want, rtol=0, atol=1e-10)
     with pytest.raises(
-        ms.ConvergenceError, match="3 of 3 members did not relax, the first is member 0"
+        ms.ConvergenceError, match="3 of the 3 systems did not relax, the first is system 0"
     ) as caught:
         ms.minimize(ms.stack(systems), max_steps=1)
     assert np.all(caught.value.result.status == ms.Status.MAX_STEPS_REACHED)
@@ -207,7 +207,7 @@ def test_forces_that_are_no_numbers_are_a_status():
 
 
 def test_single_precision_refuses_what_round_off_keeps_out_of_reach():
-    with pytest.raises(ms.PrecisionError, match=r"tolerance 1e-12 .* float32.*enable_x64"):
+    with pytest.raises(ms.PrecisionError, match=r"tolerance=1e-12 .* float32.*enable_x64"):
         ms.minimize(dimer(dtype=np.float32), tolerance=1e-12)
     eq = ms.minimize(dimer(dtype=np.float32))
     assert eq.positions.dtype == jnp.float32
@@ -221,11 +221,11 @@ def test_single_precision_refuses_what_round_off_keeps_out_of_reach():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"tolerance": 0.0}, r"tolerance is 0.0: give a positive number"),
-        ({"tolerance": np.nan}, r"tolerance is nan: give a positive number"),
-        ({"tolerance": 1e-12 + 1e-12j}, r"tolerance is .*1e-12j.*: give a positive number"),
-        ({"tolerance": "tight"}, r"tolerance is 'tight': give a positive number"),
-        ({"max_steps": 0}, r"max_steps is 0: give 1 or more"),
+        ({"tolerance": 0.0}, r"`tolerance` is 0.0: give a positive number"),
+        ({"tolerance": np.nan}, r"`tolerance` is nan: give a positive number"),
+        ({"tolerance": 1e-12 + 1e-12j}, r"`tolerance` is .*1e-12j.*: give a positive number"),
+        ({"tolerance": "tight"}, r"`tolerance` is 'tight': give a positive number"),
+        ({"max_steps": 0}, r"`max_steps` is 0: give 1 or more"),
         ({"params": {"sgima": 1.0}}, r"no parameter 'sgima' .*did you mean 'sigma'"),
     ],
 )

@@ -296,8 +296,8 @@ REFUSED: list[tuple[Any, str]] = [
     (lambda: EigenvectorFollowing(vectors=1), "vectors"),
     (lambda: ElasticBand(images=0), "images"),
     (lambda: sides(cluster()), "order 1"),
-    (lambda: ms.barrier(cluster(), cluster()), "saddle has order 0"),
-    (lambda: ms.barrier(over(1), over(1)), "minimum has order 1"),
+    (lambda: ms.barrier(cluster(), cluster()), "`saddle` has order 0"),
+    (lambda: ms.barrier(over(1), over(1)), "`minimum` has order 1"),
     (lambda: ms.barrier(cluster(), vacancy()[1]), "different systems"),
     (
         lambda: ms.barrier(

@@ -1,1 +1,1 @@
-"""Optimality conditions of common problems, and the projections and proximal operators in them."""
+"""Optimality conditions of minimization problems, with the projections that appear in them."""

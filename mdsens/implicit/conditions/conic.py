@@ -1,13 +1,14 @@
-"""Conic programs: linear, second-order and semidefinite ones, as the root of a residual.
+"""Conic programs (linear, second-order and semidefinite), solved as the root of a residual.
 
     primal:  minimize  c^T x  subject to  A x + s = b, s in K
     dual:    maximize -b^T y  subject to  A^T y + c = 0, y in K*
 
-K is a cone and K* its dual cone. A product of cones is a tuple of records, in the order of the rows
-of A. To differentiate a solution, such as the vertex of a linear program or the matrix of a
-semidefinite one, give :func:`mdsens.implicit.root` the condition that :func:`conic_residual`
-returns, and any solver. :func:`embed` turns the solution of another solver into the unknown z of
-that condition, :func:`read` turns z into the solution.
+K is a convex cone and K* its dual cone; A is a matrix, b and c are vectors. A product of cones is a
+tuple such as (Zero(2), NonNegative(3)), in the order of the rows of A. To differentiate a solution,
+such as the vertex of a linear program or the matrix of a semidefinite program, give
+:func:`mdsens.implicit.root` the condition that :func:`conic_residual` returns, and any solver.
+:func:`embed` turns the solution of another solver into the unknown z of this condition, and
+:func:`read` turns z into the solution.
 """
 
 from __future__ import annotations
@@ -42,15 +43,15 @@ __all__ = [
 
 
 class Cone(Protocol):
-    """A closed convex cone K of vectors."""
+    """A closed convex cone K of vectors: the interface of each kind of cone in a conic program."""
 
     @property
     def size(self) -> int:
-        """Length of the vectors."""
+        """Return the length of the vectors in the cone."""
         ...
 
     def project_dual(self, y: Array) -> Array:
-        """Project y on the dual cone K*: the point of K* nearest to y, shape (size,).
+        """Return the point (size,) nearest to the vector y in the dual cone K* of the cone K.
 
         K* is the set of vectors whose inner product with each vector of K is not negative.
         """
@@ -62,7 +63,7 @@ Cones: TypeAlias = Cone | tuple[Cone, ...]
 
 @dataclasses.dataclass(frozen=True)
 class _Sized:
-    """A cone of vectors of length ``size``."""
+    """A convex cone of vectors of length ``size``, the base class of cones given by this length."""
 
     size: int
 
@@ -75,32 +76,44 @@ class _Sized:
 
 
 class Zero(_Sized):
-    """The cone of zeros, s = 0: equalities A x = b, whose multipliers y are not restricted."""
+    """The cone that contains the zero vector alone, for equalities A x = b.
+
+    The slack s = b - A x must be zero, and the Lagrange multipliers y may have any sign.
+    """
 
     def project_dual(self, y: Array) -> Array:
-        """Return y, since the dual cone is the whole space."""
+        """Return the vector y unchanged, since the dual of the cone {0} is the whole space."""
         return y
 
 
 class NonNegative(_Sized):
-    """The cone of vectors without negative entries, s >= 0: inequalities A x <= b."""
+    """The cone of vectors without negative entries, for inequalities A x <= b.
+
+    No entry of the slack s = b - A x may be negative.
+    """
 
     def project_dual(self, y: Array) -> Array:
-        """Return max(y, 0), the projection on the cone, which is its own dual."""
+        """Return max(y, 0), the projection of y on the vectors without negative entries.
+
+        The cone of these vectors is its own dual.
+        """
         return projections.non_negative(y)
 
 
 class SecondOrder(_Sized):
-    """The second-order cone: vectors s = (t, u) of length ``size`` with |u| <= t."""
+    """The second-order cone of vectors (t, u) of length ``size``, t a number, with |u| <= t."""
 
     def project_dual(self, y: Array) -> Array:
-        """Project y on the cone, which is its own dual; see ``projections.second_order_cone``."""
+        """Project y = (t, u) on the second-order cone |u| <= t, which is its own dual cone."""
         return projections.second_order_cone(y)
 
 
 @dataclasses.dataclass(frozen=True)
 class Semidefinite:
-    """Positive semidefinite matrices with ``order`` rows, as vectors: see :func:`vector`."""
+    """The cone of positive semidefinite matrices with ``order`` rows and columns.
+
+    Each matrix is represented by the vector of its lower triangle, see :func:`vector`.
+    """
 
     order: int
 
@@ -113,11 +126,14 @@ class Semidefinite:
 
     @property
     def size(self) -> int:
-        """Length of the vectors, order (order + 1) / 2."""
+        """Return order (order + 1) / 2, the length of the vector that represents a matrix."""
         return self.order * (self.order + 1) // 2
 
     def project_dual(self, y: Array) -> Array:
-        """Project y on the cone, which is its own dual; see ``projections.semidefinite``."""
+        """Project the symmetric matrix that the vector y represents on the semidefinite matrices.
+
+        The cone of positive semidefinite matrices is its own dual. The result is a vector like y.
+        """
         return vector(projections.semidefinite(matrix(y)))
 
 
@@ -125,7 +141,8 @@ def vector(symmetric: Array) -> Array:
     """Write a symmetric matrix (n, n) as a vector of n (n + 1) / 2 entries.
 
     The entries are the lower triangle, column by column, with off-diagonal entries times sqrt(2),
-    so that inner products of vectors are those of the matrices. The solver SCS uses the same order.
+    so that the inner product of two such vectors is the inner product of the two matrices. The
+    solver SCS uses the same order.
     """
     # The column-major order of the lower triangle is the row-major order of the upper triangle,
     # with row and column exchanged.
@@ -134,13 +151,17 @@ def vector(symmetric: Array) -> Array:
 
 
 def matrix(entries: Array) -> Array:
-    """Write a vector of n (n + 1) / 2 entries as a symmetric matrix; inverts :func:`vector`."""
+    """Write a vector of n (n + 1) / 2 entries as a symmetric matrix (n, n).
+
+    The entries are the lower triangle, column by column, with off-diagonal entries times sqrt(2),
+    as :func:`vector` writes them.
+    """
     # n from m = n (n + 1) / 2
     order = int((np.sqrt(8 * jnp.size(entries) + 1) - 1) / 2)
     if order * (order + 1) // 2 != jnp.size(entries):
         raise InputError(
             f"entries has length {jnp.size(entries)}, but the vector of a symmetric matrix (n, n)"
-            " has length n (n + 1) / 2; give one of length 1, 3, 6, 10, ..."
+            " has length n (n + 1) / 2; give a vector of length 1, 3, 6, 10, ..."
         )
     rows, columns = np.triu_indices(order)
     scaled = jnp.where(rows == columns, 1.0, np.sqrt(0.5)) * entries
@@ -154,37 +175,42 @@ def matrix(entries: Array) -> Array:
 
 
 def conic_residual(cone: Cones) -> Callable[[Array, Array, Array, Array], Array]:
-    """Make F(z, c, A, b) of a conic program: its homogeneous self-dual embedding, at scale one.
+    """Make the function F(z, c, A, b) whose root z gives the solution of a conic program.
+
+        minimize  c^T x  subject to  A x + s = b, s in the cone K
 
         F(z) = (Q - I) P(z) + z + (0, 0, w - 1),   P(z) = (u, P_K*(v), max(w, 0)),   z = (u, v, w)
         Q = [[0, A^T, c], [-A, 0, b], [-c^T, -b^T, 0]]
 
-    Where there is a solution the root is z = (x, y - s, 1). Without the last term F is homogeneous,
-    and its Jacobian has the right null vector z and the left null vector P(z). The last entry of
-    both is w, so that the last term removes the null vectors. It moves no root, since P(z) F(z) =
-    w (w - 1).
+    F is the homogeneous self-dual embedding of the program, at scale w = 1. P_K* is the projection
+    on the dual cone K*. Where there is a solution, with multipliers y in K*, the root is
+    z = (x, y - s, 1). Without the last term F is homogeneous, and the Jacobian of F has the right
+    null vector z and the left null vector P(z). Both vectors have the last entry w, so that the
+    last term removes the null vectors. The last term moves no root, since the product of P(z) and
+    F(z) is w (w - 1).
 
     Args:
-      cone: a cone, or a tuple of cones in the order of the rows of A.
+      cone: the cone K, or a tuple of cones in the order of the rows of A.
 
     Returns:
-      F on z of shape (n + m + 1,), with c (n,), A (m, n) and b (m,); the root has derivatives by c,
-      A and b. The Jacobian is not symmetric. It is regular where the primal and the dual solution
-      are unique and P_K* has no kink, see :func:`mdsens.implicit.conditions.degeneracy.kinked`.
+      F as a function of z (n + m + 1,), c (n,), A (m, n) and b (m,). The root has derivatives by c,
+      A and b. The Jacobian of F is not symmetric. It is regular where the primal and the dual
+      solution are unique and P_K* has no kink there, see
+      :func:`mdsens.implicit.conditions.degeneracy.kinked`.
 
     Raises:
-      InputError: when F is called with shapes that do not fit.
+      InputError: F is called with arrays whose shapes do not fit.
 
-    Busseti, Moursi and Boyd, arXiv:1811.02157; Agrawal et al., arXiv:1904.09043.
+    Source: Busseti, Moursi and Boyd, arXiv:1811.02157; Agrawal et al., arXiv:1904.09043.
     """
 
     @full_precision
     def F(z: Array, c: Array, A: Array, b: Array) -> Array:
         rows, columns = jnp.shape(A)
-        _check_shape("c", c, columns)
-        _check_shape("b", b, rows)
-        _check_shape("the cones' rows", jnp.zeros(sum(part.size for part in _parts(cone))), rows)
-        _check_shape("z", z, columns + rows + 1)
+        _check_shape("`c`", c, columns)
+        _check_shape("`b`", b, rows)
+        _check_shape("`cone`", jnp.zeros(sum(part.size for part in _parts(cone))), rows)
+        _check_shape("`z`", z, columns + rows + 1)
         u = z[:columns]
         v = z[columns:-1]
         w = z[-1]
@@ -201,12 +227,12 @@ def conic_residual(cone: Cones) -> Callable[[Array, Array, Array, Array], Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ConicSolution(Portable):
-    """A primal and dual solution.
+    """The solution of a conic program: minimize c^T x subject to A x + s = b, s in the cone K.
 
     Attributes:
-      x: unknowns, shape (n,).
-      y: multipliers in K*, shape (m,).
-      s: slacks b - A x in K, shape (m,).
+      x: the minimum, shape (n,).
+      y: Lagrange multipliers, in the dual cone K*, shape (m,).
+      s: slacks b - A x, in K, shape (m,).
     """
 
     x: Array
@@ -215,14 +241,19 @@ class ConicSolution(Portable):
 
 
 def embed(solution: ConicSolution) -> Array:
-    """Turn a solution into z = (x, y - s, 1), the unknown of :func:`conic_residual`."""
+    """Write the solution of a conic program as the vector z = (x, y - s, 1).
+
+    x is the minimum, y are the multipliers and s the slacks; :func:`conic_residual` is zero at z.
+    """
     return jnp.concatenate([solution.x, solution.y - solution.s, jnp.ones_like(solution.x[:1])])
 
 
 def read(z: Array, cone: Cones) -> ConicSolution:
-    """Turn the unknown z of :func:`conic_residual`, at any scale w, into the solution.
+    """Turn a root z of :func:`conic_residual` into the solution of the conic program.
 
-    x = u / w,   y = P_K*(v) / w,   s = (P_K*(v) - v) / w,   z = (u, v, w)
+        x = u / w,   y = P_K*(v) / w,   s = (P_K*(v) - v) / w,   z = (u, v, w)
+
+    P_K* is the projection on the dual of the cone K; w is the scale of z, not necessarily one.
     """
     columns = jnp.size(z) - 1 - sum(part.size for part in _parts(cone))
     v = z[columns:-1]
@@ -235,7 +266,10 @@ def _parts(cone: Cones) -> tuple[Cone, ...]:
 
 
 def _project_dual(cone: Cones, v: Array) -> Array:
-    """Project each cone's part of v on its dual cone; v is in the order of the rows of A."""
+    """Project the block of the vector v that belongs to each cone on the dual of this cone.
+
+    ``cone`` is one cone, or a tuple of cones in the order of the blocks. Return a vector like v.
+    """
     # without the last end, which is the length of v: jnp.split takes the inner ends
     parts = _parts(cone)
     ends = np.cumsum([part.size for part in parts])[:-1]
@@ -247,5 +281,6 @@ def _project_dual(cone: Cones, v: Array) -> Array:
 def _check_shape(name: str, array: Array, length: int) -> None:
     if jnp.shape(array) != (length,):
         raise InputError(
-            f"{name} has shape {jnp.shape(array)}, but A needs ({length},); give shapes that fit"
+            f"{name} has shape {jnp.shape(array)}, but the shape of `A` requires ({length},);"
+            " give shapes that fit"
         )

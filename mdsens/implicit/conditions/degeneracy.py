@@ -1,8 +1,8 @@
-"""Degenerate solutions, where the derivative jumps: a constraint is about to open or close.
+"""Detection of degenerate solutions, where a constraint is about to open or close.
 
-Almost no solution is degenerate. At a degenerate solution, the derivative that the conditions of
-:mod:`mdsens.implicit.conditions.optimality` give is at best the derivative to one side. The
-functions here detect such solutions.
+The derivative of a minimum under constraints jumps at a degenerate solution. The derivative that
+the conditions of :mod:`mdsens.implicit.conditions.optimality` give there is at best the derivative
+to one side. Almost no solution is degenerate.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ __all__ = ["Margin", "complementarity", "kinked"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Margin(Portable):
-    """Distance of a solution from a jump of its derivative.
+    """The outcome of a test whether the derivative of a solution jumps at this solution.
 
     Attributes:
-      status: CONVERGED, DEGENERATE_CONSTRAINT, or NOT_FINITE where the value is NaN; an int32
-        array.
-      value: the measure of the distance, defined in :func:`complementarity` and :func:`kinked`.
+      status: a :class:`Result` as an int32 array: DEGENERATE_CONSTRAINT where the derivative
+        jumps, NOT_FINITE where ``value`` is NaN, else CONVERGED.
+      value: the number that was tested, as :func:`complementarity` and :func:`kinked` define it.
     """
 
     status: Array
@@ -52,17 +52,20 @@ def complementarity(
 
         value = min_i max(lambda_i, -g_i(x, *args))
 
-    Where the value is zero the Jacobian of :func:`mdsens.implicit.conditions.optimality.kkt` is
-    singular, and the solution has one-sided derivatives only.
+    Inequality i is g_i(x, *args) <= 0, with the Lagrange multiplier lambda_i and the slack -g_i.
+    Where the value is zero, the Jacobian of the condition
+    :func:`mdsens.implicit.conditions.optimality.kkt` is singular, and the solution has one-sided
+    derivatives only.
 
     Args:
-      inequality: g of :func:`mdsens.implicit.conditions.optimality.kkt`.
+      inequality: the function g.
       x: the solution with its multipliers.
-      tolerance: largest value that is DEGENERATE_CONSTRAINT, in the units of lambda and g; choose
-        it above the error of the solver.
+      args: the other arguments of g.
+      tolerance: largest value at which the status is DEGENERATE_CONSTRAINT, in the units of lambda
+        and g; choose a tolerance above the error of the solver.
 
     Returns:
-      Margin; the value is infinite without inequalities.
+      the value and the status as a :class:`Margin`; without inequalities the value is infinite.
     """
     slack = Traceable("inequality", inequality)(x.primal, *args)
     check_same(
@@ -86,29 +89,31 @@ _JUMP = 1e-3
 
 
 def kinked(F: Callable[..., PyTree], x: PyTree, *args: PyTree, radius: float = 1e-6) -> Margin:
-    """Probe whether the derivative of a condition F or of a map T jumps near a solution.
+    """Probe whether the derivative of the function F(x, *args) jumps near a solution x.
 
-    The derivative jumps where a projection changes from one face of its set to another.
+    x solves F(x, *args) = 0, or is a fixed point, x = F(x, *args). The derivative jumps where a
+    projection in F changes from one face of its set to another.
 
         value = max_v |J(p + r v) v - J(p - r v) v| / max(|J(p + r v) v|, |J(p - r v) v|)
         p = (x, args),  J = dF/dp
 
-    The maximum is over four fixed directions v, which move every unknown and every floating-point
-    argument by about r, in units of the root mean square of its leaf (1 where that is zero). Norms
-    are largest entries.
+    The maximum is over four fixed directions v. These move every number in x and every
+    floating-point number in args by about r times the root mean square of the array that contains
+    the number (by about r where the root mean square is zero). |.| is the largest absolute entry.
 
     Args:
-      F: ``F(x, *args)`` or ``T(x, *args)`` as :mod:`mdsens.implicit.conditions.optimality` makes
-        them. For ``kkt`` use :func:`complementarity`, since the derivative of ``kkt`` never jumps.
+      F: the function ``F(x, *args)``, such as a condition F or a map T of
+        :mod:`mdsens.implicit.conditions.optimality`. For the condition ``kkt`` use
+        :func:`complementarity`, since the derivative of ``kkt`` never jumps.
       x: the solution.
-      args: the arguments of the root.
+      args: the other arguments of F.
       radius: the radius r, larger than the error of the solver. With a large radius, curvature is
         mistaken for a kink.
 
     Returns:
-      Margin with the largest jump as its value: DEGENERATE_CONSTRAINT where it is above 1e-3. This
-      is a probe and no proof: it misses a jump that is smaller, or whose kink lies along all four
-      directions.
+      a :class:`Margin` with the largest relative jump as its value, and with the status
+      DEGENERATE_CONSTRAINT where the value is above 1e-3. The probe is no proof: it misses a
+      smaller jump, and a kink that lies along all four directions.
     """
     F = Traceable("F", F)
     leaves, structure = jax.tree.flatten((x, args))
@@ -127,7 +132,7 @@ def kinked(F: Callable[..., PyTree], x: PyTree, *args: PyTree, radius: float = 1
         return ravel_pytree(F(y, *others))[0]
 
     def jump(k: Array) -> Array:
-        """The relative jump of the derivative along the k-th direction."""
+        """Compute the relative change, across the solution, of the derivative along direction k."""
         entries = jnp.arange(1, flat.size + 1, dtype=flat.dtype)
         v = scale * jnp.cos((k + 1) * entries**2 + k)
         _, ahead = jax.jvp(image, (flat + radius * v,), (v,))
@@ -140,6 +145,6 @@ def kinked(F: Callable[..., PyTree], x: PyTree, *args: PyTree, radius: float = 1
 
 
 def _root_mean_square(leaf: Array) -> Array:
-    """The root mean square of an array; 1 where it is zero."""
+    """Compute the root mean square of the entries of an array; 1 where all entries are zero."""
     size = jnp.sqrt(jnp.mean(leaf**2))
     return jnp.where(size > 0, size, 1.0)

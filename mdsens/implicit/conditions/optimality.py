@@ -1,4 +1,8 @@
-"""Optimality conditions: the equations that a solution satisfies, made of its problem's functions.
+"""Optimality conditions: equations that the solution x of a minimization problem satisfies.
+
+Each function in the table makes such an equation from the functions of the problem. f is the
+function to minimize, under the constraints h = 0 and g <= 0 or in the set of a projection P; prox
+is a proximal operator, s a step, and m a mirror map.
 
 | function | condition | ingredients |
 | --- | --- | --- |
@@ -11,9 +15,9 @@
 | ``newton`` | x = x - s (dF/dx)^-1 F | F |
 | ``conic_residual`` | the homogeneous self-dual embedding | cones; c, A, b are its args |
 
-A condition F(x, *args) = 0 goes to :func:`mdsens.implicit.root`, a map with x = T(x, *args) to
-:func:`mdsens.implicit.fixed_point`. Every ingredient is a function of ``(x, *args)`` with the same
-args, and may ignore some of them:
+Pass a condition F(x, *args) = 0 to :func:`mdsens.implicit.root`, and a map T with x = T(x, *args)
+to :func:`mdsens.implicit.fixed_point`. Every ingredient is a function of ``(x, *args)`` with the
+same args, and may ignore some of these args:
 
     def in_box(x, theta):
         return projections.box(x, 0.0, 1.0)
@@ -69,8 +73,8 @@ _AUTO = Auto()
 def stationary(f: Callable[..., Array]) -> Ingredient:
     """Make F(x, *args) = grad_x f(x, *args), which is zero at a minimum, maximum or saddle of f.
 
-    Give :func:`mdsens.implicit.root` ``symmetric=True`` with it, and at a minimum
-    ``positive_semidefinite=True`` too.
+    With this F, give :func:`mdsens.implicit.root` the option ``symmetric=True``, and at a minimum
+    ``positive_semidefinite=True``, too.
     """
     return jax.grad(f)
 
@@ -78,13 +82,15 @@ def stationary(f: Callable[..., Array]) -> Ingredient:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KKTPoint(Portable):
-    """The unknowns of a constrained minimum; also the residuals of the equations that determine it.
+    """A minimum under the constraints h = 0 and g <= 0, with its Lagrange multipliers.
+
+    The residuals of the equations of :func:`kkt` for these unknowns have the same form.
 
     Attributes:
-      primal: the minimum, any tree.
-      equality: multipliers, a tree like h(x, *args); None without equalities.
-      inequality: multipliers, a tree like g(x, *args), none of them negative; None without
-        inequalities.
+      primal: the minimum x, an array or nested containers (a tree) of arrays.
+      equality: multipliers of h = 0, a tree like h(x, *args); None without equalities.
+      inequality: multipliers of g <= 0, a tree like g(x, *args), none of them negative; None
+        without inequalities.
     """
 
     primal: PyTree
@@ -97,9 +103,12 @@ def kkt(
     equality: Ingredient | None = None,
     inequality: Ingredient | None = None,
 ) -> Ingredient:
-    """Make F for a minimum of f subject to h = 0 and g <= 0 (Karush, Kuhn, Tucker).
+    """Make the function F whose root is a minimum of f under the constraints h = 0 and g <= 0.
 
         grad f + (dh/dx)^T nu + (dg/dx)^T lambda = 0,   h = 0,   lambda g = 0
+
+    These are the conditions of Karush, Kuhn and Tucker, with the Lagrange multipliers nu and
+    lambda >= 0. F returns the left-hand sides.
 
     Args:
       f: ``f(x, *args)``, a scalar.
@@ -107,15 +116,16 @@ def kkt(
       inequality: ``g(x, *args)``, a tree of arrays, nowhere positive at the solution.
 
     Returns:
-      F on :class:`KKTPoint`: the solver returns the multipliers, too, and they have derivatives.
-      The Jacobian is symmetric and indefinite with equalities alone (give ``symmetric=True``), not
-      symmetric with inequalities. It is singular where the gradients of the active constraints are
-      linearly dependent, and where lambda and g of an inequality are both zero: see
+      F as a function of a :class:`KKTPoint`, so that the solver must return the multipliers, too,
+      and the multipliers have derivatives. With equalities alone the Jacobian of F is symmetric and
+      indefinite (give ``symmetric=True`` to root); with inequalities the Jacobian is not symmetric.
+      The Jacobian is singular where the gradients of the active constraints are linearly dependent,
+      and where lambda and g of an inequality are both zero: see
       :func:`mdsens.implicit.conditions.degeneracy.complementarity`.
 
     Raises:
-      InputError: when F is called with multipliers that are missing, too many, or not shaped like
-        their constraint.
+      InputError: F is called with multipliers that are missing, too many, or of another shape than
+        the constraint.
     """
 
     def F(x: KKTPoint, *args: PyTree) -> KKTPoint:
@@ -145,11 +155,18 @@ def _constraint_value(
     args: tuple[PyTree, ...],
     name: str,
 ) -> PyTree:
-    """Evaluate a constraint, and check that its multipliers have the same tree and shapes."""
+    """Evaluate a constraint function at x; raise InputError unless its multipliers have its shapes.
+
+    The value is None where there is neither a constraint nor multipliers.
+    """
     if constraint is not None and multipliers is None:
-        raise InputError(f"{name} has a constraint but no multipliers; give both, or None for both")
+        raise InputError(
+            f"`{name}` is a constraint without multipliers `x.{name}`; give both, or None for both"
+        )
     if constraint is None and multipliers is not None:
-        raise InputError(f"{name} has multipliers but no constraint; give both, or None for both")
+        raise InputError(
+            f"`x.{name}` are multipliers without a constraint `{name}`; give both, or None for both"
+        )
     if constraint is None:
         return None
     value = constraint(x, *args)
@@ -164,7 +181,7 @@ def _constraint_value(
 
 
 def _dot(a: PyTree, b: PyTree) -> Array:
-    """Inner product of two trees."""
+    """Compute the inner product of two trees (nested containers) of arrays of the same shapes."""
     return sum(
         (jnp.sum(u * v) for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)),
         jnp.zeros(()),
@@ -172,23 +189,23 @@ def _dot(a: PyTree, b: PyTree) -> Array:
 
 
 def _descend(x: PyTree, gradient: PyTree, step: Array | float) -> PyTree:
-    """x - step * gradient."""
+    """Return x - step * gradient, for arrays or for trees (nested containers) of arrays."""
     return jax.tree.map(lambda x, g: x - step * g, x, gradient)
 
 
 def projected_gradient(
     f: Callable[..., Array], projection: Ingredient, step: Array | float = 1.0
 ) -> Ingredient:
-    """Make T(x, *args) = projection(x - step grad f(x, *args), *args).
+    """Make the map T(x, *args) = projection(x - step grad f(x, *args), *args).
 
-    The fixed point is a minimum of f in the convex set of the projection.
+    The fixed point x = T(x, *args) is a minimum of f in the convex set of the projection.
 
     Args:
       f: ``f(x, *args)``, a scalar.
-      projection: ``projection(y, *args)``, for example with a function of
-        :mod:`mdsens.implicit.conditions.projections`.
-      step: the step, a positive number. With about the inverse of the curvature of f the linear
-        solve is well conditioned.
+      projection: ``projection(y, *args)``, the point of the set nearest to y, for example by a
+        function of :mod:`mdsens.implicit.conditions.projections`.
+      step: the step, a positive number. With a step of about the inverse of the curvature of f, the
+        linear solve for the derivative is well conditioned.
     """
     gradient = jax.grad(f)
 
@@ -201,13 +218,14 @@ def projected_gradient(
 def proximal_gradient(
     f: Callable[..., Array], prox: Ingredient, step: Array | float = 1.0
 ) -> Ingredient:
-    """Make T(x, *args) = prox(x - step grad f(x, *args), step, *args).
+    """Make the map T(x, *args) = prox(x - step grad f(x, *args), step, *args).
 
-    The fixed point is a minimum of f + g, where g need not be smooth.
+    The fixed point x = T(x, *args) is a minimum of f + g, where the penalty g need not be smooth.
 
     Args:
       f: ``f(x, *args)``, a scalar, smooth.
-      prox: ``prox(y, scaling, *args)``, the proximal operator of g, for example of
+      prox: ``prox(y, scaling, *args)``, the proximal operator of g, that is the x that minimizes
+        |x - y|^2 / 2 + scaling g(x); for example an operator of
         :mod:`mdsens.implicit.conditions.proximal`.
       step: as in :func:`projected_gradient`.
     """
@@ -222,14 +240,17 @@ def proximal_gradient(
 def block_proximal_gradient(
     f: Callable[..., Array], proxes: PyTree, steps: PyTree = 1.0
 ) -> Ingredient:
-    """Make T(x, *args)_j = prox_j(x_j - step_j grad_j f(x, *args), step_j, *args), j a block.
+    """Make the map T that takes a proximal gradient step in each block j of the unknowns x.
 
-    The fixed point is a minimum of f + sum_j g_j.
+        T(x, *args)_j = prox_j(x_j - step_j grad_j f(x, *args), step_j, *args)
+
+    The fixed point x = T(x, *args) is a minimum of f + sum_j g_j, with a penalty g_j of each block.
 
     Args:
       f: ``f(x, *args)``, a scalar, smooth.
-      proxes: a tuple, list or dict of ``prox(y, scaling, *args)``, one for each block. This tuple,
-        list or dict has the outer structure of x, whose blocks may be trees. Use
+      proxes: a tuple, list or dict of functions ``prox(y, scaling, *args)``, the proximal operators
+        of the penalties. x must be a tuple, list or dict with the same entries; each entry of x is
+        a block, which may contain several arrays. Use
         :func:`mdsens.implicit.conditions.proximal.free` for a block without a penalty.
       steps: the steps, positive numbers in the structure of ``proxes``, or one number for all
         blocks.
@@ -258,16 +279,16 @@ def mirror_descent(
     map: Callable[[PyTree], PyTree],
     step: Array | float = 1.0,
 ) -> Ingredient:
-    """Make T(x, *args) = projection(map(x) - step grad f(x, *args), *args).
+    """Make the map T(x, *args) = projection(map(x) - step grad f(x, *args), *args).
 
-    The fixed point is a minimum of f in the convex set of the projection.
+    The fixed point x = T(x, *args) is a minimum of f in the convex set of the projection.
 
     Args:
       f: ``f(x, *args)``, a scalar.
       projection: ``projection(y, *args)`` from the dual space of the mirror map back into the set.
         The projection must belong to the mirror map: :func:`softmax` belongs to :func:`kl_map`.
-      map: the mirror map, the gradient of a convex potential. With the identity, T is that of
-        :func:`projected_gradient`.
+      map: the mirror map, the gradient of a convex potential. With the identity as the mirror map,
+        T is the map of :func:`projected_gradient`.
       step: as in :func:`projected_gradient`.
     """
     gradient = jax.grad(f)
@@ -279,10 +300,10 @@ def mirror_descent(
 
 
 def kl_map(x: PyTree) -> PyTree:
-    """log x, the mirror map of the Kullback-Leibler divergence.
+    """Return log x, the mirror map of the Kullback-Leibler divergence for :func:`mirror_descent`.
 
-    An entry of zero is replaced by the smallest normal number, so that its logarithm is finite; it
-    remains zero, to round-off, after :func:`softmax`.
+    An entry of zero is replaced by the smallest normal floating-point number, so that the logarithm
+    is finite. The function :func:`softmax` turns this logarithm into zero again, to round-off.
     """
 
     def log(x: Array) -> Array:
@@ -294,9 +315,10 @@ def kl_map(x: PyTree) -> PyTree:
 
 
 def softmax(y: PyTree, *args: PyTree) -> PyTree:
-    """Project exp(y) on the simplex by the Kullback-Leibler divergence: exp(y) / sum exp(y).
+    """Return exp(y) / sum exp(y), where the sum is over all arrays in y together.
 
-    The sum is over all leaves of the tree together; args are ignored.
+    This is the projection of exp(y) on the simplex (no negative entries, sum one) by the
+    Kullback-Leibler divergence, for :func:`mirror_descent`. args are ignored.
     """
     flat, unravel = ravel_pytree(y)
     return unravel(jax.nn.softmax(flat))
@@ -313,14 +335,15 @@ def newton(
 
         dT = (1 - step) dx - step (dF/dx)^-1 (dF/dargs) dargs
 
-    The derivative costs one linear solve, and no derivative of dF/dx. The terms that are left out
-    are multiples of F, which is zero at the fixed point: only there dT is the derivative of T. The
-    derivative of the fixed point is that of ``root(F)``, in any order, and I - dT/dx is ``step``
-    times the identity.
+    The derivative dT that jax gets costs one linear solve, and no derivative of dF/dx. The terms
+    that are left out of dT are multiples of F, which is zero at the fixed point: dT is the
+    derivative of T at the fixed point only. The fixed point of T, which is the root of F, has the
+    same derivatives as with :func:`mdsens.implicit.root`, in any order. I - dT/dx is ``step`` times
+    the identity.
 
     Args:
       F: ``F(x, *args)``, with the tree and shapes of x; :func:`stationary` for a minimum.
-      step: the step s, between 0 and 1; below 1 for the damped iteration.
+      step: a number between 0 and 1; below 1 for the damped iteration.
       solve, symmetric, positive_semidefinite: linear method and properties of dF/dx, as in
         :func:`mdsens.implicit.root`.
     """
@@ -336,7 +359,7 @@ def newton(
         )
 
         def solve_jacobian(x: PyTree, values: list[Array], b: PyTree) -> PyTree:
-            """Solve dF/dx y = b for y."""
+            """Solve the linear system (dF/dx) y = b for y, with the Jacobian dF/dx at x."""
             _, jacobian = jax.linearize(functools.partial(condition, values), x)
             operator = Operator(jacobian, symmetric, positive_semidefinite)
             return linear_solve(operator, b, solve, not_finite=float("nan"))[0]
@@ -380,5 +403,8 @@ def newton(
 
 
 def _without_symbolic_zero(leaf: Array, tangent: Array | SymbolicZero) -> Array:
-    """Return the tangent of a leaf as an array, zeros where jax knows that the leaf is constant."""
+    """Return the forward-mode derivative (tangent) of an array as an array.
+
+    For an array that is constant, jax passes the object SymbolicZero; zeros are returned for it.
+    """
     return jnp.zeros_like(leaf) if isinstance(tangent, SymbolicZero) else tangent

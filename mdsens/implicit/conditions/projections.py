@@ -2,14 +2,14 @@
 
     projection(x) = argmin_p |p - x|^2  subject to  p in C
 
-Each projection is a function of the point and of the parameters of the set, and differentiable by
-both, in forward and reverse mode and to higher order.
+Each projection is a function of the point x and of the parameters of the convex set C, and
+differentiable by both, in forward and reverse mode and to higher order.
 
 At a kink, where the nearest point is about to change from one face of C to another, the derivative
 is that of one side, never an average of the two: a constraint that x just touches counts as active.
 :func:`mdsens.implicit.conditions.degeneracy.kinked` tells whether a solution is at a kink.
 
-For one set for each row of an array, use ``jax.vmap`` of the projection.
+To project each row of an array separately, use ``jax.vmap`` of the projection.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = [
 
 
 def non_negative(x: PyTree) -> PyTree:
-    """Project on the set without negative entries: max(x, 0). At zero the derivative is zero."""
+    """Project x on the arrays without negative entries: max(x, 0), with derivative zero at zero."""
     from optax import projections  # slow to import
 
     return projections.projection_non_negative(x)
@@ -48,12 +48,14 @@ def non_negative(x: PyTree) -> PyTree:
 # Not optax's projection: at a bound, its jnp.clip has the mean of the derivatives to both sides,
 # which is the derivative of neither.
 def box(x: PyTree, lower: PyTree, upper: PyTree) -> PyTree:
-    """Project on lower <= p <= upper; at a bound the derivative is the derivative of the bound.
+    """Project x on the box of points p with lower <= p <= upper.
+
+    At a bound, the derivative is the derivative of the bound.
 
     Args:
-      x: a tree of arrays.
-      lower, upper: bounds, scalars or trees like x, whose leaves broadcast to the leaves of x; may
-        be infinite.
+      x: an array, or nested containers (a tree) of arrays.
+      lower, upper: bounds, which may be infinite: scalars, or trees like x whose arrays broadcast
+        to the arrays of x.
     """
 
     def clip(x: Array, lower: Array, upper: Array) -> Array:
@@ -69,15 +71,15 @@ def box(x: PyTree, lower: PyTree, upper: PyTree) -> PyTree:
 # Not optax's projections on simplex and l1_ball (0.2.8): where 64-bit arrays are enabled in jax,
 # these cannot differentiate 32-bit arrays.
 def simplex(x: PyTree, scale: Array | float = 1.0) -> PyTree:
-    """Project on p >= 0 and sum p = scale, over all leaves of the tree together.
+    """Project x on the simplex p >= 0, sum p = scale, the sum being over all arrays in x together.
 
-        p = max(x - tau, 0),  with tau such that sum p = scale
+        p = max(x - tau, 0),  with the number tau such that sum p = scale
 
     The derivative is dp = dx - mean(dx) for the positive entries of p, the mean being over the
     positive entries alone, and zero for the other entries.
 
     Args:
-      x: a tree of arrays.
+      x: an array, or nested containers of arrays.
       scale: the sum of the entries of p, a positive number.
     """
     flat, unravel = ravel_pytree(x)
@@ -85,7 +87,7 @@ def simplex(x: PyTree, scale: Array | float = 1.0) -> PyTree:
 
 
 def _simplex(x: Array, scale: Array) -> Array:
-    """Project a vector on the simplex, see :func:`simplex`."""
+    """Project the vector x on the simplex of vectors p with p >= 0 and sum p = scale."""
     # A shift of all entries changes only tau; it saves digits where all of x is far from zero.
     x = x - lax.stop_gradient(jnp.max(x))
     largest = jnp.sort(x)[::-1]
@@ -97,7 +99,7 @@ def _simplex(x: Array, scale: Array) -> Array:
 
 
 def l1_ball(x: PyTree, radius: Array | float = 1.0) -> PyTree:
-    """Project on sum |p| <= radius, over all leaves of the tree together."""
+    """Project x on the set sum |p| <= radius, the sum being over all arrays in x together."""
     flat, unravel = ravel_pytree(x)
     size = jnp.abs(flat)
     inside = jnp.sum(size) < radius
@@ -107,7 +109,7 @@ def l1_ball(x: PyTree, radius: Array | float = 1.0) -> PyTree:
 
 # Not optax's projection, for the same reason as in ``box``.
 def ball(x: PyTree, radius: Array | float = 1.0) -> PyTree:
-    """Project on |p| <= radius, in the 2-norm over all leaves of the tree together."""
+    """Project x on the ball |p| <= radius, with the 2-norm over all arrays in x together."""
     flat, unravel = ravel_pytree(x)
     square = jnp.sum(flat**2)
     outside = (square >= radius**2) & (square > 0)
@@ -117,7 +119,7 @@ def ball(x: PyTree, radius: Array | float = 1.0) -> PyTree:
 
 @full_precision
 def affine(x: Array, A: Array, b: Array) -> Array:
-    """Project on the affine set A p = b.
+    """Project the point x on the affine set of points p with A p = b.
 
         p = x - A^T (A A^T)^-1 (A x - b)
 
@@ -133,20 +135,20 @@ def affine(x: Array, A: Array, b: Array) -> Array:
 
 
 def second_order_cone(x: Array) -> Array:
-    """Project on the cone |u| <= t, x = (t, u).
+    """Project the vector x = (t, u), with t a number, on the second-order cone |u| <= t.
 
         p = x where |u| <= t;  0 where |u| <= -t;  (t + |u|) / 2 (1, u / |u|) else
 
-    On the surface of the cone the derivative is that of the third case, at the apex and on the
-    polar cone it is zero.
+    On the surface of the cone the derivative is that of the third case. At the apex and on the
+    polar cone |u| <= -t the derivative is zero.
 
     Args:
       x: the vector (t, u) to project, shape (1 + d,).
     """
     if jnp.ndim(x) != 1:
         raise InputError(
-            f"x has shape {jnp.shape(x)}, but a second-order cone is a set of vectors; use jax.vmap"
-            " for rows"
+            f"`x` has shape {jnp.shape(x)}, but a second-order cone is a set of vectors; give a"
+            " vector, or use jax.vmap for the rows of an array"
         )
     t, u = x[0], x[1:]
     square = jnp.sum(u**2)
@@ -159,36 +161,40 @@ def second_order_cone(x: Array) -> Array:
 
 
 def semidefinite(x: Array) -> Array:
-    """Project on the positive semidefinite matrices: the positive part of the symmetric part of x.
+    """Project the symmetric part of the matrix x on the positive semidefinite matrices.
 
         P(x) = V max(L, 0) V^T,  x = V L V^T;  |x| dP + dP |x| = P dx + dx P
 
-    In the eigenbasis dP_ij = (max(l_i, 0) + max(l_j, 0)) / (|l_i| + |l_j|) dx_ij, the divided
-    differences of the positive part. These are finite for equal eigenvalues, where the derivative
-    of the eigendecomposition is not. Eigenvalues that are zero to round-off count as active
-    constraints: dP_ij = 0 between two of them.
+    V are the eigenvectors and L the eigenvalues l_i of the symmetric part of x, and |x| is
+    V |L| V^T. In the eigenbasis dP_ij = (max(l_i, 0) + max(l_j, 0)) / (|l_i| + |l_j|) dx_ij, the
+    divided differences of the positive part. These are finite for equal eigenvalues, where the
+    derivative of the eigendecomposition is not. Eigenvalues that are zero to round-off count as
+    active constraints: dP_ij is zero where l_i and l_j are both zero.
 
     Args:
       x: the matrix to project, shape (n, n).
     """
     if jnp.ndim(x) != 2 or jnp.shape(x)[0] != jnp.shape(x)[1]:
         raise InputError(
-            f"x has shape {jnp.shape(x)}, but a semidefinite matrix is square; use jax.vmap for a"
-            " stack of matrices"
+            f"`x` has shape {jnp.shape(x)}, but a semidefinite matrix is square; give shape (n, n),"
+            " or use jax.vmap for a stack of matrices"
         )
     return _positive_part((x + x.T) / 2)
 
 
 @one_by_one
 def _eigh(x: Array) -> tuple[Array, Array]:
-    """Eigenvalues and eigenvectors of a symmetric matrix (n, n)."""
+    """Compute the eigenvalues and eigenvectors of a symmetric matrix (n, n)."""
     return tuple(jnp.linalg.eigh(x, symmetrize_input=False))
 
 
 @jax.custom_jvp
 @full_precision
 def _positive_part(x: Array) -> Array:
-    """V max(L, 0) V^T of a symmetric matrix x = V L V^T."""
+    """Compute the positive part V max(L, 0) V^T of a symmetric matrix x with eigenvalues L.
+
+    V are the eigenvectors: x = V L V^T.
+    """
     values, vectors = _eigh(x)
     return (vectors * jnp.maximum(values, 0)) @ vectors.T
 

@@ -4,11 +4,11 @@
 
 The arguments are the point y, the scaling (the step of
 :func:`mdsens.implicit.conditions.optimality.proximal_gradient`) and the parameters of the penalty
-g. Where the parameters of the penalty are the arguments of the root, an operator can be given to
-``proximal_gradient`` as it is. Trees are treated leaf by leaf; strengths, the factors of the
-penalties, are scalars, or broadcast to each leaf. At a kink, where an entry (or a group) is about
-to leave zero, the derivative is that of an entry that is constantly zero; with a strength of zero
-there is no kink.
+g. Where these parameters are the arguments of the fixed point, an operator can be given to
+``proximal_gradient`` as it is. Nested containers (trees) of arrays are treated array by array. A
+strength, the factor of a penalty, is a scalar, or broadcasts to each array. At a kink, where an
+entry (or a group of entries) is about to leave zero, the derivative is that of an entry that is
+constantly zero; with a strength of zero there is no kink.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ __all__ = ["elastic_net", "free", "group_lasso", "indicator", "lasso", "non_nega
 
 
 def lasso(y: PyTree, scaling: Array | float, strength: Array | float = 1.0) -> PyTree:
-    """Soft threshold: the proximal operator of the penalty g = strength sum |x|.
+    """Apply a soft threshold to y: the proximal operator of the penalty g = strength sum |x|.
 
-    Each entry moves towards zero by scaling * strength, and is zero where it would pass zero.
+    Each entry of y moves towards zero by scaling * strength, and stops at zero.
     """
     threshold = scaling * strength
 
@@ -41,31 +41,35 @@ def lasso(y: PyTree, scaling: Array | float, strength: Array | float = 1.0) -> P
 
 
 def non_negative(y: PyTree, scaling: Array | float, strength: Array | float = 0.0) -> PyTree:
-    """max(y - scaling strength, 0), for the penalty g = strength sum x without negative entries.
+    """Return max(y - scaling strength, 0), the proximal operator of g = strength sum x on x >= 0.
 
-    g is infinite where an entry is negative.
+    The penalty g is infinite where an entry of x is negative.
     """
     return jax.tree.map(lambda y: jax.nn.relu(y - scaling * strength), y)
 
 
 def ridge(y: PyTree, scaling: Array | float, strength: Array | float = 1.0) -> PyTree:
-    """y / (1 + scaling strength), for the penalty g = strength / 2 sum x^2."""
+    """Return y / (1 + scaling strength), the proximal operator of g = strength / 2 sum x^2."""
     return jax.tree.map(lambda y: y / (1 + scaling * strength), y)
 
 
 def elastic_net(
     y: PyTree, scaling: Array | float, lasso_strength: Array | float, ridge_strength: Array | float
 ) -> PyTree:
-    """Soft threshold, then ridge: g = lasso_strength sum |x| + ridge_strength / 2 sum x^2."""
+    """Apply :func:`lasso` to y, then :func:`ridge`: the proximal operator of the sum of penalties.
+
+    The penalty is g = lasso_strength sum |x| + ridge_strength / 2 sum x^2.
+    """
     return ridge(lasso(y, scaling, lasso_strength), scaling, ridge_strength)
 
 
 def group_lasso(y: PyTree, scaling: Array | float, strength: Array | float = 1.0) -> PyTree:
-    """Soft threshold of the norm, for g = strength |x| over all leaves of the tree together.
+    """Shorten y by a soft threshold of the norm |y|: the proximal operator of g = strength |x|.
 
         prox = max(1 - scaling strength / |y|, 0) y
 
-    For one group for each row of an array: ``jax.vmap(group_lasso, (0, None, None))``.
+    The norm is over all arrays in y together, which form one group. To make each row of an array a
+    group, use ``jax.vmap(group_lasso, (0, None, None))``.
     """
     flat, unravel = ravel_pytree(y)
     threshold = scaling * strength
@@ -77,16 +81,17 @@ def group_lasso(y: PyTree, scaling: Array | float, strength: Array | float = 1.0
 
 
 def free(y: PyTree, scaling: Array | float, *args: PyTree) -> PyTree:
-    """Return y, for the penalty g = 0: the proximal operator of a block without a penalty.
+    """Return y unchanged: the proximal operator of a block of unknowns without a penalty.
 
-    It is meant for :func:`mdsens.implicit.conditions.optimality.block_proximal_gradient`.
+    The function is meant for
+    :func:`mdsens.implicit.conditions.optimality.block_proximal_gradient`.
     """
     return y
 
 
 def indicator(projection: Callable[..., PyTree]) -> Callable[..., PyTree]:
-    """Make the proximal operator of a set from its projection(y, *args).
+    """Make the proximal operator of a set from ``projection(y, *args)``, the projection on the set.
 
-    The function g whose proximal operator is returned is zero in the set and infinite outside.
+    The penalty g of the set is zero in the set and infinite outside.
     """
     return lambda y, scaling, *args: projection(y, *args)

@@ -1,4 +1,4 @@
-"""Linear systems with a known null space: Krylov methods, factorizations, lowest eigenvalues."""
+"""Solution of linear systems with a known null space, and computation of lowest eigenvalues."""
 
 from mdsens.implicit.linear.auto import Auto, choose
 from mdsens.implicit.linear.bicgstab import BiCGSTAB

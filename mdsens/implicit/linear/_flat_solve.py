@@ -1,9 +1,9 @@
-"""Solution of a linear system on flat vectors, with iterative refinement and a status.
+"""Solution of a linear system A x = b on flat vectors, with iterative refinement and a status.
 
-Here the operator maps one vector to one vector. For every method, the right-hand side is projected
-off the null space and scaled to norm one, the solution is projected, and the status follows from
-the residual that is recomputed with the operator. The refinement repeats the solve: each round
-solves for the residual of the round before, and adds the result to the solution.
+For every linear method, the component of b in the null space of A is removed and b is scaled to
+norm one. The null space is removed from the solution x, too, and the status follows from the
+residual b - A x, recomputed with A. The refinement repeats the solve: each round solves for the
+residual that the round before has left, and adds the result to x.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ __all__ = ["solve_flat"]
 def solve_flat(
     operator: Operator, b: Array, method: Method, fill: float
 ) -> tuple[Array, SolveStats]:
-    """Solve A x = b on flat vectors, as :func:`mdsens.implicit.solve`.
+    """Solve A x = b for a vector b; return x and the statistics, as :func:`mdsens.implicit.solve`.
 
     Args:
-      operator: its functions map arrays (n,) to arrays (n,).
+      operator: A, as an operator whose functions map arrays (n,) to arrays (n,).
       b: right-hand side (n,).
-      method: a method other than Auto, which accepts the operator.
+      method: a linear method other than Auto, which accepts the operator.
       fill: value of all entries of x where the status is NOT_FINITE.
     """
     left = operator.left_project
@@ -77,7 +77,7 @@ def solve_flat(
 
 
 def _name(method: Method) -> str:
-    """Name a method with its settings, such as CG(degree=1, rtol=1e-10)."""
+    """Return the name of a linear method with its settings, such as CG(degree=1, rtol=1e-10)."""
     fields = sorted(field.name for field in dataclasses.fields(cast(Any, method)))
     settings = ", ".join(
         f"{f}={getattr(method, f)}" for f in fields if getattr(method, f) is not None
@@ -88,20 +88,25 @@ def _name(method: Method) -> str:
 def _at_round_off(
     operator: Operator, x: Array, residual: Array, needed: Array
 ) -> tuple[Array, Array]:
-    """Test whether the residual r of x is round-off; return also the applications of A it took.
+    """Test whether the residual r = b - A x of a solution x is round-off.
 
     The residual is round-off where the normwise backward error |r| / (|A| |x| + |b|) is at most 16
     units of round-off, with |b| = 1. |A| is estimated from below by six steps of the power method,
     so that the test is on the strict side.
 
-    The residual must be small as well. Along a null direction that is not declared, |x| grows
-    without bound, and the backward error of that noise looks perfect. This was observed at
-    residuals from 6e-9, with errors of 1e7. The limit of 1e-9 for the residual admits condition
-    numbers of 1e6 in float64.
+    The residual must be below 1e-9 as well. Along a null direction that is not declared, |x| grows
+    without bound, and the backward error looks perfect although x is noise. This was observed at
+    residuals from 6e-9, with errors of 1e7. The limit of 1e-9 admits condition numbers of 1e6 in
+    float64.
 
     Args:
+      operator: A, on flat vectors.
+      x: the solution (n,).
       residual: |r|.
-      needed: whether to make the test; where False, the result is False.
+      needed: whether to make the test; where False, the result of the test is False.
+
+    Returns:
+      the result of the test, and the number of products with A that the test took.
     """
     eps = jnp.finfo(x.dtype).eps
     project = operator.project or same

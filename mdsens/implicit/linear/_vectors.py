@@ -1,4 +1,4 @@
-"""Arithmetic on flat vectors for all iterations, and the test for negative curvature."""
+"""Products and norms of vectors for all linear iterations, and the test for negative curvature."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CURVATURE_UNITS = 100.0
 
 
 def dot(a: Array, b: Array) -> Array:
-    """Multiply matrices or vectors in full precision.
+    """Multiply two matrices or vectors in full precision.
 
     By default, a GPU rounds float32 to TensorFloat32 in products.
     """
@@ -44,7 +44,7 @@ def dot(a: Array, b: Array) -> Array:
 
 
 def norm(v: Array) -> Array:
-    """Compute the Euclidean norm |v| = m |v / m|, with m the largest entry.
+    """Compute the Euclidean norm of a vector v as |v| = m |v / m|, m the largest absolute entry.
 
     Computed in this form, the norm neither overflows nor underflows.
     """
@@ -55,16 +55,17 @@ def norm(v: Array) -> Array:
 
 
 def safe_divide(a: Array, b: Array) -> Array:
-    """Divide a by b; zero where b is zero."""
+    """Divide a by b, entry by entry; the result is zero where b is zero."""
     # The inner where keeps 0 / 0 out, whose NaN would enter derivatives.
     return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
 
 
 class Pivot(NamedTuple):
-    """The last pivot in the factorization L D L^T of a Lanczos matrix T.
+    """The last pivot in the factorization L D L^T of a Lanczos matrix T with k rows.
 
     Attributes:
-      value: the pivot, z.Tz with z = L^-T e_k and e_k the last unit vector.
+      value: the pivot, the last entry of D. It equals z.Tz with z = L^-T e_k, where e_k is the last
+        unit vector.
       weight: |z|^2.
     """
 
@@ -73,16 +74,17 @@ class Pivot(NamedTuple):
 
 
 def next_pivot(alpha: Array, beta: Array, last: Pivot, size: Array) -> tuple[Pivot, Array]:
-    """Compute the next pivot, and whether it proves negative curvature.
+    """Compute the next pivot of a Lanczos matrix T, and whether it proves negative curvature.
 
-    The curvature along z is pivot / |z|^2; in conjugate gradients it is p.Ap / p.p. After a pivot
-    that is zero to round-off the later pivots cannot be computed. They are NaN from there on, and
-    prove nothing.
+    The pivots are the entries of D in T = L D L^T. Pivot k is the curvature z.Tz along the vector
+    z = L^-T e_k, times |z|^2 / |z|^2 = 1: the curvature per squared length is pivot / |z|^2. After
+    a pivot that is zero to round-off the later pivots cannot be computed. These are NaN, and prove
+    nothing.
 
     Args:
-      alpha: next diagonal entry of T.
-      beta: entry of T beside it, in the row before.
-      last: the pivot before; its value is 0 at the start.
+      alpha: the next diagonal entry of T.
+      beta: the entry of T beside alpha, in the row before.
+      last: the pivot before, of value 0 at the start.
       size: the norm of T.
     """
     zero = CURVATURE_UNITS * jnp.finfo(alpha.dtype).eps * size
@@ -94,11 +96,14 @@ def next_pivot(alpha: Array, beta: Array, last: Pivot, size: Array) -> tuple[Piv
 
 
 def int32(value: int | Result) -> Array:
-    """Convert a number or an outcome to an int32 array, the type that loops carry."""
+    """Convert a number or a :class:`Result` to an int32 array, the type of counters in jax loops."""
     return jnp.asarray(int(value), jnp.int32)
 
 
 def preconditioned(precondition: Apply | None, r: Array) -> tuple[Array, Array]:
-    """Compute M r and r.M r; M is the identity where ``precondition`` is None."""
+    """Compute M r and r.M r for a residual r and a preconditioner M.
+
+    ``precondition`` is the function r -> M r; where it is None, M is the identity.
+    """
     z = r if precondition is None else precondition(r)
     return z, dot(r, z)

@@ -1,7 +1,8 @@
-"""The base of all linear methods: a frozen record of options, with the iteration as a method.
+"""The base classes of all methods that solve a linear system A x = b.
 
-To add a method, write one class in a new file: its options are fields, validated in
-``__post_init__``, and :meth:`Method.iteration` is its algorithm.
+To add such a method, write one class in a new file, derived from :class:`Method`. The options of
+the method are fields of this frozen dataclass, validated in ``__post_init__``, and the function
+:meth:`Method.iteration` is the algorithm.
 """
 
 from __future__ import annotations
@@ -40,17 +41,17 @@ SCALED_SHARE = 0.5
 
 
 class Method(abc.ABC):
-    """A linear method: its options, and its iteration on flat vectors.
+    """A method that solves a linear system A x = b: its options, and its iteration on flat vectors.
 
-    A solve takes several rounds of iterative refinement. In each round the right-hand side is the
-    residual of the round before, scaled to norm one; then the residual is recomputed with the
-    operator.
+    A solve takes several rounds of iterative refinement. Each round solves for the residual that
+    the round before has left, scaled to norm one; then the residual is recomputed with A.
 
     Attributes:
       rtol: requested relative residual.
-      rounds: largest number of rounds.
-      gain: the refinement ends after a round that leaves more than this share of the residual.
-      scalable: whether the iteration runs on S A S^T where the operator has a scaling S.
+      rounds: largest number of rounds of refinement.
+      gain: the refinement ends after a round that leaves more than this fraction of the residual.
+      scalable: whether the iteration runs on S A S^T where A has a scaling S, see
+        :class:`SymmetricScaling`.
     """
 
     rtol: float
@@ -60,66 +61,82 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def iteration(self, operator: Operator, b: Array) -> tuple[Round, int]:
-        """Return the solver of one round of refinement, and the applications that its setup takes.
+        """Return a function that solves A x = r for one round of iterative refinement.
+
+        In each round, r is the residual that the round before has left. The number of products with
+        A that are needed to make this function is returned, too.
 
         Args:
-          operator: an operator on flat vectors, whose functions map arrays (n,) to arrays (n,).
-          b: the first right-hand side, which gives size and type.
+          operator: A, as an operator whose functions map arrays (n,) to arrays (n,).
+          b: the first right-hand side (n,), which gives size and type.
 
         Returns:
-          the solver, ``(r, tol, limit) -> (x, applications, result)``, and the number of
-          applications of the operator.
+          the function ``(r, tol, limit) -> (x, applications, result)``, and the number of products.
+          tol is the norm of the residual at which to stop, limit the largest number of products
+          with A, applications the number of products with A that were taken, and result a
+          :class:`Result` code.
         """
 
     def check(self, operator: Operator) -> None:  # noqa: B027 - most methods take any operator
-        """Raise InputError for an operator for which the method gives wrong answers."""
+        """Raise InputError where this method gives wrong solutions of A x = b for an operator A."""
 
     def concrete(self, size: int, operator: Operator) -> Method:
-        """Return the method to run for an operator on ``size`` unknowns; Auto chooses here."""
+        """Return the method that solves A x = b for an operator A on ``size`` unknowns.
+
+        A method returns itself, except for :class:`Auto`, which chooses one.
+        """
         return self
 
     def limit(self, size: int) -> int:
-        """Return the largest number of applications of the operator."""
+        """Return the largest number of products with A that a solve of A x = b may take.
+
+        ``size`` is the number of unknowns.
+        """
         return 2**31 - 1
 
     def run(self, operator: Operator, b: Array) -> tuple[Array, Array, Array, Array]:
-        """Solve P A P x = b for a b of norm one in the range of P.
+        """Solve P A P x = b for a right-hand side b of norm one in the range of P.
 
-        P is the projector off the null space of A.
+        P is the projector that removes the null space of A.
 
         Returns:
-          (x, residual, applications, result).
+          (x, norm of the residual, number of products with A, :class:`Result` code).
         """
         return refine(self, operator, b)
 
 
 def check_method(solve: object) -> None:
-    """Raise InputError unless ``solve`` is a linear method."""
+    """Raise InputError unless ``solve`` is a method for linear systems, such as CG()."""
     if not isinstance(solve, Method):
         is_class = isinstance(solve, type)
-        value = f"the class {solve.__name__}, without brackets" if is_class else short(solve)
+        value = f"{solve.__name__} (a class, without brackets)" if is_class else short(solve)
         raise InputError(
-            f"solve is {value}: give Auto(), Direct(), CG(), MINRES(), GMRES(), BiCGSTAB(),"
-            " NormalCG(), Neumann() or LeastSquares() of mdsens.implicit."
+            f"solve={value} is not a linear method; give Auto(), Direct(), CG(), MINRES(),"
+            " GMRES(), BiCGSTAB(), NormalCG(), Neumann() or LeastSquares() of mdsens.implicit"
         )
 
 
 def check_rtol(name: str, rtol: float) -> None:
-    """Raise InputError unless ``rtol`` is between 0 and 1."""
+    """Raise InputError unless the relative residual ``rtol`` is between 0 and 1.
+
+    ``name`` is the name of the linear method that has this option.
+    """
     if not (isinstance(rtol, int | float) and 0.0 < rtol < 1.0):
         raise InputError(
-            f"{name}: rtol={rtol!r} is no relative residual; give a number between 0 and 1, such as"
-            " 1e-10"
+            f"{name}: rtol={rtol!r} is not a relative residual; give a number between 0 and 1, such"
+            " as 1e-10"
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class IterativeMethod(Method):
-    """Base of the iterative methods, whose number of applications of the operator is not known.
+    """Base class of the iterative methods for A x = b, which stop at a relative residual.
+
+    The number of products with A that a solve takes is not known in advance.
 
     Attributes:
       rtol: requested relative residual.
-      max_iterations: largest number of operator applications; where None, 10 times the number of
+      max_iterations: largest number of products with A; where None, 10 times the number of
         unknowns, at least 1,000.
     """
 
@@ -135,16 +152,22 @@ class IterativeMethod(Method):
 
 
 def same(v: Array) -> Array:
-    """Return v: the projector of an operator without a null space."""
+    """Return the vector v unchanged: the projector off the null space where there is none."""
     return v
 
 
 def projected(operator: Operator, both: bool = False) -> tuple[Apply, Apply | None]:
-    """Return P_L A P_R, and P_R M where the operator has a preconditioner M, else None.
+    """Return the products with P_L A P_R, and with P_R M where there is a preconditioner M.
+
+    P_R and P_L are the projectors that remove the right and the left null space of the operator A.
 
     Args:
-      both: whether the products are with any vectors; else only with vectors that are projected
-        already.
+      operator: A, with its projectors and its preconditioner.
+      both: whether the products must be right for any vector; else only for vectors that are
+        projected already.
+
+    Returns:
+      two functions, v -> P_L A P_R v and r -> P_R M r; None for the second without M.
     """
     right = operator.project or same
     left = operator.left_project or same
@@ -160,14 +183,15 @@ def projected(operator: Operator, both: bool = False) -> tuple[Apply, Apply | No
 
 
 def refine(method: Method, operator: Operator, b: Array) -> tuple[Array, Array, Array, Array]:
-    """Solve P A P x = b, recompute the residual, and solve for the residual while it falls.
+    """Solve P A P x = b by iterative refinement, with P the projector off the null space of A.
 
-    For GMRES a round of the refinement is one cycle, so that the restarts are these rounds, without
-    a limit to their number. The other iterations have up to three more rounds after the first, and
-    a factorization, whose rounds cost next to nothing, has up to seven.
+    After each solve the residual is recomputed with A, and the next round solves for this residual
+    while the residual falls. For GMRES a round is one cycle, so that its restarts are the rounds,
+    without a limit to their number. The other iterations have up to three more rounds after the
+    first, and a factorization, whose rounds cost next to nothing, has up to seven.
 
     Returns:
-      (x, residual, applications, result).
+      (x, norm of the residual, number of products with A, :class:`Result` code).
     """
     eps = jnp.finfo(b.dtype).eps
     limit = jnp.int32(method.limit(b.size))
@@ -212,7 +236,11 @@ def refine(method: Method, operator: Operator, b: Array) -> tuple[Array, Array, 
 
 
 def _scaled(method: Method, operator: Operator, b: Array) -> Round:
-    """Return the solver of one round of S A S^T w = S r, x = S^T w, with the scaling S."""
+    """Return a function that solves A x = r in scaled unknowns: S A S^T w = S r, x = S^T w.
+
+    S is the scaling of the operator A. The function is called in each round of iterative
+    refinement, with the residual r.
+    """
     scaling = operator.scaling
     assert scaling is not None
     transposed_map = jax.linear_transpose(scaling.map, b)

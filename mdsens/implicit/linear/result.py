@@ -1,4 +1,4 @@
-"""Outcomes of linear solves and roots, and the statistics of a solve."""
+"""Outcome codes of linear solves and of derivatives of roots, and the statistics of a solve."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ __all__ = [
 
 
 class Result(Outcome):
-    """The outcome of a linear solve or a root: see :class:`~mdsens._util.outcome.Outcome`.
+    """The outcome of a linear solve or of the derivative of a root: a code with its explanation.
 
-    The codes are shared with :class:`mdsens.Status`.
+    Each outcome is an :class:`~mdsens._util.outcome.Outcome`. The codes are shared with
+    :class:`mdsens.Status`.
     """
 
     CONVERGED = (
@@ -128,15 +129,15 @@ class Result(Outcome):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class SolveStats(Portable, Named):
-    """The status, residual and cost of a solution.
+    """Status, residual and cost of the solution of a linear system A x = b, or of a relaxation.
 
     Attributes:
       status: a :class:`Result` or :class:`mdsens.Status` as an int32 array, which passes through
         jit and vmap.
-      residual: norm of ``b - A x``, recomputed with the operator, relative to the norm of ``b``,
-        both projected off the null space; for a relaxation, the largest force on a particle.
-      iterations: number of operator applications in the solve, or of steps of a relaxation.
-      dropped: norm of the part of ``b`` in the left null space relative to the norm of ``b``.
+      residual: norm of ``b - A x``, recomputed with A, relative to the norm of ``b``, both without
+        their components in the null space; for a relaxation, the largest force on a particle.
+      iterations: number of products with A in the solve, or of steps of a relaxation.
+      dropped: norm of the component of ``b`` in the left null space, relative to the norm of ``b``.
       solver: name of the linear method that was used, with its settings.
     """
 
@@ -161,7 +162,11 @@ class SolveStats(Portable, Named):
 
 
 def dropped_any(status: jax.Array) -> bool:
-    """Whether a status says that a part of the right-hand side was dropped; False when traced."""
+    """Return whether a status says that a part of the right-hand side of A x = b was dropped.
+
+    This part lies in the null space, where there is no solution. ``status`` is an array of
+    :class:`Result` codes; for an array that jax traces, without known values, the result is False.
+    """
     return not isinstance(status, Tracer) and bool(
         np.any(np.asarray(status) == Result.NULL_COMPONENT_DROPPED.value)
     )

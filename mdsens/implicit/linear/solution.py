@@ -2,10 +2,11 @@
 
     x = P_R (P_L A P_R)^+ P_L b
 
-``A`` is a function on pytrees, not a matrix. ``P_R`` and ``P_L`` project off its right and left
-null space. The right-hand side is projected and scaled to norm one, the system is solved on flat
-vectors, and the solution is projected. The residual is always recomputed with the operator; the
-residual that an iteration carries is not relied on.
+``A`` is known by its products ``A v``, not as a matrix; ``x`` and ``b`` are arrays or nested
+containers (trees) of arrays. The projectors ``P_R`` and ``P_L`` remove the right and the left null
+space of ``A``, and ``+`` is the pseudo-inverse. The right-hand side is projected and scaled to norm
+one, the system is solved on flat vectors, and the solution is projected. The residual is always
+recomputed with ``A``; the residual that an iteration updates step by step is not relied on.
 """
 
 from __future__ import annotations
@@ -35,24 +36,26 @@ def solve(
 ) -> tuple[PyTree, SolveStats]:
     """Solve A x = b on the range of A; return the solution of least norm and the statistics.
 
-    Traceable by jit and vmap; for derivatives use :func:`linear_solve`.
+    The function is traceable by jit and vmap; for derivatives use :func:`linear_solve`.
 
     Args:
       operator: the linear map A and its null space.
-      b: right-hand side, a tree of real floating-point arrays; A v must have the same tree and
-        shapes.
-      method: the linear method. Keep Auto() unless your own benchmark shows a better one.
-      not_finite: value of all entries of x where the status is NOT_FINITE. Zero by default; use NaN
-        where the status is not passed on to the user.
+      b: right-hand side, an array or nested containers (a tree) of real floating-point arrays; A v
+        must have the same tree and shapes.
+      method: the linear method. Keep Auto() unless your own benchmark shows a better method.
+      not_finite: value of all entries of x where the status is NOT_FINITE. The default is zero; use
+        NaN where the status is not passed on to the user.
 
     Returns:
-      ``(x, stats)``. Where the status is not good, x is the best iterate. A good status is
-      CONVERGED or a warning such as NULL_COMPONENT_DROPPED. ``stats.residual`` is
-      |P_L b - A x| / |P_L b|, recomputed with the operator.
+      ``(x, stats)``, with the :class:`SolveStats` of the solve. Where the status is not good, x is
+      the best iterate. A good status is CONVERGED or a warning such as NULL_COMPONENT_DROPPED.
+      ``stats.residual`` is |P_L b - A x| / |P_L b|, recomputed with A, where the projector P_L
+      removes the left null space of A.
 
     Raises:
       InputError: b and A b differ in tree or shape; b is not real floating point of one precision;
-        CG on an operator not declared positive semi-definite, MINRES on one not declared symmetric.
+        the method is CG and A is not declared positive semi-definite; the method is MINRES and A is
+        not declared symmetric.
     """
     rhs, unravel = _ravel(b)
     flat = _flatten(operator, rhs, unravel, b)
@@ -65,14 +68,15 @@ def linear_solve(
 ) -> tuple[PyTree, SolveStats]:
     """Solve A x = b, as :func:`solve`, with derivatives in forward and reverse mode, of any order.
 
-    The derivative is dx = A^+ (db - dA x). Reverse mode transposes the solve
-    (``lax.custom_linear_solve``). So ``operator.matvec`` must be differentiable by the variables
-    that it closes over and, unless it is symmetric, transposable. The derivative of the null space
-    by the parameters is left out. Where the null space depends on them, as for the rotations of a
-    cluster, the derivative of x lacks its component in the null space, which does not affect
-    invariant quantities.
+    The derivative is dx = A^+ (db - dA x), with the pseudo-inverse A^+. Reverse mode transposes the
+    solve (``lax.custom_linear_solve``). So jax must be able to differentiate the function v -> A v
+    by the variables on which A depends and, unless A is symmetric, to transpose this function. The
+    derivative of the null space by the parameters is left out. Where the null space depends on the
+    parameters, as for the rotations of a cluster, the derivative of x lacks its component in the
+    null space, which does not affect invariant quantities.
 
-    Args, returns and raises as :func:`solve`. ``stats`` have no derivative.
+    The arguments, results and errors are those of :func:`solve`. The statistics of the solve have
+    no derivative.
     """
     rhs, unravel = _ravel(b)
     flat = _flatten(operator, rhs, unravel, b)
@@ -93,11 +97,15 @@ def linear_solve(
 
 
 def _ravel(b: PyTree) -> tuple[Array, Callable[[Array], PyTree]]:
-    """Validate the right-hand side and flatten it; return it with the inverse of the flattening."""
+    """Flatten the right-hand side b, a tree (nested containers) of arrays, to one vector.
+
+    Return the vector, and the function that turns such a vector back into a tree like b. Raise
+    InputError unless b is real floating point of one precision.
+    """
     for path, leaf in jax.tree_util.tree_leaves_with_path(b):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise InputError(
-                f"the right-hand side b{jax.tree_util.keystr(path)} has dtype"
+                f"the right-hand side `b{jax.tree_util.keystr(path)}` has dtype"
                 f" {jnp.result_type(leaf)}; give real floating-point arrays"
             )
     precisions = sorted({str(jnp.result_type(leaf)) for leaf in jax.tree.leaves(b)})
@@ -105,8 +113,8 @@ def _ravel(b: PyTree) -> tuple[Array, Callable[[Array], PyTree]]:
     # round-off, after the flattening: the solve could not converge.
     if len(precisions) > 1:
         raise InputError(
-            f"the right-hand side b mixes {' and '.join(precisions)}; give all of it in one"
-            " precision"
+            f"the right-hand side `b` mixes {' and '.join(precisions)}; give all arrays of `b` in"
+            " one precision"
         )
     return ravel_pytree(b)
 
@@ -114,22 +122,22 @@ def _ravel(b: PyTree) -> tuple[Array, Callable[[Array], PyTree]]:
 def _flatten(
     operator: Operator, flat: Array, unravel: Callable[[Array], PyTree], b: PyTree
 ) -> Operator:
-    """Return the operator on flat vectors.
+    """Rewrite a linear operator on trees (nested containers) of arrays as one on flat vectors.
 
     Args:
-      operator: on trees.
-      flat: the flat right-hand side.
-      unravel: function from a flat vector to a tree.
+      operator: the operator A of A x = b, on trees.
+      flat: the right-hand side b as one vector.
+      unravel: function that turns such a vector into a tree like b.
       b: the right-hand side as a tree.
     """
     # Shapes are compared by tracing alone; no product is computed.
     shapes = jax.eval_shape(lambda: b)
-    remedy = "the operator must map the unknowns' space into itself"
+    remedy = "return a tree with the shapes of b"
     product = Traceable("the operator's matvec", operator.matvec)
-    check_same(jax.eval_shape(product, shapes), shapes, "A v", "the right-hand side b", remedy)
+    check_same(jax.eval_shape(product, shapes), shapes, "A v", "the right-hand side `b`", remedy)
     if operator.preconditioner is not None:
         out = jax.eval_shape(Traceable("the preconditioner", operator.preconditioner), shapes)
-        check_same(out, shapes, "preconditioner's M v", "the right-hand side b", remedy)
+        check_same(out, shapes, "preconditioner's M v", "the right-hand side `b`", remedy)
 
     def flattened(f: LinearMap) -> LinearMap:
         return lambda v: ravel_pytree(f(unravel(v)))[0].astype(flat.dtype)
@@ -153,7 +161,10 @@ def _flatten(
 
 
 def _flatten_scaling(operator: Operator, b: PyTree) -> SymmetricScaling | None:
-    """Return the change of unknowns on flat vectors; None where the operator has none."""
+    """Rewrite the scaling S of an operator, a change of unknowns x = S^T w, for flat vectors.
+
+    The result is None where the operator has no scaling.
+    """
     if operator.scaling is None:
         return None
     change, product = operator.scaling

@@ -61,8 +61,8 @@ def _contacts_in_doubt(space: Space, step: Unknowns) -> tuple[int, float]:
       step: the Newton step.
 
     Returns:
-      the number of pairs in doubt, and the number of such steps after which the first pair crosses
-      a breakpoint (infinite if none does).
+      the number of pairs in doubt, and the number of Newton steps after which the first pair
+      crosses a breakpoint (infinite if none does).
     """
     eq = space.lin.equilibrium
     net = space.lin.network
@@ -85,10 +85,11 @@ def _parts_without_derivative(
     lin: Linearization,
     project: Callable[[np.ndarray], np.ndarray],
 ) -> dict[str, float]:
-    """Compute the shares of the observable's gradient by positions that have no derivative.
+    """Compute which shares of an observable's gradient lie on rattlers and on rigid motions.
 
-    These are the shares of the norm on the positions of rattlers and along rigid motions, such as
-    translations.
+    The gradient is by the positions, and the shares are of its norm. They have no derivative by the
+    parameters, since the response of rattlers and of rigid motions, such as translations, is not
+    determined.
 
     Args:
       observable: function of a System.
@@ -238,8 +239,8 @@ def certify(
     SHAPE_HELD, a warning, where the moduli are positive and yet some strain lowers the enthalpy.
     Derivatives in the cell are valid in both cases.
 
-    The cost is that of an eigenvalue and a few linear solves with one factor of the Hessian, d (d +
-    1) / 2 of them for the strains: about a tenth of the relaxation.
+    The cost is that of an eigenvalue and a few linear solves with one factor of the Hessian,
+    d (d + 1) / 2 of them for the strains: about a tenth of the relaxation.
 
     Args:
       eq: a minimum or saddle, from ``minimize``, ``find_saddle`` or ``linearize``; not a batch. An
@@ -260,8 +261,8 @@ def certify(
     """
     if isinstance(eq, Equilibrium) and eq.system.batch is not None:
         raise InputError(
-            f"certify takes one minimum and got a batch of {eq.system.batch}: give one of them,"
-            " ms.unstack(eq)[0]."
+            f"certify takes one minimum and got a batch of {eq.system.batch}: give one minimum"
+            " of the batch, ms.unstack(eq)[0]."
         )
     if not isinstance(modes, int) or isinstance(modes, bool) or modes < 1:
         raise InputError(f"modes is {short(modes)}: give a whole number from 1.")

@@ -46,14 +46,13 @@ class CellState(Named):
 
     @property
     def stiffness_min(self) -> float:
-        """The cell's smallest stiffness at its pressure, with relaxed particles, in energy/volume.
-        """
+        """The smallest stiffness of the cell, with relaxed particles, in energy/volume."""
         return float(self.stiffness[0])
 
 
 @dataclasses.dataclass(frozen=True)
 class StrainState(Named):
-    """Stiffness against strain of a minimum whose cell prevents strain.
+    """Stiffness against strain of a minimum in a cell of fixed size or fixed shape.
 
     The stiffness is Birch's tensor (the derivative of the stress by the strain) with relaxed
     particles, in energy/volume.
@@ -95,14 +94,14 @@ class DerivativeCertificate(Portable, Shown):
       error: the sharp estimate of the error, |dJ| / |J|, where dJ is the derivative of J along the
         Newton step to the minimum.
       corrected: J + dJ, more accurate than J where the estimates hold.
-      error_bound: the estimate by Theorem 1 of arXiv:2105.15183, (beta / alpha + gamma R / alpha^2)
-        |x - x*|, relative to |J|. Here x is where the relaxation ended, x* the minimum, B dp the
-        derivative of the condition F = 0 of the minimum along ``dparams``, and R = |B dp|. alpha is
-        the smallest stiffness (at a pressure a lower bound of the stiffness of positions and cell
-        together), and beta and gamma are the rates at which B dp and H change along the Newton
-        step. NaN where the potential's third derivative diverges at a breakpoint (Hertzian
-        contacts), so that gamma has no bound there; use ``steps_to_crossing`` of the certificate
-        instead.
+      error_bound: the estimate by Theorem 1 of arXiv:2105.15183, relative to |J|,
+        (beta / alpha + gamma |B dp| / alpha^2) |x - x*|. Here x is where the relaxation ended, x*
+        the minimum, and B dp the derivative of the condition F = 0 of the minimum along
+        ``dparams``. alpha is the smallest stiffness (at a pressure a lower bound of the stiffness
+        of positions and cell together), and beta and gamma are the rates at which B dp and H change
+        along the Newton step. NaN where the potential's third derivative diverges at a breakpoint
+        (Hertzian contacts), so that gamma has no bound there; use ``steps_to_crossing`` of the
+        certificate instead.
       crossing: the values of t at which pairs cross breakpoints along params + t dparams. A
         breakpoint is a distance at which a derivative of the potential jumps or diverges.
       forward, backward: the largest t, and -t, along params + t dparams up to which no pair crosses

@@ -128,7 +128,8 @@ class Certificate(Shown):
     def error(self) -> float:
         """The sharp estimate of the derivative's relative error.
 
-        The value is infinite where the estimate does not hold, and NaN without a direction.
+        It is the change of the derivative along the Newton step to the exact minimum. The value is
+        infinite where the estimate does not hold, and NaN where no derivative was examined.
         """
         return self._estimate("error")
 
@@ -136,8 +137,8 @@ class Certificate(Shown):
     def bound(self) -> float:
         """The estimate of the derivative's relative error by Theorem 1 of arXiv:2105.15183.
 
-        The value is infinite where the estimate does not hold, and NaN without a direction. The
-        formula is in :class:`DerivativeCertificate`, under ``error_bound``.
+        The value is infinite where the estimate does not hold, and NaN where no derivative was
+        examined. The formula is in :class:`DerivativeCertificate`, under ``error_bound``.
         """
         return self._estimate("error_bound")
 
@@ -266,7 +267,10 @@ class Certificate(Shown):
     _title = "Certificate"
 
     def _sections(self) -> list[tuple[str, Rows]]:
-        """Return the text to print as sections, each a title with rows of a name and a text."""
+        """Return the printed text of the certificate as sections, each a title with rows.
+
+        A row is a name and a text.
+        """
         verdict = [(status.name, sentence) for status, sentence in self.findings]
         if verdict and self.derivative is None and not self.spectrum.values.size:
             verdict.append(("derivative", self._why_nothing_moves))
@@ -322,9 +326,7 @@ class Certificate(Shown):
 
     @property
     def _kind(self) -> str:
-        """The kind of stationary point that was examined, in words: "minimum" or "saddle of order
-        1".
-        """
+        """The kind of stationary point in words, such as "minimum" or "saddle of order 1"."""
         return f"saddle of order {self.order}" if self.order else "minimum"
 
     @property

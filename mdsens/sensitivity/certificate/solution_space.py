@@ -1,4 +1,4 @@
-"""The space of the unknowns of a minimum, with a norm and linear solves, for certificates."""
+"""Displacements of particles and cell at a minimum: their norm and linear solves for them."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ Motion: TypeAlias = tuple[Unknowns, Params]
 
 @jax.jit
 def _product(lin: Linearization, x: Unknowns) -> Unknowns:
-    """Multiply dF/dx with a change x of the unknowns; F is the condition that is zero at the
-    minimum.
+    """Multiply dF/dx with a change x of positions, strain and multipliers.
+
+    F = 0 is the condition of the minimum; in a fixed cell dF/dx is the Hessian.
     """
     return jax.jvp(lambda y: lin.condition(y, lin.params), (lin.unknowns,), (x,))[1]
 
@@ -78,7 +79,7 @@ def on_host(f: Callable[..., np.ndarray], *changes: Unknowns) -> Unknowns:
 
 
 class Space:
-    """Norms of changes of the unknowns of a minimum and of forces on them, and linear solves.
+    """Norms of displacements and of forces at a minimum, and linear solves between the two.
 
     In a fixed cell the unknowns are the positions R. At a pressure they contain a strain of the
     cell, which counts as the motion that it causes in n particles spread evenly over the cell: a
@@ -105,7 +106,7 @@ class Space:
 
     @property
     def still(self) -> Unknowns:
-        """Return a change of the unknowns that is zero."""
+        """Return a change of positions, strain and multipliers that is zero."""
         return on_host(np.zeros_like, self.lin.unknowns)
 
     def forces(self) -> Unknowns:
@@ -116,19 +117,18 @@ class Space:
         return Unknowns(force(self.lin.system), None if cell is None else -cell.slope)
 
     def size(self, x: Unknowns) -> float:
-        """Compute the norm of a change of the unknowns.
+        """Compute the norm of a displacement of particles and cell.
 
-        The norm contains positions, strain, and the parameters that constraints relax, but no
-        multipliers.
+        Parameters that constraints relax contribute to the norm; multipliers of constraints do not.
         """
         of_params = sum(float(np.sum(np.asarray(v) ** 2)) for v in jax.tree.leaves(x.params))
         return float(np.hypot(_norm(x.positions, x.strain, self.length), of_params**0.5))
 
     def strength(self, forces: Unknowns) -> float:
-        """Compute the norm of forces on the unknowns, without their part in the null space.
+        """Compute the norm of forces on particles and cell, without their part in the null space.
 
-        Under constraints the norm is that of the forces' part along the tangent space and of the
-        residuals of the constraints' equations together.
+        The null space is that of the Hessian. Under constraints the norm is that of the forces'
+        part along the tangent space and of the residuals of the constraints' equations together.
         """
         if self.lin.constrained:
             # times the potential's stiffness, the residuals g of the equations are forces
@@ -140,10 +140,11 @@ class Space:
         return _norm(self._off_null(forces.positions), forces.strain, 1.0 / self.length)
 
     def onward(self, forces: Unknowns) -> Unknowns:
-        """Return a change of the unknowns parallel to given forces, with the norm of the forces.
+        """Return the displacement that is parallel to given forces and has the norm of the forces.
 
-        The norm of the change is that of ``size``, and the norm of the forces that of ``strength``.
-        Parts of the forces in the null space or along constraints are left out.
+        The norm of the displacement of particles and cell is that of ``size``, and the norm of the
+        forces that of ``strength``. Parts of the forces in the null space or along constraints are
+        left out.
         """
         dtype = self.lin.system.positions.dtype
         if self.lin.constrained:
@@ -156,15 +157,15 @@ class Space:
         return on_host(lambda leaf: leaf.astype(dtype), change)
 
     def solve(self, forces: Unknowns, rtol: float = 1e-12) -> tuple[Unknowns, float, Status]:
-        """Compute the change of the unknowns under forces, by a linear solve.
+        """Compute the displacement of particles and cell under forces, by a linear solve.
 
         Args:
-          forces: forces on the unknowns.
+          forces: forces on the particles and on the cell.
           rtol: relative residual to which the solve is carried.
 
         Returns:
-          the change, the relative residual and the status. At a pressure the residual is that of
-          positions and cell together.
+          the displacement, the relative residual and the status. At a pressure the residual is that
+          of positions and cell together.
         """
         x, residual, status = self.yields(forces, rtol)
         if self.lin.cell is None:
@@ -175,17 +176,17 @@ class Space:
         return x, residual, Status.worst_of([status, int(self.lin.cell.status)])
 
     def yields(self, forces: Unknowns, rtol: float = 1e-12) -> tuple[Unknowns, float, Status]:
-        """Compute the change of the unknowns under forces, by a linear solve.
+        """Compute the displacement of particles and cell under forces, by a linear solve.
 
         In contrast to ``solve``, the relative residual and the status are those of the solve for
         the positions alone.
 
         Args:
-          forces: forces on the unknowns.
+          forces: forces on the particles and on the cell.
           rtol: relative residual to which the solve is carried.
 
         Returns:
-          the change, the relative residual and the status.
+          the displacement, the relative residual and the status.
         """
         if self.lin.constrained:
             return self.factor.solve_unknowns(self.lin.null.free(forces), rtol)
@@ -196,12 +197,12 @@ class Space:
         return x, residual, status
 
     def response(self, tangent: Params, pull: Unknowns) -> tuple[Unknowns, float, Status]:
-        """Compute the derivative of the unknowns along a direction in parameter space.
+        """Compute the derivative of positions and strain along a direction in parameter space.
 
         Args:
           tangent: the direction, changes of all parameters by name.
-          pull: the derivative of the minimum's condition F = 0 along the direction at constant
-            unknowns.
+          pull: the derivative of the minimum's condition F = 0 along the direction, at constant
+            positions and strain.
 
         Returns:
           the derivative, the residual of the linear solve relative to the right-hand side, and the
@@ -216,7 +217,7 @@ class Space:
     def switches(self, x: Unknowns, tangent: Params) -> tuple[float, float]:
         """Compute the first t > 0 and -t > 0 at which a coordinate meets or leaves its bound.
 
-        Unknowns and parameters change by t ``x`` and t ``tangent``. Both results are infinite
+        Positions change by t ``x`` and parameters by t ``tangent``. Both results are infinite
         without bounds.
         """
         if not self.lin.constrained:
@@ -228,23 +229,24 @@ class Space:
         return float(np.min(ahead, initial=np.inf)), float(np.min(behind, initial=np.inf))
 
     def second(self, first: Motion, second: Motion) -> Unknowns:
-        """Compute the second derivative of F(unknowns, params), the condition that is zero at a
-        minimum.
+        """Compute the second derivative of the condition F of a minimum along two directions.
+
+        F, such as dU/dR, is zero at the minimum.
 
         Args:
-          first, second: the two directions of differentiation, each a change of the unknowns and of
-            the parameters.
+          first, second: the two directions, each a change of the positions (and strain or
+            multipliers) and a change of the parameters.
         """
         return _second_derivative(self.core, first, second)
 
     def crossings(self, x: Unknowns, tangent: Params) -> Crossing:
-        """Compute when pairs cross a breakpoint along a change of unknowns and parameters.
+        """Compute when pairs cross a breakpoint while positions, cell and parameters change.
 
         A breakpoint is a distance at which a derivative of the potential jumps or diverges. The
         pairs are those of the whole system, except pairs of rattlers.
 
         Args:
-          x: the change of the unknowns.
+          x: the change of positions and strain.
           tangent: the change of the parameters by name.
         """
         eq = self.lin.equilibrium
@@ -260,13 +262,13 @@ class Space:
         )
 
     def least(self, stiffness: float) -> float:
-        """Compute the smallest stiffness of all unknowns together; 0 where it is not positive.
+        """Compute the smallest stiffness of positions and cell together; 0 if it is not positive.
 
-        At a pressure the result is a lower bound of the stiffness of positions and cell together,
-        within a factor of 2. The inverse of their stiffness matrix is H^+ + Y S^-1 Y^T, with the
-        Hessian H, the stiffness S of the cell, and Y = (X, 1), where X is the non-affine motion of
-        the particles under each strain. Both terms are positive semidefinite, so that the norm of
-        the inverse is at most the sum of the terms' norms and at least the larger norm.
+        At a pressure the result is a lower bound, within a factor of 2. The inverse of the
+        stiffness matrix of positions and cell is H^+ + Y S^-1 Y^T, with the Hessian H, the
+        stiffness S of the cell, and Y = (X, 1), where X is the non-affine motion of the particles
+        under each strain. Both terms are positive semidefinite, so that the norm of the inverse is
+        at most the sum of the terms' norms and at least the larger norm.
 
         Args:
           stiffness: the smallest stiffness of the positions in the fixed cell.
@@ -287,8 +289,7 @@ class Space:
         return self.factor.tangent(flat(dataclasses.replace(forces, multipliers=None)))
 
     def _off_null(self, positions: ArrayLike) -> np.ndarray:
-        """Return forces on the particles, (n, d), without their part in the Hessian's null space.
-        """
+        """Return forces (n, d) on the particles without their part in the Hessian's null space."""
         forces = np.asarray(positions)
         return self.factor.project(forces.ravel()).reshape(forces.shape)
 

@@ -77,7 +77,7 @@ def test_a_change_of_unknowns_does_not_hide_negative_curvature():
 
 
 def test_a_change_of_unknowns_needs_a_symmetric_operator():
-    with pytest.raises(InputError, match="declare it symmetric"):
+    with pytest.raises(InputError, match="set symmetric=True"):
         Operator(lambda v: v, scaling=SymmetricScaling(lambda v: v, lambda w: w))
 
 
