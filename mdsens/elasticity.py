@@ -88,7 +88,7 @@ D = TypeVar("D", bound=Derivative)
 def _check_tensor(tensor: ArrayLike | Moduli) -> jax.Array:
     """Check that the user gave a stiffness tensor (d, d, d, d), and return it as an array."""
     if isinstance(tensor, Moduli):
-        raise InputError("the tensor is a Moduli: give moduli.tensor or moduli.birch.")
+        raise InputError("got Moduli: give one of its tensors, moduli.tensor or moduli.birch.")
     array = jnp.asarray(real_array("the tensor", tensor))
     if array.shape not in ((2, 2, 2, 2), (3, 3, 3, 3)):
         raise InputError(

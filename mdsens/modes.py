@@ -28,7 +28,7 @@ from mdsens._util.errors import InputError, raise_for_status
 from mdsens._util.outcome import worse
 from mdsens._util.precision import full_precision
 from mdsens._util.tables import Shown
-from mdsens._util.validation import short
+from mdsens._util.validation import is_integer, is_number, short
 from mdsens.implicit.linear import Method
 from mdsens.implicit.linear.eigen import DENSE_SIZE, NULL, Spectrum
 from mdsens.mechanics.hessian import Unknowns, dense_hessian, max_force
@@ -192,14 +192,14 @@ def gradient(
 
 def _check_arguments(count: int, accuracy: float) -> int:
     """Check the arguments ``count`` and ``accuracy``; return the count as a Python int."""
-    if not isinstance(accuracy, int | float) or not 0 < accuracy < 1:
+    if not is_number(accuracy) or not 0 < accuracy < 1:
         raise InputError(f"accuracy is {short(accuracy)}: give a number between 0 and 1.")
     return _check_count(count)
 
 
 def _check_count(count: int) -> int:
     """Check the number of modes, and return it as a Python int; True and False are refused."""
-    if not isinstance(count, int | np.integer) or isinstance(count, bool) or count < 1:
+    if not is_integer(count) or count < 1:
         raise InputError(f"count is {short(count)}: give a whole number from 1.")
     return int(count)
 

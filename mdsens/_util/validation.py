@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from numbers import Real
 from typing import Any
 
 import jax
@@ -122,7 +121,7 @@ def check_positive(record: object, names: tuple[str, ...]) -> None:
     for name in names:
         value = getattr(record, name)
         # Both comparisons are False for NaN.
-        if not (isinstance(value, Real) and 0 < value < np.inf):  # type: ignore[operator]
+        if not (is_number(value) and 0 < value < np.inf):
             raise InputError(
                 f"{type(record).__name__}({name}={short(value)}): give a positive number."
             )
@@ -131,7 +130,7 @@ def check_positive(record: object, names: tuple[str, ...]) -> None:
 def check_whole(record: object, name: str) -> None:
     """Raise InputError unless the field ``name`` of a record is a whole number of at least 0."""
     value = getattr(record, name)
-    if not (isinstance(value, int) and value >= 0):
+    if not (is_integer(value) and value >= 0):
         raise InputError(
             f"{type(record).__name__}({name}={short(value)}): give a whole number from 0."
         )
@@ -152,9 +151,7 @@ def check_count(name: str, field: str, value: int | None) -> None:
 
     The message begins with ``name`` and calls the value ``field``.
     """
-    if value is not None and not (
-        isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    ):
+    if value is not None and not (is_integer(value) and value >= 1):
         raise InputError(
-            f"{name}: {field}={value!r} is no count; give a whole number of at least 1"
+            f"{name}: {field}={value!r} is not a count: give a whole number of at least 1."
         )

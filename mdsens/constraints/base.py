@@ -85,7 +85,7 @@ class Constraint:
 def check_name(kind: str, name: object) -> None:
     """Raise InputError if the name of a constraint is not a valid identifier of Python."""
     if not isinstance(name, str) or not name.isidentifier():
-        raise InputError(f"{kind}: name is {short(name)}: give a word, such as {kind.lower()!r}.")
+        raise InputError(f"{kind}: `name` is {short(name)}: give a word, such as {kind.lower()!r}.")
 
 
 def check_constraints(
@@ -114,14 +114,15 @@ def check_constraints(
         records = tuple(constraints)
     except TypeError:
         raise InputError(
-            f"constraints is {short(constraints)}: give a list of records of mdsens.constraints."
+            f"`constraints` is {short(constraints)}: give a list of constraints of"
+            " mdsens.constraints."
         ) from None
     names: list[str] = []  # multipliers are stored by them
     for c in records:
         if not isinstance(c, Constraint):
             raise InputError(
-                f"constraints has {short(c)}: give records of mdsens.constraints, such as"
-                " Pinned.particles(...)."
+                f"`constraints` contains {short(c)}: give constraints of mdsens.constraints, such"
+                " as Pinned.particles(...)."
             )
         if c.name in names:
             raise InputError(f"two constraints are named {c.name!r}: give each a different name.")
@@ -133,15 +134,17 @@ def check_constraints(
                     " give the constraint another name."
                 )
             if name not in params:
-                raise InputError(f"{c.name} needs the parameter {name!r}: give params[{name!r}].")
+                raise InputError(
+                    f"the constraint {c.name} needs the parameter {name!r}: give params[{name!r}]."
+                )
             # the potential checks its parameters itself, but not these
             if not np.isfinite(np.asarray(params[name])).all():
                 raise InputError(f"parameter {name} is not finite: give finite numbers.")
         for name in c.relaxes:
             if name not in law_parameters:
                 raise InputError(
-                    f"{c.name} relaxes {name!r}, which is not a parameter of the potential: give"
-                    f" one of {list(law_parameters)}."
+                    f"the constraint {c.name} relaxes {name!r}, which the potential does not have:"
+                    f" give one of {list(law_parameters)}."
                 )
         c.check(params, n, d)
     # Only after all are known: the constraint that relaxes a parameter may come after the one whose
@@ -150,8 +153,8 @@ def check_constraints(
     for c in records:
         for name in relaxes.keys() & set(c.bounded_by):
             raise InputError(
-                f"{c.name} has bounds that depend on {name!r}, which {relaxes[name]} relaxes:"
-                " bounds cannot move with an unknown, so leave the clearance 0, or keep"
-                f" {name!r} fixed."
+                f"the bounds of the constraint {c.name} depend on {name!r}, which the constraint"
+                f" {relaxes[name]} relaxes, and bounds cannot move during a relaxation: leave"
+                f" `clearance` 0, or keep {name!r} fixed."
             )
     return records

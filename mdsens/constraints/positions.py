@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 
 from mdsens._util.errors import InputError
 from mdsens._util.portable import Portable
-from mdsens._util.validation import real_array, short
+from mdsens._util.validation import is_number, real_array, short
 from mdsens.constraints.base import Bounds, Constraint, Displacement, check_name
 
 __all__ = ["Pinned", "RigidBonds", "Wall"]
@@ -71,7 +71,7 @@ class Pinned(Portable, Constraint):
         which = _indices("Pinned: indices", indices, remedy).ravel()
         if which.min() < 0 or which.max() >= n:
             raise InputError(
-                f"Pinned: `indices` has {which.min()} to {which.max()}: give numbers from 0 to"
+                f"Pinned: `indices` go from {which.min()} to {which.max()}: give numbers from 0 to"
                 f" {n - 1}."
             )
         along = list(range(d)) if axes is None else np.ravel(np.asarray(axes)).tolist()
@@ -88,14 +88,14 @@ class Pinned(Portable, Constraint):
         array = np.asarray(mask)
         if array.dtype != bool or array.ndim != 2 or array.shape[1] not in (2, 3):
             raise InputError(
-                f"Pinned: mask has shape {array.shape} and type {array.dtype}: give (n, d)"
+                f"Pinned: `mask` has shape {array.shape} and type {array.dtype}: give (n, d)"
                 " booleans."
             )
         return cls(jnp.asarray(array), name)
 
     def check(self, params: Params, n: int, d: int) -> None:
         if self.mask.shape != (n, d):
-            raise InputError(f"{self.name}: the mask has shape {self.mask.shape}: give ({n}, {d}).")
+            raise InputError(f"{self.name}: `mask` has shape {self.mask.shape}: give ({n}, {d}).")
 
     def pinned(self) -> jax.Array:
         return self.mask
@@ -131,13 +131,13 @@ class Wall(Constraint):
         check_name("Wall", self.name)
         # for Python, True is a 1
         if isinstance(self.axis, bool) or self.axis not in (0, 1, 2):
-            raise InputError(f"Wall: axis is {short(self.axis)}: give 0, 1 or 2.")
+            raise InputError(f"Wall: `axis` is {short(self.axis)}: give 0, 1 or 2.")
         if not isinstance(self.above, bool):
             raise InputError(
                 f"Wall: `above` is {short(self.above)}: give True if particles are above the wall,"
                 " else False."
             )
-        if not (isinstance(self.clearance, int | float) and 0.0 <= self.clearance < np.inf):
+        if not (is_number(self.clearance) and 0.0 <= self.clearance < np.inf):
             raise InputError(
                 f"Wall: `clearance` is {short(self.clearance)}: give 0 or more, in radii."
             )
@@ -158,7 +158,7 @@ class Wall(Constraint):
     def check(self, params: Params, n: int, d: int) -> None:
         if self.axis >= d:
             raise InputError(
-                f"{self.name}: axis is {self.axis} in {d} dimensions: give 0 to {d - 1}."
+                f"{self.name}: `axis` is {self.axis} in {d} dimensions: give 0 to {d - 1}."
             )
         if np.shape(params[self.position]) not in ((), (n,)):
             raise InputError(
@@ -207,7 +207,7 @@ class RigidBonds(Portable, Constraint):
         pairs = _indices("RigidBonds: bonds", bonds, "give (m, 2) particle numbers from 0.")
         if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.min() < 0:
             raise InputError(
-                f"RigidBonds: bonds have shape {pairs.shape}: give (m, 2) particle numbers from 0."
+                f"RigidBonds: `bonds` has shape {pairs.shape}: give (m, 2) particle numbers from 0."
             )
         if np.any(pairs[:, 0] == pairs[:, 1]):
             k = int(np.argmax(pairs[:, 0] == pairs[:, 1]))
@@ -245,7 +245,7 @@ class RigidBonds(Portable, Constraint):
         x = np.asarray(real_array("positions", positions, "give (n, d) numbers."), float)
         bonds: list[tuple[int, int]] = []
         if x.ndim != 2:
-            raise InputError(f"positions has shape {x.shape}: give (n, d) numbers.")
+            raise InputError(f"`positions` has shape {x.shape}: give (n, d) numbers.")
         for k, body in enumerate(members if isinstance(members, Iterable) else [members]):
             need = "give a list of bodies, each the numbers of two or more particles."
             numbers = _indices(f"RigidBonds: body {k}", body, need).ravel().tolist()
@@ -281,7 +281,7 @@ class RigidBonds(Portable, Constraint):
         largest = int(np.max(np.asarray(self.bonds)))
         if largest >= n:
             raise InputError(
-                f"{self.name}: bonds go up to particle {largest} of {n}: give numbers from 0 to"
+                f"{self.name}: `bonds` names particle {largest} of {n}: give numbers from 0 to"
                 f" {n - 1}."
             )
         length = np.asarray(params[self.length])
@@ -328,8 +328,8 @@ def _isostatic_bonds(x: np.ndarray, body: list[int], k: int) -> list[tuple[int, 
     if others and len(corners) <= d:
         raise InputError(
             f"RigidBonds: the particles of body {k} lie on a"
-            f" {'line' if len(corners) == 2 else 'plane'}, and bonds along it do not keep it"
-            " straight: leave out some, or add a particle beside it."
+            f" {'line' if len(corners) == 2 else 'plane'}, which bonds between them do not keep"
+            " straight: leave some of the particles out, or add a particle beside them."
         )
     bonds = list(itertools.combinations(corners, 2))
     for i in others:

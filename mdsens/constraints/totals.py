@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from mdsens._util.errors import InputError
 from mdsens._util.lattice import BALL_OF_UNIT_DIAMETER
-from mdsens._util.validation import short
+from mdsens._util.validation import is_number, short
 from mdsens.constraints.base import Constraint, Displacement, check_name
 
 __all__ = ["FixedTotal", "Simplex"]
@@ -50,11 +50,12 @@ class FixedTotal(Constraint):
         check_name("FixedTotal", self.name)
         if not isinstance(self.parameter, str):
             raise InputError(
-                f"FixedTotal: parameter is {short(self.parameter)}: give its name, such as 'sigma'."
+                f"FixedTotal: `parameter` is {short(self.parameter)}: give the name of a parameter,"
+                " such as 'sigma'."
             )
-        if not (isinstance(self.exponent, int | float) and self.exponent > 0):
+        if not (is_number(self.exponent) and self.exponent > 0):
             raise InputError(
-                f"FixedTotal: exponent is {short(self.exponent)}: give a positive number."
+                f"FixedTotal: `exponent` is {short(self.exponent)}: give a positive number."
             )
 
     @property
@@ -74,12 +75,12 @@ class FixedTotal(Constraint):
         # a scalar would have no freedom left
         if np.ndim(params[self.parameter]) == 0:
             raise InputError(
-                f"{self.name}: {self.parameter} is a scalar, which its total fixes: give one value"
-                " per particle."
+                f"the constraint {self.name} relaxes {self.parameter!r}, but the parameter is a"
+                " scalar, which the total alone would fix: give one value per particle."
             )
         if np.shape(params[self.total]) != ():
             raise InputError(
-                f"parameter {self.total} has shape {np.shape(params[self.total])}: give a number."
+                f"parameter {self.total} has shape {np.shape(params[self.total])}: give one number."
             )
         # only an odd power of negative values has a negative total
         if self.exponent % 2 != 1 and not float(params[self.total]) > 0:
@@ -125,7 +126,8 @@ class Simplex(Constraint):
         check_name("Simplex", self.name)
         if not isinstance(self.parameter, str):
             raise InputError(
-                f"Simplex: parameter is {short(self.parameter)}: give its name, such as 'weights'."
+                f"Simplex: `parameter` is {short(self.parameter)}: give the name of a parameter,"
+                " such as 'weights'."
             )
 
     @property
@@ -145,8 +147,8 @@ class Simplex(Constraint):
         # the sum of a row may be off by up to 1e-6
         if (value < 0).any() or np.abs(value.sum(axis=-1) - 1.0).max() > 1e-6:
             raise InputError(
-                f"parameter {self.parameter} is off the simplex: give weights that are not negative"
-                " and whose sum is 1."
+                f"the weights {self.parameter!r} are negative somewhere, or do not have the sum 1:"
+                " give weights that are not negative and have the sum 1 in each row."
             )
 
     def residuals(

@@ -81,7 +81,8 @@ class Measurement(NamedTuple):
     minimum is rigid and all its features could be computed.
 
     Attributes:
-      lins: the linearized minimum of each system; None for a system that does not count.
+      lins: the linearized minimum of each system, that is, the minimum with its Hessian; None for a
+        system that does not count.
       values: (m,) mean of each feature; nan where no system counts.
       round_off: (m,) mean round-off error of each feature.
       jacobian: (m, p) mean of the derivatives of the features by the variables; the median instead
@@ -98,7 +99,7 @@ class Measurement(NamedTuple):
 
     @property
     def enough(self) -> bool:
-        """Whether the features could be computed for at least half of the ensemble's systems."""
+        """Whether the properties to design could be computed for at least half of the systems."""
         return bool(np.mean(self.status == Status.CONVERGED.value) >= ENOUGH)
 
 
@@ -355,7 +356,10 @@ def relaxed(
 
 
 def _predicted(eq: Equilibrium, move: Unknowns) -> System:
-    """Return the system of a minimum, with particles and cell moved by their linear response."""
+    """Return the system of a minimum with particles and cell moved by their linear response.
+
+    The result is the configuration predicted for changed parameters.
+    """
     moved = eq.positions + move.positions
     if move.strain is None:
         return eq.system.replace(positions=moved)

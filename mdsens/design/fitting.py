@@ -21,7 +21,7 @@ import numpy as np
 
 from mdsens._util.errors import ConvergenceError, InputError
 from mdsens._util.progress import Trials
-from mdsens._util.validation import short
+from mdsens._util.validation import is_integer, short
 from mdsens.design.ensemble import Measurement, Problem, crossings, measure, moves, relaxed
 from mdsens.design.history import Design, State, Step
 from mdsens.design.methods import LevenbergMarquardt, Optax, check_method
@@ -113,12 +113,12 @@ def fit(
     """
     method = LevenbergMarquardt() if method is None else method
     check_method(method)
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise InputError(f"steps is {short(steps)}: give a whole number from 1.")
+    if not is_integer(steps) or steps < 1:
+        raise InputError(f"`steps` is {short(steps)}: give a whole number of at least 1.")
     if resume is not None and not isinstance(resume, State):
         raise InputError(
-            f"resume is a {type(resume).__name__}: give the State that ms.io.load reads, or that"
-            " callback got."
+            f"`resume` is a {type(resume).__name__}: give a State, as ms.io.load returns or as"
+            " `callback` is called with."
         )
     wanted = _checked_targets(targets)
     members = _checked_members(system)
@@ -173,18 +173,21 @@ def fit(
 
 
 def _checked_targets(targets: Target | Sequence[Target]) -> tuple[Target, ...]:
-    """Return a user's targets as a tuple; raise InputError if two of the targets share a name."""
+    """Check the targets of an inverse design, and return them as a tuple.
+
+    A target is a property with a wanted value. Two targets must not have the same name.
+    """
     if isinstance(targets, Target):
         return (targets,)
     # A text is a sequence too, of letters: it would be refused letter by letter.
     known = isinstance(targets, Sequence) and not isinstance(targets, str)
     several = tuple(targets) if known else ()
     if not several:
-        raise InputError(f"targets is {short(targets)}: give at least one Target.")
+        raise InputError(f"`targets` is {short(targets)}: give at least one Target.")
     for target in several:
         if not isinstance(target, Target):
             raise InputError(
-                f"targets contains {short(target)}: give ms.design.Target(...) for each target."
+                f"`targets` contains {short(target)}: give ms.design.Target(...) for each target."
             )
     names = [t.name for t in several]
     for name in names:
@@ -194,15 +197,15 @@ def _checked_targets(targets: Target | Sequence[Target]) -> tuple[Target, ...]:
 
 
 def _checked_members(system: System | Sequence[System]) -> list[System]:
-    """Return the systems that a user gave to a design as a list; a batch is split into systems."""
+    """Return the systems that a user gave to an inverse design as a list; a batch is split up."""
     if isinstance(system, System):
         return [system] if system.batch is None else unstack(system)
     if isinstance(system, Equilibrium):
-        raise InputError("system is an Equilibrium: give the System in it, eq.system.")
+        raise InputError("`system` is an Equilibrium: give its System, as in `eq.system`.")
     members = list(system) if isinstance(system, (list, tuple)) else []
     if not members or not all(isinstance(s, System) and s.batch is None for s in members):
         raise InputError(
-            f"system is {short(system)}: give a System, a batch made by ms.stack, or a list of"
+            f"`system` is {short(system)}: give a System, a batch made by ms.stack, or a list of"
             " Systems."
         )
     return members
@@ -217,16 +220,18 @@ def _check_shared(members: Sequence[System], variables: Variables) -> None:
             )
             if not shared:
                 raise InputError(
-                    f"system {k} has another {name} than system 0: give all members the same"
+                    f"system {k} has another `{name}` than system 0: give all systems the same"
                     " values of the free parameters."
                 )
 
 
 def _initial(problem: Problem, members: list[System]) -> tuple[State, Measurement]:
-    """Make the starting state of a design: relax the systems, and convert the targets to numbers.
+    """Relax the systems of an inverse design, and make the state in which the design starts.
+
+    Targets that are relative to the start become numbers.
 
     Returns:
-      the state, and the features measured on the relaxed systems.
+      the state, and the properties to design, measured on the relaxed systems.
     """
     equilibria = problem.relax(members)
     measurement = measure(problem, equilibria, problem.variables.x, np.ones(len(members), bool))
@@ -234,8 +239,8 @@ def _initial(problem: Problem, members: list[System]) -> tuple[State, Measuremen
     if not measurement.enough:
         worst = Status.worst_of(measurement.status)
         raise ConvergenceError(
-            f"fit: {int((~good).sum())} of {len(members)} systems are no rigid minimum to begin"
-            f" with: {worst.sentence}.",
+            f"fit: {int((~good).sum())} of {len(members)} systems did not relax to a rigid minimum"
+            f" at the start: {worst.sentence}.",
             worst,
             equilibria,
         )
@@ -249,8 +254,8 @@ def _initial(problem: Problem, members: list[System]) -> tuple[State, Measuremen
         # A share of a value that is zero to round-off is a tolerance that nothing can meet.
         if target.share and not abs(value) > least:
             raise InputError(
-                f"target {target.name}: a share of the value {value:.1g}, zero to round-off, is no"
-                " tolerance: give one with share=False."
+                f"target '{target.name}': the value is {value:.1g}, zero to round-off, so that a"
+                " share of the value is no tolerance: give the tolerance itself, with share=False."
             )
     x = problem.variables.x
     method = problem.method
@@ -289,30 +294,30 @@ def _initial(problem: Problem, members: list[System]) -> tuple[State, Measuremen
 
 
 def _resumed(problem: Problem, state: State) -> tuple[State, Measurement]:
-    """Check that a stored state belongs to this design, and measure the features of its minima.
+    """Check that a stored state belongs to this inverse design, and measure its minima again.
 
     Returns:
-      the state, and the features measured on its minima.
+      the state, and the properties to design, measured on the minima of the state.
     """
     for key, value in problem.about.items():
         if state.about.get(key) != value:
             raise InputError(
-                f"the state to resume from is that of another design: its {key} is"
-                f" {short(state.about.get(key))}, here {short(value)}; give the same, or"
-                " leave out resume."
+                f"`resume` is the state of another design: its {key} is"
+                f" {short(state.about.get(key))}, but this design has {short(value)}; give the"
+                " same, or leave out `resume`."
             )
     if isinstance(problem.method, Optax):
         initial = leaves(problem.method.optimizer.init(jnp.asarray(state.x)))
         if [leaf.shape for leaf in state.optimizer] != [leaf.shape for leaf in initial]:
             raise InputError(
-                "the state to resume from is that of another optimizer: give the same, or"
-                " leave out resume."
+                "`resume` is the state of a design with another optimizer: give the same optimizer,"
+                " or leave out `resume`."
             )
     return state, measure(problem, state.equilibria, state.x, state.counts)
 
 
 def _distance(state: State) -> float:
-    """Compute the largest distance of a feature from its target at the last accepted step.
+    """Compute the largest distance of a property from its target at a design's last accepted step.
 
     The distance is in units of the target's tolerance.
     """
@@ -321,7 +326,11 @@ def _distance(state: State) -> float:
 
 
 def _verdict(state: State, steps: int) -> Status | None:
-    """Return the status with which a design ends, or None if the design must take another step."""
+    """Return the status with which an inverse design ends, or None if it must take another step.
+
+    The design ends when all targets are met, when steps have become too short to make progress, or
+    when ``steps`` steps have been taken.
+    """
     if _distance(state) <= 1.0:
         return Status.CONVERGED
     no_step = len(state.history) > 1 and state.history[-1].size < SMALLEST_STEP
@@ -333,10 +342,10 @@ def _verdict(state: State, steps: int) -> Status | None:
 def _advanced(
     problem: Problem, state: State, measurement: Measurement
 ) -> tuple[State, Measurement]:
-    """Take one step of a design: propose new parameters, relax the systems, accept or refuse.
+    """Take one step of an inverse design: propose parameters, relax at them, accept or refuse.
 
     Returns:
-      the state of the design after the step, and the features at its parameters.
+      the state of the design after the step, and the properties to design at its parameters.
     """
     method = problem.method
     variables = problem.variables

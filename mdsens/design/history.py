@@ -37,8 +37,9 @@ class Step(Named):
       trust: the radius of the trust region for this step.
       reach: the fraction of the step at which the first pair was predicted to cross a breakpoint,
         to first order; the smallest such fraction over the members. A breakpoint is a distance at
-        which a derivative of the potential jumps or diverges. If the fraction is above 1, the step
-        lies within the radius that the certificate of the sensitivity gives.
+        which a derivative of the potential jumps or diverges. If the fraction is above 1, no pair
+        is predicted to cross in the step: the step lies within the radius that the certificate of a
+        derivative gives.
       crossed: how many pairs were predicted to cross a breakpoint in the step; the largest such
         number over the members.
       max_displacement_error: the largest distance of a relaxed particle from the position that
@@ -100,7 +101,7 @@ class State(Named):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Design(Shown):
-    """The result of an inverse design, with all steps; ``print`` shows a summary.
+    """The result of an inverse design, with all of its steps; ``print`` shows a summary.
 
     Attributes:
       status: CONVERGED where every target is met, else DESIGN_STAGNATED or BUDGET_SPENT.
@@ -118,44 +119,44 @@ class Design(Shown):
 
     @property
     def history(self) -> tuple[Step, ...]:
-        """The steps of the design in order, a tuple; the first entry is the start."""
+        """The steps of the inverse design in order, a tuple; the first entry is the start."""
         return self.state.history
 
     @property
     def equilibria(self) -> tuple[Equilibrium, ...]:
-        """The energy minimum of each system of the ensemble at the end of the design, a tuple."""
+        """The energy minimum of each system at the end of the inverse design, a tuple."""
         return self.state.equilibria
 
     @property
     def equilibrium(self) -> Equilibrium:
-        """The energy minimum at the end of the design, for a design of a single system."""
+        """The energy minimum at the end of the inverse design, if it was of a single system."""
         (minimum,) = self.state.equilibria
         return minimum
 
     @property
     def reached(self) -> Step:
-        """The last accepted step of the design; the start counts as accepted."""
+        """The last accepted step of the inverse design; the start counts as accepted."""
         # The start counts as accepted, so that there is always one.
         return next(step for step in reversed(self.history) if step.accepted)
 
     @property
     def values(self) -> np.ndarray:
-        """The values (m,) of the m features of the design at the last accepted step."""
+        """The values (m,) of the m properties to design at the last accepted step."""
         return self.reached.values
 
     @property
     def wanted(self) -> np.ndarray:
-        """The target values (m,) of the m features of the design."""
+        """The target values (m,) of the m properties to design."""
         return self.state.wanted
 
     @property
     def tolerance(self) -> np.ndarray:
-        """The tolerances (m,) of the m targets of the design, in the units of the features."""
+        """The tolerances (m,) of the targets for the m properties to design, in their units."""
         return self.state.tolerance
 
     @property
     def relaxations(self) -> int:
-        """How many times each system of the ensemble was relaxed, without the start."""
+        """How many times each system was relaxed in the inverse design, after the start."""
         return len(self.history) - 1
 
     _title = "Design"
@@ -188,7 +189,7 @@ class Design(Shown):
         return rows
 
     def table(self) -> str:
-        """Return a text table of the steps of the design, one line for each step."""
+        """Return a text table of the steps of the inverse design, one line for each step."""
         header = ["step", *self.names, "trust", "crossed", "max_displacement_error", "members", ""]
         rows = []
         for k, step in enumerate(self.history):

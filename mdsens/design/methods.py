@@ -1,4 +1,4 @@
-"""Methods that choose the steps of a design: Levenberg-Marquardt within bounds, and optax."""
+"""Methods that choose the steps of an inverse design: Levenberg-Marquardt, and optax."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class LevenbergMarquardt:
       trust: the first radius of the trust region: the largest change of a variable (for a variable
         that is a logarithm, a relative change of the parameter). None chooses the radius at which
         the fraction ``changes`` of the contacts opens or closes. These contact changes are
-        predicted as for the radius of a certificate.
+        predicted to first order, as for the radius that the certificate of a derivative gives.
       changes: the fraction of the contacts that may open or close in the first step, where
         ``trust`` is None.
       largest: the largest radius of the trust region.
@@ -80,7 +80,7 @@ class LevenbergMarquardt:
         check_whole(self, "memory")
         if not isinstance(self.widths, tuple | list):
             raise InputError(f"{type(self).__name__}(widths={short(self.widths)}): {NUMBERS}")
-        widths = tuple(real_number("widths", width, NUMBERS) for width in self.widths)
+        widths = tuple(real_number("`widths`", width, NUMBERS) for width in self.widths)
         if not all(0 < width < np.inf for width in widths):
             raise InputError(f"{type(self).__name__}(widths={short(self.widths)}): {NUMBERS}")
         # The record is frozen; a list becomes a tuple, so that it stays hashable.
@@ -112,7 +112,7 @@ class Optax:
         functions = (getattr(self.optimizer, name, None) for name in ("init", "update"))
         if not all(callable(function) for function in functions):
             raise InputError(
-                f"optimizer is {short(self.optimizer)}: give an optimizer of optax, such as"
+                f"`optimizer` is {short(self.optimizer)}: give an optimizer of optax, such as"
                 " optax.rmsprop(0.002)."
             )
 
@@ -124,7 +124,7 @@ def check_method(method: object) -> None:
     """Raise InputError unless ``method`` is a ``LevenbergMarquardt`` or an ``Optax``."""
     if not isinstance(method, LevenbergMarquardt | Optax):
         raise InputError(
-            f"method is {short(method)}: give LevenbergMarquardt() or Optax(optimizer) of"
+            f"`method` is {short(method)}: give LevenbergMarquardt() or Optax(optimizer) of"
             " ms.design, or None."
         )
 
@@ -138,6 +138,12 @@ def bounded_step(
     s = clip(A^T y, low, high), whose unknowns y are one multiplier for each row of A. For 3 rows
     and 1,000 columns this takes 0.6 ms; ``scipy.optimize.lsq_linear`` takes 2.6 s and gives the
     same s to 1e-13.
+
+    Args:
+      A: (m, p) matrix.
+      b: (m,) right-hand side.
+      low, high: (p,) bounds of s.
+      mu: positive number; the smaller, the closer A s comes to b.
     """
     # Imported here, so that importing mdsens does not import scipy.optimize.
     from scipy.optimize import minimize
@@ -145,15 +151,15 @@ def bounded_step(
     unit = np.eye(len(b))
 
     def value(y: np.ndarray) -> tuple[float, np.ndarray]:
-        """Return the dual function at the multipliers y, a number to minimize, and its gradient."""
+        """Return the dual function of the multipliers y, which is minimized, and its gradient."""
         free = A.T @ y
         s = np.clip(free, low, high)
         return float(free @ s - 0.5 * s @ s + 0.5 * mu * y @ y - b @ y), A @ s + mu * y - b
 
     def curvature(y: np.ndarray) -> np.ndarray:
-        """Return the Hessian of the dual function at the multipliers y.
+        """Return the Hessian of the function that the dual problem minimizes, at multipliers y.
 
-        Only components of the step that are strictly inside their bounds contribute to the Hessian.
+        Only components of the primal solution that are strictly inside their bounds contribute.
         """
         free = A.T @ y
         inside = A[:, (free > low) & (free < high)]

@@ -1,4 +1,4 @@
-"""Compute the next step of a design from Jacobians of the features, present and earlier ones."""
+"""Compute the next step of an inverse design from derivatives of the properties to design."""
 
 from __future__ import annotations
 
@@ -50,17 +50,17 @@ SMALLEST_FIRST = 1e-4
 
 
 def bands_of(state: State, values: np.ndarray, loosened: float) -> np.ndarray:
-    """Compute the unit (m,) of each feature's distance from its target, in the sum to be reduced.
+    """Compute the units (m,) in which distances of m properties from their targets are measured.
 
-    A step of the design is to reduce the sum of the squares of these distances. The unit is the
-    tolerance of the target; it is larger for a feature that has met its target while others are far
-    from theirs.
+    A step of an inverse design is to reduce the sum of the squares of these distances. The unit is
+    the tolerance of the target; it is larger for a property that has met its target while others
+    are far from theirs.
 
     Args:
       state: the state of the design, with the target values and tolerances.
-      values: (m,) the features.
-      loosened: how far a feature that has met its target may leave the target again, as a fraction
-        of the largest distance of a feature from its target.
+      values: (m,) the properties.
+      loosened: how far a property that has met its target may leave the target again, as a fraction
+        of the largest distance of a property from its target.
     """
     off = np.abs(values - state.wanted) / state.tolerance
     wide = max(1.0, loosened * float(off.max()))
@@ -68,7 +68,7 @@ def bands_of(state: State, values: np.ndarray, loosened: float) -> np.ndarray:
 
 
 def first_trust(problem: Problem, state: State, measurement: Measurement) -> float:
-    """Compute the first radius of the trust region, the largest change of a variable of the design.
+    """Compute the first radius of an inverse design's trust region: the largest parameter change.
 
     At this radius a given fraction of the contacts opens or closes along the first step, to first
     order. A radius that the user has given is returned as it is.
@@ -93,15 +93,15 @@ def first_trust(problem: Problem, state: State, measurement: Measurement) -> flo
 def next_trust(
     trust: float, method: LevenbergMarquardt, enough: bool, accepted: bool, ratio: float
 ) -> float:
-    """Compute the radius of the trust region after a step.
+    """Compute the radius of the trust region of an inverse design after a step.
 
     Args:
       trust: the radius before the step.
       method: the method of the design, which gives the largest radius.
-      enough: whether the features could be computed for at least half of the systems after the
-        step.
+      enough: whether the properties to design could be computed for at least half of the systems
+        after the step.
       accepted: whether the step was accepted.
-      ratio: the decrease of the sum of squares of (feature - target), divided by the decrease that
+      ratio: the decrease of the sum of squares of (property - target), divided by the decrease that
         the linear model predicted.
     """
     if not enough:
@@ -115,10 +115,10 @@ def next_trust(
 
 
 def gauss_newton(problem: Problem, state: State, measurement: Measurement) -> np.ndarray:
-    """Compute the next step (p,) of the p variables of a design, by ``LevenbergMarquardt``.
+    """Compute the next step (p,) of an inverse design with p variables, by Levenberg-Marquardt.
 
-    The step is a damped Gauss-Newton step from several Jacobians of the features: the present
-    Jacobian, earlier ones nearby, and those for averaged pair potentials.
+    The step is a damped Gauss-Newton step from several Jacobians of the properties to design: the
+    present Jacobian, earlier ones nearby, and those for averaged pair potentials.
     """
     method = problem.method
     assert isinstance(method, LevenbergMarquardt)
@@ -169,12 +169,15 @@ def _least_step(
     models: Sequence[np.ndarray],
     radius: float,
 ) -> np.ndarray:
-    """Compute the shortest step with which several linear models of the features meet the targets.
+    """Compute the shortest design step for which several linear models predict the target values.
 
     Where this step is longer than ``radius``, the step goes only part of the way to the targets.
 
     Args:
-      models: for each linear model the Jacobian (m, p) of the m features by the p variables.
+      problem: the task of the inverse design, with variables and method.
+      state: the state of the design, with the targets.
+      measurement: the properties to design at the present variables.
+      models: for each linear model the Jacobian (m, p) of the m properties by the p variables.
       radius: radius of the trust region, the largest change of a variable.
     """
     method = problem.method
@@ -209,7 +212,7 @@ def _least_step(
 def remembered(
     state: State, method: LevenbergMarquardt, one: tuple[np.ndarray, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Add a Jacobian of the features to the earlier Jacobians of a design, and drop the oldest.
+    """Add a Jacobian to the earlier Jacobians that an inverse design keeps, and drop the oldest.
 
     A Jacobian that is not finite is not added.
 
@@ -235,7 +238,9 @@ def remembered(
 def of_optimizer(
     method: Optax, variables: Variables, state: State, measurement: Measurement
 ) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-    """Compute the next step (p,) of an optax optimizer, cut at the bounds of the p variables.
+    """Compute the next step (p,) of an inverse design with p variables, by an optax optimizer.
+
+    The step is cut at the bounds of the variables.
 
     Returns:
       the step, and the arrays of the optimizer's new state.
@@ -251,5 +256,5 @@ def of_optimizer(
 
 
 def leaves(tree: PyTree) -> tuple[np.ndarray, ...]:
-    """Return the arrays in the state of an optax optimizer (a pytree), for ``ms.io.save``."""
+    """Return the arrays in an optax optimizer's state, a nested container, for ``ms.io.save``."""
     return tuple(np.asarray(leaf) for leaf in jax.tree.leaves(tree))

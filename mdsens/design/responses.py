@@ -106,7 +106,8 @@ class FeatureResponse(Shown):
         k = self.names.index(name)
         if not np.isfinite(self.alone[k]).all():
             raise InputError(
-                f"{name!r} cannot be changed alone: its gradient is a combination of the others'."
+                f"{name!r} cannot be changed alone, because its gradient is a combination of the"
+                " gradients of the other features: leave out a feature, or free more parameters."
             )
         return self.variables.tangent(self.variables.x, by / self.scales[k] * self.alone[k])
 
@@ -133,10 +134,10 @@ class FeatureResponse(Shown):
 
 def _checked_scales(scales: ArrayLike, count: int) -> np.ndarray:
     """Check the scale that a user gives for each feature, and return the scales as an array."""
-    units = np.asarray(real_array("scales", scales, "give one positive number a feature."), float)
+    units = np.asarray(real_array("`scales`", scales, "give one number for each feature."), float)
     if units.shape != (count,) or not (np.isfinite(units) & (units > 0)).all():
         raise InputError(
-            f"scales is {short(scales)}: give {count} positive numbers, one for each feature."
+            f"`scales` is {short(scales)}: give {count} positive numbers, one for each feature."
         )
     return units
 
@@ -178,7 +179,7 @@ def feature_response(
     else:
         labeled = [(None, feature) for feature in features]
     if not labeled:
-        raise InputError("features is empty: give at least one.")
+        raise InputError("`features` is empty: give at least one feature.")
     resolved = [named(feature) for _, feature in labeled]
     names = tuple(
         str(label or name) for (label, _), (name, _) in zip(labeled, resolved, strict=True)

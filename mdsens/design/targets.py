@@ -18,7 +18,7 @@ from mdsens import elasticity, modes, observables
 from mdsens._util.errors import InputError
 from mdsens._util.suggestions import did_you_mean
 from mdsens._util.user_functions import Traceable
-from mdsens._util.validation import real_number, short
+from mdsens._util.validation import check_count, real_number, short
 from mdsens.elasticity import Moduli
 from mdsens.mechanics.status import Status
 from mdsens.model.system import System
@@ -71,6 +71,9 @@ class Softest:
 
     count: int = 1
 
+    def __post_init__(self) -> None:
+        check_count("Softest", "count", self.count)
+
 
 Feature: TypeAlias = Elastic | Softest | Callable[[System], Any]
 
@@ -95,7 +98,7 @@ FEATURES: dict[str, Feature] = {
 
 
 def named(feature: str | Feature) -> tuple[str, Feature]:
-    """Return the name and the definition of a feature of a design.
+    """Return the name and the definition of a feature, a property that a design may target.
 
     Args:
       feature: a name in ``FEATURES``, or the definition: a function of a System, ``Elastic``, or
@@ -125,14 +128,14 @@ class Target:
       of: the feature: a name in ``ms.design.FEATURES``, a function of a System
         (``ms.observables.pressure``), or ``Elastic(lambda m: m.poisson)``.
       value: the wanted value; with ``from_start`` the wanted change from the starting value.
-      tolerance: the target is met within this distance, in the feature's units; with ``share`` a
-        share of the wanted value.
+      tolerance: the target is met within this distance, in the feature's units; with ``share`` in
+        units of the wanted value.
       name: name of the target in tables and figures; if empty, the name of the feature.
       from_start: whether ``value`` is a change from the starting value: ``Target("poisson", -0.1,
         2e-3, from_start=True)`` lowers Poisson's ratio by 0.1.
-      share: whether ``tolerance`` is a share of the wanted value: ``Target("pressure", 0.0, 0.01,
-        from_start=True, share=True)``, or ``hold("pressure", 0.01)``, keeps the pressure within 1
-        %.
+      share: whether ``tolerance`` is a fraction of the wanted value: ``Target("pressure", 0.0,
+        0.01, from_start=True, share=True)``, or ``hold("pressure", 0.01)``, keeps the pressure
+        within 1 %.
     """
 
     of: Any
@@ -147,19 +150,22 @@ class Target:
         # The record is frozen; its fields are set here to the numbers and texts that were meant.
         object.__setattr__(self, "name", str(self.name) or label)
         for field in ("value", "tolerance"):
-            where = f"target {self.name}: {field}"
+            where = f"target '{self.name}': `{field}`"
             number = real_number(where, getattr(self, field), "give one number.")
             if not np.isfinite(number):
                 raise InputError(f"{where} is {number}: give a finite number.")
             object.__setattr__(self, field, number)
         if not self.tolerance > 0:
             raise InputError(
-                f"target {self.name}: tolerance is {self.tolerance}: give a positive number."
+                f"target '{self.name}': `tolerance` is {self.tolerance}: give a positive number."
             )
 
     @property
     def feature(self) -> Feature:
-        """The feature as a function, ``Elastic`` or ``Softest``, also if ``of`` is its name."""
+        """The definition of the feature: a function of a System, ``Elastic`` or ``Softest``.
+
+        If ``of`` is the name of a feature, its definition is looked up.
+        """
         return named(self.of)[1]
 
     def resolved(self, start: float) -> tuple[float, float]:
@@ -202,9 +208,10 @@ def evaluate_features(features: Sequence[Feature], lin: Linearization) -> Featur
     codes = [int(lin.status)]
 
     def stacked(which: Sequence[int]) -> Callable[[Any], jax.Array]:
-        """Combine k features into one function that returns their values as an array (k,).
+        """Combine k features (properties such as the pressure) into one function.
 
-        The argument of the function is that of the features: the elastic moduli, or the system.
+        The function takes what each feature takes, the elastic moduli or the system. It returns the
+        values of the k features as an array (k,).
 
         Args:
           which: indices of the features.
@@ -214,7 +221,13 @@ def evaluate_features(features: Sequence[Feature], lin: Linearization) -> Featur
         return lambda argument: jnp.stack([_scalar(f(argument)) for f in functions])
 
     def keep(which: Sequence[int], value: ArrayLike, response: ParameterGradient) -> None:
-        """Write the values and derivatives of the features ``which`` (indices) into the results."""
+        """Store the values and derivatives of some of the properties that are evaluated.
+
+        Args:
+          which: indices of these properties.
+          value: their values.
+          response: their derivatives by all parameters.
+        """
         values[which] = np.asarray(value)
         codes.append(Status.worst_of(response.stats.status))
         for name, slope in response.value.items():
@@ -255,9 +268,9 @@ def _with_leading_axis(response: ParameterGradient) -> ParameterGradient:
 
 
 def _scalar(value: ArrayLike) -> jax.Array:
-    """Return the value of a feature as a scalar array; raise InputError for several numbers.
+    """Return the value of a property as a scalar array; raise InputError for several numbers.
 
-    Traceable.
+    jax can trace the conversion, so that derivatives pass through.
     """
     array = numbers(value)
     if array.size != 1:

@@ -127,7 +127,9 @@ class Variables:
             log += [is_log] * len(places)
             scale += list(sizes)
         if not labels:
-            raise InputError("free names no component that may change: set one to True in `only`.")
+            raise InputError(
+                "`free` has no component that may change: set at least one to True in `only`."
+            )
         return cls(
             start,
             index,
@@ -237,9 +239,11 @@ def _checked_records(
     else:
         records = {name: Free() for name in free or ()}
     if not records:
-        raise InputError(f"free is empty: name a parameter, one of {', '.join(system.params)}.")
+        raise InputError(
+            f"`free` is empty: give the name of a parameter, one of {', '.join(system.params)}."
+        )
     if bounds is not None and not isinstance(bounds, Mapping):
-        raise InputError(f"bounds is {short(bounds)}: give a dict of names and (low, high).")
+        raise InputError(f"`bounds` is {short(bounds)}: give a dict of names and (low, high).")
     for name in [*records, *(bounds or {})]:
         if name not in system.params:
             raise InputError(
@@ -247,12 +251,16 @@ def _checked_records(
             )
     for name, record in records.items():
         if not isinstance(record, Free):
-            raise InputError(f"free[{name!r}] is {short(record)}: give ms.design.Free(...).")
+            raise InputError(f"`free[{name!r}]` is {short(record)}: give ms.design.Free(...).")
     for name, pair in (bounds or {}).items():
         if name not in records:
-            raise InputError(f"bounds has {name!r}, which is not free: name it in free, too.")
+            raise InputError(
+                f"`bounds` has {name!r}, which is not free: name this parameter in `free`, too."
+            )
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise InputError(f"bounds[{name!r}] is {short(pair)}: give (low, high), None for none.")
+            raise InputError(
+                f"`bounds[{name!r}]` is {short(pair)}: give (low, high), with None for no bound."
+            )
         records[name] = dataclasses.replace(records[name], low=pair[0], high=pair[1])
     return records
 
@@ -319,7 +327,7 @@ def _bounds(parameter: Parameter, value: np.ndarray, record: Free) -> tuple[np.n
     if not within.all():  # a bound of NaN ends here as well: it compares False
         k = tuple(int(i) for i in np.argwhere(~within)[0])
         raise InputError(
-            f"free.{name}: the bounds {low[k]:g} to {high[k]:g} do not hold the start {value[k]:g}"
-            f"{f' of {name}{list(k)}' if k else ''}: widen them."
+            f"free.{name}: the bounds {low[k]:g} to {high[k]:g} do not contain the starting value"
+            f" {value[k]:g}{f' of {name}{list(k)}' if k else ''}: widen the bounds."
         )
     return low, high

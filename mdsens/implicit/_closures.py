@@ -61,7 +61,7 @@ def hoist(f: Callable[..., PyTree], *examples: PyTree) -> tuple[Callable[..., Py
 
 
 def without_derivative(tree: PyTree) -> PyTree:
-    """Return a tree (nested containers) of arrays as constants, by which jax has no derivative.
+    """Return a tree (nested containers) of arrays that jax treats as constants in derivatives.
 
     The derivative is stopped at every floating-point or complex jax array. Numpy arrays and other
     objects, which cannot have a derivative, are returned unchanged.

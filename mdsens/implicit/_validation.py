@@ -18,8 +18,8 @@ __all__ = ["check_functions", "unknowns"]
 def check_functions(**functions: Any) -> None:
     """Raise InputError unless the value of each keyword argument is a function or None.
 
-    None stands for an optional function that is left out. It is refused for F and T, the functions
-    in F(x, *args) = 0 and x = T(x, *args), which are always needed.
+    None stands for an optional function that is left out. None is refused for F and T, the
+    functions in F(x, *args) = 0 and x = T(x, *args), which are always needed.
     """
     for name, value in functions.items():
         # "F" and "T" have one letter, so that ``in`` compares the whole name

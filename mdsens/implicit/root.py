@@ -28,6 +28,7 @@ from mdsens._util.environment import require_sound_jax
 from mdsens._util.errors import InputError, short
 from mdsens._util.pytree import PyTree, check_same
 from mdsens._util.user_functions import Traceable
+from mdsens._util.validation import is_integer
 from mdsens.implicit._closures import (
     StaticArgument,
     call_without_derivative,
@@ -146,7 +147,7 @@ def root(
     static_argnums = (static_argnums,) if isinstance(static_argnums, int) else static_argnums
     for position in static_argnums:
         # bool is a subclass of int: True would otherwise pass as position 1
-        if not (isinstance(position, int) and not isinstance(position, bool) and position >= 1):
+        if not (is_integer(position) and position >= 1):
             raise InputError(
                 f"static_argnums={static_argnums!r} contains {position!r}, which is not the"
                 " position of an argument; give whole numbers from 1, where 1 is the first argument"
@@ -421,7 +422,7 @@ def _operator_of(
     """Return a function that makes an :class:`Operator` from the products v -> J v of a Jacobian J.
 
     Args:
-      symmetric, positive_semidefinite: whether J is so.
+      symmetric, positive_semidefinite: whether J is symmetric, and whether J is semidefinite.
       projectors: projectors that remove the null space of J: none, one for both null spaces, or
         two, for the right and the left null space.
       rough_inverse: the products v -> M v with an approximate inverse M of J; None for none.

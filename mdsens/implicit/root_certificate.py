@@ -152,7 +152,7 @@ def certify(
     residual = F(x, *args)
 
     def newton_step(vector: PyTree) -> tuple[PyTree, SolveStats]:
-        """Return - (dF/dx)^-1 times the vector, at x, and the statistics of the linear solve.
+        """Return - (dF/dx)^-1 times a vector, with the Jacobian dF/dx at x, and the SolveStats.
 
         This is the derivative, by the number ``part``, of the root y of F(y) + part * vector = 0.
         """

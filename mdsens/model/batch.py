@@ -43,14 +43,17 @@ def stack(systems: list[System] | tuple[System, ...]) -> System:
       InputError: a system differs from the first one in such a property; the message names both.
     """
     if not isinstance(systems, list | tuple):
-        raise InputError(f"stack got a {type(systems).__name__}: give a list of systems.")
+        raise InputError(
+            f"stack got an object of type {type(systems).__name__}: give a list of systems."
+        )
     if not systems:
-        raise InputError("stack got no systems: give at least one.")
+        raise InputError("stack got no systems: give at least one system.")
     first = systems[0]
     for k, system in enumerate(systems):
         if not isinstance(system, System):
             raise InputError(
-                f"stack got a {type(system).__name__}: give systems, such as eq.system."
+                f"stack got an object of type {type(system).__name__} in its list: give systems,"
+                " such as eq.system."
             )
         for field in FIELDS:
             # fixed boxes may differ in what is known of their shape; that is settled below
@@ -63,7 +66,7 @@ def stack(systems: list[System] | tuple[System, ...]) -> System:
             if expected != actual:
                 raise InputError(
                     f"system {k} differs from system 0 in {field} ({actual}, not {expected}): stack"
-                    " systems of one kind."
+                    " only systems that agree in it."
                 )
     systems = [s if s.neighbors.complete else s.reallocate(keep=True) for s in systems]
     if len({s.boundary.orthogonal for s in systems}) > 1:
@@ -72,7 +75,8 @@ def stack(systems: list[System] | tuple[System, ...]) -> System:
     complete = [s.neighbors.complete for s in systems]
     if any(complete) and not all(complete):
         raise InputError(
-            "some systems list all pairs and some do not: stack systems of one size and density."
+            "the neighbor lists of some systems hold all pairs and those of others do not: stack"
+            " systems of one size and density."
         )
     kinds = {(s.neighbors.rows.shape, s.neighbors.cells, s.neighbors.run_capacity) for s in systems}
     if not any(complete) and len(kinds) > 1:
@@ -120,7 +124,7 @@ def unstack(batch: T) -> list[T]:
     count = getattr(getattr(batch, "system", batch), "batch", None)
     if count is None:
         raise InputError(
-            f"unstack got a {type(batch).__name__} that is not a batch: give the result of"
-            " ms.stack, or of ms.minimize on it."
+            f"unstack got an object of type {type(batch).__name__} that is not a batch: give the"
+            " result of ms.stack, or of ms.minimize on such a batch."
         )
     return unstack_tree(batch, count)

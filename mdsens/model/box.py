@@ -104,8 +104,8 @@ class PackingFraction(Portable):
         """
         if diameters is None:
             raise InputError(
-                "a box that follows the packing fraction needs the parameter 'sigma': give a box"
-                " matrix instead."
+                "a box that follows the packing fraction needs the parameter 'sigma', which this"
+                " potential lacks: give the box as a matrix."
             )
         volume = jnp.sum(BALL_OF_UNIT_DIAMETER[dimension] * diameters**dimension) / self.fraction
         # only the ratios of the shape's entries count, and abs() lets it be left-handed
@@ -157,7 +157,7 @@ def box_rule(
     if isinstance(box, PackingFraction):
         value = real_number("packing fraction", box.fraction, "give a positive number.")
         if not 0 < value < np.inf:
-            raise InputError(f"packing fraction is {value}: give a positive number.")
+            raise InputError(f"the packing fraction is {value}: give a positive number.")
         shape = None if box.shape is None else jnp.asarray(_cell(box.shape, dimension), dtype)
         return PackingFraction(jnp.asarray(value, dtype), shape)
     if isinstance(box, OpenBox | FixedBox | BoxFunction):
@@ -173,14 +173,14 @@ def _cell(box: ArrayLike, dimension: int) -> np.ndarray:
     need = f"give a length, {dimension} lengths, or a ({dimension}, {dimension}) matrix."
     cell = np.asarray(real_array("box", box, need), float)
     if cell.ndim < 2 and (cell < 0).any():
-        raise InputError(f"box is {np.asarray(box).tolist()}: give positive lengths.")
+        raise InputError(f"`box` is {np.asarray(box).tolist()}: give positive lengths.")
     if cell.ndim == 0:
         cell = cell * np.eye(dimension)
     elif cell.shape == (dimension,):
         cell = np.diag(cell)
     if cell.shape != (dimension, dimension):
         raise InputError(
-            f"box has shape {cell.shape} in {dimension} dimensions: give a length, {dimension}"
+            f"`box` has shape {cell.shape} in {dimension} dimensions: give a length, {dimension}"
             f" lengths, or a ({dimension}, {dimension}) matrix whose columns are the cell vectors."
         )
     # The largest entry is divided out, so that no power of a length over- or underflows. Below a
@@ -191,7 +191,8 @@ def _cell(box: ArrayLike, dimension: int) -> np.ndarray:
         or not abs(np.linalg.det(cell / size)) > 1e-12 * np.linalg.norm(cell / size) ** dimension
     ):
         raise InputError(
-            f"box {cell.tolist()} has no volume: give independent, finite cell vectors as columns."
+            f"`box` {cell.tolist()} has no volume: give independent, finite cell vectors as"
+            " columns."
         )
     return cell
 

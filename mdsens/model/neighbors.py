@@ -550,8 +550,8 @@ def allocate(
     dtype = positions.dtype
     if math.isnan(range_):
         raise InputError(
-            f"the range of the interactions is {range_}: mend the cutoff's function, or the"
-            " parameters."
+            f"the range of the interactions is {range_}: correct the function of the cutoff, or"
+            " the parameters."
         )
     if box is not None and math.isfinite(range_):
         cell = np.asarray(box)
@@ -559,13 +559,14 @@ def allocate(
         # once the round-off, where compiled code allows twice: it must not refuse what passes here
         if _too_small(range_, cell, 1.0):
             raise InputError(
-                f"box: its smallest height is {smallest:.6g}, under twice the interaction range"
-                f" {range_:.6g}, so a particle would meet two images of another: repeat the cell,"
-                " or shorten the cutoff."
+                f"the smallest height of `box` is {smallest:.6g}, less than twice the interaction"
+                f" range {range_:.6g}, so that a particle would meet two images of another: repeat"
+                " the cell, or shorten the cutoff."
             )
     elif box is not None and range_ > 0:
         raise InputError(
-            "a potential without a cutoff needs open boundaries: give it a cutoff, or no box."
+            "a potential without a cutoff needs open boundaries: give the potential a cutoff, or"
+            " give box=None."
         )
     if range_ == 0.0:
         return no_pairs(n, dtype)

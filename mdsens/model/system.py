@@ -166,7 +166,7 @@ class System(Portable, Shown):
         values = _as_params(params, coordinates.dtype)
         if not hasattr(potential, "terms"):
             raise InputError(
-                f"potential is {short(potential)}: give a potential, such as"
+                f"`potential` is {short(potential)}: give a potential, such as"
                 " ms.potentials.soft_sphere()."
             )
         # () is the default; what else is empty may still be of a wrong type
@@ -307,20 +307,20 @@ def _checked_positions(positions: ArrayLike) -> jax.Array:
         array = np.asarray(positions)
     except Exception as error:  # rows of different lengths, or an object that refuses
         raise InputError(
-            f"positions are no array, {short(positions)}: give (n, 2) or (n, 3) numbers."
+            f"`positions` is no array, {short(positions)}: give (n, 2) or (n, 3) numbers."
         ) from error
     # by type and not by conversion, which would read texts as numbers and drop imaginary parts
     if not (np.issubdtype(array.dtype, np.floating) or np.issubdtype(array.dtype, np.integer)):
-        raise InputError(f"positions have type {array.dtype}: give (n, 2) or (n, 3) real numbers.")
+        raise InputError(f"`positions` has type {array.dtype}: give (n, 2) or (n, 3) real numbers.")
     if np.issubdtype(array.dtype, np.floating) and array.dtype not in (np.float32, np.float64):
-        raise InputError(f"positions have type {array.dtype}: give single or double precision.")
+        raise InputError(f"`positions` has type {array.dtype}: give single or double precision.")
     if np.ma.is_masked(positions):
         raise InputError(
-            "positions are masked in places: give every particle's, or leave those particles out."
+            "`positions` has masked entries: give all positions, or leave those particles out."
         )
     if array.ndim != 2 or array.shape[1] not in (2, 3) or array.shape[0] < 1:
         raise InputError(
-            f"positions have shape {array.shape}: give (n, 2) or (n, 3), of one particle or more."
+            f"`positions` has shape {array.shape}: give (n, 2) or (n, 3), of one particle or more."
         )
     bad = ~np.isfinite(array).all(axis=1)
     if bad.any():
@@ -341,10 +341,11 @@ def _checked_species(species: ArrayLike, n: int) -> np.ndarray:
         or kinds.max() > np.iinfo(np.int32).max  # they are stored in this type
     ):
         raise InputError(
-            f"species has shape {kinds.shape} and type {kinds.dtype}: give ({n},) integers from 0."
+            f"`species` has shape {kinds.shape} and type {kinds.dtype}: give ({n},) integers from"
+            " 0."
         )
     if kinds.min() > 0:
-        raise InputError(f"species start at {kinds.min()}: number them from 0.")
+        raise InputError(f"`species` starts at {kinds.min()}: number the species from 0.")
     return kinds
 
 
@@ -385,9 +386,9 @@ def _check_reach(system: System) -> None:
         # nearest images are right for vectors shorter than half of the smallest height
         if reach > 0.5 * smallest:
             raise InputError(
-                f"{c.name}: a length of {reach:.6g} is above half of the cell's smallest height"
-                f" {smallest:.6g}, so that another image of its end may be nearer: repeat the cell,"
-                " or take shorter lengths."
+                f"the constraint {c.name} fixes a length of {reach:.6g}, above half of the cell's"
+                f" smallest height {smallest:.6g}, so that another image of a particle may be"
+                " nearer: repeat the cell, or take shorter lengths."
             )
 
 
@@ -480,7 +481,7 @@ def _as_params(params: Params, dtype: np.dtype) -> dict[str, jax.Array]:
     """Convert parameters that a user gives to arrays of real numbers."""
     if not isinstance(params, Mapping):
         raise InputError(
-            f"params is a {type(params).__name__}: give a dict of parameter names and values."
+            f"`params` is a {type(params).__name__}: give a dict of parameter names and values."
         )
     return {
         name: jnp.asarray(real_array(f"parameter {name}", value), dtype)

@@ -77,8 +77,8 @@ def chemical_potential(system: System) -> jax.Array:
     ]
     if len(parts) != 1:
         raise InputError(
-            f"{system.potential.name} has {len(parts)} potentials of charge equilibration, and a"
-            " chemical potential belongs to one: take a potential with one"
+            f"{system.potential.name} has {len(parts)} potentials of charge equilibration, but a"
+            " chemical potential is defined for exactly one: take a potential with one"
             " ms.potentials.charge_equilibration()."
         )
     return parts[0].potential(system.positions, system.params, system.species, system.species_count)
@@ -102,8 +102,8 @@ def _moments(system: System) -> tuple[jax.Array, jax.Array]:
     ]
     if not parts:
         raise InputError(
-            f"{system.potential.name} has no charges: take ms.potentials.induced_dipoles() or"
-            " charge_equilibration()."
+            f"the potential {system.potential.name} has no charges: add"
+            " ms.potentials.induced_dipoles() or ms.potentials.charge_equilibration()."
         )
     configuration = (system.positions, system.params, system.species, system.species_count)
     moments = [potential.moments(*configuration) for potential in parts]

@@ -36,11 +36,13 @@ def single(system: System) -> System:
     """Check that the argument of an observable is one System, not a batch, and return it."""
     if not isinstance(system, System):
         raise InputError(
-            f"an observable takes a System and got a {type(system).__name__}: give eq.system."
+            f"an observable takes a System and got an object of type {type(system).__name__}: give"
+            " a System, such as eq.system."
         )
     if system.batch is not None:
         raise InputError(
-            f"an observable is of one system: use jax.vmap(...)(batch) for these {system.batch}."
+            f"an observable takes one system and got a batch of {system.batch}: use"
+            " jax.vmap(observable)(batch)."
         )
     return system
 
@@ -51,10 +53,10 @@ def positive(name: str, value: ArrayLike) -> float:
     array = real_array(name, value, need)
     if isinstance(array, Tracer):
         raise InputError(
-            f"{name} is traced: it is a setting and not differentiated, give a number."
+            f"`{name}` is traced by jax, but this setting cannot be differentiated: give a number."
         )
     if array.ndim or not 0 < float(array) < np.inf:
-        raise InputError(f"{name} is {short(value)}: {need}")
+        raise InputError(f"`{name}` is {short(value)}: {need}")
     return float(array)
 
 
@@ -173,9 +175,9 @@ def rows_within(system: System, length: float, pairs: Neighbors | None) -> jax.A
     if n <= ALL_PAIRS:
         return neighbors.all_pairs(n).rows
     raise InputError(
-        f"the system's list of neighbors does not reach {length:g}, and {n:,} particles are too"
-        f" many for all pairs: give pairs=ms.observables.pairs_within(system, {length:g}), made"
-        " outside of what is differentiated."
+        f"the system's neighbor list does not reach the distance {length:g}, and {n:,} particles"
+        f" are too many for all pairs: give pairs=ms.observables.pairs_within(system, {length:g}),"
+        " a list made outside of the function that is differentiated."
     )
 
 
@@ -186,13 +188,13 @@ def _check_pairs(system: System, length: float, pairs: Neighbors) -> jax.Array:
     """
     if not isinstance(pairs, Neighbors):
         raise InputError(
-            f"pairs is {short(pairs)}: give what ms.observables.pairs_within(system, range)"
-            " returns."
+            f"`pairs` is {short(pairs)}: give a list made by ms.observables.pairs_within(system,"
+            " range)."
         )
     if pairs.rows.shape[1] != system.n:
         raise InputError(
-            f"pairs are of {pairs.rows.shape[1]} particles and the system has {system.n}: make a"
-            " new list, ms.observables.pairs_within(system, range)."
+            f"`pairs` is for {pairs.rows.shape[1]} particles and the system has {system.n}: make a"
+            " new list by ms.observables.pairs_within(system, range)."
         )
     if pairs.complete:
         return pairs.rows
@@ -201,14 +203,14 @@ def _check_pairs(system: System, length: float, pairs: Neighbors) -> jax.Array:
     # 1e-6, because the range may be stored in single precision
     if not isinstance(reach, Tracer) and length > float(reach) * (1.0 + 1e-6):
         raise InputError(
-            f"`pairs` reaches {float(reach):g}, and the observable needs {length:g}: give "
-            f"ms.observables.pairs_within(system, {length:g})."
+            f"`pairs` reaches {float(reach):g}, and the observable needs {length:g}: give"
+            f" pairs=ms.observables.pairs_within(system, {length:g})."
         )
     complete = neighbors.within(system.positions, *neighbors.slack(pairs, system.box, reach))
     if not isinstance(complete, Tracer) and not bool(complete):
         raise InputError(
-            "particles have moved by more than half the skin of the pairs, so that some may be"
-            " missing: make a new list, ms.observables.pairs_within(system, range)."
+            "particles have moved by more than half the skin of the list `pairs`, which may now"
+            " lack some pairs: make a new list by ms.observables.pairs_within(system, range)."
         )
     return pairs.rows
 

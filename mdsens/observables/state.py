@@ -45,7 +45,8 @@ def stress(system: System) -> jax.Array:
     """
     if single(system).box is None:
         raise InputError(
-            "stress and pressure need a volume, and this system has open boundaries: give it a box."
+            "stress and pressure need a volume, and this system has open boundaries: give the"
+            " system a box."
         )
     zero = jnp.zeros((system.dimension, system.dimension), system.positions.dtype)
 
@@ -71,7 +72,7 @@ def volume(system: System) -> jax.Array:
     """
     if single(system).box is None:
         raise InputError(
-            "a volume needs a cell, and this system has open boundaries: give it a box."
+            "a volume needs a cell, and this system has open boundaries: give the system a box."
         )
     return system.volume
 
@@ -141,8 +142,8 @@ def smooth_coordination(system: System, width: float) -> jax.Array:
     known = not isinstance(reach, Tracer)
     if not potential.pairwise or (known and not 0 < float(reach) < np.inf):
         raise InputError(
-            f"{potential.name} has no length at which neighbors begin to interact: take a potential"
-            " of pairs with a finite range."
+            f"the potential {potential.name} has no distance at which neighbors begin to interact:"
+            " take a pair potential with a finite range."
         )
     return _smooth_coordination(system, full_overlap)
 

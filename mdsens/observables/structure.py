@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from mdsens._util.errors import InputError
 from mdsens._util.lattice import Components, inverse, nearest_image
 from mdsens._util.precision import full_precision
-from mdsens._util.validation import is_real, real_array, short
+from mdsens._util.validation import is_integer, is_real, real_array, short
 from mdsens.model.neighbors import Neighbors
 from mdsens.model.system import System
 from mdsens.observables.pairs import positive, rise, rows_within, single, summed
@@ -46,7 +46,7 @@ def distances(system: System, pairs: ArrayLike) -> jax.Array:
     need = f"give (m, 2) whole numbers from 0 to {n - 1}."
     indices = real_array("pairs", pairs, need)
     if indices.ndim != 2 or indices.shape[1] != 2 or not np.issubdtype(indices.dtype, np.integer):
-        raise InputError(f"pairs have shape {indices.shape} and type {indices.dtype}: {need}")
+        raise InputError(f"`pairs` has shape {indices.shape} and type {indices.dtype}: {need}")
     if not isinstance(indices, Tracer):
         values = np.asarray(indices)
         outside = (values < 0).any(axis=1) | (values >= n).any(axis=1)
@@ -106,13 +106,13 @@ def bond_orientation(
     """
     if single(system).dimension != 2:
         raise InputError(
-            "bond order by exp(i m theta) is of 2-D systems, and this one is in 3-D: Steinhardt's"
-            " bond-orientational order is not available, take radial_distribution or"
-            " smooth_coordination."
+            "bond order by exp(i m theta) is for 2-D systems, and this system is 3-D, where"
+            " Steinhardt's bond order, which mdsens lacks, would be needed: take"
+            " radial_distribution or smooth_coordination."
         )
-    if not isinstance(m, int | np.integer) or isinstance(m, bool) or m < 1:
+    if not is_integer(m) or m < 1:
         raise InputError(
-            f"m is {short(m)}: give a whole number from 1, such as 6 for triangular order."
+            f"`m` is {short(m)}: give a whole number from 1, such as 6 for triangular order."
         )
     length = positive("range", range)
     return _bond_orientation(system, rows_within(system, length, pairs), length, int(m))
@@ -213,17 +213,17 @@ def radial_distribution(
     """
     if single(system).box is None:
         raise InputError(
-            "g(r) needs a mean density, and this system has open boundaries: give it a box."
+            "g(r) needs a mean density, and this system has open boundaries: give the system a box."
         )
     if system.n < 2:
-        raise InputError("g(r) is of pairs, and this system has one particle: give more.")
+        raise InputError("g(r) is for pairs, and this system has one particle: give two or more.")
     need = "give (k,) radii that are not negative."
     radii = real_array("r", r, need)
     if isinstance(radii, Tracer):
-        raise InputError("r is traced: radii are settings and not differentiated, give numbers.")
+        raise InputError("`r` is traced by jax, but radii cannot be differentiated: give numbers.")
     radii = np.asarray(radii, float)
     if radii.ndim != 1 or not radii.size or not (np.isfinite(radii) & (radii >= 0)).all():
-        raise InputError(f"r is {short(r)}: {need}")
+        raise InputError(f"`r` is {short(r)}: {need}")
     smoothing = positive("width", width)
     rows = rows_within(system, float(radii.max()) + REACH * smoothing, pairs)
     dtype = system.positions.dtype
@@ -288,9 +288,9 @@ def distance_to(system: System, target: ArrayLike, weights: ArrayLike | None = N
     need = f"give {system.positions.shape}, a position for each particle."
     positions = jnp.asarray(real_array("target", target, need), system.positions.dtype)
     if positions.shape != system.positions.shape:
-        raise InputError(f"target has shape {positions.shape}: {need}")
+        raise InputError(f"`target` has shape {positions.shape}: {need}")
     if not isinstance(positions, Tracer) and not np.isfinite(np.asarray(positions)).all():
-        raise InputError("target is not finite: give finite positions.")
+        raise InputError("`target` is not finite: give finite positions.")
     if weights is None:
         share = jnp.full(n, 1.0 / n, positions.dtype)
     else:

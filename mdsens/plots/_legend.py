@@ -27,7 +27,7 @@ class Foot(NamedTuple):
 
     Attributes:
       names: names of the kinds of particles, which are drawn as circles.
-      bar: width of the color bar, as a fraction of the picture's; 0 without a color bar.
+      bar: width of the color bar, as a fraction of the picture's width; 0 without a color bar.
       caption: text of the scale arrow; empty without arrows.
       length: length of the scale arrow, as a fraction of the picture's width.
     """
@@ -145,9 +145,10 @@ def legend(ax: Axes, foot: Foot, key: Key, quiver: Quiver | None) -> None:
 
 
 def rounded(longest: float) -> tuple[float, str]:
-    """Return the largest number up to ``longest`` that is 1, 2 or 5 times a power of ten, and text.
+    """Round ``longest`` down to 1, 2 or 5 times a power of ten.
 
-    The text is this number as it appears in the legend.
+    Returns:
+      the number, and its text for the legend.
     """
     power = int(np.floor(np.log10(longest)))
     # 1e-9: so that 5 is found for 5, despite round-off

@@ -37,8 +37,8 @@ def project(system: System, axis: int) -> View:
 
     Args:
       system: the configuration.
-      axis: index of the cell vector to look along, in 3-D; without a cell, of the coordinate. In
-        2-D nothing is projected.
+      axis: in 3-D, index of the cell vector to look along; without a cell, index of the coordinate.
+        In 2-D nothing is projected.
     """
     positions = np.asarray(system.positions, float)
     box = None if system.box is None else np.asarray(system.box, float)
@@ -86,7 +86,7 @@ def in_slab(system: System, depth: np.ndarray, slab: tuple[float, float]) -> np.
         return np.ones(system.n, bool)
     shown = (depth >= low) & (depth <= high)
     if not shown.any():
-        raise InputError(f"no particle is in the slab {slab}: take a thicker one.")
+        raise InputError(f"`slab` is {slab}, which holds no particle: give a thicker slab.")
     return shown
 
 
@@ -134,7 +134,10 @@ def images(view: View, chosen: np.ndarray, diameters: np.ndarray) -> tuple[np.nd
 
 
 def image_shifts(reach: int) -> np.ndarray:
-    """Return shifts (images, 1, 2) to periodic images up to ``reach`` cells away, in cell vectors."""
+    """Return the shifts (images, 1, 2) to periodic images, in units of the cell vectors.
+
+    The images are those up to ``reach`` cells away, the particle itself included.
+    """
     steps = np.arange(-reach, reach + 1)
     return np.stack(np.meshgrid(steps, steps), axis=-1).reshape(-1, 1, 2)
 
@@ -142,7 +145,12 @@ def image_shifts(reach: int) -> np.ndarray:
 def extent(view: View, shown: np.ndarray, radii: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return two opposite corners of the picture, which encloses the cell.
 
-    Without a cell, the picture encloses the circles of the particles ``shown``, a mask (n,).
+    Without a cell, the picture encloses the circles of the particles shown.
+
+    Args:
+      view: the projected configuration.
+      shown: (n,) mask of the particles to draw.
+      radii: (n,) radii of the circles.
     """
     if view.cell is not None:
         four = corners(view.cell)

@@ -1,4 +1,4 @@
-"""Curves: the error of a derivative over step size or steps, and the stiffness of the modes."""
+"""Draw curves: the error of a derivative over step size or steps, the stiffness of the modes."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def derivative_test(
 
     For a right derivative the curve is a V. Its left arm is round-off of the minima, error ~ 1/t;
     its right arm is truncation, error ~ t^2, labeled with the fitted exponent where enough of the
-    arm is visible. A wrong derivative shows as a floor. The dashed line is the first change of a
-    contact, to first order: beyond it a difference quotient is no test of the derivative. Points
-    are hollow where a contact changed within the step, and crosses where a minimization did not
-    converge.
+    arm is visible. The error of a wrong derivative stays above a constant value at every step. The
+    dashed line is the step at which the first contact changes, to first order; at longer steps a
+    difference quotient is no test of the derivative. Points are hollow where a contact changed
+    within the step, and crosses where a minimization did not converge.
 
     Args:
       test: the result of ``ms.verify.derivative_test``.
@@ -59,7 +59,7 @@ def derivative_test(
     """
     if not isinstance(test, DerivativeTest):
         raise InputError(
-            f"got a {type(test).__name__}: give what ms.verify.derivative_test returns."
+            f"`test` is a {type(test).__name__}: give what ms.verify.derivative_test returns."
         )
     ax = _column() if ax is None else ax
     steps = test.steps
@@ -103,9 +103,10 @@ def derivative_test(
 def unrolled(found: Unrolled, ax: Axes | None = None, *, title: str | None = None) -> Axes:
     """Draw the error of an unrolled derivative and the residual force over the minimizer's steps.
 
-    Axes are logarithmic. The error is relative to the implicit derivative: above the dashed line at
-    1 no digit of the unrolled derivative is right. A point is hollow where the run was chaotic up
-    to that step: small displacements grew, so that their growth rate was above 0.
+    An unrolled derivative is the derivative of the positions after a number of steps. The axes are
+    logarithmic. The error is relative to the implicit derivative: above the dashed line at 1 no
+    digit of the unrolled derivative is right. A point is hollow where the run was chaotic up to
+    that step: small displacements grew, so that their growth rate was above 0.
 
     Args:
       found: the result of ``ms.verify.unrolled``.
@@ -119,7 +120,9 @@ def unrolled(found: Unrolled, ax: Axes | None = None, *, title: str | None = Non
       InputError: an argument that is not the result of ``ms.verify.unrolled``.
     """
     if not isinstance(found, Unrolled):
-        raise InputError(f"got a {type(found).__name__}: give what ms.verify.unrolled returns.")
+        raise InputError(
+            f"`found` is a {type(found).__name__}: give what ms.verify.unrolled returns."
+        )
     ax = _column() if ax is None else ax
     steps = found.steps
     # a NaN would leave no point in the picture; it is drawn as an error of all of the value
@@ -153,16 +156,16 @@ def unrolled(found: Unrolled, ax: Axes | None = None, *, title: str | None = Non
 def _points(
     ax: Axes, x: np.ndarray, y: np.ndarray, marker: str, fill: str, edge: str, name: str
 ) -> None:
-    """Draw points of one kind, with their name for the legend."""
+    """Draw points at (x, y) with one marker and color, and with a name for the legend."""
     # a dict: pyright rejects these keywords written out
     look: dict[str, Any] = {"marker": marker, "markerfacecolor": fill, "markeredgecolor": edge}
     ax.plot(x, y, linestyle="none", markersize=MARKER, label=name, zorder=2, **look)
 
 
 def _mark_contact_change(ax: Axes, radius: float) -> None:
-    """Draw a vertical dashed line at the first contact change, named above the frame.
+    """Draw a vertical dashed line at the step of the first contact change, with its name above.
 
-    No point can be above the frame.
+    The name is above the frame of the figure, where it hides no point.
     """
     ax.axvline(radius, color=ARROW, linewidth=0.8, linestyle=(0, (4, 2)), zorder=1.2)
     low, high = np.log(ax.get_xlim())
@@ -195,16 +198,16 @@ def stiffness_spectrum(
     null: float | None = None,
     title: str | None = None,
 ) -> Axes:
-    """Draw the stiffness of each mode: the Hessian's eigenvalues in rising order, logarithmic axis.
+    """Draw the stiffness of each mode: the eigenvalues of the Hessian in rising order.
 
-    Zero modes (translations, rattlers) are hollow circles in a band at the bottom, whatever value
-    round-off gave them. Negative eigenvalues, which no minimum has, are triangles that point down,
-    at their absolute value. Nothing is computed: eigenvalues and participation are drawn as the
-    eigensolver gave them.
+    The axis is logarithmic. Zero modes (translations, rattlers) are hollow circles in a band at the
+    bottom, whatever value round-off gave them. Negative eigenvalues, which no minimum has, are
+    triangles that point down, at their absolute value. Nothing is computed: eigenvalues and
+    participation ratios are drawn as the eigensolver gave them.
 
     Args:
-      given: a Certificate of ``ms.certify``; or (k,) eigenvalues, all or the lowest, in any order,
-        in units of energy over length squared.
+      given: a Certificate of ``ms.certify``; or (k,) eigenvalues of the Hessian, all or the lowest,
+        in any order, in units of energy over length squared.
       ax: the Axes to draw in; None makes a figure of one column with pyplot.
       participation: (k,) participation ratios p = (sum_i e_i^2)^2 / (n sum_i e_i^4), where e_i is
         the length of particle i's displacement in the mode: 1 for a mode that moves all particles
@@ -277,10 +280,11 @@ def stiffness_spectrum(
 
 
 def _set_ticks(ax: Axes, low: float, top: float, zero: float | None) -> None:
-    """Set the ticks of the stiffness axis between ``low`` and ``top``, and a 0 at the band.
+    """Set the ticks of the logarithmic stiffness axis, from ``low`` to ``top``.
 
-    Ticks are at the decades; where fewer than two decades are in the range, at 1, 2 and 5 times
-    powers of ten. ``zero`` is the height of the 0; None without a band.
+    Ticks are at powers of ten; where fewer than two of these are in the range, at 1, 2 and 5 times
+    powers of ten. A tick labeled 0 is at the height ``zero``, in the band of modes without
+    stiffness; ``zero`` is None if there is no such band.
     """
     from matplotlib.ticker import FixedLocator, NullFormatter
 
@@ -307,18 +311,17 @@ def _set_ticks(ax: Axes, low: float, top: float, zero: float | None) -> None:
 def _spectrum(
     values: ArrayLike, participation: ArrayLike | None
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Check eigenvalues and participation ratios, and put both in the eigenvalues' rising order."""
+    """Check eigenvalues and participation ratios, and sort both by the eigenvalues, ascending."""
     try:
         spectrum = np.asarray(values, float)
     except (TypeError, ValueError) as error:
         raise InputError(
-            f"values are of type {type(values).__name__}: give a Certificate, or a vector of"
-            " eigenvalues."
+            f"`given` is a {type(values).__name__}: give a Certificate, or a vector of eigenvalues."
         ) from error
     if spectrum.ndim != 1 or spectrum.size == 0 or not np.isfinite(spectrum).all():
         raise InputError(
-            f"values have shape {spectrum.shape}: give a vector of eigenvalues, finite, at least"
-            " one."
+            f"`given` has shape {spectrum.shape} or is not finite: give a vector of finite"
+            " eigenvalues, at least one."
         )
     order = np.argsort(spectrum, kind="stable")
     if participation is None:
@@ -326,8 +329,8 @@ def _spectrum(
     ratios = np.asarray(participation, float)
     if ratios.shape != spectrum.shape:
         raise InputError(
-            f"participation has shape {ratios.shape} and the values {spectrum.shape}: give one"
-            " ratio a value."
+            f"`participation` has shape {ratios.shape} and the eigenvalues {spectrum.shape}: give"
+            " one ratio for each eigenvalue."
         )
     # 1e-9 above 1: round-off of a mode that moves all particles alike
     if not ((ratios >= 0) & (ratios <= 1 + 1e-9)).all():
@@ -341,7 +344,15 @@ def _spectrum(
 def _draw_by_participation(
     ax: Axes, mode: np.ndarray, size: np.ndarray, ratios: np.ndarray, dot: float
 ) -> None:
-    """Draw the modes in the colors of their participation ratios, with a color bar."""
+    """Draw the stiffness of modes as points colored by participation ratio, with a color bar.
+
+    Args:
+      ax: the Axes to draw in.
+      mode: (k,) numbers of the modes, the horizontal axis.
+      size: (k,) their stiffness, the vertical axis.
+      ratios: (k,) their participation ratios, from 0 to 1.
+      dot: size of the points.
+    """
     dots = ax.scatter(
         mode, size, s=dot**2, c=ratios, cmap=MODES, vmin=0.0, vmax=1.0, zorder=2, linewidths=0
     )
@@ -361,7 +372,10 @@ def _column() -> Axes:
 
 
 def _finish(ax: Axes, title: str, legend: bool, pad: float = 6.0) -> None:
-    """Set legend, title and the sizes of ticks and frame; ``pad`` lifts the title, in points."""
+    """Set the legend and title of a figure, and the sizes of its ticks and frame.
+
+    ``pad`` is the distance of the title from the frame, in points.
+    """
     if legend:
         ax.legend(fontsize=FONT, frameon=False, handletextpad=0.1, borderpad=0.2, labelspacing=0.3)
     if title:

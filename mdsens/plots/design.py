@@ -1,4 +1,4 @@
-"""Figures of a design: history, configurations before and after, independence of the features."""
+"""Draw an inverse design: its steps, configurations, and whether features are independent."""
 
 from __future__ import annotations
 
@@ -38,9 +38,10 @@ SHADES = ("#2f6db3", "#c8553d", "#3d8f5f", "#8d6bb8", "#b8860b", "#4a4a4a", "#d1
 def design_history(
     of: Design, axes: Sequence[Axes] | None = None, *, title: str | None = None
 ) -> list[Axes]:
-    """Draw a design step by step: features with their targets, parameters, trust region.
+    """Draw an inverse design step by step: features with their targets, parameters, trust region.
 
-    A band shows the tolerance of a target. A line joins the accepted steps; refused steps are
+    A feature is a property of the relaxed system that the design is to bring to a target value. A
+    band shows the tolerance of a target. A line joins the accepted steps; refused steps are
     hollow. A square is a step at which particles rearranged, so that the minimum is in another
     basin; a cross is a step at which too few systems of the ensemble relaxed.
 
@@ -57,7 +58,7 @@ def design_history(
       InputError: ``of`` is not a design, or the number of axes is wrong.
     """
     if not isinstance(of, Design):
-        raise InputError(f"got a {type(of).__name__}: give what ms.design.fit returns.")
+        raise InputError(f"`of` is a {type(of).__name__}: give what ms.design.fit returns.")
     from matplotlib.ticker import LogLocator, MaxNLocator
 
     m = len(of.names)
@@ -138,7 +139,7 @@ def design_history(
 
 
 def _draw_parameters(ax: Axes, of: Design, number: np.ndarray, x: np.ndarray) -> None:
-    """Draw the change of each parameter from its start, or of many parameters the quantiles.
+    """Draw how each parameter changes in an inverse design; of many parameters, draw quantiles.
 
     Args:
       ax: the Axes to draw in.
@@ -173,15 +174,15 @@ def before_after(
 ) -> tuple[Axes, Axes]:
     """Draw two configurations of the same particles side by side, with the displacements as arrows.
 
-    The arrows are in the second picture. The median displacement is taken off, so that a
+    The arrows are in the second picture. The median displacement is subtracted, so that a
     translation of all particles does not show.
 
     Args:
       first, second: minima of the same particles, such as the start of a design and one of its
         ``design.equilibria``.
       axes: two Axes; None makes a figure of two columns with pyplot.
-      scale: drawn length of an arrow of length 1; None chooses one at which the arrows can be seen,
-        1 draws them true to scale.
+      scale: drawn length of an arrow of length 1; None chooses a length at which the arrows can be
+        seen, 1 draws the displacements true to scale.
 
     Returns:
       the two Axes.
@@ -193,12 +194,13 @@ def before_after(
     for minimum in minima:
         if not isinstance(minimum, Equilibrium):
             raise InputError(
-                f"got a {type(minimum).__name__}: give two minima, of ms.minimize or of a design."
+                f"`first` or `second` is a {type(minimum).__name__}: give two minima, from"
+                " ms.minimize or from a design."
             )
     before, after = minima
     if before.positions.shape != after.positions.shape:
         raise InputError(
-            f"the minima have positions of shape {before.positions.shape} and"
+            f"`first` and `second` have positions of shape {before.positions.shape} and"
             f" {after.positions.shape}: give two minima of the same particles."
         )
     if axes is None:
@@ -222,12 +224,14 @@ def nonaffine_field(
     scale: float | None = None,
     title: str | None = None,
 ) -> Axes:
-    """Draw the non-affine displacements under a strain, the derivative du/dstrain times the strain.
+    """Draw the non-affine displacements u of the particles under a strain, to first order.
+
+    They are the derivative du/dstrain times the strain.
 
     Args:
       eq: the minimum.
       moduli: the result of ``ms.elasticity.moduli`` at this minimum.
-      strain: (d, d) symmetric; None for pure shear, xy = yx = 1/2.
+      strain: (d, d) symmetric matrix; None for pure shear, xy = yx = 1/2.
       ax, scale, title: as in ``sensitivity_map``.
 
     Returns:
@@ -238,13 +242,18 @@ def nonaffine_field(
         another shape or is not symmetric.
     """
     if not isinstance(moduli, Moduli):
-        raise InputError(f"got a {type(moduli).__name__}: give what ms.elasticity.moduli returns.")
+        raise InputError(
+            f"`moduli` is a {type(moduli).__name__}: give what ms.elasticity.moduli returns."
+        )
     d = moduli.stress.shape[0]
     shear = np.zeros((d, d))
     shear[0, 1] = shear[1, 0] = 0.5
     matrix = shear if strain is None else np.asarray(strain, float)
     if matrix.shape != (d, d) or not np.allclose(matrix, matrix.T):
-        raise InputError(f"strain has shape {matrix.shape}: give a symmetric ({d}, {d}) matrix.")
+        raise InputError(
+            f"`strain` has shape {matrix.shape} or is not symmetric: give a symmetric ({d}, {d})"
+            " matrix."
+        )
     # nonaffine is (m, n, d) by the m Mandel components of the strain
     assert basis(d).shape[0] == moduli.nonaffine.shape[0]
     mandel = np.asarray(to_mandel(jnp.asarray(matrix)))
@@ -259,9 +268,11 @@ def feature_response(
 ) -> tuple[Axes, Axes]:
     """Draw the singular values of the features' Jacobian, and each feature's susceptibilities.
 
-    The dark bar is the susceptibility of a feature (its change for a parameter change of norm 1)
-    while the other features are kept constant; the pale bar behind it is the susceptibility without
-    this condition. A feature without a dark bar cannot be changed alone.
+    A feature is a property of a relaxed system; the Jacobian is the matrix of derivatives of the
+    features by the parameters. The dark bar is the susceptibility of a feature (its change for a
+    parameter change of norm 1) while the other features are kept constant. The pale bar behind the
+    dark one is the susceptibility without this condition. A feature without a dark bar cannot be
+    changed alone.
 
     Args:
       of: the result of ``ms.design.feature_response``.
@@ -275,7 +286,7 @@ def feature_response(
     """
     if not isinstance(of, FeatureResponse):
         raise InputError(
-            f"got a {type(of).__name__}: give what ms.design.feature_response returns."
+            f"`of` is a {type(of).__name__}: give what ms.design.feature_response returns."
         )
     if axes is None:
         from matplotlib import pyplot

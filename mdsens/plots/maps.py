@@ -1,4 +1,4 @@
-"""Maps of a response: each particle's derivative as an arrow on the configuration."""
+"""Draw the derivative of each particle's position as an arrow on the configuration."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ def sensitivity_map(
 ) -> Axes:
     """Draw how each particle of a minimum moves with a parameter: dR_i/dtheta as an arrow on it.
 
-    The figure follows arXiv:2105.15183. Circles are drawn to scale, in the cell, together with the
-    images that reach into it. Colors are the species, or the diameters where there are no species.
-    Rattlers are hollow and dashed and carry no arrow. A scale arrow with its value is below the
-    cell. For a potential without diameters, circles have the median distance of nearest neighbors
-    as diameter.
+    theta is the parameter. The figure follows arXiv:2105.15183. Particles are circles, drawn to
+    scale in the cell, together with the periodic images that reach into the cell. Colors show the
+    species, or the diameters where there are no species. Rattlers are hollow and dashed and carry
+    no arrow. A scale arrow with its value is below the cell. For a potential without diameters, the
+    diameter of the circles is the median distance of nearest neighbors.
 
     Args:
       eq: the minimum, from ``minimize`` or ``linearize``; not a batch.
@@ -78,15 +78,15 @@ def sensitivity_map(
       ax: the Axes to draw in; None makes a figure of one column with pyplot.
       part: ``"nonaffine"`` draws the motion minus the affine motion with the box; it does not
         depend on the choice of periodic images, and is the same as ``"value"`` where the box does
-        not move. ``"value"`` draws the derivative of the Cartesian positions, which includes the
+        not change. ``"value"`` draws the derivative of the Cartesian positions, which includes the
         motion with the box.
       scale: drawn length of an arrow of length 1, in the positions' unit. Give it to compare
         figures; None draws the arrow at the 95th percentile 1.5 diameters long.
-      label: the name of an arrow's length beside the scale arrow; None for |dR/dtheta|, with the
-        index na (non-affine) where the affine part was subtracted.
-      axis: in 3-D, the cell vector to look along, from its tip; in an open system, the coordinate.
-        The projection is orthographic: an arrow's component along the view is not visible.
-        Particles fade with their distance.
+      label: name of the quantity that the scale arrow shows; None for |dR/dtheta|, with the index
+        na (non-affine) where the affine part was subtracted.
+      axis: in 3-D, index of the cell vector to look along, seen from its tip; in an open system,
+        index of the coordinate. The projection is orthographic: the component of an arrow along
+        the line of sight is not visible. Particles fade with their distance.
       slab: in 3-D, the part of the depth to draw, in fractions from the rear to the front.
       title: title of the figure. The name of a status that is not good is added to it in any case.
 
@@ -100,7 +100,7 @@ def sensitivity_map(
     system, vectors, rattlers = _check_input(eq, response, part)
     if scale is not None and not 0 < scale < np.inf:
         raise InputError(
-            f"scale is {scale}: give the drawn length of a unit arrow, above 0, or None."
+            f"`scale` is {scale}: give the drawn length of a unit arrow, above 0, or None."
         )
     diameters = _diameters(system)
     view = project(system, axis)
@@ -165,7 +165,11 @@ def sensitivity_map(
 
 
 def _length_label(response: Displacement | ArrayLike, part: str, typical: float) -> str:
-    """Return the default name of an arrow's length, with the index na where the box moves."""
+    """Return the default name of the quantity that the scale arrow shows, |dR/dtheta|.
+
+    The name has the index na (non-affine) where the box changes with the parameter theta and the
+    affine motion with the box was subtracted.
+    """
     if part == "nonaffine" and isinstance(response, Displacement):
         # up to 1e-6 of a typical arrow the two are equal: the box does not move
         atol = 1e-6 * typical
@@ -177,7 +181,7 @@ def _length_label(response: Displacement | ArrayLike, part: str, typical: float)
 def _check_input(
     eq: Equilibrium | Linearization, response: Displacement | ArrayLike, part: str
 ) -> tuple[System, np.ndarray, np.ndarray]:
-    """Check minimum and response.
+    """Check the minimum and the response that a user gives to ``sensitivity_map``.
 
     Returns:
       the system, the vectors (n, d) to draw, and a mask (n,) of the rattlers.
@@ -187,36 +191,36 @@ def _check_input(
     """
     if not isinstance(eq, Equilibrium | Linearization):
         raise InputError(
-            f"got a {type(eq).__name__}: give what ms.minimize or ms.linearize returns."
+            f"`eq` is a {type(eq).__name__}: give what ms.minimize or ms.linearize returns."
         )
     if part not in ("nonaffine", "value"):
-        raise InputError(f"part is {part!r}: give 'nonaffine' or 'value'.")
+        raise InputError(f"`part` is {part!r}: give 'nonaffine' or 'value'.")
     minimum = eq.equilibrium if isinstance(eq, Linearization) else eq
     system = minimum.system
     if system.batch is not None:
         raise InputError(
-            f"sensitivity_map draws one minimum and got a batch of {system.batch}: take one member"
-            " of it and of the response, as in jax.tree.map(lambda leaf: leaf[0], minimum)."
+            f"`eq` is a batch of {system.batch} minima, and sensitivity_map draws one: take one"
+            " member of `eq` and of `response`, as in jax.tree.map(lambda leaf: leaf[0], eq)."
         )
     vectors: Any = response
     if isinstance(response, Displacement):
         vectors = response.positions if part == "value" else response.nonaffine
     elif isinstance(response, dict | Derivative):
         raise InputError(
-            "the response is a derivative by parameters (vjp, gradient): give that of jvp or"
-            " response."
+            "`response` is a derivative by parameters (vjp, gradient): give a derivative of the"
+            " positions, from jvp or response."
         )
     vectors = np.asarray(vectors, float)
     if vectors.shape != system.positions.shape:
         raise InputError(
-            f"the response has shape {vectors.shape} and the positions {system.positions.shape}:"
-            " give one vector per particle, from jvp or from one component, jacobian(eq,"
-            " 'sigma').component('sigma[0]')."
+            f"`response` has shape {vectors.shape} and the positions {system.positions.shape}:"
+            " give one vector for each particle, from jvp or from one component, as in"
+            " jacobian(eq, 'sigma').component('sigma[0]')."
         )
     bad = ~np.isfinite(vectors).all(axis=1)
     if bad.any():
         raise InputError(
-            f"the response of {int(bad.sum())} particles is not finite: look at its status."
+            f"`response` is not finite for {int(bad.sum())} particles: look at its status."
         )
     if isinstance(response, Displacement):
         rattlers = response.rattlers
@@ -228,7 +232,11 @@ def _check_input(
 
 
 def _diameters(system: System) -> np.ndarray:
-    """Return diameters of the circles, (n,): sigma, or the median distance of nearest neighbors."""
+    """Return the diameters (n,) with which to draw the particles.
+
+    They are the diameters sigma of the potential. For a potential without diameters, all are the
+    median distance of nearest neighbors.
+    """
     if system.diameters is not None:
         return np.asarray(system.diameters, float)
     from scipy.spatial import KDTree
@@ -256,7 +264,7 @@ def _new_axes(low: np.ndarray, high: np.ndarray, foot: Foot, titled: bool) -> Ax
 
 
 def _draw_frame(ax: Axes, view: View, low: np.ndarray, high: np.ndarray) -> None:
-    """Set limits and equal aspect, and draw the cell's outline."""
+    """Set the limits and the equal aspect of the Axes, and draw the outline of the cell."""
     from matplotlib.patches import Polygon
 
     if view.cell is not None:
@@ -274,7 +282,7 @@ def _draw_frame(ax: Axes, view: View, low: np.ndarray, high: np.ndarray) -> None
 
 
 def _faded(colors: Sequence[str] | np.ndarray, haze: float) -> np.ndarray:
-    """Mix colors (k, 4) with the color of the paper; ``haze`` is the fraction of the paper."""
+    """Mix colors (k, 4) with the color of the paper; ``haze`` is the fraction of paper color."""
     from matplotlib.colors import to_rgb, to_rgba_array
 
     paper = [*(haze * np.array(to_rgb(PAPER))), 0]  # opacity stays
@@ -289,7 +297,16 @@ def _draw_circles(
     fill: np.ndarray | None,
     haze: float,
 ) -> None:
-    """Draw one collection of circles, clipped at the cell; hollow and dashed without a fill."""
+    """Draw particles as circles, clipped at the cell; without ``fill``, hollow and dashed.
+
+    Args:
+      ax: the Axes to draw in.
+      view: the projected configuration.
+      chosen: (n,) mask of the particles to draw.
+      diameters: (n,) diameters of the circles.
+      fill: (n, 4) colors of the particles, or None.
+      haze: fraction of the color of the paper in all colors, for distant particles.
+    """
     from matplotlib.collections import EllipseCollection
 
     index, places = images(view, chosen, diameters)
@@ -317,17 +334,17 @@ def _draw_circles(
 def _draw_arrows(
     ax: Axes, view: View, chosen: np.ndarray, arrows: np.ndarray, shaft: float, haze: float
 ) -> Quiver:
-    """Draw arrows, clipped at the cell like the circles.
+    """Draw an arrow on each chosen particle, clipped at the cell like the particles' circles.
 
     An arrow that leaves the cell enters again at the opposite side, as the arrow of an image.
 
     Args:
       ax: the Axes to draw in.
-      view: the projection.
+      view: the projected configuration.
       chosen: mask (n,) of the particles whose arrows to draw.
-      arrows: (n, 2) in drawn length.
-      shaft: thickness, in the positions' unit.
-      haze: fraction of the color of the paper.
+      arrows: (n, 2) the arrows as they are drawn, in the positions' unit.
+      shaft: thickness of the arrows, in the positions' unit.
+      haze: fraction of the color of the paper in the arrows' color, for distant particles.
     """
     tails = view.spots[chosen]
     arrows = arrows[chosen]
@@ -364,15 +381,15 @@ def _draw_arrows(
 def _edge_width(arrows: np.ndarray, shaft: float) -> np.ndarray:
     """Compute the width in points of the white edge that separates crossing arrows.
 
-    Short arrows have a thinner edge or none, because an edge would cover them; the same holds for
-    all arrows where there are very many, because they are small.
+    Short arrows have a thinner edge or none, because an edge would cover them. Where there are very
+    many arrows, none has an edge, because all are small.
     """
     room = np.clip(np.linalg.norm(arrows, axis=1) / (6 * shaft) - 0.2, 0.0, 1.0)
     return 0.3 * room * (len(arrows) < CROWD)
 
 
 def _clip_at_cell(ax: Axes, view: View, artist: Artist) -> None:
-    """Hide what lies outside of the cell; nothing for open boundaries."""
+    """Hide the parts of circles or arrows outside of the cell; without a cell, hide nothing."""
     from matplotlib.patches import Polygon
 
     if view.cell is not None:
@@ -380,9 +397,9 @@ def _clip_at_cell(ax: Axes, view: View, artist: Artist) -> None:
 
 
 def _colors(system: System, diameters: np.ndarray) -> tuple[np.ndarray, Key]:
-    """Return the colors of the particles, (n, 4), and their key for the legend.
+    """Return the colors (n, 4) of the particles, by species or diameter, and their legend.
 
-    The key is a list of names with colors, empty if all particles are alike or if there are too
+    The legend is a list of names with colors, empty if all particles are alike or if there are too
     many species; or a color map with its range, for more diameters than the palette has colors.
     """
     from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgba_array

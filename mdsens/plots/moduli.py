@@ -30,28 +30,32 @@ def moduli(
 ) -> tuple[PolarAxes, PolarAxes]:
     """Draw Young's modulus and Poisson's ratio of a 2-D solid by angle, as two polar curves.
 
-    The curves are circles for an isotropic solid. The thin gray circle has the value of the
-    tensor's isotropic part. For Poisson's ratio nu the radius is |nu|, and the curve is dashed
-    where nu < 0.
+    The curves are circles for an isotropic solid. The thin gray circle is the value that the
+    isotropic part of the elastic tensor gives. For Poisson's ratio nu the radius is |nu|, and the
+    curve is dashed where nu < 0.
 
     Args:
       of: the moduli, from ``ms.elasticity.moduli``, in 2-D.
       axes: two polar Axes to draw in; None makes a figure of two columns with pyplot.
-      birch: draw the moduli of Birch's tensor, the derivative of the stress by the strain, instead
-        of those of ``moduli.tensor``, the second derivative of the energy by strain; the titles say
-        which. The two tensors differ under a stress, see :mod:`mdsens.elasticity`.
+      birch: whether to draw the moduli of Birch's tensor, the derivative of the stress by the
+        strain. If False, those of ``moduli.tensor`` are drawn, the second derivative of the energy
+        by strain. The titles name the tensor. The two tensors differ under a stress, see
+        :mod:`mdsens.elasticity`.
       title: text above the picture.
 
     Returns:
       the two Axes.
 
     Raises:
-      InputError: something else than Moduli, or moduli in 3-D.
+      InputError: ``of`` is not a Moduli, or it is of a system in 3-D.
     """
     if not isinstance(of, Moduli):
-        raise InputError(f"got a {type(of).__name__}: give what ms.elasticity.moduli returns.")
+        raise InputError(f"`of` is a {type(of).__name__}: give what ms.elasticity.moduli returns.")
     if of.stress.shape[0] != 2:
-        raise InputError("moduli by angle are drawn in 2-D: in 3-D take ms.elasticity.directional.")
+        raise InputError(
+            "`of` is of a 3-D solid, and moduli are drawn by angle in 2-D only: in 3-D take"
+            " ms.elasticity.directional."
+        )
     if axes is None:
         import matplotlib.pyplot as plt
 

@@ -348,9 +348,9 @@ class PairPotential(Portable, _NamedPotential):
                 and self.cutoff < value.max(initial=0.0)
             ):
                 raise InputError(
-                    f"cutoff {self.cutoff:g} of {self.name} is below sigma = {value.max():g}:"
+                    f"`cutoff` of {self.name} is {self.cutoff:g}, below sigma = {value.max():g}:"
                     " cutoff and onset are lengths in the units of the positions, not multiples of"
-                    " sigma; give larger ones."
+                    " sigma; give a larger cutoff and onset."
                 )
             # the range and the neighbor list rest on mixing that stays between the extremes
             if value.ndim == 1 and mix is not arithmetic:
@@ -360,9 +360,9 @@ class PairPotential(Portable, _NamedPotential):
                 # 1e-6: allowance for round-off, in single precision too
                 if not low * (1 - 1e-6) <= mixed <= high * (1 + 1e-6):
                     raise InputError(
-                        f"mixing of {name} gives {mixed} from {low} and {high}: it must lie between"
-                        f" them, or pairs could be lost; give {name} as a matrix of species pairs"
-                        " instead."
+                        f"mixing of {name} gives {mixed} from {low} and {high}: the result must lie"
+                        f" between the two values, or pairs could be lost; give {name} as a matrix"
+                        " of species pairs instead."
                     )
         self._check_end(params)
 
@@ -468,7 +468,8 @@ class BondedPotential(Portable, _NamedPotential):
         if m and (bonds.min() < 0 or bonds.max() >= n):
             worst = bonds.max() if bonds.max() >= n else bonds.min()
             raise InputError(
-                f"bonds name particle {worst} but there are {n}: use indices 0 to {n - 1}."
+                f"`bonds` names particle {worst}, but there are {n} particles: use indices 0 to"
+                f" {n - 1}."
             )
         for name, above in zip(self.names, self.above, strict=True):
             value = np.asarray(params[name], float)

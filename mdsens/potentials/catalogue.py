@@ -71,7 +71,7 @@ class switched:  # noqa: N801 - used as a function
         object.__setattr__(self, "cutoff", real_number("cutoff", self.cutoff, "give a length."))
         if not 0 < self.onset < self.cutoff < np.inf:
             raise InputError(
-                f"onset {self.onset} and cutoff {self.cutoff}: give 0 < onset < cutoff."
+                f"`onset` is {self.onset} and `cutoff` is {self.cutoff}: give 0 < onset < cutoff."
             )
 
     def __call__(self, r: jax.Array, *values: jax.Array) -> jax.Array:
@@ -277,12 +277,13 @@ def harmonic_bonds(bonds: ArrayLike) -> BondedPotential:
     array = np.zeros((0, 2), int) if array.shape in ((0,), (0, 2)) else array
     if array.ndim != 2 or array.shape[1] != 2 or not np.issubdtype(array.dtype, np.integer):
         raise InputError(
-            f"bonds have shape {array.shape} and type {array.dtype}: give integers of shape (m, 2)."
+            f"`bonds` has shape {array.shape} and type {array.dtype}: give integers of shape (m,"
+            " 2)."
         )
     if (array[:, 0] == array[:, 1]).any():
         raise InputError(
             f"bond {int(np.argmax(array[:, 0] == array[:, 1]))} joins a particle to itself:"
-            " remove it."
+            " remove this bond."
         )
     names = ("stiffness", "length")
     above = (-np.inf, 0.0)  # any stiffness, a positive length
@@ -329,19 +330,19 @@ def from_pair(
     _check_arguments(phi, names)
     if mixing is not None and not isinstance(mixing, Mapping):
         raise InputError(
-            f"mixing is a {type(mixing).__name__}: give a dict of parameter names and functions."
+            f"`mixing` is a {type(mixing).__name__}: give a dict of parameter names and functions."
         )
     mixing = dict(mixing or {})
     for key in mixing:
         if key not in names:
             raise InputError(
-                f"mixing names {key!r}, which is no parameter: use one of {', '.join(names)}."
+                f"`mixing` names {key!r}, which is no parameter: use one of {', '.join(names)}."
             )
     if cutoff is not None and not callable(cutoff):
         need = "give a positive length, or None for infinite range."
         cutoff = real_number("cutoff", cutoff, need)
         if not 0 < cutoff < np.inf:
-            raise InputError(f"cutoff is {cutoff}: {need}")
+            raise InputError(f"`cutoff` is {cutoff}: {need}")
     points = breakpoints if callable(breakpoints) else FixedLengths(_checked_lengths(breakpoints))
     return PairPotential(
         name=name or getattr(phi, "__name__", "pair potential"),
@@ -358,11 +359,11 @@ def from_pair(
 def _checked_names(parameters: Iterable[str]) -> tuple[str, ...]:
     """Check parameter names that a user gives, and return them as a tuple of strings."""
     if isinstance(parameters, str | bytes) or not np.iterable(parameters):
-        raise InputError(f"parameters is {short(parameters)}: give a tuple of names.")
+        raise InputError(f"`parameters` is {short(parameters)}: give a tuple of names.")
     names = tuple(parameters)
     for name in names:
         if not isinstance(name, str):
-            raise InputError(f"parameters contains {short(name)}: give a tuple of names.")
+            raise InputError(f"`parameters` contains {short(name)}: give a tuple of names.")
     return names
 
 
@@ -370,21 +371,21 @@ def _checked_lengths(breakpoints: ArrayLike) -> tuple[float, ...]:
     """Check breakpoints that a user gives, and return them as a tuple of finite lengths."""
     array = np.asarray(real_array("breakpoints", breakpoints, "give lengths."), float)
     if array.ndim != 1 or not np.isfinite(array).all():
-        raise InputError(f"breakpoints is {short(breakpoints)}: give lengths, in a tuple.")
+        raise InputError(f"`breakpoints` is {short(breakpoints)}: give finite lengths, in a tuple.")
     return tuple(array.tolist())
 
 
 def _check_arguments(phi: Phi, names: tuple[str, ...]) -> None:
     """Raise InputError if phi does not take a distance r and one argument per parameter name."""
     if not callable(phi):
-        raise InputError(f"phi is {short(phi)}: give a function of r and the parameters.")
+        raise InputError(f"`phi` is {short(phi)}: give a function of r and the parameters.")
     try:
         # bind() takes any values: only their number counts
         inspect.signature(phi).bind(*range(1 + len(names)))
     except TypeError as error:
         raise InputError(
-            f"phi does not take r and the {len(names)} parameters {', '.join(names)} ({error}):"
-            " name its parameters in its order."
+            f"`phi` does not take r and the {len(names)} parameters {', '.join(names)} ({error}):"
+            " name the parameters of phi, in the order of its arguments."
         ) from error
     except ValueError:
         pass  # a built-in function without a signature: nothing to check
@@ -412,13 +413,13 @@ def from_energy(
     """
     if not callable(fn):
         raise InputError(
-            f"fn is {short(fn)}: give a function of positions, params and displacement."
+            f"`fn` is {short(fn)}: give a function of positions, params and displacement."
         )
     names = _checked_names(parameters)
     unknown = [name for name in shared if name not in names]
     if isinstance(shared, str) or unknown:
         raise InputError(
-            f"shared is {short(shared)}: give names among the parameters {list(names)}."
+            f"`shared` is {short(shared)}: give names among the parameters {list(names)}."
         )
     label = name or getattr(fn, "__name__", "energy")
     return EnergyPotential(label, fn, names=names, keys=names, shared=tuple(shared))

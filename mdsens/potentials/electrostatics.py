@@ -140,9 +140,10 @@ class InducedDipoles(SelfConsistentPotential):
         if status is not Result.INDEFINITE:
             return super()._without_minimum(status)
         return (
-            "polarization catastrophe: at these positions the dipoles have no minimum of energy,"
-            " since they attract each other more than polarizing costs. Start farther apart, or"
-            " give smaller polarizabilities or a smaller damping (a smaller value damps more)."
+            "polarization catastrophe: at these positions the energy has no minimum over the"
+            " dipoles, since the dipoles gain more energy by attracting each other than their"
+            " polarization costs. Start with the particles farther apart, or give smaller"
+            " polarizabilities or a smaller 'damping' (a smaller value damps more)."
         )
 
 
@@ -261,10 +262,10 @@ class ChargeEquilibration(SelfConsistentPotential):
         if status is not Result.INDEFINITE:
             return super()._without_minimum(status)
         return (
-            "at these positions the charges have no minimum of energy, since charges of opposite"
-            f" sign gain more than their {self.names[1]} costs: give {self.names[1]} above 1 /"
-            f" (sqrt(pi) {self.names[2]}), for which there always is a minimum, or a larger"
-            f" {self.names[2]}."
+            "at these positions the energy has no minimum over the charges, since charges of"
+            f" opposite sign gain more energy than their {self.names[1]} costs: give"
+            f" {self.names[1]} above 1 / (sqrt(pi) {self.names[2]}), for which the energy always"
+            f" has a minimum, or a larger {self.names[2]}."
         )
 
 
@@ -307,7 +308,7 @@ def induced_dipoles(damped: bool = True, solve: Method = CG(rtol=1e-14)) -> Indu
     s and t.
     """
     if not isinstance(damped, bool):
-        raise InputError(f"damped is {short(damped)}: give True or False.")
+        raise InputError(f"`damped` is {short(damped)}: give True or False.")
     check_method(solve)
     names = ("charge", "polarizability", "damping")
     return InducedDipoles(names if damped else names[:2], solve)
@@ -350,5 +351,5 @@ def charge_equilibration(total: float = 0.0, solve: Method = Direct()) -> Charge
     check_method(solve)
     charge = real_number("total", total, "give the total charge.")
     if not math.isfinite(charge):
-        raise InputError(f"total is {charge}: give the total charge.")
+        raise InputError(f"`total` is {charge}: give the total charge, a finite number.")
     return ChargeEquilibration(("electronegativity", "hardness", "radius"), charge, solve)

@@ -75,7 +75,7 @@ def _checked_energy(energy: ArrayLike, what: str, r: jax.Array) -> jax.Array:
     if array.shape != r.shape:
         raise InputError(
             f"{what} returns shape {array.shape} for distances of shape {r.shape}: return one"
-            " number for each."
+            " number for each distance."
         )
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise InputError(f"{what} returns {array.dtype}: return real floating-point numbers.")
@@ -240,7 +240,8 @@ def check_trial(name: str, names: Sequence[str], trial: Trial) -> None:
     if np.isnan(ends).any() or np.isnan(points).any():
         which = "breakpoints" if np.isnan(points).any() else "cutoff"
         raise InputError(
-            f"the function of the {which} of {name} gives nan: mend it, or the parameters."
+            f"the function of the {which} of {name} gives nan: correct this function, or the"
+            " parameters."
         )
     limited = np.isfinite(ends)
 

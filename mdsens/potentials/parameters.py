@@ -165,14 +165,14 @@ def component(parameters: Sequence[Parameter], label: object) -> tuple[Parameter
     parts = split_label(label) if isinstance(label, str) else None
     if parts is None:
         raise InputError(
-            f"component is {short(label)}: give a label, such as 'epsilon', 'sigma[3]' or"
+            f"`component` is {short(label)}: give a label, such as 'epsilon', 'sigma[3]' or"
             " 'sigma[0,1]'."
         )
     name, index = parts
     by_name = {parameter.name: parameter for parameter in parameters}
     if name not in by_name:
         raise InputError(
-            f"this derivative is by {', '.join(by_name)}, not by {name!r}: give one of these."
+            f"this derivative is by {', '.join(by_name)}, not by {name!r}: give one of the former."
         )
     parameter = by_name[name]
     index = index or ()
@@ -180,11 +180,14 @@ def component(parameters: Sequence[Parameter], label: object) -> tuple[Parameter
     if len(index) != len(shape):
         form = f"{name}[{','.join('ij'[: len(shape)])}]" if shape else name
         raise InputError(
-            f"component {label!r}: {name} has shape {shape}, so that one number of it is {form}."
+            f"component {label!r} has the wrong number of indices, since {name} has shape {shape}:"
+            f" give {form}."
         )
     for i, size in zip(index, shape, strict=True):
         if not 0 <= i < size:
-            raise InputError(f"component {label!r}: the indices of {name} go from 0 to {size - 1}.")
+            raise InputError(
+                f"component {label!r} is out of range: give indices of {name} from 0 to {size - 1}."
+            )
     return parameter, index
 
 

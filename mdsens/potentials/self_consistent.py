@@ -339,8 +339,8 @@ class SelfConsistentPotential(_NamedPotential):
         """Return the error message for a solve for dipoles or charges that failed with a status."""
         return (
             f"the inner solve of {self.name} failed at these positions and parameters"
-            f" ({status.sentence}): give solve=Direct() of mdsens.implicit, or look for values that"
-            " are far too large."
+            f" ({status.sentence}): give solve=Direct() of mdsens.implicit, or look for parameters"
+            " that are far too large."
         )
 
 

@@ -10,7 +10,8 @@ Near the minimum, coordinates that are at a bound and pushed against this bound 
 Then Newton steps solve the optimality condition for x and lambda together; each Newton step squares
 the distance to the minimum.
 
-In this module z is the vector of positions and relaxed parameters, in the order of ``flat``.
+In this module z is the vector of positions and relaxed parameters, which are the parameters that
+relax with the positions, in the order of ``flat``.
 """
 
 from __future__ import annotations
@@ -148,16 +149,17 @@ def _primal(system: System) -> Unknowns:
 
 
 def _flat_primal(x: Unknowns) -> np.ndarray:
-    """Return the positions and the relaxed parameters in ``x`` as one vector of doubles.
+    """Return the positions and relaxed parameters in ``x`` as one vector of doubles.
 
-    Lagrange multipliers in ``x`` are left out.
+    Relaxed parameters are those that constraints relax with the positions. Lagrange multipliers in
+    ``x`` are left out.
     """
     return flat(dataclasses.replace(x, multipliers=None)).astype(float)
 
 
 @jax.jit
 def _slope(system: System, multipliers: ByName | None) -> Unknowns:
-    """Compute the gradient dL/dx of the Lagrangian and the residuals g of the equations g = 0.
+    """Compute the gradient dL/dx of the Lagrangian L and the residuals g of equations g = 0.
 
     x are the positions and the parameters that constraints relax with the positions.
     """
@@ -179,7 +181,7 @@ def _slope_rate(system: System, multipliers: ByName | None, change: Unknowns) ->
 
 @jax.jit
 def _limits(system: System) -> tuple[Unknowns, Unknowns]:
-    """Return lower and upper bounds of the positions and the relaxed parameters.
+    """Return lower and upper bounds of the positions and of the parameters that relax with them.
 
     Both bounds of a pinned coordinate are its position.
     """
@@ -245,9 +247,10 @@ class _Relaxation:
         self.bar.tolerance = max(self.tolerance, self.round_off)
 
     def system_at(self, z: np.ndarray) -> System:
-        """Return the system at other positions and relaxed parameters, the vector ``z``.
+        """Return the system at other positions and relaxed parameters, given as one vector ``z``.
 
-        The neighbor list of the result is complete.
+        Relaxed parameters are those that constraints relax with the positions. The neighbor list of
+        the result is complete.
         """
         dtype = self.system.positions.dtype
         x = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), unflat(z, self.like))
@@ -255,7 +258,7 @@ class _Relaxation:
 
     @property
     def z(self) -> np.ndarray:
-        """Return the positions and the relaxed parameters of the system as one vector."""
+        """Return the positions and the parameters that relax with them, as one vector."""
         return _flat_primal(unknowns_of(self.system))
 
     @property
@@ -267,12 +270,12 @@ class _Relaxation:
         """Compute the largest unbalanced force, the residuals of equations included.
 
         The unbalanced force is k (z - clip(z - slope / k)), which is k times a step of projected
-        gradient descent. Here z are the positions and relaxed parameters, the slope is the gradient
-        of the Lagrangian by z, k is the stiffness of the potential from ``natural_units``, and clip
-        moves coordinates beyond a bound to that bound. The unbalanced force is zero at a bound that
-        a coordinate is pushed against, and small near a bound that the coordinate will be pushed
-        against. A slope along a relaxed parameter counts as a force, and so does k g for a
-        constraint with an equation g = 0.
+        gradient descent. Here z are the positions and the parameters that relax with them, the
+        slope is the gradient of the Lagrangian by z, k is the stiffness of the potential from
+        ``natural_units``, and clip moves coordinates beyond a bound to that bound. The unbalanced
+        force is zero at a bound that a coordinate is pushed against, and small near a bound that
+        the coordinate will be pushed against. A slope along a parameter counts as a force, and so
+        does k g for a constraint with an equation g = 0.
         """
         along = _flat_primal(slope)
         left = self.stiffness * (z - np.clip(z - along / self.stiffness, self.low, self.high))
@@ -292,11 +295,11 @@ class _Relaxation:
         )
 
     def kkt_system(self, fixed: np.ndarray) -> KKT:
-        """Return the linear system of a Newton step on the optimality conditions.
+        """Return the linear system of a Newton step on the optimality conditions of the Lagrangian.
 
         Args:
-          fixed: (count,) True for the positions and relaxed parameters that the step does not
-            change.
+          fixed: (count,) True for the positions, and the parameters that relax with them, that the
+            step does not change.
         """
         mask = jax.tree.map(jnp.asarray, unflat(fixed, self.like))
         no_equation = jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), bool), self.multipliers)
@@ -421,9 +424,9 @@ class _Relaxation:
     def _penalties(self) -> ByName:
         """Choose the penalty rho of each equation g = 0 of the augmented Lagrangian.
 
-        rho |grad g|^2 is PENALTY times the potential's stiffness, which is an estimate of the
-        largest eigenvalue of the Hessian, see ``natural_units``. |grad g|^2 is the mean over the
-        components of g.
+        rho |grad g|^2 is a fixed multiple (PENALTY) of the potential's stiffness from
+        ``natural_units``, which is an estimate of the largest eigenvalue of the Hessian. |grad g|^2
+        is the mean over the components of g.
         """
         own = own_params(self.system)
 
@@ -464,8 +467,8 @@ class _Relaxation:
     def unmet_equation(self) -> str:
         """Describe the equation with the largest residual; the text is empty where all are met.
 
-        An equation of a constraint is met if its residual is at most UNMET times the potential's
-        length scale.
+        An equation of a constraint is met if its residual is at most a fixed fraction (UNMET) of
+        the potential's length scale.
         """
         largest = UNMET * self.length
         message = ""
@@ -505,10 +508,11 @@ class _Relaxation:
     def newton(self) -> float:
         """Take Newton steps on the optimality condition, as long as they make progress.
 
-        The Newton steps use H_L, the second derivative of the Lagrangian. A multiple of the largest
-        force divided by the length scale of the potential (contact distance, or the distance of the
-        minimum of the pair energy) is added to the diagonal of H_L. The multiple grows where a step
-        lowers neither the largest force left nor the augmented Lagrangian, and falls otherwise.
+        The condition is that the derivative of the Lagrangian vanishes, and the Newton steps use
+        H_L, the second derivative. A multiple of the largest force divided by the length scale of
+        the potential (contact distance, or the distance of the minimum of the pair energy) is added
+        to the diagonal of H_L. The multiple grows where a step lowers neither the largest force
+        left nor the augmented Lagrangian, and falls otherwise.
 
         Returns:
           the largest force that is left.
@@ -548,10 +552,10 @@ class _Relaxation:
         return force
 
     def _is_lower(self, trial: _Trial, z: np.ndarray, penalties: ByName) -> bool:
-        """Return whether a Newton step from ``z`` to ``trial`` lowers the augmented Lagrangian.
+        """Return whether a trial Newton step lowers the augmented Lagrangian.
 
-        Both values have the multipliers at the end of the step. Where their difference is
-        round-off, the gradients at both ends decide.
+        The Lagrange multipliers at the end of the step are used for both ends. Where the difference
+        of the two values is round-off, the gradients at both ends decide.
         """
         multipliers = trial.multipliers or {}
         ends = [_augmented(s, multipliers, penalties) for s in (self.system, trial.system)]
@@ -562,10 +566,11 @@ class _Relaxation:
         return sum(float(flat(slope) @ (trial.z - z)) for _, slope, _ in ends) < 0.0
 
     def _step(self, slope: Unknowns, z: np.ndarray, shift: float) -> np.ndarray:
-        """Compute a Newton step of positions, relaxed parameters and Lagrange multipliers.
+        """Compute a Newton step of the positions, relaxed parameters and Lagrange multipliers.
 
-        The entries are in the order of ``flat``. A coordinate that is pushed against a bound goes
-        to the bound, or stays there.
+        Relaxed parameters are those that constraints relax with the positions. The entries are in
+        the order of ``flat``. A coordinate that is pushed against a bound goes to the bound, or
+        stays there.
 
         Args:
           slope: the gradient of the Lagrangian at z, and the residuals g of the equations g = 0.

@@ -163,7 +163,7 @@ class JaxMD:
     def functions(
         self,
         forces: Callable[..., jax.Array],
-        shift: Callable[..., jax.Array] | None,
+        shift: Callable[..., jax.Array],
         limits: Limits,
     ) -> tuple[Callable[[jax.Array], JaxMDState], Callable[[JaxMDState], JaxMDState]]:
         """Return the functions (init, apply) of the minimizer, on states :class:`JaxMDState`.
@@ -218,7 +218,7 @@ class JaxMD:
 
     @staticmethod
     def at_stiffness(state: JaxMDState, stiffness: jax.Array) -> JaxMDState:
-        """Return the state unchanged, since a jax-md minimizer does not use a measured stiffness."""
+        """Return the state unchanged: minimizers of jax-md do not use a measured stiffness."""
         return state
 
 

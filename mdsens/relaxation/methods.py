@@ -82,7 +82,7 @@ class Fire:
     def functions(
         self,
         forces: Callable[..., jax.Array],
-        shift: Callable[..., jax.Array] | None,
+        shift: Callable[..., jax.Array],
         limits: Limits,
     ) -> tuple[Callable[[jax.Array], FireState], Callable[[FireState], FireState]]:
         """Return the functions (init, apply) of jax-md's FIRE, on states :class:`FireState`.
@@ -100,8 +100,7 @@ class Fire:
 
         Args:
           forces: function from positions (n, d) to forces (n, d).
-          shift: function from positions and displacements to the displaced positions; None where
-            ``apply`` is not called.
+          shift: function from positions and displacements to the displaced positions.
           limits: the longest step and the largest force of a particle, and the potential's
             stiffness.
         """
@@ -199,7 +198,7 @@ class GradientDescent:
     def functions(
         self,
         forces: Callable[..., jax.Array],
-        shift: Callable[..., jax.Array] | None,
+        shift: Callable[..., jax.Array],
         limits: Limits,
     ) -> tuple[Callable[[jax.Array], DescentState], Callable[[DescentState], DescentState]]:
         """Return the functions (init, apply) of gradient descent on states (positions, forces).
@@ -208,8 +207,7 @@ class GradientDescent:
 
         Args:
           forces: function from positions (n, d) to forces (n, d).
-          shift: function from positions and displacements to the displaced positions; None where
-            ``apply`` is not called.
+          shift: function from positions and displacements to the displaced positions.
           limits: limits of the steps, of which the stiffness of the potential is used.
         """
 

@@ -21,7 +21,7 @@ from mdsens._util.errors import InputError
 from mdsens._util.precision import full_precision
 from mdsens._util.probe import chirp
 from mdsens._util.progress import Decades
-from mdsens._util.validation import check_positive, short
+from mdsens._util.validation import check_positive, is_integer, short
 from mdsens.mechanics.forces import energy_gradient
 from mdsens.mechanics.hessian import Unknowns, largest_force
 from mdsens.mechanics.hessian_factor import HessianFactor
@@ -71,7 +71,7 @@ class EigenvectorFollowing:
 
     def __post_init__(self) -> None:
         check_positive(self, ("max_step",))
-        if not (isinstance(self.vectors, int) and self.vectors >= 2):
+        if not (is_integer(self.vectors) and self.vectors >= 2):
             raise InputError(
                 f"EigenvectorFollowing(vectors={short(self.vectors)}): give a whole number from 2."
             )

@@ -25,7 +25,7 @@ from mdsens._util.errors import InputError
 from mdsens._util.lattice import nearest_image
 from mdsens._util.probe import chirp
 from mdsens._util.pytree import PyTree
-from mdsens._util.validation import check_positive, short
+from mdsens._util.validation import check_positive, is_integer, short
 from mdsens.mechanics.forces import energy_gradient
 from mdsens.mechanics.hessian import largest_force
 from mdsens.mechanics.units import Limits, natural_units
@@ -71,7 +71,7 @@ class ElasticBand:
             raise InputError(f"ElasticBand(fire={short(self.fire)}): give Fire() of ms.relaxation.")
         for name in ("images", "max_steps"):
             value = getattr(self, name)
-            if not (isinstance(value, int) and value >= 1):
+            if not (is_integer(value) and value >= 1):
                 raise InputError(f"ElasticBand({name}={short(value)}): give a whole number from 1.")
 
 

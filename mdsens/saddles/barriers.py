@@ -138,6 +138,7 @@ def barrier(
       saddle: a saddle from ``find_saddle``, of the same system at the same parameters.
       dparams: the direction dp of the second derivatives, as in ``jvp``; None for no second
         derivatives.
+      solve: the linear solver for the second derivatives, as in ``jvp``.
       throw: whether to raise an error if the status is not good.
 
     Returns:

@@ -228,10 +228,12 @@ def solve_derivative(
         # jax computes these asynchronously, while the host factorizes in ``factor.factor`` below
         sides = _right_hand_sides(core, argument, rule, many)
         if factor.factor is not None:
-            columns = flat(sides, many)
+            # The factor is that of the positions: the strain of a cell is solved for afterwards.
+            columns = flat(dataclasses.replace(sides, strain=None), many)
             x, stats = factor.solve_many(columns if many else columns[:, None], lin.solve.rtol)
             stats = jax.tree.map(lambda leaf: leaf[0] if many else leaf[0, 0], stats)
-            x = unflat(x if many else x[:, 0], lin.unknowns, many)
+            like = dataclasses.replace(lin.unknowns, strain=None)
+            x = unflat(x if many else x[:, 0], like, many)
             derivative = _results(core, argument, sides, x, stats, rule, many)
             return _without_dropped_round_off(rule, core, argument, derivative, many)
     # Without a factor the solver takes products, which use the assembled blocks if there are any.

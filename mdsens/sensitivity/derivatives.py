@@ -17,7 +17,7 @@ from mdsens._util.errors import InputError, raise_for_status
 from mdsens._util.memory import require_memory
 from mdsens._util.pytree import PyTree
 from mdsens._util.user_functions import Traceable
-from mdsens._util.validation import real_array, short
+from mdsens._util.validation import is_integer, real_array, short
 from mdsens.implicit.linear import Auto, Method, check_method
 from mdsens.implicit.linear.result import dropped_any
 from mdsens.mechanics import lagrangian
@@ -461,7 +461,7 @@ def jacobian(
         raise InputError(
             f"wrt is {short(wrt)}: give a parameter's name, one of {', '.join(lin.params)}."
         )
-    if chunk is not None and not (isinstance(chunk, int) and chunk >= 1):
+    if chunk is not None and not (is_integer(chunk) and chunk >= 1):
         raise InputError(f"chunk is {short(chunk)}: give a whole number of at least 1, or None.")
     changes(system, {wrt: lin.params.get(wrt, 0.0)}, lin.params)  # checks the name
     shape = lin.params[wrt].shape

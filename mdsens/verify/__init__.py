@@ -1,8 +1,9 @@
-"""Independent checks of derivatives and potentials: finite differences, adjoint identity, others.
+"""Independent checks of derivatives of relaxed positions, and of potentials.
 
-Derivatives of relaxed positions are checked by minimizing again at changed parameters. Potentials,
-a user's own included, are tested for the properties that they declare, such as breakpoints (the
-distances at which a derivative of the potential jumps or diverges).
+Derivatives are checked by minimizing again at changed parameters (finite differences), and by the
+adjoint identity between forward and reverse mode. Potentials, a user's own included, are tested for
+the properties that they declare, such as breakpoints (the distances at which a derivative of the
+potential jumps or diverges).
 """
 
 from mdsens.verify.adjoint_test import AdjointTest, adjoint

@@ -78,14 +78,14 @@ def lattice(potential: Potential, params: Params) -> System:
     for name in paired:
         if not values[name].size:
             raise InputError(
-                f"parameter {name} has shape {values[name].shape}: give a scalar, or one value a"
-                " species."
+                f"parameter `{name}` has shape {values[name].shape}: give a scalar, or one value"
+                " for each species."
             )
     sizes = {size for name in paired for size in values[name].shape}
     if len(sizes) > 1:
         raise InputError(
-            f"the parameters have {' and '.join(map(str, sorted(sizes)))} values: give positions"
-            " and species, which tell values of species from values of particles."
+            f"the parameters have {' and '.join(map(str, sorted(sizes)))} values, which cannot all"
+            " be one value for each species: give `positions` and `species`."
         )
     bonds = [
         np.asarray(part.bonds) for part in parts(potential) if isinstance(part, BondedPotential)
@@ -111,10 +111,10 @@ def system_of(
     box: ArrayLike | None,
     species: ArrayLike | None,
 ) -> System:
-    """Make a System from potential, parameters and positions, with any potential at the cutoff.
+    """Make a System from potential, parameters and positions; do not check the potential's cutoff.
 
     ``System.create`` would refuse a potential that is not zero at its cutoff. ``verify.potential``
-    reports it as the result of a check instead.
+    reports such a potential as the result of a check instead.
     """
     zeroed = [
         dataclasses.replace(part, phi=_zero) if isinstance(part, PairPotential) else part
@@ -206,7 +206,10 @@ def _central_difference(f: Callable[[float], jax.Array], step: float) -> np.ndar
 
 
 def _relative_norm(difference: ArrayLike, *references: ArrayLike) -> float:
-    """Divide the norm of a difference by the largest norm of reference arrays, unless this is 0."""
+    """Divide the norm of a difference by the largest norm of the reference arrays.
+
+    If all reference arrays are zero, the norm of the difference is not divided.
+    """
     size = max(float(np.linalg.norm(reference)) for reference in references)
     norm = float(np.linalg.norm(difference))
     return norm / size if size > 0 else norm
@@ -283,7 +286,7 @@ def _forces(system: System, slope: jax.Array, directions: list[jax.Array], h: fl
 
     Args:
       system: the configuration.
-      slope: (n, d) the gradient of the energy, minus the forces.
+      slope: (n, d) the gradient of the energy, which is the negative of the forces.
       directions: displacements (n, d).
       h: the step of the differences.
     """

@@ -68,7 +68,10 @@ def with_derivatives(phi: Callable[..., jax.Array]) -> Evaluate:
     """
 
     def with_next(f: Derivatives) -> Derivatives:
-        """Return the function of r that returns the values of f and the derivative of the last."""
+        """Extend a function of r, whose values are phi and its first derivatives, by the next one.
+
+        The new function returns all values of f, and the derivative of the last value by r.
+        """
 
         def extended(r: jax.Array) -> tuple[jax.Array, ...]:
             known, slopes = jax.jvp(f, (r,), (jnp.ones_like(r),))
@@ -190,16 +193,20 @@ def find_breaks(
     ga, gb = f[1:, :-1], f[1:, 1:]
 
     def value_and_slope(r: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the derivative of phi of a given order at each distance r, and the next higher."""
+        """Return a derivative of the pair function phi at distances r, and the next derivative.
+
+        ``order`` is the order of the derivative, 0 for phi itself.
+        """
         rows = evaluate(r.ravel(), *values)
         columns = np.arange(r.size)
         order = np.broadcast_to(order, r.shape).ravel()
         return rows[order, columns].reshape(r.shape), rows[order + 1, columns].reshape(r.shape)
 
     def jump_across(r: np.ndarray, order: np.ndarray, aside: float) -> np.ndarray:
-        """Compute the jump of the derivative of phi of a given order at each distance r.
+        """Compute the jump of a derivative of the pair function phi at each distance r.
 
-        The derivative is evaluated on both sides of r, at the relative distance ``aside``.
+        ``order`` is the order of the derivative, 0 for phi itself. The derivative is evaluated on
+        both sides of r, at the relative distance ``aside``.
         """
         before = r * (1.0 - aside)
         after = r * (1.0 + aside)

@@ -15,7 +15,7 @@ class Finding:
 
     Attributes:
       check: name of the check.
-      good: whether the potential passed it.
+      good: whether the potential passed the check.
       sentence: the result in words; if the potential did not pass, with a remedy.
     """
 

@@ -66,13 +66,17 @@ class _Kind:
     breaks: list[Break]
 
     def declared(self, located: Break) -> bool:
-        """Return whether the potential declares a breakpoint at the distance of a jump found."""
+        """Return whether the potential declares a breakpoint at the distance of a jump found.
+
+        A breakpoint is a distance at which a derivative of the potential jumps or diverges.
+        """
         return any(abs(located.length - p) <= APART * p for p in self.points)
 
     def jump(self, point: float, order: int) -> float:
-        """Return the jump of the derivative of a given order at a declared breakpoint.
+        """Return the jump of a derivative of the pair function phi at a declared breakpoint.
 
-        Order 0 is the pair function itself. The result is 0 where the derivative does not jump.
+        ``order`` is the order of the derivative, 0 for phi itself. The result is 0 where the
+        derivative does not jump.
         """
         for located in self.breaks:
             if abs(located.length - point) <= APART * point:
@@ -186,7 +190,10 @@ class PairFunction:
         return Finding(check, good, f"declared at {where}: {', '.join(parts)}{remedy}.")
 
     def _undeclared(self) -> Iterator[Finding]:
-        """Check that the pair function phi and phi' to phi''' jump only at declared breakpoints."""
+        """Check that the pair function phi and phi' to phi''' jump only at declared breakpoints.
+
+        A breakpoint is a distance at which a derivative of the potential jumps or diverges.
+        """
         undeclared = [
             (kind, located)
             for kind in self.kinds
@@ -248,7 +255,7 @@ class PairFunction:
         return Finding("cutoff", False, sentence)
 
     def _repulsion(self) -> Finding:
-        """Check that the derivative phi' of the pair function of a repulsive potential is <= 0."""
+        """Check that the derivative phi' of a repulsive pair function is nowhere positive."""
         for kind in self.kinds:
             slope = np.nan_to_num(kind.f[1], nan=0.0)
             k = int(np.argmax(slope))
@@ -275,7 +282,7 @@ class PairFunction:
         def slopes_of(
             r: jax.Array, values: tuple[jax.Array, ...]
         ) -> tuple[tuple[jax.Array, ...], ...]:
-            """Return the derivatives of phi and of phi' by r and by every parameter of phi."""
+            """Return derivatives of the pair function phi and of phi' by r and every parameter."""
             gradients = (jax.grad(f, argnums=argnums) for f in (self.phi, jax.grad(self.phi)))
             return tuple(jax.vmap(lambda s, f=f: f(s, *values))(r) for f in gradients)
 

@@ -57,10 +57,10 @@ class Settled(NamedTuple):
 
 @jax.jit
 def _condition(lin: Linearization) -> Unknowns:
-    """Evaluate the stationarity condition, such as dU/dR, at the configuration of ``lin``.
+    """Evaluate the condition that is zero at a minimum, at the configuration of ``lin``.
 
-    The condition is zero at a minimum. Without constraints in a fixed cell it is the gradient
-    dU/dR of the energy U by the positions R.
+    In a fixed cell without constraints, the condition is dU/dR: the gradient of the energy U by the
+    positions R.
     """
     return lin.condition(lin.unknowns, lin.params)
 
@@ -121,10 +121,10 @@ class Settling:
         return Settled(minimum, _public(lin.traced(()), step), force)
 
     def _lin_at(self, near: Equilibrium) -> Linearization:
-        """Return the linearization of the stored minimum, moved to the minimum ``near``.
+        """Linearize at the minimum ``near``, with the contact network of the reference minimum.
 
-        The contact network is that of the stored minimum. The pressure and the multipliers of
-        constraints are those of ``near``.
+        The reference minimum is the one with which this ``Settling`` was made. The pressure and the
+        multipliers of constraints are those of ``near``.
         """
         lin = self.lin
         backbone = contacts.backbone(near.system, lin.network)
@@ -133,6 +133,9 @@ class Settling:
 
     def _newton(self, lin: Linearization) -> tuple[Unknowns, float]:
         """Compute the Newton step from the configuration of ``lin`` to a minimum.
+
+        Args:
+          lin: the linearization at the configuration.
 
         Returns:
           the step, and the largest force on a particle that is not a rattler.

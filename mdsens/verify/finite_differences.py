@@ -82,7 +82,10 @@ def _interacting(eq: Equilibrium) -> np.ndarray:
 
 
 def _active_set(eq: Equilibrium) -> np.ndarray:
-    """Return a mask of the coordinates that are pinned or at a bound; empty without constraints."""
+    """Return a mask of a minimum's coordinates that are pinned or at a bound.
+
+    The mask is empty for a system without constraints.
+    """
     return np.asarray(lagrangian.active_set(eq.system).positions if eq.system.constraints else [])
 
 
@@ -109,7 +112,7 @@ class _Difference(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Line:
-    """Minima along the line params + t dparams of parameters, and finite differences of them.
+    """Minima along the line params + t dparams of parameters, and finite differences between them.
 
     The line goes through the parameters ``params`` of a given minimum, at t = 0.
 
@@ -136,7 +139,10 @@ class _Line:
 
     @property
     def active_set(self) -> np.ndarray:
-        """Mask of the coordinates pinned or at a bound at t = 0; empty without constraints."""
+        """Mask of the coordinates that are pinned or at a bound at the given minimum.
+
+        The mask is empty for a system without constraints.
+        """
         return _active_set(self.lin.equilibrium)
 
     def without_null_part(self, change: Unknowns) -> tuple[jax.Array | Unknowns, jax.Array]:
@@ -169,10 +175,10 @@ class _Line:
         return Unknowns(rest + with_cell, strain), rest
 
     def is_elsewhere(self, minimum: Equilibrium, t: float) -> bool:
-        """Return whether a minimum at params +- t dparams is another one than expected.
+        """Return whether a minimum at params +- t dparams is too far from the given minimum.
 
-        This is so if a coordinate has moved from t = 0 by more than 0.01 of the length scale of the
-        potential plus 10 times the largest motion that the derivative predicts.
+        The limit for each coordinate is 0.01 of the length scale of the potential plus 10 times the
+        largest motion that the derivative predicts. Beyond it, the minimum is in another basin.
         """
         value = self.response.value
         rate = np.asarray(value.positions if isinstance(value, Unknowns) else value)
@@ -258,7 +264,8 @@ class _Line:
 
         Args:
           value: the finite difference.
-          nonaffine: (n, d) its positions, at a pressure less the motion with the cell.
+          nonaffine: (n, d) the part of ``value`` for the positions, at a pressure less the motion
+            with the cell.
           ends: the minima at params +- t dparams.
           t: the step.
         """
@@ -295,7 +302,9 @@ def _unknowns_at(eq: Equilibrium) -> Unknowns:
 
 
 def _as_unknowns(value: jax.Array | Unknowns) -> Unknowns:
-    """Return a derivative of a minimum as ``Unknowns``, also if it is an array for positions alone.
+    """Return a derivative of a minimum as ``Unknowns``, with the positions as one of its fields.
+
+    An array (n, d) is the derivative of the positions alone.
     """
     return value if isinstance(value, Unknowns) else Unknowns(value)
 
@@ -319,17 +328,17 @@ def _line(
     lin = sensitivity.linearize(eq, throw=False)
     if eq.positions.dtype != jnp.float64:
         raise PrecisionError(
-            f"differences of minima in {eq.positions.dtype} are round-off: work in double precision"
-            " (in Python, ms.enable_x64() before making the system)."
+            f"`eq` is in {eq.positions.dtype}, in which differences of minima are round-off: work"
+            " in double precision (in Python, call ms.enable_x64() before making the system)."
         )
     tangent = full_tangent(eq.system, dparams, lin.params)
     largest = max((float(jnp.max(jnp.abs(v))) for v in tangent.values() if v.size), default=0.0)
     if largest == 0.0:
-        raise InputError("dparams is zero everywhere: give a direction.")
+        raise InputError("`dparams` is zero everywhere: give a change of at least one parameter.")
     if tolerance is not None:
-        number = real_number("tolerance", tolerance, "give a positive number.")
+        number = real_number("`tolerance`", tolerance, "give a positive number.")
         if not 0 < number < np.inf:
-            raise InputError(f"tolerance is {short(tolerance)}: give a positive number.")
+            raise InputError(f"`tolerance` is {short(tolerance)}: give a positive number.")
     _check_steps(steps)
     if value is not None:
         _checked_derivative(value, eq)
@@ -449,9 +458,9 @@ def finite_difference(
         step = line.safe_step()
         if step == 0.0:
             raise InputError(
-                "a contact changes at this very minimum, so that its two sides have two derivatives"
-                " and no step stays on one: move the parameters a little and minimize again, or"
-                " give a step to see them mixed."
+                "a contact changes at this very minimum, so that the derivatives on its two sides"
+                " differ and every step mixes both: change the parameters a little and minimize"
+                " again, or give `step` to get such a mixture."
             )
     whole = line.difference(step)
     half = line.difference(0.5 * step)
@@ -476,19 +485,19 @@ def _check_steps(steps: ArrayLike | None) -> None:
     """
     if steps is None:
         return
-    array = np.asarray(real_array("steps", steps, "give positive numbers."), float)
+    array = np.asarray(real_array("`steps`", steps, "give positive numbers."), float)
     positive = np.isfinite(array).all() and (array > 0).all()
     if array.ndim > 1 or array.size == 0 or not positive:
         if array.ndim == 0:
-            raise InputError(f"step is {short(steps)}: give a positive number.")
-        raise InputError(f"steps are {short(steps)}: give positive numbers.")
+            raise InputError(f"`step` is {short(steps)}: give a positive number.")
+        raise InputError(f"`steps` is {short(steps)}: give positive numbers.")
 
 
 def _checked_derivative(value: ArrayLike | Unknowns, eq: Equilibrium) -> Unknowns:
     """Check the shape of a derivative of a minimum that a user gives; return it as ``Unknowns``.
 
-    It must have a derivative of the positions, (n, d); at a pressure also of the strain of the
-    cell; and under constraints also of the multipliers.
+    The derivative must contain that of the positions, (n, d); at a pressure also that of the strain
+    of the cell; and under constraints also that of the multipliers.
     """
     if eq.system.constraints:
         if isinstance(value, Unknowns) and jax.tree.structure(value) == jax.tree.structure(
@@ -496,8 +505,8 @@ def _checked_derivative(value: ArrayLike | Unknowns, eq: Equilibrium) -> Unknown
         ):
             return value
         raise InputError(
-            "value is no derivative under constraints: give Unknowns as ms.jvp does, multipliers"
-            " included."
+            "`value` is not a derivative under constraints: give Unknowns as ms.jvp returns,"
+            " multipliers included."
         )
     if isinstance(value, Unknowns):
         positions = value.positions
@@ -507,13 +516,14 @@ def _checked_derivative(value: ArrayLike | Unknowns, eq: Equilibrium) -> Unknown
         strain = None
     if eq.pressure is not None and strain is None:
         raise InputError(
-            "value has no strain: at a pressure give Unknowns(positions, strain), as ms.jvp does."
+            "`value` has no strain: at a pressure give Unknowns(positions, strain), as ms.jvp"
+            " returns."
         )
     n, d = eq.positions.shape
     positions = _checked_part("value", positions, eq, (n, d), "the derivative of the positions")
     if eq.pressure is None or strain is None:
         return Unknowns(positions)
-    what = "that of the cell, a Mandel vector"
+    what = "the derivative of the strain, a Mandel vector"
     return Unknowns(positions, _checked_part("value.strain", strain, eq, (d * (d + 1) // 2,), what))
 
 
@@ -531,7 +541,10 @@ def _checked_part(
     """
     array = jnp.asarray(part, eq.positions.dtype)
     if array.shape != shape or not np.isfinite(np.asarray(array)).all():
-        raise InputError(f"{name} has shape {array.shape}: give {what}, finite and {shape}.")
+        raise InputError(
+            f"`{name}` has shape {array.shape} or is not finite: give {what}, finite and of shape"
+            f" {shape}."
+        )
     return array
 
 

@@ -77,21 +77,21 @@ def potential(
     """
     if not hasattr(potential, "terms"):
         raise InputError(
-            f"potential is {potential!r}: give a potential, such as ms.potentials.soft_sphere()."
+            f"`potential` is {potential!r}: give a potential, such as ms.potentials.soft_sphere()."
         )
     if not isinstance(params, Mapping):
         raise InputError(
-            f"params is a {type(params).__name__}: give a dict of parameter names and values."
+            f"`params` is a {type(params).__name__}: give a dict of parameter names and values."
         )
     # In single precision, central differences at the steps used here are round-off.
     if jnp.zeros(()).dtype != jnp.float64:
         raise PrecisionError("verify.potential needs double precision: call ms.enable_x64() first.")
     if between is not None and not 0 < between[0] < between[1] < math.inf:
-        raise InputError(f"`between` is {between}: give two lengths, 0 < low < high.")
+        raise InputError(f"`between` is {between}: give two distances, 0 < low < high.")
     if positions is None and not potential.pairwise:
         raise InputError(
-            f"positions is None and {potential.name} acts on more than pairs, so nothing tells its"
-            " lengths: give a small configuration."
+            f"`positions` is None and {potential.name} acts on more than pairs, so that its length"
+            " scale is not known: give the positions of a small configuration."
         )
     rng = np.random.default_rng(seed)
     if positions is None:

@@ -47,7 +47,8 @@ def gap(value: ArrayLike | Unknowns, exact: jax.Array | Unknowns, nonaffine: jax
       value: the derivative to compare: of positions (n, d), or ``Unknowns`` where the cell,
         multipliers or parameters are relaxed, too.
       exact: the derivative that is taken as right, in the same form.
-      nonaffine: (n, d) the positions of ``exact``, at a pressure less the motion with the cell.
+      nonaffine: (n, d) the part of ``exact`` for the positions, at a pressure less the motion with
+        the cell.
     """
     if not isinstance(exact, Unknowns):
         return relative(_norm(jnp.asarray(value) - exact), _norm(nonaffine))
@@ -67,7 +68,8 @@ def gap(value: ArrayLike | Unknowns, exact: jax.Array | Unknowns, nonaffine: jax
         return float(np.max(parts))  # NaN if one is NaN, which Python's max may pass over
     if not isinstance(value, Unknowns) or value.strain is None or exact.strain is None:
         raise InputError(
-            "this is a derivative at a pressure: give Unknowns(positions, strain), as ms.jvp does."
+            "`value` has no strain, and this is a derivative at a pressure: give"
+            " Unknowns(positions, strain), as ms.jvp returns."
         )
     of_positions = relative(_norm(value.positions - exact.positions), _norm(nonaffine))
     of_cell = relative(_norm(value.strain - exact.strain), _norm(exact.strain))
@@ -145,7 +147,7 @@ class DerivativeTest(Shown):
     logarithmic axes the errors of a right derivative form a V over the step t. Round-off of the
     minima makes an error that falls as 1/t, and truncation makes an error that grows as t^2. Beyond
     the first change of a contact the difference quotient is no approximation of the derivative. The
-    error of a wrong derivative is large at every step.
+    error of a wrong derivative stays above a constant value at every step.
 
     Attributes:
       steps: (k,) the steps t, ascending.

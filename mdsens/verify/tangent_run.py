@@ -57,7 +57,7 @@ def all_pairs(system: System) -> System:
 def limits_of(system: System, method: Minimizer) -> Limits:
     """Compute the longest step and the largest force that a minimizer allows for a particle.
 
-    Both are multiples of the length scale and the stiffness of the potential.
+    Both follow from the length scale and the stiffness of the potential.
     """
     length, stiffness = (jnp.asarray(x, system.positions.dtype) for x in natural_units(system))
     return Limits.of((length, stiffness), method)
@@ -255,7 +255,7 @@ class TangentRun:
 
     @property
     def perturbation(self) -> jax.Array:
-        """The derivative (n, d) of the present positions along the displacement of the start."""
+        """The derivative (n, d) of the positions along the displacement of starting positions."""
         return self.method.positions(_with_floats(self.state, [c[1] for c in self.changes]))
 
 

@@ -95,12 +95,15 @@ class Unrolled(Shown):
 
     @property
     def error(self) -> float:
-        """The relative error of the derivative through the largest number of steps."""
+        """The relative error of the derivative through all steps of the minimizer."""
         return float(self.errors[-1])
 
     @property
     def exponent(self) -> float:
-        """The largest Lyapunov exponent of the minimizer's run, per step; above 0 it is chaotic."""
+        """The largest Lyapunov exponent of the minimizer's run, per step.
+
+        It is the largest value of ``growth``. A run with an exponent above 0 is chaotic.
+        """
         return float(np.max(self.growth))
 
     def agrees_from(self, tolerance: float = AGREES) -> int | None:
@@ -186,7 +189,7 @@ def unrolled(
     require_unconstrained(system, "verify.unrolled")
     tangent = {k: jnp.asarray(v) for k, v in full_tangent(system, dparams).items()}
     if not any(bool(jnp.any(v != 0)) for v in tangent.values()):
-        raise InputError("dparams is zero everywhere: give a direction.")
+        raise InputError("`dparams` is zero everywhere: give a change of at least one parameter.")
     size = system.positions.size
     itemsize = system.positions.dtype.itemsize
     state_bytes = sum(
@@ -247,14 +250,14 @@ def _checked(
     """Check the arguments of ``unrolled``; return the start and the numbers of steps, ascending."""
     system = start.system if isinstance(start, Equilibrium) else start
     if not isinstance(system, System) or system.batch is not None:
-        raise InputError(f"unrolled got a {type(start).__name__}: give one System, not a batch.")
+        raise InputError(f"`start` is a {type(start).__name__}: give one System, not a batch.")
     if not isinstance(method, Fire | GradientDescent):
         raise InputError(
-            f"method is {short(method)}: give Fire() or GradientDescent() of ms.relaxation."
+            f"`method` is {short(method)}: give Fire() or GradientDescent() of ms.relaxation."
         )
     # Ascending, so that one run passes through all of them.
     counts = np.unique(np.atleast_1d(np.asarray(steps)))
     whole = counts.ndim == 1 and np.issubdtype(counts.dtype, np.integer)
     if not whole or not counts.size or counts[0] < 1:
-        raise InputError(f"steps are {short(steps)}: give whole numbers from 1.")
+        raise InputError(f"`steps` is {short(steps)}: give whole numbers of at least 1.")
     return system.reallocate(), counts

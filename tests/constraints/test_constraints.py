@@ -475,32 +475,32 @@ def test_ase_constraints_become_ours_and_back():
     "constraints, extra, said",
     [
         ([Wall(1, True)], {}, "needs the parameter 'wall_position'"),
-        ([Wall(2, True)], {"wall_position": 0.0}, "axis is 2 in 2 dimensions"),
+        ([Wall(2, True)], {"wall_position": 0.0}, "`axis` is 2 in 2 dimensions"),
         (
             [Wall(1, True), Wall(0, True)],
             {"wall_position": 0.0},
             "two constraints are named 'wall'",
         ),
-        ([RigidBonds.between([[0, 20]])], {"bond_length": 1.0}, "go up to particle 20 of 16"),
+        ([RigidBonds.between([[0, 20]])], {"bond_length": 1.0}, "`bonds` names particle 20 of 16"),
         ([RigidBonds.between([[0, 1]])], {"bond_length": [1.0, 2.0]}, "give a scalar, or \\(1,\\)"),
         ([RigidBonds.between([[0, 1]])], {"bond_length": -1.0}, "positive lengths"),
         (
             [RigidBonds.between([[0, 1]])],
             {"bond_length": 1.9},
-            "a length of 1.9 is above half of the cell",
+            "a length of 1.9, above half of the cell",
         ),
-        ([FixedTotal("epsilon")], {"total_total": 1.0}, "is a scalar, which its total fixes"),
+        ([FixedTotal("epsilon")], {"total_total": 1.0}, "which the total alone would fix"),
         (
             [FixedTotal("mass")],
             {"total_total": 1.0},
-            "relaxes 'mass', which is not a parameter of the potential",
+            "relaxes 'mass', which the potential does not have",
         ),
-        ([Pinned.particles([0], 4, 2)], {}, "the mask has shape"),
-        ("pins", {}, "give records of mdsens.constraints"),
+        ([Pinned.particles([0], 4, 2)], {}, "`mask` has shape"),
+        ("pins", {}, "give constraints of mdsens.constraints"),
         (
             [Wall(1, True, clearance=1.0), FixedTotal("sigma")],
             {"wall_position": -1.0, "total_total": 16.0},
-            "wall has bounds that depend on 'sigma', which total relaxes",
+            "wall depend on 'sigma', which the constraint total relaxes",
         ),
         (
             [FixedTotal("sigma", 2)],
@@ -520,7 +520,7 @@ def test_bad_constraints_are_refused(constraints, extra, said):
 @pytest.mark.parametrize(
     "make, said",
     [
-        (lambda: Wall(3, True), "axis is 3"),
+        (lambda: Wall(3, True), "`axis` is 3"),
         (lambda: Wall(0, cast(Any, 1)), "`above` is 1"),
         (lambda: Wall(0, True, clearance=-1.0), "`clearance` is -1.0"),
         (lambda: Pinned.particles([9], 4, 2), "give numbers from 0 to 3"),
@@ -539,7 +539,7 @@ def test_bad_constraints_are_refused(constraints, extra, said):
             lambda: RigidBonds.bodies([[0.0, 0], [1, 0]], cast(Any, [0, 1])),
             "body 0 is .0.: give two or more",
         ),
-        (lambda: RigidBonds.bodies([0.0, 0.0], [[0, 1]]), "positions has shape"),
+        (lambda: RigidBonds.bodies([0.0, 0.0], [[0, 1]]), "`positions` has shape"),
         (lambda: FixedTotal("sigma", -1.0), "exponent"),
     ],
 )

@@ -128,11 +128,11 @@ def test_a_matrix_of_pairs_stays_symmetric_and_its_derivative_counts_both_entrie
     ("free", "bounds", "said"),
     [
         ("sgima", None, "no parameter"),
-        ((), None, "name a parameter"),
+        ((), None, "`free` is empty"),
         ({"sigma": 0.3}, None, "give ms.design.Free"),
         ({"sigma": Free(within=-1.0)}, None, "positive share"),
-        ({"sigma": Free(low=2.0)}, None, "do not hold the start"),
-        ({"sigma": Free(low=np.nan)}, None, "do not hold the start"),
+        ({"sigma": Free(low=2.0)}, None, "do not contain the starting value"),
+        ({"sigma": Free(low=np.nan)}, None, "do not contain the starting value"),
         ({"sigma": Free(only=np.array([True]))}, None, "booleans of shape"),
         ({"epsilon": Free(only=np.array([[False, True], [False, True]]))}, None, "mirror"),
         ({"sigma": Free(only=np.zeros(2, bool))}, None, "no component"),
@@ -237,7 +237,7 @@ def test_members_without_a_rigid_minimum_are_left_out_of_the_mean(packing: ms.Sy
 
 def test_members_share_what_is_free() -> None:
     one, other = ms.load_system("dimer"), ms.load_system("dimer", parameters={"sigma": 1.1})
-    with pytest.raises(ms.InputError, match="system 1 has another sigma"):
+    with pytest.raises(ms.InputError, match="system 1 has another `sigma`"):
         fit(Target(distance, 1.2, 1e-3), [one, other], "sigma")
 
 
@@ -448,7 +448,7 @@ def test_a_member_of_a_negative_modulus_does_not_count() -> None:
 
 def test_a_feature_without_a_value_is_refused() -> None:
     with pytest.raises(
-        ms.ConvergenceError, match="1 of 1 systems are no rigid minimum to begin with"
+        ms.ConvergenceError, match="1 of 1 systems did not relax to a rigid minimum"
     ) as raised:
         fit(Target("poisson", 0.1, 1e-3), ring(), "stiffness", progress=False)
     assert raised.value.status is ms.Status.FLOPPY
@@ -472,7 +472,7 @@ def test_a_value_that_is_round_off_is_no_scale() -> None:
     assert 1e-3 < np.abs(found.jacobian[0]).max() < 1.0
     with pytest.raises(
         ms.InputError,
-        match=r"target pressure: a share of the value .*, zero to round-off, is no tol",
+        match=r"target 'pressure': the value is .*, zero to round-off, so that a share",
     ):
         fit(hold("pressure"), eq.system, "length", progress=False)
 
@@ -541,16 +541,16 @@ def test_bad_design_files_are_named(tmp_path: Path, old: str, new: str, said: st
         (lambda: LevenbergMarquardt(widths=(3.0, -1.0)), "widths"),
         (lambda: LevenbergMarquardt(widths=3.0), "widths"),  # type: ignore[arg-type]
         (lambda: Optax("adam"), "optimizer"),
-        (lambda: fit([], ms.load_system("dimer"), "sigma"), r"targets is \[\]: give"),
-        (lambda: fit(3, ms.load_system("dimer"), "sigma"), r"targets is 3: give"),  # type: ignore
+        (lambda: fit([], ms.load_system("dimer"), "sigma"), r"`targets` is \[\]: give"),
+        (lambda: fit(3, ms.load_system("dimer"), "sigma"), r"`targets` is 3: give"),  # type: ignore
         (
             lambda: fit(hold("energy"), 3, "sigma"),  # type: ignore[arg-type]
-            "system is 3",
+            "`system` is 3",
         ),
-        (lambda: fit(hold("energy"), ms.load_system("dimer"), "sigma", steps=0), "steps is 0"),
+        (lambda: fit(hold("energy"), ms.load_system("dimer"), "sigma", steps=0), "`steps` is 0"),
         (
             lambda: fit(hold("energy"), ms.load_system("dimer"), "sigma", method="adam"),  # type: ignore[arg-type]
-            "method is",
+            "`method` is",
         ),
         (
             lambda: fit([hold("energy"), hold("energy")], ms.load_system("dimer"), "sigma"),

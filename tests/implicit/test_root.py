@@ -469,7 +469,7 @@ def test_single_precision() -> None:
         ),
         (
             lambda: root(lambda x, t: (x,))(lambda i, t: i)(INIT, THETA),
-            ["F(x, *args)", "tree", "x"],
+            ["F(x, *args)", "structure", "x"],
         ),
         (
             lambda: fixed_point(lambda x, t: x[:2])(lambda i, t: i)(INIT, THETA),

@@ -223,7 +223,7 @@ def test_relaxation_options_are_keywords_of_minimize(toml):
             "potential.kind is 'soft_spheres'.*did you mean 'soft_sphere'",
         ),
         ({"potential": {"kind": "soft_sphere", "cutoff": 2.0}}, "potential.cutoff is no key"),
-        ({"potential": {"kind": "lennard_jones", "onset": 3.0}}, "onset 3.0 and cutoff 2.5"),
+        ({"potential": {"kind": "lennard_jones", "onset": 3.0}}, "is 3.0 and `cutoff` is 2.5"),
         ({"potential": []}, "potential is empty"),
         ({"potential": "soft_sphere"}, "potential is 'soft_sphere'.*table"),
         ({"potential": {"law": "soft_sphere"}}, "potential.law.*potential.kind = 'soft_sphere'"),

@@ -190,17 +190,17 @@ def test_box_as_a_function_of_the_parameters():
     [
         (
             np.ones((2, 3)),
-            r"box has shape \(2, 3\) in 2 dimensions: "
+            r"`box` has shape \(2, 3\) in 2 dimensions: "
             r"give a length, 2 lengths, or a \(2, 2\) matrix",
         ),
-        ([3.0, 3.0, 3.0], r"box has shape \(3,\) in 2 dimensions"),
-        (np.ones((2, 2)), r"box \[\[1.0, 1.0\], \[1.0, 1.0\]\] has no volume: give independent"),
-        (0.0, r"box .* has no volume"),
-        (np.nan, r"box .*nan.* has no volume: give independent, finite cell vectors"),
+        ([3.0, 3.0, 3.0], r"`box` has shape \(3,\) in 2 dimensions"),
+        (np.ones((2, 2)), r"`box` \[\[1.0, 1.0\], \[1.0, 1.0\]\] has no volume: give independent"),
+        (0.0, r"`box` .* has no volume"),
+        (np.nan, r"`box` .*nan.* has no volume: give independent, finite cell vectors"),
         ("large", r"box is 'large': give"),
         (
             1.5,
-            r"smallest height is 1.5, under twice the interaction range 1, "
+            r"smallest height of `box` is 1.5, less than twice the interaction range 1, "
             r".*repeat the cell, or shorten the cutoff",
         ),
         (ms.PackingFraction(-0.5), r"packing fraction is -0.5: give a positive number"),
@@ -225,7 +225,7 @@ def test_bad_boxes_are_refused(box, message):
 def test_packing_fraction_needs_diameters():
     potential, params = ms.potentials.harmonic_bonds([[0, 1]]), {"stiffness": 1.0, "length": 1.0}
     with pytest.raises(
-        ms.InputError, match=r"packing fraction needs the parameter 'sigma': give a box matrix"
+        ms.InputError, match=r"packing fraction needs the parameter 'sigma', .*: give the box"
     ):
         ms.System.create([[0.0, 0.0], [0.5, 0.0]], ms.PackingFraction(0.5), potential, params)
 
@@ -233,6 +233,6 @@ def test_packing_fraction_needs_diameters():
 def test_a_potential_without_a_cutoff_needs_open_boundaries():
     potential = ms.potentials.from_pair(lambda r, sigma: sigma / r, ("sigma",))
     with pytest.raises(
-        ms.InputError, match=r"without a cutoff needs open boundaries: give it a cutoff, or no box"
+        ms.InputError, match=r"without a cutoff needs open boundaries: give the potential a cutoff"
     ):
         ms.System.create([[0.0, 0.0], [0.5, 0.0]], 9.0, potential, {"sigma": 1.0})

@@ -36,14 +36,14 @@ def places(k, value):
 @pytest.mark.parametrize(
     "positions, box, species, message",
     [
-        (PLACES.ravel(), 3.0, None, r"positions have shape \(8,\): give \(n, 2\) or \(n, 3\)"),
-        (np.zeros((4, 1)), 3.0, None, r"positions have shape \(4, 1\): give"),
-        (np.zeros((4, 4)), 3.0, None, r"positions have shape \(4, 4\): give"),
-        (np.zeros((0, 2)), 3.0, None, r"positions have shape \(0, 2\): give"),
-        (PLACES[None], 3.0, None, r"positions have shape \(1, 4, 2\): give"),
-        ([["a", "b"]], 3.0, None, r"positions have type <U1: give .* real numbers"),
-        ([[0.0, 1.0], [2.0]], 3.0, None, r"positions are no array, .*give"),
-        (PLACES + 1j, 3.0, None, r"positions have type complex128: give .* real numbers"),
+        (PLACES.ravel(), 3.0, None, r"`positions` has shape \(8,\): give \(n, 2\) or \(n, 3\)"),
+        (np.zeros((4, 1)), 3.0, None, r"`positions` has shape \(4, 1\): give"),
+        (np.zeros((4, 4)), 3.0, None, r"`positions` has shape \(4, 4\): give"),
+        (np.zeros((0, 2)), 3.0, None, r"`positions` has shape \(0, 2\): give"),
+        (PLACES[None], 3.0, None, r"`positions` has shape \(1, 4, 2\): give"),
+        ([["a", "b"]], 3.0, None, r"`positions` has type <U1: give .* real numbers"),
+        ([[0.0, 1.0], [2.0]], 3.0, None, r"`positions` is no array, .*give"),
+        (PLACES + 1j, 3.0, None, r"`positions` has type complex128: give .* real numbers"),
         (
             places(2, [np.nan, 1.0]),
             3.0,
@@ -66,21 +66,21 @@ def places(k, value):
             PLACES,
             1.9,
             None,
-            r"smallest height is 1.9, under twice the interaction range 1, .*repeat the cell",
+            r"smallest height of `box` is 1.9, less than twice the interaction range 1, .*repeat",
         ),
         (
             PLACES,
             3.0,
             [0, 1, 0],
-            r"species has shape \(3,\) and type int64: give \(4,\) integers from 0",
+            r"`species` has shape \(3,\) and type int64: give \(4,\) integers from 0",
         ),
         (
             PLACES,
             3.0,
             [0.0, 1.0, 0.0, 1.0],
-            r"species has shape \(4,\) and type float64: give \(4,\) integers",
+            r"`species` has shape \(4,\) and type float64: give \(4,\) integers",
         ),
-        (PLACES, 3.0, [0, -1, 0, 1], r"species .*give \(4,\) integers from 0"),
+        (PLACES, 3.0, [0, -1, 0, 1], r"`species` .*give \(4,\) integers from 0"),
     ],
 )
 def test_create_refuses_and_names_what_is_wrong(positions, box, species, message):
@@ -89,7 +89,7 @@ def test_create_refuses_and_names_what_is_wrong(positions, box, species, message
 
 
 def test_params_must_be_a_dict():
-    with pytest.raises(ms.InputError, match="params is a list: give a dict"):
+    with pytest.raises(ms.InputError, match="`params` is a list: give a dict"):
         ms.System.create(PLACES, 3.0, LAW, [1.0, 1.0, 2.0])  # type: ignore[arg-type]
 
 
@@ -156,7 +156,7 @@ def test_with_params_changes_some_and_leaves_the_original():
         ({"sgima": 1.0}, r"no parameter 'sgima' .*did you mean 'sigma'"),
         ({"sigma": -1.0}, r"sigma is -1.0: give a positive number"),
         ({"sigma": [1.0, 2.0, 3.0]}, r"sigma has shape \(3,\): give a scalar, \(4,\)"),
-        ({"sigma": 1.6}, r"smallest height is 3, under twice the interaction range 1.6"),
+        ({"sigma": 1.6}, r"height of `box` is 3, less than twice the interaction range 1.6"),
     ],
 )
 def test_with_params_checks_as_create_does(params, message):

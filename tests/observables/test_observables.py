@@ -86,7 +86,7 @@ def test_stress_needs_a_volume():
     )
     for observable in (ms.observables.stress, ms.observables.pressure):
         with pytest.raises(
-            ms.InputError, match="need a volume, and this system has open boundaries: give it a box"
+            ms.InputError, match="need a volume, and this system has open boundaries: give the"
         ):
             observable(system)
 
@@ -370,9 +370,9 @@ def test_lists_of_pairs_that_do_not_serve_are_refused():
         observables.bond_order(
             system.replace(positions=system.positions.at[3].add(0.5)), 6, 1.4, near
         )
-    with pytest.raises(ms.InputError, match="pairs are of 128 particles and the system has 144"):
+    with pytest.raises(ms.InputError, match="`pairs` is for 128 particles and the system has 144"):
         observables.bond_order(lattice("square"), 4, 1.3, near)
-    with pytest.raises(ms.InputError, match=r"give what ms\.observables\.pairs_within"):
+    with pytest.raises(ms.InputError, match=r"give a list made by ms\.observables\.pairs_within"):
         observables.bond_order(system, 6, 1.4, [[0, 1]])  # type: ignore[arg-type]
 
 
@@ -388,22 +388,22 @@ def test_bad_settings_are_refused_with_the_remedy():
     o = observables
     refused = [
         (lambda: o.bond_order(three, 6, 1.4), "Steinhardt"),
-        (lambda: o.bond_order(system, 0, 1.4), "m is 0: give a whole number from 1"),
-        (lambda: o.bond_order(system, 6, -1.0), r"range is -1\.0: give a positive length"),
+        (lambda: o.bond_order(system, 0, 1.4), "`m` is 0: give a whole number from 1"),
+        (lambda: o.bond_order(system, 6, -1.0), r"`range` is -1\.0: give a positive length"),
         (lambda: o.bond_order(system, 6, 5.0), "beyond half the smallest height"),
         (
             lambda: o.radial_distribution(system, [4.0], 0.1),
             r"the observable needs pairs up to 4\.6, beyond half",
         ),
         (lambda: o.radial_distribution(system, [-1.0], 0.1), "radii that are not negative"),
-        (lambda: o.radial_distribution(free, [1.0], 0.1), "open boundaries: give it a box"),
-        (lambda: o.volume(free), "open boundaries: give it a box"),
+        (lambda: o.radial_distribution(free, [1.0], 0.1), "open boundaries: give the system a box"),
+        (lambda: o.volume(free), "open boundaries: give the system a box"),
         (lambda: o.packing_fraction(bonds), "no parameter 'sigma' for each particle"),
         (
             lambda: o.smooth_coordination(bonds, 0.1),
-            "no length at which neighbors begin to interact",
+            "no distance at which neighbors begin to interact",
         ),
-        (lambda: o.smooth_coordination(system, 0.0), r"width is 0\.0: give a positive length"),
+        (lambda: o.smooth_coordination(system, 0.0), r"`width` is 0\.0: give a positive length"),
         (
             lambda: o.distances(system, [[0, 128]]),
             r"pairs\[0\] is \[0, 128\] and there are 128 particles",
@@ -412,16 +412,16 @@ def test_bad_settings_are_refused_with_the_remedy():
         (lambda: o.distances(system, [0, 1]), r"give \(m, 2\) whole numbers from 0 to 127"),
         (
             lambda: o.distance_to(system, np.zeros((3, 2))),
-            r"target has shape \(3, 2\): give \(128, 2\)",
+            r"`target` has shape \(3, 2\): give \(128, 2\)",
         ),
         (
             lambda: o.distance_to(system, system.positions, -np.ones(128)),
             "numbers that are not negative",
         ),
-        (lambda: o.volume(ms.stack([free, free])), "an observable is of one system"),
+        (lambda: o.volume(ms.stack([free, free])), "an observable takes one system"),
     ]
     for call, message in refused:
         with pytest.raises(ms.InputError, match=message):
             call()
-    with pytest.raises(ms.InputError, match="it is a setting and not differentiated"):
+    with pytest.raises(ms.InputError, match="this setting cannot be differentiated"):
         jax.grad(lambda w: o.smooth_coordination(system, w))(0.1)

@@ -282,8 +282,8 @@ def test_a_bad_status_stands_in_the_title():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"part": "affine"}, "part is 'affine'"),
-        ({"scale": 0.0}, "scale is 0.0"),
+        ({"part": "affine"}, "`part` is 'affine'"),
+        ({"scale": 0.0}, "`scale` is 0.0"),
         ({"slab": (0.0, 0.5)}, "`slab` is for 3-D"),
         ({"slab": (0.5, 0.5)}, "two fractions"),
     ],
@@ -300,7 +300,7 @@ def test_bad_inputs_are_refused_and_leave_no_figure(pyplot: Any):
     adjoint = ParameterGradient(value={"sigma": jnp.ones(())}, **evidence)
     refused: list[tuple[Any, Any, str]] = [
         (batch, r, "batch of 2"),
-        (eq.system, r, "got a System"),
+        (eq.system, r, "`eq` is a System"),
         (eq, adjoint, "vjp"),
         (eq, answer(np.ones((4, 2))), r"shape \(4, 2\)"),
         (eq, answer(np.ones((3, 2, 2))), "jacobian"),
@@ -428,7 +428,7 @@ def test_an_error_of_zero_is_drawn_too():
 
 def test_a_test_makes_its_own_figure(pyplot: Any):
     with pytest.raises(
-        ms.InputError, match=r"got a float: give what ms.verify.derivative_test returns"
+        ms.InputError, match=r"`test` is a float: give what ms.verify.derivative_test returns"
     ):
         derivative_test(1.0)  # type: ignore[arg-type]
     assert pyplot.get_fignums() == []
@@ -500,10 +500,10 @@ def test_every_spectrum_has_a_decade_and_named_ticks(values: Any):
 @pytest.mark.parametrize(
     ("values", "options", "says"),
     [
-        ([], {}, r"values have shape \(0,\)"),
-        (np.eye(2), {}, r"values have shape \(2, 2\)"),
+        ([], {}, r"`given` has shape \(0,\)"),
+        (np.eye(2), {}, r"`given` has shape \(2, 2\)"),
         ([1.0, np.nan], {}, "finite"),
-        ([1.0, 2.0], {"participation": [0.5]}, r"participation has shape \(1,\)"),
+        ([1.0, 2.0], {"participation": [0.5]}, r"`participation` has shape \(1,\)"),
         ([1.0], {"participation": [1.5]}, "outside 0 to 1"),
         ([1.0], {"null": -1.0}, "`null` is -1.0"),
     ],
@@ -539,5 +539,5 @@ def test_the_modes_of_a_certificate_are_drawn_as_they_are():
     np.testing.assert_array_equal(
         ax.collections[0].get_offsets(), [[1.0, ms.certify(eq).stiffness_min]]
     )
-    with pytest.raises(ms.InputError, match="type Equilibrium: give a Certificate"):
+    with pytest.raises(ms.InputError, match="a Equilibrium: give a Certificate"):
         stiffness_spectrum(eq, axes())

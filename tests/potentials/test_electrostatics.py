@@ -472,9 +472,9 @@ REFUSED = {
         lambda: cluster(potentials.induced_dipoles(damped=False), TWO, **PAIR),
         "no parameter 'damping'",
     ),
-    "damped": (lambda: potentials.induced_dipoles(0.39), "damped is 0.39"),  # type: ignore[arg-type]
+    "damped": (lambda: potentials.induced_dipoles(0.39), "`damped` is 0.39"),  # type: ignore[arg-type]
     "a solver": (lambda: potentials.charge_equilibration(solve="lu"), "solve='lu'"),  # type: ignore[arg-type]
-    "a total": (lambda: potentials.charge_equilibration(total=np.nan), "total is nan"),
+    "a total": (lambda: potentials.charge_equilibration(total=np.nan), "`total` is nan"),
     "no charges": (
         lambda: observables.dipole(ms.load_system("dimer")),
         "lennard_jones has no charges",
@@ -551,7 +551,7 @@ def test_a_file_names_the_potentials_and_their_options(tmp_path):
     assert load("induced_dipoles", "damped = false", dipoles) == potentials.induced_dipoles(
         damped=False
     )
-    with pytest.raises(ms.InputError, match="damped is 'no'"):
+    with pytest.raises(ms.InputError, match="`damped` is 'no'"):
         load("induced_dipoles", "damped = 'no'", dipoles)
     with pytest.raises(ms.InputError, match="total"):
         load("charge_equilibration", "total = 'none'", charges)

@@ -239,14 +239,14 @@ def test_the_adjoint_identity_takes_symmetric_directions():
 @pytest.mark.parametrize(
     "label, message",
     [
-        ("sigma", r"sigma has shape \(2, 2\), so that one number of it is sigma\[i,j\]"),
-        ("sigma[0]", r"'sigma\[0\]': sigma has shape \(2, 2\)"),
-        ("sigma[0,2]", "the indices of sigma go from 0 to 1"),
-        ("sigma[-1,0]", "the indices of sigma go from 0 to 1"),
-        ("epsilon[0]", r"epsilon has shape \(\), so that one number of it is epsilon"),
-        ("sgima[0,1]", "this derivative is by .*, not by 'sgima': give one of these"),
+        ("sigma", r"sigma has shape \(2, 2\): give sigma\[i,j\]"),
+        ("sigma[0]", r"'sigma\[0\]' has the wrong number of indices, .* shape \(2, 2\)"),
+        ("sigma[0,2]", "out of range: give indices of sigma from 0 to 1"),
+        ("sigma[-1,0]", "out of range: give indices of sigma from 0 to 1"),
+        ("epsilon[0]", r"epsilon has shape \(\): give epsilon"),
+        ("sgima[0,1]", "this derivative is by .*, not by 'sgima': give one of the former"),
         ("sigma[0,1", "give a label, such as"),
-        (3, "component is 3: give a label"),
+        (3, "`component` is 3: give a label"),
     ],
 )
 def test_a_bad_label_is_named(label, message):

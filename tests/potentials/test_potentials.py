@@ -541,20 +541,20 @@ def test_bad_parameters_are_refused_by_name_value_and_remedy(changes, species, m
     [
         (
             lambda: potentials.lennard_jones(2.5, 2.5),
-            r"onset 2.5 and cutoff 2.5: give 0 < onset < cutoff",
+            r"`onset` is 2.5 and `cutoff` is 2.5: give 0 < onset < cutoff",
         ),
-        (lambda: potentials.morse(0.0, 2.5), r"onset 0.0 and cutoff 2.5: give 0 < onset < cutoff"),
+        (lambda: potentials.morse(0.0, 2.5), r"`onset` is 0.0 and `cutoff` is 2.5: give 0 < onset"),
         (
             lambda: potentials.lennard_jones(2.0, np.inf),
-            r"onset 2.0 and cutoff inf: give 0 < onset < cutoff",
+            r"`onset` is 2.0 and `cutoff` is inf: give 0 < onset < cutoff",
         ),
         (
             lambda: potentials.switched(power, 3.0, 2.0),
-            r"onset 3.0 and cutoff 2.0: give 0 < onset < cutoff",
+            r"`onset` is 3.0 and `cutoff` is 2.0: give 0 < onset < cutoff",
         ),
         (
             lambda: potentials.from_pair(power, ("sigma", "epsilon"), cutoff=-1.0),
-            r"cutoff is -1.0: give a positive length",
+            r"`cutoff` is -1.0: give a positive length",
         ),
         (
             lambda: own_potential({"epsillon": potentials.geometric}),
@@ -562,15 +562,15 @@ def test_bad_parameters_are_refused_by_name_value_and_remedy(changes, species, m
         ),
         (
             lambda: potentials.harmonic_bonds([[0, 1, 2]]),
-            r"bonds have shape \(1, 3\).*give integers of shape \(m, 2\)",
+            r"`bonds` has shape \(1, 3\).*give integers of shape \(m, 2\)",
         ),
         (
             lambda: potentials.harmonic_bonds([[0.0, 1.0]]),
-            r"bonds have shape \(1, 2\) and type float64: give integers",
+            r"`bonds` has shape \(1, 2\) and type float64: give integers",
         ),
         (
             lambda: potentials.harmonic_bonds([[0, 1], [2, 2]]),
-            r"bond 1 joins a particle to itself: remove it",
+            r"bond 1 joins a particle to itself: remove this bond",
         ),
     ],
 )
@@ -582,8 +582,8 @@ def test_bad_potentials_are_refused_when_made(make, message):
 @pytest.mark.parametrize(
     "bonds, params, message",
     [
-        ([[0, 4]], {}, r"bonds name particle 4 but there are 4: use indices 0 to 3"),
-        ([[-1, 2]], {}, r"bonds name particle -1 but there are 4: use indices 0 to 3"),
+        ([[0, 4]], {}, r"`bonds` names particle 4, but there are 4 particles: use indices 0 to 3"),
+        ([[-1, 2]], {}, r"`bonds` names particle -1, but there are 4 particles: use indices 0"),
         (
             [[0, 1]],
             {"stiffness": [1.0, 2.0]},
@@ -606,7 +606,7 @@ def test_mixing_outside_its_two_values_is_refused():
     params = {"sigma": [1.0, 2.0, 1.0, 1.0], "epsilon": 1.0}
     with pytest.raises(
         ms.InputError,
-        match=r"mixing of sigma gives 3.0 from 1.0 and 2.0: it must lie between.*matrix",
+        match=r"mixing of sigma gives 3.0 from 1.0 and 2.0: the result must lie between.*matrix",
     ):
         ms.System.create(PLACES, None, own_potential({"sigma": jnp.add}), params)
 
@@ -627,7 +627,7 @@ def test_what_no_minimum_can_stand_on_is_refused() -> None:
     jumping = potentials.from_pair(lambda r, a: a / r, ("a",), cutoff=2.0, name="bare")
     with pytest.raises(ms.InputError, match=r"bare is 0\.5 at its cutoff 2, where it must be zero"):
         ms.System.create(points, box, jumping, {"a": 1.0})
-    with pytest.raises(ms.InputError, match="phi does not take r and the 1 parameters a"):
+    with pytest.raises(ms.InputError, match="`phi` does not take r and the 1 parameters a"):
         potentials.from_pair(lambda r, a, b: a / r + b, ("a",), cutoff=2.0)
 
 
@@ -736,7 +736,7 @@ UNFIT = {
     imaginary: (1.2, "phi of mine returns complex128: return real floating-point numbers."),
     added: (
         1.2,
-        "phi of mine returns shape () for distances of shape (4,): return one number for each.",
+        "phi of mine returns shape () for distances of shape (4,): return one number for each",
     ),
     truth: (1.2, "phi of mine returns bool: return real floating-point numbers."),
 }
@@ -811,7 +811,7 @@ def test_lengths_that_are_no_numbers_are_refused():
     potential = potentials.from_pair(phi, ("s",), 2.0, lambda s: (reach(s),), name="mine")
     on_points(potential, {"s": 6.0})
     with pytest.raises(
-        ms.InputError, match="the function of the breakpoints of mine gives nan: mend it"
+        ms.InputError, match="function of the breakpoints of mine gives nan: correct this function"
     ):
         on_points(potential, {"s": 1.0})
     potential = potentials.from_pair(phi, ("s",), reach, name="mine")

@@ -650,3 +650,31 @@ def test_equilibrate_is_not_differentiated_by_where_it_starts():
     assert float(jax.jit(of_cell)(3.5)) == pytest.approx(
         float(ms.observables.energy(eq.system)), rel=1e-10
     )
+
+
+OPTION_RECORDS = sorted(
+    {
+        record
+        for room in (ms.implicit, ms.relaxation, ms.design, ms.saddles)
+        for record in map(room.__dict__.get, room.__all__)
+        if inspect.isclass(record) and dataclasses.is_dataclass(record)
+    },
+    key=lambda record: record.__name__,
+)
+
+
+@pytest.mark.parametrize(
+    ("record", "field"),
+    [
+        pytest.param(record, field.name, id=f"{record.__name__}.{field.name}")
+        for record in OPTION_RECORDS
+        for field in dataclasses.fields(record)
+        # options have defaults for all fields; other records are results
+        if type(field.default) in (int, float)
+        and all(f.default is not dataclasses.MISSING for f in dataclasses.fields(record))
+    ],
+)
+def test_true_is_no_number(record: type, field: str) -> None:
+    """True is an int of Python: ``Fire(max_step=True)`` would be a step of 1."""
+    with pytest.raises(ms.InputError, match=field):
+        record(**{field: True})

@@ -121,10 +121,10 @@ def test_the_test_prints_as_a_table():
 @pytest.mark.parametrize(
     ("dparams", "options", "says"),
     [
-        (THETA, {"steps": []}, "steps are"),
-        (THETA, {"steps": [1e-5, -1e-5]}, "steps are"),
-        (THETA, {"steps": [[1e-5]]}, "steps are"),
-        (THETA, {"value": np.zeros((31, 2))}, r"value has shape \(31, 2\)"),
+        (THETA, {"steps": []}, "`steps` is"),
+        (THETA, {"steps": [1e-5, -1e-5]}, "`steps` is"),
+        (THETA, {"steps": [[1e-5]]}, "`steps` is"),
+        (THETA, {"value": np.zeros((31, 2))}, r"`value` has shape \(31, 2\)"),
         (THETA, {"value": np.full((32, 2), np.nan)}, "finite"),
         ({"sigma": [0.0, 0.0]}, {}, "zero everywhere"),
         ({"sgima": [0.0, 1.0]}, {}, "did you mean 'sigma'"),
@@ -503,7 +503,7 @@ def test_a_many_body_potential_needs_its_configuration():
         return params["k"] * jnp.sum(jnp.cross(displacement(b, a), displacement(c, a)) ** 2)
 
     potential = potentials.from_energy(three, ("k",))
-    with pytest.raises(ms.InputError, match="positions is None and three acts on more than pairs"):
+    with pytest.raises(ms.InputError, match="`positions` is None and three acts on more"):
         verify.potential(potential, {"k": 1.0})
     test = verify.potential(
         potential, {"k": 1.0}, positions=[[0.0, 0.0, 0.1], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
@@ -667,8 +667,8 @@ def test_lengths_to_look_between():
 @pytest.mark.parametrize(
     ("potential", "params", "options", "says"),
     [
-        (potentials.soft_sphere, {}, {}, "potential is"),
-        (potentials.soft_sphere(), [1.0], {}, "params is a list"),
+        (potentials.soft_sphere, {}, {}, "`potential` is"),
+        (potentials.soft_sphere(), [1.0], {}, "`params` is a list"),
         (
             potentials.soft_sphere(),
             {"sgima": 1.0, "epsilon": 1.0, "alpha": 2.0},

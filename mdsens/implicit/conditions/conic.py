@@ -25,6 +25,7 @@ from jax import Array
 from mdsens._util.errors import InputError
 from mdsens._util.portable import Portable
 from mdsens._util.precision import full_precision
+from mdsens._util.validation import is_integer
 from mdsens.implicit.conditions import projections
 
 __all__ = [
@@ -68,7 +69,7 @@ class _Sized:
     size: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.size, int) or self.size < 1:
+        if not is_integer(self.size) or self.size < 1:
             raise InputError(
                 f"{type(self).__name__}: size={self.size!r} is not the length of a vector; give a"
                 " whole number from 1"
@@ -118,7 +119,7 @@ class Semidefinite:
     order: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.order, int) or self.order < 1:
+        if not is_integer(self.order) or self.order < 1:
             raise InputError(
                 f"Semidefinite: order={self.order!r} is not a number of rows; give a whole number"
                 " from 1"
@@ -126,7 +127,7 @@ class Semidefinite:
 
     @property
     def size(self) -> int:
-        """Return order (order + 1) / 2, the length of the vector that represents a matrix."""
+        """Return n (n + 1) / 2, the length of the vector for a symmetric matrix (n, n)."""
         return self.order * (self.order + 1) // 2
 
     def project_dual(self, y: Array) -> Array:

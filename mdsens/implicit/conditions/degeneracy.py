@@ -132,7 +132,10 @@ def kinked(F: Callable[..., PyTree], x: PyTree, *args: PyTree, radius: float = 1
         return ravel_pytree(F(y, *others))[0]
 
     def jump(k: Array) -> Array:
-        """Compute the relative change, across the solution, of the derivative along direction k."""
+        """Compute the relative jump of the derivative of F at the solution, along direction k.
+
+        The derivatives a little ahead of the solution and a little behind are compared.
+        """
         entries = jnp.arange(1, flat.size + 1, dtype=flat.dtype)
         v = scale * jnp.cos((k + 1) * entries**2 + k)
         _, ahead = jax.jvp(image, (flat + radius * v,), (v,))

@@ -155,9 +155,10 @@ def _constraint_value(
     args: tuple[PyTree, ...],
     name: str,
 ) -> PyTree:
-    """Evaluate a constraint function at x; raise InputError unless its multipliers have its shapes.
+    """Evaluate a constraint function at x, and raise InputError unless its multipliers fit.
 
-    The value is None where there is neither a constraint nor multipliers.
+    There must be one Lagrange multiplier for each constraint. The value is None where there is
+    neither a constraint nor a multiplier.
     """
     if constraint is not None and multipliers is None:
         raise InputError(
@@ -227,7 +228,7 @@ def proximal_gradient(
       prox: ``prox(y, scaling, *args)``, the proximal operator of g, that is the x that minimizes
         |x - y|^2 / 2 + scaling g(x); for example an operator of
         :mod:`mdsens.implicit.conditions.proximal`.
-      step: as in :func:`projected_gradient`.
+      step: the step, a positive number, best about the inverse of the curvature of f.
     """
     gradient = jax.grad(f)
 
@@ -289,7 +290,7 @@ def mirror_descent(
         The projection must belong to the mirror map: :func:`softmax` belongs to :func:`kl_map`.
       map: the mirror map, the gradient of a convex potential. With the identity as the mirror map,
         T is the map of :func:`projected_gradient`.
-      step: as in :func:`projected_gradient`.
+      step: the step, a positive number, best about the inverse of the curvature of f.
     """
     gradient = jax.grad(f)
 

@@ -28,7 +28,8 @@ __all__ = ["elastic_net", "free", "group_lasso", "indicator", "lasso", "non_nega
 def lasso(y: PyTree, scaling: Array | float, strength: Array | float = 1.0) -> PyTree:
     """Apply a soft threshold to y: the proximal operator of the penalty g = strength sum |x|.
 
-    Each entry of y moves towards zero by scaling * strength, and stops at zero.
+    Each entry of y moves towards zero by scaling * strength, and stops at zero. ``scaling`` is the
+    step of the proximal gradient.
     """
     threshold = scaling * strength
 
@@ -43,13 +44,17 @@ def lasso(y: PyTree, scaling: Array | float, strength: Array | float = 1.0) -> P
 def non_negative(y: PyTree, scaling: Array | float, strength: Array | float = 0.0) -> PyTree:
     """Return max(y - scaling strength, 0), the proximal operator of g = strength sum x on x >= 0.
 
-    The penalty g is infinite where an entry of x is negative.
+    The penalty g is infinite where an entry of x is negative. ``scaling`` is the step of the
+    proximal gradient.
     """
     return jax.tree.map(lambda y: jax.nn.relu(y - scaling * strength), y)
 
 
 def ridge(y: PyTree, scaling: Array | float, strength: Array | float = 1.0) -> PyTree:
-    """Return y / (1 + scaling strength), the proximal operator of g = strength / 2 sum x^2."""
+    """Return y / (1 + scaling strength), the proximal operator of g = strength / 2 sum x^2.
+
+    ``scaling`` is the step of the proximal gradient.
+    """
     return jax.tree.map(lambda y: y / (1 + scaling * strength), y)
 
 
@@ -68,7 +73,8 @@ def group_lasso(y: PyTree, scaling: Array | float, strength: Array | float = 1.0
 
         prox = max(1 - scaling strength / |y|, 0) y
 
-    The norm is over all arrays in y together, which form one group. To make each row of an array a
+    ``scaling`` is the step of the proximal gradient. The norm is over all arrays in y together,
+    which form one group. To make each row of an array a
     group, use ``jax.vmap(group_lasso, (0, None, None))``.
     """
     flat, unravel = ravel_pytree(y)

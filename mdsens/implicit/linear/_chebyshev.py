@@ -1,4 +1,4 @@
-"""The Chebyshev polynomial of an operator as a preconditioner, which needs no inner products."""
+"""A Chebyshev polynomial of an operator A as a preconditioner, which needs no inner products."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ MARGIN = 1.2
 
 
 def chebyshev(apply: Apply, degree: int, like: Array) -> Apply:
-    """Return the preconditioner r -> p(A) r, which solves A z = r approximately.
+    """Return the preconditioner r -> p(A) r, which solves A z = r approximately, p a polynomial.
 
     The preconditioner takes ``degree - 1`` steps of the Chebyshev iteration, which needs products
     with A only.
 
-    1 - t p(t) is the Chebyshev polynomial of that degree on [a, b], scaled to 1 at t = 0, with b
-    the largest eigenvalue of A and a = 4 b / degree^2 (Saad, Iterative Methods for Sparse Linear
-    Systems, 2003, section 12.3). The eigenvalues lambda of A above a become eigenvalues of p(A) A
-    near 1, and those below become about degree^2 lambda / b. So the condition number of p(A) A is
-    that of A divided by degree^2. An iteration on p(A) A takes as many products as one on A, but
-    only one step, with its inner products, for every ``degree`` of them. p(A) A has the null space
-    of A, and it has a negative eigenvalue where A has one.
+    1 - t p(t) is the Chebyshev polynomial of degree ``degree`` on [a, b], scaled to 1 at t = 0,
+    with b the largest eigenvalue of A and a = 4 b / degree^2 (Saad, Iterative Methods for Sparse
+    Linear Systems, 2003, section 12.3). The eigenvalues lambda of A above a become eigenvalues of
+    p(A) A near 1, and the eigenvalues below a become about degree^2 lambda / b. So the condition
+    number of p(A) A is that of A divided by degree^2. An iteration on p(A) A takes as many products
+    with A as an iteration on A, but only one step, with its inner products, for every ``degree``
+    products. p(A) A has the null space of A, and has a negative eigenvalue where A has one.
 
     Args:
-      apply: v -> A v, A symmetric.
+      apply: the function v -> A v, A symmetric.
       degree: degree of the polynomial t p(t) in the eigenvalue t of A.
-      like: an array with the shape of the right-hand sides, for the estimate of b.
+      like: an array with the shape of the right-hand sides, for the estimate of the largest
+        eigenvalue.
     """
 
     def power(_: Any, state: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -79,12 +80,13 @@ def smoothed(
 ) -> Round:
     """Return a function that solves A x = r by an iteration on p(A) A x = p(A) r.
 
-    p is the polynomial of :func:`chebyshev`. The function does one round of the refinement in
-    :mod:`mdsens.implicit.linear.method`: r is the residual that the previous round left.
+    p is the polynomial of :func:`chebyshev`, a preconditioner. The function is called in each round
+    of iterative refinement, where r is the residual that the round before has left.
 
     Args:
-      iterate: the iteration, ``(apply, b, tol, limit) -> (x, applications, result)``.
-      apply: the product v -> A v, A symmetric.
+      iterate: the iteration, ``(apply, b, tol, limit) -> (x, applications, result)``, such as
+        :func:`cg`; applications is the number of products that were taken.
+      apply: the function v -> A v, A symmetric.
       degree: degree of the polynomial t p(t) in the eigenvalue t of A.
       b: an array with the shape of the right-hand sides.
     """

@@ -94,10 +94,10 @@ def _at_round_off(
     units of round-off, with |b| = 1. |A| is estimated from below by six steps of the power method,
     so that the test is on the strict side.
 
-    The residual must be below 1e-9 as well. Along a null direction that is not declared, |x| grows
-    without bound, and the backward error looks perfect although x is noise. This was observed at
-    residuals from 6e-9, with errors of 1e7. The limit of 1e-9 admits condition numbers of 1e6 in
-    float64.
+    In float64 the residual must be below 1e-9 as well. Along a null direction that is not declared,
+    |x| grows without bound, and the backward error looks perfect although x is noise. This was
+    observed at residuals from 6e-9, with errors of 1e7. The limit of 1e-9 admits condition numbers
+    of 1e6.
 
     Args:
       operator: A, on flat vectors.

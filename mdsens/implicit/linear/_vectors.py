@@ -76,10 +76,10 @@ class Pivot(NamedTuple):
 def next_pivot(alpha: Array, beta: Array, last: Pivot, size: Array) -> tuple[Pivot, Array]:
     """Compute the next pivot of a Lanczos matrix T, and whether it proves negative curvature.
 
-    The pivots are the entries of D in T = L D L^T. Pivot k is the curvature z.Tz along the vector
-    z = L^-T e_k, times |z|^2 / |z|^2 = 1: the curvature per squared length is pivot / |z|^2. After
-    a pivot that is zero to round-off the later pivots cannot be computed. These are NaN, and prove
-    nothing.
+    The pivots are the entries of D in T = L D L^T. Pivot k equals z.Tz with z = L^-T e_k and the
+    unit vector e_k, so that the curvature along z is pivot / |z|^2. In conjugate gradients this is
+    p.Ap / p.p for the search direction p. After a pivot that is zero to round-off the later pivots
+    cannot be computed. The later pivots are NaN, and prove nothing.
 
     Args:
       alpha: the next diagonal entry of T.
@@ -96,7 +96,7 @@ def next_pivot(alpha: Array, beta: Array, last: Pivot, size: Array) -> tuple[Piv
 
 
 def int32(value: int | Result) -> Array:
-    """Convert a number or a :class:`Result` to an int32 array, the type of counters in jax loops."""
+    """Convert a number or a :class:`Result` code to an int32 array, as the loops of jax need it."""
     return jnp.asarray(int(value), jnp.int32)
 
 

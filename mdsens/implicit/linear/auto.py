@@ -24,16 +24,16 @@ DIRECT_SIZE = 512
 
 @dataclasses.dataclass(frozen=True)
 class Auto(Method):
-    """The method chosen by :func:`choose` from the size, symmetry and definiteness of the operator.
+    """The linear method that :func:`choose` takes for the size and the properties of an operator.
 
-    For pair potentials, :mod:`mdsens.sensitivity` uses the sparse factor of the Hessian instead: on
-    a CPU, in double precision, and in 3-D for up to 1,500 particles, or 4,000 with many right-hand
-    sides at once. Both choices follow from the times and errors of all solvers in
+    For the Hessian of a pair potential, :mod:`mdsens.sensitivity` uses a sparse factorization
+    instead: on a CPU, in double precision, and in 3-D for up to 1,500 particles, or 4,000 with many
+    right-hand sides at once. Both choices follow from the times and errors of all solvers in
     benchmarks/results/README.md, under "sensitivity" (by size and density) and "jamming" (by
     pressure).
 
     Args:
-      rtol: requested relative residual, as in :class:`CG`.
+      rtol: requested relative residual.
     """
 
     rtol: float = 1e-10
@@ -53,19 +53,19 @@ class Auto(Method):
 
 
 def choose(method: Method, size: int, operator: Operator) -> Method:
-    """Choose the concrete method for an operator.
+    """Choose the method that solves a linear system A x = b, for an operator A.
 
     Args:
-      method: any method; all but :class:`Auto` are returned as they are.
-      size: number of unknowns.
-      operator: only its declared symmetry and definiteness are used; nothing is evaluated.
+      method: any linear method; a method other than :class:`Auto` is returned unchanged.
+      size: number of unknowns in x.
+      operator: A. Only the declared symmetry and definiteness are used; no product is evaluated.
 
     Returns:
       For Auto: Direct up to 512 unknowns; for more unknowns, CG where the operator is declared
       positive semi-definite, MINRES where it is declared symmetric, else GMRES.
 
     Raises:
-      InputError: ``method`` is not a linear method, or gives wrong answers for such an operator.
+      InputError: ``method`` is not a linear method, or gives wrong solutions for such an operator.
     """
     check_method(method)
     concrete = method.concrete(size, operator)

@@ -1,4 +1,4 @@
-"""Stabilized bi-conjugate gradients, for any operator, with little memory."""
+"""Stabilized bi-conjugate gradients, for linear systems with any operator, with little memory."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ __all__ = ["BiCGSTAB", "bicgstab"]
 
 @dataclasses.dataclass(frozen=True)
 class BiCGSTAB(IterativeMethod):
-    """Stabilized bi-conjugate gradients, for any operator, with little memory.
+    """Stabilized bi-conjugate gradients, for A x = b with any operator A, with little memory.
 
-    The recurrence may break down; use GMRES where it does.
+    The recurrence may break down; use GMRES in this case.
 
     Args:
-      rtol: requested relative residual, as in :class:`CG`.
-      max_iterations: largest number of operator applications, two a step; where None, 10 times the
+      rtol: requested relative residual.
+      max_iterations: largest number of products with A, two for each step; where None, 10 times the
         number of unknowns, at least 1,000.
     """
 
@@ -54,23 +54,24 @@ def bicgstab(
 ) -> Iterate:
     """Solve A x = b by BiCGSTAB (van der Vorst, 1992).
 
-    The iteration takes two applications of A for each step, and memory for seven vectors.
+    The iteration takes two products with A for each step, and memory for seven vectors.
 
-    The result is INDEFINITE where the operator should be positive semi-definite (``definite``) and
-    a search direction has negative curvature; the iteration may end before it meets such a
-    direction. It is BREAKDOWN where an inner product in a denominator vanishes to round-off, which
-    happens in the first step for a skew-symmetric operator.
+    The result is INDEFINITE where A should be positive semi-definite (``definite``) and a search
+    direction has negative curvature; the iteration may end before it meets such a direction. The
+    result is BREAKDOWN where an inner product in a denominator vanishes to round-off, which happens
+    in the first step for a skew-symmetric A.
 
     Args:
-      apply: v -> A v.
+      apply: the function v -> A v.
       b: right-hand side (n,).
       tol: norm of the residual at which to stop.
-      limit: largest number of applications.
+      limit: largest number of products with A.
       definite: whether A should be positive semi-definite.
-      precondition: v -> M v, from the right; None for none.
+      precondition: the function v -> M v of a preconditioner M, applied from the right (A M); None
+        for none.
 
     Returns:
-      (x, applications, result).
+      (x, number of products with A, :class:`Result` code).
     """
     eps = jnp.finfo(b.dtype).eps
     shadow = b  # the fixed second vector of the bi-orthogonal recurrence

@@ -1,4 +1,4 @@
-"""Conjugate gradients, for positive semi-definite operators."""
+"""Conjugate gradients, for linear systems A x = b with a positive semi-definite operator A."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ __all__ = ["CG", "cg"]
 
 @dataclasses.dataclass(frozen=True)
 class CG(IterativeMethod):
-    """Conjugate gradients: the fastest method for a positive semi-definite operator.
+    """Conjugate gradients, the fastest method for A x = b with a positive semi-definite operator A.
 
     Other operators are refused.
 
     Args:
       rtol: requested relative residual. The relative error is up to the condition number times as
-        large: set 1e-13 near unjamming.
-      max_iterations: largest number of operator applications; where None, 10 times the number of
+        large: set rtol=1e-13 near unjamming.
+      max_iterations: largest number of products with A; where None, 10 times the number of
         unknowns, at least 1,000.
       degree: degree of the polynomial preconditioner, see
-        :func:`mdsens.implicit.linear._chebyshev.chebyshev`; 1 for no preconditioner. It saves inner
-        products, not applications.
+        :func:`mdsens.implicit.linear._chebyshev.chebyshev`; 1 for no preconditioner. The
+        polynomial saves inner products, not products with A.
     """
 
     degree: int = 1
@@ -55,9 +55,10 @@ class CG(IterativeMethod):
     def check(self, operator: Operator) -> None:
         if not operator.positive_semidefinite:
             raise InputError(
-                "method=CG on an operator with positive_semidefinite=False may give a wrong answer;"
-                " set positive_semidefinite=True if the operator is positive semi-definite, or take"
-                " MINRES (for a symmetric operator) or GMRES (for any)"
+                "method=CG on an operator with positive_semidefinite=False may give a wrong"
+                " solution; set positive_semidefinite=True if the operator is positive"
+                " semi-definite, or take MINRES (for a symmetric operator) or GMRES (for any"
+                " operator)"
             )
 
     def iteration(self, operator: Operator, b: Array) -> tuple[Round, int]:
@@ -72,21 +73,21 @@ def cg(
 ) -> Iterate:
     """Solve A x = b by conjugate gradients (Hestenes and Stiefel, 1952), A positive semi-definite.
 
-    The curvatures p.Ap are the pivots of the Lanczos matrix, so that one of them is negative as
-    soon as the Krylov space contains a direction of negative curvature: the result is INDEFINITE. A
-    curvature that is zero to round-off is a null direction with a component in the right-hand side:
-    STAGNATED. A residual r whose r.M r is not positive means that M is not positive definite:
-    BREAKDOWN.
+    The curvatures p.Ap of the search directions p are the pivots of the Lanczos matrix. So one
+    curvature is negative as soon as the Krylov space contains a direction of negative curvature;
+    the result is then INDEFINITE. The result is STAGNATED where a curvature is zero to round-off: b
+    then has a component along a null direction. The result is BREAKDOWN where r.M r is not positive
+    for a residual r: the preconditioner M is then not positive definite.
 
     Args:
-      apply: v -> A v.
+      apply: the function v -> A v.
       b: right-hand side (n,).
       tol: norm of the residual at which to stop.
-      limit: largest number of applications.
-      precondition: v -> M v, symmetric positive definite; None for the identity.
+      limit: largest number of products with A.
+      precondition: the function v -> M v, M symmetric and positive definite; None for the identity.
 
     Returns:
-      (x, applications, result).
+      (x, number of products with A, :class:`Result` code).
     """
     eps = jnp.finfo(b.dtype).eps
 

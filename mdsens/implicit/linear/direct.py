@@ -1,4 +1,4 @@
-"""Dense factorizations of an operator on its range, for up to a few thousand unknowns."""
+"""Dense factorizations of a linear operator off its null space, up to a few thousand unknowns."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from jax import Array, lax
 from mdsens._util.batching import one_by_one
 from mdsens._util.errors import InputError
 from mdsens._util.precision import full_precision
+from mdsens._util.validation import is_number
 from mdsens.implicit.linear._vectors import Apply, Iterate, dot
 from mdsens.implicit.linear.method import Method, Round, check_rtol, projected
 from mdsens.implicit.linear.operator import Operator
@@ -23,16 +24,16 @@ __all__ = ["Direct", "LeastSquares"]
 
 @dataclasses.dataclass(frozen=True)
 class Direct(Method):
-    """A dense factorization, for up to a few thousand unknowns.
+    """The solution of A x = b by a dense factorization, for up to a few thousand unknowns.
 
-    The operator is written out as a matrix, ``P A P + s (I - P)`` with the projector P off the null
-    space and s the largest entry. It is factorized by Cholesky where A is declared positive
-    semi-definite, else by LU. Where the left and right null spaces differ, or where LU finds a null
-    direction that is not declared, singular values are used, and the statuses are those of
-    LeastSquares.
+    The operator A is written out as the matrix ``P A P + s (I - P)``, where the projector P removes
+    the null space and s is the largest entry. The matrix is factorized by Cholesky where A is
+    declared positive semi-definite, else by LU. Where the left and right null spaces differ, or
+    where LU finds a null direction that is not declared, singular values are used, and the statuses
+    are those of :class:`LeastSquares`.
 
     Args:
-      rtol: relative residual at which the status is good; refinement stops there.
+      rtol: relative residual at which the status is good and the refinement stops.
     """
 
     rtol: float = 1e-10
@@ -52,21 +53,23 @@ class Direct(Method):
 
 @dataclasses.dataclass(frozen=True)
 class LeastSquares(Method):
-    """The dense pseudo-inverse, for an operator that may be singular.
+    """The least-squares solution of A x = b by the dense pseudo-inverse, where A may be singular.
 
-    It gives the shortest x of those that minimize |b - A x|, from singular values, or from
-    eigenvalues where the operator is symmetric. This takes about ten times the work of Direct.
+    Of all x that minimize |b - A x| the solution is the shortest. It is computed from singular
+    values, or from eigenvalues where A is symmetric. This takes about ten times the work of
+    :class:`Direct`.
 
-    The status is NOT_UNIQUE where A is singular beyond the declared null space and b lies in its
-    range. It is SINGULAR where b lies partly outside of the range, so that the residual cannot
-    vanish. Direct does the same where LU finds that A is singular to round-off. LeastSquares takes
-    the limit ``rank_tolerance`` instead of round-off, and also for a positive semi-definite A.
+    The status is NOT_UNIQUE where A is singular beyond the declared null space and b lies in the
+    range of A. The status is SINGULAR where b lies partly outside of the range, so that the
+    residual cannot vanish. Direct does the same where LU finds that A is singular to round-off.
+    LeastSquares takes the limit ``rank_tolerance`` instead of round-off, and also for a positive
+    semi-definite A.
 
     Args:
       rtol: relative residual at which the status is good.
-      rank_tolerance: singular values up to this part of the largest count as zero; where None, the
-        number of unknowns times round-off. Where the entries of A come from an experiment or a
-        solver, set it to their relative error.
+      rank_tolerance: singular values up to this fraction of the largest count as zero; where None,
+        the fraction is the number of unknowns times round-off. Where the entries of A come from an
+        experiment or a solver, set ``rank_tolerance`` to the relative error of the entries.
     """
 
     rtol: float = 1e-10
@@ -75,10 +78,10 @@ class LeastSquares(Method):
     def __post_init__(self) -> None:
         check_rtol("LeastSquares", self.rtol)
         share = self.rank_tolerance
-        if share is not None and not (isinstance(share, int | float) and 0.0 <= share < 1.0):
+        if share is not None and not (is_number(share) and 0.0 <= share < 1.0):
             raise InputError(
-                f"LeastSquares: rank_tolerance={share!r} is no share; give a number from 0 to 1,"
-                " such as 1e-8"
+                f"LeastSquares: rank_tolerance={share!r} is not a fraction; give a number from 0 up"
+                " to but not including 1, such as 1e-8"
             )
 
     rounds: ClassVar[int] = 8  # with the pseudo-inverse, each costs next to nothing
@@ -128,8 +131,8 @@ def _cholesky(matrix: Array, largest: Array) -> Array:
     The factor is not finite where the matrix has a negative eigenvalue.
 
     Args:
-      matrix: (n, n).
-      largest: its largest entry.
+      matrix: the matrix, (n, n).
+      largest: the largest absolute entry of the matrix.
     """
     n = matrix.shape[0]
     eps = float(jnp.finfo(matrix.dtype).eps)
@@ -151,7 +154,7 @@ def _cholesky(matrix: Array, largest: Array) -> Array:
 
 
 def _written_out(apply: Apply, b: Array) -> Array:
-    """Compute the matrix of the operator, (n, n)."""
+    """Compute the matrix (n, n) of the linear map ``apply`` on vectors like b (n,)."""
     # 32 columns at a time: with all at once, the intermediate arrays of a product would take n
     # times their memory.
     return lax.map(apply, jnp.eye(b.size, dtype=b.dtype), batch_size=min(b.size, 32)).T
@@ -170,7 +173,9 @@ def _by_lu(matrix: Array) -> Callable[[Array], Iterate]:
     values give the shortest solution, with the result NOT_UNIQUE, as :func:`pseudo_inverse`.
 
     Returns:
-      r -> (x, 0 applications, result).
+      the function r -> (x, 0, result), where x solves the linear system of the matrix with the
+      right-hand side r, 0 is the number of products that this takes, and result is a
+      :class:`Result` code.
     """
     n = matrix.shape[0]
     eps = float(jnp.finfo(matrix.dtype).eps)
@@ -193,7 +198,10 @@ def _by_lu(matrix: Array) -> Callable[[Array], Iterate]:
 @one_by_one
 @full_precision
 def _inverted(matrix: Array, needed: Array) -> tuple[Array, Array]:
-    """Compute the transposed pseudo-inverse and the rank of a matrix; zeros where not needed."""
+    """Compute the transposed pseudo-inverse and the rank of a matrix by singular values.
+
+    Where ``needed`` is False, both are returned as zeros.
+    """
     n = matrix.shape[0]
     eps = float(jnp.finfo(matrix.dtype).eps)
 
@@ -209,17 +217,18 @@ def _inverted(matrix: Array, needed: Array) -> tuple[Array, Array]:
 def factor(
     apply: Apply, right: Apply | None, left: Apply | None, positive_semidefinite: bool, b: Array
 ) -> Callable[[Array], Iterate]:
-    """Factorize the operator on its range.
+    """Factorize a linear operator A off its null space, and return a function that solves A x = r.
 
     Args:
-      apply: v -> P_L A P_R v.
-      right, left: projectors off the null spaces; None where there are none. The same object where
-        the null spaces are equal.
-      positive_semidefinite: whether A is declared so.
+      apply: the function v -> P_L A P_R v, with the projectors of ``left`` and ``right``.
+      right, left: the projectors P_R and P_L that remove the right and the left null space; None
+        where there is no null space. The same object where the null spaces are equal.
+      positive_semidefinite: whether A is declared positive semi-definite.
       b: an array (n,) with the type of the right-hand sides.
 
     Returns:
-      r -> (x, 0 applications, result).
+      the function r -> (x, 0, result), where 0 is the number of products with A that a solve takes,
+      and result is a :class:`Result` code.
     """
     n = b.size
     if right is not left:
@@ -255,23 +264,25 @@ def pseudo_inverse(
     b: Array,
     tolerance: float | None,
 ) -> Callable[[Array], Iterate]:
-    """Compute the pseudo-inverse by singular values, or by eigenvalues where A is symmetric.
+    """Compute the pseudo-inverse of an operator A, and return a function that solves A x = r by it.
 
-    The result is NOT_UNIQUE where more singular values than ``right`` projects off are at most
-    ``tolerance`` times the largest. It is INDEFINITE where A should be positive semi-definite
-    (``definite``) and an eigenvalue is below minus that.
+    The pseudo-inverse is computed by singular values, or by eigenvalues where A is symmetric. The
+    result of a solve is NOT_UNIQUE where more singular values count as zero than the null space has
+    dimensions. The result is INDEFINITE where A should be positive semi-definite (``definite``) and
+    an eigenvalue is negative by more than the limit at which singular values count as zero.
 
     Args:
-      apply: v -> P_L A P_R v.
-      right: projector off the right null space; None where there is none.
+      apply: the function v -> P_L A P_R v; P_R and P_L remove the right and left null space of A.
+      right: the projector P_R; None where there is no null space.
       symmetric: whether A is symmetric.
       definite: whether A should be positive semi-definite.
       b: an array (n,) with the type of the right-hand sides.
-      tolerance: singular values up to this part of the largest count as zero; where None, the
-        number of unknowns times round-off.
+      tolerance: singular values up to this fraction of the largest count as zero; where None, the
+        fraction is the number of unknowns times round-off.
 
     Returns:
-      r -> (x, 0 applications, result).
+      the function r -> (x, 0, result), where 0 is the number of products with A that a solve takes,
+      and result is a :class:`Result` code.
     """
     n = b.size
     eps = float(jnp.finfo(b.dtype).eps)

@@ -1,9 +1,10 @@
 """The lowest eigenpairs of a symmetric operator off its known null space, with their residuals.
 
-There are three methods. For a small operator, all eigenvalues of its dense matrix. For a sparse
-matrix, shift-invert Lanczos with a sparse factor, whose inertia also counts the eigenvalues below
-the shift (Ericsson and Ruhe, Math. Comp. 35, 1251 (1980)). For an operator that is known only by
-its products, LOBPCG (Knyazev, SIAM J. Sci. Comput. 23, 517 (2001)).
+There are three methods. For a small operator, all eigenvalues of its dense matrix are computed. For
+a sparse matrix, the method is shift-invert Lanczos with a sparse factorization, whose inertia also
+counts the eigenvalues below the shift (Ericsson and Ruhe, Math. Comp. 35, 1251 (1980)). For an
+operator that is known only by its products, the method is LOBPCG (Knyazev, SIAM J. Sci. Comput. 23,
+517 (2001)).
 """
 
 from __future__ import annotations
@@ -52,24 +53,24 @@ def _linear_operator(size: int, apply: Apply) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Spectrum(Named):
-    """The lowest eigenpairs off the known null space.
+    """The lowest k eigenpairs of a symmetric operator A, outside of its known null space.
 
     Attributes:
-      values: (k,) eigenvalues, ascending; set to zero where they are within round-off of it, 1e-12
-        of the largest.
+      values: (k,) eigenvalues, ascending; set to zero where the absolute value is within round-off,
+        1e-12 of the largest eigenvalue.
       vectors: (m, k) eigenvectors, columns of norm one.
-      residuals: (k,) |A v - lambda v|. An eigenvalue of the operator lies within this distance of
-        each value.
+      residuals: (k,) |A v - lambda v| for each value lambda and vector v. An eigenvalue of A lies
+        within this distance of the value.
       largest: the largest eigenvalue; by LOBPCG and shift-invert to a relative error of 1e-3.
-      negative: number of eigenvalues below -1e-12 of the largest and below -floor; only of the
-        computed ones, where ``counted`` is False.
-      zero: number of eigenvalues within 1e-12 of the largest from zero, beyond the known null
-        space; only of the computed ones, where ``counted`` is False.
-      hidden: number of computed eigenvalues that are not zero but within ``floor`` of it, so that
-        their sign is not known.
+      negative: number of eigenvalues below -1e-12 times the largest and below -floor. Where
+        ``counted`` is False, only the computed eigenvalues are counted.
+      zero: number of eigenvalues whose absolute value is at most 1e-12 times the largest, without
+        the known null space. Where ``counted`` is False, only the computed ones are counted.
+      hidden: number of computed eigenvalues that are not zero, but have an absolute value of at
+        most ``floor``, so that their sign is not known.
       floor: absolute value below which the sign of an eigenvalue is not known.
-      counted: whether ``negative`` and ``zero`` are of the whole spectrum.
-      method: the method that was used.
+      counted: whether ``negative`` and ``zero`` count the whole spectrum.
+      method: name of the method that was used.
     """
 
     values: np.ndarray
@@ -85,12 +86,12 @@ class Spectrum(Named):
 
     @property
     def stable(self) -> np.ndarray:
-        """Mask (k,) of the computed eigenvalues that are positive."""
+        """Return a mask (k,) of the computed eigenvalues that are positive beyond round-off."""
         return self.values > max(NULL * self.largest, self.floor)
 
     @property
     def settled(self) -> bool:
-        """Whether the sign of each computed eigenvalue is known."""
+        """Return whether all computed eigenvalues are so far from zero that their sign is known."""
         return bool(np.all(np.abs(self.values) > max(NULL * self.largest, self.floor)))
 
 
@@ -107,19 +108,22 @@ def lowest(
     dtype: DTypeLike = float,
     floor: float = 0.0,
 ) -> Spectrum:
-    """Compute the ``k`` algebraically lowest eigenpairs of P A P on the range of P.
+    """Compute the k lowest eigenpairs of the symmetric operator P A P on the range of P.
+
+    P is the projector off the known null space of A.
 
     Args:
-      apply: A times the columns of an (m, c) array.
+      apply: the function that multiplies A with the columns of an (m, c) array.
       size: number m of unknowns.
-      k: number of eigenpairs; the result has fewer where the range has a smaller dimension.
-      project: the orthogonal projector P off the known null space, times the columns of an (m, c)
-        array.
+      k: number of eigenpairs, the algebraically lowest; the result has fewer where the range of P
+        has a smaller dimension.
+      project: the function that multiplies P with the columns of an (m, c) array.
       null: dimension of the known null space.
-      matrix: A as a scipy sparse matrix, for the factor; None for LOBPCG.
-      order: order of its rows in the factor; minimum degree where None.
-      precondition: for LOBPCG, about A^-1 times the columns of an (m, c) array, symmetric and
-        positive.
+      matrix: A as a scipy sparse matrix, to factorize it; None for LOBPCG.
+      order: order of the rows of the matrix in the factorization; minimum-degree order where
+        None.
+      precondition: for LOBPCG, the function that multiplies an approximation of A^-1, symmetric and
+        positive, with the columns of an (m, c) array.
       dtype: floating-point type of the products, whose round-off limits what counts as a zero
         eigenvalue.
       floor: absolute value below which the sign of an eigenvalue is not known.
@@ -162,7 +166,7 @@ def lowest(
 def lanczos(
     apply: Callable[[jax.Array], jax.Array], start: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Run Lanczos' recurrence for a symmetric operator. Traceable.
+    """Run k steps of Lanczos' recurrence for a symmetric operator, traceable by jax.
 
     Source: Golub and Van Loan, Matrix Computations, section 10.1. The Lanczos vectors are not
     orthogonalized again: the extreme eigenvalues of the tridiagonal matrix are accurate without
@@ -171,7 +175,7 @@ def lanczos(
     tridiagonal matrix as weights.
 
     Args:
-      apply: products with the operator, (m,) -> (m,).
+      apply: the function that multiplies the operator with a vector (m,).
       start: the first vector (m,), in the subspace whose eigenvalues are wanted.
       weights: (k,) weights of the k Lanczos vectors in the sum that is returned.
 
@@ -199,7 +203,14 @@ def lanczos(
 
 
 def _counts(values: np.ndarray, largest: float, zero: float, floor: float) -> tuple[int, int, int]:
-    """Count the negative, the zero and the hidden eigenvalues."""
+    """Count the eigenvalues that are negative, that are zero, and whose sign is not known.
+
+    Args:
+      values: the eigenvalues.
+      largest: the largest eigenvalue.
+      zero: an eigenvalue counts as zero up to this fraction of the largest.
+      floor: absolute value up to which the sign of another eigenvalue is not known.
+    """
     is_zero = np.abs(values) <= zero * largest
     is_hidden = ~is_zero & (np.abs(values) <= floor)
     is_negative = (values < 0) & ~is_zero & ~is_hidden
@@ -209,9 +220,13 @@ def _counts(values: np.ndarray, largest: float, zero: float, floor: float) -> tu
 def _rayleigh(
     apply: Apply, vectors: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Compute the k lowest Rayleigh quotients of some vectors, these vectors and the residuals.
+    """Compute the k lowest Rayleigh quotients v.A v of a symmetric operator A, for given vectors v.
 
-    The error of a Rayleigh quotient is quadratic in the error of its vector.
+    The vectors are columns, and are scaled to norm one. The error of a Rayleigh quotient is
+    quadratic in the error of its vector.
+
+    Returns:
+      the quotients (k,), their columns (m, k), and the residuals |A v - quotient v| (k,).
     """
     # a vector that the projector made zero stays zero instead of NaN
     vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=0), 1e-300)
@@ -225,7 +240,10 @@ def _rayleigh(
 def _dense(
     apply: Apply, size: int, k: int, project: Apply, null: int, zero: float, floor: float
 ) -> Spectrum:
-    """Compute all eigenvalues of the dense matrix of P A P."""
+    """Compute the k lowest eigenpairs of P A P from all eigenvalues of its dense matrix.
+
+    P is the projector off the known null space of the symmetric operator A.
+    """
     identity = np.eye(size)
     projector = project(identity)
     matrix = project(apply(projector))
@@ -255,7 +273,7 @@ def _dense(
 
 
 def _of_zeros(vectors: np.ndarray, zero: int, floor: float, counted: bool, method: str) -> Spectrum:
-    """Return the spectrum of an operator of zeros, with any orthonormal vectors."""
+    """Return the :class:`Spectrum` of the operator A = 0, with the given orthonormal vectors."""
     k = vectors.shape[1]
     return Spectrum(
         values=np.zeros(k),
@@ -272,7 +290,7 @@ def _of_zeros(vectors: np.ndarray, zero: int, floor: float, counted: bool, metho
 
 
 def _range_vectors(size: int, k: int, project: Apply) -> np.ndarray:
-    """Return k orthonormal vectors of the range of the projector, (size, k)."""
+    """Return k orthonormal random vectors in the range of a projector, as columns (size, k)."""
     # random, so that the projector leaves k independent ones; the same in every run
     vectors, _ = np.linalg.qr(project(np.random.default_rng(0).standard_normal((size, k))))
     return vectors
@@ -288,9 +306,10 @@ def _shift_invert(
     zero: float,
     floor: float,
 ) -> Spectrum | None:
-    """Compute the lowest eigenpairs by Lanczos on a shifted sparse factor.
+    """Compute the k lowest eigenpairs of a sparse matrix by Lanczos with its shifted inverse.
 
-    None where a factor does not give the number of eigenvalues below its shift, or Lanczos fails.
+    The result is None where a factorization does not give the number of eigenvalues below the
+    shift, or where Lanczos fails.
     """
     # a fixed seed: the same start, and the same digits, in every run
     rng = np.random.default_rng(0)
@@ -362,7 +381,10 @@ def _lobpcg(
     floor: float,
     precondition: Apply | None,
 ) -> Spectrum:
-    """Compute the lowest eigenpairs from products alone, by LOBPCG, or Lanczos where it fails."""
+    """Compute the k lowest eigenpairs of a symmetric operator from products alone, by LOBPCG.
+
+    Where the residuals of LOBPCG are too large, Lanczos is tried, and the better result is kept.
+    """
     # a fixed seed: the same start, and the same digits, in every run
     rng = np.random.default_rng(0)
 

@@ -1,4 +1,4 @@
-"""Generalized minimal residuals with restarts, for any operator."""
+"""Generalized minimal residuals with restarts, for linear systems with any operator."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ BLOCK = 16
 
 @dataclasses.dataclass(frozen=True)
 class GMRES(IterativeMethod):
-    """Generalized minimal residuals with restarts, for any operator, on any device.
+    """Generalized minimal residuals with restarts, for A x = b with any operator A, on any device.
 
     Args:
-      rtol: requested relative residual, as in :class:`CG`.
-      max_iterations: largest number of operator applications; where None, 10 times the number of
+      rtol: requested relative residual.
+      max_iterations: largest number of products with A; where None, 10 times the number of
         unknowns, at least 1,000.
       restart: number of steps of a cycle. A cycle takes the memory of (restart + 1) vectors; raise
         the number where the status is STAGNATED, lower it where memory runs out.
       degree: degree of the polynomial preconditioner, see
-        :func:`mdsens.implicit.linear._chebyshev.chebyshev`; 1 for no preconditioner. It is used
-        only for operators that are declared positive semi-definite. A cycle then extends over
-        ``restart * degree`` applications of the operator, and only one in ``degree`` of them makes
-        a vector to orthogonalize. Near jamming, where restarts stagnate, GMRES converges only with
-        it.
+        :func:`mdsens.implicit.linear._chebyshev.chebyshev`; 1 for no preconditioner. The
+        polynomial is used only where A is declared positive semi-definite. A cycle then extends
+        over ``restart * degree`` products with A, and only one in ``degree`` products makes a
+        vector to orthogonalize. Near jamming, where restarts stagnate, GMRES converges only with
+        the polynomial.
     """
 
     restart: int = 200
@@ -90,35 +90,36 @@ def gmres_cycle(
     definite: bool = False,
     precondition: Apply | None = None,
 ) -> Iterate:
-    """Run one cycle of GMRES (Saad and Schultz, 1986).
+    """Run one cycle of GMRES (Saad and Schultz, 1986) for A x = b.
 
-    It minimizes the residual over a Krylov space of dimension ``restart`` at most. It ends early
-    where the residual is at ``tol``, or where the Krylov space is invariant. It takes the memory of
-    (restart + 1) n numbers.
+    The cycle minimizes |b - A x| over a Krylov space of dimension ``restart`` at most. The cycle
+    ends early where the residual is at ``tol``, or where the Krylov space is invariant, and takes
+    the memory of (restart + 1) n numbers.
 
-    Where the operator should be symmetric and positive semi-definite (``definite``), the Hessenberg
-    matrix is its Lanczos matrix, and the result is INDEFINITE as soon as that proves a negative
+    Where A should be symmetric and positive semi-definite (``definite``), the Hessenberg matrix is
+    the Lanczos matrix of A, and the result is INDEFINITE as soon as this matrix proves a negative
     curvature. With a preconditioner only the curvatures along the basis vectors are tested, so that
-    a negative one may be missed.
+    a negative curvature may be missed.
 
-    Arnoldi's vectors are orthogonalized by Gram-Schmidt applied twice, which is as good as
-    Householder. It is classical within blocks of vectors and modified between blocks, so that a
-    step reads only the part of the basis that is filled. For a symmetric operator nearly all of a
-    product lies along the last two vectors, so that the first pass takes these two only. The
-    Hessenberg matrix is reduced by Givens rotations, whose product is kept as one matrix ``q``, so
-    that a step takes one product and no loop over the rotations.
+    Arnoldi's vectors are orthogonalized by two passes of Gram-Schmidt, which is as good as
+    Householder. Gram-Schmidt is classical within blocks of vectors and modified between blocks, so
+    that a step reads only the part of the basis that is filled. For a symmetric A nearly all of a
+    product A v lies along the last two vectors, so that the first pass takes these two only. The
+    Hessenberg matrix is reduced by Givens rotations. The product of the rotations is kept as one
+    matrix ``q``, so that a step takes one product and no loop over the rotations.
 
     Args:
-      apply: v -> A v.
+      apply: the function v -> A v.
       b: right-hand side (n,).
       tol: norm of the residual at which to stop.
-      limit: largest number of applications.
-      restart: largest number of steps.
+      limit: largest number of products with A.
+      restart: largest number of steps of the cycle.
       definite: whether A should be symmetric and positive semi-definite.
-      precondition: v -> M v, from the right; None for none.
+      precondition: the function v -> M v of a preconditioner M, applied from the right (A M); None
+        for none.
 
     Returns:
-      (x, applications, result).
+      (x, number of products with A, :class:`Result` code).
     """
     eps = jnp.finfo(b.dtype).eps
     m = min(restart, b.size)
@@ -199,7 +200,7 @@ def gmres_cycle(
 
 
 def _orthogonal(w: Array, basis: Array, j: Array) -> tuple[Array, Array]:
-    """Orthogonalize w against the rows of the basis up to row j.
+    """Orthogonalize the vector w against the orthonormal rows of ``basis`` up to row j.
 
     Returns:
       the orthogonal part of w, and the components of w along all rows.
@@ -215,7 +216,11 @@ def _orthogonal(w: Array, basis: Array, j: Array) -> tuple[Array, Array]:
 
 
 def _off_last_two(w: Array, basis: Array, j: Array) -> tuple[Array, Array]:
-    """Orthogonalize w against row j of the basis and the row before; return as _orthogonal."""
+    """Orthogonalize the vector w against rows j and j - 1 of ``basis``, whose rows are orthonormal.
+
+    Returns:
+      the orthogonal part of w, and a component of w for each row: zero for all rows but these two.
+    """
     index = jnp.arange(basis.shape[0])
     h = jnp.zeros(basis.shape[0], basis.dtype)
     for k in (j, j - 1):
@@ -229,19 +234,20 @@ def _off_last_two(w: Array, basis: Array, j: Array) -> tuple[Array, Array]:
 def _write(array: Array, rows: Array, j: Array) -> Array:
     """Replace the rows of an array from row ``j`` on by ``rows``.
 
-    As a slice, which XLA writes in place; ``.at[].set`` would make a scatter.
+    The rows are replaced as one slice, which the compiler XLA writes in place; ``.at[].set`` would
+    make a scatter.
     """
     return lax.dynamic_update_slice_in_dim(array, rows, j, 0)
 
 
 @custom_vmap
 def _any(flag: Array) -> Array:
-    """Return the flag; under vmap, whether the flag of any member of the batch is set.
+    """Return the flag; for a batch of linear systems under ``jax.vmap``, whether any flag is set.
 
-    Where the condition of a loop differs between members, jax copies the whole state of the loop,
-    here the basis, at each step: this is five times slower with 32 right-hand sides of 512
-    unknowns. With this condition, equal for all members, the body of the loop itself must leave
-    the members that are done unchanged.
+    The flag is the condition under which a loop goes on. Where the condition differs between the
+    systems of the batch, jax copies all arrays of the loop, among them the Krylov basis, at each
+    step: this is five times slower with 32 right-hand sides of 512 unknowns. With one condition for
+    all systems, the body of the loop itself must leave the systems that are done unchanged.
     """
     return flag
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from mdsens._util.errors import InputError, short
-from mdsens._util.validation import check_count
+from mdsens._util.validation import check_count, is_number
 from mdsens.implicit.linear._vectors import Apply, Iterate, norm, safe_divide
 from mdsens.implicit.linear.operator import Operator
 from mdsens.implicit.linear.result import Result
@@ -112,7 +112,7 @@ def check_method(solve: object) -> None:
         value = f"{solve.__name__} (a class, without brackets)" if is_class else short(solve)
         raise InputError(
             f"solve={value} is not a linear method; give Auto(), Direct(), CG(), MINRES(),"
-            " GMRES(), BiCGSTAB(), NormalCG(), Neumann() or LeastSquares() of mdsens.implicit"
+            " GMRES(), BiCGSTAB(), NormalCG(), Neumann() or LeastSquares() of mdsens.implicit."
         )
 
 
@@ -121,7 +121,7 @@ def check_rtol(name: str, rtol: float) -> None:
 
     ``name`` is the name of the linear method that has this option.
     """
-    if not (isinstance(rtol, int | float) and 0.0 < rtol < 1.0):
+    if not (is_number(rtol) and 0.0 < rtol < 1.0):
         raise InputError(
             f"{name}: rtol={rtol!r} is not a relative residual; give a number between 0 and 1, such"
             " as 1e-10"
@@ -167,7 +167,7 @@ def projected(operator: Operator, both: bool = False) -> tuple[Apply, Apply | No
         projected already.
 
     Returns:
-      two functions, v -> P_L A P_R v and r -> P_R M r; None for the second without M.
+      two functions, v -> P_L A P_R v and r -> P_R M r; the second is None where there is no M.
     """
     right = operator.project or same
     left = operator.left_project or same

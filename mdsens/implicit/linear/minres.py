@@ -1,4 +1,4 @@
-"""Minimal residuals by the Lanczos recurrence, for symmetric operators."""
+"""Minimal residuals by the Lanczos recurrence, for linear systems with a symmetric operator."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ __all__ = ["MINRES", "minres"]
 
 @dataclasses.dataclass(frozen=True)
 class MINRES(IterativeMethod):
-    """Minimal residuals by the Lanczos recurrence, for a symmetric operator that may be indefinite.
+    """Minimal residuals by the Lanczos recurrence, for A x = b with A symmetric, definite or not.
 
     Args:
-      rtol: requested relative residual, as in :class:`CG`.
-      max_iterations: largest number of operator applications; where None, 10 times the number of
+      rtol: requested relative residual.
+      max_iterations: largest number of products with A; where None, 10 times the number of
         unknowns, at least 1,000.
     """
 
@@ -42,7 +42,7 @@ class MINRES(IterativeMethod):
     def check(self, operator: Operator) -> None:
         if not operator.symmetric:
             raise InputError(
-                "method=MINRES on an operator with symmetric=False gives a wrong answer; set"
+                "method=MINRES on an operator with symmetric=False gives a wrong solution; set"
                 " symmetric=True if the operator is symmetric, or take GMRES"
             )
 
@@ -53,18 +53,19 @@ class MINRES(IterativeMethod):
 
 
 class _State(NamedTuple):
-    """State of the iteration, in the names of Paige and Saunders.
+    """Variables of the MINRES iteration for A x = b, with the names of Paige and Saunders (1975).
 
     Attributes:
       x: solution so far.
       r_old, r: the last two Lanczos vectors, not scaled to norm one.
-      beta_old, beta: their norms, which are entries beside the diagonal of the Lanczos matrix.
+      beta_old, beta: norms of r_old and r, which are entries beside the diagonal of the Lanczos
+        matrix.
       d_bar, epsilon: entries of the Lanczos matrix after the last Givens rotation.
-      phi_bar: norm of the residual; with a preconditioner M, the norm by M.
+      phi_bar: norm of the residual, weighted by M where there is a preconditioner M.
       cs, sn: cosine and sine of the last Givens rotation.
       w_old, w: the last two search directions.
       size: Frobenius norm of the Lanczos matrix.
-      pivot: last pivot of the Lanczos matrix, for the test of its definiteness.
+      pivot: last pivot of the Lanczos matrix, which tests whether this matrix is definite.
       z: M r; unused without a preconditioner.
       rest: the residual b - A x; unused without a preconditioner.
       k: number of steps.
@@ -102,28 +103,28 @@ def minres(
     """Solve A x = b by MINRES (Paige and Saunders, 1975), A symmetric, definite or not.
 
     Where A should be positive semi-definite (``definite``), the result is INDEFINITE as soon as the
-    Lanczos matrix proves that it is not.
+    Lanczos matrix proves that A is not.
 
-    It is STAGNATED where |A r| / (|A| |r|) falls below the square root of round-off: the residual r
-    that is left then lies in the null space. On singular systems the ratio was observed to fall to
-    values between 1e-11 and 6e-9, and no lower. On a soft direction it is the stiffness of that
-    direction over the largest one, above 1e-6 in packings; in float32 the limit must stay below
-    that.
+    The result is STAGNATED where |A r| / (|A| |r|) falls below the square root of round-off: the
+    residual r that is left then lies in the null space. On singular systems this ratio was observed
+    to fall to values between 1e-11 and 6e-9, and no lower. Along a soft direction the ratio is the
+    stiffness of this direction over the largest stiffness, above 1e-6 in packings. In float32 the
+    limit of the ratio is 1e-5 instead, below the square root of round-off.
 
-    With a preconditioner M, MINRES minimizes the norm of the residual by M, so that the residual
-    itself is computed beside it. The result is BREAKDOWN where a Lanczos vector r has a negative
-    r.M r.
+    With a preconditioner M, MINRES minimizes the norm of the residual weighted by M, so that the
+    residual itself is computed as well. The result is BREAKDOWN where r.M r is negative for a
+    Lanczos vector r.
 
     Args:
-      apply: v -> A v.
+      apply: the function v -> A v.
       b: right-hand side (n,).
       tol: norm of the residual at which to stop.
-      limit: largest number of applications.
+      limit: largest number of products with A.
       definite: whether A should be positive semi-definite.
-      precondition: v -> M v, symmetric positive definite; None for the identity.
+      precondition: the function v -> M v, M symmetric and positive definite; None for the identity.
 
     Returns:
-      (x, applications, result).
+      (x, number of products with A, :class:`Result` code).
     """
     eps = jnp.finfo(b.dtype).eps
     null = jnp.minimum(jnp.sqrt(eps), 1e-5)  # 1e-5 counts in float32 only

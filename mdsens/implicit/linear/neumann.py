@@ -1,4 +1,4 @@
-"""Neumann series, for the operator A = I - C of a fixed point, with C a contraction."""
+"""Neumann series, for A x = b with the operator A = I - C of a fixed point, C a contraction."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from mdsens._util.errors import InputError
-from mdsens._util.validation import check_count
+from mdsens._util.validation import check_count, is_number
 from mdsens.implicit.linear._vectors import (
     CURVATURE_UNITS,
     Apply,
@@ -28,22 +28,23 @@ __all__ = ["Neumann"]
 
 @dataclasses.dataclass(frozen=True)
 class Neumann(IterativeMethod):
-    """Neumann series, x = sum over k of alpha (I - alpha A)^k b, for the operator of a fixed point.
+    """Solve A x = b by the Neumann series x = sum over k of alpha (I - alpha A)^k b.
 
-    For a fixed point A = I - C, with C a contraction. The series takes one application of A a term,
-    and memory for two vectors. Each term reduces the residual by the factor |I - alpha A|, which
-    must be below one. Where the series grows, or does not converge, the status is STAGNATED.
+    This is for a fixed point, where A = I - C with a contraction C. The series takes one product
+    with A for each term, and memory for two vectors. Each term reduces the residual by the factor
+    |I - alpha A|, which must be below one. Where the series grows, or does not converge, the status
+    is STAGNATED.
 
     Args:
-      rtol: requested relative residual, as in :class:`CG`.
-      max_iterations: largest number of operator applications; where None, 10 times the number of
+      rtol: requested relative residual.
+      max_iterations: largest number of products with A; where None, 10 times the number of
         unknowns, at least 1,000.
-      alpha: the step. For a fixed point it is 1. For a symmetric positive definite A the series
-        converges with any alpha below 2 over the largest eigenvalue, and fastest with 2 / (largest
-        + smallest eigenvalue).
-      terms: number of terms to sum, for a cheap and rough solution. Where its residual is above
-        ``rtol``, the status is MAX_STEPS_REACHED, or STAGNATED where the residual is larger than
-        that of x = 0. None for as many terms as ``rtol`` takes.
+      alpha: the step, 1 for a fixed point. For a symmetric positive definite A the series converges
+        with any alpha below 2 over the largest eigenvalue, and fastest with 2 / (largest + smallest
+        eigenvalue).
+      terms: number of terms to sum, for a cheap and rough solution. Where the residual of this
+        solution is above ``rtol``, the status is MAX_STEPS_REACHED, or STAGNATED where the residual
+        is larger than that of x = 0. None for as many terms as ``rtol`` takes.
 
     Source: Lorraine, Vicol and Duvenaud, *Optimizing Millions of Hyperparameters by Implicit
     Differentiation*, arXiv:1911.02590.
@@ -55,12 +56,10 @@ class Neumann(IterativeMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("Neumann", "terms", self.terms)
-        if not (
-            isinstance(self.alpha, int | float) and math.isfinite(self.alpha) and self.alpha != 0
-        ):
+        if not (is_number(self.alpha) and math.isfinite(self.alpha) and self.alpha != 0):
             raise InputError(
-                f"Neumann: alpha={self.alpha!r} is no step; give a finite number other than zero,"
-                " such as 1"
+                f"Neumann: alpha={self.alpha!r} is not a step; give a finite number other than"
+                " zero, such as 1"
             )
 
     def iteration(self, operator: Operator, b: Array) -> tuple[Round, int]:
@@ -86,15 +85,19 @@ SMALLEST_DECREASE = 1e-6
 def _step(
     apply: Apply, alpha: float, precondition: Apply | None, x: Array, r: Array, scale: Array | float
 ) -> tuple[Array, Array, Array, Array]:
-    """Add the next term of the series to x.
+    """Add the next term v = alpha M r of the Neumann series for A x = b to the partial sum x.
 
     Args:
-      r: residual b - A x of x.
+      apply: the function v -> A v.
+      alpha: the step.
+      precondition: the function r -> M r of a preconditioner M; None where M is the identity.
+      x: the sum of the terms so far.
+      r: the residual b - A x.
       scale: the largest |A v| / |v| of the terms v so far, an estimate of |A| from below.
 
     Returns:
-      x, r and scale after the term, and whether the curvature along the term is negative beyond
-      round-off.
+      x, r and scale after the term, and whether the curvature v.A v along the term is negative
+      beyond round-off.
     """
     term = alpha * (r if precondition is None else precondition(r))
     product = apply(term)
@@ -107,11 +110,11 @@ def _step(
 def _cut_off(
     operator: Operator, b: Array, terms: int, alpha: float
 ) -> tuple[Array, Array, Array, Array]:
-    """Sum a fixed number of terms of the series.
+    """Sum a fixed number of terms of the Neumann series for A x = b.
 
     Returns:
-      (x, residual, applications, result). The result is MAX_STEPS_REACHED, or STAGNATED where the
-      residual is larger than b.
+      (x, norm of the residual, number of products with A, :class:`Result` code). The code is
+      MAX_STEPS_REACHED, or STAGNATED where the residual is larger than b.
     """
     apply, precondition = projected(operator)
     x = (operator.project or same)(neumann_terms(apply, b, terms, alpha, precondition))
@@ -132,22 +135,22 @@ def neumann(
 ) -> Iterate:
     """Sum the Neumann series x = sum over k of (I - alpha M A)^k alpha M b until |b - A x| <= tol.
 
-    The result is STAGNATED where the residual b - A x has not decreased over the second half of the
-    terms, or has grown so far that half the digits of the sum are lost. Where A should be positive
-    semi-definite (``definite``), it is INDEFINITE at a term of negative curvature; the series may
-    end before it meets such a term.
+    M is a preconditioner. The result is STAGNATED where the residual b - A x has not decreased over
+    the second half of the terms, or has grown so far that half the digits of the sum are lost.
+    Where A should be positive semi-definite (``definite``), the result is INDEFINITE at a term of
+    negative curvature; the series may end before it meets such a term.
 
     Args:
-      apply: v -> A v.
+      apply: the function v -> A v.
       b: right-hand side (n,).
       tol: norm of the residual at which to stop.
-      limit: largest number of applications.
+      limit: largest number of products with A.
       alpha: the step.
       definite: whether A should be positive semi-definite.
-      precondition: v -> M v; None for the identity.
+      precondition: the function v -> M v; None for the identity.
 
     Returns:
-      (x, applications, result).
+      (x, number of products with A, :class:`Result` code).
     """
     eps = jnp.finfo(b.dtype).eps
     largest = norm(b) / eps**0.5  # residual at which half the digits are lost
@@ -181,7 +184,11 @@ def neumann(
 def neumann_terms(
     apply: Apply, b: Array, terms: int, alpha: float, precondition: Apply | None = None
 ) -> Array:
-    """Sum the first ``terms`` terms of the series, with ``terms - 1`` products."""
+    """Sum the first ``terms`` terms of the Neumann series x = sum_k (I - alpha M A)^k alpha M b.
+
+    This takes ``terms - 1`` products with A. ``apply`` is the function v -> A v, ``precondition``
+    the function v -> M v of a preconditioner, or None where M is the identity.
+    """
 
     def body(_: Any, state: tuple[Array, Array]) -> tuple[Array, Array]:
         return _step(apply, alpha, precondition, *state, 0.0)[:2]

@@ -1,4 +1,4 @@
-"""Conjugate gradients on the normal equations, for any operator, also a singular one."""
+"""Conjugate gradients on A^T A x = A^T b, for linear systems with any operator A, also singular."""
 
 from __future__ import annotations
 
@@ -18,22 +18,24 @@ __all__ = ["NormalCG", "cgls"]
 
 @dataclasses.dataclass(frozen=True)
 class NormalCG(IterativeMethod):
-    """Conjugate gradients on A^T A x = A^T b, for any operator, also a singular one.
+    """Conjugate gradients on A^T A x = A^T b, for any operator A, also a singular one.
 
-    The method gives the shortest x of those that minimize |b - A x|, in the form CGLS, which does
-    not square the residual (Björck, *Numerical Methods for Least Squares Problems*, 1996, section
-    7.4). The null space need not be declared. Where b lies outside of the range of A, |A^T r| falls
-    to ``rtol`` |A| |r| while the residual r itself cannot fall: the status is SINGULAR.
+    Of all x that minimize |b - A x|, the method finds the shortest. It uses the form CGLS, which
+    does not square the residual (Björck, *Numerical Methods for Least Squares Problems*, 1996,
+    section 7.4). The null space need not be declared. Where b lies outside of the range of A,
+    |A^T r| falls to ``rtol`` |A| |r| while the residual r itself cannot fall: the status is
+    SINGULAR.
 
-    NormalCG does not tell whether the solution is unique or the shortest of many; LeastSquares
-    does. The number of steps is proportional to the condition number; GMRES and MINRES need fewer.
-    So NormalCG is for an operator that may be singular and is too large to write out.
+    NormalCG does not tell whether the solution is unique or the shortest of many; the method
+    LeastSquares tells. The number of steps is proportional to the condition number; GMRES and
+    MINRES need fewer steps. So NormalCG is for an operator that may be singular and is too large to
+    write out as a matrix.
 
     Args:
-      rtol: requested relative residual, as in :class:`CG`. The relative error of a least-squares
-        solution is up to the square of the condition number times as large.
-      max_iterations: largest number of applications of A and A^T together, two a step; where None,
-        10 times the number of unknowns, at least 1,000.
+      rtol: requested relative residual. The relative error of a least-squares solution is up to the
+        square of the condition number times as large.
+      max_iterations: largest number of products with A and A^T together, two for each step; where
+        None, 10 times the number of unknowns, at least 1,000.
     """
 
     def iteration(self, operator: Operator, b: Array) -> tuple[Round, int]:
@@ -56,28 +58,29 @@ def cgls(
 ) -> Iterate:
     """Minimize |b - A x| over the Krylov space of A^T A and A^T b by CGLS, from x = 0.
 
-    Source: Hestenes and Stiefel, 1952. The residual r is updated by products with A, and s = A^T r
-    is computed from it. So A^T A is never applied to x, and round-off grows with the condition
-    number of A, not with its square. x lies in the range of A^T, so that it converges to the
-    shortest least-squares solution. It takes two applications a step.
+    Source: Hestenes and Stiefel, 1952. The residual r = b - A x is updated by products with A, and
+    s = A^T r is computed from r. So A^T A is never applied to x, and round-off grows with the
+    condition number of A, not with the square of this number. x lies in the range of A^T, so that x
+    converges to the shortest least-squares solution. Each step takes a product with A and one with
+    A^T.
 
     The result is SINGULAR where |s| <= ``flat`` |A| |r|, with |A| estimated from below by the
-    products that were made. Then r lies in the null space of A^T and cannot fall. With a regular
-    operator this happens only where its condition number is 1 / ``flat`` or more. Where A should be
+    products that were made. Then r lies in the null space of A^T and cannot fall. With a regular A
+    this happens only where the condition number of A is 1 / ``flat`` or more. Where A should be
     positive semi-definite (``definite``), the result is INDEFINITE at a search direction of
-    negative curvature; the iteration may end before it meets one.
+    negative curvature; the iteration may end before it meets such a direction.
 
     Args:
-      apply: v -> A v.
-      transposed: v -> A^T v.
+      apply: the function v -> A v.
+      transposed: the function v -> A^T v.
       b: right-hand side (n,).
       tol: norm of the residual at which to stop.
-      limit: largest number of applications.
+      limit: largest number of products with A and A^T together.
       flat: relative size of |A^T r| at which r counts as orthogonal to the range of A.
       definite: whether A should be positive semi-definite.
 
     Returns:
-      (x, applications, result).
+      (x, number of products with A and A^T, :class:`Result` code).
     """
     eps = jnp.finfo(b.dtype).eps
 

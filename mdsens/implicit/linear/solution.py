@@ -132,7 +132,7 @@ def _flatten(
     """
     # Shapes are compared by tracing alone; no product is computed.
     shapes = jax.eval_shape(lambda: b)
-    remedy = "return a tree with the shapes of b"
+    remedy = "the product must have the tree and shapes of `b`"
     product = Traceable("the operator's matvec", operator.matvec)
     check_same(jax.eval_shape(product, shapes), shapes, "A v", "the right-hand side `b`", remedy)
     if operator.preconditioner is not None:

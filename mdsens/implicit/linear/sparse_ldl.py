@@ -1,4 +1,4 @@
-"""A sparse symmetric factorization by scipy and QDLDL, also for singular matrices."""
+"""Factorization of a sparse symmetric matrix by scipy or QDLDL, also of a singular matrix."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MANY = 16
 
 
 def bound(matrix: sp.csr_array) -> float:
-    """Compute an upper bound of the eigenvalues: the largest sum of |A| over a row.
+    """Compute an upper bound of the eigenvalues of a matrix A: the largest sum of |A| over a row.
 
     The largest eigenvalue is rarely below a third of this bound.
     """
@@ -39,24 +39,29 @@ def bound(matrix: sp.csr_array) -> float:
 
 
 def bounds(matrix: sp.csr_array, parts: int) -> np.ndarray:
-    """Compute the bound of each of the ``parts`` equal diagonal blocks of A, (parts,)."""
+    """Compute an upper bound of the eigenvalues of each diagonal block of a matrix A, (parts,).
+
+    A has ``parts`` diagonal blocks of equal size. The bound is the largest sum of |A| over a row of
+    the block.
+    """
     sizes = sp.csr_array((np.abs(matrix.data), matrix.indices, matrix.indptr), shape=matrix.shape)
     return np.max((sizes @ np.ones(len(matrix.indptr) - 1)).reshape(parts, -1), axis=1, initial=0.0)
 
 
 def ordering(matrix: sp.csr_array, block: int) -> np.ndarray | None:
-    """Choose the order of rows in which a Hessian is factorized.
+    """Choose the order of rows in which the sparse Hessian of a packing is factorized fastest.
 
-    Measured for discs: minimum degree and QDLDL take 0.6 of the time of METIS and SuperLU at 1,024
-    particles, 0.8 at 8,192 and 1.1 at 16,384. For spheres in 3-D they take more time from 500
-    particles on, and ten times as much at 4,000.
+    The choice is between minimum degree, with the library QDLDL, and the nested dissection of
+    METIS, with SuperLU. Measured for discs: minimum degree takes 0.6 of the time of METIS at 1,024
+    particles, 0.8 at 8,192 and 1.1 at 16,384. For spheres in 3-D, minimum degree takes more time
+    than METIS from 500 particles on, and ten times as much at 4,000.
 
     Args:
-      matrix: the symmetric matrix, (m, m).
+      matrix: the Hessian, a symmetric matrix (m, m).
       block: number of unknowns of a particle, which is the dimension of space.
 
     Returns:
-      the order (m,); None for minimum degree, where minimum degree is as fast.
+      the order of the rows (m,); None for minimum degree.
     """
     return None if block == 2 and len(matrix.indptr) <= PLANAR + 1 else dissection(matrix, block)
 
@@ -66,14 +71,14 @@ def dissection(matrix: sp.csr_array, block: int = 1) -> np.ndarray:
 
     The order is computed by METIS (Karypis and Kumar, SIAM J. Sci. Comput. 20, 359 (1998)). For a
     planar network of m nodes the factor has m log m entries and takes m^1.5 operations. For 130,000
-    discs this takes a quarter of the time of minimum degree.
+    discs the factorization takes a quarter of the time that it takes in minimum-degree order.
 
     Args:
       matrix: the symmetric matrix, (m, m), in any format of scipy.
       block: number of neighboring rows that belong together, and stay neighbors in the order.
 
     Returns:
-      (m,) the order.
+      the order of the rows (m,).
     """
     import pymetis
 
@@ -90,9 +95,9 @@ def dissection(matrix: sp.csr_array, block: int = 1) -> np.ndarray:
 
 
 def _shifted(matrix: sp.csr_array, shift: np.ndarray) -> Any:
-    """Add a diagonal to a matrix in compressed rows.
+    """Add the numbers ``shift`` (m,) to the diagonal of a sparse matrix in compressed rows.
 
-    Where all entries of the diagonal are stored, they are changed in a copy of the data, which is
+    Where all diagonal entries are stored, these entries are changed in a copy of the data, which is
     faster than adding two sparse matrices.
     """
     size = len(matrix.indptr) - 1
@@ -105,13 +110,13 @@ def _shifted(matrix: sp.csr_array, shift: np.ndarray) -> Any:
 
 
 class _Parts(NamedTuple):
-    """A factorization L D L^T of one of the libraries, with rows in the order of the matrix.
+    """Functions of a factorization L D L^T by QDLDL or SuperLU, on vectors in the matrix's order.
 
     Attributes:
-      solve: b -> x, (m,) -> (m,).
-      pivots: () -> (m,) the pivot of each row; None where rows were exchanged, since then the signs
-        of the pivots are not those of the eigenvalues.
-      image: k -> (m,) L D e, with e the unit vector of row k.
+      solve: the function b -> x (m,) that solves the linear system of the matrix for a vector b.
+      pivots: the function () -> (m,) that returns the pivot of each row (entry of D), or None where
+        rows were exchanged, since then the signs of the pivots are not those of the eigenvalues.
+      image: the function k -> L D e (m,), with e the unit vector of row k.
     """
 
     solve: Callable[[np.ndarray], np.ndarray]
@@ -120,7 +125,10 @@ class _Parts(NamedTuple):
 
 
 def _by_qdldl(matrix: sp.csr_array) -> _Parts:
-    """Factorize with QDLDL, ordered by minimum degree: the fastest for a small matrix."""
+    """Factorize a sparse symmetric matrix with QDLDL, with the rows in minimum-degree order.
+
+    This is the fastest way for a small matrix.
+    """
     import qdldl  # type: ignore[import-not-found]
 
     starts = matrix.indptr
@@ -155,7 +163,10 @@ def _by_qdldl(matrix: sp.csr_array) -> _Parts:
 
 
 def _by_superlu(matrix: sp.csr_array, order: np.ndarray) -> _Parts:
-    """Factorize with SuperLU in a given order: faster for a large matrix, by dense blocks."""
+    """Factorize a sparse symmetric matrix with SuperLU, with the rows in a given order.
+
+    SuperLU works by dense blocks, which is faster than QDLDL for a large matrix.
+    """
     permuted = matrix[order][:, order]
     permuted.sort_indices()
     # SuperLU takes columns; those of a symmetric matrix are its rows. The threshold of zero keeps
@@ -194,11 +205,11 @@ def _by_superlu(matrix: sp.csr_array, order: np.ndarray) -> _Parts:
 
 
 class SparseFactor:
-    """The factorization L D L^T of a symmetric matrix plus a shift, without row exchanges.
+    """The factorization A + s I = L D L^T of a sparse symmetric matrix A, without row exchanges.
 
     Args:
       matrix: A, symmetric, (m, m).
-      shift: the number s in A + s I; or (m,) the diagonal to add.
+      shift: the number s; or (m,) the numbers to add to the diagonal of A.
       order: order of the rows, from :func:`dissection` of this matrix or a similar one, for a large
         matrix; None for a small one, which is ordered by minimum degree.
 
@@ -219,17 +230,20 @@ class SparseFactor:
 
     @property
     def negative(self) -> int | None:
-        """Number of eigenvalues of A below -s; None where the pivots are not known.
+        """Return the number of eigenvalues of A below -s, where A + s I = L D L^T is factorized.
 
-        By Sylvester's law of inertia this is the number of negative pivots.
+        By Sylvester's law of inertia this is the number of negative pivots (entries of D). The
+        result is None where the pivots are not known.
         """
         return None if self._pivots is None else int(np.sum(self._pivots < 0))
 
     def negatives(self, parts: int) -> np.ndarray:
         """Count the eigenvalues below -s of each of the ``parts`` equal diagonal blocks of A.
 
+        The factorized matrix is A + s I = L D L^T.
+
         Returns:
-          (parts,) numbers, -1 where the pivots are not known.
+          numbers (parts,), which are -1 where the pivots (entries of D) are not known.
         """
         if self._pivots is None:
             return np.full(parts, -1)
@@ -238,7 +252,8 @@ class SparseFactor:
     def negative_direction(self) -> np.ndarray | None:
         """Compute a vector v for which v^T (A + s I) v is the most negative pivot.
 
-        The result is None where no pivot is negative, or the pivots are not known.
+        The factorized matrix is A + s I = L D L^T, with the pivots in D. The result is None where
+        no pivot is negative, or the pivots are not known.
         """
         if self._pivots is None or not self.negative:
             return None
@@ -246,7 +261,7 @@ class SparseFactor:
         return self._parts.solve(self._parts.image(int(np.argmin(self._pivots))))
 
     def apply(self, b: np.ndarray) -> np.ndarray:
-        """Compute (A + s I)^-1 b for b of shape (m,) or (m, k)."""
+        """Compute (A + s I)^-1 b by the factorization of A + s I, for b of shape (m,) or (m, k)."""
         if b.ndim == 1:
             return self._parts.solve(b)
         columns = np.empty(b.shape, order="F")
@@ -275,16 +290,17 @@ def solve_on_range(
     rtol: float = 1e-15,
     parts: int = 1,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Solve A x = b by iterative refinement with a factor of A + s I, on the range of P.
+    """Solve A x = b by iterative refinement with a factorization of A + s I, on the range of P.
 
-    Each round reduces the error along a mode of stiffness lambda by the factor s / (lambda + s).
-    The projector P removes what the factor makes of round-off along a null direction. The
-    refinement of a right-hand side ends where a round gains less than half.
+    Each round of the refinement solves for the residual, and reduces the error along a mode of
+    stiffness lambda by the factor s / (lambda + s). The projector P removes the null directions of
+    A, along which a solve with A + s I magnifies round-off. The refinement of a right-hand side
+    ends where a round reduces the residual by less than half.
 
     Args:
       matrix: A, sparse, (m, m).
       factor: the factorization of A + s I.
-      project: the projector P off the null space of A, on columns.
+      project: the function that multiplies P with the columns of an (m, k) array.
       b: (m, k), k right-hand sides in the range of P.
       rtol: relative residual at which to stop.
       parts: number of equal diagonal blocks of A. Each block of each right-hand side has its own
@@ -298,7 +314,7 @@ def solve_on_range(
         return np.asarray(np.linalg.norm(columns.reshape(parts, -1, columns.shape[1]), axis=1))
 
     def where(mask: np.ndarray, columns: np.ndarray, others: np.ndarray) -> np.ndarray:
-        """Select by a mask (parts, k)."""
+        """Take the blocks of columns (m, k) where the mask (parts, k) is set, else of others."""
         return np.where(np.repeat(mask, len(columns) // parts, axis=0), columns, others)
 
     size = norms(b)

@@ -12,7 +12,7 @@ import numpy as np
 
 from mdsens._util.errors import ConvergenceError, InputError
 from mdsens._util.probe import chirp
-from mdsens._util.validation import short
+from mdsens._util.validation import is_integer, short
 from mdsens.implicit.linear.eigen import Spectrum
 from mdsens.mechanics import lagrangian
 from mdsens.mechanics.hessian import Unknowns
@@ -264,7 +264,7 @@ def certify(
             f"certify takes one minimum and got a batch of {eq.system.batch}: give one minimum"
             " of the batch, ms.unstack(eq)[0]."
         )
-    if not isinstance(modes, int) or isinstance(modes, bool) or modes < 1:
+    if not is_integer(modes) or modes < 1:
         raise InputError(f"modes is {short(modes)}: give a whole number from 1.")
     lin = eq if isinstance(eq, Linearization) else linearize(eq, throw=False)
     minimum = lin.equilibrium
