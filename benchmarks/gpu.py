@@ -26,8 +26,8 @@ from benchmarks._common import arguments, discs, record_of, report, timed, write
 from mdsens.implicit import CG, Auto
 from mdsens.mechanics.hessian import Unknowns, hessian_operator
 from mdsens.mechanics.units import round_off
-from mdsens.relaxation._traced import relax
 from mdsens.relaxation.methods import Fire
+from mdsens.relaxation.traced import relax
 
 REPEATS = 20  # in one call, so that starting it does not count
 RTOL = {"float32": 1e-5, "float64": 1e-10}

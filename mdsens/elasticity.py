@@ -68,7 +68,7 @@ from mdsens.mechanics.units import unrelaxed
 from mdsens.model.system import System, require_unconstrained
 from mdsens.relaxation.equilibrium import Equilibrium
 from mdsens.sensitivity import derivatives
-from mdsens.sensitivity._derivative_solve import (
+from mdsens.sensitivity.derivative_solve import (
     STRAIN,
     aside,
     solve_derivative,

@@ -39,7 +39,7 @@ from mdsens.mechanics.status import Status
 from mdsens.mechanics.units import doubtful_stiffness, natural_units, unrelaxed
 from mdsens.model.system import System, potential_energy, require_unconstrained
 from mdsens.relaxation.equilibrium import Equilibrium
-from mdsens.sensitivity._derivative_solve import aside
+from mdsens.sensitivity.derivative_solve import aside
 from mdsens.sensitivity.derivatives import total_derivative
 from mdsens.sensitivity.linearization import Linearization, linearized, require_sound
 from mdsens.sensitivity.results import ParameterGradient

@@ -29,14 +29,14 @@ from mdsens._util.errors import InputError, short
 from mdsens._util.pytree import PyTree, check_same
 from mdsens._util.user_functions import Traceable
 from mdsens._util.validation import is_integer
-from mdsens.implicit._closures import (
+from mdsens.implicit._validation import check_functions, unknowns
+from mdsens.implicit.closures import (
     StaticArgument,
     call_without_derivative,
     hoist,
     without_derivative,
     without_wrappers,
 )
-from mdsens.implicit._validation import check_functions, unknowns
 from mdsens.implicit.linear import Auto, LinearMap, Method, Operator
 from mdsens.implicit.linear.result import SolveStats
 from mdsens.implicit.linear.solution import linear_solve

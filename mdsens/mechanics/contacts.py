@@ -30,7 +30,7 @@ from mdsens._util.attributes import Named
 from mdsens._util.lattice import Components, components, nearest_images
 from mdsens._util.portable import Portable
 from mdsens.constraints import RigidBonds
-from mdsens.implicit._closures import refusing_derivative
+from mdsens.implicit.closures import refusing_derivative
 from mdsens.mechanics import lagrangian
 from mdsens.mechanics.forces import row_terms
 from mdsens.model.system import System, potential_energy

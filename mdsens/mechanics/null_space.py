@@ -101,11 +101,11 @@ class NullSpace(Portable):
         if self.motions is not None:
             shares = jnp.sum(self.motions * v, axis=(1, 2))
             return dataclasses.replace(x, positions=v - jnp.tensordot(shares, self.motions, axes=1))
-        mean = self._total(v) / self.counts[:, None]
+        mean = self.cluster_total(v) / self.counts[:, None]
         v = v - mean[self.labels]
         if self.arms is not None and self.inverse_inertia is not None:
             # The best rigid rotation of each cluster: its angular momentum by its inertia.
-            angular_momentum = self._total(_cross(self.arms, v))
+            angular_momentum = self.cluster_total(_cross(self.arms, v))
             angle = jnp.einsum("nij,nj->ni", self.inverse_inertia, angular_momentum)[self.labels]
             v = v - turned(angle, self.arms)
         v = jnp.where(self.rattlers[:, None], 0.0, v)
@@ -190,7 +190,7 @@ class NullSpace(Portable):
         counts = np.take_along_axis(np.asarray(self.counts), label, axis=-1)[..., 0]
         return dataclasses.replace(without_arms, labels=None, counts=counts)
 
-    def _total(self, v: jax.Array) -> jax.Array:
+    def cluster_total(self, v: jax.Array) -> jax.Array:
         """Sum the vectors v of the particles over each cluster of particles.
 
         The sum stands in the row whose index is the label of the cluster.

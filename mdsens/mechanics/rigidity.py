@@ -43,7 +43,7 @@ def null_space(system: System, net: Network) -> NullSpace:
     if not system.potential.pairwise:
         motions = _free_motions(jax.lax.stop_gradient(system))
         return dataclasses.replace(without_rotations, motions=motions)
-    total = without_rotations._total
+    total = without_rotations.cluster_total
     # A cluster that meets its periodic image cannot rotate: its arms are zero.
     rotates = jnp.where(net.wraps[net.labels], 0.0, in_network)[:, None]
     center = total(rotates * net.whole) / counts[:, None]

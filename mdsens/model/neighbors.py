@@ -465,8 +465,14 @@ def serves(
 ) -> jax.Array:
     """Return whether a neighbor list contains every pair that interacts at ``positions``."""
     if neighbors.complete:
-        return (range_ > 0) & ~_too_small(range_, box, 2.0)
+        return (range_ > 0) & ~_too_small(range_, box, 2.0) & ~_lacks_pairs(neighbors, range_)
     return ~neighbors.overflowed & _still_complete(neighbors, positions, box, lengths, range_)
+
+
+def _lacks_pairs(neighbors: Neighbors, range_: jax.Array) -> jax.Array:
+    """Return whether a list without pairs, from :func:`no_pairs`, meets a range above zero."""
+    count, n = neighbors.rows.shape
+    return (range_ > 0) & (count == 0) & (n > 1)
 
 
 @jax.jit
@@ -498,7 +504,8 @@ def update(
     positions, box, lengths, range_ = jax.lax.stop_gradient((positions, box, lengths, range_))
     too_small = _too_small(range_, box, 2.0)
     if neighbors.complete:
-        marked = dataclasses.replace(neighbors, overflowed=neighbors.overflowed | too_small)
+        lost = too_small | _lacks_pairs(neighbors, range_)
+        marked = dataclasses.replace(neighbors, overflowed=neighbors.overflowed | lost)
         return marked, jnp.zeros((), bool)
     lattice = _lattice(neighbors, box)
 

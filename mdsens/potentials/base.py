@@ -150,7 +150,7 @@ def _flatten(potential: _Addable) -> tuple[Any, ...]:
     return potential.parts if isinstance(potential, SumPotential) else (potential,)
 
 
-class _NamedPotential(_Addable):
+class NamedPotential(_Addable):
     """Base class of the potentials with named parameters.
 
     The energy of this class is zero; subclasses override the methods that return terms of the
@@ -237,7 +237,7 @@ class _NamedPotential(_Addable):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PairPotential(Portable, _NamedPotential):
+class PairPotential(Portable, NamedPotential):
     """A pair potential, U = sum over pairs of phi(r_ij, p_ij).
 
     r_ij is the distance of two particles, and p_ij are the parameters of the pair. phi is zero at
@@ -423,7 +423,7 @@ def _trial(potential: PairPotential, box: jax.Array | None, few: Few, species_co
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)  # == of dataclasses fails on arrays: see __eq__
-class BondedPotential(Portable, _NamedPotential):
+class BondedPotential(Portable, NamedPotential):
     """A potential of bonds, U = sum over listed bonds of phi(r_b, p_b).
 
     r_b is the length of bond b, and p_b are the parameters of the bond.
@@ -483,7 +483,7 @@ class BondedPotential(Portable, _NamedPotential):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class EnergyPotential(Portable, _NamedPotential):
+class EnergyPotential(Portable, NamedPotential):
     """A potential whose energy is a user's function, U = fn(positions, params, displacement).
 
     fn gets the positions of all particles, not a neighbor list, so that the cost grows with the

@@ -43,12 +43,12 @@ from mdsens._util.outcome import is_good, worse
 from mdsens._util.probe import chirp
 from mdsens._util.pytree import PyTree
 from mdsens.implicit.linear import Direct, LinearMap, Method, Operator, choose
-from mdsens.implicit.linear._vectors import norm
 from mdsens.implicit.linear.cg import cg
 from mdsens.implicit.linear.result import Result
 from mdsens.implicit.linear.solution import solve
+from mdsens.implicit.linear.vectors import norm
 from mdsens.implicit.root import root
-from mdsens.potentials.base import Displacement, Params, _NamedPotential
+from mdsens.potentials.base import Displacement, NamedPotential, Params
 from mdsens.potentials.parameters import check_finite
 
 __all__ = ["AllPairs", "SelfConsistentPotential", "Species", "minimum", "nan_where_failed"]
@@ -221,7 +221,7 @@ def _minimal_energy_jvp(
     return functional.energy(y) + _failure_energy(status), slope * nan_where_failed(status)
 
 
-class SelfConsistentPotential(_NamedPotential):
+class SelfConsistentPotential(NamedPotential):
     """Base class of the potentials whose energy is a minimum over dipoles or charges.
 
     Boundaries must be open, and all pairs interact. Parameters are scalars or have one value per

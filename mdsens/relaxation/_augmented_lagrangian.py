@@ -51,8 +51,8 @@ from mdsens.mechanics.units import (
 )
 from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model.system import System, potential_energy
-from mdsens.relaxation._newton import ENERGY_ROUND_OFF
 from mdsens.relaxation.equilibrium import Equilibrium
+from mdsens.relaxation.newton import ENERGY_ROUND_OFF
 from mdsens.relaxation.options import Options
 
 __all__ = ["relax_constrained"]

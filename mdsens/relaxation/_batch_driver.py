@@ -39,8 +39,8 @@ from mdsens.relaxation._driver import (
     near_force,
     pace_of,
 )
-from mdsens.relaxation._fire_loop import advance, at_rest, status_of
 from mdsens.relaxation.equilibrium import Equilibrium, batch_of
+from mdsens.relaxation.fire_loop import advance, at_rest, status_of
 from mdsens.relaxation.methods import Minimizer, Newton
 from mdsens.relaxation.options import Options
 

@@ -34,10 +34,10 @@ from mdsens.mechanics.units import (
 from mdsens.model.neighbors import Neighbors
 from mdsens.model.system import System, potential_energy
 from mdsens.potentials.base import Potential
-from mdsens.relaxation._fire_loop import advance, at_rest, forces_at, status_of
-from mdsens.relaxation._newton import ENERGY_ROUND_OFF, descend
 from mdsens.relaxation.equilibrium import Equilibrium
+from mdsens.relaxation.fire_loop import advance, at_rest, forces_at, status_of
 from mdsens.relaxation.methods import Minimizer, Newton
+from mdsens.relaxation.newton import ENERGY_ROUND_OFF, descend
 from mdsens.relaxation.options import Options
 
 __all__ = [

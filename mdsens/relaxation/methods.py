@@ -1,7 +1,7 @@
 """Methods of ``minimize``, each a class of options: FIRE, gradient descent, and Newton steps.
 
 Each first-order minimizer (:data:`Minimizer`) has the same functions, which
-:mod:`mdsens.relaxation._fire_loop` calls. ``functions`` returns two functions: init makes a state
+:mod:`mdsens.relaxation.fire_loop` calls. ``functions`` returns two functions: init makes a state
 of the minimizer from positions, and apply takes one step. ``force_limit`` returns the largest force
 that is not shortened. ``positions`` and ``forces`` return those of a state; ``with_forces`` and
 ``at_stiffness`` return a state with other forces, or with steps for another stiffness.
@@ -268,7 +268,7 @@ class Newton:
     step squares the distance to the minimum. The Newton steps have a trust region: a step is
     shortened where the energy does not fall as the quadratic model of the step predicted. Where
     shortening does not help, FIRE continues until the force is a tenth of ``begin``, and then
-    Newton steps are tried again. See :mod:`mdsens.relaxation._newton`.
+    Newton steps are tried again. See :mod:`mdsens.relaxation.newton`.
 
     Attributes:
       first: options of FIRE, which finds the basin of the minimum.

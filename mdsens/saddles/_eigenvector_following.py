@@ -29,7 +29,7 @@ from mdsens.mechanics.null_space import NullSpace
 from mdsens.mechanics.rigidity import analyze_rigidity
 from mdsens.mechanics.units import natural_units, round_off, step_off_saddle
 from mdsens.model.system import System
-from mdsens.relaxation._newton import steihaug
+from mdsens.relaxation.newton import steihaug
 
 __all__ = ["ROUND_OFF", "EigenvectorFollowing", "loose_stiffness", "follow_eigenvector"]
 

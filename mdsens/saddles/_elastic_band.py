@@ -32,7 +32,7 @@ from mdsens.mechanics.units import Limits, natural_units
 from mdsens.model.batch import stack
 from mdsens.model.neighbors import slack, within
 from mdsens.model.system import System, potential_energy
-from mdsens.relaxation._fire_loop import at_rest, limited_minimizer
+from mdsens.relaxation.fire_loop import at_rest, limited_minimizer
 from mdsens.relaxation.methods import Fire
 
 __all__ = ["ElasticBand", "climbing_image_band"]

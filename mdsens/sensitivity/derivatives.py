@@ -26,7 +26,7 @@ from mdsens.mechanics.not_finite import where_not_finite
 from mdsens.mechanics.status import Status
 from mdsens.model.system import System, parameters_of
 from mdsens.relaxation.equilibrium import Equilibrium
-from mdsens.sensitivity._derivative_solve import (
+from mdsens.sensitivity.derivative_solve import (
     FORCE,
     JVP,
     VJP,

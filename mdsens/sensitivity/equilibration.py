@@ -14,7 +14,7 @@ from jax.core import Tracer
 from mdsens._util.errors import InputError
 from mdsens._util.outcome import is_good
 from mdsens._util.validation import short
-from mdsens.implicit._closures import refusing_derivative
+from mdsens.implicit.closures import refusing_derivative
 from mdsens.implicit.linear import Auto, Method
 from mdsens.implicit.linear.result import SolveStats
 from mdsens.implicit.root import root
@@ -25,8 +25,8 @@ from mdsens.mechanics.status import Status
 from mdsens.mechanics.units import unrelaxed
 from mdsens.model.system import System, parameters_of, require_unconstrained
 from mdsens.potentials.parameters import check_symmetric
-from mdsens.relaxation._traced import relax, solve_stats
 from mdsens.relaxation.methods import Fire, GradientDescent
+from mdsens.relaxation.traced import relax, solve_stats
 from mdsens.sensitivity.linearization import full_tangent
 
 __all__ = ["equilibrate"]

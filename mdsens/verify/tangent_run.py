@@ -21,7 +21,7 @@ from mdsens.mechanics.units import Limits, natural_units
 from mdsens.model import neighbors
 from mdsens.model.neighbors import slack, within
 from mdsens.model.system import System
-from mdsens.relaxation._fire_loop import limited_minimizer
+from mdsens.relaxation.fire_loop import limited_minimizer
 from mdsens.relaxation.methods import Fire, GradientDescent
 
 __all__ = ["Reverse", "TangentRun", "all_pairs", "limits_of", "reversed_run", "state_at_rest"]

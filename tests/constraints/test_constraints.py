@@ -639,19 +639,23 @@ def test_a_system_too_large_for_a_matrix_is_certified_by_products(name, monkeypa
     eq = minimum(name)
     with_matrix = ms.certify(eq)
     factored = ms.linearize(eq).factor
+    assert isinstance(factored, kkt_factor.KKT)
     rng = np.random.default_rng(2)
     b = factored.project(rng.normal(size=factored.size))
     monkeypatch.setattr(kkt_factor, "DENSE", 0)
     lin = ms.linearize(eq)
-    assert lin.factor.matrix is None and factored.matrix is not None
+    factor = lin.factor
+    assert isinstance(factor, kkt_factor.KKT)
+    assert factor.matrix is None and factored.matrix is not None
     without = ms.certify(lin)
+    assert without.constraints is not None and with_matrix.constraints is not None
     assert without.stiffness_min == pytest.approx(with_matrix.stiffness_min, rel=1e-6)
     assert without.constraints.redundant == with_matrix.constraints.redundant
     assert without.status.good
     equations = factored.equations.toarray()
-    np.testing.assert_allclose(lin.factor.equations.toarray(), equations, atol=1e-12)
+    np.testing.assert_allclose(factor.equations.toarray(), equations, atol=1e-12)
     shift = 0.1 * factored.unit
-    steps = [kkt.direction(b, shift) for kkt in (factored, lin.factor)]
+    steps = [kkt.direction(b, shift) for kkt in (factored, factor)]
     np.testing.assert_allclose(steps[1], steps[0], atol=1e-5 * np.abs(steps[0]).max())
     unshifted = factored.direction(b, 0.0)
     assert np.abs(steps[0] - unshifted).max() > 1e-3 * np.abs(steps[0]).max()
@@ -742,7 +746,7 @@ def test_what_knows_no_constraints_says_so():
     ):
         with pytest.raises(ms.InputError, match="constraints"):
             ask()
-    with pytest.raises(ms.InputError, match=r"cotangent\.multipliers has 'bonds'"):
+    with pytest.raises(ms.InputError, match=r"cotangent\.multipliers has the name 'bonds'"):
         ms.vjp(eq, Unknowns(jnp.zeros((N, 2)), multipliers={"bonds": jnp.zeros(4)}))
 
 

@@ -308,6 +308,21 @@ def test_other_lengths_are_a_new_list_in_traced_code_and_on_the_host():
         agrees(s.with_params({"sigma": factor * s.params["sigma"]}))
 
 
+def test_a_range_that_was_zero_gets_its_pairs_where_it_grows():
+    repulsion = ms.potentials.from_pair(
+        lambda r, s: jnp.where(r < s, (s - r) ** 2 / 2, 0.0), ("s",), cutoff=lambda s: s
+    )
+    places = np.array([[0.0, 0.0], [0.9, 0.0], [1.8, 0.0]])
+    without = ms.System.create(places, 4.0, repulsion, {"s": 0.0})
+    assert without.neighbors.rows.shape[0] == 0
+    assert float(ms.observables.energy(without.with_params({"s": 1.0}))) == pytest.approx(0.01)
+    # traced code cannot make a list: it marks the empty one
+    traced, _ = jax.jit(lambda s: listed(without.replace(params={"s": s}), without.positions))(1.0)
+    assert bool(traced.overflowed)
+    traced, _ = jax.jit(lambda s: listed(without.replace(params={"s": s}), without.positions))(0.0)
+    assert not bool(traced.overflowed)
+
+
 def test_a_cell_too_small_for_the_range_is_marked_and_refused():
     s = system("random 2-D")
     assert s.box is not None
@@ -395,5 +410,5 @@ def test_a_cell_of_just_twice_the_range_is_taken_alike_by_host_and_compiled_code
         found = neighbors.allocate(points, box, lengths, float(reach))
         assert bool(neighbors.serves(found, points, box, lengths, reach))
         assert not bool(neighbors.update(found, points, box, lengths, reach)[0].overflowed)
-        with pytest.raises(ms.InputError, match="under twice the interaction range"):
+        with pytest.raises(ms.InputError, match="less than twice the interaction range"):
             neighbors.allocate(points, (1.0 - 1e-13) * box, lengths, float(reach))

@@ -234,7 +234,7 @@ def test_energy_maps_over_a_batch():
             np.array_equal(a, b)
             for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(member), strict=True)
         )
-    with pytest.raises(ms.InputError, match="a System that is not a batch"):
+    with pytest.raises(ms.InputError, match="of type System that is not a batch"):
         ms.unstack(members[0])
 
 

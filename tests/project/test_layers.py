@@ -129,6 +129,23 @@ def test_a_module_imports_from_its_room_and_those_below(name):
             )
 
 
+def test_what_is_private_stays_in_its_room():
+    """A module or name that begins with an underscore is used in its own package alone."""
+    crossed = []
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("mdsens"):
+                continue
+            for alias in node.names:
+                parts = [*str(node.module).split("."), alias.name]
+                private = [k for k, part in enumerate(parts) if part.startswith("_")]
+                private = [k for k in private if parts[k] not in ("_util", "__version__")]
+                owner = "".join(f"{part}." for part in parts[: private[0]]) if private else ""
+                if private and not f"mdsens.{name}.".startswith(owner):
+                    crossed.append(f"{name} imports {'.'.join(parts)}")
+    assert not crossed
+
+
 def test_no_module_imports_itself_by_way_of_others():
     edges = {
         name: {

@@ -22,9 +22,9 @@ from mdsens.mechanics.hessian import dense_hessian, largest_force, largest_stiff
 from mdsens.mechanics.units import Limits, natural_units
 from mdsens.model import neighbors
 from mdsens.model.system import potential_energy
-from mdsens.relaxation._fire_loop import advance, at_rest
-from mdsens.relaxation._traced import relax
+from mdsens.relaxation.fire_loop import advance, at_rest
 from mdsens.relaxation.methods import MEASURED, Fire, GradientDescent
+from mdsens.relaxation.traced import relax
 
 
 def distance(eq: ms.Equilibrium, i: int, j: int) -> float:

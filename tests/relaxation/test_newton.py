@@ -22,7 +22,7 @@ from mdsens.mechanics.hessian import dense_hessian, largest_force, max_force
 from mdsens.mechanics.hessian_factor import factorizes
 from mdsens.model import neighbors
 from mdsens.model.system import listed, potential_energy
-from mdsens.relaxation import _driver, _newton
+from mdsens.relaxation import _driver, newton
 from mdsens.relaxation.methods import Fire, Newton
 
 WAYS = ("factor", "conjugate gradients")
@@ -48,7 +48,7 @@ def descend(system: ms.System, way: str | None = None, tolerance: float = 1e-12)
     seen: list[Any] = []
     forces, energies, places = [], [float(potential_energy(system))], [np.asarray(system.positions)]
     evaluate, choose = (
-        _newton._energy_and_gradient,
+        newton._energy_and_gradient,
         factorizes if way is None else lambda _: way == "factor",
     )
 
@@ -64,8 +64,8 @@ def descend(system: ms.System, way: str | None = None, tolerance: float = 1e-12)
         places.append(np.asarray(there.positions))
 
     length = float(units.natural_units(system)[0])
-    with mock.patch.multiple(_newton, _energy_and_gradient=watched, factorizes=choose):
-        out, largest, taken = _newton.descend(system, tolerance, length, show)
+    with mock.patch.multiple(newton, _energy_and_gradient=watched, factorizes=choose):
+        out, largest, taken = newton.descend(system, tolerance, length, show)
     assert taken == len(forces) and np.array_equal(out.positions, places[-1])
     return Descent(out, largest, taken, forces, energies, places, length)
 
@@ -171,7 +171,7 @@ def test_conjugate_gradients_gain_on_the_force_faster_at_each_step(name, way):
 def test_a_potential_of_many_bodies_takes_conjugate_gradients():
     start = near("metal cluster")
     assert not factorizes(start)
-    with mock.patch.object(_newton, "_Factorized", side_effect=AssertionError):
+    with mock.patch.object(newton, "_Factorized", side_effect=AssertionError):
         found = descend(start)
     assert found.largest <= 1e-12 and found.taken > 0
 
@@ -274,13 +274,13 @@ def test_no_particle_moves_farther_in_a_step_than_a_share_of_the_length(way):
             found = buckled(off, stretch, way)
             moves = np.linalg.norm(np.diff(found.places, axis=0), axis=-1)
             longest = max(longest, moves.max() / found.length)
-    assert longest == pytest.approx(_newton.LONGEST, rel=1e-9)  # no farther, and some go as far
+    assert longest == pytest.approx(newton.LONGEST, rel=1e-9)  # no farther, and some go as far
 
 
-@pytest.mark.parametrize("way", [_newton._Factorized, _newton._Krylov])
+@pytest.mark.parametrize("way", [newton._Factorized, newton._Krylov])
 def test_a_step_promises_what_the_quadratic_model_gives_cut_or_not(way):
     start = row(0.1, 1.1)
-    slope, hessian = _newton._energy_and_gradient(start)[1], np.asarray(dense_hessian(start))
+    slope, hessian = newton._energy_and_gradient(start)[1], np.asarray(dense_hessian(start))
     length, sizes = float(units.natural_units(start)[0]), []
     for scale in (length, 100.0 * length):  # with a hundred times the length there is no cut
         step, promised = way(scale)(start, slope, float(largest_force(slope)))
@@ -290,7 +290,7 @@ def test_a_step_promises_what_the_quadratic_model_gives_cut_or_not(way):
             -float(np.ravel(slope) @ p + 0.5 * p @ hessian @ p), rel=1e-9
         )
         assert promised > 0
-    assert sizes[0] == pytest.approx(_newton.LONGEST, rel=1e-9)
+    assert sizes[0] == pytest.approx(newton.LONGEST, rel=1e-9)
 
 
 @pytest.mark.parametrize("ordered", [False, True])
@@ -313,7 +313,7 @@ def test_a_negative_pivot_gives_a_direction_of_negative_curvature(ordered):
 @pytest.mark.parametrize("way", WAYS)
 def test_a_tolerance_below_round_off_ends_with_the_true_force(way):
     found = descend(near("2-D packing"), way, tolerance=1e-30)
-    assert found.taken < _newton.STEPS
+    assert found.taken < newton.STEPS
     assert 1e-30 < found.largest < 1e-13
     assert float(max_force(found.system)) == pytest.approx(found.largest, rel=1e-12)
 
@@ -338,7 +338,7 @@ def kinked(r: Any, strength: Any) -> Any:
 def test_where_the_energy_gives_out_the_steps_end_with_the_true_force(potential, ends, way):
     start = pair(potential, ends + 0.3)
     found = descend(start, way)
-    assert 0 < found.taken < _newton.STEPS and found.energies[-1] < found.energies[0]
+    assert 0 < found.taken < newton.STEPS and found.energies[-1] < found.energies[0]
     assert separations(found.system)[0, 1] == pytest.approx(ends, abs=0.05)
     assert np.isfinite(found.largest) and found.largest > 1e-3
     assert float(max_force(found.system)) == pytest.approx(found.largest, rel=1e-12)
@@ -384,11 +384,11 @@ def test_minimize_ends_converged_with_few_steps_of_fire(way):
     alone = ms.minimize(start, method=Fire())
 
     def counted(*given: Any) -> Any:
-        used.append(_newton.descend(*given))
+        used.append(newton.descend(*given))
         return used[-1]
 
     with (
-        mock.patch.object(_newton, "factorizes", lambda _: way == "factor"),
+        mock.patch.object(newton, "factorizes", lambda _: way == "factor"),
         mock.patch.object(_driver, "descend", counted),
         mock.patch.object(_driver, "WORTH", 0),  # FIRE would be there soon
         mock.patch.object(_driver, "WATCHED", 20),

@@ -16,7 +16,7 @@ from mdsens.implicit import CG, GMRES, MINRES, BiCGSTAB, Direct
 from mdsens.mechanics.hessian import dense_hessian
 from mdsens.model.box import FixedBox
 from mdsens.relaxation import _driver
-from mdsens.sensitivity import _derivative_solve
+from mdsens.sensitivity import derivative_solve
 
 THETA = {"sigma": [0.0, 1.0]}
 MEMBERS = range(10)
@@ -121,8 +121,8 @@ def test_one_shape_compiles_once():
             f._cache_size()  # type: ignore[attr-defined]
             for f in (
                 _driver._advance,
-                _derivative_solve._right_hand_sides,
-                _derivative_solve._results,
+                derivative_solve._right_hand_sides,
+                derivative_solve._results,
             )
         ]
 

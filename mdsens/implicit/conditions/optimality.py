@@ -47,7 +47,7 @@ from jax.flatten_util import ravel_pytree
 from mdsens._util.errors import InputError
 from mdsens._util.portable import Portable
 from mdsens._util.pytree import PyTree, check_same
-from mdsens.implicit._closures import hoist
+from mdsens.implicit.closures import hoist
 from mdsens.implicit.conditions.conic import conic_residual
 from mdsens.implicit.linear import Auto, Method, Operator
 from mdsens.implicit.linear.solution import linear_solve

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from mdsens._util.probe import chirp
-from mdsens.implicit.linear._vectors import Apply, Iterate, norm, safe_divide
 from mdsens.implicit.linear.method import Round
+from mdsens.implicit.linear.vectors import Apply, Iterate, norm, safe_divide
 
 __all__ = ["POWER_STEPS", "chebyshev", "smoothed"]
 

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from mdsens._util.probe import chirp
-from mdsens.implicit.linear._vectors import norm, safe_divide
 from mdsens.implicit.linear.method import Method, same
 from mdsens.implicit.linear.operator import Operator
 from mdsens.implicit.linear.result import Result, SolveStats
+from mdsens.implicit.linear.vectors import norm, safe_divide
 
 __all__ = ["solve_flat"]
 

@@ -8,7 +8,10 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jax import Array, lax
 
-from mdsens.implicit.linear._vectors import (
+from mdsens.implicit.linear.method import IterativeMethod, Round, projected
+from mdsens.implicit.linear.operator import Operator
+from mdsens.implicit.linear.result import Result
+from mdsens.implicit.linear.vectors import (
     CURVATURE_UNITS,
     Apply,
     Iterate,
@@ -17,9 +20,6 @@ from mdsens.implicit.linear._vectors import (
     norm,
     safe_divide,
 )
-from mdsens.implicit.linear.method import IterativeMethod, Round, projected
-from mdsens.implicit.linear.operator import Operator
-from mdsens.implicit.linear.result import Result
 
 __all__ = ["BiCGSTAB", "bicgstab"]
 

@@ -14,10 +14,10 @@ from mdsens._util.batching import one_by_one
 from mdsens._util.errors import InputError
 from mdsens._util.precision import full_precision
 from mdsens._util.validation import is_number
-from mdsens.implicit.linear._vectors import Apply, Iterate, dot
 from mdsens.implicit.linear.method import Method, Round, check_rtol, projected
 from mdsens.implicit.linear.operator import Operator
 from mdsens.implicit.linear.result import Result
+from mdsens.implicit.linear.vectors import Apply, Iterate, dot
 
 __all__ = ["Direct", "LeastSquares"]
 

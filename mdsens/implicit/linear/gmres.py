@@ -13,7 +13,10 @@ from jax.custom_batching import custom_vmap
 
 from mdsens._util.validation import check_count
 from mdsens.implicit.linear._chebyshev import smoothed
-from mdsens.implicit.linear._vectors import (
+from mdsens.implicit.linear.method import IterativeMethod, Round, projected
+from mdsens.implicit.linear.operator import Operator
+from mdsens.implicit.linear.result import Result
+from mdsens.implicit.linear.vectors import (
     CURVATURE_UNITS,
     Apply,
     Iterate,
@@ -24,9 +27,6 @@ from mdsens.implicit.linear._vectors import (
     norm,
     safe_divide,
 )
-from mdsens.implicit.linear.method import IterativeMethod, Round, projected
-from mdsens.implicit.linear.operator import Operator
-from mdsens.implicit.linear.result import Result
 
 __all__ = ["GMRES", "gmres_cycle"]
 

@@ -18,9 +18,9 @@ from jax import Array, lax
 
 from mdsens._util.errors import InputError, short
 from mdsens._util.validation import check_count, is_number
-from mdsens.implicit.linear._vectors import Apply, Iterate, norm, safe_divide
 from mdsens.implicit.linear.operator import Operator
 from mdsens.implicit.linear.result import Result
+from mdsens.implicit.linear.vectors import Apply, Iterate, norm, safe_divide
 
 __all__ = [
     "IterativeMethod",

@@ -9,7 +9,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from mdsens._util.errors import InputError
-from mdsens.implicit.linear._vectors import (
+from mdsens.implicit.linear.method import IterativeMethod, Round, projected
+from mdsens.implicit.linear.operator import Operator
+from mdsens.implicit.linear.result import Result
+from mdsens.implicit.linear.vectors import (
     Apply,
     Iterate,
     Pivot,
@@ -20,9 +23,6 @@ from mdsens.implicit.linear._vectors import (
     preconditioned,
     safe_divide,
 )
-from mdsens.implicit.linear.method import IterativeMethod, Round, projected
-from mdsens.implicit.linear.operator import Operator
-from mdsens.implicit.linear.result import Result
 
 __all__ = ["MINRES", "minres"]
 

@@ -11,7 +11,10 @@ from jax import Array, lax
 
 from mdsens._util.errors import InputError
 from mdsens._util.validation import check_count, is_number
-from mdsens.implicit.linear._vectors import (
+from mdsens.implicit.linear.method import IterativeMethod, Round, projected, refine, same
+from mdsens.implicit.linear.operator import Operator
+from mdsens.implicit.linear.result import Result
+from mdsens.implicit.linear.vectors import (
     CURVATURE_UNITS,
     Apply,
     Iterate,
@@ -19,9 +22,6 @@ from mdsens.implicit.linear._vectors import (
     norm,
     safe_divide,
 )
-from mdsens.implicit.linear.method import IterativeMethod, Round, projected, refine, same
-from mdsens.implicit.linear.operator import Operator
-from mdsens.implicit.linear.result import Result
 
 __all__ = ["Neumann"]
 

@@ -8,10 +8,10 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from mdsens.implicit.linear._vectors import CURVATURE_UNITS, Apply, Iterate, dot, norm, safe_divide
 from mdsens.implicit.linear.method import IterativeMethod, Round, projected
 from mdsens.implicit.linear.operator import Operator
 from mdsens.implicit.linear.result import Result
+from mdsens.implicit.linear.vectors import CURVATURE_UNITS, Apply, Iterate, dot, norm, safe_divide
 
 __all__ = ["NormalCG", "cgls"]
 

@@ -26,16 +26,16 @@ from mdsens.mechanics.strain import basis
 from mdsens.mechanics.units import doubtful_stiffness, natural_units, round_off
 from mdsens.model.system import System
 from mdsens.relaxation.equilibrium import Equilibrium
-from mdsens.sensitivity._derivative_solve import (
+from mdsens.sensitivity.certificate.derivative_error import ESTIMATE, derivative
+from mdsens.sensitivity.certificate.parts import CellState, ConstraintState, StrainState
+from mdsens.sensitivity.certificate.record import Certificate, count
+from mdsens.sensitivity.certificate.solution_space import Space
+from mdsens.sensitivity.derivative_solve import (
     ASIDE,
     DOUBLE_PRECISION_EPS,
     STRAIN,
     solve_derivative,
 )
-from mdsens.sensitivity.certificate.derivative_error import ESTIMATE, derivative
-from mdsens.sensitivity.certificate.parts import CellState, ConstraintState, StrainState
-from mdsens.sensitivity.certificate.record import Certificate, count
-from mdsens.sensitivity.certificate.solution_space import Space
 from mdsens.sensitivity.derivatives import observed
 from mdsens.sensitivity.linearization import Linearization, full_tangent, linearize
 

@@ -17,8 +17,8 @@ from mdsens.mechanics.hessian import largest_force, max_force
 from mdsens.mechanics.units import Limits, force_goal, force_scale, natural_units
 from mdsens.model.neighbors import Neighbors
 from mdsens.model.system import System
-from mdsens.relaxation._fire_loop import advance, at_rest, status_of
 from mdsens.relaxation.equilibrium import Equilibrium
+from mdsens.relaxation.fire_loop import advance, at_rest, status_of
 from mdsens.relaxation.methods import Minimizer
 
 __all__ = ["relax", "solve_stats"]

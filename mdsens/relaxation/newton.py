@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdsens.implicit.linear._vectors import dot
 from mdsens.implicit.linear.sparse_ldl import SHIFT, SparseFactor, bound, ordering
+from mdsens.implicit.linear.vectors import dot
 from mdsens.mechanics.forces import energy_gradient
 from mdsens.mechanics.hessian import largest_force, sparse_hessian
 from mdsens.mechanics.hessian_factor import factorizes
