@@ -146,6 +146,13 @@ def test_what_is_private_stays_in_its_room():
     assert not crossed
 
 
+def test_every_file_is_on_the_page_of_the_architecture():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    names = {path.stem for path in MODULES.values()} - {"__init__", "__main__"}
+    missing = {name for name in names if f"`{name}`" not in page and f"`{name}.py`" not in page}
+    assert not missing
+
+
 def test_no_module_imports_itself_by_way_of_others():
     edges = {
         name: {

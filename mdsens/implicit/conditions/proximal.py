@@ -13,8 +13,6 @@ constantly zero; with a strength of zero there is no kink.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -22,7 +20,7 @@ from jax.flatten_util import ravel_pytree
 
 from mdsens._util.pytree import PyTree
 
-__all__ = ["elastic_net", "free", "group_lasso", "indicator", "lasso", "non_negative", "ridge"]
+__all__ = ["elastic_net", "free", "group_lasso", "lasso", "non_negative", "ridge"]
 
 
 def lasso(y: PyTree, scaling: Array | float, strength: Array | float = 1.0) -> PyTree:
@@ -93,11 +91,3 @@ def free(y: PyTree, scaling: Array | float, *args: PyTree) -> PyTree:
     :func:`mdsens.implicit.conditions.optimality.block_proximal_gradient`.
     """
     return y
-
-
-def indicator(projection: Callable[..., PyTree]) -> Callable[..., PyTree]:
-    """Make the proximal operator of a set from ``projection(y, *args)``, the projection on the set.
-
-    The penalty g of the set is zero in the set and infinite outside.
-    """
-    return lambda y, scaling, *args: projection(y, *args)
