@@ -164,7 +164,9 @@ def directional(tensor: jax.Array, directions: ArrayLike) -> tuple[jax.Array, ja
     if not isinstance(vectors, Tracer):
         sizes = np.asarray(largest)
         if not np.all((sizes > 0) & np.isfinite(sizes)):
-            raise InputError("a direction is zero or not finite: give vectors of any other length.")
+            raise InputError(
+                "a direction is zero or not finite: give finite vectors with a norm above zero."
+            )
     n = vectors / largest
     n = n / jnp.linalg.norm(n, axis=-1, keepdims=True)
     # the unit stress nn in Mandel's notation, (…, m)
@@ -204,9 +206,9 @@ class Moduli(Portable, Shown):
       nonaffine: (m, n, d) displacements from the affine positions, for each of the
         m = d (d + 1) / 2 Mandel components of the strain; zero for rattlers.
       stats: statistics of the m linear solves, as arrays (m,). The error of the tensor is of the
-        order of the residual squared. Where the solves are good, the status says what the tensor
-        describes: FLOPPY, STIFFNESS_UNSETTLED or UNSTABLE where its moduli are not those of a
-        solid, SHAPE_HELD as a warning; see :func:`mdsens.mechanics.stability.verdict`.
+        order of the residual squared. Where the solves are good, the status judges the moduli:
+        FLOPPY, STIFFNESS_UNSETTLED or UNSTABLE where they are not those of a solid, SHAPE_HELD as
+        a warning; see :func:`mdsens.mechanics.stability.verdict`.
       round_off: stiffnesses up to this size count as zero; see
         :func:`mdsens.mechanics.stability.resolution`.
 
@@ -224,7 +226,10 @@ class Moduli(Portable, Shown):
 
     @property
     def status(self) -> Status:
-        """The worst status of the linear solves and of the moduli; not in compiled code."""
+        """The worst status of the linear solves and of the moduli.
+
+        The status cannot be read in code that jax compiles.
+        """
         return Status.worst_of(self.stats.status)
 
     @property
@@ -245,7 +250,8 @@ class Moduli(Portable, Shown):
     def bulk(self) -> jax.Array:
         """Bulk modulus K of the stiffness tensor A (second derivative of the energy by strain).
 
-        The modulus -V dP/dV is that of Birch's tensor, ``isotropic(moduli.birch).bulk``.
+        Under a pressure P this is not -V dP/dV. That is the bulk modulus of Birch's tensor,
+        ``isotropic(moduli.birch).bulk``.
         """
         return isotropic_part(self.tensor, self.round_off).bulk
 
@@ -304,17 +310,18 @@ def moduli(
 
     The cheapest derivative of the moduli by the parameters is :func:`gradient`, which takes one
     more linear solve. ``ms.gradient`` of a function of a System that calls ``moduli`` takes several
-    solves and twice the compilation, but also works for a batch.
+    solves and twice the compilation time, but also works for a batch.
 
     Args:
-      eq: an Equilibrium or a Linearization, whose moduli are computed with one factorization for
-        all strains; or a relaxed System, which jax can trace and differentiate to any order, for
+      eq: an Equilibrium or a Linearization; one factorization then serves all strains. Or a
+        relaxed System: jax can then trace the function and differentiate it to any order, as in
         ``jax.grad`` through ``equilibrate``.
       solve: the linear solver; Auto() where None.
-      throw: raise unless the status is good. For a System nothing is raised: read ``stats``. A
-        function of a System that returns only a number hides ``stats``, and ``ms.gradient`` of that
-        function detects only NaN (NOT_FINITE). Young's modulus E and Poisson's ratio nu are NaN
-        where the bulk and shear moduli are both zero or one of them is negative, as in no solid.
+      throw: raise unless the status is good. For a System nothing is raised: the status is in
+        ``stats`` of the result. If your function of a System returns only a number, this status
+        is lost, and ``ms.gradient`` of your function only notices a NaN (NOT_FINITE). Young's
+        modulus E and Poisson's ratio nu are NaN where the bulk and shear moduli are both zero or
+        one of them is negative, which is the case for no solid.
 
     Returns:
       :class:`Moduli`.
@@ -381,7 +388,7 @@ def gradient(
     Returns:
       a :class:`~mdsens.ParameterGradient`, whose ``value`` is a dict shaped like the parameters, as
       that of ``ms.gradient``. In a symmetric matrix of species pairs, each of the two entries of a
-      pair has half of the derivative; ``component`` gives the whole.
+      pair has half of the derivative; the result's method ``component`` gives the whole.
     """
     return value_and_gradient(observable, eq, solve=solve, throw=throw)[1]
 
@@ -397,8 +404,9 @@ def jvp(
     """Compute the total derivative of a function of the elastic moduli along one direction.
 
     The direction is one in parameter space. This is the forward mode of ``gradient``: it takes the
-    linear solves of ``moduli`` and one more, however many numbers ``observable`` returns. At a
-    pressure the cell responds, and ``dparams`` may name the pressure.
+    linear solves of ``moduli`` and one more, however many numbers ``observable`` returns. If the
+    minimum is one at a pressure, the cell responds to the parameters, and ``dparams`` may contain
+    the pressure.
 
     Args:
       observable, eq, solve, throw: the function of the moduli, the minimum, the linear solver, and
@@ -587,7 +595,7 @@ def _push_tensors(
     Args:
       lin: the linearization of the minimum.
       elastic: the moduli at the minimum.
-      x: the displacement of the particles, with a strain of the cell at a pressure.
+      x: the displacement of the particles; for a minimum at a pressure also the strain of the cell.
       params: the change of the parameters that goes with the displacement, by name.
     """
     primals = (lin.unknowns, dict(lin.params))
@@ -600,8 +608,8 @@ def _pull_tensors(
 ) -> tuple[Unknowns, dict[str, jax.Array]]:
     """Differentiate linear combinations of the stiffness tensors and of the stress.
 
-    The derivatives are those by the unknowns (positions, and strain of the cell at a pressure) and
-    by the parameters.
+    The derivatives are those by the parameters and by the unknowns: the positions and, for a
+    minimum at a pressure, the strain of the cell.
 
     Args:
       lin: the linearization of the minimum.
@@ -633,7 +641,8 @@ def _assemble_moduli(
 ) -> Moduli:
     """Compute the elastic moduli of a configuration from its non-affine displacements.
 
-    The status of the moduli is the worst of that of the linear solves and that of the stiffness.
+    The status of the moduli is the worse of two: the status of the linear solves, and the status
+    that says whether the stiffness is that of a solid.
 
     Args:
       system: the backbone, that is, the system without the contacts of rattlers.

@@ -5,8 +5,9 @@
 H is the Hessian d2U/dR2 of the energy U by positions R in the present cell, outside of its null
 space (translations, rattlers), lambda is the lowest eigenvalue there, and p are the parameters. The
 mode v has norm one and is kept constant while H changes, because the change of v contributes only
-to second order (Hellmann and Feynman). The last term is due to the motion of the minimum, and takes
-one adjoint solve; at a pressure it contains the motion of the cell.
+to second order (Hellmann and Feynman). @ marks partial derivatives. The last term is due to the
+motion of the minimum, and takes one adjoint solve; for a minimum at a pressure, this term contains
+the motion of the cell.
 
 Where eigenvalues are equal, as in a crystal, a single one of them has no derivative, but their mean
 has one: the mean is the trace of H on the space that the modes of these eigenvalues span, over the
@@ -69,13 +70,14 @@ class Softest(Shown):
       vectors: (k, n, d) the modes, orthonormal; rows of rattlers are zero.
       residuals: (k,) |H v - lambda v| of each mode v with eigenvalue lambda.
       gap: distance from the last of these eigenvalues to the next; inf without a next eigenvalue.
-      mixing: estimate of the largest share that modes beyond the gap may have in these modes: the
-        residual plus the change of H that the remaining force can make, over the gap. The relative
-        error of the derivative is about as large as ``mixing``.
+      mixing: estimate of the largest share that modes beyond the gap may have in these modes:
+        (residual + change of H that the remaining force can make) / gap. The relative error of the
+        derivative is about as large as ``mixing``.
       participation: (k,) participation ratio of each mode: 1 where all particles move alike, 1/n
         where only one moves.
-      status: DEGENERATE where k is more than was asked for, UNRESOLVED where ``mixing`` is above
-        the accuracy; or the status of the minimum where that is bad.
+      status: DEGENERATE where k is larger than the number asked for, UNRESOLVED where ``mixing`` is
+        larger than the accuracy asked for; INDEFINITE, FLOPPY or STIFFNESS_UNSETTLED where a
+        stiffness is negative, zero or in doubt; or the status of the minimum where that is bad.
       method: the eigenvalue solver that was used.
     """
 
@@ -123,9 +125,10 @@ def smallest_stiffness(
     Args:
       eq: a minimum, from ``minimize`` or ``linearize``; at a pressure, the Hessian is the second
         derivative by positions in the present cell.
-      count: how many of the lowest eigenvalues are taken together.
-      accuracy: relative accuracy of the derivative. Where ``mixing`` with the next modes is above
-        ``accuracy``, the status is UNRESOLVED.
+      count: number of the lowest eigenvalues whose mean is the value of the result.
+      accuracy: largest relative error that the derivative of the value may have because the
+        computed modes contain a part of the next stiffer ones. The attribute ``mixing`` of the
+        result estimates this error; where it is larger than ``accuracy``, the status is UNRESOLVED.
       throw: raise unless the status is good.
 
     Returns:
@@ -133,8 +136,8 @@ def smallest_stiffness(
 
     Raises:
       InputError: ``eq`` is a batch or has constraints, or another argument is invalid.
-      ConvergenceError: ``eq`` is no minimum or is a saddle, has a floppy mode, or its modes cannot
-        be told apart.
+      ConvergenceError: ``eq`` is no minimum or is a saddle, has a floppy mode, or its lowest modes
+        cannot be told from the next ones.
     """
     count = _check_arguments(count, accuracy)
     lin = linearized(eq, None)
@@ -160,7 +163,7 @@ def gradient(
     eigenvalue with its mode, and one adjoint solve. For several modes, because they were requested
     or because they are equally stiff, it is the derivative of their mean stiffness. This derivative
     is valid as long as these modes do not cross the next ones, that is, for changes of the
-    eigenvalues small against the gap.
+    eigenvalues that are small against the gap, the distance to the next eigenvalue.
 
     Args:
       eq, count, accuracy: the minimum, the number of eigenvalues and the relative accuracy, as in
@@ -170,9 +173,9 @@ def gradient(
     Returns:
       a :class:`~mdsens.ParameterGradient`, whose ``value`` is a dict shaped like the parameters, as
       that of ``ms.gradient``. In a symmetric matrix of species pairs, each of the two entries of a
-      pair has half of the derivative; ``component`` gives the whole. The status of the result is
-      that of the solve or, where that is good, that of the modes: DEGENERATE says that the mean is
-      over more modes than were asked for.
+      pair has half of the derivative; the result's method ``component`` gives the whole. The status
+      of the result is that of the solve or, where that is good, that of the modes: DEGENERATE says
+      that the mean is over more modes than were asked for.
     """
     count = _check_arguments(count, accuracy)
     lin = linearized(eq, solve)
@@ -212,41 +215,28 @@ def _compute_softest(lin: Linearization, count: int, accuracy: float) -> Softest
     Args:
       lin: the linearization of the minimum.
       count: the number of modes asked for.
-      accuracy: largest ``mixing`` with further modes for which the status is good, see
-        :class:`Softest`.
+      accuracy: the largest ``mixing`` for which the status is good. ``mixing`` is the share that
+        other, stiffer modes may have in these modes, see :class:`Softest`.
     """
     system = lin.system
-    d = system.dimension
     require_unconstrained(system, "modes")
     status = Status(int(lin.status))
-    largest_force = float(lin.equilibrium.max_force)
-    rattlers = np.asarray(lin.network.rattlers)
-    # how many modes there are off the null space
-    available = system.positions.size - (0 if rattlers.all() else sum(lin.null.dimensions(d)))
-    if rattlers.all() or not available or not np.isfinite(np.asarray(system.positions)).all():
+    available = _count_modes(lin)
+    if not available:
         if status.good:
             status = Status.UNJAMMED
         return _without_modes(system, 0.0, gap=np.inf, mixing=0.0, status=status, method="none")
     stiffness = HessianFactor(system, lin.null) if lin.factor is None else lin.factor
     length = float(natural_units(system)[0])
+    largest_force = float(lin.equilibrium.max_force)
     floor = doubtful_stiffness(largest_force, length)
-    # up to DENSE_SIZE every eigenvalue is computed anyway, so asking for many costs nothing
-    dense = system.positions.size <= DENSE_SIZE
-    asked = min(count + (MOST_EXTRA if dense else EXTRA), available)
-    while True:
-        spectrum = stiffness.lowest(asked, floor)
-        if not np.isfinite(spectrum.values).all():
-            if status.good:
-                status = Status.NOT_FINITE
-            return _without_modes(
-                system, np.nan, gap=np.nan, mixing=np.nan, status=status, method=spectrum.method
-            )
-        k = _count_with_equal(spectrum.values, min(count, available))
-        gap_known = asked == available or (k < asked and _all_below_gap(stiffness, spectrum, k))
-        if gap_known or asked >= count + MOST_EXTRA:
-            break
-        # all that were asked for are equal, or the solver missed some of the equal ones
-        asked = min(3 * asked, count + MOST_EXTRA, available)
+    spectrum, k, gap_known = _find_gap(stiffness, count, available, floor)
+    if not np.isfinite(spectrum.values).all():
+        if status.good:
+            status = Status.NOT_FINITE
+        return _without_modes(
+            system, np.nan, gap=np.nan, mixing=np.nan, status=status, method=spectrum.method
+        )
     values = spectrum.values[:k]
     residuals = spectrum.residuals[:k]
     gap = float(spectrum.values[k] - values[-1]) if k < len(spectrum.values) else np.inf
@@ -263,10 +253,50 @@ def _compute_softest(lin: Linearization, count: int, accuracy: float) -> Softest
         residuals=residuals,
         gap=gap,
         mixing=mixing,
-        participation=participation(spectrum.vectors[:, :k], d),
+        participation=participation(spectrum.vectors[:, :k], system.dimension),
         status=status,
         method=spectrum.method,
     )
+
+
+def _count_modes(lin: Linearization) -> int:
+    """Count the modes off the null space; 0 where all particles are rattlers or positions NaN."""
+    positions = np.asarray(lin.system.positions)
+    if np.asarray(lin.network.rattlers).all() or not np.isfinite(positions).all():
+        return 0
+    return positions.size - sum(lin.null.dimensions(lin.system.dimension))
+
+
+def _find_gap(
+    stiffness: HessianFactor, count: int, available: int, floor: float
+) -> tuple[Spectrum, int, bool]:
+    """Compute the lowest modes, as many as it takes to know the gap after those asked for.
+
+    Modes that are as stiff as the last one asked for lie below the gap.
+
+    Args:
+      stiffness: the Hessian, with its factor.
+      count: the number of modes asked for.
+      available: the number of modes off the null space.
+      floor: the stiffness below which its sign is in doubt.
+
+    Returns:
+      the computed modes, the number of modes below the gap, and whether the gap is known; the
+      number is 0 where an eigenvalue is not finite.
+    """
+    # up to DENSE_SIZE every eigenvalue is computed anyway, so asking for many costs nothing
+    dense = stiffness.system.positions.size <= DENSE_SIZE
+    asked = min(count + (MOST_EXTRA if dense else EXTRA), available)
+    while True:
+        spectrum = stiffness.lowest(asked, floor)
+        if not np.isfinite(spectrum.values).all():
+            return spectrum, 0, False
+        k = _count_with_equal(spectrum.values, min(count, available))
+        gap_known = asked == available or (k < asked and _all_below_gap(stiffness, spectrum, k))
+        if gap_known or asked >= count + MOST_EXTRA:
+            return spectrum, k, gap_known
+        # all that were asked for are equal, or the solver missed some of the equal ones
+        asked = min(3 * asked, count + MOST_EXTRA, available)
 
 
 def _without_modes(
@@ -301,11 +331,11 @@ def _count_with_equal(values: np.ndarray, count: int) -> int:
 
 
 def _all_below_gap(stiffness: HessianFactor, spectrum: Spectrum, k: int) -> bool:
-    """Return whether the k computed eigenvalues are all that lie below the gap after them.
+    """Return whether the lowest k computed eigenvalues are all that the Hessian has below the gap.
 
-    Lanczos may miss some of several equal eigenvalues. A factor of the Hessian, shifted by a value
-    in the gap, counts the eigenvalues below the gap (by its inertia); without such a factor, the
-    answer is True.
+    The gap is the one between eigenvalue k and the next. Lanczos may miss some of several equal
+    eigenvalues. A factor of the Hessian, shifted by a value in the gap, counts the eigenvalues
+    below the gap (by its inertia); without such a factor, the answer is True.
     """
     if spectrum.method != "shift-invert":
         return True
@@ -314,14 +344,14 @@ def _all_below_gap(stiffness: HessianFactor, spectrum: Spectrum, k: int) -> bool
 
 
 def _judge_modes(spectrum: Spectrum, k: int, count: int, mixing: float, accuracy: float) -> Status:
-    """Return the status of the lowest modes at a good minimum, CONVERGED or the worst fault.
+    """Judge the lowest modes at a good minimum: return CONVERGED, or the status of the worst fault.
 
     Args:
       spectrum: the lowest modes.
-      k: the number of modes, with those that are equally stiff.
+      k: the number of modes; above ``count`` where further modes are as stiff as the last one.
       count: the number of modes asked for.
-      mixing: estimated share of further modes in these modes.
-      accuracy: largest ``mixing`` that is good.
+      mixing: estimated share that other, stiffer modes have in these k modes.
+      accuracy: the largest ``mixing`` for which the status is good.
     """
     if spectrum.negative:
         return Status.INDEFINITE
@@ -360,8 +390,8 @@ def _pull_mean_stiffness(
 ) -> tuple[jax.Array, Unknowns, dict[str, jax.Array]]:
     """Compute the mean stiffness of modes, and its derivatives by unknowns and by parameters.
 
-    The unknowns are the positions, and the strain of the cell at a pressure. Each derivative has a
-    leading axis of length one, as ``total_derivative`` expects for an observable of one number.
+    The unknowns are the positions and, for a minimum at a pressure, the strain of the cell. Each
+    derivative has a leading axis of length one, for the one number that is differentiated.
 
     Args:
       lin: the linearization of the minimum.
@@ -389,7 +419,7 @@ def stiffness(system: System, count: int = 1, *, has_aux: bool = False) -> Any:
 
     Args:
       system: a relaxed system of up to 1,200 coordinates n d.
-      count: how many of the lowest eigenvalues are taken together.
+      count: number of the lowest eigenvalues whose mean is the result.
       has_aux: whether to return ``(stiffness, status)``, with the status as an int32 array, since
         traced code cannot raise: UNCONVERGED where the system is not relaxed, UNJAMMED, INDEFINITE,
         FLOPPY, DEGENERATE for a mean over more modes than requested, UNRESOLVED where more than 48

@@ -66,7 +66,11 @@ def stack_trees(members: Sequence[PyTree]) -> Any:
 
 
 def concatenate_trees(parts: Sequence[PyTree], counts: Sequence[int]) -> Any:
-    """Join several batches into one, taking the first ``counts[i]`` members of ``parts[i]``."""
+    """Join several batches into one.
+
+    ``parts`` is the list of the batches; of batch ``parts[i]`` the first ``counts[i]`` members are
+    taken.
+    """
     if _has_tracer(parts):
         return jax.tree.map(
             lambda *x: jnp.concatenate([a[:k] for a, k in zip(x, counts, strict=True)]), *parts
@@ -106,7 +110,7 @@ def in_chunks(run: Callable[[Any, int], T], batch: PyTree, count: int, n: int) -
         the chunk are to be used, the others are repetitions.
       batch: a nested structure of arrays with a leading axis of length ``count``.
       count: number of members.
-      n: number of particles of a member.
+      n: number of particles of a member; the more particles, the fewer members are in a chunk.
     """
     cores = min(os.cpu_count() or 1, count)
     size = min(math.ceil(count / cores), max(1, PARTICLES // max(n, 1)))

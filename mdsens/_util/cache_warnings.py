@@ -2,10 +2,10 @@
 
 On a CPU, jax 0.10 prints a warning of a thousand characters, marked as an error, on stderr for each
 piece of compiled code that it loads. XLA, jax's compiler, compares the processor features that the
-code was compiled for with the features of the present processor. The list that it compiled for
-contains its own tuning flags (prefer-no-scatter, prefer-no-gather), which no processor lists, so
-that they seem to be missing. The code runs correctly. At all other times XLA's messages are printed
-as the user has chosen.
+code was compiled for with the features of the present processor. The former also include XLA's own
+tuning flags (prefer-no-scatter, prefer-no-gather). As no processor lists these flags as features,
+XLA warns that they are missing. The code runs correctly. At all other times XLA's messages are
+printed as the user has chosen.
 """
 
 from __future__ import annotations

@@ -40,7 +40,8 @@ def nearest_images(
     box @ shift. The image is the nearest one where it is shorter than half the smallest height of
     the cell. The integer shift has no derivative, so that a change d(box) of the box changes the
     image by -d(box) @ shift. jax-md's ``periodic_general`` in Cartesian coordinates gets this
-    derivative wrong: its rule for the derivative of box @ R leaves out the box in box @ dR.
+    derivative wrong: in its rule for the derivative of box @ R, with fractional coordinates R, the
+    term box @ dR is replaced by dR.
 
     Args:
       box: (d, d), its columns are the lattice vectors; None for an infinite system.

@@ -64,24 +64,33 @@ class Outcome(IntEnum):
 
     @property
     def good(self) -> bool:
-        """Whether the result of the computation can be used."""
+        """Whether the result of a computation with this outcome can be used."""
         return self.severity is not Severity.FAILURE
 
     @property
     def warning(self) -> bool:
-        """Whether the result can be used only with the restriction that ``sentence`` states."""
+        """Whether a result with this outcome can be used, but only with a restriction.
+
+        The attribute ``sentence`` of the outcome states the restriction.
+        """
         return self.severity is Severity.WARNING
 
     @classmethod
     def worst_of(cls, codes: ArrayLike) -> Self:
-        """Return the most severe of an array of outcomes or codes. Not for use inside ``jit``."""
+        """Return the most severe of several outcomes of computations, an array of their codes.
+
+        Not for use inside ``jit``.
+        """
         return cls(worst(codes))
 
     def __str__(self) -> str:
         return f"{self.name}: {self.sentence}"
 
     def __format__(self, spec: str) -> str:
-        """Format the code if ``spec`` is a format of whole numbers, else name and sentence."""
+        """Format the outcome of a computation as its code, or as its name and sentence.
+
+        The code is formatted if ``spec`` is a format of whole numbers, as in ``f"{status:d}"``.
+        """
         if spec[-1:] in INTEGER_FORMATS:
             return int.__format__(self, spec)
         return format(str(self), spec)

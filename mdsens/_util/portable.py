@@ -32,24 +32,37 @@ def array_types(value: object, seen: frozenset[int] = frozenset()) -> list[str]:
     # a Portable record inside of this one checks its arrays itself when it is restored
     if id(value) in seen or isinstance(value, Portable):
         return []
-    parts: list[Any] = []
+    return [name for part in _list_parts(value) for name in array_types(part, seen | {id(value)})]
+
+
+def _list_parts(value: object) -> list[Any]:
+    """List the objects that a container, function, partial or dataclass refers to."""
     if isinstance(value, Mapping):
-        parts = list(value.values())
-    elif isinstance(value, list | tuple):
-        parts = list(value)
-    elif isinstance(value, types.FunctionType):
-        # The cell of a variable that is not yet assigned is empty, and reading it raises an error.
-        cells = [cell for cell in value.__closure__ or () if cell != types.CellType()]
-        parts = [*(cell.cell_contents for cell in cells), value.__defaults__, value.__kwdefaults__]
-    elif isinstance(value, functools.partial):
-        parts = [value.func, value.args, value.keywords]
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        parts = list(vars(value).values())
-    return [name for part in parts for name in array_types(part, seen | {id(value)})]
+        return list(value.values())
+    if isinstance(value, list | tuple):
+        return list(value)
+    if isinstance(value, types.FunctionType):
+        return [*_list_closure(value), value.__defaults__, value.__kwdefaults__]
+    if isinstance(value, functools.partial):
+        return [value.func, value.args, value.keywords]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return list(vars(value).values())
+    return []
+
+
+def _list_closure(function: types.FunctionType) -> list[Any]:
+    """List the values of the outer variables that a function refers to (its closure)."""
+    # The cell of a variable that is not yet assigned is empty, and reading it raises an error.
+    cells = [cell for cell in function.__closure__ or () if cell != types.CellType()]
+    return [cell.cell_contents for cell in cells]
 
 
 def reduced(record: object, fields: dict[str, Any]) -> tuple[Any, ...]:
-    """Describe an object for pickle, as ``__reduce__`` must: as a call of :func:`restored`."""
+    """Return how pickle is to restore an object, in the form that ``__reduce__`` must return.
+
+    The form is a function, here :func:`restored`, and the arguments of its call: the class of the
+    object, its fields by name, and the dtypes of the arrays in each field.
+    """
     types_of_fields = {name: array_types(value) for name, value in fields.items()}
     return restored, (type(record), fields, types_of_fields)
 
@@ -82,8 +95,8 @@ class Portable:
     """Base class of records whose arrays come out of pickle and ``copy`` equal to the last bit.
 
     Where equality is not possible, because the other process computes in a lower precision,
-    unpickling raises a PrecisionError. A class of named tuples cannot inherit from this class; its
-    ``__reduce__`` calls :func:`reduced`.
+    unpickling raises a PrecisionError. A class of named tuples cannot inherit from this class:
+    instead, it defines ``__reduce__`` by a call of :func:`reduced`.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -88,14 +88,21 @@ class Members(_Bar):
 
 
 class Trials(_Bar):
-    """Progress bar of a search for parameters: steps, and the largest distance from a target."""
+    """Progress bar of an inverse design, a search for parameters that give wanted properties.
+
+    The bar shows the number of steps, and the largest distance of a property from its target.
+    """
 
     def __init__(self, count: int, wanted: bool | None):
         form = "{desc} {bar} {n_fmt} of {total_fmt}, {elapsed}{postfix}"
         self.bar = _bar(wanted, form, total=count, desc="designing")
 
     def show(self, done: int, tolerances: float) -> None:
-        """Update the bar with the steps done and the distance from the target, in tolerances."""
+        """Update the bar of an inverse design with the steps done and the progress made.
+
+        The progress is given by ``tolerances``, the largest distance of a property from its target,
+        in units of the tolerance of this target.
+        """
         if self.bar is not None:
             self.bar.n = done
             self.bar.set_postfix_str(f"{tolerances:.3g} tolerances to go")

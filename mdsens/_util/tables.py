@@ -42,9 +42,10 @@ def columns(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) ->
 
 
 def numbers(values: Iterable[float], digits: int = 5) -> list[str]:
-    """Format numbers with the same number of decimals: ``digits`` digits for the largest number.
+    """Format numbers, all with the same number of decimals.
 
-    The notation is scientific where the largest magnitude is below 1e-3, or 1e6 or more.
+    The decimals are as many as the largest number needs to show ``digits`` digits, or none. The
+    notation is scientific where the largest magnitude is below 1e-3, or 1e6 or more.
     """
     column = [float(v) for v in values]
     largest = max((abs(v) for v in column if math.isfinite(v)), default=0.0)

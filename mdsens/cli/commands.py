@@ -22,8 +22,14 @@ from mdsens.cli.arguments import FIGURES, MANY, SOLVERS, UNTRUSTED
 from mdsens.mechanics.status import Status
 
 if TYPE_CHECKING:
+    import jax
+
+    from mdsens._util.tables import Rows
     from mdsens.cli.report import Component, Finding
+    from mdsens.design import State
+    from mdsens.model.system import System
     from mdsens.relaxation.equilibrium import Equilibrium
+    from mdsens.sensitivity.certificate import Certificate
     from mdsens.sensitivity.derivatives import Linearization
 
 __all__ = ["main"]
@@ -122,36 +128,20 @@ def _relax_system(args: argparse.Namespace) -> tuple[Equilibrium, Linearization,
         ms.enable_x64()
     fields = {} if args.seed is None else {"seed": args.seed}
     system = ms.load_system(args.system, **fields)
-    options = ms.io.relaxation_options(args.system, **fields)
-    if args.tolerance is not None:
-        options["tolerance"] = args.tolerance
-    if getattr(args, "max_steps", None) is not None:
-        options["max_steps"] = args.max_steps
-    differentiate = getattr(args, "wrt", None) is not None
-    pressure = getattr(args, "pressure", None)
-    if pressure is not None:
-        options |= {"pressure": pressure, "shape": args.shape}
-    elif differentiate and args.wrt[0] == "pressure" and hasattr(args, "pressure"):
-        raise InputError("--wrt pressure: give the pressure as well, with --pressure P.")
-    elif getattr(args, "shape", False):
-        raise InputError("--shape goes with --pressure: give the pressure to relax the cell to.")
+    options = _merge_options(args, fields)
     if args.command == "moduli" and system.box is None:
         raise InputError(
             "elastic moduli need a volume, and this system has open boundaries: give it a box."
         )
+    differentiate = getattr(args, "wrt", None) is not None
+    pressure = getattr(args, "pressure", None)
     parts = report.components(system, *args.wrt, pressure=pressure) if differentiate else []
     solver = getattr(ms.implicit, SOLVERS[getattr(args, "solver", "auto")])()
     content = system_toml.read(system_toml.locate(args.system))
     print(report.system(Path(args.system).stem, system, content), end="\n\n", flush=True)
     eq = ms.minimize(system, throw=False, **options)
     lin = ms.linearize(eq, solver, throw=False)
-    more = []
-    if not differentiate:
-        energy = float(ms.observables.energy(eq.system))
-        more.append(("energy", f"{energy:.6g}, {energy / system.n:.6g} a particle"))
-        if system.box is not None:
-            pressure_now = float(ms.observables.pressure(eq.system)) + 0.0  # + 0.0: no "-0"
-            more.append(("pressure", f"{pressure_now:.6g}"))
+    more = [] if differentiate else _format_energy(eq.system)
     print(report.relaxation(eq, lin.network, more), end="\n\n", flush=True)
     if args.command == "certify":  # also examines what did not relax, and names the cause
         return eq, lin, parts
@@ -163,6 +153,47 @@ def _relax_system(args: argparse.Namespace) -> tuple[Equilibrium, Linearization,
             Status(int(lin.status)), "this minimum cannot be differentiated", lin
         )
     return eq, lin, parts
+
+
+def _merge_options(args: argparse.Namespace, fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of ``ms.minimize``: those of the system's file, changed by the command's.
+
+    Args:
+      args: the arguments of the command.
+      fields: values that replace those of the system's file, such as the seed.
+
+    Raises:
+      InputError: an option that goes with ``--pressure``, without ``--pressure``.
+    """
+    import mdsens as ms
+
+    options = ms.io.relaxation_options(args.system, **fields)
+    if args.tolerance is not None:
+        options["tolerance"] = args.tolerance
+    # getattr and hasattr: not every command has each of these options
+    if getattr(args, "max_steps", None) is not None:
+        options["max_steps"] = args.max_steps
+    wrt = getattr(args, "wrt", None)
+    pressure = getattr(args, "pressure", None)
+    if pressure is not None:
+        options |= {"pressure": pressure, "shape": args.shape}
+    elif wrt is not None and wrt[0] == "pressure" and hasattr(args, "pressure"):
+        raise InputError("--wrt pressure: give the pressure as well, with --pressure P.")
+    elif getattr(args, "shape", False):
+        raise InputError("--shape goes with --pressure: give the pressure to relax the cell to.")
+    return options
+
+
+def _format_energy(system: System) -> Rows:
+    """Format the energy of a relaxed system and, with a box, its pressure as rows of a table."""
+    import mdsens as ms
+
+    energy = float(ms.observables.energy(system))
+    rows = [("energy", f"{energy:.6g}, {energy / system.n:.6g} a particle")]
+    if system.box is not None:
+        pressure = float(ms.observables.pressure(system)) + 0.0  # + 0.0: no "-0"
+        rows.append(("pressure", f"{pressure:.6g}"))
+    return rows
 
 
 def _relax(args: argparse.Namespace) -> int:
@@ -198,18 +229,7 @@ def _sensitivity(args: argparse.Namespace) -> int:
     for k, part in enumerate(parts):
         finding = report.examined(eq, lin, part, check=not args.no_check)
         certificate = ms.certify(lin, part.direction)
-        # UNSTABLE is a warning here: a derivative at fixed cell is right whether or not the
-        # configuration would keep its shape without the cell
-        mild = [
-            sentence
-            for code, sentence in certificate.findings
-            if code.warning or code is Status.UNSTABLE
-        ]
-        grave = [
-            sentence
-            for code, sentence in certificate.findings
-            if not (code.good or code is Status.UNSTABLE)
-        ]
+        mild, grave = _split_findings(certificate)
         warnings_of_parts += [f"{part.label}: {sentence}" for sentence in mild]
         if not finding.reason and grave:
             finding = finding._replace(reason=grave[0])
@@ -233,12 +253,28 @@ def _sensitivity(args: argparse.Namespace) -> int:
     return _print_verdict(findings, praise, warnings_of_parts, args.strict)
 
 
+def _split_findings(certificate: Certificate) -> tuple[list[str], list[str]]:
+    """Return what a certificate warns of, and the reasons that it gives not to trust a derivative.
+
+    UNSTABLE is a warning here: a derivative at fixed cell is right whether or not the configuration
+    would keep its shape without the cell.
+    """
+    mild = [
+        sentence
+        for code, sentence in certificate.findings
+        if code.warning or code is Status.UNSTABLE
+    ]
+    grave = [
+        sentence
+        for code, sentence in certificate.findings
+        if not (code.good or code is Status.UNSTABLE)
+    ]
+    return mild, grave
+
+
 def _certify(args: argparse.Namespace) -> int:
     """Run ``mdsens certify``: examine a minimum, and its derivative by one parameter component."""
-    import json
-
     import mdsens as ms
-    from mdsens.io.files import replacing
 
     _check_writable("--json", args.json, (".json",))
     if args.modes < 1:
@@ -250,23 +286,44 @@ def _certify(args: argparse.Namespace) -> int:
         raise InputError(
             f"--wrt {args.wrt[0]} has {len(parts)} components: name one, such as {parts[0].label}."
         )
-    n = lin.system.n
-    particle = args.particle
-    if particle is not None and not 0 <= particle < n:
-        raise InputError(f"--particle {particle}: give 0 to {n - 1}.")
-    observable = None if particle is None else lambda s: s.positions[particle]
     certificate = ms.certify(
-        lin, parts[0].direction if parts else None, modes=args.modes, observable=observable
+        lin,
+        parts[0].direction if parts else None,
+        modes=args.modes,
+        observable=_select_position(args.particle, lin.system.n),
     )
     print(certificate, end="\n\n", flush=True)
     if args.json:
-        with replacing(args.json) as file:
-            file.write(json.dumps(certificate.as_dict(), indent=1).encode())
-        print(f"wrote {args.json}")
+        _write_json(args.json, certificate.as_dict())
+    return _print_verdict_of_certificate(certificate, args.strict)
+
+
+def _select_position(particle: int | None, n: int) -> Callable[[System], jax.Array] | None:
+    """Return the position of one particle as a function of the system; None for no particle.
+
+    Args:
+      particle: index of the particle, or None.
+      n: number of particles.
+
+    Raises:
+      InputError: no such particle.
+    """
+    if particle is None:
+        return None
+    if not 0 <= particle < n:
+        raise InputError(f"--particle {particle}: give 0 to {n - 1}.")
+    return lambda system: system.positions[particle]
+
+
+def _print_verdict_of_certificate(certificate: Certificate, strict: bool) -> int:
+    """Print a line that says whether a minimum can be trusted, and return the exit code.
+
+    With ``strict``, a warning is a reason not to trust the minimum.
+    """
     grave = [
         sentence
         for code, sentence in certificate.findings
-        if not code.good or (args.strict and code.warning)
+        if not code.good or (strict and code.warning)
     ]
     fine = "good, but see the warning" if certificate.warnings else "good: nothing found against it"
     print(f"not to be trusted: {'; '.join(grave)}" if grave else fine)
@@ -275,10 +332,7 @@ def _certify(args: argparse.Namespace) -> int:
 
 def _moduli(args: argparse.Namespace) -> int:
     """Run ``mdsens moduli``: compute elastic moduli and their derivatives by parameters."""
-    import json
-
     import mdsens as ms
-    from mdsens.io.files import replacing
 
     _check_writable("--plot", args.plot, FIGURES)
     _check_writable("--json", args.json, (".json",))
@@ -293,9 +347,7 @@ def _moduli(args: argparse.Namespace) -> int:
         _figure(args.plot, lambda: ms.plots.moduli(moduli)[0])
         print(f"wrote {args.plot}")
     if args.json:
-        with replacing(args.json) as file:
-            file.write(json.dumps(moduli_report.as_dict(moduli, parts, slopes), indent=1).encode())
-        print(f"wrote {args.json}")
+        _write_json(args.json, moduli_report.as_dict(moduli, parts, slopes))
     print(moduli_report.verdict(moduli))
     status = moduli.status
     return UNTRUSTED if not status.good or (args.strict and status.warning) else GOOD
@@ -303,12 +355,9 @@ def _moduli(args: argparse.Namespace) -> int:
 
 def _design(args: argparse.Namespace) -> int:
     """Run ``mdsens design``: search for parameters, and store the search's state at each step."""
-    import json
-
     import mdsens as ms
     from mdsens.cli import design_report
     from mdsens.io.design_toml import load_design
-    from mdsens.io.files import replacing
 
     state_path = args.state or Path(args.design.with_suffix(".npz").name)
     _check_writable("--state", state_path, (".npz",))
@@ -316,12 +365,7 @@ def _design(args: argparse.Namespace) -> int:
     _check_writable("--json", args.json, (".json",))
     ms.enable_x64()
     spec = load_design(args.design)
-    if state_path.exists() and not args.resume:
-        raise InputError(
-            f"{state_path} exists already: give --resume to go on from it, or another --state to"
-            " start again."
-        )
-    state = ms.io.load(state_path) if state_path.exists() else None
+    state = _load_state(state_path, args.resume)
     members = "" if len(spec.systems) == 1 else f", {len(spec.systems)} members"
     print(report.system(spec.system + members, spec.systems[0], {}), end="\n\n", flush=True)
     print_step = design_report.lines(
@@ -329,7 +373,7 @@ def _design(args: argparse.Namespace) -> int:
     )
 
     # stored after each step, so that an interrupted design can go on
-    def after_step(state: ms.design.State) -> None:
+    def after_step(state: State) -> None:
         provenance = {"design": args.design.name, "system": spec.system}
         ms.io.save(state_path, state, provenance=provenance)
         print_step(state)
@@ -343,14 +387,30 @@ def _design(args: argparse.Namespace) -> int:
         _figure(args.plot, lambda: ms.plots.design_history(design)[0])
         print(f"wrote {args.plot}")
     if args.json:
-        with replacing(args.json) as file:
-            file.write(json.dumps(design_report.as_dict(design), indent=1).encode())
-        print(f"wrote {args.json}")
+        _write_json(args.json, design_report.as_dict(design))
     if not design.status.good:
         print(f"not there: {design.status.sentence}")
         return UNTRUSTED
     print("good: every target is met")
     return GOOD
+
+
+def _load_state(path: Path, resume: bool) -> State | None:
+    """Load the stored state of a search for parameters; return None if there is no such file.
+
+    Raises:
+      InputError: the file exists, and the search is not to be resumed.
+    """
+    import mdsens as ms
+
+    if not path.exists():
+        return None
+    if not resume:
+        raise InputError(
+            f"{path} exists already: give --resume to go on from it, or another --state to start"
+            " again."
+        )
+    return ms.io.load(path)
 
 
 def _print_verdict(
@@ -375,17 +435,32 @@ def _print_verdict(
 
 
 def _store(path: Path, lin: Linearization, findings: Sequence[Finding]) -> None:
-    """Store responses, their statuses and their errors as plain arrays, for ``numpy.load``."""
+    """Store the minimum and its responses to parameters as plain arrays, for ``numpy.load``.
+
+    The status, the residual and the error of each response are stored, too.
+    """
     import numpy as np
 
     from mdsens.io.files import replacing
 
-    system = lin.equilibrium.system
+    arrays = {**_collect_responses(lin, findings), **_collect_minimum(lin)}
+    with replacing(path) as file:
+        np.savez(
+            file, **{name: np.asarray(value) for name, value in arrays.items()}, allow_pickle=False
+        )
+    print(f"wrote {path}")
+
+
+def _collect_responses(lin: Linearization, findings: Sequence[Finding]) -> dict[str, Any]:
+    """Return the responses, their statuses and their errors by name, an entry for each component.
+
+    Where the cell was relaxed to a pressure, this pressure is among them, as one number.
+    """
     responses = [finding.response for finding in findings]
     cell = {}
     if lin.cell is not None:  # the cell was relaxed to a pressure
         cell = {"strain": [r.value.strain for r in responses], "pressure": lin.cell.pressure}
-    arrays = {
+    return {
         "wrt": [finding.part.label for finding in findings],
         "value": [report.parts_of(r.value)[0] for r in responses],
         **cell,
@@ -393,6 +468,13 @@ def _store(path: Path, lin: Linearization, findings: Sequence[Finding]) -> None:
         "status": [r.status.name for r in responses],
         "residual": [r.stats.residual for r in responses],
         "finite_difference_error": [finding.error for finding in findings],
+    }
+
+
+def _collect_minimum(lin: Linearization) -> dict[str, Any]:
+    """Return the arrays of a minimum by name: positions, rattlers, parameters, box, species."""
+    system = lin.equilibrium.system
+    return {
         "rattlers": lin.network.rattlers,
         "positions": system.positions,
         "max_force": lin.equilibrium.max_force,
@@ -400,10 +482,16 @@ def _store(path: Path, lin: Linearization, findings: Sequence[Finding]) -> None:
         **({} if system.box is None else {"box": system.box}),
         **({} if system.species is None else {"species": system.species}),
     }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write numbers and texts to a JSON file."""
+    import json
+
+    from mdsens.io.files import replacing
+
     with replacing(path) as file:
-        np.savez(
-            file, **{name: np.asarray(value) for name, value in arrays.items()}, allow_pickle=False
-        )
+        file.write(json.dumps(content, indent=1).encode())
     print(f"wrote {path}")
 
 

@@ -36,8 +36,8 @@ def energies() -> list[tuple[str, float, float]]:
 
     The system is random overlapping spheres in a sheared periodic cell in 3-D, and the methods
     differ in the neighbor list that compiled code builds. With jax 0.10.2 on CPU such lists lose
-    pairs without setting a flag (jax issue 39103), and the energy is far too small. This check
-    finds other releases of jax with such a fault.
+    pairs, but do not set the flag that marks an incomplete list (jax issue 39103), and the energy
+    is far too small. This check finds other releases of jax with such a fault.
 
     Returns:
       (method, energy, error) for each method; the error is relative to numpy's sum over all pairs.

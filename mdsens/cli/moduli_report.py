@@ -22,7 +22,11 @@ MODULI = {"K": "bulk", "G": "shear", "E": "young", "nu": "poisson"}
 
 
 def page(moduli: Moduli) -> str:
-    """Format elastic moduli and tensors: A, the energy's second derivative by strain; Birch's B."""
+    """Format the elastic moduli, the elastic tensor A and Birch's tensor B as tables.
+
+    A is the second derivative of the energy by the strain, divided by the volume; B is the
+    derivative of the stress by the strain.
+    """
     # the axes of each Mandel index: the first non-zero entry of its unit strain
     entries = [np.argwhere(unit)[0] for unit in basis(moduli.stress.shape[0])]
     axes = [f"{AXES[i]}{AXES[j]}" for i, j in entries]
@@ -43,7 +47,8 @@ def slopes_of(lin: Linearization, parts: Sequence[Component]) -> dict[str, np.nd
 
     Returns:
       arrays (components,) by name: P for the pressure; K, G, E and nu for the moduli of the tensor
-      A; and K_B, G_B, E_B and nu_B for those of Birch's tensor.
+      A, the second derivative of the energy by the strain, divided by the volume; and K_B, G_B,
+      E_B and nu_B for those of Birch's tensor, the derivative of the stress by the strain.
     """
 
     def features(m: Moduli) -> jax.Array:

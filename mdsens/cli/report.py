@@ -61,7 +61,8 @@ class Component(NamedTuple):
 
     Attributes:
       label: the component's name.
-      direction: the change of the parameter, by its name, when the component changes by 1.
+      direction: the change of the whole parameter when the component changes by 1: a dict with one
+        array, by the name of the parameter.
     """
 
     label: str
@@ -92,9 +93,14 @@ def components(
             f" {did_you_mean(name, system.params)}"
         )
     (parameter,) = parameters_of(system, {name: system.params[name]})
-    shape = parameter.shape
     if index is None:
         return [_component(parameter, i) for i in parameter.indices]
+    _check_index(name, index, parameter.shape)
+    return [_component(parameter, index)]
+
+
+def _check_index(name: str, index: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    """Raise InputError if a parameter ``name`` of this shape has no component with this index."""
     if len(index) != len(shape):
         kind, form = {
             0: ("one number", name),
@@ -107,7 +113,6 @@ def components(
             raise InputError(
                 f"--wrt: {name} has no component {i}: its indices go from 0 to {size - 1}."
             )
-    return [_component(parameter, index)]
 
 
 def _component(parameter: Parameter, index: tuple[int, ...]) -> Component:
@@ -126,8 +131,22 @@ def system(name: str, system: System, content: dict[str, Any]) -> str:
       system: the system.
       content: content of the system's TOML file, of which ``description`` and ``units`` are shown.
     """
-    d = system.dimension
-    species = "all alike"
+    rows = [
+        ("particles", f"n = {system.n:,} in {system.dimension}-D, {_describe_kinds(system)}"),
+        ("potential", system.potential.name),
+        *((f"  {k}", _values(np.asarray(v))) for k, v in system.params.items()),
+        ("box", described(system.box)),
+    ]
+    if system.box is not None:
+        rows.append(_format_density(system))
+    if content.get("units"):
+        rows.append(("units", str(content["units"])))
+    description = f": {content['description']}" if content.get("description") else ""
+    return tables.text(_folded(f"System {name}{description}"), rows)
+
+
+def _describe_kinds(system: System) -> str:
+    """Say how the particles differ: by species, each by parameters of its own, or not at all."""
     if system.species is not None:
         counts = np.bincount(np.asarray(system.species), minlength=system.species_count)
         names = [f" {name}" for name in system.species_names]
@@ -136,26 +155,20 @@ def system(name: str, system: System, content: dict[str, Any]) -> str:
             f"{count}{name}"
             for count, name in itertools.zip_longest(counts, names[: counts.size], fillvalue="")
         ]
-        species = f"{system.species_count} species ({' + '.join(parts)})"
-    elif any(v.shape == (system.n,) and system.n > 1 for v in system.params.values()):
-        species = "each with parameters of its own"
-    rows = [
-        ("particles", f"n = {system.n:,} in {d}-D, {species}"),
-        ("potential", system.potential.name),
-        *((f"  {k}", _values(np.asarray(v))) for k, v in system.params.items()),
-        ("box", described(system.box)),
-    ]
-    if system.box is not None and system.diameters is not None and system.potential.repulsive:
-        fraction = float(packing_fraction(system))
-        follows = isinstance(system.boundary, PackingFraction)
-        remark = "; the box follows the diameters" if follows else ""
-        rows.append(("packing fraction", f"{fraction:.6g}{remark}"))
-    elif system.box is not None:
-        rows.append(("number density", f"{system.n / float(system.volume):.6g}"))
-    if content.get("units"):
-        rows.append(("units", str(content["units"])))
-    description = f": {content['description']}" if content.get("description") else ""
-    return tables.text(_folded(f"System {name}{description}"), rows)
+        return f"{system.species_count} species ({' + '.join(parts)})"
+    if any(v.shape == (system.n,) and system.n > 1 for v in system.params.values()):
+        return "each with parameters of its own"
+    return "all alike"
+
+
+def _format_density(system: System) -> tuple[str, str]:
+    """Format the packing fraction; for particles that attract or have no size, number density."""
+    if system.diameters is None or not system.potential.repulsive:
+        return "number density", f"{system.n / float(system.volume):.6g}"
+    fraction = float(packing_fraction(system))
+    follows = isinstance(system.boundary, PackingFraction)
+    remark = "; the box follows the diameters" if follows else ""
+    return "packing fraction", f"{fraction:.6g}{remark}"
 
 
 def _folded(title: str) -> str:
@@ -233,10 +246,12 @@ def parts_of(value: jax.Array | np.ndarray | Unknowns) -> tuple[np.ndarray, np.n
 
 
 def spacing(system: System, component: Component) -> float:
-    """Compute a unit for responses: one particle spacing for a relative parameter change of 1.
+    """Compute the unit for displacements of particles in response to a parameter component.
 
-    The unit is the particle spacing divided by the parameter's largest value among the entries that
-    the component changes. Where this value is zero, the unit is the spacing.
+    A displacement of one unit is one particle spacing if the relative change of the parameter
+    is 1. The unit is therefore the particle spacing divided by the parameter's largest absolute
+    value among the entries that the component changes. Where this value is zero, the unit is the
+    spacing.
     """
     name, direction = next(iter(component.direction.items()))
     d = system.dimension
@@ -267,8 +282,9 @@ def scale(
 ) -> float:
     """Compute the norm by which errors of a response are divided to become relative errors.
 
-    The norm is that of the displacements in ``value``. Where the non-affine displacements are
-    negligible, the norm is that of displacements by one :func:`spacing` for each particle.
+    The norm is that of the particles' displacements in ``value``: the whole response, or its
+    non-affine part. Where the non-affine displacements in ``response`` are negligible, the norm is
+    that of displacements of every particle by the unit :func:`spacing`.
     """
     if negligible(system, component, response):
         return spacing(system, component) * system.n**0.5
@@ -287,8 +303,9 @@ class Finding(NamedTuple):
       response: the derivative of the minimum by the component.
       differences: the derivative by finite differences; None if none were taken.
       error: difference between the response and the finite differences, relative to the norm of the
-        non-affine displacements. Where the cell responds too, the larger one of this error and the
-        error of the strain relative to the strain's norm. NaN without finite differences.
+        non-affine displacements (where these are negligible, see :func:`scale`). Where the cell
+        responds too, the larger one of this error and the error of the strain relative to the
+        strain's norm. NaN without finite differences.
       own: estimated error of the finite differences themselves, relative to the norm of the
         non-affine displacements. NaN without finite differences.
       forward: <w, J v>; NaN if the adjoint was not computed.
@@ -313,7 +330,12 @@ class Finding(NamedTuple):
 
     @property
     def gap(self) -> float:
-        """Relative difference of <w, J v> and <J^T w, v>, which are equal for a correct adjoint."""
+        """Error of the adjoint J^T: |<w, J v> - <J^T w, v>| in units of the norm of J v.
+
+        J is the Jacobian of the positions by the parameters, v the change of the parameters, and w
+        a random vector. For a correct adjoint the two products are equal. Where the non-affine
+        displacements are negligible, the unit is another norm, see :func:`scale`.
+        """
         return abs(self.forward - self.reverse) / scale(
             self.system, self.part, self.response, self.response.value
         )
@@ -457,8 +479,8 @@ def verification(findings: Sequence[Finding]) -> str:
 def _first_contact_change(differences: FiniteDifference) -> str:
     """Format the parameter change at which the first contact opens or closes.
 
-    The text is empty if that change is above 1e9 steps of the finite differences. With steps of
-    1e-6 of the parameter, this is about a thousand times the parameter.
+    The text is empty if that change is above 1e9 times the step of the finite differences. For a
+    step of 1e-6 of the parameter, this limit is about a thousand times the parameter.
     """
     near = differences.radius < 1e9 * differences.step
     return f"{differences.radius:.1e}" if near else ""
@@ -487,19 +509,7 @@ def sensitivity(finding: Finding) -> str:
         ("status", f"{response.status.name}: {response.status.sentence}"),
         ("solver", f"{solver}, residual {float(stats.residual):.1e}"),
     ]
-    value, strain = parts_of(response.value)
-    parts = [("whole response", value, "all components of all particles")]
-    if affine:
-        parts.append(("non-affine part", response.nonaffine, "the motion less that of the box"))
-    for name, part, note in parts:
-        l1 = float(np.abs(np.asarray(part)).sum())
-        l2 = float(np.linalg.norm(np.asarray(part)))
-        rows.append((name, f"L1 norm {l1:<10.6g}  L2 norm {l2:<10.6g}  ({note})"))
-    if strain is not None:
-        size = float(np.linalg.norm(strain))
-        # relative volume change: the trace, which is the first d of the Mandel components
-        trace = float(strain[: finding.system.dimension].sum())
-        rows.append(("cell", f"strain of norm {size:.6g}, of which the volume's {trace:.6g}"))
+    rows += _format_norms(response, affine, finding.system.dimension)
     differences = finding.differences
     if differences is not None:
         first_change = _first_contact_change(differences)
@@ -518,6 +528,32 @@ def sensitivity(finding: Finding) -> str:
         exception = ", but with the box" if affine else ""
         return f"{table}\n\nNo particle moves{exception}: all is round-off."
     return f"{table}\n\n{_largest_displacements(finding, affine)}"
+
+
+def _format_norms(response: Displacement, affine: bool, d: int) -> list[tuple[str, str]]:
+    """Format the norms of the particles' displacements and, where the cell moves, of its strain.
+
+    Args:
+      response: the response.
+      affine: whether the box moves; if so, the norms of the non-affine part have a row of their
+        own.
+      d: dimension of space.
+    """
+    rows = []
+    value, strain = parts_of(response.value)
+    parts = [("whole response", value, "all components of all particles")]
+    if affine:
+        parts.append(("non-affine part", response.nonaffine, "the motion less that of the box"))
+    for name, part, note in parts:
+        l1 = float(np.abs(np.asarray(part)).sum())
+        l2 = float(np.linalg.norm(np.asarray(part)))
+        rows.append((name, f"L1 norm {l1:<10.6g}  L2 norm {l2:<10.6g}  ({note})"))
+    if strain is not None:
+        size = float(np.linalg.norm(strain))
+        # relative volume change: the trace, which is the first d of the Mandel components
+        trace = float(strain[:d].sum())
+        rows.append(("cell", f"strain of norm {size:.6g}, of which the volume's {trace:.6g}"))
+    return rows
 
 
 def _largest_displacements(finding: Finding, affine: bool, count: int = 5) -> str:
@@ -569,24 +605,15 @@ def ranking(
     """
     system = lin.system
     (name,) = parts[0].direction
-    terms = getattr(system.potential, "parts", (system.potential,))
-    bonds = [
-        np.asarray(potential.bonds)
-        for potential in terms
-        if isinstance(potential, BondedPotential) and name in potential.parameters
-    ]
-    units = np.stack([part.direction[name] for part in parts])
-    # (n, d, *shape of the parameter) -> (component, n, d)
-    jacobian = np.moveaxis(np.asarray(whole.nonaffine), (0, 1), (-2, -1))
-    displacements = np.tensordot(units, jacobian, units.ndim - 1)
-    sizes = np.linalg.norm(displacements, axis=2)  # (component, particle)
+    bonds = _find_bonds(system, name)
+    sizes = _measure_displacements(parts, whole)
     one_a_particle = not bonds and system.params[name].shape == (system.n,)
     if one_a_particle:  # then component k belongs to particle k
         np.fill_diagonal(sizes, 0.0)
     norms = np.linalg.norm(sizes, axis=1)
     most = sizes.argmax(axis=1)
     best = np.argsort(-norms, kind="stable")[:count]
-    values = [np.asarray(system.params[name])[units[k] != 0][0] for k in best]
+    values = [np.asarray(system.params[name])[parts[k].direction[name] != 0][0] for k in best]
     cells = [tables.numbers(column) for column in (values, norms[best], sizes[best, most[best]])]
     rows = []
     for k, value, norm, largest in zip(best, *cells, strict=True):
@@ -600,3 +627,28 @@ def ranking(
     bond = ["bond"] if bonds else []
     header = ["component", *bond, "value", "L2 norm", "moves most", "by |dR|"]
     return tables.columns(title, header, rows), int(best[0])
+
+
+def _find_bonds(system: System, name: str) -> list[np.ndarray]:
+    """Return the bonded pairs (bonds, 2) of each potential of bonds with a parameter ``name``."""
+    terms = getattr(system.potential, "parts", (system.potential,))
+    return [
+        np.asarray(potential.bonds)
+        for potential in terms
+        if isinstance(potential, BondedPotential) and name in potential.parameters
+    ]
+
+
+def _measure_displacements(parts: Sequence[Component], whole: Displacement) -> np.ndarray:
+    """Compute how far each component of a parameter moves each particle, (component, particle).
+
+    Args:
+      parts: all components of the parameter.
+      whole: the Jacobian of the minimum by the parameter, of which the non-affine part counts.
+    """
+    (name,) = parts[0].direction
+    units = np.stack([part.direction[name] for part in parts])
+    # (n, d, *shape of the parameter) -> (component, n, d)
+    jacobian = np.moveaxis(np.asarray(whole.nonaffine), (0, 1), (-2, -1))
+    displacements = np.tensordot(units, jacobian, units.ndim - 1)
+    return np.linalg.norm(displacements, axis=2)

@@ -64,11 +64,18 @@ class Constraint:
         return None
 
     def least(self) -> float | None:
-        """Return the lower bound of the parameters that a constraint relaxes; None without one."""
+        """Return the lower bound of the parameters that relax under a constraint, or None.
+
+        These are parameters of the potential that are unknowns like the positions. The result is
+        None where they have no lower bound.
+        """
         return None
 
     def reach(self, params: Params) -> float:
-        """Return the longest distance between particles that a constraint fixes; 0 if none."""
+        """Return the longest of the distances between particles that a constraint fixes.
+
+        The result is 0 for a constraint that fixes no distance.
+        """
         return 0.0
 
     def residuals(
@@ -127,34 +134,50 @@ def check_constraints(
         if c.name in names:
             raise InputError(f"two constraints are named {c.name!r}: give each a different name.")
         names.append(c.name)
-        for name in c.parameters:
-            if name in law_parameters:
-                raise InputError(
-                    f"the potential and the constraint {c.name} both have a parameter {name!r}:"
-                    " give the constraint another name."
-                )
-            if name not in params:
-                raise InputError(
-                    f"the constraint {c.name} needs the parameter {name!r}: give params[{name!r}]."
-                )
-            # the potential checks its parameters itself, but not these
-            if not np.isfinite(np.asarray(params[name])).all():
-                raise InputError(f"parameter {name} is not finite: give finite numbers.")
-        for name in c.relaxes:
-            if name not in law_parameters:
-                raise InputError(
-                    f"the constraint {c.name} relaxes {name!r}, which the potential does not have:"
-                    f" give one of {list(law_parameters)}."
-                )
+        _check_parameters(c, params, law_parameters)
         c.check(params, n, d)
     # Only after all are known: the constraint that relaxes a parameter may come after the one whose
     # bounds depend on it.
-    relaxes = {name: c.name for c in records for name in c.relaxes}
-    for c in records:
+    _check_fixed_bounds(records)
+    return records
+
+
+def _check_parameters(c: Constraint, params: Params, law_parameters: Sequence[str]) -> None:
+    """Raise InputError unless a constraint's own parameters and those that it relaxes are valid.
+
+    Args:
+      c: the constraint.
+      params: the parameters of the potential and of the constraints.
+      law_parameters: names of the potential's parameters.
+    """
+    for name in c.parameters:
+        if name in law_parameters:
+            raise InputError(
+                f"the potential and the constraint {c.name} both have a parameter {name!r}:"
+                " give the constraint another name."
+            )
+        if name not in params:
+            raise InputError(
+                f"the constraint {c.name} needs the parameter {name!r}: give params[{name!r}]."
+            )
+        # the potential checks its parameters itself, but not these
+        if not np.isfinite(np.asarray(params[name])).all():
+            raise InputError(f"parameter {name} is not finite: give finite numbers.")
+    for name in c.relaxes:
+        if name not in law_parameters:
+            raise InputError(
+                f"the constraint {c.name} relaxes {name!r}, which the potential does not have:"
+                f" give one of {list(law_parameters)}."
+            )
+
+
+def _check_fixed_bounds(constraints: Sequence[Constraint]) -> None:
+    """Raise InputError if the bounds of a constraint depend on a parameter that another relaxes."""
+    relaxes = {name: c.name for c in constraints for name in c.relaxes}
+    for c in constraints:
         for name in relaxes.keys() & set(c.bounded_by):
             raise InputError(
                 f"the bounds of the constraint {c.name} depend on {name!r}, which the constraint"
                 f" {relaxes[name]} relaxes, and bounds cannot move during a relaxation: leave"
                 f" `clearance` 0, or keep {name!r} fixed."
             )
-    return records

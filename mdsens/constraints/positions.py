@@ -37,9 +37,10 @@ def _indices(name: str, value: ArrayLike, remedy: str) -> np.ndarray:
 class Pinned(Portable, Constraint):
     """Constraint that keeps coordinates at their values in the system's positions.
 
-    The Lagrange multiplier is the force (n, d) that the support exerts. It is the derivative of the
-    energy, and of the terms of the other constraints, by the pinned coordinates, and zero for the
-    other coordinates. Make the constraint with ``Pinned.particles`` or ``Pinned.coordinates``.
+    The Lagrange multiplier is the force (n, d) that holds the pinned coordinates in place. This is
+    the derivative, by the pinned coordinates, of the energy plus the terms of the other constraints
+    (multiplier times residual); it is zero for coordinates that are not pinned. Make the constraint
+    with ``Pinned.particles`` or ``Pinned.coordinates``.
 
     Attributes:
       mask: (n, d), True where a coordinate is pinned.
@@ -233,8 +234,9 @@ class RigidBonds(Portable, Constraint):
     ) -> RigidBonds:
         """Make the smallest set of rigid bonds that makes each group of particles a rigid body.
 
-        The first d + 1 particles that span a body are bonded all to all, and each further particle
-        to d of these. A body of m particles gets d m - d (d + 1) / 2 bonds, none of them redundant.
+        In d dimensions, the first d + 1 particles that span a body are bonded all to all, and each
+        further particle is bonded to d of these. A body of m particles gets d m - d (d + 1) / 2
+        bonds, none of them redundant.
 
         Args:
           positions: (n, d) positions, with each body in one piece, not split by the periodic
@@ -335,10 +337,10 @@ def _isostatic_bonds(x: np.ndarray, body: list[int], k: int) -> list[tuple[int, 
     for i in others:
 
         def conditioning(ends: tuple[int, ...], i: int = i) -> float:
-            """Return the least singular value of the unit vectors from particle i to ``ends``.
+            """Compute how well bonds from particle i to the particles ``ends`` fix its position.
 
-            The larger the value, the better do bonds to these particles determine the position of
-            particle i.
+            The result is the least singular value of the unit vectors from particle i to the other
+            particles; the larger it is, the better do the bonds determine the position.
             """
             arms = x[list(ends)] - x[i]
             directions = arms / np.linalg.norm(arms, axis=1)[:, None]

@@ -120,28 +120,15 @@ def measure(
       x: (p,) the variables of the design at these minima.
       counts: (members,) False for each system to leave out.
     """
-    lins: list[Linearization | None] = []
+    lins: list[Linearization | None] = [None] * len(minima)
     measured: list[FeatureValues] = []
     status = np.full(len(minima), Status.UNCONVERGED.value)
     for k, minimum in enumerate(minima):
-        lins.append(None)
         if not counts[k]:
             continue
-        status[k] = int(minimum.status)
-        if not Status(int(minimum.status)).good:
-            continue
-        if isinstance(minimum, Linearization):
-            lin = minimum
-        else:
-            lin = linearize(minimum, throw=False)
-        status[k] = int(lin.status)
-        if not Status(int(lin.status)).good:
-            continue
-        features = evaluate_features(problem.features, lin)
-        finite = Status.CONVERGED if np.isfinite(features.values).all() else Status.NOT_FINITE
-        status[k] = finite.value if features.status.good else features.status.value
-        if status[k] == Status.CONVERGED.value:
-            lins[k] = lin
+        outcome, lins[k], features = _measure_member(problem.features, minimum)
+        status[k] = outcome.value
+        if features is not None:
             measured.append(features)
     if not measured:
         no_values = np.full(len(problem.features), np.nan)
@@ -161,6 +148,30 @@ def measure(
         jacobian,
         status,
     )
+
+
+def _measure_member(
+    features: Sequence[Feature], minimum: Equilibrium | Linearization
+) -> tuple[Status, Linearization | None, FeatureValues | None]:
+    """Compute the features of one system of an ensemble at its minimum.
+
+    Returns:
+      (CONVERGED if the system counts in the mean, else the reason why it does not; its linearized
+      minimum; the values of its features), with None for the last two if it does not count.
+    """
+    status = Status(int(minimum.status))
+    if not status.good:
+        return status, None, None
+    lin = minimum if isinstance(minimum, Linearization) else linearize(minimum, throw=False)
+    status = Status(int(lin.status))
+    if not status.good:
+        return status, None, None
+    measured = evaluate_features(features, lin)
+    if not measured.status.good:
+        return measured.status, None, None
+    if not np.isfinite(measured.values).all():
+        return Status.NOT_FINITE, None, None
+    return Status.CONVERGED, lin, measured
 
 
 def moves(
@@ -230,7 +241,9 @@ def crossing_times(
 def _contact_path(
     lin: Linearization, move: Unknowns, tangent: Mapping[str, np.ndarray]
 ) -> tuple[System, jax.Array, dict[str, Any], jax.Array, jax.Array | None]:
-    """Return a parameter step with its linear response as arguments of ``contact_changes``.
+    """Return a parameter step with its linear response, to predict when pairs open or close.
+
+    The parts are arguments of the functions in ``mdsens.mechanics.contact_changes``.
 
     Returns:
       the system; the linear response (n, d) of the positions, less the motion with the cell; the
@@ -265,14 +278,16 @@ def pair_motion(
 
 
 def softened(eq: Equilibrium, widths: Sequence[float], widest: float) -> list[Linearization]:
-    """Linearize a minimum with its pair potentials averaged over a width of r, for several widths.
+    """Linearize a minimum with averaged pair potentials, once for each of several widths.
 
-    The particles stay where they are, and the averaged potentials leave a force on them. The
-    derivatives are those of an energy landscape without the kinks that are narrower than the width.
+    For the width w, the potential at the distance r is replaced by its average over distances from
+    r - w to r + w. The particles stay where they are, and the averaged potentials leave a force on
+    them. The derivatives are those of an energy landscape without the kinks that are narrower than
+    the width.
 
     Args:
       eq: the minimum of the potentials without averages.
-      widths: widths of the averages, lengths.
+      widths: the widths w of the averages, lengths.
       widest: the largest width; the neighbor list holds pairs up to this length beyond the range of
         the potential.
 

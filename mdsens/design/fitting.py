@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -113,51 +114,31 @@ def fit(
     """
     method = LevenbergMarquardt() if method is None else method
     check_method(method)
-    if not is_integer(steps) or steps < 1:
-        raise InputError(f"`steps` is {short(steps)}: give a whole number of at least 1.")
-    if resume is not None and not isinstance(resume, State):
-        raise InputError(
-            f"`resume` is a {type(resume).__name__}: give a State, as ms.io.load returns or as"
-            " `callback` is called with."
-        )
+    _check_steps_and_resume(steps, resume)
     wanted = _checked_targets(targets)
     members = _checked_members(system)
     variables = Variables.of(members[0], free, bounds)
     _check_shared(members, variables)
-    options = {"pressure": pressure, "shape": shape, "tolerance": tolerance, "max_steps": max_steps}
-
-    def relax(starts: Sequence[System]) -> list[Equilibrium]:
-        # One compiled call relaxes a batch; at a pressure the members are relaxed one by one.
-        if len(starts) > 1 and pressure is None:
-            return unstack(minimize(stack(list(starts)), throw=False, progress=False, **options))
-        return [minimize(start, throw=False, progress=False, **options) for start in starts]
-
-    bounds_of_x = zip(variables.low, variables.high, strict=True)
+    options = {"pressure": pressure, "shape": shape, "tolerance": tolerance}
     about = {
-        "targets": [[t.name, t.value, t.tolerance, t.from_start, t.share] for t in wanted],
-        "variables": list(variables.labels),
-        "bounds": [[float(low), float(high)] for low, high in bounds_of_x],
-        "method": repr(method) if isinstance(method, LevenbergMarquardt) else str(method),
+        **_describe_task(wanted, variables, method),
         "members": len(members),
         "restart": restart,
         # A design may be resumed with more steps for each relaxation, so max_steps is left out.
-        **{key: value for key, value in options.items() if key != "max_steps"},
+        **options,
     }
     problem = Problem(
         targets=wanted,
         features=tuple(t.feature for t in wanted),
         variables=variables,
         method=method,
-        relax=relax,
+        relax=_make_relaxation({**options, "max_steps": max_steps}),
         about=about,
         initial=tuple(members) if restart else None,
     )
     bar = Trials(steps, progress)
     try:
-        if resume is None:
-            state, measurement = _initial(problem, members)
-        else:
-            state, measurement = _resumed(problem, resume)
+        state, measurement = _begin_design(problem, members, resume)
         while (status := _verdict(state, steps)) is None:
             bar.show(len(state.history) - 1, _distance(state))
             state, measurement = _advanced(problem, state, measurement)
@@ -170,6 +151,49 @@ def fit(
     if throw and not status.good:
         raise ConvergenceError(f"fit: {status.sentence}.", status, design)
     return design
+
+
+def _check_steps_and_resume(steps: int, resume: State | None) -> None:
+    """Raise InputError unless ``fit`` gets a whole number of steps and a State to resume from."""
+    if not is_integer(steps) or steps < 1:
+        raise InputError(f"`steps` is {short(steps)}: give a whole number of at least 1.")
+    if resume is not None and not isinstance(resume, State):
+        raise InputError(
+            f"`resume` is a {type(resume).__name__}: give a State, as ms.io.load returns or as"
+            " `callback` is called with."
+        )
+
+
+def _make_relaxation(options: Mapping[str, Any]) -> Callable[[Sequence[System]], list[Equilibrium]]:
+    """Return the function that relaxes systems and returns one minimum for each.
+
+    Args:
+      options: arguments of ``minimize`` by name, among them the pressure.
+    """
+
+    def relax(starts: Sequence[System]) -> list[Equilibrium]:
+        # One compiled call relaxes a batch; at a pressure the members are relaxed one by one.
+        if len(starts) > 1 and options["pressure"] is None:
+            return unstack(minimize(stack(list(starts)), throw=False, progress=False, **options))
+        return [minimize(start, throw=False, progress=False, **options) for start in starts]
+
+    return relax
+
+
+def _describe_task(
+    targets: Sequence[Target], variables: Variables, method: LevenbergMarquardt | Optax
+) -> dict[str, Any]:
+    """Describe what an inverse design seeks, what it may change, and how, as texts and numbers.
+
+    A state is stored with this description, and only a design with the same one resumes from it.
+    """
+    bounds_of_x = zip(variables.low, variables.high, strict=True)
+    return {
+        "targets": [[t.name, t.value, t.tolerance, t.from_start, t.share] for t in targets],
+        "variables": list(variables.labels),
+        "bounds": [[float(low), float(high)] for low, high in bounds_of_x],
+        "method": repr(method) if isinstance(method, LevenbergMarquardt) else str(method),
+    }
 
 
 def _checked_targets(targets: Target | Sequence[Target]) -> tuple[Target, ...]:
@@ -212,7 +236,7 @@ def _checked_members(system: System | Sequence[System]) -> list[System]:
 
 
 def _check_shared(members: Sequence[System], variables: Variables) -> None:
-    """Raise InputError if the free parameters of a system differ from those of the first system."""
+    """Raise InputError unless all systems of a design have equal values of the free parameters."""
     for k, member in enumerate(members):
         for name, value in variables.start.items():
             shared = name in member.params and np.array_equal(
@@ -223,6 +247,17 @@ def _check_shared(members: Sequence[System], variables: Variables) -> None:
                     f"system {k} has another `{name}` than system 0: give all systems the same"
                     " values of the free parameters."
                 )
+
+
+def _begin_design(
+    problem: Problem, members: list[System], resume: State | None
+) -> tuple[State, Measurement]:
+    """Begin a new inverse design with relaxed systems, or continue the one of a stored state.
+
+    Returns:
+      the state, and the properties to design, measured on the relaxed systems.
+    """
+    return _initial(problem, members) if resume is None else _resumed(problem, resume)
 
 
 def _initial(problem: Problem, members: list[System]) -> tuple[State, Measurement]:
@@ -329,7 +364,7 @@ def _verdict(state: State, steps: int) -> Status | None:
     """Return the status with which an inverse design ends, or None if it must take another step.
 
     The design ends when all targets are met, when steps have become too short to make progress, or
-    when ``steps`` steps have been taken.
+    when the largest number of steps, ``steps``, has been taken.
     """
     if _distance(state) <= 1.0:
         return Status.CONVERGED
@@ -405,10 +440,20 @@ def _advanced(
     )
     if not accepted:
         return state, measurement
-    # A member that does not count here keeps its last minimum, from which the next step starts it.
     good = now.status == Status.CONVERGED.value
-    minima = tuple(
-        new if ok else old for new, old, ok in zip(equilibria, state.equilibria, good, strict=True)
-    )
+    minima = _update_minima(equilibria, state.equilibria, good)
     state = dataclasses.replace(state, x=tried, equilibria=minima, counts=good, optimizer=optimizer)
     return state, now
+
+
+def _update_minima(
+    new: Sequence[Equilibrium], old: Sequence[Equilibrium], good: np.ndarray
+) -> tuple[Equilibrium, ...]:
+    """Return the minimum of each system after an accepted step of an inverse design.
+
+    Args:
+      new, old: the minima after the step and before it.
+      good: (members,) whether the properties to design could be computed at the new minimum. A
+        system where they could not keeps its old minimum, from which the next step starts it.
+    """
+    return tuple(after if ok else before for after, before, ok in zip(new, old, good, strict=True))

@@ -38,8 +38,8 @@ class Step(Named):
       reach: the fraction of the step at which the first pair was predicted to cross a breakpoint,
         to first order; the smallest such fraction over the members. A breakpoint is a distance at
         which a derivative of the potential jumps or diverges. If the fraction is above 1, no pair
-        is predicted to cross in the step: the step lies within the radius that the certificate of a
-        derivative gives.
+        is predicted to cross in the step: the step lies within the radius up to which the
+        derivative is valid according to its certificate.
       crossed: how many pairs were predicted to cross a breakpoint in the step; the largest such
         number over the members.
       max_displacement_error: the largest distance of a relaxed particle from the position that
@@ -104,7 +104,8 @@ class Design(Shown):
     """The result of an inverse design, with all of its steps; ``print`` shows a summary.
 
     Attributes:
-      status: CONVERGED where every target is met, else DESIGN_STAGNATED or BUDGET_SPENT.
+      status: CONVERGED where every target is met, DESIGN_STAGNATED where no step leads nearer to
+        all targets, BUDGET_SPENT where all steps were taken before every target was met.
       params: values of the free parameters at the end, by name.
       names: (m,) names of the m targets.
       labels: (p,) labels of the p variables (free components of parameters), such as ``sigma[1]``.

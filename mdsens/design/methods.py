@@ -26,10 +26,11 @@ class LevenbergMarquardt:
 
         min |s|^2 / 2 + sum_k |J_k s - t (target - f)|^2 / (2 mu),   low <= x + s <= high.
 
-    J_k is the Jacobian of the features in model k; each of its rows, and the component of
-    t (target - f) in this row, is divided by the norm of the row. low and high are the bounds of
-    the variables, and t is the largest number up to 1 for which no variable changes by more than
-    the radius of the trust region. The Jacobians J_k are of three kinds:
+    J_k is the Jacobian of the features in model k. Each row of J_k belongs to one feature. The row
+    and the feature's component of t (target - f) are both divided by the norm of the row. low and
+    high are the bounds of the variables. t is 1, or less where a variable would otherwise change by
+    more than the radius of the trust region; for features within the tolerance of their target t is
+    always 1. The Jacobians J_k are of three kinds:
 
     - the Jacobian at x;
     - Jacobians computed near x in earlier steps, refused steps included. The features of a packing
@@ -37,30 +38,31 @@ class LevenbergMarquardt:
       not describe the other side. A step from the Jacobians of both sides moves along the kink.
       With the Jacobian of one side alone, steps are refused on both sides in turn, until the trust
       region has shrunk to nothing;
-    - Jacobians at x for the same particle positions, with pair potentials averaged over a width of
-      the distance r (:mod:`mdsens.potentials.smoothed`). The average treats pairs just within and
-      just beyond contact alike. These Jacobians prevent steps that rely on the derivative due to a
-      single contact that has just formed.
+    - Jacobians at x for the same particle positions and averaged pair potentials. For a width w,
+      the potential at the distance r is its average over distances from r - w to r + w
+      (:mod:`mdsens.potentials.smoothed`). The average treats pairs just within and just beyond
+      contact alike. These Jacobians prevent steps that rely on the derivative due to a single
+      contact that has just formed.
 
     Attributes:
       trust: the first radius of the trust region: the largest change of a variable (for a variable
         that is a logarithm, a relative change of the parameter). None chooses the radius at which
-        the fraction ``changes`` of the contacts opens or closes. These contact changes are
-        predicted to first order, as for the radius that the certificate of a derivative gives.
+        the fraction ``changes`` of the contacts opens or closes. The changes of contacts are
+        predicted to first order, as in the certificate of a derivative.
       changes: the fraction of the contacts that may open or close in the first step, where
         ``trust`` is None.
       largest: the largest radius of the trust region.
       memory: how many earlier Jacobians are kept in addition to the Jacobian at x.
       reach: the largest distance from x at which earlier Jacobians are used, in units of the radius
         of the trust region.
-      damping: the square root of mu. At 0.03, two models that contradict each other by less than
-        3 % of a row do not shorten the step.
+      damping: the square root of mu. At 0.03, a contradiction between two models does not shorten
+        the step if their rows for a feature differ by less than 3 % of the norm of a row.
       loosened: how far features that have met their targets may leave them again while others are
-        far from theirs: this fraction of the largest distance of a feature from its target. Each
+        far from theirs, as a fraction of the largest distance of any feature from its target. Each
         distance is in units of the tolerance of its target. Without this freedom, features that
         have met their targets can stop the design.
-      widths: widths of the averages of the potentials, each a multiple of the root mean square
-        motion of pairs in a step as long as the radius; () uses no averaged potentials.
+      widths: the widths w of the averaged potentials, in units of the root mean square motion of
+        pairs in a step as long as the radius; () uses no averaged potentials.
     """
 
     trust: float | None = None
@@ -151,15 +153,21 @@ def bounded_step(
     unit = np.eye(len(b))
 
     def value(y: np.ndarray) -> tuple[float, np.ndarray]:
-        """Return the dual function of the multipliers y, which is minimized, and its gradient."""
+        """Return the function of y that the dual problem minimizes, and its gradient.
+
+        The dual problem is that of the least squares with bounds that ``bounded_step`` solves; y
+        has one multiplier for each row of the matrix A.
+        """
         free = A.T @ y
         s = np.clip(free, low, high)
         return float(free @ s - 0.5 * s @ s + 0.5 * mu * y @ y - b @ y), A @ s + mu * y - b
 
     def curvature(y: np.ndarray) -> np.ndarray:
-        """Return the Hessian of the function that the dual problem minimizes, at multipliers y.
+        """Return the Hessian of the function of y that the dual problem minimizes.
 
-        Only components of the primal solution that are strictly inside their bounds contribute.
+        The dual problem is that of the least squares with bounds that ``bounded_step`` solves; y
+        has one multiplier for each row of the matrix A. Only components of A^T y that are strictly
+        inside the bounds contribute.
         """
         free = A.T @ y
         inside = A[:, (free > low) & (free < high)]

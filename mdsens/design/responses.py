@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike
 from mdsens._util.errors import InputError, raise_for_status
 from mdsens._util.tables import Shown
 from mdsens._util.validation import real_array, short
-from mdsens.design.targets import evaluate_features, named
+from mdsens.design.targets import Feature, evaluate_features, named
 from mdsens.design.variables import Free, Variables
 from mdsens.implicit.linear import Method
 from mdsens.mechanics.status import Status
@@ -132,6 +132,39 @@ class FeatureResponse(Shown):
         return rows
 
 
+def _check_features(
+    features: Sequence[Any] | Mapping[str, Any],
+) -> tuple[tuple[str, ...], list[Feature]]:
+    """Check the features that a user gives; return their names, all different, and definitions."""
+    labeled = _label_features(features)
+    if not labeled:
+        raise InputError("`features` is empty: give at least one feature.")
+    resolved = [named(feature) for _, feature in labeled]
+    names = tuple(
+        str(label or name) for (label, _), (name, _) in zip(labeled, resolved, strict=True)
+    )
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(
+                f"two features are called {name!r}: give a dict of names and features."
+            )
+    return names, [feature for _, feature in resolved]
+
+
+def _label_features(
+    features: Sequence[Any] | Mapping[str, Any],
+) -> list[tuple[str | None, Any]]:
+    """Return each feature with the name that a user gives it, None where the user gives none.
+
+    A user gives a dict of names and features, several features, or a single one.
+    """
+    if isinstance(features, str) or callable(features):
+        return [(None, features)]
+    if isinstance(features, Mapping):
+        return list(features.items())
+    return [(None, feature) for feature in features]
+
+
 def _checked_scales(scales: ArrayLike, count: int) -> np.ndarray:
     """Check the scale that a user gives for each feature, and return the scales as an array."""
     units = np.asarray(real_array("`scales`", scales, "give one number for each feature."), float)
@@ -158,8 +191,8 @@ def feature_response(
         ``ms.design.FEATURES``, a function of a System, or ``Elastic(f)`` with a function f of the
         elastic moduli.
       eq: a minimum, from ``minimize`` or ``linearize``.
-      wrt: the parameters by which to differentiate, as the argument ``free`` of ``fit``: positive
-        parameters are varied by their logarithms.
+      wrt: the parameters by which to differentiate, in the form of the argument ``free`` of
+        ``ms.design.fit``; for positive parameters the derivatives are by the logarithms.
       scales: (m,) the unit of each feature; None takes the absolute value of the feature (1 where
         this value is 0 to round-off).
       solve: the linear solver, as in ``jvp``.
@@ -172,28 +205,12 @@ def feature_response(
       InputError: bad features, names, parameters or scales. ConvergenceError: with ``throw``, a
         minimum that cannot be differentiated, or a solve that did not converge.
     """
-    if isinstance(features, str) or callable(features):
-        features = [features]
-    if isinstance(features, Mapping):
-        labeled = list(features.items())
-    else:
-        labeled = [(None, feature) for feature in features]
-    if not labeled:
-        raise InputError("`features` is empty: give at least one feature.")
-    resolved = [named(feature) for _, feature in labeled]
-    names = tuple(
-        str(label or name) for (label, _), (name, _) in zip(labeled, resolved, strict=True)
-    )
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(
-                f"two features are called {name!r}: give a dict of names and features."
-            )
+    names, definitions = _check_features(features)
     lin = linearized(eq, solve)
     variables = Variables.of(lin.equilibrium.system, wrt)
     # The scales are checked before the features are measured, which takes time.
     units = None if scales is None else _checked_scales(scales, len(names))
-    measurement = evaluate_features([feature for _, feature in resolved], lin)
+    measurement = evaluate_features(definitions, lin)
     if units is None:
         sizes = np.abs(measurement.values)
         units = np.where(sizes <= measurement.round_off, 1.0, sizes)

@@ -49,8 +49,8 @@ class Elastic:
     """A feature of a design computed from elastic moduli, such as ``Elastic(lambda m: m.poisson)``.
 
     A feature is a number that a relaxed configuration determines. The gradient of this feature
-    costs one linear solve in addition to those for the moduli. The gradient of a function of a
-    System that calls ``moduli`` inside costs several more.
+    costs one linear solve more than the moduli themselves. A feature that is a function of a System
+    and calls ``moduli`` itself needs several more linear solves for its gradient.
 
     Attributes:
       of: a function of the :class:`~mdsens.elasticity.Moduli` that returns one number.
@@ -162,14 +162,15 @@ class Target:
 
     @property
     def feature(self) -> Feature:
-        """The definition of the feature: a function of a System, ``Elastic`` or ``Softest``.
+        """The feature of the target: a function of a System, an ``Elastic`` or a ``Softest``.
 
-        If ``of`` is the name of a feature, its definition is looked up.
+        If the attribute ``of`` of the target is a name in ``ms.design.FEATURES``, the feature is
+        the one listed there under this name.
         """
         return named(self.of)[1]
 
     def resolved(self, start: float) -> tuple[float, float]:
-        """Return the wanted value of the feature and the tolerance, both in the feature's unit.
+        """Return the wanted value and the tolerance of the target, both in the feature's unit.
 
         Args:
           start: the value of the feature at the start of the design.
@@ -250,14 +251,23 @@ def evaluate_features(features: Sequence[Feature], lin: Linearization) -> Featur
         keep([k], np.array([stiffness.value]), _with_leading_axis(gradient))
         # The eigenvalue has a status of its own, apart from that of its gradient.
         codes.append(stiffness.status.value)
+    return FeatureValues(values, slopes, _estimate_round_off(slopes, lin), Status.worst_of(codes))
+
+
+def _estimate_round_off(slopes: Mapping[str, np.ndarray], lin: Linearization) -> np.ndarray:
+    """Compute the error of each of m features from rounding the parameters, (m,).
+
+    Args:
+      slopes: derivatives of the features by each parameter, arrays (m, *shape of the parameter).
+      lin: the linearized minimum, with the parameters.
+    """
     # First-order effect of rounding each parameter: eps |p| |df/dp|, summed over the components.
     eps = float(np.finfo(lin.system.positions.dtype).eps)
     shares = [
-        (slope * np.asarray(lin.params[name])).reshape(len(features), -1)
+        (slope * np.asarray(lin.params[name])).reshape(len(slope), -1)
         for name, slope in slopes.items()
     ]
-    round_off = ROUNDED * eps * np.abs(np.concatenate(shares, axis=1)).sum(axis=1)
-    return FeatureValues(values, slopes, round_off, Status.worst_of(codes))
+    return ROUNDED * eps * np.abs(np.concatenate(shares, axis=1)).sum(axis=1)
 
 
 def _with_leading_axis(response: ParameterGradient) -> ParameterGradient:

@@ -108,12 +108,7 @@ class Variables:
             # Of an entry and its mirror image, the first stands for both.
             places = [np.argwhere(which == k)[0] for k in range(which.max(initial=-1) + 1)]
             values = np.array([value[tuple(place)] for place in places])
-            is_log = bool((values > 0).all()) if record.log is None else record.log
-            if is_log and not (values > 0).all():
-                raise InputError(
-                    f"free.{name}: `log` needs positive values, and {name} has {values.min():g}:"
-                    " give log=False."
-                )
+            is_log = _choose_log(name, values, record)
             below, above = _bounds(parameter, value, record)
             if is_log:
                 sizes = values
@@ -210,6 +205,24 @@ class Variables:
         return by_components * self.slope(x)
 
 
+def _choose_log(name: str, values: np.ndarray, record: Free) -> bool:
+    """Return whether a design varies the logarithm of a parameter; this needs positive values.
+
+    Args:
+      name: name of the parameter.
+      values: the starting values of its free components.
+      record: how the parameter may change.
+    """
+    positive = bool((values > 0).all())
+    is_log = positive if record.log is None else record.log
+    if is_log and not positive:
+        raise InputError(
+            f"free.{name}: `log` needs positive values, and {name} has {values.min():g}:"
+            " give log=False."
+        )
+    return is_log
+
+
 def _bound_of_variable(bound: float, scale: float, is_log: bool) -> float:
     """Convert the bound of a parameter to the bound of its variable in a design.
 
@@ -232,12 +245,7 @@ def _checked_records(
 
     Bounds in the argument ``bounds`` replace those in ``free``.
     """
-    if isinstance(free, str):
-        free = [free]
-    if isinstance(free, Mapping):
-        records = dict(free)
-    else:
-        records = {name: Free() for name in free or ()}
+    records = _make_records(free)
     if not records:
         raise InputError(
             f"`free` is empty: give the name of a parameter, one of {', '.join(system.params)}."
@@ -252,7 +260,25 @@ def _checked_records(
     for name, record in records.items():
         if not isinstance(record, Free):
             raise InputError(f"`free[{name!r}]` is {short(record)}: give ms.design.Free(...).")
-    for name, pair in (bounds or {}).items():
+    return _replace_bounds(records, bounds or {})
+
+
+def _make_records(free: str | Sequence[str] | Mapping[str, Free]) -> dict[str, Free]:
+    """Return a ``Free`` for each parameter that a user names, without bounds where none are given.
+
+    A user gives one name, several names, or a dict of names and ``Free``.
+    """
+    if isinstance(free, str):
+        return {free: Free()}
+    if isinstance(free, Mapping):
+        return dict(free)
+    return {name: Free() for name in free or ()}
+
+
+def _replace_bounds(records: Mapping[str, Free], bounds: Bounds) -> dict[str, Free]:
+    """Return the records of the free parameters, with bounds replaced by those in ``bounds``."""
+    records = dict(records)
+    for name, pair in bounds.items():
         if name not in records:
             raise InputError(
                 f"`bounds` has {name!r}, which is not free: name this parameter in `free`, too."
@@ -315,14 +341,8 @@ def _bounds(parameter: Parameter, value: np.ndarray, record: Free) -> tuple[np.n
     for bound, end, narrower in ((record.low, low, np.maximum), (record.high, high, np.minimum)):
         if bound is None:
             continue
-        array = np.asarray(real_array(f"free.{name}: bounds", bound, "give numbers."), float)
-        if array.shape not in ((), value.shape):
-            raise InputError(
-                f"free.{name}: a bound has shape {array.shape}: give one number, or {value.shape}."
-            )
-        if parameter.paired and array.ndim:
-            array = check_symmetric(f"free.{name}: a bound", array)
-        end[...] = narrower(end, array)  # in place: ``end`` is ``low`` or ``high``
+        # in place: ``end`` is ``low`` or ``high``
+        end[...] = narrower(end, _check_bound(parameter, value.shape, bound))
     within = (low <= value) & (value <= high) & (low < high)
     if not within.all():  # a bound of NaN ends here as well: it compares False
         k = tuple(int(i) for i in np.argwhere(~within)[0])
@@ -331,3 +351,22 @@ def _bounds(parameter: Parameter, value: np.ndarray, record: Free) -> tuple[np.n
             f" {value[k]:g}{f' of {name}{list(k)}' if k else ''}: widen the bounds."
         )
     return low, high
+
+
+def _check_bound(parameter: Parameter, shape: tuple[int, ...], bound: ArrayLike) -> np.ndarray:
+    """Check a bound that a user gives for a parameter; return it as a number or an array.
+
+    Args:
+      parameter: the parameter.
+      shape: shape of the parameter's value, which an array of bounds has to have.
+      bound: the lower or the upper bound.
+    """
+    name = parameter.name
+    array = np.asarray(real_array(f"free.{name}: bounds", bound, "give numbers."), float)
+    if array.shape not in ((), shape):
+        raise InputError(
+            f"free.{name}: a bound has shape {array.shape}: give one number, or {shape}."
+        )
+    if parameter.paired and array.ndim:
+        array = check_symmetric(f"free.{name}: a bound", array)
+    return array

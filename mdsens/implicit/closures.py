@@ -166,23 +166,34 @@ def _reaches_tracer(objects: list[Any]) -> bool:
         if id(value) in visited or isinstance(value, type | ModuleType):
             continue
         visited.add(id(value))
-        if isinstance(value, functools.partial):
-            pending += [value.func, value.args, value.keywords]
-        elif isinstance(value, MethodType):
-            attributes = getattr(value.__self__, "__dict__", {})
-            pending += [value.__func__, value.__self__, *attributes.values()]
-        elif callable(value):
-            names = ("__wrapped__", "__defaults__", "__kwdefaults__")
-            pending += [getattr(value, name, None) for name in names]
-            cells = getattr(value, "__closure__", None) or ()
-            pending += [cell.cell_contents for cell in cells if _is_filled(cell)]
-        elif isinstance(value, Mapping):
-            pending += value.values()
-        elif dataclasses.is_dataclass(value):
-            pending += [getattr(value, field.name, None) for field in dataclasses.fields(value)]
-        else:
-            pending += [leaf for leaf in jax.tree.leaves(value) if leaf is not value]
+        pending += _list_references(value) if callable(value) else _list_contents(value)
     return False
+
+
+def _list_references(f: Callable[..., Any]) -> list[Any]:
+    """Return the objects that a function can use without receiving them as arguments.
+
+    These are default arguments, closed-over values, ``self``, arguments that a partial binds, and
+    the function that a decorator wraps.
+    """
+    if isinstance(f, functools.partial):
+        return [f.func, f.args, f.keywords]
+    if isinstance(f, MethodType):
+        attributes = getattr(f.__self__, "__dict__", {})
+        return [f.__func__, f.__self__, *attributes.values()]
+    names = ("__wrapped__", "__defaults__", "__kwdefaults__")
+    cells = getattr(f, "__closure__", None) or ()
+    contents = [cell.cell_contents for cell in cells if _is_filled(cell)]
+    return [*(getattr(f, name, None) for name in names), *contents]
+
+
+def _list_contents(value: Any) -> list[Any]:
+    """Return the objects in a dict, in a dataclass, or in nested containers of another kind."""
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if dataclasses.is_dataclass(value):
+        return [getattr(value, field.name, None) for field in dataclasses.fields(value)]
+    return [leaf for leaf in jax.tree.leaves(value) if leaf is not value]
 
 
 def _is_filled(cell: CellType) -> bool:

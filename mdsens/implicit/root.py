@@ -71,8 +71,8 @@ def root(
     x are the unknowns, an array or nested containers (a tree) of arrays. The decorated solver
     composes with jvp, vjp, jacfwd, jacrev, hessian, vmap and jit of jax. The solver is only called,
     never differentiated: it may be a ``while_loop``, run outside of compiled code behind
-    ``jax.pure_callback``, or, outside jit and vmap, be plain Python. Where F uses a value that jax
-    traces without receiving this value as an argument, the root has a derivative by the value, too.
+    ``jax.pure_callback``, or, outside jit and vmap, be plain Python. The root also has a derivative
+    by a value that is no argument of F, but that F uses (closes over) and that jax traces.
 
     Args:
       F: the function ``F(x, *args)``, whose values have the tree and shapes of x; traceable by jax,
@@ -92,9 +92,9 @@ def root(
         function on trees like x; see :class:`~mdsens.implicit.Operator`. The preconditioner has no
         derivative, and the derivative of the root does not depend on it.
       preprocess: ``preprocess(init, *args)`` returns the pair ``(init, args)``. The tuple args in
-        this pair replaces the arguments of the call for the solver and for all other functions
-        here. jax differentiates ``preprocess``: use this function to convert units, or to map
-        parameters that must stay positive.
+        this pair replaces the arguments of the call, for the solver and for all other functions
+        that are given to ``root``. jax differentiates ``preprocess``: use this function to convert
+        units, or to map parameters that must stay positive.
       postprocess: the value of ``postprocess(x, *args)`` is returned in place of x. jax
         differentiates ``postprocess``: use this function for an F whose unknown is log x, or for a
         function of the root.
@@ -279,33 +279,11 @@ def tangent(
     check_functions(F=F, null_space=null_space, preconditioner=preconditioner)
     F = Traceable("the condition F", F)
     x = unknowns(x, "x is")
-    if not isinstance(args, list | tuple) or not isinstance(dargs, list | tuple):
-        raise InputError(
-            f"`args` is a {type(args).__name__} and `dargs` is a {type(dargs).__name__}; give each"
-            " as a tuple with one entry for each argument of F after x"
-        )
-    if len(args) != len(dargs):
-        raise InputError(
-            f"`dargs` has {len(dargs)} entries, but `args` has {len(args)}; give one change for"
-            " each argument, None for an argument that is constant"
-        )
-    moving = [i for i, change in enumerate(dargs) if change is not None]
-    for i in moving:
-        remedy = "give a change with the tree and shapes of the argument, or None"
-        check_same(dargs[i], args[i], f"dargs[{i}]", f"args[{i}]", remedy)
+    moving = _find_moving_arguments(args, dargs)
     leaves, structure = jax.tree.flatten([args[i] for i in moving])
     changes = jax.tree.leaves([dargs[i] for i in moving])
     # The derivative is taken by the leaves with these indices; integers and booleans stay constant.
-    floats = [
-        k for k, leaf in enumerate(leaves) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-    ]
-    for k, (leaf, change) in enumerate(zip(leaves, changes, strict=True)):
-        if k not in floats and _is_nonzero(change):
-            raise InputError(
-                f"`dargs` changes the entry {leaf!r} of `args`, whose type"
-                f" {jnp.result_type(leaf)} has no derivative; give this entry as a floating-point"
-                " number, or give None as the change of the argument"
-            )
+    floats = _find_floats(leaves, changes)
 
     def condition(values: list[Array], y: PyTree) -> PyTree:
         """Evaluate F(y, *args) with ``values`` in place of the arrays in args that change."""
@@ -326,6 +304,48 @@ def tangent(
         jnp.asarray(changes[k], value.dtype) for k, value in zip(floats, values, strict=True)
     ]
     return _response(condition, values, dvalues, x, to_operator, solve, not_finite=0.0)
+
+
+def _find_moving_arguments(args: Sequence[PyTree], dargs: Sequence[PyTree]) -> list[int]:
+    """Check the arguments of F and their changes; return the indices of arguments that change.
+
+    Raises:
+      InputError: args and dargs are no tuples, or differ in number, tree or shape.
+    """
+    if not isinstance(args, list | tuple) or not isinstance(dargs, list | tuple):
+        raise InputError(
+            f"`args` is a {type(args).__name__} and `dargs` is a {type(dargs).__name__}; give each"
+            " as a tuple with one entry for each argument of F after x"
+        )
+    if len(args) != len(dargs):
+        raise InputError(
+            f"`dargs` has {len(dargs)} entries, but `args` has {len(args)}; give one change for"
+            " each argument, None for an argument that is constant"
+        )
+    moving = [i for i, change in enumerate(dargs) if change is not None]
+    for i in moving:
+        remedy = "give a change with the tree and shapes of the argument, or None"
+        check_same(dargs[i], args[i], f"dargs[{i}]", f"args[{i}]", remedy)
+    return moving
+
+
+def _find_floats(leaves: Sequence[ArrayLike], changes: Sequence[ArrayLike]) -> list[int]:
+    """Return the indices of the floating-point numbers or arrays among the leaves of arguments.
+
+    Raises:
+      InputError: ``changes``, the change of each leaf, is not zero for another leaf.
+    """
+    floats = [
+        k for k, leaf in enumerate(leaves) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    ]
+    for k, (leaf, change) in enumerate(zip(leaves, changes, strict=True)):
+        if k not in floats and _is_nonzero(change):
+            raise InputError(
+                f"`dargs` changes the entry {leaf!r} of `args`, whose type"
+                f" {jnp.result_type(leaf)} has no derivative; give this entry as a floating-point"
+                " number, or give None as the change of the argument"
+            )
+    return floats
 
 
 def _attach(

@@ -151,12 +151,23 @@ def species_of(
     indices = np.asarray(kinds)
     if indices.shape != symbols.shape or not np.issubdtype(indices.dtype, np.integer):
         return kinds, ()  # System.create raises, and names what is wrong with them
-    pairs = sorted({(int(k), str(symbol)) for k, symbol in zip(indices, symbols, strict=True)})
+    return kinds, _find_species_symbols(indices, symbols, atoms.numbers)
+
+
+def _find_species_symbols(
+    species: np.ndarray, symbols: np.ndarray, atomic_numbers: np.ndarray
+) -> tuple[str, ...]:
+    """Return the chemical symbols of species 0, 1, …; empty unless each species has one symbol.
+
+    The result is empty also where ``to_ase`` has chosen the symbols as substitutes. The arrays,
+    (n,), have the species, chemical symbol and atomic number of each particle.
+    """
     # to_ase gives species k without a symbol the atomic number k + 1
-    stand_ins = np.array_equal(atoms.numbers, indices + 1)
+    stand_ins = np.array_equal(atomic_numbers, species + 1)
+    pairs = sorted({(int(k), str(symbol)) for k, symbol in zip(species, symbols, strict=True)})
     # one symbol for each species: none is missing and none has two symbols
     named = [k for k, _ in pairs] == list(range(len(pairs))) and not stand_ins
-    return kinds, tuple(symbol for _, symbol in pairs) if named else ()
+    return tuple(symbol for _, symbol in pairs) if named else ()
 
 
 def numbered(
@@ -179,26 +190,36 @@ def numbered(
     if species is None:
         numbers = dict(zip(distinct, range(len(distinct)), strict=True))
     else:
+        _check_numbering(species, distinct)
         numbers = dict(species)
-    whole = all(
-        is_real(np.asarray(k).dtype) and np.ndim(k) == 0 and int(k) == k for k in numbers.values()
-    )
-    if not whole or sorted(map(int, numbers.values())) != list(range(len(numbers))):
-        raise InputError(
-            f"species is {short(species)}: number its {len(numbers)} symbols from 0, each with its"
-            " own number."
-        )
-    missing = [symbol for symbol in distinct if symbol not in numbers]
-    if missing:
-        listed = ", ".join(f"{symbol!r}: {k}" for k, symbol in enumerate(distinct))
-        raise InputError(
-            f"species is {short(species)}, without {', '.join(missing)}: name all, such as"
-            f" {{{listed}}}."
-        )
     names = tuple(
         str(symbol) for symbol in sorted(numbers, key=lambda symbol: int(numbers[symbol]))
     )
     return np.array([int(numbers[str(symbol)]) for symbol in symbols], int), names
+
+
+def _check_numbering(species: Mapping[str, int], symbols: Sequence[str]) -> None:
+    """Raise InputError unless a dict numbers all chemical symbols as species 0, 1, ….
+
+    Args:
+      species: the dict from symbols to numbers; it may have more symbols than needed.
+      symbols: the symbols that need a number, each once.
+    """
+    whole = all(
+        is_real(np.asarray(k).dtype) and np.ndim(k) == 0 and int(k) == k for k in species.values()
+    )
+    if not whole or sorted(map(int, species.values())) != list(range(len(species))):
+        raise InputError(
+            f"species is {short(species)}: number its {len(species)} symbols from 0, each with its"
+            " own number."
+        )
+    missing = [symbol for symbol in symbols if symbol not in species]
+    if missing:
+        listed = ", ".join(f"{symbol!r}: {k}" for k, symbol in enumerate(symbols))
+        raise InputError(
+            f"species is {short(species)}, without {', '.join(missing)}: name all, such as"
+            f" {{{listed}}}."
+        )
 
 
 def coordinates_of(atoms: Atoms, dimension: int) -> np.ndarray:
@@ -272,7 +293,6 @@ def to_ase(system: System, *, symbols: Sequence[str] | None = None) -> Any:
         not that of the species.
     """
     from ase import Atoms
-    from ase.data import atomic_numbers
 
     if not isinstance(system, System):
         raise InputError(f"system is a {type(system).__name__}: give a System, such as eq.system.")
@@ -280,46 +300,74 @@ def to_ase(system: System, *, symbols: Sequence[str] | None = None) -> Any:
         raise InputError(
             f"system is a batch of {system.batch}: convert its members, mdsens.unstack(system)."
         )
-    n = system.n
-    dimension = system.dimension
-    species = None if system.species is None else np.asarray(system.species)
-    kinds = 1 if species is None else max(system.species_count, int(species.max(initial=0)) + 1)
+    numbers = _choose_atomic_numbers(system, symbols)
+    positions = np.zeros((system.n, 3))
+    positions[:, : system.dimension] = np.asarray(system.positions)
+    diameters = None if system.diameters is None else np.asarray(system.diameters, float)
+    rows, periodic = _cell_to_ase(system, diameters)
+    atoms = Atoms(numbers=numbers, positions=positions, cell=rows, pbc=periodic)
+    _set_arrays(atoms, system, diameters)
+    atoms.set_constraint(_constraints_to_ase(system))
+    return atoms
+
+
+def _choose_atomic_numbers(system: System, symbols: Sequence[str] | None) -> np.ndarray:
+    """Return the atomic number of each particle, (n,), as :func:`to_ase` describes.
+
+    ``symbols`` has a chemical symbol for each species, or is None.
+    """
+    from ase.data import atomic_numbers
+
+    if system.species is None:
+        species = np.zeros(system.n, int)
+        kinds = 1
+        stand_ins = species  # 0 is X
+    else:
+        species = np.asarray(system.species)
+        kinds = max(system.species_count, int(species.max(initial=0)) + 1)
+        stand_ins = species + 1  # 1 is H
     names = system.species_names  # which need not be chemical symbols
     if symbols is None and len(names) >= kinds and set(names) <= set(atomic_numbers):
         symbols = names[:kinds]
     if symbols is None:
-        numbers = np.zeros(n, int) if species is None else species + 1  # 0 is X, 1 is H
-    else:
-        unknown = [s for s in symbols if s not in atomic_numbers]
-        if unknown or len(symbols) != kinds:
-            raise InputError(
-                f"symbols is {list(symbols)!r}: give {kinds} chemical symbol(s), one per species."
-            )
-        index = np.zeros(n, int) if species is None else species
-        numbers = np.array([atomic_numbers[s] for s in symbols])[index]
-    positions = np.zeros((n, 3))
-    positions[:, :dimension] = np.asarray(system.positions)
-    diameters = None if system.diameters is None else np.asarray(system.diameters, float)
+        return stand_ins
+    if not set(symbols) <= set(atomic_numbers) or len(symbols) != kinds:
+        raise InputError(
+            f"symbols is {list(symbols)!r}: give {kinds} chemical symbol(s), one per species."
+        )
+    return np.array([atomic_numbers[s] for s in symbols])[species]
+
+
+def _cell_to_ase(system: System, diameters: np.ndarray | None) -> tuple[np.ndarray, list[bool]]:
+    """Return the cell of a system for ASE, with the cell vectors as rows, and its periodic axes.
+
+    ``diameters`` are those of the particles; in 2-D, the third cell vector is as long as the
+    largest of them.
+    """
     rows = np.zeros((3, 3))
     periodic = [False] * 3
-    if system.box is not None:
-        rows[:dimension, :dimension] = np.asarray(system.box).T
-        periodic[:dimension] = [True] * dimension
-        if dimension == 2:
-            rows[2, 2] = 1.0 if diameters is None else diameters.max(initial=0.0)
-    atoms = Atoms(numbers=numbers, positions=positions, cell=rows, pbc=periodic)
-    if species is not None:
-        atoms.set_array(SPECIES, species.astype(int))
+    if system.box is None:
+        return rows, periodic
+    dimension = system.dimension
+    rows[:dimension, :dimension] = np.asarray(system.box).T
+    periodic[:dimension] = [True] * dimension
+    if dimension == 2:
+        rows[2, 2] = 1.0 if diameters is None else diameters.max(initial=0.0)
+    return rows, periodic
+
+
+def _set_arrays(atoms: Atoms, system: System, diameters: np.ndarray | None) -> None:
+    """Give an ASE ``Atoms`` the species, diameters and parameters of the particles as arrays."""
+    if system.species is not None:
+        atoms.set_array(SPECIES, np.asarray(system.species).astype(int))
     if diameters is not None:
         atoms.set_array("diameter", diameters)
     for name, value in system.params.items():
         # with as many species as particles, (n,) values are one for each species
-        one_a_species = species is not None and system.species_count == n
-        one_a_particle = value.shape == (n,) and not one_a_species
+        one_a_species = system.species is not None and system.species_count == system.n
+        one_a_particle = value.shape == (system.n,) and not one_a_species
         if one_a_particle and name not in atoms.arrays:
             atoms.set_array(name, np.asarray(value, float))
-    atoms.set_constraint(_constraints_to_ase(system))
-    return atoms
 
 
 def _constraints_to_ase(system: System) -> list[Any]:
@@ -382,8 +430,6 @@ def write_extxyz(path: str | Path, eq: object, response: object = None) -> None:
 def _frame(system: System, response: object) -> str:
     """Format a configuration as extended XYZ: atom count, properties, and a row for each atom."""
     atoms = to_ase(system)
-    n = system.n
-    d = system.dimension
     columns: dict[str, np.ndarray] = {
         "species": np.array(atoms.get_chemical_symbols()),
         "pos": atoms.get_positions(),
@@ -392,30 +438,42 @@ def _frame(system: System, response: object) -> str:
         columns["radius"] = 0.5 * atoms.arrays["diameter"]  # the size of spheres in OVITO
     columns |= {k: v for k, v in atoms.arrays.items() if k not in ("numbers", "positions")}
     if response is not None:
-        value: Any = getattr(response, "value", response)
-        value = value.positions if isinstance(value, Unknowns) else value
-        if not hasattr(value, "shape") or value.shape != (n, d):
-            shape = getattr(value, "shape", type(value).__name__)
-            raise InputError(
-                f"response has shape {shape}: give one vector per particle, ({n}, {d})."
-            )
-        columns["response"] = np.zeros((n, 3))
-        columns["response"][:, :d] = np.asarray(value)
-        rattlers = getattr(response, "rattlers", None)
-        if rattlers is not None:
-            columns["rattler"] = np.asarray(rattlers, bool)
+        columns |= _make_response_columns(system, response)
+    rows = zip(*[[_cell_text(v) for v in column] for column in columns.values()], strict=True)
+    head = f"{system.n}\n{_format_comment_line(atoms, columns, system.dimension)}\n"
+    return head + "".join(" ".join(row) + "\n" for row in rows)
+
+
+def _make_response_columns(system: System, response: object) -> dict[str, np.ndarray]:
+    """Return the columns of a response: a vector (n, 3), and the rattlers if they are known."""
+    n = system.n
+    d = system.dimension
+    value: Any = getattr(response, "value", response)
+    value = value.positions if isinstance(value, Unknowns) else value
+    if not hasattr(value, "shape") or value.shape != (n, d):
+        shape = getattr(value, "shape", type(value).__name__)
+        raise InputError(f"response has shape {shape}: give one vector per particle, ({n}, {d}).")
+    vectors = np.zeros((n, 3))
+    vectors[:, :d] = np.asarray(value)
+    columns = {"response": vectors}
+    rattlers = getattr(response, "rattlers", None)
+    if rattlers is not None:
+        columns["rattler"] = np.asarray(rattlers, bool)
+    return columns
+
+
+def _format_comment_line(atoms: Atoms, columns: Mapping[str, np.ndarray], dimension: int) -> str:
+    """Format the second line of extended XYZ: cell, columns, dimension and periodic axes."""
     # numpy's kind of a dtype -> extended XYZ's letter: string, real, integer, logical
     letters = {"U": "S", "f": "R", "i": "I", "b": "L"}
     properties = ":".join(
         f"{name}:{letters[v.dtype.kind]}:{1 if v.ndim == 1 else v.shape[1]}"
         for name, v in columns.items()
     )
-    cell = " ".join(repr(float(x)) for x in atoms.cell[:].ravel())
+    cell = " ".join(repr(float(x)) for x in atoms.cell.array.ravel())
     lattice = f'Lattice="{cell}" ' if any(atoms.pbc) else ""
     periodic = " ".join("T" if p else "F" for p in atoms.pbc)
-    rows = zip(*[[_cell_text(v) for v in column] for column in columns.values()], strict=True)
-    head = f'{n}\n{lattice}Properties={properties} dimension={d} pbc="{periodic}"\n'
-    return head + "".join(" ".join(row) + "\n" for row in rows)
+    return f'{lattice}Properties={properties} dimension={dimension} pbc="{periodic}"'
 
 
 def _cell_text(value: np.ndarray | np.generic) -> str:

@@ -6,7 +6,7 @@ systems/README.md documents the format.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,21 +88,14 @@ def _build_specification(top: TomlTable, folder: Path) -> DesignSpecification:
     fields = top.raw("fields", {})
     if not isinstance(fields, Mapping):
         raise InputError(f"fields is {fields!r}: give a table of the system's keys, such as count.")
-    # Members of an ensemble differ in their seed alone: the same seed twice would be one member.
-    seeds = [None]  # None: the seed in the system's file
-    if top.has("seeds"):
-        seeds = array_of("seeds", top.raw("seeds"), (None,), integers=True).tolist()
-    if not seeds or min(seed or 0 for seed in seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise InputError(f"seeds is {seeds}: give different integers from 0.")
-    systems = [
-        load_system(path, **fields, **({} if seed is None else {"seed": int(seed)}))
-        for seed in seeds
-    ]
+    if "seed" in fields and top.has("seeds"):
+        raise InputError(
+            f"fields.seed is {fields['seed']!r} and seeds is {top.raw('seeds')!r}: give one of them."
+        )
+    systems = [load_system(path, **fields, **seed) for seed in _read_seeds(top)]
     steps = top.integer("steps", 60, least=1)
-    if top.has("restart") and not isinstance(top.raw("restart"), bool):
-        raise InputError(f"restart is {top.raw('restart')!r}: give true or false.")
     options: dict[str, Any] = {
-        "restart": top.raw("restart", False),
+        "restart": top.boolean("restart", False),
         "steps": steps,
         "method": _read_method(top, steps),
         **_read_relaxation(top),
@@ -116,6 +109,20 @@ def _build_specification(top: TomlTable, folder: Path) -> DesignSpecification:
     )
 
 
+def _read_seeds(top: TomlTable) -> list[dict[str, int]]:
+    """Read the seeds of a design's systems, each as a keyword of ``load_system``.
+
+    The keyword is left out for the seed in the system's own file.
+    """
+    if not top.has("seeds"):
+        return [{}]
+    seeds = array_of("seeds", top.raw("seeds"), (None,), integers=True).tolist()
+    # Members of an ensemble differ in their seed alone: the same seed twice would be one member.
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise InputError(f"seeds is {seeds}: give different integers from 0.")
+    return [{"seed": seed} for seed in seeds]
+
+
 def _read_relaxation(top: TomlTable) -> dict[str, Any]:
     """Read the table ``relaxation`` of a design file as keywords of ``ms.design.fit``."""
     table = TomlTable.of(
@@ -127,9 +134,7 @@ def _read_relaxation(top: TomlTable) -> dict[str, Any]:
             raise InputError(f"relaxation.pressure is {table.raw('pressure')!r}: give a number.")
         options["pressure"] = float(table.raw("pressure"))
     if table.has("shape"):
-        if not isinstance(table.raw("shape"), bool):
-            raise InputError(f"relaxation.shape is {table.raw('shape')!r}: give true or false.")
-        options["shape"] = table.raw("shape")
+        options["shape"] = table.boolean("shape")
     if table.has("tolerance"):
         options["tolerance"] = table.number("tolerance")
     if table.has("max_steps"):
@@ -142,39 +147,43 @@ def _read_targets(top: TomlTable) -> list[Target]:
     entries = top.raw("target")
     if not isinstance(entries, list) or not entries:
         raise InputError("target is not a list of tables: give [[target]] for each feature.")
-    targets = []
-    for k, entry in enumerate(entries):
-        keys = ("feature", "value", "change", "hold", "tolerance", "share", "name")
-        table = TomlTable.of(f"target[{k}]", entry, keys)
-        feature = table.text("feature", choices=sorted(FEATURES))
-        aims = [key for key in ("value", "change", "hold") if table.has(key)]
-        if len(aims) != 1:
-            raise InputError(
-                f"target[{k}] has {len(aims)} of value, change and hold: give one of these keys."
-            )
-        aim = aims[0]
-        if table.has("hold") and table.raw("hold") is not True:
-            raise InputError(
-                f"target[{k}].hold is {table.raw('hold')!r}: give true, or leave out the target."
-            )
-        value = 0.0 if aim == "hold" else table.raw(aim)  # hold: a change of 0 from the start
-        if not (is_number(value) and np.isfinite(value)):
-            raise InputError(f"target[{k}].{aim} is {value!r}: give a number.")
-        widths = [key for key in ("tolerance", "share") if table.has(key)]
-        if len(widths) != 1:
-            raise InputError(
-                f"target[{k}] has {len(widths)} of tolerance and share: give one of these keys."
-            )
-        target = Target(
-            feature,
-            float(value),
-            tolerance=table.number(widths[0]),
-            name=table.text("name", ""),
-            from_start=aim != "value",
-            share=widths == ["share"],
+    keys = ("feature", "value", "change", "hold", "tolerance", "share", "name")
+    return [
+        _read_target(TomlTable.of(f"target[{k}]", entry, keys)) for k, entry in enumerate(entries)
+    ]
+
+
+def _read_target(table: TomlTable) -> Target:
+    """Read one target of a design: the feature, the value or change to reach, and a tolerance."""
+    feature = table.text("feature", choices=sorted(FEATURES))
+    aim = _require_one_key(table, ("value", "change", "hold"))
+    if aim == "hold" and table.raw("hold") is not True:
+        raise InputError(
+            f"{table.label('hold')} is {table.raw('hold')!r}: give true, or leave out the target."
         )
-        targets.append(target)
-    return targets
+    value = 0.0 if aim == "hold" else table.raw(aim)  # hold: a change of 0 from the start
+    if not (is_number(value) and np.isfinite(value)):
+        raise InputError(f"{table.label(aim)} is {value!r}: give a number.")
+    width = _require_one_key(table, ("tolerance", "share"))
+    return Target(
+        feature,
+        float(value),
+        tolerance=table.number(width),
+        name=table.text("name", ""),
+        from_start=aim != "value",
+        share=width == "share",
+    )
+
+
+def _require_one_key(table: TomlTable, keys: Sequence[str]) -> str:
+    """Return which one of several keys a table has; raise InputError if it has none or several."""
+    present = [key for key in keys if table.has(key)]
+    if len(present) != 1:
+        raise InputError(
+            f"{table.name} has {len(present)} of {', '.join(keys[:-1])} and {keys[-1]}: give one of"
+            " these keys."
+        )
+    return present[0]
 
 
 def _read_free_parameters(top: TomlTable, system: System) -> dict[str, Free]:
@@ -182,35 +191,39 @@ def _read_free_parameters(top: TomlTable, system: System) -> dict[str, Free]:
     entries = top.raw("free")
     if not isinstance(entries, Mapping) or not entries:
         raise InputError("free is not a table: give, for example, [free.sigma] with bounds.")
+    keys = ("low", "high", "within", "log", "only")
     free = {}
     for name, entry in entries.items():
         if name not in system.params:
             raise InputError(
                 f"free.{name} is no parameter of the system: {did_you_mean(name, system.params)}"
             )
-        table = TomlTable.of(f"free.{name}", entry, ("low", "high", "within", "log", "only"))
-        bounds = {
-            key: array_of(f"free.{name}.{key}", table.raw(key), None)
-            for key in ("low", "high")
-            if table.has(key)
-        }
-        if table.has("log") and not isinstance(table.raw("log"), bool):
-            raise InputError(f"free.{name}.log is {table.raw('log')!r}: give true or false.")
-        # 0 and 1 become integers here, not truth values, and are refused
-        only = np.asarray(table.raw("only")) if table.has("only") else None
-        if only is not None and only.dtype != bool:
-            raise InputError(
-                f"free.{name}.only is {table.raw('only')!r}: give true or false for each component."
-            )
-        within = table.number("within") if table.has("within") else None
-        free[name] = Free(
-            low=bounds.get("low"),
-            high=bounds.get("high"),
-            within=within,
-            log=table.raw("log", None),
-            only=only,
-        )
+        free[name] = _read_free_parameter(TomlTable.of(f"free.{name}", entry, keys))
     return free
+
+
+def _read_free_parameter(table: TomlTable) -> Free:
+    """Read the bounds of one parameter that may change, and which of its components may."""
+    bounds = {
+        key: array_of(table.label(key), table.raw(key), None)
+        for key in ("low", "high")
+        if table.has(key)
+    }
+    log = table.boolean("log", None)
+    # 0 and 1 become integers here, not truth values, and are refused
+    only = np.asarray(table.raw("only")) if table.has("only") else None
+    if only is not None and only.dtype != bool:
+        raise InputError(
+            f"{table.label('only')} is {table.raw('only')!r}: give true or false for each"
+            " component."
+        )
+    return Free(
+        low=bounds.get("low"),
+        high=bounds.get("high"),
+        within=table.number("within") if table.has("within") else None,
+        log=log,
+        only=only,
+    )
 
 
 def _read_method(top: TomlTable, steps: int) -> LevenbergMarquardt | Optax:

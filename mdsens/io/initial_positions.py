@@ -202,13 +202,7 @@ def _read_npz_frame(path: Path, dimension: int, index: int) -> Start:
             f"{path}: positions have shape {positions.shape} and type {positions.dtype}: give (n,"
             f" {dimension}) or (frames, n, {dimension}) numbers."
         )
-    if positions.ndim == 3:
-        frames = positions.shape[0]
-        _check_index(path, index, frames)
-        # arrays without the axis of frames belong to no single frame and are left out
-        arrays = {k: v[index] for k, v in arrays.items() if v.ndim and v.shape[0] == frames}
-    else:
-        _check_index(path, index, 1)
+    arrays = _select_frame(path, arrays, index)
     cell = arrays.get("box")
     if cell is not None and (cell.shape != (dimension, dimension) or not _is_real(cell)):
         raise InputError(
@@ -218,13 +212,30 @@ def _read_npz_frame(path: Path, dimension: int, index: int) -> Start:
     return Start(arrays["positions"].astype(float), cell, arrays=arrays, file=str(path))
 
 
+def _select_frame(
+    path: Path, arrays: Mapping[str, np.ndarray], index: int
+) -> Mapping[str, np.ndarray]:
+    """Return the arrays of one frame of a .npz file; raise InputError if there is no such frame.
+
+    The file has several frames if its positions have a leading axis of frames.
+    """
+    positions = arrays["positions"]
+    if positions.ndim == 2:
+        _check_index(path, index, 1)
+        return arrays
+    frames = positions.shape[0]
+    _check_index(path, index, frames)
+    # arrays without the axis of frames belong to no single frame and are left out
+    return {k: v[index] for k, v in arrays.items() if v.ndim and v.shape[0] == frames}
+
+
 def _is_real(array: np.ndarray) -> bool:
     """Return whether an array contains integers or real numbers."""
     return bool(np.issubdtype(array.dtype, np.number)) and not np.iscomplexobj(array)
 
 
 def _check_index(path: Path, index: int, frames: int) -> None:
-    """Raise InputError if the file has no frame of this index; ``frames`` is their number."""
+    """Raise InputError unless ``index`` is below ``frames``, the number of frames in the file."""
     if not 0 <= index < frames:
         raise InputError(
             f"positions.index is {index}, but {path} has {frames} frames: give 0 to {frames - 1}."

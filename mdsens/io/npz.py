@@ -206,7 +206,10 @@ def _status_names(result: Stored) -> str | list[str] | None:
 
 
 def _parameters(result: Stored) -> dict[str, Any] | None:
-    """Return a result's parameters for human readers: the shape alone of more than 16 numbers."""
+    """Return the parameters of a result for human readers, with at most 16 numbers for each.
+
+    An array of more than 16 numbers is given by its shape alone.
+    """
     system = getattr(result, "system", result)
     if not isinstance(system, System):
         return None
@@ -262,35 +265,54 @@ def _encode(value: Any, where: str, arrays: dict[str, np.ndarray]) -> Any:
         # "on": jax arrays come back as jax arrays, numpy's as numpy's
         arrays[where] = np.asarray(value)
         return {"array": where, "on": "device" if isinstance(value, jax.Array) else "host"}
-
-    def inside(name: str) -> str:
-        return f"{where}.{name}" if where else name
-
-    if isinstance(value, Mapping):
-        return {"dict": {k: _encode(v, inside(k), arrays) for k, v in value.items()}}
-    if isinstance(value, list):
-        return {"list": [_encode(v, inside(str(k)), arrays) for k, v in enumerate(value)]}
-    if isinstance(value, tuple):
-        return {"tuple": [_encode(v, inside(str(k)), arrays) for k, v in enumerate(value)]}
+    if isinstance(value, Mapping | list | tuple):
+        return _encode_container(value, where, arrays)
     if isinstance(value, BoxFunction):
         return {"user": "box"}
     # by exact type: a subclass of the user's would come back as the base class
     if type(value) in _RECORDS.values():
-        fields = {}
-        for field in dataclasses.fields(value):
-            encode = _encode_potential if field.name == "potential" else _encode
-            fields[field.name] = encode(getattr(value, field.name), inside(field.name), arrays)
-        return {"record": type(value).__name__, "fields": fields}
+        return _encode_record(value, where, arrays)
     raise InputError(
         f"{where or 'result'} is a {type(value).__name__}, which cannot be stored: build"
         " the result of arrays and types of mdsens."
     )
 
 
+def _encode_container(
+    value: Mapping[str, Any] | list[Any] | tuple[Any, ...],
+    where: str,
+    arrays: dict[str, np.ndarray],
+) -> dict[str, Any]:
+    """Convert a dict, list or tuple of a result to JSON, and put its arrays into ``arrays``."""
+    if isinstance(value, Mapping):
+        return {"dict": {k: _encode(v, _extend_path(where, k), arrays) for k, v in value.items()}}
+    parts = [_encode(v, _extend_path(where, str(k)), arrays) for k, v in enumerate(value)]
+    return {"list" if isinstance(value, list) else "tuple": parts}
+
+
+def _encode_record(value: Any, where: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Convert a record of a result to JSON, and put its arrays into ``arrays``."""
+    fields = {}
+    for field in dataclasses.fields(value):
+        encode = _encode_potential if field.name == "potential" else _encode
+        path = _extend_path(where, field.name)
+        fields[field.name] = encode(getattr(value, field.name), path, arrays)
+    return {"record": type(value).__name__, "fields": fields}
+
+
+def _extend_path(where: str, name: str) -> str:
+    """Return the path of a part of a result from the path of what contains it."""
+    return f"{where}.{name}" if where else name
+
+
 def _encode_potential(
     potential: Potential, where: str, arrays: dict[str, np.ndarray]
 ) -> dict[str, Any]:
-    """Convert a potential to JSON: name and options, or name and parameters if it is the user's."""
+    """Convert a potential to JSON, as its name and options.
+
+    For a potential of the user's own, which only the user can define again, the JSON has the name
+    and the names of the parameters.
+    """
     options = _describe_potential(potential, where, arrays)
     if options is None:
         return {
@@ -315,31 +337,11 @@ def _describe_potential(
         ]
         return None if None in parts else {"name": "sum", "parts": parts}
     if isinstance(potential, BondedPotential):
-        bare = potentials.harmonic_bonds([[0, 1]]).renamed(
-            _renaming(("stiffness", "length"), potential.names)
-        )
-        # compared without the bonds, which are an array and stored apart
-        if dataclasses.replace(potential, bonds=None) != dataclasses.replace(bare, bonds=None):
-            return None
-        return {
-            "name": "harmonic_bonds",
-            "names": list(potential.names),
-            "bonds": _encode(potential.bonds, f"{where}.bonds", arrays),
-        }
-    if isinstance(potential, InducedDipoles):
-        # the third parameter is the damping
-        candidates = [{"name": "induced_dipoles", "damped": len(potential.names) == 3}]
-    elif isinstance(potential, ChargeEquilibration):
-        candidates = [{"name": "charge_equilibration", "total": potential.total}]
-    elif not isinstance(potential, PairPotential):
+        return _describe_bonds(potential, where, arrays)
+    if not isinstance(potential, InducedDipoles | ChargeEquilibration | PairPotential):
         return None
-    elif isinstance(potential.phi, potentials.switched):
-        span = {"onset": potential.phi.onset, "cutoff": potential.phi.cutoff}
-        candidates = [{"name": "lennard_jones", **span}, {"name": "morse", **span}]
-    else:
-        candidates = [{"name": "soft_sphere"}, {"name": "harmonic_morse"}]
     # A pair potential does not know which function built it: build each candidate and compare.
-    for candidate in candidates:
+    for candidate in _list_candidates(potential):
         options = {**candidate, "names": list(potential.names)}
         same_count = len(potential.names) == len(_unrenamed_potential(candidate).parameters)
         if same_count and _build_potential(options, None) == potential:
@@ -347,8 +349,43 @@ def _describe_potential(
     return None
 
 
+def _describe_bonds(
+    potential: BondedPotential, where: str, arrays: dict[str, np.ndarray]
+) -> dict[str, Any] | None:
+    """Return name and options of a potential of harmonic bonds; None for other bonds."""
+    bare = potentials.harmonic_bonds([[0, 1]]).renamed(
+        _renaming(("stiffness", "length"), potential.names)
+    )
+    # compared without the bonds, which are an array and stored apart
+    if dataclasses.replace(potential, bonds=None) != dataclasses.replace(bare, bonds=None):
+        return None
+    return {
+        "name": "harmonic_bonds",
+        "names": list(potential.names),
+        "bonds": _encode(potential.bonds, f"{where}.bonds", arrays),
+    }
+
+
+def _list_candidates(
+    potential: InducedDipoles | ChargeEquilibration | PairPotential,
+) -> list[dict[str, Any]]:
+    """List the potentials of mdsens, by name and options, that may equal a potential."""
+    if isinstance(potential, InducedDipoles):
+        # the third parameter is the damping
+        return [{"name": "induced_dipoles", "damped": len(potential.names) == 3}]
+    if isinstance(potential, ChargeEquilibration):
+        return [{"name": "charge_equilibration", "total": potential.total}]
+    if isinstance(potential.phi, potentials.switched):
+        span = {"onset": potential.phi.onset, "cutoff": potential.phi.cutoff}
+        return [{"name": "lennard_jones", **span}, {"name": "morse", **span}]
+    return [{"name": "soft_sphere"}, {"name": "harmonic_morse"}]
+
+
 def _renaming(old: Sequence[str], new: Sequence[str]) -> dict[str, str]:
-    """Return a dict from old to new parameter names; empty if the lists differ in length."""
+    """Return a dict from the old to the new names of a potential's parameters.
+
+    The dict is empty if the lists of names, ``old`` and ``new``, differ in length.
+    """
     if len(old) != len(new):
         return {}
     return dict(zip(old, new, strict=True))
@@ -420,6 +457,15 @@ class _Source:
             )
         return potential
 
+    def box_function(self) -> BoxFunction:
+        """Return the cell as the function of the parameters that was given to ``load``."""
+        if self.box is None:
+            raise InputError(
+                f"{self.path} was made with a box that is a function of your own: call"
+                " load(path, box=...)."
+            )
+        return BoxFunction(self.box)
+
     def array(self, node: Mapping[str, Any]) -> jax.Array | np.ndarray:
         """Return the array that an entry of the header names, as an array of jax or numpy.
 
@@ -448,20 +494,20 @@ def _decode(node: object, source: _Source | None) -> Any:
         return node
     if "array" in node:
         return source.array(node)
-    if "dict" in node:
-        return {k: _decode(v, source) for k, v in node["dict"].items()}
-    if "list" in node:
-        return [_decode(v, source) for v in node["list"]]
-    if "tuple" in node:
-        return tuple(_decode(v, source) for v in node["tuple"])
+    if node.keys() & {"dict", "list", "tuple"}:
+        return _decode_container(node, source)
     if node.get("user") == "box":
-        if source.box is None:
-            raise InputError(
-                f"{source.path} was made with a box that is a function of your own: call"
-                " load(path, box=...)."
-            )
-        return BoxFunction(source.box)
+        return source.box_function()
     if "potential" in node or node.get("user") == "potential":
         return source.potential_of(node)
     kind = _RECORDS[node["record"]]
     return kind(**{k: _decode(v, source) for k, v in node["fields"].items()})
+
+
+def _decode_container(node: Mapping[str, Any], source: _Source) -> Any:
+    """Rebuild a dict, list or tuple of a stored result; the inverse of ``_encode_container``."""
+    if "dict" in node:
+        return {k: _decode(v, source) for k, v in node["dict"].items()}
+    if "list" in node:
+        return [_decode(v, source) for v in node["list"]]
+    return tuple(_decode(v, source) for v in node["tuple"])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,7 @@ def _read_and_merge(path: Path, fields: Mapping[str, Any]) -> TomlTable:
     return TomlTable.of("", merged(read(path), fields), KEYS)
 
 
-def load_system(name: str | Path, **fields: Any) -> System:
+def load_system(name: str | Path, /, **fields: Any) -> System:
     """Build a system from its description in a TOML file.
 
     Args:
@@ -165,7 +165,7 @@ def load_system(name: str | Path, **fields: Any) -> System:
         raise InputError(str(error) if named else f"{name}: {error}") from error
 
 
-def relaxation_options(name: str | Path, **fields: Any) -> dict[str, Any]:
+def relaxation_options(name: str | Path, /, **fields: Any) -> dict[str, Any]:
     """Return the table ``[relaxation]`` of a system's file as keywords of ``minimize``.
 
     The result is empty for a file without such a table.
@@ -307,9 +307,9 @@ def _read_species(
 ) -> tuple[np.ndarray | None, tuple[str, ...]]:
     """Read the species (n,) of the particles, and the chemical symbols of the species where known.
 
-    The key ``species`` gives counts or fractions, with the particles of species 0 first. Where the
-    positions are from a file, the species are an array of this file, or follow from the chemical
-    symbols in the file and a number for each symbol.
+    The key ``species`` of the system file gives counts or fractions, with the particles of species
+    0 first. Where the positions are from a file, the species are an array of this file, or follow
+    from the chemical symbols in the file and a number for each symbol.
     """
     value = top.raw("species", None)
     if value is None:
@@ -329,6 +329,16 @@ def _read_species(
             f'species is {value!r}: give counts, fractions, "positions", or symbols with their'
             " numbers."
         )
+    counts = _count_species(value, n)
+    return np.repeat(np.arange(len(counts)), counts), ()
+
+
+def _count_species(value: Sequence[float] | np.ndarray, n: int) -> np.ndarray:
+    """Return the numbers of particles of species 0, 1, … from counts or fractions.
+
+    ``value`` has the counts, which are integers, or the fractions; ``n`` is the number of particles
+    in all.
+    """
     amounts = array_of("species", value, (None,))
     if amounts.min() < 0:
         raise InputError(f"species is {short(value)}: every count or fraction must be 0 or more.")
@@ -339,16 +349,13 @@ def _read_species(
                 f"species is {short(value)}, {int(amounts.sum())} in all: give counts of {n}"
                 " particles in all."
             )
-        counts = amounts.astype(int)
-    else:
-        if abs(amounts.sum() - 1.0) > 1e-9:  # round-off of written fractions such as 1/3
-            raise InputError(
-                f"species is {short(value)}, {amounts.sum():g} in all: give fractions that sum"
-                " to 1."
-            )
-        # rounding the cumulative sums keeps the total at n
-        counts = np.diff(np.rint(np.cumsum([0.0, *amounts]) * n).astype(int))
-    return np.repeat(np.arange(len(counts)), counts), ()
+        return amounts.astype(int)
+    if abs(amounts.sum() - 1.0) > 1e-9:  # round-off of written fractions such as 1/3
+        raise InputError(
+            f"species is {short(value)}, {amounts.sum():g} in all: give fractions that sum to 1."
+        )
+    # rounding the cumulative sums keeps the total at n
+    return np.diff(np.rint(np.cumsum([0.0, *amounts]) * n).astype(int))
 
 
 def _read_parameter(
@@ -380,14 +387,17 @@ def _read_parameter(
 
 
 def _diameters(
-    sigma: np.ndarray | None, n: int, species: np.ndarray | None, remedy: str
+    sigma: np.ndarray | None, n: int, species: np.ndarray | None, names: Iterable[str]
 ) -> np.ndarray:
     """Compute the diameter of each particle, (n,), from the parameter sigma.
 
-    ``sigma`` has one value, one value for each species or particle, or a matrix of species pairs.
-    ``remedy`` ends the message if sigma is None, that is, missing.
+    ``sigma`` has one value, one value for each species or particle, or a matrix of species pairs;
+    it is None if it is not among the ``names`` of the parameters.
     """
     if sigma is None:
+        # a misspelt sigma is noticed here, before the potential can refuse the name
+        similar = similar_name("sigma", names)
+        remedy = f"did you write {similar!r} for it?" if similar else "give the diameters."
         raise InputError(f"box.packing_fraction needs parameters.sigma, which is missing: {remedy}")
     # of a matrix of species pairs, the pairs of a species with itself
     values = np.diagonal(sigma) if sigma.ndim == 2 else sigma
@@ -419,14 +429,8 @@ def _read_box(
     value = top.raw("box")
     if isinstance(value, str):
         choice = top.text("box", choices=("open", "positions"))
-        if choice == "open":
-            return None, None
-        if start.cell is None:
-            raise InputError(
-                "box is 'positions', but the positions come without a cell: give box.lengths"
-                " or box.vectors."
-            )
-        return start.cell, start.cell
+        cell = None if choice == "open" else _require_cell(start)
+        return cell, cell
     table = TomlTable.of("box", value, keys)
     sizes = [key for key in keys if key != "follows" and table.has(key)]
     if len(sizes) != 1:
@@ -437,10 +441,7 @@ def _read_box(
     if table.has("packing_fraction"):
         follows = table.text("follows", "parameters", choices=("parameters", "nothing"))
         rule = PackingFraction(float(table.number("packing_fraction")))
-        # a misspelt sigma is noticed here, before the potential can refuse the name
-        similar = similar_name("sigma", top.raw("parameters"))
-        remedy = f"did you write {similar!r} for it?" if similar else "give the diameters."
-        diameters = _diameters(sigma, n, species, remedy)
+        diameters = _diameters(sigma, n, species, top.raw("parameters"))
         if not (diameters > 0).all():
             raise InputError(
                 f"parameters.sigma is {short(np.asarray(sigma).tolist())}: every diameter must be"
@@ -450,18 +451,32 @@ def _read_box(
         volume = np.sum(ball * diameters**dimension) / rule.fraction
         cell = np.eye(dimension) * volume ** (1.0 / dimension)
         return (rule if follows == "parameters" else cell), cell
+    cell = _read_fixed_cell(table, dimension, n)
+    return cell, cell
+
+
+def _require_cell(start: initial_positions.Start) -> np.ndarray:
+    """Return the cell that comes with the positions; raise InputError if none does."""
+    if start.cell is None:
+        raise InputError(
+            "box is 'positions', but the positions come without a cell: give box.lengths"
+            " or box.vectors."
+        )
+    return start.cell
+
+
+def _read_fixed_cell(table: TomlTable, dimension: int, n: int) -> np.ndarray:
+    """Read the cell matrix (d, d) of n particles from a density, edge lengths or cell vectors."""
     if table.has("follows"):
         raise InputError(
             "box.follows belongs to packing_fraction alone, other boxes do not change: remove it."
         )
     if table.has("number_density"):
-        cell = np.eye(dimension) * (n / table.number("number_density")) ** (1.0 / dimension)
-    elif table.has("lengths"):
-        cell = np.diag(table.array("lengths", (dimension,)))
-    else:
-        # the cell vectors are rows in the file, and columns of the cell
-        cell = table.array("vectors", (dimension, dimension)).T
-    return cell, cell
+        return np.eye(dimension) * (n / table.number("number_density")) ** (1.0 / dimension)
+    if table.has("lengths"):
+        return np.diag(table.array("lengths", (dimension,)))
+    # the cell vectors are rows in the file, and columns of the cell
+    return table.array("vectors", (dimension, dimension)).T
 
 
 def _read_potential(
@@ -481,40 +496,59 @@ def _read_potential(
     sizes: dict[str, int] = {}
     for k, entry in enumerate(tables):
         label = "potential" if len(tables) == 1 else f"potential[{k}]"
-        if not isinstance(entry, Mapping):
-            raise InputError(f"{label} is {short(entry)}: give a table with a kind.")
-        if "law" in entry:  # the name of the key "kind" in an earlier version of the format
-            raise InputError(
-                f"{label}.law is no key of the format: write {label}.kind = {short(entry['law'])}."
-            )
-        kind = TomlTable(label, entry).text("kind", choices=tuple(KINDS))
-        table = TomlTable.of(label, entry, ("kind", "rename", *KINDS[kind]))
-        potential: Any
-        if not KINDS[kind]:
-            potential = getattr(potentials, kind)()
-        elif kind == "induced_dipoles":
-            potential = potentials.induced_dipoles(table.raw("damped", True))
-        elif kind == "charge_equilibration":
-            potential = potentials.charge_equilibration(table.raw("total", 0.0))
-        elif kind == "harmonic_bonds":
-            potential = potentials.harmonic_bonds(_read_bonds(table, positions, cell, start))
-        else:
-            onset = table.number("onset", 2.0)
-            potential = getattr(potentials, kind)(onset, table.number("cutoff", 2.5))
-        rename = table.raw("rename", {})
-        if not isinstance(rename, Mapping) or not all(isinstance(v, str) for v in rename.values()):
-            raise InputError(
-                f"{label}.rename is {short(rename)}: give a table of old and new names."
-            )
-        for old in rename:
-            if old not in potential.parameters:
-                hint = did_you_mean(old, potential.parameters)
-                raise InputError(f"{label}.rename.{old} is no parameter: {hint}")
-        potential = potential.renamed(rename) if rename else potential
-        if kind == "harmonic_bonds":  # uniform = [low, high] draws one value a bond
+        table = _read_potential_table(label, entry)
+        potential = _make_potential(table, positions, cell, start)
+        potential = _rename_parameters(potential, table)
+        # uniform = [low, high] draws one value a bond
+        if table.raw("kind") == "harmonic_bonds":
             sizes.update(dict.fromkeys(potential.parameters, len(potential.bonds)))
         parts.append(potential)
     return (parts[0] if len(parts) == 1 else potentials.SumPotential(tuple(parts))), sizes
+
+
+def _read_potential_table(label: str, entry: object) -> TomlTable:
+    """Make the table of one potential, and check its kind and the names of its keys.
+
+    ``label`` is the name of the table, for messages.
+    """
+    if not isinstance(entry, Mapping):
+        raise InputError(f"{label} is {short(entry)}: give a table with a kind.")
+    if "law" in entry:  # the name of the key "kind" in an earlier version of the format
+        raise InputError(
+            f"{label}.law is no key of the format: write {label}.kind = {short(entry['law'])}."
+        )
+    kind = TomlTable(label, entry).text("kind", choices=tuple(KINDS))
+    return TomlTable.of(label, entry, ("kind", "rename", *KINDS[kind]))
+
+
+def _make_potential(
+    table: TomlTable, positions: np.ndarray, cell: np.ndarray | None, start: initial_positions.Start
+) -> Any:
+    """Make one potential from its table, with the default names of the parameters."""
+    kind = table.raw("kind")
+    if not KINDS[kind]:
+        return getattr(potentials, kind)()
+    if kind == "induced_dipoles":
+        return potentials.induced_dipoles(table.raw("damped", True))
+    if kind == "charge_equilibration":
+        return potentials.charge_equilibration(table.raw("total", 0.0))
+    if kind == "harmonic_bonds":
+        return potentials.harmonic_bonds(_read_bonds(table, positions, cell, start))
+    onset = table.number("onset", 2.0)
+    return getattr(potentials, kind)(onset, table.number("cutoff", 2.5))
+
+
+def _rename_parameters(potential: Any, table: TomlTable) -> Any:
+    """Rename the parameters of a potential as the key ``rename`` of its table says."""
+    rename = table.raw("rename", {})
+    label = table.label("rename")
+    if not isinstance(rename, Mapping) or not all(isinstance(v, str) for v in rename.values()):
+        raise InputError(f"{label} is {short(rename)}: give a table of old and new names.")
+    for old in rename:
+        if old not in potential.parameters:
+            hint = did_you_mean(old, potential.parameters)
+            raise InputError(f"{label}.{old} is no parameter: {hint}")
+    return potential.renamed(rename) if rename else potential
 
 
 def _read_bonds(

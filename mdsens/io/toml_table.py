@@ -32,7 +32,7 @@ class TomlTable:
 
     @classmethod
     def of(cls, name: str, value: object, keys: Sequence[str]) -> TomlTable:
-        """Make a TomlTable of ``value``; raise InputError if it has other keys than ``keys``."""
+        """Make a TomlTable of the dict ``value``; raise InputError for a key not in ``keys``."""
         if not isinstance(value, Mapping):
             raise InputError(
                 f"{name or 'the file'} is {value!r}: give a table with keys among"
@@ -56,7 +56,10 @@ class TomlTable:
         return key in self.values
 
     def raw(self, key: str, default: object = _MISSING) -> Any:
-        """Return the unchecked value of a key of the table, or ``default`` if it lacks the key."""
+        """Return the value of a key of the TOML table, unchecked.
+
+        If the key is missing, return ``default``; without a default raise InputError.
+        """
         if key in self.values:
             return self.values[key]
         if default is _MISSING:
@@ -64,7 +67,7 @@ class TomlTable:
         return default
 
     def _checked(self, key: str, default: object, good: Callable[[Any], bool], need: str) -> Any:
-        """Return the value of a key if the test ``good`` is True for it, else raise InputError.
+        """Return the value of a key of the TOML table; raise InputError if the test ``good`` fails.
 
         If the key is missing, return ``default``, which is not tested. ``need`` says in the message
         what to give.
@@ -75,20 +78,26 @@ class TomlTable:
         return value
 
     def text(self, key: str, default: str = _MISSING, choices: Sequence[str] = ()) -> str:
-        """Return the string that is the value of a key, one of ``choices`` if these are given."""
+        """Return the value of a key of the TOML table, which must be a string.
+
+        If ``choices`` are given, the string must be one of them.
+        """
         value = self._checked(key, default, lambda v: isinstance(v, str), "a text")
         if choices and value not in choices:
             raise InputError(f"{self.label(key)} is {value!r}: {did_you_mean(value, choices)}")
         return value
 
     def integer(self, key: str, default: int = _MISSING, least: int = 0) -> int:
-        """Return the integer that is the value of a key; it must be at least ``least``."""
+        """Return the value of a key of the TOML table, which must be an integer from ``least``."""
         return self._checked(
             key, default, lambda v: is_integer(v) and v >= least, f"an integer from {least}"
         )
 
     def number(self, key: str, default: float = _MISSING, positive: bool = True) -> float:
-        """Return the number that is the value of a key: above 0, or also 0 if not ``positive``."""
+        """Return the value of a key of the TOML table, which must be a finite number above 0.
+
+        With ``positive=False`` the number 0 is valid, too.
+        """
 
         def good(value: Any) -> bool:
             if not is_number(value) or not np.isfinite(value):
@@ -98,10 +107,14 @@ class TomlTable:
         need = "a positive number" if positive else "a number from 0"
         return self._checked(key, default, good, need)
 
-    def array(self, key: str, shape: tuple[int | None, ...], integers: bool = False) -> np.ndarray:
-        """Return the array of numbers that is the value of a key, checked to have ``shape``.
+    def boolean(self, key: str, default: bool | None = _MISSING) -> bool | None:
+        """Return the truth value of a key of the table, or ``default`` if it lacks the key."""
+        return self._checked(key, default, lambda v: isinstance(v, bool), "true or false")
 
-        None in ``shape`` stands for any length.
+    def array(self, key: str, shape: tuple[int | None, ...], integers: bool = False) -> np.ndarray:
+        """Return the value of a key of the TOML table, which must be an array of numbers.
+
+        The array must have the shape ``shape``, in which None stands for any length.
         """
         return array_of(self.label(key), self.raw(key), shape, integers)
 
@@ -120,10 +133,7 @@ def array_of(
     Returns:
       an array of integers if integers are required, else of floats.
     """
-    need = "integers" if integers else "numbers"
-    if shape is not None:
-        lengths = ", ".join("any" if length is None else str(length) for length in shape)
-        need = f"{need} of shape ({lengths})"
+    need = _describe_array(shape, integers)
     try:
         array = np.asarray(value)
     except ValueError as error:  # rows of different lengths
@@ -137,6 +147,15 @@ def array_of(
     if not np.isfinite(array).all():
         raise InputError(f"{name} is {short(value)}: every number must be finite.")
     return array if integers else array.astype(float)
+
+
+def _describe_array(shape: tuple[int | None, ...] | None, integers: bool) -> str:
+    """Describe in words, for a message, the array that :func:`array_of` requires."""
+    need = "integers" if integers else "numbers"
+    if shape is None:
+        return need
+    lengths = ", ".join("any" if length is None else str(length) for length in shape)
+    return f"{need} of shape ({lengths})"
 
 
 def _has_shape(array: np.ndarray, shape: tuple[int | None, ...]) -> bool:

@@ -173,21 +173,11 @@ class Cell(Portable):
         dtype = system.positions.dtype
         strains = jnp.asarray(along, dtype)
         sides = np.asarray(_sides(system, strains))
-        if stiffness.factor is not None:
-            x, stats = stiffness.solve_many(sides.reshape(len(sides), -1).T, rtol)
-            motion = x.T.reshape(sides.shape)
-            codes = list(stats.status[0])
-        else:
-            solutions = [stiffness.solve(side, rtol) for side in sides]
-            motion = np.stack([x for x, *_ in solutions])
-            codes = [int(code) for *_, code in solutions]
+        motion, codes = _solve_motions(stiffness, sides, rtol)
         slope, matrix = (
             np.asarray(x, float)
             for x in _slopes(system, pressure, strains, jnp.asarray(motion, dtype))
         )
-        # Of the solves that failed, the status with the highest code stands for all.
-        failures = [int(code) for code in codes if not Status(int(code)).good]
-        code = max(failures, default=Status.CONVERGED.value)
         # A matrix with a NaN has no eigenvalues: an identity takes its place, and the status tells.
         finite = bool(np.isfinite(matrix).all())
         values, vectors = np.linalg.eigh(matrix if finite else np.eye(len(along)))
@@ -196,11 +186,7 @@ class Cell(Portable):
         affine = matrix + flat @ stiffness.products(flat.T)
         # Round-off alone, with no force left on the particles and no residual.
         resolved = np.abs(values) > float(resolution(system, affine, motion, 0.0, 0.0)[0])
-        if not finite:
-            code = Status.NOT_FINITE.value
-        elif code == Status.CONVERGED and not (resolved & (values > 0)).all():
-            negative = (resolved & (values < 0)).any()
-            code = (Status.INDEFINITE if negative else Status.FLOPPY).value
+        code = _judge_stiffness(values, resolved, codes) if finite else Status.NOT_FINITE.value
         inverses = np.where(resolved, 1.0 / np.where(resolved, values, 1.0), 0.0)
         compliance = (vectors * inverses) @ vectors.T
         return cls(
@@ -230,6 +216,44 @@ class Cell(Portable):
         )
         # 1e-300 only avoids a division by zero, for a step of zero
         return step * min(1.0, LONGEST / max(float(np.linalg.norm(step)), 1e-300))
+
+
+def _solve_motions(
+    stiffness: HessianFactor, sides: np.ndarray, rtol: float
+) -> tuple[np.ndarray, list[int]]:
+    """Solve for the displacements of the particles under each of k strains, by the Hessian.
+
+    Args:
+      stiffness: the Hessian, with its factor.
+      sides: (k, n, d) the forces on the particles due to the strains.
+      rtol: relative residual to which the solves are carried.
+
+    Returns:
+      the displacements (k, n, d), and the code of the status of each solve.
+    """
+    if stiffness.factor is not None:
+        x, stats = stiffness.solve_many(sides.reshape(len(sides), -1).T, rtol)
+        return x.T.reshape(sides.shape), [int(code) for code in stats.status[0]]
+    solutions = [stiffness.solve(side, rtol) for side in sides]
+    return np.stack([x for x, *_ in solutions]), [int(code) for *_, code in solutions]
+
+
+def _judge_stiffness(values: np.ndarray, resolved: np.ndarray, codes: list[int]) -> int:
+    """Return the code of the status of a cell, from its stiffness and from the linear solves.
+
+    Args:
+      values: (k,) eigenvalues of the stiffness of the cell.
+      resolved: (k,) True for eigenvalues that are not zero to round-off.
+      codes: the codes of the status of the solves for the displacements of the particles.
+    """
+    # Of the solves that failed, the status with the highest code stands for all.
+    failures = [code for code in codes if not Status(code).good]
+    if failures:
+        return max(failures)
+    if (resolved & (values > 0)).all():
+        return Status.CONVERGED.value
+    negative = (resolved & (values < 0)).any()
+    return (Status.INDEFINITE if negative else Status.FLOPPY).value
 
 
 @jax.jit

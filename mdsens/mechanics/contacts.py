@@ -349,45 +349,19 @@ def network(system: System, max_force: jax.Array | float, least: int | None = No
     n = system.n
     potential = system.potential
     if not potential.pairwise:
-        # Without pairs there are no contacts: all particles are one cluster without rattlers.
-        zeros = jnp.zeros(n, jnp.int32)
-        false = jnp.zeros(n, bool)
-        return Network(
-            rattlers=false,
-            loose=false,
-            contacts=zeros,
-            labels=zeros,
-            whole=system.positions,
-            wraps=jnp.full(n, system.box is not None),
-            mean_force=jnp.zeros((), system.positions.dtype),
-            pairs=jnp.zeros((), jnp.int32),
-            touching=jnp.zeros((), bool),
-        )
+        return _make_network_without_pairs(system)
     images = nearest_images(system.box)
     x = components(system.positions)
     terms = row_terms(system)
-    bonds = []
-    distances = []
-    for term in terms:
-        apart = images(tuple(c[term.i] - c[term.j] for c in x))
-        bonds.append(apart)
-        distances.append(jnp.sqrt(jnp.where(term.mask, sum(v * v for v in apart), 1.0)))
+    bonds, distances = _compute_pair_vectors(terms, images, x)
     forces = [pair_forces(t, r) for t, r in zip(terms, distances, strict=True)]
     if potential.repulsive:
         # Every term has the same list of pairs, so that their forces can be added pair by pair.
-        total = sum(forces[1:], forces[0])
-        size = jnp.abs(total)
-        active = size > FORCE_MARGIN * max_force
-        mean = jnp.sum(jnp.where(active, size, 0.0)) / jnp.maximum(jnp.sum(active), 1)
-        edges = [_Edges(terms[0].i, terms[0].j, active, bonds[0], size > CARRIES * mean)]
-        forces = [total]
+        forces = [sum(forces[1:], forces[0])]
+        edges = [_find_contacts(terms[0], bonds[0], forces[0], max_force)]
         least = least or system.dimension + 1
     else:
-        stiffness = [_stiffness(t, r) for t, r in zip(terms, distances, strict=True)]
-        floor = STIFFNESS_FLOOR * jnp.max(jnp.stack([jnp.max(s, initial=0.0) for s in stiffness]))
-        edges = [
-            _Edges(t.i, t.j, s > floor, b) for t, s, b in zip(terms, stiffness, bonds, strict=True)
-        ]
+        edges = _find_stiff_pairs(terms, bonds, distances)
         least = least or 1
     # The pairs of the potential come first, then the rigid bonds: only the former are contacts.
     pair_count = len(edges)
@@ -398,6 +372,118 @@ def network(system: System, max_force: jax.Array | float, least: int | None = No
         bodies, _ = _clusters(rigid, n, system.dimension, system.positions.dtype)
         find_loose = _loose_of_bodies(system, rigid, bodies, least)
         edges = edges + rigid
+    edges = _remove_loose(edges, pair_count, find_loose, bodies)
+    loose = find_loose(edges[:pair_count])
+    pairs, total_force = _sum_contacts(edges[:pair_count], forces)
+    labels, offsets = _clusters(edges, n, system.dimension, system.positions.dtype)
+    if system.box is None:
+        whole = system.positions
+        wraps = jnp.zeros(n, bool)
+    else:
+        whole = system.positions[labels] + offsets
+        wraps = _find_wraps(edges, labels, offsets)
+    touching = jnp.zeros((), bool)
+    if potential.repulsive:
+        i, j = terms[0].i, jnp.minimum(terms[0].j, n - 1)  # padding has the index n
+        excluded = loose[i] | loose[j] | (bodies[i] == bodies[j]) | ~terms[0].mask
+        undecided = _may_touch(terms, distances[0], forces[0], max_force)
+        touching = jnp.any(undecided & ~excluded)
+    # The particles of a loose rigid body are no rattlers: only bodies of one particle are.
+    single = jnp.zeros(n, jnp.int32).at[bodies].add(1)[bodies] == 1
+    return Network(
+        rattlers=loose & single,
+        loose=loose,
+        contacts=_count_contacts(edges, n),
+        labels=labels,
+        whole=whole,
+        wraps=wraps,
+        mean_force=total_force / jnp.maximum(pairs, 1),
+        pairs=jnp.round(pairs).astype(jnp.int32),
+        touching=touching,
+    )
+
+
+def _make_network_without_pairs(system: System) -> Network:
+    """Return the network of a potential without pairs: one cluster, no contacts, no rattlers."""
+    zeros = jnp.zeros(system.n, jnp.int32)
+    false = jnp.zeros(system.n, bool)
+    return Network(
+        rattlers=false,
+        loose=false,
+        contacts=zeros,
+        labels=zeros,
+        whole=system.positions,
+        wraps=jnp.full(system.n, system.box is not None),
+        mean_force=jnp.zeros((), system.positions.dtype),
+        pairs=jnp.zeros((), jnp.int32),
+        touching=jnp.zeros((), bool),
+    )
+
+
+def _compute_pair_vectors(
+    terms: tuple[PairTerm, ...], images: Callable[[Components], Components], x: Components
+) -> tuple[list[Components], list[jax.Array]]:
+    """Compute the vector R_i - R_j and the distance of each pair, for each term of the potential.
+
+    A place in the neighbor list that holds no pair has the distance 1.
+
+    Args:
+      images: function that maps components of vectors to their nearest image.
+      x: components of the positions R.
+    """
+    bonds = []
+    distances = []
+    for term in terms:
+        apart = images(tuple(c[term.i] - c[term.j] for c in x))
+        bonds.append(apart)
+        distances.append(jnp.sqrt(jnp.where(term.mask, sum(v * v for v in apart), 1.0)))
+    return bonds, distances
+
+
+def _find_contacts(
+    term: PairTerm, bonds: Components, force: jax.Array, max_force: jax.Array | float
+) -> _Edges:
+    """Return the pairs of a potential that only repels; a contact is known by its force.
+
+    Args:
+      bonds: components of the vectors of the pairs.
+      force: force of each pair.
+      max_force: the largest net force on a particle; a contact carries more than 10 times as much.
+    """
+    size = jnp.abs(force)
+    active = size > FORCE_MARGIN * max_force
+    mean = jnp.sum(jnp.where(active, size, 0.0)) / jnp.maximum(jnp.sum(active), 1)
+    return _Edges(term.i, term.j, active, bonds, size > CARRIES * mean)
+
+
+def _find_stiff_pairs(
+    terms: tuple[PairTerm, ...], bonds: list[Components], distances: list[jax.Array]
+) -> list[_Edges]:
+    """Return the pairs of a potential that attracts; a pair is active where it has a stiffness.
+
+    Args:
+      bonds: components of the vectors of the pairs, for each term of the potential.
+      distances: distances of the pairs, for each term.
+    """
+    stiffness = [_stiffness(t, r) for t, r in zip(terms, distances, strict=True)]
+    floor = STIFFNESS_FLOOR * jnp.max(jnp.stack([jnp.max(s, initial=0.0) for s in stiffness]))
+    return [_Edges(t.i, t.j, s > floor, b) for t, s, b in zip(terms, stiffness, bonds, strict=True)]
+
+
+def _remove_loose(
+    edges: list[_Edges],
+    pair_count: int,
+    find_loose: Callable[[list[_Edges]], jax.Array],
+    bodies: jax.Array,
+) -> list[_Edges]:
+    """Deactivate the contacts of particles with too few contacts, until no such particle has one.
+
+    Args:
+      edges: the pairs of the potential, followed by the rigid bonds.
+      pair_count: number of terms of the potential, the first of ``edges``.
+      find_loose: function that maps the pairs to a mask of the particles with too few contacts.
+      bodies: (n,) the rigid body of each particle, as an index.
+    """
 
     def prune(carry: tuple[list[jax.Array], jax.Array]) -> tuple[list[jax.Array], jax.Array]:
         """Deactivate the contacts of particles that have too few contacts to be held in place.
@@ -418,47 +504,47 @@ def network(system: System, max_force: jax.Array | float, least: int | None = No
 
     start = ([e.active for e in edges], jnp.ones((), bool))
     active = jax.lax.while_loop(lambda carry: carry[1], prune, start)[0]
-    edges = [e._replace(active=a) for e, a in zip(edges, active, strict=True)]
-    loose = find_loose(edges[:pair_count])
-    pairs = sum(e.share * jnp.sum(e.active) for e in edges[:pair_count])
+    return [e._replace(active=a) for e, a in zip(edges, active, strict=True)]
+
+
+def _sum_contacts(
+    contacts: list[_Edges], forces: list[jax.Array]
+) -> tuple[jax.Array | int, jax.Array | int]:
+    """Compute the number of contacts, and the sum of the absolute values of their forces.
+
+    Args:
+      contacts: the pairs of each term of the potential.
+      forces: the forces of these pairs.
+    """
+    pairs = sum(e.share * jnp.sum(e.active) for e in contacts)
     total_force = sum(
         e.share * jnp.sum(jnp.where(e.active, jnp.abs(f), 0.0))
-        for e, f in zip(edges[:pair_count], forces, strict=True)
+        for e, f in zip(contacts, forces, strict=True)
     )
-    labels, offsets = _clusters(edges, n, system.dimension, system.positions.dtype)
-    whole = system.positions
+    return pairs, total_force
+
+
+def _find_wraps(edges: list[_Edges], labels: jax.Array, offsets: jax.Array) -> jax.Array:
+    """Find the clusters that are connected to their own periodic image, (n,), by their labels.
+
+    Args:
+      edges: the pairs; only active pairs connect particles.
+      labels: (n,) the cluster of each particle.
+      offsets: (n, d) displacement of each particle from the first one of its cluster, along bonds.
+    """
+    n = labels.shape[0]
     wraps = jnp.zeros(n, bool)
-    if system.box is not None:
-        whole = system.positions[labels] + offsets
-        y = components(offsets)
-        for e in edges:
-            # A bond whose ends lie in different images of the cluster closes a loop around the
-            # cell: its vector then differs from that of the unwrapped positions by a lattice
-            # vector. The limit is 1e-3 of the bond's length, far above round-off.
-            gaps = [a[e.i] - a[e.j] - b for a, b in zip(y, e.bonds, strict=True)]
-            length_squared = sum(b * b for b in e.bonds)
-            torn = e.active & (sum(g * g for g in gaps) > 1e-6 * length_squared)
-            meets = jnp.any(torn, axis=0) if e.rows else jnp.zeros(n, bool).at[e.i].max(torn)
-            wraps = wraps.at[labels].max(meets)
-    touching = jnp.zeros((), bool)
-    if potential.repulsive:
-        i, j = terms[0].i, jnp.minimum(terms[0].j, n - 1)  # padding has the index n
-        excluded = loose[i] | loose[j] | (bodies[i] == bodies[j]) | ~terms[0].mask
-        undecided = _may_touch(terms, distances[0], forces[0], max_force)
-        touching = jnp.any(undecided & ~excluded)
-    # The particles of a loose rigid body are no rattlers: only bodies of one particle are.
-    single = jnp.zeros(n, jnp.int32).at[bodies].add(1)[bodies] == 1
-    return Network(
-        rattlers=loose & single,
-        loose=loose,
-        contacts=_count_contacts(edges, n),
-        labels=labels,
-        whole=whole,
-        wraps=wraps,
-        mean_force=total_force / jnp.maximum(pairs, 1),
-        pairs=jnp.round(pairs).astype(jnp.int32),
-        touching=touching,
-    )
+    y = components(offsets)
+    for e in edges:
+        # A bond whose ends lie in different images of the cluster closes a loop around the cell:
+        # its vector then differs from that of the unwrapped positions by a lattice vector. The
+        # limit is 1e-3 of the bond's length, far above round-off.
+        gaps = [a[e.i] - a[e.j] - b for a, b in zip(y, e.bonds, strict=True)]
+        length_squared = sum(b * b for b in e.bonds)
+        torn = e.active & (sum(g * g for g in gaps) > 1e-6 * length_squared)
+        meets = jnp.any(torn, axis=0) if e.rows else jnp.zeros(n, bool).at[e.i].max(torn)
+        wraps = wraps.at[labels].max(meets)
+    return wraps
 
 
 def _may_touch(

@@ -165,29 +165,62 @@ def sparse_hessian(system: System) -> sp.csr_array | None:
         neighbors=filled_rows(system.neighbors),
     )
     # Empty first entries, so that a system without pairs gives a matrix of zeros.
-    firsts = [np.zeros(0, int)]
-    seconds = [np.zeros(0, int)]
-    blocks = [np.zeros((0, d, d))]
+    entries = [(np.zeros(0, int), np.zeros(0, int), np.zeros((0, d, d)))]
     for i, j, block in (_pair_blocks if members is None else _pair_blocks_each)(fixed):
-        block = np.asarray(block, float)
-        i, j = np.asarray(i), np.asarray(j)
-        # A list of bonds has each pair once: its block is entered for both orders of the particles.
-        twice = j.ndim == (1 if members is None else 2)
-        if members is not None:
-            # particles are numbered through all members; the axis of members moves behind (d, d)
-            shift = (n * np.arange(members)).reshape(-1, *[1] * (j.ndim - 1))
-            block = np.moveaxis(block, 0, 2)
-            i, j = i + shift, j + shift
-        interacts = np.any(block != 0, axis=(0, 1))
-        pair_blocks = np.ascontiguousarray(np.moveaxis(block[:, :, interacts], -1, 0))
-        one = np.broadcast_to(i, j.shape)[interacts]
-        other = j[interacts]
-        firsts += [one, other] if twice else [one]
-        seconds += [other, one] if twice else [other]
-        blocks += [pair_blocks, pair_blocks] if twice else [pair_blocks]
-    first = np.concatenate(firsts)
-    second = np.concatenate(seconds)
-    block = np.concatenate(blocks)
+        entries += _list_entries(np.asarray(i), np.asarray(j), np.asarray(block, float), n, members)
+    first, second, block = (np.concatenate(arrays) for arrays in zip(*entries, strict=True))
+    matrix = _assemble_matrix(first, second, block, total)
+    # ``entries`` begins with empty arrays, so more than 2 means two terms, or bonds: both may
+    # contain the same pair.
+    if len(entries) > 2:
+        matrix.sum_duplicates()
+    return matrix
+
+
+def _list_entries(
+    i: np.ndarray, j: np.ndarray, block: np.ndarray, n: int, members: int | None
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """List the pairs of one term of the potential that interact, in both orders of the particles.
+
+    Args:
+      i, j: particle indices of the pairs.
+      block: the second derivative of the pair potential for each pair, (d, d, …).
+      n: number of particles.
+      members: number of systems in a batch, which all arrays have as their first axis; None for a
+        single system.
+
+    Returns:
+      tuples (first particles (m,), second particles (m,), blocks (m, d, d)); particles are numbered
+        through all systems of a batch.
+    """
+    # A list of bonds has each pair once: its block is entered for both orders of the particles.
+    twice = j.ndim == (1 if members is None else 2)
+    if members is not None:
+        # particles are numbered through all members; the axis of members moves behind (d, d)
+        shift = (n * np.arange(members)).reshape(-1, *[1] * (j.ndim - 1))
+        block = np.moveaxis(block, 0, 2)
+        i, j = i + shift, j + shift
+    interacts = np.any(block != 0, axis=(0, 1))
+    pair_blocks = np.ascontiguousarray(np.moveaxis(block[:, :, interacts], -1, 0))
+    one = np.broadcast_to(i, j.shape)[interacts]
+    other = j[interacts]
+    entries = [(one, other, pair_blocks)]
+    if twice:
+        entries.append((other, one, pair_blocks))
+    return entries
+
+
+def _assemble_matrix(
+    first: np.ndarray, second: np.ndarray, block: np.ndarray, total: int
+) -> sp.csr_array:
+    """Assemble the Hessian as a sparse matrix from the blocks of m pairs of particles.
+
+    Args:
+      first, second: (m,) indices of the two particles of each pair; each pair appears twice.
+      block: (m, d, d) the second derivative of the pair potential for each pair.
+      total: number of particles.
+    """
+    d = block.shape[-1]
     # Off the diagonal stands minus the block of the pair; on it the sum over the particle's pairs.
     entries = [np.bincount(first, block[:, a, b], total) for a in range(d) for b in range(d)]
     diagonal = np.stack(entries, axis=-1).reshape(total, d, d)
@@ -198,12 +231,7 @@ def sparse_hessian(system: System) -> sp.csr_array | None:
     order = np.argsort(first, kind="stable")
     starts = np.concatenate([[0], np.cumsum(np.bincount(first, minlength=total))])
     shape = (total * d, total * d)
-    matrix = sp.bsr_array((block[order], second[order], starts), shape=shape).tocsr()
-    # ``blocks`` begins with an empty array, so more than 2 means two terms, or bonds: both may
-    # contain the same pair.
-    if len(blocks) > 2:
-        matrix.sum_duplicates()
-    return matrix
+    return sp.bsr_array((block[order], second[order], starts), shape=shape).tocsr()
 
 
 def along(f: Callable[[dict[str, Any]], Any], params: Params, dparams: Params) -> Any:

@@ -76,7 +76,8 @@ class BlockRows(Portable):
     vectors are stored as (d, n): each of these two choices halves the time of a step in 3-D.
 
     The product of S H S^T with a vector w (d, n) is sum_k B[:, :, k, i] w[:, others[k, i]] at
-    particle i, where B is the array ``blocks``. For the product of H itself with v, w = S^-T v.
+    particle i, where B is the array ``blocks``. To multiply a vector v by H itself, S H S^T is
+    applied to w = S^-T v, and the result is multiplied by S^-1.
 
     Attributes:
       others: (k, n) indices of the at most k particles that each particle i interacts with, i

@@ -50,7 +50,7 @@ def factorizes(system: System) -> bool:
     """Return whether the Hessian of a system is assembled and factorized.
 
     This is done for pair potentials in double precision, in 2-D for any number of particles and in
-    3-D up to ``FACTOR_PARTICLES_3D`` particles.
+    3-D up to 4,000 particles (the constant ``FACTOR_PARTICLES_3D`` of this module).
     """
     small = system.dimension == 2 or system.n <= FACTOR_PARTICLES_3D
     return small and system.potential.pairwise and system.positions.dtype == jnp.float64
@@ -196,10 +196,10 @@ class HessianFactor:
         """Compute stiffnesses (m,) that are added to the diagonal of the Hessian to factorize it.
 
         m is the number of rows of the Hessian. Where no cluster of particles can rotate, the
-        stiffnesses are springs on the rattlers and on one particle of each cluster. These springs
-        do not change the solution for a right-hand side without a part in the null space, except by
-        a null vector. Where a cluster can rotate, the stiffnesses are a small shift of the whole
-        diagonal.
+        stiffnesses are springs on the rattlers and on one particle of each cluster. For a
+        right-hand side without a component in the null space, these springs change the solution
+        only by a vector of the null space. Where a cluster can rotate, the stiffnesses are a small
+        shift of the whole diagonal.
         """
         scale = np.where(self._bounds > 0, self._bounds, 1.0)[:, None]
         null = self.null
@@ -240,7 +240,7 @@ class HessianFactor:
         return self.factor.negatives(self.members)
 
     def solve(self, b: np.ndarray, rtol: float = 1e-12) -> tuple[np.ndarray, float, Status]:
-        """Solve H x = b for the displacements x, with the Hessian H and without its null space.
+        """Solve H x = b for displacements x, with the null space of the Hessian H projected out.
 
         Args:
           b: (n, d) right-hand side.
@@ -385,6 +385,11 @@ class HessianFactor:
             if not spectrum.negative:
                 return None
             return float(spectrum.values[0]), spectrum.vectors[:, 0].reshape(n, d)
+        return self._search_by_lanczos(floor)
+
+    def _search_by_lanczos(self, floor: float) -> tuple[float, np.ndarray] | None:
+        """Search for a mode with a negative stiffness by Lanczos' method, as ``negative_mode``."""
+        n, d = self.system.positions.shape
         dtype = self.system.positions.dtype
         # a fixed seed: the same start in every run
         start = np.random.default_rng(0).standard_normal(n * d).astype(dtype)

@@ -95,8 +95,8 @@ class _Factor:
       motions: (k, n, d) rigid motions of the n particles without stiffness.
       primal: number of unknowns that are no multipliers.
       shift: number added to the diagonal of H_L.
-      scale: a bound of the eigenvalues of H_L. SHIFT times ``scale`` is added to the diagonal of
-        H_L too, and subtracted on the diagonal of the multipliers.
+      scale: a bound of the eigenvalues of H_L. A tiny part of it, 1e-9, is added to the diagonal
+        of H_L too, and subtracted on the diagonal of the multipliers.
     """
 
     def __init__(
@@ -126,12 +126,26 @@ class _Factor:
         return self._lu.solve(np.ascontiguousarray(padded))[: self.size]
 
 
+def _has_known_sparsity(system: System, x: Unknowns) -> bool:
+    """Return whether the matrix of the linear system is assembled as a sparse matrix.
+
+    It is assembled only for pair potentials with rigid bonds: other equations, and relaxed
+    parameters, may couple any unknowns.
+    """
+    with_equations = [c for c in system.constraints if c.name in (x.multipliers or {})]
+    return (
+        system.potential.pairwise
+        and not relaxed(system)
+        and all(isinstance(c, RigidBonds) for c in with_equations)
+    )
+
+
 class KKT(HessianFactor):
     """The linear system for the response of a constrained minimum (Karush, Kuhn and Tucker).
 
     The unknowns are the positions of the particles, the parameters that relax with them, and the
-    multipliers of the equations, in this order (``flat``). In vectors and in the matrix,
-    multipliers are in units of ``unit``.
+    multipliers of the equations; vectors and the matrix have them in this order. There the
+    multipliers are in units of the attribute ``unit``.
 
     Attributes:
       x: the unknowns at the minimum.
@@ -154,14 +168,7 @@ class KKT(HessianFactor):
         self.unit = float(natural_units(system)[1])
         self.primal = system.positions.size + sum(v.size for v in jax.tree.leaves(self.x.params))
         self.size = flat(self.x).size
-        # The sparse matrix is assembled only for pair potentials with rigid bonds: other equations,
-        # and relaxed parameters, may couple any unknowns.
-        with_equations = [c for c in system.constraints if c.name in (self.x.multipliers or {})]
-        self._sparse = (
-            system.potential.pairwise
-            and not relaxed(system)
-            and all(isinstance(c, RigidBonds) for c in with_equations)
-        )
+        self._sparse = _has_known_sparsity(system, self.x)
         small = (self._sparse and self._factorize) or self.size <= DENSE
         self._factorize = system.positions.dtype == jnp.float64 and small
         free = null.free(jax.tree.map(jnp.ones_like, self.x))
@@ -192,7 +199,8 @@ class KKT(HessianFactor):
 
         A bond of length r between particles i and j, along the unit vector e and with tension t,
         adds (t / r) (1 - e e^T) to the second derivative of the Lagrangian L by the vector R_i -
-        R_j. The derivative of its length is a row of the matrix A: e by R_i and -e by R_j.
+        R_j. The bond also adds one row to the derivative A of the constraint equations: the
+        derivative of its length, which is e by R_i and -e by R_j.
         """
         system = self.system
         n = system.n

@@ -237,13 +237,14 @@ def about_to_switch(
     The count includes coordinates at a bound that exerts no force on them, and coordinates so near
     to a bound that the force left on a particle could move them there. Such a coordinate is
     constrained for a change of the parameters in one direction, and free in the opposite direction.
-    The count also includes coordinates that several walls constrain, since either wall may be the
-    one that stays. The function does not work inside ``jax.jit``.
+    The count also includes coordinates at which several walls meet, since after a change of the
+    parameters any one of these walls may be the one that limits the coordinate. The function does
+    not work inside ``jax.jit``.
 
     Args:
       system: the system at the minimum.
       multipliers: multipliers of the constraint equations, by constraint name.
-      null: the null space, which tells the rattlers; rattlers do not count.
+      null: the null space, which names the rattlers; rattlers do not count.
       max_force: the largest force that is left on a particle.
     """
     low, high = (jax.tree.map(np.asarray, side) for side in bounds(system, system.params))

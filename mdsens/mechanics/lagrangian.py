@@ -182,7 +182,7 @@ def active_set(system: System) -> Unknowns:
 
 
 def constrained_coordinates(system: System, params: Params) -> Unknowns:
-    """Compute where the coordinates that constraints fix are at other parameters.
+    """Compute the coordinates of a system at other parameters, as far as constraints fix them.
 
     A coordinate at a bound moves with the bound, a pinned coordinate is constant, and free
     coordinates are unchanged. Which coordinates are fixed is decided at the present state of the
@@ -282,6 +282,29 @@ def multipliers_at(system: System, x: Unknowns, params: Params) -> dict[str, jax
     constant = jax.lax.stop_gradient(system)
     low, high = (side.positions for side in at_bounds(constant))
     force = lagrangian_gradient(system, x, params).positions
+    of_walls = _compute_wall_multipliers(constant, force, low, high)
+    multipliers = {}
+    for c in system.constraints:
+        match c:
+            case Pinned():
+                multipliers[c.name] = jnp.where(c.mask, force, 0.0)
+            case Wall():
+                multipliers[c.name] = of_walls[c.name]
+            case _:
+                multipliers[c.name] = (x.multipliers or {})[c.name]
+    return multipliers
+
+
+def _compute_wall_multipliers(
+    system: System, force: jax.Array, low: jax.Array, high: jax.Array
+) -> dict[str, jax.Array]:
+    """Compute the multiplier of each wall by name: the force with which it pushes each particle.
+
+    Args:
+      system: the system with its walls.
+      force: (n, d) the force of all constraints together on each particle, dL/dR.
+      low, high: (n, d) True for coordinates at their lower bound, and at their upper bound.
+    """
     # By ``above`` of a wall, whether particles are above it: the force on walls of that side. Where
     # a wall of the other side touches the particle too, only the part of one sign.
     push = {
@@ -290,30 +313,24 @@ def multipliers_at(system: System, x: Unknowns, params: Params) -> dict[str, jax
     }
     stuck = pinned(system)
     walls = [c for c in system.constraints if isinstance(c, Wall)]
-    tight = {c.name: _is_tightest(constant, c) for c in walls}
+    tight = {c.name: _is_tightest(system, c) for c in walls}
     sharing = {
         above: sum((tight[c.name] for c in walls if c.above is above), 0 * force) for above in push
     }
     multipliers = {}
-    for c in system.constraints:
-        match c:
-            case Pinned():
-                multipliers[c.name] = jnp.where(c.mask, force, 0.0)
-            case Wall():
-                touches = (low if c.above else high) & ~stuck & tight[c.name]
-                share = push[c.above] / jnp.maximum(sharing[c.above], 1.0)
-                share = jnp.where(touches, share, 0.0)[:, c.axis]
-                # not -share, which would make -0 of 0
-                multipliers[c.name] = share if c.above else 0.0 - share
-            case _:
-                multipliers[c.name] = (x.multipliers or {})[c.name]
+    for c in walls:
+        touches = (low if c.above else high) & ~stuck & tight[c.name]
+        share = push[c.above] / jnp.maximum(sharing[c.above], 1.0)
+        share = jnp.where(touches, share, 0.0)[:, c.axis]
+        # not -share, which would make -0 of 0
+        multipliers[c.name] = share if c.above else 0.0 - share
     return multipliers
 
 
 def _is_tightest(system: System, wall: Wall) -> jax.Array:
     """Return a mask (n, d) of the coordinates for which ``wall`` is the tightest bound.
 
-    The other bounds are the walls that bound the coordinates from the same side.
+    It is compared with the other walls that bound these coordinates in the same direction.
     """
     diameters = diameters_at(system, system.params)
     wall_bounds = wall.bounds(system.params, diameters, system.positions.shape)
@@ -367,10 +384,10 @@ def switch_times(
     values, rates = jax.jvp(margins, place, rate)
 
     def when(value: jax.Array, speed: jax.Array, counts: jax.Array) -> jax.Array:
-        """Compute the path parameter at which ``value``, linear in it, becomes zero.
+        """Compute the path parameter t at which a quantity that is linear in t becomes zero.
 
-        The result is inf where ``value`` is constant (``speed`` is zero), or where ``counts`` is
-        False.
+        The quantity is ``value`` at t = 0, and its derivative by t is ``speed``. The result is inf
+        where ``speed`` is zero, or where ``counts`` is False.
         """
         return jnp.where(counts & (speed != 0), -value / jnp.where(speed == 0, 1.0, speed), jnp.inf)
 

@@ -64,9 +64,10 @@ def where_not_finite(status: Status, system: System) -> str:
 
 
 def _describe_pair(name: str, term: PairTerm, system: System) -> str:
-    """Describe the lowest derivative of a pair potential that is NaN or infinite, and a pair.
+    """Describe in words the lowest derivative of a pair potential that is NaN or infinite.
 
-    The text is empty where all derivatives, up to the third, are finite.
+    The text names a pair for which this derivative is not finite. The text is empty where all
+    derivatives, up to the third, are finite.
 
     Args:
       name: name of the potential.

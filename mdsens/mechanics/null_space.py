@@ -221,10 +221,10 @@ def _projections(null: NullSpace, columns: jax.Array) -> jax.Array:
 
 
 def _cross(arms: jax.Array, v: jax.Array) -> jax.Array:
-    """Compute the angular momentum of each particle with velocity v about the centroid.
+    """Compute the angular momentum of each particle about the centroid of its cluster.
 
-    The result is (n, 1) in 2-D and (n, 3) in 3-D, for n particles of mass 1. ``arms`` are their
-    positions relative to the centroid.
+    The result is (n, 1) in 2-D and (n, 3) in 3-D, for n particles of mass 1. v are their
+    velocities, and ``arms`` their positions relative to the centroid.
     """
     if arms.shape[1] == 2:
         return (arms[:, 0] * v[:, 1] - arms[:, 1] * v[:, 0])[:, None]

@@ -79,9 +79,10 @@ class Solid(NamedTuple):
         in energy per volume; zero where all of it is round-off.
       affine: (d, d, d, d) A if particles followed the strain affinely.
       stress: (d, d) Cauchy stress, positive in tension.
-      round_off: a stiffness up to this size counts as zero; see :func:`resolution`. Where A is zero
-        this is the larger uncertainty ``doubt`` of :func:`resolution`, so that a stress due to the
-        force left on the particles counts as no stiffness.
+      round_off: a stiffness up to this size counts as zero: the round-off of A that
+        :func:`resolution` estimates. Where A is zero, this is the larger uncertainty of A that is
+        due to the force left on the particles (the second result of :func:`resolution`), so that
+        the stress of this force does not count as a stiffness.
       status: the result of :func:`verdict`, an int32 array.
     """
 
@@ -96,8 +97,9 @@ class Solid(NamedTuple):
 def tensors(system: System, motion: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Compute the relaxed and the affine stiffness tensor, and the stress, of a backbone.
 
-    The affine stiffness A has particles that follow the strain affinely; in the relaxed stiffness
-    they also move by ``motion``.
+    The stiffness tensor A is the second derivative of the energy by strain, per volume. For the
+    affine A the particles follow the strain affinely; for the relaxed A they are displaced by
+    ``motion`` in addition.
 
     Args:
       system: the backbone (the system without the contacts of rattlers).
@@ -198,6 +200,8 @@ def birch(tensor: jax.Array, stress: jax.Array) -> jax.Array:
 def softest_strain(tensor: jax.Array) -> jax.Array:
     """Return the least stiffness to strain: the smallest eigenvalue of a symmetrized tensor.
 
+    The tensor is made symmetric under exchange of its two pairs of indices.
+
     Args:
       tensor: (d, d, d, d) the stiffness tensor.
     """
@@ -220,19 +224,20 @@ def resolution(
     bond, such a force adds force / l u^2 to the energy. The affine tensor is about n k l^2 / V, for
     n particles in the volume V. So
 
-        round-off = 10 eps |R| / l (1 + |X|^2 / (n l^2)) affine
+        round-off = 10 eps (1 + |R| / l) (1 + |X|^2 / (n l^2)) affine
 
     with l the length of the potential, |R| the largest coordinate, and X the displacements relative
-    to the affine ones under a strain of norm one. X is small where particles follow the strain, and
-    100 l for each particle next to unjamming. In a packing of 64 discs the round-off is 1e-13 of
-    the affine tensor, next to unjamming 1e-12 to 1e-11: this is 20 times and more the change of the
-    tensor when all particles are moved by the same vector. In networks of springs at rest without
-    stiffness, rings and random networks of 12 to 300 nodes, the computed tensor is at most 0.014 of
-    the round-off.
+    to the affine ones under a strain of norm one, and ``affine`` the largest entry of the affine
+    tensor. X is small where particles follow the strain, and 100 l for each particle next to
+    unjamming. In a packing of 64 discs this estimate is 1e-13 of the affine tensor, and 1e-12 to
+    1e-11 next to unjamming. For comparison, all particles were moved by the same vector: the
+    computed tensor then changed by at most a twentieth of the estimate. In networks of springs at
+    rest without stiffness, rings and random networks of 12 to 300 nodes, the computed tensor is at
+    most 0.014 of the round-off.
 
-    *Doubt.* The force left on the particles has the same effect, as if each contact carried ten
-    times as much. The error of the linear solves for X is at most their residual times the affine
-    tensor.
+    *Doubt.* The force left on the particles has the same effect as such an error of the pair
+    forces; each pair is taken to carry ten times the largest force left. The error of the linear
+    solves for X is at most their residual times the affine tensor.
 
         doubt = 10 max_force l (1 + |X|^2 / (n l^2)) n / V + residual affine
 

@@ -256,10 +256,10 @@ force_scales = jax.jit(jax.vmap(force_scale))
 def _measured_round_off(system: System) -> jax.Array:
     """Measure the round-off of the forces by random changes of the last digits of the positions.
 
-    The result is twice the largest change of the force on a particle in a few trials. In each trial
-    all particles are displaced together, and the norm of the change of a force counts. The
-    displacements are random, and the particle with the largest round-off shows its largest change
-    in few trials.
+    In each of a few trials all particles are displaced at once, each by its own random vector, and
+    the norm of the change of the force on each particle is computed. The result is twice the
+    largest of these norms. A few trials are enough for the particle with the largest round-off to
+    show about its largest change.
     """
     eps = jnp.finfo(system.positions.dtype).eps
     n, d = system.positions.shape
@@ -308,7 +308,13 @@ class _Stepping(Protocol):
 
 
 class Limits(NamedTuple):
-    """Limits of the steps of a minimizer, from the natural units of the system."""
+    """Limits of the steps of a minimizer, from the natural units of the system.
+
+    Attributes:
+      longest: longest step of a particle, a length.
+      strongest: the force on a particle to which larger forces are shortened.
+      stiffness: largest stiffness of the potential.
+    """
 
     longest: Any  # longest step of a particle
     strongest: Any  # largest force on a particle; larger ones are shortened to it

@@ -42,36 +42,64 @@ def stack(systems: list[System] | tuple[System, ...]) -> System:
     Raises:
       InputError: a system differs from the first one in such a property; the message names both.
     """
+    _check_systems(systems)
+    systems = [s if s.neighbors.complete else s.reallocate(keep=True) for s in systems]
+    if len({s.boundary.orthogonal for s in systems}) > 1:
+        # a general cell: the form that is right for members with and without right angles
+        systems = [s.replace(boundary=FixedBox(s.boundary.cell)) for s in systems]
+    if _have_unequal_lists(systems):
+        systems = _with_equal_lists(systems)
+    return stack_trees(systems)
+
+
+def _check_systems(systems: list[System] | tuple[System, ...]) -> None:
+    """Raise InputError unless a user gives a list of systems that agree with the first one."""
     if not isinstance(systems, list | tuple):
         raise InputError(
             f"stack got an object of type {type(systems).__name__}: give a list of systems."
         )
     if not systems:
         raise InputError("stack got no systems: give at least one system.")
-    first = systems[0]
     for k, system in enumerate(systems):
         if not isinstance(system, System):
             raise InputError(
                 f"stack got an object of type {type(system).__name__} in its list: give systems,"
                 " such as eq.system."
             )
-        for field in FIELDS:
-            # fixed boxes may differ in what is known of their shape; that is settled below
-            if field == "boundary" and all(
-                isinstance(s.boundary, FixedBox) for s in (first, system)
-            ):
-                continue
-            expected = _comparable(first, field)
-            actual = _comparable(system, field)
-            if expected != actual:
-                raise InputError(
-                    f"system {k} differs from system 0 in {field} ({actual}, not {expected}): stack"
-                    " only systems that agree in it."
-                )
-    systems = [s if s.neighbors.complete else s.reallocate(keep=True) for s in systems]
-    if len({s.boundary.orthogonal for s in systems}) > 1:
-        # a general cell: the form that is right for members with and without right angles
-        systems = [s.replace(boundary=FixedBox(s.boundary.cell)) for s in systems]
+        _check_agreement(systems[0], system, k)
+
+
+def _check_agreement(first: System, system: System, k: int) -> None:
+    """Raise InputError if system k differs from the first one in a field that must agree."""
+    for field in FIELDS:
+        # fixed boxes may differ in what is known of their shape; that is settled in ``stack``
+        if field == "boundary" and all(isinstance(s.boundary, FixedBox) for s in (first, system)):
+            continue
+        expected = _comparable(first, field)
+        actual = _comparable(system, field)
+        if expected != actual:
+            raise InputError(
+                f"system {k} differs from system 0 in {field} ({actual}, not {expected}): stack"
+                " only systems that agree in it."
+            )
+
+
+def _comparable(system: System, field: str) -> Any:
+    """Return the part of an attribute of System that all systems of a batch must have in common.
+
+    For the number of species and the species' names this is the value itself; for any other
+    attribute ``field`` it is the shapes of the arrays in it.
+    """
+    value = getattr(system, field)
+    return value if field.startswith("species_") else jax.tree.map(jnp.shape, value)
+
+
+def _have_unequal_lists(systems: list[System]) -> bool:
+    """Return whether the neighbor lists of the systems differ in shape, so that none can be kept.
+
+    Raises:
+      InputError: some of the lists hold all pairs, and others do not.
+    """
     complete = [s.neighbors.complete for s in systems]
     if any(complete) and not all(complete):
         raise InputError(
@@ -79,18 +107,7 @@ def stack(systems: list[System] | tuple[System, ...]) -> System:
             " systems of one size and density."
         )
     kinds = {(s.neighbors.rows.shape, s.neighbors.cells, s.neighbors.run_capacity) for s in systems}
-    if not any(complete) and len(kinds) > 1:
-        systems = _with_equal_lists(systems)
-    return stack_trees(systems)
-
-
-def _comparable(system: System, field: str) -> Any:
-    """Return what the systems of a batch must have in common in a field: the shapes of its arrays.
-
-    The number of species and the species' names must be equal, so that their values are returned.
-    """
-    value = getattr(system, field)
-    return value if field.startswith("species_") else jax.tree.map(jnp.shape, value)
+    return not any(complete) and len(kinds) > 1
 
 
 def _with_equal_lists(systems: list[System]) -> list[System]:

@@ -144,7 +144,7 @@ class Neighbors(Portable):
 def no_pairs(n: int, dtype: DTypeLike = float) -> Neighbors:
     """Return an empty neighbor list of n particles, for potentials without pair interactions.
 
-    The list is complete while the range of the interactions is zero.
+    The list is complete as long as the range of the interactions is zero.
     """
     return _complete_list(jnp.zeros((0, n), jnp.int32), dtype)
 
@@ -331,7 +331,10 @@ def _search(
     numbers = jnp.arange(marks.shape[0], dtype=jnp.int32)[:, None]
 
     def take(r: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """Write row r of the list from the first mark left for each particle; remove this mark."""
+        """Write row r of the neighbor list: one marked neighbor of each particle.
+
+        It is the first neighbor whose mark is left, and this mark is removed.
+        """
         rows, marks = carry
         which = jnp.argmax(marks != 0, axis=0).astype(jnp.int32)  # the first word with a mark left
         word = jnp.max(jnp.where(numbers == which, marks, 0), axis=0)
@@ -555,6 +558,26 @@ def allocate(
     """
     n = positions.shape[0]
     dtype = positions.dtype
+    _check_range(range_, box)
+    if range_ == 0.0:
+        return no_pairs(n, dtype)
+    reach = (1.0 + SKIN) * range_
+    if n <= ALL_PAIRS_BELOW or not math.isfinite(reach):
+        return all_pairs(n, dtype)
+    lattice = _enclosing(positions, reach) if box is None else box
+    sides = np.asarray(lattice)
+    cells = _cells(heights(sides), reach, n)
+    # a cell hardly larger than twice the range leaves a skin of under 2 % of the range
+    if not float(_skin(range_, sides, cells, box is not None)) > 0.02 * range_:
+        return all_pairs(n, dtype)
+    return fitted(positions, box, lattice, lengths, range_, cells, room, like)
+
+
+def _check_range(range_: float, box: jax.Array | None) -> None:
+    """Raise InputError if the interaction range is NaN, or above half the cell's smallest height.
+
+    ``box`` is the cell; None for open boundaries, which allow any range.
+    """
     if math.isnan(range_):
         raise InputError(
             f"the range of the interactions is {range_}: correct the function of the cutoff, or"
@@ -575,18 +598,6 @@ def allocate(
             "a potential without a cutoff needs open boundaries: give the potential a cutoff, or"
             " give box=None."
         )
-    if range_ == 0.0:
-        return no_pairs(n, dtype)
-    reach = (1.0 + SKIN) * range_
-    if n <= ALL_PAIRS_BELOW or not math.isfinite(reach):
-        return all_pairs(n, dtype)
-    lattice = _enclosing(positions, reach) if box is None else box
-    sides = np.asarray(lattice)
-    cells = _cells(heights(sides), reach, n)
-    # a cell hardly larger than twice the range leaves a skin of under 2 % of the range
-    if not float(_skin(range_, sides, cells, box is not None)) > 0.02 * range_:
-        return all_pairs(n, dtype)
-    return fitted(positions, box, lattice, lengths, range_, cells, room, like)
 
 
 def _cells(across: np.ndarray, reach: float, n: int) -> tuple[int, ...]:

@@ -309,11 +309,7 @@ def _checked_positions(positions: ArrayLike) -> jax.Array:
         raise InputError(
             f"`positions` is no array, {short(positions)}: give (n, 2) or (n, 3) numbers."
         ) from error
-    # by type and not by conversion, which would read texts as numbers and drop imaginary parts
-    if not (np.issubdtype(array.dtype, np.floating) or np.issubdtype(array.dtype, np.integer)):
-        raise InputError(f"`positions` has type {array.dtype}: give (n, 2) or (n, 3) real numbers.")
-    if np.issubdtype(array.dtype, np.floating) and array.dtype not in (np.float32, np.float64):
-        raise InputError(f"`positions` has type {array.dtype}: give single or double precision.")
+    dtype = _choose_precision(array.dtype)
     if np.ma.is_masked(positions):
         raise InputError(
             "`positions` has masked entries: give all positions, or leave those particles out."
@@ -326,9 +322,24 @@ def _checked_positions(positions: ArrayLike) -> jax.Array:
     if bad.any():
         k = int(np.argmax(bad))
         raise InputError(f"positions[{k}] is {array[k].tolist()}: every coordinate must be finite.")
-    dtype = array.dtype if np.issubdtype(array.dtype, np.floating) else np.dtype(float)
     # jax computes in float32 where x64 is not enabled
     return jnp.asarray(array, jax.dtypes.canonicalize_dtype(dtype))
+
+
+def _choose_precision(dtype: np.dtype) -> np.dtype:
+    """Return the precision in which positions of a given type are stored: integers as doubles.
+
+    Raises:
+      InputError: the type is not of integers or of real numbers in single or double precision.
+    """
+    # by type and not by conversion, which would read texts as numbers and drop imaginary parts
+    if np.issubdtype(dtype, np.integer):
+        return np.dtype(float)
+    if not np.issubdtype(dtype, np.floating):
+        raise InputError(f"`positions` has type {dtype}: give (n, 2) or (n, 3) real numbers.")
+    if dtype not in (np.float32, np.float64):
+        raise InputError(f"`positions` has type {dtype}: give single or double precision.")
+    return dtype
 
 
 def _checked_species(species: ArrayLike, n: int) -> np.ndarray:

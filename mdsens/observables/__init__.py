@@ -6,8 +6,9 @@ derivative of the bond order by all parameters; ``jax.grad`` through ``ms.equili
 same derivative.
 
 Observables of pairs beyond the range of the potential have an argument ``pairs``. Where ``pairs``
-is None, they use the neighbor list of the system if the potential reaches as far, else all pairs of
-up to 4,000 particles. For more particles give a list made by :func:`pairs_within`.
+is None, they use the neighbor list of the system if the range of the potential covers that of the
+observable, else all pairs of up to 4,000 particles. For more particles give a list made by
+:func:`pairs_within`.
 """
 
 from mdsens.observables import state, structure

@@ -68,8 +68,8 @@ def chemical_potential(system: System) -> jax.Array:
     It is the electronegativity that all particles share at equilibrium, an energy per charge.
 
     Raises:
-      InputError: the system's potential has no charge equilibration, or it is a sum with two of
-        them.
+      InputError: the system's potential has no charge equilibration, or is a sum in which more
+        than one term is a charge equilibration.
     """
     # each charge equilibration in a sum has a total charge and a multiplier of its own
     parts = [

@@ -135,8 +135,8 @@ def _smallest_height(box: jax.Array) -> float:
 def _check_height(system: System, length: float) -> None:
     """Raise InputError if the range of an observable is above half the smallest height of the cell.
 
-    Within such a range a particle would meet two images of another. A cell that jax traces is not
-    checked.
+    Within a longer range, a particle could meet two periodic images of the same particle. A cell
+    that jax traces is not checked.
     """
     box = system.box
     if box is None or isinstance(box, Tracer):
@@ -154,10 +154,10 @@ def _check_height(system: System, length: float) -> None:
 def rows_within(system: System, length: float, pairs: Neighbors | None) -> jax.Array:
     """Return an array (capacity, n) whose column i has the particles within a range of particle i.
 
-    The array may also hold particles beyond the range ``length``. Places that are not used have the
-    index n. The array is that of the list ``pairs``. If ``pairs`` is None, the array is that of the
-    system's neighbor list if this list covers the range, and else that of all pairs of a system
-    that is not too large.
+    The array may also hold particles beyond the range ``length``. Entries without a particle are n.
+    The array is taken from the list ``pairs``. If ``pairs`` is None, the array is taken from the
+    system's neighbor list if this list covers the range; else the array has all pairs, provided
+    that the system is not too large.
     """
     _check_height(system, length)
     n = system.n

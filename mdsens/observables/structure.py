@@ -77,14 +77,15 @@ def bond_orientation(
 ) -> jax.Array:
     """Compute the bond-orientational order psi_m of each particle in 2-D.
 
-        psi_i = sum_j w(r_ij) exp(i m theta_ij) / h(sum_j w(r_ij))
+        psi_m(k) = sum_j w(r_kj) exp(i m theta_kj) / h(sum_j w(r_kj))
 
-    The sum is over the neighbors j of particle i, r_ij is the distance and theta_ij the angle of
-    the vector from i to j. The weight w is 1 up to 0.75 of the range and falls to 0 at
-    the range by the switch 1 - x^3 (10 - 15 x + 6 x^2), twice continuously differentiable. For a
-    sum of weights s of at least 1, h(s) = s, so that psi is the weighted mean of exp(i m theta).
-    For smaller s, h(s) = s + (1 - s)^3 / 3, so that psi goes to 0 as the last neighbor leaves and
-    is 0 without neighbors, with all derivatives finite.
+    The sum is over the neighbors j of particle k, r_kj is the distance and theta_kj the angle of
+    the vector from k to j. The weight w is 1 up to 0.75 of the range. From there to the range it
+    falls to 0 as 1 - x^3 (10 - 15 x + 6 x^2), where x rises linearly from 0 to 1; w is twice
+    continuously differentiable. For a sum of weights s of at least 1, the divisor is h(s) = s, so
+    that psi_m is the weighted mean of exp(i m theta). For smaller s, h(s) = s + (1 - s)^3 / 3, so
+    that psi_m goes to 0 as the last neighbor leaves and is 0 without neighbors, with all
+    derivatives finite.
 
     Args:
       system: one system, in 2-D.
@@ -120,7 +121,11 @@ def bond_orientation(
 
 @functools.partial(jax.jit, static_argnames=("m",))
 def _bond_orientation(system: System, rows: jax.Array, range_: float, m: int) -> jax.Array:
-    """Compute psi_m of each particle (n, 2) by one sum over a neighbor list, in compiled code."""
+    """Compute the bond-orientational order psi_m of each particle by a sum over a neighbor list.
+
+    This is the compiled part of :func:`bond_orientation`. The result (n, 2) has the real and the
+    imaginary part of psi_m.
+    """
 
     def each(
         vectors: Components, r: jax.Array, j: jax.Array, real: jax.Array
@@ -163,11 +168,12 @@ def _multiply_angle(cosine: jax.Array, sine: jax.Array, m: int) -> tuple[jax.Arr
 def bond_order(system: System, m: int, range: float, pairs: Neighbors | None = None) -> jax.Array:
     """Compute the bond-orientational order in 2-D: the mean over particles of |psi_m|^2.
 
-    The order lies between 0 and 1. The order is 1 if the angles between the bonds of every particle
-    are multiples of 2 pi / m, as in a perfect lattice, whatever the orientation of the lattice or
-    of its grains. The order is about 1 / z for z neighbors in random directions. The mean is over
-    squares because |psi_m|^2 is smooth where psi_m is zero, while |psi_m| is not. Particles without
-    neighbors count as 0.
+    psi_m of a particle is in essence the weighted mean of exp(i m theta) over its neighbors, with
+    the angle theta of the vector to the neighbor. The order lies between 0 and 1. The order is 1 if
+    the angles between the bonds of every particle are multiples of 2 pi / m, as in a perfect
+    lattice, whatever the orientation of the lattice or of its grains. The order is about 1 / z for
+    z neighbors in random directions. The mean is over squares because |psi_m|^2 is smooth where
+    psi_m is zero, while |psi_m| is not. Particles without neighbors count as 0.
 
     Args:
       system, m, range, pairs: as in :func:`bond_orientation`, which defines psi_m and the weights
@@ -316,7 +322,13 @@ def _normalize_weights(weights: ArrayLike, n: int, dtype: np.dtype) -> jax.Array
 @jax.jit
 @full_precision
 def _distance_to(system: System, target: jax.Array, share: jax.Array) -> jax.Array:
-    """Compute the distance to a target (n, d) with weights of sum 1, in compiled code."""
+    """Compute the distance between the configuration and a target configuration, in compiled code.
+
+    Args:
+      system: the configuration.
+      target: (n, d) positions of the target configuration.
+      share: (n,) weight of each particle in the mean squared displacement; the sum is 1.
+    """
     displacement = system.positions - target
     box = system.box
     if box is not None:

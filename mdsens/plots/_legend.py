@@ -145,7 +145,7 @@ def legend(ax: Axes, foot: Foot, key: Key, quiver: Quiver | None) -> None:
 
 
 def rounded(longest: float) -> tuple[float, str]:
-    """Round ``longest`` down to 1, 2 or 5 times a power of ten.
+    """Round the length ``longest`` of the scale arrow down to 1, 2 or 5 times a power of ten.
 
     Returns:
       the number, and its text for the legend.

@@ -78,7 +78,8 @@ def in_slab(system: System, depth: np.ndarray, slab: tuple[float, float]) -> np.
     low, high = slab
     if not 0.0 <= low < high <= 1.0:
         raise InputError(
-            f"`slab` is {slab}: give two fractions of the depth, 0 <= rear < front <= 1."
+            f"`slab` is {slab}: give two fractions of the depth of the system along the line of"
+            " sight, 0 <= rear < front <= 1."
         )
     if system.dimension == 2:
         if (low, high) != (0.0, 1.0):

@@ -226,29 +226,14 @@ def stiffness_spectrum(
     """
     from matplotlib.ticker import MaxNLocator
 
-    values = getattr(given, "spectrum", given)
-    if participation is None and hasattr(given, "participation"):
-        participation = given.participation
-    if null is None and hasattr(values, "floor"):
-        null = max(values.floor, 1e-12 * values.largest)
-    rising, ratios = _spectrum(getattr(values, "values", values), participation)
-    if null is not None and not 0 <= null < np.inf:
-        raise InputError(
-            f"`null` is {null}: give the absolute value up to which an eigenvalue counts as zero, 0"
-            " or above, or None."
-        )
+    rising, ratios, null = _read_spectrum(given, participation, null)
     ax = _column() if ax is None else ax
     size = np.abs(rising)
     mode = np.arange(1, rising.size + 1)
-    zero = size <= (NULL * size.max() if null is None else null)
+    zero = size <= null
     negative = (rising < 0) & ~zero
     stiff = (rising > 0) & ~zero
-    real = size[~zero] if (~zero).any() else np.ones(1)
-    margin = max(1.5, (12.0 * real.min() / real.max()) ** 0.5)  # an axis of a decade, at least
-    low = real.min() / margin
-    top = real.max() * margin
-    # the band from bottom to low takes the fraction BAND of the axis in log(value)
-    bottom = low * (low / top) ** (BAND / (1.0 - BAND)) if zero.any() else low
+    bottom, low, top = _choose_limits(size, zero)
     beside = max(0.7, 0.02 * rising.size)  # room left and right of the points, in modes
     ax.set(yscale="log", xlim=(1.0 - beside, rising.size + beside), ylim=(bottom, top))
     middle_of_band = np.sqrt(bottom * low)
@@ -268,10 +253,12 @@ def stiffness_spectrum(
         name = rf"{negative.sum()} negative, at $|\lambda|$"
         larger = {**look, "markersize": dot + 1}
         ax.plot(mode[negative], size[negative], "v", color=BAD, label=name, **larger)
-    if ratios is None and stiff.any():
-        ax.plot(mode[stiff], size[stiff], "o", color=GOOD, label=f"{stiff.sum()} stable", **look)
-    elif ratios is not None and stiff.any():
-        _draw_by_participation(ax, mode[stiff], size[stiff], ratios[stiff], dot)
+    if stiff.any():
+        if ratios is None:
+            name = f"{stiff.sum()} stable"
+            ax.plot(mode[stiff], size[stiff], "o", color=GOOD, label=name, **look)
+        else:
+            _draw_by_participation(ax, mode[stiff], size[stiff], ratios[stiff], dot)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.set_xlabel("mode", fontsize=FONT)
     ax.set_ylabel(r"stiffness $\lambda$ (energy/length$^2$)", fontsize=FONT)
@@ -279,36 +266,35 @@ def stiffness_spectrum(
     return ax
 
 
-def _set_ticks(ax: Axes, low: float, top: float, zero: float | None) -> None:
-    """Set the ticks of the logarithmic stiffness axis, from ``low`` to ``top``.
+def _read_spectrum(
+    given: Any, participation: ArrayLike | None, null: float | None
+) -> tuple[np.ndarray, np.ndarray | None, float]:
+    """Check the arguments of ``stiffness_spectrum``, and take from a certificate what is None.
 
-    Ticks are at powers of ten; where fewer than two of these are in the range, at 1, 2 and 5 times
-    powers of ten. A tick labeled 0 is at the height ``zero``, in the band of modes without
-    stiffness; ``zero`` is None if there is no such band.
+    Returns:
+      the eigenvalues in rising order, their participation ratios or None, and the absolute value up
+      to which an eigenvalue counts as zero.
+
+    Raises:
+      InputError: the errors listed in ``stiffness_spectrum``.
     """
-    from matplotlib.ticker import FixedLocator, NullFormatter
-
-    powers = np.arange(np.floor(np.log10(low)), np.ceil(np.log10(top)) + 1)
-    minor = (10.0 ** powers[:, None] * np.arange(1, 10)).ravel()
-    minor = minor[(minor >= low) & (minor <= top)]
-    # leading digit; 1e-9, because the logarithm of a power of ten may round below the integer
-    leading = np.round(minor / 10.0 ** np.floor(np.log10(minor) + 1e-9))
-    major = minor[leading == 1]
-    major = major[:: max(-(-major.size // 8), 1)]  # every second, third ... of more than 8 decades
-    labels = [rf"$10^{{{np.log10(t):.0f}}}$" for t in major]
-    if major.size < 2:
-        major = minor[np.isin(leading, (1, 2, 5))]
-        labels = [f"{t:.0e}" if t < 1e-3 or t >= 1e4 else f"{t:g}" for t in major]
-    ticks = [*major]
-    if zero is not None:
-        ticks = [zero, *ticks]
-        labels = ["0", *labels]
-    ax.set_yticks(ticks, labels)
-    ax.yaxis.set_minor_locator(FixedLocator(list(minor)))
-    ax.yaxis.set_minor_formatter(NullFormatter())
+    values = getattr(given, "spectrum", given)
+    if participation is None and hasattr(given, "participation"):
+        participation = given.participation
+    if null is None and hasattr(values, "floor"):
+        null = max(values.floor, 1e-12 * values.largest)
+    rising, ratios = _sort_spectrum(getattr(values, "values", values), participation)
+    if null is None:
+        return rising, ratios, NULL * np.abs(rising).max()
+    if not 0 <= null < np.inf:
+        raise InputError(
+            f"`null` is {null}: give the absolute value up to which an eigenvalue counts as zero, 0"
+            " or above, or None."
+        )
+    return rising, ratios, null
 
 
-def _spectrum(
+def _sort_spectrum(
     values: ArrayLike, participation: ArrayLike | None
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Check eigenvalues and participation ratios, and sort both by the eigenvalues, ascending."""
@@ -339,6 +325,55 @@ def _spectrum(
             " with e_i the displacement of particle i in the mode."
         )
     return spectrum[order], ratios[order]
+
+
+def _choose_limits(size: np.ndarray, zero: np.ndarray) -> tuple[float, float, float]:
+    """Choose the limits of the logarithmic stiffness axis, with a band for modes without stiffness.
+
+    Args:
+      size: (k,) absolute values of the eigenvalues.
+      zero: (k,) mask of the eigenvalues that count as zero.
+
+    Returns:
+      the lower end of the band, its upper end, and the upper end of the axis. Without eigenvalues
+      that count as zero, the band is empty.
+    """
+    real = size[~zero] if (~zero).any() else np.ones(1)
+    margin = max(1.5, (12.0 * real.min() / real.max()) ** 0.5)  # an axis of a decade, at least
+    low = real.min() / margin
+    top = real.max() * margin
+    # the band from bottom to low takes the fraction BAND of the axis in log(value)
+    bottom = low * (low / top) ** (BAND / (1.0 - BAND)) if zero.any() else low
+    return bottom, low, top
+
+
+def _set_ticks(ax: Axes, low: float, top: float, zero: float | None) -> None:
+    """Set the ticks of the logarithmic stiffness axis, from ``low`` to ``top``.
+
+    Ticks are at powers of ten; where fewer than two of these are in the range, at 1, 2 and 5 times
+    powers of ten. A tick labeled 0 is at the height ``zero``, in the band of modes without
+    stiffness; ``zero`` is None if there is no such band.
+    """
+    from matplotlib.ticker import FixedLocator, NullFormatter
+
+    powers = np.arange(np.floor(np.log10(low)), np.ceil(np.log10(top)) + 1)
+    minor = (10.0 ** powers[:, None] * np.arange(1, 10)).ravel()
+    minor = minor[(minor >= low) & (minor <= top)]
+    # leading digit; 1e-9, because the logarithm of a power of ten may round below the integer
+    leading = np.round(minor / 10.0 ** np.floor(np.log10(minor) + 1e-9))
+    major = minor[leading == 1]
+    major = major[:: max(-(-major.size // 8), 1)]  # every second, third ... of more than 8 decades
+    labels = [rf"$10^{{{np.log10(t):.0f}}}$" for t in major]
+    if major.size < 2:
+        major = minor[np.isin(leading, (1, 2, 5))]
+        labels = [f"{t:.0e}" if t < 1e-3 or t >= 1e4 else f"{t:g}" for t in major]
+    ticks = [*major]
+    if zero is not None:
+        ticks = [zero, *ticks]
+        labels = ["0", *labels]
+    ax.set_yticks(ticks, labels)
+    ax.yaxis.set_minor_locator(FixedLocator(list(minor)))
+    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_by_participation(

@@ -59,7 +59,7 @@ def design_history(
     """
     if not isinstance(of, Design):
         raise InputError(f"`of` is a {type(of).__name__}: give what ms.design.fit returns.")
-    from matplotlib.ticker import LogLocator, MaxNLocator
+    from matplotlib.ticker import MaxNLocator
 
     m = len(of.names)
     steps = of.history
@@ -78,57 +78,11 @@ def design_history(
     taken = np.array([s.accepted for s in steps])
     left = np.array([bool(np.any(s.left_basin)) for s in steps])
     for k, ax in enumerate(panels[:m]):
-        values = np.array([s.values[k] for s in steps])
-        wanted = of.wanted[k]
-        low, high = wanted - of.tolerance[k], wanted + of.tolerance[k]
-        ax.axhspan(low, high, color=BAND, zorder=0)
-        ax.axhline(wanted, color=OUTLINE, linewidth=0.6, linestyle=(0, (4, 2)), zorder=1)
-        ax.plot(number[taken], values[taken], color=TAKEN, linewidth=1.0, zorder=2)
-        for chosen, color, fill in ((taken, TAKEN, TAKEN), (~taken, REFUSED, PAPER)):
-            for basin, marker in ((False, "o"), (True, "s")):
-                drawn = chosen & (left == basin) & np.isfinite(values)
-                ax.plot(
-                    number[drawn],
-                    values[drawn],
-                    linestyle="none",
-                    marker=marker,
-                    markersize=3.2,
-                    color=color,
-                    markerfacecolor=fill,
-                    markeredgewidth=0.8,
-                    zorder=3,
-                )
-        lost = ~np.isfinite(values)  # too few members relaxed: drawn at the height of the target
-        heights = np.full(lost.sum(), wanted)
-        ax.plot(number[lost], heights, linestyle="none", marker="x", color=REFUSED, zorder=3)
-        shown = np.append(values[taken], [low, high])
-        room = 0.25 * float(np.ptp(shown)) or 1.0
-        # the axis spans the accepted steps and the tolerance: refused steps may lie outside
-        ax.set_ylim(shown.min() - room, shown.max() + room)
-        ax.set_ylabel(of.names[k].replace("_", " "), fontsize=FONT)
+        _draw_feature(ax, of, k, taken, left)
     _draw_parameters(panels[m], of, number[taken], np.array([s.x for s in steps])[taken])
-    trust = np.array([s.trust for s in steps[1:]])
-    size = np.array([s.size for s in steps[1:]])
-    ax = panels[m + 1]
-    if len(steps) > 1:
-        if np.any(trust != 1.0):  # optimizers of optax have no trust region: it stays 1
-            ax.plot(number[1:], trust, color=OUTLINE, linewidth=1.0, label="trust region")
-        ax.plot(
-            number[1:],
-            np.maximum(size, 1e-12),  # a logarithmic axis has no zero
-            linestyle="none",
-            marker=".",
-            color=ARROW,
-            label="step",
-        )
-        ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.minorticks_off()
-        ax.legend(fontsize=FONT - 1, frameon=False, ncols=2, loc="best")
-    ax.set_ylabel("change", fontsize=FONT)
-    ax.set_xlabel("relaxations", fontsize=FONT)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _draw_changes(panels[m + 1], of)
+    panels[-1].set_xlabel("relaxations", fontsize=FONT)
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     for ax in panels:
         ax.tick_params(labelsize=FONT)
         ax.grid(linewidth=0.3, alpha=0.6)
@@ -136,6 +90,47 @@ def design_history(
     if heading:
         panels[0].set_title(heading, fontsize=FONT + 1)
     return panels
+
+
+def _draw_feature(ax: Axes, of: Design, k: int, taken: np.ndarray, left: np.ndarray) -> None:
+    """Draw the values of one feature in the steps of an inverse design, with target and tolerance.
+
+    Args:
+      ax: the Axes to draw in.
+      of: the design.
+      k: index of the feature.
+      taken: mask of the accepted steps.
+      left: mask of the steps at which the minimum is in another basin.
+    """
+    number = np.arange(taken.size)
+    values = np.array([s.values[k] for s in of.history])
+    wanted = of.wanted[k]
+    low, high = wanted - of.tolerance[k], wanted + of.tolerance[k]
+    ax.axhspan(low, high, color=BAND, zorder=0)
+    ax.axhline(wanted, color=OUTLINE, linewidth=0.6, linestyle=(0, (4, 2)), zorder=1)
+    ax.plot(number[taken], values[taken], color=TAKEN, linewidth=1.0, zorder=2)
+    for chosen, color, fill in ((taken, TAKEN, TAKEN), (~taken, REFUSED, PAPER)):
+        for basin, marker in ((False, "o"), (True, "s")):
+            drawn = chosen & (left == basin) & np.isfinite(values)
+            ax.plot(
+                number[drawn],
+                values[drawn],
+                linestyle="none",
+                marker=marker,
+                markersize=3.2,
+                color=color,
+                markerfacecolor=fill,
+                markeredgewidth=0.8,
+                zorder=3,
+            )
+    lost = ~np.isfinite(values)  # too few members relaxed: drawn at the height of the target
+    heights = np.full(lost.sum(), wanted)
+    ax.plot(number[lost], heights, linestyle="none", marker="x", color=REFUSED, zorder=3)
+    shown = np.append(values[taken], [low, high])
+    room = 0.25 * float(np.ptp(shown)) or 1.0
+    # the axis spans the accepted steps and the tolerance: refused steps may lie outside
+    ax.set_ylim(shown.min() - room, shown.max() + room)
+    ax.set_ylabel(of.names[k].replace("_", " "), fontsize=FONT)
 
 
 def _draw_parameters(ax: Axes, of: Design, number: np.ndarray, x: np.ndarray) -> None:
@@ -163,6 +158,33 @@ def _draw_parameters(ax: Axes, of: Design, number: np.ndarray, x: np.ndarray) ->
         ax.legend(fontsize=FONT - 1, frameon=False, ncols=3)
     label = "parameters\nover start" if logarithmic else "parameters\nless start"
     ax.set_ylabel(label, fontsize=FONT)
+
+
+def _draw_changes(ax: Axes, of: Design) -> None:
+    """Draw the size of each step of an inverse design after the first, and its trust region."""
+    from matplotlib.ticker import LogLocator
+
+    ax.set_ylabel("change", fontsize=FONT)
+    if len(of.history) < 2:
+        return
+    number = np.arange(1, len(of.history))
+    trust = np.array([s.trust for s in of.history[1:]])
+    size = np.array([s.size for s in of.history[1:]])
+    if np.any(trust != 1.0):  # optimizers of optax have no trust region: it stays 1
+        ax.plot(number, trust, color=OUTLINE, linewidth=1.0, label="trust region")
+    ax.plot(
+        number,
+        np.maximum(size, 1e-12),  # a logarithmic axis has no zero
+        linestyle="none",
+        marker=".",
+        color=ARROW,
+        label="step",
+    )
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.minorticks_off()
+    ax.legend(fontsize=FONT - 1, frameon=False, ncols=2, loc="best")
 
 
 def before_after(

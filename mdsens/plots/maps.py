@@ -81,7 +81,9 @@ def sensitivity_map(
         not change. ``"value"`` draws the derivative of the Cartesian positions, which includes the
         motion with the box.
       scale: drawn length of an arrow of length 1, in the positions' unit. Give it to compare
-        figures; None draws the arrow at the 95th percentile 1.5 diameters long.
+        figures. None chooses a scale at which the 95th percentile of the lengths is drawn 1.5
+        diameters long, or 0.02 of the picture's width if that is longer; the longest arrow is at
+        most 0.35 of the picture's width.
       label: name of the quantity that the scale arrow shows; None for |dR/dtheta|, with the index
         na (non-affine) where the affine part was subtracted.
       axis: in 3-D, index of the cell vector to look along, seen from its tip; in an open system,
@@ -97,11 +99,7 @@ def sensitivity_map(
       InputError: a batch, a response without one vector for each particle (``vjp``, ``gradient``,
         ``jacobian``), bad options.
     """
-    system, vectors, rattlers = _check_input(eq, response, part)
-    if scale is not None and not 0 < scale < np.inf:
-        raise InputError(
-            f"`scale` is {scale}: give the drawn length of a unit arrow, above 0, or None."
-        )
+    system, vectors, rattlers = _check_input(eq, response, part, scale)
     diameters = _diameters(system)
     view = project(system, axis)
     shown = in_slab(system, view.depth, slab)
@@ -112,37 +110,21 @@ def sensitivity_map(
     diameter = float(np.median(diameters))
     moving = shown & ~rattlers
     lengths = np.linalg.norm(arrows[moving], axis=1)
-    typical = float(np.percentile(lengths[lengths > 0], PERCENTILE)) if lengths.any() else 0.0
-    if scale is None and typical > 0:
-        longest = float(lengths.max(initial=0.0))
-        scale = min(max(REACH * diameter, SMALLEST * width) / typical, LARGEST * width / longest)
-    elif scale is None:
-        scale = 1.0  # nothing moves
+    typical = _find_typical_length(lengths)
+    if scale is None:
+        scale = _choose_scale(lengths, typical, diameter, width)
     arrows = scale * arrows
-    if view.cell is None and moving.any():  # nothing cuts an arrow here, so make room for it
-        tips = (view.spots + arrows)[moving]
-        low = np.minimum(low, tips.min(axis=0))
-        high = np.maximum(high, tips.max(axis=0))
-    margin = 0.01 * float((high - low).max())
-    low = low - margin
-    high = high + margin
-    minimum = eq.equilibrium if isinstance(eq, Linearization) else eq
-    status = response.status if isinstance(response, Displacement) else Status(int(minimum.status))
-    heading = title_with_status(title, status)
+    low, high = _make_room(view, low, high, arrows, moving)
+    heading = title_with_status(title, _find_status(eq, response))
     fill, key = _colors(system, diameters)
     if label is None:
         label = _length_label(response, part, typical)
-    names = [name for name, _ in key] if isinstance(key, list) else []
-    if (shown & rattlers).any():
-        names.append("rattler")
-    # the scale arrow: a round number near the typical length, long enough to see and to fit
-    span = np.clip(typical, KEY * width / scale, LARGEST * width / scale)
-    unit, text = rounded(float(span)) if typical > 0 else (0.0, "")
+    caption, length = _choose_scale_arrow(label, typical, scale, width)
     foot = Foot(
-        names=names,
+        names=_name_kinds(key, shown & rattlers),
         bar=0.0 if isinstance(key, list) else 0.44,
-        caption=f"{label} = {text}" if text else "",
-        length=unit * scale / float(high[0] - low[0]),
+        caption=caption,
+        length=length / float(high[0] - low[0]),
     )
     if ax is None:
         ax = _new_axes(low, high, foot, bool(heading))
@@ -164,6 +146,55 @@ def sensitivity_map(
     return ax
 
 
+def _find_typical_length(lengths: np.ndarray) -> float:
+    """Return the 95th percentile of the lengths above zero; 0 if there are none."""
+    return float(np.percentile(lengths[lengths > 0], PERCENTILE)) if lengths.any() else 0.0
+
+
+def _choose_scale(lengths: np.ndarray, typical: float, diameter: float, width: float) -> float:
+    """Choose the drawn length of an arrow of length 1, so that typical arrows can be seen.
+
+    If nothing moves, it is 1.
+
+    Args:
+      lengths: (k,) lengths of the vectors that are drawn as arrows.
+      typical: their typical length; 0 if nothing moves.
+      diameter: typical diameter of the particles.
+      width: width of the picture.
+    """
+    if typical > 0:
+        longest = float(lengths.max(initial=0.0))
+        return min(max(REACH * diameter, SMALLEST * width) / typical, LARGEST * width / longest)
+    return 1.0
+
+
+def _make_room(
+    view: View, low: np.ndarray, high: np.ndarray, arrows: np.ndarray, moving: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Move two opposite corners of the picture apart, by a margin and by the arrows beyond them.
+
+    Args:
+      view: the projected configuration.
+      low, high: the corners of the picture of the particles.
+      arrows: (n, 2) the arrows as they are drawn, in the positions' unit.
+      moving: (n,) mask of the particles with an arrow.
+    """
+    if view.cell is None and moving.any():  # nothing cuts an arrow here, so make room for it
+        tips = (view.spots + arrows)[moving]
+        low = np.minimum(low, tips.min(axis=0))
+        high = np.maximum(high, tips.max(axis=0))
+    margin = 0.01 * float((high - low).max())
+    return low - margin, high + margin
+
+
+def _find_status(eq: Equilibrium | Linearization, response: Displacement | ArrayLike) -> Status:
+    """Return the status of a derivative; for vectors without a status, that of the minimum."""
+    if isinstance(response, Displacement):
+        return response.status
+    minimum = eq.equilibrium if isinstance(eq, Linearization) else eq
+    return Status(int(minimum.status))
+
+
 def _length_label(response: Displacement | ArrayLike, part: str, typical: float) -> str:
     """Return the default name of the quantity that the scale arrow shows, |dR/dtheta|.
 
@@ -178,10 +209,47 @@ def _length_label(response: Displacement | ArrayLike, part: str, typical: float)
     return r"$|\mathrm{d}R/\mathrm{d}\theta|$"
 
 
+def _choose_scale_arrow(
+    label: str, typical: float, scale: float, width: float
+) -> tuple[str, float]:
+    """Choose a round length for the scale arrow: near the typical one, visible, and not too long.
+
+    Args:
+      label: name of the quantity that the arrows show.
+      typical: typical length of the vectors; 0 if nothing moves.
+      scale: drawn length of an arrow of length 1.
+      width: width of the picture.
+
+    Returns:
+      the caption, empty if nothing moves, and the drawn length, in the positions' unit.
+    """
+    if typical > 0:
+        span = np.clip(typical, KEY * width / scale, LARGEST * width / scale)
+        unit, text = rounded(float(span))
+        return f"{label} = {text}", unit * scale
+    return "", 0.0
+
+
+def _name_kinds(key: Key, hollow: np.ndarray) -> list[str]:
+    """Name the kinds of particles that the legend shows as circles.
+
+    Args:
+      key: names and colors of the kinds, or a color map with its range, which has no names.
+      hollow: (n,) mask of the rattlers that are drawn, which are a kind of their own.
+    """
+    names = [name for name, _ in key] if isinstance(key, list) else []
+    if hollow.any():
+        names.append("rattler")
+    return names
+
+
 def _check_input(
-    eq: Equilibrium | Linearization, response: Displacement | ArrayLike, part: str
+    eq: Equilibrium | Linearization,
+    response: Displacement | ArrayLike,
+    part: str,
+    scale: float | None,
 ) -> tuple[System, np.ndarray, np.ndarray]:
-    """Check the minimum and the response that a user gives to ``sensitivity_map``.
+    """Check the minimum, the response and the scale that a user gives to ``sensitivity_map``.
 
     Returns:
       the system, the vectors (n, d) to draw, and a mask (n,) of the rattlers.
@@ -202,6 +270,16 @@ def _check_input(
             f"`eq` is a batch of {system.batch} minima, and sensitivity_map draws one: take one"
             " member of `eq` and of `response`, as in jax.tree.map(lambda leaf: leaf[0], eq)."
         )
+    vectors = _check_response(response, part, system)
+    if scale is not None and not 0 < scale < np.inf:
+        raise InputError(
+            f"`scale` is {scale}: give the drawn length of a unit arrow, above 0, or None."
+        )
+    return system, vectors, _find_rattlers(eq, response)
+
+
+def _check_response(response: Displacement | ArrayLike, part: str, system: System) -> np.ndarray:
+    """Return the vectors (n, d) to draw, or raise InputError if a response has no such vectors."""
     vectors: Any = response
     if isinstance(response, Displacement):
         vectors = response.positions if part == "value" else response.nonaffine
@@ -222,13 +300,20 @@ def _check_input(
         raise InputError(
             f"`response` is not finite for {int(bad.sum())} particles: look at its status."
         )
+    return vectors
+
+
+def _find_rattlers(
+    eq: Equilibrium | Linearization, response: Displacement | ArrayLike
+) -> np.ndarray:
+    """Return a mask (n,) of the rattlers; it is computed where neither argument contains it."""
     if isinstance(response, Displacement):
         rattlers = response.rattlers
     elif isinstance(eq, Linearization):
         rattlers = eq.network.rattlers
     else:
-        rattlers = contacts.network(system, minimum.max_force, minimum.contacts_needed).rattlers
-    return system, vectors, np.asarray(rattlers, bool)
+        rattlers = contacts.network(eq.system, eq.max_force, eq.contacts_needed).rattlers
+    return np.asarray(rattlers, bool)
 
 
 def _diameters(system: System) -> np.ndarray:

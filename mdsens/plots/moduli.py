@@ -68,8 +68,6 @@ def moduli(
         )
     assert axes is not None
     tensor = of.birch if birch else of.tensor
-    from matplotlib.ticker import MaxNLocator
-
     angle = np.linspace(0.0, 2.0 * np.pi, STEPS)
     directions = np.stack([np.cos(angle), np.sin(angle)], axis=-1)
     curves = [np.asarray(curve) for curve in directional(tensor, directions)]
@@ -79,18 +77,35 @@ def moduli(
     for ax, curve, level, color, name in zip(
         axes, curves, (mean.young, mean.poisson), (YOUNG, POISSON), names, strict=True
     ):
-        ax.plot(angle, np.full(STEPS, abs(float(level))), color=OUTLINE, linewidth=0.8, zorder=1.5)
-        for sign, dash in ((1.0, "-"), (-1.0, (0, (3, 2)))):
-            # NaN breaks the line where the curve has the other sign
-            radius = np.where(sign * curve >= 0, np.abs(curve), np.nan)
-            ax.plot(angle, radius, color=color, linestyle=dash, linewidth=1.4)
-        sizes = np.abs([*curve, float(level)])  # NaN for ratios of moduli that are zero
-        ax.set_ylim(0.0, 1.15 * float(np.max(sizes[np.isfinite(sizes)], initial=0.0)) or 1.0)
-        ax.set_rlabel_position(22.5)
-        ax.yaxis.set_major_locator(MaxNLocator(4, prune="upper"))
-        ax.tick_params(labelsize=FONT)
-        ax.grid(linewidth=0.4, alpha=0.6)
+        _draw_by_angle(ax, angle, curve, float(level), color)
         ax.set_title(f"{name}; isotropic part {float(level):.3g}", fontsize=FONT + 1, color=ARROW)
     if title:
         axes[0].figure.suptitle(title, fontsize=FONT + 2)
     return axes
+
+
+def _draw_by_angle(
+    ax: PolarAxes, angle: np.ndarray, curve: np.ndarray, level: float, color: str
+) -> None:
+    """Draw a modulus or ratio by angle as a polar curve, dashed where it is negative.
+
+    Args:
+      ax: the polar Axes to draw in.
+      angle: (k,) angles in radians.
+      curve: (k,) the values at these angles, whose absolute values are drawn.
+      level: value of the isotropic part of the elastic tensor, drawn as a gray circle.
+      color: color of the curve.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    ax.plot(angle, np.full(angle.size, abs(level)), color=OUTLINE, linewidth=0.8, zorder=1.5)
+    for sign, dash in ((1.0, "-"), (-1.0, (0, (3, 2)))):
+        # NaN breaks the line where the curve has the other sign
+        radius = np.where(sign * curve >= 0, np.abs(curve), np.nan)
+        ax.plot(angle, radius, color=color, linestyle=dash, linewidth=1.4)
+    sizes = np.abs([*curve, level])  # NaN for ratios of moduli that are zero
+    ax.set_ylim(0.0, 1.15 * float(np.max(sizes[np.isfinite(sizes)], initial=0.0)) or 1.0)
+    ax.set_rlabel_position(22.5)
+    ax.yaxis.set_major_locator(MaxNLocator(4, prune="upper"))
+    ax.tick_params(labelsize=FONT)
+    ax.grid(linewidth=0.4, alpha=0.6)

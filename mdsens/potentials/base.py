@@ -486,8 +486,10 @@ class BondedPotential(Portable, NamedPotential):
 class EnergyPotential(Portable, NamedPotential):
     """A potential whose energy is a user's function, U = fn(positions, params, displacement).
 
-    fn gets the positions of all particles, not a neighbor list, so that the cost grows with the
-    number of particles as the cost of fn does.
+    fn gets the positions of all particles, a dict of the parameters, and a function
+    ``displacement(a, b)`` that returns the vector a - b between nearest images of two points. It
+    gets no neighbor list, so that the cost grows with the number of particles as the cost of fn
+    does.
 
     Attributes:
       name: name of the potential in messages and tables.
@@ -671,7 +673,7 @@ def check_params(potential: Potential, params: Params, n: int, species_count: in
 def no_breakpoints(*values: Any) -> tuple[Any, ...]:
     """Return an empty tuple: there is no distance at which a derivative of the potential jumps.
 
-    This is the function of breakpoints of potentials that are smooth.
+    Smooth potentials have this function as their attribute ``breakpoints``.
     """
     return ()
 

@@ -328,21 +328,9 @@ def from_pair(
     """
     names = _checked_names(parameters)
     _check_arguments(phi, names)
-    if mixing is not None and not isinstance(mixing, Mapping):
-        raise InputError(
-            f"`mixing` is a {type(mixing).__name__}: give a dict of parameter names and functions."
-        )
-    mixing = dict(mixing or {})
-    for key in mixing:
-        if key not in names:
-            raise InputError(
-                f"`mixing` names {key!r}, which is no parameter: use one of {', '.join(names)}."
-            )
+    rules = _checked_mixing(mixing, names)
     if cutoff is not None and not callable(cutoff):
-        need = "give a positive length, or None for infinite range."
-        cutoff = real_number("cutoff", cutoff, need)
-        if not 0 < cutoff < np.inf:
-            raise InputError(f"`cutoff` is {cutoff}: {need}")
+        cutoff = _checked_cutoff(cutoff)
     points = breakpoints if callable(breakpoints) else FixedLengths(_checked_lengths(breakpoints))
     return PairPotential(
         name=name or getattr(phi, "__name__", "pair potential"),
@@ -350,7 +338,7 @@ def from_pair(
         names=names,
         cutoff=cutoff,
         breakpoints=points,
-        mixing=tuple(mixing.get(n, arithmetic) for n in names),
+        mixing=tuple(rules.get(n, arithmetic) for n in names),
         above=(0.0 if positive else -np.inf,) * len(names),
         repulsive=repulsive,
     )
@@ -365,6 +353,35 @@ def _checked_names(parameters: Iterable[str]) -> tuple[str, ...]:
         if not isinstance(name, str):
             raise InputError(f"`parameters` contains {short(name)}: give a tuple of names.")
     return names
+
+
+def _checked_mixing(
+    mixing: Mapping[str, Mixing] | None, names: tuple[str, ...]
+) -> dict[str, Mixing]:
+    """Check the mixing functions that a user gives, and return them as a dict by parameter name.
+
+    ``names`` are the names of all parameters; the dict is empty for None.
+    """
+    if mixing is not None and not isinstance(mixing, Mapping):
+        raise InputError(
+            f"`mixing` is a {type(mixing).__name__}: give a dict of parameter names and functions."
+        )
+    rules = dict(mixing or {})
+    for key in rules:
+        if key not in names:
+            raise InputError(
+                f"`mixing` names {key!r}, which is no parameter: use one of {', '.join(names)}."
+            )
+    return rules
+
+
+def _checked_cutoff(cutoff: float) -> float:
+    """Check the length of a cutoff that a user gives, and return it as a float."""
+    need = "give a positive length, or None for infinite range."
+    length = real_number("cutoff", cutoff, need)
+    if not 0 < length < np.inf:
+        raise InputError(f"`cutoff` is {length}: {need}")
+    return length
 
 
 def _checked_lengths(breakpoints: ArrayLike) -> tuple[float, ...]:

@@ -204,7 +204,8 @@ class _ChargeFunctional(NamedTuple):
         def projected(q: jax.Array) -> jax.Array:
             """Multiply charges q (n,) of sum zero by d2W/dq2, and make the sum of the result zero.
 
-            W is the energy of the charges. Charges that are all equal are returned unchanged.
+            W is the energy of the charges. The sum is made zero by subtracting the mean. A vector q
+            of equal entries, the direction that changes the total charge, is returned unchanged.
             """
             mean = jnp.mean(q)
             field = self.field(q - mean)
@@ -294,9 +295,9 @@ def induced_dipoles(damped: bool = True, solve: Method = CG(rtol=1e-14)) -> Indu
         (4 alpha_i alpha_j)^(1/6), in clusters already at larger distances: the polarization
         catastrophe.
       solve: the solver for the dipoles. CG (conjugate gradients) to round-off takes about 20 steps.
-        With Direct(), a Cholesky factorization, computing the forces takes as long as with CG for
-        27 particles and 40 times as long for 216. A larger ``rtol`` of the solver makes a relative
-        error of the forces of about the size of ``rtol``.
+        With Direct(), a Cholesky factorization, computing the forces of 27 particles takes as long
+        as with CG, and those of 216 particles 40 times as long as with CG. A larger ``rtol`` of the
+        solver makes a relative error of the forces of about the size of ``rtol``.
 
     Raises:
       InputError: when a System is made with a periodic cell, with two particles at the same point,

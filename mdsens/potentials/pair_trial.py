@@ -107,7 +107,10 @@ class Few(NamedTuple):
         species: jax.Array | None,
         species_count: int,
     ) -> Few | None:
-        """Choose a few particles of a system and some of their pairs; None for one particle."""
+        """Choose a few particles of a system and some of their pairs.
+
+        The result is None for a system of a single particle, which has no pairs.
+        """
         n = positions.shape[0]
         chosen = []
         if species is None:

@@ -82,8 +82,8 @@ class Parameter:
       shape: shape of its value.
       paired: True for a symmetric matrix of species pairs, whose entries (a, b) and (b, a) are the
         same physical number. A derivative by the parameter has the matrix's shape, and each of the
-        two entries holds half of the derivative by that number: the elementwise product of this
-        derivative and a symmetric change of the matrix, summed, is the response to the change.
+        two entries holds half of the derivative by that number. So the response to a symmetric
+        change of the matrix is the sum over all entries of derivative times change.
     """
 
     name: str
@@ -261,7 +261,7 @@ def check_pair_shape(name: str, value: np.ndarray, n: int, species_count: int) -
     s = species_count  # 0 without species
     if value.ndim == 0:
         return
-    if value.ndim == 1 and (value.shape[0] == n or (s and value.shape[0] == s)):
+    if value.ndim == 1 and value.shape[0] in ((n, s) if s else (n,)):
         return
     if value.ndim == 2 and s and value.shape == (s, s):
         if not np.array_equal(value, value.T):

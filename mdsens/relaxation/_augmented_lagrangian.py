@@ -10,8 +10,8 @@ Near the minimum, coordinates that are at a bound and pushed against this bound 
 Then Newton steps solve the optimality condition for x and lambda together; each Newton step squares
 the distance to the minimum.
 
-In this module z is the vector of positions and relaxed parameters, which are the parameters that
-relax with the positions, in the order of ``flat``.
+In this module z is one vector of all positions, followed by the relaxed parameters, that is, the
+parameters that constraints relax with the positions.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ class _Relaxation:
       round_off: the largest force that counts as round-off.
       length, stiffness: length scale and stiffness of the potential, from ``natural_units``.
       low, high: bounds of z.
-      like: positions and relaxed parameters as arrays, with the shapes that z is divided into.
+      like: the arrays (positions and relaxed parameters) whose shapes are used to divide z.
       count: number of entries of z.
     """
 
@@ -480,6 +480,23 @@ class _Relaxation:
                 message = f"{name}[{k}] is off by {off[k]:.3g}"
         return message
 
+    def judge(self, force: float, unmet: str) -> Status:
+        """Return the status of a relaxation that ended with a largest force ``force``.
+
+        Args:
+          force: the largest unbalanced force on a particle.
+          unmet: the equation that is not met, from ``unmet_equation``; empty where all are met.
+        """
+        if force <= self.tolerance:
+            return Status.CONVERGED
+        if unmet:
+            return Status.CONSTRAINTS_UNMET
+        if force <= self.round_off:
+            return Status.ROUND_OFF_LIMITED
+        if not np.isfinite(force):
+            return Status.NOT_FINITE
+        return Status.UNCONVERGED if self.steps < self.max_steps else Status.MAX_STEPS_REACHED
+
     def leave_saddle(self, force: float) -> bool:
         """Take a step along the mode of lowest stiffness, if this stiffness is negative.
 
@@ -530,14 +547,8 @@ class _Relaxation:
             converged = not (np.isfinite(force) and force > self.tolerance)
             if converged or self.steps >= self.max_steps or since >= STALLED:
                 break
-            for _ in range(TRIALS):
-                trial = self._try(z, self._step(slope, z, multiple * force / self.length))
-                if trial.force < 0.9 * force:
-                    break
-                if trial.force < RISEN * force and self._is_lower(trial, z, penalties):
-                    break
-                multiple *= 8.0
-            else:
+            trial, multiple = self._find_trial(slope, z, force, multiple, penalties)
+            if trial is None:
                 break
             self.system, self.multipliers, slope, z, force = trial
             multiple = max(0.1 * multiple, 1e-3)
@@ -551,11 +562,39 @@ class _Relaxation:
             force, self.system, self.multipliers = start
         return force
 
+    def _find_trial(
+        self, slope: Unknowns, z: np.ndarray, force: float, multiple: float, penalties: ByName
+    ) -> tuple[_Trial | None, float]:
+        """Try Newton steps with larger and larger shifts of H_L until one makes progress.
+
+        H_L is the second derivative of the Lagrangian. A step makes progress where it lowers the
+        largest force, or lowers the augmented Lagrangian and hardly raises the force.
+
+        Args:
+          slope: the gradient of the Lagrangian at z, and the residuals g of the equations g = 0.
+          z: the positions and relaxed parameters as one vector.
+          force: the largest force left at z.
+          multiple: the first shift, in units of the force over the potential's length scale.
+          penalties: the penalty rho of each equation in the augmented Lagrangian.
+
+        Returns:
+          (the end of the step, None where no step makes progress; the multiple of the last shift).
+        """
+        for _ in range(TRIALS):
+            trial = self._try(z, self._step(slope, z, multiple * force / self.length))
+            if trial.force < 0.9 * force:
+                return trial, multiple
+            if trial.force < RISEN * force and self._is_lower(trial, z, penalties):
+                return trial, multiple
+            multiple *= 8.0
+        return None, multiple
+
     def _is_lower(self, trial: _Trial, z: np.ndarray, penalties: ByName) -> bool:
         """Return whether a trial Newton step lowers the augmented Lagrangian.
 
-        The Lagrange multipliers at the end of the step are used for both ends. Where the difference
-        of the two values is round-off, the gradients at both ends decide.
+        Its values before and after the step are compared, both with the Lagrange multipliers that
+        hold after the step. Where the difference of the two values is round-off, the gradients
+        before and after the step decide.
         """
         multipliers = trial.multipliers or {}
         ends = [_augmented(s, multipliers, penalties) for s in (self.system, trial.system)]
@@ -568,9 +607,9 @@ class _Relaxation:
     def _step(self, slope: Unknowns, z: np.ndarray, shift: float) -> np.ndarray:
         """Compute a Newton step of the positions, relaxed parameters and Lagrange multipliers.
 
-        Relaxed parameters are those that constraints relax with the positions. The entries are in
-        the order of ``flat``. A coordinate that is pushed against a bound goes to the bound, or
-        stays there.
+        Relaxed parameters are those that constraints relax with the positions. The result is one
+        vector: positions, relaxed parameters, multipliers. A coordinate that is pushed against a
+        bound goes to the bound, or stays there.
 
         Args:
           slope: the gradient of the Lagrangian at z, and the residuals g of the equations g = 0.
@@ -619,10 +658,11 @@ class _Relaxation:
 def relax_constrained(system: System, options: Options, bar: Decades) -> tuple[Equilibrium, str]:
     """Minimize the energy of a system under its constraints.
 
-    ``max_force`` of the result is the largest norm of the unbalanced force on a particle. The slope
-    along a parameter that a constraint relaxes counts as such a force. So does g times the
-    potential's stiffness, for a constraint with an equation g = 0. ``steps`` are evaluations of the
-    slope. Coordinates that are beyond their bounds at the start are put on these bounds.
+    ``max_force`` of the result is the largest norm of the unbalanced force on a particle. The
+    derivative of the Lagrangian by a parameter that a constraint relaxes counts as such a force. So
+    does g times the potential's stiffness, for a constraint with an equation g = 0. ``steps`` of
+    the result is the number of evaluations of the gradient of the Lagrangian. Coordinates that are
+    beyond their bounds at the start are put on these bounds.
 
     Returns:
       (the relaxed system, text for an error message that tells where the relaxation ended).
@@ -649,20 +689,7 @@ def relax_constrained(system: System, options: Options, bar: Decades) -> tuple[E
         run.minimize_augmented(DOWN)
         force = run.relax()
     unmet = run.unmet_equation()
-    if at_saddle:
-        status = Status.INDEFINITE
-    elif force <= run.tolerance:
-        status = Status.CONVERGED
-    elif unmet:
-        status = Status.CONSTRAINTS_UNMET
-    elif force <= run.round_off:
-        status = Status.ROUND_OFF_LIMITED
-    elif not np.isfinite(force):
-        status = Status.NOT_FINITE
-    elif run.steps < options.max_steps:
-        status = Status.UNCONVERGED
-    else:
-        status = Status.MAX_STEPS_REACHED
+    status = Status.INDEFINITE if at_saddle else run.judge(force, unmet)
     relaxed = run.system
     unknowns = unknowns_of(relaxed, run.multipliers)
     eq = Equilibrium(

@@ -102,16 +102,19 @@ def _advance_each(
 class BatchRelaxation:
     """State of the relaxation of all systems of a batch; its methods continue the relaxation.
 
-    The relaxation of a system that is continued alone is a :class:`RelaxationState`, see ``run``.
+    Some systems have to be continued alone: the method ``run`` returns the state of such a system,
+    a :class:`RelaxationState`.
 
     Attributes:
       systems: the batch so far, with its potential in the form that is cheapest to evaluate.
       potential: the batch's potential as it was given.
-      steps, largest, pace, tested, goal, scale: as in :class:`RelaxationState`, with an entry for
-        each system.
+      steps, largest, pace, tested, goal, scale: arrays with an entry for each system: number of
+        steps, largest force left, rate at which this force falls, force at which the relaxation
+        stops, force that counts as converged, and scales of the forces; see
+        :class:`RelaxationState`.
       taken: number of steps of each system in the last call that advanced this system.
-      going: mask of the systems that are relaxed here, and have neither an overflowed neighbor list
-        nor a force that is not finite.
+      going: mask of the systems that are relaxed together, and have neither an overflowed neighbor
+        list nor a force that is not finite.
     """
 
     def __init__(
@@ -207,7 +210,7 @@ class BatchRelaxation:
         """Relax all systems together, to the tolerance or as far as this is efficient.
 
         Systems that need Newton steps, a longer neighbor list, or a step off a saddle stop here;
-        their relaxation is continued one by one, see ``on_their_own``.
+        their relaxation is continued one by one. The method ``on_their_own`` finds these systems.
 
         Args:
           newton: options of the Newton steps, which are taken later for one system at a time; None

@@ -84,21 +84,19 @@ def _relax(
       (k, d, d) by which the cell can deform, status of the relaxation of positions and cell).
     """
     pressure = condition.pressure
-    shape = condition.shape
     max_steps = options.max_steps
 
     def relax_particles(system: System, budget: int) -> Equilibrium:
         eq, _ = relax_in_fixed_cell(system, dataclasses.replace(options, max_steps=budget), bar)
         return eq
 
-    strains = free_strains(system.dimension, shape)
+    strains = free_strains(system.dimension, condition.shape)
     eq = relax_particles(fixed_cell(system), max_steps)
     steps = int(eq.steps)
     if not Status(int(eq.status)).good:
         return eq, steps, strains, Status(int(eq.status))
     for _ in range(STEPS):
-        relaxed = eq.system
-        backbone, net, null = analyze_rigidity(relaxed, eq.max_force)
+        backbone, net, null = analyze_rigidity(eq.system, eq.max_force)
         unjammed = bool(net.unjammed)
         # Without contacts nothing opposes an expansion at zero or negative pressure.
         if unjammed and pressure <= 0:
@@ -109,35 +107,84 @@ def _relax(
             cell_status = Status(int(cell.status))
             status = Status(int(eq.status)) if cell_status.good else cell_status
             return eq, steps, strains, status
-        enthalpy = float(_enthalpy(relaxed, pressure))
-        step = cell.newton()
-        for _ in range(HALVINGS):
-            budget = max(max_steps - steps, 1)
-            trial = _relaxed_after_step(relaxed, cell, step, relax_particles, budget, shape)
-            steps += 0 if trial is None else int(trial.steps)
-            if steps >= max_steps:
-                # A negative pressure may have no minimum: the cell expands without end.
-                status = Status.NO_REST if pressure < 0 else Status.MAX_STEPS_REACHED
-                return eq, steps, strains, status
-            if trial is not None and Status(int(trial.status)).good:
-                had_contacts = pressure > 0 and not unjammed
-                lost_contacts = had_contacts and _all_rattlers(trial)
-                if not lost_contacts:
-                    rise = float(_enthalpy(trial.system, pressure)) - enthalpy
-                    if rise <= ENTHALPY_ROUND_OFF * abs(enthalpy):
-                        break
-            step = 0.5 * step
-        else:
+        trial, taken = _lower_enthalpy(
+            eq, cell, condition, unjammed, relax_particles, max_steps - steps
+        )
+        steps += taken
+        if steps >= max_steps:
+            # A negative pressure may have no minimum: the cell expands without end.
+            status = Status.NO_REST if pressure < 0 else Status.MAX_STEPS_REACHED
+            return eq, steps, strains, status
+        if trial is None:
             return eq, steps, strains, Status.NO_REST
         eq = trial
     return eq, steps, strains, Status.NO_REST
 
 
-def _stress_and_goal(eq: Equilibrium, cell: Cell) -> tuple[float, float]:
-    """Compute the largest component of |stress + P| of a cell, and the value that counts as zero.
+def _lower_enthalpy(
+    eq: Equilibrium,
+    cell: Cell,
+    condition: AtPressure,
+    unjammed: bool,
+    relax_particles: RelaxParticles,
+    budget: int,
+) -> tuple[Equilibrium | None, int]:
+    """Strain the cell by a Newton step and relax the particles; halve the step until it is kept.
 
-    P is the pressure at which the cell relaxes. The value that counts as zero follows from the
-    tolerance of the forces and from the round-off of the stress.
+    Args:
+      eq: particles at rest in the cell.
+      cell: derivatives of the enthalpy by strain, and the linear response of the positions.
+      condition: the pressure, and whether the shape of the cell may change.
+      unjammed: whether no contacts hold the particles of ``eq``.
+      relax_particles: function that relaxes the particles in a fixed cell.
+      budget: number of steps of the minimizer at which the trials end.
+
+    Returns:
+      (relaxed particles in the strained cell, None if no step is kept; number of steps of the
+      minimizer).
+    """
+    pressure = condition.pressure
+    enthalpy = float(_enthalpy(eq.system, pressure))
+    step = cell.newton()
+    steps = 0
+    for _ in range(HALVINGS):
+        left = max(budget - steps, 1)
+        trial = _relaxed_after_step(eq.system, cell, step, relax_particles, left, condition.shape)
+        steps += 0 if trial is None else int(trial.steps)
+        if steps >= budget:
+            return None, steps
+        had_contacts = pressure > 0 and not unjammed
+        if trial is not None and _is_kept(trial, enthalpy, pressure, had_contacts):
+            return trial, steps
+        step = 0.5 * step
+    return None, steps
+
+
+def _is_kept(trial: Equilibrium, enthalpy: float, pressure: float, had_contacts: bool) -> bool:
+    """Return whether the particles came to rest after a step that did not raise the enthalpy.
+
+    Args:
+      trial: the particles, relaxed after the step of the cell.
+      enthalpy: the enthalpy before the step.
+      pressure: the pressure at which the cell relaxes.
+      had_contacts: whether contacts carried the pressure before; a step that removes the last
+        contact is not kept then.
+    """
+    if not Status(int(trial.status)).good:
+        return False
+    if had_contacts and _all_rattlers(trial):
+        return False
+    rise = float(_enthalpy(trial.system, pressure)) - enthalpy
+    return rise <= ENTHALPY_ROUND_OFF * abs(enthalpy)
+
+
+def _stress_and_goal(eq: Equilibrium, cell: Cell) -> tuple[float, float]:
+    """Compute the unbalanced stress of a cell, and the largest value of it that counts as zero.
+
+    The unbalanced stress is the largest component of |stress + P 1| along the strains by which the
+    cell can deform; P is the pressure at which the cell relaxes, and 1 the identity. What counts as
+    zero follows from the tolerance of the forces, from the forces left and from the round-off of
+    the stress.
     """
     volume = float(eq.system.volume)
     length = float(natural_units(eq.system)[0])

@@ -107,9 +107,9 @@ def near_force(begin: float, contact: float | np.ndarray, n: int) -> Any:
     """Compute the largest force on a particle at which Newton steps are tried.
 
     Beyond 16,384 particles this force falls as 1 / n, because among more contacts the first one
-    opens or closes at a smaller force. For 131,072 discs, a relaxation with Newton steps from 3e-4
-    of the mean contact force needed 36 factorizations, and four times the time of a relaxation with
-    FIRE down to an eighth of this force.
+    opens or closes at a smaller force. For 131,072 discs, Newton steps that began at 3e-4 of the
+    mean contact force needed 36 factorizations, and the relaxation took four times as long as one
+    in which FIRE first lowered the force to an eighth of this value.
 
     Args:
       begin: the force for fewer particles, in units of the mean force of a contact.
@@ -173,15 +173,16 @@ class RelaxationState:
       largest: the largest force left on a particle; inf where it is not known.
       pace: rate at which the force falls, from :func:`pace_of`; 0 where it is not known.
       room: capacity of the next neighbor list, as a multiple of what the positions need.
-      tested: the largest force at which the relaxation stops, for the pairs that interact now; see
-        ``aim``.
+      tested: the largest force at which the relaxation stops, for the pairs that interact now; the
+        method ``aim`` sets it.
       goal: the largest force that counts as converged.
       scale: mean pair force and round-off of the forces, for the pairs that interact now; None
-        before ``aim``.
+        before the method ``aim`` is called.
       stands: whether the force has stopped falling, at round-off.
       saddles: number of saddles that the relaxation reached and left.
       highest, left: energy at the first and at the last saddle that the relaxation left.
-      touching: whether particles touched without a force at the last saddle, see ``Network``.
+      touching: whether particles touched without a force at the last saddle, so that it was not
+        known whether they were in contact.
       examined: whether the Hessian at the end was searched for modes of negative stiffness.
       unstable: whether the Hessian at the end has a mode of negative stiffness along which no step
         was taken.
@@ -325,10 +326,20 @@ class RelaxationState:
 
     def _relax(self, newton: Newton | None) -> None:
         """Relax the system until its forces vanish, at a minimum or at a saddle."""
-        self.advance(0.0, self.steps + newton.patience if newton else self.max_steps)
-        begin = newton.begin if newton else 0.0
+        if newton is None:
+            self.advance(0.0, self.max_steps)
+            return
+        self.advance(0.0, self.steps + newton.patience)
+        self._alternate_with_newton(newton.begin)
+
+    def _alternate_with_newton(self, begin: float) -> None:
+        """Take steps of the minimizer far from the minimum, and Newton steps near it, to the end.
+
+        Args:
+          begin: force at which Newton steps are tried first, in units of the mean contact force.
+        """
         returns = 0
-        while newton and self.unfinished:
+        while self.unfinished:
             self.aim()
             assert self.scale is not None
             near = near_force(begin, float(self.scale.mean), self.system.n)
@@ -336,11 +347,7 @@ class RelaxationState:
                 returns += 1
                 self.pace = 0.0
             self.advance(near)
-            while self.unfinished and self._falls_fast():
-                before = self.largest
-                since = self.steps
-                self.advance(0.0, since + at_size(WATCHED, self.system.n))
-                self.pace = float(pace_of(before, self.largest, self.steps - since))
+            self._advance_while_fast()
             if self.unfinished and self.largest > near and returns < RETURNS:
                 continue
             if self.unfinished:
@@ -349,6 +356,17 @@ class RelaxationState:
             # Where Newton steps made no headway, they begin nearer to the minimum the next time.
             begin = 0.1 * begin
             self.pace = 0.0
+
+    def _advance_while_fast(self) -> None:
+        """Take steps of the minimizer as long as it is faster than Newton steps would be.
+
+        The rate at which the force falls is measured after each number of steps.
+        """
+        while self.unfinished and self._falls_fast():
+            before = self.largest
+            since = self.steps
+            self.advance(0.0, since + at_size(WATCHED, self.system.n))
+            self.pace = float(pace_of(before, self.largest, self.steps - since))
 
     def _falls_fast(self) -> bool:
         """Return whether the minimizer reaches the minimum faster than Newton steps would."""
@@ -363,30 +381,15 @@ class RelaxationState:
           until: total number of steps of the relaxation at which to stop; None for ``max_steps``.
         """
         until = self.max_steps if until is None else min(until, self.max_steps)
-        method = self.method
         if self.state is None:
-            self.state = at_rest(self.system.positions, self.limits, method)
+            self.state = at_rest(self.system.positions, self.limits, self.method)
         # the smallest force so far, and the number of calls since it last fell by a tenth
         best = np.inf
         standing = 0
         while self.steps < until and not self.stands:
-            target = max(near, self.tested)
-            if self.largest <= target and (near > self.tested or not self.aim()):
+            if self._has_reached(near):
                 break
-            system = self.system
-            budget = min(STEPS_PER_CALL, until - self.steps)
-            # of the type of the positions, lest the call be compiled for another type
-            target = system.positions.dtype.type(max(near, self.tested))
-            self.state, pairs, taken, largest = _advance(
-                system, self.state, target, budget, method, self.limits
-            )
-            self.steps += int(taken)
-            self.largest = float(largest)
-            self.system = system.replace(positions=method.positions(self.state), neighbors=pairs)
-            self._show(self.steps, self.largest)
-            if bool(pairs.overflowed) and np.isfinite(np.asarray(self.system.positions)).all():
-                self.make_room(int(taken))
-            elif not np.isfinite(self.largest):
+            if not self._take_steps(near, min(STEPS_PER_CALL, until - self.steps)):
                 break
             standing = 0 if self.largest < GAINED * best else standing + 1
             best = min(best, self.largest)
@@ -394,12 +397,47 @@ class RelaxationState:
                 self.aim()
                 self.stands = self.tested < self.largest <= NEAR_FLOOR * self.floor
 
+    def _has_reached(self, near: float) -> bool:
+        """Return whether the largest force is at most ``near``, or small enough for the relaxation.
+
+        Where the relaxation would end, its goal is first set anew for the pairs that interact now.
+        """
+        target = max(near, self.tested)
+        return self.largest <= target and (near > self.tested or not self.aim())
+
+    def _take_steps(self, near: float, budget: int) -> bool:
+        """Take steps of the minimizer in one compiled call, and make room for pairs that it lost.
+
+        Args:
+          near: the largest force at which to stop.
+          budget: largest number of steps.
+
+        Returns:
+          whether the relaxation can go on; False where the forces are not finite.
+        """
+        system = self.system
+        method = self.method
+        # of the type of the positions, lest the call be compiled for another type
+        target = system.positions.dtype.type(max(near, self.tested))
+        self.state, pairs, taken, largest = _advance(
+            system, self.state, target, budget, method, self.limits
+        )
+        self.steps += int(taken)
+        self.largest = float(largest)
+        self.system = system.replace(positions=method.positions(self.state), neighbors=pairs)
+        self._show(self.steps, self.largest)
+        if bool(pairs.overflowed) and np.isfinite(np.asarray(self.system.positions)).all():
+            self.make_room(int(taken))
+            return True
+        return bool(np.isfinite(self.largest))
+
     def make_room(self, taken: int) -> None:
         """Allocate a larger neighbor list after an overflow, and compute the forces again.
 
         Args:
-          taken: number of steps of the call in which the list overflowed. If this number is at most
-            1, the list gets more room each time.
+          taken: number of steps that the compiled loop took before the list overflowed. At most one
+            step means that the last, larger list was too small as well: the new list then gets
+            more room than that one.
         """
         self.room = min(1.25 * self.room, 4.0) if taken <= 1 else 1.25
         self.system = self.system.reallocate(self.room)

@@ -37,15 +37,16 @@ class Equilibrium(Portable, Shown):
       tolerance: the force at or below which ``max_force`` counts as converged: the tolerance that
         was given, or 1e-12 of the mean pair force.
       force_floor: the largest force that round-off of the positions leaves on a particle, 4 eps
-        sqrt(sum_j (k_ij |R|)^2 + f_ij^2), with eps the precision of a number, k_ij and f_ij the
-        stiffness and the force of a pair, and |R| the size of its positions. No relaxation reaches
-        smaller forces.
+        sqrt(sum_j (k_ij |R_ij|)^2 + f_ij^2), with eps the machine precision, k_ij and f_ij the
+        stiffness and the force of a pair, and |R_ij| the root mean square size of the positions of
+        its two particles. No relaxation reaches smaller forces. Under constraints, and for a
+        potential that is no sum over pairs, it is estimated in another way.
       saddles: number of saddles that the relaxation reached and left, each along a mode of negative
         stiffness.
       descent: energy of the first of these saddles minus the energy of the minimum.
       examined: whether the Hessian at the end was searched for modes of negative stiffness.
       pressure: pressure P at which the cell was relaxed as well; None if the cell was not relaxed.
-      strains: the orthonormal strains (k, d, d) by which the cell could deform in the relaxation;
+      strains: (k, d, d) the k orthonormal strains by which the cell could deform in the relaxation;
         None if the cell was not relaxed.
       multipliers: Lagrange multipliers, by the names of the constraints; None without constraints.
       order: number of modes of negative stiffness: 0 at a minimum, 1 at the saddle of

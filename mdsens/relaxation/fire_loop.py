@@ -39,7 +39,7 @@ SETTLED = 500
 def at_rest(positions: jax.Array, limits: Limits, method: Minimizer) -> Any:
     """Return a minimizer's first state, with the particles at rest and zero forces.
 
-    ``advance`` computes the forces before the first step.
+    The function ``advance`` computes the forces before the first step.
     """
     initialize, _, _ = limited_minimizer(method, jnp.zeros_like, limits)
     return initialize(positions)
@@ -117,9 +117,10 @@ def advance(
 
     Steps with the same neighbor list are an inner loop, which only reads the list. The inner loop
     ends where a particle has moved so far that a pair may be missing from the list. It also ends
-    where a list with a wide skin has served so long that a list with a narrow skin, and fewer pairs
-    to sum over, pays; the largest stiffness is then measured, too, and sets the minimizer's steps.
-    The force that is compared with the tolerance always comes from a complete list.
+    where a list with a wide skin has served for many steps: then the particles move slowly, and a
+    list with a narrow skin, which has fewer pairs to sum over, takes its place. At this moment the
+    largest stiffness is measured, too, and sets the minimizer's steps. The force that is compared
+    with the tolerance always comes from a complete list.
 
     Args:
       system: defines potential, parameters and cell; positions come from ``state``, and the

@@ -142,8 +142,10 @@ class JaxMD:
 
     Attributes:
       minimizer: ``minimizer(force, shift) -> (init, apply)``, with ``init(positions) -> state`` and
-        ``apply(state) -> state``. Set its options with ``functools.partial``. A state is the
-        positions, or an object with the attribute ``position`` and perhaps ``force``.
+        ``apply(state) -> state``. Here ``force(positions)`` gives the forces, and
+        ``shift(positions, displacements)`` the displaced positions. Set options of the minimizer
+        with ``functools.partial``. A state is the positions, or an object with the attribute
+        ``position`` and perhaps ``force``.
       max_step: the longest move of a particle in one step, as a fraction of the length scale of the
         potential (contact distance, or the distance of the minimum of the pair energy); longer
         moves are shortened to this length.

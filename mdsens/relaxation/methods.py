@@ -3,8 +3,9 @@
 Each first-order minimizer (:data:`Minimizer`) has the same functions, which
 :mod:`mdsens.relaxation.fire_loop` calls. ``functions`` returns two functions: init makes a state
 of the minimizer from positions, and apply takes one step. ``force_limit`` returns the largest force
-that is not shortened. ``positions`` and ``forces`` return those of a state; ``with_forces`` and
-``at_stiffness`` return a state with other forces, or with steps for another stiffness.
+that is not shortened. ``positions`` and ``forces`` return the positions and the forces in a state.
+``with_forces`` returns a state with other forces, and ``at_stiffness`` a state with steps for
+another stiffness.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class FireState(NamedTuple):
     Attributes:
       inner: the state in jax-md's FIRE, whose forces, momenta and masses are multiplied by
         ``unit``.
-      unit: the scalar factor, which is explained in ``Fire.functions``.
+      unit: this factor, a scalar. It makes negligible the 1e-6 that jax-md adds to the squared norm
+        of the forces, see ``Fire.functions``.
     """
 
     inner: Any
@@ -55,9 +57,10 @@ class Fire:
         of the fastest vibration advances by dt sqrt(10): by 1.3 rad for dt = 0.4, where velocity
         Verlet becomes unstable at 2 rad. In a packing of unit harmonic discs k is about 10, so that
         this time unit is that of jax-md. Once the particles move slowly, the largest eigenvalue of
-        the Hessian is measured, and dt = 0.4 becomes 1.7 rad of the vibration with this stiffness.
-        The measurement halves the number of steps for Hertzian discs near jamming, and does not
-        change the number for a Lennard-Jones glass.
+        the Hessian is measured, and the mass is set so that with dt = 0.4 the phase of the
+        vibration with this stiffness advances by 1.7 rad in one step. The measurement halves the
+        number of steps for Hertzian discs near jamming, and does not change the number for a
+        Lennard-Jones glass.
       max_step: the longest move of a particle in one step, as a fraction of the length scale of the
         potential (contact distance, or the distance of the minimum of the pair energy). This limit
         matters in the first steps from a configuration in which particles overlap.

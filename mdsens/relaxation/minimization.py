@@ -47,10 +47,11 @@ def minimize(
     """Relax a system to a minimum of its energy, dU/dR = 0; at a pressure, of its enthalpy U + P V.
 
     U is the energy, R the positions, P the pressure and V the volume. At a pressure the cell
-    relaxes with the positions, starting from the cell of the system. If that cell is a given
-    function of the parameters, the relaxed cell is not: derivatives of the result, by ``jvp`` and
-    the like, are taken at constant pressure, where the cell responds to the parameters. A packing
-    is compressed or decompressed until it has this pressure, also from an unjammed start.
+    relaxes with the positions, starting from the cell of the system. Derivatives of the result, by
+    ``jvp`` and the like, are then taken at constant pressure, where the cell responds to the
+    parameters. This is so also if the cell at the start was a given function of the parameters; the
+    relaxed cell no longer is. A packing is compressed or decompressed until it has this pressure,
+    also from an unjammed start.
 
     Args:
       system: the system at the start. Each system of a batch made by ``stack`` is relaxed.
@@ -58,10 +59,11 @@ def minimize(
       cell: ``FixedCell()`` of ms.relaxation (the default), or ``AtPressure(P, shape=False)``.
       pressure, shape: a short form of ``cell=AtPressure(pressure, shape)``.
       tolerance: the largest force on a particle to reach, in the potential's units. None for 1e-12
-        of the mean force of the pairs that interact, in any units. The error of every derivative is
-        about the tolerance over the smallest stiffness. If round-off of the positions leaves larger
-        forces than the tolerance, the relaxation ends as soon as it reaches these forces, with the
-        status ROUND_OFF_LIMITED; their size is ``force_floor`` of the result.
+        of the mean force of the pairs that interact. The positions are then wrong by about the
+        tolerance over the smallest stiffness, and the error of every derivative grows with this
+        distance. If round-off of the positions leaves larger forces than the tolerance, the
+        relaxation ends as soon as it reaches these forces, with the status ROUND_OFF_LIMITED; their
+        size is ``force_floor`` of the result.
       method: ``Newton()`` (the default: FIRE, and Newton steps where FIRE is slow), ``Fire()``,
         ``GradientDescent()`` or ``JaxMD(...)`` of ms.relaxation.
       max_steps: largest number of steps of the minimizer; at a pressure, of all relaxations

@@ -79,11 +79,11 @@ def descend(
     Returns:
       (system after the last step, largest force on a particle, number of steps).
     """
-    method = _Factorized(length) if factorizes(system) else _Krylov(length)
+    method = _choose_method(system, length)
     energy, slope = _energy_and_gradient(system)
     largest = float(largest_force(slope))
     taken = 0
-    if not (np.isfinite(largest) and largest > tolerance):
+    if not tolerance < largest < np.inf:  # a force that is not a number ends here as well
         return system, largest, taken
     # the largest force after the last step that made headway, and the number of steps since
     best = largest
@@ -91,17 +91,15 @@ def descend(
     while taken < STEPS and since < STALLED:
         trial = _accepted_step(method, system, energy, slope) if largest > tolerance else None
         # A step may end at a saddle with a force below the tolerance, so this is asked there, too.
-        if trial is None and method.prepare_step_off_saddle(system):
-            trial = _accepted_step(method, system, energy, slope)
+        if trial is None:
+            trial = _step_off_saddle(method, system, energy, slope)
         if trial is None:
             break
         before = largest
         system, energy, slope = trial
         largest = float(largest_force(slope))
         taken += 1
-        # On the way down from a saddle the force rises, which is headway.
-        left_saddle = largest > before and method.curved
-        if largest < 0.5 * best or left_saddle:
+        if _made_headway(method, before, largest, best):
             best = largest
             since = 0
         else:
@@ -110,6 +108,30 @@ def descend(
         if since and tolerance < largest <= round_off:
             break
     return system, largest, taken
+
+
+def _choose_method(system: System, length: float) -> _Factorized | _Krylov:
+    """Choose how Newton steps are computed: by factorizing the Hessian, or by conjugate gradients.
+
+    The Hessian is factorized where ``factorizes`` allows it for this system. ``length`` is the
+    length scale of the potential.
+    """
+    return _Factorized(length) if factorizes(system) else _Krylov(length)
+
+
+def _made_headway(
+    method: _Factorized | _Krylov, before: float, largest: float, best: float
+) -> bool:
+    """Return whether a Newton step halved the largest force, or led down from a saddle.
+
+    Args:
+      method: the method, which knows whether its last step was along negative curvature.
+      before, largest: the largest force before and after the step.
+      best: the largest force after the last step that made headway.
+    """
+    # On the way down from a saddle the force rises, which is headway.
+    left_saddle = largest > before and method.curved
+    return largest < 0.5 * best or left_saddle
 
 
 def _accepted_step(
@@ -145,6 +167,20 @@ def _accepted_step(
         if good:
             return moved, energy_after, slope_after
     return None
+
+
+def _step_off_saddle(
+    method: _Factorized | _Krylov, system: System, energy: jax.Array, slope: jax.Array
+) -> tuple[System, jax.Array, jax.Array] | None:
+    """Try steps along a direction of negative curvature until one lowers the energy enough.
+
+    Returns:
+      (system, energy, gradient dU/dR of the energy) after the step; None if the Hessian has no such
+      direction or no step is accepted.
+    """
+    if not method.prepare_step_off_saddle(system):
+        return None
+    return _accepted_step(method, system, energy, slope)
 
 
 class _Factorized:

@@ -268,6 +268,100 @@ def _newton(
     return None
 
 
+class _Climb:
+    """State of a search for a saddle; its methods continue the search.
+
+    Attributes:
+      system: the system so far.
+      gradient: (n, d), the gradient dU/dR of the energy.
+      largest: the largest force; NaN where a step is not finite.
+      mode: (n, d), the softest mode of the last step.
+      direction: (n, d), the direction in which to climb until a mode is negative; zero for the
+        softest mode.
+      length: length scale of the potential.
+      longest: the longest move of a particle in one step.
+      radius: the longest move of a particle in the next step.
+      vectors: number of vectors in a Lanczos cycle.
+      near: whether Newton's method may succeed: the radius did not limit the last step.
+      tried: the largest force at which Newton's method was last tried; inf where it was not.
+      kicks: how often a saddle of higher order was left.
+    """
+
+    def __init__(self, system: System, direction: jax.Array, method: EigenvectorFollowing):
+        self.length = float(natural_units(system)[0])
+        self.longest = method.max_step * self.length
+        self.radius = self.longest
+        self.vectors = method.vectors
+        self.direction = direction
+        self.mode = direction
+        if not np.any(np.asarray(direction)):
+            self.mode = chirp(direction.shape, direction.dtype)
+        # Newton's method is tried at the start as well: from a saddle at other parameters it alone
+        # leads to the saddle at these
+        self.near = True
+        self.tried = np.inf
+        self.kicks = 0
+        self.system = system
+        self.gradient = _compute_gradient(system)
+        self.largest = float(largest_force(self.gradient))
+
+    def leave_higher_order(self) -> bool:
+        """Take a step off a saddle of higher order, if the system is at one.
+
+        Returns:
+          whether the search goes on; False where it has left too many such saddles.
+        """
+        kicked = _leave_higher_order(self.system, self.length)
+        if kicked is None:
+            return True
+        if self.kicks == KICKS:
+            return False
+        self.system, self.mode = kicked
+        self.direction = self.mode
+        self.kicks += 1
+        self.tried = np.inf
+        self.gradient = _compute_gradient(self.system)
+        self.largest = float(largest_force(self.gradient))
+        return True
+
+    def step(self) -> bool:
+        """Take one step up along the softest mode and down perpendicular to this mode.
+
+        Returns:
+          whether a step was taken; False where it is zero or not finite.
+        """
+        _, null = loose_stiffness(self.system)
+        step, expected, self.mode, self.direction, limited = _propose_step(
+            self.system, null, self.mode, self.direction, self.radius, self.vectors
+        )
+        if not np.isfinite(np.asarray(step)).all():
+            self.largest = np.nan
+            return False
+        if not np.any(np.asarray(step)):
+            return False  # nothing leads up, and nothing down
+        positions = self.system.positions + step
+        moved = self.system.replace(positions=positions).reallocate(keep=True)
+        moved_gradient = _compute_gradient(moved)
+        # how far the gradient is from its linear prediction, relative to the predicted change
+        predicted = max(float(jnp.linalg.norm(expected - self.gradient)), 1e-300)
+        error = float(jnp.linalg.norm(moved_gradient - expected)) / predicted
+        self.near = not bool(limited)
+        if not self.near:
+            self.tried = np.inf
+        # A step with a wrong prediction is rejected. At the smallest radius every step is accepted,
+        # so that the search goes on.
+        if error < 1.5 or self.radius < 1e-6 * self.length:
+            self.system = moved
+            self.gradient = moved_gradient
+            self.largest = float(largest_force(moved_gradient))
+        # "not <" reduces the radius for NaN as well
+        if not error < 0.5:
+            self.radius = 0.4 * self.radius
+        elif error < 0.2:
+            self.radius = min(2.0 * self.radius, self.longest)
+        return True
+
+
 def follow_eigenvector(
     system: System,
     direction: jax.Array,
@@ -290,65 +384,21 @@ def follow_eigenvector(
     Returns:
       (system, largest force, steps); the force is NaN where a step is not finite.
     """
-    length = float(natural_units(system)[0])
-    longest = method.max_step * length
-    radius = longest
+    climb = _Climb(system, direction, method)
     steps = 0
-    mode = direction
-    if not np.any(np.asarray(direction)):
-        mode = chirp(direction.shape, direction.dtype)
-    # Newton's method is tried at the start as well: from a saddle at other parameters it alone
-    # leads to the saddle at these
-    near = True
-    tried = np.inf  # the largest force at which Newton's method was last tried
-    kicks = 0
-    gradient = _compute_gradient(system)
-    largest = float(largest_force(gradient))
-    while steps < max_steps and np.isfinite(largest):
-        if near and largest < 0.5 * tried:
-            tried = largest
-            reached = _newton(system, tolerance, longest, steps, bar)
+    while steps < max_steps and np.isfinite(climb.largest):
+        if climb.near and climb.largest < 0.5 * climb.tried:
+            climb.tried = climb.largest
+            reached = _newton(climb.system, tolerance, climb.longest, steps, bar)
             if reached is not None:
                 return reached
-            if largest <= tolerance and (kicked := _leave_higher_order(system, length)) is not None:
-                if kicks == KICKS:
-                    break
-                system, mode = kicked
-                direction = mode
-                kicks += 1
-                tried = np.inf
-                gradient = _compute_gradient(system)
-                largest = float(largest_force(gradient))
-        _, null = loose_stiffness(system)
-        step, expected, mode, direction, limited = _propose_step(
-            system, null, mode, direction, radius, method.vectors
-        )
-        if not np.isfinite(np.asarray(step)).all():
-            return system, np.nan, steps
-        if not np.any(np.asarray(step)):
-            break  # nothing leads up, and nothing down
-        moved = system.replace(positions=system.positions + step).reallocate(keep=True)
-        moved_gradient = _compute_gradient(moved)
-        # how far the gradient is from its linear prediction, relative to the predicted change
-        predicted = max(float(jnp.linalg.norm(expected - gradient)), 1e-300)
-        error = float(jnp.linalg.norm(moved_gradient - expected)) / predicted
+            if climb.largest <= tolerance and not climb.leave_higher_order():
+                break
+        if not climb.step():
+            break
         steps += 1
-        near = not bool(limited)
-        if not near:
-            tried = np.inf
-        # A step with a wrong prediction is rejected. At the smallest radius every step is accepted,
-        # so that the search goes on.
-        if error < 1.5 or radius < 1e-6 * length:
-            system = moved
-            gradient = moved_gradient
-            largest = float(largest_force(gradient))
-        # "not <" reduces the radius for NaN as well
-        if not error < 0.5:
-            radius = 0.4 * radius
-        elif error < 0.2:
-            radius = min(2.0 * radius, longest)
-        bar.show(steps, largest)
-    return system, largest, steps
+        bar.show(steps, climb.largest)
+    return climb.system, climb.largest, steps
 
 
 def _leave_higher_order(system: System, length: float) -> tuple[System, jax.Array] | None:

@@ -52,9 +52,10 @@ class ElasticBand:
       images: number of images (configurations) between the two minima; more for a path that bends.
       spring: stiffness of the springs between images, in units of the largest stiffness of the
         potential.
-      stop: the largest force on the images at which the band is left and the search for the saddle
-        begins at the highest image. The unit is the largest stiffness of the potential times its
-        length scale (contact distance, or the distance of the minimum of the pair energy).
+      stop: the largest force on the images at which the relaxation of the band ends; a search for
+        the saddle then begins at the highest image. The unit is the largest stiffness of the
+        potential times its length scale (contact distance, or the distance of the minimum of the
+        pair energy).
       max_steps: largest number of steps of FIRE.
       fire: the options of FIRE, which relaxes the band.
     """
@@ -81,10 +82,10 @@ def climbing_image_band(
     """Find the image of highest energy of an elastic band, and the direction of the band there.
 
     Args:
-      start, end: minima of the same particles at the same parameters and in the same cell, between
-        which the band runs. First a common translation of all particles of ``end`` and, without a
-        cell, a common rotation are removed. Then each of these particles is taken at the periodic
-        image nearest to its position in ``start``.
+      start, end: the two minima between which the band runs, of the same particles at the same
+        parameters and in the same cell. First each particle of ``end`` is taken at the periodic
+        image nearest to its position in ``start``. Then a common translation of all particles of
+        ``end`` and, without a cell, a common rotation are removed.
       band: the options of the band.
 
     Returns:
@@ -130,6 +131,7 @@ def climbing_image_band(
 def _align(start: System, end: System) -> np.ndarray:
     """Move the configuration ``end`` as a whole next to ``start``; return its positions (n, d).
 
+    Before this, each particle is taken at the periodic image nearest to its position in ``start``.
     Without a cell the particles are rotated together, too, by the rotation that minimizes the
     distance from ``start`` (Kabsch).
     """

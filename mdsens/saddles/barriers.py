@@ -180,22 +180,8 @@ def barrier(
 
 def _check_ends(minimum: Equilibrium, saddle: Equilibrium) -> None:
     """Raise InputError unless a minimum and a saddle of one system have the same parameters."""
-    for name, eq in (("minimum", minimum), ("saddle", saddle)):
-        if not isinstance(eq, Equilibrium) or eq.system.batch is not None:
-            raise InputError(
-                f"`{name}` is a {type(eq).__name__}: give one Equilibrium, not a batch."
-            )
-        if eq.pressure is not None:
-            raise InputError(
-                f"`{name}` was relaxed at a pressure, and a barrier is between configurations in"
-                f" one fixed cell: relax `{name}` in a fixed cell."
-            )
-        # the order is the number of negative modes
-        if (eq.order == 0) != (name == "minimum"):
-            raise InputError(
-                f"`{name}` has order {eq.order}, the number of modes of negative stiffness: give"
-                " barrier(minimum, saddle) a minimum of order 0 and a saddle of order 1."
-            )
+    _check_end("minimum", minimum)
+    _check_end("saddle", saddle)
     low: System = minimum.system
     high: System = saddle.system
     if low.positions.shape != high.positions.shape or low.params.keys() != high.params.keys():
@@ -212,3 +198,25 @@ def _check_ends(minimum: Equilibrium, saddle: Equilibrium) -> None:
             raise InputError(
                 f"`minimum` and `saddle` differ in {name}: give a saddle found from this minimum."
             )
+
+
+def _check_end(name: str, eq: Equilibrium) -> None:
+    """Raise InputError unless one end of a barrier is a single configuration in a fixed cell.
+
+    Args:
+      name: ``"minimum"`` or ``"saddle"``, which the end has to be.
+      eq: the configuration at this end.
+    """
+    if not isinstance(eq, Equilibrium) or eq.system.batch is not None:
+        raise InputError(f"`{name}` is a {type(eq).__name__}: give one Equilibrium, not a batch.")
+    if eq.pressure is not None:
+        raise InputError(
+            f"`{name}` was relaxed at a pressure, and a barrier is between configurations in"
+            f" one fixed cell: relax `{name}` in a fixed cell."
+        )
+    # the order is the number of negative modes
+    if (eq.order == 0) != (name == "minimum"):
+        raise InputError(
+            f"`{name}` has order {eq.order}, the number of modes of negative stiffness: give"
+            " barrier(minimum, saddle) a minimum of order 0 and a saddle of order 1."
+        )

@@ -78,9 +78,8 @@ def find_saddle(
       progress: whether to show a progress bar; None shows it only in a terminal or a notebook.
 
     Returns:
-      an :class:`~mdsens.Equilibrium`. Its ``order`` is the number of negative modes that were
-      counted:
-      1 where the status is good.
+      an :class:`~mdsens.Equilibrium`. Its ``order`` is the number of modes of negative stiffness
+      that were counted, which is 1 where the status is good.
 
     Raises:
       InputError: the parameters, the direction or the options are not valid.
@@ -203,6 +202,21 @@ def _check_arguments(
     Returns:
       (the system at the given parameters, the tolerance as a number).
     """
+    system = _check_start(start)
+    if not isinstance(method, EigenvectorFollowing):
+        raise InputError(f"`method` is {short(method)}: give EigenvectorFollowing() of ms.saddles.")
+    # up to the largest float: infinity and NaN are refused
+    if tolerance is not None and not 0 < real_number("tolerance", tolerance) <= sys.float_info.max:
+        raise InputError(f"`tolerance` is {short(tolerance)}: give a positive number, or None.")
+    if not real_number("max_steps", max_steps) >= 1:
+        raise InputError(f"`max_steps` is {short(max_steps)}: give 1 or more.")
+    # either way the neighbor list is allocated for the configuration at hand
+    system = system.reallocate(keep=True) if params is None else system.with_params(params)
+    return system, _choose_tolerance(tolerance, system)
+
+
+def _check_start(start: System | Equilibrium) -> System:
+    """Validate ``start`` of ``find_saddle``; return its system, one without constraints."""
     system = start.system if isinstance(start, Equilibrium) else start
     if not isinstance(system, System):
         raise InputError(f"`start` is a {type(start).__name__}: give a System or an Equilibrium.")
@@ -217,18 +231,18 @@ def _check_arguments(
             "`start` is a minimum that was relaxed at a pressure, and find_saddle keeps the cell"
             " fixed: give the system of the minimum, start.system."
         )
-    if not isinstance(method, EigenvectorFollowing):
-        raise InputError(f"`method` is {short(method)}: give EigenvectorFollowing() of ms.saddles.")
-    # up to the largest float: infinity and NaN are refused
-    if tolerance is not None and not 0 < real_number("tolerance", tolerance) <= sys.float_info.max:
-        raise InputError(f"`tolerance` is {short(tolerance)}: give a positive number, or None.")
-    if not real_number("max_steps", max_steps) >= 1:
-        raise InputError(f"`max_steps` is {short(max_steps)}: give 1 or more.")
-    # either way the neighbor list is allocated for the configuration at hand
-    system = system.reallocate(keep=True) if params is None else system.with_params(params)
+    return system
+
+
+def _choose_tolerance(tolerance: float | None, system: System) -> float:
+    """Return the largest force to reach at a saddle; raise PrecisionError if it is out of reach.
+
+    Without a tolerance of the user it is a fixed share (GOAL) of the mean pair force, or the force
+    that round-off leaves if that is larger.
+    """
     if tolerance is None:
         scale = force_scale(system, *natural_units(system), 0.0)
-        return system, max(GOAL * float(scale.mean), float(scale.floor))
+        return max(GOAL * float(scale.mean), float(scale.floor))
     # minimizations end between a tenth of ``round_off`` and all of it, so half of that tenth is
     # certainly out of reach
     floor = round_off(system)
@@ -237,7 +251,7 @@ def _check_arguments(
             f"tolerance={tolerance:.0e} is out of reach in {system.positions.dtype}: raise"
             f" `tolerance` to {floor:.0e} or more."
         )
-    return system, tolerance
+    return tolerance
 
 
 def _check_other_side(

@@ -214,7 +214,8 @@ def solve_derivative(
     Args:
       rule: the kind of derivative: JVP, VJP, FORCE or STRAIN, see :class:`DerivativeRule`.
       lin: the linearization of the minimum.
-      argument: what the derivative is linear in, see the rule; with ``many`` several arguments,
+      argument: what the derivative is linear in: changes of the parameters for JVP, weights of the
+        positions for VJP, forces for FORCE, a strain for STRAIN. With ``many``, several of these
         along a leading axis.
       many: whether there are several arguments, which share one factor of the Hessian.
     """
@@ -255,8 +256,10 @@ def solve_derivative_batch(
     Args:
       rule: the kind of derivative: JVP, VJP, FORCE or STRAIN, see :class:`DerivativeRule`.
       eq: the minima of the batch.
-      argument: what the derivative is linear in, for each system, along a leading axis.
-      solve: a linear solver for which :func:`by_factor` is true.
+      argument: what the derivative is linear in (changes of the parameters for JVP, weights of the
+        positions for VJP, forces for FORCE, a strain for STRAIN), with a leading axis over the
+        systems.
+      solve: a linear solver that is to use the sparse factor of the Hessian, see :func:`by_factor`.
     """
     assert isinstance(solve, Auto | Direct)
     if not np.isfinite(np.asarray(eq.positions)).all():

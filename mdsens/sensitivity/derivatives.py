@@ -219,8 +219,8 @@ def jvp(
       a :class:`Displacement` with ``value`` (n, d). At a pressure ``value`` is an ``Unknowns`` with
       ``positions`` (n, d) and ``strain``, the strain of the cell as a Mandel vector (xx, yy,
       sqrt(2) xy in 2-D; xx, yy, zz and sqrt(2) times yz, xz, xy in 3-D). Where the box follows the
-      parameters, ``value`` contains the motion of the periodic images with the box; ``nonaffine``
-      does not.
+      parameters, ``value`` contains the motion of the periodic images with the box; the attribute
+      ``nonaffine`` is the derivative without this motion.
 
     Raises:
       InputError: a name is no parameter's, or a shape is wrong.
@@ -304,8 +304,8 @@ def vjp(
     The derivative is -(d2U/dR dp)^T H^+ w, with the energy U, the parameters p, and the
     pseudo-inverse H^+ of the Hessian. This is the adjoint (transpose) of ``jvp``, and takes one
     linear solve for all parameters. The linear system has no solution for the part of w in the null
-    space of the Hessian (translations, rattlers); that part is dropped, and ``stats.dropped`` and
-    the status report it.
+    space of the Hessian (translations, rattlers); that part is dropped, which ``stats.dropped`` and
+    the status of the result report.
 
     Args:
       eq: the minimum, as in ``jvp``.
@@ -316,7 +316,8 @@ def vjp(
     Returns:
       a :class:`ParameterGradient` with ``value`` a dict shaped like the parameters. In a symmetric
       matrix of species pairs, entries (a, b) and (b, a) are one physical number, and each has half
-      of the derivative by that number; ``component("sigma[0,1]")`` is the whole derivative.
+      of the derivative by that number; the result's method ``component("sigma[0,1]")`` gives the
+      whole derivative.
     """
     if _batched(eq):
         assert isinstance(eq, Equilibrium)
@@ -349,8 +350,9 @@ def response(
     Args:
       eq: the minimum, as in ``jvp``.
       force: the force f on each particle, (n, d), in energy/length. Nothing balances the net force
-        on a cluster, or the force on rattlers; these parts are dropped, and ``stats.dropped`` and
-        the status report them. The cell stays fixed, at a pressure too.
+        on a cluster, or the force on rattlers; these parts are dropped, which ``stats.dropped`` and
+        the status of the result report. The cell stays fixed, even if the minimum is one at a
+        pressure.
       solve, throw: the linear solver, and whether to raise an error, as in ``jvp``.
 
     Returns:
@@ -439,7 +441,8 @@ def jacobian(
       a :class:`Displacement` with ``value`` and ``nonaffine`` (n, d, *shape of the parameter), and
       stats of the parameter's shape. In a symmetric matrix of species pairs, the two entries of a
       pair are one physical number, and ``value[..., a, b]`` and ``value[..., b, a]`` are each half
-      of the derivative by that number; ``component("sigma[0,1]")`` is the whole derivative, (n, d).
+      of the derivative by that number; the result's method ``component("sigma[0,1]")`` gives the
+      whole derivative, (n, d).
 
     Raises:
       TooLargeError: the result would take more than half of the free memory; the message gives the
@@ -457,13 +460,7 @@ def jacobian(
         return _raise_unless_good(result, throw, "jacobian")
     lin = linearized(eq, solve)
     system = lin.system
-    if not isinstance(wrt, str):
-        raise InputError(
-            f"wrt is {short(wrt)}: give a parameter's name, one of {', '.join(lin.params)}."
-        )
-    if chunk is not None and not (is_integer(chunk) and chunk >= 1):
-        raise InputError(f"chunk is {short(chunk)}: give a whole number of at least 1, or None.")
-    changes(system, {wrt: lin.params.get(wrt, 0.0)}, lin.params)  # checks the name
+    _check_arguments_of_jacobian(lin, wrt, chunk)
     shape = lin.params[wrt].shape
     size = int(np.prod(shape))
     dtype = system.positions.dtype
@@ -474,9 +471,10 @@ def jacobian(
     width = min(width, max(size, 1))
 
     def directions(start: int, stop: int) -> dict[str, jax.Array]:
-        """Return unit changes of the parameter's components from ``start`` to ``stop``.
+        """Return a unit change for each component of one parameter from ``start`` to ``stop``.
 
-        Beyond the last component the changes are zero.
+        Each change is one in its component and zero elsewhere. Beyond the last component the
+        changes are zero.
         """
         unit = np.zeros((stop - start, size))
         inside = np.arange(start, min(stop, size))
@@ -486,7 +484,10 @@ def jacobian(
     flat = _in_chunks(lambda t: solve_derivative(JVP, lin, t, many=True), directions, size, width)
 
     def shaped(leaf: jax.Array) -> jax.Array:
-        """Turn the leading axis over the parameter's components into trailing axes of its shape."""
+        """Move the leading axis of an array to the end, and give it the shape of the parameter.
+
+        The leading axis is over the components of the parameter.
+        """
         return jnp.moveaxis(leaf, 0, -1).reshape(*leaf.shape[1:], *shape)
 
     result = Displacement(
@@ -498,6 +499,17 @@ def jacobian(
         wrt=parameters_of(system, {wrt: lin.params[wrt]}),
     )
     return _raise_unless_good(result, throw, f"jacobian by {wrt}", system)
+
+
+def _check_arguments_of_jacobian(lin: Linearization, wrt: str, chunk: int | None) -> None:
+    """Raise InputError unless ``wrt`` is a parameter's name and ``chunk`` a count or None."""
+    if not isinstance(wrt, str):
+        raise InputError(
+            f"wrt is {short(wrt)}: give a parameter's name, one of {', '.join(lin.params)}."
+        )
+    if chunk is not None and not (is_integer(chunk) and chunk >= 1):
+        raise InputError(f"chunk is {short(chunk)}: give a whole number of at least 1, or None.")
+    changes(lin.system, {wrt: lin.params.get(wrt, 0.0)}, lin.params)  # checks the name
 
 
 def gradient(
@@ -523,8 +535,8 @@ def gradient(
       a :class:`ParameterGradient` with ``value`` a dict: for each parameter an array with the shape
       of the observable followed by the shape of the parameter. In a symmetric matrix of species
       pairs, entries (a, b) and (b, a) are one physical number, and each has half of the derivative
-      by that number; ``component("sigma[0,1]")`` is the whole derivative, of the observable's
-      shape.
+      by that number; the result's method ``component("sigma[0,1]")`` gives the whole derivative, of
+      the observable's shape.
     """
     if _batched(eq):
         assert isinstance(eq, Equilibrium)
@@ -642,14 +654,17 @@ def total_derivative(
         minimum, with a leading axis over the numbers of the observable.
       direct: partial derivatives of the observable by the parameters, with the same leading axis.
       throw: whether to raise an error where a status is not good.
-      beside: function that computes ``cotangents`` slightly beside the minimum, see :func:`aside`.
-        It is called where those at the minimum may be round-off.
+      beside: function that computes ``cotangents`` at positions slightly beside the minimum, see
+        :func:`aside`. It is called where the cotangents at the minimum may be round-off.
     """
     count = value.size
     width = min(count, _chunk_width(value.dtype.itemsize, lin.system.positions.size))
 
     def rows(start: int, stop: int) -> Unknowns:
-        """Return ``cotangents`` from index ``start`` to ``stop``, padded with zeros at the end."""
+        """Return the entries of ``cotangents`` from ``start`` to ``stop`` along the leading axis.
+
+        Entries beyond the end are zeros.
+        """
         missing = stop - min(stop, count)
         if not start and not missing:
             return cotangents

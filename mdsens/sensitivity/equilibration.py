@@ -74,6 +74,22 @@ def equilibrate(
       solve: the linear solver of the derivative.
       has_aux: whether to return ``(System, SolveStats)`` instead of the System alone.
     """
+    _check_arguments(system, tolerance)
+    all_params = dict(system.params)
+    if params is not None:
+        all_params |= _check_params(system, params)
+    why = (
+        "equilibrate is differentiated by the parameters alone, and here the derivative is taken by"
+        " its cell: give a box that is a function of the parameters,"
+        " System.create(positions, lambda params: ..., ...)."
+    )
+    system = system.replace(positions=refusing_derivative(system.positions, system.boundary, why))
+    relaxed, stats = _equilibrate(system, all_params, tolerance, max_steps, method, solve)
+    return (relaxed, stats) if has_aux else relaxed
+
+
+def _check_arguments(system: System, tolerance: float | None) -> None:
+    """Raise InputError unless the system is one without constraints and the tolerance positive."""
     if not isinstance(system, System):
         raise InputError(f"equilibrate got a {type(system).__name__}: give a System.")
     if tolerance is not None and not isinstance(tolerance, Tracer) and not 0 < tolerance:
@@ -84,29 +100,29 @@ def equilibrate(
             " jax.vmap(lambda s, p: ms.equilibrate(s, p))(batch, params)."
         )
     require_unconstrained(system, "equilibrate")
-    if params is not None and not isinstance(params, Mapping):
+
+
+def _check_params(system: System, params: Params) -> dict[str, jax.Array]:
+    """Check the values that a user gives some parameters; return them as arrays by name.
+
+    Names, shapes and symmetry are checked.
+
+    Args:
+      system: the system.
+      params: the values by parameter name, which may be traced.
+    """
+    if not isinstance(params, Mapping):
         raise InputError(
             f"params is a {type(params).__name__}: give a dict of parameter names and values."
         )
-    parameters = full_tangent(system, {}) if params is None else params
-    for name in parameters:
+    for name in params:
         # checks the name and the shape; the values may be traced
-        full_tangent(system, {name: jnp.zeros_like(jnp.asarray(parameters[name]))})
-    for parameter in parameters_of(system, parameters):
+        full_tangent(system, {name: jnp.zeros_like(jnp.asarray(params[name]))})
+    for parameter in parameters_of(system, params):
         if parameter.paired:
-            check_symmetric(f"params[{parameter.name!r}]", parameters[parameter.name])
+            check_symmetric(f"params[{parameter.name!r}]", params[parameter.name])
     dtype = system.positions.dtype
-    all_params = dict(system.params)
-    if params is not None:
-        all_params |= {name: jnp.asarray(value, dtype) for name, value in params.items()}
-    why = (
-        "equilibrate is differentiated by the parameters alone, and here the derivative is taken by"
-        " its cell: give a box that is a function of the parameters,"
-        " System.create(positions, lambda params: ..., ...)."
-    )
-    system = system.replace(positions=refusing_derivative(system.positions, system.boundary, why))
-    relaxed, stats = _equilibrate(system, all_params, tolerance, max_steps, method, solve)
-    return (relaxed, stats) if has_aux else relaxed
+    return {name: jnp.asarray(value, dtype) for name, value in params.items()}
 
 
 @functools.partial(jax.jit, static_argnames=("method", "solve"))

@@ -60,7 +60,8 @@ Params = Mapping[str, Any]
 class Linearization(Portable, Named):
     """A minimum with what all its derivatives have in common: null space, contact network, factor.
 
-    Every function that differentiates a minimum takes a Linearization in place of the minimum.
+    Functions that differentiate a minimum, such as ``jvp`` and ``gradient``, take a Linearization
+    in place of the minimum.
 
     Attributes:
       equilibrium: the minimum.
@@ -135,7 +136,8 @@ class Linearization(Portable, Named):
         In a fixed cell F is dU/dR, the derivative of the energy by the positions. At a pressure F
         also contains the derivative of the enthalpy by the strain of the cell. Under constraints F
         is dL/dx, the derivative of the Lagrangian L = U + lambda . g, and the values g of the
-        constraints' equations.
+        constraints' equations; for a coordinate that is pinned or at a bound, its distance from
+        the prescribed value takes the place of dL/dx.
 
         Args:
           x: the unknowns: positions, and strain of the cell or multipliers where there are any.
@@ -196,9 +198,9 @@ def by_factor(system: System, solve: Method, many: bool = False) -> bool:
 
     Args:
       system: the system.
-      solve: the solver. Direct always uses the factor; Auto uses the factor only on a CPU, and not
-        for a single solve of a large system in 3-D, where the factor has many entries that are zero
-        in the Hessian.
+      solve: the solver. Direct always uses the factor. Auto uses it only on a CPU, and not for a
+        single solve of a large system in 3-D, where many entries that are zero in the Hessian are
+        not zero in its factor.
       many: whether there are many right-hand sides.
     """
     pays = many or system.dimension == 2 or system.n <= ONE_SOLVE_3D
@@ -296,17 +298,7 @@ def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Li
     # a saddle of order k must have exactly k negative modes
     if eq.order and factor.unstable(eq.order + 1) != eq.order:
         eq = dataclasses.replace(eq, status=jnp.asarray(Status.NOT_A_SADDLE.value, jnp.int32))
-    force_status = _force_left_of_one(eq, net)
-    # Negative modes are looked for here unless the minimization has done so (``examined``), they
-    # are counted above (a saddle), or every solve counts them by a factor.
-    examined = bool(np.all(eq.examined)) or eq.order > 0 or by_factor(backbone, solve)
-    # without contacts, or with NaN positions, the status is bad already and modes mean nothing
-    rigid = not bool(net.unjammed) and np.isfinite(np.asarray(eq.positions)).all()
-    if int(force_status) == Status.CONVERGED and not examined and rigid:
-        # a negative stiffness below what the force left can add is in doubt, and is no saddle yet
-        floor = doubtful_stiffness(eq.max_force, natural_units(eq.system)[0])
-        if factor.negative_mode(floor) is not None:
-            force_status = jnp.asarray(Status.INDEFINITE.value, jnp.int32)
+    force_status = _judge_force_and_modes(eq, net, factor, solve)
     structure = FixedCellStructure()
     if eq.pressure is not None:
         structure = AtPressureStructure(
@@ -326,6 +318,34 @@ def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Li
     if throw:
         raise_for_status(Status(int(lin.status)), "this minimum cannot be differentiated", lin)
     return lin
+
+
+def _judge_force_and_modes(
+    eq: Equilibrium, net: Network, factor: HessianFactor, solve: Method
+) -> Any:
+    """Judge a minimum by the force left and by modes of negative stiffness; return a status.
+
+    The status is that of ``force_left``; or INDEFINITE where that is good and a mode has negative
+    stiffness.
+
+    Args:
+      eq: the minimum.
+      net: its contact network.
+      factor: the Hessian, with its factor.
+      solve: the linear solver of the derivatives.
+    """
+    force_status = _force_left_of_one(eq, net)
+    # Negative modes are looked for here unless the minimization has done so (``examined``),
+    # ``linearize`` has counted them (a saddle), or every solve counts them by a factor.
+    examined = bool(np.all(eq.examined)) or eq.order > 0 or by_factor(factor.system, solve)
+    # without contacts, or with NaN positions, the status is bad already and modes mean nothing
+    rigid = not bool(net.unjammed) and np.isfinite(np.asarray(eq.positions)).all()
+    if int(force_status) == Status.CONVERGED and not examined and rigid:
+        # a negative stiffness below what the force left can add is in doubt, and is no saddle yet
+        floor = doubtful_stiffness(eq.max_force, natural_units(eq.system)[0])
+        if factor.negative_mode(floor) is not None:
+            return jnp.asarray(Status.INDEFINITE.value, jnp.int32)
+    return force_status
 
 
 def _linearize_constrained(
@@ -443,23 +463,7 @@ def changes(system: System, dparams: Params, params: Params | None = None) -> di
             " changes."
         )
     for name, change in dparams.items():
-        if name not in valid:
-            hint = did_you_mean(name, valid)
-            if name == "pressure":
-                hint = (
-                    "the cell of this minimum is fixed; relax a cell that follows a pressure by"
-                    " ms.minimize(system, pressure=P)."
-                )
-            raise InputError(f"{name!r} is no parameter of {system.potential.name}: {hint}")
-        array = real_array(f"dparams[{name!r}]", change)
-        expected_shape = valid[name].shape
-        if array.shape != expected_shape:
-            raise InputError(
-                f"dparams[{name!r}] has shape {array.shape}: the parameter has {expected_shape};"
-                " give a change of that shape."
-            )
-        if not isinstance(array, Tracer) and not np.isfinite(np.asarray(array, float)).all():
-            raise InputError(f"dparams[{name!r}] is not finite: give finite changes.")
+        _check_change(system, name, change, valid)
     checked = {}
     for name, change in dparams.items():
         array = real_array(f"dparams[{name!r}]", change)
@@ -467,3 +471,31 @@ def changes(system: System, dparams: Params, params: Params | None = None) -> di
             array = check_symmetric(f"dparams[{name!r}]", array)
         checked[name] = array.astype(valid[name].dtype)
     return checked
+
+
+def _check_change(system: System, name: str, change: object, valid: Params) -> None:
+    """Check that a change belongs to a parameter, has the parameter's shape and is finite.
+
+    Args:
+      system: the system.
+      name: the name that the user gave.
+      change: the change that the user gave.
+      valid: all parameters by name.
+    """
+    if name not in valid:
+        hint = did_you_mean(name, valid)
+        if name == "pressure":
+            hint = (
+                "the cell of this minimum is fixed; relax a cell that follows a pressure by"
+                " ms.minimize(system, pressure=P)."
+            )
+        raise InputError(f"{name!r} is no parameter of {system.potential.name}: {hint}")
+    array = real_array(f"dparams[{name!r}]", change)
+    expected_shape = valid[name].shape
+    if array.shape != expected_shape:
+        raise InputError(
+            f"dparams[{name!r}] has shape {array.shape}: the parameter has {expected_shape};"
+            " give a change of that shape."
+        )
+    if not isinstance(array, Tracer) and not np.isfinite(np.asarray(array, float)).all():
+        raise InputError(f"dparams[{name!r}] is not finite: give finite changes.")

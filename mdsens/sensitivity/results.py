@@ -62,8 +62,10 @@ class Derivative(Portable, Shown):
 
         Returns:
           for a result of ``vjp`` and ``gradient`` the derivative of the observable, in the shape of
-          the observable; for a result of ``jacobian`` the derivative of the positions, (n, d), or
-          ``Unknowns`` with further derivatives. For a batch, with a leading axis over the systems.
+          the observable; for a result of ``jacobian`` the derivative of the positions, (n, d). At a
+          pressure or under constraints it is a record ``mdsens.Unknowns``, which also has the
+          derivatives of the strain or of the multipliers. For a batch, arrays have a leading axis
+          over the systems.
         """
         if not self.wrt:
             raise InputError(

@@ -55,10 +55,10 @@ class Structure(Protocol):
 
     @property
     def status(self) -> Any:
-        """Return a status that says why the minimum cannot be differentiated.
+        """Return the status of the cell or of the constraints of a minimum.
 
-        It is the status of the cell or of the constraints; CONVERGED or None where there is no
-        obstacle.
+        The status says why the minimum cannot be differentiated; it is CONVERGED or None where
+        nothing prevents this.
         """
 
     def params(self, system: System) -> dict[str, Any]:
@@ -89,9 +89,9 @@ class Structure(Protocol):
     def operator(self, lin: Linearization) -> tuple[Operator, jax.Array | None]:
         """Return the matrix of the linear solves as an operator, which multiplies it with vectors.
 
-        The matrix is the Hessian d2U/dR2; under constraints it is bordered by the derivatives of
-        their equations. The second result is the stiffness in whose units the multipliers are
-        measured; it is None where multipliers are no unknowns.
+        The matrix is the Hessian d2U/dR2. Under constraints it has further rows and columns: the
+        derivatives of the constraints' equations. The second result is the stiffness in whose units
+        the multipliers are measured; it is None where multipliers are no unknowns.
         """
         ...
 
@@ -417,7 +417,9 @@ class ConstrainedStructure(Portable):
     Attributes:
       multipliers: multipliers of the equations, by the names of the constraints; None without
         equations.
-      constraint_status: DEGENERATE_CONSTRAINT, REDUNDANT_CONSTRAINTS or CONVERGED.
+      constraint_status: REDUNDANT_CONSTRAINTS where some equations repeat others;
+        DEGENERATE_CONSTRAINT where a coordinate is about to meet or leave its bound, so that the
+        derivative differs on the two sides; else CONVERGED.
     """
 
     multipliers: dict[str, jax.Array] | None
@@ -534,9 +536,9 @@ class ConstrainedStructure(Portable):
     ) -> dict[str, Any]:
         """Compute the derivative by all parameters of a weighted sum of positions and multipliers.
 
-        The parameters act in three ways: directly on the multipliers that users get, by the
-        right-hand side of the linear solve, and by the motion of coordinates that are pinned or at
-        a bound.
+        The parameters act in three ways: by the right-hand side of the linear solve; by the motion
+        of coordinates that are pinned or at a bound; and on the multipliers of these coordinates,
+        which are no unknowns of the solve and are computed from the forces afterwards.
 
         Args:
           lin: the linearization of the minimum.

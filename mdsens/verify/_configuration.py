@@ -55,9 +55,9 @@ DIRECTIONS = 4
 
 
 def parts(potential: Potential) -> tuple[Any, ...]:
-    """Return the potentials of which a sum of potentials consists; any other potential as it is.
+    """Return the terms of a sum of potentials, as a tuple of potentials.
 
-    The result is a tuple of potentials.
+    For a potential that is no sum, the tuple contains this potential alone.
     """
     return potential.parts if isinstance(potential, SumPotential) else (potential,)
 
@@ -68,40 +68,59 @@ def lattice(potential: Potential, params: Params) -> System:
     A parameter of a pair potential with several values is taken to have one value for each species.
     """
     values = {name: np.asarray(value) for name, value in params.items()}
-    paired = [
-        name
-        for part in parts(potential)
-        if isinstance(part, PairPotential)
-        for name in part.names
-        if name in values
-    ]
-    for name in paired:
-        if not values[name].size:
+    paired = [name for name in _list_pair_parameters(potential) if name in values]
+    count = _count_species([(name, values[name]) for name in paired])
+    sites = _make_sites(potential)
+    species = None
+    if count:
+        # The configuration has few particles: of many species, some that are evenly spread.
+        chosen = np.unique(np.linspace(0, count - 1, ENTRIES).astype(int))
+        species = np.arange(len(sites)) % chosen.size
+        for name in paired:
+            for axis in range(values[name].ndim):
+                values[name] = np.take(values[name], chosen, axis=axis)
+    return system_of(potential, values, sites, None, species)
+
+
+def _list_pair_parameters(potential: Potential) -> list[str]:
+    """Return the names of the parameters of all pair potentials of which a potential consists."""
+    pairs = [part for part in parts(potential) if isinstance(part, PairPotential)]
+    return [name for part in pairs for name in part.names]
+
+
+def _count_species(values: list[tuple[str, np.ndarray]]) -> int:
+    """Return the number of species that parameters with their names have; 0 if all are scalars.
+
+    Raises:
+      InputError: the parameters have different numbers of values, or one has none.
+    """
+    for name, value in values:
+        if not value.size:
             raise InputError(
-                f"parameter `{name}` has shape {values[name].shape}: give a scalar, or one value"
-                " for each species."
+                f"parameter `{name}` has shape {value.shape}: give a scalar, or one value for each"
+                " species."
             )
-    sizes = {size for name in paired for size in values[name].shape}
+    sizes = {size for _, value in values for size in value.shape}
     if len(sizes) > 1:
         raise InputError(
             f"the parameters have {' and '.join(map(str, sorted(sizes)))} values, which cannot all"
             " be one value for each species: give `positions` and `species`."
         )
+    return max(sizes, default=0)
+
+
+def _make_sites(potential: Potential) -> np.ndarray:
+    """Return sites (n, 2) of a square lattice of spacing 1, for every particle that has a bond.
+
+    There are 16 sites at least.
+    """
     bonds = [
         np.asarray(part.bonds) for part in parts(potential) if isinstance(part, BondedPotential)
     ]
     n = max(PARTICLES, *(int(b.max(initial=-1)) + 1 for b in bonds), 0)
     side = math.ceil(math.sqrt(n))
     sites = np.stack(np.meshgrid(np.arange(side), np.arange(side)), axis=-1).reshape(-1, 2)[:n]
-    species = None
-    if sizes:
-        # The configuration has few particles: of many species, some that are evenly spread.
-        chosen = np.unique(np.linspace(0, max(sizes) - 1, ENTRIES).astype(int))
-        species = np.arange(n) % chosen.size
-        for name in paired:
-            for axis in range(values[name].ndim):
-                values[name] = np.take(values[name], chosen, axis=axis)
-    return system_of(potential, values, sites.astype(float), None, species)
+    return sites.astype(float)
 
 
 def system_of(

@@ -104,8 +104,8 @@ def with_derivatives(phi: Callable[..., jax.Array]) -> Evaluate:
 def edges_of(low: float, high: float, points: Sequence[float]) -> np.ndarray:
     """Divide the distances from ``low`` to ``high`` into cells, in which to search for jumps.
 
-    The edges of the cells have equal ratios. Each breakpoint has a narrow cell for itself alone, so
-    that it does not hide a jump nearby.
+    Each edge is the same multiple of the edge before it. In addition, each breakpoint has a narrow
+    cell for itself alone, so that it does not hide a jump nearby.
 
     Args:
       low, high: the smallest and the largest distance.
@@ -149,16 +149,16 @@ def nearby(f: np.ndarray, r: np.ndarray) -> np.ndarray:
 def _excess(
     a: np.ndarray, b: np.ndarray, fa: np.ndarray, fb: np.ndarray, ga: np.ndarray, gb: np.ndarray
 ) -> np.ndarray:
-    """Compute the jump of a function f between a and b, from f and its derivative g at both ends.
+    """Compute the jump of a function f in the interval from a to b.
 
-    The jump is f(b) - f(a) minus the integral of g by the trapezoidal rule; g is a derivative by
-    automatic differentiation, which does not contain the jump. Where f is smooth, the result is of
-    third order in b - a.
+    The jump is f(b) - f(a) minus the integral of the derivative g of f by the trapezoidal rule; g
+    is computed by automatic differentiation, and does not contain the jump. Where f is smooth, the
+    result is of third order in b - a.
 
     Args:
-      a, b: the ends.
-      fa, fb: f at the ends.
-      ga, gb: g at the ends.
+      a, b: the ends of the interval.
+      fa, fb: f at the two ends.
+      ga, gb: g at the two ends.
     """
     return np.nan_to_num(fb - fa - 0.5 * (b - a) * (ga + gb), nan=0.0, posinf=0.0, neginf=0.0)
 
@@ -229,10 +229,27 @@ def find_breaks(
             return []
         length = b[order, cell]
         nearer, farther = (jump_across(length, order, aside) for aside in ASIDE)
+    return _collect_breaks(length, order, nearer, farther, size[order, cell])
+
+
+def _collect_breaks(
+    length: np.ndarray,
+    order: np.ndarray,
+    nearer: np.ndarray,
+    farther: np.ndarray,
+    size: np.ndarray,
+) -> list[Break]:
+    """Return the candidates that are jumps; jumps at the same distance are one break.
+
+    Args:
+      length: (m,) distance of each candidate, ascending.
+      order: (m,) order of the derivative that may jump there, 0 for phi itself.
+      nearer, farther: (m,) the jump from the values at the smaller and at the larger of the
+        distances ``ASIDE`` from the candidate.
+      size: (m,) magnitude of the derivative nearby.
+    """
     breaks: list[Break] = []
-    for r, k, near, far, scale in zip(
-        length, order, nearer, farther, size[order, cell], strict=True
-    ):
+    for r, k, near, far, scale in zip(length, order, nearer, farther, size, strict=True):
         if not abs(near) > JUMP * scale:
             continue  # a value at one point alone, such as the mean that maximum() takes at a tie
         if abs(near) < (1.0 - STEADY) * abs(far):

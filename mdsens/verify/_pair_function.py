@@ -177,17 +177,13 @@ class PairFunction:
             max((kind.jump(kind.points[k], order) for kind in kinds), key=abs)
             for order in range(len(NAMES))
         ]
-        # phi''' is not named as continuous: it is the last order that is examined.
-        smooth = [name for name, jump in zip(NAMES[:-1], largest, strict=False) if not jump]
-        parts = [f"{_listed(smooth)} continuous"] if smooth else []
-        parts += [
-            f"{name} {_jumps(jump)}" for name, jump in zip(NAMES, largest, strict=True) if jump
-        ]
-        good = not largest[0] and not largest[1]
+        good = not any(largest[:2])
         remedy = ""
         if not good:
             remedy = "; no minimum can stand there: shift phi, or wrap it in ms.potentials.switched"
-        return Finding(check, good, f"declared at {where}: {', '.join(parts)}{remedy}.")
+        return Finding(
+            check, good, f"declared at {where}: {_describe_continuity(largest)}{remedy}."
+        )
 
     def _undeclared(self) -> Iterator[Finding]:
         """Check that the pair function phi and phi' to phi''' jump only at declared breakpoints.
@@ -204,16 +200,7 @@ class PairFunction:
             jumps = ", ".join(
                 f"{NAMES[order]} {_jumps(jump)}" for order, jump in sorted(located.jumps.items())
             )
-            if 0 in located.jumps or 1 in located.jumps:
-                remedy = "no minimum can stand there: make phi and phi' continuous"
-            elif self.bonded:
-                remedy = (
-                    "bonds declare no breakpoint, and the radius of a sensitivity does not see it"
-                )
-            else:
-                remedy = (
-                    "declare it in breakpoints=, or the radius of a sensitivity does not see it"
-                )
+            remedy = self._choose_remedy(located)
             sentence = f"at r = {located.length:.10g}{kind.label}, {jumps}; {remedy}."
             yield Finding("undeclared", False, sentence)
         if len(undeclared) > KINDS:
@@ -226,6 +213,14 @@ class PairFunction:
                 " breakpoints."
             )
             yield Finding("undeclared", True, sentence)
+
+    def _choose_remedy(self, located: Break) -> str:
+        """Return what the user can do about an undeclared jump of phi or of a derivative of phi."""
+        if 0 in located.jumps or 1 in located.jumps:
+            return "no minimum can stand there: make phi and phi' continuous"
+        if self.bonded:
+            return "bonds declare no breakpoint, and the radius of a sensitivity does not see it"
+        return "declare it in breakpoints=, or the radius of a sensitivity does not see it"
 
     def _vanishing(self) -> Finding:
         """Check that the pair function phi(r) and phi' vanish from the cutoff on."""
@@ -274,7 +269,8 @@ class PairFunction:
         These are phi, phi', phi'', and the derivatives of phi and phi' by every parameter. They are
         evaluated on a grid of distances r, and at and beside every breakpoint (a distance at which
         a derivative of the potential jumps or diverges). The derivatives are taken in reverse mode,
-        as for the forces: forward mode does not give the NaN of a ``where()`` without a guard.
+        as for the forces. If one side of a ``where()`` is not finite, reverse mode may give NaN
+        even where the other side is chosen; forward mode does not show this.
         """
         argnums = tuple(range(1 + len(self.names)))  # r and every parameter
 
@@ -336,6 +332,18 @@ def _least_energy_distance(evaluate: Evaluate, values: tuple[float, ...], cutoff
         # A well at the origin (k = 0) has no distance of least energy: take half the cutoff.
         return float(r[k]) if k > 0 else 0.5 * cutoff
     return float(r[k]) if 0 < k and energy[k] < energy[-1] else 1.0
+
+
+def _describe_continuity(jumps: Sequence[float]) -> str:
+    """Describe in words which of phi, phi', phi'' are continuous, and which of them or phi''' jump.
+
+    ``jumps`` holds the jump of each of the four, 0 for one that does not jump.
+    """
+    # phi''' is not named as continuous: it is the last order that is examined.
+    smooth = [name for name, jump in zip(NAMES[:-1], jumps, strict=False) if not jump]
+    parts = [f"{_listed(smooth)} continuous"] if smooth else []
+    parts += [f"{name} {_jumps(jump)}" for name, jump in zip(NAMES, jumps, strict=True) if jump]
+    return ", ".join(parts)
 
 
 def _jumps(jump: float) -> str:

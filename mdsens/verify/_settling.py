@@ -44,9 +44,10 @@ class Settled(NamedTuple):
     Attributes:
       equilibrium: the minimum; its ``status`` and ``steps`` describe the minimizer's run before the
         Newton steps.
-      rest: the Newton step that remains, as large as the round-off of the positions. It has the
-        form of a derivative by ``jvp``: positions (n, d), and the strain of the cell, multipliers
-        and parameters where these are relaxed, too.
+      rest: a last Newton step, which is not taken, since the steps no longer get shorter: its size
+        is that of the round-off of the positions. It has the form of a derivative by ``jvp``:
+        positions (n, d), and the strain of the cell, multipliers and parameters where these are
+        relaxed, too.
       force: the largest force that remains on a particle.
     """
 

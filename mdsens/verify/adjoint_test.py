@@ -94,15 +94,7 @@ def adjoint(
     lin = linearized(eq, solve)
     rng = np.random.default_rng(seed)
     if dparams is None:
-        params = {name: np.asarray(value) for name, value in lin.params.items()}
-        # A parameter that is zero everywhere has no size, and changes by about 1.
-        dparams = {
-            k: (np.abs(v).max(initial=0.0) or 1.0) * rng.standard_normal(v.shape)
-            for k, v in params.items()
-        }
-        for parameter in parameters_of(lin.system, lin.params):
-            if parameter.paired:  # a matrix of species pairs is symmetric, and so is its change
-                dparams[parameter.name] = dparams[parameter.name] + dparams[parameter.name].T
+        dparams = _random_change(lin, rng)
     if cotangent is None:
         cotangent = _random_cotangent(lin, rng)
     tangent = sensitivity.jvp(lin, dparams, throw=False)
@@ -127,6 +119,20 @@ def adjoint(
     if throw:
         raise_for_status(result.status, "the two sides of the adjoint identity", result)
     return result
+
+
+def _random_change(lin: Linearization, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Make a random change of every parameter, by name, about as large as the parameter itself."""
+    params = {name: np.asarray(value) for name, value in lin.params.items()}
+    # A parameter that is zero everywhere has no size, and changes by about 1.
+    dparams = {
+        k: (np.abs(v).max(initial=0.0) or 1.0) * rng.standard_normal(v.shape)
+        for k, v in params.items()
+    }
+    for parameter in parameters_of(lin.system, lin.params):
+        if parameter.paired:  # a matrix of species pairs is symmetric, and so is its change
+            dparams[parameter.name] = dparams[parameter.name] + dparams[parameter.name].T
+    return dparams
 
 
 def _random_cotangent(lin: Linearization, rng: np.random.Generator) -> jax.Array | Unknowns:

@@ -95,8 +95,8 @@ class _Difference(NamedTuple):
     Attributes:
       value: the derivative of the relaxed positions, without its part in the null space (rattlers,
         translations); ``Unknowns`` where strain or multipliers are relaxed, too.
-      nonaffine: (n, d) the derivative of the positions; at a pressure less the motion with the
-        cell.
+      nonaffine: (n, d) the derivative of the positions; for a minimum at a pressure, without the
+        motion with the cell.
       noise: relative error of ``value`` that may come from round-off of minima and parameters.
       status: the worse status of the two minimizations.
       network_changed: whether a contact changed on one side, or a minimization ended in another
@@ -146,7 +146,7 @@ class _Line:
         return _active_set(self.lin.equilibrium)
 
     def without_null_part(self, change: Unknowns) -> tuple[jax.Array | Unknowns, jax.Array]:
-        """Remove the part of a derivative that is in the null space, as translations and rattlers.
+        """Remove the part of a derivative in the null space, such as translations and rattlers.
 
         Under constraints, the derivatives of constrained coordinates are kept: only motions that
         the constraints leave free and rattlers are removed.
@@ -155,8 +155,8 @@ class _Line:
           change: the derivative of positions (n, d) and, if relaxed, of strain and multipliers.
 
         Returns:
-          the derivative without this part; and the derivative of the positions, (n, d), at a
-          pressure less the motion with the cell.
+          the derivative without this part; and of this derivative the positions alone, (n, d), for
+          a minimum at a pressure without the motion with the cell.
         """
         positions = change.positions
         strain = change.strain
@@ -177,8 +177,9 @@ class _Line:
     def is_elsewhere(self, minimum: Equilibrium, t: float) -> bool:
         """Return whether a minimum at params +- t dparams is too far from the given minimum.
 
-        The limit for each coordinate is 0.01 of the length scale of the potential plus 10 times the
-        largest motion that the derivative predicts. Beyond it, the minimum is in another basin.
+        No coordinate may differ by more than 0.01 of the length scale of the potential plus 10
+        times the largest motion that the derivative predicts. Otherwise the minimum is taken to be
+        in another basin.
         """
         value = self.response.value
         rate = np.asarray(value.positions if isinstance(value, Unknowns) else value)
@@ -197,6 +198,17 @@ class _Line:
           the minimum; the status of the minimization; whether contacts changed on the way or the
           minimization ended in another minimum.
         """
+        relaxed = self._relax_at(side)
+        settled = self.settling(relaxed)
+        status = self._judge_minimum(relaxed, settled)
+        minimum = settled.equilibrium
+        changed = not np.array_equal(self.pairs, _interacting(minimum)) or not np.array_equal(
+            self.active_set, _active_set(minimum)
+        )
+        return settled, status, changed or self.is_elsewhere(minimum, abs(side))
+
+    def _relax_at(self, side: float) -> Equilibrium:
+        """Minimize, or locate the saddle, at the parameters params + side dparams."""
         eq = self.lin.equilibrium
         params = {k: v + side * self.tangent[k] for k, v in eq.params.items() if k in self.tangent}
         pressure = None
@@ -205,25 +217,29 @@ class _Line:
         shape = eq.pressure is not None and len(eq.strains) > 1
         options: dict[str, Any] = {"tolerance": self.tolerance, "throw": False, "progress": False}
         if eq.order:
-            minimum = find_saddle(eq.system, params, **options)
-        else:
-            minimum = minimize(eq.system, params, pressure=pressure, shape=shape, **options)
-        same_order = minimum.order == eq.order
-        status = Status(int(minimum.status)) if same_order else Status.NOT_A_SADDLE
+            return find_saddle(eq.system, params, **options)
+        return minimize(eq.system, params, pressure=pressure, shape=shape, **options)
+
+    def _judge_minimum(self, minimum: Equilibrium, settled: Settled) -> Status:
+        """Return the status of a minimization, as it is after Newton steps to round-off.
+
+        Args:
+          minimum: the result of the minimization.
+          settled: the same minimum after the Newton steps.
+        """
+        eq = self.lin.equilibrium
+        if minimum.order != eq.order:
+            return Status.NOT_A_SADDLE
+        status = Status(int(minimum.status))
         # The minimizer may stop above the smaller tolerance asked for here, but within that of the
         # minimum itself: Newton steps then do the rest. At a pressure max_force says nothing of the
         # cell's stress.
         reached = max(float(eq.tolerance), float(eq.force_floor))
-        nearly = float(minimum.max_force) <= reached and pressure is None
-        settled = self.settling(minimum)
+        nearly = float(minimum.max_force) <= reached and eq.pressure is None
         if status in (Status.MAX_STEPS_REACHED, Status.UNCONVERGED) and nearly:
             enough = settled.force <= self.tolerance
-            status = Status.CONVERGED if enough else Status.ROUND_OFF_LIMITED
-        minimum = settled.equilibrium
-        changed = not np.array_equal(self.pairs, _interacting(minimum)) or not np.array_equal(
-            self.active_set, _active_set(minimum)
-        )
-        return settled, status, changed or self.is_elsewhere(minimum, abs(side))
+            return Status.CONVERGED if enough else Status.ROUND_OFF_LIMITED
+        return status
 
     def difference(self, t: float) -> _Difference:
         """Compute (R(t) - R(-t)) / 2t, with the relaxed positions R(t) at params + t dparams.
@@ -264,8 +280,8 @@ class _Line:
 
         Args:
           value: the finite difference.
-          nonaffine: (n, d) the part of ``value`` for the positions, at a pressure less the motion
-            with the cell.
+          nonaffine: (n, d) the part of ``value`` for the positions; for a minimum at a pressure,
+            without the motion with the cell.
           ends: the minima at params +- t dparams.
           t: the step.
         """
@@ -335,18 +351,13 @@ def _line(
     largest = max((float(jnp.max(jnp.abs(v))) for v in tangent.values() if v.size), default=0.0)
     if largest == 0.0:
         raise InputError("`dparams` is zero everywhere: give a change of at least one parameter.")
-    if tolerance is not None:
-        number = real_number("`tolerance`", tolerance, "give a positive number.")
-        if not 0 < number < np.inf:
-            raise InputError(f"`tolerance` is {short(tolerance)}: give a positive number.")
+    _check_tolerance(tolerance)
     _check_steps(steps)
     if value is not None:
         _checked_derivative(value, eq)
     # After the arguments: one that is wrong is reported before the minimum is.
     require_sound(lin, eq, throw=True)
-    size = max(
-        _parameter_size(lin, name) for name, v in tangent.items() if v.size and jnp.any(v != 0)
-    )
+    unit = _choose_unit(lin, tangent, largest)
     response = sensitivity.jvp(lin, dparams, throw=False)
     radius = _first_contact_change(lin, response, tangent)
     if tolerance is None:
@@ -359,7 +370,7 @@ def _line(
         settling=Settling(lin),
         tangent=tangent,
         response=response,
-        unit=size / largest if size > 0 else 1.0,
+        unit=unit,
         radius=radius,
         pairs=_interacting(eq),
         tolerance=tolerance,
@@ -409,6 +420,22 @@ def _switch_times(lin: Linearization, rate: Unknowns, tangent: Params) -> jax.Ar
     return lagrangian.switch_times(
         lin.system, (lin.unknowns, lin.params), (rate, dict(tangent)), lin.network.rattlers
     )
+
+
+def _choose_unit(lin: Linearization, tangent: dict[str, jax.Array], largest: float) -> float:
+    """Return the step t that changes the parameters by about as much as their values.
+
+    The result is 1 where all parameters that change are zero.
+
+    Args:
+      lin: the linearized minimum.
+      tangent: the derivative of the parameters by t, arrays by name.
+      largest: the largest absolute value in ``tangent``.
+    """
+    size = max(
+        _parameter_size(lin, name) for name, v in tangent.items() if v.size and jnp.any(v != 0)
+    )
+    return size / largest if size > 0 else 1.0
 
 
 def _parameter_size(lin: Linearization, name: str) -> float:
@@ -476,6 +503,15 @@ def finite_difference(
         network_changed=whole.network_changed or half.network_changed,
         status=Status.worst_of([whole.status, half.status]),
     )
+
+
+def _check_tolerance(tolerance: float | None) -> None:
+    """Raise InputError unless the largest force that may be left is positive, or None."""
+    if tolerance is None:
+        return
+    number = real_number("`tolerance`", tolerance, "give a positive number.")
+    if not 0 < number < np.inf:
+        raise InputError(f"`tolerance` is {short(tolerance)}: give a positive number.")
 
 
 def _check_steps(steps: ArrayLike | None) -> None:

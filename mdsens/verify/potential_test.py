@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from mdsens._util.errors import InputError, PrecisionError
+from mdsens.model.system import System
 from mdsens.potentials.base import Potential, SumPotential
 from mdsens.verify import _configuration
 from mdsens.verify._findings import Finding, PotentialTest
@@ -75,6 +76,27 @@ def potential(
       InputError: parameters or positions that ``System.create`` refuses. PrecisionError: single
         precision.
     """
+    _check_arguments(potential, params, positions, between)
+    rng = np.random.default_rng(seed)
+    if positions is None:
+        system = _configuration.lattice(potential, params)
+    else:
+        system = _configuration.system_of(potential, params, positions, box, species)
+    findings, distances = _check_pair_functions(potential, system, between)
+    if positions is None:
+        # Only now are the distances of least energy known, which set the spacing.
+        system = _configuration.spread(system, float(np.median(distances or [1.0])), rng)
+    findings += _configuration.findings(system, rng)
+    return PotentialTest(potential.name, tuple(findings))
+
+
+def _check_arguments(
+    potential: Potential,
+    params: Params,
+    positions: ArrayLike | None,
+    between: tuple[float, float] | None,
+) -> None:
+    """Raise an error if the arguments of ``potential``, or the precision, do not allow a test."""
     if not hasattr(potential, "terms"):
         raise InputError(
             f"`potential` is {potential!r}: give a potential, such as ms.potentials.soft_sphere()."
@@ -93,24 +115,30 @@ def potential(
             f"`positions` is None and {potential.name} acts on more than pairs, so that its length"
             " scale is not known: give the positions of a small configuration."
         )
-    rng = np.random.default_rng(seed)
-    if positions is None:
-        system = _configuration.lattice(potential, params)
-    else:
-        system = _configuration.system_of(potential, params, positions, box, species)
+
+
+def _check_pair_functions(
+    potential: Potential, system: System, between: tuple[float, float] | None
+) -> tuple[list[Finding], list[float]]:
+    """Run the checks of every pair function phi(r) of a potential.
+
+    Args:
+      potential: the potential.
+      system: a small configuration, whose pairs have the parameters of phi.
+      between: the two distances between which to examine phi; None for the default.
+
+    Returns:
+      the results of the checks, and the distance of least energy of each pair that was examined.
+    """
     findings: list[Finding] = []
     distances: list[float] = []
+    pairs = _configuration.all_pairs(system.n)
     for part in _configuration.parts(potential):
         label = f"{part.name}: " if isinstance(potential, SumPotential) else ""
-        pairs = _configuration.all_pairs(system.n)
         for term in part.terms(
             system.params, pairs, system.n, system.species, system.species_count
         ):
             function = PairFunction(part, term, between)
             distances += [kind.least for kind in function.kinds]
             findings += [Finding(label + f.check, f.good, f.sentence) for f in function.findings()]
-    if positions is None:
-        # Only now are the distances of least energy known, which set the spacing.
-        system = _configuration.spread(system, float(np.median(distances or [1.0])), rng)
-    findings += _configuration.findings(system, rng)
-    return PotentialTest(potential.name, tuple(findings))
+    return findings, distances

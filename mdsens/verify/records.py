@@ -39,33 +39,21 @@ def relative(off: float, size: float) -> float:
 def gap(value: ArrayLike | Unknowns, exact: jax.Array | Unknowns, nonaffine: jax.Array) -> float:
     """Compute the relative difference of two derivatives of a minimum.
 
-    The result is the largest of these: the difference of positions relative to ``nonaffine``, of
-    strains relative to the strain, of multipliers and of relaxed parameters relative to their own
-    norms.
+    Positions, strain, multipliers and relaxed parameters are compared one by one, and the result is
+    the largest relative difference. For the positions it is relative to the norm of ``nonaffine``,
+    for the others to the norm of the same quantity in ``exact``.
 
     Args:
       value: the derivative to compare: of positions (n, d), or ``Unknowns`` where the cell,
         multipliers or parameters are relaxed, too.
       exact: the derivative that is taken as right, in the same form.
-      nonaffine: (n, d) the part of ``exact`` for the positions, at a pressure less the motion with
-        the cell.
+      nonaffine: (n, d) the part of ``exact`` for the positions; for a minimum at a pressure,
+        without the motion with the cell.
     """
     if not isinstance(exact, Unknowns):
         return relative(_norm(jnp.asarray(value) - exact), _norm(nonaffine))
     if isinstance(value, Unknowns) and exact.multipliers is not None:
-        # Under constraints. Multipliers and relaxed parameters have other units than positions, so
-        # each kind of unknown is compared by itself.
-        parts = [relative(_norm(value.positions - exact.positions), _norm(nonaffine))]
-        for tested, right in ((value.multipliers, exact.multipliers), (value.params, exact.params)):
-            differences = [
-                jnp.ravel(a - b)
-                for a, b in zip(jax.tree.leaves(tested), jax.tree.leaves(right), strict=True)
-            ]
-            rights = [jnp.ravel(leaf) for leaf in jax.tree.leaves(right)]
-            if rights:
-                off = _norm(jnp.concatenate(differences))
-                parts.append(relative(off, _norm(jnp.concatenate(rights))))
-        return float(np.max(parts))  # NaN if one is NaN, which Python's max may pass over
+        return _compare_constrained(value, exact, nonaffine)
     if not isinstance(value, Unknowns) or value.strain is None or exact.strain is None:
         raise InputError(
             "`value` has no strain, and this is a derivative at a pressure: give"
@@ -74,6 +62,25 @@ def gap(value: ArrayLike | Unknowns, exact: jax.Array | Unknowns, nonaffine: jax
     of_positions = relative(_norm(value.positions - exact.positions), _norm(nonaffine))
     of_cell = relative(_norm(value.strain - exact.strain), _norm(exact.strain))
     return float(np.maximum(of_positions, of_cell))  # NaN if one is NaN
+
+
+def _compare_constrained(value: Unknowns, exact: Unknowns, nonaffine: jax.Array) -> float:
+    """Compute the relative difference of two derivatives of a minimum under constraints.
+
+    Multipliers and relaxed parameters have other units than positions, so each kind of unknown is
+    compared by itself. The arguments are those of :func:`gap`.
+    """
+    parts = [relative(_norm(value.positions - exact.positions), _norm(nonaffine))]
+    for tested, right in ((value.multipliers, exact.multipliers), (value.params, exact.params)):
+        differences = [
+            jnp.ravel(a - b)
+            for a, b in zip(jax.tree.leaves(tested), jax.tree.leaves(right), strict=True)
+        ]
+        rights = [jnp.ravel(leaf) for leaf in jax.tree.leaves(right)]
+        if rights:
+            off = _norm(jnp.concatenate(differences))
+            parts.append(relative(off, _norm(jnp.concatenate(rights))))
+    return float(np.max(parts))  # NaN if one is NaN, which Python's max may pass over
 
 
 def _norm(x: jax.Array) -> float:
@@ -92,8 +99,8 @@ class FiniteDifference(Portable, Shown):
       value: (n, d) central differences of the relaxed positions, without their part in the null
         space (rattlers, translations). At a pressure, ``Unknowns`` of positions and cell as ``jvp``
         returns them, with ``strain`` a Mandel vector.
-      nonaffine: (n, d) the derivative of the positions, at a pressure less the motion with the
-        cell.
+      nonaffine: (n, d) the derivative of the positions; for a minimum at a pressure, without the
+        motion with the cell.
       error: estimate of the relative error of ``value``, defined as in ``disagreement``. It
         combines the truncation error, taken from the difference between the results at step t and
         at half that step, with the round-off of positions and parameters, which is measured.
@@ -117,9 +124,10 @@ class FiniteDifference(Portable, Shown):
         """Return the relative difference of a derivative ``value`` from these finite differences.
 
         It is |value - differences| / |differences|; it is not divided where |differences| is
-        round-off. At a pressure it is the larger of the relative differences of the strain and of
-        the positions. The difference of the positions is divided by the norm of their derivative
-        less the motion with the cell, because relative to this motion any error would look small.
+        round-off. For a minimum at a pressure it is the larger of two relative differences, that of
+        the strain and that of the positions. The difference of the positions is then divided by the
+        norm of their derivative without the motion with the cell, because relative to this motion
+        any error would look small.
         """
         return gap(value, self.value, self.nonaffine)
 

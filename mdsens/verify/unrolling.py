@@ -187,9 +187,7 @@ def unrolled(
     """
     system, counts = _checked(start, steps, method)
     require_unconstrained(system, "verify.unrolled")
-    tangent = {k: jnp.asarray(v) for k, v in full_tangent(system, dparams).items()}
-    if not any(bool(jnp.any(v != 0)) for v in tangent.values()):
-        raise InputError("`dparams` is zero everywhere: give a change of at least one parameter.")
+    tangent = _checked_tangent(system, dparams)
     size = system.positions.size
     itemsize = system.positions.dtype.itemsize
     state_bytes = sum(
@@ -261,3 +259,11 @@ def _checked(
     if not whole or not counts.size or counts[0] < 1:
         raise InputError(f"`steps` is {short(steps)}: give whole numbers of at least 1.")
     return system.reallocate(), counts
+
+
+def _checked_tangent(system: System, dparams: Params) -> dict[str, jax.Array]:
+    """Return the change of every parameter, by name; raise InputError if all changes are zero."""
+    tangent = {k: jnp.asarray(v) for k, v in full_tangent(system, dparams).items()}
+    if not any(bool(jnp.any(v != 0)) for v in tangent.values()):
+        raise InputError("`dparams` is zero everywhere: give a change of at least one parameter.")
+    return tangent

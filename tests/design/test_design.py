@@ -511,6 +511,8 @@ def test_a_design_file_sets_every_field_of_the_method(tmp_path: Path) -> None:
         ("low = 0.5", "lower = 0.5", "free.epsilon.lower is no key"),
         ("steps = 8", "steps = 0", "steps is 0"),
         ("steps = 8", "seeds = [1, 1]", "seeds is"),
+        ("[fields]", "seeds = [1, 2]\n[fields]\nseed = 3", "fields.seed is 3 and seeds is"),
+        ("[fields]", "[fields]\nname = 3", "name is no key of the format"),
         ("steps = 8", "steps = 8\n[method]\nkind = 'rmsprop'", "method.learning_rate is missing"),
         ("steps = 8", "steps = 8\n[method]\nkind = 'newton'", "method.kind is 'newton'"),
         (

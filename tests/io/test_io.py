@@ -474,7 +474,7 @@ def test_each_element_has_the_parameters_of_its_species():
         ({"Ni": 0, "P": 1.5}, "number its 2 symbols from 0"),
         ({"Ni": False, "P": True}, "number its 2 symbols from 0"),
         ({}, r"species is {}, without Ni, P: name all"),
-        ([0, 1], r"species has shape \(2,\) and type int64: give \(8,\) integers from 0"),
+        ([0, 1], r"`species` has shape \(2,\) and type int64: give \(8,\) integers from 0"),
         ("Ni", "species is 'Ni'"),
     ],
 )

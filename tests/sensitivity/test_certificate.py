@@ -393,7 +393,7 @@ def test_the_dict_is_json_whatever_the_state():
 
 def test_a_batch_is_taken_by_its_members():
     batch = ms.minimize(ms.stack([ms.load_system("seed_packing_2d", seed=k) for k in (0, 1)]))
-    with pytest.raises(ms.InputError, match=r"batch of 2: give one of them, ms.unstack\(eq\)\[0\]"):
+    with pytest.raises(ms.InputError, match=r"batch of 2: .* ms\.unstack\(eq\)\[0\]"):
         ms.certify(batch)
     first, _ = ms.unstack(batch)
     assert ms.certify(first).stiffness_min == pytest.approx(

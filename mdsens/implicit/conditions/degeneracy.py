@@ -1,8 +1,9 @@
-"""Detection of degenerate solutions, where a constraint is about to open or close.
+"""Detection of degenerate solutions, where a constraint is about to become active or inactive.
 
-The derivative of a minimum under constraints jumps at a degenerate solution. The derivative that
-the conditions of :mod:`mdsens.implicit.conditions.optimality` give there is at best the derivative
-to one side. Almost no solution is degenerate.
+The derivative of a minimum under constraints jumps at a degenerate solution: it differs between a
+change of the parameters and the opposite change. The conditions of
+:mod:`mdsens.implicit.conditions.optimality` give at best one of the two derivatives. Almost no
+solution is degenerate.
 """
 
 from __future__ import annotations

@@ -84,7 +84,8 @@ def stationary(f: Callable[..., Array]) -> Ingredient:
 class KKTPoint(Portable):
     """A minimum under the constraints h = 0 and g <= 0, with its Lagrange multipliers.
 
-    The residuals of the equations of :func:`kkt` for these unknowns have the same form.
+    The function that :func:`kkt` makes takes a KKTPoint, and returns its residuals in another one,
+    each residual in the place of the unknown that it belongs to.
 
     Attributes:
       primal: the minimum x, an array or nested containers (a tree) of arrays.

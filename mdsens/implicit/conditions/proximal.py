@@ -4,11 +4,11 @@
 
 The arguments are the point y, the scaling (the step of
 :func:`mdsens.implicit.conditions.optimality.proximal_gradient`) and the parameters of the penalty
-g. Where these parameters are the arguments of the fixed point, an operator can be given to
-``proximal_gradient`` as it is. Nested containers (trees) of arrays are treated array by array. A
-strength, the factor of a penalty, is a scalar, or broadcasts to each array. At a kink, where an
-entry (or a group of entries) is about to leave zero, the derivative is that of an entry that is
-constantly zero; with a strength of zero there is no kink.
+g. An operator can be given to ``proximal_gradient`` as it is where these parameters are the
+arguments ``args`` of the fixed-point map T(x, *args). Nested containers (trees) of arrays are
+treated array by array. A strength, the factor of a penalty, is a scalar, or broadcasts to each
+array. At a kink, where an entry (or a group of entries) is about to leave zero, the derivative is
+that of an entry that is constantly zero; with a strength of zero there is no kink.
 """
 
 from __future__ import annotations

@@ -27,10 +27,10 @@ class Direct(Method):
     """The solution of A x = b by a dense factorization, for up to a few thousand unknowns.
 
     The operator A is written out as the matrix ``P A P + s (I - P)``, where the projector P removes
-    the null space and s is the largest entry. The matrix is factorized by Cholesky where A is
-    declared positive semi-definite, else by LU. Where the left and right null spaces differ, or
-    where LU finds a null direction that is not declared, singular values are used, and the statuses
-    are those of :class:`LeastSquares`.
+    the null space of A and s is the largest absolute entry of P A P. The matrix is factorized by
+    Cholesky where A is declared positive semi-definite, else by LU. Where the left and right null
+    spaces differ, or where LU finds a null direction that is not declared, singular values are
+    used, and the statuses are those of :class:`LeastSquares`.
 
     Args:
       rtol: relative residual at which the status is good and the refinement stops.
@@ -61,9 +61,9 @@ class LeastSquares(Method):
 
     The status is NOT_UNIQUE where A is singular beyond the declared null space and b lies in the
     range of A. The status is SINGULAR where b lies partly outside of the range, so that the
-    residual cannot vanish. Direct does the same where LU finds that A is singular to round-off.
-    LeastSquares takes the limit ``rank_tolerance`` instead of round-off, and also for a positive
-    semi-definite A.
+    residual cannot vanish. :class:`Direct` gives the same solution and statuses where LU finds that
+    A is singular to round-off. LeastSquares gives them for a positive semi-definite A as well, and
+    ``rank_tolerance`` sets how small a singular value counts as zero.
 
     Args:
       rtol: relative residual at which the status is good.
@@ -222,7 +222,8 @@ def factor(
     Args:
       apply: the function v -> P_L A P_R v, with the projectors of ``left`` and ``right``.
       right, left: the projectors P_R and P_L that remove the right and the left null space; None
-        where there is no null space. The same object where the null spaces are equal.
+        where there is no null space. Where the two null spaces are equal, give the same object
+        twice.
       positive_semidefinite: whether A is declared positive semi-definite.
       b: an array (n,) with the type of the right-hand sides.
 

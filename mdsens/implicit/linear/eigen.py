@@ -226,7 +226,8 @@ def _rayleigh(
     quadratic in the error of its vector.
 
     Returns:
-      the quotients (k,), their columns (m, k), and the residuals |A v - quotient v| (k,).
+      the quotients (k,), the columns (m, k) that have them, where m is the number of rows of A,
+      and the residuals |A v - quotient v| (k,).
     """
     # a vector that the projector made zero stays zero instead of NaN
     vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=0), 1e-300)

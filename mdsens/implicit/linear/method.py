@@ -185,8 +185,9 @@ def projected(operator: Operator, both: bool = False) -> tuple[Apply, Apply | No
 def refine(method: Method, operator: Operator, b: Array) -> tuple[Array, Array, Array, Array]:
     """Solve P A P x = b by iterative refinement, with P the projector off the null space of A.
 
-    After each solve the residual is recomputed with A, and the next round solves for this residual
-    while the residual falls. For GMRES a round is one cycle, so that its restarts are the rounds,
+    After each solve the residual is recomputed with A, and the next round solves for this residual.
+    The rounds end where the last one has left more than the fraction ``method.gain`` of the
+    residual. For GMRES a round is one cycle, so that its restarts are the rounds,
     without a limit to their number. The other iterations have up to three more rounds after the
     first, and a factorization, whose rounds cost next to nothing, has up to seven.
 

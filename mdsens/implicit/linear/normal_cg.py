@@ -21,15 +21,15 @@ class NormalCG(IterativeMethod):
     """Conjugate gradients on A^T A x = A^T b, for any operator A, also a singular one.
 
     Of all x that minimize |b - A x|, the method finds the shortest. It uses the form CGLS, which
-    does not square the residual (Björck, *Numerical Methods for Least Squares Problems*, 1996,
-    section 7.4). The null space need not be declared. Where b lies outside of the range of A,
-    |A^T r| falls to ``rtol`` |A| |r| while the residual r itself cannot fall: the status is
-    SINGULAR.
+    never applies A^T A to x, so that round-off grows with the condition number of A and not with
+    its square (Björck, *Numerical Methods for Least Squares Problems*, 1996, section 7.4). The null
+    space need not be declared. Where b lies outside of the range of A, |A^T r| falls to ``rtol``
+    |A| |r| while the residual r itself cannot fall: the status is SINGULAR.
 
-    NormalCG does not tell whether the solution is unique or the shortest of many; the method
-    LeastSquares tells. The number of steps is proportional to the condition number; GMRES and
-    MINRES need fewer steps. So NormalCG is for an operator that may be singular and is too large to
-    write out as a matrix.
+    The status of NormalCG does not say whether the solution is unique or the shortest of many; that
+    of the method LeastSquares does. The number of steps is proportional to the condition number;
+    GMRES and MINRES need fewer steps. So NormalCG is for an operator that may be singular and is
+    too large to write out as a matrix.
 
     Args:
       rtol: requested relative residual. The relative error of a least-squares solution is up to the

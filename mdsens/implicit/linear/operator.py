@@ -62,9 +62,10 @@ class Operator:
         M changes the iterations, not the solution. GMRES, BiCGSTAB and Neumann solve A M y = b for
         x = M y, and the transposed system with the transpose of M. CG and MINRES use M in their
         inner products. For CG and MINRES, M must be symmetric and positive definite; the result is
-        BREAKDOWN where an inner product shows that M is not. Beside M, no polynomial of A
-        (``degree``) is used. Direct does not need M. NormalCG and LeastSquares use neither M nor
-        ``scaling``, since in other unknowns another solution is the shortest.
+        BREAKDOWN where an inner product shows that M is not. With M, the polynomial preconditioner
+        of CG and GMRES (their option ``degree``) is not used. Direct does not need M. NormalCG and
+        LeastSquares use neither M nor ``scaling``, since in other unknowns another solution is the
+        shortest.
     """
 
     matvec: LinearMap

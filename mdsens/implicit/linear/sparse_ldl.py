@@ -110,7 +110,9 @@ def _shifted(matrix: sp.csr_array, shift: np.ndarray) -> Any:
 
 
 class _Parts(NamedTuple):
-    """Functions of a factorization L D L^T by QDLDL or SuperLU, on vectors in the matrix's order.
+    """Functions of a factorization L D L^T of a matrix by the library QDLDL or SuperLU.
+
+    Their vectors are in the order of the rows of the matrix, not in that of the factor.
 
     Attributes:
       solve: the function b -> x (m,) that solves the linear system of the matrix for a vector b.
@@ -314,7 +316,11 @@ def solve_on_range(
         return np.asarray(np.linalg.norm(columns.reshape(parts, -1, columns.shape[1]), axis=1))
 
     def where(mask: np.ndarray, columns: np.ndarray, others: np.ndarray) -> np.ndarray:
-        """Take the blocks of columns (m, k) where the mask (parts, k) is set, else of others."""
+        """Return ``columns`` (m, k) in the blocks where ``mask`` is True, and ``others`` elsewhere.
+
+        Each column has ``parts`` blocks of equal length; the mask (parts, k) has one entry for
+        each block of each column.
+        """
         return np.where(np.repeat(mask, len(columns) // parts, axis=0), columns, others)
 
     size = norms(b)

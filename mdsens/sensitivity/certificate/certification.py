@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,12 @@ from mdsens.mechanics.units import doubtful_stiffness, natural_units, round_off
 from mdsens.model.system import System
 from mdsens.relaxation.equilibrium import Equilibrium
 from mdsens.sensitivity.certificate.derivative_error import ESTIMATE, derivative
-from mdsens.sensitivity.certificate.parts import CellState, ConstraintState, StrainState
+from mdsens.sensitivity.certificate.parts import (
+    CellState,
+    ConstraintState,
+    DerivativeCertificate,
+    StrainState,
+)
 from mdsens.sensitivity.certificate.record import Certificate, count
 from mdsens.sensitivity.certificate.solution_space import Space
 from mdsens.sensitivity.derivative_solve import (
@@ -42,6 +47,8 @@ from mdsens.sensitivity.linearization import Linearization, full_tangent, linear
 __all__ = ["certify"]
 
 Params = Mapping[str, Any]
+# A fault or warning, and a sentence that contains its figures.
+Finding: TypeAlias = tuple[Status, str]
 # Displacements that positions resolve, in units of their round-off.
 RESOLVED = 10.0
 # Relative error of a derivative above which no digit of it is known.
@@ -62,8 +69,10 @@ def _contacts_in_doubt(space: Space, step: Unknowns) -> tuple[int, float]:
 
     Returns:
       the number of pairs in doubt, and the number of Newton steps after which the first pair
-      crosses a breakpoint (infinite if none does).
+      crosses a breakpoint (infinite if none does). No pair is in doubt where positions are NaN.
     """
+    if not _has_finite_positions(space.lin):
+        return 0, np.inf
     eq = space.lin.equilibrium
     net = space.lin.network
     no_change = {name: jnp.zeros_like(value) for name, value in space.lin.params.items()}
@@ -121,17 +130,21 @@ def _parts_without_derivative(
     return {"rattlers": float(np.linalg.norm(slope[rattlers])) / scale, "rigid motions": rigid}
 
 
-def _examine_cell(lin: Linearization, step: Unknowns) -> CellState:
+def _examine_cell(lin: Linearization, step: Unknowns) -> CellState | None:
     """Compute the stress left in the cell of a minimum at a pressure, and the cell's stiffness.
+
+    The result is None where the cell is fixed.
 
     Args:
       lin: the linearization of the minimum.
       step: the Newton step of positions and cell to the exact minimum.
     """
     cell = lin.cell
+    if cell is None:
+        return None
     volume = float(lin.system.volume)
     d = lin.system.dimension
-    assert cell is not None and step.strain is not None
+    assert step.strain is not None
     along = np.asarray(cell.along, float)
     # stress + P, in the space of the strains that the cell can take
     stress_left = np.tensordot(np.asarray(cell.slope, float) / volume, along, axes=1)
@@ -150,8 +163,17 @@ def _examine_cell(lin: Linearization, step: Unknowns) -> CellState:
     )
 
 
-def _examine_strain(lin: Linearization) -> StrainState:
-    """Compute the stiffness of a stable minimum against strain, by d (d + 1) / 2 linear solves."""
+def _examine_strain(lin: Linearization, spectrum: Spectrum) -> StrainState | None:
+    """Compute the stiffness of a stable minimum against strain, by d (d + 1) / 2 linear solves.
+
+    The result is None where the certificate is not to contain this stiffness.
+
+    Args:
+      lin: the linearization of the minimum.
+      spectrum: the lowest modes of the Hessian.
+    """
+    if not _is_strain_examined(lin, spectrum):
+        return None
     system = lin.system
     strains = jnp.asarray(basis(system.dimension), system.positions.dtype)
     strained = solve_derivative(STRAIN, lin, strains, many=True)
@@ -169,6 +191,28 @@ def _examine_strain(lin: Linearization) -> StrainState:
         smallest=float(softest_strain(birch_tensor)),
         status=Status(int(stiffness.status)),
     )
+
+
+def _is_strain_examined(lin: Linearization, spectrum: Spectrum) -> bool:
+    """Return whether the certificate is to contain the stiffness against strain.
+
+    It contains this stiffness for a stable minimum in a cell that prevents some strain. Where the
+    cell is free to take all strains, the stiffness of the cell already contains the answer.
+
+    Args:
+      lin: the linearization of the minimum.
+      spectrum: the lowest modes of the Hessian.
+    """
+    eq = lin.equilibrium
+    all_strains = len(basis(lin.system.dimension))
+    prevents_strain = (
+        not lin.constrained
+        and eq.system.box is not None
+        and (lin.cell is None or len(lin.cell.along) < all_strains)
+    )
+    stable = spectrum.values.size and spectrum.settled and not (spectrum.negative or eq.order)
+    converged = Status(int(eq.status)).good
+    return bool(prevents_strain and stable and converged and not bool(lin.network.unjammed))
 
 
 def _projection_off_motions(
@@ -267,61 +311,59 @@ def certify(
     if not is_integer(modes) or modes < 1:
         raise InputError(f"modes is {short(modes)}: give a whole number from 1.")
     lin = eq if isinstance(eq, Linearization) else linearize(eq, throw=False)
+    examined = _examine_minimum(lin, dparams, modes, observable)
+    findings = _findings(examined, lin)
+    status = findings[0][0] if findings else Status.CONVERGED
+    certificate = dataclasses.replace(examined, status=status, findings=tuple(findings))
+    if throw and not status.good:
+        raise ConvergenceError(f"certify: {findings[0][1]}.", status, certificate)
+    return certificate
+
+
+def _examine_minimum(
+    lin: Linearization,
+    dparams: Params | None,
+    modes: int,
+    observable: Callable[[System], Any] | None,
+) -> Certificate:
+    """Compute all figures of a certificate, without its findings and its status.
+
+    Args:
+      lin: the linearization of the minimum.
+      dparams, modes, observable: the direction in parameter space, the number of modes and the
+        function of a System, as in ``certify``.
+    """
     minimum = lin.equilibrium
-    net = lin.network
-    null = lin.null
     system = minimum.system
-    rattlers = np.asarray(net.rattlers)
-    factor: Any = lin.factor
-    if factor is None:
-        factor = HessianFactor(lin.system, null, minimum.order)
-    finite = bool(np.isfinite(np.asarray(system.positions)).all())
-    free, translations, rotations = null.dimensions(system.dimension) if finite else (0, 0, 0)
-    if finite and not rattlers.all():
-        # at a saddle of order k, the lowest k modes and the softest positive one
-        spectrum = factor.lowest(
-            max(modes, minimum.order + 1),
-            doubtful_stiffness(minimum.max_force, natural_units(system)[0]),
-        )
-    else:
-        spectrum = _empty_spectrum(system.positions.size)
+    factor = _choose_factor(lin)
+    finite = _has_finite_positions(lin)
+    free, translations, rotations = lin.null.dimensions(system.dimension) if finite else (0, 0, 0)
+    spectrum = _compute_modes(lin, factor, modes)
     has_modes = bool(spectrum.values.size)
     space = Space(lin, factor)
     forces = space.forces()
-    residual_force = space.strength(forces)
-    # stays zero where it is not known to be positive, so that no estimate uses it
-    smallest_stiffness = 0.0
-    if has_modes and spectrum.settled and spectrum.negative == minimum.order:
-        smallest_stiffness = space.least(float(np.abs(spectrum.values).min()))
+    smallest_stiffness = _find_smallest_stiffness(space, spectrum)
     step = space.still
     if has_modes:
         step, _, _ = space.solve(forces, ESTIMATE)
-    crossed_to_minimum = 0
-    steps_to_crossing = np.inf
-    if finite:
-        crossed_to_minimum, steps_to_crossing = _contacts_in_doubt(space, step)
+    crossed_to_minimum, steps_to_crossing = _contacts_in_doubt(space, step)
     derivative_certificate = None
     if dparams is not None:
         full_tangent(system, dparams, lin.params)  # checks the names and shapes
         if has_modes:
             derivative_certificate = derivative(space, dparams, step, smallest_stiffness)
-    mean_force = float(net.mean_force)
-    max_force = float(minimum.max_force)
-    relative_force = np.nan
-    if mean_force > 0 and system.potential.repulsive:
-        relative_force = max_force / mean_force
     parts_without_derivative = None
     if observable is not None:
         project = _projection_off_motions(lin, factor)
         parts_without_derivative = _parts_without_derivative(observable, lin, project)
-    examined = Certificate(
-        # of the findings, which are known below
+    return Certificate(
+        # of the findings, which are known later
         status=Status.CONVERGED,
         findings=(),
-        max_force=max_force,
-        relative_force=relative_force,
-        mean_force=mean_force,
-        distance=residual_force / smallest_stiffness if smallest_stiffness > 0 else np.inf,
+        max_force=float(minimum.max_force),
+        relative_force=_compute_relative_force(lin),
+        mean_force=float(lin.network.mean_force),
+        distance=space.strength(forces) / smallest_stiffness if smallest_stiffness > 0 else np.inf,
         newton_step_norm=space.size(step) if has_modes else np.nan,
         stiffness_min=float(spectrum.values[0]) if has_modes else np.nan,
         stiffness_max=spectrum.largest,
@@ -334,23 +376,50 @@ def certify(
         zero_modes=free + translations + rotations + spectrum.zero,
         translations=translations,
         rotations=rotations,
-        rattlers=rattlers,
+        rattlers=np.asarray(lin.network.rattlers),
         crossed_to_minimum=crossed_to_minimum,
         steps_to_crossing=steps_to_crossing,
         derivative=derivative_certificate,
         observable=parts_without_derivative,
         precision=str(system.positions.dtype),
-        cell=None if lin.cell is None else _examine_cell(lin, step),
+        cell=_examine_cell(lin, step),
         order=minimum.order,
         constraints=_examine_constraints(lin, factor) if lin.constrained else None,
-        strain=_examine_strain(lin) if _is_strain_examined(lin, spectrum) else None,
+        strain=_examine_strain(lin, spectrum),
     )
-    findings = _findings(examined, lin)
-    status = findings[0][0] if findings else Status.CONVERGED
-    certificate = dataclasses.replace(examined, status=status, findings=tuple(findings))
-    if throw and not status.good:
-        raise ConvergenceError(f"certify: {findings[0][1]}.", status, certificate)
-    return certificate
+
+
+def _has_finite_positions(lin: Linearization) -> bool:
+    """Return whether no position of a configuration is infinite or NaN."""
+    return bool(np.isfinite(np.asarray(lin.equilibrium.system.positions)).all())
+
+
+def _choose_factor(lin: Linearization) -> Any:
+    """Return the Hessian with its factor, also where a linearization comes without it.
+
+    Under constraints the result is a KKT, which has methods that a HessianFactor lacks.
+    """
+    if lin.factor is None:
+        return HessianFactor(lin.system, lin.null, lin.equilibrium.order)
+    return lin.factor
+
+
+def _compute_modes(lin: Linearization, factor: HessianFactor, modes: int) -> Spectrum:
+    """Compute the lowest modes; none where all particles are rattlers or positions are NaN.
+
+    Args:
+      lin: the linearization of the minimum.
+      factor: the Hessian, with its factor.
+      modes: number of the lowest modes to compute; at a saddle there may be more.
+    """
+    minimum = lin.equilibrium
+    if not _has_finite_positions(lin) or np.asarray(lin.network.rattlers).all():
+        return _empty_spectrum(minimum.system.positions.size)
+    # at a saddle of order k, the lowest k modes and the softest positive one
+    return factor.lowest(
+        max(modes, minimum.order + 1),
+        doubtful_stiffness(minimum.max_force, natural_units(minimum.system)[0]),
+    )
 
 
 def _empty_spectrum(size: int) -> Spectrum:
@@ -369,128 +438,220 @@ def _empty_spectrum(size: int) -> Spectrum:
     )
 
 
-def _is_strain_examined(lin: Linearization, spectrum: Spectrum) -> bool:
-    """Return whether the certificate is to contain the stiffness against strain.
+def _find_smallest_stiffness(space: Space, spectrum: Spectrum) -> float:
+    """Compute the smallest stiffness of all unknowns, in absolute value at a saddle.
 
-    It contains this stiffness for a stable minimum in a cell that prevents some strain. Where the
-    cell is free to take all strains, the stiffness of the cell already contains the answer.
+    The result is zero where it is not known to be positive, so that no estimate uses it.
 
     Args:
-      lin: the linearization of the minimum.
+      space: norms and linear solves at the configuration.
       spectrum: the lowest modes of the Hessian.
     """
-    eq = lin.equilibrium
-    all_strains = len(basis(lin.system.dimension))
-    prevents_strain = (
-        not lin.constrained
-        and eq.system.box is not None
-        and (lin.cell is None or len(lin.cell.along) < all_strains)
-    )
-    stable = spectrum.values.size and spectrum.settled and not (spectrum.negative or eq.order)
-    converged = Status(int(eq.status)).good
-    return bool(prevents_strain and stable and converged and not bool(lin.network.unjammed))
+    order = space.lin.equilibrium.order
+    if spectrum.values.size and spectrum.settled and spectrum.negative == order:
+        return space.least(float(np.abs(spectrum.values).min()))
+    return 0.0
 
 
-def _findings(c: Certificate, lin: Linearization) -> list[tuple[Status, str]]:
+def _compute_relative_force(lin: Linearization) -> float:
+    """Compute the largest force left, relative to the mean force of a contact.
+
+    The result is NaN where the potential attracts too, or where there are no contacts.
+    """
+    mean_force = float(lin.network.mean_force)
+    if mean_force > 0 and lin.equilibrium.system.potential.repulsive:
+        return float(lin.equilibrium.max_force) / mean_force
+    return np.nan
+
+
+def _findings(c: Certificate, lin: Linearization) -> list[Finding]:
     """List all faults and warnings of a certificate, gravest first.
-
-    Each is a status with a sentence that contains its figures.
 
     Args:
       c: the certificate, without findings so far.
       lin: the linearization of the minimum.
     """
-    findings: list[tuple[Status, str]] = []
+    positions = np.asarray(lin.equilibrium.system.positions)
+    eps = float(np.finfo(positions.dtype).eps)
+    return [
+        *_judge_relaxation(c, lin),
+        *_judge_negative_modes(c, lin),
+        *_judge_constraints(c.constraints),
+        *_judge_cell(c, lin),
+        *_judge_soft_modes(c),
+        *_judge_contacts(c, lin),
+        *_judge_moduli(c.strain),
+        *_judge_derivative(c, positions),
+        *_judge_precision(c, eps),
+        *_judge_observable(c.observable, eps),
+        *_judge_direction(c.derivative),
+        *_judge_shape(c.strain),
+    ]
 
-    def add(status: Status, figures: str = "") -> None:
-        findings.append((status, f"{status.sentence}{f' ({figures})' if figures else ''}"))
 
-    system = lin.equilibrium.system
-    d = c.derivative
-    status_of_relaxation = Status(int(lin.equilibrium.status))
-    if not status_of_relaxation.good:
-        add(status_of_relaxation, f"max_force {c.max_force:.1e}")
+def _build_finding(status: Status, figures: str) -> Finding:
+    """Return a status with its sentence, followed by the figures of this certificate."""
+    return status, f"{status.sentence} ({figures})"
+
+
+def _judge_relaxation(c: Certificate, lin: Linearization) -> Iterator[Finding]:
+    """Report a relaxation that failed, and a configuration without a rigid network of contacts."""
+    status = Status(int(lin.equilibrium.status))
+    if not status.good:
+        yield _build_finding(status, f"max_force {c.max_force:.1e}")
     if bool(lin.network.unjammed) and not c.crossed_to_minimum:
         figures = "no rigid body is supported by contacts"
         if np.all(c.rattlers):
             figures = f"{c.rattlers.size} of {c.rattlers.size} particles are rattlers"
-        add(Status.UNJAMMED, figures)
+        yield _build_finding(Status.UNJAMMED, figures)
+
+
+def _judge_negative_modes(c: Certificate, lin: Linearization) -> Iterator[Finding]:
+    """Report negative modes beyond those of a saddle, or why no sign of a stiffness is known."""
     if not np.isfinite(c.spectrum.values).all():
-        add(Status.NOT_FINITE, "the Hessian")
+        yield _build_finding(Status.NOT_FINITE, "the Hessian")
     elif bool(lin.network.touching):
-        add(
+        yield _build_finding(
             Status.CONTACTS_UNSETTLED,
             "some particles touch without a force: the sign of no stiffness is known",
         )
     elif c.negative_modes != c.order:
-        add(
+        yield _build_finding(
             Status.NOT_A_SADDLE if c.order else Status.INDEFINITE,
             f"{count(c.negative_modes, 'mode')} of negative stiffness, the lowest"
             f" {c.stiffness_min:.3g}",
         )
-    constraints = c.constraints
-    if constraints is not None and constraints.redundant:
-        add(
+
+
+def _judge_constraints(constraints: ConstraintState | None) -> Iterator[Finding]:
+    """Report redundant equations, and coordinates about to meet or leave their bound."""
+    if constraints is None:
+        return
+    if constraints.redundant:
+        yield _build_finding(
             Status.REDUNDANT_CONSTRAINTS,
             f"{constraints.redundant} of {count(constraints.equations, 'equation')}",
         )
-    if constraints is not None and constraints.switching:
-        add(Status.DEGENERATE_CONSTRAINT, count(constraints.switching, "coordinate"))
+    if constraints.switching:
+        yield _build_finding(
+            Status.DEGENERATE_CONSTRAINT, count(constraints.switching, "coordinate")
+        )
+
+
+def _judge_cell(c: Certificate, lin: Linearization) -> Iterator[Finding]:
+    """Report a cell at a pressure whose stiffness is not positive."""
+    if c.cell is None or c.cell.stable:
+        return
     floppy = lin.cell is not None and int(lin.cell.status) == Status.FLOPPY
     # ``not ... > 0`` rather than ``<= 0``: a stiffness that is NaN counts as well
-    if c.cell is not None and not c.cell.stable and (floppy or not c.cell.stiffness_min > 0):
-        add(
+    if floppy or not c.cell.stiffness_min > 0:
+        yield _build_finding(
             Status.FLOPPY if floppy else Status.INDEFINITE,
             f"of the cell at this pressure, whose stiffness is {c.cell.stiffness_min:.3g}",
         )
+
+
+def _judge_soft_modes(c: Certificate) -> Iterator[Finding]:
+    """Report modes whose stiffness is zero, or so small that its sign is in doubt."""
     if c.floppy_modes:
-        add(Status.FLOPPY, count(c.floppy_modes, "floppy mode"))
+        yield _build_finding(Status.FLOPPY, count(c.floppy_modes, "floppy mode"))
     if c.unsettled_modes:
-        add(
+        yield _build_finding(
             Status.STIFFNESS_UNSETTLED,
             f"{count(c.unsettled_modes, 'mode')} below {c.spectrum.floor:.0e}, max_force"
             f" {c.max_force:.1e}",
         )
-    # already reported above where particles touch without a force
-    if c.crossed_to_minimum and status_of_relaxation.good and not lin.network.touching:
-        add(
+
+
+def _judge_contacts(c: Certificate, lin: Linearization) -> Iterator[Finding]:
+    """Report contacts that may change on the way to the minimum."""
+    good = Status(int(lin.equilibrium.status)).good
+    # already reported with the negative modes where particles touch without a force
+    if c.crossed_to_minimum and good and not lin.network.touching:
+        yield _build_finding(
             Status.CONTACTS_UNSETTLED,
             f"{count(c.crossed_to_minimum, 'pair')} in doubt, max_force {c.max_force:.1e}",
         )
-    strain = c.strain
+
+
+def _judge_moduli(strain: StrainState | None) -> Iterator[Finding]:
+    """Report a negative bulk or shear modulus."""
     if strain is not None and strain.status is Status.UNSTABLE:
-        add(
+        yield _build_finding(
             strain.status,
             f"bulk modulus {strain.bulk:.3g}, shear modulus {strain.shear:.3g} in Birch's"
             " convention",
         )
-    if d is not None and not d.status.good:
-        add(d.status, f"residual {d.residual:.1e}")
-    if d is not None and not d.vanishes and c.estimates_hold and not d.error <= INACCURATE:
-        add(Status.INACCURATE, f"{d.error:.1e} of it")
-    eps = float(np.finfo(system.positions.dtype).eps)
-    if d is not None and not d.vanishes:
-        resolution = eps * float(np.abs(np.asarray(system.positions)).max())
-        motion_in_radius = d.radius * float(np.abs(d.positions).max())
-        if np.isfinite(d.radius) and motion_in_radius < RESOLVED * resolution:
-            add(Status.RADIUS_BELOW_ROUND_OFF, f"radius {d.radius:.1e}")
+
+
+def _judge_derivative(c: Certificate, positions: np.ndarray) -> Iterator[Finding]:
+    """Report a failed solve, a large error, and a range of the derivative below round-off.
+
+    Args:
+      c: the certificate.
+      positions: the positions of the particles.
+    """
+    d = c.derivative
+    if d is None:
+        return
+    if not d.status.good:
+        yield _build_finding(d.status, f"residual {d.residual:.1e}")
+    if d.vanishes:
+        return
+    if c.estimates_hold and not d.error <= INACCURATE:
+        yield _build_finding(Status.INACCURATE, f"{d.error:.1e} of it")
+    resolution = float(np.finfo(positions.dtype).eps) * float(np.abs(positions).max())
+    motion_in_radius = d.radius * float(np.abs(d.positions).max())
+    if np.isfinite(d.radius) and motion_in_radius < RESOLVED * resolution:
+        yield _build_finding(Status.RADIUS_BELOW_ROUND_OFF, f"radius {d.radius:.1e}")
+
+
+def _judge_precision(c: Certificate, eps: float) -> Iterator[Finding]:
+    """Report single precision, with the relative error that it leaves in a linear solve.
+
+    Args:
+      c: the certificate.
+      eps: relative round-off of the positions.
+    """
     if eps > DOUBLE_PRECISION_EPS:
         # relative error of a solve: round-off times the condition number
         softest = abs(c.stiffness_min) if c.order else c.stiffness_min
         error = eps * c.stiffness_max / softest if softest > 0 else np.inf
-        add(Status.SINGLE_PRECISION, f"{error:.0e} here")
-    if c.observable is not None and not np.isfinite(list(c.observable.values())).all():
-        add(Status.NOT_FINITE, "the observable's gradient")
+        yield _build_finding(Status.SINGLE_PRECISION, f"{error:.0e} here")
+
+
+def _judge_observable(observable: dict[str, float] | None, eps: float) -> Iterator[Finding]:
+    """Report an observable whose gradient is not finite, or has parts without a derivative.
+
+    Args:
+      observable: shares of the gradient on rattlers and on rigid motions.
+      eps: relative round-off of the positions.
+    """
+    if observable is None:
+        return
+    if not np.isfinite(list(observable.values())).all():
+        yield _build_finding(Status.NOT_FINITE, "the observable's gradient")
     # shares below eps^(1/2), 1.5e-8 in double precision, are taken for round-off
     parts = [
-        f"{share:.1e} of it on {name}"
-        for name, share in (c.observable or {}).items()
-        if share > eps**0.5
+        f"{share:.1e} of it on {name}" for name, share in observable.items() if share > eps**0.5
     ]
     if parts:
-        add(Status.NULL_COMPONENT_DROPPED, f"the observable's gradient: {', '.join(parts)}")
+        yield _build_finding(
+            Status.NULL_COMPONENT_DROPPED, f"the observable's gradient: {', '.join(parts)}"
+        )
+
+
+def _judge_direction(d: DerivativeCertificate | None) -> Iterator[Finding]:
+    """Report a direction in parameter space that lies in part on rattlers."""
     if d is not None and d.on_rattlers > 0:
-        add(Status.NULL_COMPONENT_DROPPED, f"{d.on_rattlers:.1e} of the direction is on rattlers")
+        yield _build_finding(
+            Status.NULL_COMPONENT_DROPPED, f"{d.on_rattlers:.1e} of the direction is on rattlers"
+        )
+
+
+def _judge_shape(strain: StrainState | None) -> Iterator[Finding]:
+    """Report a shape that only the fixed cell keeps, since some strain lowers the enthalpy."""
     if strain is not None and strain.status is Status.SHAPE_HELD:
-        add(strain.status, f"the smallest eigenvalue of Birch's tensor is {strain.smallest:.3g}")
-    return findings
+        yield _build_finding(
+            strain.status, f"the smallest eigenvalue of Birch's tensor is {strain.smallest:.3g}"
+        )

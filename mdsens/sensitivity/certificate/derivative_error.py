@@ -45,8 +45,9 @@ def _norm_of_hessian_change(space: Space, unit: Motion) -> float:
     The norm is computed by power iteration, from a vector that contains all wavelengths.
 
     Args:
-      space: norms and products with derivatives at the minimum.
-      unit: the direction, a change of the unknowns of norm one with a change of the parameters.
+      space: norms of displacements and forces at the minimum, and second derivatives there.
+      unit: the direction, a pair: a change of the unknowns, of norm one, and a change of the
+        parameters.
     """
     size = 0.0
     v = space.onward(on_host(lambda leaf: chirp(leaf.shape, xp=np), space.still))
@@ -93,11 +94,11 @@ def derivative(
       space: norms and linear solves for the unknowns of the minimum.
       dparams: the direction, changes by parameter name.
       step: the Newton step from the present positions to the exact minimum.
-      least: the smallest stiffness of all unknowns; 0 where it is not known to be positive.
+      least: the smallest stiffness of positions and cell together; 0 where it is not known to be
+        positive.
     """
     lin = space.lin
-    system = lin.system
-    tangent = full_tangent(system, dparams, lin.params)
+    tangent = full_tangent(lin.system, dparams, lin.params)
     no_change = {name: np.zeros_like(value) for name, value in tangent.items()}
 
     # the response J, and its norm; NaN makes ratios to a norm of zero NaN, without a warning
@@ -106,42 +107,25 @@ def derivative(
     norm = space.size(J)
     norm_or_nan = norm or np.nan
     path = J, tangent
+    to_minimum = step, no_change
 
     # dJ, the change of J along the Newton step, and J2 = d2x/dt2, the curvature of the path:
     # H dJ = - d(H J + B dp) along (step, 0), and H J2 = - d(H J + B dp) along (J, dp)
-    dJ, _, _ = space.solve(_negative(space.second((step, no_change), path)), ESTIMATE)
+    dJ, _, _ = space.solve(_negative(space.second(to_minimum, path)), ESTIMATE)
     J2, _, _ = space.solve(_negative(space.second(path, path)), ESTIMATE)
     curvature = space.size(J2)
 
-    # Theorem 1 of arXiv:2105.15183
-    step_norm = space.size(step)
-    unit_step = on_host(lambda leaf: (leaf / (step_norm or 1.0)).astype(leaf.dtype), step)
-    along_step = unit_step, no_change
-    beta = space.strength(space.second(along_step, (space.still, tangent)))
-    gamma = _norm_of_hessian_change(space, along_step)
+    # R and alpha of Theorem 1 of arXiv:2105.15183
     R = space.strength(pull)
     alpha = least or np.nan
-    error_bound = (beta / alpha + gamma * R / alpha**2) * step_norm
-    if _third_diverges(system):
-        error_bound = np.nan
+    error_bound = _bound_error(space, to_minimum, tangent, R, alpha)
 
     crossing = space.crossings(J, tangent)
     switch = space.switches(J, tangent)
 
     rattlers = np.asarray(lin.network.rattlers)
     on_rattlers = _square_on_rattlers(lin.equilibrium.system, tangent, rattlers)
-    on_all = _square_on_rattlers(system, tangent, None)
-
-    # The largest motion while the parameters change by their size, that is, by the largest entry of
-    # those that change.
-    change = max(float(np.max(np.abs(v), initial=0.0)) for v in tangent.values())
-    size = max(
-        (float(jnp.max(jnp.abs(lin.params[k]))) for k, v in tangent.items() if np.any(v != 0)),
-        default=0.0,
-    )
-    length = float(natural_units(system)[0])
-    largest = max(float(np.abs(x).max(initial=0.0)) for x in _motions(J, length))
-    motion = largest * (size / change if change > 0 and size > 0 else 1.0)
+    on_all = _square_on_rattlers(lin.system, tangent, None)
     return DerivativeCertificate(
         dparams=tangent,
         response=jax.tree.map(np.asarray, lin.structure.stored(lin, J)),
@@ -158,9 +142,57 @@ def derivative(
         # a curvature below 1e-8 of the slope is round-off
         curvature_scale=np.inf if curvature <= 1e-8 * norm else 2.0 * norm / curvature,
         on_rattlers=float(np.sqrt(on_rattlers / on_all)) if on_all else 0.0,
-        vanishes=motion <= NOTHING * length,
+        vanishes=_moves_nothing(lin, J, tangent),
         switch=switch,
     )
+
+
+def _bound_error(
+    space: Space, to_minimum: Motion, tangent: Params, R: float, alpha: float
+) -> float:
+    """Bound the norm of the error of a derivative by Theorem 1 of arXiv:2105.15183.
+
+    The bound is (beta / alpha + gamma R / alpha^2) |x - x*|, where beta and gamma are the rates at
+    which B dp and H change along the Newton step. It is NaN where the potential's third derivative
+    diverges at a contact.
+
+    Args:
+      space: norms and products with derivatives at the minimum.
+      to_minimum: the Newton step to the exact minimum, at constant parameters.
+      tangent: the changes dp of the parameters by name.
+      R: the norm of B dp.
+      alpha: the smallest stiffness; NaN where it is not known to be positive.
+    """
+    step, no_change = to_minimum
+    step_norm = space.size(step)
+    unit_step = on_host(lambda leaf: (leaf / (step_norm or 1.0)).astype(leaf.dtype), step)
+    along_step = unit_step, no_change
+    beta = space.strength(space.second(along_step, (space.still, tangent)))
+    gamma = _norm_of_hessian_change(space, along_step)
+    if _third_diverges(space.lin.system):
+        return np.nan
+    return (beta / alpha + gamma * R / alpha**2) * step_norm
+
+
+def _moves_nothing(lin: Linearization, J: Unknowns, tangent: Params) -> bool:
+    """Return whether nothing moves while the parameters change by as much as their values.
+
+    Args:
+      lin: the linearization of the minimum.
+      J: the response of positions and strain to the change of the parameters.
+      tangent: the change of the parameters by name.
+    """
+    # The largest motion while the parameters change by their size, that is, by the largest entry of
+    # those that change.
+    change = max(float(np.max(np.abs(v), initial=0.0)) for v in tangent.values())
+    size = max(
+        (float(jnp.max(jnp.abs(lin.params[k]))) for k, v in tangent.items() if np.any(v != 0)),
+        default=0.0,
+    )
+    length = float(natural_units(lin.system)[0])
+    largest = max(float(np.abs(x).max(initial=0.0)) for x in _motions(J, length))
+    motion = largest * (size / change if change > 0 and size > 0 else 1.0)
+    return motion <= NOTHING * length
 
 
 @jax.jit
@@ -179,13 +211,16 @@ def _negative(forces: Unknowns) -> Unknowns:
 
 
 def _motions(x: Unknowns, length: float) -> tuple[np.ndarray, ...]:
-    """Return a change of positions and strain as lengths, with the strain times ``length``."""
+    """Return the changes of the positions and, if any, of the strain, both as lengths.
+
+    The strain is multiplied by ``length`` for this purpose.
+    """
     positions = np.asarray(x.positions)
     return (positions,) if x.strain is None else (positions, length * np.asarray(x.strain))
 
 
 def _square_on_rattlers(system: System, tangent: Params, rattlers: np.ndarray | None) -> float:
-    """Sum the squares of the changes of parameters that belong to rattlers alone.
+    """Sum the squares of the changes of those parameters that belong to rattlers alone.
 
     Args:
       system: the system.

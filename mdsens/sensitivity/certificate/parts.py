@@ -83,10 +83,10 @@ class DerivativeCertificate(Portable, Shown):
 
     Attributes:
       dparams: the direction in parameter space, by parameter name.
-      response: the response J = dR/dt of the positions (n, d) to parameters params + t dparams, as
-        ``jvp`` returns it; at a pressure ``Unknowns`` with the strain of the cell.
-      norm: the norm |J|; at a pressure that of the strain and of the motion relative to affine
-        positions.
+      response: the derivative J = dR/dt of the relaxed positions R (n, d) at t = 0, for parameters
+        params + t dparams, as ``jvp`` returns it; at a pressure ``Unknowns`` with the strain of the
+        cell.
+      norm: the norm |J|; at a pressure that of the strain and of the non-affine motion together.
       status: status of the linear solve.
       residual: relative residual of the linear solve.
       linear_error: bound of the error due to the residual r of the linear solve, |H^-1 r| <= |r| /
@@ -99,13 +99,15 @@ class DerivativeCertificate(Portable, Shown):
         the minimum, and B dp the derivative of the condition F = 0 of the minimum along
         ``dparams``. alpha is the smallest stiffness (at a pressure a lower bound of the stiffness
         of positions and cell together), and beta and gamma are the rates at which B dp and H change
-        along the Newton step. NaN where the potential's third derivative diverges at a breakpoint
-        (Hertzian contacts), so that gamma has no bound there; use ``steps_to_crossing`` of the
-        certificate instead.
+        along the Newton step. NaN where alpha is not known to be positive, and where the
+        potential's third derivative diverges at a breakpoint (Hertzian contacts), so that gamma has
+        no bound there. The attribute ``steps_to_crossing`` of the ``Certificate`` then tells after
+        how many Newton steps a pair crosses a breakpoint.
       crossing: the values of t at which pairs cross breakpoints along params + t dparams. A
         breakpoint is a distance at which a derivative of the potential jumps or diverges.
-      forward, backward: the largest t, and -t, along params + t dparams up to which no pair crosses
-        a breakpoint and no coordinate meets or leaves its bound, to first order.
+      forward, backward: the derivative is valid for -backward < t < forward along params +
+        t dparams: to first order, no pair crosses a breakpoint in this range, and no coordinate
+        meets or leaves its bound.
       curvature_scale: |t| at which the curvature of the relaxed positions R(t) moves the particles
         as far as their slope does, 2 |J| / |d2R/dt2|: the scale on which the response of a smooth
         potential changes.
@@ -139,8 +141,8 @@ class DerivativeCertificate(Portable, Shown):
     def radius(self) -> float:
         """The largest |t| along params + t dparams up to which no pair crosses a breakpoint.
 
-        A breakpoint is a distance at which a derivative of the potential jumps or diverges. Bounds
-        of coordinates count as well, see ``forward``.
+        A breakpoint is a distance at which a derivative of the potential jumps or diverges. Under
+        constraints, no coordinate meets or leaves its bound up to this |t| either.
         """
         return min(self.forward, self.backward)
 
@@ -156,8 +158,8 @@ class DerivativeCertificate(Portable, Shown):
         """Count the pairs that cross a breakpoint within |t| <= change along params + t dparams.
 
         The count is to first order. A breakpoint is a distance at which a derivative of the
-        potential jumps or diverges. Beyond single crossings, linear predictions of bulk properties
-        of many particles remain valid; predictions of positions do not.
+        potential jumps or diverges. Where single pairs cross, linear predictions of positions are
+        no longer valid, but those of bulk properties of many particles are.
         """
         return self.crossing.within(change)
 

@@ -65,8 +65,9 @@ class Certificate(Shown):
       steps_to_crossing: to first order, the number of Newton steps of length ``newton_step_norm``
         until the first pair crosses a breakpoint.
       derivative: the certificate of the derivative along ``dparams``; None without a direction.
-      observable: shares of the observable's gradient by positions on ``rattlers`` and on ``rigid
-        motions``, which have no derivative; None without an observable.
+      observable: a dict with the keys "rattlers" and "rigid motions": the share of the observable's
+        gradient by the positions that lies on them, and has no derivative by the parameters. None
+        without an observable.
       precision: dtype of the positions.
       cell: the cell of a minimum at a pressure; None in a fixed cell. At a pressure, lengths such
         as ``distance`` are norms of positions and cell together: a strain counts as the motion that
@@ -158,8 +159,9 @@ class Certificate(Shown):
     def radius(self) -> float:
         """The largest |t| along params + t dparams up to which the derivative is valid.
 
-        Up to this |t| no pair crosses a breakpoint of its potential; NaN where no direction
-        ``dparams`` was given.
+        Up to this |t| no pair crosses a breakpoint, a distance at which a derivative of the
+        potential jumps or diverges, and no coordinate meets or leaves its bound. NaN where no
+        direction ``dparams`` was given.
         """
         return self.derivative.radius if self.derivative else float("nan")
 
@@ -209,10 +211,8 @@ class Certificate(Shown):
             "method": self.spectrum.method,
         }
         if self.cell is not None:
-            figures["cell"] = {
-                name: value.tolist() if isinstance(value, np.ndarray) else value
-                for name, value in dataclasses.asdict(self.cell).items()
-            }
+            stiffness = self.cell.stiffness.tolist()
+            figures["cell"] = dataclasses.asdict(self.cell) | {"stiffness": stiffness}
         if self.constraints is not None:
             figures["constraints"] = dataclasses.asdict(self.constraints)
         if self.strain is not None:
@@ -379,15 +379,8 @@ class Certificate(Shown):
         s = self.spectrum
         if not s.values.size:
             return [("smallest stiffness", self._why_nothing_moves)]
-        # without any stiffness, as in a floppy network without stress, there is no ratio to it
-        share = ", as all the others have"
-        if self.stiffness_max:
-            share = (
-                f", {self.stiffness_min / self.stiffness_max:.1e} of the largest"
-                f" ({self.stiffness_max:.4g})"
-            )
         rows = [
-            ("smallest stiffness", f"{self.stiffness_min:.6g} energy/length^2{share}"),
+            ("smallest stiffness", self._smallest_stiffness_in_words()),
             (
                 "how it was found",
                 f"eigenvalue residual {s.residuals[0]:.0e}, {s.method}; participation"
@@ -411,6 +404,17 @@ class Certificate(Shown):
             ]
             rows.append(("lowest modes", "stiffness (participation): " + ", ".join(modes)))
         return rows
+
+    def _smallest_stiffness_in_words(self) -> str:
+        """Describe the smallest stiffness in words, with its ratio to the largest."""
+        stiffness = f"{self.stiffness_min:.6g} energy/length^2"
+        # without any stiffness, as in a floppy network without stress, there is no ratio to it
+        if not self.stiffness_max:
+            return f"{stiffness}, as all the others have"
+        return (
+            f"{stiffness}, {self.stiffness_min / self.stiffness_max:.1e} of the largest"
+            f" ({self.stiffness_max:.4g})"
+        )
 
     def _unsettled_modes_in_words(self) -> str:
         if not self.unsettled_modes:
@@ -504,10 +508,12 @@ def _range_row(
 
     Args:
       name: name of the row, to be followed by ``value``.
-      value: the range, |t| of the first event on this side of t = 0.
+      value: the range: the smallest |t| at which a pair crosses a breakpoint or a coordinate meets
+        or leaves its bound. A breakpoint is a distance at which a derivative of the potential jumps
+        or diverges.
       switch: |t| at which the first coordinate meets or leaves its bound.
       crossing: the first pair that crosses a breakpoint, whether the pair opens, and the distance
-        of the breakpoint.
+        of the breakpoint; None if no pair crosses one.
     """
     # ``value`` is the smaller of the two times, so that equality tells which event comes first
     if value == switch < np.inf:

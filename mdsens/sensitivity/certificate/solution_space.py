@@ -29,9 +29,10 @@ Motion: TypeAlias = tuple[Unknowns, Params]
 
 @jax.jit
 def _product(lin: Linearization, x: Unknowns) -> Unknowns:
-    """Multiply dF/dx with a change x of positions, strain and multipliers.
+    """Multiply the derivative of the condition F of a minimum with a change x of the unknowns.
 
-    F = 0 is the condition of the minimum; in a fixed cell dF/dx is the Hessian.
+    F = 0 at the minimum. The unknowns are positions, strain and multipliers; in a fixed cell the
+    derivative of F by them is the Hessian.
     """
     return jax.jvp(lambda y: lin.condition(y, lin.params), (lin.unknowns,), (x,))[1]
 
@@ -142,9 +143,9 @@ class Space:
     def onward(self, forces: Unknowns) -> Unknowns:
         """Return the displacement that is parallel to given forces and has the norm of the forces.
 
-        The norm of the displacement of particles and cell is that of ``size``, and the norm of the
-        forces that of ``strength``. Parts of the forces in the null space or along constraints are
-        left out.
+        The norms are those that the methods ``size`` (for displacements of particles and cell) and
+        ``strength`` (for forces) compute. Parts of the forces in the null space or along
+        constraints are left out.
         """
         dtype = self.lin.system.positions.dtype
         if self.lin.constrained:
@@ -178,8 +179,8 @@ class Space:
     def yields(self, forces: Unknowns, rtol: float = 1e-12) -> tuple[Unknowns, float, Status]:
         """Compute the displacement of particles and cell under forces, by a linear solve.
 
-        In contrast to ``solve``, the relative residual and the status are those of the solve for
-        the positions alone.
+        In contrast to those of the method ``solve``, the relative residual and the status are those
+        of the solve for the positions alone.
 
         Args:
           forces: forces on the particles and on the cell.
