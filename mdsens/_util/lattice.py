@@ -8,10 +8,14 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+
+from mdsens._util.precision import full_precision
 
 __all__ = [
     "BALL_OF_UNIT_DIAMETER",
     "Components",
+    "circular_mean",
     "components",
     "heights",
     "inverse",
@@ -104,3 +108,23 @@ def heights(box: np.ndarray | jax.Array) -> Any:
     # is the inverse of the distance of these faces.
     rows = inverse(box)
     return 1.0 / box.__array_namespace__().sqrt((rows**2).sum(axis=1))
+
+
+@full_precision
+def circular_mean(vectors: jax.Array, box: jax.Array, weights: ArrayLike) -> jax.Array:
+    """Compute the weighted mean (d,) of vectors (n, d) that are known up to lattice vectors.
+
+    Along each cell vector it is the mean of angles: the sum over one cell is a full turn. Unlike
+    the mean of the nearest images, it is the common part of displacements of nearly half the cell
+    too, of which the nearest images of some particles point the opposite way.
+
+    Args:
+      vectors: (n, d) the vectors.
+      box: (d, d) the cell, its columns the lattice vectors.
+      weights: (n,) weight of each vector; their sum need not be 1.
+    """
+    angles = 2.0 * np.pi * vectors @ inverse(box).T
+    column = jnp.asarray(weights)[:, None]
+    sine = jnp.sum(column * jnp.sin(angles), axis=0)
+    cosine = jnp.sum(column * jnp.cos(angles), axis=0)
+    return box @ (jnp.arctan2(sine, cosine) / (2.0 * np.pi))

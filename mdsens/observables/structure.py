@@ -11,7 +11,7 @@ from jax.core import Tracer
 from numpy.typing import ArrayLike
 
 from mdsens._util.errors import InputError
-from mdsens._util.lattice import Components, inverse, nearest_image
+from mdsens._util.lattice import Components, circular_mean, nearest_image
 from mdsens._util.precision import full_precision
 from mdsens._util.validation import is_integer, is_real, real_array, short
 from mdsens.model.neighbors import Neighbors
@@ -332,12 +332,10 @@ def _distance_to(system: System, target: jax.Array, share: jax.Array) -> jax.Arr
     displacement = system.positions - target
     box = system.box
     if box is not None:
-        # Images nearest to the mean displacement, which along each cell vector is a mean of angles.
+        # Images nearest to the mean displacement, which is a circular mean.
         # Images nearest to zero would separate particles where a translation carries some of them
         # past half the cell.
-        angles = 2.0 * np.pi * jax.lax.stop_gradient(displacement @ inverse(box).T)
-        sine, cosine = (jnp.sum(share[:, None] * f(angles), axis=0) for f in (jnp.sin, jnp.cos))
-        shift = jax.lax.stop_gradient(box @ (jnp.arctan2(sine, cosine) / (2.0 * np.pi)))
+        shift = jax.lax.stop_gradient(circular_mean(displacement, box, share))
         displacement = nearest_image(displacement - shift, box)
     displacement = displacement - jnp.sum(share[:, None] * displacement, axis=0)
     squared = jnp.sum(share * jnp.sum(displacement**2, axis=1))

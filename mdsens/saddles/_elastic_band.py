@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens._util.errors import InputError
-from mdsens._util.lattice import nearest_image
+from mdsens._util.lattice import circular_mean, nearest_image
 from mdsens._util.probe import chirp
 from mdsens._util.pytree import PyTree
 from mdsens._util.validation import check_positive, is_integer, short
@@ -137,7 +137,13 @@ def _align(start: System, end: System) -> np.ndarray:
     """
     first = np.asarray(start.positions)
     box = start.box
-    displacement = np.asarray(nearest_image(end.positions - start.positions, box))
+    displacement = end.positions - start.positions
+    if box is not None:
+        # Without the common translation before, a translation of half the cell would bring some
+        # particles to other images than their neighbors.
+        displacement = displacement - circular_mean(displacement, box, np.ones(len(first)))
+        displacement = nearest_image(displacement, box)
+    displacement = np.asarray(displacement)
     displacement = displacement - displacement.mean(axis=0)
     if box is not None:
         return first + displacement

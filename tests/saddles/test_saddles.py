@@ -15,6 +15,7 @@ from conftest import quick
 import mdsens as ms
 from mdsens.implicit import MINRES, Direct
 from mdsens.mechanics.hessian import Unknowns, max_force
+from mdsens.saddles import _elastic_band
 from mdsens.saddles.search import EigenvectorFollowing, ElasticBand, find_saddle, sides
 
 TIGHT = 1e-12
@@ -313,3 +314,16 @@ REFUSED: list[tuple[Any, str]] = [
 def test_bad_input_is_refused(call, says: str):
     with pytest.raises(ms.InputError, match=says):
         call()
+
+
+def test_two_minima_are_aligned_whatever_common_translation_lies_between_them():
+    """At half the cell, the nearest images of some particles point the opposite way."""
+    rng = np.random.default_rng(4)
+    first = rng.uniform(0.0, 10.0, (20, 2))
+    change = 0.1 * rng.normal(size=first.shape)
+    change -= change.mean(axis=0)
+    params = {"sigma": 1.0, "epsilon": 1.0, "alpha": 2.0}
+    start = ms.System.create(first, 10.0, ms.potentials.soft_sphere(), params)
+    for shift in np.linspace(0.0, 10.0, 21):
+        end = start.replace(positions=jnp.asarray(first + change + [shift, -0.7 * shift]))
+        np.testing.assert_allclose(_elastic_band._align(start, end), first + change, atol=1e-9)
