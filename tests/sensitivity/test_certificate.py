@@ -300,11 +300,17 @@ def test_single_precision():
         s.params,
         s.species,
     )
-    c = certificate(ms.minimize(single, tolerance=1e-5))
+    relaxed_single = ms.minimize(single, tolerance=1e-5)
+    c = certificate(relaxed_single)
     assert c.precision == "float32" and ms.Status.SINGLE_PRECISION in code(c)
     assert c.floppy_modes == 0 and c.stiffness_min == pytest.approx(
         certificate(eq).stiffness_min, rel=0.05
     )
+    # a failure comes before this warning
+    failing = ms.certify(relaxed_single, observable=lambda s: jnp.sum(s.positions) * jnp.nan)
+    assert failing.status is ms.Status.NOT_FINITE
+    severities = [status.severity for status, _ in failing.findings]
+    assert severities == sorted(severities, reverse=True) and len(set(severities)) > 1
 
 
 def test_bad_input():
