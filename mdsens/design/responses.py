@@ -15,7 +15,7 @@ disordered solids* (arXiv:2412.05031).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -158,11 +158,12 @@ def _label_features(
 
     A user gives a dict of names and features, several features, or a single one.
     """
-    if isinstance(features, str) or callable(features):
-        return [(None, features)]
     if isinstance(features, Mapping):
         return list(features.items())
-    return [(None, feature) for feature in features]
+    if isinstance(features, Iterable) and not isinstance(features, str):
+        return [(None, feature) for feature in features]
+    # a single one, or what is none, which ``named`` refuses
+    return [(None, features)]
 
 
 def _checked_scales(scales: ArrayLike, count: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -272,7 +272,12 @@ def _make_records(free: str | Sequence[str] | Mapping[str, Free]) -> dict[str, F
         return {free: Free()}
     if isinstance(free, Mapping):
         return dict(free)
-    return {name: Free() for name in free or ()}
+    if not isinstance(free, Iterable):
+        raise InputError(
+            f"`free` is {short(free)}: give the name of a parameter, several names, or a dict of"
+            " names and ms.design.Free(...)."
+        )
+    return {name: Free() for name in free}
 
 
 def _replace_bounds(records: Mapping[str, Free], bounds: Bounds) -> dict[str, Free]:

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from mdsens._util.errors import InputError
+from mdsens._util.errors import InputError, short
 
 __all__ = ["read_npz", "replacing"]
 
@@ -64,6 +64,8 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
       InputError: the file does not exist, is damaged or is not a .npz, or contains Python objects,
         which are not read because reading Python objects can execute code.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"`path` is {short(path)}: give the path of a .npz file.")
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}

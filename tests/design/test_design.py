@@ -606,6 +606,16 @@ def test_features_that_say_the_same_are_told(packing: ms.System) -> None:
         feature_response(twice, ms.minimize(packing), scales=[1.0])
 
 
+def test_one_feature_needs_no_list_and_what_is_no_feature_is_named(packing: ms.System) -> None:
+    eq = ms.minimize(packing)
+    single = feature_response(Elastic(lambda m: m.bulk), eq)
+    np.testing.assert_array_equal(single.jacobian, feature_response(["bulk"], eq).jacobian)
+    with pytest.raises(ms.InputError, match="the feature is 3"):
+        feature_response(3, eq)  # type: ignore[arg-type]
+    with pytest.raises(ms.InputError, match="`free` is 3"):
+        feature_response("bulk", eq, wrt=3)  # type: ignore[arg-type]
+
+
 def test_the_jacobian_of_features_takes_a_solver(packing: ms.System) -> None:
     eq = ms.minimize(packing)
     default = feature_response(["pressure"], eq)

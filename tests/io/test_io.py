@@ -910,3 +910,8 @@ def test_saving_replaces_whole_files_or_nothing(tmp_path, eq):
         ms.io.save(tmp_path / "nowhere" / "a.npz", eq)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
+
+
+def test_what_is_no_path_is_named() -> None:
+    with pytest.raises(InputError, match="`path` is 3: give the path of a .npz file"):
+        ms.io.load(3)  # type: ignore[arg-type]
