@@ -90,7 +90,8 @@ def _build_specification(top: TomlTable, folder: Path) -> DesignSpecification:
         raise InputError(f"fields is {fields!r}: give a table of the system's keys, such as count.")
     if "seed" in fields and top.has("seeds"):
         raise InputError(
-            f"fields.seed is {fields['seed']!r} and seeds is {top.raw('seeds')!r}: give one of them."
+            f"fields.seed is {fields['seed']!r} and seeds is {top.raw('seeds')!r}: give one of the"
+            " two."
         )
     systems = [load_system(path, **fields, **seed) for seed in _read_seeds(top)]
     steps = top.integer("steps", 60, least=1)

@@ -608,7 +608,7 @@ def test_features_that_say_the_same_are_told(packing: ms.System) -> None:
 
 def test_one_feature_needs_no_list_and_what_is_no_feature_is_named(packing: ms.System) -> None:
     eq = ms.minimize(packing)
-    single = feature_response(Elastic(lambda m: m.bulk), eq)
+    single = feature_response(ms.design.Elastic(lambda m: m.bulk), eq)
     np.testing.assert_array_equal(single.jacobian, feature_response(["bulk"], eq).jacobian)
     with pytest.raises(ms.InputError, match="the feature is 3"):
         feature_response(3, eq)  # type: ignore[arg-type]

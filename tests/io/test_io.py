@@ -913,5 +913,5 @@ def test_saving_replaces_whole_files_or_nothing(tmp_path, eq):
 
 
 def test_what_is_no_path_is_named() -> None:
-    with pytest.raises(InputError, match="`path` is 3: give the path of a .npz file"):
+    with pytest.raises(InputError, match="`path` is 3: give the path"):
         ms.io.load(3)  # type: ignore[arg-type]
