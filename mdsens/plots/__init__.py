@@ -4,9 +4,9 @@ The functions draw results that were computed before, and compute little themsel
 """
 
 from mdsens.plots.curves import derivative_test, stiffness_spectrum, unrolled
-from mdsens.plots.design import before_after, design_history, feature_response, nonaffine_field
+from mdsens.plots.design import before_after, design_history, feature_response
 from mdsens.plots.maps import sensitivity_map
-from mdsens.plots.moduli import moduli
+from mdsens.plots.moduli import moduli, nonaffine_field
 
 __all__ = [
     "before_after",

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import jax.numpy as jnp
 import numpy as np
 
 from mdsens._util.errors import InputError
 from mdsens._util.lattice import nearest_image
 from mdsens.design import Design, FeatureResponse
-from mdsens.elasticity import Moduli
 from mdsens.mechanics.status import Status
-from mdsens.mechanics.strain import basis, to_mandel
 from mdsens.plots._style import ARROW, COLUMN, FONT, OUTLINE, PAPER, title_with_status
 from mdsens.plots.maps import sensitivity_map
 from mdsens.relaxation.equilibrium import Equilibrium
@@ -21,9 +18,8 @@ from mdsens.sensitivity.derivatives import Linearization
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from numpy.typing import ArrayLike
 
-__all__ = ["before_after", "design_history", "feature_response", "nonaffine_field"]
+__all__ = ["before_after", "design_history", "feature_response"]
 
 TAKEN = "#2f6db3"  # steps that the design went on from
 REFUSED = "#c8553d"
@@ -126,7 +122,7 @@ def _draw_feature(ax: Axes, of: Design, k: int, taken: np.ndarray, left: np.ndar
     lost = ~np.isfinite(values)  # too few members relaxed: drawn at the height of the target
     heights = np.full(lost.sum(), wanted)
     ax.plot(number[lost], heights, linestyle="none", marker="x", color=REFUSED, zorder=3)
-    shown = np.append(values[taken], [low, high])
+    shown = np.append(values[taken & np.isfinite(values)], [low, high])
     room = 0.25 * float(np.ptp(shown)) or 1.0
     # the axis spans the accepted steps and the tolerance: refused steps may lie outside
     ax.set_ylim(shown.min() - room, shown.max() + room)
@@ -235,54 +231,6 @@ def before_after(
     sensitivity_map(first, np.zeros_like(moved), axes[0], title="before")
     sensitivity_map(second, moved, axes[1], scale=scale, label=r"$|\Delta R|$", title="after")
     return axes
-
-
-def nonaffine_field(
-    eq: Equilibrium | Linearization,
-    moduli: Moduli,
-    strain: ArrayLike | None = None,
-    ax: Axes | None = None,
-    *,
-    scale: float | None = None,
-    title: str | None = None,
-) -> Axes:
-    """Draw the non-affine displacements u of the particles under a strain, to first order.
-
-    They are the derivative du/dstrain times the strain.
-
-    Args:
-      eq: the minimum.
-      moduli: the result of ``ms.elasticity.moduli`` at this minimum.
-      strain: (d, d) symmetric matrix; None for pure shear, xy = yx = 1/2.
-      ax, scale, title: as in ``sensitivity_map``.
-
-    Returns:
-      the Axes.
-
-    Raises:
-      InputError: ``moduli`` is not the result of ``ms.elasticity.moduli``, or the strain has
-        another shape or is not symmetric.
-    """
-    if not isinstance(moduli, Moduli):
-        raise InputError(
-            f"`moduli` is a {type(moduli).__name__}: give what ms.elasticity.moduli returns."
-        )
-    d = moduli.stress.shape[0]
-    shear = np.zeros((d, d))
-    shear[0, 1] = shear[1, 0] = 0.5
-    matrix = shear if strain is None else np.asarray(strain, float)
-    if matrix.shape != (d, d) or not np.allclose(matrix, matrix.T):
-        raise InputError(
-            f"`strain` has shape {matrix.shape} or is not symmetric: give a symmetric ({d}, {d})"
-            " matrix."
-        )
-    # nonaffine is (m, n, d) by the m Mandel components of the strain
-    assert basis(d).shape[0] == moduli.nonaffine.shape[0]
-    mandel = np.asarray(to_mandel(jnp.asarray(matrix)))
-    field = np.tensordot(mandel, np.asarray(moduli.nonaffine), axes=1)
-    return sensitivity_map(
-        eq, field, ax, scale=scale, label=r"$|\mathrm{d}u/\mathrm{d}\epsilon|$", title=title
-    )
 
 
 def feature_response(

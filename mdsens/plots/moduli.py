@@ -1,20 +1,27 @@
-"""Polar curves of Young's modulus and Poisson's ratio of a 2-D solid."""
+"""Polar curves of the elastic moduli of a 2-D solid, and the non-affine field of a strain."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import jax.numpy as jnp
 import numpy as np
 
 from mdsens._util.errors import InputError
 from mdsens.elasticity import Moduli, directional
 from mdsens.mechanics.stability import isotropic_part
+from mdsens.mechanics.strain import basis, to_mandel
 from mdsens.plots._style import ARROW, COLUMN, FONT, OUTLINE
+from mdsens.plots.maps import sensitivity_map
+from mdsens.relaxation.equilibrium import Equilibrium
+from mdsens.sensitivity.linearization import Linearization
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.projections.polar import PolarAxes
+    from numpy.typing import ArrayLike
 
-__all__ = ["moduli"]
+__all__ = ["moduli", "nonaffine_field"]
 
 STEPS = 361  # angles from 0 to 2 pi, both included: one a degree
 YOUNG = "#2f6db3"
@@ -109,3 +116,51 @@ def _draw_by_angle(
     ax.yaxis.set_major_locator(MaxNLocator(4, prune="upper"))
     ax.tick_params(labelsize=FONT)
     ax.grid(linewidth=0.4, alpha=0.6)
+
+
+def nonaffine_field(
+    eq: Equilibrium | Linearization,
+    moduli: Moduli,
+    strain: ArrayLike | None = None,
+    ax: Axes | None = None,
+    *,
+    scale: float | None = None,
+    title: str | None = None,
+) -> Axes:
+    """Draw the non-affine displacements u of the particles under a strain, to first order.
+
+    They are the derivative du/dstrain times the strain.
+
+    Args:
+      eq: the minimum.
+      moduli: the result of ``ms.elasticity.moduli`` at this minimum.
+      strain: (d, d) symmetric matrix; None for pure shear, xy = yx = 1/2.
+      ax, scale, title: as in ``sensitivity_map``.
+
+    Returns:
+      the Axes.
+
+    Raises:
+      InputError: ``moduli`` is not the result of ``ms.elasticity.moduli``, or the strain has
+        another shape or is not symmetric.
+    """
+    if not isinstance(moduli, Moduli):
+        raise InputError(
+            f"`moduli` is a {type(moduli).__name__}: give what ms.elasticity.moduli returns."
+        )
+    d = moduli.stress.shape[0]
+    shear = np.zeros((d, d))
+    shear[0, 1] = shear[1, 0] = 0.5
+    matrix = shear if strain is None else np.asarray(strain, float)
+    if matrix.shape != (d, d) or not np.allclose(matrix, matrix.T):
+        raise InputError(
+            f"`strain` has shape {matrix.shape} or is not symmetric: give a symmetric ({d}, {d})"
+            " matrix."
+        )
+    # nonaffine is (m, n, d) by the m Mandel components of the strain
+    assert basis(d).shape[0] == moduli.nonaffine.shape[0]
+    mandel = np.asarray(to_mandel(jnp.asarray(matrix)))
+    field = np.tensordot(mandel, np.asarray(moduli.nonaffine), axes=1)
+    return sensitivity_map(
+        eq, field, ax, scale=scale, label=r"$|\mathrm{d}u/\mathrm{d}\epsilon|$", title=title
+    )

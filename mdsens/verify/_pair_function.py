@@ -181,9 +181,8 @@ class PairFunction:
         remedy = ""
         if not good:
             remedy = "; no minimum can stand there: shift phi, or wrap it in ms.potentials.switched"
-        return Finding(
-            check, good, f"declared at {where}: {_describe_continuity(largest)}{remedy}."
-        )
+        continuity = _describe_continuity(largest)
+        return Finding(check, good, f"declared at {where}: {continuity}{remedy}.")
 
     def _undeclared(self) -> Iterator[Finding]:
         """Check that the pair function phi and phi' to phi''' jump only at declared breakpoints.
