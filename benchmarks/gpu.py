@@ -24,8 +24,9 @@ import numpy as np
 import mdsens as ms
 from benchmarks._common import arguments, discs, record_of, report, timed, write
 from mdsens.implicit import CG, Auto
-from mdsens.mechanics.hessian import Unknowns, hessian_operator
+from mdsens.mechanics.hessian import hessian_operator
 from mdsens.mechanics.units import round_off
+from mdsens.mechanics.unknowns import Unknowns
 from mdsens.relaxation.methods import Fire
 from mdsens.relaxation.traced import relax
 

@@ -16,9 +16,10 @@ import numpy as np
 
 import mdsens as ms
 from benchmarks._common import arguments, discs, report
-from mdsens.mechanics.hessian import Unknowns, hessian_operator, sparse_hessian
+from mdsens.mechanics.hessian import hessian_operator, sparse_hessian
 from mdsens.mechanics.hessian_blocks import BlockRows
 from mdsens.mechanics.rigidity import analyze_rigidity
+from mdsens.mechanics.unknowns import Unknowns
 
 
 def one(run: Callable[[], Any], size: int) -> float:

@@ -50,7 +50,7 @@ from mdsens._util.validation import real_array
 from mdsens.implicit.linear import Auto, Method
 from mdsens.implicit.linear.result import SolveStats
 from mdsens.implicit.linear.solution import linear_solve
-from mdsens.mechanics.hessian import Unknowns, hessian_operator, max_force
+from mdsens.mechanics.hessian import hessian_operator, max_force
 from mdsens.mechanics.not_finite import where_not_finite
 from mdsens.mechanics.rigidity import analyze_rigidity
 from mdsens.mechanics.stability import (
@@ -65,6 +65,7 @@ from mdsens.mechanics.stability import (
 from mdsens.mechanics.status import Status
 from mdsens.mechanics.strain import basis, forces_of_strain, to_mandel
 from mdsens.mechanics.units import unrelaxed
+from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model.system import System, require_unconstrained
 from mdsens.relaxation.equilibrium import Equilibrium
 from mdsens.sensitivity import derivatives

@@ -32,12 +32,13 @@ from mdsens._util.tables import Shown
 from mdsens._util.validation import is_integer, is_number, short
 from mdsens.implicit.linear import Method
 from mdsens.implicit.linear.eigen import DENSE_SIZE, NULL, Spectrum
-from mdsens.mechanics.hessian import Unknowns, dense_hessian, max_force
+from mdsens.mechanics.hessian import dense_hessian, max_force
 from mdsens.mechanics.hessian_factor import HessianFactor, participation
 from mdsens.mechanics.null_space import NullSpace
 from mdsens.mechanics.rigidity import analyze_rigidity
 from mdsens.mechanics.status import Status
 from mdsens.mechanics.units import doubtful_stiffness, natural_units, unrelaxed
+from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model.system import System, potential_energy, require_unconstrained
 from mdsens.relaxation.equilibrium import Equilibrium
 from mdsens.sensitivity.derivative_solve import aside

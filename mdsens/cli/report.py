@@ -13,8 +13,8 @@ from mdsens._util import tables
 from mdsens._util.errors import InputError
 from mdsens._util.suggestions import did_you_mean
 from mdsens.mechanics.contacts import Network
-from mdsens.mechanics.hessian import Unknowns
 from mdsens.mechanics.status import Status
+from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model.box import PackingFraction, described
 from mdsens.model.system import System, parameters_of
 from mdsens.observables import packing_fraction, pressure

@@ -23,10 +23,10 @@ from mdsens.design.variables import Variables
 from mdsens.mechanics import contact_changes
 from mdsens.mechanics.cell import deformed
 from mdsens.mechanics.contacts import pair_forces
-from mdsens.mechanics.hessian import Unknowns
 from mdsens.mechanics.status import Status
 from mdsens.mechanics.strain import from_mandel
 from mdsens.mechanics.units import natural_units
+from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model.system import System, pair_terms
 from mdsens.potentials.smoothed import smoothed
 from mdsens.relaxation.equilibrium import Equilibrium

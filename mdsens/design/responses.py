@@ -133,7 +133,7 @@ class FeatureResponse(Shown):
 
 
 def _check_features(
-    features: Sequence[Any] | Mapping[str, Any],
+    features: str | Feature | Sequence[Any] | Mapping[str, Any],
 ) -> tuple[tuple[str, ...], list[Feature]]:
     """Check the features that a user gives; return their names, all different, and definitions."""
     labeled = _label_features(features)
@@ -152,7 +152,7 @@ def _check_features(
 
 
 def _label_features(
-    features: Sequence[Any] | Mapping[str, Any],
+    features: str | Feature | Sequence[Any] | Mapping[str, Any],
 ) -> list[tuple[str | None, Any]]:
     """Return each feature with the name that a user gives it, None where the user gives none.
 
@@ -177,7 +177,7 @@ def _checked_scales(scales: ArrayLike, count: int) -> np.ndarray:
 
 
 def feature_response(
-    features: Sequence[Any] | Mapping[str, Any],
+    features: str | Feature | Sequence[Any] | Mapping[str, Any],
     eq: Equilibrium | Linearization,
     wrt: str | Sequence[str] | Mapping[str, Free] = "sigma",
     *,

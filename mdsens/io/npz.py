@@ -25,8 +25,8 @@ from mdsens._util.errors import InputError, PrecisionError
 from mdsens.design import State, Step
 from mdsens.implicit.linear.result import SolveStats
 from mdsens.io.files import read_npz, replacing
-from mdsens.mechanics.hessian import Unknowns
 from mdsens.mechanics.status import Status
+from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model.box import BoxFunction, FixedBox, OpenBox, PackingFraction
 from mdsens.model.neighbors import Neighbors
 from mdsens.model.system import System

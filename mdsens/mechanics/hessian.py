@@ -26,7 +26,6 @@ from mdsens.model.system import System
 from mdsens.potentials.base import PairTerm
 
 __all__ = [
-    "Unknowns",
     "along",
     "dense_hessian",
     "force",

@@ -20,10 +20,11 @@ from mdsens.implicit.linear.eigen import Spectrum
 from mdsens.implicit.linear.result import SolveStats
 from mdsens.implicit.linear.solution import solve
 from mdsens.implicit.linear.sparse_ldl import SHIFT, SparseFactor, bounds, ordering, solve_on_range
-from mdsens.mechanics.hessian import Unknowns, hessian_operator, sparse_hessian
+from mdsens.mechanics.hessian import hessian_operator, sparse_hessian
 from mdsens.mechanics.hessian_blocks import BlockRows, block_cholesky
 from mdsens.mechanics.null_space import NullSpace
 from mdsens.mechanics.status import Status
+from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model.system import System
 
 __all__ = ["HessianFactor", "factorizes", "participation"]

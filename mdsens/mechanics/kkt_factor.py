@@ -36,12 +36,12 @@ from mdsens.implicit.linear.solution import solve
 from mdsens.implicit.linear.sparse_ldl import SHIFT, SparseFactor, bound
 from mdsens.mechanics.hessian import sparse_hessian
 from mdsens.mechanics.hessian_factor import HessianFactor
-from mdsens.mechanics.kkt_operator import flat, kkt_operator, scaled, unflat
+from mdsens.mechanics.kkt_operator import kkt_operator
 from mdsens.mechanics.lagrangian import relaxed, unknowns_of
 from mdsens.mechanics.null_space import NullSpace
 from mdsens.mechanics.status import Status
 from mdsens.mechanics.units import natural_units
-from mdsens.mechanics.unknowns import Unknowns
+from mdsens.mechanics.unknowns import Unknowns, flat, scaled, unflat
 from mdsens.model.system import System
 
 __all__ = ["KKT"]

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from mdsens._util.probe import chirp
 from mdsens.constraints import RigidBonds
@@ -32,56 +31,17 @@ from mdsens.mechanics.lagrangian import (
 )
 from mdsens.mechanics.null_space import NullSpace, left_motions
 from mdsens.mechanics.units import natural_units
-from mdsens.mechanics.unknowns import Unknowns
+from mdsens.mechanics.unknowns import Unknowns, scaled
 from mdsens.model.system import System
 
 __all__ = [
     "about_to_switch",
     "constrained_null_space",
-    "flat",
     "kkt_operator",
-    "scaled",
-    "unflat",
 ]
 
 # A force on a bound below this many times the largest force left on a particle counts as zero.
 WEAK = 10.0
-
-
-def flat(x: Unknowns, many: bool = False) -> np.ndarray:
-    """Flatten positions, relaxed parameters and multipliers to one vector of all m numbers, (m,).
-
-    Args:
-      x: the positions, relaxed parameters and multipliers.
-      many: whether all arrays have a leading axis of length c; then the result is a matrix (m, c).
-    """
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(x)]
-    if not many:
-        return np.concatenate([leaf.ravel() for leaf in leaves])
-    return np.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], axis=1).T
-
-
-def unflat(vector: np.ndarray, like: Unknowns, many: bool = False) -> Unknowns:
-    """Restore positions, relaxed parameters and multipliers from a vector (m,) of all m numbers.
-
-    This is the inverse of ``flat``.
-
-    Args:
-      vector: (m,); or a matrix (m, c), whose c columns give arrays with a leading axis of length c.
-      like: unknowns whose arrays have the shapes and types of the result, without the leading axis.
-      many: whether ``vector`` is a matrix.
-    """
-    rows = vector.T if many else vector
-    leading_shape = rows.shape[:-1]
-    leaves, structure = jax.tree.flatten(like)
-    parts: list[Any] = []
-    start = 0
-    for leaf in leaves:
-        size = int(np.size(leaf))
-        part = rows[..., start : start + size].reshape((*leading_shape, *np.shape(leaf)))
-        parts.append(part.astype(leaf.dtype))
-        start += size
-    return jax.tree.unflatten(structure, parts)
 
 
 def constrained_null_space(
@@ -176,21 +136,6 @@ def _hessian_products(
 
     product = jax.linearize(slope, system.positions)[1]
     return jax.lax.map(lambda v: product(v).ravel(), rows)
-
-
-def scaled(x: Unknowns, by: ArrayLike) -> Unknowns:
-    """Multiply the Lagrange multipliers in ``x`` by a factor; positions and parameters stay.
-
-    With multipliers in units of the stiffness of the potential (see ``natural_units``), all rows of
-    the linear system at a constrained minimum have the same scale.
-
-    Args:
-      x: positions, relaxed parameters and multipliers.
-      by: the factor.
-    """
-    return dataclasses.replace(
-        x, multipliers=jax.tree.map(lambda leaf: (by * leaf).astype(leaf.dtype), x.multipliers)
-    )
 
 
 def kkt_operator(

@@ -14,7 +14,8 @@ import numpy as np
 
 from mdsens._util.lattice import components, nearest_images
 from mdsens.mechanics.forces import row_terms
-from mdsens.mechanics.hessian import Unknowns, gradient, largest_force, largest_stiffness
+from mdsens.mechanics.hessian import gradient, largest_force, largest_stiffness
+from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model.system import System
 from mdsens.potentials.base import PairTerm
 

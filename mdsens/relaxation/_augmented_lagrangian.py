@@ -27,7 +27,7 @@ from scipy.sparse.linalg import lsqr
 from mdsens._util.errors import InputError
 from mdsens._util.progress import Decades
 from mdsens.mechanics.kkt_factor import KKT
-from mdsens.mechanics.kkt_operator import constrained_null_space, flat, unflat
+from mdsens.mechanics.kkt_operator import constrained_null_space
 from mdsens.mechanics.lagrangian import (
     bounds,
     equations,
@@ -49,7 +49,7 @@ from mdsens.mechanics.units import (
     round_off,
     step_off_saddle,
 )
-from mdsens.mechanics.unknowns import Unknowns
+from mdsens.mechanics.unknowns import Unknowns, flat, unflat
 from mdsens.model.system import System, potential_energy
 from mdsens.relaxation.equilibrium import Equilibrium
 from mdsens.relaxation.newton import ENERGY_ROUND_OFF

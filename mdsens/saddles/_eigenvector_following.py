@@ -23,11 +23,12 @@ from mdsens._util.probe import chirp
 from mdsens._util.progress import Decades
 from mdsens._util.validation import check_positive, is_integer, short
 from mdsens.mechanics.forces import energy_gradient
-from mdsens.mechanics.hessian import Unknowns, largest_force
+from mdsens.mechanics.hessian import largest_force
 from mdsens.mechanics.hessian_factor import HessianFactor
 from mdsens.mechanics.null_space import NullSpace
 from mdsens.mechanics.rigidity import analyze_rigidity
 from mdsens.mechanics.units import natural_units, round_off, step_off_saddle
+from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model.system import System
 from mdsens.relaxation.newton import steihaug
 

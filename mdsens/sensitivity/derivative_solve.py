@@ -25,13 +25,12 @@ from mdsens._util.validation import require_host
 from mdsens.implicit.linear import Auto, Direct, Method
 from mdsens.implicit.linear.result import SolveStats, dropped_any
 from mdsens.implicit.linear.solution import solve as solve_linear
-from mdsens.mechanics.hessian import Unknowns
 from mdsens.mechanics.hessian_factor import HessianFactor
-from mdsens.mechanics.kkt_operator import flat, scaled, unflat
 from mdsens.mechanics.rigidity import analyze_rigidity
 from mdsens.mechanics.status import Status
 from mdsens.mechanics.strain import forces_of_strain
 from mdsens.mechanics.units import natural_units
+from mdsens.mechanics.unknowns import Unknowns, flat, scaled, unflat
 from mdsens.model.system import System
 from mdsens.relaxation.equilibrium import Equilibrium
 from mdsens.sensitivity.linearization import Linearization, by_factor, force_left

@@ -21,9 +21,9 @@ from mdsens._util.validation import is_integer, real_array, short
 from mdsens.implicit.linear import Auto, Method, check_method
 from mdsens.implicit.linear.result import dropped_any
 from mdsens.mechanics import lagrangian
-from mdsens.mechanics.hessian import Unknowns
 from mdsens.mechanics.not_finite import where_not_finite
 from mdsens.mechanics.status import Status
+from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model.system import System, parameters_of
 from mdsens.relaxation.equilibrium import Equilibrium
 from mdsens.sensitivity.derivative_solve import (

@@ -18,11 +18,11 @@ from mdsens.implicit.closures import refusing_derivative
 from mdsens.implicit.linear import Auto, Method
 from mdsens.implicit.linear.result import SolveStats
 from mdsens.implicit.root import root
-from mdsens.mechanics.hessian import Unknowns
 from mdsens.mechanics.hessian import gradient as energy_gradient
 from mdsens.mechanics.rigidity import analyze_rigidity
 from mdsens.mechanics.status import Status
 from mdsens.mechanics.units import unrelaxed
+from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model.system import System, parameters_of, require_unconstrained
 from mdsens.potentials.parameters import check_symmetric
 from mdsens.relaxation.methods import Fire, GradientDescent

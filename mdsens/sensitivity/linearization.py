@@ -22,7 +22,6 @@ from mdsens.implicit.linear import Auto, Direct, Method, check_method
 from mdsens.mechanics import lagrangian
 from mdsens.mechanics.cell import Cell
 from mdsens.mechanics.contacts import Network
-from mdsens.mechanics.hessian import Unknowns
 from mdsens.mechanics.hessian_blocks import BlockRows
 from mdsens.mechanics.hessian_factor import ONE_SOLVE_3D, HessianFactor, factorizes
 from mdsens.mechanics.kkt_factor import KKT
@@ -31,6 +30,7 @@ from mdsens.mechanics.null_space import NullSpace
 from mdsens.mechanics.rigidity import analyze_rigidity
 from mdsens.mechanics.status import Status
 from mdsens.mechanics.units import RELAXED, doubtful_stiffness, natural_units, unrelaxed
+from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model.system import System, parameters_of
 from mdsens.potentials.parameters import check_symmetric
 from mdsens.relaxation.equilibrium import Equilibrium

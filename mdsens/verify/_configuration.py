@@ -19,7 +19,8 @@ from numpy.typing import ArrayLike
 
 from mdsens._util.errors import InputError
 from mdsens._util.lattice import nearest_image
-from mdsens.mechanics.hessian import Unknowns, gradient
+from mdsens.mechanics.hessian import gradient
+from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model import neighbors
 from mdsens.model.system import System, pair_distances, pair_terms, potential_energy
 from mdsens.potentials.base import BondedPotential, PairPotential, Potential, SumPotential

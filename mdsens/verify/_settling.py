@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens.mechanics import contacts, lagrangian
-from mdsens.mechanics.hessian import Unknowns
 from mdsens.mechanics.hessian_factor import HessianFactor
+from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model.box import FixedBox
 from mdsens.relaxation.equilibrium import Equilibrium
 from mdsens.sensitivity.certificate.solution_space import Space

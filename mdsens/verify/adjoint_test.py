@@ -15,8 +15,8 @@ from mdsens import sensitivity
 from mdsens._util.errors import raise_for_status
 from mdsens._util.tables import Shown
 from mdsens.implicit.linear import Method
-from mdsens.mechanics.hessian import Unknowns
 from mdsens.mechanics.status import Status
+from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model.system import parameters_of
 from mdsens.relaxation.equilibrium import Equilibrium
 from mdsens.sensitivity.linearization import Linearization, linearized, require_sound

@@ -19,10 +19,10 @@ from mdsens._util.errors import InputError, PrecisionError, raise_for_status
 from mdsens._util.lattice import inverse
 from mdsens._util.validation import real_array, real_number, short
 from mdsens.mechanics import contact_changes, contacts, lagrangian
-from mdsens.mechanics.hessian import Unknowns
 from mdsens.mechanics.status import Status
 from mdsens.mechanics.strain import from_mandel, to_mandel
 from mdsens.mechanics.units import natural_units, round_off
+from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model.system import pair_distances, pair_terms
 from mdsens.relaxation.equilibrium import Equilibrium
 from mdsens.relaxation.minimization import minimize

@@ -23,8 +23,9 @@ from mdsens._util.errors import InputError
 from mdsens._util.memory import require_memory
 from mdsens._util.tables import Shown
 from mdsens._util.validation import short
-from mdsens.mechanics.hessian import Unknowns, largest_force
+from mdsens.mechanics.hessian import largest_force
 from mdsens.mechanics.status import Status
+from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model.system import System, require_unconstrained
 from mdsens.relaxation.equilibrium import Equilibrium
 from mdsens.relaxation.methods import Fire, GradientDescent

@@ -17,7 +17,7 @@ from conftest import LONG, quick
 import mdsens as ms
 from mdsens.constraints import FixedTotal, Pinned, RigidBonds, Simplex, Wall
 from mdsens.mechanics import kkt_factor
-from mdsens.mechanics.hessian import Unknowns
+from mdsens.mechanics.unknowns import Unknowns
 from mdsens.verify import finite_differences as differences
 
 N = 16

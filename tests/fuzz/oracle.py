@@ -13,8 +13,9 @@ from scipy.sparse.csgraph import connected_components
 from strategies import EPS
 
 import mdsens as ms
-from mdsens.mechanics.hessian import Unknowns, dense_hessian, max_force
+from mdsens.mechanics.hessian import dense_hessian, max_force
 from mdsens.mechanics.units import natural_units
+from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model import neighbors
 from mdsens.model.system import box_at, pair_distances, pair_terms, potential_energy
 

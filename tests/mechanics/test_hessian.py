@@ -15,9 +15,10 @@ from conftest import PACKINGS, relative, relaxed_packing
 
 import mdsens as ms
 from mdsens.mechanics import contacts, hessian, rigidity
-from mdsens.mechanics.hessian import Unknowns, dense_hessian, hessian_operator
+from mdsens.mechanics.hessian import dense_hessian, hessian_operator
 from mdsens.mechanics.hessian_blocks import BlockRows
 from mdsens.mechanics.null_space import NullSpace
+from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model.system import potential_energy
 
 LAW = ms.potentials.soft_sphere()

@@ -16,8 +16,8 @@ from conftest import LONG, PACKINGS, packing, quick, relative, relaxed_packing, 
 import mdsens as ms
 from mdsens import elasticity
 from mdsens.elasticity import isotropic, moduli
-from mdsens.mechanics.hessian import Unknowns
 from mdsens.mechanics.strain import from_mandel
+from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model.box import FixedBox
 
 

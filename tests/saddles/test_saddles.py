@@ -14,7 +14,8 @@ from conftest import quick
 
 import mdsens as ms
 from mdsens.implicit import MINRES, Direct
-from mdsens.mechanics.hessian import Unknowns, max_force
+from mdsens.mechanics.hessian import max_force
+from mdsens.mechanics.unknowns import Unknowns
 from mdsens.saddles import _elastic_band
 from mdsens.saddles.search import EigenvectorFollowing, ElasticBand, find_saddle, sides
 

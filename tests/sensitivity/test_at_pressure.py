@@ -19,9 +19,10 @@ from conftest import quick
 import mdsens as ms
 from mdsens.elasticity import isotropic, moduli
 from mdsens.mechanics.contacts import network
-from mdsens.mechanics.hessian import Unknowns, max_force
+from mdsens.mechanics.hessian import max_force
 from mdsens.mechanics.hessian_factor import HessianFactor
 from mdsens.mechanics.strain import basis, from_mandel, to_mandel
+from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model.box import FixedBox
 from mdsens.model.system import potential_energy
 from mdsens.sensitivity.certificate.solution_space import Space

@@ -15,7 +15,6 @@ from mdsens._util.probe import chirp
 from mdsens._util.validation import is_integer, short
 from mdsens.implicit.linear.eigen import Spectrum
 from mdsens.mechanics import lagrangian
-from mdsens.mechanics.hessian import Unknowns
 from mdsens.mechanics.hessian_factor import HessianFactor, participation
 from mdsens.mechanics.kkt_factor import KKT
 from mdsens.mechanics.kkt_operator import about_to_switch
@@ -24,6 +23,7 @@ from mdsens.mechanics.stability import birch, cleared, isotropic_part, softest_s
 from mdsens.mechanics.status import Status
 from mdsens.mechanics.strain import basis
 from mdsens.mechanics.units import doubtful_stiffness, natural_units, round_off
+from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model.system import System
 from mdsens.relaxation.equilibrium import Equilibrium
 from mdsens.sensitivity.certificate.derivative_error import ESTIMATE, derivative

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens._util.probe import chirp
-from mdsens.mechanics.hessian import Unknowns, along
+from mdsens.mechanics.hessian import along
 from mdsens.mechanics.units import natural_units
+from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model.system import System, pair_terms, parameters_of
 from mdsens.potentials.base import PairTerm
 from mdsens.sensitivity.certificate.parts import DerivativeCertificate

@@ -12,8 +12,8 @@ from mdsens._util.attributes import Named
 from mdsens._util.portable import Portable
 from mdsens._util.tables import Shown
 from mdsens.mechanics.contact_changes import Crossing
-from mdsens.mechanics.hessian import Unknowns
 from mdsens.mechanics.status import Status
+from mdsens.mechanics.unknowns import Unknowns
 
 __all__ = ["CellState", "ConstraintState", "DerivativeCertificate", "StrainState"]
 

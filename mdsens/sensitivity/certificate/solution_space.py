@@ -13,11 +13,11 @@ from jax.typing import ArrayLike
 
 from mdsens.mechanics import contact_changes, lagrangian
 from mdsens.mechanics.contact_changes import Crossing
-from mdsens.mechanics.hessian import Unknowns, force
+from mdsens.mechanics.hessian import force
 from mdsens.mechanics.hessian_factor import HessianFactor
 from mdsens.mechanics.kkt_factor import KKT
-from mdsens.mechanics.kkt_operator import flat
 from mdsens.mechanics.status import Status
+from mdsens.mechanics.unknowns import Unknowns, flat
 from mdsens.sensitivity.linearization import Linearization
 
 __all__ = ["Motion", "Space", "on_host"]
