@@ -116,9 +116,10 @@ def _check_index(name: str, index: tuple[int, ...], shape: tuple[int, ...]) -> N
 
 
 def _component(parameter: Parameter, index: tuple[int, ...]) -> Component:
-    """Describe a parameter component, given by its index, by a label and a change of the parameter.
+    """Make the record of one number of a parameter: its label, and the change of it by 1.
 
-    In a symmetric matrix, both entries of a pair change.
+    The change is an array of the parameter's shape, which is 1 at the given index and 0 elsewhere;
+    in a symmetric matrix it is 1 at the mirror image too.
     """
     return Component(parameter.label(index), {parameter.name: parameter.unit(index)})
 

@@ -101,9 +101,9 @@ def next_trust(
       enough: whether the properties to design could be computed for at least half of the systems
         after the step.
       accepted: whether the step was accepted.
-      ratio: the decrease in the step of the sum of squares of all distances between property and
-        target, in the units of :func:`bands_of`; divided by the decrease that the linear model
-        predicted.
+      ratio: the decrease of the sum of squares in the step, divided by the decrease that the linear
+        model predicted. The squares are those of the distances between the properties and their
+        targets, in the units of :func:`bands_of`.
     """
     if not enough:
         return 0.5 * trust

@@ -76,9 +76,10 @@ class Crossing(NamedTuple):
         return min(self.forward, self.backward)
 
     def within(self, change: float) -> int:
-        """Count the pairs that cross a breakpoint at a path parameter |t| <= ``change``.
+        """Count the pairs that cross a breakpoint of their potential on a piece of the path.
 
-        A breakpoint is a distance at which a derivative of the pair potential jumps, such as
+        Positions and parameters change along the path with a number t, and the piece is |t| <=
+        ``change``. A breakpoint is a distance at which a derivative of the potential jumps, such as
         contact. The function does not work inside ``jax.jit``.
         """
         crossed = np.abs(np.asarray(self.times)) <= change

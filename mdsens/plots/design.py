@@ -96,7 +96,8 @@ def _draw_feature(ax: Axes, of: Design, k: int, taken: np.ndarray, left: np.ndar
       of: the design.
       k: index of the feature.
       taken: mask of the accepted steps.
-      left: mask of the steps at which the minimum is in another basin.
+      left: mask of the steps in which particles rearranged, so that a system relaxed to a minimum
+        far from the one that linear response predicts.
     """
     number = np.arange(taken.size)
     values = np.array([s.values[k] for s in of.history])

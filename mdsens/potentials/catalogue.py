@@ -102,7 +102,9 @@ def _soft_sphere(r: jax.Array, sigma: jax.Array, epsilon: jax.Array, alpha: jax.
 def _harmonic_sphere(
     r: jax.Array, sigma: jax.Array, epsilon: jax.Array, alpha: jax.Array
 ) -> jax.Array:
-    """Compute the pair energy of soft spheres for the exponent alpha = 2, with a square."""
+    """Compute the pair energy of soft spheres for the exponent alpha = 2.
+
+    The energy is a square here, which is computed faster than a general power."""
     overlap = 1.0 - r * (1.0 / sigma)  # one division, where the derivative by r / sigma has two
     overlap = jnp.where(overlap > 0, overlap, 0.0)
     return 0.5 * epsilon * overlap * overlap

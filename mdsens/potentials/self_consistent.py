@@ -210,8 +210,8 @@ def _minimal_energy_jvp(
 ) -> tuple[jax.Array, jax.Array]:
     """Compute the minimal energy U and its derivative along a direction.
 
-    U is the minimum over y of W, where y are the dipoles or charges. The derivative is that of W at
-    constant y, since dW/dy = 0 at the minimum.
+    U is the minimum of an energy W(y), where y are the dipoles or charges. The derivative is that
+    of W at constant y, since dW/dy = 0 at the minimum.
     """
     (functional,) = primals
     (change,) = tangents

@@ -2,10 +2,10 @@
 
 Each first-order minimizer (:data:`Minimizer`) has the same functions, which
 :mod:`mdsens.relaxation.fire_loop` calls. ``functions`` returns two functions: init makes a state
-of the minimizer from positions, and apply takes one step. ``force_limit`` returns the largest force
-that is not shortened. ``positions`` and ``forces`` return the positions and the forces in a state.
-``with_forces`` returns a state with other forces, and ``at_stiffness`` a state with steps for
-another stiffness.
+of the minimizer from positions, and apply takes one step. ``force_limit`` returns the upper limit
+to which larger forces on a particle are shortened. ``positions`` and ``forces`` return the
+positions and the forces in a state. ``with_forces`` returns a state with other forces, and
+``at_stiffness`` a state with steps for another stiffness.
 """
 
 from __future__ import annotations

@@ -368,7 +368,8 @@ class _Krylov:
     def prepare_step_off_saddle(self, _: System) -> bool:
         """Return False: conjugate gradients prepare no step off a saddle.
 
-        Conjugate gradients explore no direction without a force along this direction.
+        Conjugate gradients move only along directions in which the forces have a part, and at a
+        saddle the forces vanish.
         """
         return False
 

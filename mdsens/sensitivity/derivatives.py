@@ -78,7 +78,7 @@ def _chunk_width(itemsize: int, unknowns: int) -> int:
 
 
 def _raise_unless_good(result: D, throw: bool, what: str, system: System | None = None) -> D:
-    """Return a derivative; raise an error if ``throw`` is True and its worst status is not good.
+    """Return a derivative, or raise ConvergenceError if its worst status is not good.
 
     Args:
       result: the derivative.

@@ -104,8 +104,8 @@ def _count_species(values: list[tuple[str, np.ndarray]]) -> int:
     sizes = {size for _, value in values for size in value.shape}
     if len(sizes) > 1:
         raise InputError(
-            f"the parameters have {' and '.join(map(str, sorted(sizes)))} values, which cannot all"
-            " be one value for each species: give `positions` and `species`."
+            f"the parameters have {' and '.join(map(str, sorted(sizes)))} values, so that the"
+            " number of species is not known: give `positions` and `species`."
         )
     return max(sizes, default=0)
 

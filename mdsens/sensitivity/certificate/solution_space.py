@@ -73,8 +73,8 @@ def _switch_times(lin: Linearization, x: Unknowns, tangent: Params) -> jax.Array
 def on_host(f: Callable[..., np.ndarray], *changes: Unknowns) -> Unknowns:
     """Apply ``f`` to each array of ``changes`` by numpy, since compiling ``f`` by jax takes longer.
 
-    Each of ``changes`` holds positions, strain, multipliers and parameters; ``f`` gets one array of
-    each.
+    Each of ``changes`` is a record of arrays: positions, strain, parameters and multipliers. The
+    positions of the result are ``f(*positions of all changes)``, and so on for the other arrays.
     """
     return jax.tree.map(lambda *leaves: f(*(np.asarray(leaf) for leaf in leaves)), *changes)
 
