@@ -182,7 +182,10 @@ def directional(tensor: jax.Array, directions: ArrayLike) -> tuple[jax.Array, ja
     filled = matrix + scale * (left * zero) @ right
     unresisted = jnp.linalg.norm((along @ left) * zero, axis=-1) > eps**0.5
     strain = jnp.linalg.solve(filled, along.reshape(-1, along.shape[-1]).T).T.reshape(along.shape)
+    # nn:S:nn. It is finite also where a strain costs nothing, owing to ``filled``: in a derivative
+    # a NaN would pass through where() below, although its entry is not taken.
     longitudinal = jnp.sum(strain * along, axis=-1)
+    # tr(S:nn), from the traces of Mandel's basis; tr(S:nn) - nn:S:nn is the transverse strain
     volumetric = strain @ jnp.einsum("aii->a", basis(d))
     young = jnp.where(unresisted, 0.0, 1.0 / longitudinal)
     poisson = jnp.where(
@@ -425,6 +428,7 @@ def jvp(
     elastic = moduli(lin, throw=throw)
     moved = derivatives.jvp(lin, dparams, throw=throw)
     # the chain rule: parameters -> motion of the minimum -> tensors -> observable
+    # ``moved`` is in the form for users; ``unknown`` takes out the motion with the cell again.
     rates = _push_tensors(
         lin.traced(tuple(dparams)), elastic, lin.structure.unknown(lin, moved.value), tangent
     )
@@ -480,10 +484,10 @@ def value_and_gradient(
 
 
 def _with_status_of_moduli(elastic: Moduli, result: D) -> D:
-    """Give a derivative of the elastic moduli the worse of two statuses: its own and the moduli's.
+    """Return a derivative of the elastic moduli whose status takes account of the moduli's status.
 
-    Where the status of the moduli is not good, it replaces that of the derivative, because it names
-    the cause.
+    The status of the result is the worse of the two. But where the status of the moduli is not
+    good, the result always has this status, because it names the cause.
 
     Args:
       elastic: the moduli.
@@ -591,13 +595,16 @@ def _tensors_of_unknowns(
 def _push_tensors(
     lin: Linearization, elastic: Moduli, x: Unknowns, params: Mapping[str, jax.Array]
 ) -> tuple[jax.Array, ...]:
-    """Differentiate stiffness tensor, affine tensor and stress along a displacement.
+    """Differentiate the two stiffness tensors and the stress along one direction.
+
+    The two are the relaxed and the affine stiffness tensor. The direction is a displacement of the
+    particles together with a change of the parameters.
 
     Args:
       lin: the linearization of the minimum.
       elastic: the moduli at the minimum.
       x: the displacement of the particles; for a minimum at a pressure also the strain of the cell.
-      params: the change of the parameters that goes with the displacement, by name.
+      params: the change of the parameters, by name.
     """
     primals = (lin.unknowns, dict(lin.params))
     return jax.jvp(_tensors_of_unknowns(lin, elastic), primals, (x, dict(params)))[1]
@@ -607,7 +614,7 @@ def _push_tensors(
 def _pull_tensors(
     lin: Linearization, elastic: Moduli, weights: tuple[jax.Array, ...]
 ) -> tuple[Unknowns, dict[str, jax.Array]]:
-    """Differentiate linear combinations of the stiffness tensors and of the stress.
+    """Differentiate weighted sums of the entries of the stiffness tensors and of the stress.
 
     The derivatives are those by the parameters and by the unknowns: the positions and, for a
     minimum at a pressure, the strain of the cell.
@@ -615,8 +622,8 @@ def _pull_tensors(
     Args:
       lin: the linearization of the minimum.
       elastic: the moduli at the minimum.
-      weights: weights of the entries of (tensor, affine, stress) in each linear combination, with a
-        leading axis over the combinations.
+      weights: weights of the entries of (tensor, affine, stress), the relaxed and the affine
+        stiffness tensor and the stress; with a leading axis over the sums.
     """
     pull = jax.vjp(_tensors_of_unknowns(lin, elastic), lin.unknowns, lin.params)[1]
     return jax.vmap(lambda w: pull(w))(weights)

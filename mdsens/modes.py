@@ -195,7 +195,10 @@ def gradient(
 
 
 def _check_arguments(count: int, accuracy: float) -> int:
-    """Check the arguments ``count`` and ``accuracy``; return the count as a Python int."""
+    """Check two arguments of :func:`smallest_stiffness`; return ``count`` as a Python int.
+
+    The other argument is ``accuracy``, which has to lie between 0 and 1.
+    """
     if not is_number(accuracy) or not 0 < accuracy < 1:
         raise InputError(f"accuracy is {short(accuracy)}: give a number between 0 and 1.")
     return _check_count(count)
@@ -211,7 +214,7 @@ def _check_count(count: int) -> int:
 def _compute_softest(lin: Linearization, count: int, accuracy: float) -> Softest:
     """Compute the lowest modes of the Hessian, and judge whether they are reliable.
 
-    Modes that are as stiff as the last one are included.
+    If further modes are as stiff as the last of the ``count`` lowest modes, they are included.
 
     Args:
       lin: the linearization of the minimum.
@@ -227,6 +230,7 @@ def _compute_softest(lin: Linearization, count: int, accuracy: float) -> Softest
         if status.good:
             status = Status.UNJAMMED
         return _without_modes(system, 0.0, gap=np.inf, mixing=0.0, status=status, method="none")
+    # A Linearization stores no factor where the energy is no sum over pairs.
     stiffness = HessianFactor(system, lin.null) if lin.factor is None else lin.factor
     length = float(natural_units(system)[0])
     largest_force = float(lin.equilibrium.max_force)
@@ -261,7 +265,10 @@ def _compute_softest(lin: Linearization, count: int, accuracy: float) -> Softest
 
 
 def _count_modes(lin: Linearization) -> int:
-    """Count the modes off the null space; 0 where all particles are rattlers or positions NaN."""
+    """Count the modes of the Hessian outside of its null space (translations, rattlers).
+
+    The result is 0 if all particles are rattlers or a position is not finite.
+    """
     positions = np.asarray(lin.system.positions)
     if np.asarray(lin.network.rattlers).all() or not np.isfinite(positions).all():
         return 0
@@ -271,15 +278,16 @@ def _count_modes(lin: Linearization) -> int:
 def _find_gap(
     stiffness: HessianFactor, count: int, available: int, floor: float
 ) -> tuple[Spectrum, int, bool]:
-    """Compute the lowest modes, as many as it takes to know the gap after those asked for.
+    """Compute the lowest ``count`` modes, and more of them until the gap above these is known.
 
-    Modes that are as stiff as the last one asked for lie below the gap.
+    The gap is the difference of stiffness to the next stiffer mode. If further modes are as stiff
+    as the last of the ``count`` modes, they lie below the gap.
 
     Args:
       stiffness: the Hessian, with its factor.
       count: the number of modes asked for.
-      available: the number of modes off the null space.
-      floor: the stiffness below which its sign is in doubt.
+      available: the number of modes outside of the null space.
+      floor: the sign of a stiffness smaller than this is in doubt.
 
     Returns:
       the computed modes, the number of modes below the gap, and whether the gap is known; the
@@ -303,10 +311,10 @@ def _find_gap(
 def _without_modes(
     system: System, value: float, *, gap: float, mixing: float, status: Status, method: str
 ) -> Softest:
-    """Return a result for a minimum whose modes cannot be computed: one mode, without meaning.
+    """Return the result for a minimum whose modes cannot be computed.
 
-    The stiffness, the mode, its residual and its participation are filled with ``value``, which is
-    0 or NaN.
+    The result has the form of a single mode, whose numbers have no meaning: its stiffness, its
+    displacements, its residual and its participation are all ``value``, which is 0 or NaN.
     """
     return Softest(
         values=np.full(1, value),
@@ -321,7 +329,10 @@ def _without_modes(
 
 
 def _count_with_equal(values: np.ndarray, count: int) -> int:
-    """Return ``count`` plus the number of further eigenvalues equal to the last of them.
+    """Count the lowest eigenvalues, and with them all that are equal to the last one.
+
+    The result is ``count``, plus the number of eigenvalues beyond the lowest ``count`` that are
+    equal to the last of the lowest ``count``.
 
     Args:
       values: ascending eigenvalues.
@@ -374,6 +385,7 @@ def _stiffness_along(system: System, vectors: jax.Array) -> jax.Array:
     R = system.positions
 
     def along(v: jax.Array) -> jax.Array:
+        # v^T H v is the second derivative of U(R + t v) by t at t = 0: forward mode twice.
         def slope(t: jax.Array) -> jax.Array:
             return jax.jvp(
                 lambda s: potential_energy(system, R + s * v), (t,), (jnp.ones_like(t),)
@@ -510,8 +522,9 @@ def _lowest_modes(
       count: the number of modes asked for; equally stiff ones are added.
 
     Returns:
-      the modes (k, n, d), with k fixed by ``count``; the weight (k,) of each in the mean stiffness,
-      zero for modes that do not belong to it; and the status.
+      the k lowest modes (k, n, d), where k follows from ``count`` and not from the eigenvalues; the
+      weight (k,) of each mode in the mean stiffness, zero for modes that are not part of the mean;
+      and the status.
     """
     n, d = system.positions.shape
     unit = jnp.eye(n * d, dtype=system.positions.dtype)
@@ -535,6 +548,7 @@ def _lowest_modes(
     # modes whose stiffness is zero to round-off contribute exactly zero to the mean
     weights = chosen[:k] * (jnp.abs(values[:k]) > zero) / jnp.maximum(jnp.sum(chosen[:k]), 1)
     multiplicity = jnp.sum(chosen)
+    # A later line takes precedence over an earlier one.
     status = jnp.where(multiplicity > count, Status.DEGENERATE.value, Status.CONVERGED.value)
     status = jnp.where(multiplicity > k, Status.UNRESOLVED.value, status)
     status = jnp.where(jnp.abs(values[0]) <= zero, Status.FLOPPY.value, status)

@@ -90,6 +90,7 @@ def compress(
             cell = FixedBox(jnp.asarray(system.box) * scale, system.boundary.orthogonal)
             scaled = system.replace(positions=system.positions * scale, boundary=cell)
             eq = minimize(
+                # The list keeps its capacity where it can, so that compiled code is used again.
                 scaled.reallocate(keep=True),
                 tolerance=tolerance,
                 method=method,

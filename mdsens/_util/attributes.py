@@ -13,7 +13,11 @@ __all__ = ["Named", "missing", "missing_of_package"]
 
 
 class Named:
-    """Base class of result records; the error for a missing attribute lists those that exist."""
+    """Base class of result records, with a helpful error for an attribute that does not exist.
+
+    The error lists the attributes that the record has, and suggests the one that was probably
+    meant.
+    """
 
     # Hidden from type checkers, which would otherwise accept any attribute name.
     if not TYPE_CHECKING:

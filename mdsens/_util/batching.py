@@ -66,8 +66,9 @@ def stack_trees(members: Sequence[PyTree]) -> Any:
 
 
 def concatenate_trees(parts: Sequence[PyTree], counts: Sequence[int]) -> Any:
-    """Join several batches into one.
+    """Join several batches into one batch that has the members of all of them.
 
+    A batch is a nested structure of arrays with a leading axis, one entry for each member.
     ``parts`` is the list of the batches; of batch ``parts[i]`` the first ``counts[i]`` members are
     taken.
     """
@@ -85,7 +86,10 @@ def concatenate_trees(parts: Sequence[PyTree], counts: Sequence[int]) -> Any:
 
 @jax.jit
 def take_members(batch: PyTree, which: ArrayLike) -> Any:
-    """Return the batch of those members of ``batch`` whose indices are in ``which``."""
+    """Select members of a batch by their indices ``which``, and return them as a new batch.
+
+    A batch is a nested structure of arrays with a leading axis, one entry for each member.
+    """
     return jax.tree.map(lambda leaf: jnp.asarray(leaf)[which], batch)
 
 
@@ -131,6 +135,7 @@ def in_chunks(run: Callable[[Any, int], T], batch: PyTree, count: int, n: int) -
             return [run_chunk(start) for start in starts]
         return list(pool.map(run_chunk, starts))
     finally:
+        # after an error, chunks that have not begun are dropped
         pool.shutdown(cancel_futures=True)
 
 

@@ -31,7 +31,10 @@ Components: TypeAlias = tuple[Any, ...]
 
 
 def components(vectors: jax.Array) -> Components:
-    """Split vectors (…, d) into d arrays (…) of components, on which arithmetic is fastest."""
+    """Split an array of vectors (…, d) into d arrays (…), one for each component.
+
+    Arithmetic is faster on these arrays than on the array of vectors.
+    """
     return tuple(vectors[..., a] for a in range(vectors.shape[-1]))
 
 
@@ -114,9 +117,13 @@ def heights(box: np.ndarray | jax.Array) -> Any:
 def circular_mean(vectors: jax.Array, box: jax.Array, weights: ArrayLike) -> jax.Array:
     """Compute the weighted mean (d,) of vectors (n, d) that are known up to lattice vectors.
 
-    Along each cell vector it is the mean of angles: the sum over one cell is a full turn. Unlike
-    the mean of the nearest images, it is the common part of displacements of nearly half the cell
-    too, of which the nearest images of some particles point the opposite way.
+    The d fractional components of each vector, times 2 pi, are taken as angles, which a lattice
+    vector changes by full turns only. For each component, the mean angle is the direction of the
+    weighted sum of (cos, sin) of the angles.
+
+    If all particles move by nearly half the cell, the nearest images of some displacements point
+    the opposite way. The mean of the nearest images is then wrong, but the mean of the angles is
+    still the common displacement.
 
     Args:
       vectors: (n, d) the vectors.

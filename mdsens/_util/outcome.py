@@ -46,6 +46,7 @@ class Outcome(IntEnum):
 
     def __new__(cls, code: int, severity: Severity, sentence: str) -> Outcome:
         member = int.__new__(cls, code)
+        # without this, enum makes the value from all three arguments
         member._value_ = code
         member.severity = severity
         member.sentence = sentence
@@ -55,11 +56,15 @@ class Outcome(IntEnum):
         return member
 
     def __init__(self, *_: object) -> None:
+        # not in __new__, where enum has not set the name yet
         _Registry.names[int(self)] = self.name
 
     @property
     def entry(self) -> tuple[int, Severity, str]:
-        """Code, severity and sentence of this outcome, to repeat it in another enumeration."""
+        """Code, severity and sentence of this outcome of a computation.
+
+        They define the same outcome in another enumeration.
+        """
         return int(self), self.severity, self.sentence
 
     @property
@@ -77,9 +82,9 @@ class Outcome(IntEnum):
 
     @classmethod
     def worst_of(cls, codes: ArrayLike) -> Self:
-        """Return the most severe of several outcomes of computations, an array of their codes.
+        """Return the most severe of several outcomes of computations.
 
-        Not for use inside ``jit``.
+        ``codes`` is an array of the codes of the outcomes. Not for use inside ``jit``.
         """
         return cls(worst(codes))
 
@@ -120,7 +125,10 @@ def severity_of(codes: ArrayLike) -> Any:
 
 
 def is_good(codes: ArrayLike) -> Any:
-    """Return whether a result can be used, for each outcome code in an array; works in ``jit``."""
+    """Return whether a result can be used, given the code of the outcome of its computation.
+
+    For an array of codes the answer is an array of truth values. Works inside ``jit``.
+    """
     return severity_of(codes) < Severity.FAILURE
 
 

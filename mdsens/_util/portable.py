@@ -79,6 +79,7 @@ def restored(kind: Callable[..., Any], fields: dict[str, Any], had: dict[str, li
       PrecisionError: a dtype has changed. In a process without x64, jax converts float64 to float32
         without a warning.
     """
+    # unpickling may be the first use of mdsens in this process
     require_sound_jax()
     for name, value in fields.items():
         for then, now in zip(had[name], array_types(value), strict=False):

@@ -26,4 +26,5 @@ def chirp(shape: int | tuple[int, ...], dtype: DTypeLike = np.float64, xp: Modul
       xp: the module that makes the array, numpy or jax.numpy.
     """
     size = shape if isinstance(shape, int) else math.prod(shape)
+    # in single precision k^2 is rounded from k = 4,097 on, which only gives another trial vector
     return xp.cos(xp.arange(size, dtype=dtype) ** 2).reshape(shape)

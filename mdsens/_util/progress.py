@@ -50,8 +50,8 @@ class _Bar:
 class Decades(_Bar):
     """Progress bar of one relaxation, on a logarithmic scale of the largest net force.
 
-    The scale goes from the largest force met so far down to ``tolerance``, the force to relax to,
-    which may be set later.
+    The scale goes from the largest force met so far down to ``tolerance``, the force to relax to.
+    The attribute ``tolerance`` may be set after the bar was made.
     """
 
     def __init__(self, wanted: bool | None, tolerance: float = np.inf):

@@ -31,7 +31,10 @@ def similar_name(name: str, names: Iterable[str]) -> str | None:
 
 
 def did_you_mean(name: object, valid: Iterable[str]) -> str:
-    """Word the remedy for an unknown name: name the most similar valid name, or all valid names."""
+    """Write the end of an error message for an unknown name: what to write instead.
+
+    This is the valid name most similar to ``name``; without a similar one, all valid names.
+    """
     names = list(valid)
     similar = similar_name(str(name), names)
     return f"did you mean {similar!r}?" if similar else f"use one of {', '.join(names)}."

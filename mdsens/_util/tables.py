@@ -23,6 +23,7 @@ def text(title: str, rows: Rows, width: int = WIDTH) -> str:
     lines = [title]
     for key, value in rows:
         # Paths and numbers with an exponent such as 1e-12 stay whole.
+        # 4: two spaces before the name and two before the value.
         wrapped = textwrap.wrap(
             value, max(width - names - 4, 20), break_long_words=False, break_on_hyphens=False
         )
@@ -44,8 +45,9 @@ def columns(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) ->
 def numbers(values: Iterable[float], digits: int = 5) -> list[str]:
     """Format numbers, all with the same number of decimals.
 
-    The decimals are as many as the largest number needs to show ``digits`` digits, or none. The
-    notation is scientific where the largest magnitude is below 1e-3, or 1e6 or more.
+    The number of decimals is that with which the number of largest magnitude shows ``digits``
+    digits, or 0 if it has more digits before the decimal point. The notation is scientific where
+    the largest magnitude is below 1e-3, or 1e6 or more.
     """
     column = [float(v) for v in values]
     largest = max((abs(v) for v in column if math.isfinite(v)), default=0.0)

@@ -96,8 +96,8 @@ _SOURCE_LENGTH = 80  # largest number of characters of the source line in a mess
 class Traceable:
     """A function of the user that jax will trace, that is, call with arrays without values.
 
-    Two records with equal fields are equal, so that jax reuses the compiled code of an equal
-    function.
+    Two objects of this class are equal if their attributes are equal. For an equal object, jax
+    reuses the compiled code.
 
     Attributes:
       what: name of the function in an error message, such as "the observable".
@@ -123,6 +123,7 @@ class Traceable:
         """
         try:
             return self.function(*arguments)
+        # base classes of all error types in _FAULTS
         except (TypeError, ValueError, IndexError) as error:
             for fault in _FAULTS:
                 if isinstance(error, fault.error_type) and str(error).startswith(fault.begins):
@@ -130,7 +131,10 @@ class Traceable:
             raise
 
     def _message(self, fault: _Fault, error: Exception) -> str:
-        """Compose the error message: the fault, the line of the user's code, and the remedy."""
+        """Compose the message of the error that is raised if jax cannot trace the user's function.
+
+        The message gives the fault, the line of the user's code, and the remedy.
+        """
         remedy = f"{fault.remedy}, or {self.otherwise}" if self.otherwise else fault.remedy
         # the first frame is that of __call__ above
         frames = list(traceback.walk_tb(error.__traceback__))[1:]

@@ -150,8 +150,8 @@ def is_number(value: object) -> bool:
 def check_count(name: str, field: str, value: int | None) -> None:
     """Raise InputError unless ``value`` is None or a positive whole number.
 
-    For the message, ``name`` is the name of the class, and ``field`` that of its field with this
-    value.
+    ``value`` was given for a field of a class. The error message names both: ``name`` is the name
+    of the class, and ``field`` the name of the field.
     """
     if value is not None and not (is_integer(value) and value >= 1):
         raise InputError(

@@ -275,6 +275,7 @@ def _positive(text: str) -> float:
 
 def _count(text: str) -> int:
     """Convert the text of a command-line option to an integer of at least 1."""
+    # isdecimal, and not isdigit, which is also true of digits such as ² that int() refuses
     if text.isdecimal() and int(text) >= 1:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number: give 1 or more")

@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     try:
         code = args.run(args)
+        # here, so that a closed pipe raises its error inside of this try
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -68,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Python flushes stdout once more at exit: into a file that takes it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return GOOD
+    # before MdsensError, of which it is a kind
     except ConvergenceError as error:
         return _report_failure(UNTRUSTED, str(error))
     except (MdsensError, OSError) as error:
@@ -125,6 +127,7 @@ def _relax_system(args: argparse.Namespace) -> tuple[Equilibrium, Linearization,
 
     # getattr with a default: not every command has each of these options
     if not getattr(args, "single", False):
+        # before the system is loaded: jax sets the precision of an array when it makes the array
         ms.enable_x64()
     fields = {} if args.seed is None else {"seed": args.seed}
     system = ms.load_system(args.system, **fields)
@@ -163,7 +166,7 @@ def _merge_options(args: argparse.Namespace, fields: dict[str, Any]) -> dict[str
       fields: values that replace those of the system's file, such as the seed.
 
     Raises:
-      InputError: an option that goes with ``--pressure``, without ``--pressure``.
+      InputError: the command has an option that needs ``--pressure``, but no ``--pressure``.
     """
     import mdsens as ms
 
@@ -215,7 +218,11 @@ def _relax(args: argparse.Namespace) -> int:
 
 
 def _sensitivity(args: argparse.Namespace) -> int:
-    """Run ``mdsens sensitivity``: compute, check and certify the response to each component."""
+    """Run ``mdsens sensitivity``: compute, check and certify responses of a minimum.
+
+    There is a response to each parameter component that ``--wrt`` names. Many components are
+    listed in a table by the size of their responses, and only the largest response is checked.
+    """
     import mdsens as ms
 
     _check_writable("--out", args.out, (".npz",))
@@ -254,10 +261,13 @@ def _sensitivity(args: argparse.Namespace) -> int:
 
 
 def _split_findings(certificate: Certificate) -> tuple[list[str], list[str]]:
-    """Return what a certificate warns of, and the reasons that it gives not to trust a derivative.
+    """Split the findings of a certificate into warnings and reasons not to trust a derivative.
 
-    UNSTABLE is a warning here: a derivative at fixed cell is right whether or not the configuration
-    would keep its shape without the cell.
+    The finding UNSTABLE counts as a warning: a derivative at fixed cell is right whether or not the
+    configuration would keep its shape without the cell.
+
+    Returns:
+      the sentences of the warnings, and the sentences of the reasons.
     """
     mild = [
         sentence
@@ -299,7 +309,9 @@ def _certify(args: argparse.Namespace) -> int:
 
 
 def _select_position(particle: int | None, n: int) -> Callable[[System], jax.Array] | None:
-    """Return the position of one particle as a function of the system; None for no particle.
+    """Return a function that takes a system and returns the position of one particle.
+
+    For ``particle=None`` the result is None, too.
 
     Args:
       particle: index of the particle, or None.
@@ -354,7 +366,10 @@ def _moduli(args: argparse.Namespace) -> int:
 
 
 def _design(args: argparse.Namespace) -> int:
-    """Run ``mdsens design``: search for parameters, and store the search's state at each step."""
+    """Run ``mdsens design``: search for parameters that give a system the wanted properties.
+
+    The state of the search is stored after each step, so that the search can be resumed.
+    """
     import mdsens as ms
     from mdsens.cli import design_report
     from mdsens.io.design_toml import load_design
@@ -452,9 +467,11 @@ def _store(path: Path, lin: Linearization, findings: Sequence[Finding]) -> None:
 
 
 def _collect_responses(lin: Linearization, findings: Sequence[Finding]) -> dict[str, Any]:
-    """Return the responses, their statuses and their errors by name, an entry for each component.
+    """Collect the responses of a minimum to parameter components in a dict of lists.
 
-    Where the cell was relaxed to a pressure, this pressure is among them, as one number.
+    Each list has one entry for each component: its label, the response, the non-affine part of the
+    response, the status, the residual or the error. Where the cell was relaxed to a pressure, the
+    dict also has a list of the strains of the cell, and this pressure as one number.
     """
     responses = [finding.response for finding in findings]
     cell = {}
@@ -514,11 +531,16 @@ def _figure(path: Path, draw: Callable[[], Any]) -> None:
     figure = draw().get_figure(root=True)
     assert figure is not None
     with replacing(path) as file:
+        # the format has to be named: an open file has no suffix by which matplotlib chooses it
         figure.savefig(file, format=path.suffix[1:].lower(), dpi=300)
 
 
 def _verify(args: argparse.Namespace) -> int:
-    """Run ``mdsens verify``: compare responses with finite differences and with the adjoint."""
+    """Run ``mdsens verify``: check responses of a minimum to parameter components.
+
+    Each response is compared with finite differences, and with the adjoint. Many components are
+    checked at once, by the response to a random change of all of them.
+    """
     import mdsens as ms
 
     eq, lin, parts = _relax_system(args)

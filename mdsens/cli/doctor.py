@@ -34,10 +34,11 @@ def versions() -> list[tuple[str, str]]:
 def energies() -> list[tuple[str, float, float]]:
     """Compute the energy of one system by several methods, to find neighbor lists that lose pairs.
 
-    The system is random overlapping spheres in a sheared periodic cell in 3-D, and the methods
-    differ in the neighbor list that compiled code builds. With jax 0.10.2 on CPU such lists lose
-    pairs, but do not set the flag that marks an incomplete list (jax issue 39103), and the energy
-    is far too small. This check finds other releases of jax with such a fault.
+    The system is random overlapping spheres in a sheared periodic cell in 3-D. The first method is
+    a sum over all pairs with numpy; the other methods use neighbor lists that compiled code builds.
+    With jax 0.10.2 on CPU such lists lose pairs, but do not set the flag that marks an incomplete
+    list (jax issue 39103), and the energy is far too small. This check finds other releases of jax
+    with such a fault.
 
     Returns:
       (method, energy, error) for each method; the error is relative to numpy's sum over all pairs.
@@ -50,11 +51,13 @@ def energies() -> list[tuple[str, float, float]]:
     from mdsens.model.system import System, listed, potential_energy
 
     length = (N * np.pi / 6 / 0.6) ** (1 / 3)  # packing fraction 0.6 of spheres of diameter 1
+    # a full matrix in 3-D, with which jax 0.10.2 loses pairs
     box = length * np.array([[1.0, 0.2, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     # a fixed seed, so that the check is the same on every machine
     fractions = np.random.default_rng(0).random((N, 3))
     # all pairs: harmonic soft spheres, (1 - r)^2 / 2 for each overlapping one
     separations = fractions[:, None] - fractions[None]
+    # rounding is right up to half the smallest height of the cell, 2.5; pairs interact up to 1
     nearest_images = (separations - np.round(separations)) @ box.T
     r = np.linalg.norm(nearest_images, axis=-1)[np.triu_indices(N, 1)]
     exact = float(np.sum(np.where(r < 1.0, 0.5 * (1.0 - r) ** 2, 0.0)))

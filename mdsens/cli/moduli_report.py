@@ -68,6 +68,7 @@ def slopes_of(lin: Linearization, parts: Sequence[Component]) -> dict[str, np.nd
 
     def along(part: Component) -> np.ndarray:
         changes = {k: np.asarray(v, float) for k, v in part.direction.items()}
+        # (features, *shape of the parameter) with (*shape): a sum over the components
         slopes = sum(np.tensordot(np.asarray(value[k]), v, axes=v.ndim) for k, v in changes.items())
         dP = 0.0 if lin.cell is None else float(changes.get("pressure", np.zeros(())))
         return slopes + dP * (np.arange(len(names)) == 0)  # P is the first of the names

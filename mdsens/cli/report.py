@@ -102,6 +102,7 @@ def components(
 def _check_index(name: str, index: tuple[int, ...], shape: tuple[int, ...]) -> None:
     """Raise InputError if a parameter ``name`` of this shape has no component with this index."""
     if len(index) != len(shape):
+        # all three values are made, also for a parameter without axes: hence the check of ``shape``
         kind, form = {
             0: ("one number", name),
             1: (f"{shape[0] if shape else 0} numbers", f"{name}[i], or {name} for all of them"),
@@ -116,10 +117,11 @@ def _check_index(name: str, index: tuple[int, ...], shape: tuple[int, ...]) -> N
 
 
 def _component(parameter: Parameter, index: tuple[int, ...]) -> Component:
-    """Make the record of one number of a parameter: its label, and the change of it by 1.
+    """Make the record of one component of a parameter, such as ``sigma[1]``.
 
-    The change is an array of the parameter's shape, which is 1 at the given index and 0 elsewhere;
-    in a symmetric matrix it is 1 at the mirror image too.
+    The record has the label of the component, and the change of the whole parameter when the
+    component changes by 1. The change is an array of the parameter's shape: 1 at the given index
+    and 0 elsewhere; in a symmetric matrix also 1 at the mirror image of the index.
     """
     return Component(parameter.label(index), {parameter.name: parameter.unit(index)})
 
@@ -147,7 +149,11 @@ def system(name: str, system: System, content: dict[str, Any]) -> str:
 
 
 def _describe_kinds(system: System) -> str:
-    """Say how the particles differ: by species, each by parameters of its own, or not at all."""
+    """Say in words which kinds of particles a system has.
+
+    The words give the species with their numbers of particles. Without species, they say that each
+    particle has parameters of its own, or that all particles are alike.
+    """
     if system.species is not None:
         counts = np.bincount(np.asarray(system.species), minlength=system.species_count)
         names = [f" {name}" for name in system.species_names]
@@ -163,7 +169,11 @@ def _describe_kinds(system: System) -> str:
 
 
 def _format_density(system: System) -> tuple[str, str]:
-    """Format the packing fraction; for particles that attract or have no size, number density."""
+    """Format the density of a system as a name and a value for a table.
+
+    The density is the packing fraction; for particles that attract or have no diameter, it is the
+    number of particles per volume.
+    """
     if system.diameters is None or not system.potential.repulsive:
         return "number density", f"{system.n / float(system.volume):.6g}"
     fraction = float(packing_fraction(system))
@@ -247,16 +257,17 @@ def parts_of(value: jax.Array | np.ndarray | Unknowns) -> tuple[np.ndarray, np.n
 
 
 def spacing(system: System, component: Component) -> float:
-    """Compute the unit for displacements of particles in response to a parameter component.
+    """Compute a natural unit for the derivative of a position by a parameter component.
 
-    A displacement of one unit is one particle spacing if the relative change of the parameter
-    is 1. The unit is therefore the particle spacing divided by the parameter's largest absolute
-    value among the entries that the component changes. Where this value is zero, the unit is the
-    spacing.
+    If the derivative has the size of one unit, a relative change of the parameter by 1 moves the
+    particle by one particle spacing, to first order. The unit is therefore the particle spacing
+    divided by a value of the parameter: the largest absolute value among the entries that the
+    component changes. Where this value is zero, the unit is the spacing.
     """
     name, direction = next(iter(component.direction.items()))
     d = system.dimension
     if system.box is None:  # n^(1/d) particles in a row along the longest side
+        # a row has one gap less than particles
         sides = max(system.n ** (1.0 / d) - 1.0, 1.0)
         length = np.ptp(np.asarray(system.positions), axis=0).max() / sides
     else:
@@ -270,7 +281,11 @@ def spacing(system: System, component: Component) -> float:
 
 
 def negligible(system: System, component: Component, response: Displacement) -> bool:
-    """Return whether the non-affine displacements are too small to check by finite differences."""
+    """Return whether the non-affine displacements in a response are so small that they count as 0.
+
+    Finite differences cannot check displacements as small as these. ``component`` is the parameter
+    component that the particles respond to.
+    """
     largest = np.linalg.norm(np.asarray(response.nonaffine), axis=1).max()
     return bool(largest < NEGLIGIBLE * spacing(system, component))
 
@@ -281,11 +296,12 @@ def scale(
     response: Displacement,
     value: jax.Array | np.ndarray | Unknowns,
 ) -> float:
-    """Compute the norm by which errors of a response are divided to become relative errors.
+    """Compute the norm by which the error of a response is divided, to make it a relative error.
 
-    The norm is that of the particles' displacements in ``value``: the whole response, or its
-    non-affine part. Where the non-affine displacements in ``response`` are negligible, the norm is
-    that of displacements of every particle by the unit :func:`spacing`.
+    It is the norm of the particles' displacements ``value``, which the caller takes from the
+    response: all of it, or its non-affine part. If the non-affine displacements in ``response``
+    are negligible, it is the norm that the displacements would have if each particle moved by the
+    unit that :func:`spacing` returns.
     """
     if negligible(system, component, response):
         return spacing(system, component) * system.n**0.5
@@ -326,7 +342,7 @@ class Finding(NamedTuple):
 
     @property
     def size(self) -> float:
-        """Euclidean norm of the non-affine displacements of the particles."""
+        """Euclidean norm of the particles' non-affine displacements in the response."""
         return float(np.linalg.norm(np.asarray(self.response.nonaffine)))
 
     @property
@@ -581,7 +597,10 @@ def _largest_displacements(finding: Finding, affine: bool, count: int = 5) -> st
 
 
 def _species_label(system: System, i: int) -> list[str]:
-    """Return the species of particle i as a list with one entry; an empty list without species."""
+    """Return the species of particle i for a row of a table, as a list with one entry.
+
+    For a system without species the list is empty.
+    """
     if system.species is None:
         return []
     return [system.species_label(int(np.asarray(system.species)[i]))]
@@ -590,10 +609,11 @@ def _species_label(system: System, i: int) -> list[str]:
 def ranking(
     lin: Linearization, parts: Sequence[Component], whole: Displacement, count: int
 ) -> tuple[str, int]:
-    """Rank the components of a parameter by the norm of the displacements that they cause.
+    """Rank the components of a parameter by how much they move the particles.
 
-    Displacements are non-affine ones. Where the parameter has one value for each particle, the
-    motion of the particle that a value belongs to does not count.
+    The measure is the norm of the non-affine displacements in response to a component. If the
+    parameter has one value for each particle, the value of particle i is ranked by the motion of
+    the other particles: that of particle i does not count.
 
     Args:
       lin: the linearization at the minimum.
@@ -631,7 +651,11 @@ def ranking(
 
 
 def _find_bonds(system: System, name: str) -> list[np.ndarray]:
-    """Return the bonded pairs (bonds, 2) of each potential of bonds with a parameter ``name``."""
+    """List the bonds that a parameter of a system belongs to, as particle indices (bonds, 2).
+
+    The list has one array for each potential of bonds that has a parameter of this name; it is
+    empty for a parameter that does not belong to bonds.
+    """
     terms = getattr(system.potential, "parts", (system.potential,))
     return [
         np.asarray(potential.bonds)
@@ -641,11 +665,15 @@ def _find_bonds(system: System, name: str) -> list[np.ndarray]:
 
 
 def _measure_displacements(parts: Sequence[Component], whole: Displacement) -> np.ndarray:
-    """Compute how far each component of a parameter moves each particle, (component, particle).
+    """Compute how far each particle moves in response to each component of a parameter.
 
     Args:
       parts: all components of the parameter.
       whole: the Jacobian of the minimum by the parameter, of which the non-affine part counts.
+
+    Returns:
+      the lengths of the displacements, with a row for each component and a column for each
+      particle.
     """
     (name,) = parts[0].direction
     units = np.stack([part.direction[name] for part in parts])

@@ -134,6 +134,7 @@ def check_constraints(
         if c.name in names:
             raise InputError(f"two constraints are named {c.name!r}: give each a different name.")
         names.append(c.name)
+        # before c.check, which reads the constraint's parameters by their names
         _check_parameters(c, params, law_parameters)
         c.check(params, n, d)
     # Only after all are known: the constraint that relaxes a parameter may come after the one whose
@@ -172,7 +173,11 @@ def _check_parameters(c: Constraint, params: Params, law_parameters: Sequence[st
 
 
 def _check_fixed_bounds(constraints: Sequence[Constraint]) -> None:
-    """Raise InputError if the bounds of a constraint depend on a parameter that another relaxes."""
+    """Raise InputError if a constraint's bounds depend on a parameter that a constraint relaxes.
+
+    A parameter that a constraint relaxes changes with the positions during a relaxation, and bounds
+    must not move then.
+    """
     relaxes = {name: c.name for c in constraints for name in c.relaxes}
     for c in constraints:
         for name in relaxes.keys() & set(c.bounded_by):

@@ -256,6 +256,11 @@ class RigidBonds(Portable, Constraint):
                 raise InputError(
                     f"RigidBonds: body {k} is {numbers}: give two or more particles, each once."
                 )
+            if len(np.unique(x[numbers], axis=0)) < len(numbers):
+                raise InputError(
+                    f"RigidBonds: two particles of body {k}, {numbers}, are at the same position:"
+                    " give positions that are apart."
+                )
             bonds += _isostatic_bonds(x, numbers, k)
         return cls.between(bonds, name=name)
 
@@ -304,6 +309,7 @@ class RigidBonds(Portable, Constraint):
         i, j = self.bonds[:, 0], self.bonds[:, 1]
         # no guard of sqrt(0): lengths are positive, so the ends of a bond that holds do not meet
         r = jnp.sqrt(jnp.sum(displacement(positions[i], positions[j]) ** 2, axis=-1))
+        # With this sign the multiplier is a tension: positive where the bond pulls.
         return r - params[self.length]
 
 
@@ -324,6 +330,8 @@ def _isostatic_bonds(x: np.ndarray, body: list[int], k: int) -> list[tuple[int, 
     for i in body[1:]:
         # the particle is a new corner if it adds a dimension to what the corners span
         arms = x[[*corners[1:], i]] - x[corners[0]]
+        # Singular values come in descending order. With more arms than dimensions the last one is
+        # not zero although the new arm adds nothing: hence the test of the number of corners.
         spread = np.linalg.svd(arms, compute_uv=False)
         adds_dimension = len(corners) <= d and spread[-1] > FLAT * spread[0]
         (corners if adds_dimension else others).append(i)
@@ -334,6 +342,7 @@ def _isostatic_bonds(x: np.ndarray, body: list[int], k: int) -> list[tuple[int, 
             " straight: leave some of the particles out, or add a particle beside them."
         )
     bonds = list(itertools.combinations(corners, 2))
+    # i = i below binds the i of this turn; a closure looks its variables up only when called.
     for i in others:
 
         def conditioning(ends: tuple[int, ...], i: int = i) -> float:

@@ -101,6 +101,7 @@ class FixedTotal(Constraint):
     def residuals(
         self, positions: jax.Array, params: Params, displacement: Displacement
     ) -> jax.Array:
+        # The total is subtracted, so that the multiplier is -dU/dT.
         return self.total_of(params[self.parameter], positions.shape[1]) - params[self.total]
 
 

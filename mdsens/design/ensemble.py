@@ -87,8 +87,8 @@ class Measurement(NamedTuple):
       round_off: (m,) mean round-off error of each feature.
       jacobian: (m, p) mean of the derivatives of the features by the variables; the median instead
         of the mean if ``fit`` was called with ``restart``.
-      status: (members,) CONVERGED for each system that counts, else the code of the reason why the
-        system does not count.
+      status: one code for each system: CONVERGED if the system counts, else the code of the reason
+        why it does not.
     """
 
     lins: list[Linearization | None]
@@ -118,10 +118,11 @@ def measure(
       problem: the task of the design, with the features.
       minima: the minimum of each system; a minimum that is linearized already is used as it is.
       x: (p,) the variables of the design at these minima.
-      counts: (members,) False for each system to leave out.
+      counts: one truth value for each system, False for each system to leave out.
     """
     lins: list[Linearization | None] = [None] * len(minima)
     measured: list[FeatureValues] = []
+    # This stays the status of a member that is not measured, where ``counts`` is False.
     status = np.full(len(minima), Status.UNCONVERGED.value)
     for k, minimum in enumerate(minima):
         if not counts[k]:
@@ -201,11 +202,11 @@ def moves(
 def crossings(
     measurement: Measurement, moves: Sequence[Unknowns], tangent: Mapping[str, np.ndarray]
 ) -> tuple[float, int]:
-    """Predict at which fraction of a step the first pair crosses a breakpoint, and how many cross.
+    """Predict when in a step the first pair crosses a breakpoint, and how many pairs cross one.
 
     A step is a change ``tangent`` of the parameters with the linear response ``moves`` of each
     system. A breakpoint is a distance at which a derivative of the potential jumps or diverges. The
-    prediction is to first order.
+    prediction is to first order. The time is given as a fraction of the step.
 
     Returns:
       the smallest fraction over the systems of the ensemble, and the largest number of pairs that
@@ -241,9 +242,10 @@ def crossing_times(
 def _contact_path(
     lin: Linearization, move: Unknowns, tangent: Mapping[str, np.ndarray]
 ) -> tuple[System, jax.Array, dict[str, Any], jax.Array, jax.Array | None]:
-    """Return a parameter step with its linear response, to predict when pairs open or close.
+    """Prepare the prediction of the contacts that open or close in a step of the parameters.
 
-    The parts are arguments of the functions in ``mdsens.mechanics.contact_changes``.
+    The results are the arguments of the functions in ``mdsens.mechanics.contact_changes``, which
+    make the prediction from the linear response of particles and cell to the step.
 
     Returns:
       the system; the linear response (n, d) of the positions, less the motion with the cell; the
@@ -263,11 +265,12 @@ def _contact_path(
 def pair_motion(
     measurement: Measurement, moves: Sequence[Unknowns], tangent: Mapping[str, np.ndarray]
 ) -> float:
-    """Compute the root mean square change of the distance between pairs and breakpoints in a step.
+    """Compute how much pairs approach or leave their breakpoints in a step, to first order.
 
-    The change is that of r - b, to first order: r is the distance of a pair, and b a breakpoint, a
-    distance at which a derivative of the potential jumps or diverges. The result is a length, the
-    median over the systems of the ensemble; zero where no system has a linearized minimum.
+    A breakpoint b is a distance at which a derivative of the potential jumps or diverges. For each
+    system of the ensemble the root mean square of the change of r - b is taken over the pairs of
+    non-rattlers with distance r < b. The result is a length, the median over the systems; zero
+    where no system has a linearized minimum.
     """
     rates = [
         float(contact_changes.gap_rate(*_contact_path(lin, move, tangent)))
@@ -325,6 +328,7 @@ def _force_at_contact(system: System) -> jax.Array:
         return total
     for term in pair_terms(system):
         width = term.values[-1]  # smoothed() appends it to the parameters of phi
+        # ``lengths`` of an averaged potential contains the width, which is subtracted below.
         reach = system.potential.lengths(
             system.params, system.neighbors.pairs, system.n, system.species, system.species_count
         )
@@ -347,11 +351,11 @@ def relaxed(
       params: the new parameters, by name.
 
     Returns:
-      the minima; (members,) whether each system was relaxed, False for all systems where the cell
-      is too small for the range of the potential at these parameters; (members,) the largest
-      distance of a relaxed particle of each system from its start, in units of the length scale of
-      the potential (contact distance, or the distance of the minimum of the pair energy), nan with
-      ``restart``.
+      three sequences with an entry for each system: the minimum; whether the system was relaxed,
+      False for all systems where the cell is too small for the range of the potential at these
+      parameters; and the largest distance of a relaxed particle from its start, less a translation
+      of all particles, in units of the length scale of the potential (contact distance, or the
+      distance of the minimum of the pair energy), nan with ``restart``.
     """
     starts: list[System] = []
     try:
@@ -379,6 +383,8 @@ def _predicted(eq: Equilibrium, move: Unknowns) -> System:
     if move.strain is None:
         return eq.system.replace(positions=moved)
     strained = deformed(eq.system, from_mandel(jnp.asarray(move.strain)), eq.positions)
+    # ``move.positions`` contains the motion with the cell, so the positions that ``deformed``
+    # has strained are replaced, and not moved further.
     return strained.replace(positions=moved)
 
 

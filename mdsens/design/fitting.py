@@ -192,6 +192,7 @@ def _describe_task(
         "targets": [[t.name, t.value, t.tolerance, t.from_start, t.share] for t in targets],
         "variables": list(variables.labels),
         "bounds": [[float(low), float(high)] for low, high in bounds_of_x],
+        # The repr of an optimizer of optax has addresses of functions, which differ in every run.
         "method": repr(method) if isinstance(method, LevenbergMarquardt) else str(method),
     }
 
@@ -263,7 +264,7 @@ def _begin_design(
 def _initial(problem: Problem, members: list[System]) -> tuple[State, Measurement]:
     """Relax the systems of an inverse design, and make the state in which the design starts.
 
-    Targets that are relative to the start become numbers.
+    Wanted values that are given relative to the starting values are converted to absolute values.
 
     Returns:
       the state, and the properties to design, measured on the relaxed systems.
@@ -442,6 +443,7 @@ def _advanced(
         return state, measurement
     good = now.status == Status.CONVERGED.value
     minima = _update_minima(equilibria, state.equilibria, good)
+    # A refused step has returned above, and leaves the optimizer's state as it was.
     state = dataclasses.replace(state, x=tried, equilibria=minima, counts=good, optimizer=optimizer)
     return state, now
 
@@ -453,7 +455,7 @@ def _update_minima(
 
     Args:
       new, old: the minima after the step and before it.
-      good: (members,) whether the properties to design could be computed at the new minimum. A
-        system where they could not keeps its old minimum, from which the next step starts it.
+      good: for each system, whether the properties to design could be computed at its new minimum.
+        If not, the system keeps its old minimum, and starts from it in the next step.
     """
     return tuple(after if ok else before for after, before, ok in zip(new, old, good, strict=True))

@@ -152,7 +152,7 @@ class Design(Shown):
 
     @property
     def tolerance(self) -> np.ndarray:
-        """The tolerances (m,) of the targets for the m properties to design, in their units."""
+        """The tolerances (m,) of the m targets, each in the unit of the property to design."""
         return self.state.tolerance
 
     @property

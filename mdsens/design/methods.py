@@ -61,8 +61,9 @@ class LevenbergMarquardt:
         far from theirs, as a fraction of the largest distance of any feature from its target. Each
         distance is in units of the tolerance of its target. Without this freedom, features that
         have met their targets can stop the design.
-      widths: the widths w of the averaged potentials, in units of the root mean square motion of
-        pairs in a step as long as the radius; () uses no averaged potentials.
+      widths: the widths w of the averaged potentials; () uses no averaged potentials. The unit is
+        the root mean square change of pair distances, relative to their breakpoints such as
+        contact, in a step that is as long as the radius of the trust region.
     """
 
     trust: float | None = None
@@ -153,20 +154,22 @@ def bounded_step(
     unit = np.eye(len(b))
 
     def value(y: np.ndarray) -> tuple[float, np.ndarray]:
-        """Return the function of y that the dual problem minimizes, and its gradient.
+        """Return the value and the gradient, at y, of the function that the dual problem minimizes.
 
-        The dual problem is that of the least squares with bounds that ``bounded_step`` solves; y
-        has one multiplier for each row of the matrix A.
+        It is the dual of the least squares problem with bounds that ``bounded_step`` solves; y has
+        one multiplier for each row of the matrix A.
         """
         free = A.T @ y
         s = np.clip(free, low, high)
+        # (A^T y) s - |s|^2 / 2 at its maximum over s within the bounds, s = clip(A^T y), plus
+        # mu |y|^2 / 2 - b y; the gradient is zero where b - A s = mu y.
         return float(free @ s - 0.5 * s @ s + 0.5 * mu * y @ y - b @ y), A @ s + mu * y - b
 
     def curvature(y: np.ndarray) -> np.ndarray:
-        """Return the Hessian of the function of y that the dual problem minimizes.
+        """Return the Hessian, at y, of the function that the dual problem minimizes.
 
-        The dual problem is that of the least squares with bounds that ``bounded_step`` solves; y
-        has one multiplier for each row of the matrix A. Only components of A^T y that are strictly
+        It is the dual of the least squares problem with bounds that ``bounded_step`` solves; y has
+        one multiplier for each row of the matrix A. Only components of A^T y that are strictly
         inside the bounds contribute.
         """
         free = A.T @ y
@@ -175,6 +178,7 @@ def bounded_step(
 
     y = np.linalg.solve(A @ A.T + mu * unit, b)  # exact where no bound is met
     size = float(np.linalg.norm(y))
+    # b is zero, and no step is needed; scipy refuses a trust region of radius 0.
     if size == 0.0:
         return np.clip(np.zeros(A.shape[1]), low, high)
     # scipy's defaults for these three are absolute numbers. Here they are relative to the scales of

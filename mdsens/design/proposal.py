@@ -60,7 +60,8 @@ def bands_of(state: State, values: np.ndarray, loosened: float) -> np.ndarray:
       state: the state of the design, with the target values and tolerances.
       values: (m,) the properties.
       loosened: how far a property that has met its target may leave the target again, as a fraction
-        of the largest distance of a property from its target.
+        of the largest distance of a property from its target. For this comparison each distance
+        is in units of its tolerance.
     """
     off = np.abs(values - state.wanted) / state.tolerance
     wide = max(1.0, loosened * float(off.max()))
@@ -68,8 +69,9 @@ def bands_of(state: State, values: np.ndarray, loosened: float) -> np.ndarray:
 
 
 def first_trust(problem: Problem, state: State, measurement: Measurement) -> float:
-    """Compute the first radius of an inverse design's trust region: the largest parameter change.
+    """Compute the first radius of an inverse design's trust region.
 
+    The radius limits the change of each variable (parameter component or its logarithm) in a step.
     At this radius a given fraction of the contacts opens or closes along the first step, to first
     order. A radius that the user has given is returned as it is.
     """
@@ -83,6 +85,7 @@ def first_trust(problem: Problem, state: State, measurement: Measurement) -> flo
     for lin, move in zip(measurement.lins, moves(state, measurement, tangent), strict=True):
         if lin is not None:
             times = np.sort(crossing_times(lin, move, tangent))
+            # The times are sorted: up to times[k], breakpoints are crossed k + 1 times.
             k = int(method.changes * float(lin.network.pairs))
             fractions.append(times[k] if k < times.size else np.inf)
     fraction = min(1.0, float(np.median(fractions))) if fractions else 1.0
@@ -144,8 +147,10 @@ def _softened(
 ) -> list[tuple[Linearization, ...]]:
     """Linearize the minimum of each system with its pair potentials averaged over several widths.
 
-    The widths are multiples of the root mean square motion of pairs in a step as long as the radius
-    of the trust region. ``step`` is a step of the variables of the design.
+    ``step`` is a step of the variables of the design. It is scaled to the length of the radius of
+    the trust region. The widths are multiples of the root mean square change of pair distances,
+    relative to their breakpoints such as contact, in the scaled step; they are cut to a largest
+    width.
 
     Returns:
       for each width a tuple of the linearized minima, one for each system.
@@ -187,11 +192,13 @@ def _least_step(
     bands = bands_of(state, measurement.values, method.loosened)
     left = state.wanted - measurement.values
     near = np.abs(left) <= state.tolerance
+    # The m rows of the first model, then those of the next; np.tile repeats ``change`` likewise.
     A = np.concatenate([J / bands[:, None] for J in models])
     size = np.linalg.norm(A, axis=1)
     sensitive = size > IDLE  # a smaller row is round-off, which must not be scaled up
     A = np.where(sensitive[:, None], A, 0.0)
     size = np.where(sensitive, size, 1.0)
+    # A step of zero is always allowed, also where round-off has put x beyond a bound.
     low = np.minimum(variables.low - state.x, 0.0)
     high = np.maximum(variables.high - state.x, 0.0)
     fraction = 1.0
@@ -215,6 +222,7 @@ def remembered(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Add a Jacobian to the earlier Jacobians that an inverse design keeps, and drop the oldest.
 
+    A Jacobian has the derivatives of the m properties to design by the p variables of the design.
     A Jacobian that is not finite is not added.
 
     Args:
@@ -229,6 +237,7 @@ def remembered(
     x, jacobian = one
     if not np.isfinite(jacobian).all() or method.memory == 0:
         return state.memory_x, state.memory
+    # A memory of 0 has returned above: a slice from -0 on would keep all.
     newest = slice(-method.memory, None)
     return (
         np.concatenate([state.memory_x, x[None]])[newest],
@@ -250,8 +259,10 @@ def of_optimizer(
     # The stored state is a flat list of arrays; a new one tells its structure.
     structure = jax.tree.structure(method.optimizer.init(x))
     memory = jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in state.optimizer])
+    # The gradient by x of half the sum of ((feature - target) / tolerance)^2.
     slope = measurement.jacobian.T @ ((measurement.values - state.wanted) / state.tolerance**2)
     update, memory = method.optimizer.update(jnp.asarray(slope), memory, x)
+    # For an optimizer, trust is no radius but a factor, 1 or, after refused steps, less.
     moved = np.clip(state.x + state.trust * np.asarray(update), variables.low, variables.high)
     return moved - state.x, leaves(memory)
 

@@ -135,7 +135,11 @@ class FeatureResponse(Shown):
 def _check_features(
     features: str | Feature | Sequence[Any] | Mapping[str, Any],
 ) -> tuple[tuple[str, ...], list[Feature]]:
-    """Check the features that a user gives; return their names, all different, and definitions."""
+    """Check the features (properties of a relaxed system) that a user asks for.
+
+    Returns:
+      the names of the features, no two of them equal, and their definitions.
+    """
     labeled = _label_features(features)
     if not labeled:
         raise InputError("`features` is empty: give at least one feature.")
@@ -154,9 +158,10 @@ def _check_features(
 def _label_features(
     features: str | Feature | Sequence[Any] | Mapping[str, Any],
 ) -> list[tuple[str | None, Any]]:
-    """Return each feature with the name that a user gives it, None where the user gives none.
+    """List pairs of name and feature, from what a user gives as ``features``.
 
-    A user gives a dict of names and features, several features, or a single one.
+    This is a dict of features by name, several features, or a single feature. The name is None
+    where the user gives no name. A feature is a property of a relaxed system.
     """
     if isinstance(features, Mapping):
         return list(features.items())
@@ -226,6 +231,7 @@ def feature_response(
     # J^+, (p, m): column k is the least change that comes nearest to changing feature k alone.
     alone = (right[kept].T / s[kept]) @ left[:, kept].T
     moved = finite @ alone  # the identity matrix if every feature can be changed alone
+    # Column k: the change of all features where feature k is to change alone.
     able = np.abs(moved - np.eye(len(names))).max(axis=0) < ALONE
     length = np.linalg.norm(alone, axis=0)
     # The inner where() only keeps numpy from warning of a division by zero.

@@ -222,10 +222,10 @@ def evaluate_features(features: Sequence[Feature], lin: Linearization) -> Featur
         return lambda argument: jnp.stack([_scalar(f(argument)) for f in functions])
 
     def keep(which: Sequence[int], value: ArrayLike, response: ParameterGradient) -> None:
-        """Store the values and derivatives of some of the properties that are evaluated.
+        """Store the values and derivatives of several of the features that are being evaluated.
 
         Args:
-          which: indices of these properties.
+          which: indices of these features.
           value: their values.
           response: their derivatives by all parameters.
         """

@@ -141,7 +141,7 @@ class Variables:
         return np.where(self.log, 0.0, self._free_components(self.start) / self.scale)
 
     def _free_components(self, params: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Collect the p components of the parameters that a design may change in a vector (p,)."""
+        """Return a vector (p,) of the p components of the parameters that a design may change."""
         components = np.zeros(len(self.labels))
         for name, index in self.index.items():
             components[index[index >= 0]] = np.asarray(params[name])[index >= 0]
@@ -168,6 +168,7 @@ class Variables:
         The free components are those that the design may change.
         """
         return {
+            # np.where evaluates both sides: any valid index will do where a component is not free.
             name: np.where(index >= 0, values[np.maximum(index, 0)], base[name])
             for name, index in self.index.items()
         }
@@ -177,6 +178,7 @@ class Variables:
 
         The derivatives are taken at the variables x (p,) of the design.
         """
+        # d(s exp x)/dx = s exp x is the component itself; d(s x)/dx = s.
         return np.where(self.log, self.values(x), self.scale)
 
     def tangent(self, x: np.ndarray, step: np.ndarray) -> dict[str, np.ndarray]:
@@ -241,9 +243,10 @@ def _bound_of_variable(bound: float, scale: float, is_log: bool) -> float:
 def _checked_records(
     system: System, free: str | Sequence[str] | Mapping[str, Free], bounds: Bounds | None
 ) -> dict[str, Free]:
-    """Check which parameters a user lets a design change, and return a ``Free`` for each, by name.
+    """Check which parameters a user lets a design change, and within which bounds.
 
-    Bounds in the argument ``bounds`` replace those in ``free``.
+    Return, by name of the parameter, a ``Free``: the record of its bounds and of the components
+    that may change. Bounds in the argument ``bounds`` replace those in ``free``.
     """
     records = _make_records(free)
     if not records:
@@ -264,9 +267,10 @@ def _checked_records(
 
 
 def _make_records(free: str | Sequence[str] | Mapping[str, Free]) -> dict[str, Free]:
-    """Return a ``Free`` for each parameter that a user names, without bounds where none are given.
+    """Return, by name, a ``Free`` (record of bounds) for each parameter that a design may change.
 
-    A user gives one name, several names, or a dict of names and ``Free``.
+    A user gives the name of one parameter, several names, or a dict of names and ``Free``. For a
+    name alone, the ``Free`` has no bounds.
     """
     if isinstance(free, str):
         return {free: Free()}

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
@@ -47,6 +48,7 @@ def hoist(f: Callable[..., PyTree], *examples: PyTree) -> tuple[Callable[..., Py
     Returns:
       the function g and the list ``values``.
     """
+    # A new lambda at each call, since jax remembers what it traced by the identity of a function.
     closed, shape = jax.make_jaxpr(lambda *a: f(*a), return_shape=True)(*examples)
     # The constants are replaced by None: a derivative rule that keeps g would otherwise keep, and
     # so leak, the tracers among them. From jax 0.12 on, a bare jaxpr contains its constants, too.
@@ -98,16 +100,24 @@ def refusing_derivative(tree: PyTree, of: PyTree, why: str) -> PyTree:
         moving = [
             t
             for t in jax.tree.leaves(tangents[1])
-            if not isinstance(t, SymbolicZero) and t.dtype != float0
+            if not isinstance(t, SymbolicZero) and t.dtype != float0  # float0: of an integer
         ]
         if moving:
             raise InputError(why)
-        return primals[0], jax.tree.map(jnp.zeros_like, primals[0])
+        return primals[0], jax.tree.map(_zero_tangent, primals[0])
 
     floats = [
         leaf for leaf in jax.tree.leaves(of) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
     ]
     return same(tree, floats)
+
+
+def _zero_tangent(value: jax.Array) -> jax.Array | np.ndarray:
+    """Return the tangent of an array that does not change: zeros, of the type that jax wants."""
+    if jnp.issubdtype(jnp.result_type(value), jnp.inexact):
+        return jnp.zeros_like(value)
+    # integers and truth values have tangents of a type without content
+    return np.zeros(jnp.shape(value), float0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +152,8 @@ def call_without_derivative(f: Callable[..., Any], arguments: tuple[PyTree, ...]
     (jax 0.10.1).
     """
     stopped = without_derivative(arguments)
+    # Tracers are of the type Array, too, but the derivative by those is stopped already. What is
+    # left are functions and other objects, inside of which tracers may be hidden.
     objects = [f, *(leaf for leaf in jax.tree.leaves(stopped) if not isinstance(leaf, Array))]
     if not _reaches_tracer(objects):
         # Called directly, without tracing: outside jit f may be plain Python, such as scipy.
@@ -154,8 +166,9 @@ def _reaches_tracer(objects: list[Any]) -> bool:
     """Return whether any of the objects refers to a tracer, jax's stand-in for an array.
 
     The search covers closures, default arguments, partials, ``self``, dataclasses and containers.
-    The answer only decides whether a function can be called directly, as a shortcut. Where the
-    search misses a tracer, the derivative by this tracer is stopped at the result of the function.
+    Where no object refers to a tracer, the caller takes a shortcut: it calls a function directly,
+    without turning closed-over arrays into arguments. Should the search miss a tracer, the
+    derivative by this tracer is still stopped at the result of the function.
     """
     pending = list(objects)
     visited = set()
@@ -163,6 +176,7 @@ def _reaches_tracer(objects: list[Any]) -> bool:
         value = pending.pop()
         if isinstance(value, Tracer):
             return True
+        # ``visited`` ends the search where objects refer to each other in a circle.
         if id(value) in visited or isinstance(value, type | ModuleType):
             continue
         visited.add(id(value))
@@ -179,6 +193,7 @@ def _list_references(f: Callable[..., Any]) -> list[Any]:
     if isinstance(f, functools.partial):
         return [f.func, f.args, f.keywords]
     if isinstance(f, MethodType):
+        # To jax an ordinary object is a single leaf, so its attributes are listed here.
         attributes = getattr(f.__self__, "__dict__", {})
         return [f.__func__, f.__self__, *attributes.values()]
     names = ("__wrapped__", "__defaults__", "__kwdefaults__")

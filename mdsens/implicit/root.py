@@ -170,6 +170,7 @@ def root(
                     " functools.partial before decorating the solver"
                 )
             if preprocess is not None:
+                # Outside of call_without_derivative, so that jax differentiates this function.
                 init, args = _check_preprocessed(Traceable("preprocess", preprocess)(init, *args))
             args = _wrap_static(args, static_argnums)
             solution = call_without_derivative(without_wrappers(solving), (init, *args))
@@ -184,6 +185,7 @@ def root(
             x = _attach(
                 F, x, args, solve, symmetric, positive_semidefinite, null_space, preconditioner
             )
+            # x has its derivative from here on, and jax continues it through ``postprocess``.
             out = x
             if postprocess is not None:
                 out = without_wrappers(Traceable("postprocess", postprocess))(x, *args)
@@ -332,8 +334,10 @@ def _find_moving_arguments(args: Sequence[PyTree], dargs: Sequence[PyTree]) -> l
 def _find_floats(leaves: Sequence[ArrayLike], changes: Sequence[ArrayLike]) -> list[int]:
     """Return the indices of the floating-point numbers or arrays among the leaves of arguments.
 
+    ``changes`` holds the change of each leaf.
+
     Raises:
-      InputError: ``changes``, the change of each leaf, is not zero for another leaf.
+      InputError: the change of a leaf that is not floating point is not zero.
     """
     floats = [
         k for k, leaf in enumerate(leaves) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
@@ -364,6 +368,7 @@ def _attach(
     array as an argument.
     """
     # ``params`` are all arrays that F depends on besides x: args, and arrays that F closes over.
+    # The lambda closes over args on purpose: ``hoist`` then treats both kinds of arrays alike.
     condition, params = hoist(lambda y: F(y, *args), x)
     _check_equations(jax.eval_shape(condition, params, x), x)
     project, project_values = _hoist_maps(null_space, "null_space's projector", x, args)
@@ -375,6 +380,8 @@ def _attach(
 
     @functools.partial(attached.defjvp, symbolic_zeros=True)
     def rule(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[PyTree, PyTree]:
+        # Only the tangents of params are used: the solver's x is a constant, and the linear maps
+        # have no derivative.
         x, params, map_values = primals
         # Not the x that came in, which is constant: for derivatives of higher order, this x depends
         # on params by this same rule.
@@ -426,6 +433,7 @@ def _response(
         with J the Jacobian of the condition by x.
       not_finite: value of the entries of dx where the solve gives a number that is not finite.
     """
+    # df is (dF/dtheta) dtheta at constant x: the right-hand side, but for its sign.
     _, df = jax.jvp(lambda v: condition(v, x), (values,), (changes,))
     # linearize, not jvp: F is evaluated once, and each product of the solver is linear work only
     _, jacobian = jax.linearize(functools.partial(condition, values), x)
@@ -553,7 +561,7 @@ def _check_preprocessed(result: object) -> tuple[PyTree, tuple[PyTree, ...]]:
 def _wrap_static(args: tuple[PyTree, ...], positions: tuple[int, ...]) -> tuple[PyTree, ...]:
     """Wrap the arguments at the given positions, so that jax does not take them apart into arrays.
 
-    Position 1 is the first entry of args.
+    Positions count the arguments of F(x, *args): x is 0, and the first entry of args is 1.
     """
     for position in positions:
         if position > len(args):

@@ -159,8 +159,13 @@ def _find_species_symbols(
 ) -> tuple[str, ...]:
     """Return the chemical symbols of species 0, 1, …; empty unless each species has one symbol.
 
-    The result is empty also where ``to_ase`` has chosen the symbols as substitutes. The arrays,
-    (n,), have the species, chemical symbol and atomic number of each particle.
+    The result is also empty where ``to_ase`` had chosen the symbols as substitutes, because the
+    system had none.
+
+    Args:
+      species: (n,) species of each particle.
+      symbols: (n,) chemical symbol of each particle.
+      atomic_numbers: (n,) atomic number of each particle.
     """
     # to_ase gives species k without a symbol the atomic number k + 1
     stand_ins = np.array_equal(atomic_numbers, species + 1)
@@ -312,9 +317,11 @@ def to_ase(system: System, *, symbols: Sequence[str] | None = None) -> Any:
 
 
 def _choose_atomic_numbers(system: System, symbols: Sequence[str] | None) -> np.ndarray:
-    """Return the atomic number of each particle, (n,), as :func:`to_ase` describes.
+    """Return the atomic number of each particle, (n,), by which ASE knows its element.
 
-    ``symbols`` has a chemical symbol for each species, or is None.
+    ``symbols`` has a chemical symbol for each species. None takes the names of the system's
+    species, if these are chemical symbols; if not, the numbers are substitutes: species 0, 1, …
+    become H, He, …, and particles without species become X.
     """
     from ase.data import atomic_numbers
 
@@ -388,6 +395,7 @@ def _constraints_to_ase(system: System) -> list[Any]:
             kinds = {tuple(row) for row in mask[~whole & mask.any(axis=1)].tolist()}
             for kind in sorted(kinds):
                 rows = np.flatnonzero((mask == kind).all(axis=1))
+                # in 2-D, z is added as free; in 3-D the fourth entry is cut off
                 constraints.append(FixCartesian(rows, mask=(*kind, False)[:3]))
         elif isinstance(c, RigidBonds):
             length = np.broadcast_to(np.asarray(system.params[c.length], float), len(c.bonds))
@@ -399,8 +407,8 @@ def write_extxyz(path: str | Path, eq: object, response: object = None) -> None:
     """Write a configuration as extended XYZ, which OVITO draws and ASE reads, in full precision.
 
     ASE's own writer keeps 8 decimals; here each number is written as the shortest text that reads
-    back as the same float64. The format has no place for the potential, nor for the rule of a box
-    that follows the parameters: only ``save`` stores these.
+    back as the same float64. The format has no place for the potential, nor for a rule by which the
+    box follows the parameters: only ``save`` stores these.
 
     Args:
       path: the file to write or replace; it is never left half-written.

@@ -111,9 +111,10 @@ def _build_specification(top: TomlTable, folder: Path) -> DesignSpecification:
 
 
 def _read_seeds(top: TomlTable) -> list[dict[str, int]]:
-    """Read the seeds of a design's systems, each as a keyword of ``load_system``.
+    """Read the key ``seeds`` of a design file, which asks for one system for each seed.
 
-    The keyword is left out for the seed in the system's own file.
+    Return the keywords of ``load_system`` for each system, such as ``{"seed": 3}``. Without the key
+    there is a single system and no keyword, so that the seed is that of the system's own file.
     """
     if not top.has("seeds"):
         return [{}]

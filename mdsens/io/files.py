@@ -54,6 +54,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
             f"{path} cannot be written ({error.strerror}): choose another path."
         ) from error
     finally:
+        # after os.replace there is no such file; a failed or interrupted write leaves one
         part.unlink(missing_ok=True)
 
 
@@ -69,6 +70,7 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
+    # before DAMAGE, which contains OSError, the base class of this error
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist: correct the path.") from error
     except ValueError as error:

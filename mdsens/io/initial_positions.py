@@ -152,8 +152,12 @@ def pairs_within(positions: np.ndarray, cell: np.ndarray | None, length: float) 
         images = (positions[None] + (np.array(list(steps)) @ cell.T)[:, None]).reshape(-1, d)
     near = KDTree(positions).sparse_distance_matrix(KDTree(images), length, output_type="ndarray")
     i = near["i"]
+    # the images are n rows for each copy of the cell, in the order of the particles
     j = near["j"] % n
+    # i < j leaves out a particle's own images, and one of (i, j) and (j, i); a distance of just
+    # ``length`` counts for KDTree, but not here
     kept = (i < j) & (near["v"] < length)
+    # in a small cell a pair may be near through several images
     pairs = np.unique(np.stack([i[kept], j[kept]], axis=1), axis=0)
     return pairs.reshape(-1, 2)
 

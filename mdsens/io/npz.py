@@ -115,6 +115,8 @@ def save(path: str | Path, result: object, *, provenance: Mapping[str, Any] | No
         "tree": tree,
     }
     try:
+        # a NaN, such as the first radius of a design, is written as NaN: not strict JSON, but
+        # json.loads reads it
         text = json.dumps(header, ensure_ascii=False)
     except (TypeError, ValueError) as error:
         raise InputError(
@@ -149,6 +151,7 @@ def load(
     header, arrays = _read_contents(path)
     try:
         return _decode(header["tree"], _Source(str(path), arrays, potential, box))
+    # InputError is a ValueError: the next clause would take it for a damaged header
     except InputError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -301,7 +304,10 @@ def _encode_record(value: Any, where: str, arrays: dict[str, np.ndarray]) -> dic
 
 
 def _extend_path(where: str, name: str) -> str:
-    """Return the path of a part of a result from the path of what contains it."""
+    """Append the name of a part of a result to the path of the object that contains the part.
+
+    For example, the part ``sigma`` of ``system.params`` has the path ``system.params.sigma``.
+    """
     return f"{where}.{name}" if where else name
 
 
@@ -326,7 +332,7 @@ def _encode_potential(
 def _describe_potential(
     potential: Potential, where: str, arrays: dict[str, np.ndarray]
 ) -> dict[str, Any] | None:
-    """Return name and options of a potential, from which ``_build_potential`` builds an equal one.
+    """Return the name and options of a potential, from which ``load`` can make an equal potential.
 
     Return None for a potential that is not one of mdsens.
     """
@@ -353,6 +359,7 @@ def _describe_bonds(
     potential: BondedPotential, where: str, arrays: dict[str, np.ndarray]
 ) -> dict[str, Any] | None:
     """Return name and options of a potential of harmonic bonds; None for other bonds."""
+    # one bond as a stand-in: bonds are left out of the comparison
     bare = potentials.harmonic_bonds([[0, 1]]).renamed(
         _renaming(("stiffness", "length"), potential.names)
     )
@@ -369,7 +376,11 @@ def _describe_bonds(
 def _list_candidates(
     potential: InducedDipoles | ChargeEquilibration | PairPotential,
 ) -> list[dict[str, Any]]:
-    """List the potentials of mdsens, by name and options, that may equal a potential."""
+    """List the potentials of mdsens that a given potential may be equal to.
+
+    Each is listed by its name and options, with which it can be made and compared: a pair potential
+    does not contain the name of the function that made it.
+    """
     if isinstance(potential, InducedDipoles):
         # the third parameter is the damping
         return [{"name": "induced_dipoles", "damped": len(potential.names) == 3}]
@@ -489,7 +500,10 @@ class _Source:
 
 
 def _decode(node: object, source: _Source | None) -> Any:
-    """Rebuild a part of a stored result from JSON and arrays; the inverse of ``_encode``."""
+    """Rebuild a part of a stored result from JSON, in which arrays are represented by their names.
+
+    ``source`` has the arrays of the file, and the arguments that the user gave to ``load``.
+    """
     if not isinstance(node, Mapping) or source is None:
         return node
     if "array" in node:
@@ -505,7 +519,10 @@ def _decode(node: object, source: _Source | None) -> Any:
 
 
 def _decode_container(node: Mapping[str, Any], source: _Source) -> Any:
-    """Rebuild a dict, list or tuple of a stored result; the inverse of ``_encode_container``."""
+    """Rebuild a dict, list or tuple of a stored result from JSON, with the arrays in it.
+
+    ``source`` has the arrays of the file, and the arguments that the user gave to ``load``.
+    """
     if "dict" in node:
         return {k: _decode(v, source) for k, v in node["dict"].items()}
     if "list" in node:

@@ -94,6 +94,7 @@ def locate(name: str | Path) -> Path:
             f"the system is {name!r}: give a bundled name or the path of a .toml file."
         )
     bundled = systems_folder() / f"{name}.toml"
+    # compared, so that a path such as ../name is not taken for the name of a bundled system
     if str(name) == bundled.stem and bundled.is_file():
         return bundled
     path = Path(name)
@@ -226,6 +227,7 @@ def build(top: TomlTable, folder: Path) -> System:
 
     def parameter(name: str, size: int) -> np.ndarray:
         # a stream of random numbers for each parameter, the same whatever the order of the keys
+        # from 1: by [seed, 0] numpy draws the same numbers as by seed alone, those of the positions
         stream = 1 + sorted(values).index(name)
         rng = np.random.default_rng([seed, stream])
         return _read_parameter(name, values[name], size, rng, start)
@@ -391,8 +393,12 @@ def _diameters(
 ) -> np.ndarray:
     """Compute the diameter of each particle, (n,), from the parameter sigma.
 
-    ``sigma`` has one value, one value for each species or particle, or a matrix of species pairs;
-    it is None if it is not among the ``names`` of the parameters.
+    Args:
+      sigma: one value, one value for each species or particle, or a matrix of species pairs; None
+        if the system's file does not give sigma.
+      n: number of particles.
+      species: (n,) species of the particles, or None.
+      names: names of the parameters that the file gives, among which a misspelled sigma is sought.
     """
     if sigma is None:
         # a misspelt sigma is noticed here, before the potential can refuse the name
@@ -484,7 +490,9 @@ def _read_potential(
 ) -> tuple[Potential, dict[str, int]]:
     """Read the potential from the table ``potential`` of a system's file.
 
-    Return the potential, and the number of bonds for each parameter that belongs to bonds.
+    Returns:
+      the potential; and a dict with the number of bonds, by the name of each parameter of bonds,
+      which has one value for each bond if its values are drawn at random.
     """
     value = top.raw("potential")
     tables = list(value) if isinstance(value, (list, tuple)) else [value]
@@ -507,9 +515,9 @@ def _read_potential(
 
 
 def _read_potential_table(label: str, entry: object) -> TomlTable:
-    """Make the table of one potential, and check its kind and the names of its keys.
+    """Check the TOML table of one potential: its key ``kind``, and the names of its keys.
 
-    ``label`` is the name of the table, for messages.
+    Return the table as a ``TomlTable``. ``label`` is the name of the table, for messages.
     """
     if not isinstance(entry, Mapping):
         raise InputError(f"{label} is {short(entry)}: give a table with a kind.")

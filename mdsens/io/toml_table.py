@@ -88,7 +88,11 @@ class TomlTable:
         return value
 
     def integer(self, key: str, default: int = _MISSING, least: int = 0) -> int:
-        """Return the value of a key of the TOML table, which must be an integer from ``least``."""
+        """Return the value of a key of the TOML table, which must be an integer.
+
+        The integer must be at least ``least``. If the key is missing, return ``default``; without a
+        default raise InputError.
+        """
         return self._checked(
             key, default, lambda v: is_integer(v) and v >= least, f"an integer from {least}"
         )
@@ -108,7 +112,10 @@ class TomlTable:
         return self._checked(key, default, good, need)
 
     def boolean(self, key: str, default: bool | None = _MISSING) -> bool | None:
-        """Return the truth value of a key of the table, or ``default`` if it lacks the key."""
+        """Return the value of a key of the TOML table, which must be true or false.
+
+        If the key is missing, return ``default``; without a default raise InputError.
+        """
         return self._checked(key, default, lambda v: isinstance(v, bool), "true or false")
 
     def array(self, key: str, shape: tuple[int | None, ...], integers: bool = False) -> np.ndarray:

@@ -72,6 +72,7 @@ def deformed(system: System, strain: jax.Array, positions: jax.Array | None = No
     """
     R = system.positions if positions is None else positions
     box = jnp.asarray(system.box)
+    # cell vectors are columns, positions are rows: hence the transpose below
     cell = box + strain @ box
     return system.replace(positions=R + R @ strain.T, boundary=FixedBox(cell))
 
@@ -95,6 +96,7 @@ def enthalpy_gradient(
     """
     volume = system.volume
     if strain is None:
+        # the derivative of det(1 + s E) by s at zero is the trace of E
         return strain_gradient(system, along) + pressure * volume * jnp.einsum(
             "kii->k", jnp.asarray(along)
         )

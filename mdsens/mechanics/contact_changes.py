@@ -1,8 +1,8 @@
-"""This module finds when pairs of particles cross a breakpoint, as when a contact opens or closes.
+"""This module finds where on a path pairs of particles cross a breakpoint, such as contact.
 
-The parameters and the positions change along a straight path. A breakpoint is a distance at which a
-derivative of the pair potential jumps or diverges: contact, the onset of a smooth cutoff, the
-cutoff.
+On the path, the parameters and the positions change linearly with a number t. A breakpoint is a
+distance at which a derivative of the pair potential jumps or diverges: contact, the onset of a
+smooth cutoff, the cutoff.
 """
 
 from __future__ import annotations
@@ -49,9 +49,11 @@ class Crossing(NamedTuple):
     def forward(self) -> float:
         """The smallest path parameter t >= 0 at which a pair crosses a breakpoint.
 
-        The value is inf where no pair crosses. A breakpoint is a distance at which a derivative of
-        the pair potential jumps, such as contact.
+        Positions and parameters change linearly with t, along a path that begins at t = 0. The
+        value is inf where no pair crosses. A breakpoint is a distance at which a derivative of the
+        pair potential jumps, such as contact.
         """
+        # t = 0, a pair just at its breakpoint, counts here and in ``backward``
         times = np.asarray(self.times)
         return float(np.min(times[times >= 0], initial=np.inf))
 
@@ -70,8 +72,9 @@ class Crossing(NamedTuple):
     def radius(self) -> float:
         """The smallest |t| such that a pair crosses a breakpoint at the path parameter t.
 
-        The value is inf where no pair crosses. A breakpoint is a distance at which a derivative of
-        the pair potential jumps, such as contact.
+        Positions and parameters change linearly with t, in both directions from t = 0. The value is
+        inf where no pair crosses. A breakpoint is a distance at which a derivative of the pair
+        potential jumps, such as contact.
         """
         return min(self.forward, self.backward)
 
@@ -137,6 +140,7 @@ def _gaps(
             for t in pair_terms(system, params)
         ]
 
+    # for jvp, None is a tree without arrays: a fixed cell then has no tangent
     no_strain = None if strain is None else jnp.zeros_like(strain)
     point = system.positions, dict(system.params), no_strain
     return jax.jvp(gaps, point, (velocity, dict(dparams), strain))
@@ -155,7 +159,7 @@ def crossings(
     The parameters of the system change along the path as params + t dparams, and its positions with
     them. A breakpoint b is a distance at which a derivative of the potential jumps or diverges:
     contact, the onset of a smooth cutoff, the cutoff. A pair at distance r crosses b, to first
-    order, at t = -(r - b) / d(r - b)/dt.
+    order, at t = -(r - b) / d(r - b)/dt. The result is a :class:`Crossing`.
 
     Args:
       system: a relaxed system, whose neighbor list reaches beyond the breakpoints, as the lists of
@@ -178,6 +182,7 @@ def crossings(
         # where() inside as well, against a division by zero
         time = jnp.where(real & (rate != 0), -gap / jnp.where(rate == 0, 1.0, rate), jnp.inf)
         times.append(time.ravel())
+        # gaps are (breakpoints, pairs): the indices are repeated for each breakpoint
         firsts.append(jnp.broadcast_to(term.i, gap.shape).ravel())
         seconds.append(jnp.broadcast_to(term.j, gap.shape).ravel())
         inside.append((gap > 0).ravel())

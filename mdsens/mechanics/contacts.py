@@ -104,9 +104,10 @@ def pair_forces(term: PairTerm, distances: jax.Array) -> jax.Array:
 
 
 def _stiffness(term: PairTerm, r: jax.Array) -> jax.Array:
-    """Compute the stiffness |phi''| + |phi'| / r of each pair, of potential phi and distance r.
+    """Compute the stiffness |phi''| + |phi'| / r of each pair, from its distance r.
 
-    The first term is the longitudinal, the second the transverse stiffness.
+    phi is the pair potential. The first term is the longitudinal, the second the transverse
+    stiffness.
     """
     slope = jax.grad(lambda s: jnp.sum(term.energy(s)))
     first, second = jax.jvp(slope, (r,), (jnp.ones_like(r),))
@@ -137,7 +138,10 @@ class _Edges(NamedTuple):
 
     @property
     def rows(self) -> bool:
-        """Whether each particle has a column of its neighbors; if not, there is a list of pairs."""
+        """Whether pairs are stored in columns, one with the neighbors of each particle.
+
+        If not, the pairs are stored as a plain list.
+        """
         return self.j.ndim == 2
 
     @property
@@ -192,6 +196,7 @@ def _nearest_root(
         if not e.j.shape[0]:
             continue
         if e.rows:
+            # n is above all labels, so that a pair that is not active is never the lowest
             labels_j = jnp.where(e.active, labels[e.j], n)
             k = jnp.argmin(labels_j, axis=0)[None]
             low, other = (jnp.take_along_axis(x, k, axis=0)[0] for x in (labels_j, e.j))
@@ -207,12 +212,15 @@ def _nearest_root(
                 jnp.where(e.active & (a == low[x]), index, -1)
                 for a, x in ((labels_j, e.i), (labels_i, e.j))
             )
+            # Without an active bond it stays -1, which reads the last bond. Nothing is made of it:
+            # ``low`` is n there, and ``better`` False.
             chosen = jnp.full(n, -1).at[e.i].max(of_i).at[e.j].max(of_j)
             is_i = (e.i[chosen] == jnp.arange(n))[:, None]
             other = jnp.where(is_i[:, 0], e.j[chosen], e.i[chosen])
             step = jnp.where(is_i, bonds[chosen], -bonds[chosen])
         better = low < lowest
         lowest = jnp.where(better, low, lowest)
+        # ``step`` is R_i - R_j: added to the displacement of j from the root, it gives that of i
         displacement = jnp.where(better[:, None], whole[other] + step, displacement)
     return lowest, displacement
 
@@ -247,6 +255,7 @@ def _clusters(edges: list[_Edges], n: int, d: int, dtype: np.dtype) -> tuple[jax
         best = jnp.full(n, n, jnp.int32).at[labels].min(low)
         met_by = jnp.where(low == best[labels], index, -1)
         bearer = jnp.full(n, -1, jnp.int32).at[labels].max(met_by)
+        # roots are the particles with their own index as label: these alone join another cluster
         joins = (best < index) & (labels == index)
         new = jnp.where(joins, best, low)
         through_bearer = displacement[bearer] - whole[bearer]
@@ -282,8 +291,9 @@ def _rigid_edges(
 def _loose_of_particles(n: int, least: int) -> Callable[[list[_Edges]], jax.Array]:
     """Return a function that maps the pairs to a mask of the particles with too few contacts.
 
-    The mask is (n,) for n particles. A particle has too few contacts if it has fewer than ``least``
-    contacts, and fewer than two with a force above 1e-6 of the mean contact force.
+    The mask is (n,) for n particles. A particle has too few contacts if it has fewer than a given
+    number, ``least``, and if fewer than two of them have a force above 1e-6 of the mean contact
+    force.
     """
 
     def loose(edges: list[_Edges]) -> jax.Array:
@@ -310,6 +320,7 @@ def _loose_of_bodies(
     """
     n, d = system.positions.shape
     pinned, walls = lagrangian.supports(system)
+    # entry c belongs to the body with the label c; entries of other indices stay zero
     freedoms = jnp.zeros(n, jnp.int32).at[labels].add(d - pinned)
     # each rigid bond removes one degree of freedom of its body
     for e in bonds:
@@ -398,7 +409,7 @@ def network(system: System, max_force: jax.Array | float, least: int | None = No
         whole=whole,
         wraps=wraps,
         mean_force=total_force / jnp.maximum(pairs, 1),
-        pairs=jnp.round(pairs).astype(jnp.int32),
+        pairs=jnp.round(pairs).astype(jnp.int32),  # a sum of halves, of each pair twice
         touching=touching,
     )
 
@@ -443,12 +454,14 @@ def _compute_pair_vectors(
 def _find_contacts(
     term: PairTerm, bonds: Components, force: jax.Array, max_force: jax.Array | float
 ) -> _Edges:
-    """Return the pairs of a potential that only repels; a contact is known by its force.
+    """Return the pairs of a potential that only repels, with the contacts among them marked.
+
+    A pair is a contact if its force is above 10 times the largest net force on a particle.
 
     Args:
       bonds: components of the vectors of the pairs.
       force: force of each pair.
-      max_force: the largest net force on a particle; a contact carries more than 10 times as much.
+      max_force: the largest net force on a particle.
     """
     size = jnp.abs(force)
     active = size > FORCE_MARGIN * max_force
@@ -459,7 +472,9 @@ def _find_contacts(
 def _find_stiff_pairs(
     terms: tuple[PairTerm, ...], bonds: list[Components], distances: list[jax.Array]
 ) -> list[_Edges]:
-    """Return the pairs of a potential that attracts; a pair is active where it has a stiffness.
+    """Return the pairs of a potential that attracts, with those that have a stiffness marked.
+
+    Such pairs take the place of contacts, which are not defined for a potential that attracts.
 
     Args:
       bonds: components of the vectors of the pairs, for each term of the potential.
@@ -479,8 +494,10 @@ def _remove_loose(
     """Deactivate the contacts of particles with too few contacts, until no such particle has one.
 
     Args:
-      edges: the pairs of the potential, followed by the rigid bonds.
-      pair_count: number of terms of the potential, the first of ``edges``.
+      edges: the pairs of each term of the potential, followed by the rigid bonds of each
+        constraint.
+      pair_count: number of terms of the potential; so many entries of ``edges`` come before those
+        of rigid bonds.
       find_loose: function that maps the pairs to a mask of the particles with too few contacts.
       bodies: (n,) the rigid body of each particle, as an index.
     """
@@ -525,7 +542,9 @@ def _sum_contacts(
 
 
 def _find_wraps(edges: list[_Edges], labels: jax.Array, offsets: jax.Array) -> jax.Array:
-    """Find the clusters that are connected to their own periodic image, (n,), by their labels.
+    """Find the clusters that are connected to their own periodic image.
+
+    The result is an array (n,), whose entry c is True for such a cluster with the label c.
 
     Args:
       edges: the pairs; only active pairs connect particles.
@@ -542,6 +561,7 @@ def _find_wraps(edges: list[_Edges], labels: jax.Array, offsets: jax.Array) -> j
         gaps = [a[e.i] - a[e.j] - b for a, b in zip(y, e.bonds, strict=True)]
         length_squared = sum(b * b for b in e.bonds)
         torn = e.active & (sum(g * g for g in gaps) > 1e-6 * length_squared)
+        # of a list of bonds one end is enough, since both ends have the same label
         meets = jnp.any(torn, axis=0) if e.rows else jnp.zeros(n, bool).at[e.i].max(torn)
         wraps = wraps.at[labels].max(meets)
     return wraps
@@ -585,6 +605,7 @@ def backbone(system: System, net: Network) -> System:
         return system  # a rattler of an attractive potential has no stiffness to delete
     rows = system.neighbors.rows
     other = jnp.minimum(rows, system.n - 1)
+    # pairs within a loose rigid body stay: its particles have one label
     cut = (net.loose | net.loose[other]) & (net.labels != net.labels[other])
     rows_left = jnp.where(cut, system.n, rows)  # the index n marks padding
     return system.replace(neighbors=dataclasses.replace(system.neighbors, rows=rows_left))

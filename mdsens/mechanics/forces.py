@@ -71,6 +71,7 @@ def energy_gradient(
     steps = -(-row_count // ROWS)  # rounded up
 
     def slope(positions: jax.Array) -> jax.Array:
+        # the bonds and the energy that is no sum over pairs; the neighbor list follows in ``add``
         total = jax.grad(lambda R: energy_of(system, bonds, R, params, box))(positions)
         x = components(positions)
 
@@ -100,6 +101,7 @@ def _in_chunks(term: PairTerm) -> PairTerm:
     padding = -term.j.shape[0] % ROWS
 
     def chunks(x: jax.Array) -> jax.Array:
+        # copies of a row have valid parameters, with which phi is finite; with zeros it may not be
         return jnp.pad(x, ((0, padding), (0, 0)), mode="edge").reshape(-1, ROWS, x.shape[1])
 
     mask = chunks(term.mask)

@@ -133,6 +133,8 @@ def _pair_blocks(system: System) -> list[tuple[jax.Array, jax.Array, jax.Array]]
         def slope(r: jax.Array, term: PairTerm = term) -> jax.Array:
             return jax.grad(lambda s: jnp.sum(term.energy(s)))(r)
 
+        # Each energy depends on its own r alone: the gradient of the sum is phi' of each pair, and
+        # the derivative of this gradient along a vector of ones is phi''.
         first, second = jax.jvp(slope, (r,), (jnp.ones_like(r),))
         # d2phi/dv2 = phi'/r 1 + (phi'' - phi'/r) v v^T / r^2
         across = first / r
@@ -199,6 +201,7 @@ def _list_entries(
         shift = (n * np.arange(members)).reshape(-1, *[1] * (j.ndim - 1))
         block = np.moveaxis(block, 0, 2)
         i, j = i + shift, j + shift
+    # pairs beyond their range, and padding, have blocks of zeros
     interacts = np.any(block != 0, axis=(0, 1))
     pair_blocks = np.ascontiguousarray(np.moveaxis(block[:, :, interacts], -1, 0))
     one = np.broadcast_to(i, j.shape)[interacts]
@@ -227,6 +230,7 @@ def _assemble_matrix(
     first = np.concatenate([first, particles])
     second = np.concatenate([second, particles])
     block = np.concatenate([-block, diagonal])
+    # scipy's BSR format: the blocks of one row stand together, those of row k from starts[k] on
     order = np.argsort(first, kind="stable")
     starts = np.concatenate([[0], np.cumsum(np.bincount(first, minlength=total))])
     shape = (total * d, total * d)
@@ -249,8 +253,8 @@ def along(f: Callable[[dict[str, Any]], Any], params: Params, dparams: Params) -
 def mixed_product(system: System, dparams: Params) -> Unknowns:
     """Compute the change of the energy gradient dU/dx under a change of some parameters.
 
-    The positions x stay. For the parameters p, the result is the mixed derivative d2U/dx dp times
-    the change dp.
+    The positions x are constant. With a change dp of the parameters p, the result is the mixed
+    derivative d2U/dx dp times dp.
 
     Args:
       dparams: dp by parameter name; parameters that are not named are constant.
@@ -292,6 +296,7 @@ def largest_stiffness(
 
     def product(_: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         v, size = carry
+        # carries w = H v and |w|: v has norm one, so that |w| approaches the largest eigenvalue
         w = jax.jvp(slope, (positions,), (v / jnp.where(size > 0, size, 1.0),))[1]
         return w, jnp.sqrt(jnp.sum(w**2))
 

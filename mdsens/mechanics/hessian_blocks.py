@@ -45,14 +45,17 @@ def block_cholesky(blocked: sp.bsr_array) -> tuple[np.ndarray, np.ndarray]:
     n = len(blocked.indptr) - 1
     is_diagonal = blocked.indices == np.repeat(np.arange(n), np.diff(blocked.indptr))
     diagonal = np.zeros((d, d, n))
+    # a particle whose block is not stored keeps zeros, and counts as soft below
     diagonal[:, :, blocked.indices[is_diagonal]] = np.moveaxis(blocked.data[is_diagonal], 0, -1)
     largest = np.max(np.diagonal(diagonal), axis=1)
+    # never zero, since its square root is divided by; ``or 1.0`` is for a Hessian of zeros
     largest = np.maximum(largest, SOFTEST * (largest.max(initial=0.0) or 1.0))
     s, c = np.zeros((2, d, d, n))
     soft = np.zeros(n, bool)
     for b in range(d):
         pivot = diagonal[b, b] - np.sum(c[b, :b] ** 2, axis=0)
         soft |= ~(pivot >= SOFTEST * largest)  # written so that a NaN counts as soft
+        # any positive number will do for soft particles, whose factor is replaced after the loop
         c[b, b] = np.sqrt(np.where(soft, largest, pivot))
         for a in range(b + 1, d):
             c[a, b] = (diagonal[a, b] - np.sum(c[a, :b] * c[b, :b], axis=0)) / c[b, b]
@@ -103,15 +106,18 @@ class BlockRows(Portable):
         blocked = matrix.tobsr((d, d))
         n = len(blocked.indptr) - 1
         counts = np.diff(blocked.indptr)
+        # the number of each block among those of its particle i, from 0: the index k of ``blocks``
         row = np.arange(blocked.indices.size) - np.repeat(blocked.indptr[:-1], counts)
         i = np.repeat(np.arange(n), counts)
         j = blocked.indices
         scaling, unscaling = block_cholesky(blocked)
         capacity = 4 * math.ceil(counts.max(initial=1) / 4)
+        # padding points to particle 0, which exists, and its block is zero
         others = np.zeros((capacity, n), np.int32)
         others[row, i] = j
         blocks = np.zeros((d, d, capacity, n))
         flat = blocks.reshape(d, d, -1)  # a view: what is written to it is written to blocks
+        # the last two axes (capacity, n) are one axis in ``flat``
         slot = row * n + i
         # The product S_i B S_j^T of all blocks at once, entry by entry, since S is triangular.
         block = np.ascontiguousarray(np.moveaxis(blocked.data, 0, -1))
@@ -169,6 +175,7 @@ class BlockRows(Portable):
         """
         d = w.shape[0]
         total = [jnp.zeros_like(c) for c in w]
+        # ``BlockRows.of`` makes the capacity a multiple of 4, so that every slice has ROWS rows
         for start in range(0, self.others.shape[0], ROWS):
             rows = slice(start, start + ROWS)
             neighbors = [c[self.others[rows]] for c in w]

@@ -205,6 +205,7 @@ class HessianFactor:
         scale = np.where(self._bounds > 0, self._bounds, 1.0)[:, None]
         null = self.null
         if null.motions is not None or null.arms is not None:
+            # one shift for each system of the batch, repeated for all of its rows
             return np.repeat(SHIFT * scale, self.matrix.shape[0] // self.members)
         rattlers = np.asarray(null.rattlers)
         first = np.argmin(rattlers, axis=-1)[..., None]  # the first particle that is no rattler
@@ -213,6 +214,7 @@ class HessianFactor:
         else:
             labels = np.asarray(null.labels)
         # a cluster is named by one of its particles, which gets the spring
+        # the springs are as stiff as the Hessian: weak ones would cost digits of the solution
         has_spring = rattlers | (labels == np.arange(labels.shape[-1]))
         return np.repeat(np.where(has_spring, scale, 0.0).ravel(), self.system.dimension)
 
@@ -237,7 +239,7 @@ class HessianFactor:
         The number follows from the signs of the pivots of the factor; it is -1 where the pivots are
         not known.
         """
-        assert self.factor is not None
+        assert self.factor is not None  # callers look at ``factor`` first
         return self.factor.negatives(self.members)
 
     def solve(self, b: np.ndarray, rtol: float = 1e-12) -> tuple[np.ndarray, float, Status]:
@@ -256,6 +258,7 @@ class HessianFactor:
                 np.asarray(b, float).reshape(-1, 1), max(rtol, 1e-10), to=1e-15
             )
             return x.reshape(b.shape), float(stats.residual[0, 0]), Status(int(stats.status[0, 0]))
+        # at a saddle, index > 0, the solver must not be told that H is positive semidefinite
         x, residual, code = _solve(self.system, self.null, b, rtol, not self.index)
         return np.asarray(x), float(residual), Status(int(code))
 
@@ -291,6 +294,7 @@ class HessianFactor:
         dropped = norms(columns - in_range) / np.where(whole > 0, whole, 1.0)
         # A part in the range below 8 eps of the column is round-off: its solution would be noise.
         rows = len(in_range) // self.members
+        # A NaN compares as False: its column is zero from here on, and its status NOT_FINITE.
         in_range = np.where(np.repeat(share > 8 * eps, rows, axis=0), in_range, 0.0)
         x, residual, rounds = solve_on_range(
             self.matrix, self.factor, self.project, in_range, min(rtol, to), self.members
@@ -329,6 +333,7 @@ class HessianFactor:
             return None
         n, d = self.system.positions.shape
         scaling, _ = block_cholesky(self.matrix.tobsr((d, d)))
+        # D^-1 = S^T S for the block D of each particle, (n, d, d)
         inverse = np.einsum("kin,kjn->nij", scaling, scaling)
         return lambda v: np.einsum("nij,njk->nik", inverse, v.reshape(n, d, -1)).reshape(v.shape)
 
@@ -402,12 +407,14 @@ class HessianFactor:
         off_diagonal = np.asarray(off_diagonal, float)
         if not (np.isfinite(diagonal).all() and np.isfinite(off_diagonal).all()):
             return None
+        # the last entry would couple the last Lanczos vector to one that was not used
         values, vectors = scipy.linalg.eigh_tridiagonal(diagonal, off_diagonal[:-1])
         if not values[0] < -max(NEGATIVE * values[-1], floor):
             return None
         *_, vector, image = _lanczos(self.system, self.null, start, vectors[:, 0].astype(dtype))
         vector = np.asarray(vector, float)
         image = np.asarray(image, float)
+        # a Rayleigh quotient: above the lowest stiffness, however inaccurate the vector is
         value = float(vector @ image / (vector @ vector))
         if not value < -floor:
             return None

@@ -63,7 +63,7 @@ STIFF = 1e6
 def _dense_matrix(system: System, x: Unknowns, null: NullSpace) -> jax.Array:
     """Compute the dense matrix of the linear system at a constrained minimum.
 
-    Rows and columns are in the order of ``flat``: positions, relaxed parameters, multipliers.
+    Rows and columns are in the order: positions, relaxed parameters, multipliers.
     """
     operator, _ = kkt_operator(system, x, null)
     vector, unravel = ravel_pytree(x)
@@ -111,9 +111,11 @@ class _Factor:
         whole = matrix + sp.diags_array(diagonal)
         if len(motions):
             rows = motions.reshape(len(motions), -1)
+            # zeros for relaxed parameters and multipliers, which a rigid motion does not change
             padding = [(0, 0), (0, self.size - rows.shape[1])]
             border = sp.csr_array(scale * np.pad(rows, padding))
             whole = sp.block_array([[whole, border.T], [border, None]])
+        # LU with row exchanges: the border has zeros on the diagonal, and the matrix is indefinite
         self._lu = splu(sp.csc_array(whole))
 
     def apply(self, b: np.ndarray) -> np.ndarray:
@@ -127,10 +129,10 @@ class _Factor:
 
 
 def _has_known_sparsity(system: System, x: Unknowns) -> bool:
-    """Return whether the matrix of the linear system is assembled as a sparse matrix.
+    """Return whether the matrix for the response of a constrained minimum is assembled as sparse.
 
-    It is assembled only for pair potentials with rigid bonds: other equations, and relaxed
-    parameters, may couple any unknowns.
+    The sparse matrix is assembled only for pair potentials with rigid bonds: other equations, and
+    relaxed parameters, may couple any unknowns.
     """
     with_equations = [c for c in system.constraints if c.name in (x.multipliers or {})]
     return (
@@ -174,11 +176,15 @@ class KKT(HessianFactor):
         free = null.free(jax.tree.map(jnp.ones_like, self.x))
         of_rattlers = np.repeat(np.asarray(null.rattlers), system.dimension)
         self.moves = flat(free) > 0
+        # the positions come first in ``flat``
         self.moves[: of_rattlers.size] &= ~of_rattlers
 
     @functools.cached_property
     def matrix(self) -> Any:
-        """Sparse matrix (m, m) of the linear system at a constrained minimum; None if too large.
+        """Sparse matrix (m, m) of the linear system at a constrained minimum.
+
+        The value is None where the matrix would be dense and is not factorized, since it is too
+        large or in single precision.
 
         An unknown that is fixed (by a constraint, or as the coordinate of a rattler) has a row with
         a diagonal entry only: a bound of the eigenvalues of the Hessian of the Lagrangian.
@@ -209,6 +215,7 @@ class KKT(HessianFactor):
         assert hessian is not None
         rows: list[Any] = []
         by_name = {c.name: c for c in system.constraints}
+        # sorted, as jax sorts the keys of a dict: the rows of A stand in the order of ``flat``
         for name, tensions in sorted((self.x.multipliers or {}).items()):
             c = by_name[name]
             assert isinstance(c, RigidBonds)
@@ -233,12 +240,16 @@ class KKT(HessianFactor):
             rows.append(_block_diagonal(along[:, None, :]) @ difference)
         if not rows:
             return hessian.tocsr()
+        # multipliers in units of the stiffness: A and A^T get one factor, and K stays symmetric
         A = self.unit * sp.vstack(rows)
         return sp.block_array([[hessian, A.T], [A, None]]).tocsr()
 
     @functools.cached_property
     def _bounds(self) -> np.ndarray:
-        """An upper bound of the eigenvalues of the matrix of the linear system, (1,)."""
+        """An upper bound of the eigenvalues of the matrix at a constrained minimum, (1,).
+
+        This is the matrix of the linear system for the response of the minimum.
+        """
         return np.array([bound(self.matrix)])
 
     @functools.cached_property
@@ -260,7 +271,7 @@ class KKT(HessianFactor):
         """Derivative A of the constraint equations by the unknowns, sparse, (equations, primal).
 
         ``primal`` is the number of unknowns that are no multipliers; columns of fixed unknowns are
-        zero. A is in units of the stiffness of the potential, see ``natural_units``.
+        zero. A is multiplied by the stiffness of the potential, see ``natural_units``.
         """
         if self.matrix is not None:
             return self.matrix[self.primal :, : self.primal].tocsr()
@@ -276,8 +287,8 @@ class KKT(HessianFactor):
     def _stiffness_times(self, columns: np.ndarray) -> np.ndarray:
         """Multiply the Hessian of the Lagrangian by the c columns of a matrix (primal, c).
 
-        ``primal`` is the number of unknowns that are no multipliers. Only free unknowns count:
-        those that neither constraints nor rattlers take out.
+        ``primal`` is the number of unknowns that are no multipliers. The result has a meaning for
+        free unknowns only: those that no constraint fixes, and that are not of a rattler.
         """
         if self.matrix is not None:
             return self.matrix[: self.primal, : self.primal] @ columns
@@ -304,6 +315,7 @@ class KKT(HessianFactor):
             # repeats the constraints of its coordinates.
             columns = np.unique(block.indices)
             sizes = np.linalg.svd(block[:, columns].toarray(), compute_uv=False)
+            # 1e-300 keeps the limit above zero for equations without columns
             zero = REPEATED * max(sizes.max(initial=0.0), 1e-300)
             redundant += block.shape[0] - int(np.sum(sizes > zero))
         return redundant
@@ -325,8 +337,9 @@ class KKT(HessianFactor):
             size = bound((A @ A.T).tocsr()) or 1.0
             H = (H + STIFF * scale / size * (A.T @ A)).tocsr()
         try:
+            # eigenvalues below -SHIFT scale are counted: null directions do not count as negative
             count = SparseFactor(H, SHIFT * scale).negative
-        except RuntimeError:
+        except RuntimeError:  # exactly singular, in spite of the shift
             count = None
         return np.array([-1 if count is None else count])
 
@@ -353,9 +366,10 @@ class KKT(HessianFactor):
     ) -> tuple[np.ndarray, SolveStats]:
         """Solve K x = b for the columns b of a matrix (m, c), by the factor of the KKT matrix K.
 
-        K is the matrix of the linear system at a constrained minimum. Here multipliers, and
-        right-hand sides of equations, are in their natural units. The other arguments, and the
-        results, are those of ``HessianFactor.solve_many``.
+        K is the matrix of the linear system at a constrained minimum. Multipliers, and right-hand
+        sides of equations, are in the units of the user: this method converts them to the units of
+        the stored matrix, and back. The other arguments, and the results, are those of
+        ``HessianFactor.solve_many``.
         """
         units = np.where(np.arange(self.size) < self.primal, 1.0, self.unit)[:, None]
         x, stats = super().solve_many(units * columns, rtol, to)
@@ -375,8 +389,8 @@ class KKT(HessianFactor):
     def solve_unknowns(self, b: Unknowns, rtol: float) -> tuple[Unknowns, float, Status]:
         """Solve K x = b for unknowns x: positions, relaxed parameters and multipliers.
 
-        K is the matrix of the linear system at the constrained minimum. Multipliers are in their
-        natural units.
+        K is the matrix of the linear system at the constrained minimum. Multipliers are in the
+        units of the user, not in units of the stiffness of the potential.
 
         Args:
           b: the right-hand side, with the structure of the unknowns.
@@ -397,8 +411,8 @@ class KKT(HessianFactor):
         """Compute a Newton step of the unknowns, approximately K^-1 b, from a right-hand side b.
 
         K is the matrix of the linear system for positions, relaxed parameters and multipliers.
-        Multipliers, and right-hand sides of equations, are in units of the stiffness of the
-        potential, see ``natural_units``.
+        Multipliers are divided by the stiffness of the potential, and right-hand sides of equations
+        are multiplied by it, see ``natural_units``.
 
         Args:
           b: (m,) right-hand side.
@@ -406,7 +420,9 @@ class KKT(HessianFactor):
         """
         if self.matrix is not None and self._factorize:
             scale = float(self._bounds[0]) or 1.0
+            # without a border: the shifts alone make the matrix regular along rigid motions
             return _Factor(self.matrix, np.zeros((0, 1)), self.primal, shift, scale).apply(b)
+        # ``_solve_iteratively`` takes and returns natural units: for both, the unit is divided out
         right_side = scaled(unflat(b, self.x), 1.0 / self.unit)
         right_side = jax.tree.map(jnp.asarray, right_side)
         # a step needs less accuracy than a derivative
@@ -432,10 +448,10 @@ class KKT(HessianFactor):
         return splu(sp.csc_array(normal + dropped + shift))
 
     def tangent(self, columns: np.ndarray) -> np.ndarray:
-        """Project columns on the tangent space A v = 0 of the constraints, and by ``project``.
+        """Project columns on the tangent space A v = 0 of the constraint equations.
 
-        A is the derivative of the constraint equations by the unknowns. ``project`` removes fixed
-        unknowns, and rigid motions without stiffness.
+        A is the derivative of the equations by the unknowns. Fixed unknowns, and rigid motions
+        without stiffness, are projected out as well, by the method ``project``.
 
         Args:
           columns: (primal, c), for the ``primal`` unknowns that are no multipliers; or a single
@@ -464,6 +480,7 @@ class KKT(HessianFactor):
         null = constrained + independent + len(np.asarray(self.null.motions))
 
         def approximate_inverse(columns: np.ndarray) -> np.ndarray:
+            # zero right-hand sides of the equations: the solution lies in the tangent space
             padded = np.pad(columns, [(0, self.size - self.primal), (0, 0)])
             return self.tangent(self.factor.apply(padded)[: self.primal])
 
@@ -493,7 +510,7 @@ def _solve_iteratively(
     """Solve K dx = b by an iterative method, with the matrix K of a constrained minimum.
 
     dx is a change of positions, relaxed parameters and multipliers, and b has the same structure.
-    Multipliers are in their natural units.
+    Multipliers are in the units of the user, not in units of the stiffness of the potential.
 
     Args:
       x: the unknowns at the minimum.

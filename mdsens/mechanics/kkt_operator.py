@@ -85,6 +85,7 @@ def constrained_null_space(
             whole[members], bool(wraps[label]), stuck[members], members, rattlers.size
         )
     n, d = system.positions.shape
+    # reshaped for the case without motions, whose array has the shape (0,)
     rows = np.array(motions).reshape(-1, n, d)
     if not system.potential.pairwise and len(rows):
         rows = _without_stiffness(system, rows, multipliers)
@@ -114,6 +115,7 @@ def _without_stiffness(
     trials = jnp.asarray(np.concatenate([rows, probe]))
     *images, probe_image = np.asarray(_hessian_products(system, multipliers, trials))
     scale = np.linalg.norm(probe_image) / np.linalg.norm(probe)
+    # columns of u are combinations of the motions, each with the norm of the force that it makes
     u, stiffness, _ = np.linalg.svd(np.array(images), full_matrices=False)
     kept = u[:, stiffness <= np.finfo(float).eps ** 0.5 * scale]
     return np.tensordot(kept.T, rows, axes=1)
@@ -141,11 +143,11 @@ def _hessian_products(
 def kkt_operator(
     system: System, x: Unknowns, null: NullSpace, shift: jax.Array | float = 0.0
 ) -> tuple[Operator, jax.Array]:
-    """Return the linear system at a constrained minimum as an operator, and its unit.
+    """Return the linear system at a constrained minimum as an operator, and the multipliers' unit.
 
     The operator maps changes of positions, relaxed parameters and multipliers to changes of the
-    derivatives of the Lagrangian. The unit of the multipliers is the stiffness of the potential
-    (see ``natural_units``). The operator is declared positive semidefinite where no constraint has
+    derivatives of the Lagrangian. The unit of the multipliers is the stiffness of the potential,
+    see ``natural_units``. The operator is declared positive semidefinite where no constraint has
     equations.
 
     Args:
@@ -161,7 +163,9 @@ def kkt_operator(
 
     def product(v: Unknowns) -> Unknowns:
         free = null.free(v)
+        # the unit on both sides, for columns of multipliers and rows of equations: symmetric
         image = scaled(jacobian(scaled(free, unit)), unit)
+        # the shift is for H_L alone, so that it is zero for the multipliers
         diagonal = scaled(jax.tree.map(lambda leaf: shift * leaf, free), 0.0)
         return null.free(jax.tree.map(jnp.add, image, diagonal))
 

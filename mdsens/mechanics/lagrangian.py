@@ -56,7 +56,10 @@ def relaxed(system: System) -> tuple[str, ...]:
 
 
 def own_params(system: System) -> dict[str, jax.Array]:
-    """Return the parameters that do not relax, by which derivatives can be taken."""
+    """Return the parameters of a system, without those that relax with the positions.
+
+    These are the parameters by which derivatives can be taken.
+    """
     unknown = relaxed(system)
     return {name: value for name, value in system.params.items() if name not in unknown}
 
@@ -182,7 +185,7 @@ def active_set(system: System) -> Unknowns:
 
 
 def constrained_coordinates(system: System, params: Params) -> Unknowns:
-    """Compute the coordinates of a system at other parameters, as far as constraints fix them.
+    """Compute where constraints put the coordinates of a system at other parameters.
 
     A coordinate at a bound moves with the bound, a pinned coordinate is constant, and free
     coordinates are unchanged. Which coordinates are fixed is decided at the present state of the
@@ -205,6 +208,7 @@ def constrained_coordinates(system: System, params: Params) -> Unknowns:
         # The first two where() keep infinite bounds out of the derivative, where they make NaN.
         low = jnp.where(at_low, low, x)
         high = jnp.where(at_high, high, x)
+        # a coordinate that touches both bounds follows the lower one
         return jnp.where(at_low, low, jnp.where(at_high, high, x))
 
     placed = jax.tree.map(place, x, low, high, at_low, at_high)
@@ -279,6 +283,7 @@ def multipliers_at(system: System, x: Unknowns, params: Params) -> dict[str, jax
       x: the unknowns: positions, relaxed parameters and the multipliers of equations.
       params: the parameters that do not relax, by name.
     """
+    # which coordinate is at which wall is decided by comparisons, which have no derivative
     constant = jax.lax.stop_gradient(system)
     low, high = (side.positions for side in at_bounds(constant))
     force = lagrangian_gradient(system, x, params).positions
@@ -314,6 +319,7 @@ def _compute_wall_multipliers(
     stuck = pinned(system)
     walls = [c for c in system.constraints if isinstance(c, Wall)]
     tight = {c.name: _is_tightest(system, c) for c in walls}
+    # number of tightest walls of each side at each coordinate, by which the force is shared
     sharing = {
         above: sum((tight[c.name] for c in walls if c.above is above), 0 * force) for above in push
     }
@@ -321,7 +327,9 @@ def _compute_wall_multipliers(
     for c in walls:
         touches = (low if c.above else high) & ~stuck & tight[c.name]
         share = push[c.above] / jnp.maximum(sharing[c.above], 1.0)
+        # a wall bounds one coordinate of each particle: (n, d) becomes (n,)
         share = jnp.where(touches, share, 0.0)[:, c.axis]
+        # dL/dR is negative where an upper wall pushes particles down, hence the sign;
         # not -share, which would make -0 of 0
         multipliers[c.name] = share if c.above else 0.0 - share
     return multipliers
@@ -341,6 +349,8 @@ def _is_tightest(system: System, wall: Wall) -> jax.Array:
     else:
         bound = wall_bounds.upper
         tightest = high.positions
+    # The tightest bound is a copy of one of the bounds, so that equality is exact. isfinite()
+    # leaves out the axes that the wall does not bound, where inf equals inf.
     return jnp.isfinite(bound) & (bound == tightest)
 
 
@@ -352,8 +362,9 @@ def switch_times(
 ) -> jax.Array:
     """Compute when each coordinate meets its bound, or loses the force of its bound, along a path.
 
-    A bound is a wall for example. The result is the path parameter t of each such event, to first
-    order; inf without an event.
+    A bound is a wall for example. Unknowns and parameters change along the path with the path
+    parameter t. The result is the value of t at each such event, to first order; inf without an
+    event.
 
     Args:
       place: unknowns (positions, relaxed parameters, multipliers) and parameters at t = 0.

@@ -81,6 +81,7 @@ def _describe_pair(name: str, term: PairTerm, system: System) -> str:
     bad = ~np.isfinite(orders) & np.asarray(term.mask)
     if not bad.any():
         return ""
+    # argwhere runs through the orders first, so that its first entry is of the lowest order
     order, k = (int(i) for i in np.argwhere(bad)[0])
     i, j = int(term.i[k]), int(term.j[k])
     value = orders[order, k]
@@ -129,4 +130,5 @@ def _norms_of_derivatives(potential: Potential, system: System) -> jax.Array:
         return jax.jvp(slope, (R,), (along,))
 
     (force, product), (_, third) = jax.jvp(second, (R,), (along,))
+    # in the order of OF_ENERGY
     return jnp.stack([energy(R), *(jnp.linalg.norm(x) for x in (force, product, third))])

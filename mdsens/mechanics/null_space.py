@@ -48,9 +48,9 @@ class NullSpace(Portable):
         with label c, k = 1 in 2-D and 3 in 3-D; None where no cluster can rotate.
       motions: (k, n, d) orthonormal motions or zeros, which replace the motions of clusters where
         the energy is not a sum over pairs, or where there are constraints; else None.
-      active_set: masks that are True where constraints fix a coordinate of the positions or a
-        relaxed parameter, or a multiplier, for equations on rattlers alone; None without
-        constraints.
+      active_set: masks of the unknowns that cannot change: True for coordinates and relaxed
+        parameters that constraints fix, and for the multiplier of a rigid bond to a rattler; None
+        without constraints.
     """
 
     rattlers: jax.Array
@@ -175,6 +175,7 @@ class NullSpace(Portable):
             return self
         if self.inverse_inertia is not None and np.any(np.asarray(self.inverse_inertia)):
             return self
+        # ``project`` looks at ``motions`` only where there are labels, so that these are kept
         if self.motions is not None or self.labels is None:
             return self
         without_arms = dataclasses.replace(self, arms=None, inverse_inertia=None)
@@ -255,6 +256,7 @@ def pseudo_inverse(inertia: jax.Array) -> jax.Array:
     mean = 0.5 * jnp.trace(inertia, axis1=1, axis2=2)  # the moment of a rod across its axis
     scaled = inertia / jnp.where(mean > 0, mean, 1.0)[:, None, None]
     # The inverse is the adjugate over the determinant; cross products of rows are the adjugate's.
+    # They are its columns, and stand as rows here: the adjugate of a symmetric matrix is symmetric.
     adjugate = jnp.stack(
         [jnp.cross(scaled[:, (k + 1) % 3], scaled[:, (k + 2) % 3]) for k in range(3)], axis=1
     )
@@ -299,7 +301,10 @@ def left_motions(
     basis = [np.broadcast_to(np.eye(d)[k], (count, d)) for k in range(d)]
     if not wraps:
         arms = x - x.mean(axis=0)
+        # Rotations are divided by the size of the cluster, so that their norms are like those of
+        # translations: one limit, 1e-9, then tells which are independent, in any unit of length.
         size = np.sqrt(np.mean(arms**2)) or 1.0
+        # one rotation in each plane of coordinates: xy in 2-D; xy, yz and xz in 3-D
         for a, b in [(0, 1), (1, 2), (0, 2)][: 1 if d == 2 else 3]:
             rotation = np.zeros((count, d))
             rotation[:, a] = -arms[:, b] / size

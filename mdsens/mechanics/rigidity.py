@@ -90,6 +90,7 @@ def _free_motions(system: System) -> jax.Array:
     # Singular values of H on the rigid motions: the norms of the forces that combinations make.
     combinations, costs, _ = jnp.linalg.svd(jax.lax.map(image, rigid), full_matrices=False)
     free = costs <= jnp.finfo(dtype).eps ** 0.5 * scale
+    # the singular values are one or zero, so that any limit between these will do
     return orthonormal(jnp.where(free[:, None], combinations.T @ rigid, 0.0), 0.5).reshape(-1, n, d)
 
 
@@ -117,6 +118,7 @@ def analyze_rigidity(
         # One type for all numbers, so that the function is compiled once.
         left = np.asarray(left, system.positions.dtype)
     backbone, net, null = _analyze_rigidity(compact, left, least)
+    # the general form again: the special one may have wrong derivatives by the parameters
     return backbone.replace(potential=system.potential), net, null
 
 

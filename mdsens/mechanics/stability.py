@@ -145,7 +145,8 @@ def solid(
 def cleared(value: jax.Array, round_off: jax.Array | float) -> jax.Array:
     """Return an array as it is, or as zeros where none of its entries is above round-off.
 
-    The array is multiplied by one or zero, so that a later 0 / 0 is NaN in derivatives, too.
+    The array is multiplied by one or zero. So where a quotient of such arrays is 0 / 0, the
+    derivative of the quotient is NaN, as the quotient itself is.
 
     Args:
       value: the array.
@@ -171,6 +172,7 @@ def isotropic_part(tensor: jax.Array, round_off: jax.Array | float = 0.0) -> Iso
     bulk = cleared(iijj / d**2, round_off)
     shear = cleared((ijij - iijj / d) / ((d - 1) * (d + 2)), round_off)
     denominator = d * (d - 1) * bulk + 2.0 * shear
+    # 0 / 0, where both moduli are zero, is NaN anyway; a negative modulus would give a number
     denominator = jnp.where((bulk < 0) | (shear < 0), jnp.nan, denominator)
     young = 2.0 * d**2 * bulk * shear / denominator
     poisson = (d * bulk - 2.0 * shear) / denominator
@@ -205,6 +207,7 @@ def softest_strain(tensor: jax.Array) -> jax.Array:
     Args:
       tensor: (d, d, d, d) the stiffness tensor.
     """
+    # where the stress is no pressure, stress_ij delta_kl in Birch's tensor lacks this symmetry
     symmetrized = 0.5 * (tensor + jnp.transpose(tensor, (2, 3, 0, 1)))
     return jnp.min(jnp.linalg.eigvalsh(to_mandel(symmetrized)))
 
@@ -218,11 +221,11 @@ def resolution(
 ) -> tuple[jax.Array, jax.Array]:
     """Estimate the round-off of a stiffness tensor, and its uncertainty due to the remaining force.
 
-    *Round-off.* The relaxed tensor is a difference of two tensors that can be equal, the affine one
-    and the relaxation. Positions are stored to eps |R|, with the machine precision eps, so that the
-    force of a pair of stiffness k is known to eps |R| k; when the pair is displaced by u across its
-    bond, such a force adds force / l u^2 to the energy. The affine tensor is about n k l^2 / V, for
-    n particles in the volume V. So
+    *Round-off.* The relaxed tensor is the affine one minus the part that the relaxation of the
+    particles takes away, and the two can be equal. Positions are stored to eps |R|, with the
+    machine precision eps, so that the force of a pair of stiffness k is known to eps |R| k; when
+    the pair is displaced by u across its bond, such a force adds force / l u^2 to the energy. The
+    affine tensor is about n k l^2 / V, for n particles in the volume V. So
 
         round-off = 10 eps (1 + |R| / l) (1 + |X|^2 / (n l^2)) affine
 
@@ -314,5 +317,6 @@ def verdict(
     code = jnp.where(jnp.min(moduli) < 0, Status.UNSTABLE.value, code)
     code = jnp.where(smallest <= doubt, Status.STIFFNESS_UNSETTLED.value, code)
     code = jnp.where(smallest <= round_off, Status.FLOPPY.value, code)
+    # last: every comparison with a NaN is False, which would leave CONVERGED
     finite = jnp.all(jnp.isfinite(tensor)) & jnp.all(jnp.isfinite(stress))
     return jnp.where(finite, code, Status.NOT_FINITE.value).astype(jnp.int32)

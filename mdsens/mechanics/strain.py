@@ -129,6 +129,8 @@ def stiffness_along(system: System, along: jax.Array | np.ndarray, motion: jax.A
 
     def energy(s: jax.Array) -> jax.Array:
         moved = system.positions + jnp.tensordot(s, motion, axes=1)
+        # The strain deforms the displacements, too. At a minimum this adds nothing: the term is the
+        # forces, which are zero, times the deformed displacements.
         return potential_energy(system, moved, strain=jnp.tensordot(s, along, axes=1))
 
     return jax.hessian(energy)(no_strain)

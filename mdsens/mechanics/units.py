@@ -77,6 +77,7 @@ def natural_units(system: System) -> tuple[jax.Array, jax.Array]:
     n, d = system.positions.shape
     if system.box is None:
         sizes = jnp.max(system.positions, axis=0) - jnp.min(system.positions, axis=0)
+        # n^(1/d) particles along an edge have one spacing fewer than particles
         extent = jnp.max(sizes) / max(n ** (1.0 / d) - 1, 1)
         spacing = jnp.where(extent > 0, extent, 1.0)
     else:
@@ -94,6 +95,7 @@ def natural_units(system: System) -> tuple[jax.Array, jax.Array]:
         # 28 pairs of 8 particles, or as many of the bonds
         chosen = np.unique(np.linspace(0, count - 1, 28).astype(int))
         values = tuple(v if v.ndim == 0 else v[chosen] for v in term.values)
+        # the range is inf without a cutoff, and zero for bonds alone, which have a length, too
         has_range = jnp.isfinite(system.range) & (system.range > 0)
         longest = jnp.where(has_range, system.range, 4.0 * spacing)
         # (400, pairs) distances at which the energy is scanned for its minimum
@@ -106,6 +108,7 @@ def natural_units(system: System) -> tuple[jax.Array, jax.Array]:
             return term.phi(r, *values)
 
         energies = phi(r)
+        # of equal energies argmin takes the first: contact, where the energy of a pair becomes zero
         least = jnp.argmin(jnp.where(jnp.isfinite(energies), energies, jnp.inf), axis=0)
         r_least = jnp.take_along_axis(r, least[None], axis=0)
         energy_least = jnp.take_along_axis(energies, least[None], axis=0)
@@ -180,14 +183,15 @@ def force_scale(
     eps |R|, with the machine precision eps, and so is the vector between two particles. So the
     force on particle i is uncertain by
 
-        floor_i = 4 eps sqrt(sum_j (k_ij |R_ij|)^2 + f_ij^2),
+        floor_i = 4 eps sqrt(sum_j [(k_ij |R_ij|)^2 + f_ij^2]),
 
     with k_ij the stiffness of a pair, the larger of |phi''| and |phi'| / r for the pair potential
     phi at the distance r, |R_ij| the root mean square size of the two positions, and f_ij the force
     of the pair. The floor is that of the worst particle, since no minimization reaches a force
     below it. For a potential that is not a sum over pairs the floor is measured, as the change of
-    the forces when the last digits of the positions change. The floor is never below eps times the
-    length and stiffness of a pair, a force that counts as zero.
+    the forces when the last digits of the positions change. The floor is never below eps l k_1, a
+    force that counts as zero, with l the length scale of the potential and k_1 the stiffness of one
+    pair.
 
     Args:
       system: a system with a complete neighbor list.

@@ -45,6 +45,8 @@ def flat(x: Unknowns, many: bool = False) -> np.ndarray:
       x: the positions, relaxed parameters and multipliers.
       many: whether all arrays have a leading axis of length c; then the result is a matrix (m, c).
     """
+    # The order is that of jax: the fields as they are defined, a dict by its sorted keys; None has
+    # no leaves.
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(x)]
     if not many:
         return np.concatenate([leaf.ravel() for leaf in leaves])

@@ -44,6 +44,7 @@ def stack(systems: list[System] | tuple[System, ...]) -> System:
     """
     _check_systems(systems)
     systems = [s if s.neighbors.complete else s.reallocate(keep=True) for s in systems]
+    # ``orthogonal`` is static, so that boxes that differ in it are trees that cannot be stacked
     if len({s.boundary.orthogonal for s in systems}) > 1:
         # a general cell: the form that is right for members with and without right angles
         systems = [s.replace(boundary=FixedBox(s.boundary.cell)) for s in systems]
@@ -91,6 +92,7 @@ def _comparable(system: System, field: str) -> Any:
     attribute ``field`` it is the shapes of the arrays in it.
     """
     value = getattr(system, field)
+    # the tree keeps static fields, such as the function phi of a potential: they are compared, too
     return value if field.startswith("species_") else jax.tree.map(jnp.shape, value)
 
 

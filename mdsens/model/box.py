@@ -169,9 +169,10 @@ def box_rule(
 
 
 def _cell(box: ArrayLike, dimension: int) -> np.ndarray:
-    """Make the cell matrix (d, d) of a length, d lengths, or a matrix, and check the matrix."""
+    """Make the cell matrix (d, d) from a length, d lengths, or a matrix, and check the matrix."""
     need = f"give a length, {dimension} lengths, or a ({dimension}, {dimension}) matrix."
     cell = np.asarray(real_array("box", box, need), float)
+    # a matrix may have negative entries; zeros are refused below, by the volume
     if cell.ndim < 2 and (cell < 0).any():
         raise InputError(f"`box` is {np.asarray(box).tolist()}: give positive lengths.")
     if cell.ndim == 0:

@@ -151,6 +151,7 @@ def no_pairs(n: int, dtype: DTypeLike = float) -> Neighbors:
 
 def all_pairs(n: int, dtype: DTypeLike = float) -> Neighbors:
     """Return the list of all pairs of n particles, complete wherever the particles move."""
+    # row k is shifted by k + 1 in a circle: no row has a particle as its own neighbor
     rows = jnp.asarray((np.arange(n)[None] + np.arange(1, n)[:, None]) % max(n, 1), jnp.int32)
     return _complete_list(rows, dtype)
 
@@ -186,6 +187,7 @@ def _fullest_run(positions: np.ndarray, box: np.ndarray, cells: tuple[int, ...])
     The three grid cells follow each other along the last cell vector.
     """
     counts = np.zeros(cells, int)
+    # counts[…] += 1 would count several particles of one cell once
     np.add.at(counts, tuple(_cell_of(positions, box, cells)), 1)
     if cells[-1] > 2:
         counts = np.roll(counts, 1, axis=-1) + counts + np.roll(counts, -1, axis=-1)
@@ -289,6 +291,7 @@ def _search(
         index = first + k
         # a run that reaches the end of its line goes on at the line's beginning
         wrapped = jnp.where(index >= end, index - (end - grid.line[line]), index)
+        # in range also where k is beyond the run: ``mark`` leaves such a candidate out
         return jnp.minimum(wrapped, n - 1)
 
     def search_line(offset: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -307,7 +310,11 @@ def _search(
         length = grid.length[line * cells[-1] + grid.where[-1]]
 
         def mark(k: jax.Array, marks: jax.Array) -> jax.Array:
-            """Set a bit for the k-th candidate neighbor of each particle, if it is near enough."""
+            """Set a bit for the k-th candidate neighbor j of each particle i, if it is near enough.
+
+            It is near enough below the distance l_ij + skin, where l_ij is the distance beyond
+            which the pair energy is zero.
+            """
             index = place(line, k)
             apart = images(tuple(c - s[index] for c, s in zip(x, sorted_x, strict=True)))
             j = grid.order[index]
@@ -326,6 +333,7 @@ def _search(
     sides = [(0,) if m == 1 else (0, 1) if m == 2 else (-1, 0, 1) for m in cells[:-1]]
     offsets = jnp.asarray(list(itertools.product(*sides)), jnp.int32)
     lines, marks = jax.lax.map(search_line, offsets)
+    # row r of the result belongs to the line r // words and is its word r % words
     marks = marks.reshape(-1, n)
     most = jnp.max(jnp.sum(jax.lax.population_count(marks), axis=0), initial=0).astype(jnp.int32)
     numbers = jnp.arange(marks.shape[0], dtype=jnp.int32)[:, None]
@@ -468,12 +476,16 @@ def serves(
 ) -> jax.Array:
     """Return whether a neighbor list contains every pair that interacts at ``positions``."""
     if neighbors.complete:
+        # at a range of zero ``allocate`` makes a list without pairs instead
         return (range_ > 0) & ~_too_small(range_, box, 2.0) & ~_lacks_pairs(neighbors, range_)
     return ~neighbors.overflowed & _still_complete(neighbors, positions, box, lengths, range_)
 
 
 def _lacks_pairs(neighbors: Neighbors, range_: jax.Array) -> jax.Array:
-    """Return whether a list without pairs, from :func:`no_pairs`, meets a range above zero."""
+    """Return whether a list without pairs, from :func:`no_pairs`, is used where pairs interact.
+
+    Pairs interact where the range, the largest distance of an interaction, is above zero.
+    """
     count, n = neighbors.rows.shape
     return (range_ > 0) & (count == 0) & (n > 1)
 
@@ -650,6 +662,7 @@ def fitted(
     mean = n * min(1.0, ball / abs(float(np.linalg.det(sides))))
     guess = _eights(mean + 3.0 * math.sqrt(mean))
     while True:
+        # the runs fit, as they have been counted: the rows alone may be too few
         rows, most, _ = _search(positions, lattice, lengths, skin, cells, run_capacity, guess)
         if int(most) <= guess:
             break
@@ -674,9 +687,9 @@ def fitted(
 def _enclosing(positions: jax.Array, reach: float) -> jax.Array:
     """Return a rectangular cell (d, d) that encloses a system with open boundaries.
 
-    Each side is 1.5 times the extent of the particles plus ``reach`` at both ends, so that the
-    system may expand, and at least 3 ``reach``, so that the grid of the neighbor search has at
-    least three cells along each side. ``reach`` is the interaction range with the skin.
+    Each side is 1.5 (extent of the particles + 2 ``reach``), so that the system may expand, and at
+    least 3 ``reach``, so that the grid of the neighbor search has at least three cells along each
+    side. ``reach`` is the interaction range plus the skin.
     """
     span = np.ptp(np.asarray(positions), axis=0) + 2.0 * reach
     return jnp.diag(jnp.asarray(np.maximum(1.5 * span, 3.0 * reach), positions.dtype))
@@ -696,6 +709,7 @@ def filled_rows(listed: Neighbors) -> Neighbors:
     if isinstance(listed.rows, Tracer):
         return listed
     rows = np.asarray(listed.rows)
+    # over the particles, and over the systems of a batch, which need one number of rows
     filled = np.any(rows < rows.shape[-1], axis=(*range(rows.ndim - 2), -1))
     used = int(np.max(np.flatnonzero(filled), initial=-1)) + 1
     fewer = 4 * math.ceil(used / 4)

@@ -235,6 +235,7 @@ class System(Portable, Shown):
     def volume(self) -> jax.Array:
         """Volume of the cell, in 2-D the area; inf for open boundaries."""
         box = self.box
+        # abs(), since the cell vectors may be left-handed
         return jnp.asarray(jnp.inf) if box is None else jnp.abs(jnp.linalg.det(box))
 
     @property
@@ -387,7 +388,8 @@ def _params_of_potential(
 def _check_reach(system: System) -> None:
     """Raise InputError if a constraint fixes a distance above half the cell's smallest height.
 
-    For a longer distance the nearest periodic image may be a different one.
+    At a longer distance from a particle, another periodic image of its partner may be nearer, and
+    distances are always those of nearest images.
     """
     if not system.constraints or system.box is None:
         return

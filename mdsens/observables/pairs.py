@@ -72,9 +72,10 @@ def rise(x: jax.Array) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Range:
-    """The range of particles i and j as a function of (i, j), for a neighbor list.
+    """A function that returns the range up to which a neighbor list has the pair (i, j).
 
-    The range is the same length for all pairs.
+    A neighbor list asks for such a function of the particle indices i and j; here the range is the
+    same length for all pairs.
     """
 
     length: jax.Array
@@ -154,18 +155,20 @@ def _check_height(system: System, length: float) -> None:
 def rows_within(system: System, length: float, pairs: Neighbors | None) -> jax.Array:
     """Return an array (capacity, n) whose column i has the particles within a range of particle i.
 
-    The array may also hold particles beyond the range ``length``. Entries without a particle are n.
-    The array is taken from the list ``pairs``. If ``pairs`` is None, the array is taken from the
-    system's neighbor list if this list covers the range; else the array has all pairs, provided
-    that the system is not too large.
+    The array may also hold particles beyond the range ``length``. Places of the array that are not
+    used hold n, the number of particles. The array is taken from the list ``pairs``. If ``pairs``
+    is None, the array is taken from the system's neighbor list if this list covers the range; else
+    the array has all pairs, provided that the system is not too large.
     """
     _check_height(system, length)
     n = system.n
     listed = system.neighbors
     if pairs is not None:
         return _check_pairs(system, length, pairs)
+    # all pairs; a list without pairs is complete, too, but has no rows
     if listed.complete and listed.rows.shape[0] == n - 1:
         return listed.rows
+    # Which pairs does not matter: a range that is the same number for all pairs is a float.
     reach = system.potential.lengths(
         system.params, (listed.rows[:1], listed.rows[:1]), n, system.species, 0
     )
@@ -198,6 +201,7 @@ def _check_pairs(system: System, length: float, pairs: Neighbors) -> jax.Array:
         )
     if pairs.complete:
         return pairs.rows
+    # only complete lists have no ``given``; a ``_Range`` has one array, its length
     assert pairs.given is not None
     (reach,) = pairs.given
     # 1e-6, because the range may be stored in single precision

@@ -119,6 +119,7 @@ def bond_orientation(
     return _bond_orientation(system, rows_within(system, length, pairs), length, int(m))
 
 
+# m is static: the loop over its binary digits, in ``_multiply_angle``, needs the number
 @functools.partial(jax.jit, static_argnames=("m",))
 def _bond_orientation(system: System, rows: jax.Array, range_: float, m: int) -> jax.Array:
     """Compute the bond-orientational order psi_m of each particle by a sum over a neighbor list.
@@ -335,6 +336,7 @@ def _distance_to(system: System, target: jax.Array, share: jax.Array) -> jax.Arr
         # Images nearest to the mean displacement, which is a circular mean.
         # Images nearest to zero would separate particles where a translation carries some of them
         # past half the cell.
+        # The shift only chooses images: the mean displacement itself is subtracted below.
         shift = jax.lax.stop_gradient(circular_mean(displacement, box, share))
         displacement = nearest_image(displacement - shift, box)
     displacement = displacement - jnp.sum(share[:, None] * displacement, axis=0)

@@ -84,6 +84,7 @@ def legend(ax: Axes, foot: Foot, key: Key, quiver: Quiver | None) -> None:
     else:
         kinds = []
         shades, span = key
+        # with its numbers on both sides, the bar fills the 0.44 that sensitivity_map gives Foot.bar
         bar = ax.inset_axes((0.12, -1.15 * row, 0.22, 0.6 * row))
         bar.imshow(np.linspace(0, 1, 64)[None], aspect="auto", cmap=shades)
         bar.set(xticks=[], yticks=[])
@@ -152,6 +153,7 @@ def rounded(longest: float) -> tuple[float, str]:
     """
     power = int(np.floor(np.log10(longest)))
     # 1e-9: so that 5 is found for 5, despite round-off
+    # m == 1 in any case: log10 may round up to the next power, and max() would get nothing
     digit = max(m for m in (1, 2, 5) if m == 1 or m * 10.0**power <= longest * (1 + 1e-9))
     value = digit * 10.0**power
     return value, f"{value:g}" if -3 <= power < 4 else rf"${digit}\times10^{{{power}}}$"

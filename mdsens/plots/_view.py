@@ -46,6 +46,7 @@ def project(system: System, axis: int) -> View:
         raise InputError(f"`axis` is {axis!r}: give 0, 1 or 2, the cell vector to look along.")
     fractions = positions  # without a box: the coordinates
     if box is not None:
+        # the cell vectors are columns, and positions are rows: R = f box^T, f = R box^-T
         fractions = (positions @ np.linalg.inv(box).T) % 1.0
         positions = fractions @ box.T
     if system.dimension == 2:
@@ -102,6 +103,7 @@ def layers(depth: np.ndarray, shown: np.ndarray) -> list[np.ndarray]:
       masks (n,) of the particles to draw in each layer, from rear to front.
     """
     edges = np.linspace(depth[shown].min(), depth[shown].max(), LAYERS + 1)
+    # clipped: the particle in front is on the last edge, and particles not shown may be outside
     step = np.clip(np.searchsorted(edges, depth, side="right") - 1, 0, LAYERS - 1)
     return [shown & (step == k) for k in range(LAYERS)]
 
@@ -135,9 +137,10 @@ def images(view: View, chosen: np.ndarray, diameters: np.ndarray) -> tuple[np.nd
 
 
 def image_shifts(reach: int) -> np.ndarray:
-    """Return the shifts (images, 1, 2) to periodic images, in units of the cell vectors.
+    """Return the shifts from a particle to its periodic images, in units of the cell vectors.
 
-    The images are those up to ``reach`` cells away, the particle itself included.
+    The images are those up to ``reach`` cells away, the particle itself included. The shape is
+    (images, 1, 2); along the axis of length 1 the shifts are added to all particles.
     """
     steps = np.arange(-reach, reach + 1)
     return np.stack(np.meshgrid(steps, steps), axis=-1).reshape(-1, 1, 2)

@@ -67,6 +67,7 @@ def derivative_test(
     errors = np.nan_to_num(np.clip(test.errors, FLOOR, None), nan=1.0, posinf=1.0)
     relaxed = np.array([status.good for status in test.statuses])
     ax.set(xscale="log", yscale="log", xlim=(steps.min() / 2, steps.max() * 2))
+    # two decades at least, so that small scatter about a constant error does not fill the axis
     ax.set_ylim(errors.min() / 5, max(errors.max(), 100 * errors.min()) * 5)
     ax.plot(steps[relaxed], errors[relaxed], color=OUTLINE, linewidth=0.6, zorder=1.5)
     for chosen, marker, fill, edge, name in (
@@ -163,9 +164,9 @@ def _points(
 
 
 def _mark_contact_change(ax: Axes, radius: float) -> None:
-    """Draw a vertical dashed line at the step of the first contact change, with its name above.
+    """Draw a dashed vertical line at the step of central differences where a contact first changes.
 
-    The name is above the frame of the figure, where it hides no point.
+    The name of the line is above the frame of the figure, where it hides no point.
     """
     ax.axvline(radius, color=ARROW, linewidth=0.8, linestyle=(0, (4, 2)), zorder=1.2)
     low, high = np.log(ax.get_xlim())
@@ -269,7 +270,9 @@ def stiffness_spectrum(
 def _read_spectrum(
     given: Any, participation: ArrayLike | None, null: float | None
 ) -> tuple[np.ndarray, np.ndarray | None, float]:
-    """Check the arguments of ``stiffness_spectrum``, and take from a certificate what is None.
+    """Check the arguments of ``stiffness_spectrum``, and replace those that are None.
+
+    Where the eigenvalues are from a certificate, the replacements are from it, too.
 
     Returns:
       the eigenvalues in rising order, their participation ratios or None, and the absolute value up

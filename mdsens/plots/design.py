@@ -158,7 +158,10 @@ def _draw_parameters(ax: Axes, of: Design, number: np.ndarray, x: np.ndarray) ->
 
 
 def _draw_changes(ax: Axes, of: Design) -> None:
-    """Draw the size of each step of an inverse design after the first, and its trust region."""
+    """Draw the size of each step of an inverse design, and the radius of the trust region.
+
+    The size is the largest change of a variable. The start is left out.
+    """
     from matplotlib.ticker import LogLocator
 
     ax.set_ylabel("change", fontsize=FONT)

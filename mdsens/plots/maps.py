@@ -171,7 +171,9 @@ def _choose_scale(lengths: np.ndarray, typical: float, diameter: float, width: f
 def _make_room(
     view: View, low: np.ndarray, high: np.ndarray, arrows: np.ndarray, moving: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Move two opposite corners of the picture apart, by a margin and by the arrows beyond them.
+    """Enlarge the picture by a margin, given two opposite corners; return the new corners.
+
+    Without a cell, which would clip the arrows, the picture also grows to contain all arrows.
 
     Args:
       view: the projected configuration.
@@ -212,7 +214,9 @@ def _length_label(response: Displacement | ArrayLike, part: str, typical: float)
 def _choose_scale_arrow(
     label: str, typical: float, scale: float, width: float
 ) -> tuple[str, float]:
-    """Choose a round length for the scale arrow: near the typical one, visible, and not too long.
+    """Choose a round length for the scale arrow, near the typical length of the arrows drawn.
+
+    The scale arrow must be long enough to be visible, and not too long for the picture.
 
     Args:
       label: name of the quantity that the arrows show.
@@ -306,7 +310,11 @@ def _check_response(response: Displacement | ArrayLike, part: str, system: Syste
 def _find_rattlers(
     eq: Equilibrium | Linearization, response: Displacement | ArrayLike
 ) -> np.ndarray:
-    """Return a mask (n,) of the rattlers; it is computed where neither argument contains it."""
+    """Return a mask (n,) of the rattlers of a minimum.
+
+    The mask is that of the response or of the linearized minimum; if there is neither of these, it
+    is computed.
+    """
     if isinstance(response, Displacement):
         rattlers = response.rattlers
     elif isinstance(eq, Linearization):
@@ -367,7 +375,10 @@ def _draw_frame(ax: Axes, view: View, low: np.ndarray, high: np.ndarray) -> None
 
 
 def _faded(colors: Sequence[str] | np.ndarray, haze: float) -> np.ndarray:
-    """Mix colors (k, 4) with the color of the paper; ``haze`` is the fraction of paper color."""
+    """Mix k colors (k, 4) with the color of the paper, to show distant particles paler.
+
+    ``haze`` is the fraction of the paper's color, from 0 to 1.
+    """
     from matplotlib.colors import to_rgb, to_rgba_array
 
     paper = [*(haze * np.array(to_rgb(PAPER))), 0]  # opacity stays
@@ -436,6 +447,7 @@ def _draw_arrows(
     if view.cell is not None:
         inverse = np.linalg.inv(view.cell)
         ends = [tails @ inverse.T, (tails + arrows) @ inverse.T]
+        # one cell to each side: by default no arrow is longer than LARGEST of the picture's width
         shifts = image_shifts(1)
         inside = [((end + shifts > 0) & (end + shifts < 1)).all(axis=-1) for end in ends]
         visible = np.any(inside, axis=0)
@@ -457,6 +469,8 @@ def _draw_arrows(
         facecolor=_faded([ARROW], haze),
         edgecolor=PAPER,
         linewidth=_edge_width(arrows, shaft),
+        # artists of one zorder are drawn in the order of the calls, so that circles of nearer
+        # layers cover these arrows; those of the front layer are above all circles
         zorder=1.5 if haze else 1.7,
     )
     _clip_at_cell(ax, view, quiver)

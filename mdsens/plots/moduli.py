@@ -100,7 +100,7 @@ def _draw_by_angle(
       ax: the polar Axes to draw in.
       angle: (k,) angles in radians.
       curve: (k,) the values at these angles, whose absolute values are drawn.
-      level: value of the isotropic part of the elastic tensor, drawn as a gray circle.
+      level: the value that the isotropic part of the elastic tensor gives, drawn as a gray circle.
       color: color of the curve.
     """
     from matplotlib.ticker import MaxNLocator
@@ -112,6 +112,7 @@ def _draw_by_angle(
         ax.plot(angle, radius, color=color, linestyle=dash, linewidth=1.4)
     sizes = np.abs([*curve, level])  # NaN for ratios of moduli that are zero
     ax.set_ylim(0.0, 1.15 * float(np.max(sizes[np.isfinite(sizes)], initial=0.0)) or 1.0)
+    # in degrees: between the lines at 0 and 45 degrees
     ax.set_rlabel_position(22.5)
     ax.yaxis.set_major_locator(MaxNLocator(4, prune="upper"))
     ax.tick_params(labelsize=FONT)

@@ -80,6 +80,7 @@ class PairTerm(NamedTuple):
 
         The arrays have the shape (chunks, rows, n) with n particles; ``k`` is the chunk's number.
         """
+        # A scalar parameter serves all chunks, as does i, the particle of each column.
         values = tuple(v[k] if v.ndim == 3 else v for v in self.values)
         return self._replace(j=self.j[k], mask=self.mask[k], values=values)
 
@@ -103,8 +104,8 @@ class Potential(Protocol):
 
     ``range`` returns the largest distance at which a pair interacts, ``lengths`` this distance for
     each pair, ``terms`` the energies that are sums over pairs, ``many_body`` the rest of the
-    energy, and ``specialize`` the cheapest equal form of the potential. ``check`` raises InputError
-    if the parameters do not fit the potential.
+    energy, and ``specialize`` the cheapest form of the potential that has the same energy.
+    ``check`` raises InputError if the parameters do not fit the potential.
     """
 
     @property
@@ -260,6 +261,8 @@ class PairPotential(Portable, NamedPotential):
         value). The form is equal to phi where the parameter with this name has this value.
     """
 
+    # All fields are static, part of the key of compiled code: each must have a hash and compare
+    # equal to the same field of an equal potential.
     name: str = dataclasses.field(metadata={"static": True})
     phi: Phi = dataclasses.field(metadata={"static": True})
     names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
@@ -296,6 +299,7 @@ class PairPotential(Portable, NamedPotential):
 
     def _cutoff_at(self, *values: Any) -> Any:
         """Compute the cutoff distance of a pair from the parameters of the pair."""
+        # for the type checker: every caller has handled a cutoff that is None or a number
         assert callable(self.cutoff)
         return Traceable(f"the cutoff of {self.name}", self.cutoff)(*values)
 
@@ -406,6 +410,7 @@ class PairPotential(Portable, NamedPotential):
             check_trial(self.name, self.names, _trial(self, box, few, species_count))
 
 
+# species_count is static, since of_pairs compares it with the shapes of the parameters.
 @functools.partial(jax.jit, static_argnames="species_count")
 def _trial(potential: PairPotential, box: jax.Array | None, few: Few, species_count: int) -> Trial:
     """Evaluate a pair energy and its derivatives at a few distances, for a few of the pairs."""
@@ -436,6 +441,7 @@ class BondedPotential(Portable, NamedPotential):
       above: for each parameter the value that it must exceed; -inf if any value is allowed.
     """
 
+    # not static like the other fields, since an array has no hash
     bonds: Any
     name: str = dataclasses.field(metadata={"static": True})
     phi: Phi = dataclasses.field(metadata={"static": True})
@@ -446,6 +452,7 @@ class BondedPotential(Portable, NamedPotential):
         return (
             isinstance(other, BondedPotential)
             and (self.name, self.phi, self.names) == (other.name, other.phi, other.names)
+            and self.above == other.above
             and np.array_equal(np.asarray(self.bonds), np.asarray(other.bonds))
         )
 
@@ -530,6 +537,7 @@ class EnergyPotential(Portable, NamedPotential):
         species_count: int,
     ) -> None:
         def energy(positions: jax.Array, params: Params) -> jax.Array:
+            # The energies of jax-md pass keyword arguments of their own on to this function.
             def displacement(a: jax.Array, b: jax.Array, **_: Any) -> jax.Array:
                 return nearest_image(a - b, box)
 
@@ -657,6 +665,7 @@ class SumPotential(_Addable):
         species_count: int,
     ) -> None:
         for potential in self.parts:
+            # The protocol Potential does not ask for check_at: SmoothedPotential has none.
             if hasattr(potential, "check_at"):
                 potential.check_at(positions, box, params, species, species_count)
 
@@ -685,6 +694,7 @@ class FixedLengths:
     The distances do not depend on the parameters.
     """
 
+    # A record and not a closure, so that equal breakpoints make equal potentials.
     lengths: tuple[float, ...]
 
     def __call__(self, *values: Any) -> tuple[Any, ...]:

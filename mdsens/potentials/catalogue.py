@@ -61,6 +61,8 @@ class switched:  # noqa: N801 - used as a function
     they do not move with the parameters.
     """
 
+    # A record and not a closure: two switches of the same phi, onset and cutoff are equal, so that
+    # code compiled for the one serves the other.
     phi: Phi
     onset: float
     cutoff: float
@@ -106,6 +108,7 @@ def _harmonic_sphere(
 
     The energy is a square here, which is computed faster than a general power."""
     overlap = 1.0 - r * (1.0 / sigma)  # one division, where the derivative by r / sigma has two
+    # A zero needs no guard here, since the slope of a square is finite at zero.
     overlap = jnp.where(overlap > 0, overlap, 0.0)
     return 0.5 * epsilon * overlap * overlap
 
@@ -113,7 +116,10 @@ def _harmonic_sphere(
 def _hertzian_sphere(
     r: jax.Array, sigma: jax.Array, epsilon: jax.Array, alpha: jax.Array
 ) -> jax.Array:
-    """Compute the pair energy of soft spheres for the exponent alpha = 2.5, with a square root."""
+    """Compute the pair energy of soft spheres for the exponent alpha = 2.5.
+
+    The energy is a square times a square root here, which is computed faster than a general power.
+    """
     overlap = 1.0 - r / sigma
     # where() inside the root: its slope at zero is infinite, which times zero is NaN
     root = jnp.sqrt(jnp.where(overlap > 0, overlap, 1.0))
@@ -154,6 +160,7 @@ def _harmonic_morse(
     apart = alpha * jnp.where(inside, 0.0, gap)
     bond = jnp.exp(-apart)
     onset, cutoff = HARMONIC_MORSE_ENDS
+    # Inside contact ``apart`` is 0 and the well is -epsilon, the constant of the docstring.
     well = epsilon * (bond * bond - 2.0 * bond) * _switch((apart - onset) / (cutoff - onset))
     return 0.5 * stiffness * overlap * overlap + well
 
@@ -200,7 +207,7 @@ def soft_sphere() -> PairPotential:
         cutoff=_contact,
         breakpoints=_contact_breakpoint,
         mixing=(arithmetic,) * 3,
-        above=(0.0, 0.0, 1.0),
+        above=(0.0, 0.0, 1.0),  # at alpha = 1 the force would jump at contact
         repulsive=True,
         cases=((_harmonic_sphere, "alpha", 2.0), (_hertzian_sphere, "alpha", 2.5)),
     )
@@ -348,6 +355,7 @@ def from_pair(
 
 def _checked_names(parameters: Iterable[str]) -> tuple[str, ...]:
     """Check parameter names that a user gives, and return them as a tuple of strings."""
+    # A string is iterable, too: "sigma" would become five names.
     if isinstance(parameters, str | bytes) or not np.iterable(parameters):
         raise InputError(f"`parameters` is {short(parameters)}: give a tuple of names.")
     names = tuple(parameters)
@@ -395,7 +403,10 @@ def _checked_lengths(breakpoints: ArrayLike) -> tuple[float, ...]:
 
 
 def _check_arguments(phi: Phi, names: tuple[str, ...]) -> None:
-    """Raise InputError if phi does not take a distance r and one argument per parameter name."""
+    """Raise InputError unless a user's phi takes a distance r and one argument per parameter name.
+
+    phi is the function that computes the pair energy.
+    """
     if not callable(phi):
         raise InputError(f"`phi` is {short(phi)}: give a function of r and the parameters.")
     try:

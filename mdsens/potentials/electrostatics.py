@@ -80,6 +80,7 @@ class _DipoleFunctional(NamedTuple):
         interaction of the dipoles with each other, and their energy in the field of the charges.
         """
         mu = self.dipoles(y)
+        # The sum over particles has each pair of dipoles twice, but each dipole in the field once.
         return 0.5 * jnp.sum(y**2) + jnp.sum(mu * (0.5 * self.tensor(mu) - self.field))
 
     def conditions(self, y: jax.Array) -> jax.Array:
@@ -111,6 +112,7 @@ class InducedDipoles(SelfConsistentPotential):
         self, pairs: AllPairs, *values: jax.Array
     ) -> tuple[_DipoleFunctional, jax.Array]:
         charge, alpha, *damping = values
+        # zero on the diagonal, so that no particle acts on itself
         across = along = pairs.inverse**3
         if damping:
             # Thole's x = a r^3 / sqrt(alpha_i alpha_j), a the geometric mean of the two dampings
@@ -123,6 +125,7 @@ class InducedDipoles(SelfConsistentPotential):
         field = jnp.einsum("ij,j,ijd->id", across, charge, pairs.vectors)
         along = 3.0 * along * pairs.inverse**2
         functional = _DipoleFunctional(jnp.sqrt(alpha), field, pairs.vectors, across, along)
+        # 0.5, since the sum over i and j has each pair twice
         return functional, 0.5 * charge @ pairs.inverse @ charge
 
     def moments(
@@ -220,6 +223,7 @@ class ChargeEquilibration(SelfConsistentPotential):
     """The potential of charges that equilibrate; made by :func:`charge_equilibration`."""
 
     names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    # static, hence without a derivative; dU / dtotal is the chemical potential
     total: float = dataclasses.field(metadata={"static": True})
     solve: Method = dataclasses.field(metadata={"static": True})
     name: str = dataclasses.field(default="charge_equilibration", metadata={"static": True})
@@ -252,7 +256,7 @@ class ChargeEquilibration(SelfConsistentPotential):
     def potential(
         self, positions: jax.Array, params: Params, species: Species, species_count: int
     ) -> jax.Array:
-        """Return the chemical potential dU / dtotal, with U the energy and the total charge.
+        """Return the chemical potential: the derivative of the energy by the total charge.
 
         The value is not finite if the solve for the equilibrium charges failed.
         """

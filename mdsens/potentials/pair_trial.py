@@ -54,6 +54,7 @@ def derivatives(
 
     # The first derivative in reverse mode, as forces are computed: forward mode does not have the
     # NaN of a where() without a guard.
+    # phi is elementwise, so that the gradient of the sum has the derivative at each distance.
     slope = jax.grad(lambda r: jnp.sum(energy(r)))
     ones = jnp.ones_like(r)
 
@@ -126,6 +127,7 @@ class Few(NamedTuple):
             for kind in present[spread]:
                 chosen += np.flatnonzero(kinds == kind)[:2].tolist()
         chosen += np.linspace(0, n - 1, PARTICLES).astype(int).tolist()
+        # A dict keeps the order and drops repetitions: the particles that were chosen first stay.
         indices = np.array(list(dict.fromkeys(chosen))[:PARTICLES])
         pairs = np.stack(np.triu_indices(indices.size, 1))
         if not pairs.size:
@@ -133,6 +135,7 @@ class Few(NamedTuple):
         # Repeated up to a fixed number, so that one compilation serves every system. It must differ
         # from the number of species, or values per particle would be taken for values per species.
         count = PARTICLES + (species_count == PARTICLES)
+        # np.resize repeats the array, unlike the method of the same name, which appends zeros.
         indices = np.resize(indices, count)
         # with as many species as particles, (n,) values are per species
         per_particle = species is None or n != species_count
@@ -145,6 +148,7 @@ class Few(NamedTuple):
             positions=np.asarray(positions)[indices],
             species=None if species is None else np.asarray(species)[indices],
             params={name: of_few(value) for name, value in params.items()},
+            # np.resize works on the flat array: with a pair in each row, pairs stay whole.
             pairs=np.resize(pairs.T, (PAIRS, 2)).T,
         )
 
@@ -252,7 +256,7 @@ def check_trial(name: str, names: Sequence[str], trial: Trial) -> None:
         """Raise InputError if the potential or one of its derivatives is bad at some distances.
 
         Args:
-          rows: which of the seven tested distances ``bad`` is about.
+          rows: the slice of the seven tested distances to which the second axis of ``bad`` belongs.
           count: how many orders are tested, from the potential itself (order 0) upward.
           bad: True where the derivative of an order is bad, (order, distance, pair).
           where: words of the message that say where the distance lies.
@@ -275,6 +279,7 @@ def check_trial(name: str, names: Sequence[str], trial: Trial) -> None:
     infinite = ~np.isfinite(orders) & limited
     nan = np.isnan(orders)
     check = f"check its parameters; {GUARD}"
+    # without a cutoff all seven rows are the same distance, and one look is enough
     refuse(within, 4, nan[:, within] & ~limited, ", where particles stand", check)
     refuse(within, 4, nan[:, within], ", within its cutoff", check)
     refuse(end, 1, infinite[:, end], ", its cutoff, where it must be zero", GUARD)

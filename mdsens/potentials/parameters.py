@@ -61,6 +61,7 @@ def of_pairs(
     if value.ndim == 0:
         return value
     if value.ndim == 2:
+        # check_pair_shape refuses a matrix where the system has no species
         assert species is not None
         # symmetrized, so that (a, b) and (b, a) each get half of a derivative: see Parameter.paired
         value = 0.5 * (value + value.T)

@@ -95,11 +95,11 @@ def _failure_energy(status: jax.Array) -> jax.Array:
 
 
 def nan_where_failed(status: jax.Array) -> jax.Array:
-    """Return the factor that spoils the derivatives of the energy if a solve has failed.
+    """Return a factor that makes results infinite or NaN if the solve for them has failed.
 
-    The factor is 1 if ``status``, that of the solve for the dipoles or charges, is a success, and
-    inf otherwise. It is a factor and not a term, since a derivative along a direction must stay
-    linear in this direction.
+    The results are dipoles, charges, or derivatives of the energy. The factor is 1 if ``status``,
+    that of the solve for the dipoles or charges, is a success, and inf otherwise. It is a factor
+    and not a term, since a derivative along a direction must stay linear in this direction.
     """
     return jnp.where(_failure_energy(status) == 0.0, 1.0, jnp.inf)
 
@@ -157,6 +157,7 @@ def minimum(functional: Functional, method: Method) -> tuple[Any, jax.Array]:
     def solution(start: PyTree, W: Functional) -> tuple[Any, jax.Array]:
         return _solve_conditions(W, start, method)
 
+    # W goes in as an argument: it is a tree of the arrays that the root has derivatives by.
     return solution(functional.start(), functional)
 
 
@@ -166,6 +167,8 @@ def _solve_conditions(
     functional: Functional, start: PyTree, method: Method
 ) -> tuple[Any, jax.Array]:
     """Solve the linear equations for the dipoles or charges; return these and the status."""
+    # The conditions are linear in y but for a constant, which is their value at y = 0. One linear
+    # solve is therefore the whole minimization.
     residual, product = jax.linearize(functional.conditions, start)
     operator = Operator(product, symmetric=True, positive_semidefinite=functional.definite)
     chosen = choose(method, sum(leaf.size for leaf in jax.tree.leaves(start)), operator)
@@ -218,6 +221,7 @@ def _minimal_energy_jvp(
     # a second derivative of U takes the derivative of this y
     y, status = minimum(functional, method)
     slope = jax.jvp(lambda W: W.energy(y), (functional,), (change,))[1]
+    # The infinite term is a constant to jax, so the slope needs a factor of its own.
     return functional.energy(y) + _failure_energy(status), slope * nan_where_failed(status)
 
 
@@ -240,7 +244,7 @@ class SelfConsistentPotential(NamedPotential):
         return False
 
     def functional(self, pairs: AllPairs, *values: jax.Array) -> tuple[Any, jax.Array]:
-        """Return the energy W(y) of the dipoles or charges y, and the energy not depending on y.
+        """Return the energy W(y) of the dipoles or charges y, and the part independent of y.
 
         Args:
           pairs: the vectors and distances of all pairs.
@@ -326,6 +330,7 @@ class SelfConsistentPotential(NamedPotential):
         )
         require_memory(entries, positions.dtype.itemsize, what, remedy)
         apart = np.asarray(AllPairs.of(positions, _difference).lengths)
+        # The diagonal holds ones, so that a zero belongs to two different particles.
         if not apart.min(initial=1.0) > 0.0:
             i, j = np.argwhere(apart == 0.0)[0]
             raise InputError(

@@ -44,6 +44,8 @@ def _mean(phi: Phi, r: jax.Array, width: jax.Array, values: tuple[jax.Array, ...
     """Compute the mean of phi over distances from r - width to r + width by Gauss quadrature."""
     total = jnp.zeros_like(r)
     for x, c in zip(NODES, WEIGHTS, strict=True):
+        # 0.5, since the weights have the sum 2. float(), since numpy's float64 would promote arrays
+        # of float32, which Python's numbers do not.
         total = total + 0.5 * float(c) * phi(r + float(x) * width, *values)
     return total
 
@@ -69,6 +71,7 @@ def _average_jvp(
     dr, _, dvalues = tangents  # the width is a constant
     # the derivative of the integral by r is the difference at its ends
     slope = (phi(r + width, *values) - phi(r - width, *values)) / (2.0 * width)
+    # by the parameters there is no such formula: this derivative is that of the quadrature
     value, change = jax.jvp(lambda v: _mean(phi, r, width, v), (values,), (dvalues,))
     return value, slope * dr + change
 

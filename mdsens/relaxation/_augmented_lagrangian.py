@@ -103,7 +103,10 @@ ByName: TypeAlias = dict[str, jax.Array]
 
 
 class _Trial(NamedTuple):
-    """State of a relaxation under constraints at the end of a Newton step that is tried."""
+    """State of a relaxation under constraints after a trial step of Newton's method.
+
+    The relaxation goes on from this state only if the step makes progress.
+    """
 
     system: System
     multipliers: ByName | None
@@ -326,6 +329,7 @@ class _Relaxation:
         system = self.kkt_system((z <= self.low) | (z >= self.high))
         # A^T lambda = -dL/dx on the free coordinates, by least squares
         along = _flat_primal(self.slope)
+        # lsqr gives the shortest solution where equations are redundant and A A^T is singular.
         balancing = lsqr(
             system.equations.T,
             -np.where(system.moves[: self.count], along, 0.0),
@@ -333,6 +337,7 @@ class _Relaxation:
             btol=EPS,
         )[0]
         like = dataclasses.replace(self.like, multipliers=self.multipliers)
+        # KKT has A in units of ``unit``, so that lambda is ``unit`` times the solution.
         multipliers = unflat(np.concatenate([z, system.unit * balancing]), like).multipliers
         dtype = self.system.positions.dtype
         multipliers = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), multipliers)
@@ -344,8 +349,9 @@ class _Relaxation:
         """Minimize the augmented Lagrangian until forces and residuals of equations are small.
 
         Args:
-          share: the largest residual of an equation in units of the potential's length l, and the
-            largest force in units of l times the potential's stiffness.
+          share: one number for both limits: the largest residual of an equation, in units of the
+            potential's length scale l, and the largest force, in units of l times the potential's
+            stiffness.
         """
         penalties = self._penalties()
         largest_before = np.inf
@@ -425,8 +431,8 @@ class _Relaxation:
         """Choose the penalty rho of each equation g = 0 of the augmented Lagrangian.
 
         rho |grad g|^2 is a fixed multiple (PENALTY) of the potential's stiffness from
-        ``natural_units``, which is an estimate of the largest eigenvalue of the Hessian. |grad g|^2
-        is the mean over the components of g.
+        ``natural_units``, which is an estimate of the largest eigenvalue of the Hessian. Where the
+        equation g = 0 of a constraint has several components, |grad g|^2 is the mean over these.
         """
         own = own_params(self.system)
 
@@ -528,8 +534,9 @@ class _Relaxation:
         The condition is that the derivative of the Lagrangian vanishes, and the Newton steps use
         H_L, the second derivative. A multiple of the largest force divided by the length scale of
         the potential (contact distance, or the distance of the minimum of the pair energy) is added
-        to the diagonal of H_L. The multiple grows where a step lowers neither the largest force
-        left nor the augmented Lagrangian, and falls otherwise.
+        to the diagonal of H_L. The multiple grows until a step makes progress, and falls after such
+        a step. A step makes progress where it lowers the largest force left, or lowers the
+        augmented Lagrangian and hardly raises this force.
 
         Returns:
           the largest force that is left.
@@ -635,7 +642,16 @@ class _Relaxation:
         return step * min(1.0, LONGEST * self.length / longest) if longest > 0 else step
 
     def _try(self, z: np.ndarray, step: np.ndarray) -> _Trial:
-        """Evaluate the gradient of the Lagrangian and the force left at the end of a step."""
+        """Take a trial step of Newton's method, and return the state of the relaxation after it.
+
+        The state contains the gradient of the Lagrangian and the largest unbalanced force there.
+
+        Args:
+          z: one vector of the positions and of the parameters that constraints relax, before the
+            step.
+          step: the changes of z and of the Lagrange multipliers, as one vector. Coordinates beyond
+            their bounds after the step are put on the bounds.
+        """
         z_after = np.clip(z + step[: self.count], self.low, self.high)
         system = self.system_at(z_after)
         multipliers = self.multipliers
@@ -658,11 +674,11 @@ class _Relaxation:
 def relax_constrained(system: System, options: Options, bar: Decades) -> tuple[Equilibrium, str]:
     """Minimize the energy of a system under its constraints.
 
-    ``max_force`` of the result is the largest norm of the unbalanced force on a particle. The
-    derivative of the Lagrangian by a parameter that a constraint relaxes counts as such a force. So
-    does g times the potential's stiffness, for a constraint with an equation g = 0. ``steps`` of
-    the result is the number of evaluations of the gradient of the Lagrangian. Coordinates that are
-    beyond their bounds at the start are put on these bounds.
+    ``max_force`` of the result is the largest of three kinds of numbers: the norm of the unbalanced
+    force on each particle; the unbalanced derivative of the Lagrangian by each parameter that a
+    constraint relaxes; and |g| times the potential's stiffness, for each equation g = 0 of a
+    constraint. ``steps`` of the result is the number of evaluations of the gradient of the
+    Lagrangian. Coordinates that are beyond their bounds at the start are put on these bounds.
 
     Returns:
       (the relaxed system, text for an error message that tells where the relaxation ended).

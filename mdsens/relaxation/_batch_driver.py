@@ -147,6 +147,7 @@ class BatchRelaxation:
         self.steps = np.zeros(size, int)
         self.largest = np.full(size, np.inf)
         self.taken = np.zeros(size, int)
+        # Members beyond ``count`` only fill up the last chunk of a batch, see ``in_chunks``.
         self.going = np.arange(size) < count
         self.pace = np.zeros(size)
 
@@ -271,6 +272,7 @@ class BatchRelaxation:
     def run(self, k: int) -> RelaxationState:
         """Return the relaxation of system k of the batch so far, to be continued alone."""
         batched = (self.systems, self.potential, self.state, self.length, self.limits)
+        # Through numpy: a slice of a jax array would be a dispatch for each leaf.
         system, potential, state, length, limits = jax.tree.map(
             lambda leaf: jnp.asarray(np.asarray(leaf)[k]), batched
         )
@@ -319,6 +321,7 @@ class BatchRelaxation:
             wall_time=seconds * ones,
             tolerance=np.asarray(self.goal),
             force_floor=np.asarray(floor),
+            # Members at saddles are continued alone, so that the others have left none.
             saddles=0 * self.steps,
             descent=0.0 * ones,
             examined=examined * (ones > 0),

@@ -91,6 +91,7 @@ def _relax(
         return eq
 
     strains = free_strains(system.dimension, condition.shape)
+    # A box that is a function of the parameters becomes a constant: the cell is an unknown now.
     eq = relax_particles(fixed_cell(system), max_steps)
     steps = int(eq.steps)
     if not Status(int(eq.status)).good:
@@ -137,7 +138,8 @@ def _lower_enthalpy(
       condition: the pressure, and whether the shape of the cell may change.
       unjammed: whether no contacts hold the particles of ``eq``.
       relax_particles: function that relaxes the particles in a fixed cell.
-      budget: number of steps of the minimizer at which the trials end.
+      budget: number of steps of the minimizer, in all trials together. Where it is used up, no
+        step is kept.
 
     Returns:
       (relaxed particles in the strained cell, None if no step is kept; number of steps of the
@@ -148,6 +150,8 @@ def _lower_enthalpy(
     step = cell.newton()
     steps = 0
     for _ in range(HALVINGS):
+        # Options refuse a budget below 1 by an InputError, which ``_relaxed_after_step`` would take
+        # for a cell that is too small.
         left = max(budget - steps, 1)
         trial = _relaxed_after_step(eq.system, cell, step, relax_particles, left, condition.shape)
         steps += 0 if trial is None else int(trial.steps)
@@ -161,21 +165,23 @@ def _lower_enthalpy(
 
 
 def _is_kept(trial: Equilibrium, enthalpy: float, pressure: float, had_contacts: bool) -> bool:
-    """Return whether the particles came to rest after a step that did not raise the enthalpy.
+    """Return whether to keep a step of the cell, after which the particles were relaxed.
+
+    The step is kept if the particles came to rest and the enthalpy did not rise.
 
     Args:
       trial: the particles, relaxed after the step of the cell.
       enthalpy: the enthalpy before the step.
       pressure: the pressure at which the cell relaxes.
-      had_contacts: whether contacts carried the pressure before; a step that removes the last
-        contact is not kept then.
+      had_contacts: whether contacts carried the pressure before the step; if so, a step that
+        removes the last contact is not kept.
     """
     if not Status(int(trial.status)).good:
         return False
     if had_contacts and _all_rattlers(trial):
         return False
     rise = float(_enthalpy(trial.system, pressure)) - enthalpy
-    return rise <= ENTHALPY_ROUND_OFF * abs(enthalpy)
+    return rise <= ENTHALPY_ROUND_OFF * abs(enthalpy)  # False for a rise of NaN
 
 
 def _stress_and_goal(eq: Equilibrium, cell: Cell) -> tuple[float, float]:
@@ -188,6 +194,7 @@ def _stress_and_goal(eq: Equilibrium, cell: Cell) -> tuple[float, float]:
     """
     volume = float(eq.system.volume)
     length = float(natural_units(eq.system)[0])
+    # cell.slope is V (stress + P 1) : E for each strain E of norm one
     stress = float(np.max(np.abs(np.asarray(cell.slope)))) / volume
     # the stress of a force per l^(d-1), the cross section of a particle
     area = length ** (eq.system.dimension - 1)
@@ -221,6 +228,7 @@ def _relaxed_after_step(
     """
     dtype = system.positions.dtype
     strain = np.tensordot(step, np.asarray(cell.along), axes=1)
+    # The non-affine part X e comes first: ``deformed`` multiplies these positions by 1 + e.
     moved = np.asarray(system.positions) + np.tensordot(step, np.asarray(cell.motion), axes=1)
     strained = deformed(system, jnp.asarray(strain, dtype), jnp.asarray(moved, dtype))
     # A cell that keeps its shape stays orthogonal, which ``deformed`` does not know.

@@ -106,13 +106,13 @@ def at_size(steps: int, n: int) -> int:
 def near_force(begin: float, contact: float | np.ndarray, n: int) -> Any:
     """Compute the largest force on a particle at which Newton steps are tried.
 
-    Beyond 16,384 particles this force falls as 1 / n, because among more contacts the first one
-    opens or closes at a smaller force. For 131,072 discs, Newton steps that began at 3e-4 of the
-    mean contact force needed 36 factorizations, and the relaxation took four times as long as one
-    in which FIRE first lowered the force to an eighth of this value.
+    Beyond 16,384 particles this force falls as 1 / n: the more contacts a system has, the smaller
+    is the force at which the first of them opens or closes. For 131,072 discs, Newton steps that
+    began at 3e-4 of the mean contact force needed 36 factorizations, and the relaxation took four
+    times as long as one in which FIRE first lowered the force to an eighth of this value.
 
     Args:
-      begin: the force for fewer particles, in units of the mean force of a contact.
+      begin: this force for up to 16,384 particles, in units of the mean force of a contact.
       contact: mean force of a contact, or an array with a value for each system of a batch.
       n: number of particles.
     """
@@ -134,6 +134,8 @@ def falls_fast(
       n: number of particles.
     """
     with np.errstate(divide="ignore"):
+        # The steps to go, log(largest / tested) / pace, are compared with WORTH, both multiplied by
+        # the pace. The pace is -inf where the force rises: the comparison is then False.
         return (pace == 0.0) | (np.log(largest / tested) < at_size(WORTH, n) * pace)
 
 
@@ -260,6 +262,8 @@ class RelaxationState:
 
         The caller sets the wall time of the result.
         """
+        # Users take derivatives by the parameters, and these may be wrong in the potential's
+        # cheapest form.
         relaxed = self.system.replace(potential=self.potential)
         # Where the tolerance is not met, the forces of the minimizer may have been shortened.
         if not self.at_rest:
@@ -299,6 +303,7 @@ class RelaxationState:
         self.scale = ForceScale(*(np.asarray(x) for x in scale))
         goal, stop = force_goal(self.scale, self.tolerance)
         self.goal = float(goal)
+        # fmin rather than min: a stop of NaN, at positions that are not finite, is ignored
         self.tested = float(np.fmin(stop, 0.5 * self.limits.strongest))
         if self.bar is not None:
             self.bar.tolerance = self.tested
@@ -333,7 +338,7 @@ class RelaxationState:
         self._alternate_with_newton(newton.begin)
 
     def _alternate_with_newton(self, begin: float) -> None:
-        """Take steps of the minimizer far from the minimum, and Newton steps near it, to the end.
+        """Relax the system by a minimizer far from the minimum, and by Newton steps near it.
 
         Args:
           begin: force at which Newton steps are tried first, in units of the mean contact force.
@@ -343,6 +348,7 @@ class RelaxationState:
             self.aim()
             assert self.scale is not None
             near = near_force(begin, float(self.scale.mean), self.system.n)
+            # The force was below ``near`` once, and has risen while the pace was measured.
             if self.largest > near and self.pace != 0.0:
                 returns += 1
                 self.pace = 0.0
@@ -360,7 +366,8 @@ class RelaxationState:
     def _advance_while_fast(self) -> None:
         """Take steps of the minimizer as long as it is faster than Newton steps would be.
 
-        The rate at which the force falls is measured after each number of steps.
+        The rate at which the force falls decides. This rate is measured again after every 500 steps
+        (more steps for more than 16,384 particles).
         """
         while self.unfinished and self._falls_fast():
             before = self.largest
@@ -400,13 +407,14 @@ class RelaxationState:
     def _has_reached(self, near: float) -> bool:
         """Return whether the largest force is at most ``near``, or small enough for the relaxation.
 
-        Where the relaxation would end, its goal is first set anew for the pairs that interact now.
+        The force at which the relaxation ends depends on the pairs that interact. Before this
+        function says that it is reached, it is computed again for the pairs that interact now.
         """
         target = max(near, self.tested)
         return self.largest <= target and (near > self.tested or not self.aim())
 
     def _take_steps(self, near: float, budget: int) -> bool:
-        """Take steps of the minimizer in one compiled call, and make room for pairs that it lost.
+        """Take steps of the minimizer in one compiled call; enlarge a neighbor list that overflows.
 
         Args:
           near: the largest force at which to stop.
@@ -435,9 +443,9 @@ class RelaxationState:
         """Allocate a larger neighbor list after an overflow, and compute the forces again.
 
         Args:
-          taken: number of steps that the compiled loop took before the list overflowed. At most one
-            step means that the last, larger list was too small as well: the new list then gets
-            more room than that one.
+          taken: number of steps that the compiled loop took before the list overflowed. If it took
+            at most one step, the list was too small from the start, and the next list is given a
+            larger reserve for further pairs than this one had.
         """
         self.room = min(1.25 * self.room, 4.0) if taken <= 1 else 1.25
         self.system = self.system.reallocate(self.room)
@@ -500,10 +508,12 @@ class RelaxationState:
         return True
 
     def _fell(self) -> bool:
-        """Return whether the energy is lower than at the last saddle.
+        """Return whether the energy is lower than at the last saddle that the relaxation left.
 
-        If the energy is not lower, particles that touch without a force may have pushed the system
-        back. Then the last configuration was no saddle, and is not counted as one.
+        If the energy is not lower, the saddle is taken off the number of saddles left. Where
+        particles touched there without a force, these contacts may have pushed the system back, so
+        that it is not known whether there is a mode of negative stiffness. Otherwise there is one,
+        along which no step leads down.
         """
         energy = float(potential_energy(self.system.replace(potential=self.potential)))
         eps = np.finfo(self.system.positions.dtype).eps

@@ -68,6 +68,8 @@ class Equilibrium(Portable, Shown):
     pressure: Any = None
     strains: Any = None
     multipliers: Any = None
+    # Static, since Python branches on it, as in ``contacts_needed``, also where jax traces. So all
+    # members of a batch have the same order.
     order: int = dataclasses.field(default=0, metadata={"static": True})
 
     @property

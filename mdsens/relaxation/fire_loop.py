@@ -84,6 +84,8 @@ def _minimizer_on_list(
     ``apply`` takes one step of the minimizer, from a state to the next one. ``forces`` computes the
     forces (n, d) at positions (n, d), and shortens those that are too large for a step.
     """
+    # The number of rows in use is known at run time only: jax has no reverse mode through this
+    # gradient.
     slope = energy_gradient(system, used=system.neighbors.used)
     _, apply, forces = limited_minimizer(method, lambda R: -slope(R), limits)
     return apply, forces
@@ -110,7 +112,7 @@ def advance(
     method: Minimizer,
     limits: Limits,
 ) -> tuple[Any, Neighbors, jax.Array]:
-    """Take up to ``budget`` steps of a minimizer: (state, neighbor list, number of steps taken).
+    """Take up to ``budget`` steps of a minimizer, in one compiled loop.
 
     The loop ends early where the largest force is at most ``tolerance`` or not finite, or where the
     neighbor list has too little room for all pairs.
@@ -131,6 +133,9 @@ def advance(
       budget: largest number of steps.
       method: the minimizer.
       limits: the longest step and the largest force of a particle, and the potential's stiffness.
+
+    Returns:
+      (state, neighbor list, number of steps taken).
     """
     box = system.box
     needed = system.range
@@ -171,7 +176,10 @@ def advance(
 
         # The forces in the state come from the list before this one, which may be incomplete.
         state = method.with_forces(state, forces(method.positions(state)))
+        # Off the CPU the members of a batch run under vmap, where a cond computes both branches:
+        # the stiffness is then measured for every new list.
         state = jax.lax.cond(slow, with_measured_stiffness, lambda state: state, state)
+        # No step is taken on an overflowed list: only the host can allocate a larger one.
         start = (state, step, largest(state), ~pairs.overflowed)
         state, step, force, complete = jax.lax.while_loop(unfinished, one_step, start)
         stopped = complete & ((force <= tolerance) | (step >= budget))
@@ -179,6 +187,7 @@ def advance(
         return state, pairs, step, complete & (step >= last), finished
 
     never = jnp.zeros((), bool)
+    # state of the minimizer, neighbor list, number of steps, slow, finished
     start = (state, pairs, jnp.zeros((), jnp.int32), never, never)
     return jax.lax.while_loop(lambda carry: ~carry[4], steps_on_a_list, start)[:3]
 

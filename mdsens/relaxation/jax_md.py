@@ -97,6 +97,7 @@ def _imported() -> ModuleType:
                 "mdsens needs the package jax-md: run `pip install jax-md`.", name="jax_md"
             )
         alone = _MinimizeAlone(package)
+        # before Python's own finders, which would import the whole package
         sys.meta_path.insert(0, alone)
         try:
             # This ends in _NotKeptError, or returns where another thread has just imported jax_md.
@@ -151,6 +152,8 @@ class JaxMD:
         moves are shortened to this length.
     """
 
+    # The method is a static argument of compiled code, and a functools.partial equals only itself:
+    # one that is made anew for each call has everything compiled again.
     minimizer: Callable[..., tuple[Callable[..., Any], Callable[..., Any]]]
     max_step: float = 0.1
 
@@ -198,6 +201,7 @@ class JaxMD:
         How a minimizer of jax-md computes its step from the force is not known, so the force that
         belongs to the longest step is not known either.
         """
+        # finite in single precision, too, whose largest number is 3e38
         return 1e20 * longest * stiffness
 
     @staticmethod

@@ -70,6 +70,7 @@ class Fire:
     dt_start: float = 0.1
     dt_max: float = 0.4
     max_step: float = 0.1
+    # From here on the values of the paper, which are the defaults of jax-md, too.
     n_min: int = 5
     f_inc: float = 1.1
     f_dec: float = 0.5
@@ -170,6 +171,8 @@ class Fire:
         ``stiffness`` is the largest eigenvalue of the Hessian, in the system's units.
         """
         mass = state.unit * MEASURED * stiffness / 10.0
+        # jax-md stores momenta, and these stay: the velocities change in inverse proportion to the
+        # mass.
         inner = dataclasses.replace(state.inner, mass=jnp.full_like(state.inner.mass, mass))
         return FireState(inner, state.unit)
 

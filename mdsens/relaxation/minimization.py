@@ -123,6 +123,7 @@ def _relax(system: System, options: Options, bar: Decades) -> tuple[Equilibrium,
       relaxation ended).
     """
     began = time.perf_counter()
+    # Constraints come first: ``options.check`` has refused them together with a pressure.
     if system.constraints:
         eq, message = relax_constrained(system, options, bar)
     elif isinstance(options.cell, AtPressure):

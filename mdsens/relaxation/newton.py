@@ -162,6 +162,8 @@ def _accepted_step(
             # doubles the largest force is not accepted.
             gained = -0.5 * float(jnp.sum((slope + slope_after) * step))
             largest_allowed = 2.0 * largest
+        # The chained comparison also refuses a prediction of zero or less. All comparisons with NaN
+        # are False, so that a step to a configuration without finite forces is refused, too.
         good = gained >= 0.1 * promised > 0.0 and left < largest_allowed
         method.adapt(gained / promised if good else 0.0)
         if good:
@@ -237,6 +239,7 @@ class _Factorized:
 
     def _assemble(self, system: System) -> None:
         """Assemble the sparse Hessian of a system; the first call chooses the order of its rows."""
+        # By identity: every move makes a new System, and the trials of one step share the Hessian.
         if self.assembled_for is system:
             return
         self.matrix = sparse_hessian(system)
@@ -383,6 +386,7 @@ class _Krylov:
         if ratio < 0.25:
             self.radius = 0.25 * self.size
         elif ratio > 0.75 and self.radius is not None and self.size > 0.9 * self.radius:
+            # A step well inside of the ball does not tell whether a larger ball would be better.
             self.radius = 2.0 * self.radius
 
 
@@ -401,6 +405,8 @@ def _steihaug(
       (step (n, d), predicted decrease of the energy, whether negative curvature was met).
     """
     shape = slope.shape
+    # linearize evaluates what depends on the positions once; each product then costs its linear
+    # part alone.
     product = jax.linearize(energy_gradient(system), system.positions)[1]
 
     def apply(v: jax.Array) -> jax.Array:
@@ -438,6 +444,7 @@ def steihaug(
         p, hp, r, d, k, _, _ = carry
         hd = apply(d)
         curvature, rr = dot(d, hd), dot(r, r)
+        # 1.0 is a stand-in: without positive curvature the step ends at the edge of the ball.
         alpha = rr / jnp.where(curvature > 0, curvature, 1.0)
         pd, dd, pp = dot(p, d), dot(d, d), dot(p, p)
         leaves = (curvature <= 0) | (pp + 2.0 * alpha * pd + alpha**2 * dd >= radius**2)

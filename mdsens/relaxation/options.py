@@ -124,6 +124,7 @@ class Options:
                 f"`method` is {short(self.method)}: give Newton(), Fire(), GradientDescent() or"
                 " JaxMD(…) of ms.relaxation."
             )
+        # Up to the largest float: infinity is refused, and so is NaN, which compares as False.
         if self.tolerance is not None and not (
             isinstance(self.tolerance, Real) and 0 < self.tolerance <= sys.float_info.max
         ):

@@ -78,6 +78,8 @@ def relax(
     # The force to reach depends on the pairs that interact, and these change during the relaxation.
     # So it is computed again where the last one is reached, until the force is below it.
     start = (state, system.neighbors, jnp.zeros((), jnp.int32), largest_stop, largest_stop)
+    # One call comes before the loop: the state at rest has forces of zero in place of those at its
+    # positions, and ``unfinished`` would be False at once.
     state, pairs, steps, goal, stop = jax.lax.while_loop(
         unfinished, continue_relaxation, continue_relaxation(start)
     )
@@ -105,7 +107,7 @@ def solve_stats(eq: Equilibrium, method: Minimizer) -> SolveStats:
     """
     return SolveStats(
         status=eq.status,
-        residual=eq.max_force,
+        residual=eq.max_force,  # a force; that of a linear solve is relative
         iterations=eq.steps,
         dropped=jnp.zeros_like(eq.max_force),
         solver=type(method).__name__,

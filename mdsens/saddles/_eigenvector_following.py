@@ -88,17 +88,20 @@ def _compute_gradient(system: System) -> jax.Array:
 def _softest_mode(
     apply: Callable[[jax.Array], jax.Array], start: jax.Array, direction: jax.Array, vectors: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Compute the softest mode v of a Hessian by Lanczos cycles: (v, stiffness along v, residual).
+    """Compute the softest mode v of a Hessian by Lanczos cycles.
 
-    v is the Ritz vector of the lowest Ritz value. Where several Ritz values are negative, v is the
-    Ritz vector most parallel to ``direction``: near a saddle of higher order the lowest one leads
-    back up to this saddle.
+    v is the Ritz vector of the lowest Ritz value. But where several Ritz values are negative, as
+    near a saddle of higher order, v is the one of their Ritz vectors that is most parallel to
+    ``direction``: a step along the lowest one would lead back up to this saddle.
 
     Args:
       apply: function from a vector (n d,) to its product with the Hessian, (n d,).
       start: (n d,), the first Lanczos vector.
       direction: (n d,), the preferred direction; zero without a preference.
       vectors: number of Lanczos vectors in one cycle.
+
+    Returns:
+      (v, the stiffness along v, the residual of v).
     """
     size = min(vectors, start.size)
 
@@ -200,11 +203,14 @@ def _propose_step(
     def across(w: jax.Array) -> jax.Array:
         return w - jnp.vdot(w, up) * up
 
+    # The ball bounds the norm over all particles, that of n moves by ``radius`` each. The longest
+    # move of a single particle is limited afterwards.
     fall, _, _ = steihaug(
         lambda w: across(apply(across(w))), across(g), radius * system.n**0.5, FORCING
     )
     fall = fall * jnp.minimum(1.0, radius / jnp.maximum(longest(fall), 1e-300))
     step = climb * up + fall
+    # 0.99: a fall that was shortened has the length ``radius`` up to round-off
     free = (stiffness < 0) & (newton < most) & (longest(fall) < 0.99 * radius)
     return (
         step.reshape(shape),
@@ -221,6 +227,7 @@ def loose_stiffness(system: System) -> tuple[HessianFactor, NullSpace]:
     During the search for a saddle a particle may be pushed by a single contact. So no particle that
     touches another one is left out of the Hessian as a rattler.
     """
+    # force left 0.0: every overlap is a contact; 1: a single contact holds a particle
     backbone, _, null = analyze_rigidity(system, 0.0, 1)
     null = null.simplified()
     return HessianFactor(backbone, null, 1), null
@@ -235,7 +242,7 @@ def _newton(
       system: the system, near a saddle.
       tolerance: the largest force to reach.
       longest: the longest move of a particle in one step.
-      before: number of steps of the search before.
+      before: number of steps that the search took before these Newton steps.
       bar: the progress bar.
 
     Returns:
@@ -246,6 +253,7 @@ def _newton(
     largest = float(largest_force(gradient))
     for k in range(NEWTON_STEPS):
         stiffness, _ = loose_stiffness(system)
+        # Two modes are enough to tell one negative mode from several.
         if stiffness.unstable(2) != 1:
             return None
         if largest <= tolerance:
@@ -284,7 +292,8 @@ class _Climb:
       radius: the longest move of a particle in the next step.
       vectors: number of vectors in a Lanczos cycle.
       near: whether Newton's method may succeed: the radius did not limit the last step.
-      tried: the largest force at which Newton's method was last tried; inf where it was not.
+      tried: the largest force on a particle when Newton's method was last tried, which is tried
+        again once the force is below half of this; inf where it is to be tried at any force.
       kicks: how often a saddle of higher order was left.
     """
 
@@ -389,6 +398,7 @@ def follow_eigenvector(
     steps = 0
     while steps < max_steps and np.isfinite(climb.largest):
         if climb.near and climb.largest < 0.5 * climb.tried:
+            # An attempt takes several solves with the Hessian: the next waits for half the force.
             climb.tried = climb.largest
             reached = _newton(climb.system, tolerance, climb.longest, steps, bar)
             if reached is not None:

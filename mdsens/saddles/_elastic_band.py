@@ -150,6 +150,8 @@ def _align(start: System, end: System) -> np.ndarray:
     center = first.mean(axis=0)
     arms = first - center
     turned = first + displacement - center
+    # Particles are rows, so that a rotation Q acts as x Q; Q = left right brings ``turned`` nearest
+    # to ``arms``. The sign is changed for the smallest singular value, where this costs least.
     left, _, right = np.linalg.svd(turned.T @ arms)
     # a rotation has determinant 1; a reflection, determinant -1, would be another configuration
     sign = np.ones(first.shape[1])
@@ -253,6 +255,7 @@ def _advance(
 
     _, apply, limited_forces = limited_minimizer(method, forces, limits)
     state = method.with_forces(state, limited_forces(method.positions(state)))
+    # inf, since a step is always taken first: it measures the largest force
     start = (state, jnp.zeros((), jnp.int32), jnp.asarray(jnp.inf, limits.stiffness.dtype))
     state, steps, largest = jax.lax.while_loop(unfinished, take_step, start)
     _, top, tangents = _band_forces(batch, method.positions(state), ends, end_energies, spring)

@@ -165,6 +165,7 @@ def barrier(
         # saddle minus minimum, as for the value
         second = {name: rates[1][name] - rates[0][name] for name in gradient_low}
     result = Barrier(
+        # a difference of two total energies, with the round-off of these
         value=float(high - low),
         gradient={name: gradient_high[name] - gradient_low[name] for name in gradient_low},
         second=second,

@@ -177,6 +177,7 @@ def sides(
     if not 0 < real_number("step", step, "give a positive number.") < np.inf:
         raise InputError(f"`step` is {short(step)}: give a positive number.")
     stiffness, _ = loose_stiffness(saddle.system)
+    # The sign of a mode is arbitrary, and with it the order of the two minima in the result.
     mode = stiffness.lowest(1).vectors[:, 0].reshape(saddle.positions.shape)
     length = float(natural_units(saddle.system)[0])
     # scaled so that the particle that moves most moves by ``step`` lengths

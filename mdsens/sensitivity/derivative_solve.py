@@ -196,8 +196,11 @@ class DerivativeRule(NamedTuple):
     parameters: Callable[[Params, Any], Sequence[str]]
 
 
+# Rules are static arguments of compiled code, and each is made once, here: a new lambda would be a
+# new rule to jax, which would compile again.
 JVP = DerivativeRule(_jvp_right_hand_side, _jvp_result, lambda params, tangent: tuple(tangent))
 VJP = DerivativeRule(_vjp_right_hand_side, _vjp_result, lambda params, cotangent: tuple(params))
+# By no parameter: the potential may take its cheapest form.
 FORCE = DerivativeRule(_force_right_hand_side, _force_result, lambda params, force: ())
 STRAIN = DerivativeRule(_strain_right_hand_side, _force_result, lambda params, strain: ())
 
@@ -231,6 +234,7 @@ def solve_derivative(
             # The factor is that of the positions: the strain of a cell is solved for afterwards.
             columns = flat(dataclasses.replace(sides, strain=None), many)
             x, stats = factor.solve_many(columns if many else columns[:, None], lin.solve.rtol)
+            # from (systems, columns), here of one system
             stats = jax.tree.map(lambda leaf: leaf[0] if many else leaf[0, 0], stats)
             like = dataclasses.replace(lin.unknowns, strain=None)
             x = unflat(x if many else x[:, 0], like, many)
@@ -273,6 +277,7 @@ def solve_derivative_batch(
     if factor.factor is None:
         return None
     forces = np.asarray(sides.positions)
+    # one column, in which the rows of all systems follow each other, as in the block matrix
     x, stats = factor.solve_many(forces.reshape(-1, 1), solve.rtol)
     stats = jax.tree.map(lambda leaf: leaf[:, 0], stats)
     solution = Unknowns(jnp.asarray(x.reshape(forces.shape)))
@@ -317,6 +322,7 @@ def without_round_off(
       dtype: floating-point type of the right-hand side.
     """
     eps = float(jnp.finfo(dtype).eps)
+    # tiny only avoids 0 / 0 where both norms are zero
     largest = jnp.maximum(jnp.maximum(size, beside), jnp.finfo(dtype).tiny)
     share = stats.dropped * size / largest
     good = Status.CONVERGED if eps < DOUBLE_PRECISION_EPS else Status.SINGLE_PRECISION

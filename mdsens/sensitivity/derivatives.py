@@ -237,6 +237,7 @@ def jvp(
         if isinstance(dparams, Mapping):
             # parameters of a batch have a leading axis over the members
             shapes = {name: value.shape[1:] for name, value in params.items()}
+            # A name that is no parameter's is refused by ``changes`` below.
             dparams = {
                 name: _for_members(
                     f"dparams[{name!r}]", change, shapes.get(name, ()), eq.system.batch or 0
@@ -281,7 +282,8 @@ def _cotangent_of_unknowns(lin: Linearization, cotangent: Any) -> Unknowns:
 
     Args:
       lin: the linearization of the minimum.
-      cotangent: the weights that the user gave: (n, d), or ``Unknowns`` with further weights.
+      cotangent: the weights that the user gave: (n, d) for the positions; or ``Unknowns`` of these
+        and of weights for the strain of the cell, or for multipliers and relaxed parameters.
 
     Returns:
       the weights of the unknowns of the linear solve, for the same sum. At a pressure they differ
@@ -471,10 +473,10 @@ def jacobian(
     width = min(width, max(size, 1))
 
     def directions(start: int, stop: int) -> dict[str, jax.Array]:
-        """Return a unit change for each component of one parameter from ``start`` to ``stop``.
+        """Return unit changes of one parameter, for its components ``start`` to ``stop`` - 1.
 
-        Each change is one in its component and zero elsewhere. Beyond the last component the
-        changes are zero.
+        There is one change for each component, which is one in this component and zero elsewhere.
+        Beyond the last component of the parameter the changes are zero.
         """
         unit = np.zeros((stop - start, size))
         inside = np.arange(start, min(stop, size))
@@ -560,6 +562,7 @@ def value_and_gradient(
     """
     of_system = observed(observable)
     lin = linearized(eq, solve)
+    # The observable sees all contacts; the backbone ``lin.system`` is without those of rattlers.
     system = lin.equilibrium.system
 
     def observe(x: Unknowns, params: Params) -> jax.Array:

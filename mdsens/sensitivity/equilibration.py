@@ -139,6 +139,7 @@ def _equilibrate(
     Returns the relaxed system and the statistics of the relaxation; the arguments are those of
     ``equilibrate``.
     """
+    # jax has no reverse mode through a while_loop: no derivative may enter the relaxation.
     start = jax.lax.stop_gradient(system.replace(params=params))
     eq = jax.lax.stop_gradient(relax(start, tolerance, max_steps, method))
     backbone, net, null = analyze_rigidity(eq.system, eq.max_force)
@@ -166,4 +167,5 @@ def _equilibrate(
         stats = dataclasses.replace(
             stats, status=jnp.where(far, Status.UNCONVERGED.value, stats.status)
         )
+    # ``params`` once more, since those in ``eq.system`` have their derivative stopped
     return eq.system.replace(positions=x.positions, params=params), stats

@@ -169,6 +169,8 @@ class Linearization(Portable, Named):
         # parameters that constraints relax are unknowns, and are differentiated too
         names = [*differentiated, *lagrangian.relaxed(self.system)]
         potential = self.system.potential.specialize(self.system.params, names)
+        # The factor is a static field, by which jax looks up compiled code: with it, derivatives
+        # would be compiled anew for each minimum.
         return dataclasses.replace(
             self, system=self.system.replace(potential=potential), factor=None
         )
@@ -207,6 +209,7 @@ def by_factor(system: System, solve: Method, many: bool = False) -> bool:
     wanted = isinstance(solve, Direct) or (
         isinstance(solve, Auto) and pays and jax.default_backend() == "cpu"
     )
+    # Under constraints the KKT itself decides, by its size, whether it is factorized.
     return wanted and (bool(system.constraints) or factorizes(system))
 
 
@@ -247,9 +250,9 @@ def force_left(system: System, net: Network, largest: jax.Array) -> jax.Array:
 def _force_left_of_one(eq: Equilibrium, net: Network) -> Any:
     """Judge one minimum by the largest force left on a particle; return a status.
 
-    The status is that of ``force_left``. It is CONVERGED where the force is small compared with the
-    mean contact force; else the length scale and the stiffness of the potential decide, in compiled
-    code.
+    The status is the one that ``force_left`` returns. But where the force is small compared with
+    the mean contact force and no particles just touch, it is CONVERGED without the compiled code of
+    ``force_left``, which compares the force with the scales of the potential.
 
     Args:
       eq: the minimum.

@@ -90,6 +90,7 @@ class Derivative(Portable, Shown):
             text = f"shape {tuple(leaf.shape)}, norm {parameter.size(leaf):.6g}{pairs}"
             rows.append(("value" + jax.tree_util.keystr(path), text))
         of_many = f" (worst of {codes.size})" if codes.size > 1 else ""
+        # ``initial``, since a Jacobian by a parameter of size zero has no solves
         iterations = int(np.max(np.asarray(self.stats.iterations), initial=0))
         return [
             *rows,

@@ -37,6 +37,7 @@ from mdsens.model.system import System, box_at
 from mdsens.relaxation.equilibrium import Equilibrium
 
 if TYPE_CHECKING:
+    # for annotations only: ``linearization`` imports this module
     from mdsens.sensitivity.linearization import Linearization
 
 __all__ = ["AtPressureStructure", "ConstrainedStructure", "FixedCellStructure", "Structure"]
@@ -213,6 +214,7 @@ class FixedCellStructure(Portable):
     U is the potential energy.
     """
 
+    # Without an annotation it is no field: a fixed cell has no status of its own.
     status = None
 
     def params(self, system: System) -> dict[str, Any]:
@@ -222,6 +224,7 @@ class FixedCellStructure(Portable):
         return Unknowns(system.positions)
 
     def moved(self, system: System, x: Unknowns, params: Params) -> System:
+        # At a pressure ``params`` contains the pressure, too, which is no parameter of the system.
         return system.replace(
             positions=x.positions, params={name: params[name] for name in system.params}
         )
@@ -400,6 +403,7 @@ class AtPressureStructure(FixedCellStructure):
         return _negative(jax.vjp(lambda p: lin.condition(lin.unknowns, p), lin.params)[1](x)[0])
 
     def at(self, minimum: Equilibrium, system: System) -> Self:
+        # Of the cell the condition takes the pressure and the free strains, and nothing else.
         cell = dataclasses.replace(self.cell, pressure=minimum.pressure)
         return dataclasses.replace(self, cell=cell)
 
@@ -553,6 +557,7 @@ class ConstrainedStructure(Portable):
         of_coordinates = Unknowns(of_motion.positions, params=of_motion.params)
         pull = jax.vjp(lambda p: lagrangian.constrained_coordinates(lin.system, p), lin.params)[1]
         (by_coordinates,) = pull(of_coordinates)
+        # of the three ways above: a on the multipliers, b by the right-hand side, c by the motion
         return jax.tree.map(lambda a, b, c: a - b + c, direct, by_params, by_coordinates)
 
     def force_side(self, lin: Linearization, force: Unknowns) -> Unknowns:

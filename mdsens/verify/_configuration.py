@@ -90,7 +90,12 @@ def _list_pair_parameters(potential: Potential) -> list[str]:
 
 
 def _count_species(values: list[tuple[str, np.ndarray]]) -> int:
-    """Return the number of species that parameters with their names have; 0 if all are scalars.
+    """Return the number of species: the length of every axis of every parameter that is no scalar.
+
+    The result is 0 if all parameters are scalars.
+
+    Args:
+      values: (name, value) of each parameter.
 
     Raises:
       InputError: the parameters have different numbers of values, or one has none.
@@ -111,13 +116,15 @@ def _count_species(values: list[tuple[str, np.ndarray]]) -> int:
 
 
 def _make_sites(potential: Potential) -> np.ndarray:
-    """Return sites (n, 2) of a square lattice of spacing 1, for every particle that has a bond.
+    """Return the n sites (n, 2) of a square lattice of spacing 1, at which to place particles.
 
-    There are 16 sites at least.
+    n is 16, or more if the bonds of the potential name more particles.
     """
     bonds = [
         np.asarray(part.bonds) for part in parts(potential) if isinstance(part, BondedPotential)
     ]
+    # initial=-1: a list of no bonds needs no particle. The 0 at the end: without potentials of
+    # bonds, max() would get one number alone, which it takes for a sequence and refuses.
     n = max(PARTICLES, *(int(b.max(initial=-1)) + 1 for b in bonds), 0)
     side = math.ceil(math.sqrt(n))
     sites = np.stack(np.meshgrid(np.arange(side), np.arange(side)), axis=-1).reshape(-1, 2)[:n]
@@ -165,6 +172,7 @@ def spread(sites: System, least: float, rng: np.random.Generator) -> System:
     moved = sites
     for _ in range(TRIALS):
         noise = JITTER * rng.uniform(-1.0, 1.0, sites.positions.shape)
+        # The neighbor list of the sites is for a spacing of 1 and must not be kept.
         moved = sites.replace(positions=spacing * (sites.positions + noise)).reallocate()
         if _clearance(moved) > CLEAR * STEP * spacing:
             break
@@ -181,6 +189,7 @@ def _clearance(system: System) -> float:
     for term in pair_terms(system):
         distances = pair_distances(term, system.positions, system.box)
         gaps.append(jnp.where(term.mask, jnp.abs(term.lengths() - distances), jnp.inf))
+    # Without breakpoints a gap has the shape (0, pairs), and jnp.min fails for an empty array.
     return min((float(jnp.min(gap)) for gap in gaps if gap.size), default=math.inf)
 
 
@@ -251,6 +260,8 @@ def findings(system: System, rng: np.random.Generator) -> Iterator[Finding]:
         sentence = "no force acts, so that it shows nothing: give positions nearer by."
         yield Finding("configuration", False, sentence)
         return
+    # The range is 0 for bonds alone, which are in no neighbor list, and inf without a cutoff,
+    # where no pair is beyond the range.
     if system.potential.pairwise and 0 < float(system.range) < math.inf:
         yield _range(system)
     units = rng.uniform(-1.0, 1.0, (DIRECTIONS, *system.positions.shape))
@@ -271,6 +282,7 @@ def _range(system: System) -> Finding:
     """
     every_pair = neighbors.all_pairs(system.n)
     reach = float(system.range)
+    # Shape (n - 1, n): column i holds the neighbors of particle i.
     rows = every_pair.rows
     vectors = nearest_image(system.positions[None] - system.positions[rows], system.box)
     near = jnp.sum(vectors**2, axis=-1) < reach**2

@@ -68,12 +68,13 @@ def with_derivatives(phi: Callable[..., jax.Array]) -> Evaluate:
     """
 
     def with_next(f: Derivatives) -> Derivatives:
-        """Extend a function of r, whose values are phi and its first derivatives, by the next one.
+        """Extend a function f of r, which returns phi and its first derivatives, by one derivative.
 
         The new function returns all values of f, and the derivative of the last value by r.
         """
 
         def extended(r: jax.Array) -> tuple[jax.Array, ...]:
+            # phi acts elementwise: a tangent of ones gives the derivative at each r by itself.
             known, slopes = jax.jvp(f, (r,), (jnp.ones_like(r),))
             return *known, slopes[-1]
 
@@ -82,6 +83,7 @@ def with_derivatives(phi: Callable[..., jax.Array]) -> Evaluate:
     @jax.jit
     def compiled(r: jax.Array, *values: jax.Array) -> jax.Array:
         def phi_alone(r: jax.Array) -> tuple[jax.Array, ...]:
+            # phi may return a constant, without the shape of r.
             return (jnp.broadcast_to(phi(r, *values), r.shape),)
 
         f: Derivatives = phi_alone
@@ -141,6 +143,8 @@ def nearby(f: np.ndarray, r: np.ndarray) -> np.ndarray:
 
     size = np.nan_to_num(np.abs(f[:ORDERS]), nan=0.0, posinf=0.0)
     size = maximum_filter1d(size, 2 * NEARBY + 1, axis=1, mode="nearest")
+    # In ascending order: size[k - 1] contains the lower orders already, so that order j enters
+    # order k as its size over r^(k - j).
     for k in range(1, ORDERS):
         size[k] += size[k - 1] / r
     return size
@@ -160,6 +164,7 @@ def _excess(
       fa, fb: f at the two ends.
       ga, gb: g at the two ends.
     """
+    # What is not finite counts as no jump here; ``PairFunction._finite`` reports it.
     return np.nan_to_num(fb - fa - 0.5 * (b - a) * (ga + gb), nan=0.0, posinf=0.0, neginf=0.0)
 
 
@@ -227,6 +232,7 @@ def find_breaks(
         cell, order = np.nonzero(rough.T)
         if not cell.size:
             return []
+        # a and b are equal to round-off by now, so that either is the place of the jump.
         length = b[order, cell]
         nearer, farther = (jump_across(length, order, aside) for aside in ASIDE)
     return _collect_breaks(length, order, nearer, farther, size[order, cell])
@@ -244,8 +250,8 @@ def _collect_breaks(
     Args:
       length: (m,) distance of each candidate, ascending.
       order: (m,) order of the derivative that may jump there, 0 for phi itself.
-      nearer, farther: (m,) the jump from the values at the smaller and at the larger of the
-        distances ``ASIDE`` from the candidate.
+      nearer, farther: (m,) the jump as measured at points very near to the candidate on both sides
+        (relative distance 1e-12), and as measured at points farther from it (1e-9).
       size: (m,) magnitude of the derivative nearby.
     """
     breaks: list[Break] = []

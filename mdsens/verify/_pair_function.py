@@ -177,6 +177,7 @@ class PairFunction:
             max((kind.jump(kind.points[k], order) for kind in kinds), key=abs)
             for order in range(len(NAMES))
         ]
+        # Orders 0 and 1, phi and phi'; jumps of phi'' and phi''' are what breakpoints are for.
         good = not any(largest[:2])
         remedy = ""
         if not good:
@@ -228,6 +229,8 @@ class PairFunction:
         for kind in self.kinds:
             if not math.isfinite(kind.cutoff):
                 continue
+            # The unit is the size in the outer half of the range: near r = 0, phi may be so large
+            # that any value left at the cutoff would pass as round-off.
             within = kind.f[:2, (kind.r >= 0.5 * kind.cutoff) & (kind.r <= kind.cutoff)]
             r = kind.cutoff * OUTSIDE
             outside = np.abs(self.evaluate(r, *kind.values)[:2])
@@ -251,6 +254,7 @@ class PairFunction:
     def _repulsion(self) -> Finding:
         """Check that the derivative phi' of a repulsive pair function is nowhere positive."""
         for kind in self.kinds:
+            # argmax would choose a NaN, which is reported by ``_finite``.
             slope = np.nan_to_num(kind.f[1], nan=0.0)
             k = int(np.argmax(slope))
             if slope[k] > ROUND_OFF * nearby(kind.f, kind.r)[1, k]:
@@ -282,6 +286,8 @@ class PairFunction:
             return tuple(jax.vmap(lambda s, f=f: f(s, *values))(r) for f in gradients)
 
         for kind in self.kinds:
+            # A breakpoint and its two neighbors among the floating-point numbers: at each of them,
+            # another side of a where() may be chosen.
             special = [
                 r for p in kind.points for r in (np.nextafter(p, 0.0), p, np.nextafter(p, np.inf))
             ]
@@ -321,6 +327,7 @@ def _least_energy_distance(evaluate: Evaluate, values: tuple[float, ...], cutoff
       values: values of the parameters.
       cutoff: the cutoff; may be infinite.
     """
+    # A grid in ratios of 0.5 % and 0.2 % is fine enough: the result only sets a scale of length.
     if math.isfinite(cutoff):
         r = cutoff * np.geomspace(1e-2, 1.0, 1000)
     else:

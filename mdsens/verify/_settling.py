@@ -107,6 +107,7 @@ class Settling:
         minimum = near
         lin = self._lin_at(minimum)
         step, force = self._newton(lin)
+        # Carried along: a minimum, its linearization, and the Newton step from it, not yet taken.
         for _ in range(STEPS):
             next_minimum = self._moved(minimum, lin, step)
             next_lin = self._lin_at(next_minimum)
@@ -141,6 +142,7 @@ class Settling:
         Returns:
           the step, and the largest force on a particle that is not a rattler.
         """
+        # The Newton step x solves H x = -F, with F = dU/dR in a fixed cell.
         forces = self.lin.null.free(jax.tree.map(jnp.negative, _condition(lin.traced(()))))
         rattlers = np.asarray(self.lin.network.rattlers)[:, None]
         norms = np.linalg.norm(np.where(rattlers, 0.0, forces.positions), axis=1)
@@ -157,6 +159,8 @@ class Settling:
         x = jax.tree.map(jnp.add, lin.unknowns, step)
         system = lin.moved(minimum.system, x, lin.params)
         if lin.cell is not None:
+            # ``moved`` does not keep ``orthogonal``, whether the cell is diagonal. The field is
+            # static: with another value, jax would compile again.
             cell = FixedBox(jnp.asarray(system.box), minimum.system.boundary.orthogonal)
             return dataclasses.replace(minimum, system=system.replace(boundary=cell))
         if not lin.constrained:

@@ -111,6 +111,7 @@ def adjoint(
     forward = float(np.sum(np.asarray(w) * np.asarray(tangent.positions)))
     if w_strain is not None and tangent.strain is not None:
         forward += float(np.sum(np.asarray(w_strain) * np.asarray(tangent.strain)))
+    # Parameters that v does not name do not change, and add nothing to the sum.
     reverse = float(
         sum(np.sum(np.asarray(gradient.value[name]) * np.asarray(v)) for name, v in dparams.items())
     )

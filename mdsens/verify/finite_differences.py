@@ -44,6 +44,7 @@ NOISE = 3e-9
 # where the response almost vanishes, for which round-off alone would ask for more.
 LONGEST = 1e-4
 # Root mean square relative error of rounding a number to the nearest one, in eps.
+# It is eps / sqrt(12) for a mantissa of 1, and less for a larger one, which lies between 1 and 2.
 ROUNDING = 0.2
 # The truncation error goes with t^2, so the difference at t less that at t/2 is 3/4 of it.
 WHOLE = 4.0 / 3.0
@@ -75,6 +76,7 @@ def _interacting(eq: Equilibrium) -> np.ndarray:
         distances = np.asarray(pair_distances(term, eq.system.positions, eq.system.box))
         inside = distances[None, :] < np.asarray(term.lengths())
         kept = np.asarray(term.mask) & ~rattlers[i] & ~rattlers[j]
+        # In the order of the indices: pairs of two minima are compared, whose lists may differ.
         pairs = np.stack([np.minimum(i, j), np.maximum(i, j)], axis=1)
         for row in inside:
             rows.append(np.unique(pairs[row & kept], axis=0))
@@ -192,7 +194,7 @@ class _Line:
         return bool(np.abs(moved[counted]).max(initial=0.0) > farthest)
 
     def minimize_at(self, side: float) -> tuple[Settled, Status, bool]:
-        """Minimize again at the parameters params + side dparams, with ``side`` of either sign.
+        """Minimize again at the parameters params + side dparams; ``side`` is positive or negative.
 
         Returns:
           the minimum; the status of the minimization; whether contacts changed on the way or the
@@ -208,7 +210,10 @@ class _Line:
         return settled, status, changed or self.is_elsewhere(minimum, abs(side))
 
     def _relax_at(self, side: float) -> Equilibrium:
-        """Minimize, or locate the saddle, at the parameters params + side dparams."""
+        """Find the relaxed configuration again at the parameters params + side dparams.
+
+        A minimum is minimized again, and a saddle is located again.
+        """
         eq = self.lin.equilibrium
         params = {k: v + side * self.tangent[k] for k, v in eq.params.items() if k in self.tangent}
         pressure = None
@@ -221,7 +226,7 @@ class _Line:
         return minimize(eq.system, params, pressure=pressure, shape=shape, **options)
 
     def _judge_minimum(self, minimum: Equilibrium, settled: Settled) -> Status:
-        """Return the status of a minimization, as it is after Newton steps to round-off.
+        """Return the status of a minimization that is followed by Newton steps to round-off.
 
         Args:
           minimum: the result of the minimization.
@@ -254,6 +259,7 @@ class _Line:
         down = behind.equilibrium
         slope = jax.tree.map(lambda a, b: (a - b) / (2.0 * t), _unknowns_at(up), _unknowns_at(down))
         if eq.pressure is not None:
+            # Cell vectors are columns, and the cell is (1 + strain) box: strain = d(box) box^-1.
             apart = jnp.asarray(up.system.box) - jnp.asarray(down.system.box)
             strain = to_mandel(apart / (2.0 * t) @ inverse(jnp.asarray(eq.system.box)))
             slope = dataclasses.replace(slope, strain=strain)
@@ -288,11 +294,14 @@ class _Line:
         size, positions = (
             float(jnp.linalg.norm(x)) for x in (nonaffine, self.lin.system.positions)
         )
+        # Rounding the parameters shifts t by ROUNDING eps unit. Rounding both minima adds the error
+        # sqrt(2) ROUNDING eps |R| to their difference, which is divided by 2 t.
         rounding = ROUNDING * float(np.finfo(float).eps) / t
         error = rounding * np.hypot(self.unit, relative(positions / 2.0**0.5, size))
         for end in ends:
             rest, _ = self.without_null_part(jax.tree.map(lambda leaf: leaf / (2.0 * t), end.rest))
             error = np.hypot(error, gap(jax.tree.map(jnp.add, value, rest), value, nonaffine))
+        # Not NaN, with which the result of min() depends on the order of its arguments.
         return float(error) if np.isfinite(error) else np.inf
 
     def safe_step(self) -> float:
@@ -303,6 +312,7 @@ class _Line:
         """
         value, nonaffine = self.without_null_part(_as_unknowns(self.response.value))
         here = self.settling(self.lin.equilibrium)
+        # The noise goes as 1 / t: if it is N at t = 1, it is NOISE at t = N / NOISE.
         noise = self.noise(value, nonaffine, (here, here), 1.0)
         return min(noise / NOISE, LONGEST * self.unit, INSIDE * self.radius)
 

@@ -132,6 +132,7 @@ def _check_pair_functions(
     """
     findings: list[Finding] = []
     distances: list[float] = []
+    # All pairs, near or far: what is wanted of them is their parameters.
     pairs = _configuration.all_pairs(system.n)
     for part in _configuration.parts(potential):
         label = f"{part.name}: " if isinstance(potential, SumPotential) else ""

@@ -214,6 +214,7 @@ class DerivativeTest(Shown):
         steps.
         """
         branch = self.branch
+        # A line goes through any two points, so that their slope would say nothing.
         if branch.sum() < 3:
             return None
         return float(np.polyfit(np.log(self.steps[branch]), np.log(self.errors[branch]), 1)[0])

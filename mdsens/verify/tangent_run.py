@@ -119,6 +119,8 @@ def _state_and_changes(
       the state, and the derivatives of its floating-point arrays, with the same leading axis.
     """
 
+    # The state itself goes out as ``has_aux``: jax.jvp would give tangents of type float0 to its
+    # integers.
     def floats_and_state(*arguments: Any) -> tuple[list[jax.Array], Any]:
         state = f(*arguments)
         return _floats(state), state
@@ -131,6 +133,8 @@ def _state_and_changes(
     return state, changes
 
 
+# method is static, because it decides which code runs; the limits are arrays, so that another
+# system of the same shape needs no new compilation.
 @functools.partial(jax.jit, static_argnames=("method",))
 def _first(
     system: System, directions: tuple[jax.Array, Params], method: Minimizer, limits: Limits
@@ -208,6 +212,7 @@ class TangentRun:
             np.random.default_rng(0).normal(size=system.positions.shape), system.positions.dtype
         )
         self.aside = aside  # the random displacement of the start
+        # Along the leading axis the two directions: 0 changes the parameters, 1 the start.
         self.dparams = {k: jnp.stack([v, jnp.zeros_like(v)]) for k, v in tangent.items()}
         self.system = self._with_list(system)
         directions = jnp.stack([jnp.zeros_like(aside), aside]), self.dparams
@@ -222,6 +227,7 @@ class TangentRun:
         listed = listed.reallocate()
         _, distance = slack(listed.neighbors, listed.box, listed.range)
         # If particles may move less than the longest step, no list stays complete for one step.
+        # ``advance`` would then repeat a call that takes no step, without end.
         return listed if bool(distance > 1.01 * self.limits.longest) else all_pairs(listed)
 
     def advance(self, until: int) -> None:
@@ -260,9 +266,10 @@ class TangentRun:
 
 
 def reversed_run(run: TangentRun, start: System, tangent: Params, count: int) -> Reverse:
-    """Differentiate through ``count`` steps of a minimizer in reverse mode; compare with forward.
+    """Differentiate through ``count`` steps of a minimizer in reverse mode.
 
-    On the way back, each step is computed again from its state.
+    The derivative is compared with that of forward mode. On the way back through the steps, each
+    step is computed again from the state before it, since only the states are stored.
 
     Args:
       run: a run of as many steps in forward mode, with which the derivative is compared.
@@ -276,6 +283,8 @@ def reversed_run(run: TangentRun, start: System, tangent: Params, count: int) ->
     def weighted_positions(params: Params) -> jax.Array:
         """Compute <w, R>, with the positions R after the minimizer's steps and fixed weights w."""
         init, apply = _functions(start, params, run.method, run.limits)
+        # scan, and not while_loop as in forward mode: jax has no reverse mode of a loop whose
+        # number of steps is not known beforehand.
         step = jax.checkpoint(lambda state, _: (apply(state), None))
         state, _ = jax.lax.scan(step, init(start.positions), None, length=count)
         return jnp.vdot(w, run.method.positions(state))

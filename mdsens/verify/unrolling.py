@@ -204,6 +204,7 @@ def unrolled(
         )
         system = all_pairs(system)
     run = TangentRun(system, method, tangent, limits_of(system, method))
+    # With their parts in the null space, which is known only at the minimum, after the run.
     raw_tangents: list[jax.Array] = []
     displacements: list[jax.Array] = []
     max_forces: list[float] = []

@@ -534,6 +534,10 @@ def test_bad_constraints_are_refused(constraints, extra, said):
         ),
         (lambda: RigidBonds.bodies([[0.0, 0], [1, 0], [2, 0]], [[0, 1, 2]]), "lie on a line"),
         (lambda: RigidBonds.bodies([[0.0, 0], [1, 0]], [[0]]), "two or more"),
+        (
+            lambda: RigidBonds.bodies([[0.0, 0], [1, 0], [0, 1], [0, 1]], [range(4)]),
+            "two particles of body 0, .* at the same position",
+        ),
         (lambda: RigidBonds.bodies([[0.0, 0], [1, 0]], cast(Any, None)), "give a list of bodies"),
         (
             lambda: RigidBonds.bodies([[0.0, 0], [1, 0]], cast(Any, [0, 1])),

@@ -31,6 +31,7 @@ from mdsens.implicit import (
     root,
     tangent,
 )
+from mdsens.implicit.closures import refusing_derivative
 
 PROBLEMS = root_problems()
 BY_NAME = {problem.name: problem for problem in PROBLEMS}
@@ -816,3 +817,16 @@ def test_tangent_tells_of_a_root_that_is_not_unique(method: Any) -> None:
         assert status == Result.SINGULAR
         close(dx, [0.25, 0.25])
         assert float(stats.residual) == pytest.approx(np.sqrt(0.5))
+
+
+def test_a_piecewise_constant_result_with_integers_refuses_a_derivative_and_no_more() -> None:
+    def counted(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        result = (jnp.sum(x > 0), 2.0 * jax.lax.stop_gradient(x))
+        return refusing_derivative(result, x, "the count has no derivative")
+
+    x = jnp.array([1.0, -1.0])
+    with pytest.raises(InputError, match="the count has no derivative"):
+        jax.grad(lambda x: jnp.sum(counted(x)[1]))(x)
+    # a derivative by something else passes by
+    slope = jax.grad(lambda y: y * jnp.sum(counted(x)[1] ** 2) + counted(x)[0])(3.0)
+    assert float(slope) == 8.0

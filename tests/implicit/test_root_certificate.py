@@ -194,3 +194,12 @@ def test_the_free_directions_are_left_alone() -> None:
     assert Result(int(found.status)).good
     np.testing.assert_allclose(found.step, [-0.005, 0.005], rtol=0.02)
     np.testing.assert_allclose(found.corrected, [-0.5, 0.5], rtol=1e-3)
+
+
+def test_single_precision_is_certified_in_single_precision() -> None:
+    """With x64 switched on, as in these tests, a number of float64 would change the type of F."""
+    theta = jnp.asarray(2.0, jnp.float32)
+    x = jnp.asarray([1.41421, 1.4143], jnp.float32)
+    found = certify(lambda x, t: x**2 - t, x, (theta,), (jnp.ones_like(theta),))
+    assert found.value.dtype == jnp.float32
+    np.testing.assert_allclose(found.value, 0.5 / 2.0**0.5, rtol=1e-4)

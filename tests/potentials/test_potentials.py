@@ -4,6 +4,7 @@ every bad input refused by name.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from functools import cache, partial
 from unittest import mock
@@ -470,6 +471,8 @@ def test_potentials_with_other_options_differ():
     assert jax.tree.structure(potentials.harmonic_bonds(bonds)) == jax.tree.structure(
         potentials.harmonic_bonds(bonds)
     )
+    springs = potentials.harmonic_bonds(bonds)
+    assert springs != dataclasses.replace(springs, above=tuple(-1.0 for _ in springs.above))
 
 
 def test_a_system_built_twice_compiles_once():

@@ -167,6 +167,8 @@ def matrix(entries: Array) -> Array:
     rows, columns = np.triu_indices(order)
     scaled = jnp.where(rows == columns, 1.0, np.sqrt(0.5)) * entries
     return (
+        # The diagonal is written twice, with the same numbers. The second ``set`` overwrites the
+        # first, in derivatives as well, so that nothing is counted twice.
         jnp.zeros((order, order), scaled.dtype)
         .at[columns, rows]
         .set(scaled)

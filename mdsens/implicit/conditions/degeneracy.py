@@ -42,6 +42,7 @@ class Margin(Portable):
 
 def _margin(value: Array, degenerate: Array) -> Margin:
     status = jnp.where(degenerate, int(Result.DEGENERATE_CONSTRAINT), int(Result.CONVERGED))
+    # Last, since a comparison with NaN is False: ``degenerate`` would make NaN look converged.
     status = jnp.where(jnp.isnan(value), int(Result.NOT_FINITE), status)
     return Margin(status.astype(jnp.int32), value)
 
@@ -133,9 +134,10 @@ def kinked(F: Callable[..., PyTree], x: PyTree, *args: PyTree, radius: float = 1
         return ravel_pytree(F(y, *others))[0]
 
     def jump(k: Array) -> Array:
-        """Compute the relative jump of the derivative of F at the solution, along direction k.
+        """Compute the relative jump of the derivative of F at the solution x, along direction k.
 
-        The derivatives a little ahead of the solution and a little behind are compared.
+        Direction k is one of a few fixed directions in which x and the other arguments of F are
+        moved. The derivative a little ahead of the solution is compared with that a little behind.
         """
         entries = jnp.arange(1, flat.size + 1, dtype=flat.dtype)
         v = scale * jnp.cos((k + 1) * entries**2 + k)
@@ -144,6 +146,7 @@ def kinked(F: Callable[..., PyTree], x: PyTree, *args: PyTree, radius: float = 1
         largest = jnp.maximum(jnp.max(jnp.abs(ahead)), jnp.max(jnp.abs(behind)))
         return jnp.max(jnp.abs(ahead - behind)) / jnp.where(largest == 0, 1, largest)
 
+    # lax.map and not a loop of Python, so that F is traced once for all directions.
     value = jnp.max(jax.lax.map(jump, jnp.arange(_DIRECTIONS)))
     return _margin(value, value > _JUMP)
 

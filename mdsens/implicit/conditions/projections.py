@@ -5,8 +5,9 @@
 Each projection is a function of the point x and of the parameters of the convex set C, and
 differentiable by both, in forward and reverse mode and to higher order.
 
-At a kink, where the nearest point is about to change from one face of C to another, the derivative
-is that of one side, never an average of the two: a constraint that x just touches counts as active.
+At a kink, where the nearest point is about to change from one face of C to another, the projection
+has a different derivative on each of the two sides of the kink. One of the two is returned, never
+their average: that for which a constraint that x just touches counts as active.
 :func:`mdsens.implicit.conditions.degeneracy.kinked` tells whether a solution is at a kink.
 
 To project each row of an array separately, use ``jax.vmap`` of the projection.
@@ -90,6 +91,8 @@ def _simplex(x: Array, scale: Array) -> Array:
     """Project the vector x on the simplex of vectors p with p >= 0 and sum p = scale."""
     # A shift of all entries changes only tau; it saves digits where all of x is far from zero.
     x = x - lax.stop_gradient(jnp.max(x))
+    # Sorting only finds out which entries are zero. tau is computed again from x below, in a form
+    # whose derivative is the one of the docstring.
     largest = jnp.sort(x)[::-1]
     bounds = (jnp.cumsum(largest) - scale) / jnp.arange(1, x.size + 1, dtype=x.dtype)
     count = jnp.sum(largest > bounds)
@@ -102,6 +105,7 @@ def l1_ball(x: PyTree, radius: Array | float = 1.0) -> PyTree:
     """Project x on the set sum |p| <= radius, the sum being over all arrays in x together."""
     flat, unravel = ravel_pytree(x)
     size = jnp.abs(flat)
+    # < and not <=: a point on the surface has the derivative of the active constraint.
     inside = jnp.sum(size) < radius
     surface = jnp.sign(flat) * _simplex(size, jnp.asarray(radius, flat.dtype))
     return unravel(jnp.where(inside, flat, surface))
@@ -129,6 +133,8 @@ def affine(x: Array, A: Array, b: Array) -> Array:
         b has the same dependence.
       b: right-hand sides of the constraints, shape (m,).
     """
+    # A A^T is singular where rows of A depend on each other. Where Cholesky fails for this reason,
+    # Direct repeats it with a small shift on the diagonal, whose error the refinement removes.
     operator = Operator(lambda v: A @ (A.T @ v), positive_semidefinite=True)
     forces, _ = linear_solve(operator, A @ x - b, Direct(rtol=1e-13), not_finite=float("nan"))
     return x - A.T @ forces

@@ -4,11 +4,12 @@
 
 The arguments are the point y, the scaling (the step of
 :func:`mdsens.implicit.conditions.optimality.proximal_gradient`) and the parameters of the penalty
-g. An operator can be given to ``proximal_gradient`` as it is where these parameters are the
-arguments ``args`` of the fixed-point map T(x, *args). Nested containers (trees) of arrays are
-treated array by array. A strength, the factor of a penalty, is a scalar, or broadcasts to each
-array. At a kink, where an entry (or a group of entries) is about to leave zero, the derivative is
-that of an entry that is constantly zero; with a strength of zero there is no kink.
+g. Where the arguments ``args`` of the fixed-point map T(x, *args) are just these parameters, the
+operator itself can be given to ``proximal_gradient``; otherwise wrap the operator in a function of
+``(y, scaling, *args)``. Nested containers (trees) of arrays are treated array by array. A strength,
+the factor of a penalty, is a scalar, or broadcasts to each array. At a kink, where an entry (or a
+group of entries) is about to leave zero, the derivative is that of an entry that is constantly
+zero; with a strength of zero there is no kink.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ def non_negative(y: PyTree, scaling: Array | float, strength: Array | float = 0.
     The penalty g is infinite where an entry of x is negative. ``scaling`` is the step of the
     proximal gradient.
     """
+    # relu has the derivative 0 at 0; jnp.maximum would have 1/2, that of neither side.
     return jax.tree.map(lambda y: jax.nn.relu(y - scaling * strength), y)
 
 
@@ -72,8 +74,8 @@ def group_lasso(y: PyTree, scaling: Array | float, strength: Array | float = 1.0
         prox = max(1 - scaling strength / |y|, 0) y
 
     ``scaling`` is the step of the proximal gradient. The norm is over all arrays in y together,
-    which form one group. To make each row of an array a
-    group, use ``jax.vmap(group_lasso, (0, None, None))``.
+    which form one group. To make each row of an array a group, use
+    ``jax.vmap(group_lasso, (0, None, None))``.
     """
     flat, unravel = ravel_pytree(y)
     threshold = scaling * strength

@@ -69,6 +69,7 @@ def chebyshev(apply: Apply, degree: int, like: Array) -> Apply:
             d = new * rho * d + (2.0 * new / half) * r
             return z + d, r, d, new
 
+        # The first step starts at z = 0 and needs no product with A.
         d = r / center
         return lax.fori_loop(0, degree - 1, step, (d, r, d, 1.0 / sigma))[0]
 

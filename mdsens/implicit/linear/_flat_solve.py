@@ -37,6 +37,7 @@ def solve_flat(
     left = operator.left_project
     eps = jnp.finfo(b.dtype).eps
     zero = jnp.zeros((), b.dtype)
+    # norm() takes the largest entry, and jax raises an error where there is none.
     if b.size == 0:
         ended = jnp.asarray(int(Result.CONVERGED), jnp.int32)
         return b, SolveStats(ended, zero, jnp.zeros((), jnp.int32), zero, _name(method))
@@ -94,10 +95,11 @@ def _at_round_off(
     units of round-off, with |b| = 1. |A| is estimated from below by six steps of the power method,
     so that the test is on the strict side.
 
-    In float64 the residual must be below 1e-9 as well. Along a null direction that is not declared,
-    |x| grows without bound, and the backward error looks perfect although x is noise. This was
-    observed at residuals from 6e-9, with errors of 1e7. The limit of 1e-9 admits condition numbers
-    of 1e6.
+    In float64 the residual must be below 1e-9 as well (in float32, below the square root of
+    round-off). Along a null direction that is not declared, |x| grows without bound, so that the
+    backward error is tiny although x is noise. Residuals of 6e-9 and more were observed in such
+    cases, with errors of 1e7 in x. For condition numbers of A up to about 1e6, round-off stays
+    below the limit of 1e-9.
 
     Args:
       operator: A, on flat vectors.

@@ -27,10 +27,10 @@ class Auto(Method):
     """The linear method that :func:`choose` takes for the size and the properties of an operator.
 
     For the Hessian of a pair potential, :mod:`mdsens.sensitivity` uses a sparse factorization
-    instead: on a CPU, in double precision, and in 3-D for up to 1,500 particles, or 4,000 with many
-    right-hand sides at once. Both choices follow from the times and errors of all solvers in
-    benchmarks/results/README.md, under "sensitivity" (by size and density) and "jamming" (by
-    pressure).
+    instead, if on a CPU and in double precision: in 2-D for any number of particles; in 3-D for up
+    to 1,500 particles, or up to 4,000 with many right-hand sides at once. Both choices follow from
+    the times and errors of all solvers in benchmarks/results/README.md, under "sensitivity" (by
+    size and density) and "jamming" (by pressure).
 
     Args:
       rtol: requested relative residual.

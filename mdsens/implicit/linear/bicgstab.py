@@ -111,6 +111,7 @@ def bicgstab(
         status = jnp.where(negative & definite, int32(Result.INDEFINITE), status)
         return x, r, p, rho_new, scale, k + 2, status
 
+    # x, r, p, shadow.r, estimate of |A|, applications, result
     start = (jnp.zeros_like(b), b, b, dot(b, b), jnp.zeros((), b.dtype), int32(0), int32(0))
     x, _, _, _, _, k, status = lax.while_loop(going, body, start)
     return x, k, status

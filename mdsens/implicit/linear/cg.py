@@ -123,6 +123,7 @@ def cg(
     z, rz = preconditioned(precondition, b)
     rr = dot(b, b)
     status = jnp.where(broken(b, z, rr, rz), int32(Result.BREAKDOWN), int32(0))
+    # x, r, p, r.r, r.M r, estimate of |A|, applications, result
     start = (jnp.zeros_like(b), b, z, rr, rz, jnp.zeros((), b.dtype), int32(0), status)
     x, *_, k, status = lax.while_loop(going, body, start)
     return x, k, status

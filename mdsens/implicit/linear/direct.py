@@ -150,6 +150,7 @@ def _cholesky(matrix: Array, largest: Array) -> Array:
         return jnp.where(jnp.all(jnp.isfinite(probe)), shifted_factor(eps**0.5), probe)
 
     lower = shifted_factor(0.0)
+    # On a CPU one_by_one keeps this a branch; a batch under vmap would compute both sides.
     return lax.cond(jnp.all(jnp.isfinite(lower)), lambda: lower, semidefinite)
 
 
@@ -157,6 +158,7 @@ def _written_out(apply: Apply, b: Array) -> Array:
     """Compute the matrix (n, n) of the linear map ``apply`` on vectors like b (n,)."""
     # 32 columns at a time: with all at once, the intermediate arrays of a product would take n
     # times their memory.
+    # The products are stacked as rows, hence the transpose.
     return lax.map(apply, jnp.eye(b.size, dtype=b.dtype), batch_size=min(b.size, 32)).T
 
 
@@ -189,6 +191,7 @@ def _by_lu(matrix: Array) -> Callable[[Array], Iterate]:
     ended = jnp.where(regular, int(Result.CONVERGED), ended)
 
     def solution(r: Array) -> Iterate:
+        # ``inverse`` is stored transposed, and is zero where the factors are used.
         x = jnp.where(regular, _lu_solve(lu, pivots, r), dot(r, inverse))
         return jnp.where(finite, x, 0), jnp.int32(0), ended.astype(jnp.int32)
 
@@ -200,7 +203,7 @@ def _by_lu(matrix: Array) -> Callable[[Array], Iterate]:
 def _inverted(matrix: Array, needed: Array) -> tuple[Array, Array]:
     """Compute the transposed pseudo-inverse and the rank of a matrix by singular values.
 
-    Where ``needed`` is False, both are returned as zeros.
+    Where the flag ``needed`` is False, nothing is computed, and both are returned as zeros.
     """
     n = matrix.shape[0]
     eps = float(jnp.finfo(matrix.dtype).eps)
@@ -303,6 +306,7 @@ def pseudo_inverse(
     inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
     # the trace of a projector is its rank
     rank = n if right is None else jnp.trace(_written_out(right, b))
+    # The trace has round-off: 0.5 below is safely between two whole numbers.
     ended = jnp.where(jnp.sum(kept) < rank - 0.5, int(Result.NOT_UNIQUE), int(Result.CONVERGED))
     ended = jnp.where(definite & (smallest < -zero), int(Result.INDEFINITE), ended)
     ended = jnp.where(jnp.all(jnp.isfinite(sizes)), ended, int(Result.NOT_FINITE)).astype(jnp.int32)

@@ -55,6 +55,8 @@ def _linear_operator(size: int, apply: Apply) -> Any:
 class Spectrum(Named):
     """The lowest k eigenpairs of a symmetric operator A, outside of its known null space.
 
+    A is a matrix (m, m).
+
     Attributes:
       values: (k,) eigenvalues, ascending; set to zero where the absolute value is within round-off,
         1e-12 of the largest eigenvalue.
@@ -138,6 +140,7 @@ def lowest(
         zero = max(zero, 8.0 * size * eps)
     if k < 1:
         return _of_zeros(np.zeros((size, 0)), 0, floor, True, "empty range")
+    # One product shows a NaN in A, on which scipy.linalg.eigh would raise a ValueError.
     probe = project(chirp((size, 1), float, np))
     if not np.isfinite(apply(probe)).all():
         return Spectrum(
@@ -274,7 +277,10 @@ def _dense(
 
 
 def _of_zeros(vectors: np.ndarray, zero: int, floor: float, counted: bool, method: str) -> Spectrum:
-    """Return the :class:`Spectrum` of the operator A = 0, with the given orthonormal vectors."""
+    """Return the :class:`Spectrum` of the operator A = 0, with given vectors as its eigenvectors.
+
+    The vectors are orthonormal columns. All eigenvalues are zero.
+    """
     k = vectors.shape[1]
     return Spectrum(
         values=np.zeros(k),
@@ -347,9 +353,11 @@ def _shift_invert(
 
     inverse = _linear_operator(size, solve)
     # The small eigenvalues are computed too, to see which of them are zero.
+    # ARPACK computes fewer eigenpairs than the space has dimensions, hence the - 1.
     wanted = min(k + max(small, 0), size - null - 1)
     basis_size = min(max(2 * wanted + 10, 20), size - 1)
     try:
+        # OPinv must be the inverse of A - sigma I, and the factor is that of A + shift I.
         _, vectors = _eigsh(matrix, wanted, sigma=-shift, OPinv=inverse, v0=start, ncv=basis_size)
     except ArpackNoConvergence as error:
         if error.eigenvalues.size == 0:
@@ -408,6 +416,8 @@ def _lobpcg(
     # A block of a few more vectors than are wanted converges faster.
     vectors = project(rng.standard_normal((size, k if k == 1 else k + min(4, size // 10))))
     tolerance = LOBPCG_RESIDUAL * largest
+    # The second run starts from the first one's vectors and has the tolerance that the lowest
+    # eigenvalue sets, which is known only then.
     for _ in range(2):
         with warnings.catch_warnings():
             # LOBPCG warns where the tolerance is not met; the residuals show that as well.
@@ -443,6 +453,7 @@ def _lobpcg(
     values, vectors, residuals = pairs
     accurate = residuals <= LOBPCG_RESIDUAL * largest
     _, zeros, hidden = _counts(values[accurate], largest, zero, floor)
+    # An eigenvalue lies within its residual of the value: the whole interval must be negative.
     negative = int(np.sum(values < -max(zero * largest, floor) - residuals))
     return Spectrum(
         values=values,

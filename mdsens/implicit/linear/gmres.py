@@ -138,6 +138,7 @@ def gmres_cycle(
         length = norm(w)
         w, h = _off_last_two(w, basis, j) if lanczos else _orthogonal(w, basis, j)
         w, again = _orthogonal(w, basis, j)
+        # The basis is padded to whole blocks; the components along its empty rows are zero.
         h, again = h[: m + 1], again[: m + 1]
         beyond = norm(w)
         # written with ~ so that NaN counts as invariant and ends the cycle
@@ -195,6 +196,8 @@ def gmres_cycle(
     # basis, r, q, g, j, used, done, pivot, beta, size, scale, status
     start = (basis, r, q, g, int32(0), int32(0), idle, pivot, zero, zero, zero, int32(0))
     basis, r, _, g, _, used, _, _, _, _, _, status = lax.while_loop(going, body, start)
+    # r.T is the upper triangular matrix. Rows beyond ``used`` are those of the identity, with a
+    # right-hand side of zero.
     y = jax.scipy.linalg.solve_triangular(r.T, jnp.where(jnp.arange(m) < used, g[:m], 0))
     return change(dot(y, basis[:m])), used, status
 
@@ -224,6 +227,7 @@ def _off_last_two(w: Array, basis: Array, j: Array) -> tuple[Array, Array]:
     index = jnp.arange(basis.shape[0])
     h = jnp.zeros(basis.shape[0], basis.dtype)
     for k in (j, j - 1):
+        # In the first step j - 1 is -1, which as an index is the last row.
         row = jnp.where(k < 0, 0, basis[k])
         along = dot(row, w)
         w = w - along * row
@@ -254,4 +258,6 @@ def _any(flag: Array) -> Array:
 
 @_any.def_vmap
 def _any_of_batch(size: int, batched: list[bool], flags: Array) -> tuple[Array, bool]:
+    # A call of _any itself, so that a vmap inside of another one is reduced as well. False: the
+    # result has no batch axis.
     return _any(jnp.any(flags, axis=0)), False

@@ -92,7 +92,7 @@ class Method(abc.ABC):
 
         ``size`` is the number of unknowns.
         """
-        return 2**31 - 1
+        return 2**31 - 1  # the largest int32, the type in which products are counted
 
     def run(self, operator: Operator, b: Array) -> tuple[Array, Array, Array, Array]:
         """Solve P A P x = b for a right-hand side b of norm one in the range of P.
@@ -152,7 +152,7 @@ class IterativeMethod(Method):
 
 
 def same(v: Array) -> Array:
-    """Return the vector v unchanged: the projector off the null space where there is none."""
+    """Return the vector v unchanged: the projector for an operator that has no null space."""
     return v
 
 
@@ -187,9 +187,9 @@ def refine(method: Method, operator: Operator, b: Array) -> tuple[Array, Array, 
 
     After each solve the residual is recomputed with A, and the next round solves for this residual.
     The rounds end where the last one has left more than the fraction ``method.gain`` of the
-    residual. For GMRES a round is one cycle, so that its restarts are the rounds,
-    without a limit to their number. The other iterations have up to three more rounds after the
-    first, and a factorization, whose rounds cost next to nothing, has up to seven.
+    residual. For GMRES a round is one cycle, so that its restarts are the rounds, without a limit
+    to their number. The other iterations have up to three more rounds after the first, and a
+    factorization, whose rounds cost next to nothing, has up to seven.
 
     Returns:
       (x, norm of the residual, number of products with A, :class:`Result` code).
@@ -226,12 +226,15 @@ def refine(method: Method, operator: Operator, b: Array) -> tuple[Array, Array, 
         x = jnp.where(better, x_new, x)
         r = jnp.where(better, r_new, r)
         size = jnp.where(better, size_new, size)
+        # The 1 is the product of the recomputed residual.
         return x, r, size, k + used + 1, turn + 1, more, ended
 
     zero = jnp.int32(0)
     # x, r, |r|, applications, rounds, whether another round may help, result
     start = (jnp.zeros_like(b), b, norm(b), zero, zero, jnp.asarray(True), zero)
     x, _, size, k, _, _, ended = lax.while_loop(going, body, start)
+    # CONVERGED here is the last round's own opinion, or the start where no round was needed. Where
+    # the true residual is small, ``solve_flat`` replaces the code by a good one.
     late = jnp.where(k >= limit, int(Result.MAX_STEPS_REACHED), int(Result.STAGNATED))
     return x, size, k + setup, jnp.where(ended == Result.CONVERGED, late, ended)
 
@@ -252,6 +255,7 @@ def _scaled(method: Method, operator: Operator, b: Array) -> Round:
         right_side = scaling.map(r)
         size = norm(right_side)
         w, k, ended = inside(safe_divide(right_side, size), SCALED_SHARE * tol, limit)
+        # linear_transpose returns a tuple with one entry for each argument.
         return transposed_map(w)[0] * size, k, ended
 
     return inner

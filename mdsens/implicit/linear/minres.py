@@ -140,6 +140,7 @@ def minres(
     def body(state: _State) -> _State:
         beta_old = state.beta
         v = (state.r if plain else state.z) / beta_old
+        # in the first step beta_old and r_old of the state are zero, and so is this term
         y = apply(v) - safe_divide(beta_old, state.beta_old) * state.r_old
         alpha = dot(v, y)
         r = y - (alpha / beta_old) * state.r
@@ -203,6 +204,7 @@ def minres(
 
     if plain:
         length = norm(b)
+        # Scalars in place of vectors: without a preconditioner the loop need not carry them.
         z = zero
         rest = zero
         status = int32(0)
@@ -212,6 +214,7 @@ def minres(
         rest = b
         broken = square < -eps * norm(b) * norm(z)
         status = jnp.where(broken, int32(Result.BREAKDOWN), int32(0))
+    # With cs = -1 and sn = 0 the first rotation gives delta = 0 and gamma_bar = alpha.
     start = _State(
         x=zeros,
         r_old=zeros,

@@ -191,6 +191,7 @@ def neumann_terms(
     """
 
     def body(_: Any, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        # 0.0 is the scale for the test of the curvature, which is not made here
         return _step(apply, alpha, precondition, *state, 0.0)[:2]
 
     x, r = lax.fori_loop(0, terms - 1, body, (jnp.zeros_like(b), b))

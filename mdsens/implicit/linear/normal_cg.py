@@ -108,6 +108,7 @@ def cgls(
 
     s = transposed(b)
     # x, r, p, |A^T r|, estimate of |A|, applications, result
+    # One application is counted already, that of A^T to b.
     start = (jnp.zeros_like(b), b, s, norm(s), jnp.zeros((), b.dtype), jnp.int32(1), jnp.int32(0))
     x, *_, k, status = lax.while_loop(going, body, start)
     return x, k, status

@@ -112,6 +112,7 @@ class Operator:
         def transposed(f: LinearMap) -> LinearMap:
             return lambda w: jax.linear_transpose(f, example)(w)[0]
 
+        # There is no scaling to pass on: only a symmetric operator has one.
         return Operator(
             transposed(self.matvec),
             project=self.left_project,

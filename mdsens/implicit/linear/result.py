@@ -26,6 +26,7 @@ class Result(Outcome):
     :class:`mdsens.Status`.
     """
 
+    # The codes are shared with mdsens.Status, which adds outcomes: a new code must be free in both.
     CONVERGED = (
         0,
         Severity.NONE,

@@ -90,6 +90,8 @@ def linear_solve(
             dataclasses.replace(flat.transpose(r), matvec=apply), r, method, not_finite
         )
 
+    # jax gives ``backward`` its own transpose of the product as ``apply``. The exchanged projectors
+    # and the transposed preconditioner come from flat.transpose.
     x, stats = lax.custom_linear_solve(
         flat.matvec, rhs, forward, backward, symmetric=flat.symmetric, has_aux=True
     )
@@ -169,6 +171,7 @@ def _flatten_scaling(operator: Operator, b: PyTree) -> SymmetricScaling | None:
         return None
     change, product = operator.scaling
     _, unravel = ravel_pytree(b)
+    # S v may have other shapes than v. ravel_pytree needs arrays, not the shapes of eval_shape.
     scaled = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(change, b))
     _, unravel_scaled = ravel_pytree(scaled)
     return SymmetricScaling(

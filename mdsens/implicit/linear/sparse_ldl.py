@@ -63,6 +63,7 @@ def ordering(matrix: sp.csr_array, block: int) -> np.ndarray | None:
     Returns:
       the order of the rows (m,); None for minimum degree.
     """
+    # indptr has one entry more than the matrix has rows.
     return None if block == 2 and len(matrix.indptr) <= PLANAR + 1 else dissection(matrix, block)
 
 
@@ -82,6 +83,7 @@ def dissection(matrix: sp.csr_array, block: int = 1) -> np.ndarray:
     """
     import pymetis
 
+    # A node of the graph is a particle, so that METIS orders ``block`` times fewer nodes.
     graph = matrix.tobsr((block, block)) if block > 1 else matrix.tocsr()
     size = len(graph.indptr) - 1
     rows = np.repeat(np.arange(size), np.diff(graph.indptr))
@@ -138,6 +140,7 @@ def _by_qdldl(matrix: sp.csr_array) -> _Parts:
     rows = np.repeat(np.arange(size, dtype=np.int32), np.diff(starts))
     # QDLDL takes the columns of the upper triangle, which are the rows of the lower one.
     in_lower = matrix.indices <= rows
+    # Entry k is the number of kept entries before row k.
     ends = np.concatenate([[0], np.cumsum(in_lower)])[starts].astype(np.int32)
     upper = sp.csc_matrix(
         (matrix.data[in_lower], matrix.indices[in_lower].astype(np.int32), ends),
@@ -188,6 +191,7 @@ def _by_superlu(matrix: sp.csr_array, order: np.ndarray) -> _Parts:
 
     def pivots() -> np.ndarray | None:
         # Reading U takes half as long as the factorization, so only when the pivots are needed.
+        # Where the two permutations differ, rows were exchanged to avoid a small pivot.
         if not np.array_equal(lu.perm_r, lu.perm_c):
             return None
         in_matrix_order = np.empty(order.size)
@@ -249,6 +253,7 @@ class SparseFactor:
         """
         if self._pivots is None:
             return np.full(parts, -1)
+        # The pivots are in the order of the rows of A, in which each block is a run of rows.
         return np.sum(self._pivots.reshape(parts, -1) < 0, axis=1)
 
     def negative_direction(self) -> np.ndarray | None:
@@ -280,6 +285,7 @@ class SparseFactor:
         else:
             # Both libraries release Python's lock while they solve.
             with ThreadPoolExecutor(cores) as pool:
+                # list(), since map raises an error of a thread only when its result is asked for.
                 list(pool.map(solve, [range(k, count, cores) for k in range(cores)]))
         return columns
 
@@ -326,6 +332,7 @@ def solve_on_range(
     size = norms(b)
     x = np.zeros_like(b)
     residual = b
+    # x = 0 has the relative residual 1, or 0 where b is zero; for an infinite b there is none.
     best = np.where(np.isfinite(size), 1.0, np.inf)
     best = np.where(size == 0.0, 0.0, best)
     going = np.isfinite(size) & (size > 0.0)

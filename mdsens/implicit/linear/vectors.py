@@ -49,6 +49,7 @@ def norm(v: Array) -> Array:
     Computed in this form, the norm neither overflows nor underflows.
     """
     largest = jnp.max(jnp.abs(v))
+    # With an infinite entry the norm is inf; divided by that entry it would be NaN instead.
     unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
     scaled = v / unit
     return unit * jnp.sqrt(dot(scaled, scaled))

@@ -53,8 +53,9 @@ def _contacts_in_doubt(space: Space, step: Unknowns) -> tuple[int, float]:
 
     A pair is in doubt where it crosses a breakpoint along the Newton step to the minimum. A
     breakpoint is a distance at which a derivative of the potential jumps or diverges, such as the
-    contact distance. A particle that is a rattler only as long as its weakest contacts are not
-    counted adds one to the pairs in doubt.
+    contact distance. For a potential that only repels, contacts that are too weak compared with the
+    force left on the particles are not counted as contacts. A particle that is a rattler only for
+    this reason adds one to the number of pairs in doubt.
 
     Args:
       space: norms and linear solves at the configuration.
@@ -89,9 +90,10 @@ def _parts_without_derivative(
 ) -> dict[str, float]:
     """Compute which shares of an observable's gradient lie on rattlers and on rigid motions.
 
-    The gradient is by the positions, and the shares are of its norm. They have no derivative by the
-    parameters, since the response of rattlers and of rigid motions, such as translations, is not
-    determined.
+    The gradient is by the positions, and each share is the norm of a part of it over the norm of
+    the whole, at the minimum or, if that is larger, slightly beside it. These parts have no
+    derivative by the parameters, since the motion of rattlers, and rigid motions such as
+    translations, are not determined by the parameters.
 
     Args:
       observable: function of a System.
@@ -148,6 +150,7 @@ def _examine_cell(lin: Linearization, step: Unknowns) -> CellState | None:
     return CellState(
         pressure=float(cell.pressure),
         shape=shape_is_free,
+        # stress is positive in tension, pressure in compression
         pressure_left=-float(np.trace(stress_left)) / d,
         shear_left=float(np.linalg.norm(shear_left, 2)) if shape_is_free and finite else np.nan,
         stiffness=np.linalg.eigvalsh(stiffness) if finite else np.full(len(along), np.nan),
@@ -338,6 +341,7 @@ def _examine_minimum(
     smallest_stiffness = _find_smallest_stiffness(space, spectrum)
     step = space.still
     if has_modes:
+        # the Newton step H^+ F, to the few digits that the estimates need
         step, _, _ = space.solve(forces, ESTIMATE)
     crossed_to_minimum, steps_to_crossing = _contacts_in_doubt(space, step)
     derivative_certificate = None
@@ -388,9 +392,9 @@ def _has_finite_positions(lin: Linearization) -> bool:
 
 
 def _choose_factor(lin: Linearization) -> Any:
-    """Return the Hessian with its factor, also where a linearization comes without it.
+    """Return the factorized Hessian of a linearization, or make one where it has none.
 
-    Under constraints the result is a KKT, which has methods that a HessianFactor lacks.
+    Under constraints the result is the factorized matrix of the whole system of equations instead.
     """
     if lin.factor is None:
         return HessianFactor(lin.system, lin.null, lin.equilibrium.order)

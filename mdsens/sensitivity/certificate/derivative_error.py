@@ -118,6 +118,7 @@ def derivative(
 
     # R and alpha of Theorem 1 of arXiv:2105.15183
     R = space.strength(pull)
+    # 0 means not known; as NaN it makes every estimate NaN that divides by it
     alpha = least or np.nan
     error_bound = _bound_error(space, to_minimum, tangent, R, alpha)
 

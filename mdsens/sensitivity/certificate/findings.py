@@ -32,8 +32,8 @@ INACCURATE = 0.1
 def list_findings(c: Certificate, lin: Linearization) -> list[Finding]:
     """List all faults and warnings of a certificate, gravest first.
 
-    Those of one severity are in the order in which they are looked for: that of the cause, such as
-    a relaxation that did not converge, before that of its effects.
+    Where several are equally grave, causes, such as a relaxation that did not converge, come before
+    their effects.
 
     Args:
       c: the certificate, without findings so far.
@@ -55,11 +55,15 @@ def list_findings(c: Certificate, lin: Linearization) -> list[Finding]:
         *_judge_direction(c.derivative),
         *_judge_shape(c.strain),
     ]
+    # sorted is stable: findings of one severity keep the order above
     return sorted(findings, key=lambda finding: -finding[0].severity)
 
 
 def _build_finding(status: Status, figures: str) -> Finding:
-    """Return a status with its sentence, followed by the figures of this certificate."""
+    """Return a status and its sentence, to which ``figures`` are added in brackets.
+
+    The figures are numbers of the certificate, as text.
+    """
     return status, f"{status.sentence} ({figures})"
 
 
@@ -76,7 +80,11 @@ def _judge_relaxation(c: Certificate, lin: Linearization) -> Iterator[Finding]:
 
 
 def _judge_negative_modes(c: Certificate, lin: Linearization) -> Iterator[Finding]:
-    """Report negative modes beyond those of a saddle, or why no sign of a stiffness is known."""
+    """Report a wrong number of negative modes: not 0 at a minimum, or not the order of a saddle.
+
+    If the sign of the stiffness is not known for any mode, report the reason instead: the Hessian
+    is not finite, or some particles touch without a force.
+    """
     if not np.isfinite(c.spectrum.values).all():
         yield _build_finding(Status.NOT_FINITE, "the Hessian")
     elif bool(lin.network.touching):
@@ -154,7 +162,10 @@ def _judge_moduli(strain: StrainState | None) -> Iterator[Finding]:
 
 
 def _judge_derivative(c: Certificate, positions: np.ndarray) -> Iterator[Finding]:
-    """Report a failed solve, a large error, and a range of the derivative below round-off.
+    """Report a failed linear solve, a large error, and too small a range of the derivative.
+
+    The range is too small if the particles move by less than ten times the round-off of their
+    positions before the first contact changes or a coordinate meets or leaves its bound.
 
     Args:
       c: the certificate.
@@ -167,6 +178,7 @@ def _judge_derivative(c: Certificate, positions: np.ndarray) -> Iterator[Finding
         yield _build_finding(d.status, f"residual {d.residual:.1e}")
     if d.vanishes:
         return
+    # ``not <=`` reports an error of NaN as well
     if c.estimates_hold and not d.error <= INACCURATE:
         yield _build_finding(Status.INACCURATE, f"{d.error:.1e} of it")
     resolution = float(np.finfo(positions.dtype).eps) * float(np.abs(positions).max())
@@ -211,7 +223,10 @@ def _judge_observable(observable: dict[str, float] | None, eps: float) -> Iterat
 
 
 def _judge_direction(d: DerivativeCertificate | None) -> Iterator[Finding]:
-    """Report a direction in parameter space that lies in part on rattlers."""
+    """Report a direction in parameter space that changes parameters of rattlers.
+
+    This part of the direction has no effect on the derivative.
+    """
     if d is not None and d.on_rattlers > 0:
         yield _build_finding(
             Status.NULL_COMPONENT_DROPPED, f"{d.on_rattlers:.1e} of the direction is on rattlers"

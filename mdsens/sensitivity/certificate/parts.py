@@ -116,8 +116,8 @@ class DerivativeCertificate(Portable, Shown):
       vanishes: True where nothing moves: less than 1e-6 of the length scale of the potential
         (contact distance, or the distance of the minimum of the pair energy) while the parameters
         change by as much as their values. The relative errors and the range have no meaning then.
-      switch: under constraints the first t > 0 and the first -t > 0 at which a coordinate meets or
-        leaves its bound.
+      switch: under constraints, two numbers: the smallest t > 0, and the smallest |t| of all t < 0,
+        at which a coordinate meets or leaves its bound.
     """
 
     dparams: dict[str, jax.Array]
@@ -155,11 +155,12 @@ class DerivativeCertificate(Portable, Shown):
         )
 
     def crossed(self, change: float) -> int:
-        """Count the pairs that cross a breakpoint within |t| <= change along params + t dparams.
+        """Count the pairs that cross a breakpoint while the parameters are params + t dparams.
 
-        The count is to first order. A breakpoint is a distance at which a derivative of the
-        potential jumps or diverges. Where single pairs cross, linear predictions of positions are
-        no longer valid, but those of bulk properties of many particles are.
+        Pairs that cross at |t| <= ``change`` are counted, to first order. A breakpoint is a
+        distance at which a derivative of the potential jumps or diverges. Where single pairs cross,
+        linear predictions of positions are no longer valid, but those of bulk properties of many
+        particles are.
         """
         return self.crossing.within(change)
 

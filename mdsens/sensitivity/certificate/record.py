@@ -149,7 +149,7 @@ class Certificate(Shown):
         The value is NaN where no derivative was examined.
 
         Args:
-          name: field of ``derivative``: "error" or "error_bound".
+          name: which estimate, "error" or "error_bound" of :class:`DerivativeCertificate`.
         """
         if self.derivative is None:
             return float("nan")
@@ -217,6 +217,7 @@ class Certificate(Shown):
             figures["constraints"] = dataclasses.asdict(self.constraints)
         if self.strain is not None:
             strain = dataclasses.asdict(self.strain)
+            # json would write the status, an integer, as its code
             figures["strain"] = strain | {"status": self.strain.status.name}
         if self.derivative is not None:
             figures["derivative"] = self._figures_of_derivative(self.derivative)
@@ -236,6 +237,7 @@ class Certificate(Shown):
             "on_rattlers",
         )
         figures: dict[str, Any] = {name: float(getattr(d, name)) for name in names}
+        # not those of ``d``: infinite where the estimates do not hold, which JSON shows as null
         figures |= {
             "error": self.error,
             "error_bound": self.bound,
@@ -504,7 +506,9 @@ def _range_row(
     switch: float,
     crossing: tuple[tuple[int, int], bool, float] | None,
 ) -> tuple[str, str]:
-    """Format the row of the certificate on the range of t > 0 or t < 0 along params + t dparams.
+    """Format a row of the printed certificate: the range of t in which the derivative is valid.
+
+    The range is for t > 0 or for t < 0, where the parameters are params + t dparams.
 
     Args:
       name: name of the row, to be followed by ``value``.

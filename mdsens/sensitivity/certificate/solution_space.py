@@ -138,6 +138,7 @@ class Space:
                 for leaf in jax.tree.leaves(forces.multipliers)
             ]
             return float(np.linalg.norm(np.concatenate([self._tangent(forces), *g])))
+        # The norm dual to ``size``: a force on the strain is an energy, and over l it is a force.
         return _norm(self._off_null(forces.positions), forces.strain, 1.0 / self.length)
 
     def onward(self, forces: Unknowns) -> Unknowns:
@@ -179,8 +180,8 @@ class Space:
     def yields(self, forces: Unknowns, rtol: float = 1e-12) -> tuple[Unknowns, float, Status]:
         """Compute the displacement of particles and cell under forces, by a linear solve.
 
-        In contrast to those of the method ``solve``, the relative residual and the status are those
-        of the solve for the positions alone.
+        The relative residual and the status are those of the solve for the positions alone. (The
+        method ``solve`` returns those of positions and cell together.)
 
         Args:
           forces: forces on the particles and on the cell.
@@ -216,9 +217,10 @@ class Space:
         return on_host(np.add, motion, x), residual, status
 
     def switches(self, x: Unknowns, tangent: Params) -> tuple[float, float]:
-        """Compute the first t > 0 and -t > 0 at which a coordinate meets or leaves its bound.
+        """Compute when a coordinate first meets or leaves its bound as positions change by t ``x``.
 
-        Positions change by t ``x`` and parameters by t ``tangent``. Both results are infinite
+        At the same time the parameters change by t ``tangent``. The results are the smallest
+        t >= 0, and the smallest |t| of all t <= 0, at which this happens. Both are infinite
         without bounds.
         """
         if not self.lin.constrained:
