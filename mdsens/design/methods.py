@@ -62,8 +62,8 @@ class LevenbergMarquardt:
         distance is in units of the tolerance of its target. Without this freedom, features that
         have met their targets can stop the design.
       widths: the widths w of the averaged potentials; () uses no averaged potentials. The unit is
-        the root mean square change of pair distances, relative to their breakpoints such as
-        contact, in a step that is as long as the radius of the trust region.
+        the root mean square change of r - b over the pairs, in a step that is as long as the radius
+        of the trust region. r is the distance of a pair, and b its breakpoint, such as contact.
     """
 
     trust: float | None = None

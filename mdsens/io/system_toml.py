@@ -409,8 +409,11 @@ def _diameters(
     values = np.diagonal(sigma) if sigma.ndim == 2 else sigma
     if values.ndim == 0:
         return np.full(n, float(values))
-    if species is not None and values.shape[0] != n and values.shape[0] > species.max(initial=0):
-        return values[species]
+    # first per species, as in ``diameters_at`` of the model: it matters where there are as many
+    # species as particles
+    if species is not None and species.max(initial=0) < values.shape[0]:
+        if values.shape[0] != n or n == species.max(initial=0) + 1:
+            return values[species]
     if values.shape != (n,):
         raise InputError(
             f"parameters.sigma has shape {sigma.shape}: give 1 or {n} numbers, or one per species."

@@ -371,11 +371,14 @@ def _strained_pair_force(system: System, length: jax.Array, stiffness: jax.Array
 
 
 def _pair_stiffness(system: System, stiffness: jax.Array) -> jax.Array:
-    """Compute the stiffness of one pair from the stiffness of a dense packing of such pairs.
+    """Compute the stiffness k = phi'' of a single pair from the stiffness of the potential.
 
-    For a potential without pairs, the stiffness itself is returned.
+    The stiffness of the potential is an estimate of the largest eigenvalue of the Hessian of a
+    dense packing, 2^(d+1) k in d dimensions. For a potential that is no sum over pairs, it is
+    returned as it is.
 
     Args:
+      system: gives the potential and d.
       stiffness: stiffness of the potential, from ``natural_units``.
     """
     return stiffness / 2.0 ** (system.dimension + 1) if system.potential.pairwise else stiffness

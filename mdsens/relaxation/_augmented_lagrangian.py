@@ -83,6 +83,8 @@ LONGEST = 0.1
 # rho |grad g|^2 of each equation at the start, in units of the potential's stiffness. An earlier
 # version had 10.
 PENALTY = 1.0
+# Draws of random signs from which the mean |grad g|^2 is estimated, to some ten percent.
+DRAWS = 4
 # Factor on rho where a round does not lower g to a quarter.
 RISE = 5.0
 # An equation that is off by more than this is not met.
@@ -441,11 +443,17 @@ class _Relaxation:
 
         g, transpose = jax.vjp(values, _primal(self.system))
         penalties = {}
+        rng = np.random.default_rng(0)  # a fixed seed: the same penalties in every run
         for name in g:
-            ones = {k: jnp.ones_like(v) if k == name else jnp.zeros_like(v) for k, v in g.items()}
-            gradient = jax.tree.leaves(transpose(ones)[0])
-            squared = sum(float(jnp.sum(leaf**2)) for leaf in gradient)
-            mean_squared = squared / max(int(np.size(g[name])), 1)
+            # The gradients of the components with random signs: the mean of their squared sum is
+            # the sum of the squares. Without the signs they may cancel, as along a ring of bonds.
+            draws = []
+            for _ in range(DRAWS):
+                signs = jax.tree.map(jnp.zeros_like, g)
+                signs[name] = jnp.asarray(rng.choice([-1.0, 1.0], g[name].shape), g[name].dtype)
+                gradient = jax.tree.leaves(transpose(signs)[0])
+                draws.append(sum(float(jnp.sum(leaf**2)) for leaf in gradient))
+            mean_squared = float(np.mean(draws)) / max(int(np.size(g[name])), 1)
             # 1e-300 only avoids a division by zero
             penalties[name] = jnp.asarray(PENALTY * self.stiffness / max(mean_squared, 1e-300))
         return penalties

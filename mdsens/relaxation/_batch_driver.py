@@ -334,8 +334,12 @@ def relax_batch(batch: System, options: Options, bar: Members) -> Equilibrium:
     def relax_some(part: System, count: int) -> tuple[Equilibrium, int, dict[int, Equilibrium]]:
         """Relax the first ``count`` systems of the batch ``part``.
 
+        Systems that need Newton steps or a longer neighbor list, or are at a saddle, are continued
+        one by one after the common steps.
+
         Returns:
-          (relaxed batch, count, results by index of the systems that were continued alone).
+          (the relaxed batch, ``count``, the results of the systems that were continued one by one,
+          by their index).
         """
         began = time.perf_counter()
         together = BatchRelaxation(part, options.first, options.tolerance, options.max_steps, count)

@@ -175,9 +175,10 @@ class RelaxationState:
       largest: the largest force left on a particle; inf where it is not known.
       pace: rate at which the force falls, from :func:`pace_of`; 0 where it is not known.
       room: capacity of the next neighbor list, as a multiple of what the positions need.
-      tested: the largest force at which the relaxation stops, for the pairs that interact now; the
-        method ``aim`` sets it.
-      goal: the largest force that counts as converged.
+      tested: the largest force at which the relaxation stops: ``goal``, or the force that round-off
+        leaves where that is larger, for the pairs that interact now; the method ``aim`` sets both.
+      goal: the largest force at which the status is CONVERGED: the tolerance, or 1e-12 of the mean
+        pair force.
       scale: mean pair force and round-off of the forces, for the pairs that interact now; None
         before the method ``aim`` is called.
       stands: whether the force has stopped falling, at round-off.

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
-from numbers import Real
 from typing import TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
 
 from mdsens._util.errors import InputError, PrecisionError
-from mdsens._util.validation import real_number, short
+from mdsens._util.validation import is_number, real_number, short
 from mdsens.mechanics.units import round_off
 from mdsens.model.system import System, require_unconstrained
 from mdsens.relaxation.methods import Minimizer, Newton
@@ -126,13 +126,15 @@ class Options:
             )
         # Up to the largest float: infinity is refused, and so is NaN, which compares as False.
         if self.tolerance is not None and not (
-            isinstance(self.tolerance, Real) and 0 < self.tolerance <= sys.float_info.max
+            is_number(self.tolerance) and 0 < self.tolerance <= sys.float_info.max
         ):
             raise InputError(
                 f"`tolerance` is {short(self.tolerance)}: give a positive number, or None."
             )
-        if not (isinstance(self.max_steps, Real) and self.max_steps >= 1):
-            raise InputError(f"`max_steps` is {short(self.max_steps)}: give 1 or more.")
+        if not (is_number(self.max_steps) and 1 <= self.max_steps < math.inf):
+            raise InputError(
+                f"`max_steps` is {short(self.max_steps)}: give a finite number from 1."
+            )
         if not isinstance(self.leave_saddles, bool):
             raise InputError(f"`leave_saddles` is {short(self.leave_saddles)}: give True or False.")
         # max_steps may be a float such as 1e5

@@ -119,7 +119,7 @@ def climbing_image_band(
         # new neighbor lists at the present positions; _advance stops where they may lose a pair
         batch = stack([start.replace(positions=R).reallocate() for R in band.fire.positions(state)])
         state, taken, largest, top, tangent = _advance(
-            batch, state, ends, end_energies, target, band, limits
+            batch, state, ends, end_energies, target, band.max_steps - steps, band, limits
         )
         steps += int(taken)
         if steps >= band.max_steps or not float(largest) > float(target):
@@ -219,6 +219,7 @@ def _advance(
     ends: jax.Array,
     end_energies: jax.Array,
     target: jax.Array,
+    budget: jax.Array | int,
     band: ElasticBand,
     limits: Limits,
 ) -> tuple[Any, jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -229,6 +230,7 @@ def _advance(
       state: state of jax-md's minimizer, for all images together.
       ends, end_energies: positions (2, n, d) and energies (2,) of the two minima.
       target: the largest force at which to stop.
+      budget: largest number of steps.
       band: the options of the band.
       limits: the longest step and the largest force of a particle.
 
@@ -246,7 +248,7 @@ def _advance(
     def unfinished(carry: tuple[Any, jax.Array, jax.Array]) -> jax.Array:
         state, steps, largest = carry
         inside = jax.vmap(within)(method.positions(state), anchors, distance)
-        return (steps < band.max_steps) & (largest > target) & jnp.all(inside)
+        return (steps < budget) & (largest > target) & jnp.all(inside)
 
     def take_step(carry: tuple[Any, jax.Array, jax.Array]) -> tuple[Any, jax.Array, jax.Array]:
         state, steps, _ = carry

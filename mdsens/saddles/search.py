@@ -9,6 +9,7 @@ configuration differs, see :mod:`mdsens.saddles._eigenvector_following` and
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -209,8 +210,8 @@ def _check_arguments(
     # up to the largest float: infinity and NaN are refused
     if tolerance is not None and not 0 < real_number("tolerance", tolerance) <= sys.float_info.max:
         raise InputError(f"`tolerance` is {short(tolerance)}: give a positive number, or None.")
-    if not real_number("max_steps", max_steps) >= 1:
-        raise InputError(f"`max_steps` is {short(max_steps)}: give 1 or more.")
+    if not 1 <= real_number("max_steps", max_steps) < math.inf:
+        raise InputError(f"`max_steps` is {short(max_steps)}: give a finite number from 1.")
     # either way the neighbor list is allocated for the configuration at hand
     system = system.reallocate(keep=True) if params is None else system.with_params(params)
     return system, _choose_tolerance(tolerance, system)

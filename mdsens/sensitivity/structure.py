@@ -604,8 +604,9 @@ def _checked_by_name(
     named = cotangents or {}
     for name, array in named.items():
         if shapes is None or name not in shapes:
+            remedy = f"use one of {', '.join(map(repr, shapes))}." if shapes else "leave it out."
             raise InputError(
-                f"cotangent.{field} has the name {name!r}: give some of {list(shapes or ())}."
+                f"cotangent.{field} has a key {name!r}, which is none of this minimum: {remedy}"
             )
         if jnp.shape(array) != shapes[name].shape:
             raise InputError(

@@ -225,7 +225,8 @@ def test_single_precision_refuses_what_round_off_keeps_out_of_reach():
         ({"tolerance": np.nan}, r"`tolerance` is nan: give a positive number"),
         ({"tolerance": 1e-12 + 1e-12j}, r"`tolerance` is .*1e-12j.*: give a positive number"),
         ({"tolerance": "tight"}, r"`tolerance` is 'tight': give a positive number"),
-        ({"max_steps": 0}, r"`max_steps` is 0: give 1 or more"),
+        ({"max_steps": 0}, r"`max_steps` is 0: give a finite number from 1"),
+        ({"max_steps": np.inf}, r"`max_steps` is inf: give a finite number from 1"),
         ({"params": {"sgima": 1.0}}, r"no parameter 'sgima' .*did you mean 'sigma'"),
     ],
 )
