@@ -750,9 +750,7 @@ def test_what_knows_no_constraints_says_so():
     ):
         with pytest.raises(ms.InputError, match="constraints"):
             ask()
-    with pytest.raises(ms.InputError, match=r"cotangent\.multipliers has a key 'bonds', .* 'bond'"):
-        ms.InputError, match=r"cotangent\.multipliers has a key 'bonds', .* use one of 'bond'"
-    ):
+    with pytest.raises(ms.InputError, match=r"cotangent\.multipliers has a key 'bonds'"):
         ms.vjp(eq, Unknowns(jnp.zeros((N, 2)), multipliers={"bonds": jnp.zeros(4)}))
 
 
