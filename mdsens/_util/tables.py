@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import html as _html
 import math
 import textwrap
@@ -71,7 +72,7 @@ def html(title: str, rows: Rows) -> str:
     return f"<table><caption {left}><b>{_html.escape(title)}</b></caption>{body}</table>"
 
 
-class Shown(Named):
+class Shown(Named, abc.ABC):
     """Base class of results that print as a table, also in Jupyter.
 
     Subclasses define ``_title``, the heading, and ``_rows``, the lines as pairs of name and value.
@@ -79,8 +80,9 @@ class Shown(Named):
 
     _title = ""
 
+    @abc.abstractmethod
     def _rows(self) -> list[tuple[str, str]]:
-        raise NotImplementedError
+        """List the lines of the table: pairs of name and value."""
 
     def __str__(self) -> str:
         return text(self._title, self._rows())

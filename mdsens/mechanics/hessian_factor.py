@@ -269,7 +269,8 @@ class HessianFactor:
 
         The status is INDEFINITE where H has a negative eigenvalue and the system should be a
         minimum. It is NOT_A_SADDLE where the system should be a saddle and the number of negative
-        eigenvalues is not the order of the saddle, whatever the right-hand side.
+        eigenvalues is not the order of the saddle. Both are for right-hand sides with a part off
+        the null space: without one the solution is zero in any case.
 
         Args:
           columns: (m, c) right-hand sides.
