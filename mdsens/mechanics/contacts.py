@@ -20,11 +20,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from mdsens._util.attributes import Named
 from mdsens._util.lattice import Components, components, nearest_images
@@ -85,14 +86,19 @@ class Network(Portable, Named):
     touching: jax.Array
 
     @property
-    def unjammed(self) -> jax.Array:
+    def unjammed(self) -> Any:
         """Whether no particle and no rigid body has enough contacts to be held in place.
 
         The value is False where all particles form a single rigid body, since its bonds fix its
         shape.
         """
-        several = (self.labels != self.labels[:1]).any()
-        return self.rattlers.all() | (self.loose.all() & several)
+        fields = (self.rattlers, self.loose, self.labels)
+        if not any(isinstance(field, Tracer) for field in fields):
+            # by numpy: single operations of jax outside of compiled code take half a millisecond
+            fields = tuple(np.asarray(field) for field in fields)
+        rattlers, loose, labels = fields
+        several = (labels != labels[:1]).any()
+        return rattlers.all() | (loose.all() & several)
 
 
 def pair_forces(term: PairTerm, distances: jax.Array) -> jax.Array:

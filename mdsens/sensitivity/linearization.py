@@ -341,9 +341,10 @@ def _judge_force_and_modes(
     # Negative modes are looked for here unless the minimization has done so (``examined``),
     # ``linearize`` has counted them (a saddle), or every solve counts them by a factor.
     examined = bool(np.all(eq.examined)) or eq.order > 0 or by_factor(factor.system, solve)
+    if examined or int(force_status) != Status.CONVERGED:
+        return force_status
     # without contacts, or with NaN positions, the status is bad already and modes mean nothing
-    rigid = not bool(net.unjammed) and np.isfinite(np.asarray(eq.positions)).all()
-    if int(force_status) == Status.CONVERGED and not examined and rigid:
+    if not bool(net.unjammed) and np.isfinite(np.asarray(eq.positions)).all():
         # a negative stiffness below what the force left can add is in doubt, and is no saddle yet
         floor = doubtful_stiffness(eq.max_force, natural_units(eq.system)[0])
         if factor.negative_mode(floor) is not None:
