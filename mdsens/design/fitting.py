@@ -191,6 +191,7 @@ def _describe_task(
     return {
         "targets": [[t.name, t.value, t.tolerance, t.from_start, t.share] for t in targets],
         "variables": list(variables.labels),
+        "logarithms": [bool(is_log) for is_log in variables.log],
         "bounds": [[float(low), float(high)] for low, high in bounds_of_x],
         # The repr of an optimizer of optax has addresses of functions, which differ in every run.
         "method": repr(method) if isinstance(method, LevenbergMarquardt) else str(method),

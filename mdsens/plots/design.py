@@ -140,8 +140,8 @@ def _draw_parameters(ax: Axes, of: Design, number: np.ndarray, x: np.ndarray) ->
       x: (k, p) variables of the design (parameters or their logarithms) at these steps.
     """
     start = of.state.history[0].x
-    # Variables that all start at 0 are logarithms of parameter over start: the ratio is drawn.
-    logarithmic = np.allclose(start, 0.0)
+    # of logarithms of parameter over start the ratio is drawn
+    logarithmic = all(of.state.about["logarithms"])
     moved = np.exp(x - start) if logarithmic else x - start
     if x.shape[1] <= FEW:
         for k, label in enumerate(of.labels):
