@@ -79,7 +79,8 @@ class Status(Outcome):
     MAX_STEPS_REACHED = (
         10,
         Severity.FAILURE,
-        "the step limit came before the tolerance; raise max_steps or loosen the tolerance",
+        "the step limit came before the tolerance; raise max_steps (max_iterations of a linear"
+        " method) or loosen the tolerance",
     )
     STAGNATED = Result.STAGNATED.entry
     BREAKDOWN = Result.BREAKDOWN.entry

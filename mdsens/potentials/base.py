@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from mdsens._util.errors import InputError
+from mdsens._util.errors import InputError, short
 from mdsens._util.lattice import nearest_image
 from mdsens._util.portable import Portable
 from mdsens._util.user_functions import Traceable
@@ -383,14 +383,23 @@ class PairPotential(Portable, NamedPotential):
         return getattr(phi, "__module__", "").startswith("mdsens.")
 
     def _check_end(self, params: Params) -> None:
-        """Raise InputError if the pair energy phi is not zero at its cutoff distance.
+        """Raise InputError if phi is not zero at its cutoff, or breakpoints are no tuple.
 
-        phi is evaluated once, with the median of each parameter.
+        phi, the pair energy, is evaluated once, with the median of each parameter.
         """
-        if self.cutoff is None or self._is_from_catalogue():
+        if self._is_from_catalogue():
             return
         # a single evaluation, at the median of each parameter, however many pairs there are
         values = [jnp.asarray(np.median(np.asarray(params[name], float))) for name in self.names]
+        points = Traceable(f"the function of breakpoints of {self.name}", self.breakpoints)(*values)
+        # a bare array would be taken apart into numbers, one breakpoint for each pair
+        if not isinstance(points, tuple | list):
+            raise InputError(
+                f"the function of breakpoints of {self.name} returns {short(points)}: return a"
+                " tuple of distances, (b,) for a single one."
+            )
+        if self.cutoff is None:
+            return
         end = float(self._cutoff_at(*values) if callable(self.cutoff) else self.cutoff)
         check_end(self.name, self._traceable_phi(), end, values)
 

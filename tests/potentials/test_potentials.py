@@ -885,3 +885,15 @@ def test_what_ends_in_not_finite_names_the_potential():
     assert ms.modes.smallest_stiffness(rest, throw=False).status is ms.Status.NOT_FINITE
     test = ms.verify.potential(rest.system.potential, rest.params, positions=rest.positions)
     assert {"stiffness", "symmetry"} <= {finding.check for finding in test.bad}
+
+
+def test_breakpoints_are_a_tuple():
+    """A bare array would be taken apart into one breakpoint a pair, in silence."""
+    bare = potentials.from_pair(
+        lambda r, s: jnp.where(r < s, (s - r) ** 2, 0.0),
+        ("s",),
+        cutoff=lambda s: s,
+        breakpoints=lambda s: s,  # type: ignore[arg-type]
+    )
+    with pytest.raises(ms.InputError, match="return a tuple of distances"):
+        ms.System.create([[0.0, 0.0], [0.9, 0.0]], 4.0, bare, {"s": 1.0})

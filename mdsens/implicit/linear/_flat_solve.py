@@ -43,7 +43,9 @@ def solve_flat(
         return b, SolveStats(ended, zero, jnp.zeros((), jnp.int32), zero, _name(method))
 
     whole = norm(b)
-    unit = b / jnp.where(whole > 0, whole, 1)
+    # at most an eighth of the largest float, whose reciprocal is a normal number; see ``norm``
+    scale = jnp.minimum(jnp.where(whole > 0, whole, 1), jnp.finfo(b.dtype).max / 8)
+    unit = b / scale
     # Projected twice, because the first projection leaves round-off in proportion to |b|. Where b
     # lies mostly in the null space, that is much beside the rest of b.
     kept = unit if left is None else left(left(unit))
@@ -73,7 +75,7 @@ def solve_flat(
     status = jnp.where(finite, status, int(Result.NOT_FINITE)).astype(jnp.int32)
     # A residual of 1 is that of x = 0: the method has gained nothing, and zero is no solution.
     answered = finite & ~((length > 0) & (residual >= 1.0))
-    x = jnp.where(answered, x * length * whole, fill)
+    x = jnp.where(answered, x * length * scale, fill)
     return x, SolveStats(status, residual, applications + extra, dropped, _name(method))
 
 

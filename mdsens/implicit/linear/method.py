@@ -215,6 +215,9 @@ def refine(method: Method, operator: Operator, b: Array) -> tuple[Array, Array, 
         # from the true one, and a residual slightly above the target costs another round.
         tol = jnp.clip(0.9 * method.rtol / unit, eps, 0.9)
         step, used, ended = inner((r if left is None else left(r)) / unit, tol, limit - k)
+        # a method may return integers of another type, such as the entries of Result
+        used = jnp.asarray(used, jnp.int32)
+        ended = jnp.asarray(ended, jnp.int32)
         x_new = project(x + size * step)
         # The residual is that of the operator without projectors: where these are not those of its
         # null space, it stays large.

@@ -51,6 +51,9 @@ def norm(v: Array) -> Array:
     largest = jnp.max(jnp.abs(v))
     # With an infinite entry the norm is inf; divided by that entry it would be NaN instead.
     unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    # A division becomes a multiplication by 1 / unit, which beyond an eighth of the largest float
+    # is too small for a normal number and is rounded to zero: the norm would be zero.
+    unit = jnp.minimum(unit, jnp.finfo(v.dtype).max / 8)
     scaled = v / unit
     return unit * jnp.sqrt(dot(scaled, scaled))
 

@@ -19,6 +19,7 @@ from mdsens.implicit import (
     linear_solve,
     solve,
 )
+from mdsens.implicit.linear.vectors import norm
 
 
 @pytest.mark.parametrize(
@@ -97,3 +98,15 @@ def test_derivatives_pass_through_a_change_of_unknowns():
         found, want = (jax.jit(derivative(lambda p, e=e: answer(p, e)))(2.0) for e in (True, False))
         np.testing.assert_allclose(found, want, rtol=1e-9)
         np.testing.assert_allclose(found, -0.5 * np.asarray(answer(2.0, False)), rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_numbers_next_to_the_largest_float_are_no_zeros(dtype) -> None:
+    """1 / m is no normal number there: divided by m, such a vector was zero, and so its norm."""
+    top = float(jnp.finfo(dtype).max)
+    v = jnp.asarray([0.6 * top, 0.2 * top, 0.3 * top], dtype)
+    assert float(jax.jit(norm)(v) / top) == pytest.approx(0.7, rel=1e-6)
+    twice = Operator(lambda x: 2.0 * x, symmetric=True, positive_semidefinite=True)
+    x, stats = solve(twice, v, CG())
+    assert Result(int(stats.status)).good
+    np.testing.assert_allclose(x / v, 0.5, rtol=1e-6)
