@@ -15,9 +15,11 @@ import pytest
 from conftest import LONG, quick
 
 import mdsens as ms
+from mdsens._util.progress import Decades
 from mdsens.constraints import FixedTotal, Pinned, RigidBonds, Simplex, Wall
 from mdsens.mechanics import kkt_factor
 from mdsens.mechanics.unknowns import Unknowns
+from mdsens.relaxation import _augmented_lagrangian
 from mdsens.verify import finite_differences as differences
 
 N = 16
@@ -802,3 +804,17 @@ def test_differences_of_another_minimum_say_so(monkeypatch):
     monkeypatch.setattr(differences, "minimize", turned)
     lost = ms.verify.finite_difference(eq, {"bond_length": [1.0]})
     assert lost.status.good and lost.network_changed and lost.disagreement(response.value) > 1
+
+
+def test_the_penalty_of_bonds_along_a_closed_ring_is_that_of_its_bonds() -> None:
+    """The gradients of the bonds add up to zero there: their squares must not cancel."""
+    turn = 2.0 * np.pi * np.arange(12) / 12
+    ring = 2.0 * np.stack([np.cos(turn), np.sin(turn)], axis=1)
+    bonds = RigidBonds.between([[k, (k + 1) % 12] for k in range(12)])
+    params = {"sigma": 1.0, "epsilon": 1.0, "alpha": 2.0, "bond_length": bonds.lengths_of(ring)}
+    soft = ms.potentials.soft_sphere()
+    run = _augmented_lagrangian._Relaxation(
+        ms.System.create(ring, None, soft, params, constraints=[bonds]), None, 100, Decades(False)
+    )
+    # |grad g|^2 = 2 for a bond
+    assert float(run._penalties()["bond"]) == pytest.approx(0.5 * run.stiffness, rel=0.5)
