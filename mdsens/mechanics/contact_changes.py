@@ -136,7 +136,7 @@ def _gaps(
         # Breakpoints depend on the parameters, and the cell may depend on them, too.
         box = box_at(system, params)
         return [
-            t.lengths() - pair_distances(t, positions, box, strain)
+            t.lengths() - pair_distances(system, t, positions, box, strain)
             for t in pair_terms(system, params)
         ]
 

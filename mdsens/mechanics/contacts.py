@@ -28,13 +28,13 @@ import numpy as np
 from jax.core import Tracer
 
 from mdsens._util.attributes import Named
-from mdsens._util.lattice import Components, components, nearest_images
+from mdsens._util.lattice import Components, Images, components
 from mdsens._util.portable import Portable
 from mdsens.constraints import RigidBonds
 from mdsens.implicit.closures import refusing_derivative
 from mdsens.mechanics import lagrangian
 from mdsens.mechanics.forces import row_terms
-from mdsens.model.system import System, potential_energy
+from mdsens.model.system import System, images_of, potential_energy
 from mdsens.potentials.base import PairTerm
 
 __all__ = ["Network", "backbone", "coordination", "network", "pair_forces"]
@@ -274,9 +274,7 @@ def _clusters(edges: list[_Edges], n: int, d: int, dtype: np.dtype) -> tuple[jax
     return jax.lax.while_loop(lambda carry: carry[2], spread, start)[:2]
 
 
-def _rigid_edges(
-    system: System, images: Callable[[Components], Components], x: Components
-) -> list[_Edges]:
+def _rigid_edges(system: System, images: Images, x: Components) -> list[_Edges]:
     """Return the pairs of particles that rigid bonds connect, one set of pairs for each constraint.
 
     All of these pairs are marked as active, like contacts.
@@ -367,7 +365,7 @@ def network(system: System, max_force: jax.Array | float, least: int | None = No
     potential = system.potential
     if not potential.pairwise:
         return _make_network_without_pairs(system)
-    images = nearest_images(system.box)
+    images = images_of(system, system.box)
     x = components(system.positions)
     terms = row_terms(system)
     bonds, distances = _compute_pair_vectors(terms, images, x)
@@ -438,7 +436,7 @@ def _make_network_without_pairs(system: System) -> Network:
 
 
 def _compute_pair_vectors(
-    terms: tuple[PairTerm, ...], images: Callable[[Components], Components], x: Components
+    terms: tuple[PairTerm, ...], images: Images, x: Components
 ) -> tuple[list[Components], list[jax.Array]]:
     """Compute the vector R_i - R_j and the distance of each pair, for each term of the potential.
 
@@ -451,7 +449,7 @@ def _compute_pair_vectors(
     bonds = []
     distances = []
     for term in terms:
-        apart = images(tuple(c[term.i] - c[term.j] for c in x))
+        apart = term.vectors(x, images)
         bonds.append(apart)
         distances.append(jnp.sqrt(jnp.where(term.mask, sum(v * v for v in apart), 1.0)))
     return bonds, distances

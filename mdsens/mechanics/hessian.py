@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
 
-from mdsens._util.lattice import components, nearest_images
+from mdsens._util.lattice import components
 from mdsens._util.probe import chirp
 from mdsens.implicit.linear import Operator, SymmetricScaling
 from mdsens.mechanics.forces import energy_gradient, row_terms
@@ -22,7 +22,7 @@ from mdsens.mechanics.hessian_blocks import BlockRows
 from mdsens.mechanics.null_space import NullSpace
 from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model.neighbors import filled_rows
-from mdsens.model.system import System
+from mdsens.model.system import System, images_of
 from mdsens.potentials.base import PairTerm
 
 __all__ = [
@@ -122,11 +122,11 @@ def _pair_blocks(system: System) -> list[tuple[jax.Array, jax.Array, jax.Array]]
         axes are those of j. A pair of the neighbor list appears twice, as a neighbor of both
         particles; a bond appears once.
     """
-    images = nearest_images(system.box)
+    images = images_of(system, system.box)
     x = components(system.positions)
     blocks = []
     for term in row_terms(system):
-        apart = images(tuple(c[term.i] - c[term.j] for c in x))
+        apart = term.vectors(x, images)
         r = jnp.sqrt(jnp.where(term.mask, sum(v * v for v in apart), 1.0))
 
         # the default binds the term of this turn of the loop
@@ -173,7 +173,8 @@ def sparse_hessian(system: System) -> sp.csr_array | None:
     matrix = _assemble_matrix(first, second, block, total)
     # ``entries`` begins with empty arrays, so more than 2 means two terms, or bonds: both may
     # contain the same pair.
-    if len(entries) > 2:
+    # So may the neighbor list where several images of a particle are listed.
+    if len(entries) > 2 or fixed.neighbors.images is not None:
         matrix.sum_duplicates()
     return matrix
 
