@@ -33,7 +33,7 @@ from mdsens.implicit.linear.eigen import Spectrum
 from mdsens.implicit.linear.result import SolveStats
 from mdsens.implicit.linear.solution import solve
 from mdsens.implicit.linear.sparse_ldl import SHIFT, SparseFactor, bound
-from mdsens.mechanics.hessian import sparse_hessian
+from mdsens.mechanics.hessian import assembles, sparse_hessian
 from mdsens.mechanics.hessian_factor import HessianFactor
 from mdsens.mechanics.kkt_operator import kkt_operator
 from mdsens.mechanics.lagrangian import relaxed, unknowns_of
@@ -135,7 +135,7 @@ def _has_known_sparsity(system: System, x: Unknowns) -> bool:
     """
     with_equations = [c for c in system.constraints if c.name in (x.multipliers or {})]
     return (
-        system.potential.pairwise
+        assembles(system)
         and not relaxed(system)
         and all(isinstance(c, RigidBonds) for c in with_equations)
     )

@@ -17,7 +17,14 @@ from numpy.typing import ArrayLike
 
 from mdsens._util.environment import require_sound_jax
 from mdsens._util.errors import InputError
-from mdsens._util.lattice import Images, heights, nearest_image, nearest_images
+from mdsens._util.lattice import (
+    Components,
+    Images,
+    components,
+    heights,
+    nearest_image,
+    nearest_images,
+)
 from mdsens._util.portable import Portable
 from mdsens._util.precision import full_precision
 from mdsens._util.tables import Shown
@@ -32,11 +39,13 @@ from mdsens.potentials.parameters import Parameter
 __all__ = [
     "System",
     "box_at",
+    "crossing_terms",
     "diameters_at",
     "displacement_in",
     "energy_of",
     "images_of",
     "listed",
+    "neighbor_vectors",
     "pair_distances",
     "pair_lengths",
     "pair_terms",
@@ -623,6 +632,45 @@ def pair_distances(
     return jnp.sqrt(jnp.where(term.mask, squared, 1.0))
 
 
+def neighbor_vectors(
+    system: System,
+    positions: jax.Array,
+    box: jax.Array | None,
+    strain: jax.Array | None = None,
+) -> Components:
+    """Compute the vectors from each particle to its neighbors in the list.
+
+    They are given by their components, each (capacity, n). The vectors are those in the cell
+    ``box``, deformed by ``strain`` (d, d).
+    """
+    listed = system.neighbors.columns
+    x = components(positions)
+    # in places without a neighbor any particle will do
+    j = jnp.where(listed.j < system.n, listed.j, 0)
+    shifts = None if listed.images is None else components(listed.images)
+    # from the neighbor to the particle, as images_of subtracts the shifts of R_j - R_i
+    apart = images_of(system, box)(tuple(c - c[j] for c in x), shifts)
+    if strain is None:
+        return tuple(-v for v in apart)
+    return tuple(
+        -v - sum(strain[a, b] * w for b, w in enumerate(apart)) for a, v in enumerate(apart)
+    )
+
+
+def crossing_terms(system: System, params: Params | None = None) -> tuple[PairTerm, ...]:
+    """Return terms whose lengths are the distances where a derivative of the energy jumps.
+
+    Each has the pairs of the neighbor list, every pair once.
+    """
+    return system.potential.crossing_terms(
+        system.params if params is None else params,
+        system.neighbors.pairs,
+        system.n,
+        system.species,
+        system.species_count,
+    )
+
+
 def potential_energy(
     system: System,
     positions: jax.Array | None = None,
@@ -656,6 +704,11 @@ def energy_of(
     for term in terms:
         distances = pair_distances(system, term, positions, box, strain)
         total = total + jnp.sum(term.energy(distances))
+    if system.potential.of_neighbors:
+        vectors = neighbor_vectors(system, positions, box, strain)
+        total = total + system.potential.neighbor_energy(
+            params, system.neighbors.columns, vectors, system.species, system.species_count
+        )
     displacement = displacement_in(system, box, strain)
     return total + system.potential.many_body(
         positions, params, displacement, system.species, system.species_count

@@ -9,15 +9,27 @@ from mdsens.potentials.electrostatics import (
     charge_equilibration,
     induced_dipoles,
 )
+from mdsens.potentials.local import (
+    EdgePotential,
+    Edges,
+    LocalPotential,
+    from_edges,
+    from_local,
+)
 
 __all__ = [
     "BondedPotential",
     "ChargeEquilibration",
+    "EdgePotential",
+    "Edges",
     "EnergyPotential",
     "InducedDipoles",
+    "LocalPotential",
     "PairPotential",
     "SumPotential",
     "charge_equilibration",
+    "from_edges",
+    "from_local",
     "induced_dipoles",
 ]
 __all__ += catalogue.__all__

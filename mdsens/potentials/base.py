@@ -136,9 +136,12 @@ class Potential(Protocol):
     """The properties and methods that a :class:`~mdsens.System` needs of its potential.
 
     ``range`` returns the largest distance at which a pair interacts, ``lengths`` this distance for
-    each pair, ``terms`` the energies that are sums over pairs, ``many_body`` the rest of the
-    energy, and ``specialize`` the cheapest form of the potential that has the same energy.
-    ``check`` raises InputError if the parameters do not fit the potential.
+    each pair, ``terms`` the energies that are sums over pairs, ``neighbor_energy`` the energy that
+    is another function of the vectors to all neighbors (zero unless ``of_neighbors``),
+    ``many_body`` the rest of the energy (zero where ``listed``), and ``specialize`` the cheapest
+    form of the potential that has the same energy. ``crossing_terms`` returns the terms whose
+    ``lengths`` are the distances where a derivative of the energy jumps. ``check`` raises
+    InputError if the parameters do not fit the potential.
     """
 
     @property
@@ -151,6 +154,10 @@ class Potential(Protocol):
     def pairwise(self) -> bool: ...
     @property
     def repulsive(self) -> bool: ...
+    @property
+    def of_neighbors(self) -> bool: ...
+    @property
+    def listed(self) -> bool: ...
     def range(self, params: Params) -> jax.Array: ...
     def lengths(
         self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
@@ -158,6 +165,17 @@ class Potential(Protocol):
     def terms(
         self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
     ) -> tuple[PairTerm, ...]: ...
+    def crossing_terms(
+        self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
+    ) -> tuple[PairTerm, ...]: ...
+    def neighbor_energy(
+        self,
+        params: Params,
+        pairs: Pairs,
+        vectors: Components,
+        species: jax.Array | None,
+        count: int,
+    ) -> jax.Array: ...
     def many_body(
         self,
         positions: jax.Array,
@@ -211,7 +229,18 @@ class NamedPotential(_Addable):
 
     @property
     def pairwise(self) -> bool:
+        """Whether the energy is a sum over pairs, ``terms`` alone."""
         return True
+
+    @property
+    def of_neighbors(self) -> bool:
+        """Whether a part of the energy is a function of all neighbors of an atom together."""
+        return False
+
+    @property
+    def listed(self) -> bool:
+        """Whether the energy only depends on pairs of the neighbor list and on bonds."""
+        return self.pairwise or self.of_neighbors
 
     def renamed(self, names: Mapping[str, str]) -> Self:
         """Return the potential with some parameters renamed.
@@ -236,6 +265,32 @@ class NamedPotential(_Addable):
         self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
     ) -> tuple[PairTerm, ...]:
         return ()
+
+    def crossing_terms(
+        self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
+    ) -> tuple[PairTerm, ...]:
+        """Return terms whose ``lengths`` are the breakpoints: the pair terms, unless overridden."""
+        return self.terms(params, pairs, n, species, species_count)
+
+    def neighbor_energy(
+        self,
+        params: Params,
+        pairs: Pairs,
+        vectors: Components,
+        species: jax.Array | None,
+        count: int,
+    ) -> jax.Array:
+        """Compute the energy that is a function of all neighbors of an atom, but no sum over pairs.
+
+        Args:
+          params: the parameters by name.
+          pairs: the places of the neighbor list, (capacity, n): column i has the neighbors of
+            particle i.
+          vectors: components (capacity, n) of the vectors from each particle to its neighbors.
+          species: (n,) species of the particles; None without species.
+          count: number of species.
+        """
+        return jnp.zeros((), vectors[0].dtype)
 
     def many_body(
         self,
@@ -655,6 +710,14 @@ class SumPotential(_Addable):
     def repulsive(self) -> bool:
         return all(potential.repulsive for potential in self.parts)
 
+    @property
+    def of_neighbors(self) -> bool:
+        return any(potential.of_neighbors for potential in self.parts)
+
+    @property
+    def listed(self) -> bool:
+        return all(potential.listed for potential in self.parts)
+
     def range(self, params: Params) -> jax.Array:
         return jnp.max(jnp.stack([potential.range(params) for potential in self.parts]))
 
@@ -675,6 +738,28 @@ class SumPotential(_Addable):
             for potential in self.parts
             for term in potential.terms(params, pairs, n, species, species_count)
         )
+
+    def crossing_terms(
+        self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
+    ) -> tuple[PairTerm, ...]:
+        return tuple(
+            term
+            for potential in self.parts
+            for term in potential.crossing_terms(params, pairs, n, species, species_count)
+        )
+
+    def neighbor_energy(
+        self,
+        params: Params,
+        pairs: Pairs,
+        vectors: Components,
+        species: jax.Array | None,
+        count: int,
+    ) -> jax.Array:
+        total = jnp.zeros((), vectors[0].dtype)
+        for potential in self.parts:
+            total = total + potential.neighbor_energy(params, pairs, vectors, species, count)
+        return total
 
     def many_body(
         self,
