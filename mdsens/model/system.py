@@ -52,6 +52,7 @@ __all__ = [
     "parameters_of",
     "potential_energy",
     "require_unconstrained",
+    "require_volume",
 ]
 
 Params = Mapping[str, Any]
@@ -452,6 +453,24 @@ def parameters_of(system: System, params: Params | None = None) -> tuple[Paramet
         shape = np.shape(value)[1:] if system.batch is not None else np.shape(value)
         parameters.append(Parameter(name, shape, name in pair_names and len(shape) == 2))
     return tuple(parameters)
+
+
+def require_volume(system: System, what: str) -> None:
+    """Raise InputError if a system is not periodic along all axes, so that it has no volume.
+
+    ``what`` is what needs the volume, for the message, such as "elastic moduli need".
+    """
+    if system.has_volume:
+        return
+    if system.box is None:
+        raise InputError(
+            f"{what} a volume, and this system has open boundaries: give the system a box."
+        )
+    axes = " and ".join(str(a + 1) for a, along in enumerate(system.periodic) if not along)
+    raise InputError(
+        f"{what} a volume, and this system is not periodic along cell vector {axes}: give it a cell"
+        " that is periodic along all vectors, periodic=True."
+    )
 
 
 def require_unconstrained(system: System, what: str) -> None:
