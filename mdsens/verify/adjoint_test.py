@@ -15,9 +15,9 @@ from mdsens import sensitivity
 from mdsens._util.errors import raise_for_status
 from mdsens._util.tables import Shown
 from mdsens.implicit.linear import Method
+from mdsens.mechanics.load import differentiated
 from mdsens.mechanics.status import Status
 from mdsens.mechanics.unknowns import Unknowns
-from mdsens.model.system import parameters_of
 from mdsens.relaxation.equilibrium import Equilibrium
 from mdsens.sensitivity.linearization import Linearization, linearized, require_sound
 from mdsens.verify.records import relative
@@ -130,8 +130,8 @@ def _random_change(lin: Linearization, rng: np.random.Generator) -> dict[str, np
         k: (np.abs(v).max(initial=0.0) or 1.0) * rng.standard_normal(v.shape)
         for k, v in params.items()
     }
-    for parameter in parameters_of(lin.system, lin.params):
-        if parameter.paired:  # a matrix of species pairs is symmetric, and so is its change
+    for parameter in differentiated(lin.system, lin.params):
+        if parameter.paired:  # a symmetric matrix has a symmetric change
             dparams[parameter.name] = dparams[parameter.name] + dparams[parameter.name].T
     return dparams
 

@@ -20,20 +20,26 @@ __all__ = ["CellState", "ConstraintState", "DerivativeCertificate", "StrainState
 
 @dataclasses.dataclass(frozen=True)
 class CellState(Named):
-    """Stress and stiffness of a cell that was relaxed to a pressure.
+    """Stress and stiffness of a cell that was relaxed under a load.
 
     Attributes:
-      pressure: the pressure P to which the cell was relaxed, in energy/volume.
-      shape: True where the cell's shape was relaxed as well as its size.
-      pressure_left: the actual pressure minus P.
+      pressure: the pressure P to which the cell was relaxed, in energy/volume: -tr(target) / d.
+      shape: True where the cell's shape was relaxed, and not its size alone.
+      pressure_left: the actual pressure minus P, in the free strains of the cell.
       shear_left: the largest shear stress left; NaN where the shape was not free.
-      stiffness: (k,) eigenvalues of S / V in ascending order, in energy/volume. V is the volume,
-        and S the second derivative of the enthalpy by the k strains that the cell is free to take,
-        with relaxed particles. Where only the size is free, k = 1 and the eigenvalue is d times
-        Birch's bulk modulus, in dimension d. Positions and cell together are stable where the
-        Hessian in the fixed cell and S are both positive definite.
-      stable: whether S could be computed and is positive definite.
+      stiffness: (k,) eigenvalues of the symmetric part of S / V in ascending order, in
+        energy/volume. V is the volume, and S the derivative of V (sigma - target) by the k strains
+        that the cell is free to take, with relaxed particles; sigma is the stress. At a pressure S
+        is the second derivative of the enthalpy. Where only the size is free, k = 1 and the
+        eigenvalue is d times Birch's bulk modulus, in dimension d. Positions and cell together are
+        stable where the Hessian in the fixed cell and this part of S are both positive definite.
+      stable: whether S could be computed and its symmetric part is positive definite.
       strain: norm of the cell's strain in the Newton step to the exact minimum.
+      hydrostatic: True where the cell was relaxed to a pressure and all axes were free to stretch.
+      load: the load in words, such as "pressure 0.05".
+      target: (d, d) the stress to which the cell was relaxed, positive in tension: at a pressure
+        -P 1; at a volume the deviatoric part of the stress.
+      stress_left: (d, d) the part along the free strains of stress minus ``target``.
     """
 
     pressure: float
@@ -43,6 +49,10 @@ class CellState(Named):
     stiffness: np.ndarray
     stable: bool
     strain: float
+    hydrostatic: bool
+    load: str
+    target: np.ndarray
+    stress_left: np.ndarray
 
     @property
     def stiffness_min(self) -> float:
