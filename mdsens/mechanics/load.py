@@ -14,7 +14,7 @@ derivative of G by s is no symmetric matrix.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self, TypeAlias
 
 import jax
@@ -240,7 +240,8 @@ class StressLoad(_Load):
         return f"stress {_entries(self.stress)}"
 
     def in_words(self, strains: Array, volume: float) -> str:
-        goal = f"{_entries(self.stress)}, to which {_relaxed(strains)} relaxed"
+        # of the other components nothing was asked
+        goal = f"{_entries(self.stress, labels_of(strains))}, to which {_relaxed(strains)} relaxed"
         return f"{goal}: volume {volume:.8g}"
 
 
@@ -347,13 +348,18 @@ def _relaxed(strains: Array) -> str:
     return f"the strains {', '.join(labels)} of the cell were"
 
 
-def _entries(matrix: Array) -> str:
-    """Format the components of a symmetric matrix by name, such as "xx -0.06, yy -0.04, xy 0"."""
+def _entries(matrix: Array, labels: Sequence[str] | None = None) -> str:
+    """Format the components of a symmetric matrix by name, such as "xx -0.06, yy -0.04, xy 0".
+
+    Args:
+      matrix: (d, d).
+      labels: the components to format, such as xx; None for all.
+    """
     values = np.asarray(matrix)
-    d = len(values)
-    pairs = [(i, i) for i in range(d)] + [(i, j) for i in range(d) for j in range(i + 1, d)]
+    chosen = labels_of(np.ones((1, *values.shape))) if labels is None else labels
     # + 0.0, so that no "-0" is shown
-    return ", ".join(f"{'xyz'[i]}{'xyz'[j]} {values[i, j] + 0.0:.6g}" for i, j in pairs)
+    entries = [(label, values["xyz".index(label[0]), "xyz".index(label[1])]) for label in chosen]
+    return ", ".join(f"{label} {value + 0.0:.6g}" for label, value in entries)
 
 
 # -- the condition of rest

@@ -35,6 +35,9 @@ __all__ = ["relax_with_cell"]
 STEPS = 300
 # Trials of one step of the cell, each half as long as the one before.
 HALVINGS = 12
+# Newton steps for a polar decomposition. Each doubles the digits, from a deformation by a factor of
+# 10 as well.
+POLAR_STEPS = 12
 # Stress that counts as zero, as a share of the stiffness of the cell.
 ROUND_OFF = 1e-14
 # Rise of the energy less the work of the load that counts as round-off, as a share of both.
@@ -92,10 +95,14 @@ class _Run:
       options: the options of the relaxation.
       bar: the progress bar.
       steps: the number of steps of the minimizer so far, in all relaxations of the particles.
-      pull: sum of (sigma_t : E) tr E over the strains, with the stress sigma_t of the load:
-        positive where the load pulls the cell apart, negative where it compresses it.
+      traction: largest component of the stress sigma_t of the load along a strain of norm 1.
+      pull: sum of (sigma_t : E) tr E over the strains: positive where the load pulls the cell
+        apart, negative where it compresses it.
       carried: whether contacts have to carry the load.
       expands: whether a cell without contacts would expand, or not come to rest.
+      stretched: whether the cell is stretched along its axes alone, without shear.
+      turned: whether the orientation of the cell matters to the load. The steps of the cell are
+        symmetric strains, which add up to a strain and a rotation; the rotation is taken back then.
     """
 
     def __init__(self, load: CellLoad, strains: np.ndarray, options: Options, bar: Decades):
@@ -107,10 +114,18 @@ class _Run:
         target = np.asarray(load.target(strains.shape[-1]), float)
         tractions = np.einsum("ij,kij->k", target, strains)
         traces = np.einsum("kii->k", strains)
+        self.traction = float(np.max(np.abs(tractions)))
         fixed_volume = isinstance(load, VolumeLoad)
         self.pull = 0.0 if fixed_volume else float(tractions @ traces)
         self.expands = not fixed_volume and self.pull >= 0
         self.carried = self.pull < 0 or (fixed_volume and bool(tractions.any()))
+        d = strains.shape[-1]
+        self.stretched = not np.any(strains[:, ~np.eye(d, dtype=bool)])
+        # sigma_t : E = (tr sigma_t / d) tr E for all E where the stress is the same all around
+        mean = np.trace(target) / d
+        off = np.max(np.abs(tractions - mean * traces))
+        self.turned = not self.stretched and bool(off > 1e-13 * self.traction)
+        self.start = np.eye(d)
 
     def relax(self, system: System) -> tuple[Equilibrium, Status]:
         """Relax the positions and the cell of a system, by Newton steps of the cell.
@@ -118,6 +133,7 @@ class _Run:
         Returns:
           (relaxed particles in the last cell, status of the relaxation of positions and cell).
         """
+        self.start = np.asarray(system.box, float)
         eq = self._relax_particles(system)
         if not Status(int(eq.status)).good:
             return eq, Status(int(eq.status))
@@ -156,8 +172,7 @@ class _Run:
         """
         energy = float(_energy(eq.system))
         volume = float(eq.system.volume)
-        target = np.asarray(self.load.target(eq.system.dimension), float)
-        round_off = ENERGY_ROUND_OFF * (abs(energy) + volume * float(np.max(np.abs(target))))
+        round_off = ENERGY_ROUND_OFF * (abs(energy) + volume * self.traction)
         step = cell.newton()
         for _ in range(HALVINGS):
             amplitudes = jnp.asarray(step, cell.along.dtype)
@@ -185,11 +200,18 @@ class _Run:
           moved: (n, d) positions before the strain, from which the relaxation starts.
         """
         strained = deformed(system, jnp.asarray(strain, moved.dtype), moved)
+        positions = strained.positions
+        box = jnp.asarray(strained.box)
+        if self.turned:
+            back = jnp.asarray(_rotation(np.asarray(box, float) @ np.linalg.inv(self.start)).T)
+            positions = (positions @ back.T).astype(moved.dtype)
+            box = (back @ box).astype(moved.dtype)
         # Stretched along the axes, an orthogonal cell stays one, which ``deformed`` does not know.
-        stretched = not np.any(self.strains[:, ~np.eye(system.dimension, dtype=bool)])
-        box = FixedBox(strained.box, stretched and system.boundary.orthogonal)
+        boundary = FixedBox(box, self.stretched and system.boundary.orthogonal)
         try:
-            return self._relax_particles(strained.replace(boundary=box).reallocate())
+            return self._relax_particles(
+                strained.replace(positions=positions, boundary=boundary).reallocate()
+            )
         except InputError:  # a height of the cell below twice the range of the interactions
             return None
 
@@ -203,6 +225,20 @@ class _Run:
         )
         self.steps += int(eq.steps)
         return eq
+
+
+def _rotation(deformation: np.ndarray) -> np.ndarray:
+    """Return the rotation R (d, d) of a deformation F = R U, with a symmetric positive U.
+
+    Args:
+      deformation: (d, d) F, with a positive determinant.
+    """
+    R = deformation
+    # Newton's method for the polar factor (Higham 1986). Without a singular value decomposition,
+    # axes that F leaves alone are left alone to the last bit.
+    for _ in range(POLAR_STEPS):
+        R = 0.5 * (R + np.linalg.inv(R).T)
+    return R
 
 
 def _is_kept(trial: Equilibrium, limit: float, needs_contacts: bool) -> bool:

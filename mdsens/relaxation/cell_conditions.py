@@ -118,11 +118,12 @@ class AtStress:
     pressure there is no enthalpy: its work depends on the path. The relaxed cell is a root of the
     condition, stable where every strain costs more energy than the stress gains in work.
 
-    The strain e is symmetric: the cell deforms by F = 1 + e at every step, without a rotation, and
-    derivatives by ``jvp`` and the like are those of e counted from the relaxed cell. A sequence of
-    such steps may add up to a small rotation, so that the target is that of the axes of space and
-    not of the cell vectors. Which root is found can depend on the start, as for any minimum; the
-    derivative at the root does not.
+    The target refers to the axes of space, and the cell strains without a rotation: the relaxed
+    cell is F times the cell at the start, with a symmetric F = 1 + e (under a pressure, where no
+    orientation counts, up to a rotation). So the result is a root of as
+    many equations as unknowns, and does not depend on the path to it; which of several roots is
+    found can depend on the start, as for any minimum. Derivatives by ``jvp`` and the like take the
+    relaxed cell as the start, and are those of the symmetric strain e counted from it.
 
     Attributes:
       stress: sigma_t, a symmetric (d, d) matrix in energy per volume; positive in tension.
