@@ -21,7 +21,7 @@ from cells import (
     discs,
     with_load,
 )
-from conftest import PACKINGS, packing, quick, relative
+from conftest import LONG, PACKINGS, packing, quick, relative
 
 import mdsens as ms
 from mdsens.mechanics.cell import deformed
@@ -118,6 +118,7 @@ def test_the_cell_strains_without_a_rotation_and_by_any_path(monkeypatch):
     # without the rotation back, the two would differ by the commutator of their strains
 
 
+@LONG
 def test_a_stress_is_reached_next_to_unjamming():
     start = packing(PACKINGS[1], 0)  # at a pressure of 1e-4
     target = -1e-4 * np.diag([1.02, 0.99, 1.0])
