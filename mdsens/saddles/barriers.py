@@ -134,7 +134,7 @@ def barrier(
     derivatives are computed where ``dparams`` is given.
 
     Args:
-      minimum: a minimum from ``minimize``, not at a pressure.
+      minimum: a minimum from ``minimize`` in a fixed cell.
       saddle: a saddle from ``find_saddle``, of the same system at the same parameters.
       dparams: the direction dp of the second derivatives, as in ``jvp``; None for no second
         derivatives.

@@ -71,16 +71,16 @@ def adjoint(
 ) -> AdjointTest:
     """Compare ``jvp`` with ``vjp`` at a minimum by the adjoint identity <w, J v> = <J^T w, v>.
 
-    J is the derivative of the relaxed positions (at a pressure, also of the cell) by the
+    J is the derivative of the relaxed positions (in a relaxed cell, also of the cell) by the
     parameters.
 
     Args:
       eq: a minimum, from ``minimize`` or ``linearize``; not a batch.
       dparams: the change v of the parameters, as in ``jvp``; None takes a random change of every
         parameter, about as large as its value.
-      cotangent: the cotangent w, weights (n, d) of the positions; at a pressure
+      cotangent: the cotangent w, weights (n, d) of the positions; in a relaxed cell
         ``Unknowns(w, strain)`` as in ``vjp``. None takes a random cotangent, without the part in
-        the null space (rattlers, translations), and at a pressure with a random strain.
+        the null space (rattlers, translations), and in a relaxed cell with a random strain.
       seed: seed of the random directions.
       solve: the linear solver, as in ``jvp``.
       throw: raise ConvergenceError where one of the two solves did not converge.
@@ -107,7 +107,7 @@ def adjoint(
     else:
         w = cotangent
         w_strain = None
-    # <w, J v> over the positions and, at a pressure, the strain.
+    # <w, J v> over the positions and, in a relaxed cell, the strain.
     forward = float(np.sum(np.asarray(w) * np.asarray(tangent.positions)))
     if w_strain is not None and tangent.strain is not None:
         forward += float(np.sum(np.asarray(w_strain) * np.asarray(tangent.strain)))

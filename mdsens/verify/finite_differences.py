@@ -98,7 +98,7 @@ class _Difference(NamedTuple):
     Attributes:
       value: the derivative of the relaxed positions, without its part in the null space (rattlers,
         translations); ``Unknowns`` where strain or multipliers are relaxed, too.
-      nonaffine: (n, d) the derivative of the positions; for a minimum at a pressure, without the
+      nonaffine: (n, d) the derivative of the positions; for a relaxed cell, without the
         motion with the cell.
       noise: relative error of ``value`` that may come from round-off of minima and parameters.
       status: the worse status of the two minimizations.
@@ -159,7 +159,7 @@ class _Line:
 
         Returns:
           the derivative without this part; and of this derivative the positions alone, (n, d), for
-          a minimum at a pressure without the motion with the cell.
+          a relaxed cell without the motion with the cell.
         """
         positions = change.positions
         strain = change.strain
@@ -251,7 +251,7 @@ class _Line:
         """Compute (R(t) - R(-t)) / 2t, with the relaxed positions R(t) at params + t dparams.
 
         The part in the null space (rattlers, translations) is removed. What is relaxed with the
-        positions, such as the cell at a pressure, is differentiated in the same way.
+        positions, such as the cell, is differentiated in the same way.
         """
         eq = self.lin.equilibrium
         ahead, status_ahead, changed_ahead = self.minimize_at(t)
@@ -287,7 +287,7 @@ class _Line:
 
         Args:
           value: the finite difference.
-          nonaffine: (n, d) the part of ``value`` for the positions; for a minimum at a pressure,
+          nonaffine: (n, d) the part of ``value`` for the positions; for a relaxed cell,
             without the motion with the cell.
           ends: the minima at params +- t dparams.
           t: the step.
@@ -454,8 +454,7 @@ def _parameter_size(lin: Linearization, name: str) -> float:
 
     A pressure or a stress may be zero, so its unit is the change that strains the cell by 1.
     """
-    loads = {} if lin.cell is None else lin.cell.load.params
-    if name in loads and name != "volume":
+    if lin.cell is not None and name in lin.cell.load.params and name != "volume":
         return float(jnp.max(jnp.abs(lin.cell.stiffness)) / lin.system.volume)
     return float(jnp.max(jnp.abs(lin.params[name])))
 
@@ -466,10 +465,10 @@ def finite_difference(
     """Compute the derivative dR/dt of relaxed positions R by central differences.
 
     The difference is (R(t) - R(-t)) / 2t. R(t) and R(-t) are found by minimizing again from this
-    minimum, at the parameters params + t dparams and params - t dparams. A minimum at a pressure is
-    minimized again at that pressure, or, where ``dparams`` has ``"pressure"``, at pressures a
-    little to either side; the cell is differentiated with the positions. A saddle is located again
-    by Newton steps.
+    minimum, at the parameters params + t dparams and params - t dparams. A relaxed cell is
+    relaxed again under its load, or, where ``dparams`` has ``"pressure"`` or another parameter of
+    the load, under loads a little to either side; the cell is differentiated with the positions. A
+    saddle is located again by Newton steps.
 
     Args:
       eq: a minimum; not a batch.
@@ -544,8 +543,8 @@ def _check_steps(steps: ArrayLike | None) -> None:
 def _checked_derivative(value: ArrayLike | Unknowns, eq: Equilibrium) -> Unknowns:
     """Check the shape of a derivative of a minimum that a user gives; return it as ``Unknowns``.
 
-    The derivative must contain that of the positions, (n, d); at a pressure also that of the strain
-    of the cell; and under constraints also that of the multipliers.
+    The derivative must contain that of the positions, (n, d); in a relaxed cell also that of the
+    strain of the cell; and under constraints also that of the multipliers.
     """
     if eq.system.constraints:
         if isinstance(value, Unknowns) and jax.tree.structure(value) == jax.tree.structure(
@@ -615,10 +614,10 @@ def derivative_test(
       dparams: the change of the parameters along which to differentiate, as in ``jvp``.
       steps: the steps t, positive; None takes 22 steps from 1e-9 to 1e-2 of the norm of the
         parameters over the norm of ``dparams``.
-      value: the derivative to test, (n, d), however it was computed; at a pressure ``Unknowns``, as
-        ``jvp`` returns. None tests the derivative by ``jvp``. The part of the derivative in the
-        null space (translations, rattlers, rotations of a free cluster) is left out, because
-        differences have no such part.
+      value: the derivative to test, (n, d), however it was computed; in a relaxed cell
+        ``Unknowns``, as ``jvp`` returns. None tests the derivative by ``jvp``. The part of the
+        derivative in the null space (translations, rattlers, rotations of a free cluster) is left
+        out, because differences have no such part.
       tolerance: the largest force that the minimizations leave, as in ``finite_difference``.
 
     Returns:

@@ -81,9 +81,9 @@ def test_the_volume_is_kept_to_round_off_and_the_deviator_reached():
 
 def test_a_stress_without_shear_is_a_pressure():
     """Relaxed by itself, and in its derivatives at the same configuration."""
-    options = {"tolerance": TOLERANCE}
-    one = ms.minimize(discs(), cell=AtPressure(0.05, shape=True), **options)
-    other = ms.minimize(discs(), cell=AtStress(-0.05 * np.eye(2)), **options)
+    at_pressure = AtPressure(0.05, shape=True)
+    one = ms.minimize(discs(), cell=at_pressure, tolerance=TOLERANCE)
+    other = ms.minimize(discs(), cell=AtStress(-0.05 * np.eye(2)), tolerance=TOLERANCE)
     assert relative(other.positions, one.positions) < 1e-12
     assert relative(other.system.box, one.system.box) < 1e-12
     same = ms.linearize(with_load(one, at_stress=StressLoad(-0.05 * jnp.eye(2))))
@@ -114,7 +114,8 @@ def test_the_cell_strains_without_a_rotation_and_by_any_path(monkeypatch):
     monkeypatch.setattr("mdsens.mechanics.cell.LONGEST", 5e-4)
     slowly = ms.minimize(start, cell=AtStress(STRESS), tolerance=TOLERANCE)
     assert int(slowly.steps) > int(there.steps)
-    np.testing.assert_allclose(slowly.system.box, there.system.box, atol=1e-12)
+    box = np.asarray(there.system.box)
+    np.testing.assert_allclose(np.asarray(slowly.system.box), box, atol=1e-12)
     # without the rotation back, the two would differ by the commutator of their strains
 
 
@@ -125,7 +126,8 @@ def test_a_stress_is_reached_next_to_unjamming():
     eq = ms.minimize(start, cell=AtStress(target))
     stress = np.asarray(ms.observables.stress(eq.system))
     np.testing.assert_allclose(stress, target, atol=1e-9 * 1e-4 + 1e-13)
-    assert ms.linearize(eq).cell.status == ms.Status.CONVERGED.value
+    cell = ms.linearize(eq).cell
+    assert cell is not None and int(cell.status) == ms.Status.CONVERGED
 
 
 @pytest.mark.parametrize("seed", quick(range(4), 1))
@@ -183,8 +185,9 @@ def test_members_of_a_batch_come_to_rest_each_and_respond_each():
     batch = ms.minimize(ms.stack(starts), cell=AtStress(STRESS), tolerance=TOLERANCE)
     change = {"epsilon": 1.0, "stress": np.array([[0.3, 0.1], [0.1, 0.0]])}
     w = np.random.default_rng(0).normal(size=(32, 2))
-    alone, first = at_rest("stress"), ms.unstack(batch)[0]
-    np.testing.assert_allclose(first.system.box, alone.system.box, rtol=1e-12)
+    alone = at_rest("stress")
+    first: Any = ms.unstack(batch)[0]
+    assert relative(first.system.box, alone.system.box) < 1e-12
     np.testing.assert_allclose(
         ms.jvp(batch, change).value.strain[0], ms.jvp(alone, change).value.strain, rtol=1e-9
     )
@@ -240,7 +243,7 @@ def test_no_strain_involves_an_axis_without_a_period():
 def test_the_condition_is_known_from_the_minimum():
     for kind in ("stress", "volume", "along x"):
         eq = at_rest(kind)
-        condition = condition_of(eq, eq.load)
+        condition: Any = condition_of(eq, eq.load)
         np.testing.assert_array_equal(strains_of(condition, 2, (True, True)), eq.strains)
     plain = with_load(at_rest("stress"))
     assert plain.load is None and condition_of(plain, None) == FixedCell()
@@ -309,7 +312,7 @@ def test_a_potential_may_not_have_a_parameter_of_that_name():
 
 
 def test_constraints_and_saddles_are_refused():
-    pinned = discs().replace(constraints=(ms.constraints.Pinned([0]),))
+    pinned = discs().replace(constraints=(ms.constraints.Pinned.particles([0], 32, 2),))
     with pytest.raises(ms.InputError, match="a cell at a stress does not support constraints"):
         AtStress(STRESS).check(pinned)
     with pytest.raises(ms.InputError, match="was relaxed at a volume, and find_saddle keeps"):

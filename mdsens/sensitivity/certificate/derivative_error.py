@@ -128,7 +128,9 @@ def derivative(
     switch = space.switches(J, tangent)
 
     rattlers = np.asarray(lin.network.rattlers)
-    on_rattlers = _square_on_rattlers(lin.equilibrium.system, tangent, rattlers)
+    # the load on a relaxed cell belongs to no particle
+    of_system = {name: tangent[name] for name in lin.system.params if name in tangent}
+    on_rattlers = _square_on_rattlers(lin.equilibrium.system, of_system, rattlers)
     on_all = _square_on_rattlers(lin.system, tangent, None)
     return DerivativeCertificate(
         dparams=tangent,
@@ -237,8 +239,6 @@ def _square_on_rattlers(system: System, tangent: Params, rattlers: np.ndarray | 
     """
     total = 0.0
     for parameter in differentiated(system, tangent):
-        if rattlers is not None and parameter.name not in system.params:
-            continue  # the load on the cell belongs to no particle
         v = np.asarray(tangent[parameter.name])
         # rows of the parameter, particles or species, that are rattlers only
         chosen = np.ones(v.shape[0] if v.ndim else 0, bool)

@@ -211,10 +211,7 @@ class Certificate(Shown):
             "method": self.spectrum.method,
         }
         if self.cell is not None:
-            figures["cell"] = {
-                name: value.tolist() if isinstance(value, np.ndarray) else value
-                for name, value in dataclasses.asdict(self.cell).items()
-            }
+            figures["cell"] = _with_lists(dataclasses.asdict(self.cell))
         if self.constraints is not None:
             figures["constraints"] = dataclasses.asdict(self.constraints)
         if self.strain is not None:
@@ -590,6 +587,11 @@ def _strain_stiffness(strain: StrainState) -> str:
 def count(number: int, noun: str) -> str:
     """Format a number and a noun, in the plural where the number is not 1."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _with_lists(fields: dict[str, Any]) -> dict[str, Any]:
+    """Replace the arrays in a dict by lists, for JSON."""
+    return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in fields.items()}
 
 
 def _without_nan(value: object) -> Any:
