@@ -365,7 +365,7 @@ def _check_free_axes(condition: RelaxedCell, periodic: np.ndarray) -> None:
 
 def periodic_axes(system: System) -> np.ndarray:
     """Return which axes of a system have a period, (d,)."""
-    # TODO: the attribute ``periodic`` comes with boundaries that are open along some axes.
+    # a system whose boundaries are all periodic need not have the attribute
     return np.asarray(getattr(system, "periodic", (True,) * system.dimension), bool)
 
 

@@ -20,10 +20,11 @@ from cells import (
     along,
     at_rest,
     directions,
+    discs,
     linearized,
     slope,
 )
-from conftest import quick, relative
+from conftest import LONG, quick, relative
 
 import mdsens as ms
 from mdsens.elasticity import mandel, moduli
@@ -32,6 +33,7 @@ from mdsens.mechanics.hessian_factor import HessianFactor
 from mdsens.mechanics.strain import basis, from_mandel, to_mandel
 from mdsens.model.box import FixedBox
 from mdsens.model.system import potential_energy
+from mdsens.relaxation import AtStress
 from mdsens.sensitivity.certificate.solution_space import Space
 
 CASES = [
@@ -304,3 +306,23 @@ def test_a_change_of_the_volume_alone_strains_the_cell():
     np.testing.assert_allclose(c.response.strain, strain, rtol=1e-9)
     v = ms.verify.finite_difference(at_rest("volume"), {"volume": 1.0})
     assert v.radius == pytest.approx(c.radius, rel=1e-9)
+
+
+# -- design
+
+
+def test_a_design_refuses_two_conditions():
+    with pytest.raises(ms.InputError, match="`cell` is given together with `pressure`"):
+        wanted = ms.design.Target("volume", 27.0, 0.1)
+        ms.design.fit(wanted, discs(), "sigma", cell=AtStress(STRESS), pressure=0.1)
+
+
+@LONG
+def test_a_design_relaxes_under_a_stress():
+    wanted = ms.design.Target("volume", -0.2, 1e-4, from_start=True)
+    design = ms.design.fit(wanted, discs(), "sigma", cell=AtStress(STRESS), steps=6)
+    assert design.status is ms.Status.CONVERGED
+    (eq,) = design.state.equilibria
+    start = float(at_rest("stress").system.volume)
+    assert float(eq.system.volume) == pytest.approx(start - 0.2, abs=2e-4)
+    np.testing.assert_allclose(np.asarray(ms.observables.stress(eq.system)), STRESS, atol=1e-11)
