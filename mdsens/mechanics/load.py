@@ -165,7 +165,7 @@ class _Load(Portable):
         trace = jnp.einsum("kii->k", along)
         slope = jnp.einsum("ij,kij->k", target, along)
         # d/ds_b of - V sigma_t : (E_a F^-1): dV = V tr E_b, and dF^-1 = - E_b
-        return -system.volume * (slope[:, None] * trace[None] - _products(target, along))
+        return -system.periodic_volume * (slope[:, None] * trace[None] - _products(target, along))
 
     def work(self, strain: np.ndarray, volume: float) -> float:
         """Compute the work of the target stress along the straight path to a strain of the cell.
@@ -288,9 +288,9 @@ class VolumeLoad(_Load):
         dilation = self._dilation(along)
         # V sigma : D, the slope of the energy along the dilation
         slope = strain_gradient(system, dilation[None])[0]
-        rest = slope - system.volume * jnp.sum(self.deviator * dilation)
+        rest = slope - system.periodic_volume * jnp.sum(self.deviator * dilation)
         # c = 1 + e : e / 2 m over the m free axes keeps the volume to second order in e
-        return rest * jnp.einsum("aij,bij->ab", along, along) + system.volume * _products(
+        return rest * jnp.einsum("aij,bij->ab", along, along) + system.periodic_volume * _products(
             self.deviator, along
         )
 
@@ -385,12 +385,12 @@ def load_slope(
     """
     target = load.target(system.dimension)
     if strain is None:
-        return strain_gradient(system, along) - system.volume * jnp.einsum(
+        return strain_gradient(system, along) - system.periodic_volume * jnp.einsum(
             "ij,kij->k", target, jnp.asarray(along)
         )
 
     def change(s: jax.Array) -> jax.Array:
-        return load.strain(s, along, system.volume)
+        return load.strain(s, along, system.periodic_volume)
 
     def energy(s: jax.Array) -> jax.Array:
         return potential_energy(system, strain=change(s))
@@ -398,7 +398,7 @@ def load_slope(
     F = jnp.eye(system.dimension, dtype=strain.dtype) + change(strain)
     rates = jax.jacfwd(change)(strain)  # dF/ds, (d, d, k)
     power = jnp.einsum("ij,imk,mj->k", target, rates, inverse(F))
-    return jax.grad(energy)(strain) - system.volume * _determinant(F) * power
+    return jax.grad(energy)(strain) - system.periodic_volume * _determinant(F) * power
 
 
 def _determinant(matrix: jax.Array) -> jax.Array:

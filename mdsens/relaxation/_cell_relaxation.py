@@ -74,7 +74,7 @@ def relax_with_cell(
         strains=jnp.asarray(strains, system.positions.dtype),
         **_fields_of(load),
     )
-    volume = float(eq.system.volume)
+    volume = float(eq.system.periodic_volume)
     message = f"minimize at {load.goal_in_words()} stopped after {run.steps:,} steps at volume"
     return eq, f"{message} {volume:g}"
 
@@ -171,12 +171,12 @@ class _Run:
           unjammed: whether no contacts hold the particles of ``eq``.
         """
         energy = float(_energy(eq.system))
-        volume = float(eq.system.volume)
+        volume = float(eq.system.periodic_volume)
         round_off = ENERGY_ROUND_OFF * (abs(energy) + volume * self.traction)
         step = cell.newton()
         for _ in range(HALVINGS):
             amplitudes = jnp.asarray(step, cell.along.dtype)
-            strain = np.asarray(self.load.strain(amplitudes, cell.along, eq.system.volume), float)
+            strain = np.asarray(self.load.strain(amplitudes, cell.along, eq.system.periodic_volume), float)
             # The non-affine part X e comes first: ``deformed`` multiplies these positions by 1 + e.
             moved = eq.positions + jnp.tensordot(amplitudes, cell.motion, axes=1)
             trial = self._strained(eq.system, strain, moved)
@@ -265,7 +265,7 @@ def _stress_and_goal(eq: Equilibrium, cell: Cell) -> tuple[float, float]:
     follows from the tolerance of the forces, from the forces left and from the round-off of the
     stress.
     """
-    volume = float(eq.system.volume)
+    volume = float(eq.system.periodic_volume)
     length = float(natural_units(eq.system)[0])
     # cell.slope is V (sigma - sigma_t) : E for each strain E of norm one
     stress = float(np.max(np.abs(np.asarray(cell.slope)))) / volume

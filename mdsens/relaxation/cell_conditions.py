@@ -210,7 +210,7 @@ class AtVolume:
         d = system.dimension
         dtype = system.positions.dtype
         deviator = np.zeros((d, d)) if self.deviator is None else self.deviator
-        volume = system.volume if self.volume is None else self.volume
+        volume = system.periodic_volume if self.volume is None else self.volume
         return VolumeLoad(jnp.asarray(volume, dtype), jnp.asarray(deviator, dtype))
 
 
@@ -364,9 +364,26 @@ def _check_free_axes(condition: RelaxedCell, periodic: np.ndarray) -> None:
 
 
 def periodic_axes(system: System) -> np.ndarray:
-    """Return which axes of a system have a period, (d,)."""
-    # a system whose boundaries are all periodic need not have the attribute
-    return np.asarray(getattr(system, "periodic", (True,) * system.dimension), bool)
+    """Return along which axes of space a system has a period, (d,).
+
+    Raises:
+      InputError: an open side of the cell is not along one of these axes.
+    """
+    along = np.ones(system.dimension, bool)
+    for a, periodic in enumerate(system.periodic):
+        if periodic:
+            continue
+        normal = np.abs(np.asarray(system.box)[:, a])
+        axis = int(np.argmax(normal))
+        # 1e-9 is far above the round-off of a unit vector, and a strain along it is no strain
+        if np.delete(normal, axis).max() > 1e-9:
+            raise InputError(
+                f"cell vector {a + 1}, along which the system is not periodic, is"
+                f" {np.asarray(system.box)[:, a].tolist()}: rotate the system so that this vector"
+                " is along x, y or z, and the cell can strain across it."
+            )
+        along[axis] = False
+    return along
 
 
 def strains_of(
@@ -399,7 +416,7 @@ def at_start(condition: RelaxedCell, system: System) -> System:
         return start
     strains = strains_of(condition, system.dimension, periodic_axes(system))
     no_strain = jnp.zeros(len(strains), system.positions.dtype)
-    change = condition.load(system).strain(no_strain, jnp.asarray(strains), system.volume)
+    change = condition.load(system).strain(no_strain, jnp.asarray(strains), system.periodic_volume)
     stretched = deformed(start, change)
     # stretched along the axes, an orthogonal cell stays one, which ``deformed`` does not know
     box = FixedBox(stretched.box, system.boundary.orthogonal)

@@ -146,7 +146,7 @@ class Equilibrium(Portable, Shown):
         """
         if self.load is None:
             return ""
-        return self.load.in_words(self.strains, float(self.system.volume))
+        return self.load.in_words(self.strains, float(self.system.periodic_volume))
 
 
 def batch_of(members: list[Equilibrium]) -> Equilibrium:

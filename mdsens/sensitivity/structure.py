@@ -329,7 +329,7 @@ class RelaxedCellStructure(FixedCellStructure):
         if x.strain is None:
             return moved
         load = self.cell.load.at(params)
-        return deformed(moved, load.strain(x.strain, self.cell.along, system.volume))
+        return deformed(moved, load.strain(x.strain, self.cell.along, system.periodic_volume))
 
     @full_precision
     def condition(self, lin: Linearization, x: Unknowns, params: Params) -> Unknowns:
@@ -340,7 +340,7 @@ class RelaxedCellStructure(FixedCellStructure):
         params_of_system = {name: params[name] for name in lin.system.params}
         unstrained = lin.system.replace(positions=x.positions, params=params_of_system)
         unbalanced = load_slope(unstrained, load, self.cell.along, x.strain)
-        strain = load.strain(x.strain, self.cell.along, lin.system.volume)
+        strain = load.strain(x.strain, self.cell.along, lin.system.periodic_volume)
         # dU/dR = (1 + strain) dU/dr at the actual positions r = (1 + strain) R
         return Unknowns(by_positions + by_positions @ strain, unbalanced)
 

@@ -459,7 +459,7 @@ def _parameter_size(lin: Linearization, name: str) -> float:
     A pressure or a stress may be zero, so its unit is the change that strains the cell by 1.
     """
     if lin.cell is not None and name in lin.cell.load.params and name != "volume":
-        return float(jnp.max(jnp.abs(lin.cell.stiffness)) / lin.system.volume)
+        return float(jnp.max(jnp.abs(lin.cell.stiffness)) / lin.system.periodic_volume)
     return float(jnp.max(jnp.abs(lin.params[name])))
 
 

@@ -138,7 +138,7 @@ def _examine_cell(lin: Linearization, step: Unknowns) -> CellState | None:
     cell = lin.cell
     if cell is None:
         return None
-    volume = float(lin.system.volume)
+    volume = float(lin.system.periodic_volume)
     d = lin.system.dimension
     assert step.strain is not None
     along = np.asarray(cell.along, float)

@@ -103,7 +103,7 @@ class Space:
         n, d = lin.system.positions.shape
         self.length = 1.0
         if lin.cell is not None:
-            self.length = (n / 12.0) ** 0.5 * float(lin.system.volume) ** (1.0 / d)
+            self.length = (n / 12.0) ** 0.5 * float(lin.system.periodic_volume) ** (1.0 / d)
 
     @property
     def still(self) -> Unknowns:
