@@ -12,7 +12,11 @@ from typing import Any
 import numpy as np
 
 from mdsens._util.errors import InputError, short
-from mdsens.potentials import embedded_atom, stillinger_weber, tersoff
+from mdsens.potentials.embedded_atom import eam
+from mdsens.potentials.stillinger_weber import SHAPES as SW_SHAPES
+from mdsens.potentials.stillinger_weber import stillinger_weber
+from mdsens.potentials.tersoff import SHAPES as TERSOFF_SHAPES
+from mdsens.potentials.tersoff import tersoff
 
 __all__ = ["read_potential"]
 
@@ -136,9 +140,7 @@ class _Lines:
         """
         words = next(self.words(), [])
         try:
-            return [
-                convert(word) for convert, word in zip(types, words[: len(types)], strict=True)
-            ]
+            return [convert(word) for convert, word in zip(types, words[: len(types)], strict=True)]
         except ValueError as error:
             raise InputError(
                 f"{self.path} has {short(' '.join(words))} in place of {what}: write or download"
@@ -189,8 +191,8 @@ class _Lines:
 def _read_sw(lines: _Lines, elements: tuple[str, ...]) -> tuple[Any, Params]:
     """Read a file for ``pair_style sw``."""
     table = _triples(lines, elements, len(SW_FIELDS))
-    values = _of_species(table, SW_FIELDS, stillinger_weber.SHAPES)
-    return stillinger_weber.stillinger_weber(), values
+    values = _of_species(table, SW_FIELDS, SW_SHAPES)
+    return stillinger_weber(), values
 
 
 def _read_tersoff(lines: _Lines, elements: tuple[str, ...]) -> tuple[Any, Params]:
@@ -207,8 +209,8 @@ def _read_tersoff(lines: _Lines, elements: tuple[str, ...]) -> tuple[Any, Params
             f"{lines.path}: m is {found} in the entries of {', '.join(elements)}: give entries with"
             " m = 3, or all with m = 1."
         )
-    values = _of_species(table, TERSOFF_FIELDS, tersoff.SHAPES)
-    return tersoff.tersoff(int(exponents[0])), values
+    values = _of_species(table, TERSOFF_FIELDS, TERSOFF_SHAPES)
+    return tersoff(int(exponents[0])), values
 
 
 def _triples(lines: _Lines, elements: tuple[str, ...], count: int) -> np.ndarray:
@@ -307,7 +309,7 @@ class _Grid:
     def potential(self) -> Any:
         """Make the potential of tables with these knots."""
         end = (self.r_count - 1) * self.r_spacing
-        return embedded_atom.eam(self.rho_spacing, self.r_spacing, min(self.cutoff, end))
+        return eam(self.rho_spacing, self.r_spacing, min(self.cutoff, end))
 
 
 def _grid(lines: _Lines) -> _Grid:

@@ -9,6 +9,9 @@ from mdsens.potentials.electrostatics import (
     charge_equilibration,
     induced_dipoles,
 )
+from mdsens.potentials.embedded_atom import eam, finnis_sinclair, gupta
+from mdsens.potentials.stillinger_weber import stillinger_weber
+from mdsens.potentials.tersoff import tersoff
 
 __all__ = [
     "BondedPotential",
@@ -18,6 +21,11 @@ __all__ = [
     "PairPotential",
     "SumPotential",
     "charge_equilibration",
+    "eam",
+    "finnis_sinclair",
+    "gupta",
     "induced_dipoles",
+    "stillinger_weber",
+    "tersoff",
 ]
 __all__ += catalogue.__all__

@@ -1,6 +1,6 @@
 """Potentials of metals, in which the energy of an atom depends on the density of its neighbors.
 
-    U = sum over i of (F(rho_i) + 1/2 sum over j of phi(r_ij)),     rho_i = sum over j of f(r_ij)
+U = sum over i of (F(rho_i) + 1/2 sum over j of phi(r_ij)),     rho_i = sum over j of f(r_ij)
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ def gupta(onset: float, cutoff: float) -> Any:
     from mdsens.potentials.local import from_local
 
     energy = Gupta(onset, cutoff)
-    points = (energy.repulsion.onset, energy.repulsion.cutoff)
     return from_local(
         energy,
         tuple(GUPTA_SHAPES),
-        energy.repulsion.cutoff,
-        breakpoints=points,
+        energy.cutoff,
+        breakpoints=(energy.onset, energy.cutoff),
         shapes=GUPTA_SHAPES,
         name="gupta",
+        positive=("r0",),
     )
 
 
@@ -75,14 +75,14 @@ class Gupta:
 
     def __post_init__(self) -> None:
         # `switched` checks both, and raises for those that do not fit
-        checked = self.repulsion
+        checked = self.switch
         object.__setattr__(self, "onset", checked.onset)
         object.__setattr__(self, "cutoff", checked.cutoff)
 
     @property
-    def repulsion(self) -> switched:
-        """The repulsion of a pair, A exp(-p (r / r0 - 1)), switched off."""
-        return switched(_decaying, self.onset, self.cutoff)
+    def switch(self) -> switched:
+        """The switch S(r) alone."""
+        return switched(jnp.ones_like, self.onset, self.cutoff)
 
     def __call__(
         self,
@@ -101,18 +101,13 @@ class Gupta:
           params: by name, matrices (S, S).
         """
         r = distances(vectors)
-        A, xi, p, q, r0 = (
-            pair_values(params[name], species_i, species_j) for name in GUPTA_SHAPES
-        )
-        decaying = self.repulsion
-        repulsion = jnp.sum(jnp.where(mask, decaying(r, A, p, r0), 0.0))
-        moment = jnp.sum(jnp.where(mask, decaying(r, xi * xi, 2.0 * q, r0), 0.0))
+        A, xi, p, q, r0 = (pair_values(params[name], species_i, species_j) for name in GUPTA_SHAPES)
+        # the switch is computed once for both sums, and is zero on padding
+        switch = jnp.where(mask, self.switch(r), 0.0)
+        stretch = r / r0 - 1.0
+        repulsion = jnp.sum(A * jnp.exp(-p * stretch) * switch)
+        moment = jnp.sum(xi * xi * jnp.exp(-2.0 * q * stretch) * switch)
         return repulsion - root(moment)
-
-
-def _decaying(r: jax.Array, height: jax.Array, rate: jax.Array, r0: jax.Array) -> jax.Array:
-    """Compute height exp(-rate (r / r0 - 1))."""
-    return height * jnp.exp(-rate * (r / r0 - 1.0))
 
 
 def finnis_sinclair() -> Any:
@@ -143,16 +138,17 @@ def finnis_sinclair() -> Any:
     return from_local(
         finnis_sinclair_energy,
         ("A", *FINNIS_SINCLAIR_SHAPES),
-        finnis_sinclair_cutoff,
+        finnis_sinclair_cutoffs,
         breakpoints=finnis_sinclair_breakpoints,
         shapes=FINNIS_SINCLAIR_SHAPES,
         name="finnis_sinclair",
+        positive=("d", "c"),
     )
 
 
-def finnis_sinclair_cutoff(params: Params) -> jax.Array:
-    """Compute the largest distance at which any pair interacts, the largest c or d."""
-    return jnp.maximum(jnp.max(params["c"]), jnp.max(params["d"]))
+def finnis_sinclair_cutoffs(params: Params) -> jax.Array:
+    """Compute the cutoff of each pair of species, the larger one of c and d, (S, S)."""
+    return jnp.maximum(params["c"], params["d"])
 
 
 def finnis_sinclair_breakpoints(params: Params) -> tuple[jax.Array, ...]:

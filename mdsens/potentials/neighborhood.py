@@ -32,11 +32,8 @@ _LARGEST_EXPONENT = 700.0
 
 def distances(vectors: jax.Array) -> jax.Array:
     """Compute the lengths (K,) of K vectors (K, d), none of which is zero."""
-    # column by column: under vmap over the atoms this stays elementwise
-    total = vectors[:, 0] * vectors[:, 0]
-    for axis in range(1, vectors.shape[1]):
-        total = total + vectors[:, axis] * vectors[:, axis]
-    return jnp.sqrt(total)
+    # over all components at once: the derivative of a single one is an array of zeros beside it
+    return jnp.sqrt(jnp.sum(vectors * vectors, axis=1))
 
 
 def pair_values(value: jax.Array, species_i: jax.Array, species_j: jax.Array) -> jax.Array:

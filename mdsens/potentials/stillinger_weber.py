@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -70,13 +69,18 @@ def stillinger_weber() -> Any:
     from mdsens.potentials.local import from_local
 
     return from_local(
-        atom_energy, tuple(SHAPES), largest_cutoff, shapes=SHAPES, name="stillinger_weber"
+        atom_energy,
+        tuple(SHAPES),
+        cutoffs,
+        shapes=SHAPES,
+        name="stillinger_weber",
+        positive=("sigma", "a"),
     )
 
 
-def largest_cutoff(params: Params) -> jax.Array:
-    """Compute the largest cutoff of all pairs of species, the largest a sigma."""
-    return jnp.max(params["a"] * params["sigma"])
+def cutoffs(params: Params) -> jax.Array:
+    """Compute the cutoff of each pair of species, a sigma, (S, S)."""
+    return params["a"] * params["sigma"]
 
 
 def atom_energy(
@@ -119,16 +123,15 @@ class _Moments(NamedTuple):
     """Sums over the neighbors of one species, of powers of weights g and unit vectors u.
 
     Attributes:
-      weights: sum of g.
-      vectors: sum of g u, by component.
-      tensors: sum of g u u, by component c <= d; those with c < d times the square root of 2, since
-        a product of two symmetric tensors has each of them twice.
-      squares: sum of g^2.
+      weights: () sum of g.
+      vectors: (d,) sum of g u.
+      tensors: (d, d) sum of g u u.
+      squares: () sum of g^2.
     """
 
     weights: jax.Array
-    vectors: list[jax.Array]
-    tensors: list[jax.Array]
+    vectors: jax.Array
+    tensors: jax.Array
     squares: jax.Array
 
 
@@ -136,22 +139,14 @@ def _moments(
     vectors: jax.Array, r: jax.Array, weight: jax.Array, species_j: jax.Array, count: int
 ) -> list[_Moments]:
     """Compute the sums of which the energy of all angles at an atom consists, by species."""
-    unit = [vectors[:, axis] / r for axis in range(vectors.shape[1])]
+    unit = vectors / r[:, None]
     moments = []
     for species in range(count):
         g = weight if count == 1 else jnp.where(species_j == species, weight, 0.0)
-        moments.append(_Moments(jnp.sum(g), *_tensors(g, unit), jnp.sum(g * g)))
+        first = g[:, None] * unit
+        second = jnp.sum(first[:, :, None] * unit[:, None, :], axis=0)
+        moments.append(_Moments(jnp.sum(g), jnp.sum(first, axis=0), second, jnp.sum(g * g)))
     return moments
-
-
-def _tensors(g: jax.Array, unit: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Compute the components of the sums of g u and of g u u, as in :class:`_Moments`."""
-    first = [g * component for component in unit]
-    second = []
-    for c, d in itertools.combinations_with_replacement(range(len(unit)), 2):
-        total = jnp.sum(first[c] * unit[d])
-        second.append(total if c == d else math.sqrt(2.0) * total)
-    return [jnp.sum(component) for component in first], second
 
 
 def _angles(moments: list[_Moments], species_i: jax.Array, params: Params) -> jax.Array:
@@ -169,18 +164,10 @@ def _angles(moments: list[_Moments], species_i: jax.Array, params: Params) -> ja
     energy = jnp.zeros((), strength.dtype)
     for (b, left), (c, right) in itertools.product(enumerate(moments), repeat=2):
         x0 = cosine[b, c]
-        angles = _product(left.tensors, right.tensors)
-        angles = angles - 2.0 * x0 * _product(left.vectors, right.vectors)
+        angles = jnp.sum(left.tensors * right.tensors)
+        angles = angles - 2.0 * x0 * jnp.sum(left.vectors * right.vectors)
         angles = angles + x0 * x0 * left.weights * right.weights
         if b == c:
             angles = angles - (1.0 - x0) * (1.0 - x0) * left.squares
         energy = energy + 0.5 * strength[b, c] * angles
     return energy
-
-
-def _product(left: list[jax.Array], right: list[jax.Array]) -> jax.Array:
-    """Compute the sum of the products of components, the scalar product of two tensors."""
-    total = left[0] * right[0]
-    for a, b in zip(left[1:], right[1:], strict=True):
-        total = total + a * b
-    return total

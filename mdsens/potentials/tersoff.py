@@ -90,21 +90,26 @@ def tersoff(m: int = 3) -> Any:
     return from_local(
         Tersoff(m),
         tuple(SHAPES),
-        largest_cutoff,
+        cutoffs,
         breakpoints=breakpoints,
         shapes=SHAPES,
         name="tersoff",
+        positive=("n", "d", "R"),
     )
 
 
-def largest_cutoff(params: Params) -> jax.Array:
-    """Compute the largest cutoff of all triples of species, the largest R + D."""
-    return jnp.max(params["R"] + params["D"])
+def cutoffs(params: Params) -> jax.Array:
+    """Compute the cutoff of each pair of species [i, k], (S, S), the largest R + D of [i, j, k]."""
+    return jnp.max(params["R"] + params["D"], axis=1)
 
 
 def breakpoints(params: Params) -> tuple[jax.Array, ...]:
-    """Return the distances at which second derivatives jump, R - D and R + D."""
-    return params["R"] - params["D"], params["R"] + params["D"]
+    """Return the distances of pairs [i, k] at which second derivatives jump, matrices (S, S).
+
+    These are R - D and R + D of [i, j, k], for each species of j.
+    """
+    ends = (params["R"] - params["D"], params["R"] + params["D"])
+    return tuple(end[:, j] for end in ends for j in range(end.shape[1]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,12 +156,10 @@ class Tersoff:
         range_of_bond = (bond_values(params[name], species_i, species_j) for name in ("R", "D"))
         return 0.5 * jnp.sum(jnp.where(mask, _fade(r, *range_of_bond) * bonds, 0.0))
 
-    def _zeta(
-        self, vectors: jax.Array, r: jax.Array, mask: jax.Array, value: Params
-    ) -> jax.Array:
+    def _zeta(self, vectors: jax.Array, r: jax.Array, mask: jax.Array, value: Params) -> jax.Array:
         """Compute zeta_ij for each neighbor j; ``value`` are the parameters of j and k, (K, K)."""
-        unit = [vectors[:, axis] / r for axis in range(vectors.shape[1])]
-        cosine = sum(u[:, None] * u[None, :] for u in unit)
+        unit = vectors / r[:, None]
+        cosine = jnp.sum(unit[:, None, :] * unit[None, :, :], axis=2)
         difference = value["cos_theta0"] - cosine
         square = difference * difference
         d2 = value["d"] * value["d"]

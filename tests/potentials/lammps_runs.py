@@ -96,7 +96,9 @@ def run(
                 "species": each.species.tolist(),
                 "count": count,
                 "boundary": "p" if each.cell is not None else "f",
-                "cell": " ".join(repr(float(x)) for x in [*edges, cell[0, 1], cell[0, 2], cell[1, 2]]),
+                "cell": " ".join(
+                    repr(float(x)) for x in [*edges, cell[0, 1], cell[0, 2], cell[1, 2]]
+                ),
                 "style": style,
                 "coefficients": list(coefficients),
             }
