@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from mdsens._util.precision import full_precision
 __all__ = [
     "BALL_OF_UNIT_DIAMETER",
     "Components",
+    "Images",
     "circular_mean",
     "components",
     "heights",
@@ -38,9 +38,20 @@ def components(vectors: jax.Array) -> Components:
     return tuple(vectors[..., a] for a in range(vectors.shape[-1]))
 
 
+class Images(Protocol):
+    """A function that maps each vector to one of its periodic images, ``images(vectors, shifts)``.
+
+    ``vectors`` are the d components of the vectors. The image is vector - box @ shift. The integer
+    shifts along the cell vectors are given by ``shifts``, their d components; where None, they are
+    those of the image nearest to zero.
+    """
+
+    def __call__(self, vectors: Components, shifts: Components | None = None) -> Components: ...
+
+
 def nearest_images(
-    box: jax.Array | None, orthogonal: bool = False
-) -> Callable[[Components], Components]:
+    box: jax.Array | None, orthogonal: bool = False, periodic: tuple[bool, ...] = ()
+) -> Images:
     """Return a function that maps each vector to its periodic image nearest to zero.
 
     The function rounds the fractional components of a vector to an integer shift and subtracts
@@ -53,39 +64,74 @@ def nearest_images(
     Args:
       box: (d, d), its columns are the lattice vectors; None for an infinite system.
       orthogonal: whether the box is diagonal.
+      periodic: for each cell vector whether the system is periodic along it; empty where it is
+        periodic along all of them.
 
     Returns:
-      A function of the d components of the vectors.
+      A function of the d components of the vectors, and of integer shifts other than those of the
+      nearest image.
     """
     if box is None:
-        return lambda vectors: vectors
-    if orthogonal:
-        # The diagonal of the box is enough, which takes half the arithmetic.
-        # the rate is only rounded, which has no derivative, so that none is carried
-        sides = [(box[a, a], jax.lax.stop_gradient(1.0 / box[a, a])) for a in range(box.shape[0])]
-        return lambda vectors: tuple(
-            v - side * jnp.round(rate * jax.lax.stop_gradient(v))
-            for v, (side, rate) in zip(vectors, sides, strict=True)
-        )
+        return lambda vectors, shifts=None: vectors
     d = box.shape[0]
-    rows = jax.lax.stop_gradient(inverse(box))  # once here, not at each call of ``images``
+    axes = [a for a in range(d) if not periodic or periodic[a]]
+    # Where the box is diagonal, its diagonal is enough, which takes half the arithmetic.
+    coupled = [[a] if orthogonal else axes for a in range(d)]
+    # once here, not at each call of ``images``; only rounded, so that no derivative is carried
+    rows = _rates(jax.lax.stop_gradient(box), orthogonal)
 
-    def images(vectors: Components) -> Components:
+    def nearest(vectors: Components) -> dict[int, jax.Array]:
+        """Return the integer shift along each periodic axis that leads to the nearest image."""
         fixed = jax.lax.stop_gradient(vectors)
-        shifts = [jnp.round(sum(rows[a, b] * fixed[b] for b in range(d))) for a in range(d)]
-        return tuple(vectors[a] - sum(box[a, b] * shifts[b] for b in range(d)) for a in range(d))
+        sides = [[a] if orthogonal else range(d) for a in range(d)]
+        return {a: jnp.round(sum(rows[a, b] * fixed[b] for b in sides[a])) for a in axes}
+
+    def images(vectors: Components, shifts: Components | None = None) -> Components:
+        if shifts is None:
+            steps = nearest(vectors)
+        else:
+            steps = {a: shifts[a].astype(box.dtype) for a in axes}
+        return tuple(
+            vectors[a] - sum(box[a, b] * steps[b] for b in coupled[a] if b in steps)
+            for a in range(d)
+        )
 
     return images
 
 
-def nearest_image(difference: jax.Array, box: jax.Array | None) -> jax.Array:
+def _rates(box: jax.Array, orthogonal: bool) -> dict[tuple[int, int], jax.Array]:
+    """Return the entries of the inverse of a cell matrix by their two indices.
+
+    Those of a diagonal matrix are the diagonal alone.
+    """
+    d = box.shape[0]
+    if orthogonal:
+        return {(a, a): 1.0 / box[a, a] for a in range(d)}
+    rows = inverse(box)
+    return {(a, b): rows[a, b] for a in range(d) for b in range(d)}
+
+
+def nearest_image(
+    difference: jax.Array,
+    box: jax.Array | None,
+    periodic: tuple[bool, ...] = (),
+    shifts: jax.Array | None = None,
+) -> jax.Array:
     """Map vectors (…, d) to their periodic images nearest to zero.
 
-    The box is the cell matrix (d, d), columns the lattice vectors, or None for an infinite system.
+    Args:
+      difference: the vectors.
+      box: the cell matrix (d, d), columns the lattice vectors, or None for an infinite system.
+      periodic: for each cell vector whether the system is periodic along it; empty where it is
+        periodic along all of them.
+      shifts: (…, d) integer shifts along the cell vectors, for the images difference - box @ shift
+        in place of the nearest ones; None for the nearest ones.
     """
     if box is None:
         return difference
-    return jnp.stack(nearest_images(box)(components(difference)), axis=-1)
+    steps = None if shifts is None else components(shifts)
+    images = nearest_images(box, periodic=periodic)
+    return jnp.stack(images(components(difference), steps), axis=-1)
 
 
 def inverse(box: np.ndarray | jax.Array) -> Any:
@@ -114,7 +160,9 @@ def heights(box: np.ndarray | jax.Array) -> Any:
 
 
 @full_precision
-def circular_mean(vectors: jax.Array, box: jax.Array, weights: ArrayLike) -> jax.Array:
+def circular_mean(
+    vectors: jax.Array, box: jax.Array, weights: ArrayLike, periodic: tuple[bool, ...] = ()
+) -> jax.Array:
     """Compute the weighted mean (d,) of vectors (n, d) that are known up to lattice vectors.
 
     The d fractional components of each vector, times 2 pi, are taken as angles, which a lattice
@@ -129,9 +177,16 @@ def circular_mean(vectors: jax.Array, box: jax.Array, weights: ArrayLike) -> jax
       vectors: (n, d) the vectors.
       box: (d, d) the cell, its columns the lattice vectors.
       weights: (n,) weight of each vector; their sum need not be 1.
+      periodic: for each cell vector whether the system is periodic along it; empty where it is
+        periodic along all of them. Along the others the mean is the weighted mean.
     """
-    angles = 2.0 * np.pi * vectors @ inverse(box).T
+    fractions = vectors @ inverse(box).T
+    angles = 2.0 * np.pi * fractions
     column = jnp.asarray(weights)[:, None]
     sine = jnp.sum(column * jnp.sin(angles), axis=0)
     cosine = jnp.sum(column * jnp.cos(angles), axis=0)
-    return box @ (jnp.arctan2(sine, cosine) / (2.0 * np.pi))
+    mean = jnp.arctan2(sine, cosine) / (2.0 * np.pi)
+    if not all(periodic):
+        plain = jnp.sum(column * fractions, axis=0) / jnp.sum(column)
+        mean = jnp.where(np.asarray(periodic), mean, plain)
+    return box @ mean

@@ -395,6 +395,7 @@ def _max_displacement_error(start: System, eq: Equilibrium) -> float:
     which costs no energy, is removed: it is the median of the displacements, which the few
     particles that rearrange do not shift.
     """
-    apart = np.asarray(nearest_image(eq.positions - start.positions, eq.system.box))
+    displacement = eq.positions - start.positions
+    apart = np.asarray(nearest_image(displacement, eq.system.box, eq.system.periodic))
     farthest = float(np.max(np.linalg.norm(apart - np.median(apart, axis=0), axis=1)))
     return farthest / float(natural_units(start)[0])

@@ -13,6 +13,7 @@ import numpy as np
 
 from mdsens._util.errors import InputError, short
 from mdsens.potentials.embedded_atom import eam
+from mdsens.potentials.local import LocalPotential
 from mdsens.potentials.stillinger_weber import SHAPES as SW_SHAPES
 from mdsens.potentials.stillinger_weber import stillinger_weber
 from mdsens.potentials.tersoff import SHAPES as TERSOFF_SHAPES
@@ -36,7 +37,7 @@ CHARGE_UNIT = 27.2 * 0.529
 Params = dict[str, np.ndarray]
 
 
-def read_potential(path: str | Path, elements: Sequence[str]) -> tuple[Any, Params]:
+def read_potential(path: str | Path, elements: Sequence[str]) -> tuple[LocalPotential, Params]:
     """Read a potential and its parameters from a file.
 
     The suffix of the file's name tells its format, those of LAMMPS: ``.sw`` Stillinger-Weber,
@@ -188,14 +189,14 @@ class _Lines:
         return values
 
 
-def _read_sw(lines: _Lines, elements: tuple[str, ...]) -> tuple[Any, Params]:
+def _read_sw(lines: _Lines, elements: tuple[str, ...]) -> tuple[LocalPotential, Params]:
     """Read a file for ``pair_style sw``."""
     table = _triples(lines, elements, len(SW_FIELDS))
     values = _of_species(table, SW_FIELDS, SW_SHAPES)
     return stillinger_weber(), values
 
 
-def _read_tersoff(lines: _Lines, elements: tuple[str, ...]) -> tuple[Any, Params]:
+def _read_tersoff(lines: _Lines, elements: tuple[str, ...]) -> tuple[LocalPotential, Params]:
     """Read a file for ``pair_style tersoff``.
 
     Raises:
@@ -306,7 +307,7 @@ class _Grid:
     r_spacing: float
     cutoff: float
 
-    def potential(self) -> Any:
+    def potential(self) -> LocalPotential:
         """Make the potential of tables with these knots."""
         end = (self.r_count - 1) * self.r_spacing
         return eam(self.rho_spacing, self.r_spacing, min(self.cutoff, end))
@@ -321,7 +322,7 @@ def _grid(lines: _Lines) -> _Grid:
     return grid
 
 
-def _read_funcfl(lines: _Lines, elements: tuple[str, ...]) -> tuple[Any, Params]:
+def _read_funcfl(lines: _Lines, elements: tuple[str, ...]) -> tuple[LocalPotential, Params]:
     """Read a file for ``pair_style eam``, of one element: F(rho), charges Z(r), and f(r).
 
     r phi of the pair is Z^2 in units of a Hartree times a Bohr radius.
@@ -347,19 +348,19 @@ def _read_funcfl(lines: _Lines, elements: tuple[str, ...]) -> tuple[Any, Params]
     return grid.potential(), params
 
 
-def _read_setfl(lines: _Lines, elements: tuple[str, ...]) -> tuple[Any, Params]:
+def _read_setfl(lines: _Lines, elements: tuple[str, ...]) -> tuple[LocalPotential, Params]:
     """Read a file for ``pair_style eam/alloy``, with a density by the element of the neighbor."""
     return _read_alloy(lines, elements, density_of_pairs=False)
 
 
-def _read_fs(lines: _Lines, elements: tuple[str, ...]) -> tuple[Any, Params]:
+def _read_fs(lines: _Lines, elements: tuple[str, ...]) -> tuple[LocalPotential, Params]:
     """Read a file for ``pair_style eam/fs``, with a density by both elements."""
     return _read_alloy(lines, elements, density_of_pairs=True)
 
 
 def _read_alloy(
     lines: _Lines, elements: tuple[str, ...], density_of_pairs: bool
-) -> tuple[Any, Params]:
+) -> tuple[LocalPotential, Params]:
     """Read a file of tables of several elements.
 
     For each element of the file F(rho) and f(r), or with ``density_of_pairs`` one f(r) for each
@@ -407,7 +408,7 @@ def _pair_tables(lines: _Lines, names: Sequence[str], count: int) -> np.ndarray:
     return tables
 
 
-_READERS: dict[str, Callable[[_Lines, tuple[str, ...]], tuple[Any, Params]]] = {
+_READERS: dict[str, Callable[[_Lines, tuple[str, ...]], tuple[LocalPotential, Params]]] = {
     ".sw": _read_sw,
     ".tersoff": _read_tersoff,
     ".eam": _read_funcfl,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens._util.portable import reduced
-from mdsens.model.system import System, box_at, pair_distances, pair_terms
+from mdsens.model.system import System, box_at, crossing_terms, pair_distances
 
 __all__ = ["Crossing", "crossings", "gap_rate"]
 
@@ -136,8 +136,8 @@ def _gaps(
         # Breakpoints depend on the parameters, and the cell may depend on them, too.
         box = box_at(system, params)
         return [
-            t.lengths() - pair_distances(t, positions, box, strain)
-            for t in pair_terms(system, params)
+            t.lengths() - pair_distances(system, t, positions, box, strain)
+            for t in crossing_terms(system, params)
         ]
 
     # for jvp, None is a tree without arrays: a fixed cell then has no tangent
@@ -177,7 +177,7 @@ def crossings(
     seconds = [jnp.zeros(0, jnp.int32)]
     inside = [jnp.zeros(0, bool)]
     lengths = [jnp.zeros(0)]
-    for term, gap, rate in zip(pair_terms(system), gaps, rates, strict=True):
+    for term, gap, rate in zip(crossing_terms(system), gaps, rates, strict=True):
         real = term.mask if rattlers is None else term.mask & ~rattlers[term.i] & ~rattlers[term.j]
         # where() inside as well, against a division by zero
         time = jnp.where(real & (rate != 0), -gap / jnp.where(rate == 0, 1.0, rate), jnp.inf)
@@ -211,7 +211,7 @@ def gap_rate(
     gaps, rates = _gaps(system, velocity, dparams, strain)
     total = jnp.zeros(())
     count = jnp.zeros(())
-    for term, gap, rate in zip(pair_terms(system), gaps, rates, strict=True):
+    for term, gap, rate in zip(crossing_terms(system), gaps, rates, strict=True):
         # b - r > 0: the pair is nearer than the breakpoint, inside the range of the force
         interacting = (gap > 0) & term.mask & ~rattlers[term.i] & ~rattlers[term.j]
         total = total + jnp.sum(jnp.where(interacting, rate**2, 0.0))

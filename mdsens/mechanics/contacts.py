@@ -28,13 +28,13 @@ import numpy as np
 from jax.core import Tracer
 
 from mdsens._util.attributes import Named
-from mdsens._util.lattice import Components, components, nearest_images
+from mdsens._util.lattice import Components, Images, components
 from mdsens._util.portable import Portable
 from mdsens.constraints import RigidBonds
 from mdsens.implicit.closures import refusing_derivative
 from mdsens.mechanics import lagrangian
 from mdsens.mechanics.forces import row_terms
-from mdsens.model.system import System, potential_energy
+from mdsens.model.system import System, images_of, neighbor_vectors, potential_energy
 from mdsens.potentials.base import PairTerm
 
 __all__ = ["Network", "backbone", "coordination", "network", "pair_forces"]
@@ -274,9 +274,7 @@ def _clusters(edges: list[_Edges], n: int, d: int, dtype: np.dtype) -> tuple[jax
     return jax.lax.while_loop(lambda carry: carry[2], spread, start)[:2]
 
 
-def _rigid_edges(
-    system: System, images: Callable[[Components], Components], x: Components
-) -> list[_Edges]:
+def _rigid_edges(system: System, images: Images, x: Components) -> list[_Edges]:
     """Return the pairs of particles that rigid bonds connect, one set of pairs for each constraint.
 
     All of these pairs are marked as active, like contacts.
@@ -365,9 +363,9 @@ def network(system: System, max_force: jax.Array | float, least: int | None = No
     system = jax.lax.stop_gradient(system)
     n = system.n
     potential = system.potential
-    if not potential.pairwise:
+    if not potential.listed:
         return _make_network_without_pairs(system)
-    images = nearest_images(system.box)
+    images = images_of(system, system.box)
     x = components(system.positions)
     terms = row_terms(system)
     bonds, distances = _compute_pair_vectors(terms, images, x)
@@ -380,6 +378,9 @@ def network(system: System, max_force: jax.Array | float, least: int | None = No
     else:
         edges = _find_stiff_pairs(terms, bonds, distances)
         least = least or 1
+    if potential.of_neighbors:
+        edges.append(_find_near(system))
+        forces.append(jnp.zeros_like(edges[-1].bonds[0]))
     # The pairs of the potential come first, then the rigid bonds: only the former are contacts.
     pair_count = len(edges)
     find_loose = _loose_of_particles(n, least)
@@ -438,7 +439,7 @@ def _make_network_without_pairs(system: System) -> Network:
 
 
 def _compute_pair_vectors(
-    terms: tuple[PairTerm, ...], images: Callable[[Components], Components], x: Components
+    terms: tuple[PairTerm, ...], images: Images, x: Components
 ) -> tuple[list[Components], list[jax.Array]]:
     """Compute the vector R_i - R_j and the distance of each pair, for each term of the potential.
 
@@ -451,7 +452,7 @@ def _compute_pair_vectors(
     bonds = []
     distances = []
     for term in terms:
-        apart = images(tuple(c[term.i] - c[term.j] for c in x))
+        apart = term.vectors(x, images)
         bonds.append(apart)
         distances.append(jnp.sqrt(jnp.where(term.mask, sum(v * v for v in apart), 1.0)))
     return bonds, distances
@@ -486,9 +487,25 @@ def _find_stiff_pairs(
       bonds: components of the vectors of the pairs, for each term of the potential.
       distances: distances of the pairs, for each term.
     """
+    if not terms:
+        return []
     stiffness = [_stiffness(t, r) for t, r in zip(terms, distances, strict=True)]
     floor = STIFFNESS_FLOOR * jnp.max(jnp.stack([jnp.max(s, initial=0.0) for s in stiffness]))
     return [_Edges(t.i, t.j, s > floor, b) for t, s, b in zip(terms, stiffness, bonds, strict=True)]
+
+
+def _find_near(system: System) -> _Edges:
+    """Return the pairs of the neighbor list, with those within the range of the potential marked.
+
+    They take the place of contacts for an energy that is a function of all neighbors of an atom.
+    """
+    listed = system.neighbors.columns
+    species = system.species
+    reach = system.potential.lengths(system.params, listed, system.n, species, system.species_count)
+    # from the neighbor to the particle
+    apart = tuple(-v for v in neighbor_vectors(system, system.positions, system.box))
+    near = (listed.j < system.n) & (sum(v * v for v in apart) < jnp.asarray(reach) ** 2)
+    return _Edges(listed.i, jnp.where(listed.j < system.n, listed.j, 0), near, apart)
 
 
 def _remove_loose(

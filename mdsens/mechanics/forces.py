@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mdsens._util.lattice import Components, components, nearest_images
-from mdsens.model.system import System, box_at, energy_of
+from mdsens._util.lattice import Components, components
+from mdsens.model.system import System, box_at, energy_of, images_of
 from mdsens.potentials.base import PairTerm
 
 __all__ = ["ROWS", "energy_gradient", "row_terms"]
@@ -34,7 +34,7 @@ def row_terms(system: System, params: Params | None = None) -> tuple[PairTerm, .
     """
     return system.potential.terms(
         system.params if params is None else params,
-        (jnp.arange(system.n, dtype=jnp.int32)[None], system.neighbors.rows),
+        system.neighbors.columns,
         system.n,
         system.species,
         system.species_count,
@@ -64,7 +64,7 @@ def energy_gradient(
     params = system.params if params is None else params
     box = box_at(system, params)
     terms = row_terms(system, params)
-    images = nearest_images(box, system.boundary.orthogonal)
+    images = images_of(system, box)
     bonds = [term for term in terms if term.j.ndim == 1]
     listed = [_in_chunks(term) for term in terms if term.j.ndim == 2 and term.j.shape[0]]
     row_count = system.neighbors.rows.shape[0] if used is None else used
@@ -79,7 +79,8 @@ def energy_gradient(
             for chunks in listed:
                 part = chunks.rows(k)
                 # v_ik = R_i - R_k; i is the column of a row, so that R_i is taken without a gather
-                slopes = _row_gradients(part, images(tuple(c - c[part.j] for c in x)))
+                apart = images(tuple(c - c[part.j] for c in x), part.shifts)
+                slopes = _row_gradients(part, apart)
                 total = tuple(t + jnp.sum(s, axis=0) for t, s in zip(total, slopes, strict=True))
             return total
 
@@ -108,7 +109,10 @@ def _in_chunks(term: PairTerm) -> PairTerm:
     if padding:
         mask = mask.at[-1, ROWS - padding :].set(False)
     values = tuple(chunks(v) if v.ndim == 2 else v for v in term.values)
-    return term._replace(j=chunks(term.j), mask=mask, values=values)
+    images = term.images
+    if images is not None:
+        images = jnp.stack([chunks(images[..., a]) for a in range(images.shape[-1])], axis=-1)
+    return term._replace(j=chunks(term.j), mask=mask, values=values, images=images)
 
 
 def _row_gradients(term: PairTerm, apart: Components) -> Components:

@@ -14,16 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
 
-from mdsens._util.lattice import components, nearest_images
+from mdsens._util.lattice import components
 from mdsens._util.probe import chirp
 from mdsens.implicit.linear import Operator, SymmetricScaling
+from mdsens.mechanics.atom_hessian import atom_hessian
 from mdsens.mechanics.forces import energy_gradient, row_terms
 from mdsens.mechanics.hessian_blocks import BlockRows
 from mdsens.mechanics.null_space import NullSpace
 from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model.neighbors import filled_rows
-from mdsens.model.system import System
-from mdsens.potentials.base import PairTerm
+from mdsens.model.system import System, images_of
+from mdsens.potentials.base import PairTerm, Potential
+from mdsens.potentials.local import LocalPotential
 
 __all__ = [
     "along",
@@ -40,6 +42,15 @@ __all__ = [
 ]
 
 Params = Mapping[str, Any]
+
+# Numbers in a row of the Hessian up to which an energy of neighborhoods gets a sparse matrix: one
+# of bond orders has about 50 (the second neighbors of silicon), and one of embedded atoms 1,300,
+# whose factor fills up, so that products without a matrix are faster.
+LONGEST_ROW = 600
+# Unknowns up to which the matrix is small, however long its rows are.
+SMALL = 1500
+# Places in a neighbor list over the atoms within the cutoff: 1.3^3 for the skin, and 1.25 for room.
+LISTED_OVER_NEAR = 2.75
 
 
 def gradient(system: System, x: Unknowns, params: Params) -> Unknowns:
@@ -122,11 +133,11 @@ def _pair_blocks(system: System) -> list[tuple[jax.Array, jax.Array, jax.Array]]
         axes are those of j. A pair of the neighbor list appears twice, as a neighbor of both
         particles; a bond appears once.
     """
-    images = nearest_images(system.box)
+    images = images_of(system, system.box)
     x = components(system.positions)
     blocks = []
     for term in row_terms(system):
-        apart = images(tuple(c[term.i] - c[term.j] for c in x))
+        apart = term.vectors(x, images)
         r = jnp.sqrt(jnp.where(term.mask, sum(v * v for v in apart), 1.0))
 
         # the default binds the term of this turn of the loop
@@ -148,14 +159,43 @@ def _pair_blocks(system: System) -> list[tuple[jax.Array, jax.Array, jax.Array]]
 _pair_blocks_each = jax.jit(jax.vmap(_pair_blocks))
 
 
+def assembles(system: System) -> bool:
+    """Return whether the Hessian of a system is assembled as a sparse matrix.
+
+    It is for a sum over pairs, and where the energy of each atom depends on its own neighbors and
+    the rows of the Hessian are short: such an energy couples two neighbors of an atom, so that a
+    row has the atoms within twice the cutoff.
+    """
+    potential = system.potential
+    if not (potential.pairwise or atoms_of(potential)):
+        return False
+    n = system.n
+    d = system.dimension
+    # a list holds a few times the atoms within the cutoff, and there are 2^d times as many within
+    # twice this distance
+    within = 2.0**d * system.neighbors.rows.shape[-2] / LISTED_OVER_NEAR
+    return potential.pairwise or n * d <= SMALL or min(n, within) * d <= LONGEST_ROW
+
+
+def atoms_of(potential: Potential) -> tuple[LocalPotential, ...]:
+    """Return the parts of a potential that are sums over atoms of functions of their neighbors.
+
+    The result is empty where the potential has other parts than these, pairs and bonds.
+    """
+    parts = getattr(potential, "parts", (potential,))
+    local = tuple(part for part in parts if isinstance(part, LocalPotential))
+    others = [part for part in parts if not isinstance(part, LocalPotential)]
+    return local if all(part.pairwise for part in others) else ()
+
+
 def sparse_hessian(system: System) -> sp.csr_array | None:
     """Assemble the Hessian as a scipy sparse matrix (n d, n d) from the pairs that interact.
 
-    The result is None for a potential that is not a sum over pairs. For a batch of systems the
-    result is a block-diagonal matrix, with a block (n d, n d) for each system, of n particles in d
-    dimensions. The function does not work inside ``jax.jit``.
+    The result is None for a potential whose Hessian is not assembled, see :func:`assembles`. For a
+    batch of systems the result is a block-diagonal matrix, with a block (n d, n d) for each system,
+    of n particles in d dimensions. The function does not work inside ``jax.jit``.
     """
-    if not system.potential.pairwise:
+    if not assembles(system):
         return None
     n = system.n
     d = system.dimension
@@ -173,8 +213,11 @@ def sparse_hessian(system: System) -> sp.csr_array | None:
     matrix = _assemble_matrix(first, second, block, total)
     # ``entries`` begins with empty arrays, so more than 2 means two terms, or bonds: both may
     # contain the same pair.
-    if len(entries) > 2:
+    # So may the neighbor list where several images of a particle are listed.
+    if len(entries) > 2 or fixed.neighbors.images is not None:
         matrix.sum_duplicates()
+    if atoms_of(system.potential):
+        matrix = matrix + atom_hessian(system)
     return matrix
 
 

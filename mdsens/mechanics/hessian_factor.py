@@ -20,7 +20,7 @@ from mdsens.implicit.linear.eigen import Spectrum
 from mdsens.implicit.linear.result import SolveStats
 from mdsens.implicit.linear.solution import solve
 from mdsens.implicit.linear.sparse_ldl import SHIFT, SparseFactor, bounds, ordering, solve_on_range
-from mdsens.mechanics.hessian import hessian_operator, sparse_hessian
+from mdsens.mechanics.hessian import assembles, hessian_operator, sparse_hessian
 from mdsens.mechanics.hessian_blocks import BlockRows, block_cholesky
 from mdsens.mechanics.null_space import NullSpace
 from mdsens.mechanics.status import Status
@@ -50,11 +50,12 @@ NEGATIVE = 1e-9
 def factorizes(system: System) -> bool:
     """Return whether the Hessian of a system is assembled and factorized.
 
-    This is done for pair potentials in double precision, in 2-D for any number of particles and in
-    3-D up to 4,000 particles (the constant ``FACTOR_PARTICLES_3D`` of this module).
+    This is done where the Hessian is assembled, see :func:`mdsens.mechanics.hessian.assembles`, in
+    double precision, in 2-D for any number of particles and in 3-D up to 4,000 particles (the
+    constant ``FACTOR_PARTICLES_3D`` of this module).
     """
     small = system.dimension == 2 or system.n <= FACTOR_PARTICLES_3D
-    return small and system.potential.pairwise and system.positions.dtype == jnp.float64
+    return small and assembles(system) and system.positions.dtype == jnp.float64
 
 
 @jax.jit

@@ -27,14 +27,13 @@ from jax.flatten_util import ravel_pytree
 from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import splu
 
-from mdsens._util.lattice import nearest_image
 from mdsens.constraints import RigidBonds
 from mdsens.implicit.linear import Auto, eigen
 from mdsens.implicit.linear.eigen import Spectrum
 from mdsens.implicit.linear.result import SolveStats
 from mdsens.implicit.linear.solution import solve
 from mdsens.implicit.linear.sparse_ldl import SHIFT, SparseFactor, bound
-from mdsens.mechanics.hessian import sparse_hessian
+from mdsens.mechanics.hessian import assembles, sparse_hessian
 from mdsens.mechanics.hessian_factor import HessianFactor
 from mdsens.mechanics.kkt_operator import kkt_operator
 from mdsens.mechanics.lagrangian import relaxed, unknowns_of
@@ -42,7 +41,7 @@ from mdsens.mechanics.null_space import NullSpace
 from mdsens.mechanics.status import Status
 from mdsens.mechanics.units import natural_units
 from mdsens.mechanics.unknowns import Unknowns, flat, scaled, unflat
-from mdsens.model.system import System
+from mdsens.model.system import System, displacement_in
 
 __all__ = ["KKT"]
 
@@ -136,7 +135,7 @@ def _has_known_sparsity(system: System, x: Unknowns) -> bool:
     """
     with_equations = [c for c in system.constraints if c.name in (x.multipliers or {})]
     return (
-        system.potential.pairwise
+        assembles(system)
         and not relaxed(system)
         and all(isinstance(c, RigidBonds) for c in with_equations)
     )
@@ -220,9 +219,8 @@ class KKT(HessianFactor):
             c = by_name[name]
             assert isinstance(c, RigidBonds)
             i, j = np.asarray(c.bonds).T
-            apart = np.asarray(
-                nearest_image(system.positions[i] - system.positions[j], system.box), float
-            )
+            displacement = displacement_in(system, system.box)
+            apart = np.asarray(displacement(system.positions[i], system.positions[j]), float)
             r = np.linalg.norm(apart, axis=1)
             along = apart / r[:, None]
             # the matrix of R -> R_i - R_j for all bonds, (bonds d, n d)

@@ -87,7 +87,7 @@ def constrained_null_space(
     n, d = system.positions.shape
     # reshaped for the case without motions, whose array has the shape (0,)
     rows = np.array(motions).reshape(-1, n, d)
-    if not system.potential.pairwise and len(rows):
+    if not system.potential.listed and len(rows):
         rows = _without_stiffness(system, rows, multipliers)
     return NullSpace(
         null.rattlers,

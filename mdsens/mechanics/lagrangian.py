@@ -17,11 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdsens._util.lattice import nearest_image
 from mdsens.constraints import Pinned, Wall
 from mdsens.mechanics.forces import energy_gradient
 from mdsens.mechanics.unknowns import Unknowns
-from mdsens.model.system import System, box_at, diameters_at, potential_energy
+from mdsens.model.system import System, box_at, diameters_at, displacement_in, potential_energy
 
 __all__ = [
     "at_bounds",
@@ -219,12 +218,8 @@ def constrained_coordinates(system: System, params: Params) -> Unknowns:
 
 def equations(system: System, positions: jax.Array, params: Params) -> dict[str, jax.Array]:
     """Compute the residuals g of the constraints that have equations g = 0, by constraint name."""
-    box = box_at(system, params)
+    displacement = displacement_in(system, box_at(system, params))
     values = {}
-
-    def displacement(a: jax.Array, b: jax.Array) -> jax.Array:
-        return nearest_image(a - b, box)
-
     for c in system.constraints:
         g = c.residuals(positions, params, displacement)
         if g is not None:

@@ -5,16 +5,13 @@ The result is a part of the message for the status NOT_FINITE, in words.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdsens._util.lattice import nearest_image
 from mdsens._util.probe import chirp
 from mdsens.mechanics.status import Status
-from mdsens.model.system import System, pair_distances
+from mdsens.model.system import System, displacement_in, pair_distances
 from mdsens.potentials.base import PairTerm, Potential
 from mdsens.potentials.pair_trial import NAMES, derivatives
 
@@ -74,7 +71,7 @@ def _describe_pair(name: str, term: PairTerm, system: System) -> str:
       term: the potential with its pairs.
       system: the system with the positions.
     """
-    r = pair_distances(term, system.positions, system.box)
+    r = pair_distances(system, term, system.positions, system.box)
     values = [jnp.broadcast_to(v, r.shape) for v in term.values]
     # phi and its derivatives, (orders, pairs)
     orders = np.asarray(derivatives(term.phi, f"phi of {name}", r, values))
@@ -111,10 +108,7 @@ def _norms_of_derivatives(potential: Potential, system: System) -> jax.Array:
     derivative), in forward mode as in the rest of the package: an energy can be finite where such a
     derivative is not.
     """
-    box = system.box
-
-    def displacement(a: jax.Array, b: jax.Array, **_: Any) -> jax.Array:
-        return nearest_image(a - b, box)
+    displacement = displacement_in(system, system.box)
 
     def energy(R: jax.Array) -> jax.Array:
         return potential.many_body(

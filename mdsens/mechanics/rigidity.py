@@ -40,7 +40,7 @@ def null_space(system: System, net: Network) -> NullSpace:
     in_network = jnp.where(net.rattlers, 0.0, 1.0).astype(positions.dtype)
     counts = jnp.maximum(jnp.zeros(n, positions.dtype).at[net.labels].add(in_network), 1.0)
     without_rotations = NullSpace(net.rattlers, net.labels, counts)
-    if not system.potential.pairwise:
+    if not system.potential.listed:
         motions = _free_motions(jax.lax.stop_gradient(system))
         return dataclasses.replace(without_rotations, motions=motions)
     total = without_rotations.cluster_total

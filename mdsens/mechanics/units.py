@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdsens._util.lattice import components, nearest_images
+from mdsens._util.lattice import components
 from mdsens.mechanics.forces import row_terms
 from mdsens.mechanics.hessian import gradient, largest_force, largest_stiffness
 from mdsens.mechanics.unknowns import Unknowns
-from mdsens.model.system import System
-from mdsens.potentials.base import PairTerm
+from mdsens.model.system import System, images_of
+from mdsens.potentials.base import Pairs, PairTerm
 
 __all__ = [
     "RELAXED",
@@ -85,7 +85,7 @@ def natural_units(system: System) -> tuple[jax.Array, jax.Array]:
     # All pairs of 8 particles spread over the indices, wherever they are: pairs of the neighbor
     # list would contain some pairs of species more often than others.
     sample = np.unique(np.linspace(0, n - 1, 8).astype(int))
-    pairs = sample[np.stack(np.triu_indices(sample.size, 1))]
+    pairs = Pairs(*sample[np.stack(np.triu_indices(sample.size, 1))])
     for term in system.potential.terms(
         system.params, pairs, n, system.species, system.species_count
     ):
@@ -206,7 +206,7 @@ def force_scale(
     dtype = system.positions.dtype
     x = components(system.positions)
     eps = jnp.finfo(dtype).eps
-    images = nearest_images(system.box)
+    images = images_of(system, system.box)
     size_squared: Any = sum(c * c for c in x)  # |R_i|^2
     total = jnp.zeros((), dtype)
     count = jnp.zeros((), dtype)
@@ -216,7 +216,7 @@ def force_scale(
     for term in row_terms(system):
         if not term.j.size:
             continue
-        apart = images(tuple(c[term.i] - c[term.j] for c in x))
+        apart = term.vectors(x, images)
         r = jnp.sqrt(jnp.where(term.mask, sum(v * v for v in apart), 1.0))
         # the default binds the term of this turn of the loop
         slope = jax.grad(lambda s, term=term: jnp.sum(term.energy(s)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ FIELDS = (
     "species",
     "species_count",
     "species_names",
+    "periodic",
     "constraints",
 )
 
@@ -88,12 +89,14 @@ def _check_agreement(first: System, system: System, k: int) -> None:
 def _comparable(system: System, field: str) -> Any:
     """Return the part of an attribute of System that all systems of a batch must have in common.
 
-    For the number of species and the species' names this is the value itself; for any other
+    For the number of species, their names and the periodic axes this is the value itself; for any
+    other
     attribute ``field`` it is the shapes of the arrays in it.
     """
     value = getattr(system, field)
     # the tree keeps static fields, such as the function phi of a potential: they are compared, too
-    return value if field.startswith("species_") else jax.tree.map(jnp.shape, value)
+    plain = field.startswith("species_") or field == "periodic"
+    return value if plain else jax.tree.map(jnp.shape, value)
 
 
 def _have_unequal_lists(systems: list[System]) -> bool:
@@ -103,13 +106,14 @@ def _have_unequal_lists(systems: list[System]) -> bool:
       InputError: some of the lists hold all pairs, and others do not.
     """
     complete = [s.neighbors.complete for s in systems]
-    if any(complete) and not all(complete):
+    images = any(s.neighbors.images is not None for s in systems)
+    if any(complete) and not all(complete) and not images:
         raise InputError(
             "the neighbor lists of some systems hold all pairs and those of others do not: stack"
             " systems of one size and density."
         )
-    kinds = {(s.neighbors.rows.shape, s.neighbors.cells, s.neighbors.run_capacity) for s in systems}
-    return not any(complete) and len(kinds) > 1
+    kinds = {(s.neighbors.rows.shape, s.neighbors.grid) for s in systems}
+    return not all(complete) and len(kinds) > 1
 
 
 def _with_equal_lists(systems: list[System]) -> list[System]:
@@ -117,19 +121,20 @@ def _with_equal_lists(systems: list[System]) -> list[System]:
 
     Each list contains every interacting pair of its own system.
     """
-    # the coarsest grid, whose cells are wide enough for the range of every member
-    cells = tuple(min(along) for along in zip(*(s.neighbors.cells for s in systems), strict=True))
-    lists = []
-    for s in systems:
-        # with open boundaries the grid covers the enclosing cell of the list so far
-        lattice = cast(jax.Array, s.neighbors.reference_box if s.box is None else s.box)
-        lists.append(
-            neighbors.fitted(s.positions, s.box, lattice, pair_lengths(s), float(s.range), cells)
-        )
+    ranges = [float(s.range) for s in systems]
+    lattices = [
+        neighbors.lattice_of(s.positions, s.box, range_, s.periodic)
+        for s, range_ in zip(systems, ranges, strict=True)
+    ]
+    grid = neighbors.common_grid(systems[0].n, lattices, ranges, systems[0].neighbors.grid.periodic)
+    lists = [
+        neighbors.fitted(s.positions, lattice, pair_lengths(s), range_, grid)
+        for s, lattice, range_ in zip(systems, lattices, ranges, strict=True)
+    ]
     capacity = max(x.rows.shape[0] for x in lists)
-    run_capacity = max(x.run_capacity for x in lists)
+    grid = grid._replace(run_capacity=max(x.grid.run_capacity for x in lists))
     return [
-        s.replace(neighbors=dataclasses.replace(x.resized(capacity), run_capacity=run_capacity))
+        s.replace(neighbors=dataclasses.replace(x.resized(capacity), grid=grid))
         for s, x in zip(systems, lists, strict=True)
     ]
 

@@ -1,7 +1,7 @@
 """Neighbor lists: for each particle, the particles that it can interact with.
 
-A search over grid cells builds the list. A test of the list's completeness makes sure that no pair
-is lost unnoticed.
+A search over grid cells, in :mod:`mdsens.model.neighbor_search`, builds the list. A test of the
+list's completeness makes sure that no pair is lost unnoticed.
 
 The array ``rows`` of a list has in column i the particles j that were nearer to particle i than
 l_ij + skin when the list was built; l_ij is the distance beyond which the potential of the pair is
@@ -16,16 +16,18 @@ contains all interacting pairs if
 l_ij are unchanged; otherwise the list is rebuilt. The list has a fixed capacity. If the neighbors
 do not fit in, the list is marked as ``overflowed``: a larger list is then allocated outside of
 compiled code, while compiled code only reports the overflow.
+
+Where every height of the cell is at least twice the range, a pair is that of the nearest images of
+its two particles. In a smaller cell a particle can meet several images of another particle, and its
+own images. The array ``images`` then tells which image of each neighbor is meant, relative to the
+positions as they are stored: a particle that leaves the cell takes its pairs along.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import itertools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,23 +36,31 @@ from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from mdsens._util.errors import InputError
-from mdsens._util.lattice import (
-    BALL_OF_UNIT_DIAMETER,
-    components,
-    heights,
-    inverse,
-    nearest_images,
-)
+from mdsens._util.lattice import BALL_OF_UNIT_DIAMETER, heights, inverse
+from mdsens._util.memory import require_memory
 from mdsens._util.portable import Portable
 from mdsens._util.precision import full_precision
+from mdsens.model.neighbor_search import (
+    FARTHEST,
+    Grid,
+    Lengths,
+    fullest_run,
+    search,
+    search_cell,
+    with_images,
+)
+from mdsens.potentials.base import Pairs
 
 __all__ = [
+    "Grid",
     "Lengths",
     "Neighbors",
     "all_pairs",
     "allocate",
+    "common_grid",
     "filled_rows",
     "fitted",
+    "lattice_of",
     "no_pairs",
     "serves",
     "slack",
@@ -67,16 +77,8 @@ SKIN = 0.3
 # Grid cells per particle, at most. A liquid takes fewer than one; in a dilute gas more of them find
 # no more pairs and would fill memory.
 CELLS = 64
-# Candidates whose nearness is marked in the bits of one integer (uint32).
-WORD = 32
 # Round-off of a height in units of eps: it is computed by two divisions and a square root.
 ROUND_OFF = 16
-
-# (i, j) -> l_ij of particles i and j; a pytree whose leaves are the parameters that determine it
-Lengths: TypeAlias = Callable[[jax.Array, jax.Array], Any]
-
-# host code (numpy) and traced code (jax) share the functions that take these
-A = TypeVar("A", jax.Array, np.ndarray)
 
 
 @jax.tree_util.register_dataclass
@@ -96,10 +98,12 @@ class Neighbors(Portable):
         all pairs.
       skin: pairs nearer than l_ij + skin were listed when the list was built; inf for all pairs.
       overflowed: True if pairs were lost because the list was too small.
-      cells: number of cells along each cell vector of the grid by which neighbors are searched;
-        empty for a list of all pairs.
-      run_capacity: number of particles that the search allows in three grid cells that follow each
-        other along the last cell vector.
+      images: (capacity, n, d) integers t, the image of each neighbor that is meant: the vector from
+        particle i to its neighbor j is R_j - R_i + box @ t, with the positions R as they are
+        stored, inside the cell or not. A particle's own images are among its neighbors. None where
+        each pair is that of nearest images.
+      grid: the grid by which neighbors are searched, without cells for a list of all pairs; and
+        the directions in which the system is periodic.
     """
 
     rows: jax.Array
@@ -108,8 +112,8 @@ class Neighbors(Portable):
     given: tuple[jax.Array, ...] | None
     skin: jax.Array
     overflowed: jax.Array
-    cells: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
-    run_capacity: int = dataclasses.field(default=0, metadata={"static": True})
+    images: jax.Array | None = None
+    grid: Grid = dataclasses.field(default=Grid(), metadata={"static": True})
 
     @property
     def complete(self) -> bool:
@@ -117,15 +121,32 @@ class Neighbors(Portable):
         return self.reference is None
 
     @property
-    def pairs(self) -> jax.Array:
-        """Particle indices of the pairs in the neighbor list, (2, m), each pair once.
+    def columns(self) -> Pairs:
+        """The pairs as they are listed, (capacity, n): particle i of column i with its neighbors.
+
+        Each pair is there twice. The indices i are (1, n).
+        """
+        i = jnp.arange(self.rows.shape[1], dtype=self.rows.dtype)[None]
+        return Pairs(i, self.rows, self.images)
+
+    @property
+    def pairs(self) -> Pairs:
+        """The pairs in the neighbor list, (m,), each pair once.
 
         Places that hold no pair have the index n, which is the number of particles.
         """
         n = self.rows.shape[1]
-        once = (self.rows > jnp.arange(n, dtype=self.rows.dtype)) & (self.rows < n)
-        first = jnp.broadcast_to(jnp.arange(n, dtype=self.rows.dtype), self.rows.shape)
-        return jnp.stack([jnp.where(once, first, n).ravel(), jnp.where(once, self.rows, n).ravel()])
+        i, j, images = self.columns
+        once = (j > i) & (j < n)
+        if images is not None:
+            # of a particle's own images t and -t the one whose first number but zero is positive
+            sign = jnp.zeros(j.shape, jnp.int8)
+            for a in reversed(range(images.shape[-1])):
+                sign = jnp.where(images[..., a] != 0, images[..., a], sign)
+            once = once | ((j == i) & (sign > 0))
+            images = images.reshape(-1, images.shape[-1])
+        first = jnp.where(once, jnp.broadcast_to(i, j.shape), n).ravel()
+        return Pairs(first, jnp.where(once, j, n).ravel(), images)
 
     @property
     @jax.jit
@@ -138,25 +159,32 @@ class Neighbors(Portable):
         """Return the neighbor list with ``capacity`` rows, at least as many as are in use."""
         more = max(capacity - self.rows.shape[0], 0)
         rows = jnp.pad(self.rows, ((0, more), (0, 0)), constant_values=self.rows.shape[1])
-        return dataclasses.replace(self, rows=rows[:capacity])
+        images = self.images
+        if images is not None:
+            images = jnp.pad(images, ((0, more), (0, 0), (0, 0)))[:capacity]
+        return dataclasses.replace(self, rows=rows[:capacity], images=images)
 
 
-def no_pairs(n: int, dtype: DTypeLike = float) -> Neighbors:
+def no_pairs(n: int, dtype: DTypeLike = float, periodic: tuple[bool, ...] = ()) -> Neighbors:
     """Return an empty neighbor list of n particles, for potentials without pair interactions.
 
     The list is complete as long as the range of the interactions is zero.
     """
-    return _complete_list(jnp.zeros((0, n), jnp.int32), dtype)
+    return _complete_list(jnp.zeros((0, n), jnp.int32), dtype, periodic)
 
 
-def all_pairs(n: int, dtype: DTypeLike = float) -> Neighbors:
-    """Return the list of all pairs of n particles, complete wherever the particles move."""
+def all_pairs(n: int, dtype: DTypeLike = float, periodic: tuple[bool, ...] = ()) -> Neighbors:
+    """Return the list of all pairs of n particles, complete wherever the particles move.
+
+    The pairs are those of nearest images, along the cell vectors for which ``periodic`` is True;
+    along all of them where it is empty.
+    """
     # row k is shifted by k + 1 in a circle: no row has a particle as its own neighbor
     rows = jnp.asarray((np.arange(n)[None] + np.arange(1, n)[:, None]) % max(n, 1), jnp.int32)
-    return _complete_list(rows, dtype)
+    return _complete_list(rows, dtype, periodic)
 
 
-def _complete_list(rows: jax.Array, dtype: DTypeLike) -> Neighbors:
+def _complete_list(rows: jax.Array, dtype: DTypeLike, periodic: tuple[bool, ...]) -> Neighbors:
     """Return a neighbor list, with given rows of particle indices, that never needs an update."""
     return Neighbors(
         rows=rows,
@@ -165,206 +193,14 @@ def _complete_list(rows: jax.Array, dtype: DTypeLike) -> Neighbors:
         given=None,
         skin=jnp.asarray(jnp.inf, dtype),
         overflowed=jnp.zeros((), bool),
+        grid=Grid(periodic=periodic),
     )
-
-
-@full_precision
-def _cell_of(positions: A, box: A, cells: tuple[int, ...]) -> A:
-    """Compute the index of each particle's grid cell along each of the d cell vectors, (d, n).
-
-    ``cells`` are the numbers of grid cells along the cell vectors.
-    """
-    xp: Any = positions.__array_namespace__()
-    fractional = positions @ inverse(box).T
-    fractional = fractional - xp.floor(fractional)
-    # a coordinate of -1e-17 wraps to 1.0, which is the first cell, not the last
-    return xp.stack([(fractional[:, a] * m).astype(xp.int32) % m for a, m in enumerate(cells)])
-
-
-def _fullest_run(positions: np.ndarray, box: np.ndarray, cells: tuple[int, ...]) -> int:
-    """Return the largest number of particles in three successive grid cells.
-
-    The three grid cells follow each other along the last cell vector.
-    """
-    counts = np.zeros(cells, int)
-    # counts[…] += 1 would count several particles of one cell once
-    np.add.at(counts, tuple(_cell_of(positions, box, cells)), 1)
-    if cells[-1] > 2:
-        counts = np.roll(counts, 1, axis=-1) + counts + np.roll(counts, -1, axis=-1)
-    else:  # a run is the whole line, each cell once
-        counts = np.sum(counts, axis=-1)
-    return int(np.max(counts, initial=0))
-
-
-class _Grid(NamedTuple):
-    """The particles sorted by grid cell, for a search of neighbors.
-
-    A line of grid cells is all of them along the last cell vector. A run is a grid cell with the
-    one before and the one after it in its line; the line closes on itself. The particles of a run
-    follow each other in the sorted array ``order``.
-    """
-
-    order: jax.Array  # (n,) particle indices, those of one cell together
-    where: jax.Array  # (d, n) index of each particle's cell along each cell vector
-    first: jax.Array  # (cells,) where in order the run around each cell begins
-    length: jax.Array  # (cells,) particles in the run
-    line: jax.Array  # (lines,) where in order each line of cells begins: a run wraps around in it
-    line_end: jax.Array  # (lines,) where it ends
-
-
-def _order(index: jax.Array, count: int) -> jax.Array:
-    """Return the particle indices (n,) sorted by grid cell, and by index within a grid cell.
-
-    Args:
-      index: (n,) number of each particle's grid cell.
-      count: number of grid cells.
-    """
-    n = index.shape[0]
-    wide = jax.dtypes.canonicalize_dtype(jnp.int64)
-    if count * n > jnp.iinfo(wide).max:
-        return jnp.argsort(index).astype(jnp.int32)
-    # One key of both numbers: sorting by one while carrying the other takes XLA six times as long.
-    return (jax.lax.sort(index.astype(wide) * n + jnp.arange(n, dtype=wide)) % n).astype(jnp.int32)
-
-
-def _grid(positions: jax.Array, box: jax.Array, cells: tuple[int, ...]) -> _Grid:
-    """Sort the particles by the cells of a grid, ``cells`` of them along each cell vector."""
-    where = _cell_of(positions, box, cells)
-    last = cells[-1]
-    # number of each particle's cell; neighbors along the last cell vector follow each other
-    index = where[0]
-    for along, m in zip(where[1:], cells[1:], strict=True):
-        index = index * m + along
-    order = _order(index, math.prod(cells))
-    counts = jnp.zeros(math.prod(cells), jnp.int32).at[index].add(1)
-    ends = jnp.cumsum(counts).astype(jnp.int32).reshape(-1, last)
-    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends.ravel()[:-1]]).reshape(-1, last)
-    line = starts[:, 0]
-    line_end = ends[:, -1]
-    if last > 2:  # the run of a cell is the cell before it, itself and the cell after it
-        counts = ends - starts
-        first = jnp.roll(starts, 1, axis=1)
-        length = jnp.roll(counts, 1, axis=1) + counts + jnp.roll(counts, -1, axis=1)
-    else:  # the run is the whole line
-        first = jnp.broadcast_to(line[:, None], starts.shape)
-        length = jnp.broadcast_to((line_end - line)[:, None], starts.shape)
-    return _Grid(order, where, first.ravel(), length.ravel(), line, line_end)
-
-
-@functools.partial(jax.jit, static_argnames=("cells", "run_capacity", "capacity"))
-def _search(
-    positions: jax.Array,
-    box: jax.Array,
-    lengths: Lengths,
-    skin: jax.Array,
-    cells: tuple[int, ...],
-    run_capacity: int,
-    capacity: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Find all pairs nearer than l_ij + skin, where the pair energy of i and j is zero beyond l_ij.
-
-    The particles in nearby grid cells are candidates. First the candidates that are near enough are
-    marked, by one bit for each. Then the marks are taken off one at a time, and the marked
-    particles written as rows of particle indices.
-
-    Returns:
-      (rows of particle indices (capacity, n), the most neighbors of one particle, the most
-      particles in three successive grid cells). Pairs are lost where the second number exceeds
-      ``capacity`` or the third ``run_capacity``.
-    """
-    n = positions.shape[0]
-    words = -(-run_capacity // WORD)  # integers that hold one mark per candidate, rounded up
-    grid = _grid(positions, box, cells)
-    x = components(positions)
-    images = nearest_images(box)
-    sorted_x = components(positions[grid.order])
-    particles = jnp.arange(n, dtype=jnp.int32)
-    longest = jnp.max(grid.length)
-
-    def place(line: jax.Array, k: jax.Array) -> jax.Array:
-        """Find the k-th candidate neighbor of each particle in a line of grid cells.
-
-        The result (n,) gives its place in the array of particles sorted by grid cell.
-        """
-        first = grid.first[line * cells[-1] + grid.where[-1]]
-        end = grid.line_end[line]
-        index = first + k
-        # a run that reaches the end of its line goes on at the line's beginning
-        wrapped = jnp.where(index >= end, index - (end - grid.line[line]), index)
-        # in range also where k is beyond the run: ``mark`` leaves such a candidate out
-        return jnp.minimum(wrapped, n - 1)
-
-    def search_line(offset: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Mark the particles near each particle in one line of grid cells.
-
-        The line is at ``offset`` from the particle's own line of grid cells.
-
-        Returns:
-          (number of the line for each particle (n,), marks as integers (words, n)). Each bit of the
-          integers in column i is the mark of one candidate neighbor of particle i.
-        """
-        line = jnp.zeros(n, jnp.int32)
-        # offsets are along all cell vectors but the last, along which the line runs
-        for along, by, m in zip(grid.where, offset, cells, strict=False):
-            line = line * m + jnp.mod(along + by, m)
-        length = grid.length[line * cells[-1] + grid.where[-1]]
-
-        def mark(k: jax.Array, marks: jax.Array) -> jax.Array:
-            """Set a bit for the k-th candidate neighbor j of each particle i, if it is near enough.
-
-            It is near enough below the distance l_ij + skin, where l_ij is the distance beyond
-            which the pair energy is zero.
-            """
-            index = place(line, k)
-            apart = images(tuple(c - s[index] for c, s in zip(x, sorted_x, strict=True)))
-            j = grid.order[index]
-            near = (
-                (sum(v * v for v in apart) < (lengths(particles, j) + skin) ** 2)
-                & (k < length)
-                & (j != particles)
-            )
-            bit = jnp.where(near, jnp.uint32(1) << (k % WORD).astype(jnp.uint32), jnp.uint32(0))
-            return jnp.where(jnp.arange(words)[:, None] == k // WORD, marks | bit, marks)
-
-        none = jnp.zeros((words, n), jnp.uint32)
-        return line, jax.lax.fori_loop(0, jnp.minimum(longest, run_capacity), mark, none)
-
-    # neighboring lines; of one or two along a cell vector each is visited once
-    sides = [(0,) if m == 1 else (0, 1) if m == 2 else (-1, 0, 1) for m in cells[:-1]]
-    offsets = jnp.asarray(list(itertools.product(*sides)), jnp.int32)
-    lines, marks = jax.lax.map(search_line, offsets)
-    # row r of the result belongs to the line r // words and is its word r % words
-    marks = marks.reshape(-1, n)
-    most = jnp.max(jnp.sum(jax.lax.population_count(marks), axis=0), initial=0).astype(jnp.int32)
-    numbers = jnp.arange(marks.shape[0], dtype=jnp.int32)[:, None]
-
-    def take(r: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """Write row r of the neighbor list: one marked neighbor of each particle.
-
-        It is the first neighbor whose mark is left, and this mark is removed.
-        """
-        rows, marks = carry
-        which = jnp.argmax(marks != 0, axis=0).astype(jnp.int32)  # the first word with a mark left
-        word = jnp.max(jnp.where(numbers == which, marks, 0), axis=0)
-        # word & -word is its lowest bit alone, whose position is the number of bits below it
-        k = jax.lax.population_count((word & -word) - 1).astype(jnp.int32) + which % words * WORD
-        line = jnp.max(jnp.where(numbers[: len(lines)] == which // words, lines, 0), axis=0)
-        j = grid.order[place(line, k)]
-        rows = rows.at[r].set(jnp.where(word != 0, j, n))
-        return rows, jnp.where(numbers == which, word & (word - 1), marks)  # without that bit
-
-    rows = jnp.full((capacity, n), n, jnp.int32)
-    # a list cut down to its filled rows has none where every particle is alone: nothing to write
-    if capacity:
-        rows, _ = jax.lax.fori_loop(0, jnp.minimum(most, capacity), take, (rows, marks))
-    return rows, most, longest
 
 
 def _skin(
     range_: float | jax.Array,
     lattice: jax.Array | np.ndarray,
-    cells: tuple[int, ...],
-    periodic: bool,
+    grid: Grid,
     share: ArrayLike = SKIN,
 ) -> jax.Array:
     """Compute the skin of a neighbor list: the requested one, or less if the cell is too small.
@@ -374,29 +210,40 @@ def _skin(
 
     Args:
       range_: the largest distance at which two particles interact.
-      lattice: (d, d) the cell that the grid divides.
-      cells: number of grid cells along each cell vector.
-      periodic: True if the cell is periodic, False if it encloses a system with open boundaries.
+      lattice: (d, d) the cell, see ``_lattice``.
+      grid: the grid, and the images that are searched.
       share: the requested skin, as a fraction of the range.
     """
     xp: Any = lattice.__array_namespace__()
+    cell = search_cell(lattice, grid.reach)
     # along a vector with one or two grid cells all are searched: its whole height bounds the skin
-    sides = heights(lattice) / np.asarray([m if m > 2 else 1 for m in cells], lattice.dtype)
+    sides = heights(cell) / np.asarray([m if m > 2 else 1 for m in grid.cells], lattice.dtype)
     # A side that was divided so as to be the range may come out smaller than it by round-off.
     above = 1.0 + 8.0 * float(np.finfo(lattice.dtype).eps)
     skin = xp.minimum(share * range_, xp.min(sides) * above - range_)
-    # nearest images are found by rounding, which is right up to half of the smallest height
-    return xp.minimum(skin, 0.4999 * xp.min(heights(lattice)) - range_) if periodic else skin
+    return xp.minimum(skin, xp.min(heights(lattice) * _farthest(grid)) - range_)
+
+
+def _farthest(grid: Grid) -> np.ndarray:
+    """Return the largest distance (d,) of pairs that a search finds, in heights of the cell.
+
+    Along each cell vector m images to either side reach m heights. The nearest image alone is found
+    by rounding, which is right up to half of a height. It is inf where there are no images.
+    """
+    reach = np.asarray(grid.reach or (0,), float)
+    farthest = np.where(reach > 0, reach, 0.4999)
+    return np.where(np.asarray(grid.periodic or (True,)), farthest, np.inf)
 
 
 def _lattice(neighbors: Neighbors, box: jax.Array | None) -> jax.Array:
-    """Return the cell (d, d) that the grid of the neighbor search divides.
-
-    It is the periodic box, or for open boundaries the cell that encloses the system.
-    """
-    # Open boundaries keep the enclosing cell they have: its images only add candidates, which lie
-    # beyond the range in open space.
-    return neighbors.reference_box if box is None else box  # type: ignore[return-value]
+    """Return the periodic cell (d, d), whose open sides are replaced by sides around the system."""
+    # Open sides stay as they are: their images only add candidates, which lie beyond the range in
+    # open space.
+    enclosing: Any = neighbors.reference_box
+    if box is None:
+        return enclosing
+    periodic = neighbors.grid.periodic
+    return jnp.where(np.asarray(periodic), box, enclosing) if not all(periodic) else box
 
 
 @full_precision
@@ -453,16 +300,31 @@ def _still_complete(
     return complete
 
 
-def _too_small(range_: float | jax.Array, box: np.ndarray | jax.Array | None, times: float) -> Any:
-    """Return whether a cell's smallest height is less than twice the interaction range.
+def _too_small(
+    range_: float | jax.Array, box: np.ndarray | jax.Array | None, grid: Grid, times: float
+) -> Any:
+    """Return whether a cell is too small for pairs to be those of nearest images.
 
-    ``times`` is the tolerance in units of the round-off of a height. Compiled code rounds
-    differently from other code and needs a larger tolerance: if it refused a cell of just twice the
-    range that other code accepts, it would ask for a larger list forever.
+    It is if, along a cell vector whose images are not searched, the cell's height is less than
+    twice the interaction range.
+
+    Args:
+      range_: the largest distance at which two particles interact.
+      box: the cell; None for open boundaries.
+      grid: the directions in which the system is periodic, and the images that are searched.
+      times: the tolerance in units of the round-off of a height. Compiled code rounds differently
+        from other code and needs a larger tolerance: if it refused a cell of just twice the range
+        that other code accepts, it would ask for a larger list forever.
     """
     if box is None:
         return jnp.zeros((), bool)
-    least = heights(box).min() * (1.0 + times * ROUND_OFF * np.finfo(box.dtype).eps)
+    nearest = [not m for m in grid.reach] if grid.reach else [True] * len(box)
+    if grid.periodic:
+        nearest = [a and b for a, b in zip(nearest, grid.periodic, strict=True)]
+    if not any(nearest):
+        return jnp.zeros((), bool)
+    least = heights(box)[np.asarray(nearest)].min()
+    least = least * (1.0 + times * ROUND_OFF * np.finfo(box.dtype).eps)
     return ~(2.0 * range_ <= least)  # not >, so that NaN counts as too small
 
 
@@ -477,7 +339,8 @@ def serves(
     """Return whether a neighbor list contains every pair that interacts at ``positions``."""
     if neighbors.complete:
         # at a range of zero ``allocate`` makes a list without pairs instead
-        return (range_ > 0) & ~_too_small(range_, box, 2.0) & ~_lacks_pairs(neighbors, range_)
+        fits = ~_too_small(range_, box, neighbors.grid, 2.0)
+        return (range_ > 0) & fits & ~_lacks_pairs(neighbors, range_)
     return ~neighbors.overflowed & _still_complete(neighbors, positions, box, lengths, range_)
 
 
@@ -517,7 +380,8 @@ def update(
       anew: True to rebuild even a list that is still complete.
     """
     positions, box, lengths, range_ = jax.lax.stop_gradient((positions, box, lengths, range_))
-    too_small = _too_small(range_, box, 2.0)
+    grid = neighbors.grid
+    too_small = _too_small(range_, box, grid, 2.0)
     if neighbors.complete:
         lost = too_small | _lacks_pairs(neighbors, range_)
         marked = dataclasses.replace(neighbors, overflowed=neighbors.overflowed | lost)
@@ -526,14 +390,14 @@ def update(
 
     def rebuild(old: Neighbors) -> Neighbors:
         capacity = old.rows.shape[0]
-        skin_now = _skin(range_, lattice, old.cells, box is not None, skin)
-        rows, most, fullest = _search(
-            positions, lattice, lengths, skin_now, old.cells, old.run_capacity, capacity
-        )
-        lost = (most > capacity) | (fullest > old.run_capacity) | (skin_now < 0) | too_small
+        skin_now = _skin(range_, lattice, grid, skin)
+        found = search(positions, lattice, lengths, skin_now, grid, capacity)
+        lost = (found.most > capacity) | (found.longest > grid.run_capacity) | found.far
+        lost = lost | (skin_now < 0) | too_small
         return dataclasses.replace(
             old,
-            rows=rows,
+            rows=found.rows,
+            images=found.images,
             reference=positions,
             reference_box=lattice,
             given=tuple(jax.tree.leaves(lengths)),
@@ -552,6 +416,7 @@ def allocate(
     range_: float,
     room: float = 1.25,
     like: Neighbors | None = None,
+    periodic: tuple[bool, ...] = (),
 ) -> Neighbors:
     """Build a new neighbor list for the particles at ``positions``.
 
@@ -567,26 +432,64 @@ def allocate(
       room: capacity of the list as a multiple of what the positions need.
       like: an earlier list or None; the new list gets at least the capacity of the earlier one, so
         that compiled code can be used again.
+      periodic: for each cell vector whether the system is periodic along it; empty where it is
+        periodic along all of them, or where ``box`` is None.
     """
     n = positions.shape[0]
     dtype = positions.dtype
     _check_range(range_, box)
     if range_ == 0.0:
-        return no_pairs(n, dtype)
+        return no_pairs(n, dtype, periodic)
+    along = (False,) * positions.shape[1] if box is None else periodic
+    grid = Grid(periodic=along)
     reach = (1.0 + SKIN) * range_
-    if n <= ALL_PAIRS_BELOW or not math.isfinite(reach):
-        return all_pairs(n, dtype)
-    lattice = _enclosing(positions, reach) if box is None else box
+    # once the round-off, where compiled code allows twice: it must not refuse what passes here
+    small = bool(_too_small(range_, None if box is None else np.asarray(box), grid, 1.0))
+    if not small and (n <= ALL_PAIRS_BELOW or not math.isfinite(reach)):
+        return all_pairs(n, dtype, along)
+    lattice = lattice_of(positions, box, range_, along)
     sides = np.asarray(lattice)
-    cells = _cells(heights(sides), reach, n)
+    grid = grid._replace(cells=_cells(heights(sides), reach, n))
     # a cell hardly larger than twice the range leaves a skin of under 2 % of the range
-    if not float(_skin(range_, sides, cells, box is not None)) > 0.02 * range_:
-        return all_pairs(n, dtype)
-    return fitted(positions, box, lattice, lengths, range_, cells, room, like)
+    if small or not float(_skin(range_, sides, grid)) > 0.02 * range_:
+        grid = grid._replace(reach=_images_within(heights(sides), reach, along))
+        _check_images(positions, sides, grid, reach)
+        grid = grid._replace(cells=_cells(heights(search_cell(sides, grid.reach)), reach, n))
+    return fitted(positions, lattice, lengths, range_, grid, room, like)
+
+
+def common_grid(
+    n: int, lattices: list[jax.Array], ranges: list[float], periodic: tuple[bool, ...]
+) -> Grid:
+    """Return a grid for the neighbor search of several systems of n particles each.
+
+    It is the coarsest, whose grid cells are wide enough for each system, and has as many images as
+    any of them needs. This function cannot run in compiled code.
+
+    Args:
+      n: number of particles of one system.
+      lattices: (d, d) the cell of each system, from :func:`lattice_of`.
+      ranges: the interaction range of each system.
+      periodic: for each cell vector whether the systems are periodic along it.
+    """
+    sides = [np.asarray(lattice) for lattice in lattices]
+    reaches = [(1.0 + SKIN) * range_ for range_ in ranges]
+    grid = Grid(periodic=periodic)
+    small = [_too_small(r, s, grid, 1.0) for r, s in zip(ranges, sides, strict=True)]
+    if any(small):
+        images = [
+            _images_within(heights(s), r, periodic) for s, r in zip(sides, reaches, strict=True)
+        ]
+        grid = grid._replace(reach=tuple(int(m) for m in np.max(images, axis=0)))
+    cells = [
+        _cells(heights(search_cell(s, grid.reach)), r, n)
+        for s, r in zip(sides, reaches, strict=True)
+    ]
+    return grid._replace(cells=tuple(int(m) for m in np.min(cells, axis=0)))
 
 
 def _check_range(range_: float, box: jax.Array | None) -> None:
-    """Raise InputError if the interaction range is NaN, or above half the cell's smallest height.
+    """Raise InputError if the interaction range is NaN, or infinite in a periodic cell.
 
     ``box`` is the cell; None for open boundaries, which allow any range.
     """
@@ -595,20 +498,58 @@ def _check_range(range_: float, box: jax.Array | None) -> None:
             f"the range of the interactions is {range_}: correct the function of the cutoff, or"
             " the parameters."
         )
-    if box is not None and math.isfinite(range_):
-        cell = np.asarray(box)
-        smallest = float(np.min(heights(cell)))
-        # once the round-off, where compiled code allows twice: it must not refuse what passes here
-        if _too_small(range_, cell, 1.0):
-            raise InputError(
-                f"the smallest height of `box` is {smallest:.6g}, less than twice the interaction"
-                f" range {range_:.6g}, so that a particle would meet two images of another: repeat"
-                " the cell, or shorten the cutoff."
-            )
-    elif box is not None and range_ > 0:
+    if box is not None and not math.isfinite(range_) and range_ > 0:
         raise InputError(
             "a potential without a cutoff needs open boundaries: give the potential a cutoff, or"
             " give box=None."
+        )
+
+
+def _images_within(across: np.ndarray, reach: float, periodic: tuple[bool, ...]) -> tuple[int, ...]:
+    """Return how many images to either side a particle can meet along each cell vector.
+
+    The number is 0 where the nearest image is enough, and where the system is not periodic.
+
+    Args:
+      across: (d,) heights of the cell, the distances between opposite faces.
+      reach: the interaction range with the skin.
+      periodic: as in :func:`allocate`.
+    """
+    # the factor keeps a cell of just twice the reach from a skin that is cut short, see ``_skin``
+    counts = np.where(2.0 * reach < 0.999 * across, 0, np.ceil(reach / across)).astype(int)
+    return tuple(int(m) for m in counts * np.asarray(periodic or (True,)))
+
+
+def _check_images(positions: jax.Array, sides: np.ndarray, grid: Grid, reach: float) -> None:
+    """Raise an error if the images within the range are too many, or too far from each other.
+
+    Args:
+      positions: (n, d) positions of the particles.
+      sides: (d, d) the cell.
+      grid: the images to be searched.
+      reach: the interaction range with the skin.
+
+    Raises:
+      TooLargeError: the list of neighbors would not fit in memory.
+      InputError: two particles are stored more than 127 cells apart.
+    """
+    n, d = positions.shape
+    images = float(np.prod([2.0 * m + 1.0 for m in grid.reach]))
+    ball = BALL_OF_UNIT_DIAMETER[d] * (2.0 * reach) ** d
+    listed = min(n * ball / abs(float(np.linalg.det(sides))), n * images)
+    # of each image d coordinates, its grid cell and its place in the order; of each neighbor a
+    # vector, a mark and an index, twice over while the list is made
+    entries = int(n * images * (d + 4) + 2.0 * n * listed * (d + 2))
+    what = f"a list of about {listed:,.0f} neighbors for each of {n:,} particles"
+    remedy = f"shorten the cutoff; with the skin of the list it is {reach:.6g}."
+    require_memory(entries, positions.dtype.itemsize, what, remedy)
+    spread = np.ptp(np.asarray(positions) @ inverse(sides).T, axis=0)
+    farthest = float(np.max(spread * np.asarray(grid.periodic or (True,)), initial=0.0))
+    if farthest + max(grid.reach) + 1 > FARTHEST:
+        raise InputError(
+            f"`positions` are stored up to {farthest:,.0f} cells apart, more than the"
+            f" {FARTHEST - max(grid.reach) - 1} that are possible in a cell smaller than twice the"
+            " range: wrap the positions into the cell."
         )
 
 
@@ -632,67 +573,87 @@ def _cells(across: np.ndarray, reach: float, n: int) -> tuple[int, ...]:
 
 def fitted(
     positions: jax.Array,
-    box: jax.Array | None,
     lattice: jax.Array,
     lengths: Lengths,
     range_: float,
-    cells: tuple[int, ...],
+    grid: Grid,
     room: float = 1.25,
     like: Neighbors | None = None,
 ) -> Neighbors:
-    """Build a new neighbor list by a search on a given grid of cells.
+    """Build a new neighbor list by a search on a grid whose cells are prescribed.
 
     The capacity of the list is what the positions need. This function cannot run in compiled code.
 
     Args:
-      positions, box, lengths, range_, room: as in :func:`allocate`.
-      lattice: (d, d) the cell that the grid divides; for open boundaries, a cell that encloses the
-        system.
-      cells: number of grid cells along each cell vector.
+      positions, lengths, range_, room: as in :func:`allocate`.
+      lattice: (d, d) the cell; its open sides are those of a cell that encloses the system.
+      grid: the grid; its run capacity is that of the result at least.
       like: an earlier list or None; the new list gets at least the capacity of the earlier one.
     """
     n, d = positions.shape
     sides = np.asarray(lattice)
-    skin = jnp.asarray(_skin(range_, sides, cells, box is not None), positions.dtype)
-    run_capacity = min(_eights(room * _fullest_run(np.asarray(positions), sides, cells)), n)
-    if like is not None and like.cells == cells:
-        run_capacity = max(run_capacity, like.run_capacity)
+    skin = jnp.asarray(_skin(range_, sides, grid), positions.dtype)
+    everyone = with_images(np.asarray(positions), sides, grid)
+    fullest = fullest_run(everyone, search_cell(sides, grid.reach), grid.cells)
+    run_capacity = max(min(_eights(room * fullest), len(everyone)), grid.run_capacity)
+    if like is not None and like.grid._replace(run_capacity=grid.run_capacity) == grid:
+        run_capacity = max(run_capacity, like.grid.run_capacity)
+    grid = grid._replace(run_capacity=run_capacity)
     # first guess of the rows: neighbors at the mean density, and three standard deviations more
     ball = BALL_OF_UNIT_DIAMETER[d] * (2.0 * (range_ + float(skin))) ** d
-    mean = n * min(1.0, ball / abs(float(np.linalg.det(sides))))
+    share = ball / abs(float(np.linalg.det(sides)))
+    mean = n * (share if grid.reach else min(1.0, share))
     guess = _eights(mean + 3.0 * math.sqrt(mean))
     while True:
         # the runs fit, as they have been counted: the rows alone may be too few
-        rows, most, _ = _search(positions, lattice, lengths, skin, cells, run_capacity, guess)
-        if int(most) <= guess:
+        found = search(positions, lattice, lengths, skin, grid, guess)
+        most = int(found.most)
+        if most <= guess:
             break
-        guess = _eights(room * int(most))
+        guess = _eights(room * most)
     # A few rows even where no two particles are near, so that the first pair that comes near fits.
-    capacity = min(_eights(max(room * int(most), 1.0)), n - 1)
+    capacity = _eights(max(room * most, 1.0))
+    if not grid.reach:
+        capacity = min(capacity, n - 1)
     if like is not None and not like.complete:
         capacity = max(capacity, like.rows.shape[0])
     neighbors = Neighbors(
-        rows=rows,
+        rows=found.rows,
         reference=positions,
         reference_box=lattice,
         given=tuple(jax.tree.leaves(lengths)),
         skin=skin,
         overflowed=jnp.zeros((), bool),
-        cells=cells,
-        run_capacity=run_capacity,
+        images=found.images,
+        grid=grid,
     )
     return neighbors.resized(capacity)
 
 
-def _enclosing(positions: jax.Array, reach: float) -> jax.Array:
-    """Return a rectangular cell (d, d) that encloses a system with open boundaries.
+def lattice_of(
+    positions: jax.Array, box: jax.Array | None, range_: float, periodic: tuple[bool, ...]
+) -> jax.Array:
+    """Return the cell (d, d) for a search, whose open sides enclose the system.
 
-    Each side is 1.5 (extent of the particles + 2 ``reach``), so that the system may expand, and at
-    least 3 ``reach``, so that the grid of the neighbor search has at least three cells along each
-    side. ``reach`` is the interaction range plus the skin.
+    Each open side is 1.5 (extent of the particles + 2 l), so that the system may expand, and at
+    least 3 l, so that the grid of the neighbor search has at least three cells along each open
+    side. l is the interaction range plus the skin. This function cannot run in compiled code.
+
+    Args:
+      positions: (n, d) positions of the particles.
+      box: the cell, whose open sides are unit vectors normal to the others; None for open
+        boundaries.
+      range_: the interaction range.
+      periodic: as in :func:`allocate`.
     """
-    span = np.ptp(np.asarray(positions), axis=0) + 2.0 * reach
-    return jnp.diag(jnp.asarray(np.maximum(1.5 * span, 3.0 * reach), positions.dtype))
+    reach = (1.0 + SKIN) * range_
+    if box is not None and all(periodic):
+        return box
+    directions = np.eye(positions.shape[1]) if box is None else np.asarray(box)
+    span = np.ptp(np.asarray(positions) @ directions, axis=0) + 2.0 * reach
+    sides = np.maximum(1.5 * span, 3.0 * reach)
+    lattice = directions * np.where(np.asarray(periodic), 1.0, sides)
+    return jnp.asarray(lattice, positions.dtype)
 
 
 def _eights(count: float) -> int:
@@ -715,4 +676,7 @@ def filled_rows(listed: Neighbors) -> Neighbors:
     fewer = 4 * math.ceil(used / 4)
     if fewer >= rows.shape[-2]:
         return listed
-    return dataclasses.replace(listed, rows=rows[..., :fewer, :])
+    images = listed.images
+    if images is not None:
+        images = np.asarray(images)[..., :fewer, :, :]
+    return dataclasses.replace(listed, rows=rows[..., :fewer, :], images=images)

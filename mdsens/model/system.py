@@ -7,7 +7,7 @@ parameters and a strain.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,24 +17,35 @@ from numpy.typing import ArrayLike
 
 from mdsens._util.environment import require_sound_jax
 from mdsens._util.errors import InputError
-from mdsens._util.lattice import heights, nearest_image
+from mdsens._util.lattice import (
+    Components,
+    Images,
+    components,
+    heights,
+    nearest_image,
+    nearest_images,
+)
 from mdsens._util.portable import Portable
 from mdsens._util.precision import full_precision
 from mdsens._util.tables import Shown
 from mdsens._util.validation import real_array, require_host, short
 from mdsens.constraints import Constraint, check_constraints
 from mdsens.model import neighbors
-from mdsens.model.box import BoxFunction, BoxRule, box_rule, described
+from mdsens.model.box import BoxFunction, BoxRule, box_rule, described, periodic_axes
 from mdsens.model.neighbors import Neighbors
-from mdsens.potentials.base import PairTerm, Potential, check_params
+from mdsens.potentials.base import Pairs, PairTerm, Potential, check_params
 from mdsens.potentials.parameters import Parameter
 
 __all__ = [
     "System",
     "box_at",
+    "crossing_terms",
     "diameters_at",
+    "displacement_in",
     "energy_of",
+    "images_of",
     "listed",
+    "neighbor_vectors",
     "pair_distances",
     "pair_lengths",
     "pair_terms",
@@ -67,6 +78,9 @@ class System(Portable, Shown):
       constraints: constraints of :mod:`mdsens.constraints`, whose parameters are in ``params`` too.
       species_names: names of species 0, 1, …, such as chemical symbols, for printed tables and
         ``to_ase``; a single name where there are no species; empty where no names were given.
+      periodic: for each cell vector whether the system is periodic along it; all False for open
+        boundaries. Where only some are, as for a slab or a wire, the others are unit vectors normal
+        to these and to each other.
     """
 
     positions: jax.Array
@@ -78,6 +92,7 @@ class System(Portable, Shown):
     species_count: int = dataclasses.field(default=0, metadata={"static": True})
     constraints: tuple[Constraint, ...] = ()
     species_names: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
+    periodic: tuple[bool, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     _title = "System"  # heading of the printed table
 
@@ -126,7 +141,7 @@ class System(Portable, Shown):
         # boxes of a batch may differ, and each rule expects the arrays of a single system
         first = self if self.batch is None else jax.tree.map(lambda leaf: leaf[0], self)
         of_first = "" if self.batch is None or first.box is None else "; that of the first"
-        return f"{described(first.box)}{first.boundary.follows}{of_first}"
+        return f"{described(first.box, self.periodic)}{first.boundary.follows}{of_first}"
 
     @classmethod
     def create(
@@ -138,6 +153,7 @@ class System(Portable, Shown):
         species: ArrayLike | None = None,
         *,
         constraints: Constraint | Iterable[Constraint] = (),
+        periodic: bool | Sequence[bool] = True,
     ) -> System:
         """Make a System, with its neighbor list, from input that is checked.
 
@@ -151,6 +167,10 @@ class System(Portable, Shown):
           species: (n,) the species of each particle, an integer from 0; needed where a parameter
             has one value per species.
           constraints: a constraint of :mod:`mdsens.constraints`, or several with different names.
+          periodic: for each cell vector whether the system is periodic along it, for example
+            ``(True, True, False)`` for a slab. A cell vector along which it is not may be given as
+            zeros, and becomes a unit vector normal to the others. One value stands for all cell
+            vectors; False is the same as ``box=None``.
 
         Raises:
           InputError: bad input; the message gives the field, the value and the remedy.
@@ -181,7 +201,8 @@ class System(Portable, Shown):
             count = _species_count(numbers, potential_params)
             kinds = jnp.asarray(numbers, jnp.int32)
         check_params(potential, potential_params, n, count)
-        rule = box_rule(box, dimension, coordinates.dtype)
+        along = periodic_axes(periodic, box, dimension)
+        rule = box_rule(box, dimension, coordinates.dtype, along)
         system = cls(
             positions=coordinates,
             params=values,
@@ -191,6 +212,7 @@ class System(Portable, Shown):
             neighbors=neighbors.no_pairs(n),  # until reallocate() below builds the list
             species_count=count,
             constraints=records,
+            periodic=along,
         )
         if isinstance(rule, BoxFunction):  # a function of the user: check the cell that it returns
             _check_box_function(rule, values, dimension, coordinates.dtype)
@@ -233,10 +255,16 @@ class System(Portable, Shown):
 
     @property
     def volume(self) -> jax.Array:
-        """Volume of the cell, in 2-D the area; inf for open boundaries."""
+        """Volume of the cell, in 2-D the area; inf where an axis is not periodic."""
         box = self.box
-        # abs(), since the cell vectors may be left-handed
-        return jnp.asarray(jnp.inf) if box is None else jnp.abs(jnp.linalg.det(box))
+        if box is None or not all(self.periodic):
+            return jnp.asarray(jnp.inf)
+        return jnp.abs(jnp.linalg.det(box))  # abs(), since the cell vectors may be left-handed
+
+    @property
+    def has_volume(self) -> bool:
+        """Whether the system is periodic along every axis, so that its cell has a volume."""
+        return bool(self.periodic) and all(self.periodic)
 
     @property
     def symbols(self) -> np.ndarray | None:
@@ -298,7 +326,9 @@ class System(Portable, Shown):
             return self
         # of the old capacities, so that code compiled for them can be used again
         like = old if keep else None
-        fitting = neighbors.allocate(self.positions, box, lengths, float(range_), room, like)
+        fitting = neighbors.allocate(
+            self.positions, box, lengths, float(range_), room, like, self.periodic
+        )
         return self.replace(neighbors=fitting)
 
 
@@ -393,7 +423,8 @@ def _check_reach(system: System) -> None:
     """
     if not system.constraints or system.box is None:
         return
-    smallest = float(np.min(heights(np.asarray(system.box))))
+    across = heights(np.asarray(system.box))
+    smallest = float(np.min(across, where=np.asarray(system.periodic), initial=np.inf))
     for c in system.constraints:
         reach = c.reach(system.params)
         # nearest images are right for vectors shorter than half of the smallest height
@@ -451,7 +482,8 @@ class PairLengths:
     species_count: int = dataclasses.field(metadata={"static": True})
 
     def __call__(self, i: jax.Array, j: jax.Array) -> jax.Array | float:
-        return self.potential.lengths(self.params, (i, j), self.n, self.species, self.species_count)
+        pairs = Pairs(i, j)
+        return self.potential.lengths(self.params, pairs, self.n, self.species, self.species_count)
 
 
 @jax.jit
@@ -558,18 +590,85 @@ def _deform(vectors: jax.Array, strain: jax.Array | None) -> jax.Array:
     return vectors if strain is None else vectors + vectors @ strain.T
 
 
+def images_of(system: System, box: jax.Array | None) -> Images:
+    """Return the function that maps vectors to their periodic images in a cell of the system.
+
+    The cell is ``box``, which may be another one than the system's own, such as a deformed one.
+    """
+    return nearest_images(box, system.boundary.orthogonal, system.periodic)
+
+
+def displacement_in(
+    system: System, box: jax.Array | None, strain: jax.Array | None = None
+) -> Callable[..., jax.Array]:
+    """Return the function of two points a and b (…, d) that gives a - b between nearest images.
+
+    ``box`` is the cell, and ``strain`` (d, d) deforms the vectors; None leaves them as they are.
+    """
+
+    # energies of jax-md may pass keywords to it, which have no meaning here
+    def displacement(a: jax.Array, b: jax.Array, **_: Any) -> jax.Array:
+        return _deform(nearest_image(a - b, box, system.periodic), strain)
+
+    return displacement
+
+
 def pair_distances(
-    term: PairTerm, positions: jax.Array, box: jax.Array | None, strain: jax.Array | None = None
+    system: System,
+    term: PairTerm,
+    positions: jax.Array,
+    box: jax.Array | None,
+    strain: jax.Array | None = None,
 ) -> jax.Array:
     """Compute the distance of each pair in a term of the energy; 1 where a place holds no pair.
 
-    The vector between the two particles is that between nearest images in the undeformed cell;
-    ``strain`` (d, d) then deforms this vector.
+    The vector between the two particles is that between the images that the term means, in the
+    undeformed cell; ``strain`` (d, d) then deforms this vector.
     """
-    vectors = _deform(nearest_image(positions[term.i] - positions[term.j], box), strain)
+    apart = positions[term.i] - positions[term.j]
+    vectors = _deform(nearest_image(apart, box, system.periodic, term.images), strain)
     squared = jnp.sum(vectors**2, axis=-1)
     # sqrt(0) on padding would make NaN derivatives
     return jnp.sqrt(jnp.where(term.mask, squared, 1.0))
+
+
+def neighbor_vectors(
+    system: System,
+    positions: jax.Array,
+    box: jax.Array | None,
+    strain: jax.Array | None = None,
+) -> Components:
+    """Compute the vectors from each particle to its neighbors in the list.
+
+    They are given by their components, each (capacity, n). The vectors are those in the cell
+    ``box``, deformed by ``strain`` (d, d).
+    """
+    listed = system.neighbors.columns
+    x = components(positions)
+    # in places without a neighbor any particle will do
+    j = jnp.where(listed.j < system.n, listed.j, 0)
+    shifts = None if listed.images is None else components(listed.images)
+    # from the neighbor to the particle, as images_of subtracts the shifts of R_j - R_i
+    apart = images_of(system, box)(tuple(c - c[j] for c in x), shifts)
+    if strain is None:
+        return tuple(-v for v in apart)
+    return tuple(
+        -v - sum(strain[a, b] * w for b, w in enumerate(apart)) for a, v in enumerate(apart)
+    )
+
+
+def crossing_terms(system: System, params: Params | None = None) -> tuple[PairTerm, ...]:
+    """Return terms whose lengths are the distances where a derivative of the energy jumps.
+
+    Each has the pairs of the neighbor list, every pair once.
+    """
+    return system.potential.crossing_terms(
+        system.params if params is None else params,
+        system.neighbors.pairs,
+        system.n,
+        system.species,
+        system.species_count,
+    )
 
 
 def potential_energy(
@@ -603,12 +702,14 @@ def energy_of(
     """Compute the energy of a system: given pair terms plus the potential's many-body energy."""
     total = jnp.zeros((), positions.dtype)
     for term in terms:
-        total = total + jnp.sum(term.energy(pair_distances(term, positions, box, strain)))
-
-    # energies of jax-md may pass keywords to it, which have no meaning here
-    def displacement(a: jax.Array, b: jax.Array, **_: Any) -> jax.Array:
-        return _deform(nearest_image(a - b, box), strain)
-
+        distances = pair_distances(system, term, positions, box, strain)
+        total = total + jnp.sum(term.energy(distances))
+    if system.potential.of_neighbors:
+        vectors = neighbor_vectors(system, positions, box, strain)
+        total = total + system.potential.neighbor_energy(
+            params, system.neighbors.columns, vectors, system.species, system.species_count
+        )
+    displacement = displacement_in(system, box, strain)
     return total + system.potential.many_body(
         positions, params, displacement, system.species, system.species_count
     )
@@ -629,7 +730,8 @@ def _nearest_pairs(system: System) -> list[tuple[jax.Array, jax.Array, jax.Array
     nearest = []
     for term in pair_terms(system):
         if term.i.shape[0]:  # argmin of nothing raises
-            r = jnp.where(term.mask, pair_distances(term, system.positions, system.box), jnp.inf)
+            distances = pair_distances(system, term, system.positions, system.box)
+            r = jnp.where(term.mask, distances, jnp.inf)
             k = jnp.argmin(r)
             nearest.append((r[k], term.i[k], term.j[k]))
     return nearest

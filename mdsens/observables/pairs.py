@@ -12,19 +12,17 @@ from jax.core import Tracer
 from numpy.typing import ArrayLike
 
 from mdsens._util.errors import InputError
-from mdsens._util.lattice import Components, components, heights, nearest_images
+from mdsens._util.lattice import Components, components, heights
 from mdsens._util.validation import real_array, short
 from mdsens.model import neighbors
 from mdsens.model.neighbors import Neighbors
-from mdsens.model.system import System
+from mdsens.model.system import System, images_of
+from mdsens.potentials.base import Pairs
 
-__all__ = ["pairs_within", "positive", "rise", "rows_within", "single", "summed"]
+__all__ = ["pairs_within", "positive", "rise", "list_within", "single", "summed"]
 
 # number of particles up to which an observable may sum over all pairs: a second on one core
 ALL_PAIRS = 4000
-# Smallest height of the cell, in ranges, for a list shorter than all pairs. Nearest images need 2;
-# the rest leaves room for the skin of the list.
-LISTED = 2.05
 # rows of neighbors in one chunk of a sum
 ROWS = 16
 
@@ -103,89 +101,81 @@ def pairs_within(system: System, range: float) -> Neighbors:
 
     Args:
       system: one system.
-      range: a length, at most half the smallest height of the cell.
-
-    Raises:
-      InputError: the range is too long for the cell.
+      range: a length. Beyond half the smallest height of the cell the list has several images of a
+        particle, and its own.
     """
     length = positive("range", range)
-    _check_height(single(system), length)
-    box = system.box
+    box = single(system).box
     if isinstance(system.positions, Tracer) or isinstance(box, Tracer):
         raise InputError(
             "pairs_within cannot run inside a function that jax traces (grad, jit, vmap): call it"
             " outside, and use the list in that function."
         )
-    if box is not None and system.n > ALL_PAIRS:
-        least = _smallest_height(box)
-        if LISTED * length > least:
-            raise InputError(
-                f"`range` is {length:g}, nearly half the smallest height of the cell, which is"
-                f" {least:g}: a list of this range would contain all pairs of the {system.n:,}"
-                " particles, too many to store; give a shorter range."
-            )
     range_of_pair = _Range(jnp.asarray(length, system.positions.dtype))
-    return neighbors.allocate(system.positions, box, range_of_pair, length)
-
-
-def _smallest_height(box: jax.Array) -> float:
-    """Return the smallest distance between opposite faces of a cell with the matrix (d, d)."""
-    return float(np.min(heights(np.asarray(box))))
+    return neighbors.allocate(
+        system.positions, box, range_of_pair, length, periodic=system.periodic
+    )
 
 
 def _check_height(system: System, length: float) -> None:
     """Raise InputError if the range of an observable is above half the smallest height of the cell.
 
-    Within a longer range, a particle could meet two periodic images of the same particle. A cell
-    that jax traces is not checked.
+    Within a longer range, a particle could meet two periodic images of the same particle, which
+    needs a list of images. A cell that jax traces is not checked.
     """
     box = system.box
     if box is None or isinstance(box, Tracer):
         return
-    least = _smallest_height(box)
+    across = heights(np.asarray(box))
+    least = float(np.min(across, where=np.asarray(system.periodic), initial=np.inf))
     # exactly half the height is allowed, to round-off
     if 2.0 * length > least * (1.0 + 1e-12):
         raise InputError(
             f"the observable needs pairs up to {length:g}, beyond half the smallest height of the"
-            f" cell, {least:g}, where a particle meets two images of another: give a shorter range,"
-            " or a larger cell."
+            f" cell, {least:g}, where a particle meets two images of another: give"
+            f" pairs=ms.observables.pairs_within(system, {length:g}), a list made outside of the"
+            " function that is differentiated."
         )
 
 
-def rows_within(system: System, length: float, pairs: Neighbors | None) -> jax.Array:
-    """Return an array (capacity, n) whose column i has the particles within a range of particle i.
+def list_within(system: System, length: float, pairs: Neighbors | None) -> Neighbors:
+    """Return a list of the pairs within a range.
 
-    The array may also hold particles beyond the range ``length``. Places of the array that are not
-    used hold n, the number of particles. The array is taken from the list ``pairs``. If ``pairs``
-    is None, the array is taken from the system's neighbor list if this list covers the range; else
-    the array has all pairs, provided that the system is not too large.
+    The list may also hold pairs beyond the range ``length``. It is the list ``pairs``, after a
+    check. If ``pairs`` is None, it is the system's neighbor list if this list covers the range;
+    else it has all pairs, provided that the system is not too large.
     """
-    _check_height(system, length)
     n = system.n
     listed = system.neighbors
     if pairs is not None:
-        return _check_pairs(system, length, pairs)
+        checked = _check_pairs(system, length, pairs)
+        if checked.images is None:
+            _check_height(system, length)
+        return checked
+    if listed.images is None:
+        _check_height(system, length)
     # all pairs; a list without pairs is complete, too, but has no rows
     if listed.complete and listed.rows.shape[0] == n - 1:
-        return listed.rows
+        return listed
     # Which pairs does not matter: a range that is the same number for all pairs is a float.
     reach = system.potential.lengths(
-        system.params, (listed.rows[:1], listed.rows[:1]), n, system.species, 0
+        system.params, Pairs(listed.rows[:1], listed.rows[:1]), n, system.species, 0
     )
     # a range that is a float depends on no parameter, so it is known in traced code as well
     if isinstance(reach, float) and length <= reach < np.inf and not listed.complete:
-        return listed.rows
-    if n <= ALL_PAIRS:
-        return neighbors.all_pairs(n).rows
+        return listed
+    if n <= ALL_PAIRS and listed.images is None:
+        return neighbors.all_pairs(n, periodic=system.periodic)
     raise InputError(
-        f"the system's neighbor list does not reach the distance {length:g}, and {n:,} particles"
-        f" are too many for all pairs: give pairs=ms.observables.pairs_within(system, {length:g}),"
+        f"the system's neighbor list does not reach the distance {length:g}, and a list of all"
+        f" pairs of the {n:,} particles is too long, or too short for the images in a small cell:"
+        f" give pairs=ms.observables.pairs_within(system, {length:g}),"
         " a list made outside of the function that is differentiated."
     )
 
 
-def _check_pairs(system: System, length: float, pairs: Neighbors) -> jax.Array:
-    """Check a user's list of pairs, and return its array of particle indices.
+def _check_pairs(system: System, length: float, pairs: Neighbors) -> Neighbors:
+    """Check a user's list of pairs, and return it.
 
     The list must be of this system, complete, and cover the range ``length``.
     """
@@ -200,7 +190,7 @@ def _check_pairs(system: System, length: float, pairs: Neighbors) -> jax.Array:
             " new list by ms.observables.pairs_within(system, range)."
         )
     if pairs.complete:
-        return pairs.rows
+        return pairs
     # only complete lists have no ``given``; a ``_Range`` has one array, its length
     assert pairs.given is not None
     (reach,) = pairs.given
@@ -216,10 +206,10 @@ def _check_pairs(system: System, length: float, pairs: Neighbors) -> jax.Array:
             "particles have moved by more than half the skin of the list `pairs`, which may now"
             " lack some pairs: make a new list by ms.observables.pairs_within(system, range)."
         )
-    return pairs.rows
+    return pairs
 
 
-def summed(system: System, rows: jax.Array, each: Each) -> tuple[jax.Array, ...]:
+def summed(system: System, listed: Neighbors, each: Each) -> tuple[jax.Array, ...]:
     """Sum quantities of pairs over the neighbors of each particle, or over all pairs.
 
     The sum is taken over chunks of the rows of a neighbor list. A derivative recomputes each chunk,
@@ -227,30 +217,40 @@ def summed(system: System, rows: jax.Array, each: Each) -> tuple[jax.Array, ...]
 
     Args:
       system: one system.
-      rows: (capacity, n) particle indices; column i has the neighbors j of particle i, and n in
-        places that are not used.
+      listed: the list of the pairs.
       each: function that returns the quantities of one chunk, summed over its rows. The arguments
         are the vectors R_j - R_i as a tuple of components, the distances, the indices j, and True
         for pairs, False for unused places; each array has the shape (rows of a chunk, n).
     """
     n = system.n
-    padding = -rows.shape[0] % ROWS
-    chunks = jnp.pad(rows, ((0, padding), (0, 0)), constant_values=n).reshape(-1, ROWS, n)
-    nearest = nearest_images(system.box, system.boundary.orthogonal)
+    d = system.dimension
+    rows = -(-listed.rows.shape[0] // ROWS) * ROWS  # rounded up
+    # no list is shortened here: ``resized`` adds empty rows at its end
+    padded = listed.resized(rows)
+    chunks = padded.rows.reshape(-1, ROWS, n)
+    images = padded.images
+    # a list of images has the shifts of R_j - R_i, which images_of subtracts
+    shifts = None if images is None else -images.reshape(-1, ROWS, n, d)
+    image_of = images_of(system, system.box)
     x = components(system.positions)
 
     @jax.checkpoint
-    def sum_chunk(j: jax.Array) -> tuple[jax.Array, ...]:
+    def sum_chunk(chunk: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, ...]:
+        j, shift = chunk
         real = j < n
         j = jnp.where(real, j, 0)
-        vectors = nearest(tuple(c[j] - c for c in x))
+        apart = tuple(c[j] - c for c in x)
+        vectors = image_of(apart, None if shift is None else components(shift))
         # 1 on padding, where the derivative of sqrt(0) would be NaN
         r = jnp.sqrt(jnp.where(real, sum(v * v for v in vectors), 1.0))
         return each(vectors, r, j, real)
 
-    def add(total: tuple[jax.Array, ...], j: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
-        return jax.tree.map(jnp.add, total, sum_chunk(j)), None
+    def add(
+        total: tuple[jax.Array, ...], chunk: tuple[jax.Array, jax.Array | None]
+    ) -> tuple[tuple[jax.Array, ...], None]:
+        return jax.tree.map(jnp.add, total, sum_chunk(chunk)), None
 
-    shapes = jax.eval_shape(sum_chunk, jax.ShapeDtypeStruct((ROWS, n), rows.dtype))
+    first = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), (chunks, shifts))
+    shapes = jax.eval_shape(sum_chunk, first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(add, zeros, chunks)[0]
+    return jax.lax.scan(add, zeros, (chunks, shifts))[0]

@@ -165,4 +165,4 @@ def _smooth_coordination(system: System, width: float) -> jax.Array:
         return (jnp.sum(jnp.where(real, rise(overlap), 0.0)),)
 
     # the rows contain every pair twice, which is the factor 2 of z
-    return summed(system, system.neighbors.rows, each)[0] / system.n
+    return summed(system, system.neighbors, each)[0] / system.n

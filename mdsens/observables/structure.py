@@ -15,8 +15,8 @@ from mdsens._util.lattice import Components, circular_mean, nearest_image
 from mdsens._util.precision import full_precision
 from mdsens._util.validation import is_integer, is_real, real_array, short
 from mdsens.model.neighbors import Neighbors
-from mdsens.model.system import System
-from mdsens.observables.pairs import positive, rise, rows_within, single, summed
+from mdsens.model.system import System, displacement_in
+from mdsens.observables.pairs import list_within, positive, rise, single, summed
 
 __all__ = ["bond_order", "bond_orientation", "distance_to", "distances", "radial_distribution"]
 
@@ -68,7 +68,7 @@ def distances(system: System, pairs: ArrayLike) -> jax.Array:
 def _distances(system: System, pairs: jax.Array) -> jax.Array:
     """Compute the distances of given pairs (m, 2) between nearest images, in compiled code."""
     i, j = pairs[:, 0], pairs[:, 1]
-    vectors = nearest_image(system.positions[i] - system.positions[j], system.box)
+    vectors = displacement_in(system, system.box)(system.positions[i], system.positions[j])
     return jnp.sqrt(jnp.sum(vectors**2, axis=-1))
 
 
@@ -116,12 +116,12 @@ def bond_orientation(
             f"`m` is {short(m)}: give a whole number from 1, such as 6 for triangular order."
         )
     length = positive("range", range)
-    return _bond_orientation(system, rows_within(system, length, pairs), length, int(m))
+    return _bond_orientation(system, list_within(system, length, pairs), length, int(m))
 
 
 # m is static: the loop over its binary digits, in ``_multiply_angle``, needs the number
 @functools.partial(jax.jit, static_argnames=("m",))
-def _bond_orientation(system: System, rows: jax.Array, range_: float, m: int) -> jax.Array:
+def _bond_orientation(system: System, listed: Neighbors, range_: float, m: int) -> jax.Array:
     """Compute the bond-orientational order psi_m of each particle by a sum over a neighbor list.
 
     This is the compiled part of :func:`bond_orientation`. The result (n, 2) has the real and the
@@ -139,7 +139,7 @@ def _bond_orientation(system: System, rows: jax.Array, range_: float, m: int) ->
             jnp.sum(weight * sine, axis=0),
         )
 
-    total, real_part, imaginary_part = summed(system, rows, each)
+    total, real_part, imaginary_part = summed(system, listed, each)
     # h(total) of the docstring of bond_orientation
     missing = jnp.maximum(1.0 - total, 0.0)
     divisor = total + missing**3 / 3.0
@@ -232,16 +232,16 @@ def radial_distribution(
     if radii.ndim != 1 or not radii.size or not (np.isfinite(radii) & (radii >= 0)).all():
         raise InputError(f"`r` is {short(r)}: {need}")
     smoothing = positive("width", width)
-    rows = rows_within(system, float(radii.max()) + REACH * smoothing, pairs)
+    listed = list_within(system, float(radii.max()) + REACH * smoothing, pairs)
     dtype = system.positions.dtype
     return _radial_distribution(
-        system, rows, jnp.asarray(radii, dtype), jnp.asarray(smoothing, dtype)
+        system, listed, jnp.asarray(radii, dtype), jnp.asarray(smoothing, dtype)
     )
 
 
 @jax.jit
 def _radial_distribution(
-    system: System, rows: jax.Array, radii: jax.Array, width: jax.Array
+    system: System, listed: Neighbors, radii: jax.Array, width: jax.Array
 ) -> jax.Array:
     """Compute g(r) at each radius (k,) by one sum over a neighbor list, in compiled code."""
 
@@ -257,7 +257,7 @@ def _radial_distribution(
         )
         return (jax.lax.map(at_radius, radii),)
 
-    (counts,) = summed(system, rows, each)
+    (counts,) = summed(system, listed, each)
     # the integral of S(s) G(r - s) over s from 0 on, in closed form
     inside = jax.scipy.special.ndtr(radii / width)
     edge = width**2 * gaussian(radii)
@@ -337,8 +337,8 @@ def _distance_to(system: System, target: jax.Array, share: jax.Array) -> jax.Arr
         # Images nearest to zero would separate particles where a translation carries some of them
         # past half the cell.
         # The shift only chooses images: the mean displacement itself is subtracted below.
-        shift = jax.lax.stop_gradient(circular_mean(displacement, box, share))
-        displacement = nearest_image(displacement - shift, box)
+        shift = jax.lax.stop_gradient(circular_mean(displacement, box, share, system.periodic))
+        displacement = nearest_image(displacement - shift, box, system.periodic)
     displacement = displacement - jnp.sum(share[:, None] * displacement, axis=0)
     squared = jnp.sum(share * jnp.sum(displacement**2, axis=1))
     extent = jnp.maximum(jnp.max(jnp.abs(system.positions)), jnp.max(jnp.abs(target)))

@@ -230,7 +230,8 @@ def before_after(
 
         _, made = pyplot.subplots(1, 2, figsize=(2 * COLUMN, 1.25 * COLUMN))
         axes = made[0], made[1]
-    moved = np.asarray(nearest_image(after.positions - before.positions, after.system.box))
+    displacement = after.positions - before.positions
+    moved = np.asarray(nearest_image(displacement, after.system.box, after.system.periodic))
     moved = moved - np.median(moved, axis=0)
     sensitivity_map(first, np.zeros_like(moved), axes[0], title="before")
     sensitivity_map(second, moved, axes[1], scale=scale, label=r"$|\Delta R|$", title="after")

@@ -10,19 +10,31 @@ from mdsens.potentials.electrostatics import (
     induced_dipoles,
 )
 from mdsens.potentials.embedded_atom import eam, finnis_sinclair, gupta
+from mdsens.potentials.local import (
+    EdgePotential,
+    Edges,
+    LocalPotential,
+    from_edges,
+    from_local,
+)
 from mdsens.potentials.stillinger_weber import stillinger_weber
 from mdsens.potentials.tersoff import tersoff
 
 __all__ = [
     "BondedPotential",
     "ChargeEquilibration",
+    "EdgePotential",
+    "Edges",
     "EnergyPotential",
     "InducedDipoles",
+    "LocalPotential",
     "PairPotential",
     "SumPotential",
     "charge_equilibration",
     "eam",
     "finnis_sinclair",
+    "from_edges",
+    "from_local",
     "gupta",
     "induced_dipoles",
     "stillinger_weber",

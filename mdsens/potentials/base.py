@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, Self, TypeAlias
+from typing import Any, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ import numpy as np
 from jax.core import Tracer
 
 from mdsens._util.errors import InputError, short
-from mdsens._util.lattice import nearest_image
+from mdsens._util.lattice import Components, Images, components, nearest_image
 from mdsens._util.portable import Portable
 from mdsens._util.user_functions import Traceable
 from mdsens.potentials.pair_trial import Few, Trial, check_end, check_trial, trial_of
@@ -37,6 +37,7 @@ __all__ = [
     "BondedPotential",
     "EnergyPotential",
     "FixedLengths",
+    "Pairs",
     "Potential",
     "PairPotential",
     "PairTerm",
@@ -46,10 +47,24 @@ __all__ = [
 ]
 
 Params = Mapping[str, Any]
-# two arrays of particle indices that broadcast together, padded with n
-Pairs: TypeAlias = jax.Array | tuple[jax.Array, jax.Array]
 Phi = Callable[..., jax.Array]
 Displacement = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class Pairs(NamedTuple):
+    """Pairs of particles, or places in a neighbor list.
+
+    Attributes:
+      i, j: indices of the two particles, two arrays that broadcast together; n, the number of
+        particles, in places that hold no pair.
+      images: (…, d) integers t, the image of particle j that is meant: the vector from i to it is
+        R_j - R_i + box @ t, with the positions R as they are stored; None where each pair is that
+        of nearest images.
+    """
+
+    i: jax.Array
+    j: jax.Array
+    images: jax.Array | None = None
 
 
 class PairTerm(NamedTuple):
@@ -66,6 +81,8 @@ class PairTerm(NamedTuple):
       values: the parameters of phi, each an array with a value for each pair, or a scalar.
       breakpoints: function of the values that returns the distances where a derivative of phi jumps
         or diverges.
+      images: the image of particle j that each pair means, as in :class:`Pairs`; None for the
+        nearest one.
     """
 
     i: jax.Array
@@ -74,6 +91,21 @@ class PairTerm(NamedTuple):
     phi: Phi
     values: tuple[jax.Array, ...]
     breakpoints: Callable[..., tuple[jax.Array, ...]]
+    images: jax.Array | None = None
+
+    @property
+    def shifts(self) -> Components | None:
+        """The d components of ``images``; None where the pairs are those of nearest images."""
+        return None if self.images is None else components(self.images)
+
+    def vectors(self, x: Components, images: Images) -> Components:
+        """Compute the vector R_i - R_j of each pair, from i's image of particle j to particle i.
+
+        Args:
+          x: the d components of the positions R, each (n,).
+          images: function that maps vectors to their periodic images.
+        """
+        return images(tuple(c[self.i] - c[self.j] for c in x), self.shifts)
 
     def rows(self, k: int | jax.Array) -> PairTerm:
         """Return the pairs of one chunk of a neighbor list that is divided into chunks.
@@ -82,7 +114,8 @@ class PairTerm(NamedTuple):
         """
         # A scalar parameter serves all chunks, as does i, the particle of each column.
         values = tuple(v[k] if v.ndim == 3 else v for v in self.values)
-        return self._replace(j=self.j[k], mask=self.mask[k], values=values)
+        images = None if self.images is None else self.images[k]
+        return self._replace(j=self.j[k], mask=self.mask[k], values=values, images=images)
 
     def energy(self, r: jax.Array) -> jax.Array:
         """Compute the energy of each pair at the distances r; zero where a place holds no pair."""
@@ -103,9 +136,12 @@ class Potential(Protocol):
     """The properties and methods that a :class:`~mdsens.System` needs of its potential.
 
     ``range`` returns the largest distance at which a pair interacts, ``lengths`` this distance for
-    each pair, ``terms`` the energies that are sums over pairs, ``many_body`` the rest of the
-    energy, and ``specialize`` the cheapest form of the potential that has the same energy.
-    ``check`` raises InputError if the parameters do not fit the potential.
+    each pair, ``terms`` the energies that are sums over pairs, ``neighbor_energy`` the energy that
+    is another function of the vectors to all neighbors (zero unless ``of_neighbors``),
+    ``many_body`` the rest of the energy (zero where ``listed``), and ``specialize`` the cheapest
+    form of the potential that has the same energy. ``crossing_terms`` returns the terms whose
+    ``lengths`` are the distances where a derivative of the energy jumps. ``check`` raises
+    InputError if the parameters do not fit the potential.
     """
 
     @property
@@ -118,6 +154,10 @@ class Potential(Protocol):
     def pairwise(self) -> bool: ...
     @property
     def repulsive(self) -> bool: ...
+    @property
+    def of_neighbors(self) -> bool: ...
+    @property
+    def listed(self) -> bool: ...
     def range(self, params: Params) -> jax.Array: ...
     def lengths(
         self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
@@ -125,6 +165,17 @@ class Potential(Protocol):
     def terms(
         self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
     ) -> tuple[PairTerm, ...]: ...
+    def crossing_terms(
+        self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
+    ) -> tuple[PairTerm, ...]: ...
+    def neighbor_energy(
+        self,
+        params: Params,
+        pairs: Pairs,
+        vectors: Components,
+        species: jax.Array | None,
+        count: int,
+    ) -> jax.Array: ...
     def many_body(
         self,
         positions: jax.Array,
@@ -178,7 +229,18 @@ class NamedPotential(_Addable):
 
     @property
     def pairwise(self) -> bool:
+        """Whether the energy is a sum over pairs, ``terms`` alone."""
         return True
+
+    @property
+    def of_neighbors(self) -> bool:
+        """Whether a part of the energy is a function of all neighbors of an atom together."""
+        return False
+
+    @property
+    def listed(self) -> bool:
+        """Whether the energy only depends on pairs of the neighbor list and on bonds."""
+        return self.pairwise or self.of_neighbors
 
     def renamed(self, names: Mapping[str, str]) -> Self:
         """Return the potential with some parameters renamed.
@@ -203,6 +265,32 @@ class NamedPotential(_Addable):
         self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
     ) -> tuple[PairTerm, ...]:
         return ()
+
+    def crossing_terms(
+        self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
+    ) -> tuple[PairTerm, ...]:
+        """Return terms whose ``lengths`` are the breakpoints: the pair terms, unless overridden."""
+        return self.terms(params, pairs, n, species, species_count)
+
+    def neighbor_energy(
+        self,
+        params: Params,
+        pairs: Pairs,
+        vectors: Components,
+        species: jax.Array | None,
+        count: int,
+    ) -> jax.Array:
+        """Compute the energy that is a function of all neighbors of an atom, but no sum over pairs.
+
+        Args:
+          params: the parameters by name.
+          pairs: the places of the neighbor list, (capacity, n): column i has the neighbors of
+            particle i.
+          vectors: components (capacity, n) of the vectors from each particle to its neighbors.
+          species: (n,) species of the particles; None without species.
+          count: number of species.
+        """
+        return jnp.zeros((), vectors[0].dtype)
 
     def many_body(
         self,
@@ -318,15 +406,17 @@ class PairPotential(Portable, NamedPotential):
         self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
     ) -> tuple[PairTerm, ...]:
         # on padding any index will do that exists; the mask leaves the result out
-        i, j = (jnp.where(side < n, side, 0) for side in pairs)
-        mask = (pairs[0] < n) & (pairs[1] < n)
+        i = jnp.where(pairs.i < n, pairs.i, 0)
+        j = jnp.where(pairs.j < n, pairs.j, 0)
+        mask = (pairs.i < n) & (pairs.j < n)
         values = []
         for name, mix in zip(self.names, self.mixing, strict=True):
             mixing = Traceable(f"the mixing of {name}", mix)
             value = jnp.asarray(params[name])
             values.append(of_pairs(value, i, j, species, species_count, mixing))
         points = Traceable(f"the function of breakpoints of {self.name}", self.breakpoints)
-        return (PairTerm(i, j, mask, self._traceable_phi(), tuple(values), points),)
+        phi = self._traceable_phi()
+        return (PairTerm(i, j, mask, phi, tuple(values), points, pairs.images),)
 
     def specialize(self, params: Params, differentiated: Sequence[str] = ()) -> PairPotential:
         for phi, name, value in self.cases:
@@ -425,7 +515,7 @@ def _trial(potential: PairPotential, box: jax.Array | None, few: Few, species_co
     """Evaluate a pair energy and its derivatives at a few distances, for a few of the pairs."""
     n = few.positions.shape[0]
     i, j = few.pairs
-    kinds = few.pairs, n, few.species, species_count
+    kinds = Pairs(i, j), n, few.species, species_count
     (term,) = potential.terms(few.params, *kinds)
     squared = jnp.sum(nearest_image(few.positions[i] - few.positions[j], box) ** 2, axis=-1)
     # two particles at the same point are refused elsewhere, by an error that names them
@@ -620,6 +710,14 @@ class SumPotential(_Addable):
     def repulsive(self) -> bool:
         return all(potential.repulsive for potential in self.parts)
 
+    @property
+    def of_neighbors(self) -> bool:
+        return any(potential.of_neighbors for potential in self.parts)
+
+    @property
+    def listed(self) -> bool:
+        return all(potential.listed for potential in self.parts)
+
     def range(self, params: Params) -> jax.Array:
         return jnp.max(jnp.stack([potential.range(params) for potential in self.parts]))
 
@@ -640,6 +738,28 @@ class SumPotential(_Addable):
             for potential in self.parts
             for term in potential.terms(params, pairs, n, species, species_count)
         )
+
+    def crossing_terms(
+        self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
+    ) -> tuple[PairTerm, ...]:
+        return tuple(
+            term
+            for potential in self.parts
+            for term in potential.crossing_terms(params, pairs, n, species, species_count)
+        )
+
+    def neighbor_energy(
+        self,
+        params: Params,
+        pairs: Pairs,
+        vectors: Components,
+        species: jax.Array | None,
+        count: int,
+    ) -> jax.Array:
+        total = jnp.zeros((), vectors[0].dtype)
+        for potential in self.parts:
+            total = total + potential.neighbor_energy(params, pairs, vectors, species, count)
+        return total
 
     def many_body(
         self,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,13 @@ from mdsens.potentials.base import (
     PairPotential,
     Phi,
 )
-from mdsens.potentials.parameters import Mixing, arithmetic
+from mdsens.potentials.parameters import (
+    Mixing,
+    arithmetic,
+    checked_cutoff,
+    checked_lengths,
+    checked_names,
+)
 
 __all__ = [
     "from_energy",
@@ -335,12 +341,12 @@ def from_pair(
       repulsive: True to declare that phi only repels and vanishes beyond its cutoff, so that
         rattlers are determined by counting contacts.
     """
-    names = _checked_names(parameters)
+    names = checked_names(parameters)
     _check_arguments(phi, names)
     rules = _checked_mixing(mixing, names)
     if cutoff is not None and not callable(cutoff):
-        cutoff = _checked_cutoff(cutoff)
-    points = breakpoints if callable(breakpoints) else FixedLengths(_checked_lengths(breakpoints))
+        cutoff = checked_cutoff(cutoff, "give a positive length, or None for infinite range.")
+    points = breakpoints if callable(breakpoints) else FixedLengths(checked_lengths(breakpoints))
     return PairPotential(
         name=name or getattr(phi, "__name__", "pair potential"),
         phi=phi,
@@ -351,18 +357,6 @@ def from_pair(
         above=(0.0 if positive else -np.inf,) * len(names),
         repulsive=repulsive,
     )
-
-
-def _checked_names(parameters: Iterable[str]) -> tuple[str, ...]:
-    """Check parameter names that a user gives, and return them as a tuple of strings."""
-    # A string is iterable, too: "sigma" would become five names.
-    if isinstance(parameters, str | bytes) or not np.iterable(parameters):
-        raise InputError(f"`parameters` is {short(parameters)}: give a tuple of names.")
-    names = tuple(parameters)
-    for name in names:
-        if not isinstance(name, str):
-            raise InputError(f"`parameters` contains {short(name)}: give a tuple of names.")
-    return names
 
 
 def _checked_mixing(
@@ -383,23 +377,6 @@ def _checked_mixing(
                 f"`mixing` names {key!r}, which is no parameter: use one of {', '.join(names)}."
             )
     return rules
-
-
-def _checked_cutoff(cutoff: float) -> float:
-    """Check the length of a cutoff that a user gives, and return it as a float."""
-    need = "give a positive length, or None for infinite range."
-    length = real_number("cutoff", cutoff, need)
-    if not 0 < length < np.inf:
-        raise InputError(f"`cutoff` is {length}: {need}")
-    return length
-
-
-def _checked_lengths(breakpoints: ArrayLike) -> tuple[float, ...]:
-    """Check breakpoints that a user gives, and return them as a tuple of finite lengths."""
-    array = np.asarray(real_array("breakpoints", breakpoints, "give lengths."), float)
-    if array.ndim != 1 or not np.isfinite(array).all():
-        raise InputError(f"`breakpoints` is {short(breakpoints)}: give finite lengths, in a tuple.")
-    return tuple(array.tolist())
 
 
 def _check_arguments(phi: Phi, names: tuple[str, ...]) -> None:
@@ -445,7 +422,7 @@ def from_energy(
         raise InputError(
             f"`fn` is {short(fn)}: give a function of positions, params and displacement."
         )
-    names = _checked_names(parameters)
+    names = checked_names(parameters)
     unknown = [name for name in shared if name not in names]
     if isinstance(shared, str) or unknown:
         raise InputError(

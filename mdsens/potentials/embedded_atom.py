@@ -6,7 +6,6 @@ U = sum over i of (F(rho_i) + 1/2 sum over j of phi(r_ij)),     rho_i = sum over
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 from mdsens._util.errors import InputError
 from mdsens._util.validation import check_positive, real_number
 from mdsens.potentials.catalogue import switched
+from mdsens.potentials.local import LocalPotential, from_local
 from mdsens.potentials.neighborhood import Params, distances, pair_values, root
 from mdsens.potentials.spline import FEWEST_KNOTS, spline
 
@@ -24,7 +24,7 @@ GUPTA_SHAPES = {"A": "pair", "xi": "pair", "p": "pair", "q": "pair", "r0": "pair
 FINNIS_SINCLAIR_SHAPES = dict.fromkeys(("d", "beta", "c", "c0", "c1", "c2"), "pair")
 
 
-def gupta(onset: float, cutoff: float) -> Any:
+def gupta(onset: float, cutoff: float) -> LocalPotential:
     """Make Gupta's potential, the second-moment approximation of tight binding, for metals.
 
         U = sum over i of (sum over j of A exp(-p (r_ij / r0 - 1)) S(r_ij)
@@ -52,8 +52,6 @@ def gupta(onset: float, cutoff: float) -> Any:
     Raises:
       InputError: not 0 < onset < cutoff.
     """
-    from mdsens.potentials.local import from_local
-
     energy = Gupta(onset, cutoff)
     return from_local(
         energy,
@@ -110,7 +108,7 @@ class Gupta:
         return repulsion - root(moment)
 
 
-def finnis_sinclair() -> Any:
+def finnis_sinclair() -> LocalPotential:
     """Make the potential of Finnis and Sinclair, for transition metals.
 
         U = 1/2 sum over i, j of V(r_ij) - sum over i of A sqrt(sum over j of phi(r_ij))
@@ -133,8 +131,6 @@ def finnis_sinclair() -> Any:
 
     Source: Finnis and Sinclair, Phil. Mag. A 50, 45 (1984), and the erratum, 53, 161 (1986).
     """
-    from mdsens.potentials.local import from_local
-
     return from_local(
         finnis_sinclair_energy,
         ("A", *FINNIS_SINCLAIR_SHAPES),
@@ -185,7 +181,7 @@ def finnis_sinclair_energy(
     return 0.5 * jnp.sum(repulsion) - strength * root(jnp.sum(density))
 
 
-def eam(rho_spacing: float, r_spacing: float, cutoff: float) -> Any:
+def eam(rho_spacing: float, r_spacing: float, cutoff: float) -> LocalPotential:
     """Make an embedded-atom potential of tables.
 
         U = sum over i of F_i(rho_i) + 1/2 sum over i, j of z_ij(r_ij) / r_ij
@@ -216,8 +212,6 @@ def eam(rho_spacing: float, r_spacing: float, cutoff: float) -> Any:
     Raises:
       InputError: a spacing or the cutoff is not a positive number.
     """
-    from mdsens.potentials.local import from_local
-
     energy = Tables(rho_spacing, r_spacing, cutoff)
     return from_local(energy, ("embedding", "density", "pair"), energy.cutoff, name="eam")
 

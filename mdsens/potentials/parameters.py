@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 
 from mdsens._util.errors import InputError, short
 from mdsens._util.suggestions import similar_name
+from mdsens._util.validation import real_array, real_number
 
 __all__ = [
     "Mixing",
@@ -26,6 +27,9 @@ __all__ = [
     "check_names",
     "check_pair_shape",
     "check_symmetric",
+    "checked_cutoff",
+    "checked_lengths",
+    "checked_names",
     "component",
     "of_pairs",
     "split_label",
@@ -190,6 +194,37 @@ def component(parameters: Sequence[Parameter], label: object) -> tuple[Parameter
                 f"component {label!r} is out of range: give indices of {name} from 0 to {size - 1}."
             )
     return parameter, index
+
+
+def checked_names(parameters: Iterable[str]) -> tuple[str, ...]:
+    """Check parameter names that a user gives, and return them as a tuple of strings."""
+    # A string is iterable, too: "sigma" would become five names.
+    if isinstance(parameters, str | bytes) or not np.iterable(parameters):
+        raise InputError(f"`parameters` is {short(parameters)}: give a tuple of names.")
+    names = tuple(parameters)
+    for name in names:
+        if not isinstance(name, str):
+            raise InputError(f"`parameters` contains {short(name)}: give a tuple of names.")
+    return names
+
+
+def checked_lengths(breakpoints: ArrayLike) -> tuple[float, ...]:
+    """Check breakpoints that a user gives, and return them as a tuple of finite lengths."""
+    array = np.asarray(real_array("breakpoints", breakpoints, "give lengths."), float)
+    if array.ndim != 1 or not np.isfinite(array).all():
+        raise InputError(f"`breakpoints` is {short(breakpoints)}: give finite lengths, in a tuple.")
+    return tuple(array.tolist())
+
+
+def checked_cutoff(cutoff: float, need: str) -> float:
+    """Check the length of a cutoff that a user gives, and return it as a float.
+
+    ``need`` is what to give instead, for the message.
+    """
+    length = real_number("cutoff", cutoff, need)
+    if not 0 < length < np.inf:
+        raise InputError(f"`cutoff` is {length}: {need}")
+    return float(length)
 
 
 def check_symmetric(what: str, value: ArrayLike) -> Any:

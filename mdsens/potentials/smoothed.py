@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens._util.lattice import Components
 from mdsens._util.portable import Portable
 from mdsens.potentials.base import (
     Displacement,
@@ -124,6 +125,14 @@ class SmoothedPotential(Portable):
     def repulsive(self) -> bool:
         return self.potential.repulsive
 
+    @property
+    def of_neighbors(self) -> bool:
+        return False
+
+    @property
+    def listed(self) -> bool:
+        return True
+
     def range(self, params: Params) -> jax.Array:
         return self.potential.range(params) + self.width
 
@@ -140,6 +149,21 @@ class SmoothedPotential(Portable):
         # an argument of phi rather than a constant in it, so that compiled code serves every width
         values = (*term.values, jnp.asarray(self.width))
         return (term._replace(phi=_Averaged(term.phi), values=values, breakpoints=no_breakpoints),)
+
+    def crossing_terms(
+        self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
+    ) -> tuple[PairTerm, ...]:
+        return self.terms(params, pairs, n, species, species_count)
+
+    def neighbor_energy(
+        self,
+        params: Params,
+        pairs: Pairs,
+        vectors: Components,
+        species: jax.Array | None,
+        count: int,
+    ) -> jax.Array:
+        return self.potential.neighbor_energy(params, pairs, vectors, species, count)
 
     def many_body(
         self,

@@ -57,7 +57,7 @@ class Spline(NamedTuple):
         return chord + (u * u * u - u) * bends[place] + (t * t * t - t) * bends[place + 1]
 
     def slope_at_end(self, row: jax.Array | int = 0) -> jax.Array:
-        """Compute the first derivative at the last knot, of the splines with the numbers ``row``."""
+        """Compute the first derivative at the last knot of the splines with the numbers ``row``."""
         rise = (self.values[:, -1] - self.values[:, -2]) / self.spacing
         bend = (self.curvatures[:, -2] + 2.0 * self.curvatures[:, -1]) * (self.spacing / 6.0)
         return (rise + bend)[row]

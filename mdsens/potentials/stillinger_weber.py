@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from mdsens.potentials.local import LocalPotential, from_local
 from mdsens.potentials.neighborhood import (
     Params,
     bond_values,
@@ -34,7 +35,7 @@ SHAPES = {
 _OF_BONDS = tuple(name for name, shape in SHAPES.items() if shape == "pair")
 
 
-def stillinger_weber() -> Any:
+def stillinger_weber() -> LocalPotential:
     """Make the potential of Stillinger and Weber, for silicon and other tetrahedral solids.
 
         U = sum over pairs i < j of phi2(r_ij) + sum over atoms i, neighbors j < k of phi3_ijk
@@ -66,8 +67,6 @@ def stillinger_weber() -> Any:
 
     in eV and angstroms. Source: Stillinger and Weber, Phys. Rev. B 31, 5262 (1985).
     """
-    from mdsens.potentials.local import from_local
-
     return from_local(
         atom_energy,
         tuple(SHAPES),

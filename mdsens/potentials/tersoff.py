@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mdsens._util.errors import InputError, short
 from mdsens._util.validation import is_integer
+from mdsens.potentials.local import LocalPotential, from_local
 from mdsens.potentials.neighborhood import (
     Params,
     bond_values,
@@ -44,7 +44,7 @@ _LARGEST_EXPONENT = 69.0776
 _SMALLEST_SHARE = 1e-16
 
 
-def tersoff(m: int = 3) -> Any:
+def tersoff(m: int = 3) -> LocalPotential:
     """Make Tersoff's potential, for silicon, carbon and their compounds.
 
         U = 1/2 sum over i, j != i of fC(r_ij) (A exp(-lambda1 r_ij) - b_ij B exp(-lambda2 r_ij))
@@ -85,8 +85,6 @@ def tersoff(m: int = 3) -> Any:
     Raises:
       InputError: m is neither 1 nor 3.
     """
-    from mdsens.potentials.local import from_local
-
     return from_local(
         Tersoff(m),
         tuple(SHAPES),

@@ -141,8 +141,10 @@ def _align(start: System, end: System) -> np.ndarray:
     if box is not None:
         # Without the common translation before, a translation of half the cell would bring some
         # particles to other images than their neighbors.
-        displacement = displacement - circular_mean(displacement, box, np.ones(len(first)))
-        displacement = nearest_image(displacement, box)
+        displacement = displacement - circular_mean(
+            displacement, box, np.ones(len(first)), start.periodic
+        )
+        displacement = nearest_image(displacement, box, start.periodic)
     displacement = np.asarray(displacement)
     displacement = displacement - displacement.mean(axis=0)
     if box is not None:

@@ -22,6 +22,7 @@ from mdsens.implicit.linear import Auto, Direct, Method, check_method
 from mdsens.mechanics import lagrangian
 from mdsens.mechanics.cell import Cell
 from mdsens.mechanics.contacts import Network
+from mdsens.mechanics.hessian import assembles
 from mdsens.mechanics.hessian_blocks import BlockRows
 from mdsens.mechanics.hessian_factor import ONE_SOLVE_3D, HessianFactor, factorizes
 from mdsens.mechanics.kkt_factor import KKT
@@ -314,8 +315,7 @@ def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Li
         null=null,
         solve=solve,
         structure=structure,
-        # only the Hessian of a sum over pairs is assembled
-        factor=factor if backbone.potential.pairwise else None,
+        factor=factor if assembles(backbone) else None,
         force_status=force_status,
     )
     if throw:

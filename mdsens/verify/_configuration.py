@@ -18,12 +18,23 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from mdsens._util.errors import InputError
-from mdsens._util.lattice import nearest_image
 from mdsens.mechanics.hessian import gradient
 from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model import neighbors
-from mdsens.model.system import System, pair_distances, pair_terms, potential_energy
-from mdsens.potentials.base import BondedPotential, PairPotential, Potential, SumPotential
+from mdsens.model.system import (
+    System,
+    displacement_in,
+    pair_distances,
+    pair_terms,
+    potential_energy,
+)
+from mdsens.potentials.base import (
+    BondedPotential,
+    PairPotential,
+    Pairs,
+    Potential,
+    SumPotential,
+)
 from mdsens.verify._findings import Finding
 
 __all__ = ["all_pairs", "findings", "lattice", "parts", "spread", "system_of"]
@@ -187,15 +198,15 @@ def _clearance(system: System) -> float:
     """
     gaps = []
     for term in pair_terms(system):
-        distances = pair_distances(term, system.positions, system.box)
+        distances = pair_distances(system, term, system.positions, system.box)
         gaps.append(jnp.where(term.mask, jnp.abs(term.lengths() - distances), jnp.inf))
     # Without breakpoints a gap has the shape (0, pairs), and jnp.min fails for an empty array.
     return min((float(jnp.min(gap)) for gap in gaps if gap.size), default=math.inf)
 
 
-def all_pairs(n: int) -> jax.Array:
-    """Return the indices (2, n (n - 1) / 2) of both particles of every pair of n particles."""
-    return jnp.asarray(np.stack(np.triu_indices(n, 1)), jnp.int32)
+def all_pairs(n: int) -> Pairs:
+    """Return the indices (n (n - 1) / 2,) of both particles of every pair of n particles."""
+    return Pairs(*jnp.asarray(np.stack(np.triu_indices(n, 1)), jnp.int32))
 
 
 # ── checks ──
@@ -280,11 +291,12 @@ def _range(system: System) -> Finding:
 
     The energy of the pairs in the system's own neighbor list must be the same, too.
     """
-    every_pair = neighbors.all_pairs(system.n)
+    every_pair = neighbors.all_pairs(system.n, periodic=system.periodic)
     reach = float(system.range)
     # Shape (n - 1, n): column i holds the neighbors of particle i.
     rows = every_pair.rows
-    vectors = nearest_image(system.positions[None] - system.positions[rows], system.box)
+    displacement = displacement_in(system, system.box)
+    vectors = displacement(system.positions[None], system.positions[rows])
     near = jnp.sum(vectors**2, axis=-1) < reach**2
 
     def with_rows(chosen: jax.Array) -> System:
@@ -296,7 +308,7 @@ def _range(system: System) -> Finding:
     listed = float(_energy(system))
     # The sum of absolute values: pair energies of both signs may cancel in the energy itself.
     size = sum(
-        float(jnp.sum(jnp.abs(t.energy(pair_distances(t, system.positions, system.box)))))
+        float(jnp.sum(jnp.abs(t.energy(pair_distances(system, t, system.positions, system.box)))))
         for t in pair_terms(with_rows(rows))
     )
     share = max(abs(within - every), abs(listed - every)) / (size or 1.0)
@@ -430,8 +442,8 @@ def _spacing(system: System) -> float:
         return 1.0
     positions = np.asarray(system.positions)
     if system.box is not None:
-        apart = positions[:, None] - positions[None]
-        lengths = np.linalg.norm(np.asarray(nearest_image(jnp.asarray(apart), system.box)), axis=-1)
+        apart = displacement_in(system, system.box)(positions[:, None], positions[None])
+        lengths = np.linalg.norm(np.asarray(apart), axis=-1)
         return float(np.median(np.partition(lengths, 1, axis=1)[:, 1]))  # the least is its own, 0
     distances, _ = KDTree(positions).query(positions, k=2)  # the nearest is the particle itself
     return float(np.median(distances[:, 1]))

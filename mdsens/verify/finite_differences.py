@@ -73,7 +73,7 @@ def _interacting(eq: Equilibrium) -> np.ndarray:
     for term in pair_terms(eq.system):
         i = np.asarray(term.i)
         j = np.asarray(term.j)
-        distances = np.asarray(pair_distances(term, eq.system.positions, eq.system.box))
+        distances = np.asarray(pair_distances(eq.system, term, eq.system.positions, eq.system.box))
         inside = distances[None, :] < np.asarray(term.lengths())
         kept = np.asarray(term.mask) & ~rattlers[i] & ~rattlers[j]
         # In the order of the indices: pairs of two minima are compared, whose lists may differ.

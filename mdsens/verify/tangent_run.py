@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens._util.errors import InputError
 from mdsens._util.probe import chirp
 from mdsens._util.pytree import PyTree
 from mdsens.mechanics.forces import energy_gradient
@@ -51,7 +52,13 @@ def all_pairs(system: System) -> System:
     """Return the system with a neighbor list of all pairs, which is complete after any step."""
     if system.neighbors.complete:
         return system
-    return system.replace(neighbors=neighbors.all_pairs(system.n, system.positions.dtype))
+    if system.neighbors.images is not None:
+        raise InputError(
+            "this run needs a list of all pairs, which a cell smaller than twice the range of the"
+            " interactions does not have: repeat the cell."
+        )
+    every_pair = neighbors.all_pairs(system.n, system.positions.dtype, system.periodic)
+    return system.replace(neighbors=every_pair)
 
 
 def limits_of(system: System, method: Minimizer) -> Limits:

@@ -198,11 +198,6 @@ def test_box_as_a_function_of_the_parameters():
         (0.0, r"`box` .* has no volume"),
         (np.nan, r"`box` .*nan.* has no volume: give independent, finite cell vectors"),
         ("large", r"box is 'large': give"),
-        (
-            1.5,
-            r"smallest height of `box` is 1.5, less than twice the interaction range 1, "
-            r".*repeat the cell, or shorten the cutoff",
-        ),
         (ms.PackingFraction(-0.5), r"packing fraction is -0.5: give a positive number"),
         (ms.PackingFraction(np.nan), r"packing fraction is nan: give a positive number"),
         (ms.PackingFraction(0.1, np.ones((2, 2))), r"has no volume"),

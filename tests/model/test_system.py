@@ -64,12 +64,6 @@ def places(k, value):
         ),
         (
             PLACES,
-            1.9,
-            None,
-            r"smallest height of `box` is 1.9, less than twice the interaction range 1, .*repeat",
-        ),
-        (
-            PLACES,
             3.0,
             [0, 1, 0],
             r"`species` has shape \(3,\) and type int64: give \(4,\) integers from 0",
@@ -156,7 +150,6 @@ def test_with_params_changes_some_and_leaves_the_original():
         ({"sgima": 1.0}, r"no parameter 'sgima' .*did you mean 'sigma'"),
         ({"sigma": -1.0}, r"sigma is -1.0: give a positive number"),
         ({"sigma": [1.0, 2.0, 3.0]}, r"sigma has shape \(3,\): give a scalar, \(4,\)"),
-        ({"sigma": 1.6}, r"height of `box` is 3, less than twice the interaction range 1.6"),
     ],
 )
 def test_with_params_checks_as_create_does(params, message):

@@ -1,4 +1,5 @@
-"""Store LAMMPS's energies, forces and virials for the tests: python tests/potentials/lammps_numbers.py.
+"""Store LAMMPS's energies, forces and virials for the tests:
+python tests/potentials/lammps_numbers.py
 
 The numbers are in ``lammps_numbers.json``, beside the potential files and configurations that they
 belong to. The files are written here: published parameters, and tables of simple functions.
@@ -55,7 +56,7 @@ def tables(kind: str) -> str:
     """A file of tables for two elements, or for copper in ``.eam``.
 
     All functions are polynomials of third order at most, which LAMMPS's interpolation and a spline
-    give alike, but for LAMMPS's in the two intervals at either end: the cutoff stays away from them.
+    give alike, but for LAMMPS's in the two intervals at either end, from which the cutoff keeps away.
     """
     rho = 0.25 * np.arange(240)
     r = 0.05 * np.arange(100)

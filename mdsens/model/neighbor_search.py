@@ -1,0 +1,353 @@
+"""The search of a neighbor list on a grid of cells.
+
+The particles are sorted into grid cells at least as wide as the range of the search, so that only
+those in a particle's own cell and the cells around it can be its neighbors. Where the system's cell
+is so short along a cell vector that a particle can meet several periodic images of another, or its
+own images, the images along that vector are added to the particles that are searched. The grid then
+divides a cell that contains all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mdsens._util.lattice import components, inverse, nearest_images
+from mdsens._util.precision import full_precision
+
+__all__ = ["Found", "Grid", "Lengths", "fullest_run", "search", "search_cell"]
+
+# Candidates whose nearness is marked in the bits of one integer (uint32).
+WORD = 32
+# Largest number of cell vectors, along one direction, between a particle and an image of another:
+# images are stored as int8.
+FARTHEST = 127
+
+# (i, j) -> l_ij of particles i and j; a pytree whose leaves are the parameters that determine it
+Lengths: TypeAlias = Callable[[jax.Array, jax.Array], Any]
+
+# host code (numpy) and traced code (jax) share the functions that take these
+A = TypeVar("A", jax.Array, np.ndarray)
+
+
+class Grid(NamedTuple):
+    """How neighbors are searched: the grid, and the periodic images that are searched.
+
+    Attributes:
+      cells: number of grid cells along each cell vector.
+      run_capacity: number of particles that the search allows in three grid cells that follow each
+        other along the last cell vector.
+      reach: for each cell vector the number of images to either side that are searched beside the
+        particles; 0 along a vector where the nearest image is enough. Empty where it is enough
+        along every vector; the pairs that are found are then those of nearest images.
+      periodic: for each cell vector whether the system is periodic along it; empty where it is
+        periodic along all vectors, or along none.
+    """
+
+    cells: tuple[int, ...] = ()
+    run_capacity: int = 0
+    reach: tuple[int, ...] = ()
+    periodic: tuple[bool, ...] = ()
+
+
+class Found(NamedTuple):
+    """The result of a search, (capacity, n) pairs of n particles.
+
+    Pairs are lost where ``most`` exceeds the capacity, where ``longest`` exceeds the run capacity
+    of the grid, or where ``far`` is True.
+
+    Attributes:
+      rows: (capacity, n) particle indices; column i has the neighbors of particle i, and n in
+        places that are not used.
+      images: (capacity, n, d) the image of each neighbor j, as int8: the vector from particle i to
+        it is R_j - R_i + box @ image. None for a search of nearest images.
+      most: the most neighbors of one particle.
+      longest: the most particles in three successive grid cells.
+      far: whether an image is too many cell vectors away to be stored.
+    """
+
+    rows: jax.Array
+    images: jax.Array | None
+    most: jax.Array
+    longest: jax.Array
+    far: jax.Array
+
+
+def search_cell(lattice: A, reach: tuple[int, ...]) -> A:
+    """Return the cell (d, d) that the grid divides: the system's cell, or a multiple of it.
+
+    Along a cell vector with m images of each particle to either side, it is 2 m + 2 cells long.
+    The images fill 2 m + 1 of them, so that none is nearest to a particle across the boundary.
+    """
+    return lattice * np.asarray([2 * m + 2 if m else 1 for m in reach]) if reach else lattice
+
+
+def _shifts(reach: tuple[int, ...]) -> np.ndarray:
+    """Return the integer shifts (G, d) of all images that are searched, that of no shift first."""
+    sides = [sorted(range(-m, m + 1), key=abs) for m in reach]
+    return np.array(list(itertools.product(*sides)))
+
+
+def _cells_away(positions: A, lattice: A, periodic: tuple[bool, ...]) -> A:
+    """Return by how many cell vectors (n, d) each particle is outside of the cell; whole numbers.
+
+    Along a cell vector where the system is not periodic, the number is 0.
+    """
+    xp: Any = positions.__array_namespace__()
+    away = xp.floor(positions @ inverse(lattice).T)
+    return away * np.asarray(periodic, lattice.dtype) if periodic else away
+
+
+@full_precision
+def with_images(positions: A, lattice: A, grid: Grid) -> A:
+    """Return the particles and their images to be searched, (G n, d), the n particles first.
+
+    Where there are images, the particles are moved into the cell. Without images the positions are
+    returned as they are.
+    """
+    if not grid.reach:
+        return positions
+    wrapped = positions - _cells_away(positions, lattice, grid.periodic) @ lattice.T
+    steps = _shifts(grid.reach) @ lattice.T
+    return (wrapped[None] + steps[:, None]).reshape(-1, positions.shape[1])
+
+
+@full_precision
+def _image_of_pairs(
+    rows: jax.Array, positions: jax.Array, lattice: jax.Array, grid: Grid
+) -> jax.Array:
+    """Compute which image of its neighbor each pair means, (capacity, n, d) integers.
+
+    Args:
+      rows: (capacity, n) numbers of particles among those of :func:`with_images`; their number in
+        places that are not used.
+      positions: (n, d) positions as they are stored, inside the cell or not.
+      lattice: (d, d) the cell.
+      grid: the images that were searched.
+    """
+    n = positions.shape[0]
+    table = _shifts(grid.reach)
+    real = rows < n * len(table)
+    j = rows % n
+    away = _cells_away(positions, lattice, grid.periodic)
+    image = jnp.asarray(table)[jnp.where(real, rows // n, 0)] - away[j] + away[None]
+    # along a vector without images it is the nearest one
+    apart = (positions[j] - positions[None]) @ inverse(lattice).T + image
+    nearest = np.array([m == 0 for m in grid.reach]) & np.array(grid.periodic or True)
+    image = image - jnp.where(nearest, jnp.round(apart), 0.0)
+    return jnp.where(real[..., None], image, 0.0).astype(jnp.int32)
+
+
+@full_precision
+def cell_of(positions: A, box: A, cells: tuple[int, ...]) -> A:
+    """Compute the index of each particle's grid cell along each of the d cell vectors, (d, n).
+
+    ``cells`` are the numbers of grid cells along the cell vectors.
+    """
+    xp: Any = positions.__array_namespace__()
+    fractional = positions @ inverse(box).T
+    fractional = fractional - xp.floor(fractional)
+    # a coordinate of -1e-17 wraps to 1.0, which is the first cell, not the last
+    return xp.stack([(fractional[:, a] * m).astype(xp.int32) % m for a, m in enumerate(cells)])
+
+
+def fullest_run(positions: np.ndarray, box: np.ndarray, cells: tuple[int, ...]) -> int:
+    """Return the largest number of particles in three successive grid cells.
+
+    The three grid cells follow each other along the last cell vector.
+    """
+    counts = np.zeros(cells, int)
+    # counts[…] += 1 would count several particles of one cell once
+    np.add.at(counts, tuple(cell_of(positions, box, cells)), 1)
+    if cells[-1] > 2:
+        counts = np.roll(counts, 1, axis=-1) + counts + np.roll(counts, -1, axis=-1)
+    else:  # a run is the whole line, each cell once
+        counts = np.sum(counts, axis=-1)
+    return int(np.max(counts, initial=0))
+
+
+class _Sorted(NamedTuple):
+    """The particles sorted by grid cell, for a search of neighbors.
+
+    A line of grid cells is all of them along the last cell vector. A run is a grid cell with the
+    one before and the one after it in its line; the line closes on itself. The particles of a run
+    follow each other in the sorted array ``order``.
+    """
+
+    order: jax.Array  # (n,) particle indices, those of one cell together
+    where: jax.Array  # (d, n) index of each particle's cell along each cell vector
+    first: jax.Array  # (cells,) where in order the run around each cell begins
+    length: jax.Array  # (cells,) particles in the run
+    line: jax.Array  # (lines,) where in order each line of cells begins: a run wraps around in it
+    line_end: jax.Array  # (lines,) where it ends
+
+
+def _order(index: jax.Array, count: int) -> jax.Array:
+    """Return the particle indices (n,) sorted by grid cell, and by index within a grid cell.
+
+    Args:
+      index: (n,) number of each particle's grid cell.
+      count: number of grid cells.
+    """
+    n = index.shape[0]
+    wide = jax.dtypes.canonicalize_dtype(jnp.int64)
+    if count * n > jnp.iinfo(wide).max:
+        return jnp.argsort(index).astype(jnp.int32)
+    # One key of both numbers: sorting by one while carrying the other takes XLA six times as long.
+    return (jax.lax.sort(index.astype(wide) * n + jnp.arange(n, dtype=wide)) % n).astype(jnp.int32)
+
+
+def _sort(positions: jax.Array, box: jax.Array, cells: tuple[int, ...]) -> _Sorted:
+    """Sort the particles by the cells of a grid, ``cells`` of them along each cell vector."""
+    where = cell_of(positions, box, cells)
+    last = cells[-1]
+    # number of each particle's cell; neighbors along the last cell vector follow each other
+    index = where[0]
+    for along, m in zip(where[1:], cells[1:], strict=True):
+        index = index * m + along
+    order = _order(index, math.prod(cells))
+    counts = jnp.zeros(math.prod(cells), jnp.int32).at[index].add(1)
+    ends = jnp.cumsum(counts).astype(jnp.int32).reshape(-1, last)
+    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends.ravel()[:-1]]).reshape(-1, last)
+    line = starts[:, 0]
+    line_end = ends[:, -1]
+    if last > 2:  # the run of a cell is the cell before it, itself and the cell after it
+        counts = ends - starts
+        first = jnp.roll(starts, 1, axis=1)
+        length = jnp.roll(counts, 1, axis=1) + counts + jnp.roll(counts, -1, axis=1)
+    else:  # the run is the whole line
+        first = jnp.broadcast_to(line[:, None], starts.shape)
+        length = jnp.broadcast_to((line_end - line)[:, None], starts.shape)
+    return _Sorted(order, where, first.ravel(), length.ravel(), line, line_end)
+
+
+@functools.partial(jax.jit, static_argnames=("grid", "capacity"))
+def search(
+    positions: jax.Array,
+    lattice: jax.Array,
+    lengths: Lengths,
+    skin: jax.Array,
+    grid: Grid,
+    capacity: int,
+) -> Found:
+    """Find all pairs nearer than l_ij + skin, where the pair energy of i and j is zero beyond l_ij.
+
+    The particles in nearby grid cells are candidates. First the candidates that are near enough are
+    marked, by one bit for each. Then the marks are taken off one at a time, and the marked
+    particles written as rows of particle indices.
+
+    Args:
+      positions: (n, d) positions of the particles.
+      lattice: (d, d) the periodic cell, or for open boundaries a cell that encloses the system.
+      lengths: the function (i, j) -> l_ij.
+      skin: a length.
+      grid: the grid, and the images that are searched.
+      capacity: number of rows of the result.
+    """
+    n = positions.shape[0]
+    cells = grid.cells
+    words = -(-grid.run_capacity // WORD)  # integers that hold a mark per candidate, rounded up
+    everyone = with_images(positions, lattice, grid)
+    total = everyone.shape[0]
+    box = search_cell(lattice, grid.reach)
+    by_cell = _sort(everyone, box, cells)
+    where = by_cell.where[:, :n]
+    x = components(everyone[:n])
+    images = nearest_images(box)
+    sorted_x = components(everyone[by_cell.order])
+    particles = jnp.arange(n, dtype=jnp.int32)
+    longest = jnp.max(by_cell.length)
+
+    def of_particle(j: jax.Array) -> jax.Array:
+        """Return the index of the particle of which j is an image."""
+        return j % n if grid.reach else j
+
+    def place(line: jax.Array, k: jax.Array) -> jax.Array:
+        """Find the k-th candidate neighbor of each particle in a line of grid cells.
+
+        The result (n,) gives its place in the array of particles sorted by grid cell.
+        """
+        first = by_cell.first[line * cells[-1] + where[-1]]
+        end = by_cell.line_end[line]
+        index = first + k
+        # a run that reaches the end of its line goes on at the line's beginning
+        wrapped = jnp.where(index >= end, index - (end - by_cell.line[line]), index)
+        # in range also where k is beyond the run: ``mark`` leaves such a candidate out
+        return jnp.minimum(wrapped, total - 1)
+
+    def search_line(offset: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Mark the particles near each particle in one line of grid cells.
+
+        The line is at ``offset`` from the particle's own line of grid cells.
+
+        Returns:
+          (number of the line for each particle (n,), marks as integers (words, n)). Each bit of the
+          integers in column i is the mark of one candidate neighbor of particle i.
+        """
+        line = jnp.zeros(n, jnp.int32)
+        # offsets are along all cell vectors but the last, along which the line runs
+        for along, by, m in zip(where, offset, cells, strict=False):
+            line = line * m + jnp.mod(along + by, m)
+        length = by_cell.length[line * cells[-1] + where[-1]]
+
+        def mark(k: jax.Array, marks: jax.Array) -> jax.Array:
+            """Set a bit for the k-th candidate neighbor j of each particle i, if it is near enough.
+
+            It is near enough below the distance l_ij + skin, where l_ij is the distance beyond
+            which the pair energy is zero.
+            """
+            index = place(line, k)
+            apart = images(tuple(c - s[index] for c, s in zip(x, sorted_x, strict=True)))
+            j = by_cell.order[index]
+            near = (
+                (sum(v * v for v in apart) < (lengths(particles, of_particle(j)) + skin) ** 2)
+                & (k < length)
+                & (j != particles)
+            )
+            bit = jnp.where(near, jnp.uint32(1) << (k % WORD).astype(jnp.uint32), jnp.uint32(0))
+            return jnp.where(jnp.arange(words)[:, None] == k // WORD, marks | bit, marks)
+
+        none = jnp.zeros((words, n), jnp.uint32)
+        return line, jax.lax.fori_loop(0, jnp.minimum(longest, grid.run_capacity), mark, none)
+
+    # neighboring lines; of one or two along a cell vector each is visited once
+    sides = [(0,) if m == 1 else (0, 1) if m == 2 else (-1, 0, 1) for m in cells[:-1]]
+    offsets = jnp.asarray(list(itertools.product(*sides)), jnp.int32)
+    lines, marks = jax.lax.map(search_line, offsets)
+    # row r of the result belongs to the line r // words and is its word r % words
+    marks = marks.reshape(-1, n)
+    most = jnp.max(jnp.sum(jax.lax.population_count(marks), axis=0), initial=0).astype(jnp.int32)
+    numbers = jnp.arange(marks.shape[0], dtype=jnp.int32)[:, None]
+
+    def take(r: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """Write row r of the neighbor list: one marked neighbor of each particle.
+
+        It is the first neighbor whose mark is left, and this mark is removed.
+        """
+        rows, marks = carry
+        which = jnp.argmax(marks != 0, axis=0).astype(jnp.int32)  # the first word with a mark left
+        word = jnp.max(jnp.where(numbers == which, marks, 0), axis=0)
+        # word & -word is its lowest bit alone, whose position is the number of bits below it
+        k = jax.lax.population_count((word & -word) - 1).astype(jnp.int32) + which % words * WORD
+        line = jnp.max(jnp.where(numbers[: len(lines)] == which // words, lines, 0), axis=0)
+        j = by_cell.order[place(line, k)]
+        rows = rows.at[r].set(jnp.where(word != 0, j, total))
+        return rows, jnp.where(numbers == which, word & (word - 1), marks)  # without that bit
+
+    rows = jnp.full((capacity, n), total, jnp.int32)
+    # a list cut down to its filled rows has none where every particle is alone: nothing to write
+    if capacity:
+        rows, _ = jax.lax.fori_loop(0, jnp.minimum(most, capacity), take, (rows, marks))
+    if not grid.reach:
+        return Found(rows, None, most, longest, jnp.zeros((), bool))
+    shifts = _image_of_pairs(rows, positions, lattice, grid)
+    far = jnp.any(jnp.abs(shifts) > FARTHEST)
+    j = jnp.where(rows < total, rows % n, n)
+    return Found(j, shifts.astype(jnp.int8), most, longest, far)

@@ -1,0 +1,397 @@
+"""Potentials of an atom's surroundings, U = sum_i e_i, and energies of a graph of neighbors.
+
+e_i is the energy of atom i, a function of the vectors to its neighbors within a cutoff: bond-order
+and embedded-atom potentials are of this form. The energies of all atoms are computed at once, by
+``jax.vmap`` of the function of one atom. The other potential of this module is one function of all
+neighbors at once, such as a message-passing neural network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mdsens._util.errors import InputError
+from mdsens._util.lattice import Components
+from mdsens._util.portable import Portable
+from mdsens._util.user_functions import Traceable
+from mdsens._util.validation import short
+from mdsens.potentials.base import FixedLengths, NamedPotential, Pairs, PairTerm, Params
+from mdsens.potentials.parameters import (
+    check_finite,
+    checked_cutoff,
+    checked_lengths,
+    checked_names,
+)
+
+__all__ = ["Edges", "EdgePotential", "LocalPotential", "from_edges", "from_local"]
+
+Species: TypeAlias = jax.Array | None
+# Shapes of a parameter with values for pairs or triples of species: its number of axes.
+AXES = {"pair": 2, "triple": 3}
+
+
+class Edges(NamedTuple):
+    """The neighbors of all atoms, as a list of m directed edges from atom i to its neighbor j.
+
+    Each pair within the cutoff is there twice, once from either atom.
+
+    Attributes:
+      i, j: (m,) indices of the two atoms; 0 in places that hold no edge.
+      images: (m, d) integers t, the image of atom j that is meant: the vector is R_j - R_i +
+        box @ t with the positions R as they are stored; None where each pair is that of nearest
+        images.
+      vectors: (m, d) the vector from atom i to its neighbor j.
+      mask: (m,) True where a place holds an edge, of length below the cutoff. In other places the
+        vector is a harmless one, of half the cutoff.
+      species: (n,) species of the n atoms, integers from 0.
+    """
+
+    i: jax.Array
+    j: jax.Array
+    images: jax.Array | None
+    vectors: jax.Array
+    mask: jax.Array
+    species: jax.Array
+
+
+def no_energy(r: jax.Array) -> jax.Array:
+    """Return zero: the pair energy of a term that only marks distances, see ``crossing_terms``."""
+    return jnp.zeros_like(r)
+
+
+@dataclasses.dataclass(frozen=True)
+class NeighborPotential(Portable, NamedPotential):
+    """Base class of the potentials whose energy is a function of the vectors to all neighbors.
+
+    Attributes:
+      name: name of the potential in messages and tables.
+      fn: the energy function of the user.
+      names: the parameters' names in the system.
+      keys: the names of the same parameters in the ``params`` of fn, in the same order.
+      cutoff: the distance beyond which atoms do not interact, a length, or a function of the
+        parameters that returns a length, or a matrix (S, S) of a length for each pair of species.
+      breakpoints: function of the parameters that returns the distances where a derivative of the
+        energy jumps or diverges, each a length or a matrix (S, S).
+      axes: for each parameter 2 for one value per pair of species, (S, S), 3 for one per triple of
+        species, (S, S, S), 0 for any shape. Where a pair or a triple has a value, one value may
+        also stand for all.
+      above: for each parameter the value that it must exceed; -inf if any value is allowed.
+    """
+
+    name: str = dataclasses.field(metadata={"static": True})
+    fn: Callable[..., jax.Array] = dataclasses.field(metadata={"static": True})
+    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    keys: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    cutoff: float | Callable[..., Any] = dataclasses.field(metadata={"static": True})
+    breakpoints: Callable[..., tuple[Any, ...]] = dataclasses.field(metadata={"static": True})
+    axes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    above: tuple[float, ...] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def pairwise(self) -> bool:
+        return False
+
+    @property
+    def of_neighbors(self) -> bool:
+        return True
+
+    def values(self, params: Params, species_count: int) -> dict[str, jax.Array]:
+        """Return the parameters as fn gets them: those of pairs and triples with all their axes."""
+        count = max(species_count, 1)
+        values = {}
+        for key, name, axes in zip(self.keys, self.names, self.axes, strict=True):
+            value = jnp.asarray(params[name])
+            values[key] = jnp.broadcast_to(value, (count,) * axes) if axes else value
+        return values
+
+    def range(self, params: Params) -> jax.Array:
+        """Return the largest distance at which two atoms interact."""
+        if not callable(self.cutoff):
+            return jnp.asarray(float(self.cutoff))
+        # values for one species broadcast to those of any number of species
+        return jnp.max(jnp.asarray(self._cutoff_at(params, 1)))
+
+    def _cutoff_at(self, params: Params, species_count: int) -> Any:
+        """Compute the cutoff from the parameters: a length, or one for each pair of species."""
+        assert callable(self.cutoff)
+        cutoff = Traceable(f"the cutoff of {self.name}", self.cutoff)
+        return cutoff(self._of_any_count(params, species_count))
+
+    def _of_any_count(self, params: Params, species_count: int) -> dict[str, jax.Array]:
+        """Return the parameters as fn gets them, where the number of species may be unknown.
+
+        The number is then that of the parameters' values; 1 where all are single numbers.
+        """
+        sizes = [
+            np.shape(params[n])[0]
+            for n, a in zip(self.names, self.axes, strict=True)
+            if a and np.ndim(params[n])
+        ]
+        return self.values(params, max([species_count, *sizes]))
+
+    def lengths(
+        self, params: Params, pairs: Pairs, n: int, species: Species, species_count: int
+    ) -> jax.Array | float:
+        if not callable(self.cutoff):
+            return float(self.cutoff)
+        return _of_species(self._cutoff_at(params, species_count), pairs, n, species)
+
+    def crossing_terms(
+        self, params: Params, pairs: Pairs, n: int, species: Species, species_count: int
+    ) -> tuple[PairTerm, ...]:
+        points = Traceable(f"the function of breakpoints of {self.name}", self.breakpoints)
+        lengths = points(self._of_any_count(params, species_count))
+        of_pairs = tuple(_of_species(jnp.asarray(b), pairs, n, species) for b in lengths)
+        mask = (pairs.i < n) & (pairs.j < n)
+        i = jnp.where(pairs.i < n, pairs.i, 0)
+        j = jnp.where(pairs.j < n, pairs.j, 0)
+        return (PairTerm(i, j, mask, no_energy, (), _Constant(of_pairs), pairs.images),)
+
+    def near(
+        self,
+        params: Params,
+        pairs: Pairs,
+        vectors: Components,
+        n: int,
+        species: Species,
+        count: int,
+    ) -> tuple[jax.Array, Components]:
+        """Return which places of a neighbor list hold a neighbor within the cutoff, and vectors.
+
+        The vectors are those to the neighbors. In other places they are replaced by a vector of
+        half the cutoff, where every energy is finite.
+        """
+        reach = jnp.asarray(self.lengths(params, pairs, n, species, count))
+        mask = (pairs.j < n) & (sum(v * v for v in vectors) < reach**2)
+        harmless = 0.5 * jax.lax.stop_gradient(jnp.asarray(self.range(params)))
+        first, *others = vectors
+        safe = [jnp.where(mask, first, harmless.astype(first.dtype))]
+        return mask, (*safe, *(jnp.where(mask, v, 0.0) for v in others))
+
+    def check(self, params: Params, n: int, species_count: int) -> None:
+        for name, axes, above in zip(self.names, self.axes, self.above, strict=True):
+            value = np.asarray(params[name], float)
+            check_finite(name, value, above)
+            count = max(species_count, 1)
+            if axes and value.shape not in ((), (count,) * axes):
+                what = {2: "pairs", 3: "triples"}[axes]
+                shape = ", ".join([str(count)] * axes)
+                raise InputError(
+                    f"parameter {name} has shape {value.shape}: give a scalar, or ({shape}) for"
+                    f" {what} of species."
+                )
+        reach = np.asarray(self.range(params), float)
+        if not (np.isfinite(reach) and reach > 0):
+            raise InputError(
+                f"the cutoff of {self.name} is {float(reach):g} at these parameters: give a cutoff"
+                " or parameters that make it a positive length."
+            )
+
+
+def _of_species(value: Any, pairs: Pairs, n: int, species: Species) -> jax.Array:
+    """Return the value for each pair: one for all, or the entry of a matrix of species pairs."""
+    array = jnp.asarray(value)
+    if array.ndim == 0:
+        return array
+    if species is None:
+        return array[0, 0]
+    i = jnp.where(pairs.i < n, pairs.i, 0)
+    j = jnp.where(pairs.j < n, pairs.j, 0)
+    return array[species[i], species[j]]
+
+
+class _Constant(NamedTuple):
+    """Breakpoints of each pair that are known already, as the function of a :class:`PairTerm`."""
+
+    lengths: tuple[jax.Array, ...]
+
+    def __call__(self) -> tuple[jax.Array, ...]:
+        return self.lengths
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LocalPotential(NeighborPotential):
+    """A potential of an atom's surroundings, U = sum_i e_i, made by :func:`from_local`."""
+
+    def atom(self, params: Params, species_count: int) -> Callable[..., jax.Array]:
+        """Return the energy of one atom, a function (vectors, mask, species_i, species_j)."""
+        values = self.values(params, species_count)
+        fn = Traceable(f"the energy {self.name}", self.fn)
+
+        def energy(*surroundings: jax.Array) -> jax.Array:
+            return fn(*surroundings, values)
+
+        return energy
+
+    def energies(
+        self, params: Params, pairs: Pairs, vectors: Components, species: Species, count: int
+    ) -> jax.Array:
+        """Compute the energy of each atom, (n,), see ``Potential.neighbor_energy``."""
+        n = pairs.j.shape[-1]
+        mask, vectors = self.near(params, pairs, vectors, n, species, count)
+        kinds = kinds_of(pairs, n, species)
+        # the atoms are the last axis of all arrays, which makes the innermost loops the longest
+        of_each = jax.vmap(self.atom(params, count), in_axes=(-1, -1, -1, -1))
+        return of_each(jnp.stack(vectors, axis=1), mask, *kinds)
+
+    def neighbor_energy(
+        self, params: Params, pairs: Pairs, vectors: Components, species: Species, count: int
+    ) -> jax.Array:
+        return jnp.sum(self.energies(params, pairs, vectors, species, count))
+
+
+def kinds_of(pairs: Pairs, n: int, species: Species) -> tuple[jax.Array, jax.Array]:
+    """Return the species of c atoms, (c,), and of their neighbors, (capacity, c).
+
+    Without species they are 0. Places that hold no neighbor have the index n, the number of atoms.
+    """
+    if species is None:
+        return jnp.zeros(pairs.j.shape[-1], jnp.int32), jnp.zeros(pairs.j.shape, jnp.int32)
+    return species[pairs.i[0]], species[jnp.where(pairs.j < n, pairs.j, 0)]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EdgePotential(NeighborPotential):
+    """A potential that is a function of all neighbors of all atoms, made by :func:`from_edges`."""
+
+    def neighbor_energy(
+        self, params: Params, pairs: Pairs, vectors: Components, species: Species, count: int
+    ) -> jax.Array:
+        n = pairs.j.shape[-1]
+        mask, vectors = self.near(params, pairs, vectors, n, species, count)
+        i = jnp.broadcast_to(pairs.i, mask.shape)
+        j = jnp.where(mask, pairs.j, 0)
+        images = pairs.images
+        edges = Edges(
+            i=jnp.where(mask, i, 0).ravel(),
+            j=j.ravel(),
+            images=None if images is None else images.reshape(-1, len(vectors)),
+            vectors=jnp.stack(vectors, axis=-1).reshape(-1, len(vectors)),
+            mask=mask.ravel(),
+            species=jnp.zeros(n, jnp.int32) if species is None else species,
+        )
+        fn = Traceable(f"the energy {self.name}", self.fn)
+        return fn(edges, self.values(params, count))
+
+
+def from_local(
+    fn: Callable[..., jax.Array],
+    parameters: Sequence[str],
+    cutoff: float | Callable[..., Any],
+    *,
+    breakpoints: Sequence[float] | Callable[..., tuple[Any, ...]] = (),
+    shapes: Mapping[str, str] | None = None,
+    name: str | None = None,
+    positive: Sequence[str] = (),
+) -> LocalPotential:
+    """Make a potential of an atom's surroundings, U = sum_i e_i, of a user's function.
+
+        e_i = fn(vectors, mask, species_i, species_j, params)
+
+    Args:
+      fn: function that returns the energy of one atom, in jax.numpy, twice differentiable away from
+        the breakpoints. ``vectors`` (K, d) are those from the atom to its neighbors, all images
+        within the cutoff; ``mask`` (K,) is True where a place holds a neighbor nearer than the
+        cutoff, and fn must leave other places out, ``jnp.where(mask, ..., 0.0)``; their vectors
+        have half the cutoff as their length. ``species_i`` and ``species_j`` (K,) are the species
+        of the atom and of its neighbors, integers from 0, and ``params`` is a dict of the
+        parameters. Where a neighbor passes the cutoff, the energy must go to zero smoothly.
+      parameters: the parameters' names.
+      cutoff: the distance beyond which atoms do not interact: a length, or a function of
+        ``params`` that returns a length, or a matrix (S, S) of lengths for S species.
+      breakpoints: distances where a derivative of the energy jumps or diverges, or a function of
+        ``params`` that returns a tuple of them, each a length or a matrix (S, S).
+      shapes: dict from the names of parameters that have a value for each pair of species,
+        ``"pair"``, or for each triple, ``"triple"``. fn gets them as arrays (S, S), [species of the
+        atom, of the neighbor], and (S, S, S), [atom, neighbor, other neighbor]; they need not be
+        symmetric. The user may give one value for all. Other parameters have any shape.
+      name: name of the potential in messages and tables; the name of fn where None.
+      positive: names of the parameters that must be positive.
+
+    Returns:
+      The potential. Its Hessian is assembled from the second derivatives of each e_i where a row of
+      it is short; else products with it are computed without a matrix.
+    """
+    fields = _fields(fn, parameters, cutoff, breakpoints, shapes, name, positive)
+    return LocalPotential(**fields)
+
+
+def from_edges(
+    fn: Callable[[Edges, dict[str, jax.Array]], jax.Array],
+    parameters: Sequence[str],
+    cutoff: float | Callable[..., Any],
+    *,
+    breakpoints: Sequence[float] | Callable[..., tuple[Any, ...]] = (),
+    shapes: Mapping[str, str] | None = None,
+    name: str | None = None,
+    positive: Sequence[str] = (),
+) -> EdgePotential:
+    """Make a potential of a user's function of all neighbors, U = fn(edges, params).
+
+    It is for energies in which an atom depends on more than its own neighbors, such as
+    message-passing neural networks. The Hessian is not assembled: its products are computed by
+    differentiating fn.
+
+    Args:
+      fn: function that returns the energy of all atoms, a scalar, from the list of neighbors
+        ``edges``, an :class:`Edges`, and ``params``, a dict of the parameters. It must leave out
+        the places where ``edges.mask`` is False.
+      parameters, cutoff, breakpoints, shapes, name, positive: as in :func:`from_local`.
+    """
+    return EdgePotential(**_fields(fn, parameters, cutoff, breakpoints, shapes, name, positive))
+
+
+def _fields(
+    fn: Callable[..., jax.Array],
+    parameters: Sequence[str],
+    cutoff: float | Callable[..., Any],
+    breakpoints: Sequence[float] | Callable[..., tuple[Any, ...]],
+    shapes: Mapping[str, str] | None,
+    name: str | None,
+    positive: Sequence[str],
+) -> dict[str, Any]:
+    """Check the arguments of :func:`from_local`, and return the fields of the potential."""
+    if not callable(fn):
+        raise InputError(f"`fn` is {short(fn)}: give a function.")
+    names = checked_names(parameters)
+    axes = _checked_shapes(shapes, names)
+    for other in positive:
+        if other not in names:
+            raise InputError(f"`positive` names {other!r}, which is no parameter: remove it.")
+    need = "give a positive length, or a function of the parameters."
+    points = breakpoints if callable(breakpoints) else FixedLengths(checked_lengths(breakpoints))
+    return {
+        "name": name or getattr(fn, "__name__", "local potential"),
+        "fn": fn,
+        "names": names,
+        "keys": names,
+        "cutoff": cutoff if callable(cutoff) else checked_cutoff(cutoff, need),
+        "breakpoints": points,
+        "axes": tuple(axes.get(n, 0) for n in names),
+        "above": tuple(0.0 if n in positive else -math.inf for n in names),
+    }
+
+
+def _checked_shapes(shapes: Mapping[str, str] | None, names: tuple[str, ...]) -> dict[str, int]:
+    """Check the shapes of parameters that a user gives, and return the number of axes of each."""
+    axes = {}
+    for name, shape in (shapes or {}).items():
+        if name not in names:
+            raise InputError(
+                f"`shapes` names {name!r}, which is no parameter: use one of {', '.join(names)}."
+            )
+        if shape not in AXES:
+            raise InputError(
+                f"`shapes` has {short(shape)} for {name}: give 'pair' or 'triple', or leave it out."
+            )
+        axes[name] = AXES[shape]
+    return axes
