@@ -368,7 +368,7 @@ def _read_alloy(
     """
     for _ in range(3):
         lines.comment()
-    names = next(lines.words(), [""])[1:]
+    names = _names(lines)
     _check_present(lines.path, elements, names)
     grid = _grid(lines)
     embedding = []
@@ -394,6 +394,17 @@ def _read_alloy(
     if len(elements) == 1:
         params = {name: value.reshape(-1) for name, value in params.items()}
     return grid.potential(), params
+
+
+def _names(lines: _Lines) -> list[str]:
+    """Read the line of the number of elements and their names."""
+    words = next(lines.words(), [])
+    if not words or words[0] != str(len(words) - 1):
+        raise InputError(
+            f"{lines.path} has {short(' '.join(words))} in place of the number of elements and"
+            " their names: write or download the file again."
+        )
+    return words[1:]
 
 
 def _pair_tables(lines: _Lines, names: Sequence[str], count: int) -> np.ndarray:

@@ -56,7 +56,7 @@ def tables(kind: str) -> str:
     """A file of tables for two elements, or for copper in ``.eam``.
 
     All functions are polynomials of third order at most, which LAMMPS's interpolation and a spline
-    give alike, but for LAMMPS's in the two intervals at either end, from which the cutoff keeps away.
+    give alike, but for the two intervals at either end, from which the cutoff keeps away.
     """
     rho = 0.25 * np.arange(240)
     r = 0.05 * np.arange(100)
