@@ -176,10 +176,11 @@ class Tersoff:
 def _fade(r: jax.Array, middle: jax.Array, half_width: jax.Array) -> jax.Array:
     """Compute fC, which falls from 1 at middle - half_width to 0 at middle + half_width."""
     between = jnp.abs(r - middle) < half_width
+    # (1 - sin(pi x / 2)) / 2 = sin^2(pi (1 - x) / 4), which keeps its digits near zero, x = 1
+    left = jnp.where(between, middle + half_width - r, 0.0)
     # a half width of zero is allowed; where() keeps the division out of its derivative
-    x = jnp.where(between, r - middle, 0.0) / jnp.where(half_width > 0.0, half_width, 1.0)
-    step = jnp.where(r < middle, 1.0, 0.0)
-    return jnp.where(between, 0.5 - 0.5 * jnp.sin(0.5 * math.pi * x), step)
+    sine = jnp.sin(0.25 * math.pi * left / jnp.where(half_width > 0.0, half_width, 1.0))
+    return jnp.where(between, sine * sine, jnp.where(r < middle, 1.0, 0.0))
 
 
 def _bond_order(zeta: jax.Array, beta: jax.Array, n: jax.Array) -> jax.Array:

@@ -20,6 +20,7 @@ from surroundings import Atoms, configurations, evaluate, neighbors, surrounding
 
 import mdsens as ms
 from mdsens.potentials.spline import spline
+from mdsens.potentials.tersoff import _bond_order as bond_order
 from mdsens.potentials.tersoff import breakpoints
 
 SILICON = {
@@ -176,9 +177,11 @@ def tersoff_sum(m: int) -> Callable[..., float]:
                     c, d = of["c"][i, j, k], of["d"][i, j, k]
                     off = of["cos_theta0"][i, j, k] - v @ w / (r * q)
                     g = of["gamma"][i, j, k] * (1 + c**2 / d**2 - c**2 / (d**2 + off**2))
-                    zeta += fade(q, i, j, k) * g * np.exp((of["lambda3"][i, j, k] * (r - q)) ** m)
+                    exponent = (of["lambda3"][i, j, k] * (r - q)) ** m
+                    zeta += fade(q, i, j, k) * g * np.exp(np.clip(exponent, -69.0776, 69.0776))
                 n = of["n"][i, j]
-                b = (1.0 + (of["beta"][i, j] * zeta) ** n) ** (-0.5 / n)
+                with np.errstate(over="ignore"):
+                    b = (1.0 + (of["beta"][i, j] * zeta) ** n) ** (-0.5 / n)
                 bond = of["A"][i, j] * np.exp(-of["lambda1"][i, j] * r)
                 bond -= b * of["B"][i, j] * np.exp(-of["lambda2"][i, j] * r)
                 energy += 0.5 * fade(r, i, j, j) * bond
@@ -456,6 +459,43 @@ def test_splines_are_those_of_scipy(count: int) -> None:
             off = np.abs(np.asarray(values_of_order) - expected).max()
             assert off < 1e-12 * np.abs(expected).max()
     assert made.slope_at_end(1) == pytest.approx(theirs(made.end, 1)[1], rel=1e-12)
+
+
+@pytest.mark.parametrize("n", [0.7, 22.956])
+def test_bond_orders_of_all_sizes_of_zeta(n: float) -> None:
+    """By logarithms in numpy: a power of zeta overflows, and its third derivative at small zeta."""
+    beta = 0.3
+    zeta = np.array([0.0, 5e-324, 1e-300, 1e-60, 1e-12, 0.3, 7.0, 1e30, 1e300])
+
+    def orders(z: jax.Array) -> list[jax.Array]:
+        one = jnp.ones(())
+        function = lambda x: bond_order(x, jnp.asarray(beta), jnp.asarray(n))  # noqa: E731
+        results = [function(z)]
+        for _ in range(3):
+            function = lambda x, of=function: jax.jvp(of, (x,), (one,))[1]  # noqa: E731
+            results.append(function(z))
+        return results
+
+    values, *derivatives = jax.jit(jax.vmap(orders))(jnp.asarray(zeta))
+    with np.errstate(divide="ignore"):
+        logarithms = n * np.log(beta * zeta)
+    np.testing.assert_allclose(values, np.exp(-0.5 / n * np.logaddexp(0.0, logarithms)), rtol=1e-13)
+    for derivative in derivatives:
+        assert np.isfinite(derivative).all()
+        # too small to change b
+        assert not np.asarray(derivative)[:4].any()
+
+
+def test_the_exponent_of_zeta_is_limited() -> None:
+    """Neighbors at 1.6 and 2.9 with lambda3 = 9: exp(1600) would overflow."""
+    places = np.array([[0.0, 0.0, 0.0], [1.6, 0.0, 0.0], [0.0, 2.9, 0.0]])
+    atoms = Atoms(places, np.array([0, 1, 0]), None)
+    here = case("Tersoff")
+    values = here.values | {"lambda3": jnp.full((2, 2, 2), 9.0)}
+    (result,) = evaluate(here.potential.fn, values, here.range, [atoms])
+    of = {key: np.asarray(value) for key, value in values.items()}
+    assert result.energy == pytest.approx(tersoff_sum(3)(of, atoms, here.range), rel=1e-13)
+    assert np.isfinite(result.forces).all()
 
 
 def test_breakpoints_of_tersoff_are_the_ends_of_each_triple_s_range() -> None:
