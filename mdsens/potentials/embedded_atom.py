@@ -288,7 +288,7 @@ class Tables:
     def _embedding(self, table: jax.Array, rho: jax.Array, species_i: jax.Array) -> jax.Array:
         """Evaluate F at the density rho, with a straight line beyond the last knot."""
         made = spline(table.reshape(-1, table.shape[-1]), self.rho_spacing)
-        row = species_i if made.values.shape[0] > 1 else 0
+        row = species_i if made.rows > 1 else 0
         beyond = rho > made.end
         line = jnp.where(beyond, rho - made.end, 0.0) * made.slope_at_end(row)
         return made(jnp.where(beyond, made.end, rho), row) + line

@@ -26,41 +26,45 @@ class Spline(NamedTuple):
     """Splines with the same knots, x = 0, spacing, 2 spacing, …
 
     Attributes:
-      values: (rows, N) values at the knots of each spline.
-      curvatures: (rows, N) second derivatives at the knots.
+      coefficients: four arrays (rows, N - 1), the factors of 1, t, t^2 and t^3 in each of the N - 1
+        intervals of each spline, with t from 0 to 1 in the interval.
       spacing: distance of two knots.
     """
 
-    values: jax.Array
-    curvatures: jax.Array
+    coefficients: tuple[jax.Array, ...]
     spacing: float
+
+    @property
+    def rows(self) -> int:
+        """The number of splines."""
+        return self.coefficients[0].shape[0]
 
     @property
     def end(self) -> float:
         """The place of the last knot."""
-        return (self.values.shape[1] - 1) * self.spacing
+        return self.coefficients[0].shape[1] * self.spacing
 
     def __call__(self, x: jax.Array, row: jax.Array | int = 0) -> jax.Array:
         """Evaluate the splines with the numbers ``row`` at x.
 
         Outside of the knots the cubic polynomial of the first or the last interval continues.
         """
-        count = self.values.shape[1]
+        count = self.coefficients[0].shape[1]
         scaled = x / self.spacing
-        knot = jnp.clip(jax.lax.stop_gradient(scaled).astype(jnp.int32), 0, count - 2)
+        knot = jnp.clip(jax.lax.stop_gradient(scaled).astype(jnp.int32), 0, count - 1)
         t = scaled - knot
-        u = 1.0 - t
         place = row * count + knot
-        values = self.values.ravel()
-        bends = self.curvatures.ravel() * (self.spacing**2 / 6.0)
-        chord = u * values[place] + t * values[place + 1]
-        return chord + (u * u * u - u) * bends[place] + (t * t * t - t) * bends[place + 1]
+        # the place is within the array, which jax need not check
+        zeroth, first, second, third = (
+            array.ravel().at[place].get(mode="promise_in_bounds", wrap_negative_indices=False)
+            for array in self.coefficients
+        )
+        return zeroth + t * (first + t * (second + t * third))
 
     def slope_at_end(self, row: jax.Array | int = 0) -> jax.Array:
         """Compute the first derivative at the last knot of the splines with the numbers ``row``."""
-        rise = (self.values[:, -1] - self.values[:, -2]) / self.spacing
-        bend = (self.curvatures[:, -2] + 2.0 * self.curvatures[:, -1]) * (self.spacing / 6.0)
-        return (rise + bend)[row]
+        _, first, second, third = (array[row, -1] for array in self.coefficients)
+        return (first + 2.0 * second + 3.0 * third) / self.spacing
 
 
 def spline(values: jax.Array, spacing: float) -> Spline:
@@ -80,7 +84,11 @@ def spline(values: jax.Array, spacing: float) -> Spline:
     inner = line + _solved(6.0 * (differences - line))
     left = 2.0 * inner[:, :1] - inner[:, 1:2]
     right = 2.0 * inner[:, -1:] - inner[:, -2:-1]
-    return Spline(values, jnp.concatenate([left, inner, right], axis=1), spacing)
+    bends = jnp.concatenate([left, inner, right], axis=1) * (spacing**2 / 6.0)
+    rises = values[:, 1:] - values[:, :-1]
+    slopes = rises - 2.0 * bends[:, :-1] - bends[:, 1:]
+    coefficients = (values[:, :-1], slopes, 3.0 * bends[:, :-1], bends[:, 1:] - bends[:, :-1])
+    return Spline(coefficients, spacing)
 
 
 def _solved(right: jax.Array) -> jax.Array:
