@@ -55,14 +55,12 @@ def neighbors(atoms: Atoms, cutoff: float) -> list[tuple[np.ndarray, np.ndarray]
     return lists
 
 
-def surroundings(
-    atoms: Atoms, cutoff: float, rows: int | None = None, places: int | None = None
-) -> Surroundings:
-    """The arrays; two places more than the most neighbors where their number is not stated."""
+def surroundings(atoms: Atoms, cutoff: float, rows: int = 0, places: int = 0) -> Surroundings:
+    """The arrays, of at least ``rows`` atoms, and ``places`` and two more than the most neighbors."""
     lists = neighbors(atoms, cutoff)
     n, d = atoms.positions.shape
-    rows = rows or n
-    places = places or max(len(j) for j, _ in lists) + 2
+    rows = max(rows, n)
+    places = max(places, 2 + max(len(j) for j, _ in lists))
     made = Surroundings(
         np.zeros((rows, d)),
         np.zeros(rows, int),
