@@ -28,7 +28,7 @@ from mdsens.io.files import read_npz, replacing
 from mdsens.mechanics.status import Status
 from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model.box import BoxFunction, FixedBox, OpenBox, PackingFraction
-from mdsens.model.neighbors import Neighbors
+from mdsens.model.neighbors import Grid, Neighbors
 from mdsens.model.system import System
 from mdsens.potentials.base import BondedPotential, PairPotential, Potential, SumPotential
 from mdsens.potentials.electrostatics import ChargeEquilibration, InducedDipoles
@@ -44,7 +44,8 @@ from mdsens.sensitivity.results import (
 __all__ = ["load", "read_header", "save"]
 
 FORMAT = "mdsens"
-VERSION = 2  # of the format; files of another version are refused
+VERSION = 3  # of the format; files of later versions, and of earlier ones than OLDEST, are refused
+OLDEST = 2
 # Results that can be stored; the two lists are the same.
 Stored: TypeAlias = (
     DirectionalDerivative | Displacement | Equilibrium | ParameterGradient | State | System
@@ -62,6 +63,7 @@ _RECORDS: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         *KINDS,
+        Grid,
         Neighbors,
         Parameter,
         SolveStats,
@@ -182,13 +184,14 @@ def _read_contents(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarr
         raise InputError(not_by_save) from error
     if not by_save:
         raise InputError(not_by_save)
-    if version != VERSION:
+    if version not in range(OLDEST, VERSION + 1):
         newer = not isinstance(version, int) or version > VERSION
         remedy = "compute it again, or read it with an older mdsens."
         if newer:
             remedy = "install a newer mdsens."
         raise InputError(
-            f"{path} has format version {version}, and this mdsens reads {VERSION}: {remedy}"
+            f"{path} has format version {version}, and this mdsens reads {OLDEST} to {VERSION}:"
+            f" {remedy}"
         )
     return header, arrays
 
@@ -515,7 +518,27 @@ def _decode(node: object, source: _Source | None) -> Any:
     if "potential" in node or node.get("user") == "potential":
         return source.potential_of(node)
     kind = _RECORDS[node["record"]]
-    return kind(**{k: _decode(v, source) for k, v in node["fields"].items()})
+    fields = {k: _decode(v, source) for k, v in node["fields"].items()}
+    return kind(**_of_version_2(kind, fields))
+
+
+def _of_version_2(kind: type, fields: dict[str, Any]) -> dict[str, Any]:
+    """Complete the fields of a record that a file of version 2 of the format holds.
+
+    Its neighbor lists have the cells of the grid as fields of their own, and its systems are
+    periodic along all axes or along none.
+    """
+    if kind is Neighbors and "cells" in fields:
+        grid = Grid(cells=fields.pop("cells"), run_capacity=fields.pop("run_capacity"))
+        return {**fields, "grid": grid}
+    if kind is System and "periodic" not in fields:
+        along = not isinstance(fields["boundary"], OpenBox)
+        periodic = (along,) * fields["positions"].shape[-1]
+        listed = fields["neighbors"]
+        grid = dataclasses.replace(listed.grid, periodic=periodic)
+        neighbors = dataclasses.replace(listed, grid=grid)
+        return {**fields, "periodic": periodic, "neighbors": neighbors}
+    return fields
 
 
 def _decode_container(node: Mapping[str, Any], source: _Source) -> Any:

@@ -246,9 +246,10 @@ def build(top: TomlTable, folder: Path) -> System:
     potential, sizes = _read_potential(top, positions, cell, start)
     params = {name: parameter(name, sizes.get(name, n)) for name in values}
     dtype = jnp.result_type(float)  # jax's precision: float32 unless x64 is enabled
-    return System.create(np.asarray(positions, dtype), box, potential, params, species).replace(
-        species_names=names
-    )
+    periodic = _read_periodic(top, dimension)
+    return System.create(
+        np.asarray(positions, dtype), box, potential, params, species, periodic=periodic
+    ).replace(species_names=names)
 
 
 def _read_positions(
@@ -434,14 +435,14 @@ def _read_box(
     The box is the cell matrix itself, or a rule by which the cell follows the parameters. Both are
     None for open boundaries.
     """
-    keys = ("packing_fraction", "follows", "lengths", "vectors", "number_density")
+    keys = ("packing_fraction", "follows", "lengths", "vectors", "number_density", "periodic")
     value = top.raw("box")
     if isinstance(value, str):
         choice = top.text("box", choices=("open", "positions"))
         cell = None if choice == "open" else _require_cell(start)
         return cell, cell
     table = TomlTable.of("box", value, keys)
-    sizes = [key for key in keys if key != "follows" and table.has(key)]
+    sizes = [key for key in keys[:-1] if key != "follows" and table.has(key)]
     if len(sizes) != 1:
         raise InputError(
             f"box has {len(sizes)} of packing_fraction, lengths, vectors and number_density: give"
@@ -462,6 +463,29 @@ def _read_box(
         return (rule if follows == "parameters" else cell), cell
     cell = _read_fixed_cell(table, dimension, n)
     return cell, cell
+
+
+def _read_periodic(top: TomlTable, dimension: int) -> tuple[bool, ...]:
+    """Read along which cell vectors a system is periodic, from ``box.periodic``; all by default."""
+    box = top.raw("box")
+    if not isinstance(box, Mapping) or "periodic" not in box:
+        return (True,) * dimension
+    if "lengths" not in box and "vectors" not in box:
+        raise InputError(
+            "box.periodic is for box.lengths and box.vectors: the other boxes need a volume, and"
+            " are periodic along all axes; remove it, or give the cell by one of these."
+        )
+    value = box["periodic"]
+    if not (
+        isinstance(value, list)
+        and len(value) == dimension
+        and all(isinstance(along, bool) for along in value)
+    ):
+        raise InputError(
+            f"box.periodic is {short(value)}: give true or false for each of the {dimension} cell"
+            " vectors."
+        )
+    return tuple(value)
 
 
 def _require_cell(start: initial_positions.Start) -> np.ndarray:
