@@ -21,7 +21,7 @@ __all__ = ["eam", "finnis_sinclair", "gupta"]
 
 GUPTA_SHAPES = {"A": "pair", "xi": "pair", "p": "pair", "q": "pair", "r0": "pair"}
 # A of finnis_sinclair belongs to an atom: a scalar, or (S,) by the species of the center.
-FINNIS_SINCLAIR_SHAPES = {name: "pair" for name in ("d", "beta", "c", "c0", "c1", "c2")}
+FINNIS_SINCLAIR_SHAPES: dict[str, str] = dict.fromkeys(("d", "beta", "c", "c0", "c1", "c2"), "pair")
 
 
 def gupta(onset: float, cutoff: float) -> LocalPotential:

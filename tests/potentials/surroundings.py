@@ -56,7 +56,7 @@ def neighbors(atoms: Atoms, cutoff: float) -> list[tuple[np.ndarray, np.ndarray]
 
 
 def surroundings(atoms: Atoms, cutoff: float, rows: int = 0, places: int = 0) -> Surroundings:
-    """The arrays, of at least ``rows`` atoms, and ``places`` and two more than the most neighbors."""
+    """The arrays, with at least ``rows`` atoms and ``places`` neighbors, and two places to spare."""
     lists = neighbors(atoms, cutoff)
     n, d = atoms.positions.shape
     rows = max(rows, n)
