@@ -57,8 +57,9 @@ def stillinger_weber() -> LocalPotential:
 
     Where tables are not symmetric, a pair has the mean of phi2 by [i, j] and by [j, i], and an
     angle the mean of phi3 by [i, j, k] and by [i, k, j]. LAMMPS takes one of the two, depending on
-    how it numbers and sorts atoms; for symmetric tables, as in its files, the energies are the same
-    as LAMMPS's with ``tol`` = 0.
+    how it numbers and sorts atoms. The energies are the same as LAMMPS's with ``tol`` = 0 where the
+    parameters of pairs, ``epsilon[i, j, j]``, ``cos_theta0[i, j, k]`` and the product of ``lambda``
+    and ``epsilon`` of [i, j, k] are symmetric, as in the files that come with LAMMPS.
 
     The silicon of the source:
 

@@ -56,7 +56,7 @@ def neighbors(atoms: Atoms, cutoff: float) -> list[tuple[np.ndarray, np.ndarray]
 
 
 def surroundings(atoms: Atoms, cutoff: float, rows: int = 0, places: int = 0) -> Surroundings:
-    """The arrays, with at least ``rows`` atoms and ``places`` neighbors, and two places to spare."""
+    """The arrays, for at least ``rows`` atoms and ``places`` neighbors, two of them to spare."""
     lists = neighbors(atoms, cutoff)
     n, d = atoms.positions.shape
     rows = max(rows, n)
