@@ -59,7 +59,7 @@ def stillinger_weber() -> LocalPotential:
     angle the mean of phi3 by [i, j, k] and by [i, k, j]. LAMMPS takes one of the two, depending on
     how it numbers and sorts atoms. The energies are the same as LAMMPS's with ``tol`` = 0 where the
     parameters of pairs, ``epsilon[i, j, j]``, ``cos_theta0[i, j, k]`` and the product of ``lambda``
-    and ``epsilon`` of [i, j, k] are symmetric, as in the files that come with LAMMPS.
+    and ``epsilon`` of [i, j, k] are symmetric: so they are in LAMMPS's files, up to their rounding.
 
     The silicon of the source:
 
