@@ -28,7 +28,7 @@ from mdsens.io.files import read_npz, replacing
 from mdsens.mechanics.status import Status
 from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model.box import BoxFunction, FixedBox, OpenBox, PackingFraction
-from mdsens.model.neighbors import Neighbors
+from mdsens.model.neighbors import Grid, Neighbors
 from mdsens.model.system import System
 from mdsens.potentials.base import BondedPotential, PairPotential, Potential, SumPotential
 from mdsens.potentials.electrostatics import ChargeEquilibration, InducedDipoles

@@ -246,9 +246,16 @@ def build(top: TomlTable, folder: Path) -> System:
     potential, sizes = _read_potential(top, positions, cell, start)
     params = {name: parameter(name, sizes.get(name, n)) for name in values}
     dtype = jnp.result_type(float)  # jax's precision: float32 unless x64 is enabled
-    return System.create(np.asarray(positions, dtype), box, potential, params, species).replace(
-        species_names=names
-    )
+    return System.create(
+        np.asarray(positions, dtype),
+        box,
+        potential,
+        params,
+        species,
+        periodic=_periodic_axes(cell, start),
+        masses=start.masses,
+        tags=start.tags,
+    ).replace(species_names=names)
 
 
 def _read_positions(
@@ -474,6 +481,16 @@ def _require_cell(start: initial_positions.Start) -> np.ndarray:
     return start.cell
 
 
+def _periodic_axes(cell: np.ndarray | None, start: initial_positions.Start) -> tuple[bool, ...]:
+    """Return for each cell vector whether the system is periodic along it.
+
+    The axes of a file go with the cell in the file; any other cell is periodic along all of them.
+    """
+    if start.periodic and cell is start.cell:
+        return start.periodic
+    return (True,) * start.positions.shape[1]
+
+
 def _read_fixed_cell(table: TomlTable, dimension: int, n: int) -> np.ndarray:
     """Read the cell matrix (d, d) of n particles from a density, edge lengths or cell vectors."""
     if table.has("follows"):
@@ -579,7 +596,9 @@ def _read_bonds(
         raise InputError(f"{label} is {short(value)}: give either `within` or `array`.")
     if rule.has("array"):
         return array_of(label, start.array(rule.text("array"), label), (None, 2), integers=True)
-    pairs = initial_positions.pairs_within(positions, cell, rule.number("within"))
+    pairs = initial_positions.pairs_within(
+        positions, cell, rule.number("within"), _periodic_axes(cell, start)
+    )
     if not len(pairs):
         raise InputError(
             f"{label}.within is {value['within']}: no two particles are that near, give a larger"
