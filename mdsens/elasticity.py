@@ -66,7 +66,7 @@ from mdsens.mechanics.status import Status
 from mdsens.mechanics.strain import basis, forces_of_strain, to_mandel
 from mdsens.mechanics.units import unrelaxed
 from mdsens.mechanics.unknowns import Unknowns
-from mdsens.model.system import System, require_unconstrained
+from mdsens.model.system import System, require_unconstrained, require_volume
 from mdsens.relaxation.equilibrium import Equilibrium
 from mdsens.sensitivity import derivatives
 from mdsens.sensitivity.derivative_solve import (
@@ -632,10 +632,7 @@ def _pull_tensors(
 def _check_cell(system: System) -> None:
     """Raise an error for a system without elastic moduli: under constraints, open, or a batch."""
     require_unconstrained(system, "elasticity")
-    if system.box is None:
-        raise InputError(
-            "elastic moduli need a volume, and this system has open boundaries: give it a box."
-        )
+    require_volume(system, "elastic moduli need")
     if system.batch is not None:
         raise InputError(
             f"moduli are of one system, and this is a batch of {system.batch}: loop over"

@@ -132,10 +132,10 @@ def _relax_system(args: argparse.Namespace) -> tuple[Equilibrium, Linearization,
     fields = {} if args.seed is None else {"seed": args.seed}
     system = ms.load_system(args.system, **fields)
     options = _merge_options(args, fields)
-    if args.command == "moduli" and system.box is None:
-        raise InputError(
-            "elastic moduli need a volume, and this system has open boundaries: give it a box."
-        )
+    if args.command == "moduli":
+        from mdsens.model.system import require_volume
+
+        require_volume(system, "elastic moduli need")
     differentiate = getattr(args, "wrt", None) is not None
     pressure = getattr(args, "pressure", None)
     parts = report.components(system, *args.wrt, pressure=pressure) if differentiate else []
@@ -193,7 +193,7 @@ def _format_energy(system: System) -> Rows:
 
     energy = float(ms.observables.energy(system))
     rows = [("energy", f"{energy:.6g}, {energy / system.n:.6g} a particle")]
-    if system.box is not None:
+    if system.has_volume:
         pressure = float(ms.observables.pressure(system)) + 0.0  # + 0.0: no "-0"
         rows.append(("pressure", f"{pressure:.6g}"))
     return rows

@@ -138,9 +138,9 @@ def system(name: str, system: System, content: dict[str, Any]) -> str:
         ("particles", f"n = {system.n:,} in {system.dimension}-D, {_describe_kinds(system)}"),
         ("potential", system.potential.name),
         *((f"  {k}", _values(np.asarray(v))) for k, v in system.params.items()),
-        ("box", described(system.box)),
+        ("box", described(system.box, system.periodic)),
     ]
-    if system.box is not None:
+    if system.has_volume:
         rows.append(_format_density(system))
     if content.get("units"):
         rows.append(("units", str(content["units"])))
@@ -266,7 +266,7 @@ def spacing(system: System, component: Component) -> float:
     """
     name, direction = next(iter(component.direction.items()))
     d = system.dimension
-    if system.box is None:  # n^(1/d) particles in a row along the longest side
+    if not system.has_volume:  # n^(1/d) particles in a row along the longest side
         # a row has one gap less than particles
         sides = max(system.n ** (1.0 / d) - 1.0, 1.0)
         length = np.ptp(np.asarray(system.positions), axis=0).max() / sides

@@ -14,6 +14,7 @@ from mdsens._util.errors import InputError
 from mdsens._util.lattice import heights
 from mdsens.io.ase_structures import cell_of, coordinates_of, masses_of, species_of, tags_of
 from mdsens.io.files import read_npz
+from mdsens.model.box import with_normals
 
 __all__ = ["Start", "crystal", "from_file", "lattices", "pairs_within", "random"]
 
@@ -158,6 +159,7 @@ def pairs_within(
     images = positions
     if cell is not None:
         along = np.asarray(periodic or (True,))
+        cell = cell if all(along) else with_normals(cell, periodic)
         fractions = positions @ np.linalg.inv(cell).T
         positions = (fractions - np.where(along, np.floor(fractions), 0.0)) @ cell.T
         # As many copies of the cell to each side as a sphere of this radius can reach into, in

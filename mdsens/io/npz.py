@@ -44,7 +44,8 @@ from mdsens.sensitivity.results import (
 __all__ = ["load", "read_header", "save"]
 
 FORMAT = "mdsens"
-VERSION = 2  # of the format; files of another version are refused
+VERSION = 3  # of the format; files of later versions, and of earlier ones than OLDEST, are refused
+OLDEST = 2
 # Results that can be stored; the two lists are the same.
 Stored: TypeAlias = (
     DirectionalDerivative | Displacement | Equilibrium | ParameterGradient | State | System
@@ -62,6 +63,7 @@ _RECORDS: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         *KINDS,
+        Grid,
         Neighbors,
         Parameter,
         SolveStats,
@@ -182,13 +184,14 @@ def _read_contents(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarr
         raise InputError(not_by_save) from error
     if not by_save:
         raise InputError(not_by_save)
-    if version != VERSION:
+    if version not in range(OLDEST, VERSION + 1):
         newer = not isinstance(version, int) or version > VERSION
         remedy = "compute it again, or read it with an older mdsens."
         if newer:
             remedy = "install a newer mdsens."
         raise InputError(
-            f"{path} has format version {version}, and this mdsens reads {VERSION}: {remedy}"
+            f"{path} has format version {version}, and this mdsens reads {OLDEST} to {VERSION}:"
+            f" {remedy}"
         )
     return header, arrays
 
@@ -271,7 +274,7 @@ def _encode(value: Any, where: str, arrays: dict[str, np.ndarray]) -> Any:
     if isinstance(value, Mapping | list | tuple):
         return _encode_container(value, where, arrays)
     if isinstance(value, BoxFunction):
-        return {"user": "box"}
+        return {"user": "box", "periodic": list(value.periodic)}
     # by exact type: a subclass of the user's would come back as the base class
     if type(value) in _RECORDS.values():
         return _encode_record(value, where, arrays)
@@ -468,14 +471,17 @@ class _Source:
             )
         return potential
 
-    def box_function(self) -> BoxFunction:
-        """Return the cell as the function of the parameters that was given to ``load``."""
+    def box_function(self, node: Mapping[str, Any]) -> BoxFunction:
+        """Return the cell as the function of the parameters that was given to ``load``.
+
+        ``node`` has the axes along which the system is periodic, all where they are missing.
+        """
         if self.box is None:
             raise InputError(
                 f"{self.path} was made with a box that is a function of your own: call"
                 " load(path, box=...)."
             )
-        return BoxFunction(self.box)
+        return BoxFunction(self.box, tuple(node.get("periodic", ())))
 
     def array(self, node: Mapping[str, Any]) -> jax.Array | np.ndarray:
         """Return the array that an entry of the header names, as an array of jax or numpy.
@@ -511,11 +517,31 @@ def _decode(node: object, source: _Source | None) -> Any:
     if node.keys() & {"dict", "list", "tuple"}:
         return _decode_container(node, source)
     if node.get("user") == "box":
-        return source.box_function()
+        return source.box_function(node)
     if "potential" in node or node.get("user") == "potential":
         return source.potential_of(node)
     kind = _RECORDS[node["record"]]
-    return kind(**{k: _decode(v, source) for k, v in node["fields"].items()})
+    fields = {k: _decode(v, source) for k, v in node["fields"].items()}
+    return kind(**_of_version_2(kind, fields))
+
+
+def _of_version_2(kind: type, fields: dict[str, Any]) -> dict[str, Any]:
+    """Complete the fields of a record that a file of version 2 of the format holds.
+
+    Its neighbor lists have the cells of the grid as fields of their own, and its systems are
+    periodic along all axes or along none.
+    """
+    if kind is Neighbors and "cells" in fields:
+        grid = Grid(cells=fields.pop("cells"), run_capacity=fields.pop("run_capacity"))
+        return {**fields, "grid": grid}
+    if kind is System and "periodic" not in fields:
+        along = not isinstance(fields["boundary"], OpenBox)
+        periodic = (along,) * fields["positions"].shape[-1]
+        listed = fields["neighbors"]
+        grid = dataclasses.replace(listed.grid, periodic=periodic)
+        neighbors = dataclasses.replace(listed, grid=grid)
+        return {**fields, "periodic": periodic, "neighbors": neighbors}
+    return fields
 
 
 def _decode_container(node: Mapping[str, Any], source: _Source) -> Any:

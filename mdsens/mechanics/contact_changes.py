@@ -13,11 +13,54 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from mdsens._util.portable import reduced
 from mdsens.model.system import System, box_at, crossing_terms, pair_distances
 
-__all__ = ["Crossing", "crossings", "gap_rate"]
+__all__ = ["Crossing", "FirstCrossing", "crossings", "gap_rate", "named_pairs"]
+
+
+class FirstCrossing(NamedTuple):
+    """The pair that is the first to cross a breakpoint of its potential along a path.
+
+    Attributes:
+      pair: indices of the two particles.
+      opens: whether its contact opens; else it closes.
+      distance: the breakpoint.
+      image: the image of the second particle that is meant, as in :class:`Crossing`; None where it
+        is the nearest one.
+    """
+
+    pair: tuple[int, int]
+    opens: bool
+    distance: float
+    image: tuple[int, ...] | None
+
+    def __str__(self) -> str:
+        i, j = self.pair
+        image = f" (image {' '.join(map(str, self.image))} of it)" if any(self.image or ()) else ""
+        event = "opens" if self.opens else "closes"
+        return f"pair {i}-{j}{image} {event}, at distance {self.distance:.4g}"
+
+
+def named_pairs(pairs: ArrayLike, images: ArrayLike | None) -> np.ndarray:
+    """Return rows that name each pair, (k, 2) or (k, 2 + d), the same for both orders of a pair.
+
+    A row has the lower and the higher index of the two particles, and the image of the second one
+    where images are given.
+
+    Args:
+      pairs: (k, 2) indices of the two particles.
+      images: (k, d) the image of the second particle of each pair; None for nearest images.
+    """
+    ends = np.asarray(pairs)
+    rows = np.sort(ends, axis=1)
+    if images is None:
+        return rows
+    # seen from the second particle, the image of the first one is the opposite
+    swapped = ends[:, :1] > ends[:, 1:]
+    return np.concatenate([rows, np.where(swapped, -1, 1) * np.asarray(images, int)], axis=1)
 
 
 class Crossing(NamedTuple):
@@ -32,6 +75,8 @@ class Crossing(NamedTuple):
       times: (k,) value of t at the crossing; negative where the pair crosses at t < 0, inf where
         the distance of the pair to the breakpoint does not change.
       pairs: (k, 2) indices of the two particles.
+      images: (k, d) integers t, the image of the second particle that is meant, as in the system's
+        neighbor list; None where each pair is that of nearest images.
       inside: (k,) True where the pair is nearer than the breakpoint at t = 0, so that the pair
         opens at the crossing; False where it closes.
       lengths: (k,) the breakpoint, a distance.
@@ -41,6 +86,7 @@ class Crossing(NamedTuple):
     pairs: jax.Array
     inside: jax.Array
     lengths: jax.Array
+    images: jax.Array | None = None
 
     def __reduce__(self) -> Any:
         return reduced(self, self._asdict())
@@ -87,9 +133,9 @@ class Crossing(NamedTuple):
         """
         crossed = np.abs(np.asarray(self.times)) <= change
         # A pair counts once, whatever the number of terms and breakpoints that it crosses.
-        return np.unique(np.sort(np.asarray(self.pairs)[crossed], axis=1), axis=0).shape[0]
+        return np.unique(named_pairs(self.pairs, self.images)[crossed], axis=0).shape[0]
 
-    def first(self, forward: bool = True) -> tuple[tuple[int, int], bool, float] | None:
+    def first(self, forward: bool = True) -> FirstCrossing | None:
         """Return the pair that is the first to cross a breakpoint of its potential along a path.
 
         A breakpoint is a distance at which a derivative of the potential jumps or diverges, such as
@@ -100,8 +146,8 @@ class Crossing(NamedTuple):
           forward: whether t grows from 0; if False, t falls from 0.
 
         Returns:
-          the pair, whether its contact opens, and the breakpoint, a distance; None where no pair
-            crosses a breakpoint.
+          the pair and its breakpoint, see :class:`FirstCrossing`; None where no pair crosses a
+            breakpoint.
         """
         times = np.asarray(self.times) * (1.0 if forward else -1.0)
         ahead = np.where(times >= 0, times, np.inf)
@@ -109,7 +155,10 @@ class Crossing(NamedTuple):
             return None
         k = int(np.argmin(ahead))
         i, j = (int(p) for p in np.asarray(self.pairs[k]))
-        return (i, j), bool(self.inside[k]), float(self.lengths[k])
+        image = None
+        if self.images is not None:
+            image = tuple(int(t) for t in np.asarray(self.images[k]))
+        return FirstCrossing((i, j), bool(self.inside[k]), float(self.lengths[k]), image)
 
 
 def _gaps(
@@ -177,6 +226,7 @@ def crossings(
     seconds = [jnp.zeros(0, jnp.int32)]
     inside = [jnp.zeros(0, bool)]
     lengths = [jnp.zeros(0)]
+    images = [jnp.zeros((0, system.dimension), jnp.int8)]
     for term, gap, rate in zip(crossing_terms(system), gaps, rates, strict=True):
         real = term.mask if rattlers is None else term.mask & ~rattlers[term.i] & ~rattlers[term.j]
         # where() inside as well, against a division by zero
@@ -187,9 +237,18 @@ def crossings(
         seconds.append(jnp.broadcast_to(term.j, gap.shape).ravel())
         inside.append((gap > 0).ravel())
         lengths.append(jnp.broadcast_to(term.lengths(), gap.shape).ravel())
+        if term.images is None:
+            of_pairs = jnp.zeros((*gap.shape, system.dimension), jnp.int8)
+        else:
+            of_pairs = jnp.broadcast_to(term.images, (*gap.shape, system.dimension))
+        images.append(of_pairs.reshape(-1, system.dimension))
     pairs = jnp.stack([jnp.concatenate(firsts), jnp.concatenate(seconds)], axis=1)
     return Crossing(
-        jnp.concatenate(times), pairs, jnp.concatenate(inside), jnp.concatenate(lengths)
+        jnp.concatenate(times),
+        pairs,
+        jnp.concatenate(inside),
+        jnp.concatenate(lengths),
+        None if system.neighbors.images is None else jnp.concatenate(images),
     )
 
 

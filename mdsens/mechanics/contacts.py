@@ -66,7 +66,9 @@ class Network(Portable, Named):
         a rattler is a cluster by itself.
       whole: (n, d) positions of the periodic images that put each cluster in one piece.
       wraps: (n,) entry c is True where the cluster with the label c is connected to its own
-        periodic image, so that it cannot rotate.
+        periodic image, so that it cannot rotate, or about one axis alone.
+      axes: (n, d) entry c is that axis, a unit vector, where the cluster with the label c is
+        connected to its images along one direction only, as a wire is in 3-D; else zero.
       mean_force: mean force of the contacts, 0 without contacts.
       pairs: total number of contacts.
       touching: whether two particles that are no rattlers touch with a force so small that it may
@@ -81,6 +83,7 @@ class Network(Portable, Named):
     labels: jax.Array
     whole: jax.Array
     wraps: jax.Array
+    axes: jax.Array
     mean_force: jax.Array
     pairs: jax.Array
     touching: jax.Array
@@ -397,9 +400,10 @@ def network(system: System, max_force: jax.Array | float, least: int | None = No
     if system.box is None:
         whole = system.positions
         wraps = jnp.zeros(n, bool)
+        axes = jnp.zeros_like(whole)
     else:
         whole = system.positions[labels] + offsets
-        wraps = _find_wraps(edges, labels, offsets)
+        wraps, axes = _find_wraps(edges, labels, offsets)
     touching = jnp.zeros((), bool)
     if potential.repulsive:
         i, j = terms[0].i, jnp.minimum(terms[0].j, n - 1)  # padding has the index n
@@ -415,6 +419,7 @@ def network(system: System, max_force: jax.Array | float, least: int | None = No
         labels=labels,
         whole=whole,
         wraps=wraps,
+        axes=axes,
         mean_force=total_force / jnp.maximum(pairs, 1),
         pairs=jnp.round(pairs).astype(jnp.int32),  # a sum of halves, of each pair twice
         touching=touching,
@@ -432,10 +437,20 @@ def _make_network_without_pairs(system: System) -> Network:
         labels=zeros,
         whole=system.positions,
         wraps=jnp.full(system.n, system.box is not None),
+        axes=jnp.broadcast_to(_axis_of_wire(system), system.positions.shape),
         mean_force=jnp.zeros((), system.positions.dtype),
         pairs=jnp.zeros((), jnp.int32),
         touching=jnp.zeros((), bool),
     )
+
+
+def _axis_of_wire(system: System) -> jax.Array:
+    """Return the unit vector (d,) of the only periodic axis of a system in 3-D; else zero."""
+    box = system.box
+    if box is None or system.dimension == 2 or sum(system.periodic) != 1:
+        return jnp.zeros(system.dimension, system.positions.dtype)
+    side = box[:, system.periodic.index(True)]
+    return side / jnp.sqrt(jnp.sum(side**2))
 
 
 def _compute_pair_vectors(
@@ -564,18 +579,24 @@ def _sum_contacts(
     return pairs, total_force
 
 
-def _find_wraps(edges: list[_Edges], labels: jax.Array, offsets: jax.Array) -> jax.Array:
-    """Find the clusters that are connected to their own periodic image.
-
-    The result is an array (n,), whose entry c is True for such a cluster with the label c.
+def _find_wraps(
+    edges: list[_Edges], labels: jax.Array, offsets: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Find the clusters that are connected to their own periodic image, and in which directions.
 
     Args:
       edges: the pairs; only active pairs connect particles.
       labels: (n,) the cluster of each particle.
       offsets: (n, d) displacement of each particle from the first one of its cluster, along bonds.
+
+    Returns:
+      (wraps, axes): an array (n,), whose entry c is True for such a cluster with the label c, and
+        unit vectors (n, d), the direction of its images where it has only one, in 3-D; else zero.
     """
-    n = labels.shape[0]
+    n, d = offsets.shape
     wraps = jnp.zeros(n, bool)
+    # sum over the lattice vectors T between images of a cluster of T T^T
+    spread = jnp.zeros((n, d, d), offsets.dtype)
     y = components(offsets)
     for e in edges:
         # A bond whose ends lie in different images of the cluster closes a loop around the cell:
@@ -587,7 +608,34 @@ def _find_wraps(edges: list[_Edges], labels: jax.Array, offsets: jax.Array) -> j
         # of a list of bonds one end is enough, since both ends have the same label
         meets = jnp.any(torn, axis=0) if e.rows else jnp.zeros(n, bool).at[e.i].max(torn)
         wraps = wraps.at[labels].max(meets)
-    return wraps
+        if d == 3:
+            gap = jnp.stack([jnp.where(torn, g, 0.0) for g in gaps], axis=-1)
+            squares = gap[..., :, None] * gap[..., None, :]
+            if e.rows:
+                spread = spread.at[labels].add(jnp.sum(squares, axis=0))
+            else:
+                spread = spread.at[labels[e.i]].add(squares)
+    return wraps, _only_directions(spread)
+
+
+def _only_directions(spread: jax.Array) -> jax.Array:
+    """Return the direction of the vectors T of each cluster, (n, d), where they have only one.
+
+    The result is a unit vector, or zero where the vectors have several directions or there are
+    none. ``spread`` (n, d, d) is the sum of T T^T over the vectors of each cluster.
+    """
+    diagonal = jnp.diagonal(spread, axis1=1, axis2=2)
+    size = jnp.sum(diagonal, axis=1)
+    # of a single direction u the matrix is size u u^T, and each of its columns is along u
+    column = jnp.take_along_axis(spread, jnp.argmax(diagonal, axis=1)[:, None, None], axis=2)[
+        ..., 0
+    ]
+    norm = jnp.sqrt(jnp.sum(column**2, axis=1))
+    u = column / jnp.where(norm > 0, norm, 1.0)[:, None]
+    rest = spread - size[:, None, None] * u[:, :, None] * u[:, None, :]
+    # 1e-6 is the round-off of lattice vectors in single precision, squared or not
+    single = (size > 0) & (jnp.sum(rest**2, axis=(1, 2)) < 1e-6 * size**2)
+    return jnp.where(single[:, None], u, 0.0)
 
 
 def _may_touch(

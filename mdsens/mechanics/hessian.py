@@ -49,8 +49,8 @@ Params = Mapping[str, Any]
 LONGEST_ROW = 600
 # Unknowns up to which the matrix is small, however long its rows are.
 SMALL = 1500
-# Places in a neighbor list over the atoms within the cutoff: 1.3^3 for the skin, and 1.25 for room.
-LISTED_OVER_NEAR = 2.75
+# Places in a neighbor list over the atoms within the cutoff: 1.1^3 for the skin, and 1.25 for room.
+LISTED_OVER_NEAR = 1.66
 
 
 def gradient(system: System, x: Unknowns, params: Params) -> Unknowns:

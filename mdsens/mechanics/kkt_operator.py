@@ -78,12 +78,12 @@ def constrained_null_space(
     labels = np.arange(rattlers.size) * 0 if null.labels is None else np.asarray(net.labels)
     whole = np.asarray(net.whole, float)
     wraps = np.asarray(net.wraps)
+    axes = np.asarray(net.axes, float)
     motions: list[np.ndarray] = []
     for label in np.unique(labels[~rattlers]):
         members = np.flatnonzero((labels == label) & ~rattlers)
-        motions += left_motions(
-            whole[members], bool(wraps[label]), stuck[members], members, rattlers.size
-        )
+        axis = axes[label] if wraps[label] else None
+        motions += left_motions(whole[members], axis, stuck[members], members, rattlers.size)
     n, d = system.positions.shape
     # reshaped for the case without motions, whose array has the shape (0,)
     rows = np.array(motions).reshape(-1, n, d)

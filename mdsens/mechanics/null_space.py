@@ -282,14 +282,14 @@ def orthonormal(rows: jax.Array, floor: float) -> jax.Array:
 
 @full_precision
 def left_motions(
-    x: np.ndarray, wraps: bool, stuck: np.ndarray, some: np.ndarray, n: int
+    x: np.ndarray, axis: np.ndarray | None, stuck: np.ndarray, some: np.ndarray, n: int
 ) -> list[np.ndarray]:
     """Return the rigid motions of some particles that leave their pinned coordinates in place.
 
     Args:
       x: (count, d) positions of these particles.
-      wraps: whether the particles are connected to their periodic image, so that they cannot
-        rotate.
+      axis: None where the particles are not connected to their periodic image. Else the axis (d,)
+        about which they can still rotate, as a wire does in 3-D; zero where they cannot rotate.
       stuck: (count, d) True for pinned coordinates.
       some: indices of these particles among all, or a mask.
       n: number of all particles of the system.
@@ -299,8 +299,11 @@ def left_motions(
     """
     count, d = x.shape
     basis = [np.broadcast_to(np.eye(d)[k], (count, d)) for k in range(d)]
-    if not wraps:
-        arms = x - x.mean(axis=0)
+    arms = x - x.mean(axis=0)
+    if axis is not None and axis.any():
+        turn = np.cross(axis, arms)
+        basis.append(turn / (np.sqrt(np.mean(turn**2)) or 1.0))
+    if axis is None:
         # Rotations are divided by the size of the cluster, so that their norms are like those of
         # translations: one limit, 1e-9, then tells which are independent, in any unit of length.
         size = np.sqrt(np.mean(arms**2)) or 1.0

@@ -44,36 +44,45 @@ def null_space(system: System, net: Network) -> NullSpace:
         motions = _free_motions(jax.lax.stop_gradient(system))
         return dataclasses.replace(without_rotations, motions=motions)
     total = without_rotations.cluster_total
-    # A cluster that meets its periodic image cannot rotate: its arms are zero.
-    rotates = jnp.where(net.wraps[net.labels], 0.0, in_network)[:, None]
+    # A cluster that meets its periodic image cannot rotate: its arms are zero. One that meets its
+    # images along a single axis can rotate about this axis.
+    is_wire = jnp.sum(net.axes**2, axis=1) > 0
+    rotates = jnp.where((net.wraps & ~is_wire)[net.labels], 0.0, in_network)[:, None]
     center = total(rotates * net.whole) / counts[:, None]
     arms = rotates * (jax.lax.stop_gradient(net.whole) - center[net.labels])
+    along = net.axes[net.labels]
+    arms = arms - jnp.sum(arms * along, axis=1, keepdims=True) * along
     squared = jnp.sum(arms**2, axis=1)
     if d == 2:
         inertia = total(squared[:, None])[:, :, None]
     else:
         of_particle = squared[:, None, None] * jnp.eye(3) - arms[:, :, None] * arms[:, None, :]
         inertia = total(of_particle.reshape(n, 9)).reshape(n, 3, 3)
-    return dataclasses.replace(
-        without_rotations, arms=arms, inverse_inertia=pseudo_inverse(inertia)
-    )
+    inverse = pseudo_inverse(inertia)
+    if d == 3:
+        about = net.axes[:, :, None] * net.axes[:, None, :]
+        moment = total(squared[:, None])[:, :1, None]
+        of_wire = jnp.where(moment > 0, about / jnp.where(moment > 0, moment, 1.0), 0.0)
+        inverse = jnp.where(is_wire[:, None, None], of_wire, inverse)
+    return dataclasses.replace(without_rotations, arms=arms, inverse_inertia=inverse)
 
 
 @full_precision
 def _free_motions(system: System) -> jax.Array:
     """Compute the rigid motions (k, n, d) of the whole system that have no stiffness.
 
-    They are combinations of the translations and, without a cell, the rotations; orthonormal, or
-    zeros. The function is for energies that are not sums over pairs, such as those with an external
-    field. There are n particles in d dimensions.
+    They are combinations of the translations, and of the rotations that the periodic axes allow:
+    all without a cell, and that about the axis of a wire. They are orthonormal, or zeros. The
+    function is for energies that are not sums over pairs, such as those with an external field.
+    There are n particles in d dimensions.
     """
     n, d = system.positions.shape
     dtype = system.positions.dtype
     basis = jnp.broadcast_to(jnp.eye(d, dtype=dtype)[:, None, :], (d, n, d))
-    if system.box is None:
+    axes = _axes_of_rotation(system)
+    if len(axes):
         arms = system.positions - jnp.mean(system.positions, axis=0)
         size = jnp.sqrt(jnp.mean(arms**2))
-        axes = jnp.eye(1 if d == 2 else 3, dtype=dtype)
         turns = jax.vmap(lambda axis: turned(jnp.broadcast_to(axis, (n, axis.size)), arms))(axes)
         # over the extent, so that a rotation is compared with translations independently of the
         # unit
@@ -92,6 +101,21 @@ def _free_motions(system: System) -> jax.Array:
     free = costs <= jnp.finfo(dtype).eps ** 0.5 * scale
     # the singular values are one or zero, so that any limit between these will do
     return orthonormal(jnp.where(free[:, None], combinations.T @ rigid, 0.0), 0.5).reshape(-1, n, d)
+
+
+def _axes_of_rotation(system: System) -> jax.Array:
+    """Return the axes about which a system can rotate as a whole: (1, 1) in 2-D, (k, 3) in 3-D.
+
+    There are none in a cell, all three without one, and one for a wire, periodic along one axis.
+    """
+    dtype = system.positions.dtype
+    box = system.box
+    if box is None:
+        return jnp.eye(1 if system.dimension == 2 else 3, dtype=dtype)
+    if system.dimension == 3 and sum(system.periodic) == 1:
+        side = box[:, system.periodic.index(True)]
+        return (side / jnp.sqrt(jnp.sum(side**2)))[None]
+    return jnp.zeros((0, 3), dtype)
 
 
 def analyze_rigidity(

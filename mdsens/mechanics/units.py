@@ -75,17 +75,12 @@ def natural_units(system: System) -> tuple[jax.Array, jax.Array]:
     lengths = []
     curvatures = []
     n, d = system.positions.shape
-    if system.box is None:
-        sizes = jnp.max(system.positions, axis=0) - jnp.min(system.positions, axis=0)
-        # n^(1/d) particles along an edge have one spacing fewer than particles
-        extent = jnp.max(sizes) / max(n ** (1.0 / d) - 1, 1)
-        spacing = jnp.where(extent > 0, extent, 1.0)
-    else:
-        spacing = (system.volume / n) ** (1.0 / d)
+    spacing = _spacing(system)
     # All pairs of 8 particles spread over the indices, wherever they are: pairs of the neighbor
     # list would contain some pairs of species more often than others.
     sample = np.unique(np.linspace(0, n - 1, 8).astype(int))
-    pairs = Pairs(*sample[np.stack(np.triu_indices(sample.size, 1))])
+    # a single particle only meets its own images
+    pairs = Pairs(*sample[np.stack(np.triu_indices(sample.size, min(n - 1, 1)))])
     for term in system.potential.terms(
         system.params, pairs, n, system.species, system.species_count
     ):
@@ -122,6 +117,22 @@ def natural_units(system: System) -> tuple[jax.Array, jax.Array]:
         return spacing, _curvature(system)
     stiffness = 2.0 ** (d + 1) * jnp.max(jnp.stack(curvatures))
     return jnp.min(jnp.stack(lengths)), jnp.where(stiffness > 0, stiffness, 1.0)
+
+
+def _spacing(system: System) -> jax.Array:
+    """Compute the spacing of the particles, from their number and the size of the system."""
+    n, d = system.positions.shape
+    if system.has_volume:
+        return (system.volume / n) ** (1.0 / d)
+    sides = jnp.eye(d) if system.box is None else system.box
+    lengths = jnp.sqrt(jnp.sum(sides**2, axis=0))
+    along = system.positions @ (sides / lengths)
+    sizes = jnp.max(along, axis=0) - jnp.min(along, axis=0)
+    periodic = np.asarray(system.periodic or (False,) * d)
+    # n^(1/d) particles along an open edge have one spacing fewer than particles
+    rows = n ** (1.0 / d)
+    extent = jnp.max(jnp.where(periodic, lengths / rows, sizes / max(rows - 1, 1)))
+    return jnp.where(extent > 0, extent, 1.0)
 
 
 _natural_units_each = jax.jit(jax.vmap(natural_units))

@@ -128,13 +128,13 @@ def _with_equal_lists(systems: list[System]) -> list[System]:
         neighbors.lattice_of(s.positions, s.box, range_, s.periodic)
         for s, range_ in zip(systems, ranges, strict=True)
     ]
-    grid = neighbors.common_grid(systems[0].n, lattices, ranges, systems[0].neighbors.grid.periodic)
+    grid = neighbors.common_grid(systems[0].n, lattices, ranges, systems[0].neighbors.grid)
     lists = [
         neighbors.fitted(s.positions, lattice, pair_lengths(s), range_, grid)
         for s, lattice, range_ in zip(systems, lattices, ranges, strict=True)
     ]
     capacity = max(x.rows.shape[0] for x in lists)
-    grid = grid._replace(run_capacity=max(x.grid.run_capacity for x in lists))
+    grid = dataclasses.replace(grid, run_capacity=max(x.grid.run_capacity for x in lists))
     return [
         s.replace(neighbors=dataclasses.replace(x.resized(capacity), grid=grid))
         for s, x in zip(systems, lists, strict=True)

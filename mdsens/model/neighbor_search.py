@@ -9,6 +9,7 @@ divides a cell that contains all of them.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -20,12 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens._util.lattice import components, inverse, nearest_images
+from mdsens._util.portable import Portable
 from mdsens._util.precision import full_precision
 
-__all__ = ["Found", "Grid", "Lengths", "fullest_run", "search", "search_cell"]
+__all__ = ["SKIN", "Found", "Grid", "Lengths", "fullest_run", "search", "search_cell"]
 
 # Candidates whose nearness is marked in the bits of one integer (uint32).
 WORD = 32
+# Skin of a neighbor list as a share of the range. Smaller, the list is rebuilt more often; larger,
+# its rows hold more particles that do not interact.
+SKIN = 0.3
 # Largest number of cell vectors, along one direction, between a particle and an image of another:
 # images are stored as int8.
 FARTHEST = 127
@@ -37,7 +42,8 @@ Lengths: TypeAlias = Callable[[jax.Array, jax.Array], Any]
 A = TypeVar("A", jax.Array, np.ndarray)
 
 
-class Grid(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Grid(Portable):
     """How neighbors are searched: the grid, and the periodic images that are searched.
 
     Attributes:
@@ -49,12 +55,14 @@ class Grid(NamedTuple):
         along every vector; the pairs that are found are then those of nearest images.
       periodic: for each cell vector whether the system is periodic along it; empty where it is
         periodic along all vectors, or along none.
+      skin: the skin of the list, as a share of the range.
     """
 
     cells: tuple[int, ...] = ()
     run_capacity: int = 0
     reach: tuple[int, ...] = ()
     periodic: tuple[bool, ...] = ()
+    skin: float = SKIN
 
 
 class Found(NamedTuple):

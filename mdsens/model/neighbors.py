@@ -42,6 +42,7 @@ from mdsens._util.portable import Portable
 from mdsens._util.precision import full_precision
 from mdsens.model.neighbor_search import (
     FARTHEST,
+    SKIN,
     Grid,
     Lengths,
     fullest_run,
@@ -71,9 +72,6 @@ __all__ = [
 # Particles up to which all pairs are listed. Compiling a search takes a second, and from about this
 # size on a step on all pairs costs as much as one on a list (2-D packings: from about 50 on).
 ALL_PAIRS_BELOW = 64
-# Skin as a share of the range. Smaller, the list is rebuilt more often; larger, its rows hold more
-# particles that do not interact.
-SKIN = 0.3
 # Grid cells per particle, at most. A liquid takes fewer than one; in a dilute gas more of them find
 # no more pairs and would fill memory.
 CELLS = 64
@@ -201,7 +199,7 @@ def _skin(
     range_: float | jax.Array,
     lattice: jax.Array | np.ndarray,
     grid: Grid,
-    share: ArrayLike = SKIN,
+    share: ArrayLike | None = None,
 ) -> jax.Array:
     """Compute the skin of a neighbor list: the requested one, or less if the cell is too small.
 
@@ -212,7 +210,7 @@ def _skin(
       range_: the largest distance at which two particles interact.
       lattice: (d, d) the cell, see ``_lattice``.
       grid: the grid, and the images that are searched.
-      share: the requested skin, as a fraction of the range.
+      share: the requested skin, as a fraction of the range; None for that of the grid.
     """
     xp: Any = lattice.__array_namespace__()
     cell = search_cell(lattice, grid.reach)
@@ -220,7 +218,8 @@ def _skin(
     sides = heights(cell) / np.asarray([m if m > 2 else 1 for m in grid.cells], lattice.dtype)
     # A side that was divided so as to be the range may come out smaller than it by round-off.
     above = 1.0 + 8.0 * float(np.finfo(lattice.dtype).eps)
-    skin = xp.minimum(share * range_, xp.min(sides) * above - range_)
+    wanted = (grid.skin if share is None else share) * range_
+    skin = xp.minimum(wanted, xp.min(sides) * above - range_)
     return xp.minimum(skin, xp.min(heights(lattice) * _farthest(grid)) - range_)
 
 
@@ -360,7 +359,7 @@ def update(
     box: jax.Array | None,
     lengths: Lengths,
     range_: jax.Array,
-    skin: ArrayLike = SKIN,
+    skin: ArrayLike | None = None,
     anew: ArrayLike = False,
 ) -> tuple[Neighbors, jax.Array]:
     """Update a neighbor list; return the list and whether it was rebuilt.
@@ -376,7 +375,7 @@ def update(
         and j is zero, at the present parameters.
       range_: the largest l_ij.
       skin: the skin of a list that is rebuilt, as a fraction of the range: pairs up to this
-        distance beyond l_ij are listed.
+        distance beyond l_ij are listed. None for the skin that the list was made with.
       anew: True to rebuild even a list that is still complete.
     """
     positions, box, lengths, range_ = jax.lax.stop_gradient((positions, box, lengths, range_))
@@ -417,6 +416,7 @@ def allocate(
     room: float = 1.25,
     like: Neighbors | None = None,
     periodic: tuple[bool, ...] = (),
+    skin: float = SKIN,
 ) -> Neighbors:
     """Build a new neighbor list for the particles at ``positions``.
 
@@ -434,6 +434,7 @@ def allocate(
         that compiled code can be used again.
       periodic: for each cell vector whether the system is periodic along it; empty where it is
         periodic along all of them, or where ``box`` is None.
+      skin: the skin, as a fraction of the range.
     """
     n = positions.shape[0]
     dtype = positions.dtype
@@ -441,26 +442,26 @@ def allocate(
     if range_ == 0.0:
         return no_pairs(n, dtype, periodic)
     along = (False,) * positions.shape[1] if box is None else periodic
-    grid = Grid(periodic=along)
-    reach = (1.0 + SKIN) * range_
+    grid = Grid(periodic=along, skin=skin)
+    reach = (1.0 + skin) * range_
     # once the round-off, where compiled code allows twice: it must not refuse what passes here
     small = bool(_too_small(range_, None if box is None else np.asarray(box), grid, 1.0))
     if not small and (n <= ALL_PAIRS_BELOW or not math.isfinite(reach)):
         return all_pairs(n, dtype, along)
     lattice = lattice_of(positions, box, range_, along)
     sides = np.asarray(lattice)
-    grid = grid._replace(cells=_cells(heights(sides), reach, n))
+    grid = dataclasses.replace(grid, cells=_cells(heights(sides), reach, n))
     # a cell hardly larger than twice the range leaves a skin of under 2 % of the range
     if small or not float(_skin(range_, sides, grid)) > 0.02 * range_:
-        grid = grid._replace(reach=_images_within(heights(sides), reach, along))
+        grid = dataclasses.replace(grid, reach=_images_within(heights(sides), reach, along))
         _check_images(positions, sides, grid, reach)
-        grid = grid._replace(cells=_cells(heights(search_cell(sides, grid.reach)), reach, n))
+        grid = dataclasses.replace(
+            grid, cells=_cells(heights(search_cell(sides, grid.reach)), reach, n)
+        )
     return fitted(positions, lattice, lengths, range_, grid, room, like)
 
 
-def common_grid(
-    n: int, lattices: list[jax.Array], ranges: list[float], periodic: tuple[bool, ...]
-) -> Grid:
+def common_grid(n: int, lattices: list[jax.Array], ranges: list[float], like: Grid) -> Grid:
     """Return a grid for the neighbor search of several systems of n particles each.
 
     It is the coarsest, whose grid cells are wide enough for each system, and has as many images as
@@ -470,22 +471,23 @@ def common_grid(
       n: number of particles of one system.
       lattices: (d, d) the cell of each system, from :func:`lattice_of`.
       ranges: the interaction range of each system.
-      periodic: for each cell vector whether the systems are periodic along it.
+      like: gives the skin, and for each cell vector whether the systems are periodic along it.
     """
+    periodic = like.periodic
     sides = [np.asarray(lattice) for lattice in lattices]
-    reaches = [(1.0 + SKIN) * range_ for range_ in ranges]
-    grid = Grid(periodic=periodic)
+    reaches = [(1.0 + like.skin) * range_ for range_ in ranges]
+    grid = Grid(periodic=periodic, skin=like.skin)
     small = [_too_small(r, s, grid, 1.0) for r, s in zip(ranges, sides, strict=True)]
     if any(small):
         images = [
             _images_within(heights(s), r, periodic) for s, r in zip(sides, reaches, strict=True)
         ]
-        grid = grid._replace(reach=tuple(int(m) for m in np.max(images, axis=0)))
+        grid = dataclasses.replace(grid, reach=tuple(int(m) for m in np.max(images, axis=0)))
     cells = [
         _cells(heights(search_cell(s, grid.reach)), r, n)
         for s, r in zip(sides, reaches, strict=True)
     ]
-    return grid._replace(cells=tuple(int(m) for m in np.min(cells, axis=0)))
+    return dataclasses.replace(grid, cells=tuple(int(m) for m in np.min(cells, axis=0)))
 
 
 def _check_range(range_: float, box: jax.Array | None) -> None:
@@ -596,9 +598,9 @@ def fitted(
     everyone = with_images(np.asarray(positions), sides, grid)
     fullest = fullest_run(everyone, search_cell(sides, grid.reach), grid.cells)
     run_capacity = max(min(_eights(room * fullest), len(everyone)), grid.run_capacity)
-    if like is not None and like.grid._replace(run_capacity=grid.run_capacity) == grid:
+    if like is not None and dataclasses.replace(like.grid, run_capacity=grid.run_capacity) == grid:
         run_capacity = max(run_capacity, like.grid.run_capacity)
-    grid = grid._replace(run_capacity=run_capacity)
+    grid = dataclasses.replace(grid, run_capacity=run_capacity)
     # first guess of the rows: neighbors at the mean density, and three standard deviations more
     ball = BALL_OF_UNIT_DIAMETER[d] * (2.0 * (range_ + float(skin))) ** d
     share = ball / abs(float(np.linalg.det(sides)))

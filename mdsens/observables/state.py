@@ -10,7 +10,7 @@ from jax.core import Tracer
 from mdsens._util.errors import InputError
 from mdsens._util.lattice import BALL_OF_UNIT_DIAMETER, Components
 from mdsens.mechanics import contacts
-from mdsens.model.system import System, pair_lengths, potential_energy
+from mdsens.model.system import System, pair_lengths, potential_energy, require_volume
 from mdsens.observables.pairs import positive, rise, single, summed
 
 __all__ = [
@@ -41,13 +41,9 @@ def stress(system: System) -> jax.Array:
       (d, d), symmetric, energy per volume (per area in 2-D).
 
     Raises:
-      InputError: the system has open boundaries, and so no volume.
+      InputError: the system is not periodic along all axes, and so has no volume.
     """
-    if single(system).box is None:
-        raise InputError(
-            "stress and pressure need a volume, and this system has open boundaries: give the"
-            " system a box."
-        )
+    require_volume(single(system), "stress and pressure need")
     zero = jnp.zeros((system.dimension, system.dimension), system.positions.dtype)
 
     # by the symmetric part of the strain, so that the result is symmetric
@@ -68,12 +64,9 @@ def volume(system: System) -> jax.Array:
     """Return the volume of the cell, an area in 2-D.
 
     Raises:
-      InputError: the system has open boundaries.
+      InputError: the system is not periodic along all axes.
     """
-    if single(system).box is None:
-        raise InputError(
-            "a volume needs a cell, and this system has open boundaries: give the system a box."
-        )
+    require_volume(single(system), "the volume and the packing fraction need")
     return system.volume
 
 
@@ -85,8 +78,8 @@ def packing_fraction(system: System) -> jax.Array:
     2-D and pi/6 sigma^3 in 3-D.
 
     Raises:
-      InputError: the system has open boundaries, or its potential has no parameter ``sigma`` that
-        gives the diameters of the particles.
+      InputError: the system is not periodic along all axes, or its potential has no parameter
+        ``sigma`` that gives the diameters of the particles.
     """
     cell_volume = volume(system)
     if system.diameters is None:

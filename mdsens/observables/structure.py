@@ -15,7 +15,7 @@ from mdsens._util.lattice import Components, circular_mean, nearest_image
 from mdsens._util.precision import full_precision
 from mdsens._util.validation import is_integer, is_real, real_array, short
 from mdsens.model.neighbors import Neighbors
-from mdsens.model.system import System, displacement_in
+from mdsens.model.system import System, displacement_in, require_volume
 from mdsens.observables.pairs import list_within, positive, rise, single, summed
 
 __all__ = ["bond_order", "bond_orientation", "distance_to", "distances", "radial_distribution"]
@@ -213,15 +213,12 @@ def radial_distribution(
       g at each radius, (k,), a number without unit.
 
     Raises:
-      InputError: the system has open boundaries; or max(r) + 6 * width is above half the smallest
-        height of the cell, where more than one image of a particle would count; or ``pairs`` is
-        None, the system's neighbor list is not known to cover this distance, and there are more
-        than 4,000 particles. The cell is not checked in compiled code.
+      InputError: the system is not periodic along all axes; or ``pairs`` is None, the system's
+        neighbor list is not known to cover the distance max(r) + 6 * width, and this distance is
+        above half the smallest height of the cell or there are more than 4,000 particles. The cell
+        is not checked in compiled code.
     """
-    if single(system).box is None:
-        raise InputError(
-            "g(r) needs a mean density, and this system has open boundaries: give the system a box."
-        )
+    require_volume(single(system), "g(r) is relative to a mean density and needs")
     if system.n < 2:
         raise InputError("g(r) is for pairs, and this system has one particle: give two or more.")
     need = "give (k,) radii that are not negative."

@@ -47,10 +47,13 @@ def project(system: System, axis: int) -> View:
     fractions = positions  # without a box: the coordinates
     if box is not None:
         # the cell vectors are columns, and positions are rows: R = f box^T, f = R box^-T
-        fractions = (positions @ np.linalg.inv(box).T) % 1.0
+        fractions = positions @ np.linalg.inv(box).T
+        fractions = np.where(system.periodic, fractions % 1.0, fractions)
         positions = fractions @ box.T
+    # the outline of a cell is drawn only where all of its sides in the picture are periodic
     if system.dimension == 2:
-        return View(positions, np.ones(system.n), box, np.eye(2))
+        outline = box if system.has_volume else None
+        return View(positions, np.ones(system.n), outline, np.eye(2))
     cell = np.eye(3) if box is None else box
     # A right-handed frame: toward the viewer, and right and up in the plane of the picture, with
     # the next cell vector pointing to the right.
@@ -59,9 +62,11 @@ def project(system: System, axis: int) -> View:
     right /= np.linalg.norm(right)
     across = np.stack([right, np.cross(toward, right)])
     depth = fractions[:, axis]
-    if box is None:
+    if not system.periodic[axis]:
         depth = (depth - depth.min()) / max(float(np.ptp(depth)), np.finfo(float).tiny)
-    plane = None if box is None else across @ box[:, [(axis + 1) % 3, (axis + 2) % 3]]
+    sides = [(axis + 1) % 3, (axis + 2) % 3]
+    has_outline = box is not None and all(system.periodic[k] for k in sides)
+    plane = across @ cell[:, sides] if has_outline else None
     return View(positions @ across.T, depth, plane, across)
 
 

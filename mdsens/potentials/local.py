@@ -200,7 +200,7 @@ def _of_species(value: Any, pairs: Pairs, n: int, species: Species) -> jax.Array
     array = jnp.asarray(value)
     if array.ndim == 0:
         return array
-    if species is None:
+    if species is None or array.shape == (1, 1):  # one number for all species
         return array[0, 0]
     i = jnp.where(pairs.i < n, pairs.i, 0)
     j = jnp.where(pairs.j < n, pairs.j, 0)

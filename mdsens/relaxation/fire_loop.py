@@ -20,7 +20,7 @@ from mdsens.mechanics.forces import energy_gradient
 from mdsens.mechanics.hessian import largest_force, largest_stiffness
 from mdsens.mechanics.status import Status
 from mdsens.mechanics.units import Limits
-from mdsens.model.neighbors import SKIN, Neighbors, slack, within
+from mdsens.model.neighbors import Neighbors, slack, within
 from mdsens.model.system import System, listed
 from mdsens.relaxation.methods import Minimizer
 
@@ -145,7 +145,7 @@ def advance(
 
     def steps_on_a_list(carry: tuple[Any, Neighbors, jax.Array, jax.Array, jax.Array]) -> Any:
         state, pairs, step, slow, _ = carry
-        skin = jnp.where(slow, NARROW, SKIN)
+        skin = jnp.where(slow, NARROW, pairs.grid.skin)
         pairs, _ = listed(
             system.replace(neighbors=pairs), method.positions(state), skin=skin, anew=slow
         )

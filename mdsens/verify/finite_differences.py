@@ -23,7 +23,7 @@ from mdsens.mechanics.status import Status
 from mdsens.mechanics.strain import from_mandel, to_mandel
 from mdsens.mechanics.units import natural_units, round_off
 from mdsens.mechanics.unknowns import Unknowns
-from mdsens.model.system import pair_distances, pair_terms
+from mdsens.model.system import crossing_terms, pair_distances
 from mdsens.relaxation.equilibrium import Equilibrium
 from mdsens.relaxation.minimization import minimize
 from mdsens.saddles.search import find_saddle
@@ -61,23 +61,27 @@ COUNT = 22
 
 
 def _interacting(eq: Equilibrium) -> np.ndarray:
-    """Return the particle indices (k, 2) of the k pairs in contact at a minimum, without rattlers.
+    """Return the k pairs in contact at a minimum, without rattlers, as rows of integers.
 
-    A pair is in contact if it is nearer than a breakpoint, a distance at which a derivative of the
-    potential jumps or diverges. A pair is listed once for each such breakpoint of each term of the
-    potential.
+    A row has the two particle indices, and the image of the second particle where images are
+    listed. A pair is in contact if it is nearer than a breakpoint, a distance at which a derivative
+    of the potential jumps or diverges. A pair is listed once for each such breakpoint of each term
+    of the potential.
     """
     rows = []
     network = contacts.network(eq.system, eq.max_force, eq.contacts_needed)
     rattlers = np.asarray(network.rattlers)
-    for term in pair_terms(eq.system):
+    for term in crossing_terms(eq.system):
         i = np.asarray(term.i)
         j = np.asarray(term.j)
         distances = np.asarray(pair_distances(eq.system, term, eq.system.positions, eq.system.box))
         inside = distances[None, :] < np.asarray(term.lengths())
         kept = np.asarray(term.mask) & ~rattlers[i] & ~rattlers[j]
         # In the order of the indices: pairs of two minima are compared, whose lists may differ.
-        pairs = np.stack([np.minimum(i, j), np.maximum(i, j)], axis=1)
+        images = term.images
+        if images is None and eq.system.neighbors.images is not None:
+            images = np.zeros((len(i), eq.system.dimension))  # of a list of bonds
+        pairs = contact_changes.named_pairs(np.stack([i, j], axis=1), images)
         for row in inside:
             rows.append(np.unique(pairs[row & kept], axis=0))
     return np.concatenate(rows) if rows else np.zeros((0, 2), int)

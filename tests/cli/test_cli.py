@@ -600,4 +600,4 @@ def test_moduli_that_are_not_to_be_had(tmp_path: Path, capsys):
     what = Outcome(capsys, "moduli", packing(tmp_path), "--wrt", "pressure")
     assert what.code == cli.BAD_INPUT and "give the pressure as well" in what.err
     open_ends = Outcome(capsys, "moduli", "dimer")
-    assert open_ends.code == cli.BAD_INPUT and "give it a box" in open_ends.err
+    assert open_ends.code == cli.BAD_INPUT and "give the system a box" in open_ends.err

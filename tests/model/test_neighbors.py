@@ -285,7 +285,9 @@ def test_a_list_too_short_by_one_row_is_marked():
 def test_an_overflowing_run_of_cells_is_marked():
     s = system("random 2-D")
     assert min(s.neighbors.grid.cells) >= 3
-    after, _ = update(s, stale(s.neighbors, grid=s.neighbors.grid._replace(run_capacity=1)))
+    after, _ = update(
+        s, stale(s.neighbors, grid=dataclasses.replace(s.neighbors.grid, run_capacity=1))
+    )
     assert bool(after.overflowed)
 
 

@@ -203,7 +203,7 @@ def _is_strain_examined(lin: Linearization, spectrum: Spectrum) -> bool:
     all_strains = len(basis(lin.system.dimension))
     prevents_strain = (
         not lin.constrained
-        and eq.system.box is not None
+        and eq.system.has_volume
         and (lin.cell is None or len(lin.cell.along) < all_strains)
     )
     stable = spectrum.values.size and spectrum.settled and not (spectrum.negative or eq.order)

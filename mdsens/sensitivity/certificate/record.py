@@ -10,6 +10,7 @@ import numpy as np
 from mdsens._util import tables
 from mdsens._util.tables import Rows, Shown
 from mdsens.implicit.linear.eigen import Spectrum
+from mdsens.mechanics.contact_changes import FirstCrossing
 from mdsens.mechanics.status import Status
 from mdsens.sensitivity.certificate.parts import (
     CellState,
@@ -252,11 +253,11 @@ class Certificate(Shown):
             crossing = d.crossing.first(forward)
             figures[name] = None
             if crossing is not None:
-                particles, opens, distance = crossing
                 figures[name] = {
-                    "particles": list(particles),
-                    "opens": opens,
-                    "distance": distance,
+                    "particles": list(crossing.pair),
+                    "image": None if crossing.image is None else list(crossing.image),
+                    "opens": crossing.opens,
+                    "distance": crossing.distance,
                 }
         # without a finite radius the list has zeros
         radius = d.radius if 0 < d.radius < np.inf else 0.0
@@ -504,7 +505,7 @@ def _range_row(
     name: str,
     value: float,
     switch: float,
-    crossing: tuple[tuple[int, int], bool, float] | None,
+    crossing: FirstCrossing | None,
 ) -> tuple[str, str]:
     """Format a row of the printed certificate: the range of t in which the derivative is valid.
 
@@ -516,17 +517,14 @@ def _range_row(
         or leaves its bound. A breakpoint is a distance at which a derivative of the potential jumps
         or diverges.
       switch: |t| at which the first coordinate meets or leaves its bound.
-      crossing: the first pair that crosses a breakpoint, whether the pair opens, and the distance
-        of the breakpoint; None if no pair crosses one.
+      crossing: the first pair that crosses a breakpoint; None if no pair crosses one.
     """
     # ``value`` is the smaller of the two times, so that equality tells which event comes first
     if value == switch < np.inf:
         return f"{name}{value:.2e}", "then a coordinate meets or leaves its bound"
     if crossing is None:
         return name.split(",")[0], "no pair crosses a breakpoint of its potential"
-    (i, j), opens, distance = crossing
-    event = "opens" if opens else "closes"
-    return f"{name}{value:.2e}", f"then pair {i}-{j} {event}, at distance {distance:.4g}"
+    return f"{name}{value:.2e}", f"then {crossing}"
 
 
 def _stress_left(cell: CellState) -> str:
