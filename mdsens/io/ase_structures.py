@@ -168,7 +168,8 @@ def _constraints_of(
             pairs.append(np.asarray(c.pairs, int).reshape(-1, 2))
             lengths.append(_bond_lengths(atoms, c))
         else:
-            mask[c.index] |= _fixed_axes(c)[: positions.shape[1]]
+            axes = _fixed_axes(c)  # first, since others may have no `index`
+            mask[c.index] |= axes[: positions.shape[1]]
     if mask.any():
         constraints.append(Pinned.coordinates(mask, name="fixed"))
     if not pairs:
