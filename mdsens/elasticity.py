@@ -409,7 +409,7 @@ def jvp(
 
     The direction is one in parameter space. This is the forward mode of ``gradient``: it takes the
     linear solves of ``moduli`` and one more, however many numbers ``observable`` returns. If the
-    minimum is one at a pressure, the cell responds to the parameters, and ``dparams`` may contain
+    cell was relaxed, it responds to the parameters, and ``dparams`` may contain its load, such as
     the pressure.
 
     Args:
@@ -603,7 +603,7 @@ def _push_tensors(
     Args:
       lin: the linearization of the minimum.
       elastic: the moduli at the minimum.
-      x: the displacement of the particles; for a minimum at a pressure also the strain of the cell.
+      x: the displacement of the particles; for a relaxed cell also the strain of the cell.
       params: the change of the parameters, by name.
     """
     primals = (lin.unknowns, dict(lin.params))
@@ -617,7 +617,7 @@ def _pull_tensors(
     """Differentiate weighted sums of the entries of the stiffness tensors and of the stress.
 
     The derivatives are those by the parameters and by the unknowns: the positions and, for a
-    minimum at a pressure, the strain of the cell.
+    relaxed cell, the strain of the cell.
 
     Args:
       lin: the linearization of the minimum.

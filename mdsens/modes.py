@@ -6,7 +6,7 @@ H is the Hessian d2U/dR2 of the energy U by positions R in the present cell, out
 space (translations, rattlers), lambda is the lowest eigenvalue there, and p are the parameters. The
 mode v has norm one and is kept constant while H changes, because the change of v contributes only
 to second order (Hellmann and Feynman). @ marks partial derivatives. The last term is due to the
-motion of the minimum, and takes one adjoint solve; for a minimum at a pressure, this term contains
+motion of the minimum, and takes one adjoint solve; for a relaxed cell, this term contains
 the motion of the cell.
 
 Where eigenvalues are equal, as in a crystal, a single one of them has no derivative, but their mean
@@ -403,7 +403,7 @@ def _pull_mean_stiffness(
 ) -> tuple[jax.Array, Unknowns, dict[str, jax.Array]]:
     """Compute the mean stiffness of modes, and its derivatives by unknowns and by parameters.
 
-    The unknowns are the positions and, for a minimum at a pressure, the strain of the cell. Each
+    The unknowns are the positions and, for a relaxed cell, the strain of the cell. Each
     derivative has a leading axis of length one, for the one number that is differentiated.
 
     Args:

@@ -476,7 +476,8 @@ def _collect_responses(lin: Linearization, findings: Sequence[Finding]) -> dict[
     responses = [finding.response for finding in findings]
     cell = {}
     if lin.cell is not None:  # the cell was relaxed to a pressure
-        cell = {"strain": [r.value.strain for r in responses], "pressure": lin.cell.pressure}
+        strains = [r.value.strain for r in responses]
+        cell = {"strain": strains, "pressure": lin.equilibrium.pressure}
     return {
         "wrt": [finding.part.label for finding in findings],
         "value": [report.parts_of(r.value)[0] for r in responses],

@@ -217,8 +217,8 @@ def relaxation(eq: Equilibrium, net: Network, more: tables.Rows = ()) -> str:
         ("status", f"{status.name}: {status.sentence}"),
         ("steps", f"{int(eq.steps):,} in {eq.wall_time:.1f} s"),
     ]
-    if eq.pressure is not None:
-        rows.append(("pressure", eq.cell_in_words()))
+    if eq.load is not None:
+        rows.append((eq.load.kind, eq.cell_in_words()))
     if int(eq.saddles):
         rows.append(("saddles", eq.saddles_in_words()))
     # A pair of a repulsive potential is a contact; attractive particles interact up to the cutoff,

@@ -40,6 +40,7 @@ from mdsens.design.variables import Bounds, Free, Variables
 from mdsens.mechanics.status import Status
 from mdsens.model.batch import stack, unstack
 from mdsens.model.system import System
+from mdsens.relaxation.cell_conditions import CellCondition, FixedCell, cell_condition
 from mdsens.relaxation.equilibrium import Equilibrium
 from mdsens.relaxation.minimization import minimize
 
@@ -63,6 +64,7 @@ def fit(
     method: LevenbergMarquardt | Optax | None = None,
     steps: int = 60,
     restart: bool = False,
+    cell: CellCondition | None = None,
     pressure: float | None = None,
     shape: bool = False,
     tolerance: float | None = None,
@@ -94,7 +96,9 @@ def fit(
         and not only to the packings of ``system``. Most systems then relax to other minima than
         those at which their derivatives were taken. The Jacobian is therefore the median over the
         systems, which a few systems near an instability do not dominate.
-      pressure, shape: as in ``minimize``: with a pressure, the cell is relaxed, too.
+      cell: the condition on the cell, as in ``minimize``, such as ``AtStress(stress)`` of
+        ms.relaxation; None for a fixed cell.
+      pressure, shape: a short form of ``cell=AtPressure(pressure, shape)``.
       tolerance, max_steps: tolerance of the forces and largest number of steps of each relaxation,
         as in ``minimize``.
       resume: the :class:`State` from which to continue an earlier design of the same targets,
@@ -126,13 +130,15 @@ def fit(
         "restart": restart,
         # A design may be resumed with more steps for each relaxation, so max_steps is left out.
         **options,
+        # Left out where there is none, as in the states of designs that had no such argument.
+        **({} if cell is None else {"cell": repr(cell)}),
     }
     problem = Problem(
         targets=wanted,
         features=tuple(t.feature for t in wanted),
         variables=variables,
         method=method,
-        relax=_make_relaxation({**options, "max_steps": max_steps}),
+        relax=_make_relaxation({**options, "cell": cell, "max_steps": max_steps}),
         about=about,
         initial=tuple(members) if restart else None,
     )
@@ -168,12 +174,14 @@ def _make_relaxation(options: Mapping[str, Any]) -> Callable[[Sequence[System]],
     """Return the function that relaxes systems and returns one minimum for each.
 
     Args:
-      options: arguments of ``minimize`` by name, among them the pressure.
+      options: arguments of ``minimize`` by name, among them the condition on the cell.
     """
+    condition = cell_condition(options["cell"], options["pressure"], options["shape"])
+    fixed = isinstance(condition, FixedCell)
 
     def relax(starts: Sequence[System]) -> list[Equilibrium]:
-        # One compiled call relaxes a batch; at a pressure the members are relaxed one by one.
-        if len(starts) > 1 and options["pressure"] is None:
+        # One compiled call relaxes a batch; with their cells the members are relaxed one by one.
+        if len(starts) > 1 and fixed:
             return unstack(minimize(stack(list(starts)), throw=False, progress=False, **options))
         return [minimize(start, throw=False, progress=False, **options) for start in starts]
 

@@ -94,7 +94,7 @@ def _calculator_class() -> Any:
           system: the system at the last positions, with its neighbor list.
         """
 
-        name = "mdsens"
+        name = "mdsens"  # type: ignore[assignment]  # a property in the base class
         # the energy depends on neither; ASE would ask for it again where they change
         ignored_changes = {"initial_charges", "initial_magmoms"}  # noqa: RUF012
 
@@ -118,11 +118,12 @@ def _calculator_class() -> Any:
             super().calculate(atoms, list(properties), list(system_changes))
             if system_changes:
                 self.results = {}  # none is left behind by a calculation that fails
-            self.numbers = _checked_numbers(self.system, self.atoms, self.numbers)
+            current: Any = self.atoms
+            self.numbers = _checked_numbers(self.system, current, self.numbers)
             if not self.results:
-                self.system, self.results = _evaluated(_moved(self.system, self.atoms))
-            if "stress" in properties and self.atoms.cell.volume > 0:
-                self.results["stress"] = _stress(self.system, self.atoms.cell.volume)
+                self.system, self.results = _evaluated(_moved(self.system, current))
+            if "stress" in properties and current.cell.volume > 0:
+                self.results["stress"] = _stress(self.system, current.cell.volume)
 
         def __reduce__(self) -> tuple[Any, ...]:
             """Return how pickle makes the calculator again: the class itself has no name for it."""

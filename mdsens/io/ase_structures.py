@@ -470,7 +470,7 @@ def _set_arrays(atoms: Atoms, system: System, diameters: np.ndarray | None) -> N
             atoms.set_array(name, np.asarray(value, float))
 
 
-def _set_masses(atoms: Atoms, system: System) -> None:
+def _set_masses(atoms: Any, system: System) -> None:
     """Give an ASE ``Atoms`` the masses of a system, unless it has them by its elements."""
     if system.masses is None:
         return

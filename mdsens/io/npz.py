@@ -25,6 +25,7 @@ from mdsens._util.errors import InputError, PrecisionError
 from mdsens.design import State, Step
 from mdsens.implicit.linear.result import SolveStats
 from mdsens.io.files import read_npz, replacing
+from mdsens.mechanics.load import StressLoad, VolumeLoad
 from mdsens.mechanics.status import Status
 from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model.box import BoxFunction, FixedBox, OpenBox, PackingFraction
@@ -68,7 +69,9 @@ _RECORDS: dict[str, type] = {
         Parameter,
         SolveStats,
         Step,
+        StressLoad,
         Unknowns,
+        VolumeLoad,
         FixedBox,
         OpenBox,
         PackingFraction,

@@ -166,9 +166,9 @@ class Status(Outcome):
         22,
         Severity.FAILURE,
         (
-            "no state of rest was found at this pressure: the cell grows until nothing holds it, "
-            "or shrinks below twice the range of the interactions; change the pressure, start "
-            "nearer to it, or take more particles"
+            "no state of rest was found at this pressure or stress: the cell grows until nothing "
+            "holds it, or shrinks below twice the range of the interactions; change the load, "
+            "start nearer to it, or take more particles"
         ),
     )
     DESIGN_STAGNATED = (

@@ -276,10 +276,19 @@ class System(Portable, Shown):
     @property
     def volume(self) -> jax.Array:
         """Volume of the cell, in 2-D the area; inf where an axis is not periodic."""
+        return self.periodic_volume if self.has_volume else jnp.asarray(jnp.inf)
+
+    @property
+    def periodic_volume(self) -> jax.Array:
+        """The volume that the periodic cell vectors span; in 3-D the area of a slab.
+
+        For a wire it is the length of its period. It is inf for open boundaries.
+        """
         box = self.box
-        if box is None or not all(self.periodic):
+        if box is None:
             return jnp.asarray(jnp.inf)
-        return jnp.abs(jnp.linalg.det(box))  # abs(), since the cell vectors may be left-handed
+        # Open sides have length one. abs(), since the cell vectors may be left-handed.
+        return jnp.abs(jnp.linalg.det(box))
 
     @property
     def has_volume(self) -> bool:

@@ -9,6 +9,7 @@ from mdsens.potentials.electrostatics import (
     charge_equilibration,
     induced_dipoles,
 )
+from mdsens.potentials.embedded_atom import eam, finnis_sinclair, gupta
 from mdsens.potentials.local import (
     EdgePotential,
     Edges,
@@ -16,6 +17,8 @@ from mdsens.potentials.local import (
     from_edges,
     from_local,
 )
+from mdsens.potentials.stillinger_weber import stillinger_weber
+from mdsens.potentials.tersoff import tersoff
 
 __all__ = [
     "BondedPotential",
@@ -28,8 +31,13 @@ __all__ = [
     "PairPotential",
     "SumPotential",
     "charge_equilibration",
+    "eam",
+    "finnis_sinclair",
     "from_edges",
     "from_local",
+    "gupta",
     "induced_dipoles",
+    "stillinger_weber",
+    "tersoff",
 ]
 __all__ += catalogue.__all__

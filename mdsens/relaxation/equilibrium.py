@@ -12,6 +12,7 @@ import numpy as np
 from mdsens._util.batching import stack_trees
 from mdsens._util.portable import Portable
 from mdsens._util.tables import Shown
+from mdsens.mechanics.load import CellLoad, PressureLoad
 from mdsens.mechanics.status import Status
 from mdsens.model.batch import stack
 from mdsens.model.system import System
@@ -45,7 +46,11 @@ class Equilibrium(Portable, Shown):
         stiffness.
       descent: energy of the first of these saddles minus the energy of the minimum.
       examined: whether the Hessian at the end was searched for modes of negative stiffness.
-      pressure: pressure P at which the cell was relaxed as well; None if the cell was not relaxed.
+      pressure: pressure P at which the cell was relaxed as well, by AtPressure; else None.
+      at_stress: the stress at which the cell was relaxed, by AtStress; else None. Its field
+        ``stress`` is the target (d, d).
+      at_volume: the volume at which the cell was relaxed, by AtVolume; else None. Its fields are
+        ``volume`` and ``deviator``, the target (d, d) of the deviatoric stress.
       strains: (k, d, d) the k orthonormal strains by which the cell could deform in the relaxation;
         None if the cell was not relaxed.
       multipliers: Lagrange multipliers, by the names of the constraints; None without constraints.
@@ -67,6 +72,8 @@ class Equilibrium(Portable, Shown):
     # Arrays where a cell or constraints were relaxed, else None.
     pressure: Any = None
     strains: Any = None
+    at_stress: Any = None
+    at_volume: Any = None
     multipliers: Any = None
     # Static, since Python branches on it, as in ``contacts_needed``, also where jax traces. So all
     # members of a batch have the same order.
@@ -81,6 +88,13 @@ class Equilibrium(Portable, Shown):
     def params(self) -> dict[str, jax.Array]:
         """Return the parameters of the relaxed system's potential, by name."""
         return self.system.params
+
+    @property
+    def load(self) -> CellLoad | None:
+        """Return the load under which the cell was relaxed; None if the cell was not relaxed."""
+        if self.pressure is not None:
+            return PressureLoad(self.pressure)
+        return self.at_volume if self.at_stress is None else self.at_stress
 
     @property
     def contacts_needed(self) -> int | None:
@@ -115,8 +129,8 @@ class Equilibrium(Portable, Shown):
         rows.append(("max_force", f"{float(self.max_force):.2e} ({limits})"))
         if int(self.saddles):
             rows.append(("saddles", self.saddles_in_words()))
-        if self.pressure is not None:
-            rows.append(("pressure", self.cell_in_words()))
+        if self.load is not None:
+            rows.append((self.load.kind, self.cell_in_words()))
         rows.append(("steps", f"{int(self.steps):,} in {float(self.wall_time):.2f} s"))
         return rows
 
@@ -126,16 +140,13 @@ class Equilibrium(Portable, Shown):
         return f"{count} left, {float(self.descent):.4g} down in energy"
 
     def cell_in_words(self) -> str:
-        """Describe a cell that was relaxed at a pressure, in words.
+        """Describe a cell that was relaxed, in words: its load, which strains relaxed, its volume.
 
-        The text gives the pressure, the volume, and whether the shape of the cell relaxed.
+        The text is empty where the cell was not relaxed.
         """
-        if len(self.strains) == 1:
-            relaxed = "the size of the cell was"
-        else:
-            relaxed = "the size and shape of the cell were"
-        volume = float(self.system.volume)
-        return f"{float(self.pressure):.6g}, to which {relaxed} relaxed: volume {volume:.8g}"
+        if self.load is None:
+            return ""
+        return self.load.in_words(self.strains, float(self.system.periodic_volume))
 
 
 def batch_of(members: list[Equilibrium]) -> Equilibrium:

@@ -19,11 +19,12 @@ from mdsens.model.batch import stack, unstack
 from mdsens.model.system import System
 from mdsens.relaxation._augmented_lagrangian import relax_constrained
 from mdsens.relaxation._batch_driver import relax_batch
-from mdsens.relaxation._constant_pressure import relax_at_pressure
+from mdsens.relaxation._cell_relaxation import relax_with_cell
 from mdsens.relaxation._driver import relax_in_fixed_cell
+from mdsens.relaxation.cell_conditions import CellCondition, FixedCell, cell_condition
 from mdsens.relaxation.equilibrium import Equilibrium, batch_of
 from mdsens.relaxation.methods import Newton
-from mdsens.relaxation.options import AtPressure, CellCondition, Method, Options, cell_condition
+from mdsens.relaxation.options import Method, Options
 
 __all__ = ["minimize"]
 
@@ -51,12 +52,14 @@ def minimize(
     ``jvp`` and the like, are then taken at constant pressure, where the cell responds to the
     parameters. This is so also if the cell at the start was a given function of the parameters; the
     relaxed cell no longer is. A packing is compressed or decompressed until it has this pressure,
-    also from an unjammed start.
+    also from an unjammed start. In the same way the cell relaxes to a stress, or its shape at a
+    fixed volume, by ``cell``.
 
     Args:
       system: the system at the start. Each system of a batch made by ``stack`` is relaxed.
       params: parameters to change before the relaxation; the others keep their values.
-      cell: ``FixedCell()`` of ms.relaxation (the default), or ``AtPressure(P, shape=False)``.
+      cell: ``FixedCell()`` of ms.relaxation (the default), ``AtPressure(P)``, ``AtStress(stress)``
+        or ``AtVolume()``, with their options.
       pressure, shape: a short form of ``cell=AtPressure(pressure, shape)``.
       tolerance: the largest force on a particle to reach, in the potential's units. None for 1e-12
         of the mean force of the pairs that interact. The positions are then wrong by about the
@@ -66,8 +69,8 @@ def minimize(
         size is ``force_floor`` of the result.
       method: ``Newton()`` (the default: FIRE, and Newton steps where FIRE is slow), ``Fire()``,
         ``GradientDescent()`` or ``JaxMD(...)`` of ms.relaxation.
-      max_steps: largest number of steps of the minimizer; at a pressure, of all relaxations
-        together.
+      max_steps: largest number of steps of the minimizer; where the cell relaxes, of all
+        relaxations together.
       leave_saddles: whether to continue downhill where the forces vanish and a mode has a negative
         stiffness, as from an exactly symmetric start; ``saddles`` and ``descent`` of the result
         give how often and by how much energy. If False, the relaxation ends wherever the forces
@@ -116,20 +119,20 @@ def minimize(
 
 
 def _relax(system: System, options: Options, bar: Decades) -> tuple[Equilibrium, str]:
-    """Relax one system: under its constraints, at a pressure, or in a fixed cell.
+    """Relax one system: under its constraints, in a fixed cell, or together with its cell.
 
     Returns:
       (the relaxed system with its wall time, text for an error message that tells where the
       relaxation ended).
     """
     began = time.perf_counter()
-    # Constraints come first: ``options.check`` has refused them together with a pressure.
+    # Constraints come first: ``options.check`` has refused them where the cell relaxes.
     if system.constraints:
         eq, message = relax_constrained(system, options, bar)
-    elif isinstance(options.cell, AtPressure):
-        eq, message = relax_at_pressure(system, options, bar)
-    else:
+    elif isinstance(options.cell, FixedCell):
         eq, message = relax_in_fixed_cell(system, options, bar)
+    else:
+        eq, message = relax_with_cell(system, options.cell, options, bar)
     return dataclasses.replace(eq, wall_time=time.perf_counter() - began), message
 
 
@@ -141,7 +144,7 @@ def _minimize_batch(
     Unconstrained systems in fixed cells are relaxed together, other systems one by one.
     """
     with Members(batch.batch or 0, progress) as bar:
-        if batch.constraints or isinstance(options.cell, AtPressure):
+        if batch.constraints or not isinstance(options.cell, FixedCell):
             # The cells, or the sets of active constraints, differ between the members.
             members = []
             for member in unstack(batch):

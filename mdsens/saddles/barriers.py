@@ -134,7 +134,7 @@ def barrier(
     derivatives are computed where ``dparams`` is given.
 
     Args:
-      minimum: a minimum from ``minimize``, not at a pressure.
+      minimum: a minimum from ``minimize`` in a fixed cell.
       saddle: a saddle from ``find_saddle``, of the same system at the same parameters.
       dparams: the direction dp of the second derivatives, as in ``jvp``; None for no second
         derivatives.
@@ -210,9 +210,9 @@ def _check_end(name: str, eq: Equilibrium) -> None:
     """
     if not isinstance(eq, Equilibrium) or eq.system.batch is not None:
         raise InputError(f"`{name}` is a {type(eq).__name__}: give one Equilibrium, not a batch.")
-    if eq.pressure is not None:
+    if eq.load is not None:
         raise InputError(
-            f"`{name}` was relaxed at a pressure, and a barrier is between configurations in"
+            f"`{name}` was relaxed at a {eq.load.kind}, and a barrier is between configurations in"
             f" one fixed cell: relax `{name}` in a fixed cell."
         )
     # the order is the number of negative modes

@@ -228,10 +228,10 @@ def _check_start(start: System | Equilibrium) -> System:
             f"`start` is a batch of {system.batch} systems, and find_saddle takes one system: give"
             " one system of the batch, such as ms.unstack(batch)[0]."
         )
-    if isinstance(start, Equilibrium) and start.pressure is not None:
+    if isinstance(start, Equilibrium) and start.load is not None:
         raise InputError(
-            "`start` is a minimum that was relaxed at a pressure, and find_saddle keeps the cell"
-            " fixed: give the system of the minimum, start.system."
+            f"`start` is a minimum that was relaxed at a {start.load.kind}, and find_saddle keeps"
+            " the cell fixed: give the system of the minimum, start.system."
         )
     return system
 

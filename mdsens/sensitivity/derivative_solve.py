@@ -189,17 +189,22 @@ class DerivativeRule(NamedTuple):
         solution x and the statistics of the linear solve.
       parameters: function of ``(all parameters, argument)`` that returns the names of the
         parameters that the derivative is taken by.
+      transposed: whether the matrix of the linear system is transposed. The Hessian is symmetric;
+        the stiffness of a cell under a stress that is no pressure is not.
     """
 
     right_hand_side: Callable[[Linearization, Any], Unknowns]
     result: Callable[[Linearization, Any, Unknowns, SolveStats], Derivative]
     parameters: Callable[[Params, Any], Sequence[str]]
+    transposed: bool = False
 
 
 # Rules are static arguments of compiled code, and each is made once, here: a new lambda would be a
 # new rule to jax, which would compile again.
 JVP = DerivativeRule(_jvp_right_hand_side, _jvp_result, lambda params, tangent: tuple(tangent))
-VJP = DerivativeRule(_vjp_right_hand_side, _vjp_result, lambda params, cotangent: tuple(params))
+VJP = DerivativeRule(
+    _vjp_right_hand_side, _vjp_result, lambda params, cotangent: tuple(params), transposed=True
+)
 # By no parameter: the potential may take its cheapest form.
 FORCE = DerivativeRule(_force_right_hand_side, _force_result, lambda params, force: ())
 STRAIN = DerivativeRule(_strain_right_hand_side, _force_result, lambda params, strain: ())
@@ -372,9 +377,9 @@ def norms(sides: Unknowns, many: bool) -> jax.Array:
     """Compute the Euclidean norm of the right-hand side of a linear solve.
 
     With ``many`` there are several right-hand sides along a leading axis, and the result is an
-    array of their norms. At a pressure the part of a right-hand side that belongs to the strain of
-    the cell is left out: the strain is computed after the solve, from the small stiffness matrix of
-    the cell.
+    array of their norms. In a relaxed cell the part of a right-hand side that belongs to the strain
+    is left out: the strain is computed after the solve, from the small stiffness matrix of the
+    cell.
     """
     first_axis = 1 if many else 0
     leaves = jax.tree.leaves(dataclasses.replace(sides, strain=None))
@@ -397,7 +402,7 @@ def _solve_compiled(
         side = rule.right_hand_side(lin, argument)
         b = dataclasses.replace(side, strain=None)
         x, stats = solve_linear(operator, b if unit is None else scaled(b, unit), lin.solve)
-        x = lin.structure.solved(side, x if unit is None else scaled(x, unit))
+        x = lin.structure.solved(side, x if unit is None else scaled(x, unit), rule.transposed)
         return rule.result(lin, argument, x, stats)
 
     return jax.vmap(derivative)(argument) if many else derivative(argument)
@@ -433,7 +438,8 @@ def _results(
     def derivative(
         lin: Linearization, argument: Argument, side: Unknowns, x: Unknowns, stats: SolveStats
     ) -> Derivative:
-        return rule.result(lin, argument, lin.structure.solved(side, x), stats)
+        x = lin.structure.solved(side, x, rule.transposed)
+        return rule.result(lin, argument, x, stats)
 
     if lin.system.batch is not None:
         return jax.vmap(derivative)(lin, argument, sides, x, stats)

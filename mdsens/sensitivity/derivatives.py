@@ -21,10 +21,11 @@ from mdsens._util.validation import is_integer, real_array, short
 from mdsens.implicit.linear import Auto, Method, check_method
 from mdsens.implicit.linear.result import dropped_any
 from mdsens.mechanics import lagrangian
+from mdsens.mechanics.load import differentiated
 from mdsens.mechanics.not_finite import where_not_finite
 from mdsens.mechanics.status import Status
 from mdsens.mechanics.unknowns import Unknowns
-from mdsens.model.system import System, parameters_of
+from mdsens.model.system import System
 from mdsens.relaxation.equilibrium import Equilibrium
 from mdsens.sensitivity.derivative_solve import (
     FORCE,
@@ -116,7 +117,7 @@ def _with_parameters(
     if result.wrt:
         return result
     by = lagrangian.own_params(system) if params is None else params
-    return dataclasses.replace(result, wrt=parameters_of(system, by))
+    return dataclasses.replace(result, wrt=differentiated(system, by))
 
 
 def _over_members(
@@ -164,8 +165,8 @@ def _solve_batch(
     def for_part(part: tuple[Equilibrium, Any], count: int) -> tuple[Any | None, int]:
         return solve_derivative_batch(rule, *part, method), count
 
-    # at a pressure and under constraints each member has further unknowns, and a factor of its own
-    if by_factor(eq.system, method) and eq.pressure is None and not eq.system.constraints:
+    # in relaxed cells and under constraints each member has further unknowns, and its own factor
+    if by_factor(eq.system, method) and eq.load is None and not eq.system.constraints:
         parts, counts = zip(
             *in_chunks(for_part, (eq, argument), eq.system.batch or 0, eq.system.n), strict=True
         )
@@ -209,15 +210,16 @@ def jvp(
       eq: a minimum, from ``minimize`` (for a batch, the derivative of each system is computed) or
         ``linearize``.
       dparams: the direction: changes dp by parameter name, each shaped like the parameter;
-        parameters that are not named do not change. At a pressure ``dparams`` may contain
-        ``"pressure"``. The change of a symmetric matrix of species pairs is symmetric: entries
-        (a, b) and (b, a) are one number, and change together.
+        parameters that are not named do not change. In a relaxed cell ``dparams`` may contain
+        ``"pressure"``; or ``"stress"``; or ``"volume"`` and ``"deviator"``, whose trace does not
+        count. The change of a symmetric matrix (of species pairs, or a stress) is symmetric:
+        entries (a, b) and (b, a) are one number, and change together.
       solve: the linear solver; Auto() where None.
       throw: whether to raise an error unless the status is good.
 
     Returns:
-      a :class:`Displacement` with ``value`` (n, d). At a pressure ``value`` is an ``Unknowns`` with
-      ``positions`` (n, d) and ``strain``, the strain of the cell as a Mandel vector (xx, yy,
+      a :class:`Displacement` with ``value`` (n, d). In a relaxed cell ``value`` is an ``Unknowns``
+      with ``positions`` (n, d) and ``strain``, the strain of the cell as a Mandel vector (xx, yy,
       sqrt(2) xy in 2-D; xx, yy, zz and sqrt(2) times yz, xz, xy in 3-D). Where the box follows the
       parameters, ``value`` contains the motion of the periodic images with the box; the attribute
       ``nonaffine`` is the derivative without this motion.
@@ -232,8 +234,8 @@ def jvp(
     if _batched(eq):
         assert isinstance(eq, Equilibrium)
         params = lagrangian.own_params(eq.system)
-        if eq.pressure is not None:
-            params = {**params, "pressure": eq.pressure}
+        if eq.load is not None:
+            params = {**params, **eq.load.params}
         if isinstance(dparams, Mapping):
             # parameters of a batch have a leading axis over the members
             shapes = {name: value.shape[1:] for name, value in params.items()}
@@ -286,8 +288,8 @@ def _cotangent_of_unknowns(lin: Linearization, cotangent: Any) -> Unknowns:
         and of weights for the strain of the cell, or for multipliers and relaxed parameters.
 
     Returns:
-      the weights of the unknowns of the linear solve, for the same sum. At a pressure they differ
-      from the user's, since the positions move with the cell.
+      the weights of the unknowns of the linear solve, for the same sum. In a relaxed cell they
+      differ from the user's, since the positions move with the cell.
     """
     value = cotangent if isinstance(cotangent, Unknowns) else Unknowns(cotangent)
     w = _vectors_of_particles(lin.system, value.positions, "cotangent")
@@ -311,8 +313,8 @@ def vjp(
 
     Args:
       eq: the minimum, as in ``jvp``.
-      cotangent: the weights w of the positions, (n, d); at a pressure also ``Unknowns(w, strain)``,
-        where ``strain`` holds weights of the cell's strain, as a Mandel vector.
+      cotangent: the weights w of the positions, (n, d); in a relaxed cell also ``Unknowns(w,
+        strain)``, where ``strain`` holds weights of the cell's strain, as a Mandel vector.
       solve, throw: the linear solver, and whether to raise an error, as in ``jvp``.
 
     Returns:
@@ -353,8 +355,7 @@ def response(
       eq: the minimum, as in ``jvp``.
       force: the force f on each particle, (n, d), in energy/length. Nothing balances the net force
         on a cluster, or the force on rattlers; these parts are dropped, which ``stats.dropped`` and
-        the status of the result report. The cell stays fixed, even if the minimum is one at a
-        pressure.
+        the status of the result report. The cell stays fixed, even if it was relaxed.
       solve, throw: the linear solver, and whether to raise an error, as in ``jvp``.
 
     Returns:
@@ -498,7 +499,7 @@ def jacobian(
         nonaffine=shaped(flat.nonaffine),
         max_force=lin.equilibrium.max_force,
         rattlers=lin.network.rattlers,
-        wrt=parameters_of(system, {wrt: lin.params[wrt]}),
+        wrt=differentiated(system, {wrt: lin.params[wrt]}),
     )
     return _raise_unless_good(result, throw, f"jacobian by {wrt}", system)
 
@@ -695,6 +696,6 @@ def total_derivative(
         stats=stats,
         max_force=lin.equilibrium.max_force,
         rattlers=lin.network.rattlers,
-        wrt=parameters_of(lin.system, lin.params),
+        wrt=differentiated(lin.system, lin.params),
     )
     return _raise_unless_good(result, throw, "gradient", lin.system)

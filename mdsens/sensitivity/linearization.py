@@ -17,7 +17,7 @@ from mdsens._util.errors import InputError, raise_for_status
 from mdsens._util.outcome import is_good
 from mdsens._util.portable import Portable
 from mdsens._util.suggestions import did_you_mean
-from mdsens._util.validation import real_array, require_host
+from mdsens._util.validation import real_array, require_host, short
 from mdsens.implicit.linear import Auto, Direct, Method, check_method
 from mdsens.mechanics import lagrangian
 from mdsens.mechanics.cell import Cell
@@ -27,18 +27,19 @@ from mdsens.mechanics.hessian_blocks import BlockRows
 from mdsens.mechanics.hessian_factor import ONE_SOLVE_3D, HessianFactor, factorizes
 from mdsens.mechanics.kkt_factor import KKT
 from mdsens.mechanics.kkt_operator import about_to_switch, constrained_null_space
+from mdsens.mechanics.load import differentiated
 from mdsens.mechanics.null_space import NullSpace
 from mdsens.mechanics.rigidity import analyze_rigidity
 from mdsens.mechanics.status import Status
 from mdsens.mechanics.units import RELAXED, doubtful_stiffness, natural_units, unrelaxed
 from mdsens.mechanics.unknowns import Unknowns
-from mdsens.model.system import System, parameters_of
+from mdsens.model.system import System
 from mdsens.potentials.parameters import check_symmetric
 from mdsens.relaxation.equilibrium import Equilibrium
 from mdsens.sensitivity.structure import (
-    AtPressureStructure,
     ConstrainedStructure,
     FixedCellStructure,
+    RelaxedCellStructure,
     Structure,
 )
 
@@ -54,6 +55,21 @@ __all__ = [
 ]
 
 Params = Mapping[str, Any]
+# What to do where a change of the load is asked for, and the cell is not under such a load.
+_HINTS = {
+    "pressure": (
+        "the cell of this minimum is not at a pressure; relax a cell that follows a pressure by"
+        " ms.minimize(system, pressure=P)."
+    ),
+    "stress": (
+        "the cell of this minimum is not at a stress; relax a cell that follows a stress by"
+        " ms.minimize(system, cell=ms.relaxation.AtStress(stress))."
+    ),
+}
+_HINTS["volume"] = _HINTS["deviator"] = (
+    "the cell of this minimum is not relaxed at a volume; do so by ms.minimize(system,"
+    " cell=ms.relaxation.AtVolume())."
+)
 
 
 @jax.tree_util.register_dataclass
@@ -72,8 +88,8 @@ class Linearization(Portable, Named):
       null: the null space of the Hessian: translations, motions of rattlers, rotations of free
         clusters.
       solve: the linear solver.
-      structure: the kind of minimum (in a fixed cell, at a pressure, or under constraints), which
-        says what the unknowns are and which condition is zero at the minimum; see
+      structure: the kind of minimum (in a fixed or relaxed cell, or under constraints), which says
+        what the unknowns are and which condition is zero at the minimum; see
         :mod:`mdsens.sensitivity.structure`.
       blocks: the Hessian as d x d blocks of pairs, for compiled products with it; None where it is
         not assembled.
@@ -100,7 +116,7 @@ class Linearization(Portable, Named):
 
     @property
     def cell(self) -> Cell | None:
-        """The cell of a minimum at a pressure, with its stiffness; None where the cell is fixed."""
+        """The cell where it was relaxed, with its load and stiffness; None where it is fixed."""
         return getattr(self.structure, "cell", None)
 
     @property
@@ -117,8 +133,9 @@ class Linearization(Portable, Named):
     def params(self) -> dict[str, Any]:
         """The parameters, by name, by which the minimum can be differentiated.
 
-        They are the parameters of the system except those that relax under constraints. Where the
-        cell is relaxed at a pressure, the pressure is one of them.
+        They are the parameters of the system except those that relax under constraints, and those
+        of the load under which the cell was relaxed: ``pressure``; ``stress``; or ``volume`` and
+        ``deviator``.
         """
         return self.structure.params(self.system)
 
@@ -126,16 +143,17 @@ class Linearization(Portable, Named):
     def unknowns(self) -> Unknowns:
         """The values at the minimum of the unknowns of its equations.
 
-        They are the positions; at a pressure also the strain of the cell, zero at the minimum;
-        under constraints also the multipliers and the parameters that relax.
+        They are the positions; in a relaxed cell also its strain, zero at the minimum; under
+        constraints also the multipliers and the parameters that relax.
         """
         return self.structure.unknowns(self.system)
 
     def condition(self, x: Unknowns, params: Params) -> Unknowns:
         """Evaluate F(x, params), the condition that is zero at the minimum.
 
-        In a fixed cell F is dU/dR, the derivative of the energy by the positions. At a pressure F
-        also contains the derivative of the enthalpy by the strain of the cell. Under constraints F
+        In a fixed cell F is dU/dR, the derivative of the energy by the positions. In a relaxed cell
+        F also contains the stress that the load leaves unbalanced: at a pressure, the derivative of
+        the enthalpy by the strain of the cell. Under constraints F
         is dL/dx, the derivative of the Lagrangian L = U + lambda . g, and the values g of the
         constraints' equations; for a coordinate that is pinned or at a bound, its distance from
         the prescribed value takes the place of dL/dx.
@@ -304,10 +322,8 @@ def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Li
         eq = dataclasses.replace(eq, status=jnp.asarray(Status.NOT_A_SADDLE.value, jnp.int32))
     force_status = _judge_force_and_modes(eq, net, factor, solve)
     structure = FixedCellStructure()
-    if eq.pressure is not None:
-        structure = AtPressureStructure(
-            Cell.of(backbone, factor, eq.pressure, np.asarray(eq.strains))
-        )
+    if eq.load is not None:
+        structure = RelaxedCellStructure(Cell.of(backbone, factor, eq.load, np.asarray(eq.strains)))
     lin = Linearization(
         equilibrium=eq,
         system=backbone,
@@ -438,7 +454,7 @@ def full_tangent(system: System, dparams: Params, params: Params | None = None) 
       system: the system.
       dparams: the given changes by parameter name.
       params: all parameters by name; where None, those of the system. For a Linearization give its
-        ``params``, which may contain the pressure.
+        ``params``, which contains the load on a relaxed cell.
     """
     partial = changes(system, dparams, params)
     valid = system.params if params is None else params
@@ -457,10 +473,10 @@ def changes(system: System, dparams: Params, params: Params | None = None) -> di
       system: the system.
       dparams: the changes by parameter name.
       params: all parameters by name; where None, those of the system. For a Linearization give its
-        ``params``, which may contain the pressure.
+        ``params``, which contains the load on a relaxed cell.
     """
     valid = system.params if params is None else params
-    paired = {parameter.name for parameter in parameters_of(system, valid) if parameter.paired}
+    paired = {parameter.name for parameter in differentiated(system, valid) if parameter.paired}
     if not isinstance(dparams, Mapping):
         raise InputError(
             f"dparams is a {type(dparams).__name__}: give a dict of parameter names and their"
@@ -472,9 +488,30 @@ def changes(system: System, dparams: Params, params: Params | None = None) -> di
     for name, change in dparams.items():
         array = real_array(f"dparams[{name!r}]", change)
         if name in paired:
-            array = check_symmetric(f"dparams[{name!r}]", array)
+            array = _symmetric_change(system, name, array)
         checked[name] = array.astype(valid[name].dtype)
     return checked
+
+
+def _symmetric_change(system: System, name: str, change: Any) -> Any:
+    """Make a change of a symmetric matrix symmetric to the last bit; refuse one that is not.
+
+    Args:
+      system: the system.
+      name: name of the parameter: a matrix of species pairs, or a stress on the cell.
+      change: the change of the parameter; traced arrays are returned as they are.
+    """
+    if name in system.params or isinstance(change, Tracer):
+        return check_symmetric(f"dparams[{name!r}]", change)
+    array = np.asarray(change, float)
+    transposed = np.swapaxes(array, -1, -2)
+    # 1e-13 is some eps, the round-off of the computation that made the change
+    if np.max(np.abs(array - transposed)) > 1e-13 * np.max(np.abs(array)):
+        raise InputError(
+            f"dparams[{name!r}] is {short(array.tolist())}, which is not symmetric: give a"
+            " symmetric change of the stress."
+        )
+    return 0.5 * (array + transposed)
 
 
 def _check_change(system: System, name: str, change: object, valid: Params) -> None:
@@ -487,12 +524,7 @@ def _check_change(system: System, name: str, change: object, valid: Params) -> N
       valid: all parameters by name.
     """
     if name not in valid:
-        hint = did_you_mean(name, valid)
-        if name == "pressure":
-            hint = (
-                "the cell of this minimum is fixed; relax a cell that follows a pressure by"
-                " ms.minimize(system, pressure=P)."
-            )
+        hint = _HINTS.get(name, did_you_mean(name, valid))
         raise InputError(f"{name!r} is no parameter of {system.potential.name}: {hint}")
     array = real_array(f"dparams[{name!r}]", change)
     expected_shape = valid[name].shape

@@ -1,9 +1,9 @@
-"""The three kinds of minimum: in a fixed cell, at a pressure, and under constraints.
+"""The three kinds of minimum: in a fixed cell, in a relaxed cell, and under constraints.
 
-Each kind has its unknowns x (the positions; also the strain of a cell at a pressure, or the
-multipliers of constraints) and its condition F(x, params), which is zero at the minimum. Each kind
-sets up the right-hand sides of the linear solves with dF/dx, and computes derivatives from their
-solutions. All else in ``mdsens.sensitivity`` is common to the three.
+Each kind has its unknowns x (the positions; also the strain of a cell at a pressure, a stress or a
+volume, or the multipliers of constraints) and its condition F(x, params), which is zero at the
+minimum. Each kind sets up the right-hand sides of the linear solves with dF/dx, and computes
+derivatives from their solutions. All else in ``mdsens.sensitivity`` is common to the three.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mdsens._util.precision import full_precision
 from mdsens._util.validation import real_array
 from mdsens.implicit.linear.operator import Operator
 from mdsens.mechanics import lagrangian
-from mdsens.mechanics.cell import Cell, deformed, enthalpy_gradient
+from mdsens.mechanics.cell import Cell, deformed
 from mdsens.mechanics.hessian import (
     along,
     gradient,
@@ -30,8 +30,9 @@ from mdsens.mechanics.hessian import (
     mixed_transpose,
 )
 from mdsens.mechanics.kkt_operator import kkt_operator
+from mdsens.mechanics.load import load_slope
 from mdsens.mechanics.null_space import NullSpace
-from mdsens.mechanics.strain import basis, from_mandel, to_mandel
+from mdsens.mechanics.strain import from_mandel, to_mandel
 from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model.system import System, box_at
 from mdsens.relaxation.equilibrium import Equilibrium
@@ -40,14 +41,14 @@ if TYPE_CHECKING:
     # for annotations only: ``linearization`` imports this module
     from mdsens.sensitivity.linearization import Linearization
 
-__all__ = ["AtPressureStructure", "ConstrainedStructure", "FixedCellStructure", "Structure"]
+__all__ = ["ConstrainedStructure", "FixedCellStructure", "RelaxedCellStructure", "Structure"]
 
 Params = Mapping[str, Any]
 Tree = TypeVar("Tree", Unknowns, dict[str, jax.Array])
 
 
 class Structure(Protocol):
-    """The three kinds of minimum as a protocol: in a fixed cell, at a pressure, under constraints.
+    """The three kinds of minimum as a protocol: in a fixed or relaxed cell, and under constraints.
 
     A structure says what the unknowns x are, which condition F(x, params) is zero at the minimum,
     and how derivatives follow from linear solves with dF/dx. In its methods, ``lin`` is the
@@ -96,32 +97,44 @@ class Structure(Protocol):
         """
         ...
 
-    def solved(self, side: Unknowns, x: Unknowns) -> Unknowns:
+    def solved(self, side: Unknowns, x: Unknowns, transposed: bool = False) -> Unknowns:
         """Complete the solution x of a linear solve by the strain of the cell, if the cell relaxes.
 
-        At a pressure the linear solve is for the positions alone, and the strain of the cell is
+        In a relaxed cell the linear solve is for the positions alone, and the strain of the cell is
         computed here.
 
         Args:
           side: the right-hand side, for positions and strain.
           x: the solution of the linear solve.
+          transposed: whether the system of equations has the transposed matrix, as that of ``vjp``.
+            The matrix is symmetric, except in a cell under a stress that is no pressure.
         """
         ...
 
-    def stored(self, lin: Linearization, x: Unknowns) -> Any:
+    def strain(self, lin: Linearization, x: Unknowns, tangent: Params) -> jax.Array | None:
+        """Compute the whole strain (d, d) of the cell in a response; None where it is fixed.
+
+        Args:
+          lin: the linearization of the minimum.
+          x: the change of the unknowns.
+          tangent: the changes of the parameters, some of which may strain the cell themselves.
+        """
+        ...
+
+    def stored(self, lin: Linearization, x: Unknowns, tangent: Params) -> Any:
         """Convert the solution x of a linear solve to the displacement that users get.
 
         Users get the change of the Cartesian positions, (n, d), which includes the motion of the
-        particles with the cell. At a pressure they get an ``Unknowns`` of this change and of the
-        strain of the cell, a Mandel vector.
+        particles with the cell. In a relaxed cell they get an ``Unknowns`` of this change and of
+        the strain of the cell, a Mandel vector. The arguments are those of ``strain``.
         """
         ...
 
     def unknown(self, lin: Linearization, value: jax.Array | Unknowns) -> Unknowns:
         """Convert a change of positions and strain from the form that users get; undoes ``stored``.
 
-        The result is the change of the unknowns of the linear solve; at a pressure its positions
-        leave out the motion of the particles with the cell.
+        The result is the change of the unknowns of the linear solve; in a relaxed cell its
+        positions leave out the motion of the particles with the cell.
         """
         ...
 
@@ -224,7 +237,7 @@ class FixedCellStructure(Portable):
         return Unknowns(system.positions)
 
     def moved(self, system: System, x: Unknowns, params: Params) -> System:
-        # At a pressure ``params`` contains the pressure, too, which is no parameter of the system.
+        # In a relaxed cell ``params`` contains those of the load too, which the system lacks.
         return system.replace(
             positions=x.positions, params={name: params[name] for name in system.params}
         )
@@ -238,10 +251,13 @@ class FixedCellStructure(Portable):
         definite = not lin.equilibrium.order
         return hessian_operator(lin.system, lin.null, lin.blocks, definite=definite), None
 
-    def solved(self, side: Unknowns, x: Unknowns) -> Unknowns:
+    def solved(self, side: Unknowns, x: Unknowns, transposed: bool = False) -> Unknowns:
         return x
 
-    def stored(self, lin: Linearization, x: Unknowns) -> Any:
+    def strain(self, lin: Linearization, x: Unknowns, tangent: Params) -> jax.Array | None:
+        return None
+
+    def stored(self, lin: Linearization, x: Unknowns, tangent: Params) -> Any:
         return x.positions
 
     def unknown(self, lin: Linearization, value: jax.Array | Unknowns) -> Unknowns:
@@ -280,17 +296,19 @@ class FixedCellStructure(Portable):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class AtPressureStructure(FixedCellStructure):
-    """A minimum at a pressure P: the unknowns are the positions R and a strain of the cell.
+class RelaxedCellStructure(FixedCellStructure):
+    """A minimum in a relaxed cell: the unknowns are the positions R and a strain of the cell.
 
-    The condition is that F = (dU/dR, d(U + P V)/dstrain) is zero, with the energy U and the volume
-    V. At a strain the particles are at (1 + strain) R, so that R plays the role of fractional
-    coordinates: the derivative by R is (1 + strain) times the derivative by the actual positions of
-    the particles.
+    The condition is that F = (dU/dR, G) is zero, with the energy U and the stress G that the load
+    leaves unbalanced (:mod:`mdsens.mechanics.load`); at a pressure P, G is the derivative of the
+    enthalpy U + P V by the strain. At a strain the particles are at (1 + strain) R, so that R plays
+    the role of fractional coordinates: the derivative by R is (1 + strain) times the derivative by
+    the actual positions of the particles.
 
     Attributes:
-      cell: the cell, with the strains ``cell.along`` that it can take. The strain among the
-        unknowns is given by its components along these strains.
+      cell: the cell, with its load and the strains ``cell.along`` that it can take. The strain
+        among the unknowns is described by its components along these strains. At a fixed volume
+        the cell also has a strain that a change of the volume imposes.
     """
 
     cell: Cell
@@ -300,7 +318,7 @@ class AtPressureStructure(FixedCellStructure):
         return self.cell.status
 
     def params(self, system: System) -> dict[str, Any]:
-        return {**lagrangian.own_params(system), "pressure": self.cell.pressure}
+        return {**lagrangian.own_params(system), **self.cell.load.params}
 
     def unknowns(self, system: System) -> Unknowns:
         return Unknowns(system.positions, jnp.zeros_like(self.cell.slope))
@@ -310,43 +328,53 @@ class AtPressureStructure(FixedCellStructure):
         moved = super().moved(system, x, params)
         if x.strain is None:
             return moved
-        return deformed(moved, jnp.tensordot(x.strain, self.cell.along, axes=1))
+        load = self.cell.load.at(params)
+        return deformed(moved, load.strain(x.strain, self.cell.along, system.periodic_volume))
 
     @full_precision
     def condition(self, lin: Linearization, x: Unknowns, params: Params) -> Unknowns:
         by_positions = super().condition(lin, x, params).positions
         if x.strain is None:
             return Unknowns(by_positions)
+        load = self.cell.load.at(params)
         params_of_system = {name: params[name] for name in lin.system.params}
         unstrained = lin.system.replace(positions=x.positions, params=params_of_system)
-        by_strain = enthalpy_gradient(unstrained, params["pressure"], self.cell.along, x.strain)
-        strain = jnp.tensordot(x.strain, self.cell.along, axes=1)
+        unbalanced = load_slope(unstrained, load, self.cell.along, x.strain)
+        strain = load.strain(x.strain, self.cell.along, lin.system.periodic_volume)
         # dU/dR = (1 + strain) dU/dr at the actual positions r = (1 + strain) R
-        return Unknowns(by_positions + by_positions @ strain, by_strain)
+        return Unknowns(by_positions + by_positions @ strain, unbalanced)
 
     @full_precision
-    def solved(self, side: Unknowns, x: Unknowns) -> Unknowns:
+    def solved(self, side: Unknowns, x: Unknowns, transposed: bool = False) -> Unknowns:
         """Compute the strain of the cell, and add the motion that it causes in the particles.
 
         Args:
           side: the right-hand side, for positions and strain.
           x: the solution of the linear solve for the positions, at a strain of zero.
+          transposed: whether to take the transposed stiffness of the cell.
         """
         if side.strain is None:
             return x
         # The positions are eliminated first: S strain = f_strain + X^T f_R, with the stiffness S of
-        # the cell and the motion X of the particles under each strain (see ``mechanics.cell``).
+        # the cell and the motion X of the particles under each strain (see ``mechanics.cell``). The
+        # transposed equations differ by S^T alone, since d2U/dR dstrain has no order.
         cell = self.cell
-        strain = cell.compliance @ (
-            side.strain + jnp.einsum("knd,nd->k", cell.motion, side.positions)
-        )
+        compliance = cell.compliance.T if transposed else cell.compliance
+        strain = compliance @ (side.strain + jnp.einsum("knd,nd->k", cell.motion, side.positions))
         return Unknowns(x.positions + jnp.tensordot(strain, cell.motion, axes=1), strain)
 
-    @full_precision
-    def stored(self, lin: Linearization, x: Unknowns) -> Any:
+    def strain(self, lin: Linearization, x: Unknowns, tangent: Params) -> jax.Array | None:
         if x.strain is None:
-            return x.positions
+            return None
         strain = jnp.tensordot(x.strain, self.cell.along, axes=1)
+        imposed = self.cell.load.imposed(tangent, self.cell.along)
+        return strain if imposed is None else strain + imposed
+
+    @full_precision
+    def stored(self, lin: Linearization, x: Unknowns, tangent: Params) -> Any:
+        strain = self.strain(lin, x, tangent)
+        if strain is None:
+            return x.positions
         return Unknowns(x.positions + lin.system.positions @ strain.T, to_mandel(strain))
 
     @full_precision
@@ -366,9 +394,8 @@ class AtPressureStructure(FixedCellStructure):
         return _negative(along(lambda p: lin.condition(lin.unknowns, p), lin.params, tangent))
 
     def displacement(self, lin: Linearization, tangent: Params, x: Unknowns) -> tuple[Any, Any]:
-        # No parameter changes the cell directly here: the affine part is due to the strain alone,
-        # and ``x.positions`` leaves it out.
-        return self.stored(lin, x), lin.null.project(Unknowns(x.positions)).positions
+        # The affine part is due to the strain of the cell alone, and ``x.positions`` leaves it out.
+        return self.stored(lin, x, tangent), lin.null.project(Unknowns(x.positions)).positions
 
     @full_precision
     def cotangent(self, lin: Linearization, value: Unknowns, w: jax.Array) -> Unknowns:
@@ -376,17 +403,17 @@ class AtPressureStructure(FixedCellStructure):
 
         The unknowns are the positions at constant cell, and the strain of the cell. Since R moves
         with the cell, w contributes to the weights of the strain. This is the transpose of
-        ``stored``.
+        ``stored``. The field ``params`` of the result is the derivative of the sum by the
+        parameters that strain the cell themselves; None if there are none.
 
         Args:
           lin: the linearization of the minimum.
           value: the user's weights of positions and, if given, strain (a Mandel vector).
           w: the weights of the positions, (n, d), checked already.
         """
-        free_strains = self.cell.along
         R = lin.system.positions
         # stored positions move by R strain^T, so that w has a part by the strain
-        strain = jnp.einsum("nd,kde,ne->k", w, free_strains, R)
+        weights = w.T @ R
         if value.strain is not None:
             mandel = jnp.asarray(real_array("cotangent.strain", value.strain), w.dtype)
             m = R.shape[1] * (R.shape[1] + 1) // 2
@@ -394,18 +421,27 @@ class AtPressureStructure(FixedCellStructure):
                 raise InputError(
                     f"cotangent.strain has shape {mandel.shape}: give a Mandel vector ({m},)."
                 )
-            strain = strain + jnp.einsum("m,mde,kde->k", mandel, basis(R.shape[1]), free_strains)
-        return Unknowns(w, strain)
+            weights = weights + from_mandel(mandel)
+        free_strains = self.cell.along
+        direct = self.cell.load.imposed_gradient(weights, free_strains)
+        return Unknowns(w, jnp.einsum("de,kde->k", weights, free_strains), params=direct or None)
+
+    def cotangent_side(self, lin: Linearization, cotangent: Unknowns) -> Unknowns:
+        return dataclasses.replace(cotangent, params=None)
 
     def parameter_gradient(
         self, lin: Linearization, cotangent: Unknowns, x: Unknowns
     ) -> dict[str, Any]:
-        return _negative(jax.vjp(lambda p: lin.condition(lin.unknowns, p), lin.params)[1](x)[0])
+        by_condition = jax.vjp(lambda p: lin.condition(lin.unknowns, p), lin.params)[1](x)[0]
+        gradient = _negative(by_condition)
+        for name, direct in (cotangent.params or {}).items():
+            gradient[name] = gradient[name] + direct
+        return gradient
 
     def at(self, minimum: Equilibrium, system: System) -> Self:
-        # Of the cell the condition takes the pressure and the free strains, and nothing else.
-        cell = dataclasses.replace(self.cell, pressure=minimum.pressure)
-        return dataclasses.replace(self, cell=cell)
+        # Of the cell the condition takes the load and the free strains, and nothing else.
+        assert minimum.load is not None
+        return dataclasses.replace(self, cell=dataclasses.replace(self.cell, load=minimum.load))
 
 
 @jax.tree_util.register_dataclass
@@ -460,10 +496,13 @@ class ConstrainedStructure(Portable):
     def operator(self, lin: Linearization) -> tuple[Operator, jax.Array | None]:
         return kkt_operator(lin.system, lin.unknowns, lin.null)
 
-    def solved(self, side: Unknowns, x: Unknowns) -> Unknowns:
+    def solved(self, side: Unknowns, x: Unknowns, transposed: bool = False) -> Unknowns:
         return x
 
-    def stored(self, lin: Linearization, x: Unknowns) -> Any:
+    def strain(self, lin: Linearization, x: Unknowns, tangent: Params) -> jax.Array | None:
+        return None
+
+    def stored(self, lin: Linearization, x: Unknowns, tangent: Params) -> Any:
         return x.positions
 
     def unknown(self, lin: Linearization, value: jax.Array | Unknowns) -> Unknowns:

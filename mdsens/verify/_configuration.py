@@ -273,7 +273,8 @@ def findings(system: System, rng: np.random.Generator) -> Iterator[Finding]:
         return
     # The range is 0 for bonds alone, which are in no neighbor list, and inf without a cutoff,
     # where no pair is beyond the range.
-    if system.potential.pairwise and 0 < float(system.range) < math.inf:
+    has_all_pairs = system.potential.pairwise and system.neighbors.images is None
+    if has_all_pairs and 0 < float(system.range) < math.inf:
         yield _range(system)
     units = rng.uniform(-1.0, 1.0, (DIRECTIONS, *system.positions.shape))
     directions = [jnp.asarray(u / np.abs(u).max()) for u in units]

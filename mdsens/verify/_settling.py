@@ -75,7 +75,7 @@ def _public(lin: Linearization, x: Unknowns) -> Unknowns:
     includes the motion with the cell.
     """
     if not lin.constrained:
-        value = lin.structure.stored(lin, x)
+        value = lin.structure.stored(lin, x, {})
         return value if isinstance(value, Unknowns) else Unknowns(value)
     structure: Any = lin.structure
     return jax.jvp(lambda y: structure.read(lin, y, lin.params), (lin.unknowns,), (x,))[1]
@@ -125,8 +125,8 @@ class Settling:
     def _lin_at(self, near: Equilibrium) -> Linearization:
         """Linearize at the minimum ``near``, with the contact network of the reference minimum.
 
-        The reference minimum is the one with which this ``Settling`` was made. The pressure and the
-        multipliers of constraints are those of ``near``.
+        The reference minimum is the one with which this ``Settling`` was made. The load on the cell
+        and the multipliers of constraints are those of ``near``.
         """
         lin = self.lin
         backbone = contacts.backbone(near.system, lin.network)

@@ -15,9 +15,9 @@ from mdsens import sensitivity
 from mdsens._util.errors import raise_for_status
 from mdsens._util.tables import Shown
 from mdsens.implicit.linear import Method
+from mdsens.mechanics.load import differentiated
 from mdsens.mechanics.status import Status
 from mdsens.mechanics.unknowns import Unknowns
-from mdsens.model.system import parameters_of
 from mdsens.relaxation.equilibrium import Equilibrium
 from mdsens.sensitivity.linearization import Linearization, linearized, require_sound
 from mdsens.verify.records import relative
@@ -71,16 +71,16 @@ def adjoint(
 ) -> AdjointTest:
     """Compare ``jvp`` with ``vjp`` at a minimum by the adjoint identity <w, J v> = <J^T w, v>.
 
-    J is the derivative of the relaxed positions (at a pressure, also of the cell) by the
+    J is the derivative of the relaxed positions (in a relaxed cell, also of the cell) by the
     parameters.
 
     Args:
       eq: a minimum, from ``minimize`` or ``linearize``; not a batch.
       dparams: the change v of the parameters, as in ``jvp``; None takes a random change of every
         parameter, about as large as its value.
-      cotangent: the cotangent w, weights (n, d) of the positions; at a pressure
+      cotangent: the cotangent w, weights (n, d) of the positions; in a relaxed cell
         ``Unknowns(w, strain)`` as in ``vjp``. None takes a random cotangent, without the part in
-        the null space (rattlers, translations), and at a pressure with a random strain.
+        the null space (rattlers, translations), and in a relaxed cell with a random strain.
       seed: seed of the random directions.
       solve: the linear solver, as in ``jvp``.
       throw: raise ConvergenceError where one of the two solves did not converge.
@@ -107,7 +107,7 @@ def adjoint(
     else:
         w = cotangent
         w_strain = None
-    # <w, J v> over the positions and, at a pressure, the strain.
+    # <w, J v> over the positions and, in a relaxed cell, the strain.
     forward = float(np.sum(np.asarray(w) * np.asarray(tangent.positions)))
     if w_strain is not None and tangent.strain is not None:
         forward += float(np.sum(np.asarray(w_strain) * np.asarray(tangent.strain)))
@@ -130,8 +130,8 @@ def _random_change(lin: Linearization, rng: np.random.Generator) -> dict[str, np
         k: (np.abs(v).max(initial=0.0) or 1.0) * rng.standard_normal(v.shape)
         for k, v in params.items()
     }
-    for parameter in parameters_of(lin.system, lin.params):
-        if parameter.paired:  # a matrix of species pairs is symmetric, and so is its change
+    for parameter in differentiated(lin.system, lin.params):
+        if parameter.paired:  # a symmetric matrix has a symmetric change
             dparams[parameter.name] = dparams[parameter.name] + dparams[parameter.name].T
     return dparams
 

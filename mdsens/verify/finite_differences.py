@@ -24,6 +24,7 @@ from mdsens.mechanics.strain import from_mandel, to_mandel
 from mdsens.mechanics.units import natural_units, round_off
 from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model.system import crossing_terms, pair_distances
+from mdsens.relaxation.cell_conditions import condition_of
 from mdsens.relaxation.equilibrium import Equilibrium
 from mdsens.relaxation.minimization import minimize
 from mdsens.saddles.search import find_saddle
@@ -101,7 +102,7 @@ class _Difference(NamedTuple):
     Attributes:
       value: the derivative of the relaxed positions, without its part in the null space (rattlers,
         translations); ``Unknowns`` where strain or multipliers are relaxed, too.
-      nonaffine: (n, d) the derivative of the positions; for a minimum at a pressure, without the
+      nonaffine: (n, d) the derivative of the positions; for a relaxed cell, without the
         motion with the cell.
       noise: relative error of ``value`` that may come from round-off of minima and parameters.
       status: the worse status of the two minimizations.
@@ -162,7 +163,7 @@ class _Line:
 
         Returns:
           the derivative without this part; and of this derivative the positions alone, (n, d), for
-          a minimum at a pressure without the motion with the cell.
+          a relaxed cell without the motion with the cell.
         """
         positions = change.positions
         strain = change.strain
@@ -220,14 +221,14 @@ class _Line:
         """
         eq = self.lin.equilibrium
         params = {k: v + side * self.tangent[k] for k, v in eq.params.items() if k in self.tangent}
-        pressure = None
-        if eq.pressure is not None:
-            pressure = float(eq.pressure) + side * float(self.tangent["pressure"])
-        shape = eq.pressure is not None and len(eq.strains) > 1
+        load = eq.load
+        if load is not None:
+            moved = {k: v + side * self.tangent[k] for k, v in load.params.items()}
+            load = load.at(moved)
         options: dict[str, Any] = {"tolerance": self.tolerance, "throw": False, "progress": False}
         if eq.order:
             return find_saddle(eq.system, params, **options)
-        return minimize(eq.system, params, pressure=pressure, shape=shape, **options)
+        return minimize(eq.system, params, cell=condition_of(eq, load), **options)
 
     def _judge_minimum(self, minimum: Equilibrium, settled: Settled) -> Status:
         """Return the status of a minimization that is followed by Newton steps to round-off.
@@ -241,10 +242,10 @@ class _Line:
             return Status.NOT_A_SADDLE
         status = Status(int(minimum.status))
         # The minimizer may stop above the smaller tolerance asked for here, but within that of the
-        # minimum itself: Newton steps then do the rest. At a pressure max_force says nothing of the
-        # cell's stress.
+        # minimum itself: Newton steps then do the rest. In a relaxed cell max_force says nothing of
+        # the stress.
         reached = max(float(eq.tolerance), float(eq.force_floor))
-        nearly = float(minimum.max_force) <= reached and eq.pressure is None
+        nearly = float(minimum.max_force) <= reached and eq.load is None
         if status in (Status.MAX_STEPS_REACHED, Status.UNCONVERGED) and nearly:
             enough = settled.force <= self.tolerance
             return Status.CONVERGED if enough else Status.ROUND_OFF_LIMITED
@@ -254,7 +255,7 @@ class _Line:
         """Compute (R(t) - R(-t)) / 2t, with the relaxed positions R(t) at params + t dparams.
 
         The part in the null space (rattlers, translations) is removed. What is relaxed with the
-        positions, such as the cell at a pressure, is differentiated in the same way.
+        positions, such as the cell, is differentiated in the same way.
         """
         eq = self.lin.equilibrium
         ahead, status_ahead, changed_ahead = self.minimize_at(t)
@@ -262,7 +263,7 @@ class _Line:
         up = ahead.equilibrium
         down = behind.equilibrium
         slope = jax.tree.map(lambda a, b: (a - b) / (2.0 * t), _unknowns_at(up), _unknowns_at(down))
-        if eq.pressure is not None:
+        if eq.load is not None:
             # Cell vectors are columns, and the cell is (1 + strain) box: strain = d(box) box^-1.
             apart = jnp.asarray(up.system.box) - jnp.asarray(down.system.box)
             strain = to_mandel(apart / (2.0 * t) @ inverse(jnp.asarray(eq.system.box)))
@@ -290,7 +291,7 @@ class _Line:
 
         Args:
           value: the finite difference.
-          nonaffine: (n, d) the part of ``value`` for the positions; for a minimum at a pressure,
+          nonaffine: (n, d) the part of ``value`` for the positions; for a relaxed cell,
             without the motion with the cell.
           ends: the minima at params +- t dparams.
           t: the step.
@@ -455,10 +456,10 @@ def _choose_unit(lin: Linearization, tangent: dict[str, jax.Array], largest: flo
 def _parameter_size(lin: Linearization, name: str) -> float:
     """Return the largest absolute value of a parameter, as the unit of steps along the parameter.
 
-    The pressure may be zero, so its unit is the change of pressure that strains the cell by 1.
+    A pressure or a stress may be zero, so its unit is the change that strains the cell by 1.
     """
-    if name == "pressure" and lin.cell is not None:
-        return float(jnp.max(jnp.abs(lin.cell.stiffness)) / lin.system.volume)
+    if lin.cell is not None and name in lin.cell.load.params and name != "volume":
+        return float(jnp.max(jnp.abs(lin.cell.stiffness)) / lin.system.periodic_volume)
     return float(jnp.max(jnp.abs(lin.params[name])))
 
 
@@ -468,10 +469,10 @@ def finite_difference(
     """Compute the derivative dR/dt of relaxed positions R by central differences.
 
     The difference is (R(t) - R(-t)) / 2t. R(t) and R(-t) are found by minimizing again from this
-    minimum, at the parameters params + t dparams and params - t dparams. A minimum at a pressure is
-    minimized again at that pressure, or, where ``dparams`` has ``"pressure"``, at pressures a
-    little to either side; the cell is differentiated with the positions. A saddle is located again
-    by Newton steps.
+    minimum, at the parameters params + t dparams and params - t dparams. A relaxed cell is
+    relaxed again under its load, or, where ``dparams`` has ``"pressure"`` or another parameter of
+    the load, under loads a little to either side; the cell is differentiated with the positions. A
+    saddle is located again by Newton steps.
 
     Args:
       eq: a minimum; not a batch.
@@ -479,7 +480,7 @@ def finite_difference(
       step: the step t. None chooses the step at which round-off of the positions, which is measured
         at the minimum, is 3e-9 of the difference. It is at most 0.3 of the t at which the first
         contact changes, and at most 1e-4 of the norm of the parameters over the norm of ``dparams``
-        (for a pressure, the change that strains the cell by 1 stands for the norm).
+        (for a pressure or a stress, the change that strains the cell by 1 stands for the norm).
       tolerance: the largest force that the minimizations leave. None takes 0.01 of the tolerance of
         the minimum, but not below round-off. Newton steps remove the force that the minimizations
         leave, see :mod:`mdsens.verify._settling`. If the force that remains is above this tolerance
@@ -546,8 +547,8 @@ def _check_steps(steps: ArrayLike | None) -> None:
 def _checked_derivative(value: ArrayLike | Unknowns, eq: Equilibrium) -> Unknowns:
     """Check the shape of a derivative of a minimum that a user gives; return it as ``Unknowns``.
 
-    The derivative must contain that of the positions, (n, d); at a pressure also that of the strain
-    of the cell; and under constraints also that of the multipliers.
+    The derivative must contain that of the positions, (n, d); in a relaxed cell also that of the
+    strain of the cell; and under constraints also that of the multipliers.
     """
     if eq.system.constraints:
         if isinstance(value, Unknowns) and jax.tree.structure(value) == jax.tree.structure(
@@ -564,14 +565,14 @@ def _checked_derivative(value: ArrayLike | Unknowns, eq: Equilibrium) -> Unknown
     else:
         positions = value
         strain = None
-    if eq.pressure is not None and strain is None:
+    if eq.load is not None and strain is None:
         raise InputError(
-            "`value` has no strain: at a pressure give Unknowns(positions, strain), as ms.jvp"
+            "`value` has no strain: in a relaxed cell give Unknowns(positions, strain), as ms.jvp"
             " returns."
         )
     n, d = eq.positions.shape
     positions = _checked_part("value", positions, eq, (n, d), "the derivative of the positions")
-    if eq.pressure is None or strain is None:
+    if eq.load is None or strain is None:
         return Unknowns(positions)
     what = "the derivative of the strain, a Mandel vector"
     return Unknowns(positions, _checked_part("value.strain", strain, eq, (d * (d + 1) // 2,), what))
@@ -617,10 +618,10 @@ def derivative_test(
       dparams: the change of the parameters along which to differentiate, as in ``jvp``.
       steps: the steps t, positive; None takes 22 steps from 1e-9 to 1e-2 of the norm of the
         parameters over the norm of ``dparams``.
-      value: the derivative to test, (n, d), however it was computed; at a pressure ``Unknowns``, as
-        ``jvp`` returns. None tests the derivative by ``jvp``. The part of the derivative in the
-        null space (translations, rattlers, rotations of a free cluster) is left out, because
-        differences have no such part.
+      value: the derivative to test, (n, d), however it was computed; in a relaxed cell
+        ``Unknowns``, as ``jvp`` returns. None tests the derivative by ``jvp``. The part of the
+        derivative in the null space (translations, rattlers, rotations of a free cluster) is left
+        out, because differences have no such part.
       tolerance: the largest force that the minimizations leave, as in ``finite_difference``.
 
     Returns:

@@ -13,9 +13,11 @@ from numpy.typing import ArrayLike
 from mdsens._util.errors import InputError, PrecisionError
 from mdsens.model.system import System
 from mdsens.potentials.base import Potential, SumPotential
+from mdsens.potentials.local import LocalPotential
 from mdsens.verify import _configuration
 from mdsens.verify._findings import Finding, PotentialTest
 from mdsens.verify._pair_function import PairFunction
+from mdsens.verify._surroundings import surroundings
 
 __all__ = ["potential"]
 
@@ -46,6 +48,10 @@ def potential(
     - phi, phi', phi'' and the derivatives of phi and phi' by every parameter are finite,
       breakpoints included.
 
+    For the energy of an atom in its surroundings, by ``from_local``, the checks are: it is finite,
+    with its derivatives, without any neighbor; it does not depend on places of the neighbor list
+    that hold no neighbor; and it vanishes smoothly where a neighbor passes the cutoff.
+
     For any potential, the checks in a configuration of a few particles are:
 
     - the energy is that of the pairs within the range of the potential, whichever pairs beyond the
@@ -55,8 +61,8 @@ def potential(
     - the Hessian is symmetric.
 
     Args:
-      potential: a potential of ``ms.potentials``: from the catalogue, by ``from_pair`` or
-        ``from_energy``, or a sum of these.
+      potential: a potential of ``ms.potentials``: from the catalogue, by ``from_pair``,
+        ``from_local`` or ``from_energy``, or a sum of these.
       params: parameters by name, as for ``System.create``.
       positions: (n, d) positions of a few particles; None takes 16 or more particles near the sites
         of a square lattice at about the distance of least energy, in open boundaries. A many-body
@@ -120,7 +126,7 @@ def _check_arguments(
 def _check_pair_functions(
     potential: Potential, system: System, between: tuple[float, float] | None
 ) -> tuple[list[Finding], list[float]]:
-    """Run the checks of every pair function phi(r) of a potential.
+    """Run the checks of every pair function phi(r) of a potential, and of the energy of an atom.
 
     Args:
       potential: the potential.
@@ -142,4 +148,7 @@ def _check_pair_functions(
             function = PairFunction(part, term, between)
             distances += [kind.least for kind in function.kinds]
             findings += [Finding(label + f.check, f.good, f.sentence) for f in function.findings()]
+        if isinstance(part, LocalPotential):
+            of_atom = surroundings(part, system)
+            findings += [Finding(label + f.check, f.good, f.sentence) for f in of_atom]
     return findings, distances

@@ -47,7 +47,7 @@ def gap(value: ArrayLike | Unknowns, exact: jax.Array | Unknowns, nonaffine: jax
       value: the derivative to compare: of positions (n, d), or ``Unknowns`` where the cell,
         multipliers or parameters are relaxed, too.
       exact: the derivative that is taken as right, in the same form.
-      nonaffine: (n, d) the part of ``exact`` for the positions; for a minimum at a pressure,
+      nonaffine: (n, d) the part of ``exact`` for the positions; for a relaxed cell,
         without the motion with the cell.
     """
     if not isinstance(exact, Unknowns):
@@ -56,7 +56,7 @@ def gap(value: ArrayLike | Unknowns, exact: jax.Array | Unknowns, nonaffine: jax
         return _compare_constrained(value, exact, nonaffine)
     if not isinstance(value, Unknowns) or value.strain is None or exact.strain is None:
         raise InputError(
-            "`value` has no strain, and this is a derivative at a pressure: give"
+            "`value` has no strain, and this is a derivative in a relaxed cell: give"
             " Unknowns(positions, strain), as ms.jvp returns."
         )
     of_positions = relative(_norm(value.positions - exact.positions), _norm(nonaffine))
@@ -97,9 +97,9 @@ class FiniteDifference(Portable, Shown):
 
     Attributes:
       value: (n, d) central differences of the relaxed positions, without their part in the null
-        space (rattlers, translations). At a pressure, ``Unknowns`` of positions and cell as ``jvp``
-        returns them, with ``strain`` a Mandel vector.
-      nonaffine: (n, d) the derivative of the positions; for a minimum at a pressure, without the
+        space (rattlers, translations). In a relaxed cell, ``Unknowns`` of positions and cell as
+        ``jvp`` returns them, with ``strain`` a Mandel vector.
+      nonaffine: (n, d) the derivative of the positions; for a relaxed cell, without the
         motion with the cell.
       error: estimate of the relative error of ``value``, defined as in ``disagreement``. It
         combines the truncation error, taken from the difference between the results at step t and
@@ -124,7 +124,7 @@ class FiniteDifference(Portable, Shown):
         """Return the relative difference of a derivative ``value`` from these finite differences.
 
         It is |value - differences| / |differences|; it is not divided where |differences| is
-        round-off. For a minimum at a pressure it is the larger of two relative differences, that of
+        round-off. For a relaxed cell it is the larger of two relative differences, that of
         the strain and that of the positions. The difference of the positions is then divided by the
         norm of their derivative without the motion with the cell, because relative to this motion
         any error would look small.

@@ -40,7 +40,7 @@ def bulk() -> ase.Atoms:
 def slab() -> ase.Atoms:
     """Copper; the third cell vector is zero, as from ase.build.fcc111 without a vacuum."""
     atoms = ase.build.fcc111("Cu", (2, 2, 3), a=3.6)
-    assert atoms.pbc.tolist() == [True, True, False] and not atoms.cell[2].any()
+    assert atoms.pbc.tolist() == [True, True, False] and not atoms.cell.array[2].any()
     atoms.set_constraint(FixAtoms(mask=atoms.get_tags() > 2))
     return atoms
 
@@ -126,7 +126,7 @@ def same(a: Any, b: Any) -> None:
 
 def test_a_vacuum_is_left_out_and_changes_nothing():
     thick, thin = slab(), slab()
-    thick.cell[2] = [0.5, 0.0, 40.0]
+    thick.cell.array[2] = [0.5, 0.0, 40.0]
     same(ms.io.from_ase(thick, LJ, PARAMS), ms.io.from_ase(thin, LJ, PARAMS))
 
 

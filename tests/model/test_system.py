@@ -104,7 +104,7 @@ def test_masses_and_tags_are_checked(field, value, message):
 def test_masses_and_tags_stay_with_the_particles():
     masses = np.array([1, 2, 3, 4])
     system = ms.System.create(PLACES, 3.0, LAW, DISCS, masses=masses, tags=[3, -1, 0, 0])
-    assert system.masses.dtype == system.positions.dtype
+    assert system.masses is not None and system.masses.dtype == system.positions.dtype
     np.testing.assert_array_equal(system.masses, masses)
     relaxed = ms.minimize(system, max_steps=1, throw=False).system
     batch = ms.stack([relaxed, system.replace(masses=2.0 * system.masses)])

@@ -18,6 +18,7 @@ from mdsens.mechanics import lagrangian
 from mdsens.mechanics.hessian_factor import HessianFactor, participation
 from mdsens.mechanics.kkt_factor import KKT
 from mdsens.mechanics.kkt_operator import about_to_switch
+from mdsens.mechanics.load import PressureLoad
 from mdsens.mechanics.rigidity import analyze_rigidity
 from mdsens.mechanics.stability import birch, cleared, isotropic_part, softest_strain, solid
 from mdsens.mechanics.status import Status
@@ -126,7 +127,7 @@ def _parts_without_derivative(
 
 
 def _examine_cell(lin: Linearization, step: Unknowns) -> CellState | None:
-    """Compute the stress left in the cell of a minimum at a pressure, and the cell's stiffness.
+    """Compute the stress left in a relaxed cell, and the cell's stiffness.
 
     The result is None where the cell is fixed.
 
@@ -137,26 +138,39 @@ def _examine_cell(lin: Linearization, step: Unknowns) -> CellState | None:
     cell = lin.cell
     if cell is None:
         return None
-    volume = float(lin.system.volume)
+    volume = float(lin.system.periodic_volume)
     d = lin.system.dimension
     assert step.strain is not None
     along = np.asarray(cell.along, float)
-    # stress + P, in the space of the strains that the cell can take
+    # stress - target, in the space of the strains that the cell can take
     stress_left = np.tensordot(np.asarray(cell.slope, float) / volume, along, axes=1)
     shear_left = stress_left - np.trace(stress_left) / d * np.eye(d)
     stiffness = np.asarray(cell.stiffness, float) / volume
     finite = bool(np.isfinite(stiffness).all())
-    shape_is_free = len(along) > 1
+    # one strain of several axes stretches all of them equally
+    shape_is_free = len(along) > 1 or not np.allclose(along[0], along[0, 0, 0] * np.eye(d))
+    axes_stretch = np.any(np.diagonal(along, axis1=1, axis2=2) != 0, axis=0)
+    target = np.asarray(cell.load.target(d), float)
     return CellState(
-        pressure=float(cell.pressure),
+        # + 0.0, lest a pressure of zero be shown as -0
+        pressure=-float(np.trace(target)) / d + 0.0,
         shape=shape_is_free,
         # stress is positive in tension, pressure in compression
         pressure_left=-float(np.trace(stress_left)) / d,
         shear_left=float(np.linalg.norm(shear_left, 2)) if shape_is_free and finite else np.nan,
-        stiffness=np.linalg.eigvalsh(stiffness) if finite else np.full(len(along), np.nan),
+        stiffness=_eigenvalues(stiffness) if finite else np.full(len(along), np.nan),
         stable=Status(int(cell.status)).good,
         strain=float(np.linalg.norm(np.asarray(step.strain))),
+        hydrostatic=isinstance(cell.load, PressureLoad) and bool(axes_stretch.all()),
+        load=cell.load.goal_in_words(),
+        target=target,
+        stress_left=stress_left,
     )
+
+
+def _eigenvalues(matrix: np.ndarray) -> np.ndarray:
+    """Compute the eigenvalues of the symmetric part of a matrix, in ascending order."""
+    return np.linalg.eigvalsh(0.5 * (matrix + matrix.T))
 
 
 def _examine_strain(lin: Linearization, spectrum: Spectrum) -> StrainState | None:
@@ -266,9 +280,9 @@ def certify(
 ) -> Certificate:
     """Examine a minimum, and the derivative that ``jvp`` computes there along ``dparams``.
 
-    At a pressure the unknowns are the positions and the strain of the cell: the minimum is a
-    minimum of the enthalpy, the Newton step to the minimum and the response change the cell too,
-    and the certificate's ``cell`` gives the stress and the stiffness of the cell.
+    In a relaxed cell the unknowns are the positions and the strain of the cell: at a pressure the
+    minimum is one of the enthalpy, the Newton step to the minimum and the response change the cell
+    too, and the certificate's ``cell`` gives the stress and the stiffness of the cell.
 
     A saddle of order k must have exactly k modes of negative stiffness. The estimates of errors use
     the smallest stiffness in absolute value.
@@ -285,8 +299,8 @@ def certify(
     Args:
       eq: a minimum or saddle, from ``minimize``, ``find_saddle`` or ``linearize``; not a batch. An
         unconverged minimum is examined too.
-      dparams: the direction in parameter space, as in ``jvp``; at a pressure it may contain
-        ``"pressure"``. Where None, no derivative is examined.
+      dparams: the direction in parameter space, as in ``jvp``; in a relaxed cell it may contain
+        the load, such as ``"pressure"``. Where None, no derivative is examined.
       modes: number of the lowest modes to compute.
       observable: a function of a System, as in ``gradient``. The certificate reports how much of
         the observable's gradient lies on rattlers and rigid motions, which have no derivative.

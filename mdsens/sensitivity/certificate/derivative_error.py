@@ -10,6 +10,7 @@ diverges.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,9 +20,10 @@ import numpy as np
 
 from mdsens._util.probe import chirp
 from mdsens.mechanics.hessian import along
+from mdsens.mechanics.load import differentiated
 from mdsens.mechanics.units import natural_units
 from mdsens.mechanics.unknowns import Unknowns
-from mdsens.model.system import System, pair_terms, parameters_of
+from mdsens.model.system import System, pair_terms
 from mdsens.potentials.base import PairTerm
 from mdsens.sensitivity.certificate.parts import DerivativeCertificate
 from mdsens.sensitivity.certificate.solution_space import Motion, Space, on_host
@@ -105,7 +107,7 @@ def derivative(
     # the response J, and its norm; NaN makes ratios to a norm of zero NaN, without a warning
     pull = _derivative_by_params(space.core, tangent)
     J, residual, status = space.response(tangent, pull)
-    norm = space.size(J)
+    norm = space.size(J, tangent)
     norm_or_nan = norm or np.nan
     path = J, tangent
     to_minimum = step, no_change
@@ -126,17 +128,21 @@ def derivative(
     switch = space.switches(J, tangent)
 
     rattlers = np.asarray(lin.network.rattlers)
-    on_rattlers = _square_on_rattlers(lin.equilibrium.system, tangent, rattlers)
+    # the load on a relaxed cell belongs to no particle
+    of_system = {name: tangent[name] for name in lin.system.params if name in tangent}
+    on_rattlers = _square_on_rattlers(lin.equilibrium.system, of_system, rattlers)
     on_all = _square_on_rattlers(lin.system, tangent, None)
     return DerivativeCertificate(
         dparams=tangent,
-        response=jax.tree.map(np.asarray, lin.structure.stored(lin, J)),
+        response=jax.tree.map(np.asarray, lin.structure.stored(lin, J, tangent)),
         norm=norm,
         status=status,
         residual=residual,
         linear_error=residual * R / alpha / norm_or_nan,
         error=space.size(dJ) / norm_or_nan,
-        corrected=jax.tree.map(np.asarray, lin.structure.stored(lin, on_host(np.add, J, dJ))),
+        corrected=jax.tree.map(
+            np.asarray, lin.structure.stored(lin, on_host(np.add, J, dJ), tangent)
+        ),
         error_bound=error_bound / norm_or_nan,
         crossing=crossing,
         forward=min(crossing.forward, switch[0]),
@@ -192,7 +198,9 @@ def _moves_nothing(lin: Linearization, J: Unknowns, tangent: Params) -> bool:
         default=0.0,
     )
     length = float(natural_units(lin.system)[0])
-    largest = max(float(np.abs(x).max(initial=0.0)) for x in _motions(J, length))
+    strain = lin.structure.strain(lin, J, tangent)
+    moved = J if strain is None else dataclasses.replace(J, strain=strain)
+    largest = max(float(np.abs(x).max(initial=0.0)) for x in _motions(moved, length))
     motion = largest * (size / change if change > 0 and size > 0 else 1.0)
     return motion <= NOTHING * length
 
@@ -230,7 +238,7 @@ def _square_on_rattlers(system: System, tangent: Params, rattlers: np.ndarray | 
       rattlers: (n,) True for rattlers; where None, the sum is over all parameters.
     """
     total = 0.0
-    for parameter in parameters_of(system, tangent):
+    for parameter in differentiated(system, tangent):
         v = np.asarray(tangent[parameter.name])
         # rows of the parameter, particles or species, that are rattlers only
         chosen = np.ones(v.shape[0] if v.ndim else 0, bool)

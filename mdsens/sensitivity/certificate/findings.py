@@ -116,15 +116,16 @@ def _judge_constraints(constraints: ConstraintState | None) -> Iterator[Finding]
 
 
 def _judge_cell(c: Certificate, lin: Linearization) -> Iterator[Finding]:
-    """Report a cell at a pressure whose stiffness is not positive."""
+    """Report a relaxed cell whose stiffness is not positive."""
     if c.cell is None or c.cell.stable:
         return
     floppy = lin.cell is not None and int(lin.cell.status) == Status.FLOPPY
     # ``not ... > 0`` rather than ``<= 0``: a stiffness that is NaN counts as well
+    where = "at this pressure" if c.cell.hydrostatic else "under this load"
     if floppy or not c.cell.stiffness_min > 0:
         yield _build_finding(
             Status.FLOPPY if floppy else Status.INDEFINITE,
-            f"of the cell at this pressure, whose stiffness is {c.cell.stiffness_min:.3g}",
+            f"of the cell {where}, whose stiffness is {c.cell.stiffness_min:.3g}",
         )
 
 

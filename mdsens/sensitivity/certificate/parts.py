@@ -20,20 +20,26 @@ __all__ = ["CellState", "ConstraintState", "DerivativeCertificate", "StrainState
 
 @dataclasses.dataclass(frozen=True)
 class CellState(Named):
-    """Stress and stiffness of a cell that was relaxed to a pressure.
+    """Stress and stiffness of a cell that was relaxed under a load.
 
     Attributes:
-      pressure: the pressure P to which the cell was relaxed, in energy/volume.
-      shape: True where the cell's shape was relaxed as well as its size.
-      pressure_left: the actual pressure minus P.
+      pressure: the pressure P to which the cell was relaxed, in energy/volume: -tr(target) / d.
+      shape: True where the cell's shape was relaxed, and not its size alone.
+      pressure_left: the actual pressure minus P, in the free strains of the cell.
       shear_left: the largest shear stress left; NaN where the shape was not free.
-      stiffness: (k,) eigenvalues of S / V in ascending order, in energy/volume. V is the volume,
-        and S the second derivative of the enthalpy by the k strains that the cell is free to take,
-        with relaxed particles. Where only the size is free, k = 1 and the eigenvalue is d times
-        Birch's bulk modulus, in dimension d. Positions and cell together are stable where the
-        Hessian in the fixed cell and S are both positive definite.
-      stable: whether S could be computed and is positive definite.
+      stiffness: (k,) eigenvalues of the symmetric part of S / V in ascending order, in
+        energy/volume. V is the volume, and S the derivative of V (sigma - target) by the k strains
+        that the cell is free to take, with relaxed particles; sigma is the stress. At a pressure S
+        is the second derivative of the enthalpy. Where only the size is free, k = 1 and the
+        eigenvalue is d times Birch's bulk modulus, in dimension d. Positions and cell together are
+        stable where the Hessian in the fixed cell and this part of S are both positive definite.
+      stable: whether S could be computed and its symmetric part is positive definite.
       strain: norm of the cell's strain in the Newton step to the exact minimum.
+      hydrostatic: True where the cell was relaxed to a pressure and all axes were free to stretch.
+      load: the load in words, such as "pressure 0.05".
+      target: (d, d) the stress to which the cell was relaxed, positive in tension: at a pressure
+        -P 1; at a volume the deviatoric part of the stress.
+      stress_left: (d, d) the part along the free strains of stress minus ``target``.
     """
 
     pressure: float
@@ -43,6 +49,10 @@ class CellState(Named):
     stiffness: np.ndarray
     stable: bool
     strain: float
+    hydrostatic: bool
+    load: str
+    target: np.ndarray
+    stress_left: np.ndarray
 
     @property
     def stiffness_min(self) -> float:
@@ -78,15 +88,15 @@ class StrainState(Named):
 class DerivativeCertificate(Portable, Shown):
     """Error and range of the derivative of the minimum along a direction in parameter space.
 
-    Errors are relative to the norm of the response; they are NaN where that norm is zero. At a
-    pressure all norms are of positions and cell together.
+    Errors are relative to the norm of the response; they are NaN where that norm is zero. In a
+    relaxed cell all norms are of positions and cell together.
 
     Attributes:
       dparams: the direction in parameter space, by parameter name.
       response: the derivative J = dR/dt of the relaxed positions R (n, d) at t = 0, for parameters
-        params + t dparams, as ``jvp`` returns it; at a pressure ``Unknowns`` with the strain of the
-        cell.
-      norm: the norm |J|; at a pressure that of the strain and of the non-affine motion together.
+        params + t dparams, as ``jvp`` returns it; in a relaxed cell ``Unknowns`` with the strain of
+        the cell.
+      norm: the norm |J|; in a relaxed cell that of the strain and the non-affine motion together.
       status: status of the linear solve.
       residual: relative residual of the linear solve.
       linear_error: bound of the error due to the residual r of the linear solve, |H^-1 r| <= |r| /
@@ -97,12 +107,12 @@ class DerivativeCertificate(Portable, Shown):
       error_bound: the estimate by Theorem 1 of arXiv:2105.15183, relative to |J|,
         (beta / alpha + gamma |B dp| / alpha^2) |x - x*|. Here x is where the relaxation ended, x*
         the minimum, and B dp the derivative of the condition F = 0 of the minimum along
-        ``dparams``. alpha is the smallest stiffness (at a pressure a lower bound of the stiffness
-        of positions and cell together), and beta and gamma are the rates at which B dp and H change
-        along the Newton step. NaN where alpha is not known to be positive, and where the
-        potential's third derivative diverges at a breakpoint (Hertzian contacts), so that gamma has
-        no bound there. The attribute ``steps_to_crossing`` of the ``Certificate`` then tells after
-        how many Newton steps a pair crosses a breakpoint.
+        ``dparams``. alpha is the smallest stiffness (in a relaxed cell a lower bound of the
+        stiffness of positions and cell together), and beta and gamma are the rates at which B dp
+        and H change along the Newton step. NaN where alpha is not known to be positive, and where
+        the potential's third derivative diverges at a breakpoint (Hertzian contacts), so that gamma
+        has no bound there. The attribute ``steps_to_crossing`` of the ``Certificate`` then tells
+        after how many Newton steps a pair crosses a breakpoint.
       crossing: the values of t at which pairs cross breakpoints along params + t dparams. A
         breakpoint is a distance at which a derivative of the potential jumps or diverges.
       forward, backward: the derivative is valid for -backward < t < forward along params +
@@ -149,7 +159,7 @@ class DerivativeCertificate(Portable, Shown):
     @property
     def positions(self) -> np.ndarray:
         """The response of the Cartesian positions, (n, d), including their motion with the cell."""
-        # at a pressure and under constraints the response has further parts
+        # in a relaxed cell and under constraints the response has further parts
         return np.asarray(
             self.response.positions if isinstance(self.response, Unknowns) else self.response
         )

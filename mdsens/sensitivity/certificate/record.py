@@ -70,8 +70,8 @@ class Certificate(Shown):
         gradient by the positions that lies on them, and has no derivative by the parameters. None
         without an observable.
       precision: dtype of the positions.
-      cell: the cell of a minimum at a pressure; None in a fixed cell. At a pressure, lengths such
-        as ``distance`` are norms of positions and cell together: a strain counts as the motion that
+      cell: the cell where it was relaxed; None in a fixed cell. In a relaxed cell, lengths such as
+        ``distance`` are norms of positions and cell together: a strain counts as the motion that
         it causes in n particles spread evenly over the cell, n^(1/2) V^(1/d) / 12^(1/2) times the
         norm of the strain, with the volume V in dimension d. The stiffness of modes is still that
         in the fixed cell.
@@ -212,8 +212,7 @@ class Certificate(Shown):
             "method": self.spectrum.method,
         }
         if self.cell is not None:
-            stiffness = self.cell.stiffness.tolist()
-            figures["cell"] = dataclasses.asdict(self.cell) | {"stiffness": stiffness}
+            figures["cell"] = _with_lists(dataclasses.asdict(self.cell))
         if self.constraints is not None:
             figures["constraints"] = dataclasses.asdict(self.constraints)
         if self.strain is not None:
@@ -529,6 +528,9 @@ def _range_row(
 
 def _stress_left(cell: CellState) -> str:
     """Describe in words the stress that the relaxation has left in a cell."""
+    if not cell.hydrostatic:
+        left = float(np.max(np.abs(cell.stress_left)))
+        return f"the stress is off the target ({cell.load}) by {left:.1e} energy/volume"
     share = f", {abs(cell.pressure_left / cell.pressure):.1e} of it" if cell.pressure else ""
     shear = f"; a shear stress of {cell.shear_left:.1e}" if cell.shape else "; the shape is fixed"
     return (
@@ -557,11 +559,12 @@ def _constraint_rows(c: ConstraintState) -> list[tuple[str, str]]:
 
 
 def _cell_stiffness(cell: CellState) -> str:
-    """Describe in words the stiffness of a cell at a pressure."""
+    """Describe in words the stiffness of a relaxed cell."""
     which = "against a change of its size"
     if cell.shape:
         which = f"the smallest of {len(cell.stiffness)}"
-    return f"{cell.stiffness_min:.6g} energy/volume at this pressure, particles relaxed, {which}"
+    where = "at this pressure" if cell.hydrostatic else "under this load"
+    return f"{cell.stiffness_min:.6g} energy/volume {where}, particles relaxed, {which}"
 
 
 def _strain_stiffness(strain: StrainState) -> str:
@@ -582,6 +585,11 @@ def _strain_stiffness(strain: StrainState) -> str:
 def count(number: int, noun: str) -> str:
     """Format a number and a noun, in the plural where the number is not 1."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _with_lists(fields: dict[str, Any]) -> dict[str, Any]:
+    """Replace the arrays in a dict by lists, for JSON."""
+    return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in fields.items()}
 
 
 def _without_nan(value: object) -> Any:

@@ -82,7 +82,7 @@ def on_host(f: Callable[..., np.ndarray], *changes: Unknowns) -> Unknowns:
 class Space:
     """Norms of displacements and of forces at a minimum, and linear solves between the two.
 
-    In a fixed cell the unknowns are the positions R. At a pressure they contain a strain of the
+    In a fixed cell the unknowns are the positions R. In a relaxed cell they contain a strain of the
     cell, which counts as the motion that it causes in n particles spread evenly over the cell: a
     change x of the unknowns has the norm |x|^2 = |dR|^2 + l^2 |strain|^2, l^2 = n V^(2/d) / 12,
     with the volume V in dimension d. (V^(2/d) / 12 is the variance of one coordinate over a cube of
@@ -103,7 +103,7 @@ class Space:
         n, d = lin.system.positions.shape
         self.length = 1.0
         if lin.cell is not None:
-            self.length = (n / 12.0) ** 0.5 * float(lin.system.volume) ** (1.0 / d)
+            self.length = (n / 12.0) ** 0.5 * float(lin.system.periodic_volume) ** (1.0 / d)
 
     @property
     def still(self) -> Unknowns:
@@ -117,13 +117,19 @@ class Space:
             return on_host(np.negative, self.lin.null.free(_condition(self.core)))
         return Unknowns(force(self.lin.system), None if cell is None else -cell.slope)
 
-    def size(self, x: Unknowns) -> float:
+    def size(self, x: Unknowns, tangent: Params | None = None) -> float:
         """Compute the norm of a displacement of particles and cell.
 
         Parameters that constraints relax contribute to the norm; multipliers of constraints do not.
+
+        Args:
+          x: the displacement.
+          tangent: changes of the parameters by name, some of which may strain the cell themselves;
+            None for no change.
         """
         of_params = sum(float(np.sum(np.asarray(v) ** 2)) for v in jax.tree.leaves(x.params))
-        return float(np.hypot(_norm(x.positions, x.strain, self.length), of_params**0.5))
+        strain = self.lin.structure.strain(self.lin, x, tangent) if tangent else x.strain
+        return float(np.hypot(_norm(x.positions, strain, self.length), of_params**0.5))
 
     def strength(self, forces: Unknowns) -> float:
         """Compute the norm of forces on particles and cell, without their part in the null space.
@@ -166,8 +172,8 @@ class Space:
           rtol: relative residual to which the solve is carried.
 
         Returns:
-          the displacement, the relative residual and the status. At a pressure the residual is that
-          of positions and cell together.
+          the displacement, the relative residual and the status. In a relaxed cell the residual is
+          that of positions and cell together.
         """
         x, residual, status = self.yields(forces, rtol)
         if self.lin.cell is None:
@@ -253,13 +259,10 @@ class Space:
           tangent: the change of the parameters by name.
         """
         eq = self.lin.equilibrium
-        cell = self.lin.cell
         # parameters that constraints relax are unknowns, and change with x
         relaxed = x.params or {}
         changes = {name: relaxed.get(name, tangent.get(name)) for name in eq.system.params}
-        strain = None
-        if cell is not None:
-            strain = np.tensordot(np.asarray(x.strain), np.asarray(cell.along), axes=1)
+        strain = self.lin.structure.strain(self.lin, x, tangent)
         return contact_changes.crossings(
             eq.system, x.positions, changes, self.lin.network.rattlers, strain
         )
@@ -267,11 +270,12 @@ class Space:
     def least(self, stiffness: float) -> float:
         """Compute the smallest stiffness of positions and cell together; 0 if it is not positive.
 
-        At a pressure the result is a lower bound, within a factor of 2. The inverse of the
-        stiffness matrix of positions and cell is H^+ + Y S^-1 Y^T, with the Hessian H, the
-        stiffness S of the cell, and Y = (X, 1), where X is the non-affine motion of the particles
-        under each strain. Both terms are positive semidefinite, so that the norm of the inverse is
-        at most the sum of the terms' norms and at least the larger norm.
+        In a relaxed cell the result is a lower bound. The inverse of the stiffness matrix of
+        positions and cell is H^+ + Y S^-1 Y^T, with the Hessian H, the stiffness S of the cell, and
+        Y = (X, 1), where X is the non-affine motion of the particles under each strain. The norm of
+        the inverse is at most the sum of the terms' norms. Where S is symmetric, both terms are
+        positive semidefinite, so that the norm is at least the larger one: the bound is within a
+        factor of 2.
 
         Args:
           stiffness: the smallest stiffness of the positions in the fixed cell.
@@ -282,9 +286,9 @@ class Space:
         if not Status(int(cell.status)).good:
             return 0.0
         X = np.asarray(cell.motion, float).reshape(len(cell.along), -1)
-        # Y^T Y in the norm of this space; |Y S^-1 Y^T| is the largest eigenvalue of S^-1 Y^T Y
-        metric = X @ X.T + self.length**2 * np.eye(len(X))
-        compliance = np.linalg.eigvals(np.asarray(cell.compliance, float) @ metric).real.max()
+        # Y^T Y = L L^T in the norm of this space: |Y S^-1 Y^T| = |L^T S^-1 L|
+        root = np.linalg.cholesky(X @ X.T + self.length**2 * np.eye(len(X)))
+        compliance = np.linalg.norm(root.T @ np.asarray(cell.compliance, float) @ root, 2)
         return 1.0 / (1.0 / stiffness + float(compliance))
 
     def _tangent(self, forces: Unknowns) -> np.ndarray:
