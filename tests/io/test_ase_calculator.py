@@ -372,7 +372,9 @@ def test_ases_elastic_band_finds_the_same_barrier():
     barrier = float(ms.observables.energy(saddle.system)) - start
     ends = [ms.io.to_ase(eq.system) for eq in (first, second)]
     images = [ends[0], *(ends[0].copy() for _ in range(3)), ends[1]]
-    band: Any = NEB(images, climb=True, k=0.1, allow_shared_calculator=True, method="improvedtangent")
+    band: Any = NEB(
+        images, climb=True, k=0.1, allow_shared_calculator=True, method="improvedtangent"
+    )
     band.interpolate(mic=True)
     calculator = ms.io.as_calculator(first.system)
     for image in images:
