@@ -176,7 +176,7 @@ class _Run:
         step = cell.newton()
         for _ in range(HALVINGS):
             amplitudes = jnp.asarray(step, cell.along.dtype)
-            strain = np.asarray(self.load.strain(amplitudes, cell.along, eq.system.periodic_volume), float)
+            strain = np.asarray(self.load.strain(amplitudes, cell.along, volume), float)
             # The non-affine part X e comes first: ``deformed`` multiplies these positions by 1 + e.
             moved = eq.positions + jnp.tensordot(amplitudes, cell.motion, axes=1)
             trial = self._strained(eq.system, strain, moved)
@@ -192,7 +192,7 @@ class _Run:
     def _strained(self, system: System, strain: np.ndarray, moved: jax.Array) -> Equilibrium | None:
         """Strain a cell and relax the particles; None if the cell becomes too small.
 
-        A cell is too small if its height is below twice the range of the interactions.
+        A cell is too small if the images within the range of the interactions do not fit in memory.
 
         Args:
           system: the system, with particles at rest in the cell.
@@ -212,7 +212,7 @@ class _Run:
             return self._relax_particles(
                 strained.replace(positions=positions, boundary=boundary).reallocate()
             )
-        except InputError:  # a height of the cell below twice the range of the interactions
+        except InputError:  # more images within the range than fit in memory
             return None
 
     def _relax_particles(self, system: System) -> Equilibrium:
