@@ -116,6 +116,18 @@ def _numbering(elements: Sequence[str], species: object, atoms: Atoms) -> dict[s
         raise InputError(
             f"species is {short(species)} and elements {short(elements)}: give one of the two."
         )
+    _check_elements(elements)
+    # System.create takes numbers that start above 0 for a mistake
+    if elements[0] not in atoms.get_chemical_symbols():
+        raise InputError(
+            f"elements is {short(elements)}, and no atom is {elements[0]}: begin with an element"
+            " that is there, in the parameters of the potential as well."
+        )
+    return {element: k for k, element in enumerate(elements)}
+
+
+def _check_elements(elements: Sequence[str]) -> None:
+    """Raise InputError unless ``elements`` is a list of chemical symbols, each of them once."""
     listed = not isinstance(elements, str) and isinstance(elements, Sequence)
     if not listed or not elements or not all(isinstance(e, str) for e in elements):
         raise InputError(
@@ -125,13 +137,6 @@ def _numbering(elements: Sequence[str], species: object, atoms: Atoms) -> dict[s
     twice = [e for e in elements if list(elements).count(e) > 1]
     if twice:
         raise InputError(f"elements names {twice[0]} twice: give each element once.")
-    # System.create takes numbers that start above 0 for a mistake
-    if elements[0] not in atoms.get_chemical_symbols():
-        raise InputError(
-            f"elements is {short(elements)}, and no atom is {elements[0]}: begin with an element"
-            " that is there, in the parameters of the potential as well."
-        )
-    return {element: k for k, element in enumerate(elements)}
 
 
 def masses_of(atoms: Atoms, names: Sequence[str]) -> np.ndarray | None:

@@ -495,7 +495,11 @@ def _read_periodic(
             "box.periodic is for box.lengths and box.vectors: the other boxes need a volume, and"
             " are periodic along all axes; remove it, or give the cell by one of these."
         )
-    value = box["periodic"]
+    return _checked_axes(box["periodic"], dimension)
+
+
+def _checked_axes(value: object, dimension: int) -> tuple[bool, ...]:
+    """Check ``box.periodic``, true or false for each cell vector, and return it."""
     if not (
         isinstance(value, list)
         and len(value) == dimension
