@@ -33,11 +33,14 @@ from mdsens.constraints import Constraint, check_constraints
 from mdsens.model import neighbors
 from mdsens.model.box import BoxFunction, BoxRule, box_rule, described, periodic_axes
 from mdsens.model.neighbors import Neighbors
+from mdsens.model.surroundings import over_atoms, vectors_to_neighbors
 from mdsens.potentials.base import Pairs, PairTerm, Potential, check_params
+from mdsens.potentials.local import LocalPotential, parts_of_neighbors
 from mdsens.potentials.parameters import Parameter
 
 __all__ = [
     "System",
+    "atom_energies",
     "box_at",
     "crossing_terms",
     "diameters_at",
@@ -733,24 +736,48 @@ def neighbor_vectors(
     positions: jax.Array,
     box: jax.Array | None,
     strain: jax.Array | None = None,
+    listed: Pairs | None = None,
 ) -> Components:
     """Compute the vectors from each particle to its neighbors in the list.
 
     They are given by their components, each (capacity, n). The vectors are those in the cell
     ``box``, deformed by ``strain`` (d, d).
+
+    Args:
+      listed: the places (capacity, c) of the list for c of the particles; None for all.
     """
-    listed = system.neighbors.columns
-    x = components(positions)
-    # in places without a neighbor any particle will do
-    j = jnp.where(listed.j < system.n, listed.j, 0)
-    shifts = None if listed.images is None else components(listed.images)
-    # from the neighbor to the particle, as images_of subtracts the shifts of R_j - R_i
-    apart = images_of(system, box)(tuple(c - c[j] for c in x), shifts)
+    places = system.neighbors.columns if listed is None else listed
+    images = images_of(system, box)
+    vectors = vectors_to_neighbors(places, components(positions), system.n, images)
     if strain is None:
-        return tuple(-v for v in apart)
+        return vectors
     return tuple(
-        -v - sum(strain[a, b] * w for b, w in enumerate(apart)) for a, v in enumerate(apart)
+        v + sum(strain[a, b] * w for b, w in enumerate(vectors)) for a, v in enumerate(vectors)
     )
+
+
+def atom_energies(
+    system: System,
+    part: LocalPotential,
+    positions: jax.Array,
+    params: Params,
+    box: jax.Array | None,
+    strain: jax.Array | None = None,
+) -> jax.Array:
+    """Compute the energy of each atom, (n,), by a potential of its surroundings.
+
+    Args:
+      system: gives the neighbor list and the species.
+      part: the potential, or the part of it that is a sum over atoms.
+      positions, params, box, strain: as in :func:`energy_of`.
+    """
+    n = system.n
+
+    def of_some(listed: Pairs) -> jax.Array:
+        vectors = neighbor_vectors(system, positions, box, strain, listed)
+        return part.energies(params, listed, vectors, n, system.species, system.species_count)
+
+    return over_atoms(of_some, system.neighbors.columns, n)
 
 
 def crossing_terms(system: System, params: Params | None = None) -> tuple[PairTerm, ...]:
@@ -783,8 +810,9 @@ def potential_energy(
     """
     positions = system.positions if positions is None else positions
     params = system.params if params is None else params
-    terms = pair_terms(system, params)
-    return energy_of(system, terms, positions, params, box_at(system, params), strain)
+    box = box_at(system, params)
+    of_terms = energy_of(system, pair_terms(system, params), positions, params, box, strain)
+    return of_terms + neighbor_energy(system, positions, params, box, strain)
 
 
 def energy_of(
@@ -795,20 +823,41 @@ def energy_of(
     box: jax.Array | None,
     strain: jax.Array | None = None,
 ) -> jax.Array:
-    """Compute the energy of a system: given pair terms plus the potential's many-body energy."""
+    """Compute a part of the energy of a system: given pair terms plus the many-body energy.
+
+    The energy of all neighbors of an atom, :func:`neighbor_energy`, is not included.
+    """
     total = jnp.zeros((), positions.dtype)
     for term in terms:
         distances = pair_distances(system, term, positions, box, strain)
         total = total + jnp.sum(term.energy(distances))
-    if system.potential.of_neighbors:
-        vectors = neighbor_vectors(system, positions, box, strain)
-        total = total + system.potential.neighbor_energy(
-            params, system.neighbors.columns, vectors, system.species, system.species_count
-        )
     displacement = displacement_in(system, box, strain)
     return total + system.potential.many_body(
         positions, params, displacement, system.species, system.species_count
     )
+
+
+def neighbor_energy(
+    system: System,
+    positions: jax.Array,
+    params: Params,
+    box: jax.Array | None,
+    strain: jax.Array | None = None,
+) -> jax.Array:
+    """Compute the energy of a system that is a function of all neighbors of an atom.
+
+    The arguments are those of :func:`energy_of`.
+    """
+    total = jnp.zeros((), positions.dtype)
+    for part in parts_of_neighbors(system.potential):
+        if isinstance(part, LocalPotential):
+            total = total + jnp.sum(atom_energies(system, part, positions, params, box, strain))
+        else:
+            vectors = neighbor_vectors(system, positions, box, strain)
+            total = total + part.energy_of_edges(
+                params, system.neighbors.columns, vectors, system.species, system.species_count
+            )
+    return total
 
 
 def _check_coincident(system: System) -> None:
