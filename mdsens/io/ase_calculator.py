@@ -24,13 +24,13 @@ from mdsens.model.box import box_rule
 from mdsens.model.neighbors import Neighbors
 from mdsens.model.system import (
     System,
+    atom_energies,
     listed,
-    neighbor_vectors,
     pair_distances,
     potential_energy,
 )
-from mdsens.potentials.base import Potential, SumPotential
-from mdsens.potentials.local import LocalPotential
+from mdsens.potentials.base import Potential
+from mdsens.potentials.local import LocalPotential, parts_of_neighbors
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -224,7 +224,7 @@ def _evaluate(
     """
     neighbors, _ = listed(system)
     system = system.replace(neighbors=neighbors)
-    energies = _atom_energies(system) if _is_split(system.potential) else None
+    energies = _energies(system) if _is_split(system.potential) else None
     energy = potential_energy(system) if energies is None else jnp.sum(energies)
     gradient = energy_gradient(system, used=neighbors.used)(system.positions)
     return neighbors, energy, -gradient, energies
@@ -251,12 +251,11 @@ def _strain_gradient(system: System) -> jax.Array:
 
 def _is_split(potential: Potential) -> bool:
     """Return whether the energy is a sum over pairs and over atoms, so that each atom has one."""
-    if isinstance(potential, SumPotential):
-        return all(map(_is_split, potential.parts))
-    return potential.pairwise or isinstance(potential, LocalPotential)
+    parts = getattr(potential, "parts", (potential,))
+    return all(part.pairwise or isinstance(part, LocalPotential) for part in parts)
 
 
-def _atom_energies(system: System) -> jax.Array:
+def _energies(system: System) -> jax.Array:
     """Compute the energy of each atom, (n,), whose sum is the energy of the system.
 
     It is half of the energy of its pairs, and e_i of potentials of an atom's surroundings.
@@ -269,17 +268,7 @@ def _atom_energies(system: System) -> jax.Array:
             total = total + jnp.sum(halves, axis=0)
         else:
             total = total.at[term.i].add(halves).at[term.j].add(halves)
-    if system.potential.of_neighbors:
-        vectors = neighbor_vectors(system, system.positions, box)
-        columns = system.neighbors.columns
-        kinds = (system.species, system.species_count)
-        for part in _local_parts(system.potential):
-            total = total + part.energies(system.params, columns, vectors, *kinds)
+    for part in parts_of_neighbors(system.potential):
+        if isinstance(part, LocalPotential):
+            total = total + atom_energies(system, part, system.positions, system.params, box)
     return total
-
-
-def _local_parts(potential: Potential) -> list[LocalPotential]:
-    """Return the potentials of an atom's surroundings in a sum, or in a single potential."""
-    if isinstance(potential, SumPotential):
-        return [local for part in potential.parts for local in _local_parts(part)]
-    return [potential] if isinstance(potential, LocalPotential) else []
