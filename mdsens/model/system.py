@@ -89,6 +89,10 @@ class System(Portable, Shown):
       periodic: for each cell vector whether the system is periodic along it; all False for open
         boundaries. Where only some are, as for a slab or a wire, the others are unit vectors normal
         to these and to each other.
+      masses: (n,) mass of each particle, in a unit of the user's choice (atomic mass units from
+        ``from_ase``); None where no masses were given. The energy does not depend on them.
+      tags: (n,) integers that mark particles for the user, such as the layers of a slab in ASE;
+        None without them. Nothing in mdsens depends on them.
     """
 
     positions: jax.Array
@@ -101,6 +105,8 @@ class System(Portable, Shown):
     constraints: tuple[Constraint, ...] = ()
     species_names: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
     periodic: tuple[bool, ...] = dataclasses.field(default=(), metadata={"static": True})
+    masses: jax.Array | None = None
+    tags: jax.Array | None = None
 
     _title = "System"  # heading of the printed table
 
@@ -113,6 +119,8 @@ class System(Portable, Shown):
         rows = [("particles", f"{many}n = {self.n} in {self.dimension}-D{alike}")]
         if self.species is not None:
             rows.append(("species", self._describe_species()))
+        if self.masses is not None:
+            rows.append(("masses", _describe_masses(np.unique(np.asarray(self.masses)))))
         rows.append(("potential", self.potential.name))
         for name, value in self.params.items():
             shown = np.array2string(
@@ -162,6 +170,8 @@ class System(Portable, Shown):
         *,
         constraints: Constraint | Iterable[Constraint] = (),
         periodic: bool | Sequence[bool] = True,
+        masses: ArrayLike | None = None,
+        tags: ArrayLike | None = None,
     ) -> System:
         """Make a System, with its neighbor list, from input that is checked.
 
@@ -179,6 +189,9 @@ class System(Portable, Shown):
             ``(True, True, False)`` for a slab. A cell vector along which it is not may be given as
             zeros, and becomes a unit vector normal to the others. One value stands for all cell
             vectors; False is the same as ``box=None``.
+          masses: (n,) mass of each particle, positive, in any unit; the energy does not depend on
+            them.
+          tags: (n,) integers that mark particles, which are kept for the user.
 
         Raises:
           InputError: bad input; the message gives the field, the value and the remedy.
@@ -188,7 +201,7 @@ class System(Portable, Shown):
             "make it outside, and change it there by system.replace(params=...) or"
             " ms.equilibrate(system, params)"
         )
-        require_host("System.create", remedy, positions, params)
+        require_host("System.create", remedy, positions, params, masses)
         coordinates = _checked_positions(positions)
         n, dimension = coordinates.shape
         values = _as_params(params, coordinates.dtype)
@@ -221,6 +234,8 @@ class System(Portable, Shown):
             species_count=count,
             constraints=records,
             periodic=along,
+            masses=_checked_masses(masses, n, coordinates.dtype),
+            tags=_checked_tags(tags, n),
         )
         if isinstance(rule, BoxFunction):  # a function of the user: check the cell that it returns
             _check_box_function(rule, values, dimension, coordinates.dtype)
@@ -357,6 +372,13 @@ class System(Portable, Shown):
         return self.replace(neighbors=fitting)
 
 
+def _describe_masses(distinct: np.ndarray) -> str:
+    """Describe masses in words: the distinct values, which are in order, or the range of many."""
+    if distinct.size > 6:
+        return f"{distinct[0]:.6g} to {distinct[-1]:.6g}"
+    return ", ".join(f"{mass:.6g}" for mass in distinct)
+
+
 def _checked_positions(positions: ArrayLike) -> jax.Array:
     """Convert a user's positions to a finite array (n, d) in single or double precision."""
     try:
@@ -414,6 +436,39 @@ def _checked_species(species: ArrayLike, n: int) -> np.ndarray:
     if kinds.min() > 0:
         raise InputError(f"`species` starts at {kinds.min()}: number the species from 0.")
     return kinds
+
+
+def _checked_masses(masses: ArrayLike | None, n: int, dtype: np.dtype) -> jax.Array | None:
+    """Check the masses of the particles that a user gives: (n,) positive numbers, or None."""
+    if masses is None:
+        return None
+    values = np.asarray(real_array("masses", masses, f"give ({n},) positive numbers."))
+    if values.shape != (n,):
+        raise InputError(f"`masses` has shape {values.shape}: give ({n},) positive numbers.")
+    bad = ~(np.isfinite(values) & (values > 0))
+    if bad.any():
+        k = int(np.argmax(bad))
+        raise InputError(f"masses[{k}] is {values[k]}: every mass must be positive and finite.")
+    return jnp.asarray(values, dtype)
+
+
+def _checked_tags(tags: ArrayLike | None, n: int) -> jax.Array | None:
+    """Check the tags of the particles that a user gives: (n,) integers, or None."""
+    if tags is None:
+        return None
+    values = np.asarray(real_array("tags", tags, f"give ({n},) integers."))
+    limits = np.iinfo(np.int32)  # the type in which they are stored
+    if (
+        values.shape != (n,)
+        or not np.issubdtype(values.dtype, np.integer)
+        or values.min() < limits.min
+        or values.max() > limits.max
+    ):
+        raise InputError(
+            f"`tags` has shape {values.shape} and type {values.dtype}: give ({n},) integers of 32"
+            " bits."
+        )
+    return jnp.asarray(values, jnp.int32)
 
 
 def _check_box_function(
