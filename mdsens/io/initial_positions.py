@@ -12,8 +12,9 @@ import numpy as np
 
 from mdsens._util.errors import InputError
 from mdsens._util.lattice import heights
-from mdsens.io.ase_structures import cell_of, coordinates_of, species_of
+from mdsens.io.ase_structures import cell_of, coordinates_of, masses_of, species_of, tags_of
 from mdsens.io.files import read_npz
+from mdsens.model.box import with_normals
 
 __all__ = ["Start", "crystal", "from_file", "lattices", "pairs_within", "random", "site_kinds"]
 
@@ -82,6 +83,10 @@ class Start:
       symbols: (n,) chemical symbols; None where none come with the positions.
       species_names: chemical symbols of species 0, 1, …; empty where none are known.
       lattice_kinds: how many kinds of sites the lattice has; 1 where there is none.
+      periodic: for each cell vector whether the file's structure is periodic along it; empty where
+        it is along all of them.
+      masses: (n,) masses; None where none come with the positions.
+      tags: (n,) integers that mark particles; None where none come with the positions.
     """
 
     positions: np.ndarray
@@ -92,6 +97,9 @@ class Start:
     symbols: np.ndarray | None = None
     species_names: tuple[str, ...] = ()
     lattice_kinds: int = 1
+    periodic: tuple[bool, ...] = ()
+    masses: np.ndarray | None = None
+    tags: np.ndarray | None = None
 
     def array(self, name: str, wanted_by: str) -> np.ndarray:
         """Return an array of the file from which the initial positions come.
@@ -163,7 +171,8 @@ def crystal(
       noise: standard deviation of the Gaussian displacement of each coordinate.
       seed: seed of the random displacements.
       ratio: c / a of hcp; None for the ideal ratio.
-      elements: chemical symbols of the kinds of sites; empty where none are known.
+      elements: chemical symbols of the kinds of sites, which give the masses; empty where none are
+        known.
     """
     shape = _CELLS[lattice]
     edges = np.array(shape.edges)
@@ -187,12 +196,28 @@ def crystal(
         np.diag(edges * constant * repeats),
         arrays={"species": kinds},
         symbols=np.array(elements)[kinds] if elements else None,
+        masses=_masses_of(elements)[kinds] if elements else None,
         species_names=tuple(elements),
         lattice_kinds=shape.kind_count,
     )
 
 
-def pairs_within(positions: np.ndarray, cell: np.ndarray | None, length: float) -> np.ndarray:
+def _masses_of(elements: Sequence[str]) -> np.ndarray:
+    """Return the masses of elements in atomic mass units; raise InputError for an unknown symbol."""
+    from ase.data import atomic_masses, atomic_numbers  # on demand: it takes long to import
+
+    for element in elements:
+        if not atomic_numbers.get(element, 0):  # 0 is X, which is no element
+            raise InputError(f"positions.elements contains {element!r}: give chemical symbols.")
+    return np.array([atomic_masses[atomic_numbers[element]] for element in elements])
+
+
+def pairs_within(
+    positions: np.ndarray,
+    cell: np.ndarray | None,
+    length: float,
+    periodic: tuple[bool, ...] = (),
+) -> np.ndarray:
     """Find the pairs of particles that are closer than ``length``, also across periodic boundaries.
 
     Return their indices (m, 2), the smaller index first.
@@ -201,6 +226,8 @@ def pairs_within(positions: np.ndarray, cell: np.ndarray | None, length: float) 
       positions: (n, d).
       cell: (d, d), columns the cell vectors; None for open boundaries.
       length: largest distance of a pair, above 0.
+      periodic: for each cell vector whether the system is periodic along it; empty where it is
+        along all of them.
     """
     # Imported here, so that importing this package does not import scipy.spatial.
     from scipy.spatial import KDTree
@@ -208,11 +235,13 @@ def pairs_within(positions: np.ndarray, cell: np.ndarray | None, length: float) 
     n, d = positions.shape
     images = positions
     if cell is not None:
+        along = np.asarray(periodic or (True,))
+        cell = cell if all(along) else with_normals(cell, periodic)
         fractions = positions @ np.linalg.inv(cell).T
-        positions = (fractions - np.floor(fractions)) @ cell.T
+        positions = (fractions - np.where(along, np.floor(fractions), 0.0)) @ cell.T
         # As many copies of the cell to each side as a sphere of this radius can reach into, in
         # cells of any shape.
-        reach = np.ceil(length / heights(cell)).astype(int)
+        reach = np.where(along, np.ceil(length / heights(cell)), 0.0).astype(int)
         steps = itertools.product(*(range(-k, k + 1) for k in reach))
         images = (positions[None] + (np.array(list(steps)) @ cell.T)[:, None]).reshape(-1, d)
     near = KDTree(positions).sparse_distance_matrix(KDTree(images), length, output_type="ndarray")
@@ -327,7 +356,7 @@ def _read_extxyz_frame(path: Path, dimension: int, index: int) -> Start:
     kinds, names = species_of(atoms)
     # an array "species" in the file takes precedence over species from the chemical symbols
     arrays = dict(atoms.arrays) if kinds is None else {"species": np.asarray(kinds), **atoms.arrays}
-    cell = cell_of(atoms, dimension)
+    cell, periodic = cell_of(atoms, dimension)
     return Start(
         coordinates_of(atoms, dimension),
         cell,
@@ -335,6 +364,9 @@ def _read_extxyz_frame(path: Path, dimension: int, index: int) -> Start:
         file=str(path),
         symbols=np.array(atoms.get_chemical_symbols()),
         species_names=names,
+        periodic=periodic,
+        masses=masses_of(atoms, names),
+        tags=tags_of(atoms),
     )
 
 

@@ -86,19 +86,14 @@ class PotentialTables:
 
 
 def read_potential_tables(
-    value: object,
-    positions: np.ndarray,
-    cell: np.ndarray | None,
-    start: initial_positions.Start,
-    folder: Path,
+    value: object, start: initial_positions.Start, folder: Path
 ) -> PotentialTables:
     """Read the potential of a system's file.
 
     Args:
       value: the value of the key ``potential``, a table or an array of tables for a sum.
-      positions: (n, d) initial positions of the particles.
-      cell: (d, d), columns the cell vectors; None for open boundaries.
-      start: the initial positions with the arrays of their file.
+      start: the initial positions and the cell of the system, by which bonds are found, with the
+        arrays of their file.
       folder: the folder from which relative paths of files start.
     """
     tables = list(value) if isinstance(value, (list, tuple)) else [value]
@@ -113,7 +108,7 @@ def read_potential_tables(
     elements: list[tuple[str, tuple[str, ...]]] = []
     for label, entry in zip(labels, tables, strict=True):
         table = _read_potential_table(label, entry)
-        potential, values = _make_potential(table, positions, cell, start, folder)
+        potential, values = _make_potential(table, start, folder)
         renamed = _rename_parameters(potential, table)
         names = dict(zip(potential.parameters, renamed.parameters, strict=True))
         params |= {names[name]: value for name, value in values.items()}
@@ -143,11 +138,7 @@ def _read_potential_table(label: str, entry: object) -> TomlTable:
 
 
 def _make_potential(
-    table: TomlTable,
-    positions: np.ndarray,
-    cell: np.ndarray | None,
-    start: initial_positions.Start,
-    folder: Path,
+    table: TomlTable, start: initial_positions.Start, folder: Path
 ) -> tuple[Any, Mapping[str, np.ndarray]]:
     """Make one potential from its table, with the default names of the parameters.
 
@@ -163,7 +154,7 @@ def _make_potential(
         case ("onset", "cutoff"):
             potential = make(*_read_switch(table, kind))
         case ("bonds",):
-            potential = make(_read_bonds(table, positions, cell, start))
+            potential = make(_read_bonds(table, start))
         case (option,):
             potential = make(table.raw(option, OPTIONS[option]))
     return potential, {}
@@ -190,9 +181,7 @@ def _rename_parameters(potential: Any, table: TomlTable) -> Any:
     return potential.renamed(rename) if rename else potential
 
 
-def _read_bonds(
-    table: TomlTable, positions: np.ndarray, cell: np.ndarray | None, start: initial_positions.Start
-) -> np.ndarray:
+def _read_bonds(table: TomlTable, start: initial_positions.Start) -> np.ndarray:
     """Read the bonds of a potential as (m, 2) particle indices.
 
     The bonds are a list; an array in the file of the positions, ``{array = "bonds"}``; or with
@@ -207,7 +196,8 @@ def _read_bonds(
         raise InputError(f"{label} is {short(value)}: give either `within` or `array`.")
     if rule.has("array"):
         return array_of(label, start.array(rule.text("array"), label), (None, 2), integers=True)
-    pairs = initial_positions.pairs_within(positions, cell, rule.number("within"))
+    length = rule.number("within")
+    pairs = initial_positions.pairs_within(start.positions, start.cell, length, start.periodic)
     if not len(pairs):
         raise InputError(
             f"{label}.within is {value['within']}: no two particles are that near, give a larger"

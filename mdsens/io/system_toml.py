@@ -247,16 +247,29 @@ def build(top: TomlTable, folder: Path) -> System:
                 "box is 'open', but random positions need a cell to fill: give box.lengths."
             )
         positions = positions @ cell.T
-    tables = read_potential_tables(top.raw("potential"), positions, cell, start, folder)
+    placed = dataclasses.replace(
+        start,
+        positions=positions,
+        fractional=False,
+        cell=cell,
+        periodic=_read_periodic(top, dimension, start),
+    )
+    tables = read_potential_tables(top.raw("potential"), placed, folder)
     if not tables.params:
         top.raw("parameters")  # reports the missing key
     names = tables.check_elements(species, names)
     params = {**tables.params}
     params |= {name: parameter(name, tables.bond_counts.get(name, n)) for name in values}
     dtype = jnp.result_type(float)  # jax's precision: float32 unless x64 is enabled
-    periodic = _read_periodic(top, dimension)
     return System.create(
-        np.asarray(positions, dtype), box, tables.potential, params, species, periodic=periodic
+        np.asarray(positions, dtype),
+        box,
+        tables.potential,
+        params,
+        species,
+        periodic=placed.periodic,
+        masses=start.masses,
+        tags=start.tags,
     ).replace(species_names=names)
 
 
@@ -347,7 +360,8 @@ def _read_species(
     value = top.raw("species", None)
     if value is None:
         _check_alike(start)
-        return None, start.species_names
+        # the name of the single element, if there is but one
+        return None, start.species_names if len(start.species_names) == 1 else ()
     if value == "positions":
         species = array_of("species", start.array("species", "species"), (n,), integers=True)
         return species, start.species_names
@@ -505,17 +519,27 @@ def _read_box(
     return cell, cell
 
 
-def _read_periodic(top: TomlTable, dimension: int) -> tuple[bool, ...]:
-    """Read along which cell vectors a system is periodic, from ``box.periodic``; all by default."""
+def _read_periodic(
+    top: TomlTable, dimension: int, start: initial_positions.Start
+) -> tuple[bool, ...]:
+    """Read along which cell vectors a system is periodic, from ``box.periodic``; all by default.
+
+    The axes of the file of the positions go with the cell of this file, ``box = "positions"``.
+    """
     box = top.raw("box")
     if not isinstance(box, Mapping) or "periodic" not in box:
-        return (True,) * dimension
+        of_positions = box == "positions" or (isinstance(box, Mapping) and "cell" in box)
+        return (start.periodic if of_positions else ()) or (True,) * dimension
     if not {"lengths", "vectors", "cell"} & set(box):
         raise InputError(
             "box.periodic is for box.lengths, box.vectors and box.cell: the other boxes need a"
             " volume, and are periodic along all axes; remove it, or give the cell by one of these."
         )
-    value = box["periodic"]
+    return _checked_axes(box["periodic"], dimension)
+
+
+def _checked_axes(value: object, dimension: int) -> tuple[bool, ...]:
+    """Check ``box.periodic``, true or false for each cell vector, and return it."""
     if not (
         isinstance(value, list)
         and len(value) == dimension
