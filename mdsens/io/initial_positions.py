@@ -203,7 +203,11 @@ def crystal(
 
 
 def _masses_of(elements: Sequence[str]) -> np.ndarray:
-    """Return the masses of elements in atomic mass units; raise InputError for an unknown symbol."""
+    """Return the masses of elements in atomic mass units.
+
+    Raises:
+      InputError: a symbol is that of no element.
+    """
     from ase.data import atomic_masses, atomic_numbers  # on demand: it takes long to import
 
     for element in elements:
