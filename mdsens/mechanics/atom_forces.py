@@ -148,12 +148,12 @@ def _of_embedded_atoms(
     used: jax.Array | None,
 ) -> Slope:
     """Return the gradient of an energy of embedded atoms, by two sums over their neighbors."""
-    fn = part.fn
-    assert isinstance(fn, Embedded)
+    assert isinstance(part.fn, Embedded)
+    form = part.fn.form
     n = system.n
     species = jnp.zeros(n, jnp.int32) if system.species is None else system.species
     values = part.values(params, system.species_count)
-    tables = fn.prepare(values)
+    tables = form.tables(values)
     rows = _rows_of(system)
     images = images_of(system, box)
     steps = rows.j.shape[0] if used is None else -(-used // ROWS)
@@ -178,11 +178,11 @@ def _of_embedded_atoms(
         def add_density(k: jax.Array, total: jax.Array) -> jax.Array:
             some = rows.chunk(k)
             near, _, r = pairs_of(x, some)
-            _, density = fn.pairs(r, species[None], some.kinds, tables)
+            _, density = form.pairs(r, species[None], some.kinds, tables)
             return total + jnp.sum(jnp.where(near, density, 0.0), axis=0)
 
         rho = jax.lax.fori_loop(0, steps, add_density, jnp.zeros_like(x[0]))
-        embed = jax.vmap(lambda rho, kind: fn.embed(rho, kind, tables))
+        embed = jax.vmap(lambda rho, kind: form.embed(rho, kind, tables))
         response = jax.grad(lambda rho: jnp.sum(embed(rho, species)))(rho)
 
         def add_force(k: jax.Array, total: Components) -> Components:
@@ -191,11 +191,11 @@ def _of_embedded_atoms(
             of_neighbor = response[some.j]
 
             def energy(r: jax.Array) -> jax.Array:
-                pair, density = fn.pairs(r, species[None], some.kinds, tables)
+                pair, density = form.pairs(r, species[None], some.kinds, tables)
                 if alike:
                     both = 2.0 * pair + (response + of_neighbor) * density
                 else:
-                    back, density_back = fn.pairs(r, some.kinds, species[None], tables)
+                    back, density_back = form.pairs(r, some.kinds, species[None], tables)
                     both = pair + back + response * density + of_neighbor * density_back
                 return jnp.sum(jnp.where(near, both, 0.0))
 

@@ -35,7 +35,7 @@ from mdsens.model.box import BoxFunction, BoxRule, box_rule, described, periodic
 from mdsens.model.neighbors import Neighbors
 from mdsens.model.surroundings import over_atoms, vectors_to_neighbors
 from mdsens.potentials.base import Pairs, PairTerm, Potential, check_params
-from mdsens.potentials.local import LocalPotential, parts_of_neighbors
+from mdsens.potentials.local import EdgePotential, LocalPotential, parts_of_neighbors
 from mdsens.potentials.parameters import Parameter
 
 __all__ = [
@@ -220,6 +220,7 @@ class System(Portable, Shown):
         if species is not None:
             numbers = _checked_species(species, n)
             count = _species_count(numbers, potential_params)
+            _check_first_species(numbers, potential_params)
             kinds = jnp.asarray(numbers, jnp.int32)
         check_params(potential, potential_params, n, count)
         along = periodic_axes(periodic, box, dimension)
@@ -433,9 +434,17 @@ def _checked_species(species: ArrayLike, n: int) -> np.ndarray:
             f"`species` has shape {kinds.shape} and type {kinds.dtype}: give ({n},) integers from"
             " 0."
         )
-    if kinds.min() > 0:
-        raise InputError(f"`species` starts at {kinds.min()}: number the species from 0.")
     return kinds
+
+
+def _check_first_species(kinds: np.ndarray, params: Params) -> None:
+    """Raise InputError if no particle is of species 0 and no parameter has values for it either.
+
+    A table of parameters may have species of which there are no particles.
+    """
+    has_table = any(np.ndim(v) and np.shape(v)[0] > kinds.max() for v in params.values())
+    if kinds.min() > 0 and not has_table:
+        raise InputError(f"`species` starts at {kinds.min()}: number the species from 0.")
 
 
 def _checked_masses(masses: ArrayLike | None, n: int, dtype: np.dtype) -> jax.Array | None:
@@ -852,7 +861,7 @@ def neighbor_energy(
     for part in parts_of_neighbors(system.potential):
         if isinstance(part, LocalPotential):
             total = total + jnp.sum(atom_energies(system, part, positions, params, box, strain))
-        else:
+        elif isinstance(part, EdgePotential):
             vectors = neighbor_vectors(system, positions, box, strain)
             total = total + part.energy_of_edges(
                 params, system.neighbors.columns, vectors, system.species, system.species_count

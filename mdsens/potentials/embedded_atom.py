@@ -55,7 +55,7 @@ def gupta(onset: float, cutoff: float) -> LocalPotential:
     """
     form = Gupta(onset, cutoff)
     return from_local(
-        Embedded(form.pairs, form.embed),
+        Embedded(form),
         tuple(GUPTA_SHAPES),
         form.cutoff,
         breakpoints=(form.onset, form.cutoff),
@@ -83,19 +83,23 @@ class Gupta:
         """The switch S(r) alone."""
         return switched(jnp.ones_like, self.onset, self.cutoff)
 
+    def tables(self, params: Params) -> Params:
+        """Return the parameters, which are all that the functions need."""
+        return params
+
     def pairs(
-        self, r: jax.Array, species_i: jax.Array, species_j: jax.Array, params: Params
+        self, r: jax.Array, species_i: jax.Array, species_j: jax.Array, tables: Params
     ) -> tuple[jax.Array, jax.Array]:
         """Compute what each neighbor adds to the repulsion and to the squared band energy."""
-        A, xi, p, q, r0 = (pair_values(params[name], species_i, species_j) for name in GUPTA_SHAPES)
+        A, xi, p, q, r0 = (pair_values(tables[name], species_i, species_j) for name in GUPTA_SHAPES)
         switch = self.switch(r)
         stretch = r / r0 - 1.0
         repulsion = A * jnp.exp(-p * stretch) * switch
         return repulsion, xi * xi * jnp.exp(-2.0 * q * stretch) * switch
 
-    def embed(self, moment: jax.Array, species_i: jax.Array, params: Params) -> jax.Array:
-        """Compute the band energy of an atom from its square."""
-        return -root(moment)
+    def embed(self, rho: jax.Array, species_i: jax.Array, tables: Params) -> jax.Array:
+        """Compute the band energy of an atom from its square, rho."""
+        return -root(rho)
 
 
 def finnis_sinclair() -> LocalPotential:
@@ -122,7 +126,7 @@ def finnis_sinclair() -> LocalPotential:
     Source: Finnis and Sinclair, Phil. Mag. A 50, 45 (1984), and the erratum, 53, 161 (1986).
     """
     return from_local(
-        Embedded(finnis_sinclair_pairs, finnis_sinclair_band),
+        Embedded(FinnisSinclair()),
         ("A", *FINNIS_SINCLAIR_SHAPES),
         finnis_sinclair_cutoffs,
         breakpoints=finnis_sinclair_breakpoints,
@@ -142,24 +146,31 @@ def finnis_sinclair_breakpoints(params: Params) -> tuple[jax.Array, ...]:
     return params["c"], params["d"]
 
 
-def finnis_sinclair_pairs(
-    r: jax.Array, species_i: jax.Array, species_j: jax.Array, params: Params
-) -> tuple[jax.Array, jax.Array]:
-    """Compute half of the repulsion V of each neighbor, and what it adds to the density, phi."""
-    value = {
-        name: pair_values(params[name], species_i, species_j) for name in FINNIS_SINCLAIR_SHAPES
-    }
-    beyond = r - value["d"]
-    density = beyond * beyond * (1.0 + value["beta"] * beyond / value["d"])
-    overlap = r - value["c"]
-    repulsion = overlap * overlap * (value["c0"] + r * (value["c1"] + r * value["c2"]))
-    return 0.5 * jnp.where(overlap < 0.0, repulsion, 0.0), jnp.where(beyond < 0.0, density, 0.0)
+@dataclasses.dataclass(frozen=True)
+class FinnisSinclair:
+    """The sums of the potential of Finnis and Sinclair."""
 
+    def tables(self, params: Params) -> Params:
+        """Return the parameters, which are all that the functions need."""
+        return params
 
-def finnis_sinclair_band(rho: jax.Array, species_i: jax.Array, params: Params) -> jax.Array:
-    """Compute the band energy of an atom with the density rho."""
-    strength = params["A"] if params["A"].ndim == 0 else params["A"][species_i]
-    return -strength * root(rho)
+    def pairs(
+        self, r: jax.Array, species_i: jax.Array, species_j: jax.Array, tables: Params
+    ) -> tuple[jax.Array, jax.Array]:
+        """Compute half of the repulsion V of each neighbor, and its density phi."""
+        value = {
+            name: pair_values(tables[name], species_i, species_j) for name in FINNIS_SINCLAIR_SHAPES
+        }
+        beyond = r - value["d"]
+        density = beyond * beyond * (1.0 + value["beta"] * beyond / value["d"])
+        overlap = r - value["c"]
+        repulsion = overlap * overlap * (value["c0"] + r * (value["c1"] + r * value["c2"]))
+        return 0.5 * jnp.where(overlap < 0.0, repulsion, 0.0), jnp.where(beyond < 0.0, density, 0.0)
+
+    def embed(self, rho: jax.Array, species_i: jax.Array, tables: Params) -> jax.Array:
+        """Compute the band energy of an atom with the density rho."""
+        strength = tables["A"] if tables["A"].ndim == 0 else tables["A"][species_i]
+        return -strength * root(rho)
 
 
 def eam(rho_spacing: float, r_spacing: float, cutoff: float) -> LocalPotential:
@@ -193,9 +204,9 @@ def eam(rho_spacing: float, r_spacing: float, cutoff: float) -> LocalPotential:
     Raises:
       InputError: a spacing or the cutoff is not a positive number.
     """
-    tables = Tables(rho_spacing, r_spacing, cutoff)
-    form = Embedded(tables.pairs, tables.embed, tables.splines)
-    return from_local(form, ("embedding", "density", "pair"), tables.cutoff, name="eam")
+    form = Tables(rho_spacing, r_spacing, cutoff)
+    names = ("embedding", "density", "pair")
+    return from_local(Embedded(form), names, form.cutoff, name="eam")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +223,7 @@ class Tables:
             object.__setattr__(self, field.name, value)
         check_positive(self, ("rho_spacing", "r_spacing", "cutoff"))
 
-    def splines(self, params: Params) -> Splines:
+    def tables(self, params: Params) -> Splines:
         """Make the splines through the tables.
 
         Args:
@@ -234,18 +245,18 @@ class Tables:
         return Splines(**made)
 
     def pairs(
-        self, r: jax.Array, species_i: jax.Array, species_j: jax.Array, splines: Splines
+        self, r: jax.Array, species_i: jax.Array, species_j: jax.Array, tables: Splines
     ) -> tuple[jax.Array, jax.Array]:
         """Compute half of the pair energy of each neighbor, and what it adds to the density."""
         near = r < self.cutoff
-        count = splines.embedding.rows
-        density = _of_neighbors(splines.density, count, r, species_i, species_j)
-        pair = _of_neighbors(splines.pair, count, r, species_i, species_j) / r
+        count = tables.embedding.rows
+        density = _of_neighbors(tables.density, count, r, species_i, species_j)
+        pair = _of_neighbors(tables.pair, count, r, species_i, species_j) / r
         return 0.5 * jnp.where(near, pair, 0.0), jnp.where(near, density, 0.0)
 
-    def embed(self, rho: jax.Array, species_i: jax.Array, splines: Splines) -> jax.Array:
+    def embed(self, rho: jax.Array, species_i: jax.Array, tables: Splines) -> jax.Array:
         """Evaluate F at the density rho, with a straight line beyond the last knot."""
-        made = splines.embedding
+        made = tables.embedding
         row = species_i if made.rows > 1 else 0
         beyond = rho > made.end
         line = jnp.where(beyond, rho - made.end, 0.0) * made.slope_at_end(row)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ __all__ = [
     "Edges",
     "EdgePotential",
     "Embedded",
+    "EmbeddedForm",
     "LocalPotential",
     "from_edges",
     "from_local",
@@ -70,6 +71,27 @@ class Edges(NamedTuple):
     species: jax.Array
 
 
+class EmbeddedForm(Protocol):
+    """The functions that an embedded atom's energy is made of, methods of a frozen record.
+
+    It must be hashable, and equal to another record of the same form, as a frozen dataclass is.
+    """
+
+    def tables(self, params: dict[str, jax.Array]) -> Any:
+        """Return what the other two functions need, computed from the parameters once."""
+        ...
+
+    def pairs(
+        self, r: jax.Array, species_i: jax.Array, species_j: jax.Array, tables: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return p and f at distances r, elementwise in arrays that broadcast."""
+        ...
+
+    def embed(self, rho: jax.Array, species_i: jax.Array, tables: Any) -> jax.Array:
+        """Return F of one atom with the density rho."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Embedded:
     """The energy of an atom whose neighbors count by their distances alone, in two sums.
@@ -80,16 +102,10 @@ class Embedded:
     the neighbors, like those of a pair potential.
 
     Attributes:
-      pairs: function (r, species_i, species_j, tables) that returns p and f at distances r, with
-        the species of the atom and of its neighbors; elementwise, in arrays that broadcast.
-      embed: function (rho, species_i, tables) that returns F of one atom.
-      prepare: function of the parameters that returns ``tables``, what both functions need; it does
-        not depend on the positions.
+      form: the functions p, f and F.
     """
 
-    pairs: Callable[..., tuple[jax.Array, jax.Array]]
-    embed: Callable[..., jax.Array]
-    prepare: Callable[[dict[str, jax.Array]], Any] = dict
+    form: EmbeddedForm
 
     def __call__(
         self,
@@ -100,10 +116,10 @@ class Embedded:
         params: dict[str, jax.Array],
     ) -> jax.Array:
         r = jnp.sqrt(jnp.sum(vectors * vectors, axis=-1))
-        tables = self.prepare(params)
-        pair, density = self.pairs(r, species_i, species_j, tables)
+        tables = self.form.tables(params)
+        pair, density = self.form.pairs(r, species_i, species_j, tables)
         rho = jnp.sum(jnp.where(mask, density, 0.0))
-        return jnp.sum(jnp.where(mask, pair, 0.0)) + self.embed(rho, species_i, tables)
+        return jnp.sum(jnp.where(mask, pair, 0.0)) + self.form.embed(rho, species_i, tables)
 
 
 def no_energy(r: jax.Array) -> jax.Array:
