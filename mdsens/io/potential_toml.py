@@ -69,15 +69,16 @@ class PotentialTables:
           ``names``; where they are not known, the elements of the files.
 
         Raises:
-          InputError: there are more or fewer elements than species, or they are other elements.
+          InputError: there are fewer elements than species, or they are other elements. There may
+            be elements of which there are no particles, if the particles have species.
         """
         count = 1 if species is None else int(np.max(species, initial=0)) + 1
         for label, elements in self.elements:
             shown = f"{label}.elements is {short(list(elements))}"
-            if len(elements) != count:
+            if len(elements) < count or (species is None and len(elements) > 1):
                 raise InputError(f"{shown}: give {count}, one for each species.")
             names = names or elements
-            if names != elements:
+            if names != elements[: len(names)]:
                 raise InputError(
                     f"{shown}, and the species 0, 1, … are {', '.join(names)}: give the elements in"
                     " this order."
