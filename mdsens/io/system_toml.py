@@ -216,14 +216,9 @@ def build(top: TomlTable, folder: Path) -> System:
     dimension = top.integer("dimension")
     if dimension not in (2, 3):
         raise InputError(f"dimension is {dimension}: give 2 or 3.")
-    count = top.integer("count", least=1) if top.has("count") else None
     start = _read_positions(top, dimension, seed, folder)
     n = len(start.positions)
-    if count is not None and count != n:
-        raise InputError(
-            f"count is {count}, but positions give {n} particles: remove count, or change it to"
-            f" {n}."
-        )
+    _check_count(top, n)
     species, names = _read_species(top, n, start)
     values = top.raw("parameters", {})
     if not isinstance(values, Mapping):
@@ -271,6 +266,16 @@ def build(top: TomlTable, folder: Path) -> System:
         masses=start.masses,
         tags=start.tags,
     ).replace(species_names=names)
+
+
+def _check_count(top: TomlTable, n: int) -> None:
+    """Raise InputError if the key ``count`` is not the number of particles n of the positions."""
+    count = top.integer("count", least=1) if top.has("count") else n
+    if count != n:
+        raise InputError(
+            f"count is {count}, but positions give {n} particles: remove count, or change it to"
+            f" {n}."
+        )
 
 
 def _read_positions(
