@@ -435,7 +435,7 @@ def test_a_renamed_exponent_still_makes_the_cheapest_form():
     [
         (
             {"sgima": "s"},
-            "soft_sphere has no parameter 'sgima' to rename: its parameters are sigma",
+            "no parameter 'sgima' to rename: its parameters are sigma",
         ),
         ({"sigma": "epsilon"}, "two parameters of soft_sphere would be named 'epsilon'"),
     ],
