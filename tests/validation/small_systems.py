@@ -106,7 +106,7 @@ def crystal(
 def discs(potential: Any, params: dict[str, Any], length: float) -> ms.System:
     """Sixteen discs of several sizes near a square lattice."""
     j, i = np.divmod(np.arange(16), 4)
-    sites = (np.stack([i, j], axis=1) + 0.2 * np.random.default_rng(3).normal(size=(16, 2))) / 4
+    sites = (np.stack([i, j], axis=1) + 0.2 * np.random.default_rng(4).normal(size=(16, 2))) / 4
     return ms.System.create(length * sites, length, potential, params)
 
 
