@@ -73,10 +73,15 @@ def relax(system: Any, style: str, tolerance: float) -> dict[str, float]:
         "style": style,
         "tolerance": tolerance,
     }
+    return _run(SCRIPT, given)
+
+
+def _run(script: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Run a script in a process of its own, with the input as JSON; its last line is the answer."""
     folders = [str(Path(sys.prefix) / "lib"), os.environ.get("LD_LIBRARY_PATH", "")]
     environment = {**os.environ, "LD_LIBRARY_PATH": ":".join(folders), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
+        [sys.executable, "-c", script],
         input=json.dumps(given),
         env=environment,
         capture_output=True,
@@ -85,3 +90,59 @@ def relax(system: Any, style: str, tolerance: float) -> dict[str, float]:
     if done.returncode:
         raise RuntimeError(f"LAMMPS failed: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+FORCES = """
+import json, sys, time
+import numpy as np
+import lammps
+given = json.load(sys.stdin)
+engine = lammps.lammps(cmdargs=["-log", "none", "-screen", "none"])
+side = given["side"]
+engine.commands_string(f'''
+units metal
+atom_style atomic
+atom_modify map array sort 0 0
+region cell block 0 {side!r} 0 {side!r} 0 {side!r}
+create_box 1 cell
+mass * 1.0
+pair_style {given["style"]}
+pair_coeff {given["coefficients"]}
+neighbor 0.5 bin
+neigh_modify every 1000000 delay 1000000 check no
+thermo 1000000
+''')
+n = len(given["places"])
+places = np.array(given["places"]).ravel().tolist()
+engine.create_atoms(n, np.arange(1, n + 1), np.ones(n, int), places)
+engine.command("run 1")
+order = np.argsort(engine.numpy.extract_atom("id")[:n])
+forces = engine.numpy.extract_atom("f")[:n][order]
+times = []
+for _ in range(5):
+    began = time.perf_counter()
+    engine.command(f"run {given['steps']} pre no post no")
+    times.append((time.perf_counter() - began) / given["steps"])
+print(json.dumps({"seconds": float(np.median(times)), "forces": forces.tolist()}))
+"""
+
+
+def potential_file(name: str) -> Path | None:
+    """A potential file of the LAMMPS package; None where the package is not installed."""
+    spec = importlib.util.find_spec("lammps")
+    if spec is None or spec.origin is None:
+        return None
+    return Path(spec.origin).parent / "share" / "lammps" / "potentials" / name
+
+
+def forces(system: Any, style: str, file: str, steps: int = 20) -> dict[str, Any]:
+    """Seconds of one evaluation of the forces on a crystal of one element, and the forces."""
+    elements = "" if style == "eam" else f" {Path(file).stem}"
+    given = {
+        "side": float(system.box[0, 0]),
+        "style": style,
+        "coefficients": f"* * {potential_file(file)}{elements}",
+        "places": np.asarray(system.positions).tolist(),
+        "steps": steps,
+    }
+    return _run(FORCES, given)

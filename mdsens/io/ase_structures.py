@@ -19,6 +19,7 @@ from mdsens.constraints import Constraint, Pinned, RigidBonds
 from mdsens.io.files import replacing
 from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model.batch import unstack
+from mdsens.model.box import with_normals
 from mdsens.model.system import System
 
 if TYPE_CHECKING:
@@ -31,8 +32,10 @@ __all__ = [
     "cell_of",
     "coordinates_of",
     "from_ase",
+    "masses_of",
     "numbered",
     "species_of",
+    "tags_of",
     "to_ase",
     "write_extxyz",
 ]
@@ -50,24 +53,31 @@ def from_ase(
     params: Mapping[str, Any],
     species: Mapping[str, int] | ArrayLike | None = None,
     *,
+    elements: Sequence[str] | None = None,
     dimension: int = 3,
     constraints: Sequence[Constraint] = (),
 ) -> System:
-    """Make a system with the positions, cell, species and constraints of an ASE ``Atoms``.
+    """Make a system of an ASE ``Atoms``: its positions, cell, species, masses, tags, constraints.
 
-    ``FixAtoms`` and ``FixCartesian`` become pinned coordinates with the name ``fixed``;
-    ``FixBondLengths`` becomes rigid bonds with the name ``fixed_bond``, whose lengths are added to
-    ``params`` as the parameter ``fixed_bond_length``.
+    The system is periodic along the axes of ``atoms.pbc``: along all, none (open boundaries), or
+    some of them, as a slab or a wire is. A cell vector along which it is not is left out, and may
+    be zero. ``FixAtoms`` and ``FixCartesian``, and ``FixedPlane`` and ``FixedLine`` along x, y or
+    z, become pinned coordinates with the name ``fixed``; ``FixBondLengths`` become rigid bonds with
+    the name ``fixed_bond``, whose lengths are added to ``params`` as the parameter
+    ``fixed_bond_length``. The masses are those of the atoms, in atomic mass units: where they were
+    not set, those of the elements.
 
     Args:
-      atoms: periodic along all three axes, or along none (open boundaries). Lengths are not
-        converted: if they are in Å, give the potential's lengths in Å and its energies in eV.
+      atoms: the atoms. Lengths are not converted: if they are in Å, give the potential's lengths in
+        Å and its energies in eV.
       potential: a potential of :mod:`mdsens.potentials`.
       params: the potential's parameters, as in ``System.create``.
       species: the species of each atom: a dict that numbers the elements from 0, ``{"Ni": 0, "P":
         1}``, or (n,) integers from 0. None takes the atoms' array ``species_index`` if they have
         this array; else, if there are two or more elements, numbers the elements in the order in
         which the elements first appear. ``print(system)`` shows the number of each element.
+      elements: in place of ``species``, the chemical symbols of species 0, 1, …, such as ``["Cd",
+        "Te"]``: the order in which the potential numbers them.
       dimension: 2 takes x and y of a planar structure: z must be the same for all atoms, and a
         third cell vector must be along z; the periodicity along z is ignored.
       constraints: further constraints, see :mod:`mdsens.constraints`.
@@ -76,8 +86,9 @@ def from_ase(
       InputError: an input is invalid; the message gives the field, the value and the remedy.
     """
     positions = coordinates_of(atoms, dimension)
-    cell = cell_of(atoms, dimension)
-    kinds, names = species_of(atoms, species)
+    cell, periodic = cell_of(atoms, dimension)
+    numbering = species if elements is None else _numbering(elements, species, atoms)
+    kinds, names = species_of(atoms, numbering)
     dtype = jnp.result_type(float)  # jax's precision: float32 unless x64 is enabled
     constraints_of_atoms, lengths = _constraints_of(atoms, positions)
     system = System.create(
@@ -87,8 +98,61 @@ def from_ase(
         {**lengths, **params},  # a bond length in params takes precedence
         kinds,
         constraints=(*constraints_of_atoms, *constraints),
+        periodic=periodic,
+        masses=masses_of(atoms, names),
+        tags=tags_of(atoms),
     )
     return system.replace(species_names=names)
+
+
+def _numbering(elements: Sequence[str], species: object, atoms: Atoms) -> dict[str, int]:
+    """Return the dict from chemical symbols to numbers of a user's list of elements.
+
+    Raises:
+      InputError: ``elements`` is no list of symbols, ``species`` is given as well, or the atoms
+        have none of the first element.
+    """
+    if species is not None:
+        raise InputError(
+            f"species is {short(species)} and elements {short(elements)}: give one of the two."
+        )
+    _check_elements(elements)
+    # System.create takes numbers that start above 0 for a mistake
+    if elements[0] not in atoms.get_chemical_symbols():
+        raise InputError(
+            f"elements is {short(elements)}, and no atom is {elements[0]}: begin with an element"
+            " that is there, in the parameters of the potential as well."
+        )
+    return {element: k for k, element in enumerate(elements)}
+
+
+def _check_elements(elements: Sequence[str]) -> None:
+    """Raise InputError unless ``elements`` is a list of chemical symbols, each of them once."""
+    listed = not isinstance(elements, str) and isinstance(elements, Sequence)
+    if not listed or not elements or not all(isinstance(e, str) for e in elements):
+        raise InputError(
+            f"elements is {short(elements)}: give the chemical symbols of species 0, 1, … in a"
+            " list, such as ['Si']."
+        )
+    twice = [e for e in elements if list(elements).count(e) > 1]
+    if twice:
+        raise InputError(f"elements names {twice[0]} twice: give each element once.")
+
+
+def masses_of(atoms: Atoms, names: Sequence[str]) -> np.ndarray | None:
+    """Return the masses (n,) of an ASE ``Atoms``, in atomic mass units.
+
+    Where the atoms have none of their own, they are those of the elements; None where it is not
+    known which elements the atoms are, without ``names``, the chemical symbols of the species.
+    """
+    if atoms.has("masses") or names:
+        return np.array(atoms.get_masses(), float)
+    return None
+
+
+def tags_of(atoms: Atoms) -> np.ndarray | None:
+    """Return the tags (n,) of an ASE ``Atoms``; None where it has none."""
+    return np.array(atoms.get_tags()) if atoms.has("tags") else None
 
 
 def _constraints_of(
@@ -98,32 +162,64 @@ def _constraints_of(
 
     Return the constraints, and the lengths of the rigid bonds by the name of their parameter.
     """
-    from ase.constraints import FixAtoms, FixBondLengths, FixCartesian
+    from ase.constraints import FixBondLengths
 
     mask = np.zeros(positions.shape, bool)
     constraints: list[Constraint] = []
-    lengths: dict[str, np.ndarray] = {}
+    pairs: list[np.ndarray] = []
+    lengths: list[np.ndarray] = []
     for c in atoms.constraints:
-        match c:
-            case FixAtoms():
-                mask[c.index] = True
-            case FixCartesian():
-                mask[c.index] |= np.asarray(c.mask, bool)[: positions.shape[1]]
-            case FixBondLengths() if not lengths:  # a second one would need another name
-                bonds = RigidBonds.between(c.pairs, name="fixed_bond")
-                distances = [atoms.get_distance(int(i), int(j), mic=True) for i, j in c.pairs]
-                # without bond lengths, ASE keeps the present distances
-                bond_lengths = distances if c.bondlengths is None else c.bondlengths
-                lengths[bonds.length] = np.asarray(bond_lengths, float)
-                constraints.append(bonds)
-            case _:
-                raise InputError(
-                    f"atoms have the constraint {type(c).__name__}, which mdsens lacks: remove all"
-                    " by atoms.set_constraint(), and give constraints=[...] of mdsens.constraints."
-                )
+        if isinstance(c, FixBondLengths):
+            pairs.append(np.asarray(c.pairs, int).reshape(-1, 2))
+            lengths.append(_bond_lengths(atoms, c))
+        else:
+            axes = _fixed_axes(c)  # first, since others may have no `index`
+            mask[c.index] |= axes[: positions.shape[1]]
     if mask.any():
-        constraints.insert(0, Pinned.coordinates(mask, name="fixed"))
-    return tuple(constraints), lengths
+        constraints.append(Pinned.coordinates(mask, name="fixed"))
+    if not pairs:
+        return tuple(constraints), {}
+    bonds = RigidBonds.between(np.concatenate(pairs), name="fixed_bond")
+    return (*constraints, bonds), {bonds.length: np.concatenate(lengths)}
+
+
+def _bond_lengths(atoms: Atoms, constraint: Any) -> np.ndarray:
+    """Return the lengths (m,) that a ``FixBondLengths`` of ASE prescribes."""
+    if constraint.bondlengths is not None:
+        return np.broadcast_to(np.asarray(constraint.bondlengths, float), len(constraint.pairs))
+    # without lengths, ASE keeps the present distances
+    return np.array([atoms.get_distance(int(i), int(j), mic=True) for i, j in constraint.pairs])
+
+
+def _fixed_axes(constraint: Any) -> np.ndarray:
+    """Return which of x, y and z a constraint of ASE fixes for its atoms, (3,) booleans.
+
+    Raises:
+      InputError: the constraint is none that fixes coordinates, or fixes them along an oblique
+        direction.
+    """
+    from ase.constraints import FixAtoms, FixCartesian, FixedLine, FixedPlane
+
+    kind = type(constraint).__name__
+    match constraint:
+        case FixAtoms():
+            return np.ones(3, bool)
+        case FixCartesian():
+            return np.asarray(constraint.mask, bool)
+        case FixedPlane() | FixedLine():
+            # a unit vector, which is an axis if one entry alone is not zero but for round-off
+            along = np.abs(constraint.dir) > 1e-12
+            if np.count_nonzero(along) == 1:
+                return along if kind == "FixedPlane" else ~along
+            raise InputError(
+                f"atoms have a {kind} along {short(np.asarray(constraint.dir).tolist())}, and"
+                " mdsens pins coordinates along x, y and z alone: rotate the atoms, or remove it by"
+                " atoms.set_constraint()."
+            )
+    raise InputError(
+        f"atoms have the constraint {kind}, which mdsens lacks: remove all by"
+        " atoms.set_constraint(), and give constraints=[...] of mdsens.constraints."
+    )
 
 
 def species_of(
@@ -245,21 +341,15 @@ def coordinates_of(atoms: Atoms, dimension: int) -> np.ndarray:
     return positions[:, :2]
 
 
-def cell_of(atoms: Atoms, dimension: int) -> np.ndarray | None:
-    """Return the cell (d, d) of an ASE ``Atoms``, with the cell vectors as columns.
+def cell_of(atoms: Atoms, dimension: int) -> tuple[np.ndarray | None, tuple[bool, ...]]:
+    """Return the cell (d, d) of an ASE ``Atoms``, and for each cell vector if it is periodic.
 
-    Return None if the atoms are not periodic.
+    The cell vectors are columns. Those along which the atoms are not periodic are replaced by unit
+    vectors normal to the others. The cell is None for atoms that are not periodic at all.
     """
-    periodic = [bool(p) for p in atoms.pbc[:dimension]]
+    periodic = tuple(bool(p) for p in atoms.pbc[:dimension])
     if not any(periodic):
-        return None
-    if not all(periodic):
-        hint = "make all axes periodic or none"
-        if periodic == [True, True, False]:
-            hint += ", or give dimension=2 for a planar structure"
-        raise InputError(
-            f"atoms.pbc is {[bool(p) for p in atoms.pbc]}, periodic along some axes only: {hint}."
-        )
+        return None, periodic
     rows = np.array(atoms.cell.array, float)
     if dimension == 2:
         if np.any(rows[:2, 2]) or np.any(rows[2, :2]):
@@ -268,12 +358,13 @@ def cell_of(atoms: Atoms, dimension: int) -> np.ndarray | None:
                 " the third along z."
             )
         rows = rows[:2, :2]
-    if not abs(np.linalg.det(rows)) > 0:  # "not above", so that NaN is refused too
+    sides = rows[np.asarray(periodic)]
+    if not np.linalg.det(sides @ sides.T) > 0:  # "not above", so that NaN is refused too
         raise InputError(
-            f"atoms.cell is {rows.tolist()} without a volume, but atoms.pbc is periodic: set"
-            " atoms.cell, or atoms.pbc = False."
+            f"atoms.cell is {rows.tolist()}, without a volume along the periodic axes of atoms.pbc"
+            f" = {list(periodic)}: set atoms.cell, or atoms.pbc = False."
         )
-    return rows.T
+    return (rows.T if all(periodic) else with_normals(rows.T, periodic)), periodic
 
 
 def to_ase(system: System, *, symbols: Sequence[str] | None = None) -> Any:
@@ -288,10 +379,12 @@ def to_ase(system: System, *, symbols: Sequence[str] | None = None) -> Any:
 
     Returns:
       Atoms with the arrays ``species_index`` if there are species, ``diameter`` if the potential
-      has diameters, and each parameter with one value a particle under its own name. Pinned
-      coordinates become ``FixAtoms`` and ``FixCartesian``, rigid bonds ``FixBondLengths``; walls
-      have no counterpart. In 2-D, z is 0 and not periodic, and the third cell vector, along z, is
-      as long as the largest diameter (1 without diameters).
+      has diameters, and each parameter with one value a particle under its own name; with the tags
+      of the system, and with its masses where they are not those of the elements. A cell vector
+      along which the system is not periodic is zero. Pinned coordinates become ``FixAtoms`` and
+      ``FixCartesian``, rigid bonds ``FixBondLengths``; walls have no counterpart. In 2-D, z is 0
+      and not periodic, and the third cell vector of a periodic system, along z, is as long as the
+      largest diameter (1 without diameters).
 
     Raises:
       InputError: ``system`` is not a System or is a batch, a symbol is unknown, or their number is
@@ -355,18 +448,23 @@ def _cell_to_ase(system: System, diameters: np.ndarray | None) -> tuple[np.ndarr
     periodic = [False] * 3
     if system.box is None:
         return rows, periodic
-    dimension = system.dimension
-    rows[:dimension, :dimension] = np.asarray(system.box).T
-    periodic[:dimension] = [True] * dimension
-    if dimension == 2:
+    d = system.dimension
+    along = np.asarray(system.periodic)
+    # the unit vectors of the open axes only complete the matrix
+    rows[:d, :d] = np.where(along[:, None], np.asarray(system.box).T, 0.0)
+    periodic[:d] = along.tolist()
+    if d == 2:
         rows[2, 2] = 1.0 if diameters is None else diameters.max(initial=0.0)
     return rows, periodic
 
 
 def _set_arrays(atoms: Atoms, system: System, diameters: np.ndarray | None) -> None:
-    """Give an ASE ``Atoms`` the species, diameters and parameters of the particles as arrays."""
+    """Give an ASE ``Atoms`` the species, masses, tags, diameters and parameters as arrays."""
     if system.species is not None:
         atoms.set_array(SPECIES, np.asarray(system.species).astype(int))
+    if system.tags is not None:
+        atoms.set_tags(np.asarray(system.tags).astype(int))
+    _set_masses(atoms, system)
     if diameters is not None:
         atoms.set_array("diameter", diameters)
     for name, value in system.params.items():
@@ -375,6 +473,15 @@ def _set_arrays(atoms: Atoms, system: System, diameters: np.ndarray | None) -> N
         one_a_particle = value.shape == (system.n,) and not one_a_species
         if one_a_particle and name not in atoms.arrays:
             atoms.set_array(name, np.asarray(value, float))
+
+
+def _set_masses(atoms: Any, system: System) -> None:
+    """Give an ASE ``Atoms`` the masses of a system, unless it has them by its elements."""
+    if system.masses is None:
+        return
+    masses = np.asarray(system.masses)
+    if not np.array_equal(masses, atoms.get_masses().astype(masses.dtype)):
+        atoms.set_masses(masses.astype(float))
 
 
 def _constraints_to_ase(system: System) -> list[Any]:

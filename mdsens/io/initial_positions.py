@@ -12,8 +12,9 @@ import numpy as np
 
 from mdsens._util.errors import InputError
 from mdsens._util.lattice import heights
-from mdsens.io.ase_structures import cell_of, coordinates_of, species_of
+from mdsens.io.ase_structures import cell_of, coordinates_of, masses_of, species_of, tags_of
 from mdsens.io.files import read_npz
+from mdsens.model.box import with_normals
 
 __all__ = ["Start", "crystal", "from_file", "lattices", "pairs_within", "random"]
 
@@ -40,6 +41,10 @@ class Start:
       file: path of the file, for messages; empty where the positions are from no file.
       symbols: (n,) chemical symbols; None where none come with the positions.
       species_names: chemical symbols of species 0, 1, …; empty where none are known.
+      periodic: for each cell vector whether the file's structure is periodic along it; empty where
+        it is along all of them.
+      masses: (n,) masses; None where none come with the positions.
+      tags: (n,) integers that mark particles; None where none come with the positions.
     """
 
     positions: np.ndarray
@@ -49,6 +54,9 @@ class Start:
     file: str = ""
     symbols: np.ndarray | None = None
     species_names: tuple[str, ...] = ()
+    periodic: tuple[bool, ...] = ()
+    masses: np.ndarray | None = None
+    tags: np.ndarray | None = None
 
     def array(self, name: str, wanted_by: str) -> np.ndarray:
         """Return an array of the file from which the initial positions come.
@@ -127,7 +135,12 @@ def crystal(
     return Start(np.delete(sites, vacancies, axis=0), cell)
 
 
-def pairs_within(positions: np.ndarray, cell: np.ndarray | None, length: float) -> np.ndarray:
+def pairs_within(
+    positions: np.ndarray,
+    cell: np.ndarray | None,
+    length: float,
+    periodic: tuple[bool, ...] = (),
+) -> np.ndarray:
     """Find the pairs of particles that are closer than ``length``, also across periodic boundaries.
 
     Return their indices (m, 2), the smaller index first.
@@ -136,6 +149,8 @@ def pairs_within(positions: np.ndarray, cell: np.ndarray | None, length: float) 
       positions: (n, d).
       cell: (d, d), columns the cell vectors; None for open boundaries.
       length: largest distance of a pair, above 0.
+      periodic: for each cell vector whether the system is periodic along it; empty where it is
+        along all of them.
     """
     # Imported here, so that importing this package does not import scipy.spatial.
     from scipy.spatial import KDTree
@@ -143,11 +158,13 @@ def pairs_within(positions: np.ndarray, cell: np.ndarray | None, length: float) 
     n, d = positions.shape
     images = positions
     if cell is not None:
+        along = np.asarray(periodic or (True,))
+        cell = cell if all(along) else with_normals(cell, periodic)
         fractions = positions @ np.linalg.inv(cell).T
-        positions = (fractions - np.floor(fractions)) @ cell.T
+        positions = (fractions - np.where(along, np.floor(fractions), 0.0)) @ cell.T
         # As many copies of the cell to each side as a sphere of this radius can reach into, in
         # cells of any shape.
-        reach = np.ceil(length / heights(cell)).astype(int)
+        reach = np.where(along, np.ceil(length / heights(cell)), 0.0).astype(int)
         steps = itertools.product(*(range(-k, k + 1) for k in reach))
         images = (positions[None] + (np.array(list(steps)) @ cell.T)[:, None]).reshape(-1, d)
     near = KDTree(positions).sparse_distance_matrix(KDTree(images), length, output_type="ndarray")
@@ -262,7 +279,7 @@ def _read_extxyz_frame(path: Path, dimension: int, index: int) -> Start:
     kinds, names = species_of(atoms)
     # an array "species" in the file takes precedence over species from the chemical symbols
     arrays = dict(atoms.arrays) if kinds is None else {"species": np.asarray(kinds), **atoms.arrays}
-    cell = cell_of(atoms, dimension)
+    cell, periodic = cell_of(atoms, dimension)
     return Start(
         coordinates_of(atoms, dimension),
         cell,
@@ -270,6 +287,9 @@ def _read_extxyz_frame(path: Path, dimension: int, index: int) -> Start:
         file=str(path),
         symbols=np.array(atoms.get_chemical_symbols()),
         species_names=names,
+        periodic=periodic,
+        masses=masses_of(atoms, names),
+        tags=tags_of(atoms),
     )
 
 

@@ -296,7 +296,7 @@ def _encode(value: Any, where: str, arrays: dict[str, np.ndarray]) -> Any:
     if isinstance(value, Mapping | list | tuple):
         return _encode_container(value, where, arrays)
     if isinstance(value, BoxFunction):
-        return {"user": "box"}
+        return {"user": "box", "periodic": list(value.periodic)}
     # by exact type: a subclass of the user's would come back as the base class
     if type(value) in _RECORDS.values():
         return _encode_record(value, where, arrays)
@@ -496,14 +496,17 @@ class _Source:
             )
         return potential
 
-    def box_function(self) -> BoxFunction:
-        """Return the cell as the function of the parameters that was given to ``load``."""
+    def box_function(self, node: Mapping[str, Any]) -> BoxFunction:
+        """Return the cell as the function of the parameters that was given to ``load``.
+
+        ``node`` has the axes along which the system is periodic, all where they are missing.
+        """
         if self.box is None:
             raise InputError(
                 f"{self.path} was made with a box that is a function of your own: call"
                 " load(path, box=...)."
             )
-        return BoxFunction(self.box)
+        return BoxFunction(self.box, tuple(node.get("periodic", ())))
 
     def array(self, node: Mapping[str, Any]) -> jax.Array | np.ndarray:
         """Return the array that an entry of the header names, as an array of jax or numpy.
@@ -539,7 +542,7 @@ def _decode(node: object, source: _Source | None) -> Any:
     if node.keys() & {"dict", "list", "tuple"}:
         return _decode_container(node, source)
     if node.get("user") == "box":
-        return source.box_function()
+        return source.box_function(node)
     if "potential" in node or node.get("user") == "potential":
         return source.potential_of(node)
     kind = _RECORDS[node["record"]]

@@ -243,12 +243,25 @@ def build(top: TomlTable, folder: Path) -> System:
                 "box is 'open', but random positions need a cell to fill: give box.lengths."
             )
         positions = positions @ cell.T
-    potential, sizes = _read_potential(top, positions, cell, start)
+    placed = dataclasses.replace(
+        start,
+        positions=positions,
+        fractional=False,
+        cell=cell,
+        periodic=_read_periodic(top, dimension, start),
+    )
+    potential, sizes = _read_potential(top, placed)
     params = {name: parameter(name, sizes.get(name, n)) for name in values}
     dtype = jnp.result_type(float)  # jax's precision: float32 unless x64 is enabled
-    periodic = _read_periodic(top, dimension)
     return System.create(
-        np.asarray(positions, dtype), box, potential, params, species, periodic=periodic
+        np.asarray(positions, dtype),
+        box,
+        potential,
+        params,
+        species,
+        periodic=placed.periodic,
+        masses=start.masses,
+        tags=start.tags,
     ).replace(species_names=names)
 
 
@@ -465,9 +478,16 @@ def _read_box(
     return cell, cell
 
 
-def _read_periodic(top: TomlTable, dimension: int) -> tuple[bool, ...]:
-    """Read along which cell vectors a system is periodic, from ``box.periodic``; all by default."""
+def _read_periodic(
+    top: TomlTable, dimension: int, start: initial_positions.Start
+) -> tuple[bool, ...]:
+    """Read along which cell vectors a system is periodic, from ``box.periodic``; all by default.
+
+    The axes of the file of the positions go with the cell of this file, ``box = "positions"``.
+    """
     box = top.raw("box")
+    if box == "positions" and start.periodic:
+        return start.periodic
     if not isinstance(box, Mapping) or "periodic" not in box:
         return (True,) * dimension
     if "lengths" not in box and "vectors" not in box:
@@ -475,7 +495,11 @@ def _read_periodic(top: TomlTable, dimension: int) -> tuple[bool, ...]:
             "box.periodic is for box.lengths and box.vectors: the other boxes need a volume, and"
             " are periodic along all axes; remove it, or give the cell by one of these."
         )
-    value = box["periodic"]
+    return _checked_axes(box["periodic"], dimension)
+
+
+def _checked_axes(value: object, dimension: int) -> tuple[bool, ...]:
+    """Check ``box.periodic``, true or false for each cell vector, and return it."""
     if not (
         isinstance(value, list)
         and len(value) == dimension
@@ -513,9 +537,11 @@ def _read_fixed_cell(table: TomlTable, dimension: int, n: int) -> np.ndarray:
 
 
 def _read_potential(
-    top: TomlTable, positions: np.ndarray, cell: np.ndarray | None, start: initial_positions.Start
+    top: TomlTable, start: initial_positions.Start
 ) -> tuple[Potential, dict[str, int]]:
     """Read the potential from the table ``potential`` of a system's file.
+
+    ``start`` has the positions and the cell of the system, by which bonds are found.
 
     Returns:
       the potential; and a dict with the number of bonds, by the name of each parameter of bonds,
@@ -532,7 +558,7 @@ def _read_potential(
     for k, entry in enumerate(tables):
         label = "potential" if len(tables) == 1 else f"potential[{k}]"
         table = _read_potential_table(label, entry)
-        potential = _make_potential(table, positions, cell, start)
+        potential = _make_potential(table, start)
         potential = _rename_parameters(potential, table)
         # uniform = [low, high] draws one value a bond
         if table.raw("kind") == "harmonic_bonds":
@@ -556,9 +582,7 @@ def _read_potential_table(label: str, entry: object) -> TomlTable:
     return TomlTable.of(label, entry, ("kind", "rename", *KINDS[kind]))
 
 
-def _make_potential(
-    table: TomlTable, positions: np.ndarray, cell: np.ndarray | None, start: initial_positions.Start
-) -> Any:
+def _make_potential(table: TomlTable, start: initial_positions.Start) -> Any:
     """Make one potential from its table, with the default names of the parameters."""
     kind = table.raw("kind")
     if not KINDS[kind]:
@@ -568,7 +592,7 @@ def _make_potential(
     if kind == "charge_equilibration":
         return potentials.charge_equilibration(table.raw("total", 0.0))
     if kind == "harmonic_bonds":
-        return potentials.harmonic_bonds(_read_bonds(table, positions, cell, start))
+        return potentials.harmonic_bonds(_read_bonds(table, start))
     onset = table.number("onset", 2.0)
     return getattr(potentials, kind)(onset, table.number("cutoff", 2.5))
 
@@ -586,9 +610,7 @@ def _rename_parameters(potential: Any, table: TomlTable) -> Any:
     return potential.renamed(rename) if rename else potential
 
 
-def _read_bonds(
-    table: TomlTable, positions: np.ndarray, cell: np.ndarray | None, start: initial_positions.Start
-) -> np.ndarray:
+def _read_bonds(table: TomlTable, start: initial_positions.Start) -> np.ndarray:
     """Read the bonds of a potential as (m, 2) particle indices.
 
     The bonds are a list; an array in the file of the positions, ``{array = "bonds"}``; or with
@@ -603,7 +625,8 @@ def _read_bonds(
         raise InputError(f"{label} is {short(value)}: give either `within` or `array`.")
     if rule.has("array"):
         return array_of(label, start.array(rule.text("array"), label), (None, 2), integers=True)
-    pairs = initial_positions.pairs_within(positions, cell, rule.number("within"))
+    length = rule.number("within")
+    pairs = initial_positions.pairs_within(start.positions, start.cell, length, start.periodic)
     if not len(pairs):
         raise InputError(
             f"{label}.within is {value['within']}: no two particles are that near, give a larger"

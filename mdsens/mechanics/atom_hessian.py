@@ -116,9 +116,10 @@ def atom_hessian(system: System) -> sp.csr_array:
     for start in range(0, n, size):
         some = np.minimum(np.arange(start, start + size), n - 1)
         repeated = np.arange(start, start + size) >= n  # the last atom, to fill the last chunk
-        columns = Pairs(some[None].astype(np.int32), np.where(repeated, n, rows[:, some]))
+        neighbors = np.where(repeated, n, rows[:, some])
+        columns = Pairs(jnp.asarray(some[None], jnp.int32), jnp.asarray(neighbors))
         blocks = _blocks(near, columns, tuple(v[:, some] for v in vectors), n)
-        entries.append(_entries(np.asarray(blocks, float), some, columns.j.T, n))
+        entries.append(_entries(np.asarray(blocks, float), some, neighbors.T, n))
     keys, blocks = (np.concatenate(arrays) for arrays in zip(*entries, strict=True))
     return _summed(keys, blocks, n)
 

@@ -39,7 +39,9 @@ class FirstCrossing(NamedTuple):
 
     def __str__(self) -> str:
         i, j = self.pair
-        image = f" (image {' '.join(map(str, self.image))} of it)" if any(self.image or ()) else ""
+        image = ""
+        if self.image is not None and any(self.image):
+            image = f" (image {' '.join(map(str, self.image))} of it)"
         event = "opens" if self.opens else "closes"
         return f"pair {i}-{j}{image} {event}, at distance {self.distance:.4g}"
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mdsens._util.lattice import Components, components
+from mdsens.mechanics.atom_forces import neighbor_gradient
 from mdsens.model.system import System, box_at, energy_of, images_of
 from mdsens.potentials.base import PairTerm
 
@@ -67,6 +68,7 @@ def energy_gradient(
     images = images_of(system, box)
     bonds = [term for term in terms if term.j.ndim == 1]
     listed = [_in_chunks(term) for term in terms if term.j.ndim == 2 and term.j.shape[0]]
+    of_neighbors = neighbor_gradient(system, params, box, used)
     row_count = system.neighbors.rows.shape[0] if used is None else used
     steps = -(-row_count // ROWS)  # rounded up
 
@@ -87,6 +89,8 @@ def energy_gradient(
         if listed:
             rows = jax.lax.fori_loop(0, steps, add, tuple(jnp.zeros_like(c) for c in x))
             total = total + jnp.stack(rows, axis=-1)
+        for part in of_neighbors:
+            total = total + part(positions)
         return total
 
     return slope

@@ -79,10 +79,18 @@ def max_force(system: System) -> jax.Array:
 def hessian_product(system: System) -> Callable[[Unknowns], Unknowns]:
     """Return the function v -> H v that multiplies displacements v by the Hessian H of the energy.
 
-    H is taken at the positions of the system. The gradient of the energy is linearized once, here.
+    H is taken at the positions of the system. For pairs the gradient of the energy is linearized
+    once, here. For energies of all neighbors of an atom, every product differentiates the gradient
+    again: what a linearization would store is read no faster than it is computed.
     """
     x = Unknowns(system.positions)
-    return jax.linearize(lambda y: gradient(system, y, system.params), x)[1]
+
+    def slope(y: Unknowns) -> Unknowns:
+        return gradient(system, y, system.params)
+
+    if system.potential.of_neighbors:
+        return lambda v: jax.jvp(slope, (x,), (v,))[1]
+    return jax.linearize(slope, x)[1]
 
 
 def hessian_operator(

@@ -167,7 +167,7 @@ class Status(Outcome):
         Severity.FAILURE,
         (
             "no state of rest was found at this pressure or stress: the cell grows until nothing "
-            "holds it, or shrinks below twice the range of the interactions; change the load, "
+            "holds it, or shrinks without end; change the load, "
             "start nearer to it, or take more particles"
         ),
     )

@@ -30,6 +30,8 @@ FIELDS = (
     "species_names",
     "periodic",
     "constraints",
+    "masses",
+    "tags",
 )
 
 

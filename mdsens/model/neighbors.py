@@ -213,7 +213,7 @@ def _skin(
       share: the requested skin, as a fraction of the range; None for that of the grid.
     """
     xp: Any = lattice.__array_namespace__()
-    cell = search_cell(lattice, grid.reach)
+    cell: Any = search_cell(lattice, grid.reach)  # type: ignore[type-var] - of either kind
     # along a vector with one or two grid cells all are searched: its whole height bounds the skin
     sides = heights(cell) / np.asarray([m if m > 2 else 1 for m in grid.cells], lattice.dtype)
     # A side that was divided so as to be the range may come out smaller than it by round-off.

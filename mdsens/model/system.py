@@ -33,11 +33,14 @@ from mdsens.constraints import Constraint, check_constraints
 from mdsens.model import neighbors
 from mdsens.model.box import BoxFunction, BoxRule, box_rule, described, periodic_axes
 from mdsens.model.neighbors import Neighbors
+from mdsens.model.surroundings import over_atoms, vectors_to_neighbors
 from mdsens.potentials.base import Pairs, PairTerm, Potential, check_params
+from mdsens.potentials.local import EdgePotential, LocalPotential, parts_of_neighbors
 from mdsens.potentials.parameters import Parameter
 
 __all__ = [
     "System",
+    "atom_energies",
     "box_at",
     "crossing_terms",
     "diameters_at",
@@ -86,6 +89,10 @@ class System(Portable, Shown):
       periodic: for each cell vector whether the system is periodic along it; all False for open
         boundaries. Where only some are, as for a slab or a wire, the others are unit vectors normal
         to these and to each other.
+      masses: (n,) mass of each particle, in a unit of the user's choice (atomic mass units from
+        ``from_ase``); None where no masses were given. The energy does not depend on them.
+      tags: (n,) integers that mark particles for the user, such as the layers of a slab in ASE;
+        None without them. Nothing in mdsens depends on them.
     """
 
     positions: jax.Array
@@ -98,6 +105,8 @@ class System(Portable, Shown):
     constraints: tuple[Constraint, ...] = ()
     species_names: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
     periodic: tuple[bool, ...] = dataclasses.field(default=(), metadata={"static": True})
+    masses: jax.Array | None = None
+    tags: jax.Array | None = None
 
     _title = "System"  # heading of the printed table
 
@@ -110,6 +119,8 @@ class System(Portable, Shown):
         rows = [("particles", f"{many}n = {self.n} in {self.dimension}-D{alike}")]
         if self.species is not None:
             rows.append(("species", self._describe_species()))
+        if self.masses is not None:
+            rows.append(("masses", _describe_masses(np.unique(np.asarray(self.masses)))))
         rows.append(("potential", self.potential.name))
         for name, value in self.params.items():
             shown = np.array2string(
@@ -159,6 +170,8 @@ class System(Portable, Shown):
         *,
         constraints: Constraint | Iterable[Constraint] = (),
         periodic: bool | Sequence[bool] = True,
+        masses: ArrayLike | None = None,
+        tags: ArrayLike | None = None,
     ) -> System:
         """Make a System, with its neighbor list, from input that is checked.
 
@@ -176,6 +189,9 @@ class System(Portable, Shown):
             ``(True, True, False)`` for a slab. A cell vector along which it is not may be given as
             zeros, and becomes a unit vector normal to the others. One value stands for all cell
             vectors; False is the same as ``box=None``.
+          masses: (n,) mass of each particle, positive, in any unit; the energy does not depend on
+            them.
+          tags: (n,) integers that mark particles, which are kept for the user.
 
         Raises:
           InputError: bad input; the message gives the field, the value and the remedy.
@@ -185,7 +201,7 @@ class System(Portable, Shown):
             "make it outside, and change it there by system.replace(params=...) or"
             " ms.equilibrate(system, params)"
         )
-        require_host("System.create", remedy, positions, params)
+        require_host("System.create", remedy, positions, params, masses)
         coordinates = _checked_positions(positions)
         n, dimension = coordinates.shape
         values = _as_params(params, coordinates.dtype)
@@ -204,6 +220,7 @@ class System(Portable, Shown):
         if species is not None:
             numbers = _checked_species(species, n)
             count = _species_count(numbers, potential_params)
+            _check_first_species(numbers, potential_params)
             kinds = jnp.asarray(numbers, jnp.int32)
         check_params(potential, potential_params, n, count)
         along = periodic_axes(periodic, box, dimension)
@@ -218,6 +235,8 @@ class System(Portable, Shown):
             species_count=count,
             constraints=records,
             periodic=along,
+            masses=_checked_masses(masses, n, coordinates.dtype),
+            tags=_checked_tags(tags, n),
         )
         if isinstance(rule, BoxFunction):  # a function of the user: check the cell that it returns
             _check_box_function(rule, values, dimension, coordinates.dtype)
@@ -354,6 +373,13 @@ class System(Portable, Shown):
         return self.replace(neighbors=fitting)
 
 
+def _describe_masses(distinct: np.ndarray) -> str:
+    """Describe masses in words: the distinct values, which are in order, or the range of many."""
+    if distinct.size > 6:
+        return f"{distinct[0]:.6g} to {distinct[-1]:.6g}"
+    return ", ".join(f"{mass:.6g}" for mass in distinct)
+
+
 def _checked_positions(positions: ArrayLike) -> jax.Array:
     """Convert a user's positions to a finite array (n, d) in single or double precision."""
     try:
@@ -408,9 +434,50 @@ def _checked_species(species: ArrayLike, n: int) -> np.ndarray:
             f"`species` has shape {kinds.shape} and type {kinds.dtype}: give ({n},) integers from"
             " 0."
         )
-    if kinds.min() > 0:
-        raise InputError(f"`species` starts at {kinds.min()}: number the species from 0.")
     return kinds
+
+
+def _check_first_species(kinds: np.ndarray, params: Params) -> None:
+    """Raise InputError if no particle is of species 0 and no parameter has values for it either.
+
+    A table of parameters may have species of which there are no particles.
+    """
+    has_table = any(np.ndim(v) and np.shape(v)[0] > kinds.max() for v in params.values())
+    if kinds.min() > 0 and not has_table:
+        raise InputError(f"`species` starts at {kinds.min()}: number the species from 0.")
+
+
+def _checked_masses(masses: ArrayLike | None, n: int, dtype: np.dtype) -> jax.Array | None:
+    """Check the masses of the particles that a user gives: (n,) positive numbers, or None."""
+    if masses is None:
+        return None
+    values = np.asarray(real_array("masses", masses, f"give ({n},) positive numbers."))
+    if values.shape != (n,):
+        raise InputError(f"`masses` has shape {values.shape}: give ({n},) positive numbers.")
+    bad = ~(np.isfinite(values) & (values > 0))
+    if bad.any():
+        k = int(np.argmax(bad))
+        raise InputError(f"masses[{k}] is {values[k]}: every mass must be positive and finite.")
+    return jnp.asarray(values, dtype)
+
+
+def _checked_tags(tags: ArrayLike | None, n: int) -> jax.Array | None:
+    """Check the tags of the particles that a user gives: (n,) integers, or None."""
+    if tags is None:
+        return None
+    values = np.asarray(real_array("tags", tags, f"give ({n},) integers."))
+    limits = np.iinfo(np.int32)  # the type in which they are stored
+    if (
+        values.shape != (n,)
+        or not np.issubdtype(values.dtype, np.integer)
+        or values.min() < limits.min
+        or values.max() > limits.max
+    ):
+        raise InputError(
+            f"`tags` has shape {values.shape} and type {values.dtype}: give ({n},) integers of 32"
+            " bits."
+        )
+    return jnp.asarray(values, jnp.int32)
 
 
 def _check_box_function(
@@ -678,24 +745,48 @@ def neighbor_vectors(
     positions: jax.Array,
     box: jax.Array | None,
     strain: jax.Array | None = None,
+    listed: Pairs | None = None,
 ) -> Components:
     """Compute the vectors from each particle to its neighbors in the list.
 
     They are given by their components, each (capacity, n). The vectors are those in the cell
     ``box``, deformed by ``strain`` (d, d).
+
+    Args:
+      listed: the places (capacity, c) of the list for c of the particles; None for all.
     """
-    listed = system.neighbors.columns
-    x = components(positions)
-    # in places without a neighbor any particle will do
-    j = jnp.where(listed.j < system.n, listed.j, 0)
-    shifts = None if listed.images is None else components(listed.images)
-    # from the neighbor to the particle, as images_of subtracts the shifts of R_j - R_i
-    apart = images_of(system, box)(tuple(c - c[j] for c in x), shifts)
+    places = system.neighbors.columns if listed is None else listed
+    images = images_of(system, box)
+    vectors = vectors_to_neighbors(places, components(positions), system.n, images)
     if strain is None:
-        return tuple(-v for v in apart)
+        return vectors
     return tuple(
-        -v - sum(strain[a, b] * w for b, w in enumerate(apart)) for a, v in enumerate(apart)
+        v + sum(strain[a, b] * w for b, w in enumerate(vectors)) for a, v in enumerate(vectors)
     )
+
+
+def atom_energies(
+    system: System,
+    part: LocalPotential,
+    positions: jax.Array,
+    params: Params,
+    box: jax.Array | None,
+    strain: jax.Array | None = None,
+) -> jax.Array:
+    """Compute the energy of each atom, (n,), by a potential of its surroundings.
+
+    Args:
+      system: gives the neighbor list and the species.
+      part: the potential, or the part of it that is a sum over atoms.
+      positions, params, box, strain: as in :func:`energy_of`.
+    """
+    n = system.n
+
+    def of_some(listed: Pairs) -> jax.Array:
+        vectors = neighbor_vectors(system, positions, box, strain, listed)
+        return part.energies(params, listed, vectors, n, system.species, system.species_count)
+
+    return over_atoms(of_some, system.neighbors.columns, n)
 
 
 def crossing_terms(system: System, params: Params | None = None) -> tuple[PairTerm, ...]:
@@ -728,8 +819,9 @@ def potential_energy(
     """
     positions = system.positions if positions is None else positions
     params = system.params if params is None else params
-    terms = pair_terms(system, params)
-    return energy_of(system, terms, positions, params, box_at(system, params), strain)
+    box = box_at(system, params)
+    of_terms = energy_of(system, pair_terms(system, params), positions, params, box, strain)
+    return of_terms + neighbor_energy(system, positions, params, box, strain)
 
 
 def energy_of(
@@ -740,20 +832,41 @@ def energy_of(
     box: jax.Array | None,
     strain: jax.Array | None = None,
 ) -> jax.Array:
-    """Compute the energy of a system: given pair terms plus the potential's many-body energy."""
+    """Compute a part of the energy of a system: given pair terms plus the many-body energy.
+
+    The energy of all neighbors of an atom, :func:`neighbor_energy`, is not included.
+    """
     total = jnp.zeros((), positions.dtype)
     for term in terms:
         distances = pair_distances(system, term, positions, box, strain)
         total = total + jnp.sum(term.energy(distances))
-    if system.potential.of_neighbors:
-        vectors = neighbor_vectors(system, positions, box, strain)
-        total = total + system.potential.neighbor_energy(
-            params, system.neighbors.columns, vectors, system.species, system.species_count
-        )
     displacement = displacement_in(system, box, strain)
     return total + system.potential.many_body(
         positions, params, displacement, system.species, system.species_count
     )
+
+
+def neighbor_energy(
+    system: System,
+    positions: jax.Array,
+    params: Params,
+    box: jax.Array | None,
+    strain: jax.Array | None = None,
+) -> jax.Array:
+    """Compute the energy of a system that is a function of all neighbors of an atom.
+
+    The arguments are those of :func:`energy_of`.
+    """
+    total = jnp.zeros((), positions.dtype)
+    for part in parts_of_neighbors(system.potential):
+        if isinstance(part, LocalPotential):
+            total = total + jnp.sum(atom_energies(system, part, positions, params, box, strain))
+        elif isinstance(part, EdgePotential):
+            vectors = neighbor_vectors(system, positions, box, strain)
+            total = total + part.energy_of_edges(
+                params, system.neighbors.columns, vectors, system.species, system.species_count
+            )
+    return total
 
 
 def _check_coincident(system: System) -> None:

@@ -137,12 +137,12 @@ class Potential(Protocol):
     """The properties and methods that a :class:`~mdsens.System` needs of its potential.
 
     ``range`` returns the largest distance at which a pair interacts, ``lengths`` this distance for
-    each pair, ``terms`` the energies that are sums over pairs, ``neighbor_energy`` the energy that
-    is another function of the vectors to all neighbors (zero unless ``of_neighbors``),
-    ``many_body`` the rest of the energy (zero where ``listed``), and ``specialize`` the cheapest
-    form of the potential that has the same energy. ``crossing_terms`` returns the terms whose
-    ``lengths`` are the distances where a derivative of the energy jumps. ``check`` raises
-    InputError if the parameters do not fit the potential.
+    each pair, ``terms`` the energies that are sums over pairs, ``many_body`` the rest of the energy
+    (zero where ``listed``), and ``specialize`` the cheapest form of the potential that has the same
+    energy. Energies of all neighbors of an atom (``of_neighbors``) are in
+    :mod:`mdsens.potentials.local`. ``crossing_terms`` returns the terms whose ``lengths`` are the
+    distances where a derivative of the energy jumps. ``check`` raises InputError if the parameters
+    do not fit the potential.
     """
 
     @property
@@ -169,14 +169,6 @@ class Potential(Protocol):
     def crossing_terms(
         self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
     ) -> tuple[PairTerm, ...]: ...
-    def neighbor_energy(
-        self,
-        params: Params,
-        pairs: Pairs,
-        vectors: Components,
-        species: jax.Array | None,
-        count: int,
-    ) -> jax.Array: ...
     def many_body(
         self,
         positions: jax.Array,
@@ -293,26 +285,6 @@ class NamedPotential(_Addable):
     ) -> tuple[PairTerm, ...]:
         """Return terms whose ``lengths`` are the breakpoints: the pair terms, unless overridden."""
         return self.terms(params, pairs, n, species, species_count)
-
-    def neighbor_energy(
-        self,
-        params: Params,
-        pairs: Pairs,
-        vectors: Components,
-        species: jax.Array | None,
-        count: int,
-    ) -> jax.Array:
-        """Compute the energy that is a function of all neighbors of an atom, but no sum over pairs.
-
-        Args:
-          params: the parameters by name.
-          pairs: the places of the neighbor list, (capacity, n): column i has the neighbors of
-            particle i.
-          vectors: components (capacity, n) of the vectors from each particle to its neighbors.
-          species: (n,) species of the particles; None without species.
-          count: number of species.
-        """
-        return jnp.zeros((), vectors[0].dtype)
 
     def many_body(
         self,
@@ -775,19 +747,6 @@ class SumPotential(_Addable):
             for potential in self.parts
             for term in potential.crossing_terms(params, pairs, n, species, species_count)
         )
-
-    def neighbor_energy(
-        self,
-        params: Params,
-        pairs: Pairs,
-        vectors: Components,
-        species: jax.Array | None,
-        count: int,
-    ) -> jax.Array:
-        total = jnp.zeros((), vectors[0].dtype)
-        for potential in self.parts:
-            total = total + potential.neighbor_energy(params, pairs, vectors, species, count)
-        return total
 
     def many_body(
         self,

@@ -6,6 +6,7 @@ U = sum over i of (F(rho_i) + 1/2 sum over j of phi(r_ij)),     rho_i = sum over
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,9 @@ import jax.numpy as jnp
 from mdsens._util.errors import InputError
 from mdsens._util.validation import check_positive, real_number
 from mdsens.potentials.catalogue import switched
-from mdsens.potentials.local import LocalPotential, from_local
-from mdsens.potentials.neighborhood import Params, distances, pair_values, root
-from mdsens.potentials.spline import FEWEST_KNOTS, spline
+from mdsens.potentials.local import Embedded, LocalPotential, from_local
+from mdsens.potentials.neighborhood import Params, pair_values, root
+from mdsens.potentials.spline import FEWEST_KNOTS, Spline, spline
 
 __all__ = ["eam", "finnis_sinclair", "gupta"]
 
@@ -52,12 +53,12 @@ def gupta(onset: float, cutoff: float) -> LocalPotential:
     Raises:
       InputError: not 0 < onset < cutoff.
     """
-    energy = Gupta(onset, cutoff)
+    form = Gupta(onset, cutoff)
     return from_local(
-        energy,
+        Embedded(form),
         tuple(GUPTA_SHAPES),
-        energy.cutoff,
-        breakpoints=(energy.onset, energy.cutoff),
+        form.cutoff,
+        breakpoints=(form.onset, form.cutoff),
         shapes=GUPTA_SHAPES,
         name="gupta",
         positive=("r0",),
@@ -66,7 +67,7 @@ def gupta(onset: float, cutoff: float) -> LocalPotential:
 
 @dataclasses.dataclass(frozen=True)
 class Gupta:
-    """The energy of one atom by Gupta's potential, switched off between onset and cutoff."""
+    """The sums of Gupta's potential, switched off between onset and cutoff."""
 
     onset: float
     cutoff: float
@@ -82,30 +83,23 @@ class Gupta:
         """The switch S(r) alone."""
         return switched(jnp.ones_like, self.onset, self.cutoff)
 
-    def __call__(
-        self,
-        vectors: jax.Array,
-        mask: jax.Array,
-        species_i: jax.Array,
-        species_j: jax.Array,
-        params: Params,
-    ) -> jax.Array:
-        """Compute the energy of one atom.
+    def tables(self, params: Params) -> Params:
+        """Return the parameters, which are all that the functions need."""
+        return params
 
-        Args:
-          vectors: (K, d) from the atom to its neighbors.
-          mask: (K,) False for a place without neighbor.
-          species_i, species_j: () and (K,) species of the atom and its neighbors.
-          params: by name, matrices (S, S).
-        """
-        r = distances(vectors)
-        A, xi, p, q, r0 = (pair_values(params[name], species_i, species_j) for name in GUPTA_SHAPES)
-        # the switch is computed once for both sums, and is zero on padding
-        switch = jnp.where(mask, self.switch(r), 0.0)
+    def pairs(
+        self, r: jax.Array, species_i: jax.Array, species_j: jax.Array, tables: Params
+    ) -> tuple[jax.Array, jax.Array]:
+        """Compute what each neighbor adds to the repulsion and to the squared band energy."""
+        A, xi, p, q, r0 = (pair_values(tables[name], species_i, species_j) for name in GUPTA_SHAPES)
+        switch = self.switch(r)
         stretch = r / r0 - 1.0
-        repulsion = jnp.sum(A * jnp.exp(-p * stretch) * switch)
-        moment = jnp.sum(xi * xi * jnp.exp(-2.0 * q * stretch) * switch)
-        return repulsion - root(moment)
+        repulsion = A * jnp.exp(-p * stretch) * switch
+        return repulsion, xi * xi * jnp.exp(-2.0 * q * stretch) * switch
+
+    def embed(self, rho: jax.Array, species_i: jax.Array, tables: Params) -> jax.Array:
+        """Compute the band energy of an atom from its square, rho."""
+        return -root(rho)
 
 
 def finnis_sinclair() -> LocalPotential:
@@ -132,7 +126,7 @@ def finnis_sinclair() -> LocalPotential:
     Source: Finnis and Sinclair, Phil. Mag. A 50, 45 (1984), and the erratum, 53, 161 (1986).
     """
     return from_local(
-        finnis_sinclair_energy,
+        Embedded(FinnisSinclair()),
         ("A", *FINNIS_SINCLAIR_SHAPES),
         finnis_sinclair_cutoffs,
         breakpoints=finnis_sinclair_breakpoints,
@@ -152,33 +146,31 @@ def finnis_sinclair_breakpoints(params: Params) -> tuple[jax.Array, ...]:
     return params["c"], params["d"]
 
 
-def finnis_sinclair_energy(
-    vectors: jax.Array,
-    mask: jax.Array,
-    species_i: jax.Array,
-    species_j: jax.Array,
-    params: Params,
-) -> jax.Array:
-    """Compute the energy of one atom by the potential of Finnis and Sinclair.
+@dataclasses.dataclass(frozen=True)
+class FinnisSinclair:
+    """The sums of the potential of Finnis and Sinclair."""
 
-    Args:
-      vectors: (K, d) from the atom to its neighbors.
-      mask: (K,) False for a place without neighbor.
-      species_i, species_j: () and (K,) species of the atom and its neighbors.
-      params: by name, matrices (S, S); ``A`` a scalar or (S,).
-    """
-    r = distances(vectors)
-    value = {
-        name: pair_values(params[name], species_i, species_j) for name in FINNIS_SINCLAIR_SHAPES
-    }
-    beyond = r - value["d"]
-    density = beyond * beyond * (1.0 + value["beta"] * beyond / value["d"])
-    density = jnp.where(mask & (beyond < 0.0), density, 0.0)
-    overlap = r - value["c"]
-    repulsion = overlap * overlap * (value["c0"] + r * (value["c1"] + r * value["c2"]))
-    repulsion = jnp.where(mask & (overlap < 0.0), repulsion, 0.0)
-    strength = params["A"] if params["A"].ndim == 0 else params["A"][species_i]
-    return 0.5 * jnp.sum(repulsion) - strength * root(jnp.sum(density))
+    def tables(self, params: Params) -> Params:
+        """Return the parameters, which are all that the functions need."""
+        return params
+
+    def pairs(
+        self, r: jax.Array, species_i: jax.Array, species_j: jax.Array, tables: Params
+    ) -> tuple[jax.Array, jax.Array]:
+        """Compute half of the repulsion V of each neighbor, and its density phi."""
+        value = {
+            name: pair_values(tables[name], species_i, species_j) for name in FINNIS_SINCLAIR_SHAPES
+        }
+        beyond = r - value["d"]
+        density = beyond * beyond * (1.0 + value["beta"] * beyond / value["d"])
+        overlap = r - value["c"]
+        repulsion = overlap * overlap * (value["c0"] + r * (value["c1"] + r * value["c2"]))
+        return 0.5 * jnp.where(overlap < 0.0, repulsion, 0.0), jnp.where(beyond < 0.0, density, 0.0)
+
+    def embed(self, rho: jax.Array, species_i: jax.Array, tables: Params) -> jax.Array:
+        """Compute the band energy of an atom with the density rho."""
+        strength = tables["A"] if tables["A"].ndim == 0 else tables["A"][species_i]
+        return -strength * root(rho)
 
 
 def eam(rho_spacing: float, r_spacing: float, cutoff: float) -> LocalPotential:
@@ -212,8 +204,9 @@ def eam(rho_spacing: float, r_spacing: float, cutoff: float) -> LocalPotential:
     Raises:
       InputError: a spacing or the cutoff is not a positive number.
     """
-    energy = Tables(rho_spacing, r_spacing, cutoff)
-    return from_local(energy, ("embedding", "density", "pair"), energy.cutoff, name="eam")
+    form = Tables(rho_spacing, r_spacing, cutoff)
+    names = ("embedding", "density", "pair")
+    return from_local(Embedded(form), names, form.cutoff, name="eam")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,35 +223,44 @@ class Tables:
             object.__setattr__(self, field.name, value)
         check_positive(self, ("rho_spacing", "r_spacing", "cutoff"))
 
-    def __call__(
-        self,
-        vectors: jax.Array,
-        mask: jax.Array,
-        species_i: jax.Array,
-        species_j: jax.Array,
-        params: Params,
-    ) -> jax.Array:
-        """Compute the energy of one atom.
+    def tables(self, params: Params) -> Splines:
+        """Make the splines through the tables.
 
         Args:
-          vectors: (K, d) from the atom to its neighbors.
-          mask: (K,) False for a place without neighbor.
-          species_i, species_j: () and (K,) species of the atom and its neighbors.
           params: by name, the values at the knots.
 
         Raises:
           InputError: a table ends before the cutoff, or has less than four knots.
         """
         self._check(params)
-        r = distances(vectors)
-        near = mask & (r < self.cutoff)
-        # Under vmap over the atoms the tables are the same for all: the splines are made once.
-        values = [
-            self._of_neighbors(params[name], r, species_i, species_j)
-            for name in ("density", "pair")
-        ]
-        rho, pair = (jnp.sum(jnp.where(near, value, 0.0)) for value in (values[0], values[1] / r))
-        return self._embedding(params["embedding"], rho, species_i) + 0.5 * pair
+        spacings = {
+            "embedding": self.rho_spacing,
+            "density": self.r_spacing,
+            "pair": self.r_spacing,
+        }
+        made = {
+            name: spline(params[name].reshape(-1, params[name].shape[-1]), spacing)
+            for name, spacing in spacings.items()
+        }
+        return Splines(**made)
+
+    def pairs(
+        self, r: jax.Array, species_i: jax.Array, species_j: jax.Array, tables: Splines
+    ) -> tuple[jax.Array, jax.Array]:
+        """Compute half of the pair energy of each neighbor, and what it adds to the density."""
+        near = r < self.cutoff
+        count = tables.embedding.rows
+        density = _of_neighbors(tables.density, count, r, species_i, species_j)
+        pair = _of_neighbors(tables.pair, count, r, species_i, species_j) / r
+        return 0.5 * jnp.where(near, pair, 0.0), jnp.where(near, density, 0.0)
+
+    def embed(self, rho: jax.Array, species_i: jax.Array, tables: Splines) -> jax.Array:
+        """Evaluate F at the density rho, with a straight line beyond the last knot."""
+        made = tables.embedding
+        row = species_i if made.rows > 1 else 0
+        beyond = rho > made.end
+        line = jnp.where(beyond, rho - made.end, 0.0) * made.slope_at_end(row)
+        return made(jnp.where(beyond, made.end, rho), row) + line
 
     def _check(self, params: Params) -> None:
         """Raise InputError if a table is too short."""
@@ -276,19 +278,23 @@ class Tables:
                     " give a longer table or a smaller cutoff."
                 )
 
-    def _of_neighbors(
-        self, table: jax.Array, r: jax.Array, species_i: jax.Array, species_j: jax.Array
-    ) -> jax.Array:
-        """Evaluate a table at the distances of the neighbors."""
-        count = table.shape[0]
-        rows: dict[int, jax.Array | int] = {1: 0, 2: species_j, 3: species_i * count + species_j}
-        made = spline(table.reshape(-1, table.shape[-1]), self.r_spacing)
-        return made(r, rows[table.ndim] if count > 1 else 0)
 
-    def _embedding(self, table: jax.Array, rho: jax.Array, species_i: jax.Array) -> jax.Array:
-        """Evaluate F at the density rho, with a straight line beyond the last knot."""
-        made = spline(table.reshape(-1, table.shape[-1]), self.rho_spacing)
-        row = species_i if made.rows > 1 else 0
-        beyond = rho > made.end
-        line = jnp.where(beyond, rho - made.end, 0.0) * made.slope_at_end(row)
-        return made(jnp.where(beyond, made.end, rho), row) + line
+class Splines(NamedTuple):
+    """The splines of an embedded-atom potential, one for each row of its tables."""
+
+    embedding: Spline
+    density: Spline
+    pair: Spline
+
+
+def _of_neighbors(
+    made: Spline, count: int, r: jax.Array, species_i: jax.Array, species_j: jax.Array
+) -> jax.Array:
+    """Evaluate the splines of a table at the distances of neighbors.
+
+    The table has one spline, one for each of ``count`` species of the neighbor, or one for each
+    species of the atom and of the neighbor.
+    """
+    if made.rows == 1:
+        return made(r)
+    return made(r, species_j if made.rows == count else species_i * count + species_j)

@@ -37,24 +37,23 @@ def distances(vectors: jax.Array) -> jax.Array:
 
 
 def pair_values(value: jax.Array, species_i: jax.Array, species_j: jax.Array) -> jax.Array:
-    """Return the parameter of the pair of an atom with each of its neighbors.
+    """Return the parameter of pairs of atoms, by their species.
 
     Args:
       value: (S, S) parameter by the species of the atom and of its neighbor.
-      species_i: () species of the atom.
-      species_j: (K,) species of its neighbors.
+      species_i, species_j: species of the atoms and of their neighbors, arrays that broadcast.
 
     Returns:
-      (K,) entries [i, j]; () where S = 1, since all are the same number there.
+      entries [i, j], of the shape to which the species broadcast; () where S = 1, since all are the
+      same number there.
     """
-    if value.shape[0] == 1:
-        return value[0, 0]
-    row = value[species_i]
+    count = value.shape[0]
     # A chain of where() in place of an index: it stays elementwise, forward and in reverse, where
     # an index would gather and scatter. S is small.
-    chosen = row[0]
-    for species in range(1, value.shape[0]):
-        chosen = jnp.where(species_j == species, row[species], chosen)
+    chosen = value[0, 0]
+    for a, b in itertools.product(range(count), repeat=2):
+        if count > 1:
+            chosen = jnp.where((species_i == a) & (species_j == b), value[a, b], chosen)
     return chosen
 
 

@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdsens._util.lattice import Components
 from mdsens._util.portable import Portable
 from mdsens.potentials.base import (
     Displacement,
@@ -154,16 +153,6 @@ class SmoothedPotential(Portable):
         self, params: Params, pairs: Pairs, n: int, species: jax.Array | None, species_count: int
     ) -> tuple[PairTerm, ...]:
         return self.terms(params, pairs, n, species, species_count)
-
-    def neighbor_energy(
-        self,
-        params: Params,
-        pairs: Pairs,
-        vectors: Components,
-        species: jax.Array | None,
-        count: int,
-    ) -> jax.Array:
-        return self.potential.neighbor_energy(params, pairs, vectors, species, count)
 
     def many_body(
         self,

@@ -82,6 +82,38 @@ def test_create_refuses_and_names_what_is_wrong(positions, box, species, message
         ms.System.create(positions, box, LAW, DISCS, species)
 
 
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("masses", [1.0, 2.0], r"`masses` has shape \(2,\): give \(4,\) positive numbers"),
+        ("masses", 1.0, r"`masses` has shape \(\): give \(4,\)"),
+        ("masses", [1.0, 2.0, 0.0, 1.0], r"masses\[2\] is 0.0: every mass must be positive"),
+        ("masses", [1.0, np.nan, 1.0, 1.0], r"masses\[1\] is nan"),
+        ("masses", [1.0, 1.0, 1.0, np.inf], r"masses\[3\] is inf"),
+        ("masses", ["H"] * 4, "masses is an array of <U1: give"),
+        ("tags", [0, 1], r"`tags` has shape \(2,\) and type int64: give \(4,\) integers"),
+        ("tags", [0.5] * 4, "type float64: give"),
+        ("tags", [0, 1, 2, 2**40], "integers of 32 bits"),
+    ],
+)
+def test_masses_and_tags_are_checked(field, value, message):
+    with pytest.raises(ms.InputError, match=message):
+        ms.System.create(PLACES, 3.0, LAW, DISCS, **{field: value})
+
+
+def test_masses_and_tags_stay_with_the_particles():
+    masses = np.array([1, 2, 3, 4])
+    system = ms.System.create(PLACES, 3.0, LAW, DISCS, masses=masses, tags=[3, -1, 0, 0])
+    assert system.masses is not None and system.masses.dtype == system.positions.dtype
+    np.testing.assert_array_equal(system.masses, masses)
+    relaxed = ms.minimize(system, max_steps=1, throw=False).system
+    batch = ms.stack([relaxed, system.replace(masses=2.0 * system.masses)])
+    np.testing.assert_array_equal(batch.masses, [masses, 2 * masses])
+    np.testing.assert_array_equal(ms.unstack(batch)[1].tags, [3, -1, 0, 0])
+    with pytest.raises(ms.InputError, match="system 1 differs from system 0 in masses"):
+        ms.stack([system, discs()])
+
+
 def test_params_must_be_a_dict():
     with pytest.raises(ms.InputError, match="`params` is a list: give a dict"):
         ms.System.create(PLACES, 3.0, LAW, [1.0, 1.0, 2.0])  # type: ignore[arg-type]

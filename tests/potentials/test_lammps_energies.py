@@ -137,7 +137,7 @@ def by_ase(
     """ASE's sums over the tables that mdsens reads, interpolated by a function of x and values."""
     potential, params = ms.io.read_potential(path, elements)
     count = len(elements)
-    energy = potential.fn
+    energy = potential.fn.form
     r = energy.r_spacing * np.arange(params["pair"].shape[-1])
     rho = energy.rho_spacing * np.arange(params["embedding"].shape[-1])
     embedding = [

@@ -109,7 +109,8 @@ def holds_arrays(kind: Any) -> bool:
     named = [
         f.name
         for f in dataclasses.fields(kind)
-        if "Array" in str(f.type) and "Callable" not in str(f.type)
+        # ArrayLike is what a user gives, which such a record stores as tuples
+        if "Array" in str(f.type).replace("ArrayLike", "") and "Callable" not in str(f.type)
     ]
     leaves = jax.tree.leaves(filled(kind, 0.0))
     return bool(named) or (bool(leaves) and not dataclasses.is_dataclass(leaves[0]))

@@ -19,7 +19,7 @@ def test_examples_run(
     matplotlib.use("Agg")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     names: dict = {}
     for block in blocks:  # one after the other in one namespace, as a reader would
         exec(compile(block, "README.md", "exec"), names)
