@@ -34,7 +34,7 @@ from mdsens.model.system import System
 from mdsens.potentials.base import BondedPotential, PairPotential, Potential, SumPotential
 from mdsens.potentials.electrostatics import ChargeEquilibration, InducedDipoles
 from mdsens.potentials.embedded_atom import Gupta, Tables
-from mdsens.potentials.local import LocalPotential
+from mdsens.potentials.local import Embedded, LocalPotential
 from mdsens.potentials.parameters import Parameter
 from mdsens.potentials.tersoff import Tersoff
 from mdsens.relaxation.equilibrium import Equilibrium
@@ -421,10 +421,11 @@ def _list_local_candidates(energy: object) -> list[dict[str, Any]]:
     """List the potentials of surroundings that may have this energy of an atom, with options."""
     if isinstance(energy, Tersoff):
         return [{"name": "tersoff", "m": energy.m}]
-    if isinstance(energy, Gupta):
-        return [{"name": "gupta", "onset": energy.onset, "cutoff": energy.cutoff}]
-    if isinstance(energy, Tables):
-        return [{"name": "eam", **dataclasses.asdict(energy)}]
+    form = energy.form if isinstance(energy, Embedded) else None
+    if isinstance(form, Gupta):
+        return [{"name": "gupta", "onset": form.onset, "cutoff": form.cutoff}]
+    if isinstance(form, Tables):
+        return [{"name": "eam", **dataclasses.asdict(form)}]
     return [{"name": "stillinger_weber"}, {"name": "finnis_sinclair"}]
 
 
