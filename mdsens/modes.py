@@ -228,7 +228,10 @@ def _compute_softest(lin: Linearization, count: int, accuracy: float) -> Softest
     available = _count_modes(lin)
     if not available:
         if status.good:
-            status = Status.UNJAMMED
+            raise InputError(
+                f"the system of {system.n} particles has no modes but translations and rotations:"
+                " take more particles."
+            )
         return _without_modes(system, 0.0, gap=np.inf, mixing=0.0, status=status, method="none")
     # A Linearization stores no factor where the energy is no sum over pairs.
     stiffness = HessianFactor(system, lin.null) if lin.factor is None else lin.factor

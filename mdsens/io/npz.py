@@ -33,7 +33,10 @@ from mdsens.model.neighbors import Grid, Neighbors
 from mdsens.model.system import System
 from mdsens.potentials.base import BondedPotential, PairPotential, Potential, SumPotential
 from mdsens.potentials.electrostatics import ChargeEquilibration, InducedDipoles
+from mdsens.potentials.embedded_atom import Gupta, Tables
+from mdsens.potentials.local import Embedded, LocalPotential
 from mdsens.potentials.parameters import Parameter
+from mdsens.potentials.tersoff import Tersoff
 from mdsens.relaxation.equilibrium import Equilibrium
 from mdsens.sensitivity.results import (
     Derivative,
@@ -81,6 +84,22 @@ _RECORDS: dict[str, type] = {
         constraints.Simplex,
         constraints.Wall,
     )
+}
+# Potentials of mdsens that are stored as the name of the function that makes them, and its options.
+_Rebuilt: TypeAlias = InducedDipoles | ChargeEquilibration | PairPotential | LocalPotential
+# the options of each such function, in the order of its arguments
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    "charge_equilibration": ("total",),
+    "eam": ("rho_spacing", "r_spacing", "cutoff"),
+    "finnis_sinclair": (),
+    "gupta": ("onset", "cutoff"),
+    "harmonic_morse": (),
+    "induced_dipoles": ("damped",),
+    "lennard_jones": ("onset", "cutoff"),
+    "morse": ("onset", "cutoff"),
+    "soft_sphere": (),
+    "stillinger_weber": (),
+    "tersoff": ("m",),
 }
 
 
@@ -350,9 +369,9 @@ def _describe_potential(
         return None if None in parts else {"name": "sum", "parts": parts}
     if isinstance(potential, BondedPotential):
         return _describe_bonds(potential, where, arrays)
-    if not isinstance(potential, InducedDipoles | ChargeEquilibration | PairPotential):
+    if not isinstance(potential, _Rebuilt):
         return None
-    # A pair potential does not know which function built it: build each candidate and compare.
+    # A potential does not know which function built it: build each candidate and compare.
     for candidate in _list_candidates(potential):
         options = {**candidate, "names": list(potential.names)}
         same_count = len(potential.names) == len(_unrenamed_potential(candidate).parameters)
@@ -379,23 +398,35 @@ def _describe_bonds(
     }
 
 
-def _list_candidates(
-    potential: InducedDipoles | ChargeEquilibration | PairPotential,
-) -> list[dict[str, Any]]:
+def _list_candidates(potential: _Rebuilt) -> list[dict[str, Any]]:
     """List the potentials of mdsens that a given potential may be equal to.
 
-    Each is listed by its name and options, with which it can be made and compared: a pair potential
-    does not contain the name of the function that made it.
+    Each is listed by its name and options, with which it can be made and compared: a potential does
+    not contain the name of the function that made it.
     """
     if isinstance(potential, InducedDipoles):
         # the third parameter is the damping
         return [{"name": "induced_dipoles", "damped": len(potential.names) == 3}]
     if isinstance(potential, ChargeEquilibration):
         return [{"name": "charge_equilibration", "total": potential.total}]
+    if isinstance(potential, LocalPotential):
+        return _list_local_candidates(potential.fn)
     if isinstance(potential.phi, potentials.switched):
         span = {"onset": potential.phi.onset, "cutoff": potential.phi.cutoff}
         return [{"name": "lennard_jones", **span}, {"name": "morse", **span}]
     return [{"name": "soft_sphere"}, {"name": "harmonic_morse"}]
+
+
+def _list_local_candidates(energy: object) -> list[dict[str, Any]]:
+    """List the potentials of surroundings that may have this energy of an atom, with options."""
+    if isinstance(energy, Tersoff):
+        return [{"name": "tersoff", "m": energy.m}]
+    form = energy.form if isinstance(energy, Embedded) else None
+    if isinstance(form, Gupta):
+        return [{"name": "gupta", "onset": form.onset, "cutoff": form.cutoff}]
+    if isinstance(form, Tables):
+        return [{"name": "eam", **dataclasses.asdict(form)}]
+    return [{"name": "stillinger_weber"}, {"name": "finnis_sinclair"}]
 
 
 def _renaming(old: Sequence[str], new: Sequence[str]) -> dict[str, str]:
@@ -408,18 +439,10 @@ def _renaming(old: Sequence[str], new: Sequence[str]) -> dict[str, str]:
     return dict(zip(old, new, strict=True))
 
 
-def _unrenamed_potential(
-    options: Mapping[str, Any],
-) -> PairPotential | InducedDipoles | ChargeEquilibration:
+def _unrenamed_potential(options: Mapping[str, Any]) -> _Rebuilt:
     """Make a potential from its name and options, with the default names of the parameters."""
-    if options["name"] == "induced_dipoles":
-        return potentials.induced_dipoles(options["damped"])
-    if options["name"] == "charge_equilibration":
-        return potentials.charge_equilibration(options["total"])
-    if options["name"] in ("soft_sphere", "harmonic_morse"):
-        return getattr(potentials, options["name"])()
-    makers = {"lennard_jones": potentials.lennard_jones, "morse": potentials.morse}
-    return makers[options["name"]](options["onset"], options["cutoff"])
+    arguments = [options[name] for name in _OPTIONS[options["name"]]]
+    return getattr(potentials, options["name"])(*arguments)
 
 
 def _build_potential(options: Mapping[str, Any], source: _Source | None) -> Any:

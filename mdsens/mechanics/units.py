@@ -70,12 +70,17 @@ def natural_units(system: System) -> tuple[jax.Array, jax.Array]:
     dimensions, the factor of a dense packing of such pairs: k is 10 for harmonic discs and 900 for
     a Lennard-Jones crystal, where the largest eigenvalues of the Hessian are 10 and 850. Both l and
     k are medians over some pairs. For a potential without pairs, l is the spacing of the particles,
-    and k the largest curvature of the energy at their positions.
+    and k the largest curvature of the energy at their positions. Where a part of the energy is a
+    function of all neighbors of an atom, l is at most the range, and k at least this curvature.
     """
     lengths = []
     curvatures = []
     n, d = system.positions.shape
+    of_neighbors = system.potential.of_neighbors
     spacing = _spacing(system)
+    if of_neighbors:
+        # a molecule in a large cell has no longer steps than in a small one
+        spacing = jnp.minimum(spacing, system.range)
     # All pairs of 8 particles spread over the indices, wherever they are: pairs of the neighbor
     # list would contain some pairs of species more often than others.
     sample = np.unique(np.linspace(0, n - 1, 8).astype(int))
@@ -116,6 +121,8 @@ def natural_units(system: System) -> tuple[jax.Array, jax.Array]:
     if not lengths:
         return spacing, _curvature(system)
     stiffness = 2.0 ** (d + 1) * jnp.max(jnp.stack(curvatures))
+    if of_neighbors:  # the pairs may be a small part of the energy
+        stiffness = jnp.maximum(stiffness, _curvature(system))
     return jnp.min(jnp.stack(lengths)), jnp.where(stiffness > 0, stiffness, 1.0)
 
 

@@ -30,6 +30,7 @@ from mdsens.potentials.parameters import (
     check_finite,
     check_names,
     check_pair_shape,
+    checked_names,
     of_pairs,
 )
 
@@ -194,6 +195,23 @@ def _flatten(potential: _Addable) -> tuple[Any, ...]:
     return potential.parts if isinstance(potential, SumPotential) else (potential,)
 
 
+def _check_renaming(potential: NamedPotential, names: Mapping[str, str]) -> None:
+    """Raise InputError where new names of a potential's parameters cannot be used."""
+    for name in names:
+        if name not in potential.names:
+            raise InputError(
+                f"{potential.name} has no parameter {name!r} to rename: its parameters are"
+                f" {', '.join(potential.names)}."
+            )
+    renamed = checked_names([names.get(n, n) for n in potential.names])
+    for k, name in enumerate(renamed):
+        if name in renamed[:k]:
+            raise InputError(
+                f"two parameters of {potential.name} would be named {name!r}: give each a name of"
+                " its own."
+            )
+
+
 class NamedPotential(_Addable):
     """Base class of the potentials with named parameters.
 
@@ -241,7 +259,11 @@ class NamedPotential(_Addable):
 
         Args:
           names: dict from the present to the new names.
+
+        Raises:
+          InputError: a name is none of the potential's, or two parameters would have one name.
         """
+        _check_renaming(self, names)
         record: Any = self
         return dataclasses.replace(record, names=tuple(names.get(n, n) for n in self.names))
 
@@ -389,6 +411,12 @@ class PairPotential(Portable, NamedPotential):
         points = Traceable(f"the function of breakpoints of {self.name}", self.breakpoints)
         phi = self._traceable_phi()
         return (PairTerm(i, j, mask, phi, tuple(values), points, pairs.images),)
+
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        record = super().renamed(names)
+        # each case names the parameter on which it depends
+        cases = tuple((phi, names.get(name, name), value) for phi, name, value in self.cases)
+        return dataclasses.replace(record, cases=cases)
 
     def specialize(self, params: Params, differentiated: Sequence[str] = ()) -> PairPotential:
         for phi, name, value in self.cases:

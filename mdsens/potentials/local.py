@@ -242,6 +242,11 @@ class NeighborPotential(Portable, NamedPotential):
             check_finite(name, value, above)
             count = max(species_count, 1)
             if axes and value.shape not in ((), (count,) * axes):
+                if not species_count:
+                    raise InputError(
+                        f"parameter {name} has shape {value.shape}, and the particles have no"
+                        " species: give a scalar, or `species`, too."
+                    )
                 what = {2: "pairs", 3: "triples"}[axes]
                 shape = ", ".join([str(count)] * axes)
                 raise InputError(

@@ -154,9 +154,10 @@ def advance(
         # compared with a margin of 10 %
         narrow = pairs.skin <= 1.1 * NARROW * needed
         # A slow system whose list is not narrow has a list of all pairs, which never becomes
-        # incomplete: without SETTLED the inner loop would not end for a measurement.
+        # incomplete: without SETTLED the inner loop would not end for a measurement. A list that is
+        # narrow from the start, as for an energy of all neighbors, is measured once it has served.
         last = jnp.where(
-            narrow, budget, jnp.minimum(budget, step + jnp.where(slow, SETTLED, SERVES))
+            narrow & slow, budget, jnp.minimum(budget, step + jnp.where(slow, SETTLED, SERVES))
         )
 
         def with_measured_stiffness(state: PyTree) -> Any:

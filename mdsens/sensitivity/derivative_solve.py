@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from mdsens._util.outcome import Severity, is_good, severity_of
 from mdsens._util.probe import chirp
@@ -57,6 +57,8 @@ Argument: TypeAlias = Params | Unknowns | jax.Array
 # Displacement from the minimum at which a right-hand side is compared with its value there, in
 # units of the potential's length scale (see ``aside``).
 ASIDE = 1e-3
+# Forces that are round-off, in eps l k, see ``strain_is_silent``.
+SILENT = 1e4
 # Coarsest machine precision that counts as double precision: eps is 2e-16 in double precision and
 # 1e-7 in single precision.
 DOUBLE_PRECISION_EPS = 1e-10
@@ -170,8 +172,13 @@ def strain_is_silent(system: System, forces: jax.Array) -> jax.Array:
     double precision), the length scale l of the potential and its stiffness k, both from
     ``natural_units``. This function can be traced by jax.
     """
+    return jnp.max(jnp.abs(forces)) <= SILENT * _force_unit(system)
+
+
+def _force_unit(system: System) -> jax.Array:
+    """Compute eps l k, with the machine precision eps and the units l and k of the potential."""
     length, stiffness = natural_units(system)
-    return jnp.max(jnp.abs(forces)) <= 1e4 * jnp.finfo(forces.dtype).eps * length * stiffness
+    return jnp.finfo(system.positions.dtype).eps * length * stiffness
 
 
 class DerivativeRule(NamedTuple):
@@ -356,9 +363,36 @@ def _without_dropped_round_off(
     if rule is not JVP or not dropped_any(derivative.stats.status):
         return derivative
     here = _right_hand_side_norms(core, argument, rule, many)
+    # In a cell of one atom nothing changes beside the minimum: the terms cancel everywhere.
+    assert isinstance(argument, Mapping)
+    here = jnp.where(here <= _round_off_of_change(core, argument, many), 0.0, here)
     beside = _right_hand_side_norms(aside(core), argument, rule, many)
     stats = without_round_off(derivative.stats, here, beside, core.system.positions.dtype)
     return dataclasses.replace(derivative, stats=stats)
+
+
+@functools.partial(jax.jit, static_argnames="many")
+def _round_off_of_change(lin: Linearization, change: Params, many: bool) -> jax.Array:
+    """Compute the forces that are round-off while the parameters change, as ``strain_is_silent``.
+
+    They are 1e4 eps l k times the relative change of the parameters. The result is an array where
+    there are several changes (``many``) or systems.
+    """
+    system = lin.system
+    several = system.batch is not None
+
+    def largest(value: ArrayLike, each: bool) -> jax.Array:
+        sizes = jnp.abs(jnp.asarray(value))
+        return jnp.max(sizes, axis=tuple(range(int(each), sizes.ndim)), initial=0.0)
+
+    relative = jnp.zeros(())
+    for name, value in change.items():
+        if name in system.params:
+            size = largest(system.params[name], several)
+            moved = largest(value, several or many)
+            relative = jnp.maximum(relative, jnp.where(size > 0, moved / size, 0.0))
+    unit = (jax.vmap(_force_unit) if several else _force_unit)(system)
+    return SILENT * unit * relative
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "many"))

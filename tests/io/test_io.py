@@ -747,16 +747,24 @@ def parts() -> list[Any]:
         p.harmonic_morse(),
         p.harmonic_bonds(BONDS),
         p.harmonic_bonds(BONDS).renamed({"length": "rest"}) + renamed + p.soft_sphere(),
+        p.stillinger_weber(),
+        p.tersoff(),
+        p.tersoff(1),
+        p.gupta(1.5, 2.5).renamed({"r0": "length"}),
+        p.finnis_sinclair() + renamed,
+        p.eam(0.5, 0.25, 2.0),
     ]
 
 
 @pytest.mark.parametrize("potential", parts(), ids=lambda potential: potential.name)
 def test_every_built_in_potential_comes_back(tmp_path, potential):
+    # a table where it must be one
+    table = np.linspace(1.0, 0.0, 9) if potential.name == "eam" else 1.0
     system = ms.System.create(
         np.array([[0, 0], [1, 0.1], [0.2, 1.2]]),
         18.0,
         potential,
-        {k: 1.0 + i / 8 for i, k in enumerate(potential.parameters)},
+        {k: (1.0 + i / 8) * table for i, k in enumerate(potential.parameters)},
     )
     ms.io.save(tmp_path / "a", system)
     back = ms.io.load(tmp_path / "a")

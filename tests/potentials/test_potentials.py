@@ -420,6 +420,31 @@ def test_name_conflict_is_refused_and_renaming_resolves_it():
     assert float(potential_energy(system)) == pytest.approx(expected, rel=1e-13)
 
 
+def test_a_renamed_exponent_still_makes_the_cheapest_form():
+    """And two names that are exchanged are not mixed up."""
+    renamed = potentials.soft_sphere().renamed({"alpha": "sigma", "sigma": "alpha"})
+    at = {"alpha": jnp.asarray(1.0), "sigma": jnp.asarray(2.5), "epsilon": jnp.asarray(1.0)}
+    cheapest = renamed.specialize(at)
+    assert cheapest.phi is not renamed.phi
+    assert float(cheapest.phi(0.8, 1.0, 1.0, 2.5)) == pytest.approx(0.4 * 0.2**2.5)
+    assert renamed.specialize({**at, "sigma": jnp.asarray(3.0)}).phi is renamed.phi
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            {"sgima": "s"},
+            "no parameter 'sgima' to rename: its parameters are sigma",
+        ),
+        ({"sigma": "epsilon"}, "two parameters of soft_sphere would be named 'epsilon'"),
+    ],
+)
+def test_bad_names_of_parameters_are_refused(names, message):
+    with pytest.raises(ms.InputError, match=message):
+        potentials.soft_sphere().renamed(names)
+
+
 def silicon(positions, params, displacement):
     from jax_md import energy
 
