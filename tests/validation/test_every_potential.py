@@ -117,7 +117,7 @@ def _same_symmetric(value: Any, expected: Any, tolerance: float, axes: int = 0) 
 
 def test_moduli_and_modes(name: str) -> None:
     eq, here, change = minimum(name), dense(name), direction(name)
-    (hessian, tensor), (turned, slope) = here.along(change, moved(name))
+    (_, tensor), (turned, slope) = here.along(change, moved(name))
     modes = ms.modes.smallest_stiffness(eq)
     count = len(modes.values)
     np.testing.assert_allclose(modes.values, here.values[:count], rtol=1e-8)

@@ -1,5 +1,5 @@
-"""A vacancy and interstitials of silicon against LAMMPS: the minimum from the same start, and how it
-moves as a parameter changes. The stored numbers are those of ``silicon_defects.py``.
+"""A vacancy and interstitials of silicon against LAMMPS: the minimum from the same start, and how
+it moves as a parameter changes. The stored numbers are those of ``silicon_defects.py``.
 """
 
 from __future__ import annotations
