@@ -20,7 +20,7 @@ Solver = Callable[[Any, jax.Array], tuple[jax.Array, Any]]
 
 def energy_of(system: ms.System) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """The energy of harmonic particles, U(R, sigma), over the pairs that are near here."""
-    i, j = (np.asarray(side) for side in system.neighbors.pairs)
+    i, j = (np.asarray(side) for side in system.neighbors.pairs[:2])
     i, j = (jnp.asarray(side[i < system.n]) for side in (i, j))
     kinds = jnp.arange(system.n) if system.species is None else jnp.asarray(system.species)
     length = length_of(system)
