@@ -227,7 +227,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "element": ({"potential": {"elements": ["Ge"]}}, "no element 'Ge'"),
     "rename": ({"potential": {"rename": {"sigm": "d"}}}, "did you mean 'sigma'"),
     "override": ({"parameters": {"epsilom": 1.0}}, "epsilom.*did you mean 'epsilon'"),
-    "shape": ({"parameters": {"lambda": [[1.0]]}}, r"parameter lambda has shape .*triples"),
+    "shape": ({"parameters": {"lambda": [[1.0]]}}, r"parameter lambda has shape .*give a scalar"),
     "two kinds": (
         {"positions": {"lattice": "zincblende"}},
         'lattice has sites of 2 kinds: give species = "positions"',
