@@ -80,8 +80,12 @@ from mdsens.sensitivity.derivatives import numbers, total_derivative, unit_cotan
 from mdsens.sensitivity.linearization import Linearization, full_tangent, linearized, require_sound
 from mdsens.sensitivity.results import Derivative, DirectionalDerivative, ParameterGradient
 
-__all__ = ["Isotropic", "Moduli", "directional", "gradient", "isotropic", "jvp", "mandel", "moduli"]
-__all__ += ["value_and_gradient", "voigt"]
+__all__ = ["GPa", "Isotropic", "Moduli", "directional", "gradient", "isotropic", "jvp", "mandel"]
+__all__ += ["moduli", "value_and_gradient", "voigt"]
+
+# One gigapascal in eV per cubic angstrom (the elementary charge of the SI is exact): moduli.voigt /
+# GPa are elastic constants in GPa where energies are in eV and lengths in angstroms.
+GPa = 1.0 / 160.2176634
 
 D = TypeVar("D", bound=Derivative)
 
@@ -217,8 +221,9 @@ class Moduli(Portable, Shown):
         :func:`mdsens.mechanics.stability.resolution`.
 
     The properties ``bulk``, ``shear``, ``young``, ``poisson``, ``pressure``, ``birch`` (Birch's
-    tensor, (d, d, d, d)), ``stability`` (the smallest eigenvalue of the symmetrized Birch tensor)
-    and ``status`` (the worst status of the solves) are computed from these fields.
+    tensor, (d, d, d, d)), ``voigt`` (the same as a matrix: C11, C12, C44 of a cubic crystal),
+    ``stability`` (the smallest eigenvalue of the symmetrized Birch tensor) and ``status`` (the
+    worst status of the solves) are computed from these fields.
     """
 
     tensor: jax.Array
@@ -244,6 +249,17 @@ class Moduli(Portable, Shown):
         gives the equation of B in terms of A and the stress.
         """
         return cleared(birch(self.tensor, self.stress), self.round_off)
+
+    @property
+    def voigt(self) -> jax.Array:
+        """Birch's tensor as the matrix (m, m) of Voigt's notation, m = 6 in 3-D and 3 in 2-D.
+
+        These are the elastic constants that an experiment measures, in energy per volume:
+        ``voigt[0, 0]``, ``voigt[0, 1]`` and ``voigt[3, 3]`` are C11, C12 and C44 of a cubic
+        crystal. Where energies are in eV and lengths in angstroms, divide by ``GPa`` of this module
+        for GPa. ``ms.elasticity.voigt`` takes any other tensor, such as ``affine``.
+        """
+        return voigt(self.birch)
 
     @property
     def pressure(self) -> jax.Array:

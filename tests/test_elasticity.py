@@ -579,7 +579,7 @@ def test_bad_input_is_refused():
         ms.potentials.lennard_jones(),
         {"sigma": 1.0, "epsilon": 1.0},
     )
-    with pytest.raises(ms.InputError, match="open boundaries: give it a box"):
+    with pytest.raises(ms.InputError, match="open boundaries: give the system a box"):
         moduli(ms.minimize(open_system))
     with pytest.raises(ms.InputError, match="open boundaries"):
         moduli(open_system)

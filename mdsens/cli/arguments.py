@@ -37,8 +37,8 @@ exit codes:
 """
 WRT = (
     "what to differentiate by: a parameter (sigma), a component (sigma[1]), or a component of a"
-    " matrix of species pairs (sigma[0,1], which changes together with sigma[1,0]); with --pressure"
-    " also the pressure"
+    " matrix of species pairs (sigma[0,1], which in a pair potential changes together with"
+    " sigma[1,0]) or of a table of triples (lambda[0,1,1]); with --pressure also the pressure"
 )
 
 

@@ -345,13 +345,16 @@ def _print_verdict_of_certificate(certificate: Certificate, strict: bool) -> int
 def _moduli(args: argparse.Namespace) -> int:
     """Run ``mdsens moduli``: compute elastic moduli and their derivatives by parameters."""
     import mdsens as ms
+    from mdsens.io import system_toml
 
     _check_writable("--plot", args.plot, FIGURES)
     _check_writable("--json", args.json, (".json",))
     _, lin, parts = _relax_system(args)
     ms.implicit.raise_for_status(Status(int(lin.status)), "this minimum has no moduli", lin)
     moduli = ms.elasticity.moduli(lin, throw=False)
-    print(moduli_report.page(moduli), end="\n\n", flush=True)
+    units = system_toml.read(system_toml.locate(args.system)).get("units", "")
+    in_gpa = moduli_report.in_gpa(units, lin.system.dimension)
+    print(moduli_report.page(moduli, in_gpa), end="\n\n", flush=True)
     slopes = moduli_report.slopes_of(lin, parts) if parts else {}
     if parts:
         print(moduli_report.derivatives(parts, slopes, MANY), end="\n\n", flush=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,35 +13,66 @@ import numpy as np
 
 from mdsens._util import tables
 from mdsens.cli.report import AXES, Component
-from mdsens.elasticity import Moduli, gradient, isotropic, voigt
+from mdsens.elasticity import GPa, Moduli, gradient, isotropic, voigt
+from mdsens.mechanics.stability import birch as birch_tensor
 from mdsens.mechanics.strain import basis
 from mdsens.sensitivity.derivatives import Linearization
 
-__all__ = ["as_dict", "derivatives", "page", "slopes_of", "verdict"]
+__all__ = ["as_dict", "derivatives", "in_gpa", "page", "slopes_of", "verdict"]
 
+ROUND_OFF = 1e-9  # entries of a tensor below this share of its largest one are shown as zero
+# the words for an angstrom in ``units`` of a system's file
+ANGSTROM = ("Å", "angstrom", "angstroms", "Angstrom", "Angstroms", "ångström", "Ångström", "A")
 # symbol in the tables -> attribute of Moduli and of isotropic(tensor)
 MODULI = {"K": "bulk", "G": "shear", "E": "young", "nu": "poisson"}
 
 
-def page(moduli: Moduli) -> str:
+def page(moduli: Moduli, in_gpa: bool = False) -> str:
     """Format the elastic moduli, the elastic tensor A and Birch's tensor B as tables.
 
     A is the second derivative of the energy by the strain, divided by the volume; B is the
     derivative of the stress by the strain.
+
+    Args:
+      moduli: the moduli.
+      in_gpa: whether energies are in eV and lengths in angstroms, so that B is shown in GPa, too,
+        with what it would be if particles followed the strain affinely, where that differs.
     """
     # the axes of each Mandel index: the first non-zero entry of its unit strain
     entries = [np.argwhere(unit)[0] for unit in basis(moduli.stress.shape[0])]
     axes = [f"{AXES[i]}{AXES[j]}" for i, j in entries]
 
     def matrix(title: str, tensor: jax.Array) -> str:
-        values = np.asarray(voigt(tensor))
+        return table(title, np.asarray(voigt(tensor)))
+
+    def table(title: str, values: np.ndarray) -> str:
+        # what is round-off beside the largest entry shows neither digits nor a sign
+        values = np.where(np.abs(values) < ROUND_OFF * np.max(np.abs(values)), 0.0, values)
         cells = np.reshape(tables.numbers(values.ravel()), values.shape).tolist()
         rows = [[name, *row] for name, row in zip(axes, cells, strict=True)]
         return tables.columns(title, ["", *axes], rows)
 
     title = "A, by Voigt's indices: the energy's second derivative by strain, a volume"
     birch = "B, Birch's: the stress's derivative by strain (row: stress)"
-    return "\n\n".join([str(moduli), matrix(title, moduli.tensor), matrix(birch, moduli.birch)])
+    parts = [str(moduli), matrix(title, moduli.tensor), matrix(birch, moduli.birch)]
+    if in_gpa:
+        relaxed = np.asarray(moduli.voigt) / GPa
+        affine = np.asarray(voigt(birch_tensor(moduli.affine, moduli.stress))) / GPa
+        parts.append(table("B in GPa", relaxed))
+        # the same where no particle leaves its affine position, as in an fcc crystal
+        if np.max(np.abs(affine - relaxed)) > ROUND_OFF * np.max(np.abs(relaxed)):
+            parts.append(table("B in GPa if affine, without internal strain", affine))
+    return "\n\n".join(parts)
+
+
+def in_gpa(units: str, dimension: int) -> bool:
+    """Return whether a system's elastic constants can be shown in GPa.
+
+    They can in 3-D where the text ``units`` of the system's file names eV and Å (or angstrom).
+    """
+    # NFKC makes the sign of the unit, U+212B, the letter Å
+    words = set(re.findall(r"\w+", unicodedata.normalize("NFKC", units)))
+    return dimension == 3 and "eV" in words and not words.isdisjoint(ANGSTROM)
 
 
 def slopes_of(lin: Linearization, parts: Sequence[Component]) -> dict[str, np.ndarray]:

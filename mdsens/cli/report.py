@@ -43,6 +43,7 @@ __all__ = [
 ]
 
 AXES = ("x", "y", "z")  # names of the coordinates
+MOST = 30  # numbers of a parameter that are shown one by one; of more, the range
 # Largest relative difference from finite differences. Central differences at a step of 1e-6 are
 # themselves right to 1e-9 in stiff systems and to some 1e-5 in soft ones, where round-off of the
 # minimum is divided by the softest stiffness and the step. A wrong derivative (a term missing, a
@@ -107,6 +108,7 @@ def _check_index(name: str, index: tuple[int, ...], shape: tuple[int, ...]) -> N
             0: ("one number", name),
             1: (f"{shape[0] if shape else 0} numbers", f"{name}[i], or {name} for all of them"),
             2: ("a matrix", f"{name}[i,j], or {name} for all of it"),
+            3: ("a number for each triple of species", f"{name}[i,j,k], or {name} for all of them"),
         }[len(shape)]
         raise InputError(f"--wrt: {name} is {kind}: write {form}.")
     for i, size in zip(index, shape, strict=True):
@@ -165,7 +167,7 @@ def _describe_kinds(system: System) -> str:
         return f"{system.species_count} species ({' + '.join(parts)})"
     if any(v.shape == (system.n,) and system.n > 1 for v in system.params.values()):
         return "each with parameters of its own"
-    return "all alike"
+    return f"all {system.species_names[0]}" if system.species_names else "all alike"
 
 
 def _format_density(system: System) -> tuple[str, str]:
@@ -188,13 +190,23 @@ def _folded(title: str) -> str:
 
 
 def _values(value: np.ndarray) -> str:
-    """Format a parameter's value: up to 6 numbers and matrices in full, more numbers as a range."""
+    """Format a parameter's value: up to 6 numbers and matrices in full, more numbers as a range.
+
+    Tables of triples of species have one line for each species of the center.
+    """
     if value.ndim == 0:
         return f"{value:.6g}"
-    if value.ndim == 1 and value.size > 6:
+    if value.ndim == 3 and value.size <= MOST:
+        centers = "; ".join(f"{k}: {_rows_of(table)}" for k, table in enumerate(value))
+        return f"{centers} (by the species of the center)"
+    if value.size > MOST or (value.ndim == 1 and value.size > 6):
         return f"{value.size} values from {value.min():.6g} to {value.max():.6g}"
-    rows = [", ".join(f"{v:.6g}" for v in row) for row in np.atleast_2d(value)]
-    return "; ".join(rows) + (" (a row for each species)" if value.ndim == 2 else "")
+    return _rows_of(np.atleast_2d(value)) + (" (a row for each species)" if value.ndim == 2 else "")
+
+
+def _rows_of(matrix: np.ndarray) -> str:
+    """Format a matrix in one line, its rows one after the other."""
+    return "; ".join(", ".join(f"{v:.6g}" for v in row) for row in matrix)
 
 
 def relaxation(eq: Equilibrium, net: Network, more: tables.Rows = ()) -> str:

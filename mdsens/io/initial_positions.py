@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,57 @@ from mdsens.io.ase_structures import cell_of, coordinates_of, masses_of, species
 from mdsens.io.files import read_npz
 from mdsens.model.box import with_normals
 
-__all__ = ["Start", "crystal", "from_file", "lattices", "pairs_within", "random"]
+__all__ = ["Start", "crystal", "from_file", "lattices", "pairs_within", "random", "site_kinds"]
 
-# Conventional cells: edges in units of the lattice constant, and the sites as fractions of them.
-_CELLS: dict[str, tuple[list[float], list[list[float]]]] = {
-    "square": ([1.0, 1.0], [[0, 0]]),
+
+@dataclasses.dataclass(frozen=True)
+class _Cell:
+    """A conventional cell with right angles.
+
+    Attributes:
+      edges: lengths of its edges, in units of the lattice constant.
+      sites: the sites, as fractions of the edges.
+      kinds: for each site the number of its kind, from 0; empty if all sites are alike.
+    """
+
+    edges: list[float]
+    sites: list[list[float]]
+    kinds: list[int] = dataclasses.field(default_factory=list)
+
+    @property
+    def kind_count(self) -> int:
+        """How many kinds of sites there are."""
+        return max(self.kinds, default=0) + 1
+
+    @property
+    def kind_of_sites(self) -> np.ndarray:
+        """The number of the kind of each site, from 0."""
+        return np.array(self.kinds or [0] * len(self.sites))
+
+
+_CUBE = [1.0, 1.0, 1.0]
+_FCC = [[0, 0, 0], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]]
+# the sites of fcc and, a quarter of the diagonal away from them, those of another fcc
+_DIAMOND = [*_FCC, *([x + 0.25 for x in site] for site in _FCC)]
+# c / a of hcp where all twelve neighbors of an atom are equally near
+_IDEAL_RATIO = (8 / 3) ** 0.5
+
+_CELLS: dict[str, _Cell] = {
+    "square": _Cell([1.0, 1.0], [[0, 0]]),
     # the lattice constant is the distance of nearest neighbors
-    "triangular": ([1.0, 3**0.5], [[0, 0], [0.5, 0.5]]),
-    "sc": ([1.0, 1.0, 1.0], [[0, 0, 0]]),
-    "bcc": ([1.0, 1.0, 1.0], [[0, 0, 0], [0.5, 0.5, 0.5]]),
-    "fcc": ([1.0, 1.0, 1.0], [[0, 0, 0], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]]),
+    "triangular": _Cell([1.0, 3**0.5], [[0, 0], [0.5, 0.5]]),
+    "sc": _Cell(_CUBE, [[0, 0, 0]]),
+    "bcc": _Cell(_CUBE, [[0, 0, 0], [0.5, 0.5, 0.5]]),
+    "fcc": _Cell(_CUBE, _FCC),
+    # the lattice constant is the distance of neighbors in a close-packed layer, normal to z
+    "hcp": _Cell(
+        [1.0, 3**0.5, _IDEAL_RATIO],
+        [[0, 0, 0], [0.5, 0.5, 0], [0.5, 1 / 6, 0.5], [0, 2 / 3, 0.5]],
+    ),
+    "diamond": _Cell(_CUBE, _DIAMOND),
+    "zincblende": _Cell(_CUBE, _DIAMOND, [0, 0, 0, 0, 1, 1, 1, 1]),
+    # Ni3Al: the majority at the centers of the faces, the minority at the corners
+    "L1_2": _Cell(_CUBE, _FCC, [1, 0, 0, 0]),
 }
 
 
@@ -41,6 +82,7 @@ class Start:
       file: path of the file, for messages; empty where the positions are from no file.
       symbols: (n,) chemical symbols; None where none come with the positions.
       species_names: chemical symbols of species 0, 1, …; empty where none are known.
+      lattice_kinds: how many kinds of sites the lattice has; 1 where there is none.
       periodic: for each cell vector whether the file's structure is periodic along it; empty where
         it is along all of them.
       masses: (n,) masses; None where none come with the positions.
@@ -54,6 +96,7 @@ class Start:
     file: str = ""
     symbols: np.ndarray | None = None
     species_names: tuple[str, ...] = ()
+    lattice_kinds: int = 1
     periodic: tuple[bool, ...] = ()
     masses: np.ndarray | None = None
     tags: np.ndarray | None = None
@@ -85,7 +128,12 @@ class Start:
 
 def lattices(dimension: int) -> tuple[str, ...]:
     """Return the names of the lattices in two or three dimensions, such as fcc."""
-    return tuple(name for name, (edges, _) in _CELLS.items() if len(edges) == dimension)
+    return tuple(name for name, cell in _CELLS.items() if len(cell.edges) == dimension)
+
+
+def site_kinds(lattice: str) -> int:
+    """Return how many kinds of sites a lattice has: 1, or 2 of a compound such as zincblende."""
+    return _CELLS[lattice].kind_count
 
 
 def random(dimension: int, n: int, seed: int) -> Start:
@@ -104,25 +152,36 @@ def crystal(
     vacancies: np.ndarray,
     noise: float,
     seed: int,
+    ratio: float | None = None,
+    elements: Sequence[str] = (),
 ) -> Start:
     """Place particles on the sites of a lattice in a rectangular cell.
 
-    Some sites may be left empty, and the particles may be displaced at random.
+    Some sites may be left empty, and the particles may be displaced at random. The array
+    ``species`` of the result has the number of the kind of each particle's site.
 
     Args:
-      lattice: name of the lattice: square or triangular in 2-D; sc, bcc or fcc in 3-D.
-      constant: the lattice constant; for the triangular lattice, the distance of nearest neighbors.
+      lattice: name of the lattice: square or triangular in 2-D; sc, bcc, fcc, hcp, diamond,
+        zincblende or L1_2 in 3-D.
+      constant: the lattice constant; for the triangular lattice and hcp, the distance of nearest
+        neighbors.
       dimension: 2 or 3.
       repeats: (d,) numbers of conventional cells along each axis.
       vacancies: indices of the sites that are left empty.
       noise: standard deviation of the Gaussian displacement of each coordinate.
       seed: seed of the random displacements.
+      ratio: c / a of hcp; None for the ideal ratio.
+      elements: chemical symbols of the kinds of sites, which give the masses; empty where none are
+        known.
     """
-    edges, basis = _CELLS[lattice]
+    shape = _CELLS[lattice]
+    edges = np.array(shape.edges)
+    if ratio is not None:
+        edges[-1] = ratio
     # corners of the conventional cells (cells, 1, d) + sites in a cell (sites, d)
     grid = np.meshgrid(*[np.arange(k) for k in repeats], indexing="ij")
     corners = np.stack(grid, axis=-1).reshape(-1, 1, dimension)
-    sites = (corners + np.asarray(basis, float)) * np.asarray(edges) * constant
+    sites = (corners + np.asarray(shape.sites, float)) * edges * constant
     sites = sites.reshape(-1, dimension)
     if len(vacancies) and (vacancies.min() < 0 or vacancies.max() >= len(sites)):
         raise InputError(
@@ -131,8 +190,30 @@ def crystal(
     if noise:
         # drawn for the empty sites too: a vacancy leaves the displacements of the others unchanged
         sites = sites + noise * np.random.default_rng(seed).standard_normal(sites.shape)
-    cell = np.diag(np.asarray(edges) * constant * repeats)
-    return Start(np.delete(sites, vacancies, axis=0), cell)
+    kinds = np.delete(np.tile(shape.kind_of_sites, len(corners)), vacancies)
+    return Start(
+        np.delete(sites, vacancies, axis=0),
+        np.diag(edges * constant * repeats),
+        arrays={"species": kinds},
+        symbols=np.array(elements)[kinds] if elements else None,
+        masses=_masses_of(elements)[kinds] if elements else None,
+        species_names=tuple(elements),
+        lattice_kinds=shape.kind_count,
+    )
+
+
+def _masses_of(elements: Sequence[str]) -> np.ndarray:
+    """Return the masses of elements in atomic mass units.
+
+    Raises:
+      InputError: a symbol is that of no element.
+    """
+    from ase.data import atomic_masses, atomic_numbers  # on demand: it takes long to import
+
+    for element in elements:
+        if not atomic_numbers.get(element, 0):  # 0 is X, which is no element
+            raise InputError(f"positions.elements contains {element!r}: give chemical symbols.")
+    return np.array([atomic_masses[atomic_numbers[element]] for element in elements])
 
 
 def pairs_within(

@@ -14,17 +14,16 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mdsens import potentials
 from mdsens._util.errors import InputError
 from mdsens._util.lattice import BALL_OF_UNIT_DIAMETER
-from mdsens._util.suggestions import did_you_mean, similar_name
+from mdsens._util.suggestions import similar_name
 from mdsens._util.validation import is_integer
 from mdsens.io import initial_positions
 from mdsens.io.ase_structures import numbered
+from mdsens.io.potential_toml import read_potential_tables
 from mdsens.io.toml_table import TomlTable, array_of, short
 from mdsens.model.box import PackingFraction
 from mdsens.model.system import System
-from mdsens.potentials.base import Potential
 from mdsens.relaxation.methods import Fire
 
 __all__ = ["bundled_systems", "load_system", "relaxation_options", "systems_folder"]
@@ -42,19 +41,11 @@ KEYS = (
     "parameters",
     "relaxation",
 )
-# kinds of potentials, and the keys of each beside kind and rename
-KINDS = {
-    "soft_sphere": (),
-    "lennard_jones": ("onset", "cutoff"),
-    "morse": ("onset", "cutoff"),
-    "harmonic_morse": (),
-    "harmonic_bonds": ("bonds",),
-    "induced_dipoles": ("damped",),
-    "charge_equilibration": ("total",),
-}
 # Tables into which a keyword of load_system is merged key by key. A keyword with the key named here
 # (the kind) replaces the table instead: the keys of another kind would not fit it.
 MERGED = {"positions": "kind", "potential": "kind", "parameters": None, "relaxation": None}
+# keys of tables whose values are paths
+PATHS = {"positions": "file", "potential": "path"}
 
 
 def systems_folder() -> Path:
@@ -129,16 +120,29 @@ def merged(content: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, A
 
 def _read_and_merge(path: Path, fields: Mapping[str, Any]) -> TomlTable:
     """Read a system's TOML file, replace keys by ``fields``, and check the names of the keys."""
-    fields = dict(fields)
-    positions = fields.get("positions")
-    if isinstance(positions, Mapping) and isinstance(positions.get("file"), (str, Path)):
-        # a path in the TOML file is relative to that file; one in a keyword may also be relative to
-        # the working directory
-        file = Path(positions["file"])
-        if not (path.parent / file).is_file() and file.is_file():
-            file = file.resolve()
-        fields["positions"] = {**positions, "file": str(file)}
+    fields = {key: _located(value, PATHS.get(key), path.parent) for key, value in fields.items()}
     return TomlTable.of("", merged(read(path), fields), KEYS)
+
+
+def _located(table: Any, key: str | None, folder: Path) -> Any:
+    """Return a keyword of ``load_system`` with a path that is valid from the system's folder.
+
+    A path in the TOML file is relative to that file; one in a keyword may also be relative to the
+    working directory.
+
+    Args:
+      table: the value of the keyword.
+      key: the key of a path, if the keyword is a table that may have one; else None.
+      folder: the folder of the TOML file.
+    """
+    if key is None or not isinstance(table, Mapping):
+        return table
+    if not isinstance(table.get(key), (str, Path)):
+        return table
+    file = Path(table[key])
+    if not (folder / file).is_file() and file.is_file():
+        file = file.resolve()
+    return {**table, key: str(file)}
 
 
 def load_system(name: str | Path, /, **fields: Any) -> System:
@@ -212,16 +216,11 @@ def build(top: TomlTable, folder: Path) -> System:
     dimension = top.integer("dimension")
     if dimension not in (2, 3):
         raise InputError(f"dimension is {dimension}: give 2 or 3.")
-    count = top.integer("count", least=1) if top.has("count") else None
     start = _read_positions(top, dimension, seed, folder)
     n = len(start.positions)
-    if count is not None and count != n:
-        raise InputError(
-            f"count is {count}, but positions give {n} particles: remove count, or change it to"
-            f" {n}."
-        )
+    _check_count(top, n)
     species, names = _read_species(top, n, start)
-    values = top.raw("parameters")
+    values = top.raw("parameters", {})
     if not isinstance(values, Mapping):
         raise InputError(f"parameters is {short(values)}: give a table of names and values.")
 
@@ -250,19 +249,33 @@ def build(top: TomlTable, folder: Path) -> System:
         cell=cell,
         periodic=_read_periodic(top, dimension, start),
     )
-    potential, sizes = _read_potential(top, placed)
-    params = {name: parameter(name, sizes.get(name, n)) for name in values}
+    tables = read_potential_tables(top.raw("potential"), placed, folder)
+    if not tables.params:
+        top.raw("parameters")  # reports the missing key
+    names = tables.check_elements(species, names)
+    params = {**tables.params}
+    params |= {name: parameter(name, tables.bond_counts.get(name, n)) for name in values}
     dtype = jnp.result_type(float)  # jax's precision: float32 unless x64 is enabled
     return System.create(
         np.asarray(positions, dtype),
         box,
-        potential,
+        tables.potential,
         params,
         species,
         periodic=placed.periodic,
         masses=start.masses,
         tags=start.tags,
     ).replace(species_names=names)
+
+
+def _check_count(top: TomlTable, n: int) -> None:
+    """Raise InputError if the key ``count`` is not the number of particles n of the positions."""
+    count = top.integer("count", least=1) if top.has("count") else n
+    if count != n:
+        raise InputError(
+            f"count is {count}, but positions give {n} particles: remove count, or change it to"
+            f" {n}."
+        )
 
 
 def _read_positions(
@@ -281,33 +294,55 @@ def _read_positions(
         TomlTable.of("positions", table.values, ("kind", "values"))
         return initial_positions.Start(table.array("values", (None, dimension)))
     if kind == "lattice":
-        TomlTable.of(
-            "positions",
-            table.values,
-            ("kind", "lattice", "constant", "cells", "vacancies", "noise"),
-        )
-        lattice = table.text("lattice", choices=initial_positions.lattices(dimension))
-        cells = table.raw("cells")
-        cells = [cells] * dimension if is_integer(cells) else cells  # one for all axes
-        repeats = array_of("positions.cells", cells, (dimension,), integers=True)
-        if repeats.min() < 1:
-            raise InputError(f"positions.cells is {short(cells)}: give integers from 1.")
-        vacancies = np.zeros(0, int)
-        if table.raw("vacancies", []):
-            vacancies = table.array("vacancies", (None,), integers=True)
-        return initial_positions.crystal(
-            lattice,
-            dimension,
-            constant=table.number("constant"),
-            repeats=repeats,
-            vacancies=vacancies,
-            noise=table.number("noise", 0.0, positive=False),
-            seed=seed,
-        )
+        return _read_lattice(table, dimension, seed)
     TomlTable.of("positions", table.values, ("kind", "file", "index"))
     return initial_positions.from_file(
         folder / table.text("file"), dimension, table.integer("index", 0)
     )
+
+
+def _read_lattice(table: TomlTable, dimension: int, seed: int) -> initial_positions.Start:
+    """Read the sites of a crystal from the table ``positions`` of kind lattice."""
+    keys = ("lattice", "constant", "ratio", "cells", "elements", "vacancies", "noise")
+    TomlTable.of("positions", table.values, ("kind", *keys))
+    lattice = table.text("lattice", choices=initial_positions.lattices(dimension))
+    cells = table.raw("cells")
+    cells = [cells] * dimension if is_integer(cells) else cells  # one for all axes
+    repeats = array_of("positions.cells", cells, (dimension,), integers=True)
+    if repeats.min() < 1:
+        raise InputError(f"positions.cells is {short(cells)}: give integers from 1.")
+    if table.has("ratio") and lattice != "hcp":
+        raise InputError(
+            f"positions.ratio is c / a of hcp, and positions.lattice is {lattice!r}: remove it."
+        )
+    vacancies = np.zeros(0, int)
+    if table.raw("vacancies", []):
+        vacancies = table.array("vacancies", (None,), integers=True)
+    return initial_positions.crystal(
+        lattice,
+        dimension,
+        constant=table.number("constant"),
+        repeats=repeats,
+        vacancies=vacancies,
+        noise=table.number("noise", 0.0, positive=False),
+        seed=seed,
+        ratio=table.number("ratio") if table.has("ratio") else None,
+        elements=_read_elements(table, lattice),
+    )
+
+
+def _read_elements(table: TomlTable, lattice: str) -> tuple[str, ...]:
+    """Read the chemical symbols of the kinds of sites of a lattice; empty where none are there."""
+    elements = table.raw("elements", [])
+    kinds = initial_positions.site_kinds(lattice)
+    texts = isinstance(elements, list) and all(isinstance(name, str) for name in elements)
+    distinct = texts and len(set(elements)) == len(elements)
+    if not distinct or (table.has("elements") and len(elements) != kinds):
+        raise InputError(
+            f"positions.elements is {short(elements)}: give {kinds} chemical symbol(s) in a list,"
+            f" one for each kind of site of {lattice}."
+        )
+    return tuple(elements)
 
 
 def _table_of(top: TomlTable, key: str) -> Mapping[str, Any]:
@@ -329,7 +364,9 @@ def _read_species(
     """
     value = top.raw("species", None)
     if value is None:
-        return None, ()
+        _check_alike(start)
+        # the name of the single element, if there is but one
+        return None, start.species_names if len(start.species_names) == 1 else ()
     if value == "positions":
         species = array_of("species", start.array("species", "species"), (n,), integers=True)
         return species, start.species_names
@@ -347,6 +384,15 @@ def _read_species(
         )
     counts = _count_species(value, n)
     return np.repeat(np.arange(len(counts)), counts), ()
+
+
+def _check_alike(start: initial_positions.Start) -> None:
+    """Raise InputError if a system has no species, but its lattice has sites of several kinds."""
+    if start.lattice_kinds > 1:
+        raise InputError(
+            f"species is missing, and the lattice has sites of {start.lattice_kinds} kinds: give"
+            ' species = "positions".'
+        )
 
 
 def _count_species(value: Sequence[float] | np.ndarray, n: int) -> np.ndarray:
@@ -448,23 +494,23 @@ def _read_box(
     The box is the cell matrix itself, or a rule by which the cell follows the parameters. Both are
     None for open boundaries.
     """
-    keys = ("packing_fraction", "follows", "lengths", "vectors", "number_density", "periodic")
+    keys = ("packing_fraction", "follows", "lengths", "vectors", "number_density", "cell")
     value = top.raw("box")
     if isinstance(value, str):
         choice = top.text("box", choices=("open", "positions"))
         cell = None if choice == "open" else _require_cell(start)
         return cell, cell
-    table = TomlTable.of("box", value, keys)
-    sizes = [key for key in keys[:-1] if key != "follows" and table.has(key)]
+    table = TomlTable.of("box", value, (*keys, "periodic"))
+    sizes = [key for key in keys if key != "follows" and table.has(key)]
     if len(sizes) != 1:
         raise InputError(
-            f"box has {len(sizes)} of packing_fraction, lengths, vectors and number_density: give"
-            " one of them."
+            f"box has {len(sizes)} of packing_fraction, lengths, vectors, number_density and cell:"
+            " give one of them."
         )
     if table.has("packing_fraction"):
         follows = table.text("follows", "parameters", choices=("parameters", "nothing"))
         rule = PackingFraction(float(table.number("packing_fraction")))
-        diameters = _diameters(sigma, n, species, top.raw("parameters"))
+        diameters = _diameters(sigma, n, species, top.raw("parameters", {}))
         if not (diameters > 0).all():
             raise InputError(
                 f"parameters.sigma is {short(np.asarray(sigma).tolist())}: every diameter must be"
@@ -474,7 +520,7 @@ def _read_box(
         volume = np.sum(ball * diameters**dimension) / rule.fraction
         cell = np.eye(dimension) * volume ** (1.0 / dimension)
         return (rule if follows == "parameters" else cell), cell
-    cell = _read_fixed_cell(table, dimension, n)
+    cell = _read_fixed_cell(table, dimension, n, start)
     return cell, cell
 
 
@@ -486,14 +532,13 @@ def _read_periodic(
     The axes of the file of the positions go with the cell of this file, ``box = "positions"``.
     """
     box = top.raw("box")
-    if box == "positions" and start.periodic:
-        return start.periodic
     if not isinstance(box, Mapping) or "periodic" not in box:
-        return (True,) * dimension
-    if "lengths" not in box and "vectors" not in box:
+        of_positions = box == "positions" or (isinstance(box, Mapping) and "cell" in box)
+        return (start.periodic if of_positions else ()) or (True,) * dimension
+    if not {"lengths", "vectors", "cell"} & set(box):
         raise InputError(
-            "box.periodic is for box.lengths and box.vectors: the other boxes need a volume, and"
-            " are periodic along all axes; remove it, or give the cell by one of these."
+            "box.periodic is for box.lengths, box.vectors and box.cell: the other boxes need a"
+            " volume, and are periodic along all axes; remove it, or give the cell by one of these."
         )
     return _checked_axes(box["periodic"], dimension)
 
@@ -522,114 +567,23 @@ def _require_cell(start: initial_positions.Start) -> np.ndarray:
     return start.cell
 
 
-def _read_fixed_cell(table: TomlTable, dimension: int, n: int) -> np.ndarray:
-    """Read the cell matrix (d, d) of n particles from a density, edge lengths or cell vectors."""
+def _read_fixed_cell(
+    table: TomlTable, dimension: int, n: int, start: initial_positions.Start
+) -> np.ndarray:
+    """Read the cell matrix (d, d) of n particles.
+
+    It is that of the positions, or follows from a density, edge lengths or cell vectors.
+    """
     if table.has("follows"):
         raise InputError(
             "box.follows belongs to packing_fraction alone, other boxes do not change: remove it."
         )
+    if table.has("cell"):
+        table.text("cell", choices=("positions",))
+        return _require_cell(start)
     if table.has("number_density"):
         return np.eye(dimension) * (n / table.number("number_density")) ** (1.0 / dimension)
     if table.has("lengths"):
         return np.diag(table.array("lengths", (dimension,)))
     # the cell vectors are rows in the file, and columns of the cell
     return table.array("vectors", (dimension, dimension)).T
-
-
-def _read_potential(
-    top: TomlTable, start: initial_positions.Start
-) -> tuple[Potential, dict[str, int]]:
-    """Read the potential from the table ``potential`` of a system's file.
-
-    ``start`` has the positions and the cell of the system, by which bonds are found.
-
-    Returns:
-      the potential; and a dict with the number of bonds, by the name of each parameter of bonds,
-      which has one value for each bond if its values are drawn at random.
-    """
-    value = top.raw("potential")
-    tables = list(value) if isinstance(value, (list, tuple)) else [value]
-    if not tables:
-        raise InputError(
-            "potential is empty: give a table with a kind, or several as an array of tables."
-        )
-    parts: list[Any] = []
-    sizes: dict[str, int] = {}
-    for k, entry in enumerate(tables):
-        label = "potential" if len(tables) == 1 else f"potential[{k}]"
-        table = _read_potential_table(label, entry)
-        potential = _make_potential(table, start)
-        potential = _rename_parameters(potential, table)
-        # uniform = [low, high] draws one value a bond
-        if table.raw("kind") == "harmonic_bonds":
-            sizes.update(dict.fromkeys(potential.parameters, len(potential.bonds)))
-        parts.append(potential)
-    return (parts[0] if len(parts) == 1 else potentials.SumPotential(tuple(parts))), sizes
-
-
-def _read_potential_table(label: str, entry: object) -> TomlTable:
-    """Check the TOML table of one potential: its key ``kind``, and the names of its keys.
-
-    Return the table as a ``TomlTable``. ``label`` is the name of the table, for messages.
-    """
-    if not isinstance(entry, Mapping):
-        raise InputError(f"{label} is {short(entry)}: give a table with a kind.")
-    if "law" in entry:  # the name of the key "kind" in an earlier version of the format
-        raise InputError(
-            f"{label}.law is no key of the format: write {label}.kind = {short(entry['law'])}."
-        )
-    kind = TomlTable(label, entry).text("kind", choices=tuple(KINDS))
-    return TomlTable.of(label, entry, ("kind", "rename", *KINDS[kind]))
-
-
-def _make_potential(table: TomlTable, start: initial_positions.Start) -> Any:
-    """Make one potential from its table, with the default names of the parameters."""
-    kind = table.raw("kind")
-    if not KINDS[kind]:
-        return getattr(potentials, kind)()
-    if kind == "induced_dipoles":
-        return potentials.induced_dipoles(table.raw("damped", True))
-    if kind == "charge_equilibration":
-        return potentials.charge_equilibration(table.raw("total", 0.0))
-    if kind == "harmonic_bonds":
-        return potentials.harmonic_bonds(_read_bonds(table, start))
-    onset = table.number("onset", 2.0)
-    return getattr(potentials, kind)(onset, table.number("cutoff", 2.5))
-
-
-def _rename_parameters(potential: Any, table: TomlTable) -> Any:
-    """Rename the parameters of a potential as the key ``rename`` of its table says."""
-    rename = table.raw("rename", {})
-    label = table.label("rename")
-    if not isinstance(rename, Mapping) or not all(isinstance(v, str) for v in rename.values()):
-        raise InputError(f"{label} is {short(rename)}: give a table of old and new names.")
-    for old in rename:
-        if old not in potential.parameters:
-            hint = did_you_mean(old, potential.parameters)
-            raise InputError(f"{label}.{old} is no parameter: {hint}")
-    return potential.renamed(rename) if rename else potential
-
-
-def _read_bonds(table: TomlTable, start: initial_positions.Start) -> np.ndarray:
-    """Read the bonds of a potential as (m, 2) particle indices.
-
-    The bonds are a list; an array in the file of the positions, ``{array = "bonds"}``; or with
-    ``{within = length}`` all pairs that are closer than ``length`` at the initial positions.
-    """
-    value = table.raw("bonds")
-    label = table.label("bonds")
-    if not isinstance(value, Mapping):
-        return table.array("bonds", (None, 2), integers=True)
-    rule = TomlTable.of(label, value, ("within", "array"))
-    if len(value) != 1:
-        raise InputError(f"{label} is {short(value)}: give either `within` or `array`.")
-    if rule.has("array"):
-        return array_of(label, start.array(rule.text("array"), label), (None, 2), integers=True)
-    length = rule.number("within")
-    pairs = initial_positions.pairs_within(start.positions, start.cell, length, start.periodic)
-    if not len(pairs):
-        raise InputError(
-            f"{label}.within is {value['within']}: no two particles are that near, give a larger"
-            " length."
-        )
-    return pairs

@@ -609,12 +609,13 @@ def _find_wraps(
         meets = jnp.any(torn, axis=0) if e.rows else jnp.zeros(n, bool).at[e.i].max(torn)
         wraps = wraps.at[labels].max(meets)
         if d == 3:
-            gap = jnp.stack([jnp.where(torn, g, 0.0) for g in gaps], axis=-1)
-            squares = gap[..., :, None] * gap[..., None, :]
-            if e.rows:
-                spread = spread.at[labels].add(jnp.sum(squares, axis=0))
-            else:
-                spread = spread.at[labels[e.i]].add(squares)
+            gap = [jnp.where(torn, g, 0.0) for g in gaps]
+            # summed over the rows at once, so that no array of all pairs has nine components
+            squares = jnp.stack(
+                [jnp.sum(a * b, axis=0) if e.rows else a * b for a in gap for b in gap], axis=-1
+            )
+            ends = labels if e.rows else labels[e.i]
+            spread = spread.at[ends].add(squares.reshape(-1, 3, 3))
     return wraps, _only_directions(spread)
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdsens._util.errors import InputError
+from mdsens._util.lattice import heights
 from mdsens._util.progress import Decades
 from mdsens.mechanics.cell import Cell, deformed
 from mdsens.mechanics.hessian_factor import HessianFactor
@@ -42,6 +42,9 @@ POLAR_STEPS = 12
 ROUND_OFF = 1e-14
 # Rise of the energy less the work of the load that counts as round-off, as a share of both.
 ENERGY_ROUND_OFF = 1e-12
+# Part of the volume at the start below which a cell counts as too small, if a particle then meets
+# its own images.
+SMALLEST = 0.125
 
 
 @jax.jit
@@ -192,7 +195,8 @@ class _Run:
     def _strained(self, system: System, strain: np.ndarray, moved: jax.Array) -> Equilibrium | None:
         """Strain a cell and relax the particles; None if the cell becomes too small.
 
-        A cell is too small if the images within the range of the interactions do not fit in memory.
+        A cell is too small if it has an eighth of its volume at the start, and a particle meets its
+        own images in it.
 
         Args:
           system: the system, with particles at rest in the cell.
@@ -208,12 +212,10 @@ class _Run:
             box = (back @ box).astype(moved.dtype)
         # Stretched along the axes, an orthogonal cell stays one, which ``deformed`` does not know.
         boundary = FixedBox(box, self.stretched and system.boundary.orthogonal)
-        try:
-            return self._relax_particles(
-                strained.replace(positions=positions, boundary=boundary).reallocate()
-            )
-        except InputError:  # more images within the range than fit in memory
+        strained = strained.replace(positions=positions, boundary=boundary)
+        if _has_collapsed(strained, abs(float(np.linalg.det(self.start)))):
             return None
+        return self._relax_particles(strained.reallocate())
 
     def _relax_particles(self, system: System) -> Equilibrium:
         """Relax the particles in a fixed cell, in the steps of the minimizer that are left."""
@@ -225,6 +227,21 @@ class _Run:
         )
         self.steps += int(eq.steps)
         return eq
+
+
+def _has_collapsed(system: System, volume: float) -> bool:
+    """Return whether a cell is much smaller than at the start, and smaller than twice the range.
+
+    Under a pressure that nothing withstands a cell would shrink without end, and the images within
+    the range of the interactions would fill the memory.
+
+    Args:
+      system: the system in its present cell.
+      volume: volume of the cell at the start.
+    """
+    smallest = float(np.min(heights(np.asarray(system.box))))
+    needs_images = 2.0 * float(system.range) > smallest
+    return needs_images and float(system.periodic_volume) < SMALLEST * volume
 
 
 def _rotation(deformation: np.ndarray) -> np.ndarray:

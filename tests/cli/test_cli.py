@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import LONG, ROOT, SOLIDS, ring
@@ -19,7 +20,8 @@ from conftest import LONG, ROOT, SOLIDS, ring
 import mdsens as ms
 from mdsens import cli
 from mdsens._util import tables
-from mdsens.cli import doctor, report
+from mdsens.cli import doctor, moduli_report, report
+from mdsens.implicit.linear.result import SolveStats
 
 PACKING = """
 description = "sixteen discs"
@@ -350,6 +352,11 @@ def test_a_system_that_does_not_relax_is_not_trusted(
             "sigma is 2 numbers: write sigma[i]",
         ),
         (["verify", "dimer", "--wrt", "sigma[0]"], "sigma is one number: write sigma."),
+        (
+            ["sensitivity", "silicon_carbide", "--wrt", "R[0,1]"],
+            "R is a number for each triple of species: write R[i,j,k]",
+        ),
+        (["sensitivity", "silicon_carbide", "--wrt", "R[0,1,2]"], "indices go from 0 to 1"),
         (["sensitivity", "dimer", "--wrt", "sigma[a]"], "'sigma[a]' names no parameter component"),
         (["sensitivity", "dimer", "--wrt", "sigma", "--plot", "a.txt"], "ends in .png"),
         (["sensitivity", "dimer", "--wrt", "sigma", "--out", "a.txt"], "ends in .npz"),
@@ -601,3 +608,68 @@ def test_moduli_that_are_not_to_be_had(tmp_path: Path, capsys):
     assert what.code == cli.BAD_INPUT and "give the pressure as well" in what.err
     open_ends = Outcome(capsys, "moduli", "dimer")
     assert open_ends.code == cli.BAD_INPUT and "give the system a box" in open_ends.err
+    slab = Outcome(capsys, "moduli", "copper_surface")
+    assert slab.code == cli.BAD_INPUT and "not periodic along cell vector 3" in slab.err
+
+
+def cubic_moduli(c11: float, c12: float, c44: float, affine: float) -> ms.elasticity.Moduli:
+    """Moduli of a cubic crystal without stress, in eV / Å^3 from GPa; nothing is computed."""
+
+    def tensor(shear: float) -> jax.Array:
+        one = np.eye(3)
+        pairs = np.einsum("ij,kl->ijkl", one, one)
+        swaps = np.einsum("ik,jl->ijkl", one, one) + np.einsum("il,jk->ijkl", one, one)
+        cube = np.einsum("ia,ja,ka,la->ijkl", one, one, one, one)
+        value = c12 * pairs + shear * swaps + (c11 - c12 - 2 * shear) * cube
+        # some round-off, as computed tensors have it
+        return jnp.asarray((value - 1e-13 * (value == 0)) * ms.elasticity.GPa)
+
+    zeros = jnp.zeros(6)
+    return ms.elasticity.Moduli(
+        tensor=tensor(c44),
+        affine=tensor(affine),
+        stress=jnp.zeros((3, 3)),
+        nonaffine=jnp.zeros((6, 2, 3)),
+        stats=SolveStats(zeros.astype(jnp.int32), zeros, zeros, zeros),
+        round_off=jnp.asarray(1e-14),
+    )
+
+
+def test_elastic_constants_are_shown_in_gpa():
+    silicon = cubic_moduli(151.42, 76.42, 56.45, 109.76)
+    found = np.asarray(silicon.voigt) / ms.elasticity.GPa
+    assert (found[0, 0], found[0, 1], found[3, 3]) == pytest.approx((151.42, 76.42, 56.45))
+    reduced, shown = (moduli_report.page(silicon, in_gpa) for in_gpa in (False, True))
+    assert shown.startswith(reduced) and "GPa" not in reduced
+    tables_in_gpa = shown[len(reduced) :].split("without internal strain")
+    assert re.search(r"yy +76.42 +151.42 +76.42 +0.00 +0.00 +0.00\n", tables_in_gpa[0])
+    assert re.search(r"xy +0.00 +0.00 +0.00 +0.00 +0.00 +56.45$", tables_in_gpa[0], re.MULTILINE)
+    assert tables_in_gpa[1].endswith("109.76") and "-0.00" not in shown[len(reduced) :]
+    # where nothing moves inside the cell there is one table
+    fcc = moduli_report.page(cubic_moduli(176.0, 125.0, 82.0, 82.0), True)
+    assert fcc.count("GPa") == 1
+
+
+@pytest.mark.parametrize(
+    ("units", "dimension", "expected"),
+    [
+        ("Å and eV", 3, True),
+        ("eV, \N{ANGSTROM SIGN}", 3, True),
+        ("lengths in angstrom, energies in eV", 3, True),
+        ("Å and eV", 2, False),
+        ("reduced: sigma and epsilon are 1", 3, False),
+        ("Å and kcal/mol", 3, False),
+        ("Å and meV", 3, False),
+        ("", 3, False),
+    ],
+)
+def test_gpa_are_for_units_of_ev_and_angstrom(units: str, dimension: int, expected: bool):
+    assert moduli_report.in_gpa(units, dimension) is expected
+
+
+@LONG
+def test_moduli_of_silicon(capsys):
+    found = Outcome(capsys, "moduli", "silicon")
+    assert found.code == cli.GOOD and "particles       n = 8 in 3-D, all Si" in found.out
+    assert re.search(r"B in GPa\n.*\n +xx +151.42 +76.42 +76.42 ", found.out)
+    assert "109.76" in found.out.split("without internal strain")[1]

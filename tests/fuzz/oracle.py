@@ -93,7 +93,7 @@ def _pair_forces(system: ms.System) -> list[tuple[np.ndarray, np.ndarray, np.nda
     found = []
     for term in pair_terms(system):
         if term.i.size:
-            r = pair_distances(term, system.positions, system.box)
+            r = pair_distances(system, term, system.positions, system.box)
             slope = jax.grad(lambda r, term=term: jnp.sum(term.energy(r)))(r)
             found.append((np.asarray(term.i), np.asarray(term.j), np.abs(np.asarray(slope))))
     return found

@@ -7,21 +7,27 @@ import tomllib
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import LONG, relative
+from conftest import LONG, quick, relative
 
 import mdsens as ms
+from mdsens._util.lattice import nearest_image
+from mdsens.elasticity import GPa
 from mdsens.io.system_toml import systems_folder
 
 NAMES = sorted(ms.io.bundled_systems())
 # Where symmetry or a single energy scale leaves nothing to respond, the difference is absolute.
-SILENT = {"fcc_argon"}
+CRYSTALS = ("copper_gupta", "nickel_aluminide", "silicon", "silicon_carbide")
+SILENT = {"fcc_argon", *CRYSTALS}
 SLOW = {
     "argon_vacancy",
     "binary_lj_glass",
     "bidisperse_3d",
+    "copper_surface",
     "harmonic_morse_2d",
     "packing_from_file",
     "polarizable_cluster",
+    "silicon_vacancy",
+    *CRYSTALS,
 }
 
 
@@ -67,6 +73,7 @@ def test_passes_its_finite_difference_check(name, eq):
         assert check.disagreement(response.value) < 1e-6
 
 
+@pytest.mark.parametrize("name", NAMES)
 def test_is_documented(name):
     assert f"| `{name}` |" in (systems_folder() / "README.md").read_text()
     assert ms.io.bundled_systems()[name]
@@ -101,6 +108,76 @@ def test_argon_is_at_zero_pressure():
     # in eV / Å^3; its bulk modulus is about 0.02
     assert abs(float(ms.observables.pressure(system))) < 1e-12
     assert ms.load_system("argon_vacancy").n == system.n - 1
+
+
+# Energy in eV an atom, and C11, C12, C44 and C44 without internal strain in GPa. Silicon: Cowley,
+# Phys. Rev. Lett. 60, 2379 (1988). Silicon carbide: LAMMPS, pair_style tersoff with SiC.tersoff, by
+# differences of stresses. Copper: Cleri and Rosato, Phys. Rev. B 48, 22 (1993), who fit to them.
+# Ni3Al: second differences of the energy by a direct sum over the lattice.
+SOLIDS = {
+    "silicon": (-4.3366, (151.4, 76.4, 56.4, 109.8), 1e-3),
+    "silicon_carbide": (-6.1637881, (436.549, 117.926, 256.545, 310.756), 1e-5),
+    "copper_gupta": (-3.544, (176.0, 125.0, 82.0, 82.0), 4e-3),
+    "nickel_aluminide": (-4.5502881, (243.846, 147.995, 126.172, 126.172), 1e-4),
+}
+
+
+@pytest.mark.parametrize("name", quick(SOLIDS, "silicon"))
+def test_crystals_have_the_energies_and_elastic_constants_of_the_literature(name):
+    energy, constants, close = SOLIDS[name]
+    eq = ms.minimize(ms.load_system(name))
+    assert int(eq.steps) == 0
+    assert float(ms.observables.energy(eq.system)) / eq.system.n == pytest.approx(energy, rel=2e-4)
+    moduli = ms.elasticity.moduli(eq)
+    # in eV / Å^3, of which a GPa is 0.006
+    assert abs(float(moduli.pressure)) < 1e-11
+    relaxed = np.asarray(moduli.voigt) / GPa
+    affine = np.asarray(ms.elasticity.voigt(moduli.affine)) / GPa
+    found = relaxed[0, 0], relaxed[0, 1], relaxed[3, 3], affine[3, 3]
+    assert found == pytest.approx(constants, rel=close)
+    shear = np.diag([found[2]] * 3)
+    zero = np.zeros((3, 3))
+    normal = np.full((3, 3), found[1]) + np.diag([found[0] - found[1]] * 3)
+    cubic = np.block([[normal, zero], [zero, shear]])
+    np.testing.assert_allclose(relaxed, cubic, atol=1e-9 * found[0])
+
+
+@LONG
+def test_silicon_around_a_vacancy_is_drawn_inward_by_bonds_of_the_four_neighbors():
+    """A formation energy of 2.8 eV is in the literature for this potential and 63 atoms."""
+    vacancy = ms.minimize(ms.load_system("silicon_vacancy"))
+    ideal = ms.load_system("silicon_vacancy", positions={"noise": 0.0})
+    start = np.asarray(nearest_image(ideal.positions, ideal.box))  # the vacancy is at the origin
+    four = np.argsort(np.linalg.norm(start, axis=1))[:4]
+
+    def apart(positions):
+        differences = positions[four][:, None] - positions[four][None]
+        distances = np.linalg.norm(
+            np.asarray(nearest_image(jnp.asarray(differences), ideal.box)), axis=-1
+        )
+        return distances[np.triu_indices(4, 1)]
+
+    np.testing.assert_allclose(apart(start), 5.430949778405 / 2**0.5, rtol=1e-12)
+    np.testing.assert_allclose(apart(np.asarray(vacancy.positions)), 2.927, atol=1e-3)
+    perfect = -2.0 * 2.1683  # of an atom of the crystal: half of four bonds
+    assert float(ms.observables.energy(vacancy.system)) - 63 * perfect == pytest.approx(
+        2.835, abs=1e-3
+    )
+    # no force acts on the ideal sites: two bonds are missing
+    assert int(ms.minimize(ideal).steps) == 0
+    assert float(ms.observables.energy(ideal)) - 63 * perfect == pytest.approx(2 * 2.1683, abs=1e-5)
+
+
+@LONG
+def test_layers_of_a_copper_surface_move_inward_alike_on_both_sides():
+    eq = ms.minimize(ms.load_system("copper_surface"))
+    heights = np.sort(np.asarray(eq.positions)[:, 2]).reshape(8, 8)
+    assert np.ptp(heights, axis=1).max() < 1e-9
+    gaps = np.diff(heights.mean(axis=1)) / (3.6149497711 / 2) - 1
+    np.testing.assert_allclose(gaps, gaps[::-1], atol=1e-9)
+    assert gaps[0] < gaps[1] < gaps[2] < 0 and gaps[0] == pytest.approx(-0.0057, abs=1e-4)
+    with pytest.raises(ms.InputError, match="not periodic along cell vector 3"):
+        ms.elasticity.moduli(eq)
 
 
 def test_glass_has_the_parameters_of_kob_and_andersen():

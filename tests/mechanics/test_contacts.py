@@ -264,7 +264,7 @@ def test_first_crossing_of_a_packing_is_where_its_contacts_change():
 
     i, j = np.triu_indices(eq.system.n, 1)
     for sign, distance in ((1, crossing.forward), (-1, crossing.backward)):
-        pair, opens, _ = crossing.first(sign > 0)
+        pair, opens, *_ = crossing.first(sign > 0)
         before, inside, beyond = (
             np.asarray(touching(sign * f * float(distance))) for f in (0.0, 0.99, 1.01)
         )
