@@ -19,7 +19,7 @@ from small_systems import SMALL, minimum
 import mdsens as ms
 
 
-@pytest.fixture(scope="module", params=quick(SMALL, "morse", "stillinger_weber"))
+@pytest.fixture(scope="module", params=quick(SMALL, "harmonic_bonds"))
 def name(request: pytest.FixtureRequest) -> Iterator[str]:
     """Of a potential: all tests of one follow each other, and leave no compiled code behind."""
     yield request.param
