@@ -47,7 +47,8 @@ def tensor_of(
 @jax.jit
 def _matrices(system: ms.System, places: jax.Array, params: Params) -> Any:
     slope = jax.grad(functools.partial(energy_of, system))
-    return hessian_of(system, places, params), jax.jacfwd(slope, 1)(places, params)
+    mixed = jax.jacfwd(slope, 1)(places, params)
+    return slope(places, params), hessian_of(system, places, params), mixed
 
 
 @jax.jit
@@ -69,6 +70,7 @@ class Dense:
     """Dense matrices at a stationary point.
 
     Attributes:
+      slope: (n d,) the gradient of the energy, zero there.
       null: (n d, k) orthonormal motions that cost nothing, those of a rigid body.
       values, vectors: eigenvalues and modes of the rest.
     """
@@ -77,7 +79,8 @@ class Dense:
         self.system = system
         self.params = dict(system.params)
         self.places = system.positions.ravel()
-        hessian, mixed = _matrices(system, self.places, self.params)
+        slope, hessian, mixed = _matrices(system, self.places, self.params)
+        self.slope = np.asarray(slope)
         self.hessian = np.asarray(hessian)
         self.mixed = {k: np.asarray(m).reshape(len(self.places), -1) for k, m in mixed.items()}
         self.null = self._rigid()

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import relative
+from conftest import LONG, quick, relative
 from small_systems import DIAMOND, FCC, SILICON
 
 import mdsens as ms
@@ -19,26 +19,35 @@ ARGON = ms.potentials.lennard_jones(6.8, 8.5), {"sigma": 3.4, "epsilon": 0.0104}
 
 
 def at_rest(places: Any, box: Any, potential: Any, params: Any, **options: Any) -> Any:
+    """The minimum, with options of ``minimize``."""
     return ms.minimize(ms.System.create(places, box, potential, params), **options)
 
 
-def test_argon_of_one_four_and_256_atoms() -> None:
-    """At the lattice constant of the bundled crystal."""
+@cache
+def argon(count: int) -> ms.elasticity.Moduli:
+    """Moduli of the bundled crystal in a cell of 1, 4 or 256 atoms."""
+    if count == 256:
+        return ms.elasticity.moduli(ms.minimize(ms.load_system("fcc_argon")))
     a = 5.267140220637
     primitive = 0.5 * a * (np.ones((3, 3)) - np.eye(3))
-    whole = ms.elasticity.moduli(ms.minimize(ms.load_system("fcc_argon")))
-    for places, cell in ((np.zeros((1, 3)), primitive), (a * FCC, a)):
-        small = ms.elasticity.moduli(at_rest(places, cell, *ARGON))
-        assert relative(small.tensor, whole.tensor) < 1e-9
-        assert relative(small.birch, whole.birch) < 1e-9
-        # No strain moves atoms that are centers of symmetry.
-        assert relative(small.affine, small.tensor) < 1e-13
-        constants = np.asarray(ms.elasticity.voigt(small.birch))
-        np.testing.assert_allclose(constants, constants.T, atol=1e-13 * constants[0, 0])
-        # cubic, and central forces without stress: Cauchy's relation, C12 = C44
-        np.testing.assert_allclose(constants[0, 1], constants[3, 3], rtol=1e-9)
+    places, cell = (np.zeros((1, 3)), primitive) if count == 1 else (a * FCC, a)
+    return ms.elasticity.moduli(at_rest(places, cell, *ARGON))
 
 
+@pytest.mark.parametrize("count", quick([4, 256], 4))
+def test_argon_of_one_atom_is_that_of_more(count: int) -> None:
+    one, more = argon(1), argon(count)
+    assert relative(one.tensor, more.tensor) < 1e-9
+    assert relative(one.birch, more.birch) < 1e-9
+    # No strain moves atoms that are centers of symmetry.
+    assert relative(one.affine, one.tensor) < 1e-13
+    constants = np.asarray(ms.elasticity.voigt(one.birch))
+    np.testing.assert_allclose(constants, constants.T, atol=1e-13 * constants[0, 0])
+    # cubic, and central forces without stress: Cauchy's relation, C12 = C44
+    np.testing.assert_allclose(constants[0, 1], constants[3, 3], rtol=1e-9)
+
+
+@LONG
 def test_hexagonal_argon_is_isotropic_in_its_plane() -> None:
     """Its two atoms move in the strain; c / a at rest is not the ideal ratio."""
     a, ratio = 3.72, (8 / 3) ** 0.5
@@ -92,6 +101,7 @@ def lattice_constant(system: ms.System) -> Any:
     return (4.0 * system.volume) ** (1 / 3)
 
 
+@LONG
 def test_silicon_at_zero_pressure() -> None:
     """Cowley, Phys. Rev. Lett. 60, 2379 (1988)."""
     moduli = ms.elasticity.moduli(silicon())
@@ -115,6 +125,7 @@ def values(params: dict[str, float]) -> np.ndarray:
     return np.append(constants(ms.elasticity.moduli(eq)), lattice_constant(eq.system))
 
 
+@LONG
 @pytest.mark.parametrize("name", SILICON)
 def test_derivatives_of_silicon_are_those_of_relaxing_again(name: str) -> None:
     value = SILICON[name]
@@ -130,6 +141,7 @@ def test_derivatives_of_silicon_are_those_of_relaxing_again(name: str) -> None:
     np.testing.assert_allclose(derivatives()[name], expected, rtol=1e-6, atol=1e-7 * size.min())
 
 
+@LONG
 def test_derivatives_of_silicon_by_its_units() -> None:
     """The constants are proportional to epsilon / sigma^3, the lattice constant to sigma."""
     there = values({})

@@ -19,17 +19,17 @@ from small_systems import SMALL, minimum
 import mdsens as ms
 
 
-@pytest.fixture(scope="module", params=quick(SMALL, "morse", "stillinger_weber"))
+@pytest.fixture(scope="module", params=quick(SMALL, "harmonic_bonds"))
 def name(request: pytest.FixtureRequest) -> Iterator[str]:
     """Of a potential: all tests of one follow each other, and leave no compiled code behind."""
     yield request.param
-    for cached in (minimum, dense, direction, moved):
+    for cached in (minimum, dense_of, direction, moved):
         cached.cache_clear()
     jax.clear_caches()
 
 
 @cache
-def dense(name: str) -> Dense:
+def dense_of(name: str) -> Dense:
     return Dense(minimum(name).system)
 
 
@@ -48,12 +48,12 @@ def direction(name: str) -> dict[str, np.ndarray]:
 
 @cache
 def moved(name: str) -> np.ndarray:
-    return dense(name).pushed(direction(name))
+    return dense_of(name).pushed(direction(name))
 
 
 def weights(name: str) -> np.ndarray:
     """Of the positions, without translations and rotations."""
-    here = dense(name)
+    here = dense_of(name)
     w = np.random.default_rng(4).normal(size=here.system.positions.shape).ravel()
     return (w - here.null @ (here.null.T @ w)).reshape(here.system.positions.shape)
 
@@ -74,7 +74,7 @@ def observable(system: ms.System) -> Any:
 
 
 def test_minimum_and_certificate(name: str) -> None:
-    eq, here = minimum(name), dense(name)
+    eq, here = minimum(name), dense_of(name)
     assert ms.Status(int(eq.status)).good
     # a strict minimum, of which the motions of a rigid body are the null space
     assert here.values.min() > 1e-6 * here.values.max()
@@ -89,7 +89,7 @@ def test_minimum_and_certificate(name: str) -> None:
 
 
 def test_forward_reverse_and_jacobian(name: str) -> None:
-    eq, here, change = minimum(name), dense(name), direction(name)
+    eq, here, change = minimum(name), dense_of(name), direction(name)
     lin = ms.linearize(eq)
     expected = moved(name)
     assert np.abs(expected).max() > 1e-3
@@ -116,7 +116,7 @@ def _same_symmetric(value: Any, expected: Any, tolerance: float, axes: int = 0) 
 
 
 def test_moduli_and_modes(name: str) -> None:
-    eq, here, change = minimum(name), dense(name), direction(name)
+    eq, here, change = minimum(name), dense_of(name), direction(name)
     (_, tensor), (turned, slope) = here.along(change, moved(name))
     modes = ms.modes.smallest_stiffness(eq)
     count = len(modes.values)
@@ -177,24 +177,35 @@ def test_pinned_atoms(name: str) -> None:
     assert relative(ms.jvp(held, direction(name)).positions, expected) < 1e-8
 
 
+# whose energy has no saddle near, as far as the search goes
+NO_SADDLE = ("harmonic_bonds",)
+
+
 def test_saddle_and_barrier(name: str) -> None:
     eq = minimum(name)
     saddle = ms.find_saddle(eq, throw=False)
     status = ms.Status(int(saddle.status))
-    print(name, status.name, saddle.order, int(saddle.steps), float(saddle.max_force))
-    if not status.good:
+    assert status.good == (name not in NO_SADDLE), status
+    if name in NO_SADDLE:
         return
     here = Dense(saddle.system)
+    assert np.abs(here.slope).max() < 1e-9 * here.values.max()
     assert np.sum(here.values < 0) == 1
     barrier = ms.barrier(eq, saddle, direction(name))
     top, bottom = (ms.observables.energy(x.system) for x in (saddle, eq))
     assert barrier.value == pytest.approx(float(top - bottom), rel=1e-9)
+    assert barrier.value > 0
+    of_top, of_bottom = (dense.gradient(ms.observables.energy) for dense in (here, dense_of(name)))
+    for key, value in barrier.gradient.items():
+        _same_symmetric(value, of_top[key] - of_bottom[key], 1e-8 * np.abs(of_top[key]).max())
 
 
 def test_two_steps_of_a_design(name: str) -> None:
+    """Towards a pressure, or another number, two percent away."""
     eq = minimum(name)
     target = observable(eq.system)
     now = float(target(eq.system))
-    wanted = ms.design.Target(target, 1.02 * now, 1e-6 * abs(now))
+    wanted = ms.design.Target(target, 1.02 * now, 1e-4 * abs(now))
     design = ms.design.fit(wanted, eq.system, free=[SMALL[name].free], steps=3)
-    print(design)
+    assert design.status.good
+    assert float(target(design.equilibrium.system)) == pytest.approx(1.02 * now, rel=1e-4)
