@@ -111,8 +111,8 @@ class Dense:
 
     def pushed(self, change: Params, free: np.ndarray | None = None) -> np.ndarray:
         """dR along a change of the parameters, (n, d)."""
-        force = sum(self.mixed[k] @ np.ravel(v) for k, v in change.items())
-        return -self.solve(force, free).reshape(self.system.positions.shape)
+        forces = [self.mixed[k] @ np.ravel(v) for k, v in change.items()]
+        return -self.solve(np.sum(forces, axis=0), free).reshape(self.system.positions.shape)
 
     def jacobian(self, name: str) -> np.ndarray:
         """dR / dp, (n, d, *shape of p)."""
