@@ -91,11 +91,12 @@ def test_every_derivative_is_that_of_the_sum_over_pairs(potential):
 def test_the_certificate_sees_the_breakpoints():
     change = {"sigma": np.array([[0.3, 1.0], [1.0, -0.5]])}
     eq = ms.minimize(minimum(PAIR).system.replace(potential=LOCAL).reallocate(), tolerance=1e-11)
-    ours = ms.certify(eq, change).derivative
-    theirs = ms.certify(minimum(PAIR), change).derivative
-    assert ours is not None and theirs is not None
-    assert ours.radius == pytest.approx(theirs.radius, rel=1e-6)
-    first, other = ours.crossing.first(), theirs.crossing.first()
+    ours = ms.certify(eq, change)
+    theirs = ms.certify(minimum(PAIR), change)
+    assert ours.derivative is not None and theirs.derivative is not None
+    assert ours.derivative.radius == pytest.approx(theirs.derivative.radius, rel=1e-6)
+    first = ours.derivative.crossing.first()
+    other = theirs.derivative.crossing.first()
     assert first is not None and other is not None and first.distance == other.distance
     assert first.image is not None and sorted(first.pair) == sorted(other.pair)
     assert ours.zero_modes == theirs.zero_modes == 2
