@@ -6,10 +6,14 @@ import dataclasses
 from functools import cache
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from conftest import relative
 
 import mdsens as ms
 from mdsens.mechanics.load import CellLoad
+from mdsens.mechanics.strain import from_mandel, to_mandel
 from mdsens.relaxation import AtPressure, AtStress, AtVolume
 from mdsens.relaxation.cell_conditions import condition_of
 
@@ -99,3 +103,43 @@ def with_load(eq: ms.Equilibrium, **fields: Any) -> ms.Equilibrium:
     """The same configuration, as if it had been relaxed under another load."""
     none = {"pressure": None, "at_stress": None, "at_volume": None}
     return dataclasses.replace(eq, **(none | fields))
+
+
+def observables(system: ms.System) -> jax.Array:
+    """Energy, volume, and the stress that no load fixes; of a slab, energy and area."""
+    if not system.has_volume:
+        return jnp.stack([ms.observables.energy(system), system.periodic_volume])
+    return jnp.concatenate(
+        [
+            jnp.stack([ms.observables.energy(system), system.volume]),
+            to_mandel(ms.observables.stress(system)),
+        ]
+    )
+
+
+def assert_responds_as_minimized_again(
+    lin: ms.Linearization, dparams: dict[str, Any], h: float
+) -> None:
+    """Positions, cell, energy, volume and stress change as they do by minimizing again."""
+    eq = lin.equilibrium
+    n, d = eq.positions.shape
+
+    def measured(t: float) -> Any:
+        there = again(eq, dparams, t).system
+        return np.concatenate(
+            [np.ravel(there.positions), np.ravel(np.asarray(there.box)), observables(there)]
+        )
+
+    whole = slope(measured, h)
+    moved, box = whole[: n * d].reshape(n, d), whole[n * d : n * d + d * d].reshape(d, d)
+    r = ms.jvp(lin, dparams)
+    strain = np.asarray(from_mandel(r.value.strain))
+    assert r.status is ms.Status.CONVERGED
+    assert relative(strain @ np.asarray(eq.system.box), box) < 1e-6
+    counted = ~np.asarray(r.rattlers)
+    gap = (moved - np.asarray(r.value.positions))[counted]
+    gap -= gap.mean(axis=0)  # a translation costs nothing
+    assert np.linalg.norm(gap) < 1e-6 * np.linalg.norm(moved[counted])
+    slopes = along(ms.gradient(observables, lin).value, dparams)
+    wanted = whole[n * d + d * d :]
+    np.testing.assert_allclose(slopes, wanted, rtol=1e-6, atol=1e-6 * np.abs(wanted).max())
