@@ -609,14 +609,24 @@ def _find_wraps(
         meets = jnp.any(torn, axis=0) if e.rows else jnp.zeros(n, bool).at[e.i].max(torn)
         wraps = wraps.at[labels].max(meets)
         if d == 3:
-            gap = [jnp.where(torn, g, 0.0) for g in gaps]
-            # summed over the rows at once, so that no array of all pairs has nine components
-            squares = jnp.stack(
-                [jnp.sum(a * b, axis=0) if e.rows else a * b for a in gap for b in gap], axis=-1
-            )
             ends = labels if e.rows else labels[e.i]
-            spread = spread.at[ends].add(squares.reshape(-1, 3, 3))
+            spread = spread.at[ends].add(_squares([jnp.where(torn, g, 0.0) for g in gaps], e.rows))
     return wraps, _only_directions(spread)
+
+
+def _squares(gap: list[jax.Array], rows: bool) -> jax.Array:
+    """Return the products T T^T of lattice vectors with components ``gap``, (n, 3, 3).
+
+    Of a neighbor list (``rows``) they are summed over the rows, of bonds there is one a bond: no
+    array of all pairs has nine components.
+    """
+    products = [a * b for a in gap for b in gap] if not rows else _sums_of_products(gap)
+    return jnp.stack(products, axis=-1).reshape(-1, 3, 3)
+
+
+def _sums_of_products(gap: list[jax.Array]) -> list[jax.Array]:
+    """Return the sum over the rows of a list of each product of two components, (n,) each."""
+    return [jnp.sum(a * b, axis=0) for a in gap for b in gap]
 
 
 def _only_directions(spread: jax.Array) -> jax.Array:

@@ -281,6 +281,32 @@ def orthonormal(rows: jax.Array, floor: float) -> jax.Array:
 
 
 @full_precision
+def _rotations(arms: np.ndarray, axis: np.ndarray | None) -> list[np.ndarray]:
+    """Return the rotations of a cluster about its center, or about one axis, (count, d) each.
+
+    They are divided by the size of the cluster, so that their norms are like those of translations:
+    one limit, 1e-9, then tells which are independent, in any unit of length.
+
+    Args:
+      arms: (count, d) vectors from the center to the particles.
+      axis: None for all rotations; else the axis (d,), zero where there is no rotation.
+    """
+    if axis is not None:
+        if not axis.any():
+            return []
+        turn = np.cross(axis, arms)
+        return [turn / (np.sqrt(np.mean(turn**2)) or 1.0)]
+    size = np.sqrt(np.mean(arms**2)) or 1.0
+    rotations = []
+    # one rotation in each plane of coordinates: xy in 2-D; xy, yz and xz in 3-D
+    for a, b in [(0, 1), (1, 2), (0, 2)][: 1 if arms.shape[1] == 2 else 3]:
+        rotation = np.zeros(arms.shape)
+        rotation[:, a] = -arms[:, b] / size
+        rotation[:, b] = arms[:, a] / size
+        rotations.append(rotation)
+    return rotations
+
+
 def left_motions(
     x: np.ndarray, axis: np.ndarray | None, stuck: np.ndarray, some: np.ndarray, n: int
 ) -> list[np.ndarray]:
@@ -298,22 +324,8 @@ def left_motions(
       orthonormal motions, (n, d) each, zero for the other particles.
     """
     count, d = x.shape
-    basis = [np.broadcast_to(np.eye(d)[k], (count, d)) for k in range(d)]
-    arms = x - x.mean(axis=0)
-    if axis is not None and axis.any():
-        turn = np.cross(axis, arms)
-        basis.append(turn / (np.sqrt(np.mean(turn**2)) or 1.0))
-    if axis is None:
-        # Rotations are divided by the size of the cluster, so that their norms are like those of
-        # translations: one limit, 1e-9, then tells which are independent, in any unit of length.
-        size = np.sqrt(np.mean(arms**2)) or 1.0
-        # one rotation in each plane of coordinates: xy in 2-D; xy, yz and xz in 3-D
-        for a, b in [(0, 1), (1, 2), (0, 2)][: 1 if d == 2 else 3]:
-            rotation = np.zeros((count, d))
-            rotation[:, a] = -arms[:, b] / size
-            rotation[:, b] = arms[:, a] / size
-            basis.append(rotation)
-    rows = np.array([b.ravel() for b in basis])
+    translations = [np.broadcast_to(np.eye(d)[k], (count, d)) for k in range(d)]
+    rows = np.array([b.ravel() for b in [*translations, *_rotations(x - x.mean(axis=0), axis)]])
     _, sizes, rows = np.linalg.svd(rows, full_matrices=False)
     # Fewer motions are independent where the particles lie on a line, or there is only one.
     rows = rows[sizes > 1e-9 * sizes[0]]

@@ -157,12 +157,7 @@ def list_within(system: System, length: float, pairs: Neighbors | None) -> Neigh
     # all pairs; a list without pairs is complete, too, but has no rows
     if listed.complete and listed.rows.shape[0] == n - 1:
         return listed
-    # Which pairs does not matter: a range that is the same number for all pairs is a float.
-    reach = system.potential.lengths(
-        system.params, Pairs(listed.rows[:1], listed.rows[:1]), n, system.species, 0
-    )
-    # a range that is a float depends on no parameter, so it is known in traced code as well
-    if isinstance(reach, float) and length <= reach < np.inf and not listed.complete:
+    if not listed.complete and length <= _constant_range(system) < np.inf:
         return listed
     if n <= ALL_PAIRS and listed.images is None:
         return neighbors.all_pairs(n, periodic=system.periodic)
@@ -172,6 +167,17 @@ def list_within(system: System, length: float, pairs: Neighbors | None) -> Neigh
         f" give pairs=ms.observables.pairs_within(system, {length:g}),"
         " a list made outside of the function that is differentiated."
     )
+
+
+def _constant_range(system: System) -> float:
+    """Return the range of the potential if it is the same number for all pairs, else 0.
+
+    Such a range depends on no parameter, so it is known in traced code as well.
+    """
+    # Which pairs does not matter: a range that is the same number for all pairs is a float.
+    rows = system.neighbors.rows[:1]
+    reach = system.potential.lengths(system.params, Pairs(rows, rows), system.n, system.species, 0)
+    return reach if isinstance(reach, float) else 0.0
 
 
 def _check_pairs(system: System, length: float, pairs: Neighbors) -> Neighbors:

@@ -50,24 +50,36 @@ def project(system: System, axis: int) -> View:
         fractions = positions @ np.linalg.inv(box).T
         fractions = np.where(system.periodic, fractions % 1.0, fractions)
         positions = fractions @ box.T
-    # the outline of a cell is drawn only where all of its sides in the picture are periodic
     if system.dimension == 2:
         outline = box if system.has_volume else None
         return View(positions, np.ones(system.n), outline, np.eye(2))
     cell = np.eye(3) if box is None else box
-    # A right-handed frame: toward the viewer, and right and up in the plane of the picture, with
-    # the next cell vector pointing to the right.
-    toward = cell[:, axis] / np.linalg.norm(cell[:, axis])
-    right = cell[:, (axis + 1) % 3] - toward * (toward @ cell[:, (axis + 1) % 3])
-    right /= np.linalg.norm(right)
-    across = np.stack([right, np.cross(toward, right)])
+    across = _frame(cell, axis)
     depth = fractions[:, axis]
     if not system.periodic[axis]:
         depth = (depth - depth.min()) / max(float(np.ptp(depth)), np.finfo(float).tiny)
+    return View(positions @ across.T, depth, _outline(system, across, axis), across)
+
+
+def _outline(system: System, across: np.ndarray, axis: int) -> np.ndarray | None:
+    """Return the sides of the cell in the picture, (2, 2), or None unless both are periodic."""
     sides = [(axis + 1) % 3, (axis + 2) % 3]
-    has_outline = box is not None and all(system.periodic[k] for k in sides)
-    plane = across @ cell[:, sides] if has_outline else None
-    return View(positions @ across.T, depth, plane, across)
+    if system.box is None or not all(system.periodic[k] for k in sides):
+        return None
+    return across @ np.asarray(system.box, float)[:, sides]
+
+
+def _frame(cell: np.ndarray, axis: int) -> np.ndarray:
+    """Return the directions right and up of a picture seen along a cell vector, (2, 3).
+
+    With the direction toward the viewer they are a right-handed frame, in which the next cell
+    vector points to the right.
+    """
+    following = cell[:, (axis + 1) % 3]
+    toward = cell[:, axis] / np.linalg.norm(cell[:, axis])
+    right = following - toward * (toward @ following)
+    right /= np.linalg.norm(right)
+    return np.stack([right, np.cross(toward, right)])
 
 
 def in_slab(system: System, depth: np.ndarray, slab: tuple[float, float]) -> np.ndarray:
