@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,23 @@ def timed(run: Callable[[], Any], runs: int) -> dict[str, Any]:
         answer = jax.block_until_ready(run())
         times.append(time.perf_counter() - began)
     return {"seconds": float(np.median(times)), "first": first, "runs": runs, "answer": answer}
+
+
+@contextlib.contextmanager
+def one_core() -> Iterator[None]:
+    """Hold this process, and those that it starts, on one core, where the system can.
+
+    It is for the beginning of a benchmark: jax counts the cores at its first computation.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def peak_memory() -> float:

@@ -199,14 +199,18 @@ def eam(rho_spacing: float, r_spacing: float, cutoff: float) -> LocalPotential:
 
     LAMMPS interpolates the same tables by polynomials that are only once continuously
     differentiable: its energies differ by the fourth power of the spacing. ASE's splines are those
-    used here, but of phi and not of r phi. Source: Daw and Baskes, Phys. Rev. B 29, 6443 (1984).
+    used here, but of phi and not of r phi. Tables that do not end in several zeros, as those of
+    Cu_u3.eam, leave a slope at the cutoff, where the force then jumps: ``verify.potential`` tells.
+    The cutoff is a breakpoint of the certificate.
+
+    Source: Daw and Baskes, Phys. Rev. B 29, 6443 (1984).
 
     Raises:
       InputError: a spacing or the cutoff is not a positive number.
     """
     form = Tables(rho_spacing, r_spacing, cutoff)
     names = ("embedding", "density", "pair")
-    return from_local(Embedded(form), names, form.cutoff, name="eam")
+    return from_local(Embedded(form), names, form.cutoff, breakpoints=(form.cutoff,), name="eam")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,8 +26,10 @@ Params = Mapping[str, Any]
 # Distances at which a neighbor is placed, in cutoffs: of a bond, and of one that is nearly gone.
 BOND = 0.6
 WEAK = 0.9
-# How far inside of the cutoff the energy is examined, in cutoffs.
-INSIDE = 1e-7
+# How far inside of the cutoff the energy is examined, in cutoffs: at two places, since what is not
+# zero at the first may still go to zero. It does if it is less by this factor at the second.
+INSIDE = (1e-7, 1e-9)
+LESS = 0.3
 # Largest energy, force and stiffness there that count as zero, in units of the energy at WEAK and
 # of the cutoff: those of a potential that vanishes like the third power are 1e-15, 1e-11 and 1e-5.
 ZERO = (1e-6, 1e-4, 1e-2)
@@ -131,23 +133,24 @@ def _cutoff(atom: _Atom, breakpoints: np.ndarray, count: int) -> Finding:
         if values is None:
             continue
         declared = np.isclose(breakpoints[:, a, b], reach, rtol=1e-9).any()
-        for name, value, zero in zip(NAMES, values, ZERO, strict=True):
+        for name, value, nearer, zero in zip(NAMES, *values, ZERO, strict=True):
             # written so that NaN is bad
-            if not value <= zero and not (name == "stiffness" and declared):
+            vanishes = value <= zero or nearer <= LESS * value
+            if not vanishes and not (name == "stiffness" and declared):
                 remedy = "make it go to zero smoothly"
                 if name == "stiffness":
                     remedy += ", or declare the cutoff as a breakpoint"
                 sentence = (
                     f"where a neighbor passes the cutoff {reach:.6g} of species {a} and {b}, the"
-                    f" {name} jumps by {value:.0e}, in units of the energy at {WEAK} of it;"
+                    f" {name} jumps by {nearer:.0e}, in units of the energy at {WEAK} of it;"
                     f" {remedy}."
                 )
                 return Finding("cutoff", False, sentence)
     return Finding("cutoff", True, "a neighbor that passes the cutoff has no energy and no force.")
 
 
-def _at_cutoff(atom: _Atom, reach: float, a: int, b: int) -> list[float] | None:
-    """Compute energy, force and stiffness of a neighbor just inside of the cutoff.
+def _at_cutoff(atom: _Atom, reach: float, a: int, b: int) -> list[list[float]] | None:
+    """Compute energy, force and stiffness of a neighbor at two places just inside of the cutoff.
 
     They are in units of the neighbor's energy at 0.9 of the cutoff, and of the cutoff. The result
     is None where there is no such energy.
@@ -165,7 +168,7 @@ def _at_cutoff(atom: _Atom, reach: float, a: int, b: int) -> list[float] | None:
     size = abs(float(energy(WEAK * reach)))
     if size == 0.0:
         return None
-    end = reach * (1.0 - INSIDE)
     slope = jax.grad(energy)
-    orders = (energy(end), reach * slope(end), reach**2 * jax.grad(slope)(end))
-    return [abs(float(x)) / size for x in orders]
+    ends = [reach * (1.0 - inside) for inside in INSIDE]
+    orders = [(energy(r), reach * slope(r), reach**2 * jax.grad(slope)(r)) for r in ends]
+    return [[abs(float(x)) / size for x in at_end] for at_end in orders]

@@ -34,6 +34,7 @@ SMALL = {
     "elasticity": ["--sizes", "96", "--runs", "1"],
     "batch": ["--sizes", "24", "--members", "3", "--runs", "1"],
     "scaling": ["--sizes", "96", "--runs", "1"],
+    "atoms": ["--sizes", "64", "--runs", "1", "--peers", "0"],
     "jamming": ["--sizes", "96", "--runs", "1", "--pressures", "0.1"],
     "design": ["--sizes", "64", "--seeds", "1", "--steps", "2", "--problems", "0", "--peers", "0"],
     "honesty": [
@@ -52,7 +53,7 @@ SMALL = {
 
 
 # they compile for longest
-LONGER = ("sensitivity", "jacobian", "batch", "jamming", "design", "honesty", "elasticity")
+LONGER = ("sensitivity", "jacobian", "batch", "jamming", "design", "honesty", "elasticity", "atoms")
 
 
 @pytest.fixture

@@ -202,10 +202,10 @@ def finnis_sinclair() -> ms.System:
 
 
 def eam_tables() -> dict[str, np.ndarray]:
-    """Smooth tables, zero at 5."""
-    r = 0.25 * np.arange(21)
+    """Smooth tables, zero from 4.5 on: where the last knots are not, the spline ends in a slope."""
+    r = 0.125 * np.arange(41)
     rho = 0.5 * np.arange(25)
-    fade = np.clip((5.0 - r) / 1.5, 0.0, 1.0)
+    fade = np.clip((4.5 - r) / 1.5, 0.0, 1.0)
     fade = fade**3 * (10.0 - 15.0 * fade + 6.0 * fade**2)
     density = np.exp(-(r - 2.5)) * fade
     pair = 3.0 * np.exp(-2.0 * (r - 2.0)) * fade
@@ -218,7 +218,7 @@ def eam_tables() -> dict[str, np.ndarray]:
 
 def eam() -> ms.System:
     places, cell = crystal(FCC, 3.7, (1, 1, 2))
-    potential = ms.potentials.eam(0.5, 0.25, 5.0)
+    potential = ms.potentials.eam(0.5, 0.125, 5.0)
     return ms.System.create(places[:7], cell, potential, eam_tables())
 
 
