@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from mdsens._util.errors import InputError
+from mdsens._util.pytree import described, is_leaf
 from mdsens._util.validation import short
 
 __all__ = ["Bounds", "Constraint", "check_constraints", "check_name"]
@@ -161,6 +162,7 @@ def _check_parameters(c: Constraint, params: Params, law_parameters: Sequence[st
             raise InputError(
                 f"the constraint {c.name} needs the parameter {name!r}: give params[{name!r}]."
             )
+        _check_array(c, name, params)
         # the potential checks its parameters itself, but not these
         if not np.isfinite(np.asarray(params[name])).all():
             raise InputError(f"parameter {name} is not finite: give finite numbers.")
@@ -170,6 +172,17 @@ def _check_parameters(c: Constraint, params: Params, law_parameters: Sequence[st
                 f"the constraint {c.name} relaxes {name!r}, which the potential does not have:"
                 f" give one of {list(law_parameters)}."
             )
+        if name in params:
+            _check_array(c, name, params)
+
+
+def _check_array(c: Constraint, name: str, params: Params) -> None:
+    """Raise InputError if a parameter that a constraint has or relaxes is a tree and no array."""
+    if not is_leaf(params[name]):
+        raise InputError(
+            f"parameter {name} is a tree, {described(params[name])}, and the constraint {c.name}"
+            " takes one array: give an array."
+        )
 
 
 def _check_fixed_bounds(constraints: Sequence[Constraint]) -> None:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens._util.probe import chirp
+from mdsens._util.pytree import largest_entry
 from mdsens.mechanics.hessian import along
 from mdsens.mechanics.load import differentiated
 from mdsens.mechanics.units import natural_units
@@ -102,7 +103,7 @@ def derivative(
     """
     lin = space.lin
     tangent = full_tangent(lin.system, dparams, lin.params)
-    no_change = {name: np.zeros_like(value) for name, value in tangent.items()}
+    no_change = jax.tree.map(np.zeros_like, tangent)
 
     # the response J, and its norm; NaN makes ratios to a norm of zero NaN, without a warning
     pull = _derivative_by_params(space.core, tangent)
@@ -192,9 +193,9 @@ def _moves_nothing(lin: Linearization, J: Unknowns, tangent: Params) -> bool:
     """
     # The largest motion while the parameters change by their size, that is, by the largest entry of
     # those that change.
-    change = max(float(np.max(np.abs(v), initial=0.0)) for v in tangent.values())
+    change = largest_entry(tangent)
     size = max(
-        (float(jnp.max(jnp.abs(lin.params[k]))) for k, v in tangent.items() if np.any(v != 0)),
+        (largest_entry(lin.params[name]) for name, v in tangent.items() if largest_entry(v) > 0),
         default=0.0,
     )
     length = float(natural_units(lin.system)[0])
@@ -239,10 +240,12 @@ def _square_on_rattlers(system: System, tangent: Params, rattlers: np.ndarray | 
     """
     total = 0.0
     for parameter in differentiated(system, tangent):
-        v = np.asarray(tangent[parameter.name])
+        v = np.asarray(parameter.of(tangent))
         # rows of the parameter, particles or species, that are rattlers only
         chosen = np.ones(v.shape[0] if v.ndim else 0, bool)
         if rattlers is not None:
+            if parameter.name not in tangent:  # a leaf of a tree, which belongs to no particle
+                continue
             of_species = (
                 system.species is not None and v.ndim and v.shape[0] == system.species_count
             )
