@@ -122,6 +122,8 @@ def matching(
     Raises:
       InputError: the structures differ; the message names the first place where they do.
     """
+    if is_leaf(like):
+        return function(name, value, like)
     results = [function(*leaf) for leaf in matched_leaves(value, like, name, argument)]
     return jax.tree.structure(like).unflatten(results)
 
@@ -153,7 +155,7 @@ def _first_difference(
 ) -> tuple[tuple[Any, ...], Any, Any] | None:
     """Find the first node at which two trees differ, as (path, node, node of ``like``), or None.
 
-    Where ``like`` has a leaf, any value will do: it may be an array as a list of numbers.
+    Where ``like`` has a leaf, any value will do: a list of numbers may stand for an array.
     """
     if is_leaf(like):
         return None

@@ -341,7 +341,7 @@ def _records_of_leaves(name: str, value: PyTree, record: Free) -> dict[str, Free
         if bound is None or is_leaf(bound):  # the same for every leaf
             of_leaves = [(label, bound) for label, _ in leaves]
         else:
-            matched = matched_leaves(bound, value, name, f"{field} of free")
+            matched = matched_leaves(bound, value, name, f"free[{name!r}].{field}")
             of_leaves = [(label, part) for label, part, _ in matched]
         for label, part in of_leaves:
             fields[label][field] = part
