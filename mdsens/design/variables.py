@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -331,21 +332,19 @@ def _records_of_leaves(name: str, value: PyTree, record: Free) -> dict[str, Free
     """
     if is_leaf(value):
         return {name: record}
-    leaves = named_leaves({name: value})
     log = record.log
     if log is None:  # of all numbers or of none: single arrays may be positive by chance
-        log = all(bool(np.all(np.asarray(leaf) > 0)) for _, leaf in leaves)
-    fields: dict[str, dict[str, Any]] = {label: {"log": log} for label, _ in leaves}
+        log = all(bool(np.all(np.asarray(leaf) > 0)) for leaf in jax.tree.leaves(value))
+    records = {
+        label: dataclasses.replace(record, log=log) for label, _ in named_leaves({name: value})
+    }
     for field in ("low", "high", "only"):
-        bound = getattr(record, field)
-        if bound is None or is_leaf(bound):  # the same for every leaf
-            of_leaves = [(label, bound) for label, _ in leaves]
-        else:
-            matched = matched_leaves(bound, value, name, f"free[{name!r}].{field}")
-            of_leaves = [(label, part) for label, part, _ in matched]
-        for label, part in of_leaves:
-            fields[label][field] = part
-    return {label: dataclasses.replace(record, **parts) for label, parts in fields.items()}
+        part = getattr(record, field)
+        if part is None or is_leaf(part):  # the same for every leaf
+            continue
+        for label, of_leaf, _ in matched_leaves(part, value, name, f"free[{name!r}].{field}"):
+            records[label] = dataclasses.replace(records[label], **{field: of_leaf})
+    return records
 
 
 def _index(parameter: Parameter, record: Free) -> np.ndarray:

@@ -291,11 +291,7 @@ def _encode(value: Any, where: str, arrays: dict[str, np.ndarray]) -> Any:
     ):
         return value
     if isinstance(value, (jax.Array, np.ndarray, np.generic)):
-        if where in arrays:  # keys of nested dicts with dots in them
-            raise InputError(f"two arrays are called {where} in a file: rename a key of the tree.")
-        # "on": jax arrays come back as jax arrays, numpy's as numpy's
-        arrays[where] = np.asarray(value)
-        return {"array": where, "on": "device" if isinstance(value, jax.Array) else "host"}
+        return _encode_array(value, where, arrays)
     # by exact type: another kind of dict, or a named tuple, would come back as the plain kind
     if type(value) in (dict, list, tuple):
         return _encode_container(value, where, arrays)
@@ -308,6 +304,17 @@ def _encode(value: Any, where: str, arrays: dict[str, np.ndarray]) -> Any:
         f"{where or 'result'} is a {type(value).__name__}, which cannot be stored: build"
         " the result of arrays, dicts, lists, tuples and types of mdsens."
     )
+
+
+def _encode_array(
+    value: jax.Array | np.ndarray | np.generic, where: str, arrays: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """Put an array into ``arrays``, and return its name and whether it is one of jax."""
+    if where in arrays:  # keys of nested dicts with dots in them
+        raise InputError(f"two arrays of the result are called {where}: rename a key of the tree.")
+    # "on": jax arrays come back as jax arrays, numpy's as numpy's
+    arrays[where] = np.asarray(value)
+    return {"array": where, "on": "device" if isinstance(value, jax.Array) else "host"}
 
 
 def _encode_container(

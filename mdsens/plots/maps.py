@@ -290,8 +290,8 @@ def _check_response(response: Displacement | ArrayLike, part: str, system: Syste
         vectors = response.positions if part == "value" else response.nonaffine
         if not is_leaf(vectors):
             raise InputError(
-                "`response` is a derivative by all numbers of a tree: give that by one of them, from"
-                " its method component."
+                "`response` is a derivative by all numbers of a tree: give that by one of them,"
+                " from its method component."
             )
     elif isinstance(response, dict | Derivative):
         raise InputError(

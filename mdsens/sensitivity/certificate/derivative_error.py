@@ -233,6 +233,8 @@ def _motions(x: Unknowns, length: float) -> tuple[np.ndarray, ...]:
 def _square_on_rattlers(system: System, tangent: Params, rattlers: np.ndarray | None) -> float:
     """Sum the squares of the changes of those parameters that belong to rattlers alone.
 
+    The leaves of a tree of arrays, such as a network's weights, belong to no particle.
+
     Args:
       system: the system.
       tangent: the changes by parameter name.
@@ -241,25 +243,34 @@ def _square_on_rattlers(system: System, tangent: Params, rattlers: np.ndarray | 
     total = 0.0
     for parameter in differentiated(system, tangent):
         v = np.asarray(parameter.of(tangent))
-        # rows of the parameter, particles or species, that are rattlers only
-        chosen = np.ones(v.shape[0] if v.ndim else 0, bool)
+        chosen: np.ndarray | None = np.ones(v.shape[0] if v.ndim else 0, bool)
         if rattlers is not None:
-            if parameter.name not in tangent:  # a leaf of a tree, which belongs to no particle
-                continue
-            of_species = (
-                system.species is not None and v.ndim and v.shape[0] == system.species_count
-            )
-            if v.shape == (system.n,):
-                chosen = rattlers
-            elif of_species:
-                counts = np.bincount(
-                    np.asarray(system.species)[~rattlers], minlength=system.species_count
-                )
-                chosen = counts == 0
-            else:
-                continue
+            in_tree = parameter.name not in tangent
+            chosen = None if in_tree else _rows_of_rattlers(system, v.shape, rattlers)
+        if chosen is None:
+            continue
         # Of a matrix of pairs the upper triangle counts: (a, b) and (b, a) are one number. It
         # belongs to rattlers if either species does.
         mask = np.triu(chosen[:, None] | chosen) if parameter.paired else chosen
         total += float(np.sum(v[mask] ** 2)) if v.ndim else float(v**2)
     return total
+
+
+def _rows_of_rattlers(
+    system: System, shape: tuple[int, ...], rattlers: np.ndarray
+) -> np.ndarray | None:
+    """Return which rows of a parameter, particles or species, are rattlers only.
+
+    The result is None for a parameter whose rows are neither particles nor species.
+
+    Args:
+      system: the system.
+      shape: shape of the parameter.
+      rattlers: (n,) True for rattlers.
+    """
+    if shape == (system.n,):
+        return rattlers
+    if system.species is None or not shape or shape[0] != system.species_count:
+        return None
+    count = system.species_count
+    return np.bincount(np.asarray(system.species)[~rattlers], minlength=count) == 0
