@@ -265,8 +265,8 @@ def test_finite_differences_and_the_test_of_a_potential_take_the_tree():
     difference = ms.verify.finite_difference(minimum(), {"weights": change()})
     response = ms.jvp(lin(), {"weights": change()})
     assert difference.disagreement(response.value) < 1e-7
-    system = minimum().system
-    tested = ms.verify.potential(POTENTIAL, system.params, positions=system.positions, box=LENGTH)
+    places = start().positions
+    tested = ms.verify.potential(POTENTIAL, start().params, positions=places, box=LENGTH)
     assert tested.good and "by sigma, epsilon, alpha, weights and" in str(tested)
 
 
