@@ -172,12 +172,13 @@ def _check_parameters(c: Constraint, params: Params, law_parameters: Sequence[st
                 f"the constraint {c.name} relaxes {name!r}, which the potential does not have:"
                 f" give one of {list(law_parameters)}."
             )
+    for name in (*c.relaxes, *c.bounded_by):
         if name in params:
             _check_array(c, name, params)
 
 
 def _check_array(c: Constraint, name: str, params: Params) -> None:
-    """Raise InputError if a parameter that a constraint has or relaxes is a tree and no array."""
+    """Raise InputError if a parameter that a constraint uses is a tree and no array."""
     if not is_leaf(params[name]):
         raise InputError(
             f"parameter {name} is a tree, {described(params[name])}, and the constraint {c.name}"

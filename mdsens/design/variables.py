@@ -12,13 +12,7 @@ from numpy.typing import ArrayLike
 
 from mdsens._util.errors import InputError
 from mdsens._util.portable import Portable
-from mdsens._util.pytree import (
-    PyTree,
-    from_named,
-    is_leaf,
-    matched_leaves,
-    named_leaves,
-)
+from mdsens._util.pytree import PyTree, from_named, is_leaf, matched_leaves, named_leaves
 from mdsens._util.validation import real_array, real_number, short
 from mdsens.model.system import System, parameters_of
 from mdsens.potentials.parameters import Parameter, check_symmetric
@@ -49,11 +43,11 @@ class Free(Portable):
         image are one variable.
     """
 
-    low: ArrayLike | None = None
-    high: ArrayLike | None = None
+    low: ArrayLike | PyTree | None = None
+    high: ArrayLike | PyTree | None = None
     within: float | None = None
     log: bool | None = None
-    only: ArrayLike | None = None
+    only: ArrayLike | PyTree | None = None
 
 
 @dataclasses.dataclass(frozen=True)
