@@ -440,7 +440,7 @@ def from_local(
 
 
 def from_edges(
-    fn: Callable[[Edges, dict[str, jax.Array]], jax.Array],
+    fn: Callable[[Edges, dict[str, Any]], jax.Array],
     parameters: Sequence[str],
     cutoff: float | Callable[..., Any],
     *,

@@ -20,6 +20,7 @@ from conftest import LONG, relative
 
 import mdsens as ms
 from mdsens import InputError
+from mdsens._util.lattice import nearest_image
 from mdsens.cli import design_report, report
 from mdsens.design import Free, Target
 from mdsens.design.variables import Variables
@@ -294,10 +295,32 @@ def test_a_cell_at_a_pressure_responds_to_the_tree():
     column = ms.jvp(at_pressure, {"weights": unit})
     one = jacobian.component("weights.out[1]")
     np.testing.assert_allclose(one.positions, column.positions, atol=1e-11)
+    assert column.strain is not None
     np.testing.assert_allclose(one.strain, column.strain, atol=1e-11)
     assert "value.strain['weights.out']" in str(jacobian)
     certificate = ms.certify(at_pressure, direction)
     assert certificate.derivative is not None and certificate.derivative.error < 1e-8
+
+
+@LONG
+def test_a_minimum_under_constraints_responds_to_the_tree():
+    pin = ms.constraints.Pinned.particles([0], COUNT, 2)
+    bond = ms.constraints.RigidBonds.between([[1, 2]])
+    places = minimum().positions
+    length = 1.02 * np.linalg.norm(nearest_image(places[1] - places[2], jnp.eye(2) * LENGTH))
+    params = {**start().params, "bond_length": length}
+    system = ms.System.create(places, LENGTH, POTENTIAL, params, constraints=[pin, bond])
+    constrained = ms.linearize(ms.minimize(system, tolerance=1e-12))
+    response = ms.jvp(constrained, {"weights": change()})
+    again = ms.verify.finite_difference(constrained.equilibrium, {"weights": change()})
+    assert again.disagreement(response.value) < 1e-7
+    assert ms.verify.adjoint(constrained).gap < 1e-10
+    jacobian = ms.jacobian(constrained, "weights")
+    assert jacobian.multipliers is not None
+    unit = {**jax.tree.map(np.zeros_like, weights()), "out": np.eye(WIDTH)[1]}
+    column = ms.jvp(constrained, {"weights": unit}).value
+    for a, b in leaves(jacobian.component("weights.out[1]"), column):
+        np.testing.assert_allclose(a, b, atol=1e-12)
 
 
 @LONG
@@ -370,6 +393,7 @@ def test_a_design_reaches_its_target_by_the_weights():
     assert "weights.layers.0.w" in str(design)
     written = json.loads(json.dumps(design_report.as_dict(design)))["parameters"]
     assert list(written) == LABELS
+    assert ms.plots.design_history(design) is not None
     features = ms.design.feature_response(["pressure"], lin(), "weights")
     slopes = ms.gradient(ms.observables.pressure, lin()).value["weights"]
     along = features.change("pressure")["weights"]
