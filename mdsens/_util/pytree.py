@@ -29,6 +29,7 @@ __all__ = [
     "matched_leaves",
     "matching",
     "named_leaves",
+    "require_array",
     "split_last_axis",
 ]
 
@@ -193,6 +194,21 @@ def described(value: object) -> str:
         shape = getattr(value, "shape", None)
         return short(value) if shape is None else f"an array of shape {shape}"
     return f"a {type(value).__name__}"
+
+
+def require_array(name: str, value: PyTree, user: str, remedy: str = "give an array.") -> None:
+    """Raise InputError if the value of a parameter is a tree and no array.
+
+    Args:
+      name: name of the parameter.
+      value: its value.
+      user: the potential or constraint that has the parameter, for the message.
+      remedy: what to do, for the message.
+    """
+    if not is_leaf(value):
+        raise InputError(
+            f"parameter {name} is a tree, {described(value)}, and {user} takes one array: {remedy}"
+        )
 
 
 def count_numbers(tree: PyTree) -> int:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from mdsens._util.errors import InputError
-from mdsens._util.pytree import described, is_leaf
+from mdsens._util.pytree import require_array
 from mdsens._util.validation import short
 
 __all__ = ["Bounds", "Constraint", "check_constraints", "check_name"]
@@ -162,7 +162,7 @@ def _check_parameters(c: Constraint, params: Params, law_parameters: Sequence[st
             raise InputError(
                 f"the constraint {c.name} needs the parameter {name!r}: give params[{name!r}]."
             )
-        _check_array(c, name, params)
+        require_array(name, params[name], f"the constraint {c.name}")
         # the potential checks its parameters itself, but not these
         if not np.isfinite(np.asarray(params[name])).all():
             raise InputError(f"parameter {name} is not finite: give finite numbers.")
@@ -174,16 +174,7 @@ def _check_parameters(c: Constraint, params: Params, law_parameters: Sequence[st
             )
     for name in (*c.relaxes, *c.bounded_by):
         if name in params:
-            _check_array(c, name, params)
-
-
-def _check_array(c: Constraint, name: str, params: Params) -> None:
-    """Raise InputError if a parameter that a constraint uses is a tree and no array."""
-    if not is_leaf(params[name]):
-        raise InputError(
-            f"parameter {name} is a tree, {described(params[name])}, and the constraint {c.name}"
-            " takes one array: give an array."
-        )
+            require_array(name, params[name], f"the constraint {c.name}")
 
 
 def _check_fixed_bounds(constraints: Sequence[Constraint]) -> None:

@@ -22,13 +22,12 @@ from jax.core import Tracer
 from mdsens._util.errors import InputError, short
 from mdsens._util.lattice import Components, Images, components, nearest_image
 from mdsens._util.portable import Portable
-from mdsens._util.pytree import named_leaves
+from mdsens._util.pytree import named_leaves, require_array
 from mdsens._util.user_functions import Traceable
 from mdsens.potentials.pair_trial import Few, Trial, check_end, check_trial, trial_of
 from mdsens.potentials.parameters import (
     Mixing,
     arithmetic,
-    check_arrays,
     check_finite,
     check_leaf_names,
     check_names,
@@ -50,6 +49,11 @@ __all__ = [
     "no_breakpoints",
 ]
 
+# What to do with a parameter that is a tree and may not be one.
+_TREES = (
+    "give an array, or a potential by from_edges, from_local or from_energy, whose function gets"
+    " the tree as it is."
+)
 Params = Mapping[str, Any]
 Phi = Callable[..., jax.Array]
 Displacement = Callable[[jax.Array, jax.Array], jax.Array]
@@ -816,8 +820,9 @@ def check_params(potential: Potential, params: Params, n: int, species_count: in
     This function cannot run in compiled code.
     """
     check_names(params, potential.parameters, potential.name)
-    arrays = [name for name in potential.parameters if name not in potential.tree_parameters]
-    check_arrays(params, arrays, potential.name)
+    for name in potential.parameters:
+        if name not in potential.tree_parameters:
+            require_array(name, params[name], potential.name, _TREES)
     check_leaf_names(params)
     potential.check(params, n, species_count)
 

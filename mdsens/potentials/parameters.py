@@ -16,7 +16,7 @@ from jax.core import Tracer
 from numpy.typing import ArrayLike
 
 from mdsens._util.errors import InputError, short
-from mdsens._util.pytree import described, is_leaf, named_leaves
+from mdsens._util.pytree import is_leaf, named_leaves
 from mdsens._util.suggestions import similar_name
 from mdsens._util.validation import real_array, real_number
 
@@ -24,7 +24,6 @@ __all__ = [
     "Mixing",
     "Parameter",
     "arithmetic",
-    "check_arrays",
     "check_finite",
     "check_leaf_names",
     "check_names",
@@ -281,20 +280,6 @@ def check_names(params: Params, valid: Sequence[str], potential: str) -> None:
     for name in valid:
         if name not in params:
             raise InputError(f"{potential} needs the parameter {name!r}: give params[{name!r}].")
-
-
-def check_arrays(params: Params, names: Iterable[str], what: str) -> None:
-    """Raise InputError if one of the parameters ``names`` is a tree and no array.
-
-    ``what`` is the potential or constraint that these parameters belong to, for the message.
-    """
-    for name in names:
-        if not is_leaf(params[name]):
-            raise InputError(
-                f"parameter {name} is a tree, {described(params[name])}, and {what} takes one"
-                " array: give an array, or a potential by from_edges, from_local or from_energy,"
-                " whose function gets the tree as it is."
-            )
 
 
 def check_leaf_names(params: Params) -> None:
