@@ -165,9 +165,9 @@ def _first_difference(
     if structure != other_structure:
         return path, value, like
     for (key, child), (_, other) in zip(children, others, strict=True):
-        found = _first_difference(other, child, (*path, *key))
-        if found is not None:
-            return found
+        difference = _first_difference(other, child, (*path, *key))
+        if difference is not None:
+            return difference
     return None
 
 

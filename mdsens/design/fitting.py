@@ -249,9 +249,9 @@ def _checked_members(system: System | Sequence[System]) -> list[System]:
 def _check_shared(members: Sequence[System], variables: Variables) -> None:
     """Raise InputError unless all systems of a design have equal values of the free parameters."""
     for k, member in enumerate(members):
-        own = dict(named_leaves(member.params))
+        values = dict(named_leaves(member.params))
         for name, value in variables.start.items():
-            if not (name in own and np.array_equal(np.asarray(own[name]), value)):
+            if not (name in values and np.array_equal(np.asarray(values[name]), value)):
                 raise InputError(
                     f"system {k} has another `{name}` than system 0: give all systems the same"
                     " values of the free parameters."

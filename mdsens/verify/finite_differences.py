@@ -221,11 +221,17 @@ class _Line:
         A minimum is minimized again, and a saddle is located again.
         """
         eq = self.lin.equilibrium
-        own = {name: value for name, value in eq.params.items() if name in self.tangent}
-        params = advanced(own, {name: self.tangent[name] for name in own}, side)
+        params = {
+            name: advanced(value, self.tangent[name], side)
+            for name, value in eq.params.items()
+            if name in self.tangent
+        }
         load = eq.load
         if load is not None:
-            moved = advanced(load.params, {name: self.tangent[name] for name in load.params}, side)
+            moved = {
+                name: advanced(value, self.tangent[name], side)
+                for name, value in load.params.items()
+            }
             load = load.at(moved)
         options: dict[str, Any] = {"tolerance": self.tolerance, "throw": False, "progress": False}
         if eq.order:

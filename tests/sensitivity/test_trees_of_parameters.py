@@ -237,12 +237,12 @@ def test_jax_differentiates_positions_forward_and_in_a_batch():
 def test_the_certificate_covers_the_error():
     rough = ms.minimize(start(), tolerance=1e-6)
     certificate = ms.certify(rough, {"weights": change()})
-    found = certificate.derivative
-    assert found is not None and certificate.status.good
+    result = certificate.derivative
+    assert result is not None and certificate.status.good
     exact = np.asarray(ms.jvp(lin(), {"weights": change()}).value)
-    error = relative(found.response, exact)
-    assert 0.3 * error < found.error < 3.0 * error + 1e-9
-    assert relative(found.corrected, exact) < 0.1 * error
+    error = relative(result.response, exact)
+    assert 0.3 * error < result.error < 3.0 * error + 1e-9
+    assert relative(result.corrected, exact) < 0.1 * error
     record = json.loads(json.dumps(certificate.as_dict()))["derivative"]["dparams"]
     assert set(record) == {"sigma", "epsilon", "alpha", *LABELS}
     assert record["weights.layers.1.w"] == change()["layers"][1]["w"].tolist()
@@ -333,7 +333,7 @@ def test_a_minimum_under_constraints_responds_to_the_tree():
 @LONG
 def test_a_barrier_has_derivatives_by_the_tree():
     saddle = ms.find_saddle(minimum())
-    found = ms.barrier(minimum(), saddle, {"weights": change()})
+    result = ms.barrier(minimum(), saddle, {"weights": change()})
     h = 1e-5
     ends = []
     for t in (h, -h):
@@ -341,13 +341,13 @@ def test_a_barrier_has_derivatives_by_the_tree():
         above = ms.find_saddle(saddle.system, there.params)
         ends.append(ms.barrier(there, above))
     slope = (ends[0].value - ends[1].value) / (2 * h)
-    assert dot(found.gradient["weights"], change()) == pytest.approx(slope, rel=1e-5)
-    assert found.second is not None
+    assert dot(result.gradient["weights"], change()) == pytest.approx(slope, rel=1e-5)
+    assert result.second is not None
     rates = jax.tree.map(lambda a, b: (a - b) / (2 * h), ends[0].gradient, ends[1].gradient)
-    for a, b in leaves(found.second["weights"], rates["weights"]):
+    for a, b in leaves(result.second["weights"], rates["weights"]):
         np.testing.assert_allclose(a, b, atol=1e-5)
-    assert float(found.component("weights.out[1]")) == float(found.gradient["weights"]["out"][1])
-    assert "second, by weights.layers.0.w" in str(found)
+    assert float(result.component("weights.out[1]")) == float(result.gradient["weights"]["out"][1])
+    assert "second, by weights.layers.0.w" in str(result)
     others = ms.minimize(
         minimum().system, {"weights": weights(0) | {"out": 0.9 * weights()["out"]}}
     )
