@@ -416,7 +416,7 @@ def gradient(
 def jvp(
     observable: Callable[[Moduli], Any],
     eq: Equilibrium | Linearization,
-    dparams: Mapping[str, ArrayLike],
+    dparams: Mapping[str, Any],
     *,
     solve: Method | None = None,
     throw: bool = True,
@@ -488,7 +488,7 @@ def value_and_gradient(
     weights = jax.vmap(lambda w: pull(w))(unit_cotangents(lin, value))
     core = lin.traced(tuple(lin.params))
 
-    def pull_at(lin: Linearization) -> tuple[Unknowns, dict[str, jax.Array]]:
+    def pull_at(lin: Linearization) -> tuple[Unknowns, dict[str, Any]]:
         return _pull_tensors(lin, elastic, weights)
 
     cotangents, direct = pull_at(core)
@@ -588,7 +588,7 @@ def _function_of_tensors(
 
 def _tensors_of_unknowns(
     lin: Linearization, elastic: Moduli
-) -> Callable[[Unknowns, Mapping[str, jax.Array]], tuple[jax.Array, ...]]:
+) -> Callable[[Unknowns, Mapping[str, Any]], tuple[jax.Array, ...]]:
     """Return a function of positions, strain and parameters that computes (tensor, affine, stress).
 
     These are the relaxed and the affine stiffness tensor and the stress. The non-affine
@@ -599,7 +599,7 @@ def _tensors_of_unknowns(
       elastic: the moduli at the minimum.
     """
 
-    def tensors_at(x: Unknowns, params: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
+    def tensors_at(x: Unknowns, params: Mapping[str, Any]) -> tuple[jax.Array, ...]:
         # lin.moved keeps the neighbor list, so that this can be traced
         tensor, affine, stress = tensors(lin.moved(lin.system, x, params), elastic.nonaffine)
         return cleared(tensor, elastic.round_off), affine, stress
@@ -609,7 +609,7 @@ def _tensors_of_unknowns(
 
 @jax.jit
 def _push_tensors(
-    lin: Linearization, elastic: Moduli, x: Unknowns, params: Mapping[str, jax.Array]
+    lin: Linearization, elastic: Moduli, x: Unknowns, params: Mapping[str, Any]
 ) -> tuple[jax.Array, ...]:
     """Differentiate the two stiffness tensors and the stress along one direction.
 
@@ -629,7 +629,7 @@ def _push_tensors(
 @jax.jit
 def _pull_tensors(
     lin: Linearization, elastic: Moduli, weights: tuple[jax.Array, ...]
-) -> tuple[Unknowns, dict[str, jax.Array]]:
+) -> tuple[Unknowns, dict[str, Any]]:
     """Differentiate weighted sums of the entries of the stiffness tensors and of the stress.
 
     The derivatives are those by the parameters and by the unknowns: the positions and, for a

@@ -403,7 +403,7 @@ def _stiffness_along(system: System, vectors: jax.Array) -> jax.Array:
 @jax.jit
 def _pull_mean_stiffness(
     lin: Linearization, vectors: jax.Array
-) -> tuple[jax.Array, Unknowns, dict[str, jax.Array]]:
+) -> tuple[jax.Array, Unknowns, dict[str, Any]]:
     """Compute the mean stiffness of modes, and its derivatives by unknowns and by parameters.
 
     The unknowns are the positions and, for a relaxed cell, the strain of the cell. Each
@@ -414,7 +414,7 @@ def _pull_mean_stiffness(
       vectors: (k, n, d) the modes, which are kept constant.
     """
 
-    def observe(x: Unknowns, params: Mapping[str, jax.Array]) -> jax.Array:
+    def observe(x: Unknowns, params: Mapping[str, Any]) -> jax.Array:
         return jnp.mean(_stiffness_along(lin.moved(lin.system, x, params), vectors))
 
     value, pull = jax.vjp(observe, lin.unknowns, lin.params)

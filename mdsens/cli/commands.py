@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mdsens._util import tables
 from mdsens._util.errors import ConvergenceError, InputError, MdsensError
+from mdsens._util.pytree import named_leaves
 from mdsens.cli import arguments, moduli_report, report
 from mdsens.cli.arguments import FIGURES, MANY, SOLVERS, UNTRUSTED
 from mdsens.mechanics.status import Status
@@ -499,7 +500,7 @@ def _collect_minimum(lin: Linearization) -> dict[str, Any]:
         "rattlers": lin.network.rattlers,
         "positions": system.positions,
         "max_force": lin.equilibrium.max_force,
-        **{f"parameter_{name}": value for name, value in system.params.items()},
+        **{f"parameter_{name}": value for name, value in named_leaves(system.params)},
         **({} if system.box is None else {"box": system.box}),
         **({} if system.species is None else {"species": system.species}),
     }

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from mdsens._util.pytree import named_leaves
 from mdsens.design import Design, State, Step
 
 __all__ = ["as_dict", "lines"]
@@ -90,6 +91,8 @@ def as_dict(design: Design) -> dict[str, Any]:
             )
         ],
         "relaxations": design.relaxations,
-        "parameters": {name: np.asarray(value).tolist() for name, value in design.params.items()},
+        "parameters": {
+            name: np.asarray(value).tolist() for name, value in named_leaves(design.params)
+        },
         "history": steps,
     }

@@ -11,6 +11,7 @@ import numpy as np
 
 from mdsens._util import tables
 from mdsens._util.errors import InputError
+from mdsens._util.pytree import arrays_of, named_leaves
 from mdsens._util.suggestions import did_you_mean
 from mdsens.mechanics.contacts import Network
 from mdsens.mechanics.status import Status
@@ -139,7 +140,8 @@ def system(name: str, system: System, content: dict[str, Any]) -> str:
     rows = [
         ("particles", f"n = {system.n:,} in {system.dimension}-D, {_describe_kinds(system)}"),
         ("potential", system.potential.name),
-        *((f"  {k}", _values(np.asarray(v))) for k, v in system.params.items()),
+        *((f"  {k}", _values(np.asarray(v))) for k, v in arrays_of(system.params).items()),
+        *((f"  {k}", _range_of(np.asarray(v))) for k, v in _leaves_of_trees(system)),
         ("box", described(system.box, system.periodic)),
     ]
     if system.has_volume:
@@ -165,7 +167,7 @@ def _describe_kinds(system: System) -> str:
             for count, name in itertools.zip_longest(counts, names[: counts.size], fillvalue="")
         ]
         return f"{system.species_count} species ({' + '.join(parts)})"
-    if any(v.shape == (system.n,) and system.n > 1 for v in system.params.values()):
+    if any(v.shape == (system.n,) and system.n > 1 for v in arrays_of(system.params).values()):
         return "each with parameters of its own"
     return f"all {system.species_names[0]}" if system.species_names else "all alike"
 
@@ -187,6 +189,19 @@ def _format_density(system: System) -> tuple[str, str]:
 def _folded(title: str) -> str:
     """Wrap a title into lines that fit into a terminal."""
     return "\n".join(tables.textwrap.wrap(title, tables.WIDTH, subsequent_indent="  "))
+
+
+def _leaves_of_trees(system: System) -> list[tuple[str, Any]]:
+    """List the arrays in the parameters of a system that are trees, each with its name."""
+    trees = {name: v for name, v in system.params.items() if name not in arrays_of(system.params)}
+    return named_leaves(trees)
+
+
+def _range_of(value: np.ndarray) -> str:
+    """Format an array of a tree by its shape and the range of its numbers."""
+    if not value.size or not value.ndim:
+        return f"{value:.6g}" if value.size else "no numbers"
+    return f"shape {value.shape}, from {value.min():.6g} to {value.max():.6g}"
 
 
 def _values(value: np.ndarray) -> str:

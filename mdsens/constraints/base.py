@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from mdsens._util.errors import InputError
+from mdsens._util.pytree import require_array
 from mdsens._util.validation import short
 
 __all__ = ["Bounds", "Constraint", "check_constraints", "check_name"]
@@ -161,6 +162,7 @@ def _check_parameters(c: Constraint, params: Params, law_parameters: Sequence[st
             raise InputError(
                 f"the constraint {c.name} needs the parameter {name!r}: give params[{name!r}]."
             )
+        require_array(name, params[name], f"the constraint {c.name}")
         # the potential checks its parameters itself, but not these
         if not np.isfinite(np.asarray(params[name])).all():
             raise InputError(f"parameter {name} is not finite: give finite numbers.")
@@ -170,6 +172,9 @@ def _check_parameters(c: Constraint, params: Params, law_parameters: Sequence[st
                 f"the constraint {c.name} relaxes {name!r}, which the potential does not have:"
                 f" give one of {list(law_parameters)}."
             )
+    for name in (*c.relaxes, *c.bounded_by):
+        if name in params:
+            require_array(name, params[name], f"the constraint {c.name}")
 
 
 def _check_fixed_bounds(constraints: Sequence[Constraint]) -> None:

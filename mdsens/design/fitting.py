@@ -22,6 +22,7 @@ import numpy as np
 
 from mdsens._util.errors import ConvergenceError, InputError
 from mdsens._util.progress import Trials
+from mdsens._util.pytree import named_leaves
 from mdsens._util.validation import is_integer, short
 from mdsens.design.ensemble import Measurement, Problem, crossings, measure, moves, relaxed
 from mdsens.design.history import Design, State, Step
@@ -248,11 +249,9 @@ def _checked_members(system: System | Sequence[System]) -> list[System]:
 def _check_shared(members: Sequence[System], variables: Variables) -> None:
     """Raise InputError unless all systems of a design have equal values of the free parameters."""
     for k, member in enumerate(members):
+        values = dict(named_leaves(member.params))
         for name, value in variables.start.items():
-            shared = name in member.params and np.array_equal(
-                np.asarray(member.params[name]), value
-            )
-            if not shared:
+            if not (name in values and np.array_equal(np.asarray(values[name]), value)):
                 raise InputError(
                     f"system {k} has another `{name}` than system 0: give all systems the same"
                     " values of the free parameters."

@@ -10,6 +10,7 @@ import numpy as np
 
 from mdsens._util import tables
 from mdsens._util.attributes import Named
+from mdsens._util.pytree import named_leaves
 from mdsens._util.tables import Shown
 from mdsens.mechanics.status import Status
 from mdsens.relaxation.equilibrium import Equilibrium
@@ -106,14 +107,14 @@ class Design(Shown):
     Attributes:
       status: CONVERGED where every target is met, DESIGN_STAGNATED where no step leads nearer to
         all targets, BUDGET_SPENT where all steps were taken before every target was met.
-      params: values of the free parameters at the end, by name.
+      params: values of the free parameters at the end, arrays or trees of arrays by name.
       names: (m,) names of the m targets.
       labels: (p,) labels of the p variables (free components of parameters), such as ``sigma[1]``.
       state: the state after the last step, from which the design can be resumed.
     """
 
     status: Status
-    params: Mapping[str, np.ndarray]
+    params: Mapping[str, Any]
     names: tuple[str, ...]
     labels: tuple[str, ...]
     state: State
@@ -173,7 +174,7 @@ class Design(Shown):
             values = f"{start.values[k]:.6g} -> {last.values[k]:.6g}"
             wanted = f"wanted {self.wanted[k]:.6g} +- {self.tolerance[k]:.1g}"
             rows.append((name, f"{values}, {wanted}: {outcome}"))
-        for name, value in self.params.items():
+        for name, value in named_leaves(self.params):
             # Six numbers of six digits fit in one line of the table.
             if value.size <= 6:
                 text = np.array2string(value, precision=6)

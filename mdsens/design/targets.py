@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 
 from mdsens import elasticity, modes, observables
 from mdsens._util.errors import InputError
+from mdsens._util.pytree import named_leaves
 from mdsens._util.suggestions import did_you_mean
 from mdsens._util.user_functions import Traceable
 from mdsens._util.validation import check_count, real_number, short
@@ -185,7 +186,7 @@ class FeatureValues(NamedTuple):
     Attributes:
       values: (m,) the values of the features.
       slopes: derivatives of the features by each parameter, a dict of arrays (m, *shape of the
-        parameter).
+        parameter). A leaf of a tree of arrays has its own name, such as ``weights.layers.0.w``.
       round_off: (m,) the error of each value from rounding the parameters. A value below this error
         counts as zero.
       status: the worst status of the linear solves. The status is bad where a feature is computed
@@ -231,7 +232,7 @@ def evaluate_features(features: Sequence[Feature], lin: Linearization) -> Featur
         """
         values[which] = np.asarray(value)
         codes.append(Status.worst_of(response.stats.status))
-        for name, slope in response.value.items():
+        for name, slope in named_leaves(response.value):
             shape = slope.shape[np.ndim(value) :]  # of the parameter
             rows = slopes.setdefault(name, np.zeros((len(features), *shape)))
             rows[which] = np.asarray(slope)
@@ -263,18 +264,16 @@ def _estimate_round_off(slopes: Mapping[str, np.ndarray], lin: Linearization) ->
     """
     # First-order effect of rounding each parameter: eps |p| |df/dp|, summed over the components.
     eps = float(np.finfo(lin.system.positions.dtype).eps)
+    params = dict(named_leaves(lin.params))
     shares = [
-        (slope * np.asarray(lin.params[name])).reshape(len(slope), -1)
-        for name, slope in slopes.items()
+        (slope * np.asarray(params[name])).reshape(len(slope), -1) for name, slope in slopes.items()
     ]
     return ROUNDED * eps * np.abs(np.concatenate(shares, axis=1)).sum(axis=1)
 
 
 def _with_leading_axis(response: ParameterGradient) -> ParameterGradient:
     """Return the gradient of a scalar as the gradient of an array with one element, shape (1,)."""
-    return dataclasses.replace(
-        response, value={name: slope[None] for name, slope in response.value.items()}
-    )
+    return dataclasses.replace(response, value=jax.tree.map(lambda s: s[None], response.value))
 
 
 def _scalar(value: ArrayLike) -> jax.Array:

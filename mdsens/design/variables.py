@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
 from mdsens._util.errors import InputError
 from mdsens._util.portable import Portable
+from mdsens._util.pytree import PyTree, from_named, is_leaf, matched_leaves, named_leaves
 from mdsens._util.validation import real_array, real_number, short
 from mdsens.model.system import System, parameters_of
 from mdsens.potentials.parameters import Parameter, check_symmetric
@@ -25,6 +27,9 @@ Bounds: TypeAlias = Mapping[str, tuple[ArrayLike | None, ArrayLike | None]]
 class Free(Portable):
     """How one parameter may change in a design: its bounds, and which of its components.
 
+    For a parameter that is a tree of arrays, a number bounds all numbers of the tree; a tree of the
+    same structure may give each array bounds, or an ``only``, of its own.
+
     Attributes:
       low, high: bounds of the parameter: one number, or an array with one number for each
         component, symmetric for a matrix of species pairs; None for no bound (positive parameters
@@ -38,11 +43,11 @@ class Free(Portable):
         image are one variable.
     """
 
-    low: ArrayLike | None = None
-    high: ArrayLike | None = None
+    low: ArrayLike | PyTree | None = None
+    high: ArrayLike | PyTree | None = None
     within: float | None = None
     log: bool | None = None
-    only: ArrayLike | None = None
+    only: ArrayLike | PyTree | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +58,11 @@ class Variables:
     change. The component is s_i exp(x_i) if the variable is a logarithm, else s_i x_i, with the
     scale s_i.
 
+    The leaves of a tree of arrays count as parameters, each under its own name, such as
+    ``weights.layers.0.w``.
+
     Attributes:
+      like: the free parameters at the start, by name, whose trees ``params`` makes again.
       start: starting value of each parameter, an array by name; components that are not free keep
         their starting values.
       index: for each parameter an array of its shape: for each component the index, in x, of the
@@ -65,6 +74,7 @@ class Variables:
       labels: (p,) names of the variables, such as ``sigma[1]``.
     """
 
+    like: Mapping[str, PyTree]
     start: Mapping[str, np.ndarray]
     index: Mapping[str, np.ndarray]
     log: np.ndarray
@@ -91,6 +101,10 @@ class Variables:
           InputError: unknown names, bad bounds, or no component that may change.
         """
         records = _checked_records(system, free, bounds)
+        like = {name: system.params[name] for name in records}
+        of_leaves: dict[str, Free] = {}
+        for name, record in records.items():
+            of_leaves |= _records_of_leaves(name, like[name], record)
         start: dict[str, np.ndarray] = {}
         index: dict[str, np.ndarray] = {}
         log: list[bool] = []
@@ -98,10 +112,10 @@ class Variables:
         low: list[float] = []
         high: list[float] = []
         labels: list[str] = []
-        for parameter in parameters_of(system, {name: system.params[name] for name in records}):
+        for parameter in parameters_of(system, like):
             name = parameter.name
-            record = records[name]
-            value = np.asarray(system.params[name], float)
+            record = of_leaves[name]
+            value = np.asarray(parameter.of(like), float)
             which = _index(parameter, record)
             start[name] = value
             index[name] = np.where(which >= 0, which + len(labels), -1)
@@ -126,6 +140,7 @@ class Variables:
                 "`free` has no component that may change: set at least one to True in `only`."
             )
         return cls(
+            like,
             start,
             index,
             np.array(log),
@@ -155,23 +170,24 @@ class Variables:
         # The inner where() keeps exp from overflowing for variables that are no logarithms.
         return self.scale * np.where(self.log, np.exp(np.where(self.log, x, 0.0)), x)
 
-    def params(self, x: np.ndarray) -> dict[str, np.ndarray]:
-        """Convert the variables x (p,) of a design to parameters, arrays by name.
+    def params(self, x: np.ndarray) -> dict[str, Any]:
+        """Convert the variables x (p,) of a design to parameters, arrays or trees by name.
 
         Components that the design may not change keep their starting values.
         """
         return self._spread(self.values(x), self.start)
 
-    def _spread(self, values: np.ndarray, base: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def _spread(self, values: np.ndarray, base: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Return the parameters ``base`` with their free components replaced by ``values`` (p,).
 
         The free components are those that the design may change.
         """
-        return {
+        changed = {
             # np.where evaluates both sides: any valid index will do where a component is not free.
             name: np.where(index >= 0, values[np.maximum(index, 0)], base[name])
             for name, index in self.index.items()
         }
+        return from_named(self.like, changed)
 
     def slope(self, x: np.ndarray) -> np.ndarray:
         """Return the derivative of each free parameter component by its variable, (p,).
@@ -181,10 +197,10 @@ class Variables:
         # d(s exp x)/dx = s exp x is the component itself; d(s x)/dx = s.
         return np.where(self.log, self.values(x), self.scale)
 
-    def tangent(self, x: np.ndarray, step: np.ndarray) -> dict[str, np.ndarray]:
+    def tangent(self, x: np.ndarray, step: np.ndarray) -> dict[str, Any]:
         """Convert a step (p,) of the variables x of a design to a change of the parameters.
 
-        The change is to first order in the step, and a dict of arrays by name.
+        The change is to first order in the step, and a dict of arrays or trees by name.
         """
         zeros = {name: np.zeros_like(value) for name, value in self.start.items()}
         return self._spread(self.slope(x) * step, zeros)
@@ -297,6 +313,31 @@ def _replace_bounds(records: Mapping[str, Free], bounds: Bounds) -> dict[str, Fr
                 f"`bounds[{name!r}]` is {short(pair)}: give (low, high), with None for no bound."
             )
         records[name] = dataclasses.replace(records[name], low=pair[0], high=pair[1])
+    return records
+
+
+def _records_of_leaves(name: str, value: PyTree, record: Free) -> dict[str, Free]:
+    """Return how each leaf of a parameter may change, by the name of the leaf.
+
+    Args:
+      name: name of the parameter.
+      value: its starting value; an array is its only leaf.
+      record: how the parameter may change.
+    """
+    if is_leaf(value):
+        return {name: record}
+    log = record.log
+    if log is None:  # of all numbers or of none: single arrays may be positive by chance
+        log = all(bool(np.all(np.asarray(leaf) > 0)) for leaf in jax.tree.leaves(value))
+    records = {
+        label: dataclasses.replace(record, log=log) for label, _ in named_leaves({name: value})
+    }
+    for field in ("low", "high", "only"):
+        part = getattr(record, field)
+        if part is None or is_leaf(part):  # the same for every leaf
+            continue
+        for label, of_leaf, _ in matched_leaves(part, value, name, f"free[{name!r}].{field}"):
+            records[label] = dataclasses.replace(records[label], **{field: of_leaf})
     return records
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens._util.errors import InputError
+from mdsens._util.pytree import arrays_of
 from mdsens._util.validation import is_real, short
 from mdsens.constraints import Constraint, Pinned, RigidBonds
 from mdsens.io.files import replacing
@@ -467,7 +468,7 @@ def _set_arrays(atoms: Atoms, system: System, diameters: np.ndarray | None) -> N
     _set_masses(atoms, system)
     if diameters is not None:
         atoms.set_array("diameter", diameters)
-    for name, value in system.params.items():
+    for name, value in arrays_of(system.params).items():
         # with as many species as particles, (n,) values are one for each species
         one_a_species = system.species is not None and system.species_count == system.n
         one_a_particle = value.shape == (system.n,) and not one_a_species

@@ -22,6 +22,7 @@ import numpy as np
 from mdsens import constraints, potentials
 from mdsens._util.environment import require_sound_jax
 from mdsens._util.errors import InputError, PrecisionError
+from mdsens._util.pytree import named_leaves
 from mdsens.design import State, Step
 from mdsens.implicit.linear.result import SolveStats
 from mdsens.io.files import read_npz, replacing
@@ -241,7 +242,7 @@ def _parameters(result: Stored) -> dict[str, Any] | None:
     system = getattr(result, "system", result)
     if not isinstance(system, System):
         return None
-    values = {k: np.asarray(v) for k, v in system.params.items()}
+    values = {k: np.asarray(v) for k, v in named_leaves(system.params)}
     return {
         k: v.tolist() if v.size <= 16 else f"array of shape {v.shape}" for k, v in values.items()
     }
@@ -290,10 +291,9 @@ def _encode(value: Any, where: str, arrays: dict[str, np.ndarray]) -> Any:
     ):
         return value
     if isinstance(value, (jax.Array, np.ndarray, np.generic)):
-        # "on": jax arrays come back as jax arrays, numpy's as numpy's
-        arrays[where] = np.asarray(value)
-        return {"array": where, "on": "device" if isinstance(value, jax.Array) else "host"}
-    if isinstance(value, Mapping | list | tuple):
+        return _encode_array(value, where, arrays)
+    # by exact type: another kind of dict, or a named tuple, would come back as the plain kind
+    if type(value) in (dict, list, tuple):
         return _encode_container(value, where, arrays)
     if isinstance(value, BoxFunction):
         return {"user": "box", "periodic": list(value.periodic)}
@@ -302,17 +302,34 @@ def _encode(value: Any, where: str, arrays: dict[str, np.ndarray]) -> Any:
         return _encode_record(value, where, arrays)
     raise InputError(
         f"{where or 'result'} is a {type(value).__name__}, which cannot be stored: build"
-        " the result of arrays and types of mdsens."
+        " the result of arrays, dicts, lists, tuples and types of mdsens."
     )
 
 
+def _encode_array(
+    value: jax.Array | np.ndarray | np.generic, where: str, arrays: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """Put an array into ``arrays``, and return its name and whether it is one of jax."""
+    if where in arrays:  # keys of nested dicts with dots in them
+        raise InputError(f"two arrays of the result are called {where}: rename a key of the tree.")
+    # "on": jax arrays come back as jax arrays, numpy's as numpy's
+    arrays[where] = np.asarray(value)
+    return {"array": where, "on": "device" if isinstance(value, jax.Array) else "host"}
+
+
 def _encode_container(
-    value: Mapping[str, Any] | list[Any] | tuple[Any, ...],
+    value: dict[Any, Any] | list[Any] | tuple[Any, ...],
     where: str,
     arrays: dict[str, np.ndarray],
 ) -> dict[str, Any]:
     """Convert a dict, list or tuple of a result to JSON, and put its arrays into ``arrays``."""
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):  # in JSON it would become a text
+                raise InputError(
+                    f"{where} has the key {key!r}, which is no text and cannot be stored: give the"
+                    " dict keys of text."
+                )
         return {"dict": {k: _encode(v, _extend_path(where, k), arrays) for k, v in value.items()}}
     parts = [_encode(v, _extend_path(where, str(k)), arrays) for k, v in enumerate(value)]
     return {"list" if isinstance(value, list) else "tuple": parts}

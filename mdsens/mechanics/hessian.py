@@ -314,7 +314,7 @@ def mixed_product(system: System, dparams: Params) -> Unknowns:
     return along(lambda p: gradient(system, x, p), system.params, dparams)
 
 
-def mixed_transpose(system: System, cotangent: Unknowns) -> dict[str, jax.Array]:
+def mixed_transpose(system: System, cotangent: Unknowns) -> dict[str, Any]:
     """Compute (d2U/dx dp)^T w: the mixed derivative of the energy U, transposed, times a vector w.
 
     x are the positions and p the parameters. The result is a dict shaped like p.

@@ -54,7 +54,7 @@ def relaxed(system: System) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for c in system.constraints for name in c.relaxes))
 
 
-def own_params(system: System) -> dict[str, jax.Array]:
+def own_params(system: System) -> dict[str, Any]:
     """Return the parameters of a system, without those that relax with the positions.
 
     These are the parameters by which derivatives can be taken.

@@ -421,9 +421,12 @@ def differentiated(system: System, params: Mapping[str, Any]) -> tuple[Parameter
       system: the system, or a batch.
       params: the parameters by name.
     """
-    return tuple(
-        parameter
-        if parameter.name in system.params
-        else dataclasses.replace(parameter, paired=len(parameter.shape) == 2)
-        for parameter in parameters_of(system, params)
+    of_system = {name: value for name, value in params.items() if name in system.params}
+    of_load = {name: value for name, value in params.items() if name not in of_system}
+    return (
+        *parameters_of(system, of_system),
+        *(
+            dataclasses.replace(parameter, paired=len(parameter.shape) == 2)
+            for parameter in parameters_of(system, of_load)
+        ),
     )

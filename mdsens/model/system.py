@@ -27,6 +27,7 @@ from mdsens._util.lattice import (
 )
 from mdsens._util.portable import Portable
 from mdsens._util.precision import full_precision
+from mdsens._util.pytree import PyTree, arrays_of, is_leaf, named_leaves
 from mdsens._util.tables import Shown
 from mdsens._util.validation import real_array, require_host, short
 from mdsens.constraints import Constraint, check_constraints
@@ -76,7 +77,10 @@ class System(Portable, Shown):
       positions: (n, d) Cartesian coordinates, d = 2 or 3; in a batch this and every other array has
         a leading axis over the systems.
       params: dict of float arrays. A pair parameter is a scalar, (S,) with one value per species,
-        (n,) with one value per particle, or (S, S) with one value per pair of species.
+        (n,) with one value per particle, or (S, S) with one value per pair of species. A parameter
+        of a potential by ``from_edges``, ``from_local`` or ``from_energy`` may also be a tree of
+        arrays, such as ``{"embed": W0, "layers": [{"w": W, "b": b}]}``, the weights of a network.
+        Its leaves are named by their paths, ``weights.layers.0.w``.
       boundary: the rule that gives the cell: a fixed cell, a cell that follows the packing
         fraction, a function of the parameters, or open boundaries.
       potential: the potential, see :mod:`mdsens.potentials`.
@@ -96,7 +100,7 @@ class System(Portable, Shown):
     """
 
     positions: jax.Array
-    params: dict[str, jax.Array]
+    params: dict[str, Any]
     boundary: Any
     potential: Any
     species: jax.Array | None
@@ -122,7 +126,7 @@ class System(Portable, Shown):
         if self.masses is not None:
             rows.append(("masses", _describe_masses(np.unique(np.asarray(self.masses)))))
         rows.append(("potential", self.potential.name))
-        for name, value in self.params.items():
+        for name, value in named_leaves(self.params):
             shown = np.array2string(
                 np.asarray(value), precision=6, threshold=8, edgeitems=2, separator=", "
             )
@@ -181,7 +185,9 @@ class System(Portable, Shown):
             are the rows), a ``PackingFraction``, a function of the parameters that returns the
             matrix, or None for open boundaries.
           potential: a potential of :mod:`mdsens.potentials`.
-          params: dict of the parameters of the potential and of the constraints by name.
+          params: dict of the parameters of the potential and of the constraints by name. Where a
+            parameter may be a tree of arrays, dicts, lists and tuples of arrays are one; a list of
+            numbers is an array.
           species: (n,) the species of each particle, an integer from 0; needed where a parameter
             has one value per species.
           constraints: a constraint of :mod:`mdsens.constraints`, or several with different names.
@@ -204,7 +210,8 @@ class System(Portable, Shown):
         require_host("System.create", remedy, positions, params, masses)
         coordinates = _checked_positions(positions)
         n, dimension = coordinates.shape
-        values = _as_params(params, coordinates.dtype)
+        trees = getattr(potential, "tree_parameters", ())  # what is no potential is refused below
+        values = _as_params(params, coordinates.dtype, trees)
         if not hasattr(potential, "terms"):
             raise InputError(
                 f"`potential` is {short(potential)}: give a potential, such as"
@@ -331,7 +338,8 @@ class System(Portable, Shown):
         """
         remedy = "take system.replace(params=...) there, whose list of neighbors stays as it is"
         require_host("with_params", remedy, self, params)
-        merged = {**self.params, **_as_params(params, self.positions.dtype)}
+        trees = self.potential.tree_parameters
+        merged = {**self.params, **_as_params(params, self.positions.dtype, trees)}
         potential_params = _params_of_potential(merged, self.constraints)
         check_params(self.potential, potential_params, self.n, self.species_count)
         check_constraints(
@@ -442,7 +450,8 @@ def _check_first_species(kinds: np.ndarray, params: Params) -> None:
 
     A table of parameters may have species of which there are no particles.
     """
-    has_table = any(np.ndim(v) and np.shape(v)[0] > kinds.max() for v in params.values())
+    arrays = arrays_of(params).values()
+    has_table = any(np.ndim(v) and np.shape(v)[0] > kinds.max() for v in arrays)
     if kinds.min() > 0 and not has_table:
         raise InputError(f"`species` starts at {kinds.min()}: number the species from 0.")
 
@@ -481,7 +490,7 @@ def _checked_tags(tags: ArrayLike | None, n: int) -> jax.Array | None:
 
 
 def _check_box_function(
-    rule: BoxFunction, params: dict[str, jax.Array], dimension: int, dtype: np.dtype
+    rule: BoxFunction, params: dict[str, Any], dimension: int, dtype: np.dtype
 ) -> None:
     """Raise InputError if a user's function of the box does not return a cell matrix (d, d)."""
     returned = rule.function(params)
@@ -497,8 +506,8 @@ def _check_box_function(
 
 
 def _params_of_potential(
-    params: dict[str, jax.Array], constraints: tuple[Constraint, ...]
-) -> dict[str, jax.Array]:
+    params: dict[str, Any], constraints: tuple[Constraint, ...]
+) -> dict[str, Any]:
     """Return the parameters of the potential: all parameters but those of the constraints."""
     others = {name for c in constraints for name in c.parameters}
     return {name: value for name, value in params.items() if name not in others}
@@ -528,7 +537,8 @@ def _check_reach(system: System) -> None:
 def parameters_of(system: System, params: Params | None = None) -> tuple[Parameter, ...]:
     """List the parameters by which derivatives are taken, with the shape of each.
 
-    For a batch, the shapes are those of one system.
+    Each leaf of a tree of arrays is listed by its own name, such as ``weights.layers.0.w``. For a
+    batch, the shapes are those of one system.
 
     Args:
       params: dict of some of the system's parameters, which may include a pressure; None for all
@@ -536,7 +546,7 @@ def parameters_of(system: System, params: Params | None = None) -> tuple[Paramet
     """
     pair_names = system.potential.pair_parameters
     parameters = []
-    for name, value in (system.params if params is None else params).items():
+    for name, value in named_leaves(system.params if params is None else params):
         # the first axis of a batch is that of its members
         shape = np.shape(value)[1:] if system.batch is not None else np.shape(value)
         parameters.append(Parameter(name, shape, name in pair_names and len(shape) == 2))
@@ -583,7 +593,7 @@ class PairLengths:
     """
 
     potential: Potential
-    params: dict[str, jax.Array]
+    params: dict[str, Any]
     species: jax.Array | None
     n: int = dataclasses.field(metadata={"static": True})
     species_count: int = dataclasses.field(metadata={"static": True})
@@ -630,16 +640,75 @@ def listed(
     )
 
 
-def _as_params(params: Params, dtype: np.dtype) -> dict[str, jax.Array]:
-    """Convert parameters that a user gives to arrays of real numbers."""
+def _as_params(params: Params, dtype: np.dtype, trees: Sequence[str]) -> dict[str, Any]:
+    """Convert parameters that a user gives to arrays of real numbers, or to trees of them.
+
+    Args:
+      params: the parameters by name.
+      dtype: type of the arrays.
+      trees: names of the parameters that may be trees. A list for any other is an array; a dict for
+        any other becomes a tree here, which ``check_params`` refuses.
+    """
     if not isinstance(params, Mapping):
         raise InputError(
             f"`params` is a {type(params).__name__}: give a dict of parameter names and values."
         )
-    return {
-        name: jnp.asarray(real_array(f"parameter {name}", value), dtype)
-        for name, value in params.items()
-    }
+    return {name: _as_parameter(name, v, dtype, name in trees) for name, v in params.items()}
+
+
+def _as_parameter(name: str, value: object, dtype: np.dtype, may_be_tree: bool) -> Any:
+    """Convert the value that a user gives a parameter to an array, or to a tree of arrays."""
+    if _is_tree(value, may_be_tree):
+        return _as_tree(name, value, dtype)
+    return jnp.asarray(real_array(f"parameter {name}", value), dtype)
+
+
+def _is_tree(value: object, lists: bool) -> bool:
+    """Return whether the value that a user gives a parameter is a tree of arrays, not one array.
+
+    A list or tuple of numbers, nested or not, is an array. One of arrays, dicts or None is a tree
+    where ``lists`` is True, and otherwise an array, of the rows that it holds.
+    """
+    if value is None or is_leaf(value):
+        return False
+    if not isinstance(value, list | tuple):
+        return True
+    # a named tuple is a record, also where its fields are numbers
+    return lists and not (type(value) in (list, tuple) and _holds_numbers_alone(value))
+
+
+def _holds_numbers_alone(value: object) -> bool:
+    """Return whether nested lists and tuples hold nothing but numbers, or what is none by mistake.
+
+    A text, for example, is a mistake that the conversion to an array reports.
+    """
+    if isinstance(value, list | tuple):
+        return all(map(_holds_numbers_alone, value))
+    return is_leaf(value) and getattr(value, "ndim", 0) == 0
+
+
+def _as_tree(name: str, value: PyTree, dtype: np.dtype) -> Any:
+    """Convert a tree that a user gives a parameter to a tree of arrays of floating-point numbers.
+
+    Raises:
+      InputError: a leaf is of another kind; the message has its path.
+    """
+    try:
+        structure = jax.tree.structure(value)
+    except (TypeError, ValueError) as error:  # keys of a dict that have no order
+        raise InputError(
+            f"parameter {name} is no tree of jax ({error}): give each dict keys of one kind, such"
+            " as texts."
+        ) from error
+    need = "keep arrays of floating-point numbers alone in the tree, and close over the rest."
+    leaves = []
+    for label, leaf in named_leaves({name: value}):
+        array = real_array(f"parameter {label}", leaf, need)
+        # an integer is a setting, such as a number of layers, and would come back as a float
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise InputError(f"parameter {label} is {short(leaf)}, of type {array.dtype}: {need}")
+        leaves.append(jnp.asarray(array, dtype))
+    return structure.unflatten(leaves)
 
 
 def _species_count(kinds: np.ndarray, params: Params) -> int:
@@ -650,7 +719,9 @@ def _species_count(kinds: np.ndarray, params: Params) -> int:
     """
     least = int(kinds.max()) + 1 if kinds.size else 0
     # a vector with n values is taken to have one per particle, and does not tell S
-    lengths = {np.shape(v)[0] for v in params.values() if np.ndim(v) in (1, 2)} - {kinds.shape[0]}
+    # nor do the leaves of a tree
+    arrays = [v for v in arrays_of(params).values() if np.ndim(v) in (1, 2)]
+    lengths = {np.shape(v)[0] for v in arrays} - {kinds.shape[0]}
     longer = [m for m in lengths if m >= least]
     return min(longer) if longer else least
 
@@ -662,7 +733,7 @@ def diameters_at(system: System, params: Params) -> jax.Array | None:
     is None without a sigma, and for a sigma of any other shape.
     """
     sigma = params.get("sigma")
-    if sigma is None:
+    if sigma is None or not is_leaf(sigma):  # a tree of this name holds no diameters
         return None
     if sigma.ndim == 2:
         sigma = jnp.diagonal(sigma)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from mdsens._util.errors import InputError
+from mdsens._util.pytree import is_leaf
 from mdsens.mechanics import contacts
 from mdsens.mechanics.status import Status
 from mdsens.model.system import System
@@ -287,6 +288,11 @@ def _check_response(response: Displacement | ArrayLike, part: str, system: Syste
     vectors: Any = response
     if isinstance(response, Displacement):
         vectors = response.positions if part == "value" else response.nonaffine
+        if not is_leaf(vectors):
+            raise InputError(
+                "`response` is a derivative by all numbers of a tree: give that by one of them,"
+                " from its method component."
+            )
     elif isinstance(response, dict | Derivative):
         raise InputError(
             "`response` is a derivative by parameters (vjp, gradient): give a derivative of the"

@@ -22,12 +22,14 @@ from jax.core import Tracer
 from mdsens._util.errors import InputError, short
 from mdsens._util.lattice import Components, Images, components, nearest_image
 from mdsens._util.portable import Portable
+from mdsens._util.pytree import named_leaves, require_array
 from mdsens._util.user_functions import Traceable
 from mdsens.potentials.pair_trial import Few, Trial, check_end, check_trial, trial_of
 from mdsens.potentials.parameters import (
     Mixing,
     arithmetic,
     check_finite,
+    check_leaf_names,
     check_names,
     check_pair_shape,
     checked_names,
@@ -47,6 +49,11 @@ __all__ = [
     "no_breakpoints",
 ]
 
+# What to do with a parameter that is a tree and may not be one.
+_TREES = (
+    "give an array, or a potential by from_edges, from_local or from_energy, whose function gets"
+    " the tree as it is."
+)
 Params = Mapping[str, Any]
 Phi = Callable[..., jax.Array]
 Displacement = Callable[[jax.Array, jax.Array], jax.Array]
@@ -142,7 +149,8 @@ class Potential(Protocol):
     energy. Energies of all neighbors of an atom (``of_neighbors``) are in
     :mod:`mdsens.potentials.local`. ``crossing_terms`` returns the terms whose ``lengths`` are the
     distances where a derivative of the energy jumps. ``check`` raises InputError if the parameters
-    do not fit the potential.
+    do not fit the potential. ``tree_parameters`` are the names of those parameters that may be
+    trees of arrays; all others are arrays.
     """
 
     @property
@@ -151,6 +159,8 @@ class Potential(Protocol):
     def parameters(self) -> tuple[str, ...]: ...
     @property
     def pair_parameters(self) -> tuple[str, ...]: ...
+    @property
+    def tree_parameters(self) -> tuple[str, ...]: ...
     @property
     def pairwise(self) -> bool: ...
     @property
@@ -235,6 +245,11 @@ class NamedPotential(_Addable):
 
         Such a parameter may be given as a symmetric matrix of species pairs.
         """
+        return ()
+
+    @property
+    def tree_parameters(self) -> tuple[str, ...]:
+        """Names of the parameters that a user's function gets as they are, arrays or trees."""
         return ()
 
     @property
@@ -592,10 +607,10 @@ class BondedPotential(Portable, NamedPotential):
 class EnergyPotential(Portable, NamedPotential):
     """A potential whose energy is a user's function, U = fn(positions, params, displacement).
 
-    fn gets the positions of all particles, a dict of the parameters, and a function
-    ``displacement(a, b)`` that returns the vector a - b between nearest images of two points. It
-    gets no neighbor list, so that the cost grows with the number of particles as the cost of fn
-    does.
+    fn gets the positions of all particles, a dict of the parameters (arrays, or trees of arrays),
+    and a function ``displacement(a, b)`` that returns the vector a - b between nearest images of
+    two points. It gets no neighbor list, so that the cost grows with the number of particles as the
+    cost of fn does.
 
     Attributes:
       name: name of the potential in messages and tables.
@@ -610,6 +625,10 @@ class EnergyPotential(Portable, NamedPotential):
     names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     keys: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     shared: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
+
+    @property
+    def tree_parameters(self) -> tuple[str, ...]:
+        return self.names
 
     @property
     def pairwise(self) -> bool:
@@ -654,8 +673,8 @@ class EnergyPotential(Portable, NamedPotential):
 
     def check(self, params: Params, n: int, species_count: int) -> None:
         # their shapes are the user's: only fn knows which are right
-        for name in self.names:
-            check_finite(name, np.asarray(params[name], float), -math.inf)
+        for name, value in named_leaves({name: params[name] for name in self.names}):
+            check_finite(name, np.asarray(value, float), -math.inf)
 
 
 @jax.tree_util.register_dataclass
@@ -700,6 +719,15 @@ class SumPotential(_Addable):
     def pair_parameters(self) -> tuple[str, ...]:
         return tuple(
             dict.fromkeys(name for potential in self.parts for name in potential.pair_parameters)
+        )
+
+    @property
+    def tree_parameters(self) -> tuple[str, ...]:
+        # a parameter that two share is a tree only where either takes trees
+        return tuple(
+            name
+            for name in self.parameters
+            if all(name in p.tree_parameters for p in self.parts if name in p.parameters)
         )
 
     @property
@@ -792,6 +820,10 @@ def check_params(potential: Potential, params: Params, n: int, species_count: in
     This function cannot run in compiled code.
     """
     check_names(params, potential.parameters, potential.name)
+    for name in potential.parameters:
+        if name not in potential.tree_parameters:
+            require_array(name, params[name], potential.name, _TREES)
+    check_leaf_names(params)
     potential.check(params, n, species_count)
 
 

@@ -413,7 +413,8 @@ def from_energy(
         function of two points a and b (d,) that returns the vector a - b between nearest images,
         deformed by the strain. The many-body potentials of jax-md can be used:
         ``lambda R, p, d: jax_md.energy.stillinger_weber(d, epsilon=p["epsilon"])(R)``.
-      parameters: the parameters' names; their values may have any shape.
+      parameters: the parameters' names; their values may have any shape, and be trees of arrays
+        (dicts, lists and tuples of them).
       shared: names of parameters that another potential in a sum has as well; both use the same
         value.
       name: name of the potential in messages and tables; the name of fn where None.

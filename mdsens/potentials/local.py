@@ -20,6 +20,7 @@ import numpy as np
 from mdsens._util.errors import InputError
 from mdsens._util.lattice import Components
 from mdsens._util.portable import Portable
+from mdsens._util.pytree import named_leaves
 from mdsens._util.user_functions import Traceable
 from mdsens._util.validation import short
 from mdsens.potentials.base import FixedLengths, NamedPotential, Pairs, PairTerm, Params
@@ -156,6 +157,14 @@ class NeighborPotential(Portable, NamedPotential):
     above: tuple[float, ...] = dataclasses.field(metadata={"static": True})
 
     @property
+    def tree_parameters(self) -> tuple[str, ...]:
+        # the energies that come with mdsens take arrays alone; an embedded atom's is its form's
+        owner = getattr(self.fn, "form", self.fn)
+        if (getattr(owner, "__module__", None) or "").startswith("mdsens."):
+            return ()
+        return tuple(name for name, axes in zip(self.names, self.axes, strict=True) if not axes)
+
+    @property
     def pairwise(self) -> bool:
         return False
 
@@ -163,12 +172,12 @@ class NeighborPotential(Portable, NamedPotential):
     def of_neighbors(self) -> bool:
         return True
 
-    def values(self, params: Params, species_count: int) -> dict[str, jax.Array]:
+    def values(self, params: Params, species_count: int) -> dict[str, Any]:
         """Return the parameters as fn gets them: those of pairs and triples with all their axes."""
         count = max(species_count, 1)
         values = {}
         for key, name, axes in zip(self.keys, self.names, self.axes, strict=True):
-            value = jnp.asarray(params[name])
+            value = jax.tree.map(jnp.asarray, params[name])
             values[key] = jnp.broadcast_to(value, (count,) * axes) if axes else value
         return values
 
@@ -185,7 +194,7 @@ class NeighborPotential(Portable, NamedPotential):
         cutoff = Traceable(f"the cutoff of {self.name}", self.cutoff)
         return cutoff(self._of_any_count(params, species_count))
 
-    def _of_any_count(self, params: Params, species_count: int) -> dict[str, jax.Array]:
+    def _of_any_count(self, params: Params, species_count: int) -> dict[str, Any]:
         """Return the parameters as fn gets them, where the number of species may be unknown.
 
         The number is then that of the parameters' values; 1 where all are single numbers.
@@ -238,27 +247,40 @@ class NeighborPotential(Portable, NamedPotential):
 
     def check(self, params: Params, n: int, species_count: int) -> None:
         for name, axes, above in zip(self.names, self.axes, self.above, strict=True):
-            value = np.asarray(params[name], float)
-            check_finite(name, value, above)
-            count = max(species_count, 1)
-            if axes and value.shape not in ((), (count,) * axes):
-                if not species_count:
-                    raise InputError(
-                        f"parameter {name} has shape {value.shape}, and the particles have no"
-                        " species: give a scalar, or `species`, too."
-                    )
-                what = {2: "pairs", 3: "triples"}[axes]
-                shape = ", ".join([str(count)] * axes)
-                raise InputError(
-                    f"parameter {name} has shape {value.shape}: give a scalar, or ({shape}) for"
-                    f" {what} of species."
-                )
+            for label, leaf in named_leaves({name: params[name]}):
+                check_finite(label, np.asarray(leaf, float), above)
+            if axes:
+                _check_shape(name, np.shape(params[name]), axes, species_count)
         reach = np.asarray(self.range(params), float)
         if not (np.isfinite(reach) and reach > 0):
             raise InputError(
                 f"the cutoff of {self.name} is {float(reach):g} at these parameters: give a cutoff"
                 " or parameters that make it a positive length."
             )
+
+
+def _check_shape(name: str, shape: tuple[int, ...], axes: int, species_count: int) -> None:
+    """Raise InputError unless a parameter of pairs or triples of species has such a shape.
+
+    Args:
+      name: name of the parameter.
+      shape: shape of its value; one number stands for all.
+      axes: 2 for pairs of species, 3 for triples.
+      species_count: number of species; 0 without species.
+    """
+    count = max(species_count, 1)
+    if shape in ((), (count,) * axes):
+        return
+    if not species_count:
+        raise InputError(
+            f"parameter {name} has shape {shape}, and the particles have no species: give a scalar,"
+            " or `species`, too."
+        )
+    what = {2: "pairs", 3: "triples"}[axes]
+    sizes = ", ".join([str(count)] * axes)
+    raise InputError(
+        f"parameter {name} has shape {shape}: give a scalar, or ({sizes}) for {what} of species."
+    )
 
 
 def _of_species(value: Any, pairs: Pairs, n: int, species: Species) -> jax.Array:
@@ -404,7 +426,8 @@ def from_local(
       shapes: dict from the names of parameters that have a value for each pair of species,
         ``"pair"``, or for each triple, ``"triple"``. fn gets them as arrays (S, S), [species of the
         atom, of the neighbor], and (S, S, S), [atom, neighbor, other neighbor]; they need not be
-        symmetric. The user may give one value for all. Other parameters have any shape.
+        symmetric. The user may give one value for all. Other parameters have any shape, and may
+        be trees of arrays (dicts, lists and tuples of them).
       name: name of the potential in messages and tables; the name of fn where None.
       positive: names of the parameters that must be positive.
 
@@ -417,7 +440,7 @@ def from_local(
 
 
 def from_edges(
-    fn: Callable[[Edges, dict[str, jax.Array]], jax.Array],
+    fn: Callable[[Edges, dict[str, Any]], jax.Array],
     parameters: Sequence[str],
     cutoff: float | Callable[..., Any],
     *,
@@ -435,7 +458,9 @@ def from_edges(
     Args:
       fn: function that returns the energy of all atoms, a scalar, from the list of neighbors
         ``edges``, an :class:`Edges`, and ``params``, a dict of the parameters. It must leave out
-        the places where ``edges.mask`` is False.
+        the places where ``edges.mask`` is False. A parameter that is a tree of arrays, such as the
+        weights of all layers, comes as the user gave it: with ``parameters=("weights",)`` fn reads
+        ``params["weights"]["layers"][0]["w"]``.
       parameters, cutoff, breakpoints, shapes, name, positive: as in :func:`from_local`.
     """
     return EdgePotential(**_fields(fn, parameters, cutoff, breakpoints, shapes, name, positive))

@@ -16,6 +16,7 @@ from jax.core import Tracer
 from numpy.typing import ArrayLike
 
 from mdsens._util.errors import InputError, short
+from mdsens._util.pytree import is_leaf, named_leaves
 from mdsens._util.suggestions import similar_name
 from mdsens._util.validation import real_array, real_number
 
@@ -24,6 +25,7 @@ __all__ = [
     "Parameter",
     "arithmetic",
     "check_finite",
+    "check_leaf_names",
     "check_names",
     "check_pair_shape",
     "check_symmetric",
@@ -83,7 +85,8 @@ class Parameter:
     The components of a parameter are the independent numbers in its value; each has an index.
 
     Attributes:
-      name: the parameter's name.
+      name: the parameter's name; that of a leaf of a tree of arrays is its path, such as
+        ``weights.layers.0.w``.
       shape: shape of its value.
       paired: True for a symmetric matrix of species pairs, whose entries (a, b) and (b, a) are the
         same physical number. A derivative by the parameter has the matrix's shape, and each of the
@@ -94,6 +97,12 @@ class Parameter:
     name: str
     shape: tuple[int, ...]
     paired: bool = False
+
+    def of(self, values: Mapping[str, Any]) -> Any:
+        """Return what belongs to this parameter among arrays, and trees of arrays, by name."""
+        if self.name in values:
+            return values[self.name]
+        return dict(named_leaves(values))[self.name]  # a leaf of a tree
 
     @property
     def indices(self) -> list[tuple[int, ...]]:
@@ -271,6 +280,19 @@ def check_names(params: Params, valid: Sequence[str], potential: str) -> None:
     for name in valid:
         if name not in params:
             raise InputError(f"{potential} needs the parameter {name!r}: give params[{name!r}].")
+
+
+def check_leaf_names(params: Params) -> None:
+    """Raise InputError if two arrays in trees of parameters have the same name."""
+    if all(map(is_leaf, params.values())):
+        return
+    names = [name for name, _ in named_leaves(params)]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(
+                f"two arrays of the parameters are called {name}: rename a key of the tree, such as"
+                " one with a dot."
+            )
 
 
 def check_finite(name: str, value: np.ndarray, above: float) -> None:

@@ -117,6 +117,10 @@ class SmoothedPotential(Portable):
         return self.potential.pair_parameters
 
     @property
+    def tree_parameters(self) -> tuple[str, ...]:
+        return ()
+
+    @property
     def pairwise(self) -> bool:
         return True
 

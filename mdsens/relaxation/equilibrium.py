@@ -85,7 +85,7 @@ class Equilibrium(Portable, Shown):
         return self.system.positions
 
     @property
-    def params(self) -> dict[str, jax.Array]:
+    def params(self) -> dict[str, Any]:
         """Return the parameters of the relaxed system's potential, by name."""
         return self.system.params
 

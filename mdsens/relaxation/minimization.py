@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from mdsens._util.environment import require_sound_jax
 from mdsens._util.errors import ConvergenceError, InputError, raise_for_status
@@ -28,7 +28,7 @@ from mdsens.relaxation.options import Method, Options
 
 __all__ = ["minimize"]
 
-Params = Mapping[str, ArrayLike]
+Params = Mapping[str, Any]
 
 
 def minimize(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from numpy.typing import ArrayLike
 
 from mdsens._util.errors import InputError, raise_for_status
 from mdsens._util.portable import Portable
+from mdsens._util.pytree import named_leaves
 from mdsens._util.tables import Shown
 from mdsens.implicit.linear import Method
 from mdsens.mechanics.status import Status
@@ -22,7 +24,7 @@ from mdsens.sensitivity.linearization import full_tangent
 
 __all__ = ["Barrier", "barrier"]
 
-Params = Mapping[str, ArrayLike]
+Params = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -44,8 +46,8 @@ class Barrier(Portable, Shown):
     """
 
     value: float
-    gradient: dict[str, jax.Array]
-    second: dict[str, jax.Array] | None
+    gradient: dict[str, Any]
+    second: dict[str, Any] | None
     statuses: tuple[Status, Status]
     max_forces: tuple[float, float]
     wrt: tuple[Parameter, ...] = ()
@@ -62,7 +64,7 @@ class Barrier(Portable, Shown):
           label: name of the number, such as ``"epsilon"`` or ``"sigma[0,1]"``.
         """
         parameter, index = component(self.wrt, label)
-        return parameter.whole(self.gradient[parameter.name], index)
+        return parameter.whole(parameter.of(self.gradient), index)
 
     _title = "Barrier"
 
@@ -71,7 +73,7 @@ class Barrier(Portable, Shown):
         # a single number is printed, an array by its shape and norm
         for parameter in self.wrt:
             name = parameter.name
-            change = self.gradient[parameter.name]
+            change = parameter.of(self.gradient)
             if change.ndim:
                 text = f"shape {change.shape}, norm {parameter.size(change):.6g}"
             else:
@@ -79,8 +81,7 @@ class Barrier(Portable, Shown):
             rows.append((f"by {name}", text))
         if self.second is not None:
             rows += [
-                (f"second, by {p.name}", f"norm {p.size(self.second[p.name]):.6g}")
-                for p in self.wrt
+                (f"second, by {p.name}", f"norm {p.size(p.of(self.second)):.6g}") for p in self.wrt
             ]
         low, high = self.max_forces
         rows.append(("max_force", f"{low:.1e} at the minimum, {high:.1e} at the saddle"))
@@ -89,22 +90,20 @@ class Barrier(Portable, Shown):
 
 
 @jax.jit
-def _energy_and_gradient(system: System) -> tuple[jax.Array, dict[str, jax.Array]]:
+def _energy_and_gradient(system: System) -> tuple[jax.Array, dict[str, Any]]:
     """Compute the energy, and its partial derivatives by the parameters at constant positions."""
     return jax.value_and_grad(lambda p: potential_energy(system, params=p))(dict(system.params))
 
 
 @jax.jit
-def _gradient_rate(
-    system: System, motion: jax.Array, dparams: Mapping[str, jax.Array]
-) -> dict[str, jax.Array]:
+def _gradient_rate(system: System, motion: jax.Array, dparams: Mapping[str, Any]) -> dict[str, Any]:
     """Compute the rate of change of the energy's partial derivatives by the parameters.
 
     The rate is d/dt at t = 0, for positions R + t ``motion`` and parameters that change by t
     ``dparams``.
     """
 
-    def partial(positions: jax.Array, params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    def partial(positions: jax.Array, params: Mapping[str, Any]) -> dict[str, Any]:
         return jax.grad(lambda p: potential_energy(system, positions, p))(dict(params))
 
     return jax.jvp(partial, (system.positions, dict(system.params)), (motion, dict(dparams)))[1]
@@ -163,11 +162,11 @@ def barrier(
             statuses[k] = Status.worst_of([statuses[k], moved.status])
             rates.append(_gradient_rate(eq.system, moved.value, tangent))
         # saddle minus minimum, as for the value
-        second = {name: rates[1][name] - rates[0][name] for name in gradient_low}
+        second = jax.tree.map(jnp.subtract, rates[1], rates[0])
     result = Barrier(
         # a difference of two total energies, with the round-off of these
         value=float(high - low),
-        gradient={name: gradient_high[name] - gradient_low[name] for name in gradient_low},
+        gradient=jax.tree.map(jnp.subtract, gradient_high, gradient_low),
         second=second,
         statuses=(statuses[0], statuses[1]),
         max_forces=(float(minimum.max_force), float(saddle.max_force)),
@@ -185,17 +184,19 @@ def _check_ends(minimum: Equilibrium, saddle: Equilibrium) -> None:
     _check_end("saddle", saddle)
     low: System = minimum.system
     high: System = saddle.system
-    if low.positions.shape != high.positions.shape or low.params.keys() != high.params.keys():
+    same_parameters = jax.tree.structure(low.params) == jax.tree.structure(high.params)
+    if low.positions.shape != high.positions.shape or not same_parameters:
         raise InputError(
             "`minimum` and `saddle` are of different systems: give a minimum and a saddle of the"
             " same system."
         )
     # exact equality, since parameters and cell of the saddle are copied from its minimum
-    pairs = {name: (value, high.params[name]) for name, value in low.params.items()}
+    at_saddle = dict(named_leaves(high.params))
+    pairs = {name: (value, at_saddle[name]) for name, value in named_leaves(low.params)}
     if low.box is not None and high.box is not None:
         pairs["the cell"] = (low.box, high.box)
-    for name, (at_minimum, at_saddle) in pairs.items():
-        if not np.array_equal(np.asarray(at_minimum), np.asarray(at_saddle)):
+    for name, (one, other) in pairs.items():
+        if not np.array_equal(np.asarray(one), np.asarray(other)):
             raise InputError(
                 f"`minimum` and `saddle` differ in {name}: give a saddle found from this minimum."
             )

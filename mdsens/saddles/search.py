@@ -13,6 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ from mdsens.saddles._elastic_band import ElasticBand, climbing_image_band
 
 __all__ = ["EigenvectorFollowing", "ElasticBand", "find_saddle", "sides"]
 
-Params = Mapping[str, ArrayLike]
+Params = Mapping[str, Any]
 # default tolerance: the largest force that counts as zero at a saddle, over the mean pair force
 GOAL = 1e-10
 

@@ -20,7 +20,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from mdsens._util.outcome import Severity, is_good, severity_of
 from mdsens._util.probe import chirp
-from mdsens._util.pytree import PyTree
+from mdsens._util.pytree import PyTree, count_numbers
 from mdsens._util.validation import require_host
 from mdsens.implicit.linear import Auto, Direct, Method
 from mdsens.implicit.linear.result import SolveStats, dropped_any
@@ -381,13 +381,17 @@ def _round_off_of_change(lin: Linearization, change: Params, many: bool) -> jax.
     system = lin.system
     several = system.batch is not None
 
-    def largest(value: ArrayLike, each: bool) -> jax.Array:
+    def largest_of_array(value: ArrayLike, each: bool) -> jax.Array:
         sizes = jnp.abs(jnp.asarray(value))
         return jnp.max(sizes, axis=tuple(range(int(each), sizes.ndim)), initial=0.0)
 
+    def largest(value: PyTree, each: bool) -> jax.Array:
+        sizes = [largest_of_array(leaf, each) for leaf in jax.tree.leaves(value)]
+        return functools.reduce(jnp.maximum, sizes)
+
     relative = jnp.zeros(())
     for name, value in change.items():
-        if name in system.params:
+        if name in system.params and count_numbers(value):
             size = largest(system.params[name], several)
             moved = largest(value, several or many)
             relative = jnp.maximum(relative, jnp.where(size > 0, moved / size, 0.0))

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from mdsens._util.batching import concatenate_trees, in_chunks, stack_trees, unstack_tree
 from mdsens._util.errors import InputError, raise_for_status
 from mdsens._util.memory import require_memory
-from mdsens._util.pytree import PyTree
+from mdsens._util.pytree import PyTree, count_numbers, is_leaf, matching, split_last_axis
 from mdsens._util.user_functions import Traceable
 from mdsens._util.validation import is_integer, real_array, short
 from mdsens.implicit.linear import Auto, Method, check_method
@@ -209,11 +209,12 @@ def jvp(
     Args:
       eq: a minimum, from ``minimize`` (for a batch, the derivative of each system is computed) or
         ``linearize``.
-      dparams: the direction: changes dp by parameter name, each shaped like the parameter;
-        parameters that are not named do not change. In a relaxed cell ``dparams`` may contain
-        ``"pressure"``; or ``"stress"``; or ``"volume"`` and ``"deviator"``, whose trace does not
-        count. The change of a symmetric matrix (of species pairs, or a stress) is symmetric:
-        entries (a, b) and (b, a) are one number, and change together.
+      dparams: the direction: changes dp by parameter name, each shaped like the parameter (that of
+        a tree of arrays is a tree of the same structure); parameters that are not named do not
+        change. In a relaxed cell ``dparams`` may contain ``"pressure"``; or ``"stress"``; or
+        ``"volume"`` and ``"deviator"``, whose trace does not count. The change of a symmetric
+        matrix (of species pairs, or a stress) is symmetric: entries (a, b) and (b, a) are one
+        number, and change together.
       solve: the linear solver; Auto() where None.
       throw: whether to raise an error unless the status is good.
 
@@ -233,20 +234,7 @@ def jvp(
         raise InputError("dparams is empty: give at least one parameter's name and its change.")
     if _batched(eq):
         assert isinstance(eq, Equilibrium)
-        params = lagrangian.own_params(eq.system)
-        if eq.load is not None:
-            params = {**params, **eq.load.params}
-        if isinstance(dparams, Mapping):
-            # parameters of a batch have a leading axis over the members
-            shapes = {name: value.shape[1:] for name, value in params.items()}
-            # A name that is no parameter's is refused by ``changes`` below.
-            dparams = {
-                name: _for_members(
-                    f"dparams[{name!r}]", change, shapes.get(name, ()), eq.system.batch or 0
-                )
-                for name, change in dparams.items()
-            }
-        tangent = changes(eq.system, dparams, params)
+        tangent = _changes_of_members(eq, dparams)
 
         def for_member(member: Equilibrium, change: Params) -> Displacement:
             return jvp(member, change, solve=solve, throw=False)
@@ -258,6 +246,34 @@ def jvp(
     tangent = changes(lin.system, dparams, lin.params)
     require_sound(lin, eq, throw)
     return _raise_unless_good(solve_derivative(JVP, lin, tangent), throw, "jvp", lin.system)
+
+
+def _changes_of_members(eq: Equilibrium, dparams: Params) -> dict[str, Any]:
+    """Check the changes of the parameters that ``jvp`` gets for a batch of minima.
+
+    Returns:
+      the changes, each with a leading axis over the members of the batch, which the user's own may
+      lack.
+    """
+    params = lagrangian.own_params(eq.system)
+    if eq.load is not None:
+        params = {**params, **eq.load.params}
+
+    def of_members(name: str, change: Any, value: jax.Array) -> jax.Array:
+        shape = value.shape[1:]  # of one member
+        return _for_members(f"dparams[{name!r}]", change, shape, eq.system.batch or 0)
+
+    if isinstance(dparams, Mapping):
+        # A name that is no parameter's is refused by ``changes``.
+        known = {name: change for name, change in dparams.items() if name in params}
+        dparams = {
+            **dparams,
+            **{
+                name: matching(of_members, change, params[name], name, "dparams")
+                for name, change in known.items()
+            },
+        }
+    return changes(eq.system, dparams, params)
 
 
 def _vectors_of_particles(system: System, value: ArrayLike, name: str) -> jax.Array:
@@ -436,7 +452,7 @@ def jacobian(
 
     Args:
       eq: the minimum, as in ``jvp``.
-      wrt: the parameter's name.
+      wrt: the parameter's name. The parameter may be a tree of arrays, such as a network's weights.
       chunk: number of right-hand sides solved together; None for up to 256 of them, within 128 MiB.
       solve, throw: the linear solver, and whether to raise an error, as in ``jvp``.
 
@@ -445,7 +461,10 @@ def jacobian(
       stats of the parameter's shape. In a symmetric matrix of species pairs, the two entries of a
       pair are one physical number, and ``value[..., a, b]`` and ``value[..., b, a]`` are each half
       of the derivative by that number; the result's method ``component("sigma[0,1]")`` gives the
-      whole derivative, (n, d).
+      whole derivative, (n, d). By a tree of arrays, ``value`` and ``nonaffine`` (in a relaxed cell
+      the fields of ``value``) are trees of its structure, with an array (n, d, *shape of the leaf)
+      for each leaf, and the stats are arrays (m,) over all m numbers of the tree, in the order of
+      its leaves; ``component("weights.layers.0.w[3,2]")`` gives the derivative by one of them.
 
     Raises:
       TooLargeError: the result would take more than half of the free memory; the message gives the
@@ -455,7 +474,7 @@ def jacobian(
         assert isinstance(eq, Equilibrium)
         if isinstance(wrt, str) and wrt in eq.params:
             _require_memory_of_jacobian(
-                eq.system, wrt, eq.params[wrt].size // (eq.system.batch or 1)
+                eq.system, wrt, count_numbers(eq.params[wrt]) // (eq.system.batch or 1)
             )
         result = _over_members(
             lambda member, _: jacobian(member, wrt, solve=solve, chunk=chunk, throw=False), eq
@@ -464,16 +483,16 @@ def jacobian(
     lin = linearized(eq, solve)
     system = lin.system
     _check_arguments_of_jacobian(lin, wrt, chunk)
-    shape = lin.params[wrt].shape
-    size = int(np.prod(shape))
+    parameter = lin.params[wrt]
+    size = count_numbers(parameter)
     dtype = system.positions.dtype
-    _require_memory_of_jacobian(system, wrt, lin.params[wrt].size)
+    _require_memory_of_jacobian(system, wrt, size)
     require_sound(lin, eq, throw)
     width = chunk or _chunk_width(dtype.itemsize, system.positions.size)
     # a parameter of size zero still has one chunk, see ``_in_chunks``
     width = min(width, max(size, 1))
 
-    def directions(start: int, stop: int) -> dict[str, jax.Array]:
+    def directions(start: int, stop: int) -> dict[str, Any]:
         """Return unit changes of one parameter, for its components ``start`` to ``stop`` - 1.
 
         There is one change for each component, which is one in this component and zero elsewhere.
@@ -482,24 +501,24 @@ def jacobian(
         unit = np.zeros((stop - start, size))
         inside = np.arange(start, min(stop, size))
         unit[inside - start, inside] = 1.0
-        return {wrt: jnp.asarray(unit.reshape(stop - start, *shape), dtype)}
+        return {wrt: split_last_axis(jnp.asarray(unit, dtype), parameter)}
 
     flat = _in_chunks(lambda t: solve_derivative(JVP, lin, t, many=True), directions, size, width)
 
-    def shaped(leaf: jax.Array) -> jax.Array:
+    def shaped(leaf: jax.Array) -> Any:
         """Move the leading axis of an array to the end, and give it the shape of the parameter.
 
-        The leading axis is over the components of the parameter.
+        The leading axis is over the components of the parameter; for a tree the result is a tree.
         """
-        return jnp.moveaxis(leaf, 0, -1).reshape(*leaf.shape[1:], *shape)
+        return split_last_axis(jnp.moveaxis(leaf, 0, -1), parameter)
 
     result = Displacement(
         value=jax.tree.map(shaped, flat.value),
-        stats=jax.tree.map(shaped, flat.stats),
+        stats=jax.tree.map(shaped, flat.stats) if is_leaf(parameter) else flat.stats,
         nonaffine=shaped(flat.nonaffine),
         max_force=lin.equilibrium.max_force,
         rattlers=lin.network.rattlers,
-        wrt=differentiated(system, {wrt: lin.params[wrt]}),
+        wrt=differentiated(system, {wrt: parameter}),
     )
     return _raise_unless_good(result, throw, f"jacobian by {wrt}", system)
 
@@ -513,6 +532,8 @@ def _check_arguments_of_jacobian(lin: Linearization, wrt: str, chunk: int | None
     if chunk is not None and not (is_integer(chunk) and chunk >= 1):
         raise InputError(f"chunk is {short(chunk)}: give a whole number of at least 1, or None.")
     changes(lin.system, {wrt: lin.params.get(wrt, 0.0)}, lin.params)  # checks the name
+    if not jax.tree.leaves(lin.params[wrt]):
+        raise InputError(f"{wrt} is a tree without arrays: differentiate by another parameter.")
 
 
 def gradient(
@@ -536,7 +557,8 @@ def gradient(
 
     Returns:
       a :class:`ParameterGradient` with ``value`` a dict: for each parameter an array with the shape
-      of the observable followed by the shape of the parameter. In a symmetric matrix of species
+      of the observable followed by the shape of the parameter, for a tree of arrays a tree of the
+      same structure. In a symmetric matrix of species
       pairs, entries (a, b) and (b, a) are one physical number, and each has half of the derivative
       by that number; the result's method ``component("sigma[0,1]")`` gives the whole derivative, of
       the observable's shape.
@@ -629,8 +651,7 @@ def unit_cotangents(lin: Linearization, value: jax.Array) -> jax.Array:
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise InputError(f"the observable returns {value.dtype}: return floating-point numbers.")
     require_memory(
-        float(value.size)
-        * (value.size + lin.system.positions.size + sum(v.size for v in lin.params.values())),
+        float(value.size) * (value.size + lin.system.positions.size + count_numbers(lin.params)),
         value.dtype.itemsize,
         f"gradient of {value.size:,} observables",
         "ask for fewer observables at once.",
@@ -677,12 +698,15 @@ def total_derivative(
         )
 
     flat = _in_chunks(lambda w: solve_derivative(VJP, lin, w, many=True), rows, count, width)
-    total = {
-        k: (flat.value[k] + direct[k]).reshape(*value.shape, *direct[k].shape[1:]) for k in direct
-    }
+    total = jax.tree.map(
+        lambda moved, at_rest: (moved + at_rest).reshape(*value.shape, *at_rest.shape[1:]),
+        flat.value,
+        direct,
+    )
     # for each number of the observable, over all components of a parameter
     finite = [
-        jnp.all(jnp.isfinite(t), axis=tuple(range(value.ndim, t.ndim))) for t in total.values()
+        jnp.all(jnp.isfinite(t), axis=tuple(range(value.ndim, t.ndim)))
+        for t in jax.tree.leaves(total)
     ]
     stats = flat.stats
     if dropped_any(stats.status):

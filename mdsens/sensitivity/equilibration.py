@@ -13,6 +13,7 @@ from jax.core import Tracer
 
 from mdsens._util.errors import InputError
 from mdsens._util.outcome import is_good
+from mdsens._util.pytree import matching
 from mdsens._util.validation import short
 from mdsens.implicit.closures import refusing_derivative
 from mdsens.implicit.linear import Auto, Method
@@ -102,7 +103,7 @@ def _check_arguments(system: System, tolerance: float | None) -> None:
     require_unconstrained(system, "equilibrate")
 
 
-def _check_params(system: System, params: Params) -> dict[str, jax.Array]:
+def _check_params(system: System, params: Params) -> dict[str, Any]:
     """Check the values that a user gives some parameters; return them as arrays by name.
 
     Names, shapes and symmetry are checked.
@@ -115,20 +116,28 @@ def _check_params(system: System, params: Params) -> dict[str, jax.Array]:
         raise InputError(
             f"params is a {type(params).__name__}: give a dict of parameter names and values."
         )
-    for name in params:
-        # checks the name and the shape; the values may be traced
-        full_tangent(system, {name: jnp.zeros_like(jnp.asarray(params[name]))})
-    for parameter in parameters_of(system, params):
-        if parameter.paired:
-            check_symmetric(f"params[{parameter.name!r}]", params[parameter.name])
     dtype = system.positions.dtype
-    return {name: jnp.asarray(value, dtype) for name, value in params.items()}
+
+    def as_array(label: str, value: Any, like: Any) -> jax.Array:
+        return jnp.asarray(value, dtype)
+
+    checked = {}
+    for name, value in params.items():
+        # an unknown name, which is refused below, has no structure to compare with
+        like = system.params.get(name, value)
+        checked[name] = matching(as_array, value, like, name, "params")
+        # checks the name and the shape; the values may be traced
+        full_tangent(system, {name: jax.tree.map(jnp.zeros_like, checked[name])})
+    for parameter in parameters_of(system, checked):
+        if parameter.paired:
+            check_symmetric(f"params[{parameter.name!r}]", checked[parameter.name])
+    return checked
 
 
 @functools.partial(jax.jit, static_argnames=("method", "solve"))
 def _equilibrate(
     system: System,
-    params: dict[str, jax.Array],
+    params: dict[str, Any],
     tolerance: float | jax.Array | None,
     max_steps: int | jax.Array,
     method: Fire | GradientDescent,

@@ -16,6 +16,7 @@ from mdsens._util.environment import require_sound_jax
 from mdsens._util.errors import InputError, raise_for_status
 from mdsens._util.outcome import is_good
 from mdsens._util.portable import Portable
+from mdsens._util.pytree import matching
 from mdsens._util.suggestions import did_you_mean
 from mdsens._util.validation import real_array, require_host, short
 from mdsens.implicit.linear import Auto, Direct, Method, check_method
@@ -452,14 +453,19 @@ def full_tangent(system: System, dparams: Params, params: Params | None = None) 
 
     Args:
       system: the system.
-      dparams: the given changes by parameter name.
+      dparams: the given changes by parameter name; that of a tree of arrays, such as a network's
+        weights, is a tree of the same structure.
       params: all parameters by name; where None, those of the system. For a Linearization give its
         ``params``, which contains the load on a relaxed cell.
     """
     partial = changes(system, dparams, params)
     valid = system.params if params is None else params
+
+    def no_change(value: Any) -> np.ndarray:
+        return np.zeros(value.shape, value.dtype)
+
     return {
-        name: partial[name] if name in partial else np.zeros(value.shape, value.dtype)
+        name: partial[name] if name in partial else jax.tree.map(no_change, value)
         for name, value in valid.items()
     }
 
@@ -471,7 +477,8 @@ def changes(system: System, dparams: Params, params: Params | None = None) -> di
 
     Args:
       system: the system.
-      dparams: the changes by parameter name.
+      dparams: the changes by parameter name; that of a tree of arrays is a tree of the same
+        structure.
       params: all parameters by name; where None, those of the system. For a Linearization give its
         ``params``, which contains the load on a relaxed cell.
     """
@@ -482,15 +489,21 @@ def changes(system: System, dparams: Params, params: Params | None = None) -> di
             f"dparams is a {type(dparams).__name__}: give a dict of parameter names and their"
             " changes."
         )
-    for name, change in dparams.items():
-        _check_change(system, name, change, valid)
-    checked = {}
-    for name, change in dparams.items():
-        array = real_array(f"dparams[{name!r}]", change)
+    for name in dparams:
+        if name not in valid:
+            hint = _HINTS.get(name, did_you_mean(name, valid))
+            raise InputError(f"{name!r} is no parameter of {system.potential.name}: {hint}")
+
+    def checked(name: str, change: object, value: Any) -> Any:
+        array = _checked_change(name, change, value.shape)
         if name in paired:
             array = _symmetric_change(system, name, array)
-        checked[name] = array.astype(valid[name].dtype)
-    return checked
+        return array.astype(value.dtype)
+
+    return {
+        name: matching(checked, change, valid[name], name, "dparams")
+        for name, change in dparams.items()
+    }
 
 
 def _symmetric_change(system: System, name: str, change: Any) -> Any:
@@ -514,24 +527,20 @@ def _symmetric_change(system: System, name: str, change: Any) -> Any:
     return 0.5 * (array + transposed)
 
 
-def _check_change(system: System, name: str, change: object, valid: Params) -> None:
-    """Check that a change belongs to a parameter, has the parameter's shape and is finite.
+def _checked_change(name: str, change: object, shape: tuple[int, ...]) -> Any:
+    """Check that a change has the parameter's shape and is finite; return it as an array.
 
     Args:
-      system: the system.
-      name: the name that the user gave.
+      name: name of the parameter, or of a leaf of its tree.
       change: the change that the user gave.
-      valid: all parameters by name.
+      shape: shape of the parameter.
     """
-    if name not in valid:
-        hint = _HINTS.get(name, did_you_mean(name, valid))
-        raise InputError(f"{name!r} is no parameter of {system.potential.name}: {hint}")
     array = real_array(f"dparams[{name!r}]", change)
-    expected_shape = valid[name].shape
-    if array.shape != expected_shape:
+    if array.shape != shape:
         raise InputError(
-            f"dparams[{name!r}] has shape {array.shape}: the parameter has {expected_shape};"
-            " give a change of that shape."
+            f"dparams[{name!r}] has shape {array.shape}: the parameter has {shape}; give a change"
+            " of that shape."
         )
     if not isinstance(array, Tracer) and not np.isfinite(np.asarray(array, float)).all():
         raise InputError(f"dparams[{name!r}] is not finite: give finite changes.")
+    return array

@@ -9,7 +9,6 @@ derivative of an observable along one direction in parameter space (``elasticity
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ import numpy as np
 
 from mdsens._util.errors import InputError
 from mdsens._util.portable import Portable
+from mdsens._util.pytree import PyTree, is_leaf, named_leaves
 from mdsens._util.tables import Shown
 from mdsens.implicit.linear.result import SolveStats
 from mdsens.mechanics.status import Status
@@ -58,7 +58,8 @@ class Derivative(Portable, Shown):
         Args:
           label: name of the number: ``"epsilon"`` for a scalar, ``"sigma[3]"`` for an entry of a
             vector, or ``"sigma[0,1]"`` for an entry of a matrix of species pairs, where the
-            derivative is by a change of the entry and its mirror image together.
+            derivative is by a change of the entry and its mirror image together. A leaf of a tree
+            of arrays is named by its path, ``"weights.layers.0.w[3,2]"``.
 
         Returns:
           for a result of ``vjp`` and ``gradient`` the derivative of the observable, in the shape of
@@ -72,23 +73,25 @@ class Derivative(Portable, Shown):
                 "this derivative is along one direction, and has no components: take ms.jacobian."
             )
         parameter, index = component(self.wrt, label)
-        derivative = self.value[parameter.name] if isinstance(self.value, Mapping) else self.value
-        return jax.tree.map(lambda leaf: parameter.whole(leaf, index), derivative)
+        return jax.tree.map(lambda leaf: parameter.whole(leaf, index), self._by(parameter))
+
+    def _by(self, parameter: Parameter) -> PyTree:
+        """Return the derivative by one of the parameters in ``wrt``, an array or ``Unknowns``."""
+        return self.value
+
+    def _parts(self) -> list[tuple[str, Any, Parameter]]:
+        """List the arrays of ``value``, each with a name and the parameter that it is by."""
+        return [("value", self.value, Parameter("", ()))]
 
     def _rows(self) -> list[tuple[str, str]]:
         # a Jacobian and a batch have many solves: their worst status and largest figures are shown
         codes = np.atleast_1d(np.asarray(self.stats.status)).ravel()
         status = Status.worst_of(codes)
-        by_name = {parameter.name: parameter for parameter in self.wrt}
         rows = []
-        for path, leaf in jax.tree_util.tree_leaves_with_path(self.value):
-            # A gradient has a leaf for each parameter, with its name. The leaves of a Jacobian,
-            # positions or fields of Unknowns, are all by its one parameter.
-            key = str(getattr(path[-1], "key", "")) if path else ""
-            parameter = by_name.get(key, self.wrt[0]) if self.wrt else Parameter("", ())
+        for name, leaf, parameter in self._parts():
             pairs = " by each pair of species once" if parameter.paired else ""
             text = f"shape {tuple(leaf.shape)}, norm {parameter.size(leaf):.6g}{pairs}"
-            rows.append(("value" + jax.tree_util.keystr(path), text))
+            rows.append((name, text))
         of_many = f" (worst of {codes.size})" if codes.size > 1 else ""
         # ``initial``, since a Jacobian by a parameter of size zero has no solves
         iterations = int(np.max(np.asarray(self.stats.iterations), initial=0))
@@ -114,6 +117,7 @@ class Displacement(Derivative):
         particles is zero, and so are the rows of rattlers. For ``jacobian`` (n, d, *shape of the
         parameter). Where the cell is relaxed to a pressure, or under constraints, an ``Unknowns``
         with ``strain`` and ``multipliers`` beside ``positions``.
+        By a parameter that is a tree of arrays, each of these is a tree of the same structure.
       nonaffine: the derivative of the positions minus its affine part (d box) box^-1 R; it does not
         depend on the choice of periodic images. Equal to ``positions`` where the box does not
         change.
@@ -150,6 +154,31 @@ class Displacement(Derivative):
         """Derivatives of the Lagrange multipliers, by constraint name; None without constraints."""
         return self.value.multipliers if isinstance(self.value, Unknowns) else None
 
+    def _is_of_array(self, node: PyTree) -> bool:
+        """Return whether a node of ``value`` stands for one array of the unknowns.
+
+        By a parameter that is a tree, it is a tree of the parameter's structure, as ``nonaffine``.
+        """
+        return jax.tree.structure(node) == jax.tree.structure(self.nonaffine)
+
+    def _by(self, parameter: Parameter) -> PyTree:
+        # the leaves of a tree of arrays are in the order of ``wrt``; an array is its only leaf
+        k = self.wrt.index(parameter)
+        return jax.tree.map(
+            lambda node: jax.tree.leaves(node)[k], self.value, is_leaf=self._is_of_array
+        )
+
+    def _parts(self) -> list[tuple[str, Any, Parameter]]:
+        parts = []
+        for path, node in jax.tree_util.tree_leaves_with_path(self.value, self._is_of_array):
+            name = "value" + jax.tree_util.keystr(path)
+            for parameter, leaf in zip(
+                self.wrt or (Parameter("", ()),), jax.tree.leaves(node), strict=True
+            ):
+                label = name if is_leaf(node) else f"{name}[{parameter.name!r}]"
+                parts.append((label, leaf, parameter))
+        return parts
+
     _title = "Displacement"
 
 
@@ -160,7 +189,7 @@ class ParameterGradient(Derivative):
 
     Attributes:
       value: a dict: for each parameter an array, of the shape of the observable followed by the
-        shape of the parameter.
+        shape of the parameter; for a tree of arrays a tree of such arrays.
       stats, max_force, rattlers, wrt: statistics of the solve, largest force, rattlers and
         parameters, as in :class:`Derivative`.
 
@@ -168,6 +197,16 @@ class ParameterGradient(Derivative):
     half of the derivative by the one physical number that both stand for; :meth:`component` gives
     the whole.
     """
+
+    def _by(self, parameter: Parameter) -> PyTree:
+        return parameter.of(self.value)
+
+    def _parts(self) -> list[tuple[str, Any, Parameter]]:
+        by_name = {parameter.name: parameter for parameter in self.wrt}
+        return [
+            (f"value[{name!r}]", leaf, by_name.get(name, Parameter("", ())))
+            for name, leaf in named_leaves(dict(sorted(self.value.items())))
+        ]
 
     _title = "Gradient"
 

@@ -671,7 +671,7 @@ def _lagrangian_gradient(lin: Linearization, x: Unknowns, params: Params) -> Unk
 def _all_changes(lin: Linearization, tangent: Params) -> dict[str, Any]:
     """Return changes of all parameters: those in ``tangent``, and zeros for the others."""
     return {
-        name: tangent[name] if name in tangent else jnp.zeros_like(v)
+        name: tangent[name] if name in tangent else jax.tree.map(jnp.zeros_like, v)
         for name, v in lin.params.items()
     }
 

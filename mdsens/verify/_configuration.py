@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from mdsens._util.errors import InputError
+from mdsens._util.pytree import advanced
 from mdsens.mechanics.hessian import gradient
 from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model import neighbors
@@ -79,8 +80,9 @@ def lattice(potential: Potential, params: Params) -> System:
 
     A parameter of a pair potential with several values is taken to have one value for each species.
     """
-    values = {name: np.asarray(value) for name, value in params.items()}
-    paired = [name for name in _list_pair_parameters(potential) if name in values]
+    paired = [name for name in _list_pair_parameters(potential) if name in params]
+    # other parameters stay as they are: they may be trees of arrays
+    values = {**params, **{name: np.asarray(params[name]) for name in paired}}
     count = _count_species([(name, values[name]) for name in paired])
     sites = _make_sites(potential)
     species = None
@@ -396,11 +398,15 @@ def _parameters(system: System, slope: jax.Array, rng: np.random.Generator) -> F
     params = dict(system.params)
     errors = {}
     for name, value in params.items():
-        change = jnp.where(value != 0, value, 1.0) * rng.uniform(0.5, 1.0, value.shape)
+        change = jax.tree.map(
+            lambda v: jnp.where(v != 0, v, 1.0) * rng.uniform(0.5, 1.0, v.shape), value
+        )
         alone = {**jax.tree.map(jnp.zeros_like, params), name: change}
         exact = np.asarray(_slope_by_parameters(system, alone))
         difference = _central_difference(
-            lambda t, k=name, c=change: _energy_slope(system, R, {**params, k: params[k] + t * c}),
+            lambda t, k=name, c=change: _energy_slope(
+                system, R, {**params, k: advanced(params[k], c, t)}
+            ),
             0.1 * STEP,
         )
         # Relative to the forces as well: where they do not depend on the parameter, the difference

@@ -13,13 +13,14 @@ from numpy.typing import ArrayLike
 
 from mdsens import sensitivity
 from mdsens._util.errors import raise_for_status
+from mdsens._util.pytree import largest_entry
 from mdsens._util.tables import Shown
 from mdsens.implicit.linear import Method
 from mdsens.mechanics.load import differentiated
 from mdsens.mechanics.status import Status
 from mdsens.mechanics.unknowns import Unknowns
 from mdsens.relaxation.equilibrium import Equilibrium
-from mdsens.sensitivity.linearization import Linearization, linearized, require_sound
+from mdsens.sensitivity.linearization import Linearization, changes, linearized, require_sound
 from mdsens.verify.records import relative
 
 __all__ = ["AdjointTest", "adjoint"]
@@ -62,7 +63,7 @@ class AdjointTest(Shown):
 
 def adjoint(
     eq: Equilibrium | Linearization,
-    dparams: Mapping[str, ArrayLike] | None = None,
+    dparams: Mapping[str, Any] | None = None,
     cotangent: ArrayLike | Unknowns | None = None,
     seed: int = 0,
     *,
@@ -112,9 +113,10 @@ def adjoint(
     if w_strain is not None and tangent.strain is not None:
         forward += float(np.sum(np.asarray(w_strain) * np.asarray(tangent.strain)))
     # Parameters that v does not name do not change, and add nothing to the sum.
-    reverse = float(
-        sum(np.sum(np.asarray(gradient.value[name]) * np.asarray(v)) for name, v in dparams.items())
-    )
+    reverse = 0.0
+    for name, change in changes(lin.system, dparams, lin.params).items():
+        leaves = zip(jax.tree.leaves(gradient.value[name]), jax.tree.leaves(change), strict=True)
+        reverse += float(sum(np.sum(np.asarray(slope) * np.asarray(v)) for slope, v in leaves))
     gap = relative(abs(forward - reverse), max(abs(forward), abs(reverse)))
     result = AdjointTest(forward, reverse, gap, Status.worst_of([tangent.status, gradient.status]))
     if throw:
@@ -122,14 +124,14 @@ def adjoint(
     return result
 
 
-def _random_change(lin: Linearization, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def _random_change(lin: Linearization, rng: np.random.Generator) -> dict[str, Any]:
     """Make a random change of every parameter, by name, about as large as the parameter itself."""
-    params = {name: np.asarray(value) for name, value in lin.params.items()}
-    # A parameter that is zero everywhere has no size, and changes by about 1.
-    dparams = {
-        k: (np.abs(v).max(initial=0.0) or 1.0) * rng.standard_normal(v.shape)
-        for k, v in params.items()
-    }
+
+    def of_array(value: jax.Array) -> np.ndarray:
+        # A parameter that is zero everywhere has no size, and changes by about 1.
+        return (largest_entry(value) or 1.0) * rng.standard_normal(value.shape)
+
+    dparams = {name: jax.tree.map(of_array, value) for name, value in lin.params.items()}
     for parameter in differentiated(lin.system, lin.params):
         if parameter.paired:  # a symmetric matrix has a symmetric change
             dparams[parameter.name] = dparams[parameter.name] + dparams[parameter.name].T

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 from mdsens import sensitivity
 from mdsens._util.errors import InputError, PrecisionError, raise_for_status
 from mdsens._util.lattice import inverse
+from mdsens._util.pytree import advanced, largest_entry
 from mdsens._util.validation import real_array, real_number, short
 from mdsens.mechanics import contact_changes, contacts, lagrangian
 from mdsens.mechanics.status import Status
@@ -126,7 +127,7 @@ class _Line:
     Attributes:
       lin: the given minimum, linearized.
       settling: function that reduces the forces left at a minimum near the given one to round-off.
-      tangent: dparams for every parameter, arrays by name.
+      tangent: dparams for every parameter, arrays or trees of arrays by name.
       response: the analytic derivative of the minimum by t.
       unit: the norm of the parameters over the norm of dparams: a step t = unit changes the
         parameters by about as much as their values.
@@ -137,7 +138,7 @@ class _Line:
 
     lin: Linearization
     settling: Settling
-    tangent: dict[str, jax.Array]
+    tangent: dict[str, Any]
     response: Displacement
     unit: float
     radius: float
@@ -220,10 +221,17 @@ class _Line:
         A minimum is minimized again, and a saddle is located again.
         """
         eq = self.lin.equilibrium
-        params = {k: v + side * self.tangent[k] for k, v in eq.params.items() if k in self.tangent}
+        params = {
+            name: advanced(value, self.tangent[name], side)
+            for name, value in eq.params.items()
+            if name in self.tangent
+        }
         load = eq.load
         if load is not None:
-            moved = {k: v + side * self.tangent[k] for k, v in load.params.items()}
+            moved = {
+                name: advanced(value, self.tangent[name], side)
+                for name, value in load.params.items()
+            }
             load = load.at(moved)
         options: dict[str, Any] = {"tolerance": self.tolerance, "throw": False, "progress": False}
         if eq.order:
@@ -363,7 +371,7 @@ def _line(
             " in double precision (in Python, call ms.enable_x64() before making the system)."
         )
     tangent = full_tangent(eq.system, dparams, lin.params)
-    largest = max((float(jnp.max(jnp.abs(v))) for v in tangent.values() if v.size), default=0.0)
+    largest = largest_entry(tangent)
     if largest == 0.0:
         raise InputError("`dparams` is zero everywhere: give a change of at least one parameter.")
     _check_tolerance(tolerance)
@@ -393,7 +401,7 @@ def _line(
 
 
 def _first_contact_change(
-    lin: Linearization, response: Displacement, tangent: dict[str, jax.Array]
+    lin: Linearization, response: Displacement, tangent: dict[str, Any]
 ) -> float:
     """Compute the smallest |t| at which a contact or an active constraint changes, to first order.
 
@@ -437,7 +445,7 @@ def _switch_times(lin: Linearization, rate: Unknowns, tangent: Params) -> jax.Ar
     )
 
 
-def _choose_unit(lin: Linearization, tangent: dict[str, jax.Array], largest: float) -> float:
+def _choose_unit(lin: Linearization, tangent: dict[str, Any], largest: float) -> float:
     """Return the step t that changes the parameters by about as much as their values.
 
     The result is 1 where all parameters that change are zero.
@@ -447,9 +455,7 @@ def _choose_unit(lin: Linearization, tangent: dict[str, jax.Array], largest: flo
       tangent: the derivative of the parameters by t, arrays by name.
       largest: the largest absolute value in ``tangent``.
     """
-    size = max(
-        _parameter_size(lin, name) for name, v in tangent.items() if v.size and jnp.any(v != 0)
-    )
+    size = max(_parameter_size(lin, name) for name, v in tangent.items() if largest_entry(v) > 0)
     return size / largest if size > 0 else 1.0
 
 
@@ -460,7 +466,7 @@ def _parameter_size(lin: Linearization, name: str) -> float:
     """
     if lin.cell is not None and name in lin.cell.load.params and name != "volume":
         return float(jnp.max(jnp.abs(lin.cell.stiffness)) / lin.system.periodic_volume)
-    return float(jnp.max(jnp.abs(lin.params[name])))
+    return largest_entry(lin.params[name])
 
 
 def finite_difference(

@@ -220,7 +220,7 @@ class TangentRun:
         )
         self.aside = aside  # the random displacement of the start
         # Along the leading axis the two directions: 0 changes the parameters, 1 the start.
-        self.dparams = {k: jnp.stack([v, jnp.zeros_like(v)]) for k, v in tangent.items()}
+        self.dparams = jax.tree.map(lambda v: jnp.stack([v, jnp.zeros_like(v)]), dict(tangent))
         self.system = self._with_list(system)
         directions = jnp.stack([jnp.zeros_like(aside), aside]), self.dparams
         self.state, self.changes = _first(self.system, directions, method, self.limits)
@@ -299,7 +299,8 @@ def reversed_run(run: TangentRun, start: System, tangent: Params, count: int) ->
     # Compiled by hand, because only the compiled program reports its memory.
     program = jax.jit(jax.grad(weighted_positions)).lower(dict(start.params)).compile()
     gradient = program(dict(start.params))
-    by_reverse = sum(float(jnp.vdot(gradient[k], v)) for k, v in tangent.items())
+    products = jax.tree.map(lambda slope, v: float(jnp.vdot(slope, v)), gradient, dict(tangent))
+    by_reverse = sum(jax.tree.leaves(products))
     by_forward = float(jnp.vdot(w, run.tangent))
     gap = abs(by_reverse - by_forward) / (abs(by_forward) or 1.0)
     measured = getattr(program.memory_analysis(), "temp_size_in_bytes", None)

@@ -21,6 +21,7 @@ import numpy as np
 
 from mdsens._util.errors import InputError
 from mdsens._util.memory import require_memory
+from mdsens._util.pytree import largest_entry
 from mdsens._util.tables import Shown
 from mdsens._util.validation import short
 from mdsens.mechanics.hessian import largest_force
@@ -263,9 +264,9 @@ def _checked(
     return system.reallocate(), counts
 
 
-def _checked_tangent(system: System, dparams: Params) -> dict[str, jax.Array]:
+def _checked_tangent(system: System, dparams: Params) -> dict[str, Any]:
     """Return the change of every parameter, by name; raise InputError if all changes are zero."""
-    tangent = {k: jnp.asarray(v) for k, v in full_tangent(system, dparams).items()}
-    if not any(bool(jnp.any(v != 0)) for v in tangent.values()):
+    tangent = jax.tree.map(jnp.asarray, full_tangent(system, dparams))
+    if largest_entry(tangent) == 0.0:
         raise InputError("`dparams` is zero everywhere: give a change of at least one parameter.")
     return tangent

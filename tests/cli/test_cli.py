@@ -457,6 +457,16 @@ def test_species_pairs_change_together():
     assert labels == ["sigma[0,0]", "sigma[0,1]", "sigma[1,1]"]
 
 
+def test_the_arrays_of_a_tree_of_parameters_are_listed_by_their_paths():
+    potential = ms.potentials.from_energy(lambda R, p, d: jnp.sum(R**2), ("k", "weights"))
+    tree = {"layers": [{"w": np.array([[1.0, -2.0]]), "b": 0.5}], "none": np.zeros((0, 3))}
+    system = ms.System.create(np.eye(2), None, potential, {"k": 2.0, "weights": tree})
+    lines = [line.split(None, 1) for line in report.system("two", system, {}).splitlines()]
+    assert ["k", "2"] in lines and ["weights.layers.0.b", "0.5"] in lines
+    assert ["weights.layers.0.w", "shape (1, 2), from -2 to 1"] in lines
+    assert ["weights.none", "no numbers"] in lines
+
+
 def test_numbers_of_a_column_have_the_same_decimals():
     assert tables.numbers([12.3456789, -0.001]) == ["12.346", "-0.001"]
     assert tables.numbers([1e-9, 0.0]) == ["1.0000e-09", "0.0000e+00"]

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
@@ -122,6 +123,28 @@ def test_a_matrix_of_pairs_stays_symmetric_and_its_derivative_counts_both_entrie
     after, before = variables.params(x + step), variables.params(x - step)
     for name, change in variables.tangent(x, step).items():
         np.testing.assert_allclose(change, 0.5 * (after[name] - before[name]), atol=1e-15)
+
+
+def test_a_tree_of_parameters_is_a_vector_and_a_tree_again() -> None:
+    potential = ms.potentials.from_energy(lambda R, p, d: jnp.sum(R**2), ("weights",))
+    tree = {"w": np.array([[1.0, -2.0], [0.5, 0.0]]), "b": [np.array([0.3]), None]}
+    system = ms.System.create(np.eye(2), None, potential, {"weights": tree})
+    variables = Variables.of(system, "weights", {"weights": (-3.0, 3.0)})
+    assert variables.labels[0] == "weights.b.0[0]" and variables.labels[3] == "weights.w[1,0]"
+    np.testing.assert_allclose(variables.high * variables.scale, 3.0)
+    x = variables.x + np.array([0.1, -0.2, 0.05, 0.3, -0.1])
+    slopes = {"weights.b.0": np.array([[2.0]]), "weights.w": np.arange(4.0).reshape(1, 2, 2)}
+
+    def feature(at: np.ndarray) -> float:
+        params = variables.params(at)["weights"]
+        assert jax.tree.structure(params) == jax.tree.structure(tree)
+        return float(2.0 * params["b"][0][0] + np.sum(np.arange(4.0).reshape(2, 2) * params["w"]))
+
+    for k, slope in enumerate(variables.pulled(x, slopes)[0]):
+        h = 1e-6 * np.eye(x.size)[k]
+        np.testing.assert_allclose(slope, (feature(x + h) - feature(x - h)) / 2e-6, rtol=1e-8)
+    change = variables.tangent(x, np.ones(5))["weights"]
+    np.testing.assert_allclose(change["w"], 2.0)  # steps are in units of the largest entry
 
 
 @pytest.mark.parametrize(

@@ -823,6 +823,21 @@ def test_functions_of_the_user_are_asked_for(tmp_path):
     same(ms.io.load(path, potential=both.potential), both)
 
 
+def test_a_tree_of_parameters_comes_back_bit_for_bit(tmp_path):
+    potential = ms.potentials.from_energy(lambda R, p, d: jnp.sum(R**2), ("weights",))
+    tree = {"b": [np.ones((2, 3)), (np.float32(1.5), None)], "a": {}, "c": np.zeros(0)}
+    system = ms.System.create(np.eye(2), None, potential, {"weights": tree})
+    ms.io.save(tmp_path / "system.npz", system)
+    again = ms.io.load(tmp_path / "system.npz", potential=potential)
+    same(again.params, system.params)
+    assert jax.tree.structure(again.params["weights"]) == jax.tree.structure(tree)
+    with np.load(tmp_path / "system.npz") as file:
+        assert "params.weights.b.0" in file.files
+    described = ms.io.read_header(tmp_path / "system.npz")["parameters"]
+    assert described["weights.b.1.0"] == 1.5
+    assert "weights" not in ms.io.to_ase(system).arrays
+
+
 def test_a_look_alike_of_a_built_in_potential_is_the_users(tmp_path):
     mine = ms.potentials.from_pair(
         ms.potentials.lennard_jones().phi,

@@ -70,7 +70,7 @@ def _contacts_in_doubt(space: Space, step: Unknowns) -> tuple[int, float]:
         return 0, np.inf
     eq = space.lin.equilibrium
     net = space.lin.network
-    no_change = {name: jnp.zeros_like(value) for name, value in space.lin.params.items()}
+    no_change = jax.tree.map(jnp.zeros_like, space.lin.params)
     times = np.asarray(space.crossings(step, no_change).times)
     ahead = times[times >= 0]
     crossed = int(np.sum(ahead <= 1.0))

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens._util.probe import chirp
+from mdsens._util.pytree import largest_entry
 from mdsens.mechanics.hessian import along
 from mdsens.mechanics.load import differentiated
 from mdsens.mechanics.units import natural_units
@@ -102,7 +103,7 @@ def derivative(
     """
     lin = space.lin
     tangent = full_tangent(lin.system, dparams, lin.params)
-    no_change = {name: np.zeros_like(value) for name, value in tangent.items()}
+    no_change = jax.tree.map(np.zeros_like, tangent)
 
     # the response J, and its norm; NaN makes ratios to a norm of zero NaN, without a warning
     pull = _derivative_by_params(space.core, tangent)
@@ -192,9 +193,9 @@ def _moves_nothing(lin: Linearization, J: Unknowns, tangent: Params) -> bool:
     """
     # The largest motion while the parameters change by their size, that is, by the largest entry of
     # those that change.
-    change = max(float(np.max(np.abs(v), initial=0.0)) for v in tangent.values())
+    change = largest_entry(tangent)
     size = max(
-        (float(jnp.max(jnp.abs(lin.params[k]))) for k, v in tangent.items() if np.any(v != 0)),
+        (largest_entry(lin.params[name]) for name, v in tangent.items() if largest_entry(v) > 0),
         default=0.0,
     )
     length = float(natural_units(lin.system)[0])
@@ -232,6 +233,8 @@ def _motions(x: Unknowns, length: float) -> tuple[np.ndarray, ...]:
 def _square_on_rattlers(system: System, tangent: Params, rattlers: np.ndarray | None) -> float:
     """Sum the squares of the changes of those parameters that belong to rattlers alone.
 
+    The leaves of a tree of arrays, such as a network's weights, belong to no particle.
+
     Args:
       system: the system.
       tangent: the changes by parameter name.
@@ -239,24 +242,35 @@ def _square_on_rattlers(system: System, tangent: Params, rattlers: np.ndarray | 
     """
     total = 0.0
     for parameter in differentiated(system, tangent):
-        v = np.asarray(tangent[parameter.name])
-        # rows of the parameter, particles or species, that are rattlers only
-        chosen = np.ones(v.shape[0] if v.ndim else 0, bool)
+        v = np.asarray(parameter.of(tangent))
+        chosen: np.ndarray | None = np.ones(v.shape[0] if v.ndim else 0, bool)
         if rattlers is not None:
-            of_species = (
-                system.species is not None and v.ndim and v.shape[0] == system.species_count
-            )
-            if v.shape == (system.n,):
-                chosen = rattlers
-            elif of_species:
-                counts = np.bincount(
-                    np.asarray(system.species)[~rattlers], minlength=system.species_count
-                )
-                chosen = counts == 0
-            else:
-                continue
+            in_tree = parameter.name not in tangent
+            chosen = None if in_tree else _rows_of_rattlers(system, v.shape, rattlers)
+        if chosen is None:
+            continue
         # Of a matrix of pairs the upper triangle counts: (a, b) and (b, a) are one number. It
         # belongs to rattlers if either species does.
         mask = np.triu(chosen[:, None] | chosen) if parameter.paired else chosen
         total += float(np.sum(v[mask] ** 2)) if v.ndim else float(v**2)
     return total
+
+
+def _rows_of_rattlers(
+    system: System, shape: tuple[int, ...], rattlers: np.ndarray
+) -> np.ndarray | None:
+    """Return which rows of a parameter, particles or species, are rattlers only.
+
+    The result is None for a parameter whose rows are neither particles nor species.
+
+    Args:
+      system: the system.
+      shape: shape of the parameter.
+      rattlers: (n,) True for rattlers.
+    """
+    if shape == (system.n,):
+        return rattlers
+    if system.species is None or not shape or shape[0] != system.species_count:
+        return None
+    count = system.species_count
+    return np.bincount(np.asarray(system.species)[~rattlers], minlength=count) == 0

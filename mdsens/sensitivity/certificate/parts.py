@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
 import numpy as np
 
 from mdsens._util.attributes import Named
@@ -130,7 +129,7 @@ class DerivativeCertificate(Portable, Shown):
         at which a coordinate meets or leaves its bound.
     """
 
-    dparams: dict[str, jax.Array]
+    dparams: dict[str, Any]
     response: Any
     norm: float
     status: Status

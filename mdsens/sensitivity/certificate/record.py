@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mdsens._util import tables
+from mdsens._util.pytree import named_leaves
 from mdsens._util.tables import Rows, Shown
 from mdsens.implicit.linear.eigen import Spectrum
 from mdsens.mechanics.contact_changes import FirstCrossing
@@ -246,7 +247,7 @@ class Certificate(Shown):
             "vanishes": d.vanishes,
         }
         figures["dparams"] = {
-            name: np.asarray(change).tolist() for name, change in d.dparams.items()
+            name: np.asarray(change).tolist() for name, change in named_leaves(d.dparams)
         }
         for name, forward in (("pair_forward", True), ("pair_backward", False)):
             crossing = d.crossing.first(forward)
