@@ -124,17 +124,14 @@ class Variables:
             values = np.array([value[tuple(place)] for place in places])
             is_log = _choose_log(name, values, record)
             below, above = _bounds(parameter, value, record)
-            if is_log:
-                sizes = values
-            else:
-                sizes = np.full(values.shape, np.max(np.abs(values), initial=0.0) or 1.0)
+            sizes = _sizes(values, is_log)
+            scale += list(sizes)
             for place, size in zip(places, sizes, strict=True):
                 component = tuple(int(k) for k in place)
                 low.append(_bound_of_variable(float(below[component]), size, is_log))
                 high.append(_bound_of_variable(float(above[component]), size, is_log))
                 labels.append(parameter.label(component))
             log += [is_log] * len(places)
-            scale += list(sizes)
         if not labels:
             raise InputError(
                 "`free` has no component that may change: set at least one to True in `only`."
@@ -221,6 +218,13 @@ class Variables:
                 # matrix and its mirror image follow one variable, and both contribute.
                 np.add.at(row, index[inside], slope[inside])
         return by_components * self.slope(x)
+
+
+def _sizes(values: np.ndarray, is_log: bool) -> np.ndarray:
+    """Return the unit of each component of a parameter: its value, or for all the largest."""
+    if is_log:
+        return values
+    return np.full(values.shape, np.max(np.abs(values), initial=0.0) or 1.0)
 
 
 def _choose_log(name: str, values: np.ndarray, record: Free) -> bool:

@@ -4,7 +4,8 @@ An energy sum_i e_i of surroundings has the gradient
 
     dU/dR_i = sum_k (g_ki - g_ik),     g_ik = d e_i / d r_ik,     r_ik = R_k - R_i,
 
-where g is computed for a chunk of atoms at a time. For an energy of embedded atoms,
+where g is computed for a chunk of atoms at a time, in large systems from a list of the neighbors
+that are within the cutoff at these positions. For an energy of embedded atoms,
 e_i = sum_k p_ik(r_ik) + F_i(rho_i) with rho_i = sum_k f_ik(r_ik), it is a sum over the neighbors of
 each atom, like that of a pair potential, in two passes:
 
@@ -20,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from mdsens._util.lattice import Components, components
-from mdsens.model.surroundings import over_atoms
+from mdsens.model.surroundings import near_places, over_atoms, shorter_lists, taken
 from mdsens.model.system import System, images_of, neighbor_vectors
 from mdsens.potentials.base import Pairs
 from mdsens.potentials.local import (
@@ -80,34 +81,73 @@ def _of_edges(system: System, part: EdgePotential, params: Params, box: jax.Arra
 
 
 def _of_surroundings(
-    system: System, part: LocalPotential, params: Params, box: jax.Array | None
+    system: System,
+    part: LocalPotential,
+    params: Params,
+    box: jax.Array | None,
 ) -> Slope:
     """Return the gradient of an energy of atoms in their surroundings."""
     n = system.n
     listed = system.neighbors.columns
-    species = system.species
+    capacity = listed.j.shape[0]
+    sizes = shorter_lists(capacity, n)
+    if not sizes:
+        return lambda positions: _gradient_by_list(system, part, params, box, listed, positions)
 
     def slope(positions: jax.Array) -> jax.Array:
-        def of_some(some: Pairs) -> Components:
-            """Compute g of some atoms, components (capacity, c)."""
+        # which neighbors are near has no derivative
+        x, values, cell = jax.lax.stop_gradient((positions, params, box))
 
-            def energy(vectors: Components) -> jax.Array:
-                energies = part.energies(params, some, vectors, n, species, system.species_count)
-                return jnp.sum(energies)
+        def near(k: jax.Array) -> jax.Array:
+            images = None if listed.images is None else listed.images[k][None]
+            row = Pairs(listed.i, listed.j[k][None], images)
+            vectors = neighbor_vectors(system, x, cell, None, row)
+            mask, _ = part.near(values, row, vectors, n, system.species, system.species_count)
+            return mask[0]
 
-            return jax.grad(energy)(neighbor_vectors(system, positions, box, None, some))
+        places, most = near_places(near, system.neighbors.used, sizes[-1], n)
+        shorter = [taken(listed, places[:size], n) for size in sizes]
 
-        gradients = over_atoms(of_some, listed, n)
-        # the index n of places without a neighbor is out of range, and is dropped
-        return jnp.stack(
-            [
-                jnp.zeros_like(positions[:, 0]).at[listed.j].add(g) - jnp.sum(g, axis=0)
-                for g in gradients
-            ],
-            axis=-1,
-        )
+        def gradient(some: Pairs) -> Slope:
+            return lambda R: _gradient_by_list(system, part, params, box, some, R)
+
+        # the first list that is long enough
+        which = jnp.searchsorted(jnp.asarray(sizes), most)
+        return jax.lax.switch(which, [gradient(some) for some in (*shorter, listed)], positions)
 
     return slope
+
+
+def _gradient_by_list(
+    system: System,
+    part: LocalPotential,
+    params: Params,
+    box: jax.Array | None,
+    listed: Pairs,
+    positions: jax.Array,
+) -> jax.Array:
+    """Compute the gradient (n, d) of an energy of atoms in the surroundings that a list gives."""
+    n = system.n
+    species = system.species
+
+    def of_some(some: Pairs) -> Components:
+        """Compute g of some atoms, components (capacity, c)."""
+
+        def energy(vectors: Components) -> jax.Array:
+            energies = part.energies(params, some, vectors, n, species, system.species_count)
+            return jnp.sum(energies)
+
+        return jax.grad(energy)(neighbor_vectors(system, positions, box, None, some))
+
+    gradients = over_atoms(of_some, listed, n)
+    # the index n of places without a neighbor is out of range, and is dropped
+    return jnp.stack(
+        [
+            jnp.zeros_like(positions[:, 0]).at[listed.j].add(g) - jnp.sum(g, axis=0)
+            for g in gradients
+        ],
+        axis=-1,
+    )
 
 
 class _Rows(NamedTuple):

