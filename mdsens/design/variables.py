@@ -51,7 +51,7 @@ class Free(Portable):
 
 
 @dataclasses.dataclass(frozen=True)
-class Variables:
+class Variables(Portable):
     """The free parameters of a design as one vector x of p dimensionless variables.
 
     Each variable x_i stands for one free component of a parameter, a number that the design may

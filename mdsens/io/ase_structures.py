@@ -75,8 +75,9 @@ def from_ase(
       params: the potential's parameters, as in ``System.create``.
       species: the species of each atom: a dict that numbers the elements from 0, ``{"Ni": 0, "P":
         1}``, or (n,) integers from 0. None takes the atoms' array ``species_index`` if they have
-        this array; else, if there are two or more elements, numbers the elements in the order in
-        which the elements first appear. ``print(system)`` shows the number of each element.
+        this array; else the elements of a potential by ``read_potential``; else, if there are two
+        or more elements, numbers the elements in the order in which the elements first appear.
+        ``print(system)`` shows the number of each element.
       elements: in place of ``species``, the chemical symbols of species 0, 1, …, such as ``["Cd",
         "Te"]``: the order in which the potential numbers them.
       dimension: 2 takes x and y of a planar structure: z must be the same for all atoms, and a
@@ -88,6 +89,10 @@ def from_ase(
     """
     positions = coordinates_of(atoms, dimension)
     cell, periodic = cell_of(atoms, dimension)
+    if elements is None and species is None and SPECIES not in atoms.arrays:
+        elements = _elements_of(potential, atoms)
+        if elements is not None and len(elements) == 1:
+            elements = None  # a single element needs no species
     numbering = species if elements is None else _numbering(elements, species, atoms)
     kinds, names = species_of(atoms, numbering)
     dtype = jnp.result_type(float)  # jax's precision: float32 unless x64 is enabled
@@ -104,6 +109,31 @@ def from_ase(
         tags=tags_of(atoms),
     )
     return system.replace(species_names=names)
+
+
+def _elements_of(potential: Potential, atoms: Atoms) -> tuple[str, ...] | None:
+    """Return the elements of the species of a potential that was read from a file.
+
+    The result is None for other potentials, and where a file has names that are no elements, such
+    as ``Si(B)``, or one element several times.
+
+    Raises:
+      InputError: the atoms have other elements, or none of the first.
+    """
+    from ase.data import atomic_numbers  # on demand: it takes long to import
+
+    for part in getattr(potential, "parts", (potential,)):
+        names = getattr(part, "elements", ())
+        if names and len(set(names)) == len(names) and set(names) <= set(atomic_numbers):
+            present = dict.fromkeys(atoms.get_chemical_symbols())
+            if names[0] not in present or not set(present) <= set(names):
+                raise InputError(
+                    f"the potential was read for {', '.join(names)}, and the atoms are"
+                    f" {', '.join(present)}: read it for the elements that are there, or number"
+                    " them by species=."
+                )
+            return names
+    return None
 
 
 def _numbering(elements: Sequence[str], species: object, atoms: Atoms) -> dict[str, int]:

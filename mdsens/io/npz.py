@@ -13,7 +13,7 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -389,8 +389,11 @@ def _describe_potential(
     if not isinstance(potential, _Rebuilt):
         return None
     # A potential does not know which function built it: build each candidate and compare.
+    elements = getattr(potential, "elements", ())
     for candidate in _list_candidates(potential):
         options = {**candidate, "names": list(potential.names)}
+        if elements:
+            options["elements"] = list(elements)
         same_count = len(potential.names) == len(_unrenamed_potential(candidate).parameters)
         if same_count and _build_potential(options, None) == potential:
             return options
@@ -472,6 +475,8 @@ def _build_potential(options: Mapping[str, Any], source: _Source | None) -> Any:
             _renaming(bare.names, options["names"])
         )
     potential = _unrenamed_potential(options)
+    if "elements" in options:
+        potential = dataclasses.replace(cast(Any, potential), elements=tuple(options["elements"]))
     return potential.renamed(_renaming(potential.names, options["names"]))
 
 

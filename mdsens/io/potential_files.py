@@ -52,7 +52,8 @@ def read_potential(path: str | Path, elements: Sequence[str]) -> tuple[LocalPote
         are left out.
 
     Returns:
-      the potential, and its parameters in the units of the file (eV and angstroms for the usual
+      the potential, which knows its elements, so that ``from_ase`` numbers the atoms in the same
+      order, and its parameters in the units of the file (eV and angstroms for the usual
       "metal" units): matrices (S, S) of pairs of species [i, j] and arrays (S, S, S) of triples
       with the center first; numbers of shape () for a single element. Tables have the knots along
       their last axis: ``embedding`` (S, Nrho), ``density`` (S, Nr) by the species of the neighbor
@@ -73,7 +74,8 @@ def read_potential(path: str | Path, elements: Sequence[str]) -> tuple[LocalPote
     name = os.fspath(path)
     for suffix, reader in _READERS.items():
         if name.lower().endswith(suffix):
-            return reader(_Lines(name, _text(name)), tuple(elements))
+            potential, params = reader(_Lines(name, _text(name)), tuple(elements))
+            return dataclasses.replace(potential, elements=tuple(elements)), params
     raise InputError(
         f"{name} has no suffix of a known format: give a file whose name ends with one of"
         f" {', '.join(_READERS)}."

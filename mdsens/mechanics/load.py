@@ -191,8 +191,11 @@ class _Load(Portable):
         """Name the load and its value, such as "pressure 0.05", for a message."""
         raise NotImplementedError
 
-    def in_words(self, strains: Array, volume: float) -> str:
-        """Describe the load, which strains of the cell relaxed and the volume, for a table."""
+    def in_words(self, strains: Array, extent: str) -> str:
+        """Describe the load, which strains of the cell relaxed and how large it is, for a table.
+
+        ``extent`` is the size of the cell, such as "volume 5.2".
+        """
         raise NotImplementedError
 
 
@@ -215,9 +218,9 @@ class PressureLoad(_Load):
     def goal_in_words(self) -> str:
         return f"pressure {float(self.pressure):g}"
 
-    def in_words(self, strains: Array, volume: float) -> str:
+    def in_words(self, strains: Array, extent: str) -> str:
         goal = f"{float(self.pressure):.6g}, to which {_relaxed(strains)} relaxed"
-        return f"{goal}: volume {volume:.8g}"
+        return f"{goal}: {extent}"
 
 
 @jax.tree_util.register_dataclass
@@ -239,10 +242,10 @@ class StressLoad(_Load):
     def goal_in_words(self) -> str:
         return f"stress {_entries(self.stress)}"
 
-    def in_words(self, strains: Array, volume: float) -> str:
+    def in_words(self, strains: Array, extent: str) -> str:
         # of the other components nothing was asked
         goal = f"{_entries(self.stress, labels_of(strains))}, to which {_relaxed(strains)} relaxed"
-        return f"{goal}: volume {volume:.8g}"
+        return f"{goal}: {extent}"
 
 
 @jax.tree_util.register_dataclass
@@ -303,12 +306,13 @@ class VolumeLoad(_Load):
     def goal_in_words(self) -> str:
         return f"volume {float(self.volume):g} and stress deviator {self._deviator_in_words()}"
 
-    def in_words(self, strains: Array, volume: float) -> str:
+    def in_words(self, strains: Array, extent: str) -> str:
         d = self.deviator.shape[-1]
         whole = len(strains) == d * (d + 1) // 2 - 1
         shape = "the shape" if whole else f"the traceless part of {', '.join(labels_of(strains))}"
         goal = self._deviator_in_words()
-        return f"{volume:.8g}, in which {shape} of the cell was relaxed to a stress deviator {goal}"
+        size = extent.removeprefix("volume ")
+        return f"{size}, in which {shape} of the cell was relaxed to a stress deviator {goal}"
 
     def _deviator_in_words(self) -> str:
         return _entries(self.deviator) if np.any(np.asarray(self.deviator)) else "of zero"

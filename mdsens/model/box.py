@@ -262,6 +262,10 @@ def _cell(box: ArrayLike, dimension: int, periodic: tuple[bool, ...] = ()) -> np
             f"`box` has shape {cell.shape} in {dimension} dimensions: give a length, {dimension}"
             f" lengths, or a ({dimension}, {dimension}) matrix whose columns are the cell vectors."
         )
+    if not np.isfinite(cell).all():
+        raise InputError(
+            f"`box` {cell.tolist()} is not finite: give finite cell vectors as columns."
+        )
     if not all(periodic):
         cell = _completed(cell, periodic)
     # The largest entry is divided out, so that no power of a length over- or underflows. Below a

@@ -533,7 +533,8 @@ def _check_images(positions: jax.Array, sides: np.ndarray, grid: Grid, reach: fl
 
     Raises:
       TooLargeError: the list of neighbors would not fit in memory.
-      InputError: two particles are stored more than 127 cells apart.
+      InputError: two particles are stored more than 127 cells apart, or the cell is so skewed that
+        images in the range are.
     """
     n, d = positions.shape
     images = float(np.prod([2.0 * m + 1.0 for m in grid.reach]))
@@ -547,6 +548,13 @@ def _check_images(positions: jax.Array, sides: np.ndarray, grid: Grid, reach: fl
     require_memory(entries, positions.dtype.itemsize, what, remedy)
     spread = np.ptp(np.asarray(positions) @ inverse(sides).T, axis=0)
     farthest = float(np.max(spread * np.asarray(grid.periodic or (True,)), initial=0.0))
+    if max(grid.reach) + 1 > FARTHEST:
+        raise InputError(
+            f"images up to {max(grid.reach):,} cell vectors away are within the range, and"
+            f" {FARTHEST - 1} are possible: shorten the cutoff, or where the cell is skewed, give a"
+            " reduced cell of the same lattice, as by ase.build.minkowski_reduce, with positions"
+            " wrapped into it."
+        )
     if farthest + max(grid.reach) + 1 > FARTHEST:
         raise InputError(
             f"`positions` are stored up to {farthest:,.0f} cells apart, more than the"
@@ -607,12 +615,18 @@ def fitted(
     mean = n * (share if grid.reach else min(1.0, share))
     guess = _eights(mean + 3.0 * math.sqrt(mean))
     while True:
-        # the runs fit, as they have been counted: the rows alone may be too few
         found = search(positions, lattice, lengths, skin, grid, guess)
         most = int(found.most)
-        if most <= guess:
+        longest = int(found.longest)
+        # A particle on the border of two grid cells, as in a crystal, may be counted in the one
+        # here and searched in the other there: numpy and compiled code round differently.
+        if longest > grid.run_capacity:
+            run_capacity = min(_eights(room * longest), len(everyone))
+            grid = dataclasses.replace(grid, run_capacity=run_capacity)
+        elif most <= guess:
             break
-        guess = _eights(room * most)
+        else:
+            guess = _eights(room * most)
     # A few rows even where no two particles are near, so that the first pair that comes near fits.
     capacity = _eights(max(room * most, 1.0))
     if not grid.reach:

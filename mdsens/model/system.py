@@ -945,7 +945,8 @@ def _check_coincident(system: System) -> None:
     for r, i, j in _nearest_pairs(system):
         if r == 0.0:
             raise InputError(
-                f"positions[{i}] and positions[{j}] are the same point: move one of them."
+                f"positions[{i}] and positions[{j}] are the same point"
+                f"{'' if system.box is None else ', up to cell vectors'}: move one of them."
             )
 
 

@@ -145,6 +145,8 @@ class NeighborPotential(Portable, NamedPotential):
         species, (S, S, S), 0 for any shape. Where a pair or a triple has a value, one value may
         also stand for all.
       above: for each parameter the value that it must exceed; -inf if any value is allowed.
+      elements: the chemical symbols of species 0, 1, …, as of a potential from a file; empty where
+        species may be any elements.
     """
 
     name: str = dataclasses.field(metadata={"static": True})
@@ -155,6 +157,9 @@ class NeighborPotential(Portable, NamedPotential):
     breakpoints: Callable[..., tuple[Any, ...]] = dataclasses.field(metadata={"static": True})
     axes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     above: tuple[float, ...] = dataclasses.field(metadata={"static": True})
+    elements: tuple[str, ...] = dataclasses.field(
+        default=(), compare=False, metadata={"static": True}
+    )
 
     @property
     def tree_parameters(self) -> tuple[str, ...]:

@@ -146,7 +146,11 @@ class Equilibrium(Portable, Shown):
         """
         if self.load is None:
             return ""
-        return self.load.in_words(self.strains, float(self.system.periodic_volume))
+        count = sum(self.system.periodic)
+        measures = {1: "length", 2: "area"}
+        measure = "volume" if self.system.has_volume else measures[count]
+        extent = f"{measure} {float(self.system.periodic_volume):.8g}"
+        return self.load.in_words(self.strains, extent)
 
 
 def batch_of(members: list[Equilibrium]) -> Equilibrium:

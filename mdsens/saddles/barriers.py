@@ -12,7 +12,7 @@ import numpy as np
 
 from mdsens._util.errors import InputError, raise_for_status
 from mdsens._util.portable import Portable
-from mdsens._util.pytree import named_leaves
+from mdsens._util.pytree import PyTree, named_leaves
 from mdsens._util.tables import Shown
 from mdsens.implicit.linear import Method
 from mdsens.mechanics.status import Status
@@ -46,8 +46,8 @@ class Barrier(Portable, Shown):
     """
 
     value: float
-    gradient: dict[str, Any]
-    second: dict[str, Any] | None
+    gradient: dict[str, PyTree]
+    second: dict[str, PyTree] | None
     statuses: tuple[Status, Status]
     max_forces: tuple[float, float]
     wrt: tuple[Parameter, ...] = ()

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ Si Si Si 2.1683 2.0951 1.80 21.0 1.20 -0.333333333333  # goes on
 """
 
 
-def sw_file(elements: str) -> str:
+def sw_file(elements: Sequence[str]) -> str:
     """Entries in which epsilon tells the triple: 123 for the second, third and fourth element."""
     lines = []
     for triple in itertools.product(range(len(elements)), repeat=3):
@@ -202,3 +204,26 @@ def test_an_unreadable_file(tmp_path: Path) -> None:
     (tmp_path / "bytes.sw").write_bytes(bytes(range(256)))
     with pytest.raises(ms.InputError):
         ms.io.read_potential(tmp_path / "bytes.sw", ["Si"])
+
+
+def test_atoms_are_numbered_in_the_order_of_the_file(tmp_path: Path) -> None:
+    """Whatever their order, atoms get the tables of their own elements, also after storing."""
+    from ase import Atoms
+
+    sites = [[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]]
+    atoms = Atoms("SiC3", scaled_positions=sites, cell=[4.0] * 3, pbc=True)
+    text = re.sub(" 1[0-9]{3} 1.8", " 1.9 1.8", sw_file(["C", "Si"]))  # sigma a length of 1.9
+    read = ms.io.read_potential(written(tmp_path, "a.sw", text), ["C", "Si"])
+    systems = [ms.io.from_ase(x, *read) for x in (atoms, atoms[[1, 2, 3, 0]])]
+    assert systems[0].species_names == systems[1].species_names == ("C", "Si")
+    energies = [float(ms.observables.energy(s)) for s in systems]
+    assert energies[0] == pytest.approx(energies[1], rel=1e-13)
+    ms.io.save(tmp_path / "a.npz", systems[0])
+    again = ms.io.load(tmp_path / "a.npz")
+    assert again.potential == read[0] and again.potential.elements == ("C", "Si")
+    carbon = ms.io.from_ase(Atoms("C", cell=[4.0] * 3, pbc=True), *read)
+    np.testing.assert_array_equal(carbon.species, [0])
+    for symbols in ("Si4", "SiC2Ge"):
+        other = Atoms(symbols, scaled_positions=sites, cell=[4.0] * 3, pbc=True)
+        with pytest.raises(ms.InputError, match="read for C, Si, and the atoms are Si"):
+            ms.io.from_ase(other, *read)

@@ -196,7 +196,7 @@ def test_box_as_a_function_of_the_parameters():
         ([3.0, 3.0, 3.0], r"`box` has shape \(3,\) in 2 dimensions"),
         (np.ones((2, 2)), r"`box` \[\[1.0, 1.0\], \[1.0, 1.0\]\] has no volume: give independent"),
         (0.0, r"`box` .* has no volume"),
-        (np.nan, r"`box` .*nan.* has no volume: give independent, finite cell vectors"),
+        (np.nan, r"`box` .*nan.* is not finite: give finite cell vectors"),
         ("large", r"box is 'large': give"),
         (ms.PackingFraction(-0.5), r"packing fraction is -0.5: give a positive number"),
         (ms.PackingFraction(np.nan), r"packing fraction is nan: give a positive number"),

@@ -416,3 +416,30 @@ def test_a_cell_of_just_twice_the_range_is_taken_alike_by_host_and_compiled_code
         assert found.images is None
         smaller = neighbors.allocate(points, (1.0 - 1e-13) * box, lengths, float(reach))
         assert smaller.images is not None
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_no_pair_is_lost_of_atoms_on_the_borders_of_grid_cells(count, monkeypatch):
+    """Numpy and compiled code put such an atom in different cells, so their counts may differ."""
+    import ase.build
+    from ase.neighborlist import neighbor_list
+
+    monkeypatch.setattr(neighbors, "fullest_run", lambda *_: 1)  # as wrong as it can be
+    atoms = ase.build.bulk("Cu", a=3.615, cubic=True) * count
+    potential = ms.potentials.gupta(5.8, 6.2)
+    params = {"A": 0.0855, "xi": 1.224, "p": 10.96, "q": 2.278, "r0": 2.556191}
+    crystal = ms.io.from_ase(atoms, potential, params)
+    reach = 6.2 + float(crystal.neighbors.skin)
+    expected = len(neighbor_list("i", atoms, reach))
+    assert int(np.sum(np.asarray(crystal.neighbors.rows) < crystal.n)) == expected
+    force = np.asarray(ms.mechanics.force(crystal))
+    assert np.abs(force).max() < 1e-13
+
+
+def test_a_cell_too_skewed_is_refused_with_a_remedy():
+    cell = np.array([[1.8, 1.8, 0.0], [0.0, 1.8, 1.8], [1.8, 0.0, 1.8]]).T
+    skewed = cell @ np.array([[1.0, 300.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    params = {"sigma": 2.3, "epsilon": 1.0}
+    potential = ms.potentials.lennard_jones()
+    with pytest.raises(ms.InputError, match="shorten the cutoff, or where the cell is skewed"):
+        ms.System.create(np.zeros((1, 3)), skewed, potential, params)

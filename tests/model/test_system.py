@@ -60,7 +60,7 @@ def places(k, value):
             places(3, PLACES[1]),
             3.0,
             None,
-            r"positions\[1\] and positions\[3\] are the same point: move one of them",
+            r"positions\[1\] and positions\[3\] are the same point, up to cell vectors",
         ),
         (
             PLACES,

@@ -15,6 +15,7 @@ import inspect
 import multiprocessing
 import pickle
 import pkgutil
+import re
 import sys
 import threading
 import time
@@ -110,7 +111,7 @@ def holds_arrays(kind: Any) -> bool:
         f.name
         for f in dataclasses.fields(kind)
         # ArrayLike is what a user gives, which such a record stores as tuples
-        if "Array" in str(f.type).replace("ArrayLike", "") and "Callable" not in str(f.type)
+        if re.search("Array(?!Like)|PyTree", str(f.type)) and "Callable" not in str(f.type)
     ]
     leaves = jax.tree.leaves(filled(kind, 0.0))
     return bool(named) or (bool(leaves) and not dataclasses.is_dataclass(leaves[0]))

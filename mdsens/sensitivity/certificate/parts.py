@@ -9,6 +9,7 @@ import numpy as np
 
 from mdsens._util.attributes import Named
 from mdsens._util.portable import Portable
+from mdsens._util.pytree import PyTree
 from mdsens._util.tables import Shown
 from mdsens.mechanics.contact_changes import Crossing
 from mdsens.mechanics.status import Status
@@ -129,7 +130,7 @@ class DerivativeCertificate(Portable, Shown):
         at which a coordinate meets or leaves its bound.
     """
 
-    dparams: dict[str, Any]
+    dparams: dict[str, PyTree]
     response: Any
     norm: float
     status: Status
