@@ -320,7 +320,7 @@ class LocalPotential(NeighborPotential):
         fn = Traceable(f"the energy {self.name}", self.fn)
 
         def energy(*surroundings: jax.Array) -> jax.Array:
-            return fn(*surroundings, values)
+            return _one_number(self.name, fn(*surroundings, values), "its neighbors")
 
         return energy
 
@@ -349,6 +349,16 @@ class LocalPotential(NeighborPotential):
         # memory in its order, which takes a quarter of the time.
         by_atom = jnp.stack(vectors, axis=-1).swapaxes(0, 1)
         return jax.vmap(self.atom(params, count))(by_atom, mask.T, kind, kinds.T)
+
+
+def _one_number(name: str, energy: jax.Array, of_what: str) -> jax.Array:
+    """Return what a user's energy function returned, after a check that it is one number."""
+    if jnp.shape(energy):
+        raise InputError(
+            f"the energy {name} returned an array of shape {jnp.shape(energy)}: return one number,"
+            f" the sum over {of_what}."
+        )
+    return energy
 
 
 def parts_of_neighbors(potential: Any) -> tuple[NeighborPotential, ...]:
@@ -398,7 +408,7 @@ class EdgePotential(NeighborPotential):
             species=jnp.zeros(n, jnp.int32) if species is None else species,
         )
         fn = Traceable(f"the energy {self.name}", self.fn)
-        return fn(edges, self.values(params, count))
+        return _one_number(self.name, fn(edges, self.values(params, count)), "all edges")
 
 
 def from_local(

@@ -50,7 +50,8 @@ def potential(
 
     For the energy of an atom in its surroundings, by ``from_local``, the checks are: it is finite,
     with its derivatives, without any neighbor; it does not depend on places of the neighbor list
-    that hold no neighbor; and it vanishes smoothly where a neighbor passes the cutoff.
+    that hold no neighbor; and it vanishes smoothly where a neighbor passes the cutoff. Breakpoints
+    inside of the cutoff that are not declared are looked for in energies of pairs alone.
 
     For any potential, the checks in a configuration of a few particles are:
 
@@ -62,7 +63,7 @@ def potential(
 
     Args:
       potential: a potential of ``ms.potentials``: from the catalogue, by ``from_pair``,
-        ``from_local`` or ``from_energy``, or a sum of these.
+        ``from_local``, ``from_edges`` or ``from_energy``, or a sum of these.
       params: parameters by name, as for ``System.create``.
       positions: (n, d) positions of a few particles; None takes 16 or more particles near the sites
         of a square lattice at about the distance of least energy, in open boundaries. A many-body

@@ -229,3 +229,14 @@ def test_bad_parameters_are_refused_with_the_remedy():
         ms.InputError, match=r"positions\[0\] and positions\[1\] are the same point"
     ):
         ms.System.create(np.zeros((2, 2)), None, LOCAL, {"sigma": 1.0, "epsilon": 1.0})
+
+
+def test_an_energy_that_is_no_number_is_refused():
+    """A sum over its entries would be a number, and wrong."""
+    places = np.random.default_rng(0).random((6, 3))
+    each = ms.potentials.from_local(lambda vectors, *_: vectors, (), 0.6, name="each")
+    of_edges = ms.potentials.from_edges(lambda edges, _: edges.vectors, (), 0.6, name="edges")
+    for potential, wanted in ((each, "the sum over its neighbors"), (of_edges, "all edges")):
+        system = ms.System.create(places, 2.0, potential, {})
+        with pytest.raises(ms.InputError, match=f"returned an array of shape .* {wanted}"):
+            ms.observables.energy(system)
