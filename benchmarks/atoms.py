@@ -3,8 +3,9 @@
 ``python -m benchmarks.atoms --sizes 8000``: silicon by Stillinger and Weber's potential, copper by
 tables of an embedded-atom potential and by Gupta's, all on one core, which is all that LAMMPS and
 scipy's conjugate gradients use. Forces of the tables differ from LAMMPS's by its interpolation
-between knots, near the lattice less than far from it. Other errors are those of a product against a difference of forces, of
-the matrix against the product, and of the derivative against scipy's answer.
+between knots, near the lattice less than far from it. Other errors are those of a product against a
+difference of forces, of the matrix against the product, and of the derivative against scipy's
+answer.
 """
 
 from __future__ import annotations
