@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import relative
+from literature import SILICON
 
 import mdsens as ms
 from mdsens.mechanics import atom_forces
@@ -16,19 +17,6 @@ from mdsens.mechanics.forces import energy_gradient
 from mdsens.model import surroundings
 
 SIZES = (6, 12)
-
-SILICON = {
-    "epsilon": 2.1683,
-    "sigma": 2.0951,
-    "a": 1.80,
-    "lambda": 21.0,
-    "gamma": 1.20,
-    "cos_theta0": -1 / 3,
-    "A": 7.049556277,
-    "B": 0.6022245584,
-    "p": 4.0,
-    "q": 0.0,
-}
 
 
 def silicon(noise: float, lattice: float = 5.431) -> ms.System:

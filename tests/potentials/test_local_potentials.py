@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import quick
+from literature import SILICON
 from scipy.interpolate import CubicSpline
 from surroundings import Atoms, configurations, evaluate, neighbors, surroundings, total
 
@@ -23,18 +24,6 @@ from mdsens.potentials.spline import spline
 from mdsens.potentials.tersoff import _bond_order as bond_order
 from mdsens.potentials.tersoff import breakpoints
 
-SILICON = {
-    "epsilon": 2.1683,
-    "sigma": 2.0951,
-    "a": 1.80,
-    "lambda": 21.0,
-    "gamma": 1.20,
-    "cos_theta0": -1 / 3,
-    "A": 7.049556277,
-    "B": 0.6022245584,
-    "p": 4.0,
-    "q": 0.0,
-}
 TERSOFF_SILICON = {
     "A": 3264.7,
     "B": 95.373,

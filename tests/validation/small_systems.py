@@ -13,21 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from literature import SILICON
 
 import mdsens as ms
 
-SILICON = {
-    "epsilon": 2.1683,
-    "sigma": 2.0951,
-    "a": 1.80,
-    "lambda": 21.0,
-    "gamma": 1.20,
-    "cos_theta0": -1 / 3,
-    "A": 7.049556277,
-    "B": 0.6022245584,
-    "p": 4.0,
-    "q": 0.0,
-}
 TERSOFF_SILICON = {
     "A": 3264.7,
     "B": 95.373,
