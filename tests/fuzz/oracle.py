@@ -13,6 +13,7 @@ from scipy.sparse.csgraph import connected_components
 from strategies import EPS
 
 import mdsens as ms
+from mdsens._util.lattice import heights
 from mdsens.mechanics.hessian import dense_hessian, max_force
 from mdsens.mechanics.units import natural_units
 from mdsens.mechanics.unknowns import Unknowns
@@ -45,9 +46,32 @@ def slopes_of(observable: Any, system: ms.System) -> Any:
 
 def true_force(system: ms.System) -> float:
     """The largest force with every pair counted, whatever the system's list says."""
-    if not system.neighbors.complete:
-        system = system.replace(neighbors=neighbors.all_pairs(system.n))
-    return float(max_force(system))
+    if system.neighbors.complete:
+        return float(max_force(system))
+    system = _repeated(system)
+    return float(max_force(system.replace(neighbors=neighbors.all_pairs(system.n))))
+
+
+def _repeated(system: ms.System) -> ms.System:
+    """The same crystal in a cell so large that the pairs in range are those of nearest images."""
+    if system.box is None:
+        return system
+    cell, n = np.asarray(system.box), system.n
+    counts = np.ceil(2.0 * float(system.range) / heights(cell) * (1.0 + 1e-9)).astype(int)
+    counts = np.maximum(counts, 1)
+    if counts.max() == 1:
+        return system
+    copies = int(counts.prod())
+    shifts = np.indices(counts).reshape(len(counts), -1).T @ cell.T
+    positions = (shifts[:, None] + np.asarray(system.positions)).reshape(-1, len(cell))
+
+    params = dict(system.params)
+    species = system.species
+    if species is not None:
+        species = np.tile(np.asarray(species), copies)
+    else:  # one value for each particle
+        params = {k: np.tile(v, copies) if np.shape(v) == (n,) else v for k, v in params.items()}
+    return ms.System.create(positions, cell * counts, system.potential, params, species)
 
 
 def _nearest(vectors: np.ndarray, box: np.ndarray | None) -> np.ndarray:
