@@ -30,7 +30,6 @@ SHAPE_HELD is a warning. See :mod:`mdsens.mechanics.stability`.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -40,6 +39,7 @@ import numpy as np
 from jax.core import Tracer
 from numpy.typing import ArrayLike
 
+from mdsens._util.compilation import compiled
 from mdsens._util.errors import InputError, raise_for_status
 from mdsens._util.outcome import worse
 from mdsens._util.portable import Portable
@@ -607,7 +607,7 @@ def _tensors_of_unknowns(
     return tensors_at
 
 
-@jax.jit
+@compiled
 def _push_tensors(
     lin: Linearization, elastic: Moduli, x: Unknowns, params: Mapping[str, Any]
 ) -> tuple[jax.Array, ...]:
@@ -626,7 +626,7 @@ def _push_tensors(
     return jax.jvp(_tensors_of_unknowns(lin, elastic), primals, (x, dict(params)))[1]
 
 
-@jax.jit
+@compiled
 def _pull_tensors(
     lin: Linearization, elastic: Moduli, weights: tuple[jax.Array, ...]
 ) -> tuple[Unknowns, dict[str, Any]]:
@@ -684,7 +684,7 @@ def _assemble_moduli(
 
 # compiled, so that functions derived from it are traced and compiled once: without this,
 # ms.gradient of the moduli of a batch did not end
-@functools.partial(jax.jit, static_argnames="solve")
+@compiled(static_argnames="solve", loops=True)
 def _moduli_of_system(system: System, solve: Method) -> Moduli:
     """Compute the elastic moduli of a relaxed System in code that jax can trace and differentiate.
 

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens._util.compilation import compiled
 from mdsens._util.errors import InputError, raise_for_status
 from mdsens._util.outcome import worse
 from mdsens._util.precision import full_precision
@@ -400,7 +401,7 @@ def _stiffness_along(system: System, vectors: jax.Array) -> jax.Array:
     return jax.vmap(along)(vectors)
 
 
-@jax.jit
+@compiled
 def _pull_mean_stiffness(
     lin: Linearization, vectors: jax.Array
 ) -> tuple[jax.Array, Unknowns, dict[str, Any]]:
@@ -466,7 +467,7 @@ def stiffness(system: System, count: int = 1, *, has_aux: bool = False) -> Any:
     return _stiffness_of_system(system, min(_check_count(count), n * d), has_aux)
 
 
-@functools.partial(jax.jit, static_argnames=("count", "has_aux"))
+@compiled(static_argnames=("count", "has_aux"))
 def _stiffness_of_system(system: System, count: int, has_aux: bool) -> Any:
     """Compute the mean stiffness of a system's lowest modes, with the status if ``has_aux``."""
     constant = jax.lax.stop_gradient(system)

@@ -16,6 +16,7 @@ from jax.core import Tracer
 from jax.custom_batching import sequential_vmap
 from jax.typing import ArrayLike
 
+from mdsens._util.compilation import compiled
 from mdsens._util.pytree import PyTree
 
 __all__ = [
@@ -84,7 +85,7 @@ def concatenate_trees(parts: Sequence[PyTree], counts: Sequence[int]) -> Any:
     return jax.tree.map(join, *parts)
 
 
-@jax.jit
+@compiled
 def take_members(batch: PyTree, which: ArrayLike) -> Any:
     """Select members of a batch by their indices ``which``, and return them as a new batch.
 

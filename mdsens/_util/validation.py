@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from mdsens._util.compilation import compiled
 from mdsens._util.errors import InputError, short
 
 __all__ = [
@@ -76,7 +77,7 @@ def real_number(name: str, value: object, need: str = "give a number.") -> float
     return float(array)
 
 
-@jax.jit
+@compiled
 def _probe() -> jax.Array:
     """Return an array whose type tells whether jax is tracing a function with ``jit``.
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens._util.compilation import compiled
 from mdsens._util.errors import InputError
 from mdsens._util.lattice import nearest_image
 from mdsens.design.history import State
@@ -315,7 +316,7 @@ def softened(eq: Equilibrium, widths: Sequence[float], widest: float) -> list[Li
     return linearizations
 
 
-@jax.jit
+@compiled
 def _force_at_contact(system: System) -> jax.Array:
     """Compute the force of the smoothed pair potential at the range of the unsmoothed potential.
 

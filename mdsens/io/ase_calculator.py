@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens._util.compilation import compiled
 from mdsens._util.errors import InputError
 from mdsens.io.ase_structures import SPECIES, cell_of, coordinates_of
 from mdsens.mechanics.forces import energy_gradient, row_terms
@@ -213,7 +214,7 @@ def _evaluated(system: System) -> tuple[System, dict[str, Any]]:
     return system, results
 
 
-@jax.jit
+@compiled
 def _evaluate(
     system: System,
 ) -> tuple[Neighbors, jax.Array, jax.Array, jax.Array | None]:
@@ -243,7 +244,7 @@ def _stress(system: System, volume: float) -> np.ndarray:
     return stress[VOIGT]
 
 
-@jax.jit
+@compiled
 def _strain_gradient(system: System) -> jax.Array:
     """Compute the derivative of the energy by the strain, (d, d), at no strain."""
     return from_mandel(strain_gradient(system, basis(system.dimension)))

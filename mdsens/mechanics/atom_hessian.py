@@ -9,7 +9,6 @@ neighbors is added to the Hessian at (k, l), and with the opposite sign at (i, l
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
 
+from mdsens._util.compilation import compiled
 from mdsens._util.lattice import Components
 from mdsens.model.system import System, neighbor_vectors
 from mdsens.potentials.base import Pairs
@@ -29,7 +29,7 @@ __all__ = ["atom_hessian", "near_rows"]
 CHUNK = 1_000_000
 
 
-@jax.jit
+@compiled
 def _distances(system: System) -> jax.Array:
     """Compute how far inside the cutoff each place of the neighbor list is, in its square, (K, n).
 
@@ -65,7 +65,7 @@ def near_rows(system: System) -> System:
     return system.replace(neighbors=dataclasses.replace(listed, rows=kept_rows, images=images))
 
 
-@functools.partial(jax.jit, static_argnames=("n",))
+@compiled(static_argnames=("n",))
 def _blocks(system: System, columns: Pairs, vectors: Components, n: int) -> jax.Array:
     """Compute the second derivatives of some atoms' energies by the vectors to their neighbors.
 

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens._util.compilation import compiled
 from mdsens._util.portable import Portable
 from mdsens._util.precision import full_precision
 from mdsens.mechanics.hessian_factor import HessianFactor
@@ -214,13 +215,13 @@ def _judge_stiffness(values: np.ndarray, resolved: np.ndarray, codes: list[int])
     return (Status.INDEFINITE if negative else Status.FLOPPY).value
 
 
-@jax.jit
+@compiled
 def _sides(system: System, strains: jax.Array) -> jax.Array:
     """Compute the forces (k, n, d) on the particles due to k affine strains (k, d, d)."""
     return jax.vmap(lambda e: forces_of_strain(system, e))(strains)
 
 
-@jax.jit
+@compiled
 @full_precision
 def _slopes(
     system: System, load: CellLoad, along: jax.Array, motion: jax.Array

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
+from mdsens._util.compilation import compiled
 from mdsens._util.portable import reduced
 from mdsens.model.system import System, box_at, crossing_terms, pair_distances
 
@@ -197,7 +198,7 @@ def _gaps(
     return jax.jvp(gaps, point, (velocity, dict(dparams), strain))
 
 
-@jax.jit
+@compiled
 def crossings(
     system: System,
     velocity: jax.Array,
@@ -254,7 +255,7 @@ def crossings(
     )
 
 
-@jax.jit
+@compiled
 def gap_rate(
     system: System,
     velocity: jax.Array,

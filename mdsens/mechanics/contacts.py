@@ -18,7 +18,6 @@ cut off from the other particles as a whole, and is a cluster by itself. Walls c
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,6 +27,7 @@ import numpy as np
 from jax.core import Tracer
 
 from mdsens._util.attributes import Named
+from mdsens._util.compilation import compiled
 from mdsens._util.lattice import Components, Images, components
 from mdsens._util.portable import Portable
 from mdsens.constraints import RigidBonds
@@ -349,7 +349,7 @@ def _loose_of_bodies(
     return loose
 
 
-@functools.partial(jax.jit, static_argnames=("least",))
+@compiled(static_argnames=("least",))
 def network(system: System, max_force: jax.Array | float, least: int | None = None) -> Network:
     """Find the contacts, rattlers and clusters of a relaxed configuration.
 

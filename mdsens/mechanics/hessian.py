@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
 
+from mdsens._util.compilation import compiled
 from mdsens._util.lattice import components
 from mdsens._util.probe import chirp
 from mdsens.implicit.linear import Operator, SymmetricScaling
@@ -58,19 +59,19 @@ def gradient(system: System, x: Unknowns, params: Params) -> Unknowns:
     return Unknowns(energy_gradient(system, params)(x.positions))
 
 
-@jax.jit
+@compiled
 def force(system: System) -> jax.Array:
     """Compute the forces -dU/dR on the particles of a system with the energy U, (n, d)."""
     return -gradient(system, Unknowns(system.positions), system.params).positions
 
 
-@jax.jit
+@compiled
 def largest_force(forces: jax.Array) -> jax.Array:
     """Return the largest norm among the forces (n, d) on n particles, called fmax in ASE."""
     return jnp.sqrt(jnp.max(jnp.sum(forces**2, axis=-1), initial=0.0))
 
 
-@jax.jit
+@compiled
 def max_force(system: System) -> jax.Array:
     """Compute the largest norm among the net forces on the particles of a system."""
     return largest_force(force(system))
@@ -117,7 +118,7 @@ def hessian_operator(
     return Operator(product, **properties, project=null.project, scaling=scaling)
 
 
-@jax.jit
+@compiled
 def dense_hessian(system: System) -> jax.Array:
     """Return the Hessian of the energy as a dense matrix (n d, n d), for checks and small systems.
 
@@ -129,7 +130,7 @@ def dense_hessian(system: System) -> jax.Array:
     return jax.vmap(lambda e: product(Unknowns(e.reshape(n, d))).positions.ravel())(jnp.eye(n * d))
 
 
-@jax.jit
+@compiled
 def _pair_blocks(system: System) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
     """Compute the second derivative d2phi/dv2 of each pair potential phi by the pair vector v.
 
@@ -164,7 +165,7 @@ def _pair_blocks(system: System) -> list[tuple[jax.Array, jax.Array, jax.Array]]
     return blocks
 
 
-_pair_blocks_each = jax.jit(jax.vmap(_pair_blocks))
+_pair_blocks_each = compiled(jax.vmap(_pair_blocks))
 
 
 def assembles(system: System) -> bool:
@@ -300,7 +301,7 @@ def along(f: Callable[[dict[str, Any]], Any], params: Params, dparams: Params) -
     return jax.jvp(lambda changed: f({**params, **changed}), (moving,), (dict(dparams),))[1]
 
 
-@jax.jit
+@compiled
 def mixed_product(system: System, dparams: Params) -> Unknowns:
     """Compute the change of the energy gradient dU/dx under a change of some parameters.
 

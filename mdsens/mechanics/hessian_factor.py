@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
+from mdsens._util.compilation import compiled
 from mdsens.implicit.linear import Auto, eigen
 from mdsens.implicit.linear.eigen import Spectrum
 from mdsens.implicit.linear.result import SolveStats
@@ -58,7 +59,7 @@ def factorizes(system: System) -> bool:
     return small and assembles(system) and system.positions.dtype == jnp.float64
 
 
-@jax.jit
+@compiled
 def _products(system: System, null: NullSpace, columns: jax.Array) -> jax.Array:
     """Multiply the Hessian of the system by each of the c columns of a matrix (n d, c)."""
     operator = hessian_operator(system, null)
@@ -71,7 +72,7 @@ def _products(system: System, null: NullSpace, columns: jax.Array) -> jax.Array:
     return jax.lax.map(product, columns.T, batch_size=min(32, columns.shape[1])).T
 
 
-@functools.partial(jax.jit, static_argnames=("rtol", "definite"))
+@compiled(static_argnames=("rtol", "definite"), loops=True)
 def _solve(
     system: System, null: NullSpace, b: jax.Array, rtol: float, definite: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -92,7 +93,7 @@ def _solve(
     return x.positions, stats.residual, stats.status
 
 
-@jax.jit
+@compiled(loops=True)
 def _lanczos(
     system: System, null: NullSpace, start: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, ...]:

@@ -27,6 +27,7 @@ from jax.flatten_util import ravel_pytree
 from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import splu
 
+from mdsens._util.compilation import compiled
 from mdsens.constraints import RigidBonds
 from mdsens.implicit.linear import Auto, eigen
 from mdsens.implicit.linear.eigen import Spectrum
@@ -58,7 +59,7 @@ REPEATED = 1e-7
 STIFF = 1e6
 
 
-@jax.jit
+@compiled
 def _dense_matrix(system: System, x: Unknowns, null: NullSpace) -> jax.Array:
     """Compute the dense matrix of the linear system at a constrained minimum.
 
@@ -496,7 +497,7 @@ class KKT(HessianFactor):
         )
 
 
-@functools.partial(jax.jit, static_argnames=("rtol",))
+@compiled(static_argnames=("rtol",), loops=True)
 def _solve_iteratively(
     system: System,
     x: Unknowns,
@@ -524,7 +525,7 @@ def _solve_iteratively(
     return scaled(solution, unit), stats.residual, stats.status
 
 
-@jax.jit
+@compiled
 def _equation_rows(
     system: System, x: Unknowns, null: NullSpace, numbers: jax.Array | np.ndarray
 ) -> jax.Array:
@@ -550,7 +551,7 @@ def _equation_rows(
     return jax.lax.map(row, jnp.asarray(numbers))
 
 
-@jax.jit
+@compiled
 def _stiffness_products(
     system: System, x: Unknowns, null: NullSpace, vectors: jax.Array | np.ndarray
 ) -> jax.Array:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens._util.compilation import compiled
 from mdsens._util.probe import chirp
 from mdsens.constraints import RigidBonds
 from mdsens.implicit.linear import Operator
@@ -121,7 +122,7 @@ def _without_stiffness(
     return np.tensordot(kept.T, rows, axes=1)
 
 
-@jax.jit
+@compiled
 def _hessian_products(
     system: System, multipliers: dict[str, jax.Array] | None, rows: jax.Array
 ) -> jax.Array:

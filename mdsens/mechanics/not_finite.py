@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens._util.compilation import compiled
 from mdsens._util.probe import chirp
 from mdsens.mechanics.status import Status
 from mdsens.model.system import System, displacement_in, pair_distances
@@ -100,7 +101,7 @@ def _describe_potential(potential: Potential, system: System) -> str:
     return ""
 
 
-@jax.jit
+@compiled
 def _norms_of_derivatives(potential: Potential, system: System) -> jax.Array:
     """Compute a many-body energy and the norms of its first three derivatives, (4,).
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens._util.compilation import compiled
 from mdsens._util.portable import Portable
 from mdsens._util.precision import full_precision
 from mdsens.mechanics.unknowns import Unknowns
@@ -199,7 +200,7 @@ class NullSpace(Portable):
         return jnp.zeros_like(v).at[self.labels].add(v)
 
 
-@jax.jit
+@compiled
 def _projections(null: NullSpace, columns: jax.Array) -> jax.Array:
     """Project the null space of the Hessian out of each column of a matrix (m, c).
 

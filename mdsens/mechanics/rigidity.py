@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens._util.compilation import compiled
 from mdsens._util.precision import full_precision
 from mdsens._util.probe import chirp
 from mdsens.mechanics import contacts
@@ -146,7 +147,7 @@ def analyze_rigidity(
     return backbone.replace(potential=system.potential), net, null
 
 
-@functools.partial(jax.jit, static_argnames=("least",))
+@compiled(static_argnames=("least",))
 def _analyze_rigidity(
     system: System, max_force_left: jax.Array, least: int | None
 ) -> tuple[System, Network, NullSpace]:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens._util.attributes import Named
+from mdsens._util.compilation import compiled
 from mdsens._util.portable import reduced
 from mdsens._util.precision import full_precision
 from mdsens.mechanics.status import Status
@@ -93,7 +94,7 @@ class Solid(NamedTuple):
     status: jax.Array
 
 
-@jax.jit
+@compiled
 def tensors(system: System, motion: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Compute the relaxed and the affine stiffness tensor, and the stress, of a backbone.
 
@@ -156,7 +157,7 @@ def cleared(value: jax.Array, round_off: jax.Array | float) -> jax.Array:
 
 
 # jit, since a user's function of the moduli is traced at each call, and most of them call this.
-@jax.jit
+@compiled
 @full_precision
 def isotropic_part(tensor: jax.Array, round_off: jax.Array | float = 0.0) -> Isotropic:
     """Compute the moduli of a stiffness tensor (d, d, d, d), averaged over directions.
@@ -179,7 +180,7 @@ def isotropic_part(tensor: jax.Array, round_off: jax.Array | float = 0.0) -> Iso
     return Isotropic(bulk, shear, young, poisson)
 
 
-@jax.jit
+@compiled
 @full_precision
 def birch(tensor: jax.Array, stress: jax.Array) -> jax.Array:
     """Compute Birch's tensor B from the stiffness tensor A and the stress.
@@ -198,7 +199,7 @@ def birch(tensor: jax.Array, stress: jax.Array) -> jax.Array:
     return tensor + 0.25 * crossed - jnp.einsum("ij,kl->ijkl", stress, unit)
 
 
-@jax.jit
+@compiled
 def softest_strain(tensor: jax.Array) -> jax.Array:
     """Return the least stiffness to strain: the smallest eigenvalue of a symmetrized tensor.
 
@@ -264,7 +265,7 @@ def resolution(
     return _levels(system.positions, system.volume, length, affine, motion, max_force, residual)
 
 
-@jax.jit
+@compiled
 def _levels(
     positions: jax.Array,
     volume: jax.Array,
@@ -289,7 +290,7 @@ def _levels(
     return round_off, jnp.maximum(round_off, doubt)
 
 
-@jax.jit
+@compiled
 def verdict(
     tensor: jax.Array,
     stress: jax.Array,

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens._util.compilation import compiled
 from mdsens._util.lattice import components
 from mdsens.mechanics.forces import row_terms
 from mdsens.mechanics.hessian import gradient, largest_force, largest_stiffness
@@ -60,7 +61,7 @@ BENT = 0.01
 PROBES = 4
 
 
-@jax.jit
+@compiled
 def natural_units(system: System) -> tuple[jax.Array, jax.Array]:
     """Return the length scale l and the largest stiffness k of the potential, (l, k).
 
@@ -142,7 +143,7 @@ def _spacing(system: System) -> jax.Array:
     return jnp.where(extent > 0, extent, 1.0)
 
 
-_natural_units_each = jax.jit(jax.vmap(natural_units))
+_natural_units_each = compiled(jax.vmap(natural_units))
 
 
 def _curvature(system: System) -> jax.Array:
@@ -191,7 +192,7 @@ class ForceScale(NamedTuple):
     idle: Any
 
 
-@jax.jit
+@compiled
 def force_scale(
     system: System, length: jax.Array, stiffness: jax.Array, left: jax.Array | float
 ) -> ForceScale:
@@ -273,7 +274,7 @@ def force_scale(
     return ForceScale(mean, floor, idle)
 
 
-force_scales = jax.jit(jax.vmap(force_scale))
+force_scales = compiled(jax.vmap(force_scale))
 
 
 def _measured_round_off(system: System) -> jax.Array:

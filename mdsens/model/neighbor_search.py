@@ -10,7 +10,6 @@ divides a cell that contains all of them.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens._util.compilation import compiled
 from mdsens._util.lattice import components, inverse, nearest_images
 from mdsens._util.portable import Portable
 from mdsens._util.precision import full_precision
@@ -236,7 +236,7 @@ def _sort(positions: jax.Array, box: jax.Array, cells: tuple[int, ...]) -> _Sort
     return _Sorted(order, where, first.ravel(), length.ravel(), line, line_end)
 
 
-@functools.partial(jax.jit, static_argnames=("grid", "capacity"))
+@compiled(static_argnames=("grid", "capacity"))
 def search(
     positions: jax.Array,
     lattice: jax.Array,

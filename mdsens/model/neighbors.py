@@ -35,6 +35,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
+from mdsens._util.compilation import compiled
 from mdsens._util.errors import InputError
 from mdsens._util.lattice import BALL_OF_UNIT_DIAMETER, heights, inverse
 from mdsens._util.memory import require_memory
@@ -147,7 +148,7 @@ class Neighbors(Portable):
         return Pairs(first, jnp.where(once, j, n).ravel(), images)
 
     @property
-    @jax.jit
+    @compiled
     def used(self) -> jax.Array:
         """Number of rows of the neighbor list that are in use, up to the last that is not empty."""
         filled = jnp.any(self.rows < self.rows.shape[1], axis=1)
@@ -327,7 +328,7 @@ def _too_small(
     return ~(2.0 * range_ <= least)  # not >, so that NaN counts as too small
 
 
-@jax.jit
+@compiled
 def serves(
     neighbors: Neighbors,
     positions: jax.Array,
@@ -352,7 +353,7 @@ def _lacks_pairs(neighbors: Neighbors, range_: jax.Array) -> jax.Array:
     return (range_ > 0) & (count == 0) & (n > 1)
 
 
-@jax.jit
+@compiled
 def update(
     neighbors: Neighbors,
     positions: jax.Array,

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
+from mdsens._util.compilation import compiled
 from mdsens._util.environment import require_sound_jax
 from mdsens._util.errors import InputError
 from mdsens._util.lattice import (
@@ -603,7 +604,7 @@ class PairLengths:
         return self.potential.lengths(self.params, pairs, self.n, self.species, self.species_count)
 
 
-@jax.jit
+@compiled
 def pair_lengths(system: System) -> PairLengths:
     """Return the function (i, j) -> l_ij at the parameters of a system.
 
@@ -745,7 +746,7 @@ def diameters_at(system: System, params: Params) -> jax.Array | None:
     return sigma if sigma.shape[0] == system.n else None
 
 
-@jax.jit
+@compiled
 def box_at(system: System, params: Params) -> jax.Array | None:
     """Compute the cell matrix (d, d) at the parameters ``params``; None for open boundaries."""
     return system.boundary.matrix(params, diameters_at(system, params), system.dimension)
@@ -950,7 +951,7 @@ def _check_coincident(system: System) -> None:
             )
 
 
-@jax.jit
+@compiled
 def _nearest_pairs(system: System) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
     """Find the nearest pair in each pair term of the energy, as (distance, index i, index j)."""
     nearest = []

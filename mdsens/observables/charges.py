@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from mdsens._util.compilation import compiled
 from mdsens._util.errors import InputError
 from mdsens._util.precision import full_precision
 from mdsens.model.system import System
@@ -15,7 +16,7 @@ from mdsens.potentials.electrostatics import ChargeEquilibration, InducedDipoles
 __all__ = ["charges", "chemical_potential", "dipole", "induced_dipoles"]
 
 
-@jax.jit
+@compiled
 def charges(system: System) -> jax.Array:
     """Return the charge q of each particle, (n,).
 
@@ -28,7 +29,7 @@ def charges(system: System) -> jax.Array:
     return _moments(system)[0]
 
 
-@jax.jit
+@compiled
 def induced_dipoles(system: System) -> jax.Array:
     """Return the induced dipole of each particle, (n, d), in units of charge times length.
 
@@ -40,7 +41,7 @@ def induced_dipoles(system: System) -> jax.Array:
     return _moments(system)[1]
 
 
-@jax.jit
+@compiled
 @full_precision
 def dipole(system: System) -> jax.Array:
     """Compute the total dipole moment (d,), sum over particles of q_i (r_i - r_c) + mu_i.
@@ -61,7 +62,7 @@ def dipole(system: System) -> jax.Array:
     return charge @ arms + jnp.sum(induced, axis=0)
 
 
-@jax.jit
+@compiled
 def chemical_potential(system: System) -> jax.Array:
     """Compute the chemical potential of charge, the derivative of the energy by the total charge.
 

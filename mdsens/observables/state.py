@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from mdsens._util.compilation import compiled
 from mdsens._util.errors import InputError
 from mdsens._util.lattice import BALL_OF_UNIT_DIAMETER, Components
 from mdsens.mechanics import contacts
@@ -24,13 +25,13 @@ __all__ = [
 ]
 
 
-@jax.jit
+@compiled
 def energy(system: System) -> jax.Array:
     """Return the potential energy of a system, in the potential's unit of energy."""
     return potential_energy(single(system))
 
 
-@jax.jit
+@compiled
 def stress(system: System) -> jax.Array:
     """Compute the Cauchy stress (dU/dstrain) / V at strain 0, positive in tension.
 
@@ -53,13 +54,13 @@ def stress(system: System) -> jax.Array:
     return jax.grad(energy_at)(zero) / system.volume
 
 
-@jax.jit
+@compiled
 def pressure(system: System) -> jax.Array:
     """Compute the pressure -tr(stress) / d in d dimensions, positive in compression."""
     return -jnp.trace(stress(single(system))) / system.dimension
 
 
-@jax.jit
+@compiled
 def volume(system: System) -> jax.Array:
     """Return the volume of the cell, an area in 2-D.
 
@@ -70,7 +71,7 @@ def volume(system: System) -> jax.Array:
     return system.volume
 
 
-@jax.jit
+@compiled
 def packing_fraction(system: System) -> jax.Array:
     """Compute the packing fraction phi = sum_i v(sigma_i) / V; overlaps count twice.
 
@@ -92,7 +93,7 @@ def packing_fraction(system: System) -> jax.Array:
     return jnp.sum(BALL_OF_UNIT_DIAMETER[d] * system.diameters**d) / cell_volume
 
 
-@jax.jit
+@compiled
 def coordination(system: System) -> jax.Array:
     """Compute the mean number of contacts of non-rattlers, z = 2 N_c / (n - n_rattlers).
 
@@ -141,7 +142,7 @@ def smooth_coordination(system: System, width: float) -> jax.Array:
     return _smooth_coordination(system, full_overlap)
 
 
-@jax.jit
+@compiled
 def _smooth_coordination(system: System, width: float) -> jax.Array:
     """Compute the mean number of contacts of a particle, each contact weighted by its overlap.
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from numpy.typing import ArrayLike
 
+from mdsens._util.compilation import compiled
 from mdsens._util.errors import InputError
 from mdsens._util.lattice import Components, circular_mean, nearest_image
 from mdsens._util.precision import full_precision
@@ -64,7 +63,7 @@ def distances(system: System, pairs: ArrayLike) -> jax.Array:
     return _distances(system, jnp.asarray(indices, jnp.int32))
 
 
-@jax.jit
+@compiled
 def _distances(system: System, pairs: jax.Array) -> jax.Array:
     """Compute the distances of given pairs (m, 2) between nearest images, in compiled code."""
     i, j = pairs[:, 0], pairs[:, 1]
@@ -120,7 +119,7 @@ def bond_orientation(
 
 
 # m is static: the loop over its binary digits, in ``_multiply_angle``, needs the number
-@functools.partial(jax.jit, static_argnames=("m",))
+@compiled(static_argnames=("m",))
 def _bond_orientation(system: System, listed: Neighbors, range_: float, m: int) -> jax.Array:
     """Compute the bond-orientational order psi_m of each particle by a sum over a neighbor list.
 
@@ -236,7 +235,7 @@ def radial_distribution(
     )
 
 
-@jax.jit
+@compiled
 def _radial_distribution(
     system: System, listed: Neighbors, radii: jax.Array, width: jax.Array
 ) -> jax.Array:
@@ -317,7 +316,7 @@ def _normalize_weights(weights: ArrayLike, n: int, dtype: np.dtype) -> jax.Array
     return share / jnp.sum(share)
 
 
-@jax.jit
+@compiled
 @full_precision
 def _distance_to(system: System, target: jax.Array, share: jax.Array) -> jax.Array:
     """Compute the distance between the configuration and a target configuration, in compiled code.

@@ -8,7 +8,6 @@ ready-made potentials are in :mod:`mdsens.potentials.catalogue`.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from mdsens._util.compilation import compiled
 from mdsens._util.errors import InputError, short
 from mdsens._util.lattice import Components, Images, components, nearest_image
 from mdsens._util.portable import Portable
@@ -525,7 +525,7 @@ class PairPotential(Portable, NamedPotential):
 
 
 # species_count is static, since of_pairs compares it with the shapes of the parameters.
-@functools.partial(jax.jit, static_argnames="species_count")
+@compiled(static_argnames="species_count")
 def _trial(potential: PairPotential, box: jax.Array | None, few: Few, species_count: int) -> Trial:
     """Evaluate a pair energy and its derivatives at a few distances, for a few of the pairs."""
     n = few.positions.shape[0]

@@ -37,6 +37,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens._util.compilation import compiled
 from mdsens._util.errors import InputError
 from mdsens._util.memory import require_memory
 from mdsens._util.outcome import is_good, worse
@@ -162,7 +163,7 @@ def minimum(functional: Functional, method: Method) -> tuple[Any, jax.Array]:
 
 
 # compiled by itself, so that all derivatives that need it trace it once
-@functools.partial(jax.jit, static_argnames="method")
+@compiled(static_argnames="method")
 def _solve_conditions(
     functional: Functional, start: PyTree, method: Method
 ) -> tuple[Any, jax.Array]:
@@ -354,7 +355,7 @@ def _difference(a: jax.Array, b: jax.Array) -> jax.Array:
     return a - b
 
 
-@functools.partial(jax.jit, static_argnames=("potential", "species_count"))
+@compiled(static_argnames=("potential", "species_count"))
 def _solve_status(
     potential: SelfConsistentPotential,
     positions: jax.Array,

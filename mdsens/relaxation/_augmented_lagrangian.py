@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.sparse.linalg import lsqr
 
+from mdsens._util.compilation import compiled
 from mdsens._util.errors import InputError
 from mdsens._util.progress import Decades
 from mdsens.mechanics.kkt_factor import KKT
@@ -117,7 +118,7 @@ class _Trial(NamedTuple):
     force: float  # the largest force left, inf where it is not finite
 
 
-@jax.jit
+@compiled
 def _augmented(
     system: System, multipliers: ByName, penalties: ByName
 ) -> tuple[jax.Array, Unknowns, ByName]:
@@ -162,7 +163,7 @@ def _flat_primal(x: Unknowns) -> np.ndarray:
     return flat(dataclasses.replace(x, multipliers=None)).astype(float)
 
 
-@jax.jit
+@compiled
 def _slope(system: System, multipliers: ByName | None) -> Unknowns:
     """Compute the gradient dL/dx of the Lagrangian L and the residuals g of equations g = 0.
 
@@ -171,7 +172,7 @@ def _slope(system: System, multipliers: ByName | None) -> Unknowns:
     return lagrangian_gradient(system, unknowns_of(system, multipliers), own_params(system))
 
 
-@jax.jit
+@compiled
 def _slope_rate(system: System, multipliers: ByName | None, change: Unknowns) -> Unknowns:
     """Compute the change of dL/dx and g for a change of x, at constant Lagrange multipliers.
 
@@ -184,7 +185,7 @@ def _slope_rate(system: System, multipliers: ByName | None, change: Unknowns) ->
     return jax.jvp(lambda y: lagrangian_gradient(system, y, own), (x,), (tangent,))[1]
 
 
-@jax.jit
+@compiled
 def _limits(system: System) -> tuple[Unknowns, Unknowns]:
     """Return lower and upper bounds of the positions and of the parameters that relax with them.
 

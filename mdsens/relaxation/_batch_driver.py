@@ -7,7 +7,6 @@ neighbor list, or a step off a saddle are relaxed further one by one.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from typing import Any
 
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens._util.batching import concatenate_trees, in_chunks, take_members
+from mdsens._util.compilation import compiled
 from mdsens._util.progress import Members
 from mdsens._util.pytree import PyTree
 from mdsens.mechanics.hessian import largest_force, max_force
@@ -50,7 +50,7 @@ __all__ = ["BatchRelaxation", "relax_batch"]
 ALONE = 20_000
 
 
-@functools.partial(jax.jit, static_argnames=("method",))
+@compiled(static_argnames=("method",))
 def _start_members(batch: System, method: Minimizer) -> tuple[jax.Array, Limits, Any]:
     """Prepare the relaxation of each system of a batch.
 
@@ -68,7 +68,7 @@ def _start_members(batch: System, method: Minimizer) -> tuple[jax.Array, Limits,
     return jax.vmap(start)(batch)
 
 
-@functools.partial(jax.jit, static_argnames=("method",))
+@compiled(static_argnames=("method",), loops=True)
 def _advance_each(
     batch: System,
     state: PyTree,

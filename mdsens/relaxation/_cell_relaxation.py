@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens._util.compilation import compiled
 from mdsens._util.lattice import heights
 from mdsens._util.progress import Decades
 from mdsens.mechanics.cell import Cell, deformed
@@ -47,7 +48,7 @@ ENERGY_ROUND_OFF = 1e-12
 SMALLEST = 0.125
 
 
-@jax.jit
+@compiled
 def _energy(system: System) -> jax.Array:
     return potential_energy(system)
 

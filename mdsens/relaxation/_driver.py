@@ -8,7 +8,6 @@ leaves the saddle.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens._util.compilation import compiled
 from mdsens._util.progress import Decades
 from mdsens._util.pytree import PyTree
 from mdsens.mechanics.hessian import largest_force, max_force
@@ -139,7 +139,7 @@ def falls_fast(
         return (pace == 0.0) | (np.log(largest / tested) < at_size(WORTH, n) * pace)
 
 
-@functools.partial(jax.jit, static_argnames=("method",))
+@compiled(static_argnames=("method",), loops=True)
 def _advance(
     system: System,
     state: PyTree,

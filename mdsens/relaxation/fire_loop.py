@@ -6,7 +6,6 @@ The minimizer is one of jax-md, or one with the same interface; see
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens._util.compilation import compiled
 from mdsens._util.outcome import is_good
 from mdsens._util.pytree import PyTree
 from mdsens.mechanics.forces import energy_gradient
@@ -35,7 +35,7 @@ SERVES = 150
 SETTLED = 500
 
 
-@functools.partial(jax.jit, static_argnames=("method",))
+@compiled(static_argnames=("method",))
 def at_rest(positions: jax.Array, limits: Limits, method: Minimizer) -> Any:
     """Return a minimizer's first state, with the particles at rest and zero forces.
 
@@ -193,7 +193,7 @@ def advance(
     return jax.lax.while_loop(lambda carry: ~carry[4], steps_on_a_list, start)[:3]
 
 
-@functools.partial(jax.jit, static_argnames=("method",))
+@compiled(static_argnames=("method",))
 def forces_at(system: System, method: Minimizer, limits: Limits) -> jax.Array:
     """Compute the forces (n, d) at the system's positions, shortened as in the minimizer.
 
@@ -203,7 +203,7 @@ def forces_at(system: System, method: Minimizer, limits: Limits) -> jax.Array:
     return forces(system.positions)
 
 
-@jax.jit
+@compiled
 def status_of(
     largest: float | np.ndarray | jax.Array,
     goal: float | np.ndarray | jax.Array,

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens._util.compilation import compiled
 from mdsens.implicit.linear.sparse_ldl import SHIFT, SparseFactor, bound, ordering
 from mdsens.implicit.linear.vectors import dot
 from mdsens.mechanics.forces import energy_gradient
@@ -49,7 +50,7 @@ CG_STEPS = 4000
 ENERGY_ROUND_OFF = 4500.0
 
 
-@jax.jit
+@compiled
 def _energy_and_gradient(system: System) -> tuple[jax.Array, jax.Array]:
     """Compute the energy U and its gradient dU/dR (n, d) at the positions of a system."""
     gradient = energy_gradient(system, used=system.neighbors.used)
@@ -390,7 +391,7 @@ class _Krylov:
             self.radius = 2.0 * self.radius
 
 
-@jax.jit
+@compiled(loops=True)
 def _steihaug(
     system: System, slope: jax.Array, radius: jax.Array | float, forcing: jax.Array | float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -10,13 +10,13 @@ Mousseau, Phys. Rev. E 62, 7723 (2000)).
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens._util.compilation import compiled
 from mdsens._util.errors import InputError
 from mdsens._util.precision import full_precision
 from mdsens._util.probe import chirp
@@ -78,7 +78,7 @@ class EigenvectorFollowing:
             )
 
 
-@jax.jit
+@compiled
 def _compute_gradient(system: System) -> jax.Array:
     """Compute the gradient dU/dR of the energy at the positions of a system, (n, d)."""
     return energy_gradient(system, used=system.neighbors.used)(system.positions)
@@ -147,7 +147,7 @@ def _softest_mode(
     return v, value, residual
 
 
-@functools.partial(jax.jit, static_argnames=("vectors",))
+@compiled(static_argnames=("vectors",), loops=True)
 @full_precision
 def _propose_step(
     system: System,

@@ -14,13 +14,13 @@ points to the neighboring image of higher energy (Henkelman and Jonsson, J. Chem
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens._util.compilation import compiled
 from mdsens._util.errors import InputError
 from mdsens._util.lattice import circular_mean, nearest_image
 from mdsens._util.probe import chirp
@@ -214,7 +214,7 @@ def _band_forces(
     return jnp.where(is_top, climbing, nudged), top, tangent
 
 
-@functools.partial(jax.jit, static_argnames=("band",))
+@compiled(static_argnames=("band",), loops=True)
 def _advance(
     batch: System,
     state: PyTree,

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens._util.compilation import compiled
 from mdsens._util.errors import InputError, raise_for_status
 from mdsens._util.portable import Portable
 from mdsens._util.pytree import PyTree, named_leaves
@@ -89,13 +90,13 @@ class Barrier(Portable, Shown):
         return rows
 
 
-@jax.jit
+@compiled
 def _energy_and_gradient(system: System) -> tuple[jax.Array, dict[str, Any]]:
     """Compute the energy, and its partial derivatives by the parameters at constant positions."""
     return jax.value_and_grad(lambda p: potential_energy(system, params=p))(dict(system.params))
 
 
-@jax.jit
+@compiled
 def _gradient_rate(system: System, motion: jax.Array, dparams: Mapping[str, Any]) -> dict[str, Any]:
     """Compute the rate of change of the energy's partial derivatives by the parameters.
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
+from mdsens._util.compilation import compiled
 from mdsens._util.outcome import Severity, is_good, severity_of
 from mdsens._util.probe import chirp
 from mdsens._util.pytree import PyTree, count_numbers
@@ -371,7 +372,7 @@ def _without_dropped_round_off(
     return dataclasses.replace(derivative, stats=stats)
 
 
-@functools.partial(jax.jit, static_argnames="many")
+@compiled(static_argnames="many")
 def _round_off_of_change(lin: Linearization, change: Params, many: bool) -> jax.Array:
     """Compute the forces that are round-off while the parameters change, as ``strain_is_silent``.
 
@@ -399,7 +400,7 @@ def _round_off_of_change(lin: Linearization, change: Params, many: bool) -> jax.
     return SILENT * unit * relative
 
 
-@functools.partial(jax.jit, static_argnames=("rule", "many"))
+@compiled(static_argnames=("rule", "many"))
 def _right_hand_side_norms(
     lin: Linearization, argument: Argument, rule: DerivativeRule, many: bool
 ) -> jax.Array:
@@ -426,7 +427,7 @@ def norms(sides: Unknowns, many: bool) -> jax.Array:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("rule", "many"))
+@compiled(static_argnames=("rule", "many"), loops=True)
 def _solve_compiled(
     lin: Linearization, argument: Argument, rule: DerivativeRule, many: bool
 ) -> Any:
@@ -446,7 +447,7 @@ def _solve_compiled(
     return jax.vmap(derivative)(argument) if many else derivative(argument)
 
 
-@functools.partial(jax.jit, static_argnames=("rule", "many"))
+@compiled(static_argnames=("rule", "many"))
 def _right_hand_sides(
     lin: Linearization, argument: Argument, rule: DerivativeRule, many: bool
 ) -> Unknowns:
@@ -461,7 +462,7 @@ def _right_hand_sides(
     return jax.vmap(right_hand_side)(argument) if many else right_hand_side(argument)
 
 
-@functools.partial(jax.jit, static_argnames=("rule", "many"))
+@compiled(static_argnames=("rule", "many"))
 def _results(
     lin: Linearization,
     argument: Argument,

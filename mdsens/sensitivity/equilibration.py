@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from mdsens._util.compilation import compiled
 from mdsens._util.errors import InputError
 from mdsens._util.outcome import is_good
 from mdsens._util.pytree import matching
@@ -134,7 +134,7 @@ def _check_params(system: System, params: Params) -> dict[str, Any]:
     return checked
 
 
-@functools.partial(jax.jit, static_argnames=("method", "solve"))
+@compiled(static_argnames=("method", "solve"))
 def _equilibrate(
     system: System,
     params: dict[str, Any],

@@ -12,6 +12,7 @@ import numpy as np
 from jax.core import Tracer
 
 from mdsens._util.attributes import Named
+from mdsens._util.compilation import compiled
 from mdsens._util.environment import require_sound_jax
 from mdsens._util.errors import InputError, raise_for_status
 from mdsens._util.outcome import is_good
@@ -245,7 +246,7 @@ def _status_of_minimum(status: np.ndarray | jax.Array, unjammed: np.ndarray | ja
     return xp.where(is_good(status), code, status)
 
 
-@jax.jit
+@compiled
 def force_left(system: System, net: Network, largest: jax.Array) -> jax.Array:
     """Judge a minimum by the largest force left on a particle; return a status.
 

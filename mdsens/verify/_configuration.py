@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
+from mdsens._util.compilation import compiled
 from mdsens._util.errors import InputError
 from mdsens._util.pytree import advanced
 from mdsens.mechanics.hessian import gradient
@@ -213,22 +214,22 @@ def all_pairs(n: int) -> Pairs:
 
 # ── checks ──
 
-_energy = jax.jit(potential_energy)
+_energy = compiled(potential_energy)
 
 
-@jax.jit
+@compiled
 def _energy_slope(system: System, R: jax.Array, params: Params) -> jax.Array:
     """Compute the gradient dU/dR (n, d) of the energy U at the positions R (n, d)."""
     return gradient(system, Unknowns(R), params).positions
 
 
-@jax.jit
+@compiled
 def _hessian_product(system: System, v: jax.Array) -> jax.Array:
     """Compute the product H v (n, d) of the Hessian H of the energy with displacements v (n, d)."""
     return jax.jvp(lambda R: _energy_slope(system, R, system.params), (system.positions,), (v,))[1]
 
 
-@jax.jit
+@compiled
 def _slope_by_parameters(system: System, change: Params) -> jax.Array:
     """Compute the derivative (n, d) of the energy gradient dU/dR along a change of parameters.
 

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens._util.compilation import compiled
+
 __all__ = ["APART", "ORDERS", "Break", "edges_of", "find_breaks", "nearby", "with_derivatives"]
 
 # Orders that are examined: phi, phi', phi'' and phi'''. A kink of phi'' is a jump of phi'''.
@@ -80,8 +82,8 @@ def with_derivatives(phi: Callable[..., jax.Array]) -> Evaluate:
 
         return extended
 
-    @jax.jit
-    def compiled(r: jax.Array, *values: jax.Array) -> jax.Array:
+    @compiled
+    def values_of(r: jax.Array, *values: jax.Array) -> jax.Array:
         def phi_alone(r: jax.Array) -> tuple[jax.Array, ...]:
             # phi may return a constant, without the shape of r.
             return (jnp.broadcast_to(phi(r, *values), r.shape),)
@@ -96,7 +98,7 @@ def with_derivatives(phi: Callable[..., jax.Array]) -> Evaluate:
         for start in range(0, r.size, WIDTH):
             part = r[start : start + WIDTH]
             padded = np.concatenate([part, np.full(WIDTH - part.size, part[-1])])
-            rows = np.asarray(compiled(jnp.asarray(padded), *map(jnp.asarray, values)))
+            rows = np.asarray(values_of(jnp.asarray(padded), *map(jnp.asarray, values)))
             parts.append(rows[:, : part.size])
         return np.concatenate(parts, axis=1)
 

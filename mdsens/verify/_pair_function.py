@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens._util.compilation import compiled
 from mdsens.potentials.base import BondedPotential, PairTerm, Potential
 from mdsens.verify._discontinuities import (
     APART,
@@ -277,7 +278,7 @@ class PairFunction:
         """
         argnums = tuple(range(1 + len(self.names)))  # r and every parameter
 
-        @jax.jit
+        @compiled
         def slopes_of(
             r: jax.Array, values: tuple[jax.Array, ...]
         ) -> tuple[tuple[jax.Array, ...], ...]:

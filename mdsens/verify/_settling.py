@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens._util.compilation import compiled
 from mdsens.mechanics import contacts, lagrangian
 from mdsens.mechanics.hessian_factor import HessianFactor
 from mdsens.mechanics.unknowns import Unknowns
@@ -56,7 +57,7 @@ class Settled(NamedTuple):
     force: float
 
 
-@jax.jit
+@compiled
 def _condition(lin: Linearization) -> Unknowns:
     """Evaluate the condition that is zero at a minimum, at the configuration of ``lin``.
 
@@ -66,7 +67,7 @@ def _condition(lin: Linearization) -> Unknowns:
     return lin.condition(lin.unknowns, lin.params)
 
 
-@jax.jit
+@compiled
 def _public(lin: Linearization, x: Unknowns) -> Unknowns:
     """Convert a change x of the unknowns of a minimum to the form in which ``jvp`` returns changes.
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from mdsens import sensitivity
+from mdsens._util.compilation import compiled
 from mdsens._util.errors import InputError, PrecisionError, raise_for_status
 from mdsens._util.lattice import inverse
 from mdsens._util.pytree import advanced, largest_entry
@@ -431,7 +432,7 @@ def _first_contact_change(
     return min(crossing.radius, switch)
 
 
-@jax.jit
+@compiled
 def _switch_times(lin: Linearization, rate: Unknowns, tangent: Params) -> jax.Array:
     """Compute the times t at which constraints become active or inactive, to first order.
 

@@ -6,7 +6,6 @@ positions are computed along with the steps.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens._util.compilation import compiled
 from mdsens._util.errors import InputError
 from mdsens._util.probe import chirp
 from mdsens._util.pytree import PyTree
@@ -142,7 +142,7 @@ def _state_and_changes(
 
 # method is static, because it decides which code runs; the limits are arrays, so that another
 # system of the same shape needs no new compilation.
-@functools.partial(jax.jit, static_argnames=("method",))
+@compiled(static_argnames=("method",))
 def _first(
     system: System, directions: tuple[jax.Array, Params], method: Minimizer, limits: Limits
 ) -> tuple[Any, list[jax.Array]]:
@@ -157,7 +157,7 @@ def _first(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("method",))
+@compiled(static_argnames=("method",), loops=True)
 def _advance(
     system: System,
     state: PyTree,

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens._util.compilation import compiled
 from mdsens._util.errors import ConvergenceError, InputError
 from mdsens._util.probe import chirp
 from mdsens._util.validation import is_integer, short
@@ -264,7 +265,7 @@ def _examine_constraints(lin: Linearization, factor: KKT) -> ConstraintState:
     )
 
 
-@jax.jit
+@compiled
 def _values_of_equations(system: System) -> dict[str, jax.Array]:
     """Compute the values g of the constraints' equations g = 0, by name of the constraint."""
     return lagrangian.equations(system, system.positions, system.params)

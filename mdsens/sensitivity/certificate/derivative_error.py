@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens._util.compilation import compiled
 from mdsens._util.probe import chirp
 from mdsens._util.pytree import largest_entry
 from mdsens.mechanics.hessian import along
@@ -63,7 +64,7 @@ def _norm_of_hessian_change(space: Space, unit: Motion) -> float:
     return size
 
 
-@jax.jit
+@compiled
 def _third_diverges(system: System) -> jax.Array:
     """Return whether the third derivative of the pair potential diverges at a breakpoint.
 
@@ -206,7 +207,7 @@ def _moves_nothing(lin: Linearization, J: Unknowns, tangent: Params) -> bool:
     return motion <= NOTHING * length
 
 
-@jax.jit
+@compiled
 def _derivative_by_params(lin: Linearization, tangent: Params) -> Unknowns:
     """Compute (dF/dp) dp, the derivative by the parameters p of the condition F = 0 of the minimum.
 

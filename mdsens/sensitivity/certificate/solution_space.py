@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from mdsens._util.compilation import compiled
 from mdsens.mechanics import contact_changes, lagrangian
 from mdsens.mechanics.contact_changes import Crossing
 from mdsens.mechanics.hessian import force
@@ -27,7 +28,7 @@ Params = Mapping[str, Any]
 Motion: TypeAlias = tuple[Unknowns, Params]
 
 
-@jax.jit
+@compiled
 def _product(lin: Linearization, x: Unknowns) -> Unknowns:
     """Multiply the derivative of the condition F of a minimum with a change x of the unknowns.
 
@@ -37,7 +38,7 @@ def _product(lin: Linearization, x: Unknowns) -> Unknowns:
     return jax.jvp(lambda y: lin.condition(y, lin.params), (lin.unknowns,), (x,))[1]
 
 
-@jax.jit
+@compiled
 def _second_derivative(lin: Linearization, first: Motion, second: Motion) -> Unknowns:
     def first_derivative(x: Unknowns, params: Params) -> Unknowns:
         return jax.jvp(lin.condition, (x, params), first)[1]
@@ -45,13 +46,13 @@ def _second_derivative(lin: Linearization, first: Motion, second: Motion) -> Unk
     return jax.jvp(first_derivative, (lin.unknowns, lin.params), second)[1]
 
 
-@jax.jit
+@compiled
 def _condition(lin: Linearization) -> Unknowns:
     """Evaluate the condition F of a minimum, such as dU/dR; it is zero at the exact minimum."""
     return lin.condition(lin.unknowns, lin.params)
 
 
-@jax.jit
+@compiled
 def _constrained_side(lin: Linearization, tangent: Params) -> tuple[Unknowns, Unknowns]:
     """Compute the motion of the constrained coordinates, and the right-hand side for the others.
 
@@ -63,7 +64,7 @@ def _constrained_side(lin: Linearization, tangent: Params) -> tuple[Unknowns, Un
     return structure.motion(lin, tangent), structure.parameter_side(lin, tangent)
 
 
-@jax.jit
+@compiled
 def _switch_times(lin: Linearization, x: Unknowns, tangent: Params) -> jax.Array:
     return lagrangian.switch_times(
         lin.system, (lin.unknowns, lin.params), (x, dict(tangent)), lin.network.rattlers
