@@ -24,8 +24,9 @@ from conftest import (
 
 import mdsens as ms
 from mdsens import elasticity
+from mdsens._util.outcome import is_good
 from mdsens.elasticity import isotropic, moduli
-from mdsens.mechanics import contact_changes
+from mdsens.mechanics import contact_changes, hessian_factor
 from mdsens.mechanics.strain import basis, from_mandel, to_mandel
 from mdsens.model.box import FixedBox
 from mdsens.model.system import potential_energy
@@ -703,3 +704,18 @@ def test_moduli_in_an_observable_compile_once_and_serve_a_batch():
         ms.InputError, match=r"moduli are of one system.*ms\.gradient\(lambda s: .*moduli\(s\)"
     ):
         elasticity.gradient(lambda m: m.bulk, batch)
+
+
+def test_moduli_and_certificate_without_a_factor_are_those_with_one(monkeypatch):
+    """Several strains by block conjugate gradients, single solves by blocks of pairs."""
+    eq = relaxed_packing(PACKINGS[1], 0)
+    want, certified = moduli(eq), ms.certify(eq, {"epsilon": 1.0})
+    columns = ms.jacobian(eq, "sigma").value
+    monkeypatch.setattr(hessian_factor, "FACTOR_PARTICLES_3D", 0)
+    got, again = moduli(eq), ms.certify(eq, {"epsilon": 1.0})
+    assert got.stats.solver == "block CG" and np.all(is_good(got.stats.status))
+    np.testing.assert_allclose(got.tensor, want.tensor, atol=1e-7 * np.abs(want.tensor).max())
+    for name in ("bulk", "shear"):
+        assert abs(getattr(again.strain, name) / getattr(certified.strain, name) - 1) < 1e-7
+    other = ms.jacobian(eq, "sigma").value
+    np.testing.assert_allclose(other, columns, atol=1e-6 * float(jnp.abs(columns).max()))

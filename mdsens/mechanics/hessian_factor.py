@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
+import scipy.sparse as sp
 
 from mdsens._util.compilation import compiled
 from mdsens.implicit.linear import Auto, eigen
+from mdsens.implicit.linear.block_cg import block_cg
 from mdsens.implicit.linear.eigen import Spectrum
 from mdsens.implicit.linear.result import SolveStats
 from mdsens.implicit.linear.solution import solve
@@ -37,6 +39,8 @@ FACTOR_PARTICLES_3D = 4000
 # Largest number of particles in 3-D for which a factor pays for a single solve. At 2,000 spheres a
 # factor takes 0.27 s, one solve by CG 0.07 s, and 0.15 s at a pressure of 4e-4.
 ONE_SOLVE_3D = 1500
+# Columns that block conjugate gradients solve for together, at most.
+COLUMNS = 16
 # Largest number of unknowns for which all eigenvalues are computed where H is not factorized.
 ALL_MODES = 600
 # Steps of Lanczos' method in the search for negative curvature in larger systems. Beside modes of
@@ -74,12 +78,18 @@ def _products(system: System, null: NullSpace, columns: jax.Array) -> jax.Array:
 
 @compiled(static_argnames=("rtol", "definite"), loops=True)
 def _solve(
-    system: System, null: NullSpace, b: jax.Array, rtol: float, definite: bool
+    system: System,
+    null: NullSpace,
+    blocks: BlockRows | None,
+    b: jax.Array,
+    rtol: float,
+    definite: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Solve H x = b for the displacements x by an iterative method, with the Hessian H.
 
     Args:
       null: the null space of H.
+      blocks: H assembled as blocks of pairs; None where it is not assembled.
       b: (n, d) right-hand side.
       rtol: relative residual at which the method stops.
       definite: whether H is positive semidefinite, as at a minimum.
@@ -87,20 +97,23 @@ def _solve(
     Returns:
       (x, relative residual, status), with x (n, d).
     """
-    x, stats = solve(
-        hessian_operator(system, null, definite=definite), Unknowns(b), Auto(rtol=rtol)
-    )
+    x, stats = solve(hessian_operator(system, null, blocks, definite), Unknowns(b), Auto(rtol=rtol))
     return x.positions, stats.residual, stats.status
 
 
 @compiled(loops=True)
 def _lanczos(
-    system: System, null: NullSpace, start: jax.Array, weights: jax.Array
+    system: System,
+    null: NullSpace,
+    blocks: BlockRows | None,
+    start: jax.Array,
+    weights: jax.Array,
 ) -> tuple[jax.Array, ...]:
     """Run Lanczos' method on the Hessian H of the system, with the null space of H projected out.
 
     Args:
       null: the null space of H.
+      blocks: H assembled as blocks of pairs; None where it is not assembled.
       start: (n d,) first vector.
       weights: (steps,) coefficients of a sum of the Lanczos vectors, one for each step of the
         method.
@@ -109,7 +122,7 @@ def _lanczos(
       the diagonal and off-diagonal of the tridiagonal matrix, the sum of the Lanczos vectors, and H
         times this sum.
     """
-    operator = hessian_operator(system, null)
+    operator = hessian_operator(system, null, blocks)
 
     def apply(v: jax.Array) -> jax.Array:
         product = operator.matvec(null.project(Unknowns(v.reshape(system.positions.shape))))
@@ -261,13 +274,16 @@ class HessianFactor:
             )
             return x.reshape(b.shape), float(stats.residual[0, 0]), Status(int(stats.status[0, 0]))
         # at a saddle, index > 0, the solver must not be told that H is positive semidefinite
-        x, residual, code = _solve(self.system, self.null, b, rtol, not self.index)
+        x, residual, code = _solve(self.system, self.null, self.blocks, b, rtol, not self.index)
         return np.asarray(x), float(residual), Status(int(code))
 
     def solve_many(
         self, columns: np.ndarray, rtol: float, to: float = 1e-12
     ) -> tuple[np.ndarray, SolveStats]:
-        """Solve H x = b by the factor of the Hessian H, for the columns b of a matrix (m, c).
+        """Solve H x = b for the columns b of a matrix (m, c), with the Hessian H.
+
+        The columns are solved for by the factor of H, or by block conjugate gradients where the
+        assembled H of one system is not factorized.
 
         The status is INDEFINITE where H has a negative eigenvalue and the system should be a
         minimum. It is NOT_A_SADDLE where the system should be a saddle and the number of negative
@@ -277,13 +293,14 @@ class HessianFactor:
         Args:
           columns: (m, c) right-hand sides.
           rtol: largest relative residual of a converged solution.
-          to: relative residual to which the solution is refined.
+          to: relative residual to which the solution is refined, where H is factorized.
 
         Returns:
           ``(x, stats)``: the solutions x (m, c), and statistics whose entries are (systems, c), for
-            each system of a batch; ``iterations`` counts the refinements, with one product each.
+            each system of a batch; ``iterations`` counts the refinements, with one product each,
+            or the products of block conjugate gradients.
         """
-        assert self.matrix is not None and self.factor is not None
+        assert self.matrix is not None
         eps = float(jnp.finfo(self.system.positions.dtype).eps)  # the precision of the projections
 
         def norms(matrix: np.ndarray) -> np.ndarray:
@@ -299,9 +316,17 @@ class HessianFactor:
         rows = len(in_range) // self.members
         # A NaN compares as False: its column is zero from here on, and its status NOT_FINITE.
         in_range = np.where(np.repeat(share > 8 * eps, rows, axis=0), in_range, 0.0)
-        x, residual, rounds = solve_on_range(
-            self.matrix, self.factor, self.project, in_range, min(rtol, to), self.members
-        )
+        negative = self.index
+        if self.factor is None:
+            x, residual, rounds, curved = self._solve_in_blocks(in_range, rtol)
+            negative = max(negative, int(curved))
+            solver = "block CG"
+        else:
+            x, residual, rounds = solve_on_range(
+                self.matrix, self.factor, self.project, in_range, min(rtol, to), self.members
+            )
+            negative = self.negative
+            solver = "sparse factor"
         status = np.where(
             dropped > eps**0.5, Status.NULL_COMPONENT_DROPPED.value, Status.CONVERGED.value
         )
@@ -317,14 +342,54 @@ class HessianFactor:
         status = np.where(residual <= rtol, status, limited)
         wrong = Status.NOT_A_SADDLE if self.index else Status.INDEFINITE
         status = np.where(
-            (self.negative != self.index)[:, None] & (share > 8 * eps), wrong.value, status
+            np.reshape(negative != self.index, (-1, 1)) & (share > 8 * eps), wrong.value, status
         )
         status = np.where(
             np.isfinite(whole) & np.isfinite(norms(x)), status, Status.NOT_FINITE.value
         )
         # numpy arrays here, where the solvers on the device give jax arrays
         numbers: tuple[Any, Any, Any, Any] = (status.astype(np.int32), residual, rounds, dropped)
-        return x, SolveStats(*numbers, "sparse factor")
+        return x, SolveStats(*numbers, solver)
+
+    def _solve_in_blocks(
+        self, b: np.ndarray, rtol: float
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
+        """Solve H x = b by block conjugate gradients, for columns b (m, c) in the range of H.
+
+        The components of each particle are scaled, so that its diagonal block of the Hessian is the
+        identity.
+
+        Returns:
+          (x (m, c), relative residuals (1, c), products (1, c), whether H has a negative curvature)
+        """
+        n, d = self.system.positions.shape
+        blocks = np.ascontiguousarray(np.moveaxis(self._block_scaling, -1, 0))
+        scaling = sp.bsr_array((blocks, np.arange(n), np.arange(n + 1)), shape=(n * d, n * d))
+        x = np.zeros_like(b)
+        residual = np.zeros(b.shape[1])
+        products = np.zeros(b.shape[1], np.int32)
+        negative = False
+        for start in range(0, b.shape[1], COLUMNS):
+            some = slice(start, start + COLUMNS)
+            answer = block_cg(
+                lambda v: self.matrix @ v,
+                b[:, some],
+                rtol,
+                max(1000, 10 * n * d),
+                scaling.tocsr(),
+                self.project,
+            )
+            x[:, some] = answer.x
+            residual[some] = answer.residual
+            products[some] = answer.products
+            negative = negative or answer.negative
+        return x, residual[None], products[None], negative
+
+    @functools.cached_property
+    def _block_scaling(self) -> np.ndarray:
+        """S of each particle, (d, d, n), which makes its block of S H S^T the identity."""
+        d = self.system.dimension
+        return block_cholesky(self.matrix.tobsr((d, d)))[0]
 
     def _precondition(self) -> Callable[[np.ndarray], np.ndarray] | None:
         """Return a preconditioner, a function of vectors; None where the Hessian is not assembled.
@@ -335,7 +400,7 @@ class HessianFactor:
         if self.matrix is None:
             return None
         n, d = self.system.positions.shape
-        scaling, _ = block_cholesky(self.matrix.tobsr((d, d)))
+        scaling = self._block_scaling
         # D^-1 = S^T S for the block D of each particle, (n, d, d)
         inverse = np.einsum("kin,kjn->nij", scaling, scaling)
         return lambda v: np.einsum("nij,njk->nik", inverse, v.reshape(n, d, -1)).reshape(v.shape)
@@ -405,7 +470,8 @@ class HessianFactor:
         # The Lanczos vectors are not stored. A first run gives the tridiagonal matrix, whose lowest
         # eigenvector holds the weights with which a second run sums them.
         weights = np.zeros(LANCZOS_STEPS, dtype)
-        diagonal, off_diagonal, *_ = _lanczos(self.system, self.null, start, weights)
+        run = functools.partial(_lanczos, self.system, self.null, self.blocks, start)
+        diagonal, off_diagonal, *_ = run(weights)
         diagonal = np.asarray(diagonal, float)
         off_diagonal = np.asarray(off_diagonal, float)
         if not (np.isfinite(diagonal).all() and np.isfinite(off_diagonal).all()):
@@ -414,7 +480,7 @@ class HessianFactor:
         values, vectors = scipy.linalg.eigh_tridiagonal(diagonal, off_diagonal[:-1])
         if not values[0] < -max(NEGATIVE * values[-1], floor):
             return None
-        *_, vector, image = _lanczos(self.system, self.null, start, vectors[:, 0].astype(dtype))
+        *_, vector, image = run(vectors[:, 0].astype(dtype))
         vector = np.asarray(vector, float)
         image = np.asarray(image, float)
         # a Rayleigh quotient: above the lowest stiffness, however inaccurate the vector is

@@ -112,9 +112,9 @@ def tensors(system: System, motion: jax.Array) -> tuple[jax.Array, jax.Array, ja
     """
     unit = jnp.asarray(basis(system.dimension), system.positions.dtype)
     volume = system.volume
-    # The relaxed and the affine tensor by one function, under vmap.
+    # the relaxed and the affine tensor, by one compiled function
     both = jnp.stack([motion, jnp.zeros_like(motion)])
-    relaxed, affine = jax.vmap(lambda m: stiffness_along(system, unit, m))(both) / volume
+    relaxed, affine = jax.lax.map(lambda m: stiffness_along(system, unit, m), both) / volume
     stress = strain_gradient(system, unit) / volume
     return from_mandel(relaxed), from_mandel(affine), from_mandel(stress)
 

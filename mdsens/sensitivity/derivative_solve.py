@@ -16,8 +16,10 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
+from mdsens._util.batching import stack_trees, unstack_tree
 from mdsens._util.compilation import compiled
 from mdsens._util.outcome import Severity, is_good, severity_of
 from mdsens._util.probe import chirp
@@ -55,6 +57,10 @@ __all__ = [
 Params = Mapping[str, Any]
 # Of a rule: changes of the parameters (JVP), a cotangent (VJP), forces (FORCE), a strain (STRAIN).
 Argument: TypeAlias = Params | Unknowns | jax.Array
+# Largest number of particles for which several right-hand sides are solved for side by side on a
+# CPU. In larger systems they are solved for one after the other: their vectors together no longer
+# fit the cache of a processor, and six solves of 2,000 atoms took twice as long.
+SIDE_BY_SIDE = 512
 # Displacement from the minimum at which a right-hand side is compared with its value there, in
 # units of the potential's length scale (see ``aside``).
 ASIDE = 1e-3
@@ -236,14 +242,15 @@ def solve_derivative(
     """
     core = lin.traced(rule.parameters(lin.system.params, argument))
     factor = lin.factor
-    if factor is not None and by_factor(lin.system, lin.solve, many):
+    together = many and _in_blocks(lin, argument)
+    if factor is not None and (by_factor(lin.system, lin.solve, many) or together):
         assert isinstance(lin.solve, Auto | Direct)
         require_host(
             "a factor", "take solve=CG() or another iteration of mdsens.implicit there", argument
         )
         # jax computes these asynchronously, while the host factorizes in ``factor.factor`` below
         sides = _right_hand_sides(core, argument, rule, many)
-        if factor.factor is not None:
+        if together or factor.factor is not None:
             # The factor is that of the positions: the strain of a cell is solved for afterwards.
             columns = flat(dataclasses.replace(sides, strain=None), many)
             x, stats = factor.solve_many(columns if many else columns[:, None], lin.solve.rtol)
@@ -256,8 +263,37 @@ def solve_derivative(
     # Without a factor the solver takes products, which use the assembled blocks if there are any.
     if isinstance(factor, HessianFactor):
         core = dataclasses.replace(core, blocks=factor.blocks)
-    derivative = _solve_compiled(core, argument, rule, many)
+    derivative = _solve_by_products(core, argument, rule, many)
     return _without_dropped_round_off(rule, core, argument, derivative, many)
+
+
+def _in_blocks(lin: Linearization, argument: Argument) -> bool:
+    """Return whether several right-hand sides are solved for by block conjugate gradients.
+
+    They are where the solver is Auto, at a minimum, on a CPU, for an assembled Hessian that is not
+    factorized. ``argument`` is that of the derivative; jax must not trace it.
+    """
+    factor = lin.factor
+    return (
+        isinstance(lin.solve, Auto)
+        and isinstance(factor, HessianFactor)
+        and not (factor.index or by_factor(lin.system, lin.solve, many=True))
+        and jax.default_backend() == "cpu"
+        and lin.system.positions.dtype == jnp.float64
+        and not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(argument))
+        and factor.matrix is not None
+    )
+
+
+def _solve_by_products(
+    lin: Linearization, argument: Argument, rule: DerivativeRule, many: bool
+) -> Any:
+    """Compute one kind of derivative, or several of it (``many``), by products with the Hessian."""
+    if not many or lin.system.n <= SIDE_BY_SIDE or jax.default_backend() != "cpu":
+        return _solve_compiled(lin, argument, rule, many)
+    count = len(jax.tree.leaves(argument)[0])
+    each = unstack_tree(argument, count)
+    return stack_trees([_solve_compiled(lin, one, rule, False) for one in each])
 
 
 def solve_derivative_batch(

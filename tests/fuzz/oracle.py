@@ -210,7 +210,10 @@ class Oracle:
     def _state(self) -> tuple[str, float]:
         if self.rattlers.all():
             return "unjammed", np.inf
-        if not self.values.size or self.largest == 0:
+        if not self.values.size:
+            # particles that their own images press, and that no neighbor holds in place
+            return "marginal", np.inf
+        if self.largest == 0:
             return "floppy", np.inf
         scaled = self.values / self.largest
         if scaled.min() < -1e-10:
@@ -244,9 +247,10 @@ class Oracle:
                     motions.append(row.ravel())
         u, s, _ = np.linalg.svd(np.array(motions).T, full_matrices=False)
         known = u[:, s > 1e-6]
-        if pairwise:
+        if pairwise and self.system.neighbors.images is None:
             return known
-        # a field may hold some of these motions: keep the combinations that cost nothing
+        # A field may hold some of these motions, and so may a second image of a neighbor, which the
+        # nearest images do not tell of: keep the combinations that cost nothing.
         cost = self.hessian @ known / max(np.linalg.norm(self.hessian, 2), 1e-300)
         _, s, vt = np.linalg.svd(cost)
         return known @ vt[s <= 1e-9].T
@@ -304,7 +308,8 @@ class Oracle:
 
     @property
     def softest(self) -> float:
-        return float(np.min(np.abs(self.values[np.abs(self.values) > 1e-12 * self.largest])))
+        stiff = np.abs(self.values[np.abs(self.values) > 1e-12 * self.largest])
+        return float(np.min(stiff, initial=np.inf))
 
     def affine(self, dparams: dict[str, np.ndarray]) -> np.ndarray:
         """(d box / dp . dp) box^-1 R."""
