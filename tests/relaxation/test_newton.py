@@ -18,7 +18,7 @@ import scipy.sparse as sp
 import mdsens as ms
 from mdsens.implicit.linear.sparse_ldl import SparseFactor, dissection
 from mdsens.mechanics import units
-from mdsens.mechanics.hessian import dense_hessian, largest_force, max_force
+from mdsens.mechanics.hessian import assembles, dense_hessian, largest_force, max_force
 from mdsens.mechanics.hessian_factor import factorizes
 from mdsens.model import neighbors
 from mdsens.model.system import listed, potential_energy
@@ -43,13 +43,21 @@ class Descent:
     length: float
 
 
+def of_way(way: str, length: float, system: ms.System) -> Any:
+    """The method of Newton steps by its name here."""
+    hessian = newton._Hessian()
+    if way == "factor":
+        return newton._Factorized(length, hessian)
+    return newton._Krylov(length, hessian if assembles(system) else None)
+
+
 def descend(system: ms.System, way: str | None = None, tolerance: float = 1e-12) -> Descent:
     """Newton steps by one of both ways, by the system's own where None."""
     seen: list[Any] = []
     forces, energies, places = [], [float(potential_energy(system))], [np.asarray(system.positions)]
-    evaluate, choose = (
-        newton._energy_and_gradient,
-        factorizes if way is None else lambda _: way == "factor",
+    evaluate = newton._energy_and_gradient
+    choose = (
+        newton._choose_method if way is None else lambda there, length: of_way(way, length, there)
     )
 
     def watched(there: ms.System) -> Any:
@@ -64,7 +72,7 @@ def descend(system: ms.System, way: str | None = None, tolerance: float = 1e-12)
         places.append(np.asarray(there.positions))
 
     length = float(units.natural_units(system)[0])
-    with mock.patch.multiple(newton, _energy_and_gradient=watched, factorizes=choose):
+    with mock.patch.multiple(newton, _energy_and_gradient=watched, _choose_method=choose):
         out, largest, taken = newton.descend(system, tolerance, length, show)
     assert taken == len(forces) and np.array_equal(out.positions, places[-1])
     return Descent(out, largest, taken, forces, energies, places, length)
@@ -277,13 +285,13 @@ def test_no_particle_moves_farther_in_a_step_than_a_share_of_the_length(way):
     assert longest == pytest.approx(newton.LONGEST, rel=1e-9)  # no farther, and some go as far
 
 
-@pytest.mark.parametrize("way", [newton._Factorized, newton._Krylov])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_step_promises_what_the_quadratic_model_gives_cut_or_not(way):
     start = row(0.1, 1.1)
     slope, hessian = newton._energy_and_gradient(start)[1], np.asarray(dense_hessian(start))
     length, sizes = float(units.natural_units(start)[0]), []
     for scale in (length, 100.0 * length):  # with a hundred times the length there is no cut
-        step, promised = way(scale)(start, slope, float(largest_force(slope)))
+        step, promised = of_way(way, scale, start)(start, slope, float(largest_force(slope)))
         p = np.asarray(step).ravel()
         sizes.append(np.linalg.norm(step, axis=1).max() / scale)
         assert promised == pytest.approx(
@@ -388,7 +396,9 @@ def test_minimize_ends_converged_with_few_steps_of_fire(way):
         return used[-1]
 
     with (
-        mock.patch.object(newton, "factorizes", lambda _: way == "factor"),
+        mock.patch.object(
+            newton, "_choose_method", lambda there, length: of_way(way, length, there)
+        ),
         mock.patch.object(_driver, "descend", counted),
         mock.patch.object(_driver, "WORTH", 0),  # FIRE would be there soon
         mock.patch.object(_driver, "WATCHED", 20),
