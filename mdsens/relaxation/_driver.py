@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from threading import Event
 from typing import Any
 
 import jax
@@ -55,8 +56,8 @@ __all__ = [
 # Steps of the minimizer in one compiled call. Between two calls the host shows the progress,
 # allocates a larger neighbor list where one overflowed, and can be interrupted.
 STEPS_PER_CALL = 500
-# Steps of FIRE that take as long as Newton's method does to the minimum, up to SMALL particles, where
-# they count the compilation of Newton steps, and from 4 SMALL to LARGE particles.
+# Steps of FIRE that take as long as Newton's method does to the minimum: up to SMALL particles,
+# where the compilation of Newton steps counts, and from 4 SMALL to LARGE particles.
 WORTH = 4000
 WORTH_OF_MANY = 1000
 SMALL = 1024
@@ -201,6 +202,8 @@ class RelaxationState:
       examined: whether the Hessian at the end was searched for modes of negative stiffness.
       unstable: whether the Hessian at the end has a mode of negative stiffness along which no step
         was taken.
+      interrupted: whether the relaxation was interrupted before its end.
+      stop: an event that another thread sets to interrupt the relaxation.
     """
 
     system: System
@@ -226,6 +229,8 @@ class RelaxationState:
     touching: bool = False
     examined: bool = False
     unstable: bool = False
+    interrupted: bool = False
+    stop: Event = dataclasses.field(default_factory=Event)
 
     @classmethod
     def of(
@@ -278,6 +283,11 @@ class RelaxationState:
         # Users take derivatives by the parameters, and these may be wrong in the potential's
         # cheapest form.
         relaxed = self.system.replace(potential=self.potential)
+        if self.interrupted:
+            # A list that has overflowed was not replaced, and its forces lack pairs.
+            relaxed = relaxed.reallocate()
+            self.largest = np.inf
+            self.stands = False
         # Where the tolerance is not met, the forces of the minimizer may have been shortened.
         if not self.at_rest:
             self.largest = float(max_force(relaxed))
@@ -287,6 +297,8 @@ class RelaxationState:
         code = status_of(self.largest, self.goal, self.floor, self.scale.idle, overflowed)
         if self.unstable:
             code = jnp.asarray(Status.INDEFINITE.value, jnp.int32)
+        if self.interrupted:
+            code = jnp.asarray(Status.INTERRUPTED.value, jnp.int32)
         descent = self.highest - float(potential_energy(relaxed)) if self.saddles else 0.0
         return Equilibrium(
             system=relaxed,
@@ -336,6 +348,18 @@ class RelaxationState:
             self._relax(newton)
             if self.at_rest and not self._fell():
                 break
+
+    def to_minimum_unless_interrupted(self, newton: Newton | None, leave_saddles: bool) -> bool:
+        """Relax the system as ``to_minimum`` does; Ctrl-C ends this at the last complete state.
+
+        Returns:
+          whether the relaxation was interrupted.
+        """
+        try:
+            self.to_minimum(newton, leave_saddles)
+        except KeyboardInterrupt:
+            self.interrupted = True
+        return self.interrupted
 
     @property
     def at_rest(self) -> bool:
@@ -436,6 +460,8 @@ class RelaxationState:
         Returns:
           whether the relaxation can go on; False where the forces are not finite.
         """
+        if self.stop.is_set():
+            raise KeyboardInterrupt
         system = self.system
         method = self.method
         # of the type of the positions, lest the call be compiled for another type
@@ -550,7 +576,9 @@ def relax_in_fixed_cell(system: System, options: Options, bar: Decades) -> tuple
       (the relaxed system, text for an error message that tells where the relaxation ended).
     """
     run = RelaxationState.of(system, options.first, options.tolerance, options.max_steps, bar)
-    run.to_minimum(options.newton, options.leave_saddles)
+    run.interrupted = options.interrupted
+    if not run.interrupted:
+        run.to_minimum_unless_interrupted(options.newton, options.leave_saddles)
     eq = run.equilibrium()
     steps = int(eq.steps)
     return eq, f"minimize stopped after {steps:,} steps at max_force {float(eq.max_force):.3e}"
