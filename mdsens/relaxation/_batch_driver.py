@@ -40,6 +40,7 @@ from mdsens.relaxation._driver import (
     at_size,
     falls_fast,
     near_force,
+    newton_worth,
     pace_of,
 )
 from mdsens.relaxation.equilibrium import Equilibrium, batch_of
@@ -243,7 +244,8 @@ class BatchRelaxation:
 
     def _fast(self) -> np.ndarray:
         """Return a mask of the systems that the minimizer relaxes faster than Newton steps."""
-        return self.unfinished & falls_fast(self.pace, self.largest, self.tested, self.systems.n)
+        worth = newton_worth(self.systems)
+        return self.unfinished & falls_fast(self.pace, self.largest, self.tested, worth)
 
     def examine(self) -> np.ndarray:
         """Return a mask of the systems at saddles, where the Hessian has a negative eigenvalue.

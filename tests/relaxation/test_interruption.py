@@ -1,5 +1,5 @@
-"""Ctrl-C ends a relaxation at the last complete state: in FIRE, in Newton steps, with the cell, in a
-batch, under constraints.
+"""Ctrl-C ends a relaxation at the last complete state: in FIRE, in Newton steps, with the cell,
+in a batch, under constraints.
 """
 
 from __future__ import annotations
