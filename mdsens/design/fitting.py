@@ -43,7 +43,7 @@ from mdsens.model.batch import stack, unstack
 from mdsens.model.system import System
 from mdsens.relaxation.cell_conditions import CellCondition, FixedCell, cell_condition
 from mdsens.relaxation.equilibrium import Equilibrium
-from mdsens.relaxation.minimization import minimize
+from mdsens.relaxation.minimization import minimize, stop_if_interrupted
 
 __all__ = ["fit"]
 
@@ -183,8 +183,14 @@ def _make_relaxation(options: Mapping[str, Any]) -> Callable[[Sequence[System]],
     def relax(starts: Sequence[System]) -> list[Equilibrium]:
         # One compiled call relaxes a batch; with their cells the members are relaxed one by one.
         if len(starts) > 1 and fixed:
-            return unstack(minimize(stack(list(starts)), throw=False, progress=False, **options))
-        return [minimize(start, throw=False, progress=False, **options) for start in starts]
+            batch = minimize(stack(list(starts)), throw=False, progress=False, **options)
+            stop_if_interrupted(batch)
+            return unstack(batch)
+        minima = []
+        for start in starts:
+            minima.append(minimize(start, throw=False, progress=False, **options))
+            stop_if_interrupted(minima[-1])
+        return minima
 
     return relax
 

@@ -20,6 +20,7 @@ from mdsens._util.compilation import compiled
 from mdsens.implicit.linear import Auto, eigen
 from mdsens.implicit.linear.block_cg import block_cg
 from mdsens.implicit.linear.eigen import Spectrum
+from mdsens.implicit.linear.factor_estimate import FactorEstimate
 from mdsens.implicit.linear.result import SolveStats
 from mdsens.implicit.linear.solution import solve
 from mdsens.implicit.linear.sparse_ldl import SHIFT, SparseFactor, bounds, ordering, solve_on_range
@@ -30,17 +31,23 @@ from mdsens.mechanics.status import Status
 from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model.system import System
 
-__all__ = ["HessianFactor", "factorizes", "participation"]
+__all__ = ["HessianFactor", "factor_of", "factorizes", "participation"]
 
 # Largest number of particles in 3-D for which the Hessian is factorized. The factor of a sparse
 # matrix is less sparse than the matrix; in 3-D its time is proportional to n^2: 13 s at 8,192
 # particles, where a solve by CG takes 1 s.
 FACTOR_PARTICLES_3D = 4000
+# Longest estimated time of a factor in 3-D, in seconds. 4,000 soft spheres take 1 s, 2,000 atoms
+# of a Kob-Andersen glass, each with 76 neighbors, take 4 s, and 4,000 of them 36 s.
+FACTOR_SECONDS = 8.0
 # Largest number of particles in 3-D for which a factor pays for a single solve. At 2,000 spheres a
 # factor takes 0.27 s, one solve by CG 0.07 s, and 0.15 s at a pressure of 4e-4.
 ONE_SOLVE_3D = 1500
 # Columns that block conjugate gradients solve for together, at most.
 COLUMNS = 16
+# Longest estimated time of a factor in 3-D that is made to search for a single negative mode, in
+# seconds. Lanczos' method, which may miss one, takes 0.05 s for 1,500 spheres.
+SEARCH_SECONDS = 0.5
 # Largest number of unknowns for which all eigenvalues are computed where H is not factorized.
 ALL_MODES = 600
 # Steps of Lanczos' method in the search for negative curvature in larger systems. Beside modes of
@@ -56,11 +63,33 @@ def factorizes(system: System) -> bool:
     """Return whether the Hessian of a system is assembled and factorized.
 
     This is done where the Hessian is assembled, see :func:`mdsens.mechanics.hessian.assembles`, in
-    double precision, in 2-D for any number of particles and in 3-D up to 4,000 particles (the
-    constant ``FACTOR_PARTICLES_3D`` of this module).
+    double precision, in 2-D for any number of particles. In 3-D it is done up to 4,000 particles
+    (the constant ``FACTOR_PARTICLES_3D`` of this module), where the time of a factor is estimated
+    at most at ``FACTOR_SECONDS``.
     """
-    small = system.dimension == 2 or system.n <= FACTOR_PARTICLES_3D
-    return small and assembles(system) and system.positions.dtype == jnp.float64
+    if not assembles(system) or system.positions.dtype != jnp.float64:
+        return False
+    if system.dimension == 2:
+        return True
+    return system.n <= FACTOR_PARTICLES_3D and factor_of(system).seconds <= FACTOR_SECONDS
+
+
+def factor_of(system: System) -> FactorEstimate:
+    """Estimate the cost of a factor of the Hessian of a system, from its neighbor list.
+
+    The list is that of the system, or of each system of a batch. The pairs within the range are
+    those of the list, less the share of the skin. An energy of atoms in their surroundings couples
+    atoms within twice the range.
+    """
+    rows = np.asarray(system.neighbors.rows)
+    listed = np.count_nonzero(rows < system.n) / max(rows.size // max(rows.shape[-2], 1), 1)
+    range_ = float(np.max(np.asarray(system.range)))
+    skin = float(np.max(np.asarray(system.neighbors.skin)))
+    reach = 1.0 if system.potential.pairwise else 2.0
+    # the list of all pairs has a skin without end, and all of its pairs count
+    share = (range_ / (range_ + skin)) ** system.dimension if np.isfinite(skin) else 1.0
+    near = min(listed * share * reach**system.dimension, system.n - 1.0)
+    return FactorEstimate.of(system.n, system.dimension, near)
 
 
 @compiled
@@ -105,7 +134,6 @@ def _solve(
 def _lanczos(
     system: System,
     null: NullSpace,
-    blocks: BlockRows | None,
     start: jax.Array,
     weights: jax.Array,
 ) -> tuple[jax.Array, ...]:
@@ -113,24 +141,21 @@ def _lanczos(
 
     Args:
       null: the null space of H.
-      blocks: H assembled as blocks of pairs; None where it is not assembled.
       start: (n d,) first vector.
       weights: (steps,) coefficients of a sum of the Lanczos vectors, one for each step of the
         method.
 
     Returns:
-      the diagonal and off-diagonal of the tridiagonal matrix, the sum of the Lanczos vectors, and H
-        times this sum.
+      the diagonal and off-diagonal of the tridiagonal matrix, and the sum of the Lanczos vectors.
     """
-    operator = hessian_operator(system, null, blocks)
+    operator = hessian_operator(system, null)
 
     def apply(v: jax.Array) -> jax.Array:
         product = operator.matvec(null.project(Unknowns(v.reshape(system.positions.shape))))
         return null.project(product).positions.ravel()
 
     begin = null.project(Unknowns(start.reshape(system.positions.shape))).positions.ravel()
-    diagonal, off_diagonal, total = eigen.lanczos(apply, begin, weights)
-    return diagonal, off_diagonal, total, apply(total)
+    return eigen.lanczos(apply, begin, weights)
 
 
 class HessianFactor:
@@ -450,7 +475,7 @@ class HessianFactor:
           (stiffness, mode), with the mode (n, d) of norm one; None where no such mode is found.
         """
         n, d = self.system.positions.shape
-        pays = d == 2 or n <= ONE_SOLVE_3D
+        pays = d == 2 or factor_of(self.system).seconds <= SEARCH_SECONDS
         count = int(self.negative[0]) if pays and self.factor is not None else -1
         if count == 0:
             return None
@@ -464,30 +489,46 @@ class HessianFactor:
     def _search_by_lanczos(self, floor: float) -> tuple[float, np.ndarray] | None:
         """Search for a mode with a negative stiffness by Lanczos' method, as ``negative_mode``."""
         n, d = self.system.positions.shape
-        dtype = self.system.positions.dtype
         # a fixed seed: the same start in every run
-        start = np.random.default_rng(0).standard_normal(n * d).astype(dtype)
+        start = np.random.default_rng(0).standard_normal(n * d)
+        if self.matrix is None:
+            found = self._lanczos_on_device(start.astype(self.system.positions.dtype))
+        else:
+            found = eigen.lanczos_lowest(self._in_range, self.project(start), LANCZOS_STEPS)
+        if found is None:
+            return None
+        values, lowest_vector = found
+        if not values[0] < -max(NEGATIVE * values[-1], floor):
+            return None
+        vector = lowest_vector()
+        # a Rayleigh quotient: above the lowest stiffness, however inaccurate the vector is
+        value = float(vector @ self._in_range(vector) / (vector @ vector))
+        if not value < -floor:
+            return None
+        return value, (vector / np.linalg.norm(vector)).reshape(n, d)
+
+    def _in_range(self, v: np.ndarray) -> np.ndarray:
+        """Multiply the Hessian, with its null space projected out, by a vector (m,)."""
+        return self.project(self.products(self.project(v)[:, None])[:, 0])
+
+    def _lanczos_on_device(
+        self, start: np.ndarray
+    ) -> tuple[np.ndarray, Callable[[], np.ndarray]] | None:
+        """Run Lanczos' method in compiled code, as :func:`eigen.lanczos_lowest` on the host."""
         # The Lanczos vectors are not stored. A first run gives the tridiagonal matrix, whose lowest
         # eigenvector holds the weights with which a second run sums them.
-        weights = np.zeros(LANCZOS_STEPS, dtype)
-        run = functools.partial(_lanczos, self.system, self.null, self.blocks, start)
-        diagonal, off_diagonal, *_ = run(weights)
+        weights = np.zeros(LANCZOS_STEPS, start.dtype)
+        diagonal, off_diagonal, _ = _lanczos(self.system, self.null, start, weights)
         diagonal = np.asarray(diagonal, float)
         off_diagonal = np.asarray(off_diagonal, float)
         if not (np.isfinite(diagonal).all() and np.isfinite(off_diagonal).all()):
             return None
         # the last entry would couple the last Lanczos vector to one that was not used
         values, vectors = scipy.linalg.eigh_tridiagonal(diagonal, off_diagonal[:-1])
-        if not values[0] < -max(NEGATIVE * values[-1], floor):
-            return None
-        *_, vector, image = run(vectors[:, 0].astype(dtype))
-        vector = np.asarray(vector, float)
-        image = np.asarray(image, float)
-        # a Rayleigh quotient: above the lowest stiffness, however inaccurate the vector is
-        value = float(vector @ image / (vector @ vector))
-        if not value < -floor:
-            return None
-        return value, (vector / np.linalg.norm(vector)).reshape(n, d)
+        weights = vectors[:, 0].astype(start.dtype)
+        return values, lambda: np.asarray(
+            _lanczos(self.system, self.null, start, weights)[2], float
+        )
 
     def below(self, value: float) -> int | None:
         """Count the modes whose stiffness, an eigenvalue of the Hessian, is below ``value`` > 0.

@@ -229,4 +229,13 @@ class Status(Outcome):
             "fulfilled; change the constraints, or start nearer to a solution"
         ),
     )
+    INTERRUPTED = (
+        33,
+        Severity.FAILURE,
+        (
+            "the relaxation was interrupted, as by Ctrl-C, and this is the last state that it"
+            " reached; go on from there by ms.minimize(eq.system), or ms.minimize(error.result"
+            ".system) where an error was raised"
+        ),
+    )
     NOT_A_ROOT = Result.NOT_A_ROOT.entry

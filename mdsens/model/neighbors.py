@@ -37,7 +37,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from mdsens._util.compilation import compiled
 from mdsens._util.errors import InputError
-from mdsens._util.lattice import BALL_OF_UNIT_DIAMETER, heights, inverse
+from mdsens._util.lattice import BALL_OF_UNIT_DIAMETER, Images, heights, inverse
 from mdsens._util.memory import require_memory
 from mdsens._util.portable import Portable
 from mdsens._util.precision import full_precision
@@ -47,6 +47,7 @@ from mdsens.model.neighbor_search import (
     Grid,
     Lengths,
     fullest_run,
+    nearer_rows,
     search,
     search_cell,
     with_images,
@@ -63,6 +64,7 @@ __all__ = [
     "filled_rows",
     "fitted",
     "lattice_of",
+    "narrowed",
     "no_pairs",
     "serves",
     "slack",
@@ -407,6 +409,36 @@ def update(
 
     stale = jnp.asarray(anew) | ~_still_complete(neighbors, positions, box, lengths, range_)
     return jax.lax.cond(stale, rebuild, lambda old: old, neighbors), stale
+
+
+def narrowed(
+    neighbors: Neighbors,
+    positions: jax.Array,
+    box: jax.Array | None,
+    lengths: Lengths,
+    images: Images,
+    skin: jax.Array,
+) -> Neighbors:
+    """Copy a neighbor list without the pairs farther apart than l_ij + skin, at these positions.
+
+    The result is complete for as long as a list of this skin made at the positions, provided that
+    no particle has moved by more than half of the difference of both skins since the list was
+    built. It needs a list of nearest images. This function can be traced by jax.
+
+    Args:
+      neighbors: the list with the wider skin.
+      positions, box, lengths: as in :func:`update`.
+      images: the function that maps the components of vectors to their nearest images.
+      skin: the skin of the result, a length.
+    """
+    positions, lengths = jax.lax.stop_gradient((positions, lengths))
+    return dataclasses.replace(
+        neighbors,
+        rows=nearer_rows(neighbors.rows, positions, images, lengths, skin),
+        reference=positions,
+        reference_box=_lattice(neighbors, box),
+        skin=skin.astype(neighbors.skin.dtype),
+    )
 
 
 def allocate(

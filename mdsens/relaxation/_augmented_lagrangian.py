@@ -237,6 +237,10 @@ class _Relaxation:
         self.aim()
         self.multipliers: ByName | None = unknowns_of(self.system).multipliers
         self.steps = 0
+        self.force = np.inf
+        self.saddles = 0
+        self.highest = 0.0
+        self.at_saddle = False
 
     def aim(self) -> None:
         """Set the largest force that counts as converged.
@@ -479,6 +483,30 @@ class _Relaxation:
             self.minimize_augmented(share)
         return force
 
+    def to_minimum(self, leave_saddles: bool) -> None:
+        """Relax the system, and leave the saddles that it comes to.
+
+        Sets the force left, ``force``; the number of saddles left, ``saddles``; the energy of the
+        first one, ``highest``; and whether the system is still at one, ``at_saddle``.
+        """
+        self.balance_forces()
+        self.force = self.relax()
+        while leave_saddles and self.force <= max(self.tolerance, self.round_off):
+            energy = float(potential_energy(self.system))
+            here = self.system
+            if not self.leave_saddle(self.force):
+                break
+            if self.saddles == SADDLES:
+                self.at_saddle = True
+                self.system = here  # where ``force`` is the force that is left
+                break
+            self.highest = self.highest if self.saddles else energy
+            self.saddles += 1
+            # The augmented Lagrangian goes down from here; Newton steps on the optimality condition
+            # may return to the saddle.
+            self.minimize_augmented(DOWN)
+            self.force = self.relax()
+
     def unmet_equation(self) -> str:
         """Describe the equation with the largest residual; the text is empty where all are met.
 
@@ -693,28 +721,19 @@ def relax_constrained(system: System, options: Options, bar: Decades) -> tuple[E
       (the relaxed system, text for an error message that tells where the relaxation ended).
     """
     run = _Relaxation(system, options.tolerance, options.max_steps, bar)
-    run.balance_forces()
-    force = run.relax()
-    saddles = 0
-    highest = 0.0  # energy of the first saddle
-    at_saddle = False
-    while options.leave_saddles and force <= max(run.tolerance, run.round_off):
-        energy = float(potential_energy(run.system))
-        here = run.system
-        if not run.leave_saddle(force):
-            break
-        if saddles == SADDLES:
-            at_saddle = True
-            run.system = here  # where ``force`` is the force that is left
-            break
-        highest = highest if saddles else energy
-        saddles += 1
-        # The augmented Lagrangian goes down from here; Newton steps on the optimality condition
-        # may return to the saddle.
-        run.minimize_augmented(DOWN)
-        force = run.relax()
+    interrupted = options.interrupted
+    try:
+        if not interrupted:
+            run.to_minimum(options.leave_saddles)
+    except KeyboardInterrupt:
+        interrupted = True
+    force = run.force_left(run.slope, run.z) if interrupted else run.force
+    saddles = run.saddles
+    highest = run.highest
     unmet = run.unmet_equation()
-    status = Status.INDEFINITE if at_saddle else run.judge(force, unmet)
+    status = Status.INDEFINITE if run.at_saddle else run.judge(force, unmet)
+    if interrupted:
+        status = Status.INTERRUPTED
     relaxed = run.system
     unknowns = unknowns_of(relaxed, run.multipliers)
     eq = Equilibrium(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from threading import Event
 from typing import Any
 
 import jax
@@ -16,11 +17,13 @@ import numpy as np
 
 from mdsens._util.batching import concatenate_trees, in_chunks, take_members
 from mdsens._util.compilation import compiled
+from mdsens._util.outcome import is_good
 from mdsens._util.progress import Members
 from mdsens._util.pytree import PyTree
 from mdsens.mechanics.hessian import largest_force, max_force
 from mdsens.mechanics.hessian_factor import HessianFactor, factorizes
 from mdsens.mechanics.rigidity import analyze_rigidity
+from mdsens.mechanics.status import Status
 from mdsens.mechanics.units import (
     ForceScale,
     Limits,
@@ -37,6 +40,7 @@ from mdsens.relaxation._driver import (
     at_size,
     falls_fast,
     near_force,
+    newton_worth,
     pace_of,
 )
 from mdsens.relaxation.equilibrium import Equilibrium, batch_of
@@ -124,6 +128,7 @@ class BatchRelaxation:
         tolerance: float | None,
         max_steps: int,
         count: int,
+        stop: Event | None = None,
     ):
         """Prepare the relaxation of the systems of a batch, before the first step.
 
@@ -133,7 +138,9 @@ class BatchRelaxation:
           tolerance: the largest force to reach; None for 1e-12 of the mean pair force.
           max_steps: largest number of steps of each system.
           count: number of systems to relax, from the first one on; the others stay as they are.
+          stop: an event that is set, in any thread, to interrupt the relaxation.
         """
+        self.stop = Event() if stop is None else stop
         self.potential = batch.potential
         self.method = method
         self.max_steps = max_steps
@@ -185,6 +192,8 @@ class BatchRelaxation:
           chosen: mask of the systems that take steps.
         """
         while True:
+            if self.stop.is_set():
+                raise KeyboardInterrupt
             target = np.maximum(near, self.tested)
             if np.any(self.going & chosen & (self.largest <= target) & (near <= self.tested)):
                 self.aim()
@@ -235,7 +244,8 @@ class BatchRelaxation:
 
     def _fast(self) -> np.ndarray:
         """Return a mask of the systems that the minimizer relaxes faster than Newton steps."""
-        return self.unfinished & falls_fast(self.pace, self.largest, self.tested, self.systems.n)
+        worth = newton_worth(self.systems)
+        return self.unfinished & falls_fast(self.pace, self.largest, self.tested, worth)
 
     def examine(self) -> np.ndarray:
         """Return a mask of the systems at saddles, where the Hessian has a negative eigenvalue.
@@ -290,6 +300,7 @@ class BatchRelaxation:
             pace=self.pace[k],
             # until the pairs are known, as in RelaxationState.of
             tested=0.5 * float(limits.strongest),
+            stop=self.stop,
         )
         if bool(system.neighbors.overflowed):
             run.make_room(int(self.taken[k]))
@@ -313,9 +324,13 @@ class BatchRelaxation:
         idle = self.scale.idle
         ones = np.ones(self.tested.size)
         overflowed = relaxed.neighbors.overflowed
+        status = status_of(self.largest, self.goal, floor, idle, overflowed)
+        if self.stop.is_set():
+            ended = is_good(np.asarray(status)) & ~np.asarray(overflowed)
+            status = jnp.where(ended, status, Status.INTERRUPTED.value).astype(jnp.int32)
         return Equilibrium(
             system=relaxed,
-            status=status_of(self.largest, self.goal, floor, idle, overflowed),
+            status=status,
             max_force=jnp.asarray(self.largest),
             steps=jnp.asarray(self.steps),
             wall_time=seconds * ones,
@@ -342,11 +357,21 @@ def relax_batch(batch: System, options: Options, bar: Members) -> Equilibrium:
           by their index).
         """
         began = time.perf_counter()
-        together = BatchRelaxation(part, options.first, options.tolerance, options.max_steps, count)
-        together.to_minimum(options.newton)
-        runs = {k: together.run(k) for k in together.on_their_own(options.leave_saddles)}
+        together = BatchRelaxation(
+            part, options.first, options.tolerance, options.max_steps, count, stop
+        )
+        runs: dict[int, RelaxationState] = {}
+        try:
+            together.to_minimum(options.newton)
+            runs = {k: together.run(k) for k in together.on_their_own(options.leave_saddles)}
+        except KeyboardInterrupt:
+            stop.set()
         for run in runs.values():
-            run.to_minimum(options.newton, options.leave_saddles)
+            run.interrupted = stop.is_set()
+            if not run.interrupted and run.to_minimum_unless_interrupted(
+                options.newton, options.leave_saddles
+            ):
+                stop.set()
         # Members that are relaxed together have no time of their own: each gets an equal share.
         seconds = (time.perf_counter() - began) / count
         bar.advance(count)
@@ -355,7 +380,10 @@ def relax_batch(batch: System, options: Options, bar: Members) -> Equilibrium:
         }
         return together.equilibria(seconds, options.leave_saddles), count, alone
 
-    chunks = in_chunks(relax_some, batch, batch.batch or 0, batch.n)
+    stop = Event()
+    if options.interrupted:
+        stop.set()
+    chunks = in_chunks(relax_some, batch, batch.batch or 0, batch.n, stop.set)
     parts, counts, alone_in_parts = zip(*chunks, strict=True)
     eq = concatenate_trees(parts, counts)
     if not any(alone_in_parts):

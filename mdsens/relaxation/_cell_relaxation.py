@@ -70,7 +70,12 @@ def relax_with_cell(
     load = condition.load(system)
     strains = strains_of(condition, system.dimension, periodic_axes(system))
     run = _Run(load, strains, options, bar)
-    eq, status = run.relax(at_start(condition, system))
+    start = at_start(condition, system)
+    try:
+        eq, status = run.relax(start)
+    except KeyboardInterrupt:
+        eq = run.reached or run.unrelaxed(start)
+        status = Status.INTERRUPTED
     eq = dataclasses.replace(
         eq,
         status=jnp.asarray(status.value, jnp.int32),
@@ -105,6 +110,7 @@ class _Run:
       carried: whether contacts have to carry the load.
       expands: whether a cell without contacts would expand, or not come to rest.
       stretched: whether the cell is stretched along its axes alone, without shear.
+      reached: the particles in the last cell that was kept; None before the first relaxation.
       turned: whether the orientation of the cell matters to the load. The steps of the cell are
         symmetric strains, which add up to a strain and a rotation; the rotation is taken back then.
     """
@@ -130,6 +136,7 @@ class _Run:
         off = np.max(np.abs(tractions - mean * traces))
         self.turned = not self.stretched and bool(off > 1e-13 * self.traction)
         self.start = np.eye(d)
+        self.reached: Equilibrium | None = None
 
     def relax(self, system: System) -> tuple[Equilibrium, Status]:
         """Relax the positions and the cell of a system, by Newton steps of the cell.
@@ -139,6 +146,7 @@ class _Run:
         """
         self.start = np.asarray(system.box, float)
         eq = self._relax_particles(system)
+        self.reached = eq
         if not Status(int(eq.status)).good:
             return eq, Status(int(eq.status))
         for _ in range(STEPS):
@@ -160,7 +168,13 @@ class _Run:
             if trial is None:
                 return eq, Status.NO_REST
             eq = trial
+            self.reached = eq
         return eq, Status.NO_REST
+
+    def unrelaxed(self, system: System) -> Equilibrium:
+        """Return a system as it is, as the result of a relaxation that was interrupted."""
+        options = dataclasses.replace(self.options, interrupted=True)
+        return relax_in_fixed_cell(system, options, self.bar)[0]
 
     def _lower(self, eq: Equilibrium, cell: Cell, unjammed: bool) -> Equilibrium | None:
         """Strain the cell by a Newton step and relax the particles; halve it until it is kept.
@@ -227,6 +241,10 @@ class _Run:
             system, dataclasses.replace(self.options, max_steps=left), self.bar
         )
         self.steps += int(eq.steps)
+        if int(eq.status) == Status.INTERRUPTED:
+            # before the first step of the cell there is no better state than this one
+            self.reached = self.reached or eq
+            raise KeyboardInterrupt
         return eq
 
 

@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 
 from mdsens._util.environment import require_sound_jax
-from mdsens._util.errors import ConvergenceError, InputError, raise_for_status
+from mdsens._util.errors import (
+    ConvergenceError,
+    InputError,
+    InterruptionError,
+    raise_for_status,
+)
 from mdsens._util.progress import Decades, Members
 from mdsens._util.validation import require_host
 from mdsens.mechanics.not_finite import where_not_finite
@@ -26,7 +31,7 @@ from mdsens.relaxation.equilibrium import Equilibrium, batch_of
 from mdsens.relaxation.methods import Newton
 from mdsens.relaxation.options import Method, Options
 
-__all__ = ["minimize"]
+__all__ = ["minimize", "stop_if_interrupted"]
 
 Params = Mapping[str, Any]
 
@@ -81,7 +86,9 @@ def minimize(
       progress: whether to show a progress bar; None shows it only in a terminal or a notebook.
 
     Returns:
-      the relaxed system with its status, an :class:`Equilibrium`.
+      the relaxed system with its status, an :class:`Equilibrium`. Ctrl-C ends a relaxation at the
+      last complete state, with the status INTERRUPTED: with ``throw`` it is the ``result`` of the
+      error, which is a KeyboardInterrupt as well. ``ms.minimize(eq.system)`` continues.
 
     Raises:
       InputError: the parameters or options are not valid.
@@ -114,7 +121,8 @@ def minimize(
     if throw:
         # of the system at the start, where a potential may be not finite
         status = Status(int(eq.status))
-        raise_for_status(status, message + where_not_finite(status, system), eq)
+        message += where_not_finite(status, system)
+        raise_for_status(status, message, eq, interrupted=status is Status.INTERRUPTED)
     return eq
 
 
@@ -149,6 +157,8 @@ def _minimize_batch(
             members = []
             for member in unstack(batch):
                 members.append(_relax(member, options, Decades(False))[0])
+                if int(members[-1].status) == Status.INTERRUPTED:
+                    options = dataclasses.replace(options, interrupted=True)
                 bar.advance(1)
             eq = batch_of(members)
         else:
@@ -180,4 +190,14 @@ def _raise_for_members(eq: Equilibrium, start: System) -> None:
             f"{len(bad)} of the {len(codes)} systems did not relax, the first is system {bad[0]}"
         )
         message += where_not_finite(status, unstack(start)[bad[0]])
-        raise ConvergenceError(f"{message}: {status.sentence}.", status, eq)
+        error = InterruptionError if Status.INTERRUPTED in codes else ConvergenceError
+        raise error(f"{message}: {status.sentence}.", status, eq)
+
+
+def stop_if_interrupted(eq: Equilibrium) -> None:
+    """Raise KeyboardInterrupt if a relaxation was interrupted, of one system or of a batch.
+
+    It is for code that calls ``minimize`` with throw=False, and would go on.
+    """
+    if np.any(np.asarray(eq.status) == Status.INTERRUPTED.value):
+        raise KeyboardInterrupt

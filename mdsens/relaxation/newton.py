@@ -1,5 +1,8 @@
 """Newton steps towards a minimum of the energy, by a sparse factorization or conjugate gradients.
 
+Before each step the cheaper of both is chosen: the cost of the factor follows from the number of
+particles and of their neighbors, that of conjugate gradients from the iterations of the last step.
+
 The steps stay within a trust region, and both methods detect negative curvature of the energy. The
 factorization, made outside of compiled code, is of H + mu I, with H the Hessian, I the identity and
 mu a shift. mu is raised where the energy does not fall as the quadratic model of a step predicted,
@@ -14,18 +17,18 @@ curvature, which the pivots give.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mdsens._util.compilation import compiled
+from mdsens.implicit.linear.factor_estimate import FactorEstimate, product_seconds
 from mdsens.implicit.linear.sparse_ldl import SHIFT, SparseFactor, bound, ordering
 from mdsens.implicit.linear.vectors import dot
 from mdsens.mechanics.forces import energy_gradient
-from mdsens.mechanics.hessian import largest_force, sparse_hessian
-from mdsens.mechanics.hessian_factor import factorizes
+from mdsens.mechanics.hessian import assembles, largest_force, sparse_hessian
 from mdsens.model.system import System, potential_energy
 
 __all__ = ["descend", "steihaug"]
@@ -45,6 +48,15 @@ FIRST = 0.1
 SOFTEST = 1e-6
 # Conjugate-gradient steps of one Newton step at most.
 CG_STEPS = 4000
+# Conjugate-gradient steps that a Newton step is expected to need before the first one was taken.
+# From the force where Newton steps begin, to a hundredth of it: 270 for 4,096 discs, 400 for as
+# many spheres near jamming, 180 for a glass of 4,000 Lennard-Jones particles; to 1e-6 of it two to
+# three times as many.
+EXPECTED = 500
+# Largest residual of the Newton equation, relative to the force, and the smallest one. With a
+# smaller one, round-off of forces along rigid motions, which have no stiffness, makes long steps.
+LOOSEST = 0.1
+TIGHTEST = 1e-4
 # Difference of two energies that may be round-off, in units of eps |energy|: 1e-12 of the energy in
 # double precision.
 ENERGY_ROUND_OFF = 4500.0
@@ -63,6 +75,7 @@ def descend(
     length: float,
     show: Callable[[int, float], None],
     round_off: float = 0.0,
+    keep: Callable[[System], None] | None = None,
 ) -> tuple[System, float, int]:
     """Take Newton steps towards a minimum of the energy.
 
@@ -76,6 +89,8 @@ def descend(
       show: function to call after each step with the number of steps and the largest force.
       round_off: a force at which round-off may begin. Once the largest force is below it, the first
         step that does not halve the largest force is the last one.
+      keep: function to call with the system after each step, for a caller who keeps it where the
+        steps are interrupted.
 
     Returns:
       (system after the last step, largest force on a particle, number of steps).
@@ -100,6 +115,8 @@ def descend(
         system, energy, slope = trial
         largest = float(largest_force(slope))
         taken += 1
+        if keep is not None:
+            keep(system)
         if _made_headway(method, before, largest, best):
             best = largest
             since = 0
@@ -111,18 +128,19 @@ def descend(
     return system, largest, taken
 
 
-def _choose_method(system: System, length: float) -> _Factorized | _Krylov:
-    """Choose how Newton steps are computed: by factorizing the Hessian, or by conjugate gradients.
+def _choose_method(system: System, length: float) -> Method:
+    """Choose how Newton steps are computed, from what can be known before the first step.
 
-    The Hessian is factorized where ``factorizes`` allows it for this system. ``length`` is the
-    length scale of the potential.
+    Where the Hessian is assembled, in double precision, the cost decides before each step. For
+    other systems, conjugate gradients multiply by the linearized forces. ``length`` is the length
+    scale of the potential.
     """
-    return _Factorized(length) if factorizes(system) else _Krylov(length)
+    if assembles(system) and system.positions.dtype == jnp.float64:
+        return _ByCost(length)
+    return _Krylov(length, None)
 
 
-def _made_headway(
-    method: _Factorized | _Krylov, before: float, largest: float, best: float
-) -> bool:
+def _made_headway(method: Method, before: float, largest: float, best: float) -> bool:
     """Return whether a Newton step halved the largest force, or led down from a saddle.
 
     Args:
@@ -136,7 +154,7 @@ def _made_headway(
 
 
 def _accepted_step(
-    method: _Factorized | _Krylov, system: System, energy: jax.Array, slope: jax.Array
+    method: Method, system: System, energy: jax.Array, slope: jax.Array
 ) -> tuple[System, jax.Array, jax.Array] | None:
     """Try Newton steps until one lowers the energy enough; return the system after this step.
 
@@ -173,7 +191,7 @@ def _accepted_step(
 
 
 def _step_off_saddle(
-    method: _Factorized | _Krylov, system: System, energy: jax.Array, slope: jax.Array
+    method: Method, system: System, energy: jax.Array, slope: jax.Array
 ) -> tuple[System, jax.Array, jax.Array] | None:
     """Try steps along a direction of negative curvature until one lowers the energy enough.
 
@@ -184,6 +202,85 @@ def _step_off_saddle(
     if not method.prepare_step_off_saddle(system):
         return None
     return _accepted_step(method, system, energy, slope)
+
+
+class _Hessian:
+    """The assembled Hessian of the system that Newton steps have reached.
+
+    Attributes:
+      system: the system whose Hessian is stored.
+      matrix: the Hessian, a scipy sparse matrix.
+    """
+
+    def __init__(self) -> None:
+        self.system: System | None = None
+        self.matrix: Any = None
+
+    def at(self, system: System) -> Any:
+        """Return the Hessian of a system; it is assembled once for all trials of a step."""
+        # By identity: every move makes a new System.
+        if self.system is not system:
+            self.matrix = sparse_hessian(system)
+            self.system = system
+        return self.matrix
+
+
+class _ByCost:
+    """Newton steps by the sparse factor or by conjugate gradients, whichever is estimated cheaper.
+
+    Attributes:
+      hessian: the assembled Hessian.
+      by_factor, by_products: the two methods.
+      method: the method of the current step.
+      chosen_for: the system for which it was chosen.
+      estimate: predicted cost of a factor; None before the first step.
+    """
+
+    def __init__(self, length: float):
+        self.hessian = _Hessian()
+        self.by_factor = _Factorized(length, self.hessian)
+        self.by_products = _Krylov(length, self.hessian)
+        self.method: _Factorized | _Krylov = self.by_factor
+        self.chosen_for: System | None = None
+        self.estimate: FactorEstimate | None = None
+
+    @property
+    def curved(self) -> bool:
+        """Return whether the last step was along a direction of negative curvature."""
+        return self.method.curved
+
+    def __call__(
+        self, system: System, slope: jax.Array, largest: float
+    ) -> tuple[jax.Array | None, float]:
+        """Compute a Newton step (n, d) and the decrease of the energy predicted for it."""
+        if self.chosen_for is not system:
+            self.method = self.by_factor if self.factor_is_cheaper(system) else self.by_products
+            self.chosen_for = system
+        return self.method(system, slope, largest)
+
+    def factor_is_cheaper(self, system: System) -> bool:
+        """Return whether a Newton step by a factor costs less than one by conjugate gradients.
+
+        A step counts the factorizations, or the iterations, that the last step of its kind needed.
+        """
+        # A step along negative curvature that was prepared from a factor is taken by it.
+        if self.by_factor.off_saddle is not None:
+            return True
+        matrix = self.hessian.at(system)
+        rows = matrix.shape[0]
+        if self.estimate is None:
+            neighbors = matrix.nnz / (rows * system.dimension) - 1.0
+            self.estimate = FactorEstimate.of(system.n, system.dimension, neighbors)
+        by_factor = self.by_factor.factorizations * self.estimate.seconds
+        return by_factor <= self.by_products.iterations * product_seconds(rows, matrix.nnz)
+
+    def prepare_step_off_saddle(self, system: System) -> bool:
+        """Prepare a step off a saddle, where the last step was by a factor of the Hessian."""
+        return self.method.prepare_step_off_saddle(system)
+
+    def adapt(self, ratio: float) -> None:
+        """Adapt the method of this step to how well the step lowered the energy."""
+        self.method.adapt(ratio)
 
 
 class _Factorized:
@@ -198,16 +295,19 @@ class _Factorized:
       length: length scale of the potential.
       multiple: mu in units of the largest force divided by ``length``.
       shift: mu of the last factorization.
+      factorizations: number of factorizations of the last step.
       curved: whether the last step was along a direction of negative curvature.
-      assembled_for: the system whose Hessian is stored in ``matrix``, a scipy sparse matrix.
+      assembled_for: the system whose Hessian is ``matrix``, a scipy sparse matrix.
       order: the order of the rows of H in the factorization, chosen for few nonzero entries; None
         for the order of minimum degree.
       off_saddle: (n d,) the next step, along a direction of negative curvature; None for a Newton
         step.
     """
 
-    def __init__(self, length: float):
+    def __init__(self, length: float, hessian: _Hessian):
         self.length = length
+        self.hessian = hessian
+        self.factorizations = 1
         self.multiple = FIRST
         self.shift = 0.0
         self.curved = False
@@ -240,11 +340,11 @@ class _Factorized:
 
     def _assemble(self, system: System) -> None:
         """Assemble the sparse Hessian of a system; the first call chooses the order of its rows."""
-        # By identity: every move makes a new System, and the trials of one step share the Hessian.
         if self.assembled_for is system:
             return
-        self.matrix = sparse_hessian(system)
+        self.matrix = self.hessian.at(system)
         self.assembled_for = system
+        self.factorizations = 0
         self.scale = bound(self.matrix) or 1.0  # 1 for a matrix of zeros
         self.dimension = system.dimension
         if self.order is None:
@@ -252,6 +352,7 @@ class _Factorized:
 
     def _factorize(self, shift: float) -> bool:
         """Factorize H + shift I (H the Hessian, I the identity); return whether this succeeded."""
+        self.factorizations += 1
         try:
             self.factor = SparseFactor(self.matrix, shift, self.order)
         except RuntimeError:  # exactly singular, in spite of the shift
@@ -321,21 +422,33 @@ class _Factorized:
 class _Krylov:
     """Newton steps by conjugate gradients within a ball, the trust region.
 
-    The smaller the force, the more accurately the Newton equation H p = -dU/dR is solved for the
-    step p, with H the Hessian.
+    The Newton equation H p = -dU/dR, with H the Hessian, is solved for the step p to a relative
+    residual eta that follows the success of the last step: half the power 1.5 of the ratio by which
+    that step reduced the forces (Eisenstat and Walker, SIAM J. Sci. Comput. 17, 16 (1996), choice
+    2). Far from the minimum the solves are coarse, and near it convergence is superlinear.
+
+    A block-Jacobi preconditioner would save a quarter to a third of the iterations and makes each
+    of them half as long again, in scipy: it takes the same time for discs, spheres and glasses.
 
     Attributes:
       length: length scale of the potential.
+      hessian: the assembled Hessian; None to multiply by the linearized forces.
       radius: radius of the trust region; None before the first step.
-      first: the largest force on a particle at the first step; None before the first step.
+      reached: norm of the gradient at the last system; None before the first step.
+      forcing: the relative residual eta.
+      iterations: number of products with the Hessian in the last step.
       curved: whether conjugate gradients met negative curvature in the last step.
       size: norm of the last step.
     """
 
-    def __init__(self, length: float):
+    def __init__(self, length: float, hessian: _Hessian | None):
         self.length = length
+        self.hessian = hessian
         self.radius: float | None = None
-        self.first: float | None = None
+        self.at: System | None = None
+        self.reached: float | None = None
+        self.forcing = LOOSEST
+        self.iterations = EXPECTED
         self.curved = False
         self.size = 0.0
 
@@ -347,13 +460,11 @@ class _Krylov:
         The prediction is that of a quadratic model of the energy. The step is None if it is not
         finite.
         """
-        self.first = self.first or largest
         if self.radius is None:
             # norm of a step in which all particles move by the longest step
             self.radius = LONGEST * self.length * system.n**0.5
-        # goes to zero with the force, which makes the convergence of Newton steps superlinear
-        forcing = min(0.1, (largest / self.first) ** 0.5)
-        step, promised, curved = _steihaug(system, slope, self.radius, forcing)
+        self._set_forcing(system, float(jnp.linalg.norm(slope)))
+        step, promised, curved = self._minimize_model(system, slope)
         self.curved = bool(curved)
         longest = float(jnp.sqrt(jnp.max(jnp.sum(step**2, axis=1))))
         if not np.isfinite(longest):
@@ -368,6 +479,30 @@ class _Krylov:
         # The norm after shortening: a smaller radius has to shorten the step further.
         self.size = float(jnp.linalg.norm(step))
         return step, float(promised)
+
+    def _set_forcing(self, system: System, size: float) -> None:
+        """Set the accuracy of the solve, from the norm ``size`` of the gradient at a new system."""
+        if self.at is system:
+            return
+        if self.reached:
+            self.forcing = float(np.clip(0.5 * (size / self.reached) ** 1.5, TIGHTEST, LOOSEST))
+        self.at = system
+        self.reached = size
+
+    def _minimize_model(self, system: System, slope: jax.Array) -> tuple[jax.Array, Any, Any]:
+        """Minimize the quadratic model of the energy in the trust region, by ``steihaug``.
+
+        Returns:
+          (step (n, d), predicted decrease of the energy, whether negative curvature was met).
+        """
+        assert self.radius is not None
+        if self.hessian is None:
+            return _steihaug(system, slope, self.radius, self.forcing)
+        matrix = self.hessian.at(system)
+        step, promised, curved, self.iterations = steihaug_on_host(
+            matrix, np.asarray(slope).ravel(), self.radius, self.forcing
+        )
+        return jnp.asarray(step.reshape(slope.shape)), promised, curved
 
     def prepare_step_off_saddle(self, _: System) -> bool:
         """Return False: conjugate gradients prepare no step off a saddle.
@@ -389,6 +524,9 @@ class _Krylov:
         elif ratio > 0.75 and self.radius is not None and self.size > 0.9 * self.radius:
             # A step well inside of the ball does not tell whether a larger ball would be better.
             self.radius = 2.0 * self.radius
+
+
+Method: TypeAlias = _ByCost | _Factorized | _Krylov
 
 
 @compiled(loops=True)
@@ -459,3 +597,55 @@ def steihaug(
     start = (jnp.zeros_like(g), jnp.zeros_like(g), -g, -g, jnp.zeros((), jnp.int32), never, never)
     p, hp, *_, curved = jax.lax.while_loop(unfinished, body, start)
     return p, -(dot(g, p) + 0.5 * dot(p, hp)), curved
+
+
+def steihaug_on_host(
+    matrix: Any, g: np.ndarray, radius: float, forcing: float
+) -> tuple[np.ndarray, float, bool, int]:
+    """Minimize the quadratic model g.p + p.H.p / 2 over p in a ball, as :func:`steihaug`.
+
+    For a matrix of many entries a product by scipy takes a third of the time of the linearized
+    forces.
+
+    Args:
+      matrix: H, a scipy sparse matrix (m, m).
+      g: (m,), the gradient of the model at p = 0.
+      radius: radius of the ball.
+      forcing: norm of the residual at which to stop, relative to the norm of g.
+
+    Returns:
+      (step p, decrease of the model from 0 to p, whether negative curvature was met, number of
+      products).
+    """
+    p = np.zeros_like(g)
+    hp = np.zeros_like(g)
+    r = -g
+    d = r
+    rr = float(r @ r)
+    target = forcing**2 * rr
+    steps = 0
+    while steps < CG_STEPS and rr > target:
+        hd = matrix @ d
+        steps += 1
+        curvature = float(d @ hd)
+        pp, pd, dd = (float(u @ v) for u, v in ((p, p), (p, d), (d, d)))
+        # Without positive curvature the step ends at the edge of the ball.
+        alpha = rr / curvature if curvature > 0 else np.inf
+        if not pp + 2.0 * alpha * pd + alpha**2 * dd < radius**2:
+            # the positive root of |p + alpha d| = radius
+            edge = (-pd + np.sqrt(pd**2 + dd * max(radius**2 - pp, 0.0))) / dd
+            p = p + edge * d
+            hp = hp + edge * hd
+            return p, _decrease(g, p, hp), curvature <= 0, steps
+        p = p + alpha * d
+        hp = hp + alpha * hd
+        r = r - alpha * hd
+        before = rr
+        rr = float(r @ r)
+        d = r + rr / before * d
+    return p, _decrease(g, p, hp), False, steps
+
+
+def _decrease(g: np.ndarray, p: np.ndarray, hp: np.ndarray) -> float:
+    """Compute the decrease -(g.p + p.H.p / 2) of a quadratic model, with ``hp`` = H p."""
+    return -float(g @ p + 0.5 * (p @ hp))

@@ -30,6 +30,8 @@ class Options:
     method: Method
     max_steps: int
     leave_saddles: bool
+    # True after an interruption, for what was to be relaxed next and stays as it is.
+    interrupted: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, Method):

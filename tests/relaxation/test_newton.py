@@ -18,8 +18,9 @@ import scipy.sparse as sp
 import mdsens as ms
 from mdsens.implicit.linear.sparse_ldl import SparseFactor, dissection
 from mdsens.mechanics import units
-from mdsens.mechanics.hessian import dense_hessian, largest_force, max_force
-from mdsens.mechanics.hessian_factor import factorizes
+from mdsens.mechanics.hessian import assembles, dense_hessian, largest_force, max_force
+from mdsens.mechanics.hessian_factor import HessianFactor, factor_of, factorizes
+from mdsens.mechanics.rigidity import analyze_rigidity
 from mdsens.model import neighbors
 from mdsens.model.system import listed, potential_energy
 from mdsens.relaxation import _driver, newton
@@ -43,13 +44,21 @@ class Descent:
     length: float
 
 
+def of_way(way: str, length: float, system: ms.System) -> Any:
+    """The method of Newton steps by its name here."""
+    hessian = newton._Hessian()
+    if way == "factor":
+        return newton._Factorized(length, hessian)
+    return newton._Krylov(length, hessian if assembles(system) else None)
+
+
 def descend(system: ms.System, way: str | None = None, tolerance: float = 1e-12) -> Descent:
     """Newton steps by one of both ways, by the system's own where None."""
     seen: list[Any] = []
     forces, energies, places = [], [float(potential_energy(system))], [np.asarray(system.positions)]
-    evaluate, choose = (
-        newton._energy_and_gradient,
-        factorizes if way is None else lambda _: way == "factor",
+    evaluate = newton._energy_and_gradient
+    choose = (
+        newton._choose_method if way is None else lambda there, length: of_way(way, length, there)
     )
 
     def watched(there: ms.System) -> Any:
@@ -64,7 +73,7 @@ def descend(system: ms.System, way: str | None = None, tolerance: float = 1e-12)
         places.append(np.asarray(there.positions))
 
     length = float(units.natural_units(system)[0])
-    with mock.patch.multiple(newton, _energy_and_gradient=watched, factorizes=choose):
+    with mock.patch.multiple(newton, _energy_and_gradient=watched, _choose_method=choose):
         out, largest, taken = newton.descend(system, tolerance, length, show)
     assert taken == len(forces) and np.array_equal(out.positions, places[-1])
     return Descent(out, largest, taken, forces, energies, places, length)
@@ -277,13 +286,13 @@ def test_no_particle_moves_farther_in_a_step_than_a_share_of_the_length(way):
     assert longest == pytest.approx(newton.LONGEST, rel=1e-9)  # no farther, and some go as far
 
 
-@pytest.mark.parametrize("way", [newton._Factorized, newton._Krylov])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_step_promises_what_the_quadratic_model_gives_cut_or_not(way):
     start = row(0.1, 1.1)
     slope, hessian = newton._energy_and_gradient(start)[1], np.asarray(dense_hessian(start))
     length, sizes = float(units.natural_units(start)[0]), []
     for scale in (length, 100.0 * length):  # with a hundred times the length there is no cut
-        step, promised = way(scale)(start, slope, float(largest_force(slope)))
+        step, promised = of_way(way, scale, start)(start, slope, float(largest_force(slope)))
         p = np.asarray(step).ravel()
         sizes.append(np.linalg.norm(step, axis=1).max() / scale)
         assert promised == pytest.approx(
@@ -388,7 +397,9 @@ def test_minimize_ends_converged_with_few_steps_of_fire(way):
         return used[-1]
 
     with (
-        mock.patch.object(newton, "factorizes", lambda _: way == "factor"),
+        mock.patch.object(
+            newton, "_choose_method", lambda there, length: of_way(way, length, there)
+        ),
         mock.patch.object(_driver, "descend", counted),
         mock.patch.object(_driver, "WORTH", 0),  # FIRE would be there soon
         mock.patch.object(_driver, "WATCHED", 20),
@@ -407,3 +418,71 @@ def test_newton_steps_begin_nearer_to_the_minimum_of_many_particles():
         _driver.near_force(3e-4, 2.0, 1000) == _driver.near_force(3e-4, 2.0, _driver.LARGE) == 6e-4
     )
     assert _driver.near_force(3e-4, 2.0, 8 * _driver.LARGE) == pytest.approx(6e-4 / 8)
+
+
+# ── the choice by cost ──
+
+
+@cache
+def glass(n: int = 500) -> ms.System:
+    """Kob and Andersen's mixture near a minimum, relaxed from a packing of soft spheres."""
+    sigma, epsilon = np.array([[1.0, 0.8], [0.8, 0.88]]), np.array([[1.0, 1.5], [1.5, 0.5]])
+    kinds, length = (np.arange(n) >= 0.8 * n).astype(int), (n / 1.2) ** (1 / 3)
+    soft = ms.System.create(
+        length * np.random.default_rng(0).random((n, 3)),
+        length,
+        ms.potentials.soft_sphere(),
+        {"sigma": sigma, "epsilon": 1.0, "alpha": 2.0},
+        kinds,
+    )
+    places = ms.minimize(soft, method=Fire(), max_steps=200, throw=False, progress=False).positions
+    start = ms.System.create(
+        places, length, ms.potentials.lennard_jones(), {"sigma": sigma, "epsilon": epsilon}, kinds
+    )
+    return ms.minimize(start, method=Fire(), tolerance=1e-2, progress=False).system
+
+
+def test_long_ranges_in_three_dimensions_take_products_and_discs_a_factor():
+    """By the estimate, which depends on the neighbors and not on a clock."""
+    start = glass()
+    ways = {"glass": newton._ByCost(1.0), "discs": newton._ByCost(1.0)}
+    assert not ways["glass"].factor_is_cheaper(start)
+    discs = near("2-D packing")
+    assert ways["discs"].factor_is_cheaper(discs)
+    # and what a step costs decides about the next one
+    ways["glass"].by_products.iterations = 100_000
+    assert ways["glass"].factor_is_cheaper(start)
+    ways["discs"].by_factor.factorizations = 10_000
+    assert not ways["discs"].factor_is_cheaper(discs)
+    # the list knows the neighbors before the matrix is assembled
+    listed_cost, cost = factor_of(start).operations, ways["glass"].estimate.operations
+    assert 0.6 < listed_cost / cost < 1.7
+
+
+def test_conjugate_gradients_end_at_the_minimum_of_the_factor():
+    start = glass()
+    ends = [descend(start, way, tolerance=1e-11) for way in WAYS]
+    apart = np.asarray(ends[0].system.positions - ends[1].system.positions)
+    assert all(end.largest <= 1e-11 for end in ends)
+    assert np.abs(apart - apart.mean(axis=0)).max() < 1e-9
+
+
+def test_a_saddle_of_many_atoms_is_seen_without_a_factor():
+    """Lanczos on the assembled matrix, against the factor's count of negative pivots."""
+    start = glass()
+    places = np.asarray(start.positions)
+    bent = start.replace(
+        positions=places + 0.05 * np.random.default_rng(2).standard_normal(places.shape)
+    ).reallocate()
+    for system, sign in ((start, 1), (bent, -1)):
+        backbone, _, null = analyze_rigidity(system, 1e-2)
+        factor = HessianFactor(backbone, null.simplified())
+        assert (factor.negative[0] > 0) == (sign < 0)
+        found = factor._search_by_lanczos(0.0)
+        assert (found is not None) == (sign < 0)
+        if found is not None:
+            value, mode = found
+            true = np.linalg.eigvalsh(factor.matrix.toarray())[0]
+            assert true - 1e-9 * abs(true) <= value < 0.9 * true
+            product = factor.products(mode.reshape(-1, 1))[:, 0]
+            assert mode.ravel() @ product == pytest.approx(value, rel=1e-9)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ from mdsens._util.attributes import Named
 from mdsens._util.probe import chirp
 from mdsens.implicit.linear.sparse_ldl import SparseFactor, bound
 
-__all__ = ["DENSE_SIZE", "NULL", "Spectrum", "lanczos", "lowest"]
+__all__ = ["DENSE_SIZE", "NULL", "Spectrum", "lanczos", "lanczos_lowest", "lowest"]
 
 # Products of a matrix with the columns of an (m, c) array.
 Apply = Callable[[np.ndarray], np.ndarray]
@@ -203,6 +203,62 @@ def lanczos(
     carry = (jnp.zeros_like(v), v, jnp.zeros((), v.dtype), jnp.zeros_like(v))
     (_, _, _, total), (diagonal, off_diagonal) = jax.lax.scan(step, carry, weights)
     return diagonal, off_diagonal, total
+
+
+def lanczos_lowest(
+    apply: Apply, start: np.ndarray, steps: int
+) -> tuple[np.ndarray, Callable[[], np.ndarray]] | None:
+    """Run Lanczos' recurrence on the host, for an operator whose products are numpy's.
+
+    As in :func:`lanczos`, the vectors are neither orthogonalized again nor stored: a second run
+    sums them to the Ritz vector, where it is asked for.
+
+    Args:
+      apply: the function that multiplies the symmetric operator with a vector (m,).
+      start: the first vector (m,).
+      steps: number of products of a run.
+
+    Returns:
+      (ascending eigenvalues of the tridiagonal matrix, a function that returns the Ritz vector (m,)
+      of the lowest one); None where a product is not finite.
+    """
+    diagonal: list[float] = []
+    off_diagonal: list[float] = []
+    for alpha, beta, _ in _recurrence(apply, start, steps):
+        if not np.isfinite(alpha + beta):
+            return None
+        diagonal.append(alpha)
+        off_diagonal.append(beta)
+    # the last entry would couple the last Lanczos vector to one that was not used
+    values, vectors = scipy.linalg.eigh_tridiagonal(diagonal, off_diagonal[:-1])
+
+    def lowest_vector() -> np.ndarray:
+        weighted = zip(vectors[:, 0], _recurrence(apply, start, steps), strict=False)
+        return np.asarray(sum(weight * v for weight, (_, _, v) in weighted))
+
+    return values, lowest_vector
+
+
+def _recurrence(
+    apply: Apply, start: np.ndarray, steps: int
+) -> Iterator[tuple[float, float, np.ndarray]]:
+    """Yield diagonal, off-diagonal and vector of each step of Lanczos' recurrence.
+
+    It ends where the Krylov space is invariant.
+    """
+    v = start / np.linalg.norm(start)
+    before = np.zeros_like(v)
+    beta = 0.0
+    for _ in range(steps):
+        w = apply(v) - beta * before
+        alpha = float(v @ w)
+        w = w - alpha * v
+        beta = float(np.linalg.norm(w))
+        yield alpha, beta, v
+        if beta == 0.0:
+            return
+        before = v
+        v = w / beta
 
 
 def _counts(values: np.ndarray, largest: float, zero: float, floor: float) -> tuple[int, int, int]:
