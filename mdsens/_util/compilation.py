@@ -13,8 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
-__all__ = ["SMALL", "compiled"]
+__all__ = ["SMALL", "as_jax", "at_top", "compiled"]
 
 # Numbers in the arguments of a call up to which its code is compiled quickly. Packings of a
 # thousand discs have 30,000, glasses of 500 atoms 70,000 (most are indices of neighbors).
@@ -43,7 +45,7 @@ def _never_at_top() -> bool:
 
 # Whether jax traces nothing at present. Options of the compiler are for the outermost of nested
 # compiled functions, and jax refuses them inside.
-_at_top: Callable[[], bool] = getattr(
+at_top: Callable[[], bool] = getattr(
     importlib.import_module("jax._src.core"), "trace_state_clean", _never_at_top
 )
 
@@ -70,7 +72,7 @@ def compiled(
 
     @functools.wraps(function)
     def call(*arguments: Any, **named: Any) -> Any:
-        if _at_top() and jax.default_backend() == "cpu" and _is_small((arguments, named)):
+        if at_top() and jax.default_backend() == "cpu" and _is_small((arguments, named)):
             return quick(*arguments, **named)
         return thorough(*arguments, **named)
 
@@ -80,3 +82,16 @@ def compiled(
 def _is_small(arguments: Any) -> bool:
     """Return whether the arguments of a call have at most SMALL numbers in all."""
     return sum(getattr(leaf, "size", 1) for leaf in jax.tree.leaves(arguments)) <= SMALL
+
+
+def as_jax(value: ArrayLike, dtype: DTypeLike | None = None) -> jax.Array:
+    """Return numbers of the host as an array of jax, without compiling a program.
+
+    ``jnp.asarray`` compiles one for each shape and type (in jax 0.10), and another where the type
+    changes.
+
+    Args:
+      value: a number or an array, not traced.
+      dtype: the type of the result; None for that of ``value``.
+    """
+    return jax.device_put(np.asarray(value, dtype))

@@ -35,7 +35,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-from mdsens._util.compilation import compiled
+from mdsens._util.compilation import as_jax, compiled
 from mdsens._util.errors import InputError
 from mdsens._util.lattice import BALL_OF_UNIT_DIAMETER, heights, inverse
 from mdsens._util.memory import require_memory
@@ -156,12 +156,18 @@ class Neighbors(Portable):
 
     def resized(self, capacity: int) -> Neighbors:
         """Return the neighbor list with ``capacity`` rows, at least as many as are in use."""
+        if capacity == self.rows.shape[0]:
+            return self
+        # by numpy on the host, where jax would compile a program for each capacity
+        xp: Any = jnp if isinstance(self.rows, Tracer) else np
         more = max(capacity - self.rows.shape[0], 0)
-        rows = jnp.pad(self.rows, ((0, more), (0, 0)), constant_values=self.rows.shape[1])
+        rows = xp.asarray(self.rows)[:capacity]
+        rows = xp.pad(rows, ((0, more), (0, 0)), constant_values=rows.shape[1])
         images = self.images
         if images is not None:
-            images = jnp.pad(images, ((0, more), (0, 0), (0, 0)))[:capacity]
-        return dataclasses.replace(self, rows=rows[:capacity], images=images)
+            images = xp.pad(xp.asarray(images)[:capacity], ((0, more), (0, 0), (0, 0)))
+            images = images if xp is jnp else as_jax(images)
+        return dataclasses.replace(self, rows=rows if xp is jnp else as_jax(rows), images=images)
 
 
 def no_pairs(n: int, dtype: DTypeLike = float, periodic: tuple[bool, ...] = ()) -> Neighbors:
@@ -169,7 +175,7 @@ def no_pairs(n: int, dtype: DTypeLike = float, periodic: tuple[bool, ...] = ()) 
 
     The list is complete as long as the range of the interactions is zero.
     """
-    return _complete_list(jnp.zeros((0, n), jnp.int32), dtype, periodic)
+    return _complete_list(as_jax(np.zeros((0, n), np.int32)), dtype, periodic)
 
 
 def all_pairs(n: int, dtype: DTypeLike = float, periodic: tuple[bool, ...] = ()) -> Neighbors:
@@ -179,8 +185,8 @@ def all_pairs(n: int, dtype: DTypeLike = float, periodic: tuple[bool, ...] = ())
     along all of them where it is empty.
     """
     # row k is shifted by k + 1 in a circle: no row has a particle as its own neighbor
-    rows = jnp.asarray((np.arange(n)[None] + np.arange(1, n)[:, None]) % max(n, 1), jnp.int32)
-    return _complete_list(rows, dtype, periodic)
+    rows = (np.arange(n)[None] + np.arange(1, n)[:, None]) % max(n, 1)
+    return _complete_list(as_jax(rows, np.int32), dtype, periodic)
 
 
 def _complete_list(rows: jax.Array, dtype: DTypeLike, periodic: tuple[bool, ...]) -> Neighbors:
@@ -190,8 +196,8 @@ def _complete_list(rows: jax.Array, dtype: DTypeLike, periodic: tuple[bool, ...]
         reference=None,
         reference_box=None,
         given=None,
-        skin=jnp.asarray(jnp.inf, dtype),
-        overflowed=jnp.zeros((), bool),
+        skin=as_jax(np.inf, dtype),
+        overflowed=as_jax(False),
         grid=Grid(periodic=periodic),
     )
 
@@ -603,7 +609,7 @@ def fitted(
     """
     n, d = positions.shape
     sides = np.asarray(lattice)
-    skin = jnp.asarray(_skin(range_, sides, grid), positions.dtype)
+    skin = as_jax(_skin(range_, sides, grid), positions.dtype)
     everyone = with_images(np.asarray(positions), sides, grid)
     fullest = fullest_run(everyone, search_cell(sides, grid.reach), grid.cells)
     run_capacity = max(min(_eights(room * fullest), len(everyone)), grid.run_capacity)
@@ -640,7 +646,7 @@ def fitted(
         reference_box=lattice,
         given=tuple(jax.tree.leaves(lengths)),
         skin=skin,
-        overflowed=jnp.zeros((), bool),
+        overflowed=as_jax(False),
         images=found.images,
         grid=grid,
     )

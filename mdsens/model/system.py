@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from mdsens._util.compilation import compiled
+from mdsens._util.compilation import as_jax, compiled
 from mdsens._util.environment import require_sound_jax
 from mdsens._util.errors import InputError
 from mdsens._util.lattice import (
@@ -229,7 +229,7 @@ class System(Portable, Shown):
             numbers = _checked_species(species, n)
             count = _species_count(numbers, potential_params)
             _check_first_species(numbers, potential_params)
-            kinds = jnp.asarray(numbers, jnp.int32)
+            kinds = as_jax(numbers, np.int32)
         check_params(potential, potential_params, n, count)
         along = periodic_axes(periodic, box, dimension)
         rule = box_rule(box, dimension, coordinates.dtype, along)
@@ -361,11 +361,12 @@ class System(Portable, Shown):
             list at least the capacity of the present one.
         """
         old = self.neighbors
-        box = self.box
-        lengths = pair_lengths(self)
-        range_ = self.range
-        if keep and bool(neighbors.serves(old, self.positions, box, lengths, range_)):
-            return self
+        if keep:
+            (box, lengths, range_), serves = _search_inputs_and_completeness(self)
+            if bool(serves):
+                return self
+        else:
+            box, lengths, range_ = _search_inputs(self.replace(neighbors=None))
         # of the old capacities, so that code compiled for them can be used again
         like = old if keep else None
         fitting = neighbors.allocate(
@@ -620,6 +621,25 @@ def pair_lengths(system: System) -> PairLengths:
             params[name] = value[species]
     # no species count: no value is per species any more, and none may be taken for one
     return PairLengths(system.potential, params, species, system.n, 0)
+
+
+@compiled
+def _search_inputs(system: System) -> tuple[jax.Array | None, PairLengths, jax.Array]:
+    """Return what a search of neighbors needs: the cell, the function (i, j) -> l_ij, the range."""
+    return system.box, pair_lengths(system), system.range
+
+
+@compiled
+def _search_inputs_and_completeness(
+    system: System,
+) -> tuple[tuple[jax.Array | None, PairLengths, jax.Array], jax.Array]:
+    """Return what a search of neighbors needs, and whether the present list is still complete.
+
+    Both are in one function, so that one program is compiled for them.
+    """
+    inputs = _search_inputs(system)
+    box, lengths, range_ = inputs
+    return inputs, neighbors.serves(system.neighbors, system.positions, box, lengths, range_)
 
 
 def listed(
@@ -944,7 +964,7 @@ def neighbor_energy(
 def _check_coincident(system: System) -> None:
     """Raise InputError if two interacting particles are at the same point."""
     for r, i, j in _nearest_pairs(system):
-        if r == 0.0:
+        if float(r) == 0.0:
             raise InputError(
                 f"positions[{i}] and positions[{j}] are the same point"
                 f"{'' if system.box is None else ', up to cell vectors'}: move one of them."

@@ -12,10 +12,9 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from mdsens._util.compilation import compiled
+from mdsens._util.compilation import as_jax, compiled
 from mdsens._util.progress import Decades
 from mdsens._util.pytree import PyTree
 from mdsens.mechanics.hessian import largest_force, max_force
@@ -274,13 +273,13 @@ class RelaxationState:
         overflowed = relaxed.neighbors.overflowed
         code = status_of(self.largest, self.goal, self.floor, self.scale.idle, overflowed)
         if self.unstable:
-            code = jnp.asarray(Status.INDEFINITE.value, jnp.int32)
+            code = as_jax(Status.INDEFINITE.value, np.int32)
         descent = self.highest - float(potential_energy(relaxed)) if self.saddles else 0.0
         return Equilibrium(
             system=relaxed,
             status=code,
-            max_force=jnp.asarray(self.largest),
-            steps=jnp.asarray(self.steps),
+            max_force=as_jax(self.largest, relaxed.positions.dtype),
+            steps=as_jax(self.steps),
             wall_time=0.0,
             tolerance=self.goal,
             force_floor=float(self.scale.floor),

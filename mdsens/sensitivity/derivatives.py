@@ -13,13 +13,14 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from mdsens._util.batching import concatenate_trees, in_chunks, stack_trees, unstack_tree
+from mdsens._util.compilation import as_jax, compiled
 from mdsens._util.errors import InputError, raise_for_status
 from mdsens._util.memory import require_memory
 from mdsens._util.pytree import PyTree, count_numbers, is_leaf, matching, split_last_axis
 from mdsens._util.user_functions import Traceable
 from mdsens._util.validation import is_integer, real_array, short
 from mdsens.implicit.linear import Auto, Method, check_method
-from mdsens.implicit.linear.result import dropped_any
+from mdsens.implicit.linear.result import SolveStats, dropped_any
 from mdsens.mechanics import lagrangian
 from mdsens.mechanics.load import differentiated
 from mdsens.mechanics.not_finite import where_not_finite
@@ -656,7 +657,7 @@ def unit_cotangents(lin: Linearization, value: jax.Array) -> jax.Array:
         f"gradient of {value.size:,} observables",
         "ask for fewer observables at once.",
     )
-    return jnp.eye(value.size, dtype=value.dtype).reshape(value.size, *value.shape)
+    return as_jax(np.eye(value.size, dtype=value.dtype).reshape(value.size, *value.shape))
 
 
 def total_derivative(
@@ -698,23 +699,12 @@ def total_derivative(
         )
 
     flat = _in_chunks(lambda w: solve_derivative(VJP, lin, w, many=True), rows, count, width)
-    total = jax.tree.map(
-        lambda moved, at_rest: (moved + at_rest).reshape(*value.shape, *at_rest.shape[1:]),
-        flat.value,
-        direct,
-    )
-    # for each number of the observable, over all components of a parameter
-    finite = [
-        jnp.all(jnp.isfinite(t), axis=tuple(range(value.ndim, t.ndim)))
-        for t in jax.tree.leaves(total)
-    ]
     stats = flat.stats
     if dropped_any(stats.status):
         size = norms(cotangents, many=True)
         size_beside = norms(beside(), many=True)
         stats = without_round_off(stats, size, size_beside, lin.system.positions.dtype)
-    stats = jax.tree.map(lambda leaf: leaf.reshape(value.shape), stats)
-    stats = status_of_finite(stats, jnp.all(jnp.stack(finite), axis=0))
+    total, stats = _total_of_parts(flat.value, direct, stats, value.shape)
     result = ParameterGradient(
         value=total,
         stats=stats,
@@ -723,3 +713,29 @@ def total_derivative(
         wrt=differentiated(lin.system, lin.params),
     )
     return _raise_unless_good(result, throw, "gradient", lin.system)
+
+
+@compiled(static_argnames=("shape",))
+def _total_of_parts(
+    moved: Params, direct: Params, stats: SolveStats, shape: tuple[int, ...]
+) -> tuple[Params, SolveStats]:
+    """Add the two parts of the derivative of an observable, and give it the observable's shape.
+
+    Args:
+      moved: part of the derivative due to the motion of the minimum, by name of the parameter, with
+        a leading axis over the N numbers of the observable.
+      direct: the part at constant positions, likewise.
+      stats: statistics of the N linear solves.
+      shape: shape of the observable.
+
+    Returns:
+      (derivatives, arrays of the shape of the observable followed by that of the parameter; the
+      statistics, of the shape of the observable, NOT_FINITE where a derivative is not finite).
+    """
+    total = jax.tree.map(lambda a, b: (a + b).reshape(*shape, *b.shape[1:]), moved, direct)
+    finite = [
+        jnp.all(jnp.isfinite(t), axis=tuple(range(len(shape), t.ndim)))
+        for t in jax.tree.leaves(total)
+    ]
+    stats = jax.tree.map(lambda leaf: leaf.reshape(shape), stats)
+    return total, status_of_finite(stats, jnp.all(jnp.stack(finite), axis=0))
