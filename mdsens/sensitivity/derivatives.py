@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from types import FunctionType
 from typing import Any, TypeVar
 
 import jax
@@ -584,35 +585,65 @@ def value_and_gradient(
 
     The arguments and the derivative are those of ``gradient``.
     """
-    of_system = observed(observable)
+    observed(observable)  # checks it
     lin = linearized(eq, solve)
+    partials = _partial_derivatives
+    core = lin
+    if _is_of_mdsens(observable):
+        partials = _compiled_partial_derivatives
+        core = lin.traced(tuple(lin.system.params))
+
+    def beside() -> Unknowns:
+        return partials(core, observable, aside(lin).unknowns)[1]
+
+    value, cotangents, direct = partials(core, observable, lin.unknowns)
+    require_sound(lin, eq, throw)
+    return value, total_derivative(lin, value, cotangents, direct, throw, beside)
+
+
+def _partial_derivatives(
+    lin: Linearization, observable: Callable[[System], Any], unknowns: Unknowns
+) -> tuple[jax.Array, Unknowns, Params]:
+    """Compute an observable, and differentiate each of its numbers by unknowns and parameters.
+
+    Args:
+      lin: the linearization of the minimum.
+      observable: function of a System.
+      unknowns: the positions and other unknowns at which it is differentiated.
+
+    Returns:
+      (value, derivatives by the unknowns, derivatives by the parameters at constant unknowns); the
+      derivatives have a leading axis over the numbers of the observable.
+    """
+    of_system = observed(observable)
     # The observable sees all contacts; the backbone ``lin.system`` is without those of rattlers.
     system = lin.equilibrium.system
 
     def observe(x: Unknowns, params: Params) -> jax.Array:
         return of_system(lin.moved(system, x, params))
 
-    value, pull = jax.vjp(observe, lin.unknowns, lin.params)
+    value, pull = jax.vjp(observe, unknowns, lin.params)
     rows = unit_cotangents(lin, value)
-    require_sound(lin, eq, throw)
+    # vmap of a bare ``pull`` would have jax print the whole vjp to name it
+    cotangents, direct = jax.vmap(lambda w: pull(w))(rows)
+    # an observable does not depend on the multipliers
+    return value, dataclasses.replace(cotangents, multipliers=None), direct
 
-    def partial_derivatives(pull: Callable[..., Any]) -> tuple[Unknowns, Params]:
-        """Differentiate each number of the observable by the unknowns and by the parameters.
 
-        Args:
-          pull: function that maps a weight of each number of the observable to the derivative of
-            the weighted sum.
-        """
-        # vmap of a bare ``pull`` would have jax print the whole vjp to name it
-        cotangents, direct = jax.vmap(lambda w: pull(w))(rows)
-        # an observable does not depend on the multipliers
-        return dataclasses.replace(cotangents, multipliers=None), direct
+_compiled_partial_derivatives = compiled(_partial_derivatives, static_argnames="observable")
 
-    def beside() -> Unknowns:
-        return partial_derivatives(jax.vjp(observe, aside(lin).unknowns, lin.params)[1])[0]
 
-    cotangents, direct = partial_derivatives(pull)
-    return value, total_derivative(lin, value, cotangents, direct, throw, beside)
+def _is_of_mdsens(observable: Callable[[System], Any]) -> bool:
+    """Return whether an observable is a function of mdsens, which depends on its argument alone.
+
+    It can be compiled once, together with its derivatives. A function of the user may depend on
+    variables that change between two calls.
+    """
+    return (
+        isinstance(observable, FunctionType)
+        and observable.__module__.startswith("mdsens.")
+        and "<locals>" not in observable.__qualname__
+    )
 
 
 def observed(observable: Callable[[System], ArrayLike]) -> Callable[[System], jax.Array]:
@@ -629,7 +660,8 @@ def observed(observable: Callable[[System], ArrayLike]) -> Callable[[System], ja
 def numbers(value: object) -> jax.Array:
     """Check the value that a user's observable returns, and convert it to an array."""
     try:
-        array = jnp.asarray(value)
+        # an array of jax as it is: jax would compile its conversion
+        array = value if isinstance(value, jax.Array) else jnp.asarray(value)
     except Exception as error:  # a dict, a text, rows of different lengths
         raise InputError(
             f"the observable returns {short(value)}: return a number or an array."
