@@ -641,7 +641,7 @@ def _is_of_mdsens(observable: Callable[[System], Any]) -> bool:
     """
     return (
         isinstance(observable, FunctionType)
-        and observable.__module__.startswith("mdsens.")
+        and (observable.__module__ or "").startswith("mdsens.")
         and "<locals>" not in observable.__qualname__
     )
 
