@@ -35,7 +35,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-from mdsens._util.compilation import as_jax, compiled
+from mdsens._util.compilation import SMALL, as_jax, compiled
 from mdsens._util.errors import InputError
 from mdsens._util.lattice import BALL_OF_UNIT_DIAMETER, heights, inverse
 from mdsens._util.memory import require_memory
@@ -714,9 +714,10 @@ def _eights(count: float) -> int:
 
 
 def filled_rows(listed: Neighbors) -> Neighbors:
-    """Remove unused rows at the end of a neighbor list, down to a multiple of 4 rows.
+    """Remove unused rows at the end of a neighbor list, down to a multiple of 8 rows.
 
-    The multiple of 4 limits the number of shapes for which functions are compiled. A list that jax
+    The multiple of 8 limits the number of shapes for which functions are compiled; in a large list,
+    where the rows count for more than the compilation, it is a multiple of 4. A list that jax
     traces is returned unchanged.
     """
     if isinstance(listed.rows, Tracer):
@@ -725,7 +726,8 @@ def filled_rows(listed: Neighbors) -> Neighbors:
     # over the particles, and over the systems of a batch, which need one number of rows
     filled = np.any(rows < rows.shape[-1], axis=(*range(rows.ndim - 2), -1))
     used = int(np.max(np.flatnonzero(filled), initial=-1)) + 1
-    fewer = 4 * math.ceil(used / 4)
+    step = 8 if rows.size <= SMALL else 4
+    fewer = step * math.ceil(used / step)
     if fewer >= rows.shape[-2]:
         return listed
     images = listed.images

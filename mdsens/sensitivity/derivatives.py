@@ -587,6 +587,8 @@ def value_and_gradient(
     """
     observed(observable)  # checks it
     lin = linearized(eq, solve)
+    # The observable sees all contacts; the backbone ``lin.system`` is without those of rattlers.
+    whole = lin.equilibrium.system
     partials = _partial_derivatives
     core = lin
     if _is_of_mdsens(observable):
@@ -594,20 +596,24 @@ def value_and_gradient(
         core = lin.traced(tuple(lin.system.params))
 
     def beside() -> Unknowns:
-        return partials(core, observable, aside(lin).unknowns)[1]
+        return partials(core, whole, observable, aside(lin).unknowns)[1]
 
-    value, cotangents, direct = partials(core, observable, lin.unknowns)
+    value, cotangents, direct = partials(core, whole, observable, lin.unknowns)
     require_sound(lin, eq, throw)
     return value, total_derivative(lin, value, cotangents, direct, throw, beside)
 
 
 def _partial_derivatives(
-    lin: Linearization, observable: Callable[[System], Any], unknowns: Unknowns
+    lin: Linearization,
+    system: System,
+    observable: Callable[[System], Any],
+    unknowns: Unknowns,
 ) -> tuple[jax.Array, Unknowns, Params]:
     """Compute an observable, and differentiate each of its numbers by unknowns and parameters.
 
     Args:
       lin: the linearization of the minimum.
+      system: the minimum with all its contacts.
       observable: function of a System.
       unknowns: the positions and other unknowns at which it is differentiated.
 
@@ -616,8 +622,6 @@ def _partial_derivatives(
       derivatives have a leading axis over the numbers of the observable.
     """
     of_system = observed(observable)
-    # The observable sees all contacts; the backbone ``lin.system`` is without those of rattlers.
-    system = lin.equilibrium.system
 
     def observe(x: Unknowns, params: Params) -> jax.Array:
         return of_system(lin.moved(system, x, params))
