@@ -44,6 +44,7 @@ from mdsens._util.precision import full_precision
 from mdsens.model.neighbor_search import (
     FARTHEST,
     SKIN,
+    WORD,
     Grid,
     Lengths,
     fullest_run,
@@ -728,6 +729,10 @@ def filled_rows(listed: Neighbors) -> Neighbors:
     used = int(np.max(np.flatnonzero(filled), initial=-1)) + 1
     step = 8 if rows.size <= SMALL else 4
     fewer = step * math.ceil(used / step)
+    if listed.grid.visited:
+        # such a list is read, not searched again: the capacity of the search is no difference
+        grid = dataclasses.replace(listed.grid, run_capacity=WORD)
+        listed = dataclasses.replace(listed, grid=grid)
     if fewer >= rows.shape[-2]:
         return listed
     images = listed.images
