@@ -216,7 +216,7 @@ class _Run:
         strained = strained.replace(positions=positions, boundary=boundary)
         if _has_collapsed(strained, abs(float(np.linalg.det(self.start)))):
             return None
-        return self._relax_particles(strained.reallocate())
+        return self._relax_particles(strained.reallocate(keep=True))
 
     def _relax_particles(self, system: System) -> Equilibrium:
         """Relax the particles in a fixed cell, in the steps of the minimizer that are left."""
