@@ -214,6 +214,7 @@ def softest_strain(tensor: jax.Array) -> jax.Array:
     return jnp.min(jnp.linalg.eigvalsh(to_mandel(symmetrized)))
 
 
+@compiled
 def resolution(
     system: System,
     affine: jax.Array | np.ndarray,

@@ -47,6 +47,7 @@ __all__ = [
     "crossing_terms",
     "diameters_at",
     "displacement_in",
+    "energy_number",
     "energy_of",
     "images_of",
     "listed",
@@ -296,11 +297,7 @@ class System(Portable, Shown):
 
         For a wire it is the length of its period. It is inf for open boundaries.
         """
-        box = self.box
-        if box is None:
-            return jnp.asarray(jnp.inf)
-        # Open sides have length one. abs(), since the cell vectors may be left-handed.
-        return jnp.abs(jnp.linalg.det(box))
+        return _periodic_volume(self)
 
     @property
     def has_volume(self) -> bool:
@@ -767,6 +764,16 @@ def diameters_at(system: System, params: Params) -> jax.Array | None:
 
 
 @compiled
+def _periodic_volume(system: System) -> jax.Array:
+    """Compute the volume that the periodic cell vectors span; inf for open boundaries."""
+    box = system.box
+    if box is None:
+        return jnp.asarray(jnp.inf)
+    # Open sides have length one. abs(), since the cell vectors may be left-handed.
+    return jnp.abs(jnp.linalg.det(box))
+
+
+@compiled
 def box_at(system: System, params: Params) -> jax.Array | None:
     """Compute the cell matrix (d, d) at the parameters ``params``; None for open boundaries."""
     return system.boundary.matrix(params, diameters_at(system, params), system.dimension)
@@ -914,6 +921,19 @@ def potential_energy(
     box = box_at(system, params)
     of_terms = energy_of(system, pair_terms(system, params), positions, params, box, strain)
     return of_terms + neighbor_energy(system, positions, params, box, strain)
+
+
+@compiled
+def _potential_energy(system: System) -> jax.Array:
+    return potential_energy(system)
+
+
+def energy_number(system: System) -> float:
+    """Return the potential energy of a system as a number, by one compiled program.
+
+    The function does not work inside ``jax.jit``.
+    """
+    return float(_potential_energy(system))
 
 
 def energy_of(

@@ -51,7 +51,7 @@ from mdsens.mechanics.units import (
     step_off_saddle,
 )
 from mdsens.mechanics.unknowns import Unknowns, flat, unflat
-from mdsens.model.system import System, potential_energy
+from mdsens.model.system import System, energy_number, potential_energy
 from mdsens.relaxation.equilibrium import Equilibrium
 from mdsens.relaxation.newton import ENERGY_ROUND_OFF
 from mdsens.relaxation.options import Options
@@ -699,7 +699,7 @@ def relax_constrained(system: System, options: Options, bar: Decades) -> tuple[E
     highest = 0.0  # energy of the first saddle
     at_saddle = False
     while options.leave_saddles and force <= max(run.tolerance, run.round_off):
-        energy = float(potential_energy(run.system))
+        energy = energy_number(run.system)
         here = run.system
         if not run.leave_saddle(force):
             break
@@ -726,7 +726,7 @@ def relax_constrained(system: System, options: Options, bar: Decades) -> tuple[E
         tolerance=run.tolerance,
         force_floor=run.round_off,
         saddles=saddles,
-        descent=highest - float(potential_energy(relaxed)) if saddles else 0.0,
+        descent=highest - energy_number(relaxed) if saddles else 0.0,
         examined=options.leave_saddles,
         multipliers=multipliers_at(relaxed, unknowns, own_params(relaxed)),
     )

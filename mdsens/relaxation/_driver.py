@@ -31,7 +31,7 @@ from mdsens.mechanics.units import (
     step_off_saddle,
 )
 from mdsens.model.neighbors import Neighbors
-from mdsens.model.system import System, potential_energy
+from mdsens.model.system import System, energy_number
 from mdsens.potentials.base import Potential
 from mdsens.relaxation.equilibrium import Equilibrium
 from mdsens.relaxation.fire_loop import advance, at_rest, forces_at, status_of
@@ -274,7 +274,7 @@ class RelaxationState:
         code = status_of(self.largest, self.goal, self.floor, self.scale.idle, overflowed)
         if self.unstable:
             code = as_jax(Status.INDEFINITE.value, np.int32)
-        descent = self.highest - float(potential_energy(relaxed)) if self.saddles else 0.0
+        descent = self.highest - energy_number(relaxed) if self.saddles else 0.0
         return Equilibrium(
             system=relaxed,
             status=code,
@@ -497,7 +497,7 @@ class RelaxationState:
         needed = 5.0 * self.tested / -stiffness
         length = float(self.length)
         step = step_off_saddle(mode, length, min(needed, LONGEST * length))
-        self.left = float(potential_energy(whole))
+        self.left = energy_number(whole)
         self.highest = self.highest if self.saddles else self.left
         self.saddles += 1
         positions = self.system.positions + step + aside * abs(step).max()
@@ -515,7 +515,7 @@ class RelaxationState:
         that it is not known whether there is a mode of negative stiffness. Otherwise there is one,
         along which no step leads down.
         """
-        energy = float(potential_energy(self.system.replace(potential=self.potential)))
+        energy = energy_number(self.system.replace(potential=self.potential))
         eps = np.finfo(self.system.positions.dtype).eps
         fell = energy < self.left - ENERGY_ROUND_OFF * eps * abs(self.left)
         self.saddles -= not fell

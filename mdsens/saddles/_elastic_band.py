@@ -117,7 +117,9 @@ def climbing_image_band(
     steps = 0
     while True:
         # new neighbor lists at the present positions; _advance stops where they may lose a pair
-        batch = stack([start.replace(positions=R).reallocate(keep=True) for R in band.fire.positions(state)])
+        batch = stack(
+            [start.replace(positions=R).reallocate(keep=True) for R in band.fire.positions(state)]
+        )
         state, taken, largest, top, tangent = _advance(
             batch, state, ends, end_energies, target, band.max_steps - steps, band, limits
         )
