@@ -500,7 +500,9 @@ class RelaxationState:
         self.left = energy_number(whole)
         self.highest = self.highest if self.saddles else self.left
         self.saddles += 1
-        positions = self.system.positions + step + aside * abs(step).max()
+        # added by numpy: jax would compile it
+        moved = np.asarray(self.system.positions) + step + aside * abs(step).max()
+        positions = as_jax(moved, self.system.positions.dtype)
         self.system = self.system.replace(positions=positions).reallocate(keep=True)
         self.largest = np.inf
         self.state = None
