@@ -744,6 +744,7 @@ def _species_count(kinds: np.ndarray, params: Params) -> int:
     return min(longer) if longer else least
 
 
+@compiled
 def diameters_at(system: System, params: Params) -> jax.Array | None:
     """Return the diameter of each particle, (n,), which is the parameter ``sigma`` in ``params``.
 
