@@ -34,11 +34,11 @@ from mdsens.sensitivity.derivative_solve import (
     JVP,
     VJP,
     DerivativeRule,
-    aside,
     norms,
     solve_derivative,
     solve_derivative_batch,
     status_of_finite,
+    unknowns_aside,
     without_round_off,
 )
 from mdsens.sensitivity.linearization import (
@@ -596,7 +596,7 @@ def value_and_gradient(
         core = lin.traced(tuple(lin.system.params))
 
     def beside() -> Unknowns:
-        return partials(core, whole, observable, aside(lin).unknowns)[1]
+        return partials(core, whole, observable, unknowns_aside(lin.traced(())))[1]
 
     value, cotangents, direct = partials(core, whole, observable, lin.unknowns)
     require_sound(lin, eq, throw)
