@@ -40,6 +40,7 @@ from mdsens import (
     verify,
 )
 from mdsens._util import cache_warnings as _cache_warnings
+from mdsens._util import compilation as _compilation
 from mdsens._util.attributes import missing_of_package as _missing_of_package
 from mdsens._util.errors import (
     ConvergenceError,
@@ -104,25 +105,17 @@ def enable_compilation_cache(folder: str | _Path | None = None) -> None:
     """Keep compiled code in a folder, from which later processes load it.
 
     It sets ``jax_compilation_cache_dir``. A first relaxation with its sensitivity then takes a
-    second instead of several. The folder grows with each new shape of a system; it can be deleted
-    at any time. For the command line, and for processes that this one starts, set
+    second instead of several. The folder grows with each new shape of a system, up to 2 GB: then
+    the oldest files are deleted. It can be deleted at any time, and several processes may use it at
+    once. The command line keeps such a folder by itself. For processes that this one starts, set
     ``JAX_COMPILATION_CACHE_DIR`` in the environment. On a CPU jax 0.10 warns of each part that it
     loads, because it mistakes its own tuning flags for features that the processor lacks; mdsens
     silences these warnings when it is imported.
 
     Args:
-      folder: the folder; ``~/.cache/mdsens`` where None.
+      folder: the folder; where None, ``mdsens`` in ``XDG_CACHE_HOME`` or else in ``~/.cache``.
     """
-    _jax.config.update(
-        "jax_compilation_cache_dir", str(folder or _Path.home() / ".cache" / "mdsens")
-    )
-    # keep all code that took longer than this to compile, in seconds, whatever its size
-    _jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
-    _jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-    from jax.experimental.compilation_cache import compilation_cache
-
-    # after a first compilation without a cache, jax would not look for one again
-    compilation_cache.reset_cache()
+    _compilation.keep_compiled(_Path(folder) if folder else _compilation.cache_folder())
 
 
 __all__ = [

@@ -671,7 +671,7 @@ def _assemble_moduli(
       stats: statistics of the linear solves for ``motion``.
       max_force: the largest force left on a particle.
     """
-    response = solid(system, motion, max_force, jnp.max(stats.residual))
+    response = solid(system, motion, max_force, stats.residual)
     return Moduli(
         tensor=response.tensor,
         affine=response.affine,

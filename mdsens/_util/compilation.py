@@ -7,14 +7,19 @@ function, and chooses the compiler's effort by the size of the arguments.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
-__all__ = ["SMALL", "compiled"]
+__all__ = ["SMALL", "as_jax", "at_top", "cache_folder", "compiled", "keep_compiled"]
 
 # Numbers in the arguments of a call up to which its code is compiled quickly. Packings of a
 # thousand discs have 30,000, glasses of 500 atoms 70,000 (most are indices of neighbors).
@@ -36,6 +41,13 @@ _QUICK: dict[str, Any] = {
 }
 
 
+# Bytes of compiled code that a folder keeps: beyond them the oldest files are deleted until
+# three quarters are left. A packing with its derivatives takes 2 MB, a glass 5 MB.
+KEPT = 2_000_000_000
+# Shortest compilation that is kept, in seconds. Loading takes a few milliseconds.
+WORTH_KEEPING = 0.02
+
+
 def _never_at_top() -> bool:
     """Stand in for jax's own function in a release of jax that lacks it."""
     return False
@@ -43,7 +55,7 @@ def _never_at_top() -> bool:
 
 # Whether jax traces nothing at present. Options of the compiler are for the outermost of nested
 # compiled functions, and jax refuses them inside.
-_at_top: Callable[[], bool] = getattr(
+at_top: Callable[[], bool] = getattr(
     importlib.import_module("jax._src.core"), "trace_state_clean", _never_at_top
 )
 
@@ -70,13 +82,84 @@ def compiled(
 
     @functools.wraps(function)
     def call(*arguments: Any, **named: Any) -> Any:
-        if _at_top() and jax.default_backend() == "cpu" and _is_small((arguments, named)):
+        if at_top() and jax.default_backend() == "cpu" and _is_small((arguments, named)):
             return quick(*arguments, **named)
         return thorough(*arguments, **named)
 
+    def clear_cache() -> None:
+        """Forget the compiled programs, as the function of this name of ``jax.jit`` does."""
+        quick.clear_cache()
+        thorough.clear_cache()
+
+    call.clear_cache = clear_cache  # type: ignore[attr-defined] - as functions of jax.jit have it
     return call
 
 
 def _is_small(arguments: Any) -> bool:
     """Return whether the arguments of a call have at most SMALL numbers in all."""
     return sum(getattr(leaf, "size", 1) for leaf in jax.tree.leaves(arguments)) <= SMALL
+
+
+def as_jax(value: ArrayLike, dtype: DTypeLike | None = None) -> jax.Array:
+    """Return numbers of the host as an array of jax, without compiling a program.
+
+    ``jnp.asarray`` compiles one for each shape and type (in jax 0.10), and another where the type
+    changes.
+
+    Args:
+      value: a number or an array, not traced.
+      dtype: the type of the result; None for that of ``value``.
+    """
+    return jax.device_put(np.asarray(value, dtype))
+
+
+def cache_folder() -> Path:
+    """Return the folder ``mdsens`` in the user's folder of caches, which may not exist yet.
+
+    That is ``XDG_CACHE_HOME`` of the environment, or else ``~/.cache``.
+
+    Raises:
+      RuntimeError: the user has no home directory.
+    """
+    chosen = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(chosen) if os.path.isabs(chosen) else Path.home() / ".cache") / "mdsens"
+
+
+def keep_compiled(folder: Path) -> None:
+    """Keep compiled code in a folder, from which later processes load it.
+
+    Several processes may use the folder at once: one that meets a file that another is just writing
+    compiles that program itself. Above 2 GB the oldest files are deleted.
+    """
+    _delete_oldest(folder, KEPT)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # whatever the size of the code
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+    from jax.experimental.compilation_cache import compilation_cache
+
+    # after a first compilation without a cache, jax would not look for one again
+    compilation_cache.reset_cache()
+
+
+def _delete_oldest(folder: Path, limit: int) -> None:
+    """Delete the oldest files of compiled code in a folder that has more than ``limit`` bytes.
+
+    Three quarters of the limit are left. Files that another process has deleted are passed over.
+    """
+    files = []
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            with contextlib.suppress(OSError):
+                if entry.name.endswith("-cache"):
+                    found = entry.stat()
+                    files.append((found.st_mtime, found.st_size, entry.path))
+    total = sum(size for _, size, _ in files)
+    if total <= limit:
+        return
+    for _, size, path in sorted(files):
+        if total <= 0.75 * limit:
+            return
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        total -= size

@@ -1,14 +1,31 @@
-"""Progress bars of long computations, in a terminal or a notebook."""
+"""Progress bars of long computations, in a terminal or a notebook.
+
+While jax compiles a program for longer than half a second, the bars of that thread say so: no step
+is done meanwhile, and the first relaxation of a system may compile for longer than it runs.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+import threading
 from typing import Any, Self
 
+import jax
 import numpy as np
 
 __all__ = ["Decades", "Members", "Trials"]
+
+# Events of jax: a program is ready for the compiler, and it is compiled or loaded from a cache.
+LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
+COMPILED = "/jax/core/compile/backend_compile_duration"
+# Seconds of compiling after which the bars say so, and seconds between two updates then.
+PATIENCE = 0.5
+INTERVAL = 1.0
+
+# The bars that are shown, by the thread that made them: jax's events come in the thread that
+# compiles.
+_shown: dict[int, list[_Bar]] = {}
 
 
 def _bar(wanted: bool | None, form: str, **options: Any) -> Any:
@@ -32,9 +49,20 @@ def _bar(wanted: bool | None, form: str, **options: Any) -> Any:
 
 
 class _Bar:
-    """Base class of progress bars for a ``with`` block, at whose end the bar is closed."""
+    """Base class of progress bars for a ``with`` block, at whose end the bar is closed.
 
-    bar: Any
+    Attributes:
+      bar: the bar of tqdm; None where none is shown.
+    """
+
+    def __init__(self, bar: Any):
+        self.bar = bar
+        self._name = "" if bar is None else bar.desc
+        # while jax compiles: the event that ends the thread that says so
+        self._compiled: threading.Event | None = None
+        self._announcer: threading.Thread | None = None
+        if bar is not None:
+            _shown.setdefault(threading.get_ident(), []).append(self)
 
     def __enter__(self) -> Self:
         return self
@@ -43,8 +71,59 @@ class _Bar:
         self.close()
 
     def close(self) -> None:
+        """Remove the bar."""
+        self.end_compiling()
+        for thread, bars in list(_shown.items()):
+            if self in bars:
+                bars.remove(self)
+            if not bars:
+                del _shown[thread]
         if self.bar is not None:
             self.bar.close()
+
+    def begin_compiling(self) -> None:
+        """Show "compiling" in place of the bar's name, from half a second on."""
+        self.end_compiling()
+        self._compiled = threading.Event()
+        self._announcer = threading.Thread(
+            target=self._announce, args=(self._compiled,), daemon=True
+        )
+        self._announcer.start()
+
+    def end_compiling(self) -> None:
+        """Show the bar's name again, where it says "compiling"."""
+        if self._compiled is None or self._announcer is None:
+            return
+        self._compiled.set()
+        self._announcer.join()
+        self._compiled = None
+        self._announcer = None
+        self.bar.set_description_str(self._name, refresh=False)
+
+    def _announce(self, compiled: threading.Event) -> None:
+        """Show that jax compiles, and the time since the bar was made, until it has compiled."""
+        wait = PATIENCE
+        while not compiled.wait(wait):
+            self.bar.set_description_str("compiling")
+            wait = INTERVAL
+
+
+def _on_duration(event: str, duration_secs: float, **_: object) -> None:
+    """Take an event of jax: the bars of this thread say while jax compiles.
+
+    jax has no event as it begins to compile. The one before, as a program is ready for the
+    compiler, takes its place.
+    """
+    if not _shown or event not in (LOWERED, COMPILED):
+        return
+    for bar in _shown.get(threading.get_ident(), ()):
+        if event == LOWERED:
+            bar.begin_compiling()
+        else:
+            bar.end_compiling()
+
+
+jax.monitoring.register_event_duration_secs_listener(_on_duration)
 
 
 class Decades(_Bar):
@@ -57,7 +136,8 @@ class Decades(_Bar):
     def __init__(self, wanted: bool | None, tolerance: float = np.inf):
         self.tolerance = tolerance
         self.first = 0.0  # the largest force so far, where the count of decades starts
-        self.bar = _bar(wanted, "{desc} {bar} {elapsed}{postfix}", total=100, desc="relaxing")
+        form = "{desc} {bar} {elapsed}{postfix}"
+        super().__init__(_bar(wanted, form, total=100, desc="relaxing"))
 
     def show(self, steps: int, largest: float) -> None:
         """Update the bar with the relaxation steps done and the largest net force on a particle."""
@@ -79,7 +159,7 @@ class Members(_Bar):
 
     def __init__(self, count: int, wanted: bool | None):
         form = "{desc} {bar} {n_fmt} of {total_fmt}, {elapsed}, {remaining} to go"
-        self.bar = _bar(wanted, form, total=count, desc="relaxing")
+        super().__init__(_bar(wanted, form, total=count, desc="relaxing"))
 
     def advance(self, count: int) -> None:
         """Add ``count`` to the number of relaxed configurations that the bar shows."""
@@ -95,7 +175,7 @@ class Trials(_Bar):
 
     def __init__(self, count: int, wanted: bool | None):
         form = "{desc} {bar} {n_fmt} of {total_fmt}, {elapsed}{postfix}"
-        self.bar = _bar(wanted, form, total=count, desc="designing")
+        super().__init__(_bar(wanted, form, total=count, desc="designing"))
 
     def show(self, done: int, tolerances: float) -> None:
         """Update the bar of an inverse design with the steps done and the progress made.

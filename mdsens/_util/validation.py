@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from mdsens._util.compilation import compiled
+from mdsens._util.compilation import at_top, compiled
 from mdsens._util.errors import InputError, short
 
 __all__ = [
@@ -97,7 +97,9 @@ def require_host(what: str, remedy: str, *arguments: object) -> None:
       arguments: arguments of the function that needs values, which are searched for traced arrays:
         grad and vmap trace only the arrays that they differentiate by or map over.
     """
-    if any(map(_has_tracer, arguments)) or isinstance(_probe(), Tracer):
+    # where nothing is traced at all, the probe need not be compiled
+    traced = not at_top() and isinstance(_probe(), Tracer)
+    if traced or any(map(_has_tracer, arguments)):
         raise InputError(
             f"{what} works on numbers, and is called inside a function that jax traces (grad, jit,"
             f" vmap): {remedy}."

@@ -69,6 +69,14 @@ def parser(
         description = f"{what[0].upper()}{what[1:]}.{' ' if more else ''}{more}"
         command = commands.add_parser(name, help=what, description=description)
         command.set_defaults(run=runs[name], command=name)
+        command.add_argument(
+            "--cache",
+            metavar="FOLDER",
+            help=(
+                "where to keep compiled code for the next time, or none (default: MDSENS_CACHE of"
+                " the environment, or mdsens in the user's folder of caches)"
+            ),
+        )
         return command
 
     def add_system_options(command: argparse.ArgumentParser) -> None:

@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return BAD_INPUT
     try:
+        _keep_compiled(args.cache)
         code = args.run(args)
         # here, so that a closed pipe raises its error inside of this try
         sys.stdout.flush()
@@ -562,6 +563,37 @@ def _verify(args: argparse.Namespace) -> int:
     return _print_verdict(
         findings, f"agrees with finite differences to {error:.0e} and with its adjoint to {gap:.0e}"
     )
+
+
+def _keep_compiled(chosen: str | None) -> None:
+    """Keep compiled code in a folder, from which the next command loads it.
+
+    The first of these that is set decides: ``JAX_COMPILATION_CACHE_DIR`` of the environment, which
+    jax reads itself; the option ``--cache``; ``MDSENS_CACHE`` of the environment; else it is the
+    folder ``mdsens`` in the user's folder of caches. "none" stands for no folder. Where the folder
+    cannot be written, nothing is kept, with a warning if the user has named the folder.
+
+    Args:
+      chosen: the value of the option ``--cache``; None where it is missing.
+    """
+    # after the options are read: the module imports jax
+    from mdsens._util import compilation
+
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    named = chosen or os.environ.get("MDSENS_CACHE")
+    if named == "none":
+        return
+    try:
+        folder = Path(named) if named else compilation.cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK | os.X_OK)
+    except (OSError, RuntimeError):  # no home directory, or a file is in the way
+        writable = False
+    if writable:
+        compilation.keep_compiled(folder)
+    elif named:
+        print(f"warning: {named} cannot be written: compiled code is not kept", file=sys.stderr)
 
 
 def _systems(args: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens import constraints, potentials
+from mdsens._util.compilation import as_jax
 from mdsens._util.environment import require_sound_jax
 from mdsens._util.errors import InputError, PrecisionError
 from mdsens._util.pytree import named_leaves
@@ -49,7 +50,7 @@ from mdsens.sensitivity.results import (
 __all__ = ["load", "read_header", "save"]
 
 FORMAT = "mdsens"
-VERSION = 3  # of the format; files of later versions, and of earlier ones than OLDEST, are refused
+VERSION = 4  # of the format; files of later versions, and of earlier ones than OLDEST, are refused
 OLDEST = 2
 # Results that can be stored; the two lists are the same.
 Stored: TypeAlias = (
@@ -570,18 +571,20 @@ def _decode(node: object, source: _Source | None) -> Any:
         return source.potential_of(node)
     kind = _RECORDS[node["record"]]
     fields = {k: _decode(v, source) for k, v in node["fields"].items()}
-    return kind(**_of_version_2(kind, fields))
+    if kind is Grid and "cells" in fields:
+        return fields  # of versions 2 and 3: its neighbor list takes them
+    return kind(**_of_earlier_versions(kind, fields))
 
 
-def _of_version_2(kind: type, fields: dict[str, Any]) -> dict[str, Any]:
-    """Complete the fields of a record that a file of version 2 of the format holds.
+def _of_earlier_versions(kind: type, fields: dict[str, Any]) -> dict[str, Any]:
+    """Complete the fields of a record that a file of version 2 or 3 of the format holds.
 
-    Its neighbor lists have the cells of the grid as fields of their own, and its systems are
-    periodic along all axes or along none.
+    In version 3 the number of grid cells is a field of the grid. In version 2 it is a field of the
+    neighbor list, as the capacity of the search is, and systems are periodic along all axes or
+    along none.
     """
-    if kind is Neighbors and "cells" in fields:
-        grid = Grid(cells=fields.pop("cells"), run_capacity=fields.pop("run_capacity"))
-        return {**fields, "grid": grid}
+    if kind is Neighbors and not isinstance(fields.get("grid"), Grid):
+        return _neighbors_of_version_3(fields)
     if kind is System and "periodic" not in fields:
         along = not isinstance(fields["boundary"], OpenBox)
         periodic = (along,) * fields["positions"].shape[-1]
@@ -590,6 +593,21 @@ def _of_version_2(kind: type, fields: dict[str, Any]) -> dict[str, Any]:
         neighbors = dataclasses.replace(listed, grid=grid)
         return {**fields, "periodic": periodic, "neighbors": neighbors}
     return fields
+
+
+def _neighbors_of_version_3(fields: dict[str, Any]) -> dict[str, Any]:
+    """Convert the fields of a neighbor list of version 2 or 3 of the format to those of today."""
+    of_grid = fields.pop("grid", None) or {k: fields.pop(k) for k in ("cells", "run_capacity")}
+    cells = tuple(of_grid.pop("cells"))
+    grid = Grid(**of_grid)
+    if not cells:
+        return {**fields, "grid": grid}
+    rows = fields["rows"]
+    grid = grid.fitting(cells, rows.shape[-1])
+    grid = dataclasses.replace(grid, run_capacity=grid.run_of(grid.run_capacity))
+    # one row for each system of a batch
+    counts = np.broadcast_to(np.asarray(cells, np.int32), (*rows.shape[:-2], len(cells)))
+    return {**fields, "grid": grid, "cells": as_jax(counts)}
 
 
 def _decode_container(node: Mapping[str, Any], source: _Source) -> Any:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
 
-from mdsens._util.compilation import compiled
+from mdsens._util.compilation import as_jax, compiled
 from mdsens._util.lattice import Components
 from mdsens.model.system import System, neighbor_vectors
 from mdsens.potentials.base import Pairs
@@ -61,8 +61,15 @@ def near_rows(system: System) -> System:
     images = listed.images
     if images is not None:
         images = np.take_along_axis(np.asarray(images), order[..., None], axis=0)
-    kept_rows = jnp.asarray(np.where(kept, rows, system.n))
+    kept_rows = as_jax(np.where(kept, rows, system.n), np.int32)
+    images = None if images is None else as_jax(images)
     return system.replace(neighbors=dataclasses.replace(listed, rows=kept_rows, images=images))
+
+
+@compiled
+def _vectors(system: System) -> Components:
+    """Compute the vectors from each atom to its neighbors, components (K, n)."""
+    return neighbor_vectors(system, system.positions, system.box)
 
 
 @compiled(static_argnames=("n",))
@@ -109,7 +116,7 @@ def atom_hessian(system: System) -> sp.csr_array:
     count = rows.shape[0]
     if not count:
         return sp.csr_array((n * d, n * d))
-    vectors = neighbor_vectors(near, near.positions, near.box)
+    vectors = [np.asarray(v) for v in _vectors(near)]
     # chunks of one size, so that they share compiled code
     chunks = math.ceil(n * (count * d) ** 2 / CHUNK)
     size = math.ceil(n / chunks)
@@ -118,7 +125,7 @@ def atom_hessian(system: System) -> sp.csr_array:
         some = np.minimum(np.arange(start, start + size), n - 1)
         repeated = np.arange(start, start + size) >= n  # the last atom, to fill the last chunk
         neighbors = np.where(repeated, n, rows[:, some])
-        columns = Pairs(jnp.asarray(some[None], jnp.int32), jnp.asarray(neighbors))
+        columns = Pairs(some[None].astype(np.int32), neighbors)
         blocks = _blocks(near, columns, tuple(v[:, some] for v in vectors), n)
         entries.append(_entries(np.asarray(blocks, float), some, neighbors.T, n))
     keys, blocks = (np.concatenate(arrays) for arrays in zip(*entries, strict=True))

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdsens._util.compilation import compiled
+from mdsens._util.compilation import as_jax, compiled
 from mdsens._util.portable import Portable
 from mdsens._util.precision import full_precision
 from mdsens.mechanics.hessian_factor import HessianFactor
@@ -46,6 +46,7 @@ def fixed_cell(system: System) -> System:
     return system.replace(boundary=FixedBox(jnp.asarray(system.box), system.boundary.orthogonal))
 
 
+@compiled
 @full_precision
 def deformed(system: System, strain: jax.Array, positions: jax.Array | None = None) -> System:
     """Return the system with its positions and its cell deformed by the matrix 1 + strain.
@@ -123,11 +124,11 @@ class Cell(Portable):
             are carried.
         """
         dtype = system.positions.dtype
-        strains = jnp.asarray(along, dtype)
+        strains = as_jax(along, dtype)
         sides = np.asarray(_sides(system, strains))
         motion, codes = _solve_motions(stiffness, sides, rtol)
         slope, matrix = (
-            np.asarray(x, float) for x in _slopes(system, load, strains, jnp.asarray(motion, dtype))
+            np.asarray(x, float) for x in _slopes(system, load, strains, motion.astype(dtype))
         )
         # A matrix with a NaN has no eigenvalues: an identity takes its place, and the status tells.
         finite = bool(np.isfinite(matrix).all())
@@ -145,11 +146,11 @@ class Cell(Portable):
         return cls(
             strains,
             load=load,
-            motion=jnp.asarray(motion, dtype),
-            slope=jnp.asarray(slope, dtype),
-            stiffness=jnp.asarray(matrix, dtype),
-            compliance=jnp.asarray(compliance, dtype),
-            status=jnp.asarray(code, jnp.int32),
+            motion=as_jax(motion, dtype),
+            slope=as_jax(slope, dtype),
+            stiffness=as_jax(matrix, dtype),
+            compliance=as_jax(compliance, dtype),
+            status=as_jax(code, np.int32),
         )
 
     @full_precision

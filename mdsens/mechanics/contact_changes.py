@@ -157,11 +157,13 @@ class Crossing(NamedTuple):
         if not ahead.size or not np.isfinite(ahead.min()):
             return None
         k = int(np.argmin(ahead))
-        i, j = (int(p) for p in np.asarray(self.pairs[k]))
+        i, j = (int(p) for p in np.asarray(self.pairs)[k])
         image = None
         if self.images is not None:
-            image = tuple(int(t) for t in np.asarray(self.images[k]))
-        return FirstCrossing((i, j), bool(self.inside[k]), float(self.lengths[k]), image)
+            image = tuple(int(t) for t in np.asarray(self.images)[k])
+        inside = np.asarray(self.inside)
+        lengths = np.asarray(self.lengths)
+        return FirstCrossing((i, j), bool(inside[k]), float(lengths[k]), image)
 
 
 def _gaps(

@@ -672,6 +672,7 @@ def _may_touch(
     return small & (sum(pair_forces(t, r - gap) for t in terms) > 0)
 
 
+@compiled
 def backbone(system: System, net: Network) -> System:
     """Return the backbone: the system without the contacts of rattlers and of loose rigid bodies.
 

@@ -213,7 +213,7 @@ class PressureLoad(_Load):
     kind = "pressure"
 
     def target(self, dimension: int) -> jax.Array:
-        return -self.pressure * jnp.eye(dimension, dtype=jnp.result_type(self.pressure))
+        return -self.pressure * np.eye(dimension, dtype=jnp.result_type(self.pressure))
 
     def goal_in_words(self) -> str:
         return f"pressure {float(self.pressure):g}"

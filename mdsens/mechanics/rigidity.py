@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from mdsens._util.compilation import compiled
 from mdsens._util.precision import full_precision
@@ -139,7 +140,7 @@ def analyze_rigidity(
         neighbors=filled_rows(system.neighbors),
     )
     left: Any = max_force_left
-    if not isinstance(left, jax.Array):
+    if not isinstance(left, Tracer):
         # One type for all numbers, so that the function is compiled once.
         left = np.asarray(left, system.positions.dtype)
     backbone, net, null = _analyze_rigidity(compact, left, least)

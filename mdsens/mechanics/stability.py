@@ -119,11 +119,12 @@ def tensors(system: System, motion: jax.Array) -> tuple[jax.Array, jax.Array, ja
     return from_mandel(relaxed), from_mandel(affine), from_mandel(stress)
 
 
+@compiled
 def solid(
     system: System,
     motion: jax.Array,
     max_force: jax.Array | float,
-    residual: jax.Array | float,
+    residuals: jax.Array | float,
 ) -> Solid:
     """Compute the stiffness and stability of a backbone against strain.
 
@@ -134,10 +135,10 @@ def solid(
       motion: (m, n, d) displacements of the n particles, relative to the affine ones, under each of
         the m independent strains, see :func:`tensors`.
       max_force: largest force that is left on a particle.
-      residual: relative residual of the linear solves for ``motion``.
+      residuals: relative residuals of the linear solves for ``motion``; the largest counts.
     """
     tensor, affine, stress = tensors(system, motion)
-    round_off, doubt = resolution(system, affine, motion, max_force, residual)
+    round_off, doubt = resolution(system, affine, motion, max_force, jnp.max(residuals))
     tensor = cleared(tensor, round_off)
     code = verdict(tensor, stress, round_off, doubt)
     return Solid(tensor, affine, stress, jnp.where(jnp.any(tensor != 0), round_off, doubt), code)
@@ -213,6 +214,7 @@ def softest_strain(tensor: jax.Array) -> jax.Array:
     return jnp.min(jnp.linalg.eigvalsh(to_mandel(symmetrized)))
 
 
+@compiled
 def resolution(
     system: System,
     affine: jax.Array | np.ndarray,

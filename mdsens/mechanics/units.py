@@ -167,7 +167,7 @@ def round_off(system: System) -> float:
     resolution = np.finfo(system.positions.dtype).eps * extent
     units = natural_units if system.batch is None else _natural_units_each
     _, stiffness = units(system)
-    return float(resolution * jnp.max(stiffness))
+    return float(resolution * np.max(np.asarray(stiffness)))
 
 
 class ForceScale(NamedTuple):

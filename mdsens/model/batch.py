@@ -128,9 +128,10 @@ def _with_equal_lists(systems: list[System]) -> list[System]:
         neighbors.lattice_of(s.positions, s.box, range_, s.periodic)
         for s, range_ in zip(systems, ranges, strict=True)
     ]
-    grid = neighbors.common_grid(systems[0].n, lattices, ranges, systems[0].neighbors.grid)
+    like = systems[0].neighbors.grid
+    grid, cells = neighbors.common_grid(systems[0].n, lattices, ranges, like)
     lists = [
-        neighbors.fitted(s.positions, lattice, pair_lengths(s), range_, grid)
+        neighbors.fitted(s.positions, lattice, pair_lengths(s), range_, cells, grid)
         for s, lattice, range_ in zip(systems, lattices, ranges, strict=True)
     ]
     capacity = max(x.rows.shape[0] for x in lists)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
+from mdsens._util.compilation import as_jax
 from mdsens._util.errors import InputError
 from mdsens._util.lattice import BALL_OF_UNIT_DIAMETER
 from mdsens._util.portable import Portable
@@ -234,7 +235,7 @@ def box_rule(
         if not 0 < value < np.inf:
             raise InputError(f"the packing fraction is {value}: give a positive number.")
         shape = None if box.shape is None else jnp.asarray(_cell(box.shape, dimension), dtype)
-        return PackingFraction(jnp.asarray(value, dtype), shape)
+        return PackingFraction(as_jax(value, dtype), shape)
     if isinstance(box, OpenBox | FixedBox | BoxFunction):
         return box
     if callable(box):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
@@ -53,10 +53,15 @@ A = TypeVar("A", jax.Array, np.ndarray)
 
 @dataclasses.dataclass(frozen=True)
 class Grid(Portable):
-    """How neighbors are searched: the grid, and the periodic images that are searched.
+    """How neighbors are searched: what is fixed when the search is compiled.
+
+    The number of grid cells along each cell vector is no part of it: it is data, ``cells`` of the
+    neighbor list, so that systems of slightly different density share compiled code.
 
     Attributes:
-      cells: number of grid cells along each cell vector.
+      visited: for each cell vector the number of grid cells that the search visits along it: one or
+        two where there are no more, else three. Empty without a grid, for a list of all pairs.
+      cell_capacity: number of grid cells that the search allows in all.
       run_capacity: number of particles that the search allows in three grid cells that follow each
         other along the last cell vector.
       reach: for each cell vector the number of images to either side that are searched beside the
@@ -67,11 +72,36 @@ class Grid(Portable):
       skin: the skin of the list, as a share of the range.
     """
 
-    cells: tuple[int, ...] = ()
+    visited: tuple[int, ...] = ()
+    cell_capacity: int = 0
     run_capacity: int = 0
     reach: tuple[int, ...] = ()
     periodic: tuple[bool, ...] = ()
     skin: float = SKIN
+
+    def fitting(self, cells: Sequence[int], n: int) -> Grid:
+        """Return this grid for numbers of grid cells along the cell vectors, and n particles.
+
+        There is room for n / 2 grid cells, more than a dense system has, or for 4, 16, ... times
+        as many: systems of one size share compiled code.
+        """
+        everyone = n * math.prod(2 * m + 1 for m in self.reach)
+        capacity = -(-everyone // 2)
+        while capacity < math.prod(cells):
+            capacity *= 4
+        return dataclasses.replace(
+            self, visited=tuple(min(m, 3) for m in cells), cell_capacity=capacity
+        )
+
+    def run_of(self, count: float) -> int:
+        """Round a number of particles up to a run capacity: full integers of marks.
+
+        There are 1, 2, 3, 4, 6, 8, 12, 16, ... integers: few numbers, so that similar systems share
+        compiled code.
+        """
+        words = max(math.ceil(count / WORD), 1)
+        step = 2 ** max(math.floor(math.log2(words)) - 1, 0)
+        return WORD * step * math.ceil(words / step)
 
 
 class Found(NamedTuple):
@@ -163,16 +193,17 @@ def _image_of_pairs(
 
 
 @full_precision
-def cell_of(positions: A, box: A, cells: tuple[int, ...]) -> A:
+def cell_of(positions: A, box: A, cells: A) -> A:
     """Compute the index of each particle's grid cell along each of the d cell vectors, (d, n).
 
-    ``cells`` are the numbers of grid cells along the cell vectors.
+    ``cells`` (d,) are the numbers of grid cells along the cell vectors.
     """
     xp: Any = positions.__array_namespace__()
     fractional = positions @ inverse(box).T
     fractional = fractional - xp.floor(fractional)
     # a coordinate of -1e-17 wraps to 1.0, which is the first cell, not the last
-    return xp.stack([(fractional[:, a] * m).astype(xp.int32) % m for a, m in enumerate(cells)])
+    counts = [cells[a] for a in range(box.shape[0])]
+    return xp.stack([(fractional[:, a] * m).astype(xp.int32) % m for a, m in enumerate(counts)])
 
 
 def fullest_run(positions: np.ndarray, box: np.ndarray, cells: tuple[int, ...]) -> int:
@@ -182,7 +213,7 @@ def fullest_run(positions: np.ndarray, box: np.ndarray, cells: tuple[int, ...]) 
     """
     counts = np.zeros(cells, int)
     # counts[…] += 1 would count several particles of one cell once
-    np.add.at(counts, tuple(cell_of(positions, box, cells)), 1)
+    np.add.at(counts, tuple(cell_of(positions, box, np.asarray(cells, np.int32))), 1)
     if cells[-1] > 2:
         counts = np.roll(counts, 1, axis=-1) + counts + np.roll(counts, -1, axis=-1)
     else:  # a run is the whole line, each cell once
@@ -200,10 +231,12 @@ class _Sorted(NamedTuple):
 
     order: jax.Array  # (n,) particle indices, those of one cell together
     where: jax.Array  # (d, n) index of each particle's cell along each cell vector
-    first: jax.Array  # (cells,) where in order the run around each cell begins
-    length: jax.Array  # (cells,) particles in the run
-    line: jax.Array  # (lines,) where in order each line of cells begins: a run wraps around in it
-    line_end: jax.Array  # (lines,) where it ends
+    # The rest is for each cell, (cell capacity,). There are no particles in cells beyond their
+    # number.
+    first: jax.Array  # where in order the run around the cell begins
+    length: jax.Array  # particles in the run
+    line: jax.Array  # where in order the line of the cell begins: a run wraps around in it
+    line_end: jax.Array  # where it ends
 
 
 def _order(index: jax.Array, count: int) -> jax.Array:
@@ -221,28 +254,33 @@ def _order(index: jax.Array, count: int) -> jax.Array:
     return (jax.lax.sort(index.astype(wide) * n + jnp.arange(n, dtype=wide)) % n).astype(jnp.int32)
 
 
-def _sort(positions: jax.Array, box: jax.Array, cells: tuple[int, ...]) -> _Sorted:
-    """Sort the particles by the cells of a grid, ``cells`` of them along each cell vector."""
+def _sort(positions: jax.Array, box: jax.Array, cells: jax.Array, grid: Grid) -> _Sorted:
+    """Sort the particles by the cells of a grid, ``cells`` (d,) of them along each cell vector."""
+    capacity = grid.cell_capacity
     where = cell_of(positions, box, cells)
     last = cells[-1]
     # number of each particle's cell; neighbors along the last cell vector follow each other
     index = where[0]
-    for along, m in zip(where[1:], cells[1:], strict=True):
-        index = index * m + along
-    order = _order(index, math.prod(cells))
-    counts = jnp.zeros(math.prod(cells), jnp.int32).at[index].add(1)
-    ends = jnp.cumsum(counts).astype(jnp.int32).reshape(-1, last)
-    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends.ravel()[:-1]]).reshape(-1, last)
-    line = starts[:, 0]
-    line_end = ends[:, -1]
-    if last > 2:  # the run of a cell is the cell before it, itself and the cell after it
-        counts = ends - starts
-        first = jnp.roll(starts, 1, axis=1)
-        length = jnp.roll(counts, 1, axis=1) + counts + jnp.roll(counts, -1, axis=1)
+    for a in range(1, where.shape[0]):
+        index = index * cells[a] + where[a]
+    counts = jnp.zeros(capacity, jnp.int32).at[index].add(1)
+    ends = jnp.cumsum(counts).astype(jnp.int32)
+    starts = ends - counts
+    number = jnp.arange(capacity, dtype=jnp.int32)
+    # the first and the last cell in the line of each cell
+    begin = number // last * last
+    final = jnp.minimum(begin + last - 1, capacity - 1)
+    line = starts[begin]
+    line_end = ends[final]
+    if grid.visited[-1] > 2:  # the run of a cell is the cell before it, itself and the cell after
+        before = jnp.where(number == begin, final, number - 1)
+        after = jnp.where(number == final, begin, number + 1)
+        first = starts[before]
+        length = counts[before] + counts + counts[after]
     else:  # the run is the whole line
-        first = jnp.broadcast_to(line[:, None], starts.shape)
-        length = jnp.broadcast_to((line_end - line)[:, None], starts.shape)
-    return _Sorted(order, where, first.ravel(), length.ravel(), line, line_end)
+        first = line
+        length = line_end - line
+    return _Sorted(_order(index, capacity), where, first, length, line, line_end)
 
 
 @compiled(static_argnames=("grid", "capacity"))
@@ -251,6 +289,7 @@ def search(
     lattice: jax.Array,
     lengths: Lengths,
     skin: jax.Array,
+    cells: jax.Array,
     grid: Grid,
     capacity: int,
 ) -> Found:
@@ -265,16 +304,16 @@ def search(
       lattice: (d, d) the periodic cell, or for open boundaries a cell that encloses the system.
       lengths: the function (i, j) -> l_ij.
       skin: a length.
+      cells: (d,) number of grid cells along each cell vector.
       grid: the grid, and the images that are searched.
       capacity: number of rows of the result.
     """
-    n = positions.shape[0]
-    cells = grid.cells
+    n, d = positions.shape
     words = -(-grid.run_capacity // WORD)  # integers that hold a mark per candidate, rounded up
     everyone = with_images(positions, lattice, grid)
     total = everyone.shape[0]
     box = search_cell(lattice, grid.reach)
-    by_cell = _sort(everyone, box, cells)
+    by_cell = _sort(everyone, box, cells, grid)
     where = by_cell.where[:, :n]
     x = components(everyone[:n])
     images = nearest_images(box)
@@ -286,16 +325,15 @@ def search(
         """Return the index of the particle of which j is an image."""
         return j % n if grid.reach else j
 
-    def place(line: jax.Array, k: jax.Array) -> jax.Array:
-        """Find the k-th candidate neighbor of each particle in a line of grid cells.
+    def place(cell: jax.Array, k: jax.Array) -> jax.Array:
+        """Find the k-th candidate neighbor of each particle in the run around a grid cell.
 
         The result (n,) gives its place in the array of particles sorted by grid cell.
         """
-        first = by_cell.first[line * cells[-1] + where[-1]]
-        end = by_cell.line_end[line]
-        index = first + k
+        end = by_cell.line_end[cell]
+        index = by_cell.first[cell] + k
         # a run that reaches the end of its line goes on at the line's beginning
-        wrapped = jnp.where(index >= end, index - (end - by_cell.line[line]), index)
+        wrapped = jnp.where(index >= end, index - (end - by_cell.line[cell]), index)
         # in range also where k is beyond the run: ``mark`` leaves such a candidate out
         return jnp.minimum(wrapped, total - 1)
 
@@ -305,14 +343,16 @@ def search(
         The line is at ``offset`` from the particle's own line of grid cells.
 
         Returns:
-          (number of the line for each particle (n,), marks as integers (words, n)). Each bit of the
-          integers in column i is the mark of one candidate neighbor of particle i.
+          (for each particle the number of the grid cell in this line that is nearest to its own
+          (n,), marks as integers (words, n)). Each bit of the integers in column i is the mark of
+          one candidate neighbor of particle i.
         """
-        line = jnp.zeros(n, jnp.int32)
+        cell = jnp.zeros(n, jnp.int32)
         # offsets are along all cell vectors but the last, along which the line runs
-        for along, by, m in zip(where, offset, cells, strict=False):
-            line = line * m + jnp.mod(along + by, m)
-        length = by_cell.length[line * cells[-1] + where[-1]]
+        for a in range(d - 1):
+            cell = cell * cells[a] + jnp.mod(where[a] + offset[a], cells[a])
+        cell = cell * cells[-1] + where[-1]
+        length = by_cell.length[cell]
 
         def mark(k: jax.Array, marks: jax.Array) -> jax.Array:
             """Set a bit for the k-th candidate neighbor j of each particle i, if it is near enough.
@@ -320,7 +360,7 @@ def search(
             It is near enough below the distance l_ij + skin, where l_ij is the distance beyond
             which the pair energy is zero.
             """
-            index = place(line, k)
+            index = place(cell, k)
             apart = images(tuple(c - s[index] for c, s in zip(x, sorted_x, strict=True)))
             j = by_cell.order[index]
             near = (
@@ -332,13 +372,13 @@ def search(
             return jnp.where(jnp.arange(words)[:, None] == k // WORD, marks | bit, marks)
 
         none = jnp.zeros((words, n), jnp.uint32)
-        return line, jax.lax.fori_loop(0, jnp.minimum(longest, grid.run_capacity), mark, none)
+        return cell, jax.lax.fori_loop(0, jnp.minimum(longest, grid.run_capacity), mark, none)
 
     # neighboring lines; of one or two along a cell vector each is visited once
-    sides = [(0,) if m == 1 else (0, 1) if m == 2 else (-1, 0, 1) for m in cells[:-1]]
+    sides = [((0,), (0, 1), (-1, 0, 1))[m - 1] for m in grid.visited[:-1]]
     offsets = jnp.asarray(list(itertools.product(*sides)), jnp.int32)
-    lines, marks = jax.lax.map(search_line, offsets)
-    # row r of the result belongs to the line r // words and is its word r % words
+    near_cells, marks = jax.lax.map(search_line, offsets)
+    # row r of the marks belongs to the line r // words and is its word r % words
     marks = marks.reshape(-1, n)
     most = jnp.max(jnp.sum(jax.lax.population_count(marks), axis=0), initial=0).astype(jnp.int32)
     numbers = jnp.arange(marks.shape[0], dtype=jnp.int32)[:, None]
@@ -353,8 +393,9 @@ def search(
         word = jnp.max(jnp.where(numbers == which, marks, 0), axis=0)
         # word & -word is its lowest bit alone, whose position is the number of bits below it
         k = jax.lax.population_count((word & -word) - 1).astype(jnp.int32) + which % words * WORD
-        line = jnp.max(jnp.where(numbers[: len(lines)] == which // words, lines, 0), axis=0)
-        j = by_cell.order[place(line, k)]
+        chosen = numbers[: len(near_cells)] == which // words
+        cell = jnp.max(jnp.where(chosen, near_cells, 0), axis=0)
+        j = by_cell.order[place(cell, k)]
         rows = rows.at[r].set(jnp.where(word != 0, j, total))
         return rows, jnp.where(numbers == which, word & (word - 1), marks)  # without that bit
 

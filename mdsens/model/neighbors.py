@@ -35,7 +35,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-from mdsens._util.compilation import compiled
+from mdsens._util.compilation import SMALL, as_jax, compiled
 from mdsens._util.errors import InputError
 from mdsens._util.lattice import BALL_OF_UNIT_DIAMETER, Images, heights, inverse
 from mdsens._util.memory import require_memory
@@ -44,6 +44,7 @@ from mdsens._util.precision import full_precision
 from mdsens.model.neighbor_search import (
     FARTHEST,
     SKIN,
+    WORD,
     Grid,
     Lengths,
     fullest_run,
@@ -103,8 +104,9 @@ class Neighbors(Portable):
         particle i to its neighbor j is R_j - R_i + box @ t, with the positions R as they are
         stored, inside the cell or not. A particle's own images are among its neighbors. None where
         each pair is that of nearest images.
-      grid: the grid by which neighbors are searched, without cells for a list of all pairs; and
-        the directions in which the system is periodic.
+      cells: (d,) number of cells along each cell vector of the grid by which neighbors are
+        searched; None for a list of all pairs.
+      grid: what else determines the search; and the directions in which the system is periodic.
     """
 
     rows: jax.Array
@@ -114,6 +116,7 @@ class Neighbors(Portable):
     skin: jax.Array
     overflowed: jax.Array
     images: jax.Array | None = None
+    cells: jax.Array | None = None
     grid: Grid = dataclasses.field(default=Grid(), metadata={"static": True})
 
     @property
@@ -158,12 +161,18 @@ class Neighbors(Portable):
 
     def resized(self, capacity: int) -> Neighbors:
         """Return the neighbor list with ``capacity`` rows, at least as many as are in use."""
+        if capacity == self.rows.shape[0]:
+            return self
+        # by numpy on the host, where jax would compile a program for each capacity
+        xp: Any = jnp if isinstance(self.rows, Tracer) else np
         more = max(capacity - self.rows.shape[0], 0)
-        rows = jnp.pad(self.rows, ((0, more), (0, 0)), constant_values=self.rows.shape[1])
+        rows = xp.asarray(self.rows)[:capacity]
+        rows = xp.pad(rows, ((0, more), (0, 0)), constant_values=rows.shape[1])
         images = self.images
         if images is not None:
-            images = jnp.pad(images, ((0, more), (0, 0), (0, 0)))[:capacity]
-        return dataclasses.replace(self, rows=rows[:capacity], images=images)
+            images = xp.pad(xp.asarray(images)[:capacity], ((0, more), (0, 0), (0, 0)))
+            images = images if xp is jnp else as_jax(images)
+        return dataclasses.replace(self, rows=rows if xp is jnp else as_jax(rows), images=images)
 
 
 def no_pairs(n: int, dtype: DTypeLike = float, periodic: tuple[bool, ...] = ()) -> Neighbors:
@@ -171,7 +180,7 @@ def no_pairs(n: int, dtype: DTypeLike = float, periodic: tuple[bool, ...] = ()) 
 
     The list is complete as long as the range of the interactions is zero.
     """
-    return _complete_list(jnp.zeros((0, n), jnp.int32), dtype, periodic)
+    return _complete_list(as_jax(np.zeros((0, n), np.int32)), dtype, periodic)
 
 
 def all_pairs(n: int, dtype: DTypeLike = float, periodic: tuple[bool, ...] = ()) -> Neighbors:
@@ -181,8 +190,8 @@ def all_pairs(n: int, dtype: DTypeLike = float, periodic: tuple[bool, ...] = ())
     along all of them where it is empty.
     """
     # row k is shifted by k + 1 in a circle: no row has a particle as its own neighbor
-    rows = jnp.asarray((np.arange(n)[None] + np.arange(1, n)[:, None]) % max(n, 1), jnp.int32)
-    return _complete_list(rows, dtype, periodic)
+    rows = (np.arange(n)[None] + np.arange(1, n)[:, None]) % max(n, 1)
+    return _complete_list(as_jax(rows, np.int32), dtype, periodic)
 
 
 def _complete_list(rows: jax.Array, dtype: DTypeLike, periodic: tuple[bool, ...]) -> Neighbors:
@@ -192,8 +201,8 @@ def _complete_list(rows: jax.Array, dtype: DTypeLike, periodic: tuple[bool, ...]
         reference=None,
         reference_box=None,
         given=None,
-        skin=jnp.asarray(jnp.inf, dtype),
-        overflowed=jnp.zeros((), bool),
+        skin=as_jax(np.inf, dtype),
+        overflowed=as_jax(False),
         grid=Grid(periodic=periodic),
     )
 
@@ -201,6 +210,7 @@ def _complete_list(rows: jax.Array, dtype: DTypeLike, periodic: tuple[bool, ...]
 def _skin(
     range_: float | jax.Array,
     lattice: jax.Array | np.ndarray,
+    cells: jax.Array | np.ndarray,
     grid: Grid,
     share: ArrayLike | None = None,
 ) -> jax.Array:
@@ -212,13 +222,14 @@ def _skin(
     Args:
       range_: the largest distance at which two particles interact.
       lattice: (d, d) the cell, see ``_lattice``.
-      grid: the grid, and the images that are searched.
+      cells: (d,) number of grid cells along each cell vector.
+      grid: the images that are searched, and the requested skin.
       share: the requested skin, as a fraction of the range; None for that of the grid.
     """
     xp: Any = lattice.__array_namespace__()
     cell: Any = search_cell(lattice, grid.reach)  # type: ignore[type-var] - of either kind
     # along a vector with one or two grid cells all are searched: its whole height bounds the skin
-    sides = heights(cell) / np.asarray([m if m > 2 else 1 for m in grid.cells], lattice.dtype)
+    sides = heights(cell) / xp.where(cells > 2, cells, 1).astype(lattice.dtype)
     # A side that was divided so as to be the range may come out smaller than it by round-off.
     above = 1.0 + 8.0 * float(np.finfo(lattice.dtype).eps)
     wanted = (grid.skin if share is None else share) * range_
@@ -392,8 +403,9 @@ def update(
 
     def rebuild(old: Neighbors) -> Neighbors:
         capacity = old.rows.shape[0]
-        skin_now = _skin(range_, lattice, grid, skin)
-        found = search(positions, lattice, lengths, skin_now, grid, capacity)
+        assert old.cells is not None  # only a list of all pairs has none, and it is complete
+        skin_now = _skin(range_, lattice, old.cells, grid, skin)
+        found = search(positions, lattice, lengths, skin_now, old.cells, grid, capacity)
         lost = (found.most > capacity) | (found.longest > grid.run_capacity) | found.far
         lost = lost | (skin_now < 0) | too_small
         return dataclasses.replace(
@@ -483,19 +495,20 @@ def allocate(
         return all_pairs(n, dtype, along)
     lattice = lattice_of(positions, box, range_, along)
     sides = np.asarray(lattice)
-    grid = dataclasses.replace(grid, cells=_cells(heights(sides), reach, n))
+    cells = _cells(heights(sides), reach, n)
     # a cell hardly larger than twice the range leaves a skin of under 2 % of the range
-    if small or not float(_skin(range_, sides, grid)) > 0.02 * range_:
+    if small or not float(_skin(range_, sides, np.asarray(cells), grid)) > 0.02 * range_:
         grid = dataclasses.replace(grid, reach=_images_within(heights(sides), reach, along))
         _check_images(positions, sides, grid, reach)
-        grid = dataclasses.replace(
-            grid, cells=_cells(heights(search_cell(sides, grid.reach)), reach, n)
-        )
-    return fitted(positions, lattice, lengths, range_, grid, room, like)
+        cells = _cells(heights(search_cell(sides, grid.reach)), reach, n)
+    grid = grid.fitting(cells, n)
+    return fitted(positions, lattice, lengths, range_, cells, grid, room, like)
 
 
-def common_grid(n: int, lattices: list[jax.Array], ranges: list[float], like: Grid) -> Grid:
-    """Return a grid for the neighbor search of several systems of n particles each.
+def common_grid(
+    n: int, lattices: list[jax.Array], ranges: list[float], like: Grid
+) -> tuple[Grid, tuple[int, ...]]:
+    """Return a grid for the neighbor search of several systems of n particles each, and its cells.
 
     It is the coarsest, whose grid cells are wide enough for each system, and has as many images as
     any of them needs. This function cannot run in compiled code.
@@ -520,7 +533,8 @@ def common_grid(n: int, lattices: list[jax.Array], ranges: list[float], like: Gr
         _cells(heights(search_cell(s, grid.reach)), r, n)
         for s, r in zip(sides, reaches, strict=True)
     ]
-    return dataclasses.replace(grid, cells=tuple(int(m) for m in np.min(cells, axis=0)))
+    common = tuple(int(m) for m in np.min(cells, axis=0))
+    return grid.fitting(common, n), common
 
 
 def _check_range(range_: float, box: jax.Array | None) -> None:
@@ -619,6 +633,7 @@ def fitted(
     lattice: jax.Array,
     lengths: Lengths,
     range_: float,
+    cells: tuple[int, ...],
     grid: Grid,
     room: float = 1.25,
     like: Neighbors | None = None,
@@ -630,32 +645,33 @@ def fitted(
     Args:
       positions, lengths, range_, room: as in :func:`allocate`.
       lattice: (d, d) the cell; its open sides are those of a cell that encloses the system.
-      grid: the grid; its run capacity is that of the result at least.
+      cells: number of grid cells along each cell vector.
+      grid: the grid for these cells; its run capacity is that of the result at least.
       like: an earlier list or None; the new list gets at least the capacity of the earlier one.
     """
     n, d = positions.shape
     sides = np.asarray(lattice)
-    skin = jnp.asarray(_skin(range_, sides, grid), positions.dtype)
+    skin = as_jax(_skin(range_, sides, np.asarray(cells), grid), positions.dtype)
     everyone = with_images(np.asarray(positions), sides, grid)
-    fullest = fullest_run(everyone, search_cell(sides, grid.reach), grid.cells)
-    run_capacity = max(min(_eights(room * fullest), len(everyone)), grid.run_capacity)
-    if like is not None and dataclasses.replace(like.grid, run_capacity=grid.run_capacity) == grid:
-        run_capacity = max(run_capacity, like.grid.run_capacity)
-    grid = dataclasses.replace(grid, run_capacity=run_capacity)
+    fullest = fullest_run(everyone, search_cell(sides, grid.reach), cells)
+    grid = dataclasses.replace(
+        grid, run_capacity=max(grid.run_of(room * fullest), grid.run_capacity)
+    )
+    grid = _at_least(grid, like)
+    counts = as_jax(cells, np.int32)
     # first guess of the rows: neighbors at the mean density, and three standard deviations more
     ball = BALL_OF_UNIT_DIAMETER[d] * (2.0 * (range_ + float(skin))) ** d
     share = ball / abs(float(np.linalg.det(sides)))
     mean = n * (share if grid.reach else min(1.0, share))
     guess = _eights(mean + 3.0 * math.sqrt(mean))
     while True:
-        found = search(positions, lattice, lengths, skin, grid, guess)
+        found = search(positions, lattice, lengths, skin, counts, grid, guess)
         most = int(found.most)
         longest = int(found.longest)
         # A particle on the border of two grid cells, as in a crystal, may be counted in the one
         # here and searched in the other there: numpy and compiled code round differently.
         if longest > grid.run_capacity:
-            run_capacity = min(_eights(room * longest), len(everyone))
-            grid = dataclasses.replace(grid, run_capacity=run_capacity)
+            grid = dataclasses.replace(grid, run_capacity=grid.run_of(room * longest))
         elif most <= guess:
             break
         else:
@@ -672,11 +688,27 @@ def fitted(
         reference_box=lattice,
         given=tuple(jax.tree.leaves(lengths)),
         skin=skin,
-        overflowed=jnp.zeros((), bool),
+        overflowed=as_jax(False),
         images=found.images,
+        cells=counts,
         grid=grid,
     )
     return neighbors.resized(capacity)
+
+
+def _at_least(grid: Grid, like: Neighbors | None) -> Grid:
+    """Return a grid with at least the capacities of an earlier list, if it is alike otherwise."""
+    if like is None:
+        return grid
+    larger = dataclasses.replace(
+        grid,
+        cell_capacity=max(grid.cell_capacity, like.grid.cell_capacity),
+        run_capacity=max(grid.run_capacity, like.grid.run_capacity),
+    )
+    alike = dataclasses.replace(
+        like.grid, cell_capacity=larger.cell_capacity, run_capacity=larger.run_capacity
+    )
+    return larger if alike == larger else grid
 
 
 def lattice_of(
@@ -706,14 +738,19 @@ def lattice_of(
 
 
 def _eights(count: float) -> int:
-    """Round ``count`` up to a multiple of 8, so that similar systems can use one compiled code."""
-    return 8 * math.ceil(count / 8)
+    """Round a number of rows up, so that similar systems can use one compiled code.
+
+    Up to 128 the result is a multiple of 8, and beyond it is at most an eighth too large.
+    """
+    step = max(8, 2 ** (math.floor(math.log2(max(count, 1.0))) - 3))
+    return step * math.ceil(count / step)
 
 
 def filled_rows(listed: Neighbors) -> Neighbors:
-    """Remove unused rows at the end of a neighbor list, down to a multiple of 4 rows.
+    """Remove unused rows at the end of a neighbor list, down to a multiple of 8 rows.
 
-    The multiple of 4 limits the number of shapes for which functions are compiled. A list that jax
+    The multiple of 8 limits the number of shapes for which functions are compiled; in a large list,
+    where the rows count for more than the compilation, it is a multiple of 4. A list that jax
     traces is returned unchanged.
     """
     if isinstance(listed.rows, Tracer):
@@ -722,7 +759,12 @@ def filled_rows(listed: Neighbors) -> Neighbors:
     # over the particles, and over the systems of a batch, which need one number of rows
     filled = np.any(rows < rows.shape[-1], axis=(*range(rows.ndim - 2), -1))
     used = int(np.max(np.flatnonzero(filled), initial=-1)) + 1
-    fewer = 4 * math.ceil(used / 4)
+    step = 8 if rows.size <= SMALL else 4
+    fewer = step * math.ceil(used / step)
+    if listed.grid.visited:
+        # such a list is read, not searched again: the capacity of the search is no difference
+        grid = dataclasses.replace(listed.grid, run_capacity=WORD)
+        listed = dataclasses.replace(listed, grid=grid)
     if fewer >= rows.shape[-2]:
         return listed
     images = listed.images

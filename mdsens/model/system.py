@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from mdsens._util.compilation import compiled
+from mdsens._util.compilation import as_jax, compiled
 from mdsens._util.environment import require_sound_jax
 from mdsens._util.errors import InputError
 from mdsens._util.lattice import (
@@ -47,6 +47,7 @@ __all__ = [
     "crossing_terms",
     "diameters_at",
     "displacement_in",
+    "energy_number",
     "energy_of",
     "images_of",
     "listed",
@@ -229,7 +230,7 @@ class System(Portable, Shown):
             numbers = _checked_species(species, n)
             count = _species_count(numbers, potential_params)
             _check_first_species(numbers, potential_params)
-            kinds = jnp.asarray(numbers, jnp.int32)
+            kinds = as_jax(numbers, np.int32)
         check_params(potential, potential_params, n, count)
         along = periodic_axes(periodic, box, dimension)
         rule = box_rule(box, dimension, coordinates.dtype, along)
@@ -296,11 +297,7 @@ class System(Portable, Shown):
 
         For a wire it is the length of its period. It is inf for open boundaries.
         """
-        box = self.box
-        if box is None:
-            return jnp.asarray(jnp.inf)
-        # Open sides have length one. abs(), since the cell vectors may be left-handed.
-        return jnp.abs(jnp.linalg.det(box))
+        return _periodic_volume(self)
 
     @property
     def has_volume(self) -> bool:
@@ -361,11 +358,12 @@ class System(Portable, Shown):
             list at least the capacity of the present one.
         """
         old = self.neighbors
-        box = self.box
-        lengths = pair_lengths(self)
-        range_ = self.range
-        if keep and bool(neighbors.serves(old, self.positions, box, lengths, range_)):
-            return self
+        if keep:
+            (box, lengths, range_), serves = _search_inputs_and_completeness(self)
+            if bool(serves):
+                return self
+        else:
+            box, lengths, range_ = _search_inputs(self.replace(neighbors=None))
         # of the old capacities, so that code compiled for them can be used again
         like = old if keep else None
         fitting = neighbors.allocate(
@@ -622,6 +620,25 @@ def pair_lengths(system: System) -> PairLengths:
     return PairLengths(system.potential, params, species, system.n, 0)
 
 
+@compiled
+def _search_inputs(system: System) -> tuple[jax.Array | None, PairLengths, jax.Array]:
+    """Return what a search of neighbors needs: the cell, the function (i, j) -> l_ij, the range."""
+    return system.box, pair_lengths(system), system.range
+
+
+@compiled
+def _search_inputs_and_completeness(
+    system: System,
+) -> tuple[tuple[jax.Array | None, PairLengths, jax.Array], jax.Array]:
+    """Return what a search of neighbors needs, and whether the present list is still complete.
+
+    Both are in one function, so that one program is compiled for them.
+    """
+    inputs = _search_inputs(system)
+    box, lengths, range_ = inputs
+    return inputs, neighbors.serves(system.neighbors, system.positions, box, lengths, range_)
+
+
 def listed(
     system: System, positions: jax.Array | None = None, **how: Any
 ) -> tuple[Neighbors, jax.Array]:
@@ -727,6 +744,7 @@ def _species_count(kinds: np.ndarray, params: Params) -> int:
     return min(longer) if longer else least
 
 
+@compiled
 def diameters_at(system: System, params: Params) -> jax.Array | None:
     """Return the diameter of each particle, (n,), which is the parameter ``sigma`` in ``params``.
 
@@ -744,6 +762,16 @@ def diameters_at(system: System, params: Params) -> jax.Array | None:
     if system.species is not None and sigma.shape[0] == system.species_count:
         return sigma[system.species]
     return sigma if sigma.shape[0] == system.n else None
+
+
+@compiled
+def _periodic_volume(system: System) -> jax.Array:
+    """Compute the volume that the periodic cell vectors span; inf for open boundaries."""
+    box = system.box
+    if box is None:
+        return jnp.asarray(jnp.inf)
+    # Open sides have length one. abs(), since the cell vectors may be left-handed.
+    return jnp.abs(jnp.linalg.det(box))
 
 
 @compiled
@@ -896,6 +924,19 @@ def potential_energy(
     return of_terms + neighbor_energy(system, positions, params, box, strain)
 
 
+@compiled
+def _potential_energy(system: System) -> jax.Array:
+    return potential_energy(system)
+
+
+def energy_number(system: System) -> float:
+    """Return the potential energy of a system as a number, by one compiled program.
+
+    The function does not work inside ``jax.jit``.
+    """
+    return float(_potential_energy(system))
+
+
 def energy_of(
     system: System,
     terms: Iterable[PairTerm],
@@ -944,7 +985,7 @@ def neighbor_energy(
 def _check_coincident(system: System) -> None:
     """Raise InputError if two interacting particles are at the same point."""
     for r, i, j in _nearest_pairs(system):
-        if r == 0.0:
+        if float(r) == 0.0:
             raise InputError(
                 f"positions[{i}] and positions[{j}] are the same point"
                 f"{'' if system.box is None else ', up to cell vectors'}: move one of them."

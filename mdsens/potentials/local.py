@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdsens._util.compilation import compiled
 from mdsens._util.errors import InputError
 from mdsens._util.lattice import Components
 from mdsens._util.portable import Portable
@@ -256,12 +257,18 @@ class NeighborPotential(Portable, NamedPotential):
                 check_finite(label, np.asarray(leaf, float), above)
             if axes:
                 _check_shape(name, np.shape(params[name]), axes, species_count)
-        reach = np.asarray(self.range(params), float)
+        reach = np.asarray(_range(self, dict(params)), float)
         if not (np.isfinite(reach) and reach > 0):
             raise InputError(
                 f"the cutoff of {self.name} is {float(reach):g} at these parameters: give a cutoff"
                 " or parameters that make it a positive length."
             )
+
+
+@compiled
+def _range(potential: LocalPotential, params: Params) -> jax.Array:
+    """Return the largest distance at which two atoms interact, by one compiled program."""
+    return potential.range(params)
 
 
 def _check_shape(name: str, shape: tuple[int, ...], axes: int, species_count: int) -> None:

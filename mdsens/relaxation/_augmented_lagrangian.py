@@ -51,7 +51,7 @@ from mdsens.mechanics.units import (
     step_off_saddle,
 )
 from mdsens.mechanics.unknowns import Unknowns, flat, unflat
-from mdsens.model.system import System, potential_energy
+from mdsens.model.system import System, energy_number, potential_energy
 from mdsens.relaxation.equilibrium import Equilibrium
 from mdsens.relaxation.newton import ENERGY_ROUND_OFF
 from mdsens.relaxation.options import Options
@@ -492,7 +492,7 @@ class _Relaxation:
         self.balance_forces()
         self.force = self.relax()
         while leave_saddles and self.force <= max(self.tolerance, self.round_off):
-            energy = float(potential_energy(self.system))
+            energy = energy_number(self.system)
             here = self.system
             if not self.leave_saddle(self.force):
                 break
@@ -745,7 +745,7 @@ def relax_constrained(system: System, options: Options, bar: Decades) -> tuple[E
         tolerance=run.tolerance,
         force_floor=run.round_off,
         saddles=saddles,
-        descent=highest - float(potential_energy(relaxed)) if saddles else 0.0,
+        descent=highest - energy_number(relaxed) if saddles else 0.0,
         examined=options.leave_saddles,
         multipliers=multipliers_at(relaxed, unknowns, own_params(relaxed)),
     )

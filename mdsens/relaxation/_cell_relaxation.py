@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdsens._util.compilation import compiled
+from mdsens._util.compilation import as_jax, compiled
 from mdsens._util.lattice import heights
 from mdsens._util.progress import Decades
 from mdsens.mechanics.cell import Cell, deformed
@@ -24,7 +24,7 @@ from mdsens.mechanics.rigidity import analyze_rigidity
 from mdsens.mechanics.status import Status
 from mdsens.mechanics.units import natural_units
 from mdsens.model.box import FixedBox
-from mdsens.model.system import System, potential_energy
+from mdsens.model.system import System, energy_number
 from mdsens.relaxation._driver import relax_in_fixed_cell
 from mdsens.relaxation.cell_conditions import RelaxedCell, at_start, periodic_axes, strains_of
 from mdsens.relaxation.equilibrium import Equilibrium
@@ -46,11 +46,6 @@ ENERGY_ROUND_OFF = 1e-12
 # Part of the volume at the start below which a cell counts as too small, if a particle then meets
 # its own images.
 SMALLEST = 0.125
-
-
-@compiled
-def _energy(system: System) -> jax.Array:
-    return potential_energy(system)
 
 
 def relax_with_cell(
@@ -78,9 +73,9 @@ def relax_with_cell(
         status = Status.INTERRUPTED
     eq = dataclasses.replace(
         eq,
-        status=jnp.asarray(status.value, jnp.int32),
-        steps=jnp.asarray(run.steps),
-        strains=jnp.asarray(strains, system.positions.dtype),
+        status=as_jax(status.value, np.int32),
+        steps=as_jax(run.steps),
+        strains=as_jax(strains, system.positions.dtype),
         **_fields_of(load),
     )
     volume = float(eq.system.periodic_volume)
@@ -188,15 +183,14 @@ class _Run:
           cell: the stress left and its derivatives by strain, with the response of the positions.
           unjammed: whether no contacts hold the particles of ``eq``.
         """
-        energy = float(_energy(eq.system))
+        energy = energy_number(eq.system)
         volume = float(eq.system.periodic_volume)
         round_off = ENERGY_ROUND_OFF * (abs(energy) + volume * self.traction)
         step = cell.newton()
         for _ in range(HALVINGS):
-            amplitudes = jnp.asarray(step, cell.along.dtype)
-            strain = np.asarray(self.load.strain(amplitudes, cell.along, volume), float)
-            # The non-affine part X e comes first: ``deformed`` multiplies these positions by 1 + e.
-            moved = eq.positions + jnp.tensordot(amplitudes, cell.motion, axes=1)
+            amplitudes = step.astype(cell.along.dtype)
+            strain, moved = _cell_step(self.load, cell, eq.positions, amplitudes, volume)
+            strain = np.asarray(strain, float)
             trial = self._strained(eq.system, strain, moved)
             if self.steps >= self.options.max_steps:
                 return None
@@ -218,19 +212,21 @@ class _Run:
           strain: (d, d) the strain of the cell.
           moved: (n, d) positions before the strain, from which the relaxation starts.
         """
-        strained = deformed(system, jnp.asarray(strain, moved.dtype), moved)
-        positions = strained.positions
-        box = jnp.asarray(strained.box)
+        strained = deformed(system, strain.astype(moved.dtype), moved)
+        # by numpy: jax would compile a program for each operation
+        positions = np.asarray(strained.positions)
+        box = np.asarray(strained.box)
         if self.turned:
-            back = jnp.asarray(_rotation(np.asarray(box, float) @ np.linalg.inv(self.start)).T)
-            positions = (positions @ back.T).astype(moved.dtype)
-            box = (back @ box).astype(moved.dtype)
+            back = _rotation(box.astype(float) @ np.linalg.inv(self.start)).T
+            positions = positions @ back.T
+            box = back @ box
+        positions = as_jax(positions, moved.dtype)
         # Stretched along the axes, an orthogonal cell stays one, which ``deformed`` does not know.
-        boundary = FixedBox(box, self.stretched and system.boundary.orthogonal)
+        boundary = FixedBox(as_jax(box, moved.dtype), self.stretched and system.boundary.orthogonal)
         strained = strained.replace(positions=positions, boundary=boundary)
         if _has_collapsed(strained, abs(float(np.linalg.det(self.start)))):
             return None
-        return self._relax_particles(strained.reallocate())
+        return self._relax_particles(strained.reallocate(keep=True))
 
     def _relax_particles(self, system: System) -> Equilibrium:
         """Relax the particles in a fixed cell, in the steps of the minimizer that are left."""
@@ -248,6 +244,27 @@ class _Run:
         return eq
 
 
+@compiled
+def _cell_step(
+    load: CellLoad, cell: Cell, positions: jax.Array, amplitudes: jax.Array, volume: float
+) -> tuple[jax.Array, jax.Array]:
+    """Compute the strain of a step of the cell, and the positions to be strained with it.
+
+    Args:
+      load: the load on the cell.
+      cell: the cell before the step.
+      positions: (n, d) positions before the step.
+      amplitudes: (k,) amplitudes of the strains that the cell can take.
+      volume: volume of the cell before the step.
+
+    Returns:
+      (strain (d, d), positions (n, d)). The positions have the non-affine part of their motion; the
+      affine part is left to :func:`mdsens.mechanics.cell.deformed`.
+    """
+    strain = load.strain(amplitudes, cell.along, volume)
+    return strain, positions + jnp.tensordot(amplitudes, cell.motion, axes=1)
+
+
 def _has_collapsed(system: System, volume: float) -> bool:
     """Return whether a cell is much smaller than at the start, and smaller than twice the range.
 
@@ -258,9 +275,10 @@ def _has_collapsed(system: System, volume: float) -> bool:
       system: the system in its present cell.
       volume: volume of the cell at the start.
     """
-    smallest = float(np.min(heights(np.asarray(system.box))))
-    needs_images = 2.0 * float(system.range) > smallest
-    return needs_images and float(system.periodic_volume) < SMALLEST * volume
+    box = np.asarray(system.box)
+    if abs(float(np.linalg.det(box))) >= SMALLEST * volume:
+        return False
+    return 2.0 * float(system.range) > float(np.min(heights(box)))
 
 
 def _rotation(deformation: np.ndarray) -> np.ndarray:
@@ -290,7 +308,7 @@ def _is_kept(trial: Equilibrium, limit: float, needs_contacts: bool) -> bool:
         return False
     if needs_contacts and _all_rattlers(trial):
         return False
-    return float(_energy(trial.system)) <= limit  # False for an energy of NaN
+    return energy_number(trial.system) <= limit  # False for an energy of NaN
 
 
 def _stress_and_goal(eq: Equilibrium, cell: Cell) -> tuple[float, float]:

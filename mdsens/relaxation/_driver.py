@@ -13,10 +13,9 @@ from threading import Event
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from mdsens._util.compilation import compiled
+from mdsens._util.compilation import as_jax, compiled
 from mdsens._util.progress import Decades
 from mdsens._util.pytree import PyTree
 from mdsens.mechanics.hessian import assembles, largest_force, max_force
@@ -33,7 +32,7 @@ from mdsens.mechanics.units import (
     step_off_saddle,
 )
 from mdsens.model.neighbors import Neighbors
-from mdsens.model.system import System, potential_energy
+from mdsens.model.system import System, energy_number
 from mdsens.potentials.base import Potential
 from mdsens.relaxation.equilibrium import Equilibrium
 from mdsens.relaxation.fire_loop import advance, at_rest, forces_at, status_of
@@ -311,15 +310,15 @@ class RelaxationState:
         overflowed = relaxed.neighbors.overflowed
         code = status_of(self.largest, self.goal, self.floor, self.scale.idle, overflowed)
         if self.unstable:
-            code = jnp.asarray(Status.INDEFINITE.value, jnp.int32)
+            code = as_jax(Status.INDEFINITE.value, np.int32)
         if self.interrupted:
-            code = jnp.asarray(Status.INTERRUPTED.value, jnp.int32)
-        descent = self.highest - float(potential_energy(relaxed)) if self.saddles else 0.0
+            code = as_jax(Status.INTERRUPTED.value, np.int32)
+        descent = self.highest - energy_number(relaxed) if self.saddles else 0.0
         return Equilibrium(
             system=relaxed,
             status=code,
-            max_force=jnp.asarray(self.largest),
-            steps=jnp.asarray(self.steps),
+            max_force=as_jax(self.largest, relaxed.positions.dtype),
+            steps=as_jax(self.steps),
             wall_time=0.0,
             tolerance=self.goal,
             force_floor=float(self.scale.floor),
@@ -564,10 +563,12 @@ class RelaxationState:
         needed = 5.0 * self.tested / -stiffness
         length = float(self.length)
         step = step_off_saddle(mode, length, min(needed, LONGEST * length))
-        self.left = float(potential_energy(whole))
+        self.left = energy_number(whole)
         self.highest = self.highest if self.saddles else self.left
         self.saddles += 1
-        positions = self.system.positions + step + aside * abs(step).max()
+        # added by numpy: jax would compile it
+        moved = np.asarray(self.system.positions) + step + aside * abs(step).max()
+        positions = as_jax(moved, self.system.positions.dtype)
         self.system = self.system.replace(positions=positions).reallocate(keep=True)
         self.largest = np.inf
         self.state = None
@@ -582,7 +583,7 @@ class RelaxationState:
         that it is not known whether there is a mode of negative stiffness. Otherwise there is one,
         along which no step leads down.
         """
-        energy = float(potential_energy(self.system.replace(potential=self.potential)))
+        energy = energy_number(self.system.replace(potential=self.potential))
         eps = np.finfo(self.system.positions.dtype).eps
         fell = energy < self.left - ENERGY_ROUND_OFF * eps * abs(self.left)
         self.saddles -= not fell

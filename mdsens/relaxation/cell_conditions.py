@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
+from mdsens._util.compilation import as_jax
 from mdsens._util.errors import InputError
 from mdsens._util.validation import real_array, real_number, short
 from mdsens.mechanics.cell import deformed, fixed_cell
@@ -105,7 +106,7 @@ class AtPressure:
 
     def load(self, system: System) -> PressureLoad:
         """Return the pressure on the cell of a system, in the precision of its positions."""
-        return PressureLoad(jnp.asarray(self.pressure, system.positions.dtype))
+        return PressureLoad(as_jax(self.pressure, system.positions.dtype))
 
 
 @dataclasses.dataclass(frozen=True)

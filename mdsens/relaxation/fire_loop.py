@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
-from mdsens._util.compilation import compiled
+from mdsens._util.compilation import as_jax, compiled
 from mdsens._util.outcome import is_good
 from mdsens._util.pytree import PyTree
 from mdsens.mechanics.forces import energy_gradient
@@ -233,7 +234,6 @@ def forces_at(system: System, method: Minimizer, limits: Limits) -> jax.Array:
     return forces(system.positions)
 
 
-@compiled
 def status_of(
     largest: float | np.ndarray | jax.Array,
     goal: float | np.ndarray | jax.Array,
@@ -254,10 +254,17 @@ def status_of(
       overflowed: whether the neighbor list lost pairs.
     """
     # A later line takes precedence over an earlier one.
-    code = jnp.where(
+    arguments = (largest, goal, floor, idle, overflowed)
+    # by numpy on the host: jax would compile a program for each line
+    traced = any(isinstance(argument, Tracer) for argument in arguments)
+    xp: Any = jnp if traced else np
+    if not traced:
+        largest, goal, floor, idle, overflowed = map(np.asarray, arguments)
+    code = xp.where(
         largest <= floor, Status.ROUND_OFF_LIMITED.value, Status.MAX_STEPS_REACHED.value
     )
-    code = jnp.where(largest <= goal, Status.CONVERGED.value, code)
-    code = jnp.where(idle & is_good(code), Status.NO_CONTACTS.value, code)
-    code = jnp.where(jnp.isfinite(largest), code, Status.NOT_FINITE.value)
-    return jnp.where(overflowed, Status.NEIGHBORS_OVERFLOWED.value, code).astype(jnp.int32)
+    code = xp.where(largest <= goal, Status.CONVERGED.value, code)
+    code = xp.where(idle & is_good(code), Status.NO_CONTACTS.value, code)
+    code = xp.where(xp.isfinite(largest), code, Status.NOT_FINITE.value)
+    code = xp.where(overflowed, Status.NEIGHBORS_OVERFLOWED.value, code).astype(np.int32)
+    return code if traced else as_jax(code)

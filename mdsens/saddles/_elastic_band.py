@@ -117,14 +117,16 @@ def climbing_image_band(
     steps = 0
     while True:
         # new neighbor lists at the present positions; _advance stops where they may lose a pair
-        batch = stack([start.replace(positions=R).reallocate() for R in band.fire.positions(state)])
+        batch = stack(
+            [start.replace(positions=R).reallocate(keep=True) for R in band.fire.positions(state)]
+        )
         state, taken, largest, top, tangent = _advance(
             batch, state, ends, end_energies, target, band.max_steps - steps, band, limits
         )
         steps += int(taken)
         if steps >= band.max_steps or not float(largest) > float(target):
             break
-    image = start.replace(positions=band.fire.positions(state)[int(top)]).reallocate()
+    image = start.replace(positions=band.fire.positions(state)[int(top)]).reallocate(keep=True)
     return image, tangent
 
 

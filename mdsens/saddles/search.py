@@ -276,7 +276,7 @@ def _check_other_side(
     if not isinstance(band, ElasticBand):
         raise InputError(f"`band` is {short(band)}: give ElasticBand() of ms.saddles.")
     # box and parameters are those of ``start``; only the positions of the other side are taken
-    return system.replace(positions=other.positions).reallocate()
+    return system.replace(positions=other.positions).reallocate(keep=True)
 
 
 def _check_direction(direction: ArrayLike | None, system: System) -> jax.Array:

@@ -48,6 +48,7 @@ __all__ = [
     "aside",
     "status_of_finite",
     "norms",
+    "unknowns_aside",
     "strain_is_silent",
     "solve_derivative",
     "solve_derivative_batch",
@@ -352,6 +353,13 @@ def aside(lin: Linearization) -> Linearization:
     return dataclasses.replace(lin, system=system.replace(positions=moved))
 
 
+@compiled
+def unknowns_aside(lin: Linearization) -> Unknowns:
+    """Return the unknowns with positions slightly beside the minimum, see :func:`aside`."""
+    return aside(lin).unknowns
+
+
+@compiled(static_argnames="dtype")
 def without_round_off(
     stats: SolveStats, size: jax.Array, beside: jax.Array, dtype: DTypeLike
 ) -> SolveStats:
@@ -399,13 +407,21 @@ def _without_dropped_round_off(
     """
     if rule is not JVP or not dropped_any(derivative.stats.status):
         return derivative
+    assert isinstance(argument, Mapping)
+    stats = _stats_without_round_off(core, argument, derivative.stats, rule, many)
+    return dataclasses.replace(derivative, stats=stats)
+
+
+@compiled(static_argnames=("rule", "many"))
+def _stats_without_round_off(
+    core: Linearization, argument: Params, stats: SolveStats, rule: DerivativeRule, many: bool
+) -> SolveStats:
+    """Remove the warning of a dropped part from statistics: `_without_dropped_round_off`."""
     here = _right_hand_side_norms(core, argument, rule, many)
     # In a cell of one atom nothing changes beside the minimum: the terms cancel everywhere.
-    assert isinstance(argument, Mapping)
     here = jnp.where(here <= _round_off_of_change(core, argument, many), 0.0, here)
     beside = _right_hand_side_norms(aside(core), argument, rule, many)
-    stats = without_round_off(derivative.stats, here, beside, core.system.positions.dtype)
-    return dataclasses.replace(derivative, stats=stats)
+    return without_round_off(stats, here, beside, core.system.positions.dtype)
 
 
 @compiled(static_argnames="many")
@@ -448,6 +464,7 @@ def _right_hand_side_norms(
     return norms(sides, many or lin.system.batch is not None)
 
 
+@compiled(static_argnames="many")
 def norms(sides: Unknowns, many: bool) -> jax.Array:
     """Compute the Euclidean norm of the right-hand side of a linear solve.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from types import FunctionType
 from typing import Any, TypeVar
 
 import jax
@@ -13,13 +14,14 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from mdsens._util.batching import concatenate_trees, in_chunks, stack_trees, unstack_tree
+from mdsens._util.compilation import as_jax, compiled
 from mdsens._util.errors import InputError, raise_for_status
 from mdsens._util.memory import require_memory
 from mdsens._util.pytree import PyTree, count_numbers, is_leaf, matching, split_last_axis
 from mdsens._util.user_functions import Traceable
 from mdsens._util.validation import is_integer, real_array, short
 from mdsens.implicit.linear import Auto, Method, check_method
-from mdsens.implicit.linear.result import dropped_any
+from mdsens.implicit.linear.result import SolveStats, dropped_any
 from mdsens.mechanics import lagrangian
 from mdsens.mechanics.load import differentiated
 from mdsens.mechanics.not_finite import where_not_finite
@@ -32,11 +34,11 @@ from mdsens.sensitivity.derivative_solve import (
     JVP,
     VJP,
     DerivativeRule,
-    aside,
     norms,
     solve_derivative,
     solve_derivative_batch,
     status_of_finite,
+    unknowns_aside,
     without_round_off,
 )
 from mdsens.sensitivity.linearization import (
@@ -583,35 +585,69 @@ def value_and_gradient(
 
     The arguments and the derivative are those of ``gradient``.
     """
-    of_system = observed(observable)
+    observed(observable)  # checks it
     lin = linearized(eq, solve)
     # The observable sees all contacts; the backbone ``lin.system`` is without those of rattlers.
-    system = lin.equilibrium.system
+    whole = lin.equilibrium.system
+    partials = _partial_derivatives
+    core = lin
+    if _is_of_mdsens(observable):
+        partials = _compiled_partial_derivatives
+        core = lin.traced(tuple(lin.system.params))
+
+    def beside() -> Unknowns:
+        return partials(core, whole, observable, unknowns_aside(lin.traced(())))[1]
+
+    value, cotangents, direct = partials(core, whole, observable, lin.unknowns)
+    require_sound(lin, eq, throw)
+    return value, total_derivative(lin, value, cotangents, direct, throw, beside)
+
+
+def _partial_derivatives(
+    lin: Linearization,
+    system: System,
+    observable: Callable[[System], Any],
+    unknowns: Unknowns,
+) -> tuple[jax.Array, Unknowns, Params]:
+    """Compute an observable, and differentiate each of its numbers by unknowns and parameters.
+
+    Args:
+      lin: the linearization of the minimum.
+      system: the minimum with all its contacts.
+      observable: function of a System.
+      unknowns: the positions and other unknowns at which it is differentiated.
+
+    Returns:
+      (value, derivatives by the unknowns, derivatives by the parameters at constant unknowns); the
+      derivatives have a leading axis over the numbers of the observable.
+    """
+    of_system = observed(observable)
 
     def observe(x: Unknowns, params: Params) -> jax.Array:
         return of_system(lin.moved(system, x, params))
 
-    value, pull = jax.vjp(observe, lin.unknowns, lin.params)
+    value, pull = jax.vjp(observe, unknowns, lin.params)
     rows = unit_cotangents(lin, value)
-    require_sound(lin, eq, throw)
+    # vmap of a bare ``pull`` would have jax print the whole vjp to name it
+    cotangents, direct = jax.vmap(lambda w: pull(w))(rows)
+    # an observable does not depend on the multipliers
+    return value, dataclasses.replace(cotangents, multipliers=None), direct
 
-    def partial_derivatives(pull: Callable[..., Any]) -> tuple[Unknowns, Params]:
-        """Differentiate each number of the observable by the unknowns and by the parameters.
 
-        Args:
-          pull: function that maps a weight of each number of the observable to the derivative of
-            the weighted sum.
-        """
-        # vmap of a bare ``pull`` would have jax print the whole vjp to name it
-        cotangents, direct = jax.vmap(lambda w: pull(w))(rows)
-        # an observable does not depend on the multipliers
-        return dataclasses.replace(cotangents, multipliers=None), direct
+_compiled_partial_derivatives = compiled(_partial_derivatives, static_argnames="observable")
 
-    def beside() -> Unknowns:
-        return partial_derivatives(jax.vjp(observe, aside(lin).unknowns, lin.params)[1])[0]
 
-    cotangents, direct = partial_derivatives(pull)
-    return value, total_derivative(lin, value, cotangents, direct, throw, beside)
+def _is_of_mdsens(observable: Callable[[System], Any]) -> bool:
+    """Return whether an observable is a function of mdsens, which depends on its argument alone.
+
+    It can be compiled once, together with its derivatives. A function of the user may depend on
+    variables that change between two calls.
+    """
+    return (
+        isinstance(observable, FunctionType)
+        and (observable.__module__ or "").startswith("mdsens.")
+        and "<locals>" not in observable.__qualname__
+    )
 
 
 def observed(observable: Callable[[System], ArrayLike]) -> Callable[[System], jax.Array]:
@@ -628,7 +664,8 @@ def observed(observable: Callable[[System], ArrayLike]) -> Callable[[System], ja
 def numbers(value: object) -> jax.Array:
     """Check the value that a user's observable returns, and convert it to an array."""
     try:
-        array = jnp.asarray(value)
+        # an array of jax as it is: jax would compile its conversion
+        array = value if isinstance(value, jax.Array) else jnp.asarray(value)
     except Exception as error:  # a dict, a text, rows of different lengths
         raise InputError(
             f"the observable returns {short(value)}: return a number or an array."
@@ -656,7 +693,7 @@ def unit_cotangents(lin: Linearization, value: jax.Array) -> jax.Array:
         f"gradient of {value.size:,} observables",
         "ask for fewer observables at once.",
     )
-    return jnp.eye(value.size, dtype=value.dtype).reshape(value.size, *value.shape)
+    return as_jax(np.eye(value.size, dtype=value.dtype).reshape(value.size, *value.shape))
 
 
 def total_derivative(
@@ -698,23 +735,12 @@ def total_derivative(
         )
 
     flat = _in_chunks(lambda w: solve_derivative(VJP, lin, w, many=True), rows, count, width)
-    total = jax.tree.map(
-        lambda moved, at_rest: (moved + at_rest).reshape(*value.shape, *at_rest.shape[1:]),
-        flat.value,
-        direct,
-    )
-    # for each number of the observable, over all components of a parameter
-    finite = [
-        jnp.all(jnp.isfinite(t), axis=tuple(range(value.ndim, t.ndim)))
-        for t in jax.tree.leaves(total)
-    ]
     stats = flat.stats
     if dropped_any(stats.status):
         size = norms(cotangents, many=True)
         size_beside = norms(beside(), many=True)
         stats = without_round_off(stats, size, size_beside, lin.system.positions.dtype)
-    stats = jax.tree.map(lambda leaf: leaf.reshape(value.shape), stats)
-    stats = status_of_finite(stats, jnp.all(jnp.stack(finite), axis=0))
+    total, stats = _total_of_parts(flat.value, direct, stats, value.shape)
     result = ParameterGradient(
         value=total,
         stats=stats,
@@ -723,3 +749,29 @@ def total_derivative(
         wrt=differentiated(lin.system, lin.params),
     )
     return _raise_unless_good(result, throw, "gradient", lin.system)
+
+
+@compiled(static_argnames=("shape",))
+def _total_of_parts(
+    moved: Params, direct: Params, stats: SolveStats, shape: tuple[int, ...]
+) -> tuple[Params, SolveStats]:
+    """Add the two parts of the derivative of an observable, and give it the observable's shape.
+
+    Args:
+      moved: part of the derivative due to the motion of the minimum, by name of the parameter, with
+        a leading axis over the N numbers of the observable.
+      direct: the part at constant positions, likewise.
+      stats: statistics of the N linear solves.
+      shape: shape of the observable.
+
+    Returns:
+      (derivatives, arrays of the shape of the observable followed by that of the parameter; the
+      statistics, of the shape of the observable, NOT_FINITE where a derivative is not finite).
+    """
+    total = jax.tree.map(lambda a, b: (a + b).reshape(*shape, *b.shape[1:]), moved, direct)
+    finite = [
+        jnp.all(jnp.isfinite(t), axis=tuple(range(len(shape), t.ndim)))
+        for t in jax.tree.leaves(total)
+    ]
+    stats = jax.tree.map(lambda leaf: leaf.reshape(shape), stats)
+    return total, status_of_finite(stats, jnp.all(jnp.stack(finite), axis=0))

@@ -182,7 +182,9 @@ class Linearization(Portable, Named):
     def traced(self, differentiated: Sequence[str]) -> Linearization:
         """Return the linearization for compiled code, without the factor of the Hessian.
 
-        The potential is in its cheapest form for the derivatives.
+        The potential is in its cheapest form for the derivatives. The system of the equilibrium has
+        no neighbor list: derivatives are those of the backbone, and with the capacity of another
+        list jax would compile them again.
 
         Args:
           differentiated: names of the parameters that derivatives are to be taken by.
@@ -192,8 +194,12 @@ class Linearization(Portable, Named):
         potential = self.system.potential.specialize(self.system.params, names)
         # The factor is a static field, by which jax looks up compiled code: with it, derivatives
         # would be compiled anew for each minimum.
+        whole = self.equilibrium.system.replace(neighbors=None)
         return dataclasses.replace(
-            self, system=self.system.replace(potential=potential), factor=None
+            self,
+            equilibrium=dataclasses.replace(self.equilibrium, system=whole),
+            system=self.system.replace(potential=potential),
+            factor=None,
         )
 
     @property

@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdsens._util.compilation import compiled
+from mdsens._util.compilation import as_jax, compiled
 from mdsens.mechanics import contacts, lagrangian
 from mdsens.mechanics.hessian_factor import HessianFactor
 from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model.box import FixedBox
 from mdsens.relaxation.equilibrium import Equilibrium
-from mdsens.sensitivity.certificate.solution_space import Space
+from mdsens.sensitivity.certificate.solution_space import Space, on_host
 from mdsens.sensitivity.linearization import Linearization
 
 __all__ = ["Settled", "Settling"]
@@ -58,13 +58,14 @@ class Settled(NamedTuple):
 
 
 @compiled
-def _condition(lin: Linearization) -> Unknowns:
-    """Evaluate the condition that is zero at a minimum, at the configuration of ``lin``.
+def _forces_left(lin: Linearization) -> Unknowns:
+    """Evaluate the negative condition of a minimum, which is zero there, at its configuration.
 
     In a fixed cell without constraints, the condition is dU/dR: the gradient of the energy U by the
-    positions R.
+    positions R. The result is then the forces. Coordinates that constraints fix are zero.
     """
-    return lin.condition(lin.unknowns, lin.params)
+    negative = jax.tree.map(jnp.negative, lin.condition(lin.unknowns, lin.params))
+    return lin.null.free(negative)
 
 
 @compiled
@@ -144,7 +145,7 @@ class Settling:
           the step, and the largest force on a particle that is not a rattler.
         """
         # The Newton step x solves H x = -F, with F = dU/dR in a fixed cell.
-        forces = self.lin.null.free(jax.tree.map(jnp.negative, _condition(lin.traced(()))))
+        forces = _forces_left(lin.traced(()))
         rattlers = np.asarray(self.lin.network.rattlers)[:, None]
         norms = np.linalg.norm(np.where(rattlers, 0.0, forces.positions), axis=1)
         return self.space.yields(forces, RTOL)[0], float(np.max(norms, initial=0.0))
@@ -157,7 +158,8 @@ class Settling:
           lin: the linearization at this minimum.
           step: the change of the unknowns: positions, and strain of the cell or multipliers.
         """
-        x = jax.tree.map(jnp.add, lin.unknowns, step)
+        # added by numpy: jax would compile it
+        x = jax.tree.map(as_jax, on_host(np.add, lin.unknowns, step))
         system = lin.moved(minimum.system, x, lin.params)
         if lin.cell is not None:
             # ``moved`` does not keep ``orthogonal``, whether the cell is diagonal. The field is

@@ -18,18 +18,20 @@ from mdsens import sensitivity
 from mdsens._util.compilation import compiled
 from mdsens._util.errors import InputError, PrecisionError, raise_for_status
 from mdsens._util.lattice import inverse
-from mdsens._util.pytree import advanced, largest_entry
+from mdsens._util.pytree import largest_entry
 from mdsens._util.validation import real_array, real_number, short
-from mdsens.mechanics import contact_changes, contacts, lagrangian
+from mdsens.mechanics import contact_changes, lagrangian
+from mdsens.mechanics.rigidity import analyze_rigidity
 from mdsens.mechanics.status import Status
 from mdsens.mechanics.strain import from_mandel, to_mandel
 from mdsens.mechanics.units import natural_units, round_off
 from mdsens.mechanics.unknowns import Unknowns
-from mdsens.model.system import crossing_terms, pair_distances
+from mdsens.model.system import System, crossing_terms, pair_distances
 from mdsens.relaxation.cell_conditions import condition_of
 from mdsens.relaxation.equilibrium import Equilibrium
 from mdsens.relaxation.minimization import minimize
 from mdsens.saddles.search import find_saddle
+from mdsens.sensitivity.certificate.solution_space import on_host
 from mdsens.sensitivity.linearization import Linearization, full_tangent, require_sound
 from mdsens.sensitivity.results import Displacement
 from mdsens.verify._settling import Settled, Settling
@@ -72,22 +74,57 @@ def _interacting(eq: Equilibrium) -> np.ndarray:
     of the potential.
     """
     rows = []
-    network = contacts.network(eq.system, eq.max_force, eq.contacts_needed)
-    rattlers = np.asarray(network.rattlers)
-    for term in crossing_terms(eq.system):
-        i = np.asarray(term.i)
-        j = np.asarray(term.j)
-        distances = np.asarray(pair_distances(eq.system, term, eq.system.positions, eq.system.box))
-        inside = distances[None, :] < np.asarray(term.lengths())
-        kept = np.asarray(term.mask) & ~rattlers[i] & ~rattlers[j]
+    # the function of all derivatives, which is compiled already
+    _, net, _ = analyze_rigidity(eq.system, eq.max_force, eq.contacts_needed)
+    rattlers = np.asarray(net.rattlers)
+    for i, j, images, mask, inside in jax.device_get(_pairs_within_breakpoints(eq.system)):
+        kept = mask & ~rattlers[i] & ~rattlers[j]
         # In the order of the indices: pairs of two minima are compared, whose lists may differ.
-        images = term.images
         if images is None and eq.system.neighbors.images is not None:
             images = np.zeros((len(i), eq.system.dimension))  # of a list of bonds
         pairs = contact_changes.named_pairs(np.stack([i, j], axis=1), images)
         for row in inside:
             rows.append(np.unique(pairs[row & kept], axis=0))
     return np.concatenate(rows) if rows else np.zeros((0, 2), int)
+
+
+@compiled
+def _pairs_within_breakpoints(system: System) -> list[tuple[Any, ...]]:
+    """Compare the distance of each pair with the breakpoints of its potential.
+
+    Returns:
+      for each pair term of the energy the indices i and j (m,), the images (m, d) or None, the mask
+      (m,) of the places that hold a pair, and for each breakpoint whether the pair is nearer,
+      (breakpoints, m).
+    """
+    found = []
+    for term in crossing_terms(system):
+        distances = pair_distances(system, term, system.positions, system.box)
+        inside = distances[None, :] < jnp.asarray(term.lengths())
+        found.append((term.i, term.j, term.images, term.mask, inside))
+    return found
+
+
+@compiled
+def _without_null_part(
+    lin: Linearization, change: Unknowns
+) -> tuple[jax.Array | Unknowns, jax.Array]:
+    """Remove the part of a derivative in the null space: :meth:`_Line.without_null_part`."""
+    positions = change.positions
+    strain = change.strain
+    null = lin.null
+    if lin.constrained:
+        kept = jnp.where(null.rattlers[:, None], 0.0, positions)
+        motions: Any = null.motions
+        kept = kept - jnp.tensordot(jnp.sum(motions * kept, axis=(1, 2)), motions, axes=1)
+        return dataclasses.replace(change, positions=kept), kept
+    if strain is None:
+        rest = null.project(Unknowns(positions)).positions
+        return rest, rest
+    # A motion with the cell is no null motion, but the projection would take part of it away.
+    with_cell = lin.equilibrium.positions @ from_mandel(strain).T
+    rest = null.project(Unknowns(positions - with_cell)).positions
+    return Unknowns(rest + with_cell, strain), rest
 
 
 def _active_set(eq: Equilibrium) -> np.ndarray:
@@ -167,21 +204,7 @@ class _Line:
           the derivative without this part; and of this derivative the positions alone, (n, d), for
           a relaxed cell without the motion with the cell.
         """
-        positions = change.positions
-        strain = change.strain
-        null = self.lin.null
-        if self.lin.constrained:
-            kept = jnp.where(null.rattlers[:, None], 0.0, positions)
-            motions: Any = null.motions
-            kept = kept - jnp.tensordot(jnp.sum(motions * kept, axis=(1, 2)), motions, axes=1)
-            return dataclasses.replace(change, positions=kept), kept
-        if strain is None:
-            rest = null.project(Unknowns(positions)).positions
-            return rest, rest
-        # A motion with the cell is no null motion, but the projection would take part of it away.
-        with_cell = self.lin.equilibrium.positions @ from_mandel(strain).T
-        rest = null.project(Unknowns(positions - with_cell)).positions
-        return Unknowns(rest + with_cell, strain), rest
+        return _without_null_part(self.lin.traced(()), change)
 
     def is_elsewhere(self, minimum: Equilibrium, t: float) -> bool:
         """Return whether a minimum at params +- t dparams is too far from the given minimum.
@@ -193,7 +216,7 @@ class _Line:
         value = self.response.value
         rate = np.asarray(value.positions if isinstance(value, Unknowns) else value)
         counted = ~np.asarray(self.lin.network.loose)
-        moved = np.asarray(minimum.positions - self.lin.equilibrium.positions)
+        moved = np.asarray(minimum.positions) - np.asarray(self.lin.equilibrium.positions)
         if not counted.any():  # a single rigid body, all of whose particles are loose: it may turn
             counted = ~counted
         length = float(natural_units(minimum.system)[0])
@@ -223,14 +246,14 @@ class _Line:
         """
         eq = self.lin.equilibrium
         params = {
-            name: advanced(value, self.tangent[name], side)
+            name: on_host(lambda v, rate: v + side * rate, value, self.tangent[name])
             for name, value in eq.params.items()
             if name in self.tangent
         }
         load = eq.load
         if load is not None:
             moved = {
-                name: advanced(value, self.tangent[name], side)
+                name: on_host(lambda v, rate: v + side * rate, value, self.tangent[name])
                 for name, value in load.params.items()
             }
             load = load.at(moved)
@@ -271,11 +294,12 @@ class _Line:
         behind, status_behind, changed_behind = self.minimize_at(-t)
         up = ahead.equilibrium
         down = behind.equilibrium
-        slope = jax.tree.map(lambda a, b: (a - b) / (2.0 * t), _unknowns_at(up), _unknowns_at(down))
+        # on the host, here and below: jax would compile a program for each operation
+        slope = on_host(lambda a, b: (a - b) / (2.0 * t), _unknowns_at(up), _unknowns_at(down))
         if eq.load is not None:
             # Cell vectors are columns, and the cell is (1 + strain) box: strain = d(box) box^-1.
-            apart = jnp.asarray(up.system.box) - jnp.asarray(down.system.box)
-            strain = to_mandel(apart / (2.0 * t) @ inverse(jnp.asarray(eq.system.box)))
+            apart = np.asarray(up.system.box) - np.asarray(down.system.box)
+            strain = to_mandel(jnp.asarray(apart / (2.0 * t) @ inverse(np.asarray(eq.system.box))))
             slope = dataclasses.replace(slope, strain=strain)
         value, nonaffine = self.without_null_part(slope)
         return _Difference(
@@ -306,15 +330,15 @@ class _Line:
           t: the step.
         """
         size, positions = (
-            float(jnp.linalg.norm(x)) for x in (nonaffine, self.lin.system.positions)
+            float(np.linalg.norm(np.asarray(x))) for x in (nonaffine, self.lin.system.positions)
         )
         # Rounding the parameters shifts t by ROUNDING eps unit. Rounding both minima adds the error
         # sqrt(2) ROUNDING eps |R| to their difference, which is divided by 2 t.
         rounding = ROUNDING * float(np.finfo(float).eps) / t
         error = rounding * np.hypot(self.unit, relative(positions / 2.0**0.5, size))
         for end in ends:
-            rest, _ = self.without_null_part(jax.tree.map(lambda leaf: leaf / (2.0 * t), end.rest))
-            error = np.hypot(error, gap(jax.tree.map(jnp.add, value, rest), value, nonaffine))
+            rest, _ = self.without_null_part(on_host(lambda leaf: leaf / (2.0 * t), end.rest))
+            error = np.hypot(error, gap(on_host(np.add, value, rest), value, nonaffine))
         # Not NaN, with which the result of min() depends on the order of its arguments.
         return float(error) if np.isfinite(error) else np.inf
 
@@ -466,7 +490,8 @@ def _parameter_size(lin: Linearization, name: str) -> float:
     A pressure or a stress may be zero, so its unit is the change that strains the cell by 1.
     """
     if lin.cell is not None and name in lin.cell.load.params and name != "volume":
-        return float(jnp.max(jnp.abs(lin.cell.stiffness)) / lin.system.periodic_volume)
+        stiffness = np.max(np.abs(np.asarray(lin.cell.stiffness)))
+        return float(stiffness / np.asarray(lin.system.periodic_volume))
     return largest_entry(lin.params[name])
 
 

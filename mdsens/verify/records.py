@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -51,7 +50,7 @@ def gap(value: ArrayLike | Unknowns, exact: jax.Array | Unknowns, nonaffine: jax
         without the motion with the cell.
     """
     if not isinstance(exact, Unknowns):
-        return relative(_norm(jnp.asarray(value) - exact), _norm(nonaffine))
+        return relative(_norm(np.asarray(value) - np.asarray(exact)), _norm(nonaffine))
     if isinstance(value, Unknowns) and exact.multipliers is not None:
         return _compare_constrained(value, exact, nonaffine)
     if not isinstance(value, Unknowns) or value.strain is None or exact.strain is None:
@@ -59,6 +58,8 @@ def gap(value: ArrayLike | Unknowns, exact: jax.Array | Unknowns, nonaffine: jax
             "`value` has no strain, and this is a derivative in a relaxed cell: give"
             " Unknowns(positions, strain), as ms.jvp returns."
         )
+    # by numpy: jax would compile each operation
+    value, exact = (jax.tree.map(np.asarray, x) for x in (value, exact))
     of_positions = relative(_norm(value.positions - exact.positions), _norm(nonaffine))
     of_cell = relative(_norm(value.strain - exact.strain), _norm(exact.strain))
     return float(np.maximum(of_positions, of_cell))  # NaN if one is NaN
@@ -70,22 +71,23 @@ def _compare_constrained(value: Unknowns, exact: Unknowns, nonaffine: jax.Array)
     Multipliers and relaxed parameters have other units than positions, so each kind of unknown is
     compared by itself. The arguments are those of :func:`gap`.
     """
+    value, exact = (jax.tree.map(np.asarray, x) for x in (value, exact))
     parts = [relative(_norm(value.positions - exact.positions), _norm(nonaffine))]
     for tested, right in ((value.multipliers, exact.multipliers), (value.params, exact.params)):
         differences = [
-            jnp.ravel(a - b)
+            np.ravel(a - b)
             for a, b in zip(jax.tree.leaves(tested), jax.tree.leaves(right), strict=True)
         ]
-        rights = [jnp.ravel(leaf) for leaf in jax.tree.leaves(right)]
+        rights = [np.ravel(leaf) for leaf in jax.tree.leaves(right)]
         if rights:
-            off = _norm(jnp.concatenate(differences))
-            parts.append(relative(off, _norm(jnp.concatenate(rights))))
+            off = _norm(np.concatenate(differences))
+            parts.append(relative(off, _norm(np.concatenate(rights))))
     return float(np.max(parts))  # NaN if one is NaN, which Python's max may pass over
 
 
-def _norm(x: jax.Array) -> float:
+def _norm(x: ArrayLike) -> float:
     """Compute the norm of an array: the root of the sum of the squares of all its elements."""
-    return float(jnp.linalg.norm(x))
+    return float(np.linalg.norm(np.asarray(x)))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

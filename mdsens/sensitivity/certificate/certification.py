@@ -21,7 +21,7 @@ from mdsens.mechanics.kkt_factor import KKT
 from mdsens.mechanics.kkt_operator import about_to_switch
 from mdsens.mechanics.load import PressureLoad
 from mdsens.mechanics.rigidity import analyze_rigidity
-from mdsens.mechanics.stability import birch, cleared, isotropic_part, softest_strain, solid
+from mdsens.mechanics.stability import Solid, birch, cleared, isotropic_part, softest_strain, solid
 from mdsens.mechanics.status import Status
 from mdsens.mechanics.strain import basis
 from mdsens.mechanics.units import doubtful_stiffness, natural_units, round_off
@@ -71,7 +71,7 @@ def _contacts_in_doubt(space: Space, step: Unknowns) -> tuple[int, float]:
         return 0, np.inf
     eq = space.lin.equilibrium
     net = space.lin.network
-    no_change = jax.tree.map(jnp.zeros_like, space.lin.params)
+    no_change = jax.tree.map(np.zeros_like, space.lin.params)
     times = np.asarray(space.crossings(step, no_change).times)
     ahead = times[times >= 0]
     crossed = int(np.sum(ahead <= 1.0))
@@ -79,7 +79,7 @@ def _contacts_in_doubt(space: Space, step: Unknowns) -> tuple[int, float]:
         # At the force left, weak contacts may not count, so that a particle appears as a rattler.
         # The network at the round-off of the forces shows whether it is one.
         _, finest, _ = analyze_rigidity(
-            eq.system, jnp.minimum(eq.max_force, round_off(eq.system)), eq.contacts_needed
+            eq.system, min(float(eq.max_force), round_off(eq.system)), eq.contacts_needed
         )
         crossed += int(np.sum(np.asarray(finest.rattlers) != np.asarray(net.rattlers)))
     return crossed, float(np.min(ahead, initial=np.inf))
@@ -191,17 +191,20 @@ def _examine_strain(lin: Linearization, spectrum: Spectrum) -> StrainState | Non
     worst = Status.worst_of(strained.stats.status)
     if not worst.good:
         return StrainState(bulk=np.nan, shear=np.nan, smallest=np.nan, status=worst)
-    stiffness = solid(
-        system, strained.value, lin.equilibrium.max_force, jnp.max(strained.stats.residual)
-    )
-    birch_tensor = cleared(birch(stiffness.tensor, stiffness.stress), stiffness.round_off)
-    bulk, shear, *_ = (float(x) for x in isotropic_part(birch_tensor, stiffness.round_off))
+    residuals = strained.stats.residual
+    stiffness = solid(system, strained.value, lin.equilibrium.max_force, residuals)
+    bulk, shear, smallest = (float(x) for x in _moduli_of_strain(stiffness))
     return StrainState(
-        bulk=bulk,
-        shear=shear,
-        smallest=float(softest_strain(birch_tensor)),
-        status=Status(int(stiffness.status)),
+        bulk=bulk, shear=shear, smallest=smallest, status=Status(int(stiffness.status))
     )
+
+
+@compiled
+def _moduli_of_strain(stiffness: Solid) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Compute bulk modulus, shear modulus and least stiffness to strain, from Birch's tensor."""
+    birch_tensor = cleared(birch(stiffness.tensor, stiffness.stress), stiffness.round_off)
+    bulk, shear, *_ = isotropic_part(birch_tensor, stiffness.round_off)
+    return bulk, shear, softest_strain(birch_tensor)
 
 
 def _is_strain_examined(lin: Linearization, spectrum: Spectrum) -> bool:

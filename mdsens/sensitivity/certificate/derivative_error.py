@@ -199,7 +199,8 @@ def _moves_nothing(lin: Linearization, J: Unknowns, tangent: Params) -> bool:
         (largest_entry(lin.params[name]) for name, v in tangent.items() if largest_entry(v) > 0),
         default=0.0,
     )
-    length = float(natural_units(lin.system)[0])
+    # of the whole system, whose units the minimization has compiled
+    length = float(natural_units(lin.equilibrium.system)[0])
     strain = lin.structure.strain(lin, J, tangent)
     moved = J if strain is None else dataclasses.replace(J, strain=strain)
     largest = max(float(np.abs(x).max(initial=0.0)) for x in _motions(moved, length))
