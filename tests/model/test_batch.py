@@ -19,6 +19,7 @@ from mdsens.implicit import CG
 from mdsens.mechanics import rigidity
 from mdsens.mechanics.contacts import network
 from mdsens.mechanics.hessian_factor import HessianFactor
+from mdsens.relaxation import _batch_driver
 from mdsens.relaxation._batch_driver import BatchRelaxation
 from mdsens.relaxation.methods import Fire, Newton
 
@@ -212,9 +213,9 @@ def test_members_at_once_are_members_one_after_the_other(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(jax, "default_backend", lambda: "gpu")
         patch.delattr(jax.lax, "map")  # what a CPU takes
-        jax.clear_caches()
+        _batch_driver._advance_each.clear_cache()  # type: ignore[attr-defined]
         eq = ms.minimize(batch, method=Fire())
-    jax.clear_caches()
+    _batch_driver._advance_each.clear_cache()  # type: ignore[attr-defined]
     assert np.all(eq.max_force <= np.maximum(eq.tolerance, eq.force_floor)) and np.all(
         eq.force_floor < 1e-12
     )
