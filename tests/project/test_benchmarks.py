@@ -35,6 +35,7 @@ SMALL = {
     "batch": ["--sizes", "24", "--members", "3", "--runs", "1"],
     "scaling": ["--sizes", "96", "--runs", "1"],
     "atoms": ["--sizes", "64", "--runs", "1", "--peers", "0"],
+    "glass": ["--sizes", "256", "--systems", "glass", "--runs", "1", "--peers", "0"],
     "jamming": ["--sizes", "96", "--runs", "1", "--pressures", "0.1"],
     "design": ["--sizes", "64", "--seeds", "1", "--steps", "2", "--problems", "0", "--peers", "0"],
     "honesty": [
@@ -53,7 +54,17 @@ SMALL = {
 
 
 # they compile for longest
-LONGER = ("sensitivity", "jacobian", "batch", "jamming", "design", "honesty", "elasticity", "atoms")
+LONGER = (
+    "sensitivity",
+    "jacobian",
+    "batch",
+    "jamming",
+    "design",
+    "honesty",
+    "elasticity",
+    "atoms",
+    "glass",
+)
 
 
 @pytest.fixture
