@@ -65,6 +65,7 @@ bench: $(installed_bench)
 	$(bin)/python -m benchmarks.ensemble --members 16 --json benchmarks/results/ensemble.json
 	$(bin)/python -m benchmarks.atoms --json benchmarks/results/atoms.json
 	$(bin)/python -m benchmarks.first_answer --json benchmarks/results/first_answer.json
+	$(bin)/python -m benchmarks.glass --sizes 1000 4000 --systems glass silicon copper spheres --json benchmarks/results/glass.json
 	$(bin)/python -m benchmarks.scaling --json benchmarks/results/scaling.json
 	$(bin)/python -m benchmarks.honesty --json benchmarks/results/honesty.json
 	$(bin)/python -m benchmarks.gpu --json benchmarks/results/gpu.json

@@ -163,7 +163,7 @@ def of_system(name: str, n: int, runs: int) -> list[dict[str, Any]]:
     }
     for what, call in calls.items():
         times, answer = clock(call, 1)
-        row = {**base, "what": what, **times, "peak_GiB": peak_memory()}
+        row = {**base, "what": what, **times, **error, "peak_GiB": peak_memory()}
         if what == "jvp":
             row["error"] = float(answer.stats.residual)
             row["solver"] = answer.stats.solver

@@ -274,7 +274,9 @@ class Newton:
     step squares the distance to the minimum. The Newton steps have a trust region: a step is
     shortened where the energy does not fall as the quadratic model of the step predicted. Where
     shortening does not help, FIRE continues until the force is a tenth of ``begin``, and then
-    Newton steps are tried again. See :mod:`mdsens.relaxation.newton`.
+    Newton steps are tried again. Each step is made by a factor of the Hessian, or by conjugate
+    gradients where these are estimated to take less time, as for long ranges in three dimensions.
+    See :mod:`mdsens.relaxation.newton`.
 
     Attributes:
       first: options of FIRE, which finds the basin of the minimum.
@@ -285,7 +287,8 @@ class Newton:
         proportion to the number of particles.
       patience: number of steps of FIRE before Newton steps are tried. A relaxation that ends within
         these steps does not compile the Newton steps. Nor are Newton steps tried where the force
-        falls so fast that FIRE reaches the minimum in less time than the Newton steps.
+        falls so fast that FIRE reaches the minimum in less time than the Newton steps. For more
+        than 1,024 atoms whose forces are costly, as in silicon, 0.15 times as many steps are taken.
     """
 
     first: Fire = Fire()

@@ -36,6 +36,7 @@ SMALL = {
     "scaling": ["--sizes", "96", "--runs", "1"],
     "atoms": ["--sizes", "64", "--runs", "1", "--peers", "0"],
     "first_answer": ["--runs", "1", "--systems", "Lennard-Jones dimer", "--commands", "0"],
+    "glass": ["--sizes", "256", "--systems", "glass", "--runs", "1", "--peers", "0"],
     "jamming": ["--sizes", "96", "--runs", "1", "--pressures", "0.1"],
     "design": ["--sizes", "64", "--seeds", "1", "--steps", "2", "--problems", "0", "--peers", "0"],
     "honesty": [
@@ -64,6 +65,7 @@ LONGER = (
     "elasticity",
     "atoms",
     "first_answer",
+    "glass",
 )
 
 
