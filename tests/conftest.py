@@ -31,6 +31,9 @@ if not AS_SHIPPED and jax.__version_info__ < (0, 11):
 
 import mdsens as ms  # noqa: E402
 
+# the command line would keep what the tests compile among what the user's own runs keep
+os.environ.setdefault("MDSENS_CACHE", "none")
+
 # Tracing makes many small objects that live on: at Python's own thresholds, looking for cycles
 # among them takes 7% of the time of the tests.
 gc.set_threshold(100_000, 20, 100)

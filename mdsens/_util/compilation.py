@@ -76,9 +76,11 @@ def compiled(
     """
     if function is None:
         return functools.partial(compiled, static_argnames=static_argnames, loops=loops)
-    thorough = jax.jit(function, static_argnames=static_argnames)
+    thorough: Any = jax.jit(function, static_argnames=static_argnames)
     options = _PLAIN if loops else _QUICK
-    quick = jax.jit(function, static_argnames=static_argnames, compiler_options=options or None)
+    quick: Any = jax.jit(
+        function, static_argnames=static_argnames, compiler_options=options or None
+    )
 
     @functools.wraps(function)
     def call(*arguments: Any, **named: Any) -> Any:

@@ -125,7 +125,7 @@ def atom_hessian(system: System) -> sp.csr_array:
         some = np.minimum(np.arange(start, start + size), n - 1)
         repeated = np.arange(start, start + size) >= n  # the last atom, to fill the last chunk
         neighbors = np.where(repeated, n, rows[:, some])
-        columns = Pairs(some[None].astype(np.int32), neighbors)
+        columns = Pairs(as_jax(some[None], np.int32), as_jax(neighbors))
         blocks = _blocks(near, columns, tuple(v[:, some] for v in vectors), n)
         entries.append(_entries(np.asarray(blocks, float), some, neighbors.T, n))
     keys, blocks = (np.concatenate(arrays) for arrays in zip(*entries, strict=True))

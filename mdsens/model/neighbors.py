@@ -658,7 +658,7 @@ def fitted(
         grid, run_capacity=max(grid.run_of(room * fullest), grid.run_capacity)
     )
     grid = _at_least(grid, like)
-    counts = as_jax(cells, np.int32)
+    counts = as_jax(np.asarray(cells), np.int32)
     # first guess of the rows: neighbors at the mean density, and three standard deviations more
     ball = BALL_OF_UNIT_DIAMETER[d] * (2.0 * (range_ + float(skin))) ** d
     share = ball / abs(float(np.linalg.det(sides)))

@@ -408,19 +408,34 @@ def _without_dropped_round_off(
     if rule is not JVP or not dropped_any(derivative.stats.status):
         return derivative
     assert isinstance(argument, Mapping)
-    stats = _stats_without_round_off(core, argument, derivative.stats, rule, many)
+    # one program, which is compiled once for both
+    here = _right_hand_side_norms(core, argument, rule, many)
+    moved = core.system.replace(positions=unknowns_aside(core).positions)
+    beside = _right_hand_side_norms(dataclasses.replace(core, system=moved), argument, rule, many)
+    stats = _stats_without_round_off(core, argument, derivative.stats, here, beside, many)
     return dataclasses.replace(derivative, stats=stats)
 
 
-@compiled(static_argnames=("rule", "many"))
+@compiled(static_argnames="many")
 def _stats_without_round_off(
-    core: Linearization, argument: Params, stats: SolveStats, rule: DerivativeRule, many: bool
+    core: Linearization,
+    argument: Params,
+    stats: SolveStats,
+    here: jax.Array,
+    beside: jax.Array,
+    many: bool,
 ) -> SolveStats:
-    """Remove the warning of a dropped part from statistics: `_without_dropped_round_off`."""
-    here = _right_hand_side_norms(core, argument, rule, many)
+    """Remove the warning of a dropped part from the statistics of a solve, if it is round-off.
+
+    Args:
+      core: the linearization of the minimum, for compiled code.
+      argument: the changes of the parameters.
+      stats: the statistics.
+      here, beside: norms of the right-hand sides at the minimum, and slightly beside it.
+      many: whether there are several changes.
+    """
     # In a cell of one atom nothing changes beside the minimum: the terms cancel everywhere.
     here = jnp.where(here <= _round_off_of_change(core, argument, many), 0.0, here)
-    beside = _right_hand_side_norms(aside(core), argument, rule, many)
     return without_round_off(stats, here, beside, core.system.positions.dtype)
 
 

@@ -58,10 +58,8 @@ def gap(value: ArrayLike | Unknowns, exact: jax.Array | Unknowns, nonaffine: jax
             "`value` has no strain, and this is a derivative in a relaxed cell: give"
             " Unknowns(positions, strain), as ms.jvp returns."
         )
-    # by numpy: jax would compile each operation
-    value, exact = (jax.tree.map(np.asarray, x) for x in (value, exact))
-    of_positions = relative(_norm(value.positions - exact.positions), _norm(nonaffine))
-    of_cell = relative(_norm(value.strain - exact.strain), _norm(exact.strain))
+    of_positions = relative(_distance(value.positions, exact.positions), _norm(nonaffine))
+    of_cell = relative(_distance(value.strain, exact.strain), _norm(exact.strain))
     return float(np.maximum(of_positions, of_cell))  # NaN if one is NaN
 
 
@@ -71,11 +69,10 @@ def _compare_constrained(value: Unknowns, exact: Unknowns, nonaffine: jax.Array)
     Multipliers and relaxed parameters have other units than positions, so each kind of unknown is
     compared by itself. The arguments are those of :func:`gap`.
     """
-    value, exact = (jax.tree.map(np.asarray, x) for x in (value, exact))
-    parts = [relative(_norm(value.positions - exact.positions), _norm(nonaffine))]
+    parts = [relative(_distance(value.positions, exact.positions), _norm(nonaffine))]
     for tested, right in ((value.multipliers, exact.multipliers), (value.params, exact.params)):
         differences = [
-            np.ravel(a - b)
+            np.ravel(np.asarray(a) - np.asarray(b))
             for a, b in zip(jax.tree.leaves(tested), jax.tree.leaves(right), strict=True)
         ]
         rights = [np.ravel(leaf) for leaf in jax.tree.leaves(right)]
@@ -83,6 +80,11 @@ def _compare_constrained(value: Unknowns, exact: Unknowns, nonaffine: jax.Array)
             off = _norm(np.concatenate(differences))
             parts.append(relative(off, _norm(np.concatenate(rights))))
     return float(np.max(parts))  # NaN if one is NaN, which Python's max may pass over
+
+
+def _distance(a: ArrayLike, b: ArrayLike) -> float:
+    """Compute the norm of the difference of two arrays, by numpy: jax would compile it."""
+    return _norm(np.asarray(a) - np.asarray(b))
 
 
 def _norm(x: ArrayLike) -> float:

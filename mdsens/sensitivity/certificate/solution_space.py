@@ -12,6 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from mdsens._util.compilation import compiled
+from mdsens._util.pytree import PyTree
 from mdsens.mechanics import contact_changes, lagrangian
 from mdsens.mechanics.contact_changes import Crossing
 from mdsens.mechanics.hessian import force
@@ -71,11 +72,12 @@ def _switch_times(lin: Linearization, x: Unknowns, tangent: Params) -> jax.Array
     )
 
 
-def on_host(f: Callable[..., np.ndarray], *changes: Unknowns) -> Unknowns:
+def on_host(f: Callable[..., np.ndarray], *changes: PyTree) -> Any:
     """Apply ``f`` to each array of ``changes`` by numpy, since compiling ``f`` by jax takes longer.
 
-    Each of ``changes`` is a record of arrays: positions, strain, parameters and multipliers. The
-    positions of the result are ``f(*positions of all changes)``, and so on for the other arrays.
+    Each of ``changes`` is an array or a record of arrays: positions, strain, parameters and
+    multipliers. The positions of the result are ``f(*positions of all changes)``, and so on for the
+    other arrays.
     """
     return jax.tree.map(lambda *leaves: f(*(np.asarray(leaf) for leaf in leaves)), *changes)
 
