@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 from scipy.sparse.linalg import splu
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 
 from mdsens.implicit.linear.factor_estimate import FactorEstimate, product_seconds
 from mdsens.implicit.linear.sparse_ldl import dissection
@@ -22,7 +22,7 @@ def network(n: int, d: int, neighbors: float) -> sp.csr_array:
     sites = np.stack(np.meshgrid(*d * [np.arange(side)], indexing="ij"), -1).reshape(n, d)
     moves = np.random.default_rng(0).uniform(-0.3, 0.3, (n, d))
     places = np.mod((sites + 0.5 + moves) / side, 1.0)
-    pairs = cKDTree(places, boxsize=1.0).query_pairs(
+    pairs = KDTree(places, boxsize=1.0).query_pairs(
         (neighbors / (n * ball)) ** (1 / d), output_type="ndarray"
     )
     i, j = np.concatenate([pairs, pairs[:, ::-1]]).T
@@ -42,6 +42,7 @@ def test_the_estimate_is_near_to_superlus_factor(n, d, neighbors):
     matrix = network(n, d, neighbors)
     n = matrix.shape[0] // d
     order = dissection(matrix, d)
+    assert order is not None
     permuted = matrix[order][:, order]
     options = {"SymmetricMode": True}
     factor = splu(
