@@ -37,10 +37,10 @@ __all__ = ["HessianFactor", "factor_of", "factorizes", "participation"]
 # matrix is less sparse than the matrix; in 3-D its time is proportional to n^2: 13 s at 8,192
 # particles, where a solve by CG takes 1 s.
 FACTOR_PARTICLES_3D = 4000
-# Longest estimated time of a factor in 3-D, in seconds. A certificate needs the softest modes, and
-# is worth it. 2,000 atoms of a Kob-Andersen glass, with 76 neighbors each, take 4 s; 4,000 of them
-# are estimated at 16 s and took 36 s. Newton steps, and searches for one mode, stop far below.
-FACTOR_SECONDS = 30.0
+# Longest estimated time of a factor in 3-D, in seconds. 4,000 spheres in contact stay below it, and
+# 1,400 atoms of a Kob-Andersen glass, with 76 neighbors each. A factor of 2,000 of these takes 4 s,
+# where a solve by CG takes 0.4 s and a whole certificate without a factor 4 s.
+FACTOR_SECONDS = 2.0
 # Largest number of particles in 3-D for which a factor pays for a single solve. At 2,000 spheres a
 # factor takes 0.27 s, one solve by CG 0.07 s, and 0.15 s at a pressure of 4e-4.
 ONE_SOLVE_3D = 1500
