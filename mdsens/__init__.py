@@ -45,6 +45,7 @@ from mdsens._util.attributes import missing_of_package as _missing_of_package
 from mdsens._util.errors import (
     ConvergenceError,
     InputError,
+    InterruptionError,
     MdsensError,
     PrecisionError,
     TooLargeError,
@@ -124,6 +125,7 @@ __all__ = [
     "Displacement",
     "Equilibrium",
     "InputError",
+    "InterruptionError",
     "Linearization",
     "MdsensError",
     "PackingFraction",

@@ -207,10 +207,12 @@ def test_errors_keep_what_they_carry():
     ):
         again = pickle.loads(pickle.dumps(kind("what and why")))
         assert type(again) is kind and str(again) == "what and why"
-    error = ms.ConvergenceError("what and why", ms.Status.FLOPPY, discs())
-    again = pickle.loads(pickle.dumps(error))
-    assert (str(again), again.status) == ("what and why", ms.Status.FLOPPY)
-    assert bits(again.result) == bits(error.result)
+    for kind in (ms.ConvergenceError, ms.InterruptionError):
+        error = kind("what and why", ms.Status.FLOPPY, discs())
+        again = pickle.loads(pickle.dumps(error))
+        assert type(again) is kind
+        assert (str(again), again.status) == ("what and why", ms.Status.FLOPPY)
+        assert bits(again.result) == bits(error.result)
 
 
 def test_a_linearization_is_copied_without_its_factor_and_makes_it_anew():
