@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -206,6 +207,12 @@ def test_saddles_of_members_are_left():
     assert [ms.Status(int(code)).good for code in status] == [False, True, False]
 
 
+def forget(function: Any) -> None:
+    """Forget the programs that a function of the package was compiled to."""
+    for version in function.versions:
+        version.clear_cache()
+
+
 def test_members_at_once_are_members_one_after_the_other(monkeypatch):
     """Off a CPU the members of a chunk step side by side; those done stay where they are."""
     batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members()[:3])
@@ -213,9 +220,9 @@ def test_members_at_once_are_members_one_after_the_other(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(jax, "default_backend", lambda: "gpu")
         patch.delattr(jax.lax, "map")  # what a CPU takes
-        _batch_driver._advance_each.clear_cache()  # type: ignore[attr-defined]
+        forget(_batch_driver._advance_each)
         eq = ms.minimize(batch, method=Fire())
-    _batch_driver._advance_each.clear_cache()  # type: ignore[attr-defined]
+    forget(_batch_driver._advance_each)
     assert np.all(eq.max_force <= np.maximum(eq.tolerance, eq.force_floor)) and np.all(
         eq.force_floor < 1e-12
     )
