@@ -21,9 +21,13 @@ from jax.typing import ArrayLike, DTypeLike
 
 __all__ = ["SMALL", "as_jax", "at_top", "cache_folder", "compiled", "keep_compiled"]
 
-# Numbers in the arguments of a call up to which its code is compiled quickly. Packings of a
-# thousand discs have 30,000, glasses of 500 atoms 70,000 (most are indices of neighbors).
-SMALL = 100_000
+# Floating-point numbers in the arguments of a call up to which its code is compiled quickly. A
+# packing of 128 discs has 700, a glass of 500 atoms 3,000. For 1,024 discs, with 5,000, such code
+# made a derivative a third slower, and there are more derivatives than compilations.
+SMALL = 4000
+# The same for loops, without the options that slow them down: those left cost 1,000 spheres
+# half as much again for each step.
+SMALL_LOOP = 2000
 # Options of XLA for code that is compiled in less time and runs as fast for small arrays: without
 # the fusion emitters and with one module a program. Releases of jax from 0.11 on have no such
 # switches, and refuse options that they do not know.
@@ -78,13 +82,14 @@ def compiled(
         return functools.partial(compiled, static_argnames=static_argnames, loops=loops)
     thorough: Any = jax.jit(function, static_argnames=static_argnames)
     options = _PLAIN if loops else _QUICK
+    limit = SMALL_LOOP if loops else SMALL
     quick: Any = jax.jit(
         function, static_argnames=static_argnames, compiler_options=options or None
     )
 
     @functools.wraps(function)
     def call(*arguments: Any, **named: Any) -> Any:
-        if at_top() and jax.default_backend() == "cpu" and _is_small((arguments, named)):
+        if at_top() and jax.default_backend() == "cpu" and _numbers((arguments, named)) <= limit:
             return quick(*arguments, **named)
         return thorough(*arguments, **named)
 
@@ -93,9 +98,10 @@ def compiled(
     return call
 
 
-def _is_small(arguments: Any) -> bool:
-    """Return whether the arguments of a call have at most SMALL numbers in all."""
-    return sum(getattr(leaf, "size", 1) for leaf in jax.tree.leaves(arguments)) <= SMALL
+def _numbers(arguments: Any) -> int:
+    """Count the floating-point numbers in the arguments of a call."""
+    arrays = [leaf for leaf in jax.tree.leaves(arguments) if hasattr(leaf, "dtype")]
+    return sum(array.size for array in arrays if array.dtype.kind == "f")
 
 
 def as_jax(value: ArrayLike, dtype: DTypeLike | None = None) -> jax.Array:
