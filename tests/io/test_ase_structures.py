@@ -314,6 +314,31 @@ def test_a_file_of_version_2_has_no_masses_and_loads(tmp_path: Any):
     np.testing.assert_array_equal(np.asarray(back.box), np.asarray(system.box))
 
 
+def test_a_file_of_version_3_has_its_cells_in_the_grid(tmp_path: Any):
+    system = ms.load_system("seed_packing_2d")
+    path = tmp_path / "a.npz"
+    ms.io.save(path, system)
+    with np.load(path) as archive:
+        arrays = dict(archive.items())
+    header = json.loads(str(arrays.pop("header")))
+    header["format_version"] = 3
+    listed = header["tree"]["fields"]["neighbors"]["fields"]
+    name = listed.pop("cells")["array"]
+    cells = [int(count) for count in arrays.pop(name)]
+    grid = listed["grid"]["fields"]
+    for later in ("visited", "cell_capacity"):
+        del grid[later]
+    grid["cells"] = {"tuple": cells}
+    np.savez(path, header=np.array(json.dumps(header)), **arrays)
+    back = ms.io.load(path)
+    np.testing.assert_array_equal(back.neighbors.cells, system.neighbors.cells)
+    assert back.neighbors.grid.visited == system.neighbors.grid.visited
+    # the search on the grid finds the pairs that a new list has
+    moved = back.replace(positions=back.positions + 0.3)
+    same_pairs = ms.observables.energy(moved), ms.observables.energy(moved.reallocate())
+    np.testing.assert_allclose(*same_pairs, rtol=1e-13)
+
+
 def test_a_box_function_keeps_its_axes(tmp_path: Any):
     box = _Cell()
     places = [[0, 0, 0], [2.2, 0, 0]]
