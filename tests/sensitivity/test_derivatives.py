@@ -467,3 +467,12 @@ def test_a_crystal_answers_no_diameter_and_no_strain_and_says_nothing_of_transla
     assert ms.Status.NULL_COMPONENT_DROPPED not in batch.stats.status.tolist()
     moduli = ms.elasticity.moduli(eq.system)  # as traced code takes them
     assert ms.Status.NULL_COMPONENT_DROPPED not in moduli.stats.status.tolist()
+
+
+def test_many_columns_of_a_large_system_by_an_iteration_are_those_of_the_factor():
+    """More than 512 particles are solved for one right-hand side after the other on a CPU."""
+    eq = ms.minimize(ms.load_system("seed_packing_2d", count=520))
+    want = ms.jacobian(eq, "sigma").value
+    got = ms.jacobian(eq, "sigma", solve=ms.implicit.CG(rtol=1e-13))
+    assert got.stats.status.shape == (2,) and got.stats.solver.startswith("CG")
+    np.testing.assert_allclose(got.value, want, atol=1e-8 * float(np.abs(want).max()))
