@@ -283,6 +283,102 @@ def _sort(positions: jax.Array, box: jax.Array, cells: jax.Array, grid: Grid) ->
     return _Sorted(_order(index, capacity), where, first, length, line, line_end)
 
 
+class _Run(NamedTuple):
+    """The run that the search of each of n particles visits in one line of grid cells, (n,) each.
+
+    Attributes:
+      first: where in the sorted particles the run begins.
+      length: particles in the run.
+      end: where the line ends.
+      line_length: particles in the line.
+    """
+
+    first: jax.Array
+    length: jax.Array
+    end: jax.Array
+    line_length: jax.Array
+
+    def place(self, k: jax.Array) -> jax.Array:
+        """Return where in the sorted particles the k-th particle of each run is."""
+        index = self.first + k
+        # a run that reaches the end of its line goes on at the line's beginning
+        return jnp.where(index >= self.end, index - self.line_length, index)
+
+
+def _marked(
+    near: Callable[[jax.Array], jax.Array], words: int, count: jax.Array, n: int
+) -> jax.Array:
+    """Mark those among ``count`` candidates of each of n particles that are near, (words, n).
+
+    Bit b of word w in column i is the mark of candidate number 32 w + b of particle i.
+
+    Args:
+      near: function from the number k of a candidate to whether the k-th candidate of each
+        particle is near, (n,).
+    """
+
+    def word(w: jax.Array, marks: jax.Array) -> jax.Array:
+        def mark(bit: jax.Array, integers: jax.Array) -> jax.Array:
+            one = jnp.uint32(1) << bit.astype(jnp.uint32)
+            return integers | jnp.where(near(w * WORD + bit), one, jnp.uint32(0))
+
+        last = jnp.minimum(count - w * WORD, WORD)
+        integers = jax.lax.fori_loop(0, last, mark, jnp.zeros(n, jnp.uint32))
+        return marks.at[w].set(integers)
+
+    none = jnp.zeros((words, n), jnp.uint32)
+    return jax.lax.fori_loop(0, -(-count // WORD), word, none)
+
+
+def _taken(
+    marks: jax.Array,
+    neighbor: Callable[[jax.Array, jax.Array], jax.Array],
+    capacity: int,
+    unused: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Write the marked candidates as rows of a neighbor list, in the order of their marks.
+
+    Args:
+      marks: (words, n) the marks of the candidates of each of n particles.
+      neighbor: function from a word and a bit, (n,) each, to the candidate of each particle, (n,).
+      capacity: number of rows. Candidates beyond them are lost.
+      unused: what fills places that are not used.
+
+    Returns:
+      (rows (capacity, n), the most candidates that one particle has marked).
+    """
+    words, n = marks.shape
+    most = jnp.max(jnp.sum(jax.lax.population_count(marks), axis=0), initial=0).astype(jnp.int32)
+    rows = jnp.full((capacity, n), unused, jnp.int32)
+    if not (capacity and words):  # every particle is alone
+        return rows, most
+    particles = jnp.arange(n, dtype=jnp.int32)
+
+    def earlier(following: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Find the first word with a mark among those after word w, or the last word."""
+        return jnp.where(marks[w] != 0, w, following), following
+
+    last = jnp.full(n, words - 1, jnp.int32)
+    first, following = jax.lax.scan(earlier, last, jnp.arange(words, dtype=jnp.int32), reverse=True)
+
+    def take(
+        r: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Write row r: the first candidate of each particle whose mark is left in ``integers``."""
+        rows, word, integers = carry
+        # the lowest bit that is set: its position is the number of bits below it
+        bit = jax.lax.population_count((integers & -integers) - 1).astype(jnp.int32)
+        j = neighbor(word, jnp.minimum(bit, WORD - 1))
+        rows = rows.at[r].set(jnp.where(integers != 0, j, unused))
+        left = integers & (integers - 1)  # without that bit
+        after = following[word, particles]
+        go_on = (left == 0) & (after > word)
+        return rows, jnp.where(go_on, after, word), jnp.where(go_on, marks[after, particles], left)
+
+    start = (rows, first, marks[first, particles])
+    return jax.lax.fori_loop(0, jnp.minimum(most, capacity), take, start)[0], most
+
+
 @compiled(static_argnames=("grid", "capacity"))
 def search(
     positions: jax.Array,
@@ -325,84 +421,58 @@ def search(
         """Return the index of the particle of which j is an image."""
         return j % n if grid.reach else j
 
-    def place(cell: jax.Array, k: jax.Array) -> jax.Array:
-        """Find the k-th candidate neighbor of each particle in the run around a grid cell.
+    def run_in(offset: jax.Array) -> _Run:
+        """Return the run of each particle in the line of grid cells at ``offset`` from its own.
 
-        The result (n,) gives its place in the array of particles sorted by grid cell.
-        """
-        end = by_cell.line_end[cell]
-        index = by_cell.first[cell] + k
-        # a run that reaches the end of its line goes on at the line's beginning
-        wrapped = jnp.where(index >= end, index - (end - by_cell.line[cell]), index)
-        # in range also where k is beyond the run: ``mark`` leaves such a candidate out
-        return jnp.minimum(wrapped, total - 1)
-
-    def search_line(offset: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Mark the particles near each particle in one line of grid cells.
-
-        The line is at ``offset`` from the particle's own line of grid cells.
-
-        Returns:
-          (for each particle the number of the grid cell in this line that is nearest to its own
-          (n,), marks as integers (words, n)). Each bit of the integers in column i is the mark of
-          one candidate neighbor of particle i.
+        Offsets are along all cell vectors but the last, along which the line runs.
         """
         cell = jnp.zeros(n, jnp.int32)
-        # offsets are along all cell vectors but the last, along which the line runs
         for a in range(d - 1):
             cell = cell * cells[a] + jnp.mod(where[a] + offset[a], cells[a])
         cell = cell * cells[-1] + where[-1]
-        length = by_cell.length[cell]
+        end = by_cell.line_end[cell]
+        return _Run(by_cell.first[cell], by_cell.length[cell], end, end - by_cell.line[cell])
 
-        def mark(k: jax.Array, marks: jax.Array) -> jax.Array:
-            """Set a bit for the k-th candidate neighbor j of each particle i, if it is near enough.
+    def search_line(offset: jax.Array) -> jax.Array:
+        """Mark the particles near each particle in the line of grid cells at an offset from it.
+
+        Returns:
+          marks as integers (words, n). Each bit of the integers in column i is the mark of one
+          candidate neighbor of particle i.
+        """
+        run = run_in(offset)
+
+        def near(k: jax.Array) -> jax.Array:
+            """Return whether the k-th candidate neighbor j of each particle i is near enough.
 
             It is near enough below the distance l_ij + skin, where l_ij is the distance beyond
             which the pair energy is zero.
             """
-            index = place(cell, k)
+            # in range also where k is beyond the run, whose candidates are left out
+            index = jnp.minimum(run.place(k), total - 1)
             apart = images(tuple(c - s[index] for c, s in zip(x, sorted_x, strict=True)))
             j = by_cell.order[index]
-            near = (
+            return (
                 (sum(v * v for v in apart) < (lengths(particles, of_particle(j)) + skin) ** 2)
-                & (k < length)
+                & (k < run.length)
                 & (j != particles)
             )
-            bit = jnp.where(near, jnp.uint32(1) << (k % WORD).astype(jnp.uint32), jnp.uint32(0))
-            return jnp.where(jnp.arange(words)[:, None] == k // WORD, marks | bit, marks)
 
-        none = jnp.zeros((words, n), jnp.uint32)
-        return cell, jax.lax.fori_loop(0, jnp.minimum(longest, grid.run_capacity), mark, none)
+        return _marked(near, words, jnp.minimum(longest, grid.run_capacity), n)
 
     # neighboring lines; of one or two along a cell vector each is visited once
     sides = [((0,), (0, 1), (-1, 0, 1))[m - 1] for m in grid.visited[:-1]]
     offsets = jnp.asarray(list(itertools.product(*sides)), jnp.int32)
-    near_cells, marks = jax.lax.map(search_line, offsets)
     # row r of the marks belongs to the line r // words and is its word r % words
-    marks = marks.reshape(-1, n)
-    most = jnp.max(jnp.sum(jax.lax.population_count(marks), axis=0), initial=0).astype(jnp.int32)
-    numbers = jnp.arange(marks.shape[0], dtype=jnp.int32)[:, None]
+    marks = jax.lax.map(search_line, offsets).reshape(-1, n)
+    runs = jax.lax.map(run_in, offsets)
 
-    def take(r: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """Write row r of the neighbor list: one marked neighbor of each particle.
+    def neighbor(word: jax.Array, bit: jax.Array) -> jax.Array:
+        """Return for each particle the neighbor with the mark ``bit`` (n,) of the word (n,)."""
+        run = jax.tree.map(lambda of_lines: of_lines[word // words, particles], runs)
+        return by_cell.order[run.place(word % words * WORD + bit)]
 
-        It is the first neighbor whose mark is left, and this mark is removed.
-        """
-        rows, marks = carry
-        which = jnp.argmax(marks != 0, axis=0).astype(jnp.int32)  # the first word with a mark left
-        word = jnp.max(jnp.where(numbers == which, marks, 0), axis=0)
-        # word & -word is its lowest bit alone, whose position is the number of bits below it
-        k = jax.lax.population_count((word & -word) - 1).astype(jnp.int32) + which % words * WORD
-        chosen = numbers[: len(near_cells)] == which // words
-        cell = jnp.max(jnp.where(chosen, near_cells, 0), axis=0)
-        j = by_cell.order[place(cell, k)]
-        rows = rows.at[r].set(jnp.where(word != 0, j, total))
-        return rows, jnp.where(numbers == which, word & (word - 1), marks)  # without that bit
-
-    rows = jnp.full((capacity, n), total, jnp.int32)
-    # a list cut down to its filled rows has none where every particle is alone: nothing to write
-    if capacity:
-        rows, _ = jax.lax.fori_loop(0, jnp.minimum(most, capacity), take, (rows, marks))
+    rows, most = _taken(marks, neighbor, capacity, total)
     if not grid.reach:
         return Found(rows, None, most, longest, jnp.zeros((), bool))
     shifts = _image_of_pairs(rows, positions, lattice, grid)
@@ -431,32 +501,17 @@ def nearer_rows(
       skin: a length.
     """
     capacity, n = rows.shape
-    words = -(-capacity // WORD)
-    padded = jnp.pad(rows, ((0, words * WORD - capacity), (0, 0)), constant_values=n)
     x = components(positions)
     particles = jnp.arange(n, dtype=jnp.int32)
-    bits = jnp.uint32(1) << jnp.arange(WORD, dtype=jnp.uint32)
 
-    def mark(some: jax.Array) -> jax.Array:
-        """Mark the near ones among 32 neighbors of each particle, in the bits of an integer."""
-        j = jnp.minimum(some, n - 1)
-        apart = images(tuple(c - c[j] for c in x))
+    def near(k: jax.Array) -> jax.Array:
+        """Return whether the k-th neighbor of each particle is near enough, as in search."""
+        j = rows[k]
+        some = jnp.minimum(j, n - 1)
+        apart = images(tuple(c - c[some] for c in x))
         squared = sum(v * v for v in apart)
-        near = (squared < (lengths(particles, j) + skin) ** 2) & (some < n)
-        return jnp.sum(jnp.where(near, bits[:, None], jnp.uint32(0)), axis=0, dtype=jnp.uint32)
+        return (squared < (lengths(particles, some) + skin) ** 2) & (j < n)
 
-    marks = jax.lax.map(mark, padded.reshape(words, WORD, n))
-    numbers = jnp.arange(words, dtype=jnp.int32)[:, None]
-    most = jnp.max(jnp.sum(jax.lax.population_count(marks), axis=0), initial=0).astype(jnp.int32)
-
-    def take(r: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """Write row r: the first neighbor of each particle whose mark is left, as in search."""
-        kept, marks = carry
-        which = jnp.argmax(marks != 0, axis=0).astype(jnp.int32)
-        word = jnp.max(jnp.where(numbers == which, marks, 0), axis=0)
-        k = jax.lax.population_count((word & -word) - 1).astype(jnp.int32) + which * WORD
-        j = padded[jnp.minimum(k, words * WORD - 1), particles]
-        kept = kept.at[r].set(jnp.where(word != 0, j, n))
-        return kept, jnp.where(numbers == which, word & (word - 1), marks)
-
-    return jax.lax.fori_loop(0, most, take, (jnp.full_like(rows, n), marks))[0]
+    used = jnp.max(jnp.sum(rows < n, axis=0), initial=0).astype(jnp.int32)
+    marks = _marked(near, -(-capacity // WORD), used, n)
+    return _taken(marks, lambda word, bit: rows[word * WORD + bit, particles], capacity, n)[0]

@@ -29,6 +29,8 @@ __all__ = ["Fire", "GradientDescent", "Minimizer", "Newton"]
 # glasses: the number of steps falls as this share is lowered to here and 10 % below, and rises at
 # 20 % below.
 MEASURED = 0.55
+# Share of the largest force that a particle may have from which on its force counts as shortened.
+AT_LIMIT = 0.999
 
 
 class FireState(NamedTuple):
@@ -102,6 +104,12 @@ class Fire:
         negligible: in the multiplied units, round-off of the largest force that a particle may have
         is 1.
 
+        A particle whose force was shortened to the largest one loses its momentum: it overlaps with
+        another, and moves apart from it step by step. With its momentum the energy of the overlap
+        would heat the system: 2,000 Lennard-Jones particles at random positions would need 500
+        steps, in which the neighbor list is searched again every three, until this heat is gone,
+        instead of 70.
+
         Args:
           forces: function from positions (n, d) to forces (n, d).
           shift: function from positions and displacements to the displaced positions.
@@ -137,7 +145,11 @@ class Fire:
             return FireState(inner, jnp.asarray(unit, dtype))
 
         def step(state: FireState) -> FireState:
-            return FireState(apply(state.inner), state.unit)
+            inner = apply(state.inner)
+            size = jnp.sqrt(jnp.sum(inner.force**2, axis=-1, keepdims=True))
+            free = size < AT_LIMIT * state.unit * limits.strongest
+            momentum = jnp.where(free, inner.momentum, 0.0)
+            return FireState(dataclasses.replace(inner, momentum=momentum), state.unit)
 
         return start, step
 
