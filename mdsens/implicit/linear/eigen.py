@@ -26,7 +26,7 @@ from mdsens._util.attributes import Named
 from mdsens._util.probe import chirp
 from mdsens.implicit.linear.sparse_ldl import SparseFactor, bound
 
-__all__ = ["DENSE_SIZE", "NULL", "Spectrum", "lanczos", "lanczos_lowest", "lowest"]
+__all__ = ["DENSE_SIZE", "NULL", "Iteration", "Spectrum", "lanczos", "lanczos_lowest", "lowest"]
 
 # Products of a matrix with the columns of an (m, c) array.
 Apply = Callable[[np.ndarray], np.ndarray]
@@ -49,6 +49,25 @@ _eigsh: Any = eigsh  # the type stubs of scipy accept only integers
 def _linear_operator(size: int, apply: Apply) -> Any:
     make: Any = LinearOperator  # the type stubs of scipy do not know these arguments
     return make((size, size), matvec=apply, matmat=apply, dtype=float)
+
+
+@dataclasses.dataclass(frozen=True)
+class Iteration:
+    """Options of LOBPCG, for an operator A that is known by its products.
+
+    Attributes:
+      precondition: the function that multiplies an approximation of A^-1, symmetric and positive,
+        with the columns of an (m, c) array; None for none.
+      soften: the function that multiplies A^-1 with the columns of an (m, c) array, to one digit,
+        once before the iteration: random vectors then consist mostly of the lowest modes. None
+        for none.
+      accuracy: residual of an eigenpair at which to stop, in units of the lowest eigenvalue. The
+        error of the eigenvalue is the square of the residual over the distance to the next one.
+    """
+
+    precondition: Apply | None = None
+    soften: Apply | None = None
+    accuracy: float = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +125,7 @@ def lowest(
     null: int,
     matrix: sp.csr_array | None = None,
     order: np.ndarray | None = None,
-    precondition: Apply | None = None,
+    iteration: Iteration = Iteration(),
     dtype: DTypeLike = float,
     floor: float = 0.0,
 ) -> Spectrum:
@@ -124,8 +143,7 @@ def lowest(
       matrix: A as a scipy sparse matrix, to factorize it; None for LOBPCG.
       order: order of the rows of the matrix in the factorization; minimum-degree order where
         None.
-      precondition: for LOBPCG, the function that multiplies an approximation of A^-1, symmetric and
-        positive, with the columns of an (m, c) array.
+      iteration: options of LOBPCG.
       dtype: floating-point type of the products, whose round-off limits what counts as a zero
         eigenvalue.
       floor: absolute value below which the sign of an eigenvalue is not known.
@@ -161,7 +179,7 @@ def lowest(
     elif matrix is not None:
         spectrum = _shift_invert(matrix, order, size, k, project, null, zero, floor)
     if spectrum is None:
-        spectrum = _lobpcg(apply, size, k, project, zero, floor, precondition)
+        spectrum = _lobpcg(apply, size, k, project, zero, floor, iteration)
     is_zero = np.abs(spectrum.values) <= zero * spectrum.largest
     return dataclasses.replace(spectrum, values=np.where(is_zero, 0.0, spectrum.values))
 
@@ -437,6 +455,16 @@ def _shift_invert(
     )
 
 
+def _softened(vectors: np.ndarray, softer: np.ndarray) -> np.ndarray:
+    """Return the columns of ``softer``, each of norm one; of ``vectors`` where it has none.
+
+    A solve that fails, as for an indefinite matrix, may leave columns of zeros or NaN.
+    """
+    sizes = np.linalg.norm(softer, axis=0)
+    kept = (sizes > 0) & np.isfinite(sizes)
+    return np.where(kept, softer / np.where(kept, sizes, 1.0), vectors)
+
+
 def _lobpcg(
     apply: Apply,
     size: int,
@@ -444,7 +472,7 @@ def _lobpcg(
     project: Apply,
     zero: float,
     floor: float,
-    precondition: Apply | None,
+    iteration: Iteration,
 ) -> Spectrum:
     """Compute the k lowest eigenpairs of a symmetric operator from products alone, by LOBPCG.
 
@@ -457,12 +485,13 @@ def _lobpcg(
         # Lanczos and LOBPCG pass vectors of the range: one projection, of the product, is enough.
         return project(apply(v.reshape(size, -1))).reshape(v.shape)
 
-    def preconditioned(v: np.ndarray) -> np.ndarray:
-        assert precondition is not None
-        return project(precondition(v.reshape(size, -1))).reshape(v.shape)
-
     operator = _linear_operator(size, restricted)
-    inverse = None if precondition is None else _linear_operator(size, preconditioned)
+    inverse = None
+    precondition = iteration.precondition
+    if precondition is not None:
+        inverse = _linear_operator(
+            size, lambda v: project(precondition(v.reshape(size, -1))).reshape(v.shape)
+        )
     start = project(rng.standard_normal((size, 1)))[:, 0]
     if not np.any(restricted(start)):  # Lanczos cannot start with an operator of zeros
         return _of_zeros(_range_vectors(size, k, project), k, floor, False, "LOBPCG")
@@ -472,6 +501,11 @@ def _lobpcg(
     # A block of a few more vectors than are wanted converges faster.
     vectors = project(rng.standard_normal((size, k if k == 1 else k + min(4, size // 10))))
     tolerance = LOBPCG_RESIDUAL * largest
+    if iteration.soften is not None:
+        vectors = _softened(vectors, iteration.soften(vectors))
+        # above the lowest eigenvalue, mostly by less than a factor of two
+        quotient = float(np.abs(_rayleigh(restricted, vectors, k)[0]).min())
+        tolerance = min(tolerance, max(iteration.accuracy * quotient, 1e-9 * largest))
     # The second run starts from the first one's vectors and has the tolerance that the lowest
     # eigenvalue sets, which is known only then.
     for _ in range(2):
@@ -484,9 +518,7 @@ def _lobpcg(
         vectors = project(np.asarray(vectors))
         pairs = _rayleigh(restricted, vectors, k)
         values, _, residuals = pairs
-        # The error of an eigenvalue is the square of its residual over the distance to the next
-        # one: a residual of 1e-4 of the lowest eigenvalue is more than enough.
-        tolerance = max(1e-4 * float(np.abs(values).min()), 1e-9 * largest)
+        tolerance = max(iteration.accuracy * float(np.abs(values).min()), 1e-9 * largest)
         if residuals.max() <= tolerance:
             break
     # LOBPCG sometimes breaks down and returns what it has, perhaps NaN, for which ``not <=`` holds.
