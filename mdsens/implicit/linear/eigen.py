@@ -60,7 +60,7 @@ class Iteration:
     Attributes:
       precondition: the function that multiplies an approximation of A^-1, symmetric and positive,
         with the columns of an (m, c) array; None for none.
-      soften: the function that multiplies A^-1 with the columns of an (m, c) array, to one digit,
+      soften: the function that multiplies A^-1 with the columns of an (m, c) array, to two digits,
         once before the iteration: random vectors then consist mostly of the lowest modes. None
         for none.
       accuracy: residual of an eigenpair at which to stop, in units of the lowest eigenvalue. The
@@ -266,19 +266,24 @@ def _recurrence(
 
     It ends where the Krylov space is invariant.
     """
-    v = start / np.linalg.norm(start)
+    v = start / np.sqrt(_dot(start, start))
     before = np.zeros_like(v)
     beta = 0.0
     for _ in range(steps):
         w = apply(v) - beta * before
-        alpha = float(v @ w)
+        alpha = _dot(v, w)
         w = w - alpha * v
-        beta = float(np.linalg.norm(w))
+        beta = float(np.sqrt(_dot(w, w)))
         yield alpha, beta, v
         if beta == 0.0:
             return
         before = v
         v = w / beta
+
+
+def _dot(first: np.ndarray, second: np.ndarray) -> float:
+    """Compute the inner product of two vectors without BLAS, whose threads would gain nothing."""
+    return float(np.einsum("m,m->", first, second))
 
 
 def _counts(values: np.ndarray, largest: float, zero: float, floor: float) -> tuple[int, int, int]:
