@@ -15,7 +15,7 @@ from conftest import discs_at_rest, ring
 import mdsens as ms
 from mdsens.mechanics.hessian import dense_hessian
 from mdsens.model.box import FixedBox
-from mdsens.sensitivity.certificate import solution_space
+from mdsens.sensitivity.certificate import derivative_error, solution_space
 
 THETA = {"sigma": [0.0, 1.0]}
 
@@ -122,6 +122,19 @@ def test_the_bound_is_the_same_by_a_matrix_and_by_products(monkeypatch):
     assert by_matrix.error_bound >= by_products.error_bound * (1 - 1e-6)
     assert by_matrix.error_bound == pytest.approx(by_products.error_bound, rel=0.05)
     assert by_matrix.error_bound > 0
+
+
+def test_the_norm_of_a_symmetric_matrix_by_lanczos():
+    rng = np.random.default_rng(0)
+    matrix = rng.standard_normal((60, 60))
+    matrix = matrix + matrix.T
+    matrix[:, 0] = matrix[0] = 0.0
+    matrix[0, 0] = -40.0  # the largest in size, and negative
+    start = rng.standard_normal(60)
+    norm = derivative_error._largest_in_size(lambda v: matrix @ v, start)
+    assert norm == pytest.approx(np.linalg.norm(matrix, 2), rel=1e-3)
+    assert derivative_error._largest_in_size(lambda v: 0.0 * v, start) == 0.0
+    assert np.isnan(derivative_error._largest_in_size(lambda v: np.nan * v, start))
 
 
 def test_it_prints_as_a_page_a_table_and_a_dict():

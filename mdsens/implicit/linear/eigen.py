@@ -506,8 +506,8 @@ def _lobpcg(
     if iteration.soften is not None:
         vectors = _softened(vectors, iteration.soften(vectors))
         # above the lowest eigenvalue, mostly by less than a factor of two
-        quotient = float(np.abs(_rayleigh(restricted, vectors, k)[0]).min())
-        tolerance = min(tolerance, max(iteration.accuracy * quotient, 1e-9 * largest))
+        quotients = np.abs(_rayleigh(restricted, vectors, k)[0])
+        tolerance = min(tolerance, _tolerance(quotients, largest, iteration))
     # The second run starts from the first one's vectors and has the tolerance that the lowest
     # eigenvalue sets, which is known only then.
     for _ in range(2):
@@ -515,24 +515,12 @@ def _lobpcg(
         vectors = project(np.asarray(vectors))
         pairs = _rayleigh(restricted, vectors, k)
         values, _, residuals = pairs
-        tolerance = max(iteration.accuracy * float(np.abs(values).min()), 1e-9 * largest)
+        tolerance = _tolerance(values, largest, iteration)
         if residuals.max() <= tolerance:
             break
     # LOBPCG sometimes breaks down and returns what it has, perhaps NaN, for which ``not <=`` holds.
     if not pairs[2].max() <= LOBPCG_RESIDUAL * largest:
-
-        def lifted(v: np.ndarray) -> np.ndarray:
-            in_range = project(v.reshape(size, -1)).reshape(v.shape)
-            return restricted(in_range) + 2.0 * largest * (v - in_range)
-
-        # Lanczos may skip one of the last eigenvalues, so a few more than are wanted. Round-off
-        # brings the known null space in: ``lifted`` moves it to the top of the spectrum.
-        more = min(k + 4, size - 1)
-        basis_size = min(size - 1, 40 + 2 * more)
-        vectors = _eigsh(
-            _linear_operator(size, lifted), more, which="SA", v0=start, ncv=basis_size, maxiter=500
-        )[1]
-        by_lanczos = _rayleigh(restricted, project(vectors), k)
+        by_lanczos = _restarted_lanczos(restricted, project, start, k, largest)
         # a NaN compares false with anything: as infinity it loses
         pairs = min(pairs, by_lanczos, key=lambda p: np.nan_to_num(p[2], nan=np.inf).max())
     values, vectors, residuals = pairs
@@ -552,3 +540,36 @@ def _lobpcg(
         counted=False,
         method="LOBPCG",
     )
+
+
+def _tolerance(values: np.ndarray, largest: float, iteration: Iteration) -> float:
+    """Return the residual of an eigenpair at which LOBPCG is to stop, from the lowest values."""
+    return max(iteration.accuracy * float(np.abs(values).min()), 1e-9 * largest)
+
+
+def _restarted_lanczos(
+    restricted: Apply, project: Apply, start: np.ndarray, k: int, largest: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Compute the k lowest eigenpairs by ARPACK's Lanczos method, in the form of :func:`_rayleigh`.
+
+    Args:
+      restricted: the function that multiplies P A P with vectors of the range of P.
+      project: the projector P off the known null space of A.
+      start: the first vector (size,), in the range of P.
+      k: number of eigenpairs.
+      largest: the largest eigenvalue.
+    """
+    size = len(start)
+
+    def lifted(v: np.ndarray) -> np.ndarray:
+        in_range = project(v.reshape(size, -1)).reshape(v.shape)
+        return restricted(in_range) + 2.0 * largest * (v - in_range)
+
+    # Lanczos may skip one of the last eigenvalues, so a few more than are wanted. Round-off brings
+    # the known null space in: ``lifted`` moves it to the top of the spectrum.
+    more = min(k + 4, size - 1)
+    basis_size = min(size - 1, 40 + 2 * more)
+    vectors = _eigsh(
+        _linear_operator(size, lifted), more, which="SA", v0=start, ncv=basis_size, maxiter=500
+    )[1]
+    return _rayleigh(restricted, project(vectors), k)

@@ -53,12 +53,12 @@ def lobpcg(
         left = sizes(residual)
         if not np.isfinite(left).all() or not (left[:wanted] > tolerance).any():
             break
-        open_ = residual[:, left > tolerance]
-        held = np.concatenate([x, p], axis=1)
-        w = _outside(open_ if precondition is None else precondition(open_), held)
+        unfinished = residual[:, left > tolerance]
+        present = np.concatenate([x, p], axis=1)
+        w = _outside(unfinished if precondition is None else precondition(unfinished), present)
         if not w.shape[1]:
             break
-        space = np.concatenate([held, w], axis=1)
+        space = np.concatenate([present, w], axis=1)
         image = np.concatenate([ax, ap, apply(w)], axis=1)
         values, vectors = _eigenpairs(inner(space, image))
         values = values[:k]
@@ -77,15 +77,15 @@ def _eigenpairs(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.linalg.eigh(0.5 * (matrix + matrix.T))
 
 
-def _outside(columns: np.ndarray, held: np.ndarray) -> np.ndarray:
-    """Return orthonormal columns for the part of ``columns`` outside of orthonormal ``held``.
+def _outside(columns: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """Return orthonormal columns for the part of ``columns`` outside of orthonormal ``present``.
 
     Columns that depend on the others are left out.
     """
     size = sizes(columns)
     rest = columns[:, size > 0] / size[size > 0]
     for _ in range(2):  # once more, for what round-off of the first time leaves
-        add_product(rest, held, -inner(held, rest))
+        add_product(rest, present, -inner(present, rest))
         values, vectors = _eigenpairs(inner(rest, rest))
         kept = values > DEPENDENT**2
         scaled = np.zeros((len(rest), int(kept.sum())))

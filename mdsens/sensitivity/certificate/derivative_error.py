@@ -61,7 +61,8 @@ def _norm_of_hessian_change(space: Space, unit: Motion) -> float:
     """
     matrix = space.hessian_change(unit)
     if matrix is not None:
-        return _largest_in_size(lambda v: space.factor.project(matrix @ v), matrix.shape[0])
+        start = chirp((space.lin.system.positions.size,), float, np)
+        return _largest_in_size(lambda v: space.factor.project(matrix @ v), start)
     size = 0.0
     v = space.onward(on_host(lambda leaf: chirp(leaf.shape, xp=np), space.still))
     for _ in range(POWER_STEPS):
@@ -72,15 +73,18 @@ def _norm_of_hessian_change(space: Space, unit: Motion) -> float:
     return size
 
 
-def _largest_in_size(apply: Callable[[np.ndarray], np.ndarray], size: int) -> float:
+def _largest_in_size(apply: Callable[[np.ndarray], np.ndarray], start: np.ndarray) -> float:
     """Compute the largest absolute value of the eigenvalues of a symmetric operator, by Lanczos.
 
     Args:
       apply: the function that multiplies the operator with a vector (size,).
-      size: number of rows.
+      start: a vector (size,) that contains all wavelengths.
     """
-    found = lanczos_lowest(apply, apply(chirp((size,), float, np)), LANCZOS_STEPS)
-    return np.nan if found is None else float(np.abs(found[0]).max(initial=0.0))
+    image = apply(start)
+    if not image.any():  # an operator of zeros, as where no force is left
+        return 0.0
+    ends = lanczos_lowest(apply, image, LANCZOS_STEPS)
+    return np.nan if ends is None else float(np.abs(ends[0]).max())
 
 
 @compiled
