@@ -6,6 +6,10 @@ a packing of soft spheres, silicon with a vacancy (Stillinger and Weber), copper
 (Gupta), soft spheres of two sizes (harmonic, packing fraction 0.7) from a random start. All on one
 core, from the same positions; LAMMPS's energy at the start is compared with ours, and both relax to
 the same largest force on a particle. LAMMPS has no potential of Gupta's form.
+
+A derivative by pairs is also compared with the conjugate gradients of scipy on the Hessian as a CSR
+matrix: the same right-hand side, to the residual that the derivative reaches. The error of both is
+that against a solve to round-off.
 """
 
 from __future__ import annotations
@@ -17,11 +21,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.sparse as sp
+import scipy.sparse.linalg
 
 import mdsens as ms
 from benchmarks import _lammps
 from benchmarks._common import arguments, one_core, peak_memory, report, spheres
 from benchmarks.atoms import COPPER, SILICON, crystal
+from mdsens.mechanics.hessian import mixed_product, sparse_hessian
 
 ONSET = 2.0
 CUTOFF = 2.5
@@ -168,7 +175,36 @@ def of_system(name: str, n: int, runs: int) -> list[dict[str, Any]]:
             row["error"] = float(answer.stats.residual)
             row["solver"] = answer.stats.solver
         rows.append({**row, "status": _status(answer)})
+        if what == "jvp" and eq.system.potential.pairwise:
+            rows.append({**base, "by": "scipy", "what": what, **of_scipy(eq, change, answer, runs)})
     return rows
+
+
+def of_scipy(
+    eq: ms.Equilibrium, change: dict[str, jax.Array], ours: ms.Displacement, runs: int
+) -> dict[str, Any]:
+    """The same derivative by scipy's conjugate gradients on the Hessian, and the error of both."""
+    lin = ms.linearize(eq)
+    matrix = sparse_hessian(lin.system)
+    assert matrix is not None
+    side = np.ravel(mixed_product(lin.system, change).positions)
+    side = -np.ravel(lin.null.project_columns(side[:, None]))
+    reached = float(ours.stats.residual)
+    times, x = clock(lambda: conjugate_gradients(matrix, side, reached), runs)
+    # the residual of that solve is solved for, to 1e-14 of the right-hand side
+    tight = x + conjugate_gradients(matrix, side - matrix @ x, 1e-14 / reached)
+    size = float(np.linalg.norm(tight))
+    return {
+        **times,
+        "residual": float(np.linalg.norm(side - matrix @ x) / np.linalg.norm(side)),
+        "error": float(np.linalg.norm(x - tight)) / size,
+        "error of mdsens": float(np.linalg.norm(np.ravel(ours.value) - tight)) / size,
+    }
+
+
+def conjugate_gradients(matrix: sp.csr_array, side: np.ndarray, rtol: float) -> np.ndarray:
+    """Solve by scipy's conjugate gradients, without a preconditioner."""
+    return scipy.sparse.linalg.cg(matrix, side, rtol=rtol, atol=0.0, maxiter=10 * side.size)[0]
 
 
 def _status(answer: Any) -> str:

@@ -16,7 +16,7 @@ from mdsens.mechanics.atom_forces import neighbor_gradient
 from mdsens.model.system import System, box_at, energy_of, images_of
 from mdsens.potentials.base import PairTerm
 
-__all__ = ["ROWS", "energy_gradient", "row_terms"]
+__all__ = ["ROWS", "energy_gradient", "in_chunks", "row_terms", "stiffness_of_pairs"]
 
 Params = Mapping[str, Any]
 ROWS = 2  # rows of the neighbor list that are summed in one step of the loop
@@ -67,7 +67,7 @@ def energy_gradient(
     terms = row_terms(system, params)
     images = images_of(system, box)
     bonds = [term for term in terms if term.j.ndim == 1]
-    listed = [_in_chunks(term) for term in terms if term.j.ndim == 2 and term.j.shape[0]]
+    listed = [in_chunks(term) for term in terms if term.j.ndim == 2 and term.j.shape[0]]
     of_neighbors = neighbor_gradient(system, params, box, used)
     row_count = system.neighbors.rows.shape[0] if used is None else used
     steps = -(-row_count // ROWS)  # rounded up
@@ -96,7 +96,7 @@ def energy_gradient(
     return slope
 
 
-def _in_chunks(term: PairTerm) -> PairTerm:
+def in_chunks(term: PairTerm) -> PairTerm:
     """Reshape the arrays of a pair term from (K, n) to (K / ROWS, ROWS, n), for a loop over chunks.
 
     Each of the K rows holds one neighbor of each of the n particles; ROWS rows are summed in one
@@ -136,3 +136,28 @@ def _row_gradients(term: PairTerm, apart: Components) -> Components:
     r = jnp.sqrt(jnp.where(term.mask, sum(v * v for v in apart), 1.0))
     over_r = jax.grad(lambda r: jnp.sum(term.energy(r)))(r) / r
     return tuple(over_r * v for v in apart)
+
+
+def stiffness_of_pairs(term: PairTerm, apart: Components) -> tuple[jax.Array, jax.Array]:
+    """Compute the two numbers that the second derivative of each pair's energy by its vector has.
+
+    With the energy phi(|v|), d2phi/dv2 = a 1 + b v v^T with a = phi'/r, b = (phi'' - phi'/r) / r^2
+    and r = |v|.
+
+    Args:
+      term: the pairs and their potential.
+      apart: components of the vectors v.
+
+    Returns:
+      (a, b), of each pair.
+    """
+    r = jnp.sqrt(jnp.where(term.mask, sum(v * v for v in apart), 1.0))
+
+    def slope(r: jax.Array) -> jax.Array:
+        return jax.grad(lambda s: jnp.sum(term.energy(s)))(r)
+
+    # Each energy depends on its own r alone: the gradient of the sum is phi' of each pair, and the
+    # derivative of this gradient along a vector of ones is phi''.
+    first, second = jax.jvp(slope, (r,), (jnp.ones_like(r),))
+    across = first / r
+    return across, (second - across) / (r * r)

@@ -19,13 +19,13 @@ from mdsens._util.lattice import components
 from mdsens._util.probe import chirp
 from mdsens.implicit.linear import Operator, SymmetricScaling
 from mdsens.mechanics.atom_hessian import atom_hessian
-from mdsens.mechanics.forces import energy_gradient, row_terms
+from mdsens.mechanics.forces import energy_gradient, row_terms, stiffness_of_pairs
 from mdsens.mechanics.hessian_blocks import BlockRows
 from mdsens.mechanics.null_space import NullSpace
 from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model.neighbors import filled_rows
 from mdsens.model.system import System, images_of
-from mdsens.potentials.base import PairTerm, Potential
+from mdsens.potentials.base import Potential
 from mdsens.potentials.local import LocalPotential
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "dense_hessian",
     "force",
     "gradient",
+    "hessian_change",
     "hessian_operator",
     "largest_force",
     "largest_stiffness",
@@ -147,18 +148,7 @@ def _pair_blocks(system: System) -> list[tuple[jax.Array, jax.Array, jax.Array]]
     blocks = []
     for term in row_terms(system):
         apart = term.vectors(x, images)
-        r = jnp.sqrt(jnp.where(term.mask, sum(v * v for v in apart), 1.0))
-
-        # the default binds the term of this turn of the loop
-        def slope(r: jax.Array, term: PairTerm = term) -> jax.Array:
-            return jax.grad(lambda s: jnp.sum(term.energy(s)))(r)
-
-        # Each energy depends on its own r alone: the gradient of the sum is phi' of each pair, and
-        # the derivative of this gradient along a vector of ones is phi''.
-        first, second = jax.jvp(slope, (r,), (jnp.ones_like(r),))
-        # d2phi/dv2 = phi'/r 1 + (phi'' - phi'/r) v v^T / r^2
-        across = first / r
-        along = (second - first / r) / (r * r)
+        across, along = stiffness_of_pairs(term, apart)
         # ``v is w`` on the diagonal
         block = [[along * v * w + (across if v is w else 0.0) for w in apart] for v in apart]
         blocks.append((term.i, term.j, jnp.stack([jnp.stack(line) for line in block])))
@@ -166,6 +156,23 @@ def _pair_blocks(system: System) -> list[tuple[jax.Array, jax.Array, jax.Array]]
 
 
 _pair_blocks_each = compiled(jax.vmap(_pair_blocks))
+
+
+@compiled
+def _changes_of_blocks(
+    system: System, motion: jax.Array
+) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
+    """Compute the derivatives of the blocks of :func:`_pair_blocks` while the particles move.
+
+    ``motion`` (n, d) is the derivative of the positions by the number that the blocks change with.
+    """
+
+    def blocks(positions: jax.Array) -> list[jax.Array]:
+        return [block for _, _, block in _pair_blocks(system.replace(positions=positions))]
+
+    changes = jax.jvp(blocks, (system.positions,), (motion,))[1]
+    terms = row_terms(system)
+    return [(term.i, term.j, change) for term, change in zip(terms, changes, strict=True)]
 
 
 def assembles(system: System) -> bool:
@@ -209,24 +216,64 @@ def sparse_hessian(system: System) -> sp.csr_array | None:
     n = system.n
     d = system.dimension
     members = system.batch
-    total = n * (members or 1)
     fixed = system.replace(
         potential=system.potential.specialize(system.params),
         neighbors=filled_rows(system.neighbors),
     )
-    # Empty first entries, so that a system without pairs gives a matrix of zeros.
-    entries = [(np.zeros(0, int), np.zeros(0, int), np.zeros((0, d, d)))]
-    for i, j, block in (_pair_blocks if members is None else _pair_blocks_each)(fixed):
-        entries += _list_entries(np.asarray(i), np.asarray(j), np.asarray(block, float), n, members)
-    first, second, block = (np.concatenate(arrays) for arrays in zip(*entries, strict=True))
-    matrix = _assemble_matrix(first, second, block, total)
-    # ``entries`` begins with empty arrays, so more than 2 means two terms, or bonds: both may
-    # contain the same pair.
-    # So may the neighbor list where several images of a particle are listed.
-    if len(entries) > 2 or fixed.neighbors.images is not None:
+    of_terms = (_pair_blocks if members is None else _pair_blocks_each)(fixed)
+    matrix = _matrix_of_blocks(of_terms, n, d, members)
+    # The neighbor list may contain the same pair twice where several images of a particle are
+    # listed.
+    if fixed.neighbors.images is not None:
         matrix.sum_duplicates()
     if atoms_of(system.potential):
         matrix = matrix + atom_hessian(system)
+    return matrix
+
+
+def hessian_change(system: System, motion: np.ndarray) -> sp.csr_array | None:
+    """Assemble the derivative of the Hessian while the particles move, a sparse matrix (n d, n d).
+
+    The result is None for a potential that is not a sum over pairs. The function does not work
+    inside ``jax.jit``, nor for a batch.
+
+    Args:
+      system: the system.
+      motion: (n, d) the derivative of the positions.
+    """
+    if not system.potential.pairwise or system.batch is not None:
+        return None
+    n, d = system.positions.shape
+    fixed = system.replace(
+        potential=system.potential.specialize(system.params),
+        neighbors=filled_rows(system.neighbors),
+    )
+    matrix = _matrix_of_blocks(_changes_of_blocks(fixed, motion), n, d, None)
+    matrix.sum_duplicates()
+    return matrix
+
+
+def _matrix_of_blocks(
+    of_terms: list[tuple[jax.Array, jax.Array, jax.Array]], n: int, d: int, members: int | None
+) -> sp.csr_array:
+    """Assemble a sparse matrix from the blocks of the pairs of each term of a potential.
+
+    Args:
+      of_terms: for each term (i, j, blocks), as :func:`_pair_blocks` returns.
+      n: number of particles.
+      d: dimension of space.
+      members: number of systems in a batch; None for a single system.
+    """
+    # Empty first entries, so that a system without pairs gives a matrix of zeros.
+    entries = [(np.zeros(0, int), np.zeros(0, int), np.zeros((0, d, d)))]
+    for i, j, block in of_terms:
+        entries += _list_entries(np.asarray(i), np.asarray(j), np.asarray(block, float), n, members)
+    first, second, block = (np.concatenate(arrays) for arrays in zip(*entries, strict=True))
+    matrix = _assemble_matrix(first, second, block, n * (members or 1))
+    # ``entries`` begins with empty arrays, so more than 2 means two terms, or bonds: both may
+    # contain the same pair.
+    if len(entries) > 2:
+        matrix.sum_duplicates()
     return matrix
 
 

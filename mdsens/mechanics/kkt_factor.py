@@ -30,7 +30,7 @@ from scipy.sparse.linalg import splu
 from mdsens._util.compilation import compiled
 from mdsens.constraints import RigidBonds
 from mdsens.implicit.linear import Auto, eigen
-from mdsens.implicit.linear.eigen import Spectrum
+from mdsens.implicit.linear.eigen import Iteration, Spectrum
 from mdsens.implicit.linear.result import SolveStats
 from mdsens.implicit.linear.solution import solve
 from mdsens.implicit.linear.sparse_ldl import SHIFT, SparseFactor, bound
@@ -464,7 +464,7 @@ class KKT(HessianFactor):
                 projected = self.project(projected - A.T @ self._normal.solve(A @ projected))
         return projected.reshape(columns.shape)
 
-    def lowest(self, k: int = 1, floor: float = 0.0) -> Spectrum:
+    def lowest(self, k: int = 1, floor: float = 0.0, accuracy: float = 1e-4) -> Spectrum:
         """Compute the k lowest modes of the Hessian on the tangent space of the constraints.
 
         The Hessian is that of the Lagrangian.
@@ -472,6 +472,7 @@ class KKT(HessianFactor):
         Args:
           k: number of modes.
           floor: the sign of an eigenvalue is not known where its absolute value is below ``floor``.
+          accuracy: residual of a mode in units of the lowest eigenvalue, by iteration.
         """
         # dimension of the complement of the tangent space
         independent = int(self.moves[self.primal :].sum()) - self.redundant
@@ -491,7 +492,7 @@ class KKT(HessianFactor):
             project=self.tangent,
             null=null,
             # LOBPCG needs a positive preconditioner: none where H_L has a negative eigenvalue.
-            precondition=approximate_inverse if has_inverse else None,
+            iteration=Iteration(approximate_inverse if has_inverse else None, accuracy=accuracy),
             dtype=self.system.positions.dtype,
             floor=floor,
         )

@@ -24,7 +24,13 @@ from mdsens._util.compilation import compiled
 from mdsens._util.portable import reduced
 from mdsens._util.precision import full_precision
 from mdsens.mechanics.status import Status
-from mdsens.mechanics.strain import basis, from_mandel, stiffness_along, strain_gradient, to_mandel
+from mdsens.mechanics.strain import (
+    basis,
+    from_mandel,
+    stiffnesses_along,
+    strain_gradient,
+    to_mandel,
+)
 from mdsens.mechanics.units import MARGIN, natural_units
 from mdsens.model.system import System
 
@@ -112,11 +118,9 @@ def tensors(system: System, motion: jax.Array) -> tuple[jax.Array, jax.Array, ja
     """
     unit = jnp.asarray(basis(system.dimension), system.positions.dtype)
     volume = system.volume
-    # the relaxed and the affine tensor, by one compiled function
-    both = jnp.stack([motion, jnp.zeros_like(motion)])
-    relaxed, affine = jax.lax.map(lambda m: stiffness_along(system, unit, m), both) / volume
+    relaxed, affine = stiffnesses_along(system, unit, motion)
     stress = strain_gradient(system, unit) / volume
-    return from_mandel(relaxed), from_mandel(affine), from_mandel(stress)
+    return from_mandel(relaxed / volume), from_mandel(affine / volume), from_mandel(stress)
 
 
 @compiled

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdsens._util.precision import full_precision
+from mdsens.mechanics.pair_strain import pair_forces, pair_stiffness
 from mdsens.model.system import System, potential_energy
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "forces_of_strain",
     "from_mandel",
     "stiffness_along",
+    "stiffnesses_along",
     "strain_gradient",
     "to_mandel",
     "uniform",
@@ -102,6 +104,8 @@ def forces_of_strain(system: System, strain: jax.Array) -> jax.Array:
     Args:
       strain: the strain, (d, d).
     """
+    if system.potential.pairwise:
+        return pair_forces(system, strain)
 
     def slope(e: jax.Array) -> jax.Array:
         return jax.grad(lambda R: potential_energy(system, R, strain=e))(system.positions)
@@ -114,17 +118,46 @@ def forces_of_strain(system: System, strain: jax.Array) -> jax.Array:
 def stiffness_along(system: System, along: jax.Array | np.ndarray, motion: jax.Array) -> jax.Array:
     """Compute the second derivative of the energy by k strains of the system, (k, k).
 
-    The particles follow each strain affinely, and are displaced by ``motion`` in addition. With
-    zero displacements the result is the affine stiffness. The relaxed stiffness is the result with
-    the displacements H^+ f that bring the forces f of :func:`forces_of_strain` back to zero, H^+
-    being the pseudo-inverse of the Hessian. The relaxed stiffness is stationary in the
-    displacements: an error of the displacements changes the stiffness to second order only, and its
-    derivative by parameters can be taken at constant displacements.
+    The particles follow each strain affinely, and are displaced by ``motion`` in addition. The
+    arguments and the result are the first of :func:`stiffnesses_along`.
+    """
+    if system.potential.pairwise:
+        return pair_stiffness(system, jnp.asarray(along, motion.dtype), motion)[0]
+    return _stiffness_of_energy(system, along, motion)
+
+
+@full_precision
+def stiffnesses_along(
+    system: System, along: jax.Array | np.ndarray, motion: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Compute the second derivatives of the energy by k strains, relaxed and affine, (k, k) each.
+
+    The particles follow each strain affinely, and for the relaxed one are displaced by ``motion``
+    in addition. It is the relaxed stiffness with the displacements H^+ f that bring the forces f of
+    :func:`forces_of_strain` back to zero, H^+ being the pseudo-inverse of the Hessian. The relaxed
+    stiffness is stationary in the displacements: an error of the displacements changes the
+    stiffness to second order only, and its derivative by parameters can be taken at constant
+    displacements.
 
     Args:
-      along: (k, d, d) strains.
+      along: (k, d, d) symmetric strains.
       motion: (k, n, d) displacements relative to the affine ones, per unit of each strain.
+
+    Returns:
+      (relaxed, affine).
     """
+    if system.potential.pairwise:
+        return pair_stiffness(system, jnp.asarray(along, motion.dtype), motion)
+    # both by one compiled function
+    both = jnp.stack([motion, jnp.zeros_like(motion)])
+    relaxed, affine = jax.lax.map(lambda m: _stiffness_of_energy(system, along, m), both)
+    return relaxed, affine
+
+
+def _stiffness_of_energy(
+    system: System, along: jax.Array | np.ndarray, motion: jax.Array
+) -> jax.Array:
+    """Compute the relaxed stiffness of :func:`stiffnesses_along` for an energy of any kind."""
     no_strain = jnp.zeros(along.shape[0], system.positions.dtype)
 
     def energy(s: jax.Array) -> jax.Array:

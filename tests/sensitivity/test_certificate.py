@@ -15,6 +15,7 @@ from conftest import discs_at_rest, ring
 import mdsens as ms
 from mdsens.mechanics.hessian import dense_hessian
 from mdsens.model.box import FixedBox
+from mdsens.sensitivity.certificate import derivative_error, solution_space
 
 THETA = {"sigma": [0.0, 1.0]}
 
@@ -108,6 +109,32 @@ def test_a_contact_that_changes_on_the_way_is_told():
     with pytest.raises(ms.ConvergenceError) as caught:
         certificate(early, throw=True)
     assert isinstance(caught.value.result, ms.Certificate)
+
+
+def test_the_bound_is_the_same_by_a_matrix_and_by_products(monkeypatch):
+    """The change of the Hessian along the Newton step is a matrix in large systems."""
+    early, _ = stopped(1e-3)
+    by_products = certificate(early).derivative
+    monkeypatch.setattr(solution_space, "SMALL", 0)
+    by_matrix = certificate(early).derivative
+    assert by_products is not None and by_matrix is not None
+    # power iteration gives the norm to a few per cent, from below
+    assert by_matrix.error_bound >= by_products.error_bound * (1 - 1e-6)
+    assert by_matrix.error_bound == pytest.approx(by_products.error_bound, rel=0.05)
+    assert by_matrix.error_bound > 0
+
+
+def test_the_norm_of_a_symmetric_matrix_by_lanczos():
+    rng = np.random.default_rng(0)
+    matrix = rng.standard_normal((60, 60))
+    matrix = matrix + matrix.T
+    matrix[:, 0] = matrix[0] = 0.0
+    matrix[0, 0] = -40.0  # the largest in size, and negative
+    start = rng.standard_normal(60)
+    norm = derivative_error._largest_in_size(lambda v: matrix @ v, start)
+    assert norm == pytest.approx(np.linalg.norm(matrix, 2), rel=1e-3)
+    assert derivative_error._largest_in_size(lambda v: 0.0 * v, start) == 0.0
+    assert np.isnan(derivative_error._largest_in_size(lambda v: np.nan * v, start))
 
 
 def test_it_prints_as_a_page_a_table_and_a_dict():

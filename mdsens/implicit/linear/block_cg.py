@@ -8,7 +8,6 @@ converge before others, or depend on one another.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ import numpy as np
 import scipy.linalg
 import scipy.sparse as sp
 
+from mdsens.implicit.linear.columns import add_product, inner, orthonormal
 from mdsens.implicit.linear.vectors import CURVATURE_UNITS
 
 __all__ = ["BlockSolution", "block_cg"]
@@ -25,9 +25,6 @@ Apply = Callable[[np.ndarray], np.ndarray]
 
 # Share of the allowed residual to which the scaled system is solved.
 SHARE = 0.2
-# Columns whose Cholesky factor has a diagonal that spans more than this are made orthonormal by
-# Householder reflections: the quicker way would lose half of the digits.
-SPANNED = 1e-5
 # A singular value of the right-hand sides below this part of the largest one, in units of eps m, is
 # round-off: the column depends on the others.
 RANK_UNITS = 1.0
@@ -118,12 +115,12 @@ def _run(apply: Apply, b: np.ndarray, rtol: float, limit: int) -> tuple[np.ndarr
     kept = values > RANK_UNITS * eps * len(b) * values[0]
     q = q[:, kept]
     s = values[kept, None] * rest[kept]
-    p = q
+    p = q.copy()  # q is changed in place
     x = np.zeros_like(b)
     largest = 0.0
     for step in range(limit):
         ap = apply(p)
-        curvature = p.T @ ap
+        curvature = inner(p, ap)
         curvature = 0.5 * (curvature + curvature.T)
         values, vectors = np.linalg.eigh(curvature)
         largest = max(largest, float(values[-1]))
@@ -133,22 +130,13 @@ def _run(apply: Apply, b: np.ndarray, rtol: float, limit: int) -> tuple[np.ndarr
         # A direction without curvature is round-off: the others go on.
         inverse = np.where(values > zero, 1.0 / np.where(values > zero, values, 1.0), 0.0)
         steps = (vectors * inverse) @ vectors.T
-        x += p @ (steps @ s)
-        q, turn = _orthonormal(q - ap @ steps)
+        add_product(x, p, steps @ s)
+        add_product(q, ap, -steps)
+        q, turn = orthonormal(q)
         s = turn @ s
         if not (np.linalg.norm(s, axis=0) > goal).any():
             return x, step + 1, False
-        p = q + p @ turn.T
+        before = p
+        p = q.copy()
+        add_product(p, before, turn.T)
     return x, limit, False
-
-
-def _orthonormal(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Write columns (m, r) as Q T, with orthonormal columns Q (m, r) and a triangle T (r, r)."""
-    # By the Cholesky factor of the small matrix of inner products: Householder reflections of such
-    # narrow columns take as long as a product with the matrix.
-    with contextlib.suppress(np.linalg.LinAlgError):
-        turn = np.linalg.cholesky(columns.T @ columns).T
-        across = np.diag(turn)
-        if across.min() > SPANNED * across.max():
-            return columns @ np.linalg.inv(turn), turn
-    return np.linalg.qr(columns)

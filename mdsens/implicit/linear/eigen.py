@@ -10,7 +10,6 @@ operator that is known only by its products, the method is LOBPCG (Knyazev, SIAM
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,13 +19,14 @@ import numpy as np
 import scipy.linalg
 import scipy.sparse as sp
 from jax.typing import DTypeLike
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh, lobpcg
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
 from mdsens._util.attributes import Named
 from mdsens._util.probe import chirp
+from mdsens.implicit.linear.lobpcg import lobpcg
 from mdsens.implicit.linear.sparse_ldl import SparseFactor, bound
 
-__all__ = ["DENSE_SIZE", "NULL", "Spectrum", "lanczos", "lanczos_lowest", "lowest"]
+__all__ = ["DENSE_SIZE", "NULL", "Iteration", "Spectrum", "lanczos", "lanczos_lowest", "lowest"]
 
 # Products of a matrix with the columns of an (m, c) array.
 Apply = Callable[[np.ndarray], np.ndarray]
@@ -39,6 +39,8 @@ DENSE_SIZE = 1200
 # Shift at which the inertia counts eigenvalues, in units of a bound of the largest eigenvalue:
 # above the round-off of the factor, and below soft modes.
 COUNT_SHIFT = 1e-10
+# Steps of Lanczos' method for the largest eigenvalue: it is right to 1e-3.
+TOP_STEPS = 30
 # Largest relative residual of an eigenpair of LOBPCG, in units of the largest eigenvalue. Above it
 # Lanczos is tried, and an eigenvalue is not counted as zero or hidden.
 LOBPCG_RESIDUAL = 1e-5
@@ -49,6 +51,25 @@ _eigsh: Any = eigsh  # the type stubs of scipy accept only integers
 def _linear_operator(size: int, apply: Apply) -> Any:
     make: Any = LinearOperator  # the type stubs of scipy do not know these arguments
     return make((size, size), matvec=apply, matmat=apply, dtype=float)
+
+
+@dataclasses.dataclass(frozen=True)
+class Iteration:
+    """Options of LOBPCG, for an operator A that is known by its products.
+
+    Attributes:
+      precondition: the function that multiplies an approximation of A^-1, symmetric and positive,
+        with the columns of an (m, c) array; None for none.
+      soften: the function that multiplies A^-1 with the columns of an (m, c) array, to two digits,
+        once before the iteration: random vectors then consist mostly of the lowest modes. None
+        for none.
+      accuracy: residual of an eigenpair at which to stop, in units of the lowest eigenvalue. The
+        error of the eigenvalue is the square of the residual over the distance to the next one.
+    """
+
+    precondition: Apply | None = None
+    soften: Apply | None = None
+    accuracy: float = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +127,7 @@ def lowest(
     null: int,
     matrix: sp.csr_array | None = None,
     order: np.ndarray | None = None,
-    precondition: Apply | None = None,
+    iteration: Iteration = Iteration(),
     dtype: DTypeLike = float,
     floor: float = 0.0,
 ) -> Spectrum:
@@ -124,8 +145,7 @@ def lowest(
       matrix: A as a scipy sparse matrix, to factorize it; None for LOBPCG.
       order: order of the rows of the matrix in the factorization; minimum-degree order where
         None.
-      precondition: for LOBPCG, the function that multiplies an approximation of A^-1, symmetric and
-        positive, with the columns of an (m, c) array.
+      iteration: options of LOBPCG.
       dtype: floating-point type of the products, whose round-off limits what counts as a zero
         eigenvalue.
       floor: absolute value below which the sign of an eigenvalue is not known.
@@ -161,7 +181,7 @@ def lowest(
     elif matrix is not None:
         spectrum = _shift_invert(matrix, order, size, k, project, null, zero, floor)
     if spectrum is None:
-        spectrum = _lobpcg(apply, size, k, project, zero, floor, precondition)
+        spectrum = _lobpcg(apply, size, k, project, zero, floor, iteration)
     is_zero = np.abs(spectrum.values) <= zero * spectrum.largest
     return dataclasses.replace(spectrum, values=np.where(is_zero, 0.0, spectrum.values))
 
@@ -246,19 +266,24 @@ def _recurrence(
 
     It ends where the Krylov space is invariant.
     """
-    v = start / np.linalg.norm(start)
+    v = start / np.sqrt(_dot(start, start))
     before = np.zeros_like(v)
     beta = 0.0
     for _ in range(steps):
         w = apply(v) - beta * before
-        alpha = float(v @ w)
+        alpha = _dot(v, w)
         w = w - alpha * v
-        beta = float(np.linalg.norm(w))
+        beta = float(np.sqrt(_dot(w, w)))
         yield alpha, beta, v
         if beta == 0.0:
             return
         before = v
         v = w / beta
+
+
+def _dot(first: np.ndarray, second: np.ndarray) -> float:
+    """Compute the inner product of two vectors without BLAS, whose threads would gain nothing."""
+    return float(np.einsum("m,m->", first, second))
 
 
 def _counts(values: np.ndarray, largest: float, zero: float, floor: float) -> tuple[int, int, int]:
@@ -437,6 +462,16 @@ def _shift_invert(
     )
 
 
+def _softened(vectors: np.ndarray, softer: np.ndarray) -> np.ndarray:
+    """Return the columns of ``softer``, each of norm one; of ``vectors`` where it has none.
+
+    A solve that fails, as for an indefinite matrix, may leave columns of zeros or NaN.
+    """
+    sizes = np.linalg.norm(softer, axis=0)
+    kept = (sizes > 0) & np.isfinite(sizes)
+    return np.where(kept, softer / np.where(kept, sizes, 1.0), vectors)
+
+
 def _lobpcg(
     apply: Apply,
     size: int,
@@ -444,7 +479,7 @@ def _lobpcg(
     project: Apply,
     zero: float,
     floor: float,
-    precondition: Apply | None,
+    iteration: Iteration,
 ) -> Spectrum:
     """Compute the k lowest eigenpairs of a symmetric operator from products alone, by LOBPCG.
 
@@ -457,53 +492,35 @@ def _lobpcg(
         # Lanczos and LOBPCG pass vectors of the range: one projection, of the product, is enough.
         return project(apply(v.reshape(size, -1))).reshape(v.shape)
 
-    def preconditioned(v: np.ndarray) -> np.ndarray:
-        assert precondition is not None
-        return project(precondition(v.reshape(size, -1))).reshape(v.shape)
-
-    operator = _linear_operator(size, restricted)
-    inverse = None if precondition is None else _linear_operator(size, preconditioned)
+    precondition = iteration.precondition
+    inverse = None if precondition is None else lambda v: project(precondition(v))
     start = project(rng.standard_normal((size, 1)))[:, 0]
     if not np.any(restricted(start)):  # Lanczos cannot start with an operator of zeros
         return _of_zeros(_range_vectors(size, k, project), k, floor, False, "LOBPCG")
     # three digits are enough: it only sets the scale of what counts as zero
-    top = _eigsh(operator, 1, which="LM", tol=1e-3, v0=start, return_eigenvectors=False)
-    largest = abs(float(top[0]))
+    ends = lanczos_lowest(restricted, start, TOP_STEPS)
+    largest = np.nan if ends is None else float(np.abs(ends[0]).max())
     # A block of a few more vectors than are wanted converges faster.
     vectors = project(rng.standard_normal((size, k if k == 1 else k + min(4, size // 10))))
     tolerance = LOBPCG_RESIDUAL * largest
+    if iteration.soften is not None:
+        vectors = _softened(vectors, iteration.soften(vectors))
+        # above the lowest eigenvalue, mostly by less than a factor of two
+        quotients = np.abs(_rayleigh(restricted, vectors, k)[0])
+        tolerance = min(tolerance, _tolerance(quotients, largest, iteration))
     # The second run starts from the first one's vectors and has the tolerance that the lowest
     # eigenvalue sets, which is known only then.
     for _ in range(2):
-        with warnings.catch_warnings():
-            # LOBPCG warns where the tolerance is not met; the residuals show that as well.
-            warnings.simplefilter("ignore")
-            vectors = lobpcg(
-                operator, vectors, M=inverse, tol=tolerance, maxiter=3000, largest=False
-            )[1]
+        vectors = lobpcg(restricted, vectors, k, tolerance, 3000, inverse)
         vectors = project(np.asarray(vectors))
         pairs = _rayleigh(restricted, vectors, k)
         values, _, residuals = pairs
-        # The error of an eigenvalue is the square of its residual over the distance to the next
-        # one: a residual of 1e-4 of the lowest eigenvalue is more than enough.
-        tolerance = max(1e-4 * float(np.abs(values).min()), 1e-9 * largest)
+        tolerance = _tolerance(values, largest, iteration)
         if residuals.max() <= tolerance:
             break
     # LOBPCG sometimes breaks down and returns what it has, perhaps NaN, for which ``not <=`` holds.
     if not pairs[2].max() <= LOBPCG_RESIDUAL * largest:
-
-        def lifted(v: np.ndarray) -> np.ndarray:
-            in_range = project(v.reshape(size, -1)).reshape(v.shape)
-            return restricted(in_range) + 2.0 * largest * (v - in_range)
-
-        # Lanczos may skip one of the last eigenvalues, so a few more than are wanted. Round-off
-        # brings the known null space in: ``lifted`` moves it to the top of the spectrum.
-        more = min(k + 4, size - 1)
-        basis_size = min(size - 1, 40 + 2 * more)
-        vectors = _eigsh(
-            _linear_operator(size, lifted), more, which="SA", v0=start, ncv=basis_size, maxiter=500
-        )[1]
-        by_lanczos = _rayleigh(restricted, project(vectors), k)
+        by_lanczos = _restarted_lanczos(restricted, project, start, k, largest)
         # a NaN compares false with anything: as infinity it loses
         pairs = min(pairs, by_lanczos, key=lambda p: np.nan_to_num(p[2], nan=np.inf).max())
     values, vectors, residuals = pairs
@@ -523,3 +540,36 @@ def _lobpcg(
         counted=False,
         method="LOBPCG",
     )
+
+
+def _tolerance(values: np.ndarray, largest: float, iteration: Iteration) -> float:
+    """Return the residual of an eigenpair at which LOBPCG is to stop, from the lowest values."""
+    return max(iteration.accuracy * float(np.abs(values).min()), 1e-9 * largest)
+
+
+def _restarted_lanczos(
+    restricted: Apply, project: Apply, start: np.ndarray, k: int, largest: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Compute the k lowest eigenpairs by ARPACK's Lanczos method, in the form of :func:`_rayleigh`.
+
+    Args:
+      restricted: the function that multiplies P A P with vectors of the range of P.
+      project: the projector P off the known null space of A.
+      start: the first vector (size,), in the range of P.
+      k: number of eigenpairs.
+      largest: the largest eigenvalue.
+    """
+    size = len(start)
+
+    def lifted(v: np.ndarray) -> np.ndarray:
+        in_range = project(v.reshape(size, -1)).reshape(v.shape)
+        return restricted(in_range) + 2.0 * largest * (v - in_range)
+
+    # Lanczos may skip one of the last eigenvalues, so a few more than are wanted. Round-off brings
+    # the known null space in: ``lifted`` moves it to the top of the spectrum.
+    more = min(k + 4, size - 1)
+    basis_size = min(size - 1, 40 + 2 * more)
+    vectors = _eigsh(
+        _linear_operator(size, lifted), more, which="SA", v0=start, ncv=basis_size, maxiter=500
+    )[1]
+    return _rayleigh(restricted, project(vectors), k)

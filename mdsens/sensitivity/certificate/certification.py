@@ -48,6 +48,9 @@ from mdsens.sensitivity.linearization import Linearization, full_tangent, linear
 __all__ = ["certify"]
 
 Params = Mapping[str, Any]
+# Residual of the modes in units of the lowest stiffness, where the Hessian is not factorized. The
+# error of the lowest stiffness is the square of it over the relative distance to the next one.
+ACCURACY = 1e-3
 
 
 def _contacts_in_doubt(space: Space, step: Unknowns) -> tuple[int, float]:
@@ -434,6 +437,7 @@ def _compute_modes(lin: Linearization, factor: HessianFactor, modes: int) -> Spe
     return factor.lowest(
         max(modes, minimum.order + 1),
         doubtful_stiffness(minimum.max_force, natural_units(minimum.system)[0]),
+        ACCURACY,
     )
 
 

@@ -11,7 +11,7 @@ diverges.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ import numpy as np
 from mdsens._util.compilation import compiled
 from mdsens._util.probe import chirp
 from mdsens._util.pytree import largest_entry
+from mdsens.implicit.linear.eigen import lanczos_lowest
 from mdsens.mechanics.hessian import along
 from mdsens.mechanics.load import differentiated
 from mdsens.mechanics.units import natural_units
@@ -42,18 +43,26 @@ NOTHING = 1e-6
 # Steps of the power iteration for the norm of dH. They give it to a few per cent, enough for an
 # estimate.
 POWER_STEPS = 30
+# Steps of Lanczos' method for the same where the derivative of the Hessian is a matrix: they find
+# the norm to 1e-3.
+LANCZOS_STEPS = 20
 
 
 def _norm_of_hessian_change(space: Space, unit: Motion) -> float:
     """Compute the norm of the Hessian's derivative along a direction, outside of the null space.
 
-    The norm is computed by power iteration, from a vector that contains all wavelengths.
+    The norm is computed by Lanczos' method where the derivative is assembled as a matrix, else by
+    power iteration, both from a vector that contains all wavelengths.
 
     Args:
       space: norms of displacements and forces at the minimum, and second derivatives there.
       unit: the direction, a pair: a change of the unknowns, of norm one, and a change of the
         parameters.
     """
+    matrix = space.hessian_change(unit)
+    if matrix is not None:
+        start = chirp((space.lin.system.positions.size,), float, np)
+        return _largest_in_size(lambda v: space.factor.project(matrix @ v), start)
     size = 0.0
     v = space.onward(on_host(lambda leaf: chirp(leaf.shape, xp=np), space.still))
     for _ in range(POWER_STEPS):
@@ -62,6 +71,20 @@ def _norm_of_hessian_change(space: Space, unit: Motion) -> float:
         v = space.onward(product)
         size = space.strength(product)
     return size
+
+
+def _largest_in_size(apply: Callable[[np.ndarray], np.ndarray], start: np.ndarray) -> float:
+    """Compute the largest absolute value of the eigenvalues of a symmetric operator, by Lanczos.
+
+    Args:
+      apply: the function that multiplies the operator with a vector (size,).
+      start: a vector (size,) that contains all wavelengths.
+    """
+    image = apply(start)
+    if not image.any():  # an operator of zeros, as where no force is left
+        return 0.0
+    ends = lanczos_lowest(apply, image, LANCZOS_STEPS)
+    return np.nan if ends is None else float(np.abs(ends[0]).max())
 
 
 @compiled
@@ -108,7 +131,7 @@ def derivative(
 
     # the response J, and its norm; NaN makes ratios to a norm of zero NaN, without a warning
     pull = _derivative_by_params(space.core, tangent)
-    J, residual, status = space.response(tangent, pull)
+    J, residual, status = space.response(tangent, pull, lin.solve.rtol)
     norm = space.size(J, tangent)
     norm_or_nan = norm or np.nan
     path = J, tangent

@@ -9,13 +9,14 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.sparse as sp
 from jax.typing import ArrayLike
 
 from mdsens._util.compilation import compiled
 from mdsens._util.pytree import PyTree
 from mdsens.mechanics import contact_changes, lagrangian
 from mdsens.mechanics.contact_changes import Crossing
-from mdsens.mechanics.hessian import force
+from mdsens.mechanics.hessian import force, hessian_change
 from mdsens.mechanics.hessian_factor import HessianFactor
 from mdsens.mechanics.kkt_factor import KKT
 from mdsens.mechanics.status import Status
@@ -27,6 +28,9 @@ __all__ = ["Motion", "Space", "on_host"]
 Params = Mapping[str, Any]
 # A change of the unknowns and of the parameters.
 Motion: TypeAlias = tuple[Unknowns, Params]
+# Number of coordinates up to which the derivative of the Hessian is not assembled: 30 products with
+# it take less time than compiling its assembly.
+SMALL = 1500
 
 
 @compiled
@@ -207,22 +211,25 @@ class Space:
         )
         return x, residual, status
 
-    def response(self, tangent: Params, pull: Unknowns) -> tuple[Unknowns, float, Status]:
+    def response(
+        self, tangent: Params, pull: Unknowns, rtol: float
+    ) -> tuple[Unknowns, float, Status]:
         """Compute the derivative of positions and strain along a direction in parameter space.
 
         Args:
           tangent: the direction, changes of all parameters by name.
           pull: the derivative of the minimum's condition F = 0 along the direction, at constant
             positions and strain.
+          rtol: relative residual to which the solve is carried.
 
         Returns:
           the derivative, the residual of the linear solve relative to the right-hand side, and the
           status.
         """
         if not self.lin.constrained:
-            return self.solve(on_host(np.negative, pull))
+            return self.solve(on_host(np.negative, pull), rtol)
         motion, side = _constrained_side(self.core, tangent)
-        x, residual, status = self.solve(side)
+        x, residual, status = self.solve(side, rtol)
         return on_host(np.add, motion, x), residual, status
 
     def switches(self, x: Unknowns, tangent: Params) -> tuple[float, float]:
@@ -250,6 +257,21 @@ class Space:
             multipliers) and a change of the parameters.
         """
         return _second_derivative(self.core, first, second)
+
+    def hessian_change(self, along: Motion) -> sp.csr_array | None:
+        """Assemble the derivative of the Hessian along a direction, as a sparse matrix (n d, n d).
+
+        The result is None in small systems, for which compiling takes longer than products with
+        second derivatives; where the unknowns are more than the positions; and for an energy that
+        is not a sum over pairs.
+
+        Args:
+          along: the direction, which must be one of the positions alone.
+        """
+        system = self.lin.system
+        if self.lin.constrained or self.lin.cell is not None or system.positions.size <= SMALL:
+            return None
+        return hessian_change(self.core.system, np.asarray(along[0].positions))
 
     def crossings(self, x: Unknowns, tangent: Params) -> Crossing:
         """Compute when pairs cross a breakpoint while positions, cell and parameters change.

@@ -109,6 +109,55 @@ def test_a_matrix_of_zeros_has_zero_modes_alone(way, monkeypatch):
     np.testing.assert_allclose(spectrum.vectors.sum(axis=0), 0.0, atol=1e-12)
 
 
+@pytest.mark.parametrize("sizes", [(1.0, 1.0), (0.0, np.nan), (0.0, 0.0)])
+def test_soft_start_vectors_save_products_and_change_no_mode(sizes, monkeypatch):
+    """Also where some or all of the solves that make them soft fail."""
+    monkeypatch.setattr(eigen, "DENSE_SIZE", 0)
+    matrix = chain(300)
+    values, vectors = np.linalg.eigh(matrix.toarray())
+    products = []
+
+    def apply(v):
+        products.append(v.shape[1])
+        return matrix @ v
+
+    def soften(v):
+        x = vectors[:, 1:] @ ((vectors[:, 1:].T @ v) / values[1:, None])
+        return x * np.resize(sizes, v.shape[1])
+
+    counts = []
+    for option in (None, soften):
+        products.clear()
+        spectrum = eigen.lowest(
+            apply, 300, 2, project=off_mean, null=1, iteration=eigen.Iteration(soften=option)
+        )
+        counts.append(sum(products))
+        np.testing.assert_allclose(spectrum.values, values[1:3], rtol=1e-7)
+        assert (spectrum.residuals < 1e-4 * spectrum.values[0]).all()
+    if all(sizes):
+        assert counts[1] < counts[0]
+
+
+def test_a_looser_accuracy_takes_fewer_products(monkeypatch):
+    monkeypatch.setattr(eigen, "DENSE_SIZE", 0)
+    matrix = chain(300)
+    lowest = np.linalg.eigvalsh(matrix.toarray())[1]
+    products = []
+    for accuracy in (1e-2, 1e-6):
+        count = []
+        spectrum = eigen.lowest(
+            lambda v, count=count: count.append(v.shape[1]) or matrix @ v,
+            300,
+            project=off_mean,
+            null=1,
+            iteration=eigen.Iteration(accuracy=accuracy),
+        )
+        products.append(sum(count))
+        assert spectrum.residuals[0] <= accuracy * lowest * 1.01
+        assert spectrum.values[0] == pytest.approx(lowest, rel=1e-2)
+    assert products[0] < products[1]
+
+
 def test_no_more_modes_than_the_range_holds(monkeypatch):
     matrix = chain(5)
     spectrum = found(matrix, 9, "dense", monkeypatch)
@@ -120,8 +169,8 @@ def test_no_more_modes_than_the_range_holds(monkeypatch):
 def test_a_lobpcg_that_breaks_down_is_no_zero_mode(monkeypatch):
     matrix = chain(300)
 
-    def broken(operator, guess, **_):
-        return np.zeros(guess.shape[1]), np.linalg.qr(guess)[0]
+    def broken(apply, guess, *_):
+        return np.linalg.qr(guess)[0]
 
     monkeypatch.setattr(eigen, "lobpcg", broken)
     spectrum = found(matrix, 2, "LOBPCG", monkeypatch)
