@@ -252,7 +252,8 @@ class System(Portable, Shown):
         # not every potential has a check of a configuration: SmoothedPotential has none
         check_at = getattr(potential, "check_at", None)
         if check_at is not None:
-            check_at(system.positions, system.box, values, kinds, count)
+            # the cell as a function: few potentials need it, and jax compiles a program for it
+            check_at(system.positions, lambda: system.box, values, kinds, count)
         system = system.reallocate()
         _check_coincident(system)  # on the list, so that it costs no loop over all pairs
         _check_reach(system)

@@ -35,7 +35,14 @@ from mdsens.model.neighbors import Neighbors
 from mdsens.model.system import System, energy_number
 from mdsens.potentials.base import Potential
 from mdsens.relaxation.equilibrium import Equilibrium
-from mdsens.relaxation.fire_loop import advance, at_rest, forces_at, status_of
+from mdsens.relaxation.fire_loop import (
+    Pace,
+    at_rest,
+    forces_at,
+    on_next_list,
+    status_of,
+    steps_on_list,
+)
 from mdsens.relaxation.methods import Minimizer, Newton
 from mdsens.relaxation.newton import ENERGY_ROUND_OFF, descend
 from mdsens.relaxation.options import Options
@@ -164,7 +171,10 @@ def falls_fast(
         return (pace == 0.0) | (np.log(largest / tested) < worth * pace)
 
 
-@compiled(static_argnames=("method",), loops=True)
+_on_next_list = compiled(on_next_list, static_argnames=("method",), often=True)
+_steps_on_list = compiled(steps_on_list, static_argnames=("method",), loops=True)
+
+
 def _advance(
     system: System,
     state: PyTree,
@@ -172,14 +182,26 @@ def _advance(
     budget: int,
     method: Minimizer,
     limits: Limits,
-) -> tuple[Any, Neighbors, jax.Array, jax.Array]:
-    """Take steps of the minimizer with the neighbor list of the system.
+) -> tuple[Any, Neighbors, int, float]:
+    """Take steps of the minimizer, beginning with the neighbor list of the system.
+
+    The same as :func:`mdsens.relaxation.fire_loop.advance`, in two programs that the host calls in
+    turn: only the second one, with the steps, runs so often that its code has to be fast. Both in
+    one take up to three times as long to compile.
 
     Returns:
       (state of the minimizer, neighbor list, number of steps taken, largest force on a particle).
     """
-    state, pairs, steps = advance(system, state, system.neighbors, target, budget, method, limits)
-    return state, pairs, steps, largest_force(method.forces(state))
+    pace = Pace.at_start(state)
+    while True:
+        pace, kept, copy = _on_next_list(system, pace, method=method, limits=limits)
+        system = system.replace(neighbors=kept)
+        here = system if copy is None else system.replace(neighbors=copy)
+        pace, finished, largest = _steps_on_list(
+            here, pace, target, budget, method=method, limits=limits
+        )
+        if finished:
+            return pace.state, kept, int(pace.steps), float(largest)
 
 
 @dataclasses.dataclass
@@ -490,12 +512,12 @@ class RelaxationState:
         self.state, pairs, taken, largest = _advance(
             system, self.state, target, budget, method, self.limits
         )
-        self.steps += int(taken)
-        self.largest = float(largest)
+        self.steps += taken
+        self.largest = largest
         self.system = system.replace(positions=method.positions(self.state), neighbors=pairs)
         self._show(self.steps, self.largest)
         if bool(pairs.overflowed) and np.isfinite(np.asarray(self.system.positions)).all():
-            self.make_room(int(taken))
+            self.make_room(taken)
             return True
         return bool(np.isfinite(self.largest))
 
