@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
+
+from mdsens._util.kept_programs import Keeper, Unkept, keep_in, keeps
 
 __all__ = ["SMALL", "as_jax", "at_top", "cache_folder", "compiled", "keep_compiled"]
 
@@ -95,19 +98,26 @@ def compiled(
     thorough: Any = jax.jit(function, static_argnames=static_argnames)
     plain: Any = jax.jit(function, static_argnames=static_argnames, compiler_options=_PLAIN or None)
     quick: Any = jax.jit(function, static_argnames=static_argnames, compiler_options=_QUICK)
-    # each version with the largest number of numbers in its arguments
+    # each version with its options, and the largest number of numbers in its arguments
     small = -1 if loops else SMALL
     medium = MEDIUM_LOOP if loops else MEDIUM_OFTEN if often else MEDIUM
-    versions = ((small, quick), (medium, plain))
+    versions = ((small, quick, _QUICK), (medium, plain, _PLAIN), (math.inf, thorough, {}))
+    names = (static_argnames,) if isinstance(static_argnames, str) else static_argnames
+    keepers = tuple(
+        (limit, version, Keeper(function, version, names, options))
+        for limit, version, options in versions
+    )
 
     @functools.wraps(function)
     def call(*arguments: Any, **named: Any) -> Any:
-        if at_top() and jax.default_backend() == "cpu":
-            count = _numbers((arguments, named))
-            for limit, version in versions:
-                if count <= limit:
-                    return version(*arguments, **named)
-        return thorough(*arguments, **named)
+        if not (at_top() and jax.default_backend() == "cpu"):
+            return thorough(*arguments, **named)
+        count = _numbers((arguments, named))
+        _, version, keeper = next(entry for entry in keepers if count <= entry[0])
+        if keeps():
+            with contextlib.suppress(Unkept):
+                return keeper(arguments, named)
+        return version(*arguments, **named)
 
     # for tests that count programs, or forget them
     call.versions = (quick, plain, thorough)  # type: ignore[attr-defined]
@@ -160,6 +170,7 @@ def keep_compiled(folder: Path) -> None:
 
     # after a first compilation without a cache, jax would not look for one again
     compilation_cache.reset_cache()
+    keep_in(folder)
 
 
 def _delete_oldest(folder: Path, limit: int) -> None:
