@@ -31,7 +31,7 @@ SMALL = 4000
 # The same for code with the plain options: it is compiled in half the time of thorough code, and
 # derivatives of 1,024 discs (18,000 numbers) and 1,000 spheres (25,000) take as long with both.
 MEDIUM = 30_000
-# The same for functions that are called hundreds of times in one computation. The new neighbor list
+# The same for functions that are called many times in one computation. The new neighbor list
 # of a glass of 500 atoms (7,500 numbers) takes 5.5 ms in plain code, 4 ms in thorough code and
 # 24 ms in quick code, and plain code is compiled in 2 s less than thorough code. For 1,000 spheres
 # (17,000 numbers) plain code made a relaxation a fifth slower.
