@@ -28,14 +28,10 @@ __all__ = ["SMALL", "as_jax", "at_top", "cache_folder", "compiled", "keep_compil
 # packing of 128 discs has 700, a glass of 500 atoms 3,000. For 1,024 discs, with 5,000, such code
 # made a derivative a third slower, and there are more derivatives than compilations.
 SMALL = 4000
-# The same for code with the plain options: it is compiled in half the time of thorough code, and
-# derivatives of 1,024 discs (18,000 numbers) and 1,000 spheres (25,000) take as long with both.
-MEDIUM = 30_000
-# The same for functions that are called many times in one computation. The new neighbor list
-# of a glass of 500 atoms (7,500 numbers) takes 5.5 ms in plain code, 4 ms in thorough code and
-# 24 ms in quick code, and plain code is compiled in 2 s less than thorough code. For 1,000 spheres
-# (17,000 numbers) plain code made a relaxation a fifth slower.
-MEDIUM_OFTEN = 8000
+# The same for code with the plain options, compiled in half the time of thorough code. A derivative
+# of a glass of 500 atoms (7,500 numbers) takes as long with both. With plain code up to 30,000
+# numbers, a certificate of 1,024 discs took a quarter longer.
+MEDIUM = 8000
 # The same for loops, which are never compiled quickly: plain code cost 1,000 spheres half as much
 # again for each step.
 MEDIUM_LOOP = 2000
@@ -79,7 +75,6 @@ def compiled(
     function: Callable[..., Any] | None = None,
     *,
     static_argnames: str | tuple[str, ...] = (),
-    often: bool = False,
     loops: bool = False,
 ) -> Callable[..., Any]:
     """Compile a function as ``jax.jit`` does, with less effort where the arguments are small.
@@ -87,20 +82,17 @@ def compiled(
     Args:
       function: the function; None to get a decorator with these options.
       static_argnames: names of the arguments that are no arrays, as in ``jax.jit``.
-      often: whether the function is called many times in one computation.
       loops: whether the function repeats its work many times, such as a minimizer. Its code is
         never compiled quickly.
     """
     if function is None:
-        return functools.partial(
-            compiled, static_argnames=static_argnames, often=often, loops=loops
-        )
+        return functools.partial(compiled, static_argnames=static_argnames, loops=loops)
     thorough: Any = jax.jit(function, static_argnames=static_argnames)
     plain: Any = jax.jit(function, static_argnames=static_argnames, compiler_options=_PLAIN or None)
     quick: Any = jax.jit(function, static_argnames=static_argnames, compiler_options=_QUICK)
     # each version with its options, and the largest number of numbers in its arguments
     small = -1 if loops else SMALL
-    medium = MEDIUM_LOOP if loops else MEDIUM_OFTEN if often else MEDIUM
+    medium = MEDIUM_LOOP if loops else MEDIUM
     versions = ((small, quick, _QUICK), (medium, plain, _PLAIN), (math.inf, thorough, {}))
     names = (static_argnames,) if isinstance(static_argnames, str) else static_argnames
     keepers = tuple(

@@ -176,7 +176,7 @@ def falls_fast(
         return (pace == 0.0) | (np.log(largest / tested) < worth * pace)
 
 
-_on_next_list = compiled(on_next_list, static_argnames=("method",), often=True)
+_on_next_list = compiled(on_next_list, static_argnames=("method",))
 _steps_on_list = compiled(steps_on_list, static_argnames=("method",), loops=True)
 
 
